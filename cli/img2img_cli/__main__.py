@@ -1,0 +1,63 @@
+"""`img2img COMMAND ...`: finds the command's module and hands over.
+
+A command's module offers `configure(parser)`, which declares its flags, and `run(arguments) -> int`, which does the work
+and returns the exit status. Only the module of the command that was asked for is imported, so `img2img --help` is quick.
+"""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+from importlib import metadata
+
+COMMANDS = {
+    "export": ("img2img_export.command", "turn a diffusers model into a verified bundle"),
+    "serve": ("img2img_server.__main__", "serve bundles over gRPC"),
+    "transform": ("img2img_client.transform_command", "transform a picture through a server"),
+    "models": ("img2img_client.models_command", "list a server's models"),
+}
+
+_EXTRAS = {"export": "export", "serve": "server"}
+
+_EPILOG = """\
+first steps:
+  img2img export ./my-model --output models/my-model
+  img2img serve --models models
+  img2img transform photo.jpg --prompt "the same place in winter" --output winter.png
+
+`img2img COMMAND --help` explains a command.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command. Returns its exit status: 0 done, 1 failed, 2 wrong arguments, 130 interrupted."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    command = words[0] if words else ""
+    try:
+        module = importlib.import_module(COMMANDS[command][0]) if command in COMMANDS else None
+        parser = argparse.ArgumentParser(
+            prog="img2img",
+            description="An optimized image-to-image inference server.",
+            epilog=_EPILOG,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        parser.add_argument("--version", action="version", version=f"img2img {metadata.version('img2img')}")
+        commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+        for name, (_, summary) in COMMANDS.items():
+            subparser = commands.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
+            if module is not None and name == command:
+                module.configure(subparser)
+        arguments = parser.parse_args(words)
+        assert module is not None, "argparse refuses what is not in COMMANDS"
+        return int(module.run(arguments))
+    except ModuleNotFoundError as error:
+        if command not in _EXTRAS or (error.name or "").startswith("img2img"):
+            raise
+        print(f"img2img {command} needs '{error.name}': pip install 'img2img[{_EXTRAS[command]}]'", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

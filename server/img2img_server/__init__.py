@@ -1,0 +1,1 @@
+"""Serves image-to-image bundles over gRPC with step-level continuous batching."""

@@ -1,0 +1,103 @@
+"""`img2img serve`: flags -> frozen config -> run."""
+
+import argparse
+import asyncio
+import logging
+import signal
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from img2img_server.config import ServerConfig
+
+_EPILOG = """\
+examples:
+  img2img serve --models models                 every bundle in the folder, on 127.0.0.1:50051
+  img2img serve --models models/sdxl --port 0   one bundle, on a free port
+
+The server answers health checks (grpc.health.v1) and reflection. SIGTERM drains it: new requests are refused, running ones
+finish within --grace seconds. There is no TLS and no login yet: keep it on loopback or behind something that has them.
+"""
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Declares the flags of `img2img serve`."""
+    parser.epilog = _EPILOG
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    add = parser.add_argument
+    add("--models", type=Path, required=True, metavar="DIR", help="a folder of bundles, or one bundle")
+    add("--default-model", metavar="ID", help="the model of requests that name none (default: the only one there is)")
+    add("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
+    add("--port", type=int, default=50051, help="port to listen on, 0 for a free one (default: %(default)s)")
+    add("--port-file", type=Path, metavar="FILE", help="write the port here once the server is ready")
+    add("--provider", choices=("auto", "cuda", "cpu"), default="auto", help="what runs ONNX graphs (default: the best there is)")
+    add("--threads", type=int, metavar="N", help="CPU threads of one model call (default: all cores)")
+    add("--grace", type=float, default=30.0, metavar="SECONDS", help="time to finish on SIGTERM (default: %(default)s)")
+    add("--max-batch-size", type=int, default=8, metavar="N", help="pictures in one model call (default: %(default)s)")
+    add("--max-waiting", type=int, default=256, metavar="N", help="requests that may wait (default: %(default)s)")
+    add("--max-steps", type=int, default=100, metavar="N", help="largest num_inference_steps (default: %(default)s)")
+    add("--max-image-bytes", type=int, default=16 * 2**20, metavar="N", help="largest source file (default: 16 MiB)")
+    add("--max-pixels", type=int, default=2048 * 2048, metavar="N", help="largest result, width x height (default: 2048 x 2048)")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Serves until a signal. Returns 0 after a drain, 1 where it could not start, 2 for a setting that cannot work."""
+    from img2img_server.config import ServerConfig
+    from img2img_server.engine.scheduler import Limits
+    from img2img_server.images import ImageLimits
+
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)-7s %(name)s: %(message)s")
+    try:
+        config = ServerConfig(
+            models=arguments.models,
+            host=arguments.host,
+            port=arguments.port,
+            port_file=arguments.port_file,
+            default_model=arguments.default_model,
+            provider=arguments.provider,
+            threads=arguments.threads,
+            grace=arguments.grace,
+            max_steps=arguments.max_steps,
+            limits=Limits(max_batch_size=arguments.max_batch_size, max_waiting=arguments.max_waiting),
+            image_limits=ImageLimits(max_bytes=arguments.max_image_bytes, max_pixels=arguments.max_pixels),
+        )
+    except ValueError as error:
+        print(f"img2img serve: {error}", file=sys.stderr)
+        return 2
+    return asyncio.run(_serve(config))
+
+
+async def _serve(config: "ServerConfig") -> int:
+    from img2img_server.errors import BundleError
+    from img2img_server.models import ModelStore
+    from img2img_server.server import Server
+
+    def load_models() -> ModelStore:
+        from img2img_server.pipelines.loader import load_pipeline
+
+        return ModelStore.load(
+            config.models,
+            lambda bundle, manifest: load_pipeline(bundle, manifest, config.provider, config.threads),
+            config.default_model,
+        )
+
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    server = Server(config, load_models)
+    try:
+        await server.start()
+    except (BundleError, OSError) as error:
+        print(f"img2img serve: {error}", file=sys.stderr)
+        return 1
+    await stop.wait()
+    logging.getLogger(__name__).info("draining")
+    await server.stop()
+    return 0
+
+
+if __name__ == "__main__":
+    from img2img_cli.__main__ import main
+
+    sys.exit(main(["serve", *sys.argv[1:]]))

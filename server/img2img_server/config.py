@@ -1,0 +1,54 @@
+"""The server's configuration: every setting once, with its default, checked when it is made."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from img2img_server.engine.scheduler import Limits
+from img2img_server.images import ImageLimits
+
+DEFAULT_PROMPT = "A beautiful landscape with mountains and a lake at sunset"
+DEFAULT_STRENGTH = 0.8
+DEFAULT_STEPS = 25
+DEFAULT_GUIDANCE = 7.5
+MAX_GUIDANCE = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class ServerConfig:
+    """What `img2img serve` runs with.
+
+    `models` is a folder of bundles, or one bundle. Port 0 takes a free one; `port_file` is written with the port once the
+    server is SERVING. `grace` is how many seconds running requests get after SIGTERM. `threads` are those of one model
+    call, None for all cores. Raises ValueError for a setting that cannot work.
+    """
+
+    models: Path
+    host: str = "127.0.0.1"
+    port: int = 50051
+    port_file: Path | None = None
+    default_model: str | None = None
+    provider: str = "auto"
+    threads: int | None = None
+    grace: float = 30.0
+    max_steps: int = 100
+    max_image_count: int = 8
+    limits: Limits = field(default_factory=Limits)
+    image_limits: ImageLimits = field(default_factory=ImageLimits)
+
+    def __post_init__(self) -> None:
+        for name, least in _LEAST.items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name} is {value}, the least is {least}")
+        for group in (self.limits, self.image_limits):
+            for name in group.__slots__:
+                if getattr(group, name) < 1:
+                    raise ValueError(f"{name} is {getattr(group, name)}, the least is 1")
+
+    @property
+    def max_message_bytes(self) -> int:
+        """The largest message taken from the network: a source picture as a base64 URI and something beside it."""
+        return 2 * self.image_limits.max_bytes + 2**20
+
+
+_LEAST = {"port": 0, "threads": 1, "grace": 0, "max_steps": 1, "max_image_count": 1}

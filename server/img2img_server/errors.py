@@ -1,0 +1,91 @@
+"""The one tree of errors that a caller may see.
+
+Each class owns the name of its gRPC status code as a plain string, so that the engine and the leaves can raise what the
+service answers without importing grpc. The message of an error is written for the caller: it names nothing internal.
+"""
+
+
+class ServerError(Exception):
+    """Base of every error that reaches a caller, and what any other error is turned into.
+
+    `status` is the name of a grpc.StatusCode, `reason` the stable reason of its ErrorInfo.
+    """
+
+    status = "INTERNAL"
+    reason = "INTERNAL"
+
+
+class InvalidField(ServerError):
+    """A field of the request is wrong. `field` is its path in the proto, such as "image.data"."""
+
+    status = "INVALID_ARGUMENT"
+    reason = "INVALID_FIELD"
+
+    def __init__(self, field: str, description: str) -> None:
+        super().__init__(f"{field}: {description}")
+        self.field = field
+        self.description = description
+
+
+class ModelNotFound(ServerError):
+    """No model of the store agrees with the request's reference."""
+
+    status = "NOT_FOUND"
+    reason = "MODEL_NOT_FOUND"
+
+
+class ModelUnavailable(ServerError):
+    """The model is in the store, but cannot run: its bundle is damaged or did not load."""
+
+    status = "FAILED_PRECONDITION"
+    reason = "MODEL_UNAVAILABLE"
+
+
+class NotSupported(ServerError):
+    """The contract has it, this server does not do it."""
+
+    status = "UNIMPLEMENTED"
+    reason = "NOT_SUPPORTED"
+
+
+class QueueFull(ServerError):
+    """No room for one more request. `retry_after` is in seconds."""
+
+    status = "RESOURCE_EXHAUSTED"
+    reason = "QUEUE_FULL"
+
+    def __init__(self, message: str, retry_after: float) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class DeadlineExpired(ServerError):
+    """The caller's deadline passed before the request was finished."""
+
+    status = "DEADLINE_EXCEEDED"
+    reason = "DEADLINE_EXPIRED"
+
+
+class RequestCancelled(ServerError):
+    """The caller cancelled the request."""
+
+    status = "CANCELLED"
+    reason = "CANCELLED"
+
+
+class ShuttingDown(ServerError):
+    """The server takes no new requests, or stopped before this one was finished."""
+
+    status = "UNAVAILABLE"
+    reason = "SHUTTING_DOWN"
+
+
+class ModelFailed(ServerError):
+    """The model's own computation failed. The cause is in the server's log."""
+
+    status = "INTERNAL"
+    reason = "MODEL_FAILED"
+
+
+class BundleError(Exception):
+    """A bundle that must not be served. Seen by the operator at start, never by a caller."""

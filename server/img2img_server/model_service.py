@@ -1,0 +1,94 @@
+"""gRPC's side of the model store, and the services that later work fills in."""
+
+from typing import Any, NoReturn
+
+from img2img.v1 import asset_pb2_grpc
+from img2img.v1 import image_to_image_pb2 as image_pb
+from img2img.v1 import model_pb2 as pb
+from img2img.v1 import model_pb2_grpc as pb_grpc
+
+from img2img_server.bundle import Source
+from img2img_server.errors import NotSupported
+from img2img_server.models import Model, ModelStore
+
+
+class ModelService(pb_grpc.ModelServiceServicer):
+    """ListModels and GetModel. Models are loaded when the server starts; loading and unloading them is not supported yet."""
+
+    def __init__(self, models: ModelStore) -> None:
+        self._models = models
+
+    async def ListModels(self, request: pb.ListModelsRequest, context: Any) -> pb.ListModelsResponse:
+        """Every model of the store, in order of id."""
+        return pb.ListModelsResponse(models=[self._message(model) for model in self._models])
+
+    async def GetModel(self, request: pb.GetModelRequest, context: Any) -> pb.GetModelResponse:
+        """One model. NOT_FOUND where there is none."""
+        return pb.GetModelResponse(model=self._message(self._models.get(request.id)))
+
+    async def LoadModel(self, request: pb.LoadModelRequest, context: Any) -> NoReturn:
+        """Not supported yet."""
+        raise NotSupported("models are loaded when the server starts")
+
+    async def UnloadModel(self, request: pb.UnloadModelRequest, context: Any) -> NoReturn:
+        """Not supported yet."""
+        raise NotSupported("models are unloaded when the server stops")
+
+    def _message(self, model: Model) -> pb.Model:
+        message = pb.Model(id=model.id, is_default=model.id == self._models.default)
+        if model.manifest is not None:
+            message.MergeFrom(
+                pb.Model(
+                    source=reference_to(model.manifest.source),
+                    family=model.manifest.family,
+                    pipeline_class=model.manifest.pipeline_class,
+                    backend=model.manifest.backend,
+                    backend_reason=model.manifest.backend_reason or "",
+                )
+            )
+        if model.pipeline is None:
+            message.state = pb.MODEL_STATE_FAILED
+        else:
+            message.state = pb.MODEL_STATE_READY
+            message.engine = model.pipeline.engine
+            message.size_multiple = model.pipeline.size_multiple
+        return message
+
+
+class AssetService(asset_pb2_grpc.AssetServiceServicer):
+    """The contract's asset calls. This server keeps no assets yet: each answers UNIMPLEMENTED."""
+
+    async def UploadAsset(self, request_iterator: object, context: Any) -> NoReturn:
+        """Not supported yet."""
+        raise NotSupported("this server keeps no assets yet")
+
+    def GetAsset(self, request: object, context: Any) -> NoReturn:
+        """Not supported yet."""
+        raise NotSupported("this server keeps no assets yet")
+
+    async def DeleteAsset(self, request: object, context: Any) -> NoReturn:
+        """Not supported yet."""
+        raise NotSupported("this server keeps no assets yet")
+
+
+def reference_from(message: image_pb.ModelReference) -> Source:
+    """A message's reference as the store knows it; a field that is not set is None or empty."""
+    return Source(
+        repo_id=message.repo_id or None,
+        path=message.path or None,
+        variant=message.variant or None,
+        revision=message.revision or None,
+        allow_patterns=tuple(message.allow_patterns),
+        ignore_patterns=tuple(message.ignore_patterns),
+    )
+
+
+def reference_to(source: Source) -> image_pb.ModelReference:
+    """Where a bundle came from, as a message. A local folder's path stays on the server: it says something of its disk."""
+    return image_pb.ModelReference(
+        repo_id=source.repo_id or "",
+        variant=source.variant or "",
+        revision=source.revision or "",
+        allow_patterns=source.allow_patterns,
+        ignore_patterns=source.ignore_patterns,
+    )

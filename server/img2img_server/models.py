@@ -1,0 +1,133 @@
+"""The model store: which bundles there are, which one a request means, and what runs it."""
+
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from img2img_server.bundle import MANIFEST_NAME, Manifest, Source, check_bundle, read_manifest
+from img2img_server.engine.request import Pipeline
+from img2img_server.errors import BundleError, InvalidField, ModelNotFound, ModelUnavailable
+
+_log = logging.getLogger(__name__)
+
+Load = Callable[[Path, Manifest], Pipeline]
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A bundle of the store. Without a manifest or a pipeline it cannot be served, and `problem` says why."""
+
+    id: str
+    manifest: Manifest | None = None
+    pipeline: Pipeline | None = None
+    problem: str = ""
+
+
+class ModelStore:
+    """The models of a server, loaded once at start.
+
+    A request's reference names one of them; where it names none, the default model is meant, or the only one there is.
+    """
+
+    def __init__(self, models: list[Model], default: str | None = None) -> None:
+        self._models = {model.id: model for model in sorted(models, key=lambda model: model.id)}
+        if default is None and len(self._models) == 1:
+            (default,) = self._models
+        if default is not None and default not in self._models:
+            raise BundleError(f"the default model '{default}' is not in the store, which has {self._names()}")
+        self.default = default
+
+    @classmethod
+    def load(cls, folder: Path, load: Load, default: str | None = None) -> "ModelStore":
+        """Checks and loads every bundle in `folder`, or `folder` itself where it is one.
+
+        A bundle that does not load is listed with its problem. Raises BundleError where no bundle can be served.
+        """
+        if not folder.is_dir():
+            raise BundleError(f"{folder} is not a folder")
+        bundles = [folder] if (folder / MANIFEST_NAME).is_file() else sorted(filter(_is_bundle, folder.iterdir()))
+        if not bundles:
+            raise BundleError(f"{folder} holds no bundle: make one with `img2img export MODEL --output {folder}/NAME`")
+        models = [_load_model(bundle, load) for bundle in bundles]
+        if not any(model.pipeline for model in models):
+            raise BundleError("no bundle can be served: " + "; ".join(model.problem for model in models))
+        return cls(models, default)
+
+    def __iter__(self) -> Iterator[Model]:
+        return iter(self._models.values())
+
+    def get(self, name: str) -> Model:
+        """The model with the id `name`. Raises ModelNotFound."""
+        if name not in self._models:
+            raise ModelNotFound(f"there is no model '{name}'; there are {self._names()}")
+        return self._models[name]
+
+    def resolve(self, reference: Source) -> Model:
+        """The one servable model whose bundle agrees with every field that is set in `reference`.
+
+        `reference.path` is a model's id. Raises ModelNotFound, ModelUnavailable, or InvalidField where several agree.
+        """
+        if reference == Source():
+            if self.default is None:
+                raise InvalidField("model", f"several models are served, name one: {self._names()}")
+            return _servable(self._models[self.default])
+        found = [model for model in self if _agrees(model, reference)]
+        if not found:
+            raise ModelNotFound(f"no model is {_describe(reference)}; there are {self._names()}")
+        if len(found) > 1:
+            raise InvalidField("model", f"several models agree: {', '.join(model.id for model in found)}; set path to one")
+        return _servable(found[0])
+
+    def pipelines(self) -> dict[str, Pipeline]:
+        """The pipelines of the models that can be served, by id."""
+        return {model.id: model.pipeline for model in self if model.pipeline is not None}
+
+    def _names(self) -> str:
+        return ", ".join(self._models) or "none"
+
+
+def _is_bundle(folder: Path) -> bool:
+    return not folder.name.startswith(".") and (folder / MANIFEST_NAME).is_file()
+
+
+def _load_model(bundle: Path, load: Load) -> Model:
+    name = bundle.resolve().name
+    manifest = None
+    try:
+        manifest = read_manifest(bundle)
+        _log.info("model '%s': checking %d files", name, len(manifest.files))
+        check_bundle(bundle, manifest)
+        _log.info("model '%s': loading", name)
+        pipeline = load(bundle, manifest)
+    except BundleError as error:
+        _log.error("model '%s' cannot be served: %s", name, error)
+        return Model(name, manifest, problem=str(error))
+    _log.info("model '%s': ready on %s", name, pipeline.engine)
+    return Model(name, manifest, pipeline)
+
+
+def _servable(model: Model) -> Model:
+    if model.pipeline is None:
+        raise ModelUnavailable(f"model '{model.id}' cannot be served; the server's log says why")
+    return model
+
+
+def _agrees(model: Model, wanted: Source) -> bool:
+    if model.manifest is None:
+        return wanted == Source(path=model.id)
+    source = model.manifest.source
+    pairs = (
+        (wanted.path, model.id),
+        (wanted.repo_id, source.repo_id),
+        (wanted.variant, source.variant),
+        (wanted.revision, source.revision),
+        (wanted.allow_patterns, source.allow_patterns),
+        (wanted.ignore_patterns, source.ignore_patterns),
+    )
+    return all(not asked or asked == has for asked, has in pairs)
+
+
+def _describe(reference: Source) -> str:
+    names = ("path", "repo_id", "variant", "revision", "allow_patterns", "ignore_patterns")
+    return ", ".join(f"{name} {getattr(reference, name)!r}" for name in names if getattr(reference, name))

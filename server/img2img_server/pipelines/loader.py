@@ -1,0 +1,92 @@
+"""Bundle -> pipeline: builds diffusers' own img2img class out of stand-ins or torch modules, and splits it by family."""
+
+import inspect
+import json
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+
+from img2img_server.bundle import Manifest
+from img2img_server.engine.request import Pipeline
+from img2img_server.errors import BundleError
+from img2img_server.pipelines.sessions import SessionOptions, resolve_options
+from img2img_server.pipelines.stable_diffusion import StableDiffusion, StableDiffusionXL
+from img2img_server.pipelines.standins import OnnxTextEncoder, OnnxUNet, OnnxVae
+from img2img_server.pipelines.whole import WholePipeline
+
+FAMILIES: dict[str, type[StableDiffusion]] = {
+    "stable-diffusion": StableDiffusion,
+    "stable-diffusion-xl": StableDiffusionXL,
+}
+"""The families that the engine runs step by step in batches. Every other one runs whole."""
+
+_LIBRARIES = {"diffusers": diffusers, "transformers": transformers}
+
+
+def load_pipeline(bundle: Path, manifest: Manifest, provider: str = "auto", threads: int | None = None) -> Pipeline:
+    """Loads the bundle in the directory `bundle`, whose manifest was read and checked before.
+
+    `provider` is "auto" or the name of an execution provider, `threads` the CPU threads of one call (None: all cores).
+    Raises BundleError where the bundle does not fit this server or the provider is not there.
+    """
+    torch.set_grad_enabled(False)
+    if manifest.backend == "onnx":
+        options = resolve_options(provider, threads)
+        # The graphs do the heavy work. Torch only steps schedulers: threads of its own would get in ONNX Runtime's way.
+        torch.set_num_threads(1)
+        pipe = _onnx_pipeline(bundle, manifest, options)
+        engine = f"onnx:{options.provider}"
+    else:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        pipe = _torch_pipeline(bundle).to(device)
+        engine = f"torch:{device}"
+    family = FAMILIES.get(manifest.family)
+    return family(pipe, engine) if family is not None else WholePipeline(pipe, engine)
+
+
+def _onnx_pipeline(bundle: Path, manifest: Manifest, options: SessionOptions) -> Any:
+    """The img2img class that the manifest names, with a stand-in for each component that is a graph."""
+    if manifest.family not in FAMILIES:
+        raise BundleError(f"{bundle} is of family '{manifest.family}', which this server cannot run from ONNX graphs")
+    pipeline_class = getattr(diffusers, manifest.pipeline_class, None)
+    if pipeline_class is None:
+        raise BundleError(f"{bundle} wants '{manifest.pipeline_class}', which diffusers {diffusers.__version__} lacks")
+    index = json.loads((bundle / "model_index.json").read_text(encoding="utf-8"))
+    wanted = inspect.signature(pipeline_class.__init__).parameters
+    parts = {name: _part(bundle, name, entry, options) for name, entry in index.items() if name in wanted}
+    if "add_watermarker" in wanted:
+        parts["add_watermarker"] = False
+    missing = [name for name, item in wanted.items() if name != "self" and item.default is item.empty and name not in parts]
+    return pipeline_class(**parts, **dict.fromkeys(missing))
+
+
+def _part(bundle: Path, name: str, entry: Any, options: SessionOptions) -> Any:
+    """One argument of the pipeline's class: a setting, a stand-in, or what diffusers or transformers load from a folder."""
+    if not isinstance(entry, list):
+        return entry
+    library, class_name = entry
+    if class_name is None or not _is_there(bundle, name):
+        return None
+    if name == "vae":
+        return OnnxVae(bundle / "vae_encoder", bundle / "vae_decoder", options)
+    if name == "unet":
+        return OnnxUNet(bundle / name, options)
+    if name.startswith("text_encoder"):
+        return OnnxTextEncoder(bundle / name, options)
+    if library not in _LIBRARIES:
+        raise BundleError(f"{bundle} names {library}.{class_name}; only classes of diffusers and transformers are loaded")
+    return getattr(_LIBRARIES[library], class_name).from_pretrained(bundle / name, local_files_only=True)
+
+
+def _is_there(bundle: Path, name: str) -> bool:
+    # The safety checker is no part of an ONNX bundle, though model_index.json may still name it.
+    return (bundle / ("vae_decoder" if name == "vae" else name)).is_dir()
+
+
+def _torch_pipeline(bundle: Path) -> Any:
+    return diffusers.AutoPipelineForImage2Image.from_pretrained(
+        str(bundle), use_safetensors=True, local_files_only=True, torch_dtype=torch.float32
+    )

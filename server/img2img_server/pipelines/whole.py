@@ -1,0 +1,207 @@
+"""Families that cannot be split: diffusers' pipeline runs whole, yet step by step.
+
+The pipeline's call runs on a thread of its own that never runs by itself: the engine's thread hands it the baton, and gets it
+back at the end of each step (callback_on_step_end). So one thread at a time owns the device, other requests take turns in
+between, and a cancelled request unwinds at its next step.
+"""
+
+import contextlib
+import copy
+import inspect
+import threading
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+
+from img2img_server.engine.request import Request
+
+_SWAPPED = frozenset({"KandinskyV22Img2ImgPipeline", "KandinskyV22Img2ImgCombinedPipeline"})
+"""Classes of diffusers (seen in 0.39) that hand width and height to their image processor the wrong way round."""
+
+
+class _Abandoned(BaseException):
+    """Unwinds a pipeline's call whose request has ended. A BaseException, so that no pipeline catches it."""
+
+
+class Run:
+    """A call that is run in pieces: `resume` lets it go on until it calls `pause` or returns."""
+
+    def __init__(self, call: Callable[["Run"], list[Image.Image]]) -> None:
+        self._call = call
+        self._go, self._back = threading.Semaphore(0), threading.Semaphore(0)
+        self._abandoned = False
+        self._error: Exception | None = None
+        self.images: list[Image.Image] = []
+        self.done = False
+        self._thread = threading.Thread(target=self._main, name="img2img-pipeline", daemon=True)
+        self._thread.start()
+
+    def resume(self) -> None:
+        """Runs the next piece. Raises what the call raised."""
+        assert not self.done, "a finished run cannot be resumed"
+        self._go.release()
+        self._back.acquire()
+        if self.done:
+            self._thread.join()
+        if self._error is not None:
+            raise self._error
+
+    def pause(self) -> None:
+        """Called by the call itself at the end of a piece: hands the baton back."""
+        self._back.release()
+        self._go.acquire()
+        if self._abandoned:
+            raise _Abandoned
+
+    def abandon(self) -> None:
+        """Unwinds the call where it stands. Harmless on one that is done."""
+        if not self.done:
+            self._abandoned = True
+            self._go.release()
+            self._thread.join()
+
+    def _main(self) -> None:
+        self._go.acquire()
+        try:
+            if not self._abandoned:
+                self.images = self._call(self)
+        except _Abandoned:
+            pass
+        except Exception as error:  # noqa: BLE001 - handed to the engine's thread, which owns what to make of it
+            self._error = error
+        finally:
+            self.done = True
+            self._back.release()
+
+
+@dataclass(slots=True, eq=False)
+class WholeState:
+    """A request whose pipeline is in the middle of its call."""
+
+    run: Run
+    shape: Hashable
+    rows: int
+    step_count: int
+    step: int = 0
+    steps_seen: int = 0
+
+
+class WholePipeline:
+    """Any AutoPipelineForImage2Image. Implements the engine's Pipeline, one request in a batch.
+
+    Several seeds are run one after the other, so that each picture is the one its seed gives alone.
+    """
+
+    max_rows: int | None = 1
+
+    def __init__(self, pipe: Any, engine: str) -> None:
+        self._pipe = pipe
+        self._parameters = inspect.signature(pipe.__call__).parameters
+        self.engine = engine
+        self.size_multiple = _size_multiple(pipe)
+
+    def prepare(self, request: Request) -> WholeState:
+        """Readies the call; nothing is computed yet. Its step count is an estimate until the pipeline has its schedule."""
+        per_picture = max(1, int(request.num_inference_steps * request.strength))
+        state = WholeState(
+            run=Run(lambda run: self._transform(request, run, state)),
+            shape=request.image.size,
+            rows=len(request.seeds),
+            step_count=per_picture * len(request.seeds),
+        )
+        return state
+
+    def denoise(self, states: Sequence[WholeState]) -> Sequence[None]:
+        """Runs one step of each."""
+        for state in states:
+            state.run.resume()
+        return [None] * len(states)
+
+    def advance(self, state: WholeState, noise: None) -> None:
+        """Takes over how far the pipeline came; a step of a prior is no step of the picture's."""
+        state.step = state.steps_seen
+        if state.run.done:
+            state.step = state.step_count = max(state.step_count, 1)
+
+    def finish(self, state: WholeState) -> Sequence[Image.Image]:
+        """The pictures that the call returned."""
+        return state.run.images
+
+    def release(self, state: WholeState) -> None:
+        """Unwinds a call that was cut short."""
+        state.run.abandon()
+
+    def _transform(self, request: Request, run: Run, state: WholeState) -> list[Image.Image]:
+        images: list[Image.Image] = []
+        for index, seed in enumerate(request.seeds):
+            pipe = _view(self._pipe)
+
+            def on_step_end(running: Any, step: int, timestep: Any, tensors: dict[str, Any], index: int = index) -> Any:
+                per_picture = getattr(running, "num_timesteps", None) or state.step_count // len(request.seeds)
+                state.step_count = per_picture * len(request.seeds)
+                # The last step still has decoding behind it: it is told with the picture.
+                state.steps_seen = min(index * per_picture + step + 1, state.step_count - 1)
+                run.pause()
+                return tensors
+
+            def on_prior_step_end(running: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> Any:
+                run.pause()
+                return tensors
+
+            with _quiet(pipe):
+                images += pipe(**self._arguments(request, seed, on_step_end, on_prior_step_end), output_type="pil").images
+        if any(image.size != request.image.size for image in images):
+            raise RuntimeError(f"asked for {request.image.size}, {type(self._pipe).__name__} made {images[0].size}")
+        return images
+
+    def _arguments(self, request: Request, seed: int, on_step_end: Any, on_prior_step_end: Any) -> dict[str, Any]:
+        """The arguments of the pipeline's call: those of the request that this pipeline knows."""
+        width, height = request.image.size
+        if type(self._pipe).__name__ in _SWAPPED:
+            width, height = height, width
+        offered = {
+            "prompt": request.prompt,
+            "negative_prompt": request.negative_prompt,
+            "image": request.image,
+            "strength": request.strength,
+            "num_inference_steps": request.num_inference_steps,
+            "guidance_scale": request.guidance_scale,
+            "width": width,
+            "height": height,
+            "generator": torch.Generator("cpu").manual_seed(seed),
+            "callback_on_step_end": on_step_end,
+            "prior_callback_on_step_end": on_prior_step_end,
+        }
+        return {name: value for name, value in offered.items() if name in self._parameters}
+
+
+def _view(pipe: Any) -> Any:
+    """The pipeline as one call sees it: shared models, but its own settings and schedulers, down to its inner pipelines."""
+    view = copy.copy(pipe)
+    for name, value in vars(pipe).items():
+        # Past diffusers' __setattr__, which would note the new objects in a configuration nobody reads.
+        if name.endswith("_pipe"):
+            view.__dict__[name] = _view(value)
+        elif name.endswith("scheduler"):
+            view.__dict__[name] = copy.deepcopy(value)
+    return view
+
+
+@contextlib.contextmanager
+def _quiet(pipe: Any) -> Iterator[None]:
+    """No progress bars of diffusers' own: the client gets the progress."""
+    for part in (pipe, *(value for name, value in vars(pipe).items() if name.endswith("_pipe"))):
+        part.set_progress_bar_config(disable=True)
+    yield
+
+
+def _size_multiple(pipe: Any) -> int:
+    """Width and height must be multiples of this many pixels: what the pipeline says, else 64."""
+    for part in (pipe, getattr(pipe, "decoder_pipe", None)):
+        factor = getattr(part, "vae_scale_factor", None) or getattr(part, "movq_scale_factor", None)
+        if factor is not None:
+            return int(factor)
+    return 64

@@ -1,0 +1,128 @@
+"""The server's life: bind, load, serve, drain."""
+
+import asyncio
+import logging
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection, reflection_pb2, reflection_pb2_grpc
+from img2img.v1 import asset_pb2_grpc, image_to_image_pb2, image_to_image_pb2_grpc, model_pb2_grpc
+
+from img2img_server.config import ServerConfig
+from img2img_server.engine.engine import Engine
+from img2img_server.interceptors import ErrorInterceptor
+from img2img_server.model_service import AssetService, ModelService
+from img2img_server.models import ModelStore
+from img2img_server.service import ImageToImageService
+
+_log = logging.getLogger(__name__)
+
+SERVICE = image_to_image_pb2.DESCRIPTOR.services_by_name["ImageToImageService"].full_name
+_REFLECTED = (
+    SERVICE,
+    "img2img.v1.ModelService",
+    "img2img.v1.AssetService",
+    health_pb2.DESCRIPTOR.services_by_name["Health"].full_name,
+    reflection.SERVICE_NAME,
+    "grpc.reflection.v1.ServerReflection",
+)
+
+
+class Server:
+    """One gRPC server over one engine. `load_models` blocks while it loads; it is run on a thread of its own.
+
+    The port opens once every model is loaded. Health is SERVING from then on, and NOT_SERVING while it drains.
+    """
+
+    def __init__(self, config: ServerConfig, load_models: Callable[[], ModelStore]) -> None:
+        self._config = config
+        self._load_models = load_models
+        self._health = health.aio.HealthServicer()
+        self._codecs = ThreadPoolExecutor(max_workers=os.cpu_count(), thread_name_prefix="img2img-codec")
+        self._engine: Engine | None = None
+        self._server: grpc.aio.Server | None = None
+        self._names = ["", SERVICE]
+        self.port = 0
+
+    async def start(self) -> None:
+        """Loads the models, binds the port and serves. Raises BundleError or OSError where that cannot be done."""
+        models = await asyncio.to_thread(self._load_models)
+        self._engine = Engine(models.pipelines(), self._config.limits)
+        self._engine.start()
+        self._names += [f"models/{name}" for name in models.pipelines()]
+        self._server = self._make_server(models, self._engine)
+        await self._server.start()
+        await self._set_health(health_pb2.HealthCheckResponse.SERVING)
+        _log.info("serving on %s:%d", self._config.host, self.port)
+        if self._config.port_file is not None:
+            _write_port(self._config.port_file, self.port)
+
+    async def stop(self) -> None:
+        """Drains: takes no new requests, lets the running ones finish within the grace period, then ends them."""
+        if self._server is None or self._engine is None:
+            return
+        await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+        finished = await asyncio.to_thread(self._engine.drain, self._config.grace)
+        _log.info("drained" if finished else "the grace period is over: ending what still runs")
+        await asyncio.to_thread(self._engine.close)
+        # What has ended still has to be encoded and sent.
+        await self._server.stop(grace=5)
+        self._codecs.shutdown()
+        if self._config.port_file is not None:
+            self._config.port_file.unlink(missing_ok=True)
+
+    def _make_server(self, models: ModelStore, engine: Engine) -> grpc.aio.Server:
+        size = self._config.max_message_bytes
+        server = grpc.aio.server(
+            interceptors=[ErrorInterceptor()],
+            options=[
+                ("grpc.max_receive_message_length", size),
+                ("grpc.max_send_message_length", -1),
+                # Else a second server on the same port binds silently and takes half the calls.
+                ("grpc.so_reuseport", 0),
+            ],
+        )
+        transforms = ImageToImageService(self._config, models, engine, self._codecs)
+        image_to_image_pb2_grpc.add_ImageToImageServiceServicer_to_server(transforms, server)
+        model_pb2_grpc.add_ModelServiceServicer_to_server(ModelService(models), server)
+        asset_pb2_grpc.add_AssetServiceServicer_to_server(AssetService(), server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        _add_reflection(server)
+        self.port = _bind(server, self._config)
+        return server
+
+    async def _set_health(self, status: Any) -> None:
+        for name in self._names:
+            await self._health.set(name, status)
+
+
+def _bind(server: grpc.aio.Server, config: ServerConfig) -> int:
+    address = f"{config.host}:{config.port}"
+    try:
+        return int(server.add_insecure_port(address))
+    except RuntimeError:
+        raise OSError(f"cannot listen on {address}: is another server there?") from None
+
+
+def _add_reflection(server: grpc.aio.Server) -> None:
+    """Reflection as v1alpha, which is what the Python package has, and under v1's name, whose messages are the same."""
+    servicer = reflection.aio.ReflectionServicer(service_names=_REFLECTED)
+    reflection_pb2_grpc.add_ServerReflectionServicer_to_server(servicer, server)  # type: ignore[no-untyped-call]
+    handler = grpc.stream_stream_rpc_method_handler(
+        servicer.ServerReflectionInfo,
+        request_deserializer=reflection_pb2.ServerReflectionRequest.FromString,
+        response_serializer=reflection_pb2.ServerReflectionResponse.SerializeToString,
+    )
+    handlers = grpc.method_handlers_generic_handler(_REFLECTED[-1], {"ServerReflectionInfo": handler})
+    server.add_generic_rpc_handlers((handlers,))
+
+
+def _write_port(path: Path, port: int) -> None:
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(f"{port}\n", encoding="ascii")
+    part.replace(path)
