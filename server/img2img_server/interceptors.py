@@ -1,5 +1,6 @@
 """Errors -> rich statuses, once for every call. What is not meant for callers stays in the log."""
 
+import inspect
 import logging
 import math
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -73,8 +74,12 @@ def _wrap_unary(behaviour: Any, method: str) -> Any:
 def _wrap_stream(behaviour: Any, method: str) -> Any:
     async def handle(request: Any, context: Any) -> AsyncIterator[Any]:
         try:
-            async for response in behaviour(request, context):
-                yield response
+            result = behaviour(request, context)
+            if inspect.isawaitable(result):  # a handler that writes to the context itself, such as Health.Watch
+                await result
+            else:
+                async for response in result:
+                    yield response
         except Exception as error:  # noqa: BLE001 - the service's edge
             await _abort(context, error, method)
 

@@ -29,7 +29,6 @@ _REFLECTED = (
     "img2img.v1.AssetService",
     health_pb2.DESCRIPTOR.services_by_name["Health"].full_name,
     reflection.SERVICE_NAME,
-    "grpc.reflection.v1.ServerReflection",
 )
 
 
@@ -110,7 +109,10 @@ def _bind(server: grpc.aio.Server, config: ServerConfig) -> int:
 
 
 def _add_reflection(server: grpc.aio.Server) -> None:
-    """Reflection as v1alpha, which is what the Python package has, and under v1's name, whose messages are the same."""
+    """Reflection as v1alpha, which is what the Python package has, and under v1's name, whose messages are the same.
+
+    v1 is answered but not listed: no descriptor of it is there to describe it with.
+    """
     servicer = reflection.aio.ReflectionServicer(service_names=_REFLECTED)
     reflection_pb2_grpc.add_ServerReflectionServicer_to_server(servicer, server)  # type: ignore[no-untyped-call]
     handler = grpc.stream_stream_rpc_method_handler(
@@ -118,7 +120,7 @@ def _add_reflection(server: grpc.aio.Server) -> None:
         request_deserializer=reflection_pb2.ServerReflectionRequest.FromString,
         response_serializer=reflection_pb2.ServerReflectionResponse.SerializeToString,
     )
-    handlers = grpc.method_handlers_generic_handler(_REFLECTED[-1], {"ServerReflectionInfo": handler})
+    handlers = grpc.method_handlers_generic_handler("grpc.reflection.v1.ServerReflection", {"ServerReflectionInfo": handler})
     server.add_generic_rpc_handlers((handlers,))
 
 

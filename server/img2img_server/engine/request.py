@@ -154,7 +154,7 @@ class Ticket:
     started: float = 0.0
     prepared: float = 0.0
     served: int = 0
-    """The engine's tick at which this ticket was last part of a batch."""
+    """When it last had a turn, counted in turns of all."""
     cancelled: bool = False
     """Whether the caller gave up."""
     ended: bool = False

@@ -47,13 +47,13 @@ class Scheduler:
             return []
         ticket = min(self.waiting, key=_by_deadline)
         self.waiting.remove(ticket)
-        ticket.served = self._turn
         self.active.append(ticket)
+        self._serve(ticket)
         return [ticket]
 
     def next_batch(self, max_rows: dict[str, int | None]) -> list[Ticket]:
         """The requests of the next call; `max_rows` bounds the pictures of a call by model, beside the batch size."""
-        order = sorted(self.active, key=lambda ticket: (ticket.served, *_by_deadline(ticket)))
+        order = sorted(self.active, key=lambda ticket: ticket.served)
         if not order:
             return []
         model = order[0].request.model
@@ -65,14 +65,17 @@ class Scheduler:
                 break
             batch.append(ticket)
             room -= rows
-        self._turn += 1
         for ticket in batch:
-            ticket.served = self._turn
+            self._serve(ticket)
         return batch
 
     def remove(self, ticket: Ticket) -> None:
         """Takes a request out, wherever it is."""
         (self.waiting if ticket in self.waiting else self.active).remove(ticket)
+
+    def _serve(self, ticket: Ticket) -> None:
+        self._turn += 1
+        ticket.served = self._turn
 
 
 def _gone(ticket: Ticket, now: float) -> ServerError | None:

@@ -1,0 +1,70 @@
+"""A real server on a free port, in this process, on an event loop of its own thread."""
+
+import asyncio
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+
+from img2img_server.bundle import Manifest, Source, Verification
+from img2img_server.config import ServerConfig
+from img2img_server.engine.request import Pipeline
+from img2img_server.models import Model, ModelStore
+from img2img_server.server import Server
+
+
+@dataclass(frozen=True, slots=True)
+class RunningServer:
+    """A server that serves, and its event loop."""
+
+    server: Server
+    loop: asyncio.AbstractEventLoop
+
+    @property
+    def port(self) -> int:
+        return self.server.port
+
+    def stop(self) -> Future[None]:
+        """Begins to drain."""
+        return asyncio.run_coroutine_threadsafe(self.server.stop(), self.loop)
+
+
+@contextlib.contextmanager
+def running(load_models: Callable[[], ModelStore], **settings: object) -> Iterator[RunningServer]:
+    """Runs a server until the block is left, which drains it. `settings` are ServerConfig's."""
+    config = ServerConfig(**{"models": Path(), "port": 0, **settings})  # type: ignore[arg-type]
+    server = Server(config, load_models)
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever, name="test-server", daemon=True)
+    thread.start()
+    try:
+        asyncio.run_coroutine_threadsafe(server.start(), loop).result(120)
+        yield RunningServer(server, loop)
+    finally:
+        asyncio.run_coroutine_threadsafe(server.stop(), loop).result(120)
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join(30)
+        loop.close()
+
+
+def store(**pipelines: Pipeline) -> ModelStore:
+    """A store of pipelines by id, as if each came from a bundle that was exported from "acme/<id>" at revision "r1"."""
+    return ModelStore(
+        [Model(name, manifest(f"acme/{name}"), pipeline) for name, pipeline in pipelines.items()],
+        default="m" if "m" in pipelines else None,
+    )
+
+
+def manifest(repo_id: str) -> Manifest:
+    return Manifest(
+        source=Source(repo_id=repo_id, revision="r1", variant="fp16", allow_patterns=("*.json",)),
+        pipeline_class="StableDiffusionImg2ImgPipeline",
+        family="stable-diffusion",
+        backend="onnx",
+        components=(),
+        files={},
+        tools={},
+        verification=Verification(passed=True),
+    )

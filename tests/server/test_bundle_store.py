@@ -1,0 +1,96 @@
+"""The model store: which bundles are served, and which are refused and why."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from fakes import FakePipeline
+from img2img_server.bundle import MANIFEST_NAME, Verification, digest_files, list_files, write_manifest
+from img2img_server.errors import BundleError, ModelUnavailable
+from img2img_server.models import ModelStore
+from running import manifest
+
+
+def make_bundle(folder: Path, passed: bool = True) -> Path:
+    folder.mkdir(parents=True)
+    (folder / "model_index.json").write_text("{}")
+    (folder / "unet").mkdir()
+    (folder / "unet" / "model.onnx").write_bytes(b"graph")
+    files = digest_files(folder, list_files(folder))
+    write_manifest(folder, replace(manifest("acme/m"), files=files, verification=Verification(passed)))
+    return folder
+
+
+def load(folder: Path, default: str | None = None) -> ModelStore:
+    return ModelStore.load(folder, lambda path, manifest: FakePipeline(), default)
+
+
+def problem(folder: Path) -> str:
+    (model,) = [model for model in load(folder) if model.id == "bad"]
+    assert model.pipeline is None
+    return model.problem
+
+
+def test_every_bundle_of_a_folder_is_served(tmp_path: Path) -> None:
+    make_bundle(tmp_path / "b")
+    make_bundle(tmp_path / "a")
+    (tmp_path / "notes").mkdir()
+    make_bundle(tmp_path / ".hidden")
+    assert list(load(tmp_path).pipelines()) == ["a", "b"]
+
+
+def test_one_bundle_is_a_store_too(tmp_path: Path) -> None:
+    store = load(make_bundle(tmp_path / "one"))
+    assert (list(store.pipelines()), store.default) == (["one"], "one")
+
+
+def test_a_folder_without_bundles_is_an_error_that_teaches(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match="img2img export"):
+        load(tmp_path)
+    with pytest.raises(BundleError, match="not a folder"):
+        load(tmp_path / "nope")
+
+
+def test_an_unknown_default_is_an_error(tmp_path: Path) -> None:
+    make_bundle(tmp_path / "a")
+    with pytest.raises(BundleError, match="'nope' is not in the store, which has a"):
+        load(tmp_path, "nope")
+
+
+@pytest.mark.parametrize(
+    ("damage", "why"),
+    [
+        (lambda bundle: (bundle / "unet" / "model.onnx").write_bytes(b"other"), "SHA-256 differs"),
+        (lambda bundle: (bundle / "unet" / "model.onnx").unlink(), "lacks unet/model.onnx"),
+        (lambda bundle: (bundle / MANIFEST_NAME).write_text("{"), "cannot be read"),
+        (lambda bundle: (bundle / MANIFEST_NAME).write_text('{"format_version": 99}'), "format version 99"),
+        (lambda bundle: (bundle / MANIFEST_NAME).write_text('{"format_version": 1, "x": 1}'), "unknown keys"),
+        (lambda bundle: shutil.rmtree(bundle) or make_bundle(bundle, passed=False), "did not pass verification"),
+    ],
+)
+def test_a_damaged_bundle_is_refused_with_the_reason_and_the_others_are_served(tmp_path: Path, damage: object, why: str) -> None:
+    make_bundle(tmp_path / "good")
+    damage(make_bundle(tmp_path / "bad"))  # type: ignore[operator]
+    assert why in problem(tmp_path)
+    assert list(load(tmp_path).pipelines()) == ["good"]
+    with pytest.raises(ModelUnavailable):
+        load(tmp_path, "bad").resolve(
+            replace(manifest("acme/m").source, repo_id=None, revision=None, variant=None, allow_patterns=())
+        )
+
+
+def test_a_manifest_that_points_outside_is_refused(tmp_path: Path) -> None:
+    make_bundle(tmp_path / "good")
+    bad = make_bundle(tmp_path / "bad")
+    data = json.loads((bad / MANIFEST_NAME).read_text())
+    data["files"]["../good/model_index.json"] = data["files"]["model_index.json"]
+    (bad / MANIFEST_NAME).write_text(json.dumps(data))
+    assert "outside itself" in problem(tmp_path)
+
+
+def test_a_store_of_nothing_but_damage_does_not_start(tmp_path: Path) -> None:
+    (make_bundle(tmp_path / "bad") / "unet" / "model.onnx").unlink()
+    with pytest.raises(BundleError, match="no bundle can be served"):
+        load(tmp_path)

@@ -1,0 +1,201 @@
+"""Every mode and format of picture comes out upright, in RGB; what is wrong is named."""
+
+import base64
+import io
+import zlib
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from img2img_server import images
+from img2img_server.errors import InvalidField
+from img2img_server.images import ImageLimits
+from PIL import Image, ImageCms
+
+LIMITS = ImageLimits(max_bytes=200_000, max_source_pixels=100_000, max_pixels=4096)
+ORIENTATION = 0x0112
+
+
+def picture() -> Image.Image:
+    """Left half red above green, right half blue above white: every turn and flip of it is another picture."""
+    pixels = np.zeros((16, 24, 3), np.uint8)
+    pixels[:8, :12], pixels[8:, :12], pixels[:8, 12:], pixels[8:, 12:] = (200, 0, 0), (0, 200, 0), (0, 0, 200), (255, 255, 255)
+    return Image.fromarray(pixels)
+
+
+def gray() -> np.ndarray:
+    return np.asarray(picture().convert("L"))
+
+
+def saved(image: Image.Image, file_format: str, **options: object) -> bytes:
+    file = io.BytesIO()
+    image.save(file, file_format, **options)
+    return file.getvalue()
+
+
+def lab() -> Image.Image:
+    return ImageCms.profileToProfile(picture(), ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"), outputMode="LAB")
+
+
+def transparent() -> Image.Image:
+    image = picture().convert("RGBA")
+    image.putalpha(Image.fromarray(np.where(np.arange(24) < 12, 255, 0).astype(np.uint8)[None].repeat(16, 0)))
+    return image
+
+
+def white_right() -> Image.Image:
+    image = picture()
+    image.paste("white", (12, 0, 24, 16))
+    return image
+
+
+# What is saved, the file format, what must come out, and by how much (0 to 255) the format may change it.
+CASES: dict[str, tuple[Callable[[], Image.Image], str, Callable[[], Image.Image], int]] = {
+    "RGB": (picture, "PNG", picture, 0),
+    "1": (lambda: picture().convert("1", dither=0), "PNG", lambda: picture().convert("1", dither=0), 0),
+    "L": (lambda: picture().convert("L"), "PNG", lambda: picture().convert("L"), 0),
+    "LA": (lambda: transparent().convert("LA"), "PNG", lambda: white_right().convert("L"), 0),
+    "P": (lambda: picture().quantize(8), "PNG", picture, 4),
+    "P transparent": (lambda: transparent().quantize(8), "PNG", white_right, 4),
+    "RGBA": (transparent, "PNG", white_right, 0),
+    "CMYK": (lambda: picture().convert("CMYK"), "TIFF", picture, 0),
+    "CMYK JPEG": (lambda: picture().convert("CMYK"), "JPEG", picture, 60),
+    "YCbCr": (lambda: picture().convert("YCbCr"), "TIFF", picture, 3),
+    "LAB": (lab, "TIFF", picture, 30),  # 8-bit LAB itself is that coarse at full saturation
+    "I;16": (lambda: Image.fromarray(gray().astype(np.uint16) * 257), "PNG", lambda: picture().convert("L"), 1),
+    "I;16 TIFF": (lambda: Image.fromarray(gray().astype(np.uint16) * 257), "TIFF", lambda: picture().convert("L"), 1),
+    "I": (lambda: Image.fromarray(gray().astype(np.int32) * 2**20), "TIFF", lambda: picture().convert("L"), 1),
+    "F to 1": (lambda: Image.fromarray(gray().astype(np.float32) / 255), "TIFF", lambda: picture().convert("L"), 1),
+    "F to 255": (lambda: Image.fromarray(gray().astype(np.float32)), "TIFF", lambda: picture().convert("L"), 1),
+    "JPEG": (picture, "JPEG", picture, 60),
+    "WebP": (picture, "WEBP", picture, 60),
+    "GIF": (picture, "GIF", picture, 4),
+    "BMP": (picture, "BMP", picture, 0),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_mode_becomes_upright_rgb_of_the_same_size(name: str) -> None:
+    make, file_format, expected, tolerance = CASES[name]
+    decoded = images.decode(saved(make(), file_format), LIMITS, "image.data")
+    assert (decoded.mode, decoded.size) == ("RGB", (24, 16))
+    difference = np.abs(np.asarray(decoded, int) - np.asarray(expected().convert("RGB"), int))
+    # Lossy formats smear the borders of the quarters: look inside them.
+    inner = (
+        difference[2:6, 2:10].max(),
+        difference[10:14, 2:10].max(),
+        difference[2:6, 14:22].max(),
+        difference[10:14, 14:22].max(),
+    )
+    assert max(inner) <= tolerance
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_an_exif_rotated_photo_comes_out_upright(orientation: int) -> None:
+    exif = Image.Exif()
+    exif[ORIENTATION] = orientation
+    stored = {
+        2: [Image.Transpose.FLIP_LEFT_RIGHT], 3: [Image.Transpose.ROTATE_180], 4: [Image.Transpose.FLIP_TOP_BOTTOM],
+        5: [Image.Transpose.TRANSPOSE], 6: [Image.Transpose.ROTATE_90], 7: [Image.Transpose.TRANSVERSE],
+        8: [Image.Transpose.ROTATE_270],
+    }.get(orientation, [])  # fmt: skip
+    image = picture()
+    for turn in stored:
+        image = image.transpose(turn)
+    decoded = images.decode(saved(image, "PNG", exif=exif), LIMITS, "image.data")
+    assert decoded.size == (24, 16)
+    assert np.array_equal(np.asarray(decoded), np.asarray(picture()))
+
+
+@pytest.mark.parametrize("file_format", ["GIF", "WEBP", "PNG"])
+def test_an_animation_gives_its_first_frame(file_format: str) -> None:
+    second = Image.new("RGB", (24, 16), "black")
+    data = saved(picture(), file_format, save_all=True, append_images=[second], duration=50)
+    decoded = images.decode(data, LIMITS, "image.data")
+    assert np.abs(np.asarray(decoded, int)[2:6, 2:10] - (200, 0, 0)).max() <= 60
+
+
+def refusal(data: bytes, limits: ImageLimits = LIMITS) -> InvalidField:
+    with pytest.raises(InvalidField) as caught:
+        images.decode(data, limits, "image.data")
+    assert caught.value.field == "image.data"
+    return caught.value
+
+
+def test_a_file_that_is_no_picture_is_refused() -> None:
+    assert "empty" in str(refusal(b""))
+    assert "known format" in str(refusal(b"GIF it is not"))
+    assert "known format" in str(refusal(saved(picture(), "PPM"))), "a format that is not on the list is not tried"
+
+
+@pytest.mark.parametrize("file_format", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"])
+def test_a_truncated_file_is_refused(file_format: str) -> None:
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8))
+    data = saved(noise, file_format)
+    refusal(data[: len(data) // 2])
+
+
+def test_a_file_of_too_many_bytes_is_refused() -> None:
+    assert "200001 bytes" in str(refusal(b"x" * 200_001))
+
+
+def test_too_many_pixels_are_refused_before_they_are_decoded() -> None:
+    # A PNG whose header announces 40000 x 40000 pixels and that has none: decoding would fail in another way.
+    header = b"\x89PNG\r\n\x1a\n"
+    body = b"IHDR" + (40_000).to_bytes(4, "big") * 2 + b"\x08\x02\x00\x00\x00"
+    header += (13).to_bytes(4, "big") + body + zlib.crc32(body).to_bytes(4, "big")
+    empty = b"IDAT"
+    header += (0).to_bytes(4, "big") + empty + zlib.crc32(empty).to_bytes(4, "big")
+    assert "40000 x 40000 pixels" in str(refusal(header))
+
+
+def test_a_data_uri_gives_its_bytes() -> None:
+    data = saved(picture(), "PNG")
+    uri = "data:image/png;base64," + base64.b64encode(data).decode()
+    assert images.decode_data_uri(uri, LIMITS, "image.uri") == data
+    assert images.decode_data_uri("data:,a%20b", LIMITS, "image.uri") == b"a b"
+
+
+@pytest.mark.parametrize("uri", ["data:image/png;base64", "data:image/png;base64,@@@@", "data:image/png;base64,abc"])
+def test_a_malformed_data_uri_is_refused(uri: str) -> None:
+    with pytest.raises(InvalidField) as caught:
+        images.decode_data_uri(uri, LIMITS, "image.uri")
+    assert caught.value.field == "image.uri"
+
+
+def test_an_endless_data_uri_is_refused_before_it_is_decoded() -> None:
+    with pytest.raises(InvalidField, match="too many"):
+        images.decode_data_uri("data:," + "a" * 800_001, LIMITS, "image.uri")
+
+
+def test_the_size_is_the_sources_rounded_down_to_the_models_multiple() -> None:
+    assert images.target_size((63, 40), None, None, 8, LIMITS) == (56, 40)
+    assert images.target_size((63, 40), 100, 20, 8, ImageLimits()) == (96, 16)
+    assert images.target_size((63, 40), None, 32, 8, LIMITS) == (56, 32)
+
+
+@pytest.mark.parametrize(
+    ("source", "width", "height", "field"),
+    [((7, 64), None, None, "image"), ((64, 64), 7, None, "width"), ((64, 64), None, 0, "height"), ((64, 64), -8, None, "width"),
+     ((128, 128), None, None, "image"), ((64, 64), 128, None, "width"), ((64, 64), None, 128, "height")],
+)  # fmt: skip
+def test_a_size_out_of_bounds_names_its_field(source: tuple[int, int], width: int | None, height: int | None, field: str) -> None:
+    with pytest.raises(InvalidField) as caught:
+        images.target_size(source, width, height, 8, LIMITS)
+    assert caught.value.field == field
+
+
+@pytest.mark.parametrize(
+    ("file_format", "quality", "exact"), [("PNG", 1, True), ("JPEG", 95, False), ("WEBP", 95, False), ("WEBP", 100, True)]
+)
+def test_results_are_encoded_in_the_format_that_was_asked(file_format: images.WriteFormat, quality: int, exact: bool) -> None:
+    encoded = Image.open(io.BytesIO(images.encode(picture(), file_format, quality)))
+    assert (encoded.format, encoded.size) == (file_format, (24, 16))
+    difference = np.abs(np.asarray(encoded.convert("RGB"), int) - np.asarray(picture(), int))
+    assert (difference.max() == 0) == exact
+
+
+def test_quality_makes_files_smaller() -> None:
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8))
+    for file_format in ("JPEG", "WEBP"):
+        assert len(images.encode(noise, file_format, 20)) < len(images.encode(noise, file_format, 90))  # type: ignore[arg-type]

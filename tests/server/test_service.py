@@ -1,0 +1,306 @@
+"""The service over a real channel and a fake pipeline: what is asked is what the engine gets, and what is wrong is named."""
+
+import base64
+import io
+import math
+import threading
+from collections.abc import Iterator
+
+import grpc
+import pytest
+from fakes import FakePipeline
+from google.rpc import error_details_pb2
+from grpc_status import rpc_status
+from img2img.v1 import asset_pb2, asset_pb2_grpc, model_pb2, model_pb2_grpc
+from img2img.v1 import image_to_image_pb2 as pb
+from img2img.v1.image_to_image_pb2_grpc import ImageToImageServiceStub
+from img2img_server.config import DEFAULT_PROMPT
+from img2img_server.engine.scheduler import Limits
+from img2img_server.images import ImageLimits
+from img2img_server.models import Model, ModelStore
+from PIL import Image
+from running import running, store
+
+LIMITS = ImageLimits(max_bytes=100_000, max_source_pixels=100_000, max_pixels=64 * 64)
+
+
+def png(size: tuple[int, int] = (24, 16)) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", size, "teal").save(file, "PNG")
+    return file.getvalue()
+
+
+def request(**fields: object) -> pb.TransformRequest:
+    return pb.TransformRequest(**{"image": pb.ImageSource(data=png()), "seed": 5, **fields})  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def pipeline() -> FakePipeline:
+    return FakePipeline()
+
+
+@pytest.fixture
+def channel(pipeline: FakePipeline) -> Iterator[grpc.Channel]:
+    load = lambda: store(m=pipeline, other=FakePipeline())  # noqa: E731
+    limits = Limits(max_active=1, max_waiting=1)
+    with (
+        running(load, image_limits=LIMITS, limits=limits) as server,
+        grpc.insecure_channel(f"localhost:{server.port}") as channel,
+    ):
+        yield channel
+
+
+@pytest.fixture
+def stub(channel: grpc.Channel) -> ImageToImageServiceStub:
+    return ImageToImageServiceStub(channel)
+
+
+def failure(call: object) -> tuple[grpc.StatusCode, dict[str, object]]:
+    """The status code of a failed call, and its details by name: message, reason, field, description, retry."""
+    with pytest.raises(grpc.RpcError) as caught:
+        call()  # type: ignore[operator]
+    error = caught.value
+    found: dict[str, object] = {"message": error.details()}  # type: ignore[attr-defined]
+    status = rpc_status.from_call(error)
+    for detail in status.details if status else ():
+        info, bad, retry = error_details_pb2.ErrorInfo(), error_details_pb2.BadRequest(), error_details_pb2.RetryInfo()
+        if detail.Unpack(info):
+            assert info.domain == "img2img"
+            found["reason"] = info.reason
+        elif detail.Unpack(bad):
+            (violation,) = bad.field_violations
+            found |= {"field": violation.field, "description": violation.description}
+        elif detail.Unpack(retry):
+            found["retry"] = retry.retry_delay.ToTimedelta().total_seconds()
+    return error.code(), found  # type: ignore[attr-defined]
+
+
+def test_unset_fields_take_their_defaults(stub: ImageToImageServiceStub, pipeline: FakePipeline) -> None:
+    response = stub.Transform(pb.TransformRequest(image=pb.ImageSource(data=png())))
+    (state,) = pipeline.prepared
+    asked = state.request
+    assert (asked.prompt, asked.negative_prompt) == (DEFAULT_PROMPT, None)
+    assert (asked.strength, asked.num_inference_steps, asked.guidance_scale) == (0.8, 25, 7.5)
+    assert asked.image.size == (24, 16)
+    assert response.images[0].seed == asked.seeds[0] >= 0
+    assert (response.images[0].width, response.images[0].height) == (24, 16)
+    assert (response.model_id, response.model_revision, response.engine) == ("m", "r1", "fake:cpu")
+    assert response.timings.total_ms > 0
+
+
+def test_set_fields_arrive_even_where_they_are_zero(stub: ImageToImageServiceStub, pipeline: FakePipeline) -> None:
+    stub.Transform(
+        request(
+            prompt="", negative_prompt="", strength=0.7, num_inference_steps=10, guidance_scale=0.0, seed=0, image_count=3,
+            width=33, height=16, model=pb.ModelReference(path="m"),
+        )
+    )  # fmt: skip
+    asked = pipeline.prepared[0].request
+    assert (asked.prompt, asked.negative_prompt, asked.guidance_scale) == ("", "", 0.0)
+    assert asked.seeds == (0, 1, 2)
+    assert asked.image.size == (32, 16)
+    # int(10 * 0.7) is 7 as diffusers counts, and would be 6 had strength travelled as a float of 32 bits.
+    assert pipeline.prepared[0].step_count == 7
+
+
+@pytest.mark.parametrize(("asked", "format_"), [(0, "PNG"), (1, "PNG"), (2, "JPEG"), (3, "WEBP")])
+def test_results_come_in_the_format_that_was_asked(stub: ImageToImageServiceStub, asked: int, format_: str) -> None:
+    output = pb.OutputOptions(format=asked, quality=50)  # type: ignore[arg-type]
+    response = stub.Transform(request(output=output))
+    assert Image.open(io.BytesIO(response.images[0].data)).format == format_
+    assert pb.OutputFormat.Name(response.images[0].format) == f"OUTPUT_FORMAT_{format_}"
+
+
+def test_a_data_uri_is_a_source(stub: ImageToImageServiceStub, pipeline: FakePipeline) -> None:
+    uri = "data:image/png;base64," + base64.b64encode(png((8, 32))).decode()
+    stub.Transform(request(image=pb.ImageSource(uri=uri)))
+    assert pipeline.prepared[0].request.image.size == (8, 32)
+
+
+def test_a_stream_tells_each_event_once_and_in_order(stub: ImageToImageServiceStub) -> None:
+    events = list(stub.TransformStream(pb.TransformStreamRequest(request=request(num_inference_steps=5, strength=1.0))))
+    assert [event.WhichOneof("event") for event in events] == ["queued", "started", *["progress"] * 5, "completed"]
+    assert events[0].queued.position == 0
+    assert (events[1].started.seed, events[1].started.engine) == (5, "fake:cpu")
+    assert [(event.progress.step, event.progress.step_count) for event in events[2:7]] == [(step, 5) for step in range(1, 6)]
+    assert events[-1].completed.images[0].seed == 5
+
+
+def test_seeds_differ_unless_they_are_asked(stub: ImageToImageServiceStub) -> None:
+    seeds = {stub.Transform(request(seed=-1)).images[0].seed for _ in range(5)}
+    assert len(seeds) == 5
+
+
+BAD: dict[str, tuple[dict[str, object], str]] = {
+    "no picture": ({"image": None}, "image"),
+    "an empty source": ({"image": pb.ImageSource()}, "image"),
+    "an empty picture": ({"image": pb.ImageSource(data=b"")}, "image.data"),
+    "an undecodable picture": ({"image": pb.ImageSource(data=b"not a picture")}, "image.data"),
+    "a truncated picture": ({"image": pb.ImageSource(data=png()[:60])}, "image.data"),
+    "a picture of too many bytes": ({"image": pb.ImageSource(data=bytes(100_001))}, "image.data"),
+    "a picture of too many pixels": ({"image": pb.ImageSource(data=png((500, 500)))}, "image.data"),
+    "a result of too many pixels": ({"image": pb.ImageSource(data=png((128, 128)))}, "image"),
+    "a picture smaller than the multiple": ({"image": pb.ImageSource(data=png((4, 4)))}, "image"),
+    "an undecodable uri": ({"image": pb.ImageSource(uri="data:image/png;base64,%%%")}, "image.uri"),
+    "no picture in a uri": ({"image": pb.ImageSource(uri="data:,hello")}, "image.uri"),
+    "an http uri": ({"image": pb.ImageSource(uri="http://localhost/a.png")}, "image.uri"),
+    "a file uri": ({"image": pb.ImageSource(uri="file:///etc/passwd")}, "image.uri"),
+    "strength 0": ({"strength": 0.0}, "strength"),
+    "strength above 1": ({"strength": 1.01}, "strength"),
+    "strength below 0": ({"strength": -0.5}, "strength"),
+    "strength NaN": ({"strength": math.nan}, "strength"),
+    "strength infinite": ({"strength": math.inf}, "strength"),
+    "less than one step": ({"strength": 0.1, "num_inference_steps": 9}, "strength"),
+    "zero steps": ({"num_inference_steps": 0}, "num_inference_steps"),
+    "too many steps": ({"num_inference_steps": 101}, "num_inference_steps"),
+    "guidance below 0": ({"guidance_scale": -0.1}, "guidance_scale"),
+    "guidance above 30": ({"guidance_scale": 30.5}, "guidance_scale"),
+    "guidance NaN": ({"guidance_scale": math.nan}, "guidance_scale"),
+    "a seed below -1": ({"seed": -2}, "seed"),
+    "seeds beyond 64 bits": ({"seed": 2**63 - 1, "image_count": 2}, "seed"),
+    "no pictures": ({"image_count": 0}, "image_count"),
+    "too many pictures": ({"image_count": 9}, "image_count"),
+    "an unknown format": ({"output": pb.OutputOptions(format=99)}, "output.format"),  # type: ignore[arg-type]
+    "quality 0": ({"output": pb.OutputOptions(quality=0)}, "output.quality"),
+    "quality above 100": ({"output": pb.OutputOptions(quality=101)}, "output.quality"),
+    "a width of 0": ({"width": 0}, "width"),
+    "a negative height": ({"height": -64}, "height"),
+    "a huge width": ({"width": 2**30}, "width"),
+    "an ambiguous model": ({"model": pb.ModelReference(revision="r1")}, "model"),
+}
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_names_its_field(stub: ImageToImageServiceStub, pipeline: FakePipeline, name: str, streamed: bool) -> None:
+    fields, field = BAD[name]
+    asked = request(**fields)
+    call = (lambda: list(stub.TransformStream(pb.TransformStreamRequest(request=asked)))) if streamed else lambda: stub.Transform(asked)  # fmt: skip  # noqa: E501
+    code, details = failure(call)
+    assert (code, details["field"], details["reason"]) == (grpc.StatusCode.INVALID_ARGUMENT, field, "INVALID_FIELD")
+    assert details["message"] == f"{field}: {details['description']}"
+    assert pipeline.prepared == [], "nothing computes for a wrong request"
+
+
+@pytest.mark.parametrize(
+    "reference",
+    [{"path": "nope"}, {"repo_id": "acme/nope"}, {"path": "m", "revision": "r2"}, {"path": "m", "variant": "bf16"},
+     {"path": "../m"}, {"path": "m", "allow_patterns": ["*.bin"]}, {"path": "m", "ignore_patterns": ["*.txt"]}],
+)  # fmt: skip
+def test_an_unknown_model_is_not_found_and_the_known_are_named(stub: ImageToImageServiceStub, reference: dict[str, str]) -> None:
+    code, details = failure(lambda: stub.Transform(request(model=pb.ModelReference(**reference))))  # type: ignore[arg-type]
+    assert (code, details["reason"]) == (grpc.StatusCode.NOT_FOUND, "MODEL_NOT_FOUND")
+    assert "there are m, other" in str(details["message"])
+
+
+@pytest.mark.parametrize(
+    "reference",
+    [{}, {"path": "m"}, {"repo_id": "acme/m"}, {"repo_id": "acme/m", "revision": "r1", "variant": "fp16"},
+     {"path": "m", "allow_patterns": ["*.json"]}],
+)  # fmt: skip
+def test_a_reference_that_agrees_finds_its_model(stub: ImageToImageServiceStub, reference: dict[str, str]) -> None:
+    assert stub.Transform(request(model=pb.ModelReference(**reference))).model_id == "m"  # type: ignore[arg-type]
+
+
+def test_several_models_and_no_default_must_be_told_apart() -> None:
+    load = lambda: store(a=FakePipeline(), b=FakePipeline())  # noqa: E731
+    with running(load) as server, grpc.insecure_channel(f"localhost:{server.port}") as channel:
+        code, details = failure(lambda: ImageToImageServiceStub(channel).Transform(request()))
+    assert (code, details["field"]) == (grpc.StatusCode.INVALID_ARGUMENT, "model")
+
+
+def test_a_model_that_did_not_load_is_listed_and_refused() -> None:
+    load = lambda: ModelStore([Model("broken", problem="checksums"), *store(m=FakePipeline())], "m")  # noqa: E731
+    with running(load) as server, grpc.insecure_channel(f"localhost:{server.port}") as channel:
+        listed = model_pb2_grpc.ModelServiceStub(channel).ListModels(model_pb2.ListModelsRequest()).models
+        asked = request(model=pb.ModelReference(path="broken"))
+        code, details = failure(lambda: ImageToImageServiceStub(channel).Transform(asked))
+    assert [(model.id, model.state) for model in listed] == [("broken", model_pb2.MODEL_STATE_FAILED), ("m", 3)]
+    assert (code, details["reason"]) == (grpc.StatusCode.FAILED_PRECONDITION, "MODEL_UNAVAILABLE")
+
+
+def test_models_are_listed_and_described(channel: grpc.Channel) -> None:
+    stub = model_pb2_grpc.ModelServiceStub(channel)
+    listed = stub.ListModels(model_pb2.ListModelsRequest()).models
+    assert [model.id for model in listed] == ["m", "other"]
+    described = stub.GetModel(model_pb2.GetModelRequest(id="m")).model
+    assert described == listed[0]
+    assert (described.source.repo_id, described.engine, described.is_default) == ("acme/m", "fake:cpu", True)
+    code, _ = failure(lambda: stub.GetModel(model_pb2.GetModelRequest(id="nope")))
+    assert code == grpc.StatusCode.NOT_FOUND
+
+
+def test_what_later_work_fills_in_is_unimplemented(channel: grpc.Channel) -> None:
+    models, assets = model_pb2_grpc.ModelServiceStub(channel), asset_pb2_grpc.AssetServiceStub(channel)
+    images = ImageToImageServiceStub(channel)
+    calls = [
+        lambda: models.LoadModel(model_pb2.LoadModelRequest(id="m")),
+        lambda: models.UnloadModel(model_pb2.UnloadModelRequest(id="m")),
+        lambda: assets.UploadAsset(iter([asset_pb2.UploadAssetRequest(chunk=b"")])),
+        lambda: list(assets.GetAsset(asset_pb2.GetAssetRequest(id="a"))),
+        lambda: assets.DeleteAsset(asset_pb2.DeleteAssetRequest(id="a")),
+        lambda: images.Transform(request(image=pb.ImageSource(asset_id="a"))),
+        lambda: images.Transform(request(output=pb.OutputOptions(as_asset=True))),
+    ]
+    for call in calls:
+        code, details = failure(call)
+        assert (code, details["reason"]) == (grpc.StatusCode.UNIMPLEMENTED, "NOT_SUPPORTED")
+
+
+def test_a_failing_model_says_nothing_internal(stub: ImageToImageServiceStub, caplog: pytest.LogCaptureFixture) -> None:
+    code, details = failure(lambda: stub.Transform(request(prompt="fail denoise")))
+    assert (code, details["reason"]) == (grpc.StatusCode.INTERNAL, "MODEL_FAILED")
+    assert "told to fail" not in str(details["message"])
+    assert "told to fail" in caplog.text, "the operator sees the cause"
+
+
+def test_leaving_a_stream_frees_the_device(stub: ImageToImageServiceStub, pipeline: FakePipeline) -> None:
+    asked = pb.TransformStreamRequest(request=request(num_inference_steps=100, strength=1.0))
+    go, called = threading.Event(), threading.Event()
+
+    def wait() -> None:
+        called.set()
+        assert go.wait(30)
+
+    pipeline.before_call = wait
+    call = stub.TransformStream(asked)
+    assert called.wait(30)
+    call.cancel()
+    # Another request is served only after the first has left: there is one place. Once it is queued, the server has seen
+    # the cancellation, which was sent before it.
+    following = stub.TransformStream(pb.TransformStreamRequest(request=request(num_inference_steps=1, strength=1.0)))
+    assert next(following).WhichOneof("event") == "queued"
+    go.set()
+    assert list(following)[-1].WhichOneof("event") == "completed"
+    assert [state.request.num_inference_steps for state in pipeline.released] == [100, 1]
+    assert pipeline.released[0].step < 100
+
+
+def test_a_deadline_ends_the_work(stub: ImageToImageServiceStub, pipeline: FakePipeline) -> None:
+    go = threading.Event()
+    pipeline.before_call = lambda: go.wait(30)
+    code, _ = failure(lambda: stub.Transform(request(num_inference_steps=100, strength=1.0), timeout=0.3))
+    assert code == grpc.StatusCode.DEADLINE_EXCEEDED
+    go.set()
+    stub.Transform(request(num_inference_steps=1, strength=1.0))
+    assert pipeline.released[0].step < 100
+
+
+def test_a_full_queue_answers_at_once_with_when_to_retry(stub: ImageToImageServiceStub, pipeline: FakePipeline) -> None:
+    go, called = threading.Event(), threading.Event()
+
+    def wait() -> None:
+        called.set()
+        assert go.wait(30)
+
+    pipeline.before_call = wait
+    running_call = stub.Transform.future(request())  # type: ignore[attr-defined]
+    assert called.wait(30)
+    waiting = stub.TransformStream(pb.TransformStreamRequest(request=request()))
+    assert next(waiting).queued.position == 0
+    code, details = failure(lambda: stub.Transform(request()))
+    assert (code, details["reason"]) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "QUEUE_FULL")
+    assert float(str(details["retry"])) >= 1
+    go.set()
+    assert running_call.result(30).images
+    assert list(waiting)[-1].WhichOneof("event") == "completed"

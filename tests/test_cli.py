@@ -1,0 +1,41 @@
+"""The command line: it teaches, it is quick to answer, and what it does not know is an error."""
+
+import subprocess
+import sys
+
+import pytest
+from img2img_cli.__main__ import COMMANDS, main
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main([command, "--help"])
+    assert exit_.value.code == 0
+    text = capsys.readouterr().out
+    assert f"usage: img2img {command}" in text
+    assert "example" in text.lower(), "a reader learns by example"
+
+
+def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    text = capsys.readouterr().out
+    assert all(command in text for command in COMMANDS)
+
+
+@pytest.mark.parametrize("words", [[], ["nope"], ["serve", "--models", "m", "--nope"], ["export"], ["--nope"]])
+def test_unknown_words_are_errors(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(words)
+    assert exit_.value.code == 2
+    assert "usage: img2img" in capsys.readouterr().err
+
+
+def test_a_missing_extra_is_named() -> None:
+    code = (
+        "import sys; sys.modules['grpc'] = None; import img2img_cli.__main__ as c; sys.exit(c.main(['serve', '--models', '/']))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert result.returncode == 1
+    assert "pip install 'img2img[server]'" in result.stderr

@@ -1,0 +1,66 @@
+"""The rules of the house, each tried in a fresh interpreter: who may import what, and what answers quickly."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HEAVY = ("torch", "onnxruntime", "diffusers", "transformers", "optimum", "onnx", "grpc")
+
+RULES = [
+    # module, what its import must not bring in
+    ("img2img_server.errors", (*HEAVY, "numpy", "PIL", "google")),
+    ("img2img_server.bundle", (*HEAVY, "numpy", "PIL", "google")),
+    ("img2img_server.images", HEAVY),
+    ("img2img_server.config", HEAVY),
+    ("img2img_server.models", HEAVY),
+    ("img2img_server.engine.request", HEAVY),
+    ("img2img_server.engine.scheduler", HEAVY),
+    ("img2img_server.engine.engine", HEAVY),
+    ("img2img_server.server", ("torch", "onnxruntime", "diffusers", "transformers", "optimum", "onnx")),
+    ("img2img_server.__main__", (*HEAVY, "numpy", "PIL", "google")),
+    ("img2img_server.pipelines.loader", ("grpc",)),
+    ("img2img_export.command", (*HEAVY, "numpy", "PIL", "google")),
+    ("img2img_client", ("torch", "onnxruntime", "diffusers", "transformers", "optimum", "onnx", "numpy")),
+    ("img2img_client.transform_command", HEAVY),
+    ("img2img_client.models_command", HEAVY),
+    ("img2img_cli.__main__", (*HEAVY, "numpy", "PIL", "google", "rich")),
+]
+
+
+def fresh(code: str) -> str:
+    result = subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True, timeout=120, cwd="/")
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+@pytest.mark.parametrize(("module", "forbidden"), RULES, ids=[module for module, _ in RULES])
+def test_a_module_imports_only_what_lies_below_it(module: str, forbidden: tuple[str, ...]) -> None:
+    loaded = set(fresh(f"import sys, {module}; print(*sorted({{name.split('.')[0] for name in sys.modules}}))").split())
+    assert module.split(".")[0] in loaded
+    assert loaded.isdisjoint(forbidden), sorted(loaded & set(forbidden))
+
+
+def test_serving_does_not_need_the_export_stack() -> None:
+    """With optimum and onnx out of reach, the server's pipelines still import."""
+    code = "import sys; sys.modules['optimum'] = sys.modules['onnx'] = None; import img2img_server.pipelines.loader"
+    fresh(code)
+
+
+def test_nothing_of_the_servers_names_optimum_or_the_exporter() -> None:
+    for path in (Path(__file__).parents[1] / "server").rglob("*.py"):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            assert not line.strip().startswith(
+                ("import optimum", "from optimum", "import img2img_export", "from img2img_export")
+            ), path
+
+
+def test_the_exporter_knows_nothing_of_grpc() -> None:
+    for path in (Path(__file__).parents[1] / "export").rglob("*.py"):
+        assert "grpc" not in path.read_text(encoding="utf-8"), path
+
+
+def test_folders_of_the_checkout_are_no_modules() -> None:
+    code = "import importlib.util as u; print([n for n in ('server', 'export', 'client', 'cli', 'protos') if u.find_spec(n)])"
+    assert fresh(code).strip() == "[]"
