@@ -3,6 +3,7 @@
 import argparse
 import asyncio
 import logging
+import os
 import signal
 import sys
 from pathlib import Path
@@ -43,6 +44,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Serves until a signal. Returns 0 after a drain, 1 where it could not start, 2 for a setting that cannot work."""
+    # Read at import by libraries that would report on their own imports.
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from img2img_server.config import ServerConfig
     from img2img_server.engine.scheduler import Limits
     from img2img_server.images import ImageLimits

@@ -37,11 +37,12 @@ class Run:
         self.images: list[Image.Image] = []
         self.done = False
         self._thread = threading.Thread(target=self._main, name="img2img-pipeline", daemon=True)
-        self._thread.start()
 
     def resume(self) -> None:
         """Runs the next piece. Raises what the call raised."""
         assert not self.done, "a finished run cannot be resumed"
+        if self._thread.ident is None:
+            self._thread.start()
         self._go.release()
         self._back.acquire()
         if self.done:
@@ -57,17 +58,17 @@ class Run:
             raise _Abandoned
 
     def abandon(self) -> None:
-        """Unwinds the call where it stands. Harmless on one that is done."""
-        if not self.done:
+        """Unwinds the call where it stands. Harmless on one that is done; one that never began is done with this."""
+        if self._thread.ident is not None and not self.done:
             self._abandoned = True
             self._go.release()
             self._thread.join()
+        self.done = True
 
     def _main(self) -> None:
         self._go.acquire()
         try:
-            if not self._abandoned:
-                self.images = self._call(self)
+            self.images = self._call(self)
         except _Abandoned:
             pass
         except Exception as error:  # noqa: BLE001 - handed to the engine's thread, which owns what to make of it
@@ -199,9 +200,10 @@ def _quiet(pipe: Any) -> Iterator[None]:
 
 
 def _size_multiple(pipe: Any) -> int:
-    """Width and height must be multiples of this many pixels: what the pipeline says, else 64."""
-    for part in (pipe, getattr(pipe, "decoder_pipe", None)):
-        factor = getattr(part, "vae_scale_factor", None) or getattr(part, "movq_scale_factor", None)
+    """Width and height must be multiples of this many pixels: what the pipeline's image processor rounds to, else 64."""
+    for part in (pipe, *(value for name, value in vars(pipe).items() if name.endswith("_pipe"))):
+        processor = getattr(part, "image_processor", None)
+        factor = getattr(getattr(processor, "config", None), "vae_scale_factor", None)
         if factor is not None:
             return int(factor)
     return 64

@@ -1,0 +1,53 @@
+"""The one tree of errors that a server's answer, or the lack of one, turns into.
+
+What goes wrong before a call is made keeps its ordinary Python error: a file that is not there is a FileNotFoundError.
+"""
+
+
+class Img2ImgError(Exception):
+    """A call failed. The subclasses are what a program may want to tell apart; everything else is this class itself.
+
+    `status` is the name of the gRPC status code, such as "INVALID_ARGUMENT". `reason` is the server's stable reason, such as
+    "QUEUE_FULL", and empty where the failure did not come from an img2img server. `fields` are (field, description) pairs
+    that name what is wrong with a request. `retry_after` is in seconds, None where the server gave none.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        status: str = "UNKNOWN",
+        reason: str = "",
+        fields: tuple[tuple[str, str], ...] = (),
+        retry_after: float | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.status = status
+        self.reason = reason
+        self.fields = fields
+        self.retry_after = retry_after
+
+
+class InvalidRequest(Img2ImgError):
+    """The request is wrong and would be wrong again; `fields` says where."""
+
+
+class ModelNotFound(Img2ImgError):
+    """The server has no model that agrees with the reference."""
+
+
+class Overloaded(Img2ImgError):
+    """The server has no room for one more request; try again after `retry_after` seconds."""
+
+
+class Unavailable(Img2ImgError):
+    """There is no server at the target, or it is shutting down."""
+
+
+class DeadlineExceeded(Img2ImgError):
+    """The time-out passed first, or the server knows that it would."""
+
+
+class Cancelled(Img2ImgError):
+    """The call was cancelled, here or by the server."""

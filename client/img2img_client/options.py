@@ -1,0 +1,116 @@
+"""From a caller's arguments to the request message. What is not given stays unset, so that the server's default holds."""
+
+import io
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias, TypedDict, Union, get_args
+
+from img2img.v1 import image_to_image_pb2 as messages
+
+from img2img_client.values import ImageFormat, ModelReference
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+MAX_MESSAGE_BYTES = 64 * 1024 * 1024
+"""Bytes that one message may have, either way."""
+
+ImageInput: TypeAlias = Union[str, os.PathLike[str], bytes, "Image.Image"]
+"""A source picture: a file's path, a file's bytes, a Pillow image, or a "data:" address."""
+
+_PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
+
+
+class TransformOptions(TypedDict, total=False):
+    """What may be asked of a transform, under diffusers' names. None, like leaving out, means the server's default.
+
+    `model` is a model's id on the server or a ModelReference. `strength` is in (0, 1], `guidance_scale` in 0..30, `width` and
+    `height` are pixels, `quality` is 1..100 for JPEG and WebP, and a `seed` of -1 draws one. The server checks them all.
+    """
+
+    model: str | ModelReference | None
+    prompt: str | None
+    negative_prompt: str | None
+    strength: float | None
+    num_inference_steps: int | None
+    guidance_scale: float | None
+    seed: int | None
+    image_count: int | None
+    width: int | None
+    height: int | None
+    format: ImageFormat | None
+    quality: int | None
+
+
+def build_request(image: ImageInput, options: TransformOptions) -> messages.TransformRequest:
+    """Reads the picture and makes the request message.
+
+    OSError where the file cannot be read, TypeError for an unknown option or type, ValueError for a number or format that the
+    contract cannot express and for a request above MAX_MESSAGE_BYTES.
+    """
+    unknown = sorted(options.keys() - TransformOptions.__annotations__.keys())
+    if unknown:
+        raise TypeError(f"unknown option {unknown[0]!r}; known: {', '.join(TransformOptions.__annotations__)}")
+    request = messages.TransformRequest(
+        model=_model_message(options.get("model")),
+        prompt=options.get("prompt"),
+        negative_prompt=options.get("negative_prompt"),
+        image=_image_message(image),
+        strength=options.get("strength"),
+        num_inference_steps=options.get("num_inference_steps"),
+        guidance_scale=options.get("guidance_scale"),
+        seed=options.get("seed"),
+        image_count=options.get("image_count"),
+        output=_output_message(options.get("format"), options.get("quality")),
+        width=options.get("width"),
+        height=options.get("height"),
+    )
+    if request.ByteSize() > MAX_MESSAGE_BYTES:
+        raise ValueError(f"the request has {request.ByteSize()} bytes, more than {MAX_MESSAGE_BYTES}: send a smaller picture")
+    return request
+
+
+def _model_message(model: str | ModelReference | None) -> messages.ModelReference | None:
+    if model is None:
+        return None
+    reference = ModelReference(path=model) if isinstance(model, str) else model
+    return messages.ModelReference(
+        repo_id=reference.repo_id or "",
+        path=reference.path or "",
+        variant=reference.variant or "",
+        revision=reference.revision or "",
+        allow_patterns=reference.allow_patterns,
+        ignore_patterns=reference.ignore_patterns,
+    )
+
+
+def _image_message(image: ImageInput) -> messages.ImageSource:
+    if isinstance(image, bytes):
+        return messages.ImageSource(data=image)
+    if isinstance(image, str) and image.startswith("data:"):
+        return messages.ImageSource(uri=image)
+    if isinstance(image, str | os.PathLike):
+        return messages.ImageSource(data=Path(image).read_bytes())
+    from PIL import Image
+
+    if isinstance(image, Image.Image):
+        return messages.ImageSource(data=_encode(image))
+    raise TypeError(f"a picture is a path, bytes, a Pillow image or a data: address, not {type(image).__name__}")
+
+
+def _encode(image: "Image.Image") -> bytes:
+    """The picture as PNG: lossless, and at level 1 because the network is quicker than zlib."""
+    file = io.BytesIO()
+    (image if image.mode in _PNG_MODES else image.convert("RGB")).save(file, "PNG", compress_level=1)
+    return file.getvalue()
+
+
+def _output_message(image_format: ImageFormat | None, quality: int | None) -> messages.OutputOptions | None:
+    if image_format is None and quality is None:
+        return None
+    number = messages.OUTPUT_FORMAT_UNSPECIFIED
+    if image_format is not None:
+        if image_format not in get_args(ImageFormat):
+            raise ValueError(f"format is one of {', '.join(get_args(ImageFormat))}, not {image_format!r}")
+        number = messages.OutputFormat.Value(f"OUTPUT_FORMAT_{image_format.upper()}")
+    return messages.OutputOptions(format=number, quality=quality)

@@ -1,0 +1,139 @@
+"""From the server's messages and statuses to values and errors."""
+
+from typing import TYPE_CHECKING, cast
+
+from img2img.v1 import image_to_image_pb2 as messages
+from img2img.v1 import model_pb2
+
+from img2img_client import errors, values
+
+if TYPE_CHECKING:
+    import grpc
+    from google.rpc import status_pb2  # type: ignore[import-untyped, unused-ignore]
+
+ERROR_DOMAIN = "img2img"
+"""The domain of the ErrorInfo that an img2img server sends."""
+
+_ERROR_OF_STATUS: dict[str, type[errors.Img2ImgError]] = {
+    "INVALID_ARGUMENT": errors.InvalidRequest,
+    "NOT_FOUND": errors.ModelNotFound,
+    "RESOURCE_EXHAUSTED": errors.Overloaded,
+    "UNAVAILABLE": errors.Unavailable,
+    "DEADLINE_EXCEEDED": errors.DeadlineExceeded,
+    "CANCELLED": errors.Cancelled,
+}
+
+
+def parse_result(message: messages.TransformResponse) -> values.TransformResult:
+    """The result in a response. Img2ImgError where it holds no picture, which no img2img server sends."""
+    if not message.images:
+        raise errors.Img2ImgError("the server answered without a picture", status="INTERNAL")
+    timings = message.timings
+    return values.TransformResult(
+        images=tuple(_parse_image(image) for image in message.images),
+        model_id=message.model_id,
+        model_revision=message.model_revision,
+        engine=message.engine,
+        timings=values.Timings(
+            queue_ms=timings.queue_ms,
+            encode_ms=timings.encode_ms,
+            denoise_ms=timings.denoise_ms,
+            decode_ms=timings.decode_ms,
+            total_ms=timings.total_ms,
+        ),
+    )
+
+
+def _parse_image(message: messages.ImageResult) -> values.TransformedImage:
+    name = messages.OutputFormat.Name(message.format).removeprefix("OUTPUT_FORMAT_").lower()
+    return values.TransformedImage(
+        data=message.data,
+        format="png" if name == "unspecified" else cast(values.ImageFormat, name),
+        width=message.width,
+        height=message.height,
+        seed=message.seed,
+    )
+
+
+def parse_event(message: messages.TransformStreamResponse) -> values.TransformEvent | None:
+    """The event in a message; None for one that a newer server knows and this client does not."""
+    match message.WhichOneof("event"):
+        case "queued":
+            queued = message.queued
+            return values.Queued(queued.position, queued.eta_seconds if queued.HasField("eta_seconds") else None)
+        case "started":
+            return values.Started(message.started.seed, message.started.engine)
+        case "progress":
+            progress = message.progress
+            preview = progress.preview if progress.HasField("preview") else None
+            return values.Progress(progress.step, progress.step_count, preview)
+        case "completed":
+            return values.Completed(parse_result(message.completed))
+    return None
+
+
+def parse_model(message: model_pb2.Model) -> values.ModelInfo:
+    """One model of the store."""
+    source = message.source
+    known = message.state in model_pb2.ModelState.values()
+    state = model_pb2.ModelState.Name(message.state) if known else "MODEL_STATE_UNSPECIFIED"
+    return values.ModelInfo(
+        id=message.id,
+        source=values.ModelReference(
+            repo_id=source.repo_id or None,
+            path=source.path or None,
+            variant=source.variant or None,
+            revision=source.revision or None,
+            allow_patterns=tuple(source.allow_patterns),
+            ignore_patterns=tuple(source.ignore_patterns),
+        ),
+        family=message.family,
+        pipeline_class=message.pipeline_class,
+        backend=message.backend,
+        backend_reason=message.backend_reason,
+        engine=message.engine,
+        state=cast(values.ModelState, state.removeprefix("MODEL_STATE_").lower()),
+        size_multiple=message.size_multiple,
+        is_default=message.is_default,
+    )
+
+
+def parse_error(error: "grpc.RpcError") -> errors.Img2ImgError:
+    """The error in a failed call's status, with what its details say of fields, reason and waiting time."""
+    status = error.code().name
+    message = error.details() or status
+    kind = _ERROR_OF_STATUS.get(status, errors.Img2ImgError)
+    if status == "RESOURCE_EXHAUSTED" and "larger than max" in message:
+        kind = errors.Img2ImgError  # gRPC's own words for a message above a size limit: waiting would not help.
+    rich = _rich_status(error)
+    if rich is None and status == "DEADLINE_EXCEEDED":
+        message = "the time-out passed before the server was done"  # gRPC's own words are about streams being removed.
+    reason, fields, retry_after = ("", (), None) if rich is None else _parse_details(rich)
+    return kind(message, status=status, reason=reason, fields=fields, retry_after=retry_after)
+
+
+def _rich_status(error: "grpc.RpcError") -> "status_pb2.Status | None":
+    import grpc
+    from grpc_status import rpc_status
+
+    try:
+        return cast("status_pb2.Status | None", rpc_status.from_call(cast(grpc.Call, error)))
+    except ValueError:  # A status that contradicts its own details: the plain one holds.
+        return None
+
+
+def _parse_details(status: "status_pb2.Status") -> tuple[str, tuple[tuple[str, str], ...], float | None]:
+    """Reason, wrong fields and seconds to wait. Details of other kinds are passed over."""
+    from google.rpc import error_details_pb2
+
+    reason, retry_after = "", None
+    fields: list[tuple[str, str]] = []
+    info, bad, retry = error_details_pb2.ErrorInfo(), error_details_pb2.BadRequest(), error_details_pb2.RetryInfo()
+    for detail in status.details:
+        if detail.Unpack(info) and info.domain == ERROR_DOMAIN:
+            reason = info.reason
+        elif detail.Unpack(bad):
+            fields += [(violation.field, violation.description) for violation in bad.field_violations]
+        elif detail.Unpack(retry):
+            retry_after = retry.retry_delay.ToTimedelta().total_seconds()
+    return reason, tuple(fields), retry_after

@@ -1,0 +1,146 @@
+"""What a caller gives and gets: plain frozen values, free of gRPC."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+ImageFormat = Literal["png", "jpeg", "webp"]
+"""A picture's file format."""
+
+ModelState = Literal["unspecified", "unloaded", "loading", "ready", "failed"]
+"""Whether a model is ready. "unspecified" is what a state that this client does not know reads as, too."""
+
+FORMAT_OF_SUFFIX: dict[str, ImageFormat] = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
+"""The format that a file's name promises."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelReference:
+    """Names one of the server's models. What is None is not asked about; the rest must agree with the model's bundle.
+
+    `path` is the model's id on the server; `repo_id`, `variant`, `revision` and the patterns are what it was exported from.
+    """
+
+    repo_id: str | None = None
+    path: str | None = None
+    variant: str | None = None
+    revision: str | None = None
+    allow_patterns: tuple[str, ...] = ()
+    ignore_patterns: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """A model of the server's store.
+
+    `backend` is "onnx" or "torch", with `backend_reason` saying why where it is torch. `engine`, such as "onnx:cpu", is empty
+    unless the model is ready. Width and height of its results are multiples of `size_multiple` pixels.
+    """
+
+    id: str
+    source: ModelReference
+    family: str
+    pipeline_class: str
+    backend: str
+    backend_reason: str
+    engine: str
+    state: ModelState
+    size_multiple: int
+    is_default: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """Milliseconds that a request took on the server; `total_ms` has the picture codecs in it, the other four do not."""
+
+    queue_ms: float
+    encode_ms: float
+    denoise_ms: float
+    decode_ms: float
+    total_ms: float
+
+
+@dataclass(frozen=True, slots=True)
+class TransformedImage:
+    """A finished picture: its file's bytes, their format, its size in pixels and the seed that makes it again, alone."""
+
+    data: bytes
+    format: ImageFormat
+    width: int
+    height: int
+    seed: int
+
+    @property
+    def image(self) -> "Image.Image":
+        """The picture, opened anew at each access; as usual with Pillow, its pixels are decoded when they are needed."""
+        import io
+
+        from PIL import Image
+
+        return Image.open(io.BytesIO(self.data), formats=(self.format,))
+
+    def save(self, path: str | Path) -> None:
+        """Writes the file as the server sent it. ValueError where the path's suffix promises another format."""
+        promised = FORMAT_OF_SUFFIX.get(Path(path).suffix.lower(), self.format)
+        if promised != self.format:
+            raise ValueError(f"{path} promises {promised}, the picture is {self.format}: ask the server for format={promised!r}")
+        Path(path).write_bytes(self.data)
+
+
+@dataclass(frozen=True, slots=True)
+class TransformResult:
+    """The finished pictures, at least one, and what made them. `engine` is such as "onnx:cuda" or "torch:cpu"."""
+
+    images: tuple[TransformedImage, ...]
+    model_id: str
+    model_revision: str
+    engine: str
+    timings: Timings
+
+    @property
+    def image(self) -> "Image.Image":
+        """The first picture, opened."""
+        return self.images[0].image
+
+    def save(self, path: str | Path) -> None:
+        """Writes the first picture. ValueError where the path's suffix promises another format."""
+        self.images[0].save(path)
+
+
+@dataclass(frozen=True, slots=True)
+class Queued:
+    """The request was accepted: `position` others wait before it. `eta_seconds` is None where there is no estimate."""
+
+    position: int
+    eta_seconds: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """The request's first turn came. `seed` is the first picture's, drawn where none was asked for."""
+
+    seed: int
+    engine: str
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """`step` of `step_count` steps are done. `preview` is the file of the picture so far, where the server sends one."""
+
+    step: int
+    step_count: int
+    preview: bytes | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Completed:
+    """The request is finished. Always the last event."""
+
+    result: TransformResult
+
+
+TransformEvent = Queued | Started | Progress | Completed
+"""One event in the life of a request."""

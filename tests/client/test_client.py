@@ -1,0 +1,242 @@
+"""What the server answers reaches the caller, and what the caller gives up reaches the server."""
+
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+from fake_image_service import PATIENCE, FakeServer, FakeService, events, response
+from img2img.v1 import image_to_image_pb2 as messages
+from img2img.v1 import model_pb2
+from img2img_client import (
+    Cancelled,
+    Client,
+    Completed,
+    DeadlineExceeded,
+    Img2ImgError,
+    ModelNotFound,
+    ModelReference,
+    Progress,
+    Queued,
+    Started,
+    Timings,
+    TransformedImage,
+    Unavailable,
+)
+
+
+def test_a_result_carries_everything(client: Client) -> None:
+    result = client.transform(b"file")
+    assert (result.model_id, result.model_revision, result.engine) == ("demo", "main", "onnx:cpu")
+    assert result.timings == Timings(1, 2, 3, 4, 11)
+    (image,) = result.images
+    assert (image.format, image.width, image.height, image.seed) == ("png", 4, 2, 7)
+    assert result.image.size == image.image.size == (4, 2)
+    assert result.image.getpixel((0, 0)) == (255, 0, 0)
+
+
+def test_a_picture_is_saved_as_it_was_sent(tmp_path: Path) -> None:
+    image = TransformedImage(b"bytes", "jpeg", 4, 2, 7)
+    image.save(tmp_path / "a.JPG")
+    image.save(str(tmp_path / "no-suffix"))
+    assert {path.read_bytes() for path in tmp_path.iterdir()} == {b"bytes"}
+    with pytest.raises(ValueError, match="format='png'"):
+        image.save(tmp_path / "a.png")
+    assert not (tmp_path / "a.png").exists()
+
+
+def test_events_come_in_order_and_typed(client: Client, service: FakeService) -> None:
+    service.script.insert(0, messages.TransformStreamResponse())  # What a newer server may send is passed over.
+    service.script.insert(1, messages.TransformStreamResponse(queued=messages.Queued(position=0)))
+    service.script.insert(4, messages.TransformStreamResponse(progress=messages.Progress(step=1, step_count=9, preview=b"p")))
+    *before, completed = client.transform_stream(b"file")
+    assert before == [
+        Queued(0, None),
+        Queued(3, 1.5),
+        Started(7, "onnx:cpu"),
+        Progress(1, 9, b"p"),
+        Progress(1, 2),
+        Progress(2, 2),
+    ]
+    assert completed == Completed(client.transform(b"file"))
+
+
+def test_a_stream_without_a_result_is_an_error(client: Client, service: FakeService) -> None:
+    service.script = events()[:-1]
+    with pytest.raises(Img2ImgError, match="without a result"):
+        list(client.transform_stream(b"file"))
+
+
+def test_an_answer_without_a_picture_is_an_error(client: Client, service: FakeService) -> None:
+    service.script[-1] = messages.TransformStreamResponse(completed=messages.TransformResponse())
+    with pytest.raises(Img2ImgError, match="without a picture"):
+        list(client.transform_stream(b"file"))
+
+
+@pytest.mark.parametrize("leave", ["context", "close", "drop"])
+def test_leaving_a_stream_early_cancels_on_the_server(client: Client, service: FakeService, leave: str) -> None:
+    service.hold = True
+    stream = client.transform_stream(b"file")
+    assert isinstance(next(stream), Queued)
+    assert service.holding.wait(PATIENCE)
+    assert not service.released.is_set()
+    if leave == "context":
+        with stream:
+            pass
+    elif leave == "close":
+        stream.close()
+    else:
+        del stream
+    assert service.released.wait(PATIENCE)
+
+
+def test_a_closed_stream_says_that_it_was_cancelled(client: Client, service: FakeService) -> None:
+    service.hold = True
+    with client.transform_stream(b"file") as stream:
+        next(stream)
+    with pytest.raises(Cancelled):
+        list(stream)
+
+
+def test_closing_a_finished_stream_is_harmless(client: Client) -> None:
+    with client.transform_stream(b"file") as stream:
+        *_, last = stream
+    assert isinstance(last, Completed)
+    assert list(stream) == []
+
+
+def test_closing_the_client_cancels_what_runs(server: FakeServer) -> None:
+    server.service.hold = True
+    failures: list[Img2ImgError] = []
+    client = Client(server.target)
+
+    def transform() -> None:
+        with pytest.raises(Img2ImgError) as caught:
+            client.transform(b"file")
+        failures.append(caught.value)
+
+    thread = threading.Thread(target=transform)
+    thread.start()
+    assert server.service.holding.wait(PATIENCE)
+    client.close()
+    assert server.service.released.wait(PATIENCE)
+    thread.join(PATIENCE)
+    assert [type(failure) for failure in failures] == [Cancelled]
+
+
+def test_timeouts_become_deadlines(server: FakeServer) -> None:
+    with Client(server.target) as endless, Client(server.target, timeout=50) as patient:
+        endless.transform(b"file")
+        patient.transform(b"file")
+        patient.transform(b"file", timeout=500)
+        list(patient.transform_stream(b"file", timeout=500))
+    none, default, *own = server.service.seconds_left
+    assert none is None or none > 1e6
+    assert default is not None
+    assert 10 < default < 51
+    assert all(seconds is not None and 100 < seconds < 501 for seconds in own)
+    assert len(own) == 2
+
+
+def test_a_deadline_ends_both_sides(client: Client, service: FakeService) -> None:
+    service.hold = True
+    with pytest.raises(DeadlineExceeded, match="time-out passed"):
+        client.transform(b"file", timeout=0.2)
+    assert service.released.wait(PATIENCE)
+
+
+def test_no_server_is_unavailable() -> None:
+    with Client("127.0.0.1:1", timeout=10) as client, pytest.raises(Unavailable) as caught:
+        client.models()
+    assert (caught.value.status, caught.value.reason) == ("UNAVAILABLE", "")
+
+
+def test_models_are_told_in_full(client: Client, service: FakeService) -> None:
+    service.models = [
+        model_pb2.Model(
+            id="demo",
+            source={"path": "demo/model", "allow_patterns": ["*.json"]},  # type: ignore[arg-type]
+            family="stable-diffusion",
+            pipeline_class="StableDiffusionPipeline",
+            backend="torch",
+            backend_reason="no exporter",
+            engine="torch:cpu",
+            state=model_pb2.MODEL_STATE_READY,
+            size_multiple=8,
+            is_default=True,
+        ),
+        model_pb2.Model(id="other", state=99),  # type: ignore[arg-type]
+    ]
+    demo, other = client.models()
+    assert demo == client.model("demo")
+    assert demo.source == ModelReference(path="demo/model", allow_patterns=("*.json",))
+    assert (demo.family, demo.pipeline_class) == ("stable-diffusion", "StableDiffusionPipeline")
+    assert (demo.backend, demo.backend_reason, demo.engine) == ("torch", "no exporter", "torch:cpu")
+    assert (demo.state, demo.size_multiple, demo.is_default) == ("ready", 8, True)
+    assert (other.state, other.source, other.is_default) == ("unspecified", ModelReference(), False)
+    with pytest.raises(ModelNotFound, match="no model nothing"):
+        client.model("nothing")
+
+
+def test_ready_at_once_where_the_server_serves(client: Client) -> None:
+    client.wait_until_ready(PATIENCE)
+
+
+def test_waits_for_a_server_that_is_not_there_yet() -> None:
+    server = FakeServer()
+    ready = threading.Event()
+
+    def wait() -> None:
+        with Client(server.target) as client:
+            client.wait_until_ready(PATIENCE)
+            ready.set()
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    server.start()
+    try:
+        assert ready.wait(PATIENCE)
+        thread.join(PATIENCE)
+    finally:
+        server.stop()
+
+
+def test_waits_for_health_to_turn(server: FakeServer, client: Client) -> None:
+    server.set_serving(False)
+    with pytest.raises(DeadlineExceeded, match="was not ready in time"):
+        client.wait_until_ready(0.2)
+    thread = threading.Thread(target=client.wait_until_ready, args=(PATIENCE,))
+    thread.start()
+    server.set_serving(True)
+    thread.join(PATIENCE)
+    assert not thread.is_alive()
+
+
+def test_no_proxy_comes_between_this_machine_and_itself(server: FakeServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("http_proxy", "https_proxy", "grpc_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:1")
+    for target in (server.target, server.target.replace("127.0.0.1", "localhost")):
+        with Client(target, timeout=10) as client:
+            assert client.models() == ()
+
+
+def test_a_scheme_asks_for_tls(server: FakeServer) -> None:
+    with Client(f"https://{server.target}", timeout=10) as client, pytest.raises(Unavailable):
+        client.models()
+    assert server.service.requests == []
+
+
+def test_the_client_imports_no_computing_library() -> None:
+    heavy = ("torch", "numpy", "onnxruntime", "diffusers", "transformers", "PIL", "rich", "img2img_server", "img2img_export")
+    code = f"import sys; from img2img_client import Client; sys.exit([m for m in {heavy} if m in sys.modules] or None)"
+    assert subprocess.run([sys.executable, "-c", code], check=False, stderr=subprocess.PIPE, timeout=60).stderr == b""
+
+
+def test_the_package_names_what_it_offers() -> None:
+    import img2img_client
+
+    assert all(hasattr(img2img_client, name) for name in img2img_client.__all__)
+    with pytest.raises(AttributeError, match="nothing"):
+        _ = img2img_client.nothing
+    assert response().images

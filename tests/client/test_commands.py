@@ -1,0 +1,283 @@
+"""`img2img transform` and `img2img models`: what they ask for, print, write and return."""
+
+import io
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fake_image_service import (
+    PATIENCE,
+    FakeServer,
+    FakeService,
+    error_info,
+    events,
+    picture,
+    queue_full,
+    rich_status,
+    wrong_field,
+)
+from google.rpc import code_pb2  # type: ignore[import-untyped, unused-ignore]
+from img2img.v1 import image_to_image_pb2 as messages
+from img2img.v1 import model_pb2
+from img2img_cli.__main__ import main
+from img2img_client import Completed, Progress, Queued, Started, TransformEvent
+from img2img_client.progress import show_progress
+from rich.console import Console
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    path = tmp_path / "photo.png"
+    path.write_bytes(picture("blue"))
+    return path
+
+
+def transform(server: FakeServer, source: object, output: object, *more: str) -> int:
+    """Runs the command; returns its exit status."""
+    return main(["transform", str(source), "--output", str(output), "--server", server.target, *more])
+
+
+def test_a_picture_is_transformed(server: FakeServer, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert transform(server, source, tmp_path / "out.png") == 0
+    assert (tmp_path / "out.png").read_bytes() == picture()
+    out, err = capsys.readouterr()
+    assert out.splitlines() == [
+        f"{tmp_path / 'out.png'}  4 x 2, seed 7",
+        "demo on onnx:cpu",
+        "queue 1 ms, encode 2 ms, denoise 3 ms, decode 4 ms, total 11 ms",
+    ]
+    assert err.splitlines() == [
+        "queued, 3 before this one, done in about 2 s",
+        "running on onnx:cpu, seed 7",
+        "step 1 of 2",
+        "step 2 of 2",
+    ]
+
+
+def test_every_flag_reaches_the_server(server: FakeServer, source: Path, tmp_path: Path) -> None:
+    flags = (
+        "--prompt=winter --negative-prompt=summer --strength=0.5 --steps=30 --guidance-scale=4.5 --seed=-1 --image-count=3 "
+        "--width=640 --height=480 --quality=75 --model=folder --repo-id=owner/name --variant=fp16 --revision=main --timeout=50"
+    )
+    server.service.script = events(7, 8, 9)
+    assert transform(server, source, tmp_path / "out.jpg", *flags.split()) == 0
+    assert server.service.requests == [
+        messages.TransformRequest(
+            model=messages.ModelReference(repo_id="owner/name", path="folder", variant="fp16", revision="main"),
+            prompt="winter",
+            negative_prompt="summer",
+            image=messages.ImageSource(data=source.read_bytes()),
+            strength=0.5,
+            num_inference_steps=30,
+            guidance_scale=4.5,
+            seed=-1,
+            image_count=3,
+            output=messages.OutputOptions(format=messages.OUTPUT_FORMAT_JPEG, quality=75),
+            width=640,
+            height=480,
+        )
+    ]
+    assert server.service.seconds_left[0] is not None
+    assert server.service.seconds_left[0] < 51
+
+
+def test_flags_that_are_left_out_stay_unset(server: FakeServer, source: Path, tmp_path: Path) -> None:
+    assert transform(server, source, tmp_path / "out", "--format=webp", "--num-inference-steps=9") == 0
+    set_fields = {field.name for field, _ in server.service.requests[0].ListFields()}
+    assert set_fields == {"image", "output", "num_inference_steps"}
+    assert server.service.requests[0].output == messages.OutputOptions(format=messages.OUTPUT_FORMAT_WEBP)
+
+
+def test_several_pictures_are_numbered(
+    server: FakeServer, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.service.script = events(7, 8)
+    assert transform(server, source, tmp_path / "out.png", "--image-count=2", "--json") == 0
+    outcome = json.loads(capsys.readouterr().out)
+    assert [(image["path"], image["seed"]) for image in outcome["images"]] == [
+        (str(tmp_path / "out-1.png"), 7),
+        (str(tmp_path / "out-2.png"), 8),
+    ]
+    assert (outcome["engine"], outcome["model"]["id"], outcome["timings"]["total_ms"]) == ("onnx:cpu", "demo", 11)
+    assert {path.name for path in tmp_path.iterdir()} == {"photo.png", "out-1.png", "out-2.png"}
+
+
+def test_from_standard_input_to_standard_output(
+    server: FakeServer, monkeypatch: pytest.MonkeyPatch, capsysbinary: pytest.CaptureFixture[bytes]
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(picture("green"))))
+    assert transform(server, "-", "-") == 0
+    out, err = capsysbinary.readouterr()
+    assert out == picture()
+    assert b"standard output  4 x 2, seed 7" in err
+    assert server.service.requests[0].image.data == picture("green")
+    assert not server.service.requests[0].HasField("output")
+
+
+def test_quiet_prints_nothing(server: FakeServer, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert transform(server, source, tmp_path / "out.png", "--quiet") == 0
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("output", "flags", "status", "complaint"),
+    [
+        ("out.gif", (), 2, "its name should end in .png"),
+        ("out", (), 2, "or give --format"),
+        ("out.png", ("--format=jpeg",), 2, "its name says png, --format says jpeg"),
+        ("-", ("--image-count=2",), 2, "takes one picture"),
+        ("-", ("--json",), 2, "cannot both go to standard output"),
+        ("missing/out.png", (), 1, "missing/out.png: No such file or directory"),
+        ("folder.png", (), 1, "folder.png: Is a directory"),
+        ("out.png", ("--width=99999999999",), 2, "99999999999"),
+    ],
+)
+def test_an_output_that_cannot_work_is_found_before_the_call(
+    server: FakeServer,
+    source: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    output: str,
+    flags: tuple[str, ...],
+    status: int,
+    complaint: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder.png").mkdir()
+    assert transform(server, source, output, *flags) == status
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("img2img transform: ")
+    assert complaint in line
+    assert server.service.requests == []
+    assert {path.name for path in tmp_path.iterdir()} == {"photo.png", "folder.png"}
+
+
+def test_a_source_that_is_not_there(server: FakeServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert transform(server, tmp_path / "missing.png", tmp_path / "out.png") == 1
+    assert capsys.readouterr().err == f"img2img transform: {tmp_path / 'missing.png'}: No such file or directory\n"
+
+
+@pytest.mark.parametrize(
+    ("failure", "line"),
+    [
+        (wrong_field("strength", "must be at most 1"), "strength: must be at most 1"),
+        (queue_full(2.5), "the queue is full (try again in 2.5 s)"),
+        (rich_status(code_pb2.INTERNAL, "the model\nfailed", error_info("MODEL_FAILED")), "the model failed"),
+        (rich_status(code_pb2.UNAVAILABLE, "shutting down", error_info("SHUTTING_DOWN")), "shutting down"),
+    ],
+)
+def test_errors_are_one_line(
+    server: FakeServer, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], failure: Any, line: str
+) -> None:
+    server.service.failure = failure
+    (tmp_path / "out.png").write_bytes(b"what was there")
+    assert transform(server, source, tmp_path / "out.png", "--quiet") == 1
+    assert capsys.readouterr() == ("", f"img2img transform: {line}\n")
+    assert (tmp_path / "out.png").read_bytes() == b"what was there"
+
+
+def test_no_server_is_said_plainly(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for command in (["transform", str(source), "--output", str(tmp_path / "out.png")], ["models"]):
+        assert main([*command, "--server", "127.0.0.1:1"]) == 1
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"img2img {command[0]}: no answer from 127.0.0.1:1: ")
+    assert not (tmp_path / "out.png").exists()
+
+
+def test_interrupting_cancels_on_the_server(server: FakeServer, source: Path, tmp_path: Path) -> None:
+    server.service.hold = True
+    command = ["transform", str(source), "--output", str(tmp_path / "out.png"), "--server", server.target]
+    # Python ignores Ctrl-C where its parent did, as a shell's background jobs do.
+    heed = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    code = f"{heed}; from img2img_cli.__main__ import main; sys.exit(main())"
+    process = subprocess.Popen([sys.executable, "-c", code, *command], stderr=subprocess.PIPE, text=True)
+    try:
+        assert server.service.holding.wait(PATIENCE)
+        process.send_signal(signal.SIGINT)
+        assert server.service.released.wait(PATIENCE)
+        _, err = process.communicate(timeout=PATIENCE)
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == 130
+    assert "Traceback" not in err
+    assert not (tmp_path / "out.png").exists()
+
+
+def test_models_are_listed(service: FakeService, server: FakeServer, capsys: pytest.CaptureFixture[str]) -> None:
+    service.models = [
+        model_pb2.Model(
+            id="a-model-with-quite-a-long-name[red]",
+            family="stable-diffusion-xl-of-some-length",
+            backend="onnx",
+            engine="onnx:cpu",
+            state=model_pb2.MODEL_STATE_READY,
+            is_default=True,
+        ),
+        model_pb2.Model(id="other", backend="torch", state=model_pb2.MODEL_STATE_UNLOADED),
+    ]
+    assert main(["models", "--server", server.target]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    first, second = (next(line for line in lines if name in line) for name in ("a-model-with-quite-a-long-name[red]", "other"))
+    assert all(word in first for word in ("stable-diffusion-xl-of-some-length", "onnx:cpu", "ready", "yes"))
+    assert "unloaded" in second
+    assert "yes" not in second
+    assert main(["models", "--server", server.target, "--json"]) == 0
+    assert [model["state"] for model in json.loads(capsys.readouterr().out)] == ["ready", "unloaded"]
+
+
+def test_a_model_list_that_fails_is_one_line(
+    service: FakeService, server: FakeServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    service.failure = rich_status(code_pb2.UNAVAILABLE, "shutting down", error_info("SHUTTING_DOWN"))
+    assert main(["models", "--server", server.target]) == 1
+    assert capsys.readouterr() == ("", "img2img models: shutting down\n")
+
+
+def run_events() -> list[TransformEvent]:
+    """A long run's events, but for the last."""
+    return [Queued(0), Started(7, "onnx:cpu[bold]"), *(Progress(step, 40) for step in range(1, 41))]
+
+
+def test_a_terminal_gets_a_bar() -> None:
+    file = io.StringIO()
+    with show_progress(Console(file=file, force_terminal=True, width=100, color_system=None)) as show:
+        for event in run_events():
+            show(event)
+    assert any("running on onnx:cpu[bold], seed 7" in line and "40/40" in line for line in file.getvalue().splitlines())
+
+
+def test_a_file_gets_few_lines() -> None:
+    file = io.StringIO()
+    with show_progress(Console(file=file, width=20)) as show:
+        for event in run_events():
+            show(event)
+    lines = file.getvalue().splitlines()
+    assert lines[:3] == ["queued, next in turn", "running on onnx:cpu[bold], seed 7", "step 4 of 40"]
+    assert lines[-1] == "step 40 of 40"
+    assert len(lines) == 12
+
+
+@pytest.mark.parametrize("command", ["transform", "models"])
+def test_help_imports_nothing_heavy(command: str) -> None:
+    heavy = ("grpc", "google.protobuf", "PIL", "rich", "numpy", "torch")
+    code = (
+        "import sys, atexit; from img2img_cli.__main__ import main\n"
+        f"atexit.register(lambda: print('imported', [name for name in {heavy} if name in sys.modules], file=sys.stderr))\n"
+        f"main(['{command}', '--help'])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "imported []\n")
+    assert "--server" in done.stdout
+
+
+def test_completed_is_shown_by_the_bar_itself() -> None:
+    file = io.StringIO()
+    with show_progress(Console(file=file)) as show:
+        show(Completed(result=None))  # type: ignore[arg-type]
+    assert file.getvalue() == ""

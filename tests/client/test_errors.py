@@ -1,0 +1,80 @@
+"""Every status becomes the error that names it, with what its details say."""
+
+import pytest
+from fake_image_service import MAX_REQUEST_BYTES, FakeService, error_info, queue_full, rich_status, wrong_field
+from google.rpc import code_pb2  # type: ignore[import-untyped, unused-ignore]
+from img2img_client import (
+    Cancelled,
+    Client,
+    DeadlineExceeded,
+    Img2ImgError,
+    InvalidRequest,
+    ModelNotFound,
+    Overloaded,
+    Unavailable,
+)
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize(
+    ("status", "reason", "kind"),
+    [
+        ("INVALID_ARGUMENT", "INVALID_FIELD", InvalidRequest),
+        ("NOT_FOUND", "MODEL_NOT_FOUND", ModelNotFound),
+        ("FAILED_PRECONDITION", "MODEL_UNAVAILABLE", Img2ImgError),
+        ("UNIMPLEMENTED", "NOT_SUPPORTED", Img2ImgError),
+        ("RESOURCE_EXHAUSTED", "QUEUE_FULL", Overloaded),
+        ("DEADLINE_EXCEEDED", "DEADLINE_EXPIRED", DeadlineExceeded),
+        ("CANCELLED", "CANCELLED", Cancelled),
+        ("UNAVAILABLE", "SHUTTING_DOWN", Unavailable),
+        ("INTERNAL", "MODEL_FAILED", Img2ImgError),
+        ("UNAUTHENTICATED", "UNAUTHENTICATED", Img2ImgError),
+    ],
+)
+def test_each_status_has_its_error(
+    client: Client, service: FakeService, status: str, reason: str, kind: type[Img2ImgError], streamed: bool
+) -> None:
+    service.failure = rich_status(code_pb2.Code.Value(status), "in words", error_info(reason))
+    with pytest.raises(Img2ImgError) as caught:
+        list(client.transform_stream(b"file")) if streamed else client.transform(b"file")
+    error = caught.value
+    assert type(error) is kind
+    assert (error.message, str(error), error.status, error.reason) == ("in words", "in words", status, reason)
+    assert (error.fields, error.retry_after) == ((), None)
+
+
+def test_wrong_fields_are_named(client: Client, service: FakeService) -> None:
+    service.failure = wrong_field("strength", "must be above 0 and at most 1")
+    with pytest.raises(InvalidRequest) as caught:
+        client.transform(b"file", strength=2)
+    assert caught.value.fields == (("strength", "must be above 0 and at most 1"),)
+
+
+def test_an_overloaded_server_says_when_to_come_back(client: Client, service: FakeService) -> None:
+    service.failure = queue_full(2.5)
+    with pytest.raises(Overloaded) as caught:
+        client.transform(b"file")
+    assert caught.value.retry_after == 2.5
+
+
+def test_a_message_above_a_size_limit_is_not_overload(client: Client, service: FakeService) -> None:
+    with pytest.raises(Img2ImgError, match="larger than max") as caught:
+        client.transform(bytes(MAX_REQUEST_BYTES + 1))
+    assert type(caught.value) is Img2ImgError
+    assert caught.value.status == "RESOURCE_EXHAUSTED"
+
+
+def test_reasons_of_others_are_not_ours(client: Client, service: FakeService) -> None:
+    service.failure = rich_status(code_pb2.UNAVAILABLE, "a proxy", error_info("QUEUE_FULL", domain="example.org"))
+    with pytest.raises(Unavailable) as caught:
+        client.models()
+    assert caught.value.reason == ""
+
+
+def test_plain_statuses_and_contradicting_details_still_make_errors(client: Client, service: FakeService) -> None:
+    plain = rich_status(code_pb2.UNAVAILABLE, "outside")
+    contradicting = rich_status(code_pb2.INTERNAL, "inside", error_info("MODEL_FAILED"))
+    service.failure = plain._replace(trailing_metadata=contradicting.trailing_metadata)  # type: ignore[attr-defined]
+    with pytest.raises(Unavailable, match="outside") as caught:
+        client.transform(b"file")
+    assert caught.value.reason == ""

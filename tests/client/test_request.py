@@ -1,0 +1,134 @@
+"""What a caller asks for arrives, and what it leaves out stays unset."""
+
+import io
+from pathlib import Path
+
+import pytest
+from fake_image_service import FakeService, picture
+from img2img.v1 import image_to_image_pb2 as messages
+from img2img_client import Client, Completed, ModelReference
+from img2img_client.options import MAX_MESSAGE_BYTES
+from PIL import Image
+
+
+def test_every_option_arrives_as_it_was_set(client: Client, service: FakeService) -> None:
+    client.transform(
+        b"file",
+        model=ModelReference("owner/name", "folder", "fp16", "main", ("*.json", "*.txt"), ("*.bin",)),
+        prompt="winter",
+        negative_prompt="summer",
+        strength=0.5,
+        num_inference_steps=30,
+        guidance_scale=4.5,
+        seed=2**62,
+        image_count=3,
+        width=640,
+        height=480,
+        format="webp",
+        quality=75,
+    )
+    assert service.requests == [
+        messages.TransformRequest(
+            model=messages.ModelReference(
+                repo_id="owner/name",
+                path="folder",
+                variant="fp16",
+                revision="main",
+                allow_patterns=["*.json", "*.txt"],
+                ignore_patterns=["*.bin"],
+            ),
+            prompt="winter",
+            negative_prompt="summer",
+            image=messages.ImageSource(data=b"file"),
+            strength=0.5,
+            num_inference_steps=30,
+            guidance_scale=4.5,
+            seed=2**62,
+            image_count=3,
+            output=messages.OutputOptions(format=messages.OUTPUT_FORMAT_WEBP, quality=75),
+            width=640,
+            height=480,
+        )
+    ]
+
+
+def test_no_option_of_the_contract_is_forgotten() -> None:
+    from img2img_client import TransformOptions
+
+    fields = {field.name for field in messages.TransformRequest.DESCRIPTOR.fields} - {"image", "output"}
+    assert set(TransformOptions.__annotations__) == fields | {"format", "quality"}
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_what_is_left_out_stays_unset(client: Client, service: FakeService, streamed: bool) -> None:
+    if streamed:
+        list(client.transform_stream(b"file", prompt=None, seed=None))
+    else:
+        client.transform(b"file", prompt=None, seed=None)
+    assert [field.name for field, _ in service.requests[0].ListFields()] == ["image"]
+
+
+def test_zero_and_empty_are_set(client: Client, service: FakeService) -> None:
+    client.transform(b"file", prompt="", guidance_scale=0, seed=0, width=0)
+    set_fields = {field.name for field, _ in service.requests[0].ListFields()}
+    assert set_fields == {"image", "prompt", "guidance_scale", "seed", "width"}
+
+
+def test_a_string_model_is_its_id(client: Client, service: FakeService) -> None:
+    client.transform(b"file", model="demo")
+    assert service.requests[0].model == messages.ModelReference(path="demo")
+
+
+def test_quality_alone_leaves_the_format_to_the_server(client: Client, service: FakeService) -> None:
+    client.transform(b"file", quality=50)
+    assert service.requests[0].output == messages.OutputOptions(quality=50)
+
+
+def test_paths_bytes_and_addresses_arrive_untouched(client: Client, service: FakeService, tmp_path: Path) -> None:
+    path = tmp_path / "photo.jpg"
+    path.write_bytes(picture(image_format="JPEG"))
+    for image in (path, str(path), path.read_bytes(), "data:image/png;base64,AAAA"):
+        client.transform(image)
+    assert [request.image.data for request in service.requests[:3]] == [path.read_bytes()] * 3
+    assert service.requests[3].image.uri == "data:image/png;base64,AAAA"
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA"])
+def test_pillow_images_arrive_without_loss(client: Client, service: FakeService, mode: str) -> None:
+    image = Image.effect_noise((9, 5), 80).convert(mode)
+    client.transform(image)
+    with Image.open(io.BytesIO(service.requests[0].image.data)) as arrived:
+        assert (arrived.format, arrived.mode) == ("PNG", mode)
+        assert arrived.convert("RGBA").tobytes() == image.convert("RGBA").tobytes()
+
+
+@pytest.mark.parametrize("mode", ["CMYK", "YCbCr", "HSV", "F"])
+def test_other_pillow_modes_arrive_as_rgb(client: Client, service: FakeService, mode: str) -> None:
+    client.transform(Image.new("RGB", (9, 5), "red").convert("L" if mode == "F" else "RGB").convert(mode))
+    with Image.open(io.BytesIO(service.requests[0].image.data)) as arrived:
+        assert (arrived.format, arrived.mode, arrived.size) == ("PNG", "RGB", (9, 5))
+
+
+def test_large_pictures_pass_both_ways(client: Client, service: FakeService) -> None:
+    service.script[-1].completed.images[0].data = b"x" * 20_000_000
+    *_, completed = client.transform_stream(b"y" * 20_000_000)
+    assert isinstance(completed, Completed)
+    assert len(service.requests[0].image.data) == len(completed.result.images[0].data) == 20_000_000
+
+
+def test_what_cannot_be_sent_never_leaves(client: Client, service: FakeService, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        client.transform(tmp_path / "missing.png")
+    with pytest.raises(TypeError, match="picture is a path"):
+        client.transform(3)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="unknown option 'steps'"):
+        client.transform(b"file", steps=3)  # type: ignore[call-arg]
+    with pytest.raises(ValueError, match="png, jpeg, webp, not 'gif'"):
+        client.transform(b"file", format="gif")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="range"):
+        client.transform(b"file", width=2**40)
+    with pytest.raises(ValueError, match="smaller picture"):
+        client.transform(bytes(MAX_MESSAGE_BYTES))
+    with pytest.raises(FileNotFoundError):
+        client.transform_stream(tmp_path / "missing.png")
+    assert service.requests == []

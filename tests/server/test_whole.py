@@ -1,0 +1,156 @@
+"""A model that cannot be exported, served whole by PyTorch: the same calls, the same promises."""
+
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoPipelineForImage2Image
+from fakes import Caller, make_request, run_out
+from img2img_client import Client, Completed, Progress, Queued, Started
+from img2img_server.engine.engine import Engine
+from img2img_server.engine.request import Failed
+from img2img_server.errors import ModelFailed, RequestCancelled
+from img2img_server.models import ModelStore
+from img2img_server.pipelines.alone import run_alone
+from img2img_server.pipelines.loader import load_pipeline
+from img2img_server.pipelines.whole import Run, WholePipeline
+from PIL import Image
+from running import running
+
+SETTINGS: dict[str, Any] = {"strength": 0.6, "num_inference_steps": 5, "guidance_scale": 4.0}
+
+
+def source(size: tuple[int, int] = (64, 64)) -> Image.Image:
+    x, y = np.meshgrid(np.linspace(0, 255, size[0]), np.linspace(0, 255, size[1]))
+    return Image.fromarray(np.stack([x, y, 255 - x], axis=-1).astype(np.uint8))
+
+
+@pytest.fixture(scope="module")
+def client(bundle: Callable[[str], Path]) -> Iterator[Client]:
+    def load() -> ModelStore:
+        return ModelStore.load(bundle("kandinsky22"), load_pipeline)
+
+    with running(load) as server, Client(f"localhost:{server.port}", timeout=120) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def oracle(tiny_model: Callable[[str], Path]) -> Any:
+    pipe = AutoPipelineForImage2Image.from_pretrained(str(tiny_model("kandinsky22")), torch_dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def test_the_bundle_says_why_it_is_torch(client: Client) -> None:
+    (model,) = client.models()
+    assert (model.backend, model.engine) == ("torch", "torch:cpu")
+    assert "Kandinsky" in model.backend_reason
+
+
+@pytest.mark.parametrize(("size", "count"), [((64, 64), 1), ((96, 64), 1), ((64, 128), 2)])
+def test_a_picture_is_diffusers_picture(client: Client, oracle: Any, size: tuple[int, int], count: int) -> None:
+    result = client.transform(source(size), prompt="a lake", seed=3, image_count=count, **SETTINGS)
+    for index, image in enumerate(result.images):
+        # Width and height change places: diffusers' Kandinsky hands them to its image processor the wrong way round.
+        expected = oracle(
+            "a lake", image=source(size), width=size[1], height=size[0],
+            generator=torch.Generator().manual_seed(3 + index), **SETTINGS,
+        ).images[0]  # fmt: skip
+        assert image.image.size == expected.size == size
+        assert np.asarray(expected).std() > 5, "a flat picture would prove nothing"
+        assert np.abs(np.asarray(image.image, int) - np.asarray(expected, int)).max() <= 1
+
+
+def test_progress_is_told_step_by_step(client: Client) -> None:
+    events = list(client.transform_stream(source(), prompt="a lake", seed=3, image_count=2, **SETTINGS))
+    assert [type(event) for event in events[:2]] == [Queued, Started]
+    steps = [(event.step, event.step_count) for event in events if isinstance(event, Progress)]
+    assert steps == [(step, 6) for step in range(1, 7)]
+    assert isinstance(events[-1], Completed)
+
+
+@pytest.fixture(scope="module")
+def pipeline(bundle: Callable[[str], Path]) -> Any:
+    from img2img_server.bundle import read_manifest
+
+    return load_pipeline(bundle("kandinsky22"), read_manifest(bundle("kandinsky22")))
+
+
+def request(**settings: Any) -> Any:
+    return make_request(**{"image": source(), "prompt": "a lake", **SETTINGS, **settings})
+
+
+def pipeline_threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "img2img-pipeline"]
+
+
+def test_requests_take_turns_and_give_what_each_gives_alone(pipeline: WholePipeline) -> None:
+    requests = [request(seeds=(1,)), request(seeds=(2,), strength=1.0, guidance_scale=2.0), request(seeds=(5,), prompt="winter")]
+    alone = [run_alone(pipeline, item)[0] for item in requests]
+    engine = Engine({"m": pipeline})
+    order: list[int] = []
+    pictures: list[Image.Image] = []
+    for index, item in enumerate(requests):
+
+        def listen(event: object, index: int = index) -> None:
+            order.append(index)
+            if hasattr(event, "images"):
+                pictures.append((index, event.images[0]))  # type: ignore[arg-type, attr-defined]
+
+        engine.submit(item, listen)
+    run_out(engine)
+    assert order.index(2) < len(order) - 1 - order[::-1].index(0), "the third had begun before the first was done"
+    for index, picture in pictures:  # type: ignore[misc]
+        assert np.array_equal(np.asarray(picture), np.asarray(alone[index]))
+    assert pipeline_threads() == []
+
+
+def test_a_cancelled_request_unwinds_at_its_next_step(pipeline: WholePipeline) -> None:
+    engine = Engine({"m": pipeline})
+    caller = Caller(engine)
+    caller.ticket = engine.submit(request(num_inference_steps=50), caller.events.append).ticket
+    while not caller.steps:
+        engine.step()
+    caller.ticket.cancel()
+    engine.step()
+    assert isinstance(caller.error, RequestCancelled)
+    assert pipeline_threads() == [], "nothing is left of its call"
+
+
+def test_a_failure_in_the_pipeline_ends_its_request(pipeline: WholePipeline) -> None:
+    engine = Engine({"m": pipeline})
+    caller = Caller(engine)
+    engine.submit(request(prompt=42), caller.events.append)
+    run_out(engine)
+    assert isinstance(caller.error, ModelFailed)
+    assert isinstance(caller.endings[0], Failed)
+    assert pipeline_threads() == []
+
+
+def test_a_run_goes_on_only_while_it_is_resumed() -> None:
+    done: list[str] = []
+
+    def call(run: Run) -> list[Image.Image]:
+        done.append("first")
+        run.pause()
+        done.append("second")
+        return []
+
+    run = Run(call)
+    assert done == []
+    run.resume()
+    assert (done, run.done) == (["first"], False)
+    run.resume()
+    assert (done, run.done) == (["first", "second"], True)
+    run.abandon()
+
+
+def test_a_run_can_be_abandoned_before_it_begins() -> None:
+    run = Run(lambda run: pytest.fail("it never ran"))
+    run.abandon()
+    assert run.done
+    assert pipeline_threads() == []

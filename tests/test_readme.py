@@ -1,0 +1,92 @@
+"""Every command and every program in README.md runs as it stands there, in order, in a folder of its own.
+
+What is changed: the port, which others may use, and the two scripts that set everything up. `./scripts/demo` has a test of its
+own (tests/client/test_demo.py), and `./scripts/test` is what runs this.
+"""
+
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+SCRIPTS = ("./scripts/demo", "./scripts/test")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Looks like the checkout after setup, but what is written stays in it."""
+    folder = tmp_path_factory.mktemp("readme")
+    for name in ("demo", ".venv"):
+        (folder / name).symlink_to(ROOT / name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def servers() -> Iterator[list["subprocess.Popen[bytes]"]]:
+    started: list[subprocess.Popen[bytes]] = []
+    yield started
+    for process in started:
+        process.terminate()
+        assert process.wait(60) == 0
+
+
+def _bash(command: str, folder: Path) -> None:
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "COLUMNS": "200"}
+    result = subprocess.run(["bash", "-ec", command], cwd=folder, env=environment, capture_output=True, text=True, timeout=280)
+    assert result.returncode == 0, f"{command}\n{result.stdout}\n{result.stderr}"
+
+
+def _start(command: str, folder: Path) -> "tuple[subprocess.Popen[bytes], str]":
+    words = [str(Path(sys.executable).parent / "img2img"), *command.split()[1:], "--port", "0", "--port-file", "port"]
+    process = subprocess.Popen(words, cwd=folder, stderr=(folder / "log").open("wb"))
+    while not (folder / "port").exists():
+        assert process.poll() is None, (folder / "log").read_text()
+        time.sleep(0.05)
+    return process, (folder / "port").read_text().strip()
+
+
+@pytest.mark.timeout(600)
+def test_the_readme_does_what_it_says(folder: Path, servers: "list[subprocess.Popen[bytes]]") -> None:
+    port = "50051"
+    for language, block in BLOCKS:
+        if block.strip() in SCRIPTS:
+            continue
+        block = block.replace("localhost:50051", f"localhost:{port}")
+        if language == "python":
+            result = subprocess.run([sys.executable, "-c", block], cwd=folder, capture_output=True, text=True, timeout=120)
+            assert result.returncode == 0, result.stderr
+            assert "step 20 of 20" in result.stdout
+            continue
+        assert language == "sh", f"a block of {language} is run by nothing"
+        commands = block.splitlines()
+        if commands[-1].startswith("img2img serve"):
+            _bash("\n".join(commands[:-1]), folder)
+            process, port = _start(commands[-1], folder)
+            servers.append(process)
+        else:
+            _bash(block, folder)
+    assert port != "50051", "the README starts a server"
+    for name in ("winter.png", "night.png"):
+        assert Image.open(folder / name).size == Image.open(ROOT / "demo" / "pictures" / "noon-lake.png").size
+
+
+def test_the_readmes_scripts_are_the_ones_that_are_run() -> None:
+    blocks = [block.strip() for _, block in BLOCKS]
+    assert all(script in blocks for script in SCRIPTS)
+    assert all(os.access(ROOT / script, os.X_OK) for script in SCRIPTS)
+    assert "exec ./scripts/test" in (ROOT / ".ci" / "run").read_text()
+
+
+def test_every_link_leads_somewhere() -> None:
+    for document in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"), ROOT / "demo" / "README.md"):
+        for target in re.findall(r"\]\(([^)#]+)", document.read_text(encoding="utf-8")):
+            assert target.startswith("http") or (document.parent / target).exists(), f"{document.name} links to {target}"
