@@ -47,6 +47,8 @@ def run(arguments: argparse.Namespace) -> int:
     # Read at import by libraries that would report on their own imports.
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    # Read by OpenMP when torch is loaded: threads that spin while they wait take cores from those that work.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from img2img_server.config import ServerConfig
     from img2img_server.engine.scheduler import Limits
     from img2img_server.images import ImageLimits

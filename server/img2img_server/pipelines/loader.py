@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import transformers
 from img2img_server.bundle import Manifest
 from img2img_server.engine.request import Pipeline
 from img2img_server.errors import BundleError
-from img2img_server.pipelines.sessions import SessionOptions, resolve_options
+from img2img_server.pipelines.sessions import SessionOptions, resolve_provider
 from img2img_server.pipelines.stable_diffusion import StableDiffusion, StableDiffusionXL
 from img2img_server.pipelines.standins import OnnxTextEncoder, OnnxUNet, OnnxVae
 from img2img_server.pipelines.whole import WholePipeline
@@ -24,6 +25,8 @@ FAMILIES: dict[str, type[StableDiffusion]] = {
 """The families that the engine runs step by step in batches. Every other one runs whole."""
 
 _LIBRARIES = {"diffusers": diffusers, "transformers": transformers}
+_LOAD_ERRORS = (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError)
+"""What diffusers and transformers raise for files that they cannot make sense of."""
 
 
 def load_pipeline(bundle: Path, manifest: Manifest, provider: str = "auto", threads: int | None = None) -> Pipeline:
@@ -32,19 +35,20 @@ def load_pipeline(bundle: Path, manifest: Manifest, provider: str = "auto", thre
     `provider` is "auto" or the name of an execution provider, `threads` the CPU threads of one call (None: all cores).
     Raises BundleError where the bundle does not fit this server or the provider is not there.
     """
-    torch.set_grad_enabled(False)
+    threads = threads or len(os.sched_getaffinity(0))
     if manifest.backend == "onnx":
-        options = resolve_options(provider, threads)
-        # The graphs do the heavy work. Torch only steps schedulers: threads of its own would get in ONNX Runtime's way.
-        torch.set_num_threads(1)
+        options = SessionOptions(resolve_provider(provider), threads)
         pipe = _onnx_pipeline(bundle, manifest, options)
         engine = f"onnx:{options.provider}"
+        # The graphs do the heavy work. Torch only steps schedulers: threads of its own would get in ONNX Runtime's way.
+        torch_threads = 1
     else:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = _torch_device(provider)
         pipe = _torch_pipeline(bundle).to(device)
         engine = f"torch:{device}"
-    family = FAMILIES.get(manifest.family)
-    return family(pipe, engine) if family is not None else WholePipeline(pipe, engine)
+        torch_threads = threads
+    family = FAMILIES.get(manifest.family, WholePipeline)
+    return family(pipe, engine, torch_threads)
 
 
 def _onnx_pipeline(bundle: Path, manifest: Manifest, options: SessionOptions) -> Any:
@@ -78,7 +82,10 @@ def _part(bundle: Path, name: str, entry: Any, options: SessionOptions) -> Any:
         return OnnxTextEncoder(bundle / name, options)
     if library not in _LIBRARIES:
         raise BundleError(f"{bundle} names {library}.{class_name}; only classes of diffusers and transformers are loaded")
-    return getattr(_LIBRARIES[library], class_name).from_pretrained(bundle / name, local_files_only=True)
+    try:
+        return getattr(_LIBRARIES[library], class_name).from_pretrained(bundle / name, local_files_only=True)
+    except _LOAD_ERRORS as error:
+        raise BundleError(f"{bundle / name} does not load: {error}") from error
 
 
 def _is_there(bundle: Path, name: str) -> bool:
@@ -86,7 +93,19 @@ def _is_there(bundle: Path, name: str) -> bool:
     return (bundle / ("vae_decoder" if name == "vae" else name)).is_dir()
 
 
+def _torch_device(provider: str) -> str:
+    if provider not in ("auto", "cuda", "cpu"):
+        raise BundleError(f"PyTorch has no provider '{provider}'")
+    there = torch.cuda.is_available()
+    if provider == "cuda" and not there:
+        raise BundleError("provider 'cuda' was asked for, and PyTorch finds no CUDA device")
+    return "cuda" if there and provider != "cpu" else "cpu"
+
+
 def _torch_pipeline(bundle: Path) -> Any:
-    return diffusers.AutoPipelineForImage2Image.from_pretrained(
-        str(bundle), use_safetensors=True, local_files_only=True, torch_dtype=torch.float32
-    )
+    try:
+        return diffusers.AutoPipelineForImage2Image.from_pretrained(
+            str(bundle), use_safetensors=True, local_files_only=True, torch_dtype=torch.float32
+        )
+    except _LOAD_ERRORS as error:
+        raise BundleError(f"{bundle} does not load: {error}") from error

@@ -4,17 +4,29 @@ ONNX Runtime's Python wrapper falls back silently when a provider does not load:
 with a log line. So the provider list is built here explicitly, and every session is asked what it really got.
 """
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import onnxruntime
+from onnxruntime.capi import onnxruntime_pybind11_state as state
 
 from img2img_server.errors import BundleError
 
 PROVIDERS = {"cuda": "CUDAExecutionProvider", "cpu": "CPUExecutionProvider"}
 """The providers that can be asked for by name, best first, and their names in ONNX Runtime."""
+
+
+_ERRORS = (
+    state.Fail,
+    state.InvalidArgument,
+    state.InvalidGraph,
+    state.InvalidProtobuf,
+    state.NoSuchFile,
+    state.NotImplemented,
+    state.RuntimeException,
+)
+"""What ONNX Runtime raises for a graph that it cannot run. They have no base of their own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,8 +37,8 @@ class SessionOptions:
     threads: int = 1
 
 
-def resolve_options(provider: str, threads: int | None) -> SessionOptions:
-    """Turns "auto" into the best provider that is there, and no thread count into that of the cores this process may use.
+def resolve_provider(provider: str) -> str:
+    """Turns "auto" into the best provider that is there.
 
     Raises BundleError where a provider is asked for by name and ONNX Runtime does not have it.
     """
@@ -35,7 +47,7 @@ def resolve_options(provider: str, threads: int | None) -> SessionOptions:
     chosen = there[0] if provider == "auto" else provider
     if chosen not in there:
         raise BundleError(f"provider '{provider}' is not in this ONNX Runtime, which has {', '.join(there)}")
-    return SessionOptions(chosen, threads or len(os.sched_getaffinity(0)))
+    return chosen
 
 
 def provider_list(options: SessionOptions) -> list[tuple[str, dict[str, Any]]]:
@@ -58,12 +70,15 @@ def open_session(graph: Path, options: SessionOptions) -> onnxruntime.InferenceS
     if options.provider == "cuda":
         onnxruntime.preload_dlls()
     wanted = provider_list(options)
-    session = onnxruntime.InferenceSession(
-        str(graph),
-        session_options,
-        providers=[name for name, _ in wanted],
-        provider_options=[settings for _, settings in wanted],
-    )
+    try:
+        session = onnxruntime.InferenceSession(
+            str(graph),
+            session_options,
+            providers=[name for name, _ in wanted],
+            provider_options=[settings for _, settings in wanted],
+        )
+    except _ERRORS as error:
+        raise BundleError(f"{graph} does not open: {error}") from error
     session.disable_fallback()
     if session.get_providers()[0] != wanted[0][0]:
         raise BundleError(f"{graph} was to run on {wanted[0][0]}, ONNX Runtime gave {session.get_providers()}")

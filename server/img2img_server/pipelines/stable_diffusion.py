@@ -17,6 +17,7 @@ from PIL import Image
 
 from img2img_server.engine.request import Request
 from img2img_server.errors import InvalidField
+from img2img_server.pipelines.torch_calls import torch_call
 
 Conditioning = dict[str, torch.Tensor]
 """The UNet's inputs beside sample and timestep, by name. Each is [rows of the UNet call, ...]."""
@@ -74,12 +75,13 @@ class StableDiffusion:
 
     max_rows: int | None = None
 
-    def __init__(self, pipe: Any, engine: str) -> None:
+    def __init__(self, pipe: Any, engine: str, threads: int) -> None:
         self._pipe = pipe
         self.engine = engine
+        self.threads = threads
         self.size_multiple: int = pipe.vae_scale_factor
 
-    @torch.inference_mode()
+    @torch_call
     def prepare(self, request: Request) -> DiffusionState:
         """Encodes the request and makes its first latents. Raises InvalidField where no step is left to run."""
         pipe = _view(self._pipe)
@@ -112,7 +114,7 @@ class StableDiffusion:
             shape=(*latents.shape[1:], *prompt_embeds.shape[1:]),
         )
 
-    @torch.inference_mode()
+    @torch_call
     def denoise(self, states: Sequence[DiffusionState]) -> Sequence[torch.Tensor]:
         """One UNet call for all of `states`, whatever their steps, schedulers and guidance. [n or 2n, C, h, w] for each."""
         samples = [state.model_input() for state in states]
@@ -129,7 +131,7 @@ class StableDiffusion:
         )[0]
         return torch.split(noise, sizes)
 
-    @torch.inference_mode()
+    @torch_call
     def advance(self, state: DiffusionState, noise: torch.Tensor) -> None:
         """Applies guidance and takes the state's own scheduler one step on."""
         if state.guided:
@@ -138,7 +140,7 @@ class StableDiffusion:
         state.latents = state.scheduler.step(noise, state.timestep, state.latents, **state.step_arguments, return_dict=False)[0]
         state.step += 1
 
-    @torch.inference_mode()
+    @torch_call
     def finish(self, state: DiffusionState) -> Sequence[Image.Image]:
         """Decodes the latents. Raises FloatingPointError rather than return the black picture that NaN would become."""
         pixels = self._decode(state)

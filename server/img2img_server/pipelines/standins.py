@@ -74,7 +74,7 @@ class OnnxTextEncoder(StandIn):
         outputs = self._graph(input_ids=input_ids, attention_mask=attention_mask)
         hidden = [outputs.pop(name) for name in list(outputs) if name.startswith("hidden_states.")]
         if hidden:
-            outputs["hidden_states"] = (*hidden, outputs["last_hidden_state"])  # type: ignore[assignment]
+            outputs["hidden_states"] = tuple(hidden)  # type: ignore[assignment]
         return ModelOutput(**outputs)
 
 

@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 
 from img2img_server.engine.request import Request
+from img2img_server.pipelines.torch_calls import torch_call
 
 _SWAPPED = frozenset({"KandinskyV22Img2ImgPipeline", "KandinskyV22Img2ImgCombinedPipeline"})
 """Classes of diffusers (seen in 0.39) that hand width and height to their image processor the wrong way round."""
@@ -98,8 +99,9 @@ class WholePipeline:
 
     max_rows: int | None = 1
 
-    def __init__(self, pipe: Any, engine: str) -> None:
+    def __init__(self, pipe: Any, engine: str, threads: int) -> None:
         self._pipe = pipe
+        self.threads = threads
         self._parameters = inspect.signature(pipe.__call__).parameters
         self.engine = engine
         self.size_multiple = _size_multiple(pipe)
@@ -135,6 +137,7 @@ class WholePipeline:
         """Unwinds a call that was cut short."""
         state.run.abandon()
 
+    @torch_call
     def _transform(self, request: Request, run: Run, state: WholeState) -> list[Image.Image]:
         images: list[Image.Image] = []
         for index, seed in enumerate(request.seeds):

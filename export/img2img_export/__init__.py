@@ -1,0 +1,1 @@
+"""Model -> bundle: turns a diffusers model into a verified bundle that the server serves."""

@@ -1,0 +1,125 @@
+"""Which files of a checkpoint are read, and which checkpoints are refused: pickles, and code of unknown origin.
+
+Works on the names of files and on model_index.json alone, so that it judges a hub repository before anything is downloaded.
+"""
+
+import fnmatch
+import importlib.util
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from img2img_export.errors import ExportError
+
+INDEX_NAME = "model_index.json"
+
+_TEXT_SUFFIXES = (".json", ".txt", ".model")
+_PICKLE_SUFFIXES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
+_WEIGHTS = re.compile(r"[^.]+?(?:\.(?P<variant>[^.]+?))?(?:-\d{5}-of-\d{5})?\.safetensors")
+_SHARD_INDEX = re.compile(r"[^.]+\.safetensors\.index(?:\.(?P<variant>[^.]+))?\.json")
+
+DROPPED = ("safety_checker", "feature_extractor", "image_encoder")
+"""Parts of Stable Diffusion pipelines that image-to-image serving has no use for. They are neither read nor exported."""
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """What model_index.json says: the pipeline's class, and each component's (library, class) but those left out."""
+
+    pipeline_class: str
+    components: dict[str, tuple[str, str]]
+    left_out: tuple[str, ...]
+
+
+def read_layout(index: Mapping[str, Any]) -> Layout:
+    """Checks the contents of a model_index.json. Raises ExportError where a class is not diffusers' or transformers' own."""
+    pipeline_class = index.get("_class_name")
+    if not isinstance(pipeline_class, str):
+        raise ExportError(f"{INDEX_NAME} names a pipeline with custom code ({pipeline_class!r}): such code is never run")
+    components: dict[str, tuple[str, str]] = {}
+    left_out = []
+    for name, value in index.items():
+        if name.startswith("_") or not isinstance(value, list) or len(value) != 2 or None in value:
+            continue
+        library, kind = value
+        if name in DROPPED and pipeline_class.startswith("StableDiffusion"):
+            left_out.append(name)
+        elif not name.isidentifier() or not _is_known_library(library):
+            raise ExportError(f"component {name!r} is a {library}.{kind}: only diffusers' and transformers' own classes are run")
+        else:
+            components[name] = (library, kind)
+    return Layout(pipeline_class, components, tuple(left_out))
+
+
+def _is_known_library(name: object) -> bool:
+    """diffusers also names its pipelines' own packages here, such as "stable_diffusion"."""
+    if name in ("diffusers", "transformers"):
+        return True
+    diffusers = importlib.util.find_spec("diffusers")
+    if diffusers is None or diffusers.origin is None or not isinstance(name, str) or not name.isidentifier():
+        return False
+    return (Path(diffusers.origin).parent / "pipelines" / name).is_dir()
+
+
+def select_files(
+    names: Iterable[str],
+    layout: Layout,
+    variant: str | None,
+    allow_patterns: tuple[str, ...] = (),
+    ignore_patterns: tuple[str, ...] = (),
+) -> list[str]:
+    """The files to read out of `names` (paths with slashes), sorted: texts, and safetensors weights of `variant`.
+
+    A component that has no weights of the variant is read without one, as diffusers does. Raises ExportError where the
+    checkpoint holds code, or a component has no safetensors weights.
+    """
+    parts: dict[str, list[str]] = {component: [] for component in layout.components}
+    for name in names:
+        path = PurePosixPath(name)
+        folder = path.parts[0] if len(path.parts) > 1 else ""
+        if path.suffix == ".py" and (not folder or folder in parts):
+            raise ExportError(f"the checkpoint brings its own code ({name}): such code is never run")
+        if folder in parts and _is_wanted(name, allow_patterns, ignore_patterns):
+            parts[folder].append(name)
+    chosen = [INDEX_NAME]
+    for component, files in parts.items():
+        chosen += _texts(files)
+        if any(name == f"{component}/config.json" for name in files):
+            chosen += _weights(component, files, variant)
+    return sorted(chosen)
+
+
+def _is_wanted(name: str, allow_patterns: tuple[str, ...], ignore_patterns: tuple[str, ...]) -> bool:
+    """The hub's rules: any of the allowed patterns if there are some, none of the ignored ones."""
+
+    def matches(patterns: tuple[str, ...]) -> bool:
+        return any(fnmatch.fnmatch(name, f"{pattern}*" if pattern.endswith("/") else pattern) for pattern in patterns)
+
+    return (not allow_patterns or matches(allow_patterns)) and not matches(ignore_patterns)
+
+
+def _texts(files: list[str]) -> list[str]:
+    return [name for name in files if name.endswith(_TEXT_SUFFIXES) and not _SHARD_INDEX.fullmatch(name.rpartition("/")[2])]
+
+
+def _weights(component: str, files: list[str], variant: str | None) -> list[str]:
+    """The safetensors of a component, and the index that lists them where there are several."""
+    found: dict[str | None, list[str]] = {}
+    indexes: dict[str | None, list[str]] = {}
+    for name in files:
+        base = name.rpartition("/")[2]
+        if match := _WEIGHTS.fullmatch(base):
+            found.setdefault(match["variant"], []).append(name)
+        elif match := _SHARD_INDEX.fullmatch(base):
+            indexes.setdefault(match["variant"], []).append(name)
+    key = variant if variant in found else None
+    if key in found:
+        return found[key] + indexes.get(key, [])
+    if found:
+        others = ", ".join(str(name) for name in found)
+        raise ExportError(f"{component} has no weights for variant {variant or 'none'}, but for {others}: choose with --variant")
+    if any(name.endswith(_PICKLE_SUFFIXES) for name in files):
+        raise ExportError(f"{component} has pickled weights only: they can run code when read; convert them to safetensors")
+    raise ExportError(f"{component} has no safetensors weights")

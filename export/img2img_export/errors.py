@@ -1,0 +1,10 @@
+"""The exporter's one error, and how it quotes the errors of others."""
+
+
+class ExportError(Exception):
+    """The model was not exported. The message says why, in one line, to the person who asked for it."""
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's message that says something."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")

@@ -1,0 +1,120 @@
+"""Where a bundle is built, and how it comes into place: all of it at once, or not at all.
+
+The work is done in a hidden directory beside the output, on the same filesystem, and the finished bundle is renamed into
+place. A lock beside it is held by the running export and vanishes with its process, so whoever holds it knows that any
+other hidden directory of this output is the litter of a killed export.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from img2img_server.bundle import MANIFEST_NAME
+
+from img2img_export.errors import ExportError
+
+
+@dataclass(frozen=True, slots=True)
+class Staging:
+    """The directories of one export: links to the source, the bundle in the making, and what it will become."""
+
+    root: Path
+    output: Path
+
+    @property
+    def source(self) -> Path:
+        """Holds links to the files of the checkpoint."""
+        return self.root / "source"
+
+    @property
+    def bundle(self) -> Path:
+        """The bundle in the making."""
+        return self.root / "bundle"
+
+    def publish(self) -> None:
+        """Makes the bundle appear at the output, in place of one that is there."""
+        if self.output.exists():
+            self.output.rename(self.root / "replaced")
+        self.bundle.rename(self.output)
+
+
+@contextlib.contextmanager
+def stage(output: Path) -> Iterator[Staging]:
+    """Opens the staging directories for `output`, and removes them at the end however it came. Clears litter first.
+
+    Raises ExportError where another export to `output` is running.
+    """
+    output.parent.mkdir(parents=True, exist_ok=True)
+    prefix = f".{output.name}.img2img-export."
+    with _lock(output.parent / f"{prefix}lock", output):
+        for litter in output.parent.glob(f"{_escape(prefix)}[0-9]*"):
+            shutil.rmtree(litter)
+        staging = Staging(output.parent / f"{prefix}{os.getpid()}", output)
+        try:
+            staging.source.mkdir(parents=True)
+            staging.bundle.mkdir()
+            yield staging
+        finally:
+            shutil.rmtree(staging.root)
+
+
+def check_replaceable(output: Path, force: bool) -> None:
+    """Raises ExportError where `output` holds something that must not be replaced. Only bundles ever are, and with `force`."""
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return
+    if not _is_bundle(output):
+        raise ExportError(f"{output} exists and is no bundle: it is never replaced, choose another output")
+    if not force:
+        raise ExportError(f"{output} holds another bundle, or one that is out of date or damaged: --force replaces it")
+
+
+def _is_bundle(directory: Path) -> bool:
+    """Whether it has a manifest of any format version: an old or a damaged bundle is a bundle."""
+    try:
+        manifest = json.loads((directory / MANIFEST_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(manifest, dict) and {"format_version", "pipeline_class"} <= set(manifest)
+
+
+@contextlib.contextmanager
+def _lock(path: Path, output: Path) -> Iterator[None]:
+    descriptor = _open_locked(path)
+    while descriptor is not None and not _is_at(path, descriptor):
+        os.close(descriptor)
+        descriptor = _open_locked(path)
+    if descriptor is None:
+        raise ExportError(f"another export to {output} is running")
+    try:
+        yield
+    finally:
+        path.unlink()
+        os.close(descriptor)
+
+
+def _open_locked(path: Path) -> int | None:
+    """A descriptor of the file, locked, or None where another process holds it."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def _is_at(path: Path, descriptor: int) -> bool:
+    """Whether the locked file is still the one at `path`: its former holder removes it at the end."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _escape(text: str) -> str:
+    return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in text)

@@ -1,0 +1,31 @@
+"""How a pipeline's methods call torch: without gradients, and on as many threads as suit that pipeline."""
+
+import functools
+from collections.abc import Callable
+from typing import Concatenate, ParamSpec, Protocol, TypeVar
+
+import torch
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+
+class HasThreads(Protocol):
+    """A pipeline that knows how many CPU threads of torch its calls are to use."""
+
+    threads: int
+
+
+_Self = TypeVar("_Self", bound=HasThreads)
+
+
+def torch_call(method: Callable[Concatenate[_Self, _P], _R]) -> Callable[Concatenate[_Self, _P], _R]:
+    """Decorates a pipeline's method. Both settings belong to the thread that calls, and several pipelines share one."""
+
+    @functools.wraps(method)
+    def call(self: _Self, /, *args: _P.args, **kwargs: _P.kwargs) -> _R:
+        torch.set_num_threads(self.threads)
+        with torch.inference_mode():
+            return method(self, *args, **kwargs)
+
+    return call

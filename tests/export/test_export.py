@@ -1,0 +1,276 @@
+"""The export from end to end: what it refuses, what it falls back to, and that nothing unverified is ever published."""
+
+import dataclasses
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+import torch
+from diffusers import AutoPipelineForImage2Image
+from img2img_cli.__main__ import main
+from img2img_export import graphs, models
+from img2img_export.build import Outcome, export_model
+from img2img_export.errors import ExportError
+from img2img_export.options import ExportOptions
+from img2img_export.source import resolve
+from img2img_server.bundle import check_bundle, list_files, read_manifest, write_manifest
+
+Get = Callable[[str], Path]
+
+
+def export(source: Path, output: Path, **options: Any) -> Outcome:
+    return export_model(ExportOptions(source=str(source), output=output, **options))
+
+
+@pytest.fixture
+def model(tiny_model: Get, tmp_path: Path) -> Path:
+    """A copy of a tiny model, to be changed."""
+    return Path(shutil.copytree(tiny_model("sd1"), tmp_path / "model"))
+
+
+@pytest.fixture
+def ready_graphs(bundle: Get, monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[Path], None]], None]:
+    """Puts the graphs of an exported bundle in place of an export's own, after a given change: a fault, and no wait."""
+    ready = bundle("sd1")
+
+    def install(change: Callable[[Path], None]) -> None:
+        def export_graphs(pipeline: Any, directory: Path) -> None:
+            shutil.copytree(ready, directory, dirs_exist_ok=True, ignore=shutil.ignore_patterns("manifest.json"))
+            change(directory)
+
+        monkeypatch.setattr(graphs, "export_graphs", export_graphs)
+
+    return install
+
+
+def change_weight(directory: Path) -> None:
+    path = directory / "unet" / "model.onnx"
+    graph = onnx.load(path)
+    weight = next(item for item in graph.graph.initializer if "conv_out.weight" in item.name)
+    weight.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(weight) * 1.01, weight.name))
+    onnx.save(graph, path)
+
+
+def freeze_timestep(directory: Path) -> None:
+    path = directory / "unet" / "model.onnx"
+    graph = onnx.load(path)
+    graph.graph.node.insert(0, onnx.helper.make_node("ReduceMin", ["timestep"], ["first_timestep"], keepdims=1))
+    for node in graph.graph.node[1:]:
+        for index, name in enumerate(node.input):
+            if name == "timestep":
+                node.input[index] = "first_timestep"
+    onnx.save(graph, path)
+
+
+def change_scheduler(directory: Path) -> None:
+    path = directory / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "beta_end": 0.02}))
+
+
+def break_graph(directory: Path) -> None:
+    path = directory / "unet" / "model.onnx"
+    graph = onnx.load(path)
+    graph.graph.node[0].op_type = "NoSuchOperator"
+    onnx.save(graph, path)
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (change_weight, "unet differs from PyTorch"),
+        (freeze_timestep, "unet differs from PyTorch"),
+        (change_scheduler, "picture differs"),
+        (break_graph, "ONNX Runtime cannot open unet"),
+    ],
+)
+def test_a_bundle_that_differs_is_not_published(
+    fault: Callable[[Path], None],
+    message: str,
+    ready_graphs: Callable[[Callable[[Path], None]], None],
+    tiny_model: Get,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    ready_graphs(fault)
+    assert main(["export", str(tiny_model("sd1")), "--output", str(tmp_path / "out")]) == 1
+    error = capsys.readouterr().err
+    assert message in error
+    assert len(error.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failure_leaves_the_bundle_that_was_there(
+    ready_graphs: Callable[[Callable[[Path], None]], None], tiny_model: Get, bundle: Get, tmp_path: Path
+) -> None:
+    output = Path(shutil.copytree(bundle("sd2"), tmp_path / "out"))
+    ready_graphs(change_weight)
+    with pytest.raises(ExportError, match="differs"):
+        export(tiny_model("sd1"), output, force=True)
+    check_bundle(output, read_manifest(output))
+
+
+def test_the_same_again_does_nothing_and_loads_nothing_heavy(tiny_model: Get, bundle: Get) -> None:
+    output = bundle("sd1")
+    before = {path: path.stat().st_mtime_ns for path in output.rglob("*")}
+    code = """
+import sys
+for name in ("torch", "diffusers", "transformers", "optimum", "onnx", "onnxruntime"):
+    sys.modules[name] = None
+from img2img_cli.__main__ import main
+sys.exit(main(sys.argv[1:]))
+"""
+    command = [sys.executable, "-c", code, "export", str(tiny_model("sd1")), "--output", str(output)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout.startswith("up to date")
+    assert {path: path.stat().st_mtime_ns for path in output.rglob("*")} == before
+
+
+@pytest.mark.parametrize("what", ["source", "options", "tools", "damage"])
+def test_another_bundle_is_replaced_by_force_only(
+    what: str,
+    ready_graphs: Callable[[Callable[[Path], None]], None],
+    bundle: Get,
+    model: Path,
+    tiny_model: Get,
+    tmp_path: Path,
+) -> None:
+    output = Path(shutil.copytree(bundle("sd1"), tmp_path / "out"))
+    manifest = read_manifest(output)
+    source = tiny_model("sd1")
+    if what == "source":
+        source = model
+    elif what == "options":
+        write_manifest(output, dataclasses.replace(manifest, options={"backend": "onnx"}))
+    elif what == "tools":
+        write_manifest(output, dataclasses.replace(manifest, tools={**manifest.tools, "torch": "1.0"}))
+    else:
+        (output / "unet" / "config.json").write_text("{}")
+    with pytest.raises(ExportError, match="--force"):
+        export(source, output)
+    if what != "damage":
+        return
+    ready_graphs(lambda directory: None)
+    assert not export(source, output, force=True).up_to_date
+    check_bundle(output, read_manifest(output))
+    assert export(source, output).up_to_date
+
+
+def test_what_is_no_bundle_is_kept_even_with_force(tiny_model: Get, tmp_path: Path) -> None:
+    (tmp_path / "holiday.jpg").write_text("precious")
+    with pytest.raises(ExportError, match="never replaced"):
+        export(tiny_model("sd1"), tmp_path, force=True)
+    assert (tmp_path / "holiday.jpg").read_text() == "precious"
+
+
+@pytest.mark.parametrize("backend", ["auto", "onnx"])
+def test_torch_is_the_fallback_with_the_reason(
+    backend: str, tiny_model: Get, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AttributeError("'Whatever' object has no attribute 'text_model'\nand more")
+
+    monkeypatch.setattr(graphs, "onnx_export_from_model", refuse)
+    if backend == "onnx":
+        with pytest.raises(ExportError, match="optimum cannot export it"):
+            export(tiny_model("sd1"), tmp_path / "out", backend="onnx")
+        assert list(tmp_path.iterdir()) == []
+        return
+    manifest = export(tiny_model("sd1"), tmp_path / "out").manifest
+    assert (manifest.backend, manifest.family) == ("torch", "stable-diffusion")
+    assert manifest.backend_reason == (
+        "optimum cannot export it: AttributeError: 'Whatever' object has no attribute 'text_model'"
+    )
+    assert not any(name.endswith(".onnx") for name in list_files(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("name", ["sdxl", "kandinsky22"])
+def test_a_torch_bundle_is_what_autopipeline_loads(name: str, tiny_model: Get, bundle: Get, tmp_path: Path) -> None:
+    output = bundle(name) if name == "kandinsky22" else export(tiny_model(name), tmp_path / "out", backend="torch").path
+    manifest = read_manifest(output)
+    assert manifest.backend == "torch"
+    assert manifest.family == {"sdxl": "stable-diffusion-xl", "kandinsky22": "whole"}[name]
+    assert manifest.backend_reason
+    pipeline = AutoPipelineForImage2Image.from_pretrained(output, use_safetensors=True, local_files_only=True)
+    assert type(pipeline).__name__ == manifest.pipeline_class
+    assert {part.name for part in manifest.components} == set(models.modules(pipeline))
+    assert all(part.precision == "fp32" for part in manifest.components)
+    assert not [name for name in manifest.files if name.endswith((".bin", ".pt", ".onnx"))]
+
+
+def test_a_model_without_graphs_is_refused_where_graphs_are_asked_for(tiny_model: Get, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="makes no graphs of KandinskyV22"):
+        export(tiny_model("kandinsky22"), tmp_path / "out", backend="onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_half_of_a_model_of_two_repositories_is_refused_with_advice(tiny_model: Get, tmp_path: Path) -> None:
+    ignored = shutil.ignore_patterns("prior_*")
+    decoder = Path(shutil.copytree(tiny_model("kandinsky22"), tmp_path / "decoder", ignore=ignored))
+    index = json.loads((decoder / "model_index.json").read_text())
+    index = {name: value for name, value in index.items() if not name.startswith("prior_")}
+    (decoder / "model_index.json").write_text(json.dumps({**index, "_class_name": "KandinskyV22Pipeline"}))
+    with pytest.raises(ExportError, match="lacks its prior"):
+        export(decoder, tmp_path / "out")
+
+
+def test_a_half_precision_variant_is_read_as_fp32(tiny_model: Get, tmp_path: Path) -> None:
+    half = AutoPipelineForImage2Image.from_pretrained(tiny_model("sd1"), torch_dtype=torch.float16, use_safetensors=True)
+    half.save_pretrained(tmp_path / "half", safe_serialization=True, variant="fp16")
+    options = ExportOptions(source=str(tmp_path / "half"), output=tmp_path / "out", variant="fp16")
+    checkpoint = resolve(options, print)
+    checkpoint.link_into(tmp_path / "view")
+    pipeline = models.load(tmp_path / "view", checkpoint.layout, "fp16")
+    assert {part.dtype for module in models.modules(pipeline).values() for part in module.parameters()} == {torch.float32}
+    with pytest.raises(ExportError, match="fp16: choose with --variant"):
+        resolve(dataclasses.replace(options, variant=None), print)
+
+
+def test_a_model_that_draws_one_colour_is_refused(model: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    path = model / "vae" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(path)
+    weights["decoder.conv_out.weight"].fill_(torch.nan)
+    save_file(weights, path, metadata={"format": "pt"})
+    with pytest.raises(ExportError, match="one colour"):
+        export(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_pickles_are_refused_before_anything_is_loaded(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = model / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.rename(weights.with_suffix(".bin"))
+    monkeypatch.setattr(models, "load", lambda *_: pytest.fail("the model was loaded"))
+    with pytest.raises(ExportError, match="unet has pickled weights only"):
+        export(model, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "arguments", [["export"], ["export", "model"], ["export", "m", "--output", "o", "--backend", "tensorrt"]]
+)
+def test_wrong_arguments_exit_with_two(arguments: list[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+
+
+def test_weights_beyond_the_limit_of_a_graph_file_lie_beside_it(
+    tiny_model: Get, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORCE_ONNX_EXTERNAL_DATA", "1")
+    outcome = export(tiny_model("sd1"), tmp_path / "out")
+    data = outcome.path / "unet" / "model.onnx_data"
+    assert data.stat().st_mode & 0o777 == 0o644
+    assert "unet/model.onnx_data" in outcome.manifest.files
+
+
+def test_the_digest_is_of_the_source(tiny_model: Get, bundle: Get) -> None:
+    options = ExportOptions(source=str(tiny_model("sd1")), output=Path("unused"))
+    assert read_manifest(bundle("sd1")).source == resolve(options, print).source

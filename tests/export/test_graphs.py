@@ -1,0 +1,120 @@
+"""The exported graphs: each is held against diffusers, and the bundle against optimum's own pipeline."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from diffusers import AutoPipelineForImage2Image, UNet2DConditionModel
+from img2img_export import pictures
+from img2img_server.bundle import read_manifest
+
+Get = Callable[[str], Path]
+
+STABLE_DIFFUSION = ["sd1", "sd2", "sdxl", "refiner"]
+
+
+@pytest.fixture(scope="module")
+def unet(bundle: Get) -> onnxruntime.InferenceSession:
+    return onnxruntime.InferenceSession(bundle("sd1") / "unet" / "model.onnx", providers=["CPUExecutionProvider"])
+
+
+def inputs(batch: int, height: int, width: int) -> dict[str, np.ndarray]:
+    random = np.random.default_rng(batch)
+    return {
+        "sample": random.standard_normal((batch, 4, height, width), dtype=np.float32),
+        "timestep": np.linspace(1, 999, batch, dtype=np.float32),
+        "encoder_hidden_states": random.standard_normal((batch, 77, 32), dtype=np.float32),
+    }
+
+
+def test_each_sample_has_its_own_timestep(unet: onnxruntime.InferenceSession) -> None:
+    batch = inputs(3, 8, 8)
+    (together,) = unet.run(None, batch)
+    alone = [unet.run(None, {name: value[row : row + 1] for name, value in batch.items()})[0] for row in range(3)]
+    np.testing.assert_allclose(together, np.concatenate(alone), rtol=1e-5, atol=1e-5)
+    (same_timestep,) = unet.run(None, {**batch, "timestep": np.full(3, 1, np.float32)})
+    assert np.abs(same_timestep[2] - together[2]).max() > 0.01, "the timestep must matter for this test to mean anything"
+
+
+def test_a_single_timestep_serves_the_whole_batch(unet: onnxruntime.InferenceSession) -> None:
+    batch = inputs(3, 8, 8)
+    (one,) = unet.run(None, {**batch, "timestep": np.array([401], np.float32)})
+    (many,) = unet.run(None, {**batch, "timestep": np.full(3, 401, np.float32)})
+    np.testing.assert_allclose(one, many, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (5, 7), (9, 12), (10, 6), (16, 8), (33, 3)])
+def test_any_size_that_torch_takes(unet: onnxruntime.InferenceSession, tiny_model: Get, height: int, width: int) -> None:
+    module = UNet2DConditionModel.from_pretrained(tiny_model("sd1") / "unet", use_safetensors=True)
+    batch = inputs(2, height, width)
+    with torch.no_grad():
+        expected = module(**{name: torch.from_numpy(value) for name, value in batch.items()}).sample.numpy()
+    np.testing.assert_allclose(unet.run(None, batch)[0], expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", STABLE_DIFFUSION)
+def test_optimum_draws_the_same_pictures_from_the_bundle(name: str, bundle: Get, tiny_model: Get) -> None:
+    from optimum.onnxruntime import ORTPipelineForImage2Image
+
+    source = AutoPipelineForImage2Image.from_pretrained(tiny_model(name), use_safetensors=True, local_files_only=True)
+    loaded = ORTPipelineForImage2Image.from_pretrained(bundle(name), export=False, local_files_only=True)
+    for pipeline in (source, loaded):
+        pipeline.set_progress_bar_config(disable=True)
+    for case in pictures.picture_cases(source, "stable-diffusion"):
+        (reference,) = pictures.draw_references(source, [case])
+        (picture,) = pictures.draw_references(loaded, [case])
+        assert pictures.measure(case.name, picture, reference).passed, case.name
+
+
+@pytest.mark.parametrize("name", STABLE_DIFFUSION)
+def test_the_manifest_says_what_the_graphs_take(name: str, bundle: Get) -> None:
+    manifest = read_manifest(bundle(name))
+    components = {component.name: component for component in manifest.components}
+    encoders = {"sdxl": {"text_encoder", "text_encoder_2"}, "refiner": {"text_encoder_2"}}.get(name, {"text_encoder"})
+    assert set(components) == {"unet", "vae_encoder", "vae_decoder"} | encoders
+    for component in components.values():
+        session = onnxruntime.InferenceSession(bundle(name) / component.name / "model.onnx")
+        assert [item.name for item in component.inputs] == [item.name for item in session.get_inputs()]
+        assert [item.name for item in component.outputs] == [item.name for item in session.get_outputs()]
+        assert (component.precision, component.opset) == ("fp32", 18)
+    shapes: dict[str, Any] = {item.name: item.shape for item in components["unet"].inputs}
+    assert shapes["sample"] == ("batch_size", 4, "height", "width")
+    assert shapes["timestep"] == ("timestep_batch",)
+    if "sdxl" in name or name == "refiner":
+        assert shapes["time_ids"] == ("batch_size", 5 if name == "refiner" else 6)
+
+
+@pytest.mark.parametrize("name", [*STABLE_DIFFUSION, "kandinsky22"])
+def test_every_comparison_was_made_and_passed(name: str, bundle: Get) -> None:
+    manifest = read_manifest(bundle(name))
+    verification = manifest.verification
+    assert verification.passed
+    assert len(verification.pictures) == 3
+    if manifest.backend == "onnx":
+        assert {part.component for part in verification.components} == {part.name for part in manifest.components}
+        assert any("9 x 13" in part.case for part in verification.components)
+    assert all(part.passed for part in verification.components)
+    assert all(part.passed for part in verification.pictures)
+
+
+@pytest.mark.parametrize("name", ["sd1", "kandinsky22"])
+def test_nothing_of_this_machine_is_in_the_configurations(name: str, bundle: Get, tiny_model: Get) -> None:
+    for path in bundle(name).rglob("*.json"):
+        if path.name == "manifest.json":
+            continue
+        text = path.read_text(encoding="utf-8")
+        assert "_name_or_path" not in json.loads(text), path
+        assert str(tiny_model(name).parent) not in text, path
+        assert str(bundle(name).parent) not in text, path
+
+
+@pytest.mark.parametrize("name", ["sd1", "kandinsky22"])
+def test_everyone_may_read_the_bundle(name: str, bundle: Get) -> None:
+    for path in (bundle(name), *bundle(name).rglob("*")):
+        assert path.stat().st_mode & 0o777 == (0o755 if path.is_dir() else 0o644), path
+        assert not path.is_symlink()

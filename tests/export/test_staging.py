@@ -1,0 +1,117 @@
+"""How a bundle comes into place: whole or not at all, and nothing else is ever replaced."""
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from img2img_export.errors import ExportError
+from img2img_export.staging import check_replaceable, stage
+
+BUNDLE_MANIFEST = json.dumps({"format_version": 1, "pipeline_class": "P"})
+
+_BUILD_FOREVER = """
+import sys, time
+from pathlib import Path
+from img2img_export.staging import stage
+with stage(Path(sys.argv[1])) as staging:
+    (staging.bundle / "manifest.json").write_text("{}")
+    print("building", flush=True)
+    time.sleep(600)
+"""
+
+
+def names(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir())
+
+
+def build_and_fail(output: Path) -> None:
+    with stage(output) as staging:
+        (staging.bundle / "file").write_text("new")
+        raise InterruptedError
+
+
+def test_a_bundle_appears_only_when_published(tmp_path: Path) -> None:
+    output = tmp_path / "deep" / "model"
+    with stage(output) as staging:
+        (staging.bundle / "file").write_text("new")
+        assert not output.exists()
+        assert staging.bundle.stat().st_dev == output.parent.stat().st_dev
+        staging.publish()
+        assert (output / "file").read_text() == "new"
+    assert names(output.parent) == ["model"]
+
+
+def test_a_failure_leaves_the_old_bundle_and_no_litter(tmp_path: Path) -> None:
+    output = tmp_path / "model"
+    output.mkdir()
+    (output / "file").write_text("old")
+    with pytest.raises(InterruptedError):
+        build_and_fail(output)
+    assert (output / "file").read_text() == "old"
+    assert names(tmp_path) == ["model"]
+
+
+def test_publishing_replaces_the_old_bundle(tmp_path: Path) -> None:
+    output = tmp_path / "model"
+    output.mkdir()
+    (output / "old").touch()
+    with stage(output) as staging:
+        (staging.bundle / "new").touch()
+        staging.publish()
+    assert names(output) == ["new"]
+    assert names(tmp_path) == ["model"]
+
+
+def test_two_exports_to_one_output_do_not_mix(tmp_path: Path) -> None:
+    with stage(tmp_path / "model"):
+        with pytest.raises(ExportError, match="running"), stage(tmp_path / "model"):
+            pass
+        with stage(tmp_path / "other"):
+            pass
+
+
+def test_a_killed_export_leaves_nothing_finished_and_the_next_clears_up(tmp_path: Path) -> None:
+    output = tmp_path / "mod[e]l"
+    with subprocess.Popen([sys.executable, "-c", _BUILD_FOREVER, str(output)], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "building\n"
+        with pytest.raises(ExportError, match="running"), stage(output):
+            pass
+        process.send_signal(signal.SIGKILL)
+    assert not output.exists()
+    assert all(name.startswith(".") for name in names(tmp_path))
+    assert not list(tmp_path.glob(".*/manifest.json")), "a directory beside the output looks like a bundle"
+    with stage(output) as staging:
+        assert names(tmp_path) == sorted([staging.root.name, f".{output.name}.img2img-export.lock"])
+    assert names(tmp_path) == []
+
+
+def test_what_is_not_there_or_empty_may_be_written(tmp_path: Path) -> None:
+    check_replaceable(tmp_path / "nothing", force=False)
+    check_replaceable(tmp_path, force=False)
+
+
+def test_a_bundle_is_replaced_by_force_only(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text(BUNDLE_MANIFEST)
+    with pytest.raises(ExportError, match="--force"):
+        check_replaceable(tmp_path, force=False)
+    check_replaceable(tmp_path, force=True)
+
+
+@pytest.mark.parametrize("content", [None, "{}", "[", '{"name": "an extension of a browser"}'])
+def test_what_is_no_bundle_is_never_replaced(tmp_path: Path, content: str | None) -> None:
+    (tmp_path / "holiday.jpg").touch()
+    if content is not None:
+        (tmp_path / "manifest.json").write_text(content)
+    for force in (False, True):
+        with pytest.raises(ExportError, match="never replaced"):
+            check_replaceable(tmp_path, force)
+
+
+def test_a_file_is_never_replaced(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ExportError, match="never replaced"):
+        check_replaceable(tmp_path / "file", force=True)
