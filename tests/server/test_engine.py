@@ -5,7 +5,7 @@ import threading
 import pytest
 from fakes import Caller, FakePipeline, make_engine, make_request, run_out
 from img2img_server.engine.engine import Engine
-from img2img_server.engine.request import Completed, Request, Started
+from img2img_server.engine.request import Completed, Event, Started
 from img2img_server.engine.scheduler import Limits
 from img2img_server.errors import DeadlineExpired, ModelFailed, QueueFull, RequestCancelled, ShuttingDown
 from PIL import Image
@@ -165,12 +165,12 @@ def test_a_full_queue_refuses_at_once_and_says_when_to_retry() -> None:
 
 def test_position_and_estimate_are_told_on_arrival() -> None:
     engine, _, _ = make_engine()
-    first = engine.submit(_request(), lambda event: None)
+    first = engine.submit(make_request(), lambda event: None)
     assert (first.position, first.eta) == (0, None)
-    second = engine.submit(_request(), lambda event: None)
+    second = engine.submit(make_request(), lambda event: None)
     assert second.position == 1
     run_out(engine)
-    assert engine.submit(_request(), lambda event: None).eta is not None
+    assert engine.submit(make_request(), lambda event: None).eta is not None
 
 
 def test_closing_ends_what_is_left() -> None:
@@ -189,7 +189,13 @@ def test_a_draining_engine_finishes_what_it_has() -> None:
     done = threading.Event()
     caller = Caller(engine)
     engine.start()
-    engine.submit(_request(), lambda event: (caller.events.append(event), done.set()) if isinstance(event, Completed) else None)
+
+    def listen(event: Event) -> None:
+        caller.events.append(event)
+        if isinstance(event, Completed):
+            done.set()
+
+    engine.submit(make_request(), listen)
     assert engine.drain(timeout=30)
     assert done.wait(30)
     with pytest.raises(ShuttingDown):
@@ -219,7 +225,3 @@ def test_one_thread_runs_every_model_call() -> None:
     assert engine.drain(timeout=30)
     engine.close()
     assert threads == {"img2img-engine"}
-
-
-def _request() -> Request:
-    return make_request()

@@ -34,7 +34,10 @@ def saved(image: Image.Image, file_format: str, **options: object) -> bytes:
 
 
 def lab() -> Image.Image:
-    return ImageCms.profileToProfile(picture(), ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"), outputMode="LAB")
+    profiles = ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB")
+    converted = ImageCms.profileToProfile(picture(), *profiles, outputMode="LAB")
+    assert converted is not None
+    return converted
 
 
 def transparent() -> Image.Image:
@@ -52,7 +55,12 @@ def white_right() -> Image.Image:
 # What is saved, the file format, what must come out, and by how much (0 to 255) the format may change it.
 CASES: dict[str, tuple[Callable[[], Image.Image], str, Callable[[], Image.Image], int]] = {
     "RGB": (picture, "PNG", picture, 0),
-    "1": (lambda: picture().convert("1", dither=0), "PNG", lambda: picture().convert("1", dither=0), 0),
+    "1": (
+        lambda: picture().convert("1", dither=Image.Dither.NONE),
+        "PNG",
+        lambda: picture().convert("1", dither=Image.Dither.NONE),
+        0,
+    ),
     "L": (lambda: picture().convert("L"), "PNG", lambda: picture().convert("L"), 0),
     "LA": (lambda: transparent().convert("LA"), "PNG", lambda: white_right().convert("L"), 0),
     "P": (lambda: picture().quantize(8), "PNG", picture, 4),
@@ -198,4 +206,4 @@ def test_results_are_encoded_in_the_format_that_was_asked(file_format: images.Wr
 def test_quality_makes_files_smaller() -> None:
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8))
     for file_format in ("JPEG", "WEBP"):
-        assert len(images.encode(noise, file_format, 20)) < len(images.encode(noise, file_format, 90))  # type: ignore[arg-type]
+        assert len(images.encode(noise, file_format, 20)) < len(images.encode(noise, file_format, 90))

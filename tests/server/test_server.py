@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -20,13 +21,17 @@ from img2img_server.config import ServerConfig
 from img2img_server.engine.scheduler import Limits
 from img2img_server.images import ImageLimits
 from img2img_server.server import Server
+from messages import failure, request
 from PIL import Image
 from running import running, store
-from test_service import request
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 PICTURE = Image.new("RGB", (64, 64), "teal")
+
+
+def _health(channel: grpc.Channel) -> Any:
+    return health_pb2_grpc.HealthStub(channel)  # its stubs for mypy know no methods
 
 
 def test_health_is_told_of_the_server_the_service_and_each_model() -> None:
@@ -34,7 +39,7 @@ def test_health_is_told_of_the_server_the_service_and_each_model() -> None:
         running(lambda: store(m=FakePipeline())) as server,
         grpc.insecure_channel(f"localhost:{server.port}") as channel,
     ):
-        health = health_pb2_grpc.HealthStub(channel)
+        health = _health(channel)
         for name in ("", "img2img.v1.ImageToImageService", "models/m"):
             assert health.Check(health_pb2.HealthCheckRequest(service=name)).status == SERVING
         with pytest.raises(grpc.RpcError) as caught:
@@ -85,7 +90,7 @@ def test_draining_finishes_what_runs_and_refuses_what_comes() -> None:
     ):
         stream = client.transform_stream(PICTURE)
         assert called.wait(30)
-        watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
+        watch = _health(channel).Watch(health_pb2.HealthCheckRequest())
         assert next(watch).status == SERVING
         stopping = server.stop()
         assert next(watch).status == NOT_SERVING
@@ -98,9 +103,8 @@ def test_draining_finishes_what_runs_and_refuses_what_comes() -> None:
 
 def _refusal(channel: grpc.Channel) -> grpc.StatusCode:
     """What new requests get. Health turns first; a moment later nothing is taken any more."""
-    with pytest.raises(grpc.RpcError) as caught:
-        _submit_until_refused(ImageToImageServiceStub(channel))
-    code: grpc.StatusCode = caught.value.code()  # type: ignore[attr-defined]
+    code, details = failure(lambda: _submit_until_refused(ImageToImageServiceStub(channel)))
+    assert details["reason"] == "SHUTTING_DOWN"
     return code
 
 

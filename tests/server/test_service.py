@@ -9,8 +9,6 @@ from collections.abc import Iterator
 import grpc
 import pytest
 from fakes import FakePipeline
-from google.rpc import error_details_pb2
-from grpc_status import rpc_status
 from img2img.v1 import asset_pb2, asset_pb2_grpc, model_pb2, model_pb2_grpc
 from img2img.v1 import image_to_image_pb2 as pb
 from img2img.v1.image_to_image_pb2_grpc import ImageToImageServiceStub
@@ -18,20 +16,11 @@ from img2img_server.config import DEFAULT_PROMPT
 from img2img_server.engine.scheduler import Limits
 from img2img_server.images import ImageLimits
 from img2img_server.models import Model, ModelStore
+from messages import failure, png, request
 from PIL import Image
 from running import running, store
 
 LIMITS = ImageLimits(max_bytes=100_000, max_source_pixels=100_000, max_pixels=64 * 64)
-
-
-def png(size: tuple[int, int] = (24, 16)) -> bytes:
-    file = io.BytesIO()
-    Image.new("RGB", size, "teal").save(file, "PNG")
-    return file.getvalue()
-
-
-def request(**fields: object) -> pb.TransformRequest:
-    return pb.TransformRequest(**{"image": pb.ImageSource(data=png()), "seed": 5, **fields})  # type: ignore[arg-type]
 
 
 @pytest.fixture
@@ -53,26 +42,6 @@ def channel(pipeline: FakePipeline) -> Iterator[grpc.Channel]:
 @pytest.fixture
 def stub(channel: grpc.Channel) -> ImageToImageServiceStub:
     return ImageToImageServiceStub(channel)
-
-
-def failure(call: object) -> tuple[grpc.StatusCode, dict[str, object]]:
-    """The status code of a failed call, and its details by name: message, reason, field, description, retry."""
-    with pytest.raises(grpc.RpcError) as caught:
-        call()  # type: ignore[operator]
-    error = caught.value
-    found: dict[str, object] = {"message": error.details()}  # type: ignore[attr-defined]
-    status = rpc_status.from_call(error)
-    for detail in status.details if status else ():
-        info, bad, retry = error_details_pb2.ErrorInfo(), error_details_pb2.BadRequest(), error_details_pb2.RetryInfo()
-        if detail.Unpack(info):
-            assert info.domain == "img2img"
-            found["reason"] = info.reason
-        elif detail.Unpack(bad):
-            (violation,) = bad.field_violations
-            found |= {"field": violation.field, "description": violation.description}
-        elif detail.Unpack(retry):
-            found["retry"] = retry.retry_delay.ToTimedelta().total_seconds()
-    return error.code(), found  # type: ignore[attr-defined]
 
 
 def test_unset_fields_take_their_defaults(stub: ImageToImageServiceStub, pipeline: FakePipeline) -> None:
@@ -188,7 +157,7 @@ def test_bad_input_names_its_field(stub: ImageToImageServiceStub, pipeline: Fake
      {"path": "../m"}, {"path": "m", "allow_patterns": ["*.bin"]}, {"path": "m", "ignore_patterns": ["*.txt"]}],
 )  # fmt: skip
 def test_an_unknown_model_is_not_found_and_the_known_are_named(stub: ImageToImageServiceStub, reference: dict[str, str]) -> None:
-    code, details = failure(lambda: stub.Transform(request(model=pb.ModelReference(**reference))))  # type: ignore[arg-type]
+    code, details = failure(lambda: stub.Transform(request(model=pb.ModelReference(**reference))))
     assert (code, details["reason"]) == (grpc.StatusCode.NOT_FOUND, "MODEL_NOT_FOUND")
     assert "there are m, other" in str(details["message"])
 
@@ -199,7 +168,7 @@ def test_an_unknown_model_is_not_found_and_the_known_are_named(stub: ImageToImag
      {"path": "m", "allow_patterns": ["*.json"]}],
 )  # fmt: skip
 def test_a_reference_that_agrees_finds_its_model(stub: ImageToImageServiceStub, reference: dict[str, str]) -> None:
-    assert stub.Transform(request(model=pb.ModelReference(**reference))).model_id == "m"  # type: ignore[arg-type]
+    assert stub.Transform(request(model=pb.ModelReference(**reference))).model_id == "m"
 
 
 def test_several_models_and_no_default_must_be_told_apart() -> None:
@@ -294,7 +263,7 @@ def test_a_full_queue_answers_at_once_with_when_to_retry(stub: ImageToImageServi
         assert go.wait(30)
 
     pipeline.before_call = wait
-    running_call = stub.Transform.future(request())  # type: ignore[attr-defined]
+    running_call = stub.Transform.future(request())
     assert called.wait(30)
     waiting = stub.TransformStream(pb.TransformStreamRequest(request=request()))
     assert next(waiting).queued.position == 0

@@ -11,8 +11,9 @@ import torch
 from diffusers import AutoPipelineForImage2Image
 from fakes import Caller, make_request, run_out
 from img2img_client import Client, Completed, Progress, Queued, Started
+from img2img_server.engine import request as engine_events
 from img2img_server.engine.engine import Engine
-from img2img_server.engine.request import Failed
+from img2img_server.engine.request import Event, Failed
 from img2img_server.errors import ModelFailed, RequestCancelled
 from img2img_server.models import ModelStore
 from img2img_server.pipelines.alone import run_alone
@@ -93,18 +94,19 @@ def test_requests_take_turns_and_give_what_each_gives_alone(pipeline: WholePipel
     alone = [run_alone(pipeline, item)[0] for item in requests]
     engine = Engine({"m": pipeline})
     order: list[int] = []
-    pictures: list[Image.Image] = []
+    pictures: dict[int, Image.Image] = {}
     for index, item in enumerate(requests):
 
-        def listen(event: object, index: int = index) -> None:
+        def listen(event: Event, index: int = index) -> None:
             order.append(index)
-            if hasattr(event, "images"):
-                pictures.append((index, event.images[0]))  # type: ignore[arg-type, attr-defined]
+            if isinstance(event, engine_events.Completed):
+                pictures[index] = event.images[0]
 
         engine.submit(item, listen)
     run_out(engine)
     assert order.index(2) < len(order) - 1 - order[::-1].index(0), "the third had begun before the first was done"
-    for index, picture in pictures:  # type: ignore[misc]
+    assert sorted(pictures) == [0, 1, 2]
+    for index, picture in pictures.items():
         assert np.array_equal(np.asarray(picture), np.asarray(alone[index]))
     assert pipeline_threads() == []
 

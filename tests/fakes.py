@@ -46,7 +46,7 @@ class FakePipeline:
         self.batches: list[list[FakeState]] = []
         self.released: list[FakeState] = []
         self.prepared: list[FakeState] = []
-        self.before_call: Callable[[], None] = lambda: None
+        self.before_call: Callable[[], object] = lambda: None
         self._clock, self._seconds = clock or Clock(), seconds
 
     def prepare(self, request: Request) -> FakeState:
