@@ -11,6 +11,8 @@ DEFAULT_STRENGTH = 0.8
 DEFAULT_STEPS = 25
 DEFAULT_GUIDANCE = 7.5
 MAX_GUIDANCE = 30.0
+MAX_PROMPT = 4096
+"""Characters. Text encoders read some 77 tokens; tokenizing a book would only hold up the engine."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -51,11 +51,12 @@ class Server:
     async def start(self) -> None:
         """Loads the models, binds the port and serves. Raises BundleError or OSError where that cannot be done."""
         models = await asyncio.to_thread(self._load_models)
-        self._engine = Engine(models.pipelines(), self._config.limits)
-        self._engine.start()
+        engine = Engine(models.pipelines(), self._config.limits)
+        server = self._make_server(models, engine)
+        engine.start()
+        self._engine, self._server = engine, server
+        await server.start()
         self._names += [f"models/{name}" for name in models.pipelines()]
-        self._server = self._make_server(models, self._engine)
-        await self._server.start()
         await self._set_health(health_pb2.HealthCheckResponse.SERVING)
         _log.info("serving on %s:%d", self._config.host, self.port)
         if self._config.port_file is not None:

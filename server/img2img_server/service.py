@@ -13,7 +13,15 @@ from img2img.v1 import image_to_image_pb2 as pb
 from img2img.v1 import image_to_image_pb2_grpc as pb_grpc
 
 from img2img_server import images
-from img2img_server.config import DEFAULT_GUIDANCE, DEFAULT_PROMPT, DEFAULT_STEPS, DEFAULT_STRENGTH, MAX_GUIDANCE, ServerConfig
+from img2img_server.config import (
+    DEFAULT_GUIDANCE,
+    DEFAULT_PROMPT,
+    DEFAULT_STEPS,
+    DEFAULT_STRENGTH,
+    MAX_GUIDANCE,
+    MAX_PROMPT,
+    ServerConfig,
+)
 from img2img_server.engine.engine import Accepted, Engine
 from img2img_server.engine.request import Completed, Event, Failed, Progress, Request, Started
 from img2img_server.errors import InvalidField, NotSupported
@@ -132,6 +140,7 @@ class ImageToImageService(pb_grpc.ImageToImageServiceServicer):
         deadline = None if seconds_left is None else self._engine.clock() + seconds_left
         model = self._models.resolve(reference_from(message.model))
         assert model.pipeline is not None, "resolve gives models that can run"
+        prompt, negative_prompt = _prompts(message)
         strength, steps, guidance = self._numbers(message)
         seeds = self._seeds(message)
         file_format, quality = _output(message)
@@ -149,8 +158,8 @@ class ImageToImageService(pb_grpc.ImageToImageServiceServicer):
         request = Request(
             model=model.id,
             image=await self._in_background(lambda: images.resize(source, size)),
-            prompt=message.prompt if message.HasField("prompt") else DEFAULT_PROMPT,
-            negative_prompt=message.negative_prompt if message.HasField("negative_prompt") else None,
+            prompt=prompt,
+            negative_prompt=negative_prompt,
             strength=strength,
             num_inference_steps=steps,
             guidance_scale=guidance,
@@ -194,6 +203,16 @@ class ImageToImageService(pb_grpc.ImageToImageServiceServicer):
 
     async def _in_background(self, work: Callable[[], _T]) -> _T:
         return await asyncio.get_running_loop().run_in_executor(self._executor, work)
+
+
+def _prompts(message: pb.TransformRequest) -> tuple[str, str | None]:
+    for field in ("prompt", "negative_prompt"):
+        length = len(getattr(message, field))
+        _check(field, length <= MAX_PROMPT, f"it has {length} characters, the most is {MAX_PROMPT}")
+    return (
+        message.prompt if message.HasField("prompt") else DEFAULT_PROMPT,
+        message.negative_prompt if message.HasField("negative_prompt") else None,
+    )
 
 
 def _output(message: pb.TransformRequest) -> tuple[images.WriteFormat, int]:

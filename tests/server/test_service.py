@@ -114,6 +114,8 @@ BAD: dict[str, tuple[dict[str, object], str]] = {
     "no picture in a uri": ({"image": pb.ImageSource(uri="data:,hello")}, "image.uri"),
     "an http uri": ({"image": pb.ImageSource(uri="http://localhost/a.png")}, "image.uri"),
     "a file uri": ({"image": pb.ImageSource(uri="file:///etc/passwd")}, "image.uri"),
+    "a prompt of a book's length": ({"prompt": "a" * 4097}, "prompt"),
+    "a negative prompt of a book's length": ({"negative_prompt": "a" * 4097}, "negative_prompt"),
     "strength 0": ({"strength": 0.0}, "strength"),
     "strength above 1": ({"strength": 1.01}, "strength"),
     "strength below 0": ({"strength": -0.5}, "strength"),
