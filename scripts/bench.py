@@ -47,7 +47,6 @@ def main() -> None:
         "same pipeline called directly, ms": requests["direct"],
         "added by the server, pair by pair, ms": added,
         "optimum's pipeline called directly, ms": requests["optimum"],
-        "diffusers on PyTorch called directly, ms": requests["torch"],
         "process start to SERVING, s": starts,
         "img2img --help, ms": helps,
     }
@@ -81,7 +80,7 @@ def _server() -> Iterator[str]:
 
 def _compare_requests(count: int) -> dict[str, Any]:
     """Milliseconds of the same transform four ways, in turns; the order changes each round so that none is always first."""
-    ways = {"direct": _direct(), "optimum": _optimum(), "torch": _torch()}
+    ways = {"direct": _direct(), "optimum": _optimum()}
     data = PICTURE.read_bytes()
     with _server() as target, Client(target, timeout=60) as client:
         parts: list[dict[str, float]] = []
@@ -126,31 +125,18 @@ def _direct() -> Callable[[], None]:
 
 
 def _optimum() -> Callable[[], None]:
+    """Optimum's pipeline on the same bundle, as its user would call it."""
+    import torch
     from optimum.onnxruntime import ORTPipelineForImage2Image
 
-    return _diffusers_call(ORTPipelineForImage2Image.from_pretrained(str(BUNDLE), export=False))
-
-
-def _torch() -> Callable[[], None]:
-    import torch
-    from diffusers import AutoPipelineForImage2Image
-
-    return _diffusers_call(AutoPipelineForImage2Image.from_pretrained(str(ROOT / "demo" / "model"), torch_dtype=torch.float32))
-
-
-def _diffusers_call(pipe: Any) -> Callable[[], None]:
-    import torch
-
+    pipe = ORTPipelineForImage2Image.from_pretrained(str(BUNDLE), export=False)
     pipe.set_progress_bar_config(disable=True)
-    cores = len(os.sched_getaffinity(0))
 
     def call() -> None:
-        torch.set_num_threads(cores)
         image = Image.open(PICTURE).convert("RGB")
         generator = torch.Generator().manual_seed(SEED)
         result = pipe(PROMPT, image=image, strength=0.8, num_inference_steps=25, guidance_scale=7.5, generator=generator)
         result.images[0].save(io.BytesIO(), "PNG", compress_level=1)
-        torch.set_num_threads(1)
 
     return call
 
@@ -177,4 +163,7 @@ def _report(figures: Mapping[str, list[float]], parts: Mapping[str, float]) -> N
 
 if __name__ == "__main__":
     warnings.filterwarnings("ignore")
+    # Read by OpenMP when torch is loaded. Threads that spin while they wait would slow down whatever is measured next.
+    os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+    os.environ["DIFFUSERS_VERBOSITY"] = os.environ["TRANSFORMERS_VERBOSITY"] = "error"
     main()

@@ -50,8 +50,8 @@ def main(started: float) -> int:
 
 
 def export() -> None:
-    """Turns demo/model into a bundle; where there is one already, `img2img export` only looks at it."""
-    command = [*_IMG2IMG, "export", "demo/model", "--output", str(BUNDLE)]
+    """Turns demo/model into a bundle; one that is there and up to date is only looked at, any other is replaced."""
+    command = [*_IMG2IMG, "export", "demo/model", "--output", str(BUNDLE), "--force"]
     if subprocess.run(command, check=False).returncode != 0:
         sys.exit("demo: the export failed")
 

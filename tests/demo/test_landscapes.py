@@ -2,7 +2,16 @@
 
 import numpy as np
 import pytest
-from captions import DEFAULT_PROMPT, KIND_PHRASES, SEASON_PHRASES, TIME_PHRASES, Scene, default_caption, draw_caption
+from captions import (
+    DEFAULT_PROMPT,
+    KIND_PHRASES,
+    SEASON_PHRASES,
+    TIME_PHRASES,
+    Scene,
+    default_caption,
+    draw_caption,
+    draw_nameless_caption,
+)
 from landscapes import TRAINING_LAYOUTS, UNSEEN_LAYOUTS, build_geometry, draw_layout, paint, render
 from make_data import augment, make_pictures
 from palette import SEASONS, TIMES
@@ -90,3 +99,11 @@ def test_captions_never_name_another_mood() -> None:
                         season,
                         caption,
                     )
+
+
+@pytest.mark.parametrize("kind", KIND_PHRASES)
+def test_nameless_captions_tell_the_mood_only(kind: str) -> None:
+    random = np.random.default_rng(1)
+    captions = {draw_nameless_caption(Scene(kind, True, True, "night", "winter"), random) for _ in range(30)}
+    assert len(captions) > 5
+    assert not [caption for caption in captions for phrase in KIND_PHRASES[kind] if phrase in caption.lower()]

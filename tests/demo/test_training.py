@@ -93,6 +93,8 @@ def test_rates_and_weights() -> None:
     assert max(rates) == pytest.approx(1, abs=1e-3)
     assert rates[500] == 1
     assert rates[-1] == pytest.approx(0.01)
+    assert rate_factor(999, UnetRecipe(steps=1000)) == 1
+    assert rate_factor(999, UnetRecipe(steps=1000, decay=100, final_rate=0.5)) == pytest.approx(0.505)
     weights = loss_weights(build_scheduler().alphas_cumprod, 5.0)
     assert weights.mean() == pytest.approx(1)
     assert bool((weights.diff() >= -1e-6).all())

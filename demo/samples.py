@@ -1,0 +1,59 @@
+"""Write the demo's pictures: three sources from unseen layouts, and a sheet of what the model makes of them.
+
+`python demo/samples.py --sources` writes only the sources; without it, the sheet too.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from captions import DEFAULT_PROMPT
+from diffusers import StableDiffusionImg2ImgPipeline
+from landscapes import render
+from PIL import Image
+
+DEMO = Path(__file__).parent
+SOURCES = {"noon-lake.png": 1_000_004, "noon-hills.png": 1_000_003, "noon-dunes.png": 1_000_005}
+"""File name -> layout; all are beyond what training may draw."""
+PROMPTS = (DEFAULT_PROMPT, "at night", "in winter", "in autumn", "on a foggy day", "winter night")
+
+
+def make_sheet(model: Path, sources: list[Image.Image], strength: float = 0.8) -> Image.Image:
+    """One row a source: the source, then each prompt at 25 steps, guidance 7.5, seed 7."""
+    pipeline = StableDiffusionImg2ImgPipeline.from_pretrained(model)
+    pipeline.set_progress_bar_config(disable=True)
+    sheet = Image.new("RGB", (sources[0].width * (1 + len(PROMPTS)), sources[0].height * len(sources)))
+    for row, source in enumerate(sources):
+        sheet.paste(source, (0, row * source.height))
+        generators = [torch.Generator().manual_seed(7) for _ in PROMPTS]
+        outputs = pipeline(
+            prompt=list(PROMPTS),
+            image=[source] * len(PROMPTS),
+            strength=strength,
+            num_inference_steps=25,
+            guidance_scale=7.5,
+            generator=generators,
+        ).images
+        for column, output in enumerate(outputs, start=1):
+            sheet.paste(output, (column * source.width, row * source.height))
+    return sheet
+
+
+def main() -> None:
+    """Parse the command line and write the pictures."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--sources", action="store_true", help="write the source pictures only")
+    parser.add_argument("--model", type=Path, default=DEMO / "model", help="pipeline to sample from")
+    parser.add_argument("--output", type=Path, default=DEMO / "pictures", help="directory for the pictures")
+    parser.add_argument("--strength", type=float, default=0.8, help="how far to leave the source, 0 to 1")
+    arguments = parser.parse_args()
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    for name, layout in SOURCES.items():
+        render(layout).save(arguments.output / name)
+    if not arguments.sources:
+        sources = [render(layout) for layout in SOURCES.values()]
+        make_sheet(arguments.model, sources, arguments.strength).save(arguments.output / "samples.png")
+
+
+if __name__ == "__main__":
+    main()
