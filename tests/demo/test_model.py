@@ -75,7 +75,8 @@ class Case:
         rows = np.arange(picture.shape[0])[:, None]
         sky = rows < self.geometry.ridge[None] - 1
         land = (rows > self.geometry.ridge[None] + 1) & (self.geometry.lake < 0.5)
-        return picture[sky if region == "sky" else land].mean(axis=0)
+        mean: Floats = picture[sky if region == "sky" else land].mean(axis=0)
+        return mean
 
     def moves_as_told(self, picture: Floats, mood: str) -> bool:
         """Whether every measure of a mood moved from the source at least half as far as in the generator's picture."""
@@ -103,7 +104,8 @@ def edges(picture: Floats, geometry: Geometry) -> Floats:
     strength = np.hypot(sobel(grey, 0), sobel(grey, 1))
     strength = strength[int(0.15 * len(grey)) : int(0.6 * len(grey))]
     centred = strength - strength.mean()
-    return (centred / np.linalg.norm(centred)).ravel()
+    unit: Floats = (centred / np.linalg.norm(centred)).ravel()
+    return unit
 
 
 @pytest.fixture(scope="module")

@@ -44,12 +44,13 @@ def test_smoke_training_writes_a_pipeline_that_runs_and_from_which_training_goes
 
 
 def test_only_weights_of_the_same_name_and_shape_are_taken() -> None:
-    module = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 3))
-    kept = module[1].weight.detach().clone()
+    first, second = nn.Linear(2, 2), nn.Linear(2, 3)
+    module = nn.Sequential(first, second)
+    kept = second.weight.detach().clone()
     weights = {"0.weight": torch.full((2, 2), 5.0), "1.weight": torch.zeros(9, 2), "2.weight": torch.zeros(2, 2)}
     assert take_weights(module, weights) == 1
-    assert torch.equal(module[0].weight, weights["0.weight"])
-    assert torch.equal(module[1].weight, kept)
+    assert torch.equal(first.weight, weights["0.weight"])
+    assert torch.equal(second.weight, kept)
 
 
 def tiny_data() -> LatentData:
