@@ -114,7 +114,7 @@ def hub() -> Iterator[Hub]:
 
 def resolve(hub: Hub, home: Path, offline: bool = False, **arguments: object) -> dict[str, dict[str, str]]:
     environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
-    environment |= {"HF_HUB_OFFLINE": "1"} if offline else {}
+    environment["HF_HUB_OFFLINE"] = str(int(offline))
     arguments = {"source": "someone/model", **arguments}
     output = subprocess.run(
         [sys.executable, "-c", _RESOLVE, json.dumps(arguments)], env=environment, capture_output=True, text=True, check=True
