@@ -5,6 +5,7 @@ Works on the names of files and on model_index.json alone, so that it judges a h
 
 import fnmatch
 import importlib.util
+import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from img2img_export.errors import ExportError
+from img2img_export.options import ExportOptions
 
 INDEX_NAME = "model_index.json"
 
@@ -51,6 +53,30 @@ def read_layout(index: Mapping[str, Any]) -> Layout:
         else:
             components[name] = (library, kind)
     return Layout(pipeline_class, components, tuple(left_out))
+
+
+def choose(index: Any, names: Iterable[str], options: ExportOptions) -> tuple[Layout, list[str]]:
+    """What a model_index.json's contents say, and which of the files `names` are read for `options`."""
+    if not isinstance(index, dict):
+        raise ExportError(f"{options.source}: {INDEX_NAME} is not an object")
+    layout = read_layout(index)
+    return layout, select_files(names, layout, options.variant, options.allow_patterns, options.ignore_patterns)
+
+
+def read_index(path: Path) -> Any:
+    """The contents of a model_index.json. Raises ExportError where it is missing or damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ExportError(f"{path.parent} is not in diffusers' layout: it has no {INDEX_NAME}") from None
+    except (OSError, ValueError) as error:
+        raise ExportError(f"{path} cannot be read: {error}") from None
+
+
+def names_below(directory: Path) -> list[str]:
+    """The files in a directory and in its folders, with slashes: a checkpoint is no deeper."""
+    paths = [*directory.glob("*"), *directory.glob("*/*")]
+    return sorted(path.relative_to(directory).as_posix() for path in paths if path.is_file())
 
 
 def _is_known_library(name: object) -> bool:

@@ -2,10 +2,9 @@
 
 from pathlib import Path
 
-from img2img_export.checkpoint import INDEX_NAME
+from img2img_export.checkpoint import INDEX_NAME, choose, names_below, read_index
 from img2img_export.errors import ExportError, first_line
 from img2img_export.options import ExportOptions
-from img2img_export.source import choose, names_below, read_index
 
 
 def download(options: ExportOptions) -> tuple[Path, list[str]]:

@@ -5,16 +5,14 @@ and nothing else of the checkpoint can be. Standard library only for a local dir
 """
 
 import hashlib
-import json
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from img2img_server.bundle import Source, digest_files
 
-from img2img_export.checkpoint import INDEX_NAME, Layout, read_layout, select_files
+from img2img_export.checkpoint import INDEX_NAME, Layout, choose, names_below, read_index
 from img2img_export.errors import ExportError
 from img2img_export.options import ExportOptions
 
@@ -73,30 +71,6 @@ def resolve(options: ExportOptions, report: Callable[[str], None]) -> Checkpoint
         digest=_digest(directory, files),
     )
     return Checkpoint(directory, tuple(files), layout, source)
-
-
-def choose(index: Any, names: Iterable[str], options: ExportOptions) -> tuple[Layout, list[str]]:
-    """What a model_index.json's contents say, and which of the files `names` are read for `options`."""
-    if not isinstance(index, dict):
-        raise ExportError(f"{options.source}: {INDEX_NAME} is not an object")
-    layout = read_layout(index)
-    return layout, select_files(names, layout, options.variant, options.allow_patterns, options.ignore_patterns)
-
-
-def read_index(path: Path) -> Any:
-    """The contents of a model_index.json. Raises ExportError where it is missing or damaged."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ExportError(f"{path.parent} is not in diffusers' layout: it has no {INDEX_NAME}") from None
-    except (OSError, ValueError) as error:
-        raise ExportError(f"{path} cannot be read: {error}") from None
-
-
-def names_below(directory: Path) -> list[str]:
-    """The files in a directory and in its folders, with slashes: a checkpoint is no deeper."""
-    paths = [*directory.glob("*"), *directory.glob("*/*")]
-    return sorted(path.relative_to(directory).as_posix() for path in paths if path.is_file())
 
 
 def _digest(directory: Path, names: Iterable[str]) -> str:
