@@ -7,6 +7,7 @@ from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import Executor
 from contextlib import aclosing
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 from img2img.v1 import image_to_image_pb2 as pb
@@ -111,10 +112,9 @@ class ImageToImageService(pb_grpc.ImageToImageServiceServicer):
         return pb.TransformStreamResponse(completed=await self._response(job, event))
 
     async def _response(self, job: Job, completed: Completed) -> pb.TransformResponse:
-        encoded = [
-            await self._in_background(lambda image=image: images.encode(image, job.file_format, job.quality))  # type: ignore[misc]
-            for image in completed.images
-        ]
+        encoded = await asyncio.gather(
+            *(self._in_background(partial(images.encode, image, job.file_format, job.quality)) for image in completed.images)
+        )
         timings = completed.timings
         assert job.model.manifest is not None, "a model that runs has a manifest"
         return pb.TransformResponse(

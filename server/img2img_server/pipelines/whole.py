@@ -5,11 +5,10 @@ back at the end of each step (callback_on_step_end). So one thread at a time own
 between, and a cancelled request unwinds at its next step.
 """
 
-import contextlib
 import copy
 import inspect
 import threading
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,6 +104,8 @@ class WholePipeline:
         self._parameters = inspect.signature(pipe.__call__).parameters
         self.engine = engine
         self.size_multiple = _size_multiple(pipe)
+        for part in _parts(pipe):
+            part.set_progress_bar_config(disable=True)  # the client gets the progress
 
     def prepare(self, request: Request) -> WholeState:
         """Readies the call; nothing is computed yet. Its step count is an estimate until the pipeline has its schedule."""
@@ -155,8 +156,7 @@ class WholePipeline:
                 run.pause()
                 return tensors
 
-            with _quiet(pipe):
-                images += pipe(**self._arguments(request, seed, on_step_end, on_prior_step_end), output_type="pil").images
+            images += pipe(**self._arguments(request, seed, on_step_end, on_prior_step_end), output_type="pil").images
         if any(image.size != request.image.size for image in images):
             raise RuntimeError(f"asked for {request.image.size}, {type(self._pipe).__name__} made {images[0].size}")
         return images
@@ -194,17 +194,14 @@ def _view(pipe: Any) -> Any:
     return view
 
 
-@contextlib.contextmanager
-def _quiet(pipe: Any) -> Iterator[None]:
-    """No progress bars of diffusers' own: the client gets the progress."""
-    for part in (pipe, *(value for name, value in vars(pipe).items() if name.endswith("_pipe"))):
-        part.set_progress_bar_config(disable=True)
-    yield
+def _parts(pipe: Any) -> list[Any]:
+    """The pipeline and the inner pipelines that a combined one hands its work to."""
+    return [pipe, *(value for name, value in vars(pipe).items() if name.endswith("_pipe"))]
 
 
 def _size_multiple(pipe: Any) -> int:
     """Width and height must be multiples of this many pixels: what the pipeline's image processor rounds to, else 64."""
-    for part in (pipe, *(value for name, value in vars(pipe).items() if name.endswith("_pipe"))):
+    for part in _parts(pipe):
         processor = getattr(part, "image_processor", None)
         factor = getattr(getattr(processor, "config", None), "vae_scale_factor", None)
         if factor is not None:
