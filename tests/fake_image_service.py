@@ -45,13 +45,19 @@ def response(*seeds: int) -> messages.TransformResponse:
     )
 
 
-def events(*seeds: int, steps: int = 2) -> list[messages.TransformStreamResponse]:
-    """The life of a request that goes well."""
+def events(*seeds: int, steps: int = 2, preview_interval: int = 0) -> list[messages.TransformStreamResponse]:
+    """The life of a request that goes well, with a preview every so many steps but the last."""
     event = messages.TransformStreamResponse
+    previews = {
+        step: picture(image_format="JPEG") for step in range(1, steps) if preview_interval and step % preview_interval == 0
+    }
     return [
         event(queued=messages.Queued(position=3, eta_seconds=1.5)),
         event(started=messages.Started(seed=7, engine="onnx:cpu")),
-        *(event(progress=messages.Progress(step=step, step_count=steps)) for step in range(1, steps + 1)),
+        *(
+            event(progress=messages.Progress(step=step, step_count=steps, preview=previews.get(step)))
+            for step in range(1, steps + 1)
+        ),
         event(completed=response(*seeds)),
     ]
 
@@ -65,9 +71,9 @@ def rich_status(code: int, message: str, *details: Message) -> grpc.Status:
     return rpc_status.to_status(status_pb2.Status(code=code, message=message, details=packed))
 
 
-def error_info(reason: str, domain: str = "img2img") -> error_details_pb2.ErrorInfo:
+def error_info(reason: str, domain: str = "img2img", **metadata: str) -> error_details_pb2.ErrorInfo:
     """The detail that gives a reason."""
-    return error_details_pb2.ErrorInfo(reason=reason, domain=domain)
+    return error_details_pb2.ErrorInfo(reason=reason, domain=domain, metadata=metadata)
 
 
 def wrong_field(field: str, description: str) -> grpc.Status:

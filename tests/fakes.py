@@ -1,10 +1,10 @@
 """A pipeline without a model, a clock that is set by hand, and a listener that remembers."""
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from img2img_server.engine.engine import Engine
-from img2img_server.engine.request import Completed, Event, Failed, Progress, Request, Ticket
+from img2img_server.engine.request import Completed, Event, Failed, Plan, Progress, Request, Ticket
 from img2img_server.engine.scheduler import Limits
 from PIL import Image
 
@@ -25,55 +25,79 @@ class FakeState:
     step_count: int
     step: int = 0
 
-    @property
-    def shape(self) -> Hashable:
-        return self.request.image.size
-
-    @property
-    def rows(self) -> int:
-        return len(self.request.seeds)
-
 
 class FakePipeline:
-    """Counts steps in place of denoising. Each call takes `seconds` of `clock`, and a prompt can ask for trouble:
-    "fail prepare", "fail denoise", "fail advance", "fail finish", "fail release"."""
+    """Counts steps in place of denoising. A call of n rows takes `seconds(n)` of `clock`, encoding and decoding take nothing
+    unless told, and a prompt can ask for trouble: "fail prepare", "fail denoise", "fail advance", "fail preview", "fail finish",
+    "fail release"."""
 
     engine = "fake:cpu"
     size_multiple = 8
+    native_size = (16, 16)
+    schedulers: tuple[str, ...] = ("EulerDiscreteScheduler", "DDIMScheduler")
 
-    def __init__(self, clock: Clock | None = None, seconds: float = 1.0, max_rows: int | None = None) -> None:
+    def __init__(
+        self,
+        clock: Clock | None = None,
+        seconds: Callable[[int], float] = lambda rows: 1.0,
+        max_rows: int | None = None,
+        codec_seconds: float = 0.0,
+    ) -> None:
         self.max_rows = max_rows
         self.batches: list[list[FakeState]] = []
-        self.released: list[FakeState] = []
         self.prepared: list[FakeState] = []
+        self.encoded: list[int] = []
+        self.decoded: list[int] = []
+        self.previewed: list[FakeState] = []
+        self.released: list[FakeState] = []
         self.before_call: Callable[[], object] = lambda: None
-        self._clock, self._seconds = clock or Clock(), seconds
+        self._clock, self._seconds, self._codec_seconds = clock or Clock(), seconds, codec_seconds
 
-    def prepare(self, request: Request) -> FakeState:
-        _trouble(request, "prepare")
-        state = FakeState(request, int(request.num_inference_steps * request.strength))
-        self.prepared.append(state)
-        return state
+    def plan(self, request: Request) -> Plan:
+        steps = int(request.num_inference_steps * request.strength)
+        width, height = request.image.size
+        return Plan((width, height), width * height, len(request.seeds), steps)
+
+    def prepare(self, requests: Sequence[Request]) -> Sequence[FakeState]:
+        self._clock.now += self._codec_seconds * len(requests)
+        for request in requests:
+            _trouble(request, "prepare")
+        states = [FakeState(request, self.plan(request).step_count) for request in requests]
+        self.encoded.append(len(requests))
+        self.prepared += states
+        return states
 
     def denoise(self, states: Sequence[FakeState]) -> Sequence[int]:
         self.before_call()
-        assert len({state.shape for state in states}) == 1, "a batch has one shape"
-        self.batches.append(list(states))
-        self._clock.now += self._seconds
+        assert len({state.request.image.size for state in states}) == 1, "a batch has one shape"
         for state in states:
+            assert state not in self.released, "what was released is not denoised"
             _trouble(state.request, "denoise")
+        self.batches.append(list(states))
+        self._clock.now += self._seconds(sum(len(state.request.seeds) for state in states))
         return [1] * len(states)
 
-    def advance(self, state: FakeState, noise: int) -> None:
-        _trouble(state.request, "advance")
-        state.step += noise
+    def advance(self, states: Sequence[FakeState], noises: Sequence[int]) -> None:
+        for state, noise in zip(states, noises, strict=True):
+            _trouble(state.request, "advance")
+            state.step += noise
 
-    def finish(self, state: FakeState) -> Sequence[Image.Image]:
-        assert state.step == state.step_count, "only what is denoised is decoded"
-        _trouble(state.request, "finish")
-        return [state.request.image] * state.rows
+    def preview(self, states: Sequence[FakeState]) -> Sequence[Image.Image | None]:
+        for state in states:
+            _trouble(state.request, "preview")
+        self.previewed += states
+        return [state.request.image.resize((4, 4)) for state in states]
+
+    def finish(self, states: Sequence[FakeState]) -> Sequence[Sequence[Image.Image]]:
+        self._clock.now += self._codec_seconds * len(states)
+        for state in states:
+            assert state.step == state.step_count, "only what is denoised is decoded"
+            _trouble(state.request, "finish")
+        self.decoded.append(len(states))
+        return [[state.request.image] * len(state.request.seeds) for state in states]
 
     def release(self, state: FakeState) -> None:
+        assert state not in self.released, "a state is released once"
         self.released.append(state)
         _trouble(state.request, "release")
 
@@ -118,10 +142,15 @@ def make_request(**settings: object) -> Request:
     return Request(**{**values, **settings})  # type: ignore[arg-type]
 
 
-def make_engine(limits: Limits | None = None, max_rows: int | None = None) -> tuple[Engine, FakePipeline, Clock]:
-    """An engine that is stepped by hand, on a fake pipeline "m" whose calls take a second."""
+def make_engine(
+    limits: Limits | None = None,
+    max_rows: int | None = None,
+    seconds: Callable[[int], float] = lambda rows: 1.0,
+    codec_seconds: float = 0.0,
+) -> tuple[Engine, FakePipeline, Clock]:
+    """An engine that is stepped by hand, on a fake pipeline "m" whose calls take a second, however many rows they have."""
     clock = Clock()
-    pipeline = FakePipeline(clock, max_rows=max_rows)
+    pipeline = FakePipeline(clock, seconds, max_rows, codec_seconds)
     return Engine({"m": pipeline}, limits, clock), pipeline, clock
 
 

@@ -34,7 +34,7 @@ class RunningServer:
 @contextlib.contextmanager
 def running(load_models: Callable[[], ModelStore], **settings: object) -> Iterator[RunningServer]:
     """Runs a server until the block is left, which drains it. `settings` are ServerConfig's."""
-    config = ServerConfig(**{"models": Path(), "port": 0, **settings})  # type: ignore[arg-type]
+    config = ServerConfig(**{"models": Path(), "port": 0, "warm_up": 0.0, **settings})  # type: ignore[arg-type]
     server = Server(config, load_models)
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, name="test-server", daemon=True)

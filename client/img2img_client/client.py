@@ -130,7 +130,7 @@ class Client:
 
 
 class TransformStream(Iterator[TransformEvent]):
-    """The events of one request: Queued, Started, Progress for each step, and Completed, always last.
+    """The events of one request: Queued, again when its place changes, Started, Progress for each step, Completed at last.
 
     Leaving the context, `close()` or dropping the stream cancels what has not ended. A failed call raises an Img2ImgError.
     """

@@ -9,7 +9,8 @@ class Img2ImgError(Exception):
 
     `status` is the name of the gRPC status code, such as "INVALID_ARGUMENT". `reason` is the server's stable reason, such as
     "QUEUE_FULL", and empty where the failure did not come from an img2img server. `fields` are (field, description) pairs
-    that name what is wrong with a request. `retry_after` is in seconds, None where the server gave none.
+    that name what is wrong with a request. `retry_after` is in seconds, None where the server gave none. `estimate` is the
+    seconds that the server would take, where it refused a request for its time-out, else None.
     """
 
     def __init__(
@@ -20,6 +21,7 @@ class Img2ImgError(Exception):
         reason: str = "",
         fields: tuple[tuple[str, str], ...] = (),
         retry_after: float | None = None,
+        estimate: float | None = None,
     ) -> None:
         super().__init__(message)
         self.message = message
@@ -27,6 +29,7 @@ class Img2ImgError(Exception):
         self.reason = reason
         self.fields = fields
         self.retry_after = retry_after
+        self.estimate = estimate
 
 
 class InvalidRequest(Img2ImgError):
@@ -46,7 +49,7 @@ class Unavailable(Img2ImgError):
 
 
 class DeadlineExceeded(Img2ImgError):
-    """The time-out passed first, or the server knows that it would."""
+    """The time-out passed first, or the server knows that it would: then `estimate` says how long it would take."""
 
 
 class Cancelled(Img2ImgError):

@@ -17,6 +17,7 @@ PROGRAM = "img2img models"
 _EPILOG = """\
 examples:
   img2img models
+  img2img models --schedulers
   img2img models --server gpu-box:50051 --json
 """
 
@@ -29,6 +30,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--server", metavar="TARGET", default="localhost:50051", help="default: %(default)s; https://... for TLS")
     parser.add_argument("--timeout", type=float, metavar="SECONDS", default=10.0, help="default: %(default)g")
+    parser.add_argument("--schedulers", action="store_true", help="list the schedulers that a request may ask each model for")
     parser.add_argument("--json", action="store_true", help="print every field of every model as JSON")
 
 
@@ -44,18 +46,20 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps([asdict(model) for model in models]))
     else:
-        _print_table(models)
+        _print_table(models, arguments.schedulers)
     return 0
 
 
-def _print_table(models: "tuple[ModelInfo, ...]") -> None:
+def _print_table(models: "tuple[ModelInfo, ...]", schedulers: bool) -> None:
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    table = Table("id", "family", "backend", "engine", "state", "default")
+    table = Table("id", "family", "backend", "engine", "state", "default", *(["schedulers"] if schedulers else []))
     for model in models:
-        cells = (model.id, model.family, model.backend, model.engine, model.state, "yes" if model.is_default else "")
+        cells = [model.id, model.family, model.backend, model.engine, model.state, "yes" if model.is_default else ""]
+        if schedulers:
+            cells.append("\n".join(model.schedulers))
         table.add_row(*(Text(cell, overflow="fold") for cell in cells))  # Text, since a str would be read as markup.
     console = Console(width=None if sys.stdout.isatty() else _WIDTH_OF_A_PIPE)
     console.print(table)

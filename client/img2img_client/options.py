@@ -25,7 +25,8 @@ class TransformOptions(TypedDict, total=False):
     """What may be asked of a transform, under diffusers' names. None, like leaving out, means the server's default.
 
     `model` is a model's id on the server or a ModelReference. `strength` is in (0, 1], `guidance_scale` in 0..30, `width` and
-    `height` are pixels, `quality` is 1..100 for JPEG and WebP, and a `seed` of -1 draws one. The server checks them all.
+    `height` are pixels, `quality` is 1..100 for JPEG and WebP, and a `seed` of -1 draws one. `scheduler` is one of the
+    names in the ModelInfo's `schedulers`. A stream sends a preview every `preview_interval` steps. The server checks them all.
     """
 
     model: str | ModelReference | None
@@ -40,6 +41,8 @@ class TransformOptions(TypedDict, total=False):
     height: int | None
     format: ImageFormat | None
     quality: int | None
+    scheduler: str | None
+    preview_interval: int | None
 
 
 def build_request(image: ImageInput, options: TransformOptions) -> messages.TransformRequest:
@@ -64,6 +67,8 @@ def build_request(image: ImageInput, options: TransformOptions) -> messages.Tran
         output=_output_message(options.get("format"), options.get("quality")),
         width=options.get("width"),
         height=options.get("height"),
+        scheduler=options.get("scheduler"),
+        preview_interval=options.get("preview_interval"),
     )
     if request.ByteSize() > MAX_MESSAGE_BYTES:
         raise ValueError(f"the request has {request.ByteSize()} bytes, more than {MAX_MESSAGE_BYTES}: send a smaller picture")

@@ -27,14 +27,14 @@ def show_progress(console: "Console | None" = None) -> Iterator[Show]:
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
     from rich.progress import Progress as Bar
 
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Bar(*columns, console=console) as bar:
-        task = bar.add_task("connecting", total=None)
+    said, left = TextColumn("{task.description}", markup=False), TextColumn("{task.fields[left]}", markup=False)
+    with Bar(said, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), left, console=console) as bar:
+        task = bar.add_task("connecting", total=None, left="")
 
         def show(event: TransformEvent) -> None:
             match event:
                 case Progress(step=step, step_count=step_count):
-                    bar.update(task, completed=step, total=step_count)
+                    bar.update(task, completed=step, total=step_count, left=_left(event))
                 case _ if description := describe(event):
                     bar.update(task, description=description)
 
@@ -44,15 +44,16 @@ def show_progress(console: "Console | None" = None) -> Iterator[Show]:
 def describe(event: TransformEvent) -> str:
     """The event in a few words; "" for a step and for the end, which speak for themselves."""
     match event:
-        case Queued(position=0):
-            return "queued, next in turn"
-        case Queued(position=position, eta_seconds=None):
-            return f"queued, {position} before this one"
         case Queued(position=position, eta_seconds=eta):
-            return f"queued, {position} before this one, done in about {eta:.0f} s"
+            place = f"{position} before this one" if position else "next in turn"
+            return f"queued, {place}" if eta is None else f"queued, {place}, done in about {eta:.0f} s"
         case Started(engine=engine, seed=seed):
             return f"running on {engine}, seed {seed}"
     return ""
+
+
+def _left(event: Progress) -> str:
+    return "" if event.eta_seconds is None else f"about {event.eta_seconds:.0f} s left"
 
 
 def _show_line(console: "Console", event: TransformEvent) -> None:
@@ -61,6 +62,6 @@ def _show_line(console: "Console", event: TransformEvent) -> None:
     if isinstance(event, Progress):
         step, count = event.step, event.step_count
         if step == count or step * _PLAIN_LINES // count > (step - 1) * _PLAIN_LINES // count:
-            line = f"step {step} of {count}"
+            line = ", ".join(filter(None, (f"step {step} of {count}", _left(event))))
     if line:
         console.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -1,6 +1,7 @@
 """From the server's messages and statuses to values and errors."""
 
-from typing import TYPE_CHECKING, cast
+from contextlib import suppress
+from typing import TYPE_CHECKING, TypedDict, cast
 
 from img2img.v1 import image_to_image_pb2 as messages
 from img2img.v1 import model_pb2
@@ -66,7 +67,8 @@ def parse_event(message: messages.TransformStreamResponse) -> values.TransformEv
         case "progress":
             progress = message.progress
             preview = progress.preview if progress.HasField("preview") else None
-            return values.Progress(progress.step, progress.step_count, preview)
+            eta = progress.eta_seconds if progress.HasField("eta_seconds") else None
+            return values.Progress(progress.step, progress.step_count, preview, eta)
         case "completed":
             return values.Completed(parse_result(message.completed))
     return None
@@ -95,11 +97,12 @@ def parse_model(message: model_pb2.Model) -> values.ModelInfo:
         state=cast(values.ModelState, state.removeprefix("MODEL_STATE_").lower()),
         size_multiple=message.size_multiple,
         is_default=message.is_default,
+        schedulers=tuple(message.schedulers),
     )
 
 
 def parse_error(error: "grpc.RpcError") -> errors.Img2ImgError:
-    """The error in a failed call's status, with what its details say of fields, reason and waiting time."""
+    """The error in a failed call's status, with what its details say of fields, reason and seconds."""
     status = error.code().name
     message = error.details() or status
     kind = _ERROR_OF_STATUS.get(status, errors.Img2ImgError)
@@ -108,8 +111,7 @@ def parse_error(error: "grpc.RpcError") -> errors.Img2ImgError:
     rich = _rich_status(error)
     if rich is None and status == "DEADLINE_EXCEEDED":
         message = "the time-out passed before the server was done"  # gRPC's own words are about streams being removed.
-    reason, fields, retry_after = ("", (), None) if rich is None else _parse_details(rich)
-    return kind(message, status=status, reason=reason, fields=fields, retry_after=retry_after)
+    return kind(message, status=status, **({} if rich is None else _parse_details(rich)))
 
 
 def _rich_status(error: "grpc.RpcError") -> "status_pb2.Status | None":
@@ -122,18 +124,29 @@ def _rich_status(error: "grpc.RpcError") -> "status_pb2.Status | None":
         return None
 
 
-def _parse_details(status: "status_pb2.Status") -> tuple[str, tuple[tuple[str, str], ...], float | None]:
-    """Reason, wrong fields and seconds to wait. Details of other kinds are passed over."""
+class _Details(TypedDict, total=False):
+    """What the details of a status may say: arguments of an Img2ImgError."""
+
+    reason: str
+    fields: tuple[tuple[str, str], ...]
+    retry_after: float
+    estimate: float
+
+
+def _parse_details(status: "status_pb2.Status") -> _Details:
+    """Reason, wrong fields, seconds to wait and seconds it would take. Details of other kinds are passed over."""
     from google.rpc import error_details_pb2
 
-    reason, retry_after = "", None
-    fields: list[tuple[str, str]] = []
+    found: _Details = {}
     info, bad, retry = error_details_pb2.ErrorInfo(), error_details_pb2.BadRequest(), error_details_pb2.RetryInfo()
     for detail in status.details:
         if detail.Unpack(info) and info.domain == ERROR_DOMAIN:
-            reason = info.reason
+            found["reason"] = info.reason
+            with suppress(KeyError, ValueError):
+                found["estimate"] = float(info.metadata["estimate_seconds"])
         elif detail.Unpack(bad):
-            fields += [(violation.field, violation.description) for violation in bad.field_violations]
+            more = ((violation.field, violation.description) for violation in bad.field_violations)
+            found["fields"] = (*found.get("fields", ()), *more)
         elif detail.Unpack(retry):
-            retry_after = retry.retry_delay.ToTimedelta().total_seconds()
-    return reason, tuple(fields), retry_after
+            found["retry_after"] = retry.retry_delay.ToTimedelta().total_seconds()
+    return found

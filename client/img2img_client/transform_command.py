@@ -10,7 +10,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from img2img_client.errors import Img2ImgError, Unavailable
-from img2img_client.values import FORMAT_OF_SUFFIX, Completed, ImageFormat, ModelReference, TransformEvent, TransformResult
+from img2img_client.values import (
+    FORMAT_OF_SUFFIX,
+    Completed,
+    ImageFormat,
+    ModelReference,
+    Progress,
+    TransformEvent,
+    TransformResult,
+)
 
 if TYPE_CHECKING:
     from img2img_client.options import ImageInput, TransformOptions
@@ -22,6 +30,7 @@ _EPILOG = """\
 examples:
   img2img transform photo.jpg --output winter.png --prompt "the same place in winter"
   img2img transform photo.jpg --output tries.jpg --image-count 4 --seed 1 --strength 0.6 --steps 40
+  img2img transform photo.jpg --output lake.png --scheduler "DPM++ 2M Karras" --steps 15 --preview-every 3
   cat photo.jpg | img2img transform - --output - --format webp --quiet > sunset.webp
 """
 
@@ -32,29 +41,42 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("image", metavar="IN", help="the source picture: a file, or - for standard input")
     parser.add_argument("--output", metavar="OUT", required=True, help="where to write; - for standard output")
+    parser.add_argument(
+        "--preview-every",
+        type=int,
+        metavar="N",
+        help="every N steps, write a small picture of what becomes of it, beside OUT: OUT-step-N.jpg, ...",
+    )
     parser.add_argument("--server", metavar="TARGET", default="localhost:50051", help="default: %(default)s; https://... for TLS")
     parser.add_argument("--timeout", type=float, metavar="SECONDS", help="give up after this long; default: never")
     parser.add_argument("--quiet", action="store_true", help="print errors only")
     parser.add_argument("--json", action="store_true", help="print the outcome as JSON")
+    _add_wishes(parser)
+    model = parser.add_argument_group("which model (needed where the server has several and no default)")
+    model.add_argument("--model", metavar="ID", help="its id on the server, as `img2img models` lists it")
+    model.add_argument("--repo-id", metavar="OWNER/NAME", help="the repository it was exported from")
+    model.add_argument("--variant", metavar="NAME", help="the variant of its weights, such as fp16")
+    model.add_argument("--revision", metavar="REVISION", help="the revision it was exported from")
 
+
+def _add_wishes(parser: argparse.ArgumentParser) -> None:
     wish = parser.add_argument_group("what to make of it (defaults are the server's)")
     wish.add_argument("--prompt", metavar="TEXT", help="what the picture should become")
     wish.add_argument("--negative-prompt", metavar="TEXT", help="what it should not become")
     wish.add_argument("--strength", type=float, metavar="S", help="how far to leave the source, above 0 and up to 1")
     wish.add_argument("--steps", "--num-inference-steps", type=int, metavar="N", dest="steps", help="steps of the whole schedule")
     wish.add_argument("--guidance-scale", type=float, metavar="G", help="0 to 30; 1 and below: none")
+    wish.add_argument(
+        "--scheduler",
+        metavar="NAME",
+        help='the way from noise to picture, such as "DPM++ 2M Karras"; `img2img models --schedulers` lists the names',
+    )
     wish.add_argument("--seed", type=int, metavar="N", help="-1 draws one")
     wish.add_argument("--image-count", type=int, metavar="N", help="above 1, OUT becomes OUT-1, OUT-2, ... before its suffix")
     wish.add_argument("--width", type=int, metavar="PIXELS")
     wish.add_argument("--height", type=int, metavar="PIXELS")
     wish.add_argument("--format", choices=("png", "jpeg", "webp"), help="default: what OUT's suffix says")
     wish.add_argument("--quality", type=int, metavar="Q", help="of JPEG and WebP, 1 to 100")
-
-    model = parser.add_argument_group("which model (needed where the server has several and no default)")
-    model.add_argument("--model", metavar="ID", help="its id on the server, as `img2img models` lists it")
-    model.add_argument("--repo-id", metavar="OWNER/NAME", help="the repository it was exported from")
-    model.add_argument("--variant", metavar="NAME", help="the variant of its weights, such as fp16")
-    model.add_argument("--revision", metavar="REVISION", help="the revision it was exported from")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -66,7 +88,7 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         output.check_writable()
         image: ImageInput = sys.stdin.buffer.read() if arguments.image == "-" else Path(arguments.image)
-        result = _transform(arguments, image, output.format)
+        result = _transform(arguments, image, output)
         written = output.write(result)
     except Img2ImgError as error:
         return complain(PROGRAM, describe_error(error, arguments.server))
@@ -120,6 +142,12 @@ class _Output:
             if not existed:
                 path.unlink()
 
+    def write_preview(self, event: TransformEvent) -> None:
+        """Writes an event's preview, if it has one, beside the picture."""
+        if self.path is not None and isinstance(event, Progress) and event.preview is not None:
+            number = str(event.step).zfill(len(str(event.step_count)))
+            self.path.with_name(f"{self.path.stem}-step-{number}.jpg").write_bytes(event.preview)
+
     def write(self, result: TransformResult) -> tuple[Path, ...]:
         """Writes the pictures; returns their files, none for standard output."""
         paths = self.paths(len(result.images))
@@ -139,6 +167,8 @@ def _plan_output(arguments: argparse.Namespace) -> _Output:
             raise ValueError("--output -: standard output takes one picture, not --image-count of them")
         if arguments.json:
             raise ValueError("--output -: the picture and --json cannot both go to standard output")
+        if arguments.preview_every:
+            raise ValueError("--output -: --preview-every writes beside OUT, so OUT must be a file")
         return _Output(None, count, arguments.format)
     path = Path(arguments.output)
     promised = FORMAT_OF_SUFFIX.get(path.suffix.lower())
@@ -149,7 +179,7 @@ def _plan_output(arguments: argparse.Namespace) -> _Output:
     return _Output(path, count, arguments.format or promised)
 
 
-def _transform(arguments: argparse.Namespace, image: "ImageInput", image_format: ImageFormat | None) -> TransformResult:
+def _transform(arguments: argparse.Namespace, image: "ImageInput", output: _Output) -> TransformResult:
     from img2img_client.client import Client
 
     options: TransformOptions = {
@@ -163,8 +193,10 @@ def _transform(arguments: argparse.Namespace, image: "ImageInput", image_format:
         "image_count": arguments.image_count,
         "width": arguments.width,
         "height": arguments.height,
-        "format": image_format,
+        "format": output.format,
         "quality": arguments.quality,
+        "scheduler": arguments.scheduler,
+        "preview_interval": arguments.preview_every,
     }
     with (
         Client(arguments.server, timeout=arguments.timeout) as client,
@@ -173,6 +205,7 @@ def _transform(arguments: argparse.Namespace, image: "ImageInput", image_format:
     ):
         for event in events:
             show(event)
+            output.write_preview(event)
             if isinstance(event, Completed):
                 return event.result
     raise AssertionError("a stream ends with a Completed event or an error")

@@ -37,7 +37,8 @@ class ModelInfo:
     """A model of the server's store.
 
     `backend` is "onnx" or "torch", with `backend_reason` saying why where it is torch. `engine`, such as "onnx:cpu", is empty
-    unless the model is ready. Width and height of its results are multiples of `size_multiple` pixels.
+    unless the model is ready. Width and height of its results are multiples of `size_multiple` pixels. `schedulers` are the
+    names that a request may ask for, none where the model has only its own.
     """
 
     id: str
@@ -50,6 +51,7 @@ class ModelInfo:
     state: ModelState
     size_multiple: int
     is_default: bool
+    schedulers: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,11 +78,7 @@ class TransformedImage:
     @property
     def image(self) -> "Image.Image":
         """The picture, opened anew at each access; as usual with Pillow, its pixels are decoded when they are needed."""
-        import io
-
-        from PIL import Image
-
-        return Image.open(io.BytesIO(self.data), formats=(self.format,))
+        return _open(self.data, self.format)
 
     def save(self, path: str | Path) -> None:
         """Writes the file as the server sent it. ValueError where the path's suffix promises another format."""
@@ -112,7 +110,10 @@ class TransformResult:
 
 @dataclass(frozen=True, slots=True)
 class Queued:
-    """The request was accepted: `position` others wait before it. `eta_seconds` is None where there is no estimate."""
+    """The request waits: `position` others come before it, and it will be finished in about `eta_seconds`, None where unknown.
+
+    Comes first, and again when its place in the queue changes.
+    """
 
     position: int
     eta_seconds: float | None = None
@@ -128,11 +129,20 @@ class Started:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """`step` of `step_count` steps are done. `preview` is the file of the picture so far, where the server sends one."""
+    """`step` of `step_count` steps are done; the request will be finished in about `eta_seconds`, None where unknown.
+
+    `preview` is a small JPEG file of what the first picture is about to become, at the steps where one was asked for.
+    """
 
     step: int
     step_count: int
     preview: bytes | None = None
+    eta_seconds: float | None = None
+
+    @property
+    def preview_image(self) -> "Image.Image | None":
+        """The preview, opened anew at each access; None where there is none."""
+        return None if self.preview is None else _open(self.preview, "jpeg")
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,3 +154,11 @@ class Completed:
 
 TransformEvent = Queued | Started | Progress | Completed
 """One event in the life of a request."""
+
+
+def _open(data: bytes, image_format: ImageFormat) -> "Image.Image":
+    import io
+
+    from PIL import Image
+
+    return Image.open(io.BytesIO(data), formats=(image_format,))

@@ -100,8 +100,8 @@ def _find_up_to_date(output: Path, checkpoint: Checkpoint, options: ExportOption
 
 
 def _recorded(options: ExportOptions) -> dict[str, str]:
-    """The options that shape a bundle and are not part of its source."""
-    return {"backend": options.backend}
+    """What shapes a bundle and is not part of its source. Bundles from before there were previews are out of date by it."""
+    return {"backend": options.backend, "previews": "linear, with statistics"}
 
 
 def _build(checkpoint: Checkpoint, options: ExportOptions, staging: Staging, report: Report) -> Manifest:
@@ -118,6 +118,7 @@ def _build(checkpoint: Checkpoint, options: ExportOptions, staging: Staging, rep
     cases = pictures.picture_cases(pipeline, plan.family)
     report(f"drawing {len(cases)} reference pictures with diffusers")
     references = pictures.draw_references(pipeline, cases)
+    latent_preview = _fit_preview(pipeline, plan, report)
     pipeline, plan, components = _convert(pipeline, load, plan, options, staging.bundle, report)
     _tidy(staging.bundle)
     compared = _compare(pipeline, plan, staging.bundle, report)
@@ -133,6 +134,7 @@ def _build(checkpoint: Checkpoint, options: ExportOptions, staging: Staging, rep
         tools=tool_versions(),
         options=_recorded(options),
         verification=Verification(passed=False, components=compared),
+        latent_preview=latent_preview,
     )
     report("comparing pictures drawn by the server's pipeline")
     drawn = pictures.compare_pictures(staging.bundle, manifest, cases, references)
@@ -140,6 +142,16 @@ def _build(checkpoint: Checkpoint, options: ExportOptions, staging: Staging, rep
     manifest = dataclasses.replace(manifest, verification=Verification(True, compared, drawn))
     write_manifest(staging.bundle, manifest)
     return manifest
+
+
+def _fit_preview(pipeline: Any, plan: "Plan", report: Report) -> tuple[tuple[float, ...], ...]:
+    """The map that previews are drawn with, () where the pipeline runs whole. To be called before optimum changes the VAE."""
+    from img2img_export import latent_preview, models
+
+    if plan.family == models.WHOLE:
+        return ()
+    report("fitting previews")
+    return latent_preview.fit(pipeline)
 
 
 def _convert(

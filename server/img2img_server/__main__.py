@@ -35,7 +35,16 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--provider", choices=("auto", "cuda", "cpu"), default="auto", help="what runs ONNX graphs (default: the best there is)")
     add("--threads", type=int, metavar="N", help="CPU threads of one model call (default: all cores)")
     add("--grace", type=float, default=30.0, metavar="SECONDS", help="time to finish on SIGTERM (default: %(default)s)")
-    add("--max-batch-size", type=int, default=8, metavar="N", help="pictures in one model call (default: %(default)s)")
+    add(
+        "--max-batch-size",
+        type=int,
+        default=16,
+        metavar="N",
+        help="most rows of a model call, two a guided picture (default: 16)",
+    )
+    add("--warm-up", type=float, default=10.0, metavar="SECONDS", help="time to measure a model at start (default: %(default)s)")
+    add("--cache-bytes", type=int, default=256 * 2**20, metavar="N", help="memory for encoded prompts and pictures (256 MiB)")
+    add("--trace", type=Path, metavar="FILE", help="write the device's timeline here, to be opened in ui.perfetto.dev")
     add("--max-waiting", type=int, default=256, metavar="N", help="requests that may wait (default: %(default)s)")
     add("--max-steps", type=int, default=100, metavar="N", help="largest num_inference_steps (default: %(default)s)")
     add("--max-image-bytes", type=int, default=16 * 2**20, metavar="N", help="largest source file (default: 16 MiB)")
@@ -65,6 +74,9 @@ def run(arguments: argparse.Namespace) -> int:
             threads=arguments.threads,
             grace=arguments.grace,
             max_steps=arguments.max_steps,
+            cache_bytes=arguments.cache_bytes,
+            warm_up=arguments.warm_up,
+            trace=arguments.trace,
             limits=Limits(max_batch_size=arguments.max_batch_size, max_waiting=arguments.max_waiting),
             image_limits=ImageLimits(max_bytes=arguments.max_image_bytes, max_pixels=arguments.max_pixels),
         )
@@ -75,23 +87,26 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 async def _serve(config: "ServerConfig") -> int:
+    from img2img_server.engine.cache import Cache
     from img2img_server.errors import BundleError
     from img2img_server.models import ModelStore
     from img2img_server.server import Server
+
+    cache = Cache(config.cache_bytes)
 
     def load_models() -> ModelStore:
         from img2img_server.pipelines.loader import load_pipeline
 
         return ModelStore.load(
             config.models,
-            lambda bundle, manifest: load_pipeline(bundle, manifest, config.provider, config.threads),
+            lambda bundle, manifest: load_pipeline(bundle, manifest, config.provider, config.threads, cache),
             config.default_model,
         )
 
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    server = Server(config, load_models)
+    server = Server(config, load_models, cache)
     try:
         await server.start()
     except (BundleError, OSError) as error:

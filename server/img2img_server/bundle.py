@@ -100,6 +100,8 @@ class Manifest:
     """Everything the server needs to know of a bundle before it opens any other file of it.
 
     `pipeline_class` names diffusers' img2img class. `files` maps each file's path in the bundle to its SHA-256.
+    `latent_preview` turns latents into colours, for previews: rows for red, green and blue, from 0 to 1, each with four
+    weights for every latent channel (`pipelines/latent_preview.py` says of what) and a bias; () where there is no such map.
     """
 
     source: Source
@@ -112,6 +114,7 @@ class Manifest:
     verification: Verification
     backend_reason: str | None = None
     options: dict[str, str] = field(default_factory=dict)
+    latent_preview: tuple[tuple[float, ...], ...] = ()
     format_version: int = FORMAT_VERSION
 
 

@@ -21,7 +21,9 @@ class ServerConfig:
 
     `models` is a folder of bundles, or one bundle. Port 0 takes a free one; `port_file` is written with the port once the
     server is SERVING. `grace` is how many seconds running requests get after SIGTERM. `threads` are those of one model
-    call, None for all cores. Raises ValueError for a setting that cannot work.
+    call, None for all cores. `cache_bytes` hold what was encoded of prompts and pictures, 0 for none. `warm_up` is how many
+    seconds each model is measured for before it is served. `trace` gets the device's timeline. Raises ValueError for a
+    setting that cannot work.
     """
 
     models: Path
@@ -34,6 +36,9 @@ class ServerConfig:
     grace: float = 30.0
     max_steps: int = 100
     max_image_count: int = 8
+    cache_bytes: int = 256 * 2**20
+    warm_up: float = 10.0
+    trace: Path | None = None
     limits: Limits = field(default_factory=Limits)
     image_limits: ImageLimits = field(default_factory=ImageLimits)
 
@@ -53,4 +58,4 @@ class ServerConfig:
         return 2 * self.image_limits.max_bytes + 2**20
 
 
-_LEAST = {"port": 0, "threads": 1, "grace": 0, "max_steps": 1, "max_image_count": 1}
+_LEAST = {"port": 0, "threads": 1, "grace": 0, "max_steps": 1, "max_image_count": 1, "cache_bytes": 0, "warm_up": 0}

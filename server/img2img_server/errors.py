@@ -66,6 +66,17 @@ class DeadlineExpired(ServerError):
     reason = "DEADLINE_EXPIRED"
 
 
+class DeadlineUnmeetable(ServerError):
+    """Refused on arrival: the caller's deadline would pass before the request is finished. `estimate` is in seconds."""
+
+    status = "DEADLINE_EXCEEDED"
+    reason = "DEADLINE_UNMEETABLE"
+
+    def __init__(self, message: str, estimate: float) -> None:
+        super().__init__(message)
+        self.estimate = estimate
+
+
 class RequestCancelled(ServerError):
     """The caller cancelled the request."""
 

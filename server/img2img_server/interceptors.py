@@ -11,7 +11,7 @@ from google.protobuf import any_pb2, duration_pb2, message
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
-from img2img_server.errors import InvalidField, QueueFull, ServerError
+from img2img_server.errors import DeadlineUnmeetable, InvalidField, QueueFull, ServerError
 
 _log = logging.getLogger(__name__)
 
@@ -47,7 +47,10 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
 
 def to_status(error: ServerError) -> status_pb2.Status:
     """The rich status of an error: its code, an ErrorInfo, and what its class adds."""
-    details: list[message.Message] = [error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN)]
+    info = error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN)
+    if isinstance(error, DeadlineUnmeetable):
+        info.metadata["estimate_seconds"] = f"{error.estimate:.3f}"
+    details: list[message.Message] = [info]
     if isinstance(error, InvalidField):
         violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=error.description)
         details.append(error_details_pb2.BadRequest(field_violations=[violation]))

@@ -52,6 +52,7 @@ class ModelService(pb_grpc.ModelServiceServicer):
             message.state = pb.MODEL_STATE_READY
             message.engine = model.pipeline.engine
             message.size_multiple = model.pipeline.size_multiple
+            message.schedulers.extend(model.pipeline.schedulers)
         return message
 
 

@@ -5,6 +5,7 @@ import logging
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,15 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2, reflection_pb2_g
 from img2img.v1 import asset_pb2_grpc, image_to_image_pb2, image_to_image_pb2_grpc, model_pb2_grpc
 
 from img2img_server.config import ServerConfig
+from img2img_server.engine.cache import Cache
 from img2img_server.engine.engine import Engine
+from img2img_server.engine.spans import ignore
+from img2img_server.engine.warmup import WarmUp
 from img2img_server.interceptors import ErrorInterceptor
 from img2img_server.model_service import AssetService, ModelService
 from img2img_server.models import ModelStore
 from img2img_server.service import ImageToImageService
+from img2img_server.trace import Trace
 
 _log = logging.getLogger(__name__)
 
@@ -35,12 +40,15 @@ _REFLECTED = (
 class Server:
     """One gRPC server over one engine. `load_models` blocks while it loads; it is run on a thread of its own.
 
-    The port opens once every model is loaded. Health is SERVING from then on, and NOT_SERVING while it drains.
+    The port opens once every model is loaded and measured. Health is SERVING from then on, and NOT_SERVING while it drains.
+    `cache` is the one that the models use, to tell at the end how it did.
     """
 
-    def __init__(self, config: ServerConfig, load_models: Callable[[], ModelStore]) -> None:
+    def __init__(self, config: ServerConfig, load_models: Callable[[], ModelStore], cache: Cache | None = None) -> None:
         self._config = config
         self._load_models = load_models
+        self._cache = cache
+        self._trace: Trace | None = None
         self._health = health.aio.HealthServicer()
         self._codecs = ThreadPoolExecutor(max_workers=os.cpu_count(), thread_name_prefix="img2img-codec")
         self._engine: Engine | None = None
@@ -51,7 +59,10 @@ class Server:
     async def start(self) -> None:
         """Loads the models, binds the port and serves. Raises BundleError or OSError where that cannot be done."""
         models = await asyncio.to_thread(self._load_models)
-        engine = Engine(models.pipelines(), self._config.limits)
+        if self._config.trace is not None:
+            self._trace = Trace(self._config.trace)
+        engine = Engine(models.pipelines(), self._config.limits, observe=self._trace.observe if self._trace else ignore)
+        await asyncio.to_thread(self._warm_up, models, engine)
         server = self._make_server(models, engine)
         engine.start()
         self._engine, self._server = engine, server
@@ -73,8 +84,20 @@ class Server:
         # What has ended still has to be encoded and sent.
         await self._server.stop(grace=5)
         self._codecs.shutdown()
+        if self._cache is not None:
+            _log.info("cache: %s", self._cache.stats)
+        if self._trace is not None:
+            self._trace.close(caches=asdict(self._cache.stats) if self._cache is not None else {})
         if self._config.port_file is not None:
             self._config.port_file.unlink(missing_ok=True)
+
+    def _warm_up(self, models: ModelStore, engine: Engine) -> None:
+        limits = self._config.limits
+        warm_up = WarmUp(engine.costs, limits.max_batch_size, self._config.warm_up)
+        for name, pipeline in models.pipelines().items():
+            warm_up.run(name, pipeline)
+            for line in engine.costs.describe(name, limits.max_batch_size):
+                _log.info("model '%s': %s", name, line)
 
     def _make_server(self, models: ModelStore, engine: Engine) -> grpc.aio.Server:
         size = self._config.max_message_bytes

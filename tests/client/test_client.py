@@ -47,19 +47,30 @@ def test_a_picture_is_saved_as_it_was_sent(tmp_path: Path) -> None:
 
 
 def test_events_come_in_order_and_typed(client: Client, service: FakeService) -> None:
+    steps = [messages.Progress(step=1, step_count=9, preview=b"p"), messages.Progress(step=2, step_count=9, eta_seconds=0.5)]
     service.script.insert(0, messages.TransformStreamResponse())  # What a newer server may send is passed over.
     service.script.insert(1, messages.TransformStreamResponse(queued=messages.Queued(position=0)))
-    service.script.insert(4, messages.TransformStreamResponse(progress=messages.Progress(step=1, step_count=9, preview=b"p")))
+    service.script.insert(4, messages.TransformStreamResponse(progress=steps[0]))
+    service.script.insert(5, messages.TransformStreamResponse(progress=steps[1]))
     *before, completed = client.transform_stream(b"file")
     assert before == [
         Queued(0, None),
         Queued(3, 1.5),
         Started(7, "onnx:cpu"),
         Progress(1, 9, b"p"),
+        Progress(2, 9, None, 0.5),
         Progress(1, 2),
         Progress(2, 2),
     ]
     assert completed == Completed(client.transform(b"file"))
+
+
+def test_a_preview_is_a_picture(client: Client, service: FakeService) -> None:
+    service.script = events(steps=2, preview_interval=1)
+    first, second = (event for event in client.transform_stream(b"file", preview_interval=1) if isinstance(event, Progress))
+    assert first.preview_image is not None
+    assert (first.preview_image.format, first.preview_image.size) == ("JPEG", (4, 2))
+    assert second.preview_image is None
 
 
 def test_a_stream_without_a_result_is_an_error(client: Client, service: FakeService) -> None:
@@ -165,6 +176,7 @@ def test_models_are_told_in_full(client: Client, service: FakeService) -> None:
             state=model_pb2.MODEL_STATE_READY,
             size_multiple=8,
             is_default=True,
+            schedulers=["DDIMScheduler", "DPM++ 2M"],
         ),
         model_pb2.Model(id="other", state=99),  # type: ignore[arg-type]
     ]
@@ -174,6 +186,7 @@ def test_models_are_told_in_full(client: Client, service: FakeService) -> None:
     assert (demo.family, demo.pipeline_class) == ("stable-diffusion", "StableDiffusionPipeline")
     assert (demo.backend, demo.backend_reason, demo.engine) == ("torch", "no exporter", "torch:cpu")
     assert (demo.state, demo.size_multiple, demo.is_default) == ("ready", 8, True)
+    assert (demo.schedulers, other.schedulers) == (("DDIMScheduler", "DPM++ 2M"), ())
     assert (other.state, other.source, other.is_default) == ("unspecified", ModelReference(), False)
     with pytest.raises(ModelNotFound, match="no model nothing"):
         client.model("nothing")

@@ -24,9 +24,7 @@ from google.rpc import code_pb2  # type: ignore[import-untyped, unused-ignore]
 from img2img.v1 import image_to_image_pb2 as messages
 from img2img.v1 import model_pb2
 from img2img_cli.__main__ import main
-from img2img_client import Completed, Progress, Queued, Started, TransformEvent
-from img2img_client.progress import show_progress
-from rich.console import Console
+from PIL import Image
 
 
 @pytest.fixture
@@ -61,7 +59,8 @@ def test_a_picture_is_transformed(server: FakeServer, source: Path, tmp_path: Pa
 def test_every_flag_reaches_the_server(server: FakeServer, source: Path, tmp_path: Path) -> None:
     flags = (
         "--prompt=winter --negative-prompt=summer --strength=0.5 --steps=30 --guidance-scale=4.5 --seed=-1 --image-count=3 "
-        "--width=640 --height=480 --quality=75 --model=folder --repo-id=owner/name --variant=fp16 --revision=main --timeout=50"
+        "--width=640 --height=480 --quality=75 --model=folder --repo-id=owner/name --variant=fp16 --revision=main --timeout=50 "
+        "--scheduler=DDIM --preview-every=4"
     )
     server.service.script = events(7, 8, 9)
     assert transform(server, source, tmp_path / "out.jpg", *flags.split()) == 0
@@ -79,6 +78,8 @@ def test_every_flag_reaches_the_server(server: FakeServer, source: Path, tmp_pat
             output=messages.OutputOptions(format=messages.OUTPUT_FORMAT_JPEG, quality=75),
             width=640,
             height=480,
+            scheduler="DDIM",
+            preview_interval=4,
         )
     ]
     assert server.service.seconds_left[0] is not None
@@ -106,6 +107,15 @@ def test_several_pictures_are_numbered(
     assert {path.name for path in tmp_path.iterdir()} == {"photo.png", "out-1.png", "out-2.png"}
 
 
+def test_previews_are_written_beside_the_picture(server: FakeServer, source: Path, tmp_path: Path) -> None:
+    server.service.script = events(steps=10, preview_interval=3)
+    assert transform(server, source, tmp_path / "out.png", "--preview-every=3", "--quiet") == 0
+    previews = sorted(path.name for path in tmp_path.glob("out-*"))
+    assert previews == ["out-step-03.jpg", "out-step-06.jpg", "out-step-09.jpg"]
+    with Image.open(tmp_path / "out-step-06.jpg") as preview:
+        assert preview.format == "JPEG"
+
+
 def test_from_standard_input_to_standard_output(
     server: FakeServer, monkeypatch: pytest.MonkeyPatch, capsysbinary: pytest.CaptureFixture[bytes]
 ) -> None:
@@ -131,6 +141,7 @@ def test_quiet_prints_nothing(server: FakeServer, source: Path, tmp_path: Path, 
         ("out.png", ("--format=jpeg",), 2, "its name says png, --format says jpeg"),
         ("-", ("--image-count=2",), 2, "takes one picture"),
         ("-", ("--json",), 2, "cannot both go to standard output"),
+        ("-", ("--preview-every=2",), 2, "--preview-every writes beside OUT"),
         ("missing/out.png", (), 1, "missing/out.png: No such file or directory"),
         ("folder.png", (), 1, "folder.png: Is a directory"),
         ("out.png", ("--width=99999999999",), 2, "99999999999"),
@@ -218,6 +229,7 @@ def test_models_are_listed(service: FakeService, server: FakeServer, capsys: pyt
             engine="onnx:cpu",
             state=model_pb2.MODEL_STATE_READY,
             is_default=True,
+            schedulers=["DDIM[red]", "DPM++ 2M"],
         ),
         model_pb2.Model(id="other", backend="torch", state=model_pb2.MODEL_STATE_UNLOADED),
     ]
@@ -228,7 +240,15 @@ def test_models_are_listed(service: FakeService, server: FakeServer, capsys: pyt
     assert "unloaded" in second
     assert "yes" not in second
     assert main(["models", "--server", server.target, "--json"]) == 0
-    assert [model["state"] for model in json.loads(capsys.readouterr().out)] == ["ready", "unloaded"]
+    printed = json.loads(capsys.readouterr().out)
+    assert [(model["state"], model["schedulers"]) for model in printed] == [
+        ("ready", ["DDIM[red]", "DPM++ 2M"]),
+        ("unloaded", []),
+    ]
+    assert "DPM++" not in "".join(lines)
+    assert main(["models", "--server", server.target, "--schedulers"]) == 0
+    out = capsys.readouterr().out
+    assert all(name in out for name in ("schedulers", "DDIM[red]", "DPM++ 2M"))
 
 
 def test_a_model_list_that_fails_is_one_line(
@@ -237,30 +257,6 @@ def test_a_model_list_that_fails_is_one_line(
     service.failure = rich_status(code_pb2.UNAVAILABLE, "shutting down", error_info("SHUTTING_DOWN"))
     assert main(["models", "--server", server.target]) == 1
     assert capsys.readouterr() == ("", "img2img models: shutting down\n")
-
-
-def run_events() -> list[TransformEvent]:
-    """A long run's events, but for the last."""
-    return [Queued(0), Started(7, "onnx:cpu[bold]"), *(Progress(step, 40) for step in range(1, 41))]
-
-
-def test_a_terminal_gets_a_bar() -> None:
-    file = io.StringIO()
-    with show_progress(Console(file=file, force_terminal=True, width=100, color_system=None)) as show:
-        for event in run_events():
-            show(event)
-    assert any("running on onnx:cpu[bold], seed 7" in line and "40/40" in line for line in file.getvalue().splitlines())
-
-
-def test_a_file_gets_few_lines() -> None:
-    file = io.StringIO()
-    with show_progress(Console(file=file, width=20)) as show:
-        for event in run_events():
-            show(event)
-    lines = file.getvalue().splitlines()
-    assert lines[:3] == ["queued, next in turn", "running on onnx:cpu[bold], seed 7", "step 4 of 40"]
-    assert lines[-1] == "step 40 of 40"
-    assert len(lines) == 12
 
 
 @pytest.mark.parametrize("command", ["transform", "models"])
@@ -274,10 +270,3 @@ def test_help_imports_nothing_heavy(command: str) -> None:
     done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (0, "imported []\n")
     assert "--server" in done.stdout
-
-
-def test_completed_is_shown_by_the_bar_itself() -> None:
-    file = io.StringIO()
-    with show_progress(Console(file=file)) as show:
-        show(Completed(result=None))  # type: ignore[arg-type]
-    assert file.getvalue() == ""

@@ -40,7 +40,7 @@ def test_each_status_has_its_error(
     error = caught.value
     assert type(error) is kind
     assert (error.message, str(error), error.status, error.reason) == ("in words", "in words", status, reason)
-    assert (error.fields, error.retry_after) == ((), None)
+    assert (error.fields, error.retry_after, error.estimate) == ((), None, None)
 
 
 def test_wrong_fields_are_named(client: Client, service: FakeService) -> None:
@@ -55,6 +55,14 @@ def test_an_overloaded_server_says_when_to_come_back(client: Client, service: Fa
     with pytest.raises(Overloaded) as caught:
         client.transform(b"file")
     assert caught.value.retry_after == 2.5
+
+
+def test_a_refusal_for_the_time_out_says_how_long_it_would_take(client: Client, service: FakeService) -> None:
+    info = error_info("DEADLINE_UNMEETABLE", estimate_seconds="12.500")
+    service.failure = rich_status(code_pb2.DEADLINE_EXCEEDED, "it would take about 12.5 s", info)
+    with pytest.raises(DeadlineExceeded, match=r"12\.5 s") as caught:
+        client.transform(b"file")
+    assert (caught.value.reason, caught.value.estimate) == ("DEADLINE_UNMEETABLE", 12.5)
 
 
 def test_a_message_above_a_size_limit_is_not_overload(client: Client, service: FakeService) -> None:

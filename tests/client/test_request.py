@@ -26,6 +26,8 @@ def test_every_option_arrives_as_it_was_set(client: Client, service: FakeService
         height=480,
         format="webp",
         quality=75,
+        scheduler="DPM++ 2M Karras",
+        preview_interval=4,
     )
     assert service.requests == [
         messages.TransformRequest(
@@ -48,6 +50,8 @@ def test_every_option_arrives_as_it_was_set(client: Client, service: FakeService
             output=messages.OutputOptions(format=messages.OUTPUT_FORMAT_WEBP, quality=75),
             width=640,
             height=480,
+            scheduler="DPM++ 2M Karras",
+            preview_interval=4,
         )
     ]
 

@@ -137,6 +137,9 @@ BAD: dict[str, tuple[dict[str, object], str]] = {
     "a width of 0": ({"width": 0}, "width"),
     "a negative height": ({"height": -64}, "height"),
     "a huge width": ({"width": 2**30}, "width"),
+    "an unknown scheduler": ({"scheduler": "EulerDiscrete"}, "scheduler"),
+    "previews before the first step": ({"preview_interval": -1}, "preview_interval"),
+    "a preview after more steps than there may be": ({"preview_interval": 101}, "preview_interval"),
     "an ambiguous model": ({"model": pb.ModelReference(revision="r1")}, "model"),
 }
 
@@ -197,6 +200,7 @@ def test_models_are_listed_and_described(channel: grpc.Channel) -> None:
     described = stub.GetModel(model_pb2.GetModelRequest(id="m")).model
     assert described == listed[0]
     assert (described.source.repo_id, described.engine, described.is_default) == ("acme/m", "fake:cpu", True)
+    assert described.schedulers == ["EulerDiscreteScheduler", "DDIMScheduler"]
     code, _ = failure(lambda: stub.GetModel(model_pb2.GetModelRequest(id="nope")))
     assert code == grpc.StatusCode.NOT_FOUND
 

@@ -65,6 +65,8 @@ class TransformRequest(_message.Message):
     OUTPUT_FIELD_NUMBER: _builtins.int
     WIDTH_FIELD_NUMBER: _builtins.int
     HEIGHT_FIELD_NUMBER: _builtins.int
+    SCHEDULER_FIELD_NUMBER: _builtins.int
+    PREVIEW_INTERVAL_FIELD_NUMBER: _builtins.int
     prompt: _builtins.str
     """What the picture should become. Default: "A beautiful landscape with mountains and a lake at sunset"."""
     negative_prompt: _builtins.str
@@ -85,6 +87,14 @@ class TransformRequest(_message.Message):
     """Width in pixels of the result, rounded down to the model's multiple. Default: the source's."""
     height: _builtins.int
     """Height in pixels of the result, rounded down to the model's multiple. Default: the source's."""
+    scheduler: _builtins.str
+    """The scheduler: a name that GetModel lists under schedulers, such as "EulerDiscreteScheduler" or "DPM++ 2M Karras", in
+    upper or lower case. Default: the model's own.
+    """
+    preview_interval: _builtins.int
+    """Send a preview with every so many steps, but the last, which the result itself follows; 0 for none, up to the most steps
+    that a request may ask for. Transform has no way to send them and draws none. Default: 0.
+    """
     @_builtins.property
     def model(self) -> Global___ModelReference:
         """The model to run. May be left out where the server has one model only, or names a default."""
@@ -112,10 +122,12 @@ class TransformRequest(_message.Message):
         output: Global___OutputOptions | None = ...,
         width: _builtins.int | None = ...,
         height: _builtins.int | None = ...,
+        scheduler: _builtins.str | None = ...,
+        preview_interval: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_height", b"_height", "_image_count", b"_image_count", "_negative_prompt", b"_negative_prompt", "_num_inference_steps", b"_num_inference_steps", "_prompt", b"_prompt", "_seed", b"_seed", "_strength", b"_strength", "_width", b"_width", "guidance_scale", b"guidance_scale", "height", b"height", "image", b"image", "image_count", b"image_count", "model", b"model", "negative_prompt", b"negative_prompt", "num_inference_steps", b"num_inference_steps", "output", b"output", "prompt", b"prompt", "seed", b"seed", "strength", b"strength", "width", b"width"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_height", b"_height", "_image_count", b"_image_count", "_negative_prompt", b"_negative_prompt", "_num_inference_steps", b"_num_inference_steps", "_preview_interval", b"_preview_interval", "_prompt", b"_prompt", "_scheduler", b"_scheduler", "_seed", b"_seed", "_strength", b"_strength", "_width", b"_width", "guidance_scale", b"guidance_scale", "height", b"height", "image", b"image", "image_count", b"image_count", "model", b"model", "negative_prompt", b"negative_prompt", "num_inference_steps", b"num_inference_steps", "output", b"output", "preview_interval", b"preview_interval", "prompt", b"prompt", "scheduler", b"scheduler", "seed", b"seed", "strength", b"strength", "width", b"width"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_height", b"_height", "_image_count", b"_image_count", "_negative_prompt", b"_negative_prompt", "_num_inference_steps", b"_num_inference_steps", "_prompt", b"_prompt", "_seed", b"_seed", "_strength", b"_strength", "_width", b"_width", "guidance_scale", b"guidance_scale", "height", b"height", "image", b"image", "image_count", b"image_count", "model", b"model", "negative_prompt", b"negative_prompt", "num_inference_steps", b"num_inference_steps", "output", b"output", "prompt", b"prompt", "seed", b"seed", "strength", b"strength", "width", b"width"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_height", b"_height", "_image_count", b"_image_count", "_negative_prompt", b"_negative_prompt", "_num_inference_steps", b"_num_inference_steps", "_preview_interval", b"_preview_interval", "_prompt", b"_prompt", "_scheduler", b"_scheduler", "_seed", b"_seed", "_strength", b"_strength", "_width", b"_width", "guidance_scale", b"guidance_scale", "height", b"height", "image", b"image", "image_count", b"image_count", "model", b"model", "negative_prompt", b"negative_prompt", "num_inference_steps", b"num_inference_steps", "output", b"output", "preview_interval", b"preview_interval", "prompt", b"prompt", "scheduler", b"scheduler", "seed", b"seed", "strength", b"strength", "width", b"width"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__guidance_scale: _TypeAlias = _typing.Literal["guidance_scale"]  # noqa: Y015
     _WhichOneofArgType__guidance_scale: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale"]  # noqa: Y015
@@ -127,8 +139,12 @@ class TransformRequest(_message.Message):
     _WhichOneofArgType__negative_prompt: _TypeAlias = _typing.Literal["_negative_prompt", b"_negative_prompt"]  # noqa: Y015
     _WhichOneofReturnType__num_inference_steps: _TypeAlias = _typing.Literal["num_inference_steps"]  # noqa: Y015
     _WhichOneofArgType__num_inference_steps: _TypeAlias = _typing.Literal["_num_inference_steps", b"_num_inference_steps"]  # noqa: Y015
+    _WhichOneofReturnType__preview_interval: _TypeAlias = _typing.Literal["preview_interval"]  # noqa: Y015
+    _WhichOneofArgType__preview_interval: _TypeAlias = _typing.Literal["_preview_interval", b"_preview_interval"]  # noqa: Y015
     _WhichOneofReturnType__prompt: _TypeAlias = _typing.Literal["prompt"]  # noqa: Y015
     _WhichOneofArgType__prompt: _TypeAlias = _typing.Literal["_prompt", b"_prompt"]  # noqa: Y015
+    _WhichOneofReturnType__scheduler: _TypeAlias = _typing.Literal["scheduler"]  # noqa: Y015
+    _WhichOneofArgType__scheduler: _TypeAlias = _typing.Literal["_scheduler", b"_scheduler"]  # noqa: Y015
     _WhichOneofReturnType__seed: _TypeAlias = _typing.Literal["seed"]  # noqa: Y015
     _WhichOneofArgType__seed: _TypeAlias = _typing.Literal["_seed", b"_seed"]  # noqa: Y015
     _WhichOneofReturnType__strength: _TypeAlias = _typing.Literal["strength"]  # noqa: Y015
@@ -146,7 +162,11 @@ class TransformRequest(_message.Message):
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__num_inference_steps) -> _WhichOneofReturnType__num_inference_steps | None: ...
     @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__preview_interval) -> _WhichOneofReturnType__preview_interval | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__prompt) -> _WhichOneofReturnType__prompt | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__scheduler) -> _WhichOneofReturnType__scheduler | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__seed) -> _WhichOneofReturnType__seed | None: ...
     @_typing.overload
@@ -426,11 +446,11 @@ class TransformStreamResponse(_message.Message):
     COMPLETED_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def queued(self) -> Global___Queued:
-        """The request was accepted. Sent once, first."""
+        """The request was accepted. Sent first, and again when its place in the queue changes."""
 
     @_builtins.property
     def started(self) -> Global___Started:
-        """Its first turn came. Sent once."""
+        """Its first turn came. Sent once; no queued follows it."""
 
     @_builtins.property
     def progress(self) -> Global___Progress:
@@ -521,25 +541,36 @@ class Progress(_message.Message):
     STEP_FIELD_NUMBER: _builtins.int
     STEP_COUNT_FIELD_NUMBER: _builtins.int
     PREVIEW_FIELD_NUMBER: _builtins.int
+    ETA_SECONDS_FIELD_NUMBER: _builtins.int
     step: _builtins.int
     """Steps done, from 1."""
     step_count: _builtins.int
     """Steps in all."""
     preview: _builtins.bytes
-    """The picture so far, where previews were asked for."""
+    """What the (first) picture is about to become, at the steps where preview_interval asks for one: a JPEG file of about an
+    eighth of the result's width and height. Models that can draw none send none.
+    """
+    eta_seconds: _builtins.float
+    """Estimated seconds until the request is finished; not set while the server has nothing to estimate from."""
     def __init__(
         self,
         *,
         step: _builtins.int = ...,
         step_count: _builtins.int = ...,
         preview: _builtins.bytes | None = ...,
+        eta_seconds: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_preview", b"_preview", "preview", b"preview"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_eta_seconds", b"_eta_seconds", "_preview", b"_preview", "eta_seconds", b"eta_seconds", "preview", b"preview"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_preview", b"_preview", "preview", b"preview", "step", b"step", "step_count", b"step_count"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_eta_seconds", b"_eta_seconds", "_preview", b"_preview", "eta_seconds", b"eta_seconds", "preview", b"preview", "step", b"step", "step_count", b"step_count"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__eta_seconds: _TypeAlias = _typing.Literal["eta_seconds"]  # noqa: Y015
+    _WhichOneofArgType__eta_seconds: _TypeAlias = _typing.Literal["_eta_seconds", b"_eta_seconds"]  # noqa: Y015
     _WhichOneofReturnType__preview: _TypeAlias = _typing.Literal["preview"]  # noqa: Y015
     _WhichOneofArgType__preview: _TypeAlias = _typing.Literal["_preview", b"_preview"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__eta_seconds) -> _WhichOneofReturnType__eta_seconds | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__preview) -> _WhichOneofReturnType__preview | None: ...
 
 Global___Progress: _TypeAlias = Progress  # noqa: Y015

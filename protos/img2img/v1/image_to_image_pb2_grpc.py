@@ -29,7 +29,9 @@ class ImageToImageServiceStub:
     """Turns pictures into other pictures with diffusion models.
 
     Every error is a google.rpc.Status. A wrong field is named by a BadRequest violation, a full queue carries RetryInfo,
-    and each error carries an ErrorInfo whose reason is stable and whose domain is "img2img".
+    and each error carries an ErrorInfo whose reason is stable and whose domain is "img2img". A request that cannot be finished
+    within its deadline is refused on arrival: DEADLINE_EXCEEDED with the reason DEADLINE_UNMEETABLE, whose metadata has
+    "estimate_seconds", the seconds that the server would take, such as "12.345".
     """
 
     def __init__(self, channel):
@@ -54,7 +56,9 @@ class ImageToImageServiceServicer:
     """Turns pictures into other pictures with diffusion models.
 
     Every error is a google.rpc.Status. A wrong field is named by a BadRequest violation, a full queue carries RetryInfo,
-    and each error carries an ErrorInfo whose reason is stable and whose domain is "img2img".
+    and each error carries an ErrorInfo whose reason is stable and whose domain is "img2img". A request that cannot be finished
+    within its deadline is refused on arrival: DEADLINE_EXCEEDED with the reason DEADLINE_UNMEETABLE, whose metadata has
+    "estimate_seconds", the seconds that the server would take, such as "12.345".
     """
 
     def Transform(self, request, context):
@@ -65,8 +69,8 @@ class ImageToImageServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def TransformStream(self, request, context):
-        """Transforms one picture and tells how it goes: queued, started, one progress event a step, completed. Ends with either
-        a completed event or an error status. Cancelling the call frees the device at the next step.
+        """Transforms one picture and tells how it goes: queued, again whenever its place in the queue changes, started, one
+        progress event a step, completed. Ends with either a completed event or an error status. Cancelling the call frees the device at the next step.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -97,7 +101,9 @@ class ImageToImageService:
     """Turns pictures into other pictures with diffusion models.
 
     Every error is a google.rpc.Status. A wrong field is named by a BadRequest violation, a full queue carries RetryInfo,
-    and each error carries an ErrorInfo whose reason is stable and whose domain is "img2img".
+    and each error carries an ErrorInfo whose reason is stable and whose domain is "img2img". A request that cannot be finished
+    within its deadline is refused on arrival: DEADLINE_EXCEEDED with the reason DEADLINE_UNMEETABLE, whose metadata has
+    "estimate_seconds", the seconds that the server would take, such as "12.345".
     """
 
     @staticmethod

@@ -30,7 +30,9 @@ class ImageToImageServiceStub:
     """Turns pictures into other pictures with diffusion models.
 
     Every error is a google.rpc.Status. A wrong field is named by a BadRequest violation, a full queue carries RetryInfo,
-    and each error carries an ErrorInfo whose reason is stable and whose domain is "img2img".
+    and each error carries an ErrorInfo whose reason is stable and whose domain is "img2img". A request that cannot be finished
+    within its deadline is refused on arrival: DEADLINE_EXCEEDED with the reason DEADLINE_UNMEETABLE, whose metadata has
+    "estimate_seconds", the seconds that the server would take, such as "12.345".
     """
 
     @_typing.overload
@@ -40,8 +42,8 @@ class ImageToImageServiceStub:
     Transform: _grpc.UnaryUnaryMultiCallable[_image_to_image_pb2.TransformRequest, _image_to_image_pb2.TransformResponse]
     """Transforms one picture and answers when it is done."""
     TransformStream: _grpc.UnaryStreamMultiCallable[_image_to_image_pb2.TransformStreamRequest, _image_to_image_pb2.TransformStreamResponse]
-    """Transforms one picture and tells how it goes: queued, started, one progress event a step, completed. Ends with either
-    a completed event or an error status. Cancelling the call frees the device at the next step.
+    """Transforms one picture and tells how it goes: queued, again whenever its place in the queue changes, started, one
+    progress event a step, completed. Ends with either a completed event or an error status. Cancelling the call frees the device at the next step.
     """
 
 @_typing.type_check_only
@@ -49,22 +51,26 @@ class ImageToImageServiceAsyncStub(ImageToImageServiceStub):
     """Turns pictures into other pictures with diffusion models.
 
     Every error is a google.rpc.Status. A wrong field is named by a BadRequest violation, a full queue carries RetryInfo,
-    and each error carries an ErrorInfo whose reason is stable and whose domain is "img2img".
+    and each error carries an ErrorInfo whose reason is stable and whose domain is "img2img". A request that cannot be finished
+    within its deadline is refused on arrival: DEADLINE_EXCEEDED with the reason DEADLINE_UNMEETABLE, whose metadata has
+    "estimate_seconds", the seconds that the server would take, such as "12.345".
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     Transform: _aio.UnaryUnaryMultiCallable[_image_to_image_pb2.TransformRequest, _image_to_image_pb2.TransformResponse]  # type: ignore[assignment]
     """Transforms one picture and answers when it is done."""
     TransformStream: _aio.UnaryStreamMultiCallable[_image_to_image_pb2.TransformStreamRequest, _image_to_image_pb2.TransformStreamResponse]  # type: ignore[assignment]
-    """Transforms one picture and tells how it goes: queued, started, one progress event a step, completed. Ends with either
-    a completed event or an error status. Cancelling the call frees the device at the next step.
+    """Transforms one picture and tells how it goes: queued, again whenever its place in the queue changes, started, one
+    progress event a step, completed. Ends with either a completed event or an error status. Cancelling the call frees the device at the next step.
     """
 
 class ImageToImageServiceServicer(metaclass=_abc_1.ABCMeta):
     """Turns pictures into other pictures with diffusion models.
 
     Every error is a google.rpc.Status. A wrong field is named by a BadRequest violation, a full queue carries RetryInfo,
-    and each error carries an ErrorInfo whose reason is stable and whose domain is "img2img".
+    and each error carries an ErrorInfo whose reason is stable and whose domain is "img2img". A request that cannot be finished
+    within its deadline is refused on arrival: DEADLINE_EXCEEDED with the reason DEADLINE_UNMEETABLE, whose metadata has
+    "estimate_seconds", the seconds that the server would take, such as "12.345".
     """
 
     @_abc_1.abstractmethod
@@ -81,8 +87,8 @@ class ImageToImageServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _image_to_image_pb2.TransformStreamRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_image_to_image_pb2.TransformStreamResponse], _abc.AsyncIterator[_image_to_image_pb2.TransformStreamResponse]]:
-        """Transforms one picture and tells how it goes: queued, started, one progress event a step, completed. Ends with either
-        a completed event or an error status. Cancelling the call frees the device at the next step.
+        """Transforms one picture and tells how it goes: queued, again whenever its place in the queue changes, started, one
+        progress event a step, completed. Ends with either a completed event or an error status. Cancelling the call frees the device at the next step.
         """
 
 def add_ImageToImageServiceServicer_to_server(servicer: ImageToImageServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

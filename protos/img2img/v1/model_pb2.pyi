@@ -68,6 +68,7 @@ class Model(_message.Message):
     STATE_FIELD_NUMBER: _builtins.int
     SIZE_MULTIPLE_FIELD_NUMBER: _builtins.int
     IS_DEFAULT_FIELD_NUMBER: _builtins.int
+    SCHEDULERS_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """The folder of its bundle in the store."""
     family: _builtins.str
@@ -90,6 +91,10 @@ class Model(_message.Message):
     def source(self) -> _image_to_image_pb2.ModelReference:
         """Where it was exported from. Its path is the folder that export was given, if it was one."""
 
+    @_builtins.property
+    def schedulers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The names that a request's scheduler may have; empty where the model has only its own, or is not ready."""
+
     def __init__(
         self,
         *,
@@ -103,10 +108,11 @@ class Model(_message.Message):
         state: Global___ModelState.ValueType = ...,
         size_multiple: _builtins.int = ...,
         is_default: _builtins.bool = ...,
+        schedulers: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["source", b"source"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "backend_reason", b"backend_reason", "engine", b"engine", "family", b"family", "id", b"id", "is_default", b"is_default", "pipeline_class", b"pipeline_class", "size_multiple", b"size_multiple", "source", b"source", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "backend_reason", b"backend_reason", "engine", b"engine", "family", b"family", "id", b"id", "is_default", b"is_default", "pipeline_class", b"pipeline_class", "schedulers", b"schedulers", "size_multiple", b"size_multiple", "source", b"source", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

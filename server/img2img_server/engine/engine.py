@@ -6,8 +6,9 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar, cast
 
+from img2img_server.engine.costs import Costs, Stage
 from img2img_server.engine.request import (
     Completed,
     Ending,
@@ -15,18 +16,23 @@ from img2img_server.engine.request import (
     Listener,
     Pipeline,
     Progress,
+    Queued,
     Request,
     Started,
+    State,
     Ticket,
     Timings,
 )
 from img2img_server.engine.scheduler import Limits, Scheduler
+from img2img_server.engine.spans import Span, ignore
 from img2img_server.errors import ModelFailed, QueueFull, ServerError, ShuttingDown
 
 _log = logging.getLogger(__name__)
 
-_SMOOTHING = 0.2
-"""Weight of the newest step in the running mean of step times."""
+_NEWS = 1.0
+"""Seconds between two tellings of a waiting request's place."""
+
+_R = TypeVar("_R")
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +48,8 @@ class Engine:
     """Runs requests of several models with step-level continuous batching.
 
     Every accepted request ends exactly once: its listener is called with Completed or Failed, on the engine's thread. Without
-    start(), nothing runs by itself: a test calls step(). `clock` gives seconds and never goes back.
+    start(), nothing runs by itself: a test calls step(). `clock` gives seconds and never goes back. `observe` is told of
+    every stage that ran.
     """
 
     def __init__(
@@ -50,17 +57,20 @@ class Engine:
         pipelines: Mapping[str, Pipeline],
         limits: Limits | None = None,
         clock: Callable[[], float] = time.monotonic,
+        observe: Callable[[Span], None] = ignore,
     ) -> None:
         self._pipelines = dict(pipelines)
-        self._max_rows = {name: pipeline.max_rows for name, pipeline in self._pipelines.items()}
-        self._scheduler = Scheduler(limits or Limits())
+        self.costs = Costs()
+        max_rows = {name: pipeline.max_rows for name, pipeline in self._pipelines.items()}
+        self._scheduler = Scheduler(limits or Limits(), self.costs, max_rows)
         self._clock = clock
+        self._observe = observe
         self._changed = threading.Condition()
         self._numbers = itertools.count(1)
         self._thread = threading.Thread(target=self._run, name="img2img-engine", daemon=True)
         self._draining = False
         self._stopping = False
-        self._step_seconds: float | None = None
+        self._news_told = 0.0
 
     @property
     def clock(self) -> Callable[[], float]:
@@ -89,33 +99,39 @@ class Engine:
     def submit(self, request: Request, listener: Listener) -> Accepted:
         """Accepts a request from any thread; its events go to `listener` on the engine's thread, which must not block.
 
-        Raises QueueFull or ShuttingDown at once where it cannot be taken.
+        Raises at once where it cannot be taken: InvalidField, QueueFull, ShuttingDown, or DeadlineUnmeetable where even now
+        the deadline is nearer than the request's end.
         """
+        plan = self._pipelines[request.model].plan(request)
         with self._changed:
             if self._draining:
                 raise ShuttingDown("the server is shutting down")
-            scheduler = self._scheduler
-            eta = self._estimate(request)
+            now, scheduler = self._clock(), self._scheduler
+            ticket = Ticket(request, plan, listener, next(self._numbers), now)
+            ticket.forecast = scheduler.forecast(ticket, now)
+            eta = None if ticket.forecast is None else scheduler.estimate(ticket, ticket.forecast)
+            ticket.expected = None if eta is None else now + eta
             if len(scheduler.waiting) >= scheduler.limits.max_waiting:
                 raise QueueFull(f"{len(scheduler.waiting)} requests are waiting already", retry_after=max(1.0, eta or 0.0))
-            ticket = Ticket(request, listener, next(self._numbers), self._clock())
-            position = len(scheduler.waiting)
+            scheduler.check_deadline(ticket)
             scheduler.waiting.append(ticket)
+            ticket.position = scheduler.position(ticket, now)
             self._changed.notify_all()
-            return Accepted(ticket, position, eta)
+            return Accepted(ticket, ticket.position, eta)
 
     def step(self) -> bool:
         """One round: admit, denoise one batch, advance each of it, deliver the finished. Returns whether work is left."""
         with self._changed:
             leaving = self._scheduler.drop(self._clock())
-            arriving = self._scheduler.admit()
+            arriving = self._scheduler.admit(self._clock())
         for ticket, error in leaving:
             self._end(ticket, Failed(error))
-        for ticket in arriving:
-            self._prepare(ticket)
-        batch = self._scheduler.next_batch(self._max_rows)
-        for ticket, noise in zip(batch, self._denoise(batch), strict=False):
-            self._advance(ticket, noise)
+        self._prepare(arriving)
+        with self._changed:
+            batch = self._scheduler.next_batch(self._clock())
+        self._advance(self._denoise(batch))
+        self._finish([ticket for ticket in batch if ticket.state is not None and ticket.steps_left <= 0])
+        self._tell_news()
         with self._changed:
             self._changed.notify_all()
             return bool(len(self._scheduler))
@@ -132,64 +148,103 @@ class Engine:
                 _log.exception("the engine's step failed")
                 self._end_all(ModelFailed("the server failed"))
 
-    def _prepare(self, ticket: Ticket) -> None:
-        ticket.started = self._clock()
-        state = self._attempt([ticket], lambda: self._pipeline(ticket).prepare(ticket.request))
-        if state is not None:
+    def _prepare(self, tickets: Sequence[Ticket]) -> None:
+        for ticket in tickets:
+            ticket.started = self._clock()
+        for ticket, state in self._call("prepare", tickets, lambda pipeline, some: pipeline.prepare(_requests(some))):
             ticket.state, ticket.prepared = state, self._clock()
             ticket.tell(Started(state.step_count))
 
-    def _denoise(self, batch: Sequence[Ticket]) -> Sequence[Any]:
-        if not batch:
-            return ()
-        before = self._clock()
-        noises = self._attempt(batch, lambda: self._pipeline(batch[0]).denoise([ticket.state for ticket in batch]))
-        seconds = (self._clock() - before) / sum(len(ticket.request.seeds) for ticket in batch)
-        known = self._step_seconds
-        self._step_seconds = seconds if known is None else known + _SMOOTHING * (seconds - known)
-        return noises or ()
+    def _denoise(self, batch: Sequence[Ticket]) -> list[tuple[Ticket, Any]]:
+        return self._call("denoise", batch, lambda pipeline, some: pipeline.denoise(_states(some)))
 
-    def _advance(self, ticket: Ticket, noise: Any) -> None:
-        state = ticket.state
-        assert state is not None, "a batch holds prepared requests only"
-        before = state.step
+    def _advance(self, predicted: Sequence[tuple[Ticket, Any]]) -> None:
+        noises, before = dict(predicted), {ticket: _step(ticket) for ticket, _ in predicted}
 
-        def advance() -> bool:
-            self._pipeline(ticket).advance(state, noise)
-            return True
+        def advance(pipeline: Pipeline, tickets: Sequence[Ticket]) -> Sequence[None]:
+            # Asked again after a failure, those that have moved already are not moved twice.
+            still = [ticket for ticket in tickets if _step(ticket) == before[ticket]]
+            if still:
+                pipeline.advance(_states(still), [noises[ticket] for ticket in still])
+            return [None] * len(tickets)
 
-        if self._attempt([ticket], advance) is None:
-            return
-        if state.step > before:
-            ticket.tell(Progress(state.step, state.step_count))
-        if state.step >= state.step_count:
-            self._finish(ticket)
+        # A pipeline that runs whole also works on what is no step of the picture.
+        moved = [ticket for ticket, _ in self._call("advance", list(noises), advance) if _step(ticket) != before[ticket]]
+        previews = self._preview([ticket for ticket in moved if _wants_preview(ticket)])
+        now = self._clock()
+        for ticket in moved:
+            eta = None if ticket.expected is None else max(0.0, ticket.expected - now)
+            step = _step(ticket)
+            ticket.tell(Progress(step, step + ticket.steps_left, eta, previews.get(ticket)))
 
-    def _finish(self, ticket: Ticket) -> None:
-        denoised = self._clock()
-        images = self._attempt([ticket], lambda: self._pipeline(ticket).finish(ticket.state))
-        if images is None:
-            return
-        timings = Timings(
-            queue=ticket.started - ticket.arrival,
-            encode=ticket.prepared - ticket.started,
-            denoise=denoised - ticket.prepared,
-            decode=self._clock() - denoised,
-        )
-        self._leave(ticket, Completed(tuple(images), timings))
-
-    def _attempt(self, tickets: Sequence[Ticket], work: Callable[[], Any]) -> Any:
-        """Lets a model work for `tickets`. Where that fails they all end with the error, and None is returned."""
+    def _preview(self, tickets: Sequence[Ticket]) -> dict[Ticket, Any]:
+        if not tickets:
+            return {}
+        begun = self._clock()
         try:
-            return work()
-        except ServerError as error:
-            ending = Failed(error)
-        except Exception:  # noqa: BLE001 - whatever a model raises: its requests end, the engine goes on
-            _log.exception("model '%s' failed", tickets[0].request.model)
-            ending = Failed(ModelFailed("the model failed on this request"))
-        for ticket in tickets:
-            self._leave(ticket, ending)
-        return None
+            previews = self._pipeline(tickets[0]).preview(_states(tickets))
+        except Exception:  # noqa: BLE001 - whatever a model raises: the picture itself counts more
+            _log.exception("model '%s' failed to draw a preview", tickets[0].request.model)
+            return {}
+        self._note("preview", tickets, begun)
+        return dict(zip(tickets, previews, strict=True))
+
+    def _finish(self, tickets: Sequence[Ticket]) -> None:
+        denoised = self._clock()
+        for ticket, images in self._call("finish", tickets, lambda pipeline, some: pipeline.finish(_states(some))):
+            timings = Timings(
+                queue=ticket.started - ticket.arrival,
+                encode=ticket.prepared - ticket.started,
+                denoise=denoised - ticket.prepared,
+                decode=self._clock() - denoised,
+            )
+            with self._changed:
+                self._scheduler.learn(ticket, self._clock() - ticket.arrival)
+            self._leave(ticket, Completed(tuple(images), timings))
+
+    def _call(
+        self, stage: str, tickets: Sequence[Ticket], work: Callable[[Pipeline, Sequence[Ticket]], Sequence[_R]]
+    ) -> list[tuple[Ticket, _R]]:
+        """Lets the model of `tickets` do one stage of them together, and gives each its result.
+
+        Where that fails each is tried alone. Those that fail alone end with the error, and are not in what is returned.
+        """
+        if not tickets:
+            return []
+        begun = self._clock()
+        try:
+            results = work(self._pipeline(tickets[0]), tickets)
+        except Exception as error:  # noqa: BLE001 - whatever a model raises: its requests end, the engine goes on
+            if len(tickets) > 1:
+                return [pair for ticket in tickets for pair in self._call(stage, [ticket], work)]
+            self._leave(tickets[0], Failed(_told(error, tickets[0])))
+            return []
+        self._note(stage, tickets, begun)
+        return list(zip(tickets, results, strict=True))
+
+    def _note(self, stage: str, tickets: Sequence[Ticket], begun: float) -> None:
+        seconds = self._clock() - begun
+        rows = sum(ticket.plan.rows if stage == "denoise" else len(ticket.request.seeds) for ticket in tickets)
+        if stage == "prepare":
+            rows = len(tickets)  # a picture is encoded once, however many are made of it
+        if stage in ("prepare", "denoise", "finish"):
+            with self._changed:
+                self.costs.record(cast(Stage, stage), tickets[0].group, tickets[0].plan.pixels, rows, seconds)
+        self._observe(Span(stage, tickets[0].request.model, len(tickets), rows, begun, seconds))
+
+    def _tell_news(self) -> None:
+        """Every now and then, looks ahead anew and tells those who wait where their place has changed."""
+        now = self._clock()
+        if now - self._news_told < _NEWS:
+            return
+        self._news_told = now
+        with self._changed:
+            self._scheduler.look_ahead(now)
+            places = self._scheduler.places(now)
+        for ticket, position in places:
+            if position != ticket.position:
+                ticket.position = position
+                ticket.tell(Queued(position, None if ticket.expected is None else max(0.0, ticket.expected - now)))
 
     def _leave(self, ticket: Ticket, ending: Ending) -> None:
         with self._changed:
@@ -217,20 +272,28 @@ class Engine:
     def _pipeline(self, ticket: Ticket) -> Pipeline:
         return self._pipelines[ticket.request.model]
 
-    def _estimate(self, request: Request) -> float | None:
-        """Seconds until `request` would be done, from the mean time of a picture's step; None before the first step."""
-        if self._step_seconds is None:
-            return None
-        ahead = sum(map(_remaining, (*self._scheduler.active, *self._scheduler.waiting)))
-        return (ahead + _planned(request)) * self._step_seconds
+
+def _requests(tickets: Sequence[Ticket]) -> list[Request]:
+    return [ticket.request for ticket in tickets]
 
 
-def _planned(request: Request) -> int:
-    return int(request.num_inference_steps * request.strength) * len(request.seeds)
+def _states(tickets: Sequence[Ticket]) -> list[State]:
+    return [ticket.state for ticket in tickets if ticket.state is not None]
 
 
-def _remaining(ticket: Ticket) -> int:
-    state = ticket.state
-    if state is None:
-        return _planned(ticket.request)
-    return (state.step_count - state.step) * len(ticket.request.seeds)
+def _step(ticket: Ticket) -> int:
+    assert ticket.state is not None, "a batch holds prepared requests only"
+    return ticket.state.step
+
+
+def _wants_preview(ticket: Ticket) -> bool:
+    interval = ticket.request.preview_interval
+    return interval > 0 and ticket.steps_left > 0 and _step(ticket) % interval == 0
+
+
+def _told(error: Exception, ticket: Ticket) -> ServerError:
+    """The error as its caller sees it."""
+    if isinstance(error, ServerError):
+        return error
+    _log.error("model '%s' failed", ticket.request.model, exc_info=error)
+    return ModelFailed("the model failed on this request")

@@ -15,7 +15,8 @@ class Request:
 
     `image` is RGB and already has the size of the result. There is one seed for each picture to make. `negative_prompt` is
     None where none was given, which SDXL tells from an empty one. `deadline` is a time of the engine's clock in seconds,
-    None for none.
+    None for none. `scheduler` is one of the pipeline's `schedulers`, None for the bundle's own. A preview is drawn every
+    `preview_interval` steps, none at 0. `image_digest` tells pictures apart by content; empty where they need not be cached.
     """
 
     model: str
@@ -27,6 +28,23 @@ class Request:
     guidance_scale: float
     seeds: tuple[int, ...]
     deadline: float | None = None
+    scheduler: str | None = None
+    preview_interval: int = 0
+    image_digest: bytes = b""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a request will ask of the device, known before anything is computed.
+
+    Requests of one model with the same `shape` share calls; `rows` is how many samples it adds to each: one for each
+    picture, two with classifier-free guidance. `step_count` is how many calls it takes part in.
+    """
+
+    shape: Hashable
+    pixels: int
+    rows: int
+    step_count: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +58,14 @@ class Timings:
 
 
 @dataclass(frozen=True, slots=True)
+class Queued:
+    """It waits: `position` requests come before it, and it will be finished in about `eta` seconds, None where unknown."""
+
+    position: int
+    eta: float | None
+
+
+@dataclass(frozen=True, slots=True)
 class Started:
     """The request's first turn came."""
 
@@ -48,10 +74,15 @@ class Started:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """Step `step` of `step_count` is done."""
+    """Step `step` of `step_count` is done; in about `eta` seconds it will be finished, None where unknown.
+
+    `preview` is the picture so far, a small RGB one, at the steps where the request asked for it.
+    """
 
     step: int
     step_count: int
+    eta: float | None = None
+    preview: Image.Image | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,24 +101,11 @@ class Failed:
 
 
 Ending = Completed | Failed
-Event = Started | Progress | Ending
+Event = Queued | Started | Progress | Ending
 
 
 class State(Protocol):
-    """What a pipeline keeps of a request between two steps.
-
-    States with the same `shape` (of one pipeline) share a call of `denoise`; `rows` is how many pictures it adds to it.
-    """
-
-    @property
-    def shape(self) -> Hashable:
-        """What a batch must have in common."""
-        ...
-
-    @property
-    def rows(self) -> int:
-        """Pictures."""
-        ...
+    """What a pipeline keeps of a request between two steps."""
 
     @property
     def step(self) -> int:
@@ -101,8 +119,10 @@ class State(Protocol):
 
 
 class Pipeline(Protocol):
-    """A model, split into the parts that the engine schedules. Every method is called by the engine's thread only.
+    """A model, split into the parts that the engine schedules.
 
+    Every method is called by the engine's thread only, but `plan`, which any thread may call. Those that take several requests or
+    states give one result for each, in order; where one raises, nothing has changed and the engine asks for each alone.
     Errors: a ServerError says what is wrong with the request (InvalidField) and reaches the caller; any other exception is
     the model's failure.
     """
@@ -111,23 +131,38 @@ class Pipeline(Protocol):
     """What runs it, such as "onnx:cpu"."""
     size_multiple: int
     """Width and height of pictures are multiples of this many pixels."""
+    native_size: tuple[int, int]
+    """Width and height of the pictures that it was trained on, in pixels."""
     max_rows: int | None
     """The most rows that one call of `denoise` takes, None for no limit of its own."""
+    schedulers: tuple[str, ...]
+    """The names that a request's `scheduler` may have."""
 
-    def prepare(self, request: Request) -> State:
-        """Encodes the prompt and the picture, and makes the noised latents, the schedule and the random generators."""
+    def plan(self, request: Request) -> Plan:
+        """What `request` will cost. Raises InvalidField where the pipeline cannot do it."""
+        ...
+
+    def prepare(self, requests: Sequence[Request]) -> Sequence[State]:
+        """Encodes prompts and pictures, and makes the noised latents, the schedules and the random generators."""
         ...
 
     def denoise(self, states: Sequence[Any]) -> Sequence[Any]:
-        """Predicts the noise of each state, in one call of the model. All states have the same shape."""
+        """Predicts the noise of each state, in one call of the model. All are of one shape. Changes none of them."""
         ...
 
-    def advance(self, state: Any, noise: Any) -> None:
-        """Takes the state one step on by its predicted noise; afterwards `state.step` is one more."""
+    def advance(self, states: Sequence[Any], noises: Sequence[Any]) -> None:
+        """Takes each state one step on by its predicted noise; afterwards its `step` is one more.
+
+        Where it raises, the states whose step has not moved are those that failed.
+        """
         ...
 
-    def finish(self, state: Any) -> Sequence[Image.Image]:
-        """Decodes the latents of a state whose steps are all done: one RGB picture for each seed."""
+    def preview(self, states: Sequence[Any]) -> Sequence[Image.Image | None]:
+        """A small RGB picture of what each state is about to become, None where the pipeline can draw none."""
+        ...
+
+    def finish(self, states: Sequence[Any]) -> Sequence[Sequence[Image.Image]]:
+        """Decodes the latents of states of one shape whose steps are all done: an RGB picture for each seed."""
         ...
 
     def release(self, state: Any) -> None:
@@ -147,24 +182,43 @@ class Ticket:
     """
 
     request: Request
+    plan: Plan
     listener: Listener
     number: int
     arrival: float
     state: State | None = None
     started: float = 0.0
     prepared: float = 0.0
-    served: int = 0
-    """When it last had a turn, counted in turns of all."""
+    passed_over: int = 0
+    """Calls of the model since it last took part in one."""
+    forecast: float | None = None
+    """The seconds it would take if no other came, as known on arrival."""
+    likeness: Hashable = None
+    """Which other requests' forecasts were like its own."""
+    expected: float | None = None
+    """When it is expected to be finished, others that may come included."""
+    position: int = 0
+    """How many waited before it when it was last told."""
     cancelled: bool = False
     """Whether the caller gave up."""
     ended: bool = False
     """Whether its ending was delivered."""
 
+    @property
+    def steps_left(self) -> int:
+        """How many calls of the model it still takes part in."""
+        return self.plan.step_count if self.state is None else self.state.step_count - self.state.step
+
+    @property
+    def group(self) -> tuple[str, Hashable]:
+        """Model and shape: what requests must have in common to share a call."""
+        return self.request.model, self.plan.shape
+
     def cancel(self) -> None:
         """Gives up: the request leaves the batch at the next step. Harmless on one that has ended."""
         self.cancelled = True
 
-    def tell(self, event: Started | Progress) -> None:
+    def tell(self, event: Queued | Started | Progress) -> None:
         """Tells the listener how it goes. Nothing is told after the ending."""
         if not self.ended:
             self.listener(event)

@@ -9,11 +9,11 @@ from img2img_server.engine.request import Pipeline, Request
 
 def run_alone(pipeline: Pipeline, request: Request) -> Sequence[Image.Image]:
     """Runs `request` from start to end on the calling thread: one picture for each of its seeds."""
-    state = pipeline.prepare(request)
+    (state,) = pipeline.prepare([request])
     try:
         while state.step < state.step_count:
-            (noise,) = pipeline.denoise([state])
-            pipeline.advance(state, noise)
-        return pipeline.finish(state)
+            pipeline.advance([state], pipeline.denoise([state]))
+        (images,) = pipeline.finish([state])
+        return images
     finally:
         pipeline.release(state)

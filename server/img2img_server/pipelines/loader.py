@@ -11,6 +11,7 @@ import torch
 import transformers
 
 from img2img_server.bundle import Manifest
+from img2img_server.engine.cache import Cache
 from img2img_server.engine.request import Pipeline
 from img2img_server.errors import BundleError
 from img2img_server.pipelines.sessions import SessionOptions, resolve_provider
@@ -29,10 +30,13 @@ _LOAD_ERRORS = (OSError, ValueError, TypeError, KeyError, AttributeError, Runtim
 """What diffusers and transformers raise for files that they cannot make sense of."""
 
 
-def load_pipeline(bundle: Path, manifest: Manifest, provider: str = "auto", threads: int | None = None) -> Pipeline:
+def load_pipeline(
+    bundle: Path, manifest: Manifest, provider: str = "auto", threads: int | None = None, cache: Cache | None = None
+) -> Pipeline:
     """Loads the bundle in the directory `bundle`, whose manifest was read and checked before.
 
     `provider` is "auto" or the name of an execution provider, `threads` the CPU threads of one call (None: all cores).
+    `cache` keeps what was encoded of prompts and pictures; several pipelines may share one.
     Raises BundleError where the bundle does not fit this server or the provider is not there.
     """
     threads = threads or len(os.sched_getaffinity(0))
@@ -47,8 +51,10 @@ def load_pipeline(bundle: Path, manifest: Manifest, provider: str = "auto", thre
         pipe = _torch_pipeline(bundle).to(device)
         engine = f"torch:{device}"
         torch_threads = threads
-    family = FAMILIES.get(manifest.family, WholePipeline)
-    return family(pipe, engine, torch_threads)
+    family = FAMILIES.get(manifest.family)
+    if family is None:
+        return WholePipeline(pipe, engine, torch_threads)
+    return family(pipe, engine, torch_threads, cache or Cache(0), manifest.latent_preview)
 
 
 def _onnx_pipeline(bundle: Path, manifest: Manifest, options: SessionOptions) -> Any:

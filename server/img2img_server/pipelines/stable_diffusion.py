@@ -7,119 +7,74 @@ The order of calls is that of StableDiffusionImg2ImgPipeline.__call__ and Stable
 
 import copy
 import logging
-from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from PIL import Image
 
-from img2img_server.engine.request import Request
-from img2img_server.errors import InvalidField
+from img2img_server.engine.cache import Cache
+from img2img_server.engine.request import Plan, Request
+from img2img_server.pipelines import latent_preview
+from img2img_server.pipelines.conditions import Embedding, Encoder
+from img2img_server.pipelines.diffusion_state import Conditioning, DiffusionState, is_guided
+from img2img_server.pipelines.schedules import Trajectory, advance_batch
+from img2img_server.pipelines.timetables import Timetable, Timetables
 from img2img_server.pipelines.torch_calls import torch_call
+from img2img_server.pipelines.views import view_of
 
-Conditioning = dict[str, torch.Tensor]
-"""The UNet's inputs beside sample and timestep, by name. Each is [rows of the UNet call, ...]."""
-
-
-@dataclass(slots=True, eq=False)
-class DiffusionState:
-    """A request between two steps. With n seeds, `latents` is [n, C, h, w]; with guidance, conditioning has 2n rows, the
-    negative prompt's first."""
-
-    request: Request
-    scheduler: Any
-    timesteps: torch.Tensor
-    latents: torch.Tensor
-    conditioning: Conditioning
-    generators: list[torch.Generator]
-    step_arguments: dict[str, Any]
-    shape: Hashable
-    step: int = 0
-
-    @property
-    def rows(self) -> int:
-        """How many pictures this state adds to a batch."""
-        return self.latents.shape[0]
-
-    @property
-    def step_count(self) -> int:
-        """How often the UNet is called for it."""
-        return len(self.timesteps)
-
-    @property
-    def guided(self) -> bool:
-        """Whether classifier-free guidance is on, which doubles its rows in the UNet's call."""
-        return is_guided(self.request)
-
-    @property
-    def timestep(self) -> torch.Tensor:
-        """The timestep that is next."""
-        return self.timesteps[self.step]
-
-    def model_input(self) -> torch.Tensor:
-        """The latents as the UNet wants them, [n or 2n, C, h, w]."""
-        latents = torch.cat([self.latents, self.latents]) if self.guided else self.latents
-        scaled: torch.Tensor = self.scheduler.scale_model_input(latents, self.timestep)
-        return scaled
-
-
-def is_guided(request: Request) -> bool:
-    """Whether classifier-free guidance has an effect: diffusers' rule."""
-    return request.guidance_scale > 1
+PreviewWeights = Sequence[Sequence[float]]
 
 
 class StableDiffusion:
-    """Stable Diffusion 1 and 2, and what shares their components. Implements the engine's Pipeline."""
+    """Stable Diffusion 1 and 2, and what shares their components. Implements the engine's Pipeline.
+
+    `preview_weights` is the manifest's `latent_preview`: without it there are no previews.
+    """
 
     max_rows: int | None = None
 
-    def __init__(self, pipe: Any, engine: str, threads: int) -> None:
+    def __init__(self, pipe: Any, engine: str, threads: int, cache: Cache, preview_weights: PreviewWeights = ()) -> None:
         self._pipe = pipe
         self.engine = engine
         self.threads = threads
         self.size_multiple: int = pipe.vae_scale_factor
+        side = int(pipe.unet.config.sample_size) * self.size_multiple
+        self.native_size = (side, side)
+        self._timetables = Timetables(pipe)
+        self.schedulers = self._timetables.names
+        self._encoder = Encoder(pipe, cache, self._encode_texts)
+        self._preview_weights = preview_weights
 
     @torch_call
-    def prepare(self, request: Request) -> DiffusionState:
-        """Encodes the request and makes its first latents. Raises InvalidField where no step is left to run."""
-        pipe = _view(self._pipe)
-        count = len(request.seeds)
-        device = pipe._execution_device
-        generators = [torch.Generator("cpu").manual_seed(seed) for seed in request.seeds]
-        pipe.scheduler.set_timesteps(request.num_inference_steps, device=device)
-        timesteps, _ = pipe.get_timesteps(request.num_inference_steps, request.strength, device)
-        if len(timesteps) == 0:
-            raise InvalidField("strength", "strength times num_inference_steps is below 1: no step would be run")
-        prompt_embeds, conditioning = self._encode_prompt(pipe, request, device)
-        latents = pipe.prepare_latents(
-            pipe.image_processor.preprocess(request.image),
-            timesteps[:1].repeat(count),
-            batch_size=1,
-            num_images_per_prompt=count,
-            dtype=prompt_embeds.dtype,
-            device=device,
-            generator=generators,
-        )
-        conditioning |= self._size_conditioning(pipe, request, latents, prompt_embeds.dtype)
-        return DiffusionState(
-            request=request,
-            scheduler=pipe.scheduler,
-            timesteps=timesteps,
-            latents=latents,
-            conditioning=conditioning,
-            generators=generators,
-            step_arguments=pipe.prepare_extra_step_kwargs(generators, 0.0),
-            shape=(*latents.shape[1:], *prompt_embeds.shape[1:]),
-        )
+    def plan(self, request: Request) -> Plan:
+        """Its steps and rows. Raises InvalidField where there are no steps to run. Slow for steps that were not seen before."""
+        rows = len(request.seeds) * (2 if is_guided(request) else 1)
+        width, height = request.image.size
+        return Plan((height, width), width * height, rows, len(self._timetables.get(request).timesteps))
+
+    @torch_call
+    def prepare(self, requests: Sequence[Request]) -> Sequence[DiffusionState]:
+        """Encodes what is not known yet, and makes the first latents."""
+        timetables = [self._timetables.get(request) for request in requests]
+        embeddings = self._encoder.texts([text for request in requests for text in self._texts(request)])
+        pictures = self._encoder.pictures(requests)
+        return [
+            self._begin(request, timetable, embeddings, picture)
+            for request, timetable, picture in zip(requests, timetables, pictures, strict=True)
+        ]
 
     @torch_call
     def denoise(self, states: Sequence[DiffusionState]) -> Sequence[torch.Tensor]:
         """One UNet call for all of `states`, whatever their steps, schedulers and guidance. [n or 2n, C, h, w] for each."""
-        samples = [state.model_input() for state in states]
-        sizes = [len(sample) for sample in samples]
-        timesteps = [state.timestep.repeat(size) for state, size in zip(states, sizes, strict=True)]
+        samples, timesteps, sizes = [], [], []
+        for state in states:
+            scaled = state.scaled()
+            samples += [scaled, scaled] if state.guided else [scaled]
+            sizes.append(len(scaled) * (2 if state.guided else 1))
+            timesteps.append(state.timestep.expand(sizes[-1]))
         joined = {name: torch.cat([state.conditioning[name] for state in states]) for name in states[0].conditioning}
         hidden_states = joined.pop("encoder_hidden_states")
         noise: torch.Tensor = self._pipe.unet(
@@ -132,42 +87,114 @@ class StableDiffusion:
         return torch.split(noise, sizes)
 
     @torch_call
-    def advance(self, state: DiffusionState, noise: torch.Tensor) -> None:
-        """Applies guidance and takes the state's own scheduler one step on."""
-        if state.guided:
-            unconditional, text = noise.chunk(2)
-            noise = unconditional + state.request.guidance_scale * (text - unconditional)
-        state.latents = state.scheduler.step(noise, state.timestep, state.latents, **state.step_arguments, return_dict=False)[0]
-        state.step += 1
+    def advance(self, states: Sequence[DiffusionState], noises: Sequence[torch.Tensor]) -> None:
+        """Applies guidance, and takes all one step on: those with a compiled schedule together, others by their scheduler."""
+        outputs = [state.guide(noise) for state, noise in zip(states, noises, strict=True)]
+        originals = [
+            self._original(state, output[:1]) if state.preview_is_due else None
+            for state, output in zip(states, outputs, strict=True)
+        ]
+        followed = [(state, output) for state, output in zip(states, outputs, strict=True) if state.trajectory is not None]
+        if followed:
+            trajectories = [state.trajectory for state, _ in followed if state.trajectory is not None]
+            latents = advance_batch(trajectories, [state.latents for state, _ in followed], [output for _, output in followed])
+            for (state, _), new in zip(followed, latents, strict=True):
+                state.latents = new
+                state.step += 1
+        for state, output, original in zip(states, outputs, originals, strict=True):
+            state.original = original
+            if state.trajectory is None:
+                step = state.scheduler.step(output, state.timestep, state.latents, **state.step_arguments, return_dict=False)
+                state.latents = step[0]
+                state.step += 1
 
     @torch_call
-    def finish(self, state: DiffusionState) -> Sequence[Image.Image]:
+    def preview(self, states: Sequence[DiffusionState]) -> Sequence[Image.Image | None]:
+        """What each state's first picture is about to become, at the size of its latents."""
+        originals = [state.original for state in states if state.original is not None]
+        if not self._preview_weights or not originals:
+            return [None] * len(states)
+        drawn = iter(latent_preview.draw(torch.cat(originals), self._preview_weights))
+        return [None if state.original is None else next(drawn) for state in states]
+
+    @torch_call
+    def finish(self, states: Sequence[DiffusionState]) -> Sequence[Sequence[Image.Image]]:
         """Decodes the latents. Raises FloatingPointError rather than return the black picture that NaN would become."""
-        pixels = self._decode(state)
+        pixels = self._decode(torch.cat([state.latents for state in states]))
         if not torch.isfinite(pixels).all():
             raise FloatingPointError("the decoded picture has values that are not finite")
-        images: Sequence[Image.Image] = self._pipe.image_processor.postprocess(pixels, output_type="pil")
-        return images
+        images = iter(self._pipe.image_processor.postprocess(pixels, output_type="pil"))
+        return [[next(images) for _ in state.request.seeds] for state in states]
 
     def release(self, state: DiffusionState) -> None:
         """Nothing is held outside of Python's memory."""
 
-    def _encode_prompt(self, pipe: Any, request: Request, device: torch.device) -> tuple[torch.Tensor, Conditioning]:
-        embeds, negative = pipe.encode_prompt(
-            request.prompt,
-            device,
-            len(request.seeds),
-            is_guided(request),
-            request.negative_prompt,
+    def _begin(
+        self,
+        request: Request,
+        timetable: Timetable,
+        embeddings: dict[str, Embedding],
+        picture: DiagonalGaussianDistribution,
+    ) -> DiffusionState:
+        count = len(request.seeds)
+        positive, negative = self._embeddings(request, embeddings)
+        generators = [torch.Generator("cpu").manual_seed(seed) for seed in request.seeds]
+        pipe = view_of(self._pipe, scheduler=timetable.scheduler, vae=_Encoded(self._pipe.vae, picture))
+        latents = pipe.prepare_latents(
+            torch.empty(1, 3, 1, 1),  # stands for the picture, which was encoded
+            timetable.timesteps[:1].repeat(count),
+            batch_size=1,
+            num_images_per_prompt=count,
+            dtype=positive.hidden_states.dtype,
+            device=pipe._execution_device,
+            generator=generators,
         )
-        return embeds, {"encoder_hidden_states": torch.cat([negative, embeds]) if is_guided(request) else embeds}
+        conditioning = self._conditioning(request, positive, negative)
+        conditioning |= self._size_conditioning(pipe, request, latents, positive.hidden_states.dtype)
+        state = DiffusionState(request, timetable.timesteps, latents, conditioning, generators, None)
+        if timetable.schedule is not None:
+            state.trajectory = Trajectory(timetable.schedule, generators)
+        else:
+            state.scheduler = copy.deepcopy(timetable.scheduler)
+            state.step_arguments = view_of(pipe, scheduler=state.scheduler).prepare_extra_step_kwargs(generators, 0.0)
+        return state
+
+    def _texts(self, request: Request) -> list[str]:
+        """The texts that have to be encoded for it."""
+        return [request.prompt, request.negative_prompt or ""] if is_guided(request) else [request.prompt]
+
+    def _embeddings(self, request: Request, known: dict[str, Embedding]) -> tuple[Embedding, Embedding | None]:
+        """Those of the prompt, and of the negative one where guidance wants it."""
+        return known[request.prompt], known[request.negative_prompt or ""] if is_guided(request) else None
+
+    def _conditioning(self, request: Request, positive: Embedding, negative: Embedding | None) -> Conditioning:
+        count = len(request.seeds)
+        rows = [negative] * count + [positive] * count if negative is not None else [positive] * count
+        conditioning = {"encoder_hidden_states": torch.cat([row.hidden_states for row in rows])}
+        pooled = [row.pooled for row in rows if row.pooled is not None]
+        return conditioning | ({"text_embeds": torch.cat(pooled)} if pooled else {})
+
+    def _encode_texts(self, texts: list[str]) -> list[Embedding]:
+        hidden_states, _ = self._pipe.encode_prompt(texts, self._pipe._execution_device, 1, False)
+        return [Embedding(own, None) for own in torch.split(hidden_states, 1)]
 
     def _size_conditioning(self, pipe: Any, request: Request, latents: torch.Tensor, dtype: torch.dtype) -> Conditioning:
         return {}
 
-    def _decode(self, state: DiffusionState) -> torch.Tensor:
+    def _original(self, state: DiffusionState, output: torch.Tensor) -> torch.Tensor:
+        """The latents without noise that a step's `output` [1, C, h, w] predicts for the first picture."""
+        cumulative = self._pipe.scheduler.alphas_cumprod
+        low = min(int(state.timestep), len(cumulative) - 1)
+        high = min(low + 1, len(cumulative) - 1)
+        alpha = torch.lerp(cumulative[low], cumulative[high], float(state.timestep) - low).to(output)
+        sample = state.scaled()[:1]
+        if self._pipe.scheduler.config.prediction_type == "v_prediction":
+            return alpha.sqrt() * sample - (1 - alpha).sqrt() * output
+        return (sample - (1 - alpha).sqrt() * output) / alpha.sqrt()
+
+    def _decode(self, latents: torch.Tensor) -> torch.Tensor:
         vae = self._pipe.vae
-        pixels = vae.decode(state.latents / vae.config.scaling_factor, return_dict=False, generator=state.generators)[0]
+        pixels = vae.decode(latents / vae.config.scaling_factor, return_dict=False)[0]
         if self._pipe.safety_checker is None:
             return torch.as_tensor(pixels)
         checked, flagged = self._pipe.run_safety_checker(pixels, pixels.device, pixels.dtype)
@@ -179,20 +206,22 @@ class StableDiffusion:
 class StableDiffusionXL(StableDiffusion):
     """SDXL base and refiner: a second text encoder, pooled embeddings and size conditioning. No watermark is applied."""
 
-    def _encode_prompt(self, pipe: Any, request: Request, device: torch.device) -> tuple[torch.Tensor, Conditioning]:
-        embeds, negative, pooled, negative_pooled = pipe.encode_prompt(
-            prompt=request.prompt,
-            device=device,
-            num_images_per_prompt=len(request.seeds),
-            do_classifier_free_guidance=is_guided(request),
-            negative_prompt=request.negative_prompt,
+    def _texts(self, request: Request) -> list[str]:
+        return [request.prompt] if self._negative_is_zero(request) else super()._texts(request)
+
+    def _embeddings(self, request: Request, known: dict[str, Embedding]) -> tuple[Embedding, Embedding | None]:
+        if is_guided(request) and self._negative_is_zero(request):
+            return known[request.prompt], known[request.prompt].zeros()
+        return super()._embeddings(request, known)
+
+    def _negative_is_zero(self, request: Request) -> bool:
+        return request.negative_prompt is None and bool(self._pipe.config.force_zeros_for_empty_prompt)
+
+    def _encode_texts(self, texts: list[str]) -> list[Embedding]:
+        hidden_states, _, pooled, _ = self._pipe.encode_prompt(
+            prompt=texts, device=self._pipe._execution_device, num_images_per_prompt=1, do_classifier_free_guidance=False
         )
-        if not is_guided(request):
-            return embeds, {"encoder_hidden_states": embeds, "text_embeds": pooled}
-        return embeds, {
-            "encoder_hidden_states": torch.cat([negative, embeds]),
-            "text_embeds": torch.cat([negative_pooled, pooled]),
-        }
+        return [Embedding(own, other) for own, other in zip(torch.split(hidden_states, 1), torch.split(pooled, 1), strict=True)]
 
     def _size_conditioning(self, pipe: Any, request: Request, latents: torch.Tensor, dtype: torch.dtype) -> Conditioning:
         size = (latents.shape[-2] * pipe.vae_scale_factor, latents.shape[-1] * pipe.vae_scale_factor)
@@ -204,38 +233,27 @@ class StableDiffusionXL(StableDiffusion):
         rows = [negative] * len(latents) + [positive] * len(latents) if is_guided(request) else [positive] * len(latents)
         return {"time_ids": torch.cat(rows).to(latents.device)}
 
-    def _decode(self, state: DiffusionState) -> torch.Tensor:
+    def _decode(self, latents: torch.Tensor) -> torch.Tensor:
         vae = self._pipe.vae
-        latents = state.latents / vae.config.scaling_factor
+        latents = latents / vae.config.scaling_factor
         mean, std = vae.config.get("latents_mean"), vae.config.get("latents_std")
         if mean is not None and std is not None:
             latents = latents * _channels(std, latents) + _channels(mean, latents)
         return torch.as_tensor(vae.decode(latents, return_dict=False)[0])
 
 
-class _EncodeOnce:
-    """A VAE that encodes one picture once, though prepare_latents asks again for each generator."""
+class _Encoded:
+    """A VAE whose picture is encoded already."""
 
-    def __init__(self, vae: Any) -> None:
+    def __init__(self, vae: Any, distribution: DiagonalGaussianDistribution) -> None:
         self._vae = vae
-        self._encoded: SimpleNamespace | None = None
+        self._distribution = distribution
 
     def encode(self, pixels: torch.Tensor) -> SimpleNamespace:
-        if self._encoded is None:
-            self._encoded = self._vae.encode(pixels)
-        return self._encoded
+        return SimpleNamespace(latent_dist=self._distribution)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._vae, name)
-
-
-def _view(pipe: Any) -> Any:
-    """The pipeline as one request sees it: the shared models, but a scheduler of its own and a VAE that encodes once."""
-    view = copy.copy(pipe)
-    # Past diffusers' __setattr__, which would note the new classes in a configuration nobody reads.
-    view.__dict__["scheduler"] = copy.deepcopy(pipe.scheduler)
-    view.__dict__["vae"] = _EncodeOnce(pipe.vae)
-    return view
 
 
 def _channels(values: Sequence[float], like: torch.Tensor) -> torch.Tensor:

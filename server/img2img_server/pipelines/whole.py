@@ -8,18 +8,23 @@ between, and a cancelled request unwinds at its next step.
 import copy
 import inspect
 import threading
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from PIL import Image
 
-from img2img_server.engine.request import Request
+from img2img_server.engine.request import Plan, Request
+from img2img_server.errors import InvalidField
 from img2img_server.pipelines.torch_calls import torch_call
 
 _SWAPPED = frozenset({"KandinskyV22Img2ImgPipeline", "KandinskyV22Img2ImgCombinedPipeline"})
 """Classes of diffusers (seen in 0.39) that hand width and height to their image processor the wrong way round."""
+
+
+_ASSUMED_SIDE = 512
+"""Pixels of a side of the pictures that such a pipeline was trained on: it doesn't say."""
 
 
 class _Abandoned(BaseException):
@@ -83,8 +88,6 @@ class WholeState:
     """A request whose pipeline is in the middle of its call."""
 
     run: Run
-    shape: Hashable
-    rows: int
     step_count: int
     step: int = 0
     steps_seen: int = 0
@@ -97,26 +100,29 @@ class WholePipeline:
     """
 
     max_rows: int | None = 1
+    schedulers: tuple[str, ...] = ()
 
     def __init__(self, pipe: Any, engine: str, threads: int) -> None:
         self._pipe = pipe
         self.threads = threads
+        self.native_size = (_ASSUMED_SIDE, _ASSUMED_SIDE)
         self._parameters = inspect.signature(pipe.__call__).parameters
         self.engine = engine
         self.size_multiple = _size_multiple(pipe)
         for part in _parts(pipe):
             part.set_progress_bar_config(disable=True)  # the client gets the progress
 
-    def prepare(self, request: Request) -> WholeState:
-        """Readies the call; nothing is computed yet. Its step count is an estimate until the pipeline has its schedule."""
-        per_picture = max(1, int(request.num_inference_steps * request.strength))
-        state = WholeState(
-            run=Run(lambda run: self._transform(request, run, state)),
-            shape=request.image.size,
-            rows=len(request.seeds),
-            step_count=per_picture * len(request.seeds),
-        )
-        return state
+    def plan(self, request: Request) -> Plan:
+        """Its steps: an estimate, until the pipeline has its schedule. Raises InvalidField for a scheduler: it has its own."""
+        if request.scheduler is not None:
+            raise InvalidField("scheduler", "this model has its own only")
+        width, height = request.image.size
+        steps = max(1, int(request.num_inference_steps * request.strength))
+        return Plan((height, width), width * height, 1, steps * len(request.seeds))
+
+    def prepare(self, requests: Sequence[Request]) -> Sequence[WholeState]:
+        """Readies the calls; nothing is computed yet."""
+        return [self._ready(request) for request in requests]
 
     def denoise(self, states: Sequence[WholeState]) -> Sequence[None]:
         """Runs one step of each."""
@@ -124,19 +130,31 @@ class WholePipeline:
             state.run.resume()
         return [None] * len(states)
 
-    def advance(self, state: WholeState, noise: None) -> None:
-        """Takes over how far the pipeline came; a step of a prior is no step of the picture's."""
-        state.step = state.steps_seen
-        if state.run.done:
-            state.step = state.step_count = max(state.step_count, 1)
+    def advance(self, states: Sequence[WholeState], noises: Sequence[None]) -> None:
+        """Takes over how far the pipelines came; a step of a prior is no step of the picture's."""
+        for state in states:
+            state.step = state.steps_seen
+            if state.run.done:
+                state.step = state.step_count = max(state.step_count, 1)
 
-    def finish(self, state: WholeState) -> Sequence[Image.Image]:
-        """The pictures that the call returned."""
-        return state.run.images
+    def preview(self, states: Sequence[WholeState]) -> Sequence[None]:
+        """There are none: what the pipeline has between two steps is its own affair."""
+        return [None] * len(states)
+
+    def finish(self, states: Sequence[WholeState]) -> Sequence[Sequence[Image.Image]]:
+        """The pictures that the calls returned."""
+        return [state.run.images for state in states]
 
     def release(self, state: WholeState) -> None:
         """Unwinds a call that was cut short."""
         state.run.abandon()
+
+    def _ready(self, request: Request) -> WholeState:
+        state = WholeState(
+            run=Run(lambda run: self._transform(request, run, state)),
+            step_count=self.plan(request).step_count,
+        )
+        return state
 
     @torch_call
     def _transform(self, request: Request, run: Run, state: WholeState) -> list[Image.Image]:

@@ -1,0 +1,1 @@
+"""`scripts/bench load`: the server against three peers, under load, in one run."""

@@ -1,0 +1,188 @@
+"""Runs the comparison: starts the servers, calibrates, then round by round each workload on each server in turn.
+
+The servers take turns within each workload, in an order that moves on by one, so that what else the machine does hits all alike.
+"""
+
+import asyncio
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from random import Random
+
+from rich.console import Console
+
+from bench_load.figures import MEASURED, Run
+from bench_load.pictures import largest_difference, render
+from bench_load.sending import Sender, among, closed_loop, connected, open_loop
+from bench_load.servers import ServerProcess, command, ending
+from bench_load.trace import Trace, last_part, read_trace
+from bench_load.workloads import (
+    SIZES,
+    WORKLOADS,
+    Job,
+    Source,
+    Workload,
+    arrivals,
+    draw_mixed,
+    draw_short,
+    generator,
+    jobs,
+    jobs_worth,
+)
+
+CALIBRATION_JOBS = 24
+TRACE_PAUSE = 1.5
+"""Seconds without work by which the trace's warm-up is told from what counts."""
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What to compare, and for how long."""
+
+    servers: tuple[str, ...]
+    workloads: tuple[str, ...]
+    seconds: float
+    rounds: int
+    seed: int
+    folder: Path
+    """Where logs and traces go."""
+
+
+@dataclass(slots=True)
+class Results:
+    """All that was measured."""
+
+    speed: float = 0.0
+    """Units of work a second that the calibrating server did: see workloads."""
+    requests_per_second: float = 0.0
+    """Mixed requests a second that it did."""
+    differences: dict[str, int] = field(default_factory=dict)
+    """Server -> the largest difference of its pictures to the first server's, of 255."""
+    runs: list[Run] = field(default_factory=list)
+    trace: Trace | None = None
+
+
+class Measurement:
+    """One run of `scripts/bench load`."""
+
+    def __init__(self, settings: Settings, console: Console) -> None:
+        self._settings = settings
+        self._say = console.print
+        self._servers = {name: ServerProcess(name, command(name), settings.folder) for name in settings.servers}
+        self._results = Results()
+
+    async def run(self) -> Results:
+        """Measures everything. Raises ServerFailed where a server does not start; none is left running."""
+        with ending(self._servers.values()):
+            await self._start()
+            await self._calibrate()
+            for round_ in range(self._settings.rounds):
+                for number, name in enumerate(self._settings.workloads):
+                    await self._compare(WORKLOADS[name], round_, round_ + number)
+        return self._results
+
+    async def _start(self) -> None:
+        """Starts the servers one by one, warms them and compares their pictures."""
+        reference: list[bytes] = []
+        for server in self._servers.values():
+            self._say(f"[bench] starting {server.name}")
+            server.spawn()
+            await asyncio.to_thread(server.wait)
+            async with connected(server.target) as sender:
+                await closed_loop(sender, [job for job in _warm_up_jobs() for _ in range(4)], 16)
+                pictures = [await sender.send(job) for job in _reference_jobs()]
+            if errors := {record.error for record in sender.records} - {""}:
+                self._say(f"[bench] {server.name} answers some requests with {', '.join(errors)}")
+            reference = reference or pictures
+            pairs = [pair for pair in zip(reference, pictures, strict=True) if all(pair)]
+            self._results.differences[server.name] = max((largest_difference(*pair) for pair in pairs), default=256)
+            server.pause()
+
+    async def _calibrate(self) -> None:
+        """Finds how much work peer "lock" (without it, the first server) does in a second: it sizes the lists and the rates."""
+        server = self._servers.get("lock") or next(iter(self._servers.values()))
+        source_of = generator(self._settings.seed, "calibration")
+        drawn = [draw_mixed(source_of) for _ in range(CALIBRATION_JOBS)]
+        run = await self._on(server, Workload("calibration", "", draw_mixed, concurrency=16), drawn, 0)
+        self._results.speed = sum(record.units for record in run.answered) / run.span
+        self._results.requests_per_second = len(run.answered) / run.span
+        self._say(f"[bench] {server.name} answers {self._results.requests_per_second:.2f} mixed requests a second")
+
+    async def _compare(self, workload: Workload, round_: int, turn: int) -> None:
+        """Gives every server the same list, in turns."""
+        units = self._results.speed * self._settings.seconds * workload.share * (workload.load or 1.0)
+        least = max(2 * workload.concurrency, 4)
+        drawn = jobs_worth(workload.draw, generator(self._settings.seed, workload.name, round_), units, least)
+        names = list(self._servers)
+        turn %= len(names)
+        for name in names[turn:] + names[:turn]:
+            run = await self._on(self._servers[name], workload, drawn, round_)
+            self._results.runs.append(run)
+            failed = sum(bool(record.error) for record in run.records if record.role in MEASURED)
+            self._say(
+                f"[bench] round {round_ + 1} of {self._settings.rounds}, {workload.name}, {name}: "
+                f"{len(run.answered)} answers in {run.span:.1f} s" + (f", {failed} errors" if failed else "")
+            )
+
+    async def _on(self, server: ServerProcess, workload: Workload, drawn: list[Job], round_: int) -> Run:
+        """Lets one server go on, warms it, measures one list, and stops it when nothing of it is left to do."""
+        for job in drawn:
+            render(job.source)
+        server.resume()
+        async with connected(server.target) as sender:
+            await closed_loop(sender, _warm_up_jobs(), 2)
+        async with connected(server.target, stream=bool(workload.load) and server.name == "ours") as sender:
+            await self._send(sender, workload, drawn, round_)
+        records = tuple(record for record in sender.records if record.role != "background")
+        async with connected(server.target) as sender:
+            await closed_loop(sender, _warm_up_jobs()[:1], 1)
+        server.pause()
+        return Run(server.name, workload.name, round_, records)
+
+    async def _send(self, sender: Sender, workload: Workload, drawn: list[Job], round_: int) -> None:
+        source_of = generator(self._settings.seed, workload.name, round_, "times")
+        if workload.foreground is not None:
+            background = jobs(workload.draw, generator(self._settings.seed, workload.name, round_))
+            pauses = _pauses(generator(self._settings.seed, workload.name, round_, "pauses"))
+            seconds = 1.5 * self._settings.seconds * workload.share
+            await among(sender, background, workload.concurrency, jobs(workload.foreground, source_of), pauses, seconds)
+        elif workload.load:
+            rate = workload.load * self._results.speed * len(drawn) / sum(job.units for job in drawn)
+            await open_loop(sender, drawn, arrivals(source_of, len(drawn), rate))
+        else:
+            await closed_loop(sender, drawn, workload.concurrency)
+
+
+async def record_trace(settings: Settings, speed: float, console: Console) -> Trace:
+    """The saturation workload once more, on a server of its own that keeps a trace: the trace of that part alone."""
+    console.print("[bench] saturation once more, with a trace")
+    path = settings.folder / "trace.json"
+    path.unlink(missing_ok=True)
+    server = ServerProcess("traced", [*command("ours"), "--trace", str(path)], settings.folder)
+    drawn = jobs_worth(draw_mixed, generator(settings.seed, "saturation", 0), speed * settings.seconds, 32)
+    with ending([server]):
+        server.spawn()
+        await asyncio.to_thread(server.wait)
+        async with connected(server.target) as sender:
+            await closed_loop(sender, _warm_up_jobs(), 2)
+            await asyncio.sleep(TRACE_PAUSE)
+            await closed_loop(sender, drawn, WORKLOADS["saturation"].concurrency)
+    trace = read_trace(path)
+    return Trace(tuple(last_part(trace.calls, TRACE_PAUSE * 0.8)), trace.caches)
+
+
+def _warm_up_jobs() -> list[Job]:
+    return [
+        Job("rolling hills", Source(size=size), 4, 1.0, guidance, seed=number)
+        for number, (size, guidance) in enumerate(((SIZES[0], 7.5), (SIZES[1], 7.5), (SIZES[0], 1.0)))
+    ]
+
+
+def _reference_jobs() -> list[Job]:
+    source_of = generator(0, "reference")
+    return [draw_short(source_of), *(draw_mixed(source_of) for _ in range(3))]
+
+
+def _pauses(source_of: Random) -> Iterator[float]:
+    while True:
+        yield source_of.uniform(0.0, 0.6)

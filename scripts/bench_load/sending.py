@@ -1,0 +1,164 @@
+"""Sends jobs to a server and notes what came of each: closed loops, open loops, and one client among others. asyncio only."""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import grpc
+from img2img.v1.image_to_image_pb2 import (
+    ImageSource,
+    TransformRequest,
+    TransformResponse,
+    TransformStreamRequest,
+)
+from img2img.v1.image_to_image_pb2_grpc import ImageToImageServiceStub
+
+if TYPE_CHECKING:
+    from img2img.v1.image_to_image_pb2_grpc import ImageToImageServiceAsyncStub
+
+from bench_load.pictures import render
+from bench_load.workloads import Job
+
+CALL_SECONDS = 300.0
+"""A call that takes longer counts as failed."""
+OPTIONS = (("grpc.max_receive_message_length", 64 * 2**20), ("grpc.max_send_message_length", 64 * 2**20))
+
+
+@dataclass(slots=True)
+class Record:
+    """What came of one job. Times are seconds; `sent` counts from the start of its list."""
+
+    role: str
+    steps: int
+    guidance: float
+    size: tuple[int, int]
+    units: float
+    sent: float
+    latency: float = 0.0
+    """From when it was sent (in an open loop: from when it was due) to the whole answer."""
+    queue: float | None = None
+    """What the server says that it waited."""
+    estimate: float | None = None
+    """What the server said at first that it would take."""
+    estimate_error: float | None = None
+    """estimate / what it then took, minus 1."""
+    error: str = ""
+    """The status code where there was no answer."""
+
+
+@dataclass(slots=True)
+class Sender:
+    """A connection to one server, and the records of what was sent over it."""
+
+    stub: "ImageToImageServiceAsyncStub"
+    stream: bool = False
+    """Whether to use TransformStream, which tells an estimate."""
+    records: list[Record] = field(default_factory=list)
+    _begun: float = field(default_factory=time.perf_counter)
+
+    async def send(self, job: Job, role: str = "", due: float | None = None) -> bytes:
+        """Sends one job, records it and gives the picture; no bytes where it failed. `due` is on time.perf_counter's clock."""
+        request = message(job)
+        begun = time.perf_counter() if due is None else due
+        record = Record(role, job.denoising_steps, job.guidance, job.source.size, job.units, begun - self._begun)
+        data = b""
+        try:
+            answer = await (self._streamed(request, record) if self.stream else self._called(request))
+            record.queue = answer.timings.queue_ms / 1e3
+            data = answer.images[0].data
+        except grpc.aio.AioRpcError as error:
+            record.error = error.code().name
+        record.latency = time.perf_counter() - begun
+        self.records.append(record)
+        return data
+
+    async def _called(self, request: TransformRequest) -> TransformResponse:
+        answer: TransformResponse = await self.stub.Transform(request, timeout=CALL_SECONDS)
+        return answer
+
+    async def _streamed(self, request: TransformRequest, record: Record) -> TransformResponse:
+        told = time.perf_counter()
+        completed = TransformResponse()
+        async for event in self.stub.TransformStream(TransformStreamRequest(request=request), timeout=CALL_SECONDS):
+            if event.HasField("queued") and event.queued.HasField("eta_seconds"):
+                told = time.perf_counter()
+                record.estimate = event.queued.eta_seconds
+            elif event.HasField("completed"):
+                completed = event.completed
+        took = time.perf_counter() - told
+        if record.estimate is not None:
+            record.estimate_error = record.estimate / took - 1
+        return completed
+
+
+@contextlib.asynccontextmanager
+async def connected(target: str, stream: bool = False) -> AsyncIterator[Sender]:
+    """A Sender to the server at `target`."""
+    async with grpc.aio.insecure_channel(target, options=OPTIONS) as channel:
+        await asyncio.wait_for(channel.channel_ready(), 30)
+        yield Sender(ImageToImageServiceStub(channel), stream)
+
+
+def message(job: Job) -> TransformRequest:
+    """The job in the contract's words."""
+    return TransformRequest(
+        prompt=job.prompt,
+        negative_prompt=job.negative_prompt or None,
+        image=ImageSource(data=render(job.source)),
+        strength=job.strength,
+        num_inference_steps=job.steps,
+        guidance_scale=job.guidance,
+        seed=job.seed,
+    )
+
+
+async def closed_loop(sender: Sender, jobs: Iterable[Job], concurrency: int, role: str = "") -> None:
+    """`concurrency` clients take the jobs in turn; each sends the next one when its last is answered. Returns after the last."""
+    waiting = iter(jobs)
+
+    async def client(waiting: Iterator[Job]) -> None:
+        for job in waiting:
+            await sender.send(job, role)
+
+    async with asyncio.TaskGroup() as group:
+        for _ in range(concurrency):
+            group.create_task(client(waiting))
+
+
+async def open_loop(sender: Sender, jobs: Sequence[Job], times: Sequence[float]) -> None:
+    """Sends each job at its time, whatever became of the others. Returns after the last answer."""
+    begun = time.perf_counter()
+    async with asyncio.TaskGroup() as group:
+        for job, at in zip(jobs, times, strict=True):
+            await asyncio.sleep(begun + at - time.perf_counter())
+            group.create_task(sender.send(job, due=begun + at))
+
+
+async def among(
+    sender: Sender,
+    background: Iterable[Job],
+    concurrency: int,
+    foreground: Iterator[Job],
+    pauses: Iterator[float],
+    seconds: float,
+) -> None:
+    """One client's jobs, first alone ("alone"), then while a closed loop runs ("foreground" among "background").
+
+    It pauses before each, so that they meet the others at any moment, and sends for `seconds`, but at least 4 and at most 40.
+    The background's calls that still run at the end are cancelled.
+    """
+    for _ in range(5):
+        await sender.send(next(foreground), "alone")
+    others = asyncio.create_task(closed_loop(sender, background, concurrency, "background"))
+    begun = time.perf_counter()
+    count = 0
+    while count < 4 or (count < 40 and time.perf_counter() - begun < seconds):
+        await asyncio.sleep(next(pauses))
+        await sender.send(next(foreground), "foreground")
+        count += 1
+    others.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await others

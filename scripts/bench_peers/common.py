@@ -1,0 +1,199 @@
+"""What the peers share: the contract's messages to a pipeline's arguments and back, and the process around it.
+
+A peer implements ImageToImageService.Transform for one model and one picture a request, over plain grpc.aio. Its pipeline is
+called in one worker thread of its own, so the event loop stays free and torch keeps one pool of OpenMP threads.
+"""
+
+import argparse
+import asyncio
+import io
+import os
+import signal
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import grpc
+from img2img.v1.image_to_image_pb2 import (
+    ImageResult,
+    OutputFormat,
+    Timings,
+    TransformRequest,
+    TransformResponse,
+    TransformStreamRequest,
+    TransformStreamResponse,
+)
+from img2img.v1.image_to_image_pb2_grpc import ImageToImageServiceServicer, add_ImageToImageServiceServicer_to_server
+from PIL import Image
+
+DEFAULT_PROMPT = "A beautiful landscape with mountains and a lake at sunset"
+MESSAGE_BYTES = 64 * 2**20
+OPTIONS = (
+    ("grpc.max_receive_message_length", MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MESSAGE_BYTES),
+    ("grpc.so_reuseport", 0),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Arguments:
+    """What one request asks of a pipeline, the contract's defaults filled in."""
+
+    prompt: str
+    negative_prompt: str | None
+    image: Image.Image
+    strength: float
+    num_inference_steps: int
+    guidance_scale: float
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """A picture, and the seconds that its request waited for the pipeline and spent in it."""
+
+    image: Image.Image
+    waited: float
+    ran: float
+
+
+class Runner(Protocol):
+    """Brings requests to a pipeline."""
+
+    async def run(self, arguments: Arguments) -> Made:
+        """Makes one picture when its turn comes."""
+        ...
+
+
+class Device:
+    """A diffusers pipeline and the one thread that calls it. Who calls sees to it that it is one call at a time."""
+
+    def __init__(self, load: Callable[[], Any]) -> None:
+        self._load = load
+        self._pipeline: Any = None
+        self._thread = ThreadPoolExecutor(1, "pipeline")
+
+    async def start(self) -> None:
+        """Loads the pipeline and makes a picture with it, so that no client meets a cold one."""
+        await asyncio.get_running_loop().run_in_executor(self._thread, self._start)
+
+    async def make(self, batch: Sequence[Arguments]) -> list[Image.Image]:
+        """One pipeline call for requests that differ in nothing but prompts, pictures and seeds."""
+        return await asyncio.get_running_loop().run_in_executor(self._thread, self._make, batch)
+
+    def _start(self) -> None:
+        self._pipeline = self._load()
+        self._pipeline.set_progress_bar_config(disable=True)
+        for guidance_scale in (7.5, 1.0):
+            self._make([Arguments(DEFAULT_PROMPT, None, Image.new("RGB", (64, 64)), 1.0, 2, guidance_scale, 0)])
+
+    def _make(self, batch: Sequence[Arguments]) -> list[Image.Image]:
+        import torch
+
+        first = batch[0]
+        images: list[Image.Image] = self._pipeline(
+            prompt=[each.prompt for each in batch],
+            negative_prompt=None if first.negative_prompt is None else [each.negative_prompt for each in batch],
+            image=[each.image for each in batch],
+            strength=first.strength,
+            num_inference_steps=first.num_inference_steps,
+            guidance_scale=first.guidance_scale,
+            generator=[torch.Generator().manual_seed(each.seed) for each in batch],
+        ).images
+        return images
+
+
+class _Service(ImageToImageServiceServicer):
+    def __init__(self, runner: Runner, engine: str) -> None:
+        self._runner = runner
+        self._engine = engine
+
+    async def Transform(self, request: TransformRequest, context: Any) -> TransformResponse:
+        """Decodes, waits for the pipeline, encodes; codecs run in threads too."""
+        begun = time.perf_counter()
+        arguments = await asyncio.to_thread(read, request)
+        decoded = time.perf_counter()
+        made = await self._runner.run(arguments)
+        data = await asyncio.to_thread(encode, made.image)
+        timings = Timings(
+            queue_ms=made.waited * 1e3,
+            encode_ms=(decoded - begun) * 1e3,
+            denoise_ms=made.ran * 1e3,
+            total_ms=(time.perf_counter() - begun) * 1e3,
+        )
+        result = ImageResult(data=data, format=OutputFormat.OUTPUT_FORMAT_PNG, seed=arguments.seed)
+        result.width, result.height = made.image.size
+        return TransformResponse(images=[result], engine=self._engine, timings=timings)
+
+    async def TransformStream(self, request: TransformStreamRequest, context: Any) -> AsyncIterator[TransformStreamResponse]:
+        """Not there: a peer has nothing to tell before it is done."""
+        await context.abort(grpc.StatusCode.UNIMPLEMENTED, "use Transform")
+        yield TransformStreamResponse()
+
+
+def read(request: TransformRequest) -> Arguments:
+    """The contract's message as a pipeline's arguments. A seed of -1 is not drawn but used: the bench always names one."""
+    image = Image.open(io.BytesIO(request.image.data)).convert("RGB")
+    return Arguments(
+        prompt=request.prompt if request.HasField("prompt") else DEFAULT_PROMPT,
+        negative_prompt=request.negative_prompt or None,
+        image=image,
+        strength=request.strength if request.HasField("strength") else 0.8,
+        num_inference_steps=request.num_inference_steps if request.HasField("num_inference_steps") else 25,
+        guidance_scale=request.guidance_scale if request.HasField("guidance_scale") else 7.5,
+        seed=request.seed,
+    )
+
+
+def encode(image: Image.Image) -> bytes:
+    """The picture as a PNG file, as fast as PNG goes: the compression that the server uses too."""
+    file = io.BytesIO()
+    image.save(file, "PNG", compress_level=1)
+    return file.getvalue()
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """The flags that every peer has."""
+    made = argparse.ArgumentParser(description=description)
+    made.add_argument("--model", type=Path, required=True, metavar="DIR", help="what the pipeline loads")
+    made.add_argument("--port-file", type=Path, required=True, metavar="FILE", help="write the port here once ready")
+    return made
+
+
+def prepare_process() -> None:
+    """Sets what libraries read when they are imported, as `img2img serve` does: call it before torch is."""
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+def load_optimum(model: Path) -> Any:
+    """Optimum's image-to-image pipeline on a bundle, by the provider and the thread counts that it takes by itself.
+
+    torch only does a scheduler's small sums here: more than one thread makes them slower.
+    """
+    import torch
+    from optimum.onnxruntime import ORTPipelineForImage2Image
+
+    torch.set_num_threads(1)
+    return ORTPipelineForImage2Image.from_pretrained(str(model), export=False)
+
+
+async def serve(device: Device, runner: Runner, engine: str, port_file: Path) -> None:
+    """Serves on a free loopback port until SIGTERM; writes `port_file` once the pipeline is warm."""
+    await device.start()
+    server = grpc.aio.server(options=OPTIONS)
+    add_ImageToImageServiceServicer_to_server(_Service(runner, engine), server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    partial = port_file.with_suffix(".partial")
+    partial.write_text(f"{port}\n")
+    partial.replace(port_file)
+    await stop.wait()
+    await server.stop(1)

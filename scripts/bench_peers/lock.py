@@ -1,0 +1,33 @@
+"""Peer (a): optimum's ORTPipelineForImage2Image behind an asyncio.Lock. What most who serve an ONNX pipeline write."""
+
+import asyncio
+import time
+
+from bench_peers.common import Arguments, Device, Made, load_optimum, parser, prepare_process, serve
+
+
+class Locked:
+    """One request at a time, in the order in which they came."""
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        self._lock = asyncio.Lock()
+
+    async def run(self, arguments: Arguments) -> Made:
+        """Waits for the lock, then has the pipeline to itself."""
+        arrived = time.perf_counter()
+        async with self._lock:
+            begun = time.perf_counter()
+            (image,) = await self._device.make([arguments])
+            return Made(image, begun - arrived, time.perf_counter() - begun)
+
+
+async def _main() -> None:
+    arguments = parser(__doc__).parse_args()
+    device = Device(lambda: load_optimum(arguments.model))
+    await serve(device, Locked(device), "optimum:lock", arguments.port_file)
+
+
+if __name__ == "__main__":
+    prepare_process()
+    asyncio.run(_main())

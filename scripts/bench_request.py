@@ -1,0 +1,223 @@
+"""Measures one request at a time: what the server adds to its own pipeline, and how long it takes to start."""
+
+import argparse
+import contextlib
+import io
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from img2img_client import Client
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+
+ROOT = Path(__file__).resolve().parent.parent
+BUNDLE = ROOT / ".demo" / "models" / "demo"
+PICTURE = ROOT / "demo" / "pictures" / "noon-lake.png"
+RESULT = ROOT / ".bench" / "bench.json"
+PROMPT = "A beautiful landscape with mountains and a lake at sunset"
+SEED = 7
+_PAUSE = 0.1
+"""Seconds between two calls: what the one before left running, threads that spin, is over by then."""
+
+_console = Console(stderr=True, highlight=False, markup=False)
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Declares the flags."""
+    parser.add_argument("--requests", type=int, default=30, metavar="N", help="rounds of the request comparison (default: 30)")
+    parser.add_argument("--starts", type=int, default=5, metavar="N", help="server starts that are timed (default: 5)")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Measures everything, prints a table and writes .bench/bench.json. Returns 0."""
+    starts = [_time_start(number, arguments.starts) for number in range(1, arguments.starts + 1)]
+    requests = _compare_requests(arguments.requests)
+    helps = [_time_command([sys.executable, "-m", "img2img_cli", "--help"]) for _ in range(20)]
+    figures = {
+        "request through the server, ms": requests["server"],
+        "same pipeline and codecs, called directly, ms": requests["direct"],
+        "added by the server, round by round, ms": _pairs(requests, "server", "direct", lambda one, other: one - other),
+        "both codecs alone, ms": requests["codecs"],
+        "the pipeline alone, without codecs, ms": requests["pipeline"],
+        "its session calls in a tight loop, ms": requests["sessions"],
+        "the pipeline over its session calls": _pairs(requests, "pipeline", "sessions", lambda one, other: one / other),
+        "the pipeline with a preview each step, ms": requests["previews"],
+        "optimum's pipeline and codecs, called directly, ms": requests["optimum"],
+        "process start to SERVING, s": starts,
+        "img2img --help, ms": helps,
+    }
+    _report(figures, requests["parts"])
+    return 0
+
+
+def _pairs(times: Mapping[str, list[float]], one: str, other: str, combine: Callable[[float, float], float]) -> list[float]:
+    return [combine(first, second) for first, second in zip(times[one], times[other], strict=True)]
+
+
+def _time_start(number: int, count: int) -> float:
+    """Seconds from starting the server's process to its being SERVING."""
+    _console.print(f"[bench] server start {number} of {count}")
+    begun = time.perf_counter()
+    with _server():
+        return time.perf_counter() - begun
+
+
+@contextlib.contextmanager
+def _server(*settings: str) -> Iterator[str]:
+    """The address of a server with some more settings, while the block runs."""
+    with tempfile.TemporaryDirectory() as folder:
+        port_file = Path(folder) / "port"
+        command = [sys.executable, "-m", "img2img_cli", "serve", "--models", str(BUNDLE), "--port", "0", *settings]
+        process = subprocess.Popen([*command, "--port-file", str(port_file)], stderr=subprocess.DEVNULL)
+        try:
+            while not port_file.exists():
+                if process.poll() is not None:
+                    raise SystemExit("bench: the server did not start")
+                time.sleep(0.005)
+            yield f"127.0.0.1:{port_file.read_text().strip()}"
+        finally:
+            process.terminate()
+            process.wait(30)
+
+
+def _compare_requests(count: int) -> dict[str, Any]:
+    """Milliseconds of the same transform in several ways, in turns; the order changes so that none is always first.
+
+    The server's caches are off: they would spare it what the others do each time.
+    """
+    ways = {**_own_ways(), "optimum": _optimum()}
+    data = PICTURE.read_bytes()
+    with _server("--cache-bytes", "0") as target, Client(target, timeout=60) as client:
+        parts: list[dict[str, float]] = []
+
+        def through_server() -> None:
+            timings = client.transform(data, prompt=PROMPT, seed=SEED).timings
+            parts.append({"queue": timings.queue_ms, "encode": timings.encode_ms, "denoise": timings.denoise_ms,
+                          "decode": timings.decode_ms, "total": timings.total_ms})  # fmt: skip
+
+        ways["server"] = through_server
+        times: dict[str, Any] = {name: [] for name in ways}
+        for call in ways.values():
+            call()
+        parts.clear()
+        for round_ in range(count):
+            _console.print(f"[bench] round {round_ + 1} of {count}")
+            names = list(ways)
+            for name in names[round_ % len(names) :] + names[: round_ % len(names)]:
+                time.sleep(_PAUSE)
+                begun = time.perf_counter()
+                ways[name]()
+                times[name].append((time.perf_counter() - begun) * 1e3)
+    return {**times, "parts": {name: statistics.median(part[name] for part in parts) for name in parts[0]}}
+
+
+class _Recorded:
+    """A session of ONNX Runtime that keeps what it was called with."""
+
+    def __init__(self, session: Any, calls: list[tuple[Any, Any, Any]]) -> None:
+        self._session = session
+        self._calls = calls
+
+    def run(self, outputs: Any, feed: Any) -> Any:
+        self._calls.append((self._session, outputs, feed))
+        return self._session.run(outputs, feed)
+
+
+def _own_ways() -> dict[str, Callable[[], object]]:
+    """The server's own pipeline in this process: with codecs, without, with previews, and nothing but its session calls."""
+    from img2img_server.bundle import read_manifest
+    from img2img_server.engine.request import Request
+    from img2img_server.images import ImageLimits, decode, encode
+    from img2img_server.pipelines.alone import run_alone
+    from img2img_server.pipelines.loader import load_pipeline
+
+    pipeline: Any = load_pipeline(BUNDLE, read_manifest(BUNDLE), "cpu")
+    data = PICTURE.read_bytes()
+
+    def request(interval: int = 0) -> Request:
+        image = decode(data, ImageLimits(), "image")
+        return Request("demo", image, PROMPT, None, 0.8, 25, 7.5, (SEED,), preview_interval=interval)
+
+    def direct() -> None:
+        (result,) = run_alone(pipeline, request())
+        encode(result, "PNG", 90)
+
+    def previews() -> None:
+        (state,) = pipeline.prepare([watched])
+        while state.step < state.step_count:
+            pipeline.advance([state], pipeline.denoise([state]))
+            pipeline.preview([state])
+        pipeline.finish([state])
+
+    plain, watched = request(), request(1)
+    drawn = plain.image
+    calls = _record(pipeline, lambda: run_alone(pipeline, plain))
+    return {
+        "direct": direct,
+        "codecs": lambda: (request(), encode(drawn, "PNG", 90)),
+        "pipeline": lambda: run_alone(pipeline, plain),
+        "sessions": lambda: [session.run(outputs, feed) for session, outputs, feed in calls],
+        "previews": previews,
+    }
+
+
+def _record(pipeline: Any, work: Callable[[], object]) -> list[tuple[Any, Any, Any]]:
+    """Every session call that `work` makes of `pipeline`: session, outputs, inputs."""
+    pipe = pipeline._pipe
+    graphs = [pipe.text_encoder._graph, pipe.unet._graph, pipe.vae._encoder, pipe.vae._decoder]
+    calls: list[tuple[Any, Any, Any]] = []
+    sessions = [graph._session for graph in graphs]
+    for graph, session in zip(graphs, sessions, strict=True):
+        graph._session = _Recorded(session, calls)
+    work()
+    for graph, session in zip(graphs, sessions, strict=True):
+        graph._session = session
+    return calls
+
+
+def _optimum() -> Callable[[], None]:
+    """Optimum's pipeline on the same bundle, as its user would call it."""
+    import torch
+    from optimum.onnxruntime import ORTPipelineForImage2Image
+
+    pipe = ORTPipelineForImage2Image.from_pretrained(str(BUNDLE), export=False)
+    pipe.set_progress_bar_config(disable=True)
+
+    def call() -> None:
+        image = Image.open(PICTURE).convert("RGB")
+        generator = torch.Generator().manual_seed(SEED)
+        result = pipe(PROMPT, image=image, strength=0.8, num_inference_steps=25, guidance_scale=7.5, generator=generator)
+        result.images[0].save(io.BytesIO(), "PNG", compress_level=1)
+
+    return call
+
+
+def _time_command(command: list[str]) -> float:
+    begun = time.perf_counter()
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    return (time.perf_counter() - begun) * 1e3
+
+
+def _report(figures: Mapping[str, list[float]], parts: Mapping[str, float]) -> None:
+    table = Table("figure", "median", "min", "max", "runs")
+    for name, values in figures.items():
+        row = (statistics.median(values), min(values), max(values))
+        table.add_row(name, *(f"{value:.2f}" for value in row), str(len(values)))
+    for name, value in parts.items():
+        table.add_row(f"server's own timing: {name}, ms", f"{value:.2f}", "", "", "")
+    Console().print(table)
+    machine = {"date": date.today().isoformat(), "python": platform.python_version(), "cores": len(os.sched_getaffinity(0))}
+    RESULT.parent.mkdir(exist_ok=True)
+    RESULT.write_text(json.dumps({"machine": machine, "figures": dict(figures), "parts": dict(parts)}, indent=1) + "\n")
+    _console.print(f"[bench] written to {RESULT.relative_to(ROOT)}")

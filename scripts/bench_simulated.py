@@ -1,0 +1,232 @@
+"""What the scheduler would reach on a GPU: the real engine on a simulated device, against two peers on the same one.
+
+No GPU is needed and nothing is computed: calls take what was published of an H200, on a clock that is set by hand. So this shows
+the scheduler alone, without any overhead of Python, codecs or gRPC: an upper bound, and the same numbers on every machine.
+"""
+
+import argparse
+import itertools
+import json
+import random
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from bench_load.figures import percentile
+from img2img_server.engine.engine import Engine
+from img2img_server.engine.request import Completed, Event, Plan, Request
+from img2img_server.engine.scheduler import Limits
+from img2img_server.engine.warmup import WarmUp
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULT = ROOT / ".bench" / "simulated.json"
+
+_GAINS = ((1, 1.0), (3, 2.7), (8, 3.2))
+"""Pictures a second by pictures in a call, relative to one: 512 x 512 on an H200, as published (shared/facts.md)."""
+_STEP = 0.0051
+"""Seconds of a guided UNet call of one picture: 2.5 times the floor of 2.03 ms, the aim for such a GPU."""
+_ENCODE, _DECODE = 0.0014, 0.0032
+"""Seconds of encoding and decoding a 512 x 512 picture: the floors."""
+_MIX_STEPS = (4, 8, 12, 20, 25, 30, 50)
+_PICTURE = Image.new("RGB", (8, 8))
+
+
+def call_seconds(pictures: float) -> float:
+    """A UNet call of some guided pictures, between and beyond the published points in a straight line."""
+    points = [(count, _STEP * count / gain) for count, gain in _GAINS]
+    if pictures <= 1:
+        return _STEP  # the curve is flat below: half a picture is one without guidance
+    for (left, low), (right, high) in itertools.pairwise(points):
+        if pictures <= right or right == points[-1][0]:
+            return low + (high - low) * (pictures - left) / (right - left)
+    raise AssertionError("the last point ends the loop")
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A request: when it comes, in seconds, and what it takes. `settings` must be equal to share a peer's call."""
+
+    arrival: float
+    steps: int
+    guided: bool
+    settings: tuple[object, ...]
+
+    @property
+    def alone(self) -> float:
+        """Seconds on the idle device."""
+        return _ENCODE + self.steps * call_seconds(self.pictures) + _DECODE
+
+    @property
+    def pictures(self) -> float:
+        """Its share of a call, in guided pictures."""
+        return 1.0 if self.guided else 0.5
+
+
+def mixed_jobs(count: int, rate: float, seed: int) -> list[Job]:
+    """Poisson arrivals of `rate` a second, 4 to 50 steps, strength 0.3 to 1, one in five without guidance."""
+    source = random.Random(seed)
+    now, jobs = 0.0, []
+    for _ in range(count):
+        now += source.expovariate(rate)
+        steps, strength, guided = source.choice(_MIX_STEPS), source.uniform(0.3, 1.0), source.random() > 0.2
+        jobs.append(Job(now, max(1, int(steps * strength)), guided, (steps, round(strength, 2), guided)))
+    return jobs
+
+
+def short_among_long(count: int) -> list[Job]:
+    """A request of 50 steps every 100 ms, which is more than peer (a) can do, and one of 4 steps every 50 ms."""
+    long = [Job(0.1 * index, 50, True, (50,)) for index in range(count)]
+    short = [Job(0.05 * index, 4, True, (4,)) for index in range(1, 2 * count)]
+    return sorted(long + short, key=lambda job: job.arrival)
+
+
+def run_lock(jobs: Sequence[Job]) -> list[float]:
+    """Peer (a): one request after the other. Seconds each took."""
+    free, took = 0.0, []
+    for job in jobs:
+        free = max(free, job.arrival) + job.alone
+        took.append(free - job.arrival)
+    return took
+
+
+def run_request_batches(jobs: Sequence[Job], most: int = 8) -> list[float]:
+    """Peer (b): when the device is free, the oldest request and those waiting with equal settings run together to the end."""
+    waiting, took = list(range(len(jobs))), [0.0] * len(jobs)
+    free = 0.0
+    while waiting:
+        free = max(free, jobs[waiting[0]].arrival)
+        first = jobs[waiting[0]]
+        batch = [index for index in waiting if jobs[index].arrival <= free and jobs[index].settings == first.settings][:most]
+        share = sum(jobs[index].pictures for index in batch)
+        free += first.steps * call_seconds(share) + len(batch) * (_ENCODE + _DECODE)
+        for index in batch:
+            took[index] = free - jobs[index].arrival
+            waiting.remove(index)
+    return took
+
+
+@dataclass(slots=True, eq=False)
+class _State:
+    step_count: int
+    pictures: float
+    step: int = 0
+
+
+class _Device:
+    """Implements the engine's Pipeline: sets the clock forward in place of computing."""
+
+    engine = "simulated:h200"
+    size_multiple = 8
+    native_size = (512, 512)
+    max_rows: int | None = None
+    schedulers: tuple[str, ...] = ()
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.batches: list[int] = []
+
+    def clock(self) -> float:
+        return self.now
+
+    def plan(self, request: Request) -> Plan:
+        rows = 2 if request.guidance_scale > 1 else 1
+        return Plan("512", 512 * 512, rows, request.num_inference_steps)
+
+    def prepare(self, requests: Sequence[Request]) -> Sequence[_State]:
+        self.now += _ENCODE * len(requests)
+        return [_State(request.num_inference_steps, self.plan(request).rows / 2) for request in requests]
+
+    def denoise(self, states: Sequence[_State]) -> Sequence[None]:
+        self.batches.append(len(states))
+        self.now += call_seconds(sum(state.pictures for state in states))
+        return [None] * len(states)
+
+    def advance(self, states: Sequence[_State], noises: Sequence[None]) -> None:
+        for state in states:
+            state.step += 1
+
+    def preview(self, states: Sequence[_State]) -> Sequence[None]:
+        return [None] * len(states)
+
+    def finish(self, states: Sequence[_State]) -> Sequence[Sequence[Image.Image]]:
+        self.now += _DECODE * len(states)
+        return [[_PICTURE]] * len(states)
+
+    def release(self, state: _State) -> None:
+        pass
+
+
+def run_engine(jobs: Sequence[Job]) -> list[float]:
+    """Ours: the engine, stepped by hand, warmed up as the server would."""
+    device = _Device()
+    engine = Engine({"m": device}, Limits(), device.clock)
+    WarmUp(engine.costs, Limits().max_batch_size, 10.0, device.clock).run("m", device)
+    device.now = 0.0
+    took = [0.0] * len(jobs)
+
+    def listener(index: int) -> Callable[[Event], None]:
+        def listen(event: Event) -> None:
+            if isinstance(event, Completed):
+                took[index] = device.now - jobs[index].arrival
+
+        return listen
+
+    index = 0
+    while True:
+        while index < len(jobs) and jobs[index].arrival <= device.now:
+            job = jobs[index]
+            engine.submit(Request("m", _PICTURE, "", "", 1.0, job.steps, 7.5 if job.guided else 1.0, (0,)), listener(index))
+            index += 1
+        if not engine.step():
+            if index == len(jobs):
+                return took
+            device.now = max(device.now, jobs[index].arrival)
+
+
+_SERVERS = {"ours": run_engine, "lock": run_lock, "batching": run_request_batches}
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Declares the settings."""
+    parser.add_argument("--requests", type=int, default=2000, metavar="N", help="in each workload (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=1, metavar="N", help="of the workloads (default: %(default)s)")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Runs every workload on every server, prints a table and writes a JSON file."""
+    capacity = 1 / statistics.mean(job.alone for job in mixed_jobs(arguments.requests, 1.0, arguments.seed))
+    loads = {f"{load:g} x what (a) can do": load for load in (0.5, 0.8, 1.2, 2.0, 2.6)}
+    workloads = {name: mixed_jobs(arguments.requests, load * capacity, arguments.seed) for name, load in loads.items()}
+    table = Table("workload", "server", "requests/s", "p50 ms", "p95 ms", "p99 ms", "slowdown p50", "slowdown p95")
+    figures: dict[str, dict[str, dict[str, float]]] = {}
+    for name, jobs in workloads.items():
+        figures[name] = {server: _figures(jobs, jobs, drive(jobs)) for server, drive in _SERVERS.items()}
+    jobs = short_among_long(400)
+    short = [job for job in jobs if job.steps == 4]
+    figures["4 steps among 50"] = {
+        server: _figures(short, jobs, [took for job, took in zip(jobs, drive(jobs), strict=True) if job.steps == 4])
+        for server, drive in _SERVERS.items()
+    }
+    for name, servers in figures.items():
+        for server, row in servers.items():
+            table.add_row(name, server, *(f"{value:.1f}" for value in row.values()))
+    Console(width=110).print(table)
+    RESULT.parent.mkdir(exist_ok=True)
+    RESULT.write_text(json.dumps(figures, indent=1) + "\n")
+    return 0
+
+
+def _figures(measured: Sequence[Job], jobs: Sequence[Job], took: Sequence[float]) -> dict[str, float]:
+    """Requests a second of those measured, milliseconds, and how many times as long as alone on the idle device."""
+    slowdowns = [seconds / job.alone for job, seconds in zip(measured, took, strict=True)]
+    end = max(job.arrival + seconds for job, seconds in zip(measured, took, strict=True))
+    return {
+        "rate": len(measured) / (end - jobs[0].arrival),
+        **{f"p{percent}": percentile(took, percent) * 1e3 for percent in (50, 95, 99)},
+        "slowdown p50": percentile(slowdowns, 50),
+        "slowdown p95": percentile(slowdowns, 95),
+    }

@@ -1,0 +1,55 @@
+"""A cache by content with a byte budget: what was computed for one request and serves the next."""
+
+from collections import OrderedDict
+from collections.abc import Hashable
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class CacheStats:
+    """Lookups that found something and that did not, entries pushed out, and what is held now."""
+
+    hits: int
+    misses: int
+    evictions: int
+    entries: int
+    bytes: int
+
+
+class Cache:
+    """Holds values up to `budget` bytes and forgets the least recently used first. A budget of 0 switches it off.
+
+    Used by the engine's thread only; `stats` may be read by any.
+    """
+
+    def __init__(self, budget: int) -> None:
+        self.budget = budget
+        self._entries: OrderedDict[Hashable, tuple[Any, int]] = OrderedDict()
+        self._bytes = self._hits = self._misses = self._evictions = 0
+
+    @property
+    def stats(self) -> CacheStats:
+        """How it does."""
+        return CacheStats(self._hits, self._misses, self._evictions, len(self._entries), self._bytes)
+
+    def get(self, key: Hashable) -> Any:
+        """The value stored under `key`, None where there is none."""
+        if key not in self._entries:
+            self._misses += 1
+            return None
+        self._hits += 1
+        self._entries.move_to_end(key)
+        return self._entries[key][0]
+
+    def put(self, key: Hashable, value: Any, size: int) -> None:
+        """Stores `value`, which takes `size` bytes. What is larger than the budget is not kept."""
+        self._bytes -= self._entries.pop(key, (None, 0))[1]
+        if size > self.budget:
+            return
+        self._entries[key] = (value, size)
+        self._bytes += size
+        while self._bytes > self.budget:
+            _, (_, freed) = self._entries.popitem(last=False)
+            self._bytes -= freed
+            self._evictions += 1

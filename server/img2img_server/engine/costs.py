@@ -1,0 +1,131 @@
+"""What the device's calls take: measured at warm-up, and learnt from every call after that."""
+
+from bisect import bisect_left
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from typing import Literal
+
+Group = tuple[str, Hashable]
+"""Model and shape."""
+Stage = Literal["prepare", "denoise", "finish"]
+
+_LEAST_WEIGHT = 0.1
+"""Of the newest time in a running mean; the first ones weigh more."""
+_PACE_WEIGHT = 0.1
+"""Of the newest call in the running mean of the machine's pace."""
+_INSTANT = 1e-9
+"""Seconds below which nothing takes."""
+_GAIN = 0.04
+"""A larger batch is worth it where it saves this share of the time per row."""
+
+
+@dataclass(slots=True)
+class _Curve:
+    """Mean seconds of a call by its rows, for one stage, model and shape. `rows` is sorted."""
+
+    pixels: int
+    rows: list[int] = field(default_factory=list)
+    means: list[float] = field(default_factory=list)
+    counts: list[int] = field(default_factory=list)
+
+    def record(self, rows: int, seconds: float) -> None:
+        index = bisect_left(self.rows, rows)
+        if index == len(self.rows) or self.rows[index] != rows:
+            self.rows.insert(index, rows)
+            self.means.insert(index, seconds)
+            self.counts.insert(index, 1)
+            return
+        self.counts[index] += 1
+        weight = max(_LEAST_WEIGHT, 1 / self.counts[index])
+        self.means[index] += weight * (seconds - self.means[index])
+
+    def seconds(self, rows: int) -> float:
+        """Between two measured batches by interpolation, outside of them as the nearest stretch goes on.
+
+        Where a single batch was measured, all are hoped to take as long: so larger ones are tried, and then known.
+        """
+        if len(self.rows) == 1:
+            return self.means[0]
+        index = min(max(bisect_left(self.rows, rows), 1), len(self.rows) - 1)
+        left, right = self.rows[index - 1], self.rows[index]
+        rise = (self.means[index] - self.means[index - 1]) / (right - left)
+        if rows > right:
+            return self.means[index] + max(0.0, rise) * (rows - right)
+        return max(self.means[index - 1] + rise * (rows - left), self.means[0] * min(1.0, rows / self.rows[0]))
+
+
+class Costs:
+    """Seconds of calls by stage, model, shape and rows, and how the machine's pace now compares with the one they hold for.
+
+    A shape that was never run is judged by the one nearest in pixels, in proportion. Not thread-safe: the engine guards it
+    with its lock.
+    """
+
+    def __init__(self) -> None:
+        self._curves: dict[tuple[Stage, str], dict[Hashable, _Curve]] = {}
+        self._pace: dict[str, float] = {}
+        self._too_much: dict[str, int] = {}
+
+    def record(self, stage: Stage, group: Group, pixels: int, rows: int, seconds: float) -> None:
+        """Notes that a call of `rows` rows, each of `pixels` pixels, took `seconds`."""
+        model, shape = group
+        curve = self._curves.setdefault((stage, model), {}).setdefault(shape, _Curve(pixels))
+        pace = self._pace.get(model, 1.0)
+        if stage == "denoise" and rows in curve.rows:
+            # What else a machine does slows down all calls alike, and shows here soonest.
+            expected = max(curve.seconds(rows), _INSTANT)
+            pace += _PACE_WEIGHT * (seconds / expected - pace)
+            self._pace[model] = pace
+        curve.record(rows, seconds / pace)
+
+    def seconds(self, stage: Stage, group: Group, pixels: int, rows: int) -> float | None:
+        """The expected seconds of such a call, as things go now; None before the first call of that model."""
+        known = self._table_seconds(stage, group, pixels, rows)
+        return None if known is None else known * self._pace.get(group[0], 1.0)
+
+    def _table_seconds(self, stage: Stage, group: Group, pixels: int, rows: int) -> float | None:
+        curves = self._curves.get((stage, group[0]))
+        if not curves:
+            return None
+        own, like = curves.get(group[1]), _nearest(curves, pixels)
+        if own is None:
+            return like.seconds(rows) * pixels / like.pixels
+        if len(own.rows) > 1 or own.rows[0] == rows:
+            return own.seconds(rows)
+        # One measured batch gives the height of the curve, another shape's curve its form.
+        return own.means[0] * like.seconds(rows) / max(like.seconds(own.rows[0]), _INSTANT)
+
+    def forbid(self, model: str, pixels: int, rows: int) -> None:
+        """Notes that such a call failed: none of as many pixels in all is to be made again."""
+        self._too_much[model] = min(self._too_much.get(model, pixels * rows), pixels * rows)
+
+    def describe(self, model: str, most: int) -> list[str]:
+        """What was measured of a model's calls, a line for each shape."""
+        lines = []
+        for shape, curve in self._curves.get(("denoise", model), {}).items():
+            times = ", ".join(f"{rows}: {mean * 1e3:.1f} ms" for rows, mean in zip(curve.rows, curve.means, strict=True))
+            cap = self.cap((model, shape), curve.pixels, most)
+            lines.append(f"a step at {curve.pixels} pixels, by rows: {times}; batches of up to {cap}")
+        return lines
+
+    def cap(self, group: Group, pixels: int, most: int) -> int:
+        """The smallest batch, in rows, beyond which a larger one of up to `most` no longer pays. `most` where unknown."""
+        if group[0] in self._too_much:
+            most = max(1, min(most, (self._too_much[group[0]] - 1) // pixels))
+        curves = self._curves.get(("denoise", group[0]))
+        if not curves:
+            return most
+        curve = curves.get(group[1])
+        if curve is None or len(curve.rows) < 2:
+            curve = _nearest(curves, pixels)
+        chosen, best = curve.rows[0], curve.means[0] / curve.rows[0]
+        for rows, mean in zip(curve.rows[1:], curve.means[1:], strict=True):
+            if rows <= most and mean / rows < best * (1 - _GAIN):
+                chosen, best = rows, mean / rows
+        # What lies beyond the largest that was tried is not known: nothing is held back by it.
+        return most if chosen == curve.rows[-1] else chosen
+
+
+def _nearest(curves: dict[Hashable, _Curve], pixels: int) -> _Curve:
+    """The curve of the nearest shape; one of several batches before one of a single batch."""
+    return min(curves.values(), key=lambda curve: (len(curve.rows) < 2, abs(curve.pixels - pixels)))

@@ -1,0 +1,197 @@
+"""Proto -> request: checks every field, fills in the defaults, and decodes the source picture away from the event loop."""
+
+import asyncio
+import hashlib
+import secrets
+import time
+from collections.abc import Callable
+from concurrent.futures import Executor
+from dataclasses import dataclass
+
+from img2img.v1 import image_to_image_pb2 as pb
+from PIL import Image
+
+from img2img_server import images
+from img2img_server.config import (
+    DEFAULT_GUIDANCE,
+    DEFAULT_PROMPT,
+    DEFAULT_STEPS,
+    DEFAULT_STRENGTH,
+    MAX_GUIDANCE,
+    MAX_PROMPT,
+    ServerConfig,
+)
+from img2img_server.engine.request import Pipeline, Request
+from img2img_server.errors import InvalidField, NotSupported
+from img2img_server.model_service import reference_from
+from img2img_server.models import Model, ModelStore
+
+_FORMATS: dict[int, images.WriteFormat] = {
+    pb.OUTPUT_FORMAT_UNSPECIFIED: "PNG",
+    pb.OUTPUT_FORMAT_PNG: "PNG",
+    pb.OUTPUT_FORMAT_JPEG: "JPEG",
+    pb.OUTPUT_FORMAT_WEBP: "WEBP",
+}
+_DEFAULT_QUALITY = 90
+_MAX_SEED = 2**63 - 1
+_DIGEST_BYTES = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A request on its way through the service: what the engine gets, and how to answer. `arrival` is in seconds."""
+
+    model: Model
+    request: Request
+    file_format: images.WriteFormat
+    quality: int
+    arrival: float
+
+
+class Parser:
+    """Makes jobs of messages. Pictures are decoded on `executor`; `clock` is the engine's, on which deadlines are measured."""
+
+    def __init__(self, config: ServerConfig, models: ModelStore, clock: Callable[[], float], executor: Executor) -> None:
+        self._config = config
+        self._models = models
+        self._clock = clock
+        self._executor = executor
+
+    async def parse(self, message: pb.TransformRequest, seconds_left: float | None, previews: bool) -> Job:
+        """Checks a message and fills in its defaults. Without `previews` none are drawn, whatever it asks.
+
+        Raises the error that names the first wrong field.
+        """
+        arrival = time.perf_counter()
+        deadline = None if seconds_left is None else self._clock() + seconds_left
+        model = self._models.resolve(reference_from(message.model))
+        prompt, negative_prompt = _prompts(message)
+        strength, steps, guidance = self._numbers(message)
+        seeds = self._seeds(message)
+        scheduler = _scheduler(message.scheduler, model)
+        interval = self._preview_interval(message)
+        file_format, quality = _output(message)
+        _check_source(message.image)
+
+        def build() -> Request:
+            image, digest = self._load(message, model)
+            request = Request(
+                model=model.id,
+                image=image,
+                prompt=prompt,
+                negative_prompt=negative_prompt,
+                strength=strength,
+                num_inference_steps=steps,
+                guidance_scale=guidance,
+                seeds=seeds,
+                deadline=deadline,
+                scheduler=scheduler,
+                preview_interval=interval if previews else 0,
+                image_digest=digest,
+            )
+            # The engine will ask for it too. What is slow of it the first time is done here, off its thread and the loop's.
+            _pipeline_of(model).plan(request)
+            return request
+
+        request = await asyncio.get_running_loop().run_in_executor(self._executor, build)
+        return Job(model, request, file_format, quality, arrival)
+
+    def _numbers(self, message: pb.TransformRequest) -> tuple[float, int, float]:
+        strength = message.strength if message.HasField("strength") else DEFAULT_STRENGTH
+        _check("strength", 0 < strength <= 1, f"{strength} is not in (0, 1]")
+        steps = message.num_inference_steps if message.HasField("num_inference_steps") else DEFAULT_STEPS
+        most = self._config.max_steps
+        _check("num_inference_steps", 1 <= steps <= most, f"{steps} is not in 1 to {most}")
+        _check("strength", int(steps * strength) >= 1, f"strength {strength} of {steps} steps is less than one step")
+        guidance = message.guidance_scale if message.HasField("guidance_scale") else DEFAULT_GUIDANCE
+        _check("guidance_scale", 0 <= guidance <= MAX_GUIDANCE, f"{guidance} is not in 0 to {MAX_GUIDANCE:g}")
+        return strength, steps, guidance
+
+    def _seeds(self, message: pb.TransformRequest) -> tuple[int, ...]:
+        count = message.image_count if message.HasField("image_count") else 1
+        most = self._config.max_image_count
+        _check("image_count", 1 <= count <= most, f"{count} is not in 1 to {most}")
+        first = message.seed if message.HasField("seed") else -1
+        _check("seed", -1 <= first <= _MAX_SEED - count + 1, f"{first} is not -1, for a random one, or in 0 to 2^63 - 1")
+        if first == -1:
+            first = secrets.randbelow(2**32)
+        return tuple(range(first, first + count))
+
+    def _preview_interval(self, message: pb.TransformRequest) -> int:
+        interval, most = message.preview_interval, self._config.max_steps
+        _check("preview_interval", 0 <= interval <= most, f"{interval} is not 0, for none, or in 1 to {most}")
+        return interval
+
+    def _load(self, message: pb.TransformRequest, model: Model) -> tuple[Image.Image, bytes]:
+        """The source at the result's size, and its digest."""
+        width = message.width if message.HasField("width") else None
+        height = message.height if message.HasField("height") else None
+        return _load(message.image, width, height, _pipeline_of(model).size_multiple, self._config.image_limits)
+
+
+def _prompts(message: pb.TransformRequest) -> tuple[str, str | None]:
+    for field in ("prompt", "negative_prompt"):
+        length = len(getattr(message, field))
+        _check(field, length <= MAX_PROMPT, f"it has {length} characters, the most is {MAX_PROMPT}")
+    return (
+        message.prompt if message.HasField("prompt") else DEFAULT_PROMPT,
+        message.negative_prompt if message.HasField("negative_prompt") else None,
+    )
+
+
+def _scheduler(asked: str, model: Model) -> str | None:
+    """The pipeline's own spelling of the name that was asked; None where none was, for the model's own."""
+    if not asked:
+        return None
+    assert model.pipeline is not None, "resolve gives models that can run"
+    known = {name.casefold(): name for name in model.pipeline.schedulers}
+    there = f"there are {', '.join(known.values())}" if known else "this model has only its own: leave it out"
+    _check("scheduler", asked.casefold() in known, f"model '{model.id}' has no such scheduler; {there}")
+    return known[asked.casefold()]
+
+
+def _output(message: pb.TransformRequest) -> tuple[images.WriteFormat, int]:
+    output = message.output
+    if output.as_asset:
+        raise NotSupported("output.as_asset: this server keeps no assets yet")
+    _check("output.format", output.format in _FORMATS, f"{output.format} is no known format")
+    quality = output.quality if output.HasField("quality") else _DEFAULT_QUALITY
+    _check("output.quality", 1 <= quality <= 100, f"{quality} is not in 1 to 100")
+    return _FORMATS[output.format], quality
+
+
+def _check_source(source: pb.ImageSource) -> None:
+    kind = source.WhichOneof("source")
+    if kind == "asset_id":
+        raise NotSupported("image.asset_id: this server keeps no assets yet; send the picture as data")
+    _check("image", kind is not None, "a source picture is required")
+    allowed = kind == "data" or source.uri.startswith("data:")
+    _check("image.uri", allowed, "only data: URIs are allowed on this server; or send the picture as data")
+
+
+def _load(
+    source: pb.ImageSource, width: int | None, height: int | None, multiple: int, limits: images.ImageLimits
+) -> tuple[Image.Image, bytes]:
+    field, data = "image.data", source.data
+    if source.WhichOneof("source") == "uri":
+        field, data = "image.uri", images.decode_data_uri(source.uri, limits, "image.uri")
+    image = images.decode(data, limits, field)
+    image = images.resize(image, images.target_size(image.size, width, height, multiple, limits))
+    return image, image_digest(image)
+
+
+def image_digest(image: Image.Image) -> bytes:
+    """16 bytes that tell an RGB picture from every other one, whatever file it came in: a hash of its size and its pixels."""
+    hashed = hashlib.blake2b(b"%d %d " % image.size, digest_size=_DIGEST_BYTES)
+    hashed.update(image.tobytes())
+    return hashed.digest()
+
+
+def _check(field: str, holds: bool, description: str) -> None:
+    if not holds:
+        raise InvalidField(field, description)
+
+
+def _pipeline_of(model: Model) -> Pipeline:
+    assert model.pipeline is not None, "resolve gives models that can run"
+    return model.pipeline

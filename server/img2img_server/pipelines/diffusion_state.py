@@ -1,0 +1,71 @@
+"""What a Stable Diffusion pipeline keeps of a request between two steps."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from img2img_server.engine.request import Request
+from img2img_server.pipelines.schedules import Trajectory
+
+Conditioning = dict[str, torch.Tensor]
+"""The UNet's inputs beside sample and timestep, by name. Each is [rows of the UNet call, ...]."""
+
+
+@dataclass(slots=True, eq=False)
+class DiffusionState:
+    """A request between two steps. With n seeds, `latents` is [n, C, h, w]; with guidance, conditioning has 2n rows, the
+    negative prompt's first. `scheduler` is its own where it has no compiled schedule to follow as its `trajectory`."""
+
+    request: Request
+    timesteps: torch.Tensor
+    latents: torch.Tensor
+    conditioning: Conditioning
+    generators: list[torch.Generator]
+    trajectory: Trajectory | None
+    scheduler: Any = None
+    step_arguments: dict[str, Any] = field(default_factory=dict)
+    step: int = 0
+    original: torch.Tensor | None = None
+    """What the last step took the first picture's latents to become, [1, C, h, w]; kept where a preview is due."""
+
+    @property
+    def step_count(self) -> int:
+        """How often the UNet is called for it."""
+        return len(self.timesteps)
+
+    @property
+    def guided(self) -> bool:
+        """Whether classifier-free guidance is on, which doubles its rows in the UNet's call."""
+        return is_guided(self.request)
+
+    @property
+    def timestep(self) -> torch.Tensor:
+        """The timestep that is next."""
+        return self.timesteps[self.step]
+
+    @property
+    def preview_is_due(self) -> bool:
+        """Whether the next step is one of those that a preview was asked of."""
+        interval = self.request.preview_interval
+        return interval > 0 and (self.step + 1) % interval == 0
+
+    def scaled(self) -> torch.Tensor:
+        """The latents as the UNet wants them, [n, C, h, w]."""
+        if self.trajectory is not None:
+            scale = self.trajectory.input_scale
+            return self.latents if scale == 1.0 else self.latents * scale
+        scaled: torch.Tensor = self.scheduler.scale_model_input(self.latents, self.timestep)
+        return scaled
+
+    def guide(self, noise: torch.Tensor) -> torch.Tensor:
+        """Applies guidance to the UNet's rows: [n or 2n, C, h, w] to [n, C, h, w]."""
+        if not self.guided:
+            return noise
+        unconditional, text = noise.chunk(2)
+        return unconditional + self.request.guidance_scale * (text - unconditional)
+
+
+def is_guided(request: Request) -> bool:
+    """Whether classifier-free guidance has an effect: diffusers' rule."""
+    return request.guidance_scale > 1

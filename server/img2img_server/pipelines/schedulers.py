@@ -1,0 +1,108 @@
+"""The schedulers that a request may name, and how a model's own is turned into one of them.
+
+Heavy imports wait until a scheduler is made, so names can be checked without torch.
+"""
+
+import copy
+import importlib
+import inspect
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+_SIGMAS = {"use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False}
+_KARRAS = {**_SIGMAS, "use_karras_sigmas": True}
+_MULTISTEP = {"algorithm_type": "dpmsolver++", "solver_order": 2, "solver_type": "midpoint"}
+_SDE = {**_MULTISTEP, "algorithm_type": "sde-dpmsolver++"}
+# What set_timesteps would otherwise change, with a warning.
+_SINGLESTEP = {"algorithm_type": "dpmsolver++", "lower_order_final": True}
+# The only values there are: others, which a model's own scheduler may bring, are refused or replaced.
+_DEIS = {"algorithm_type": "deis", "solver_type": "logrho"}
+# The other one, bh1, divides by zero at the last step, where the last sigma is 0.
+_UNIPC = {"solver_type": "bh2"}
+# As img2img needs it: the Runge-Kutta steps cannot be entered halfway.
+_PNDM = {"skip_prk_steps": True}
+
+NAMES: Mapping[str, tuple[str, Mapping[str, Any]]] = MappingProxyType(
+    {
+        # diffusers' classes: the model's own configuration, as far as it goes.
+        "DDIMScheduler": ("DDIMScheduler", {}),
+        "DDPMScheduler": ("DDPMScheduler", {}),
+        "DEISMultistepScheduler": ("DEISMultistepScheduler", _DEIS),
+        "DPMSolverMultistepScheduler": ("DPMSolverMultistepScheduler", {}),
+        "DPMSolverSinglestepScheduler": ("DPMSolverSinglestepScheduler", _SINGLESTEP),
+        "EulerAncestralDiscreteScheduler": ("EulerAncestralDiscreteScheduler", {}),
+        "EulerDiscreteScheduler": ("EulerDiscreteScheduler", {}),
+        "HeunDiscreteScheduler": ("HeunDiscreteScheduler", {}),
+        "KDPM2AncestralDiscreteScheduler": ("KDPM2AncestralDiscreteScheduler", {}),
+        "KDPM2DiscreteScheduler": ("KDPM2DiscreteScheduler", {}),
+        "LCMScheduler": ("LCMScheduler", {}),
+        "PNDMScheduler": ("PNDMScheduler", _PNDM),
+        "UniPCMultistepScheduler": ("UniPCMultistepScheduler", {}),
+        # k-diffusion's names, by the table in diffusers' documentation of its schedulers.
+        "DPM++ 2M": ("DPMSolverMultistepScheduler", {**_MULTISTEP, **_SIGMAS}),
+        "DPM++ 2M Karras": ("DPMSolverMultistepScheduler", {**_MULTISTEP, **_KARRAS}),
+        "DPM++ 2M SDE": ("DPMSolverMultistepScheduler", {**_SDE, **_SIGMAS}),
+        "DPM++ 2M SDE Karras": ("DPMSolverMultistepScheduler", {**_SDE, **_KARRAS}),
+        "DPM++ SDE": ("DPMSolverSinglestepScheduler", {**_MULTISTEP, **_SINGLESTEP, **_SIGMAS}),
+        "DPM++ SDE Karras": ("DPMSolverSinglestepScheduler", {**_MULTISTEP, **_SINGLESTEP, **_KARRAS}),
+        "DPM2": ("KDPM2DiscreteScheduler", _SIGMAS),
+        "DPM2 Karras": ("KDPM2DiscreteScheduler", _KARRAS),
+        "DPM2 a": ("KDPM2AncestralDiscreteScheduler", _SIGMAS),
+        "DPM2 a Karras": ("KDPM2AncestralDiscreteScheduler", _KARRAS),
+        "Euler": ("EulerDiscreteScheduler", _SIGMAS),
+        "Euler a": ("EulerAncestralDiscreteScheduler", {}),
+        "Heun": ("HeunDiscreteScheduler", _SIGMAS),
+        # And the others, by their papers' names.
+        "DDIM": ("DDIMScheduler", {}),
+        "DDPM": ("DDPMScheduler", {}),
+        "DEIS": ("DEISMultistepScheduler", {**_DEIS, **_SIGMAS}),
+        "LCM": ("LCMScheduler", {}),
+        "PNDM": ("PNDMScheduler", _PNDM),
+        "UniPC": ("UniPCMultistepScheduler", {**_UNIPC, **_SIGMAS}),
+    }
+)
+"""By canonical name: diffusers' class and what is set besides the model's own configuration. Without those that need
+scipy (LMS) or torchsde when they run. "DPM++ SDE" is diffusers' nearest, which draws no noise."""
+
+_CLASSES = frozenset(class_name for class_name, _ in NAMES.values())
+_BY_FOLDED_NAME = {name.casefold(): name for name in NAMES}
+# What the Stable Diffusion pipelines' constructors set on schedulers that have it, whatever the model says.
+_CORRECTIONS = {"steps_offset": 1, "clip_sample": False}
+# What all of the classes know.
+_BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
+_PREDICTION_TYPES = ("epsilon", "v_prediction")
+
+
+def find(name: str) -> str | None:
+    """The canonical name, of NAMES, that `name` means whatever its case. None where there is none."""
+    return _BY_FOLDED_NAME.get(name.casefold())
+
+
+def supported(own_scheduler: Any) -> tuple[str, ...]:
+    """The canonical names that can take the place of a pipeline's own scheduler: all, or none.
+
+    None where its class is of another kind by diffusers' own list of compatible ones (flow matching, EDM), or where it
+    predicts, or spreads its noise, in a way that not all of them know. LCM's class states no list, but is of this kind.
+    """
+    own_class = type(own_scheduler)
+    related = own_class.__name__ in _CLASSES or not _CLASSES.isdisjoint(own_class._compatibles)
+    config = own_scheduler.config
+    known = config.get("prediction_type") in _PREDICTION_TYPES and config.get("beta_schedule") in _BETA_SCHEDULES
+    return tuple(NAMES) if related and known and not config.get("use_flow_sigmas") else ()
+
+
+def make(name: str | None, own_scheduler: Any) -> Any:
+    """A new diffusers scheduler of a canonical name, with the model's noise schedule. None gives a copy of its own.
+
+    Raises KeyError for a name that is not in NAMES. DPM2 takes half a second to make, and a copy of it no time: keep it.
+    """
+    if name is None:
+        return copy.deepcopy(own_scheduler)
+    class_name, overrides = NAMES[name]
+    scheduler_class = getattr(importlib.import_module("diffusers"), class_name)
+    accepted = inspect.signature(scheduler_class.__init__).parameters
+    # from_config would warn of what the class does not know. The list of defaults lets each class have its own.
+    known = {key: value for key, value in own_scheduler.config.items() if key in accepted or key == "_use_default_values"}
+    corrections = {key: value for key, value in _CORRECTIONS.items() if key in accepted}
+    return scheduler_class.from_config(known, **{**overrides, **corrections})

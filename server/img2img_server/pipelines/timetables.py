@@ -1,0 +1,85 @@
+"""The steps of a request: a scheduler that was set, the timesteps that are left of it, and its compiled coefficients."""
+
+import copy
+import logging
+import threading
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from img2img_server.engine.cache import Cache
+from img2img_server.engine.request import Request
+from img2img_server.errors import InvalidField
+from img2img_server.pipelines import schedulers
+from img2img_server.pipelines.schedules import Schedule, compile_schedule
+from img2img_server.pipelines.views import view_of
+
+_BYTES = 16 * 2**20
+"""What the timetables of one pipeline may take, in bytes."""
+_STEP_BYTES = 1024
+"""About what one step of a timetable takes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Timetable:
+    """Shared by all requests with the same scheduler and steps, and never changed.
+
+    `scheduler` was set and begun, and is not stepped; `schedule` is None where its steps are not linear: then a request
+    steps a copy of `scheduler`.
+    """
+
+    scheduler: Any
+    timesteps: torch.Tensor
+    schedule: Schedule | None
+
+
+class Timetables:
+    """Makes and keeps the timetables of one diffusers pipeline. Thread-safe: making one may take tens of milliseconds, which
+    the engine's thread is spared where another asks first."""
+
+    def __init__(self, pipe: Any) -> None:
+        self._pipe = pipe
+        self._cache = Cache(_BYTES)
+        self._schedulers: dict[str | None, Any] = {}
+        self._lock = threading.Lock()
+        self.names = schedulers.supported(pipe.scheduler)
+
+    def _check(self, request: Request) -> None:
+        """Raises InvalidField for a request that has no steps, or a scheduler that is not there."""
+        if request.scheduler is not None and request.scheduler not in self.names:
+            raise InvalidField("scheduler", f"this model cannot use '{request.scheduler}'")
+        if _first_steps(request) == 0:
+            raise InvalidField("strength", "strength times num_inference_steps is below 1: no step would be run")
+
+    def get(self, request: Request) -> Timetable:
+        """The request's timetable. Raises InvalidField where there can be none."""
+        self._check(request)
+        key = (request.scheduler, request.num_inference_steps, _first_steps(request))
+        with self._lock:
+            known: Timetable | None = self._cache.get(key)
+            if known is None:
+                known = self._make(request)
+                self._cache.put(key, known, _STEP_BYTES * request.num_inference_steps)
+        return known
+
+    def _make(self, request: Request) -> Timetable:
+        device = self._pipe._execution_device
+        name = request.scheduler
+        if name not in self._schedulers:  # some take long to make: they compute all of their training's timesteps
+            self._schedulers[name] = schedulers.make(name, self._pipe.scheduler)
+        view = view_of(self._pipe, scheduler=copy.deepcopy(self._schedulers[name]))
+        try:
+            view.scheduler.set_timesteps(request.num_inference_steps, device=device)
+        except ValueError as error:
+            raise InvalidField("num_inference_steps", f"the scheduler cannot do that: {error}") from None
+        timesteps, _ = view.get_timesteps(request.num_inference_steps, request.strength, device)
+        schedule = compile_schedule(view.scheduler, timesteps)
+        if schedule is None:
+            logging.getLogger(__name__).info("%s is not linear: stepped one by one", type(view.scheduler).__name__)
+        return Timetable(view.scheduler, timesteps, schedule)
+
+
+def _first_steps(request: Request) -> int:
+    """Of num_inference_steps, those that strength leaves: diffusers' rule."""
+    return min(int(request.num_inference_steps * request.strength), request.num_inference_steps)

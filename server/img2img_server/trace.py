@@ -1,0 +1,40 @@
+"""A timeline of the device in Chrome's trace format, which https://ui.perfetto.dev and chrome://tracing show."""
+
+import json
+import threading
+from pathlib import Path
+from typing import Any, TextIO
+
+from img2img_server.engine.spans import Span
+
+_PROCESS = {"pid": 1, "tid": 1}
+
+
+class Trace:
+    """Writes every stage that the engine runs to a file as it happens: an array of events, whole once `close` was called.
+
+    https://docs.google.com/document/d/1CvAClvFfyA5R-PhYUmn5OOQtYMH4h6I0nSsKchNAySU (Trace Event Format); times in microseconds.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._file: TextIO = path.open("w", encoding="utf-8")
+        self._file.write("[\n")
+        self._lock = threading.Lock()
+
+    def observe(self, span: Span) -> None:
+        """Notes a stage."""
+        arguments = {"model": span.model, "requests": span.requests, "rows": span.rows}
+        self._write({"name": span.stage, "ph": "X", "ts": span.start * 1e6, "dur": span.seconds * 1e6, "args": arguments})
+
+    def close(self, **facts: Any) -> None:
+        """Ends the file with what is to be said at the end, an event for each."""
+        for name, arguments in facts.items():
+            self._write({"name": name, "ph": "i", "s": "g", "ts": 0, "args": arguments})
+        with self._lock:
+            self._file.write('{"name": "end", "ph": "i", "s": "g", "ts": 0, "pid": 1, "tid": 1}\n]\n')
+            self._file.close()
+
+    def _write(self, event: dict[str, Any]) -> None:
+        line = json.dumps({**event, **_PROCESS})
+        with self._lock:
+            self._file.write(line + ",\n")

@@ -1,0 +1,132 @@
+"""Previews: the map that the exporter fits, in the manifest and out again, tells more of a picture than its mean colour does."""
+
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import DEMO_MODEL
+from diffusers import AutoencoderKL, AutoencoderTiny
+from img2img_export import latent_preview
+from img2img_export.pictures import sample_picture
+from img2img_server.bundle import read_manifest, write_manifest
+from img2img_server.pipelines.latent_preview import draw
+from landscapes import UNSEEN_LAYOUTS, build_geometry, draw_layout, paint
+from make_data import MOODS
+from PIL import Image
+
+Get = Callable[[str], Path]
+
+
+def pipeline(model: Path) -> Any:
+    """As much of a pipeline as a map needs."""
+    return SimpleNamespace(vae=AutoencoderKL.from_pretrained(model / "vae").eval())
+
+
+def pixels(image: Image.Image) -> np.ndarray:
+    """An RGB picture, H x W x 3, 0 to 1."""
+    return np.asarray(image.convert("RGB")) / 255
+
+
+def explained(vae: Any, pictures: Iterable[np.ndarray], weights: latent_preview.LatentPreview) -> float:
+    """How much of the variance of the decoded pictures' colours their previews explain: 1 for all, 0 for what the mean does."""
+    drawn, wanted = [], []
+    for picture in pictures:
+        latents = latent_preview.encode(vae, picture)
+        (preview,) = draw(latents[None], weights)
+        assert preview.size == (latents.shape[2], latents.shape[1])
+        drawn.append(pixels(preview).reshape(-1, 3))
+        wanted.append(latent_preview.decode(vae, latents).permute(1, 2, 0).numpy().reshape(-1, 3))
+    colours = np.concatenate(wanted)
+    return 1 - float(((np.concatenate(drawn) - colours) ** 2).mean() / ((colours - colours.mean(0)) ** 2).mean())
+
+
+@pytest.mark.parametrize("name", ["sd1", "sdxl"])
+def test_a_tiny_models_previews_tell_more_than_the_mean_colour(name: str, tiny_model: Get) -> None:
+    model = pipeline(tiny_model(name))
+    weights = latent_preview.fit(model)
+    assert [len(row) for row in weights] == [4 * model.vae.config.latent_channels + 1] * 3
+    assert weights == latent_preview.fit(model), "the same model gives the same map"
+    share = explained(model.vae, latent_preview.crops(np.random.default_rng(1)), weights)
+    print(f"{name}: {share:.2f} of the variance")
+    assert share > 0
+
+
+def test_the_demos_previews_have_its_colours_by_day_and_by_night(demo_weights: latent_preview.LatentPreview) -> None:
+    scenes = [build_geometry(draw_layout(seed)) for seed in UNSEEN_LAYOUTS[:4]]
+    share = explained(pipeline(DEMO_MODEL).vae, [paint(scene, *mood) for scene in scenes for mood in MOODS], demo_weights)
+    print(f"{share:.2f} of the variance")
+    assert share > 0.7
+
+
+@pytest.fixture(scope="module")
+def demo_weights() -> latent_preview.LatentPreview:
+    return latent_preview.fit(pipeline(DEMO_MODEL))
+
+
+MIXTURE = torch.tensor([[1.0, 0.5, 0.5], [-1.0, 1.0, 0.0], [0.2, 0.2, -1.0], [0.2, 1.7, -0.5]])
+
+
+class LinearVae(AutoencoderKL):  # type: ignore[misc]
+    """Encodes the mean colours of 8 x 8 pixels, mixed into four channels, the last of them the sum of the others."""
+
+    def encode(self, x: torch.Tensor, return_dict: bool = True) -> Any:
+        mixed = torch.einsum("ck,bkhw->bchw", MIXTURE, torch.nn.functional.avg_pool2d(x, 8))
+        return SimpleNamespace(latent_dist=SimpleNamespace(mode=lambda: mixed + 3))
+
+    def decode(self, z: torch.Tensor, return_dict: bool = True, generator: Any = None) -> Any:
+        colours = torch.einsum("kc,bchw->bkhw", torch.linalg.pinv(MIXTURE), z - 3)
+        return SimpleNamespace(sample=torch.nn.functional.interpolate(colours, scale_factor=8))
+
+
+def test_what_is_linear_is_found_exactly() -> None:
+    vae = LinearVae(block_out_channels=(32,), norm_num_groups=32, scaling_factor=0.2, shift_factor=0.7)
+    weights = latent_preview.fit(SimpleNamespace(vae=vae))
+    assert explained(vae, [pixels(sample_picture(120, 72))], weights) > 0.999
+    assert max(abs(value) for row in weights for value in row) < 10, "channels that agree share the weight"
+
+
+def test_latents_are_scaled_as_the_pipeline_scales_them(tiny_model: Get) -> None:
+    """A VAE with a mean and a deviation of its own, as SDXL's later ones have: compared with diffusers' prepare_latents."""
+    from diffusers import StableDiffusionXLImg2ImgPipeline
+
+    pipe = StableDiffusionXLImg2ImgPipeline.from_pretrained(tiny_model("sdxl"), use_safetensors=True)
+    pipe.vae.register_to_config(latents_mean=[0.5, -1.0, 2.0, 0.0], latents_std=[1.5, 0.5, 2.0, 1.0])
+    pipe.vae.quant_conv.weight.data[4:] = 0
+    pipe.vae.quant_conv.bias.data[4:] = -60  # The log-variance: a distribution that is all but a point.
+    image = sample_picture(64, 64)
+    preprocessed = pipe.image_processor.preprocess(image)
+    generator = torch.Generator().manual_seed(0)
+    wanted = pipe.prepare_latents(preprocessed, None, 1, 1, torch.float32, "cpu", generator, add_noise=False)
+    assert torch.allclose(latent_preview.encode(pipe.vae, pixels(image)), wanted[0], atol=1e-4)
+
+
+def test_other_autoencoders_have_no_map() -> None:
+    assert latent_preview.fit(SimpleNamespace()) == ()
+    assert latent_preview.fit(SimpleNamespace(vae=AutoencoderTiny())) == ()
+
+
+def test_a_bundle_carries_its_map_and_one_without_still_loads(bundle: Get, tmp_path: Path) -> None:
+    manifest = read_manifest(bundle("sd1"))
+    assert [len(row) for row in manifest.latent_preview] == [17, 17, 17]
+    write_manifest(tmp_path, manifest)
+    assert read_manifest(tmp_path) == manifest
+    path = tmp_path / "manifest.json"
+    data = json.loads(path.read_text())
+    del data["latent_preview"]
+    path.write_text(json.dumps(data))
+    assert read_manifest(tmp_path).latent_preview == ()
+
+
+def test_a_batch_is_drawn_in_order_and_any_latents_make_a_picture() -> None:
+    statistics = (0.0,) * 6
+    weights = ((1.0, 0.0, *statistics, 0.0), (0.0, 1.0, *statistics, 0.25), (0.0, 0.0, *statistics, 0.5))
+    latents = torch.zeros(4, 2, 3, 5)
+    latents[1, 0], latents[2, 1], latents[3] = 1.0, -9.0, float("nan")
+    pictures = draw(latents, weights)
+    assert [(picture.mode, picture.size) for picture in pictures] == [("RGB", (5, 3))] * 4
+    assert [picture.getpixel((4, 2)) for picture in pictures] == [(0, 64, 128), (255, 64, 128), (0, 0, 128), (0, 0, 0)]

@@ -1,0 +1,152 @@
+"""What is known of calls' times, what is made of it, and the cache: without any model."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from fakes import Clock, FakePipeline, FakeState
+from hypothesis import given
+from hypothesis import strategies as st
+from img2img_server.engine.cache import Cache
+from img2img_server.engine.costs import Costs
+from img2img_server.engine.spans import Span
+from img2img_server.engine.warmup import WarmUp
+from img2img_server.trace import Trace
+
+GROUP = ("m", (64, 64))
+
+
+def costs_of(times: dict[int, float], pixels: int = 4096) -> Costs:
+    costs = Costs()
+    for rows, seconds in times.items():
+        costs.record("denoise", GROUP, pixels, rows, seconds)
+    return costs
+
+
+def test_nothing_is_known_before_the_first_call() -> None:
+    costs = Costs()
+    assert costs.seconds("denoise", GROUP, 4096, 2) is None
+    assert costs.cap(GROUP, 4096, 16) == 16
+
+
+def test_between_two_batches_time_is_in_between() -> None:
+    costs = costs_of({2: 1.0, 4: 3.0})
+    assert costs.seconds("denoise", GROUP, 4096, 3) == 2.0
+    assert costs.seconds("denoise", GROUP, 4096, 6) == 5.0
+    assert costs.seconds("denoise", GROUP, 4096, 1) == 0.5
+
+
+def test_another_shape_is_judged_by_its_pixels() -> None:
+    costs = costs_of({1: 1.0, 2: 1.5})
+    assert costs.seconds("denoise", ("m", (128, 64)), 8192, 2) == 3.0
+    assert costs.seconds("denoise", ("other", (64, 64)), 4096, 2) is None
+
+
+def test_one_measured_batch_takes_its_form_from_another_shape() -> None:
+    costs = costs_of({1: 1.0, 2: 1.5, 4: 2.5})
+    costs.record("denoise", ("m", "large"), 16384, 2, 9.0)
+    assert costs.seconds("denoise", ("m", "large"), 16384, 4) == pytest.approx(15.0)
+
+
+@given(st.lists(st.floats(0.9, 1.1), min_size=60, max_size=60))
+def test_a_running_mean_stays_near_what_it_is_told(times: list[float]) -> None:
+    costs = Costs()
+    for seconds in times:
+        costs.record("denoise", GROUP, 4096, 2, seconds)
+    assert 0.9 <= (costs.seconds("denoise", GROUP, 4096, 2) or 0) <= 1.1
+
+
+@pytest.mark.parametrize(
+    ("times", "cap"),
+    [
+        ({1: 1.0, 2: 2.0, 4: 4.0, 8: 8.0}, 1),
+        ({1: 1.0, 2: 1.2, 4: 2.4, 8: 4.8}, 2),
+        ({1: 1.0, 2: 1.0, 4: 1.0, 8: 1.0}, 16),
+        ({1: 1.0, 2: 1.0, 4: 1.0, 8: 3.0}, 4),
+    ],
+)
+def test_batches_grow_as_long_as_they_pay(times: dict[int, float], cap: int) -> None:
+    assert costs_of(times).cap(GROUP, 4096, 16) == cap
+
+
+def test_warming_up_measures_by_rows_and_pixels_and_leaves_nothing_behind() -> None:
+    clock, costs = Clock(), Costs()
+    pipeline = FakePipeline(clock, seconds=lambda rows: 0.1 + 0.01 * rows, codec_seconds=0.05)
+    WarmUp(costs, 8, 60.0, clock).run("m", pipeline)
+    for rows in (1, 2, 4, 8):
+        assert costs.seconds("denoise", ("m", (16, 16)), 256, rows) == pytest.approx(0.1 + 0.01 * rows)
+    assert costs.seconds("prepare", ("m", (16, 16)), 256, 1) == pytest.approx(0.05)
+    assert costs.seconds("finish", ("m", (16, 16)), 256, 1) == pytest.approx(0.05)
+    assert costs.seconds("denoise", ("m", (8, 8)), 64, 1) == pytest.approx(0.11), "at half the size too"
+    assert set(pipeline.released) == set(pipeline.prepared)
+    assert len(costs.describe("m", 8)) == 2
+
+
+def test_warming_up_keeps_to_its_time() -> None:
+    clock, costs = Clock(), Costs()
+    WarmUp(costs, 1024, 60.0, clock).run("m", FakePipeline(clock, seconds=lambda rows: 1.0 * rows))
+    assert clock.now < 60
+    before = clock.now
+    WarmUp(costs, 8, 0.0, clock).run("m", FakePipeline(clock))
+    WarmUp(costs, 8, 60.0, clock).run("m", FakePipeline(clock, max_rows=1))
+    assert clock.now == before
+
+
+class Cramped(FakePipeline):
+    """Has room for 1024 pixels in a call."""
+
+    def denoise(self, states: Sequence[FakeState]) -> Sequence[int]:
+        if sum(state.request.image.width * state.request.image.height for state in states) > 1024:
+            raise MemoryError
+        return super().denoise(states)
+
+
+def test_a_batch_that_there_is_no_room_for_is_not_made_again() -> None:
+    clock, costs = Clock(), Costs()
+    WarmUp(costs, 16, 1000.0, clock).run("m", Cramped(clock))
+    assert costs.cap(("m", (16, 16)), 256, 16) == 7, "between the four that went and the eight that did not"
+    assert costs.cap(("m", (32, 32)), 1024, 16) == 1
+    assert costs.cap(("m", (8, 8)), 64, 16) == 16
+
+
+def test_a_cache_keeps_what_was_used_last_within_its_budget() -> None:
+    cache = Cache(100)
+    for key in "abc":
+        cache.put(key, key.upper(), 40)
+    assert cache.get("a") is None
+    assert cache.get("b") == "B"
+    cache.put("d", "D", 40)
+    assert (cache.get("c"), cache.get("b"), cache.get("d")) == (None, "B", "D")
+    stats = cache.stats
+    assert (stats.hits, stats.misses, stats.evictions, stats.entries, stats.bytes) == (3, 2, 2, 2, 80)
+
+
+def test_a_cache_without_a_budget_is_off_and_what_is_too_large_is_not_kept() -> None:
+    off, small = Cache(0), Cache(10)
+    off.put("a", 1, 1)
+    small.put("a", 1, 5)
+    small.put("a", 2, 11)
+    assert off.get("a") is None
+    assert small.get("a") is None
+    assert small.stats.bytes == 0
+
+
+@given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 30))))
+def test_a_cache_never_holds_more_than_its_budget(entries: list[tuple[int, int]]) -> None:
+    cache, sizes = Cache(50), dict[int, int]()
+    for key, size in entries:
+        cache.put(key, key, size)
+        sizes[key] = size
+        assert cache.stats.bytes <= 50
+        assert cache.stats.bytes == sum(sizes[held] for held in range(10) if cache.get(held) is not None)
+
+
+def test_a_trace_is_what_chrome_reads(tmp_path: Path) -> None:
+    trace = Trace(tmp_path / "trace.json")
+    trace.observe(Span("denoise", "m", 2, 4, 1.5, 0.25))
+    trace.close(caches={"hits": 3})
+    first, caches, *_ = json.loads((tmp_path / "trace.json").read_text())
+    assert (first["name"], first["ph"], first["ts"], first["dur"]) == ("denoise", "X", 1.5e6, 0.25e6)
+    assert first["args"] == {"model": "m", "requests": 2, "rows": 4}
+    assert (caches["name"], caches["args"]) == ("caches", {"hits": 3})

@@ -1,0 +1,133 @@
+"""Schedulers by name, against what diffusers makes of the same wishes."""
+
+import inspect
+import logging
+import pickle
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from diffusers import StableDiffusionImg2ImgPipeline
+from img2img_server.pipelines.schedulers import NAMES, find, make, supported
+
+# Of few timesteps, because diffusers' KDPM2 walks through all of them, slowly, where it is made.
+NOISE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 60}
+
+# diffusers' KDPM2 schedulers hand torch's tensors to numpy's functions.
+pytestmark = pytest.mark.filterwarnings("ignore:__array_wrap__ must accept:DeprecationWarning")
+
+# As models bring them: some with what other classes would refuse, or would warn of.
+OWN: dict[str, Any] = {
+    "bare": diffusers.DDIMScheduler(**NOISE),
+    "pndm": diffusers.PNDMScheduler(**NOISE, skip_prk_steps=True, steps_offset=1),
+    "euler": diffusers.EulerDiscreteScheduler(**NOISE, use_karras_sigmas=True, timestep_spacing="leading"),
+    "exponential": diffusers.EulerDiscreteScheduler(**NOISE, use_exponential_sigmas=True),
+    "sde": diffusers.DPMSolverMultistepScheduler(**NOISE, algorithm_type="sde-dpmsolver++", solver_order=3, solver_type="heun"),
+    "unipc": diffusers.UniPCMultistepScheduler(**NOISE, solver_order=3, solver_type="bh1", prediction_type="v_prediction"),
+    "deis": diffusers.DEISMultistepScheduler(**NOISE),
+    "lcm": diffusers.LCMScheduler(**NOISE, original_inference_steps=60),
+    "unknown words": diffusers.PNDMScheduler.from_config({**NOISE, "skip_prk_steps": True, "clip_sample": False}),
+}
+OWN["unknown words"].register_to_config(invented_by_the_models_author=3)
+
+
+@pytest.fixture
+def complaints() -> Iterator[list[str]]:
+    """What diffusers logs as a warning or worse."""
+    seen: list[str] = []
+
+    class Keep(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            seen.append(record.getMessage())
+
+    handler = Keep(logging.WARNING)
+    logging.getLogger("diffusers").addHandler(handler)
+    yield seen
+    logging.getLogger("diffusers").removeHandler(handler)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_name_is_found_in_any_case(name: str) -> None:
+    assert {find(name), find(name.upper()), find(name.lower())} == {name}
+
+
+@pytest.mark.parametrize("name", ["", "Euler b", "EulerScheduler", "LMS", "FlowMatchEulerDiscreteScheduler"])
+def test_an_unknown_name_is_not_found(name: str) -> None:
+    assert find(name) is None
+
+
+def test_names_are_checked_without_torch() -> None:
+    code = "import sys; from img2img_server.pipelines.schedulers import find; print(find('euler a'), 'torch' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.split() == ["Euler", "a", "False"]
+
+
+@pytest.mark.parametrize("own", OWN.values(), ids=OWN)
+def test_a_model_with_a_discrete_noise_schedule_takes_all(own: Any) -> None:
+    assert supported(own) == tuple(NAMES)
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        diffusers.FlowMatchEulerDiscreteScheduler(),
+        diffusers.FlowMatchHeunDiscreteScheduler(),
+        diffusers.EDMEulerScheduler(),
+        diffusers.CMStochasticIterativeScheduler(),
+        diffusers.UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction"),
+        diffusers.DPMSolverMultistepScheduler(use_flow_sigmas=True),
+        diffusers.DDIMScheduler(prediction_type="sample"),
+        diffusers.DDPMScheduler(beta_schedule="sigmoid"),
+    ],
+    ids=lambda own: type(own).__name__,
+)
+def test_a_model_of_another_kind_takes_none(own: Any) -> None:
+    assert supported(own) == ()
+
+
+@pytest.mark.parametrize("own", OWN.values(), ids=OWN)
+@pytest.mark.parametrize("name", NAMES)
+def test_every_name_is_made_of_every_model_without_a_word(name: str, own: Any, complaints: list[str]) -> None:
+    before = pickle.dumps(own)
+    scheduler = make(name, own)
+    scheduler.set_timesteps(5)
+    class_name, overrides = NAMES[name]
+    assert type(scheduler).__name__ == class_name
+    assert {key: scheduler.config[key] for key in overrides} == dict(overrides)
+    assert scheduler.config.prediction_type == own.config.prediction_type
+    torch.testing.assert_close(scheduler.betas, own.betas)
+    assert complaints == []
+    assert pickle.dumps(own) == before
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("kind", ["bare", "sde", "unknown words"])
+@pytest.mark.parametrize("name", NAMES)
+def test_it_is_corrected_as_the_pipelines_constructor_would(name: str, kind: str) -> None:
+    own, (class_name, overrides) = OWN[kind], NAMES[name]
+    theirs = getattr(diffusers, class_name).from_config(own.config, **overrides)
+    StableDiffusionImg2ImgPipeline(None, None, None, None, theirs, None, None, requires_safety_checker=False)
+    ours = make(name, own)
+    accepted = inspect.signature(type(ours).__init__).parameters
+    assert {key: value for key, value in ours.config.items() if key in accepted} == {
+        key: value for key, value in theirs.config.items() if key in accepted
+    }
+    for scheduler in (ours, theirs):
+        scheduler.set_timesteps(7)
+    torch.testing.assert_close(ours.timesteps, theirs.timesteps, rtol=0.0, atol=0.0)
+
+
+def test_no_name_gives_a_copy_of_the_models_own() -> None:
+    own = OWN["sde"]
+    made = make(None, own)
+    assert made is not own
+    assert (type(made), made.config) == (type(own), own.config)
+
+
+def test_a_name_that_is_not_canonical_is_an_error() -> None:
+    with pytest.raises(KeyError):
+        make("euler a", OWN["bare"])

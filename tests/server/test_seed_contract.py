@@ -1,0 +1,176 @@
+"""The same seed gives the same picture: alone or in a batch, next to anything, with every scheduler, and diffusers' own."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoPipelineForImage2Image
+from fakes import Caller, make_request
+from hypothesis import HealthCheck, given, settings
+from img2img_server.bundle import read_manifest
+from img2img_server.engine.cache import Cache
+from img2img_server.engine.engine import Engine
+from img2img_server.engine.request import Completed, Request
+from img2img_server.engine.scheduler import Limits
+from img2img_server.pipelines.alone import run_alone
+from img2img_server.pipelines.loader import load_pipeline
+from img2img_server.pipelines.schedulers import NAMES
+from img2img_server.pipelines.stable_diffusion import StableDiffusion
+from PIL import Image
+
+PROMPTS = ("a lake at sunset", "winter mountains", "a forest", "")
+Load = Callable[..., StableDiffusion]
+
+
+@pytest.fixture(scope="module")
+def load(bundle: Callable[[str], Path]) -> Load:
+    def get(name: str, cache: Cache | None = None) -> StableDiffusion:
+        pipeline = load_pipeline(bundle(name), read_manifest(bundle(name)), "cpu", cache=cache)
+        assert isinstance(pipeline, StableDiffusion)
+        return pipeline
+
+    return get
+
+
+@pytest.fixture(scope="module")
+def pipeline(load: Load) -> StableDiffusion:
+    return load("sd1", Cache(2**20))
+
+
+def picture(size: tuple[int, int], number: int) -> Image.Image:
+    pixels = np.random.default_rng(number).integers(0, 255, (size[1] // 8, size[0] // 8, 3), dtype=np.uint8)
+    return Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC)
+
+
+def difference(one: Image.Image, other: Image.Image) -> int:
+    return int(np.abs(np.asarray(one, int) - np.asarray(other, int)).max())
+
+
+@st.composite
+def mixes(draw: st.DrawFn) -> list[tuple[Request, int]]:
+    """Some requests, and how many steps of the engine pass before each arrives."""
+
+    def one() -> tuple[Request, int]:
+        number, size = draw(st.integers(0, 3)), draw(st.sampled_from([(64, 64), (64, 64), (72, 56)]))
+        request = make_request(
+            image=picture(size, number),
+            image_digest=draw(st.sampled_from([b"", repr((number, size)).encode()])),
+            prompt=draw(st.sampled_from(PROMPTS)),
+            negative_prompt=draw(st.sampled_from([None, "", "fog"])),
+            strength=draw(st.sampled_from([0.34, 0.6, 1.0])),
+            num_inference_steps=draw(st.integers(3, 7)),
+            guidance_scale=draw(st.sampled_from([0.0, 1.0, 3.0, 7.5])),
+            seeds=tuple(range(7))[draw(st.integers(0, 5)) :][: draw(st.integers(1, 2))],
+            scheduler=draw(st.sampled_from([None, *NAMES])),
+        )
+        return request, draw(st.integers(0, 3))
+
+    return [one() for _ in range(draw(st.integers(2, 5)))]
+
+
+@given(mix=mixes())
+@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
+def test_a_picture_is_the_same_alone_and_in_any_mix(pipeline: StableDiffusion, mix: list[tuple[Request, int]]) -> None:
+    engine = Engine({"m": pipeline}, Limits(max_batch_size=8, max_admitted=3))
+    callers = []
+    for request, pause in mix:
+        caller = Caller(engine)
+        engine.submit(request, caller.events.append)
+        callers.append(caller)
+        for _ in range(pause):
+            engine.step()
+    while engine.step():
+        pass
+    for (request, _), caller in zip(mix, callers, strict=True):
+        (ending,) = caller.endings
+        assert isinstance(ending, Completed)
+        for together, alone in zip(ending.images, run_alone(pipeline, request), strict=True):
+            assert difference(together, alone) <= 1
+
+
+@pytest.mark.parametrize("name", sorted(NAMES))
+def test_every_scheduler_draws_what_diffusers_draws_with_it(
+    pipeline: StableDiffusion, tiny_model: Callable[[str], Path], name: str
+) -> None:
+    class_name, overrides = NAMES[name]
+    oracle: Any = AutoPipelineForImage2Image.from_pretrained(
+        tiny_model("sd1"), torch_dtype=torch.float32, local_files_only=True, safety_checker=None
+    )
+    oracle.set_progress_bar_config(disable=True)
+    # As its user would set it; latents, unlike pixels, are never clipped.
+    chosen = getattr(diffusers, class_name).from_config(oracle.scheduler.config, **overrides)
+    if "clip_sample" in chosen.config:
+        chosen.register_to_config(clip_sample=False)
+    oracle.scheduler = chosen
+    source = picture((64, 64), 5)
+    for steps, strength in ((5, 0.6), (4, 1.0)):
+        request = make_request(
+            image=source, prompt="a lake", strength=strength, num_inference_steps=steps, guidance_scale=6.0, seeds=(3,),
+            scheduler=name,
+        )  # fmt: skip
+        (ours,) = run_alone(pipeline, request)
+        (expected,) = oracle(
+            "a lake", image=source, strength=strength, num_inference_steps=steps, guidance_scale=6.0,
+            generator=torch.Generator().manual_seed(3),
+        ).images  # fmt: skip
+        assert np.asarray(expected).std() > 10
+        assert difference(ours, expected) <= 1
+
+
+@pytest.mark.parametrize("model", ["sd1", "sdxl", "refiner"])
+def test_a_cache_changes_nothing_but_the_work(load: Load, model: str) -> None:
+    cache = Cache(2**24)
+    cached, plain = load(model, cache), load(model, Cache(0))
+    for seed, negative in ((1, None), (2, "fog"), (1, None), (2, "fog")):
+        request = make_request(
+            image=picture((64, 64), 1), image_digest=b"1", prompt="a lake", negative_prompt=negative, seeds=(seed,),
+            num_inference_steps=3,
+        )  # fmt: skip
+        (one,), (other,) = run_alone(cached, request), run_alone(plain, request)
+        assert difference(one, other) <= 1
+    stats = cache.stats
+    assert stats.misses <= 4, "one picture and three texts at most"
+    assert stats.hits >= 6
+
+
+def test_pictures_of_other_content_are_not_mistaken_for_each_other(load: Load) -> None:
+    pipeline = load("sd1", Cache(2**24))
+    first, second = (
+        run_alone(pipeline, make_request(image=picture((64, 64), number), image_digest=bytes([number]), strength=0.5))[0]
+        for number in (1, 2)
+    )
+    assert difference(first, second) > 1
+
+
+def test_what_is_not_guided_costs_half(pipeline: StableDiffusion) -> None:
+    rows = {scale: pipeline.plan(make_request(guidance_scale=scale)).rows for scale in (0.0, 1.0, 1.01, 7.5)}
+    assert rows == {0.0: 1, 1.0: 1, 1.01: 2, 7.5: 2}
+
+
+def test_a_preview_looks_like_the_picture_it_becomes(load: Load) -> None:
+    """On the demo model, whose weights are trained: halfway it is nearer to the result than to the source."""
+    pipeline = load("demo")
+    source = Image.open(Path(__file__).parents[2] / "demo" / "pictures" / "noon-lake.png").convert("RGB")
+    request = make_request(
+        image=source, prompt="A beautiful landscape with mountains and a lake at night", strength=0.9, num_inference_steps=10,
+        preview_interval=1,
+    )  # fmt: skip
+    (state,) = pipeline.prepare([request])
+    previews: list[Image.Image | None] = []
+    while state.step < state.step_count:
+        pipeline.advance([state], pipeline.denoise([state]))
+        previews += pipeline.preview([state])
+    ((result,),) = pipeline.finish([state])
+
+    def distance(preview: Image.Image | None, other: Image.Image) -> float:
+        assert preview is not None
+        assert preview.size == (16, 16)
+        return float(np.abs(np.asarray(preview, float) - np.asarray(other.resize((16, 16), Image.Resampling.BOX), float)).mean())
+
+    assert distance(previews[-1], result) < 25
+    assert distance(previews[-2], result) < distance(previews[-2], source)

@@ -1,0 +1,208 @@
+"""scripts/bench load: its peers really answer, its lists are what they claim, its figures are right on numbers made up here."""
+
+import asyncio
+import io
+import json
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from bench_load.figures import Run, percentile, summarize
+from bench_load.measuring import Results, Settings
+from bench_load.pictures import largest_difference, render
+from bench_load.report import figures, print_tables, write
+from bench_load.sending import Record, connected
+from bench_load.servers import ServerProcess, command, ending
+from bench_load.trace import Call, Trace, histogram, idle_share, last_part, read_trace
+from bench_load.workloads import (
+    PROMPTS,
+    SIZES,
+    STEPS,
+    STRENGTHS,
+    WORKLOADS,
+    Job,
+    Source,
+    arrivals,
+    draw_different,
+    draw_mixed,
+    generator,
+    jobs_worth,
+)
+from bench_peers.batching import settings as batch_settings
+from bench_peers.common import Arguments
+from PIL import Image
+from rich.console import Console
+
+PEERS = ("lock", "batching", "pytorch")
+JOBS = [Job("a lake at sunset", Source(size=(64, 64)), 4, 0.8, 7.5, seed) for seed in (3, 4, 5)]
+"""One setting, so that the batching peer runs them together."""
+
+
+@pytest.fixture(scope="module")
+def peers(
+    bundle: Callable[[str], Path], tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, ServerProcess]]:
+    folder = tmp_path_factory.mktemp("peers")
+    model, exported = tiny_model("sd1"), bundle("sd1")
+    started = {name: ServerProcess(name, command(name, exported, model), folder) for name in PEERS}
+    with ending(started.values()):
+        for server in started.values():
+            server.spawn()
+        for server in started.values():
+            server.wait()
+        yield started
+
+
+async def _ask(server: ServerProcess) -> tuple[list[bytes], list[Record]]:
+    async with connected(server.target) as sender:
+        pictures = await asyncio.gather(*(sender.send(job) for job in JOBS))
+        return pictures, sender.records
+
+
+@pytest.mark.parametrize("name", PEERS)
+async def test_a_peer_makes_the_pictures_that_pytorch_makes_alone(peers: dict[str, ServerProcess], name: str) -> None:
+    async with connected(peers["pytorch"].target) as sender:
+        alone = [await sender.send(job) for job in JOBS]
+    pictures, records = await _ask(peers[name])
+    assert [record.error for record in records] == [""] * len(JOBS)
+    assert all(record.queue is not None and 0 <= record.queue <= record.latency for record in records)
+    assert max(map(largest_difference, pictures, alone)) <= 1
+    assert largest_difference(pictures[0], pictures[1]) > 1, "another seed makes another picture"
+
+
+async def test_a_peer_that_was_paused_goes_on(peers: dict[str, ServerProcess]) -> None:
+    server = peers["batching"]
+    server.pause()
+    server.resume()
+    pictures, _ = await _ask(server)
+    assert all(pictures)
+
+
+@pytest.mark.parametrize(
+    ("change", "together"),
+    [({"seed": 9}, True), ({"prompt": "b"}, True), ({"strength": 0.5}, False), ({"negative_prompt": "ugly"}, False)],
+)
+def test_only_requests_of_the_same_settings_are_batched(change: dict[str, object], together: bool) -> None:
+    one = {"prompt": "a", "negative_prompt": None, "image": Image.new("RGB", (8, 8)), "strength": 0.8}
+    one |= {"num_inference_steps": 4, "guidance_scale": 7.5, "seed": 1}
+    first, second = Arguments(**one), Arguments(**{**one, **change})  # type: ignore[arg-type]
+    assert (batch_settings(first) == batch_settings(second)) is together
+
+
+@pytest.mark.parametrize("name", WORKLOADS)
+def test_a_list_is_the_same_for_a_seed_and_another_for_another(name: str) -> None:
+    draw = WORKLOADS[name].draw
+    lists = [jobs_worth(draw, generator(seed, name, 0), 200.0, 4) for seed in (1, 1, 2)]
+    assert lists[0] == lists[1] != lists[2]
+
+
+def test_the_mix_is_what_it_claims() -> None:
+    drawn = jobs_worth(draw_mixed, generator(1, "mix"), 0, 2000)
+    assert {job.steps for job in drawn} == set(STEPS)
+    assert {job.strength for job in drawn} == set(STRENGTHS)
+    assert {job.source.size for job in drawn} == set(SIZES)
+    assert {job.prompt for job in drawn} == set(PROMPTS)
+    assert len(PROMPTS) == 40
+    assert 0.17 < sum(job.guidance == 1.0 for job in drawn) / len(drawn) < 0.23
+    assert all(1 <= job.denoising_steps <= job.steps for job in drawn)
+
+
+def test_where_all_is_different_no_prompt_and_no_picture_comes_twice() -> None:
+    drawn = jobs_worth(draw_different, generator(1, "different"), 0, 60)
+    assert len({render(job.source) for job in drawn}) == len({job.prompt for job in drawn}) == 60
+
+
+def test_a_list_is_as_long_as_its_work() -> None:
+    drawn = jobs_worth(draw_mixed, generator(1, "work"), 1000.0, 4)
+    assert 1000 <= sum(job.units for job in drawn) < 1000 + 1.5 * 104 + 1
+
+
+def test_arrivals_come_at_their_rate() -> None:
+    times = arrivals(generator(1, "arrivals"), 4000, 5.0)
+    assert times == sorted(times)
+    assert times[-1] == pytest.approx(800, rel=0.05)
+
+
+@pytest.mark.parametrize(("percent", "value"), [(0, 1.0), (50, 2.5), (75, 3.25), (100, 4.0)])
+def test_percentiles_lie_between_neighbours(percent: float, value: float) -> None:
+    assert percentile([4.0, 1.0, 3.0, 2.0], percent) == pytest.approx(value)
+    assert math.isnan(percentile([], percent))
+
+
+def _record(sent: float, latency: float, **more: object) -> Record:
+    record = Record(role="", steps=10, guidance=7.5, size=(128, 128), units=24.0, sent=sent, latency=latency)
+    return replace(record, **more)  # type: ignore[arg-type]
+
+
+def test_figures_count_answers_over_the_time_to_the_last() -> None:
+    first = Run("ours", "saturation", 0, (_record(1, 1), _record(1, 3), _record(1, 9, error="UNAVAILABLE")))
+    second = Run("ours", "saturation", 1, (_record(0, 2, estimate=3.0, estimate_error=0.5), _record(0, 1, role="alone")))
+    made = summarize([first, second])
+    assert (made.requests, made.errors) == (3, 1)
+    assert made.requests_per_second == pytest.approx(3 / 5)
+    assert made.steps_per_second == pytest.approx(30 / 5)
+    assert made.per_round == pytest.approx((2 / 3, 1 / 2))
+    assert (made.p50, made.alone_p50, made.estimate_error) == pytest.approx((2.0, 1.0, 0.5))
+
+
+TRACE = [
+    {"name": "prepare", "ph": "X", "ts": 0, "dur": 1e6, "args": {"model": "m", "requests": 1, "rows": 1}},
+    {"name": "denoise", "ph": "X", "ts": 10e6, "dur": 1e6, "args": {"model": "m", "requests": 1, "rows": 2}},
+    {"name": "advance", "ph": "X", "ts": 11e6, "dur": 1e6, "args": {"model": "m", "requests": 1, "rows": 1}},
+    {"name": "prepare", "ph": "X", "ts": 11.5e6, "dur": 1e6, "args": {"model": "m", "requests": 1, "rows": 1}},
+    {"name": "denoise", "ph": "X", "ts": 12e6, "dur": 2e6, "args": {"model": "m", "requests": 3, "rows": 5}},
+    {"name": "finish", "ph": "X", "ts": 15e6, "dur": 1e6, "args": {"model": "m", "requests": 1, "rows": 1}},
+    {"name": "caches", "ph": "i", "ts": 0, "args": {"hits": 3}},
+    {"name": "end", "ph": "i", "ts": 0},
+]
+
+
+def _trace(tmp_path: Path) -> Trace:
+    (tmp_path / "trace.json").write_text(json.dumps(TRACE))
+    return read_trace(tmp_path / "trace.json")
+
+
+def test_a_trace_gives_batch_sizes_and_idle_time(tmp_path: Path) -> None:
+    trace = _trace(tmp_path)
+    assert trace.caches == {"hits": 3}
+    assert histogram(trace.calls, "rows") == {2: 1, 5: 1}
+    assert histogram(trace.calls, "requests") == {1: 1, 3: 1}
+    assert idle_share(trace.calls) == pytest.approx(0.5 / 4), "from 10 to 14 s nothing ran between 11 and 11.5"
+    assert idle_share(()) == 0
+
+
+def test_what_ran_before_a_pause_is_left_out(tmp_path: Path) -> None:
+    trace = _trace(tmp_path)
+    assert [call.name for call in last_part(trace.calls, 1.5)][:2] == ["denoise", "advance"]
+    assert len(last_part(trace.calls, 100.0)) == len(trace.calls)
+    overlapping = [Call("finish", 0, 5, 1, 1), Call("denoise", 1, 0.1, 1, 1), Call("denoise", 4, 1, 1, 1)]
+    assert last_part(overlapping, 1.5) == overlapping
+    assert last_part([], 1.0) == []
+
+
+def test_a_report_is_written_where_nothing_was_answered_too(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    from bench_load.plots import draw
+
+    asked = Settings(("ours", "lock"), ("saturation", "short"), 1.0, 1, 1, tmp_path)
+    failed = (_record(0, 1, error="UNAVAILABLE"),)
+    runs = [
+        Run("ours", "saturation", 0, (_record(0, 1), _record(0, 2))),
+        Run("lock", "saturation", 0, failed),
+        Run("ours", "short", 0, (_record(0, 1, role="alone"), _record(2, 2, role="foreground"))),
+        Run("lock", "short", 0, failed),
+    ]
+    results = Results(1.0, 1.0, {"ours": 0, "lock": 256}, runs, _trace(tmp_path))
+    table = io.StringIO()
+    print_tables(results, asked, Console(width=200, file=table))
+    assert "2.0 x" in table.getvalue(), "2 s among others, 1 s alone"
+    write(tmp_path / "load.json", results, asked)
+    told = json.loads((tmp_path / "load.json").read_text())
+    assert told["figures"]["saturation"]["lock"]["p50"] is None
+    assert len(told["records"]) == 6
+    assert figures(runs)["saturation"]["ours"].requests == 2
+    draw(tmp_path / "load.png", results, asked)
+    with Image.open(tmp_path / "load.png") as picture:
+        assert picture.width > 1000
