@@ -20,7 +20,7 @@ GROUP = ("m", (64, 64))
 def costs_of(times: dict[int, float], pixels: int = 4096) -> Costs:
     costs = Costs()
     for rows, seconds in times.items():
-        costs.record("denoise", GROUP, pixels, rows, seconds)
+        costs.measured("denoise", GROUP, pixels, rows, seconds)
     return costs
 
 
@@ -43,9 +43,19 @@ def test_another_shape_is_judged_by_its_pixels() -> None:
     assert costs.seconds("denoise", ("other", (64, 64)), 4096, 2) is None
 
 
+def test_one_disturbed_call_changes_little_and_a_lasting_change_is_learnt() -> None:
+    costs = costs_of({2: 1.0, 4: 1.8})
+    costs.record("denoise", GROUP, 4096, 2, 50.0)
+    assert (costs.seconds("denoise", GROUP, 4096, 2) or 0) < 1.3
+    for _ in range(40):
+        costs.record("denoise", GROUP, 4096, 2, 1.5)
+    assert costs.seconds("denoise", GROUP, 4096, 2) == pytest.approx(1.5, rel=0.05)
+    assert costs.seconds("denoise", GROUP, 4096, 4) == pytest.approx(2.7, rel=0.25), "the others are slower too, most likely"
+
+
 def test_one_measured_batch_takes_its_form_from_another_shape() -> None:
     costs = costs_of({1: 1.0, 2: 1.5, 4: 2.5})
-    costs.record("denoise", ("m", "large"), 16384, 2, 9.0)
+    costs.measured("denoise", ("m", "large"), 16384, 2, 9.0)
     assert costs.seconds("denoise", ("m", "large"), 16384, 4) == pytest.approx(15.0)
 
 

@@ -7,6 +7,7 @@ from fakes import Caller, FakePipeline, make_engine, make_request, run_out
 from img2img_server.engine.engine import Engine
 from img2img_server.engine.request import Completed, Event, Progress, Queued, Started
 from img2img_server.engine.scheduler import Limits
+from img2img_server.engine.warmup import WarmUp
 from img2img_server.errors import DeadlineExpired, DeadlineUnmeetable, ModelFailed, QueueFull, RequestCancelled, ShuttingDown
 from PIL import Image
 
@@ -73,7 +74,8 @@ def test_nobody_is_passed_over_for_long() -> None:
 
 def test_a_short_request_among_long_ones_is_done_in_its_own_time() -> None:
     """Where a larger call takes longer in proportion, it is not made to share calls with what is not urgent."""
-    engine, _, clock = make_engine(seconds=lambda rows: 1.0 * rows)
+    engine, pipeline, clock = make_engine(seconds=lambda rows: 1.0 * rows)
+    WarmUp(engine.costs, 16, 1000.0, clock).run("m", pipeline)
     for _ in range(4):
         Caller(engine).submit(num_inference_steps=50)
     for _ in range(20):

@@ -9,10 +9,12 @@ Group = tuple[str, Hashable]
 """Model and shape."""
 Stage = Literal["prepare", "denoise", "finish"]
 
-_LEAST_WEIGHT = 0.1
-"""Of the newest time in a running mean; the first ones weigh more."""
+_WEIGHT = 0.1
+"""Of the newest time in a running mean."""
 _PACE_WEIGHT = 0.1
 """Of the newest call in the running mean of the machine's pace."""
+_DOUBT = 2.0
+"""A call counts as no more than this many times slower, or quicker, than was expected."""
 _INSTANT = 1e-9
 """Seconds below which nothing takes."""
 _GAIN = 0.04
@@ -26,18 +28,21 @@ class _Curve:
     pixels: int
     rows: list[int] = field(default_factory=list)
     means: list[float] = field(default_factory=list)
-    counts: list[int] = field(default_factory=list)
 
-    def record(self, rows: int, seconds: float) -> None:
+    def set(self, rows: int, seconds: float) -> None:
+        """Takes `seconds` for what a call of `rows` takes, whatever was thought before."""
         index = bisect_left(self.rows, rows)
         if index == len(self.rows) or self.rows[index] != rows:
             self.rows.insert(index, rows)
             self.means.insert(index, seconds)
-            self.counts.insert(index, 1)
-            return
-        self.counts[index] += 1
-        weight = max(_LEAST_WEIGHT, 1 / self.counts[index])
-        self.means[index] += weight * (seconds - self.means[index])
+        self.means[index] = seconds
+
+    def record(self, rows: int, seconds: float, expected: float) -> None:
+        """Notes a call. What was expected of a new batch counts as much as its first time."""
+        if rows not in self.rows:
+            return self.set(rows, (seconds + expected) / 2)
+        index = bisect_left(self.rows, rows)
+        self.means[index] += _WEIGHT * (seconds - self.means[index])
 
     def seconds(self, rows: int) -> float:
         """Between two measured batches by interpolation, outside of them as the nearest stretch goes on.
@@ -66,17 +71,24 @@ class Costs:
         self._pace: dict[str, float] = {}
         self._too_much: dict[str, int] = {}
 
-    def record(self, stage: Stage, group: Group, pixels: int, rows: int, seconds: float) -> None:
-        """Notes that a call of `rows` rows, each of `pixels` pixels, took `seconds`."""
+    def measured(self, stage: Stage, group: Group, pixels: int, rows: int, seconds: float) -> None:
+        """Notes what a call of `rows` rows, each of `pixels` pixels, takes when nothing disturbs it."""
         model, shape = group
-        curve = self._curves.setdefault((stage, model), {}).setdefault(shape, _Curve(pixels))
-        pace = self._pace.get(model, 1.0)
-        if stage == "denoise" and rows in curve.rows:
-            # What else a machine does slows down all calls alike, and shows here soonest.
-            expected = max(curve.seconds(rows), _INSTANT)
-            pace += _PACE_WEIGHT * (seconds / expected - pace)
-            self._pace[model] = pace
-        curve.record(rows, seconds / pace)
+        self._curves.setdefault((stage, model), {}).setdefault(shape, _Curve(pixels)).set(rows, seconds)
+
+    def record(self, stage: Stage, group: Group, pixels: int, rows: int, seconds: float) -> None:
+        """Learns from a call that took `seconds`."""
+        expected = self._table_seconds(stage, group, pixels, rows)
+        if expected is None:
+            return self.measured(stage, group, pixels, rows, seconds)
+        pace = self._pace.get(group[0], 1.0)
+        # One call in many is held up by something else: it is not to be believed in full.
+        seconds = min(max(seconds / pace, expected / _DOUBT), expected * _DOUBT)
+        if stage == "denoise":
+            # What else the machine does slows down all calls alike, and shows here soonest.
+            self._pace[group[0]] = pace * (1 + _PACE_WEIGHT * (seconds / max(expected, _INSTANT) - 1))
+        curve = self._curves[stage, group[0]].setdefault(group[1], _Curve(pixels))
+        curve.record(rows, seconds, expected)
 
     def seconds(self, stage: Stage, group: Group, pixels: int, rows: int) -> float | None:
         """The expected seconds of such a call, as things go now; None before the first call of that model."""

@@ -56,8 +56,9 @@ class Policy:
        whose deadline presses, the earliest first. Else the one with the least left to do: a short request that comes
        while long ones run is done in about its own time, and the long ones lose no more than that.
     2. Who joins it: jobs of its group, in the same order, as long as the larger call pays: what each one outside saves by it
-       must outweigh what each one inside loses. Where a call of many rows takes as long as one of few, all join; where
-       time grows with the rows, few do, and more the more are waiting.
+       must outweigh what those inside lose that have less left than the one who joins. Where a call of many rows takes as
+       long as one of few, all join. Where time grows with the rows, those who have about as much left share calls, and
+       a short one is not held up by long ones.
 
     `max_batch_size` bounds the rows of a call; what was measured may bound them further.
     """
@@ -111,7 +112,7 @@ class Policy:
                 continue
             would_take = self._call_seconds(leader, rows + job.rows)
             saved = now_takes + job.step_seconds - would_take
-            if saved * (everyone - len(batch)) < (would_take - now_takes) * len(batch):
+            if saved * (everyone - len(batch)) < (would_take - now_takes) * _losers(batch, job):
                 break
             batch.append(job)
             rows, now_takes = rows + job.rows, would_take
@@ -120,3 +121,9 @@ class Policy:
     def _call_seconds(self, like: Job, rows: int) -> float:
         known = self._costs.seconds("denoise", like.group, like.pixels, rows)
         return _UNKNOWN if known is None else known
+
+
+def _losers(batch: Sequence[Job], joining: Job) -> float:
+    """How many of the call are held up by another who joins it: in full those with less than half as much left."""
+    left = joining.seconds_left
+    return sum(min(1.0, max(0.0, left / max(job.seconds_left, 1e-9) - 1.0)) for job in batch)

@@ -13,7 +13,7 @@ _MOST_FORECAST = 96
 """Requests up to which the policy is run ahead for a forecast. Beyond, it would take longer than the answer is good for."""
 _LEAST_WEIGHT = 0.15
 """Of the newest request in the running mean of what forecasts were wrong by."""
-_CAUTION = 2
+_CAUTION = 4
 """So many cases it takes until half of their mean is believed."""
 
 

@@ -87,5 +87,5 @@ class WarmUp:
             result = work()
             times.append(self._clock() - begun)
         plan = pipeline.plan(request)
-        self._costs.record(stage, (request.model, plan.shape), plan.pixels, rows, min(times))
+        self._costs.measured(stage, (request.model, plan.shape), plan.pixels, rows, min(times))
         return result
