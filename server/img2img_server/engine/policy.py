@@ -55,10 +55,10 @@ class Policy:
     1. The leader. A job that too many calls passed over leads every second one, so that none waits for ever. Else a job
        whose deadline presses, the earliest first. Else the one with the least left to do: a short request that comes
        while long ones run is done in about its own time, and the long ones lose no more than that.
-    2. Who joins it: jobs of its group, in the same order, as long as the larger call pays: what each one outside saves by it
-       must outweigh what those inside lose that have less left than the one who joins. Where a call of many rows takes as
-       long as one of few, all join. Where time grows with the rows, those who have about as much left share calls, and
-       a short one is not held up by long ones.
+    2. Who joins it: jobs of its group, in the same order, as many as pay best. A shared call saves everybody the seconds that
+       apart it would take longer, and costs those inside that have less left than one who joins. Where a call of many rows
+       takes as long as one of few, all join. Where time grows with the rows, those who have about as much left share calls,
+       and a short one is not held up by long ones.
 
     `max_batch_size` bounds the rows of a call; what was measured may bound them further.
     """
@@ -105,18 +105,20 @@ class Policy:
         leader = leader or order[0]
         limit = max_rows[leader.group[0]] or self._max_batch_size
         cap = self._costs.cap(leader.group, leader.pixels, min(limit, self._max_batch_size))
-        batch, rows, now_takes = [leader], leader.rows, leader.step_seconds
-        everyone = len(order) + others
+        batch, rows, takes = [leader], leader.rows, leader.step_seconds
+        apart, lost, best, size = takes, 0.0, 0.0, 1
         for job in order:
             if job is leader or job.group != leader.group or rows + job.rows > cap:
                 continue
-            would_take = self._call_seconds(leader, rows + job.rows)
-            saved = now_takes + job.step_seconds - would_take
-            if saved * (everyone - len(batch)) < (would_take - now_takes) * _losers(batch, job):
-                break
+            before, takes = takes, self._call_seconds(leader, rows + job.rows)
+            lost += max(0.0, takes - before) * _losers(batch, job)
+            apart += job.step_seconds
+            rows += job.rows
             batch.append(job)
-            rows, now_takes = rows + job.rows, would_take
-        return batch
+            gain = (apart - takes) * (len(order) + others) - lost
+            if gain > best:
+                best, size = gain, len(batch)
+        return batch[:size]
 
     def _call_seconds(self, like: Job, rows: int) -> float:
         known = self._costs.seconds("denoise", like.group, like.pixels, rows)
