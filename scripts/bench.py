@@ -8,6 +8,7 @@ import warnings
 
 import bench_request
 import bench_schedulers
+import bench_sessions
 import bench_simulated
 from bench_load import command as bench_load
 
@@ -28,6 +29,7 @@ def main() -> int:
         "request": (bench_request, "one request at a time: added time, time to SERVING (2 minutes)"),
         "load": (bench_load, "many requests at once, against three peers (20 minutes)"),
         "simulated": (bench_simulated, "the scheduler on a simulated GPU, against two peers (1 minute)"),
+        "sessions": (bench_sessions, "session calls with ONNX Runtime's spinning threads and without (1 minute)"),
         "schedulers": (bench_schedulers, "stepping a batch at once, against one by one (1 minute)"),
     }
     for name, (module, text) in known.items():
