@@ -10,6 +10,8 @@ _PRESSING = 4.0
 """A deadline presses when fewer than this many times the request's own remaining seconds are left."""
 _PATIENCE = 8
 """Calls of the model that may pass over a request before it leads one; four times as many while a deadline presses."""
+_URGENT = 4.0
+"""At most so many times does a second's delay count for a request that has less left than another."""
 _UNKNOWN = 1.0
 """Seconds of a call that nothing is known about yet: all are taken for equal."""
 
@@ -126,6 +128,6 @@ class Policy:
 
 
 def _losers(batch: Sequence[Job], joining: Job) -> float:
-    """How many of the call are held up by another who joins it: in full those with less than half as much left."""
+    """How many of the call are held up by another who joins it; one with far less left counts for several."""
     left = joining.seconds_left
-    return sum(min(1.0, max(0.0, left / max(job.seconds_left, 1e-9) - 1.0)) for job in batch)
+    return sum(min(_URGENT, max(0.0, left / max(job.seconds_left, 1e-9) - 1.0)) for job in batch)
