@@ -143,8 +143,7 @@ def _scheduler(asked: str, model: Model) -> str | None:
     """The pipeline's own spelling of the name that was asked; None where none was, for the model's own."""
     if not asked:
         return None
-    assert model.pipeline is not None, "resolve gives models that can run"
-    known = {name.casefold(): name for name in model.pipeline.schedulers}
+    known = {name.casefold(): name for name in _pipeline_of(model).schedulers}
     there = f"there are {', '.join(known.values())}" if known else "this model has only its own: leave it out"
     _check("scheduler", asked.casefold() in known, f"model '{model.id}' has no such scheduler; {there}")
     return known[asked.casefold()]

@@ -18,6 +18,7 @@ from PIL import Image
 from img2img_server.engine.request import Plan, Request
 from img2img_server.errors import InvalidField
 from img2img_server.pipelines.torch_calls import torch_call
+from img2img_server.pipelines.views import view_of
 
 _SWAPPED = frozenset({"KandinskyV22Img2ImgPipeline", "KandinskyV22Img2ImgCombinedPipeline"})
 """Classes of diffusers (seen in 0.39) that hand width and height to their image processor the wrong way round."""
@@ -202,14 +203,9 @@ class WholePipeline:
 
 def _view(pipe: Any) -> Any:
     """The pipeline as one call sees it: shared models, but its own settings and schedulers, down to its inner pipelines."""
-    view = copy.copy(pipe)
-    for name, value in vars(pipe).items():
-        # Past diffusers' __setattr__, which would note the new objects in a configuration nobody reads.
-        if name.endswith("_pipe"):
-            view.__dict__[name] = _view(value)
-        elif name.endswith("scheduler"):
-            view.__dict__[name] = copy.deepcopy(value)
-    return view
+    inner = {name: _view(value) for name, value in vars(pipe).items() if name.endswith("_pipe")}
+    own = {name: copy.deepcopy(value) for name, value in vars(pipe).items() if name.endswith("scheduler")}
+    return view_of(pipe, **inner, **own)
 
 
 def _parts(pipe: Any) -> list[Any]:
