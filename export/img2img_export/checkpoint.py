@@ -10,17 +10,26 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Literal
 
 from img2img_export.errors import ExportError
 from img2img_export.options import ExportOptions
 
 INDEX_NAME = "model_index.json"
+GRAPH_NAME = "model.onnx"
 
-_TEXT_SUFFIXES = (".json", ".txt", ".model")
-_PICKLE_SUFFIXES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
+Kind = Literal["diffusers", "single-file", "onnx"]
+"""What a source is: weights in diffusers' layout, all weights in one file, or graphs that optimum-cli made."""
+
+PICKLE_SUFFIXES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
+PICKLE_REASON = "pickles can run code when read; convert to safetensors"
+
+_TEXT_SUFFIXES = (".json", ".txt", ".model", ".jinja")
 _WEIGHTS = re.compile(r"[^.]+?(?:\.(?P<variant>[^.]+?))?(?:-\d{5}-of-\d{5})?\.safetensors")
 _SHARD_INDEX = re.compile(r"[^.]+\.safetensors\.index(?:\.(?P<variant>[^.]+))?\.json")
+_DENOISERS = ("unet", "transformer")
+_GRAPHS_OF_VAE = ("vae_encoder", "vae_decoder")
+"""The folders that optimum makes of a VAE. model_index.json does not name them."""
 
 DROPPED = ("safety_checker", "feature_extractor", "image_encoder")
 """Parts of Stable Diffusion pipelines that image-to-image serving has no use for. They are neither read nor exported."""
@@ -40,6 +49,7 @@ def read_layout(index: Mapping[str, Any]) -> Layout:
     pipeline_class = index.get("_class_name")
     if not isinstance(pipeline_class, str):
         raise ExportError(f"{INDEX_NAME} names a pipeline with custom code ({pipeline_class!r}): such code is never run")
+    pipeline_class = pipeline_class.removeprefix("ORT")  # optimum's own pipelines are diffusers' with graphs
     components: dict[str, tuple[str, str]] = {}
     left_out = []
     for name, value in index.items():
@@ -55,12 +65,29 @@ def read_layout(index: Mapping[str, Any]) -> Layout:
     return Layout(pipeline_class, components, tuple(left_out))
 
 
-def choose(index: Any, names: Iterable[str], options: ExportOptions) -> tuple[Layout, list[str]]:
-    """What a model_index.json's contents say, and which of the files `names` are read for `options`."""
+def choose(index: Any, names: Iterable[str], options: ExportOptions) -> tuple[Kind, Layout, list[str]]:
+    """What a checkpoint with this model_index.json is, and which of its files `names` are read for `options`."""
+    names = list(names)
+    layout = _parse_layout(index, options.source)
+    if not _has_graphs_only(names):
+        weights = select_files(names, layout, options.variant, options.allow_patterns, options.ignore_patterns)
+        return "diffusers", layout, weights
+    if options.variant is not None:
+        raise ExportError(f"{options.source} holds ONNX graphs, not weights: it has no variants")
+    return "onnx", layout, _select_graphs(names, layout, options)
+
+
+def choose_texts(index: Any, names: Iterable[str], source: str) -> tuple[Layout, list[str]]:
+    """What a model_index.json's contents say, and which of the files `names` are configurations and tokenizers of it."""
+    layout = _parse_layout(index, source)
+    parts = _by_component(names, tuple(layout.components))
+    return layout, sorted([INDEX_NAME, *(name for files in parts.values() for name in _texts(files))])
+
+
+def _parse_layout(index: Any, source: str) -> Layout:
     if not isinstance(index, dict):
-        raise ExportError(f"{options.source}: {INDEX_NAME} is not an object")
-    layout = read_layout(index)
-    return layout, select_files(names, layout, options.variant, options.allow_patterns, options.ignore_patterns)
+        raise ExportError(f"{source}: {INDEX_NAME} is not an object")
+    return read_layout(index)
 
 
 def read_index(path: Path) -> Any:
@@ -101,20 +128,46 @@ def select_files(
     A component that has no weights of the variant is read without one, as diffusers does. Raises ExportError where the
     checkpoint holds code, or a component has no safetensors weights.
     """
-    parts: dict[str, list[str]] = {component: [] for component in layout.components}
-    for name in names:
-        path = PurePosixPath(name)
-        folder = path.parts[0] if len(path.parts) > 1 else ""
-        if path.suffix == ".py" and (not folder or folder in parts):
-            raise ExportError(f"the checkpoint brings its own code ({name}): such code is never run")
-        if folder in parts and _is_wanted(name, allow_patterns, ignore_patterns):
-            parts[folder].append(name)
+    parts = _by_component(names, tuple(layout.components), allow_patterns, ignore_patterns)
     chosen = [INDEX_NAME]
     for component, files in parts.items():
         chosen += _texts(files)
         if any(name == f"{component}/config.json" for name in files):
             chosen += _weights(component, files, variant)
     return sorted(chosen)
+
+
+def _select_graphs(names: Iterable[str], layout: Layout, options: ExportOptions) -> list[str]:
+    """The texts and graphs of an optimum-cli directory. A graph's weights may lie beside it: `model.onnx_data`."""
+    folders = (*layout.components, *_GRAPHS_OF_VAE)
+    parts = _by_component(names, folders, options.allow_patterns, options.ignore_patterns)
+    files = [name for part in parts.values() for name in part]
+    graphs = [name for name in files if name.rpartition("/")[2].startswith(GRAPH_NAME)]
+    return sorted([INDEX_NAME, *_texts(files), *graphs])
+
+
+def _has_graphs_only(names: list[str]) -> bool:
+    """Whether the denoiser is a graph and has no weights to make another of: a hub repository may have both."""
+    return any(
+        f"{part}/{GRAPH_NAME}" in names
+        and not any(name.startswith(f"{part}/") and name.endswith((".safetensors", *PICKLE_SUFFIXES)) for name in names)
+        for part in _DENOISERS
+    )
+
+
+def _by_component(
+    names: Iterable[str], components: Iterable[str], allow: tuple[str, ...] = (), ignore: tuple[str, ...] = ()
+) -> dict[str, list[str]]:
+    """The files of each component that are wanted. Raises ExportError where there is code among them."""
+    parts: dict[str, list[str]] = {component: [] for component in components}
+    for name in names:
+        path = PurePosixPath(name)
+        folder = path.parts[0] if len(path.parts) > 1 else ""
+        if path.suffix == ".py" and (not folder or folder in parts):
+            raise ExportError(f"the checkpoint brings its own code ({name}): such code is never run")
+        if folder in parts and _is_wanted(name, allow, ignore):
+            parts[folder].append(name)
+    return parts
 
 
 def _is_wanted(name: str, allow_patterns: tuple[str, ...], ignore_patterns: tuple[str, ...]) -> bool:
@@ -146,6 +199,6 @@ def _weights(component: str, files: list[str], variant: str | None) -> list[str]
     if found:
         others = ", ".join(str(name) for name in found)
         raise ExportError(f"{component} has no weights for variant {variant or 'none'}, but for {others}: choose with --variant")
-    if any(name.endswith(_PICKLE_SUFFIXES) for name in files):
-        raise ExportError(f"{component} has pickled weights only: they can run code when read; convert them to safetensors")
+    if any(name.endswith(PICKLE_SUFFIXES) for name in files):
+        raise ExportError(f"{component} has pickled weights only: {PICKLE_REASON}")
     raise ExportError(f"{component} has no safetensors weights")

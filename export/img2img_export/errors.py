@@ -1,5 +1,8 @@
 """The exporter's one error, and how it quotes the errors of others."""
 
+FAILURES = (ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError, AssertionError, ImportError)
+"""What torch, its exporter and optimum raise for a model that they cannot run or export. A full disk is no such thing."""
+
 
 class ExportError(Exception):
     """The model was not exported. The message says why, in one line, to the person who asked for it."""

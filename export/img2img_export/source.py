@@ -1,37 +1,46 @@
-"""From what a person names to files on this machine: a local directory, or a repository of the Hugging Face hub.
+"""From what a person names to files on this machine: a directory, one file, or a repository of the Hugging Face hub.
 
-What is loaded is a view, a directory of links to the chosen files only, so that its digest covers everything that was read
-and nothing else of the checkpoint can be. Standard library only for a local directory.
+What is loaded is a view, a directory of links to the chosen files only (see view.py), so that its digest covers everything
+that was read and nothing else of the checkpoint can be. Standard library only for what is on this machine already.
 """
 
 import hashlib
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from img2img_server.bundle import Source, digest_files
+from img2img_server.bundle import Source
 
-from img2img_export.checkpoint import INDEX_NAME, Layout, choose, names_below, read_index
+from img2img_export.checkpoint import INDEX_NAME, PICKLE_SUFFIXES, Kind, Layout, choose, names_below, read_index
+from img2img_export.digests import Digests
 from img2img_export.errors import ExportError
 from img2img_export.options import ExportOptions
+from img2img_export.progress import Progress
+from img2img_export.single_file import find_template, require_safetensors
 
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """The files of a model to export, below `directory`, and the record of where they came from."""
+    """The files of a model to export, below `directory`, and the record of where they came from.
+
+    A single file's weights are `weights`, and the files are those of its template.
+    """
 
     directory: Path
     files: tuple[str, ...]
     layout: Layout
     source: Source
+    kind: Kind = "diffusers"
+    weights: Path | None = None
 
     @property
     def size(self) -> int:
         """Bytes of all files."""
-        return sum((self.directory / name).stat().st_size for name in self.files)
+        paths = [self.directory / name for name in self.files]
+        return sum(path.stat().st_size for path in (*paths, *([self.weights] if self.weights else [])))
 
     def link_into(self, view: Path) -> None:
         """Fills `view` with links to the files."""
@@ -41,24 +50,32 @@ class Checkpoint:
             link.symlink_to((self.directory / name).resolve())
 
 
-def resolve(options: ExportOptions, report: Callable[[str], None]) -> Checkpoint:
+def resolve(options: ExportOptions, progress: Progress) -> Checkpoint:
     """Finds the files of `options.source`, downloading those of a hub repository. Raises ExportError where it is refused."""
-    local = Path(options.source)
-    if local.is_dir():
-        if options.revision is not None:
-            raise ExportError(f"{local} is a directory: only a hub repository has revisions")
-        directory, names, repo_id = local.resolve(), names_below(local), None
-    elif local.exists():
-        raise ExportError(f"{local} is a file: only directories in diffusers' layout are exported")
-    elif _REPO_ID.fullmatch(options.source):
-        from img2img_export.hub import download
+    digests = Digests()
+    find = _single_file if Path(options.source).is_file() else _layout
+    checkpoint = find(options, digests, progress)
+    digests.save()
+    return checkpoint
 
-        report(f"downloading {options.source}")
-        directory, names = download(options)
-        repo_id = options.source
-    else:
-        raise ExportError(f"{options.source} is neither a directory nor a hub repository's id (OWNER/NAME)")
-    layout, files = choose(read_index(directory / INDEX_NAME), names, options)
+
+def _single_file(options: ExportOptions, digests: Digests, progress: Progress) -> Checkpoint:
+    path = Path(options.source)
+    require_safetensors(path)
+    if options.variant or options.revision or options.allow_patterns or options.ignore_patterns:
+        raise ExportError(f"{path} is a single file: it has no variants or revisions, and there is nothing to choose by patterns")
+    path = path.resolve()
+    read = digests.digest_files(path.parent, [path.name], progress)
+    directory, layout, files = find_template(options, read[path.name], digests, progress)
+    source = Source(path=str(path), digest=_combine(read | digests.digest_files(directory, files)))
+    return Checkpoint(directory, tuple(files), layout, source, "single-file", path)
+
+
+def _layout(options: ExportOptions, digests: Digests, progress: Progress) -> Checkpoint:
+    if options.config is not None:
+        raise ExportError(f"{options.source} has its own configurations: --config is for a single file")
+    directory, names, repo_id = _locate(options, progress)
+    kind, layout, files = choose(read_index(directory / INDEX_NAME), names, options)
     if missing := [name for name in files if not (directory / name).is_file()]:
         raise ExportError(f"{options.source} lacks {missing[0]}")
     source = Source(
@@ -68,12 +85,30 @@ def resolve(options: ExportOptions, report: Callable[[str], None]) -> Checkpoint
         revision=options.revision,
         allow_patterns=options.allow_patterns,
         ignore_patterns=options.ignore_patterns,
-        digest=_digest(directory, files),
+        digest=_combine(digests.digest_files(directory, files, progress)),
     )
-    return Checkpoint(directory, tuple(files), layout, source)
+    return Checkpoint(directory, tuple(files), layout, source, kind)
 
 
-def _digest(directory: Path, names: Iterable[str]) -> str:
+def _locate(options: ExportOptions, progress: Progress) -> tuple[Path, list[str], str | None]:
+    """The directory in diffusers' layout, the names of its files, and the repository's id if it is one's snapshot."""
+    local = Path(options.source)
+    if local.is_dir():
+        if options.revision is not None:
+            raise ExportError(f"{local} is a directory: only a hub repository has revisions")
+        return local.resolve(), names_below(local), None
+    if local.suffix in (".safetensors", *PICKLE_SUFFIXES):
+        raise ExportError(f"{local} is no file")
+    if not _REPO_ID.fullmatch(options.source):
+        raise ExportError(f"{options.source} is neither a directory, a file nor a hub repository's id (OWNER/NAME)")
+    from img2img_export.hub import download
+
+    progress.stage(f"finding {options.source} on the hub")
+    directory, names = download(options.source, options.revision, lambda index, names: choose(index, names, options)[2], progress)
+    return directory, names, options.source
+
+
+def _combine(digests: Mapping[str, str]) -> str:
     """SHA-256 over the files' names and contents, in hexadecimal."""
-    lines = (f"{name}\0{digest}\n" for name, digest in digest_files(directory, names).items())
+    lines = (f"{name}\0{digest}\n" for name, digest in digests.items())
     return hashlib.sha256("".join(lines).encode()).hexdigest()

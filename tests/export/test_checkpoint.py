@@ -1,14 +1,11 @@
 """Which files of a checkpoint are read, and which checkpoints are refused. Only names are looked at: no model is needed."""
 
-import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from img2img_export.checkpoint import read_layout, select_files
+from img2img_export.checkpoint import choose, choose_texts, read_layout, select_files
 from img2img_export.errors import ExportError
 from img2img_export.options import ExportOptions
-from img2img_export.source import resolve
 
 INDEX = {
     "_class_name": "StableDiffusionPipeline",
@@ -92,52 +89,37 @@ def test_what_is_left_out_is_named() -> None:
     assert read_layout(INDEX).left_out == ("safety_checker",)
 
 
-@pytest.mark.parametrize(
-    ("source", "message"),
-    [("no/such/directory", "neither"), ("file.ckpt", "is a file"), (".", "no model_index.json")],
-)
-def test_a_source_that_is_no_checkpoint_is_refused(
-    source: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "file.ckpt").touch()
-    with pytest.raises(ExportError, match=message):
-        resolve(ExportOptions(source=source, output=tmp_path / "out"), print)
+GRAPHS = [
+    "unet/model.onnx",
+    "unet/model.onnx_data",
+    "vae_encoder/model.onnx",
+    "vae_decoder/model.onnx",
+    "vae_decoder/config.json",
+]
 
 
-def test_the_digest_follows_what_is_read_and_nothing_else(tiny_checkpoint: Callable[[], Path]) -> None:
-    directory = tiny_checkpoint()
-
-    def digest() -> str:
-        return resolve(ExportOptions(source=str(directory), output=directory / "out"), print).source.digest
-
-    first = digest()
-    (directory / "README.md").write_text("hello")
-    assert digest() == first
-    (directory / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"other weights")
-    assert digest() != first
+def test_graphs_without_weights_are_an_export_of_optimum() -> None:
+    options = ExportOptions(source="model", output=Path("out"))
+    kind, layout, files = choose(INDEX, ["model_index.json", "README.md", *TEXTS, *GRAPHS], options)
+    assert kind == "onnx"
+    assert files == sorted(["model_index.json", *TEXTS, *GRAPHS])
+    own = {**INDEX, "_class_name": "ORTStableDiffusionPipeline"}
+    assert choose(own, ["model_index.json", *TEXTS, *GRAPHS], options)[1] == layout
 
 
-def test_the_view_holds_what_is_read_and_nothing_else(tiny_checkpoint: Callable[[], Path], tmp_path: Path) -> None:
-    directory = tiny_checkpoint()
-    (directory / "unet" / "diffusion_pytorch_model.bin").write_bytes(b"a pickle")
-    checkpoint = resolve(ExportOptions(source=str(directory), output=tmp_path / "out"), print)
-    checkpoint.link_into(tmp_path / "view")
-    seen = {path.relative_to(tmp_path / "view").as_posix() for path in (tmp_path / "view").rglob("*") if path.is_file()}
-    assert seen == set(checkpoint.files)
-    assert "unet/diffusion_pytorch_model.bin" not in seen
+def test_weights_beside_graphs_are_preferred() -> None:
+    kind, _, files = choose(
+        INDEX, ["model_index.json", *TEXTS, *GRAPHS, WEIGHTS], ExportOptions(source="model", output=Path("out"))
+    )
+    assert kind == "diffusers"
+    assert not [name for name in files if ".onnx" in name]
 
 
-@pytest.fixture
-def tiny_checkpoint(tmp_path: Path) -> Callable[[], Path]:
-    """Makes a directory with the files of a checkpoint; their contents are of no model."""
+def test_graphs_have_no_variants() -> None:
+    with pytest.raises(ExportError, match="no variants"):
+        choose(INDEX, [*TEXTS, *GRAPHS], ExportOptions(source="model", output=Path("out"), variant="fp16"))
 
-    def make() -> Path:
-        root = tmp_path / "checkpoint"
-        for name in [*TEXTS, WEIGHTS]:
-            (root / name).parent.mkdir(parents=True, exist_ok=True)
-            (root / name).write_text("{}")
-        (root / "model_index.json").write_text(json.dumps(INDEX))
-        return root
 
-    return make
+def test_a_template_is_texts_only() -> None:
+    names = ["model_index.json", *TEXTS, *GRAPHS, WEIGHTS, "unet/diffusion_pytorch_model.safetensors.index.json", "v1.ckpt"]
+    assert choose_texts(INDEX, names, "model") == (read_layout(INDEX), sorted(["model_index.json", *TEXTS]))

@@ -10,8 +10,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
+import safetensors.torch
+import torch
+from img2img_export import hub as client
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 INDEX = {
@@ -31,29 +35,54 @@ FILES = {
 }
 
 _RESOLVE = """
-import dataclasses, json, sys
+import contextlib, dataclasses, json, sys
 from pathlib import Path
+for name in json.loads(sys.argv[2]):
+    sys.modules[name] = None
 from img2img_export.errors import ExportError
 from img2img_export.options import ExportOptions
+from img2img_export.progress import Progress
 from img2img_export.source import resolve
+
+tasks = []
+
+class Recorder(Progress):
+    @contextlib.contextmanager
+    def task(self, label, total, unit="B"):
+        counts = []
+        try:
+            yield counts.append
+        finally:
+            tasks.append([label, total, sum(counts)])
+
 arguments = json.loads(sys.argv[1])
 try:
-    checkpoint = resolve(ExportOptions(output=Path("unused"), **arguments), lambda line: None)
+    checkpoint = resolve(ExportOptions(output=Path("unused"), **arguments), Recorder())
 except ExportError as error:
-    print(json.dumps({"error": str(error)}))
+    print(json.dumps({"error": str(error), "tasks": tasks}))
 else:
     contents = {name: (checkpoint.directory / name).read_text() for name in checkpoint.files}
-    print(json.dumps({"files": contents, "source": dataclasses.asdict(checkpoint.source)}))
+    print(json.dumps({"files": contents, "source": dataclasses.asdict(checkpoint.source), "tasks": tasks}))
 """
 
 
 @dataclass
 class Hub:
-    """A hub with one repository, "someone/model", that answers what huggingface_hub asks for."""
+    """A hub with one repository that answers what huggingface_hub asks for.
+
+    It asks for `token` if there is one, about the repository or, where that is `gated`, for its files only. It closes the
+    connection once after `cut` bytes of a file that is longer.
+    """
 
     url: str = ""
+    repo: str = "someone/model"
     files: dict[str, bytes] = field(default_factory=lambda: dict(FILES))
     fetched: list[str] = field(default_factory=list)
+    token: str | None = None
+    gated: bool = False
+    status: int = 401
+    cut: int | None = None
+    ranges: list[str] = field(default_factory=list)
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -69,31 +98,48 @@ class Handler(BaseHTTPRequestHandler):
         self.answer(send=True)
 
     def answer(self, send: bool) -> None:
-        path = self.path.partition("?")[0]
-        if path.startswith("/api/models/someone/model"):
-            siblings = [{"rfilename": name} for name in self.hub.files]
-            self.reply(json.dumps({"id": "someone/model", "sha": COMMIT, "siblings": siblings}).encode(), send)
-        elif path.startswith("/someone/model/resolve/") and (name := path.split("/", 5)[5]) in self.hub.files:
-            self.hub.fetched += [name] if send else []
-            self.reply(self.hub.files[name], send)
+        path, hub = self.path.partition("?")[0], self.hub
+        about, files = path.startswith(f"/api/models/{hub.repo}"), f"/{hub.repo}/resolve/"
+        known = hub.token is None or self.headers["Authorization"] == f"Bearer {hub.token}"
+        if not known and not (about and hub.gated):
+            self.refuse(hub.status, "GatedRepo" if hub.gated else "RepoNotFound")
+        elif about:
+            siblings = [{"rfilename": name, "size": len(body), "blobId": digest(body)} for name, body in hub.files.items()]
+            self.reply(json.dumps({"id": hub.repo, "sha": COMMIT, "siblings": siblings}).encode(), send)
+        elif path.startswith(files) and (name := path.removeprefix(files).partition("/")[2]) in hub.files:
+            hub.fetched += [name] if send else []
+            self.reply(hub.files[name], send)
         else:
-            self.send_response(404)
-            self.send_header("X-Error-Code", "RepoNotFound")
-            self.send_header("Content-Length", "0")
-            self.end_headers()
+            self.refuse(404, "RepoNotFound")
+
+    def refuse(self, status: int, code: str) -> None:
+        self.send_response(status)
+        self.send_header("X-Error-Code", code)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
 
     def reply(self, body: bytes, send: bool) -> None:
-        self.send_response(200)
+        start = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").partition("-")[0])
+        self.hub.ranges += [self.headers["Range"]] if "Range" in self.headers else []
+        self.send_response(206 if start else 200)
         self.send_header("Content-Type", "application/octet-stream")
-        self.send_header("Content-Length", str(len(body)))
-        self.send_header("ETag", f'"{hashlib.sha256(body).hexdigest()}"')
+        self.send_header("Content-Length", str(len(body) - start))
+        if start:
+            self.send_header("Content-Range", f"bytes {start}-{len(body) - 1}/{len(body)}")
+        self.send_header("ETag", f'"{digest(body)}"')
         self.send_header("X-Repo-Commit", COMMIT)
         self.end_headers()
+        if send and self.hub.cut is not None and self.hub.cut < len(body):
+            body, self.hub.cut, self.close_connection = body[: self.hub.cut], None, True
         if send:
-            self.wfile.write(body)
+            self.wfile.write(body[start:])
 
     def log_message(self, *_: object) -> None:
         pass
+
+
+def digest(body: bytes) -> str:
+    return hashlib.sha256(body).hexdigest()
 
 
 @pytest.fixture
@@ -112,14 +158,16 @@ def hub() -> Iterator[Hub]:
         thread.join()
 
 
-def resolve(hub: Hub, home: Path, offline: bool = False, **arguments: object) -> dict[str, dict[str, str]]:
-    environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
-    environment["HF_HUB_OFFLINE"] = str(int(offline))
+def resolve(
+    hub: Hub, home: Path, offline: bool = False, token: str = "", without: tuple[str, ...] = (), **arguments: object
+) -> dict[str, Any]:
+    """Resolves in a process of its own, with its own caches and without the modules `without`."""
+    environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": token}
+    environment |= {"HF_HUB_OFFLINE": str(int(offline)), "XDG_CACHE_HOME": str(home / "cache")}
     arguments = {"source": "someone/model", **arguments}
-    output = subprocess.run(
-        [sys.executable, "-c", _RESOLVE, json.dumps(arguments)], env=environment, capture_output=True, text=True, check=True
-    ).stdout
-    result: dict[str, dict[str, str]] = json.loads(output.splitlines()[-1])
+    command = [sys.executable, "-c", _RESOLVE, json.dumps(arguments), json.dumps(without)]
+    output = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    result: dict[str, Any] = json.loads(output.splitlines()[-1])
     return result
 
 
@@ -134,7 +182,12 @@ def test_only_what_is_read_is_downloaded_and_offline_the_cache_serves(hub: Hub, 
     assert set(hub.fetched) == set(found["files"])
     assert found["source"]["repo_id"] == "someone/model"
     assert not found["source"]["path"]
-    assert resolve(hub, tmp_path, offline=True) == found
+    assert found["tasks"] == [["downloading someone/model", size(found), size(found)]]
+    assert resolve(hub, tmp_path, offline=True) == {**found, "tasks": []}
+
+
+def size(found: dict[str, Any]) -> int:
+    return sum(len(text) for text in found["files"].values())
 
 
 def test_variant_and_patterns_choose(hub: Hub, tmp_path: Path) -> None:
@@ -167,3 +220,60 @@ def test_what_the_hub_lacks_is_one_line(hub: Hub, tmp_path: Path) -> None:
 def test_a_hub_out_of_reach_is_one_line(tmp_path: Path) -> None:
     error = str(resolve(Hub("http://127.0.0.1:9"), tmp_path)["error"])
     assert error == "someone/model is no directory here, and the hub cannot be reached at http://127.0.0.1:9"
+
+
+def test_a_download_that_broke_off_is_continued(hub: Hub, tmp_path: Path) -> None:
+    chunk = 10 * 2**20  # as much as huggingface_hub writes at once
+    hub.files["unet/diffusion_pytorch_model.safetensors"] = b"weights " * 1_500_000
+    hub.cut = chunk + 1000
+    broken = resolve(hub, tmp_path)
+    assert "the same command continues it" in broken["error"]
+    assert "\n" not in broken["error"]
+    assert hub.ranges == []
+    found = resolve(hub, tmp_path)
+    assert hub.ranges == [f"bytes={chunk}-"]
+    assert found["files"]["unet/diffusion_pytorch_model.safetensors"] == "weights " * 1_500_000
+    assert found["tasks"] == [["downloading someone/model", size(found), size(found)]]
+
+
+def test_a_download_is_told_of_as_it_grows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "_WATCH_SECONDS", 0.001)
+    told, counts = threading.Event(), []
+
+    def advance(count: int) -> None:
+        counts.append(count)
+        if sum(counts) == 60:
+            told.set()
+
+    with client._watched(tmp_path / "blob.incomplete", 100, advance):
+        (tmp_path / "blob.incomplete").write_bytes(b"a" * 60)
+        assert told.wait(10)
+    assert sum(counts) == 100
+
+
+@pytest.mark.parametrize("gated", [True, False])
+def test_the_token_opens_what_is_private_or_gated(gated: bool, hub: Hub, tmp_path: Path) -> None:
+    hub.token, hub.gated = "hf_secret", gated
+    for token, status in (("", 401), ("hf_another", 403)):
+        hub.status = status
+        error = resolve(hub, tmp_path, token=token)["error"]
+        assert error.startswith(f"the hub refuses someone/model ({status})")
+        assert "HF_TOKEN" in error
+        assert "\n" not in error
+        assert "hf_another" not in error
+    assert hub.fetched == []
+    assert resolve(hub, tmp_path, token="hf_secret")["files"]
+
+
+def test_the_template_of_a_single_file_is_its_texts(hub: Hub, tmp_path: Path) -> None:
+    """It comes from where diffusers says. That is asked once: then neither diffusers nor torch is needed."""
+    safetensors.torch.save_file({"weight": torch.ones(2)}, tmp_path / "model.safetensors")
+    hub.repo = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+    found = resolve(hub, tmp_path, source=str(tmp_path / "model.safetensors"))
+    assert set(hub.fetched) == set(found["files"]) == {"model_index.json", "unet/config.json", "tokenizer/vocab.json"}
+    again = resolve(hub, tmp_path, source=str(tmp_path / "model.safetensors"), without=("torch", "diffusers", "safetensors"))
+    assert again["source"] == found["source"]
+    named = resolve(hub, tmp_path, source=str(tmp_path / "model.safetensors"), config=hub.repo, offline=True)
+    assert named["source"] == found["source"]
+    other = resolve(hub, tmp_path, source=str(tmp_path / "model.safetensors"), config="someone/else")
+    assert "someone/else could not be downloaded" in other["error"]
