@@ -6,6 +6,7 @@ Each is built at most once in a session, when a test first asks for it. Treat th
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 import pytest
 
@@ -14,6 +15,12 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 DEMO_MODEL = REPOSITORY / "demo" / "model"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Keeps what exports remember of files out of the user's cache."""
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(scope="session")
@@ -32,17 +39,18 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
 
 @pytest.fixture(scope="session")
 def bundle(tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[[str], Path]) -> Callable[[str], Path]:
-    """Gives the exported bundle of a tiny model by its name, or of the demo's model for "demo"."""
+    """Gives the exported bundle of a tiny model by its name, or of the demo's model for "demo"; "sd1:fp16" is one in fp16."""
     root = tmp_path_factory.mktemp("bundles")
 
     def get(name: str) -> Path:
         from img2img_export.build import export_model
-        from img2img_export.options import ExportOptions
+        from img2img_export.options import ExportOptions, Precision
 
-        source = DEMO_MODEL if name == "demo" else tiny_model(name)
-        output = root / name
+        model, _, precision = name.partition(":")
+        source = DEMO_MODEL if model == "demo" else tiny_model(model)
+        output = root / name.replace(":", "-")
         if not output.is_dir():
-            export_model(ExportOptions(source=str(source), output=output))
+            export_model(ExportOptions(source=str(source), output=output, precision=cast(Precision, precision or "fp32")))
         return output
 
     return get

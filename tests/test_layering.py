@@ -22,6 +22,7 @@ RULES = [
     ("img2img_server.__main__", (*HEAVY, "numpy", "PIL", "google")),
     ("img2img_server.pipelines.loader", ("grpc",)),
     ("img2img_export.command", (*HEAVY, "numpy", "PIL", "google")),
+    ("img2img_export.inspect_command", (*HEAVY, "numpy", "PIL", "google", "rich")),
     ("img2img_client", ("torch", "onnxruntime", "diffusers", "transformers", "optimum", "onnx", "numpy")),
     ("img2img_client.transform_command", HEAVY),
     ("img2img_client.models_command", HEAVY),

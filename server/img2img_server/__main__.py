@@ -45,6 +45,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--warm-up", type=float, default=10.0, metavar="SECONDS", help="time to measure a model at start (default: %(default)s)")
     add("--cache-bytes", type=int, default=256 * 2**20, metavar="N", help="memory for encoded prompts and pictures (256 MiB)")
     add("--trace", type=Path, metavar="FILE", help="write the device's timeline here, to be opened in ui.perfetto.dev")
+    add("--allow-unverified", action="store_true", help="also serve bundles that did not pass their export's verification")
     add("--max-waiting", type=int, default=256, metavar="N", help="requests that may wait (default: %(default)s)")
     add("--max-steps", type=int, default=100, metavar="N", help="largest num_inference_steps (default: %(default)s)")
     add("--max-image-bytes", type=int, default=16 * 2**20, metavar="N", help="largest source file (default: 16 MiB)")
@@ -77,6 +78,7 @@ def run(arguments: argparse.Namespace) -> int:
             cache_bytes=arguments.cache_bytes,
             warm_up=arguments.warm_up,
             trace=arguments.trace,
+            allow_unverified=arguments.allow_unverified,
             limits=Limits(max_batch_size=arguments.max_batch_size, max_waiting=arguments.max_waiting),
             image_limits=ImageLimits(max_bytes=arguments.max_image_bytes, max_pixels=arguments.max_pixels),
         )
@@ -101,6 +103,7 @@ async def _serve(config: "ServerConfig") -> int:
             config.models,
             lambda bundle, manifest: load_pipeline(bundle, manifest, config.provider, config.threads, cache),
             config.default_model,
+            config.allow_unverified,
         )
 
     stop = asyncio.Event()

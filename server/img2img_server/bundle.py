@@ -17,7 +17,7 @@ from typing import Any, Literal, TypeVar
 
 from img2img_server.errors import BundleError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST_NAME = "manifest.json"
 
 _T = TypeVar("_T")
@@ -49,21 +49,40 @@ class TensorSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class Lora:
+    """A LoRA that was fused into the weights: its file's name and SHA-256, and the scale it was fused with."""
+
+    name: str
+    scale: float
+    digest: str
+
+
+@dataclass(frozen=True, slots=True)
 class Component:
-    """One part of the model. `precision` is that of its weights: fp32, fp16 or bf16. A torch component has no graph."""
+    """One part of the model. `precision` is that of its weights: fp32, fp16, bf16 or int8. A torch component has no graph.
+
+    `reason` says why the precision is not the one that was asked for. A graph is `NAME/model.onnx`; `fused` is the path in
+    the bundle of a second graph of the same part, with ONNX Runtime's fused operators for CUDA, or empty. `bytes` are those
+    of its weights.
+    """
 
     name: str
     precision: str
     opset: int | None = None
     inputs: tuple[TensorSpec, ...] = ()
     outputs: tuple[TensorSpec, ...] = ()
+    backend: Literal["onnx", "torch"] = "onnx"
+    reason: str = ""
+    fused: str = ""
+    bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class ComponentParity:
-    """How far a graph's output is from PyTorch's on the same input.
+    """How far a graph's output is from that of PyTorch in fp32 on the same input.
 
     `max_abs_error` in the output's own units, `relative_error` as the L2 norm of the difference over the reference's.
+    `graph` is "plain" or "fused".
     """
 
     component: str
@@ -71,28 +90,38 @@ class ComponentParity:
     max_abs_error: float
     relative_error: float
     passed: bool
+    graph: str = "plain"
 
 
 @dataclass(frozen=True, slots=True)
 class PictureParity:
-    """How far a finished picture is from the one of diffusers' AutoPipelineForImage2Image with the same seed.
+    """How far a finished picture is from the one that diffusers draws in fp32 with the same seed.
 
-    `max_abs_error` in steps of 1/255, `psnr_db` in decibels (infinite is stored as 999).
+    `max_abs_error` in steps of 1/255, `psnr_db` in decibels (infinite is stored as 999), `ssim` the structural similarity,
+    1 for equal pictures.
     """
 
     case: str
     max_abs_error: int
     psnr_db: float
     passed: bool
+    ssim: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
 class Verification:
-    """What was measured at export. A bundle that did not pass is not served."""
+    """What was measured at export. A bundle that did not pass is not served, unless the server is told to.
+
+    `problems` says in a line each what did not pass; `limits` what was to be kept, by name (`max_abs_error`,
+    `relative_error`, `psnr_db`, `ssim`). `reference` names what it was compared with.
+    """
 
     passed: bool
     components: tuple[ComponentParity, ...] = ()
     pictures: tuple[PictureParity, ...] = ()
+    problems: tuple[str, ...] = ()
+    limits: dict[str, float] = field(default_factory=dict)
+    reference: str = "diffusers in fp32"
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,12 +131,15 @@ class Manifest:
     `pipeline_class` names diffusers' img2img class. `files` maps each file's path in the bundle to its SHA-256.
     `latent_preview` turns latents into colours, for previews: rows for red, green and blue, from 0 to 1, each with four
     weights for every latent channel (`pipelines/latent_preview.py` says of what) and a bias; () where there is no such map.
+    `backend` is "hybrid" where the denoiser alone is a graph, and the rest PyTorch; `backend_reason` says why it is not "onnx".
+    `precision` is the one that was asked for. `size_multiple` is what width and height must be multiples of, in pixels, where
+    the graphs want more than the pipeline's class does.
     """
 
     source: Source
     pipeline_class: str
     family: str
-    backend: Literal["onnx", "torch"]
+    backend: Literal["onnx", "hybrid", "torch"]
     components: tuple[Component, ...]
     files: dict[str, str]
     tools: dict[str, str]
@@ -115,6 +147,9 @@ class Manifest:
     backend_reason: str | None = None
     options: dict[str, str] = field(default_factory=dict)
     latent_preview: tuple[tuple[float, ...], ...] = ()
+    precision: str = "fp32"
+    loras: tuple[Lora, ...] = ()
+    size_multiple: int | None = None
     format_version: int = FORMAT_VERSION
 
 
@@ -144,10 +179,14 @@ def read_manifest(bundle: Path) -> Manifest:
     return _parse(Manifest, data, str(path))
 
 
-def check_bundle(bundle: Path, manifest: Manifest) -> None:
-    """Raises BundleError unless verification passed and every file is there with the contents that were verified."""
-    if not manifest.verification.passed:
-        raise BundleError(f"{bundle} did not pass verification when it was exported")
+def check_bundle(bundle: Path, manifest: Manifest, allow_unverified: bool = False) -> None:
+    """Raises BundleError unless verification passed and every file is there with the contents that were verified.
+
+    With `allow_unverified` a bundle passes whose verification failed; its files are checked all the same.
+    """
+    if not manifest.verification.passed and not allow_unverified:
+        why = "".join(f": {problem}" for problem in manifest.verification.problems[:1])
+        raise BundleError(f"{bundle} did not pass verification when it was exported{why}; --allow-unverified serves it")
     for name, expected in manifest.files.items():
         path = bundle / name
         if not path.resolve().is_relative_to(bundle.resolve()):

@@ -22,8 +22,8 @@ class ServerConfig:
     `models` is a folder of bundles, or one bundle. Port 0 takes a free one; `port_file` is written with the port once the
     server is SERVING. `grace` is how many seconds running requests get after SIGTERM. `threads` are those of one model
     call, None for all cores. `cache_bytes` hold what was encoded of prompts and pictures, 0 for none. `warm_up` is how many
-    seconds each model is measured for before it is served. `trace` gets the device's timeline. Raises ValueError for a
-    setting that cannot work.
+    seconds each model is measured for before it is served. `trace` gets the device's timeline. `allow_unverified` serves
+    bundles, too, whose verification failed. Raises ValueError for a setting that cannot work.
     """
 
     models: Path
@@ -39,6 +39,7 @@ class ServerConfig:
     cache_bytes: int = 256 * 2**20
     warm_up: float = 10.0
     trace: Path | None = None
+    allow_unverified: bool = False
     limits: Limits = field(default_factory=Limits)
     image_limits: ImageLimits = field(default_factory=ImageLimits)
 

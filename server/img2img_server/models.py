@@ -39,9 +39,10 @@ class ModelStore:
         self.default = default
 
     @classmethod
-    def load(cls, folder: Path, load: Load, default: str | None = None) -> "ModelStore":
+    def load(cls, folder: Path, load: Load, default: str | None = None, allow_unverified: bool = False) -> "ModelStore":
         """Checks and loads every bundle in `folder`, or `folder` itself where it is one.
 
+        `allow_unverified` also serves those whose verification failed when they were exported, with a warning.
         A bundle that does not load is listed with its problem. Raises BundleError where no bundle can be served.
         """
         if not folder.is_dir():
@@ -49,7 +50,7 @@ class ModelStore:
         bundles = [folder] if (folder / MANIFEST_NAME).is_file() else sorted(filter(_is_bundle, folder.iterdir()))
         if not bundles:
             raise BundleError(f"{folder} holds no bundle: make one with `img2img export MODEL --output {folder}/NAME`")
-        models = [_load_model(bundle, load) for bundle in bundles]
+        models = [_load_model(bundle, load, allow_unverified) for bundle in bundles]
         if not any(model.pipeline for model in models):
             raise BundleError("no bundle can be served: " + "; ".join(model.problem for model in models))
         return cls(models, default)
@@ -91,13 +92,16 @@ def _is_bundle(folder: Path) -> bool:
     return not folder.name.startswith(".") and (folder / MANIFEST_NAME).is_file()
 
 
-def _load_model(bundle: Path, load: Load) -> Model:
+def _load_model(bundle: Path, load: Load, allow_unverified: bool) -> Model:
     name = bundle.resolve().name
     manifest = None
     try:
         manifest = read_manifest(bundle)
         _log.info("model '%s': checking %d files", name, len(manifest.files))
-        check_bundle(bundle, manifest)
+        check_bundle(bundle, manifest, allow_unverified=allow_unverified)
+        if not manifest.verification.passed:
+            problems = "; ".join(manifest.verification.problems) or "nothing is known of why"
+            _log.warning("model '%s' did not pass verification, and is served all the same: %s", name, problems)
         _log.info("model '%s': loading", name)
         pipeline = load(bundle, manifest)
     except BundleError as error:

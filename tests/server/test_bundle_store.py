@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from fakes import FakePipeline
-from img2img_server.bundle import MANIFEST_NAME, Verification, digest_files, list_files, write_manifest
+from img2img_server.bundle import FORMAT_VERSION, MANIFEST_NAME, Verification, digest_files, list_files, write_manifest
 from img2img_server.errors import BundleError, ModelUnavailable
 from img2img_server.models import ModelStore
 from running import manifest
@@ -20,12 +20,27 @@ def make_bundle(folder: Path, passed: bool = True) -> Path:
     (folder / "unet").mkdir()
     (folder / "unet" / "model.onnx").write_bytes(b"graph")
     files = digest_files(folder, list_files(folder))
-    write_manifest(folder, replace(manifest("acme/m"), files=files, verification=Verification(passed)))
+    problems = () if passed else ("unet: 0.2 of 0.01", "the picture is black")
+    write_manifest(folder, replace(manifest("acme/m"), files=files, verification=Verification(passed, problems=problems)))
     return folder
 
 
 def load(folder: Path, default: str | None = None) -> ModelStore:
     return ModelStore.load(folder, lambda path, manifest: FakePipeline(), default)
+
+
+def test_an_unverified_bundle_is_served_when_that_is_allowed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = make_bundle(tmp_path / "bad", passed=False)
+    with pytest.raises(BundleError, match="did not pass verification"):
+        load(folder)
+    store = ModelStore.load(folder, lambda path, manifest: FakePipeline(), allow_unverified=True)
+    assert list(store.pipelines()) == ["bad"]
+    (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert "'bad' did not pass verification" in warning
+    assert "unet: 0.2 of 0.01; the picture is black" in warning, "what was measured at export is repeated"
+    (folder / "unet" / "model.onnx").write_bytes(b"other")
+    with pytest.raises(BundleError, match="SHA-256 differs"):
+        ModelStore.load(folder, lambda path, manifest: FakePipeline(), allow_unverified=True)
 
 
 def problem(folder: Path) -> str:
@@ -67,7 +82,7 @@ def test_an_unknown_default_is_an_error(tmp_path: Path) -> None:
         (lambda bundle: (bundle / "unet" / "model.onnx").unlink(), "lacks unet/model.onnx"),
         (lambda bundle: (bundle / MANIFEST_NAME).write_text("{"), "cannot be read"),
         (lambda bundle: (bundle / MANIFEST_NAME).write_text('{"format_version": 99}'), "format version 99"),
-        (lambda bundle: (bundle / MANIFEST_NAME).write_text('{"format_version": 1, "x": 1}'), "unknown keys"),
+        (lambda bundle: (bundle / MANIFEST_NAME).write_text(f'{{"format_version": {FORMAT_VERSION}, "x": 1}}'), "unknown keys"),
         (lambda bundle: make_bundle(bundle, passed=False), "did not pass verification"),
     ],
 )

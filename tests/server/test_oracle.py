@@ -23,7 +23,7 @@ from img2img_server.pipelines.loader import load_pipeline
 from PIL import Image
 from running import running
 
-FAMILIES = ("sd1", "sd2", "sdxl", "refiner", "demo")
+FAMILIES = ("sd1", "sd2", "sdxl", "refiner", "lcm", "demo")
 SCHEDULERS: dict[str, dict[str, Any]] = {
     # Stable Diffusion's pipeline corrects a DDIM that clips when it is made, but not one that is put in later.
     "DDIMScheduler": {"clip_sample": False},
@@ -156,7 +156,7 @@ def test_a_prompt_matters(client: Client, model: str) -> None:
     assert np.abs(np.asarray(one, int) - np.asarray(other, int)).max() > 1, "else the oracle would prove little"
 
 
-@pytest.mark.parametrize("model", ["demo", "sdxl"])
+@pytest.mark.parametrize("model", ["demo", "sdxl", "lcm"])
 def test_requests_in_one_batch_give_what_each_gives_alone(client: Client, model: str) -> None:
     """Different strength, steps, seed, guidance and prompt, at one size, sent at once."""
     mixes = [

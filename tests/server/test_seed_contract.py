@@ -1,6 +1,6 @@
 """The same seed gives the same picture: alone or in a batch, next to anything, with every scheduler, and diffusers' own."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from img2img_server.engine.cache import Cache
 from img2img_server.engine.engine import Engine
 from img2img_server.engine.request import Completed, Request
 from img2img_server.engine.scheduler import Limits
+from img2img_server.errors import InvalidField
 from img2img_server.pipelines.alone import run_alone
 from img2img_server.pipelines.loader import load_pipeline
 from img2img_server.pipelines.schedulers import NAMES
@@ -42,6 +43,11 @@ def pipeline(load: Load) -> StableDiffusion:
     return load("sd1", Cache(2**20))
 
 
+@pytest.fixture(scope="module")
+def distilled(load: Load) -> StableDiffusion:
+    return load("lcm", Cache(2**20))
+
+
 def picture(size: tuple[int, int], number: int) -> Image.Image:
     pixels = np.random.default_rng(number).integers(0, 255, (size[1] // 8, size[0] // 8, 3), dtype=np.uint8)
     return Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC)
@@ -52,7 +58,7 @@ def difference(one: Image.Image, other: Image.Image) -> int:
 
 
 @st.composite
-def mixes(draw: st.DrawFn) -> list[tuple[Request, int]]:
+def mixes(draw: st.DrawFn, schedulers: Sequence[str | None] = (None, *NAMES)) -> list[tuple[Request, int]]:
     """Some requests, and how many steps of the engine pass before each arrives."""
 
     def one() -> tuple[Request, int]:
@@ -66,7 +72,7 @@ def mixes(draw: st.DrawFn) -> list[tuple[Request, int]]:
             num_inference_steps=draw(st.integers(3, 7)),
             guidance_scale=draw(st.sampled_from([0.0, 1.0, 3.0, 7.5])),
             seeds=tuple(range(7))[draw(st.integers(0, 5)) :][: draw(st.integers(1, 2))],
-            scheduler=draw(st.sampled_from([None, *NAMES])),
+            scheduler=draw(st.sampled_from(schedulers)),
         )
         return request, draw(st.integers(0, 3))
 
@@ -76,6 +82,16 @@ def mixes(draw: st.DrawFn) -> list[tuple[Request, int]]:
 @given(mix=mixes())
 @settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
 def test_a_picture_is_the_same_alone_and_in_any_mix(pipeline: StableDiffusion, mix: list[tuple[Request, int]]) -> None:
+    assert_same_alone_and_together(pipeline, mix)
+
+
+@given(mix=mixes(schedulers=(None, "LCM")))
+@settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))
+def test_so_it_is_where_guidance_goes_into_the_model(distilled: StableDiffusion, mix: list[tuple[Request, int]]) -> None:
+    assert_same_alone_and_together(distilled, mix)
+
+
+def assert_same_alone_and_together(pipeline: StableDiffusion, mix: list[tuple[Request, int]]) -> None:
     engine = Engine({"m": pipeline}, Limits(max_batch_size=8, max_admitted=3))
     callers = []
     for request, pause in mix:
@@ -122,7 +138,7 @@ def test_every_scheduler_draws_what_diffusers_draws_with_it(
         assert difference(ours, expected) <= 1
 
 
-@pytest.mark.parametrize("model", ["sd1", "sdxl", "refiner"])
+@pytest.mark.parametrize("model", ["sd1", "sdxl", "refiner", "lcm"])
 def test_a_cache_changes_nothing_but_the_work(load: Load, model: str) -> None:
     cache = Cache(2**24)
     cached, plain = load(model, cache), load(model, Cache(0))
@@ -147,9 +163,19 @@ def test_pictures_of_other_content_are_not_mistaken_for_each_other(load: Load) -
     assert difference(first, second) > 1
 
 
-def test_what_is_not_guided_costs_half(pipeline: StableDiffusion) -> None:
-    rows = {scale: pipeline.plan(make_request(guidance_scale=scale)).rows for scale in (0.0, 1.0, 1.01, 7.5)}
-    assert rows == {0.0: 1, 1.0: 1, 1.01: 2, 7.5: 2}
+def test_what_is_not_guided_costs_half(pipeline: StableDiffusion, distilled: StableDiffusion) -> None:
+    scales = (0.0, 1.0, 1.01, 7.5)
+    assert [pipeline.plan(make_request(guidance_scale=scale)).rows for scale in scales] == [1, 1, 2, 2]
+    assert [distilled.plan(make_request(guidance_scale=scale)).rows for scale in scales] == [1, 1, 1, 1]
+
+
+def test_a_distilled_model_runs_every_step_or_says_how_many_it_has(distilled: StableDiffusion) -> None:
+    plans = [distilled.plan(make_request(num_inference_steps=4, strength=strength)) for strength in (0.1, 1.0)]
+    assert [plan.step_count for plan in plans] == [4, 4]
+    with pytest.raises(InvalidField, match=r"at strength 0\.1 this model has 5 steps at most"):
+        distilled.plan(make_request(num_inference_steps=6, strength=0.1))
+    with pytest.raises(InvalidField, match="cannot use 'DDIM'"):
+        distilled.plan(make_request(scheduler="DDIM"))
 
 
 def test_a_preview_looks_like_the_picture_it_becomes(load: Load) -> None:

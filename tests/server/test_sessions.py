@@ -49,8 +49,6 @@ def test_a_bundle_of_another_world_is_a_bundle_error(tmp_path: Path, bundle: Cal
     manifest = read_manifest(bundle("demo"))
     with pytest.raises(BundleError, match="NoSuchPipeline"):
         load_pipeline(bundle("demo"), replace(manifest, pipeline_class="NoSuchPipeline"), "cpu")
-    with pytest.raises(BundleError, match="cannot run from ONNX"):
-        load_pipeline(bundle("demo"), replace(manifest, family="whole"), "cpu")
     broken = tmp_path / "broken"
     shutil.copytree(bundle("demo"), broken)
     (broken / "scheduler" / "scheduler_config.json").unlink()

@@ -14,8 +14,9 @@ Conditioning = dict[str, torch.Tensor]
 
 @dataclass(slots=True, eq=False)
 class DiffusionState:
-    """A request between two steps. With n seeds, `latents` is [n, C, h, w]; with guidance, conditioning has 2n rows, the
-    negative prompt's first. `scheduler` is its own where it has no compiled schedule to follow as its `trajectory`."""
+    """A request between two steps. With n seeds, `latents` is [n, C, h, w]; where it is `guided`, by a second row in the UNet's
+    call, conditioning has 2n rows, the negative prompt's first. `scheduler` is its own where it has no compiled schedule to
+    follow as its `trajectory`."""
 
     request: Request
     timesteps: torch.Tensor
@@ -23,6 +24,7 @@ class DiffusionState:
     conditioning: Conditioning
     generators: list[torch.Generator]
     trajectory: Trajectory | None
+    guided: bool
     scheduler: Any = None
     step_arguments: dict[str, Any] = field(default_factory=dict)
     step: int = 0
@@ -33,11 +35,6 @@ class DiffusionState:
     def step_count(self) -> int:
         """How often the UNet is called for it."""
         return len(self.timesteps)
-
-    @property
-    def guided(self) -> bool:
-        """Whether classifier-free guidance is on, which doubles its rows in the UNet's call."""
-        return is_guided(self.request)
 
     @property
     def timestep(self) -> torch.Tensor:
@@ -64,8 +61,3 @@ class DiffusionState:
             return noise
         unconditional, text = noise.chunk(2)
         return unconditional + self.request.guidance_scale * (text - unconditional)
-
-
-def is_guided(request: Request) -> bool:
-    """Whether classifier-free guidance has an effect: diffusers' rule."""
-    return request.guidance_scale > 1

@@ -19,7 +19,7 @@ from img2img_server.engine.cache import Cache
 from img2img_server.engine.request import Plan, Request
 from img2img_server.pipelines import latent_preview
 from img2img_server.pipelines.conditions import Embedding, Encoder
-from img2img_server.pipelines.diffusion_state import Conditioning, DiffusionState, is_guided
+from img2img_server.pipelines.diffusion_state import Conditioning, DiffusionState
 from img2img_server.pipelines.schedules import Trajectory, advance_batch
 from img2img_server.pipelines.timetables import Timetable, Timetables
 from img2img_server.pipelines.torch_calls import torch_call
@@ -35,6 +35,7 @@ class StableDiffusion:
     """
 
     max_rows: int | None = None
+    timetables: type[Timetables] = Timetables
 
     def __init__(self, pipe: Any, engine: str, threads: int, cache: Cache, preview_weights: PreviewWeights = ()) -> None:
         self._pipe = pipe
@@ -43,7 +44,7 @@ class StableDiffusion:
         self.size_multiple: int = pipe.vae_scale_factor
         side = int(pipe.unet.config.sample_size) * self.size_multiple
         self.native_size = (side, side)
-        self._timetables = Timetables(pipe)
+        self._timetables = self.timetables(pipe)
         self.schedulers = self._timetables.names
         self._encoder = Encoder(pipe, cache, self._encode_texts)
         self._preview_weights = preview_weights
@@ -51,7 +52,7 @@ class StableDiffusion:
     @torch_call
     def plan(self, request: Request) -> Plan:
         """Its steps and rows. Raises InvalidField where there are no steps to run. Slow for steps that were not seen before."""
-        rows = len(request.seeds) * (2 if is_guided(request) else 1)
+        rows = len(request.seeds) * (2 if self._is_guided(request) else 1)
         width, height = request.image.size
         return Plan((height, width), width * height, rows, len(self._timetables.get(request).timesteps))
 
@@ -81,6 +82,7 @@ class StableDiffusion:
             torch.cat(samples),
             torch.cat(timesteps),
             encoder_hidden_states=hidden_states,
+            timestep_cond=joined.pop("timestep_cond", None),
             added_cond_kwargs=joined,
             return_dict=False,
         )[0]
@@ -149,9 +151,11 @@ class StableDiffusion:
             device=pipe._execution_device,
             generator=generators,
         )
-        conditioning = self._conditioning(request, positive, negative)
+        conditioning = self._conditioning(request, positive, negative) | self._guidance_conditioning(request, latents)
         conditioning |= self._size_conditioning(pipe, request, latents, positive.hidden_states.dtype)
-        state = DiffusionState(request, timetable.timesteps, latents, conditioning, generators, None)
+        state = DiffusionState(
+            request, timetable.timesteps, latents, conditioning, generators, trajectory=None, guided=self._is_guided(request)
+        )
         if timetable.schedule is not None:
             state.trajectory = Trajectory(timetable.schedule, generators)
         else:
@@ -159,13 +163,26 @@ class StableDiffusion:
             state.step_arguments = view_of(pipe, scheduler=state.scheduler).prepare_extra_step_kwargs(generators, 0.0)
         return state
 
+    def _is_guided(self, request: Request) -> bool:
+        """Whether classifier-free guidance doubles its rows in the UNet's call: diffusers' rule."""
+        return request.guidance_scale > 1 and self._pipe.unet.config.get("time_cond_proj_dim") is None
+
+    def _guidance_conditioning(self, request: Request, latents: torch.Tensor) -> Conditioning:
+        """Guidance as an input of the UNet, where it was distilled into it."""
+        width = self._pipe.unet.config.get("time_cond_proj_dim")
+        if width is None:
+            return {}
+        scales = torch.tensor(request.guidance_scale - 1).repeat(len(latents))
+        embedding: torch.Tensor = self._pipe.get_guidance_scale_embedding(scales, embedding_dim=width)
+        return {"timestep_cond": embedding.to(latents.device, latents.dtype)}
+
     def _texts(self, request: Request) -> list[str]:
         """The texts that have to be encoded for it."""
-        return [request.prompt, request.negative_prompt or ""] if is_guided(request) else [request.prompt]
+        return [request.prompt, request.negative_prompt or ""] if self._is_guided(request) else [request.prompt]
 
     def _embeddings(self, request: Request, known: dict[str, Embedding]) -> tuple[Embedding, Embedding | None]:
         """Those of the prompt, and of the negative one where guidance wants it."""
-        return known[request.prompt], known[request.negative_prompt or ""] if is_guided(request) else None
+        return known[request.prompt], known[request.negative_prompt or ""] if self._is_guided(request) else None
 
     def _conditioning(self, request: Request, positive: Embedding, negative: Embedding | None) -> Conditioning:
         count = len(request.seeds)
@@ -210,7 +227,7 @@ class StableDiffusionXL(StableDiffusion):
         return [request.prompt] if self._negative_is_zero(request) else super()._texts(request)
 
     def _embeddings(self, request: Request, known: dict[str, Embedding]) -> tuple[Embedding, Embedding | None]:
-        if is_guided(request) and self._negative_is_zero(request):
+        if self._is_guided(request) and self._negative_is_zero(request):
             return known[request.prompt], known[request.prompt].zeros()
         return super()._embeddings(request, known)
 
@@ -230,7 +247,7 @@ class StableDiffusionXL(StableDiffusion):
             size, (0, 0), size, 6.0, 2.5, size, (0, 0), size,
             dtype=dtype, text_encoder_projection_dim=pipe.text_encoder_2.config.projection_dim,
         )  # fmt: skip
-        rows = [negative] * len(latents) + [positive] * len(latents) if is_guided(request) else [positive] * len(latents)
+        rows = [negative] * len(latents) + [positive] * len(latents) if self._is_guided(request) else [positive] * len(latents)
         return {"time_ids": torch.cat(rows).to(latents.device)}
 
     def _decode(self, latents: torch.Tensor) -> torch.Tensor:

@@ -1,59 +1,95 @@
 """Stand-ins: ONNX graphs that take the places of torch modules in a diffusers pipeline.
 
-Each has just the attributes that diffusers' img2img pipelines read of the module it stands for. Tensors go in and come out
-as torch tensors on the CPU; between torch and ONNX Runtime they share memory.
+Each has just the attributes that diffusers' img2img pipelines read of the module it stands for. Whatever the graph's own
+types are, a stand-in is of float32 to the pipeline: tensors are cast at the graph's edges, so that latents, guidance and
+schedulers stay in float32 beside a graph of float16.
 """
 
+import contextlib
+import inspect
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import diffusers
 import onnxruntime
 import torch
 from diffusers.configuration_utils import FrozenDict
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from torch.utils.dlpack import from_dlpack
 from transformers import PretrainedConfig
 from transformers.utils import ModelOutput
 
-from img2img_server.pipelines.sessions import SessionOptions, open_session
+from img2img_server.errors import BundleError
 
 _DTYPES = {
     "tensor(float)": torch.float32,
     "tensor(float16)": torch.float16,
+    "tensor(bfloat16)": torch.bfloat16,
     "tensor(int64)": torch.int64,
     "tensor(int32)": torch.int32,
+    "tensor(bool)": torch.bool,
 }
+
+_TEXT_OUTPUTS = ("text_embeds", "last_hidden_state", "pooler_output")
+"""The order in which transformers' text encoders give them."""
 
 
 class Graph:
-    """An ONNX graph that is called with torch tensors by name, casts them to its input types and ignores what it lacks."""
+    """An ONNX graph that is called with torch tensors by name, casts them to its input types and ignores what it lacks.
+
+    `scalars` are its inputs that have no axes. Raises BundleError for a graph of types that torch has no equal of.
+    """
 
     def __init__(self, session: onnxruntime.InferenceSession) -> None:
         self._session = session
-        self._inputs = {item.name: _DTYPES[item.type] for item in session.get_inputs()}
+        self._inputs = {item.name: _dtype_of(item) for item in session.get_inputs()}
         self._outputs = [item.name for item in session.get_outputs()]
-        self.dtype = _DTYPES[session.get_outputs()[0].type]
+        self.scalars = frozenset(item.name for item in session.get_inputs() if not item.shape)
+        types = {*self._inputs.values(), *(_dtype_of(item) for item in session.get_outputs())}
+        # NumPy has no bfloat16.
+        self._run = self._run_values if torch.bfloat16 in types else self._run_arrays
 
     def __call__(self, **tensors: torch.Tensor | None) -> dict[str, torch.Tensor]:
-        """Runs the graph; the outputs in the graph's order, by name."""
+        """Runs the graph; the outputs in the graph's order, by name, in float32 and on the device of the first tensor."""
+        given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+        device = next(iter(given.values())).device
         feed = {
-            name: tensor.to(self._inputs[name]).contiguous().numpy()
-            for name, tensor in tensors.items()
-            if tensor is not None and name in self._inputs
+            name: tensor.detach().to("cpu", self._inputs[name]).contiguous()
+            for name, tensor in given.items()
+            if name in self._inputs
         }
-        values = self._session.run(self._outputs, feed)
-        return {name: torch.from_numpy(value) for name, value in zip(self._outputs, values, strict=True)}
+        outputs = zip(self._outputs, self._run(feed), strict=True)
+        return {
+            name: value.to(device, torch.float32) if value.is_floating_point() else value.to(device) for name, value in outputs
+        }
+
+    def _run_arrays(self, feed: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+        values = self._session.run(self._outputs, {name: tensor.numpy() for name, tensor in feed.items()})
+        return [torch.from_numpy(value) for value in values]
+
+    def _run_values(self, feed: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+        values = {name: onnxruntime.OrtValue.from_dlpack(tensor) for name, tensor in feed.items()}
+        return [from_dlpack(value) for value in self._session.run_with_ort_values(self._outputs, values)]
+
+
+def _dtype_of(item: Any) -> torch.dtype:
+    if item.type not in _DTYPES:
+        raise BundleError(f"the graph's '{item.name}' is a {item.type}, which this server cannot hand over")
+    return _DTYPES[item.type]
 
 
 class StandIn:
-    """What every stand-in has: where it is, and the graphs' floating-point type."""
+    """What every stand-in has: a configuration, and where and of what type its tensors are."""
 
-    device = torch.device("cpu")
+    dtype = torch.float32
 
-    def __init__(self, dtype: torch.dtype, config: Any) -> None:
-        self.dtype = dtype
+    def __init__(self, config: Any, device: str = "cpu") -> None:
         self.config = config
+        self.device = torch.device(device)
 
     def to(self, *_: Any, **__: Any) -> "StandIn":
         """Does nothing: a graph stays where its session is."""
@@ -61,11 +97,11 @@ class StandIn:
 
 
 class OnnxTextEncoder(StandIn):
-    """A CLIP text encoder: token ids [B, T] to its outputs in the graph's order, and its hidden states as a tuple."""
+    """A text encoder (CLIP, T5): token ids [B, T] to its outputs, in transformers' order, and its hidden states as a tuple."""
 
-    def __init__(self, folder: Path, options: SessionOptions) -> None:
-        self._graph = Graph(open_session(folder / "model.onnx", options))
-        super().__init__(self._graph.dtype, PretrainedConfig.from_json_file(folder / "config.json"))
+    def __init__(self, graph: Graph, folder: Path, device: str = "cpu") -> None:
+        self._graph = graph
+        super().__init__(PretrainedConfig.from_json_file(folder / "config.json"), device)
 
     def __call__(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, output_hidden_states: bool = False
@@ -73,50 +109,54 @@ class OnnxTextEncoder(StandIn):
         """Encodes tokens. `output_hidden_states` is obeyed by always giving those that the graph has."""
         outputs = self._graph(input_ids=input_ids, attention_mask=attention_mask)
         hidden = [outputs.pop(name) for name in list(outputs) if name.startswith("hidden_states.")]
-        if hidden:
-            outputs["hidden_states"] = tuple(hidden)  # type: ignore[assignment]
-        return ModelOutput(**outputs)
+        # Pipelines take some by their place.
+        ordered: dict[str, Any] = {name: outputs.pop(name) for name in _TEXT_OUTPUTS if name in outputs} | outputs
+        return ModelOutput(**ordered, **({"hidden_states": tuple(hidden)} if hidden else {}))
 
 
-class OnnxUNet(StandIn):
-    """A conditional UNet: noised latents [B, C, h, w] and one timestep for each of B to predicted noise [B, C, h, w]."""
+class OnnxDenoiser(StandIn):
+    """A UNet or transformer of any diffusers class: it is called as that class's `forward`, whose parameters' names are those
+    of the graph's inputs. A parameter that is a dictionary hands its values over by their keys."""
 
-    def __init__(self, folder: Path, options: SessionOptions) -> None:
-        self._graph = Graph(open_session(folder / "model.onnx", options))
-        config = read_config(folder)
-        super().__init__(self._graph.dtype, config)
+    def __init__(self, graph: Graph, folder: Path, device: str = "cpu") -> None:
+        self._graph = graph
+        super().__init__(read_config(folder), device)
+        name = self.config.get("_class_name")
+        model_class = getattr(diffusers, str(name), None)
+        if model_class is None:
+            raise BundleError(f"{folder} is a '{name}', which diffusers {diffusers.__version__} lacks")
+        self._signature = inspect.signature(model_class.forward)
         # SDXL's pipeline reads the width of this layer to check the size of its added embeddings.
-        width = config.get("projection_class_embeddings_input_dim")
+        width = self.config.get("projection_class_embeddings_input_dim")
         self.add_embedding = SimpleNamespace(linear_1=SimpleNamespace(in_features=width))
+        self.in_channels = self.config.get("in_channels")
 
-    def __call__(
-        self,
-        sample: torch.Tensor,
-        timestep: torch.Tensor,
-        encoder_hidden_states: torch.Tensor,
-        added_cond_kwargs: dict[str, torch.Tensor] | None = None,
-        timestep_cond: torch.Tensor | None = None,
-        cross_attention_kwargs: None = None,
-        return_dict: bool = False,
-    ) -> tuple[torch.Tensor]:
-        """Predicts the noise. A scalar `timestep` holds for the whole batch."""
-        outputs = self._graph(
-            sample=sample,
-            timestep=timestep.expand(sample.shape[0]) if timestep.ndim == 0 else timestep,
-            encoder_hidden_states=encoder_hidden_states,
-            timestep_cond=timestep_cond,
-            **(added_cond_kwargs or {}),
-        )
-        return (outputs["out_sample"],)
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
+        """Predicts the noise. A scalar `timestep` holds for the whole batch. Raises TypeError for what the class lacks."""
+        bound = self._signature.bind(self, *arguments, **named).arguments
+        bound.pop("self")
+        tensors = _flatten(bound)
+        batch = len(next(iter(tensors.values())))
+        timestep = torch.as_tensor(bound["timestep"])
+        # Graphs that were made elsewhere may have one timestep for the whole batch.
+        alone = "timestep" in self._graph.scalars
+        tensors["timestep"] = timestep.flatten()[0] if alone else timestep.expand(batch) if timestep.ndim == 0 else timestep
+        sample = next(iter(self._graph(**tensors).values()))
+        return Transformer2DModelOutput(sample=sample) if bound.get("return_dict", True) else (sample,)
+
+    @contextlib.contextmanager
+    def cache_context(self, name: str) -> Any:
+        """A place for what diffusers' caching hooks keep between steps. A graph has no hooks."""
+        yield
 
 
 class OnnxVae(StandIn):
     """An AutoencoderKL made of two graphs: pixels [B, 3, H, W] in [-1, 1] to a latent distribution, and latents to pixels."""
 
-    def __init__(self, encoder: Path, decoder: Path, options: SessionOptions) -> None:
-        self._encoder = Graph(open_session(encoder / "model.onnx", options))
-        self._decoder = Graph(open_session(decoder / "model.onnx", options))
-        super().__init__(self._decoder.dtype, read_config(decoder))
+    def __init__(self, encoder: Graph, decoder: Graph, folder: Path, device: str = "cpu") -> None:
+        self._encoder = encoder
+        self._decoder = decoder
+        super().__init__(read_config(folder), device)
 
     def encode(self, pixels: torch.Tensor) -> SimpleNamespace:
         """The distribution of the latents, as `latent_dist`."""
@@ -131,3 +171,14 @@ class OnnxVae(StandIn):
 def read_config(folder: Path) -> FrozenDict:
     """A component's config.json, with its values as attributes too."""
     return FrozenDict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+
+
+def _flatten(arguments: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """The tensors among a call's arguments, and in its dictionaries, by name."""
+    tensors: dict[str, torch.Tensor] = {}
+    for name, value in arguments.items():
+        if isinstance(value, torch.Tensor):
+            tensors[name] = value
+        elif isinstance(value, Mapping):
+            tensors |= _flatten(value)
+    return tensors

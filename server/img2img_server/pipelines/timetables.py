@@ -3,6 +3,7 @@
 import copy
 import logging
 import threading
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,17 +46,10 @@ class Timetables:
         self._lock = threading.Lock()
         self.names = schedulers.supported(pipe.scheduler)
 
-    def _check(self, request: Request) -> None:
-        """Raises InvalidField for a request that has no steps, or a scheduler that is not there."""
-        if request.scheduler is not None and request.scheduler not in self.names:
-            raise InvalidField("scheduler", f"this model cannot use '{request.scheduler}'")
-        if _first_steps(request) == 0:
-            raise InvalidField("strength", "strength times num_inference_steps is below 1: no step would be run")
-
     def get(self, request: Request) -> Timetable:
         """The request's timetable. Raises InvalidField where there can be none."""
         self._check(request)
-        key = (request.scheduler, request.num_inference_steps, _first_steps(request))
+        key = self._key(request)
         with self._lock:
             known: Timetable | None = self._cache.get(key)
             if known is None:
@@ -65,19 +59,42 @@ class Timetables:
 
     def _make(self, request: Request) -> Timetable:
         device = self._pipe._execution_device
-        name = request.scheduler
-        if name not in self._schedulers:  # some take long to make: they compute all of their training's timesteps
-            self._schedulers[name] = schedulers.make(name, self._pipe.scheduler)
-        view = view_of(self._pipe, scheduler=copy.deepcopy(self._schedulers[name]))
+        view = view_of(self._pipe, scheduler=copy.deepcopy(self._scheduler(request.scheduler)))
         try:
-            view.scheduler.set_timesteps(request.num_inference_steps, device=device)
+            timesteps = self._set(view, request, device)
         except ValueError as error:
             raise InvalidField("num_inference_steps", f"the scheduler cannot do that: {error}") from None
-        timesteps, _ = view.get_timesteps(request.num_inference_steps, request.strength, device)
         schedule = compile_schedule(view.scheduler, timesteps)
         if schedule is None:
             logging.getLogger(__name__).info("%s is not linear: stepped one by one", type(view.scheduler).__name__)
         return Timetable(view.scheduler, timesteps, schedule)
+
+    def _check(self, request: Request) -> None:
+        """Raises InvalidField for a request that has no steps, or a scheduler that is not there."""
+        self._check_name(request)
+        if _first_steps(request) == 0:
+            raise InvalidField("strength", "strength times num_inference_steps is below 1: no step would be run")
+
+    def _check_name(self, request: Request) -> None:
+        if request.scheduler is not None and request.scheduler not in self.names:
+            raise InvalidField("scheduler", f"this model cannot use '{request.scheduler}'")
+
+    def _key(self, request: Request) -> Hashable:
+        """What requests have in common that have the same timetable."""
+        return request.scheduler, request.num_inference_steps, _first_steps(request)
+
+    def _scheduler(self, name: str | None) -> Any:
+        """The scheduler of that name, made once: some compute all of their training's timesteps."""
+        if name not in self._schedulers:
+            self._schedulers[name] = schedulers.make(name, self._pipe.scheduler)
+        return self._schedulers[name]
+
+    def _set(self, view: Any, request: Request, device: torch.device) -> torch.Tensor:
+        """Sets and begins the scheduler of `view`, and gives the timesteps that are to be run."""
+        view.scheduler.set_timesteps(request.num_inference_steps, device=device)
+        timesteps: torch.Tensor
+        timesteps, _ = view.get_timesteps(request.num_inference_steps, request.strength, device)
+        return timesteps
 
 
 def _first_steps(request: Request) -> int:

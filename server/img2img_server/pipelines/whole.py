@@ -23,9 +23,11 @@ from img2img_server.pipelines.views import view_of
 _SWAPPED = frozenset({"KandinskyV22Img2ImgPipeline", "KandinskyV22Img2ImgCombinedPipeline"})
 """Classes of diffusers (seen in 0.39) that hand width and height to their image processor the wrong way round."""
 
+_UNFITTED = frozenset({"Kandinsky3UNet", "ResnetUpsampleBlock2D", "SimpleCrossAttnUpBlock2D"})
+"""UNets, and blocks of UNets, that double what they get whatever its size was before it was halved."""
 
 _ASSUMED_SIDE = 512
-"""Pixels of a side of the pictures that such a pipeline was trained on: it doesn't say."""
+"""Pixels of a side of the pictures that a pipeline was trained on, where it doesn't say."""
 
 
 class _Abandoned(BaseException):
@@ -106,7 +108,8 @@ class WholePipeline:
     def __init__(self, pipe: Any, engine: str, threads: int) -> None:
         self._pipe = pipe
         self.threads = threads
-        self.native_size = (_ASSUMED_SIDE, _ASSUMED_SIDE)
+        side = _native_side(pipe)
+        self.native_size = (side, side)
         self._parameters = inspect.signature(pipe.__call__).parameters
         self.engine = engine
         self.size_multiple = _size_multiple(pipe)
@@ -118,7 +121,8 @@ class WholePipeline:
         if request.scheduler is not None:
             raise InvalidField("scheduler", "this model has its own only")
         width, height = request.image.size
-        steps = max(1, int(request.num_inference_steps * request.strength))
+        strength = request.strength if "strength" in self._parameters else 1.0
+        steps = max(1, int(request.num_inference_steps * strength))
         return Plan((height, width), width * height, 1, steps * len(request.seeds))
 
     def prepare(self, requests: Sequence[Request]) -> Sequence[WholeState]:
@@ -214,10 +218,33 @@ def _parts(pipe: Any) -> list[Any]:
 
 
 def _size_multiple(pipe: Any) -> int:
-    """Width and height must be multiples of this many pixels: what the pipeline's image processor rounds to, else 64."""
+    """Width and height must be multiples of this many pixels: what the pipeline's image processor rounds to, else 64, times
+    what its denoiser's patches and levels need, where the pipeline leaves that to its caller."""
     for part in _parts(pipe):
         processor = getattr(part, "image_processor", None)
         factor = getattr(getattr(processor, "config", None), "vae_scale_factor", None)
         if factor is not None:
-            return int(factor)
+            return int(factor) * _denoiser_multiple(part)
     return 64
+
+
+def _denoiser_multiple(pipe: Any) -> int:
+    """Latents must be multiples of this. Only SD 3's pipelines have a `patch_size`, and only Kandinsky's UNets don't fit what
+    they sample up to what they sampled down."""
+    unet = getattr(pipe, "unet", None)
+    config = getattr(unet, "config", {})
+    kinds = {config.get("_class_name", type(unet).__name__), *config.get("up_block_types", ())}
+    if not kinds.isdisjoint(_UNFITTED):
+        return int(2 ** (len(config["block_out_channels"]) - 1))
+    return int(getattr(pipe, "patch_size", 1))
+
+
+def _native_side(pipe: Any) -> int:
+    """Pixels of a side of the pictures that the pipeline was trained on."""
+    for part in _parts(pipe):
+        factor = getattr(part, "vae_scale_factor", None)
+        config = getattr(getattr(part, "unet", None), "config", {})
+        side = getattr(part, "default_sample_size", None) or config.get("sample_size")
+        if isinstance(factor, int) and isinstance(side, int):
+            return side * factor
+    return _ASSUMED_SIDE

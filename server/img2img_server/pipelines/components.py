@@ -1,0 +1,144 @@
+"""A bundle's components -> a diffusers pipeline: a stand-in for each that is a graph, diffusers' own module for the others."""
+
+import importlib
+import inspect
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import onnxruntime
+import torch
+import transformers
+
+from img2img_server.bundle import Manifest
+from img2img_server.errors import BundleError
+from img2img_server.pipelines.sessions import SessionOptions, open_session
+from img2img_server.pipelines.standins import Graph, OnnxDenoiser, OnnxTextEncoder, OnnxVae
+
+_log = logging.getLogger(__name__)
+
+Open = Callable[[Path, SessionOptions], onnxruntime.InferenceSession]
+"""Opens an ONNX file."""
+
+_GRAPH = "model.onnx"
+_LIBRARIES = {"diffusers": diffusers, "transformers": transformers}
+_LOAD_ERRORS = (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError)
+"""What diffusers and transformers raise for files that they cannot make sense of."""
+
+
+@dataclass(frozen=True, slots=True)
+class Components:
+    """A bundle that is opened part by part. `device` is where torch modules are to be: "cpu" or "cuda"; `open` opens a graph."""
+
+    bundle: Path
+    manifest: Manifest
+    options: SessionOptions
+    device: str = "cpu"
+    open: Open = open_session
+
+    def pipeline(self) -> Any:
+        """The img2img class that the manifest names, made of its parts. Raises BundleError where one does not fit."""
+        pipeline_class = _pipeline_class(self.manifest)
+        wanted = inspect.signature(pipeline_class.__init__).parameters
+        parts = {name: self._part(name, entry) for name, entry in _read_index(self.bundle).items() if name in wanted}
+        if "add_watermarker" in wanted:
+            parts["add_watermarker"] = False
+        missing = [name for name, item in wanted.items() if name != "self" and item.default is item.empty and name not in parts]
+        return pipeline_class(**parts, **dict.fromkeys(missing)).to(self.device)
+
+    def _part(self, name: str, entry: Any) -> Any:
+        """One argument of the pipeline's class: a setting, a stand-in, or what diffusers or transformers load from a folder."""
+        if not isinstance(entry, list):
+            return entry
+        library, class_name = entry
+        folder = self.bundle / name
+        if class_name is None:
+            return None
+        if name == "vae" and self._has_graph("vae_decoder"):
+            return OnnxVae(self._graph("vae_encoder"), self._graph("vae_decoder"), self.bundle / "vae_decoder", self.device)
+        # The safety checker is no part of an ONNX bundle, though model_index.json may still name it.
+        if not folder.is_dir():
+            return None
+        if self._has_graph(name):
+            stand_in = OnnxTextEncoder if library == "transformers" else OnnxDenoiser
+            return stand_in(self._graph(name), folder, self.device)
+        return _load(_component_class(library, class_name), folder)
+
+    def _has_graph(self, name: str) -> bool:
+        return (self.bundle / name / _GRAPH).is_file()
+
+    def _graph(self, name: str) -> Graph:
+        """Opens a component's graph: on CUDA the one with fused operators, where there is one and it opens."""
+        component = next((item for item in self.manifest.components if item.name == name), None)
+        if component is not None and component.fused and self.options.provider == "cuda":
+            if component.fused not in self.manifest.files:
+                raise BundleError(f"{self.bundle} names a fused graph that is no file of it: {component.fused}")
+            try:
+                return Graph(self.open(self.bundle / component.fused, self.options))
+            except BundleError as error:
+                _log.warning("%s; the plain graph is used instead", error)
+        try:
+            return Graph(self.open(self.bundle / name / _GRAPH, self.options))
+        except BundleError as error:
+            if component is not None and component.precision == "bf16" and self.options.provider == "cpu":
+                raise BundleError(f"{self.bundle / name} is bf16, and bf16 graphs need a GPU: {error}") from error
+            raise
+
+
+def torch_pipeline(bundle: Path, manifest: Manifest, device: str) -> Any:
+    """The img2img class that the manifest names, all of it in torch, in float32. Raises BundleError."""
+    pipeline_class = _pipeline_class(manifest)
+    # Without these diffusers asks for parts that the model was saved without, such as SD 3's T5.
+    left_out = [name for name, entry in _read_index(bundle).items() if entry == [None, None]]
+    try:
+        return pipeline_class.from_pretrained(
+            str(bundle), use_safetensors=True, local_files_only=True, torch_dtype=torch.float32, **dict.fromkeys(left_out)
+        ).to(device)
+    except _LOAD_ERRORS as error:
+        raise BundleError(f"{bundle} does not load: {error}") from error
+
+
+def _read_index(bundle: Path) -> dict[str, Any]:
+    path = bundle / "model_index.json"
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BundleError(f"{path} cannot be read: {error}") from error
+    if not isinstance(index, dict):
+        raise BundleError(f"{path} is not an object")
+    return index
+
+
+def _pipeline_class(manifest: Manifest) -> Any:
+    found = getattr(diffusers, manifest.pipeline_class, None)
+    if not (inspect.isclass(found) and issubclass(found, diffusers.DiffusionPipeline)):
+        raise BundleError(f"the bundle wants '{manifest.pipeline_class}', which diffusers {diffusers.__version__} lacks")
+    return found
+
+
+def _component_class(library: str, class_name: str) -> Any:
+    """A class of transformers, diffusers, or one of diffusers' pipelines' own packages: no other code is ever run."""
+    found = getattr(_LIBRARIES.get(library), class_name, None)
+    if found is None and library.isidentifier() and (Path(diffusers.__file__).parent / "pipelines" / library).is_dir():
+        try:
+            found = getattr(importlib.import_module(f"diffusers.pipelines.{library}"), class_name, None)
+        except ImportError as error:
+            raise BundleError(f"{library}.{class_name} cannot be imported: {error}") from error
+    if found is None:
+        raise BundleError(f"the bundle names {library}.{class_name}: only classes of diffusers and transformers are loaded")
+    return found
+
+
+def _load(component_class: Any, folder: Path) -> Any:
+    """What a class of diffusers or transformers makes of a folder; models in float32, from safetensors."""
+    settings: dict[str, Any] = {"local_files_only": True}
+    if inspect.isclass(component_class) and issubclass(component_class, torch.nn.Module):
+        settings |= {"torch_dtype": torch.float32, "use_safetensors": True}
+    try:
+        return component_class.from_pretrained(folder, **settings)
+    except _LOAD_ERRORS as error:
+        raise BundleError(f"{folder} does not load: {error}") from error

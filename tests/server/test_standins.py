@@ -1,0 +1,215 @@
+"""Stand-ins: graphs in the places of torch modules. What they show to diffusers, and how they are opened."""
+
+import json
+import logging
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+import torch
+from diffusers import FluxTransformer2DModel, UNet2DConditionModel
+from img2img_server.bundle import Component, Manifest, read_manifest
+from img2img_server.errors import BundleError
+from img2img_server.pipelines import loader
+from img2img_server.pipelines.loader import load_pipeline
+from img2img_server.pipelines.sessions import SessionOptions, open_session
+from img2img_server.pipelines.standins import Graph, OnnxDenoiser, OnnxTextEncoder
+from onnx import TensorProto, helper
+
+Shape = Sequence[int | str]
+
+
+def save_graph(path: Path, inputs: dict[str, tuple[int, Shape]], kinds: dict[str, int] | None = None) -> Path:
+    """A graph that gives each input back as `out_NAME`, in the type that `kinds` says, else in the input's."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    kinds = {name: (kinds or {}).get(name, kind) for name, (kind, _) in inputs.items()}
+    graph = helper.make_graph(
+        [helper.make_node("Cast", [name], [f"out_{name}"], to=kinds[name]) for name in inputs],
+        "echo",
+        [helper.make_tensor_value_info(name, kind, shape) for name, (kind, shape) in inputs.items()],
+        [helper.make_tensor_value_info(f"out_{name}", kinds[name], shape) for name, (_, shape) in inputs.items()],
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10), str(path))
+    return path
+
+
+def open_graph(path: Path) -> Graph:
+    return Graph(open_session(path, SessionOptions()))
+
+
+@pytest.mark.parametrize("kind", [TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16])
+def test_tensors_are_cast_at_a_graphs_edges_only(tmp_path: Path, kind: int) -> None:
+    inputs: dict[str, tuple[int, Shape]] = {
+        "sample": (kind, ["b", 2]),
+        "timestep": (TensorProto.FLOAT, ["b"]),
+        "ids": (TensorProto.INT64, ["b"]),
+    }
+    graph = open_graph(save_graph(tmp_path / "model.onnx", inputs))
+    sample, timestep = torch.tensor([[1.0, 2.5]]), torch.tensor([998.125])
+    outputs = graph(sample=sample, timestep=timestep, ids=torch.tensor([7], dtype=torch.int32), unknown=torch.ones(1), left=None)
+    assert [value.dtype for value in outputs.values()] == [torch.float32, torch.float32, torch.int64]
+    assert torch.equal(outputs["out_sample"], sample)
+    assert torch.equal(outputs["out_timestep"], timestep), "a half precision would have rounded it"
+    assert torch.equal(outputs["out_ids"], torch.tensor([7]))
+
+
+def test_what_is_no_tensor_of_torch_is_refused(tmp_path: Path) -> None:
+    path = save_graph(tmp_path / "model.onnx", {"text": (TensorProto.STRING, ["b"])})
+    with pytest.raises(BundleError, match=r"'text' is a tensor\(string\)"):
+        open_graph(path)
+
+
+class Recorder:
+    """In a graph's place: notes what it is given."""
+
+    def __init__(self, *scalars: str) -> None:
+        self.scalars = frozenset(scalars)
+        self.given: dict[str, torch.Tensor] = {}
+
+    def __call__(self, **tensors: torch.Tensor) -> dict[str, torch.Tensor]:
+        self.given = tensors
+        return {"out": next(iter(tensors.values())) + 1}
+
+
+def denoiser(folder: Path, model_class: type, recorder: Recorder, **config: Any) -> OnnxDenoiser:
+    (folder / "config.json").write_text(json.dumps({"_class_name": model_class.__name__, **config}))
+    return OnnxDenoiser(recorder, folder)  # type: ignore[arg-type]
+
+
+def test_a_unet_is_called_as_diffusers_calls_it(tmp_path: Path) -> None:
+    recorder = Recorder()
+    unet = denoiser(tmp_path, UNet2DConditionModel, recorder, in_channels=4, projection_class_embeddings_input_dim=80)
+    sample, text, ids = torch.zeros(2, 4, 8, 8), torch.ones(2, 7, 3), torch.ones(2, 6)
+    (noise,) = unet(
+        sample, torch.tensor(981), encoder_hidden_states=text, added_cond_kwargs={"time_ids": ids}, cross_attention_kwargs=None,
+        return_dict=False,
+    )  # fmt: skip
+    assert torch.equal(noise, sample + 1)
+    assert set(recorder.given) == {"sample", "timestep", "encoder_hidden_states", "time_ids"}
+    assert recorder.given["timestep"].tolist() == [981, 981]
+    assert unet(sample, 5, None).sample.shape == unet(sample, 5, None)[0].shape == sample.shape
+    unet(sample, torch.tensor([3.0, 4.0]), None)
+    assert recorder.given["timestep"].tolist() == [3.0, 4.0]
+    assert (unet.dtype, unet.to("cuda"), unet.add_embedding.linear_1.in_features) == (torch.float32, unet, 80)
+
+
+def test_a_transformer_is_called_by_its_own_names(tmp_path: Path) -> None:
+    recorder = Recorder()
+    transformer = denoiser(tmp_path, FluxTransformer2DModel, recorder)
+    with transformer.cache_context("cond"):
+        transformer(hidden_states=torch.zeros(2, 9, 4), timestep=torch.ones(2), img_ids=torch.zeros(9, 3), guidance=None)
+    assert set(recorder.given) == {"hidden_states", "timestep", "img_ids"}
+    with pytest.raises(TypeError, match="argument"):
+        transformer(sample=torch.zeros(2, 9, 4), timestep=torch.ones(2))
+
+
+def test_a_graph_with_one_timestep_for_all_gets_a_scalar(tmp_path: Path) -> None:
+    recorder = Recorder("timestep")
+    unet = denoiser(tmp_path, UNet2DConditionModel, recorder)
+    for timestep in (torch.tensor(7.0), torch.tensor([7.0, 7.0])):
+        unet(torch.zeros(2, 4, 8, 8), timestep, None)
+        assert recorder.given["timestep"].shape == ()
+
+
+def test_a_class_that_diffusers_lacks_is_a_bundle_error(tmp_path: Path) -> None:
+    class Unheard:
+        pass
+
+    with pytest.raises(BundleError, match="'Unheard', which diffusers"):
+        denoiser(tmp_path, Unheard, Recorder())
+
+
+def test_a_text_encoder_gives_what_it_has_in_transformers_order(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"d_model": 3, "projection_dim": 5}')
+    names = ("pooler_output", "last_hidden_state", "hidden_states.0", "hidden_states.1")
+
+    class Encoder(Recorder):
+        def __call__(self, **tensors: torch.Tensor) -> dict[str, torch.Tensor]:
+            return {name: torch.tensor(float(index)) for index, name in enumerate(names)}
+
+    encoder = OnnxTextEncoder(Encoder(), tmp_path)  # type: ignore[arg-type]
+    outputs = encoder(torch.ones(2, 4, dtype=torch.int64), output_hidden_states=True)
+    assert (outputs[0], outputs[1]) == (outputs.last_hidden_state, outputs.pooler_output) == (1.0, 0.0)
+    assert outputs.hidden_states == (2.0, 3.0)
+    assert (encoder.config.projection_dim, encoder.dtype) == (5, torch.float32)
+
+
+def test_the_fused_graph_is_tried_first_on_cuda(
+    bundle: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Where no CUDA is: sessions are opened on the CPU, and say so in their own test."""
+    folder = tmp_path / "sd1"
+    shutil.copytree(bundle("sd1"), folder)
+    shutil.copytree(folder / "unet", folder / "unet_fused")
+    shutil.copytree(folder / "vae_decoder", folder / "vae_fused")
+    (folder / "vae_fused" / "model.onnx").write_bytes(b"no graph")
+    opened: list[str] = []
+
+    def open_on_cpu(path: Path, options: SessionOptions) -> Any:
+        opened.append(path.relative_to(folder).as_posix())
+        return open_session(path, replace(options, provider="cpu"))
+
+    fused = {"unet": "unet_fused/model.onnx", "vae_decoder": "vae_fused/model.onnx"}
+    manifest = with_components(
+        read_manifest(folder), *(Component(name, "fp16", fused=path) for name, path in fused.items()), files=fused.values()
+    )
+    load_pipeline(folder, manifest, "cpu", open_graph=open_on_cpu)
+    assert "unet_fused/model.onnx" not in opened
+    opened.clear()
+    monkeypatch.setattr(loader, "resolve_provider", lambda provider: "cuda")
+    with caplog.at_level(logging.WARNING):
+        load_pipeline(folder, manifest, "cuda", open_graph=open_on_cpu)
+    assert "unet_fused/model.onnx" in opened
+    assert "unet/model.onnx" not in opened
+    assert opened.index("vae_fused/model.onnx") + 1 == opened.index("vae_decoder/model.onnx")
+    assert "the plain graph is used instead" in caplog.text
+    with pytest.raises(BundleError, match="no file of it"):
+        stray = with_components(manifest, Component("unet", "fp16", fused="../elsewhere.onnx"))
+        load_pipeline(folder, stray, "cuda", open_graph=open_on_cpu)
+
+
+def with_components(manifest: Manifest, *changed: Component, files: Any = ()) -> Manifest:
+    return replace(manifest, components=changed, files={**manifest.files, **dict.fromkeys(files, "")})
+
+
+def test_bf16_on_a_cpu_says_what_it_needs(bundle: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = tmp_path / "sd1"
+    shutil.copytree(bundle("sd1"), folder)
+    convolution = helper.make_graph(
+        [helper.make_node("Conv", ["sample", "weight"], ["out_sample"])],
+        "bf16",
+        [
+            helper.make_tensor_value_info("sample", TensorProto.BFLOAT16, ["b", 1, 4, 4]),
+            helper.make_tensor_value_info("weight", TensorProto.BFLOAT16, [1, 1, 3, 3]),
+        ],
+        [helper.make_tensor_value_info("out_sample", TensorProto.BFLOAT16, ["b", 1, 2, 2])],
+    )
+    model = helper.make_model(convolution, opset_imports=[helper.make_opsetid("", 22)], ir_version=10)
+    onnx.save(model, str(folder / "unet" / "model.onnx"))
+    with pytest.raises(BundleError, match="bf16 graphs need a GPU"):
+        load_pipeline(folder, with_components(read_manifest(folder), Component("unet", "bf16")), "cpu")
+
+
+def test_only_known_code_is_run(bundle: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = tmp_path / "sd1"
+    shutil.copytree(bundle("sd1"), folder)
+    index = json.loads((folder / "model_index.json").read_text())
+    for library in ("os", "..pipelines", "stable_diffusion.safety_checker", "torch"):
+        (folder / "model_index.json").write_text(json.dumps({**index, "scheduler": [library, "system"]}))
+        with pytest.raises(BundleError, match="only classes of diffusers and transformers"):
+            load_pipeline(folder, read_manifest(folder), "cpu")
+    with pytest.raises(BundleError, match="'AutoencoderKL', which diffusers"):
+        load_pipeline(folder, replace(read_manifest(folder), pipeline_class="AutoencoderKL"), "cpu")
+
+
+def test_the_manifest_may_want_greater_steps_of_size(bundle: Callable[[str], Path]) -> None:
+    manifest = read_manifest(bundle("sd1"))
+    assert load_pipeline(bundle("sd1"), replace(manifest, size_multiple=32), "cpu").size_multiple == 32
+    assert load_pipeline(bundle("sd1"), replace(manifest, size_multiple=None), "cpu").size_multiple == 8

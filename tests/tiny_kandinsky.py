@@ -1,0 +1,109 @@
+"""Tiny Kandinsky 2.2 and 3: their prior, decoder and MoVQ with random weights."""
+
+from pathlib import Path
+
+import torch
+from diffusers import (
+    DDPMScheduler,
+    Kandinsky3Pipeline,
+    Kandinsky3UNet,
+    KandinskyV22Img2ImgCombinedPipeline,
+    PriorTransformer,
+    UnCLIPScheduler,
+    UNet2DConditionModel,
+    VQModel,
+)
+from tiny_parts import BETAS, SAMPLE_SIZE, TEXT_WIDTH, save_tokenizer, t5_encoder, t5_tokenizer, text_config
+from transformers import CLIPImageProcessor, CLIPTextModelWithProjection, CLIPVisionConfig, CLIPVisionModelWithProjection
+
+
+def kandinsky_2_2(directory: Path) -> None:
+    """Like Kandinsky 2.2, prior and decoder in one directory: a pipeline that optimum cannot export."""
+    tokenizer = save_tokenizer(directory / "prior_tokenizer")
+    vision = CLIPVisionConfig(
+        hidden_size=32,
+        image_size=32,
+        projection_dim=TEXT_WIDTH,
+        intermediate_size=64,
+        num_attention_heads=4,
+        num_hidden_layers=2,
+        patch_size=8,
+    )
+    prior = PriorTransformer(num_attention_heads=2, attention_head_dim=16, embedding_dim=TEXT_WIDTH, num_layers=1)
+    prior.clip_std.fill_(1.0)
+    KandinskyV22Img2ImgCombinedPipeline(
+        unet=_unet(),
+        scheduler=DDPMScheduler(**BETAS, clip_sample=False, thresholding=False),
+        movq=_movq(),
+        prior_prior=prior.eval(),
+        prior_image_encoder=CLIPVisionModelWithProjection(vision).eval(),
+        prior_text_encoder=CLIPTextModelWithProjection(text_config(tokenizer)).eval(),
+        prior_tokenizer=tokenizer,
+        prior_scheduler=UnCLIPScheduler(variance_type="fixed_small_log", prediction_type="sample", clip_sample=True),
+        prior_image_processor=CLIPImageProcessor(size=32, crop_size=32),
+    ).save_pretrained(directory, safe_serialization=True)
+
+
+def kandinsky_3(directory: Path) -> None:
+    """Like Kandinsky 3: a T5 text encoder, a UNet of its own and a MoVQ, without a prior."""
+    tokenizer = t5_tokenizer(length=128)
+    unet = Kandinsky3UNet(
+        time_embedding_dim=16,
+        groups=2,
+        attention_head_dim=4,
+        layers_per_block=2,
+        block_out_channels=(16, 32),
+        cross_attention_dim=8,
+        encoder_hid_dim=TEXT_WIDTH,
+    ).eval()
+    sample, text = torch.randn(2, 4, SAMPLE_SIZE, SAMPLE_SIZE), torch.randn(2, 128, TEXT_WIDTH)
+    # Not of unit variance: it guides by a difference that random weights make so great that rounding would show.
+    unet.conv_out.weight.mul_(0.15 / unet(sample, torch.tensor([500]), text, torch.ones(2, 128)).sample.std())
+    unet.conv_out.bias.zero_()
+    Kandinsky3Pipeline(
+        tokenizer=tokenizer,
+        text_encoder=t5_encoder(tokenizer, TEXT_WIDTH),
+        unet=unet,
+        scheduler=DDPMScheduler(beta_schedule="squaredcos_cap_v2", clip_sample=True, thresholding=False),
+        movq=_movq(),
+    ).save_pretrained(directory, safe_serialization=True)
+
+
+def _unet() -> UNet2DConditionModel:
+    return UNet2DConditionModel(
+        sample_size=SAMPLE_SIZE,
+        in_channels=4,
+        out_channels=8,
+        addition_embed_type="image",
+        down_block_types=("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
+        up_block_types=("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
+        mid_block_type="UNetMidBlock2DSimpleCrossAttn",
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        norm_num_groups=8,
+        encoder_hid_dim=TEXT_WIDTH,
+        encoder_hid_dim_type="image_proj",
+        cross_attention_dim=TEXT_WIDTH,
+        attention_head_dim=4,
+        resnet_time_scale_shift="scale_shift",
+        class_embed_type=None,
+    ).eval()
+
+
+def _movq() -> VQModel:
+    movq = VQModel(
+        block_out_channels=(32, 32, 32, 32),
+        down_block_types=("DownEncoderBlock2D",) * 3 + ("AttnDownEncoderBlock2D",),
+        up_block_types=("AttnUpDecoderBlock2D",) + ("UpDecoderBlock2D",) * 3,
+        layers_per_block=1,
+        latent_channels=4,
+        num_vq_embeddings=12,
+        vq_embed_dim=4,
+        norm_num_groups=4,
+        norm_type="spatial",
+    ).eval()
+    latents = torch.randn(4, 4, SAMPLE_SIZE, SAMPLE_SIZE)
+    picture = movq.decode(latents, force_not_quantize=True).sample
+    movq.decoder.conv_out.weight.mul_(0.5 / picture.std())
+    movq.decoder.conv_out.bias.zero_()
+    return movq
