@@ -1,5 +1,6 @@
 """The command line: it teaches, it is quick to answer, and what it does not know is an error."""
 
+import os
 import subprocess
 import sys
 
@@ -24,12 +25,42 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(command in text for command in COMMANDS)
 
 
-@pytest.mark.parametrize("words", [[], ["nope"], ["serve", "--models", "m", "--nope"], ["export"], ["--nope"]])
+@pytest.mark.parametrize("words", [[], ["nope"], ["serve", "--models", "m", "--nope"], ["export"], ["inspect"], ["--nope"]])
 def test_unknown_words_are_errors(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
         main(words)
     assert exit_.value.code == 2
     assert "usage: img2img" in capsys.readouterr().err
+
+
+def test_a_reader_that_goes_away_is_no_traceback() -> None:
+    code = """
+import sys, types
+import img2img_cli.__main__ as c
+sys.modules["shout"] = types.SimpleNamespace(configure=lambda parser: None, run=lambda arguments: print("a line" * 10000) or 0)
+c.COMMANDS["shout"] = ("shout", "much ado")
+sys.exit(c.main(["shout"]))
+"""
+    reading, writing = os.pipe()
+    os.close(reading)
+    try:
+        result = subprocess.run([sys.executable, "-c", code], stdout=writing, stderr=subprocess.PIPE, text=True, timeout=60)
+    finally:
+        os.close(writing)
+    assert (result.returncode, result.stderr) == (1, "")
+
+
+def test_looking_at_a_bundle_needs_no_extra() -> None:
+    code = """
+import sys
+for name in ("torch", "diffusers", "transformers", "onnx", "onnxruntime", "optimum", "huggingface_hub", "numpy", "skimage"):
+    sys.modules[name] = None
+import img2img_cli.__main__ as c
+sys.exit(c.main(["inspect", "/nowhere"]))
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (result.returncode, result.stdout) == (1, "")
+    assert result.stderr == "img2img inspect: /nowhere is no bundle: it has no manifest.json\n"
 
 
 def test_a_missing_extra_is_named() -> None:

@@ -6,12 +6,14 @@ and returns the exit status. Only the module of the command that was asked for i
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 from importlib import metadata
 
 COMMANDS = {
     "export": ("img2img_export.command", "turn a diffusers model into a verified bundle"),
+    "inspect": ("img2img_export.inspect_command", "show what a bundle is, and what was measured when it was verified"),
     "serve": ("img2img_server.__main__", "serve bundles over gRPC"),
     "transform": ("img2img_client.transform_command", "transform a picture through a server"),
     "models": ("img2img_client.models_command", "list a server's models"),
@@ -22,6 +24,7 @@ _EXTRAS = {"export": "export", "serve": "server"}
 _EPILOG = """\
 first steps:
   img2img export ./my-model --output models/my-model
+  img2img inspect models/my-model
   img2img serve --models models
   img2img transform photo.jpg --prompt "the same place in winter" --output winter.png
 
@@ -49,11 +52,17 @@ def main(argv: Sequence[str] | None = None) -> int:
                 module.configure(subparser)
         arguments = parser.parse_args(words)
         assert module is not None, "argparse refuses what is not in COMMANDS"
-        return int(module.run(arguments))
+        status = int(module.run(arguments))
+        sys.stdout.flush()
+        return status
     except ModuleNotFoundError as error:
         if command not in _EXTRAS or (error.name or "").startswith("img2img"):
             raise
         print(f"img2img {command} needs '{error.name}': pip install 'img2img[{_EXTRAS[command]}]'", file=sys.stderr)
+        return 1
+    except BrokenPipeError:
+        # Who read the output has gone, as `head` does. The interpreter would try again to write the rest when it exits.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except KeyboardInterrupt:
         return 130

@@ -1,78 +1,165 @@
-"""Loading a checkpoint with diffusers, and deciding what becomes of it: graphs, or PyTorch with the reason."""
+"""Loading a checkpoint with diffusers, and deciding what becomes of it: graphs, a graph inside PyTorch, or PyTorch alone."""
 
+import importlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import diffusers
 import torch
+import transformers
 from diffusers import AutoPipelineForImage2Image
+from diffusers.pipelines.auto_pipeline import AUTO_IMAGE2IMAGE_PIPELINES_MAPPING, _get_task_class
+from safetensors import safe_open
 
-from img2img_export.checkpoint import Layout
+from img2img_export.checkpoint import INDEX_NAME, Layout, read_index
 from img2img_export.errors import ExportError, first_line
 from img2img_export.graphs import quiet
 from img2img_export.options import Backend
-
-FAMILIES = {
-    "StableDiffusionImg2ImgPipeline": "stable-diffusion",
-    "StableDiffusionXLImg2ImgPipeline": "stable-diffusion-xl",
-}
-"""The image-to-image classes that graphs are made of, and the family by which the server knows how to split them."""
+from img2img_export.parts import DENOISERS
 
 WHOLE = "whole"
-"""The family of every other class: the server runs its pipeline from start to end."""
+"""The family of every class that the server cannot split: it runs such a pipeline from start to end."""
+
+_CLIP = ("text_encoder", "unet", "vae")
+GRAPHS = {
+    "StableDiffusionImg2ImgPipeline": ("stable-diffusion", _CLIP),
+    "StableDiffusionXLImg2ImgPipeline": ("stable-diffusion-xl", ("text_encoder", "text_encoder_2", "unet", "vae")),
+    "LatentConsistencyModelImg2ImgPipeline": ("latent-consistency", _CLIP),
+    "StableDiffusionInstructPix2PixPipeline": (WHOLE, _CLIP),
+    "StableDiffusion3Img2ImgPipeline": (
+        WHOLE,
+        ("text_encoder", "text_encoder_2", "text_encoder_3", "transformer", "vae"),
+    ),
+    "FluxImg2ImgPipeline": (WHOLE, ("text_encoder", "text_encoder_2", "transformer", "vae")),
+}
+"""The classes all of whose models become graphs: the family by which the server knows them, and the components."""
+
+_OWN_CLASS = frozenset({"StableDiffusionInstructPix2PixPipeline"})
+"""Classes that turn pictures into pictures, yet are not in AutoPipelineForImage2Image's mapping."""
 
 _PRIOR_HINT = "it lacks its prior, so load the combined pipeline, save_pretrained it and export that directory: "
 _LOAD_FAILURES = (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError)
+_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16}
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What to make of a pipeline. `reason` says why it is torch, where it is."""
+    """What to make of a pipeline. `graphs` are the components that become graphs; `reason` says why they are not all."""
 
     pipeline_class: str
     family: str
-    backend: Literal["onnx", "torch"]
+    backend: Literal["onnx", "hybrid", "torch"]
+    graphs: tuple[str, ...] = ()
     reason: str | None = None
 
 
-def load(directory: Path, layout: Layout | None = None, variant: str | None = None) -> Any:
-    """The image-to-image pipeline of the checkpoint or torch bundle in `directory`, on the CPU in fp32.
+def plan(layout: Layout, backend: Backend) -> Plan:
+    """The best that can be tried, by the pipeline's class. Raises ExportError where `backend` cannot be had."""
+    plans = list(plans_for(layout, backend))
+    return plans[0]
 
-    Weights stored in another precision are converted. Only safetensors are read, and nothing but local files. Raises
-    ExportError where diffusers does not take it.
+
+def plans_for(layout: Layout, backend: Backend) -> Iterator[Plan]:
+    """What to try in turn: graphs of everything, of the denoiser alone, PyTorch. With a given backend, that one only."""
+    name = _image_class(layout.pipeline_class)
+    family, components = GRAPHS.get(name, (WHOLE, ()))
+    there = tuple(component for component in components if component in layout.components)
+    denoiser = tuple(component for component in DENOISERS if component in layout.components)
+    reason = None if there else f"img2img makes no graphs of all of {name}"
+    if backend == "onnx" and not there:
+        raise ExportError(f"{reason}, only of {', '.join(GRAPHS)}")
+    if backend == "hybrid" and not denoiser:
+        raise ExportError(f"{name} has neither of {' and '.join(DENOISERS)}: no part of it can be a graph")
+    if backend in ("auto", "onnx") and there:
+        yield Plan(name, family, "onnx", there)
+    if backend in ("auto", "hybrid") and denoiser:
+        yield Plan(name, family, "hybrid", denoiser, "asked for with --backend hybrid" if backend == "hybrid" else reason)
+    if backend in ("auto", "torch"):
+        yield Plan(name, family, "torch", (), "asked for with --backend torch" if backend == "torch" else reason)
+
+
+def _image_class(name: str) -> str:
+    """The image-to-image class of a pipeline's class. The same, where diffusers knows of none: loading then says so."""
+    found = _get_task_class(AUTO_IMAGE2IMAGE_PIPELINES_MAPPING, name, throw_error_if_not_exist=False)
+    return name if found is None or name in _OWN_CLASS else str(found.__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Loader:
+    """Loads what the checkpoint in `directory` holds: safetensors only, and nothing but local files.
+
+    Weights stay as they are stored, mapped rather than read: they are in memory only once they are used.
     """
-    parts: dict[str, Any] = dict.fromkeys(layout.left_out) if layout else {}
-    if "safety_checker" in parts:
-        parts["requires_safety_checker"] = False
-    try:
+
+    directory: Path
+    layout: Layout
+    variant: str | None = None
+
+    def pipeline(self, dtype: torch.dtype | None = None) -> Any:
+        """The image-to-image pipeline on the CPU, its weights in `dtype` (None: as stored).
+
+        Raises ExportError where diffusers does not take it.
+        """
+        parts: dict[str, Any] = dict.fromkeys((*self.layout.left_out, *_absent(self.directory)))
+        if "safety_checker" in parts:
+            parts["requires_safety_checker"] = False
+        types = {name: self.stored_dtype(name) for name in self.layout.components}
+        kind: Any = AutoPipelineForImage2Image
+        if self.layout.pipeline_class in _OWN_CLASS:
+            kind = getattr(diffusers, self.layout.pipeline_class)
+        try:
+            with quiet():
+                pipeline = kind.from_pretrained(
+                    str(self.directory),
+                    use_safetensors=True,
+                    local_files_only=True,
+                    torch_dtype={**types, "default": torch.float32} if dtype is None else dtype,
+                    variant=self.variant,
+                    **parts,
+                )
+        except _LOAD_FAILURES as error:
+            hint = _PRIOR_HINT if "'prior_prior'" in str(error) else ""
+            raise ExportError(f"diffusers cannot load it: {hint}{type(error).__name__}: {first_line(error)}") from error
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+    def component(self, name: str) -> Any:
+        """One component, its weights as stored."""
+        library, kind = self.layout.components[name]
+        folder = self.directory / name
+        has_variant = self.variant is not None and any(folder.glob(f"*.{self.variant}*.safetensors"))
+        module = {"diffusers": diffusers, "transformers": transformers}.get(library)
+        if module is None:
+            module = importlib.import_module(f"diffusers.pipelines.{library}")
         with quiet():
-            pipeline = AutoPipelineForImage2Image.from_pretrained(
-                str(directory),
+            loaded = getattr(module, kind).from_pretrained(
+                str(folder),
                 use_safetensors=True,
                 local_files_only=True,
-                torch_dtype=torch.float32,
-                variant=variant,
-                **parts,
+                torch_dtype=self.stored_dtype(name),
+                variant=self.variant if has_variant else None,
             )
-    except _LOAD_FAILURES as error:
-        hint = _PRIOR_HINT if "'prior_prior'" in str(error) else ""
-        raise ExportError(f"diffusers cannot load it: {hint}{type(error).__name__}: {first_line(error)}") from error
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+        return loaded.eval()
+
+    def stored_dtype(self, name: str) -> torch.dtype:
+        """The type of most of a component's weights. What is stored in any but a half precision is read as fp32."""
+        files = sorted((self.directory / name).glob("*.safetensors"))
+        chosen = [path for path in files if self.variant and f".{self.variant}" in path.name] or files
+        counts: dict[str, int] = {}
+        for path in chosen:
+            with safe_open(path, "pt") as file:
+                for key in file.keys():  # noqa: SIM118 - no mapping
+                    kind = file.get_slice(key).get_dtype()
+                    counts[kind] = counts.get(kind, 0) + 1
+        return _DTYPES.get(max(counts, key=lambda kind: counts[kind], default=""), torch.float32)
 
 
-def plan(pipeline: Any, backend: Backend) -> Plan:
-    """Decides by the pipeline's class. Raises ExportError where graphs were asked for and there can be none."""
-    name = type(pipeline).__name__
-    family = FAMILIES.get(name, WHOLE)
-    if backend == "torch":
-        return Plan(name, family, "torch", "asked for with --backend torch")
-    if family is not WHOLE:
-        return Plan(name, family, "onnx")
-    reason = f"img2img makes no graphs of {name}, only of {' and '.join(FAMILIES)}"
-    if backend == "onnx":
-        raise ExportError(reason)
-    return Plan(name, family, "torch", reason)
+def _absent(directory: Path) -> list[str]:
+    """The components that the checkpoint says it does without, as SD3 may without its T5. Some classes ask for them all."""
+    index = read_index(directory / INDEX_NAME)
+    return [name for name, value in index.items() if value == [None, None]]
 
 
 def modules(pipeline: Any) -> dict[str, torch.nn.Module]:

@@ -1,95 +1,118 @@
-"""Component by component: does each graph compute what the PyTorch module computes?
+"""Graph by graph: does each compute what the PyTorch module computes in fp32?
 
-Inputs are random but seeded, the sizes small, and each graph sees two of them and batches of one and three. In a batch
-every sample has another timestep, which is what the server relies on; one size is odd, which optimum's own graphs refuse.
+Each graph sees batches of one and of three, at two sizes, on random numbers and on what the pipeline gave the module while
+it drew real pictures. In a batch every sample has another timestep, which is what the server relies on.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
 import torch
 from img2img_server.bundle import ComponentParity
 
-from img2img_export.errors import ExportError, first_line
-from img2img_export.graphs import COMPONENTS, GRAPH_NAME, RUNTIME_ERRORS
+from img2img_export.captures import Calls
+from img2img_export.contrib_functions import open_spelled_out
+from img2img_export.emulation import open_emulated
+from img2img_export.errors import FAILURES, ExportError, first_line
+from img2img_export.graphs import RUNTIME_ERRORS
+from img2img_export.limits import Limits
+from img2img_export.parts import Part, Tensors
 
-RELATIVE_LIMIT = 1e-4
-"""Greatest L2 norm of the difference over that of the reference.
-
-Both sides are fp32 (epsilon 6e-8) and differ in the order of their sums only. That grows to some 1e-6 through hundreds of
-layers, while the faults that an export makes (a frozen size, one timestep for all, a lost cast) show at 1e-2 and more.
-"""
-WORST_LIMIT = 1e-3
-"""Greatest single difference over the root mean square of the reference: catches one wrong place in a large tensor."""
-
-_LATENT_SIZES = {1: (8, 8), 3: (9, 13)}
-_TIMESTEPS = {1: (981.0,), 3: (1.0, 401.0, 999.0)}
-_TOKENS = 77
-"""Tokens of the UNet's prompts; it takes any number."""
+_BATCHES = (1, 3)
+_RANDOM_LATENTS = {1: (8, 8), 3: (9, 13)}
+"""Sizes of a UNet's random latents. The second is odd, which optimum's own graphs refuse."""
+_STEPS = (1.0, 0.4, 0.002)
+"""The timesteps of a batch, as parts of the greatest that was seen."""
 
 _LEGACY_END = 2
 """Old CLIP configurations say 2 for the end token, and mean the greatest id (transformers pools by argmax then)."""
 
-Arrays = dict[str, np.ndarray]
+_KINDS = {
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+    "tensor(int64)": np.int64,
+    "tensor(int32)": np.int32,
+    "tensor(bool)": np.bool_,
+}
+"""How ONNX Runtime names the types of inputs."""
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One comparison: the graph's inputs by name, and a function that gives PyTorch's outputs by name."""
+    """One comparison: the graph's inputs by name, in fp32, and what PyTorch made of them."""
 
     name: str
-    inputs: dict[str, torch.Tensor]
-    reference: Callable[[], dict[str, torch.Tensor]]
+    inputs: Tensors
+    expected: dict[str, np.ndarray]
 
 
-def compare_components(pipeline: Any, bundle: Path) -> tuple[ComponentParity, ...]:
-    """Compares every graph in `bundle` with the same part of the diffusers pipeline, on the CPU, one session at a time.
+def make_cases(part: Part, module: Any, calls: Calls, stock: bool = False) -> list[Case]:
+    """The comparisons of a part; the module has to compute in fp32.
 
-    Raises ExportError where ONNX Runtime does not take a graph.
+    `stock` are the graphs that optimum-cli makes: one timestep for a batch, and latents of even sizes.
     """
-    results: list[ComponentParity] = []
-    for component in COMPONENTS:
-        path = bundle / component / GRAPH_NAME
-        if path.is_file():
-            session = _open(component, path)
-            results += [_compare(component, session, case) for case in _cases(component, pipeline)]
-    return tuple(results)
+    inputs: dict[str, Tensors] = {}
+    sizes = calls.two_sizes()
+    for index, batch in enumerate(_BATCHES):
+        real = _batch(sizes[index % len(sizes)], batch, calls)
+        if stock and "timestep" in real:
+            real["timestep"] = real["timestep"][:1].repeat(batch)
+        inputs[f"real, batch {batch}, {_size(real)}"] = real
+        made = _random(real, batch, any_size=takes_any_size(module) and not stock, config=module.config)
+        inputs[f"random, batch {batch}, {_size(made)}"] = made
+    cases = []
+    for name, given in inputs.items():
+        try:
+            with torch.no_grad():
+                expected = part.call(module, given)
+        except FAILURES as error:
+            raise ExportError(f"{part.name} cannot run {name}: {type(error).__name__}: {first_line(error)}") from error
+        cases.append(Case(name, given, {key: value.float().numpy() for key, value in expected.items()}))
+    return cases
 
 
-def _open(component: str, path: Path) -> Any:
+def compare(part: Part, session: Any, cases: list[Case], limits: Limits, graph: str = "plain") -> list[ComponentParity]:
+    """Runs the cases in an ONNX Runtime session. `graph` is "plain" or "fused"."""
+    results = []
+    names = list(part.outputs)
+    for case in cases:
+        inputs = {item.name: _as_input(case.inputs[item.name], item) for item in session.get_inputs()}
+        try:
+            outputs = session.run(names, inputs)
+        except RUNTIME_ERRORS:
+            # It refuses the inputs, as a frozen size makes it do.
+            outputs = [np.array(np.nan)] * len(names)
+        errors = [measure(actual, case.expected[name], limits) for name, actual in zip(names, outputs, strict=True)]
+        worst, relative = max(error.worst for error in errors), max(error.relative for error in errors)
+        passed = all(error.passed for error in errors)
+        results.append(ComponentParity(part.name, case.name, worst, relative, passed, graph))
+    return results
+
+
+def _as_input(value: torch.Tensor, item: Any) -> np.ndarray:
+    """A tensor as the graph's input `item` takes it; its first number, where that is a scalar."""
+    array: np.ndarray = value.numpy().astype(_KINDS[item.type])
+    return array if item.shape else array.reshape(-1)[:1].reshape(())
+
+
+def open_graph(path: Path) -> Any:
+    """A session of the graph as a GPU would compute it. Raises ExportError where ONNX Runtime does not take the graph."""
+    return _open(path, open_emulated)
+
+
+def open_fused(path: Path) -> Any:
+    """A session of a fused graph, its operators spelled out. Raises ExportError as above."""
+    return _open(path, open_spelled_out)
+
+
+def _open(path: Path, function: Callable[[Path], Any]) -> Any:
     try:
-        return onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        return function(path)
     except RUNTIME_ERRORS as error:
-        raise ExportError(f"ONNX Runtime cannot open {component}: {first_line(error)}") from error
-
-
-def _compare(component: str, session: Any, case: Case) -> ComponentParity:
-    """The greatest errors over all outputs of the graph."""
-    kinds = {item.name: np.int32 if item.type == "tensor(int32)" else None for item in session.get_inputs()}
-    inputs = {name: value.numpy().astype(kinds[name] or value.numpy().dtype) for name, value in case.inputs.items()}
-    names = [item.name for item in session.get_outputs()]
-    actual: Arrays = dict(zip(names, _run(session, names, inputs), strict=True))
-    with torch.no_grad():
-        expected = {name: value.numpy() for name, value in case.reference().items()}
-    worst, relative, limit_kept = 0.0, 0.0, True
-    for name in names:
-        error = measure(actual[name], expected[name])
-        worst, relative = max(worst, error.worst), max(relative, error.relative)
-        limit_kept &= error.passed
-    return ComponentParity(component, case.name, worst, relative, limit_kept)
-
-
-def _run(session: Any, names: list[str], inputs: Arrays) -> list[np.ndarray]:
-    """The graph's outputs; without a number in them where the runtime refuses the inputs, as a frozen size makes it do."""
-    try:
-        outputs: list[np.ndarray] = session.run(names, inputs)
-    except RUNTIME_ERRORS:
-        return [np.array(np.nan)] * len(names)
-    return outputs
+        raise ExportError(f"ONNX Runtime cannot open {path.parent.name}: {first_line(error)}") from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +124,7 @@ class Error:
     passed: bool
 
 
-def measure(actual: np.ndarray, expected: np.ndarray) -> Error:
+def measure(actual: np.ndarray, expected: np.ndarray, limits: Limits) -> Error:
     """Compares two tensors. Another shape, or a NaN or an infinity anywhere, never passes."""
     if actual.shape != expected.shape or not (np.isfinite(actual).all() and np.isfinite(expected).all()):
         return Error(float("inf"), float("inf"), False)
@@ -112,72 +135,57 @@ def measure(actual: np.ndarray, expected: np.ndarray) -> Error:
         return Error(worst, 0.0 if worst == 0.0 else float("inf"), worst == 0.0)
     relative = float(np.linalg.norm(difference)) / norm
     root_mean_square = norm / reference.size**0.5
-    return Error(worst, relative, relative <= RELATIVE_LIMIT and worst <= WORST_LIMIT * root_mean_square)
+    return Error(worst, relative, relative <= limits.relative_error and worst <= limits.worst * root_mean_square)
 
 
-def _cases(component: str, pipeline: Any) -> Iterator[Case]:
-    makers = {"unet": _unet_case, "vae_encoder": _vae_encoder_case, "vae_decoder": _vae_decoder_case}
-    for batch, size in _LATENT_SIZES.items():
-        generator = torch.Generator("cpu").manual_seed(batch)
-        if component in makers:
-            yield makers[component](pipeline, batch, size, generator)
+def _batch(call: Tensors, batch: int, calls: Calls) -> Tensors:
+    """`batch` rows out of the calls of this size, each with a timestep of its own."""
+    alike = next(kept for kept in calls.by_shape.values() if any(value is call for value in kept))
+    rows = len(next(iter(call.values())))
+    index = [row % (rows * len(alike)) for row in range(batch)]
+    given: Tensors = {}
+    for name, value in call.items():
+        if name == "timestep":
+            given[name] = value[:1] * torch.tensor(_STEPS[:batch])
+        elif value.ndim and len(value) == rows:
+            given[name] = torch.cat([other[name] for other in alike])[index]
         else:
-            yield _text_case(getattr(pipeline, component), batch, generator)
+            given[name] = value
+    return given
 
 
-def _text_case(encoder: Any, batch: int, generator: torch.Generator) -> Case:
-    """Token ids [batch, positions]: words, and from some place on the end token, which pooling looks for."""
-    config = encoder.config
+def _random(real: Tensors, batch: int, any_size: bool, config: Any) -> Tensors:
+    """Random numbers as large as the real ones. What has no row for each sample (positions) is kept, as are timesteps."""
+    generator = torch.Generator("cpu").manual_seed(batch)
+    made: Tensors = {}
+    for name, value in real.items():
+        if name == "input_ids":
+            made[name] = _random_ids(config, value, generator)
+        elif name == "timestep" or not value.is_floating_point() or len(value) != batch:
+            made[name] = value
+        else:
+            shape = list(value.shape)
+            if name == "sample" and any_size:
+                shape[2:] = _RANDOM_LATENTS[batch]
+            spread = value.std() if value.numel() > 1 else torch.tensor(1.0)
+            made[name] = torch.randn(shape, generator=generator) * spread + value.mean()
+    return made
+
+
+def takes_any_size(module: Any) -> bool:
+    """Whether it is a UNet that takes latents of odd sizes, as Stable Diffusion's are."""
+    return getattr(module.config, "addition_embed_type", "") in (None, "text_time")
+
+
+def _random_ids(config: Any, ids: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Token ids: words, and from some place on the end token, which pooling looks for."""
     end = config.eos_token_id if config.eos_token_id != _LEGACY_END else config.vocab_size - 1
-    ids = torch.randint(config.vocab_size - 2, (batch, config.max_position_embeddings), generator=generator)
-    for row in range(batch):
-        ids[row, 5 + 9 * row :] = end
-
-    def reference() -> dict[str, torch.Tensor]:
-        output = encoder(ids, output_hidden_states=True, return_dict=True)
-        hidden = {f"hidden_states.{index}": state for index, state in enumerate(output.hidden_states)}
-        return {**{name: value for name, value in output.items() if isinstance(value, torch.Tensor)}, **hidden}
-
-    return Case(f"batch {batch}", {"input_ids": ids}, reference)
+    made = torch.randint(config.vocab_size - 2, ids.shape, generator=generator)
+    for row in range(len(made)):
+        made[row, 5 + 9 * row :] = end
+    return made
 
 
-def _unet_case(pipeline: Any, batch: int, size: tuple[int, int], generator: torch.Generator) -> Case:
-    config = pipeline.unet.config
-    inputs = {
-        "sample": torch.randn(batch, config.in_channels, *size, generator=generator),
-        "timestep": torch.tensor(_TIMESTEPS[batch]),
-        "encoder_hidden_states": torch.randn(batch, _TOKENS, config.cross_attention_dim, generator=generator),
-    }
-    added: dict[str, torch.Tensor] = {}
-    if config.addition_embed_type == "text_time":
-        count = 5 if pipeline.config.requires_aesthetics_score else 6
-        width = pipeline.text_encoder_2.config.projection_dim
-        added["text_embeds"] = torch.randn(batch, width, generator=generator)
-        added["time_ids"] = torch.randint(1024, (batch, count), generator=generator).float()
-    if config.time_cond_proj_dim is not None:
-        inputs["timestep_cond"] = torch.randn(batch, config.time_cond_proj_dim, generator=generator)
-
-    def reference() -> dict[str, torch.Tensor]:
-        return {"out_sample": pipeline.unet(**inputs, added_cond_kwargs=added or None).sample}
-
-    return Case(_name(batch, size), {**inputs, **added}, reference)
-
-
-def _vae_encoder_case(pipeline: Any, batch: int, size: tuple[int, int], generator: torch.Generator) -> Case:
-    factor = pipeline.vae_scale_factor
-    picture = torch.rand(batch, 3, size[0] * factor, size[1] * factor, generator=generator) * 2 - 1
-    return Case(
-        _name(batch, size),
-        {"sample": picture},
-        lambda: {"latent_parameters": pipeline.vae.encode(picture).latent_dist.parameters},
-    )
-
-
-def _vae_decoder_case(pipeline: Any, batch: int, size: tuple[int, int], generator: torch.Generator) -> Case:
-    latents = torch.randn(batch, pipeline.vae.config.latent_channels, *size, generator=generator)
-    latents = latents / pipeline.vae.config.scaling_factor
-    return Case(_name(batch, size), {"latent_sample": latents}, lambda: {"sample": pipeline.vae.decode(latents).sample})
-
-
-def _name(batch: int, size: tuple[int, int]) -> str:
-    return f"batch {batch}, latents {size[0]} x {size[1]}"
+def _size(inputs: Tensors) -> str:
+    first = next(iter(inputs.values()))
+    return " x ".join(map(str, first.shape[2:] if first.ndim > 3 else first.shape[1:2]))

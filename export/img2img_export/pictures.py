@@ -16,17 +16,16 @@ from PIL import Image
 
 from img2img_export.errors import ExportError, first_line
 from img2img_export.graphs import RUNTIME_ERRORS, quiet
+from img2img_export.limits import LEAST_CONTRAST, LIMITS
 from img2img_export.models import WHOLE
-
-GREATEST_DIFFERENCE = 1
-"""Steps of 1/255 by which a value may differ: fp32 sums in another order may round to the neighbouring value, no further."""
-LEAST_CONTRAST = 2.0
-"""Standard deviation, in steps of 1/255, below which a picture is taken for black or constant: what NaNs decode to."""
+from img2img_export.options import Precision
 
 _GREATEST_SIZE = 256
+_LEAST_SIZE = 40
 _INFINITE_PSNR = 999.0
-_PROMPT = "A beautiful landscape with mountains and a lake at sunset"
 _FAILURES = (ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError, ArithmeticError)
+_SSIM_WINDOW = 7
+"""Pixels of a side, as its paper and skimage have it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,34 +36,64 @@ class PictureCase:
     request: Request
 
 
-def picture_cases(pipeline: Any, family: str) -> tuple[PictureCase, ...]:
-    """Three short requests at the model's own size, or 256 pixels where that is larger, and one that is not square.
+@dataclass(frozen=True, slots=True)
+class _Subject:
+    """A prompt, and how it is asked for: `steps` of the whole schedule at each of STRENGTHS. Guidance of 1 is none."""
 
-    A pipeline that runs whole is asked for square pictures only: what else it takes is its own affair.
+    prompt: str
+    negative_prompt: str
+    guidance_scale: float
+    steps: tuple[int, int]
+    is_small: bool = False
+
+
+STRENGTHS = (0.5, 1.0)
+"""Half of the schedule, from the source's latents; and all of it, from noise alone."""
+
+_SUBJECTS = (
+    _Subject("A beautiful landscape with mountains and a lake at sunset", "blurry", 7.5, (4, 4)),
+    _Subject("An old fisherman with a white beard, oil on canvas", "", 1.0, (6, 4)),
+    _Subject("A city street at night in the rain, neon signs", "noise, text", 5.0, (8, 4), is_small=True),
+)
+
+
+def picture_cases(pipeline: Any, family: str) -> tuple[PictureCase, ...]:
+    """Six short requests: three prompts, each at two strengths, of the model's own size (at most 256 pixels) and another one.
+
+    The other is smaller and not square, but for a pipeline that runs whole. A pipeline that
+    knows no strength has three.
     """
     size = _own_size(pipeline)
-    small = size if family == WHOLE else max(size * 5 // 8 // 8 * 8, 40)
-    settings = (
-        ("guided", (size, size), 0.6, 5, 7.5, "blurry"),
-        ("unguided", (size, size), 1.0, 4, 1.0, ""),
-        ("other size", (small + 8 if family != WHOLE else size, small), 0.4, 8, 5.0, "noise"),
-    )
+    step = _size_step(pipeline)
+    small = max(size * 5 // 8 // step * step, _LEAST_SIZE // step * step)
+    small_size = (small + step, small)
+    if family == WHOLE:
+        # What it takes is its own affair; a multiple of 64 suits all that there are.
+        other = size // 128 * 64 or 2 * size
+        small_size = (other, other)
+    known = "strength" in inspect.signature(pipeline.__call__).parameters
     return tuple(
-        PictureCase(
-            f"{name}, {width} x {height}, strength {strength}, {steps} steps",
-            Request(
-                model="",
-                image=sample_picture(width, height),
-                prompt=_PROMPT,
-                negative_prompt=negative,
-                strength=strength,
-                num_inference_steps=steps,
-                guidance_scale=guidance,
-                seeds=(seed,),
-            ),
-        )
-        for seed, (name, (width, height), strength, steps, guidance, negative) in enumerate(settings)
+        _case(subject, small_size if subject.is_small else (size, size), index, seed=2 * number + index, known=known)
+        for number, subject in enumerate(_SUBJECTS)
+        for index in range(len(STRENGTHS) if known else 1)
     )
+
+
+def _case(subject: _Subject, size: tuple[int, int], index: int, seed: int, known: bool) -> PictureCase:
+    strength, steps = STRENGTHS[index], subject.steps[index]
+    words = " ".join(subject.prompt.replace(",", "").split()[:3])
+    strong = f", strength {strength}" if known else ""
+    request = Request(
+        model="",
+        image=sample_picture(*size),
+        prompt=subject.prompt,
+        negative_prompt=subject.negative_prompt,
+        strength=strength,
+        num_inference_steps=steps,
+        guidance_scale=subject.guidance_scale,
+        seeds=(seed,),
+    )
+    return PictureCase(f"{words}, {size[0]} x {size[1]}{strong}, {steps} steps", request)
 
 
 def draw_references(pipeline: Any, cases: Sequence[PictureCase]) -> list[Image.Image]:
@@ -83,38 +112,59 @@ def draw_references(pipeline: Any, cases: Sequence[PictureCase]) -> list[Image.I
 
 
 def compare_pictures(
-    bundle: Path, manifest: Manifest, cases: Sequence[PictureCase], references: Sequence[Image.Image]
-) -> tuple[PictureParity, ...]:
-    """Draws each case through the server's pipeline on the CPU, and compares it with the reference."""
+    bundle: Path, manifest: Manifest, cases: Sequence[PictureCase], references: Sequence[Image.Image], precision: Precision
+) -> tuple[tuple[PictureParity, ...], list[Image.Image]]:
+    """Draws each case through the server's pipeline on the CPU, and compares it with the reference by the precision's limits.
+
+    Graphs in half precision compute as they would on a GPU (emulation.py).
+    """
     from img2img_server.pipelines.alone import run_alone
     from img2img_server.pipelines.loader import load_pipeline
+    from img2img_server.pipelines.sessions import SessionOptions, open_session
+
+    from img2img_export.emulation import open_emulated
+
+    def open_graph(path: Path, options: SessionOptions) -> Any:
+        return open_emulated(path) if precision in ("fp16", "bf16") else open_session(path, options)
 
     threads, gradients = torch.get_num_threads(), torch.is_grad_enabled()
     try:
         with quiet():
-            pipeline = load_pipeline(bundle, manifest, provider="cpu")
-            return tuple(
-                measure(case.name, run_alone(pipeline, case.request)[0], reference)
-                for case, reference in zip(cases, references, strict=True)
-            )
+            pipeline = load_pipeline(bundle, manifest, provider="cpu", open_graph=open_graph)
+            drawn = [run_alone(pipeline, case.request)[0] for case in cases]
     except (*_FAILURES, *RUNTIME_ERRORS, BundleError, ServerError) as error:
         raise ExportError(f"the server's pipeline cannot run it: {type(error).__name__}: {first_line(error)}") from error
     finally:
         # The server's loader sets both for a process of its own.
         torch.set_num_threads(threads)
         torch.set_grad_enabled(gradients)
+    compared = zip(cases, drawn, references, strict=True)
+    return tuple(measure(case.name, picture, reference, precision) for case, picture, reference in compared), drawn
 
 
-def measure(case: str, picture: Image.Image, reference: Image.Image) -> PictureParity:
-    """Compares two RGB pictures. Another size never passes, nor does a picture of one colour."""
+def measure(case: str, picture: Image.Image, reference: Image.Image, precision: Precision = "fp32") -> PictureParity:
+    """Compares two RGB pictures. Another size never passes, nor does a picture of one colour, as NaNs decode to."""
     if picture.size != reference.size:
-        return PictureParity(case, 255, 0.0, False)
-    actual, expected = np.asarray(picture, np.int16), np.asarray(reference, np.int16)
-    difference = np.abs(actual - expected)
+        return PictureParity(case, 255, 0.0, False, ssim=0.0)
+    limits = LIMITS[precision]
+    actual, expected = np.asarray(picture.convert("RGB")), np.asarray(reference.convert("RGB"))
+    difference = np.abs(actual.astype(np.int16) - expected.astype(np.int16))
     mean_square = float((difference.astype(np.float64) ** 2).mean())
     psnr = 10 * math.log10(255**2 / mean_square) if mean_square else _INFINITE_PSNR
+    ssim = _structural_similarity(actual, expected)
     worst = int(difference.max())
-    return PictureParity(case, worst, psnr, worst <= GREATEST_DIFFERENCE and float(actual.std()) >= LEAST_CONTRAST)
+    alike = worst <= limits.max_abs_error and psnr >= limits.psnr_db and ssim >= limits.ssim
+    return PictureParity(case, worst, psnr, alike and float(actual.std()) >= LEAST_CONTRAST, ssim)
+
+
+def _structural_similarity(actual: np.ndarray, expected: np.ndarray) -> float:
+    """SSIM of Wang et al., 2004, of each colour and on average."""
+    from skimage.metrics import structural_similarity
+
+    side = min(*actual.shape[:2], _SSIM_WINDOW)
+    window = side if side % 2 else side - 1
+    value = structural_similarity(actual, expected, channel_axis=2, data_range=255, win_size=window)  # type: ignore[no-untyped-call]
+    return float(value)
 
 
 def sample_picture(width: int, height: int) -> Image.Image:
@@ -134,6 +184,12 @@ def _own_size(pipeline: Any) -> int:
     latents = getattr(model.config, "sample_size", None) if model is not None else None
     pixels = latents * 8 if isinstance(latents, int) else _GREATEST_SIZE
     return max(min(pixels, _GREATEST_SIZE) // 64 * 64, 64)
+
+
+def _size_step(pipeline: Any) -> int:
+    """Pixels that width and height must be multiples of: those of a latent, or of a transformer's patch of two by two."""
+    patch = 2 if getattr(pipeline, "transformer", None) is not None else 1
+    return max(int(getattr(pipeline, "vae_scale_factor", 8)), 8) * patch
 
 
 def _arguments(pipeline: Any, request: Request) -> dict[str, Any]:

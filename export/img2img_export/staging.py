@@ -2,7 +2,8 @@
 
 The work is done in a hidden directory beside the output, on the same filesystem, and the finished bundle is renamed into
 place. A lock beside it is held by the running export and vanishes with its process, so whoever holds it knows that any
-other hidden directory of this output is the litter of a killed export.
+other hidden directory of this output is the litter of a killed export. A small process that outlives the export clears that
+at once; where it was killed too, the next export does.
 """
 
 import contextlib
@@ -10,6 +11,9 @@ import fcntl
 import json
 import os
 import shutil
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +21,10 @@ from pathlib import Path
 from img2img_server.bundle import MANIFEST_NAME
 
 from img2img_export.errors import ExportError
+
+_TRIES, _PAUSE = 100, 0.05
+_REPLACED = "replaced"
+"""Where the bundle that was at the output waits for the new one to be in its place."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +47,7 @@ class Staging:
     def publish(self) -> None:
         """Makes the bundle appear at the output, in place of one that is there."""
         if self.output.exists():
-            self.output.rename(self.root / "replaced")
+            self.output.rename(self.root / _REPLACED)
         self.bundle.rename(self.output)
 
 
@@ -50,17 +58,55 @@ def stage(output: Path) -> Iterator[Staging]:
     Raises ExportError where another export to `output` is running.
     """
     output.parent.mkdir(parents=True, exist_ok=True)
-    prefix = f".{output.name}.img2img-export."
-    with _lock(output.parent / f"{prefix}lock", output):
-        for litter in output.parent.glob(f"{_escape(prefix)}[0-9]*"):
-            shutil.rmtree(litter)
-        staging = Staging(output.parent / f"{prefix}{os.getpid()}", output)
+    with _lock(output), _janitor(output):
+        _clear(output)
+        staging = Staging(output.parent / f"{_prefix(output)}{os.getpid()}", output)
         try:
             staging.source.mkdir(parents=True)
             staging.bundle.mkdir()
             yield staging
         finally:
             shutil.rmtree(staging.root)
+
+
+def sweep(output: Path) -> None:
+    """Clears what a killed export to `output` left. Does nothing where another one is running: that has cleared it."""
+    for _ in range(_TRIES):
+        try:
+            with _lock(output):
+                return _clear(output)
+        except ExportError:
+            # The kernel may close the dead process' pipe a moment before it lets go of its lock.
+            time.sleep(_PAUSE)
+
+
+@contextlib.contextmanager
+def _janitor(output: Path) -> Iterator[None]:
+    """Runs a process that waits for this one to end, however it ends, and sweeps."""
+    code = "import sys, pathlib; from img2img_export.staging import sweep; sys.stdin.read(); sweep(pathlib.Path(sys.argv[1]))"
+    command = [sys.executable, "-c", code, str(output)]
+    # In a session of its own, so that Ctrl-C in a terminal ends the export only.
+    process = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    try:
+        yield
+    finally:
+        # The export has cleared up after itself.
+        process.kill()
+        process.communicate()
+
+
+def _clear(output: Path) -> None:
+    for litter in output.parent.glob(f"{_escape(_prefix(output))}[0-9]*"):
+        if not output.exists() and (litter / _REPLACED).exists():
+            # Killed between the two steps of publishing.
+            (litter / _REPLACED).rename(output)
+        shutil.rmtree(litter)
+
+
+def _prefix(output: Path) -> str:
+    return f".{output.name}.img2img-export."
 
 
 def check_replaceable(output: Path, force: bool) -> None:
@@ -83,7 +129,8 @@ def _is_bundle(directory: Path) -> bool:
 
 
 @contextlib.contextmanager
-def _lock(path: Path, output: Path) -> Iterator[None]:
+def _lock(output: Path) -> Iterator[None]:
+    path = output.parent / f"{_prefix(output)}lock"
     descriptor = _open_locked(path)
     while descriptor is not None and not _is_at(path, descriptor):
         os.close(descriptor)

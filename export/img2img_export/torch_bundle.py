@@ -1,31 +1,43 @@
-"""The bundle of a model that has no graphs: diffusers' own layout with safetensors, which AutoPipeline loads back."""
+"""The parts of a bundle that are no graphs: PyTorch's weights as safetensors, tokenizers, schedulers, and the pipeline's index.
 
-import shutil
+In diffusers' own layout, which AutoPipeline loads back.
+"""
+
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from img2img_server.bundle import Component
 
 from img2img_export.graphs import quiet
-from img2img_export.models import modules
 
-_PRECISIONS = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.float32}
+"""The type of a PyTorch component's weights, by the precision that was asked for. There is no int8 of them."""
 
 
-def save(pipeline: Any, bundle: Path) -> tuple[Component, ...]:
-    """Saves the pipeline into the directory `bundle`, and names its components."""
+def save(pipeline: Any, graphs: tuple[str, ...], precision: str, bundle: Path) -> tuple[Component, ...]:
+    """Saves all of `pipeline` but the components `graphs` into the directory `bundle`, and names what has weights.
+
+    The pipeline's own weights are converted in place.
+    """
+    saved = []
     with quiet():
-        pipeline.save_pretrained(bundle, safe_serialization=True)
-    return tuple(Component(name, _precision(module)) for name, module in modules(pipeline).items())
+        pipeline.save_config(bundle)
+        for name, part in pipeline.components.items():
+            if part is None or name in graphs:
+                continue
+            if isinstance(part, torch.nn.Module):
+                part.to(DTYPES[precision])
+                cast(Any, part).save_pretrained(bundle / name, safe_serialization=True)
+                saved.append(_describe(name, part))
+            else:
+                part.save_pretrained(bundle / name)
+    return tuple(saved)
 
 
-def clear(bundle: Path) -> None:
-    """Empties the directory of what a failed export of graphs left."""
-    shutil.rmtree(bundle)
-    bundle.mkdir()
-
-
-def _precision(module: torch.nn.Module) -> str:
-    kinds = [_PRECISIONS[part.dtype] for part in module.parameters() if part.dtype in _PRECISIONS]
-    return max(sorted(set(kinds)), key=kinds.count, default="fp32")
+def _describe(name: str, module: torch.nn.Module) -> Component:
+    weights = list(module.parameters())
+    kinds = {torch.float16: "fp16", torch.bfloat16: "bf16"}
+    counts = [kinds.get(weight.dtype, "fp32") for weight in weights]
+    precision = max(sorted(set(counts)), key=counts.count, default="fp32")
+    return Component(name, precision, backend="torch", bytes=sum(weight.nbytes for weight in weights))

@@ -1,5 +1,6 @@
 """The export from end to end: what it refuses, what it falls back to, and that nothing unverified is ever published."""
 
+import contextlib
 import dataclasses
 import json
 import shutil
@@ -14,12 +15,16 @@ import pytest
 import torch
 from diffusers import AutoPipelineForImage2Image
 from img2img_cli.__main__ import main
-from img2img_export import graphs, models
+from img2img_export import conversion, models, torch_bundle, tracing
 from img2img_export.build import Outcome, export_model
 from img2img_export.errors import ExportError
 from img2img_export.options import ExportOptions
+from img2img_export.parts import Part
+from img2img_export.progress import Progress
+from img2img_export.skeleton import Skeleton
 from img2img_export.source import resolve
 from img2img_server.bundle import check_bundle, list_files, read_manifest, write_manifest
+from img2img_server.errors import BundleError
 
 Get = Callable[[str], Path]
 
@@ -35,16 +40,24 @@ def model(tiny_model: Get, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def ready_graphs(bundle: Get, monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[Path], None]], None]:
-    """Puts the graphs of an exported bundle in place of an export's own, after a given change: a fault, and no wait."""
-    ready = bundle("sd1")
+def fault(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[Path], None]], None]:
+    """Makes every export go wrong: lets a function change the bundle, once its UNet and once all of it is written."""
+    write, save = Skeleton.write, torch_bundle.save
 
     def install(change: Callable[[Path], None]) -> None:
-        def export_graphs(pipeline: Any, directory: Path) -> None:
-            shutil.copytree(ready, directory, dirs_exist_ok=True, ignore=shutil.ignore_patterns("manifest.json"))
-            change(directory)
+        def write_wrong(skeleton: Skeleton, folder: Path, progress: Progress, label: str) -> None:
+            write(skeleton, folder, progress, label)
+            if label == "unet":
+                change(folder.parent)
 
-        monkeypatch.setattr(graphs, "export_graphs", export_graphs)
+        def save_wrong(*arguments: Any) -> Any:
+            saved = save(*arguments)
+            with contextlib.suppress(FileNotFoundError):
+                change(arguments[-1])
+            return saved
+
+        monkeypatch.setattr(Skeleton, "write", write_wrong)
+        monkeypatch.setattr(torch_bundle, "save", save_wrong)
 
     return install
 
@@ -70,7 +83,8 @@ def freeze_timestep(directory: Path) -> None:
 
 def change_scheduler(directory: Path) -> None:
     path = directory / "scheduler" / "scheduler_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "beta_end": 0.02}))
+    if path.is_file():
+        path.write_text(json.dumps({**json.loads(path.read_text()), "beta_end": 0.02}))
 
 
 def break_graph(directory: Path) -> None:
@@ -81,7 +95,7 @@ def break_graph(directory: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("fault", "message"),
+    ("change", "message"),
     [
         (change_weight, "unet differs from PyTorch"),
         (freeze_timestep, "unet differs from PyTorch"),
@@ -90,15 +104,16 @@ def break_graph(directory: Path) -> None:
     ],
 )
 def test_a_bundle_that_differs_is_not_published(
-    fault: Callable[[Path], None],
+    change: Callable[[Path], None],
     message: str,
-    ready_graphs: Callable[[Callable[[Path], None]], None],
+    fault: Callable[[Callable[[Path], None]], None],
     tiny_model: Get,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    ready_graphs(fault)
-    assert main(["export", str(tiny_model("sd1")), "--output", str(tmp_path / "out")]) == 1
+    fault(change)
+    command = ["export", str(tiny_model("sd1")), "--output", str(tmp_path / "out"), "--backend", "onnx"]
+    assert main(command) == 1
     error = capsys.readouterr().err
     assert message in error
     assert len(error.splitlines()) == 1
@@ -106,12 +121,12 @@ def test_a_bundle_that_differs_is_not_published(
 
 
 def test_a_failure_leaves_the_bundle_that_was_there(
-    ready_graphs: Callable[[Callable[[Path], None]], None], tiny_model: Get, bundle: Get, tmp_path: Path
+    fault: Callable[[Callable[[Path], None]], None], tiny_model: Get, bundle: Get, tmp_path: Path
 ) -> None:
     output = Path(shutil.copytree(bundle("sd2"), tmp_path / "out"))
-    ready_graphs(change_weight)
+    fault(change_weight)
     with pytest.raises(ExportError, match="differs"):
-        export(tiny_model("sd1"), output, force=True)
+        export(tiny_model("sd1"), output, force=True, backend="onnx")
     check_bundle(output, read_manifest(output))
 
 
@@ -135,7 +150,6 @@ sys.exit(main(sys.argv[1:]))
 @pytest.mark.parametrize("what", ["source", "options", "tools", "damage"])
 def test_another_bundle_is_replaced_by_force_only(
     what: str,
-    ready_graphs: Callable[[Callable[[Path], None]], None],
     bundle: Get,
     model: Path,
     tiny_model: Get,
@@ -156,7 +170,6 @@ def test_another_bundle_is_replaced_by_force_only(
         export(source, output)
     if what != "damage":
         return
-    ready_graphs(lambda directory: None)
     assert not export(source, output, force=True).up_to_date
     check_bundle(output, read_manifest(output))
     assert export(source, output).up_to_date
@@ -169,30 +182,83 @@ def test_what_is_no_bundle_is_kept_even_with_force(tiny_model: Get, tmp_path: Pa
     assert (tmp_path / "holiday.jpg").read_text() == "precious"
 
 
-@pytest.mark.parametrize("backend", ["auto", "onnx"])
-def test_torch_is_the_fallback_with_the_reason(
-    backend: str, tiny_model: Get, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(*_: Any, **__: Any) -> None:
-        raise AttributeError("'Whatever' object has no attribute 'text_model'\nand more")
+@pytest.fixture
+def untraceable(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Makes torch's exporter refuse the graph of a name."""
+    trace = tracing.trace
 
-    monkeypatch.setattr(graphs, "onnx_export_from_model", refuse)
-    if backend == "onnx":
-        with pytest.raises(ExportError, match="optimum cannot export it"):
-            export(tiny_model("sd1"), tmp_path / "out", backend="onnx")
-        assert list(tmp_path.iterdir()) == []
-        return
+    def fail(*_: Any) -> Any:
+        raise KeyError("text_model")
+
+    def install(name: str) -> None:
+        def refuse(module: Any, part: Part, *arguments: Any) -> Skeleton:
+            if part.name == name:
+                part = dataclasses.replace(part, call=fail)
+            return trace(module, part, *arguments)
+
+        monkeypatch.setattr(conversion, "trace", refuse)
+
+    return install
+
+
+_REASON = "torch cannot export {}: KeyError: 'text_model'"
+
+
+@pytest.mark.parametrize(
+    ("graph", "backend", "graphs"),
+    [("vae_decoder", "hybrid", {"unet"}), ("text_encoder", "hybrid", {"unet"}), ("unet", "torch", set())],
+)
+def test_what_cannot_be_a_graph_is_pytorch_with_the_reason(
+    graph: str, backend: str, graphs: set[str], untraceable: Callable[[str], None], tiny_model: Get, tmp_path: Path
+) -> None:
+    untraceable(graph)
     manifest = export(tiny_model("sd1"), tmp_path / "out").manifest
-    assert (manifest.backend, manifest.family) == ("torch", "stable-diffusion")
-    assert manifest.backend_reason == (
-        "optimum cannot export it: AttributeError: 'Whatever' object has no attribute 'text_model'"
-    )
-    assert not any(name.endswith(".onnx") for name in list_files(tmp_path / "out"))
+    assert (manifest.backend, manifest.family) == (backend, "stable-diffusion")
+    assert manifest.backend_reason == _REASON.format(graph)
+    assert {name.partition("/")[0] for name in list_files(tmp_path / "out") if name.endswith(".onnx")} == graphs
+    assert {part.name for part in manifest.components if part.backend == "onnx"} == graphs
+    assert manifest.verification.passed
+
+
+def test_a_backend_that_was_asked_for_is_not_replaced(
+    untraceable: Callable[[str], None], tiny_model: Get, tmp_path: Path
+) -> None:
+    untraceable("unet")
+    with pytest.raises(ExportError) as caught:
+        export(tiny_model("sd1"), tmp_path / "out", backend="onnx")
+    assert str(caught.value) == _REASON.format("unet")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_graph_that_is_wrong_counts_as_one_that_cannot_be_made(
+    fault: Callable[[Callable[[Path], None]], None], tiny_model: Get, tmp_path: Path
+) -> None:
+    fault(freeze_timestep)
+    manifest = export(tiny_model("sd1"), tmp_path / "out").manifest
+    assert manifest.backend == "torch"
+    assert "unet differs from PyTorch" in str(manifest.backend_reason)
+    assert manifest.verification.passed
+
+
+def test_an_unverified_bundle_is_published_only_on_demand_and_says_so(
+    fault: Callable[[Callable[[Path], None]], None], tiny_model: Get, tmp_path: Path
+) -> None:
+    fault(change_weight)
+    outcome = export(tiny_model("sd1"), tmp_path / "out", allow_unverified=True)
+    manifest = read_manifest(outcome.path)
+    assert manifest.backend == "onnx"
+    assert not manifest.verification.passed
+    assert any("unet differs" in problem for problem in manifest.verification.problems)
+    assert any("the picture differs" in problem for problem in manifest.verification.problems)
+    assert "NOT VERIFIED" in outcome.summary()
+    with pytest.raises(BundleError, match=r"did not pass verification.*unet differs"):
+        check_bundle(outcome.path, manifest)
+    check_bundle(outcome.path, manifest, allow_unverified=True)
 
 
 @pytest.mark.parametrize("name", ["sdxl", "kandinsky22"])
-def test_a_torch_bundle_is_what_autopipeline_loads(name: str, tiny_model: Get, bundle: Get, tmp_path: Path) -> None:
-    output = bundle(name) if name == "kandinsky22" else export(tiny_model(name), tmp_path / "out", backend="torch").path
+def test_a_torch_bundle_is_what_autopipeline_loads(name: str, tiny_model: Get, tmp_path: Path) -> None:
+    output = export(tiny_model(name), tmp_path / "out", backend="torch").path
     manifest = read_manifest(output)
     assert manifest.backend == "torch"
     assert manifest.family == {"sdxl": "stable-diffusion-xl", "kandinsky22": "whole"}[name]
@@ -205,7 +271,7 @@ def test_a_torch_bundle_is_what_autopipeline_loads(name: str, tiny_model: Get, b
 
 
 def test_a_model_without_graphs_is_refused_where_graphs_are_asked_for(tiny_model: Get, tmp_path: Path) -> None:
-    with pytest.raises(ExportError, match="makes no graphs of KandinskyV22"):
+    with pytest.raises(ExportError, match="makes no graphs of all of KandinskyV22"):
         export(tiny_model("kandinsky22"), tmp_path / "out", backend="onnx")
     assert list(tmp_path.iterdir()) == []
 
@@ -220,16 +286,16 @@ def test_half_of_a_model_of_two_repositories_is_refused_with_advice(tiny_model: 
         export(decoder, tmp_path / "out")
 
 
-def test_a_half_precision_variant_is_read_as_fp32(tiny_model: Get, tmp_path: Path) -> None:
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_half_precision_variant_is_compared_in_fp32(precision: str, tiny_model: Get, tmp_path: Path) -> None:
     half = AutoPipelineForImage2Image.from_pretrained(tiny_model("sd1"), torch_dtype=torch.float16, use_safetensors=True)
     half.save_pretrained(tmp_path / "half", safe_serialization=True, variant="fp16")
-    options = ExportOptions(source=str(tmp_path / "half"), output=tmp_path / "out", variant="fp16")
-    checkpoint = resolve(options, print)
-    checkpoint.link_into(tmp_path / "view")
-    pipeline = models.load(tmp_path / "view", checkpoint.layout, "fp16")
-    assert {part.dtype for module in models.modules(pipeline).values() for part in module.parameters()} == {torch.float32}
     with pytest.raises(ExportError, match="fp16: choose with --variant"):
-        resolve(dataclasses.replace(options, variant=None), print)
+        export(tmp_path / "half", tmp_path / "out")
+    manifest = export(tmp_path / "half", tmp_path / "out", variant="fp16", precision=precision).manifest
+    assert {part.precision for part in manifest.components} == {precision}
+    limits = {"fp32": 1e-5, "fp16": 5e-3}
+    assert max(part.relative_error for part in manifest.verification.components) < limits[precision]
 
 
 def test_a_model_that_draws_one_colour_is_refused(model: Path, tmp_path: Path) -> None:
@@ -247,7 +313,7 @@ def test_a_model_that_draws_one_colour_is_refused(model: Path, tmp_path: Path) -
 def test_pickles_are_refused_before_anything_is_loaded(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     weights = model / "unet" / "diffusion_pytorch_model.safetensors"
     weights.rename(weights.with_suffix(".bin"))
-    monkeypatch.setattr(models, "load", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(models.Loader, "pipeline", lambda *_: pytest.fail("the model was loaded"))
     with pytest.raises(ExportError, match="unet has pickled weights only"):
         export(model, tmp_path / "out")
 
@@ -261,16 +327,6 @@ def test_wrong_arguments_exit_with_two(arguments: list[str]) -> None:
     assert caught.value.code == 2
 
 
-def test_weights_beyond_the_limit_of_a_graph_file_lie_beside_it(
-    tiny_model: Get, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("FORCE_ONNX_EXTERNAL_DATA", "1")
-    outcome = export(tiny_model("sd1"), tmp_path / "out")
-    data = outcome.path / "unet" / "model.onnx_data"
-    assert data.stat().st_mode & 0o777 == 0o644
-    assert "unet/model.onnx_data" in outcome.manifest.files
-
-
 def test_the_digest_is_of_the_source(tiny_model: Get, bundle: Get) -> None:
     options = ExportOptions(source=str(tiny_model("sd1")), output=Path("unused"))
-    assert read_manifest(bundle("sd1")).source == resolve(options, print).source
+    assert read_manifest(bundle("sd1")).source == resolve(options, Progress()).source

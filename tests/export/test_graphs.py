@@ -94,9 +94,17 @@ def test_every_comparison_was_made_and_passed(name: str, bundle: Get) -> None:
     manifest = read_manifest(bundle(name))
     verification = manifest.verification
     assert verification.passed
-    assert len(verification.pictures) == 3
-    if manifest.backend == "onnx":
-        assert {part.component for part in verification.components} == {part.name for part in manifest.components}
+    assert len(verification.pictures) == 6
+    graphs = {part.name for part in manifest.components if part.backend == "onnx"}
+    assert {part.component for part in verification.components} == graphs
+    for graph in graphs:
+        cases = [part.case for part in verification.components if part.component == graph]
+        kinds = [(kind, batch) for kind in ("real", "random") for batch in (1, 3)]
+        assert len(cases) == len(kinds)
+        assert all(any(f"{kind}, batch {batch}, " in case for case in cases) for kind, batch in kinds)
+        sizes = {case.rpartition(", ")[2] for case in cases}
+        assert len(sizes) > 1 or graph.startswith("text_encoder")
+    if name in STABLE_DIFFUSION:
         assert any("9 x 13" in part.case for part in verification.components)
     assert all(part.passed for part in verification.components)
     assert all(part.passed for part in verification.pictures)

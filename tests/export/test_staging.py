@@ -6,9 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 from img2img_export.errors import ExportError
-from img2img_export.staging import check_replaceable, stage
+from img2img_export.staging import check_replaceable, stage, sweep
 
 BUNDLE_MANIFEST = json.dumps({"format_version": 1, "pipeline_class": "P"})
 
@@ -73,20 +74,42 @@ def test_two_exports_to_one_output_do_not_mix(tmp_path: Path) -> None:
             pass
 
 
-def test_a_killed_export_leaves_nothing_finished_and_the_next_clears_up(tmp_path: Path) -> None:
-    output = tmp_path / "mod[e]l"
+def kill_a_build(output: Path, *, and_its_janitor: bool) -> None:
     with subprocess.Popen([sys.executable, "-c", _BUILD_FOREVER, str(output)], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "building\n"
         with pytest.raises(ExportError, match="running"), stage(output):
             pass
+        (janitor,) = psutil.Process(process.pid).children()
+        if and_its_janitor:
+            janitor.kill()
         process.send_signal(signal.SIGKILL)
+    psutil.wait_procs([janitor], timeout=60)
+
+
+def test_what_a_killed_export_left_is_cleared_at_once(tmp_path: Path) -> None:
+    kill_a_build(tmp_path / "mod[e]l", and_its_janitor=False)
+    assert names(tmp_path) == []
+
+
+def test_what_nobody_could_clear_is_not_taken_for_a_bundle_and_the_next_export_clears_it(tmp_path: Path) -> None:
+    output = tmp_path / "mod[e]l"
+    kill_a_build(output, and_its_janitor=True)
     assert not output.exists()
     assert all(name.startswith(".") for name in names(tmp_path))
     assert not list(tmp_path.glob(".*/manifest.json")), "a directory beside the output looks like a bundle"
     with stage(output) as staging:
         assert names(tmp_path) == sorted([staging.root.name, f".{output.name}.img2img-export.lock"])
     assert names(tmp_path) == []
+
+
+def test_the_old_bundle_comes_back_where_the_new_one_did_not_get_into_its_place(tmp_path: Path) -> None:
+    litter = tmp_path / ".model.img2img-export.1" / "replaced"
+    litter.mkdir(parents=True)
+    (litter / "file").write_text("old")
+    sweep(tmp_path / "model")
+    assert (tmp_path / "model" / "file").read_text() == "old"
+    assert names(tmp_path) == ["model"]
 
 
 def test_what_is_not_there_or_empty_may_be_written(tmp_path: Path) -> None:

@@ -1,0 +1,178 @@
+"""The parts of a model that become graphs: how each is called, and what its graph's inputs and outputs are named.
+
+Names and axes are optimum's, so that its own pipelines load the bundle, but for three things. `timestep` has a value for each
+sample: requests at different steps share a call. The UNet is traced at an odd size: at an even one tracing freezes the branch
+of diffusers that hands the upsamplers their sizes, and the graph then refuses most sizes. And what optimum has no
+configuration for (the denoisers of hybrid bundles) is described by the calls that its pipeline makes.
+"""
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from optimum.exporters.onnx import model_configs
+from optimum.exporters.onnx.base import OnnxConfig
+from optimum.utils import NormalizedConfig
+
+Tensors = dict[str, torch.Tensor]
+"""Inputs or outputs of a graph, by name, in its order."""
+Axes = dict[str, dict[int, str]]
+"""The axes that vary, by the tensor's name and the axis' index."""
+
+DENOISERS = ("unet", "transformer")
+_CONFIGS = {
+    "CLIPTextModel": model_configs.CLIPTextOnnxConfig,
+    "CLIPTextModelWithProjection": model_configs.CLIPTextWithProjectionOnnxConfig,
+    "T5EncoderModel": model_configs.T5EncoderOnnxConfig,
+    "UNet2DConditionModel": model_configs.UNetOnnxConfig,
+    "SD3Transformer2DModel": model_configs.SD3TransformerOnnxConfig,
+    "FluxTransformer2DModel": model_configs.FluxTransformerOnnxConfig,
+}
+"""What optimum knows how to export, by the module's class."""
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A graph to be made. `component` is the pipeline's component that it is made of, `name` the graph's folder.
+
+    `call` runs the module on a graph's inputs and gives the graph's outputs, both by name. `config` is optimum's, whose
+    patches the module needs while it is traced.
+    """
+
+    name: str
+    component: str
+    inputs: Axes
+    outputs: Axes
+    call: Callable[[Any, Tensors], Tensors]
+    config: Any
+
+
+class CalledConfig(OnnxConfig):  # type: ignore[misc]
+    """An export configuration made of what was seen of a module's calls."""
+
+    NORMALIZED_CONFIG_CLASS = NormalizedConfig.with_args(allow_new=True)
+    DUMMY_INPUT_GENERATOR_CLASSES = ()
+
+    def __init__(self, config: Any, inputs: Axes, outputs: Axes) -> None:
+        super().__init__(config, task="semantic-segmentation")
+        self._inputs, self._outputs = inputs, outputs
+
+    @property
+    def inputs(self) -> Axes:
+        """Inputs, and their axes that vary."""
+        return self._inputs
+
+    @property
+    def outputs(self) -> Axes:
+        """Outputs, and their axes that vary."""
+        return self._outputs
+
+
+def text_part(name: str, module: Any, hidden_states: bool) -> Part:
+    """A CLIP or T5 text encoder: token ids [B, T] to its outputs and, for pipelines that read them, every hidden state."""
+    module.config.output_hidden_states = hidden_states
+    config = _config(_CONFIGS[type(module).__name__], module.config, "feature-extraction")
+
+    def call(encoder: Any, inputs: Tensors) -> Tensors:
+        output = encoder(**inputs, output_hidden_states=hidden_states, return_dict=True)
+        found = {key: value for key, value in output.items() if isinstance(value, torch.Tensor)}
+        states = enumerate(output.hidden_states) if hidden_states else ()
+        return _ordered({**found, **{f"hidden_states.{index}": state for index, state in states}}, config.outputs)
+
+    return Part(name, name, config.inputs, config.outputs, call, config)
+
+
+def vae_parts(module: Any) -> tuple[Part, Part]:
+    """A VAE: pixels [B, 3, H, W] to the parameters of a latent distribution [B, 2C, h, w], and latents to pixels."""
+
+    def encode(vae: Any, inputs: Tensors) -> Tensors:
+        return {"latent_parameters": vae.encode(inputs["sample"]).latent_dist.parameters}
+
+    def decode(vae: Any, inputs: Tensors) -> Tensors:
+        return {"sample": vae.decode(inputs["latent_sample"]).sample}
+
+    encoder = _config(model_configs.VaeEncoderOnnxConfig, module.config)
+    decoder = _config(model_configs.VaeDecoderOnnxConfig, module.config)
+    return (
+        Part("vae_encoder", "vae", encoder.inputs, encoder.outputs, encode, encoder),
+        Part("vae_decoder", "vae", decoder.inputs, decoder.outputs, decode, decoder),
+    )
+
+
+def denoiser_part(name: str, module: Any, calls: list[Tensors], structure: Mapping[str, Any]) -> Part:
+    """A UNet or transformer: noised latents and timesteps [B] to the prediction.
+
+    `calls` are inputs that its pipeline gave it, of several sizes; `structure` is one of those calls before it was flattened.
+    """
+    inputs = _varying(calls)
+    kind = _CONFIGS.get(type(module).__name__)
+    output = "out_sample" if name == "unet" else "out_hidden_states"
+    if kind is not None:
+        known = _config(kind, module.config)
+        inputs = {key: {**axes, **known.inputs.get(key, {})} for key, axes in inputs.items()}
+        output, *_ = known.outputs
+        output_axes = known.outputs[output]
+        config = known
+    else:
+        output_axes = {0: "batch_size", 2: "height", 3: "width"} if name == "unet" else {0: "batch_size", 1: "sequence_length"}
+        config = CalledConfig(module.config, inputs, {output: output_axes})
+
+    def call(denoiser: Any, tensors: Tensors) -> Tensors:
+        given = denoiser(**restore(tensors, structure), return_dict=False)
+        return {output: given[0]}
+
+    return Part(name, name, inputs, {output: output_axes}, call, config)
+
+
+def flatten(call: Mapping[str, Any]) -> Tensors:
+    """The tensors of a call's arguments by name; those of a dictionary by their own keys."""
+    found: Tensors = {}
+    for name, value in call.items():
+        if isinstance(value, torch.Tensor):
+            found[name] = value
+        elif isinstance(value, Mapping):
+            found.update(flatten(value))
+    return found
+
+
+def restore(tensors: Tensors, structure: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of a call like `structure`, with other tensors."""
+    return {name: _restored(name, value, tensors) for name, value in structure.items()}
+
+
+def _restored(name: str, value: Any, tensors: Tensors) -> Any:
+    if isinstance(value, Mapping):
+        return restore(tensors, value)
+    return tensors[name] if isinstance(value, torch.Tensor) else value
+
+
+def bind(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """A call's arguments by their names, but for the one that says how to return."""
+    bound = inspect.signature(function).bind(*args, **kwargs).arguments
+    extra = bound.pop("kwargs", {})
+    return {name: value for name, value in {**bound, **extra}.items() if name != "return_dict"}
+
+
+def _varying(calls: list[Tensors]) -> Axes:
+    """The axes that differ between calls, and the first of every tensor that has one row for each sample."""
+    first = calls[0]
+    rows = len(next(iter(first.values())))
+    axes: Axes = {}
+    for name, value in first.items():
+        varies = {
+            axis: f"{name}_{axis}" for axis in range(value.ndim) if any(c[name].shape[axis] != value.shape[axis] for c in calls)
+        }
+        if value.ndim and len(value) == rows:
+            varies[0] = "timestep_batch" if name == "timestep" else "batch_size"
+        axes[name] = varies
+    return axes
+
+
+def _ordered(found: Tensors, names: Axes) -> Tensors:
+    return {name: found[name] for name in names}
+
+
+def _config(kind: Any, config: Any, task: str = "semantic-segmentation") -> Any:
+    return kind(config, task=task, float_dtype="fp32")

@@ -1,0 +1,135 @@
+"""bf16 graphs: valid, of the right types, and, emulated on a CPU, as near to PyTorch in fp32 as PyTorch in bf16 is."""
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from img2img_export import bfloat16, emulation
+from img2img_export.parts import Part, Tensors, denoiser_part, flatten, text_part, vae_parts
+from img2img_export.progress import Progress
+from img2img_export.skeleton import Skeleton, Weight
+from img2img_export.tracing import trace
+from onnx import TensorProto, helper
+
+pytestmark = pytest.mark.filterwarnings("ignore:You are using the legacy TorchScript-based:DeprecationWarning")
+
+Traced = tuple[Any, Part, Tensors, Path]
+PARTS = ("unet", "text_encoder", "vae_encoder", "vae_decoder")
+
+
+@pytest.fixture(scope="module")
+def traced(tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Traced]:
+    """Gives a part of the tiny SD 1 model by its name: module, part, inputs and the folder of its bf16 graph."""
+    from diffusers import AutoPipelineForImage2Image
+
+    pipe = AutoPipelineForImage2Image.from_pretrained(tiny_model("sd1"), use_safetensors=True)
+    generator = torch.Generator().manual_seed(0)
+    root = tmp_path_factory.mktemp("bf16")
+    done: dict[str, Traced] = {}
+
+    def make(name: str) -> Traced:
+        if name == "unet":
+            call: dict[str, torch.Tensor] = {
+                "sample": torch.randn(2, 4, 17, 19, generator=generator),
+                "timestep": torch.tensor([5.0, 907.0]),
+            }
+            call["encoder_hidden_states"] = torch.randn(2, 77, pipe.unet.config.cross_attention_dim, generator=generator)
+            part = denoiser_part(name, pipe.unet, [flatten(call), {**call, "sample": call["sample"][:, :, 8:, 8:]}], call)
+            module, example = pipe.unet, flatten(call)
+        elif name == "text_encoder":
+            module, part = pipe.text_encoder, text_part(name, pipe.text_encoder, hidden_states=False)
+            example = {"input_ids": torch.randint(0, 200, (2, 77), generator=generator)}
+        else:
+            module, part = pipe.vae, vae_parts(pipe.vae)[PARTS.index(name) - 2]
+            example = {"sample": torch.rand(2, 3, 40, 24, generator=generator) * 2 - 1}
+            if name == "vae_decoder":
+                example = {"latent_sample": torch.randn(2, 4, 5, 7, generator=generator)}
+        bfloat16.to_bfloat16(trace(module, part, example, torch.float16)).write(root / name, Progress(), name)
+        return module, part, example, root / name / "model.onnx"
+
+    def get(name: str) -> Traced:
+        if name not in done:
+            done[name] = make(name)
+        return done[name]
+
+    return get
+
+
+def convert(value: torch.Tensor, name: str) -> torch.Tensor:
+    return value.bfloat16() if value.is_floating_point() and name != "timestep" else value
+
+
+def relative_error(value: Any, reference: torch.Tensor) -> float:
+    difference = np.asarray(value, dtype=np.float64) - reference.double().numpy()
+    return float(np.linalg.norm(difference) / np.linalg.norm(reference.double().numpy()))
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_emulation_is_about_as_exact_as_torch_in_bf16(traced: Callable[[str], Traced], name: str) -> None:
+    module, part, example, path = traced(name)
+    narrow = copy.deepcopy(module).bfloat16()
+    with torch.no_grad():
+        expected = part.call(module, example)
+        torch_values = part.call(narrow, {key: convert(value, key) for key, value in example.items()})
+    feed = {key: value.numpy() for key, value in example.items()}
+
+    values = emulation.open_emulated(path).run(list(expected), feed)
+
+    for (key, reference), value in zip(expected.items(), values, strict=True):
+        assert value.dtype == np.float32
+        assert torch.equal(torch.from_numpy(value).bfloat16().float(), torch.from_numpy(value))
+        limit = relative_error(torch_values[key].float().numpy(), reference)
+        assert limit / 3 < relative_error(value, reference) < 1.5 * limit
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_graph_is_valid_and_computes_in_bf16(traced: Callable[[str], Traced], name: str) -> None:
+    *_, path = traced(name)
+    onnx.checker.check_model(str(path), full_check=True)
+    model = onnx.load(str(path), load_external_data=False)
+
+    types = {value.name: value.type.tensor_type.elem_type for value in (*model.graph.input, *model.graph.output)}
+    assert TensorProto.FLOAT16 not in types.values()
+    assert types.get("timestep", TensorProto.FLOAT) == TensorProto.FLOAT
+    assert {item.data_type for item in model.graph.initializer} <= {TensorProto.BFLOAT16, TensorProto.INT64}
+    # By onnxruntime's docs/OperatorKernels.md its CUDA provider has these in fp32 (or up to opset 21) only.
+    inferred = onnx.shape_inference.infer_shapes(model).graph.value_info
+    narrow = {item.name for item in inferred if item.type.tensor_type.elem_type == TensorProto.BFLOAT16}
+    for node in model.graph.node:
+        assert node.op_type != "InstanceNormalization"
+        if node.op_type in ("Sin", "Cos", "Resize", "Pad"):
+            assert not narrow & {*node.input, *node.output}
+
+
+def test_weights_stay_bf16_in_their_file(traced: Callable[[str], Traced]) -> None:
+    *_, path = traced("unet")
+    model = emulation.emulated(onnx.load(str(path), load_external_data=False))
+
+    large = [item for item in model.graph.initializer if item.data_location == TensorProto.EXTERNAL]
+    assert large
+    assert {item.data_type for item in model.graph.initializer} == {TensorProto.BFLOAT16}
+    readers = [node for item in large for node in model.graph.node if item.name in node.input]
+    assert {node.op_type for node in readers} == {"Cast"}
+
+
+def test_numbers_are_converted_by_value() -> None:
+    numbers = np.array([-65504, 0.1, 1e-5, np.inf], dtype=np.float16)
+    constant = helper.make_node("Constant", [], ["c"], value=onnx.numpy_helper.from_array(numbers))
+    nodes = [constant, helper.make_node("Add", ["x", "w"], ["s"]), helper.make_node("Add", ["s", "c"], ["y"])]
+    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT16, [4]) for name in ("x", "y")]
+    model = helper.make_model(helper.make_graph(nodes, "g", values[:1], values[1:]), opset_imports=[helper.make_opsetid("", 18)])
+    source = torch.tensor([1.0, 1e-6, 70000.0, 0.3])
+
+    result = bfloat16.to_bfloat16(Skeleton(model, {"w": Weight.of(source, torch.float16)}))
+
+    # From the checkpoint's own numbers, not by way of fp16, in which 70000 is infinite.
+    assert torch.equal(result.weights["w"].read(), source.bfloat16())
+    found = onnx.numpy_helper.to_array(result.model.graph.node[0].attribute[0].t).astype(np.float32)
+    assert np.array_equal(found, torch.from_numpy(numbers).bfloat16().float().numpy())
+    assert found[0] == -65536
+    assert model.graph.input[0].type.tensor_type.elem_type == TensorProto.FLOAT16

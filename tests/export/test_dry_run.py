@@ -1,0 +1,332 @@
+"""`--dry-run`: what it foretells is what the files' headers say, and to know it no weights are loaded, nor downloaded."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import re
+import struct
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from io import StringIO
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from img2img_cli.__main__ import main
+from img2img_export import models
+from img2img_export.dry_run import Forecast, forecast, show, survey
+from img2img_export.errors import ExportError
+from img2img_export.options import ExportOptions, LoraFile
+from img2img_export.progress import Progress
+from img2img_export.report import open_console
+
+Get = Callable[[str], Path]
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+GRAPHS = ("text_encoder", "unet", "vae")
+INDEX = {
+    "_class_name": "StableDiffusionPipeline",
+    "text_encoder": ["transformers", "CLIPTextModel"],
+    "tokenizer": ["transformers", "CLIPTokenizer"],
+    "unet": ["diffusers", "UNet2DConditionModel"],
+    "vae": ["diffusers", "AutoencoderKL"],
+}
+SHAPES: dict[str, dict[str, tuple[int, ...]]] = {
+    "text_encoder": {"embedding": (1000, 10)},
+    "unet": {"conv.weight": (8, 4, 3, 3), "linear.weight": (500, 40), "linear.bias": (500,)},
+    "vae": {"conv.weight": (4, 4, 3, 3)},
+}
+COUNTS = {"text_encoder": 10_000, "unet": 20_788, "vae": 144}
+MATRICES = {"text_encoder": 10_000, "unet": 20_000, "vae": 0}
+
+
+def plan(backend: str = "onnx", graphs: tuple[str, ...] = GRAPHS, reason: str | None = None) -> Any:
+    return SimpleNamespace(
+        pipeline_class="StableDiffusionImg2ImgPipeline", family="stable-diffusion", backend=backend, graphs=graphs, reason=reason
+    )
+
+
+def header(shapes: dict[str, tuple[int, ...]], kind: str = "F32") -> bytes:
+    """A safetensors file without its weights."""
+    data = {name: {"dtype": kind, "shape": shape, "data_offsets": [0, 0]} for name, shape in shapes.items()}
+    text = json.dumps({"__metadata__": {"format": "pt"}, **data}).encode()
+    return struct.pack("<Q", len(text)) + text
+
+
+def write_model(directory: Path, kind: str = "F32", upcast: bool = False) -> Path:
+    """A checkpoint whose weights are headers only: who loads them fails."""
+    for name, shapes in SHAPES.items():
+        (directory / name).mkdir(parents=True)
+        (directory / name / "config.json").write_text(json.dumps({"force_upcast": upcast}))
+        (directory / name / "model.safetensors").write_bytes(header(shapes, kind))
+    (directory / "model_index.json").write_text(json.dumps(INDEX))
+    return directory
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return write_model(tmp_path / "model")
+
+
+def foretell(source: Path, planned: Any = None, **changes: Any) -> Forecast:
+    options = ExportOptions(source=str(source), output=source.parent / "out", **changes)
+    return forecast(survey(options, Progress())[0], options, planned or plan())
+
+
+def parts(told: Forecast) -> dict[str, Any]:
+    return {part.name: part for part in told.components}
+
+
+def test_parameters_and_precisions_are_those_of_the_headers(model: Path) -> None:
+    told = foretell(model)
+    assert (told.pipeline_class, told.family, told.backend) == ("StableDiffusionImg2ImgPipeline", "stable-diffusion", "onnx")
+    assert set(parts(told)) == set(INDEX) - {"_class_name"}
+    for name, count in COUNTS.items():
+        part = parts(told)[name]
+        assert (part.kind, part.parameters) == (INDEX[name][1], count)
+        assert (part.backend, part.stored, part.precision, part.bytes) == ("onnx", "fp32", "fp32", 4 * count)
+    assert (parts(told)["tokenizer"].backend, parts(told)["tokenizer"].bytes) == ("", 0)
+    assert told.source_bytes == told.bundle_bytes == 4 * sum(COUNTS.values())
+
+
+def test_the_precision_decides_the_size(model: Path) -> None:
+    sizes = {precision: foretell(model, precision=precision).bundle_bytes for precision in ("fp32", "fp16", "bf16", "int8")}
+    total, matrices = sum(COUNTS.values()), sum(MATRICES.values())
+    assert sizes == {
+        "fp32": 4 * total,
+        "fp16": 2 * total + 2 * COUNTS["unet"],  # the fused graph of the denoiser has weights of its own
+        "bf16": 2 * total,
+        "int8": matrices + 4 * (total - matrices),
+    }
+    assert foretell(model, precision="fp16").temporary_bytes > foretell(model).temporary_bytes == 0
+
+
+def test_a_vae_that_overflows_stays_in_fp32(tmp_path: Path) -> None:
+    vae = parts(foretell(write_model(tmp_path / "model", "F16", upcast=True), precision="fp16"))["vae"]
+    assert (vae.stored, vae.precision, vae.bytes) == ("fp16", "fp32", 4 * COUNTS["vae"])
+    assert vae.reason
+
+
+def test_what_is_no_graph_is_pytorch(model: Path) -> None:
+    told = foretell(model, plan("hybrid", ("unet",), "no graph of the text encoder"), precision="int8")
+    assert {name: part.backend for name, part in parts(told).items()} == {
+        "text_encoder": "torch",
+        "tokenizer": "",
+        "unet": "onnx",
+        "vae": "torch",
+    }
+    assert {name: part.precision for name, part in parts(told).items() if part.backend == "torch"} == {
+        "text_encoder": "fp32",
+        "vae": "fp32",
+    }
+    assert (told.backend, told.backend_reason) == ("hybrid", "no graph of the text encoder")
+
+
+def test_memory_is_that_of_the_largest_part_in_its_larger_precision(tmp_path: Path) -> None:
+    half, full = write_model(tmp_path / "half", "F16"), write_model(tmp_path / "full", "F32")
+    memory = {(path, asked): foretell(path, precision=asked).memory_bytes for path in (half, full) for asked in ("fp16", "fp32")}
+    assert memory[half, "fp16"] == 1.5 * 2 * COUNTS["unet"]
+    assert memory[half, "fp32"] == memory[full, "fp16"] == memory[full, "fp32"] == 1.5 * 4 * COUNTS["unet"]
+
+
+def test_loras_are_told_and_need_room(model: Path, tmp_path: Path) -> None:
+    lora = tmp_path / "style.safetensors"
+    with pytest.raises(ExportError, match="no LoRA at"):
+        foretell(model, loras=(LoraFile(lora),))
+    lora.write_bytes(b"")
+    told = foretell(model, loras=(LoraFile(lora, 0.5),))
+    assert told.loras == ((str(lora), 0.5),)
+    assert told.temporary_bytes > foretell(model).temporary_bytes
+
+
+def test_a_single_file_is_told_apart_by_the_names_of_its_tensors(model: Path, tmp_path: Path) -> None:
+    prefixes = {"text_encoder": "cond_stage_model.transformer.", "unet": "model.diffusion_model.", "vae": "first_stage_model."}
+    tensors = {f"{prefixes[name]}{key}": shape for name, shapes in SHAPES.items() for key, shape in shapes.items()}
+    tensors |= {"alphas_cumprod": (1000,), "model_ema.conv": (999, 999)}
+    path = tmp_path / "single.safetensors"
+    path.write_bytes(header(tensors, "F16"))
+    told = foretell(path, config=str(model))
+    found = {name: part.parameters for name, part in parts(told).items() if part.parameters}
+    assert found == COUNTS
+    assert {part.stored for part in told.components if part.parameters} == {"fp16"}
+
+
+def test_graphs_of_optimum_are_told_by_their_size(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    sizes = {"text_encoder": 4000, "unet": 8000, "vae_encoder": 400, "vae_decoder": 800}
+    for name, size in sizes.items():
+        (model / name).mkdir(parents=True)
+        (model / name / "config.json").write_text("{}")
+        (model / name / "model.onnx").write_bytes(bytes(size))
+    (model / "unet" / "model.onnx_data").write_bytes(bytes(80_000))
+    (model / "model_index.json").write_text(json.dumps(INDEX))
+    told = foretell(model)
+    found = parts(told)
+    assert {name: found[name].bytes for name in sizes} == {**sizes, "unet": 88_000}
+    assert {found[name].backend for name in sizes} == {"onnx"}
+    assert told.source_bytes == sum(sizes.values()) + 80_000
+
+
+@pytest.mark.parametrize("contents", [b"", b"short", struct.pack("<Q", 1 << 40) + b"{}", struct.pack("<Q", 2) + b"[]"])
+def test_a_damaged_file_is_refused(contents: bytes, model: Path) -> None:
+    (model / "unet" / "model.safetensors").write_bytes(contents)
+    with pytest.raises(ExportError, match=re.escape("unet/model.safetensors")):
+        foretell(model)
+
+
+def test_the_tiny_models_are_as_large_as_they_are(tiny_model: Get) -> None:
+    """Against what torch counts."""
+    from diffusers import AutoPipelineForImage2Image
+
+    source = tiny_model("sd1")
+    pipeline = AutoPipelineForImage2Image.from_pretrained(source, use_safetensors=True, local_files_only=True)
+    found = parts(foretell(source))
+    for name in GRAPHS:
+        assert found[name].parameters == sum(part.numel() for part in getattr(pipeline, name).parameters())
+
+
+def test_a_person_sees_it_in_lines(model: Path) -> None:
+    stream = StringIO()
+    show(foretell(model, plan("hybrid", ("unet",), "because [of] it"), precision="fp16", scheduler="LCM"), open_console(stream))
+    lines = [" ".join(line.split()) for line in stream.getvalue().splitlines()]
+    assert "backend hybrid: because [of] it" in lines
+    assert "scheduler LCM" in lines
+    assert "unet UNet2DConditionModel ONNX graph 0.0 M fp32 fp16 83.2 kB" in lines
+    assert "tokenizer CLIPTokenizer copied" in lines
+
+
+def test_too_little_room_is_said(model: Path) -> None:
+    stream = StringIO()
+    show(dataclasses.replace(foretell(model), free_disk_bytes=1000), open_console(stream))
+    assert "only 1.00 kB are free" in stream.getvalue()
+
+
+def test_the_command_writes_nothing_and_with_json_one_object(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(models, "plan", lambda layout, backend: plan())
+    before = sorted(tmp_path.rglob("*"))
+    command = ["export", str(model), "--output", str(tmp_path / "out"), "--dry-run"]
+    assert main(command) == 0
+    assert "nothing is written" in capsys.readouterr().out
+    assert main([*command, "--json", "--precision", "int8"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert set(told) == {item.name for item in dataclasses.fields(Forecast)}
+    assert (told["precision"], len(told["components"])) == ("int8", 4)
+    assert sorted(tmp_path.rglob("*")) == before
+    (model / "model_index.json").unlink()
+    assert main([*command, "--json"]) == 1
+    assert json.loads(capsys.readouterr().out)["event"] == "error"
+
+
+@dataclass
+class Hub:
+    """A hub with one repository, "someone/model". `sent` are the bytes of each file that went out."""
+
+    files: dict[str, bytes]
+    url: str = ""
+    sent: dict[str, int] = field(default_factory=dict)
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    hub: Hub
+
+    def do_HEAD(self) -> None:
+        self.answer(send=False)
+
+    def do_GET(self) -> None:
+        self.answer(send=True)
+
+    def answer(self, send: bool) -> None:
+        path = self.path.partition("?")[0]
+        if path.startswith("/api/models/someone/model"):
+            siblings = [{"rfilename": name, "size": len(body), "blobId": digest(body)} for name, body in self.hub.files.items()]
+            self.reply("", json.dumps({"id": "someone/model", "sha": COMMIT, "siblings": siblings}).encode(), send)
+        else:
+            name = path.split("/", 5)[5]
+            self.reply(name, self.hub.files[name], send)
+
+    def reply(self, name: str, body: bytes, send: bool) -> None:
+        whole = body
+        if limits := re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", "")):
+            body = body[int(limits[1]) : int(limits[2]) + 1]
+        self.send_response(206 if limits else 200)
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("ETag", f'"{digest(whole)}"')
+        self.send_header("X-Repo-Commit", COMMIT)
+        self.end_headers()
+        if send:
+            self.hub.sent[name] = self.hub.sent.get(name, 0) + len(body)
+            self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def digest(body: bytes) -> str:
+    return hashlib.sha256(body).hexdigest()
+
+
+@pytest.fixture
+def hub(model: Path) -> Iterator[Hub]:
+    paths = [path for path in model.rglob("*") if path.is_file()]
+    served = Hub({path.relative_to(model).as_posix(): path.read_bytes() for path in paths})
+    served.files["unet/model.safetensors"] += bytes(1_000_000)
+
+    class BoundHandler(Handler):
+        hub = served
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), BoundHandler) as server:
+        served.url = f"http://127.0.0.1:{server.server_port}"
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield served
+        server.shutdown()
+        thread.join()
+
+
+_SURVEY = """
+import json, sys
+from pathlib import Path
+from img2img_export.dry_run import survey
+from img2img_export.errors import ExportError
+from img2img_export.options import ExportOptions
+from img2img_export.progress import Progress
+from img2img_export.weights import weigh
+for name in ("torch", "diffusers", "transformers", "onnx", "onnxruntime"):
+    assert name not in sys.modules, name
+try:
+    checkpoint, contents = survey(ExportOptions(source="someone/model", output=Path("unused")), Progress())
+except ExportError as error:
+    print(json.dumps({"error": str(error)}))
+else:
+    weights = weigh(contents, tuple(checkpoint.layout.components))
+    print(json.dumps({name: part.parameters for name, part in weights.items()}))
+"""
+
+
+def survey_hub(hub: Hub, home: Path) -> Any:
+    environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
+    environment |= {"HF_HUB_OFFLINE": "0", "XDG_CACHE_HOME": str(home / "cache")}
+    result = subprocess.run([sys.executable, "-c", _SURVEY], env=environment, capture_output=True, text=True, check=True)
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def test_of_a_hub_repository_the_headers_are_read_and_no_weights(hub: Hub, tmp_path: Path) -> None:
+    assert survey_hub(hub, tmp_path / "home") == COUNTS
+    assert hub.sent["unet/model.safetensors"] <= 100_001
+    assert not list((tmp_path / "home").rglob("*.safetensors"))
+
+
+def test_a_hub_with_a_damaged_file_is_an_error_of_one_line(hub: Hub, tmp_path: Path) -> None:
+    hub.files["vae/model.safetensors"] = struct.pack("<Q", 20) + b"this is not JSON at all"
+    error = survey_hub(hub, tmp_path / "home")["error"]
+    assert error.startswith("the hub does not tell how large someone/model is")
+    assert len(error.splitlines()) == 1

@@ -1,0 +1,95 @@
+"""An export that is killed: at whatever moment, it leaves the bundle that was there or none, and nothing else."""
+
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+from img2img_export.build import export_model
+from img2img_export.options import ExportOptions
+from img2img_export.progress import Advance, Progress
+
+MOMENTS = 10
+
+
+class Killer(Progress):
+    """Kills its own process at the `moment`-th thing that it is told; counts them into a file instead, where that is -1."""
+
+    def __init__(self, moment: int, file: Path) -> None:
+        self.moment, self.file, self.told = moment, file, 0
+
+    def stage(self, text: str) -> None:
+        self._tell()
+
+    @contextmanager
+    def task(self, label: str, total: int, unit: str = "B") -> Iterator[Advance]:
+        yield lambda count: self._tell()
+
+    def _tell(self) -> None:
+        self.told += 1
+        self.file.write_text(str(self.told))
+        if self.told == self.moment:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def run(source: Path, output: Path, moment: int, file: Path) -> None:
+    export_model(ExportOptions(source=str(source), output=output), Killer(moment, file))
+
+
+@pytest.fixture(scope="module")
+def export_in_a_process(tiny_model: Callable[[str], Path]) -> Callable[[Path, int, Path], int | None]:
+    """Exports in a process of its own, and gives its exit status. The libraries are loaded once for all of them."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["img2img_export.drafts", "test_interruptions", "optimum.exporters.onnx.model_configs"])
+    source = tiny_model("sd1")
+
+    def start(output: Path, moment: int, file: Path) -> int | None:
+        process = context.Process(target=run, args=(source, output, moment, file))
+        process.start()
+        process.join()
+        # Who clears up may still be at it.
+        clearing = [found for found in psutil.process_iter(["cmdline"]) if str(output) in (found.info["cmdline"] or ())]
+        psutil.wait_procs(clearing, timeout=60)
+        return process.exitcode
+
+    return start
+
+
+def test_killed_at_ten_moments_it_leaves_no_bundle_and_no_litter(
+    export_in_a_process: Callable[[Path, int, Path], int | None], tmp_path: Path
+) -> None:
+    folder, count = tmp_path / "bundles", tmp_path / "count"
+    assert export_in_a_process(folder / "whole", -1, count) == 0
+    told = int(count.read_text())
+    assert told > 10 * MOMENTS, "there must be moments to choose from"
+    for index in range(MOMENTS):
+        moment = 1 + index * (told - 1) // (MOMENTS - 1)
+        assert export_in_a_process(folder / "model", moment, count) == -signal.SIGKILL, "it must not have come to its end"
+        assert int(count.read_text()) == moment
+        assert [path.name for path in folder.iterdir()] == ["whole"], f"killed at moment {moment} of {told}"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_it_with_everything_cleared(number: int, tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "img2img_cli", "export", str(tiny_model("sd1")), "--output", str(tmp_path / "out"), "--json"]
+
+    def listen() -> None:
+        # A shell makes its background jobs, perhaps this test, deaf to it.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, preexec_fn=listen) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if "tracing" in json.loads(line).get("text", ""):
+                process.send_signal(number)
+                break
+        process.stdout.read()
+    assert process.returncode == {signal.SIGTERM: 143, signal.SIGINT: 130}[signal.Signals(number)]
+    assert list(tmp_path.iterdir()) == []

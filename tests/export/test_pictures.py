@@ -1,0 +1,211 @@
+"""Whole pictures: the cases cover what a server is asked for, the judgement is as strict as it says, and the sheet shows it."""
+
+import dataclasses
+import inspect
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from diffusers import AutoPipelineForImage2Image
+from img2img_export import pictures
+from img2img_export.errors import ExportError
+from img2img_export.limits import LIMITS
+from img2img_export.options import Precision
+from img2img_export.pictures import PictureCase, compare_pictures, draw_references, measure, picture_cases, sample_picture
+from img2img_export.sheet import AMPLIFICATION, make_sheet
+from img2img_server.bundle import Manifest, PictureParity, Source, Verification
+from PIL import Image
+
+Get = Callable[[str], Path]
+
+
+@pytest.fixture(scope="module")
+def pipeline(tiny_model: Get) -> Any:
+    loaded = AutoPipelineForImage2Image.from_pretrained(tiny_model("sd1"), use_safetensors=True, local_files_only=True)
+    loaded.set_progress_bar_config(disable=True)
+    return loaded
+
+
+class WithStrength:
+    def __call__(self, prompt: str, image: Any, strength: float) -> None: ...
+
+
+class WithoutStrength:
+    def __call__(self, prompt: str, image: Any, image_guidance_scale: float) -> None: ...
+
+
+def model(kind: type = WithStrength, part: str = "unet", latents: int = 64) -> Any:
+    made = kind()
+    made.vae_scale_factor = 8
+    setattr(made, part, SimpleNamespace(config=SimpleNamespace(sample_size=latents)))
+    return made
+
+
+@pytest.mark.parametrize("part", ["unet", "transformer"])
+@pytest.mark.parametrize("latents", [8, 64, 128])
+@pytest.mark.parametrize("family", ["stable-diffusion", "whole"])
+def test_the_cases_cover_what_is_asked_for(part: str, latents: int, family: str) -> None:
+    cases = picture_cases(model(part=part, latents=latents), family)
+    requests = [case.request for case in cases]
+    assert len({case.name for case in cases}) == len(cases) == 6
+    pairs = {(request.prompt, request.strength) for request in requests}
+    prompts, strengths = {prompt for prompt, _ in pairs}, {strength for _, strength in pairs}
+    assert (len(prompts), len(strengths)) == (3, 2)
+    assert pairs == set(itertools.product(prompts, strengths))
+    assert {request.guidance_scale > 1 for request in requests} == {True, False}
+    assert all(4 <= request.num_inference_steps <= 8 for request in requests)
+    assert len({request.seeds for request in requests}) == 6
+    sizes = {request.image.size for request in requests}
+    assert len(sizes) == 2
+    own = min(latents * 8, 256)
+    (other,) = sizes - {(own, own)}
+    assert max(other) < own or (family == "whole" and own < 128), "a size that is half of 64 would be none for some"
+    assert any(width != height for width, height in sizes) == (family != "whole")
+    multiple = 16 if part == "transformer" else 8
+    assert all(side % multiple == 0 for size in sizes for side in size)
+    for case in cases:
+        width, height = case.request.image.size
+        assert case.name.startswith(" ".join(case.request.prompt.split()[:2]))
+        assert f"{width} x {height}" in case.name
+        assert f"strength {case.request.strength}, {case.request.num_inference_steps} steps" in case.name
+
+
+def test_a_pipeline_that_knows_no_strength_is_not_asked_twice() -> None:
+    cases = picture_cases(model(WithoutStrength), "whole")
+    assert len(cases) == 3
+    assert not any("strength" in case.name for case in cases)
+
+
+def test_a_picture_is_like_itself_by_every_limit() -> None:
+    picture = sample_picture(64, 48)
+    for precision in LIMITS:
+        found = measure("same", picture, picture, precision)
+        assert found == PictureParity("same", 0, 999.0, True, found.ssim)
+        assert found.ssim == pytest.approx(1.0)
+
+
+def changed(picture: Image.Image, by: int | np.ndarray, rows: int) -> Image.Image:
+    """With the uppermost rows darker, or lighter where they are dark, by so much in each colour."""
+    pixels = np.asarray(picture).astype(int)
+    pixels[:rows] += np.where(pixels[:rows] > 127, -by, by)
+    return Image.fromarray(pixels.astype(np.uint8))
+
+
+def test_one_step_of_the_least_is_no_fault_in_fp32_and_two_are() -> None:
+    picture = sample_picture(64, 64)
+    for by, passed in ((1, True), (2, False)):
+        found = measure("a", changed(picture, by, rows=8), picture)
+        assert (found.max_abs_error, found.passed) == (by, passed)
+        assert found.psnr_db == pytest.approx(10 * np.log10(255**2 / (by**2 / 8)))
+        assert found.ssim > 0.999
+        assert measure("a", changed(picture, by, rows=8), picture, "fp16").passed
+
+
+@pytest.mark.parametrize("precision", LIMITS)
+def test_each_precision_has_its_own_limits(precision: Precision) -> None:
+    picture = sample_picture(64, 64)
+    found = [measure("a", changed(picture, by, rows=64), picture, precision) for by in range(60)]
+    limits = LIMITS[precision]
+    for part in found:
+        kept = part.max_abs_error <= limits.max_abs_error and part.psnr_db >= limits.psnr_db and part.ssim >= limits.ssim
+        assert part.passed == kept
+    assert found[0].passed
+    assert not found[-1].passed
+
+
+def test_structure_counts_beside_the_pixels() -> None:
+    """Noise that a PSNR lets pass, in a picture with little in it."""
+    flat = np.full((64, 64, 3), 100, np.uint8)
+    flat[:32] += 10
+    noise = np.random.default_rng(0).integers(-12, 13, flat.shape)
+    found = measure("a", Image.fromarray((flat + noise).astype(np.uint8)), Image.fromarray(flat), "int8")
+    assert found.psnr_db > LIMITS["int8"].psnr_db
+    assert found.ssim < LIMITS["int8"].ssim
+    assert not found.passed
+
+
+@pytest.mark.parametrize("colour", ["black", "#7f7f7f", "white"])
+def test_one_colour_never_passes_however_near(colour: str) -> None:
+    picture = Image.new("RGB", (64, 64), colour)
+    assert not any(measure("a", picture, picture, precision).passed for precision in LIMITS)
+
+
+def test_another_size_never_passes() -> None:
+    found = measure("a", sample_picture(64, 56), sample_picture(64, 64))
+    assert not found.passed
+    assert found.ssim == 0.0
+
+
+def test_the_servers_pipeline_draws_what_diffusers_draws(pipeline: Any, tmp_path: Path) -> None:
+    """By way of a bundle of PyTorch weights: no graphs are made for it."""
+    cases = picture_cases(pipeline, "stable-diffusion")
+    references = draw_references(pipeline, cases)
+    pipeline.save_pretrained(tmp_path, safe_serialization=True)
+    manifest = Manifest(
+        source=Source(),
+        pipeline_class=type(pipeline).__name__,
+        family="stable-diffusion",
+        backend="torch",
+        components=(),
+        files={},
+        tools={},
+        verification=Verification(False),
+    )
+    compared, drawn = compare_pictures(tmp_path, manifest, cases, references, "fp32")
+    assert [part.case for part in compared] == [case.name for case in cases]
+    assert all(part.passed for part in compared), compared
+    assert [picture.size for picture in drawn] == [case.request.image.size for case in cases]
+    strangers = [*references[1:], references[0]]
+    compared, _ = compare_pictures(tmp_path, manifest, cases, strangers, "int8")
+    assert not any(part.passed for part in compared)
+    (tmp_path / "unet" / "config.json").unlink()
+    with pytest.raises(ExportError, match="the server's pipeline cannot run it"):
+        compare_pictures(tmp_path, manifest, cases, references, "fp32")
+
+
+def test_the_request_is_handed_over_as_far_as_the_pipeline_knows_it(pipeline: Any) -> None:
+    case = picture_cases(pipeline, "stable-diffusion")[0]
+    known = set(inspect.signature(pipeline.__call__).parameters)
+    offered = pictures._arguments(pipeline, case.request)
+    assert set(offered) <= known
+    assert {"prompt", "negative_prompt", "image", "strength", "num_inference_steps", "guidance_scale"} <= set(offered)
+    assert set(pictures._arguments(model(WithoutStrength), case.request)) == {"prompt", "image"}
+
+
+def rows_of(count: int, width: int, height: int) -> list[PictureCase]:
+    cases = picture_cases(model(), "stable-diffusion")[:count]
+    return [PictureCase(case.name, _resized(case.request, width, height)) for case in cases]
+
+
+def _resized(request: Any, width: int, height: int) -> Any:
+    return dataclasses.replace(request, image=sample_picture(width, height))
+
+
+@pytest.mark.parametrize("size", [(64, 48), (256, 256), (1024, 768)])
+def test_the_sheet_shows_each_picture_and_sixteen_times_the_difference(size: tuple[int, int]) -> None:
+    cases = rows_of(2, *size)
+    reference = sample_picture(*size)
+    difference = np.array([4, 0, 2])
+    ours = changed(reference, difference, rows=size[1])
+    parities = [measure(case.name, ours, reference) for case in cases]
+    sheet = make_sheet(cases, [reference] * 2, [ours] * 2, parities)
+    assert sheet.mode == "RGB"
+    scale = min(1.0, 256 / max(size))
+    width, height = round(size[0] * scale), round(size[1] * scale)
+    assert 4 * width <= sheet.width <= 4 * max(width, 128) + 100
+    assert 2 * height <= sheet.height <= 2 * height + 200
+    shown = np.all(np.asarray(sheet) == difference * AMPLIFICATION, axis=-1)
+    assert shown.sum() == 2 * width * height
+    same = make_sheet(cases, [reference] * 2, [reference] * 2, parities)
+    assert not np.all(np.asarray(same) == difference * AMPLIFICATION, axis=-1).any()
+
+
+def test_a_picture_of_another_size_has_its_place_on_the_sheet() -> None:
+    cases = rows_of(1, 64, 64)
+    reference, ours = sample_picture(64, 64), sample_picture(64, 96)
+    sheet = make_sheet(cases, [reference], [ours], [measure("a", ours, reference)])
+    assert sheet.height > 96

@@ -1,0 +1,101 @@
+"""Graphs in other precisions than fp32: what they are, what stays in fp32 and why, and that the server runs them."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from fakes import make_request
+from img2img_export import conversion
+from img2img_export.build import export_model
+from img2img_export.limits import LIMITS
+from img2img_export.options import ExportOptions, Precision
+from img2img_export.pictures import sample_picture
+from img2img_server.bundle import Manifest, check_bundle, read_manifest
+from img2img_server.errors import BundleError
+from img2img_server.pipelines.alone import run_alone
+from img2img_server.pipelines.loader import load_pipeline
+
+Get = Callable[[str], Path]
+
+PARTS = {"text_encoder", "unet", "vae_encoder", "vae_decoder"}
+
+
+def precisions(manifest: Manifest) -> dict[str, str]:
+    return {part.name: part.precision for part in manifest.components}
+
+
+def draw(bundle: Path) -> np.ndarray:
+    request = make_request(image=sample_picture(64, 64), prompt="a lake", seeds=(1,))
+    return np.asarray(run_alone(load_pipeline(bundle, read_manifest(bundle), provider="cpu"), request)[0], np.int16)
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_a_bundle_in_half_precision_is_half_as_large_and_verified(precision: Precision, bundle: Get) -> None:
+    manifest, full = (read_manifest(bundle(name)) for name in (f"sd1:{precision}", "sd1"))
+    check_bundle(bundle(f"sd1:{precision}"), manifest)
+    assert precisions(manifest) == dict.fromkeys(PARTS, precision)
+    assert manifest.precision == precision
+    sizes = {part.name: (bundle(f"sd1:{precision}") / part.name / "model.onnx_data").stat().st_size for part in full.components}
+    for part in full.components:
+        assert sizes[part.name] < 0.55 * (bundle("sd1") / part.name / "model.onnx_data").stat().st_size
+    timestep = next(item for item in next(p for p in manifest.components if p.name == "unet").inputs if item.name == "timestep")
+    assert timestep.type == "float32", "half precision has no number for most timesteps"
+    compared = manifest.verification.components
+    assert {part.component for part in compared} == PARTS
+    assert max(part.relative_error for part in compared) <= LIMITS[precision].relative_error
+    assert min(part.relative_error for part in compared if part.graph == "plain") > 1e-5, "it must have been computed narrowly"
+
+
+def test_the_fused_graph_is_beside_the_plain_one_and_compared_too(bundle: Get) -> None:
+    manifest = read_manifest(bundle("sd1:fp16"))
+    fused = {part.name: part.fused for part in manifest.components}
+    assert fused == {name: "" if name == "text_encoder" else f"{name}/cuda/model.onnx" for name in PARTS}
+    assert {part.component for part in manifest.verification.components if part.graph == "fused"} == PARTS - {"text_encoder"}
+    assert all(path in manifest.files for path in fused.values() if path)
+    assert not any(part.fused for name in ("sd1", "sd1:bf16") for part in read_manifest(bundle(name)).components)
+
+
+def test_what_overflows_in_fp16_stays_in_fp32_with_the_reason(bundle: Get) -> None:
+    manifest = read_manifest(bundle("sdxl-overflow:fp16"))
+    kept = {part.name: part.reason for part in manifest.components if part.precision == "fp32"}
+    assert set(kept) == {"vae_decoder"}
+    assert "not finite" in kept["vae_decoder"]
+    assert manifest.verification.passed
+    assert set(precisions(manifest).values()) == {"fp16", "fp32"}
+
+
+def test_int8_is_for_the_matrices_of_encoder_and_denoiser(bundle: Get) -> None:
+    manifest = read_manifest(bundle("sd1:int8"))
+    assert precisions(manifest) == {"text_encoder": "int8", "unet": "int8", "vae_encoder": "fp32", "vae_decoder": "fp32"}
+    reasons = {part.name: part.reason for part in manifest.components}
+    assert "convolutions" in reasons["vae_decoder"]
+    assert manifest.verification.passed
+
+
+def test_int8_is_given_up_where_it_does_not_pass(tiny_model: Get, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    strict = {**LIMITS, "int8": replace(LIMITS["int8"], relative_error=0.02)}
+    monkeypatch.setattr(conversion, "LIMITS", strict)
+    options = ExportOptions(source=str(tiny_model("sd1")), output=tmp_path / "out", precision="int8")
+    manifest = export_model(options).manifest
+    assert precisions(manifest) == {"text_encoder": "fp32", "unet": "int8", "vae_encoder": "fp32", "vae_decoder": "fp32"}
+    reason = next(part.reason for part in manifest.components if part.name == "text_encoder")
+    assert reason.startswith("text_encoder differs from PyTorch (")
+    assert "relative error 2." in reason or "relative error 3." in reason
+
+
+def test_the_server_runs_fp16_and_int8_on_a_cpu_and_says_that_bf16_needs_a_gpu(bundle: Get) -> None:
+    reference = draw(bundle("sd1"))
+    assert np.abs(draw(bundle("sd1:fp16")) - reference).max() <= 4
+    assert np.abs(draw(bundle("sd1:int8")) - reference).mean() <= 6
+    with pytest.raises(BundleError, match="bf16 graphs need a GPU"):
+        draw(bundle("sd1:bf16"))
+
+
+def test_pytorch_weights_are_stored_in_the_precision_too(tiny_model: Get, tmp_path: Path) -> None:
+    options = ExportOptions(source=str(tiny_model("sd1")), output=tmp_path / "out", precision="fp16", backend="torch")
+    manifest = export_model(options).manifest
+    assert {part.precision for part in manifest.components} == {"fp16"}
+    assert manifest.verification.passed
+    draw(tmp_path / "out")
