@@ -6,6 +6,7 @@ import signal
 import sys
 import warnings
 
+import bench_export
 import bench_request
 import bench_schedulers
 import bench_sessions
@@ -32,7 +33,9 @@ def main() -> int:
         "sessions": (bench_sessions, "session calls with ONNX Runtime's spinning threads and without (1 minute)"),
         "schedulers": (bench_schedulers, "stepping a batch at once, against one by one (1 minute)"),
     }
-    for name, (module, text) in known.items():
+    # Large enough to be asked for by name.
+    apart = {"export": (bench_export, "exports of real-size models: wall time and peak memory (an hour)")}
+    for name, (module, text) in {**known, **apart}.items():
         sub = commands.add_parser(name, help=text, description=module.__doc__)
         module.configure(sub)
         sub.set_defaults(run=module.run)
