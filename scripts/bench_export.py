@@ -35,7 +35,7 @@ class Stage:
 @dataclass(frozen=True, slots=True)
 class Result:
     """One export. Seconds; bytes; `resident` is the peak of all that was in memory, files that were mapped and could be let go
-    of among it, `own` of what could not. `largest` is the largest graph's weights, `again` what the same command takes the second time."""
+    of among it, `own` of what could not. `largest` is the largest graph's weights, `again` the same command's second time."""
 
     case: str
     seconds: float

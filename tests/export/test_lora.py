@@ -1,5 +1,6 @@
 """LoRAs become part of the weights: by the formula, and as diffusers itself fuses them."""
 
+import dataclasses
 import hashlib
 import json
 import shutil
@@ -7,15 +8,21 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from diffusers import AutoPipelineForImage2Image, StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import AutoPipelineForImage2Image, LCMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
+from fakes import make_request
 from img2img_export import lora, view
+from img2img_export.build import export_model
 from img2img_export.errors import ExportError
 from img2img_export.options import ExportOptions, LoraFile
+from img2img_export.pictures import sample_picture
 from img2img_export.progress import Progress
 from img2img_export.source import resolve
 from img2img_server.bundle import Lora
+from img2img_server.pipelines.alone import run_alone
+from img2img_server.pipelines.loader import load_pipeline
 from safetensors.torch import load_file, save_file
 
 Get = Callable[[str], Path]
@@ -297,3 +304,35 @@ def test_the_blocks_of_sdxl_may_have_their_first_names(tiny_model: Get, tmp_path
     save_file(tensors, tmp_path / "style.safetensors")
     found, _ = fuse(model, tmp_path / "view", LoraFile(tmp_path / "style.safetensors"))
     assert_close(weights_of(found), fused(model, (pairs, 1.0)))
+
+
+def test_a_bundle_of_a_lora_and_a_scheduler_draws_what_diffusers_draws_with_them(tiny_model: Get, tmp_path: Path) -> None:
+    """As an LCM-LoRA is used: fused, and with LCM's scheduler in place of the model's own."""
+    model = tiny_model("sd1")
+    file = write_diffusers(make(model, seed=3), tmp_path / "lcm.safetensors")
+    asked = ExportOptions(str(model), tmp_path / "out", loras=(LoraFile(file, 0.1),), scheduler="LCM")
+    manifest = export_model(asked).manifest
+    assert [(lora.name, lora.scale) for lora in manifest.loras] == [("lcm.safetensors", 0.1)]
+    assert manifest.verification.passed
+    assert (manifest.backend, manifest.family) == ("onnx", "stable-diffusion")
+
+    pipeline = AutoPipelineForImage2Image.from_pretrained(model, use_safetensors=True, local_files_only=True)
+    pipeline.set_progress_bar_config(disable=True)
+    settings = {"prompt": "a lake", "strength": 0.8, "num_inference_steps": 4, "guidance_scale": 1.0}
+
+    def expected() -> np.ndarray:
+        generator = torch.Generator().manual_seed(5)
+        return np.asarray(pipeline(image=sample_picture(64, 64), generator=generator, **settings).images[0], np.int16)
+
+    without = expected()
+    pipeline.scheduler = LCMScheduler.from_config(pipeline.scheduler.config)
+    pipeline.load_lora_weights(tmp_path, weight_name=file.name)
+    pipeline.fuse_lora(lora_scale=0.1)
+    request = make_request(image=sample_picture(64, 64), seeds=(5,), **settings)
+    drawn = np.asarray(run_alone(load_pipeline(tmp_path / "out", manifest, provider="cpu"), request)[0], np.int16)
+    assert np.abs(drawn - expected()).max() <= 1
+    assert np.abs(drawn - without).mean() > 3
+
+    assert export_model(asked).up_to_date
+    with pytest.raises(ExportError, match="--force"):
+        export_model(dataclasses.replace(asked, loras=(LoraFile(file, 0.2),)))
