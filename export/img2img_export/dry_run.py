@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
     from img2img_export.models import Plan
 
+_FUSED = ("unet", "vae")
+"""The components whose graphs in fp16 have others with fused operators beside them."""
+
 _MEMORY_FACTOR = 1.5
 """Peak memory over the largest part's weights: these, and what converting them and running ONNX Runtime take beside them."""
 
@@ -93,7 +96,6 @@ def forecast(checkpoint: Checkpoint, options: ExportOptions, plan: "Plan", conte
     upcast = _is_upcast(checkpoint.directory / "vae" / "config.json")
     parts = tuple(_foretell(name, kind, weights.get(name), options.precision, plan, upcast) for name, kind in kinds.items())
     source_bytes, bundle_bytes = sum(part.bytes for part in weights.values()), sum(part.bytes for part in parts)
-    converted = [4 * part.parameters for part in parts if part.backend == "onnx" and part.precision != "fp32"]
     rewritten = source_bytes if checkpoint.weights is not None or options.loras else 0
     return Forecast(
         source=options.source,
@@ -108,7 +110,7 @@ def forecast(checkpoint: Checkpoint, options: ExportOptions, plan: "Plan", conte
         scheduler=options.scheduler,
         source_bytes=source_bytes,
         bundle_bytes=bundle_bytes,
-        temporary_bytes=max(converted, default=0) + rewritten,
+        temporary_bytes=rewritten,
         memory_bytes=round(_MEMORY_FACTOR * max((_in_memory(part) for part in parts), default=0)),
         free_disk_bytes=_free_disk(options.output),
     )
@@ -191,7 +193,7 @@ def _foretell(name: str, kind: str, weights: Weights | None, asked: Precision, p
         size = weights.matrices + 4 * (weights.parameters - weights.matrices)
     else:
         size = WIDTHS[precision] * weights.parameters
-    if precision == "fp16" and is_graph and name in DENOISERS:
+    if precision == "fp16" and is_graph and part in _FUSED:
         size *= 2  # A second graph, with fused operators for CUDA, has weights of its own.
     backend = "onnx" if is_graph else "torch"
     return PartForecast(name, kind, backend, weights.parameters, weights.stored, precision, size, reason)
