@@ -125,7 +125,7 @@ class Converter:
         trouble = ""
         with quiet():
             part = part_of(name, module, calls)
-            _save_config(module, folder, precision)
+            _save_config(module, folder, self._options.precision)
             with computing_in_fp32(module):
                 cases = make_cases(part, module, calls)
             skeleton = _make(module, part, _example(part, module, calls), precision)
@@ -180,12 +180,12 @@ def _make(module: Any, part: Part, example: Tensors, precision: Precision) -> Sk
     return skeleton
 
 
-def _save_config(module: Any, folder: Path, precision: Precision) -> None:
-    """The module's config.json, as it is beside its weights."""
+def _save_config(module: Any, folder: Path, asked: Precision) -> None:
+    """The module's config.json, as it is beside its weights; `asked` is the bundle's precision."""
     if not hasattr(module, "save_config"):
         module.config.save_pretrained(folder)
         return
-    if precision != "fp32" and module.config.get("force_upcast"):
+    if asked != "fp32" and module.config.get("force_upcast"):
         # Read by pipelines of optimum's, which would turn to layers that only a torch module has.
         module.register_to_config(force_upcast=False)
     module.save_config(folder)

@@ -71,6 +71,15 @@ def test_optimum_draws_the_same_pictures_from_the_bundle(name: str, bundle: Get,
         assert pictures.measure(case.name, picture, reference).passed, case.name
 
 
+def test_optimum_loads_a_bundle_whose_vae_is_partly_in_fp16(bundle: Get) -> None:
+    from optimum.onnxruntime import ORTPipelineForImage2Image
+
+    loaded = ORTPipelineForImage2Image.from_pretrained(bundle("sdxl-overflow:fp16"), export=False, local_files_only=True)
+    loaded.set_progress_bar_config(disable=True)
+    (picture,) = pictures.draw_references(loaded, pictures.picture_cases(loaded, "stable-diffusion-xl")[:1])
+    assert np.asarray(picture).std() > 10
+
+
 @pytest.mark.parametrize("name", STABLE_DIFFUSION)
 def test_the_manifest_says_what_the_graphs_take(name: str, bundle: Get) -> None:
     manifest = read_manifest(bundle(name))
