@@ -2,7 +2,9 @@
 
 import argparse
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -51,6 +53,12 @@ class Result:
 def configure(parser: argparse.ArgumentParser) -> None:
     """Declares the settings."""
     parser.add_argument("cases", nargs="*", metavar="CASE", help=f"of {', '.join(_CASES)} (default: all)")
+    parser.add_argument(
+        "--limit",
+        type=float,
+        metavar="F",
+        help="run in a memory cgroup of F x the largest component's weights (root only): what is more is killed",
+    )
     parser.add_argument("--keep", action="store_true", help="keep the bundles, in .bench/bundles")
 
 
@@ -59,7 +67,7 @@ def run(arguments: argparse.Namespace) -> int:
     results = []
     for case in arguments.cases or _CASES:
         model, precision = _CASES[case]
-        results.append(_measure(case, _model(model, precision), precision, arguments.keep))
+        results.append(_measure(case, _model(model, precision), precision, arguments))
         (_BENCH / f"export-{case}.json").write_text(json.dumps(asdict(results[-1]), indent=1) + "\n")
     table = Table(
         "export", "wall", "peak resident", "of it not mapped", "largest graph", "ratio", "bundle", "again", title="exports"
@@ -80,14 +88,16 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _measure(case: str, model: Path, precision: str, keep: bool) -> Result:
+def _measure(case: str, model: Path, precision: str, arguments: argparse.Namespace) -> Result:
     output = _BENCH / "bundles" / case
     shutil.rmtree(output, ignore_errors=True)
     command = [sys.executable, "-m", "img2img_cli", "export", str(model), "--output", str(output), "--precision", precision]
     samples: list[tuple[float, int, int]] = []
     begun = time.monotonic()
     lines = _BENCH / f"export-{case}.jsonl"
-    with lines.open("w") as file, subprocess.Popen([*command, "--backend", "onnx", "--json"], stdout=file) as process:
+    limit = _Limit(model, arguments.limit) if arguments.limit else None
+    export = [*command, "--backend", "onnx", "--json"]
+    with lines.open("w") as file, subprocess.Popen(export, stdout=file, preexec_fn=limit.enter if limit else None) as process:
         known = psutil.Process(process.pid)
         while process.poll() is None:
             try:
@@ -98,6 +108,8 @@ def _measure(case: str, model: Path, precision: str, keep: bool) -> Result:
             time.sleep(_PAUSE)
     seconds = time.monotonic() - begun
     events = [json.loads(line) for line in lines.read_text().splitlines()]
+    if process.returncode == -signal.SIGKILL:
+        raise SystemExit(f"{case}: killed")
     if process.returncode:
         raise SystemExit(f"{case}: {events[-1].get('message')}")
     begins = [(event["text"], event["seconds"]) for event in events if event["event"] == "stage"]
@@ -112,11 +124,28 @@ def _measure(case: str, model: Path, precision: str, keep: bool) -> Result:
     begun = time.monotonic()
     subprocess.run([*command, "--backend", "onnx"], check=True, stdout=subprocess.DEVNULL)
     again = time.monotonic() - begun
-    if not keep:
+    if not arguments.keep:
         shutil.rmtree(output)
     return Result(
         case, seconds, *_peaks(samples), largest, bundle, again, stages, json.dumps(summary["verification"]["pictures"])
     )
+
+
+class _Limit:
+    """A memory cgroup of version 1 or 2, without swap, of `factor` times a model's largest component."""
+
+    def __init__(self, model: Path, factor: float) -> None:
+        largest = max(sum(file.stat().st_size for file in folder.glob("*.safetensors")) for folder in model.glob("*/"))
+        old = Path("/sys/fs/cgroup/memory")
+        self._group = (old if old.is_dir() else Path("/sys/fs/cgroup")) / "img2img-bench"
+        self._group.mkdir(exist_ok=True)
+        name = "memory.limit_in_bytes" if old.is_dir() else "memory.max"
+        (self._group / name).write_text(str(round(factor * largest)))
+        print(f"memory is limited to {factor * largest / 1e9:.2f} GB", flush=True)
+
+    def enter(self) -> None:
+        """Moves the calling process into it."""
+        (self._group / "cgroup.procs").write_text(str(os.getpid()))
 
 
 def _peaks(samples: list[tuple[float, int, int]]) -> tuple[int, int]:
@@ -172,7 +201,7 @@ def _sdxl_unet() -> Any:
 
     with _default(torch.float16):  # 10 GB otherwise, before it is saved in half of that
         unet = UNet2DConditionModel(
-            sample_size=128,
+            sample_size=16,  # so that small pictures are compared: its weights are those of any size
             block_out_channels=(320, 640, 1280),
             down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
             up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),

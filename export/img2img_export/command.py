@@ -54,7 +54,7 @@ examples:
     img2img export ./my-model --lora style.safetensors:0.7 --output models/my-model-style
 
 The same command again does nothing as long as the source, the options and the installed tools are the same.
-An export that is killed leaves DIR as it was; the next one clears what it left beside it.
+An export that is killed leaves DIR as it was, and nothing beside it. `img2img inspect DIR` shows what was measured.
 Exit status: 0 the bundle is there, 1 it could not be made, 2 wrong arguments.
 """
 

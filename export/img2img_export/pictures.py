@@ -3,7 +3,7 @@
 import inspect
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +125,7 @@ def compare_pictures(
     from img2img_export.emulation import open_emulated
 
     def open_graph(path: Path, options: SessionOptions) -> Any:
-        return open_emulated(path) if precision in ("fp16", "bf16") else open_session(path, options)
+        return open_emulated(path) if precision in ("fp16", "bf16") else open_session(path, replace(options, lean=True))
 
     threads, gradients = torch.get_num_threads(), torch.is_grad_enabled()
     try:

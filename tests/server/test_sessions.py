@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import onnxruntime
 import pytest
 from img2img_server.bundle import read_manifest
@@ -37,6 +38,15 @@ def test_cuda_ends_with_the_cpu_for_what_it_lacks() -> None:
 def test_a_session_says_what_it_runs_on(bundle: Callable[[str], Path]) -> None:
     session = open_session(bundle("demo") / "vae_decoder" / "model.onnx", SessionOptions())
     assert session.get_providers() == ["CPUExecutionProvider"]
+
+
+def test_a_lean_session_computes_the_same(bundle: Callable[[str], Path]) -> None:
+    graph = bundle("demo") / "vae_decoder" / "model.onnx"
+    latents = np.random.default_rng(0).standard_normal((1, 4, 8, 8), dtype=np.float32)
+    (usual,), (lean,) = (
+        open_session(graph, SessionOptions(lean=lean)).run(None, {"latent_sample": latents}) for lean in (False, True)
+    )
+    np.testing.assert_allclose(lean, usual, rtol=1e-4, atol=1e-4)
 
 
 def test_a_graph_that_does_not_open_is_a_bundle_error(tmp_path: Path) -> None:

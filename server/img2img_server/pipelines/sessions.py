@@ -31,10 +31,12 @@ _ERRORS = (
 
 @dataclass(frozen=True, slots=True)
 class SessionOptions:
-    """How to run graphs. `provider` is a key of PROVIDERS; `threads` is how many CPU threads one call may use."""
+    """How to run graphs. `provider` is a key of PROVIDERS; `threads` is how many CPU threads one call may use; a `lean` session
+    reads its weights from the mapped file and keeps nothing from call to call: it takes little memory, and is slower."""
 
     provider: str = "cpu"
     threads: int = 1
+    lean: bool = False
 
 
 def resolve_provider(provider: str) -> str:
@@ -67,6 +69,11 @@ def open_session(graph: Path, options: SessionOptions) -> onnxruntime.InferenceS
     session_options.intra_op_num_threads = options.threads
     session_options.inter_op_num_threads = 1
     session_options.log_severity_level = 3
+    if options.lean:
+        session_options.enable_cpu_mem_arena = session_options.enable_mem_pattern = False
+        session_options.add_session_config_entry("session.disable_prepacking", "1")
+        # What comes after it lays out the weights of convolutions anew.
+        session_options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
     # Each session has threads of its own, which go on spinning for a while when its call is over: then those of the next
     # session's call, the VAE's after the UNet's, share the cores with them and take twice as long.
     session_options.add_session_config_entry("session.force_spinning_stop", "1")
