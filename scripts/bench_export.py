@@ -141,6 +141,9 @@ class _Limit:
         self._group.mkdir(exist_ok=True)
         name = "memory.limit_in_bytes" if old.is_dir() else "memory.max"
         (self._group / name).write_text(str(round(factor * largest)))
+        # Pages of the files that are in memory already would be on somebody else's account.
+        os.sync()
+        Path("/proc/sys/vm/drop_caches").write_text("3")
         print(f"memory is limited to {factor * largest / 1e9:.2f} GB", flush=True)
 
     def enter(self) -> None:

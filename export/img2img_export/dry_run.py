@@ -31,7 +31,9 @@ _FUSED = ("unet", "vae")
 """The components whose graphs in fp16 have others with fused operators beside them."""
 
 _MEMORY_FACTOR = 1.5
-"""Peak memory over the largest part's weights: these, and what converting them and running ONNX Runtime take beside them."""
+"""Memory that is enough, over the largest part's weights: they are mapped, and let go of where it is scarce."""
+_LEAST_MEMORY = 2 * 10**9
+"""What libraries, activations and graphs take at their peak, whatever the weights."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +113,7 @@ def forecast(checkpoint: Checkpoint, options: ExportOptions, plan: "Plan", conte
         source_bytes=source_bytes,
         bundle_bytes=bundle_bytes,
         temporary_bytes=rewritten,
-        memory_bytes=round(_MEMORY_FACTOR * max((_in_memory(part) for part in parts), default=0)),
+        memory_bytes=max(round(_MEMORY_FACTOR * max((_in_memory(part) for part in parts), default=0)), _LEAST_MEMORY),
         free_disk_bytes=_free_disk(options.output),
     )
 
