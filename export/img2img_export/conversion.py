@@ -84,13 +84,13 @@ class Converter:
         shutil.rmtree(self._bundle / name, ignore_errors=True)
         try:
             part, cases, trouble = self._write(component, name, precision)
+            give_back()
+            self._progress.stage(f"{name}: comparing with PyTorch")
+            parities = compare(part, open_graph(self._bundle / name / GRAPH_NAME), cases, LIMITS[precision])
         except ExportError as error:
             if precision == "fp32":
                 raise
             return Made(Component(name, precision), (), (str(error),))
-        give_back()
-        self._progress.stage(f"{name}: comparing with PyTorch")
-        parities = compare(part, open_graph(self._bundle / name / GRAPH_NAME), cases, LIMITS[precision])
         record = describe_graph(self._bundle, name)
         problems = tuple(problems_of(parities))
         if (self._bundle / name / FUSED).is_dir() and not problems:
@@ -119,6 +119,8 @@ class Converter:
 
         The third is why there is no fused graph, where there could have been.
         """
+        if name not in self._calls:
+            raise ExportError(f"{name} is not called by the pipeline: there is nothing to trace it with")
         module = self._loader.component(component)
         calls = self._calls[name]
         folder = self._bundle / name

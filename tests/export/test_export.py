@@ -15,7 +15,7 @@ import pytest
 import torch
 from diffusers import AutoPipelineForImage2Image
 from img2img_cli.__main__ import main
-from img2img_export import conversion, models, torch_bundle, tracing
+from img2img_export import conversion, latent_preview, models, pictures, torch_bundle, tracing
 from img2img_export.build import Outcome, export_model
 from img2img_export.errors import ExportError
 from img2img_export.options import ExportOptions
@@ -31,6 +31,14 @@ Get = Callable[[str], Path]
 
 def export(source: Path, output: Path, **options: Any) -> Outcome:
     return export_model(ExportOptions(source=str(source), output=output, **options))
+
+
+@pytest.fixture(autouse=True)
+def two_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes the exports of this file quicker; all six pictures and the previews have tests of their own."""
+    all_cases = pictures.picture_cases
+    monkeypatch.setattr(pictures, "picture_cases", lambda *arguments: all_cases(*arguments)[:2])
+    monkeypatch.setattr(latent_preview, "fit", lambda pipeline: ())
 
 
 @pytest.fixture

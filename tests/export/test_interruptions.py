@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from unittest.mock import patch
 
 import psutil
 import pytest
@@ -40,7 +41,15 @@ class Killer(Progress):
 
 
 def run(source: Path, output: Path, moment: int, file: Path) -> None:
-    export_model(ExportOptions(source=str(source), output=output), Killer(moment, file))
+    from img2img_export import latent_preview, pictures
+
+    all_cases = pictures.picture_cases
+    # What takes long between two moments is cut short.
+    with (
+        patch.object(pictures, "picture_cases", lambda *arguments: all_cases(*arguments)[:1]),
+        patch.object(latent_preview, "fit", lambda pipeline: ()),
+    ):
+        export_model(ExportOptions(source=str(source), output=output), Killer(moment, file))
 
 
 @pytest.fixture(scope="module")

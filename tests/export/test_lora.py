@@ -123,7 +123,7 @@ def assert_close(found: Weights, expected: Weights) -> None:
 def by_diffusers(kind: Any, model: Path, path: Path, scale: float) -> Weights:
     """The weights after diffusers' own load_lora_weights and fuse_lora."""
     pipeline = kind.from_pretrained(model, use_safetensors=True, local_files_only=True)
-    pipeline.load_lora_weights(str(path))
+    pipeline.load_lora_weights(path.parent, weight_name=path.name)
     pipeline.fuse_lora(lora_scale=scale)
     pipeline.unload_lora_weights()
     parts = [(name, part) for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)]

@@ -3,12 +3,14 @@
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from fakes import make_request
-from img2img_export import conversion
+from img2img_export import conversion, parity
 from img2img_export.build import export_model
+from img2img_export.errors import ExportError
 from img2img_export.limits import LIMITS
 from img2img_export.options import ExportOptions, Precision
 from img2img_export.pictures import sample_picture
@@ -83,6 +85,24 @@ def test_int8_is_given_up_where_it_does_not_pass(tiny_model: Get, tmp_path: Path
     reason = next(part.reason for part in manifest.components if part.name == "text_encoder")
     assert reason.startswith("text_encoder differs from PyTorch (")
     assert "relative error 2." in reason or "relative error 3." in reason
+
+
+def test_what_does_not_open_in_fp16_stays_in_fp32(tiny_model: Get, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[str] = []
+
+    def refuse_once(path: Path) -> Any:
+        opened.append(path.parent.name)
+        if opened.count("text_encoder") == 1 and opened[-1] == "text_encoder":
+            raise ExportError("ONNX Runtime cannot open text_encoder: no such kernel")
+        return parity.open_graph(path)
+
+    monkeypatch.setattr(conversion, "open_graph", refuse_once)
+    options = ExportOptions(source=str(tiny_model("sd1")), output=tmp_path / "out", precision="fp16")
+    manifest = export_model(options).manifest
+    kept = [part for part in manifest.components if part.precision == "fp32"]
+    assert [(part.name, part.reason) for part in kept] == [
+        ("text_encoder", "ONNX Runtime cannot open text_encoder: no such kernel")
+    ]
 
 
 def test_the_server_runs_fp16_and_int8_on_a_cpu_and_says_that_bf16_needs_a_gpu(bundle: Get) -> None:
