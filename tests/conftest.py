@@ -1,6 +1,7 @@
 """Fixtures that several packages' tests share: tiny models, and the bundles that the exporter makes of them.
 
-Each is built at most once in a session, when a test first asks for it. Treat them as read-only: copy before you change one.
+Each is built at most once in a session, whichever of its processes (pytest-xdist's workers) first asks for it. Treat them as
+read-only: copy before you change one.
 """
 
 import os
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import cast
 
 import pytest
+from filelock import FileLock
 
 # Read by OpenMP when torch is loaded. Threads that spin while they wait make tiny models 20 times slower on a busy machine.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -24,23 +26,31 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 
 @pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory of this session, the same in all its processes."""
+    own = tmp_path_factory.getbasetemp()
+    directory = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "shared"
+    directory.mkdir(exist_ok=True)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def tiny_model(shared: Path) -> Callable[[str], Path]:
     """Gives the directory of a tiny diffusers model by its name: a key of tiny_models.BUILDERS."""
-    root = tmp_path_factory.mktemp("models")
 
     def get(name: str) -> Path:
         import tiny_models
 
-        directory = root / name
-        return directory if directory.is_dir() else tiny_models.build(name, directory)
+        directory = shared / "models" / name
+        with FileLock(shared / f"model-{name}.lock"):
+            return directory if directory.is_dir() else tiny_models.build(name, directory)
 
     return get
 
 
 @pytest.fixture(scope="session")
-def bundle(tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[[str], Path]) -> Callable[[str], Path]:
+def bundle(shared: Path, tiny_model: Callable[[str], Path]) -> Callable[[str], Path]:
     """Gives the exported bundle of a tiny model by its name, or of the demo's model for "demo"; "sd1:fp16" is one in fp16."""
-    root = tmp_path_factory.mktemp("bundles")
 
     def get(name: str) -> Path:
         from img2img_export.build import export_model
@@ -48,9 +58,10 @@ def bundle(tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[[str],
 
         model, _, precision = name.partition(":")
         source = DEMO_MODEL if model == "demo" else tiny_model(model)
-        output = root / name.replace(":", "-")
-        if not output.is_dir():
-            export_model(ExportOptions(source=str(source), output=output, precision=cast(Precision, precision or "fp32")))
+        output = shared / "bundles" / name.replace(":", "-")
+        with FileLock(shared / f"{output.name}.lock"):
+            if not output.is_dir():
+                export_model(ExportOptions(source=str(source), output=output, precision=cast(Precision, precision or "fp32")))
         return output
 
     return get

@@ -15,7 +15,7 @@ import onnx
 from img2img_server.bundle import Component, ComponentParity, Verification
 
 from img2img_export import models, pictures, view
-from img2img_export.checkpoint import Layout, read_index
+from img2img_export.checkpoint import DENOISERS, Layout, read_index
 from img2img_export.conversion import part_of, problems_of
 from img2img_export.drafts import Draft, Drawn, draw, verify
 from img2img_export.errors import FAILURES, ExportError, first_line
@@ -24,7 +24,6 @@ from img2img_export.limits import LIMITS
 from img2img_export.models import Loader, Plan
 from img2img_export.options import ExportOptions
 from img2img_export.parity import compare, make_cases, open_graph
-from img2img_export.parts import DENOISERS
 from img2img_export.progress import Progress
 from img2img_export.skeleton import GRAPH_NAME
 from img2img_export.source import resolve

@@ -57,15 +57,15 @@ def export_model(options: ExportOptions, progress: Progress | None = None) -> Ou
     output = options.output.absolute()
     check_replaceable(output, force=True)
     checkpoint = resolve(options, progress)
-    if (manifest := _find_up_to_date(output, checkpoint, options, progress)) is not None:
+    digests = Digests()
+    if (manifest := _find_up_to_date(output, checkpoint, options, digests, progress)) is not None:
         return Outcome(output, manifest, up_to_date=True)
     check_replaceable(output, options.force)
     with stage(output) as staging:
         progress.stage(f"loading {checkpoint.layout.pipeline_class}, {checkpoint.size / 1e6:.0f} MB")
-        manifest = _build(checkpoint, options, staging, progress)
+        manifest = _build(checkpoint, options, staging, digests, progress)
         check_replaceable(output, options.force)
         staging.publish()
-    digests = Digests()
     for name, digest in manifest.files.items():
         digests.remember(output / name, digest)
     digests.save()
@@ -77,7 +77,9 @@ def tool_versions() -> dict[str, str]:
     return {name: metadata.version(name) for name in TOOLS}
 
 
-def _find_up_to_date(output: Path, checkpoint: Checkpoint, options: ExportOptions, progress: Progress) -> Manifest | None:
+def _find_up_to_date(
+    output: Path, checkpoint: Checkpoint, options: ExportOptions, digests: Digests, progress: Progress
+) -> Manifest | None:
     """The manifest of the bundle at `output`, where a new export would make the same bundle again."""
     try:
         manifest = read_manifest(output)
@@ -88,7 +90,6 @@ def _find_up_to_date(output: Path, checkpoint: Checkpoint, options: ExportOption
         return None
     if set(list_files(output)) != set(manifest.files):
         return None
-    digests = Digests()
     found = digests.digest_files(output, manifest.files, progress)
     digests.save()
     return manifest if found == manifest.files else None
@@ -106,7 +107,7 @@ def _recorded(options: ExportOptions) -> dict[str, str]:
     return recorded
 
 
-def _build(checkpoint: Checkpoint, options: ExportOptions, staging: Staging, progress: Progress) -> Manifest:
+def _build(checkpoint: Checkpoint, options: ExportOptions, staging: Staging, digests: Digests, progress: Progress) -> Manifest:
     """Fills the staging's bundle, verifies it, and writes its manifest last."""
     from img2img_export import drafts, view
 
@@ -121,7 +122,7 @@ def _build(checkpoint: Checkpoint, options: ExportOptions, staging: Staging, pro
     manifest = dataclasses.replace(
         drafts.describe(draft, options),
         source=checkpoint.source,
-        files=Digests().digest_files(staging.bundle, list_files(staging.bundle), progress),
+        files=digests.digest_files(staging.bundle, list_files(staging.bundle), progress),
         tools=tool_versions(),
         options=_recorded(options),
         loras=loras,

@@ -27,7 +27,7 @@ PICKLE_REASON = "pickles can run code when read; convert to safetensors"
 _TEXT_SUFFIXES = (".json", ".txt", ".model", ".jinja")
 _WEIGHTS = re.compile(r"[^.]+?(?:\.(?P<variant>[^.]+?))?(?:-\d{5}-of-\d{5})?\.safetensors")
 _SHARD_INDEX = re.compile(r"[^.]+\.safetensors\.index(?:\.(?P<variant>[^.]+))?\.json")
-_DENOISERS = ("unet", "transformer")
+DENOISERS = ("unet", "transformer")
 _GRAPHS_OF_VAE = ("vae_encoder", "vae_decoder")
 """The folders that optimum makes of a VAE. model_index.json does not name them."""
 
@@ -151,7 +151,7 @@ def _has_graphs_only(names: list[str]) -> bool:
     return any(
         f"{part}/{GRAPH_NAME}" in names
         and not any(name.startswith(f"{part}/") and name.endswith((".safetensors", *PICKLE_SUFFIXES)) for name in names)
-        for part in _DENOISERS
+        for part in DENOISERS
     )
 
 

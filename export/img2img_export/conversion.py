@@ -16,6 +16,7 @@ from img2img_server.bundle import Component, ComponentParity
 
 from img2img_export import parts
 from img2img_export.captures import VAE, Calls
+from img2img_export.checkpoint import DENOISERS
 from img2img_export.errors import FAILURES, ExportError, first_line
 from img2img_export.fusion import fuse
 from img2img_export.graphs import describe_graph, quiet
@@ -24,7 +25,7 @@ from img2img_export.memory import give_back
 from img2img_export.models import Loader
 from img2img_export.options import ExportOptions, Precision
 from img2img_export.parity import Case, compare, make_cases, open_fused, open_graph, takes_any_size
-from img2img_export.parts import DENOISERS, Part, Tensors
+from img2img_export.parts import Part, Tensors
 from img2img_export.progress import Progress
 from img2img_export.skeleton import GRAPH_NAME, Skeleton
 from img2img_export.tracing import trace
@@ -96,8 +97,8 @@ class Converter:
         if (self._bundle / name / FUSED).is_dir() and not problems:
             fused, trouble = self._compare_fused(part, cases)
             parities += fused
-        if not trouble and precision == "fp16" and (self._bundle / name / FUSED).is_dir():
-            record = dataclasses.replace(record, fused=f"{name}/{FUSED}/{GRAPH_NAME}")
+            if fused:
+                record = dataclasses.replace(record, fused=f"{name}/{FUSED}/{GRAPH_NAME}")
         return Made(dataclasses.replace(record, reason=trouble), tuple(parities), problems)
 
     def _compare_fused(self, part: Part, cases: list[Case]) -> tuple[list[ComponentParity], str]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from img2img_server.bundle import Source
 
-from img2img_export.checkpoint import INDEX_NAME, choose
+from img2img_export.checkpoint import DENOISERS, INDEX_NAME, choose
 from img2img_export.errors import ExportError, first_line
 from img2img_export.hub import download
 from img2img_export.options import ExportOptions, Precision
@@ -20,7 +20,7 @@ from img2img_export.progress import Progress
 from img2img_export.report import print_facts, print_line, print_table
 from img2img_export.source import Checkpoint, resolve
 from img2img_export.terminal import quantity
-from img2img_export.weights import DENOISERS, WIDTHS, Contents, Header, Weights, is_graph, read_contents, weigh
+from img2img_export.weights import WIDTHS, Contents, Header, Weights, is_graph, read_contents, weigh
 
 if TYPE_CHECKING:
     from rich.console import Console

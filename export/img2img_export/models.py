@@ -13,11 +13,10 @@ from diffusers import AutoPipelineForImage2Image
 from diffusers.pipelines.auto_pipeline import AUTO_IMAGE2IMAGE_PIPELINES_MAPPING, _get_task_class
 from safetensors import safe_open
 
-from img2img_export.checkpoint import INDEX_NAME, Layout, read_index
+from img2img_export.checkpoint import DENOISERS, INDEX_NAME, Layout, read_index
 from img2img_export.errors import ExportError, first_line
 from img2img_export.graphs import quiet
 from img2img_export.options import Backend
-from img2img_export.parts import DENOISERS
 
 WHOLE = "whole"
 """The family of every class that the server cannot split: it runs such a pipeline from start to end."""
@@ -57,8 +56,7 @@ class Plan:
 
 def plan(layout: Layout, backend: Backend) -> Plan:
     """The best that can be tried, by the pipeline's class. Raises ExportError where `backend` cannot be had."""
-    plans = list(plans_for(layout, backend))
-    return plans[0]
+    return next(plans_for(layout, backend))
 
 
 def plans_for(layout: Layout, backend: Backend) -> Iterator[Plan]:

@@ -21,7 +21,6 @@ Tensors = dict[str, torch.Tensor]
 Axes = dict[str, dict[int, str]]
 """The axes that vary, by the tensor's name and the axis' index."""
 
-DENOISERS = ("unet", "transformer")
 _CONFIGS = {
     "CLIPTextModel": model_configs.CLIPTextOnnxConfig,
     "CLIPTextModelWithProjection": model_configs.CLIPTextWithProjectionOnnxConfig,

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+from img2img_export.checkpoint import DENOISERS
 from img2img_export.single_file import read_header
 from img2img_export.source import Checkpoint
 
@@ -28,7 +29,6 @@ class Tensor(Protocol):
 Header = Mapping[str, Tensor]
 """A safetensors file's tensors by name."""
 
-DENOISERS = ("unet", "transformer")
 _PRECISIONS = {"F64": "fp64", "F32": "fp32", "F16": "fp16", "BF16": "bf16"}
 WIDTHS = {"fp64": 8, "fp32": 4, "fp16": 2, "bf16": 2, "int8": 1}
 """Bytes of a number. Every other precision that a file may have (fp8) has one."""

@@ -1,23 +1,20 @@
 """`--dry-run`: what it foretells is what the files' headers say, and to know it no weights are loaded, nor downloaded."""
 
 import dataclasses
-import hashlib
 import json
 import os
 import re
 import struct
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from fake_hub import Hub, serve
 from img2img_cli.__main__ import main
 from img2img_export import dry_run, models
 from img2img_export.dry_run import Forecast, forecast, show, survey
@@ -28,7 +25,6 @@ from img2img_export.report import open_console
 
 Get = Callable[[str], Path]
 
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
 GRAPHS = ("text_encoder", "unet", "vae")
 INDEX = {
     "_class_name": "StableDiffusionPipeline",
@@ -227,71 +223,13 @@ def test_the_command_writes_nothing_and_with_json_one_object(
     assert json.loads(capsys.readouterr().out)["event"] == "error"
 
 
-@dataclass
-class Hub:
-    """A hub with one repository, "someone/model". `sent` are the bytes of each file that went out."""
-
-    files: dict[str, bytes]
-    url: str = ""
-    sent: dict[str, int] = field(default_factory=dict)
-
-
-class Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    hub: Hub
-
-    def do_HEAD(self) -> None:
-        self.answer(send=False)
-
-    def do_GET(self) -> None:
-        self.answer(send=True)
-
-    def answer(self, send: bool) -> None:
-        path = self.path.partition("?")[0]
-        if path.startswith("/api/models/someone/model"):
-            siblings = [{"rfilename": name, "size": len(body), "blobId": digest(body)} for name, body in self.hub.files.items()]
-            self.reply("", json.dumps({"id": "someone/model", "sha": COMMIT, "siblings": siblings}).encode(), send)
-        else:
-            name = path.split("/", 5)[5]
-            self.reply(name, self.hub.files[name], send)
-
-    def reply(self, name: str, body: bytes, send: bool) -> None:
-        whole = body
-        if limits := re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", "")):
-            body = body[int(limits[1]) : int(limits[2]) + 1]
-        self.send_response(206 if limits else 200)
-        self.send_header("Content-Length", str(len(body)))
-        self.send_header("ETag", f'"{digest(whole)}"')
-        self.send_header("X-Repo-Commit", COMMIT)
-        self.end_headers()
-        if send:
-            self.hub.sent[name] = self.hub.sent.get(name, 0) + len(body)
-            self.wfile.write(body)
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-
-def digest(body: bytes) -> str:
-    return hashlib.sha256(body).hexdigest()
-
-
 @pytest.fixture
 def hub(model: Path) -> Iterator[Hub]:
     paths = [path for path in model.rglob("*") if path.is_file()]
-    served = Hub({path.relative_to(model).as_posix(): path.read_bytes() for path in paths})
-    served.files["unet/model.safetensors"] += bytes(1_000_000)
-
-    class BoundHandler(Handler):
-        hub = served
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), BoundHandler) as server:
-        served.url = f"http://127.0.0.1:{server.server_port}"
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
+    files = {path.relative_to(model).as_posix(): path.read_bytes() for path in paths}
+    files["unet/model.safetensors"] += bytes(1_000_000)
+    with serve(Hub(files)) as served:
         yield served
-        server.shutdown()
-        thread.join()
 
 
 _SURVEY = """

@@ -15,7 +15,7 @@ import pytest
 import torch
 from diffusers import AutoPipelineForImage2Image
 from img2img_cli.__main__ import main
-from img2img_export import conversion, latent_preview, models, pictures, torch_bundle, tracing
+from img2img_export import conversion, models, torch_bundle, tracing
 from img2img_export.build import Outcome, export_model
 from img2img_export.errors import ExportError
 from img2img_export.options import ExportOptions
@@ -25,20 +25,14 @@ from img2img_export.skeleton import Skeleton
 from img2img_export.source import resolve
 from img2img_server.bundle import check_bundle, list_files, read_manifest, write_manifest
 from img2img_server.errors import BundleError
+from short_exports import cut_short
 
 Get = Callable[[str], Path]
 
 
 def export(source: Path, output: Path, **options: Any) -> Outcome:
-    return export_model(ExportOptions(source=str(source), output=output, **options))
-
-
-@pytest.fixture(autouse=True)
-def two_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Makes the exports of this file quicker; all six pictures and the previews have tests of their own."""
-    all_cases = pictures.picture_cases
-    monkeypatch.setattr(pictures, "picture_cases", lambda *arguments: all_cases(*arguments)[:2])
-    monkeypatch.setattr(latent_preview, "fit", lambda pipeline: ())
+    with cut_short(2):
+        return export_model(ExportOptions(source=str(source), output=output, **options))
 
 
 @pytest.fixture
@@ -121,7 +115,8 @@ def test_a_bundle_that_differs_is_not_published(
 ) -> None:
     fault(change)
     command = ["export", str(tiny_model("sd1")), "--output", str(tmp_path / "out"), "--backend", "onnx"]
-    assert main(command) == 1
+    with cut_short(2):
+        assert main(command) == 1
     error = capsys.readouterr().err
     assert message in error
     assert len(error.splitlines()) == 1

@@ -1,23 +1,20 @@
 """Downloading from a hub: a stand-in server on this machine, and the exporter in a process of its own, with its own cache."""
 
-import hashlib
 import json
 import os
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 import safetensors.torch
 import torch
+from fake_hub import COMMIT, Hub, serve
 from img2img_export import hub as client
 
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
 INDEX = {
     "_class_name": "StableDiffusionPipeline",
     "unet": ["diffusers", "UNet2DConditionModel"],
@@ -66,96 +63,10 @@ else:
 """
 
 
-@dataclass
-class Hub:
-    """A hub with one repository that answers what huggingface_hub asks for.
-
-    It asks for `token` if there is one, about the repository or, where that is `gated`, for its files only. It closes the
-    connection once after `cut` bytes of a file that is longer.
-    """
-
-    url: str = ""
-    repo: str = "someone/model"
-    files: dict[str, bytes] = field(default_factory=lambda: dict(FILES))
-    fetched: list[str] = field(default_factory=list)
-    token: str | None = None
-    gated: bool = False
-    status: int = 401
-    cut: int | None = None
-    ranges: list[str] = field(default_factory=list)
-
-
-class Handler(BaseHTTPRequestHandler):
-    """Answers the three questions that huggingface_hub asks: about the repository, about a file, and for a file."""
-
-    protocol_version = "HTTP/1.1"
-    hub: Hub
-
-    def do_HEAD(self) -> None:
-        self.answer(send=False)
-
-    def do_GET(self) -> None:
-        self.answer(send=True)
-
-    def answer(self, send: bool) -> None:
-        path, hub = self.path.partition("?")[0], self.hub
-        about, files = path.startswith(f"/api/models/{hub.repo}"), f"/{hub.repo}/resolve/"
-        known = hub.token is None or self.headers["Authorization"] == f"Bearer {hub.token}"
-        if not known and not (about and hub.gated):
-            self.refuse(hub.status, "GatedRepo" if hub.gated else "RepoNotFound")
-        elif about:
-            siblings = [{"rfilename": name, "size": len(body), "blobId": digest(body)} for name, body in hub.files.items()]
-            self.reply(json.dumps({"id": hub.repo, "sha": COMMIT, "siblings": siblings}).encode(), send)
-        elif path.startswith(files) and (name := path.removeprefix(files).partition("/")[2]) in hub.files:
-            hub.fetched += [name] if send else []
-            self.reply(hub.files[name], send)
-        else:
-            self.refuse(404, "RepoNotFound")
-
-    def refuse(self, status: int, code: str) -> None:
-        self.send_response(status)
-        self.send_header("X-Error-Code", code)
-        self.send_header("Content-Length", "0")
-        self.end_headers()
-
-    def reply(self, body: bytes, send: bool) -> None:
-        start = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").partition("-")[0])
-        self.hub.ranges += [self.headers["Range"]] if "Range" in self.headers else []
-        self.send_response(206 if start else 200)
-        self.send_header("Content-Type", "application/octet-stream")
-        self.send_header("Content-Length", str(len(body) - start))
-        if start:
-            self.send_header("Content-Range", f"bytes {start}-{len(body) - 1}/{len(body)}")
-        self.send_header("ETag", f'"{digest(body)}"')
-        self.send_header("X-Repo-Commit", COMMIT)
-        self.end_headers()
-        if send and self.hub.cut is not None and self.hub.cut < len(body):
-            body, self.hub.cut, self.close_connection = body[: self.hub.cut], None, True
-        if send:
-            self.wfile.write(body[start:])
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-
-def digest(body: bytes) -> str:
-    return hashlib.sha256(body).hexdigest()
-
-
 @pytest.fixture
 def hub() -> Iterator[Hub]:
-    served = Hub()
-
-    class BoundHandler(Handler):
-        hub = served
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), BoundHandler) as server:
-        served.url = f"http://127.0.0.1:{server.server_port}"
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
+    with serve(Hub(dict(FILES))) as served:
         yield served
-        server.shutdown()
-        thread.join()
 
 
 def resolve(
@@ -218,7 +129,7 @@ def test_what_the_hub_lacks_is_one_line(hub: Hub, tmp_path: Path) -> None:
 
 
 def test_a_hub_out_of_reach_is_one_line(tmp_path: Path) -> None:
-    error = str(resolve(Hub("http://127.0.0.1:9"), tmp_path)["error"])
+    error = str(resolve(Hub({}, url="http://127.0.0.1:9"), tmp_path)["error"])
     assert error == "someone/model is no directory here, and the hub cannot be reached at http://127.0.0.1:9"
 
 

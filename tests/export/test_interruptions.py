@@ -9,13 +9,13 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from unittest.mock import patch
 
 import psutil
 import pytest
 from img2img_export.build import export_model
 from img2img_export.options import ExportOptions
 from img2img_export.progress import Advance, Progress
+from short_exports import cut_short
 
 MOMENTS = 10
 
@@ -41,14 +41,7 @@ class Killer(Progress):
 
 
 def run(source: Path, output: Path, moment: int, file: Path) -> None:
-    from img2img_export import latent_preview, pictures
-
-    all_cases = pictures.picture_cases
-    # What takes long between two moments is cut short.
-    with (
-        patch.object(pictures, "picture_cases", lambda *arguments: all_cases(*arguments)[:1]),
-        patch.object(latent_preview, "fit", lambda pipeline: ()),
-    ):
+    with cut_short():
         export_model(ExportOptions(source=str(source), output=output), Killer(moment, file))
 
 
