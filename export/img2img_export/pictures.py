@@ -118,6 +118,7 @@ def compare_pictures(
 
     Graphs in half precision compute as they would on a GPU (emulation.py).
     """
+    from img2img_server.execution import Execution
     from img2img_server.pipelines.alone import run_alone
     from img2img_server.pipelines.loader import load_pipeline
     from img2img_server.pipelines.sessions import SessionOptions, open_session
@@ -130,7 +131,7 @@ def compare_pictures(
     threads, gradients = torch.get_num_threads(), torch.is_grad_enabled()
     try:
         with quiet():
-            pipeline = load_pipeline(bundle, manifest, provider="cpu", open_graph=open_graph)
+            pipeline = load_pipeline(bundle, manifest, Execution("cpu"), open_graph=open_graph)
             drawn = [run_alone(pipeline, case.request)[0] for case in cases]
     except (*_FAILURES, *RUNTIME_ERRORS, BundleError, ServerError) as error:
         raise ExportError(f"the server's pipeline cannot run it: {type(error).__name__}: {first_line(error)}") from error

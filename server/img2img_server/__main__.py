@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from img2img_server.config import ServerConfig
+    from img2img_server.execution import Execution
 
 _EPILOG = """\
 examples:
@@ -71,8 +72,7 @@ def run(arguments: argparse.Namespace) -> int:
             port=arguments.port,
             port_file=arguments.port_file,
             default_model=arguments.default_model,
-            provider=arguments.provider,
-            threads=arguments.threads,
+            execution=_execution(arguments),
             grace=arguments.grace,
             max_steps=arguments.max_steps,
             cache_bytes=arguments.cache_bytes,
@@ -88,6 +88,12 @@ def run(arguments: argparse.Namespace) -> int:
     return asyncio.run(_serve(config))
 
 
+def _execution(arguments: argparse.Namespace) -> "Execution":
+    from img2img_server.execution import Execution
+
+    return Execution(provider=arguments.provider, threads=arguments.threads)
+
+
 async def _serve(config: "ServerConfig") -> int:
     from img2img_server.engine.cache import Cache
     from img2img_server.errors import BundleError
@@ -101,7 +107,7 @@ async def _serve(config: "ServerConfig") -> int:
 
         return ModelStore.load(
             config.models,
-            lambda bundle, manifest: load_pipeline(bundle, manifest, config.provider, config.threads, cache),
+            lambda bundle, manifest: load_pipeline(bundle, manifest, config.execution, cache),
             config.default_model,
             config.allow_unverified,
         )

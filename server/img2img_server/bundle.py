@@ -109,6 +109,24 @@ class PictureParity:
 
 
 @dataclass(frozen=True, slots=True)
+class Reference:
+    """A picture that diffusers drew in fp32 at export, and what it was asked: to judge by, where it is drawn in another way.
+
+    `source` and `picture` are paths in the bundle of lossless RGB files of the same size.
+    """
+
+    case: str
+    source: str
+    picture: str
+    prompt: str
+    negative_prompt: str
+    strength: float
+    num_inference_steps: int
+    guidance_scale: float
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
 class Verification:
     """What was measured at export. A bundle that did not pass is not served, unless the server is told to.
 
@@ -133,7 +151,8 @@ class Manifest:
     weights for every latent channel (`pipelines/latent_preview.py` says of what) and a bias; () where there is no such map.
     `backend` is "hybrid" where the denoiser alone is a graph, and the rest PyTorch; `backend_reason` says why it is not "onnx".
     `precision` is the one that was asked for. `size_multiple` is what width and height must be multiples of, in pixels, where
-    the graphs want more than the pipeline's class does.
+    the graphs want more than the pipeline's class does. `references` are the pictures that were compared with; () where the
+    bundle was made without diffusers.
     """
 
     source: Source
@@ -150,6 +169,7 @@ class Manifest:
     precision: str = "fp32"
     loras: tuple[Lora, ...] = ()
     size_multiple: int | None = None
+    references: tuple[Reference, ...] = ()
     format_version: int = FORMAT_VERSION
 
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from img2img_server.engine.scheduler import Limits
+from img2img_server.execution import Execution
 from img2img_server.images import ImageLimits
 
 DEFAULT_PROMPT = "A beautiful landscape with mountains and a lake at sunset"
@@ -20,8 +21,8 @@ class ServerConfig:
     """What `img2img serve` runs with.
 
     `models` is a folder of bundles, or one bundle. Port 0 takes a free one; `port_file` is written with the port once the
-    server is SERVING. `grace` is how many seconds running requests get after SIGTERM. `threads` are those of one model
-    call, None for all cores. `cache_bytes` hold what was encoded of prompts and pictures, 0 for none. `warm_up` is how many
+    server is SERVING. `grace` is how many seconds running requests get after SIGTERM. `execution` is how models are run.
+    `cache_bytes` hold what was encoded of prompts and pictures, 0 for none. `warm_up` is how many
     seconds each model is measured for before it is served. `trace` gets the device's timeline. `allow_unverified` serves
     bundles, too, whose verification failed. Raises ValueError for a setting that cannot work.
     """
@@ -31,8 +32,7 @@ class ServerConfig:
     port: int = 50051
     port_file: Path | None = None
     default_model: str | None = None
-    provider: str = "auto"
-    threads: int | None = None
+    execution: Execution = field(default_factory=Execution)
     grace: float = 30.0
     max_steps: int = 100
     max_image_count: int = 8
@@ -59,4 +59,4 @@ class ServerConfig:
         return 2 * self.image_limits.max_bytes + 2**20
 
 
-_LEAST = {"port": 0, "threads": 1, "grace": 0, "max_steps": 1, "max_image_count": 1, "cache_bytes": 0, "warm_up": 0}
+_LEAST = {"port": 0, "grace": 0, "max_steps": 1, "max_image_count": 1, "cache_bytes": 0, "warm_up": 0}

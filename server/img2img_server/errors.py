@@ -98,5 +98,12 @@ class ModelFailed(ServerError):
     reason = "MODEL_FAILED"
 
 
+class OutOfMemory(ServerError):
+    """The device has no room for this request, even alone. The message says of what size it was."""
+
+    status = "RESOURCE_EXHAUSTED"
+    reason = "OUT_OF_MEMORY"
+
+
 class BundleError(Exception):
     """A bundle that must not be served. Seen by the operator at start, never by a caller."""

@@ -14,6 +14,7 @@ from img2img_export.graphs import quiet
 from img2img_export.options import ExportOptions
 from img2img_export.pictures import sample_picture
 from img2img_server.bundle import check_bundle
+from img2img_server.execution import Execution
 from img2img_server.pipelines.alone import run_alone
 from img2img_server.pipelines.loader import load_pipeline
 
@@ -52,7 +53,7 @@ def test_without_that_model_its_pictures_are_optimums(exported: Path, tmp_path: 
     outcome = adopt(exported, tmp_path / "out")
     assert outcome.manifest.verification.reference == "optimum's pipeline over the same graphs"
     assert outcome.manifest.verification.passed
-    pipeline = load_pipeline(outcome.path, outcome.manifest, provider="cpu")
+    pipeline = load_pipeline(outcome.path, outcome.manifest, Execution("cpu"))
     assert pipeline.size_multiple == 32
     request = make_request(image=sample_picture(96, 64), prompt="a lake", seeds=(1,))
     (picture,) = run_alone(pipeline, request)

@@ -21,6 +21,7 @@ from img2img_export.pictures import sample_picture
 from img2img_export.progress import Progress
 from img2img_export.source import resolve
 from img2img_server.bundle import Lora
+from img2img_server.execution import Execution
 from img2img_server.pipelines.alone import run_alone
 from img2img_server.pipelines.loader import load_pipeline
 from safetensors.torch import load_file, save_file
@@ -329,7 +330,7 @@ def test_a_bundle_of_a_lora_and_a_scheduler_draws_what_diffusers_draws_with_them
     pipeline.load_lora_weights(tmp_path, weight_name=file.name)
     pipeline.fuse_lora(lora_scale=0.1)
     request = make_request(image=sample_picture(64, 64), seeds=(5,), **settings)
-    drawn = np.asarray(run_alone(load_pipeline(tmp_path / "out", manifest, provider="cpu"), request)[0], np.int16)
+    drawn = np.asarray(run_alone(load_pipeline(tmp_path / "out", manifest, Execution("cpu")), request)[0], np.int16)
     assert np.abs(drawn - expected()).max() <= 1
     assert np.abs(drawn - without).mean() > 3
 

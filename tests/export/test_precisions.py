@@ -16,6 +16,7 @@ from img2img_export.options import ExportOptions, Precision
 from img2img_export.pictures import sample_picture
 from img2img_server.bundle import Manifest, check_bundle, read_manifest
 from img2img_server.errors import BundleError
+from img2img_server.execution import Execution
 from img2img_server.pipelines.alone import run_alone
 from img2img_server.pipelines.loader import load_pipeline
 
@@ -30,7 +31,7 @@ def precisions(manifest: Manifest) -> dict[str, str]:
 
 def draw(bundle: Path) -> np.ndarray:
     request = make_request(image=sample_picture(64, 64), prompt="a lake", seeds=(1,))
-    return np.asarray(run_alone(load_pipeline(bundle, read_manifest(bundle), provider="cpu"), request)[0], np.int16)
+    return np.asarray(run_alone(load_pipeline(bundle, read_manifest(bundle), Execution("cpu")), request)[0], np.int16)
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])

@@ -12,6 +12,7 @@ import pytest
 import torch
 from fakes import make_request
 from img2img_server.bundle import read_manifest
+from img2img_server.execution import Execution
 from img2img_server.pipelines.alone import run_alone
 from img2img_server.pipelines.loader import load_pipeline
 from PIL import Image
@@ -61,7 +62,7 @@ def test_a_picture_is_diffusers_picture(name: str, bundle: Callable[[str], Path]
     manifest = read_manifest(bundle(name))
     assert manifest.backend == ARCHITECTURES[name]
     assert bool(manifest.backend_reason) == (manifest.backend != "onnx")
-    pipeline = load_pipeline(bundle(name), manifest, "cpu")
+    pipeline = load_pipeline(bundle(name), manifest, Execution("cpu"))
     assert pipeline.engine == f"{manifest.backend}:cpu"
     pipe = oracle(tiny_model(name), manifest.pipeline_class)
     multiple = pipeline.size_multiple
@@ -77,7 +78,7 @@ def test_a_picture_is_diffusers_picture(name: str, bundle: Callable[[str], Path]
 
 
 def test_a_prompt_and_a_negative_one_matter_where_the_model_knows_them(bundle: Callable[[str], Path]) -> None:
-    pipeline = load_pipeline(bundle("sd3"), read_manifest(bundle("sd3")), "cpu")
+    pipeline = load_pipeline(bundle("sd3"), read_manifest(bundle("sd3")), Execution("cpu"))
     settings: dict[str, Any] = {"image": source(64, 64), "num_inference_steps": 3, "guidance_scale": 5.0}
     drawn = [
         np.asarray(run_alone(pipeline, make_request(**settings, prompt=prompt, negative_prompt=negative))[0], int)
@@ -87,7 +88,7 @@ def test_a_prompt_and_a_negative_one_matter_where_the_model_knows_them(bundle: C
 
 
 def test_strength_is_nothing_to_a_model_without_it(bundle: Callable[[str], Path]) -> None:
-    pipeline = load_pipeline(bundle("pix2pix"), read_manifest(bundle("pix2pix")), "cpu")
+    pipeline = load_pipeline(bundle("pix2pix"), read_manifest(bundle("pix2pix")), Execution("cpu"))
     requests = [make_request(image=source(64, 64), strength=strength, num_inference_steps=3) for strength in (0.2, 1.0)]
     assert [pipeline.plan(request).step_count for request in requests] == [3, 3]
     one, other = (np.asarray(run_alone(pipeline, request)[0]) for request in requests)
@@ -99,7 +100,7 @@ def test_what_can_be_split_can_run_whole_too(bundle: Callable[[str], Path]) -> N
     manifest = read_manifest(bundle("sd1"))
     request = make_request(image=source(72, 64), prompt="a lake", strength=0.6, num_inference_steps=4, seeds=(1, 2))
     split, whole = (
-        run_alone(load_pipeline(bundle("sd1"), replace(manifest, family=family), "cpu"), request)
+        run_alone(load_pipeline(bundle("sd1"), replace(manifest, family=family), Execution("cpu")), request)
         for family in (manifest.family, "whole")
     )
     for one, other in zip(split, whole, strict=True):
@@ -119,11 +120,11 @@ def test_beside_graphs_of_half_precision_all_else_stays_in_single(
     assert {item.name: item.type for item in unet.inputs} == {
         "sample": "float16", "timestep": "float32", "encoder_hidden_states": "float16",
     }  # fmt: skip
-    pipeline: Any = load_pipeline(half, manifest, "cpu")
+    pipeline: Any = load_pipeline(half, manifest, Execution("cpu"))
     request = make_request(image=source(64, 64), prompt="a lake", num_inference_steps=4, guidance_scale=5.0)
     (state,) = pipeline.prepare([request])
     (noise,) = pipeline.denoise([state])
     assert (state.latents.dtype, noise.dtype) == (torch.float32, torch.float32)
-    single = load_pipeline(bundle("sd1"), read_manifest(bundle("sd1")), "cpu")
+    single = load_pipeline(bundle("sd1"), read_manifest(bundle("sd1")), Execution("cpu"))
     one, other = (np.asarray(run_alone(drawn_by, request)[0], float) for drawn_by in (pipeline, single))
     assert 0 < np.abs(one - other).mean() < 1

@@ -18,6 +18,7 @@ from img2img_server.engine.engine import Engine
 from img2img_server.engine.request import Completed, Request
 from img2img_server.engine.scheduler import Limits
 from img2img_server.errors import InvalidField
+from img2img_server.execution import Execution
 from img2img_server.pipelines.alone import run_alone
 from img2img_server.pipelines.loader import load_pipeline
 from img2img_server.pipelines.schedulers import NAMES
@@ -31,7 +32,7 @@ Load = Callable[..., StableDiffusion]
 @pytest.fixture(scope="module")
 def load(bundle: Callable[[str], Path]) -> Load:
     def get(name: str, cache: Cache | None = None) -> StableDiffusion:
-        pipeline = load_pipeline(bundle(name), read_manifest(bundle(name)), "cpu", cache=cache)
+        pipeline = load_pipeline(bundle(name), read_manifest(bundle(name)), Execution("cpu"), cache=cache)
         assert isinstance(pipeline, StableDiffusion)
         return pipeline
 

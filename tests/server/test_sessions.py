@@ -10,6 +10,7 @@ import onnxruntime
 import pytest
 from img2img_server.bundle import read_manifest
 from img2img_server.errors import BundleError
+from img2img_server.execution import Execution
 from img2img_server.pipelines.loader import load_pipeline
 from img2img_server.pipelines.sessions import SessionOptions, open_session, provider_list, resolve_provider
 
@@ -26,7 +27,7 @@ def test_a_provider_that_is_not_there_is_an_error(bundle: Callable[[str], Path])
         resolve_provider("cuda")
     for name in ("demo", "kandinsky22"):
         with pytest.raises(BundleError, match="'cuda'"):
-            load_pipeline(bundle(name), read_manifest(bundle(name)), "cuda")
+            load_pipeline(bundle(name), read_manifest(bundle(name)), Execution("cuda"))
 
 
 def test_cuda_ends_with_the_cpu_for_what_it_lacks() -> None:
@@ -58,9 +59,9 @@ def test_a_graph_that_does_not_open_is_a_bundle_error(tmp_path: Path) -> None:
 def test_a_bundle_of_another_world_is_a_bundle_error(tmp_path: Path, bundle: Callable[[str], Path]) -> None:
     manifest = read_manifest(bundle("demo"))
     with pytest.raises(BundleError, match="NoSuchPipeline"):
-        load_pipeline(bundle("demo"), replace(manifest, pipeline_class="NoSuchPipeline"), "cpu")
+        load_pipeline(bundle("demo"), replace(manifest, pipeline_class="NoSuchPipeline"), Execution("cpu"))
     broken = tmp_path / "broken"
     shutil.copytree(bundle("demo"), broken)
     (broken / "scheduler" / "scheduler_config.json").unlink()
     with pytest.raises(BundleError, match="does not load"):
-        load_pipeline(broken, manifest, "cpu")
+        load_pipeline(broken, manifest, Execution("cpu"))

@@ -14,8 +14,10 @@ import torch
 from diffusers import FluxTransformer2DModel, UNet2DConditionModel
 from img2img_server.bundle import Component, Manifest, read_manifest
 from img2img_server.errors import BundleError
+from img2img_server.execution import Execution
 from img2img_server.pipelines import loader
 from img2img_server.pipelines.loader import load_pipeline
+from img2img_server.pipelines.runners import HostRunner
 from img2img_server.pipelines.sessions import SessionOptions, open_session
 from img2img_server.pipelines.standins import Graph, OnnxDenoiser, OnnxTextEncoder
 from onnx import TensorProto, helper
@@ -38,7 +40,7 @@ def save_graph(path: Path, inputs: dict[str, tuple[int, Shape]], kinds: dict[str
 
 
 def open_graph(path: Path) -> Graph:
-    return Graph(open_session(path, SessionOptions()))
+    return Graph(HostRunner(open_session(path, SessionOptions())))
 
 
 @pytest.mark.parametrize("kind", [TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16])
@@ -160,19 +162,19 @@ def test_the_fused_graph_is_tried_first_on_cuda(
     manifest = with_components(
         read_manifest(folder), *(Component(name, "fp16", fused=path) for name, path in fused.items()), files=fused.values()
     )
-    load_pipeline(folder, manifest, "cpu", open_graph=open_on_cpu)
+    load_pipeline(folder, manifest, Execution("cpu"), open_graph=open_on_cpu)
     assert "unet_fused/model.onnx" not in opened
     opened.clear()
     monkeypatch.setattr(loader, "resolve_provider", lambda provider: "cuda")
     with caplog.at_level(logging.WARNING):
-        load_pipeline(folder, manifest, "cuda", open_graph=open_on_cpu)
+        load_pipeline(folder, manifest, Execution("cuda"), open_graph=open_on_cpu)
     assert "unet_fused/model.onnx" in opened
     assert "unet/model.onnx" not in opened
     assert opened.index("vae_fused/model.onnx") + 1 == opened.index("vae_decoder/model.onnx")
     assert "the plain graph is used instead" in caplog.text
     stray = with_components(manifest, Component("unet", "fp16", fused="../elsewhere.onnx"))
     with pytest.raises(BundleError, match="no file of it"):
-        load_pipeline(folder, stray, "cuda", open_graph=open_on_cpu)
+        load_pipeline(folder, stray, Execution("cuda"), open_graph=open_on_cpu)
 
 
 def with_components(manifest: Manifest, *changed: Component, files: Any = ()) -> Manifest:
@@ -194,7 +196,7 @@ def test_bf16_on_a_cpu_says_what_it_needs(bundle: Callable[[str], Path], tmp_pat
     model = helper.make_model(convolution, opset_imports=[helper.make_opsetid("", 22)], ir_version=10)
     onnx.save(model, str(folder / "unet" / "model.onnx"))
     with pytest.raises(BundleError, match="bf16 graphs need a GPU"):
-        load_pipeline(folder, with_components(read_manifest(folder), Component("unet", "bf16")), "cpu")
+        load_pipeline(folder, with_components(read_manifest(folder), Component("unet", "bf16")), Execution("cpu"))
 
 
 def test_only_known_code_is_run(bundle: Callable[[str], Path], tmp_path: Path) -> None:
@@ -204,12 +206,12 @@ def test_only_known_code_is_run(bundle: Callable[[str], Path], tmp_path: Path) -
     for library in ("os", "..pipelines", "stable_diffusion.safety_checker", "torch"):
         (folder / "model_index.json").write_text(json.dumps({**index, "scheduler": [library, "system"]}))
         with pytest.raises(BundleError, match="only classes of diffusers and transformers"):
-            load_pipeline(folder, read_manifest(folder), "cpu")
+            load_pipeline(folder, read_manifest(folder), Execution("cpu"))
     with pytest.raises(BundleError, match="'AutoencoderKL', which diffusers"):
-        load_pipeline(folder, replace(read_manifest(folder), pipeline_class="AutoencoderKL"), "cpu")
+        load_pipeline(folder, replace(read_manifest(folder), pipeline_class="AutoencoderKL"), Execution("cpu"))
 
 
 def test_the_manifest_may_want_greater_steps_of_size(bundle: Callable[[str], Path]) -> None:
     manifest = read_manifest(bundle("sd1"))
-    assert load_pipeline(bundle("sd1"), replace(manifest, size_multiple=32), "cpu").size_multiple == 32
-    assert load_pipeline(bundle("sd1"), replace(manifest, size_multiple=None), "cpu").size_multiple == 8
+    assert load_pipeline(bundle("sd1"), replace(manifest, size_multiple=32), Execution("cpu")).size_multiple == 32
+    assert load_pipeline(bundle("sd1"), replace(manifest, size_multiple=None), Execution("cpu")).size_multiple == 8

@@ -81,6 +81,21 @@ class Engine:
         """Starts the engine's thread."""
         self._thread.start()
 
+    def replace(self, model: str, pipeline: Pipeline) -> None:
+        """From its next call on, runs `model` by `pipeline`, requests in progress among them; adds it where it is new.
+
+        The states of the one before must be good for it, too: it is of the same class, over the same components.
+        """
+        with self._changed:
+            self._pipelines[model] = pipeline
+            self._scheduler.set_max_rows(model, pipeline.max_rows)
+
+    def remove(self, model: str) -> None:
+        """Forgets `model`, which must have no requests left."""
+        with self._changed:
+            assert not self._scheduler.has(model), f"{model} has requests"
+            del self._pipelines[model]
+
     def drain(self, timeout: float | None = None) -> bool:
         """Takes no new requests and waits until the accepted ones have ended. False where `timeout` seconds were too few."""
         with self._changed:

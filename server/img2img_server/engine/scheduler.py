@@ -47,6 +47,14 @@ class Scheduler:
     def __len__(self) -> int:
         return len(self.waiting) + len(self.active)
 
+    def has(self, model: str) -> bool:
+        """Whether any request of `model` is in."""
+        return any(ticket.request.model == model for ticket in (*self.active, *self.waiting))
+
+    def set_max_rows(self, model: str, rows: int | None) -> None:
+        """Sets the most rows that one call of `model` takes, None for no limit."""
+        self._max_rows[model] = rows
+
     def drop(self, now: float) -> list[tuple[Ticket, ServerError]]:
         """Takes out every request that was cancelled or whose deadline has passed, with the reason."""
         leaving = [(ticket, error) for ticket in (*self.active, *self.waiting) if (error := _gone(ticket, now))]

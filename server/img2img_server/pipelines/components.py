@@ -4,51 +4,51 @@ import importlib
 import inspect
 import json
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import diffusers
-import onnxruntime
 import torch
 import transformers
 
 from img2img_server.bundle import Manifest
 from img2img_server.errors import BundleError
-from img2img_server.pipelines.sessions import SessionOptions, open_session
+from img2img_server.pipelines.runners import Make
 from img2img_server.pipelines.standins import Graph, OnnxDenoiser, OnnxTextEncoder, OnnxVae
 
 _log = logging.getLogger(__name__)
 
-Open = Callable[[Path, SessionOptions], onnxruntime.InferenceSession]
-"""Opens an ONNX file."""
-
 _GRAPH = "model.onnx"
 _LIBRARIES = {"diffusers": diffusers, "transformers": transformers}
-_LOAD_ERRORS = (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError)
+LOAD_ERRORS = (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError)
 """What diffusers and transformers raise for files that they cannot make sense of."""
 
 
 @dataclass(frozen=True, slots=True)
 class Components:
-    """A bundle that is opened part by part. `device` is where torch modules are to be: "cpu" or "cuda"; `open` opens a graph."""
+    """A bundle that is opened part by part.
+
+    `make` readies a graph for `provider`; `tensors` is where its runner wants tensors, `device` where those of the pipeline and
+    its torch modules are to be: "cpu" or "cuda".
+    """
 
     bundle: Path
     manifest: Manifest
-    options: SessionOptions
+    make: Make
+    provider: str = "cpu"
     device: str = "cpu"
-    open: Open = open_session
+    tensors: str = "cpu"
 
     def pipeline(self) -> Any:
         """The img2img class that the manifest names, made of its parts. Raises BundleError where one does not fit."""
-        pipeline_class = _pipeline_class(self.manifest)
-        wanted = inspect.signature(pipeline_class.__init__).parameters
-        parts = {name: self._part(name, entry) for name, entry in _read_index(self.bundle).items() if name in wanted}
+        kind = pipeline_class(self.manifest)
+        wanted = inspect.signature(kind.__init__).parameters
+        parts = {name: self._part(name, entry) for name, entry in read_index(self.bundle).items() if name in wanted}
         if "add_watermarker" in wanted:
             parts["add_watermarker"] = False
         missing = [name for name, item in wanted.items() if name != "self" and item.default is item.empty and name not in parts]
-        return pipeline_class(**parts, **dict.fromkeys(missing)).to(self.device)
+        return kind(**parts, **dict.fromkeys(missing)).to(self.device)
 
     def _part(self, name: str, entry: Any) -> Any:
         """One argument of the pipeline's class: a setting, a stand-in, or what diffusers or transformers load from a folder."""
@@ -74,35 +74,23 @@ class Components:
     def _graph(self, name: str) -> Graph:
         """Opens a component's graph: on CUDA the one with fused operators, where there is one and it opens."""
         component = next((item for item in self.manifest.components if item.name == name), None)
-        if component is not None and component.fused and self.options.provider == "cuda":
+        if component is not None and component.fused and self.provider == "cuda":
             if component.fused not in self.manifest.files:
                 raise BundleError(f"{self.bundle} names a fused graph that is no file of it: {component.fused}")
             try:
-                return Graph(self.open(self.bundle / component.fused, self.options))
+                return Graph(self.make(name, self.bundle / component.fused), self.tensors)
             except BundleError as error:
                 _log.warning("%s; the plain graph is used instead", error)
         try:
-            return Graph(self.open(self.bundle / name / _GRAPH, self.options))
+            return Graph(self.make(name, self.bundle / name / _GRAPH), self.tensors)
         except BundleError as error:
-            if component is not None and component.precision == "bf16" and self.options.provider == "cpu":
+            if component is not None and component.precision == "bf16" and self.provider == "cpu":
                 raise BundleError(f"{self.bundle / name} is bf16, and bf16 graphs need a GPU: {error}") from error
             raise
 
 
-def torch_pipeline(bundle: Path, manifest: Manifest, device: str) -> Any:
-    """The img2img class that the manifest names, all of it in torch, in float32. Raises BundleError."""
-    pipeline_class = _pipeline_class(manifest)
-    # Without these diffusers asks for parts that the model was saved without, such as SD 3's T5.
-    left_out = [name for name, entry in _read_index(bundle).items() if entry == [None, None]]
-    try:
-        return pipeline_class.from_pretrained(
-            str(bundle), use_safetensors=True, local_files_only=True, torch_dtype=torch.float32, **dict.fromkeys(left_out)
-        ).to(device)
-    except _LOAD_ERRORS as error:
-        raise BundleError(f"{bundle} does not load: {error}") from error
-
-
-def _read_index(bundle: Path) -> dict[str, Any]:
+def read_index(bundle: Path) -> dict[str, Any]:
+    """What the bundle's model_index.json says. Raises BundleError."""
     path = bundle / "model_index.json"
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
@@ -113,7 +101,8 @@ def _read_index(bundle: Path) -> dict[str, Any]:
     return index
 
 
-def _pipeline_class(manifest: Manifest) -> Any:
+def pipeline_class(manifest: Manifest) -> Any:
+    """diffusers' class that the manifest names. Raises BundleError where this diffusers lacks it."""
     found = getattr(diffusers, manifest.pipeline_class, None)
     if not (inspect.isclass(found) and issubclass(found, diffusers.DiffusionPipeline)):
         raise BundleError(f"the bundle wants '{manifest.pipeline_class}', which diffusers {diffusers.__version__} lacks")
@@ -140,5 +129,5 @@ def _load(component_class: Any, folder: Path) -> Any:
         settings |= {"torch_dtype": torch.float32, "use_safetensors": True}
     try:
         return component_class.from_pretrained(folder, **settings)
-    except _LOAD_ERRORS as error:
+    except LOAD_ERRORS as error:
         raise BundleError(f"{folder} does not load: {error}") from error

@@ -4,6 +4,7 @@ ONNX Runtime's Python wrapper falls back silently when a provider does not load:
 with a log line. So the provider list is built here explicitly, and every session is asked what it really got.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,10 @@ class SessionOptions:
     provider: str = "cpu"
     threads: int = 1
     lean: bool = False
+
+
+Open = Callable[[Path, SessionOptions], onnxruntime.InferenceSession]
+"""Opens an ONNX file."""
 
 
 def resolve_provider(provider: str) -> str:

@@ -14,25 +14,15 @@ from types import SimpleNamespace
 from typing import Any
 
 import diffusers
-import onnxruntime
 import torch
 from diffusers.configuration_utils import FrozenDict
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
-from torch.utils.dlpack import from_dlpack
 from transformers import PretrainedConfig
 from transformers.utils import ModelOutput
 
 from img2img_server.errors import BundleError
-
-_DTYPES = {
-    "tensor(float)": torch.float32,
-    "tensor(float16)": torch.float16,
-    "tensor(bfloat16)": torch.bfloat16,
-    "tensor(int64)": torch.int64,
-    "tensor(int32)": torch.int32,
-    "tensor(bool)": torch.bool,
-}
+from img2img_server.pipelines.runners import Runner, dtype_of
 
 _TEXT_OUTPUTS = ("text_embeds", "last_hidden_state", "pooler_output")
 """The order in which transformers' text encoders give them."""
@@ -41,45 +31,30 @@ _TEXT_OUTPUTS = ("text_embeds", "last_hidden_state", "pooler_output")
 class Graph:
     """An ONNX graph that is called with torch tensors by name, casts them to its input types and ignores what it lacks.
 
-    `scalars` are its inputs that have no axes. Raises BundleError for a graph of types that torch has no equal of.
+    `device` is where its runner wants them. `scalars` are its inputs that have no axes. Raises BundleError for a graph of types
+    that torch has no equal of.
     """
 
-    def __init__(self, session: onnxruntime.InferenceSession) -> None:
-        self._session = session
-        self._inputs = {item.name: _dtype_of(item) for item in session.get_inputs()}
-        self._outputs = [item.name for item in session.get_outputs()]
-        self.scalars = frozenset(item.name for item in session.get_inputs() if not item.shape)
-        types = {*self._inputs.values(), *(_dtype_of(item) for item in session.get_outputs())}
-        # NumPy has no bfloat16.
-        self._run = self._run_values if torch.bfloat16 in types else self._run_arrays
+    def __init__(self, runner: Runner, device: str = "cpu") -> None:
+        self._runner = runner
+        self._device = device
+        self._inputs = {item.name: dtype_of(item) for item in runner.inputs}
+        self._outputs = [item.name for item in runner.outputs]
+        self.scalars = frozenset(item.name for item in runner.inputs if not item.shape)
 
     def __call__(self, **tensors: torch.Tensor | None) -> dict[str, torch.Tensor]:
         """Runs the graph; the outputs in the graph's order, by name, in float32 and on the device of the first tensor."""
         given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
         device = next(iter(given.values())).device
         feed = {
-            name: tensor.detach().to("cpu", self._inputs[name]).contiguous()
+            name: tensor.detach().to(self._device, self._inputs[name]).contiguous()
             for name, tensor in given.items()
             if name in self._inputs
         }
-        outputs = zip(self._outputs, self._run(feed), strict=True)
+        outputs = zip(self._outputs, self._runner.run(feed), strict=True)
         return {
             name: value.to(device, torch.float32) if value.is_floating_point() else value.to(device) for name, value in outputs
         }
-
-    def _run_arrays(self, feed: dict[str, torch.Tensor]) -> list[torch.Tensor]:
-        values = self._session.run(self._outputs, {name: tensor.numpy() for name, tensor in feed.items()})
-        return [torch.from_numpy(value) for value in values]
-
-    def _run_values(self, feed: dict[str, torch.Tensor]) -> list[torch.Tensor]:
-        values = {name: onnxruntime.OrtValue.from_dlpack(tensor) for name, tensor in feed.items()}
-        return [from_dlpack(value) for value in self._session.run_with_ort_values(self._outputs, values)]
-
-
-def _dtype_of(item: Any) -> torch.dtype:
-    if item.type not in _DTYPES:
-        raise BundleError(f"the graph's '{item.name}' is a {item.type}, which this server cannot hand over")
-    return _DTYPES[item.type]
 
 
 class StandIn:

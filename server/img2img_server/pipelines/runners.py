@@ -1,0 +1,77 @@
+"""Runners: one ONNX graph as a function of torch tensors, however its session wants to be called."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import onnxruntime
+import torch
+from torch.utils.dlpack import from_dlpack
+
+from img2img_server.errors import BundleError
+
+_DTYPES = {
+    "tensor(float)": torch.float32,
+    "tensor(float16)": torch.float16,
+    "tensor(bfloat16)": torch.bfloat16,
+    "tensor(int64)": torch.int64,
+    "tensor(int32)": torch.int32,
+    "tensor(bool)": torch.bool,
+}
+
+
+class Runner(Protocol):
+    """A graph that is ready to run."""
+
+    @property
+    def inputs(self) -> Sequence[Any]:
+        """The graph's inputs, as onnxruntime.NodeArg."""
+        ...
+
+    @property
+    def outputs(self) -> Sequence[Any]:
+        """The graph's outputs, as onnxruntime.NodeArg."""
+        ...
+
+    def run(self, feed: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+        """Runs the graph on tensors of its own types, contiguous and on the runner's device: one for each of its inputs.
+
+        What it gives, in the order of `outputs`, belongs to the caller, and stays as it is when the runner runs again.
+        """
+        ...
+
+
+Make = Callable[[str, Path], Runner]
+"""Readies the graph of a component: its name, and the ONNX file. Raises BundleError."""
+
+
+class HostRunner:
+    """A session whose tensors are on the CPU, whatever it computes on."""
+
+    def __init__(self, session: onnxruntime.InferenceSession) -> None:
+        self._session = session
+        self.inputs: Sequence[Any] = session.get_inputs()
+        self.outputs: Sequence[Any] = session.get_outputs()
+        self._names = [item.name for item in self.outputs]
+        types = {dtype_of(item) for item in (*self.inputs, *self.outputs)}
+        # NumPy has no bfloat16.
+        self._call = self._run_values if torch.bfloat16 in types else self._run_arrays
+
+    def run(self, feed: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+        """Runs the graph on CPU tensors."""
+        return self._call(feed)
+
+    def _run_arrays(self, feed: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+        values = self._session.run(self._names, {name: tensor.numpy() for name, tensor in feed.items()})
+        return [torch.from_numpy(value) for value in values]
+
+    def _run_values(self, feed: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+        values = {name: onnxruntime.OrtValue.from_dlpack(tensor) for name, tensor in feed.items()}
+        return [from_dlpack(value) for value in self._session.run_with_ort_values(self._names, values)]
+
+
+def dtype_of(item: Any) -> torch.dtype:
+    """The torch type of a NodeArg. Raises BundleError for one that torch has no equal of."""
+    if item.type not in _DTYPES:
+        raise BundleError(f"the graph's '{item.name}' is a {item.type}, which this server cannot hand over")
+    return _DTYPES[item.type]
