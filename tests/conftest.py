@@ -54,7 +54,8 @@ def bundle(shared: Path, tiny_model: Callable[[str], Path]) -> Callable[[str], P
 
     def get(name: str) -> Path:
         from img2img_export.build import export_model
-        from img2img_export.options import ExportOptions, Precision
+        from img2img_export.options import ExportOptions
+        from img2img_server.limits import Precision
 
         model, _, precision = name.partition(":")
         source = DEMO_MODEL if model == "demo" else tiny_model(model)

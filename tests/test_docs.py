@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 from conftest import REPOSITORY
-from img2img_export.limits import LIMITS
 from img2img_server.bundle import read_manifest
+from img2img_server.limits import LIMITS
 
 _MODELS = {
     "Stable Diffusion 1": ("sd1",),

@@ -13,6 +13,7 @@ from typing import Any
 
 import onnx
 from img2img_server.bundle import Component, ComponentParity, Verification
+from img2img_server.limits import LIMITS
 
 from img2img_export import models, pictures, view
 from img2img_export.checkpoint import DENOISERS, Layout, read_index
@@ -20,7 +21,6 @@ from img2img_export.conversion import part_of, problems_of
 from img2img_export.drafts import Draft, Drawn, draw, verify
 from img2img_export.errors import FAILURES, ExportError, first_line
 from img2img_export.graphs import describe_graph, quiet
-from img2img_export.limits import LIMITS
 from img2img_export.models import Loader, Plan
 from img2img_export.options import ExportOptions
 from img2img_export.parity import compare, make_cases, open_graph
@@ -55,7 +55,7 @@ def adopt(source: Path, layout: Layout, options: ExportOptions, bundle: Path, pr
         drawn, verification = _compare_with(options, plan, components, stock, bundle, progress)
     progress.stage("comparing pictures drawn by the server's pipeline")
     draft = Draft(plan, components, verification, size_multiple=multiple)
-    return dataclasses.replace(draft, verification=verify(draft, drawn.cases, drawn.references, options, bundle))
+    return verify(draft, drawn.cases, drawn.references, options, bundle)
 
 
 def _takes_one_timestep(graph: Path) -> bool:

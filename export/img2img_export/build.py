@@ -97,7 +97,7 @@ def _find_up_to_date(
 
 def _recorded(options: ExportOptions) -> dict[str, str]:
     """What shapes a bundle and is not part of its source. Bundles made in another manner are out of date by `made`."""
-    recorded = {"backend": options.backend, "precision": options.precision, "made": "3"}
+    recorded = {"backend": options.backend, "precision": options.precision, "made": "4"}
     if options.scheduler is not None:
         recorded["scheduler"] = options.scheduler
     if options.reference is not None:

@@ -11,8 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
+from img2img_server.limits import Precision
+
 from img2img_export.errors import ExportError
-from img2img_export.options import Backend, ExportOptions, LoraFile, Precision
+from img2img_export.options import Backend, ExportOptions, LoraFile
 from img2img_export.progress import Progress
 from img2img_export.report import open_console
 from img2img_export.terminal import Display, as_json, choose

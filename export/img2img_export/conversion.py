@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from img2img_server.bundle import Component, ComponentParity
+from img2img_server.limits import LIMITS, Precision
 
 from img2img_export import parts
 from img2img_export.captures import VAE, Calls
@@ -20,10 +21,9 @@ from img2img_export.checkpoint import DENOISERS
 from img2img_export.errors import FAILURES, ExportError, first_line
 from img2img_export.fusion import fuse
 from img2img_export.graphs import describe_graph, quiet
-from img2img_export.limits import LIMITS
 from img2img_export.memory import give_back
 from img2img_export.models import Loader
-from img2img_export.options import ExportOptions, Precision
+from img2img_export.options import ExportOptions
 from img2img_export.parity import Case, compare, make_cases, open_fused, open_graph, takes_any_size
 from img2img_export.parts import Part, Tensors
 from img2img_export.progress import Progress

@@ -7,19 +7,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from img2img_server.bundle import Component, Manifest, Source, Verification
+from img2img_server.bundle import Component, Manifest, Reference, Source, Verification
+from img2img_server.limits import LIMITS
 from img2img_server.pipelines import schedulers
 from PIL import Image
 
 from img2img_export import latent_preview as previews
 from img2img_export import models, pictures, torch_bundle
+from img2img_export import references as kept
 from img2img_export.captures import Calls, Recorder
 from img2img_export.checkpoint import Layout
 from img2img_export.conversion import Converter
 from img2img_export.errors import ExportError
 from img2img_export.inspect_command import SHEET_NAME
 from img2img_export.latent_preview import LatentPreview
-from img2img_export.limits import LIMITS
 from img2img_export.memory import give_back
 from img2img_export.models import Loader, Plan
 from img2img_export.options import ExportOptions
@@ -38,6 +39,7 @@ class Draft:
     verification: Verification
     latent_preview: LatentPreview = ()
     size_multiple: int | None = None
+    references: tuple[Reference, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,13 +83,13 @@ def _attempt(
     give_back()
     progress.stage("comparing pictures drawn by the server's pipeline")
     draft = Draft(plan, components, measured, drawn.latent_preview)
-    return dataclasses.replace(draft, verification=verify(draft, drawn.cases, drawn.references, options, bundle))
+    return verify(draft, drawn.cases, drawn.references, options, bundle)
 
 
 def verify(
     draft: Draft, cases: Sequence[PictureCase], references: Sequence[Image.Image], options: ExportOptions, bundle: Path
-) -> Verification:
-    """Draws the cases through the server's pipeline, and puts a sheet of them into the bundle.
+) -> Draft:
+    """The draft with the verdict: draws the cases through the server's pipeline, and keeps a sheet and the references.
 
     Raises ExportError where a picture is too far from the reference, unless the bundle may be published unverified.
     """
@@ -107,7 +109,10 @@ def verify(
     sheet.parent.mkdir()
     make_sheet(cases, references, images, drawn).save(sheet)
     limits = {name: float(value) for name, value in dataclasses.asdict(LIMITS[options.precision]).items()}
-    return dataclasses.replace(draft.verification, passed=not problems, pictures=drawn, problems=tuple(problems), limits=limits)
+    verification = dataclasses.replace(
+        draft.verification, passed=not problems, pictures=drawn, problems=tuple(problems), limits=limits
+    )
+    return dataclasses.replace(draft, verification=verification, references=kept.save(cases, references, bundle))
 
 
 def describe(draft: Draft, options: ExportOptions) -> Manifest:
@@ -125,6 +130,7 @@ def describe(draft: Draft, options: ExportOptions) -> Manifest:
         latent_preview=draft.latent_preview,
         precision=options.precision,
         size_multiple=draft.size_multiple,
+        references=draft.references,
     )
 
 

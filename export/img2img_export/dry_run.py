@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from img2img_server.bundle import Source
+from img2img_server.limits import Precision
 
 from img2img_export.checkpoint import DENOISERS, INDEX_NAME, choose
 from img2img_export.errors import ExportError, first_line
 from img2img_export.hub import download
-from img2img_export.options import ExportOptions, Precision
+from img2img_export.options import ExportOptions
 from img2img_export.progress import Progress
 from img2img_export.report import print_facts, print_line, print_table
 from img2img_export.source import Checkpoint, resolve

@@ -1,11 +1,12 @@
-"""What a person asks of the exporter. Standard library only."""
+"""What a person asks of the exporter. No library is imported here."""
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from img2img_server.limits import Precision
+
 Backend = Literal["auto", "onnx", "hybrid", "torch"]
-Precision = Literal["fp32", "fp16", "bf16", "int8"]
 
 
 @dataclass(frozen=True, slots=True)

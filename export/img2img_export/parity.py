@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 import torch
 from img2img_server.bundle import ComponentParity
+from img2img_server.limits import Limits
 
 from img2img_export.captures import Calls
 from img2img_export.contrib_functions import open_spelled_out
 from img2img_export.emulation import open_emulated
 from img2img_export.errors import FAILURES, ExportError, first_line
 from img2img_export.graphs import RUNTIME_ERRORS
-from img2img_export.limits import Limits
 from img2img_export.parts import Part, Tensors
 
 _BATCHES = (1, 3)

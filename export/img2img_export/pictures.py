@@ -1,7 +1,6 @@
 """The whole picture: does the server's own pipeline draw what diffusers' AutoPipelineForImage2Image draws with the same seed?"""
 
 import inspect
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,17 +11,16 @@ import torch
 from img2img_server.bundle import Manifest, PictureParity
 from img2img_server.engine.request import Request
 from img2img_server.errors import BundleError, ServerError
+from img2img_server.limits import LEAST_CONTRAST, LIMITS, Precision
+from img2img_server.pipelines.gate import psnr_db
 from PIL import Image
 
 from img2img_export.errors import ExportError, first_line
 from img2img_export.graphs import RUNTIME_ERRORS, quiet
-from img2img_export.limits import LEAST_CONTRAST, LIMITS
 from img2img_export.models import WHOLE
-from img2img_export.options import Precision
 
 _GREATEST_SIZE = 256
 _LEAST_SIZE = 40
-_INFINITE_PSNR = 999.0
 _FAILURES = (ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError, ArithmeticError)
 _SSIM_WINDOW = 7
 """Pixels of a side, as its paper and skimage have it."""
@@ -150,8 +148,7 @@ def measure(case: str, picture: Image.Image, reference: Image.Image, precision: 
     limits = LIMITS[precision]
     actual, expected = np.asarray(picture.convert("RGB")), np.asarray(reference.convert("RGB"))
     difference = np.abs(actual.astype(np.int16) - expected.astype(np.int16))
-    mean_square = float((difference.astype(np.float64) ** 2).mean())
-    psnr = 10 * math.log10(255**2 / mean_square) if mean_square else _INFINITE_PSNR
+    psnr = psnr_db(picture, reference)
     ssim = _structural_similarity(actual, expected)
     worst = int(difference.max())
     alike = worst <= limits.max_abs_error and psnr >= limits.psnr_db and ssim >= limits.ssim

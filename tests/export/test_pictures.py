@@ -13,11 +13,10 @@ import pytest
 from diffusers import AutoPipelineForImage2Image
 from img2img_export import pictures
 from img2img_export.errors import ExportError
-from img2img_export.limits import LIMITS
-from img2img_export.options import Precision
 from img2img_export.pictures import PictureCase, compare_pictures, draw_references, measure, picture_cases, sample_picture
 from img2img_export.sheet import AMPLIFICATION, make_sheet
 from img2img_server.bundle import Manifest, PictureParity, Source, Verification
+from img2img_server.limits import LIMITS, Precision
 from PIL import Image
 
 Get = Callable[[str], Path]

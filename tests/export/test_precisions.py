@@ -11,12 +11,12 @@ from fakes import make_request
 from img2img_export import conversion, parity
 from img2img_export.build import export_model
 from img2img_export.errors import ExportError
-from img2img_export.limits import LIMITS
-from img2img_export.options import ExportOptions, Precision
+from img2img_export.options import ExportOptions
 from img2img_export.pictures import sample_picture
 from img2img_server.bundle import Manifest, check_bundle, read_manifest
 from img2img_server.errors import BundleError
 from img2img_server.execution import Execution
+from img2img_server.limits import LIMITS, Precision
 from img2img_server.pipelines.alone import run_alone
 from img2img_server.pipelines.loader import load_pipeline
 

@@ -1,8 +1,10 @@
 """How far a graph, and a picture drawn with it, may be from PyTorch in fp32: one set of limits for each precision."""
 
 from dataclasses import dataclass
+from typing import Literal
 
-from img2img_export.options import Precision
+Precision = Literal["fp32", "fp16", "bf16", "int8"]
+"""Of a graph's weights, and of what is computed with them."""
 
 LEAST_CONTRAST = 2.0
 """Standard deviation, in steps of 1/255, below which a picture is taken for black or constant: what NaNs decode to."""
