@@ -15,7 +15,7 @@ import torch
 from img2img_server.bundle import Component, ComponentParity
 from img2img_server.limits import LIMITS, Precision
 
-from img2img_export import parts
+from img2img_export import parts, time_head
 from img2img_export.captures import VAE, Calls
 from img2img_export.checkpoint import DENOISERS
 from img2img_export.errors import FAILURES, ExportError, first_line
@@ -94,6 +94,8 @@ class Converter:
             return Made(Component(name, precision), (), (str(error),))
         record = describe_graph(self._bundle, name)
         problems = tuple(problems_of(parities))
+        if name in DENOISERS and precision in ("fp32", "fp16"):
+            time_head.split(self._bundle / name)
         if (self._bundle / name / FUSED).is_dir() and not problems:
             fused, trouble = self._compare_fused(part, cases)
             parities += fused

@@ -19,6 +19,8 @@ from img2img_server.errors import BundleError
 
 FORMAT_VERSION = 2
 MANIFEST_NAME = "manifest.json"
+HEAD_NAME, BODY_NAME = "head.onnx", "body.onnx"
+"""A denoiser's graph in two, beside the whole one: waves of the timestep, to be computed in float32; and all that takes them."""
 
 _T = TypeVar("_T")
 
