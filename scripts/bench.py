@@ -7,7 +7,9 @@ import sys
 import warnings
 
 import bench_export
+import bench_providers
 import bench_request
+import bench_rounding
 import bench_schedulers
 import bench_sessions
 import bench_simulated
@@ -34,7 +36,14 @@ def main() -> int:
         "schedulers": (bench_schedulers, "stepping a batch at once, against one by one (1 minute)"),
     }
     # Large enough to be asked for by name.
-    apart = {"export": (bench_export, "exports of real-size models: wall time and peak memory (an hour)")}
+    apart = {
+        "rounding": (bench_rounding, "a UNet's error with its timestep's angle in bfloat16 and without (2 minutes)"),
+        "export": (bench_export, "exports of real-size models: wall time and peak memory (an hour)"),
+        "providers": (
+            bench_providers,
+            "a real-size model by what runs it, requests too (half an hour, and to make it)",
+        ),
+    }
     for name, (module, text) in {**known, **apart}.items():
         sub = commands.add_parser(name, help=text, description=module.__doc__)
         module.configure(sub)

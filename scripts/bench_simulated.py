@@ -123,6 +123,7 @@ class _Device:
     size_multiple = 8
     native_size = (512, 512)
     max_rows: int | None = None
+    measurable = True
     schedulers: tuple[str, ...] = ()
 
     def __init__(self) -> None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from img2img_server.engine.engine import Engine
 from img2img_server.engine.request import Completed, Event, Failed, Plan, Progress, Request, Ticket
 from img2img_server.engine.scheduler import Limits
+from img2img_server.errors import OutOfMemory
 from PIL import Image
 
 
@@ -29,11 +30,12 @@ class FakeState:
 class FakePipeline:
     """Counts steps in place of denoising. A call of n rows takes `seconds(n)` of `clock`, encoding and decoding take nothing
     unless told, and a prompt can ask for trouble: "fail prepare", "fail denoise", "fail advance", "fail preview", "fail finish",
-    "fail release"."""
+    "fail release". Calls of more than `memory` pixels run out of it, if it is set; "full denoise" and the like always do."""
 
     engine = "fake:cpu"
     size_multiple = 8
     native_size = (16, 16)
+    measurable = True
     schedulers: tuple[str, ...] = ("EulerDiscreteScheduler", "DDIMScheduler")
 
     def __init__(
@@ -51,6 +53,8 @@ class FakePipeline:
         self.previewed: list[FakeState] = []
         self.released: list[FakeState] = []
         self.before_call: Callable[[], object] = lambda: None
+        self.memory: int | None = None
+        self.refused: list[tuple[str, int]] = []
         self._clock, self._seconds, self._codec_seconds = clock or Clock(), seconds, codec_seconds
 
     def plan(self, request: Request) -> Plan:
@@ -60,6 +64,7 @@ class FakePipeline:
 
     def prepare(self, requests: Sequence[Request]) -> Sequence[FakeState]:
         self._clock.now += self._codec_seconds * len(requests)
+        self._allocate("prepare", requests, [1] * len(requests))
         for request in requests:
             _trouble(request, "prepare")
         states = [FakeState(request, self.plan(request).step_count) for request in requests]
@@ -70,6 +75,7 @@ class FakePipeline:
     def denoise(self, states: Sequence[FakeState]) -> Sequence[int]:
         self.before_call()
         assert len({state.request.image.size for state in states}) == 1, "a batch has one shape"
+        self._allocate("denoise", [state.request for state in states], [len(state.request.seeds) for state in states])
         for state in states:
             assert state not in self.released, "what was released is not denoised"
             _trouble(state.request, "denoise")
@@ -90,6 +96,7 @@ class FakePipeline:
 
     def finish(self, states: Sequence[FakeState]) -> Sequence[Sequence[Image.Image]]:
         self._clock.now += self._codec_seconds * len(states)
+        self._allocate("finish", [state.request for state in states], [len(state.request.seeds) for state in states])
         for state in states:
             assert state.step == state.step_count, "only what is denoised is decoded"
             _trouble(state.request, "finish")
@@ -100,6 +107,14 @@ class FakePipeline:
         assert state not in self.released, "a state is released once"
         self.released.append(state)
         _trouble(state.request, "release")
+
+    def _allocate(self, where: str, requests: Sequence[Request], rows: Sequence[int]) -> None:
+        """Notes and raises what a call of so many rows of each request has no memory for."""
+        pixels = sum(count * self.plan(request).pixels for request, count in zip(requests, rows, strict=True))
+        too_much = self.memory is not None and pixels > self.memory
+        if too_much or any(f"full {where}" in request.prompt for request in requests):
+            self.refused.append((where, sum(rows)))
+            raise OutOfMemory("the fake ran out of memory")
 
 
 @dataclass(slots=True)

@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +13,7 @@ from img2img_server.config import ServerConfig
 from img2img_server.engine.request import Pipeline
 from img2img_server.models import Model, ModelStore
 from img2img_server.server import Server
+from img2img_server.takeover import Contender
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,10 +33,12 @@ class RunningServer:
 
 
 @contextlib.contextmanager
-def running(load_models: Callable[[], ModelStore], **settings: object) -> Iterator[RunningServer]:
+def running(
+    load_models: Callable[[], ModelStore], contenders: Sequence[Contender] = (), **settings: object
+) -> Iterator[RunningServer]:
     """Runs a server until the block is left, which drains it. `settings` are ServerConfig's."""
     config = ServerConfig(**{"models": Path(), "port": 0, "warm_up": 0.0, **settings})  # type: ignore[arg-type]
-    server = Server(config, load_models)
+    server = Server(config, load_models, contend=lambda models: contenders)
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, name="test-server", daemon=True)
     thread.start()

@@ -15,11 +15,12 @@ COMMANDS = {
     "export": ("img2img_export.command", "turn a diffusers model into a verified bundle"),
     "inspect": ("img2img_export.inspect_command", "show what a bundle is, and what was measured when it was verified"),
     "serve": ("img2img_server.__main__", "serve bundles over gRPC"),
+    "bench-model": ("img2img_server.bench_command", "measure a bundle's parts and steps on this machine"),
     "transform": ("img2img_client.transform_command", "transform a picture through a server"),
     "models": ("img2img_client.models_command", "list a server's models"),
 }
 
-_EXTRAS = {"export": "export", "serve": "server"}
+_EXTRAS = {"export": "export", "serve": "server", "bench-model": "server"}
 
 _EPILOG = """\
 first steps:

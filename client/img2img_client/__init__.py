@@ -21,6 +21,8 @@ from img2img_client.errors import (
 )
 from img2img_client.values import (
     Completed,
+    EngineState,
+    EngineStatus,
     ImageFormat,
     ModelInfo,
     ModelReference,
@@ -43,6 +45,8 @@ __all__ = [
     "Client",
     "Completed",
     "DeadlineExceeded",
+    "EngineState",
+    "EngineStatus",
     "ImageFormat",
     "ImageInput",
     "Img2ImgError",

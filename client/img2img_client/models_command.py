@@ -10,7 +10,7 @@ from img2img_client.errors import Img2ImgError
 from img2img_client.transform_command import complain, describe_error
 
 if TYPE_CHECKING:
-    from img2img_client.values import ModelInfo
+    from img2img_client.values import EngineStatus, ModelInfo
 
 PROGRAM = "img2img models"
 
@@ -55,11 +55,20 @@ def _print_table(models: "tuple[ModelInfo, ...]", schedulers: bool) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table("id", "family", "backend", "engine", "state", "default", *(["schedulers"] if schedulers else []))
+    engines = any(model.engines for model in models)
+    more = [*(["takeover"] if engines else []), *(["schedulers"] if schedulers else [])]
+    table = Table("id", "family", "backend", "engine", "state", "default", *more)
     for model in models:
         cells = [model.id, model.family, model.backend, model.engine, model.state, "yes" if model.is_default else ""]
+        if engines:
+            cells.append("\n".join(map(_describe_engine, model.engines)))
         if schedulers:
             cells.append("\n".join(model.schedulers))
         table.add_row(*(Text(cell, overflow="fold") for cell in cells))  # Text, since a str would be read as markup.
     console = Console(width=None if sys.stdout.isatty() else _WIDTH_OF_A_PIPE)
     console.print(table)
+
+
+def _describe_engine(engine: "EngineStatus") -> str:
+    done = f" {engine.progress:.0%}" if engine.state in ("building", "checking") else ""
+    return f"{engine.name} {engine.state}{done}" + (f": {engine.detail}" if engine.detail else "")

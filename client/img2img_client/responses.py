@@ -98,6 +98,18 @@ def parse_model(message: model_pb2.Model) -> values.ModelInfo:
         size_multiple=message.size_multiple,
         is_default=message.is_default,
         schedulers=tuple(message.schedulers),
+        engines=tuple(_parse_engine(engine) for engine in message.engines),
+    )
+
+
+def _parse_engine(message: model_pb2.EngineStatus) -> values.EngineStatus:
+    known = message.state in model_pb2.EngineState.values()
+    state = model_pb2.EngineState.Name(message.state) if known else "ENGINE_STATE_UNSPECIFIED"
+    return values.EngineStatus(
+        name=message.name,
+        state=cast(values.EngineState, state.removeprefix("ENGINE_STATE_").lower()),
+        detail=message.detail,
+        progress=message.progress,
     )
 
 

@@ -13,6 +13,9 @@ ImageFormat = Literal["png", "jpeg", "webp"]
 ModelState = Literal["unspecified", "unloaded", "loading", "ready", "failed"]
 """Whether a model is ready. "unspecified" is what a state that this client does not know reads as, too."""
 
+EngineState = Literal["unspecified", "building", "checking", "serving", "rejected", "failed"]
+"""How far an engine has come that may take over a model."""
+
 FORMAT_OF_SUFFIX: dict[str, ImageFormat] = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
 """The format that a file's name promises."""
 
@@ -33,12 +36,26 @@ class ModelReference:
 
 
 @dataclass(frozen=True, slots=True)
+class EngineStatus:
+    """An engine, such as "onnx:tensorrt", that is being built in the background to take over a model, or has been.
+
+    `detail` says for people to read what is being done, how it did or why it does not serve; `progress` is the share of the
+    building, or of the checking, that is done, from 0 to 1.
+    """
+
+    name: str
+    state: EngineState
+    detail: str
+    progress: float
+
+
+@dataclass(frozen=True, slots=True)
 class ModelInfo:
     """A model of the server's store.
 
     `backend` is "onnx" or "torch", with `backend_reason` saying why where it is torch. `engine`, such as "onnx:cpu", is empty
     unless the model is ready. Width and height of its results are multiples of `size_multiple` pixels. `schedulers` are the
-    names that a request may ask for, none where the model has only its own.
+    names that a request may ask for, none where the model has only its own. `engines` may take over, or have done so.
     """
 
     id: str
@@ -52,6 +69,7 @@ class ModelInfo:
     size_multiple: int
     is_default: bool
     schedulers: tuple[str, ...] = ()
+    engines: tuple[EngineStatus, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,6 @@ not. Given in two, the small graph runs in float32, and the large one takes what
 and share its weights' file.
 """
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import onnx
@@ -80,7 +79,7 @@ def _cut(graph: GraphProto, timed: set[str]) -> list[str]:
 
 def _part(model: ModelProto, inputs: list[str], outputs: list[str]) -> ModelProto:
     """The nodes between `inputs` and `outputs`, with the initializers and those of the model's inputs that they read."""
-    nodes = list(_between(model.graph, set(inputs), outputs))
+    nodes = _between(model.graph, set(inputs), outputs)
     read = {name for node in nodes for name in node.input}
     graph = helper.make_graph(
         nodes,
@@ -95,7 +94,7 @@ def _part(model: ModelProto, inputs: list[str], outputs: list[str]) -> ModelProt
     return part
 
 
-def _between(graph: GraphProto, inputs: set[str], outputs: list[str]) -> Iterator[NodeProto]:
+def _between(graph: GraphProto, inputs: set[str], outputs: list[str]) -> list[NodeProto]:
     """In the graph's order, the nodes that `outputs` depend on, from `inputs` on."""
     wanted = set(outputs)
     kept: list[NodeProto] = []
@@ -104,4 +103,5 @@ def _between(graph: GraphProto, inputs: set[str], outputs: list[str]) -> Iterato
         if wanted.intersection(set(node.output) - inputs):
             kept.append(node)
             wanted.update(node.input)
-    return reversed(kept)
+    kept.reverse()
+    return kept

@@ -6,12 +6,15 @@ import logging
 import os
 import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from img2img_server.config import ServerConfig
-    from img2img_server.execution import Execution
+    from img2img_server.execution import Bucket, Execution
+    from img2img_server.pipelines.tensorrt_contender import Shelf
+    from img2img_server.takeover import Contender
 
 _EPILOG = """\
 examples:
@@ -33,8 +36,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     add("--port", type=int, default=50051, help="port to listen on, 0 for a free one (default: %(default)s)")
     add("--port-file", type=Path, metavar="FILE", help="write the port here once the server is ready")
-    add("--provider", choices=("auto", "cuda", "cpu"), default="auto", help="what runs ONNX graphs (default: the best there is)")
-    add("--threads", type=int, metavar="N", help="CPU threads of one model call (default: all cores)")
     add("--grace", type=float, default=30.0, metavar="SECONDS", help="time to finish on SIGTERM (default: %(default)s)")
     add(
         "--max-batch-size",
@@ -51,6 +52,59 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--max-steps", type=int, default=100, metavar="N", help="largest num_inference_steps (default: %(default)s)")
     add("--max-image-bytes", type=int, default=16 * 2**20, metavar="N", help="largest source file (default: 16 MiB)")
     add("--max-pixels", type=int, default=2048 * 2048, metavar="N", help="largest result, width x height (default: 2048 x 2048)")
+    _configure_execution(parser.add_argument_group("how models are run"))
+
+
+def _configure_execution(group: argparse._ArgumentGroup) -> None:
+    """Declares the flags that become an Execution."""
+    from img2img_server.execution import PROVIDERS
+
+    add = group.add_argument
+    add(
+        "--provider",
+        choices=("auto", *PROVIDERS),
+        default="auto",
+        help="what runs ONNX graphs. auto: the first of these that works here; the log says why not a better one. One that is "
+        "asked for by name and does not work is an error at start",
+    )
+    add(
+        "--threads",
+        type=int,
+        metavar="N",
+        help="CPU threads of one model call (default: one for each physical core that this process may use)",
+    )
+    add(
+        "--arithmetic",
+        choices=("auto", "fp32"),
+        default="auto",
+        help="auto: compute in bfloat16 or float16 where that is faster and the model's reference pictures still pass. "
+        "fp32: in no less than the bundle's own precision",
+    )
+    add(
+        "--buckets",
+        type=_buckets,
+        metavar="WxH:ROWS[,...]",
+        help="common sizes to prepare for, in pixels, with the rows of a call: 512x512:2 is one guided picture of 512 x 512. "
+        "Each costs memory; other sizes run slower (default: the model's own size with 2 rows; none: no such preparation)",
+    )
+    add(
+        "--gpu-memory",
+        type=int,
+        metavar="BYTES",
+        help="most GPU memory that each of ONNX Runtime's sessions keeps (default: no bound)",
+    )
+    add(
+        "--no-cuda-graphs",
+        action="store_true",
+        help="start each GPU kernel anew instead of replaying recorded calls of common sizes",
+    )
+    add("--compile", action="store_true", help="torch.compile what runs in PyTorch: minutes more at start, faster steps")
+    add(
+        "--engine-cache",
+        type=Path,
+        metavar="DIR",
+        help="where built TensorRT engines are kept (default: ~/.cache/img2img/engines)",
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -88,10 +142,28 @@ def run(arguments: argparse.Namespace) -> int:
     return asyncio.run(_serve(config))
 
 
+def _buckets(text: str) -> "tuple[Bucket, ...]":
+    from img2img_server.execution import Bucket
+
+    try:
+        return () if text == "none" else tuple(map(Bucket.parse, text.split(",")))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def _execution(arguments: argparse.Namespace) -> "Execution":
     from img2img_server.execution import Execution
 
-    return Execution(provider=arguments.provider, threads=arguments.threads)
+    return Execution(
+        provider=arguments.provider,
+        threads=arguments.threads,
+        arithmetic=arguments.arithmetic,
+        buckets=arguments.buckets,
+        gpu_memory=arguments.gpu_memory,
+        cuda_graphs=not arguments.no_cuda_graphs,
+        compile=arguments.compile,
+        cache=arguments.engine_cache,
+    )
 
 
 async def _serve(config: "ServerConfig") -> int:
@@ -101,21 +173,35 @@ async def _serve(config: "ServerConfig") -> int:
     from img2img_server.server import Server
 
     cache = Cache(config.cache_bytes)
+    shelf: Shelf | None = None
 
     def load_models() -> ModelStore:
-        from img2img_server.pipelines.loader import load_pipeline
+        from img2img_server.pipelines import providers
 
+        # Before the loader's imports, which take seconds.
+        providers.check(config.execution.provider)
+        from img2img_server.pipelines.loader import load_pipeline
+        from img2img_server.pipelines.tensorrt_contender import Shelf
+
+        nonlocal shelf
+        kept = shelf = Shelf()
         return ModelStore.load(
             config.models,
-            lambda bundle, manifest: load_pipeline(bundle, manifest, config.execution, cache),
+            lambda bundle, manifest: load_pipeline(bundle, manifest, config.execution, cache, keep=kept.keep),
             config.default_model,
             config.allow_unverified,
         )
 
+    def contend(models: ModelStore) -> "Sequence[Contender]":
+        from img2img_server.pipelines.tensorrt_contender import contenders
+
+        assert shelf is not None, "the models were loaded"
+        return contenders(models, config.execution, cache, shelf)
+
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    server = Server(config, load_models, cache)
+    server = Server(config, load_models, cache, contend)
     try:
         await server.start()
     except (BundleError, OSError) as error:

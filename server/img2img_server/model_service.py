@@ -9,7 +9,7 @@ from img2img.v1 import model_pb2_grpc as pb_grpc
 
 from img2img_server.bundle import Source
 from img2img_server.errors import NotSupported
-from img2img_server.models import Model, ModelStore
+from img2img_server.models import EngineStatus, Model, ModelStore
 
 
 class ModelService(pb_grpc.ModelServiceServicer):
@@ -53,6 +53,7 @@ class ModelService(pb_grpc.ModelServiceServicer):
             message.engine = model.pipeline.engine
             message.size_multiple = model.pipeline.size_multiple
             message.schedulers.extend(model.pipeline.schedulers)
+            message.engines.extend(map(_engine_to, model.engines))
         return message
 
 
@@ -70,6 +71,11 @@ class AssetService(asset_pb2_grpc.AssetServiceServicer):
     async def DeleteAsset(self, request: object, context: Any) -> NoReturn:
         """Not supported yet."""
         raise NotSupported("this server keeps no assets yet")
+
+
+def _engine_to(status: EngineStatus) -> pb.EngineStatus:
+    state = pb.EngineState.Value(f"ENGINE_STATE_{status.state.name}")
+    return pb.EngineStatus(name=status.name, state=state, detail=status.detail, progress=status.progress)
 
 
 def reference_from(message: image_pb.ModelReference) -> Source:

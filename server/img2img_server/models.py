@@ -1,8 +1,9 @@
 """The model store: which bundles there are, which one a request means, and what runs it."""
 
+import enum
 import logging
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from img2img_server.bundle import MANIFEST_NAME, Manifest, Source, check_bundle, read_manifest
@@ -14,20 +15,47 @@ _log = logging.getLogger(__name__)
 Load = Callable[[Path, Manifest], Pipeline]
 
 
+class EngineState(enum.Enum):
+    """How far an engine that may take over a model has come. The last three are final."""
+
+    BUILDING = enum.auto()
+    CHECKING = enum.auto()
+    SERVING = enum.auto()
+    REJECTED = enum.auto()
+    FAILED = enum.auto()
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStatus:
+    """An engine that may take over, such as "onnx:tensorrt". `detail` is written for callers; `progress`, from 0 to 1, is that of
+    the state."""
+
+    name: str
+    state: EngineState
+    detail: str = ""
+    progress: float = 0.0
+
+
 @dataclass(frozen=True, slots=True)
 class Model:
-    """A bundle of the store. Without a manifest or a pipeline it cannot be served, and `problem` says why."""
+    """A bundle of the store. Without a manifest or a pipeline it cannot be served, and `problem` says why.
+
+    `bundle` is its folder. `engines` are those that may take over from the one it was loaded with, or have done so.
+    """
 
     id: str
     manifest: Manifest | None = None
     pipeline: Pipeline | None = None
     problem: str = ""
+    bundle: Path | None = None
+    engines: tuple[EngineStatus, ...] = ()
 
 
 class ModelStore:
     """The models of a server, loaded once at start.
 
-    A request's reference names one of them; where it names none, the default model is meant, or the only one there is.
+    A request's reference names one of them; where it names none, the default model is meant, or the only one there is. Any
+    thread may read; one at a time may change.
     """
 
     def __init__(self, models: list[Model], default: str | None = None) -> None:
@@ -63,6 +91,16 @@ class ModelStore:
         if name not in self._models:
             raise ModelNotFound(f"there is no model '{name}'; there are {self._names()}")
         return self._models[name]
+
+    def replace(self, name: str, pipeline: Pipeline) -> None:
+        """From now on, `pipeline` is what runs the model `name`."""
+        self._models[name] = replace(self._models[name], pipeline=pipeline)
+
+    def note(self, name: str, status: EngineStatus) -> None:
+        """Notes how an engine of the model `name` is doing, in place of what was known of it."""
+        model = self._models[name]
+        others = tuple(known for known in model.engines if known.name != status.name)
+        self._models[name] = replace(model, engines=(*others, status))
 
     def resolve(self, reference: Source) -> Model:
         """The one servable model whose bundle agrees with every field that is set in `reference`.
@@ -108,7 +146,7 @@ def _load_model(bundle: Path, load: Load, allow_unverified: bool) -> Model:
         _log.error("model '%s' cannot be served: %s", name, error)
         return Model(name, manifest, problem=str(error))
     _log.info("model '%s': ready on %s", name, pipeline.engine)
-    return Model(name, manifest, pipeline)
+    return Model(name, manifest, pipeline, bundle=bundle)
 
 
 def _servable(model: Model) -> Model:

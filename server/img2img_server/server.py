@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -23,11 +23,14 @@ from img2img_server.interceptors import ErrorInterceptor
 from img2img_server.model_service import AssetService, ModelService
 from img2img_server.models import ModelStore
 from img2img_server.service import ImageToImageService
+from img2img_server.takeover import Contender, Takeover
 from img2img_server.trace import Trace
 
 _log = logging.getLogger(__name__)
 
 SERVICE = image_to_image_pb2.DESCRIPTOR.services_by_name["ImageToImageService"].full_name
+_LOADING = 5.0
+"""Seconds that a pipeline which is being loaded for a takeover gets at the end: nothing of it is needed."""
 _REFLECTED = (
     SERVICE,
     "img2img.v1.ModelService",
@@ -41,13 +44,22 @@ class Server:
     """One gRPC server over one engine. `load_models` blocks while it loads; it is run on a thread of its own.
 
     The port opens once every model is loaded and measured. Health is SERVING from then on, and NOT_SERVING while it drains.
-    `cache` is the one that the models use, to tell at the end how it did.
+    `cache` is the one that the models use, to tell at the end how it did. `contend` gives the engines that are to be built in the
+    background and may take over from those that the models were loaded with; it must be quick, and raise nothing.
     """
 
-    def __init__(self, config: ServerConfig, load_models: Callable[[], ModelStore], cache: Cache | None = None) -> None:
+    def __init__(
+        self,
+        config: ServerConfig,
+        load_models: Callable[[], ModelStore],
+        cache: Cache | None = None,
+        contend: Callable[[ModelStore], Sequence[Contender]] = lambda models: (),
+    ) -> None:
         self._config = config
         self._load_models = load_models
         self._cache = cache
+        self._contend = contend
+        self._takeover: Takeover | None = None
         self._trace: Trace | None = None
         self._health = health.aio.HealthServicer()
         self._codecs = ThreadPoolExecutor(max_workers=os.cpu_count(), thread_name_prefix="img2img-codec")
@@ -70,6 +82,9 @@ class Server:
         self._names += [f"models/{name}" for name in models.pipelines()]
         await self._set_health(health_pb2.HealthCheckResponse.SERVING)
         _log.info("serving on %s:%d", self._config.host, self.port)
+        contenders = await asyncio.to_thread(self._contend, models)
+        self._takeover = Takeover(engine, models, contenders)
+        self._takeover.start()
         if self._config.port_file is not None:
             _write_port(self._config.port_file, self.port)
 
@@ -78,12 +93,16 @@ class Server:
         if self._server is None or self._engine is None:
             return
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+        if self._takeover is not None:
+            self._takeover.stop()
         finished = await asyncio.to_thread(self._engine.drain, self._config.grace)
         _log.info("drained" if finished else "the grace period is over: ending what still runs")
         await asyncio.to_thread(self._engine.close)
         # What has ended still has to be encoded and sent.
         await self._server.stop(grace=5)
         self._codecs.shutdown()
+        if self._takeover is not None and not await asyncio.to_thread(self._takeover.join, _LOADING):
+            _log.info("a takeover is left unfinished")
         if self._cache is not None:
             _log.info("cache: %s", self._cache.stats)
         if self._trace is not None:

@@ -27,6 +27,7 @@ class ImageToImageService(pb_grpc.ImageToImageServiceServicer):
 
     def __init__(self, config: ServerConfig, models: ModelStore, engine: Engine, executor: Executor) -> None:
         self._parser = Parser(config, models, engine.clock, executor)
+        self._models = models
         self._engine = engine
         self._executor = executor
 
@@ -74,7 +75,7 @@ class ImageToImageService(pb_grpc.ImageToImageServiceServicer):
         if isinstance(event, Accepted | Queued):
             return pb.TransformStreamResponse(queued=pb.Queued(position=event.position, eta_seconds=event.eta))
         if isinstance(event, Started):
-            return pb.TransformStreamResponse(started=pb.Started(seed=job.request.seeds[0], engine=_engine_of(job)))
+            return pb.TransformStreamResponse(started=pb.Started(seed=job.request.seeds[0], engine=self._engine_of(job)))
         if isinstance(event, Progress):
             return pb.TransformStreamResponse(progress=await self._progress(event))
         assert isinstance(event, Completed), "a failure was raised"
@@ -95,7 +96,7 @@ class ImageToImageService(pb_grpc.ImageToImageServiceServicer):
             ],
             model_id=job.model.id,
             model_revision=job.model.manifest.source.revision or "",
-            engine=_engine_of(job),
+            engine=self._engine_of(job),
             timings=pb.Timings(
                 queue_ms=timings.queue * 1e3,
                 encode_ms=timings.encode * 1e3,
@@ -108,10 +109,11 @@ class ImageToImageService(pb_grpc.ImageToImageServiceServicer):
     async def _encode(self, image: Image.Image, file_format: images.WriteFormat, quality: int) -> bytes:
         return await asyncio.get_running_loop().run_in_executor(self._executor, images.encode, image, file_format, quality)
 
-
-def _engine_of(job: Job) -> str:
-    assert job.model.pipeline is not None, "a model that runs has a pipeline"
-    return job.model.pipeline.engine
+    def _engine_of(self, job: Job) -> str:
+        """What runs the model now: another engine may have taken over since the request came."""
+        pipeline = self._models.get(job.model.id).pipeline
+        assert pipeline is not None, "a model that runs has a pipeline"
+        return pipeline.engine
 
 
 def _format_of(job: Job) -> pb.OutputFormat.ValueType:

@@ -14,6 +14,7 @@ from img2img_client import (
     Client,
     Completed,
     DeadlineExceeded,
+    EngineStatus,
     Img2ImgError,
     ModelNotFound,
     ModelReference,
@@ -177,6 +178,10 @@ def test_models_are_told_in_full(client: Client, service: FakeService) -> None:
             size_multiple=8,
             is_default=True,
             schedulers=["DDIMScheduler", "DPM++ 2M"],
+            engines=[
+                model_pb2.EngineStatus(name="onnx:tensorrt", state=model_pb2.ENGINE_STATE_BUILDING, detail="unet", progress=0.25),
+                model_pb2.EngineStatus(name="onnx:new", state=99),  # type: ignore[arg-type]
+            ],
         ),
         model_pb2.Model(id="other", state=99),  # type: ignore[arg-type]
     ]
@@ -188,6 +193,10 @@ def test_models_are_told_in_full(client: Client, service: FakeService) -> None:
     assert (demo.state, demo.size_multiple, demo.is_default) == ("ready", 8, True)
     assert (demo.schedulers, other.schedulers) == (("DDIMScheduler", "DPM++ 2M"), ())
     assert (other.state, other.source, other.is_default) == ("unspecified", ModelReference(), False)
+    assert demo.engines == (
+        EngineStatus("onnx:tensorrt", "building", "unet", 0.25),
+        EngineStatus("onnx:new", "unspecified", "", 0.0),
+    )
     with pytest.raises(ModelNotFound, match="no model nothing"):
         client.model("nothing")
 

@@ -231,6 +231,13 @@ def test_models_are_listed(service: FakeService, server: FakeServer, capsys: pyt
             is_default=True,
             schedulers=["DDIM[red]", "DPM++ 2M"],
         ),
+        model_pb2.Model(
+            id="third",
+            engines=[
+                model_pb2.EngineStatus(name="onnx:x", state=model_pb2.ENGINE_STATE_BUILDING, detail="unet", progress=0.4),
+                model_pb2.EngineStatus(name="onnx:y", state=model_pb2.ENGINE_STATE_REJECTED, detail="not faster"),
+            ],
+        ),
         model_pb2.Model(id="other", backend="torch", state=model_pb2.MODEL_STATE_UNLOADED),
     ]
     assert main(["models", "--server", server.target]) == 0
@@ -239,12 +246,18 @@ def test_models_are_listed(service: FakeService, server: FakeServer, capsys: pyt
     assert all(word in first for word in ("stable-diffusion-xl-of-some-length", "onnx:cpu", "ready", "yes"))
     assert "unloaded" in second
     assert "yes" not in second
+    assert "onnx:x building 40%: unet" in "".join(lines)
+    assert "onnx:y rejected: not faster" in "".join(lines)
     assert main(["models", "--server", server.target, "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)
     assert [(model["state"], model["schedulers"]) for model in printed] == [
         ("ready", ["DDIM[red]", "DPM++ 2M"]),
+        ("unspecified", []),
         ("unloaded", []),
     ]
+    assert printed[1]["engines"][0] == {
+        "name": "onnx:x", "state": "building", "detail": "unet", "progress": pytest.approx(0.4)
+    }  # fmt: skip
     assert "DPM++" not in "".join(lines)
     assert main(["models", "--server", server.target, "--schedulers"]) == 0
     out = capsys.readouterr().out

@@ -1,7 +1,7 @@
 """Every accepted request ends exactly once, whatever happens: a state machine drives the engine through random lives.
 
-Arrivals, cancellations, passing time, failing model calls, draining and closing come in any order that hypothesis can think
-of, against a fake pipeline and a clock that is set by hand.
+Arrivals, cancellations, passing time, failing model calls, memory that runs out, draining and closing come in any order that
+hypothesis can think of, against a fake pipeline and a clock that is set by hand.
 """
 
 import hypothesis.strategies as st
@@ -15,6 +15,7 @@ from img2img_server.errors import (
     DeadlineExpired,
     DeadlineUnmeetable,
     ModelFailed,
+    OutOfMemory,
     QueueFull,
     RequestCancelled,
     ServerError,
@@ -24,6 +25,7 @@ from PIL import Image
 
 SHAPES = [Image.new("RGB", size) for size in ((8, 8), (16, 8))]
 TROUBLES = ["", "", "", "", "fail prepare", "fail denoise", "fail advance", "fail preview", "fail finish", "fail release"]
+TROUBLES += ["full prepare", "full denoise", "full finish"]
 
 
 class Lives(RuleBasedStateMachine):
@@ -41,6 +43,7 @@ class Lives(RuleBasedStateMachine):
         self.engine = Engine(self.pipelines, limits, self.clock)
         self.callers: list[Caller] = []
         self.draining = False
+        self.short = False
 
     @rule(
         settings=st.fixed_dictionaries(
@@ -87,6 +90,11 @@ class Lives(RuleBasedStateMachine):
     def time_passes(self, seconds: float) -> None:
         self.clock.now += seconds
 
+    @rule(pixels=st.none() | st.integers(1, 5 * 64))
+    def memory_comes_and_goes(self, pixels: int | None) -> None:
+        self.pipelines["batches"].memory = pixels
+        self.short |= pixels is not None
+
     @rule()
     def drain(self) -> None:
         self.draining = True
@@ -130,7 +138,9 @@ class Lives(RuleBasedStateMachine):
         allowed = {
             RequestCancelled: ticket.cancelled,
             DeadlineExpired: ticket.request.deadline is not None,
-            ModelFailed: ticket.request.prompt not in ("", "fail preview", "fail release"),
+            ModelFailed: ticket.request.prompt.startswith("fail ")
+            and ticket.request.prompt not in ("fail preview", "fail release"),
+            OutOfMemory: ticket.request.prompt.startswith("full ") or (self.short and ticket.request.model == "batches"),
             ShuttingDown: cut,
         }
         assert allowed[type(ending.error)], f"{ending.error!r} has no reason"

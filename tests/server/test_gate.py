@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from img2img_server.bundle import BundleError, Manifest, check_bundle, read_manifest, write_manifest
+from img2img_server.bundle import Manifest, check_bundle, read_manifest, write_manifest
+from img2img_server.errors import BundleError
 from img2img_server.execution import Execution
 from img2img_server.pipelines import gate
 from img2img_server.pipelines.loader import load_pipeline

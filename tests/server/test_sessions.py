@@ -1,5 +1,7 @@
 """Which provider runs a graph: asked for openly, or refused. The options of GPUs are built here, not run."""
 
+import logging
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -8,37 +10,99 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 import pytest
+import torch
 from img2img_server.bundle import read_manifest
 from img2img_server.errors import BundleError
 from img2img_server.execution import Execution
+from img2img_server.pipelines import loader, providers
 from img2img_server.pipelines.loader import load_pipeline
-from img2img_server.pipelines.sessions import SessionOptions, open_session, provider_list, resolve_provider
+from img2img_server.pipelines.providers import FULL_NAMES, Probe, probe
+from img2img_server.pipelines.sessions import SessionOptions, describe, open_session, provider_list
+from onnxruntime.capi.onnxruntime_pybind11_state import InvalidArgument
 
 
-def test_auto_takes_the_best_that_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert resolve_provider("auto") == "cpu"
-    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider", "CUDAExecutionProvider"])
-    assert resolve_provider("auto") == "cuda"
-    assert resolve_provider("cpu") == "cpu"
-
-
-def test_a_provider_that_is_not_there_is_an_error(bundle: Callable[[str], Path]) -> None:
-    with pytest.raises(BundleError, match="'cuda' is not in this ONNX Runtime, which has cpu"):
-        resolve_provider("cuda")
+@pytest.mark.parametrize("provider", ["cuda", "openvino"])
+def test_a_provider_that_is_not_there_is_an_error(provider: str, bundle: Callable[[str], Path]) -> None:
+    if not probe(provider).problem:
+        pytest.skip(f"this machine has {provider}")
     for name in ("demo", "kandinsky22"):
-        with pytest.raises(BundleError, match="'cuda'"):
-            load_pipeline(bundle(name), read_manifest(bundle(name)), Execution("cuda"))
+        with pytest.raises(BundleError, match=f"'{provider}'"):
+            load_pipeline(bundle(name), read_manifest(bundle(name)), Execution(provider))
 
 
-def test_cuda_ends_with_the_cpu_for_what_it_lacks() -> None:
-    names = [name for name, _ in provider_list(SessionOptions("cuda"))]
-    assert names == ["CUDAExecutionProvider", "CPUExecutionProvider"]
-    assert dict(provider_list(SessionOptions("cuda")))["CUDAExecutionProvider"]["cudnn_conv_algo_search"] == "HEURISTIC"
+def test_pytorch_in_less_than_float32_is_let_in_by_pictures_only(
+    bundle: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = bundle("zimage")  # Made before anything is played: others share it.
+    monkeypatch.setattr(loader, "choose_dtype", lambda device, execution: torch.bfloat16)
+    with caplog.at_level(logging.INFO):
+        pipeline = load_pipeline(folder, replace(read_manifest(folder), references=()), Execution("cpu"))
+    assert pipeline.engine == "torch:cpu"
+    assert [word for word in ("torch.bfloat16", "torch.float32") if word in caplog.text] == ["torch.bfloat16", "torch.float32"]
+    assert "computes in fp32 and not in bf16: the bundle has no reference pictures" in caplog.text
+
+
+@pytest.mark.filterwarnings("ignore:Specified provider:UserWarning")
+@pytest.mark.parametrize("provider", ["cuda", "tensorrt", "openvino"])
+def test_nothing_lands_silently_on_the_cpu(provider: str, bundle: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """An ONNX Runtime that says it has everything, and a probe that believes it: the session says what it got."""
+    if not probe(provider).problem:
+        pytest.skip(f"this machine has {provider}")
+    folder = bundle("demo")  # Made before anything is played: others share it.
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: list(FULL_NAMES.values()))
+    monkeypatch.setattr(providers, "probe", lambda name: Probe(name, problem="" if name == provider else "not played"))
+    with pytest.raises(BundleError, match="was to run on"):
+        open_session(folder / "unet" / "model.onnx", SessionOptions(provider))
+    if provider != "openvino":
+        with pytest.raises(BundleError, match="was to run on"):
+            load_pipeline(folder, read_manifest(folder), Execution(provider))
+
+
+def test_a_gpu_ends_with_the_cpu_for_what_it_lacks() -> None:
+    for provider, names in (("cuda", ["cuda", "cpu"]), ("tensorrt", ["tensorrt", "cuda", "cpu"])):
+        options = SessionOptions(provider, provider_options=(("device_id", "1"),))
+        listed = provider_list(options)
+        assert [name for name, _ in listed] == [FULL_NAMES[name] for name in names]
+        assert listed[0][1]["device_id"] == "1"
+        assert dict(listed)["CUDAExecutionProvider"]["cudnn_conv_algo_search"] == "HEURISTIC"
+    asked = SessionOptions("cuda", provider_options=(("cudnn_conv_algo_search", "EXHAUSTIVE"),))
+    assert provider_list(asked)[0][1] == {"cudnn_conv_algo_search": "EXHAUSTIVE"}
 
 
 def test_a_session_says_what_it_runs_on(bundle: Callable[[str], Path]) -> None:
     session = open_session(bundle("demo") / "vae_decoder" / "model.onnx", SessionOptions())
     assert session.get_providers() == ["CPUExecutionProvider"]
+
+
+def test_a_session_tells_how_many_nodes_run_where(bundle: Callable[[str], Path]) -> None:
+    nodes = describe(open_session(bundle("demo") / "vae_decoder" / "model.onnx", SessionOptions()))
+    assert list(nodes) == ["cpu"]
+    assert nodes["cpu"] > 50
+    assert describe(object()) == {}
+
+
+def test_a_static_session_takes_its_size_only(bundle: Callable[[str], Path]) -> None:
+    graph = bundle("demo") / "vae_decoder" / "model.onnx"
+    sizes = (("batch_size", 1), ("latent_height", 8), ("latent_width", 6))
+    session = open_session(graph, SessionOptions(dimensions=sizes))
+    assert session.get_inputs()[0].shape == [1, 4, 8, 6]
+    latents = np.random.default_rng(0).standard_normal((1, 4, 8, 6), dtype=np.float32)
+    (fixed,), (free,) = (item.run(None, {"latent_sample": latents}) for item in (session, open_session(graph, SessionOptions())))
+    np.testing.assert_allclose(fixed, free, rtol=1e-4, atol=1e-4)
+    with pytest.raises(InvalidArgument, match="Got: 16"):
+        session.run(None, {"latent_sample": np.zeros((1, 4, 16, 6), np.float32)})
+
+
+def test_the_log_has_a_line_for_each_component(bundle: Callable[[str], Path], caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        load_pipeline(bundle("demo"), read_manifest(bundle("demo")), Execution(threads=1))
+    lines = [record.getMessage() for record in caplog.records if record.name.endswith("placement")]
+    names = ["text_encoder", "unet", "vae_encoder", "vae_decoder"]
+    assert sorted(line.split()[1] for line in lines) == sorted(names)
+    better = [probe(name) for name in ("tensorrt", "cuda", "openvino") if probe(name).problem]
+    for line in lines:
+        assert re.search(r"runs \d+ nodes on \w+.* in (fp32|f32|bf16), 1 threads", line)
+        assert all(str(item) in line for item in better)
 
 
 def test_a_lean_session_computes_the_same(bundle: Callable[[str], Path]) -> None:

@@ -17,6 +17,7 @@ from img2img_server.errors import BundleError
 from img2img_server.execution import Execution
 from img2img_server.pipelines import loader
 from img2img_server.pipelines.loader import load_pipeline
+from img2img_server.pipelines.providers import Choice
 from img2img_server.pipelines.runners import HostRunner
 from img2img_server.pipelines.sessions import SessionOptions, open_session
 from img2img_server.pipelines.standins import Graph, OnnxDenoiser, OnnxTextEncoder
@@ -165,7 +166,7 @@ def test_the_fused_graph_is_tried_first_on_cuda(
     load_pipeline(folder, manifest, Execution("cpu"), open_graph=open_on_cpu)
     assert "unet_fused/model.onnx" not in opened
     opened.clear()
-    monkeypatch.setattr(loader, "resolve_provider", lambda provider: "cuda")
+    monkeypatch.setattr(loader, "choose", lambda provider: Choice("cuda"))
     with caplog.at_level(logging.WARNING):
         load_pipeline(folder, manifest, Execution("cuda"), open_graph=open_on_cpu)
     assert "unet_fused/model.onnx" in opened

@@ -20,6 +20,42 @@ else:
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class _EngineState:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _EngineStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_EngineState.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    ENGINE_STATE_UNSPECIFIED: _EngineState.ValueType  # 0
+    """Not known."""
+    ENGINE_STATE_BUILDING: _EngineState.ValueType  # 1
+    """Being built, by a process of its own, or waiting for its turn."""
+    ENGINE_STATE_CHECKING: _EngineState.ValueType  # 2
+    """Built. Loaded beside the one that serves, it draws the bundle's reference pictures and is timed."""
+    ENGINE_STATE_SERVING: _EngineState.ValueType  # 3
+    """Took over: it runs the model."""
+    ENGINE_STATE_REJECTED: _EngineState.ValueType  # 4
+    """Built, but its pictures differ or it is not faster. The detail says which."""
+    ENGINE_STATE_FAILED: _EngineState.ValueType  # 5
+    """Could not be built, loaded or run."""
+
+class EngineState(_EngineState, metaclass=_EngineStateEnumTypeWrapper):
+    """How far an engine has come that may take over."""
+
+ENGINE_STATE_UNSPECIFIED: EngineState.ValueType  # 0
+"""Not known."""
+ENGINE_STATE_BUILDING: EngineState.ValueType  # 1
+"""Being built, by a process of its own, or waiting for its turn."""
+ENGINE_STATE_CHECKING: EngineState.ValueType  # 2
+"""Built. Loaded beside the one that serves, it draws the bundle's reference pictures and is timed."""
+ENGINE_STATE_SERVING: EngineState.ValueType  # 3
+"""Took over: it runs the model."""
+ENGINE_STATE_REJECTED: EngineState.ValueType  # 4
+"""Built, but its pictures differ or it is not faster. The detail says which."""
+ENGINE_STATE_FAILED: EngineState.ValueType  # 5
+"""Could not be built, loaded or run."""
+Global___EngineState: _TypeAlias = EngineState  # noqa: Y015
+
 class _ModelState:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -69,6 +105,7 @@ class Model(_message.Message):
     SIZE_MULTIPLE_FIELD_NUMBER: _builtins.int
     IS_DEFAULT_FIELD_NUMBER: _builtins.int
     SCHEDULERS_FIELD_NUMBER: _builtins.int
+    ENGINES_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """The folder of its bundle in the store."""
     family: _builtins.str
@@ -95,6 +132,12 @@ class Model(_message.Message):
     def schedulers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """The names that a request's scheduler may have; empty where the model has only its own, or is not ready."""
 
+    @_builtins.property
+    def engines(self) -> _containers.RepeatedCompositeFieldContainer[Global___EngineStatus]:
+        """Engines that are being built in the background, or have been, to take over from the one that it was loaded with. `engine`
+        names the one that runs it now.
+        """
+
     def __init__(
         self,
         *,
@@ -109,14 +152,51 @@ class Model(_message.Message):
         size_multiple: _builtins.int = ...,
         is_default: _builtins.bool = ...,
         schedulers: _abc.Iterable[_builtins.str] | None = ...,
+        engines: _abc.Iterable[Global___EngineStatus] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["source", b"source"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "backend_reason", b"backend_reason", "engine", b"engine", "family", b"family", "id", b"id", "is_default", b"is_default", "pipeline_class", b"pipeline_class", "schedulers", b"schedulers", "size_multiple", b"size_multiple", "source", b"source", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "backend_reason", b"backend_reason", "engine", b"engine", "engines", b"engines", "family", b"family", "id", b"id", "is_default", b"is_default", "pipeline_class", b"pipeline_class", "schedulers", b"schedulers", "size_multiple", b"size_multiple", "source", b"source", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Model: _TypeAlias = Model  # noqa: Y015
+
+@_typing.final
+class EngineStatus(_message.Message):
+    """An engine that takes over once it is built, its pictures match the bundle's and it is faster. Until then, and where it
+    is not, the model is served as it was.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    DETAIL_FIELD_NUMBER: _builtins.int
+    PROGRESS_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """What it is, such as "onnx:tensorrt"."""
+    state: Global___EngineState.ValueType
+    """How far it has come."""
+    detail: _builtins.str
+    """What is being done, how it did, or why it does not serve; for people to read."""
+    progress: _builtins.float
+    """The share of the building, or of the checking, that is done, from 0 to 1."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        state: Global___EngineState.ValueType = ...,
+        detail: _builtins.str = ...,
+        progress: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["detail", b"detail", "name", b"name", "progress", b"progress", "state", b"state"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EngineStatus: _TypeAlias = EngineStatus  # noqa: Y015
 
 @_typing.final
 class ListModelsRequest(_message.Message):

@@ -3,11 +3,13 @@
 from bisect import bisect_left
 from collections.abc import Hashable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 Group = tuple[str, Hashable]
 """Model and shape."""
 Stage = Literal["prepare", "denoise", "finish"]
+STAGES: tuple[Stage, ...] = get_args(Stage)
+"""The stages whose calls are measured."""
 
 _WEIGHT = 0.1
 """Of the newest time in a running mean."""
@@ -19,6 +21,9 @@ _INSTANT = 1e-9
 """Seconds below which nothing takes."""
 _GAIN = 0.04
 """A larger batch is worth it where it saves this share of the time per row."""
+_PATIENCE = 1000
+"""Calls of a stage after which one that had no room may be tried again: others may have taken the memory at that time. Where it
+fails again it takes twice as many, so failing costs less than a thousandth of all calls."""
 
 
 @dataclass(slots=True)
@@ -59,6 +64,31 @@ class _Curve:
         return max(self.means[index - 1] + rise * (rows - left), self.means[0] * min(1.0, rows / self.rows[0]))
 
 
+@dataclass(slots=True)
+class _Bound:
+    """What a call that had no room taught: calls of up to `room` pixels have. Every `patience` calls, of which `calls` were made,
+    somewhat larger ones are tried; `safe` is what had room before that."""
+
+    room: int
+    patience: int = _PATIENCE
+    calls: int = 0
+    safe: int | None = None
+
+    def lower(self, pixels: int, room: int) -> None:
+        """Notes that a call of `pixels` had no room, and that one of `room` is to be the largest."""
+        if self.safe is not None and self.safe < pixels:
+            self.room, self.patience = self.safe, 2 * self.patience
+        else:
+            self.room = min(self.room, room)
+        self.calls, self.safe = 0, None
+
+    def count(self) -> None:
+        """Notes a call that had room."""
+        self.calls += 1
+        if self.calls >= self.patience:
+            self.calls, self.safe, self.room = 0, self.room, 3 * self.room // 2 + 1
+
+
 class Costs:
     """Seconds of calls by stage, model, shape and rows, and how the machine's pace now compares with the one they hold for.
 
@@ -69,7 +99,7 @@ class Costs:
     def __init__(self) -> None:
         self._curves: dict[tuple[Stage, str], dict[Hashable, _Curve]] = {}
         self._pace: dict[str, float] = {}
-        self._too_much: dict[str, int] = {}
+        self._bounds: dict[tuple[Stage, str], _Bound] = {}
 
     def measured(self, stage: Stage, group: Group, pixels: int, rows: int, seconds: float) -> None:
         """Notes what a call of `rows` rows, each of `pixels` pixels, takes when nothing disturbs it."""
@@ -78,6 +108,8 @@ class Costs:
 
     def record(self, stage: Stage, group: Group, pixels: int, rows: int, seconds: float) -> None:
         """Learns from a call that took `seconds`."""
+        if (bound := self._bounds.get((stage, group[0]))) is not None:
+            bound.count()
         expected = self._table_seconds(stage, group, pixels, rows)
         if expected is None:
             return self.measured(stage, group, pixels, rows, seconds)
@@ -107,9 +139,17 @@ class Costs:
         # One measured batch gives the height of the curve, another shape's curve its form.
         return own.means[0] * like.seconds(rows) / max(like.seconds(own.rows[0]), _INSTANT)
 
-    def forbid(self, model: str, pixels: int, rows: int) -> None:
-        """Notes that such a call failed: none of as many pixels in all is to be made again."""
-        self._too_much[model] = min(self._too_much.get(model, pixels * rows), pixels * rows)
+    def forbid(self, model: str, pixels: int, rows: int, stage: Stage = "denoise", largest: int | None = None) -> None:
+        """Notes that such a call failed: for a long while none of as many pixels in all is to be made again, nor, where it is
+        given, one of more than `largest` rows of so many."""
+        total = pixels * rows
+        room = total - 1 if largest is None else pixels * largest
+        self._bounds.setdefault((stage, model), _Bound(total)).lower(total, room)
+
+    def room(self, stage: Stage, model: str, pixels: int) -> int | None:
+        """The most rows of `pixels` that a call is to have, at least one; None where none had too many yet."""
+        bound = self._bounds.get((stage, model))
+        return None if bound is None else max(1, bound.room // pixels)
 
     def describe(self, model: str, most: int) -> list[str]:
         """What was measured of a model's calls, a line for each shape."""
@@ -122,8 +162,8 @@ class Costs:
 
     def cap(self, group: Group, pixels: int, most: int) -> int:
         """The smallest batch, in rows, beyond which a larger one of up to `most` no longer pays. `most` where unknown."""
-        if group[0] in self._too_much:
-            most = max(1, min(most, (self._too_much[group[0]] - 1) // pixels))
+        if (room := self.room("denoise", group[0], pixels)) is not None:
+            most = min(most, room)
         curves = self._curves.get(("denoise", group[0]))
         if not curves:
             return most

@@ -6,9 +6,10 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
-from img2img_server.engine.costs import Costs, Stage
+from img2img_server.engine.calls import Calls, Work
+from img2img_server.engine.costs import Costs
 from img2img_server.engine.request import (
     Completed,
     Ending,
@@ -64,8 +65,8 @@ class Engine:
         max_rows = {name: pipeline.max_rows for name, pipeline in self._pipelines.items()}
         self._scheduler = Scheduler(limits or Limits(), self.costs, max_rows)
         self._clock = clock
-        self._observe = observe
         self._changed = threading.Condition()
+        self._calls = Calls(self._pipelines, self.costs, self._changed, clock, observe)
         self._numbers = itertools.count(1)
         self._thread = threading.Thread(target=self._run, name="img2img-engine", daemon=True)
         self._draining = False
@@ -201,7 +202,7 @@ class Engine:
         except Exception:  # noqa: BLE001 - whatever a model raises: the picture itself counts more
             _log.exception("model '%s' failed to draw a preview", tickets[0].request.model)
             return {}
-        self._note("preview", tickets, begun)
+        self._calls.note("preview", tickets, begun)
         return dict(zip(tickets, previews, strict=True))
 
     def _finish(self, tickets: Sequence[Ticket]) -> None:
@@ -217,35 +218,12 @@ class Engine:
                 self._scheduler.learn(ticket, self._clock() - ticket.arrival)
             self._leave(ticket, Completed(tuple(images), timings))
 
-    def _call(
-        self, stage: str, tickets: Sequence[Ticket], work: Callable[[Pipeline, Sequence[Ticket]], Sequence[_R]]
-    ) -> list[tuple[Ticket, _R]]:
-        """Lets the model of `tickets` do one stage of them together, and gives each its result.
-
-        Where that fails each is tried alone. Those that fail alone end with the error, and are not in what is returned.
-        """
-        if not tickets:
-            return []
-        begun = self._clock()
-        try:
-            results = work(self._pipeline(tickets[0]), tickets)
-        except Exception as error:  # noqa: BLE001 - whatever a model raises: its requests end, the engine goes on
-            if len(tickets) > 1:
-                return [pair for ticket in tickets for pair in self._call(stage, [ticket], work)]
-            self._leave(tickets[0], Failed(_told(error, tickets[0])))
-            return []
-        self._note(stage, tickets, begun)
-        return list(zip(tickets, results, strict=True))
-
-    def _note(self, stage: str, tickets: Sequence[Ticket], begun: float) -> None:
-        seconds = self._clock() - begun
-        rows = sum(ticket.plan.rows if stage == "denoise" else len(ticket.request.seeds) for ticket in tickets)
-        if stage == "prepare":
-            rows = len(tickets)  # a picture is encoded once, however many are made of it
-        if stage in ("prepare", "denoise", "finish"):
-            with self._changed:
-                self.costs.record(cast(Stage, stage), tickets[0].group, tickets[0].plan.pixels, rows, seconds)
-        self._observe(Span(stage, tickets[0].request.model, len(tickets), rows, begun, seconds))
+    def _call(self, stage: str, tickets: Sequence[Ticket], work: Work[_R]) -> list[tuple[Ticket, _R]]:
+        """One stage of `tickets`: the result of each that did not fail. The others end with their error."""
+        done, failed = self._calls.run(stage, tickets, work)
+        for ticket, error in failed:
+            self._leave(ticket, Failed(error))
+        return done
 
     def _tell_news(self) -> None:
         """Every now and then, looks ahead anew and tells those who wait where their place has changed."""
@@ -304,11 +282,3 @@ def _step(ticket: Ticket) -> int:
 def _wants_preview(ticket: Ticket) -> bool:
     interval = ticket.request.preview_interval
     return interval > 0 and ticket.steps_left > 0 and _step(ticket) % interval == 0
-
-
-def _told(error: Exception, ticket: Ticket) -> ServerError:
-    """The error as its caller sees it."""
-    if isinstance(error, ServerError):
-        return error
-    _log.error("model '%s' failed", ticket.request.model, exc_info=error)
-    return ModelFailed("the model failed on this request")

@@ -34,6 +34,7 @@ class Job:
     setup: float
     ending: float
     passed_over: int = 0
+    background: bool = False
 
     @property
     def seconds_left(self) -> float:
@@ -43,8 +44,10 @@ class Job:
     def rank(self, now: float) -> tuple[bool, float, float, int]:
         """Sorts jobs: pressing deadlines first, the earliest before the others; then those with the least left to do.
 
-        Those with as much left go by deadline, then by arrival.
+        Those with as much left go by deadline, then by arrival. Those in the background come last.
         """
+        if self.background:
+            return True, math.inf, math.inf, self.number
         left, deadline = self.seconds_left, math.inf if self.deadline is None else self.deadline
         if deadline - now < _PRESSING * left:
             return False, deadline, left, self.number

@@ -17,6 +17,7 @@ class Request:
     None where none was given, which SDXL tells from an empty one. `deadline` is a time of the engine's clock in seconds,
     None for none. `scheduler` is one of the pipeline's `schedulers`, None for the bundle's own. A preview is drawn every
     `preview_interval` steps, none at 0. `image_digest` tells pictures apart by content; empty where they need not be cached.
+    One in the `background` is the server's own, and comes after all others.
     """
 
     model: str
@@ -31,6 +32,7 @@ class Request:
     scheduler: str | None = None
     preview_interval: int = 0
     image_digest: bytes = b""
+    background: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +137,8 @@ class Pipeline(Protocol):
     """Width and height of the pictures that it was trained on, in pixels."""
     max_rows: int | None
     """The most rows that one call of `denoise` takes, None for no limit of its own."""
+    measurable: bool
+    """Whether `denoise` computes again when it is asked again of the same states, so that it can be timed before it is served."""
     schedulers: tuple[str, ...]
     """The names that a request's `scheduler` may have."""
 

@@ -166,6 +166,7 @@ class Scheduler:
             setup=seconds("prepare", 1, 0.0) if ticket.state is None else 0.0,
             ending=seconds("finish", len(ticket.request.seeds), 0.0),
             passed_over=ticket.passed_over,
+            background=ticket.request.background,
         )
 
 

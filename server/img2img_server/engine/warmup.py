@@ -33,13 +33,13 @@ class WarmUp:
         self._end = 0.0
 
     def run(self, name: str, pipeline: Pipeline) -> None:
-        """Measures one model. One that runs a single request at a time has no batches to measure.
+        """Measures one model that can be measured. One that runs a single request at a time has no batches to measure.
 
         A batch that fails is not tried again. Raises what the model raises for a single row: it cannot be served.
         """
         limit = min(self._max_batch_size, pipeline.max_rows or self._max_batch_size)
         self._end = self._clock() + self._budget
-        if limit < 2:
+        if limit < 2 or not pipeline.measurable:
             return
         for divisor in (1, 2):
             multiple = pipeline.size_multiple

@@ -42,7 +42,7 @@ class Components:
 
     def pipeline(self) -> Any:
         """The img2img class that the manifest names, made of its parts. Raises BundleError where one does not fit."""
-        kind = pipeline_class(self.manifest)
+        kind = _placed(pipeline_class(self.manifest), self.device)
         wanted = inspect.signature(kind.__init__).parameters
         parts = {name: self._part(name, entry) for name, entry in read_index(self.bundle).items() if name in wanted}
         if "add_watermarker" in wanted:
@@ -84,7 +84,7 @@ class Components:
         try:
             return Graph(self.make(name, self.bundle / name / _GRAPH), self.tensors)
         except BundleError as error:
-            if component is not None and component.precision == "bf16" and self.provider == "cpu":
+            if component is not None and component.precision == "bf16" and self.provider in ("cpu", "openvino"):
                 raise BundleError(f"{self.bundle / name} is bf16, and bf16 graphs need a GPU: {error}") from error
             raise
 
@@ -107,6 +107,14 @@ def pipeline_class(manifest: Manifest) -> Any:
     if not (inspect.isclass(found) and issubclass(found, diffusers.DiffusionPipeline)):
         raise BundleError(f"the bundle wants '{manifest.pipeline_class}', which diffusers {diffusers.__version__} lacks")
     return found
+
+
+def _placed(kind: Any, device: str) -> Any:
+    """`kind`, whose pipelines know that they are on `device`: diffusers asks their torch modules, and stand-ins are none."""
+    if device == "cpu":
+        return kind
+    where = property(lambda pipe: torch.device(device))
+    return type(kind.__name__, (kind,), {"__module__": kind.__module__, "device": where, "_execution_device": where})
 
 
 def _component_class(library: str, class_name: str) -> Any:

@@ -43,6 +43,8 @@ class Encoder:
         self._pipe = pipe
         self._cache = cache
         self._encode_texts = encode_texts
+        # Its entries are nobody else's: an address would be given anew once this encoder is gone, and they are not.
+        self._own = object()
 
     def texts(self, wanted: Sequence[str]) -> dict[str, Embedding]:
         """The embedding of each text; equal ones are encoded once."""
@@ -50,7 +52,7 @@ class Encoder:
         if missing:
             for text, embedding in zip(missing, self._encode_texts(missing), strict=True):
                 found[text] = embedding
-                self._cache.put((id(self), "text", text), embedding, embedding.bytes)
+                self._cache.put((self._own, "text", text), embedding, embedding.bytes)
         return found
 
     def pictures(self, requests: Sequence[Request]) -> list[DiagonalGaussianDistribution]:
@@ -65,7 +67,7 @@ class Encoder:
             for key, own in zip(together, torch.split(self._encode_pixels(torch.cat(pixels)), 1), strict=True):
                 found[key] = own
                 if isinstance(key, bytes):
-                    self._cache.put((id(self), "picture", key), own, own.nbytes)
+                    self._cache.put((self._own, "picture", key), own, own.nbytes)
         return [DiagonalGaussianDistribution(found[key]) for key in keys]
 
     def _encode_pixels(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -75,7 +77,7 @@ class Encoder:
 
     def _look_up(self, keys: dict[_Key, tuple[str, Hashable]]) -> tuple[dict[_Key, Any], list[_Key]]:
         """What the cache has, and the keys of what it lacks."""
-        cached = {key: self._cache.get((id(self), *place)) for key, place in keys.items()}
+        cached = {key: self._cache.get((self._own, *place)) for key, place in keys.items()}
         return (
             {key: value for key, value in cached.items() if value is not None},
             [key for key, value in cached.items() if value is None],

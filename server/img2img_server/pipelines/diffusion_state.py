@@ -16,7 +16,7 @@ Conditioning = dict[str, torch.Tensor]
 class DiffusionState:
     """A request between two steps. With n seeds, `latents` is [n, C, h, w]; where it is `guided`, by a second row in the UNet's
     call, conditioning has 2n rows, the negative prompt's first. `scheduler` is its own where it has no compiled schedule to
-    follow as its `trajectory`."""
+    follow as its `trajectory`. Latents and conditioning are on the device, timesteps on the CPU."""
 
     request: Request
     timesteps: torch.Tensor

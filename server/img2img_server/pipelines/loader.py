@@ -1,6 +1,8 @@
 """Bundle -> pipeline: builds diffusers' own img2img class out of stand-ins or torch modules, and splits it by family."""
 
-import os
+import logging
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +11,22 @@ import torch
 from img2img_server.bundle import Manifest
 from img2img_server.engine.cache import Cache
 from img2img_server.engine.request import Pipeline
+from img2img_server.errors import BundleError, ServerError
 from img2img_server.execution import Execution
+from img2img_server.limits import Precision
+from img2img_server.pipelines import cores, gate, openvino
+from img2img_server.pipelines.compiled import compile_modules
 from img2img_server.pipelines.components import Components
 from img2img_server.pipelines.latent_consistency import LatentConsistency
-from img2img_server.pipelines.runners import HostRunner
-from img2img_server.pipelines.sessions import Open, SessionOptions, open_session, resolve_provider
+from img2img_server.pipelines.placement import Placement
+from img2img_server.pipelines.providers import ERRORS, Choice, choose
+from img2img_server.pipelines.runners import HostRunner, Make
+from img2img_server.pipelines.sessions import Open, SessionOptions, open_session
 from img2img_server.pipelines.stable_diffusion import StableDiffusion, StableDiffusionXL
-from img2img_server.pipelines.torch_parts import torch_device, torch_pipeline
+from img2img_server.pipelines.torch_parts import choose_dtype, torch_device, torch_pipeline
 from img2img_server.pipelines.whole import WholePipeline
+
+_log = logging.getLogger(__name__)
 
 FAMILIES: dict[str, type[StableDiffusion]] = {
     "stable-diffusion": StableDiffusion,
@@ -25,6 +35,10 @@ FAMILIES: dict[str, type[StableDiffusion]] = {
 }
 """The families that the engine runs step by step in batches. Every other one runs whole."""
 
+_PRECISIONS: dict[torch.dtype, Precision] = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+_DOES_NOT_DRAW = (*ERRORS, BundleError, ServerError, RuntimeError, FloatingPointError)
+"""What a pipeline raises, when it is judged, that computes in a way which does not work here."""
+
 
 def load_pipeline(
     bundle: Path,
@@ -32,16 +46,113 @@ def load_pipeline(
     execution: Execution | None = None,
     cache: Cache | None = None,
     open_graph: Open = open_session,
+    keep: Callable[[Make], Make] = lambda make: make,
 ) -> Pipeline:
     """Loads the bundle in the directory `bundle`, whose manifest was read and checked before.
 
     `execution` says how to run it, None for the best that is there. `cache` keeps what was encoded of prompts and pictures;
-    several pipelines may share one. `open_graph` opens the graphs.
+    several pipelines may share one. `open_graph` opens the graphs; `keep` is given what readies them for a GPU or the CPU, to
+    remember what it made.
     Raises BundleError where the bundle does not fit this server or the provider is not there.
     """
     execution = execution or Execution()
-    threads = execution.threads or len(os.sched_getaffinity(0))
-    pipe, engine = _build(bundle, manifest, execution.provider, threads, open_graph)
+    threads = execution.threads or cores.count()
+    cache = cache or Cache(0)
+    if manifest.backend == "torch":
+        return _load_torch(bundle, manifest, execution, threads, cache)
+    choice = choose(execution.provider)
+    placement = Placement(bundle, manifest, choice, open_graph)
+    if choice.provider == "openvino":
+        return _load_openvino(bundle, manifest, execution, threads, cache, placement)
+    # What runs whole has a thread for each request, and recorded calls belong to one thread.
+    graphs = execution.cuda_graphs and manifest.family in FAMILIES
+    make, provider, tensors = _runners(choice, replace(execution, cuda_graphs=graphs), threads, placement.open)
+    return assemble(bundle, manifest, keep(placement.told(make)), provider, tensors, threads, cache, execution)
+
+
+def assemble(
+    bundle: Path,
+    manifest: Manifest,
+    make: Make,
+    provider: str,
+    tensors: str,
+    threads: int,
+    cache: Cache,
+    execution: Execution | None = None,
+) -> Pipeline:
+    """A pipeline of the bundle's graphs, each readied by `make`.
+
+    `provider` is what answers say ran them, and picks between a graph and its fused twin (components.py). `tensors`, "cpu" or
+    "cuda", is where `make`'s runners want tensors; the latents and a hybrid's torch modules are there too. `execution` says
+    whether those are compiled. Raises BundleError.
+    """
+    components = Components(bundle, manifest, make, provider=provider, device=tensors, tensors=tensors)
+    return _split(components.pipeline(), f"{manifest.backend}:{provider}", manifest, execution or Execution(), threads, cache)
+
+
+def _runners(choice: Choice, execution: Execution, threads: int, open_graph: Open) -> tuple[Make, str, str]:
+    """What readies graphs for the provider, its name in answers, and where tensors are to be."""
+    if choice.provider == "cpu":
+        options = SessionOptions("cpu", threads)
+        return lambda name, graph: HostRunner(open_graph(graph, options)), "cpu", "cpu"
+    from img2img_server.pipelines import cuda
+
+    # TensorRT begins with CUDA, too: its engines are built while that serves.
+    return cuda.runners(execution, threads, open_graph), "cuda", cuda.tensor_device()
+
+
+def _load_openvino(
+    bundle: Path, manifest: Manifest, execution: Execution, threads: int, cache: Cache, placement: Placement
+) -> Pipeline:
+    """In bfloat16 where that is there and its pictures pass, else in float32."""
+
+    def load(execution: Execution) -> Pipeline:
+        arithmetic = openvino.arithmetic(execution)
+        make = openvino.runners(execution, threads, bundle, manifest, placement.open, arithmetic)
+        return assemble(bundle, manifest, placement.told(make), "openvino", "cpu", threads, cache, execution)
+
+    if openvino.arithmetic(execution) == "f32" or manifest.precision == "bf16":
+        return load(execution)
+    return _judged(bundle, manifest, "bf16", lambda: load(execution), lambda: load(replace(execution, arithmetic="fp32")))
+
+
+def _load_torch(bundle: Path, manifest: Manifest, execution: Execution, threads: int, cache: Cache) -> Pipeline:
+    """OpenVINO and TensorRT run graphs: beside them PyTorch takes the same device."""
+    if execution.provider == "openvino":
+        choose(execution.provider)
+    device = torch_device({"openvino": "cpu", "tensorrt": "cuda"}.get(execution.provider, execution.provider))
+
+    def load(dtype: torch.dtype) -> Pipeline:
+        why = manifest.backend_reason or "it has no graphs"
+        _log.info("%s: all of it runs in PyTorch on %s in %s, %d threads: %s", bundle.name, device, dtype, threads, why)
+        return _split(torch_pipeline(bundle, manifest, device, dtype), f"torch:{device}", manifest, execution, threads, cache)
+
+    dtype = choose_dtype(device, execution)
+    if dtype == torch.float32:
+        return load(dtype)
+    return _judged(bundle, manifest, _PRECISIONS[dtype], lambda: load(dtype), lambda: load(torch.float32))
+
+
+def _judged(
+    bundle: Path, manifest: Manifest, precision: Precision, quick: Callable[[], Pipeline], exact: Callable[[], Pipeline]
+) -> Pipeline:
+    """The `quick` pipeline, which computes in `precision`, if it draws the bundle's reference pictures; else the `exact` one."""
+    try:
+        pipeline = quick()
+        verdict = gate.judge(pipeline, bundle, manifest, gate.least_psnr_db(precision))
+    except _DOES_NOT_DRAW as error:
+        verdict = gate.Verdict(False, f"it does not run: {error}".splitlines()[0])
+    if verdict.passed:
+        _log.info("%s: computes in %s, PSNR of its reference pictures %.1f dB", bundle.name, precision, verdict.psnr_db)
+        return pipeline
+    _log.warning("%s: computes in fp32 and not in %s: %s", bundle.name, precision, verdict.problem)
+    # Before the other is loaded: they need not fit into memory together.
+    pipeline = None  # type: ignore[assignment]
+    return exact()
+
+
+def _split(pipe: Any, engine: str, manifest: Manifest, execution: Execution, threads: int, cache: Cache) -> Pipeline:
+    """A diffusers pipeline as the engine runs it: step by step where its family can be."""
     # Where graphs do all the heavy work torch only steps schedulers: threads of its own would get in ONNX Runtime's way.
     torch_threads = 1 if manifest.backend == "onnx" else threads
     family = FAMILIES.get(manifest.family)
@@ -49,21 +160,9 @@ def load_pipeline(
     if family is None:
         pipeline = WholePipeline(pipe, engine, torch_threads)
     else:
-        pipeline = family(pipe, engine, torch_threads, cache or Cache(0), manifest.latent_preview)
+        pipeline = family(pipe, engine, torch_threads, cache, manifest.latent_preview)
     if manifest.size_multiple is not None:
         pipeline.size_multiple = manifest.size_multiple
+    if execution.compile and manifest.backend != "onnx":
+        compile_modules(pipe, pipeline)
     return pipeline
-
-
-def _build(bundle: Path, manifest: Manifest, provider: str, threads: int, open_graph: Open) -> tuple[Any, str]:
-    """The diffusers pipeline, and what runs it."""
-    if manifest.backend == "torch":
-        device = torch_device(provider)
-        return torch_pipeline(bundle, manifest, device), f"torch:{device}"
-    options = SessionOptions(resolve_provider(provider), threads)
-    # All graphs take and give tensors on the CPU; only the torch modules of a hybrid are elsewhere.
-    device = "cuda" if manifest.backend == "hybrid" and options.provider == "cuda" and torch.cuda.is_available() else "cpu"
-    components = Components(
-        bundle, manifest, lambda name, path: HostRunner(open_graph(path, options)), provider=options.provider, device=device
-    )
-    return components.pipeline(), f"{manifest.backend}:{options.provider}"

@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from img2img_server.pipelines.transfers import send
+
 SLOTS = 6
 """The most tensors that a scheduler may remember. PNDM and UniPC of order 3 need 4."""
 
@@ -57,7 +59,7 @@ class Schedule:
     """A scheduler's steps from one timestep to the end. Immutable; shared by all requests that have the same."""
 
     timesteps: torch.Tensor
-    """[S], as diffusers gave them, on their device."""
+    """[S], as diffusers gave them."""
     input_scales: tuple[float, ...]
     """[S]: what the latents are multiplied by before they enter the model."""
     steps: tuple[Step, ...]
@@ -119,9 +121,9 @@ def _combine(steps: Sequence[Step], terms: Sequence[tuple[torch.Tensor, ...]], s
     device = terms[0][0].device
     depth = max(len(given) for given in terms)
     matrices = [step.coefficients for step, size in zip(steps, sizes, strict=True) for _ in range(size)]
-    table = torch.stack(matrices, dim=-1)[:depth, : max(step.rows for step in steps)].to(device)[..., None, None, None]
+    table = torch.stack(matrices, dim=-1)[:depth, : max(step.rows for step in steps)]
     total: torch.Tensor | None = None
-    for index, factors in enumerate(table.unbind()):
+    for index, factors in enumerate(send(table, device)[..., None, None, None].unbind()):
         # A request that lacks the term repeats its own latents: nothing foreign, and no memory that was never written.
         values = torch.cat([given[index if index < len(given) else 0] for given in terms]).float()
         total = factors * values if total is None else total.addcmul_(factors, values)
@@ -147,7 +149,7 @@ def _draw(
             parts.append(torch.zeros(sample.shape))
     device = latents[0].device
     factors = [step.noise for step, sample in zip(steps, latents, strict=True) for _ in range(len(sample))]
-    return torch.cat(parts).to(device), torch.tensor(factors, device=device)[:, None, None, None]
+    return send(torch.cat(parts), device), send(torch.tensor(factors), device)[:, None, None, None]
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -4,97 +4,112 @@ ONNX Runtime's Python wrapper falls back silently when a provider does not load:
 with a log line. So the provider list is built here explicitly, and every session is asked what it really got.
 """
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import onnxruntime
-from onnxruntime.capi import onnxruntime_pybind11_state as state
 
 from img2img_server.errors import BundleError
-
-PROVIDERS = {"cuda": "CUDAExecutionProvider", "cpu": "CPUExecutionProvider"}
-"""The providers that can be asked for by name, best first, and their names in ONNX Runtime."""
-
-
-_ERRORS = (
-    state.Fail,
-    state.InvalidArgument,
-    state.InvalidGraph,
-    state.InvalidProtobuf,
-    state.NoSuchFile,
-    state.NotImplemented,
-    state.RuntimeException,
-)
-"""What ONNX Runtime raises for a graph that it cannot run. They have no base of their own."""
+from img2img_server.pipelines.providers import ERRORS, FULL_NAMES, openvino_device
 
 
 @dataclass(frozen=True, slots=True)
 class SessionOptions:
-    """How to run graphs. `provider` is a key of PROVIDERS; `threads` is how many CPU threads one call may use; a `lean` session
-    reads its weights from the mapped file and keeps nothing from call to call: it takes little memory, and is slower."""
+    """How to run graphs.
+
+    `provider` is one of execution.PROVIDERS; `provider_options` are settings of it, by ONNX Runtime's names. `threads` is how
+    many CPU threads one call may use. `dimensions` gives named axes of the graph's inputs their size: where all have one the
+    session is static, and takes that size only. A `lean` session reads its weights from the mapped file and keeps nothing from
+    call to call: it takes little memory, and is slower. `arithmetic` is only to be told of: what the session computes in, where
+    that is not the graph's own.
+    """
 
     provider: str = "cpu"
     threads: int = 1
     lean: bool = False
+    provider_options: tuple[tuple[str, str], ...] = ()
+    dimensions: tuple[tuple[str, int], ...] = ()
+    arithmetic: str = ""
 
 
 Open = Callable[[Path, SessionOptions], onnxruntime.InferenceSession]
 """Opens an ONNX file."""
 
 
-def resolve_provider(provider: str) -> str:
-    """Turns "auto" into the best provider that is there.
+def provider_list(options: SessionOptions) -> list[tuple[str, dict[str, str]]]:
+    """The providers of a session, in order of preference, each with its settings.
 
-    Raises BundleError where a provider is asked for by name and ONNX Runtime does not have it.
+    A GPU's list ends with the CPU, for nodes that it lacks; TensorRT's has CUDA between. OpenVINO, a plugin, is in no list:
+    it is added by its device. The options of GPUs are not yet run on one.
     """
-    available = onnxruntime.get_available_providers()
-    there = [name for name, full_name in PROVIDERS.items() if full_name in available]
-    chosen = there[0] if provider == "auto" else provider
-    if chosen not in there:
-        raise BundleError(f"provider '{provider}' is not in this ONNX Runtime, which has {', '.join(there)}")
-    return chosen
-
-
-def provider_list(options: SessionOptions) -> list[tuple[str, dict[str, Any]]]:
-    """The providers of a session, in order of preference. CUDA's list ends with the CPU, for nodes that CUDA lacks.
-
-    CUDA's options are not yet run on a GPU.
-    """
-    cpu: tuple[str, dict[str, Any]] = (PROVIDERS["cpu"], {})
-    if options.provider == "cpu":
-        return [cpu]
-    return [(PROVIDERS["cuda"], {"cudnn_conv_algo_search": "HEURISTIC"}), cpu]
+    cpu: tuple[str, dict[str, str]] = (FULL_NAMES["cpu"], {})
+    own = dict(options.provider_options)
+    # DEFAULT takes a slow algorithm where the fastest wants more memory than it may have.
+    cuda = {"cudnn_conv_algo_search": "HEURISTIC"}
+    return {
+        "cpu": [cpu],
+        "cuda": [(FULL_NAMES["cuda"], cuda | own), cpu],
+        "tensorrt": [(FULL_NAMES["tensorrt"], own), (FULL_NAMES["cuda"], cuda), cpu],
+    }[options.provider]
 
 
 def open_session(graph: Path, options: SessionOptions) -> onnxruntime.InferenceSession:
     """Opens the ONNX file `graph`. Raises BundleError where the session runs on another provider than it was told to."""
-    session_options = onnxruntime.SessionOptions()
-    session_options.intra_op_num_threads = options.threads
-    session_options.inter_op_num_threads = 1
-    session_options.log_severity_level = 3
-    if options.lean:
-        session_options.enable_cpu_mem_arena = session_options.enable_mem_pattern = False
-        session_options.add_session_config_entry("session.disable_prepacking", "1")
-        # What comes after it lays out the weights of convolutions anew.
-        session_options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
-    # Each session has threads of its own, which go on spinning for a while when its call is over: then those of the next
-    # session's call, the VAE's after the UNet's, share the cores with them and take twice as long.
-    session_options.add_session_config_entry("session.force_spinning_stop", "1")
-    if options.provider == "cuda":
-        onnxruntime.preload_dlls()
-    wanted = provider_list(options)
+    session_options = _session_options(options)
+    arguments: dict[str, Any] = {}
+    if options.provider == "openvino":
+        device = openvino_device()
+        if device is None:
+            raise BundleError(f"{graph} was to run on OpenVINO, whose plugin has no device here")
+        session_options.add_provider_for_devices([device], dict(options.provider_options))
+    else:
+        if options.provider != "cpu":
+            onnxruntime.preload_dlls()
+        wanted = provider_list(options)
+        arguments = {"providers": [name for name, _ in wanted], "provider_options": [settings for _, settings in wanted]}
     try:
-        session = onnxruntime.InferenceSession(
-            str(graph),
-            session_options,
-            providers=[name for name, _ in wanted],
-            provider_options=[settings for _, settings in wanted],
-        )
-    except _ERRORS as error:
+        session = onnxruntime.InferenceSession(str(graph), session_options, enable_fallback=0, **arguments)
+    except ERRORS as error:
         raise BundleError(f"{graph} does not open: {error}") from error
     session.disable_fallback()
-    if session.get_providers()[0] != wanted[0][0]:
-        raise BundleError(f"{graph} was to run on {wanted[0][0]}, ONNX Runtime gave {session.get_providers()}")
+    if session.get_providers()[0] != FULL_NAMES[options.provider]:
+        raise BundleError(f"{graph} was to run on {FULL_NAMES[options.provider]}, ONNX Runtime gave {session.get_providers()}")
     return session
+
+
+def describe(session: Any) -> dict[str, int]:
+    """How many nodes of the graph run on which provider, by its name in execution.PROVIDERS, the most first.
+
+    Empty where the session does not know: it was opened by other hands.
+    """
+    short = {full: name for name, full in FULL_NAMES.items()}
+    counts: Counter[str] = Counter()
+    try:
+        for part in session.get_provider_graph_assignment_info():
+            counts[short.get(part.ep_name, part.ep_name)] += len(part.get_nodes())
+    except (*ERRORS, AttributeError):
+        return {}
+    return dict(counts.most_common())
+
+
+def _session_options(options: SessionOptions) -> onnxruntime.SessionOptions:
+    result = onnxruntime.SessionOptions()
+    result.intra_op_num_threads = options.threads
+    result.inter_op_num_threads = 1
+    result.log_severity_level = 3
+    for name, size in options.dimensions:
+        result.add_free_dimension_override_by_name(name, size)
+    if options.lean:
+        result.enable_cpu_mem_arena = result.enable_mem_pattern = False
+        result.add_session_config_entry("session.disable_prepacking", "1")
+        # What comes after it lays out the weights of convolutions anew.
+        result.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    # Each session has threads of its own, which go on spinning for a while when its call is over: then those of the next
+    # session's call, the VAE's after the UNet's, share the cores with them and take twice as long.
+    result.add_session_config_entry("session.force_spinning_stop", "1")
+    # For `describe`.
+    result.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    return result

@@ -23,6 +23,7 @@ from img2img_server.pipelines.diffusion_state import Conditioning, DiffusionStat
 from img2img_server.pipelines.schedules import Trajectory, advance_batch
 from img2img_server.pipelines.timetables import Timetable, Timetables
 from img2img_server.pipelines.torch_calls import torch_call
+from img2img_server.pipelines.transfers import send, settle
 from img2img_server.pipelines.views import view_of
 
 PreviewWeights = Sequence[Sequence[float]]
@@ -35,6 +36,7 @@ class StableDiffusion:
     """
 
     max_rows: int | None = None
+    measurable = True
     timetables: type[Timetables] = Timetables
 
     def __init__(self, pipe: Any, engine: str, threads: int, cache: Cache, preview_weights: PreviewWeights = ()) -> None:
@@ -62,10 +64,12 @@ class StableDiffusion:
         timetables = [self._timetables.get(request) for request in requests]
         embeddings = self._encoder.texts([text for request in requests for text in self._texts(request)])
         pictures = self._encoder.pictures(requests)
-        return [
+        states = [
             self._begin(request, timetable, embeddings, picture)
             for request, timetable, picture in zip(requests, timetables, pictures, strict=True)
         ]
+        settle(states[-1].latents)
+        return states
 
     @torch_call
     def denoise(self, states: Sequence[DiffusionState]) -> Sequence[torch.Tensor]:
@@ -76,16 +80,18 @@ class StableDiffusion:
             samples += [scaled, scaled] if state.guided else [scaled]
             sizes.append(len(scaled) * (2 if state.guided else 1))
             timesteps.append(state.timestep.expand(sizes[-1]))
+        joined_samples = torch.cat(samples)
         joined = {name: torch.cat([state.conditioning[name] for state in states]) for name in states[0].conditioning}
         hidden_states = joined.pop("encoder_hidden_states")
         noise: torch.Tensor = self._pipe.unet(
-            torch.cat(samples),
-            torch.cat(timesteps),
+            joined_samples,
+            send(torch.cat(timesteps), joined_samples.device),
             encoder_hidden_states=hidden_states,
             timestep_cond=joined.pop("timestep_cond", None),
             added_cond_kwargs=joined,
             return_dict=False,
         )[0]
+        settle(noise)
         return torch.split(noise, sizes)
 
     @torch_call
@@ -203,7 +209,8 @@ class StableDiffusion:
         cumulative = self._pipe.scheduler.alphas_cumprod
         low = min(int(state.timestep), len(cumulative) - 1)
         high = min(low + 1, len(cumulative) - 1)
-        alpha = torch.lerp(cumulative[low], cumulative[high], float(state.timestep) - low).to(output)
+        # A scalar of the host goes with tensors of any device.
+        alpha = torch.lerp(cumulative[low], cumulative[high], float(state.timestep) - low).to(output.dtype)
         sample = state.scaled()[:1]
         if self._pipe.scheduler.config.prediction_type == "v_prediction":
             return alpha.sqrt() * sample - (1 - alpha).sqrt() * output

@@ -23,6 +23,7 @@ from transformers.utils import ModelOutput
 
 from img2img_server.errors import BundleError
 from img2img_server.pipelines.runners import Runner, dtype_of
+from img2img_server.pipelines.transfers import send
 
 _TEXT_OUTPUTS = ("text_embeds", "last_hidden_state", "pooler_output")
 """The order in which transformers' text encoders give them."""
@@ -47,14 +48,12 @@ class Graph:
         given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
         device = next(iter(given.values())).device
         feed = {
-            name: tensor.detach().to(self._device, self._inputs[name]).contiguous()
+            name: send(tensor.detach(), self._device, self._inputs[name]).contiguous()
             for name, tensor in given.items()
             if name in self._inputs
         }
         outputs = zip(self._outputs, self._runner.run(feed), strict=True)
-        return {
-            name: value.to(device, torch.float32) if value.is_floating_point() else value.to(device) for name, value in outputs
-        }
+        return {name: send(value, device, torch.float32 if value.is_floating_point() else None) for name, value in outputs}
 
 
 class StandIn:

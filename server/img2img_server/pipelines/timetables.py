@@ -27,7 +27,7 @@ class Timetable:
     """Shared by all requests with the same scheduler and steps, and never changed.
 
     `scheduler` was set and begun, and is not stepped; `schedule` is None where its steps are not linear: then a request
-    steps a copy of `scheduler`.
+    steps a copy of `scheduler`. Tensors are on the CPU.
     """
 
     scheduler: Any
@@ -58,7 +58,9 @@ class Timetables:
         return known
 
     def _make(self, request: Request) -> Timetable:
-        device = self._pipe._execution_device
+        # On the host, whatever the pipeline runs on: steps are counted and scaled there, and another thread than the engine's may
+        # come here, which must not use the device while a CUDA graph is recorded.
+        device = torch.device("cpu")
         view = view_of(self._pipe, scheduler=copy.deepcopy(self._scheduler(request.scheduler)))
         try:
             timesteps = self._set(view, request, device)

@@ -2,118 +2,55 @@
 
 The pipeline's call runs on a thread of its own that never runs by itself: the engine's thread hands it the baton, and gets it
 back at the end of each step (callback_on_step_end). So one thread at a time owns the device, other requests take turns in
-between, and a cancelled request unwinds at its next step.
+between, and a call that nobody waits for unwinds at its next step. Requests with equal settings that are prepared together
+share a call.
 """
 
 import copy
 import inspect
-import threading
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import logging
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
 from PIL import Image
 
 from img2img_server.engine.request import Plan, Request
-from img2img_server.errors import InvalidField
+from img2img_server.errors import InvalidField, OutOfMemory
+from img2img_server.pipelines.sharing import rule_of, slot
 from img2img_server.pipelines.torch_calls import torch_call
 from img2img_server.pipelines.views import view_of
+from img2img_server.pipelines.whole_call import Call, WholeState
+from img2img_server.pipelines.whole_sizes import SWAPPED, native_side, parts, size_multiple
 
-_SWAPPED = frozenset({"KandinskyV22Img2ImgPipeline", "KandinskyV22Img2ImgCombinedPipeline"})
-"""Classes of diffusers (seen in 0.39) that hand width and height to their image processor the wrong way round."""
+_log = logging.getLogger(__name__)
 
-_UNFITTED = frozenset({"Kandinsky3UNet", "ResnetUpsampleBlock2D", "SimpleCrossAttnUpBlock2D"})
-"""UNets, and blocks of UNets, that double what they get whatever its size was before it was halved."""
-
-_ASSUMED_SIDE = 512
-"""Pixels of a side of the pictures that a pipeline was trained on, where it doesn't say."""
-
-
-class _Abandoned(BaseException):
-    """Unwinds a pipeline's call whose request has ended. A BaseException, so that no pipeline catches it."""
-
-
-class Run:
-    """A call that is run in pieces: `resume` lets it go on until it calls `pause` or returns."""
-
-    def __init__(self, call: Callable[["Run"], list[Image.Image]]) -> None:
-        self._call = call
-        self._go, self._back = threading.Semaphore(0), threading.Semaphore(0)
-        self._abandoned = False
-        self._error: Exception | None = None
-        self.images: list[Image.Image] = []
-        self.done = False
-        self._thread = threading.Thread(target=self._main, name="img2img-pipeline", daemon=True)
-
-    def resume(self) -> None:
-        """Runs the next piece. Raises what the call raised."""
-        assert not self.done, "a finished run cannot be resumed"
-        if self._thread.ident is None:
-            self._thread.start()
-        self._go.release()
-        self._back.acquire()
-        if self.done:
-            self._thread.join()
-        if self._error is not None:
-            raise self._error
-
-    def pause(self) -> None:
-        """Called by the call itself at the end of a piece: hands the baton back."""
-        self._back.release()
-        self._go.acquire()
-        if self._abandoned:
-            raise _Abandoned
-
-    def abandon(self) -> None:
-        """Unwinds the call where it stands. Harmless on one that is done; one that never began is done with this."""
-        if self._thread.ident is not None and not self.done:
-            self._abandoned = True
-            self._go.release()
-            self._thread.join()
-        self.done = True
-
-    def _main(self) -> None:
-        self._go.acquire()
-        try:
-            self.images = self._call(self)
-        except _Abandoned:
-            pass
-        except Exception as error:  # noqa: BLE001 - handed to the engine's thread, which owns what to make of it
-            self._error = error
-        finally:
-            self.done = True
-            self._back.release()
-
-
-@dataclass(slots=True, eq=False)
-class WholeState:
-    """A request whose pipeline is in the middle of its call."""
-
-    run: Run
-    step_count: int
-    step: int = 0
-    steps_seen: int = 0
+_MOST_ROWS = 16
+"""Rows of the denoiser in one call of diffusers. Memory is needed for all of them until the last is decoded."""
 
 
 class WholePipeline:
-    """Any AutoPipelineForImage2Image. Implements the engine's Pipeline, one request in a batch.
+    """Any AutoPipelineForImage2Image. Implements the engine's Pipeline.
 
-    Several seeds are run one after the other, so that each picture is the one its seed gives alone.
+    The pictures of a request, and of others with equal settings, are drawn together where the class is known to draw each as it
+    would alone (`sharing.py`); else one after the other. `compile` of torch modules is not done here (`compiled.py`).
     """
 
-    max_rows: int | None = 1
     schedulers: tuple[str, ...] = ()
+    measurable = False
 
     def __init__(self, pipe: Any, engine: str, threads: int) -> None:
         self._pipe = pipe
         self.threads = threads
-        side = _native_side(pipe)
+        side = native_side(pipe)
         self.native_size = (side, side)
         self._parameters = inspect.signature(pipe.__call__).parameters
         self.engine = engine
-        self.size_multiple = _size_multiple(pipe)
-        for part in _parts(pipe):
+        self.size_multiple = size_multiple(pipe)
+        self._rule = rule_of(pipe)
+        self.max_rows: int | None = None if self._rule else 1
+        self._most_rows = _MOST_ROWS
+        for part in parts(pipe):
             part.set_progress_bar_config(disable=True)  # the client gets the progress
 
     def plan(self, request: Request) -> Plan:
@@ -121,26 +58,37 @@ class WholePipeline:
         if request.scheduler is not None:
             raise InvalidField("scheduler", "this model has its own only")
         width, height = request.image.size
-        strength = request.strength if "strength" in self._parameters else 1.0
-        steps = max(1, int(request.num_inference_steps * strength))
-        return Plan((height, width), width * height, 1, steps * len(request.seeds))
+        settings, at_once = self._settings(request), self._at_once(request)
+        chunks = -(-len(request.seeds) // at_once)
+        rows = min(len(request.seeds), at_once) * self._rows(request)
+        shape = (height, width) if settings is None else (height, width, slot(settings))
+        return Plan(shape, width * height, rows, self._steps(request) * chunks)
 
     def prepare(self, requests: Sequence[Request]) -> Sequence[WholeState]:
-        """Readies the calls; nothing is computed yet."""
-        return [self._ready(request) for request in requests]
+        """Readies the calls, a shared one for those with equal settings; nothing is computed yet."""
+        states: dict[int, WholeState] = {}
+        for numbers in self._shares(requests):
+            call = self._call([requests[number] for number in numbers])
+            for place, number in enumerate(numbers):
+                states[number] = WholeState(requests[number], call, place, call.step_count)
+        return [states[number] for number in range(len(requests))]
 
     def denoise(self, states: Sequence[WholeState]) -> Sequence[None]:
-        """Runs one step of each."""
+        """Runs one step of each call. One that is ahead of all its `states` waits: what they lack was computed already."""
+        members: dict[Call, list[WholeState]] = {}
         for state in states:
-            state.run.resume()
+            members.setdefault(state.call, []).append(state)
+        for call, some in members.items():
+            if call.failed:
+                call = self._anew(call, some)
+            if not call.done and any(state.pieces == call.pieces for state in some):
+                self._resume(call, some, alone=len(states) == 1)
         return [None] * len(states)
 
     def advance(self, states: Sequence[WholeState], noises: Sequence[None]) -> None:
-        """Takes over how far the pipelines came; a step of a prior is no step of the picture's."""
+        """Takes over how far the calls came."""
         for state in states:
-            state.step = state.steps_seen
-            if state.run.done:
-                state.step = state.step_count = max(state.step_count, 1)
+            state.catch_up()
 
     def preview(self, states: Sequence[WholeState]) -> Sequence[None]:
         """There are none: what the pipeline has between two steps is its own affair."""
@@ -148,60 +96,108 @@ class WholePipeline:
 
     def finish(self, states: Sequence[WholeState]) -> Sequence[Sequence[Image.Image]]:
         """The pictures that the calls returned."""
-        return [state.run.images for state in states]
+        return [state.call.images(state.number) for state in states]
 
     def release(self, state: WholeState) -> None:
-        """Unwinds a call that was cut short."""
-        state.run.abandon()
+        """The request has left its call. One that was cut short and has nobody left is unwound."""
+        state.call.leave()
 
-    def _ready(self, request: Request) -> WholeState:
-        state = WholeState(
-            run=Run(lambda run: self._transform(request, run, state)),
-            step_count=self.plan(request).step_count,
-        )
-        return state
+    def _resume(self, call: Call, states: Sequence[WholeState], alone: bool) -> None:
+        """Runs a call's next piece. Where that fails the engine asks again for fewer; for one that is `alone` it would not."""
+        while (error := call.resume()) is not None:
+            if isinstance(error, OutOfMemory):
+                self._most_rows = max(1, min(self._most_rows, len(call.chunks[0]) * self._rows(states[0].request)) // 2)
+            if not alone or (len(call.requests) == 1 and call.at_once == 1):
+                raise error
+            _log.warning("a call of %d pictures failed, and is tried with fewer: %s", len(call.pictures), error)
+            call = self._anew(call, states)
+
+    def _anew(self, failed: Call, states: Sequence[WholeState]) -> Call:
+        """A fresh call in the place of one that failed, of those only that are asked for; of a single one picture by picture."""
+        smallest = len(states) == len(failed.requests) == 1
+        call = self._call([state.request for state in states], at_once=1 if smallest else None)
+        for place, state in enumerate(states):
+            state.join(call, place)
+        return call
+
+    def _shares(self, requests: Sequence[Request]) -> list[list[int]]:
+        """Puts the numbers of those together that share a call."""
+        shares: list[list[int]] = []
+        latest: dict[Hashable, tuple[list[int], int]] = {}
+        for number, request in enumerate(requests):
+            settings, rows = self._settings(request), len(request.seeds) * self._rows(request)
+            share, taken = latest.get(settings, ([], 0))
+            if not share or settings is None or taken + rows > self._most_rows:
+                share, taken = [], 0
+                shares.append(share)
+            share.append(number)
+            latest[settings] = share, taken + rows
+        return shares
+
+    def _call(self, requests: Sequence[Request], at_once: int | None = None) -> Call:
+        return Call(requests, at_once or self._at_once(requests[0]), self._steps(requests[0]), self._draw)
+
+    def _settings(self, request: Request) -> Hashable | None:
+        """What others must have in common with it to share its call; None where none can."""
+        return self._rule and self._rule.settings(request, self._parameters)
+
+    def _rows(self, request: Request) -> int:
+        """Rows of the denoiser for each of its pictures."""
+        return self._rule.rows(request) if self._rule else 1
+
+    def _at_once(self, request: Request) -> int:
+        """How many pictures one call of diffusers may have."""
+        return 1 if self._settings(request) is None else max(1, self._most_rows // self._rows(request))
+
+    def _steps(self, request: Request) -> int:
+        strength = request.strength if "strength" in self._parameters else 1.0
+        return max(1, int(request.num_inference_steps * strength))
 
     @torch_call
-    def _transform(self, request: Request, run: Run, state: WholeState) -> list[Image.Image]:
+    def _draw(self, call: Call) -> list[Image.Image]:
         images: list[Image.Image] = []
-        for index, seed in enumerate(request.seeds):
-            pipe = _view(self._pipe)
+        estimate = call.step_count // len(call.chunks)
+        for number, chunk in enumerate(call.chunks):
 
-            def on_step_end(running: Any, step: int, timestep: Any, tensors: dict[str, Any], index: int = index) -> Any:
-                per_picture = getattr(running, "num_timesteps", None) or state.step_count // len(request.seeds)
-                state.step_count = per_picture * len(request.seeds)
-                # The last step still has decoding behind it: it is told with the picture.
-                state.steps_seen = min(index * per_picture + step + 1, state.step_count - 1)
-                run.pause()
+            def on_step_end(running: Any, step: int, timestep: Any, tensors: dict[str, Any], number: int = number) -> Any:
+                call.told(number, step + 1, getattr(running, "num_timesteps", None) or estimate)
+                call.pause()
                 return tensors
 
             def on_prior_step_end(running: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> Any:
-                run.pause()
+                call.pause()
                 return tensors
 
-            images += pipe(**self._arguments(request, seed, on_step_end, on_prior_step_end), output_type="pil").images
-        if any(image.size != request.image.size for image in images):
-            raise RuntimeError(f"asked for {request.image.size}, {type(self._pipe).__name__} made {images[0].size}")
+            listeners = {"callback_on_step_end": on_step_end, "prior_callback_on_step_end": on_prior_step_end}
+            images += _view(self._pipe)(**self._arguments(chunk, listeners), output_type="pil").images
+        size = call.requests[0].image.size
+        if len(images) != len(call.pictures) or any(image.size != size for image in images):
+            made = [image.size for image in images]
+            raise RuntimeError(f"asked for {len(call.pictures)} of {size}, {type(self._pipe).__name__} made {made}")
         return images
 
-    def _arguments(self, request: Request, seed: int, on_step_end: Any, on_prior_step_end: Any) -> dict[str, Any]:
-        """The arguments of the pipeline's call: those of the request that this pipeline knows."""
+    def _arguments(self, pictures: Sequence[tuple[Request, int]], listeners: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of the pipeline's call: what it knows of the requests, in lists where there are several pictures."""
+        request = pictures[0][0]
         width, height = request.image.size
-        if type(self._pipe).__name__ in _SWAPPED:
+        if type(self._pipe).__name__ in SWAPPED:
             width, height = height, width
-        offered = {
-            "prompt": request.prompt,
-            "negative_prompt": request.negative_prompt,
-            "image": request.image,
+        each: dict[str, list[Any]] = {
+            "prompt": [request.prompt for request, _ in pictures],
+            "negative_prompt": [request.negative_prompt for request, _ in pictures],
+            "image": [request.image for request, _ in pictures],
+            "generator": [torch.Generator("cpu").manual_seed(seed) for _, seed in pictures],
+        }
+        alike = {
             "strength": request.strength,
             "num_inference_steps": request.num_inference_steps,
             "guidance_scale": request.guidance_scale,
             "width": width,
             "height": height,
-            "generator": torch.Generator("cpu").manual_seed(seed),
-            "callback_on_step_end": on_step_end,
-            "prior_callback_on_step_end": on_prior_step_end,
         }
+        # A lone picture is asked for as anybody would. A prompt that was not given is none for all.
+        single = {name: values[0] if len(pictures) == 1 or values[0] is None else values for name, values in each.items()}
+        offered = single | alike | listeners
         return {name: value for name, value in offered.items() if name in self._parameters}
 
 
@@ -210,41 +206,3 @@ def _view(pipe: Any) -> Any:
     inner = {name: _view(value) for name, value in vars(pipe).items() if name.endswith("_pipe")}
     own = {name: copy.deepcopy(value) for name, value in vars(pipe).items() if name.endswith("scheduler")}
     return view_of(pipe, **inner, **own)
-
-
-def _parts(pipe: Any) -> list[Any]:
-    """The pipeline and the inner pipelines that a combined one hands its work to."""
-    return [pipe, *(value for name, value in vars(pipe).items() if name.endswith("_pipe"))]
-
-
-def _size_multiple(pipe: Any) -> int:
-    """Width and height must be multiples of this many pixels: what the pipeline's image processor rounds to, else 64, times
-    what its denoiser's patches and levels need, where the pipeline leaves that to its caller."""
-    for part in _parts(pipe):
-        processor = getattr(part, "image_processor", None)
-        factor = getattr(getattr(processor, "config", None), "vae_scale_factor", None)
-        if factor is not None:
-            return int(factor) * _denoiser_multiple(part)
-    return 64
-
-
-def _denoiser_multiple(pipe: Any) -> int:
-    """Latents must be multiples of this. Only SD 3's pipelines have a `patch_size`, and only Kandinsky's UNets don't fit what
-    they sample up to what they sampled down."""
-    unet = getattr(pipe, "unet", None)
-    config = getattr(unet, "config", {})
-    kinds = {config.get("_class_name", type(unet).__name__), *config.get("up_block_types", ())}
-    if not kinds.isdisjoint(_UNFITTED):
-        return int(2 ** (len(config["block_out_channels"]) - 1))
-    return int(getattr(pipe, "patch_size", 1))
-
-
-def _native_side(pipe: Any) -> int:
-    """Pixels of a side of the pictures that the pipeline was trained on."""
-    for part in _parts(pipe):
-        factor = getattr(part, "vae_scale_factor", None)
-        config = getattr(getattr(part, "unet", None), "config", {})
-        side = getattr(part, "default_sample_size", None) or config.get("sample_size")
-        if isinstance(factor, int) and isinstance(side, int):
-            return side * factor
-    return _ASSUMED_SIDE

@@ -1,0 +1,146 @@
+"""A process that draws one picture each time it is told to, by one of the ways to run a Stable Diffusion model on a CPU.
+
+`scripts/bench providers` starts one for each way, and lets them take turns: a line on stdin is a drawing's number of steps, the
+answer is a line of JSON with the seconds that it took. The picture is left in a file.
+"""
+
+import argparse
+import contextlib
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+PROMPT = "A beautiful landscape with mountains and a lake at sunset"
+STRENGTH, STEPS, GUIDANCE, SEED = 0.8, 25, 7.5, 1
+
+Draw = Callable[[Image.Image, int], Image.Image]
+"""A source and a number of steps to a picture."""
+
+
+def ours(arguments: argparse.Namespace) -> Draw:
+    """The server's pipeline, without the server and without its cache."""
+    from img2img_server.bundle import read_manifest
+    from img2img_server.engine.cache import Cache
+    from img2img_server.engine.request import Request
+    from img2img_server.execution import Execution
+    from img2img_server.pipelines.loader import load_pipeline
+
+    execution = Execution(arguments.provider, arguments.threads)
+    pipeline = load_pipeline(arguments.model, read_manifest(arguments.model), execution, Cache(0))
+
+    def draw(image: Image.Image, steps: int) -> Image.Image:
+        (state,) = pipeline.prepare([Request("", image, PROMPT, None, STRENGTH, steps, GUIDANCE, (SEED,))])
+        while state.step < state.step_count:
+            pipeline.advance([state], pipeline.denoise([state]))
+        return pipeline.finish([state])[0][0]
+
+    return draw
+
+
+def diffusers(arguments: argparse.Namespace) -> Draw:
+    """diffusers on PyTorch, channels last."""
+    import torch
+    from diffusers import AutoPipelineForImage2Image
+
+    torch.set_num_threads(arguments.threads)
+    kind = {"fp32": torch.float32, "bf16": torch.bfloat16}[arguments.arithmetic]
+    pipe = AutoPipelineForImage2Image.from_pretrained(str(arguments.model), torch_dtype=kind)
+    pipe.unet.to(memory_format=torch.channels_last)
+    pipe.vae.to(memory_format=torch.channels_last)
+    return _called(pipe)
+
+
+def optimum(arguments: argparse.Namespace) -> Draw:
+    """optimum's pipeline on ONNX Runtime, from the same bundle."""
+    from onnxruntime import SessionOptions
+    from optimum.onnxruntime import ORTPipelineForImage2Image
+
+    options = SessionOptions()
+    options.intra_op_num_threads = arguments.threads
+    return _called(ORTPipelineForImage2Image.from_pretrained(str(arguments.model), export=False, session_options=options))
+
+
+def optimum_intel(arguments: argparse.Namespace) -> Draw:
+    """optimum-intel's pipeline on OpenVINO itself, which it converts the PyTorch model for, once."""
+    from optimum.intel import OVStableDiffusionImg2ImgPipeline
+
+    folder = arguments.model.with_name(f"{arguments.model.name}-openvino")
+    if not (folder / "model_index.json").is_file():
+        made = OVStableDiffusionImg2ImgPipeline.from_pretrained(
+            str(arguments.model), export=True, compile=False, load_in_8bit=False
+        )
+        made.save_pretrained(folder)
+        del made
+    config = {"INFERENCE_PRECISION_HINT": {"fp32": "f32", "bf16": "bf16"}[arguments.arithmetic]}
+    config |= {"INFERENCE_NUM_THREADS": str(arguments.threads), "NUM_STREAMS": "1", "PERFORMANCE_HINT": "LATENCY"}
+    return _called(OVStableDiffusionImg2ImgPipeline.from_pretrained(str(folder), ov_config=config))
+
+
+WAYS = {"ours": ours, "diffusers": diffusers, "optimum": optimum, "optimum-intel": optimum_intel}
+
+
+def _called(pipe: Any) -> Draw:
+    import torch
+
+    pipe.set_progress_bar_config(disable=True)
+
+    def draw(image: Image.Image, steps: int) -> Image.Image:
+        drawn: Image.Image = pipe(
+            PROMPT,
+            image=image,
+            strength=STRENGTH,
+            num_inference_steps=steps,
+            guidance_scale=GUIDANCE,
+            generator=torch.Generator("cpu").manual_seed(SEED),
+        ).images[0]
+        return drawn
+
+    return draw
+
+
+def _device(arguments: argparse.Namespace) -> contextlib.AbstractContextManager[Any]:
+    """OpenVINO's plugin on a CPU that is not Intel's, where that is asked for: what the tests do, and say of themselves."""
+    if not arguments.pretend_intel:
+        return contextlib.nullcontext()
+    sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
+    from openvino_device import openvino_device
+
+    return openvino_device()
+
+
+def main() -> None:
+    """Loads, says so with an empty line of JSON, and draws until stdin ends."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("way", choices=WAYS)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--size", type=int, required=True)
+    parser.add_argument("--threads", type=int, required=True)
+    parser.add_argument("--picture", type=Path, required=True)
+    parser.add_argument("--provider", default="cpu")
+    parser.add_argument("--arithmetic", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--pretend-intel", action="store_true")
+    arguments = parser.parse_args()
+    with _device(arguments):
+        _answer(WAYS[arguments.way](arguments), arguments)
+
+
+def _answer(draw: Draw, arguments: argparse.Namespace) -> None:
+    image = Image.linear_gradient("L").resize((arguments.size, arguments.size)).convert("RGB")
+    # What libraries print is no answer.
+    answers, sys.stdout = sys.stdout, sys.stderr
+    print(json.dumps({}), file=answers, flush=True)
+    for line in sys.stdin:
+        begun = time.perf_counter()
+        picture = draw(image, int(line))
+        seconds = time.perf_counter() - begun
+        picture.save(arguments.picture)
+        print(json.dumps({"seconds": seconds}), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,183 @@
+"""What runs a real-size Stable Diffusion 1.5 on this CPU, and how fast: its parts and whole requests, side by side.
+
+Parts: ONNX Runtime's CPU provider in fp32 and on the int8 bundle, OpenVINO's provider with sessions of any shape and of one,
+PyTorch with channels last. Requests: the server's pipeline against diffusers, optimum and optimum-intel, each in a process of
+its own, with the picture's PSNR against diffusers' in fp32. All take turns, so read the ratios.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from bench_models import saved_model
+from rich.console import Console
+from rich.table import Table
+
+_BENCH = Path(".bench")
+_VARIANTS = ("cpu", "int8", "openvino", "openvino-static", "openvino-bf16", "torch", "torch-bf16")
+_COMPONENTS = ("unet", "vae_encoder", "vae_decoder", "text_encoder")
+_PEERS = ("ours", "ours-openvino", "ours-int8", "diffusers", "diffusers-bf16", "optimum", "optimum-intel")
+_LEAST_ROUNDS = 3
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Declares the settings."""
+    add = parser.add_argument
+    add("--model", choices=("sd15", "tiny"), default="sd15", help="random weights of this size (default: %(default)s)")
+    add("--variants", default="cpu,int8,openvino,openvino-static,torch", metavar="V,...", help=f"of {', '.join(_VARIANTS)}")
+    add("--components", default=",".join(_COMPONENTS), metavar="C,...", help="of %(default)s (default: all)")
+    add("--sizes", default="256,512", metavar="N,...", help="sides of pictures in pixels (default: %(default)s)")
+    add("--rounds", type=int, default=5, help="turns of each variant (default: %(default)s)")
+    add("--peers", default="", metavar="P,...", help=f"requests too, by {', '.join(_PEERS)} (all must fit into memory)")
+    add("--request-size", type=int, default=256, metavar="N", help="pixels of a request's picture (default: %(default)s)")
+    add("--request-rounds", type=int, default=3, metavar="N", help="turns of each peer (default: %(default)s)")
+    add("--request-steps", type=int, default=25, metavar="N", help="steps of a request, at strength 0.8 (default: %(default)s)")
+    add("--threads", type=int, default=len(os.sched_getaffinity(0)), metavar="N", help="CPU threads (default: all)")
+    add("--pretend-intel", action="store_true", help="let OpenVINO's plugin run on a CPU that is not Intel's (a test's trick)")
+    add("--openvino-packages", type=Path, metavar="DIR", help="onnxruntime_ep_openvino, unpacked, where it isn't installed")
+    add("--intel-packages", type=Path, metavar="DIR", help="optimum-intel and what it needs, unpacked: its versions are not ours")
+    add("--json", type=Path, default=_BENCH / "providers.json", metavar="FILE", help="(default: %(default)s)")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Makes what is not there yet (minutes a bundle), measures, and prints tables. Needs 20 GB of disk, and of memory."""
+    model = saved_model(arguments.model, "fp32")
+    variants, peers = arguments.variants.split(","), [name for name in arguments.peers.split(",") if name]
+    for name, known in ((variants, _VARIANTS), (peers, _PEERS), (arguments.components.split(","), _COMPONENTS)):
+        if unknown := [word for word in name if word and word not in known]:
+            raise SystemExit(f"unknown: {', '.join(unknown)}; known are {', '.join(known)}")
+    bundles = {"fp32": _bundle(model, arguments.model, "fp32")}
+    if "int8" in variants or "ours-int8" in peers:
+        bundles["int8"] = _bundle(model, arguments.model, "int8")
+    found: dict[str, Any] = {"machine": None, "parts": [], "requests": []}
+    with ExitStack() as stack:
+        if arguments.openvino_packages:
+            sys.path.insert(0, str(arguments.openvino_packages))
+        if arguments.pretend_intel and any("openvino" in name for name in variants):
+            sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+            from openvino_device import openvino_device
+
+            stack.enter_context(openvino_device())
+        if any(variants):
+            found["parts"] = [*_parts(arguments, model, bundles)]
+    if peers:
+        found["requests"] = _requests(arguments, model, bundles, peers)
+    from img2img_server.pipelines.measuring import machine
+
+    found["machine"] = machine()
+    arguments.json.parent.mkdir(parents=True, exist_ok=True)
+    arguments.json.write_text(json.dumps(found, indent=1) + "\n")
+    return 0
+
+
+def _bundle(model: Path, name: str, precision: str) -> Path:
+    folder = _BENCH / "bundles" / f"{name}-{precision}"
+    if not (folder / "manifest.json").is_file():
+        command = [sys.executable, "-m", "img2img_cli", "export", str(model), "--output", str(folder)]
+        subprocess.run([*command, "--precision", precision, "--backend", "onnx"], check=True)
+    return folder
+
+
+def _parts(arguments: argparse.Namespace, model: Path, bundles: Mapping[str, Path]) -> Iterator[dict[str, Any]]:
+    """One part at a time, so that only its variants are in memory."""
+    from bench_provider_works import error_of, feed_of, works_of
+    from img2img_server.pipelines.measuring import Case, take_turns
+
+    for component in arguments.components.split(","):
+        for size in (int(word) for word in arguments.sizes.split(",")):
+            if component == "text_encoder" and size != int(arguments.sizes.split(",")[0]):
+                continue
+            feed = feed_of(component, model, size)
+            works = works_of(component, feed, model, bundles, arguments.variants.split(","), arguments.threads)
+            errors = {}
+            for name, work in works.items():
+                work.run()
+                errors[name] = error_of(next(iter(works.values())), work)
+            cases = [Case(component, name, (size, size), 1, work) for name, work in works.items()]
+            turns = take_turns(cases, lambda: None, time.perf_counter)
+            for _ in range(max(_LEAST_ROUNDS, arguments.rounds)):
+                next(turns)
+            title = f"{component}, {size} px" if component != "text_encoder" else component
+            seconds = {case.provider: case.seconds for case in cases}
+            yield from _told(title, seconds, {name: f"{error:.1e}" for name, error in errors.items()}, "error")
+
+
+def _requests(arguments: argparse.Namespace, model: Path, bundles: Mapping[str, Path], peers: list[str]) -> list[dict[str, Any]]:
+    """Whole requests; the source picture's size is that of the result."""
+    from gpu_check_parts.works import psnr
+    from PIL import Image
+
+    pictures = _BENCH / "pictures"
+    pictures.mkdir(parents=True, exist_ok=True)
+    started = {name: _start(name, arguments, model, bundles, pictures) for name in peers}
+    try:
+        seconds: dict[str, list[float]] = {name: [] for name in peers}
+        for process in started.values():
+            _answer(process)
+        for round_ in range(arguments.request_rounds + 1):
+            order = list(started.items())
+            for name, process in order if round_ % 2 else reversed(order):
+                assert process.stdin is not None, "it was opened as a pipe"
+                # The first is to warm up, in as few steps as there can be.
+                print(arguments.request_steps if round_ else 2, file=process.stdin, flush=True)
+                took = _answer(process)["seconds"]
+                if round_:
+                    seconds[name].append(took)
+                print(f"request {round_}: {name} {took:.2f} s", file=sys.stderr, flush=True)
+    finally:
+        for process in started.values():
+            process.kill()
+            process.wait()
+    reference = pictures / ("diffusers.png" if "diffusers" in peers else f"{peers[0]}.png")
+    drawn = {name: Image.open(pictures / f"{name}.png") for name in peers}
+    decibels = {name: f"{psnr(image, Image.open(reference)):.1f} dB" for name, image in drawn.items()}
+    title = f"img2img, {arguments.request_size} px, {arguments.request_steps} steps x 0.8"
+    return list(_told(title, seconds, decibels, f"PSNR against {reference.stem}"))
+
+
+def _start(
+    name: str, arguments: argparse.Namespace, model: Path, bundles: Mapping[str, Path], pictures: Path
+) -> "subprocess.Popen[str]":
+    way = {"ours-openvino": "ours", "ours-int8": "ours", "diffusers-bf16": "diffusers"}.get(name, name)
+    path = model if way in ("diffusers", "optimum-intel") else bundles["int8" if name == "ours-int8" else "fp32"]
+    command = [sys.executable, "-m", "bench_peers.picture", way, str(path), "--picture", str(pictures / f"{name}.png")]
+    command += ["--size", str(arguments.request_size), "--threads", str(arguments.threads)]
+    command += ["--arithmetic", "bf16"] if name.endswith("bf16") else []
+    command += ["--provider", "openvino"] if name == "ours-openvino" else []
+    command += ["--pretend-intel"] if name == "ours-openvino" and arguments.pretend_intel else []
+    own = {"ours-openvino": arguments.openvino_packages, "optimum-intel": arguments.intel_packages}.get(name)
+    paths = [str(folder.absolute()) for folder in (own, Path(__file__).parent) if folder] + [os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": ":".join(filter(None, paths)), "OMP_WAIT_POLICY": "PASSIVE"}
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+
+
+def _answer(process: "subprocess.Popen[str]") -> dict[str, Any]:
+    assert process.stdout is not None, "it was opened as a pipe"
+    for line in process.stdout:
+        if line.startswith("{"):
+            answer: dict[str, Any] = json.loads(line)
+            return answer
+    raise SystemExit(f"ended with status {process.wait()}: {' '.join(map(str, process.args))}")  # type: ignore[arg-type]
+
+
+def _told(title: str, seconds: Mapping[str, list[float]], notes: Mapping[str, str], note: str) -> Iterator[dict[str, Any]]:
+    """Prints a table, and gives its lines. Ratios are to the first, of the same round."""
+    from img2img_server.bench_report import quartiles
+
+    table = Table("variant", "ms", "quartiles", "times as fast as the first", note, title=title)
+    first = next(iter(seconds.values()))
+    show: Callable[[float], str] = lambda value: f"{value * 1e3:.4g}"  # noqa: E731
+    for name, own in seconds.items():
+        low, middle, high = quartiles(own)
+        ratios = quartiles([theirs / ours for theirs, ours in zip(first, own, strict=True)])
+        ratio = f"{ratios[1]:.2f} ({ratios[0]:.2f} to {ratios[2]:.2f})"
+        table.add_row(name, show(middle), f"{show(low)} to {show(high)}", ratio, notes[name])
+        yield {"what": title, "variant": name, "seconds": own, "ratio": ratios, note: notes[name]}
+    Console(width=120).print(table)

@@ -1,0 +1,228 @@
+"""OpenVINO's execution provider, a plugin beside ONNX Runtime: sessions of fixed shapes for common sizes, one for all others.
+
+On CPUs with AMX it computes in bfloat16, some three times as fast as ONNX Runtime's own provider in fp32; elsewhere in float32.
+Whether bfloat16 is let in, pictures decide (gate.py). What OpenVINO cannot take runs on ONNX Runtime's CPU provider, and the log
+says why.
+"""
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from img2img_server.bundle import BODY_NAME, HEAD_NAME, Manifest
+from img2img_server.errors import BundleError
+from img2img_server.execution import Bucket, Execution
+from img2img_server.pipelines import cores
+from img2img_server.pipelines.providers import ERRORS, openvino_device
+from img2img_server.pipelines.runners import HostRunner, Make, Runner, dtype_of
+from img2img_server.pipelines.sessions import Open, SessionOptions
+from img2img_server.pipelines.time_head import Split
+
+_log = logging.getLogger(__name__)
+
+Shapes = tuple[tuple[int, ...], ...]
+"""The shape of each input of a graph, in the graph's order."""
+
+_TRIAL = 8
+"""Latents' height and width that a session of any shape is tried with: small, and a multiple of what any UNet halves."""
+_GROWTH = {"fp32": 1.1, "fp16": 4.0, "bf16": 4.0}
+"""Memory that a session takes, as a multiple of its weights' bytes: laid out anew for OpenVINO's kernels, and in float32 beside
+that where the file has less. Measured on Stable Diffusion 1.5's UNet: 3.4 GiB of own memory in fp32 (3.2 GiB of weights, whose
+mapped file all sessions share), 6.5 GiB in fp16 (1.6 GiB of weights)."""
+
+
+class BucketRunner:
+    """A graph with a session of its own for each of some shapes, and one that takes any."""
+
+    def __init__(self, any_shape: Runner, fixed: Mapping[Shapes, Runner]) -> None:
+        self._any_shape = any_shape
+        self._fixed = dict(fixed)
+        self.inputs: Sequence[Any] = any_shape.inputs
+        self.outputs: Sequence[Any] = any_shape.outputs
+        self._names = [item.name for item in self.inputs]
+
+    def run(self, feed: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+        """Runs the graph on CPU tensors, in the session that was made for their shapes, if there is one."""
+        shapes = tuple(tuple(feed[name].shape) for name in self._names)
+        return self._fixed.get(shapes, self._any_shape).run(feed)
+
+
+class Sizes:
+    """Knows how large the axes of a bundle's graphs are for a common shape of calls.
+
+    Only of the graphs that most bundles have: the UNet and the VAE. Text encoders gain nothing by a fixed shape: theirs never
+    changes.
+    """
+
+    def __init__(self, bundle: Path) -> None:
+        unet, vae = _config(bundle, "unet"), _config(bundle, "vae_decoder")
+        self._scale = 2 ** (len(vae.get("block_out_channels", (1,))) - 1)
+        encoders = [_config(bundle, name).get("max_position_embeddings") for name in ("text_encoder", "text_encoder_2")]
+        self._tokens = next((count for count in encoders if isinstance(count, int)), None)
+        side = unet.get("sample_size")
+        self.native = Bucket(side * self._scale, side * self._scale, 2) if isinstance(side, int) else None
+
+    def trial(self) -> Bucket:
+        """A small shape, to see whether a graph runs at all."""
+        return Bucket(_TRIAL * self._scale, _TRIAL * self._scale, 1)
+
+    def axes(self, name: str, inputs: Sequence[Any], bucket: Bucket) -> dict[str, int] | None:
+        """The size of every axis that varies in the inputs of the component `name`, by its name. None where one is unknown."""
+        found: dict[str, int] = {}
+        for item in inputs:
+            for index, axis in enumerate(item.shape):
+                size = axis if isinstance(axis, int) else self._size(name, item.name, index, bucket)
+                if size is None or found.setdefault(str(axis), size) != size:
+                    return None
+        return {axis: size for axis, size in found.items() if not axis.isdigit()}
+
+    def _size(self, name: str, tensor: str, axis: int, bucket: Bucket) -> int | None:
+        pictures = max(bucket.rows // 2, 1)
+        pixels = {2: bucket.height, 3: bucket.width}
+        latents = {place: side // self._scale for place, side in pixels.items()}
+        text = {0: pictures, 1: self._tokens}
+        known: dict[tuple[str, str], Mapping[int, int | None]] = {
+            ("unet", "sample"): {0: bucket.rows, **latents},
+            ("unet", "encoder_hidden_states"): {0: bucket.rows, 1: self._tokens},
+            ("vae_encoder", "sample"): {0: pictures, **pixels},
+            ("vae_decoder", "latent_sample"): {0: pictures, **latents},
+            ("text_encoder", "input_ids"): text,
+            ("text_encoder_2", "input_ids"): text,
+        }
+        other = {0: bucket.rows} if name == "unet" else {}
+        return known.get((name, tensor), other).get(axis)
+
+
+class Sessions:
+    """Readies a bundle's graphs. `arithmetic` is OpenVINO's, "f32" or "bf16". A Make: see runners.py."""
+
+    def __init__(
+        self, execution: Execution, threads: int, bundle: Path, manifest: Manifest, open_graph: Open, arithmetic: str
+    ) -> None:
+        self._sizes = Sizes(bundle)
+        native = (self._sizes.native,) if self._sizes.native is not None else ()
+        self._asked = execution.buckets is not None
+        self._buckets = native if execution.buckets is None else execution.buckets
+        self._manifest = manifest
+        self._open = open_graph
+        self._threads = threads
+        self._arithmetic = arithmetic
+
+    def __call__(self, name: str, graph: Path) -> Runner:
+        """The component `name`: on OpenVINO, or where that cannot be on the CPU provider. Raises BundleError if neither can."""
+        problem = self._refusal(name)
+        if not problem:
+            try:
+                return self._in_parts(name, graph)
+            except BundleError as error:
+                problem = str(error).splitlines()[0]
+        _log.warning("%s: runs on ONNX Runtime's CPU provider instead of OpenVINO: %s", name, problem)
+        return HostRunner(self._open(graph, SessionOptions("cpu", self._threads)))
+
+    def _refusal(self, name: str) -> str:
+        component = next((item for item in self._manifest.components if item.name == name), None)
+        if component is not None and component.precision == "int8":
+            # An exception could be caught. On a CPU with AMX some ended the process.
+            return "int8 graphs gain nothing in OpenVINO's provider, and some crashed it"
+        return ""
+
+    def _in_parts(self, name: str, graph: Path) -> Runner:
+        """In bfloat16 a denoiser's waves of the timestep are left to the CPU provider, where the bundle has them apart."""
+        head, body = graph.with_name(HEAD_NAME), graph.with_name(BODY_NAME)
+        if self._arithmetic != "bf16" or not {f"{name}/{HEAD_NAME}", f"{name}/{BODY_NAME}"} <= set(self._manifest.files):
+            return self._ready(name, graph)
+        return Split(HostRunner(self._open(head, SessionOptions("cpu", self._threads))), self._ready(name, body))
+
+    def _ready(self, name: str, graph: Path) -> Runner:
+        any_shape = self._session(graph, {})
+        trial = self._sizes.axes(name, any_shape.inputs, self._sizes.trial())
+        if trial is not None:
+            _try(graph, any_shape, _shapes(any_shape.inputs, trial))
+        fixed: dict[Shapes, Runner] = {}
+        for bucket in self._buckets if not name.startswith("text_encoder") else ():
+            axes = self._sizes.axes(name, any_shape.inputs, bucket)
+            if axes and self._has_room(name, bucket):
+                shapes = _shapes(any_shape.inputs, axes)
+                fixed[shapes] = self._session(graph, axes)
+                _try(graph, fixed[shapes], shapes)
+        return BucketRunner(any_shape, fixed) if fixed else any_shape
+
+    def _has_room(self, name: str, bucket: Bucket) -> bool:
+        """Whether a session more leaves memory over. Where the operator asks for the size, it is made all the same."""
+        component = next((item for item in self._manifest.components if item.name == name), None)
+        if component is None or self._asked:
+            return True
+        needed = _GROWTH.get(component.precision, 4.0) * component.bytes
+        left = cores.available_memory()
+        if needed > left / 2:
+            _log.warning(
+                "%s: no session of its own for %s, which might take %.1f of the %.1f GiB that are left; --buckets %s makes it",
+                *(name, bucket, needed / 2**30, left / 2**30, bucket),
+            )
+        return needed <= left / 2
+
+    def _session(self, graph: Path, axes: Mapping[str, int]) -> Runner:
+        settings = (("load_config", load_config(self._arithmetic, self._threads)),)
+        options = SessionOptions(
+            "openvino", self._threads, provider_options=settings, dimensions=tuple(axes.items()), arithmetic=self._arithmetic
+        )
+        return HostRunner(self._open(graph, options))
+
+
+def runners(
+    execution: Execution, threads: int, bundle: Path, manifest: Manifest, open_graph: Open, arithmetic: str = "f32"
+) -> Make:
+    """Readies the graphs of a bundle for OpenVINO, which must have been chosen (providers.py)."""
+    return Sessions(execution, threads, bundle, manifest, open_graph, arithmetic)
+
+
+def arithmetic(execution: Execution) -> str:
+    """What OpenVINO computes in here: "bf16" where the CPU has AMX and the operator lets it, else "f32"."""
+    device = openvino_device()
+    able = device is not None and "BF16" in device.ep_metadata.get("OPTIMIZATION_CAPABILITIES", "").split()
+    return "bf16" if execution.arithmetic == "auto" and able and has_amx() else "f32"
+
+
+def has_amx(information: Path = Path("/proc/cpuinfo")) -> bool:
+    """Whether the CPU multiplies tiles of bfloat16. Without it bfloat16 is emulated, or slower than its roundings are worth."""
+    try:
+        lines = information.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return False
+    return any("amx_bf16" in line.split() for line in lines if line.startswith("flags"))
+
+
+def load_config(arithmetic: str, threads: int) -> str:
+    """OpenVINO's properties of its CPU device, as the plugin wants them: one call at a time, on all `threads`."""
+    properties = {
+        "INFERENCE_PRECISION_HINT": arithmetic,
+        "INFERENCE_NUM_THREADS": str(threads),
+        "NUM_STREAMS": "1",
+        "PERFORMANCE_HINT": "LATENCY",
+    }
+    return json.dumps({"CPU": properties})
+
+
+def _shapes(inputs: Sequence[Any], axes: Mapping[str, int]) -> Shapes:
+    return tuple(tuple(axis if isinstance(axis, int) else axes[axis] for axis in item.shape) for item in inputs)
+
+
+def _try(graph: Path, runner: Runner, shapes: Shapes) -> None:
+    """Runs it once on zeros: what OpenVINO cannot compute may show only then. Raises BundleError."""
+    feed = {item.name: torch.zeros(shape, dtype=dtype_of(item)) for item, shape in zip(runner.inputs, shapes, strict=True)}
+    try:
+        runner.run(feed)
+    except ERRORS as error:
+        raise BundleError(f"{graph} does not run: {error}") from error
+
+
+def _config(bundle: Path, component: str) -> dict[str, Any]:
+    try:
+        config = json.loads((bundle / component / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return config if isinstance(config, dict) else {}

@@ -1,0 +1,82 @@
+"""torch.compile: the same pictures, never compiled for while a request waits, and done without where it fails."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionImg2ImgPipeline
+from fake_diffusers import FakeDiffusers
+from fakes import make_request
+from img2img_server.engine.request import Request
+from img2img_server.pipelines.alone import run_alone
+from img2img_server.pipelines.compiled import compile_modules
+from img2img_server.pipelines.whole import WholePipeline
+from PIL import Image
+
+
+@pytest.fixture
+def pipe(tiny_model: Callable[[str], Path]) -> Any:
+    return StableDiffusionImg2ImgPipeline.from_pretrained(
+        tiny_model("sd1"), torch_dtype=torch.float32, local_files_only=True, safety_checker=None
+    )
+
+
+def request(width: int, height: int, **settings: Any) -> Request:
+    source = Image.linear_gradient("L").resize((width, height)).convert("RGB")
+    return make_request(image=source, prompt="a lake", num_inference_steps=3, strength=0.9, **settings)
+
+
+def difference(some: Sequence[Image.Image], others: Sequence[Image.Image]) -> int:
+    pairs = zip(some, others, strict=True)
+    return max(int(np.abs(np.asarray(one, int) - np.asarray(other, int)).max()) for one, other in pairs)
+
+
+def test_what_is_compiled_draws_the_same_and_no_request_waits_for_the_compiler(pipe: Any) -> None:
+    pipeline = WholePipeline(pipe, "torch:cpu", threads=1)
+    # The native size with guidance and without, another size, more pictures.
+    requests = [request(64, 64), request(64, 64, guidance_scale=1.0), request(72, 64), request(64, 64, seeds=(1, 2))]
+    before = [run_alone(pipeline, item) for item in requests]
+    compiled = ran = 0
+
+    def backend(graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        nonlocal compiled
+        compiled += 1
+
+        def run(*args: Any) -> Any:
+            nonlocal ran
+            ran += 1
+            return graph(*args)
+
+        return run
+
+    assert compile_modules(pipe, pipeline, backend)
+    assert compiled > 0
+    ready, used = compiled, []
+    for item, pictures in zip(requests, before, strict=True):
+        assert np.asarray(pictures[0]).std() > 10, "a flat picture would prove nothing"
+        ran = 0
+        assert difference(run_alone(pipeline, item), pictures) <= 1
+        used.append(ran > 0)
+    assert used[:3] == [True, True, False], "what was not compiled for runs as it always did"
+    assert compiled == ready
+
+
+def test_a_compiler_that_fails_leaves_the_model_as_it_was(pipe: Any, caplog: pytest.LogCaptureFixture) -> None:
+    def backend(graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        raise RuntimeError("there is no C++ compiler\nand more")
+
+    pipeline = WholePipeline(pipe, "torch:cpu", threads=1)
+    (before,) = run_alone(pipeline, request(64, 64))
+    assert not compile_modules(pipe, pipeline, backend)
+    assert "torch.compile failed, the model runs without it" in caplog.text
+    assert "there is no C++ compiler" in caplog.text
+    assert difference(run_alone(pipeline, request(64, 64)), [before]) == 0
+
+
+def test_where_there_is_nothing_of_torchs_nothing_is_compiled() -> None:
+    pipe = FakeDiffusers()
+    assert not compile_modules(pipe, WholePipeline(pipe, "fake:cpu", threads=1))
+    assert pipe.steps == 0

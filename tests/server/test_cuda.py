@@ -1,0 +1,242 @@
+"""CUDA without a GPU: the options of its sessions, how graphs are readied, and that what is on the device stays there.
+
+The device is torch's "meta": its tensors have no values, so whatever reads one, or mixes it with the host's, is an error.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from fakes import make_request
+from img2img_server.bundle import read_manifest
+from img2img_server.engine.cache import Cache
+from img2img_server.engine.request import Request
+from img2img_server.errors import BundleError
+from img2img_server.execution import Execution
+from img2img_server.pipelines import cuda, timetables
+from img2img_server.pipelines.components import Components
+from img2img_server.pipelines.device_runner import DeviceRunner
+from img2img_server.pipelines.loader import FAMILIES
+from img2img_server.pipelines.runners import HostRunner, dtype_of
+from img2img_server.pipelines.schedulers import NAMES
+from img2img_server.pipelines.sessions import SessionOptions, open_session, provider_list
+from img2img_server.pipelines.stable_diffusion import StableDiffusion
+from img2img_server.pipelines.transfers import send
+from torch.utils._python_dispatch import TorchDispatchMode
+
+ADDRESS = 94_000_000_000
+
+
+def test_options_are_those_of_the_provider() -> None:
+    plain = dict(cuda.provider_options(Execution(), fused=False))
+    assert plain == {"cudnn_conv_algo_search": "HEURISTIC", "arena_extend_strategy": "kSameAsRequested", "prefer_nhwc": "1"}
+    fused = dict(cuda.provider_options(Execution(gpu_memory=2**30), fused=True, stream=ADDRESS, graphs=True, static=True))
+    assert fused == {
+        "cudnn_conv_algo_search": "EXHAUSTIVE",
+        "arena_extend_strategy": "kSameAsRequested",
+        "gpu_mem_limit": "1073741824",
+        "user_compute_stream": "94000000000",
+        "enable_cuda_graph": "1",
+    }
+    measured = dict(cuda.provider_options(Execution(), fused=True, cudnn_attention=False, tf32=False))
+    assert (measured["sdpa_kernel"], measured["use_tf32"]) == ("23", "0")
+    assert dict(cuda.provider_options(Execution(), fused=True, cudnn_attention=True))["sdpa_kernel"] == "31"
+
+
+def test_what_runs_on_the_default_stream_is_not_to_be_recorded() -> None:
+    with pytest.raises(AssertionError, match="default stream"):
+        cuda.provider_options(Execution(), fused=True, graphs=True)
+
+
+class Opener:
+    """Opens nothing: notes the options of each session it was asked for. What is `uncapturable` cannot have CUDA graphs."""
+
+    def __init__(self, *uncapturable: str) -> None:
+        self.asked: list[tuple[str, dict[str, str]]] = []
+        self._uncapturable = uncapturable
+
+    def __call__(self, graph: Path, options: SessionOptions) -> Any:
+        assert provider_list(options)[0][0] == "CUDAExecutionProvider"
+        given = dict(options.provider_options)
+        self.asked.append((graph.parent.name, given))
+        if graph.parent.name in self._uncapturable and "enable_cuda_graph" in given:
+            raise BundleError("This session cannot use the CUDA Graph feature as requested by the user")
+        return SimpleNamespace(get_inputs=list, get_outputs=list, io_binding=object, run_with_iobinding=lambda *_: None)
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A torch that says it has CUDA, and hands out a stream."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: SimpleNamespace(cuda_stream=ADDRESS))
+
+
+@pytest.mark.usefixtures("gpu")
+def test_every_graph_shares_torchs_stream_and_records_where_it_can() -> None:
+    opener = Opener("vae_encoder")
+    make = cuda.runners(Execution("cuda"), 4, opener)
+    runners = [
+        make(name, Path(folder) / "model.onnx")
+        for name, folder in (("unet", "unet_fused"), ("vae_decoder", "vae_decoder"), ("vae_encoder", "vae_encoder"))
+    ]
+    assert all(isinstance(runner, DeviceRunner) for runner in runners)
+    assert [(name, "prefer_nhwc" in given, "enable_cuda_graph" in given) for name, given in opener.asked] == [
+        ("unet_fused", False, True),
+        ("vae_decoder", True, True),
+        ("vae_encoder", True, True),
+        ("vae_encoder", True, False),
+    ]
+    assert {given["user_compute_stream"] for _, given in opener.asked} == {str(ADDRESS)}
+
+
+@pytest.mark.usefixtures("gpu")
+def test_cuda_graphs_can_be_switched_off() -> None:
+    opener = Opener()
+    cuda.runners(Execution("cuda", cuda_graphs=False), 4, opener)("unet", Path("unet/model.onnx"))
+    assert ["enable_cuda_graph" in given for _, given in opener.asked] == [False]
+
+
+@pytest.mark.usefixtures("gpu")
+def test_a_graph_that_opens_in_no_way_is_an_error() -> None:
+    def refuse(graph: Path, options: SessionOptions) -> Any:
+        raise BundleError("no such file")
+
+    with pytest.raises(BundleError, match="no such file"):
+        cuda.runners(Execution("cuda"), 4, refuse)("unet", Path("unet/model.onnx"))
+
+
+def test_beside_a_torch_without_cuda_tensors_go_through_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    opener = Opener()
+    assert cuda.tensor_device() == "cpu"
+    assert isinstance(cuda.runners(Execution("cuda"), 4, opener)("unet", Path("unet/model.onnx")), HostRunner)
+    assert not opener.asked[0][1].keys() & {"user_compute_stream", "enable_cuda_graph"}
+
+
+def test_torch_goes_over_to_the_sessions_stream_after_what_it_was_asked_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+
+    def wait_stream(other: Any) -> None:
+        done.append(f"wait for {other}")
+
+    stream: Any = SimpleNamespace(wait_stream=wait_stream)
+    current: list[Any] = ["default"]
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: current[0])
+
+    def set_stream(new: Any) -> None:
+        current[0] = new
+        done.append("go over")
+
+    monkeypatch.setattr(torch.cuda, "set_stream", set_stream)
+    cuda.go_over(stream)
+    cuda.go_over(stream)
+    assert done == ["wait for default", "go over"], "once"
+
+
+class FarRunner:
+    """A graph on the device: asserts what a runner may expect, and gives outputs of the right shapes."""
+
+    def __init__(self, path: Path) -> None:
+        self._near = HostRunner(open_session(path, SessionOptions()))
+        self.inputs, self.outputs = self._near.inputs, self._near.outputs
+
+    def run(self, feed: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+        for item in self.inputs:
+            tensor = feed[item.name]
+            assert (tensor.device.type, tensor.dtype) == ("meta", dtype_of(item)), item.name
+            assert tensor.is_contiguous()
+        near = self._near.run({name: torch.zeros_like(tensor, device="cpu") for name, tensor in feed.items()})
+        return [torch.empty_like(output, device="meta") for output in near]
+
+
+class Transfers(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts copies from the host to the device, and notes those that wait until the device has done all it was asked."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.waiting: list[str] = []
+        self.moved = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        given = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | (kwargs or {})
+        source = given.get("src", given.get("self"))
+        copies = func.overloadpacket in (torch.ops.aten.to, torch.ops.aten._to_copy, torch.ops.aten.copy_)
+        if copies and isinstance(source, torch.Tensor) and (source.device.type, result.device.type) == ("cpu", "meta"):
+            self.moved += 1
+            if not given.get("non_blocking"):
+                self.waiting.append(f"{func}: {tuple(source.shape)}")
+        return result
+
+
+@pytest.fixture(scope="module")
+def far(bundle: Callable[[str], Path]) -> Callable[[str], StableDiffusion]:
+    """Gives a bundle's pipeline, all of whose tensors are on the device."""
+
+    def load(name: str) -> StableDiffusion:
+        manifest = read_manifest(bundle(name))
+        parts = Components(bundle(name), manifest, lambda _, path: FarRunner(path), "cuda", device="meta", tensors="meta")
+        return FAMILIES[manifest.family](parts.pipeline(), "onnx:cuda", 1, Cache(2**20), manifest.latent_preview)
+
+    return load
+
+
+def requests_of(schedulers: Sequence[str | None]) -> list[Request]:
+    """With guidance and without, with one seed and two."""
+    return [
+        make_request(
+            scheduler=scheduler,
+            num_inference_steps=5,
+            strength=0.8,
+            guidance_scale=(1.0, 7.5)[index % 2],
+            seeds=(1, 2)[: 1 + index % 2],
+            preview_interval=2,
+            image=make_request().image.resize((64, 64)),
+        )
+        for index, scheduler in enumerate(schedulers)
+    ]
+
+
+SOME = (None, "DPM++ 2M Karras", "Euler a")
+
+
+@pytest.mark.parametrize(("name", "schedulers"), [("sd1", (None, *NAMES)), ("sdxl", SOME), ("lcm", (None, None, None))])
+def test_steps_neither_leave_the_device_nor_wait_for_it(
+    far: Callable[[str], StableDiffusion], name: str, schedulers: Sequence[str | None]
+) -> None:
+    """Requests of all kinds together, their whole lives but the end."""
+    pipeline = far(name)
+    states = pipeline.prepare(requests_of(schedulers))
+    assert {state.latents.device.type for state in states} == {"meta"}
+    with Transfers() as transfers:
+        while any(state.step < state.step_count for state in states):
+            left = [state for state in states if state.step < state.step_count]
+            pipeline.advance(left, pipeline.denoise(left))
+    assert transfers.moved, "timesteps and coefficients"
+    assert not transfers.waiting
+    assert {state.latents.device.type for state in states} == {"meta"}
+    with pytest.raises(RuntimeError, match="meta"):
+        pipeline.finish(states[:1])  # the one place that must wait: is every value finite?
+
+
+def test_schedulers_that_are_stepped_one_by_one_do_so_on_the_device(
+    far: Callable[[str], StableDiffusion], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(timetables, "compile_schedule", lambda *_: None)
+    pipeline = far("sd1")
+    states = pipeline.prepare(requests_of([None, *NAMES]))
+    while any(state.step < state.step_count for state in states):
+        left = [state for state in states if state.step < state.step_count]
+        pipeline.advance(left, pipeline.denoise(left))
+    assert {state.latents.device.type for state in states} == {"meta"}
+
+
+def test_what_is_sent_is_cast_on_its_way() -> None:
+    sent = send(torch.arange(4), "meta", torch.float16)
+    assert (sent.device.type, sent.dtype, sent.shape) == ("meta", torch.float16, (4,))
+    here = torch.ones(2)
+    assert send(here, "cpu") is here
+    assert torch.equal(send(here, "cpu", torch.int64), torch.ones(2, dtype=torch.int64))

@@ -1,0 +1,179 @@
+"""Where memory runs out: what is recognized, and what the engine does about it, on a fake pipeline stepped by hand."""
+
+import weakref
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from fakes import Caller, FakePipeline, make_engine, run_out
+from img2img_server.engine.costs import Costs
+from img2img_server.engine.scheduler import Limits
+from img2img_server.errors import OutOfMemory
+from img2img_server.pipelines.memory import is_out_of_memory
+from img2img_server.pipelines.torch_calls import torch_call
+from onnx import TensorProto, helper
+from PIL import Image
+
+WIDE = Image.new("RGB", (16, 8))
+PIXELS = 64
+
+
+def rows_of_calls(pipeline: FakePipeline) -> list[int]:
+    return [sum(len(state.request.seeds) for state in batch) for batch in pipeline.batches]
+
+
+def test_a_batch_that_has_no_room_goes_on_in_halves() -> None:
+    engine, pipeline, _ = make_engine()
+    callers = [Caller(engine).submit(num_inference_steps=3) for _ in range(4)]
+    engine.step()
+    pipeline.memory = 2 * PIXELS
+    engine.step()
+    assert rows_of_calls(pipeline) == [4, 2, 2], "no more calls than it takes"
+    pipeline.memory = None
+    run_out(engine)
+    assert [caller.error for caller in callers] == [None] * 4
+    assert [caller.steps for caller in callers] == [[1, 2, 3]] * 4
+
+
+def test_later_batches_of_that_model_are_smaller_whatever_their_shape() -> None:
+    engine, pipeline, _ = make_engine()
+    pipeline.memory = 6 * PIXELS
+    for _ in range(8):
+        Caller(engine).submit(num_inference_steps=4)
+    run_out(engine)
+    assert ("denoise", 8) in pipeline.refused
+    pipeline.refused.clear()
+    for image in (None, WIDE):
+        for _ in range(6):
+            Caller(engine).submit(num_inference_steps=4, **({} if image is None else {"image": image}))
+        run_out(engine)
+    assert "denoise" not in dict(pipeline.refused), "what had no room is not tried again"
+    assert max(rows_of_calls(pipeline)) > 2, "and what has room goes on to be"
+
+
+@pytest.mark.parametrize("where", ["prepare", "denoise", "finish"])
+def test_a_request_that_has_no_room_alone_ends_and_the_server_goes_on(where: str) -> None:
+    engine, pipeline, _ = make_engine()
+    large = Caller(engine).submit(prompt=f"full {where}", seeds=(1, 2), image=WIDE)
+    others = [Caller(engine).submit(image=WIDE) for _ in range(3)]
+    run_out(engine)
+    assert isinstance(large.error, OutOfMemory)
+    assert (large.error.status, large.error.reason) == ("RESOURCE_EXHAUSTED", "OUT_OF_MEMORY")
+    assert "2 pictures of 16 x 8 pixels" in str(large.error)
+    assert [other.error for other in others] == [None] * 3
+    assert len(pipeline.released) == len(pipeline.prepared)
+    later = Caller(engine).submit()
+    run_out(engine)
+    assert later.error is None
+
+
+@pytest.mark.parametrize("stage", ["prepare", "finish"])
+def test_encoding_and_decoding_are_divided_too(stage: str) -> None:
+    """Of requests that have room in one call of the model: a VAE may want more memory for a picture than a step does."""
+    engine, pipeline, _ = make_engine(Limits(max_admitted=4))
+    calls: list[int] = []
+
+    def only_in(where: str, requests: object, rows: list[int]) -> None:
+        if where == stage:
+            calls.append(sum(rows))
+            if sum(rows) > 2:
+                raise OutOfMemory("the fake ran out of memory")
+
+    pipeline._allocate = only_in  # type: ignore[method-assign, assignment]
+    for _ in range(2):
+        callers = [Caller(engine).submit(num_inference_steps=2) for _ in range(4)]
+        run_out(engine)
+        assert [caller.error for caller in callers] == [None] * 4
+    assert calls == [4, 2, 2, 2, 2], "the second time it is known"
+
+
+def test_what_was_forbidden_is_tried_again_seldom() -> None:
+    """Memory may have been another's at that time. The price: one failing call among a thousand, and then fewer still."""
+    costs, group = Costs(), ("m", "shape")
+    caps, failures = [], 0
+    for _ in range(4000):
+        cap = costs.cap(group, PIXELS, 16)
+        if cap > 11:
+            costs.forbid("m", PIXELS, cap, largest=cap // 2)
+            failures += 1
+        else:
+            caps.append(cap)
+            costs.record("denoise", group, PIXELS, cap, 1.0)
+    assert failures <= 3
+    assert min(caps) == 8, "the first half has room"
+    for _ in range(12000):
+        costs.record("denoise", group, PIXELS, 8, 1.0)
+    assert costs.cap(group, PIXELS, 16) == 16, "the memory came back, and so do large batches"
+
+
+@pytest.mark.parametrize("arena", [True, False])
+def test_onnx_runtimes_own_error_is_recognized(tmp_path: Path, arena: bool) -> None:
+    """A real one, of a tensor of 4 TiB: what it says with an arena, as CUDA has one, and without."""
+    graph = helper.make_graph(
+        [helper.make_node("Expand", ["x", "shape"], ["y"])],
+        "large",
+        [
+            helper.make_tensor_value_info("x", TensorProto.FLOAT, [1]),
+            helper.make_tensor_value_info("shape", TensorProto.INT64, [1]),
+        ],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n"])],
+    )
+    path = tmp_path / "large.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10), str(path))
+    options = onnxruntime.SessionOptions()
+    options.enable_cpu_mem_arena = arena
+    options.log_severity_level = 4
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+    class Pipeline:
+        threads = 1
+
+        @torch_call
+        def denoise(self, size: int) -> object:
+            return session.run(None, {"x": np.ones(1, np.float32), "shape": np.array([size])})
+
+    with pytest.raises(OutOfMemory):
+        Pipeline().denoise(2**40)
+    assert Pipeline().denoise(2), "it goes on"
+
+
+def test_what_the_failed_call_held_is_freed_before_the_next() -> None:
+    held: list[weakref.ref[torch.Tensor]] = []
+
+    class Pipeline:
+        threads = 1
+
+        @torch_call
+        def denoise(self) -> torch.Tensor:
+            latents = torch.zeros(4)
+            held.append(weakref.ref(latents))
+            return latents + torch.empty(2**50)
+
+    with pytest.raises(OutOfMemory) as caught:
+        Pipeline().denoise()
+    assert held[0]() is None, "though the error is still at hand"
+    assert "2**50" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "CUDA failure 2: out of memory ; GPU=0 ; hostname=h ; expr=cudaMalloc((void**)&p, size);",
+        "CUBLAS failure 3: CUBLAS_STATUS_ALLOC_FAILED ; GPU=0 ; expr=cublasCreate(&cublas_handle_);",
+        "CUDNN failure 5003: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
+        "Available memory of 1024 is smaller than requested bytes of 4096",
+    ],
+)
+def test_what_cuda_says_is_recognized(message: str) -> None:
+    """The texts are those of ONNX Runtime's and CUDA's sources: no GPU was asked."""
+    assert is_out_of_memory(RuntimeError(message))
+
+
+def test_what_fails_otherwise_is_no_want_of_memory() -> None:
+    for error in (RuntimeError("the sizes of tensors must match"), ValueError("memory"), FloatingPointError("not finite")):
+        assert not is_out_of_memory(error)
+    assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"))
+    assert is_out_of_memory(MemoryError())

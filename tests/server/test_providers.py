@@ -1,0 +1,186 @@
+"""Which providers can be used here, and the words for why the others cannot. GPUs are played by libraries that are not there."""
+
+import ctypes
+import importlib.util
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import onnxruntime
+import openvino_device
+import pytest
+from img2img_server.errors import BundleError
+from img2img_server.execution import PROVIDERS
+from img2img_server.pipelines import providers
+from img2img_server.pipelines.libraries import needed_libraries
+from img2img_server.pipelines.providers import FULL_NAMES, Probe, choose, missing_library, probe
+
+
+@pytest.fixture(autouse=True)
+def _forget() -> Iterator[None]:
+    """What is found under other circumstances must not be remembered."""
+    probe.cache_clear()
+    yield
+    probe.cache_clear()
+
+
+@pytest.fixture
+def every_wheel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An ONNX Runtime that says it has everything, as those for GPUs do wherever they are installed."""
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: list(FULL_NAMES.values()))
+
+
+def _play(monkeypatch: pytest.MonkeyPatch, **problems: str) -> None:
+    """Has the providers that are named be found with these problems; "" is none."""
+    monkeypatch.setattr(providers, "probe", lambda name: Probe(name, problem=problems.get(name, "")))
+
+
+@pytest.mark.parametrize("place", range(len(PROVIDERS)))
+def test_auto_takes_the_first_that_can_be_used_and_keeps_why_not_the_better_ones(
+    place: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _play(monkeypatch, **{name: f"no {name} here" for name in PROVIDERS[:place]})
+    choice = choose("auto")
+    assert choice.provider == PROVIDERS[place]
+    assert [item.problem for item in choice.declined] == [f"no {name} here" for name in PROVIDERS[:place]]
+    for name in PROVIDERS[:place]:
+        assert f"no {name} here" in str(choice)
+
+
+def test_a_provider_by_name_is_used_or_refused_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    _play(monkeypatch, cuda="the driver is on holiday")
+    assert (choose("cpu").provider, choose("cpu").declined) == ("cpu", ())
+    with pytest.raises(BundleError, match="provider 'cuda' cannot be used: the driver is on holiday"):
+        choose("cuda")
+
+
+@pytest.mark.parametrize("name", PROVIDERS)
+def test_every_probe_answers_on_this_machine_and_is_made_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = probe(name)
+    assert found.name == name
+    assert not (name == "cpu" and found.problem)
+    monkeypatch.setattr(onnxruntime, "get_available_providers", None)
+    monkeypatch.setattr(onnxruntime, "get_ep_devices", None)
+    assert probe(name) is found
+
+
+@pytest.mark.parametrize("name", ["cuda", "tensorrt"])
+def test_a_wheel_without_it_is_the_reason(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
+    assert "built without it" in probe(name).problem
+
+
+@pytest.mark.usefixtures("every_wheel")
+@pytest.mark.parametrize("name", ["cuda", "tensorrt"])
+def test_a_machine_without_a_driver_is_the_reason(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(library: str) -> object:
+        raise OSError(f"{library}: cannot open shared object file")
+
+    monkeypatch.setattr(ctypes, "CDLL", load)
+    assert "no NVIDIA driver (libcuda.so.1)" in probe(name).problem
+
+
+class Driver:
+    """NVIDIA's driver, with as many devices as it is told."""
+
+    def __init__(self, devices: int, fails: int = 0) -> None:
+        self._devices, self._fails = devices, fails
+
+    def cuInit(self, flags: int) -> int:
+        return self._fails
+
+    def cuDeviceGetCount(self, count: object) -> int:
+        count._obj.value = self._devices  # type: ignore[attr-defined]
+        return 0
+
+    def cuDeviceGetName(self, name: object, length: int, device: int) -> int:
+        name.value = b"Fake GPU"  # type: ignore[attr-defined]
+        return 0
+
+
+@pytest.mark.usefixtures("every_wheel")
+@pytest.mark.parametrize(
+    ("driver", "provider", "lacking", "problem"),
+    [
+        (Driver(0), "cuda", "", "has no device"),
+        (Driver(1, fails=803), "cuda", "", "CUDA error 803"),
+        (Driver(1), "cuda", "libcudnn.so.9", "libcudnn.so.9: cannot open"),
+        (Driver(1), "tensorrt", "libcudnn.so.9", "libcudnn.so.9: cannot open"),
+        (Driver(1), "tensorrt", "libnvinfer.so.10", "libnvinfer.so.10: cannot open"),
+        (Driver(1), "cuda", "libnvinfer.so.10", ""),
+        (Driver(1), "tensorrt", "", ""),
+    ],
+)
+def test_what_a_gpu_lacks_is_the_reason(
+    driver: Driver, provider: str, lacking: str, problem: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(library: str) -> object:
+        if library == lacking:
+            raise OSError(f"{library}: cannot open shared object file")
+        return driver
+
+    monkeypatch.setattr(ctypes, "CDLL", load)
+    monkeypatch.setattr(providers, "needed_libraries", lambda path: ["libonnxruntime_providers_shared.so", "libcudnn.so.9"])
+    found = probe(provider)
+    assert problem in found.problem
+    assert bool(problem) == bool(found.problem)
+    assert found.detail == ("" if problem else "Fake GPU")
+
+
+def test_a_library_that_lacks_another_is_told_of_without_being_loaded(tmp_path: Path) -> None:
+    """ONNX Runtime's own library, in a copy whose list of needed libraries names one that is nowhere."""
+    real = Path(onnxruntime.__file__).parent / "capi" / "libonnxruntime_providers_shared.so"
+    assert missing_library([real]) == ""
+    broken = tmp_path / real.name
+    broken.write_bytes(real.read_bytes().replace(b"libstdc++.so.6\0", b"libstdc++.so.x\0"))
+    assert "libstdc++.so.x" in needed_libraries(broken)
+    assert "libstdc++.so.x: cannot open" in missing_library([broken])
+
+
+HEAD = b"\x7fELF\x02\x01"
+
+
+@pytest.mark.parametrize("content", [b"", b"text", HEAD, HEAD + b"\xff" * 58, HEAD + bytes(90)], ids=range(5))
+def test_what_is_no_library_is_told_of(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "lib.so").write_bytes(content)
+    with pytest.raises(ValueError, match=r"lib\.so is no shared library"):
+        needed_libraries(tmp_path / "lib.so")
+    assert "cannot be read" in missing_library([tmp_path / "lib.so"])
+    assert "cannot be read" in missing_library([tmp_path / "nowhere.so"])
+
+
+def test_openvino_without_its_plugin_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert "pip install 'img2img[openvino]'" in probe("openvino").problem
+
+
+@pytest.mark.skipif(not openvino_device.is_installed(), reason="OpenVINO's plugin is not installed")
+class TestPlugin:
+    """The real plugin, on whatever CPU this is."""
+
+    def test_it_is_used_where_it_has_a_device_and_told_of_where_not(self) -> None:
+        intel = "GenuineIntel" in Path("/proc/cpuinfo").read_text(encoding="utf-8")
+        assert probe("openvino").problem == "" if intel else "finds no device" in probe("openvino").problem
+        with openvino_device.openvino_device() as device:
+            assert choose("openvino").detail.startswith("plugin 1.")
+            assert device.device.type == onnxruntime.OrtHardwareDeviceType.CPU
+        assert bool(probe("openvino").problem) is not intel
+
+    def test_a_plugin_that_does_not_load_is_the_reason(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        import onnxruntime_ep_openvino as plugin  # type: ignore[import-not-found, unused-ignore]
+
+        (tmp_path / "plugin.so").write_text("no library")
+        monkeypatch.setattr(plugin, "get_library_path", lambda: str(tmp_path / "plugin.so"))
+        monkeypatch.setattr(onnxruntime, "get_ep_devices", lambda: [])
+        monkeypatch.setattr(providers, "_register_plugin", providers._register_plugin.__wrapped__)
+        assert "does not load" in probe("openvino").problem
+
+
+def test_asking_for_what_is_not_there_ends_the_server_with_one_line(tmp_path: Path) -> None:
+    if not probe("tensorrt").problem:
+        pytest.skip("this machine has TensorRT")
+    command = [sys.executable, "-m", "img2img_server", "--models", str(tmp_path), "--port", "0", "--provider", "tensorrt"]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert (ended.returncode, ended.stdout) == (1, "")
+    assert ended.stderr.splitlines() == [f"img2img serve: provider 'tensorrt' cannot be used: {probe('tensorrt').problem}"]

@@ -1,0 +1,256 @@
+"""Runners of a device's tensors, run on real sessions of the CPU: their bindings, what they learn, record and replay."""
+
+import logging
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+import torch
+from img2img_server.pipelines.device_runner import DeviceRunner
+from img2img_server.pipelines.graph_replay import DEVICE_IN_USE, Replays
+from img2img_server.pipelines.runners import HostRunner, Runner
+from img2img_server.pipelines.sessions import SessionOptions, open_session
+from onnx import TensorProto, helper
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def graph(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """sample [b, c] and timestep [b] to their sum [b, c], in half precision too, and to which of its values are positive."""
+    nodes = [
+        helper.make_node("Unsqueeze", ["timestep", "axis"], ["column"]),
+        helper.make_node("Add", ["sample", "column"], ["sum"]),
+        helper.make_node("Cast", ["sum"], ["half"], to=TensorProto.FLOAT16),
+        helper.make_node("Greater", ["sum", "zero"], ["positive"]),
+    ]
+    made = helper.make_graph(
+        nodes,
+        "sums",
+        [
+            helper.make_tensor_value_info("sample", TensorProto.FLOAT, ["b", "c"]),
+            helper.make_tensor_value_info("timestep", TensorProto.FLOAT, ["b"]),
+        ],
+        [
+            helper.make_tensor_value_info("sum", TensorProto.FLOAT, ["b", "c"]),
+            helper.make_tensor_value_info("half", TensorProto.FLOAT16, ["b", "c"]),
+            helper.make_tensor_value_info("positive", TensorProto.BOOL, ["b", "c"]),
+        ],
+        [helper.make_tensor("axis", TensorProto.INT64, [1], [1]), helper.make_tensor("zero", TensorProto.FLOAT, [], [0.0])],
+    )
+    path = tmp_path_factory.mktemp("graphs") / "model.onnx"
+    onnx.save(helper.make_model(made, opset_imports=[helper.make_opsetid("", 18)], ir_version=10), str(path))
+    return path
+
+
+class Recording:
+    """A session as one with CUDA graphs: the first call with an id records its addresses, later ones are made on those,
+    whatever they bind. Recordings are the thread's, as ONNX Runtime's are."""
+
+    def __init__(self, session: Any) -> None:
+        self._session = session
+        self.recorded: dict[tuple[int, str], Any] = {}
+        self.calls: list[str] = []
+        self.released: list[int] = []
+        self.refuses = False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._session, name)
+
+    def run_with_iobinding(self, binding: Any, options: Any) -> None:
+        graph_id = options.get_run_config_entry("gpu_graph_id")
+        assert options.get_run_config_entry("disable_synchronize_execution_providers") == "1"
+        if graph_id != "-1":
+            if self.refuses:
+                raise RuntimeError("CUDA failure 900: operation not permitted when stream is capturing")
+            binding = self.recorded.setdefault((threading.get_ident(), graph_id), binding)
+        self.calls.append(graph_id)
+        self._session.run_with_iobinding(binding, options)
+
+    def release_captured_graph(self, graph_id: int) -> None:
+        self.released.append(graph_id)
+
+
+def feed(rows: int, columns: int = 3, start: float = 0.0) -> dict[str, torch.Tensor]:
+    sample = torch.arange(rows * columns, dtype=torch.float32).reshape(rows, columns) - 2 + start
+    return {"sample": sample, "timestep": torch.arange(rows, dtype=torch.float32)}
+
+
+def is_right(given: dict[str, torch.Tensor], outputs: list[torch.Tensor]) -> bool:
+    total = given["sample"] + given["timestep"][:, None]
+    expected = [total, total.half(), total > 0]
+    return all(
+        one.dtype == other.dtype and torch.equal(one, other) and one.is_contiguous()
+        for one, other in zip(outputs, expected, strict=True)
+    )
+
+
+Make = Callable[[Path], Runner]
+
+
+def recording(path: Path, **settings: int) -> tuple[DeviceRunner, Recording]:
+    session: Any = Recording(open_session(path, SessionOptions()))
+    return DeviceRunner(session, "cpu", replays=Replays(session, "cpu", "unet", **settings)), session
+
+
+MAKERS: dict[str, Make] = {
+    "host": lambda path: HostRunner(open_session(path, SessionOptions())),
+    "device": lambda path: DeviceRunner(open_session(path, SessionOptions()), "cpu"),
+    "replays": lambda path: recording(path, patience=1)[0],
+}
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+def test_a_runner_gives_what_the_graph_computes_whatever_was_run_before(graph: Path, kind: str) -> None:
+    runner = MAKERS[kind](graph)
+    for start in range(5):
+        for rows in (2, 1, 4):
+            given = feed(rows, start=start)
+            assert is_right(given, runner.run(given))
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+def test_what_a_runner_gave_stays_as_it_is_when_it_runs_again(graph: Path, kind: str) -> None:
+    runner = MAKERS[kind](graph)
+    kept = [(given, runner.run(given)) for given in (feed(2, start=start) for start in range(6))]
+    assert all(is_right(given, outputs) for given, outputs in kept)
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+def test_what_a_runner_was_given_is_not_changed(graph: Path, kind: str) -> None:
+    runner, given = MAKERS[kind](graph), feed(2)
+    for _ in range(4):
+        runner.run(given)
+    assert torch.equal(given["sample"], feed(2)["sample"])
+
+
+def test_only_the_first_call_of_a_shape_leaves_outputs_to_onnx_runtime(graph: Path) -> None:
+    """So its memory is torch's from then on, which frees and reuses it in the order of the stream."""
+    allocated: list[int] = []
+
+    class Watched(Recording):
+        def io_binding(self) -> Any:
+            binding = self._session.io_binding()
+            bind = binding.bind_output
+
+            def bind_output(*place: Any) -> None:
+                allocated.append(len(place))
+                bind(*place)
+
+            binding.bind_output = bind_output
+            return binding
+
+    session: Any = Watched(open_session(graph, SessionOptions()))
+    runner = DeviceRunner(session, "cpu")
+    for rows in (2, 2, 3, 2, 3):
+        runner.run(feed(rows))
+    by_call = [allocated[index : index + 3] for index in range(0, len(allocated), 3)]
+    assert [set(places) for places in by_call] == [{3}, {6}, {3}, {6}, {6}]
+
+
+def test_the_stream_is_entered_before_anything_is_asked_of_the_device(graph: Path) -> None:
+    session: Any = Recording(open_session(graph, SessionOptions()))
+    order: list[int] = []
+    runner = DeviceRunner(session, "cpu", enter=lambda: order.append(len(session.calls)))
+    for _ in range(3):
+        runner.run(feed(2))
+    assert order == [0, 1, 2]
+
+
+def test_a_shape_is_recorded_once_it_was_seen_often_and_then_replayed(graph: Path) -> None:
+    runner, session = recording(graph, patience=3)
+    for start in range(8):
+        given = feed(2, start=start)
+        assert is_right(given, runner.run(given))
+    assert session.calls == ["-1"] * 4 + ["1"] * 4, "one call to learn by, three to be sure"
+    runner.run(feed(5))
+    assert session.calls[-1] == "-1", "a rare shape costs nothing"
+
+
+def test_nothing_is_recorded_while_another_thread_uses_the_device(graph: Path) -> None:
+    runner, session = recording(graph, patience=1)
+    with DEVICE_IN_USE:
+        for _ in range(5):
+            assert is_right(feed(2), runner.run(feed(2)))
+    assert session.calls == ["-1"] * 5
+    runner.run(feed(2))
+    assert session.calls[-1] == "1"
+    assert not DEVICE_IN_USE.locked()
+
+
+def test_each_shape_has_a_recording_of_its_own_and_the_least_used_goes(graph: Path) -> None:
+    runner, session = recording(graph, patience=1, most=2)
+    for rows in (1, 2, 1, 3):
+        for start in range(3):
+            given = feed(rows, start=start)
+            assert is_right(given, runner.run(given))
+    assert session.released == [2], "two rows: one row was asked for after it"
+    for start in range(3):
+        given = feed(2, start=start)
+        assert is_right(given, runner.run(given))
+    assert session.calls[-3:] == ["-1", "4", "4"], "under a new id, once it was seen again"
+    assert session.released == [2, 1]
+
+
+def test_there_is_an_end_to_recording(graph: Path) -> None:
+    """What was released may not be freed: shapes that change for ever are run without."""
+    runner, session = recording(graph, patience=0, most=2, most_ever=5)
+    for rows in range(1, 12):
+        for _ in range(3):
+            assert is_right(feed(rows), runner.run(feed(rows)))
+    assert {int(graph_id) for graph_id in session.calls} == {-1, 1, 2, 3, 4, 5}
+    runner.run(feed(5))
+    assert session.calls[-1] == "5", "what is recorded stays"
+
+
+def test_what_cannot_be_recorded_is_run_without(graph: Path, caplog: pytest.LogCaptureFixture) -> None:
+    runner, session = recording(graph, patience=1)
+    for _ in range(3):
+        runner.run(feed(1))
+    session.refuses = True
+    with caplog.at_level(logging.WARNING):
+        for rows in (2, 2, 2, 2, 3, 3, 3):
+            assert is_right(feed(rows), runner.run(feed(rows)))
+    assert len(caplog.records) == 1, "once"
+    assert "unet" in caplog.text
+    assert "900" in caplog.text
+    session.refuses = False
+    runner.run(feed(1))
+    assert session.calls[-1] == "1", "what was recorded before is good"
+
+
+def test_a_replay_that_fails_is_an_error(graph: Path) -> None:
+    runner, session = recording(graph, patience=0)
+    runner.run(feed(1))
+    runner.run(feed(1))
+    session.refuses = True
+    with pytest.raises(RuntimeError, match="900"):
+        runner.run(feed(1))
+
+
+def test_another_thread_records_for_itself(graph: Path) -> None:
+    """Models are measured by another thread than the one that serves them."""
+    runner, session = recording(graph, patience=1)
+    for _ in range(4):
+        runner.run(feed(2))
+    assert session.calls[-1] == "1"
+    right: list[bool] = []
+
+    def serve() -> None:
+        right.extend(is_right(feed(2, start=start), runner.run(feed(2, start=start))) for start in range(4))
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    thread.join()
+    assert right == [True] * 4
+    assert session.calls[4:] == ["-1", "2", "2", "2"]
+
+
+def test_an_address_is_taken_of_what_is_contiguous_only(graph: Path) -> None:
+    given = feed(3)
+    given["sample"] = given["sample"].T.contiguous().T
+    with pytest.raises(AssertionError, match="strides"):
+        DeviceRunner(open_session(graph, SessionOptions()), "cpu").run(given)

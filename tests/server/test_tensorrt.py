@@ -1,0 +1,217 @@
+"""TensorRT: what its engines are built for, keyed by and opened with. TensorRT itself is not yet run on a GPU."""
+
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import onnxruntime
+import pytest
+import torch
+from img2img_server.bundle import Component, Manifest, TensorSpec, read_manifest
+from img2img_server.engine.cache import Cache
+from img2img_server.errors import BundleError
+from img2img_server.execution import Bucket, Execution
+from img2img_server.models import Model, ModelStore
+from img2img_server.pipelines import tensorrt
+from img2img_server.pipelines.build_process import run_build
+from img2img_server.pipelines.engine_build import build
+from img2img_server.pipelines.engine_cache import digest_of
+from img2img_server.pipelines.openvino import Sizes
+from img2img_server.pipelines.runners import Runner
+from img2img_server.pipelines.sessions import SessionOptions, open_session
+from img2img_server.pipelines.tensorrt import CONTEXT, Profile, Range, RangedRunner
+from img2img_server.pipelines.tensorrt_contender import Shelf, contenders
+from img2img_server.stopping import Stop
+
+Get = Callable[[str], Path]
+NATIVE = Bucket(512, 512, 2)
+MACHINE = {"gpu": "a GPU", "tensorrt": "101600"}
+UNET = Component(
+    "unet",
+    "fp16",
+    inputs=(
+        TensorSpec("sample", "float16", ("batch_size", 4, "height", "width")),
+        TensorSpec("timestep", "float", ("timestep_batch",)),
+        TensorSpec("encoder_hidden_states", "float16", ("batch_size", "sequence_length", 768)),
+        TensorSpec("fixed", "float", (1, 2)),
+    ),
+    bytes=10**9,
+)
+
+
+def axes(name: str, inputs: object, bucket: Bucket) -> dict[str, int]:
+    rows = {"batch_size": bucket.rows, "timestep_batch": bucket.rows, "sequence_length": 77}
+    return {**rows, "height": bucket.height // 8, "width": bucket.width // 8}
+
+
+def options(component: Component = UNET, buckets: tuple[Bucket, ...] | None = None, **settings: Any) -> dict[str, str]:
+    profile = Profile.of(buckets, NATIVE)
+    assert profile is not None
+    return tensorrt.build_options(component, tensorrt.ranges(component, profile, axes), **settings)
+
+
+def test_a_profile_holds_every_bucket_and_is_best_at_the_first() -> None:
+    buckets = (Bucket(768, 512, 4), Bucket(512, 768, 2), Bucket(640, 640, 6))
+    assert Profile.of(buckets, NATIVE) == Profile(Bucket(512, 512, 1), Bucket(768, 512, 4), Bucket(768, 768, 6))
+    assert Profile.of(None, NATIVE) == Profile(Bucket(512, 512, 1), NATIVE, Bucket(512, 512, 8))
+    assert Profile.of((), NATIVE) is None
+
+
+def test_shapes_are_spelled_as_the_provider_reads_them() -> None:
+    """input:dims, joined by commas, the same inputs in all three; an input that does not vary has none."""
+    made = options()
+    assert made["trt_profile_min_shapes"] == "sample:1x4x64x64,timestep:1,encoder_hidden_states:1x77x768"
+    assert made["trt_profile_opt_shapes"] == "sample:2x4x64x64,timestep:2,encoder_hidden_states:2x77x768"
+    assert made["trt_profile_max_shapes"] == "sample:8x4x64x64,timestep:8,encoder_hidden_states:8x77x768"
+    wide = options(buckets=(Bucket(768, 512, 2),))
+    assert wide["trt_profile_opt_shapes"].startswith("sample:2x4x64x96,")
+
+
+def test_an_engine_computes_in_the_bundles_precision() -> None:
+    named = {precision: options(replace(UNET, precision=precision)) for precision in ("fp32", "fp16", "bf16")}
+    for precision, made in named.items():
+        enabled = {name for name in made if name in ("trt_fp16_enable", "trt_bf16_enable", "trt_int8_enable")}
+        assert enabled == ({f"trt_{precision}_enable"} if precision != "fp32" else set())
+
+
+def test_what_is_written_can_only_be_run_and_lies_in_one_folder() -> None:
+    made = options()
+    assert (made["trt_dump_ep_context_model"], made["trt_ep_context_embed_mode"], made["trt_engine_cache_enable"]) == (
+        "1",
+        "0",
+        "1",
+    )
+    assert made["trt_ep_context_file_path"] == CONTEXT
+    assert not any("/" in value for value in made.values()), "the provider takes relative paths only"
+    assert "trt_engine_cache_path" not in made
+
+
+def test_scratch_memory_is_bounded_and_large_weights_go_beside_the_graph() -> None:
+    assert int(options()["trt_max_workspace_size"]) == 4 * 2**30
+    assert int(options(gpu_memory=2**30)["trt_max_workspace_size"]) == 2**30
+    assert "trt_load_user_initializer" not in options()
+    assert options(replace(UNET, bytes=5 * 10**9))["trt_load_user_initializer"] == "1"
+
+
+def test_an_engine_shares_torchs_stream() -> None:
+    assert dict(tensorrt.serving_options(4096))["user_compute_stream"] == "4096"
+    assert "user_compute_stream" not in dict(tensorrt.serving_options(None))
+    assert "trt_dump_ep_context_model" not in dict(tensorrt.serving_options(4096))
+
+
+def test_sizes_that_are_not_known_are_an_error() -> None:
+    profile = Profile.of(None, NATIVE)
+    assert profile is not None
+    with pytest.raises(BundleError, match="unet has inputs"):
+        tensorrt.ranges(UNET, profile, lambda name, inputs, bucket: None)
+
+
+def test_all_that_an_engine_depends_on_is_in_its_key(bundle: Get) -> None:
+    manifest = read_manifest(bundle("sd1"))
+    (unet,) = (part for part in manifest.components if part.name == "unet")
+    other_weights = replace(manifest, files={**manifest.files, "unet/model.onnx": "0" * 64})
+    other_text = replace(manifest, files={**manifest.files, "text_encoder/model.onnx": "0" * 64})
+    base = options()
+
+    def digest(manifest: Manifest = manifest, made: Mapping[str, str] = base, machine: Mapping[str, str] = MACHINE) -> str:
+        return digest_of(tensorrt.key(unet, manifest, made, machine))
+
+    assert digest() == digest(other_text), "another part's files do not matter"
+    changed = [
+        digest(other_weights),
+        digest(made=options(buckets=(Bucket(768, 768, 2),))),
+        digest(made=options(replace(UNET, precision="bf16"))),
+        *(digest(machine={**MACHINE, name: "other"}) for name in MACHINE),
+    ]
+    assert len({digest(), *changed}) == 1 + len(changed)
+
+
+@pytest.mark.parametrize("name", ["sd1", "sdxl", "lcm"])
+def test_every_size_of_the_parts_that_are_built_is_known(bundle: Get, name: str) -> None:
+    """What the pipeline really feeds a graph at the best size is what its engine is best at."""
+    path, manifest = bundle(name), read_manifest(bundle(name))
+    profile = Profile.of((Bucket(64, 48, 2),), NATIVE)
+    assert profile is not None
+    for part in manifest.components:
+        if part.name in tensorrt.COMPONENTS:
+            allowed = tensorrt.ranges(part, profile, Sizes(path).axes)
+            session = open_session(path / part.name / "model.onnx", SessionOptions())
+            feed = {
+                item.name: torch.zeros(allowed[item.name].best if item.name in allowed else item.shape).numpy()
+                for item in session.get_inputs()
+            }
+            assert session.run(None, feed)[0].shape[-2:] == ((6, 8) if part.name == "unet" else (48, 64))
+
+
+class Remembering:
+    """A runner that remembers what it was run on."""
+
+    inputs = outputs = ()
+
+    def __init__(self) -> None:
+        self.shapes: list[tuple[int, ...]] = []
+
+    def run(self, feed: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+        self.shapes.append(tuple(feed["x"].shape))
+        return []
+
+
+def test_what_an_engine_does_not_take_runs_as_before() -> None:
+    engine, other = Remembering(), Remembering()
+    runner: Runner = RangedRunner(engine, other, {"x": Range((1, 4), (2, 4), (4, 8))})
+    for shape in ((1, 4), (4, 8), (5, 8), (2, 3)):
+        runner.run({"x": torch.zeros(shape), "free": torch.zeros(9)})
+    assert engine.shapes == [(1, 4), (4, 8)]
+    assert other.shapes == [(5, 8), (2, 3)]
+
+
+def test_a_build_writes_into_its_folder_or_says_that_it_cannot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "out").mkdir()
+    monkeypatch.chdir(tmp_path)
+    opened = []
+
+    def open_graph(graph: Path, options: SessionOptions) -> Any:
+        opened.append((graph, options))
+        if len(opened) == 2:
+            Path(dict(options.provider_options)["trt_ep_context_file_path"]).touch()
+
+    with pytest.raises(BundleError, match="does not take the whole graph"):
+        build(Path("model.onnx"), Path("out"), options(), open_graph)
+    monkeypatch.chdir(tmp_path)
+    build(Path("model.onnx"), Path("out"), options(), open_graph)
+    assert (tmp_path / "out" / CONTEXT).exists()
+    assert [(graph, settings.provider) for graph, settings in opened] == [(tmp_path / "model.onnx", "tensorrt")] * 2
+
+
+def test_the_building_process_says_what_is_missing(bundle: Get, tmp_path: Path) -> None:
+    """The real program. Where ONNX Runtime is built without TensorRT it does not fall back to something else."""
+    assert "TensorrtExecutionProvider" not in onnxruntime.get_available_providers()
+    job = {"graph": str(bundle("sd1") / "vae_decoder" / "model.onnx"), "folder": str(tmp_path), "options": options()}
+    command = [sys.executable, "-m", "img2img_server.pipelines.engine_build"]
+    with pytest.raises(BundleError, match="was to run on TensorrtExecutionProvider"):
+        run_build(command, job, lambda step, done: None, Stop())
+    assert not list(tmp_path.iterdir())
+
+
+def test_nobody_contends_where_tensorrt_cannot_be_used(bundle: Get) -> None:
+    store = ModelStore([Model("m")])
+    for provider in ("auto", "tensorrt", "cuda", "cpu"):
+        assert contenders(store, Execution(provider), Cache(0), Shelf()) == []
+
+
+def test_what_serves_already_is_not_loaded_twice(tmp_path: Path) -> None:
+    """Of the same bundle only; the graph that serves may be the fused twin of the one that is asked for."""
+    shelf, made = Shelf(), list[Path]()
+
+    def make(name: str, graph: Path) -> Runner:
+        made.append(graph)
+        return Remembering()
+
+    runner = shelf.keep(make)("unet", tmp_path / "a" / "unet" / "fused" / "model.onnx")
+    assert shelf.make("unet", tmp_path / "a" / "unet" / "model.onnx") is runner
+    assert len(made) == 1
+    for bundle, name in (("b", "unet"), ("a", "vae_decoder")):
+        with pytest.raises(BundleError, match="was not opened before"):
+            shelf.make(name, tmp_path / bundle / name / "model.onnx")

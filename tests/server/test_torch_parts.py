@@ -1,0 +1,78 @@
+"""PyTorch's modules: the type that suits the device, and how they lie in memory."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from fakes import make_request
+from img2img_server.bundle import Manifest, Source, Verification
+from img2img_server.errors import BundleError
+from img2img_server.execution import Execution
+from img2img_server.pipelines.alone import run_alone
+from img2img_server.pipelines.torch_parts import choose_dtype, torch_device, torch_pipeline
+from img2img_server.pipelines.whole import WholePipeline
+from PIL import Image
+
+
+@pytest.mark.parametrize(("capability", "dtype"), [((7, 5), torch.float16), ((8, 0), torch.bfloat16), ((9, 0), torch.bfloat16)])
+def test_a_gpu_computes_in_bfloat16_where_it_has_it(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], dtype: torch.dtype
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert choose_dtype("cuda", Execution()) == dtype
+    assert choose_dtype("cuda", Execution(arithmetic="fp32")) == torch.float32
+
+
+@pytest.mark.parametrize(("flags", "dtype"), [({"amx_bf16": True}, torch.bfloat16), ({"avx2": True}, torch.float32)])
+def test_a_cpu_computes_in_bfloat16_where_it_has_amx(
+    monkeypatch: pytest.MonkeyPatch, flags: dict[str, bool], dtype: torch.dtype
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: flags)
+    assert choose_dtype("cpu", Execution()) == dtype
+    assert choose_dtype("cpu", Execution(arithmetic="fp32")) == torch.float32
+
+
+def test_this_machines_cpu_is_asked() -> None:
+    flags = Path("/proc/cpuinfo").read_text(encoding="utf-8").split()
+    assert (choose_dtype("cpu", Execution()) == torch.bfloat16) == ("amx_bf16" in flags)
+
+
+def test_a_device_that_is_not_there_is_an_error() -> None:
+    with pytest.raises(BundleError, match="PyTorch has no provider 'openvino'"):
+        torch_device("openvino")
+    assert torch_device("cpu") == "cpu"
+
+
+def manifest(pipeline_class: str) -> Manifest:
+    return Manifest(
+        source=Source(repo_id="tiny"), pipeline_class=pipeline_class, family="whole", backend="torch", components=(), files={},
+        tools={}, verification=Verification(passed=True),
+    )  # fmt: skip
+
+
+def draw(pipe: Any) -> Any:
+    source = Image.linear_gradient("L").resize((64, 64)).convert("RGB")
+    request = make_request(image=source, prompt="a lake", num_inference_steps=3, guidance_scale=3.0)
+    return np.asarray(run_alone(WholePipeline(pipe, "torch:cpu", threads=1), request)[0], float)
+
+
+@pytest.mark.filterwarnings("ignore:The following named arguments are not valid")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_vae_that_overflows_stays_in_single_beside_a_half_denoiser(
+    tiny_model: Callable[[str], Path], dtype: torch.dtype
+) -> None:
+    bundle, named = tiny_model("sdxl-overflow"), manifest("StableDiffusionXLImg2ImgPipeline")
+    half, single = (torch_pipeline(bundle, named, "cpu", kind) for kind in (dtype, torch.float32))
+    assert (half.unet.dtype, half.text_encoder.dtype, single.unet.dtype) == (dtype, dtype, torch.float32)
+    error = np.abs(draw(half) - draw(single)).mean()
+    assert 0 < error < (1 if dtype == torch.float16 else 6)
+
+
+def test_channels_lie_last_where_there_are_convolutions(tiny_model: Callable[[str], Path]) -> None:
+    pipe = torch_pipeline(tiny_model("sd1"), manifest("StableDiffusionImg2ImgPipeline"), "cpu")
+    for module in (pipe.unet, pipe.vae):
+        weights = [part.weight for part in module.modules() if isinstance(part, torch.nn.Conv2d)]
+        assert all(weight.is_contiguous(memory_format=torch.channels_last) for weight in weights)
