@@ -8,6 +8,7 @@ import pytest
 from conftest import REPOSITORY
 from img2img_server.bundle import read_manifest
 from img2img_server.limits import LIMITS
+from img2img_server.pipelines.sharing import RULES
 
 _MODELS = {
     "Stable Diffusion 1": ("sd1",),
@@ -39,7 +40,8 @@ def rows(heading: str) -> list[list[str]]:
 def test_the_table_of_architectures_is_true(row: list[str], bundle: Callable[[str], Path]) -> None:
     for name in _MODELS[row[0]]:
         manifest = read_manifest(bundle(name))
-        runs = "one request a step" if manifest.family == "whole" else "step by step, in batches"
+        together = "with requests of equal settings" if manifest.pipeline_class in RULES else "one picture at a time"
+        runs = together if manifest.family == "whole" else "step by step, in batches"
         assert row[1:] == [f"`{manifest.pipeline_class}`", manifest.backend, runs], name
 
 
