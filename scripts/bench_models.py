@@ -28,8 +28,7 @@ def saved_model(name: str, precision: str) -> Path:
 
 def _sd15() -> Any:
     """Stable Diffusion 1.5 in every size: 860 M parameters of UNet, 123 M of text encoder, 84 M of VAE."""
-    from diffusers import PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-    from transformers import CLIPTextModel, CLIPTokenizer
+    from diffusers import UNet2DConditionModel
 
     unet = UNet2DConditionModel(
         sample_size=64,
@@ -40,9 +39,17 @@ def _sd15() -> Any:
         down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
         up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
     )
+    return _stable_diffusion(unet, _vae(0.18215, (128, 256, 512, 512)), _text(768, 12, 12, "quick_gelu"))
+
+
+def _stable_diffusion(unet: Any, vae: Any, text: Any) -> Any:
+    """A pipeline of Stable Diffusion 1 of a UNet, a VAE and a text encoder's configuration."""
+    from diffusers import PNDMScheduler, StableDiffusionPipeline
+    from transformers import CLIPTextModel, CLIPTokenizer
+
     return StableDiffusionPipeline(
-        vae=_vae(0.18215, (128, 256, 512, 512)),
-        text_encoder=CLIPTextModel(_text(768, 12, 12, "quick_gelu")).eval(),
+        vae=vae,
+        text_encoder=CLIPTextModel(text).eval(),
         tokenizer=CLIPTokenizer.from_pretrained(_TOKENIZER),
         unet=unet.eval(),
         scheduler=PNDMScheduler(**_BETAS, skip_prk_steps=True, set_alpha_to_one=False),
@@ -98,8 +105,7 @@ def _sdxl() -> Any:
 
 def _tiny() -> Any:
     """Stable Diffusion's parts, as small as they go: to try what is made for the large ones."""
-    from diffusers import PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-    from transformers import CLIPTextModel, CLIPTokenizer
+    from diffusers import UNet2DConditionModel
 
     unet = UNet2DConditionModel(
         sample_size=8,
@@ -110,16 +116,7 @@ def _tiny() -> Any:
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
     )
-    return StableDiffusionPipeline(
-        vae=_vae(0.18215, (32, 32, 32, 32)),
-        text_encoder=CLIPTextModel(_text(32, 2, 4, "quick_gelu")).eval(),
-        tokenizer=CLIPTokenizer.from_pretrained(_TOKENIZER),
-        unet=unet.eval(),
-        scheduler=PNDMScheduler(**_BETAS, skip_prk_steps=True, set_alpha_to_one=False),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
+    return _stable_diffusion(unet, _vae(0.18215, (32, 32, 32, 32)), _text(32, 2, 4, "quick_gelu"))
 
 
 MODELS: dict[str, Callable[[], Any]] = {"sd15": _sd15, "sdxl-unet": _sdxl_unet, "sdxl": _sdxl, "tiny": _tiny}
