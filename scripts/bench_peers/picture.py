@@ -28,16 +28,14 @@ def ours(arguments: argparse.Namespace) -> Draw:
     from img2img_server.engine.cache import Cache
     from img2img_server.engine.request import Request
     from img2img_server.execution import Execution
+    from img2img_server.pipelines.alone import run_alone
     from img2img_server.pipelines.loader import load_pipeline
 
     execution = Execution(arguments.provider, arguments.threads)
     pipeline = load_pipeline(arguments.model, read_manifest(arguments.model), execution, Cache(0))
 
     def draw(image: Image.Image, steps: int) -> Image.Image:
-        (state,) = pipeline.prepare([Request("", image, PROMPT, None, STRENGTH, steps, GUIDANCE, (SEED,))])
-        while state.step < state.step_count:
-            pipeline.advance([state], pipeline.denoise([state]))
-        return pipeline.finish([state])[0][0]
+        return run_alone(pipeline, Request("", image, PROMPT, None, STRENGTH, steps, GUIDANCE, (SEED,)))[0]
 
     return draw
 

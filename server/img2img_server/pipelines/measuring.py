@@ -15,7 +15,8 @@ from PIL import Image
 
 from img2img_server.engine.request import Pipeline, Request
 from img2img_server.errors import BundleError, InvalidField, ServerError
-from img2img_server.pipelines.operations import RUNTIME_ERRORS
+from img2img_server.pipelines.openvino import has_amx
+from img2img_server.pipelines.providers import ERRORS
 from img2img_server.pipelines.runners import Runner
 from img2img_server.pipelines.standins import Graph, OnnxVae, StandIn
 
@@ -29,7 +30,7 @@ FAILURES = (
     ServerError,
     ValueError,
     RuntimeError,  # torch's, its out-of-memory too
-    *RUNTIME_ERRORS,
+    *ERRORS,
 )
 """What may be wrong with one variant, while others can be measured."""
 
@@ -221,7 +222,7 @@ def arithmetic_of(provider: str, precision: str, exact: bool = False) -> str:
     """What a provider is expected to compute a component of `precision` in, where it has the choice (`exact`: it has not)."""
     if provider in ("cuda", "tensorrt"):
         return precision if precision in ("fp16", "bf16") else "fp32"
-    return "bf16" if provider == "openvino" and not exact and "amx_bf16" in _cpu_flags() else "fp32"
+    return "bf16" if provider == "openvino" and not exact and has_amx() else "fp32"
 
 
 def machine() -> dict[str, str]:
@@ -270,7 +271,3 @@ def _request(pipeline: Pipeline, size: tuple[int, int], prompt: str, guidance: f
 def _cpuinfo() -> str:
     path = Path("/proc/cpuinfo")
     return path.read_text(encoding="utf-8") if path.is_file() else ""
-
-
-def _cpu_flags() -> set[str]:
-    return next((set(line.split()) for line in _cpuinfo().splitlines() if line.startswith("flags")), set())

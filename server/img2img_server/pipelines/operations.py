@@ -15,8 +15,8 @@ from typing import Any
 
 import onnxruntime
 import torch
-from onnxruntime.capi import onnxruntime_pybind11_state as state
 
+from img2img_server.pipelines.providers import ERRORS
 from img2img_server.pipelines.runners import dtype_of
 
 Shape = Sequence[int]
@@ -37,17 +37,6 @@ _MATRIX_PRODUCTS = frozenset(
 _CONVOLUTIONS = frozenset({"Conv", "FusedConv", "ConvInteger", "QLinearConv"})
 _WEIGHT = {"QLinearConv": 3}
 """Where a convolution's kernel [M, C / groups, ...] is among its inputs, but for the second place."""
-
-
-RUNTIME_ERRORS = (
-    state.Fail,
-    state.InvalidArgument,
-    state.InvalidGraph,
-    state.NoSuchFile,
-    state.NotImplemented,
-    state.RuntimeException,
-)
-"""What ONNX Runtime raises for a graph or inputs that it cannot run. They have no base of their own."""
 
 _SIDES = (8, 16, 24)
 """Squares of latents to count on. They divide by what models divide latents by, and take little time."""
@@ -99,7 +88,7 @@ def count_operations(graph: Path, feeds: Sequence[Mapping[str, torch.Tensor]], t
             types = {item.name: dtype_of(item) for item in session.get_inputs()}
             for feed in feeds:
                 session.run(None, {name: _array(tensor.to("cpu", types[name])) for name, tensor in feed.items()})
-        except RUNTIME_ERRORS as error:
+        except ERRORS as error:
             raise Uncounted(f"{graph}: {error}") from error
         profile = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
     nodes = [event for event in profile if event.get("cat") == "Node" and "output_type_shape" in event.get("args", {})]
