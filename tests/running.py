@@ -4,16 +4,23 @@ import asyncio
 import contextlib
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 from pathlib import Path
 
+from img2img_server.assets import AssetStore
 from img2img_server.bundle import Manifest, Source, Verification
 from img2img_server.config import ServerConfig
+from img2img_server.engine.engine import Engine
 from img2img_server.engine.request import Pipeline
 from img2img_server.models import Model, ModelStore
+from img2img_server.parsing import Parser
+from img2img_server.residency import Residency
 from img2img_server.server import Server
+from img2img_server.service import ImageToImageService
+from img2img_server.sources import Sources
 from img2img_server.takeover import Contender
+from img2img_server.telemetry import Telemetry
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +57,19 @@ def running(
         loop.call_soon_threadsafe(loop.stop)
         thread.join(30)
         loop.close()
+
+
+def make_service(models: ModelStore, engine: Engine, codecs: Executor) -> ImageToImageService:
+    """The service over an engine, without a server around it."""
+    config = ServerConfig(Path())
+    sources = Sources(config.sources, AssetStore(config.assets), config.image_limits)
+    parser = Parser(config, sources, engine.clock, codecs)
+    residency = Residency(config.residency, models, engine, _no_health)
+    return ImageToImageService(parser, models, residency, engine, codecs, Telemetry(config.telemetry))
+
+
+async def _no_health(name: str, serving: bool) -> None:
+    """Tells nobody."""
 
 
 def store(**pipelines: Pipeline) -> ModelStore:

@@ -1,11 +1,13 @@
-"""The server's configuration: every setting once, with its default, checked when it is made."""
+"""The server's configuration: every setting once, with its default and what it means, checked when it is made."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Literal
 
 from img2img_server.engine.scheduler import Limits
 from img2img_server.execution import Execution
 from img2img_server.images import ImageLimits
+from img2img_server.settings import About, section, setting
 
 DEFAULT_PROMPT = "A beautiful landscape with mountains and a lake at sunset"
 DEFAULT_STRENGTH = 0.8
@@ -17,6 +19,82 @@ MAX_PROMPT = 4096
 
 
 @dataclass(frozen=True, slots=True)
+class ModelSettings:
+    """Which models are in memory, and which may be fetched. `memory` is in bytes, None for no bound; `preload` has
+    ids, or "all"."""
+
+    memory: int | None = setting(
+        None,
+        "memory for models; beyond it, those that were not used for longest are unloaded (default: no bound)",
+        metavar="BYTES",
+        least=1,
+        name="models_memory",
+    )
+    preload: tuple[str, ...] = setting(
+        ("all",), "models to load before serving, by id; all: as many as the memory holds; none: none", metavar="ID[,...]"
+    )
+    load_on_request: bool = setting(True, "load a model of the store when the first request for it comes")
+    allow_downloads: bool = setting(False, "export and load models that are not in the store, from repositories of the hub")
+    download_repos: tuple[str, ...] = setting(
+        (), "repositories that may be downloaded, as patterns such as stabilityai/*", metavar="PATTERN[,...]"
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class TlsSettings:
+    """The files, in PEM, of TLS. They are read again when they change. With `client_ca`, clients must show a certificate of
+    its."""
+
+    certificate: Path | None = setting(None, "the server's certificate chain", metavar="FILE")
+    key: Path | None = setting(None, "the private key of the certificate", metavar="FILE")
+    client_ca: Path | None = setting(None, "take only clients with a certificate that one of these signed", metavar="FILE")
+
+    def __post_init__(self) -> None:
+        if (self.certificate is None) != (self.key is None):
+            raise ValueError("tls_certificate and tls_key belong together: set both or none")
+        if self.client_ca is not None and self.certificate is None:
+            raise ValueError("tls_client_ca needs tls_certificate and tls_key")
+
+
+@dataclass(frozen=True, slots=True)
+class AssetSettings:
+    """Where pictures are kept: any URL that fsspec opens. `quota` is in bytes, `max_age` in seconds since a
+    picture's last use."""
+
+    url: str | None = setting(
+        None,
+        "a folder or URL (s3://bucket/folder) to keep pictures in (default: ~/.cache/img2img/assets; none: keep none)",
+        name="assets",
+        metavar="URL",
+    )
+    quota: int = setting(2**30, "most bytes of pictures that are kept", name="assets_quota", metavar="BYTES", least=1)
+    max_age: float = setting(
+        24 * 3600.0, "seconds after its last use that a picture is kept", name="assets_max_age", metavar="SECONDS", least=1
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class SourceSettings:
+    """Which addresses `image.uri` may have beside data: and asset:. `http_seconds` bounds one download."""
+
+    allow_http: bool = setting(False, "fetch http and https addresses of the public internet, never of private networks")
+    http_seconds: float = setting(10.0, "longest that fetching an address may take", metavar="SECONDS", least=0.1)
+    file_root: Path | None = setting(None, "allow file: addresses below this folder", metavar="DIR")
+
+
+@dataclass(frozen=True, slots=True)
+class TelemetrySettings:
+    """What is told to the outside, and how. Metrics are served over HTTP where `metrics_port` is set, 0 for a free one."""
+
+    metrics_port: int | None = setting(None, "serve Prometheus metrics over HTTP on this port", metavar="PORT", least=0)
+    metrics_host: str = setting("127.0.0.1", "address to serve metrics on")
+    otlp_endpoint: str | None = setting(
+        None, "send OpenTelemetry traces to this collector, such as http://localhost:4317", metavar="URL"
+    )
+    log_format: Literal["text", "json"] = setting("text", "how the log on standard error is written", choices=("text", "json"))
+
+
+@dataclass(frozen=True, slots=True)
 class ServerConfig:
     """What `img2img serve` runs with.
 
@@ -24,39 +102,53 @@ class ServerConfig:
     server is SERVING. `grace` is how many seconds running requests get after SIGTERM. `execution` is how models are run.
     `cache_bytes` hold what was encoded of prompts and pictures, 0 for none. `warm_up` is how many
     seconds each model is measured for before it is served. `trace` gets the device's timeline. `allow_unverified` serves
-    bundles, too, whose verification failed. Raises ValueError for a setting that cannot work.
+    bundles, too, whose verification failed. `tokens` is the file of those who may call (access.py), None for everybody.
+    `allow_insecure` lets the server listen beyond loopback without TLS. `watchdog` is how many seconds one call of a model may
+    take before the engine counts as stuck. Raises ValueError for a setting that cannot work.
     """
 
-    models: Path
-    host: str = "127.0.0.1"
-    port: int = 50051
-    port_file: Path | None = None
-    default_model: str | None = None
-    execution: Execution = field(default_factory=Execution)
-    grace: float = 30.0
-    max_steps: int = 100
-    max_image_count: int = 8
-    cache_bytes: int = 256 * 2**20
-    warm_up: float = 10.0
-    trace: Path | None = None
-    allow_unverified: bool = False
-    limits: Limits = field(default_factory=Limits)
-    image_limits: ImageLimits = field(default_factory=ImageLimits)
+    models: Path = setting(Path(), "a folder of bundles, or one bundle", metavar="DIR")
+    host: str = setting("127.0.0.1", "address to listen on")
+    port: int = setting(50051, "port to listen on, 0 for a free one", metavar="PORT", least=0)
+    port_file: Path | None = setting(None, "write the port here once the server is ready", metavar="FILE")
+    allow_insecure: bool = setting(False, "listen beyond loopback without TLS, where something else has it")
+    default_model: str | None = setting(
+        None, "the model of requests that name none (default: the only one there is)", metavar="ID"
+    )
+    tokens: Path | None = setting(
+        None, "who may call: a file that `img2img token` writes (default: everybody who reaches the port)", metavar="FILE"
+    )
+    grace: float = setting(30.0, "time to finish on SIGTERM", metavar="SECONDS", least=0)
+    watchdog: float = setting(
+        300.0,
+        "longest that one call of a model may take before the server gives itself up; 0: for ever",
+        metavar="SECONDS",
+        least=0,
+    )
+    warm_up: float = setting(10.0, "time to measure a model at start", metavar="SECONDS", least=0)
+    cache_bytes: int = setting(256 * 2**20, "memory for encoded prompts and pictures, 0 for none", metavar="BYTES", least=0)
+    trace: Path | None = setting(None, "write the device's timeline here, to be opened in ui.perfetto.dev", metavar="FILE")
+    allow_unverified: bool = setting(False, "also serve bundles that did not pass their export's verification")
+    max_steps: int = setting(100, "largest num_inference_steps", metavar="N", least=1)
+    max_image_count: int = setting(8, "most pictures of one request", metavar="N", least=1)
+    limits: Limits = section(Limits, "the queue")
+    image_limits: ImageLimits = section(ImageLimits, "pictures")
+    execution: Execution = section(Execution, "how models are run")
+    residency: ModelSettings = section(ModelSettings, "models in memory")
+    tls: TlsSettings = section(TlsSettings, "TLS", prefix="tls_")
+    assets: AssetSettings = section(AssetSettings, "kept pictures")
+    sources: SourceSettings = section(SourceSettings, "pictures from addresses")
+    telemetry: TelemetrySettings = section(TelemetrySettings, "metrics, traces and logs")
 
     def __post_init__(self) -> None:
-        for name, least in _LEAST.items():
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"{name} is {value}, the least is {least}")
-        for group in (self.limits, self.image_limits):
-            for name in group.__slots__:
-                if getattr(group, name) < 1:
-                    raise ValueError(f"{name} is {getattr(group, name)}, the least is 1")
+        for group in (self, *(getattr(self, item.name) for item in fields(self))):
+            for item in fields(group) if hasattr(group, "__dataclass_fields__") else ():
+                about: About = item.metadata.get("about", About())
+                value = getattr(group, item.name)
+                if about.least is not None and value is not None and value < about.least:
+                    raise ValueError(f"{item.name} is {value}, the least is {about.least:g}")
 
     @property
     def max_message_bytes(self) -> int:
         """The largest message taken from the network: a source picture as a base64 URI and something beside it."""
         return 2 * self.image_limits.max_bytes + 2**20
-
-
-_LEAST = {"port": 0, "grace": 0, "max_steps": 1, "max_image_count": 1, "cache_bytes": 0, "warm_up": 0}

@@ -41,6 +41,13 @@ class ModelUnavailable(ServerError):
     reason = "MODEL_UNAVAILABLE"
 
 
+class ModelNotLoaded(ServerError):
+    """The model is in the store, not in memory, and this server does not load models on request."""
+
+    status = "FAILED_PRECONDITION"
+    reason = "MODEL_NOT_LOADED"
+
+
 class NotSupported(ServerError):
     """The contract has it, this server does not do it."""
 
@@ -48,15 +55,77 @@ class NotSupported(ServerError):
     reason = "NOT_SUPPORTED"
 
 
-class QueueFull(ServerError):
-    """No room for one more request. `retry_after` is in seconds."""
+class Exhausted(ServerError):
+    """Something that comes back is used up. `retry_after` is in seconds, None where nobody can say."""
 
     status = "RESOURCE_EXHAUSTED"
+    reason = "EXHAUSTED"
+
+    def __init__(self, message: str, retry_after: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class QueueFull(Exhausted):
+    """No room for one more request."""
+
     reason = "QUEUE_FULL"
 
     def __init__(self, message: str, retry_after: float) -> None:
-        super().__init__(message)
-        self.retry_after = retry_after
+        super().__init__(message, retry_after)
+        self.retry_after: float = retry_after
+
+
+class ClientBusy(Exhausted):
+    """This client has as many requests in as one may have."""
+
+    reason = "CLIENT_QUEUE_FULL"
+
+
+class RateLimited(Exhausted):
+    """This client's token allows no more calls for now."""
+
+    reason = "RATE_LIMITED"
+
+
+class ModelMemoryFull(Exhausted):
+    """The model does not fit into the memory for models, beside those that are in use."""
+
+    reason = "MODEL_MEMORY_FULL"
+
+
+class AssetQuotaFull(Exhausted):
+    """There is no room for one more asset."""
+
+    reason = "ASSET_QUOTA_FULL"
+
+
+class AssetNotFound(ServerError):
+    """There is no asset of that id, or it is older than assets are kept."""
+
+    status = "NOT_FOUND"
+    reason = "ASSET_NOT_FOUND"
+
+
+class StorageFailed(ServerError):
+    """What keeps the assets cannot be read or written: its disk is full, say, or it cannot be reached."""
+
+    status = "UNAVAILABLE"
+    reason = "STORAGE_FAILED"
+
+
+class Unauthenticated(ServerError):
+    """The call brings no token, or none that this server knows."""
+
+    status = "UNAUTHENTICATED"
+    reason = "UNAUTHENTICATED"
+
+
+class PermissionDenied(ServerError):
+    """The caller's token does not allow this."""
+
+    status = "PERMISSION_DENIED"
+    reason = "PERMISSION_DENIED"
 
 
 class DeadlineExpired(ServerError):
@@ -89,6 +158,13 @@ class ShuttingDown(ServerError):
 
     status = "UNAVAILABLE"
     reason = "SHUTTING_DOWN"
+
+
+class EngineStuck(ServerError):
+    """The device did not come back from a call. The server gives itself up; another one may do it."""
+
+    status = "UNAVAILABLE"
+    reason = "ENGINE_STUCK"
 
 
 class ModelFailed(ServerError):

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from img2img_server.settings import setting
+
 PROVIDERS = ("tensorrt", "cuda", "openvino", "cpu")
 """The execution providers that can be asked for by name, best first."""
 
@@ -35,6 +37,11 @@ class Bucket:
         return f"{self.width}x{self.height}:{self.rows}"
 
 
+def parse_buckets(text: str) -> tuple[Bucket, ...]:
+    """Reads "512x512:2,768x512:4"; "none" is none. Raises ValueError."""
+    return () if text == "none" else tuple(map(Bucket.parse, text.split(",")))
+
+
 @dataclass(frozen=True, slots=True)
 class Execution:
     """How to run a bundle.
@@ -46,14 +53,42 @@ class Execution:
     replays them. `compile` runs torch modules through torch.compile. `cache` is where built engines are kept.
     """
 
-    provider: str = "auto"
-    threads: int | None = None
-    arithmetic: Arithmetic = "auto"
-    buckets: tuple[Bucket, ...] | None = None
-    gpu_memory: int | None = None
-    cuda_graphs: bool = True
-    compile: bool = False
-    cache: Path | None = None
+    provider: str = setting(
+        "auto",
+        "what runs ONNX graphs. auto: the first of these that works here; the log says why not a better one. One that is "
+        "asked for by name and does not work is an error at start",
+        choices=("auto", *PROVIDERS),
+    )
+    threads: int | None = setting(
+        None,
+        "CPU threads of one model call (default: one for each physical core that this process may use)",
+        metavar="N",
+        least=1,
+    )
+    arithmetic: Arithmetic = setting(
+        "auto",
+        "auto: compute in bfloat16 or float16 where that is faster and the model's reference pictures still pass. "
+        "fp32: in no less than the bundle's own precision",
+        choices=("auto", "fp32"),
+    )
+    buckets: tuple[Bucket, ...] | None = setting(
+        None,
+        "common sizes to prepare for, in pixels, with the rows of a call: 512x512:2 is one guided picture of 512 x 512. "
+        "Each costs memory; other sizes run slower (default: the model's own size with 2 rows; none: no such preparation)",
+        metavar="WxH:ROWS[,...]",
+        parse=parse_buckets,
+    )
+    gpu_memory: int | None = setting(
+        None, "most GPU memory that each of ONNX Runtime's sessions keeps (default: no bound)", metavar="BYTES", least=1
+    )
+    cuda_graphs: bool = setting(True, "replay recorded calls of common sizes instead of starting each GPU kernel anew")
+    compile: bool = setting(False, "torch.compile what runs in PyTorch: minutes more at start, faster steps")
+    cache: Path | None = setting(
+        None,
+        "where built TensorRT engines are kept (default: ~/.cache/img2img/engines)",
+        metavar="DIR",
+        name="engine_cache",
+    )
 
     def __post_init__(self) -> None:
         if self.provider not in ("auto", *PROVIDERS):

@@ -10,6 +10,7 @@ from urllib.parse import unquote_to_bytes
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
 from img2img_server.errors import InvalidField
+from img2img_server.settings import setting
 
 READ_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 WriteFormat = Literal["PNG", "JPEG", "WEBP"]
@@ -22,9 +23,9 @@ Image.MAX_IMAGE_PIXELS = None
 class ImageLimits:
     """The largest source file in bytes, the largest source and the largest result in pixels."""
 
-    max_bytes: int = 16 * 2**20
-    max_source_pixels: int = 32_000_000
-    max_pixels: int = 2048 * 2048
+    max_bytes: int = setting(16 * 2**20, "largest source file", metavar="BYTES", name="max_image_bytes", least=1)
+    max_source_pixels: int = setting(32_000_000, "largest source picture, width x height", metavar="N", least=1)
+    max_pixels: int = setting(2048 * 2048, "largest result, width x height", metavar="N", least=1)
 
 
 def decode(data: bytes, limits: ImageLimits, field: str) -> Image.Image:

@@ -1,9 +1,17 @@
-"""Errors -> rich statuses, once for every call. What is not meant for callers stays in the log."""
+"""Around every call: its name in the log, who makes it and whether they may, and errors as rich statuses.
+
+What is not meant for callers stays in the log. Each successful answer has `x-request-id` in its initial metadata; each error
+has it in its trailing metadata and its ErrorInfo, and no initial metadata at all, so that gRPC's own retries still work on it.
+"""
 
 import inspect
 import logging
 import math
-from collections.abc import AsyncIterator, Awaitable, Callable
+import re
+import uuid
+from asyncio import CancelledError
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
 from typing import Any
 
 import grpc
@@ -11,15 +19,28 @@ from google.protobuf import any_pb2, duration_pb2, message
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
-from img2img_server.errors import DeadlineUnmeetable, InvalidField, QueueFull, ServerError
+from img2img_server.access import Access
+from img2img_server.calls import Call, answering
+from img2img_server.errors import DeadlineUnmeetable, Exhausted, InvalidField, ServerError
+from img2img_server.telemetry import Telemetry
 
 _log = logging.getLogger(__name__)
 
 DOMAIN = "img2img"
+REQUEST_ID = "x-request-id"
+_REQUEST_ID_FORM = re.compile(r"[A-Za-z0-9_.:-]{1,64}")
+"""Of an id that a caller chose: what is harmless in a log."""
 
 
-class ErrorInterceptor(grpc.aio.ServerInterceptor):
-    """Turns the errors of handlers into google.rpc.Status. Any other exception becomes INTERNAL, without its text."""
+class CallInterceptor(grpc.aio.ServerInterceptor):
+    """Makes a Call of each RPC, has `access` admit it and `telemetry` observe it, and turns errors into google.rpc.Status.
+
+    Any exception that is no ServerError becomes INTERNAL, without its text.
+    """
+
+    def __init__(self, access: Access, telemetry: Telemetry) -> None:
+        self._access = access
+        self._telemetry = telemetry
 
     async def intercept_service(
         self,
@@ -30,7 +51,7 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         handler = await continuation(handler_call_details)
         if handler is None:
             return None
-        wrap = _wrap_stream if handler.response_streaming else _wrap_unary
+        wrap = self._wrap_stream if handler.response_streaming else self._wrap_unary
         make = {
             (False, False): grpc.unary_unary_rpc_method_handler,
             (False, True): grpc.unary_stream_rpc_method_handler,
@@ -39,22 +60,83 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         }[handler.request_streaming, handler.response_streaming]
         behaviour = handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream
         return make(
-            wrap(behaviour, handler_call_details.method),
+            wrap(behaviour, handler_call_details),
             request_deserializer=handler.request_deserializer,
             response_serializer=handler.response_serializer,
         )
 
+    def _wrap_unary(self, behaviour: Any, details: grpc.HandlerCallDetails) -> Any:
+        async def handle(request: Any, context: Any) -> Any:
+            async with self._answering(details, context) as call:
+                response = await behaviour(request, context)
+                await context.send_initial_metadata(((REQUEST_ID, call.request_id),))
+                return response
 
-def to_status(error: ServerError) -> status_pb2.Status:
+        return handle
+
+    def _wrap_stream(self, behaviour: Any, details: grpc.HandlerCallDetails) -> Any:
+        async def handle(request: Any, context: Any) -> AsyncIterator[Any]:
+            async with self._answering(details, context) as call:
+                result = behaviour(request, context)
+                if inspect.isawaitable(result):  # a handler that writes to the context itself, such as Health.Watch
+                    await result
+                    return
+                told = False
+                async for response in result:
+                    if not told:
+                        await context.send_initial_metadata(((REQUEST_ID, call.request_id),))
+                        told = True
+                    yield response
+
+        return handle
+
+    @asynccontextmanager
+    async def _answering(self, details: grpc.HandlerCallDetails, context: Any) -> AsyncIterator[Call]:
+        metadata: Sequence[tuple[str, str | bytes]] = details.invocation_metadata or ()
+        call = call_of(details.method, metadata, context.peer())
+        with self._telemetry.call(call) as outcome:
+            try:
+                with self._access.admitted(call, metadata) as admitted, answering(admitted):
+                    outcome.client = admitted.client
+                    yield admitted
+            except (CancelledError, GeneratorExit):
+                outcome.status = "CANCELLED"
+                raise
+            except grpc.aio.AbortError:
+                outcome.status = "UNKNOWN"
+                raise
+            except Exception as caught:  # noqa: BLE001 - the service's edge
+                error = caught
+                if not isinstance(error, ServerError):
+                    _log.error("%s failed", call.method, exc_info=error)
+                    error = ServerError("the server failed on this request")
+                outcome.status, outcome.reason = error.status, error.reason
+                context.set_trailing_metadata(((REQUEST_ID, call.request_id),))
+                await context.abort_with_status(rpc_status.to_status(to_status(error, call.request_id)))
+
+
+def call_of(method: str, metadata: Sequence[tuple[str, str | bytes]], peer: str) -> Call:
+    """The call that the metadata tells of. `peer` is gRPC's name of the caller's address, such as "ipv4:127.0.0.1:4711"."""
+    sent = {key: value for key, value in metadata if isinstance(value, str)}
+    request_id = sent.get(REQUEST_ID, "")
+    if not _REQUEST_ID_FORM.fullmatch(request_id):
+        request_id = uuid.uuid4().hex
+    host = peer.rpartition(":")[0] if peer.startswith(("ipv4:", "ipv6:")) else peer
+    return Call(method, request_id, client=host, traceparent=sent.get("traceparent", ""))
+
+
+def to_status(error: ServerError, request_id: str = "") -> status_pb2.Status:
     """The rich status of an error: its code, an ErrorInfo, and what its class adds."""
     info = error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN)
+    if request_id:
+        info.metadata["request_id"] = request_id
     if isinstance(error, DeadlineUnmeetable):
         info.metadata["estimate_seconds"] = f"{error.estimate:.3f}"
     details: list[message.Message] = [info]
     if isinstance(error, InvalidField):
         violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=error.description)
         details.append(error_details_pb2.BadRequest(field_violations=[violation]))
-    if isinstance(error, QueueFull):
+    if isinstance(error, Exhausted) and error.retry_after is not None:
         delay = duration_pb2.Duration(seconds=math.ceil(error.retry_after))
         details.append(error_details_pb2.RetryInfo(retry_delay=delay))
     packed = []
@@ -62,37 +144,3 @@ def to_status(error: ServerError) -> status_pb2.Status:
         packed.append(any_pb2.Any())
         packed[-1].Pack(detail)
     return status_pb2.Status(code=code_pb2.Code.Value(error.status), message=str(error), details=packed)
-
-
-def _wrap_unary(behaviour: Any, method: str) -> Any:
-    async def handle(request: Any, context: Any) -> Any:
-        try:
-            return await behaviour(request, context)
-        except Exception as error:  # noqa: BLE001 - the service's edge
-            await _abort(context, error, method)
-
-    return handle
-
-
-def _wrap_stream(behaviour: Any, method: str) -> Any:
-    async def handle(request: Any, context: Any) -> AsyncIterator[Any]:
-        try:
-            result = behaviour(request, context)
-            if inspect.isawaitable(result):  # a handler that writes to the context itself, such as Health.Watch
-                await result
-            else:
-                async for response in result:
-                    yield response
-        except Exception as error:  # noqa: BLE001 - the service's edge
-            await _abort(context, error, method)
-
-    return handle
-
-
-async def _abort(context: Any, error: Exception, method: str) -> None:
-    if isinstance(error, grpc.aio.AbortError):
-        raise error
-    if not isinstance(error, ServerError):
-        _log.error("%s failed", method, exc_info=error)
-        error = ServerError("the server failed on this request")
-    await context.abort_with_status(rpc_status.to_status(to_status(error)))

@@ -1,22 +1,23 @@
-"""gRPC's side of the model store, and the services that later work fills in."""
+"""gRPC's side of the model store."""
 
-from typing import Any, NoReturn
+from typing import Any
 
-from img2img.v1 import asset_pb2_grpc
 from img2img.v1 import image_to_image_pb2 as image_pb
 from img2img.v1 import model_pb2 as pb
 from img2img.v1 import model_pb2_grpc as pb_grpc
 
 from img2img_server.bundle import Source
-from img2img_server.errors import NotSupported
+from img2img_server.calls import current
 from img2img_server.models import EngineStatus, Model, ModelStore
+from img2img_server.residency import Residency
 
 
 class ModelService(pb_grpc.ModelServiceServicer):
-    """ListModels and GetModel. Models are loaded when the server starts; loading and unloading them is not supported yet."""
+    """Lists, loads and unloads models."""
 
-    def __init__(self, models: ModelStore) -> None:
+    def __init__(self, models: ModelStore, residency: Residency) -> None:
         self._models = models
+        self._residency = residency
 
     async def ListModels(self, request: pb.ListModelsRequest, context: Any) -> pb.ListModelsResponse:
         """Every model of the store, in order of id."""
@@ -26,13 +27,17 @@ class ModelService(pb_grpc.ModelServiceServicer):
         """One model. NOT_FOUND where there is none."""
         return pb.GetModelResponse(model=self._message(self._models.get(request.id)))
 
-    async def LoadModel(self, request: pb.LoadModelRequest, context: Any) -> NoReturn:
-        """Not supported yet."""
-        raise NotSupported("models are loaded when the server starts")
+    async def LoadModel(self, request: pb.LoadModelRequest, context: Any) -> pb.LoadModelResponse:
+        """Makes a model ready."""
+        current().require_admin()
+        reference = reference_from(request.source) if request.HasField("source") else Source(path=request.id)
+        return pb.LoadModelResponse(model=self._message(await self._residency.load(reference)))
 
-    async def UnloadModel(self, request: pb.UnloadModelRequest, context: Any) -> NoReturn:
-        """Not supported yet."""
-        raise NotSupported("models are unloaded when the server stops")
+    async def UnloadModel(self, request: pb.UnloadModelRequest, context: Any) -> pb.UnloadModelResponse:
+        """Frees a model's memory."""
+        current().require_admin()
+        freed = await self._residency.unload(request.id)
+        return pb.UnloadModelResponse(model=self._message(self._models.get(request.id)), freed_bytes=freed)
 
     def _message(self, model: Model) -> pb.Model:
         message = pb.Model(id=model.id, is_default=model.id == self._models.default)
@@ -55,22 +60,6 @@ class ModelService(pb_grpc.ModelServiceServicer):
             message.schedulers.extend(model.pipeline.schedulers)
             message.engines.extend(map(_engine_to, model.engines))
         return message
-
-
-class AssetService(asset_pb2_grpc.AssetServiceServicer):
-    """The contract's asset calls. This server keeps no assets yet: each answers UNIMPLEMENTED."""
-
-    async def UploadAsset(self, request_iterator: object, context: Any) -> NoReturn:
-        """Not supported yet."""
-        raise NotSupported("this server keeps no assets yet")
-
-    def GetAsset(self, request: object, context: Any) -> NoReturn:
-        """Not supported yet."""
-        raise NotSupported("this server keeps no assets yet")
-
-    async def DeleteAsset(self, request: object, context: Any) -> NoReturn:
-        """Not supported yet."""
-        raise NotSupported("this server keeps no assets yet")
 
 
 def _engine_to(status: EngineStatus) -> pb.EngineStatus:

@@ -12,6 +12,7 @@ from img2img.v1 import image_to_image_pb2 as pb
 from PIL import Image
 
 from img2img_server import images
+from img2img_server.calls import current
 from img2img_server.config import (
     DEFAULT_GUIDANCE,
     DEFAULT_PROMPT,
@@ -23,8 +24,8 @@ from img2img_server.config import (
 )
 from img2img_server.engine.request import Pipeline, Request
 from img2img_server.errors import InvalidField, NotSupported
-from img2img_server.model_service import reference_from
-from img2img_server.models import Model, ModelStore
+from img2img_server.models import Model
+from img2img_server.sources import Sources
 
 _FORMATS: dict[int, images.WriteFormat] = {
     pb.OUTPUT_FORMAT_UNSPECIFIED: "PNG",
@@ -51,30 +52,31 @@ class Job:
 class Parser:
     """Makes jobs of messages. Pictures are decoded on `executor`; `clock` is the engine's, on which deadlines are measured."""
 
-    def __init__(self, config: ServerConfig, models: ModelStore, clock: Callable[[], float], executor: Executor) -> None:
+    def __init__(self, config: ServerConfig, sources: Sources, clock: Callable[[], float], executor: Executor) -> None:
         self._config = config
-        self._models = models
+        self._sources = sources
         self._clock = clock
         self._executor = executor
 
-    async def parse(self, message: pb.TransformRequest, seconds_left: float | None, previews: bool) -> Job:
-        """Checks a message and fills in its defaults. Without `previews` none are drawn, whatever it asks.
+    async def parse(self, message: pb.TransformRequest, model: Model, seconds_left: float | None, previews: bool) -> Job:
+        """Checks a message for `model` and fills in its defaults. Without `previews` none are drawn, whatever it asks.
 
         Raises the error that names the first wrong field.
         """
         arrival = time.perf_counter()
         deadline = None if seconds_left is None else self._clock() + seconds_left
-        model = self._models.resolve(reference_from(message.model))
         prompt, negative_prompt = _prompts(message)
         strength, steps, guidance = self._numbers(message)
         seeds = self._seeds(message)
         scheduler = _scheduler(message.scheduler, model)
         interval = self._preview_interval(message)
         file_format, quality = _output(message)
-        _check_source(message.image)
+        self._sources.check(message.image)
+        field, data = await self._sources.read(message.image)
+        call = current()
 
         def build() -> Request:
-            image, digest = self._load(message, model)
+            image, digest = self._load(field, data, message, model)
             request = Request(
                 model=model.id,
                 image=image,
@@ -88,6 +90,8 @@ class Parser:
                 scheduler=scheduler,
                 preview_interval=interval if previews else 0,
                 image_digest=digest,
+                client=call.client,
+                id=call.request_id,
             )
             # The engine will ask for it too. What is slow of it the first time is done here, off its thread and the loop's.
             _pipeline_of(model).plan(request)
@@ -122,11 +126,15 @@ class Parser:
         _check("preview_interval", 0 <= interval <= most, f"{interval} is not 0, for none, or in 1 to {most}")
         return interval
 
-    def _load(self, message: pb.TransformRequest, model: Model) -> tuple[Image.Image, bytes]:
+    def _load(self, field: str, data: bytes, message: pb.TransformRequest, model: Model) -> tuple[Image.Image, bytes]:
         """The source at the result's size, and its digest."""
         width = message.width if message.HasField("width") else None
         height = message.height if message.HasField("height") else None
-        return _load(message.image, width, height, _pipeline_of(model).size_multiple, self._config.image_limits)
+        limits = self._config.image_limits
+        image = images.decode(data, limits, field)
+        size = images.target_size(image.size, width, height, _pipeline_of(model).size_multiple, limits)
+        image = images.resize(image, size)
+        return image, image_digest(image)
 
 
 def _prompts(message: pb.TransformRequest) -> tuple[str, str | None]:
@@ -157,26 +165,6 @@ def _output(message: pb.TransformRequest) -> tuple[images.WriteFormat, int]:
     quality = output.quality if output.HasField("quality") else _DEFAULT_QUALITY
     _check("output.quality", 1 <= quality <= 100, f"{quality} is not in 1 to 100")
     return _FORMATS[output.format], quality
-
-
-def _check_source(source: pb.ImageSource) -> None:
-    kind = source.WhichOneof("source")
-    if kind == "asset_id":
-        raise NotSupported("image.asset_id: this server keeps no assets yet; send the picture as data")
-    _check("image", kind is not None, "a source picture is required")
-    allowed = kind == "data" or source.uri.startswith("data:")
-    _check("image.uri", allowed, "only data: URIs are allowed on this server; or send the picture as data")
-
-
-def _load(
-    source: pb.ImageSource, width: int | None, height: int | None, multiple: int, limits: images.ImageLimits
-) -> tuple[Image.Image, bytes]:
-    field, data = "image.data", source.data
-    if source.WhichOneof("source") == "uri":
-        field, data = "image.uri", images.decode_data_uri(source.uri, limits, "image.uri")
-    image = images.decode(data, limits, field)
-    image = images.resize(image, images.target_size(image.size, width, height, multiple, limits))
-    return image, image_digest(image)
 
 
 def image_digest(image: Image.Image) -> bytes:

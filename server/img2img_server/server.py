@@ -14,17 +14,27 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2, reflection_pb2_grpc
 from img2img.v1 import asset_pb2_grpc, image_to_image_pb2, image_to_image_pb2_grpc, model_pb2_grpc
 
+from img2img_server.access import Access
+from img2img_server.asset_service import AssetService
+from img2img_server.assets import AssetStore
 from img2img_server.config import ServerConfig
 from img2img_server.engine.cache import Cache
 from img2img_server.engine.engine import Engine
-from img2img_server.engine.spans import ignore
+from img2img_server.engine.spans import Span
 from img2img_server.engine.warmup import WarmUp
-from img2img_server.interceptors import ErrorInterceptor
-from img2img_server.model_service import AssetService, ModelService
+from img2img_server.errors import EngineStuck
+from img2img_server.interceptors import CallInterceptor
+from img2img_server.model_service import ModelService
 from img2img_server.models import ModelStore
+from img2img_server.parsing import Parser
+from img2img_server.residency import Residency
 from img2img_server.service import ImageToImageService
+from img2img_server.sources import Sources
 from img2img_server.takeover import Contender, Takeover
+from img2img_server.telemetry import Telemetry
+from img2img_server.tls import bind
 from img2img_server.trace import Trace
+from img2img_server.watchdog import Watchdog
 
 _log = logging.getLogger(__name__)
 
@@ -61,7 +71,12 @@ class Server:
         self._contend = contend
         self._takeover: Takeover | None = None
         self._trace: Trace | None = None
+        self._residency: Residency | None = None
+        self._watchdog: Watchdog | None = None
+        self._assets = AssetStore(config.assets)
+        self._telemetry = Telemetry(config.telemetry)
         self._health = health.aio.HealthServicer()
+        self._failed = asyncio.Event()
         self._codecs = ThreadPoolExecutor(max_workers=os.cpu_count(), thread_name_prefix="img2img-codec")
         self._engine: Engine | None = None
         self._server: grpc.aio.Server | None = None
@@ -73,9 +88,13 @@ class Server:
         models = await asyncio.to_thread(self._load_models)
         if self._config.trace is not None:
             self._trace = Trace(self._config.trace)
-        engine = Engine(models.pipelines(), self._config.limits, observe=self._trace.observe if self._trace else ignore)
+        engine = Engine(models.pipelines(), self._config.limits, observe=self._observe)
         await asyncio.to_thread(self._warm_up, models, engine)
-        server = self._make_server(models, engine)
+        await self._assets.open()
+        self._telemetry.watch(engine, models, self._cache, self._assets)
+        self._telemetry.start()
+        self._residency = Residency(self._config.residency, models, engine, self._set_model_health)
+        server = self._make_server(models, engine, self._residency)
         engine.start()
         self._engine, self._server = engine, server
         await server.start()
@@ -85,6 +104,13 @@ class Server:
         contenders = await asyncio.to_thread(self._contend, models)
         self._takeover = Takeover(engine, models, contenders)
         self._takeover.start()
+        loop = asyncio.get_running_loop()
+        self._watchdog = Watchdog(
+            engine,
+            self._config.watchdog,
+            lambda why: loop.call_soon_threadsafe(self._stuck, why),
+        )
+        self._watchdog.start()
         if self._config.port_file is not None:
             _write_port(self._config.port_file, self.port)
 
@@ -95,12 +121,18 @@ class Server:
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
         if self._takeover is not None:
             self._takeover.stop()
+        if self._residency is not None:
+            await self._residency.close()
         finished = await asyncio.to_thread(self._engine.drain, self._config.grace)
         _log.info("drained" if finished else "the grace period is over: ending what still runs")
+        if self._watchdog is not None:
+            self._watchdog.stop()
         await asyncio.to_thread(self._engine.close)
         # What has ended still has to be encoded and sent.
         await self._server.stop(grace=5)
         self._codecs.shutdown()
+        await self._assets.close()
+        self._telemetry.close()
         if self._takeover is not None and not await asyncio.to_thread(self._takeover.join, _LOADING):
             _log.info("a takeover is left unfinished")
         if self._cache is not None:
@@ -118,10 +150,34 @@ class Server:
             for line in engine.costs.describe(name, limits.max_batch_size):
                 _log.info("model '%s': %s", name, line)
 
-    def _make_server(self, models: ModelStore, engine: Engine) -> grpc.aio.Server:
+    async def failed(self) -> None:
+        """Returns when the server can serve no more: its engine is stuck, and only the process's end can cure that."""
+        await self._failed.wait()
+
+    def _stuck(self, why: str) -> None:
+        self._giving_up = asyncio.get_running_loop().create_task(self._give_up(why))
+
+    async def _give_up(self, why: str) -> None:
+        """Tells everybody who waits that this server is lost."""
+        _log.critical("%s", why)
+        await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+        assert self._engine is not None, "a watchdog looks at an engine"
+        self._engine.abandon(EngineStuck("the device does not answer: this server stops"))
+        self._failed.set()
+
+    def _observe(self, span: Span) -> None:
+        if self._trace is not None:
+            self._trace.observe(span)
+        self._telemetry.span(span)
+
+    async def _set_model_health(self, name: str, serving: bool) -> None:
+        states = health_pb2.HealthCheckResponse
+        await self._health.set(f"models/{name}", states.SERVING if serving else states.NOT_SERVING)
+
+    def _make_server(self, models: ModelStore, engine: Engine, residency: Residency) -> grpc.aio.Server:
         size = self._config.max_message_bytes
         server = grpc.aio.server(
-            interceptors=[ErrorInterceptor()],
+            interceptors=[CallInterceptor(Access(self._config.tokens), self._telemetry)],
             options=[
                 ("grpc.max_receive_message_length", size),
                 ("grpc.max_send_message_length", -1),
@@ -129,26 +185,20 @@ class Server:
                 ("grpc.so_reuseport", 0),
             ],
         )
-        transforms = ImageToImageService(self._config, models, engine, self._codecs)
+        sources = Sources(self._config.sources, self._assets, self._config.image_limits)
+        parser = Parser(self._config, sources, engine.clock, self._codecs)
+        transforms = ImageToImageService(parser, models, residency, engine, self._codecs, self._telemetry)
         image_to_image_pb2_grpc.add_ImageToImageServiceServicer_to_server(transforms, server)
-        model_pb2_grpc.add_ModelServiceServicer_to_server(ModelService(models), server)
-        asset_pb2_grpc.add_AssetServiceServicer_to_server(AssetService(), server)
+        model_pb2_grpc.add_ModelServiceServicer_to_server(ModelService(models, residency), server)
+        asset_pb2_grpc.add_AssetServiceServicer_to_server(AssetService(self._assets), server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         _add_reflection(server)
-        self.port = _bind(server, self._config)
+        self.port = bind(server, self._config)
         return server
 
     async def _set_health(self, status: Any) -> None:
         for name in self._names:
             await self._health.set(name, status)
-
-
-def _bind(server: grpc.aio.Server, config: ServerConfig) -> int:
-    address = f"{config.host}:{config.port}"
-    try:
-        return int(server.add_insecure_port(address))
-    except RuntimeError:
-        raise OSError(f"cannot listen on {address}: is another server there?") from None
 
 
 def _add_reflection(server: grpc.aio.Server) -> None:

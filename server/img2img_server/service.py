@@ -12,11 +12,13 @@ from img2img.v1 import image_to_image_pb2_grpc as pb_grpc
 from PIL import Image
 
 from img2img_server import images
-from img2img_server.config import ServerConfig
 from img2img_server.engine.engine import Accepted, Engine
 from img2img_server.engine.request import Completed, Event, Failed, Progress, Queued, Request, Started
+from img2img_server.model_service import reference_from
 from img2img_server.models import ModelStore
 from img2img_server.parsing import Job, Parser
+from img2img_server.residency import Residency
+from img2img_server.telemetry import Telemetry
 
 _PREVIEW_QUALITY = 80
 """Of a preview's JPEG: it is looked at for a second."""
@@ -25,36 +27,44 @@ _PREVIEW_QUALITY = 80
 class ImageToImageService(pb_grpc.ImageToImageServiceServicer):
     """Transform and TransformStream. Picture codecs run on `executor`, models on the engine, nothing on the event loop."""
 
-    def __init__(self, config: ServerConfig, models: ModelStore, engine: Engine, executor: Executor) -> None:
-        self._parser = Parser(config, models, engine.clock, executor)
+    def __init__(
+        self, parser: Parser, models: ModelStore, residency: Residency, engine: Engine, executor: Executor, telemetry: Telemetry
+    ) -> None:
+        self._parser = parser
         self._models = models
+        self._residency = residency
         self._engine = engine
         self._executor = executor
+        self._telemetry = telemetry
 
     async def Transform(self, request: pb.TransformRequest, context: Any) -> pb.TransformResponse:
         """Runs one transform and answers when it is done."""
-        job = await self._parser.parse(request, context.time_remaining(), previews=False)
-        async with aclosing(self._follow(job.request, progress=False)) as events:
-            async for event in events:
-                if isinstance(event, Completed):
-                    return await self._response(job, event)
+        async with self._residency.using(reference_from(request.model)) as model:
+            job = await self._parser.parse(request, model, context.time_remaining(), previews=False)
+            async with aclosing(self._follow(job.request, progress=False)) as events:
+                async for event in events:
+                    if isinstance(event, Completed):
+                        return await self._response(job, event)
         raise AssertionError("the engine ends every request")
 
     async def TransformStream(
         self, request: pb.TransformStreamRequest, context: Any
     ) -> AsyncGenerator[pb.TransformStreamResponse, None]:
         """Runs one transform and tells each of its events."""
-        job = await self._parser.parse(request.request, context.time_remaining(), previews=True)
-        async with aclosing(self._follow(job.request, progress=True)) as events:
-            async for event in events:
-                yield await self._told(job, event)
+        async with self._residency.using(reference_from(request.request.model)) as model:
+            job = await self._parser.parse(request.request, model, context.time_remaining(), previews=True)
+            async with aclosing(self._follow(job.request, progress=True)) as events:
+                async for event in events:
+                    yield await self._told(job, event)
 
     async def _follow(self, request: Request, progress: bool) -> AsyncGenerator[Accepted | Event, None]:
         """Submits a request and gives its events in order; raises its error. Leaving early cancels it."""
         loop = asyncio.get_running_loop()
         queue: asyncio.Queue[Event] = asyncio.Queue()
+        trail = self._telemetry.trail(request)
 
         def listen(event: Event) -> None:
+            trail.tell(event)
             if progress or isinstance(event, Completed | Failed):
                 loop.call_soon_threadsafe(queue.put_nowait, event)
 

@@ -4,7 +4,6 @@ import asyncio
 import io
 from collections.abc import Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,7 +13,6 @@ from fakes import FakePipeline
 from google.rpc import error_details_pb2
 from img2img.v1 import image_to_image_pb2 as pb
 from img2img.v1.image_to_image_pb2_grpc import ImageToImageServiceStub
-from img2img_server.config import ServerConfig
 from img2img_server.engine.engine import Accepted
 from img2img_server.engine.request import Completed, Event, Listener, Progress, Queued, Request, Started, Timings
 from img2img_server.errors import DeadlineUnmeetable, ServerError
@@ -23,7 +21,7 @@ from img2img_server.parsing import image_digest
 from img2img_server.service import ImageToImageService
 from messages import failure, request
 from PIL import Image
-from running import running, store
+from running import make_service, running, store
 
 
 @pytest.fixture
@@ -132,7 +130,7 @@ class ScriptedEngine:
 
 def served_by(engine: ScriptedEngine, codecs: Executor) -> ImageToImageService:
     anything: Any = engine
-    return ImageToImageService(ServerConfig(Path()), store(m=FakePipeline()), anything, codecs)
+    return make_service(store(m=FakePipeline()), anything, codecs)
 
 
 async def test_events_are_told_in_the_order_in_which_they_came(codecs: Executor) -> None:

@@ -22,31 +22,32 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16img2img/v1/asset.proto\x12\nimg2img.v1\"E\n\x05\x41sset\x12\n\n\x02id\x18\x01 \x01(\t\x12\x12\n\nmedia_type\x18\x02 \x01(\t\x12\x0c\n\x04size\x18\x03 \x01(\x03\x12\x0e\n\x06sha256\x18\x04 \x01(\t\"C\n\x0fUploadAssetInfo\x12\x12\n\nmedia_type\x18\x01 \x01(\t\x12\x0c\n\x04size\x18\x02 \x01(\x03\x12\x0e\n\x06sha256\x18\x03 \x01(\t\"]\n\x12UploadAssetRequest\x12+\n\x04info\x18\x01 \x01(\x0b\x32\x1b.img2img.v1.UploadAssetInfoH\x00\x12\x0f\n\x05\x63hunk\x18\x02 \x01(\x0cH\x00\x42\t\n\x07\x63ontent\"7\n\x13UploadAssetResponse\x12 \n\x05\x61sset\x18\x01 \x01(\x0b\x32\x11.img2img.v1.Asset\"\x1d\n\x0fGetAssetRequest\x12\n\n\x02id\x18\x01 \x01(\t\"R\n\x10GetAssetResponse\x12\"\n\x05\x61sset\x18\x01 \x01(\x0b\x32\x11.img2img.v1.AssetH\x00\x12\x0f\n\x05\x63hunk\x18\x02 \x01(\x0cH\x00\x42\t\n\x07\x63ontent\" \n\x12\x44\x65leteAssetRequest\x12\n\n\x02id\x18\x01 \x01(\t\"\x15\n\x13\x44\x65leteAssetResponse2\xf9\x01\n\x0c\x41ssetService\x12P\n\x0bUploadAsset\x12\x1e.img2img.v1.UploadAssetRequest\x1a\x1f.img2img.v1.UploadAssetResponse(\x01\x12G\n\x08GetAsset\x12\x1b.img2img.v1.GetAssetRequest\x1a\x1c.img2img.v1.GetAssetResponse0\x01\x12N\n\x0b\x44\x65leteAsset\x12\x1e.img2img.v1.DeleteAssetRequest\x1a\x1f.img2img.v1.DeleteAssetResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16img2img/v1/asset.proto\x12\nimg2img.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"v\n\x05\x41sset\x12\n\n\x02id\x18\x01 \x01(\t\x12\x12\n\nmedia_type\x18\x02 \x01(\t\x12\x0c\n\x04size\x18\x03 \x01(\x03\x12\x0e\n\x06sha256\x18\x04 \x01(\t\x12/\n\x0b\x65xpire_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"C\n\x0fUploadAssetInfo\x12\x12\n\nmedia_type\x18\x01 \x01(\t\x12\x0c\n\x04size\x18\x02 \x01(\x03\x12\x0e\n\x06sha256\x18\x03 \x01(\t\"]\n\x12UploadAssetRequest\x12+\n\x04info\x18\x01 \x01(\x0b\x32\x1b.img2img.v1.UploadAssetInfoH\x00\x12\x0f\n\x05\x63hunk\x18\x02 \x01(\x0cH\x00\x42\t\n\x07\x63ontent\"7\n\x13UploadAssetResponse\x12 \n\x05\x61sset\x18\x01 \x01(\x0b\x32\x11.img2img.v1.Asset\"\x1d\n\x0fGetAssetRequest\x12\n\n\x02id\x18\x01 \x01(\t\"R\n\x10GetAssetResponse\x12\"\n\x05\x61sset\x18\x01 \x01(\x0b\x32\x11.img2img.v1.AssetH\x00\x12\x0f\n\x05\x63hunk\x18\x02 \x01(\x0cH\x00\x42\t\n\x07\x63ontent\" \n\x12\x44\x65leteAssetRequest\x12\n\n\x02id\x18\x01 \x01(\t\"\x15\n\x13\x44\x65leteAssetResponse2\xf9\x01\n\x0c\x41ssetService\x12P\n\x0bUploadAsset\x12\x1e.img2img.v1.UploadAssetRequest\x1a\x1f.img2img.v1.UploadAssetResponse(\x01\x12G\n\x08GetAsset\x12\x1b.img2img.v1.GetAssetRequest\x1a\x1c.img2img.v1.GetAssetResponse0\x01\x12N\n\x0b\x44\x65leteAsset\x12\x1e.img2img.v1.DeleteAssetRequest\x1a\x1f.img2img.v1.DeleteAssetResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'img2img.v1.asset_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ASSET']._serialized_start=38
-  _globals['_ASSET']._serialized_end=107
-  _globals['_UPLOADASSETINFO']._serialized_start=109
-  _globals['_UPLOADASSETINFO']._serialized_end=176
-  _globals['_UPLOADASSETREQUEST']._serialized_start=178
-  _globals['_UPLOADASSETREQUEST']._serialized_end=271
-  _globals['_UPLOADASSETRESPONSE']._serialized_start=273
-  _globals['_UPLOADASSETRESPONSE']._serialized_end=328
-  _globals['_GETASSETREQUEST']._serialized_start=330
-  _globals['_GETASSETREQUEST']._serialized_end=359
-  _globals['_GETASSETRESPONSE']._serialized_start=361
-  _globals['_GETASSETRESPONSE']._serialized_end=443
-  _globals['_DELETEASSETREQUEST']._serialized_start=445
-  _globals['_DELETEASSETREQUEST']._serialized_end=477
-  _globals['_DELETEASSETRESPONSE']._serialized_start=479
-  _globals['_DELETEASSETRESPONSE']._serialized_end=500
-  _globals['_ASSETSERVICE']._serialized_start=503
-  _globals['_ASSETSERVICE']._serialized_end=752
+  _globals['_ASSET']._serialized_start=71
+  _globals['_ASSET']._serialized_end=189
+  _globals['_UPLOADASSETINFO']._serialized_start=191
+  _globals['_UPLOADASSETINFO']._serialized_end=258
+  _globals['_UPLOADASSETREQUEST']._serialized_start=260
+  _globals['_UPLOADASSETREQUEST']._serialized_end=353
+  _globals['_UPLOADASSETRESPONSE']._serialized_start=355
+  _globals['_UPLOADASSETRESPONSE']._serialized_end=410
+  _globals['_GETASSETREQUEST']._serialized_start=412
+  _globals['_GETASSETREQUEST']._serialized_end=441
+  _globals['_GETASSETRESPONSE']._serialized_start=443
+  _globals['_GETASSETRESPONSE']._serialized_end=525
+  _globals['_DELETEASSETREQUEST']._serialized_start=527
+  _globals['_DELETEASSETREQUEST']._serialized_end=559
+  _globals['_DELETEASSETRESPONSE']._serialized_start=561
+  _globals['_DELETEASSETRESPONSE']._serialized_end=582
+  _globals['_ASSETSERVICE']._serialized_start=585
+  _globals['_ASSETSERVICE']._serialized_end=834
 # @@protoc_insertion_point(module_scope)

@@ -26,7 +26,8 @@ if _version_not_supported:
 
 
 class AssetServiceStub:
-    """Keeps pictures on the server, so that a client sends a source once and fetches results when it likes.
+    """Keeps pictures on the server, so that a client sends a source once and fetches results when it likes. A client sees its own
+    only. A picture that is used again, as a source or by GetAsset, is kept for longer.
     """
 
     def __init__(self, channel):
@@ -53,7 +54,8 @@ class AssetServiceStub:
 
 
 class AssetServiceServicer:
-    """Keeps pictures on the server, so that a client sends a source once and fetches results when it likes.
+    """Keeps pictures on the server, so that a client sends a source once and fetches results when it likes. A client sees its own
+    only. A picture that is used again, as a source or by GetAsset, is kept for longer.
     """
 
     def UploadAsset(self, request_iterator, context):
@@ -104,7 +106,8 @@ def add_AssetServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class AssetService:
-    """Keeps pictures on the server, so that a client sends a source once and fetches results when it likes.
+    """Keeps pictures on the server, so that a client sends a source once and fetches results when it likes. A client sees its own
+    only. A picture that is used again, as a source or by GetAsset, is kept for longer.
     """
 
     @staticmethod

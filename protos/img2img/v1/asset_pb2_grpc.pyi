@@ -27,7 +27,9 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class AssetServiceStub:
-    """Keeps pictures on the server, so that a client sends a source once and fetches results when it likes."""
+    """Keeps pictures on the server, so that a client sends a source once and fetches results when it likes. A client sees its own
+    only. A picture that is used again, as a source or by GetAsset, is kept for longer.
+    """
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
@@ -42,7 +44,9 @@ class AssetServiceStub:
 
 @_typing.type_check_only
 class AssetServiceAsyncStub(AssetServiceStub):
-    """Keeps pictures on the server, so that a client sends a source once and fetches results when it likes."""
+    """Keeps pictures on the server, so that a client sends a source once and fetches results when it likes. A client sees its own
+    only. A picture that is used again, as a source or by GetAsset, is kept for longer.
+    """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     UploadAsset: _aio.StreamUnaryMultiCallable[_asset_pb2.UploadAssetRequest, _asset_pb2.UploadAssetResponse]  # type: ignore[assignment]
@@ -53,7 +57,9 @@ class AssetServiceAsyncStub(AssetServiceStub):
     """Deletes a picture. NOT_FOUND where there is none."""
 
 class AssetServiceServicer(metaclass=_abc_1.ABCMeta):
-    """Keeps pictures on the server, so that a client sends a source once and fetches results when it likes."""
+    """Keeps pictures on the server, so that a client sends a source once and fetches results when it likes. A client sees its own
+    only. A picture that is used again, as a source or by GetAsset, is kept for longer.
+    """
 
     @_abc_1.abstractmethod
     def UploadAsset(

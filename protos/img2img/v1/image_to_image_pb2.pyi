@@ -232,7 +232,9 @@ class ImageSource(_message.Message):
     ASSET_ID_FIELD_NUMBER: _builtins.int
     DATA_FIELD_NUMBER: _builtins.int
     uri: _builtins.str
-    """An address: "data:image/png;base64,..." """
+    """An address: "data:image/png;base64,...", "asset:" and the id of an asset; where the server allows them, "https://..." and
+    "http://..." of the public internet, and "file:///..." on the server.
+    """
     asset_id: _builtins.str
     """A picture uploaded before with AssetService."""
     data: _builtins.bytes

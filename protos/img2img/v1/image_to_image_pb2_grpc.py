@@ -31,7 +31,8 @@ class ImageToImageServiceStub:
     Every error is a google.rpc.Status. A wrong field is named by a BadRequest violation, a full queue carries RetryInfo,
     and each error carries an ErrorInfo whose reason is stable and whose domain is "img2img". A request that cannot be finished
     within its deadline is refused on arrival: DEADLINE_EXCEEDED with the reason DEADLINE_UNMEETABLE, whose metadata has
-    "estimate_seconds", the seconds that the server would take, such as "12.345".
+    "estimate_seconds", the seconds that the server would take, such as "12.345". Every answer's initial metadata has
+    "x-request-id", the name of the call in the server's log: the one that the caller sent under that key, or a new one.
     """
 
     def __init__(self, channel):
@@ -58,7 +59,8 @@ class ImageToImageServiceServicer:
     Every error is a google.rpc.Status. A wrong field is named by a BadRequest violation, a full queue carries RetryInfo,
     and each error carries an ErrorInfo whose reason is stable and whose domain is "img2img". A request that cannot be finished
     within its deadline is refused on arrival: DEADLINE_EXCEEDED with the reason DEADLINE_UNMEETABLE, whose metadata has
-    "estimate_seconds", the seconds that the server would take, such as "12.345".
+    "estimate_seconds", the seconds that the server would take, such as "12.345". Every answer's initial metadata has
+    "x-request-id", the name of the call in the server's log: the one that the caller sent under that key, or a new one.
     """
 
     def Transform(self, request, context):
@@ -103,7 +105,8 @@ class ImageToImageService:
     Every error is a google.rpc.Status. A wrong field is named by a BadRequest violation, a full queue carries RetryInfo,
     and each error carries an ErrorInfo whose reason is stable and whose domain is "img2img". A request that cannot be finished
     within its deadline is refused on arrival: DEADLINE_EXCEEDED with the reason DEADLINE_UNMEETABLE, whose metadata has
-    "estimate_seconds", the seconds that the server would take, such as "12.345".
+    "estimate_seconds", the seconds that the server would take, such as "12.345". Every answer's initial metadata has
+    "x-request-id", the name of the call in the server's log: the one that the caller sent under that key, or a new one.
     """
 
     @staticmethod

@@ -69,7 +69,7 @@ class _ModelStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ModelState
     MODEL_STATE_LOADING: _ModelState.ValueType  # 2
     """On its way into memory."""
     MODEL_STATE_READY: _ModelState.ValueType  # 3
-    """Takes requests."""
+    """In memory: takes requests."""
     MODEL_STATE_FAILED: _ModelState.ValueType  # 4
     """Its bundle is damaged or does not load; the server's log says why."""
 
@@ -83,7 +83,7 @@ MODEL_STATE_UNLOADED: ModelState.ValueType  # 1
 MODEL_STATE_LOADING: ModelState.ValueType  # 2
 """On its way into memory."""
 MODEL_STATE_READY: ModelState.ValueType  # 3
-"""Takes requests."""
+"""In memory: takes requests."""
 MODEL_STATE_FAILED: ModelState.ValueType  # 4
 """Its bundle is damaged or does not load; the server's log says why."""
 Global___ModelState: _TypeAlias = ModelState  # noqa: Y015
@@ -106,6 +106,8 @@ class Model(_message.Message):
     IS_DEFAULT_FIELD_NUMBER: _builtins.int
     SCHEDULERS_FIELD_NUMBER: _builtins.int
     ENGINES_FIELD_NUMBER: _builtins.int
+    MEMORY_BYTES_FIELD_NUMBER: _builtins.int
+    DETAIL_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """The folder of its bundle in the store."""
     family: _builtins.str
@@ -124,6 +126,10 @@ class Model(_message.Message):
     """Width and height of a result are multiples of this many pixels."""
     is_default: _builtins.bool
     """Whether it is the model of requests that name none."""
+    memory_bytes: _builtins.int
+    """Bytes that it takes, as was measured when it was loaded; 0 where that is not known."""
+    detail: _builtins.str
+    """What is being done to make it ready, or why it is not; for people to read."""
     @_builtins.property
     def source(self) -> _image_to_image_pb2.ModelReference:
         """Where it was exported from. Its path is the folder that export was given, if it was one."""
@@ -153,10 +159,12 @@ class Model(_message.Message):
         is_default: _builtins.bool = ...,
         schedulers: _abc.Iterable[_builtins.str] | None = ...,
         engines: _abc.Iterable[Global___EngineStatus] | None = ...,
+        memory_bytes: _builtins.int = ...,
+        detail: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["source", b"source"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "backend_reason", b"backend_reason", "engine", b"engine", "engines", b"engines", "family", b"family", "id", b"id", "is_default", b"is_default", "pipeline_class", b"pipeline_class", "schedulers", b"schedulers", "size_multiple", b"size_multiple", "source", b"source", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "backend_reason", b"backend_reason", "detail", b"detail", "engine", b"engine", "engines", b"engines", "family", b"family", "id", b"id", "is_default", b"is_default", "memory_bytes", b"memory_bytes", "pipeline_class", b"pipeline_class", "schedulers", b"schedulers", "size_multiple", b"size_multiple", "source", b"source", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -292,16 +300,22 @@ class LoadModelRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     ID_FIELD_NUMBER: _builtins.int
+    SOURCE_FIELD_NUMBER: _builtins.int
     id: _builtins.str
-    """Its id."""
+    """Its id. Exactly one of the two is to be set."""
+    @_builtins.property
+    def source(self) -> _image_to_image_pb2.ModelReference:
+        """The repository to take it from, where it is not in the store."""
+
     def __init__(
         self,
         *,
         id: _builtins.str = ...,
+        source: _image_to_image_pb2.ModelReference | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["source", b"source"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["id", b"id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["id", b"id", "source", b"source"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -360,6 +374,9 @@ class UnloadModelResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     MODEL_FIELD_NUMBER: _builtins.int
+    FREED_BYTES_FIELD_NUMBER: _builtins.int
+    freed_bytes: _builtins.int
+    """Bytes that the server's memory has shrunk by, as was measured."""
     @_builtins.property
     def model(self) -> Global___Model:
         """The model."""
@@ -368,10 +385,11 @@ class UnloadModelResponse(_message.Message):
         self,
         *,
         model: Global___Model | None = ...,
+        freed_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["model", b"model"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["freed_bytes", b"freed_bytes", "model", b"model"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -76,14 +76,16 @@ class ModelServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def LoadModel(self, request, context):
-        """Makes a model ready to run.
+        """Makes a model ready to run, and answers when it is. Where the server allows downloads, a model that is not in its store is
+        exported into it first. Needs a token that allows it, where the server asks for tokens.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def UnloadModel(self, request, context):
-        """Frees a model's memory once the requests that run on it have ended.
+        """Frees a model's memory once the requests that run on it have ended, and answers when that is done. New requests for it wait
+        until it is loaded again, or are refused. Needs a token that allows it, where the server asks for tokens.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -38,9 +38,13 @@ class ModelServiceStub:
     GetModel: _grpc.UnaryUnaryMultiCallable[_model_pb2.GetModelRequest, _model_pb2.GetModelResponse]
     """Tells about one model. NOT_FOUND where there is none."""
     LoadModel: _grpc.UnaryUnaryMultiCallable[_model_pb2.LoadModelRequest, _model_pb2.LoadModelResponse]
-    """Makes a model ready to run."""
+    """Makes a model ready to run, and answers when it is. Where the server allows downloads, a model that is not in its store is
+    exported into it first. Needs a token that allows it, where the server asks for tokens.
+    """
     UnloadModel: _grpc.UnaryUnaryMultiCallable[_model_pb2.UnloadModelRequest, _model_pb2.UnloadModelResponse]
-    """Frees a model's memory once the requests that run on it have ended."""
+    """Frees a model's memory once the requests that run on it have ended, and answers when that is done. New requests for it wait
+    until it is loaded again, or are refused. Needs a token that allows it, where the server asks for tokens.
+    """
 
 @_typing.type_check_only
 class ModelServiceAsyncStub(ModelServiceStub):
@@ -52,9 +56,13 @@ class ModelServiceAsyncStub(ModelServiceStub):
     GetModel: _aio.UnaryUnaryMultiCallable[_model_pb2.GetModelRequest, _model_pb2.GetModelResponse]  # type: ignore[assignment]
     """Tells about one model. NOT_FOUND where there is none."""
     LoadModel: _aio.UnaryUnaryMultiCallable[_model_pb2.LoadModelRequest, _model_pb2.LoadModelResponse]  # type: ignore[assignment]
-    """Makes a model ready to run."""
+    """Makes a model ready to run, and answers when it is. Where the server allows downloads, a model that is not in its store is
+    exported into it first. Needs a token that allows it, where the server asks for tokens.
+    """
     UnloadModel: _aio.UnaryUnaryMultiCallable[_model_pb2.UnloadModelRequest, _model_pb2.UnloadModelResponse]  # type: ignore[assignment]
-    """Frees a model's memory once the requests that run on it have ended."""
+    """Frees a model's memory once the requests that run on it have ended, and answers when that is done. New requests for it wait
+    until it is loaded again, or are refused. Needs a token that allows it, where the server asks for tokens.
+    """
 
 class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
     """Tells which models the server has and which of them are ready."""
@@ -81,7 +89,9 @@ class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _model_pb2.LoadModelRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_model_pb2.LoadModelResponse, _abc.Awaitable[_model_pb2.LoadModelResponse]]:
-        """Makes a model ready to run."""
+        """Makes a model ready to run, and answers when it is. Where the server allows downloads, a model that is not in its store is
+        exported into it first. Needs a token that allows it, where the server asks for tokens.
+        """
 
     @_abc_1.abstractmethod
     def UnloadModel(
@@ -89,6 +99,8 @@ class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _model_pb2.UnloadModelRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_model_pb2.UnloadModelResponse, _abc.Awaitable[_model_pb2.UnloadModelResponse]]:
-        """Frees a model's memory once the requests that run on it have ended."""
+        """Frees a model's memory once the requests that run on it have ended, and answers when that is done. New requests for it wait
+        until it is loaded again, or are refused. Needs a token that allows it, where the server asks for tokens.
+        """
 
 def add_ModelServiceServicer_to_server(servicer: ModelServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -45,6 +45,20 @@ class Accepted:
     eta: float | None
 
 
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """How busy the engine is.
+
+    Requests that wait and that are in progress, the estimated seconds of what they still need, None where costs are unknown,
+    and the seconds that the current call of a model has taken so far, 0 between two calls.
+    """
+
+    waiting: int
+    active: int
+    work_seconds: float | None
+    call_seconds: float
+
+
 class Engine:
     """Runs requests of several models with step-level continuous batching.
 
@@ -134,6 +148,18 @@ class Engine:
             ticket.position = scheduler.position(ticket, now)
             self._changed.notify_all()
             return Accepted(ticket, ticket.position, eta)
+
+    @property
+    def stats(self) -> EngineStats:
+        """How busy it is; any thread may ask."""
+        with self._changed:
+            return EngineStats(len(self._scheduler.waiting), len(self._scheduler.active), None, 0.0)
+
+    def abandon(self, error: ServerError) -> None:
+        """Ends every request with `error` although the engine's thread may be inside a call. Nothing can be run afterwards."""
+        with self._changed:
+            self._draining = self._stopping = True
+        self._end_all(error)
 
     def step(self) -> bool:
         """One round: admit, denoise one batch, advance each of it, deliver the finished. Returns whether work is left."""

@@ -17,7 +17,8 @@ class Request:
     None where none was given, which SDXL tells from an empty one. `deadline` is a time of the engine's clock in seconds,
     None for none. `scheduler` is one of the pipeline's `schedulers`, None for the bundle's own. A preview is drawn every
     `preview_interval` steps, none at 0. `image_digest` tells pictures apart by content; empty where they need not be cached.
-    One in the `background` is the server's own, and comes after all others.
+    One in the `background` is the server's own, and comes after all others. `client` tells whose it is, and `id` is what logs and
+    the caller know it by.
     """
 
     model: str
@@ -33,6 +34,8 @@ class Request:
     preview_interval: int = 0
     image_digest: bytes = b""
     background: bool = False
+    client: str = ""
+    id: str = ""
 
 
 @dataclass(frozen=True, slots=True)

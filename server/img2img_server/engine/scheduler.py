@@ -8,6 +8,7 @@ from img2img_server.engine.costs import Costs, Stage
 from img2img_server.engine.policy import Job, Policy
 from img2img_server.engine.request import Ticket
 from img2img_server.errors import DeadlineExpired, DeadlineUnmeetable, RequestCancelled, ServerError
+from img2img_server.settings import setting
 
 _MOST_FORECAST = 96
 """Requests up to which the policy is run ahead for a forecast. Beyond, it would take longer than the answer is good for."""
@@ -23,13 +24,18 @@ class Limits:
 
     `max_batch_size` is the rows of one call of the model, where a picture with classifier-free guidance is two; what is
     measured at warm-up may keep batches smaller. `max_active` requests are in progress and `max_waiting` wait;
-    `max_admitted` may be encoded between two steps of the others.
+    `max_admitted` may be encoded between two steps of the others. `max_waiting_seconds` bounds the estimated seconds of work that
+    is accepted and not done, None for no bound; `max_client_waiting` the requests of one client that have not ended.
     """
 
-    max_batch_size: int = 16
-    max_active: int = 32
-    max_waiting: int = 256
-    max_admitted: int = 4
+    max_batch_size: int = setting(16, "most rows of a model call, two a guided picture", metavar="N", least=1)
+    max_active: int = setting(32, "requests that may be in progress", metavar="N", least=1)
+    max_waiting: int = setting(256, "requests that may wait", metavar="N", least=1)
+    max_admitted: int = setting(4, "requests that may be encoded between two steps of the others", metavar="N", least=1)
+    max_waiting_seconds: float | None = setting(
+        None, "estimated seconds of work that may wait; beyond, requests are refused (default: no bound)", metavar="SECONDS"
+    )
+    max_client_waiting: int = setting(128, "requests of one client that may wait or run", metavar="N", least=1)
 
 
 class Scheduler:
