@@ -10,8 +10,9 @@ import json
 import random
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from bench_load.figures import percentile
 from img2img_server.engine.engine import Engine
@@ -48,12 +49,14 @@ def call_seconds(pictures: float) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A request: when it comes, in seconds, and what it takes. `settings` must be equal to share a peer's call."""
+    """A request: when it comes, in seconds, and what it takes. `settings` must be equal to share a peer's call. `client` tells
+    whose it is."""
 
     arrival: float
     steps: int
     guided: bool
     settings: tuple[object, ...]
+    client: str = ""
 
     @property
     def alone(self) -> float:
@@ -82,6 +85,14 @@ def short_among_long(count: int) -> list[Job]:
     long = [Job(0.1 * index, 50, True, (50,)) for index in range(count)]
     short = [Job(0.05 * index, 4, True, (4,)) for index in range(1, 2 * count)]
     return sorted(long + short, key=lambda job: job.arrival)
+
+
+def few_among_a_flood(count: int) -> list[Job]:
+    """One client sends requests of 20 steps, 1.2 times what our server can do; another one of 50 steps every two seconds."""
+    rate = 1.2 / (_ENCODE + 20 * call_seconds(8) / 8 + _DECODE)
+    flood = [Job(index / rate, 20, True, (20,), "flood") for index in range(count)]
+    few = [Job(2.0 * index, 50, True, (50,), "few") for index in range(1, int(count / rate / 2))]
+    return sorted(flood + few, key=lambda job: job.arrival)
 
 
 def run_lock(jobs: Sequence[Job]) -> list[float]:
@@ -160,11 +171,14 @@ class _Device:
     def release(self, state: _State) -> None:
         pass
 
+    def close(self) -> None:
+        pass
+
 
 def run_engine(jobs: Sequence[Job]) -> list[float]:
     """Ours: the engine, stepped by hand, warmed up as the server would."""
     device = _Device()
-    engine = Engine({"m": device}, Limits(), device.clock)
+    engine = Engine({"m": device}, Limits(max_waiting=len(jobs), max_client_waiting=len(jobs)), device.clock)
     WarmUp(engine.costs, Limits().max_batch_size, 10.0, device.clock).run("m", device)
     device.now = 0.0
     took = [0.0] * len(jobs)
@@ -180,7 +194,8 @@ def run_engine(jobs: Sequence[Job]) -> list[float]:
     while True:
         while index < len(jobs) and jobs[index].arrival <= device.now:
             job = jobs[index]
-            engine.submit(Request("m", _PICTURE, "", "", 1.0, job.steps, 7.5 if job.guided else 1.0, (0,)), listener(index))
+            guidance = 7.5 if job.guided else 1.0
+            engine.submit(Request("m", _PICTURE, "", "", 1.0, job.steps, guidance, (0,), client=job.client), listener(index))
             index += 1
         if not engine.step():
             if index == len(jobs):
@@ -188,6 +203,12 @@ def run_engine(jobs: Sequence[Job]) -> list[float]:
             device.now = max(device.now, jobs[index].arrival)
 
 
+def _run_as_one_client(jobs: Sequence[Job]) -> list[float]:
+    """Ours, where it cannot tell the clients apart."""
+    return run_engine([replace(job, client="") for job in jobs])
+
+
+_FAIRNESS = {"ours": run_engine, "ours, clients unknown": _run_as_one_client}
 _SERVERS = {"ours": run_engine, "lock": run_lock, "batching": run_request_batches}
 
 
@@ -212,6 +233,10 @@ def run(arguments: argparse.Namespace) -> int:
         server: _figures(short, jobs, [took for job, took in zip(jobs, drive(jobs), strict=True) if job.steps == 4])
         for server, drive in _SERVERS.items()
     }
+    jobs = few_among_a_flood(arguments.requests)
+    figures["50 steps among a flood of 20"] = {
+        server: _figures(_of_few(jobs), jobs, _of_few(jobs, drive(jobs))) for server, drive in _FAIRNESS.items()
+    }
     for name, servers in figures.items():
         for server, row in servers.items():
             table.add_row(name, server, *(f"{value:.1f}" for value in row.values()))
@@ -219,6 +244,11 @@ def run(arguments: argparse.Namespace) -> int:
     RESULT.parent.mkdir(exist_ok=True)
     RESULT.write_text(json.dumps(figures, indent=1) + "\n")
     return 0
+
+
+def _of_few(jobs: Sequence[Job], values: Sequence[Any] | None = None) -> list[Any]:
+    """Those of `values`, or of the jobs, that are of the client who sends few."""
+    return [value for job, value in zip(jobs, jobs if values is None else values, strict=True) if job.client == "few"]
 
 
 def _figures(measured: Sequence[Job], jobs: Sequence[Job], took: Sequence[float]) -> dict[str, float]:

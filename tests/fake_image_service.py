@@ -4,17 +4,16 @@ import io
 import threading
 from collections.abc import Iterator
 from concurrent import futures
-from typing import Any, NoReturn
+from typing import Any
 
 import grpc
-from google.protobuf import any_pb2, duration_pb2
-from google.protobuf.message import Message
-from google.rpc import code_pb2, error_details_pb2, status_pb2  # type: ignore[import-untyped, unused-ignore]
+from fake_asset_service import FakeAssetService, Observed
+from fake_statuses import abort, error_info, rich_status
+from google.rpc import code_pb2  # type: ignore[import-untyped, unused-ignore]
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_status import rpc_status
+from img2img.v1 import asset_pb2_grpc, model_pb2, model_pb2_grpc
 from img2img.v1 import image_to_image_pb2 as messages
 from img2img.v1 import image_to_image_pb2_grpc as services
-from img2img.v1 import model_pb2, model_pb2_grpc
 from PIL import Image
 
 PATIENCE = 20.0
@@ -45,6 +44,13 @@ def response(*seeds: int) -> messages.TransformResponse:
     )
 
 
+def kept_response() -> messages.TransformResponse:
+    """A result whose picture the server keeps."""
+    made = response()
+    made.images[0].asset_id = "kept"
+    return made
+
+
 def events(*seeds: int, steps: int = 2, preview_interval: int = 0) -> list[messages.TransformStreamResponse]:
     """The life of a request that goes well, with a preview every so many steps but the last."""
     event = messages.TransformStreamResponse
@@ -62,112 +68,98 @@ def events(*seeds: int, steps: int = 2, preview_interval: int = 0) -> list[messa
     ]
 
 
-def rich_status(code: int, message: str, *details: Message) -> grpc.Status:
-    """A status as an img2img server sends it."""
-    packed = []
-    for detail in details:
-        packed.append(any_pb2.Any())
-        packed[-1].Pack(detail)
-    return rpc_status.to_status(status_pb2.Status(code=code, message=message, details=packed))
-
-
-def error_info(reason: str, domain: str = "img2img", **metadata: str) -> error_details_pb2.ErrorInfo:
-    """The detail that gives a reason."""
-    return error_details_pb2.ErrorInfo(reason=reason, domain=domain, metadata=metadata)
-
-
-def wrong_field(field: str, description: str) -> grpc.Status:
-    """What the server answers to a wrong field."""
-    violation = error_details_pb2.BadRequest.FieldViolation(field=field, description=description)
-    bad_request = error_details_pb2.BadRequest(field_violations=[violation])
-    return rich_status(code_pb2.INVALID_ARGUMENT, f"{field}: {description}", error_info("INVALID_FIELD"), bad_request)
-
-
-def queue_full(retry_after: float) -> grpc.Status:
-    """What the server answers when it has no room."""
-    delay = duration_pb2.Duration()
-    delay.FromMilliseconds(round(retry_after * 1000))
-    retry = error_details_pb2.RetryInfo(retry_delay=delay)
-    return rich_status(code_pb2.RESOURCE_EXHAUSTED, "the queue is full", error_info("QUEUE_FULL"), retry)
-
-
-class FakeService(services.ImageToImageServiceServicer, model_pb2_grpc.ModelServiceServicer):
-    """Both services. `script` is what a stream yields, `failure` a status that every call ends with.
+class FakeService(Observed, services.ImageToImageServiceServicer, model_pb2_grpc.ModelServiceServicer):
+    """Both services. `script` is what a stream yields; what it fails with comes before the event `fail_before`, by default
+    the last.
 
     Where `hold` is set, a transform does not end before its caller does: `holding` tells that it is there, `released` that the
     caller has gone.
     """
 
     def __init__(self) -> None:
+        super().__init__()
         self.requests: list[messages.TransformRequest] = []
-        self.seconds_left: list[float | None] = []
         self.script: list[messages.TransformStreamResponse] = events()
+        self.fail_before: int | None = None
         self.models: list[model_pb2.Model] = []
-        self.failure: grpc.Status | None = None
+        self.loads: list[model_pb2.LoadModelRequest] = []
+        self.unloads: list[str] = []
         self.hold = False
         self.holding = threading.Event()
         self.released = threading.Event()
 
     def Transform(self, request: messages.TransformRequest, context: Any) -> messages.TransformResponse:
         self._accept(request, context)
+        if request.output.as_asset:
+            return kept_response()
         return response()
 
     def TransformStream(
         self, request: messages.TransformStreamRequest, context: Any
     ) -> Iterator[messages.TransformStreamResponse]:
+        last = len(self.script) - 1 if self.fail_before is None else self.fail_before
+        if last > 0:
+            self.name(context)
         for number, step in enumerate(self.script):
-            if number == len(self.script) - 1:
-                self._accept(request.request, context)
+            if number == last:
+                self._accept(request.request, context, begun=number > 0)
             yield step
 
     def ListModels(self, request: model_pb2.ListModelsRequest, context: Any) -> model_pb2.ListModelsResponse:
-        self._fail(context)
+        self.meet(context)
         return model_pb2.ListModelsResponse(models=self.models)
 
     def GetModel(self, request: model_pb2.GetModelRequest, context: Any) -> model_pb2.GetModelResponse:
+        self.meet(context)
+        return model_pb2.GetModelResponse(model=self._model(request.id, context))
+
+    def LoadModel(self, request: model_pb2.LoadModelRequest, context: Any) -> model_pb2.LoadModelResponse:
+        self.loads.append(request)
+        self.meet(context)
+        model = self._model(request.id or request.source.repo_id, context)
+        model.state, model.memory_bytes = model_pb2.MODEL_STATE_READY, 3 * 2**20
+        return model_pb2.LoadModelResponse(model=model)
+
+    def UnloadModel(self, request: model_pb2.UnloadModelRequest, context: Any) -> model_pb2.UnloadModelResponse:
+        self.unloads.append(request.id)
+        self.meet(context)
+        model = self._model(request.id, context)
+        model.state, freed = model_pb2.MODEL_STATE_UNLOADED, model.memory_bytes
+        model.memory_bytes = 0
+        return model_pb2.UnloadModelResponse(model=model, freed_bytes=freed)
+
+    def _model(self, name: str, context: Any) -> model_pb2.Model:
         for model in self.models:
-            if model.id == request.id:
-                return model_pb2.GetModelResponse(model=model)
-        abort(context, rich_status(code_pb2.NOT_FOUND, f"no model {request.id}", error_info("MODEL_NOT_FOUND")))
+            if model.id == name:
+                return model
+        abort(context, rich_status(code_pb2.NOT_FOUND, f"no model {name}", error_info("MODEL_NOT_FOUND")))
 
-    def LoadModel(self, request: model_pb2.LoadModelRequest, context: Any) -> NoReturn:
-        abort(context, rich_status(code_pb2.UNIMPLEMENTED, "no loading", error_info("NOT_SUPPORTED")))
-
-    def UnloadModel(self, request: model_pb2.UnloadModelRequest, context: Any) -> NoReturn:
-        abort(context, rich_status(code_pb2.UNIMPLEMENTED, "no unloading", error_info("NOT_SUPPORTED")))
-
-    def _accept(self, request: messages.TransformRequest, context: Any) -> None:
+    def _accept(self, request: messages.TransformRequest, context: Any, begun: bool = False) -> None:
         self.requests.append(request)
-        self.seconds_left.append(context.time_remaining())
-        self._fail(context)
+        self.meet(context, begun)
         if self.hold:
             context.add_callback(self.released.set)
             self.holding.set()
             self.released.wait(PATIENCE)
 
-    def _fail(self, context: Any) -> None:
-        if self.failure is not None:
-            abort(context, self.failure)
-
-
-def abort(context: Any, status: grpc.Status) -> NoReturn:
-    """Ends the call with a rich status."""
-    context.abort_with_status(status)
-    raise AssertionError("abort_with_status raises")
-
 
 class FakeServer:
-    """The service on a port of its own, with the standard health service beside it."""
+    """The services on a port of their own, or on `port`, with the standard health service beside them."""
 
-    def __init__(self) -> None:
+    def __init__(self, port: int = 0, credentials: grpc.ServerCredentials | None = None) -> None:
         self.service = FakeService()
+        self.assets = FakeAssetService()
         self.health = health.HealthServicer()
         limits = (("grpc.max_receive_message_length", MAX_REQUEST_BYTES), ("grpc.max_send_message_length", -1))
         self._server = grpc.server(futures.ThreadPoolExecutor(max_workers=8), options=limits)
         services.add_ImageToImageServiceServicer_to_server(self.service, self._server)
         model_pb2_grpc.add_ModelServiceServicer_to_server(self.service, self._server)
+        asset_pb2_grpc.add_AssetServiceServicer_to_server(self.assets, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self.health, self._server)
-        self.target = f"127.0.0.1:{self._server.add_insecure_port('127.0.0.1:0')}"
+        address = f"127.0.0.1:{port}"
+        add = self._server.add_insecure_port
+        self.port = add(address) if credentials is None else self._server.add_secure_port(address, credentials)
+        self.target = f"127.0.0.1:{self.port}"
 
     def start(self) -> None:
         """Starts to answer; healthy from the start."""

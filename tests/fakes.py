@@ -30,7 +30,8 @@ class FakeState:
 class FakePipeline:
     """Counts steps in place of denoising. A call of n rows takes `seconds(n)` of `clock`, encoding and decoding take nothing
     unless told, and a prompt can ask for trouble: "fail prepare", "fail denoise", "fail advance", "fail preview", "fail finish",
-    "fail release". Calls of more than `memory` pixels run out of it, if it is set; "full denoise" and the like always do."""
+    "fail release". What is in `before` by a stage's name is called when such a call begins. Calls of more than `memory` pixels
+    run out of it, if it is set; "full denoise" and the like always do."""
 
     engine = "fake:cpu"
     size_multiple = 8
@@ -53,7 +54,9 @@ class FakePipeline:
         self.previewed: list[FakeState] = []
         self.released: list[FakeState] = []
         self.before_call: Callable[[], object] = lambda: None
+        self.before: dict[str, Callable[[], object]] = {}
         self.memory: int | None = None
+        self.closed = False
         self.refused: list[tuple[str, int]] = []
         self._clock, self._seconds, self._codec_seconds = clock or Clock(), seconds, codec_seconds
 
@@ -63,6 +66,7 @@ class FakePipeline:
         return Plan((width, height), width * height, len(request.seeds), steps)
 
     def prepare(self, requests: Sequence[Request]) -> Sequence[FakeState]:
+        self.before.get("prepare", _nothing)()
         self._clock.now += self._codec_seconds * len(requests)
         self._allocate("prepare", requests, [1] * len(requests))
         for request in requests:
@@ -73,6 +77,7 @@ class FakePipeline:
         return states
 
     def denoise(self, states: Sequence[FakeState]) -> Sequence[int]:
+        self.before.get("denoise", _nothing)()
         self.before_call()
         assert len({state.request.image.size for state in states}) == 1, "a batch has one shape"
         self._allocate("denoise", [state.request for state in states], [len(state.request.seeds) for state in states])
@@ -84,6 +89,7 @@ class FakePipeline:
         return [1] * len(states)
 
     def advance(self, states: Sequence[FakeState], noises: Sequence[int]) -> None:
+        self.before.get("advance", _nothing)()
         for state, noise in zip(states, noises, strict=True):
             _trouble(state.request, "advance")
             state.step += noise
@@ -95,6 +101,7 @@ class FakePipeline:
         return [state.request.image.resize((4, 4)) for state in states]
 
     def finish(self, states: Sequence[FakeState]) -> Sequence[Sequence[Image.Image]]:
+        self.before.get("finish", _nothing)()
         self._clock.now += self._codec_seconds * len(states)
         self._allocate("finish", [state.request for state in states], [len(state.request.seeds) for state in states])
         for state in states:
@@ -107,6 +114,9 @@ class FakePipeline:
         assert state not in self.released, "a state is released once"
         self.released.append(state)
         _trouble(state.request, "release")
+
+    def close(self) -> None:
+        self.closed = True
 
     def _allocate(self, where: str, requests: Sequence[Request], rows: Sequence[int]) -> None:
         """Notes and raises what a call of so many rows of each request has no memory for."""
@@ -175,6 +185,10 @@ def run_out(engine: Engine, most: int = 1000) -> int:
         if not engine.step():
             return count
     raise AssertionError(f"the engine still has work after {most} steps")
+
+
+def _nothing() -> None:
+    pass
 
 
 def _trouble(request: Request, where: str) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from img2img_server.assets import AssetStore
 from img2img_server.bundle import Manifest, Source, Verification
 from img2img_server.config import ServerConfig
+from img2img_server.engine.cache import Cache
 from img2img_server.engine.engine import Engine
 from img2img_server.engine.request import Pipeline
 from img2img_server.models import Model, ModelStore
@@ -41,11 +42,14 @@ class RunningServer:
 
 @contextlib.contextmanager
 def running(
-    load_models: Callable[[], ModelStore], contenders: Sequence[Contender] = (), **settings: object
+    load_models: Callable[[], ModelStore],
+    contenders: Sequence[Contender] = (),
+    cache: Cache | None = None,
+    **settings: object,
 ) -> Iterator[RunningServer]:
     """Runs a server until the block is left, which drains it. `settings` are ServerConfig's."""
     config = ServerConfig(**{"models": Path(), "port": 0, "warm_up": 0.0, **settings})  # type: ignore[arg-type]
-    server = Server(config, load_models, contend=lambda models: contenders)
+    server = Server(config, load_models, cache, contend=lambda models: contenders)
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, name="test-server", daemon=True)
     thread.start()
@@ -62,10 +66,11 @@ def running(
 def make_service(models: ModelStore, engine: Engine, codecs: Executor) -> ImageToImageService:
     """The service over an engine, without a server around it."""
     config = ServerConfig(Path())
-    sources = Sources(config.sources, AssetStore(config.assets), config.image_limits)
+    assets = AssetStore(config.assets)
+    sources = Sources(config.sources, assets, config.image_limits)
     parser = Parser(config, sources, engine.clock, codecs)
     residency = Residency(config.residency, models, engine, _no_health)
-    return ImageToImageService(parser, models, residency, engine, codecs, Telemetry(config.telemetry))
+    return ImageToImageService(parser, models, residency, engine, codecs, Telemetry(config.telemetry), assets)
 
 
 async def _no_health(name: str, serving: bool) -> None:

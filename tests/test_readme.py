@@ -6,6 +6,7 @@ own (tests/client/test_demo.py), and `./scripts/test` is what runs this.
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -13,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import trustme
 from PIL import Image
 
 ROOT = Path(__file__).parents[1]
@@ -46,13 +48,22 @@ def _bash(command: str, folder: Path) -> None:
 
 
 def _start(command: str, folder: Path) -> "tuple[subprocess.Popen[bytes], str]":
-    words = [str(Path(sys.executable).parent / "img2img"), *command.split()[1:], "--port", "0", "--port-file", "port"]
+    port = folder / f"port-{len(list(folder.glob('port-*')))}"
+    words = [str(Path(sys.executable).parent / "img2img"), *shlex.split(command)[1:], "--port", "0", "--port-file", str(port)]
     with (folder / "log").open("wb") as log:
         process = subprocess.Popen(words, cwd=folder, stderr=log)
-    while not (folder / "port").exists():
+    while not port.exists():
         assert process.poll() is None, (folder / "log").read_text()
         time.sleep(0.05)
-    return process, (folder / "port").read_text().strip()
+    return process, port.read_text().strip()
+
+
+def _certify(folder: Path) -> None:
+    """Puts there what a person brings: a certificate and its key."""
+    authority = trustme.CA()
+    certificate = authority.issue_cert("localhost")
+    (folder / "server.pem").write_bytes(certificate.cert_chain_pems[0].bytes())
+    certificate.private_key_pem.write_to_path(folder / "server.key")
 
 
 @pytest.mark.timeout(600)
@@ -68,14 +79,24 @@ def test_the_readme_does_what_it_says(folder: Path, servers: "list[subprocess.Po
             assert "step 20 of 20" in result.stdout
             continue
         assert language == "sh", f"a block of {language} is run by nothing"
-        commands = block.splitlines()
-        if commands[-1].startswith("img2img serve"):
+        commands = block.replace("\\\n", "").splitlines()
+        if "--tls-certificate" in commands[-1]:
+            _certify(folder)
+            process, _ = _start(commands[-1], folder)
+            process.terminate()
+            assert process.wait(60) == 0
+        elif commands[-1].startswith("img2img serve") and "--print-config" not in commands[-1]:
             _bash("\n".join(commands[:-1]), folder)
             process, port = _start(commands[-1], folder)
             servers.append(process)
         else:
             _bash(
-                re.sub(r"^img2img (transform|models)\b", rf"img2img \1 --server localhost:{port}", block, flags=re.MULTILINE),
+                re.sub(
+                    r"^img2img (transform|models|assets \w+)\b",
+                    rf"img2img \1 --server localhost:{port}",
+                    block,
+                    flags=re.MULTILINE,
+                ),
                 folder,
             )
     assert port != "50051", "the README starts a server"

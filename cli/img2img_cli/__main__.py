@@ -15,12 +15,15 @@ COMMANDS = {
     "export": ("img2img_export.command", "turn a diffusers model into a verified bundle"),
     "inspect": ("img2img_export.inspect_command", "show what a bundle is, and what was measured when it was verified"),
     "serve": ("img2img_server.__main__", "serve bundles over gRPC"),
+    "token": ("img2img_server.token_command", "make, list and remove the tokens of those who may call a server"),
+    "top": ("img2img_server.top_command", "watch what a server is doing"),
     "bench-model": ("img2img_server.bench_command", "measure a bundle's parts and steps on this machine"),
     "transform": ("img2img_client.transform_command", "transform a picture through a server"),
     "models": ("img2img_client.models_command", "list a server's models"),
+    "assets": ("img2img_client.assets_command", "have a server keep pictures, get them back, delete them"),
 }
 
-_EXTRAS = {"export": "export", "serve": "server", "bench-model": "server"}
+_EXTRAS = {"export": "export", "serve": "server", "bench-model": "server", "top": "server"}
 
 _EPILOG = """\
 first steps:

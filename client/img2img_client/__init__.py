@@ -11,15 +11,20 @@ Importing this package is quick: `Client` brings gRPC in when it is first named.
 from typing import TYPE_CHECKING, Any
 
 from img2img_client.errors import (
+    AssetNotFound,
     Cancelled,
     DeadlineExceeded,
     Img2ImgError,
     InvalidRequest,
     ModelNotFound,
     Overloaded,
+    PermissionDenied,
+    Unauthenticated,
     Unavailable,
 )
+from img2img_client.retry import RetryPolicy
 from img2img_client.values import (
+    Asset,
     Completed,
     EngineState,
     EngineStatus,
@@ -37,10 +42,13 @@ from img2img_client.values import (
 )
 
 if TYPE_CHECKING:
-    from img2img_client.client import Client, TransformStream
+    from img2img_client.client import Client
     from img2img_client.options import ImageInput, TransformOptions
+    from img2img_client.stream import TransformStream
 
 __all__ = [
+    "Asset",
+    "AssetNotFound",
     "Cancelled",
     "Client",
     "Completed",
@@ -56,8 +64,10 @@ __all__ = [
     "ModelReference",
     "ModelState",
     "Overloaded",
+    "PermissionDenied",
     "Progress",
     "Queued",
+    "RetryPolicy",
     "Started",
     "Timings",
     "TransformEvent",
@@ -65,12 +75,13 @@ __all__ = [
     "TransformResult",
     "TransformStream",
     "TransformedImage",
+    "Unauthenticated",
     "Unavailable",
 ]
 
 _LAZY = {
     "Client": "img2img_client.client",
-    "TransformStream": "img2img_client.client",
+    "TransformStream": "img2img_client.stream",
     "ImageInput": "img2img_client.options",
     "TransformOptions": "img2img_client.options",
 }

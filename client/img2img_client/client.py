@@ -1,31 +1,22 @@
 """The client: one channel, and a method for each thing that a server does."""
 
-from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
 from types import TracebackType
-from typing import Protocol, Self, TypeVar, Unpack
+from typing import Self, Unpack
 
 import grpc
-from google.protobuf.message import Message
-from img2img.v1 import image_to_image_pb2, image_to_image_pb2_grpc, model_pb2, model_pb2_grpc
+from img2img.v1 import asset_pb2, asset_pb2_grpc, image_to_image_pb2, image_to_image_pb2_grpc, model_pb2, model_pb2_grpc
 
+from img2img_client import assets
+from img2img_client.calls import Caller
+from img2img_client.channel import Access, open_channel
 from img2img_client.errors import DeadlineExceeded, Img2ImgError
-from img2img_client.options import MAX_MESSAGE_BYTES, ImageInput, TransformOptions, build_request
-from img2img_client.responses import parse_error, parse_event, parse_model, parse_result
-from img2img_client.values import Completed, ModelInfo, TransformEvent, TransformResult
-
-DEFAULT_TARGET = "localhost:50051"
-"""Where `img2img serve` listens unless it is told otherwise."""
-
-_Request = TypeVar("_Request", bound=Message)
-_Response = TypeVar("_Response", bound=Message)
-
-_CHANNEL_OPTIONS = (
-    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-    # What the server made is taken whatever its size: it was asked for, and its making is paid.
-    ("grpc.max_receive_message_length", -1),
-    ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.max_reconnect_backoff_ms", 2000),
-)
+from img2img_client.options import ImageInput, TransformOptions, build_request, model_message
+from img2img_client.responses import parse_error, parse_model, parse_result
+from img2img_client.retry import RetryPolicy, Stop
+from img2img_client.stream import TransformStream
+from img2img_client.values import DEFAULT_TARGET, Asset, ModelInfo, ModelReference, TransformResult
 
 # grpc.health.v1 by hand, because its package is not needed otherwise: an empty HealthCheckRequest asks about the server as a
 # whole, and a HealthCheckResponse is one varint, field 1, where SERVING is 1.
@@ -37,9 +28,18 @@ _HEALTH_SERVING = b"\x08\x01"
 class Client:
     """Talks to one server. Connects at the first call; safe to share between threads; `close()` it or use it as a context.
 
-    `target` is "host:port" or any name gRPC resolves ("unix:/path"); "https://host:port" means TLS with the system's roots.
-    `timeout` is in seconds and holds for each call that names none; None waits forever. `credentials` turn TLS on and are
-    what grpc.ssl_channel_credentials and its relatives make. Every failed call raises an Img2ImgError.
+    `target` is "host:port", with "http://" before it or not, or any name gRPC resolves ("unix:/path"). `timeout` is in seconds
+    and holds for each call that names none, all its attempts together; None waits forever. Every failed call raises an
+    Img2ImgError.
+
+    "https://host:port", `ca`, `certificate` or `credentials` mean TLS. `ca` is the file (PEM) of who signed the server's
+    certificate, by default the system's roots; `certificate` and `key` are the files of the client's own, where the server wants
+    one; `credentials` are what grpc.ssl_channel_credentials and its relatives make, in place of those. `token` goes with every
+    call: over TLS or to this machine only, unless `allow_insecure_token` says that something else encrypts it.
+
+    `retries` says how calls are tried again that a server could not take or that never reached one; None does not. All are
+    but `unload_model` and `delete_asset`, whose second attempt would find the first one's work done. A transform changes nothing
+    on the server, and a caller sees one answer: so it is tried again, too, with its seed or with another drawn one.
     """
 
     def __init__(
@@ -48,41 +48,100 @@ class Client:
         *,
         timeout: float | None = None,
         credentials: grpc.ChannelCredentials | None = None,
+        token: str | None = None,
+        ca: str | Path | None = None,
+        certificate: str | Path | None = None,
+        key: str | Path | None = None,
+        allow_insecure_token: bool = False,
+        retries: RetryPolicy | None = RetryPolicy(),  # noqa: B008 - a frozen value
     ) -> None:
+        access = Access(token, ca, certificate, key, credentials, allow_insecure_token)
         self.target = target
-        self._timeout = timeout
-        self._channel = _open_channel(target, credentials)
+        self._channel = open_channel(target, access)
+        self._caller = Caller(target, access.metadata, timeout, retries)
         self._images = image_to_image_pb2_grpc.ImageToImageServiceStub(self._channel)
         self._models = model_pb2_grpc.ModelServiceStub(self._channel)
+        self._assets = asset_pb2_grpc.AssetServiceStub(self._channel)
 
     def transform(
-        self, image: ImageInput, *, timeout: float | None = None, **options: Unpack[TransformOptions]
+        self,
+        image: ImageInput,
+        *,
+        timeout: float | None = None,
+        request_id: str | None = None,
+        **options: Unpack[TransformOptions],
     ) -> TransformResult:
         """Transforms one picture and returns when it is done. The options, all optional, are TransformOptions' fields.
 
-        OSError where the picture cannot be read; TypeError and ValueError for options that cannot be sent.
+        `request_id` names the call in the server's log, in place of a name that the server makes. OSError where the picture
+        cannot be read; TypeError and ValueError for options that cannot be sent.
         """
-        return parse_result(self._call(self._images.Transform, build_request(image, options), timeout))
+        request = build_request(image, options)
+        procedure = "ImageToImageService/Transform"
+        return parse_result(*self._caller.unary(procedure, self._images.Transform, request, timeout, request_id=request_id))
 
     def transform_stream(
-        self, image: ImageInput, *, timeout: float | None = None, **options: Unpack[TransformOptions]
-    ) -> "TransformStream":
+        self,
+        image: ImageInput,
+        *,
+        timeout: float | None = None,
+        request_id: str | None = None,
+        **options: Unpack[TransformOptions],
+    ) -> TransformStream:
         """Transforms one picture and tells how it goes. Takes what `transform` takes and raises what it raises.
 
         with client.transform_stream("photo.jpg") as events:
             for event in events: ...   # leaving early cancels the call
         """
         request = image_to_image_pb2.TransformStreamRequest(request=build_request(image, options))
-        return TransformStream(self._images.TransformStream(request, timeout=self._seconds(timeout)))
+        procedure, method = "ImageToImageService/TransformStream", self._images.TransformStream
+        stop = Stop(self._caller.stop)
+        span, metadata, attempts = self._caller.begin(procedure, timeout, stop=stop, request_id=request_id)
+        return TransformStream(lambda seconds: method(request, timeout=seconds, metadata=metadata), attempts, stop, span)
 
     def models(self, *, timeout: float | None = None) -> tuple[ModelInfo, ...]:
         """Every model of the server's store, in order of id."""
-        response = self._call(self._models.ListModels, model_pb2.ListModelsRequest(), timeout)
+        request = model_pb2.ListModelsRequest()
+        response, _ = self._caller.unary("ModelService/ListModels", self._models.ListModels, request, timeout)
         return tuple(parse_model(model) for model in response.models)
 
     def model(self, model_id: str, *, timeout: float | None = None) -> ModelInfo:
         """One model. ModelNotFound where the server has none of that id."""
-        return parse_model(self._call(self._models.GetModel, model_pb2.GetModelRequest(id=model_id), timeout).model)
+        request = model_pb2.GetModelRequest(id=model_id)
+        response, _ = self._caller.unary("ModelService/GetModel", self._models.GetModel, request, timeout)
+        return parse_model(response.model)
+
+    def load_model(self, model: str | ModelReference, *, timeout: float | None = None) -> ModelInfo:
+        """Returns when the model is ready, which may take minutes. A str is its id on the server; a ModelReference with a
+        `repo_id` may name one that the server is to fetch first, where it does that."""
+        if isinstance(model, str):
+            request = model_pb2.LoadModelRequest(id=model)
+        else:
+            request = model_pb2.LoadModelRequest(source=model_message(model))
+        response, _ = self._caller.unary("ModelService/LoadModel", self._models.LoadModel, request, timeout)
+        return parse_model(response.model)
+
+    def unload_model(self, model_id: str, *, timeout: float | None = None) -> int:
+        """Returns, when the last request that runs on the model has ended, the bytes that the server's memory shrank by."""
+        request = model_pb2.UnloadModelRequest(id=model_id)
+        method = self._models.UnloadModel
+        return self._caller.unary("ModelService/UnloadModel", method, request, timeout, safe=False)[0].freed_bytes
+
+    def upload(self, image: ImageInput, *, timeout: float | None = None) -> Asset:
+        """Has the server keep a picture, to be the source of transforms as often as one likes: a path, a file's bytes or a
+        Pillow image. The same content is the same Asset."""
+        attempt = partial(assets.Upload(image).attempt, self._assets.UploadAsset)
+        return self._caller.run("AssetService/UploadAsset", attempt, timeout)[0]
+
+    def download(self, asset: Asset | str, *, timeout: float | None = None) -> bytes:
+        """The file of a picture that the server keeps, by its Asset or its id. AssetNotFound where it has none, or no more."""
+        attempt = partial(assets.download, self._assets.GetAsset, _id(asset))
+        return self._caller.run("AssetService/GetAsset", attempt, timeout)[0]
+
+    def delete_asset(self, asset: Asset | str, *, timeout: float | None = None) -> None:
+        """Has the server forget a picture. AssetNotFound where it has none."""
+        request = asset_pb2.DeleteAssetRequest(id=_id(asset))
+        self._caller.unary("AssetService/DeleteAsset", self._assets.DeleteAsset, request, timeout, safe=False)
 
     def wait_until_ready(self, timeout: float | None = None) -> None:
         """Returns when the server's health turns to SERVING, at once if it is. DeadlineExceeded after `timeout` seconds.
@@ -90,7 +149,8 @@ class Client:
         There need not be a server yet: the channel tries again until there is one.
         """
         watch: grpc.UnaryStreamMultiCallable[bytes, bytes] = self._channel.unary_stream(_HEALTH_WATCH)
-        call = watch(_HEALTH_REQUEST, timeout=self._seconds(timeout), wait_for_ready=True)
+        seconds, metadata = self._caller.seconds(timeout), self._caller.metadata
+        call = watch(_HEALTH_REQUEST, timeout=seconds, metadata=metadata, wait_for_ready=True)
         try:
             for status in call:
                 if status == _HEALTH_SERVING:
@@ -105,7 +165,8 @@ class Client:
         raise Img2ImgError(f"{self.target} ended its health watch", status="UNAVAILABLE")
 
     def close(self) -> None:
-        """Closes the channel; what still runs on it is cancelled."""
+        """Closes the channel; what still runs on it, or waits to be tried again, is cancelled."""
+        self._caller.stop.set()
         self._channel.close()
 
     def __enter__(self) -> Self:
@@ -114,71 +175,6 @@ class Client:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
-    def _call(
-        self, method: "grpc.UnaryUnaryMultiCallable[_Request, _Response]", request: _Request, timeout: float | None
-    ) -> _Response:
-        call = method.future(request, timeout=self._seconds(timeout))
-        try:
-            return call.result()
-        except grpc.RpcError as error:
-            raise parse_error(error) from error
-        finally:
-            call.cancel()  # Does nothing to a call that has ended; Ctrl-C leaves here with one that has not.
 
-    def _seconds(self, timeout: float | None) -> float | None:
-        return self._timeout if timeout is None else timeout
-
-
-class TransformStream(Iterator[TransformEvent]):
-    """The events of one request: Queued, again when its place changes, Started, Progress for each step, Completed at last.
-
-    Leaving the context, `close()` or dropping the stream cancels what has not ended. A failed call raises an Img2ImgError.
-    """
-
-    def __init__(self, call: "_StreamCall") -> None:
-        self._call = call
-        self._completed = False
-
-    def __next__(self) -> TransformEvent:
-        try:
-            for message in self._call:
-                event = parse_event(message)
-                if event is not None:
-                    self._completed = isinstance(event, Completed)
-                    return event
-        except grpc.RpcError as error:
-            raise parse_error(error) from error
-        if self._completed:
-            raise StopIteration
-        raise Img2ImgError("the server ended the stream without a result", status="INTERNAL")
-
-    def close(self) -> None:
-        """Cancels the call, unless it has ended."""
-        self._call.cancel()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.close()
-
-
-class _StreamCall(Protocol):
-    def __iter__(self) -> Iterator[image_to_image_pb2.TransformStreamResponse]: ...
-    def cancel(self) -> bool: ...
-
-
-def _open_channel(target: str, credentials: grpc.ChannelCredentials | None) -> grpc.Channel:
-    if target.startswith("https://"):
-        target = target.removeprefix("https://").rstrip("/")
-        credentials = credentials or grpc.ssl_channel_credentials()
-    options = (*_CHANNEL_OPTIONS, ("grpc.enable_http_proxy", 0 if _is_loopback(target) else 1))
-    if credentials is None:
-        return grpc.insecure_channel(target, options, grpc.Compression.NoCompression)
-    return grpc.secure_channel(target, credentials, options, grpc.Compression.NoCompression)
-
-
-def _is_loopback(target: str) -> bool:
-    """Whether the target is this machine, which no proxy can reach; gRPC would ask $http_proxy all the same."""
-    host = target.rpartition(":")[0]
-    return host in ("localhost", "[::1]") or host.startswith("127.")
+def _id(asset: Asset | str) -> str:
+    return asset.id if isinstance(asset, Asset) else asset.removeprefix("asset:")

@@ -10,7 +10,8 @@ class Img2ImgError(Exception):
     `status` is the name of the gRPC status code, such as "INVALID_ARGUMENT". `reason` is the server's stable reason, such as
     "QUEUE_FULL", and empty where the failure did not come from an img2img server. `fields` are (field, description) pairs
     that name what is wrong with a request. `retry_after` is in seconds, None where the server gave none. `estimate` is the
-    seconds that the server would take, where it refused a request for its time-out, else None.
+    seconds that the server would take, where it refused a request for its time-out, else None. `request_id` is the name of
+    the call in the server's log, empty where no server answered.
     """
 
     def __init__(
@@ -22,6 +23,7 @@ class Img2ImgError(Exception):
         fields: tuple[tuple[str, str], ...] = (),
         retry_after: float | None = None,
         estimate: float | None = None,
+        request_id: str = "",
     ) -> None:
         super().__init__(message)
         self.message = message
@@ -30,6 +32,7 @@ class Img2ImgError(Exception):
         self.fields = fields
         self.retry_after = retry_after
         self.estimate = estimate
+        self.request_id = request_id
 
 
 class InvalidRequest(Img2ImgError):
@@ -40,8 +43,23 @@ class ModelNotFound(Img2ImgError):
     """The server has no model that agrees with the reference."""
 
 
+class AssetNotFound(Img2ImgError):
+    """The server keeps no such picture for this caller, or keeps it no longer."""
+
+
+class Unauthenticated(Img2ImgError):
+    """The server wants a token, and got none or one that it does not know."""
+
+
+class PermissionDenied(Img2ImgError):
+    """The token is known and does not allow this."""
+
+
 class Overloaded(Img2ImgError):
-    """The server has no room for one more request; try again after `retry_after` seconds."""
+    """The server has no room for one more request; try again after `retry_after` seconds.
+
+    Where that is None, as with the reason "OUT_OF_MEMORY", waiting would not help.
+    """
 
 
 class Unavailable(Img2ImgError):

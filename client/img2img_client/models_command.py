@@ -1,4 +1,4 @@
-"""`img2img models`: what a server can run, as a table or as JSON."""
+"""`img2img models`: what a server can run, as a table or as JSON, and what it has in memory."""
 
 import argparse
 import json
@@ -6,10 +6,12 @@ import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from img2img_client.errors import Img2ImgError
-from img2img_client.transform_command import complain, describe_error
+from img2img_client.connection import add_connection_flags, connect, target_of
+from img2img_client.reporting import attempt
+from img2img_client.values import ModelReference
 
 if TYPE_CHECKING:
+    from img2img_client.client import Client
     from img2img_client.values import EngineStatus, ModelInfo
 
 PROGRAM = "img2img models"
@@ -18,36 +20,56 @@ _EPILOG = """\
 examples:
   img2img models
   img2img models --schedulers
-  img2img models --server gpu-box:50051 --json
+  img2img models --load sdxl
+  img2img models --load-repo stabilityai/sdxl-turbo --variant fp16
+  img2img models --target gpu-box:50051 --json
 """
 
 _WIDTH_OF_A_PIPE = 200
+_SECONDS_TO_LIST = 10.0
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Declares the flags."""
     parser.epilog = _EPILOG
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--server", metavar="TARGET", default="localhost:50051", help="default: %(default)s; https://... for TLS")
-    parser.add_argument("--timeout", type=float, metavar="SECONDS", default=10.0, help="default: %(default)g")
     parser.add_argument("--schedulers", action="store_true", help="list the schedulers that a request may ask each model for")
     parser.add_argument("--json", action="store_true", help="print every field of every model as JSON")
+    change = parser.add_argument_group("change what is in memory").add_mutually_exclusive_group()
+    change.add_argument("--load", metavar="ID", help="make this model ready, and wait until it is")
+    change.add_argument("--load-repo", metavar="OWNER/NAME", help="the same by its repository, which the server may fetch")
+    change.add_argument("--unload", metavar="ID", help="free its memory once nobody uses it, and wait for that")
+    parser.add_argument("--variant", metavar="NAME", help="with --load-repo: the variant of the weights, such as fp16")
+    parser.add_argument("--revision", metavar="REVISION", help="with --load-repo: a branch, tag or commit")
+    add_connection_flags(parser, patience=f"{_SECONDS_TO_LIST:g} to list, never to load and unload")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Asks and prints. Returns 0, or 1 where the server did not answer."""
-    from img2img_client.client import Client
+    """Asks and prints. Returns 0, 1 where the server did not do it, 2 for arguments that cannot work."""
 
-    try:
-        with Client(arguments.server, timeout=arguments.timeout) as client:
-            models = client.models()
-    except Img2ImgError as error:
-        return complain(PROGRAM, describe_error(error, arguments.server))
-    if arguments.json:
-        print(json.dumps([asdict(model) for model in models]))
-    else:
-        _print_table(models, arguments.schedulers)
-    return 0
+    def work() -> None:
+        with connect(arguments) as client:
+            models = _ask(client, arguments)
+        if arguments.json:
+            print(json.dumps([asdict(model) for model in models]))
+        else:
+            _print_table(models, arguments.schedulers)
+
+    return attempt(PROGRAM, target_of(arguments), work)
+
+
+def _ask(client: "Client", arguments: argparse.Namespace) -> "tuple[ModelInfo, ...]":
+    """The models to print: all, or the one that was loaded or unloaded."""
+    if not arguments.load_repo and (arguments.variant or arguments.revision):
+        raise ValueError("--variant and --revision go with --load-repo")
+    if arguments.load or arguments.load_repo:
+        reference = ModelReference(repo_id=arguments.load_repo, variant=arguments.variant, revision=arguments.revision)
+        return (client.load_model(arguments.load or reference),)
+    if arguments.unload:
+        freed = client.unload_model(arguments.unload)
+        print(f"{arguments.unload}: {_mebibytes(freed)} given back", file=sys.stderr)
+        return (client.model(arguments.unload),)
+    return client.models(timeout=_SECONDS_TO_LIST if arguments.timeout is None else arguments.timeout)
 
 
 def _print_table(models: "tuple[ModelInfo, ...]", schedulers: bool) -> None:
@@ -56,10 +78,15 @@ def _print_table(models: "tuple[ModelInfo, ...]", schedulers: bool) -> None:
     from rich.text import Text
 
     engines = any(model.engines for model in models)
-    more = [*(["takeover"] if engines else []), *(["schedulers"] if schedulers else [])]
-    table = Table("id", "family", "backend", "engine", "state", "default", *more)
+    details = any(model.detail for model in models)
+    more = [*(["detail"] if details else []), *(["takeover"] if engines else []), *(["schedulers"] if schedulers else [])]
+    table = Table("id", "family", "backend", "engine", "state", "memory", "default", *more)
     for model in models:
-        cells = [model.id, model.family, model.backend, model.engine, model.state, "yes" if model.is_default else ""]
+        memory = _mebibytes(model.memory_bytes) if model.memory_bytes and model.state == "ready" else ""
+        default = "yes" if model.is_default else ""
+        cells = [model.id, model.family, model.backend, model.engine, model.state, memory, default]
+        if details:
+            cells.append(model.detail)
         if engines:
             cells.append("\n".join(map(_describe_engine, model.engines)))
         if schedulers:
@@ -72,3 +99,7 @@ def _print_table(models: "tuple[ModelInfo, ...]", schedulers: bool) -> None:
 def _describe_engine(engine: "EngineStatus") -> str:
     done = f" {engine.progress:.0%}" if engine.state in ("building", "checking") else ""
     return f"{engine.name} {engine.state}{done}" + (f": {engine.detail}" if engine.detail else "")
+
+
+def _mebibytes(count: int) -> str:
+    return f"{count / 2**20:.0f} MiB"

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, TypeAlias, TypedDict, Union, get_args
 
 from img2img.v1 import image_to_image_pb2 as messages
 
-from img2img_client.values import ImageFormat, ModelReference
+from img2img_client.values import Asset, ImageFormat, ModelReference
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -15,8 +15,14 @@ if TYPE_CHECKING:
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 """Bytes that one message may have, either way."""
 
-ImageInput: TypeAlias = Union[str, os.PathLike[str], bytes, "Image.Image"]
-"""A source picture: a file's path, a file's bytes, a Pillow image, or a "data:" address."""
+ImageInput: TypeAlias = Union[str, os.PathLike[str], bytes, "Image.Image", Asset]
+"""A source picture: a file's path, a file's bytes, a Pillow image, an Asset, or an address that the server is to read it from.
+
+A str that begins with one of ADDRESS_SCHEMES is an address, any other one a path.
+"""
+
+ADDRESS_SCHEMES = ("data:", "asset:", "https://", "http://", "file://")
+"""What an address begins with. Which of them a server reads is its operator's choice; "data:" and "asset:" always work."""
 
 _PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
 
@@ -26,7 +32,8 @@ class TransformOptions(TypedDict, total=False):
 
     `model` is a model's id on the server or a ModelReference. `strength` is in (0, 1], `guidance_scale` in 0..30, `width` and
     `height` are pixels, `quality` is 1..100 for JPEG and WebP, and a `seed` of -1 draws one. `scheduler` is one of the
-    names in the ModelInfo's `schedulers`. A stream sends a preview every `preview_interval` steps. The server checks them all.
+    names in the ModelInfo's `schedulers`. A stream sends a preview every `preview_interval` steps. With `as_asset` the server
+    keeps the pictures, and the result has their `asset_id` in place of their data. The server checks them all.
     """
 
     model: str | ModelReference | None
@@ -43,6 +50,7 @@ class TransformOptions(TypedDict, total=False):
     quality: int | None
     scheduler: str | None
     preview_interval: int | None
+    as_asset: bool | None
 
 
 def build_request(image: ImageInput, options: TransformOptions) -> messages.TransformRequest:
@@ -55,7 +63,7 @@ def build_request(image: ImageInput, options: TransformOptions) -> messages.Tran
     if unknown:
         raise TypeError(f"unknown option {unknown[0]!r}; known: {', '.join(TransformOptions.__annotations__)}")
     request = messages.TransformRequest(
-        model=_model_message(options.get("model")),
+        model=model_message(options.get("model")),
         prompt=options.get("prompt"),
         negative_prompt=options.get("negative_prompt"),
         image=_image_message(image),
@@ -64,18 +72,22 @@ def build_request(image: ImageInput, options: TransformOptions) -> messages.Tran
         guidance_scale=options.get("guidance_scale"),
         seed=options.get("seed"),
         image_count=options.get("image_count"),
-        output=_output_message(options.get("format"), options.get("quality")),
+        output=_output_message(options),
         width=options.get("width"),
         height=options.get("height"),
         scheduler=options.get("scheduler"),
         preview_interval=options.get("preview_interval"),
     )
     if request.ByteSize() > MAX_MESSAGE_BYTES:
-        raise ValueError(f"the request has {request.ByteSize()} bytes, more than {MAX_MESSAGE_BYTES}: send a smaller picture")
+        raise ValueError(
+            f"the request has {request.ByteSize()} bytes, more than {MAX_MESSAGE_BYTES}: upload the picture first, or send a"
+            " smaller picture"
+        )
     return request
 
 
-def _model_message(model: str | ModelReference | None) -> messages.ModelReference | None:
+def model_message(model: str | ModelReference | None) -> messages.ModelReference | None:
+    """The reference as a message; a str is a model's id."""
     if model is None:
         return None
     reference = ModelReference(path=model) if isinstance(model, str) else model
@@ -90,17 +102,24 @@ def _model_message(model: str | ModelReference | None) -> messages.ModelReferenc
 
 
 def _image_message(image: ImageInput) -> messages.ImageSource:
-    if isinstance(image, bytes):
-        return messages.ImageSource(data=image)
-    if isinstance(image, str) and image.startswith("data:"):
+    if isinstance(image, Asset):
+        return messages.ImageSource(asset_id=image.id)
+    if isinstance(image, str) and image.startswith(ADDRESS_SCHEMES):
         return messages.ImageSource(uri=image)
+    return messages.ImageSource(data=read_file(image))
+
+
+def read_file(image: ImageInput) -> bytes:
+    """The picture's file. OSError where it cannot be read, TypeError for what is no picture that is here."""
+    if isinstance(image, bytes):
+        return image
     if isinstance(image, str | os.PathLike):
-        return messages.ImageSource(data=Path(image).read_bytes())
+        return Path(image).read_bytes()
     from PIL import Image
 
     if isinstance(image, Image.Image):
-        return messages.ImageSource(data=_encode(image))
-    raise TypeError(f"a picture is a path, bytes, a Pillow image or a data: address, not {type(image).__name__}")
+        return _encode(image)
+    raise TypeError(f"a picture is a path, bytes, a Pillow image, an Asset or an address, not {type(image).__name__}")
 
 
 def _encode(image: "Image.Image") -> bytes:
@@ -110,12 +129,13 @@ def _encode(image: "Image.Image") -> bytes:
     return file.getvalue()
 
 
-def _output_message(image_format: ImageFormat | None, quality: int | None) -> messages.OutputOptions | None:
-    if image_format is None and quality is None:
+def _output_message(options: TransformOptions) -> messages.OutputOptions | None:
+    image_format, quality, as_asset = options.get("format"), options.get("quality"), options.get("as_asset")
+    if image_format is None and quality is None and as_asset is None:
         return None
     number = messages.OUTPUT_FORMAT_UNSPECIFIED
     if image_format is not None:
         if image_format not in get_args(ImageFormat):
             raise ValueError(f"format is one of {', '.join(get_args(ImageFormat))}, not {image_format!r}")
         number = messages.OutputFormat.Value(f"OUTPUT_FORMAT_{image_format.upper()}")
-    return messages.OutputOptions(format=number, quality=quality)
+    return messages.OutputOptions(format=number, quality=quality, as_asset=bool(as_asset))

@@ -1,10 +1,12 @@
 """From the server's messages and statuses to values and errors."""
 
+from collections.abc import Iterable
 from contextlib import suppress
+from datetime import UTC
 from typing import TYPE_CHECKING, TypedDict, cast
 
+from img2img.v1 import asset_pb2, model_pb2
 from img2img.v1 import image_to_image_pb2 as messages
-from img2img.v1 import model_pb2
 
 from img2img_client import errors, values
 
@@ -15,17 +17,25 @@ if TYPE_CHECKING:
 ERROR_DOMAIN = "img2img"
 """The domain of the ErrorInfo that an img2img server sends."""
 
+REQUEST_ID = "x-request-id"
+"""The key of a call's metadata that has its name in the server's log."""
+
 _ERROR_OF_STATUS: dict[str, type[errors.Img2ImgError]] = {
     "INVALID_ARGUMENT": errors.InvalidRequest,
     "NOT_FOUND": errors.ModelNotFound,
+    "UNAUTHENTICATED": errors.Unauthenticated,
+    "PERMISSION_DENIED": errors.PermissionDenied,
     "RESOURCE_EXHAUSTED": errors.Overloaded,
     "UNAVAILABLE": errors.Unavailable,
     "DEADLINE_EXCEEDED": errors.DeadlineExceeded,
     "CANCELLED": errors.Cancelled,
 }
 
+_ERROR_OF_REASON: dict[str, type[errors.Img2ImgError]] = {"ASSET_NOT_FOUND": errors.AssetNotFound}
+"""Where a status alone does not tell what is missing."""
 
-def parse_result(message: messages.TransformResponse) -> values.TransformResult:
+
+def parse_result(message: messages.TransformResponse, request_id: str = "") -> values.TransformResult:
     """The result in a response. Img2ImgError where it holds no picture, which no img2img server sends."""
     if not message.images:
         raise errors.Img2ImgError("the server answered without a picture", status="INTERNAL")
@@ -42,6 +52,7 @@ def parse_result(message: messages.TransformResponse) -> values.TransformResult:
             decode_ms=timings.decode_ms,
             total_ms=timings.total_ms,
         ),
+        request_id=request_id,
     )
 
 
@@ -53,10 +64,11 @@ def _parse_image(message: messages.ImageResult) -> values.TransformedImage:
         width=message.width,
         height=message.height,
         seed=message.seed,
+        asset_id=message.asset_id if message.HasField("asset_id") else None,
     )
 
 
-def parse_event(message: messages.TransformStreamResponse) -> values.TransformEvent | None:
+def parse_event(message: messages.TransformStreamResponse, request_id: str = "") -> values.TransformEvent | None:
     """The event in a message; None for one that a newer server knows and this client does not."""
     match message.WhichOneof("event"):
         case "queued":
@@ -70,7 +82,7 @@ def parse_event(message: messages.TransformStreamResponse) -> values.TransformEv
             eta = progress.eta_seconds if progress.HasField("eta_seconds") else None
             return values.Progress(progress.step, progress.step_count, preview, eta)
         case "completed":
-            return values.Completed(parse_result(message.completed))
+            return values.Completed(parse_result(message.completed, request_id))
     return None
 
 
@@ -99,6 +111,8 @@ def parse_model(message: model_pb2.Model) -> values.ModelInfo:
         is_default=message.is_default,
         schedulers=tuple(message.schedulers),
         engines=tuple(_parse_engine(engine) for engine in message.engines),
+        memory_bytes=message.memory_bytes or None,
+        detail=message.detail,
     )
 
 
@@ -113,17 +127,30 @@ def _parse_engine(message: model_pb2.EngineStatus) -> values.EngineStatus:
     )
 
 
+def parse_asset(message: asset_pb2.Asset) -> values.Asset:
+    """A picture that the server keeps."""
+    expires = message.expire_time.ToDatetime(tzinfo=UTC) if message.HasField("expire_time") else None
+    return values.Asset(message.id, message.media_type, message.size, message.sha256, expires)
+
+
+def parse_request_id(metadata: "Iterable[tuple[str, str | bytes]] | None") -> str:
+    """The call's name in the server's log, from the metadata of its answer; empty where there is none."""
+    return next((value for key, value in metadata or () if key == REQUEST_ID and isinstance(value, str)), "")
+
+
 def parse_error(error: "grpc.RpcError") -> errors.Img2ImgError:
     """The error in a failed call's status, with what its details say of fields, reason and seconds."""
     status = error.code().name
     message = error.details() or status
-    kind = _ERROR_OF_STATUS.get(status, errors.Img2ImgError)
+    rich = _rich_status(error)
+    details: _Details = {} if rich is None else _parse_details(rich)
+    kind = _ERROR_OF_REASON.get(details.get("reason", ""), _ERROR_OF_STATUS.get(status, errors.Img2ImgError))
     if status == "RESOURCE_EXHAUSTED" and "larger than max" in message:
         kind = errors.Img2ImgError  # gRPC's own words for a message above a size limit: waiting would not help.
-    rich = _rich_status(error)
     if rich is None and status == "DEADLINE_EXCEEDED":
         message = "the time-out passed before the server was done"  # gRPC's own words are about streams being removed.
-    return kind(message, status=status, **({} if rich is None else _parse_details(rich)))
+    details.setdefault("request_id", parse_request_id(cast("grpc.Call", error).trailing_metadata()))
+    return kind(message, status=status, **details)
 
 
 def _rich_status(error: "grpc.RpcError") -> "status_pb2.Status | None":
@@ -143,10 +170,11 @@ class _Details(TypedDict, total=False):
     fields: tuple[tuple[str, str], ...]
     retry_after: float
     estimate: float
+    request_id: str
 
 
 def _parse_details(status: "status_pb2.Status") -> _Details:
-    """Reason, wrong fields, seconds to wait and seconds it would take. Details of other kinds are passed over."""
+    """Reason, wrong fields, seconds to wait and seconds it would take, the call's name. Other details are passed over."""
     from google.rpc import error_details_pb2
 
     found: _Details = {}
@@ -156,6 +184,8 @@ def _parse_details(status: "status_pb2.Status") -> _Details:
             found["reason"] = info.reason
             with suppress(KeyError, ValueError):
                 found["estimate"] = float(info.metadata["estimate_seconds"])
+            if "request_id" in info.metadata:
+                found["request_id"] = info.metadata["request_id"]
         elif detail.Unpack(bad):
             more = ((violation.field, violation.description) for violation in bad.field_violations)
             found["fields"] = (*found.get("fields", ()), *more)

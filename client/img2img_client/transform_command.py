@@ -5,20 +5,15 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from img2img_client.errors import Img2ImgError, Unavailable
-from img2img_client.values import (
-    FORMAT_OF_SUFFIX,
-    Completed,
-    ImageFormat,
-    ModelReference,
-    Progress,
-    TransformEvent,
-    TransformResult,
-)
+from img2img_client.connection import add_connection_flags, connect, target_of
+from img2img_client.errors import Img2ImgError
+from img2img_client.output import Output, plan_output
+from img2img_client.reporting import attempt, complain, describe_error
+from img2img_client.values import Completed, ModelReference, TransformEvent, TransformResult
 
 if TYPE_CHECKING:
     from img2img_client.options import ImageInput, TransformOptions
@@ -32,6 +27,7 @@ examples:
   img2img transform photo.jpg --output tries.jpg --image-count 4 --seed 1 --strength 0.6 --steps 40
   img2img transform photo.jpg --output lake.png --scheduler "DPM++ 2M Karras" --steps 15 --preview-every 3
   cat photo.jpg | img2img transform - --output - --format webp --quiet > sunset.webp
+  img2img transform https://example.org/lake.jpg --as-asset --target https://gpu-box:50051 --token-file ~/.img2img-token
 """
 
 
@@ -39,17 +35,21 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Declares the flags. One that is not given leaves the matter to the server."""
     parser.epilog = _EPILOG
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("image", metavar="IN", help="the source picture: a file, or - for standard input")
-    parser.add_argument("--output", metavar="OUT", required=True, help="where to write; - for standard output")
+    parser.add_argument(
+        "image",
+        metavar="IN",
+        help="the source picture: a file, - for standard input, or an address that the server reads (asset:ID, https://...)",
+    )
+    place = parser.add_mutually_exclusive_group(required=True)
+    place.add_argument("--output", metavar="OUT", help="where to write; - for standard output")
+    place.add_argument("--as-asset", action="store_true", help="have the server keep the picture, and print its address")
     parser.add_argument(
         "--preview-every",
         type=int,
         metavar="N",
         help="every N steps, write a small picture of what becomes of it, beside OUT: OUT-step-N.jpg, ...",
     )
-    parser.add_argument("--server", metavar="TARGET", default="localhost:50051", help="default: %(default)s; https://... for TLS")
-    parser.add_argument("--timeout", type=float, metavar="SECONDS", help="give up after this long; default: never")
-    parser.add_argument("--quiet", action="store_true", help="print errors only")
+    parser.add_argument("--quiet", action="store_true", help="print errors only, and addresses")
     parser.add_argument("--json", action="store_true", help="print the outcome as JSON")
     _add_wishes(parser)
     model = parser.add_argument_group("which model (needed where the server has several and no default)")
@@ -57,6 +57,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--repo-id", metavar="OWNER/NAME", help="the repository it was exported from")
     model.add_argument("--variant", metavar="NAME", help="the variant of its weights, such as fp16")
     model.add_argument("--revision", metavar="REVISION", help="the revision it was exported from")
+    add_connection_flags(parser)
 
 
 def _add_wishes(parser: argparse.ArgumentParser) -> None:
@@ -81,106 +82,32 @@ def _add_wishes(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Transforms and writes. Returns 0, 1 for a failure, 2 for arguments that cannot work; Ctrl-C cancels the call."""
-    try:
-        output = _plan_output(arguments)
-    except ValueError as error:
-        return complain(PROGRAM, str(error), status=2)
-    try:
+
+    def work() -> None:
+        output = plan_output(arguments)
         output.check_writable()
-        image: ImageInput = sys.stdin.buffer.read() if arguments.image == "-" else Path(arguments.image)
-        result = _transform(arguments, image, output)
-        written = output.write(result)
-    except Img2ImgError as error:
-        return complain(PROGRAM, describe_error(error, arguments.server))
-    except OSError as error:
-        name = f"{error.filename}: " if error.filename else ""
-        return complain(PROGRAM, f"{name}{error.strerror or error}")
-    except ValueError as error:  # A number that the contract's types cannot hold, or too large a picture.
-        return complain(PROGRAM, str(error), status=2)
-    if not arguments.quiet:
-        _report(result, written, as_json=arguments.json)
-    return 0
+        result = _transform(arguments, output)
+        places = output.write(result)
+        if not arguments.quiet:
+            _report(result, places, output, as_json=arguments.json)
+        elif output.as_asset:  # Else nobody would know where the pictures are.
+            print("\n".join(places))
+
+    return attempt(PROGRAM, target_of(arguments), work)
 
 
-def complain(program: str, message: str, status: int = 1) -> int:
-    """Prints one line of error and returns the exit status."""
-    print(f"{program}: {' '.join(message.split())}", file=sys.stderr)
-    return status
+def _source(image: str) -> "ImageInput":
+    """The picture that IN means."""
+    from img2img_client.options import ADDRESS_SCHEMES
+
+    if image == "-":
+        return sys.stdin.buffer.read()
+    return image if image.startswith(ADDRESS_SCHEMES) else Path(image)
 
 
-def describe_error(error: Img2ImgError, server: str) -> str:
-    """What went wrong in one line: the wrong fields by name, where to look, or how long to wait."""
-    if error.fields:
-        return "; ".join(f"{field}: {description}" for field, description in error.fields)
-    if isinstance(error, Unavailable) and not error.reason:
-        return f"no answer from {server}: {error.message}"
-    wait = "" if error.retry_after is None else f" (try again in {error.retry_after:.3g} s)"
-    return f"{error.message}{wait}"
-
-
-@dataclass(frozen=True, slots=True)
-class _Output:
-    """Where the pictures go; `path` None is standard output. `format` None leaves it to the server."""
-
-    path: Path | None
-    count: int
-    format: ImageFormat | None
-
-    def paths(self, count: int) -> tuple[Path, ...]:
-        """The files of so many pictures: OUT itself for one, numbered from 1 for more."""
-        if self.path is None:
-            return ()
-        if count == 1:
-            return (self.path,)
-        return tuple(self.path.with_stem(f"{self.path.stem}-{number}") for number in range(1, count + 1))
-
-    def check_writable(self) -> None:
-        """OSError where a file cannot be written, found by opening it. What is there already stays as it is."""
-        for path in self.paths(self.count):
-            existed = path.exists()
-            path.open("ab").close()
-            if not existed:
-                path.unlink()
-
-    def write_preview(self, event: TransformEvent) -> None:
-        """Writes an event's preview, if it has one, beside the picture."""
-        if self.path is not None and isinstance(event, Progress) and event.preview is not None:
-            number = str(event.step).zfill(len(str(event.step_count)))
-            self.path.with_name(f"{self.path.stem}-step-{number}.jpg").write_bytes(event.preview)
-
-    def write(self, result: TransformResult) -> tuple[Path, ...]:
-        """Writes the pictures; returns their files, none for standard output."""
-        paths = self.paths(len(result.images))
-        for path, image in zip(paths, result.images, strict=False):
-            path.write_bytes(image.data)
-        if self.path is None:
-            sys.stdout.buffer.write(result.images[0].data)
-            sys.stdout.buffer.flush()
-        return paths
-
-
-def _plan_output(arguments: argparse.Namespace) -> _Output:
-    """Where to write and in which format. ValueError for what cannot work, before anything is asked of the server."""
-    count = max(1, arguments.image_count or 1)
-    if arguments.output == "-":
-        if count > 1:
-            raise ValueError("--output -: standard output takes one picture, not --image-count of them")
-        if arguments.json:
-            raise ValueError("--output -: the picture and --json cannot both go to standard output")
-        if arguments.preview_every:
-            raise ValueError("--output -: --preview-every writes beside OUT, so OUT must be a file")
-        return _Output(None, count, arguments.format)
-    path = Path(arguments.output)
-    promised = FORMAT_OF_SUFFIX.get(path.suffix.lower())
-    if promised is None and arguments.format is None:
-        raise ValueError(f"--output {path}: its name should end in {', '.join(FORMAT_OF_SUFFIX)}, or give --format")
-    if promised is not None and arguments.format not in (None, promised):
-        raise ValueError(f"--output {path}: its name says {promised}, --format says {arguments.format}")
-    return _Output(path, count, arguments.format or promised)
-
-
-def _transform(arguments: argparse.Namespace, image: "ImageInput", output: _Output) -> TransformResult:
-    from img2img_client.client import Client
+def _transform(arguments: argparse.Namespace, output: Output) -> TransformResult:
+    def say(made: int, error: Img2ImgError, wait: float) -> None:
+        complain(PROGRAM, f"{describe_error(error, target_of(arguments))}; trying again in {wait:.1f} s")
 
     options: TransformOptions = {
         "model": _model(arguments),
@@ -197,10 +124,11 @@ def _transform(arguments: argparse.Namespace, image: "ImageInput", output: _Outp
         "quality": arguments.quality,
         "scheduler": arguments.scheduler,
         "preview_interval": arguments.preview_every,
+        "as_asset": arguments.as_asset or None,
     }
     with (
-        Client(arguments.server, timeout=arguments.timeout) as client,
-        client.transform_stream(image, **options) as events,
+        connect(arguments, None if arguments.quiet else say) as client,
+        client.transform_stream(_source(arguments.image), **options) as events,
         _progress(arguments.quiet) as show,
     ):
         for event in events:
@@ -233,20 +161,21 @@ def _ignore(event: TransformEvent) -> None:
     """Shows nothing."""
 
 
-def _report(result: TransformResult, written: tuple[Path, ...], *, as_json: bool) -> None:
+def _report(result: TransformResult, places: tuple[str, ...], output: Output, *, as_json: bool) -> None:
     """Prints what was made: to standard output, or to standard error where the picture went to standard output."""
     timings = asdict(result.timings)
+    where = "asset" if output.as_asset else "path"
     if as_json:
         images = [
-            {"path": str(path), "seed": image.seed, "width": image.width, "height": image.height, "format": image.format}
-            for path, image in zip(written, result.images, strict=True)
+            {where: place, "seed": image.seed, "width": image.width, "height": image.height, "format": image.format}
+            for place, image in zip(places, result.images, strict=True)
         ]
         model = {"id": result.model_id, "revision": result.model_revision}
-        print(json.dumps({"images": images, "model": model, "engine": result.engine, "timings": timings}))
+        made = {"images": images, "model": model, "engine": result.engine, "timings": timings, "request_id": result.request_id}
+        print(json.dumps(made))
         return
-    stream = sys.stdout if written else sys.stderr
-    names = [str(path) for path in written] or ["standard output"]
-    for name, image in zip(names, result.images, strict=False):
-        print(f"{name}  {image.width} x {image.height}, seed {image.seed}", file=stream)
+    stream = sys.stderr if output.path is None and not output.as_asset else sys.stdout
+    for place, image in zip(places, result.images, strict=False):
+        print(f"{place}  {image.width} x {image.height}, seed {image.seed}", file=stream)
     print(f"{result.model_id} on {result.engine}", file=stream)
     print(", ".join(f"{name.removesuffix('_ms')} {value:.0f} ms" for name, value in timings.items()), file=stream)

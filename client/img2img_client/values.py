@@ -1,11 +1,15 @@
 """What a caller gives and gets: plain frozen values, free of gRPC."""
 
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from PIL import Image
+
+DEFAULT_TARGET = "localhost:50051"
+"""Where `img2img serve` listens unless it is told otherwise."""
 
 ImageFormat = Literal["png", "jpeg", "webp"]
 """A picture's file format."""
@@ -56,6 +60,8 @@ class ModelInfo:
     `backend` is "onnx" or "torch", with `backend_reason` saying why where it is torch. `engine`, such as "onnx:cpu", is empty
     unless the model is ready. Width and height of its results are multiples of `size_multiple` pixels. `schedulers` are the
     names that a request may ask for, none where the model has only its own. `engines` may take over, or have done so.
+    `memory_bytes` were measured when it was loaded, None where they are not known. `detail` says for people to read what is being
+    done to make it ready, or why it is not.
     """
 
     id: str
@@ -70,6 +76,28 @@ class ModelInfo:
     is_default: bool
     schedulers: tuple[str, ...] = ()
     engines: tuple[EngineStatus, ...] = ()
+    memory_bytes: int | None = None
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Asset:
+    """A picture that a server keeps: give it as the source of a transform, or download it.
+
+    `id` comes from its content, `size` is in bytes, `sha256` in lower-case hexadecimal. `expire_time`, in UTC, is when it is
+    deleted unless it is used again, None where the server did not say.
+    """
+
+    id: str
+    media_type: str
+    size: int
+    sha256: str
+    expire_time: datetime | None = None
+
+    @property
+    def uri(self) -> str:
+        """Its address, which the server takes in place of the picture."""
+        return f"asset:{self.id}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,36 +113,54 @@ class Timings:
 
 @dataclass(frozen=True, slots=True)
 class TransformedImage:
-    """A finished picture: its file's bytes, their format, its size in pixels and the seed that makes it again, alone."""
+    """A finished picture: its file's bytes, their format, its size in pixels and the seed that makes it again, alone.
+
+    Where `as_asset` was asked for, the server keeps the file as the asset `asset_id`, and `data` is empty.
+    """
 
     data: bytes
     format: ImageFormat
     width: int
     height: int
     seed: int
+    asset_id: str | None = None
 
     @property
     def image(self) -> "Image.Image":
-        """The picture, opened anew at each access; as usual with Pillow, its pixels are decoded when they are needed."""
+        """The picture, opened anew at each access; as usual with Pillow, its pixels are decoded when they are needed.
+
+        ValueError where the server has it.
+        """
+        self._require_data()
         return _open(self.data, self.format)
 
     def save(self, path: str | Path) -> None:
-        """Writes the file as the server sent it. ValueError where the path's suffix promises another format."""
+        """Writes the file as the server sent it. ValueError where the path's suffix promises another format, or it was not
+        sent."""
+        self._require_data()
         promised = FORMAT_OF_SUFFIX.get(Path(path).suffix.lower(), self.format)
         if promised != self.format:
             raise ValueError(f"{path} promises {promised}, the picture is {self.format}: ask the server for format={promised!r}")
         Path(path).write_bytes(self.data)
 
+    def _require_data(self) -> None:
+        if self.asset_id is not None:
+            raise ValueError(f"the server keeps this picture, as was asked: client.download({self.asset_id!r}) gets its file")
+
 
 @dataclass(frozen=True, slots=True)
 class TransformResult:
-    """The finished pictures, at least one, and what made them. `engine` is such as "onnx:cuda" or "torch:cpu"."""
+    """The finished pictures, at least one, and what made them. `engine` is such as "onnx:cuda" or "torch:cpu".
+
+    `request_id` is the name of the call in the server's log, empty where the server told none.
+    """
 
     images: tuple[TransformedImage, ...]
     model_id: str
     model_revision: str
     engine: str
     timings: Timings
+    request_id: str = ""
 
     @property
     def image(self) -> "Image.Image":

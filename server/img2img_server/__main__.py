@@ -1,174 +1,117 @@
-"""`img2img serve`: flags -> frozen config -> run."""
+"""`img2img serve`: flags, environment and file -> frozen config -> run."""
 
 import argparse
 import asyncio
-import logging
 import os
-import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from img2img_server.config import ServerConfig
-    from img2img_server.execution import Bucket, Execution
     from img2img_server.pipelines.tensorrt_contender import Shelf
+    from img2img_server.setting_sources import Configured
     from img2img_server.takeover import Contender
 
+VARIABLES = "IMG2IMG_"
+"""What the variables of settings begin with."""
+CONFIG_VARIABLE = "IMG2IMG_CONFIG"
+CLIENT_VARIABLES = (
+    "IMG2IMG_TARGET",
+    "IMG2IMG_TOKEN",
+    "IMG2IMG_CA",
+    "IMG2IMG_CLIENT_CERTIFICATE",
+    "IMG2IMG_CLIENT_KEY",
+)
+"""Variables of the client's commands, which may be set where a server is started."""
+
+_USAGE = "%(prog)s --models DIR [--config FILE] [--print-config] [SETTING ...]"
 _EPILOG = """\
+Each setting is a flag (--max-batch-size 8), a variable (IMG2IMG_MAX_BATCH_SIZE=8) or a key in the TOML file that --config names
+(max_batch_size = 8 in the table [limits]). Flags come before variables, variables before the file, the file before defaults.
+--print-config shows all of them and where each was set, as such a file. BYTES can be 500MB or 1.5GiB, SECONDS 90s, 15m or 24h.
+
 examples:
   img2img serve --models models                 every bundle in the folder, on 127.0.0.1:50051
   img2img serve --models models/sdxl --port 0   one bundle, on a free port
+  img2img serve --models models --print-config > server.toml
+  img2img serve --config server.toml
 
 The server answers health checks (grpc.health.v1) and reflection. SIGTERM drains it: new requests are refused, running ones
-finish within --grace seconds. There is no TLS and no login yet: keep it on loopback or behind something that has them.
+finish within --grace seconds. A second SIGTERM stops it at once.
+
+exit status: 0 drained; 1 it could not start; 2 a setting that cannot work; 70 a call of a model did not come back within
+--watchdog seconds; 130 or 143 SIGINT or SIGTERM before it was up or drained.
 """
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Declares the flags of `img2img serve`."""
+    from img2img_server.config import ServerConfig
+    from img2img_server.setting_sources import declare
+    from img2img_server.settings import settings_of
+
+    parser.usage = _USAGE
+    parser.allow_abbrev = False  # else a new flag would change what an abbreviation means
     parser.epilog = _EPILOG
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    add = parser.add_argument
-    add("--models", type=Path, required=True, metavar="DIR", help="a folder of bundles, or one bundle")
-    add("--default-model", metavar="ID", help="the model of requests that name none (default: the only one there is)")
-    add("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
-    add("--port", type=int, default=50051, help="port to listen on, 0 for a free one (default: %(default)s)")
-    add("--port-file", type=Path, metavar="FILE", help="write the port here once the server is ready")
-    add("--grace", type=float, default=30.0, metavar="SECONDS", help="time to finish on SIGTERM (default: %(default)s)")
-    add(
-        "--max-batch-size",
-        type=int,
-        default=16,
-        metavar="N",
-        help="most rows of a model call, two a guided picture (default: 16)",
-    )
-    add("--warm-up", type=float, default=10.0, metavar="SECONDS", help="time to measure a model at start (default: %(default)s)")
-    add("--cache-bytes", type=int, default=256 * 2**20, metavar="N", help="memory for encoded prompts and pictures (256 MiB)")
-    add("--trace", type=Path, metavar="FILE", help="write the device's timeline here, to be opened in ui.perfetto.dev")
-    add("--allow-unverified", action="store_true", help="also serve bundles that did not pass their export's verification")
-    add("--max-waiting", type=int, default=256, metavar="N", help="requests that may wait (default: %(default)s)")
-    add("--max-steps", type=int, default=100, metavar="N", help="largest num_inference_steps (default: %(default)s)")
-    add("--max-image-bytes", type=int, default=16 * 2**20, metavar="N", help="largest source file (default: 16 MiB)")
-    add("--max-pixels", type=int, default=2048 * 2048, metavar="N", help="largest result, width x height (default: 2048 x 2048)")
-    _configure_execution(parser.add_argument_group("how models are run"))
+    parser.add_argument("--config", type=Path, metavar="FILE", help=f"read settings from this TOML file (or {CONFIG_VARIABLE})")
+    parser.add_argument("--print-config", action="store_true", help="show all settings and where each was set, as TOML, and exit")
+    declare(parser, settings_of(ServerConfig))
 
 
-def _configure_execution(group: argparse._ArgumentGroup) -> None:
-    """Declares the flags that become an Execution."""
-    from img2img_server.execution import PROVIDERS
+def configured(arguments: argparse.Namespace, variables: Mapping[str, str]) -> "Configured[ServerConfig]":
+    """The server's configuration, of its flags, these variables and the file that either names.
 
-    add = group.add_argument
-    add(
-        "--provider",
-        choices=("auto", *PROVIDERS),
-        default="auto",
-        help="what runs ONNX graphs. auto: the first of these that works here; the log says why not a better one. One that is "
-        "asked for by name and does not work is an error at start",
-    )
-    add(
-        "--threads",
-        type=int,
-        metavar="N",
-        help="CPU threads of one model call (default: one for each physical core that this process may use)",
-    )
-    add(
-        "--arithmetic",
-        choices=("auto", "fp32"),
-        default="auto",
-        help="auto: compute in bfloat16 or float16 where that is faster and the model's reference pictures still pass. "
-        "fp32: in no less than the bundle's own precision",
-    )
-    add(
-        "--buckets",
-        type=_buckets,
-        metavar="WxH:ROWS[,...]",
-        help="common sizes to prepare for, in pixels, with the rows of a call: 512x512:2 is one guided picture of 512 x 512. "
-        "Each costs memory; other sizes run slower (default: the model's own size with 2 rows; none: no such preparation)",
-    )
-    add(
-        "--gpu-memory",
-        type=int,
-        metavar="BYTES",
-        help="most GPU memory that each of ONNX Runtime's sessions keeps (default: no bound)",
-    )
-    add(
-        "--no-cuda-graphs",
-        action="store_true",
-        help="start each GPU kernel anew instead of replaying recorded calls of common sizes",
-    )
-    add("--compile", action="store_true", help="torch.compile what runs in PyTorch: minutes more at start, faster steps")
-    add(
-        "--engine-cache",
-        type=Path,
-        metavar="DIR",
-        help="where built TensorRT engines are kept (default: ~/.cache/img2img/engines)",
-    )
+    Raises SettingError, which is a ValueError, and OSError where the file cannot be read.
+    """
+    from img2img_server.config import ServerConfig
+    from img2img_server.setting_sources import Environment, given, resolve
+    from img2img_server.settings import settings_of
+
+    file = arguments.config
+    if file is None and CONFIG_VARIABLE in variables:
+        file = Path(variables[CONFIG_VARIABLE])
+    environment = Environment(variables, VARIABLES, (CONFIG_VARIABLE, *CLIENT_VARIABLES))
+    return resolve(ServerConfig, given(settings_of(ServerConfig), arguments), environment, file)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Serves until a signal. Returns 0 after a drain, 1 where it could not start, 2 for a setting that cannot work."""
+    try:
+        found = configured(arguments, os.environ)
+    except (ValueError, OSError) as error:
+        return _complain(error, 2)
+    if arguments.print_config:
+        from img2img_server.setting_sources import as_toml
+
+        print(as_toml(found), end="")
+        return 0
     # Read at import by libraries that would report on their own imports.
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    # gRPC's own notes: a line for each handshake that fails, so strangers could fill the log.
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     # Read by OpenMP when torch is loaded: threads that spin while they wait take cores from those that work.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    from img2img_server.config import ServerConfig
-    from img2img_server.engine.scheduler import Limits
-    from img2img_server.images import ImageLimits
+    from img2img_server import logs
 
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)-7s %(name)s: %(message)s")
-    try:
-        config = ServerConfig(
-            models=arguments.models,
-            host=arguments.host,
-            port=arguments.port,
-            port_file=arguments.port_file,
-            default_model=arguments.default_model,
-            execution=_execution(arguments),
-            grace=arguments.grace,
-            max_steps=arguments.max_steps,
-            cache_bytes=arguments.cache_bytes,
-            warm_up=arguments.warm_up,
-            trace=arguments.trace,
-            allow_unverified=arguments.allow_unverified,
-            limits=Limits(max_batch_size=arguments.max_batch_size, max_waiting=arguments.max_waiting),
-            image_limits=ImageLimits(max_bytes=arguments.max_image_bytes, max_pixels=arguments.max_pixels),
-        )
-    except ValueError as error:
-        print(f"img2img serve: {error}", file=sys.stderr)
-        return 2
-    return asyncio.run(_serve(config))
+    logs.configure(found.config.telemetry.log_format)
+    return asyncio.run(_serve(found.config))
 
 
-def _buckets(text: str) -> "tuple[Bucket, ...]":
-    from img2img_server.execution import Bucket
-
-    try:
-        return () if text == "none" else tuple(map(Bucket.parse, text.split(",")))
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-
-
-def _execution(arguments: argparse.Namespace) -> "Execution":
-    from img2img_server.execution import Execution
-
-    return Execution(
-        provider=arguments.provider,
-        threads=arguments.threads,
-        arithmetic=arguments.arithmetic,
-        buckets=arguments.buckets,
-        gpu_memory=arguments.gpu_memory,
-        cuda_graphs=not arguments.no_cuda_graphs,
-        compile=arguments.compile,
-        cache=arguments.engine_cache,
-    )
+def _complain(error: Exception, status: int) -> int:
+    """Says in one line what is wrong, and returns the exit status."""
+    line = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename is not None else str(error)
+    print(f"img2img serve: {line}", file=sys.stderr)
+    return status
 
 
 async def _serve(config: "ServerConfig") -> int:
     from img2img_server.engine.cache import Cache
     from img2img_server.errors import BundleError
+    from img2img_server.life import live
     from img2img_server.models import ModelStore
     from img2img_server.server import Server
 
@@ -190,6 +133,7 @@ async def _serve(config: "ServerConfig") -> int:
             lambda bundle, manifest: load_pipeline(bundle, manifest, config.execution, cache, keep=kept.keep),
             config.default_model,
             config.allow_unverified,
+            config.residency,
         )
 
     def contend(models: ModelStore) -> "Sequence[Contender]":
@@ -198,19 +142,12 @@ async def _serve(config: "ServerConfig") -> int:
         assert shelf is not None, "the models were loaded"
         return contenders(models, config.execution, cache, shelf)
 
-    stop = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    server = Server(config, load_models, cache, contend)
     try:
-        await server.start()
+        return await live(Server(config, load_models, cache, contend))
     except (BundleError, OSError) as error:
-        print(f"img2img serve: {error}", file=sys.stderr)
-        return 1
-    await stop.wait()
-    logging.getLogger(__name__).info("draining")
-    await server.stop()
-    return 0
+        return _complain(error, 1)
+    except ValueError as error:
+        return _complain(error, 2)
 
 
 if __name__ == "__main__":

@@ -1,22 +1,189 @@
 """Who may call, how often, and which models: bearer tokens, hashed at rest."""
 
-from collections.abc import Iterator, Sequence
+import hmac
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 
+from img2img_server import tokens
 from img2img_server.calls import Call
+from img2img_server.errors import ServerError, Unauthenticated
+from img2img_server.tokens import Token
+from img2img_server.usage import Usage
+from img2img_server.watched import Contents, Watched
+
+_log = logging.getLogger(__name__)
+
+Metadata = Sequence[tuple[str, str | bytes]]
+
+_OPEN = "/grpc.health.v1.Health/"
+_UNCOUNTED = "/grpc.reflection."
+_LOOK_SECONDS = 1.0
+"""How often the file is looked at, at most, and how long it must have been left alone: a file that is half written in place may
+lack a token's limits."""
+_LOG_SECONDS = 10.0
+"""Between two lines about calls without a good token, whoever sends however many."""
+_MAX_SECRET = 512
+_WRITABLE_BY_OTHERS = 0o002
 
 
 class Access:
-    """Admits calls. Without a file of tokens everybody may call, and is known by address."""
+    """Admits calls. Without a file of tokens everybody may call, and is known by address.
 
-    def __init__(self, tokens: Path | None = None) -> None:
-        self._tokens = tokens
+    With one, each call but health checks brings a token of it, and is bounded by what the file says of that. The file is read
+    again when it changes. Raises ValueError for a file that cannot be read. `clock` is in seconds, `now` the time with its
+    zone, `wall` the time that files are stamped with. Used on the event loop only.
+    """
+
+    def __init__(
+        self,
+        tokens: Path | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        now: Callable[[], datetime] = lambda: datetime.now(UTC),
+        wall: Callable[[], float] = time.time,
+    ) -> None:
+        self._clock, self._now, self._wall = clock, now, wall
+        self._path = tokens
+        self._watched = None if tokens is None else _watch(tokens)
+        self._looked = clock()
+        self._usages: dict[str, Usage] = {}
+        self._strangers = _Strangers(clock)
+
+    def refusal(self, method: str, metadata: Metadata) -> ServerError | None:
+        """Why a call would be refused now; None where `admitted` would let it in. To be asked before its message is read: whoever
+        is refused must not have the server hold a picture for it. Counts nothing."""
+        try:
+            token = self._token(method, metadata)
+        except Unauthenticated as error:
+            return error
+        return None if token is None else self._usage(token, method).refusal(token, self._clock())
 
     @contextmanager
-    def admitted(self, call: Call, metadata: Sequence[tuple[str, str | bytes]]) -> Iterator[Call]:
+    def admitted(self, call: Call, metadata: Metadata) -> Iterator[Call]:
         """Within the block the call is one of its client's; it is given back with what its token allows.
 
         Raises Unauthenticated, RateLimited or ClientBusy.
         """
-        yield call
+        try:
+            token = self._token(call.method, metadata)
+        except Unauthenticated as error:
+            self._strangers.note(call.client, str(error.__cause__))
+            raise
+        if token is None:
+            yield call
+            return
+        usage, now = self._usage(token, call.method), self._clock()
+        if refused := usage.refusal(token, now):
+            raise refused
+        usage.begin(token, now)
+        try:
+            yield replace(call, client=token.name, authenticated=True, models=token.models, admin=token.admin)
+        finally:
+            usage.end()
+
+    def _token(self, method: str, metadata: Metadata) -> Token | None:
+        """The token of a call, None where none is needed. Raises Unauthenticated, whose cause is for the log."""
+        if self._watched is None or method.startswith(_OPEN):
+            return None
+        try:
+            return self._find(_bearer(metadata))
+        except _NoGood as error:
+            # One text for all: it is nobody's business whether a token was good once.
+            raise Unauthenticated("this server wants a token that it knows, as metadata 'authorization: Bearer TOKEN'") from error
+
+    def _find(self, secret: str) -> Token:
+        self._look()
+        assert self._watched is not None, "there is a file"
+        found = tokens.digest(secret)
+        token = self._watched.value.get(found)
+        if token is None or not hmac.compare_digest(token.sha256, found):
+            raise _NoGood("an unknown token")
+        if token.expires is not None and self._now() >= token.expires:
+            raise _NoGood(f"token '{token.name}', which has expired")
+        return token
+
+    def _look(self) -> None:
+        now = self._clock()
+        if now - self._looked < _LOOK_SECONDS or self._path is None or self._watched is None:
+            return
+        self._looked = now
+        if _age(self._path, self._wall()) >= _LOOK_SECONDS and self._watched.look() is not None:
+            known = {token.name for token in self._watched.value.values()}
+            self._usages = {name: usage for name, usage in self._usages.items() if name in known or usage.running}
+
+    def _usage(self, token: Token, method: str) -> Usage:
+        if method.startswith(_UNCOUNTED):
+            return Usage()
+        return self._usages.setdefault(token.name, Usage())
+
+
+class _NoGood(Exception):
+    """Why a call has no token that counts, for the log."""
+
+
+class _Strangers:
+    """Tells the log of calls without a good token: the first at once, and then at most a line in `_LOG_SECONDS`."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._told: float | None = None
+        self._untold = 0
+
+    def note(self, client: str, brought: str) -> None:
+        self._untold += 1
+        now = self._clock()
+        if self._told is not None and now - self._told < _LOG_SECONDS:
+            return
+        _log.warning("refused %d calls without a good token; the last, of %s, brought %s", self._untold, client, brought)
+        self._told, self._untold = now, 0
+
+
+def unread(error: ServerError) -> Callable[..., object]:
+    """A handler in place of that of a call which is refused: it reads no message."""
+
+    async def refuse(request: object, context: object) -> None:
+        raise error
+
+    return refuse
+
+
+def _watch(path: Path) -> Watched[dict[str, Token]]:
+    """The tokens of a file, by their SHA-256."""
+
+    def make(contents: Contents) -> dict[str, Token]:
+        found = {token.sha256: token for token in tokens.parse(contents[0], path).values()}
+        if path.stat().st_mode & _WRITABLE_BY_OTHERS:
+            _log.warning("%s can be written by every user of this machine, who can let anybody in: chmod 600 it", path)
+        if not found:
+            _log.warning("%s has no tokens: nobody may call. Make one with `img2img token add NAME --tokens %s`", path, path)
+        return found
+
+    try:
+        return Watched("tokens", lambda: (path.read_bytes(),), make)
+    except OSError as error:
+        raise ValueError(f"tokens: {path} cannot be read: {error.strerror}") from None
+
+
+def _bearer(metadata: Metadata) -> str:
+    """The token of the one authorization that a call has."""
+    found = [value for key, value in metadata if key == "authorization"]
+    if not found:
+        raise _NoGood("none")
+    (value, *more) = found
+    scheme, _, secret = value.partition(" ") if isinstance(value, str) else ("", "", "")
+    if more or scheme.lower() != "bearer" or not 0 < len(secret) <= _MAX_SECRET:
+        raise _NoGood("no single 'Bearer TOKEN'")
+    return secret
+
+
+def _age(path: Path, now: float) -> float:
+    """Seconds since a file was changed; for ever, where its time is in the future or it is not there."""
+    try:
+        age = now - path.stat().st_mtime
+    except OSError:
+        return float("inf")
+    return age if age >= 0 else float("inf")

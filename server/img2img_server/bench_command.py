@@ -8,7 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from img2img_server.execution import PROVIDERS, Bucket, Execution
+from img2img_server.execution import PROVIDERS, Execution
+from img2img_server.setting_sources import declare, given
+from img2img_server.settings import build, settings_of
 
 if TYPE_CHECKING:
     from img2img_server.bundle import Manifest
@@ -16,6 +18,8 @@ if TYPE_CHECKING:
     from img2img_server.pipelines.measuring import Case
 
 _LEAST_ROUNDS = 3
+_EXECUTION = tuple(one for one in settings_of(Execution) if one.name in ("threads", "arithmetic", "buckets", "cuda_graphs"))
+"""Settings that are flags here as they are of `img2img serve`."""
 
 _EPILOG = """\
 examples:
@@ -50,10 +54,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--sizes", type=_sizes, default=(), metavar="N,WxH,...", help="pictures' sizes in pixels (default: the model's own)")
     add("--rows", type=_rows, default=(1, 2), metavar="N,...", help="rows of a call (default: 1,2)")
     add("--seconds", type=float, default=30.0, metavar="N", help="how long to measure, beside loading (default: %(default)s)")
-    add("--threads", type=int, metavar="N", help="CPU threads of one call (default: as `img2img serve` chooses)")
-    add("--arithmetic", choices=("auto", "fp32"), default="auto", help="fp32: never less than the bundle's own precision")
-    add("--buckets", type=_buckets, metavar="WxH:ROWS,...", help="common shapes to prepare for, as `img2img serve` has it")
-    add("--no-cuda-graphs", action="store_true", help="do not record and replay calls of common shapes on a GPU")
+    declare(parser, _EXECUTION)
     add("--no-operations", action="store_true", help="do not count operations: no shares, and quicker to begin")
     add("--json", type=Path, metavar="FILE", help="write all that was measured here")
     add("--plot", type=Path, metavar="FILE", help="draw it here, as .png or .svg (needs matplotlib)")
@@ -97,13 +98,7 @@ def _open(arguments: argparse.Namespace, manifest: "Manifest") -> "dict[str, Pip
     # TensorRT takes over from CUDA in a server, later: it is measured where it is asked for.
     for provider in arguments.providers or [name for name in PROVIDERS if name != "tensorrt"]:
         _tell(f"opening {arguments.bundle} on {provider}")
-        execution = Execution(
-            provider=provider,
-            threads=arguments.threads,
-            arithmetic=arguments.arithmetic,
-            buckets=arguments.buckets,
-            cuda_graphs=not arguments.no_cuda_graphs,
-        )
+        execution = build(Execution, {**given(_EXECUTION, arguments), ("provider",): provider})
         try:
             pipelines[provider] = load_pipeline(arguments.bundle, manifest, execution, Cache(2**26))
         except BundleError as error:
@@ -190,10 +185,3 @@ def _rows(text: str) -> tuple[int, ...]:
     if not all(word.isascii() and word.isdigit() and int(word) > 0 for word in words):
         raise argparse.ArgumentTypeError(f"'{text}' are no numbers of rows, such as 1,2,4")
     return tuple(dict.fromkeys(map(int, words)))
-
-
-def _buckets(text: str) -> tuple[Bucket, ...]:
-    try:
-        return () if text == "none" else tuple(Bucket.parse(word) for word in text.split(","))
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None

@@ -15,7 +15,8 @@ class Call:
 
     `method` is such as "/img2img.v1.ImageToImageService/Transform". `request_id` is the caller's own, or made for it. `client` is
     the name of its token, or its address where nobody needs a token. `models` are patterns of the ids of models that it may
-    use, None for all. An `admin` may load and unload models. `traceparent` is the caller's W3C trace context, "" for none.
+    use, None for all. An `admin` may load and unload models. `traceparent` is the caller's W3C trace context, "" for none. A call is
+    `authenticated` where `client` is the name of a token, and not an address, which anybody behind it shares.
     """
 
     method: str
@@ -24,6 +25,7 @@ class Call:
     models: tuple[str, ...] | None = None
     admin: bool = True
     traceparent: str = ""
+    authenticated: bool = False
 
     def may_use(self, model: str) -> bool:
         """Whether this caller may use the model with the id `model`."""

@@ -1,13 +1,13 @@
 """The server's configuration: every setting once, with its default and what it means, checked when it is made."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from img2img_server.engine.scheduler import Limits
 from img2img_server.execution import Execution
 from img2img_server.images import ImageLimits
-from img2img_server.settings import About, section, setting
+from img2img_server.settings import check, section, setting
 
 DEFAULT_PROMPT = "A beautiful landscape with mountains and a lake at sunset"
 DEFAULT_STRENGTH = 0.8
@@ -39,6 +39,12 @@ class ModelSettings:
         (), "repositories that may be downloaded, as patterns such as stabilityai/*", metavar="PATTERN[,...]"
     )
 
+    def __post_init__(self) -> None:
+        if self.allow_downloads and not self.download_repos:
+            raise ValueError(
+                "allow_downloads needs download_repos: the repositories that may be downloaded, such as stabilityai/*"
+            )
+
 
 @dataclass(frozen=True, slots=True)
 class TlsSettings:
@@ -66,6 +72,7 @@ class AssetSettings:
         "a folder or URL (s3://bucket/folder) to keep pictures in (default: ~/.cache/img2img/assets; none: keep none)",
         name="assets",
         metavar="URL",
+        is_path=lambda text: text != "none" and "://" not in text,
     )
     quota: int = setting(2**30, "most bytes of pictures that are kept", name="assets_quota", metavar="BYTES", least=1)
     max_age: float = setting(
@@ -86,7 +93,13 @@ class SourceSettings:
 class TelemetrySettings:
     """What is told to the outside, and how. Metrics are served over HTTP where `metrics_port` is set, 0 for a free one."""
 
-    metrics_port: int | None = setting(None, "serve Prometheus metrics over HTTP on this port", metavar="PORT", least=0)
+    metrics_port: int | None = setting(
+        None,
+        "serve Prometheus metrics over HTTP on this port, 0 for a free one (default: none are served)",
+        metavar="PORT",
+        least=0,
+        most=65535,
+    )
     metrics_host: str = setting("127.0.0.1", "address to serve metrics on")
     otlp_endpoint: str | None = setting(
         None, "send OpenTelemetry traces to this collector, such as http://localhost:4317", metavar="URL"
@@ -107,9 +120,9 @@ class ServerConfig:
     take before the engine counts as stuck. Raises ValueError for a setting that cannot work.
     """
 
-    models: Path = setting(Path(), "a folder of bundles, or one bundle", metavar="DIR")
+    models: Path = setting(Path(), "a folder of bundles, or one bundle", metavar="DIR", required=True)
     host: str = setting("127.0.0.1", "address to listen on")
-    port: int = setting(50051, "port to listen on, 0 for a free one", metavar="PORT", least=0)
+    port: int = setting(50051, "port to listen on, 0 for a free one", metavar="PORT", least=0, most=65535)
     port_file: Path | None = setting(None, "write the port here once the server is ready", metavar="FILE")
     allow_insecure: bool = setting(False, "listen beyond loopback without TLS, where something else has it")
     default_model: str | None = setting(
@@ -141,12 +154,7 @@ class ServerConfig:
     telemetry: TelemetrySettings = section(TelemetrySettings, "metrics, traces and logs")
 
     def __post_init__(self) -> None:
-        for group in (self, *(getattr(self, item.name) for item in fields(self))):
-            for item in fields(group) if hasattr(group, "__dataclass_fields__") else ():
-                about: About = item.metadata.get("about", About())
-                value = getattr(group, item.name)
-                if about.least is not None and value is not None and value < about.least:
-                    raise ValueError(f"{item.name} is {value}, the least is {about.least:g}")
+        check(self)
 
     @property
     def max_message_bytes(self) -> int:

@@ -27,6 +27,13 @@ class InvalidField(ServerError):
         self.description = description
 
 
+class MalformedMessage(ServerError):
+    """What the caller sent is no message of the method's type."""
+
+    status = "INVALID_ARGUMENT"
+    reason = "MALFORMED_MESSAGE"
+
+
 class ModelNotFound(ServerError):
     """No model of the store agrees with the request's reference."""
 

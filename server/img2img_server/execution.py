@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from img2img_server.settings import setting
+from img2img_server.settings import check, setting
 
 PROVIDERS = ("tensorrt", "cuda", "openvino", "cpu")
 """The execution providers that can be asked for by name, best first."""
@@ -42,6 +42,11 @@ def parse_buckets(text: str) -> tuple[Bucket, ...]:
     return () if text == "none" else tuple(map(Bucket.parse, text.split(",")))
 
 
+def write_buckets(buckets: tuple[Bucket, ...]) -> str:
+    """What `parse_buckets` reads as these."""
+    return ",".join(map(str, buckets)) or "none"
+
+
 @dataclass(frozen=True, slots=True)
 class Execution:
     """How to run a bundle.
@@ -77,6 +82,7 @@ class Execution:
         "Each costs memory; other sizes run slower (default: the model's own size with 2 rows; none: no such preparation)",
         metavar="WxH:ROWS[,...]",
         parse=parse_buckets,
+        write=write_buckets,
     )
     gpu_memory: int | None = setting(
         None, "most GPU memory that each of ONNX Runtime's sessions keeps (default: no bound)", metavar="BYTES", least=1
@@ -91,9 +97,4 @@ class Execution:
     )
 
     def __post_init__(self) -> None:
-        if self.provider not in ("auto", *PROVIDERS):
-            raise ValueError(f"provider is '{self.provider}', known are auto, {', '.join(PROVIDERS)}")
-        for name in ("threads", "gpu_memory"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}, the least is 1")
+        check(self)

@@ -3,6 +3,8 @@
 import base64
 import binascii
 import io
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 from urllib.parse import unquote_to_bytes
@@ -37,14 +39,47 @@ def decode(data: bytes, limits: ImageLimits, field: str) -> Image.Image:
         raise InvalidField(field, "the picture is empty")
     if len(data) > limits.max_bytes:
         raise InvalidField(field, f"the file has {len(data)} bytes, the most is {limits.max_bytes}")
-    try:
-        image = Image.open(io.BytesIO(data), formats=READ_FORMATS)
-        if image.width * image.height > limits.max_source_pixels:
-            raise InvalidField(
-                field, f"the picture has {image.width} x {image.height} pixels, the most is {limits.max_source_pixels}"
-            )
+    with _reading(field):
+        image = _open(data, limits, field)
         image.load()
         return _to_rgb(ImageOps.exif_transpose(image))
+
+
+def check_header(data: bytes, limits: ImageLimits, field: str) -> str:
+    """The media type of a picture file, such as "image/png", by its header alone.
+
+    Raises InvalidField, naming `field`, for a file of no known format or of too many pixels.
+    """
+    with _reading(field):
+        image = _open(data, limits, field)
+        assert image.format is not None, "what is opened has a format"
+        return Image.MIME[image.format]
+
+
+def media_type(head: bytes) -> str | None:
+    """The media type that the first bytes of a file tell, 32 are enough; None where it is of none of READ_FORMATS."""
+    Image.init()
+    for name in READ_FORMATS:
+        accepts = Image.OPEN[name][1]
+        if accepts is not None and accepts(head) is True:
+            return Image.MIME[name]
+    return None
+
+
+def _open(data: bytes, limits: ImageLimits, field: str) -> Image.Image:
+    image = Image.open(io.BytesIO(data), formats=READ_FORMATS)
+    if image.width * image.height > limits.max_source_pixels:
+        raise InvalidField(
+            field, f"the picture has {image.width} x {image.height} pixels, the most is {limits.max_source_pixels}"
+        )
+    return image
+
+
+@contextmanager
+def _reading(field: str) -> Iterator[None]:
+    """Within the block, what Pillow raises is InvalidField."""
+    try:
+        yield
     except UnidentifiedImageError:
         raise InvalidField(field, f"not a picture in a known format ({', '.join(READ_FORMATS)})") from None
     # Pillow's decoders raise what their format makes them raise; each of these was seen on a damaged file.

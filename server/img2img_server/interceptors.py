@@ -8,6 +8,7 @@ import inspect
 import logging
 import math
 import re
+import traceback
 import uuid
 from asyncio import CancelledError
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -19,15 +20,19 @@ from google.protobuf import any_pb2, duration_pb2, message
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
-from img2img_server.access import Access
+from img2img_server.access import Access, unread
 from img2img_server.calls import Call, answering
-from img2img_server.errors import DeadlineUnmeetable, Exhausted, InvalidField, ServerError
+from img2img_server.errors import DeadlineUnmeetable, Exhausted, InvalidField, MalformedMessage, ServerError
 from img2img_server.telemetry import Telemetry
 
 _log = logging.getLogger(__name__)
 
 DOMAIN = "img2img"
 REQUEST_ID = "x-request-id"
+_MAX_TEXT, _MAX_ESCAPED_TEXT = 2000, 300
+"""Characters of an error's message, and of one in which gRPC writes some as up to 12."""
+_DEADLINE_SLACK = 0.1
+"""Seconds before its deadline in which a call that is given up counts as late."""
 _REQUEST_ID_FORM = re.compile(r"[A-Za-z0-9_.:-]{1,64}")
 """Of an id that a caller chose: what is harmless in a log."""
 
@@ -51,6 +56,9 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         handler = await continuation(handler_call_details)
         if handler is None:
             return None
+        refusal = self._access.refusal(handler_call_details.method, handler_call_details.invocation_metadata or ())
+        if refusal is not None:
+            handler = grpc.stream_stream_rpc_method_handler(unread(refusal))
         wrap = self._wrap_stream if handler.response_streaming else self._wrap_unary
         make = {
             (False, False): grpc.unary_unary_rpc_method_handler,
@@ -61,14 +69,14 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         behaviour = handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream
         return make(
             wrap(behaviour, handler_call_details),
-            request_deserializer=handler.request_deserializer,
+            request_deserializer=_or_malformed(handler.request_deserializer),
             response_serializer=handler.response_serializer,
         )
 
     def _wrap_unary(self, behaviour: Any, details: grpc.HandlerCallDetails) -> Any:
         async def handle(request: Any, context: Any) -> Any:
             async with self._answering(details, context) as call:
-                response = await behaviour(request, context)
+                response = await behaviour(_read(request), context)
                 await context.send_initial_metadata(((REQUEST_ID, call.request_id),))
                 return response
 
@@ -77,7 +85,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     def _wrap_stream(self, behaviour: Any, details: grpc.HandlerCallDetails) -> Any:
         async def handle(request: Any, context: Any) -> AsyncIterator[Any]:
             async with self._answering(details, context) as call:
-                result = behaviour(request, context)
+                result = behaviour(_read(request), context)
                 if inspect.isawaitable(result):  # a handler that writes to the context itself, such as Health.Watch
                     await result
                     return
@@ -100,19 +108,53 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                     outcome.client = admitted.client
                     yield admitted
             except (CancelledError, GeneratorExit):
-                outcome.status = "CANCELLED"
+                outcome.status = given_up(context.time_remaining())
                 raise
             except grpc.aio.AbortError:
-                outcome.status = "UNKNOWN"
+                outcome.status = context.code().name
                 raise
             except Exception as caught:  # noqa: BLE001 - the service's edge
                 error = caught
                 if not isinstance(error, ServerError):
-                    _log.error("%s failed", call.method, exc_info=error)
+                    _log.error("%s failed", call.method, exc_info=error, extra={"request_id": call.request_id})
                     error = ServerError("the server failed on this request")
                 outcome.status, outcome.reason = error.status, error.reason
-                context.set_trailing_metadata(((REQUEST_ID, call.request_id),))
-                await context.abort_with_status(rpc_status.to_status(to_status(error, call.request_id)))
+                # Else what they hold, a picture of 100 MB perhaps, lives until Python looks for cycles.
+                traceback.clear_frames(caught.__traceback__)
+                rich = rpc_status.to_status(to_status(error, call.request_id))
+                # With abort_with_status, the status' own metadata would take the place of any other.
+                await context.abort(rich.code, rich.details, (*rich.trailing_metadata, (REQUEST_ID, call.request_id)))
+
+
+class _Malformed:
+    """In place of a message that cannot be parsed: gRPC's own answer would be UNKNOWN, and a trace in the log for each."""
+
+
+def _or_malformed(parse: Callable[[bytes], Any] | None) -> Callable[[bytes], Any] | None:
+    if parse is None:
+        return None
+
+    def read(data: bytes) -> Any:
+        try:
+            return parse(data)
+        except message.DecodeError:
+            return _Malformed()
+
+    return read
+
+
+def _read(request: Any) -> Any:
+    """A call's message, or its messages as they come. Raises MalformedMessage for one that cannot be parsed."""
+    if isinstance(request, AsyncIterator):
+        return _read_each(request)
+    if isinstance(request, _Malformed):
+        raise MalformedMessage("the message cannot be parsed: it is not of this method's type")
+    return request
+
+
+async def _read_each(requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
+    async for request in requests:
+        yield _read(request)
 
 
 def call_of(method: str, metadata: Sequence[tuple[str, str | bytes]], peer: str) -> Call:
@@ -125,6 +167,21 @@ def call_of(method: str, metadata: Sequence[tuple[str, str | bytes]], peer: str)
     return Call(method, request_id, client=host, traceparent=sent.get("traceparent", ""))
 
 
+def _brief(text: str) -> str:
+    """A message that fits into metadata, where callers take 8 KiB in all: it may quote what they sent."""
+    plain = text.isascii() and text.isprintable()
+    most = _MAX_TEXT if plain else _MAX_ESCAPED_TEXT
+    return text if len(text) <= most else f"{text[:most]}..."
+
+
+def given_up(seconds_left: float | None) -> str:
+    """The status of a call that its caller gave up with so many seconds left until its deadline, None for no deadline.
+
+    The caller's own clock for the deadline began a little before the server's, so that one cancels first.
+    """
+    return "CANCELLED" if seconds_left is None or seconds_left > _DEADLINE_SLACK else "DEADLINE_EXCEEDED"
+
+
 def to_status(error: ServerError, request_id: str = "") -> status_pb2.Status:
     """The rich status of an error: its code, an ErrorInfo, and what its class adds."""
     info = error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN)
@@ -134,13 +191,14 @@ def to_status(error: ServerError, request_id: str = "") -> status_pb2.Status:
         info.metadata["estimate_seconds"] = f"{error.estimate:.3f}"
     details: list[message.Message] = [info]
     if isinstance(error, InvalidField):
-        violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=error.description)
+        violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=_brief(error.description))
         details.append(error_details_pb2.BadRequest(field_violations=[violation]))
     if isinstance(error, Exhausted) and error.retry_after is not None:
-        delay = duration_pb2.Duration(seconds=math.ceil(error.retry_after))
+        delay = duration_pb2.Duration()
+        delay.FromMilliseconds(math.ceil(error.retry_after * 1000))
         details.append(error_details_pb2.RetryInfo(retry_delay=delay))
     packed = []
     for detail in details:
         packed.append(any_pb2.Any())
         packed[-1].Pack(detail)
-    return status_pb2.Status(code=code_pb2.Code.Value(error.status), message=str(error), details=packed)
+    return status_pb2.Status(code=code_pb2.Code.Value(error.status), message=_brief(str(error)), details=packed)

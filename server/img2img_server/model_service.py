@@ -8,6 +8,7 @@ from img2img.v1 import model_pb2_grpc as pb_grpc
 
 from img2img_server.bundle import Source
 from img2img_server.calls import current
+from img2img_server.errors import InvalidField
 from img2img_server.models import EngineStatus, Model, ModelStore
 from img2img_server.residency import Residency
 
@@ -20,17 +21,22 @@ class ModelService(pb_grpc.ModelServiceServicer):
         self._residency = residency
 
     async def ListModels(self, request: pb.ListModelsRequest, context: Any) -> pb.ListModelsResponse:
-        """Every model of the store, in order of id."""
-        return pb.ListModelsResponse(models=[self._message(model) for model in self._models])
+        """Every model of the store that the caller may use, in order of id."""
+        allowed = current().may_use
+        return pb.ListModelsResponse(models=[self._message(model) for model in self._models if allowed(model.id)])
 
     async def GetModel(self, request: pb.GetModelRequest, context: Any) -> pb.GetModelResponse:
-        """One model. NOT_FOUND where there is none."""
-        return pb.GetModelResponse(model=self._message(self._models.get(request.id)))
+        """One model. NOT_FOUND where there is none that the caller may use."""
+        return pb.GetModelResponse(model=self._message(self._models.get(request.id, current().may_use)))
 
     async def LoadModel(self, request: pb.LoadModelRequest, context: Any) -> pb.LoadModelResponse:
         """Makes a model ready."""
         current().require_admin()
+        if bool(request.id) == request.HasField("source"):
+            raise InvalidField("id", "exactly one of id and source is to be set")
         reference = reference_from(request.source) if request.HasField("source") else Source(path=request.id)
+        if reference == Source():
+            raise InvalidField("source", "it names no model")
         return pb.LoadModelResponse(model=self._message(await self._residency.load(reference)))
 
     async def UnloadModel(self, request: pb.UnloadModelRequest, context: Any) -> pb.UnloadModelResponse:
@@ -40,7 +46,14 @@ class ModelService(pb_grpc.ModelServiceServicer):
         return pb.UnloadModelResponse(model=self._message(self._models.get(request.id)), freed_bytes=freed)
 
     def _message(self, model: Model) -> pb.Model:
-        message = pb.Model(id=model.id, is_default=model.id == self._models.default)
+        state = pb.ModelState.Value(f"MODEL_STATE_{model.state.name}")
+        message = pb.Model(
+            id=model.id,
+            state=state,
+            is_default=model.id == self._models.default,
+            memory_bytes=model.memory,
+            detail=model.detail,
+        )
         if model.manifest is not None:
             message.MergeFrom(
                 pb.Model(
@@ -51,10 +64,7 @@ class ModelService(pb_grpc.ModelServiceServicer):
                     backend_reason=model.manifest.backend_reason or "",
                 )
             )
-        if model.pipeline is None:
-            message.state = pb.MODEL_STATE_FAILED
-        else:
-            message.state = pb.MODEL_STATE_READY
+        if model.pipeline is not None:
             message.engine = model.pipeline.engine
             message.size_multiple = model.pipeline.size_multiple
             message.schedulers.extend(model.pipeline.schedulers)

@@ -1,18 +1,28 @@
-"""The model store: which bundles there are, which one a request means, and what runs it."""
+"""The model store: which models there are, which one a request means, what state each is in, and what runs it."""
 
 import enum
 import logging
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from img2img_server.bundle import MANIFEST_NAME, Manifest, Source, check_bundle, read_manifest
+from img2img_server.bundle import Manifest, Source, read_manifest
+from img2img_server.bundle_folder import BundleFolder, Load
+from img2img_server.config import ModelSettings
 from img2img_server.engine.request import Pipeline
-from img2img_server.errors import BundleError, InvalidField, ModelNotFound, ModelUnavailable
+from img2img_server.errors import BundleError, InvalidField, ModelNotFound, ModelUnavailable, PermissionDenied
+from img2img_server.model_memory import Meter, ProcessMeter, estimate, in_words, measured
 
 _log = logging.getLogger(__name__)
 
-Load = Callable[[Path, Manifest], Pipeline]
+_MOST_SHOWN = 100
+"""Characters of what a caller sent that are repeated in an error: all of it must fit into gRPC's metadata."""
+
+Allowed = Callable[[str], bool]
+"""Whether the caller may use the model with this id."""
 
 
 class EngineState(enum.Enum):
@@ -36,11 +46,22 @@ class EngineStatus:
     progress: float = 0.0
 
 
+class ModelState(enum.Enum):
+    """Whether a model is ready to run."""
+
+    UNLOADED = enum.auto()
+    LOADING = enum.auto()
+    READY = enum.auto()
+    FAILED = enum.auto()
+
+
 @dataclass(frozen=True, slots=True)
 class Model:
-    """A bundle of the store. Without a manifest or a pipeline it cannot be served, and `problem` says why.
+    """A model of the store. It can run while it has a pipeline; else `problem`, for the log only, may say why not.
 
-    `bundle` is its folder. `engines` are those that may take over from the one it was loaded with, or have done so.
+    `bundle` is its folder. `engines` are those that may take over from the one it was loaded with, or have done so. `loading`
+    is set on its way into memory. `memory` is how many bytes it takes there, or took when it last was, 0 where that is not
+    known. `detail` says for callers what is being done, or why it is not ready.
     """
 
     id: str
@@ -49,110 +70,207 @@ class Model:
     problem: str = ""
     bundle: Path | None = None
     engines: tuple[EngineStatus, ...] = ()
+    loading: bool = False
+    memory: int = 0
+    detail: str = ""
+
+    @property
+    def state(self) -> ModelState:
+        """Whether it is ready."""
+        if self.pipeline is not None:
+            return ModelState.READY
+        if self.loading:
+            return ModelState.LOADING
+        return ModelState.FAILED if self.problem else ModelState.UNLOADED
+
+    @property
+    def expected_memory(self) -> int:
+        """The bytes that it takes, as was measured or, before that, is estimated; 0 where nothing is known of it."""
+        return self.memory or (estimate(self.manifest) if self.manifest is not None else 0)
 
 
 class ModelStore:
-    """The models of a server, loaded once at start.
+    """The models of a server: those that were there at start, and those that were found since.
 
-    A request's reference names one of them; where it names none, the default model is meant, or the only one there is. Any
-    thread may read; one at a time may change.
+    A request's reference names one of them; where it names none, the default model is meant, or the only one that there was at
+    start. `folder` is where bundles are, None where models came without. Any thread may read and change.
     """
 
-    def __init__(self, models: list[Model], default: str | None = None) -> None:
+    def __init__(self, models: Iterable[Model], default: str | None = None, folder: BundleFolder | None = None) -> None:
+        self._lock = threading.Lock()
+        # Never changed, always replaced: who reads needs no lock.
         self._models = {model.id: model for model in sorted(models, key=lambda model: model.id)}
         if default is None and len(self._models) == 1:
             (default,) = self._models
         if default is not None and default not in self._models:
             raise BundleError(f"the default model '{default}' is not in the store, which has {self._names()}")
         self.default = default
+        self.folder = folder
 
     @classmethod
-    def load(cls, folder: Path, load: Load, default: str | None = None, allow_unverified: bool = False) -> "ModelStore":
-        """Checks and loads every bundle in `folder`, or `folder` itself where it is one.
+    def load(
+        cls,
+        folder: Path,
+        load: Load,
+        default: str | None = None,
+        allow_unverified: bool = False,
+        settings: ModelSettings | None = None,
+        meter: Meter | None = None,
+    ) -> "ModelStore":
+        """Finds every bundle in `folder`, or `folder` itself where it is one, and checks and loads those that `settings`
+        name: all unless told otherwise, as far as the memory for models holds them.
 
-        `allow_unverified` also serves those whose verification failed when they were exported, with a warning.
-        A bundle that does not load is listed with its problem. Raises BundleError where no bundle can be served.
+        `allow_unverified` also serves those whose verification failed when they were exported, with a warning. A bundle that
+        does not load is listed with its problem. Raises BundleError where no bundle can be served, or one that was named.
         """
-        if not folder.is_dir():
-            raise BundleError(f"{folder} is not a folder")
-        bundles = [folder] if (folder / MANIFEST_NAME).is_file() else sorted(filter(_is_bundle, folder.iterdir()))
-        if not bundles:
+        settings = settings or ModelSettings()
+        bundles = BundleFolder(folder, load, allow_unverified)
+        if settings.allow_downloads and bundles.is_bundle:
+            raise BundleError(f"{folder} is a bundle: downloads need a folder of bundles")
+        models = [_read(bundle) for bundle in bundles.bundles()]
+        if not models and not settings.allow_downloads:
             raise BundleError(f"{folder} holds no bundle: make one with `img2img export MODEL --output {folder}/NAME`")
-        models = [_load_model(bundle, load, allow_unverified) for bundle in bundles]
-        if not any(model.pipeline for model in models):
-            raise BundleError("no bundle can be served: " + "; ".join(model.problem for model in models))
-        return cls(models, default)
+        store = cls(models, default, bundles)
+        store._preload(settings, meter or ProcessMeter())
+        for name in settings.preload if "all" not in settings.preload else ():
+            if name != "none" and (problem := store.get(name).problem):
+                raise BundleError(f"model '{name}', which is to be preloaded, cannot be served: {problem}")
+        if models and all(model.state is ModelState.FAILED for model in store):
+            raise BundleError("no bundle can be served: " + "; ".join(model.problem for model in store))
+        return store
 
     def __iter__(self) -> Iterator[Model]:
         return iter(self._models.values())
 
-    def get(self, name: str) -> Model:
-        """The model with the id `name`. Raises ModelNotFound."""
-        if name not in self._models:
-            raise ModelNotFound(f"there is no model '{name}'; there are {self._names()}")
-        return self._models[name]
+    def get(self, name: str, allowed: Allowed = lambda name: True) -> Model:
+        """The model with the id `name`, where the caller may use it. Raises ModelNotFound."""
+        models = self._models
+        if name not in models or not allowed(name):
+            raise ModelNotFound(f"there is no model {_shown(name)}; there are {self._names(allowed)}")
+        return models[name]
 
-    def replace(self, name: str, pipeline: Pipeline) -> None:
-        """From now on, `pipeline` is what runs the model `name`."""
-        self._models[name] = replace(self._models[name], pipeline=pipeline)
+    def change(self, name: str, **values: Any) -> None:
+        """Replaces these fields of the model `name`; adds it where it is new."""
+        with self._lock:
+            models = {**self._models, name: replace(self._models.get(name, Model(name)), **values)}
+            self._models = dict(sorted(models.items())) if name not in self._models else models
+
+    def forget(self, name: str) -> None:
+        """Takes the model `name` out."""
+        with self._lock:
+            self._models = {known: model for known, model in self._models.items() if known != name}
 
     def note(self, name: str, status: EngineStatus) -> None:
         """Notes how an engine of the model `name` is doing, in place of what was known of it."""
-        model = self._models[name]
-        others = tuple(known for known in model.engines if known.name != status.name)
-        self._models[name] = replace(model, engines=(*others, status))
+        with self._lock:
+            model = self._models[name]
+            others = tuple(known for known in model.engines if known.name != status.name)
+            self._models = {**self._models, name: replace(model, engines=(*others, status))}
 
-    def resolve(self, reference: Source) -> Model:
-        """The one servable model whose bundle agrees with every field that is set in `reference`.
+    def find(self, reference: Source, allowed: Allowed = lambda name: True) -> Model:
+        """The one model whose bundle agrees with every field that is set in `reference`, ready or not.
 
-        `reference.path` is a model's id. Raises ModelNotFound, ModelUnavailable, or InvalidField where several agree.
+        `reference.path` is a model's id. Raises ModelNotFound, InvalidField where several agree, or PermissionDenied where only
+        such do that the caller may not use.
         """
+        models = self._models
         if reference == Source():
             if self.default is None:
-                raise InvalidField("model", f"several models are served, name one: {self._names()}")
-            return _servable(self._models[self.default])
-        found = [model for model in self if _agrees(model, reference)]
+                raise InvalidField("model", f"several models are served, name one: {self._names(allowed)}")
+            found = [models[self.default]]
+        else:
+            found = [model for model in models.values() if _agrees(model, reference)]
         if not found:
-            raise ModelNotFound(f"no model is {_describe(reference)}; there are {self._names()}")
-        if len(found) > 1:
-            raise InvalidField("model", f"several models agree: {', '.join(model.id for model in found)}; set path to one")
-        return _servable(found[0])
+            raise ModelNotFound(f"no model is {_describe(reference)}; there are {self._names(allowed)}")
+        usable = [model for model in found if allowed(model.id)]
+        if not usable:
+            raise PermissionDenied(f"your token does not allow the model '{found[0].id}'")
+        if len(usable) > 1:
+            raise InvalidField("model", f"several models agree: {', '.join(model.id for model in usable)}; set path to one")
+        return usable[0]
+
+    def resolve(self, reference: Source) -> Model:
+        """The model that `reference` means, which can run. Raises what `find` raises, or ModelUnavailable."""
+        model = self.find(reference)
+        if model.pipeline is None:
+            raise ModelUnavailable(f"model '{model.id}' cannot be served; the server's log says why")
+        return model
+
+    def discover(self, name: str) -> bool:
+        """Takes up the bundle of this name, if the folder has one that was not there before. Reads the disk."""
+        found = None if self.folder is None else self.folder.find(name)
+        if found is None:
+            return False
+        read = _read(found)
+        self.change(name, manifest=read.manifest, problem=read.problem, detail=read.detail, bundle=found, loading=False)
+        _log.info("model '%s' was found", name)
+        return True
 
     def pipelines(self) -> dict[str, Pipeline]:
-        """The pipelines of the models that can be served, by id."""
+        """The pipelines of the models that are ready, by id."""
         return {model.id: model.pipeline for model in self if model.pipeline is not None}
 
-    def _names(self) -> str:
-        return ", ".join(self._models) or "none"
+    @contextmanager
+    def growing(self, name: str, meter: Meter | None = None) -> Iterator[None]:
+        """Counts the memory that comes in use within the block for the model `name`'s, which is ready and takes some."""
+        meter, model = meter or ProcessMeter(), self._models[name]
+        before = meter.read()
+        yield
+        if model.pipeline is not None and model.memory:
+            grown = before.grown_to(meter.read(), model.pipeline.engine)
+            self.change(name, memory=model.memory + max(0, grown or 0))
+
+    def _preload(self, settings: ModelSettings, meter: Meter) -> None:
+        chosen = _chosen(settings.preload, self._models, self.default)
+        for name in chosen:
+            model = self._models[name]
+            if model.manifest is None:
+                continue
+            used = sum(other.memory for other in self)
+            if settings.memory is not None and used + model.expected_memory > settings.memory:
+                of = f"{in_words(model.expected_memory)}, and {in_words(used)} of {in_words(settings.memory)} are taken"
+                if "all" not in settings.preload:
+                    raise BundleError(f"there is no memory to preload '{name}': it takes about {of}")
+                _log.info("model '%s' is not loaded yet: it takes about %s", name, of)
+                continue
+            self._load_now(model, meter)
+
+    def _load_now(self, model: Model, meter: Meter) -> None:
+        assert self.folder is not None, "what is loaded comes from a folder"
+        assert model.bundle is not None, "what is loaded has a bundle"
+        before = meter.read()
+        try:
+            manifest, pipeline = self.folder.open(model.bundle)
+        except BundleError as error:
+            _log.error("model '%s' cannot be served: %s", model.id, error)
+            self.change(model.id, problem=str(error), detail="it cannot be served; the server's log says why")
+            return
+        memory = measured(before.grown_to(meter.read(), pipeline.engine), manifest)
+        self.change(model.id, manifest=manifest, pipeline=pipeline, memory=memory, problem="", detail="")
+        _log.info("model '%s': ready on %s, %s", model.id, pipeline.engine, in_words(memory))
+
+    def _names(self, allowed: Allowed = lambda name: True) -> str:
+        return ", ".join(filter(allowed, self._models)) or "none"
 
 
-def _is_bundle(folder: Path) -> bool:
-    return not folder.name.startswith(".") and (folder / MANIFEST_NAME).is_file()
+def _chosen(preload: tuple[str, ...], names: Iterable[str], default: str | None) -> list[str]:
+    """The models to load, the default one first. Raises BundleError for one that is not there."""
+    if preload == ("none",):
+        return []
+    if unknown := sorted(set(preload) - {"all", *names}):
+        raise BundleError(f"there is no model {', '.join(map(repr, unknown))} to preload; there are {', '.join(names) or 'none'}")
+    chosen = names if "all" in preload else preload
+    return sorted(set(chosen), key=lambda name: (name != default, name))
 
 
-def _load_model(bundle: Path, load: Load, allow_unverified: bool) -> Model:
+def _read(bundle: Path) -> Model:
+    """A bundle as its manifest has it; nothing else is looked at yet."""
     name = bundle.resolve().name
-    manifest = None
     try:
-        manifest = read_manifest(bundle)
-        _log.info("model '%s': checking %d files", name, len(manifest.files))
-        check_bundle(bundle, manifest, allow_unverified=allow_unverified)
-        if not manifest.verification.passed:
-            problems = "; ".join(manifest.verification.problems) or "nothing is known of why"
-            _log.warning("model '%s' did not pass verification, and is served all the same: %s", name, problems)
-        _log.info("model '%s': loading", name)
-        pipeline = load(bundle, manifest)
+        return Model(name, read_manifest(bundle), bundle=bundle)
     except BundleError as error:
         _log.error("model '%s' cannot be served: %s", name, error)
-        return Model(name, manifest, problem=str(error))
-    _log.info("model '%s': ready on %s", name, pipeline.engine)
-    return Model(name, manifest, pipeline, bundle=bundle)
-
-
-def _servable(model: Model) -> Model:
-    if model.pipeline is None:
-        raise ModelUnavailable(f"model '{model.id}' cannot be served; the server's log says why")
-    return model
+        return Model(name, problem=str(error), bundle=bundle, detail="it cannot be served; the server's log says why")
 
 
 def _agrees(model: Model, wanted: Source) -> bool:
@@ -172,4 +290,10 @@ def _agrees(model: Model, wanted: Source) -> bool:
 
 def _describe(reference: Source) -> str:
     names = ("path", "repo_id", "variant", "revision", "allow_patterns", "ignore_patterns")
-    return ", ".join(f"{name} {getattr(reference, name)!r}" for name in names if getattr(reference, name))
+    return ", ".join(f"{name} {_shown(getattr(reference, name))}" for name in names if getattr(reference, name))
+
+
+def _shown(value: object) -> str:
+    """What a caller sent, harmless and short."""
+    text = ascii(value)
+    return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}..."

@@ -23,7 +23,7 @@ from img2img_server.config import (
     ServerConfig,
 )
 from img2img_server.engine.request import Pipeline, Request
-from img2img_server.errors import InvalidField, NotSupported
+from img2img_server.errors import InvalidField
 from img2img_server.models import Model
 from img2img_server.sources import Sources
 
@@ -40,13 +40,15 @@ _DIGEST_BYTES = 16
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A request on its way through the service: what the engine gets, and how to answer. `arrival` is in seconds."""
+    """A request on its way through the service: what the engine gets, and how to answer. `arrival` is in seconds; `as_asset` has
+    the pictures kept, and their ids sent."""
 
     model: Model
     request: Request
     file_format: images.WriteFormat
     quality: int
     arrival: float
+    as_asset: bool = False
 
 
 class Parser:
@@ -71,7 +73,11 @@ class Parser:
         scheduler = _scheduler(message.scheduler, model)
         interval = self._preview_interval(message)
         file_format, quality = _output(message)
+        self._check_size(message, model)
+        if message.output.as_asset:
+            self._sources.assets.require("output.as_asset")
         self._sources.check(message.image)
+        # From here on it costs: whatever is wrong with the other fields has been said.
         field, data = await self._sources.read(message.image)
         call = current()
 
@@ -98,7 +104,7 @@ class Parser:
             return request
 
         request = await asyncio.get_running_loop().run_in_executor(self._executor, build)
-        return Job(model, request, file_format, quality, arrival)
+        return Job(model, request, file_format, quality, arrival, message.output.as_asset)
 
     def _numbers(self, message: pb.TransformRequest) -> tuple[float, int, float]:
         strength = message.strength if message.HasField("strength") else DEFAULT_STRENGTH
@@ -125,6 +131,13 @@ class Parser:
         interval, most = message.preview_interval, self._config.max_steps
         _check("preview_interval", 0 <= interval <= most, f"{interval} is not 0, for none, or in 1 to {most}")
         return interval
+
+    def _check_size(self, message: pb.TransformRequest, model: Model) -> None:
+        """Refuses a width and height that no source makes right: one that is not given is taken for the least that there is."""
+        multiple, limits = _pipeline_of(model).size_multiple, self._config.image_limits
+        width = message.width if message.HasField("width") else None
+        height = message.height if message.HasField("height") else None
+        images.target_size((multiple, multiple), width, height, multiple, limits)
 
     def _load(self, field: str, data: bytes, message: pb.TransformRequest, model: Model) -> tuple[Image.Image, bytes]:
         """The source at the result's size, and its digest."""
@@ -159,8 +172,6 @@ def _scheduler(asked: str, model: Model) -> str | None:
 
 def _output(message: pb.TransformRequest) -> tuple[images.WriteFormat, int]:
     output = message.output
-    if output.as_asset:
-        raise NotSupported("output.as_asset: this server keeps no assets yet")
     _check("output.format", output.format in _FORMATS, f"{output.format} is no known format")
     quality = output.quality if output.HasField("quality") else _DEFAULT_QUALITY
     _check("output.quality", 1 <= quality <= 100, f"{quality} is not in 1 to 100")

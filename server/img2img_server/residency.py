@@ -1,19 +1,64 @@
 """Residency: which models are in memory, who uses them, and who has to leave when there is no room."""
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+import asyncio
+import functools
+import itertools
+import logging
+import time
+from collections import defaultdict
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
 
+from img2img_server.backoff import Backoff
 from img2img_server.bundle import Source
+from img2img_server.calls import current
 from img2img_server.config import ModelSettings
 from img2img_server.engine.engine import Engine
-from img2img_server.errors import NotSupported
-from img2img_server.models import Model, ModelStore
+from img2img_server.errors import (
+    ModelMemoryFull,
+    ModelNotLoaded,
+    ModelUnavailable,
+    ServerError,
+    ShuttingDown,
+)
+from img2img_server.exporting import EXPORTER
+from img2img_server.finding import Finder
+from img2img_server.model_memory import Meter, ProcessMeter, in_words
+from img2img_server.models import Model, ModelState, ModelStore
+from img2img_server.moving import Mover
+
+_log = logging.getLogger(__name__)
+
+Health = Callable[[str, bool], Awaitable[None]]
+
+
+@dataclass(slots=True, eq=False)
+class _Place:
+    """A model's place in memory: who uses it, who waits for it, and what is being done about it.
+
+    `used` grows with each use of any model. `idle` is set while there are no `leases`. The tasks are None where nothing of the
+    kind is under way; `loading` gives the error of a load that failed, `leaving` the bytes that came back.
+    """
+
+    leases: int = 0
+    waiting: int = 0
+    used: int = 0
+    idle: asyncio.Event = field(default_factory=asyncio.Event)
+    loading: "asyncio.Task[ServerError | None] | None" = None
+    leaving: "asyncio.Task[int] | None" = None
+    failures: Backoff = field(default_factory=Backoff)
+
+    def __post_init__(self) -> None:
+        self.idle.set()
 
 
 class Residency:
     """Loads and unloads the models of `models`, on threads of its own, while `engine` runs the others.
 
-    `health` is told the id of each model that can or can no longer be served. Used on the event loop only.
+    Loads come one after the other, so that two of them never take the same room. `health` is told the id of each model that can
+    or can no longer be served. `withdraw`, which may block, is called before a model is unloaded with its id: whoever else is at
+    work on it lets go. `clock` gives seconds. Used on the event loop only.
     """
 
     def __init__(
@@ -21,26 +66,199 @@ class Residency:
         settings: ModelSettings,
         models: ModelStore,
         engine: Engine,
-        health: Callable[[str, bool], Awaitable[None]],
+        health: Health,
+        meter: Meter | None = None,
+        exporter: Sequence[str] = EXPORTER,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._settings = settings
         self._models = models
         self._engine = engine
         self._health = health
+        self._clock = clock
+        self._mover = Mover(models, engine, meter or ProcessMeter())
+        self._finder = Finder(settings, models, exporter, clock)
+        self._places: defaultdict[str, _Place] = defaultdict(_Place)
+        self._one_at_a_time = asyncio.Lock()
+        self._uses = itertools.count(1)
+        self._closing = False
+        self.withdraw: Callable[[str], object] = lambda name: None
+
+    async def start(self) -> None:
+        """Tells the health of the models that are not ready. Of the others the server itself tells when it serves."""
+        for model in self._models:
+            if model.pipeline is None:
+                await self._health(model.id, False)
 
     @asynccontextmanager
     async def using(self, reference: Source) -> AsyncIterator[Model]:
         """Within the block the model that `reference` means is in memory and stays there; it is loaded first where that is
-        allowed."""
-        yield self._models.resolve(reference)
+        allowed.
+
+        Raises what tells the caller why it cannot have it: PermissionDenied, ModelNotFound, InvalidField, ModelNotLoaded,
+        ModelUnavailable, ModelMemoryFull.
+        """
+        name = await self._finder.find(reference, "model")
+        place = self._places[name]
+        model = await self._lease(name, place)
+        try:
+            yield model
+        finally:
+            place.leases -= 1
+            place.used = next(self._uses)
+            if not place.leases:
+                place.idle.set()
 
     async def load(self, reference: Source) -> Model:
-        """Makes a model ready, and returns it."""
-        raise NotSupported("models are loaded when the server starts")
+        """Makes a model ready, and returns it. One that failed a short while ago is tried again all the same."""
+        name = await self._finder.find(reference, "source")
+        place = self._places[name]
+        place.waiting += 1
+        try:
+            while self._models.get(name).pipeline is None or place.leaving is not None:
+                await self._bring(name, place, insist=True)
+            place.used = next(self._uses)
+            return self._models.get(name)
+        finally:
+            place.waiting -= 1
 
     async def unload(self, name: str) -> int:
-        """Waits until nobody uses the model `name`, frees its memory, and returns how many bytes that gave back."""
-        raise NotSupported("models are unloaded when the server stops")
+        """Waits until nobody uses the model `name`, frees its memory, and returns how many bytes that gave back.
+
+        Leaving early does not end it. Requests that come meanwhile wait for the end, and have it loaded again where that is
+        allowed.
+        """
+        self._models.get(name, current().may_use)
+        place = self._places[name]
+        while place.loading is not None:
+            await asyncio.shield(place.loading)
+        if place.leaving is None:
+            if self._models.get(name).pipeline is None:
+                return 0
+            place.leaving = asyncio.create_task(self._leave(name, place))
+        return await asyncio.shield(place.leaving)
 
     async def close(self) -> None:
-        """Ends what is being loaded or exported."""
+        """Ends what is being loaded or exported. A pipeline whose loading cannot be ended is left to its thread."""
+        self._closing = True
+        await self._finder.close()
+        tasks = [task for place in self._places.values() for task in (place.loading, place.leaving) if task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _lease(self, name: str, place: _Place) -> Model:
+        """Takes a lease of the model, once it is ready."""
+        place.waiting += 1
+        try:
+            while place.leaving is not None or self._models.get(name).pipeline is None:
+                if place.leaving is None and not self._settings.load_on_request:
+                    raise ModelNotLoaded(f"model '{name}' is not loaded, and this server does not load models on request")
+                await self._bring(name, place)
+        finally:
+            place.waiting -= 1
+        place.leases += 1
+        place.used = next(self._uses)
+        place.idle.clear()
+        return self._models.get(name)
+
+    async def _bring(self, name: str, place: _Place, insist: bool = False) -> None:
+        """Takes a step towards having the model ready: waits until it has left, or loads it. All who wait share that, and one who
+        leaves does not end it."""
+        if place.leaving is not None:
+            await asyncio.shield(place.leaving)
+            return
+        if place.loading is None:
+            if self._closing:
+                raise ShuttingDown("the server is shutting down")
+            if self._models.get(name).bundle is None:
+                raise ModelUnavailable(f"model '{name}' cannot be served; the server's log says why")
+            if insist:
+                place.failures.clear()
+            if (left := place.failures.left(self._clock())) > 0:
+                raise ModelUnavailable(
+                    f"model '{name}' cannot be served; the server's log says why. It is tried again in {left:.0f} s"
+                )
+            place.loading = asyncio.create_task(self._load(name, place))
+        if (error := await asyncio.shield(place.loading)) is not None:
+            raise error
+
+    async def _load(self, name: str, place: _Place) -> ServerError | None:
+        """The task of a load: what it failed with."""
+        try:
+            self._models.change(name, loading=True, detail="waits for its turn to be loaded")
+            async with self._one_at_a_time:
+                await self._make_room(name)
+                problem = await self._mover.bring(name)
+                if problem:
+                    place.failures.count(self._clock(), problem)
+                    return ModelUnavailable(f"model '{name}' cannot be served; the server's log says why")
+                # It may take more than was estimated.
+                await self._make_room(name)
+            self._models.change(name, loading=False)
+            self._mover.publish(name)
+            place.failures.clear()
+            await self._health(name, True)
+        except ServerError as error:
+            await self._mover.discard(name)
+            return error
+        except asyncio.CancelledError:
+            return ShuttingDown("the server is shutting down")
+        finally:
+            place.loading = None
+            if self._models.get(name).pipeline is None:
+                self._models.change(name, loading=False)
+        return None
+
+    async def _make_room(self, name: str) -> None:
+        """Unloads what was not used for longest until the model `name` fits. Raises ModelUnavailable or ModelMemoryFull."""
+        budget, needed = self._settings.memory, self._models.get(name).expected_memory
+        if budget is None:
+            return
+        if needed > budget:
+            detail = f"it takes about {in_words(needed)}, and all models together may take {in_words(budget)}"
+            self._models.change(name, detail=detail)
+            raise ModelUnavailable(f"model '{name}' cannot be loaded: {detail}")
+        while (used := sum(model.expected_memory for model in self._others(name))) + needed > budget:
+            victim = self._least_recently_used(name)
+            if victim is None:
+                self._models.change(name, detail="")
+                wait = max(1.0, self._engine.stats.work_seconds or 0.0)
+                said = f"takes about {in_words(needed)}, and {in_words(used)} of {in_words(budget)} are in use"
+                raise ModelMemoryFull(f"there is no room for model '{name}' now: it {said}", retry_after=wait)
+            _log.info("model '%s' makes room for '%s'", victim, name)
+            place = self._places[victim]
+            place.leaving = asyncio.create_task(self._leave(victim, place, locked=True))
+            await asyncio.shield(place.leaving)
+
+    def _others(self, name: str) -> list[Model]:
+        return [model for model in self._models if model.id != name and model.state is ModelState.READY]
+
+    def _least_recently_used(self, but: str) -> str | None:
+        """The model that was idle for longest, None where all are in use, wanted or leaving already."""
+        names = [model.id for model in self._others(but)]
+        idle = [name for name in names if not self._in_use(self._places[name])]
+        return min(idle, key=lambda name: self._places[name].used, default=None)
+
+    def _in_use(self, place: _Place) -> bool:
+        return bool(place.leases or place.waiting or place.leaving is not None)
+
+    async def _leave(self, name: str, place: _Place, locked: bool = False) -> int:
+        """The task of an unload. `locked` says whether the turn to change what is loaded has been taken for it."""
+        try:
+            self._models.change(name, detail="being unloaded")
+            await asyncio.to_thread(self.withdraw, name)
+            await place.idle.wait()
+            # Requests whose callers have left may still be in.
+            if not await asyncio.to_thread(self._engine.settle, name):
+                return 0
+            free = functools.partial(self._mover.free, name, self._health)
+            if locked:
+                return await free()
+            async with self._one_at_a_time:
+                return await free()
+        except asyncio.CancelledError:
+            return 0
+        finally:
+            self._models.change(name, detail="")
+            place.leaving = None

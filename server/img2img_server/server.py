@@ -14,6 +14,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2, reflection_pb2_grpc
 from img2img.v1 import asset_pb2_grpc, image_to_image_pb2, image_to_image_pb2_grpc, model_pb2_grpc
 
+from img2img_server import transport
 from img2img_server.access import Access
 from img2img_server.asset_service import AssetService
 from img2img_server.assets import AssetStore
@@ -22,7 +23,7 @@ from img2img_server.engine.cache import Cache
 from img2img_server.engine.engine import Engine
 from img2img_server.engine.spans import Span
 from img2img_server.engine.warmup import WarmUp
-from img2img_server.errors import EngineStuck
+from img2img_server.errors import EngineStuck, ShuttingDown
 from img2img_server.interceptors import CallInterceptor
 from img2img_server.model_service import ModelService
 from img2img_server.models import ModelStore
@@ -32,7 +33,7 @@ from img2img_server.service import ImageToImageService
 from img2img_server.sources import Sources
 from img2img_server.takeover import Contender, Takeover
 from img2img_server.telemetry import Telemetry
-from img2img_server.tls import bind
+from img2img_server.tls import bind, check
 from img2img_server.trace import Trace
 from img2img_server.watchdog import Watchdog
 
@@ -74,6 +75,7 @@ class Server:
         self._residency: Residency | None = None
         self._watchdog: Watchdog | None = None
         self._assets = AssetStore(config.assets)
+        self._sources = Sources(config.sources, self._assets, config.image_limits)
         self._telemetry = Telemetry(config.telemetry)
         self._health = health.aio.HealthServicer()
         self._failed = asyncio.Event()
@@ -83,26 +85,36 @@ class Server:
         self._names = ["", SERVICE]
         self.port = 0
 
+    @property
+    def metrics_port(self) -> int | None:
+        """Where metrics are served, None where they are not."""
+        return self._telemetry.metrics_port
+
     async def start(self) -> None:
-        """Loads the models, binds the port and serves. Raises BundleError or OSError where that cannot be done."""
+        """Loads the models, binds the port and serves. Raises BundleError, OSError or ValueError where that cannot be done."""
+        check(self._config)
+        access = Access(self._config.tokens)
+        self._telemetry.start()
+        await self._assets.open()
+        await self._sources.open()
         models = await asyncio.to_thread(self._load_models)
         if self._config.trace is not None:
             self._trace = Trace(self._config.trace)
         engine = Engine(models.pipelines(), self._config.limits, observe=self._observe)
         await asyncio.to_thread(self._warm_up, models, engine)
-        await self._assets.open()
         self._telemetry.watch(engine, models, self._cache, self._assets)
-        self._telemetry.start()
         self._residency = Residency(self._config.residency, models, engine, self._set_model_health)
-        server = self._make_server(models, engine, self._residency)
+        server = self._make_server(models, engine, self._residency, access)
         engine.start()
         self._engine, self._server = engine, server
         await server.start()
         self._names += [f"models/{name}" for name in models.pipelines()]
         await self._set_health(health_pb2.HealthCheckResponse.SERVING)
+        await self._residency.start()
         _log.info("serving on %s:%d", self._config.host, self.port)
         contenders = await asyncio.to_thread(self._contend, models)
         self._takeover = Takeover(engine, models, contenders)
+        self._residency.withdraw = self._takeover.withdraw
         self._takeover.start()
         loop = asyncio.get_running_loop()
         self._watchdog = Watchdog(
@@ -117,6 +129,9 @@ class Server:
     async def stop(self) -> None:
         """Drains: takes no new requests, lets the running ones finish within the grace period, then ends them."""
         if self._server is None or self._engine is None:
+            self._telemetry.close()
+            await self._sources.close()
+            await self._assets.close()
             return
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
         if self._takeover is not None:
@@ -125,14 +140,15 @@ class Server:
             await self._residency.close()
         finished = await asyncio.to_thread(self._engine.drain, self._config.grace)
         _log.info("drained" if finished else "the grace period is over: ending what still runs")
+        await asyncio.to_thread(self._engine.close)
         if self._watchdog is not None:
             self._watchdog.stop()
-        await asyncio.to_thread(self._engine.close)
         # What has ended still has to be encoded and sent.
         await self._server.stop(grace=5)
         self._codecs.shutdown()
+        await self._sources.close()
         await self._assets.close()
-        self._telemetry.close()
+        await asyncio.to_thread(self._telemetry.close)
         if self._takeover is not None and not await asyncio.to_thread(self._takeover.join, _LOADING):
             _log.info("a takeover is left unfinished")
         if self._cache is not None:
@@ -142,11 +158,27 @@ class Server:
         if self._config.port_file is not None:
             self._config.port_file.unlink(missing_ok=True)
 
+    async def stop_now(self) -> None:
+        """Ends what runs and waits, and tells their callers, without waiting for the engine. The process has to end then."""
+        if self._config.port_file is not None:
+            self._config.port_file.unlink(missing_ok=True)
+        if self._server is None or self._engine is None:
+            return
+        await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+        if self._takeover is not None:
+            self._takeover.stop()
+        # Elsewhere, as it may wait for a lock that what is stuck holds.
+        await asyncio.to_thread(self._engine.abandon, ShuttingDown("the server stopped before the request was finished"))
+        await self._server.stop(grace=1)
+        if self._trace is not None:
+            self._trace.close()
+
     def _warm_up(self, models: ModelStore, engine: Engine) -> None:
         limits = self._config.limits
         warm_up = WarmUp(engine.costs, limits.max_batch_size, self._config.warm_up)
         for name, pipeline in models.pipelines().items():
-            warm_up.run(name, pipeline)
+            with models.growing(name):
+                warm_up.run(name, pipeline)
             for line in engine.costs.describe(name, limits.max_batch_size):
                 _log.info("model '%s': %s", name, line)
 
@@ -162,7 +194,7 @@ class Server:
         _log.critical("%s", why)
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
         assert self._engine is not None, "a watchdog looks at an engine"
-        self._engine.abandon(EngineStuck("the device does not answer: this server stops"))
+        await asyncio.to_thread(self._engine.abandon, EngineStuck("the device does not answer: this server stops"))
         self._failed.set()
 
     def _observe(self, span: Span) -> None:
@@ -172,25 +204,20 @@ class Server:
 
     async def _set_model_health(self, name: str, serving: bool) -> None:
         states = health_pb2.HealthCheckResponse
+        if f"models/{name}" not in self._names:
+            self._names.append(f"models/{name}")
         await self._health.set(f"models/{name}", states.SERVING if serving else states.NOT_SERVING)
 
-    def _make_server(self, models: ModelStore, engine: Engine, residency: Residency) -> grpc.aio.Server:
-        size = self._config.max_message_bytes
+    def _make_server(self, models: ModelStore, engine: Engine, residency: Residency, access: Access) -> grpc.aio.Server:
         server = grpc.aio.server(
-            interceptors=[CallInterceptor(Access(self._config.tokens), self._telemetry)],
-            options=[
-                ("grpc.max_receive_message_length", size),
-                ("grpc.max_send_message_length", -1),
-                # Else a second server on the same port binds silently and takes half the calls.
-                ("grpc.so_reuseport", 0),
-            ],
+            interceptors=[CallInterceptor(access, self._telemetry)],
+            options=transport.options(self._config),
         )
-        sources = Sources(self._config.sources, self._assets, self._config.image_limits)
-        parser = Parser(self._config, sources, engine.clock, self._codecs)
-        transforms = ImageToImageService(parser, models, residency, engine, self._codecs, self._telemetry)
+        parser = Parser(self._config, self._sources, engine.clock, self._codecs)
+        transforms = ImageToImageService(parser, models, residency, engine, self._codecs, self._telemetry, self._assets)
         image_to_image_pb2_grpc.add_ImageToImageServiceServicer_to_server(transforms, server)
         model_pb2_grpc.add_ModelServiceServicer_to_server(ModelService(models, residency), server)
-        asset_pb2_grpc.add_AssetServiceServicer_to_server(AssetService(self._assets), server)
+        asset_pb2_grpc.add_AssetServiceServicer_to_server(AssetService(self._assets, self._config.image_limits), server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         _add_reflection(server)
         self.port = bind(server, self._config)

@@ -4,7 +4,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator
 from concurrent.futures import Executor
-from contextlib import aclosing
+from contextlib import AbstractAsyncContextManager, aclosing, nullcontext
 from typing import Any
 
 from img2img.v1 import image_to_image_pb2 as pb
@@ -12,8 +12,13 @@ from img2img.v1 import image_to_image_pb2_grpc as pb_grpc
 from PIL import Image
 
 from img2img_server import images
+from img2img_server.asset_files import owner_of
+from img2img_server.asset_index import Room
+from img2img_server.assets import AssetStore
+from img2img_server.calls import current
 from img2img_server.engine.engine import Accepted, Engine
 from img2img_server.engine.request import Completed, Event, Failed, Progress, Queued, Request, Started
+from img2img_server.engine.room import Place
 from img2img_server.model_service import reference_from
 from img2img_server.models import ModelStore
 from img2img_server.parsing import Job, Parser
@@ -22,13 +27,22 @@ from img2img_server.telemetry import Telemetry
 
 _PREVIEW_QUALITY = 80
 """Of a preview's JPEG: it is looked at for a second."""
+_BYTES_PER_PIXEL, _BYTES_PER_FILE = 4, 4096
+"""More than a file of any format and content has."""
 
 
 class ImageToImageService(pb_grpc.ImageToImageServiceServicer):
     """Transform and TransformStream. Picture codecs run on `executor`, models on the engine, nothing on the event loop."""
 
     def __init__(
-        self, parser: Parser, models: ModelStore, residency: Residency, engine: Engine, executor: Executor, telemetry: Telemetry
+        self,
+        parser: Parser,
+        models: ModelStore,
+        residency: Residency,
+        engine: Engine,
+        executor: Executor,
+        telemetry: Telemetry,
+        assets: AssetStore,
     ) -> None:
         self._parser = parser
         self._models = models
@@ -36,28 +50,31 @@ class ImageToImageService(pb_grpc.ImageToImageServiceServicer):
         self._engine = engine
         self._executor = executor
         self._telemetry = telemetry
+        self._assets = assets
 
     async def Transform(self, request: pb.TransformRequest, context: Any) -> pb.TransformResponse:
         """Runs one transform and answers when it is done."""
-        async with self._residency.using(reference_from(request.model)) as model:
-            job = await self._parser.parse(request, model, context.time_remaining(), previews=False)
-            async with aclosing(self._follow(job.request, progress=False)) as events:
-                async for event in events:
-                    if isinstance(event, Completed):
-                        return await self._response(job, event)
+        with self._engine.arriving(current().client) as place:
+            async with self._residency.using(reference_from(request.model)) as model:
+                job = await self._parser.parse(request, model, context.time_remaining(), previews=False)
+                async with self._room(job) as room, aclosing(self._follow(job.request, place, progress=False)) as events:
+                    async for event in events:
+                        if isinstance(event, Completed):
+                            return await self._response(job, event, room)
         raise AssertionError("the engine ends every request")
 
     async def TransformStream(
         self, request: pb.TransformStreamRequest, context: Any
     ) -> AsyncGenerator[pb.TransformStreamResponse, None]:
         """Runs one transform and tells each of its events."""
-        async with self._residency.using(reference_from(request.request.model)) as model:
-            job = await self._parser.parse(request.request, model, context.time_remaining(), previews=True)
-            async with aclosing(self._follow(job.request, progress=True)) as events:
-                async for event in events:
-                    yield await self._told(job, event)
+        with self._engine.arriving(current().client) as place:
+            async with self._residency.using(reference_from(request.request.model)) as model:
+                job = await self._parser.parse(request.request, model, context.time_remaining(), previews=True)
+                async with self._room(job) as room, aclosing(self._follow(job.request, place, progress=True)) as events:
+                    async for event in events:
+                        yield await self._told(job, event, room)
 
-    async def _follow(self, request: Request, progress: bool) -> AsyncGenerator[Accepted | Event, None]:
+    async def _follow(self, request: Request, place: Place, progress: bool) -> AsyncGenerator[Accepted | Event, None]:
         """Submits a request and gives its events in order; raises its error. Leaving early cancels it."""
         loop = asyncio.get_running_loop()
         queue: asyncio.Queue[Event] = asyncio.Queue()
@@ -68,7 +85,8 @@ class ImageToImageService(pb_grpc.ImageToImageServiceServicer):
             if progress or isinstance(event, Completed | Failed):
                 loop.call_soon_threadsafe(queue.put_nowait, event)
 
-        accepted = self._engine.submit(request, listen)
+        accepted = self._engine.submit(request, listen, place)
+        trail.tell(accepted)
         try:
             yield accepted
             while True:
@@ -81,7 +99,7 @@ class ImageToImageService(pb_grpc.ImageToImageServiceServicer):
         finally:
             accepted.ticket.cancel()
 
-    async def _told(self, job: Job, event: Accepted | Event) -> pb.TransformStreamResponse:
+    async def _told(self, job: Job, event: Accepted | Event, room: Room | None) -> pb.TransformStreamResponse:
         if isinstance(event, Accepted | Queued):
             return pb.TransformStreamResponse(queued=pb.Queued(position=event.position, eta_seconds=event.eta))
         if isinstance(event, Started):
@@ -89,19 +107,21 @@ class ImageToImageService(pb_grpc.ImageToImageServiceServicer):
         if isinstance(event, Progress):
             return pb.TransformStreamResponse(progress=await self._progress(event))
         assert isinstance(event, Completed), "a failure was raised"
-        return pb.TransformStreamResponse(completed=await self._response(job, event))
+        return pb.TransformStreamResponse(completed=await self._response(job, event, room))
 
     async def _progress(self, event: Progress) -> pb.Progress:
         preview = None if event.preview is None else await self._encode(event.preview, "JPEG", _PREVIEW_QUALITY)
         return pb.Progress(step=event.step, step_count=event.step_count, preview=preview, eta_seconds=event.eta)
 
-    async def _response(self, job: Job, completed: Completed) -> pb.TransformResponse:
+    async def _response(self, job: Job, completed: Completed, room: Room | None) -> pb.TransformResponse:
         encoded = await asyncio.gather(*(self._encode(image, job.file_format, job.quality) for image in completed.images))
         timings = completed.timings
         assert job.model.manifest is not None, "a model that runs has a manifest"
         return pb.TransformResponse(
             images=[
-                pb.ImageResult(data=data, format=_format_of(job), width=image.width, height=image.height, seed=seed)
+                pb.ImageResult(
+                    **await self._content(data, room), format=_format_of(job), width=image.width, height=image.height, seed=seed
+                )
                 for data, image, seed in zip(encoded, completed.images, job.request.seeds, strict=True)
             ],
             model_id=job.model.id,
@@ -115,6 +135,19 @@ class ImageToImageService(pb_grpc.ImageToImageServiceServicer):
                 total_ms=(time.perf_counter() - job.arrival) * 1e3,
             ),
         )
+
+    def _room(self, job: Job) -> AbstractAsyncContextManager[Room | None]:
+        """Room for a job's pictures where they are to be kept: it is refused now, and not when the device has done its work."""
+        if not job.as_asset:
+            return nullcontext()
+        width, height = job.request.image.size
+        return self._assets.room(len(job.request.seeds) * (width * height * _BYTES_PER_PIXEL + _BYTES_PER_FILE))
+
+    async def _content(self, data: bytes, room: Room | None) -> dict[str, Any]:
+        """The picture's file in an answer, or where it is."""
+        if room is None:
+            return {"data": data}
+        return {"asset_id": (await self._assets.put(owner_of(current()), data, room)).id}
 
     async def _encode(self, image: Image.Image, file_format: images.WriteFormat, quality: int) -> bytes:
         return await asyncio.get_running_loop().run_in_executor(self._executor, images.encode, image, file_format, quality)

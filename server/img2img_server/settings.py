@@ -1,19 +1,29 @@
-"""Settings, written once: what a field of the configuration says of itself becomes its flag, variable and key in a file."""
+"""Settings, written once: what a field of the configuration says of itself becomes its flag, variable and key in a file.
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any, TypeVar
+A configuration is a frozen dataclass whose fields are made by `setting`, or by `section` for a dataclass of settings in it. How
+their values are read is in setting_values.py, where they come from in setting_sources.py.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
+from types import NoneType, UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 _T = TypeVar("_T")
+
+FieldPath = tuple[str, ...]
+"""The names of the fields that lead from a configuration to one of its settings."""
 
 
 @dataclass(frozen=True, slots=True)
 class About:
     """What a setting's field says beside its type and its default: what people read of it, and how it is spelled.
 
-    `name` is the one that its flag, its variable and its key come from, where that is not the field's. `metavar` stands for the
-    value in `--help`. `parse` reads it from text where the type does not say how, and raises ValueError. `group` gives the
-    settings of a section a heading, and `prefix` their names a common beginning.
+    `name` is the one that its flag and its variable come from, where that is not the field's; its key in a file is the field's
+    name in any case, in the table of its section. `metavar` stands for the value in `--help`; BYTES and SECONDS also take units.
+    `parse` reads the value from text where the type does not say how, and raises ValueError; `write` is its inverse. `least`
+    and `most` are bounds of a number. One that is `required` has no default. Where `is_path` holds for a text, it is a path.
+    `group` gives the settings of a section a heading, and `prefix` their flags and variables a common beginning.
     """
 
     help: str = ""
@@ -21,7 +31,11 @@ class About:
     metavar: str = ""
     choices: tuple[str, ...] = ()
     parse: Callable[[str], Any] | None = None
+    write: Callable[[Any], str] = str
     least: float | None = None
+    most: float | None = None
+    required: bool = False
+    is_path: Callable[[str], bool] | None = None
     group: str = ""
     prefix: str = ""
 
@@ -36,3 +50,104 @@ def section(kind: Callable[[], _T], group: str, prefix: str = "") -> _T:
     """A field that holds settings of its own, of the dataclass `kind`, under the heading `group`."""
     made: Any = field(default_factory=kind, metadata={"about": About(group=group, prefix=prefix)})
     return made  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """One setting of a configuration, as its flag, variable and key are made of it.
+
+    `path` are the fields that lead to it, `name` is its flat name. `kind` is its type without None; one that is `optional` can
+    be None, which no text says. `group` is the heading of its section.
+    """
+
+    path: FieldPath
+    name: str
+    kind: Any
+    optional: bool
+    default: Any
+    about: About
+    group: str
+
+    @property
+    def flag(self) -> str:
+        """Such as "--max-batch-size"."""
+        return "--" + self.name.replace("_", "-")
+
+    @property
+    def key(self) -> str:
+        """Its key in a file with the tables that it is in, such as "limits.max_batch_size"."""
+        return ".".join(self.path)
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """The words that it can be; empty where it is no word of a few."""
+        return self.about.choices or (get_args(self.kind) if get_origin(self.kind) is Literal else ())
+
+    def check(self, value: Any) -> None:
+        """Raises ValueError for a value that is out of bounds, in words that follow its name."""
+        if value is None:
+            return
+        if self.about.least is not None and value < self.about.least:
+            raise ValueError(f"is {value}, the least is {self.about.least:g}")
+        if self.about.most is not None and value > self.about.most:
+            raise ValueError(f"is {value}, the most is {self.about.most:g}")
+        if self.choices and value not in self.choices:
+            raise ValueError(f"is '{value}', known are {', '.join(self.choices)}")
+
+
+def settings_of(kind: type) -> tuple[Setting, ...]:
+    """Every setting of the configuration `kind`: its own first, then those of its sections."""
+    return tuple(sorted(_settings(kind, (), "", ""), key=lambda one: len(one.path)))
+
+
+def check(config: Any) -> None:
+    """Checks each value of a configuration. Raises ValueError, which names the setting."""
+    for one in settings_of(type(config)):
+        try:
+            one.check(value_of(config, one))
+        except ValueError as error:
+            raise ValueError(f"{one.name} {error}") from None
+
+
+def value_of(config: Any, one: Setting) -> Any:
+    """What `one` is in `config`."""
+    for name in one.path:
+        config = getattr(config, name)
+    return config
+
+
+def build(kind: type[_T], values: Mapping[FieldPath, Any]) -> _T:
+    """The configuration with these values, and defaults for what is not among them. Raises ValueError for what it refuses."""
+    return _build(kind, (), values)
+
+
+def _build(kind: type[_T], path: FieldPath, values: Mapping[FieldPath, Any]) -> _T:
+    hints = get_type_hints(kind)
+    made = {}
+    for item in fields(kind):  # type: ignore[arg-type]
+        below = (*path, item.name)
+        if is_dataclass(hints[item.name]):
+            made[item.name] = _build(hints[item.name], below, values)
+        elif below in values:
+            made[item.name] = values[below]
+    return kind(**made)
+
+
+def _settings(kind: type, path: FieldPath, group: str, prefix: str) -> Iterator[Setting]:
+    hints = get_type_hints(kind)
+    for item in fields(kind):
+        about: About = item.metadata["about"]
+        hint, below = hints[item.name], (*path, item.name)
+        if is_dataclass(hint):
+            yield from _settings(hint, below, about.group, prefix + about.prefix)  # type: ignore[arg-type]
+        else:
+            bare, optional = _without_none(hint)
+            yield Setting(below, prefix + (about.name or item.name), bare, optional, item.default, about, group)
+
+
+def _without_none(hint: Any) -> tuple[Any, bool]:
+    """The type of X | None without None, and whether that was there."""
+    if get_origin(hint) not in (Union, UnionType):
+        return hint, False
+    (bare,) = (kind for kind in get_args(hint) if kind is not NoneType)
+    return bare, True

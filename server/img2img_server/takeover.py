@@ -97,7 +97,10 @@ class Takeover:
     def __init__(self, engine: Engine, models: ModelStore, contenders: Sequence[Contender]) -> None:
         self._engine = engine
         self._models = models
-        self._contenders = contenders
+        self._contenders = list(contenders)
+        self._stopping = False
+        self._changed = threading.Condition()
+        self._current = ""
         self._stop = Stop()
         self._thread = threading.Thread(target=self._run, name="img2img-takeover", daemon=True)
 
@@ -110,7 +113,20 @@ class Takeover:
 
     def stop(self) -> None:
         """Gives up what is under way, and returns at once: builds are killed, requests of ours are cancelled."""
+        with self._changed:
+            self._stopping = True
         self._stop.ask()
+
+    def withdraw(self, model: str) -> None:
+        """Gives up what contends for `model`, and returns once nothing of it is left: the model is about to be unloaded.
+
+        It gets no other chance: contenders are made for the models that were loaded at start.
+        """
+        with self._changed:
+            self._contenders = [contender for contender in self._contenders if contender.model != model]
+            if self._current == model:
+                self._stop.ask()
+            self._changed.wait_for(lambda: self._current != model)
 
     def join(self, timeout: float | None = None) -> bool:
         """Waits until nothing is under way. False where `timeout` seconds were too few, as they may be for a pipeline to load."""
@@ -119,39 +135,53 @@ class Takeover:
         return not self._thread.is_alive()
 
     def _run(self) -> None:
-        while self._contenders:
-            # What a contender holds is freed before the next one loads.
-            contender, *self._contenders = self._contenders
-            try:
-                self._attempt(contender)
-            except Stopped:
-                self._tell(contender, EngineState.FAILED, "the server is shutting down")
-                return
-            except ServerError as error:
-                self._tell(contender, EngineState.FAILED, str(error))
-            except (BundleError, OSError) as error:
-                _log.error("model '%s': %s: %s", contender.model, contender.engine, error)
-                self._tell(contender, EngineState.FAILED, _UNKNOWN_REASON)
-            except Exception:  # noqa: BLE001 - whatever a build or a library raises: the engine that serves goes on
-                _log.exception("model '%s': %s failed", contender.model, contender.engine)
-                self._tell(contender, EngineState.FAILED, _UNKNOWN_REASON)
+        while self._give_chance():
+            with self._changed:
+                # Of a contender that had its chance, nothing is left now.
+                self._current = ""
+                self._changed.notify_all()
+
+    def _give_chance(self) -> bool:
+        """Lets the next one try. False where there is none, or all is to end."""
+        with self._changed:
+            if self._stopping or not self._contenders:
+                self._current = ""
+                self._changed.notify_all()
+                return False
+            contender = self._contenders.pop(0)
+            self._current, self._stop = contender.model, Stop()
+        try:
+            self._attempt(contender)
+        except Stopped:
+            why = "the server is shutting down" if self._stopping else "the model was unloaded"
+            self._tell(contender, EngineState.FAILED, why)
+        except ServerError as error:
+            self._tell(contender, EngineState.FAILED, str(error))
+        except (BundleError, OSError) as error:
+            _log.error("model '%s': %s: %s", contender.model, contender.engine, error)
+            self._tell(contender, EngineState.FAILED, _UNKNOWN_REASON)
+        except Exception:  # noqa: BLE001 - whatever a build or a library raises: the engine that serves goes on
+            _log.exception("model '%s': %s failed", contender.model, contender.engine)
+            self._tell(contender, EngineState.FAILED, _UNKNOWN_REASON)
+        return True
 
     def _attempt(self, contender: Contender) -> None:
         contender.build(lambda step, done: self._tell(contender, EngineState.BUILDING, step, done), self._stop)
         self._stop.check()
         self._tell(contender, EngineState.CHECKING, "loading")
         pipeline = contender.load()
-        problem, report = self._try(contender, pipeline)
-        if problem:
-            return self._tell(contender, EngineState.REJECTED, problem)
-        self._engine.replace(contender.model, pipeline)
-        self._models.replace(contender.model, pipeline)
-        self._tell(contender, EngineState.SERVING, report, 1.0)
-
-    def _try(self, contender: Contender, pipeline: Pipeline) -> tuple[str, str]:
-        """Why `pipeline` must not take over, "" where it may; and how it did."""
         serving = self._models.get(contender.model).pipeline
         assert serving is not None, "only what is served can be taken over"
+        problem, report = self._try(contender, pipeline, serving)
+        if problem:
+            return self._tell(contender, EngineState.REJECTED, problem)
+        # It is not unloaded meanwhile: that waits until the attempt is over.
+        self._engine.replace(contender.model, pipeline)
+        self._models.change(contender.model, pipeline=pipeline)
+        self._tell(contender, EngineState.SERVING, report, 1.0)
+
+    def _try(self, contender: Contender, pipeline: Pipeline, serving: Pipeline) -> tuple[str, str]:
+        """Why `pipeline` must not take over, "" where it may; and how it did."""
         trials = [replace(trial, background=True, deadline=None) for trial in contender.trials()]
         if not trials:
             return "the bundle has no reference pictures to judge by", ""

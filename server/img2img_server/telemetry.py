@@ -1,58 +1,144 @@
 """What the outside is told of the server: metrics, traces, and a line in the log for each call."""
 
+import logging
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from contextvars import ContextVar
+from typing import TYPE_CHECKING
 
 from img2img_server.assets import AssetStore
 from img2img_server.calls import Call
 from img2img_server.config import TelemetrySettings
 from img2img_server.engine.cache import Cache
-from img2img_server.engine.engine import Accepted, Engine
-from img2img_server.engine.request import Event, Request
+from img2img_server.engine.engine import Engine
+from img2img_server.engine.request import Request
 from img2img_server.engine.spans import Span
+from img2img_server.logs import ACCESS
 from img2img_server.models import ModelStore
+from img2img_server.trails import Outcome, Record, Trail
 
+if TYPE_CHECKING:
+    from img2img_server.metrics import Metrics
+    from img2img_server.traces import Traces
 
-@dataclass(slots=True)
-class Outcome:
-    """How a call ended: the name of its gRPC status, the reason of its ErrorInfo, and whose it was."""
+__all__ = ["Outcome", "Telemetry", "Trail"]
 
-    status: str = "OK"
-    reason: str = ""
-    client: str = ""
+_log = logging.getLogger(__name__)
+_access = logging.getLogger(ACCESS)
 
+_QUIET = ("/grpc.health.v1.Health/", "/grpc.reflection.")
+"""Methods that are asked again and again and tell of nobody's work: their lines are for DEBUG, and they leave no traces."""
 
-class Trail:
-    """Follows one request through the engine."""
-
-    def tell(self, event: Accepted | Event) -> None:
-        """Takes notice of an event, in order. Called from any thread, one at a time; must be quick."""
+_RECORD: ContextVar[Record | None] = ContextVar("img2img_record", default=None)
 
 
 class Telemetry:
-    """Metrics, traces and the log of calls. Harmless where nothing of it is configured."""
+    """Metrics, traces and the log of calls. Harmless where nothing of it is configured.
+
+    Raises ValueError where traces are asked for and the packages for them are not there. What is told on the engine's thread is
+    counted or noted, and no more: traces are put together when the call has ended, on the thread that answers it.
+    """
 
     def __init__(self, settings: TelemetrySettings) -> None:
         self._settings = settings
+        self._metrics: Metrics | None = None
+        self._traces: Traces | None = None
+        self._trails: dict[int, Trail] = {}
+        self.metrics_port: int | None = None
 
     def start(self) -> None:
-        """Serves metrics and connects to the collector, where that is configured. Raises OSError where the port is taken."""
+        """Serves metrics and connects to the collector, where that is configured.
+
+        Raises OSError where the port is taken, ValueError where a package is missing. Prometheus is answered from here on, with
+        what there is: `watch` may come later.
+        """
+        if self._settings.otlp_endpoint is not None:
+            from img2img_server.traces import Traces
+
+            self._traces = Traces(self._settings.otlp_endpoint)
+            _log.info("traces go to %s", self._settings.otlp_endpoint)
+        if self._settings.metrics_port is not None:
+            from img2img_server.metrics import Metrics
+
+            host, metrics = self._settings.metrics_host, Metrics()
+            self.metrics_port = metrics.start(host, self._settings.metrics_port)
+            self._metrics = metrics
+            _log.info("metrics on http://%s:%d/metrics", f"[{host}]" if ":" in host else host, self.metrics_port)
 
     def close(self) -> None:
-        """Sends what is left and stops."""
+        """Sends what is left, for a few seconds at most, and stops. Blocks meanwhile."""
+        if self._metrics is not None:
+            self._metrics.close()
+        if self._traces is not None:
+            self._traces.close()
+        self._metrics = self._traces = None
 
     def watch(self, engine: Engine, models: ModelStore, cache: Cache | None, assets: AssetStore) -> None:
-        """From now on, tells of these, too."""
+        """From now on, tells of these, too. Once, after start()."""
+        if self._metrics is not None:
+            from img2img_server.gauges import Gauges
+
+            self._metrics.registry.register(Gauges(engine, models, cache, assets))
 
     @contextmanager
     def call(self, call: Call) -> Iterator[Outcome]:
         """Observes one call, whose outcome is known when the block ends."""
-        yield Outcome()
+        record = Record(call, time.monotonic())
+        before = _RECORD.get()
+        _RECORD.set(record)  # set back by value: see calls.answering
+        if self._metrics is not None:
+            self._metrics.began(record)
+        try:
+            yield record.outcome
+        finally:
+            _RECORD.set(before)
+            self._ended(record, time.monotonic())
 
     def span(self, span: Span) -> None:
         """Takes notice of a stage that ran on the engine's thread."""
+        if self._metrics is not None:
+            self._metrics.span(span)
+        if self._trails:
+            for request in span.members:
+                trail = self._trails.get(id(request))
+                if trail is not None:
+                    trail.note(span)
 
     def trail(self, request: Request) -> Trail:
         """Follows a request of the current call."""
-        return Trail()
+        trail = Trail(request)
+        record = _RECORD.get()
+        if record is not None:
+            record.trail = trail
+            if self._traces is not None:
+                self._trails[id(request)] = trail
+        return trail
+
+    def _ended(self, record: Record, now: float) -> None:
+        seconds, quiet = now - record.began, record.call.method.startswith(_QUIET)
+        if record.trail is not None:
+            self._trails.pop(id(record.trail.request), None)
+        if self._metrics is not None:
+            self._metrics.ended(record, seconds)
+        if self._traces is not None and not quiet:
+            self._traces.tell(record, now)
+        level = logging.DEBUG if quiet else logging.INFO
+        if _access.isEnabledFor(level):
+            _log_call(record, seconds, level)
+
+
+def _log_call(record: Record, seconds: float, level: int) -> None:
+    call, outcome = record.call, record.outcome
+    client = outcome.client or call.client
+    extra: dict[str, str | float] = {
+        "request_id": call.request_id,
+        "client": client,
+        "method": call.method,
+        "status": outcome.status,
+    }
+    extra |= {"reason": outcome.reason, "seconds": round(seconds, 6)}
+    if record.trail is not None:
+        extra["model"] = record.trail.request.model
+    status = f"{outcome.status} {outcome.reason}".rstrip()
+    _access.log(level, "%s %s in %.3f s for %s", call.method, status, seconds, client or "nobody", extra=extra)

@@ -1,10 +1,17 @@
-"""A fake server for each test, and a client of it."""
+"""A fake server for each test, and a client of it that tries once: what is tried again is tested in test_retry.py."""
 
 from collections.abc import Iterator
 
 import pytest
 from fake_image_service import FakeServer, FakeService
 from img2img_client import Client
+
+
+@pytest.fixture(autouse=True)
+def own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keeps the commands from the user's server."""
+    for name in ("TARGET", "TOKEN", "CA", "CLIENT_CERTIFICATE", "CLIENT_KEY"):
+        monkeypatch.delenv(f"IMG2IMG_{name}", raising=False)
 
 
 @pytest.fixture
@@ -22,5 +29,5 @@ def service(server: FakeServer) -> FakeService:
 
 @pytest.fixture
 def client(server: FakeServer) -> Iterator[Client]:
-    with Client(server.target, timeout=20) as made:
+    with Client(server.target, timeout=20, retries=None) as made:
         yield made

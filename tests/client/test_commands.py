@@ -1,4 +1,4 @@
-"""`img2img transform` and `img2img models`: what they ask for, print, write and return."""
+"""`img2img transform`, and what all commands share: what they ask for, print, write and return."""
 
 import io
 import json
@@ -9,20 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_image_service import (
-    PATIENCE,
-    FakeServer,
-    FakeService,
-    error_info,
-    events,
-    picture,
-    queue_full,
-    rich_status,
-    wrong_field,
-)
+from fake_image_service import PATIENCE, FakeServer, events, picture
+from fake_statuses import error_info, queue_full, rich_status, wrong_field
 from google.rpc import code_pb2  # type: ignore[import-untyped, unused-ignore]
 from img2img.v1 import image_to_image_pb2 as messages
-from img2img.v1 import model_pb2
 from img2img_cli.__main__ import main
 from PIL import Image
 
@@ -103,6 +93,7 @@ def test_several_pictures_are_numbered(
         (str(tmp_path / "out-1.png"), 7),
         (str(tmp_path / "out-2.png"), 8),
     ]
+    assert outcome["request_id"] == "made"
     assert (outcome["engine"], outcome["model"]["id"], outcome["timings"]["total_ms"]) == ("onnx:cpu", "demo", 11)
     assert {path.name for path in tmp_path.iterdir()} == {"photo.png", "out-1.png", "out-2.png"}
 
@@ -142,6 +133,7 @@ def test_quiet_prints_nothing(server: FakeServer, source: Path, tmp_path: Path, 
         ("-", ("--image-count=2",), 2, "takes one picture"),
         ("-", ("--json",), 2, "cannot both go to standard output"),
         ("-", ("--preview-every=2",), 2, "--preview-every writes beside OUT"),
+        ("out.png", ("--retries=-1",), 2, "the least is 0"),
         ("missing/out.png", (), 1, "missing/out.png: No such file or directory"),
         ("folder.png", (), 1, "folder.png: Is a directory"),
         ("out.png", ("--width=99999999999",), 2, "99999999999"),
@@ -179,6 +171,7 @@ def test_a_source_that_is_not_there(server: FakeServer, tmp_path: Path, capsys: 
         (wrong_field("strength", "must be at most 1"), "strength: must be at most 1"),
         (queue_full(2.5), "the queue is full (try again in 2.5 s)"),
         (rich_status(code_pb2.INTERNAL, "the model\nfailed", error_info("MODEL_FAILED")), "the model failed"),
+        (rich_status(code_pb2.INTERNAL, "it failed", error_info("INTERNAL", request_id="abc")), "it failed (request abc)"),
         (rich_status(code_pb2.UNAVAILABLE, "shutting down", error_info("SHUTTING_DOWN")), "shutting down"),
     ],
 )
@@ -187,14 +180,14 @@ def test_errors_are_one_line(
 ) -> None:
     server.service.failure = failure
     (tmp_path / "out.png").write_bytes(b"what was there")
-    assert transform(server, source, tmp_path / "out.png", "--quiet") == 1
+    assert transform(server, source, tmp_path / "out.png", "--quiet", "--retries=0") == 1
     assert capsys.readouterr() == ("", f"img2img transform: {line}\n")
     assert (tmp_path / "out.png").read_bytes() == b"what was there"
 
 
 def test_no_server_is_said_plainly(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for command in (["transform", str(source), "--output", str(tmp_path / "out.png")], ["models"]):
-        assert main([*command, "--server", "127.0.0.1:1"]) == 1
+        assert main([*command, "--server", "127.0.0.1:1", "--retries=0"]) == 1
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith(f"img2img {command[0]}: no answer from 127.0.0.1:1: ")
     assert not (tmp_path / "out.png").exists()
@@ -220,59 +213,41 @@ def test_interrupting_cancels_on_the_server(server: FakeServer, source: Path, tm
     assert not (tmp_path / "out.png").exists()
 
 
-def test_models_are_listed(service: FakeService, server: FakeServer, capsys: pytest.CaptureFixture[str]) -> None:
-    service.models = [
-        model_pb2.Model(
-            id="a-model-with-quite-a-long-name[red]",
-            family="stable-diffusion-xl-of-some-length",
-            backend="onnx",
-            engine="onnx:cpu",
-            state=model_pb2.MODEL_STATE_READY,
-            is_default=True,
-            schedulers=["DDIM[red]", "DPM++ 2M"],
-        ),
-        model_pb2.Model(
-            id="third",
-            engines=[
-                model_pb2.EngineStatus(name="onnx:x", state=model_pb2.ENGINE_STATE_BUILDING, detail="unet", progress=0.4),
-                model_pb2.EngineStatus(name="onnx:y", state=model_pb2.ENGINE_STATE_REJECTED, detail="not faster"),
-            ],
-        ),
-        model_pb2.Model(id="other", backend="torch", state=model_pb2.MODEL_STATE_UNLOADED),
-    ]
-    assert main(["models", "--server", server.target]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    first, second = (next(line for line in lines if name in line) for name in ("a-model-with-quite-a-long-name[red]", "other"))
-    assert all(word in first for word in ("stable-diffusion-xl-of-some-length", "onnx:cpu", "ready", "yes"))
-    assert "unloaded" in second
-    assert "yes" not in second
-    assert "onnx:x building 40%: unet" in "".join(lines)
-    assert "onnx:y rejected: not faster" in "".join(lines)
-    assert main(["models", "--server", server.target, "--json"]) == 0
-    printed = json.loads(capsys.readouterr().out)
-    assert [(model["state"], model["schedulers"]) for model in printed] == [
-        ("ready", ["DDIM[red]", "DPM++ 2M"]),
-        ("unspecified", []),
-        ("unloaded", []),
-    ]
-    assert printed[1]["engines"][0] == {
-        "name": "onnx:x", "state": "building", "detail": "unet", "progress": pytest.approx(0.4)
-    }  # fmt: skip
-    assert "DPM++" not in "".join(lines)
-    assert main(["models", "--server", server.target, "--schedulers"]) == 0
-    out = capsys.readouterr().out
-    assert all(name in out for name in ("schedulers", "DDIM[red]", "DPM++ 2M"))
-
-
-def test_a_model_list_that_fails_is_one_line(
-    service: FakeService, server: FakeServer, capsys: pytest.CaptureFixture[str]
+def test_a_busy_server_is_tried_again_and_said_to_be(
+    server: FakeServer, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    service.failure = rich_status(code_pb2.UNAVAILABLE, "shutting down", error_info("SHUTTING_DOWN"))
-    assert main(["models", "--server", server.target]) == 1
-    assert capsys.readouterr() == ("", "img2img models: shutting down\n")
+    server.service.failures, server.service.fail_before = [queue_full(0.01)], 0
+    assert transform(server, source, tmp_path / "out.png") == 0
+    first, *_ = capsys.readouterr().err.splitlines()
+    assert first.startswith("img2img transform: the queue is full (try again in 0.01 s); trying again in 0.")
+    server.service.failures = [queue_full(0.01)]
+    assert transform(server, source, tmp_path / "out.png", "--quiet") == 0
+    assert capsys.readouterr() == ("", "")
 
 
-@pytest.mark.parametrize("command", ["transform", "models"])
+def test_an_address_is_the_servers_to_read(server: FakeServer, tmp_path: Path) -> None:
+    for address in ("asset:1f", "https://example.org/a.png"):
+        assert transform(server, address, tmp_path / "out.png", "--quiet") == 0
+    assert [request.image.uri for request in server.service.requests] == ["asset:1f", "https://example.org/a.png"]
+
+
+def test_a_picture_may_stay_on_the_server(server: FakeServer, source: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    server.service.script[-1].completed.images[0].asset_id = "kept"
+    command = ["transform", str(source), "--as-asset", "--format=webp", "--target", server.target]
+    assert main([*command, "--quiet"]) == 0
+    assert capsys.readouterr() == ("asset:kept\n", "")
+    assert main(command) == 0
+    assert capsys.readouterr().out.startswith("asset:kept  4 x 2, seed 7\n")
+    assert main([*command, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["images"][0]["asset"] == "asset:kept"
+    assert main([*command, "--preview-every=2"]) == 2
+    (request, *_) = server.service.requests
+    assert (request.output.as_asset, request.output.format) == (True, messages.OUTPUT_FORMAT_WEBP)
+    with pytest.raises(SystemExit):
+        main([*command, "--output=out.png"])
+
+
+@pytest.mark.parametrize("command", ["transform", "models", "assets"])
 def test_help_imports_nothing_heavy(command: str) -> None:
     heavy = ("grpc", "google.protobuf", "PIL", "rich", "numpy", "torch")
     code = (
@@ -282,4 +257,4 @@ def test_help_imports_nothing_heavy(command: str) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (0, "imported []\n")
-    assert "--server" in done.stdout
+    assert command == "assets" or "--target" in done.stdout

@@ -1,9 +1,11 @@
 """Every status becomes the error that names it, with what its details say."""
 
 import pytest
-from fake_image_service import MAX_REQUEST_BYTES, FakeService, error_info, queue_full, rich_status, wrong_field
+from fake_image_service import MAX_REQUEST_BYTES, FakeService
+from fake_statuses import error_info, queue_full, rich_status, wrong_field
 from google.rpc import code_pb2  # type: ignore[import-untyped, unused-ignore]
 from img2img_client import (
+    AssetNotFound,
     Cancelled,
     Client,
     DeadlineExceeded,
@@ -11,6 +13,8 @@ from img2img_client import (
     InvalidRequest,
     ModelNotFound,
     Overloaded,
+    PermissionDenied,
+    Unauthenticated,
     Unavailable,
 )
 
@@ -28,7 +32,10 @@ from img2img_client import (
         ("CANCELLED", "CANCELLED", Cancelled),
         ("UNAVAILABLE", "SHUTTING_DOWN", Unavailable),
         ("INTERNAL", "MODEL_FAILED", Img2ImgError),
-        ("UNAUTHENTICATED", "UNAUTHENTICATED", Img2ImgError),
+        ("NOT_FOUND", "ASSET_NOT_FOUND", AssetNotFound),
+        ("NOT_FOUND", "NEW", ModelNotFound),
+        ("UNAUTHENTICATED", "UNAUTHENTICATED", Unauthenticated),
+        ("PERMISSION_DENIED", "PERMISSION_DENIED", PermissionDenied),
     ],
 )
 def test_each_status_has_its_error(
@@ -41,6 +48,20 @@ def test_each_status_has_its_error(
     assert type(error) is kind
     assert (error.message, str(error), error.status, error.reason) == ("in words", "in words", status, reason)
     assert (error.fields, error.retry_after, error.estimate) == ((), None, None)
+
+
+def test_an_error_has_the_name_of_its_call(client: Client, service: FakeService) -> None:
+    service.failure = rich_status(code_pb2.INTERNAL, "failed", error_info("MODEL_FAILED", request_id="abc"))
+    with pytest.raises(Img2ImgError) as rich:
+        client.models()
+    plain = rich_status(code_pb2.INTERNAL, "failed")
+    service.failure = plain._replace(trailing_metadata=(("x-request-id", "def"),))  # type: ignore[attr-defined]
+    with pytest.raises(Img2ImgError) as trailing:
+        list(client.transform_stream(b"file"))
+    service.failure = rich_status(code_pb2.INTERNAL, "failed")
+    with pytest.raises(Img2ImgError) as nameless:
+        client.transform(b"file")
+    assert [caught.value.request_id for caught in (rich, trailing, nameless)] == ["abc", "def", ""]
 
 
 def test_wrong_fields_are_named(client: Client, service: FakeService) -> None:

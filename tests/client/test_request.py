@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from fake_image_service import FakeService, picture
 from img2img.v1 import image_to_image_pb2 as messages
-from img2img_client import Client, Completed, ModelReference
+from img2img_client import Asset, Client, Completed, ModelReference
 from img2img_client.options import MAX_MESSAGE_BYTES
 from PIL import Image
 
@@ -28,6 +28,7 @@ def test_every_option_arrives_as_it_was_set(client: Client, service: FakeService
         quality=75,
         scheduler="DPM++ 2M Karras",
         preview_interval=4,
+        as_asset=True,
     )
     assert service.requests == [
         messages.TransformRequest(
@@ -47,7 +48,7 @@ def test_every_option_arrives_as_it_was_set(client: Client, service: FakeService
             guidance_scale=4.5,
             seed=2**62,
             image_count=3,
-            output=messages.OutputOptions(format=messages.OUTPUT_FORMAT_WEBP, quality=75),
+            output=messages.OutputOptions(format=messages.OUTPUT_FORMAT_WEBP, quality=75, as_asset=True),
             width=640,
             height=480,
             scheduler="DPM++ 2M Karras",
@@ -60,7 +61,7 @@ def test_no_option_of_the_contract_is_forgotten() -> None:
     from img2img_client import TransformOptions
 
     fields = {field.name for field in messages.TransformRequest.DESCRIPTOR.fields} - {"image", "output"}
-    assert set(TransformOptions.__annotations__) == fields | {"format", "quality"}
+    assert set(TransformOptions.__annotations__) == fields | {field.name for field in messages.OutputOptions.DESCRIPTOR.fields}
 
 
 @pytest.mark.parametrize("streamed", [False, True])
@@ -91,10 +92,18 @@ def test_quality_alone_leaves_the_format_to_the_server(client: Client, service: 
 def test_paths_bytes_and_addresses_arrive_untouched(client: Client, service: FakeService, tmp_path: Path) -> None:
     path = tmp_path / "photo.jpg"
     path.write_bytes(picture(image_format="JPEG"))
-    for image in (path, str(path), path.read_bytes(), "data:image/png;base64,AAAA"):
+    for image in (path, str(path), path.read_bytes()):
         client.transform(image)
-    assert [request.image.data for request in service.requests[:3]] == [path.read_bytes()] * 3
-    assert service.requests[3].image.uri == "data:image/png;base64,AAAA"
+    assert [request.image.data for request in service.requests] == [path.read_bytes()] * 3
+    addresses = ["data:image/png;base64,AAAA", "asset:1f", "https://example.org/a.png", "http://example.org/a", "file:///a.png"]
+    for address in addresses:
+        client.transform(address)
+    assert [request.image.uri for request in service.requests[3:]] == addresses
+
+
+def test_an_asset_goes_by_its_id(client: Client, service: FakeService) -> None:
+    client.transform(Asset("1f", "image/png", 5, "ab"))
+    assert service.requests[0].image == messages.ImageSource(asset_id="1f")
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA"])
@@ -131,7 +140,7 @@ def test_what_cannot_be_sent_never_leaves(client: Client, service: FakeService, 
         client.transform(b"file", format="gif")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="range"):
         client.transform(b"file", width=2**40)
-    with pytest.raises(ValueError, match="smaller picture"):
+    with pytest.raises(ValueError, match="upload the picture first"):
         client.transform(bytes(MAX_MESSAGE_BYTES))
     with pytest.raises(FileNotFoundError):
         client.transform_stream(tmp_path / "missing.png")

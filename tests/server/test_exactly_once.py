@@ -1,20 +1,27 @@
 """Every accepted request ends exactly once, whatever happens: a state machine drives the engine through random lives.
 
-Arrivals, cancellations, passing time, failing model calls, memory that runs out, draining and closing come in any order that
-hypothesis can think of, against a fake pipeline and a clock that is set by hand.
+Arrivals of several clients, cancellations, passing time, failing model calls, memory that runs out, models that are replaced,
+removed and come back, draining, closing and giving up (also in the midst of a call) come in any order that hypothesis can think
+of, against fake pipelines and a clock that is set by hand.
 """
 
+from dataclasses import replace
+from typing import cast
+
 import hypothesis.strategies as st
-from fakes import Caller, Clock, FakePipeline
+from fakes import Caller, Clock, FakePipeline, make_request
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from img2img_server.engine.engine import Engine
 from img2img_server.engine.request import Completed, Failed
 from img2img_server.engine.scheduler import Limits
 from img2img_server.errors import (
+    ClientBusy,
     DeadlineExpired,
     DeadlineUnmeetable,
+    EngineStuck,
     ModelFailed,
+    ModelNotLoaded,
     OutOfMemory,
     QueueFull,
     RequestCancelled,
@@ -39,10 +46,12 @@ class Lives(RuleBasedStateMachine):
             "batches": FakePipeline(self.clock, seconds=lambda rows: seconds[min(rows, 4)], codec_seconds=0.5),
             "alone": FakePipeline(self.clock, max_rows=1),
         }
-        limits = Limits(max_batch_size=4, max_active=3, max_waiting=4, max_admitted=2)
-        self.engine = Engine(self.pipelines, limits, self.clock)
+        self.all_pipelines = list(self.pipelines.values())
+        limits = Limits(max_batch_size=4, max_active=3, max_waiting=4, max_admitted=2, max_client_waiting=3)
+        self.limits = replace(limits, max_waiting_seconds=20.0)
+        self.engine = Engine(self.pipelines, self.limits, self.clock)
         self.callers: list[Caller] = []
-        self.draining = False
+        self.draining = self.abandoned = False
         self.short = False
 
     @rule(
@@ -54,25 +63,48 @@ class Lives(RuleBasedStateMachine):
                 "seeds": st.sampled_from([(0,), (0, 1), (0, 1, 2)]),
                 "prompt": st.sampled_from(TROUBLES),
                 "preview_interval": st.integers(0, 2),
+                "client": st.sampled_from(["", "a", "a", "b"]),
+                "background": st.sampled_from([False, False, False, True]),
             }
         ),
         patience=st.none() | st.floats(0.5, 30.0),
+        arrives=st.booleans(),
     )
-    def submit(self, settings: dict[str, object], patience: float | None) -> None:
+    def submit(self, settings: dict[str, object], patience: float | None, arrives: bool) -> None:
         caller = Caller(self.engine)
         refusal: ServerError | None = None
+        asked = {**settings, "deadline": None if patience is None else self.clock.now + patience}
+        work = self.engine.stats.work_seconds
         try:
-            caller.submit(**settings, deadline=None if patience is None else self.clock.now + patience)
-        except (ShuttingDown, QueueFull, DeadlineUnmeetable) as error:
+            if arrives:
+                with self.engine.arriving(str(settings["client"])) as place:
+                    caller.ticket = self.engine.submit(make_request(**asked), caller.events.append, place).ticket
+            else:
+                caller.submit(**asked)
+        except (ShuttingDown, EngineStuck, ModelNotLoaded, QueueFull, ClientBusy, DeadlineUnmeetable) as error:
             refusal = error
         else:
             self.callers.append(caller)
-        assert isinstance(refusal, ShuttingDown) == self.draining
-        if isinstance(refusal, QueueFull):
-            assert self.unfinished >= 4
-        if isinstance(refusal, DeadlineUnmeetable):
-            assert patience is not None
-            assert refusal.estimate > patience
+            assert not self.draining
+            assert settings["model"] in self.pipelines
+        self._has_a_reason(refusal, asked, work)
+
+    def _has_a_reason(self, refusal: ServerError | None, asked: dict[str, object], work: float | None) -> None:
+        live = [caller.ticket.request for caller in self.callers if caller.ticket is not None and not caller.endings]
+        if isinstance(refusal, ShuttingDown | EngineStuck):
+            assert self.draining
+            assert isinstance(refusal, EngineStuck) == self.abandoned
+        elif isinstance(refusal, ModelNotLoaded):
+            assert asked["model"] not in self.pipelines
+        elif isinstance(refusal, QueueFull):
+            assert refusal.retry_after >= 0.1
+            assert self.unfinished >= 4 or (work is not None and work > 20.0)
+        elif isinstance(refusal, ClientBusy):
+            assert refusal.retry_after is not None
+            assert refusal.retry_after >= 0.1
+            assert sum(request.client == asked["client"] and not request.background for request in live) >= 3
+        elif isinstance(refusal, DeadlineUnmeetable):
+            assert refusal.estimate > cast(float, asked["deadline"]) - self.clock.now
 
     @precondition(lambda self: self.callers)
     @rule(data=st.data())
@@ -92,8 +124,44 @@ class Lives(RuleBasedStateMachine):
 
     @rule(pixels=st.none() | st.integers(1, 5 * 64))
     def memory_comes_and_goes(self, pixels: int | None) -> None:
-        self.pipelines["batches"].memory = pixels
+        for pipeline in self.all_pipelines:
+            pipeline.memory = pixels if pipeline.max_rows is None else None
         self.short |= pixels is not None
+
+    @rule(model=st.sampled_from(["batches", "alone"]))
+    def another_engine_takes_over(self, model: str) -> None:
+        """It goes on with the states of the one before, and models that were removed come back."""
+        self.pipelines[model] = FakePipeline(self.clock, max_rows=1 if model == "alone" else None, codec_seconds=0.5)
+        self.all_pipelines.append(self.pipelines[model])
+        self.engine.replace(model, self.pipelines[model])
+
+    @rule(model=st.sampled_from(["batches", "alone"]))
+    def a_model_is_removed(self, model: str) -> None:
+        live = [caller.ticket for caller in self.callers if caller.ticket is not None and not caller.endings]
+        if model in self.pipelines and not any(ticket.request.model == model for ticket in live):
+            self.engine.remove(model)
+            del self.pipelines[model]
+
+    @precondition(lambda self: not self.abandoned)
+    @rule(stage=st.sampled_from(["", "", "prepare", "denoise", "advance", "finish"]))
+    def the_engine_is_given_up(self, stage: str) -> None:
+        """Between two steps, or in the midst of the next call of a stage, should there be one."""
+        if not stage:
+            return self._give_up()
+        for pipeline in self.all_pipelines:
+            pipeline.before[stage] = self._give_up
+        self.engine.step()
+        for pipeline in self.all_pipelines:
+            pipeline.before.clear()
+
+    def _give_up(self) -> None:
+        self.draining = self.abandoned = True
+        self.asked_of_devices = self._asked()
+        self.engine.abandon(EngineStuck("lost"))
+        assert self.unfinished == 0, "all had ended when it returned"
+
+    def _asked(self) -> int:
+        return sum(len(it.prepared) + len(it.batches) + len(it.decoded) + len(it.released) for it in self.all_pipelines)
 
     @rule()
     def drain(self) -> None:
@@ -109,8 +177,20 @@ class Lives(RuleBasedStateMachine):
 
     @invariant()
     def nothing_is_lost_and_nothing_leaks(self) -> None:
-        held = sum(len(pipeline.prepared) - len(pipeline.released) for pipeline in self.pipelines.values())
-        assert held <= min(3, self.unfinished), "only what is active holds memory"
+        held = sum(len(pipeline.prepared) - len(pipeline.released) for pipeline in self.all_pipelines)
+        assert self.abandoned or held <= min(3, self.unfinished), "only what is active holds memory"
+
+    @invariant()
+    def nothing_more_is_asked_of_a_device_that_was_given_up(self) -> None:
+        # The call that it was given up in may still come back, and then counts.
+        assert not self.abandoned or self._asked() <= self.asked_of_devices + 3
+
+    @invariant()
+    def nobody_has_more_than_is_allowed(self) -> None:
+        live = [caller.ticket.request for caller in self.callers if caller.ticket is not None and not caller.endings]
+        for client in ("a", "b"):
+            assert sum(request.client == client and not request.background for request in live) <= 3
+        assert self.engine.stats.arriving == 0
 
     def teardown(self) -> None:
         """Half of the lives are run to their end, the others are cut short."""
@@ -122,8 +202,10 @@ class Lives(RuleBasedStateMachine):
         self.engine.close()
         self.nothing_is_answered_twice_or_told_after_its_end()
         assert self.unfinished == 0, "nothing hangs"
-        for pipeline in self.pipelines.values():
-            assert set(pipeline.released) == set(pipeline.prepared)
+        prepared = [state for pipeline in self.all_pipelines for state in pipeline.prepared]
+        released = [state for pipeline in self.all_pipelines for state in pipeline.released]
+        assert len(set(released)) == len(released)
+        assert self.abandoned or set(released) == set(prepared)
         for caller in self.callers:
             self._is_what_it_must_be(caller, cut)
 
@@ -142,6 +224,7 @@ class Lives(RuleBasedStateMachine):
             and ticket.request.prompt not in ("fail preview", "fail release"),
             OutOfMemory: ticket.request.prompt.startswith("full ") or (self.short and ticket.request.model == "batches"),
             ShuttingDown: cut,
+            EngineStuck: self.abandoned,
         }
         assert allowed[type(ending.error)], f"{ending.error!r} has no reason"
 

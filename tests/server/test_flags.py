@@ -1,21 +1,40 @@
-"""From the flags of `img2img serve` to an Execution: what the operator says is what models are run with."""
+"""From what an operator says to `img2img serve` to its configuration: flags, their errors, and `--print-config`."""
 
 import argparse
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from img2img_server.__main__ import _execution, configure
+from img2img_cli.__main__ import main
+from img2img_server.__main__ import configure, configured
+from img2img_server.config import ServerConfig
+from img2img_server.engine.scheduler import Limits
 from img2img_server.execution import PROVIDERS, Bucket, Execution
+from img2img_server.images import ImageLimits
+from test_layering import HEAVY
 
 
-def _parse(*words: str) -> Execution:
+def _parse(*words: str, **variables: str) -> ServerConfig:
     parser = argparse.ArgumentParser()
     configure(parser)
-    return _execution(parser.parse_args(["--models", "m", *words]))
+    return configured(parser.parse_args(["--models", "m", *words]), variables).config
 
 
-def test_without_flags_all_is_left_to_the_machine() -> None:
-    assert _parse() == Execution()
+def _complaint(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    """What `img2img serve` says, in one line, of words that it must refuse."""
+    try:
+        status = main(["serve", *words])
+    except SystemExit as ended:
+        status = int(ended.code or 0)
+    said = capsys.readouterr().err
+    usage, _, line = said.rpartition("usage: ")[2].rpartition("error: ")
+    assert (status, usage.count("\n"), line.count("\n")) == (2, 1 if usage else 0, 1)
+    return line.removeprefix("img2img serve: ").strip()
+
+
+def test_without_flags_all_is_as_the_configuration_has_it() -> None:
+    assert _parse() == ServerConfig(Path("m"))
 
 
 @pytest.mark.parametrize(
@@ -29,30 +48,107 @@ def test_without_flags_all_is_left_to_the_machine() -> None:
         ("--gpu-memory 1000", Execution(gpu_memory=1000)),
         ("--no-cuda-graphs", Execution(cuda_graphs=False)),
         ("--compile", Execution(compile=True)),
+        ("--no-compile", Execution()),
         ("--engine-cache there", Execution(cache=Path("there"))),
     ],
 )
-def test_each_flag_is_a_setting(words: str, expected: Execution) -> None:
+def test_each_flag_of_how_models_are_run_is_a_setting(words: str, expected: Execution) -> None:
+    assert _parse(*words.split()).execution == expected
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("--default-model x --host h --port 0", ServerConfig(Path("m"), default_model="x", host="h", port=0)),
+        ("--port-file f --grace 5 --warm-up 0", ServerConfig(Path("m"), port_file=Path("f"), grace=5, warm_up=0)),
+        ("--max-batch-size 2 --max-waiting 3", ServerConfig(Path("m"), limits=Limits(max_batch_size=2, max_waiting=3))),
+        (
+            "--cache-bytes 0 --trace t --allow-unverified",
+            ServerConfig(Path("m"), cache_bytes=0, trace=Path("t"), allow_unverified=True),
+        ),
+        (
+            "--max-steps 7 --max-image-bytes 8 --max-pixels 9",
+            ServerConfig(Path("m"), max_steps=7, image_limits=ImageLimits(max_bytes=8, max_pixels=9)),
+        ),
+    ],
+)  # fmt: skip
+def test_the_flags_that_there_always_were_are_still_there(words: str, expected: ServerConfig) -> None:
     assert _parse(*words.split()) == expected
 
 
 @pytest.mark.parametrize(
     ("words", "problem"),
     [
-        ("--provider gpu", "invalid choice: 'gpu'"),
-        ("--buckets 512", "'512' is no WIDTHxHEIGHT:ROWS, such as 512x512:2"),
-        ("--buckets 64x64:0", "'64x64:0' is no WIDTHxHEIGHT:ROWS"),
-        ("--arithmetic bf16", "invalid choice: 'bf16'"),
+        ("--provider gpu", "--provider is 'gpu', known are auto, tensorrt, cuda, openvino, cpu"),
+        ("--buckets 512", "--buckets '512' is no WIDTHxHEIGHT:ROWS, such as 512x512:2"),
+        ("--buckets 64x64:0", "--buckets '64x64:0' is no WIDTHxHEIGHT:ROWS, such as 512x512:2"),
+        ("--arithmetic bf16", "--arithmetic is 'bf16', known are auto, fp32"),
+        ("--threads 0", "--threads is 0, the least is 1"),
+        ("--port 65536", "--port is 65536, the most is 65535"),
+        ("--gpu-memory 8G", "--gpu-memory is '8G', it has to be a number of bytes, or a size such as 500MB or 1.5GiB"),
+        ("--tls-key k", "tls_certificate and tls_key belong together: set both or none"),
+        ("--config nowhere.toml", "nowhere.toml: No such file or directory"),
+        ("--max-step 9", "unrecognized arguments: --max-step 9"),
     ],
 )
-def test_what_makes_no_sense_is_told_of(words: str, problem: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as ended:
-        _parse(*words.split())
-    assert ended.value.code == 2
-    assert problem in capsys.readouterr().err
+def test_what_makes_no_sense_is_told_of_in_one_line(words: str, problem: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert _complaint(capsys, "--models", "m", *words.split()) == problem
 
 
-@pytest.mark.parametrize("words", ["--threads 0", "--gpu-memory 0"])
-def test_a_number_that_cannot_work_is_refused(words: str) -> None:
-    with pytest.raises(ValueError, match="the least is 1"):
-        _parse(*words.split())
+def test_models_have_to_be_named(capsys: pytest.CaptureFixture[str]) -> None:
+    line = _complaint(capsys, "--port", "0")
+    assert line == "models is not set: give --models DIR, the variable IMG2IMG_MODELS or the key 'models' of a file"
+
+
+def test_the_file_can_be_named_by_a_variable_and_by_a_flag_that_counts_more(tmp_path: Path) -> None:
+    one, other = tmp_path / "one.toml", tmp_path / "other.toml"
+    one.write_text("port = 1", encoding="utf-8")
+    other.write_text("port = 2", encoding="utf-8")
+    assert _parse(IMG2IMG_CONFIG=str(one)).port == 1
+    assert _parse("--config", str(other), IMG2IMG_CONFIG=str(one)).port == 2
+
+
+def test_variables_of_the_clients_commands_are_no_settings() -> None:
+    names = ("TARGET", "TOKEN", "CA", "CLIENT_CERTIFICATE", "CLIENT_KEY")
+    assert _parse(**{f"IMG2IMG_{name}": "x" for name in names}) == ServerConfig(Path("m"))
+    with pytest.raises(ValueError, match="IMG2IMG_TOKENZ is no setting that there is; did you mean IMG2IMG_TOKEN\\?"):
+        _parse(IMG2IMG_TOKENZ="x")
+
+
+def test_print_config_loads_nothing_and_prints_what_can_be_used(tmp_path: Path) -> None:
+    """In a fresh process, with models that are not there."""
+    (tmp_path / "server.toml").write_text('grace = "2m"\n[limits]\nmax_active = 3\n[tls]\n', encoding="utf-8")
+    words = ["serve", "--models", "nowhere", "--config", "server.toml", "--print-config"]
+    code = (
+        "import sys; from img2img_cli.__main__ import main; status = main(sys.argv[1:]);"
+        "print(sorted({name.split('.')[0] for name in sys.modules}), file=sys.stderr); sys.exit(status)"
+    )
+    environment = {"IMG2IMG_PORT": "7", "PATH": ""}
+    printed = subprocess.run(
+        [sys.executable, "-c", code, *words],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=environment,
+        timeout=60,
+        check=True,
+    )
+    lines = printed.stdout.splitlines()
+    for line in (
+        f'models = "{tmp_path}/nowhere"  # flag',
+        "port = 7  # IMG2IMG_PORT",
+        "grace = 120.0  # server.toml",
+        "max_active = 3  # server.toml",
+        "watchdog = 300.0  # default",
+        "# gpu_memory = (not set)",
+    ):
+        assert line in lines
+    assert not any(f"'{name}'" in printed.stderr for name in HEAVY)
+
+    again = tmp_path / "elsewhere" / "again.toml"
+    again.parent.mkdir()
+    again.write_text(printed.stdout, encoding="utf-8")
+    parser = argparse.ArgumentParser()
+    configure(parser)
+    config = configured(parser.parse_args(["--config", str(again)]), {}).config
+    assert config == ServerConfig(tmp_path / "nowhere", port=7, grace=120.0, limits=Limits(max_active=3))

@@ -117,11 +117,11 @@ def _submit_until_refused(stub: ImageToImageServiceStub) -> None:
 
 @pytest.mark.parametrize(
     "settings",
-    [{"port": -1}, {"grace": -1.0}, {"max_steps": 0}, {"max_image_count": 0},
+    [{"port": -1}, {"port": 65536}, {"grace": -1.0}, {"max_steps": 0}, {"max_image_count": 0},
      {"limits": Limits(max_batch_size=0)}, {"image_limits": ImageLimits(max_bytes=0)}],
 )  # fmt: skip
 def test_a_setting_that_cannot_work_is_refused(settings: dict[str, object]) -> None:
-    with pytest.raises(ValueError, match="the least is"):
+    with pytest.raises(ValueError, match=r"the (least|most) is"):
         ServerConfig(Path(), **settings)  # type: ignore[arg-type]
 
 

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 import grpc
 import pytest
 from fakes import FakePipeline
-from img2img.v1 import asset_pb2, asset_pb2_grpc, model_pb2, model_pb2_grpc
 from img2img.v1 import image_to_image_pb2 as pb
+from img2img.v1 import model_pb2, model_pb2_grpc
 from img2img.v1.image_to_image_pb2_grpc import ImageToImageServiceStub
 from img2img_server.config import DEFAULT_PROMPT
 from img2img_server.engine.scheduler import Limits
@@ -203,23 +203,6 @@ def test_models_are_listed_and_described(channel: grpc.Channel) -> None:
     assert described.schedulers == ["EulerDiscreteScheduler", "DDIMScheduler"]
     code, _ = failure(lambda: stub.GetModel(model_pb2.GetModelRequest(id="nope")))
     assert code == grpc.StatusCode.NOT_FOUND
-
-
-def test_what_later_work_fills_in_is_unimplemented(channel: grpc.Channel) -> None:
-    models, assets = model_pb2_grpc.ModelServiceStub(channel), asset_pb2_grpc.AssetServiceStub(channel)
-    images = ImageToImageServiceStub(channel)
-    calls = [
-        lambda: models.LoadModel(model_pb2.LoadModelRequest(id="m")),
-        lambda: models.UnloadModel(model_pb2.UnloadModelRequest(id="m")),
-        lambda: assets.UploadAsset(iter([asset_pb2.UploadAssetRequest(chunk=b"")])),
-        lambda: list(assets.GetAsset(asset_pb2.GetAssetRequest(id="a"))),
-        lambda: assets.DeleteAsset(asset_pb2.DeleteAssetRequest(id="a")),
-        lambda: images.Transform(request(image=pb.ImageSource(asset_id="a"))),
-        lambda: images.Transform(request(output=pb.OutputOptions(as_asset=True))),
-    ]
-    for call in calls:
-        code, details = failure(call)
-        assert (code, details["reason"]) == (grpc.StatusCode.UNIMPLEMENTED, "NOT_SUPPORTED")
 
 
 def test_a_failing_model_says_nothing_internal(stub: ImageToImageServiceStub, caplog: pytest.LogCaptureFixture) -> None:

@@ -4,6 +4,7 @@ import asyncio
 import io
 from collections.abc import Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,6 +16,7 @@ from img2img.v1 import image_to_image_pb2 as pb
 from img2img.v1.image_to_image_pb2_grpc import ImageToImageServiceStub
 from img2img_server.engine.engine import Accepted
 from img2img_server.engine.request import Completed, Event, Listener, Progress, Queued, Request, Started, Timings
+from img2img_server.engine.room import Place
 from img2img_server.errors import DeadlineUnmeetable, ServerError
 from img2img_server.interceptors import to_status
 from img2img_server.parsing import image_digest
@@ -119,7 +121,10 @@ class ScriptedEngine:
     def clock(self) -> float:
         return 0.0
 
-    def submit(self, request: Request, listener: Listener) -> Accepted:
+    def arriving(self, client: str) -> AbstractContextManager[Place]:
+        return nullcontext(Place(client))
+
+    def submit(self, request: Request, listener: Listener, place: Place) -> Accepted:
         if self.error is not None:
             raise self.error
         for event in self.script:

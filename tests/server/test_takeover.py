@@ -13,7 +13,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from img2img_client import Client, ModelNotFound
 from img2img_server.engine.engine import Engine
 from img2img_server.engine.spans import Span
-from img2img_server.errors import BundleError
+from img2img_server.errors import BundleError, ModelNotLoaded
 from img2img_server.models import EngineState
 from img2img_server.takeover import Takeover
 from PIL import Image
@@ -190,7 +190,7 @@ def assert_serves_as_before(engine: Engine, store: WatchedStore, serving: FakePi
     assert done.wait(60)
     assert store.get("m").pipeline is serving
     assert serving.batches[-1][0].request.model == "m"
-    with pytest.raises(KeyError):
+    with pytest.raises(ModelNotLoaded):
         engine.submit(make_request(model=f"m/{ENGINE}"), lambda event: None)
 
 

@@ -19,7 +19,6 @@ from img2img_server.execution import Execution
 from img2img_server.models import EngineState
 from img2img_server.pipelines.engine_cache import EngineCache
 from img2img_server.pipelines.loader import load_pipeline
-from img2img_server.pipelines.runners import HostRunner
 from img2img_server.pipelines.sessions import SessionOptions, open_session
 from img2img_server.pipelines.tensorrt_contender import Shelf, TensorRTContender, Workshop
 from PIL import Image
@@ -56,10 +55,7 @@ def contend(bundle: Get, tmp_path: Path) -> Callable[..., tuple[TensorRTContende
                 spoilt_unet(graph, tmp_path) if spoilt and graph.parent.name == "unet" else graph, SessionOptions()
             )
 
-        make = shelf.keep(lambda name, graph: HostRunner(open_session(graph, SessionOptions())))
-        for name in ("text_encoder", "unet", "vae_encoder", "vae_decoder"):
-            make(name, path / name / "model.onnx")
-        serving = load_pipeline(path, manifest, Execution("cpu"))
+        serving = load_pipeline(path, manifest, Execution("cpu"), keep=shelf.keep)
         denoise = serving.denoise
         serving.denoise = lambda states: [denoise(states) for _ in range(4)][-1]  # type: ignore[method-assign]
         builder = [sys.executable, "-c", _BUILDER]

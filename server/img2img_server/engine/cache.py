@@ -1,7 +1,8 @@
 """A cache by content with a byte budget: what was computed for one request and serves the next."""
 
+import threading
 from collections import OrderedDict
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,13 +21,14 @@ class CacheStats:
 class Cache:
     """Holds values up to `budget` bytes and forgets the least recently used first. A budget of 0 switches it off.
 
-    Used by the engine's thread only; `stats` may be read by any.
+    Any thread may use it.
     """
 
     def __init__(self, budget: int) -> None:
         self.budget = budget
         self._entries: OrderedDict[Hashable, tuple[Any, int]] = OrderedDict()
         self._bytes = self._hits = self._misses = self._evictions = 0
+        self._lock = threading.Lock()
 
     @property
     def stats(self) -> CacheStats:
@@ -35,21 +37,29 @@ class Cache:
 
     def get(self, key: Hashable) -> Any:
         """The value stored under `key`, None where there is none."""
-        if key not in self._entries:
-            self._misses += 1
-            return None
-        self._hits += 1
-        self._entries.move_to_end(key)
-        return self._entries[key][0]
+        with self._lock:
+            if key not in self._entries:
+                self._misses += 1
+                return None
+            self._hits += 1
+            self._entries.move_to_end(key)
+            return self._entries[key][0]
 
     def put(self, key: Hashable, value: Any, size: int) -> None:
         """Stores `value`, which takes `size` bytes. What is larger than the budget is not kept."""
-        self._bytes -= self._entries.pop(key, (None, 0))[1]
-        if size > self.budget:
-            return
-        self._entries[key] = (value, size)
-        self._bytes += size
-        while self._bytes > self.budget:
-            _, (_, freed) = self._entries.popitem(last=False)
-            self._bytes -= freed
-            self._evictions += 1
+        with self._lock:
+            self._bytes -= self._entries.pop(key, (None, 0))[1]
+            if size > self.budget:
+                return
+            self._entries[key] = (value, size)
+            self._bytes += size
+            while self._bytes > self.budget:
+                _, (_, freed) = self._entries.popitem(last=False)
+                self._bytes -= freed
+                self._evictions += 1
+
+    def drop(self, unwanted: Callable[[Any], bool]) -> None:
+        """Forgets every entry whose key is `unwanted`."""
+        with self._lock:
+            for key in [key for key in self._entries if unwanted(key)]:
+                self._bytes -= self._entries.pop(key)[1]

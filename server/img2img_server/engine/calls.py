@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 from img2img_server.engine.costs import STAGES, Costs
 from img2img_server.engine.request import Pipeline, Ticket
 from img2img_server.engine.spans import Span
+from img2img_server.engine.under_way import UnderWay
 from img2img_server.errors import ModelFailed, OutOfMemory, ServerError
 
 _log = logging.getLogger(__name__)
@@ -22,7 +23,7 @@ class Calls:
     """Makes the calls of models, times them and finds out what they have room for.
 
     `pipelines` may change between two calls. `lock` guards `costs`; `clock` is the engine's; `observe` is told of every call that
-    worked.
+    worked. Once the engine was given up no call is made any more: Abandoned is raised in its place.
     """
 
     def __init__(
@@ -32,12 +33,14 @@ class Calls:
         lock: AbstractContextManager[Any],
         clock: Callable[[], float],
         observe: Callable[[Span], None],
+        under_way: UnderWay,
     ) -> None:
         self._pipelines = pipelines
         self._costs = costs
         self._lock = lock
         self._clock = clock
         self._observe = observe
+        self._under_way = under_way
 
     def run(
         self, stage: str, tickets: Sequence[Ticket], work: Work[_R]
@@ -52,10 +55,8 @@ class Calls:
         left = self._parts(stage, tickets)
         while left:
             some = left.pop(0)
-            begun = self._clock()
-            results, error = _attempt(self._pipelines[some[0].request.model], some, work)
+            results, error = self.once(stage, some, work)
             if error is None:
-                self.note(stage, some, begun)
                 done += zip(some, results, strict=True)
                 continue
             full = isinstance(error, OutOfMemory)
@@ -71,13 +72,24 @@ class Calls:
             del error
         return done, failed
 
-    def note(self, stage: str, tickets: Sequence[Ticket], begun: float) -> None:
+    def once(self, stage: str, tickets: Sequence[Ticket], work: Work[_R]) -> tuple[Sequence[_R], Exception | None]:
+        """One call for all `tickets`: a result for each, or what it raised."""
+        model, rows, begun = tickets[0].request.model, _rows(stage, tickets), self._clock()
+        self._under_way.check()
+        with self._under_way.call(stage, model, len(tickets), rows):
+            results, error = _attempt(self._pipelines[model], tickets, work)
+        if error is None:
+            self._note(stage, tickets, begun)
+        return results, error
+
+    def _note(self, stage: str, tickets: Sequence[Ticket], begun: float) -> None:
         """Tells of a call that worked, and learns what it takes."""
         seconds, rows = self._clock() - begun, _rows(stage, tickets)
         if stage in STAGES:
             with self._lock:
                 self._costs.record(stage, tickets[0].group, tickets[0].plan.pixels, rows, seconds)
-        self._observe(Span(stage, tickets[0].request.model, len(tickets), rows, begun, seconds))
+        members = tuple(ticket.request for ticket in tickets)
+        self._observe(Span(stage, tickets[0].request.model, len(tickets), rows, begun, seconds, members))
 
     def _parts(self, stage: str, tickets: Sequence[Ticket]) -> list[Sequence[Ticket]]:
         """`tickets` in calls of no more rows than there was room for. One that has more of its own is alone."""
@@ -123,5 +135,6 @@ def _told(error: Exception, ticket: Ticket) -> ServerError:
         return OutOfMemory(f"no memory for {count} {'picture' if count == 1 else 'pictures'} of {width} x {height} pixels")
     if isinstance(error, ServerError):
         return error
-    _log.error("model '%s' failed", ticket.request.model, exc_info=error)
+    extra = {"request_id": ticket.request.id}
+    _log.error("model '%s' failed", ticket.request.model, exc_info=error, extra=extra)
     return ModelFailed("the model failed on this request")

@@ -100,16 +100,19 @@ class Costs:
         self._curves: dict[tuple[Stage, str], dict[Hashable, _Curve]] = {}
         self._pace: dict[str, float] = {}
         self._bounds: dict[tuple[Stage, str], _Bound] = {}
+        self._found: dict[tuple[Stage, Group, int, int], float | None] = {}  # what `seconds` said since anything was learnt
 
     def measured(self, stage: Stage, group: Group, pixels: int, rows: int, seconds: float) -> None:
         """Notes what a call of `rows` rows, each of `pixels` pixels, takes when nothing disturbs it."""
         model, shape = group
+        self._found.clear()
         self._curves.setdefault((stage, model), {}).setdefault(shape, _Curve(pixels)).set(rows, seconds)
 
     def record(self, stage: Stage, group: Group, pixels: int, rows: int, seconds: float) -> None:
         """Learns from a call that took `seconds`."""
         if (bound := self._bounds.get((stage, group[0]))) is not None:
             bound.count()
+        self._found.clear()
         expected = self._table_seconds(stage, group, pixels, rows)
         if expected is None:
             return self.measured(stage, group, pixels, rows, seconds)
@@ -124,8 +127,13 @@ class Costs:
 
     def seconds(self, stage: Stage, group: Group, pixels: int, rows: int) -> float | None:
         """The expected seconds of such a call, as things go now; None before the first call of that model."""
-        known = self._table_seconds(stage, group, pixels, rows)
-        return None if known is None else known * self._pace.get(group[0], 1.0)
+        key = (stage, group, pixels, rows)
+        try:
+            return self._found[key]
+        except KeyError:
+            known = self._table_seconds(stage, group, pixels, rows)
+            self._found[key] = expected = None if known is None else known * self._pace.get(group[0], 1.0)
+            return expected
 
     def _table_seconds(self, stage: Stage, group: Group, pixels: int, rows: int) -> float | None:
         curves = self._curves.get((stage, group[0]))

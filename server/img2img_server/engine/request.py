@@ -1,7 +1,8 @@
 """What goes through the engine: requests, their events and endings, and the protocol of a pipeline that runs them."""
 
+import threading
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from PIL import Image
@@ -176,6 +177,10 @@ class Pipeline(Protocol):
         """Frees what a state holds outside of Python's memory. Called once for each state, however its request ended."""
         ...
 
+    def close(self) -> None:
+        """Gives up what others keep for it: the model is being unloaded. Called once, after all else, from any thread."""
+        ...
+
 
 Listener = Callable[[Event], None]
 
@@ -184,8 +189,8 @@ Listener = Callable[[Event], None]
 class Ticket:
     """An accepted request on its way to its one ending.
 
-    The engine's thread drives it and calls `listener` for each event; any thread may cancel it. Times are of the engine's
-    clock, in seconds.
+    The engine's thread drives it and calls `listener` for each event, under its `lock`; any thread may cancel it. Times are of
+    the engine's clock, in seconds.
     """
 
     request: Request
@@ -210,6 +215,8 @@ class Ticket:
     """Whether the caller gave up."""
     ended: bool = False
     """Whether its ending was delivered."""
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    """Held while the listener is told: whoever ends it may be another thread than the one that takes it on."""
 
     @property
     def steps_left(self) -> int:
@@ -227,11 +234,13 @@ class Ticket:
 
     def tell(self, event: Queued | Started | Progress) -> None:
         """Tells the listener how it goes. Nothing is told after the ending."""
-        if not self.ended:
-            self.listener(event)
+        with self.lock:
+            if not self.ended:
+                self.listener(event)
 
     def end(self, ending: Ending) -> None:
         """Delivers the ending. A second one is a bug of the engine."""
-        assert not self.ended, f"request {self.number} ended twice"
-        self.ended = True
-        self.listener(ending)
+        with self.lock:
+            assert not self.ended, f"request {self.number} ended twice"
+            self.ended = True
+            self.listener(ending)

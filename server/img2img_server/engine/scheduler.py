@@ -1,17 +1,20 @@
 """Keeps the waiting and the active requests: who has to leave, who is admitted, who shares the next call. Computes nothing."""
 
+import itertools
 import math
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
-from img2img_server.engine.costs import Costs, Stage
-from img2img_server.engine.policy import Job, Policy
+from img2img_server.engine.costs import Costs
+from img2img_server.engine.policy import Policy
 from img2img_server.engine.request import Ticket
+from img2img_server.engine.turns import Job
 from img2img_server.errors import DeadlineExpired, DeadlineUnmeetable, RequestCancelled, ServerError
 from img2img_server.settings import setting
 
-_MOST_FORECAST = 96
-"""Requests up to which the policy is run ahead for a forecast. Beyond, it would take longer than the answer is good for."""
+_MOST_FORECAST = 48
+"""Requests up to which the policy is run ahead for a forecast. That takes time that grows with their square, and beyond so many
+it is no nearer to what happens than the work of those who come before."""
 _LEAST_WEIGHT = 0.15
 """Of the newest request in the running mean of what forecasts were wrong by."""
 _CAUTION = 4
@@ -33,7 +36,10 @@ class Limits:
     max_waiting: int = setting(256, "requests that may wait", metavar="N", least=1)
     max_admitted: int = setting(4, "requests that may be encoded between two steps of the others", metavar="N", least=1)
     max_waiting_seconds: float | None = setting(
-        None, "estimated seconds of work that may wait; beyond, requests are refused (default: no bound)", metavar="SECONDS"
+        None,
+        "estimated seconds of work that may wait; beyond, requests are refused (default: no bound)",
+        metavar="SECONDS",
+        least=0,
     )
     max_client_waiting: int = setting(128, "requests of one client that may wait or run", metavar="N", least=1)
 
@@ -65,7 +71,7 @@ class Scheduler:
         """Takes out every request that was cancelled or whose deadline has passed, with the reason."""
         leaving = [(ticket, error) for ticket in (*self.active, *self.waiting) if (error := _gone(ticket, now))]
         for ticket, _ in leaving:
-            self.remove(ticket)
+            self.take_out(ticket)
         return leaving
 
     def admit(self, now: float) -> list[Ticket]:
@@ -73,7 +79,7 @@ class Scheduler:
         room = min(self.limits.max_admitted, self.limits.max_active - len(self.active))
         if not self.waiting or room <= 0:
             return []
-        order = sorted(self.waiting, key=lambda ticket: self._job(ticket).rank(now))
+        order = [ticket for ticket, _ in self.places(now)]
         chosen = [ticket for ticket in order if ticket.group == order[0].group][:room]
         for ticket in chosen:
             self.waiting.remove(ticket)
@@ -82,8 +88,8 @@ class Scheduler:
 
     def next_batch(self, now: float) -> list[Ticket]:
         """The requests of the next call."""
-        if len(self.active) < 2:
-            return list(self.active)
+        if not self.active:
+            return []
         batch = self._policy.next_batch(list(map(self._job, self.active)), len(self.waiting), self._max_rows, now)
         tickets = {ticket.number: ticket for ticket in self.active}
         for ticket in self.active:
@@ -93,30 +99,57 @@ class Scheduler:
             ticket.passed_over = 0
         return chosen
 
-    def remove(self, ticket: Ticket) -> None:
-        """Takes a request out, wherever it is."""
-        (self.waiting if ticket in self.waiting else self.active).remove(ticket)
-
-    def position(self, ticket: Ticket, now: float) -> int:
-        """How many of the waiting requests come before `ticket`."""
-        rank = self._job(ticket).rank(now)
-        return sum(self._job(other).rank(now) < rank for other in self.waiting if other is not ticket)
+    def take_out(self, ticket: Ticket) -> bool:
+        """Takes a request out, wherever it is. False where it is out already."""
+        for tickets in (self.waiting, self.active):
+            if ticket in tickets:
+                tickets.remove(ticket)
+                return True
+        return False
 
     def places(self, now: float) -> list[tuple[Ticket, int]]:
         """Every waiting request, and how many come before it."""
-        order = sorted(self.waiting, key=lambda ticket: self._job(ticket).rank(now))
-        return [(ticket, position) for position, ticket in enumerate(order)]
+        order = self._policy.in_order(map(self._job, (*self.active, *self.waiting)), now)
+        return [(ticket, position) for position, ticket in enumerate(self._line(order, self.waiting))]
 
-    def forecast(self, ticket: Ticket, now: float) -> float | None:
-        """Seconds until `ticket`, which need not be in yet, would be finished if no other came. None while costs are unknown."""
+    def look_at(self, ticket: Ticket, now: float) -> tuple[int, float | None]:
+        """How many of the waiting requests come before `ticket`, which is not in yet, and the seconds until it would be finished
+        if no other came; None where costs are unknown."""
+        tickets = (*self.active, *self.waiting, ticket)
+        jobs = list(map(self._job, tickets))
+        order = self._policy.in_order(jobs, now)
+        position = self._line(order, (*self.waiting, ticket)).index(ticket)
         if self._costs.seconds("denoise", ticket.group, ticket.plan.pixels, ticket.plan.rows) is None:
-            return None
-        tickets = {other.number: other for other in (*self.active, *self.waiting, ticket)}
-        jobs = [self._job(other) for other in tickets.values()]
+            return position, None
         if len(jobs) > _MOST_FORECAST:
-            own = self._job(ticket).seconds_left
-            return sum(min(job.seconds_left, own) for job in jobs)
-        return self._policy.forecast(jobs, self._max_rows, now)[ticket.number] - now
+            return position, self._work([*itertools.takewhile(lambda job: job is not jobs[-1], order), jobs[-1]])
+        ends = self._policy.forecast(jobs, self._max_rows, now)
+        return position, next(end for number, end in ends if number == ticket.number) - now
+
+    def count(self, client: str) -> int:
+        """How many requests of `client` are in; none of those in the background is anybody's."""
+        requests = (ticket.request for ticket in (*self.active, *self.waiting))
+        return sum(request.client == client and not request.background for request in requests)
+
+    def next_end(self, client: str, now: float) -> float | None:
+        """Seconds until the first request of `client` is expected to be finished; None where nothing is known."""
+        tickets = [ticket for ticket in (*self.active, *self.waiting) if ticket.request.client == client]
+        return min((ticket.expected - now for ticket in tickets if ticket.expected is not None), default=None)
+
+    def work(self) -> float | None:
+        """About how many seconds all that is in still takes; None where the costs of some of it are unknown."""
+        tickets = (*self.active, *self.waiting)
+        return self._work(list(map(self._job, tickets))) if self._known(tickets) else None
+
+    def next_place(self, now: float) -> float | None:
+        """Seconds until the first of those who wait is expected to begin: after the next step, where there is room beside those
+        who are active, else after the first end of one of those. None where costs are unknown."""
+        jobs = list(map(self._job, self.active))
+        if not jobs or not self._known(self.active):
+            return None
+        if len(jobs) < self.limits.max_active:
+            return self._policy.next_seconds(jobs, self._max_rows, now)
+        return next(end for _, end in self._policy.forecast(jobs, self._max_rows, now)) - now
 
     def check_deadline(self, ticket: Ticket) -> None:
         """Raises DeadlineUnmeetable where the forecast ends after the deadline, though a deadline comes before all else."""
@@ -128,9 +161,14 @@ class Scheduler:
     def look_ahead(self, now: float) -> None:
         """Sets anew when each request is expected to be finished."""
         tickets = (*self.active, *self.waiting)
-        if not tickets or len(tickets) > _MOST_FORECAST:
-            return
-        ends = self._policy.forecast(map(self._job, tickets), self._max_rows, now)
+        jobs = list(map(self._job, tickets))
+        if len(jobs) <= _MOST_FORECAST:
+            ends = dict(self._policy.forecast(jobs, self._max_rows, now))
+        else:
+            order = self._policy.in_order(jobs, now)
+            apart = list(itertools.accumulate(job.seconds_left for job in order))
+            pace = self._work(jobs) / (apart[-1] or 1.0)
+            ends = {job.number: now + pace * seconds for job, seconds in zip(order, apart, strict=True)}
         for ticket in tickets:
             if ticket.forecast is not None:
                 ticket.expected = now + self.estimate(ticket, ends[ticket.number] - now)
@@ -154,25 +192,39 @@ class Scheduler:
             ticket.likeness = ticket.plan.step_count.bit_length(), len(self).bit_length()
         return ticket.likeness
 
+    def _line(self, order: Sequence[Job], waiting: Sequence[Ticket]) -> list[Ticket]:
+        """`waiting` in the order of their admission: a client that has none in progress comes before those that have, so that it
+        waits for one place at most, however many others wait."""
+        tickets = {ticket.number: ticket for ticket in waiting}
+        served = {ticket.request.client for ticket in self.active} - {""}
+        line = [tickets[job.number] for job in order if job.number in tickets]
+        return sorted(line, key=lambda ticket: (ticket.request.background, ticket.request.client in served))
+
+    def _known(self, tickets: Sequence[Ticket]) -> bool:
+        """Whether something is known of what the calls of each take."""
+        groups = {ticket.group: ticket.plan for ticket in tickets}
+        return all(self._costs.seconds("denoise", group, plan.pixels, plan.rows) is not None for group, plan in groups.items())
+
+    def _work(self, jobs: Sequence[Job]) -> float:
+        return self._policy.work(jobs, self._max_rows, self.limits.max_active)
+
     def _job(self, ticket: Ticket) -> Job:
-        plan = ticket.plan
-
-        def seconds(stage: Stage, rows: int, unknown: float) -> float:
-            known = self._costs.seconds(stage, ticket.group, plan.pixels, rows)
-            return unknown if known is None else known
-
+        plan, group, pixels, seconds = ticket.plan, ticket.group, ticket.plan.pixels, self._costs.seconds
+        step = seconds("denoise", group, pixels, plan.rows)
+        setup = seconds("prepare", group, pixels, 1) if ticket.state is None else None
         return Job(
             number=ticket.number,
-            group=ticket.group,
-            pixels=plan.pixels,
+            group=group,
+            pixels=pixels,
             rows=plan.rows,
             steps_left=ticket.steps_left,
             deadline=ticket.request.deadline,
-            step_seconds=seconds("denoise", plan.rows, 1.0),
-            setup=seconds("prepare", 1, 0.0) if ticket.state is None else 0.0,
-            ending=seconds("finish", len(ticket.request.seeds), 0.0),
+            step_seconds=1.0 if step is None else step,
+            setup=setup or 0.0,
+            ending=seconds("finish", group, pixels, len(ticket.request.seeds)) or 0.0,
             passed_over=ticket.passed_over,
             background=ticket.request.background,
+            client=ticket.request.client,
         )
 
 

@@ -2,10 +2,13 @@
 
 from dataclasses import dataclass
 
+from img2img_server.engine.request import Request
+
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """A stage that ran on the engine's thread from `start` for `seconds`, on the engine's clock."""
+    """A stage that ran on the engine's thread from `start` for `seconds`, on the engine's clock. `members` are the `requests`
+    that shared it."""
 
     stage: str
     model: str
@@ -13,6 +16,7 @@ class Span:
     rows: int
     start: float
     seconds: float
+    members: tuple[Request, ...] = ()
 
 
 def ignore(span: Span) -> None:

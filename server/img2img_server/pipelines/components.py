@@ -135,6 +135,9 @@ def _load(component_class: Any, folder: Path) -> Any:
     settings: dict[str, Any] = {"local_files_only": True}
     if inspect.isclass(component_class) and issubclass(component_class, torch.nn.Module):
         settings |= {"torch_dtype": torch.float32, "use_safetensors": True}
+    elif component_class.__module__.startswith("transformers."):
+        # Left unset, it asks at the terminal whether to run code that the bundle, or a repository that it names, brings.
+        settings["trust_remote_code"] = False
     try:
         return component_class.from_pretrained(folder, **settings)
     except LOAD_ERRORS as error:

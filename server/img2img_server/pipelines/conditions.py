@@ -70,6 +70,10 @@ class Encoder:
                     self._cache.put((self._own, "picture", key), own, own.nbytes)
         return [DiagonalGaussianDistribution(found[key]) for key in keys]
 
+    def close(self) -> None:
+        """Takes what is its own out of the cache."""
+        self._cache.drop(lambda key: key[0] is self._own)
+
     def _encode_pixels(self, pixels: torch.Tensor) -> torch.Tensor:
         vae = self._pipe.vae
         parameters: torch.Tensor = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.parameters

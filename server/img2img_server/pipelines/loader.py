@@ -17,6 +17,7 @@ from img2img_server.limits import Precision
 from img2img_server.pipelines import cores, gate, openvino
 from img2img_server.pipelines.compiled import compile_modules
 from img2img_server.pipelines.components import Components
+from img2img_server.pipelines.foreign import refuse_foreign
 from img2img_server.pipelines.latent_consistency import LatentConsistency
 from img2img_server.pipelines.placement import Placement
 from img2img_server.pipelines.providers import ERRORS, Choice, choose
@@ -55,6 +56,7 @@ def load_pipeline(
     remember what it made.
     Raises BundleError where the bundle does not fit this server or the provider is not there.
     """
+    refuse_foreign(bundle)
     execution = execution or Execution()
     threads = execution.threads or cores.count()
     cache = cache or Cache(0)

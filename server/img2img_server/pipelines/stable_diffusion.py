@@ -137,6 +137,10 @@ class StableDiffusion:
     def release(self, state: DiffusionState) -> None:
         """Nothing is held outside of Python's memory."""
 
+    def close(self) -> None:
+        """Takes its texts and pictures out of the cache."""
+        self._encoder.close()
+
     def _begin(
         self,
         request: Request,

@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from weakref import WeakValueDictionary
 
 import onnxruntime
 import torch
@@ -152,10 +153,13 @@ class TensorRTContender:
 
 
 class Shelf:
-    """Keeps the runners that serve, so that a second pipeline of the same bundle has them, too: their weights are there once."""
+    """Knows the runners that serve, so that a second pipeline of the same bundle has them, too: their weights are there once.
+
+    It keeps none alive: with the pipeline of a model that is unloaded its runners are gone.
+    """
 
     def __init__(self) -> None:
-        self._runners: dict[tuple[Path, str], Runner] = {}
+        self._runners: WeakValueDictionary[tuple[Path, str], Runner] = WeakValueDictionary()
 
     def keep(self, make: Make) -> Make:
         """`make`, whose runners are kept."""

@@ -102,6 +102,9 @@ class WholePipeline:
         """The request has left its call. One that was cut short and has nobody left is unwound."""
         state.call.leave()
 
+    def close(self) -> None:
+        """Nothing is kept elsewhere."""
+
     def _resume(self, call: Call, states: Sequence[WholeState], alone: bool) -> None:
         """Runs a call's next piece. Where that fails the engine asks again for fewer; for one that is `alone` it would not."""
         while (error := call.resume()) is not None:

@@ -1,0 +1,95 @@
+"""Pictures on their way to a server that keeps them, and back, with their content checked at either end."""
+
+import hashlib
+import io
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import grpc
+from img2img.v1 import asset_pb2
+
+from img2img_client.calls import Metadata, finish
+from img2img_client.errors import Img2ImgError
+from img2img_client.options import ADDRESS_SCHEMES, ImageInput, read_file
+from img2img_client.responses import parse_asset, parse_error, parse_request_id
+from img2img_client.values import Asset
+
+CHUNK_BYTES = 512 * 1024
+"""Of a message of an upload; 256 KiB to 1 MiB were measured to be best."""
+
+
+class Upload:
+    """A file that is sent in chunks, as often as that is tried.
+
+    It is read once when this is made, for its size and its SHA-256, and once for each attempt, never as a whole. TypeError for
+    what is no picture, ValueError for an address, OSError where the file cannot be read.
+    """
+
+    def __init__(self, image: ImageInput) -> None:
+        if isinstance(image, Asset) or (isinstance(image, str) and image.startswith(ADDRESS_SCHEMES)):
+            raise ValueError("an asset or an address is no file to upload: give a path, a file's bytes or a Pillow image")
+        self._source = Path(image) if isinstance(image, str | os.PathLike) else read_file(image)
+        self._failure: OSError | None = None
+        with self._open() as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            self._info = asset_pb2.UploadAssetInfo(size=file.seek(0, os.SEEK_END), sha256=digest)
+
+    def attempt(
+        self,
+        method: "grpc.StreamUnaryMultiCallable[asset_pb2.UploadAssetRequest, asset_pb2.UploadAssetResponse]",
+        seconds: float | None,
+        metadata: Metadata,
+    ) -> tuple[Asset, str]:
+        """Sends the file. OSError where it could not be read to its end."""
+        self._failure = None
+        try:
+            response, request_id = finish(method.future(self._messages(), timeout=seconds, metadata=metadata))
+        except Img2ImgError:
+            if self._failure is not None:
+                raise self._failure from None  # What the server says of half a file is beside the point.
+            raise
+        return parse_asset(response.asset), request_id
+
+    def _messages(self) -> Iterator[asset_pb2.UploadAssetRequest]:
+        """What is sent: runs on a thread of gRPC's, which would log what is raised here and tell the caller nothing of it."""
+        yield asset_pb2.UploadAssetRequest(info=self._info)
+        try:
+            with self._open() as file:
+                while chunk := file.read(CHUNK_BYTES):
+                    yield asset_pb2.UploadAssetRequest(chunk=chunk)
+        except OSError as error:
+            self._failure = error  # The file ends early, so the server refuses it.
+
+    def _open(self) -> "io.BufferedReader | io.BytesIO":
+        return io.BytesIO(self._source) if isinstance(self._source, bytes) else self._source.open("rb")
+
+
+def download(
+    method: "grpc.UnaryStreamMultiCallable[asset_pb2.GetAssetRequest, asset_pb2.GetAssetResponse]",
+    asset_id: str,
+    seconds: float | None,
+    metadata: Metadata,
+) -> tuple[bytes, str]:
+    """Gets a picture's file, whole and as it was announced, and the call's name in the server's log.
+
+    An Img2ImgError with the status DATA_LOSS where what came is not what the server said it would be.
+    """
+    call = method(asset_pb2.GetAssetRequest(id=asset_id), timeout=seconds, metadata=metadata)
+    announced = asset_pb2.Asset()
+    data = bytearray()
+    try:
+        for message in call:
+            if message.HasField("asset"):
+                announced = message.asset
+            data += message.chunk
+            if len(data) > announced.size:
+                break  # A server that never ends must not fill the memory.
+        request_id = parse_request_id(call.initial_metadata())
+    except grpc.RpcError as error:
+        raise parse_error(error) from error
+    finally:
+        call.cancel()
+    if hashlib.sha256(data).hexdigest() != announced.sha256:
+        raise Img2ImgError(f"asset {asset_id} arrived damaged", status="DATA_LOSS", request_id=request_id)
+    return bytes(data), request_id

@@ -1,0 +1,133 @@
+"""How a client makes a call: the token goes with it, failures are tried again, and tracing hears of it."""
+
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Protocol, TypeVar
+
+import grpc
+from google.protobuf.message import Message
+
+from img2img_client.errors import Img2ImgError
+from img2img_client.responses import REQUEST_ID, parse_error, parse_request_id
+from img2img_client.retry import Attempts, RetryPolicy, Stop
+from img2img_client.tracing import CallSpan
+
+Metadata = tuple[tuple[str, str], ...]
+"""Of a call, as gRPC takes it."""
+
+_Request = TypeVar("_Request", bound=Message)
+_Response = TypeVar("_Response", bound=Message)
+_Result = TypeVar("_Result")
+_Answer = TypeVar("_Answer", covariant=True)
+
+_REQUEST_ID_FORM = re.compile(r"[A-Za-z0-9_.:-]{1,64}")
+"""What a server takes for the name of a call."""
+
+
+class Call(Protocol[_Answer]):
+    """A call that runs, as gRPC gives it back: of those that have one answer."""
+
+    def result(self) -> _Answer:
+        """Waits for the answer."""
+
+    def cancel(self) -> bool:
+        """Ends it."""
+
+    def initial_metadata(self) -> "tuple[tuple[str, str | bytes], ...] | None":
+        """What came before the answer."""
+
+
+class Caller:
+    """Makes the calls of one client. `metadata` goes with each; `timeout`, in seconds, holds for those that name none."""
+
+    def __init__(self, target: str, metadata: Metadata, timeout: float | None, policy: RetryPolicy | None) -> None:
+        self.target = target
+        self.metadata = metadata
+        self.stop = Stop()
+        self._timeout = timeout
+        self._policy = policy
+
+    def seconds(self, timeout: float | None) -> float | None:
+        """The time-out of a call that was given this one."""
+        return self._timeout if timeout is None else timeout
+
+    def unary(
+        self,
+        procedure: str,
+        method: "grpc.UnaryUnaryMultiCallable[_Request, _Response]",
+        request: _Request,
+        timeout: float | None,
+        *,
+        safe: bool = True,
+        request_id: str | None = None,
+    ) -> tuple[_Response, str]:
+        """Calls a procedure of one message each way. Returns the answer and the call's name in the server's log."""
+        return self.run(
+            procedure,
+            lambda seconds, metadata: finish(method.future(request, timeout=seconds, metadata=metadata)),
+            timeout,
+            safe=safe,
+            request_id=request_id,
+        )
+
+    def run(
+        self,
+        procedure: str,
+        attempt: Callable[[float | None, Metadata], tuple[_Result, str]],
+        timeout: float | None,
+        *,
+        safe: bool = True,
+        request_id: str | None = None,
+    ) -> tuple[_Result, str]:
+        """Calls a procedure, such as "ImageToImageService/Transform", by `attempt`, which is given its time-out and metadata, and
+        returns the result and the call's name.
+
+        One that is not `safe` to make twice is attempted once.
+        """
+        span, metadata, attempts = self.begin(procedure, timeout, stop=self.stop, safe=safe, request_id=request_id)
+        with span:
+            while True:
+                try:
+                    result, answered = attempt(attempts.seconds_left(), metadata)
+                except Img2ImgError as error:
+                    if not attempts.again(error):
+                        raise
+                else:
+                    span.answered(answered)
+                    return result, answered
+
+    def begin(
+        self, procedure: str, timeout: float | None, *, stop: Stop, safe: bool = True, request_id: str | None = None
+    ) -> tuple[CallSpan, Metadata, Attempts]:
+        """A new call's span, what goes with each attempt, and the attempts, whose waits `stop` ends early.
+
+        ValueError for a `request_id` that a server would not take.
+        """
+        if request_id is not None and not _REQUEST_ID_FORM.fullmatch(request_id):
+            raise ValueError(f"request_id has 1 to 64 letters, digits and _ . : -, unlike {request_id!r}")
+        span = CallSpan(procedure, self.target)
+        named = () if request_id is None else ((REQUEST_ID, request_id),)
+        policy = self._policy if safe else None
+        if policy is not None:
+            policy = replace(policy, on_retry=_both(span, policy))
+        return span, (*self.metadata, *span.metadata, *named), Attempts(policy, self.seconds(timeout), stop.wait)
+
+
+def finish(call: Call[_Result]) -> tuple[_Result, str]:
+    """Waits for a call's answer; gives it and the call's name in the server's log. Raises an Img2ImgError."""
+    try:
+        return call.result(), parse_request_id(call.initial_metadata())
+    except grpc.RpcError as error:
+        raise parse_error(error) from error
+    finally:
+        call.cancel()  # Does nothing to a call that has ended; Ctrl-C leaves here with one that has not.
+
+
+def _both(span: CallSpan, policy: RetryPolicy) -> Callable[[int, Img2ImgError, float], None]:
+    def tell(attempt: int, error: Img2ImgError, wait: float) -> None:
+        span.retry(attempt, error, wait)
+        if policy.on_retry is not None:
+            policy.on_retry(attempt, error, wait)
+
+    return tell

@@ -1,0 +1,106 @@
+"""The events of one request, as an iterator that can be left at any time."""
+
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from types import TracebackType
+from typing import Protocol, Self
+
+import grpc
+from img2img.v1 import image_to_image_pb2
+
+from img2img_client.errors import Img2ImgError
+from img2img_client.responses import parse_error, parse_event, parse_request_id
+from img2img_client.retry import Attempts, Stop
+from img2img_client.tracing import CallSpan
+from img2img_client.values import Completed, Queued, TransformEvent
+
+
+class StreamCall(Protocol):
+    """A call whose answer is a stream, as gRPC gives it."""
+
+    def __iter__(self) -> Iterator[image_to_image_pb2.TransformStreamResponse]:
+        """The messages of the answer."""
+
+    def cancel(self) -> bool:
+        """Ends it."""
+
+    def initial_metadata(self) -> tuple[tuple[str, str | bytes], ...]:
+        """What came before the first message."""
+
+
+class TransformStream(Iterator[TransformEvent]):
+    """The events of one request: Queued, again when its place changes, Started, Progress for each step, Completed at last.
+
+    A call that fails before Started is tried again, as the client's RetryPolicy has it: then Queued may say again what it said.
+    Leaving the context, `close()` or dropping the stream cancels what has not ended. A failed call raises an Img2ImgError.
+    """
+
+    def __init__(self, begin: Callable[[float | None], StreamCall], attempts: Attempts, stop: Stop, span: CallSpan) -> None:
+        """`begin` makes the call, with a time-out; `stop` is what `attempts` wait with."""
+        self._begin = begin
+        self._attempts = attempts
+        self._stop = stop
+        self._span = span
+        self._started = False
+        self._completed = False
+        self.request_id = ""
+        self._call = begin(attempts.seconds_left())
+
+    def __next__(self) -> TransformEvent:
+        if self._completed:
+            raise StopIteration
+        try:
+            while True:
+                try:
+                    return self._next()
+                except grpc.RpcError as error:
+                    failure = parse_error(error)
+                    if self._started or self._stop.is_set or not self._attempts.again(failure):
+                        raise failure from error
+                self.request_id = ""
+                self._call = self._begin(self._attempts.seconds_left())
+                if self._stop.is_set:  # Closed meanwhile, by another thread that saw the call before this one.
+                    self._call.cancel()
+        except Img2ImgError as error:
+            self._span.end(error)
+            raise
+
+    def close(self) -> None:
+        """Cancels the call, unless it has ended."""
+        self._stop.set()
+        self._call.cancel()
+        self._span.end(status="CANCELLED")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        # gRPC cancels a call that is dropped, nobody ends a span that is.
+        if hasattr(self, "_span"):
+            self._span.end(status="CANCELLED")
+
+    def _finish(self) -> None:
+        """Reads the status that follows the last event, so that the server does not see a call that was left. The result is
+        here, whatever it says."""
+        self._completed = True
+        with suppress(grpc.RpcError):
+            for _ in self._call:
+                pass
+        self._span.end()
+
+    def _next(self) -> TransformEvent:
+        for message in self._call:
+            if not self.request_id:
+                self.request_id = parse_request_id(self._call.initial_metadata())
+                self._span.answered(self.request_id)
+            event = parse_event(message, self.request_id)
+            if event is None:
+                continue
+            self._started = self._started or not isinstance(event, Queued)
+            if isinstance(event, Completed):
+                self._finish()
+            return event
+        raise Img2ImgError("the server ended the stream without a result", status="INTERNAL", request_id=self.request_id)

@@ -1,0 +1,1 @@
+"""The parts of `scripts/fuzz`, which see; the fuzz tests use the same server, seeds and rules."""

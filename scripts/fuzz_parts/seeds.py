@@ -1,0 +1,108 @@
+"""Messages and files that mean something, to be changed a little: where every fuzzer begins."""
+
+import io
+import struct
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from google.protobuf.message import Message
+from grpc_health.v1 import health_pb2
+from grpc_reflection.v1alpha import reflection_pb2
+from img2img.v1 import asset_pb2, model_pb2
+from img2img.v1 import image_to_image_pb2 as pb
+from PIL import Image
+
+_MOST_MESSAGES = 8
+
+
+def picture(kind: str = "PNG", size: tuple[int, int] = (24, 16)) -> bytes:
+    """The file of a plain picture."""
+    file = io.BytesIO()
+    Image.new("RGB", size, "teal").save(file, kind)
+    return file.getvalue()
+
+
+def _transform(**fields: object) -> pb.TransformRequest:
+    values = {"image": pb.ImageSource(data=picture()), "seed": 5, "num_inference_steps": 4, **fields}
+    return pb.TransformRequest(**values)  # type: ignore[arg-type]
+
+
+_URI = "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
+_FULL = _transform(
+    model=pb.ModelReference(path="m", repo_id="acme/m", revision="r1"),
+    prompt="p",
+    negative_prompt="n",
+    strength=0.5,
+    guidance_scale=2.0,
+    image_count=2,
+    output=pb.OutputOptions(format=pb.OUTPUT_FORMAT_WEBP, quality=80, as_asset=True),
+    width=16,
+    height=16,
+    scheduler="DDIMScheduler",
+    preview_interval=1,
+)
+VALID: dict[str, Sequence[Message]] = {
+    "TransformRequest": [_transform(), _FULL, _transform(image=pb.ImageSource(uri=_URI))],
+    "TransformStreamRequest": [pb.TransformStreamRequest(request=_transform()), pb.TransformStreamRequest(request=_FULL)],
+    "ListModelsRequest": [model_pb2.ListModelsRequest()],
+    "GetModelRequest": [model_pb2.GetModelRequest(id="m")],
+    "LoadModelRequest": [
+        model_pb2.LoadModelRequest(id="second"),
+        model_pb2.LoadModelRequest(source=pb.ModelReference(repo_id="acme/second")),
+    ],
+    "UnloadModelRequest": [model_pb2.UnloadModelRequest(id="second")],
+    "UploadAssetRequest": [
+        asset_pb2.UploadAssetRequest(info=asset_pb2.UploadAssetInfo(media_type="image/png", size=len(picture()))),
+        asset_pb2.UploadAssetRequest(chunk=picture()),
+    ],
+    "GetAssetRequest": [asset_pb2.GetAssetRequest(id="0" * 64)],
+    "DeleteAssetRequest": [asset_pb2.DeleteAssetRequest(id="0" * 64)],
+    "HealthCheckRequest": [health_pb2.HealthCheckRequest(service="models/m")],
+    "ServerReflectionRequest": [
+        reflection_pb2.ServerReflectionRequest(list_services="*"),
+        reflection_pb2.ServerReflectionRequest(file_by_filename="img2img/v1/model.proto"),
+        reflection_pb2.ServerReflectionRequest(file_containing_symbol="img2img.v1.ModelService"),
+    ],
+}
+"""By the name of the message's type."""
+PICTURES = tuple(picture(kind) for kind in ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"))
+URIS = (_URI, "data:,a%20b", "asset:" + "0" * 64, "https://example.com/a.png", "http://[::1]:80/", "file:///a/b.png", "DATA:;x,")
+SETTINGS = (
+    'models = "models"\nport = 0\n[limits]\nmax_waiting = 3\n[residency]\npreload = ["a", "b"]\nmodels_memory = "1.5GiB"\n',
+    'models = "m"\n[execution]\nbuckets = "512x512:2"\n[assets]\nassets_max_age = "24h"\n[telemetry]\nlog_format = "json"\n',
+)
+TOKENS = (
+    f'[tokens.ci]\nsha256 = "{"0" * 64}"\nmodels = ["demo-*"]\nrequests_per_minute = 60\nconcurrency = 4\nadmin = true\n'
+    "expires = 2027-01-31T18:00:00Z\n",
+)
+
+
+PAST: tuple[tuple[str, bytes], ...] = (
+    ("uris", b"http://[:Y]:2@"),  # IndexError of yarl's
+    ("manifests", b"[" * 100_000),  # RecursionError of json's, which kept the server from starting
+    ("settings", b"a=" + b"[" * 100_000),  # RecursionError of tomllib's
+    ("tokens", b"a=" + b"[" * 100_000),
+)
+"""Inputs that broke something once, by target."""
+
+
+def pack(messages: Sequence[bytes]) -> bytes:
+    """Several messages in one input of a fuzzer: each behind its length, in two bytes."""
+    return b"".join(struct.pack(">H", len(data)) + data for data in messages)
+
+
+def unpack(data: bytes) -> Iterator[bytes]:
+    """The messages of an input; the last may be shorter than it says."""
+    for _ in range(_MOST_MESSAGES):
+        if len(data) < 2:
+            return
+        (length,) = struct.unpack(">H", data[:2])
+        yield data[2 : 2 + length]
+        data = data[2 + length :]
+
+
+def manifest(folder: Path) -> bytes:
+    """The manifest of a bundle that is planted in `folder`."""
+    from soak_parts.stand_in import plant
+
+    return (plant(folder, "seed") / "manifest.json").read_bytes()

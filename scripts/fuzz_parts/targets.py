@@ -1,0 +1,186 @@
+"""What is fuzzed: each target takes bytes, and raises where the code does what it never may.
+
+A target is made within atheris' instrumentation, so it imports what it tries. `close` is called at its end.
+"""
+
+import asyncio
+import contextlib
+import tempfile
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from fuzz_parts import seeds
+
+Try = Callable[[bytes], object]
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """`make` gives what tries an input, within a stack that is closed at the end; `corpus` gives the inputs to begin with."""
+
+    make: Callable[[contextlib.ExitStack], Try]
+    corpus: Callable[[], Sequence[bytes]]
+    most_bytes: int = 4096
+
+
+def _rpc(index: int) -> Target:
+    """Raw bytes as the message, or the messages, of a call to a real server in this process."""
+
+    def make(stack: contextlib.ExitStack) -> Try:
+        import grpc
+
+        from fuzz_parts import rpcs
+        from fuzz_parts.serving import served
+
+        method = rpcs.METHODS[index]
+        server = stack.enter_context(served())
+        channel = stack.enter_context(grpc.insecure_channel(f"127.0.0.1:{server.port}"))
+
+        def attempt(data: bytes) -> None:
+            messages = list(seeds.unpack(data)) if method.client_streaming else [data]
+            rpcs.check(method, *rpcs.send(channel, method, messages), messages)
+            if not rpcs.is_left_alone(server.folder):
+                raise rpcs.Finding("the server wrote beside its folders")
+
+        return attempt
+
+    def corpus() -> Sequence[bytes]:
+        from fuzz_parts import rpcs
+
+        method = rpcs.METHODS[index]
+        valid = [message.SerializeToString() for message in seeds.VALID[method.input_type.name]]
+        return [seeds.pack(valid), *map(seeds.pack, zip(valid))] if method.client_streaming else valid
+
+    return Target(make, corpus)
+
+
+def _picture(stack: contextlib.ExitStack) -> Try:
+    from img2img_server import images
+    from img2img_server.errors import InvalidField
+
+    limits = images.ImageLimits(max_bytes=2**16, max_source_pixels=100_000, max_pixels=4_096)
+
+    def attempt(data: bytes) -> None:
+        with contextlib.suppress(InvalidField):
+            image = images.decode(data, limits, "image.data")
+            assert image.mode == "RGB", image.mode
+            assert image.width * image.height <= limits.max_source_pixels, image.size
+
+    return attempt
+
+
+def _uri(stack: contextlib.ExitStack) -> Try:
+    from img2img.v1 import image_to_image_pb2 as pb
+    from img2img_server import images
+    from img2img_server.assets import AssetStore
+    from img2img_server.config import AssetSettings, SourceSettings
+    from img2img_server.errors import InvalidField
+    from img2img_server.sources import Sources
+
+    folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+    limits = images.ImageLimits(max_bytes=2**16)
+    store = AssetStore(AssetSettings(url=str(folder / "assets")))
+    settings = SourceSettings(allow_http=True, file_root=folder)
+    loop = asyncio.new_event_loop()
+    stack.callback(loop.close)
+    sources = Sources(settings, store, limits)
+    for opened in (store, sources):
+        loop.run_until_complete(opened.open())
+        stack.callback(_close, loop, opened.close)
+
+    def attempt(data: bytes) -> None:
+        text = data.decode("utf-8", "replace")
+        with contextlib.suppress(InvalidField):
+            sources.check(pb.ImageSource(uri=text))
+            sources.check(pb.ImageSource(asset_id=text))
+        with contextlib.suppress(InvalidField):
+            read = images.decode_data_uri(text, limits, "image.uri")
+            assert isinstance(read, bytes)
+
+    return attempt
+
+
+def _close(loop: asyncio.AbstractEventLoop, close: Callable[[], Coroutine[None, None, None]]) -> None:
+    loop.run_until_complete(close())
+
+
+def _manifest(stack: contextlib.ExitStack) -> Try:
+    from img2img_server.bundle import MANIFEST_NAME, Manifest, check_bundle, read_manifest
+    from img2img_server.errors import BundleError
+
+    bundle = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+
+    def attempt(data: bytes) -> None:
+        (bundle / MANIFEST_NAME).write_bytes(data)
+        with contextlib.suppress(BundleError):
+            manifest = read_manifest(bundle)
+            assert isinstance(manifest, Manifest)
+            check_bundle(bundle, manifest)
+
+    return attempt
+
+
+def _settings(stack: contextlib.ExitStack) -> Try:
+    from img2img_server.config import ServerConfig
+    from img2img_server.setting_sources import Configured, Environment, SettingError, as_toml, resolve
+
+    file = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "server.toml"
+
+    def attempt(data: bytes) -> None:
+        file.write_bytes(data)
+        with contextlib.suppress(SettingError):
+            found: Configured[ServerConfig] = resolve(ServerConfig, {}, Environment({}, "IMG2IMG_"), file)
+            # What was understood can be told, and is then understood as the same.
+            file.write_text(as_toml(found), encoding="utf-8")
+            again: Configured[ServerConfig] = resolve(ServerConfig, {}, Environment({}, "IMG2IMG_"), file)
+            assert again.config == found.config
+
+    return attempt
+
+
+def _tokens(stack: contextlib.ExitStack) -> Try:
+    from img2img_server import tokens
+
+    def attempt(data: bytes) -> None:
+        with contextlib.suppress(ValueError):
+            for name, token in tokens.parse(data, Path("tokens.toml")).items():
+                assert tokens.check_name(name) == token.name
+
+    return attempt
+
+
+def _metadata(stack: contextlib.ExitStack) -> Try:
+    from img2img_server.interceptors import call_of
+
+    def attempt(data: bytes) -> None:
+        parts = [part.decode("latin-1") for part in seeds.unpack(data)]
+        keys = ("x-request-id", "traceparent", "authorization")
+        call = call_of("/m/M", tuple(zip(keys, parts, strict=False)), "ipv4:127.0.0.1:1")
+        assert 0 < len(call.request_id) <= 64, call.request_id
+        assert call.request_id.isascii(), call.request_id
+        assert call.request_id.isprintable(), call.request_id
+
+    return attempt
+
+
+def _manifests() -> Sequence[bytes]:
+    with tempfile.TemporaryDirectory() as folder:
+        return [seeds.manifest(Path(folder)), b"[" * 2000]
+
+
+def targets() -> dict[str, Target]:
+    """All of them, by name."""
+    from fuzz_parts import rpcs
+
+    found = {rpcs.name_of(method): _rpc(index) for index, method in enumerate(rpcs.METHODS)}
+    return found | {
+        "pictures": Target(_picture, lambda: seeds.PICTURES),
+        "uris": Target(_uri, lambda: [uri.encode() for uri in seeds.URIS]),
+        "manifests": Target(_manifest, _manifests),
+        "settings": Target(_settings, lambda: [text.encode() for text in seeds.SETTINGS]),
+        "tokens": Target(_tokens, lambda: [text.encode() for text in seeds.TOKENS]),
+        "metadata": Target(
+            _metadata, lambda: [seeds.pack([b"a-1", b"00-" + b"1" * 32 + b"-" + b"2" * 16 + b"-01", b"Bearer x"])]
+        ),
+    }

@@ -1,0 +1,104 @@
+"""Connections that break: a proxy whose connections can be reset at any moment, and a client that is killed."""
+
+import asyncio
+import contextlib
+import socket
+import struct
+import sys
+from collections.abc import AsyncIterator
+
+from soak_parts.process import ROOT
+
+_RESET = struct.pack("ii", 1, 0)
+"""SO_LINGER on, for 0 seconds: closing sends a reset in place of an orderly end."""
+
+
+class Proxy:
+    """Hands bytes on between a port of its own and the server, until it is told to sever."""
+
+    def __init__(self, port: int) -> None:
+        self._port = port
+        self._writers: set[asyncio.StreamWriter] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self.target = ""
+
+    async def serve(self) -> asyncio.Server:
+        """Begins to listen."""
+        server = await asyncio.start_server(self._connected, "127.0.0.1", 0)
+        self.target = f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        return server
+
+    def sever(self) -> None:
+        """Resets every connection, to both sides."""
+        for writer in self._writers:
+            connection: socket.socket = writer.get_extra_info("socket")
+            with contextlib.suppress(OSError):
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
+            writer.transport.abort()
+
+    async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._writers.add(writer)
+        far_reader, far_writer = await asyncio.open_connection("127.0.0.1", self._port)
+        self._writers.add(far_writer)
+        for source, sink in ((reader, far_writer), (far_reader, writer)):
+            task = asyncio.create_task(_pump(source, sink))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+
+async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    with contextlib.suppress(OSError):
+        while data := await reader.read(2**16):
+            writer.write(data)
+            await writer.drain()
+    writer.close()
+
+
+@contextlib.asynccontextmanager
+async def proxy(port: int) -> AsyncIterator[Proxy]:
+    """A proxy to the server on `port`; what is left of it at the end is severed."""
+    made = Proxy(port)
+    server = await made.serve()
+    try:
+        yield made
+    finally:
+        server.close()
+        made.sever()
+
+
+async def kill_a_client(target: str, request: bytes, seconds: float) -> None:
+    """Starts a process that sends `request` several times at once, and kills it after `seconds` of that.
+
+    Raises OSError where it could not connect.
+    """
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-c", _VICTIM, target),
+        cwd=ROOT,
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+        start_new_session=True,
+    )
+    assert process.stdin is not None, "asked for"
+    assert process.stdout is not None, "asked for"
+    try:
+        process.stdin.write(request)
+        process.stdin.close()
+        if await process.stdout.readline() != b"sent\n":
+            raise OSError("the client that was to be killed did not connect")
+        await asyncio.sleep(seconds)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
+        await process.wait()
+
+
+_VICTIM = """
+import sys, grpc
+channel = grpc.insecure_channel(sys.argv[1])
+grpc.channel_ready_future(channel).result(60)
+call, request = channel.unary_unary("/img2img.v1.ImageToImageService/Transform"), sys.stdin.buffer.read()
+calls = [call.future(request, timeout=600) for _ in range(4)]
+print("sent", flush=True)
+[each.exception() for each in calls]
+"""
+"""A program of its own, of grpc only, so that it starts quickly. It waits to be killed."""

@@ -1,0 +1,97 @@
+"""What a soak leaves: JSON for machines, a table for docs/reliability.md."""
+
+import json
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from soak_parts.judging import Growth
+from soak_parts.ledger import Ledger
+from soak_parts.traffic import KINDS
+from soak_parts.watching import Watch
+
+_MEBI = 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What was run and how it went. `seconds` are those of the load; `capacity` and `rate` are per second, the median of what was
+    measured."""
+
+    seed: int
+    model: str
+    seconds: float
+    capacity: float
+    rate: float
+    stop_seconds: float
+    exit_status: int
+
+
+def write(folder: Path, run: Run, ledger: Ledger, watch: Watch, growth: Growth, broken: Sequence[str]) -> str:
+    """Writes soak.json and soak.md into `folder`, and returns the table."""
+    figures = {
+        "run": asdict(run),
+        "machine": platform.processor() or platform.machine(),
+        "issued": dict(ledger.issued),
+        "endings": [{"kind": kind, "ending": ending, "count": n} for (kind, ending), n in sorted(ledger.endings.items())],
+        "lost": ledger.lost,
+        "health": {"count": len(watch.health_seconds), **_quantiles(watch.health_seconds)},
+        "memory": {**asdict(growth), "share": growth.share},
+        "checkpoints": [{"at": point.at, **asdict(point.vitals)} for point in watch.checkpoints],
+        "broken": list(broken),
+    }
+    table = _table(run, ledger, watch, growth, broken)
+    (folder / "soak.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    (folder / "soak.md").write_text(table, encoding="utf-8")
+    return table
+
+
+def _table(run: Run, ledger: Ledger, watch: Watch, growth: Growth, broken: Sequence[str]) -> str:
+    health = _quantiles(watch.health_seconds)
+    first, last = watch.checkpoints[0].vitals, watch.checkpoints[-1].vitals
+    faults = sum(count for kind, count in ledger.issued.items() if KINDS[kind].fault)
+    verdict = f"{growth.share:+.2%}" + ("" if growth.judged else " (too short a run to judge)")
+    rows = [
+        ("model, seed", f"{run.model}, {run.seed}"),
+        ("minutes under load", f"{run.seconds / 60:.1f}"),
+        ("capacity; operations sent", f"{run.capacity:.2f} pictures a second; {run.rate:.2f} a second"),
+        ("operations", f"{sum(ledger.issued.values())}, {faults} of them with a fault"),
+        ("ended with right pictures", f"{ledger.count('picture')}"),
+        ("refused, queue full", f"{ledger.count('refused')}"),
+        ("cancelled; deadline passed", f"{ledger.count('cancelled')}; {ledger.count('deadline')}"),
+        ("disconnected; clients killed", f"{ledger.count('disconnected')}; {ledger.count('killed')}"),
+        ("refused as invalid", f"{ledger.count('invalid')}"),
+        ("models unloaded", f"{ledger.count('done')}"),
+        ("**lost**", f"**{ledger.lost}**"),
+        ("wrong", f"{ledger.count('wrong')}"),
+        (
+            "health checks; median, 99 %, longest",
+            f"{len(watch.health_seconds)}; "
+            + ", ".join(f"{health[name] * 1e3:.0f}" for name in ("median", "p99", "most"))
+            + " ms",
+        ),
+        ("resident memory at rest, after warm-up and at the end", f"{growth.first / _MEBI:.1f}, {growth.last / _MEBI:.1f} MiB"),
+        ("**memory growth**", f"**{verdict}**"),
+        (
+            "slope at rest; under load",
+            f"{growth.per_hour / _MEBI:+.1f} MiB an hour; {growth.load_per_hour / _MEBI:+.1f} MiB an hour",
+        ),
+        ("file descriptors, first and last", f"{first.descriptors}, {last.descriptors}"),
+        ("threads, first and last", f"{first.threads}, {last.threads}"),
+        ("SIGTERM with requests in progress", f"exit status {run.exit_status} after {run.stop_seconds:.1f} s"),
+        ("promises broken", f"{len(broken)}"),
+    ]
+    lines = ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)]
+    return "\n".join(lines) + "\n"
+
+
+def _quantiles(seconds: Sequence[float]) -> dict[str, float]:
+    values = seconds or [0.0]
+    return {
+        "median": float(np.median(values)),
+        "p99": float(np.quantile(values, 0.99)),
+        "most": max(values),
+    }

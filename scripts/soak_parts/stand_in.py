@@ -1,0 +1,164 @@
+"""`img2img serve` with a stand-in for its models: the same command, in a process of its own, that loads nothing heavy.
+
+Flags, bundles with their checksums, engine, watchdog, assets and exit statuses are the real ones. Only what loads a pipeline is
+replaced: by one that takes a fixed time for each step, and whose pictures anybody can compute (`expected`).
+
+    PYTHONPATH=scripts python -m soak_parts.stand_in --models DIR --port 0 ...
+"""
+
+import hashlib
+import os
+import sys
+import threading
+import time
+import types
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from img2img_server.bundle import Component, Manifest, Source, Verification, digest_files, list_files, write_manifest
+from img2img_server.engine.request import Plan, Request
+from PIL import Image, ImageChops
+
+STEP_SECONDS = "STAND_IN_STEP"
+"""The environment variable with the seconds of a step; a row takes a tenth of that more."""
+FLAW = "STAND_IN_FLAW"
+"""The environment variable that makes every so manieth picture wrong, so that it can be seen that this is noticed."""
+_BALLAST = 8 * 2**20
+"""Bytes that a loaded stand-in holds, so that loading and unloading can be seen."""
+
+
+def plant(store: Path, name: str) -> Path:
+    """Makes a bundle of no model in the folder `store`: with a manifest, checksums, and a file to damage."""
+    bundle = store / name
+    (bundle / "unet").mkdir(parents=True)
+    (bundle / "model_index.json").write_text('{"_class_name": "StableDiffusionImg2ImgPipeline"}\n')
+    (bundle / "unet" / "model.onnx").write_bytes(hashlib.shake_256(name.encode()).digest(2**16))
+    manifest = Manifest(
+        source=Source(repo_id=f"acme/{name}", revision="r1"),
+        pipeline_class="StableDiffusionImg2ImgPipeline",
+        family="stable-diffusion",
+        backend="onnx",
+        components=(Component("unet", "fp32", bytes=2**16),),
+        files=digest_files(bundle, list_files(bundle)),
+        tools={},
+        verification=Verification(passed=True),
+    )
+    write_manifest(bundle, manifest)
+    return bundle
+
+
+def expected(image: Image.Image, prompt: str, seed: int, steps: int) -> Image.Image:
+    """The picture that a stand-in makes: the source's pixels, xor a pattern that every setting changes."""
+    pattern = hashlib.shake_256(f"{prompt}\0{seed}\0{steps}".encode()).digest(3 * 64)
+    tile = Image.frombytes("RGB", (8, 8), pattern)
+    canvas = Image.new("RGB", image.size)
+    for left in range(0, image.width, 8):
+        for top in range(0, image.height, 8):
+            canvas.paste(tile, (left, top))
+    return ImageChops.add_modulo(image, canvas)
+
+
+@dataclass(slots=True, eq=False)
+class StandInState:
+    """A request under way, and how many of its steps are done."""
+
+    request: Request
+    step_count: int
+    step: int = 0
+
+
+class StandInPipeline:
+    """Takes time in place of denoising. A prompt can ask for trouble: "raise denoise", "hang finish" and so on, by stage."""
+
+    engine = "stand-in:cpu"
+    size_multiple = 8
+    native_size = (64, 64)
+    max_rows: int | None = None
+    measurable = True
+    schedulers: tuple[str, ...] = ("EulerDiscreteScheduler", "DDIMScheduler")
+
+    def __init__(self, seconds: float, flaw: int = 0) -> None:
+        self._seconds = seconds
+        self._flaw = flaw
+        self._made = 0
+        self._ballast = bytearray(os.urandom(16) * (_BALLAST // 16))
+
+    def plan(self, request: Request) -> Plan:
+        """Rows and steps as a real pipeline counts them."""
+        width, height = request.image.size
+        rows = len(request.seeds) * (2 if request.guidance_scale > 1 else 1)
+        return Plan((width, height), width * height, rows, int(request.num_inference_steps * request.strength))
+
+    def prepare(self, requests: Sequence[Request]) -> Sequence[StandInState]:
+        """A state for each."""
+        self._trouble("prepare", requests)
+        return [StandInState(request, self.plan(request).step_count) for request in requests]
+
+    def denoise(self, states: Sequence[StandInState]) -> Sequence[int]:
+        """Sleeps for a step."""
+        self._trouble("denoise", [state.request for state in states])
+        time.sleep(self._seconds * (1 + 0.1 * sum(self.plan(state.request).rows for state in states)))
+        return [1] * len(states)
+
+    def advance(self, states: Sequence[StandInState], noises: Sequence[int]) -> None:
+        """Counts the step."""
+        self._trouble("advance", [state.request for state in states])
+        for state, noise in zip(states, noises, strict=True):
+            state.step += noise
+
+    def preview(self, states: Sequence[StandInState]) -> Sequence[Image.Image | None]:
+        """The source, small."""
+        return [state.request.image.resize((8, 8)) for state in states]
+
+    def finish(self, states: Sequence[StandInState]) -> Sequence[Sequence[Image.Image]]:
+        """The pictures that `expected` gives."""
+        self._trouble("finish", [state.request for state in states])
+        return [[self._draw(state.request, seed) for seed in state.request.seeds] for state in states]
+
+    def _draw(self, request: Request, seed: int) -> Image.Image:
+        self._made += 1
+        flawed = self._flaw and self._made % self._flaw == 0
+        return expected(request.image, request.prompt, seed + bool(flawed), request.num_inference_steps)
+
+    def release(self, state: StandInState) -> None:
+        """Holds nothing."""
+
+    def close(self) -> None:
+        """Holds nothing."""
+
+    def _trouble(self, stage: str, requests: Sequence[Request]) -> None:
+        for request in requests:
+            if f"raise {stage}" in request.prompt:
+                raise RuntimeError(f"told to fail at /planted/path in {stage}")
+            if f"hang {stage}" in request.prompt:
+                threading.Event().wait()
+
+
+def _load_pipeline(*arguments: Any, **settings: Any) -> StandInPipeline:
+    return StandInPipeline(float(os.environ.get(STEP_SECONDS, "0.01")), int(os.environ.get(FLAW, "0")))
+
+
+class _Shelf:
+    def keep(self, *arguments: Any) -> None:
+        """Keeps nothing: no other engine will take over."""
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *arguments, **settings: None
+
+
+def main(words: Sequence[str]) -> int:
+    """Runs `img2img serve` with `words`. Returns its exit status."""
+    loader = types.ModuleType("img2img_server.pipelines.loader")
+    contender = types.ModuleType("img2img_server.pipelines.tensorrt_contender")
+    vars(loader).update(load_pipeline=_load_pipeline)
+    vars(contender).update(Shelf=_Shelf, contenders=lambda *arguments: ())
+    sys.modules |= {loader.__name__: loader, contender.__name__: contender}
+    from img2img_cli.__main__ import main as run
+
+    return run(["serve", *words])
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

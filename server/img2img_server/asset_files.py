@@ -1,0 +1,208 @@
+"""The files of the asset store, in any filesystem that fsspec opens: each is there whole, or not at all, even after a crash.
+
+Everything here blocks. Files are at <owner>/<first two digits of id>/<id>. Beside them a local folder has ".parts", where files
+are written before they are moved to their place.
+"""
+
+import hashlib
+import os
+import re
+import time
+import uuid
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from img2img_server.calls import Call
+
+_FILE = re.compile(r"(?P<owner>shared|client-[0-9a-f]{32})/(?P<start>[0-9a-f]{2})/(?P<id>(?P=start)[0-9a-f]{62})")
+_ID = re.compile(r"[0-9a-f]{64}")
+_BLOCK = 2**20
+_PARTS = ".parts"
+_LEFT_OVER = 3600.0
+"""Seconds after which an unfinished file is a crash's: another server may be writing a younger one."""
+_MODIFIED = ("mtime", "LastModified", "last_modified", "updated", "modified", "created")
+"""What the filesystems call the time of a file's last change."""
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A file that is there. `used` is the time, in seconds since 1970, of its last use, as far as its filesystem knows."""
+
+    owner: str
+    id: str
+    size: int
+    used: float
+
+
+class AssetFiles:
+    """Files of an fsspec filesystem below `root`. Writing one is as atomic as the filesystem's `pipe_file`: in object stores it
+    is. Raises what the filesystem raises, and FileNotFoundError for a file that is not there."""
+
+    def __init__(self, system: Any, root: str) -> None:
+        self._system = system
+        self._root = root.rstrip("/")
+        self._folders: set[str] = set()
+
+    def prepare(self, now: float) -> None:
+        """Finds out whether files can be written and deleted, and deletes what a crash left an hour or more before `now`."""
+        probe = f"{self._root}/.probe-{uuid.uuid4().hex}"
+        self._system.pipe_file(probe, b"img2img")
+        self._system.rm_file(probe)
+
+    def found(self) -> list[Found]:
+        """All files. Whatever else is there is left alone."""
+        listed = self._system.find(self._root, detail=True)
+        return [found for name, info in listed.items() if (found := self._described(name, info)) is not None]
+
+    def look(self, owner: str, asset_id: str) -> Found:
+        """One file."""
+        place = self._place(owner, asset_id)
+        found = self._described(place, self._system.info(place))
+        if found is None:
+            raise FileNotFoundError(place)
+        return found
+
+    def read(self, owner: str, asset_id: str, start: int, end: int) -> bytes:
+        """The bytes from `start` to `end`, fewer where the file is shorter."""
+        return bytes(self._system.cat_file(self._place(owner, asset_id), start=start, end=end))
+
+    def intact(self, owner: str, asset_id: str) -> bool:
+        """Whether a file is there, and is what its id says."""
+        hashed, start = hashlib.sha256(), 0
+        try:
+            while block := self.read(owner, asset_id, start, start + _BLOCK):
+                hashed.update(block)
+                start += len(block)
+        except FileNotFoundError:
+            return False
+        return hashed.hexdigest() == asset_id
+
+    def write(self, owner: str, asset_id: str, data: bytes) -> None:
+        """Puts a file into its place."""
+        place = self._place(owner, asset_id)
+        folder = place.rpartition("/")[0]
+        if folder not in self._folders:
+            self._system.makedirs(folder, exist_ok=True)
+            self._folders.add(folder)
+        self._system.pipe_file(place, data)
+
+    def remove(self, owner: str, asset_id: str) -> None:
+        """Deletes a file."""
+        self._system.rm_file(self._place(owner, asset_id))
+
+    def touch(self, owner: str, asset_id: str, now: float) -> None:
+        """Notes that a file was used at `now`, where the filesystem can: this one cannot, the time of writing is what it has."""
+
+    def _place(self, owner: str, asset_id: str) -> str:
+        return f"{self._root}/{owner}/{asset_id[:2]}/{asset_id}"
+
+    def _described(self, name: str, info: Mapping[str, Any]) -> Found | None:
+        matched = _FILE.fullmatch(name.removeprefix(self._root).lstrip("/"))
+        if matched is None or info["type"] != "file":
+            return None
+        return Found(matched["owner"], matched["id"], int(info["size"] or 0), _modified(info))
+
+
+class LocalAssetFiles(AssetFiles):
+    """Files in a folder of this machine. What was written survives a crash of the machine, and only its owner can read it."""
+
+    def prepare(self, now: float) -> None:
+        """As everywhere; and makes the folder."""
+        parts = Path(self._root, _PARTS)
+        parts.mkdir(parents=True, exist_ok=True, mode=0o700)
+        Path(self._root).chmod(0o700)
+        for part in parts.iterdir():
+            with suppress(FileNotFoundError):  # of another server that starts now
+                if part.stat().st_mtime < now - _LEFT_OVER:
+                    part.unlink()
+        self._write_part(b"img2img").unlink()
+
+    def write(self, owner: str, asset_id: str, data: bytes) -> None:
+        """Puts a file into its place once it is on the disk."""
+        place = Path(self._place(owner, asset_id))
+        part = self._write_part(data)
+        try:
+            place.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            part.replace(place)
+        except OSError:
+            part.unlink(missing_ok=True)
+            raise
+        _sync_folder(place.parent)
+
+    def touch(self, owner: str, asset_id: str, now: float) -> None:
+        """Notes a use as the file's time of change."""
+        os.utime(self._place(owner, asset_id), (now, now))
+
+    def _write_part(self, data: bytes) -> Path:
+        part = Path(self._root, _PARTS, uuid.uuid4().hex)
+        try:
+            with open(part, "xb", opener=_private) as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError:
+            part.unlink(missing_ok=True)
+            raise
+        return part
+
+
+def owner_of(call: Call) -> str:
+    """Whose assets a call sees: those of its token, or, where nobody needs one, everybody's: an address tells nobody apart."""
+    if not call.authenticated:
+        return "shared"
+    return f"client-{hashlib.sha256(call.client.encode()).hexdigest()[:32]}"
+
+
+def is_id(text: str) -> bool:
+    """Whether a text has the form of an asset's id."""
+    return _ID.fullmatch(text) is not None
+
+
+def open_files(url: str | None) -> AssetFiles:
+    """The files below a folder or a URL of fsspec's, None for the default folder. Raises OSError where there is no way to."""
+    from fsspec.core import url_to_fs  # type: ignore[import-untyped]
+    from fsspec.implementations.local import LocalFileSystem  # type: ignore[import-untyped]
+
+    try:
+        # Listings that fsspec remembers would hide what other servers put there.
+        system, root = url_to_fs(url or str(default_folder()), use_listings_cache=False, skip_instance_cache=True)
+    except ImportError as error:
+        raise OSError(f"assets: '{url}' needs a package that is not installed: {error}") from None
+    except ValueError as error:
+        raise OSError(f"assets: '{url}' cannot be opened: {error}") from None
+    return LocalAssetFiles(system, root) if isinstance(system, LocalFileSystem) else AssetFiles(system, root)
+
+
+def default_folder() -> Path:
+    """Where assets are kept unless told otherwise: img2img/assets in the user's cache directory."""
+    home = os.environ.get("XDG_CACHE_HOME", "")
+    # The XDG specification has relative paths ignored.
+    base = Path(home) if Path(home).is_absolute() else Path.home() / ".cache"
+    return base / "img2img" / "assets"
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Has the disk remember the folder's names: else a file may be lost with a power cut, though its bytes are there."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _modified(info: Mapping[str, Any]) -> float:
+    for key in _MODIFIED:
+        value = info.get(key)
+        if isinstance(value, datetime):
+            return value.timestamp()
+        if isinstance(value, int | float):
+            return float(value)
+    return time.time()

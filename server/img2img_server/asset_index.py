@@ -1,0 +1,106 @@
+"""What the asset store knows of its files without looking, and how many bytes they take: no input, no output."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from img2img_server.asset_files import Found
+from img2img_server.errors import AssetQuotaFull
+
+Key = tuple[str, str]
+"""An owner and an id."""
+
+
+@dataclass(frozen=True, slots=True)
+class Asset:
+    """A picture that is kept. `size` is in bytes, `expires` in seconds since 1970, unless it is used again."""
+
+    id: str
+    media_type: str
+    size: int
+    expires: float
+
+
+@dataclass(frozen=True, slots=True)
+class AssetStats:
+    """How the store does. `bytes` are those of the assets, `reserved` those of what is on its way, out of `quota`; the rest are
+    counts since the start: what was stored, what was read (as a source, or by a client), what grew too old, what was damaged."""
+
+    count: int
+    bytes: int
+    reserved: int
+    quota: int
+    uploads: int
+    downloads: int
+    expired: int
+    damaged: int
+
+
+@dataclass(slots=True)
+class Entry:
+    """A file. `size` is in bytes; `used` is its last use, in seconds since 1970, and `touched` the last that its filesystem
+    knows of; `media_type` is "" until somebody looks."""
+
+    size: int
+    used: float
+    touched: float
+    media_type: str = ""
+
+
+class Room:
+    """Bytes of the quota, `left` of them, that are kept free for something on its way."""
+
+    def __init__(self) -> None:
+        self.left = 0
+
+
+class AssetIndex:
+    """Entries by owner and id. `size` is their bytes, `reserved` those of what is on its way; both together stay below `quota`,
+    but for files that another server put into the same place."""
+
+    def __init__(self, quota: int) -> None:
+        self.quota = quota
+        self.size = self.reserved = 0
+        self._entries: dict[Key, Entry] = {}
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __iter__(self) -> Iterator[tuple[Key, Entry]]:
+        return iter(list(self._entries.items()))
+
+    def get(self, key: Key) -> Entry | None:
+        """The entry of a file, if it is known."""
+        return self._entries.get(key)
+
+    def adopt(self, found: Found) -> Entry:
+        """Takes over what the filesystem knows of a file. A later use that is known here stands."""
+        key = found.owner, found.id
+        entry = self._entries.get(key)
+        if entry is None:
+            return self.enter(key, found.size, found.used)
+        self.size += found.size - entry.size
+        entry.size, entry.used, entry.touched = found.size, max(entry.used, found.used), found.used
+        return entry
+
+    def enter(self, key: Key, size: int, used: float) -> Entry:
+        """Notes a file that was just written."""
+        self.forget(key)
+        self.size += size
+        self._entries[key] = entry = Entry(size, used, used)
+        return entry
+
+    def forget(self, key: Key) -> None:
+        """Notes that a file is gone."""
+        entry = self._entries.pop(key, None)
+        self.size -= entry.size if entry is not None else 0
+
+    def fits(self, size: int) -> bool:
+        """Whether so many bytes more are within the quota."""
+        return self.size + self.reserved + size <= self.quota
+
+    def enlarge(self, room: Room, size: int) -> None:
+        """Keeps so many bytes more free for `room`. Raises AssetQuotaFull."""
+        if not self.fits(size):
+            raise AssetQuotaFull(f"there is no room for {size} bytes more: delete assets, or wait until some expire")
+        self.reserved += size
+        room.left += size

@@ -1,0 +1,63 @@
+"""The folder of bundles: which there are, which of them a name means, and how one becomes a pipeline."""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+from img2img_server.bundle import MANIFEST_NAME, Manifest, check_bundle, read_manifest
+from img2img_server.engine.request import Pipeline
+from img2img_server.errors import BundleError
+
+_log = logging.getLogger(__name__)
+
+Load = Callable[[Path, Manifest], Pipeline]
+
+
+class BundleFolder:
+    """The bundles in the directory `root`, or `root` itself where it is one. `load` makes a pipeline of a bundle's folder.
+
+    `allow_unverified` also opens those whose verification failed when they were exported, with a warning. Nothing is
+    remembered: what is there is looked up each time. Raises BundleError where `root` is not a directory.
+    """
+
+    def __init__(self, root: Path, load: Load, allow_unverified: bool = False) -> None:
+        if not root.is_dir():
+            raise BundleError(f"{root} is not a folder")
+        self.root = root
+        self.is_bundle = (root / MANIFEST_NAME).is_file()
+        self._load = load
+        self._allow_unverified = allow_unverified
+
+    def bundles(self) -> list[Path]:
+        """Every bundle. Links are followed: whoever starts the server knows what lies in its folder."""
+        return [self.root] if self.is_bundle else sorted(filter(_is_bundle, self.root.iterdir()))
+
+    def find(self, name: str) -> Path | None:
+        """The bundle whose folder has this very name, None where there is none.
+
+        `name` is anything that a caller sent. It is compared with the names that are there and never made a path of, and a link
+        that leads out of the folder is not followed.
+        """
+        if self.is_bundle:
+            return None
+        root = self.root.resolve()
+        found = next((entry for entry in self.root.iterdir() if entry.name == name), None)
+        if found is None or not _is_bundle(found) or found.resolve().parent != root:
+            return None
+        return found
+
+    def open(self, bundle: Path) -> tuple[Manifest, Pipeline]:
+        """Checks a bundle's files and loads it, which takes long. Raises BundleError, and whatever the libraries raise."""
+        name = bundle.resolve().name
+        manifest = read_manifest(bundle)
+        _log.info("model '%s': checking %d files", name, len(manifest.files))
+        check_bundle(bundle, manifest, allow_unverified=self._allow_unverified)
+        if not manifest.verification.passed:
+            problems = "; ".join(manifest.verification.problems) or "nothing is known of why"
+            _log.warning("model '%s' did not pass verification, and is served all the same: %s", name, problems)
+        _log.info("model '%s': loading", name)
+        return manifest, self._load(bundle, manifest)
+
+
+def _is_bundle(folder: Path) -> bool:
+    return not folder.name.startswith(".") and (folder / MANIFEST_NAME).is_file()

@@ -1,0 +1,187 @@
+"""Fetching a picture from an address that a caller names, without lending it the server's place in the network.
+
+A name is resolved once, and what is checked is the address that the socket is about to connect to: a resolver that answers
+differently the next time (DNS rebinding), odd spellings of addresses and redirects all end there.
+"""
+
+import asyncio
+import logging
+import socket
+import ssl
+from collections.abc import Callable, Collection
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import aiohttp
+from aiohttp.abc import AbstractResolver, ResolveResult
+from yarl import URL
+
+from img2img_server.addresses import is_public
+from img2img_server.errors import InvalidField
+
+_log = logging.getLogger(__name__)
+
+_FIELD = "image.uri"
+_MOST_REDIRECTS = 3
+_REDIRECTS = (301, 302, 303, 307, 308)
+_MOST_CHARACTERS = 4096
+_AT_ONCE = 16
+"""Downloads. Others wait, and their time runs."""
+_UNREACHABLE = "the picture cannot be fetched from this address"
+"""For addresses that are refused and for those that do not answer, alike: else callers could explore the server's network."""
+
+
+class Resolver(AbstractResolver):
+    """The system's resolver, on threads of its own: names that take for ever to resolve must hold up nothing else."""
+
+    def __init__(self) -> None:
+        self._threads = ThreadPoolExecutor(max_workers=_AT_ONCE, thread_name_prefix="img2img-resolver")
+
+    async def resolve(self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_UNSPEC) -> list[ResolveResult]:
+        """The addresses of a name. Raises OSError where there are none."""
+        loop = asyncio.get_running_loop()
+        found = await loop.run_in_executor(self._threads, socket.getaddrinfo, host, port, family, socket.SOCK_STREAM)
+        return [
+            ResolveResult(
+                hostname=host, host=str(address[0]), port=port, family=kind, proto=protocol, flags=socket.AI_NUMERICHOST
+            )
+            for kind, _, protocol, _, address in found
+        ]
+
+    async def close(self) -> None:
+        """Waits for nobody."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+
+class Fetcher:
+    """Downloads over http and https within `seconds` and `most` bytes.
+
+    `allowed` says of an address, as text, whether it may be connected to, and `ports` are those that may. They, `resolver`
+    and `tls` have other values than their defaults in tests only.
+    """
+
+    def __init__(
+        self,
+        seconds: float,
+        most: int,
+        allowed: Callable[[str], bool] = is_public,
+        ports: Collection[int] = (80, 443),
+        resolver: AbstractResolver | None = None,
+        tls: ssl.SSLContext | bool = True,
+    ) -> None:
+        self._seconds = seconds
+        self._most = most
+        self._allowed = allowed
+        self._ports = ports
+        self._resolver = resolver
+        self._tls = tls
+        self._slots = asyncio.Semaphore(_AT_ONCE)
+        self._session: aiohttp.ClientSession | None = None
+
+    async def close(self) -> None:
+        """Ends the session."""
+        if self._session is not None:
+            await self._session.close()
+        if self._resolver is not None:
+            await self._resolver.close()
+
+    def check(self, address: str) -> URL:
+        """The address, parsed. Raises InvalidField for one that is never fetched."""
+        if len(address) > _MOST_CHARACTERS:
+            raise InvalidField(_FIELD, f"the address has {len(address)} characters, the most is {_MOST_CHARACTERS}")
+        try:
+            url = URL(address)
+        except (ValueError, IndexError):  # yarl's own of "http://[:]:2@"
+            raise InvalidField(_FIELD, "the address is malformed") from None
+        return self._checked(url)
+
+    async def fetch(self, address: str) -> bytes:
+        """The bytes there. Raises InvalidField where they cannot be had, for whichever reason."""
+        url = self.check(address)
+        try:
+            async with asyncio.timeout(self._seconds), self._slots:
+                return await self._follow(url)
+        except TimeoutError:
+            raise InvalidField(_FIELD, f"fetching the picture took longer than {self._seconds:g} seconds") from None
+
+    def _shared(self) -> aiohttp.ClientSession:
+        """The session of all downloads, made for the first one. It keeps no connections, no cookies and no credentials."""
+        if self._session is not None:
+            return self._session
+        self._resolver = self._resolver or Resolver()
+        connector = aiohttp.TCPConnector(
+            socket_factory=self._socket, resolver=self._resolver, ssl=self._tls, use_dns_cache=False, force_close=True, limit=0
+        )
+        self._session = aiohttp.ClientSession(
+            connector=connector,
+            cookie_jar=aiohttp.DummyCookieJar(),
+            headers={"User-Agent": "img2img", "Accept": "image/*", "Accept-Encoding": "identity"},
+            timeout=aiohttp.ClientTimeout(total=None),  # fetch() has one over everything
+            auto_decompress=False,
+            trust_env=False,
+        )
+        return self._session
+
+    async def _follow(self, url: URL) -> bytes:
+        for _ in range(_MOST_REDIRECTS + 1):
+            try:
+                answer = await self._get(url)
+            # ValueError: UnicodeError, for one, where a name is none.
+            except (aiohttp.ClientError, OSError, ValueError) as error:
+                _log.info("not fetched: %r", error)
+                raise InvalidField(_FIELD, _UNREACHABLE) from None
+            if isinstance(answer, bytes):
+                return answer
+            url = answer
+        raise InvalidField(_FIELD, f"the address redirects more than {_MOST_REDIRECTS} times")
+
+    async def _get(self, url: URL) -> bytes | URL:
+        """What an address answers: its bytes, or the address that it redirects to."""
+        async with self._shared().get(url, allow_redirects=False) as response:
+            if response.status in _REDIRECTS:
+                return self._redirected(url, response.headers.get("Location", ""))
+            if response.status != 200:
+                raise InvalidField(_FIELD, f"the address answers with status {response.status}")
+            if response.headers.get("Content-Encoding", "identity").lower() != "identity":
+                raise InvalidField(_FIELD, "the address answers with a compressed file, which was not asked for")
+            return await self._body(response)
+
+    def _redirected(self, url: URL, location: str) -> URL:
+        try:
+            target = url.join(URL(location))
+        except (ValueError, IndexError):
+            raise InvalidField(_FIELD, "the address redirects to a malformed one") from None
+        if url.scheme == "https" and target.scheme == "http":
+            raise InvalidField(_FIELD, "the address redirects from https to http")
+        return self._checked(target)
+
+    async def _body(self, response: aiohttp.ClientResponse) -> bytes:
+        too_large = InvalidField(_FIELD, f"the file has more than {self._most} bytes, which is the most")
+        if response.content_length is not None and response.content_length > self._most:
+            raise too_large
+        data = bytearray()
+        async for chunk in response.content.iter_any():
+            data += chunk
+            if len(data) > self._most:
+                raise too_large
+        return bytes(data)
+
+    def _checked(self, url: URL) -> URL:
+        if url.scheme not in ("http", "https") or not url.host:
+            raise InvalidField(_FIELD, "only http and https addresses with a host are fetched")
+        if url.user is not None or url.password is not None:
+            raise InvalidField(_FIELD, "the address has a user or password in it, which is not sent anywhere")
+        if "%" in url.host:
+            raise InvalidField(_FIELD, "the address has a zone in it, which only this server's own network would know")
+        if url.port not in self._ports:
+            raise InvalidField(
+                _FIELD, f"the address has port {url.port}; only {', '.join(map(str, self._ports))} are fetched from"
+            )
+        return url
+
+    def _socket(self, address: Any) -> socket.socket:
+        """The socket for an address that is about to be connected to. `address` is one of getaddrinfo's tuples."""
+        family, kind, protocol, _, place = address
+        if family not in (socket.AF_INET, socket.AF_INET6) or not self._allowed(place[0]):
+            raise OSError(f"{place[0]} port {place[1]} is not to be connected to")
+        return socket.socket(family, kind, protocol)

@@ -1,0 +1,132 @@
+"""What is asked of the server's parts at the moment that Prometheus asks: nobody has to keep it up to date."""
+
+import sys
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.registry import Collector
+
+from img2img_server.assets import AssetStore
+from img2img_server.engine.cache import Cache
+from img2img_server.engine.engine import Engine
+from img2img_server.metrics import About
+from img2img_server.models import Model, ModelState, ModelStore
+
+WAITING = About("img2img_engine_waiting_requests", "gauge", "Requests that wait for their first turn")
+ACTIVE = About("img2img_engine_active_requests", "gauge", "Requests in progress")
+WORK = About(
+    "img2img_engine_work_seconds", "gauge", "Estimated seconds of accepted work that is left; NaN while nothing is measured"
+)
+CALL = About("img2img_engine_call_seconds", "gauge", "Seconds that the current call of a model has taken so far, 0 between two")
+CACHE_HITS = About("img2img_cache_hits_total", "counter", "Prompts and source pictures that need not be encoded again")
+CACHE_MISSES = About("img2img_cache_misses_total", "counter", "Prompts and source pictures that had to be encoded")
+CACHE_EVICTIONS = About("img2img_cache_evictions_total", "counter", "Entries that had to make room")
+CACHE_ENTRIES = About("img2img_cache_entries", "gauge", "Entries of the cache")
+CACHE_BYTES = About("img2img_cache_bytes", "gauge", "Bytes that the cache holds")
+CACHE_BUDGET = About("img2img_cache_budget_bytes", "gauge", "Bytes that the cache may hold")
+ASSETS = About("img2img_assets", "gauge", "Pictures that are kept for clients")
+ASSET_BYTES = About("img2img_assets_bytes", "gauge", "Bytes of pictures that are kept for clients")
+ASSET_QUOTA = About("img2img_assets_quota_bytes", "gauge", "Bytes of pictures that may be kept")
+MODEL_STATE = About("img2img_model_state", "gauge", "1 for the state that a model is in, 0 for the others", ("model", "state"))
+MODEL_MEMORY = About("img2img_model_memory_bytes", "gauge", "Memory that a model takes, 0 where it was not measured", ("model",))
+MODEL_INFO = About(
+    "img2img_model_info",
+    "gauge",
+    "Always 1; the labels tell what runs a model in memory",
+    ("model", "engine", "backend", "precision"),
+)
+DEVICE_FREE = About(
+    "img2img_device_memory_free_bytes", "gauge", "Free memory of a GPU; on the CPU there is none of it", ("device",)
+)
+DEVICE_TOTAL = About("img2img_device_memory_total_bytes", "gauge", "Memory of a GPU; on the CPU there is none of it", ("device",))
+ASKED = (
+    WAITING, ACTIVE, WORK, CALL, CACHE_HITS, CACHE_MISSES, CACHE_EVICTIONS, CACHE_ENTRIES, CACHE_BYTES, CACHE_BUDGET,
+    ASSETS, ASSET_BYTES, ASSET_QUOTA, MODEL_STATE, MODEL_MEMORY, MODEL_INFO, DEVICE_FREE, DEVICE_TOTAL,
+)  # fmt: skip
+"""All of them."""
+
+STATES = tuple(state.name.lower() for state in ModelState)
+"""The values of the label `state`."""
+
+Family = CounterMetricFamily | GaugeMetricFamily
+
+
+class Gauges(Collector):
+    """Asks the parts that it was given. On a thread of the metrics' server; it takes the engine's lock for a moment only."""
+
+    def __init__(self, engine: Engine, models: ModelStore, cache: Cache | None, assets: AssetStore) -> None:
+        self._engine = engine
+        self._models = models
+        self._cache = cache
+        self._assets = assets
+
+    def describe(self) -> Iterable[Family]:
+        """Nothing: else registering would ask."""
+        return ()
+
+    def collect(self) -> Iterator[Family]:
+        """Everything, as it is now."""
+        yield from self._of_the_engine()
+        yield from self._of_the_cache()
+        yield from self._of_assets()
+        yield from self._of_models()
+        yield from _of_the_device()
+
+    def _of_the_engine(self) -> Iterator[Family]:
+        stats = self._engine.stats
+        yield _family(WAITING, ((), stats.waiting))
+        yield _family(ACTIVE, ((), stats.active))
+        yield _family(WORK, ((), float("nan") if stats.work_seconds is None else stats.work_seconds))
+        yield _family(CALL, ((), stats.call_seconds))
+
+    def _of_the_cache(self) -> Iterator[Family]:
+        if self._cache is None:
+            return
+        stats = self._cache.stats
+        yield _family(CACHE_HITS, ((), stats.hits))
+        yield _family(CACHE_MISSES, ((), stats.misses))
+        yield _family(CACHE_EVICTIONS, ((), stats.evictions))
+        yield _family(CACHE_ENTRIES, ((), stats.entries))
+        yield _family(CACHE_BYTES, ((), stats.bytes))
+        yield _family(CACHE_BUDGET, ((), self._cache.budget))
+
+    def _of_assets(self) -> Iterator[Family]:
+        stats = self._assets.stats
+        yield _family(ASSETS, ((), stats.count))
+        yield _family(ASSET_BYTES, ((), stats.bytes))
+        yield _family(ASSET_QUOTA, ((), stats.quota))
+
+    def _of_models(self) -> Iterator[Family]:
+        models = list(self._models)
+        states = [((model.id, state), float(state == model.state.name.lower())) for model in models for state in STATES]
+        yield _family(MODEL_STATE, *states)
+        yield _family(MODEL_MEMORY, *(((model.id,), model.memory if model.state is ModelState.READY else 0) for model in models))
+        yield _family(MODEL_INFO, *((_info(model), 1) for model in models if model.pipeline is not None))
+
+
+def _info(model: Model) -> tuple[str, str, str, str]:
+    """What MODEL_INFO's labels say of a model in memory."""
+    assert model.manifest is not None, "a model in memory has a manifest"
+    assert model.pipeline is not None, "a model in memory has a pipeline"
+    return model.id, model.pipeline.engine, model.manifest.backend, model.manifest.precision
+
+
+def _of_the_device() -> Iterator[Family]:
+    """A GPU's memory, where torch uses one already. Asking must not be what makes it begin to."""
+    torch: Any = sys.modules.get("torch")
+    memory = [
+        (str(device), torch.cuda.mem_get_info(device))
+        for device in (range(torch.cuda.device_count()) if torch is not None and torch.cuda.is_initialized() else ())
+    ]
+    yield _family(DEVICE_FREE, *(((device,), free) for device, (free, _) in memory))
+    yield _family(DEVICE_TOTAL, *(((device,), total) for device, (_, total) in memory))
+
+
+def _family(about: About, *values: tuple[tuple[str, ...], float]) -> Family:
+    """The metric with these values, each with its labels'."""
+    kind = CounterMetricFamily if about.kind == "counter" else GaugeMetricFamily
+    family = kind(about.name, about.help, labels=about.labels)
+    for labels, value in values:
+        family.add_metric(labels, value)
+    return family

@@ -1,0 +1,93 @@
+"""The life of the server's process: it serves until a signal and drains; a second signal or a stuck engine ends it at once.
+
+Exit statuses: 0 after a drain, 130 or 143 where SIGINT or SIGTERM ended it before it was drained, 70 (sysexits.h: EX_SOFTWARE)
+where the engine was stuck.
+"""
+
+import asyncio
+import contextlib
+import faulthandler
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from typing import NoReturn
+
+from img2img_server.server import Server
+
+_log = logging.getLogger(__name__)
+
+STUCK = os.EX_SOFTWARE
+_ANSWERING = 2.0
+"""Seconds that those who wait are told in, when it ends at once."""
+_AT_LAST = 4.0
+"""Seconds after which it ends even if the event loop, or a lock that it waits for, is held by what is stuck."""
+
+
+async def live(server: Server) -> int:
+    """Starts `server`, serves, and drains it at the first SIGTERM or SIGINT. Returns 0.
+
+    A second one ends the process, and so does the first while the server is not up, or an engine that is stuck: by os._exit, as
+    threads inside a model's call would be waited for. Raises what `server.start` raises.
+    """
+    with _signals() as signals:
+        first = asyncio.ensure_future(signals.get())
+        starting = asyncio.ensure_future(server.start())
+        await asyncio.wait({starting, first}, return_when=asyncio.FIRST_COMPLETED)
+        if not starting.done():
+            _log.warning("%s: the server was not up yet, it stops", first.result().name)
+            await _end(server, 128 + first.result())
+        starting.result()
+        stuck = asyncio.ensure_future(server.failed())
+        await asyncio.wait({first, stuck}, return_when=asyncio.FIRST_COMPLETED)
+        if not first.done():
+            await _end_stuck(server)
+        _log.info("draining")
+        second = asyncio.ensure_future(signals.get())
+        draining = asyncio.ensure_future(server.stop())
+        await asyncio.wait({draining, second, stuck}, return_when=asyncio.FIRST_COMPLETED)
+        if draining.done():
+            draining.result()
+            return 0
+        if not second.done():
+            await _end_stuck(server)
+        _log.warning("%s: the server stops without waiting for what runs", second.result().name)
+        await _end(server, 128 + second.result())
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[asyncio.Queue[signal.Signals]]:
+    """The signals to end that come within the block. After it they do what they do to any process."""
+    numbers, loop = (signal.SIGTERM, signal.SIGINT), asyncio.get_running_loop()
+    signals: asyncio.Queue[signal.Signals] = asyncio.Queue()
+    for number in numbers:
+        loop.add_signal_handler(number, signals.put_nowait, number)
+    try:
+        yield signals
+    finally:
+        for number in numbers:
+            loop.remove_signal_handler(number)
+
+
+async def _end_stuck(server: Server) -> NoReturn:
+    """Tells the log where every thread is, and ends the process."""
+    _log.critical("the engine is stuck: the server stops with status %d", STUCK)
+    faulthandler.dump_traceback(sys.stderr)
+    await _end(server, STUCK)
+
+
+async def _end(server: Server, status: int) -> NoReturn:
+    """Tells those who wait that the server stops, and ends the process, whatever its threads are doing."""
+    last = threading.Timer(_AT_LAST, os._exit, (status,))
+    last.daemon = True
+    last.start()
+    try:
+        await asyncio.wait_for(server.stop_now(), _ANSWERING)
+    except Exception:  # noqa: BLE001 - the process's edge: whatever it was, the process ends
+        _log.exception("not everybody was told")
+    finally:
+        logging.shutdown()
+        sys.stderr.flush()
+        os._exit(status)

@@ -1,0 +1,105 @@
+"""The log on standard error, for people or for machines: each line knows the call that it belongs to, and is one line only."""
+
+import copy
+import json
+import logging
+import sys
+from datetime import UTC, datetime
+from typing import Any
+
+from img2img_server.calls import current
+
+ACCESS = "img2img.access"
+"""The logger that has a line for each call."""
+
+_TEXT = "%(asctime)s %(levelname)-7s %(name)s: %(message)s"
+_OF_A_CALL = ("request_id", "client", "method", "model", "status", "reason", "seconds")
+"""Fields that a JSON line has where they are known, in order."""
+_ESCAPES = {code: f"\\x{code:02x}" for code in (*range(0x20), *range(0x7F, 0xA0))}
+_ESCAPES |= {ord("\n"): "\\n", ord("\r"): "\\r", ord("\t"): "\\t", 0x2028: "\\u2028", 0x2029: "\\u2029"}
+
+
+def configure(log_format: str) -> None:
+    """Logs from INFO on to standard error, as "text" or as "json". Called again, it takes the place of its former self."""
+    root = logging.getLogger()
+    for handler in [handler for handler in root.handlers if isinstance(handler, _Handler)]:
+        root.removeHandler(handler)
+    root.addHandler(_Handler(JsonFormatter() if log_format == "json" else TextFormatter()))
+    root.setLevel(logging.INFO)
+
+
+class _Handler(logging.StreamHandler[Any]):
+    """The one that `configure` puts in, so that it finds it again."""
+
+    def __init__(self, formatter: logging.Formatter) -> None:
+        super().__init__(sys.stderr)
+        self.setFormatter(formatter)
+        self.addFilter(CallFilter())
+
+
+class CallFilter(logging.Filter):
+    """Gives each record the id, the client and the method of the call that is being answered, where it has none of its own.
+
+    On the engine's thread there is no such call: what is logged there brings its `extra`.
+    """
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Marks the record, and lets it pass."""
+        call = current()
+        for name, value in (("request_id", call.request_id), ("client", call.client), ("method", call.method)):
+            if value and not hasattr(record, name):
+                setattr(record, name, value)
+        return True
+
+
+class TextFormatter(logging.Formatter):
+    """A line for people. Where it belongs to a call, the request's id is at its end.
+
+    Control characters are escaped and a traceback is indented, so that nothing in a message can pass for a line of the log.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(_TEXT)
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The record, all of its lines."""
+        own = copy.copy(record)
+        own.exc_text = None  # else a traceback that another handler has formatted would be taken as it is
+        return super().format(own)
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        """The first line."""
+        request_id = getattr(record, "request_id", "")
+        line = super().formatMessage(record)
+        return escape(f"{line} [{request_id}]" if request_id and request_id not in line else line)
+
+    def formatException(self, ei: Any) -> str:
+        """The traceback, each line of it indented."""
+        return _indent(super().formatException(ei))
+
+    def formatStack(self, stack_info: str) -> str:
+        """A stack, each line of it indented."""
+        return _indent(stack_info)
+
+
+class JsonFormatter(logging.Formatter):
+    """An object a line: RFC 3339 time in UTC, level, logger, message, what is known of the call, and the exception."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The object."""
+        time = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+        line = {"time": time, "level": record.levelname, "logger": record.name, "message": record.getMessage()}
+        line |= {name: value for name in _OF_A_CALL if (value := getattr(record, name, "")) != ""}
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return json.dumps(line, default=str).replace("\x7f", "\\u007f")  # the one control character that JSON lets pass
+
+
+def escape(text: str) -> str:
+    r"""`text` without control characters: a line break becomes "\n", others "\x1b" and the like."""
+    return text.translate(_ESCAPES)
+
+
+def _indent(text: str) -> str:
+    """Each line of it, as lines are counted by whoever reads the log, behind four blanks."""
+    return "\n".join("    " + escape(line) for line in text.split("\n"))

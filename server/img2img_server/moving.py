@@ -1,0 +1,180 @@
+"""Moves models into memory and out of it: loads, tries and measures one, and gives back what it took."""
+
+import asyncio
+import contextlib
+import logging
+import threading
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import TypeVar, cast
+
+from PIL import Image
+
+from img2img_server.bundle import Manifest
+from img2img_server.engine.engine import Engine
+from img2img_server.engine.request import Completed, Ending, Event, Failed, Pipeline, Request
+from img2img_server.errors import BundleError, QueueFull, ServerError, ShuttingDown
+from img2img_server.model_memory import Meter, give_back, in_words, measured
+from img2img_server.models import ModelStore
+
+_log = logging.getLogger(__name__)
+
+_TRIAL_STEPS = 2
+_TRIAL_PROMPT = ""
+_CLIENT = "img2img/loading"
+"""Whose the trials are: nobody's that a token or an address could name."""
+_FAILED = "it cannot be served; the server's log says why"
+
+_R = TypeVar("_R")
+
+
+@dataclass(frozen=True, slots=True)
+class _Arrival:
+    """A model that is in the engine, tried and measured, and not yet published."""
+
+    manifest: Manifest
+    pipeline: Pipeline
+    memory: int
+
+
+class Mover:
+    """Brings models in and frees them. One at a time may be moved: what `meter` measures is then its own, but for requests that
+    run meanwhile. Used on the event loop, which it never blocks."""
+
+    def __init__(self, models: ModelStore, engine: Engine, meter: Meter) -> None:
+        self._models = models
+        self._engine = engine
+        self._meter = meter
+        self._arrived: dict[str, _Arrival] = {}
+
+    async def bring(self, name: str) -> str:
+        """Loads the model, has it draw a picture and measures it. Returns what is wrong with it, "" where nothing is."""
+        self._models.change(name, detail="loading")
+        problem = await self._attempt(name)
+        if problem:
+            _log.error("model '%s' cannot be served: %s", name, problem)
+            await self.discard(name)
+            self._models.change(name, problem=problem, detail=_FAILED)
+        return problem
+
+    def publish(self, name: str) -> None:
+        """From now on requests find the model ready."""
+        arrival = self._arrived.pop(name)
+        pipeline = arrival.pipeline
+        self._models.change(name, manifest=arrival.manifest, pipeline=pipeline, problem="", detail="", engines=())
+        _log.info("model '%s': ready on %s, %s", name, pipeline.engine, in_words(arrival.memory))
+
+    async def discard(self, name: str) -> None:
+        """Takes out what was brought and is not to be published; nothing where that is nothing."""
+        arrival = self._arrived.pop(name, None)
+        if arrival is None:
+            return
+        if await asyncio.to_thread(self._engine.settle, name):
+            self._engine.remove(name)
+        arrival.pipeline.close()
+        del arrival
+        await asyncio.to_thread(give_back)
+
+    async def free(self, name: str, health: Callable[[str, bool], Awaitable[None]]) -> int:
+        """Unloads a model that has no requests left. Returns the bytes that memory has shrunk by."""
+        before = self._meter.read()
+        engine = self._close(name)
+        await health(name, False)
+        await asyncio.to_thread(give_back)
+        freed = max(0, -(before.grown_to(self._meter.read(), engine) or 0))
+        _log.info("model '%s': unloaded, %s given back", name, in_words(freed))
+        return freed
+
+    def _close(self, name: str) -> str:
+        """Drops every reference to the pipeline. Returns what it ran on."""
+        pipeline = self._models.get(name).pipeline
+        assert pipeline is not None, "only what is ready is unloaded"
+        self._models.change(name, pipeline=None, engines=())
+        self._engine.remove(name)
+        pipeline.close()
+        return pipeline.engine
+
+    async def _attempt(self, name: str) -> str:
+        """Loads and tries the model. Returns what went wrong."""
+        try:
+            before = self._meter.read()
+            manifest, pipeline = await _in_thread(lambda: self._open(name))
+            self._arrived[name] = _Arrival(manifest, pipeline, 0)
+            self._engine.replace(name, pipeline)
+            await self._try(name, pipeline)
+            memory = measured(before.grown_to(self._meter.read(), pipeline.engine), manifest)
+            self._arrived[name] = _Arrival(manifest, pipeline, memory)
+            self._models.change(name, manifest=manifest, memory=memory)
+        except ShuttingDown:
+            raise
+        except (BundleError, ServerError, OSError) as error:
+            return str(error)
+        except Exception as error:  # noqa: BLE001 - whatever a library raises: this model cannot be served, the others go on
+            _log.exception("model '%s' failed when it was loaded", name)
+            return f"{type(error).__name__}: {error}"
+        return ""
+
+    def _open(self, name: str) -> tuple[Manifest, Pipeline]:
+        model = self._models.get(name)
+        assert self._models.folder is not None, "what is loaded comes from a folder"
+        assert model.bundle is not None, "what is loaded has a bundle"
+        return self._models.folder.open(model.bundle)
+
+    async def _try(self, name: str, pipeline: Pipeline) -> None:
+        """Draws a picture of the model's own size through the engine, which learns by it what its calls take.
+
+        It takes its turn as one client's request among others'. In the background it would never come where those leave no gap.
+        """
+        self._models.change(name, detail="trying")
+        image = Image.new("RGB", pipeline.native_size, "gray")
+        request = Request(name, image, _TRIAL_PROMPT, None, 1.0, _TRIAL_STEPS, 7.5, (0,), client=_CLIENT)
+        loop = asyncio.get_running_loop()
+        ended: asyncio.Future[Ending] = loop.create_future()
+
+        def listen(event: Event) -> None:
+            if isinstance(event, Completed | Failed):
+                loop.call_soon_threadsafe(_settle, ended, event)
+
+        while True:
+            try:
+                accepted = await asyncio.to_thread(self._engine.submit, request, listen)
+                break
+            except QueueFull as error:
+                await asyncio.sleep(error.retry_after)
+        try:
+            ending = await ended
+        finally:
+            accepted.ticket.cancel()
+        if isinstance(ending, Failed):
+            raise ending.error
+
+
+def _settle(future: "asyncio.Future[_R]", value: _R) -> None:
+    if not future.done():
+        future.set_result(value)
+
+
+async def _in_thread(work: Callable[[], _R]) -> _R:
+    """What `work` returns, on a thread of its own that keeps no process from ending: loading cannot be stopped."""
+    loop = asyncio.get_running_loop()
+    outcome: asyncio.Future[_R] = loop.create_future()
+
+    def settle(value: _R | None, error: BaseException | None) -> None:
+        if outcome.done():  # nobody waits any more
+            return
+        if error is not None:
+            outcome.set_exception(error)
+        else:
+            outcome.set_result(cast(_R, value))
+
+    def run() -> None:
+        value, error = None, None
+        try:
+            value = work()
+        except Exception as caught:  # noqa: BLE001 - it is raised where the work is waited for
+            error = caught
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            loop.call_soon_threadsafe(settle, value, error)
+
+    threading.Thread(target=run, name="img2img-loading", daemon=True).start()
+    return await outcome

@@ -1,0 +1,40 @@
+"""What has no place in a bundle: pickles and code. Whoever loads a model must not run what its file says."""
+
+import json
+import os
+from pathlib import Path
+
+from img2img_server.errors import BundleError
+
+_SUFFIXES = (".py", ".pyc", ".so", ".dll", ".bin", ".ckpt", ".pt", ".pth", ".pkl", ".pickle", ".joblib")
+"""Of files that diffusers and transformers would read as pickles or import."""
+_INDEX = ".index."
+"""Of lists of a model's files: `model.safetensors.index.json`, `model.bin.index.fp16.json`."""
+
+
+def refuse_foreign(bundle: Path) -> None:
+    """Raises BundleError where there is a pickle or code in the directory `bundle`, or behind a link in it.
+
+    Loaders are told not to read them, but they load one another, and not all obey. No bundle of the exporter's has any.
+    """
+    seen = set()
+    for folder, folders, names in os.walk(bundle, followlinks=True):
+        seen.add(os.path.realpath(folder))
+        folders[:] = [name for name in folders if os.path.realpath(Path(folder, name)) not in seen]
+        for name in names:
+            if name.lower().endswith(_SUFFIXES):
+                raise BundleError(f"{Path(folder, name)} could run code when it is read: such files have no place in a bundle")
+            if _INDEX in name.lower():
+                _check_index(Path(folder, name))
+
+
+def _check_index(path: Path) -> None:
+    """Raises BundleError where a list of a model's parts has others than safetensors beside it: told to read these alone,
+    diffusers and transformers read all the same whatever is listed, as a pickle."""
+    try:
+        parts = set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise BundleError(f"{path} cannot be read") from None
+    for part in parts:
+        if not (isinstance(part, str) and part.endswith(".safetensors") and part == Path(part).name):
+            raise BundleError(f"{path} names {part!r}: only safetensors beside it have a place in a bundle")

@@ -1,0 +1,189 @@
+"""Where settings come from: flags, then the environment, then a TOML file, then defaults; and telling which it was.
+
+Knows nothing of what is configured: any configuration of `settings.py` can be read, from its own flags, variables and keys.
+"""
+
+import argparse
+import difflib
+import tomllib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from img2img_server.setting_values import for_people, from_text, from_toml, to_toml
+from img2img_server.settings import FieldPath, Setting, build, settings_of, value_of
+
+_T = TypeVar("_T")
+
+DEFAULT, FLAG = "default", "flag"
+"""Origins of values beside the names of variables and files."""
+
+
+class SettingError(ValueError):
+    """What somebody set cannot be used. One line, which says where it was set."""
+
+
+@dataclass(frozen=True, slots=True)
+class Configured(Generic[_T]):
+    """A configuration and where each of its values was set: DEFAULT, FLAG, a variable's name or a file's."""
+
+    config: _T
+    origins: Mapping[FieldPath, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Environment:
+    """The variables of a process. Those that begin with `prefix` are settings, but for `others`, which somebody else reads."""
+
+    variables: Mapping[str, str]
+    prefix: str
+    others: Sequence[str] = ()
+
+    def variable(self, one: Setting) -> str:
+        """The name of a setting's variable."""
+        return self.prefix + one.name.upper()
+
+
+def declare(parser: argparse.ArgumentParser, settings: Iterable[Setting]) -> None:
+    """Declares a flag for each setting, under the heading of its section. Its value is None where it is not given."""
+    groups: dict[str, argparse._ActionsContainer] = {"": parser}
+    for one in settings:
+        if one.group not in groups:
+            groups[one.group] = parser.add_argument_group(one.group)
+        add = groups[one.group].add_argument
+        if one.kind is bool:
+            add(one.flag, action=argparse.BooleanOptionalAction, default=None, help=_help(one))
+        else:
+            add(one.flag, type=_Reader(one), metavar=_metavar(one), help=_help(one))
+
+
+def given(settings: Iterable[Setting], arguments: argparse.Namespace) -> dict[FieldPath, Any]:
+    """What the flags of these settings were given, for `build` or `resolve`."""
+    values = {one.path: getattr(arguments, one.name) for one in settings}
+    return {path: value for path, value in values.items() if value is not None}
+
+
+def resolve(kind: type[_T], flags: Mapping[FieldPath, Any], environment: Environment, file: Path | None = None) -> Configured[_T]:
+    """Reads a configuration from what the flags were given, the environment and a file, the earlier before the later.
+
+    Raises SettingError for a value that cannot be used, for an unknown variable or key, and for what is missing; OSError where
+    the file cannot be read.
+    """
+    settings = settings_of(kind)
+    values: dict[FieldPath, Any] = {}
+    origins: dict[FieldPath, str] = dict.fromkeys((one.path for one in settings), DEFAULT)
+    for path, value, origin in (
+        *(_from_file(settings, file) if file is not None else ()),
+        *_from_environment(settings, environment),
+        *((path, value, FLAG) for path, value in flags.items()),
+    ):
+        values[path], origins[path] = value, origin
+    for one in settings:
+        if one.about.required and one.path not in values:
+            where = f"{one.flag} {_metavar(one)}, the variable {environment.variable(one)} or the key '{one.key}' of a file"
+            raise SettingError(f"{one.name} is not set: give {where}")
+    try:
+        return Configured(build(kind, values), origins)
+    except ValueError as error:
+        raise SettingError(str(error)) from None
+
+
+def as_toml(configured: Configured[Any]) -> str:
+    """The configuration as a file that says the same, with where each value came from."""
+    lines: list[str] = []
+    table: FieldPath = ()
+    for one in settings_of(type(configured.config)):
+        if one.path[:-1] != table:
+            table = one.path[:-1]
+            lines += ["", f"# {one.group}", f"[{'.'.join(table)}]"]
+        value = value_of(configured.config, one)
+        if value is None:
+            lines.append(f"# {one.path[-1]} = (not set)")
+        else:
+            lines.append(f"{one.path[-1]} = {to_toml(one, value)}  # {configured.origins[one.path]}")
+    return "\n".join(lines) + "\n"
+
+
+class _Reader:
+    """Reads a flag's value."""
+
+    def __init__(self, one: Setting) -> None:
+        self._one = one
+
+    def __call__(self, text: str) -> Any:
+        try:
+            return from_text(self._one, text)
+        except ValueError as error:
+            raise argparse.ArgumentError(None, f"{self._one.flag} {error}") from None
+
+
+def _metavar(one: Setting) -> str:
+    names = {int: "N", float: "N", Path: "PATH", bool: "true|false"}
+    return one.about.metavar or (f"{{{','.join(one.choices)}}}" if one.choices else names.get(one.kind, "TEXT"))
+
+
+def _help(one: Setting) -> str:
+    text = one.about.help
+    if "(default" not in text and not one.optional and not one.about.required:
+        text += f" (default: {for_people(one, one.default)})"
+    return text.replace("%", "%%")
+
+
+def _from_environment(settings: Sequence[Setting], environment: Environment) -> Iterator[tuple[FieldPath, Any, str]]:
+    known = {environment.variable(one): one for one in settings}
+    for variable, text in environment.variables.items():
+        if variable in known:
+            try:
+                yield known[variable].path, from_text(known[variable], text), variable
+            except ValueError as error:
+                raise SettingError(f"{variable} {error}") from None
+        elif variable.startswith(environment.prefix) and variable not in environment.others:
+            near = difflib.get_close_matches(variable, (*known, *environment.others), 1)
+            raise SettingError(f"{variable} is no setting that there is{_meant(near)}")
+
+
+def _from_file(settings: Sequence[Setting], file: Path) -> Iterator[tuple[FieldPath, Any, str]]:
+    """What a file sets. Relative paths in it are below the folder that it is in."""
+    try:
+        content = tomllib.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:  # tomllib's own, and those of no UTF-8, of long numbers and deep arrays
+        raise SettingError(f"{file}: {error}") from None
+    known = {one.path: one for one in settings}
+    tables = {path[:end] for path in known for end in range(1, len(path))}
+    for path, raw in _leaves(content, tables):
+        if path not in known:
+            raise SettingError(f"{file}: {_unknown(path, raw, settings, tables)}")
+        try:
+            yield path, from_toml(known[path], raw, file.parent), file.name.encode("ascii", "backslashreplace").decode()
+        except ValueError as error:
+            raise SettingError(f"{file}: {known[path].key} {error}") from None
+
+
+def _leaves(content: Mapping[str, Any], tables: set[FieldPath], above: FieldPath = ()) -> Iterator[tuple[FieldPath, Any]]:
+    """The values of a file with the way to them. An unknown table is a leaf, too, and so is a value in place of a known one."""
+    for key, value in content.items():
+        path = (*above, key)
+        if path in tables and isinstance(value, dict):
+            yield from _leaves(value, tables, path)
+        else:
+            yield path, value
+
+
+def _unknown(path: FieldPath, raw: Any, settings: Sequence[Setting], tables: set[FieldPath]) -> str:
+    """What is wrong with a key that is no setting's, and which was probably meant."""
+    key = ".".join(path)
+    if path in tables:
+        return f"{key} has to be a table, [{key}]"
+    if isinstance(raw, dict):
+        near = difflib.get_close_matches(key, [".".join(table) for table in tables], 1)
+        return f"there is no table [{key}]{_meant([f'[{name}]' for name in near])}"
+    beside = {one.path[-1]: one.key for one in settings if one.path[:-1] == path[:-1]}
+    # Else it may be in the wrong table, or spelled as its flag.
+    anywhere = {one.path[-1]: one.key for one in settings} | {one.name: one.key for one in settings}
+    near = [names[name] for names in (beside, anywhere) for name in difflib.get_close_matches(path[-1], names, 1)]
+    return f"there is no key '{key}'{_meant([repr(name) for name in near])}"
+
+
+def _meant(near: Sequence[str]) -> str:
+    return f"; did you mean {near[0]}?" if near else ""

@@ -1,0 +1,126 @@
+"""`img2img token`: makes, lists and removes the tokens of those who may call a server."""
+
+import argparse
+import os
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+
+VARIABLE = "IMG2IMG_TOKENS"
+
+_EPILOG = """\
+examples:
+  img2img token add alice --tokens tokens.toml
+  img2img token add batch --tokens tokens.toml --models 'sdxl*' --requests-per-minute 60 --concurrency 4
+  img2img token add ci --tokens tokens.toml --expires 2027-01-31 --admin
+  img2img token list --tokens tokens.toml
+  img2img token remove alice --tokens tokens.toml
+
+`img2img serve --tokens tokens.toml` lets in who has one of them. It reads the file again when it changes: what was added or
+removed holds a second or two later. Calls that are running go on.
+"""
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Declares the flags of `img2img token`."""
+    parser.epilog = _EPILOG
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
+    add = _action(actions, "add", "make a token, and print it: this once, as the file has only its hash")
+    add.add_argument("name", metavar="NAME", help="who it is for, as logs and metrics will say")
+    add.add_argument(
+        "--models", nargs="+", metavar="PATTERN", help="ids of the models that it may use, such as sdxl* (default: all)"
+    )
+    add.add_argument("--requests-per-minute", type=int, metavar="N", help="most calls a minute (default: no bound)")
+    add.add_argument("--concurrency", type=int, metavar="N", help="most calls in progress (default: no bound)")
+    add.add_argument("--admin", action="store_true", help="it may also load and unload models")
+    add.add_argument("--expires", metavar="DATE", help="no longer good from then on: 2027-01-31, or 2027-01-31T18:00:00Z; UTC")
+    _action(actions, "list", "show the tokens' names and what each may do")
+    remove = _action(actions, "remove", "take a token away")
+    remove.add_argument("name", metavar="NAME", help="whose it is")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Does what was asked. Returns 0, 1 where the file does not allow it, 2 for wrong arguments."""
+    path = arguments.tokens or os.environ.get(VARIABLE)
+    if not path:
+        return _failed(f"which file? Set --tokens FILE or {VARIABLE}", 2)
+    actions = {"add": _add, "list": _list, "remove": _remove}
+    try:
+        return actions[arguments.action](Path(path), arguments)
+    except (OSError, ValueError) as error:
+        return _failed(str(error), 1)
+
+
+def _add(path: Path, arguments: argparse.Namespace) -> int:
+    from img2img_server import tokens
+
+    secret = tokens.make_secret()
+    try:
+        token = tokens.Token(
+            tokens.check_name(arguments.name),
+            tokens.digest(secret),
+            None if arguments.models is None else tokens.check_patterns(arguments.models),
+            arguments.requests_per_minute,
+            arguments.concurrency,
+            arguments.admin,
+            None if arguments.expires is None else tokens.parse_expiry(arguments.expires),
+        )
+        for flag in ("requests_per_minute", "concurrency"):
+            if (value := getattr(token, flag)) is not None and value < 1:
+                raise ValueError(f"--{flag.replace('_', '-')} is {value}, the least is 1")
+    except ValueError as error:
+        return _failed(str(error), 2)
+    with tokens.editing(path) as known:
+        if token.name in known:
+            raise ValueError(f"{path} has a token '{token.name}' already: remove it first, or take another name")
+        known[token.name] = token
+    print(secret)
+    print(f"This is the token of '{token.name}'. It is shown this once: {path} has only its hash.", file=sys.stderr)
+    return 0
+
+
+def _list(path: Path, arguments: argparse.Namespace) -> int:
+    from img2img_server import tokens
+
+    now = datetime.now(UTC)
+    rows = [("NAME", "MODELS", "PER MINUTE", "AT ONCE", "ADMIN", "EXPIRES")]
+    for token in tokens.read(path).values():
+        expires = "never" if token.expires is None else token.expires.isoformat()
+        expired = token.expires is not None and token.expires <= now
+        rows.append(
+            (
+                token.name,
+                "all" if token.models is None else " ".join(token.models),
+                str(token.requests_per_minute or "any"),
+                str(token.concurrency or "any"),
+                "yes" if token.admin else "no",
+                f"{expires} (expired)" if expired else expires,
+            )
+        )
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    return 0
+
+
+def _remove(path: Path, arguments: argparse.Namespace) -> int:
+    from img2img_server import tokens
+
+    tokens.read(path)  # a file that is not there is an error, and not made
+    with tokens.editing(path) as known:
+        if known.pop(arguments.name, None) is None:
+            raise ValueError(f"{path} has no token '{arguments.name}'; it has {', '.join(known) or 'none'}")
+    print(f"'{arguments.name}' is no longer let in.", file=sys.stderr)
+    return 0
+
+
+def _action(actions: "argparse._SubParsersAction[argparse.ArgumentParser]", name: str, summary: str) -> argparse.ArgumentParser:
+    parser = actions.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
+    parser.add_argument("--tokens", metavar="FILE", help=f"the file of tokens (default: {VARIABLE})")
+    return parser
+
+
+def _failed(why: str, status: int) -> int:
+    print(f"img2img token: {why}", file=sys.stderr)
+    return status

@@ -1,0 +1,215 @@
+"""Reads a server's metrics for `img2img top`, and makes of two readings what happened in between."""
+
+import http.client
+import math
+import time
+import urllib.error
+import urllib.request
+from collections import deque
+from dataclasses import dataclass
+from urllib.parse import urlsplit
+
+from prometheus_client.parser import text_string_to_metric_families
+
+_TIMEOUT = 5.0
+_MOST_BYTES = 16 * 2**20
+"""Of one answer. A server with a hundred models tells some 1 MB."""
+STAGES = ("queue", "encode", "denoise", "decode", "total")
+"""Of a transform, in order."""
+
+Labels = frozenset[tuple[str, str]]
+Samples = dict[str, dict[Labels, float]]
+"""Values by name and labels."""
+
+
+class MetricsError(Exception):
+    """Nothing can be read there. The message is for who typed the address."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelView:
+    """A model: its state, what runs it, what memory it takes, in bytes, and what it did in the window.
+
+    `step_seconds` is the mean of a call of the denoiser, `rows` and `requests` that of what shared one, `stages` the mean seconds
+    of finished transforms; None where there were none.
+    """
+
+    id: str
+    state: str
+    engine: str
+    memory: float
+    pictures_per_second: float
+    step_seconds: float | None
+    rows: float | None
+    requests: float | None
+    stages: dict[str, float | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """What a server does: rates and means over `seconds`, the rest at their end.
+
+    `requests_per_second` is by gRPC status. `work_seconds` are the estimated seconds of work that is left, `cache_hits` the share
+    of lookups that found something, `cpus` how many CPUs are busy. Sizes are in bytes. None is unknown.
+    """
+
+    url: str
+    version: str
+    uptime: float | None
+    seconds: float
+    requests_per_second: dict[str, float]
+    active: float
+    waiting: float
+    work_seconds: float | None
+    call_seconds: float
+    cache_hits: float | None
+    cache_bytes: float | None
+    cache_budget: float | None
+    assets_bytes: float
+    assets_quota: float
+    memory: float
+    cpus: float
+    device_free: float | None
+    device_total: float | None
+    models: tuple[ModelView, ...]
+
+
+class History:
+    """The readings of the last `window` seconds from the metrics at `url`."""
+
+    def __init__(self, url: str, window: float) -> None:
+        self.url = _complete(url)
+        self._window = window
+        self._readings: deque[tuple[float, Samples]] = deque()
+
+    def read(self) -> None:
+        """Reads once more. Raises MetricsError."""
+        samples = parse(_fetch(self.url), self.url)
+        start = "process_start_time_seconds"
+        if self._readings and _one(samples, start) != _one(self._readings[-1][1], start):
+            self._readings.clear()  # another server: its counters have begun anew
+        now = time.monotonic()
+        self._readings.append((now, samples))
+        while len(self._readings) > 2 and self._readings[1][0] < now - self._window:
+            self._readings.popleft()
+
+    def snapshot(self) -> Snapshot:
+        """What the readings tell. At least one must have been made."""
+        (begun, before), (ended, now) = self._readings[0], self._readings[-1]
+        return compare(self.url, before, now, ended - begun)
+
+
+def parse(text: str, url: str) -> Samples:
+    """The samples of what was served at `url`. Raises MetricsError where it is no img2img's."""
+    samples: Samples = {}
+    try:
+        for family in text_string_to_metric_families(text):
+            for sample in family.samples:
+                samples.setdefault(sample.name, {})[frozenset(sample.labels.items())] = sample.value
+    except ValueError:
+        samples = {}
+    if "img2img_build_info" not in samples:
+        raise MetricsError(f"what {url} serves are no metrics of img2img")
+    return samples
+
+
+def compare(url: str, before: Samples, now: Samples, seconds: float) -> Snapshot:
+    """What happened from one reading to the other, `seconds` later."""
+    change = _Change(before, now, seconds)
+    hits, misses = change.of("img2img_cache_hits_total"), change.of("img2img_cache_misses_total")
+    start = _one(now, "process_start_time_seconds")
+    return Snapshot(
+        url=url,
+        version=next((value for value in _values(now, "img2img_build_info", "version")), ""),
+        uptime=None if start is None else max(0.0, time.time() - start),
+        seconds=seconds,
+        requests_per_second={
+            status: change.rate("img2img_requests_total", status=status)
+            for status in _values(now, "img2img_requests_total", "status")
+        },
+        active=_one(now, "img2img_engine_active_requests") or 0.0,
+        waiting=_one(now, "img2img_engine_waiting_requests") or 0.0,
+        work_seconds=_one(now, "img2img_engine_work_seconds"),
+        call_seconds=_one(now, "img2img_engine_call_seconds") or 0.0,
+        cache_hits=hits / (hits + misses) if hits + misses else None,
+        cache_bytes=_one(now, "img2img_cache_bytes"),
+        cache_budget=_one(now, "img2img_cache_budget_bytes"),
+        assets_bytes=_one(now, "img2img_assets_bytes") or 0.0,
+        assets_quota=_one(now, "img2img_assets_quota_bytes") or 0.0,
+        memory=_one(now, "process_resident_memory_bytes") or 0.0,
+        cpus=change.rate("process_cpu_seconds_total"),
+        device_free=_one(now, "img2img_device_memory_free_bytes"),
+        device_total=_one(now, "img2img_device_memory_total_bytes"),
+        models=tuple(_model(now, change, model) for model in _values(now, "img2img_model_state", "model")),
+    )
+
+
+class _Change:
+    """What counters and histograms have gained from one reading to the next."""
+
+    def __init__(self, before: Samples, now: Samples, seconds: float) -> None:
+        self._before = before
+        self._now = now
+        self._seconds = seconds
+
+    def of(self, name: str, **labels: str) -> float:
+        return (_one(self._now, name, **labels) or 0.0) - (_one(self._before, name, **labels) or 0.0)
+
+    def rate(self, name: str, **labels: str) -> float:
+        return self.of(name, **labels) / self._seconds if self._seconds > 0 else 0.0
+
+    def mean(self, name: str, **labels: str) -> float | None:
+        count = self.of(f"{name}_count", **labels)
+        return self.of(f"{name}_sum", **labels) / count if count else None
+
+
+def _model(now: Samples, change: _Change, model: str) -> ModelView:
+    states = now.get("img2img_model_state", {})
+    state = next((dict(labels)["state"] for labels, on in states.items() if on and ("model", model) in labels), "")
+    infos = [dict(labels) for labels in now.get("img2img_model_info", {}) if ("model", model) in labels]
+    return ModelView(
+        id=model,
+        state=state,
+        engine=infos[0]["engine"] if infos else "",
+        memory=_one(now, "img2img_model_memory_bytes", model=model) or 0.0,
+        pictures_per_second=change.rate("img2img_pictures_total", model=model),
+        step_seconds=change.mean("img2img_device_call_duration_seconds", model=model, stage="denoise"),
+        rows=change.mean("img2img_batch_rows", model=model),
+        requests=change.mean("img2img_batch_requests", model=model),
+        stages={stage: change.mean("img2img_transform_stage_duration_seconds", model=model, stage=stage) for stage in STAGES},
+    )
+
+
+def _one(samples: Samples, name: str, **labels: str) -> float | None:
+    """The sum of all that have these labels, None where there is none, or no number."""
+    values = [value for has, value in samples.get(name, {}).items() if labels.items() <= has]
+    total = sum(values)
+    return None if not values or math.isnan(total) else total
+
+
+def _values(samples: Samples, name: str, label: str) -> list[str]:
+    """What a label is in the samples of `name`, in order."""
+    return sorted({dict(labels)[label] for labels in samples.get(name, {})})
+
+
+def _complete(url: str) -> str:
+    """The whole address of "localhost:9464" and the like."""
+    url = url if "://" in url else f"http://{url}"
+    return url if urlsplit(url).path.strip("/") else f"{url.rstrip('/')}/metrics"
+
+
+def _fetch(url: str) -> str:
+    if urlsplit(url).scheme not in ("http", "https"):
+        raise MetricsError(f"'{url}' is no http address")
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with opener.open(url, timeout=_TIMEOUT) as response:
+            text: str = response.read(_MOST_BYTES).decode("utf-8", "replace")
+    except urllib.error.HTTPError as error:
+        raise MetricsError(f"{url} answers {error.code}: there are no metrics there") from None
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        why = getattr(error, "reason", error)
+        raise MetricsError(
+            f"no metrics at {url} ({why}): is the server running, with --metrics-port? `img2img top --help` says how"
+        ) from None
+    return text

@@ -1,0 +1,47 @@
+"""What one connection may cost: the bounds that gRPC itself keeps, before a call of ours is made of anything."""
+
+from img2img_server.config import ServerConfig
+
+MAX_METADATA_BYTES = 16 * 2**10
+"""Of a call's headers in all. A token, a request id and a trace context are 300 bytes."""
+MAX_STREAMS = 1024
+"""Calls in progress of one connection. More than the queue holds by default; the caller's gRPC holds the others back."""
+MAX_CONNECTIONS = 4096
+"""Open at a time. Each takes a file descriptor and some 40 KB."""
+HANDSHAKE_SECONDS = 20
+"""In which a new connection must have said what it is."""
+IDLE_SECONDS = 30 * 60
+"""After which a connection without calls is closed. gRPC's clients open another when they need it."""
+AGE_SECONDS = 60 * 60
+"""After which a connection with TLS is closed once its calls have ended, so that who was let in by a certificate that is no
+longer good, or looks at one of ours that has run out, comes through today's."""
+PING_SECONDS = 10
+"""The least between two keepalive pings of a client. Who pings more often is sent away: each wakes the server."""
+KEEPALIVE_SECONDS, KEEPALIVE_TIMEOUT_SECONDS = 60, 20
+"""How long a connection is silent before the server pings it, and has for the answer: then its calls are cancelled, as their
+caller is gone without a word."""
+
+
+def options(config: ServerConfig, keepalive: float = KEEPALIVE_SECONDS) -> list[tuple[str, int]]:
+    """gRPC's channel arguments for a server. `keepalive` is KEEPALIVE_SECONDS, in seconds."""
+    timeout = int(min(KEEPALIVE_TIMEOUT_SECONDS, keepalive) * 1000)
+    bounds = [
+        ("grpc.max_receive_message_length", config.max_message_bytes),
+        ("grpc.max_send_message_length", -1),
+        # The first is where gRPC begins to refuse at random, the second where it always does: one clear bound is better.
+        ("grpc.max_metadata_size", MAX_METADATA_BYTES),
+        ("grpc.absolute_max_metadata_size", MAX_METADATA_BYTES),
+        ("grpc.max_concurrent_streams", MAX_STREAMS),
+        ("grpc.max_allowed_incoming_connections", MAX_CONNECTIONS),
+        ("grpc.server_handshake_timeout_ms", HANDSHAKE_SECONDS * 1000),
+        ("grpc.max_connection_idle_ms", IDLE_SECONDS * 1000),
+        ("grpc.http2.min_ping_interval_without_data_ms", PING_SECONDS * 1000),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.keepalive_time_ms", int(keepalive * 1000)),
+        # Both, as the longer of them is what counts; that of pings is a minute where nobody says otherwise.
+        ("grpc.keepalive_timeout_ms", timeout),
+        ("grpc.http2.ping_timeout_ms", timeout),
+        # Else a second server on the same port binds silently and takes half the calls.
+        ("grpc.so_reuseport", 0),
+    ]
+    return bounds if config.tls.certificate is None else [*bounds, ("grpc.max_connection_age_ms", AGE_SECONDS * 1000)]

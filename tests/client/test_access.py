@@ -1,0 +1,258 @@
+"""Who the client believes, what it shows of itself, and that its token never leaves in plain text."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+import trustme
+from fake_image_service import FakeServer, FakeService, picture
+from img2img_cli.__main__ import main
+from img2img_client import Client, Unauthenticated, Unavailable
+from img2img_client.channel import Access, is_loopback
+
+TOKEN = "secret-token"
+
+
+@dataclass(frozen=True, slots=True)
+class Files:
+    """An authority's certificate, and a client's certificate and key that it signed."""
+
+    ca: Path
+    certificate: Path
+    key: Path
+
+
+@pytest.fixture(scope="module")
+def authority() -> trustme.CA:
+    return trustme.CA()
+
+
+@pytest.fixture(scope="module")
+def files(authority: trustme.CA, tmp_path_factory: pytest.TempPathFactory) -> Files:
+    folder = tmp_path_factory.mktemp("pem")
+    files = Files(folder / "ca.pem", folder / "client.pem", folder / "client.key")
+    authority.cert_pem.write_to_path(str(files.ca))
+    shown = authority.issue_cert("client@example.org")
+    shown.cert_chain_pems[0].write_to_path(str(files.certificate))
+    shown.private_key_pem.write_to_path(str(files.key))
+    return files
+
+
+@contextmanager
+def secure_server(authority: trustme.CA, mutual: bool = False) -> Iterator[FakeServer]:
+    """A fake server with a certificate for 127.0.0.1; `mutual` wants one of the client, too."""
+    own = authority.issue_cert("127.0.0.1", "localhost")
+    pair = (own.private_key_pem.bytes(), own.cert_chain_pems[0].bytes())
+    roots = authority.cert_pem.bytes() if mutual else None
+    server = FakeServer(credentials=grpc.ssl_server_credentials([pair], roots, mutual))
+    server.start()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def secure(authority: trustme.CA) -> Iterator[FakeServer]:
+    with secure_server(authority) as server:
+        yield server
+
+
+@pytest.fixture
+def mutual(authority: trustme.CA) -> Iterator[FakeServer]:
+    with secure_server(authority, mutual=True) as server:
+        yield server
+
+
+@pytest.mark.parametrize("scheme", ["", "https://"])
+def test_a_server_is_believed_whose_authority_is_known(secure: FakeServer, files: Files, scheme: str) -> None:
+    secure.service.token = TOKEN
+    with Client(scheme + secure.target, ca=files.ca, token=TOKEN, timeout=20) as client:
+        assert client.models() == ()
+        assert client.transform(b"file").request_id == "made"
+        client.wait_until_ready(20)
+
+
+def test_another_authority_is_not(secure: FakeServer, tmp_path: Path) -> None:
+    trustme.CA().cert_pem.write_to_path(str(tmp_path / "other.pem"))
+    for ca in (tmp_path / "other.pem", None):
+        client = Client(f"https://{secure.target}", ca=ca, token=TOKEN, timeout=20, retries=None)
+        with client, pytest.raises(Unavailable):
+            client.models()
+    assert secure.service.metadata == []
+
+
+def test_a_client_shows_its_certificate_where_it_is_asked(mutual: FakeServer, files: Files) -> None:
+    with Client(mutual.target, ca=files.ca, timeout=20, retries=None) as client, pytest.raises(Unavailable):
+        client.models()
+    with Client(mutual.target, ca=files.ca, certificate=str(files.certificate), key=str(files.key), timeout=20) as client:
+        assert client.models() == ()
+
+
+def test_a_scheme_may_say_that_there_is_no_tls(server: FakeServer) -> None:
+    with Client(f"http://{server.target}/", token=TOKEN, timeout=20) as client:
+        assert client.models() == ()
+
+
+def test_every_call_brings_the_token(server: FakeServer) -> None:
+    server.service.token = server.assets.token = TOKEN
+    with Client(server.target, token=TOKEN, timeout=20) as client:
+        client.models()
+        client.transform(b"file")
+        list(client.transform_stream(b"file"))
+        client.download(client.upload(b"file"))
+    assert [sent["authorization"] for sent in server.service.metadata + server.assets.metadata] == [f"Bearer {TOKEN}"] * 5
+
+
+@pytest.mark.parametrize("token", [None, "wrong"])
+def test_without_the_right_one_the_call_is_refused(server: FakeServer, token: str | None) -> None:
+    server.service.token = TOKEN
+    with Client(server.target, token=token, timeout=20) as client:
+        for call in (client.models, lambda: client.transform(b"file")):
+            with pytest.raises(Unauthenticated):
+                call()
+    assert len(server.service.metadata) == 2
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "example.org:50051",
+        "http://example.org:50051",
+        "10.0.0.1:50051",
+        "127.0.0.1.example.org:50051",
+        "dns://8.8.8.8/localhost:1",
+    ],
+)
+def test_a_token_never_goes_over_a_network_in_plain_text(target: str) -> None:
+    with pytest.raises(ValueError, match="plain text") as caught:
+        Client(target, token=TOKEN)
+    assert TOKEN not in str(caught.value)
+    Client(target, token=TOKEN, allow_insecure_token=True).close()
+    Client(target).close()
+
+
+@pytest.mark.parametrize(
+    ("target", "local"),
+    [
+        ("localhost:50051", True),
+        ("localhost", True),
+        ("127.0.0.1:50051", True),
+        ("127.8.9.1", True),
+        ("[::1]:50051", True),
+        ("unix:/run/img2img.sock", True),
+        ("unix-abstract:img2img", True),
+        ("dns:///localhost:50051", True),
+        ("dns:localhost:50051", True),
+        ("ipv4:127.0.0.1:50051", True),
+        ("ipv6:[::1]:50051", True),
+        ("ipv4:127.0.0.1:50051,127.0.0.2:50051", True),
+        ("ipv4:127.0.0.1:50051,10.0.0.1:50051", False),
+        ("dns://10.0.0.1/localhost:50051", False),
+        ("localhost.example.org:50051", False),
+        ("127.evil.example.org:50051", False),
+        ("127.1:50051", False),
+        ("[::ffff:10.0.0.1]:50051", False),
+        ("[::1]example.org:50051", False),
+        ("localhost:50051@example.org", False),
+        ("xds:localhost:50051", False),
+        ("192.168.0.1:50051", False),
+        ("", False),
+    ],
+)
+def test_what_is_this_machine(target: str, local: bool) -> None:
+    assert is_loopback(target) is local
+
+
+@pytest.mark.parametrize(
+    ("settings", "complaint"),
+    [
+        ({"certificate": "a.pem"}, "belong together"),
+        ({"key": "a.key"}, "belong together"),
+        ({"ca": "a.pem", "credentials": grpc.ssl_channel_credentials()}, "take the place"),
+        ({"token": ""}, "token is empty"),
+        ({"token": "se cret"}, "token is empty"),
+        ({"token": "secret\n"}, "token is empty"),
+        ({"token": "sécret"}, "token is empty"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(settings: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(ValueError, match=complaint) as caught:
+        Client(**settings)
+    assert "cret" not in str(caught.value)
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"missing\.pem"):
+        Client(ca=tmp_path / "missing.pem")
+
+
+def test_a_token_is_not_printed() -> None:
+    access = Access(token=TOKEN)
+    with Client(token=TOKEN) as client:
+        assert all(TOKEN not in text for text in (repr(access), str(access), repr(client), repr(vars(client))))
+
+
+def command(*words: str) -> int:
+    return main(["models", "--timeout=20", "--retries=0", *words])
+
+
+def test_flags_reach_the_channel(mutual: FakeServer, files: Files, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    mutual.service.token = TOKEN
+    (tmp_path / "token").write_text(f"{TOKEN}\n")
+    flags = [f"--target={mutual.target}", f"--ca={files.ca}", f"--client-certificate={files.certificate}"]
+    assert command(*flags, f"--client-key={files.key}", f"--token-file={tmp_path / 'token'}") == 0
+    assert command(*flags, f"--client-key={files.key}") == 1
+    assert "no token that is known (give one by --token-file or $IMG2IMG_TOKEN)" in capsys.readouterr().err
+    assert command(*flags) == 2
+    assert "belong together" in capsys.readouterr().err
+    assert command(*flags, f"--client-key={tmp_path / 'missing.key'}") == 1
+    assert f"{tmp_path / 'missing.key'}: No such file" in capsys.readouterr().err
+
+
+def test_variables_stand_in_for_flags(mutual: FakeServer, files: Files, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    mutual.service.token = TOKEN
+    variables = {
+        "TARGET": f"https://{mutual.target}",
+        "TOKEN": TOKEN,
+        "CA": str(files.ca),
+        "CLIENT_CERTIFICATE": str(files.certificate),
+        "CLIENT_KEY": str(files.key),
+    }
+    for name, value in variables.items():
+        monkeypatch.setenv(f"IMG2IMG_{name}", value)
+    assert command() == 0
+    (tmp_path / "token").write_text("another")
+    assert command(f"--token-file={tmp_path / 'token'}") == 1
+    assert command("--target=127.0.0.1:1") == 1
+
+
+def test_a_token_for_another_machine_needs_tls(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("IMG2IMG_TOKEN", TOKEN)
+    assert command("--target=example.org:1") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "plain text" in line
+    assert TOKEN not in line
+
+
+def test_no_flag_takes_a_token_itself(server: FakeServer, tmp_path: Path) -> None:
+    (tmp_path / "photo.png").write_bytes(picture())
+    with pytest.raises(SystemExit):
+        main(["transform", str(tmp_path / "photo.png"), "--output=-", f"--target={server.target}", f"--token={TOKEN}"])
+
+
+def test_the_caller_may_name_its_call(client: Client, service: FakeService) -> None:
+    assert client.transform(b"file", request_id="a.b:c_d-1").request_id == "a.b:c_d-1"
+    with client.transform_stream(b"file", request_id="mine") as events:
+        assert events.request_id == ""
+        *_, completed = events
+    assert completed.result.request_id == events.request_id == "mine"  # type: ignore[union-attr]
+    assert client.transform(b"file").request_id == "made"
+    for name in ("", "a b", "ä", "a\nb", "a" * 65):
+        with pytest.raises(ValueError, match="request_id"):
+            client.transform(b"file", request_id=name)
+        with pytest.raises(ValueError, match="request_id"):
+            client.transform_stream(b"file", request_id=name)
+    assert len(service.requests) == 3

@@ -1,0 +1,133 @@
+"""Pictures that the server keeps: what goes there and comes back is what was meant, or an error."""
+
+import hashlib
+import io
+import random
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fake_image_service import FakeServer, FakeService, picture
+from img2img.v1 import image_to_image_pb2 as messages
+from img2img_client import Asset, AssetNotFound, Client, Completed, ImageInput, Img2ImgError, InvalidRequest, TransformedImage
+from img2img_client.assets import CHUNK_BYTES
+from PIL import Image
+
+LARGE = random.Random(0).randbytes(3 * CHUNK_BYTES + 17)
+
+
+@pytest.mark.parametrize("data", [b"x", LARGE[:CHUNK_BYTES], LARGE])
+@pytest.mark.parametrize("kind", ["path", "str", "bytes"])
+def test_a_file_comes_back_as_it_went(client: Client, server: FakeServer, tmp_path: Path, data: bytes, kind: str) -> None:
+    path = tmp_path / "photo.png"
+    path.write_bytes(data)
+    images: dict[str, ImageInput] = {"path": path, "str": str(path), "bytes": data}
+    asset = client.upload(images[kind])
+    digest = hashlib.sha256(data).hexdigest()
+    assert asset == Asset(digest, "image/png", len(data), digest, datetime.fromtimestamp(1_800_000_000, UTC))
+    assert server.assets.files == {digest: data}
+    assert max(server.assets.chunks) <= CHUNK_BYTES
+    assert client.download(asset) == client.download(digest) == client.download(asset.uri) == data
+
+
+def test_a_pillow_image_is_uploaded_without_loss(client: Client, server: FakeServer) -> None:
+    image = Image.effect_noise((9, 5), 80).convert("RGB")
+    asset = client.upload(image)
+    with Image.open(io.BytesIO(server.assets.files[asset.id])) as arrived:
+        assert (arrived.format, arrived.tobytes()) == ("PNG", image.tobytes())
+
+
+def test_what_is_no_file_is_not_uploaded(client: Client, server: FakeServer, tmp_path: Path) -> None:
+    for address in ("asset:1f", "https://example.org/a.png", "data:image/png;base64,AAAA", Asset("1f", "", 1, "1f")):
+        with pytest.raises(ValueError, match="no file to upload"):
+            client.upload(address)
+    with pytest.raises(FileNotFoundError):
+        client.upload(tmp_path / "missing.png")
+    with pytest.raises(TypeError, match="picture is a path"):
+        client.upload(3)  # type: ignore[arg-type]
+    assert server.assets.metadata == []
+
+
+def test_a_file_that_changes_while_it_is_sent_is_not_kept(
+    client: Client, server: FakeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "photo.png"
+    path.write_bytes(LARGE)
+    meet = server.assets.meet
+
+    def change(context: Any, begun: bool = False) -> None:
+        path.write_bytes(bytes(len(LARGE)))
+        meet(context, begun)
+
+    monkeypatch.setattr(server.assets, "meet", change)
+    with pytest.raises(InvalidRequest, match="info"):
+        client.upload(path)
+    assert server.assets.files == {}
+
+
+def test_a_file_that_cannot_be_read_to_its_end_says_so(
+    client: Client, server: FakeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "photo.png"
+    path.write_bytes(LARGE)
+    opened = Path.open
+    opens: list[Path] = []
+
+    class Torn(io.BytesIO):
+        def read(self, size: int | None = -1) -> bytes:
+            if self.tell():
+                raise OSError(5, "Input/output error", str(path))
+            return super().read(size)
+
+    def tear(self: Path, *arguments: Any, **more: Any) -> Any:
+        if self != path:
+            return opened(self, *arguments, **more)
+        opens.append(self)
+        return Torn(LARGE) if len(opens) > 1 else opened(self, *arguments, **more)
+
+    monkeypatch.setattr(Path, "open", tear)
+    with pytest.raises(OSError, match="Input/output error"):
+        client.upload(path)
+    assert server.assets.files == {}
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [lambda data: data[:-1], lambda data: data + b"x", lambda data: b"y" + data[1:], lambda data: b""],
+    ids=["short", "long", "changed", "nothing"],
+)
+def test_a_damaged_download_is_an_error(client: Client, server: FakeServer, damage: Any) -> None:
+    asset = client.upload(LARGE)
+    server.assets.damage = damage
+    with pytest.raises(Img2ImgError, match="damaged") as caught:
+        client.download(asset)
+    assert (caught.value.status, caught.value.request_id) == ("DATA_LOSS", "made")
+
+
+def test_what_is_not_kept_is_not_found(client: Client, server: FakeServer) -> None:
+    asset = client.upload(b"file")
+    client.delete_asset(asset)
+    assert server.assets.files == {}
+    for call in (client.download, client.delete_asset):
+        with pytest.raises(AssetNotFound, match=asset.id):
+            call(asset)
+
+
+def test_a_kept_picture_says_where_it_is(client: Client, service: FakeService) -> None:
+    service.script[-1].completed.images[0].asset_id = "kept"
+    *_, completed = client.transform_stream(b"file", as_asset=True)
+    assert isinstance(completed, Completed)
+    for result in (client.transform(b"file", as_asset=True), completed.result):
+        (image,) = result.images
+        assert (image.asset_id, image.data, image.width) == ("kept", b"", 4)
+        with pytest.raises(ValueError, match=r"client\.download\('kept'\)"):
+            _ = result.image
+        with pytest.raises(ValueError, match=r"client\.download\('kept'\)"):
+            result.save("nowhere.png")
+    assert all(request.output == messages.OutputOptions(as_asset=True) for request in service.requests)
+    assert not Path("nowhere.png").exists()
+
+
+def test_a_sent_picture_is_no_asset(client: Client) -> None:
+    assert client.transform(b"file").images == (TransformedImage(picture(), "png", 4, 2, 7, None),)

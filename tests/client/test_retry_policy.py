@@ -1,0 +1,132 @@
+"""Whether and when a call is tried again, in simulated time: within the time-out, in bounds, and only what is safe."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from img2img_client import Img2ImgError, RetryPolicy
+from img2img_client.retry import Attempts
+
+few_seconds = st.floats(0, 4)
+SAFE = ["UNAVAILABLE", "RESOURCE_EXHAUSTED"]
+UNSAFE = ["INTERNAL", "DEADLINE_EXCEEDED", "INVALID_ARGUMENT", "CANCELLED", "UNKNOWN", "ABORTED"]
+failures = st.builds(
+    lambda status, retry_after: Img2ImgError("failed", status=status, retry_after=retry_after),
+    st.sampled_from(SAFE * 8 + UNSAFE),
+    st.none() | few_seconds | st.floats(0, 20),
+)
+
+
+@dataclass
+class Life:
+    """A call in simulated time: attempts that take `durations` and fail as `errors` say, waits that oversleep by `late`."""
+
+    policy: RetryPolicy | None
+    timeout: float | None
+    errors: list[Img2ImgError]
+    durations: list[float]
+    draw: float
+    late: float
+    now: float = 1000.0
+    starts: list[float] = field(default_factory=list)
+    draws: list[tuple[float, float]] = field(default_factory=list)
+    waits: list[float] = field(default_factory=list)
+    bounds: list[float | None] = field(default_factory=list)
+
+    def run(self) -> None:
+        attempts = Attempts(self.policy, self.timeout, self._wait, clock=lambda: self.now, uniform=self._uniform)
+        for error, duration in zip(self.errors, self.durations, strict=True):
+            self.starts.append(self.now)
+            self.bounds.append(attempts.seconds_left())
+            self.now += duration
+            if not attempts.again(error):
+                return
+
+    def _wait(self, wait: float) -> bool:
+        self.waits.append(wait)
+        self.now += wait + self.late
+        return False
+
+    def _uniform(self, least: float, most: float) -> float:
+        self.draws.append((least, most))
+        return least + self.draw * (most - least)
+
+
+policies = st.builds(RetryPolicy, st.integers(1, 6), few_seconds, few_seconds, st.sampled_from([0.0, 4.0, 20.0]))
+lives = st.integers(1, 9).flatmap(
+    lambda count: st.builds(
+        Life,
+        policies | policies | policies | st.none(),
+        st.none() | st.floats(0, 60) | st.floats(20, 60),
+        st.lists(failures, min_size=count, max_size=count),
+        st.lists(few_seconds, min_size=count, max_size=count),
+        st.floats(0, 1),
+        st.sampled_from([0.0, 0.5, 60.0]),
+    )
+)
+
+
+@settings(max_examples=500)
+@given(lives)
+def test_what_is_tried_again_is_safe_in_time_and_counted(life: Life) -> None:
+    life.run()
+    retried = life.errors[: len(life.starts) - 1]
+    for error in retried:
+        assert error.status == "UNAVAILABLE" or (error.status == "RESOURCE_EXHAUSTED" and error.retry_after is not None)
+    if life.policy is None:
+        assert len(life.starts) == 1
+    else:
+        assert len(life.starts) <= life.policy.max_attempts
+        assert all((error.retry_after or 0) <= life.policy.longest_wait for error in retried)
+    if life.timeout is not None:
+        deadline = 1000.0 + life.timeout
+        assert all(start < deadline for start in life.starts[1:])
+        assert life.bounds == [pytest.approx(deadline - start) for start in life.starts]
+
+
+@settings(max_examples=500)
+@given(lives)
+def test_waits_are_drawn_anew_between_the_servers_and_the_policys_bounds(life: Life) -> None:
+    life.run()
+    policy = life.policy or RetryPolicy()
+    assert len(life.waits) <= len(life.draws)
+    for number, (error, wait, drawn) in enumerate(zip(life.errors, life.waits, life.draws, strict=False), start=1):
+        assert drawn == (0.0, policy.backoff(number))
+        assert wait == pytest.approx((error.retry_after or 0) + life.draw * policy.backoff(number))
+        assert policy.backoff(number) == pytest.approx(min(policy.most_backoff, policy.first_backoff * 2 ** (number - 1)))
+    if life.timeout is not None and not life.late:
+        assert life.now <= 1000.0 + life.timeout or life.now == pytest.approx(
+            life.starts[-1] + life.durations[len(life.starts) - 1]
+        )
+
+
+@settings(max_examples=500)
+@given(lives)
+def test_nothing_is_given_up_that_could_be_tried_again(life: Life) -> None:
+    life.run()
+    last = life.errors[len(life.starts) - 1]
+    policy = life.policy
+    if policy is None or len(life.starts) == min(policy.max_attempts, len(life.errors)):
+        return
+    transient = last.status == "UNAVAILABLE" or (last.status == "RESOURCE_EXHAUSTED" and last.retry_after is not None)
+    if transient and (last.retry_after or 0) <= policy.longest_wait:
+        assert life.timeout is not None
+        wait = (last.retry_after or 0) + life.draw * policy.backoff(len(life.starts))
+        ended = life.starts[-1] + life.durations[len(life.starts) - 1]
+        assert ended + wait + life.late >= 1000.0 + life.timeout - 1e-6
+
+
+def test_back_offs_never_overflow() -> None:
+    policy = RetryPolicy(max_attempts=10**6, first_backoff=1e300, most_backoff=1e301)
+    assert policy.backoff(10**6) == 1e301
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"max_attempts": 0}, {"first_backoff": -1}, {"most_backoff": float("nan")}, {"longest_wait": float("inf")}]
+)
+def test_a_policy_that_cannot_be_is_refused(wrong: dict[str, Any]) -> None:
+    (name,) = wrong
+    with pytest.raises(ValueError, match=name):
+        RetryPolicy(**wrong)

@@ -1,0 +1,95 @@
+"""An AssetService that keeps pictures in memory, and what the fakes of all services do with every call."""
+
+import hashlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import grpc
+from fake_statuses import abort, error_info, rich_status, wrong_field
+from google.protobuf import timestamp_pb2
+from google.rpc import code_pb2  # type: ignore[import-untyped, unused-ignore]
+from img2img.v1 import asset_pb2, asset_pb2_grpc
+
+
+class Observed:
+    """What all the services of a fake do with a call before they answer it.
+
+    `failures` are statuses that the next calls end with, one each; `failure` is one for every call. `token` is the one that calls
+    must bring. `calls` and `metadata` tell of each call that came, in order.
+    """
+
+    def __init__(self) -> None:
+        self.failures: list[grpc.Status] = []
+        self.failure: grpc.Status | None = None
+        self.token: str | None = None
+        self.metadata: list[dict[str, str | bytes]] = []
+        self.seconds_left: list[float | None] = []
+
+    def meet(self, context: Any, begun: bool = False) -> None:
+        """Takes notice of a call, and refuses it where it is to be refused. `begun` where part of the answer is sent already."""
+        sent = dict(context.invocation_metadata())
+        self.metadata.append(sent)
+        self.seconds_left.append(context.time_remaining())
+        if self.token is not None and sent.get("authorization") != f"Bearer {self.token}":
+            abort(context, rich_status(code_pb2.UNAUTHENTICATED, "no token that is known", error_info("UNAUTHENTICATED")))
+        failure = self.failures.pop(0) if self.failures else self.failure
+        if failure is not None:
+            abort(context, failure)
+        if not begun:
+            self.name(context)
+
+    def name(self, context: Any) -> None:
+        """Begins the answer with the call's name: the caller's, or "made"."""
+        sent = dict(context.invocation_metadata())
+        context.send_initial_metadata((("x-request-id", sent.get("x-request-id", "made")),))
+
+
+class FakeAssetService(Observed, asset_pb2_grpc.AssetServiceServicer):
+    """Keeps pictures in memory, by their SHA-256. `chunks` are the sizes of what came; `damage` makes downloads wrong.
+
+    An upload fails, where it is to, after its first message.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.files: dict[str, bytes] = {}
+        self.chunks: list[int] = []
+        self.damage: Callable[[bytes], bytes] = lambda data: data
+
+    def UploadAsset(
+        self, request_iterator: Iterator[asset_pb2.UploadAssetRequest], context: Any
+    ) -> asset_pb2.UploadAssetResponse:
+        info = next(request_iterator).info
+        self.meet(context)
+        received = [message.chunk for message in request_iterator]
+        self.chunks += map(len, received)
+        data = b"".join(received)
+        digest = hashlib.sha256(data).hexdigest()
+        if len(data) != info.size:
+            abort(context, wrong_field("info.size", f"{info.size} bytes were announced, {len(data)} came"))
+        if digest != info.sha256:
+            abort(context, wrong_field("info.sha256", "is not that of the bytes that came"))
+        self.files[digest] = data
+        return asset_pb2.UploadAssetResponse(asset=self._asset(digest))
+
+    def GetAsset(self, request: asset_pb2.GetAssetRequest, context: Any) -> Iterator[asset_pb2.GetAssetResponse]:
+        self.meet(context)
+        self._require(request.id, context)
+        yield asset_pb2.GetAssetResponse(asset=self._asset(request.id))
+        data = self.damage(self.files[request.id])
+        for start in range(0, len(data), 100_000):
+            yield asset_pb2.GetAssetResponse(chunk=data[start : start + 100_000])
+
+    def DeleteAsset(self, request: asset_pb2.DeleteAssetRequest, context: Any) -> asset_pb2.DeleteAssetResponse:
+        self.meet(context)
+        self._require(request.id, context)
+        del self.files[request.id]
+        return asset_pb2.DeleteAssetResponse()
+
+    def _require(self, name: str, context: Any) -> None:
+        if name not in self.files:
+            abort(context, rich_status(code_pb2.NOT_FOUND, f"no asset {name}", error_info("ASSET_NOT_FOUND")))
+
+    def _asset(self, name: str) -> asset_pb2.Asset:
+        expires = timestamp_pb2.Timestamp(seconds=1_800_000_000)
+        return asset_pb2.Asset(id=name, media_type="image/png", size=len(self.files[name]), sha256=name, expire_time=expires)

@@ -1,0 +1,52 @@
+"""The process of a server whose model is a fake with a fault: python tests/faulty_server.py FAULT [flags of `img2img serve`].
+
+FAULT is "call", for a call of the model that never comes back, "loading", for a model that is never loaded, or "end", for an
+event loop that is blocked when the server is to stop at once. Standard output gets the word once it happens.
+"""
+
+import argparse
+import asyncio
+import sys
+import threading
+
+from fakes import FakePipeline
+from img2img_server import logs
+from img2img_server.__main__ import configure, configured
+from img2img_server.life import live
+from img2img_server.models import ModelStore
+from img2img_server.server import Server
+from running import store
+
+
+def main() -> int:
+    """Serves, and returns the exit status."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("fault", choices=("call", "loading", "end"))
+    configure(parser)
+    arguments = parser.parse_args()
+    config = configured(arguments, {}).config
+    logs.configure("text")
+    never = threading.Event()
+
+    def hang() -> None:
+        print(arguments.fault, flush=True)
+        never.wait()
+
+    def load_models() -> ModelStore:
+        if arguments.fault == "loading":
+            hang()
+        pipeline = FakePipeline()
+        pipeline.before_call = hang
+        return store(m=pipeline)
+
+    class Faulty(Server):
+        async def stop_now(self) -> None:
+            if arguments.fault == "end":
+                hang()
+            await super().stop_now()
+
+    return asyncio.run(live(Faulty(config, load_models)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,129 @@
+"""A folder of bundles that are nothing but names and sizes, pipelines that take memory only on paper, and what measures that."""
+
+import asyncio
+import shutil
+import threading
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from fakes import Clock, FakePipeline
+from img2img_server.bundle import Component, Manifest, digest_files, list_files, write_manifest
+from img2img_server.config import ModelSettings
+from img2img_server.engine.engine import Engine
+from img2img_server.engine.scheduler import Limits
+from img2img_server.exporting import EXPORTER
+from img2img_server.model_memory import Reading
+from img2img_server.models import ModelStore
+from img2img_server.residency import Residency
+from running import manifest
+
+MB = 10**6
+BASE = 50 * MB
+"""What the process takes without models."""
+
+
+def make_bundle(folder: Path, weights: int = 100 * MB, repo_id: str = "") -> Path:
+    """A bundle that says it has so many bytes of weights."""
+    shutil.rmtree(folder, ignore_errors=True)
+    (folder / "unet").mkdir(parents=True)
+    (folder / "unet" / "model.onnx").write_bytes(b"graph")
+    files = digest_files(folder, list_files(folder))
+    components = (Component("unet", "fp32", bytes=weights),)
+    write_manifest(folder, replace(manifest(repo_id or f"acme/{folder.name}"), files=files, components=components))
+    return folder
+
+
+class LoadedPipeline(FakePipeline):
+    """A pipeline that takes `bytes` until it is closed."""
+
+    def __init__(self, name: str, size: int) -> None:
+        super().__init__()
+        self.name, self.bytes = name, size
+
+
+class Memory:
+    """Loads pipelines whose bytes are twice those of their weights, unless `sizes` says otherwise, and measures those that are
+    open. `peak` is the most that ever was, `loads` are the names that were asked for."""
+
+    def __init__(self) -> None:
+        self.opened: list[LoadedPipeline] = []
+        self.sizes: dict[str, int] = {}
+        self.peak = 0
+        self.problems: dict[str, Exception] = {}
+        self.prompts: dict[str, str] = {}
+        self.gates: dict[str, threading.Event] = {}
+        self.loading = threading.Event()
+        self.threads: set[str] = set()
+        self.loads: list[str] = []
+
+    def load(self, bundle: Path, manifest: Manifest) -> LoadedPipeline:
+        name = bundle.name
+        self.loads.append(name)
+        self.threads.add(threading.current_thread().name)
+        self.loading.set()
+        if name in self.gates:
+            assert self.gates[name].wait(60)
+        if name in self.problems:
+            raise self.problems[name]
+        pipeline = LoadedPipeline(name, self.sizes.get(name, 2 * manifest.components[0].bytes))
+        self.opened.append(pipeline)
+        self.peak = max(self.peak, self.used)
+        return pipeline
+
+    @property
+    def used(self) -> int:
+        return sum(pipeline.bytes for pipeline in self.opened if not pipeline.closed)
+
+    @property
+    def names(self) -> list[str]:
+        """What is open, in order of loading."""
+        return [pipeline.name for pipeline in self.opened if not pipeline.closed]
+
+    def read(self) -> Reading:
+        return Reading(BASE + self.used)
+
+
+class Rig:
+    """A residency over a folder of bundles, with an engine that runs. `serving` is what health was told last of each model."""
+
+    def __init__(self, folder: Path, settings: ModelSettings, exporter: Sequence[str], limits: Limits | None = None) -> None:
+        self.memory, self.clock = Memory(), Clock()
+        self.store = ModelStore.load(folder, self.memory.load, settings=settings, meter=self.memory)
+        self.engine = Engine(self.store.pipelines(), limits)
+        self.serving: dict[str, bool] = {}
+        self._loop, self._changed = asyncio.get_running_loop(), asyncio.Event()
+        change = self.store.change
+
+        def changed(name: str, **values: Any) -> None:
+            change(name, **values)
+            self._loop.call_soon_threadsafe(self._changed.set)
+
+        self.store.change = changed  # type: ignore[method-assign]
+        self.residency = Residency(
+            settings, self.store, self.engine, self._tell, meter=self.memory, exporter=exporter, clock=self.clock
+        )
+
+    async def until(self, holds: Callable[[], object]) -> None:
+        """Returns once something holds of the store; a test that waits in vain is ended by its timeout."""
+        while not holds():
+            self._changed.clear()
+            await self._changed.wait()
+
+    async def _tell(self, name: str, serving: bool) -> None:
+        self.serving[name] = serving
+
+
+@asynccontextmanager
+async def rig(folder: Path, exporter: Sequence[str] = EXPORTER, **settings: object) -> AsyncIterator[Rig]:
+    """A running one, with nothing loaded unless `settings`, those of ModelSettings, say so."""
+    made = Rig(folder, ModelSettings(**{"preload": ("none",), **settings}), exporter)  # type: ignore[arg-type]
+    made.engine.start()
+    await made.residency.start()
+    try:
+        yield made
+    finally:
+        await made.residency.close()
+        made.engine.close()

@@ -1,0 +1,83 @@
+"""HTTP/2 by hand: what a client of gRPC's own would never send, and what only shows on the wire."""
+
+import socket
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+DATA, HEADERS, RESET, SETTINGS, PING, GOAWAY = 0, 1, 3, 4, 6, 7
+ACK, END_HEADERS = 1, 4
+MAX_CONCURRENT_STREAMS, MAX_HEADER_LIST_SIZE = 3, 6
+ENHANCE_YOUR_CALM = 11
+_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    kind: int
+    flags: int
+    stream: int
+    payload: bytes
+
+    @property
+    def bytes(self) -> bytes:
+        return (
+            len(self.payload).to_bytes(3, "big") + bytes([self.kind, self.flags]) + self.stream.to_bytes(4, "big") + self.payload
+        )
+
+
+class RawConnection:
+    """A connection to a gRPC server on this machine, after the preface and empty settings."""
+
+    def __init__(self, port: int) -> None:
+        self._socket = socket.create_connection(("127.0.0.1", port), timeout=30)
+        self._buffer = b""
+        try:
+            self._socket.sendall(_PREFACE)
+            self.send(SETTINGS)
+        except OSError:
+            self.close()
+            raise
+
+    def send(self, kind: int, payload: bytes = b"", flags: int = 0, stream: int = 0) -> None:
+        self._socket.sendall(Frame(kind, flags, stream, payload).bytes)
+
+    def call(self, method: str) -> None:
+        """Begins a call on the first stream, and sends no message."""
+        headers = {":method": "POST", ":scheme": "http", ":path": method, ":authority": "x", "te": "trailers",
+                   "content-type": "application/grpc"}  # fmt: skip
+        literal = b"".join(b"\x00" + _string(name) + _string(value) for name, value in headers.items())
+        self.send(HEADERS, literal, END_HEADERS, 1)
+
+    def frames(self) -> Iterator[Frame]:
+        """What the server sends, until it closes the connection. Nothing of it is acknowledged."""
+        while True:
+            while len(self._buffer) >= 9 and len(self._buffer) >= 9 + (size := int.from_bytes(self._buffer[:3], "big")):
+                kind, flags, stream = struct.unpack(">BBI", self._buffer[3:9])
+                payload, self._buffer = self._buffer[9 : 9 + size], self._buffer[9 + size :]
+                yield Frame(kind, flags, stream, payload)
+            try:
+                data = self._socket.recv(65536)
+            except ConnectionError:
+                return
+            if not data:
+                return
+            self._buffer += data
+
+    def close(self) -> None:
+        self._socket.close()
+
+    def __enter__(self) -> "RawConnection":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+def settings_of(frame: Frame) -> dict[int, int]:
+    """What a SETTINGS frame says, by the number of each setting."""
+    return dict(struct.iter_unpack(">HI", frame.payload))
+
+
+def _string(text: str) -> bytes:
+    return bytes([len(text)]) + text.encode()

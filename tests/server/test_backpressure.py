@@ -1,0 +1,204 @@
+"""What the engine takes and what it refuses: by requests, by seconds of work and by client, and when to come back."""
+
+from collections.abc import Callable
+
+import pytest
+from fakes import Caller, Clock, FakePipeline, make_engine, make_request, run_out
+from img2img_server.engine.engine import Engine
+from img2img_server.engine.request import Completed, Event
+from img2img_server.engine.scheduler import Limits
+from img2img_server.engine.warmup import WarmUp
+from img2img_server.errors import ClientBusy, EngineStuck, ModelNotLoaded, QueueFull, ShuttingDown
+from PIL import Image
+
+CURVE = {1: 0.012, 2: 0.018, 4: 0.034, 8: 0.064, 16: 0.120}
+"""Seconds of a call by rows: measured of the demo model on two cores."""
+
+
+def measured_engine(limits: Limits, seconds: Callable[[int], float] = lambda rows: 1.0) -> tuple[Engine, FakePipeline, Clock]:
+    """One that knows what its calls take, and whose clock begins at 0."""
+    engine, pipeline, clock = make_engine(limits, seconds=seconds)
+    WarmUp(engine.costs, 16, 1000.0, clock).run("m", pipeline)
+    clock.now = 0.0
+    return engine, pipeline, clock
+
+
+def by_curve(rows: int) -> float:
+    return CURVE[min(size for size in CURVE if size >= rows)]
+
+
+def test_work_beyond_the_bound_is_refused_until_there_is_less() -> None:
+    engine, _, clock = measured_engine(Limits(max_batch_size=1, max_waiting_seconds=10.0))
+    for steps in (6, 8):
+        Caller(engine).submit(num_inference_steps=steps)
+    with pytest.raises(QueueFull) as refusal:
+        Caller(engine).submit(num_inference_steps=1)
+    assert refusal.value.retry_after == pytest.approx(14.0 - 10.0)
+    clock_before = clock.now
+    while clock.now < clock_before + refusal.value.retry_after:
+        with pytest.raises(QueueFull):
+            Caller(engine).submit(num_inference_steps=1)
+        engine.step()
+    last = Caller(engine).submit(num_inference_steps=1)
+    run_out(engine)
+    assert last.error is None, "what it was told was right to the step"
+
+
+def test_a_request_of_more_work_than_the_bound_is_taken_by_an_idle_engine() -> None:
+    engine, _, _ = measured_engine(Limits(max_waiting_seconds=10.0))
+    caller = Caller(engine).submit(num_inference_steps=50)
+    run_out(engine)
+    assert caller.error is None
+
+
+def test_unknown_costs_never_refuse() -> None:
+    engine, _, _ = make_engine(Limits(max_waiting_seconds=0.001))
+    callers = [Caller(engine).submit(num_inference_steps=50) for _ in range(20)]
+    assert engine.stats.work_seconds is None
+    run_out(engine)
+    assert [caller.error for caller in callers] == [None] * 20
+
+
+@pytest.mark.parametrize(("requests", "most"), [(8, 32), (60, 32), (200, 32), (30, 2)])
+def test_the_seconds_of_work_are_what_the_device_takes(requests: int, most: int) -> None:
+    """Calls that are shared are counted once, so a bound in seconds is one of the time that a caller waits."""
+    engine, _, clock = measured_engine(Limits(max_active=most, max_client_waiting=1000), by_curve)
+    for number in range(requests):
+        Caller(engine).submit(num_inference_steps=4 + number % 40, image=Image.new("RGB", (16, 16)), client=f"c{number % 3}")
+    work = engine.stats.work_seconds
+    run_out(engine, 100_000)
+    assert work == pytest.approx(clock.now, rel=0.15)
+
+
+def test_work_seconds_shrink_as_work_is_done() -> None:
+    engine, _, clock = measured_engine(Limits())
+    Caller(engine).submit(num_inference_steps=10)
+    seen = []
+    while engine.step():
+        seen.append((engine.stats.work_seconds, 10.0 - clock.now))
+    assert [left for left, _ in seen] == [left for _, left in seen]
+    assert engine.stats.work_seconds == 0.0
+
+
+def test_a_full_queue_says_when_the_first_of_it_begins() -> None:
+    engine, pipeline, clock = measured_engine(Limits(max_active=2, max_waiting=3, max_batch_size=2))
+    for _ in range(5):
+        Caller(engine).submit(num_inference_steps=6)
+        engine.step()
+    begun, before = clock.now, len(pipeline.prepared)
+    with pytest.raises(QueueFull) as refusal:
+        Caller(engine).submit(num_inference_steps=50)
+    while len(pipeline.prepared) == before:
+        engine.step()
+    assert clock.now - begun - 1.0 <= refusal.value.retry_after <= clock.now - begun
+    Caller(engine).submit(num_inference_steps=1)
+    engine.close()
+
+
+def test_where_places_are_free_a_full_queue_is_over_after_the_next_step() -> None:
+    engine, _, clock = measured_engine(Limits(max_waiting=2, max_admitted=2))
+    Caller(engine).submit(num_inference_steps=6)
+    engine.step()
+    for _ in range(2):
+        Caller(engine).submit(num_inference_steps=6)
+    with pytest.raises(QueueFull) as refusal:
+        Caller(engine).submit()
+    before = clock.now
+    engine.step()
+    assert refusal.value.retry_after == clock.now - before
+    Caller(engine).submit()
+    engine.close()
+
+
+def test_nobody_is_told_to_come_back_at_once() -> None:
+    engine, _, _ = measured_engine(Limits(max_active=1, max_waiting=1), seconds=lambda rows: 1e-6)
+    Caller(engine).submit()
+    engine.step()
+    Caller(engine).submit()
+    with pytest.raises(QueueFull) as refusal:
+        Caller(engine).submit()
+    assert refusal.value.retry_after == 0.1
+    engine.close()
+
+
+def test_a_client_has_no_more_than_its_share_waiting() -> None:
+    engine, _, _ = measured_engine(Limits(max_client_waiting=3, max_batch_size=1))
+    callers = [Caller(engine).submit(client="many") for _ in range(3)]
+    with pytest.raises(ClientBusy) as refusal:
+        Caller(engine).submit(client="many")
+    assert refusal.value.retry_after == pytest.approx(4.0), "until its first is finished"
+    callers += [Caller(engine).submit(client="few"), *(Caller(engine).submit() for _ in range(5))]
+    while not callers[0].endings:
+        engine.step()
+    callers.append(Caller(engine).submit(client="many"))
+    run_out(engine)
+    assert [caller.error for caller in callers] == [None] * len(callers)
+
+
+def test_the_server_itself_is_no_client() -> None:
+    engine, _, _ = measured_engine(Limits(max_client_waiting=1, max_waiting_seconds=1.0))
+    Caller(engine).submit(client="one", num_inference_steps=50)
+    for _ in range(3):
+        Caller(engine).submit(client="one", background=True)
+    engine.close()
+
+
+def test_what_is_arriving_counts() -> None:
+    """So that no more pictures are fetched and decoded than there is room for."""
+    engine, _, _ = make_engine(Limits(max_waiting=2))
+    with engine.arriving() as place:
+        assert engine.stats.arriving == 1
+        with engine.arriving(), pytest.raises(QueueFull):
+            engine.check_room()
+        engine.check_room()
+        Caller(engine).submit()
+        with pytest.raises(QueueFull):
+            Caller(engine).submit()
+        engine.submit(make_request(), lambda event: None, place)
+        assert (engine.stats.arriving, engine.stats.waiting) == (0, 2)
+    run_out(engine)
+    engine.check_room()
+
+
+def test_a_client_counts_until_its_answer_is_read() -> None:
+    engine, _, _ = make_engine(Limits(max_client_waiting=2))
+    ended: list[Event] = []
+    with engine.arriving("slow") as place, engine.arriving("slow") as other:
+        for held in (place, other):
+            engine.submit(make_request(client="slow"), ended.append, held)
+        run_out(engine)
+        assert sum(isinstance(event, Completed) for event in ended) == 2
+        with pytest.raises(ClientBusy):
+            engine.check_room("slow")
+        engine.check_room("another")
+    engine.check_room("slow")
+
+
+def test_a_place_that_was_refused_is_given_back() -> None:
+    engine, _, _ = measured_engine(Limits(max_client_waiting=1))
+    with pytest.raises(ModelNotLoaded), engine.arriving("a") as place:
+        engine.submit(make_request(model="gone", client="a"), lambda event: None, place)
+    engine.check_room("a")
+    assert engine.stats.arriving == 0
+
+
+def test_a_cancelled_request_counts_until_it_is_out() -> None:
+    engine, _, _ = make_engine(Limits(max_client_waiting=1))
+    with engine.arriving("a") as place:
+        ticket = engine.submit(make_request(client="a"), lambda event: None, place).ticket
+    ticket.cancel()
+    with pytest.raises(ClientBusy):
+        engine.check_room("a")
+    engine.step()
+    engine.check_room("a")
+
+
+def test_there_is_no_room_in_an_engine_that_ends() -> None:
+    engine, _, _ = make_engine()
+    engine.close()
+    with pytest.raises(ShuttingDown):
+        engine.check_room()
+    lost, _, _ = make_engine()
+    lost.abandon(EngineStuck("lost"))
+    with pytest.raises(EngineStuck), lost.arriving("a"):
+        pass

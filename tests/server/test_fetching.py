@@ -1,0 +1,376 @@
+"""Fetching addresses: only the public internet is reached, whatever names, spellings, redirects and resolvers are used."""
+
+import asyncio
+import socket
+import ssl
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+import trustme
+from aiohttp import web
+from aiohttp.abc import AbstractResolver, ResolveResult
+from img2img_server import fetching
+from img2img_server.addresses import is_public
+from img2img_server.errors import InvalidField
+from img2img_server.fetching import Fetcher
+from messages import png
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+class Names(AbstractResolver):
+    """A resolver that answers each look-up of a name with its next addresses, the last ones for ever."""
+
+    def __init__(self, **answers: Sequence[Sequence[str]]) -> None:
+        self._answers = {name.replace("_", "."): list(given) for name, given in answers.items()}
+        self.asked: list[str] = []
+
+    async def resolve(self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_UNSPEC) -> list[ResolveResult]:
+        self.asked.append(host)
+        if host not in self._answers:
+            raise OSError("no such name")
+        answers = self._answers[host]
+        addresses = answers.pop(0) if len(answers) > 1 else answers[0]
+        return [
+            ResolveResult(
+                hostname=host, host=address, port=port, family=socket.AF_INET6 if ":" in address else socket.AF_INET,
+                proto=0, flags=0,
+            )
+            for address in addresses
+        ]  # fmt: skip
+
+    async def close(self) -> None:
+        pass
+
+
+class Site:
+    """A web server on 127.0.0.1 and 127.0.0.2, which is one of the internet and one of the inside for these tests."""
+
+    def __init__(self) -> None:
+        self.port = 0
+        self.seen: list[tuple[str, web.Request]] = []
+        self.answers: dict[str, Handler] = {}
+
+    async def handle(self, request: web.Request) -> web.StreamResponse:
+        assert request.transport is not None
+        self.seen.append((request.transport.get_extra_info("sockname")[0], request))
+        return await self.answers[request.path](request)
+
+
+@asynccontextmanager
+async def serving(tls: ssl.SSLContext | None = None) -> AsyncIterator[Site]:
+    site = Site()
+    application = web.Application()
+    application.router.add_route("*", "/{path:.*}", site.handle)
+    runner = web.AppRunner(application)
+    await runner.setup()
+    first = web.TCPSite(runner, "127.0.0.1", 0, ssl_context=tls)
+    await first.start()
+    site.port = runner.addresses[0][1]
+    await web.TCPSite(runner, "127.0.0.2", site.port, ssl_context=tls).start()
+    try:
+        yield site
+    finally:
+        await runner.cleanup()
+
+
+@asynccontextmanager
+async def fetcher(
+    site: Site, names: AbstractResolver | None = None, seconds: float = 30.0, **settings: Any
+) -> AsyncIterator[Fetcher]:
+    """One for which 127.0.0.1 is the internet."""
+    allowed: dict[str, Any] = {"allowed": lambda address: address == "127.0.0.1", "ports": (site.port,)}
+    made = Fetcher(seconds, 100_000, resolver=names, **{**allowed, **settings})
+    try:
+        yield made
+    finally:
+        await made.close()
+
+
+def answer(**settings: Any) -> Handler:
+    async def handle(request: web.Request) -> web.StreamResponse:
+        return web.Response(**settings)
+
+    return handle
+
+
+def redirect(location: str, status: int = 302) -> Handler:
+    return answer(status=status, headers={"Location": location})
+
+
+async def refusal(fetched: Awaitable[bytes]) -> str:
+    with pytest.raises(InvalidField) as caught:
+        await fetched
+    assert caught.value.field == "image.uri"
+    return caught.value.description
+
+
+UNREACHABLE = "the picture cannot be fetched from this address"
+
+
+async def test_a_picture_is_fetched_with_nothing_said_about_the_server() -> None:
+    async with serving() as site, fetcher(site, Names(pictures=[["127.0.0.1"]])) as web_:
+        site.answers["/a.png"] = answer(body=png(), headers={"Set-Cookie": "a=b"}, content_type="text/html")
+        for _ in range(2):
+            assert await web_.fetch(f"http://pictures:{site.port}/a.png") == png()
+        for _, request in site.seen:
+            assert request.method == "GET"
+            assert set(request.headers) == {"Host", "User-Agent", "Accept", "Accept-Encoding", "Connection"}
+            assert request.headers["Accept-Encoding"] == "identity"
+
+
+async def test_settings_of_the_environment_are_no_way_around(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    (tmp_path / "netrc").write_text("machine 127.0.0.1 login user password secret\n")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    async with serving() as site, fetcher(site) as web_:
+        for name in ("http_proxy", "HTTP_PROXY", "all_proxy"):
+            monkeypatch.setenv(name, f"http://127.0.0.2:{site.port}")
+        site.answers["/a.png"] = answer(body=png())
+        assert await web_.fetch(f"http://127.0.0.1:{site.port}/a.png") == png()
+        assert [(where, "Authorization" in request.headers) for where, request in site.seen] == [("127.0.0.1", False)]
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+async def test_redirects_are_followed_and_checked_again(status: int) -> None:
+    async with serving() as site, fetcher(site, Names(inside=[["127.0.0.2"]], outside=[["127.0.0.1"]])) as web_:
+        site.answers["/a.png"] = answer(body=png())
+        site.answers["/good"] = redirect("/a.png", status)
+        site.answers["/bad"] = redirect(f"http://inside:{site.port}/a.png", status)
+        site.answers["/literal"] = redirect(f"http://127.0.0.2:{site.port}/a.png", status)
+        site.answers["/mapped"] = redirect(f"http://[::ffff:127.0.0.2]:{site.port}/a.png", status)
+        assert await web_.fetch(f"http://outside:{site.port}/good") == png()
+        for path in ("bad", "literal", "mapped"):
+            assert await refusal(web_.fetch(f"http://outside:{site.port}/{path}")) == UNREACHABLE
+        assert {where for where, _ in site.seen} == {"127.0.0.1"}, "nothing inside heard of it"
+
+
+async def test_redirects_to_what_is_never_fetched_are_refused() -> None:
+    async with serving() as site, fetcher(site) as web_:
+        never = {
+            "file:///etc/passwd": "only http and https",
+            "ftp://127.0.0.1/a": "only http and https",
+            f"http://user@127.0.0.1:{site.port}/": "user or password",
+            "http://127.0.0.1:22/": "port 22",
+            "http://[": "malformed",
+            "": "more than 3 times",
+        }
+        for location, said in never.items():
+            site.answers["/"] = redirect(location)
+            assert said in await refusal(web_.fetch(f"http://127.0.0.1:{site.port}/"))
+        assert len(site.seen) == 5 + 4, "nothing but the first of each was asked, and the one that leads to itself"
+
+
+async def test_three_redirects_are_followed_and_no_more() -> None:
+    async with serving() as site, fetcher(site) as web_:
+        for count in range(1, 6):
+            site.answers[f"/{count}"] = redirect(f"/{count - 1}")
+        site.answers["/0"] = answer(body=png())
+        assert await web_.fetch(f"http://127.0.0.1:{site.port}/3") == png()
+        assert "more than 3" in await refusal(web_.fetch(f"http://127.0.0.1:{site.port}/4"))
+
+
+async def test_a_name_that_is_rebound_leads_nowhere() -> None:
+    """The address that is connected to is what is checked, however often the name's answer changes."""
+    names = Names(rebound=[["127.0.0.1"], ["127.0.0.2"]])
+    async with serving() as site, fetcher(site, names) as web_:
+        site.answers["/a.png"] = answer(body=png())
+        site.answers["/again"] = redirect(f"http://rebound:{site.port}/a.png")
+        assert await refusal(web_.fetch(f"http://rebound:{site.port}/again")) == UNREACHABLE
+        assert await refusal(web_.fetch(f"http://rebound:{site.port}/a.png")) == UNREACHABLE
+        assert {where for where, _ in site.seen} == {"127.0.0.1"}
+        assert names.asked == ["rebound"] * 3, "once for each connection: no other answer is there to be checked"
+
+
+async def test_of_several_addresses_only_those_that_are_allowed_are_connected_to() -> None:
+    async with serving() as site, fetcher(site, Names(both=[["127.0.0.2", "127.0.0.1"]], none=[["127.0.0.2", "::1"]])) as web_:
+        site.answers["/a.png"] = answer(body=png())
+        assert await web_.fetch(f"http://both:{site.port}/a.png") == png()
+        assert await refusal(web_.fetch(f"http://none:{site.port}/a.png")) == UNREACHABLE
+        assert {where for where, _ in site.seen} == {"127.0.0.1"}
+
+
+SPELLINGS = [
+    "127.0.0.1", "127.1", "0x7f.1", "0x7f000001", "2130706433", "0177.0.0.1", "017700000001", "0", "0.0.0.0", "localhost",
+    "LOCALHOST", "localhost.", "[::1]", "[::]", "[::ffff:127.0.0.1]", "[::ffff:7f00:1]", "[0:0:0:0:0:0:0:1]",
+    "169.254.169.254", "[fd00:ec2::254]", "[64:ff9b::127.0.0.1]",
+    "\uff11\uff12\uff17.0.0.1", "127\u30020\u30020\u30021", "\u24dbocalhost",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("host", SPELLINGS)
+async def test_no_spelling_of_an_address_gets_through(host: str) -> None:
+    """With the real policy and the system's own resolver."""
+    async with serving() as site, fetcher(site, allowed=is_public) as web_:
+        site.answers["/"] = answer(body=png())
+        assert await refusal(web_.fetch(f"http://{host}:{site.port}/")) in (UNREACHABLE, "the address is malformed")
+        assert site.seen == []
+
+
+ADDRESSES = {
+    "http://user:secret@example.com/a.png": "user or password",
+    "http://user@example.com/a.png": "user or password",
+    "http://:secret@example.com/a.png": "user or password",
+    "http://[fe80::1%25eth0]/a.png": "zone",
+    "http://example.com:22/a.png": "port 22",
+    "http://example.com:0/a.png": "port 0",
+    "https://example.com:8443/a.png": "port 8443",
+    "http://example.com:99999/a.png": "malformed",
+    "http://[::1/a.png": "malformed",
+    "http://exa\\mple.com/": "malformed",
+    "http:///a.png": "with a host",
+    "http://": "with a host",
+    "https:a.png": "with a host",
+    "ftp://example.com/": "only http and https",
+    f"http://example.com/{'a' * 5000}": "characters",
+}
+
+
+@pytest.mark.parametrize("address", ADDRESSES)
+async def test_an_address_that_is_never_fetched_is_refused_at_once(address: str) -> None:
+    with pytest.raises(InvalidField, match=ADDRESSES[address]):
+        Fetcher(1.0, 1).check(address)
+
+
+async def test_ordinary_addresses_pass_the_first_look() -> None:
+    for address in ("http://example.com", "https://example.com:443/a.png?x=1#y", "HTTP://EXAMPLE.COM:80/ä.png"):
+        Fetcher(1.0, 1).check(address)
+
+
+async def test_what_is_refused_and_what_is_not_there_look_alike() -> None:
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        port = closed.getsockname()[1]
+        async with serving() as site, fetcher(site, Names(), ports=(site.port, port)) as web_:
+            said = {
+                await refusal(web_.fetch(f"http://127.0.0.2:{site.port}/")),
+                await refusal(web_.fetch(f"http://127.0.0.2:{port}/")),
+                await refusal(web_.fetch(f"http://127.0.0.1:{port}/")),
+                await refusal(web_.fetch(f"http://no-such-name:{site.port}/")),
+                await refusal(web_.fetch(f"http://{'a' * 70}.example:{site.port}/")),
+            }
+    assert said == {UNREACHABLE}
+
+
+async def test_a_name_that_is_none_is_not_reachable() -> None:
+    async with serving() as site, fetcher(site) as web_:
+        for host in ("a" * 70, "a..b"):
+            assert await refusal(web_.fetch(f"http://{host}:{site.port}/")) in (UNREACHABLE, "the address is malformed")
+
+
+async def test_no_more_is_taken_than_a_source_may_have() -> None:
+    sent = 0
+
+    async def endless(request: web.Request) -> web.StreamResponse:
+        nonlocal sent
+        response = web.StreamResponse()
+        await response.prepare(request)
+        while True:
+            await response.write(bytes(50_000))
+            sent += 50_000
+
+    async with serving() as site, fetcher(site) as web_:
+        site.answers["/announced"] = answer(body=bytes(100_001))
+        site.answers["/endless"] = endless
+        site.answers["/most"] = answer(body=bytes(100_000))
+        assert len(await web_.fetch(f"http://127.0.0.1:{site.port}/most")) == 100_000
+        for path in ("announced", "endless"):
+            assert "more than 100000 bytes" in await refusal(web_.fetch(f"http://127.0.0.1:{site.port}/{path}"))
+    assert sent < 50_000_000
+
+
+async def test_what_is_compressed_or_no_success_is_refused() -> None:
+    async with serving() as site, fetcher(site) as web_:
+        site.answers["/gzip"] = answer(body=b"x", headers={"Content-Encoding": "gzip"})
+        site.answers["/404"] = answer(status=404)
+        site.answers["/206"] = answer(status=206, body=png()[:50])
+        site.answers["/304"] = answer(status=304)
+        assert "compressed" in await refusal(web_.fetch(f"http://127.0.0.1:{site.port}/gzip"))
+        for status in ("404", "206", "304"):
+            assert f"status {status}" in await refusal(web_.fetch(f"http://127.0.0.1:{site.port}/{status}"))
+
+
+async def test_what_is_no_http_is_not_reachable() -> None:
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readline()
+        writer.write(b"SSH-2.0-OpenSSH_9.6\r\n")
+        writer.close()
+
+    server = await asyncio.start_server(talk, "127.0.0.1", 0)
+    site = Site()
+    site.port = server.sockets[0].getsockname()[1]
+    async with server, fetcher(site) as web_:
+        assert await refusal(web_.fetch(f"http://127.0.0.1:{site.port}/")) == UNREACHABLE
+
+
+async def test_the_time_bounds_all_of_it_and_a_cancelled_fetch_ends() -> None:
+    begun, left = asyncio.Event(), asyncio.Event()
+
+    async def hang(request: web.Request) -> web.StreamResponse:
+        begun.set()
+        response = web.StreamResponse()
+        await response.prepare(request)
+        try:
+            while True:
+                await response.write(b".")
+                await asyncio.sleep(0.01)
+        finally:
+            left.set()
+
+    async with serving() as site, fetcher(site) as web_:
+        site.answers["/"] = hang
+        fetching_ = asyncio.create_task(web_.fetch(f"http://127.0.0.1:{site.port}/"))
+        await asyncio.wait_for(begun.wait(), 30)
+        fetching_.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await fetching_
+        await asyncio.wait_for(left.wait(), 30)
+        async with fetcher(site, seconds=0.2) as quick:
+            assert "longer than 0.2 seconds" in await refusal(quick.fetch(f"http://127.0.0.1:{site.port}/"))
+
+
+async def test_so_many_are_fetched_at_once_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    here, most, go = 0, 0, asyncio.Event()
+    full = asyncio.Event()
+
+    async def count(request: web.Request) -> web.StreamResponse:
+        nonlocal here, most
+        here += 1
+        most = max(most, here)
+        if here == 3:
+            full.set()
+        await go.wait()
+        here -= 1
+        return web.Response(body=b"x")
+
+    monkeypatch.setattr(fetching, "_AT_ONCE", 3)
+    async with serving() as site, fetcher(site) as web_:
+        site.answers["/"] = count
+        fetches = [asyncio.create_task(web_.fetch(f"http://127.0.0.1:{site.port}/")) for _ in range(8)]
+        await asyncio.wait_for(full.wait(), 30)
+        go.set()
+        assert await asyncio.gather(*fetches) == [b"x"] * 8
+    assert most == 3
+
+
+async def test_https_checks_the_certificate_and_does_not_fall_back_to_http() -> None:
+    authority = trustme.CA()
+    server_side = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    authority.issue_cert("pictures").configure_cert(server_side)
+    trusting = ssl.create_default_context()
+    authority.configure_trust(trusting)
+    names = Names(pictures=[["127.0.0.1"]], other=[["127.0.0.1"]])
+    async with serving(server_side) as secure, serving() as plain:
+        ports = (secure.port, plain.port)
+        plain.answers["/a.png"] = answer(body=png())
+        plain.answers["/up"] = redirect(f"https://pictures:{secure.port}/a.png")
+        secure.answers["/a.png"] = answer(body=png())
+        secure.answers["/down"] = redirect(f"http://pictures:{plain.port}/a.png")
+        async with fetcher(secure, names, ports=ports, tls=trusting) as web_:
+            assert await web_.fetch(f"https://pictures:{secure.port}/a.png") == png()
+            assert await web_.fetch(f"http://pictures:{plain.port}/up") == png()
+            assert "from https to http" in await refusal(web_.fetch(f"https://pictures:{secure.port}/down"))
+            assert await refusal(web_.fetch(f"https://other:{secure.port}/a.png")) == UNREACHABLE
+        async with fetcher(secure, names, ports=ports) as untrusting:
+            assert await refusal(untrusting.fetch(f"https://pictures:{secure.port}/a.png")) == UNREACHABLE

@@ -1,0 +1,177 @@
+"""The life of the server's process: what signals, and an engine that is stuck, do to it and to its callers."""
+
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from conftest import REPOSITORY
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from img2img.v1 import image_to_image_pb2 as pb
+from img2img.v1.image_to_image_pb2_grpc import ImageToImageServiceStub
+from img2img_cli.__main__ import main
+from img2img_server.server import Server
+from messages import failure, request
+
+STUCK = 70
+NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+SERVING = health_pb2.HealthCheckResponse.SERVING
+MODULE = ("-m", "img2img_server", "--models")
+FAULTY = (str(REPOSITORY / "tests" / "faulty_server.py"),)
+
+
+class Process:
+    """A server's process, with its log and the port that it tells of."""
+
+    def __init__(self, folder: Path, *words: str) -> None:
+        self._log, self.port_file = folder / "log", folder / "port"
+        command = [sys.executable, *words, "--port", "0", "--port-file", str(self.port_file), "--warm-up", "0"]
+        with self._log.open("wb") as log:
+            self.popen = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
+
+    @property
+    def log(self) -> str:
+        return self._log.read_text(encoding="utf-8")
+
+    @contextmanager
+    def channel(self) -> Iterator[grpc.Channel]:
+        """A channel to the server, once that serves."""
+        while not self.port_file.exists():
+            assert self.popen.poll() is None, self.log
+            time.sleep(0.05)
+        with grpc.insecure_channel(f"localhost:{self.port_file.read_text(encoding='ascii').strip()}") as channel:
+            yield channel
+
+    def said(self) -> str:
+        """The next word of its standard output."""
+        assert self.popen.stdout is not None
+        return self.popen.stdout.readline().strip()
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., Process]]:
+    """Starts a process, which is killed at the end if it did not end."""
+    started: list[Process] = []
+
+    def begin(*words: str) -> Process:
+        started.append(Process(tmp_path, *words))
+        return started[-1]
+
+    yield begin
+    for process in started:
+        process.popen.kill()
+        process.popen.communicate()
+
+
+def _events(channel: grpc.Channel, **fields: Any) -> Any:
+    return ImageToImageServiceStub(channel).TransformStream(pb.TransformStreamRequest(request=request(**fields)), timeout=120)
+
+
+def _drain(process: Process, channel: grpc.Channel, number: signal.Signals) -> None:
+    """Sends the first signal, and returns once the server drains."""
+    health: Any = health_pb2_grpc.HealthStub(channel)  # its stubs for mypy know no methods
+    watch = health.Watch(health_pb2.HealthCheckRequest())
+    assert next(watch).status == SERVING
+    process.popen.send_signal(number)
+    assert next(watch).status == NOT_SERVING
+
+
+def test_a_second_signal_ends_at_once_what_the_first_lets_finish(
+    start: Callable[..., Process], bundle: Callable[[str], Path]
+) -> None:
+    """A real model, in the middle of a request that would take a while yet."""
+    process = start(*MODULE, str(bundle("demo")))
+    with process.channel() as channel:
+        events = _events(channel, num_inference_steps=100, strength=1.0, width=256, height=256, image_count=4)
+        while next(events).WhichOneof("event") != "progress":
+            pass
+        _drain(process, channel, signal.SIGTERM)
+        while next(events).WhichOneof("event") != "progress":  # what runs goes on
+            pass
+        process.popen.send_signal(signal.SIGINT)
+        code, details = failure(lambda: list(events))
+    assert (code, details["reason"]) == (grpc.StatusCode.UNAVAILABLE, "SHUTTING_DOWN")
+    assert process.popen.wait(60) == 130
+    assert not process.port_file.exists()
+    assert "Traceback" not in process.log
+
+
+def test_a_second_signal_ends_it_even_inside_a_call_that_never_comes_back(start: Callable[..., Process]) -> None:
+    process = start(*FAULTY, "call", "--models", "m", "--watchdog", "0")
+    with process.channel() as channel:
+        running, waiting = _events(channel), _events(channel)
+        assert [next(events).WhichOneof("event") for events in (running, waiting)] == ["queued"] * 2
+        assert process.said() == "call"
+        _drain(process, channel, signal.SIGINT)
+        process.popen.send_signal(signal.SIGTERM)
+        for events in (running, waiting):
+            code, details = failure(lambda events=events: list(events))  # type: ignore[misc]
+            assert (code, details["reason"]) == (grpc.StatusCode.UNAVAILABLE, "SHUTTING_DOWN")
+    assert process.popen.wait(60) == 143
+    assert not process.port_file.exists()
+
+
+@pytest.mark.parametrize(
+    ("draining", "grace"), [(False, "30"), (True, "30"), (True, "0")], ids=["serving", "draining", "grace is over"]
+)
+def test_an_engine_that_is_stuck_ends_the_process_with_a_status_of_its_own(
+    start: Callable[..., Process], draining: bool, grace: str
+) -> None:
+    process = start(*FAULTY, "call", "--models", "m", "--watchdog", "2", "--grace", grace)
+    with process.channel() as channel:
+        events = _events(channel)
+        assert process.said() == "call"
+        if draining:
+            _drain(process, channel, signal.SIGTERM)
+        code, details = failure(lambda: list(events))
+    assert (code, details["reason"]) == (grpc.StatusCode.UNAVAILABLE, "ENGINE_STUCK")
+    assert process.popen.wait(60) == STUCK
+    assert not process.port_file.exists()
+    assert "Thread 0x" in process.log  # where each thread was
+    assert "in denoise" in process.log
+
+
+def test_a_second_signal_ends_it_even_if_nobody_can_be_told(start: Callable[..., Process]) -> None:
+    process = start(*FAULTY, "end", "--models", "m", "--watchdog", "0")
+    with process.channel() as channel:
+        events = _events(channel)
+        assert next(events).WhichOneof("event") == "queued"
+        assert process.said() == "end"  # in a call
+        _drain(process, channel, signal.SIGINT)
+        process.popen.send_signal(signal.SIGTERM)
+        assert process.said() == "end"  # in the event loop
+        assert process.popen.wait(60) == 143
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_before_it_serves_ends_it(start: Callable[..., Process], number: signal.Signals, status: int) -> None:
+    process = start(*FAULTY, "loading", "--models", "m")
+    assert process.said() == "loading"
+    process.popen.send_signal(number)
+    assert process.popen.wait(60) == status
+    assert "was not up yet" in process.log
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "line"),
+    [
+        (ValueError("that address is open to everybody"), 2, "that address is open to everybody"),
+        (OSError("cannot listen"), 1, "cannot listen"),
+        (FileNotFoundError(2, "No such file", "tokens"), 1, "tokens: No such file"),
+    ],
+)
+def test_what_keeps_it_from_starting_is_told_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Exception, status: int, line: str
+) -> None:
+    async def start(server: Server) -> None:
+        raise error
+
+    monkeypatch.setattr(Server, "start", start)
+    assert main(["serve", "--models", "nowhere"]) == status
+    assert capsys.readouterr().err == f"img2img serve: {line}\n"

@@ -1,0 +1,93 @@
+"""What a model takes is given back when it is unloaded: a real one, in a process of its own, again and again."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+_CYCLES = 6
+
+_SCRIPT = """
+import asyncio, gc, json, sys, weakref
+from pathlib import Path
+from PIL import Image
+from img2img_server.bundle import Source
+from img2img_server.config import ModelSettings
+from img2img_server.engine.cache import Cache
+from img2img_server.engine.engine import Engine
+from img2img_server.engine.request import Completed, Failed, Request
+from img2img_server.execution import Execution
+from img2img_server.model_memory import resident_bytes
+from img2img_server.models import ModelStore
+from img2img_server.pipelines.loader import load_pipeline
+from img2img_server.pipelines.tensorrt_contender import Shelf
+from img2img_server.residency import Residency
+
+async def health(name, serving):
+    pass
+
+async def main(store_folder, cycles):
+    cache, shelf = Cache(2**26), Shelf()
+    load = lambda path, manifest: load_pipeline(path, manifest, Execution("cpu", threads=1), cache, keep=shelf.keep)
+    settings = ModelSettings(preload=("none",))
+    store = ModelStore.load(store_folder, load, settings=settings)
+    engine = Engine(store.pipelines())
+    engine.start()
+    residency = Residency(settings, store, engine, health)
+    (name,) = [model.id for model in store]
+    report = {"unloaded": [], "loaded": [], "freed": [], "measured": [], "alive": [], "cached": []}
+    for _ in range(cycles):
+        async with residency.using(Source(path=name)) as model:
+            watched = weakref.ref(model.pipeline)
+            width, height = model.pipeline.native_size
+            image = Image.new("RGB", (width, height), "teal")
+            request = Request(name, image, "a lake", None, 1.0, 3, 7.5, (1,), image_digest=b"x" * 16)
+            loop, ended = asyncio.get_running_loop(), asyncio.Event()
+            def listen(event):
+                if isinstance(event, (Completed, Failed)):
+                    assert isinstance(event, Completed), event
+                    loop.call_soon_threadsafe(ended.set)
+            engine.submit(request, listen)
+            await ended.wait()
+        del model
+        report["loaded"].append(resident_bytes())
+        report["measured"].append(store.get(name).memory)
+        report["freed"].append(await residency.unload(name))
+        report["unloaded"].append(resident_bytes())
+        report["alive"].append(watched() is not None)
+        report["cached"].append(cache.stats.entries)
+        report["shelved"] = len(shelf._runners)
+    await residency.close()
+    engine.close()
+    print(json.dumps(report))
+
+asyncio.run(main(Path(sys.argv[1]), int(sys.argv[2])))
+"""
+
+
+@pytest.mark.parametrize("name", ["sd1", "demo", "zimage"])
+def test_memory_comes_back(name: str, bundle: Callable[[str], Path], tmp_path: Path) -> None:
+    """Stepped by the engine and run whole, on graphs and in PyTorch. Nothing refers to a pipeline that was unloaded, and from
+    the second cycle on the process does not grow."""
+    store = tmp_path / "store"
+    store.mkdir()
+    (store / name).symlink_to(bundle(name))
+    environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
+    command = [sys.executable, "-W", "ignore", "-c", _SCRIPT, str(store), str(_CYCLES)]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+    assert ended.returncode == 0, ended.stderr
+    report = json.loads(ended.stdout.splitlines()[-1])
+    print(name, json.dumps(report))
+    assert report["alive"] == [False] * _CYCLES
+    assert report["cached"] == [0] * _CYCLES
+    assert report["shelved"] == 0
+    unloaded = report["unloaded"]
+    assert unloaded[-1] - unloaded[1] < 10 * 2**20
+    if name == "demo":
+        weights = 13 * 2**20
+        assert all(freed > weights for freed in report["freed"][1:])
+        assert all(took > weights for took in report["measured"])

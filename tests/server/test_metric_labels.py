@@ -1,0 +1,131 @@
+"""What a registry holds, without a server: labels that come to an end, and what is asked of the parts of a server."""
+
+import sys
+import threading
+import types
+
+import pytest
+from fakes import FakePipeline
+from img2img_server.assets import AssetStore
+from img2img_server.calls import Call
+from img2img_server.config import AssetSettings
+from img2img_server.engine.cache import Cache
+from img2img_server.engine.engine import Engine
+from img2img_server.engine.spans import Span
+from img2img_server.gauges import ASKED, Gauges
+from img2img_server.metrics import COUNTED, Metrics
+from img2img_server.trails import Outcome, Record
+from running import store
+
+
+def told(cache: Cache | None = None) -> dict[str, float]:
+    """What a registry of an idle engine's, and of this cache's, has to say."""
+    metrics = Metrics()
+    metrics.registry.register(Gauges(Engine({}), store(m=FakePipeline()), cache, AssetStore(AssetSettings())))
+    return {sample.name: sample.value for family in metrics.registry.collect() for sample in family.samples}
+
+
+def test_the_cache_and_the_process_are_told() -> None:
+    cache = Cache(1000)
+    cache.put("a", 1, 600)
+    cache.put("b", 2, 600)
+    cache.get("b")
+    cache.get("nope")
+    cache.get("nope")
+    samples = told(cache)
+    assert (samples["img2img_cache_hits_total"], samples["img2img_cache_misses_total"]) == (1, 2)
+    assert (samples["img2img_cache_evictions_total"], samples["img2img_cache_entries"]) == (1, 1)
+    assert (samples["img2img_cache_bytes"], samples["img2img_cache_budget_bytes"]) == (600, 1000)
+    assert samples["process_resident_memory_bytes"] > 2**20
+
+
+def test_a_gpus_memory_is_told_where_torch_uses_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    used = False
+    cuda = types.SimpleNamespace(
+        is_initialized=lambda: used, device_count=lambda: 1, mem_get_info=lambda device: (3 * 2**30, 8 * 2**30)
+    )
+    monkeypatch.setitem(sys.modules, "torch", types.SimpleNamespace(cuda=cuda))
+    assert "img2img_device_memory_free_bytes" not in told(), "to ask would make a context on the GPU"
+    used = True
+    assert told()["img2img_device_memory_free_bytes"] == 3 * 2**30
+    assert told()["img2img_device_memory_total_bytes"] == 8 * 2**30
+
+
+def record(method: str = "/img2img.v1.ModelService/ListModels", host: str = "127.0.0.1", client: str = "127.0.0.1") -> Record:
+    return Record(Call(method, "r", client=host), 0.0, Outcome(client=client))
+
+
+def labels_of(metrics: Metrics, name: str, label: str) -> set[str]:
+    families = metrics.registry.collect()
+    return {sample.labels[label] for family in families for sample in family.samples if sample.name == name}
+
+
+def test_methods_that_there_are_not_share_a_label() -> None:
+    metrics = Metrics()
+    for number in range(100):
+        metrics.began(record(f"/made.up/Method{number}"))
+        metrics.ended(record(f"/made.up/Method{number}"), 1.0)
+    metrics.ended(record("/grpc.health.v1.Health/Check"), 1.0)
+    metrics.ended(record("/grpc.reflection.v1.ServerReflection/ServerReflectionInfo"), 1.0)
+    methods = {"other", "Health/Check", "ServerReflection/ServerReflectionInfo"}
+    assert labels_of(metrics, "img2img_requests_total", "method") == methods
+    assert labels_of(metrics, "img2img_calls_in_progress", "method") <= methods
+
+
+def test_addresses_are_no_labels_and_names_of_tokens_are() -> None:
+    metrics = Metrics()
+    for number in range(100):
+        metrics.ended(record(host=f"10.0.0.{number}", client=f"10.0.0.{number}"), 1.0)  # nobody needs a token
+    metrics.ended(record(host="10.0.0.1", client="studio"), 1.0)
+    metrics.ended(record(host="10.0.0.2", client=""), 1.0)  # not admitted
+    assert labels_of(metrics, "img2img_requests_total", "client") == {"", "studio"}
+
+
+def test_even_names_of_tokens_come_to_an_end() -> None:
+    metrics = Metrics()
+    for number in range(1000):
+        metrics.ended(record(client=f"token-{number}"), 1.0)
+    names = labels_of(metrics, "img2img_requests_total", "client")
+    assert len(names) <= 201
+    assert {"token-0", "other"} <= names
+
+
+def test_names_follow_prometheus_conventions() -> None:
+    for about in (*COUNTED, *ASKED):
+        assert about.name.startswith("img2img_")
+        assert about.name.endswith("_total") == (about.kind == "counter"), about.name
+        assert about.help
+        assert not about.help.endswith(".")
+
+
+def test_counting_does_not_wait_for_one_that_serves() -> None:
+    """A scrape that hangs in the middle, as the engine's lock is held, holds up nobody who counts."""
+    asked, leave = threading.Event(), threading.Event()
+
+    class Slow:
+        def describe(self) -> tuple[()]:
+            return ()
+
+        def collect(self) -> tuple[()]:
+            asked.set()
+            leave.wait(60)
+            return ()
+
+    metrics = Metrics()
+    metrics.registry.register(Slow())
+
+    def count() -> None:
+        metrics.span(Span("denoise", "m", 1, 2, 0.0, 0.1))
+        metrics.ended(record(), 1.0)
+
+    scraping = threading.Thread(target=lambda: list(metrics.registry.collect()))
+    scraping.start()
+    try:
+        assert asked.wait(60)
+        counting = threading.Thread(target=count)
+        counting.start()
+        counting.join(60)
+        assert not counting.is_alive()
+    finally:
+        leave.set()
+        scraping.join(60)

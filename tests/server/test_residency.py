@@ -1,0 +1,361 @@
+"""Residency: models come into memory when they are wanted, never beyond the budget, and never leave while they are in use."""
+
+import asyncio
+import random
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fakes import make_request
+from img2img_server.bundle import Source
+from img2img_server.calls import Call, answering
+from img2img_server.config import ModelSettings
+from img2img_server.engine.request import Completed, Event, Failed
+from img2img_server.errors import (
+    BundleError,
+    ModelMemoryFull,
+    ModelNotFound,
+    ModelNotLoaded,
+    ModelUnavailable,
+    PermissionDenied,
+    ShuttingDown,
+)
+from img2img_server.model_memory import estimate
+from img2img_server.models import Model, ModelState, ModelStore
+from model_folder import MB, Memory, Rig, make_bundle, rig
+
+READY, UNLOADED, LOADING, FAILED = ModelState.READY, ModelState.UNLOADED, ModelState.LOADING, ModelState.FAILED
+
+
+def named(name: str) -> Source:
+    return Source(path=name)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Three models, each 200 MB in memory."""
+    for name in "abc":
+        make_bundle(tmp_path / "store" / name)
+    return tmp_path / "store"
+
+
+async def use(rig: Rig, name: str) -> Model:
+    async with rig.residency.using(named(name)) as model:
+        return model
+
+
+async def state_is(rig: Rig, name: str, state: ModelState, detail: str = "") -> None:
+    await rig.until(lambda: rig.store.get(name).state is state and detail in rig.store.get(name).detail)
+
+
+async def test_the_first_request_loads_and_all_who_wait_share_that(folder: Path) -> None:
+    async with rig(folder) as it:
+        assert [model.state for model in it.store] == [UNLOADED] * 3
+        assert it.serving == {"a": False, "b": False, "c": False}
+        models = await asyncio.gather(*(use(it, "a") for _ in range(10)))
+        assert {id(model.pipeline) for model in models} == {id(it.memory.opened[0])}
+        assert it.memory.names == ["a"]
+        assert it.serving == {"a": True, "b": False, "c": False}
+        model = it.store.get("a")
+        assert (model.state, model.memory, model.detail) == (READY, 200 * MB, "")
+        assert it.memory.threads == {"img2img-loading"}, "nothing is loaded on the event loop"
+
+
+async def test_it_is_tried_before_it_is_served_and_the_engine_learns_by_that(folder: Path) -> None:
+    async with rig(folder) as it:
+        await use(it, "a")
+        (pipeline,) = it.memory.opened
+        assert len(pipeline.batches) == 2
+        assert pipeline.prepared[0].request.image.size == pipeline.native_size
+        assert pipeline.released == pipeline.prepared
+        plan = pipeline.plan(make_request())
+        assert it.engine.costs.seconds("denoise", ("a", plan.shape), plan.pixels, 1) is not None
+
+
+async def test_who_leaves_does_not_end_the_load(folder: Path) -> None:
+    async with rig(folder) as it:
+        it.memory.gates["a"] = threading.Event()
+        waiters = [asyncio.create_task(use(it, "a")) for _ in range(3)]
+        await state_is(it, "a", LOADING, "loading")
+        for waiter in waiters:
+            waiter.cancel()
+        assert all(isinstance(end, asyncio.CancelledError) for end in await asyncio.gather(*waiters, return_exceptions=True))
+        it.memory.gates["a"].set()
+        await state_is(it, "a", READY)
+        assert len(it.memory.opened) == 1
+
+
+async def test_a_server_may_load_at_an_operators_word_only(folder: Path) -> None:
+    async with rig(folder, load_on_request=False) as it:
+        with pytest.raises(ModelNotLoaded, match="'a' is not loaded"):
+            await use(it, "a")
+        assert (await it.residency.load(named("a"))).state is READY
+        await use(it, "a")
+        await it.residency.unload("a")
+        with pytest.raises(ModelNotLoaded):
+            await use(it, "a")
+
+
+async def test_the_least_recently_used_makes_room(folder: Path) -> None:
+    async with rig(folder, memory=450 * MB) as it:
+        for name in ("a", "b", "a", "c"):
+            await use(it, name)
+        assert sorted(it.memory.names) == ["a", "c"]
+        assert it.serving == {"a": True, "b": False, "c": True}
+        assert it.store.get("b").state is UNLOADED
+        await use(it, "b")
+        assert sorted(it.memory.names) == ["b", "c"]
+        assert it.memory.peak <= 450 * MB
+
+
+async def test_what_is_in_use_stays(folder: Path) -> None:
+    async with rig(folder, memory=450 * MB) as it:
+        async with it.residency.using(named("a")), it.residency.using(named("b")):
+            with pytest.raises(ModelMemoryFull, match=r"takes about 203\.6 MB, and 400\.0 MB of 450") as caught:
+                await use(it, "c")
+            assert caught.value.retry_after is not None
+            assert caught.value.retry_after >= 1
+            assert it.store.get("c").state is UNLOADED
+        await use(it, "c")
+        assert sorted(it.memory.names) == ["a", "c"], "b was left before a"
+
+
+async def test_what_never_fits_is_refused_with_the_figures(folder: Path) -> None:
+    async with rig(folder, memory=150 * MB) as it:
+        with pytest.raises(ModelUnavailable, match=r"takes about 203\.6 MB, and all models together may take 150\.0 MB"):
+            await use(it, "a")
+        assert it.memory.opened == []
+        assert "203.6 MB" in it.store.get("a").detail
+
+
+async def test_what_turns_out_too_large_leaves_again_and_that_is_remembered(folder: Path) -> None:
+    async with rig(folder, memory=450 * MB) as it:
+        it.memory.sizes["a"] = 500 * MB
+        with pytest.raises(ModelUnavailable, match=r"takes about 500\.0 MB"):
+            await use(it, "a")
+        assert it.memory.names == []
+        with pytest.raises(ModelUnavailable, match=r"takes about 500\.0 MB"):
+            await use(it, "a")
+        assert len(it.memory.opened) == 1
+        await use(it, "b")
+
+
+async def test_the_budget_holds_whatever_comes_at_once(folder: Path) -> None:
+    """Users of three models in random order, where two fit: nobody's model goes away, and never are there three."""
+    rng = random.Random(6)
+    async with rig(folder, memory=450 * MB) as it:
+        outcomes: list[str] = []
+
+        async def user(name: str, turns: int) -> None:
+            try:
+                async with it.residency.using(named(name)) as model:
+                    pipeline: Any = model.pipeline
+                    for _ in range(turns):
+                        assert not pipeline.closed
+                        assert it.memory.used <= 450 * MB
+                        await asyncio.sleep(0)
+                    assert not pipeline.closed
+                    outcomes.append("used")
+            except ModelMemoryFull:
+                outcomes.append("full")
+
+        async def unloader(name: str) -> None:
+            assert await it.residency.unload(name) in (0, 200 * MB)
+            outcomes.append("unloaded")
+
+        jobs = [user(rng.choice("abc"), rng.randrange(5)) for _ in range(60)] + [unloader(rng.choice("abc")) for _ in range(10)]
+        rng.shuffle(jobs)
+        tasks = []
+        for job in jobs:
+            tasks.append(asyncio.create_task(job))
+            for _ in range(rng.randrange(3)):
+                await asyncio.sleep(0)
+        for task in rng.sample(tasks, 10):
+            task.cancel()
+        ended = await asyncio.gather(*tasks, return_exceptions=True)
+        assert {type(end) for end in ended} <= {type(None), asyncio.CancelledError}
+        assert outcomes.count("used") > 0
+        assert it.memory.peak <= 450 * MB
+        for name in "abc":
+            await use(it, name)
+
+
+async def test_unloading_waits_for_whoever_uses_it_and_gives_memory_back(folder: Path) -> None:
+    async with rig(folder) as it:
+        async with it.residency.using(named("a")):
+            unload = asyncio.create_task(it.residency.unload("a"))
+            await state_is(it, "a", READY, "being unloaded")
+            later = asyncio.create_task(use(it, "a"))
+            for _ in range(20):
+                await asyncio.sleep(0)
+            assert not unload.done()
+            assert not later.done()
+            assert it.memory.names == ["a"]
+        assert await unload == 200 * MB
+        assert (await later).pipeline is it.memory.opened[1], "who came meanwhile has it loaded again"
+        assert it.memory.opened[0].closed
+        assert await it.residency.unload("a") == 200 * MB
+        assert await it.residency.unload("a") == 0, "there is nothing to unload"
+        assert it.serving["a"] is False
+
+
+async def test_a_request_whose_caller_has_left_still_keeps_its_model(folder: Path) -> None:
+    """The lease is gone, and the device is still at work on it."""
+    async with rig(folder) as it:
+        await use(it, "a")
+        (pipeline,) = it.memory.opened
+        called, go = threading.Event(), threading.Event()
+
+        def hold() -> None:
+            called.set()
+            assert go.wait(60)
+
+        pipeline.before_call = hold
+        events: list[Event] = []
+        ticket = it.engine.submit(make_request(model="a"), events.append).ticket
+        await asyncio.to_thread(called.wait)
+        ticket.cancel()
+        unload = asyncio.create_task(it.residency.unload("a"))
+        await state_is(it, "a", READY, "being unloaded")
+        for _ in range(20):
+            await asyncio.sleep(0)
+        assert not pipeline.closed
+        go.set()
+        assert await unload == 200 * MB
+        assert isinstance(events[-1], Failed)
+        assert pipeline.released == pipeline.prepared, "its state was released before"
+
+
+async def test_a_broken_model_is_found_before_it_is_served_and_not_tried_at_every_request(folder: Path) -> None:
+    async with rig(folder) as it:
+        it.memory.problems["a"] = RuntimeError("told to fail at /a/path")
+        for _ in range(3):
+            with pytest.raises(ModelUnavailable, match="'a' cannot be served; the server's log says why") as caught:
+                await use(it, "a")
+            assert "/a/path" not in str(caught.value)
+        assert it.memory.loads == ["a"]
+        assert (it.store.get("a").state, it.store.get("a").problem) == (FAILED, "RuntimeError: told to fail at /a/path")
+        with pytest.raises(ModelUnavailable, match="again in 5 s"):
+            await use(it, "a")
+        it.clock.now = 5.0
+        with pytest.raises(ModelUnavailable):
+            await use(it, "a")
+        assert it.memory.loads == ["a", "a"]
+        with pytest.raises(ModelUnavailable, match="again in 10 s"):
+            await use(it, "a")
+        del it.memory.problems["a"]
+        assert (await it.residency.load(named("a"))).state is READY, "an operator need not wait"
+        assert it.store.get("a").problem == ""
+
+
+@pytest.mark.parametrize("where", ["prepare", "denoise", "finish"])
+async def test_a_model_that_loads_and_does_not_draw_is_not_served(
+    where: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with rig(folder) as it:
+        with monkeypatch.context() as patch:
+            patch.setattr("img2img_server.moving._TRIAL_PROMPT", f"fail {where}")
+            with pytest.raises(ModelUnavailable):
+                await use(it, "a")
+        assert it.store.get("a").state is FAILED
+        assert it.memory.names == [], "nothing of it stays"
+        it.clock.now = 5.0
+        assert (await use(it, "a")).state is READY
+
+
+async def test_a_damaged_bundle_is_refused_by_its_checksums(folder: Path) -> None:
+    (folder / "a" / "unet" / "model.onnx").write_bytes(b"other")
+    async with rig(folder) as it:
+        with pytest.raises(ModelUnavailable):
+            await use(it, "a")
+        assert "SHA-256 differs" in it.store.get("a").problem
+        assert it.memory.opened == []
+
+
+async def test_one_load_under_a_full_queue_gets_its_turn(folder: Path) -> None:
+    """Others keep the engine busy all the time; what is being loaded is not behind all of them."""
+    async with rig(folder) as it:
+        await use(it, "a")
+        going = True
+
+        def again(event: Event) -> None:
+            if isinstance(event, Completed) and going:
+                it.engine.submit(make_request(model="a", client="crowd"), again)
+
+        for _ in range(100):
+            it.engine.submit(make_request(model="a", client="crowd"), again)
+        await use(it, "b")
+        going = False
+        await asyncio.to_thread(it.engine.settle, "a")
+
+
+async def test_closing_ends_what_is_being_loaded(folder: Path) -> None:
+    async with rig(folder) as it:
+        it.memory.gates["a"] = threading.Event()
+        waiter = asyncio.create_task(use(it, "a"))
+        await state_is(it, "a", LOADING, "loading")
+        await it.residency.close()
+        with pytest.raises(ShuttingDown):
+            await waiter
+        with pytest.raises(ShuttingDown):
+            await use(it, "b")
+        it.memory.gates["a"].set()
+
+
+async def test_whoever_else_is_at_work_on_a_model_lets_go_before_it_is_unloaded(folder: Path) -> None:
+    async with rig(folder) as it:
+        await use(it, "a")
+        asked: list[tuple[str, bool]] = []
+        it.residency.withdraw = lambda name: asked.append((name, it.memory.opened[0].closed))
+        await it.residency.unload("a")
+        assert asked == [("a", False)]
+
+
+async def test_a_caller_gets_the_models_that_are_its_own(folder: Path) -> None:
+    async with rig(folder) as it:
+        with answering(Call("m", "r", client="alice", models=("a*",), admin=False)):
+            await use(it, "a")
+            for name in ("b", "nobody's", "../b"):
+                with pytest.raises(PermissionDenied):
+                    await use(it, name)
+            with pytest.raises(PermissionDenied, match="'c'"):
+                await use_repository(it, "acme/c")
+            with pytest.raises(ModelNotFound):
+                await it.residency.unload("b")
+        assert it.memory.names == ["a"]
+
+
+async def use_repository(it: Rig, repo_id: str) -> None:
+    async with it.residency.using(Source(repo_id=repo_id)):
+        pass
+
+
+def test_start_loads_what_it_is_told(folder: Path) -> None:
+    def loaded(**settings: Any) -> list[str]:
+        memory = Memory()
+        ModelStore.load(folder, memory.load, settings=ModelSettings(**settings), meter=memory)
+        return memory.names
+
+    assert loaded() == ["a", "b", "c"]
+    assert loaded(preload=("none",)) == []
+    assert loaded(preload=("c", "b")) == ["b", "c"]
+    assert loaded(memory=450 * MB) == ["a", "b"], "as many as fit"
+    with pytest.raises(BundleError, match="no model 'x' to preload; there are a, b, c"):
+        loaded(preload=("x",))
+    with pytest.raises(BundleError, match="no memory to preload 'b'"):
+        loaded(preload=("a", "b"), memory=250 * MB)
+    (folder / "b" / "unet" / "model.onnx").write_bytes(b"other")
+    assert loaded() == ["a", "c"]
+    with pytest.raises(BundleError, match=r"'b', which is to be preloaded, cannot be served: .*SHA-256"):
+        loaded(preload=("b", "c"))
+
+
+def test_the_default_model_is_the_first_to_be_loaded(folder: Path) -> None:
+    memory = Memory()
+    store = ModelStore.load(folder, memory.load, "c", settings=ModelSettings(memory=250 * MB), meter=memory)
+    assert memory.names == ["c"]
+    assert store.get("c").memory == 200 * MB
+    manifest = store.get("a").manifest
+    assert manifest is not None
+    assert store.get("a").expected_memory == estimate(manifest) > 100 * MB

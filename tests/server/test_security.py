@@ -1,0 +1,299 @@
+"""What strangers cannot do: use up a connection's server, leave the store of models, or learn what is inside."""
+
+import asyncio
+import contextlib
+import logging
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+import raw_http2
+from fakes import FakePipeline
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from img2img.v1 import image_to_image_pb2 as pb
+from img2img.v1 import model_pb2
+from img2img.v1.image_to_image_pb2_grpc import ImageToImageServiceStub
+from img2img.v1.model_pb2_grpc import ModelServiceStub
+from img2img_server import images, transport
+from img2img_server.bundle import write_manifest
+from img2img_server.config import ServerConfig
+from img2img_server.models import ModelStore
+from messages import failure, request
+from raw_http2 import RawConnection, settings_of
+from running import RunningServer, manifest, running, store
+
+TRANSFORM = "/img2img.v1.ImageToImageService/Transform"
+
+
+@pytest.fixture
+def server() -> Iterator[RunningServer]:
+    with running(lambda: store(m=FakePipeline())) as server:
+        yield server
+
+
+def is_healthy(server: RunningServer) -> bool:
+    with grpc.insecure_channel(f"localhost:{server.port}", [("grpc.use_local_subchannel_pool", 1)]) as channel:
+        health: Any = health_pb2_grpc.HealthStub(channel)
+        found = health.Check(health_pb2.HealthCheckRequest(), timeout=30).status
+        return bool(found == health_pb2.HealthCheckResponse.SERVING)
+
+
+# Connections.
+
+
+def test_a_connection_is_told_how_many_calls_and_how_much_metadata_it_may_send(server: RunningServer) -> None:
+    with RawConnection(server.port) as connection:
+        found = settings_of(next(frame for frame in connection.frames() if frame.kind == raw_http2.SETTINGS))
+    assert found[raw_http2.MAX_CONCURRENT_STREAMS] == transport.MAX_STREAMS
+    assert found[raw_http2.MAX_HEADER_LIST_SIZE] == transport.MAX_METADATA_BYTES
+
+
+def test_who_pings_without_end_is_sent_away(server: RunningServer) -> None:
+    with RawConnection(server.port) as connection:
+        for _ in range(20):
+            with contextlib.suppress(ConnectionError):
+                connection.send(raw_http2.PING, b"01234567")
+        goodbyes = [frame.payload for frame in connection.frames() if frame.kind == raw_http2.GOAWAY]
+    assert int.from_bytes(goodbyes[-1][4:8], "big") == raw_http2.ENHANCE_YOUR_CALM
+    assert is_healthy(server)
+
+
+def test_metadata_has_a_bound_which_ends_the_call_alone(server: RunningServer) -> None:
+    with grpc.insecure_channel(f"localhost:{server.port}") as channel:
+        stub = ImageToImageServiceStub(channel)
+        assert stub.Transform(request(), metadata=(("x-note", "a" * 15_000),), timeout=30).images
+        with pytest.raises(grpc.RpcError) as caught:
+            stub.Transform(request(), metadata=(("x-note", "a" * 17_000),), timeout=30)
+        error: Any = caught.value
+        assert error.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert stub.Transform(request(), timeout=30).images
+
+
+def test_there_is_room_for_so_many_connections_and_again_when_one_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transport, "MAX_CONNECTIONS", 2)
+    with running(lambda: store(m=FakePipeline())) as server:
+        first, second = RawConnection(server.port), RawConnection(server.port)
+        kinds = [next(connection.frames()).kind for connection in (first, second)]
+        assert kinds == [raw_http2.SETTINGS] * 2
+        assert not _is_let_in(server), "a third is closed without a word"
+        first.close()
+        while not _is_let_in(server):  # the server hears of that a moment later
+            threading.Event().wait(0.05)
+        second.close()
+
+
+def _is_let_in(server: RunningServer) -> bool:
+    with contextlib.suppress(ConnectionError), RawConnection(server.port) as connection:
+        return next(connection.frames(), None) is not None
+    return False
+
+
+def test_a_connection_that_says_nothing_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transport, "HANDSHAKE_SECONDS", 1)
+    with (
+        running(lambda: store(m=FakePipeline())) as server,
+        socket.create_connection(("127.0.0.1", server.port), timeout=60) as connection,
+    ):
+        while connection.recv(4096):  # the server's settings, and then the end
+            pass
+
+
+async def test_a_caller_that_vanished_is_noticed_and_its_call_is_cancelled() -> None:
+    """It neither closes its connection nor answers pings, as a machine that lost its power."""
+    called, cancelled = asyncio.Event(), asyncio.Event()
+
+    async def work(requests: object, context: object) -> None:
+        called.set()
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            cancelled.set()
+            raise
+
+    options = transport.options(ServerConfig(), keepalive=1)
+    server = grpc.aio.server(options=options)
+    handler: Any = grpc.stream_stream_rpc_method_handler(work)
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("test.Test", {"Work": handler}),))
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    with await asyncio.to_thread(RawConnection, port) as connection:
+        await asyncio.to_thread(connection.call, "/test.Test/Work")
+        await asyncio.wait_for(called.wait(), 30)
+        await asyncio.wait_for(cancelled.wait(), 60)
+    await server.stop(0)
+
+
+def test_only_connections_with_tls_are_renewed_now_and_then(tmp_path: Path) -> None:
+    from img2img_server.config import TlsSettings
+
+    plain, secure = ServerConfig(), ServerConfig(tls=TlsSettings(tmp_path / "c", tmp_path / "k"))
+    assert "grpc.max_connection_age_ms" not in dict(transport.options(plain))
+    assert dict(transport.options(secure))["grpc.max_connection_age_ms"] == 3_600_000
+
+
+# The store.
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> Path:
+    """A store with the model "inside", and beside it a bundle "outside" that is none of its."""
+    for name in ("store/inside", "outside"):
+        (tmp_path / name).mkdir(parents=True)
+        write_manifest(tmp_path / name, manifest(f"acme/{Path(name).name}"))
+    return tmp_path
+
+
+@contextlib.contextmanager
+def serving(folder: Path, **settings: Any) -> Iterator[grpc.Channel]:
+    def load() -> ModelStore:
+        return ModelStore.load(folder, lambda bundle, manifest: FakePipeline())
+
+    with (
+        running(load, models=folder, **settings) as server,
+        grpc.insecure_channel(f"localhost:{server.port}") as channel,
+    ):
+        yield channel
+
+
+ESCAPES = ("..", "../outside", "inside/../../outside", "./inside/../../outside", "/etc/passwd", "//outside", "inside\x00", "\x00",
+           "..\\outside", "~", "~root", "%2e%2e/outside", "file:///etc/passwd", "outside", ".", "./", "in\nside",
+           "x" * 100_000, "\U0001f5bc" * 10_000, "\n" * 10_000,
+           "\u2025/outside", "$HOME", "-rf")  # fmt: skip
+
+
+def test_no_path_of_a_request_leaves_the_store(folders: Path) -> None:
+    """Not even to tell whether there is something: an answer is the same for what exists and what does not."""
+    with serving(folders / "store") as channel:
+        stub, models = ImageToImageServiceStub(channel), ModelServiceStub(channel)
+        assert stub.Transform(request(model=pb.ModelReference(path="inside")), timeout=30).model_id == "inside"
+        for escape in (*ESCAPES, str(folders / "outside"), str(folders / "store" / "inside")):
+            for call in (
+                lambda escape=escape: stub.Transform(request(model=pb.ModelReference(path=escape)), timeout=30),
+                lambda escape=escape: models.GetModel(model_pb2.GetModelRequest(id=escape), timeout=30),
+                lambda escape=escape: models.LoadModel(model_pb2.LoadModelRequest(id=escape), timeout=30),
+                lambda escape=escape: models.UnloadModel(model_pb2.UnloadModelRequest(id=escape), timeout=30),
+            ):
+                assert_harmless(call, folders, escape)
+
+
+@pytest.mark.parametrize("field", ["repo_id", "variant", "revision", "allow_patterns", "ignore_patterns"])
+def test_no_other_part_of_a_reference_does(field: str, folders: Path) -> None:
+    with serving(folders / "store") as channel:
+        stub = ImageToImageServiceStub(channel)
+        for escape in (*ESCAPES, "../*", "**/../../outside/*", "[", "acme/outside", str(folders / "outside")):
+            value = [escape] if field.endswith("patterns") else escape
+            reference = pb.ModelReference(**{field: value})  # type: ignore[arg-type]
+            assert_harmless(lambda reference=reference: stub.Transform(request(model=reference), timeout=30), folders, escape)  # type: ignore[misc]
+
+
+def assert_harmless(call: Callable[[], object], folders: Path, sent: str) -> None:
+    """A refusal that is the caller's own fault, and tells no path that the caller did not send."""
+    code, details = failure(call)
+    assert code in (grpc.StatusCode.NOT_FOUND, grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.UNIMPLEMENTED), (sent, details)
+    assert str(folders) not in str(details).replace(sent, ""), sent
+    assert len(str(details["message"])) < 8192, "what was sent is not sent back at length"
+
+
+# What is inside.
+
+SECRETS = ("/srv/secret", "hunter2", "Traceback", "RuntimeError")
+
+
+def told(call: Callable[[], object]) -> str:
+    """Everything that a call which fails tells its caller."""
+    with pytest.raises(grpc.RpcError) as caught:
+        call()
+    error: Any = caught.value
+    return "\n".join(
+        [error.details(), *(f"{key} {value}" for key, value in (*error.initial_metadata(), *error.trailing_metadata()))]
+    )
+
+
+def _fail(*words: object, **settings: object) -> Any:
+    raise RuntimeError("cannot read /srv/secret/key with password hunter2")
+
+
+@pytest.mark.parametrize("where", ["plan", "prepare", "denoise", "advance", "finish", "decode", "encode"])
+def test_an_errors_text_stays_in_the_log(where: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    pipeline = FakePipeline()
+    if hasattr(pipeline, where):
+        monkeypatch.setattr(pipeline, where, _fail)
+    else:
+        monkeypatch.setattr(images, where, _fail)
+    with (
+        running(lambda: store(m=pipeline)) as server,
+        grpc.insecure_channel(f"localhost:{server.port}") as channel,
+    ):
+        stub = ImageToImageServiceStub(channel)
+        for call in (
+            lambda: stub.Transform(request(), timeout=30),
+            lambda: list(stub.TransformStream(pb.TransformStreamRequest(request=request()), timeout=30)),
+        ):
+            answer = told(call)
+            assert not [secret for secret in SECRETS if secret in answer], answer
+    assert "hunter2" in caplog.text, "it was really raised"
+
+
+def test_what_is_wrong_with_a_bundle_stays_in_the_log(folders: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Its folder's path above all."""
+    damaged = folders / "store" / "damaged"
+    damaged.mkdir()
+    write_manifest(damaged, manifest("acme/damaged"))
+    (damaged / "manifest.json").write_text((damaged / "manifest.json").read_text().replace('"files": {}', '"files": {"x": "0"}'))
+    with serving(folders / "store") as channel:
+        stub, models = ImageToImageServiceStub(channel), ModelServiceStub(channel)
+        answer = told(lambda: stub.Transform(request(model=pb.ModelReference(path="damaged")), timeout=30))
+        assert str(folders) not in answer
+        listed = models.ListModels(model_pb2.ListModelsRequest(), timeout=30)
+        assert {model.id for model in listed.models} == {"inside", "damaged"}
+        assert str(folders) not in str(listed)
+    assert str(damaged) in caplog.text
+
+
+def test_a_token_is_in_no_answer_and_no_log(folders: Path, caplog: pytest.LogCaptureFixture) -> None:
+    from img2img_server import tokens
+
+    secret, path = tokens.make_secret(), folders / "tokens.toml"
+    with tokens.editing(path) as known:
+        known["alice"] = tokens.Token("alice", tokens.digest(secret), models=("inside",))
+    bearing = (("authorization", f"Bearer {secret}"),)
+    with caplog.at_level(logging.DEBUG), serving(folders / "store", tokens=path) as channel:
+        stub = ImageToImageServiceStub(channel)
+        call = stub.Transform.with_call(request(), metadata=bearing, timeout=30)[1]
+        answers = [str((*call.initial_metadata(), *call.trailing_metadata()))]
+        answers.append(told(lambda: stub.Transform(request(strength=7), metadata=bearing, timeout=30)))
+        answers.append(told(lambda: stub.Transform(request(), metadata=(("authorization", f"Bearer x{secret}"),), timeout=30)))
+    for text in (*answers, caplog.text, path.read_text()):
+        assert secret not in text
+        assert secret.removeprefix(tokens.PREFIX) not in text
+
+
+def test_a_token_sees_no_other_models(folders: Path) -> None:
+    """Neither by using them, nor in what it is told when it names none that there is."""
+    from img2img_server import tokens
+
+    hidden = folders / "store" / "hidden"
+    hidden.mkdir()
+    write_manifest(hidden, manifest("acme/hidden"))
+    secret, path = tokens.make_secret(), folders / "tokens.toml"
+    with tokens.editing(path) as known:
+        known["alice"] = tokens.Token("alice", tokens.digest(secret), models=("in*",))
+    bearing = (("authorization", f"Bearer {secret}"),)
+    with serving(folders / "store", tokens=path) as channel:
+        stub, models = ImageToImageServiceStub(channel), ModelServiceStub(channel)
+        allowed = stub.Transform(request(model=pb.ModelReference(path="inside")), metadata=bearing, timeout=30)
+        assert allowed.model_id == "inside"
+        listed = models.ListModels(model_pb2.ListModelsRequest(), metadata=bearing, timeout=30)
+        assert [model.id for model in listed.models] == ["inside"]
+        code, _ = failure(lambda: models.GetModel(model_pb2.GetModelRequest(id="hidden"), metadata=bearing, timeout=30))
+        assert code == grpc.StatusCode.NOT_FOUND
+        hidden_reference = pb.ModelReference(path="hidden")
+        code, _ = failure(lambda: stub.Transform(request(model=hidden_reference), metadata=bearing, timeout=30))
+        assert code in (grpc.StatusCode.PERMISSION_DENIED, grpc.StatusCode.NOT_FOUND)
+        for reference in (pb.ModelReference(path="nothing"), pb.ModelReference()):
+            answer = told(lambda: stub.Transform(request(model=reference), metadata=bearing, timeout=30))  # noqa: B023
+            assert "hidden" not in answer

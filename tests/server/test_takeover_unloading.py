@@ -1,0 +1,91 @@
+"""A model that is unloaded takes its contenders with it: they do not bring it back, and nothing of them is left."""
+
+import gc
+import threading
+import weakref
+from pathlib import Path
+
+import grpc
+import pytest
+from contending import ENGINE, FakeContender, WatchedStore
+from fakes import FakePipeline
+from img2img.v1 import model_pb2
+from img2img.v1.model_pb2_grpc import ModelServiceStub
+from img2img_server.models import EngineState, ModelState
+from img2img_server.stopping import Stopped
+from running import running
+
+
+class Better(FakePipeline):
+    engine = ENGINE
+
+
+def unload(stub: ModelServiceStub) -> model_pb2.Model:
+    return stub.UnloadModel(model_pb2.UnloadModelRequest(id="m"), timeout=60).model
+
+
+def test_what_is_being_built_for_it_is_given_up(tmp_path: Path) -> None:
+    serving = FakePipeline()
+    store, contender = WatchedStore(serving), FakeContender(tmp_path, Better())
+    with running(lambda: store, [contender]) as server, grpc.insecure_channel(f"localhost:{server.port}") as channel:
+        store.wait_for(EngineState.BUILDING, detail="half of it")
+        model = unload(ModelServiceStub(channel))
+        assert model.state == model_pb2.MODEL_STATE_UNLOADED
+        assert store.end().detail == "the model was unloaded"
+        with pytest.raises(Stopped):
+            contender.stop.check()
+        assert store.get("m").engines == (), "they were for what is gone"
+        watched = weakref.ref(serving)
+        del serving
+        gc.collect()
+        assert watched() is None
+    assert store.get("m").state is ModelState.UNLOADED
+
+
+def test_what_is_being_tried_for_it_is_given_up(tmp_path: Path) -> None:
+    better, held, go = Better(), threading.Event(), threading.Event()
+
+    def hold() -> None:
+        held.set()
+        assert go.wait(60)
+
+    better.before_call = hold
+    store, contender = WatchedStore(FakePipeline()), FakeContender(tmp_path, better)
+    with running(lambda: store, [contender]) as server, grpc.insecure_channel(f"localhost:{server.port}") as channel:
+        contender.let()
+        assert held.wait(60)
+        stub = ModelServiceStub(channel)
+        unloading = stub.UnloadModel.future(model_pb2.UnloadModelRequest(id="m"), timeout=60)
+        while not contender.stop.asked:
+            pass
+        assert not unloading.done(), "it is at work on the device still"
+        go.set()
+        assert unloading.result().model.state == model_pb2.MODEL_STATE_UNLOADED
+        assert store.end().detail == "the model was unloaded"
+        assert store.get("m").pipeline is None
+
+
+def test_one_that_waits_for_its_turn_never_gets_it(tmp_path: Path) -> None:
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+    first, second = FakeContender(tmp_path / "first", Better()), FakeContender(tmp_path / "second", Better())
+    second.engine = "fake:best"
+    store = WatchedStore(FakePipeline())
+    with running(lambda: store, [first, second]) as server, grpc.insecure_channel(f"localhost:{server.port}") as channel:
+        store.wait_for(EngineState.BUILDING, detail="half of it")
+        unload(ModelServiceStub(channel))
+    assert second.built == 0
+
+
+def test_the_one_that_took_over_is_unloaded_like_any(tmp_path: Path) -> None:
+    better = Better()
+    better.before_call = lambda: None
+    serving = FakePipeline()
+    serving.before_call = lambda: sum(range(300_000))
+    store, contender = WatchedStore(serving), FakeContender(tmp_path, better)
+    with running(lambda: store, [contender]) as server, grpc.insecure_channel(f"localhost:{server.port}") as channel:
+        contender.let()
+        assert store.end().state is EngineState.SERVING
+        stub = ModelServiceStub(channel)
+        assert unload(stub).state == model_pb2.MODEL_STATE_UNLOADED
+        assert better.closed

@@ -1,0 +1,295 @@
+"""Traces: where a call's time went, as a collector gets it; and telemetry keeps out of everybody's way."""
+
+import itertools
+import socket
+import subprocess
+import sys
+import threading
+import time
+from typing import Any
+
+import grpc
+import pytest
+from collecting import Collector, collecting
+from fakes import Clock, FakePipeline, make_request, run_out
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from img2img.v1 import image_to_image_pb2 as pb
+from img2img.v1 import model_pb2, model_pb2_grpc
+from img2img.v1.image_to_image_pb2_grpc import ImageToImageServiceStub
+from img2img_server.calls import Call
+from img2img_server.config import TelemetrySettings
+from img2img_server.engine.engine import Engine
+from img2img_server.engine.scheduler import Limits
+from img2img_server.engine.spans import Span
+from img2img_server.telemetry import Telemetry
+from img2img_server.trails import MOST_STEPS
+from messages import failure, request
+from running import RunningServer, running, store
+
+TRANSFORM = "img2img.v1.ImageToImageService/Transform"
+STREAM = "img2img.v1.ImageToImageService/TransformStream"
+_SERVER = 2
+"""SPAN_KIND_SERVER"""
+
+
+def traced(collector: Collector, pipeline: FakePipeline, **settings: Any) -> Any:
+    """A server that sends its traces there; all of them are there once it has stopped."""
+    telemetry = TelemetrySettings(otlp_endpoint=collector.endpoint)
+    return running(lambda: store(m=pipeline), telemetry=telemetry, **settings)
+
+
+def stub_of(channel: grpc.Channel) -> ImageToImageServiceStub:
+    return ImageToImageServiceStub(channel)
+
+
+def connected(server: RunningServer) -> grpc.Channel:
+    return grpc.insecure_channel(f"localhost:{server.port}")
+
+
+def test_a_transforms_trace_tells_where_its_time_went() -> None:
+    pipeline, pause = FakePipeline(), 0.01
+    pipeline.before_call = lambda: time.sleep(pause)  # a step takes real time
+    with collecting() as collector:
+        before = time.time_ns()
+        with traced(collector, pipeline) as server, connected(server) as channel:
+            metadata = (("x-request-id", "my-own"),)
+            response = stub_of(channel).Transform(request(num_inference_steps=4, strength=1.0, image_count=2), metadata=metadata)
+        after = time.time_ns()
+    call = collector.named(TRANSFORM)
+    assert (call.kind, call.parent, call.failed) == (_SERVER, "", False)
+    assert call.attributes == {
+        "rpc.system.name": "grpc",
+        "rpc.method": TRANSFORM,
+        "rpc.response.status_code": "OK",
+        "img2img.request_id": "my-own",
+        "img2img.client": "",
+        "img2img.model": "m",
+        "img2img.width": 24,
+        "img2img.height": 16,
+        "img2img.pictures": 2,
+    }
+    assert before <= call.start
+    assert call.end <= after
+    stages = collector.children(call)
+    assert [stage.name for stage in stages] == ["parse", "queue", "encode", "denoise", "decode", "respond"]
+    for stage, following in itertools.pairwise(stages):
+        assert call.holds(stage)
+        assert stage.end <= following.start + 1000, "one after the other, but for rounding"
+    seconds = {stage.name: (stage.end - stage.start) / 1e9 for stage in stages}
+    told = response.timings
+    assert seconds["queue"] == pytest.approx(told.queue_ms / 1e3, abs=1e-5)
+    assert seconds["encode"] == pytest.approx(told.encode_ms / 1e3, abs=1e-5)
+    assert seconds["denoise"] == pytest.approx(told.denoise_ms / 1e3, abs=1e-5)
+    assert sum(seconds.values()) == pytest.approx((call.end - call.start) / 1e9, rel=0.01)
+    denoise = stages[3]
+    steps = collector.children(denoise)
+    assert [step.attributes["img2img.step"] for step in steps] == [1, 2, 3, 4]
+    assert all(denoise.holds(step) and step.end - step.start >= pause * 1e9 for step in steps)
+    assert all(step.name == "step" and step.attributes["img2img.batch.rows"] == 2 for step in steps)
+    assert {span.trace for span in collector.spans} == {call.trace}
+    assert collector.resources[0]["service.name"] == "img2img"
+
+
+def test_requests_that_shared_a_step_both_tell_of_it() -> None:
+    """Neither is told the other's own: they have the same id, which callers may choose as they like."""
+    pipeline, inside, leave = FakePipeline(), threading.Event(), threading.Event()
+
+    def hold() -> None:
+        inside.set()
+        leave.wait(60)
+
+    pipeline.before_call = hold
+    with collecting() as collector, traced(collector, pipeline) as server, connected(server) as channel:
+        metadata = (("x-request-id", "twin"),)
+        first = stub_of(channel).Transform.future(request(num_inference_steps=5, strength=1.0), metadata=metadata)
+        assert inside.wait(60)
+        stream = stub_of(channel).TransformStream(
+            pb.TransformStreamRequest(request=request(num_inference_steps=3, strength=1.0)), metadata=metadata
+        )
+        assert next(stream).HasField("queued")
+        leave.set()
+        first.result(60)
+        list(stream)
+    long, short = (
+        [step for stage in collector.children(collector.named(name)) for step in collector.children(stage)]
+        for name in (TRANSFORM, STREAM)
+    )
+    assert (len(long), len(short)) == (5, 3)
+    assert sum(step.attributes["img2img.batch.requests"] == 2 for step in long) == len(
+        [step for step in short if step.attributes["img2img.batch.requests"] == 2]
+    )
+    assert long[0].attributes["img2img.batch.requests"] == 1, "it was alone when it began"
+
+
+def test_the_trace_goes_on_from_the_callers() -> None:
+    trace, parent = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
+    with collecting() as collector, traced(collector, FakePipeline()) as server, connected(server) as channel:
+        for flags in ("01", "00"):  # 00: whoever began it does not want it kept
+            metadata = (("traceparent", f"00-{trace}-{parent}-{flags}"),)
+            stub_of(channel).Transform(request(), metadata=metadata)
+    call = collector.named(TRANSFORM)
+    assert (call.trace, call.parent) == (trace, parent)
+    assert {span.trace for span in collector.spans} == {trace}
+
+
+@pytest.mark.parametrize("traceparent", ["", "nonsense", "00-" + "0" * 32 + "-" + "0" * 16 + "-01", "x" * 5000])
+def test_a_parent_that_is_none_begins_a_new_trace(traceparent: str) -> None:
+    with collecting() as collector, traced(collector, FakePipeline()) as server, connected(server) as channel:
+        stub_of(channel).Transform(request(), metadata=(("traceparent", traceparent),))
+    assert collector.named(TRANSFORM).parent == ""
+
+
+@pytest.mark.parametrize(
+    ("trouble", "stage"), [("fail prepare", "encode"), ("fail denoise", "denoise"), ("fail finish", "decode")]
+)
+def test_an_error_marks_the_call_and_the_stage_that_it_came_from(trouble: str, stage: str) -> None:
+    with collecting() as collector, traced(collector, FakePipeline()) as server, connected(server) as channel:
+        failure(lambda: stub_of(channel).Transform(request(prompt=trouble, num_inference_steps=4)))
+    call = collector.named(TRANSFORM)
+    assert (call.failed, call.error) == (True, "MODEL_FAILED")
+    assert call.attributes["rpc.response.status_code"] == "INTERNAL"
+    assert call.attributes["error.type"] == "MODEL_FAILED"
+    stages = [span for span in collector.children(call) if span.name != "respond"]
+    assert [(span.name, span.error) for span in stages if span.failed] == [(stage, "MODEL_FAILED")]
+    assert stages[-1].name == stage
+    assert all(call.holds(span) for span in collector.children(call))
+
+
+def test_a_callers_own_fault_is_told_and_is_no_error_of_the_servers() -> None:
+    with collecting() as collector, traced(collector, FakePipeline()) as server, connected(server) as channel:
+        failure(lambda: stub_of(channel).Transform(request(strength=2.0)))
+    call = collector.named(TRANSFORM)
+    assert not call.failed
+    assert call.attributes["error.type"] == "INVALID_FIELD"
+    assert collector.children(call) == []
+
+
+def test_a_request_that_is_refused_or_given_up_has_a_trace_too() -> None:
+    pipeline, inside, leave = FakePipeline(), threading.Event(), threading.Event()
+
+    def hold() -> None:
+        inside.set()
+        leave.wait(60)
+
+    pipeline.before_call = hold
+    with collecting() as collector:
+        limits = Limits(max_active=1, max_waiting=1)
+        with traced(collector, pipeline, limits=limits) as server, connected(server) as channel:
+            first = stub_of(channel).Transform.future(request())
+            assert inside.wait(60)
+            waiting = stub_of(channel).TransformStream(pb.TransformStreamRequest(request=request()))
+            assert next(waiting).HasField("queued")
+            _, refused = failure(lambda: stub_of(channel).Transform(request()))
+            assert refused["reason"] == "QUEUE_FULL"
+            waiting.cancel()
+            leave.set()
+            first.result(60)
+    given_up = collector.named(STREAM)
+    assert given_up.attributes["rpc.response.status_code"] == "CANCELLED"
+    assert [stage.name for stage in collector.children(given_up)][:2] == ["parse", "queue"]
+    assert all(given_up.holds(stage) for stage in collector.children(given_up))
+    (refused_call,) = [span for span in collector.spans if span.attributes.get("error.type") == "QUEUE_FULL"]
+    assert refused_call.attributes["rpc.response.status_code"] == "RESOURCE_EXHAUSTED"
+
+
+def test_many_steps_have_spans_up_to_a_bound() -> None:
+    steps = MOST_STEPS + 20
+    with (
+        collecting() as collector,
+        traced(collector, FakePipeline(), max_steps=steps) as server,
+        connected(server) as channel,
+    ):
+        stub_of(channel).Transform(request(num_inference_steps=steps, strength=1.0))
+    denoise = collector.named("denoise")
+    assert denoise.attributes["img2img.steps"] == steps
+    assert len(collector.children(denoise)) == MOST_STEPS
+
+
+def test_other_calls_have_a_span_and_health_checks_have_none() -> None:
+    with collecting() as collector, traced(collector, FakePipeline()) as server, connected(server) as channel:
+        model_pb2_grpc.ModelServiceStub(channel).ListModels(model_pb2.ListModelsRequest())
+        health: Any = health_pb2_grpc.HealthStub(channel)
+        health.Check(health_pb2.HealthCheckRequest())
+    assert [span.name for span in collector.spans] == ["img2img.v1.ModelService/ListModels"]
+
+
+def test_a_collector_that_never_answers_holds_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes connections and says nothing. Calls are answered, and the server stops, though an attempt would go on for an
+    hour."""
+    monkeypatch.setattr("img2img_server.traces._EXPORT", 3600.0)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        telemetry = TelemetrySettings(otlp_endpoint=f"http://127.0.0.1:{silent.getsockname()[1]}")
+        with running(lambda: store(m=FakePipeline()), telemetry=telemetry) as server, connected(server) as channel:
+            for _ in range(3):
+                stub_of(channel).Transform(request())
+
+
+def test_missing_packages_are_named_before_any_model_is_loaded() -> None:
+    code = """
+import sys
+sys.modules["opentelemetry.sdk.trace"] = None
+sys.path.insert(0, "tests")
+from running import running
+from img2img_server.config import TelemetrySettings
+try:
+    with running(lambda: print("loaded"), telemetry=TelemetrySettings(otlp_endpoint="http://localhost:4317")):
+        pass
+except ValueError as error:
+    print(error)
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    told = "otlp_endpoint needs 'opentelemetry.sdk.trace': pip install 'img2img[telemetry]'\n"
+    assert (result.stdout, result.returncode) == (told, 0), result.stderr
+
+
+def test_what_is_remembered_of_a_call_is_forgotten_when_it_ends() -> None:
+    with collecting() as collector:
+        telemetry = Telemetry(TelemetrySettings(otlp_endpoint=collector.endpoint))
+        telemetry.start()
+        try:
+            for _ in range(3):
+                with telemetry.call(Call(f"/{TRANSFORM}", "r")):
+                    asked = make_request()
+                    trail = telemetry.trail(asked)
+                    telemetry.span(Span("denoise", "m", 1, 1, 0.0, 1.0, (asked,)))
+                    assert trail.step_count == 1
+                telemetry.span(Span("denoise", "m", 1, 1, 0.0, 1.0, (asked,)))
+                assert trail.step_count == 1
+            telemetry.trail(make_request())  # of no call
+            assert not telemetry._trails
+        finally:
+            telemetry.close()
+
+
+def test_the_engine_says_whose_each_call_of_a_model_was() -> None:
+    spans: list[Span] = []
+    clock = Clock()
+    engine = Engine({"m": FakePipeline(clock)}, clock=clock, observe=spans.append)
+    requests = [make_request(num_inference_steps=2), make_request(num_inference_steps=3)]
+    for one in requests:
+        engine.submit(one, lambda event: None)
+    run_out(engine)
+    assert all(len(span.members) == span.requests for span in spans)
+    stepped = [sum(member is one for span in spans if span.stage == "denoise" for member in span.members) for one in requests]
+    assert stepped == [2, 3]
+
+
+def test_nothing_is_sent_of_a_request_while_the_engine_works_on_it() -> None:
+    """On the engine's thread nothing is sent, nor even made: the collector hears of a request when its call has ended."""
+    pipeline, inside, leave = FakePipeline(), threading.Event(), threading.Event()
+
+    def hold() -> None:
+        if len(pipeline.batches) == 3:
+            inside.set()
+            leave.wait(60)
+
+    pipeline.before_call = hold
+    with collecting() as collector, traced(collector, pipeline) as server, connected(server) as channel:
+        stream = stub_of(channel).TransformStream(pb.TransformStreamRequest(request=request(num_inference_steps=8)))
+        assert inside.wait(60)
+        server.server._telemetry._traces._provider.force_flush()
+        assert collector.spans == []
+        leave.set()
+        list(stream)
+        server.stop().result(60)
+        assert collector.named(STREAM)

@@ -1,0 +1,172 @@
+"""Turns among clients: how long one request takes beside another client's many, on a device with a manual clock."""
+
+import random
+from collections.abc import Sequence
+
+import pytest
+from fakes import Caller, Clock, FakePipeline, make_engine, make_request, run_out
+from img2img_server.engine.engine import Engine
+from img2img_server.engine.request import Completed, Event
+from img2img_server.engine.scheduler import Limits
+from img2img_server.engine.turns import Job, charged, in_order
+from img2img_server.engine.warmup import WarmUp
+
+CURVE = {1: 0.0051, 2: 0.0051, 4: 0.0057, 8: 0.0125, 16: 0.0249}
+"""Seconds of a call by rows: about what was published of an H200."""
+
+
+class Device:
+    """An engine on a simulated device, and a client that keeps `flood` requests in it."""
+
+    def __init__(
+        self, flood: int, steps: Sequence[int], deadline: float | None = None, max_rows: int | None = None, **limits: int
+    ) -> None:
+        self.flood, self.steps, self.deadline = flood, steps, deadline
+        self.alive, self.clock, self.source = 0, Clock(), random.Random(1)
+        pipeline = FakePipeline(self.clock, lambda rows: CURVE[min(size for size in CURVE if size >= rows)], max_rows)
+        self.engine = Engine({"m": pipeline}, Limits(max_client_waiting=1000, **limits), self.clock)
+        WarmUp(self.engine.costs, 16, 100.0, self.clock).run("m", pipeline)
+
+    def top_up(self) -> None:
+        """Has the flood at its full height."""
+        while self.alive < self.flood:
+            self.alive += 1
+            deadline = None if self.deadline is None else self.clock.now + self.deadline
+            steps = self.source.choice(self.steps)
+            request = make_request(num_inference_steps=steps, seeds=(0, 1), client="flood", deadline=deadline)
+            self.engine.submit(request, self._ended)
+
+    def _ended(self, event: Event) -> None:
+        self.alive -= type(event).__name__ in ("Completed", "Failed")
+
+    def seconds(self, steps: int) -> float:
+        """How long a request of another client takes while the flood goes on."""
+        came, done = self.clock.now, list[float]()
+
+        def listen(event: Event) -> None:
+            if isinstance(event, Completed):
+                done.append(self.clock.now - came)
+
+        self.engine.submit(make_request(num_inference_steps=steps, seeds=(0, 1), client="small"), listen)
+        for _ in range(20_000):
+            if done:
+                return done[0]
+            self.top_up()
+            self.engine.step()
+        return float("inf")
+
+
+@pytest.mark.parametrize(("steps", "of_flood"), [(20, (20,)), (50, (4, 8, 20, 50)), (50, (4,)), (4, (50,))])
+@pytest.mark.parametrize("max_rows", [None, 2])
+def test_a_clients_one_request_is_not_held_up_by_how_many_another_sends(
+    steps: int, of_flood: tuple[int, ...], max_rows: int | None
+) -> None:
+    took = []
+    for flood in (10, 100, 200):
+        device = Device(flood, of_flood, max_rows=max_rows)
+        device.top_up()
+        for _ in range(30):
+            device.engine.step()
+            device.top_up()
+        took.append([device.seconds(steps) for _ in range(5)])
+    few, many, more = (max(times) for times in took)
+    assert max(many, more) <= 2 * few + 0.5, "ten or twenty times as many requests do not take it longer"
+    # Half of a device whose calls it may have to itself, and a place among the active first.
+    assert more <= 6 * steps * CURVE[2] + 50 * CURVE[16], "and it has its share of the device"
+
+
+def test_deadlines_on_everything_do_not_get_all() -> None:
+    device = Device(60, (20,), deadline=4.0)
+    device.top_up()
+    assert device.seconds(50) < 10 * 50 * CURVE[2]
+
+
+def test_the_estimate_knows_the_turns() -> None:
+    """What a client's request is told beside another's flood is what it takes: no deadline is refused for the flood's sake."""
+    device = Device(40, (20,), max_active=64)
+    device.top_up()
+    for _ in range(12):
+        device.engine.step()
+    device.flood = 0
+    eta = device.engine.submit(make_request(num_inference_steps=20, seeds=(0, 1), client="other"), lambda event: None).eta
+    whole = device.engine.stats.work_seconds
+    assert eta is not None
+    assert whole is not None
+    assert eta < whole / 2
+
+
+def test_the_estimate_beside_a_line_of_shorter_ones_is_what_happens() -> None:
+    engine, pipeline, clock = make_engine(max_rows=1)
+    WarmUp(engine.costs, 1, 100.0, clock).run("m", pipeline)
+    Caller(engine).submit(num_inference_steps=1)
+    run_out(engine)
+    for _ in range(10):
+        Caller(engine).submit(num_inference_steps=20, client="many")
+    begun, caller = clock.now, Caller(engine).submit(num_inference_steps=50, client="one")
+    assert caller.ticket is not None
+    while not caller.endings:
+        engine.step()
+    assert caller.ticket.forecast is not None
+    # All the others' would be 1.9 times of it. What it leaves out are the calls led by who was passed over for long.
+    assert 0.6 < caller.ticket.forecast / (clock.now - begun) < 1.4
+    engine.close()
+
+
+def test_a_client_that_has_nothing_in_progress_is_admitted_first() -> None:
+    engine, pipeline, _ = make_engine(Limits(max_active=2, max_batch_size=1, max_admitted=1))
+    for _ in range(2):
+        Caller(engine).submit(num_inference_steps=3, client="many")
+        engine.step()
+    for _ in range(4):
+        Caller(engine).submit(num_inference_steps=1, client="many")
+    ticket = Caller(engine).submit(num_inference_steps=50, client="one", prompt="new").ticket
+    assert ticket is not None
+    assert ticket.position == 0
+    while len(pipeline.prepared) < 3:
+        engine.step()
+    assert pipeline.prepared[-1].request.prompt == "new"
+    engine.close()
+
+
+def job(number: int, steps: int, client: str, **settings: object) -> Job:
+    values: dict[str, object] = {"pixels": 64, "rows": 1, "deadline": None, "step_seconds": 1.0, "setup": 0.0, "ending": 0.0}
+    return Job(number=number, group=("m", 0), steps_left=steps, client=client, **{**values, **settings})  # type: ignore[arg-type]
+
+
+def order(jobs: list[Job], shares: dict[str, float] | None = None) -> list[int]:
+    return [item.number for item in in_order(jobs, shares or {}, 0.0)]
+
+
+@pytest.mark.parametrize("client", ["", "one"])
+def test_among_the_requests_of_one_client_it_is_by_rank_alone(client: str) -> None:
+    source = random.Random(3)
+    jobs = [
+        job(
+            number, source.randrange(1, 50), client, deadline=source.choice([None, 10.0, 100.0]), background=source.random() < 0.1
+        )
+        for number in range(50)
+    ]
+    assert order(jobs) == [item.number for item in sorted(jobs, key=lambda item: item.rank(0.0))]
+
+
+def test_a_clients_requests_stand_behind_each_other() -> None:
+    jobs = [job(1, 4, "a"), job(2, 4, "a"), job(3, 4, "a"), job(4, 7, "b"), job(5, 9, "")]
+    assert order(jobs) == [1, 4, 2, 5, 3]
+
+
+def test_who_had_more_comes_later() -> None:
+    assert order([job(1, 4, "a"), job(2, 7, "b")], {"a": 5.0}) == [2, 1]
+
+
+def test_one_pressing_deadline_comes_first_and_not_the_whole_line() -> None:
+    jobs = [job(1, 4, "a", deadline=9.0), job(2, 4, "a", deadline=10.0), job(3, 4, "a", deadline=11.0), job(4, 6, "b")]
+    assert order(jobs) == [1, 2, 4, 3]
+
+
+def test_nobody_saves_up_and_who_comes_anew_begins_as_the_last() -> None:
+    a, b, c = job(1, 4, "a"), job(2, 4, "b"), job(3, 4, "c")
+    shares = charged({}, [a, b], [a], 3.0)
+    assert shares == {"a": 3.0, "b": 0.0}
+    assert charged(shares, [a], [a], 2.0) == {}, "alone, there is nobody to have less"
+    assert charged(shares, [a, b, c], [b], 2.0) == {"a": 3.0, "b": 2.0, "c": 0.0}
+    assert charged({"a": 3.0, "b": 2.0}, [a, b], [a, b], 2.0) == {"a": 2.0 - 1.0, "b": 0.0}
