@@ -6,7 +6,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-from img2img_server.assets import AssetStore
+from img2img_server.assets.store import AssetStore
 from img2img_server.config import AssetSettings
 
 DAY = 24 * 3600.0

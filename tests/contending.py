@@ -8,7 +8,7 @@ from pathlib import Path
 
 from fakes import make_request
 from img2img_server.engine.request import Pipeline, Request
-from img2img_server.models import EngineState, EngineStatus, Model, ModelStore
+from img2img_server.models.store import EngineState, EngineStatus, Model, ModelStore
 from img2img_server.pipelines.build_process import run_build
 from img2img_server.pipelines.engine_cache import EngineCache
 from img2img_server.stopping import Stop

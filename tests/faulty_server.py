@@ -10,11 +10,11 @@ import sys
 import threading
 
 from fakes import FakePipeline
-from img2img_server import logs
 from img2img_server.__main__ import configure, configured
 from img2img_server.life import live
-from img2img_server.models import ModelStore
+from img2img_server.models.store import ModelStore
 from img2img_server.server import Server
+from img2img_server.telemetry import logs
 from running import store
 
 

@@ -4,8 +4,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from img2img_server import tokens
-from img2img_server.tokens import Token, editing
+from img2img_server.access import tokens
+from img2img_server.access.tokens import Token, editing
 
 
 def bearing(secret: str) -> tuple[tuple[str, str], ...]:

@@ -14,10 +14,10 @@ from img2img_server.bundle import Component, Manifest, digest_files, list_files,
 from img2img_server.config import ModelSettings
 from img2img_server.engine.engine import Engine
 from img2img_server.engine.scheduler import Limits
-from img2img_server.exporting import EXPORTER
-from img2img_server.model_memory import Reading
-from img2img_server.models import ModelStore
-from img2img_server.residency import Residency
+from img2img_server.models.exporting import EXPORTER
+from img2img_server.models.memory import Reading
+from img2img_server.models.residency import Residency
+from img2img_server.models.store import ModelStore
 from running import manifest
 
 MB = 10**6

@@ -8,20 +8,20 @@ from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 from pathlib import Path
 
-from img2img_server.assets import AssetStore
+from img2img_server.assets.store import AssetStore
 from img2img_server.bundle import Manifest, Source, Verification
 from img2img_server.config import ServerConfig
 from img2img_server.engine.cache import Cache
 from img2img_server.engine.engine import Engine
 from img2img_server.engine.request import Pipeline
-from img2img_server.models import Model, ModelStore
+from img2img_server.models.residency import Residency
+from img2img_server.models.store import Model, ModelStore
+from img2img_server.models.takeover import Contender
 from img2img_server.parsing import Parser
-from img2img_server.residency import Residency
 from img2img_server.server import Server
 from img2img_server.service import ImageToImageService
-from img2img_server.sources import Sources
-from img2img_server.takeover import Contender
-from img2img_server.telemetry import Telemetry
+from img2img_server.sources.reading import Sources
+from img2img_server.telemetry.telemetry import Telemetry
 
 
 @dataclass(frozen=True, slots=True)

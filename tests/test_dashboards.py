@@ -15,10 +15,11 @@ import yaml  # type: ignore[import-untyped]
 from conftest import REPOSITORY
 from fakes import FakePipeline
 from img2img.v1.image_to_image_pb2_grpc import ImageToImageServiceStub
-from img2img_server import errors, metrics
+from img2img_server import errors
 from img2img_server.config import TelemetrySettings
 from img2img_server.engine.cache import Cache
-from img2img_server.gauges import STATES
+from img2img_server.telemetry import metrics
+from img2img_server.telemetry.gauges import STATES
 from messages import failure, request
 from running import running, store
 from scraping import Samples, settled
@@ -148,7 +149,7 @@ def test_every_panel_can_be_drawn_and_moved_to_another_prometheus() -> None:
 
 def test_every_metric_of_ours_is_looked_at() -> None:
     """What nobody looks at need not be counted."""
-    from img2img_server.gauges import ASKED
+    from img2img_server.telemetry.gauges import ASKED
 
     queries = " ".join((*(query for _, query in QUERIES), *LISTS.values()))
     unseen = {about.name for about in (*metrics.COUNTED, *ASKED) if not re.search(rf"\b{about.name}(_sum|_bucket)?\b", queries)}

@@ -25,7 +25,7 @@ def served() -> Iterator[Served]:
     from img2img_server.config import AssetSettings, ServerConfig
     from img2img_server.engine.scheduler import Limits
     from img2img_server.images import ImageLimits
-    from img2img_server.models import ModelStore
+    from img2img_server.models.store import ModelStore
     from img2img_server.server import Server
     from soak_parts.stand_in import StandInPipeline, plant
 

@@ -73,10 +73,10 @@ def _picture(stack: contextlib.ExitStack) -> Try:
 def _uri(stack: contextlib.ExitStack) -> Try:
     from img2img.v1 import image_to_image_pb2 as pb
     from img2img_server import images
-    from img2img_server.assets import AssetStore
+    from img2img_server.assets.store import AssetStore
     from img2img_server.config import AssetSettings, SourceSettings
     from img2img_server.errors import InvalidField
-    from img2img_server.sources import Sources
+    from img2img_server.sources.reading import Sources
 
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
     limits = images.ImageLimits(max_bytes=2**16)
@@ -123,7 +123,7 @@ def _manifest(stack: contextlib.ExitStack) -> Try:
 
 def _settings(stack: contextlib.ExitStack) -> Try:
     from img2img_server.config import ServerConfig
-    from img2img_server.setting_sources import Configured, Environment, SettingError, as_toml, resolve
+    from img2img_server.settings.sources import Configured, Environment, SettingError, as_toml, resolve
 
     file = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "server.toml"
 
@@ -140,7 +140,7 @@ def _settings(stack: contextlib.ExitStack) -> Try:
 
 
 def _tokens(stack: contextlib.ExitStack) -> Try:
-    from img2img_server import tokens
+    from img2img_server.access import tokens
 
     def attempt(data: bytes) -> None:
         with contextlib.suppress(ValueError):

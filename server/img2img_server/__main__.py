@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from img2img_server.config import ServerConfig
+    from img2img_server.models.takeover import Contender
     from img2img_server.pipelines.tensorrt_contender import Shelf
-    from img2img_server.setting_sources import Configured
-    from img2img_server.takeover import Contender
+    from img2img_server.settings.sources import Configured
 
 VARIABLES = "IMG2IMG_"
 """What the variables of settings begin with."""
@@ -49,8 +49,8 @@ exit status: 0 drained; 1 it could not start; 2 a setting that cannot work; 70 a
 def configure(parser: argparse.ArgumentParser) -> None:
     """Declares the flags of `img2img serve`."""
     from img2img_server.config import ServerConfig
-    from img2img_server.setting_sources import declare
-    from img2img_server.settings import settings_of
+    from img2img_server.settings.setting import settings_of
+    from img2img_server.settings.sources import declare
 
     parser.usage = _USAGE
     parser.allow_abbrev = False  # else a new flag would change what an abbreviation means
@@ -67,8 +67,8 @@ def configured(arguments: argparse.Namespace, variables: Mapping[str, str]) -> "
     Raises SettingError, which is a ValueError, and OSError where the file cannot be read.
     """
     from img2img_server.config import ServerConfig
-    from img2img_server.setting_sources import Environment, given, resolve
-    from img2img_server.settings import settings_of
+    from img2img_server.settings.setting import settings_of
+    from img2img_server.settings.sources import Environment, given, resolve
 
     file = arguments.config
     if file is None and CONFIG_VARIABLE in variables:
@@ -84,7 +84,7 @@ def run(arguments: argparse.Namespace) -> int:
     except (ValueError, OSError) as error:
         return _complain(error, 2)
     if arguments.print_config:
-        from img2img_server.setting_sources import as_toml
+        from img2img_server.settings.sources import as_toml
 
         print(as_toml(found), end="")
         return 0
@@ -95,7 +95,7 @@ def run(arguments: argparse.Namespace) -> int:
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     # Read by OpenMP when torch is loaded: threads that spin while they wait take cores from those that work.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    from img2img_server import logs
+    from img2img_server.telemetry import logs
 
     logs.configure(found.config.telemetry.log_format)
     return asyncio.run(_serve(found.config))
@@ -112,7 +112,7 @@ async def _serve(config: "ServerConfig") -> int:
     from img2img_server.engine.cache import Cache
     from img2img_server.errors import BundleError
     from img2img_server.life import live
-    from img2img_server.models import ModelStore
+    from img2img_server.models.store import ModelStore
     from img2img_server.server import Server
 
     cache = Cache(config.cache_bytes)

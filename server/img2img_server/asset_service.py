@@ -11,9 +11,9 @@ from img2img.v1 import asset_pb2 as pb
 from img2img.v1 import asset_pb2_grpc
 
 from img2img_server import images
-from img2img_server.asset_files import is_id, owner_of
-from img2img_server.asset_index import Asset
-from img2img_server.assets import AssetStore
+from img2img_server.assets.files import is_id, owner_of
+from img2img_server.assets.index import Asset
+from img2img_server.assets.store import AssetStore
 from img2img_server.calls import current
 from img2img_server.errors import DeadlineExpired, Exhausted, InvalidField
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from img2img_server.execution import PROVIDERS, Execution
-from img2img_server.setting_sources import declare, given
-from img2img_server.settings import build, settings_of
+from img2img_server.settings.setting import build, settings_of
+from img2img_server.settings.sources import declare, given
 
 if TYPE_CHECKING:
     from img2img_server.bundle import Manifest

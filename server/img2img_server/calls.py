@@ -15,8 +15,8 @@ class Call:
 
     `method` is such as "/img2img.v1.ImageToImageService/Transform". `request_id` is the caller's own, or made for it. `client` is
     the name of its token, or its address where nobody needs a token. `models` are patterns of the ids of models that it may
-    use, None for all. An `admin` may load and unload models. `traceparent` is the caller's W3C trace context, "" for none. A call is
-    `authenticated` where `client` is the name of a token, and not an address, which anybody behind it shares.
+    use, None for all. An `admin` may load and unload models. `traceparent` is the caller's W3C trace context, "" for none. A call
+    is `authenticated` where `client` is the name of a token, and not an address, which anybody behind it shares.
     """
 
     method: str

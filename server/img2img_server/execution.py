@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from img2img_server.settings import check, setting
+from img2img_server.settings.setting import check, setting
 
 PROVIDERS = ("tensorrt", "cuda", "openvino", "cpu")
 """The execution providers that can be asked for by name, best first."""

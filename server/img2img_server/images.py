@@ -12,7 +12,7 @@ from urllib.parse import unquote_to_bytes
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
 from img2img_server.errors import InvalidField
-from img2img_server.settings import setting
+from img2img_server.settings.setting import setting
 
 READ_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 WriteFormat = Literal["PNG", "JPEG", "WEBP"]

@@ -20,10 +20,10 @@ from google.protobuf import any_pb2, duration_pb2, message
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
-from img2img_server.access import Access, unread
+from img2img_server.access.access import Access, unread
 from img2img_server.calls import Call, answering
 from img2img_server.errors import DeadlineUnmeetable, Exhausted, InvalidField, MalformedMessage, ServerError
-from img2img_server.telemetry import Telemetry
+from img2img_server.telemetry.telemetry import Telemetry
 
 _log = logging.getLogger(__name__)
 

@@ -9,8 +9,8 @@ from img2img.v1 import model_pb2_grpc as pb_grpc
 from img2img_server.bundle import Source
 from img2img_server.calls import current
 from img2img_server.errors import InvalidField
-from img2img_server.models import EngineStatus, Model, ModelStore
-from img2img_server.residency import Residency
+from img2img_server.models.residency import Residency
+from img2img_server.models.store import EngineStatus, Model, ModelStore
 
 
 class ModelService(pb_grpc.ModelServiceServicer):

@@ -24,8 +24,8 @@ from img2img_server.config import (
 )
 from img2img_server.engine.request import Pipeline, Request
 from img2img_server.errors import InvalidField
-from img2img_server.models import Model
-from img2img_server.sources import Sources
+from img2img_server.models.store import Model
+from img2img_server.sources.reading import Sources
 
 _FORMATS: dict[int, images.WriteFormat] = {
     pb.OUTPUT_FORMAT_UNSPECIFIED: "PNG",

@@ -15,9 +15,9 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2, reflection_pb2_g
 from img2img.v1 import asset_pb2_grpc, image_to_image_pb2, image_to_image_pb2_grpc, model_pb2_grpc
 
 from img2img_server import transport
-from img2img_server.access import Access
+from img2img_server.access.access import Access
 from img2img_server.asset_service import AssetService
-from img2img_server.assets import AssetStore
+from img2img_server.assets.store import AssetStore
 from img2img_server.config import ServerConfig
 from img2img_server.engine.cache import Cache
 from img2img_server.engine.engine import Engine
@@ -26,15 +26,15 @@ from img2img_server.engine.warmup import WarmUp
 from img2img_server.errors import EngineStuck, ShuttingDown
 from img2img_server.interceptors import CallInterceptor
 from img2img_server.model_service import ModelService
-from img2img_server.models import ModelStore
+from img2img_server.models.residency import Residency
+from img2img_server.models.store import ModelStore
+from img2img_server.models.takeover import Contender, Takeover
 from img2img_server.parsing import Parser
-from img2img_server.residency import Residency
 from img2img_server.service import ImageToImageService
-from img2img_server.sources import Sources
-from img2img_server.takeover import Contender, Takeover
-from img2img_server.telemetry import Telemetry
+from img2img_server.sources.reading import Sources
+from img2img_server.telemetry.telemetry import Telemetry
+from img2img_server.telemetry.timeline import Trace
 from img2img_server.tls import bind, check
-from img2img_server.trace import Trace
 from img2img_server.watchdog import Watchdog
 
 _log = logging.getLogger(__name__)

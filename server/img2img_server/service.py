@@ -12,18 +12,18 @@ from img2img.v1 import image_to_image_pb2_grpc as pb_grpc
 from PIL import Image
 
 from img2img_server import images
-from img2img_server.asset_files import owner_of
-from img2img_server.asset_index import Room
-from img2img_server.assets import AssetStore
+from img2img_server.assets.files import owner_of
+from img2img_server.assets.index import Room
+from img2img_server.assets.store import AssetStore
 from img2img_server.calls import current
 from img2img_server.engine.engine import Accepted, Engine
 from img2img_server.engine.request import Completed, Event, Failed, Progress, Queued, Request, Started
 from img2img_server.engine.room import Place
 from img2img_server.model_service import reference_from
-from img2img_server.models import ModelStore
+from img2img_server.models.residency import Residency
+from img2img_server.models.store import ModelStore
 from img2img_server.parsing import Job, Parser
-from img2img_server.residency import Residency
-from img2img_server.telemetry import Telemetry
+from img2img_server.telemetry.telemetry import Telemetry
 
 _PREVIEW_QUALITY = 80
 """Of a preview's JPEG: it is looked at for a second."""

@@ -24,10 +24,10 @@ from img2img_client import (
     TransformResult,
     Unauthenticated,
 )
-from img2img_server import tokens
+from img2img_server.access import tokens
+from img2img_server.access.tokens import Token
 from img2img_server.config import AssetSettings, TelemetrySettings, TlsSettings
 from img2img_server.engine.scheduler import Limits
-from img2img_server.tokens import Token
 from opentelemetry import trace
 from opentelemetry.sdk.trace import TracerProvider
 from PIL import Image

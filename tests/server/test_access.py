@@ -12,10 +12,10 @@ from fakes import Clock
 from granting import bearing, grant, rest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from img2img_server.access import Access
+from img2img_server.access.access import Access
+from img2img_server.access.tokens import Token, editing
 from img2img_server.calls import Call
 from img2img_server.errors import ClientBusy, RateLimited, ServerError, Unauthenticated
-from img2img_server.tokens import Token, editing
 
 TRANSFORM = "/img2img.v1.ImageToImageService/Transform"
 NOON = datetime(2026, 11, 22, 12, tzinfo=UTC)
@@ -156,7 +156,7 @@ def test_so_many_calls_a_minute_and_an_exact_time_to_come_back(path: Path) -> No
 @given(st.integers(1, 120), st.lists(st.just(0.0) | st.floats(0, 3), min_size=1, max_size=100))
 @settings(deadline=None, max_examples=60)
 def test_no_pattern_of_calls_gets_more_than_the_rate_and_who_waits_as_told_gets_in(per_minute: int, pauses: list[float]) -> None:
-    from img2img_server.usage import Usage
+    from img2img_server.access.usage import Usage
 
     token, usage, now, taken = Token("t", "", requests_per_minute=per_minute), Usage(), 0.0, 0
     for pause in pauses:

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 from assets_store import DAY, Time, files_of, opened, put, streamed
-from img2img_server.asset_files import LocalAssetFiles
-from img2img_server.assets import AssetStore
+from img2img_server.assets.files import LocalAssetFiles
+from img2img_server.assets.store import AssetStore
 from img2img_server.config import AssetSettings
 from img2img_server.errors import AssetNotFound, AssetQuotaFull, StorageFailed
 from messages import png
@@ -105,7 +105,7 @@ async def test_what_is_stored_while_its_older_self_is_deleted_is_there(tmp_path:
 async def test_a_killed_process_loses_nothing_that_it_said_it_has(tmp_path: Path) -> None:
     code = """
 import asyncio, os, sys
-from img2img_server.assets import AssetStore
+from img2img_server.assets.store import AssetStore
 from img2img_server.config import AssetSettings
 
 async def keep(store):
@@ -193,7 +193,7 @@ async def test_a_write_that_fails_midway_leaves_nothing(tmp_path: Path, monkeypa
 
     async with opened(tmp_path) as store:
         with monkeypatch.context() as patch:
-            patch.setattr("img2img_server.asset_files.os.fsync", full)
+            patch.setattr("img2img_server.assets.files.os.fsync", full)
             with pytest.raises(StorageFailed, match="is full"):
                 await put(store, png())
         assert files_of(tmp_path) == []
@@ -204,7 +204,7 @@ def test_a_disk_that_is_full_takes_nothing_and_breaks_nothing(tmp_path: Path) ->
     """With the kernel's own limit on a file's size, in a process of its own."""
     code = """
 import asyncio, os, resource, signal, sys
-from img2img_server.assets import AssetStore
+from img2img_server.assets.store import AssetStore
 from img2img_server.config import AssetSettings
 from img2img_server.errors import StorageFailed
 

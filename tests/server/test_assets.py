@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 from assets_store import DAY, Time, files_of, opened, put, streamed
-from img2img_server.asset_files import AssetFiles, LocalAssetFiles, owner_of
-from img2img_server.assets import AssetStore
+from img2img_server.assets.files import AssetFiles, LocalAssetFiles, owner_of
+from img2img_server.assets.store import AssetStore
 from img2img_server.calls import Call
 from img2img_server.config import AssetSettings
 from img2img_server.errors import AssetNotFound, AssetQuotaFull, NotSupported

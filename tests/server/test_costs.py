@@ -12,7 +12,7 @@ from img2img_server.engine.cache import Cache
 from img2img_server.engine.costs import Costs
 from img2img_server.engine.spans import Span
 from img2img_server.engine.warmup import WarmUp
-from img2img_server.trace import Trace
+from img2img_server.telemetry.timeline import Trace
 
 GROUP = ("m", (64, 64))
 

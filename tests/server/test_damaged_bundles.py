@@ -13,7 +13,7 @@ from img2img_client.values import ModelReference
 from img2img_server.bundle import MANIFEST_NAME, digest_files, list_files, read_manifest, write_manifest
 from img2img_server.engine.cache import Cache
 from img2img_server.execution import Execution
-from img2img_server.models import ModelStore
+from img2img_server.models.store import ModelStore
 from running import running
 from soak_parts.process import SERVE, STAND_IN, serving
 from soak_parts.stand_in import plant

@@ -11,10 +11,10 @@ import pytest
 import trustme
 from aiohttp import web
 from aiohttp.abc import AbstractResolver, ResolveResult
-from img2img_server import fetching
-from img2img_server.addresses import is_public
 from img2img_server.errors import InvalidField
-from img2img_server.fetching import Fetcher
+from img2img_server.sources import fetching
+from img2img_server.sources.addresses import is_public
+from img2img_server.sources.fetching import Fetcher
 from messages import png
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]

@@ -14,8 +14,9 @@ from img2img.v1 import asset_pb2 as pb
 from img2img.v1 import image_to_image_pb2 as images_pb
 from img2img.v1.asset_pb2_grpc import AssetServiceStub
 from img2img.v1.image_to_image_pb2_grpc import ImageToImageServiceStub
-from img2img_server import images, tokens
-from img2img_server.asset_files import LocalAssetFiles
+from img2img_server import images
+from img2img_server.access import tokens
+from img2img_server.assets.files import LocalAssetFiles
 from img2img_server.config import AssetSettings
 from img2img_server.images import ImageLimits
 from messages import failure, png, request

@@ -21,11 +21,11 @@ from img2img_server.engine.cache import Cache
 from img2img_server.engine.engine import Engine
 from img2img_server.engine.request import Completed, Failed, Request
 from img2img_server.execution import Execution
-from img2img_server.model_memory import resident_bytes
-from img2img_server.models import ModelStore
+from img2img_server.models.memory import resident_bytes
+from img2img_server.models.store import ModelStore
 from img2img_server.pipelines.loader import load_pipeline
 from img2img_server.pipelines.tensorrt_contender import Shelf
-from img2img_server.residency import Residency
+from img2img_server.models.residency import Residency
 
 async def health(name, serving):
     pass

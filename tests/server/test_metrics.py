@@ -14,11 +14,11 @@ from fakes import FakePipeline
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from img2img.v1 import image_to_image_pb2 as pb
 from img2img.v1.image_to_image_pb2_grpc import ImageToImageServiceStub
-from img2img_server import metrics
 from img2img_server.config import TelemetrySettings
-from img2img_server.gauges import ASKED
-from img2img_server.metrics import COUNTED, PROCESS
-from img2img_server.models import Model, ModelStore
+from img2img_server.models.store import Model, ModelStore
+from img2img_server.telemetry import metrics
+from img2img_server.telemetry.gauges import ASKED
+from img2img_server.telemetry.metrics import COUNTED, PROCESS
 from messages import failure, request
 from running import RunningServer, running, store
 from scraping import fetch, scrape, settled, value

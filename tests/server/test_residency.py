@@ -21,8 +21,8 @@ from img2img_server.errors import (
     PermissionDenied,
     ShuttingDown,
 )
-from img2img_server.model_memory import estimate
-from img2img_server.models import Model, ModelState, ModelStore
+from img2img_server.models.memory import estimate
+from img2img_server.models.store import Model, ModelState, ModelStore
 from model_folder import MB, Memory, Rig, make_bundle, rig
 
 READY, UNLOADED, LOADING, FAILED = ModelState.READY, ModelState.UNLOADED, ModelState.LOADING, ModelState.FAILED
@@ -255,7 +255,7 @@ async def test_a_model_that_loads_and_does_not_draw_is_not_served(
 ) -> None:
     async with rig(folder) as it:
         with monkeypatch.context() as patch:
-            patch.setattr("img2img_server.moving._TRIAL_PROMPT", f"fail {where}")
+            patch.setattr("img2img_server.models.moving._TRIAL_PROMPT", f"fail {where}")
             with pytest.raises(ModelUnavailable):
                 await use(it, "a")
         assert it.store.get("a").state is FAILED

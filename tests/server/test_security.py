@@ -21,7 +21,7 @@ from img2img.v1.model_pb2_grpc import ModelServiceStub
 from img2img_server import images, transport
 from img2img_server.bundle import write_manifest
 from img2img_server.config import ServerConfig
-from img2img_server.models import ModelStore
+from img2img_server.models.store import ModelStore
 from messages import failure, request
 from raw_http2 import RawConnection, settings_of
 from running import RunningServer, manifest, running, store
@@ -255,7 +255,7 @@ def test_what_is_wrong_with_a_bundle_stays_in_the_log(folders: Path, caplog: pyt
 
 
 def test_a_token_is_in_no_answer_and_no_log(folders: Path, caplog: pytest.LogCaptureFixture) -> None:
-    from img2img_server import tokens
+    from img2img_server.access import tokens
 
     secret, path = tokens.make_secret(), folders / "tokens.toml"
     with tokens.editing(path) as known:
@@ -274,7 +274,7 @@ def test_a_token_is_in_no_answer_and_no_log(folders: Path, caplog: pytest.LogCap
 
 def test_a_token_sees_no_other_models(folders: Path) -> None:
     """Neither by using them, nor in what it is told when it names none that there is."""
-    from img2img_server import tokens
+    from img2img_server.access import tokens
 
     hidden = folders / "store" / "hidden"
     hidden.mkdir()

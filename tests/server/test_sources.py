@@ -14,13 +14,13 @@ import pytest
 from fakes import FakePipeline
 from img2img.v1 import image_to_image_pb2 as pb
 from img2img.v1.image_to_image_pb2_grpc import ImageToImageServiceStub
-from img2img_server import fetching, rooted
-from img2img_server.assets import AssetStore
+from img2img_server.assets.store import AssetStore
 from img2img_server.config import AssetSettings, SourceSettings
 from img2img_server.errors import InvalidField
 from img2img_server.images import ImageLimits
-from img2img_server.rooted import path_of, read_below
-from img2img_server.sources import Sources
+from img2img_server.sources import fetching, rooted
+from img2img_server.sources.reading import Sources
+from img2img_server.sources.rooted import path_of, read_below
 from messages import failure, png, request
 from running import running, store
 

@@ -11,7 +11,7 @@ from contending import ENGINE, FakeContender, WatchedStore
 from fakes import FakePipeline
 from img2img.v1 import model_pb2
 from img2img.v1.model_pb2_grpc import ModelServiceStub
-from img2img_server.models import EngineState, ModelState
+from img2img_server.models.store import EngineState, ModelState
 from img2img_server.stopping import Stopped
 from running import running
 

@@ -21,8 +21,8 @@ from img2img_server.config import TelemetrySettings
 from img2img_server.engine.engine import Engine
 from img2img_server.engine.scheduler import Limits
 from img2img_server.engine.spans import Span
-from img2img_server.telemetry import Telemetry
-from img2img_server.trails import MOST_STEPS
+from img2img_server.telemetry.telemetry import Telemetry
+from img2img_server.telemetry.trails import MOST_STEPS
 from messages import failure, request
 from running import RunningServer, running, store
 
@@ -216,7 +216,7 @@ def test_other_calls_have_a_span_and_health_checks_have_none() -> None:
 def test_a_collector_that_never_answers_holds_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """It takes connections and says nothing. Calls are answered, and the server stops, though an attempt would go on for an
     hour."""
-    monkeypatch.setattr("img2img_server.traces._EXPORT", 3600.0)
+    monkeypatch.setattr("img2img_server.telemetry.traces._EXPORT", 3600.0)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         telemetry = TelemetrySettings(otlp_endpoint=f"http://127.0.0.1:{silent.getsockname()[1]}")
         with running(lambda: store(m=FakePipeline()), telemetry=telemetry) as server, connected(server) as channel:

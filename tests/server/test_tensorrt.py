@@ -13,7 +13,7 @@ from img2img_server.bundle import Component, Manifest, TensorSpec, read_manifest
 from img2img_server.engine.cache import Cache
 from img2img_server.errors import BundleError
 from img2img_server.execution import Bucket, Execution
-from img2img_server.models import Model, ModelStore
+from img2img_server.models.store import Model, ModelStore
 from img2img_server.pipelines import tensorrt
 from img2img_server.pipelines.build_process import run_build
 from img2img_server.pipelines.engine_build import build

@@ -16,7 +16,7 @@ from img2img_client import Client
 from img2img_server.bundle import read_manifest
 from img2img_server.engine.cache import Cache
 from img2img_server.execution import Execution
-from img2img_server.models import EngineState
+from img2img_server.models.store import EngineState
 from img2img_server.pipelines.engine_cache import EngineCache
 from img2img_server.pipelines.loader import load_pipeline
 from img2img_server.pipelines.sessions import SessionOptions, open_session

@@ -17,7 +17,7 @@ from img2img.v1 import image_to_image_pb2 as pb
 from img2img.v1 import model_pb2
 from img2img.v1.image_to_image_pb2_grpc import ImageToImageServiceStub
 from img2img.v1.model_pb2_grpc import ModelServiceStub
-from img2img_server.tokens import editing
+from img2img_server.access.tokens import editing
 from messages import failure, request
 from running import running, store
 

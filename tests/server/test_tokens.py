@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from img2img_server import tokens
-from img2img_server.access import Access
-from img2img_server.tokens import Token, editing
+from img2img_server.access import tokens
+from img2img_server.access.access import Access
+from img2img_server.access.tokens import Token, editing
 
 
 @pytest.fixture

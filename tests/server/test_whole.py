@@ -16,7 +16,7 @@ from img2img_server.engine import request as engine_events
 from img2img_server.engine.engine import Engine
 from img2img_server.engine.request import Event, Failed
 from img2img_server.errors import ModelFailed, RequestCancelled
-from img2img_server.models import ModelStore
+from img2img_server.models.store import ModelStore
 from img2img_server.pipelines.alone import run_alone
 from img2img_server.pipelines.loader import load_pipeline
 from img2img_server.pipelines.whole import WholePipeline

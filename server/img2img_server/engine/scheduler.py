@@ -10,7 +10,7 @@ from img2img_server.engine.policy import Policy
 from img2img_server.engine.request import Ticket
 from img2img_server.engine.turns import Job
 from img2img_server.errors import DeadlineExpired, DeadlineUnmeetable, RequestCancelled, ServerError
-from img2img_server.settings import setting
+from img2img_server.settings.setting import setting
 
 _MOST_FORECAST = 48
 """Requests up to which the policy is run ahead for a forecast. That takes time that grows with their square, and beyond so many

@@ -20,7 +20,7 @@ from img2img_server.engine.request import Pipeline, Request
 from img2img_server.errors import BundleError
 from img2img_server.execution import Bucket, Execution
 from img2img_server.limits import Precision
-from img2img_server.models import Model, ModelStore
+from img2img_server.models.store import Model, ModelStore
 from img2img_server.pipelines import cores, cuda, gate, tensorrt
 from img2img_server.pipelines.build_process import run_build
 from img2img_server.pipelines.device_runner import DeviceRunner

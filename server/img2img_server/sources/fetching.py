@@ -16,8 +16,8 @@ import aiohttp
 from aiohttp.abc import AbstractResolver, ResolveResult
 from yarl import URL
 
-from img2img_server.addresses import is_public
 from img2img_server.errors import InvalidField
+from img2img_server.sources.addresses import is_public
 
 _log = logging.getLogger(__name__)
 

@@ -9,9 +9,9 @@ from contextlib import asynccontextmanager, contextmanager, suppress
 from weakref import WeakValueDictionary
 
 from img2img_server import images
-from img2img_server.asset_files import AssetFiles, default_folder, open_files
-from img2img_server.asset_index import Asset, AssetIndex, AssetStats, Entry, Key, Room
-from img2img_server.asset_work import AssetWork
+from img2img_server.assets.files import AssetFiles, default_folder, open_files
+from img2img_server.assets.index import Asset, AssetIndex, AssetStats, Entry, Key, Room
+from img2img_server.assets.work import AssetWork
 from img2img_server.config import AssetSettings
 from img2img_server.errors import AssetNotFound, NotSupported, StorageFailed
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.live import Live
 
-    from img2img_server.top_reading import History
+    from img2img_server.top.reading import History
 
 PROGRAM = "img2img top"
 
@@ -55,7 +55,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Shows until it is told to end. Returns 0, or 1 where nothing can be read at first."""
-    from img2img_server.top_reading import History, MetricsError
+    from img2img_server.top.reading import History, MetricsError
 
     history = History(arguments.url, arguments.window)
     try:
@@ -78,7 +78,7 @@ def _show_once(history: "History", as_json: bool) -> None:
     if as_json:
         print(json.dumps(asdict(history.snapshot())), flush=True)
     else:
-        from img2img_server.top_view import draw
+        from img2img_server.top.view import draw
 
         console = Console(highlight=False, width=None if sys.stdout.isatty() else _WIDTH_OF_A_PIPE)
         console.print(draw(history.snapshot()))
@@ -88,8 +88,8 @@ def _show_on(history: "History", interval: float, as_json: bool) -> None:
     """Shows it anew after each reading, until it is told to end. A server that does not answer meanwhile is waited for."""
     from rich.console import Console
 
-    from img2img_server.top_reading import MetricsError
-    from img2img_server.top_view import draw
+    from img2img_server.top.reading import MetricsError
+    from img2img_server.top.view import draw
 
     console = Console(highlight=False)
     plain = as_json or not console.is_terminal or console.is_dumb_terminal
@@ -112,7 +112,7 @@ def _show_on(history: "History", interval: float, as_json: bool) -> None:
 def _live(history: "History", console: "Console") -> "Live":
     from rich.live import Live
 
-    from img2img_server.top_view import draw
+    from img2img_server.top.view import draw
 
     return Live(draw(history.snapshot()), console=console, screen=True, auto_refresh=False)
 

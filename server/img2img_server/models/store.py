@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from img2img_server.bundle import Manifest, Source, read_manifest
-from img2img_server.bundle_folder import BundleFolder, Load
 from img2img_server.config import ModelSettings
 from img2img_server.engine.request import Pipeline
 from img2img_server.errors import BundleError, InvalidField, ModelNotFound, ModelUnavailable, PermissionDenied
-from img2img_server.model_memory import Meter, ProcessMeter, estimate, in_words, measured
+from img2img_server.models.folder import BundleFolder, Load
+from img2img_server.models.memory import Meter, ProcessMeter, estimate, in_words, measured
 
 _log = logging.getLogger(__name__)
 

@@ -6,15 +6,15 @@ from typing import TYPE_CHECKING
 from img2img.v1 import image_to_image_pb2 as pb
 
 from img2img_server import images
-from img2img_server.asset_files import is_id, owner_of
-from img2img_server.assets import AssetStore
+from img2img_server.assets.files import is_id, owner_of
+from img2img_server.assets.store import AssetStore
 from img2img_server.calls import current
 from img2img_server.config import SourceSettings
 from img2img_server.errors import InvalidField
-from img2img_server.rooted import path_of, read_below
+from img2img_server.sources.rooted import path_of, read_below
 
 if TYPE_CHECKING:
-    from img2img_server.fetching import Fetcher
+    from img2img_server.sources.fetching import Fetcher
 
 _ASSET = "image.asset_id"
 _URI = "image.uri"
@@ -35,7 +35,7 @@ class Sources:
         if root is not None and not await asyncio.to_thread(root.is_dir):
             raise NotADirectoryError(f"file_root: '{root}' is no folder")
         if self._settings.allow_http:
-            from img2img_server import fetching
+            from img2img_server.sources import fetching
 
             self._fetcher = fetching.Fetcher(self._settings.http_seconds, self._limits.max_bytes)
 

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
+from img2img_server.access.tokens import Token
 from img2img_server.errors import ClientBusy, Exhausted, RateLimited
-from img2img_server.tokens import Token
 
 _BURST_SECONDS = 10.0
 """So many seconds' worth of calls may come at once, after a pause."""

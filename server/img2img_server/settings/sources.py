@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from img2img_server.setting_values import for_people, from_text, from_toml, to_toml
-from img2img_server.settings import FieldPath, Setting, build, settings_of, value_of
+from img2img_server.settings.setting import FieldPath, Setting, build, settings_of, value_of
+from img2img_server.settings.values import for_people, from_text, from_toml, to_toml
 
 _T = TypeVar("_T")
 

@@ -8,7 +8,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any, get_origin
 
-from img2img_server.settings import Setting
+from img2img_server.settings.setting import Setting
 
 _TRUE, _FALSE = ("true", "1", "yes", "on"), ("false", "0", "no", "off")
 _BYTES = {"b": Fraction(1)} | {

@@ -3,12 +3,12 @@
 import asyncio
 from collections.abc import Callable, Sequence
 
-from img2img_server.acquiring import Downloads
 from img2img_server.bundle import Source
 from img2img_server.calls import current
 from img2img_server.config import ModelSettings
 from img2img_server.errors import ModelNotFound, PermissionDenied
-from img2img_server.models import ModelStore
+from img2img_server.models.acquiring import Downloads
+from img2img_server.models.store import ModelStore
 
 
 class Finder:

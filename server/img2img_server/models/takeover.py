@@ -18,7 +18,7 @@ from PIL import Image
 from img2img_server.engine.engine import Engine
 from img2img_server.engine.request import Completed, Ending, Event, Failed, Pipeline, Request
 from img2img_server.errors import BundleError, QueueFull, ServerError
-from img2img_server.models import EngineState, EngineStatus, ModelStore
+from img2img_server.models.store import EngineState, EngineStatus, ModelStore
 from img2img_server.stopping import Stop, Stopped
 
 _log = logging.getLogger(__name__)

@@ -4,8 +4,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from img2img_server.logs import escape
-from img2img_server.top_reading import STAGES, ModelView, Snapshot
+from img2img_server.telemetry.logs import escape
+from img2img_server.top.reading import STAGES, ModelView, Snapshot
 
 _NOTHING = "-"
 _STATES = {"ready": "green", "loading": "yellow", "failed": "red"}

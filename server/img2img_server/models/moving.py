@@ -14,8 +14,8 @@ from img2img_server.bundle import Manifest
 from img2img_server.engine.engine import Engine
 from img2img_server.engine.request import Completed, Ending, Event, Failed, Pipeline, Request
 from img2img_server.errors import BundleError, QueueFull, ServerError, ShuttingDown
-from img2img_server.model_memory import Meter, give_back, in_words, measured
-from img2img_server.models import ModelStore
+from img2img_server.models.memory import Meter, give_back, in_words, measured
+from img2img_server.models.store import ModelStore
 
 _log = logging.getLogger(__name__)
 

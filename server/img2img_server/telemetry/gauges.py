@@ -7,11 +7,11 @@ from typing import Any
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from img2img_server.assets import AssetStore
+from img2img_server.assets.store import AssetStore
 from img2img_server.engine.cache import Cache
 from img2img_server.engine.engine import Engine
-from img2img_server.metrics import About
-from img2img_server.models import Model, ModelState, ModelStore
+from img2img_server.models.store import Model, ModelState, ModelStore
+from img2img_server.telemetry.metrics import About
 
 WAITING = About("img2img_engine_waiting_requests", "gauge", "Requests that wait for their first turn")
 ACTIVE = About("img2img_engine_active_requests", "gauge", "Requests in progress")

@@ -10,7 +10,6 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
-from img2img_server.backoff import Backoff
 from img2img_server.bundle import Source
 from img2img_server.calls import current
 from img2img_server.config import ModelSettings
@@ -22,11 +21,12 @@ from img2img_server.errors import (
     ServerError,
     ShuttingDown,
 )
-from img2img_server.exporting import EXPORTER
-from img2img_server.finding import Finder
-from img2img_server.model_memory import Meter, ProcessMeter, in_words
-from img2img_server.models import Model, ModelState, ModelStore
-from img2img_server.moving import Mover
+from img2img_server.models.backoff import Backoff
+from img2img_server.models.exporting import EXPORTER
+from img2img_server.models.finding import Finder
+from img2img_server.models.memory import Meter, ProcessMeter, in_words
+from img2img_server.models.moving import Mover
+from img2img_server.models.store import Model, ModelState, ModelStore
 
 _log = logging.getLogger(__name__)
 

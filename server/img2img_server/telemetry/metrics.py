@@ -15,7 +15,7 @@ from img2img.v1 import asset_pb2, image_to_image_pb2, model_pb2
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 
 from img2img_server.engine.spans import Span
-from img2img_server.trails import Record, Trail
+from img2img_server.telemetry.trails import Record, Trail
 
 _M = TypeVar("_M", Counter, Gauge, Histogram)
 
@@ -170,7 +170,7 @@ def _methods() -> dict[str, str]:
 
 def describe() -> str:
     """Every metric, its kind, its labels and its meaning, as a table in Markdown."""
-    from img2img_server.gauges import ASKED
+    from img2img_server.telemetry.gauges import ASKED
 
     rows = [f"| `{it.name}` | {it.kind} | {', '.join(it.labels)} | {it.help} |" for it in (*COUNTED, *ASKED, *PROCESS)]
     return "\n".join(("| metric | kind | labels | what it tells |", "|---|---|---|---|", *rows))

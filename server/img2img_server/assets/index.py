@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from img2img_server.asset_files import Found
+from img2img_server.assets.files import Found
 from img2img_server.errors import AssetQuotaFull
 
 Key = tuple[str, str]

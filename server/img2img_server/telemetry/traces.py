@@ -26,7 +26,7 @@ from importlib import metadata
 from typing import TYPE_CHECKING
 
 from img2img_server.engine.request import Ticket
-from img2img_server.trails import Record, Trail
+from img2img_server.telemetry.trails import Record, Trail
 
 if TYPE_CHECKING:
     from opentelemetry.context import Context

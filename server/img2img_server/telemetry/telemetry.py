@@ -7,20 +7,20 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING
 
-from img2img_server.assets import AssetStore
+from img2img_server.assets.store import AssetStore
 from img2img_server.calls import Call
 from img2img_server.config import TelemetrySettings
 from img2img_server.engine.cache import Cache
 from img2img_server.engine.engine import Engine
 from img2img_server.engine.request import Request
 from img2img_server.engine.spans import Span
-from img2img_server.logs import ACCESS
-from img2img_server.models import ModelStore
-from img2img_server.trails import Outcome, Record, Trail
+from img2img_server.models.store import ModelStore
+from img2img_server.telemetry.logs import ACCESS
+from img2img_server.telemetry.trails import Outcome, Record, Trail
 
 if TYPE_CHECKING:
-    from img2img_server.metrics import Metrics
-    from img2img_server.traces import Traces
+    from img2img_server.telemetry.metrics import Metrics
+    from img2img_server.telemetry.traces import Traces
 
 __all__ = ["Outcome", "Telemetry", "Trail"]
 
@@ -54,12 +54,12 @@ class Telemetry:
         what there is: `watch` may come later.
         """
         if self._settings.otlp_endpoint is not None:
-            from img2img_server.traces import Traces
+            from img2img_server.telemetry.traces import Traces
 
             self._traces = Traces(self._settings.otlp_endpoint)
             _log.info("traces go to %s", self._settings.otlp_endpoint)
         if self._settings.metrics_port is not None:
-            from img2img_server.metrics import Metrics
+            from img2img_server.telemetry.metrics import Metrics
 
             host, metrics = self._settings.metrics_host, Metrics()
             self.metrics_port = metrics.start(host, self._settings.metrics_port)
@@ -77,7 +77,7 @@ class Telemetry:
     def watch(self, engine: Engine, models: ModelStore, cache: Cache | None, assets: AssetStore) -> None:
         """From now on, tells of these, too. Once, after start()."""
         if self._metrics is not None:
-            from img2img_server.gauges import Gauges
+            from img2img_server.telemetry.gauges import Gauges
 
             self._metrics.registry.register(Gauges(engine, models, cache, assets))
 

@@ -9,11 +9,11 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
-from img2img_server import tokens
+from img2img_server.access import tokens
+from img2img_server.access.tokens import Token
+from img2img_server.access.usage import Usage
 from img2img_server.calls import Call
 from img2img_server.errors import ServerError, Unauthenticated
-from img2img_server.tokens import Token
-from img2img_server.usage import Usage
 from img2img_server.watched import Contents, Watched
 
 _log = logging.getLogger(__name__)

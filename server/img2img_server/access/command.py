@@ -53,7 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _add(path: Path, arguments: argparse.Namespace) -> int:
-    from img2img_server import tokens
+    from img2img_server.access import tokens
 
     secret = tokens.make_secret()
     try:
@@ -81,7 +81,7 @@ def _add(path: Path, arguments: argparse.Namespace) -> int:
 
 
 def _list(path: Path, arguments: argparse.Namespace) -> int:
-    from img2img_server import tokens
+    from img2img_server.access import tokens
 
     now = datetime.now(UTC)
     rows = [("NAME", "MODELS", "PER MINUTE", "AT ONCE", "ADMIN", "EXPIRES")]
@@ -105,7 +105,7 @@ def _list(path: Path, arguments: argparse.Namespace) -> int:
 
 
 def _remove(path: Path, arguments: argparse.Namespace) -> int:
-    from img2img_server import tokens
+    from img2img_server.access import tokens
 
     tokens.read(path)  # a file that is not there is an error, and not made
     with tokens.editing(path) as known:

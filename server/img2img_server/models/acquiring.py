@@ -13,12 +13,12 @@ from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from img2img_server.backoff import Backoff
 from img2img_server.bundle import Source
 from img2img_server.calls import current
 from img2img_server.config import ModelSettings
 from img2img_server.errors import Exhausted, InvalidField, ModelUnavailable, PermissionDenied, ServerError, ShuttingDown
-from img2img_server.exporting import EXPORTER, ExporterMissing, ExportFailed, Tell, arguments_of, export
+from img2img_server.models.backoff import Backoff
+from img2img_server.models.exporting import EXPORTER, ExporterMissing, ExportFailed, Tell, arguments_of, export
 
 _log = logging.getLogger(__name__)
 

@@ -1,0 +1,1 @@
+"""Assets: pictures that are kept for clients."""

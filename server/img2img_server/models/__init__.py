@@ -1,0 +1,1 @@
+"""Which models there are, in memory and to come."""
