@@ -1,6 +1,6 @@
 """Every command and every program in README.md runs as it stands there, in order, in a folder of its own.
 
-What is changed: the port, which others may use, and the two scripts that set everything up. `./scripts/demo` has a test of its
+What is changed: the ports, which others may use, and the two scripts that set everything up. `./scripts/demo` has a test of its
 own (tests/client/test_demo.py), and `./scripts/test` is what runs this.
 """
 
@@ -82,7 +82,7 @@ def test_the_readme_does_what_it_says(folder: Path, servers: "list[subprocess.Po
         commands = block.replace("\\\n", "").splitlines()
         if "--tls-certificate" in commands[-1]:
             _certify(folder)
-            process, _ = _start(commands[-1], folder)
+            process, _ = _start(f"{commands[-1]} --metrics-port 0", folder)
             process.terminate()
             assert process.wait(60) == 0
         elif commands[-1].startswith("img2img serve") and "--print-config" not in commands[-1]:

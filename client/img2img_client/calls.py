@@ -21,6 +21,9 @@ _Response = TypeVar("_Response", bound=Message)
 _Result = TypeVar("_Result")
 _Answer = TypeVar("_Answer", covariant=True)
 
+_LONGEST = 1e9
+"""Seconds of a time-out, 31 years. gRPC counts nanoseconds since 1970 in 64 bits; what overflows has passed."""
+
 _REQUEST_ID_FORM = re.compile(r"[A-Za-z0-9_.:-]{1,64}")
 """What a server takes for the name of a call."""
 
@@ -49,8 +52,11 @@ class Caller:
         self._policy = policy
 
     def seconds(self, timeout: float | None) -> float | None:
-        """The time-out of a call that was given this one."""
-        return self._timeout if timeout is None else timeout
+        """The time-out of a call that was given this one. ValueError for one that gRPC would take for one that has passed."""
+        seconds = self._timeout if timeout is None else timeout
+        if seconds is not None and not 0 <= seconds <= _LONGEST:  # nor is it not a number
+            raise ValueError(f"timeout is {seconds}: it is in seconds, 0 to {_LONGEST:g}, or None for no bound")
+        return seconds
 
     def unary(
         self,
@@ -102,8 +108,9 @@ class Caller:
     ) -> tuple[CallSpan, Metadata, Attempts]:
         """A new call's span, what goes with each attempt, and the attempts, whose waits `stop` ends early.
 
-        ValueError for a `request_id` that a server would not take.
+        ValueError for a `request_id` that a server would not take, or a time-out that cannot be.
         """
+        timeout = self.seconds(timeout)
         if request_id is not None and not _REQUEST_ID_FORM.fullmatch(request_id):
             raise ValueError(f"request_id has 1 to 64 letters, digits and _ . : -, unlike {request_id!r}")
         span = CallSpan(procedure, self.target)
@@ -111,7 +118,7 @@ class Caller:
         policy = self._policy if safe else None
         if policy is not None:
             policy = replace(policy, on_retry=_both(span, policy))
-        return span, (*self.metadata, *span.metadata, *named), Attempts(policy, self.seconds(timeout), stop.wait)
+        return span, (*self.metadata, *span.metadata, *named), Attempts(policy, timeout, stop.wait)
 
 
 def finish(call: Call[_Result]) -> tuple[_Result, str]:

@@ -39,7 +39,8 @@ class Client:
 
     `retries` says how calls are tried again that a server could not take or that never reached one; None does not. All are
     but `unload_model` and `delete_asset`, whose second attempt would find the first one's work done. A transform changes nothing
-    on the server, and a caller sees one answer: so it is tried again, too, with its seed or with another drawn one.
+    on the server but what it keeps with `as_asset`, until that expires, and a caller sees one answer: so it is tried again, too,
+    with its seed or with another drawn one.
     """
 
     def __init__(

@@ -42,12 +42,12 @@ class TransformStream(Iterator[TransformEvent]):
         self._stop = stop
         self._span = span
         self._started = False
-        self._completed = False
+        self._ended = False
         self.request_id = ""
         self._call = begin(attempts.seconds_left())
 
     def __next__(self) -> TransformEvent:
-        if self._completed:
+        if self._ended:
             raise StopIteration
         try:
             while True:
@@ -62,6 +62,7 @@ class TransformStream(Iterator[TransformEvent]):
                 if self._stop.is_set:  # Closed meanwhile, by another thread that saw the call before this one.
                     self._call.cancel()
         except Img2ImgError as error:
+            self._ended = True
             self._span.end(error)
             raise
 
@@ -85,7 +86,7 @@ class TransformStream(Iterator[TransformEvent]):
     def _finish(self) -> None:
         """Reads the status that follows the last event, so that the server does not see a call that was left. The result is
         here, whatever it says."""
-        self._completed = True
+        self._ended = True
         with suppress(grpc.RpcError):
             for _ in self._call:
                 pass

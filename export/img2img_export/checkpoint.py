@@ -1,6 +1,7 @@
 """Which files of a checkpoint are read, and which checkpoints are refused: pickles, and code of unknown origin.
 
-Works on the names of files and on model_index.json alone, so that it judges a hub repository before anything is downloaded.
+Works on the names of files and on model_index.json alone, so that it judges a hub repository before anything is downloaded;
+but for what the lists of weights name, which is judged once they are here.
 """
 
 import fnmatch
@@ -11,6 +12,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
+
+from img2img_server.errors import BundleError
+from img2img_server.pipelines.foreign import INDEX, refuse_foreign_parts
 
 from img2img_export.errors import ExportError
 from img2img_export.options import ExportOptions
@@ -100,6 +104,16 @@ def read_index(path: Path) -> Any:
         raise ExportError(f"{path} cannot be read: {error}") from None
 
 
+def refuse_lists(directory: Path, files: Iterable[str]) -> None:
+    """Raises ExportError where one of the `files` below `directory` lists weights that are not safetensors beside it."""
+    for name in files:
+        if INDEX in name.rpartition("/")[2].lower():
+            try:
+                refuse_foreign_parts(directory / name)
+            except BundleError as error:
+                raise ExportError(str(error)) from None
+
+
 def names_below(directory: Path) -> list[str]:
     """The files in a directory and in its folders, with slashes: a checkpoint is no deeper."""
     paths = [*directory.glob("*"), *directory.glob("*/*")]
@@ -180,7 +194,8 @@ def _is_wanted(name: str, allow_patterns: tuple[str, ...], ignore_patterns: tupl
 
 
 def _texts(files: list[str]) -> list[str]:
-    return [name for name in files if name.endswith(_TEXT_SUFFIXES) and not _SHARD_INDEX.fullmatch(name.rpartition("/")[2])]
+    """All but lists of weights: who loads would follow them, whatever they name."""
+    return [name for name in files if name.endswith(_TEXT_SUFFIXES) and INDEX not in name.rpartition("/")[2].lower()]
 
 
 def _weights(component: str, files: list[str], variant: str | None) -> list[str]:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from img2img_server.bundle import Source
 
-from img2img_export.checkpoint import INDEX_NAME, PICKLE_SUFFIXES, Kind, Layout, choose, names_below, read_index
+from img2img_export.checkpoint import INDEX_NAME, PICKLE_SUFFIXES, Kind, Layout, choose, names_below, read_index, refuse_lists
 from img2img_export.digests import Digests
 from img2img_export.errors import ExportError
 from img2img_export.options import ExportOptions
@@ -78,6 +78,7 @@ def _layout(options: ExportOptions, digests: Digests, progress: Progress) -> Che
     kind, layout, files = choose(read_index(directory / INDEX_NAME), names, options)
     if missing := [name for name in files if not (directory / name).is_file()]:
         raise ExportError(f"{options.source} lacks {missing[0]}")
+    refuse_lists(directory, files)
     source = Source(
         repo_id=repo_id,
         path=None if repo_id else str(directory),

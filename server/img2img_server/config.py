@@ -115,7 +115,7 @@ class ServerConfig:
     server is SERVING. `grace` is how many seconds running requests get after SIGTERM. `execution` is how models are run.
     `cache_bytes` hold what was encoded of prompts and pictures, 0 for none. `warm_up` is how many
     seconds each model is measured for before it is served. `trace` gets the device's timeline. `allow_unverified` serves
-    bundles, too, whose verification failed. `tokens` is the file of those who may call (access.py), None for everybody.
+    bundles, too, whose verification failed. `tokens` is the file of those who may call (access/), None for everybody.
     `allow_insecure` lets the server listen beyond loopback without TLS. `watchdog` is how many seconds one call of a model may
     take before the engine counts as stuck. Raises ValueError for a setting that cannot work.
     """

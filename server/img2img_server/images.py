@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
-from urllib.parse import unquote_to_bytes
 
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
@@ -94,7 +93,8 @@ def decode_data_uri(uri: str, limits: ImageLimits, field: str) -> bytes:
         raise InvalidField(field, "a data: URI needs a comma before its data")
     if len(body) > 4 * limits.max_bytes:
         raise InvalidField(field, f"the URI has {len(body)} characters, too many for a file of {limits.max_bytes} bytes")
-    raw = unquote_to_bytes(body)
+    # As unquote_to_bytes, but for escapes that are none: that takes seconds and gigabytes where everything is escaped.
+    raw = binascii.a2b_qp(body.encode().replace(b"=", b"=3D").replace(b"%", b"=")) if "%" in body else body.encode()
     if not header.endswith(";base64"):
         return raw
     try:

@@ -20,12 +20,15 @@ from google.protobuf import any_pb2, duration_pb2, message
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
-from img2img_server.access.access import Access, unread
+from img2img_server.access.access import Access
 from img2img_server.calls import Call, answering
 from img2img_server.errors import DeadlineUnmeetable, Exhausted, InvalidField, MalformedMessage, ServerError
 from img2img_server.telemetry.telemetry import Telemetry
 
 _log = logging.getLogger(__name__)
+
+_Reader = Callable[[AsyncIterator[Any]], Awaitable[Any]]
+"""Of a call's messages: gives what its handler takes."""
 
 DOMAIN = "img2img"
 REQUEST_ID = "x-request-id"
@@ -56,36 +59,33 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         handler = await continuation(handler_call_details)
         if handler is None:
             return None
-        refusal = self._access.refusal(handler_call_details.method, handler_call_details.invocation_metadata or ())
-        if refusal is not None:
-            handler = grpc.stream_stream_rpc_method_handler(unread(refusal))
-        wrap = self._wrap_stream if handler.response_streaming else self._wrap_unary
-        make = {
-            (False, False): grpc.unary_unary_rpc_method_handler,
-            (False, True): grpc.unary_stream_rpc_method_handler,
-            (True, False): grpc.stream_unary_rpc_method_handler,
-            (True, True): grpc.stream_stream_rpc_method_handler,
-        }[handler.request_streaming, handler.response_streaming]
+        # A stream of requests, also where there is one: gRPC would else read it before the call is admitted and counted, and
+        # whoever is refused must not have the server hold a picture for it.
+        wrap, make = (
+            (self._wrap_stream, grpc.stream_stream_rpc_method_handler)
+            if handler.response_streaming
+            else (self._wrap_unary, grpc.stream_unary_rpc_method_handler)
+        )
         behaviour = handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream
         return make(
-            wrap(behaviour, handler_call_details),
+            wrap(behaviour, _each if handler.request_streaming else _only, handler_call_details),
             request_deserializer=_or_malformed(handler.request_deserializer),
             response_serializer=handler.response_serializer,
         )
 
-    def _wrap_unary(self, behaviour: Any, details: grpc.HandlerCallDetails) -> Any:
-        async def handle(request: Any, context: Any) -> Any:
+    def _wrap_unary(self, behaviour: Any, read: _Reader, details: grpc.HandlerCallDetails) -> Any:
+        async def handle(requests: AsyncIterator[Any], context: Any) -> Any:
             async with self._answering(details, context) as call:
-                response = await behaviour(_read(request), context)
+                response = await behaviour(await read(requests), context)
                 await context.send_initial_metadata(((REQUEST_ID, call.request_id),))
                 return response
 
         return handle
 
-    def _wrap_stream(self, behaviour: Any, details: grpc.HandlerCallDetails) -> Any:
-        async def handle(request: Any, context: Any) -> AsyncIterator[Any]:
+    def _wrap_stream(self, behaviour: Any, read: _Reader, details: grpc.HandlerCallDetails) -> Any:
+        async def handle(requests: AsyncIterator[Any], context: Any) -> AsyncIterator[Any]:
             async with self._answering(details, context) as call:
-                result = behaviour(_read(request), context)
+                result = behaviour(await read(requests), context)
                 if inspect.isawaitable(result):  # a handler that writes to the context itself, such as Health.Watch
                     await result
                     return
@@ -143,18 +143,27 @@ def _or_malformed(parse: Callable[[bytes], Any] | None) -> Callable[[bytes], Any
     return read
 
 
-def _read(request: Any) -> Any:
-    """A call's message, or its messages as they come. Raises MalformedMessage for one that cannot be parsed."""
-    if isinstance(request, AsyncIterator):
-        return _read_each(request)
+async def _only(requests: AsyncIterator[Any]) -> Any:
+    """The one message of a call. Raises MalformedMessage where it cannot be parsed, or there is none."""
+    async for request in requests:
+        return _parsed(request)
+    raise MalformedMessage("the call has no message")
+
+
+async def _each(requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
+    """A call's messages as they come. Each raises MalformedMessage where it cannot be parsed."""
+
+    async def parsed() -> AsyncIterator[Any]:
+        async for request in requests:
+            yield _parsed(request)
+
+    return parsed()
+
+
+def _parsed(request: Any) -> Any:
     if isinstance(request, _Malformed):
         raise MalformedMessage("the message cannot be parsed: it is not of this method's type")
     return request
-
-
-async def _read_each(requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
-    async for request in requests:
-        yield _read(request)
 
 
 def call_of(method: str, metadata: Sequence[tuple[str, str | bytes]], peer: str) -> Call:

@@ -155,6 +155,26 @@ def test_a_stream_that_has_started_is_not_tried_again(
     assert (len(service.requests), told) == (1, [])
 
 
+@pytest.mark.parametrize("seconds", [float("nan"), float("inf"), 1e300, -1.0])
+@pytest.mark.parametrize("name", ["transform", "transform_stream", "models"])
+def test_a_time_out_that_cannot_be_is_not_taken_for_one_that_passed(server: FakeServer, name: str, seconds: float) -> None:
+    with Client(server.target, timeout=seconds) as client, pytest.raises(ValueError, match="timeout is"):
+        CALLS[name](client)
+    with Client(server.target, timeout=1e9) as client:
+        assert CALLS[name](client) is not None
+
+
+def test_a_stream_that_failed_has_ended(client: Client, service: FakeService) -> None:
+    """Whoever asks it once more gets nothing: no attempt after the error was told."""
+    service.fail_before = 1
+    service.failures = [unavailable()]
+    with Client(client.target, timeout=20, retries=None) as once:
+        events = once.transform_stream(b"file")
+        with pytest.raises(Unavailable):
+            list(events)
+        assert list(events) == []
+
+
 @pytest.mark.parametrize(("closed", "streamed"), [("client", False), ("client", True), ("stream", True)])
 def test_closing_ends_a_wait(server: FakeServer, closed: str, streamed: bool) -> None:
     server.service.failure = queue_full(50)

@@ -1,11 +1,14 @@
 """Which files of a checkpoint are read, and which checkpoints are refused. Only names are looked at: no model is needed."""
 
+import json
 from pathlib import Path
 
 import pytest
-from img2img_export.checkpoint import choose, choose_texts, read_layout, select_files
+from img2img_export.checkpoint import choose, choose_texts, read_layout, refuse_lists, select_files
 from img2img_export.errors import ExportError
 from img2img_export.options import ExportOptions
+from img2img_export.progress import Progress
+from img2img_export.source import resolve
 
 INDEX = {
     "_class_name": "StableDiffusionPipeline",
@@ -123,3 +126,33 @@ def test_graphs_have_no_variants() -> None:
 def test_a_template_is_texts_only() -> None:
     names = ["model_index.json", *TEXTS, *GRAPHS, WEIGHTS, "unet/diffusion_pytorch_model.safetensors.index.json", "v1.ckpt"]
     assert choose_texts(INDEX, names, "model") == (read_layout(INDEX), sorted(["model_index.json", *TEXTS]))
+
+
+@pytest.mark.parametrize("part", ["evil.txt", "model.bin", "../evil.safetensors", "/tmp/evil.safetensors", 3])
+@pytest.mark.parametrize("infix", ["", ".fp16"])
+def test_a_list_of_weights_that_are_not_safetensors_is_refused(
+    part: object, infix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """diffusers and transformers would open whatever is listed, with torch."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    checkpoint = tmp_path / "checkpoint"
+    weights = f"unet/diffusion_pytorch_model{infix}-00001-of-00001.safetensors"
+    index = checkpoint / f"unet/diffusion_pytorch_model.safetensors.index{infix}.json"
+    for name in [*TEXTS, weights, "unet/evil.txt"]:
+        (checkpoint / name).parent.mkdir(parents=True, exist_ok=True)
+        (checkpoint / name).write_text("{}")
+    (checkpoint / "model_index.json").write_text(json.dumps(INDEX))
+    options = ExportOptions(source=str(checkpoint), output=tmp_path / "out", variant=infix.removeprefix(".") or None)
+    index.write_text(json.dumps({"weight_map": {"x": Path(weights).name}}))
+    assert index.relative_to(checkpoint).as_posix() in resolve(options, Progress()).files
+    index.write_text(json.dumps({"weight_map": {"x": Path(weights).name, "y": part}}))
+    with pytest.raises(ExportError, match="only safetensors beside it are read"):
+        resolve(options, Progress())
+    index.write_text("{")
+    with pytest.raises(ExportError, match="cannot be read"):
+        refuse_lists(checkpoint, [index.relative_to(checkpoint).as_posix()])
+
+
+def test_a_list_of_other_weights_is_no_text() -> None:
+    others = ["unet/diffusion_pytorch_model.bin.index.json", "unet/a.b.safetensors.index.json", "unet/MODEL.INDEX.json"]
+    assert select([WEIGHTS, *others]) == sorted(["model_index.json", *TEXTS, WEIGHTS])

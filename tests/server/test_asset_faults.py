@@ -269,3 +269,66 @@ async def test_a_store_that_vanishes_is_said(tmp_path: Path) -> None:
         with pytest.raises(StorageFailed):
             await put(store, png())
         assert store.stats.reserved == 0
+
+
+async def test_what_cannot_be_deleted_keeps_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, remove = Time(), LocalAssetFiles.remove
+
+    def stuck(self: LocalAssetFiles, owner: str, asset_id: str) -> None:
+        if asset_id == first:
+            raise PermissionError(errno.EPERM, "Operation not permitted")
+        remove(self, owner, asset_id)
+
+    monkeypatch.setattr(LocalAssetFiles, "remove", stuck)
+    async with opened(tmp_path, clock, max_age=DAY) as store:
+        first = await put(store, b"first")
+        await put(store, b"second")
+        await put(store, b"third")
+        clock.now += 2 * DAY
+        await store.sweep()
+        await store.sweep()
+        assert [path.name for path in files_of(tmp_path)] == [first]
+
+
+async def test_a_file_that_goes_while_it_is_stored_anew_takes_its_quota_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, go, remove = threading.Event(), threading.Event(), LocalAssetFiles.remove
+
+    def slow(self: LocalAssetFiles, owner: str, asset_id: str) -> None:
+        remove(self, owner, asset_id)
+        begun.set()
+        assert go.wait(30)
+
+    monkeypatch.setattr(LocalAssetFiles, "remove", slow)
+    async with opened(tmp_path, quota=1500) as store:
+        asset_id = await put(store, bytes(1000))
+        deleting = asyncio.create_task(store.delete("shared", asset_id))
+        await asyncio.to_thread(begun.wait, 30)
+        async with store.room(0) as room:
+            storing = asyncio.create_task(store.put("shared", bytes(1000), room))
+            await asyncio.wait([storing], timeout=0.2)
+            # Whoever comes now finds the deleted file's bytes free as soon as they are.
+            go.set()
+            await deleting
+            async with store.room(600):
+                with pytest.raises(AssetQuotaFull):
+                    await storing
+            assert (store.stats.count, store.stats.bytes, store.stats.reserved) == (0, 0, 0)
+
+
+async def test_each_folder_above_a_new_file_is_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: set[str] = set()
+    sync = os.fsync
+
+    def noted(descriptor: int) -> None:
+        synced.add(os.path.realpath(f"/proc/self/fd/{descriptor}"))
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    async with opened(tmp_path / "new" / "assets") as store:
+        assert {str(tmp_path), str(tmp_path / "new"), str(tmp_path / "new" / "assets")} <= synced
+        synced.clear()
+        await put(store, png())
+    (path,) = files_of(tmp_path)
+    assert {str(path.parent), str(path.parent.parent), str(tmp_path / "new" / "assets")} <= synced

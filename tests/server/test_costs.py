@@ -5,11 +5,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from fakes import Clock, FakePipeline, FakeState
+from fakes import Caller, Clock, FakePipeline, FakeState, run_out
 from hypothesis import given
 from hypothesis import strategies as st
 from img2img_server.engine.cache import Cache
 from img2img_server.engine.costs import Costs
+from img2img_server.engine.engine import Engine
 from img2img_server.engine.spans import Span
 from img2img_server.engine.warmup import WarmUp
 from img2img_server.telemetry.timeline import Trace
@@ -160,3 +161,29 @@ def test_a_trace_is_what_chrome_reads(tmp_path: Path) -> None:
     assert (first["name"], first["ph"], first["ts"], first["dur"]) == ("denoise", "X", 1.5e6, 0.25e6)
     assert first["args"] == {"model": "m", "requests": 2, "rows": 4}
     assert (caches["name"], caches["args"]) == ("caches", {"hits": 3})
+
+
+def test_shapes_that_callers_choose_are_forgotten_but_not_what_warm_up_measured() -> None:
+    costs = costs_of({1: 1.0, 2: 1.5, 4: 2.5})
+    for pixels in range(5000, 6000):
+        costs.record("denoise", ("m", pixels), pixels, 1, 1.0)
+    lines = costs.describe("m", 16)
+    assert len(lines) <= 256
+    assert lines[0].startswith("a step at 4096 pixels, by rows: 1: 1000.0 ms, 2: 1500.0 ms, 4: 2500.0 ms")
+    assert lines[-1].startswith("a step at 5999 pixels")
+    for rows in (1, 2):
+        for pixels in range(6000, 7000):
+            costs.record("denoise", ("m", pixels), pixels, rows, 1.0)
+    assert len(costs.describe("m", 16)) <= 256
+
+
+def test_a_full_disk_ends_the_timeline_and_nothing_else(caplog: pytest.LogCaptureFixture) -> None:
+    trace = Trace(Path("/dev/full"))
+    engine = Engine({"m": FakePipeline()}, observe=trace.observe)
+    callers = [Caller(engine).submit(num_inference_steps=50) for _ in range(5)]
+    run_out(engine)
+    for number in range(1000):
+        trace.observe(Span("denoise", "m", 1, 1, float(number), 1.0))
+    trace.close(caches={})
+    assert [caller.error for caller in callers] == [None] * 5
+    assert caplog.text.count("the timeline ends here") == 1

@@ -9,11 +9,12 @@ from dataclasses import replace
 from typing import cast
 
 import hypothesis.strategies as st
-from fakes import Caller, Clock, FakePipeline, make_request
+import pytest
+from fakes import Caller, Clock, FakePipeline, make_engine, make_request, run_out
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from img2img_server.engine.engine import Engine
-from img2img_server.engine.request import Completed, Failed
+from img2img_server.engine.request import Completed, Event, Failed
 from img2img_server.engine.scheduler import Limits
 from img2img_server.errors import (
     ClientBusy,
@@ -235,3 +236,29 @@ class Lives(RuleBasedStateMachine):
 
 TestLives = Lives.TestCase
 TestLives.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+
+
+def test_who_cannot_be_told_keeps_nobody_from_their_end(caplog: pytest.LogCaptureFixture) -> None:
+    """A listener that raises is its own caller's loss: the others end, what they held is released, and the engine closes."""
+
+    def deaf(event: Event) -> None:
+        if isinstance(event, Completed | Failed):
+            raise RuntimeError("the loop is closed")
+
+    engine, pipeline, _ = make_engine()
+    tickets = [engine.submit(make_request(), deaf).ticket for _ in range(3)]
+    hearing = [Caller(engine).submit() for _ in range(3)]
+    engine.step()
+    for ticket in tickets[:2]:
+        ticket.cancel()
+    assert hearing[0].ticket is not None
+    hearing[0].ticket.cancel()
+    engine.step()
+    assert all(ticket.ended for ticket in tickets[:2])
+    assert isinstance(hearing[0].error, RequestCancelled)
+    run_out(engine)
+    assert all(isinstance(caller.endings[0], Completed) for caller in hearing[1:])
+    assert len(pipeline.released) == 6
+    assert engine.settle("m")
+    engine.close()
+    assert caplog.text.count("nobody was told") == 3

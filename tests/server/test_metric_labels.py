@@ -39,6 +39,19 @@ def test_the_cache_and_the_process_are_told() -> None:
     assert samples["process_resident_memory_bytes"] > 2**20
 
 
+def test_a_model_that_is_not_in_memory_takes_none() -> None:
+    """What it took is remembered, for the next time that room is made for it."""
+    models = store(m=FakePipeline())
+    metrics = Metrics()
+    metrics.registry.register(Gauges(Engine({}), models, None, AssetStore(AssetSettings())))
+    models.change("m", memory=1000)
+    assert metrics.registry.get_sample_value("img2img_model_memory_bytes", {"model": "m"}) == 1000
+    models.change("m", pipeline=None)
+    assert models.get("m").memory == 1000
+    assert metrics.registry.get_sample_value("img2img_model_memory_bytes", {"model": "m"}) == 0
+    assert labels_of(metrics, "img2img_model_info", "model") == set()
+
+
 def test_a_gpus_memory_is_told_where_torch_uses_one(monkeypatch: pytest.MonkeyPatch) -> None:
     used = False
     cuda = types.SimpleNamespace(

@@ -359,3 +359,19 @@ def test_the_default_model_is_the_first_to_be_loaded(folder: Path) -> None:
     manifest = store.get("a").manifest
     assert manifest is not None
     assert store.get("a").expected_memory == estimate(manifest) > 100 * MB
+
+
+async def test_what_was_too_large_is_gone_before_the_next_one_comes(folder: Path) -> None:
+    """The one whose turn is next does not take its room while it is still there."""
+    async with rig(folder, memory=450 * MB) as it:
+        it.memory.sizes["a"], it.memory.gates["a"] = 500 * MB, threading.Event()
+        first = asyncio.create_task(use(it, "a"))
+        await state_is(it, "a", LOADING, "loading")
+        second = asyncio.create_task(use(it, "b"))
+        await state_is(it, "b", LOADING, "turn")
+        it.memory.gates["a"].set()
+        with pytest.raises(ModelUnavailable):
+            await first
+        await second
+        assert it.memory.peak <= 500 * MB
+        assert it.memory.names == ["b"]

@@ -4,6 +4,7 @@ import base64
 import functools
 import os
 import threading
+import tracemalloc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -14,6 +15,7 @@ import pytest
 from fakes import FakePipeline
 from img2img.v1 import image_to_image_pb2 as pb
 from img2img.v1.image_to_image_pb2_grpc import ImageToImageServiceStub
+from img2img_server import images
 from img2img_server.assets.store import AssetStore
 from img2img_server.config import AssetSettings, SourceSettings
 from img2img_server.errors import InvalidField
@@ -170,6 +172,30 @@ async def test_other_addresses_are_refused_with_what_is_allowed(settings: Source
 async def test_data_uris_are_read_whatever_is_allowed() -> None:
     sources = await sources_of(SourceSettings())
     assert await read(sources, "DATA:image/png;base64," + base64.b64encode(png()).decode()) == png()
+    escaped = "".join(f"%{byte:02x}" for byte in png())
+    assert await read(sources, f"data:image/png,{escaped}") == png()
+    assert await read(sources, "data:,a=b%3D%25c+%0a%3d%0D=") == b"a=b=%c+\n=\r="
+
+
+async def test_long_addresses_take_neither_the_event_loop_nor_memory(monkeypatch: pytest.MonkeyPatch, root: Path) -> None:
+    decode, threads = images.decode_data_uri, []
+
+    def noted(uri: str, limits: ImageLimits, field: str) -> bytes:
+        threads.append(threading.current_thread())
+        return decode(uri, limits, field)
+
+    monkeypatch.setattr(images, "decode_data_uri", noted)
+    sources = Sources(SourceSettings(file_root=root), AssetStore(AssetSettings(url="none")), ImageLimits())
+    uri = "data:image/png," + "%41" * 10**6
+    tracemalloc.start()
+    try:
+        assert await read(sources, uri) == b"A" * 10**6
+        assert tracemalloc.get_traced_memory()[1] < 10 * len(uri)
+    finally:
+        tracemalloc.stop()
+    assert threading.main_thread() not in threads
+    assert "the most is" in await refusal(sources, "file:///" + "%41" * 10**6)
+    assert NO_SUCH in await refusal(sources, "file:///" + "%41" * 4000)
 
 
 class Site(ThreadingHTTPServer):

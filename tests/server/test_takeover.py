@@ -159,6 +159,7 @@ def test_one_that_is_wrong_or_no_faster_is_rejected(
         contender.let()
         ended = store.end()
         assert ended.state is EngineState.REJECTED
+        assert (better.closed, serving.closed) == (True, False), "what lost leaves nothing behind"
         assert why in ended.detail
         assert_serves_as_before(engine, store, serving)
 

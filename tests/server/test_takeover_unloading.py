@@ -11,7 +11,9 @@ from contending import ENGINE, FakeContender, WatchedStore
 from fakes import FakePipeline
 from img2img.v1 import model_pb2
 from img2img.v1.model_pb2_grpc import ModelServiceStub
+from img2img_server.engine.engine import Engine
 from img2img_server.models.store import EngineState, ModelState
+from img2img_server.models.takeover import Takeover
 from img2img_server.stopping import Stopped
 from running import running
 
@@ -86,6 +88,34 @@ def test_the_one_that_took_over_is_unloaded_like_any(tmp_path: Path) -> None:
     with running(lambda: store, [contender]) as server, grpc.insecure_channel(f"localhost:{server.port}") as channel:
         contender.let()
         assert store.end().state is EngineState.SERVING
+        assert (better.closed, serving.closed) == (False, True)
         stub = ModelServiceStub(channel)
         assert unload(stub).state == model_pb2.MODEL_STATE_UNLOADED
         assert better.closed
+
+
+def test_who_waits_for_one_that_is_being_loaded_is_let_go_when_all_is_to_end(tmp_path: Path) -> None:
+    """Loading cannot be stopped: the thread that waits for it, to unload the model, would keep the process from ending."""
+    pipeline, loading, go = FakePipeline(), threading.Event(), threading.Event()
+
+    def hold() -> None:
+        loading.set()
+        assert go.wait(60)
+
+    store, contender = WatchedStore(pipeline), FakeContender(tmp_path, Better())
+    contender.before_load = hold
+    engine = Engine({"m": pipeline})
+    takeover = Takeover(engine, store, [contender])
+    takeover.start()
+    contender.let()
+    assert loading.wait(60)
+    waiting = threading.Thread(target=takeover.withdraw, args=("m",))
+    waiting.start()
+    while not contender.stop.asked:
+        pass
+    takeover.stop()
+    waiting.join(10)
+    stuck = waiting.is_alive()
+    go.set()
+    assert takeover.join(60)
+    assert not stuck

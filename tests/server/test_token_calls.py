@@ -146,6 +146,30 @@ def test_who_is_refused_has_no_message_read(path: Path) -> None:
         assert 9 < float(str(details["retry"])) <= 10
 
 
+def test_a_call_counts_before_its_message_has_come(path: Path) -> None:
+    """Else who may have one call in progress could have the server hold the pictures of a thousand."""
+    secret = grant(path, "alice", concurrency=1)
+    gone = threading.Event()
+
+    def nothing() -> Iterator[bytes]:
+        gone.wait(60)
+        yield from ()
+
+    with connected(path, FakePipeline()) as channel:
+        slow = channel.stream_stream(TRANSFORM, request_serializer=bytes, response_deserializer=bytes)
+        first = slow(nothing(), metadata=bearing(secret), timeout=60)
+        models = ModelServiceStub(channel)
+        code = _poll_refusal(lambda: models.ListModels(model_pb2.ListModelsRequest(), metadata=bearing(secret)))
+        assert code == grpc.StatusCode.RESOURCE_EXHAUSTED
+        second = slow(nothing(), metadata=bearing(secret), timeout=60)
+        assert second.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+        first.cancel()
+        _until_admitted(lambda: models.ListModels(model_pb2.ListModelsRequest(), metadata=bearing(secret)))
+        third = slow(nothing(), metadata=bearing(secret), timeout=60)
+        gone.set()
+        assert third.code() in (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.RESOURCE_EXHAUSTED)
+
+
 def test_a_token_works_in_the_middle_of_a_running_server(path: Path) -> None:
     """Added and taken away while it serves."""
     grant(path, "alice")

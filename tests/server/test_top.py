@@ -105,6 +105,8 @@ def test_rates_are_summed_over_what_is_not_asked_and_a_share_of_nothing_is_unkno
     assert again.cache_hits is None
     assert again.requests_per_second == {"OK": 0.0}
     assert json.loads(json.dumps(again.requests_per_second))
+    bare = parse('img2img_build_info 1\nimg2img_model_state{model="m"} 1\nimg2img_model_info{model="m"} 1\n', "u")
+    assert [(model.id, model.state, model.engine) for model in compare("u", bare, bare, 1.0).models] == [("m", "", "")]
 
 
 def served(texts: list[str]) -> HTTPServer:

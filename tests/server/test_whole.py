@@ -1,6 +1,8 @@
 """A model that is not made into graphs, served whole by PyTorch: the same calls, the same promises."""
 
+import gc
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from img2img_server.models.store import ModelStore
 from img2img_server.pipelines.alone import run_alone
 from img2img_server.pipelines.loader import load_pipeline
 from img2img_server.pipelines.whole import WholePipeline
+from img2img_server.pipelines.whole_call import Call
 from img2img_server.pipelines.whole_run import Run
 from PIL import Image
 from running import running
@@ -174,3 +177,29 @@ def test_a_run_can_be_abandoned_before_it_begins() -> None:
     run.abandon()
     assert run.done
     assert pipeline_threads() == []
+
+
+@pytest.mark.parametrize("pieces", [0, 1, 2])
+@pytest.mark.parametrize("problem", [None, RuntimeError("told to")])
+def test_nothing_of_a_call_is_left_when_its_requests_have_ended(pieces: int, problem: Exception | None) -> None:
+    """Whether it never began, was cut short or came to its end: its pictures do not wait for the garbage collector."""
+
+    def draw(call: Call) -> list[Image.Image]:
+        call.pause()
+        if problem is not None:
+            raise problem
+        return [source()]
+
+    gc.disable()
+    try:
+        call = Call([make_request()], 1, 1, draw)
+        watched = weakref.ref(call)
+        for _ in range(pieces):
+            call.resume()
+        call.leave()
+        del call
+        if problem is not None:
+            problem.__traceback__ = None  # the engine drops the error; here the test holds it
+        assert watched() is None
+    finally:
+        gc.enable()

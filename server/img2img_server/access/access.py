@@ -13,7 +13,7 @@ from img2img_server.access import tokens
 from img2img_server.access.tokens import Token
 from img2img_server.access.usage import Usage
 from img2img_server.calls import Call
-from img2img_server.errors import ServerError, Unauthenticated
+from img2img_server.errors import Unauthenticated
 from img2img_server.watched import Contents, Watched
 
 _log = logging.getLogger(__name__)
@@ -52,15 +52,6 @@ class Access:
         self._looked = clock()
         self._usages: dict[str, Usage] = {}
         self._strangers = _Strangers(clock)
-
-    def refusal(self, method: str, metadata: Metadata) -> ServerError | None:
-        """Why a call would be refused now; None where `admitted` would let it in. To be asked before its message is read: whoever
-        is refused must not have the server hold a picture for it. Counts nothing."""
-        try:
-            token = self._token(method, metadata)
-        except Unauthenticated as error:
-            return error
-        return None if token is None else self._usage(token, method).refusal(token, self._clock())
 
     @contextmanager
     def admitted(self, call: Call, metadata: Metadata) -> Iterator[Call]:
@@ -140,15 +131,6 @@ class _Strangers:
             return
         _log.warning("refused %d calls without a good token; the last, of %s, brought %s", self._untold, client, brought)
         self._told, self._untold = now, 0
-
-
-def unread(error: ServerError) -> Callable[..., object]:
-    """A handler in place of that of a call which is refused: it reads no message."""
-
-    async def refuse(request: object, context: object) -> None:
-        raise error
-
-    return refuse
 
 
 def _watch(path: Path) -> Watched[dict[str, Token]]:

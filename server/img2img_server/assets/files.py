@@ -113,7 +113,10 @@ class LocalAssetFiles(AssetFiles):
     def prepare(self, now: float) -> None:
         """As everywhere; and makes the folder."""
         parts = Path(self._root, _PARTS)
+        made = [folder for folder in (parts, *parts.parents) if not folder.exists()]
         parts.mkdir(parents=True, exist_ok=True, mode=0o700)
+        for folder in made:
+            _sync_folder(folder.parent)
         Path(self._root).chmod(0o700)
         for part in parts.iterdir():
             with suppress(FileNotFoundError):  # of another server that starts now
@@ -131,7 +134,9 @@ class LocalAssetFiles(AssetFiles):
         except OSError:
             part.unlink(missing_ok=True)
             raise
-        _sync_folder(place.parent)
+        # Its folder's own name may be new, too, and that of its owner's.
+        for folder in (place.parent, place.parent.parent, Path(self._root)):
+            _sync_folder(folder)
 
     def touch(self, owner: str, asset_id: str, now: float) -> None:
         """Notes a use as the file's time of change."""

@@ -49,8 +49,8 @@ class Entry:
 class Room:
     """Bytes of the quota, `left` of them, that are kept free for something on its way."""
 
-    def __init__(self) -> None:
-        self.left = 0
+    def __init__(self, left: int = 0) -> None:
+        self.left = left
 
 
 class AssetIndex:
@@ -94,6 +94,11 @@ class AssetIndex:
         entry = self._entries.pop(key, None)
         self.size -= entry.size if entry is not None else 0
 
+    def postpone(self, key: Key) -> None:
+        """Has a file come last of all."""
+        if (entry := self._entries.pop(key, None)) is not None:
+            self._entries[key] = entry
+
     def fits(self, size: int) -> bool:
         """Whether so many bytes more are within the quota."""
         return self.size + self.reserved + size <= self.quota
@@ -104,3 +109,9 @@ class AssetIndex:
             raise AssetQuotaFull(f"there is no room for {size} bytes more: delete assets, or wait until some expire")
         self.reserved += size
         room.left += size
+
+    def cover(self, room: Room, key: Key, size: int) -> None:
+        """Keeps so much more free that `room` and what the file has now are `size` bytes: it may have been there when room was
+        made for it, and be gone. Raises AssetQuotaFull."""
+        known = self._entries.get(key)
+        self.enlarge(room, max(0, size - room.left - (0 if known is None else known.size)))

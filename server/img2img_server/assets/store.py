@@ -115,7 +115,7 @@ class AssetStore:
         if size > room.left:
             self._index.enlarge(room, size - room.left)
         room.left -= size  # from here on they are the writing's
-        return await self._work.finish(self._store((owner, asset_id), data, size))
+        return await self._work.finish(self._store((owner, asset_id), data, Room(size)))
 
     async def find(self, owner: str, asset_id: str) -> Asset:
         """What is known of an asset, which counts as a use of it. Raises AssetNotFound or StorageFailed."""
@@ -177,6 +177,7 @@ class AssetStore:
             try:
                 await self._work.finish(self._expire(key))
             except StorageFailed:
+                self._index.postpone(key)  # else one that can never be deleted would keep all behind it
                 return
 
     async def _keep_sweeping(self) -> None:
@@ -184,11 +185,12 @@ class AssetStore:
             await asyncio.sleep(self._sweep_seconds)
             await self.sweep()
 
-    async def _store(self, key: Key, data: bytes, reserved: int) -> Asset:
+    async def _store(self, key: Key, data: bytes, room: Room) -> Asset:
         try:
             async with self._lock(key):
                 entry = await self._used_again(key)
                 if entry is None:
+                    self._index.cover(room, key, len(data))
                     await self._work.run(self._files.write, *key, data)
                     entry = self._index.enter(key, len(data), self._clock())
                 entry.media_type = _media_type(data[:_HEAD])
@@ -197,7 +199,7 @@ class AssetStore:
         except FileNotFoundError as error:  # not the file: the place
             raise StorageFailed("what keeps the assets is gone") from error
         finally:
-            self._index.reserved -= reserved
+            self._index.reserved -= room.left
 
     async def _used_again(self, key: Key) -> Entry | None:
         """The entry of a file that need not be written, as it is there and whole."""

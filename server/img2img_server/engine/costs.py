@@ -24,6 +24,8 @@ _GAIN = 0.04
 _PATIENCE = 1000
 """Calls of a stage after which one that had no room may be tried again: others may have taken the memory at that time. Where it
 fails again it takes twice as many, so failing costs less than a thousandth of all calls."""
+_MOST_SHAPES = 256
+"""Shapes of a model that are remembered for each stage: callers choose them."""
 
 
 @dataclass(slots=True)
@@ -104,9 +106,8 @@ class Costs:
 
     def measured(self, stage: Stage, group: Group, pixels: int, rows: int, seconds: float) -> None:
         """Notes what a call of `rows` rows, each of `pixels` pixels, takes when nothing disturbs it."""
-        model, shape = group
         self._found.clear()
-        self._curves.setdefault((stage, model), {}).setdefault(shape, _Curve(pixels)).set(rows, seconds)
+        self._curve(stage, group, pixels).set(rows, seconds)
 
     def record(self, stage: Stage, group: Group, pixels: int, rows: int, seconds: float) -> None:
         """Learns from a call that took `seconds`."""
@@ -122,8 +123,7 @@ class Costs:
         if stage == "denoise":
             # What else the machine does slows down all calls alike, and shows here soonest.
             self._pace[group[0]] = pace * (1 + _PACE_WEIGHT * (seconds / max(expected, _INSTANT) - 1))
-        curve = self._curves[stage, group[0]].setdefault(group[1], _Curve(pixels))
-        curve.record(rows, seconds, expected)
+        self._curve(stage, group, pixels).record(rows, seconds, expected)
 
     def seconds(self, stage: Stage, group: Group, pixels: int, rows: int) -> float | None:
         """The expected seconds of such a call, as things go now; None before the first call of that model."""
@@ -134,6 +134,17 @@ class Costs:
             known = self._table_seconds(stage, group, pixels, rows)
             self._found[key] = expected = None if known is None else known * self._pace.get(group[0], 1.0)
             return expected
+
+    def _curve(self, stage: Stage, group: Group, pixels: int) -> _Curve:
+        """The curve of a shape that was just run. Where there are too many the one that was not for longest is forgotten, but for
+        those of several batches while there are others: they give the rest their form."""
+        model, shape = group
+        curves = self._curves.setdefault((stage, model), {})
+        curves[shape] = curve = curves.pop(shape, None) or _Curve(pixels)
+        if len(curves) > _MOST_SHAPES:
+            single = (old for old, known in curves.items() if len(known.rows) < 2 and known is not curve)
+            del curves[next(single, next(iter(curves)))]
+        return curve
 
     def _table_seconds(self, stage: Stage, group: Group, pixels: int, rows: int) -> float | None:
         curves = self._curves.get((stage, group[0]))

@@ -1,5 +1,6 @@
 """What goes through the engine: requests, their events and endings, and the protocol of a pipeline that runs them."""
 
+import logging
 import threading
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
@@ -8,6 +9,8 @@ from typing import Any, Protocol
 from PIL import Image
 
 from img2img_server.errors import ServerError
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,7 +181,7 @@ class Pipeline(Protocol):
         ...
 
     def close(self) -> None:
-        """Gives up what others keep for it: the model is being unloaded. Called once, after all else, from any thread."""
+        """Gives up what others keep for it: its model is being unloaded, or run by another. Called once, from any thread."""
         ...
 
 
@@ -243,4 +246,7 @@ class Ticket:
         with self.lock:
             assert not self.ended, f"request {self.number} ended twice"
             self.ended = True
-            self.listener(ending)
+            try:
+                self.listener(ending)
+            except Exception:  # noqa: BLE001 - who cannot be told must not keep the others from their ends, nor the engine from its work
+                _log.exception("nobody was told how a request ended", extra={"request_id": self.request.id})

@@ -188,19 +188,22 @@ class Residency:
         try:
             self._models.change(name, loading=True, detail="waits for its turn to be loaded")
             async with self._one_at_a_time:
-                await self._make_room(name)
-                problem = await self._mover.bring(name)
-                if problem:
-                    place.failures.count(self._clock(), problem)
-                    return ModelUnavailable(f"model '{name}' cannot be served; the server's log says why")
-                # It may take more than was estimated.
-                await self._make_room(name)
+                try:
+                    await self._make_room(name)
+                    problem = await self._mover.bring(name)
+                    if problem:
+                        place.failures.count(self._clock(), problem)
+                        return ModelUnavailable(f"model '{name}' cannot be served; the server's log says why")
+                    # It may take more than was estimated.
+                    await self._make_room(name)
+                except ServerError:
+                    await self._mover.discard(name)  # before the next one's turn, which may need the room
+                    raise
             self._models.change(name, loading=False)
             self._mover.publish(name)
             place.failures.clear()
             await self._health(name, True)
         except ServerError as error:
-            await self._mover.discard(name)
             return error
         except asyncio.CancelledError:
             return ShuttingDown("the server is shutting down")

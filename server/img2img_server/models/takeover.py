@@ -115,10 +115,12 @@ class Takeover:
         """Gives up what is under way, and returns at once: builds are killed, requests of ours are cancelled."""
         with self._changed:
             self._stopping = True
+            self._changed.notify_all()
         self._stop.ask()
 
     def withdraw(self, model: str) -> None:
-        """Gives up what contends for `model`, and returns once nothing of it is left: the model is about to be unloaded.
+        """Gives up what contends for `model`, and returns once nothing of it is left: the model is about to be unloaded. Does not
+        wait any more once all is to end: a pipeline that is being loaded cannot be stopped.
 
         It gets no other chance: contenders are made for the models that were loaded at start.
         """
@@ -126,7 +128,7 @@ class Takeover:
             self._contenders = [contender for contender in self._contenders if contender.model != model]
             if self._current == model:
                 self._stop.ask()
-            self._changed.wait_for(lambda: self._current != model)
+            self._changed.wait_for(lambda: self._current != model or self._stopping)
 
     def join(self, timeout: float | None = None) -> bool:
         """Waits until nothing is under way. False where `timeout` seconds were too few, as they may be for a pipeline to load."""
@@ -172,12 +174,18 @@ class Takeover:
         pipeline = contender.load()
         serving = self._models.get(contender.model).pipeline
         assert serving is not None, "only what is served can be taken over"
-        problem, report = self._try(contender, pipeline, serving)
+        loser = pipeline
+        try:
+            problem, report = self._try(contender, pipeline, serving)
+            if not problem:
+                # It is not unloaded meanwhile: that waits until the attempt is over.
+                self._engine.replace(contender.model, pipeline)
+                self._models.change(contender.model, pipeline=pipeline)
+                loser = serving
+        finally:
+            loser.close()
         if problem:
             return self._tell(contender, EngineState.REJECTED, problem)
-        # It is not unloaded meanwhile: that waits until the attempt is over.
-        self._engine.replace(contender.model, pipeline)
-        self._models.change(contender.model, pipeline=pipeline)
         self._tell(contender, EngineState.SERVING, report, 1.0)
 
     def _try(self, contender: Contender, pipeline: Pipeline, serving: Pipeline) -> tuple[str, str]:

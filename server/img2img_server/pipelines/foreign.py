@@ -8,7 +8,7 @@ from img2img_server.errors import BundleError
 
 _SUFFIXES = (".py", ".pyc", ".so", ".dll", ".bin", ".ckpt", ".pt", ".pth", ".pkl", ".pickle", ".joblib")
 """Of files that diffusers and transformers would read as pickles or import."""
-_INDEX = ".index."
+INDEX = ".index."
 """Of lists of a model's files: `model.safetensors.index.json`, `model.bin.index.fp16.json`."""
 
 
@@ -24,17 +24,17 @@ def refuse_foreign(bundle: Path) -> None:
         for name in names:
             if name.lower().endswith(_SUFFIXES):
                 raise BundleError(f"{Path(folder, name)} could run code when it is read: such files have no place in a bundle")
-            if _INDEX in name.lower():
-                _check_index(Path(folder, name))
+            if INDEX in name.lower():
+                refuse_foreign_parts(Path(folder, name))
 
 
-def _check_index(path: Path) -> None:
-    """Raises BundleError where a list of a model's parts has others than safetensors beside it: told to read these alone,
-    diffusers and transformers read all the same whatever is listed, as a pickle."""
+def refuse_foreign_parts(path: Path) -> None:
+    """Raises BundleError where the list `path` of a model's parts has others than safetensors beside it: told to read these
+    alone, diffusers and transformers read all the same whatever is listed, as a pickle."""
     try:
         parts = set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise BundleError(f"{path} cannot be read") from None
     for part in parts:
         if not (isinstance(part, str) and part.endswith(".safetensors") and part == Path(part).name):
-            raise BundleError(f"{path} names {part!r}: only safetensors beside it have a place in a bundle")
+            raise BundleError(f"{path} names {part!r}: only safetensors beside it are read")

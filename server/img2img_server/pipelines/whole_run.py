@@ -49,7 +49,7 @@ class Run:
             self._abandoned = True
             self._go.release()
             self._thread.join()
-        self.done = True
+        self._end()
 
     def _main(self) -> None:
         self._go.acquire()
@@ -60,5 +60,13 @@ class Run:
         except Exception as error:  # noqa: BLE001 - handed to the engine's thread, which owns what to make of it
             self.error = error
         finally:
-            self.done = True
+            self._end()
             self._back.release()
+
+    def _end(self) -> None:
+        """Lets go of the call, which holds on to pictures, the model and who owns this: no collector is to be needed for that."""
+        self.done, self._call = True, _nothing
+
+
+def _nothing(run: Run) -> list[Image.Image]:
+    raise AssertionError("a finished run cannot be resumed")

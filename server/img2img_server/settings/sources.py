@@ -9,7 +9,7 @@ import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, get_origin
 
 from img2img_server.settings.setting import FieldPath, Setting, build, settings_of, value_of
 from img2img_server.settings.values import for_people, from_text, from_toml, to_toml
@@ -135,6 +135,8 @@ def _from_environment(settings: Sequence[Setting], environment: Environment) -> 
     for variable, text in environment.variables.items():
         if variable in known:
             try:
+                if not text.strip() and get_origin(known[variable].kind) is tuple:
+                    raise ValueError("is empty")  # a list, too: it was more likely not filled in
                 yield known[variable].path, from_text(known[variable], text), variable
             except ValueError as error:
                 raise SettingError(f"{variable} {error}") from None

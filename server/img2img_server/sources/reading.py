@@ -101,7 +101,7 @@ class Sources:
         if scheme in ("http", "https"):
             assert self._fetcher is not None, "check refuses addresses where there is none"
             return await self._fetcher.fetch(uri)
-        return images.decode_data_uri(uri, self._limits, _URI)
+        return await asyncio.to_thread(images.decode_data_uri, uri, self._limits, _URI)
 
     async def _asset(self, field: str, asset_id: str) -> bytes:
         data = await self.assets.read(owner_of(current()), asset_id, self._limits.max_bytes)

@@ -12,8 +12,14 @@ _NONE = "there is no such file in the folder that this server reads files from"
 """For whatever is not there, not below the root or not readable, alike: what lies elsewhere is nobody's business."""
 
 
+_MOST_CHARACTERS = 3 * 4096 + 100
+"""Of a "file:" URI: no path has more than 4096 bytes, each of which may be percent-encoded."""
+
+
 def path_of(uri: str, field: str) -> Path:
     """The absolute path that a "file:" URI names. Raises InvalidField, naming `field`, for a URI that names none."""
+    if len(uri) > _MOST_CHARACTERS:
+        raise InvalidField(field, f"the address has {len(uri)} characters, the most is {_MOST_CHARACTERS}")
     try:
         parts = urlsplit(uri)
     except ValueError:

@@ -29,7 +29,9 @@ ASSETS = About("img2img_assets", "gauge", "Pictures that are kept for clients")
 ASSET_BYTES = About("img2img_assets_bytes", "gauge", "Bytes of pictures that are kept for clients")
 ASSET_QUOTA = About("img2img_assets_quota_bytes", "gauge", "Bytes of pictures that may be kept")
 MODEL_STATE = About("img2img_model_state", "gauge", "1 for the state that a model is in, 0 for the others", ("model", "state"))
-MODEL_MEMORY = About("img2img_model_memory_bytes", "gauge", "Memory that a model takes, 0 where it was not measured", ("model",))
+MODEL_MEMORY = About(
+    "img2img_model_memory_bytes", "gauge", "Memory that a model takes, 0 where it is not ready or was not measured", ("model",)
+)
 MODEL_INFO = About(
     "img2img_model_info",
     "gauge",

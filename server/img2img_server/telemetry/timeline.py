@@ -1,11 +1,15 @@
 """A timeline of the device in Chrome's trace format, which https://ui.perfetto.dev and chrome://tracing show."""
 
+import contextlib
 import json
+import logging
 import threading
 from pathlib import Path
 from typing import Any, TextIO
 
 from img2img_server.engine.spans import Span
+
+_log = logging.getLogger(__name__)
 
 _PROCESS = {"pid": 1, "tid": 1}
 
@@ -20,6 +24,7 @@ class Trace:
         self._file: TextIO = path.open("w", encoding="utf-8")
         self._file.write("[\n")
         self._lock = threading.Lock()
+        self._failed = False
 
     def observe(self, span: Span) -> None:
         """Notes a stage."""
@@ -30,11 +35,22 @@ class Trace:
         """Ends the file with what is to be said at the end, an event for each."""
         for name, arguments in facts.items():
             self._write({"name": name, "ph": "i", "s": "g", "ts": 0, "args": arguments})
-        with self._lock:
-            self._file.write('{"name": "end", "ph": "i", "s": "g", "ts": 0, "pid": 1, "tid": 1}\n]\n')
-            self._file.close()
+        self._put('{"name": "end", "ph": "i", "s": "g", "ts": 0, "pid": 1, "tid": 1}\n]\n', last=True)
 
     def _write(self, event: dict[str, Any]) -> None:
-        line = json.dumps({**event, **_PROCESS})
+        self._put(json.dumps({**event, **_PROCESS}) + ",\n")
+
+    def _put(self, text: str, last: bool = False) -> None:
+        """A disk that is full ends the timeline, and nothing else: requests do not fail for it."""
         with self._lock:
-            self._file.write(line + ",\n")
+            if self._failed:
+                return
+            try:
+                self._file.write(text)
+                if last:
+                    self._file.close()
+            except OSError as error:
+                self._failed = True
+                _log.error("the timeline ends here: %s", error)
+                with contextlib.suppress(OSError):  # what could not be written is tried once more
+                    self._file.close()

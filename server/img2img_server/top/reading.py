@@ -165,12 +165,12 @@ class _Change:
 
 def _model(now: Samples, change: _Change, model: str) -> ModelView:
     states = now.get("img2img_model_state", {})
-    state = next((dict(labels)["state"] for labels, on in states.items() if on and ("model", model) in labels), "")
+    state = next((dict(labels).get("state", "") for labels, on in states.items() if on and ("model", model) in labels), "")
     infos = [dict(labels) for labels in now.get("img2img_model_info", {}) if ("model", model) in labels]
     return ModelView(
         id=model,
         state=state,
-        engine=infos[0]["engine"] if infos else "",
+        engine=infos[0].get("engine", "") if infos else "",
         memory=_one(now, "img2img_model_memory_bytes", model=model) or 0.0,
         pictures_per_second=change.rate("img2img_pictures_total", model=model),
         step_seconds=change.mean("img2img_device_call_duration_seconds", model=model, stage="denoise"),
@@ -189,7 +189,7 @@ def _one(samples: Samples, name: str, **labels: str) -> float | None:
 
 def _values(samples: Samples, name: str, label: str) -> list[str]:
     """What a label is in the samples of `name`, in order."""
-    return sorted({dict(labels)[label] for labels in samples.get(name, {})})
+    return sorted({value for labels in samples.get(name, {}) for has, value in labels if has == label})
 
 
 def _complete(url: str) -> str:
