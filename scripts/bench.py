@@ -8,6 +8,7 @@ import warnings
 
 import bench_export
 import bench_providers
+import bench_ray
 import bench_request
 import bench_rounding
 import bench_schedulers
@@ -18,7 +19,7 @@ from bench_load import command as bench_load
 _DESCRIPTION = """\
 Measures the server on the demo model. Run it on an idle machine.
 
-Without a sub-command all are run with their defaults: about 25 minutes.
+Without a sub-command all are run with their defaults: about 28 minutes.
 """
 
 
@@ -34,6 +35,7 @@ def main() -> int:
         "simulated": (bench_simulated, "the scheduler on a simulated GPU, against two peers (1 minute)"),
         "sessions": (bench_sessions, "session calls with ONNX Runtime's spinning threads and without (1 minute)"),
         "schedulers": (bench_schedulers, "stepping a batch at once, against one by one (1 minute)"),
+        "ray": (bench_ray, "engines on Ray against one in the process: added time, throughput, memory (3 minutes)"),
     }
     # Large enough to be asked for by name.
     apart = {

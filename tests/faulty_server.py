@@ -11,6 +11,7 @@ import threading
 
 from fakes import FakePipeline
 from img2img_server.__main__ import configure, configured
+from img2img_server.backend import LocalBackend
 from img2img_server.life import live
 from img2img_server.models.store import ModelStore
 from img2img_server.server import Server
@@ -45,7 +46,7 @@ def main() -> int:
                 hang()
             await super().stop_now()
 
-    return asyncio.run(live(Faulty(config, load_models)))
+    return asyncio.run(live(Faulty(config, LocalBackend(config, load_models))))
 
 
 if __name__ == "__main__":

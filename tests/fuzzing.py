@@ -96,6 +96,9 @@ def calls(method: MethodDescriptor) -> st.SearchStrategy[list[bytes]]:
 
 
 def _values(field: FieldDescriptor, depth: int) -> st.SearchStrategy[Any]:
+    if field.message_type is not None and field.message_type.GetOptions().map_entry:
+        key, value = (_values(field.message_type.fields_by_name[name], depth - 1) for name in ("key", "value"))
+        return st.dictionaries(key, value, max_size=4)
     if field.message_type is not None:
         one: st.SearchStrategy[Any] = messages(field.message_type, depth - 1)
     elif field.type == FieldDescriptor.TYPE_BYTES:

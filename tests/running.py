@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import functools
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from img2img_server.assets.store import AssetStore
+from img2img_server.backend import Backend, LocalBackend
 from img2img_server.bundle import Manifest, Source, Verification
 from img2img_server.config import ServerConfig
 from img2img_server.engine.cache import Cache
@@ -48,8 +50,16 @@ def running(
     **settings: object,
 ) -> Iterator[RunningServer]:
     """Runs a server until the block is left, which drains it. `settings` are ServerConfig's."""
+    made = functools.partial(LocalBackend, load_models=load_models, cache=cache, contend=lambda models: contenders)
+    with running_backend(made, **settings) as server:
+        yield server
+
+
+@contextlib.contextmanager
+def running_backend(make: Callable[[ServerConfig], Backend], **settings: object) -> Iterator[RunningServer]:
+    """Runs a server over the backend that `make` gives. `settings` are ServerConfig's."""
     config = ServerConfig(**{"models": Path(), "port": 0, "warm_up": 0.0, **settings})  # type: ignore[arg-type]
-    server = Server(config, load_models, cache, contend=lambda models: contenders)
+    server = Server(config, make(config))
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, name="test-server", daemon=True)
     thread.start()

@@ -22,6 +22,7 @@ class Served:
 @contextlib.contextmanager
 def served() -> Iterator[Served]:
     """A server while the block lasts. Its packages are imported here, so that a fuzzer can instrument them."""
+    from img2img_server.backend import LocalBackend
     from img2img_server.config import AssetSettings, ServerConfig
     from img2img_server.engine.scheduler import Limits
     from img2img_server.images import ImageLimits
@@ -43,7 +44,9 @@ def served() -> Iterator[Served]:
             limits=Limits(max_waiting=8),
             max_steps=10,
         )
-        server = Server(config, lambda: ModelStore.load(folder / "models", lambda bundle, manifest: StandInPipeline(0.0), "m"))
+        bundles = folder / "models"
+        load = lambda: ModelStore.load(bundles, lambda bundle, manifest: StandInPipeline(0.0), "m")  # noqa: E731
+        server = Server(config, LocalBackend(config, load))
         loop = asyncio.new_event_loop()
         thread = threading.Thread(target=loop.run_forever, name="fuzzed-server", daemon=True)
         thread.start()

@@ -4,14 +4,13 @@ import argparse
 import asyncio
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from img2img_server.backend import Backend
     from img2img_server.config import ServerConfig
-    from img2img_server.models.takeover import Contender
-    from img2img_server.pipelines.tensorrt_contender import Shelf
     from img2img_server.settings.sources import Configured
 
 VARIABLES = "IMG2IMG_"
@@ -109,45 +108,27 @@ def _complain(error: Exception, status: int) -> int:
 
 
 async def _serve(config: "ServerConfig") -> int:
-    from img2img_server.engine.cache import Cache
     from img2img_server.errors import BundleError
     from img2img_server.life import live
-    from img2img_server.models.store import ModelStore
     from img2img_server.server import Server
 
-    cache = Cache(config.cache_bytes)
-    shelf: Shelf | None = None
-
-    def load_models() -> ModelStore:
-        from img2img_server.pipelines import providers
-
-        # Before the loader's imports, which take seconds.
-        providers.check(config.execution.provider)
-        from img2img_server.pipelines.loader import load_pipeline
-        from img2img_server.pipelines.tensorrt_contender import Shelf
-
-        nonlocal shelf
-        kept = shelf = Shelf()
-        return ModelStore.load(
-            config.models,
-            lambda bundle, manifest: load_pipeline(bundle, manifest, config.execution, cache, keep=kept.keep),
-            config.default_model,
-            config.allow_unverified,
-            config.residency,
-        )
-
-    def contend(models: ModelStore) -> "Sequence[Contender]":
-        from img2img_server.pipelines.tensorrt_contender import contenders
-
-        assert shelf is not None, "the models were loaded"
-        return contenders(models, config.execution, cache, shelf)
-
     try:
-        return await live(Server(config, load_models, cache, contend))
+        return await live(Server(config, _backend(config)))
     except (BundleError, OSError) as error:
         return _complain(error, 1)
     except ValueError as error:
         return _complain(error, 2)
+
+
+def _backend(config: "ServerConfig") -> "Backend":
+    """What runs the requests. Raises ValueError where its packages are not installed."""
+    if config.engine == "local":
+        from img2img_server.wiring import local
+
+        return local(config)
+    from img2img_server.cluster.serving import cluster
+
+    return cluster(config)
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ class AssetService(asset_pb2_grpc.AssetServiceServicer):
                 info = await self._info(request_iterator)
                 held = info.sha256 != "" and self._assets.holds(owner, info.sha256)
                 with self._memory(info.size):
-                    async with self._assets.room(0 if held else info.size) as room:
+                    async with self._assets.room(owner, 0 if held else info.size) as room:
                         data = await self._data(info, request_iterator)
                         await asyncio.to_thread(self._check_picture, info, data)
                         asset = await self._assets.put(owner, data, room)

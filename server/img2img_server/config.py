@@ -64,8 +64,8 @@ class TlsSettings:
 
 @dataclass(frozen=True, slots=True)
 class AssetSettings:
-    """Where pictures are kept: any URL that fsspec opens. `quota` is in bytes, `max_age` in seconds since a
-    picture's last use."""
+    """Where pictures are kept: any URL that fsspec opens. `quota` is in bytes, `client_quota` those of one token's name (None: no
+    bound), `max_age` in seconds since a picture's last use."""
 
     url: str | None = setting(
         None,
@@ -75,6 +75,13 @@ class AssetSettings:
         is_path=lambda text: text != "none" and "://" not in text,
     )
     quota: int = setting(2**30, "most bytes of pictures that are kept", name="assets_quota", metavar="BYTES", least=1)
+    client_quota: int | None = setting(
+        None,
+        "most bytes of pictures that are kept for one token's name (default: no bound but assets_quota)",
+        name="assets_client_quota",
+        metavar="BYTES",
+        least=1,
+    )
     max_age: float = setting(
         24 * 3600.0, "seconds after its last use that a picture is kept", name="assets_max_age", metavar="SECONDS", least=1
     )
@@ -108,6 +115,67 @@ class TelemetrySettings:
 
 
 @dataclass(frozen=True, slots=True)
+class RaySettings:
+    """Where engines run with `engine` "ray": as replicas of one Ray Serve application, which all servers of its name share.
+
+    `address` None starts a cluster on this machine, which ends with this server. `max_replicas` None is `min_replicas`, a fixed
+    number; between the two, there is one for each `target_queued_seconds` of work. `num_gpus` and `num_cpus` are those of one
+    replica, as Ray counts them; None is found out from what the cluster has. Delays and timeouts are in seconds.
+    """
+
+    address: str | None = setting(
+        None,
+        "the Ray cluster to join, such as auto or 10.0.0.5:6379 (default: one is started here, and ends with the server)",
+        metavar="ADDRESS",
+    )
+    app: str = setting("img2img", "the Ray Serve application: the first server deploys it, others of that name share it")
+    min_replicas: int = setting(1, "fewest replicas: processes with an engine each", metavar="N", least=1)
+    max_replicas: int | None = setting(
+        None, "most replicas (default: as many as the fewest, so that their number is fixed)", metavar="N", least=1
+    )
+    num_gpus: float | None = setting(
+        None, "GPUs of one replica (default: one where the cluster has GPUs, else none)", metavar="N", least=0
+    )
+    num_cpus: float | None = setting(
+        None,
+        "cores of one replica (default: one beside a GPU; else this machine's, shared out among the most replicas)",
+        metavar="N",
+        least=0,
+    )
+    target_queued_seconds: float = setting(
+        10.0, "seconds of queued work for each replica, by which their number is chosen", metavar="SECONDS", least=0.1
+    )
+    upscale_delay: float = setting(
+        30.0, "how long there must be too much work before replicas are added", metavar="SECONDS", least=0
+    )
+    downscale_delay: float = setting(
+        600.0, "how long there must be too little work before replicas are taken away", metavar="SECONDS", least=0
+    )
+    spread_after: float = setting(
+        30.0,
+        "a request goes to a replica that must load its model first, once those that have it are this much busier",
+        metavar="SECONDS",
+        least=0,
+    )
+    graceful_shutdown_timeout: float = setting(
+        30.0, "time to finish for a replica that is taken away", metavar="SECONDS", least=0
+    )
+
+    def __post_init__(self) -> None:
+        if self.max_replicas is not None and self.max_replicas < self.min_replicas:
+            raise ValueError(f"ray_max_replicas is {self.max_replicas}, ray_min_replicas {self.min_replicas}: most, and fewest")
+        if self.address is not None and self.address.startswith("ray://"):
+            raise ValueError("ray_address: ray:// is Ray's client, which knows no streams; give the cluster's own address")
+        if not self.app:
+            raise ValueError("ray_app is empty")
+
+    @property
+    def most_replicas(self) -> int:
+        """The most replicas that there can be."""
+        return self.min_replicas if self.max_replicas is None else self.max_replicas
+
+
+@dataclass(frozen=True, slots=True)
 class ServerConfig:
     """What `img2img serve` runs with.
 
@@ -125,6 +193,10 @@ class ServerConfig:
     port: int = setting(50051, "port to listen on, 0 for a free one", metavar="PORT", least=0, most=65535)
     port_file: Path | None = setting(None, "write the port here once the server is ready", metavar="FILE")
     allow_insecure: bool = setting(False, "listen beyond loopback without TLS, where something else has it")
+    kserve: bool = setting(False, "also answer KServe v2, as Triton's clients speak it, on the same port")
+    engine: Literal["local", "ray"] = setting(
+        "local", "where models run: in this process, or as replicas of an application on a Ray cluster", choices=("local", "ray")
+    )
     default_model: str | None = setting(
         None, "the model of requests that name none (default: the only one there is)", metavar="ID"
     )
@@ -152,6 +224,7 @@ class ServerConfig:
     assets: AssetSettings = section(AssetSettings, "kept pictures")
     sources: SourceSettings = section(SourceSettings, "pictures from addresses")
     telemetry: TelemetrySettings = section(TelemetrySettings, "metrics, traces and logs")
+    ray: RaySettings = section(RaySettings, "replicas on Ray (--engine ray)", prefix="ray_")
 
     def __post_init__(self) -> None:
         check(self)

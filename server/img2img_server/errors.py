@@ -14,6 +14,17 @@ class ServerError(Exception):
     status = "INTERNAL"
     reason = "INTERNAL"
 
+    def __reduce__(self) -> tuple[object, ...]:
+        """As it is copied and sent between processes: with all it knows, whatever its constructor takes."""
+        return _again, (type(self), self.args, self.__dict__)
+
+
+def _again(kind: type[ServerError], args: tuple[object, ...], known: dict[str, object]) -> ServerError:
+    error = kind.__new__(kind, *args)
+    error.args = args
+    error.__dict__.update(known)
+    return error
+
 
 class InvalidField(ServerError):
     """A field of the request is wrong. `field` is its path in the proto, such as "image.data"."""
@@ -172,6 +183,13 @@ class EngineStuck(ServerError):
 
     status = "UNAVAILABLE"
     reason = "ENGINE_STUCK"
+
+
+class NoReplica(Exhausted):
+    """None of the engines that run elsewhere can be reached. One that was lost is being replaced."""
+
+    status = "UNAVAILABLE"
+    reason = "NO_REPLICA"
 
 
 class ModelFailed(ServerError):

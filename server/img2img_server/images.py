@@ -34,10 +34,6 @@ def decode(data: bytes, limits: ImageLimits, field: str) -> Image.Image:
 
     Raises InvalidField, naming `field`, for a file that is empty, too large, of no known format or damaged.
     """
-    if not data:
-        raise InvalidField(field, "the picture is empty")
-    if len(data) > limits.max_bytes:
-        raise InvalidField(field, f"the file has {len(data)} bytes, the most is {limits.max_bytes}")
     with _reading(field):
         image = _open(data, limits, field)
         image.load()
@@ -47,12 +43,21 @@ def decode(data: bytes, limits: ImageLimits, field: str) -> Image.Image:
 def check_header(data: bytes, limits: ImageLimits, field: str) -> str:
     """The media type of a picture file, such as "image/png", by its header alone.
 
-    Raises InvalidField, naming `field`, for a file of no known format or of too many pixels.
+    Raises InvalidField, naming `field`, for a file that is empty, too large, of no known format or of too many pixels.
     """
     with _reading(field):
         image = _open(data, limits, field)
         assert image.format is not None, "what is opened has a format"
         return Image.MIME[image.format]
+
+
+def header_size(data: bytes, limits: ImageLimits, field: str) -> tuple[int, int]:
+    """Width and height of a picture file by its header alone, as they are stored: one that lies on its side is not yet upright.
+
+    Raises InvalidField as decode does, but for a file that is damaged behind its header.
+    """
+    with _reading(field):
+        return _open(data, limits, field).size
 
 
 def media_type(head: bytes) -> str | None:
@@ -66,6 +71,10 @@ def media_type(head: bytes) -> str | None:
 
 
 def _open(data: bytes, limits: ImageLimits, field: str) -> Image.Image:
+    if not data:
+        raise InvalidField(field, "the picture is empty")
+    if len(data) > limits.max_bytes:
+        raise InvalidField(field, f"the file has {len(data)} bytes, the most is {limits.max_bytes}")
     image = Image.open(io.BytesIO(data), formats=READ_FORMATS)
     if image.width * image.height > limits.max_source_pixels:
         raise InvalidField(
@@ -125,6 +134,14 @@ def target_size(
             "set width and height for a smaller one",
         )
     return sizes[0], sizes[1]
+
+
+def check_stored_size(stored: tuple[int, int], width: int | None, height: int | None, multiple: int, limits: ImageLimits) -> None:
+    """Raises what target_size does where that is sure before a picture is upright: whichever way up it turns out to be."""
+    try:
+        target_size(stored[::-1], width, height, multiple, limits)
+    except InvalidField:
+        target_size(stored, width, height, multiple, limits)
 
 
 def resize(image: Image.Image, size: tuple[int, int]) -> Image.Image:

@@ -119,8 +119,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                     _log.error("%s failed", call.method, exc_info=error, extra={"request_id": call.request_id})
                     error = ServerError("the server failed on this request")
                 outcome.status, outcome.reason = error.status, error.reason
-                # Else what they hold, a picture of 100 MB perhaps, lives until Python looks for cycles.
-                traceback.clear_frames(caught.__traceback__)
+                let_go(caught)
                 rich = rpc_status.to_status(to_status(error, call.request_id))
                 # With abort_with_status, the status' own metadata would take the place of any other.
                 await context.abort(rich.code, rich.details, (*rich.trailing_metadata, (REQUEST_ID, call.request_id)))
@@ -174,6 +173,16 @@ def call_of(method: str, metadata: Sequence[tuple[str, str | bytes]], peer: str)
         request_id = uuid.uuid4().hex
     host = peer.rpartition(":")[0] if peer.startswith(("ipv4:", "ipv6:")) else peer
     return Call(method, request_id, client=host, traceparent=sent.get("traceparent", ""))
+
+
+def let_go(error: BaseException) -> None:
+    """Frees what the frames hold that an error, and those behind it, came through: a picture of 100 MB perhaps, that would else
+    live until Python looks for cycles. Nobody can tell afterwards where it was raised."""
+    behind: BaseException | None = error
+    while behind is not None:
+        traceback.clear_frames(behind.__traceback__)
+        behind.__traceback__ = None  # it also has frames that have not ended yet, and are none the emptier
+        behind = behind.__context__
 
 
 def _brief(text: str) -> str:

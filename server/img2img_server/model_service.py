@@ -6,17 +6,17 @@ from img2img.v1 import image_to_image_pb2 as image_pb
 from img2img.v1 import model_pb2 as pb
 from img2img.v1 import model_pb2_grpc as pb_grpc
 
+from img2img_server.backend import Models
 from img2img_server.bundle import Source
 from img2img_server.calls import current
 from img2img_server.errors import InvalidField
-from img2img_server.models.residency import Residency
 from img2img_server.models.store import EngineStatus, Model, ModelStore
 
 
 class ModelService(pb_grpc.ModelServiceServicer):
     """Lists, loads and unloads models."""
 
-    def __init__(self, models: ModelStore, residency: Residency) -> None:
+    def __init__(self, models: ModelStore, residency: Models) -> None:
         self._models = models
         self._residency = residency
 

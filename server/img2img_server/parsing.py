@@ -61,7 +61,7 @@ class Parser:
         self._executor = executor
 
     async def parse(self, message: pb.TransformRequest, model: Model, seconds_left: float | None, previews: bool) -> Job:
-        """Checks a message for `model` and fills in its defaults. Without `previews` none are drawn, whatever it asks.
+        """Checks a message for `model` and fills in its defaults. Without `previews`, as only its end is told, none are drawn.
 
         Raises the error that names the first wrong field.
         """
@@ -98,6 +98,7 @@ class Parser:
                 image_digest=digest,
                 client=call.client,
                 id=call.request_id,
+                follow=previews,
             )
             # The engine will ask for it too. What is slow of it the first time is done here, off its thread and the loop's.
             _pipeline_of(model).plan(request)
@@ -140,12 +141,13 @@ class Parser:
         images.target_size((multiple, multiple), width, height, multiple, limits)
 
     def _load(self, field: str, data: bytes, message: pb.TransformRequest, model: Model) -> tuple[Image.Image, bytes]:
-        """The source at the result's size, and its digest."""
+        """The source at the result's size, and its digest. One that makes too large a result is refused by its header."""
         width = message.width if message.HasField("width") else None
         height = message.height if message.HasField("height") else None
-        limits = self._config.image_limits
+        multiple, limits = _pipeline_of(model).size_multiple, self._config.image_limits
+        images.check_stored_size(images.header_size(data, limits, field), width, height, multiple, limits)
         image = images.decode(data, limits, field)
-        size = images.target_size(image.size, width, height, _pipeline_of(model).size_multiple, limits)
+        size = images.target_size(image.size, width, height, multiple, limits)
         image = images.resize(image, size)
         return image, image_digest(image)
 

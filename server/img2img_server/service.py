@@ -15,12 +15,13 @@ from img2img_server import images
 from img2img_server.assets.files import owner_of
 from img2img_server.assets.index import Room
 from img2img_server.assets.store import AssetStore
+from img2img_server.backend import Models
 from img2img_server.calls import current
-from img2img_server.engine.engine import Accepted, Engine
+from img2img_server.engine.answers import Accepted
 from img2img_server.engine.request import Completed, Event, Failed, Progress, Queued, Request, Started
 from img2img_server.engine.room import Place
+from img2img_server.engine.runner import Runner
 from img2img_server.model_service import reference_from
-from img2img_server.models.residency import Residency
 from img2img_server.models.store import ModelStore
 from img2img_server.parsing import Job, Parser
 from img2img_server.telemetry.telemetry import Telemetry
@@ -38,8 +39,8 @@ class ImageToImageService(pb_grpc.ImageToImageServiceServicer):
         self,
         parser: Parser,
         models: ModelStore,
-        residency: Residency,
-        engine: Engine,
+        residency: Models,
+        engine: Runner,
         executor: Executor,
         telemetry: Telemetry,
         assets: AssetStore,
@@ -141,7 +142,8 @@ class ImageToImageService(pb_grpc.ImageToImageServiceServicer):
         if not job.as_asset:
             return nullcontext()
         width, height = job.request.image.size
-        return self._assets.room(len(job.request.seeds) * (width * height * _BYTES_PER_PIXEL + _BYTES_PER_FILE))
+        size = len(job.request.seeds) * (width * height * _BYTES_PER_PIXEL + _BYTES_PER_FILE)
+        return self._assets.room(owner_of(current()), size)
 
     async def _content(self, data: bytes, room: Room | None) -> dict[str, Any]:
         """The picture's file in an answer, or where it is."""
@@ -154,7 +156,9 @@ class ImageToImageService(pb_grpc.ImageToImageServiceServicer):
 
     def _engine_of(self, job: Job) -> str:
         """What runs the model now: another engine may have taken over since the request came."""
-        pipeline = self._models.get(job.model.id).pipeline
+        pipeline = self._models.pipelines().get(
+            job.model.id, job.model.pipeline
+        )  # one elsewhere may be lost when its answer is here
         assert pipeline is not None, "a model that runs has a pipeline"
         return pipeline.engine
 

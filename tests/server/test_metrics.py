@@ -208,7 +208,7 @@ def test_what_is_served_is_what_is_described(server: RunningServer, stub: ImageT
 
 def test_the_documentation_has_every_metric() -> None:
     """The table between the markers is metrics.describe(); print that to mend it."""
-    text = (REPOSITORY / "docs" / "operations.md").read_text(encoding="utf-8")
+    text = (REPOSITORY / "docs" / "monitoring.md").read_text(encoding="utf-8")
     _, begun, rest = text.partition("<!-- metrics -->\n")
     table, ended, _ = rest.partition("\n<!-- /metrics -->")
     assert begun

@@ -12,6 +12,7 @@ from img2img_server.bundle import Source
 from img2img_server.calls import Call, answering
 from img2img_server.config import ModelSettings
 from img2img_server.engine.request import Completed, Event, Failed
+from img2img_server.engine.scheduler import Limits
 from img2img_server.errors import (
     BundleError,
     ModelMemoryFull,
@@ -21,6 +22,7 @@ from img2img_server.errors import (
     PermissionDenied,
     ShuttingDown,
 )
+from img2img_server.models.exporting import EXPORTER
 from img2img_server.models.memory import estimate
 from img2img_server.models.store import Model, ModelState, ModelStore
 from model_folder import MB, Memory, Rig, make_bundle, rig
@@ -288,6 +290,19 @@ async def test_one_load_under_a_full_queue_gets_its_turn(folder: Path) -> None:
         await use(it, "b")
         going = False
         await asyncio.to_thread(it.engine.settle, "a")
+
+
+async def test_a_load_does_not_wait_for_those_who_wait_for_it(folder: Path) -> None:
+    """The callers of a model that is being loaded hold all the places of the queue that there are."""
+    it = Rig(folder, ModelSettings(preload=("none",)), EXPORTER, Limits(max_waiting=1))
+    it.engine.start()
+    try:
+        with it.engine.arriving():
+            async with asyncio.timeout(60), it.residency.using(named("b")) as model:
+                assert model.pipeline is not None
+    finally:
+        await it.residency.close()
+        it.engine.close()
 
 
 async def test_closing_ends_what_is_being_loaded(folder: Path) -> None:

@@ -17,6 +17,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from img2img.v1 import image_to_image_pb2 as pb
 from img2img.v1.image_to_image_pb2_grpc import ImageToImageServiceStub
 from img2img_client import Client
+from img2img_server.backend import LocalBackend
 from img2img_server.config import ServerConfig
 from img2img_server.engine.scheduler import Limits
 from img2img_server.images import ImageLimits
@@ -62,7 +63,8 @@ def test_an_independent_client_finds_its_way_by_reflection(version: str) -> None
 
 def test_a_second_server_on_the_port_is_an_error() -> None:
     with running(lambda: store(m=FakePipeline())) as server:
-        second = Server(ServerConfig(Path(), port=server.port), lambda: store(m=FakePipeline()))
+        config = ServerConfig(Path(), port=server.port)
+        second = Server(config, LocalBackend(config, lambda: store(m=FakePipeline())))
 
         async def start() -> None:
             try:

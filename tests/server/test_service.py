@@ -109,6 +109,10 @@ BAD: dict[str, tuple[dict[str, object], str]] = {
     "a picture of too many bytes": ({"image": pb.ImageSource(data=bytes(100_001))}, "image.data"),
     "a picture of too many pixels": ({"image": pb.ImageSource(data=png((500, 500)))}, "image.data"),
     "a result of too many pixels": ({"image": pb.ImageSource(data=png((128, 128)))}, "image"),
+    "too many pixels of a result, by the header of a damaged picture": (
+        {"image": pb.ImageSource(data=png((128, 128))[:60])},
+        "image",
+    ),
     "a picture smaller than the multiple": ({"image": pb.ImageSource(data=png((4, 4)))}, "image"),
     "an undecodable uri": ({"image": pb.ImageSource(uri="data:image/png;base64,%%%")}, "image.uri"),
     "no picture in a uri": ({"image": pb.ImageSource(uri="data:,hello")}, "image.uri"),

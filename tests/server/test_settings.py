@@ -92,7 +92,7 @@ def _values(one: Setting) -> st.SearchStrategy[Any]:
     return by_kind[one.kind]
 
 
-_SECTIONS = ("tls", "residency")
+_SECTIONS = ("tls", "residency", "ray")
 """Sections whose settings need each other."""
 
 

@@ -21,7 +21,8 @@ _log = logging.getLogger(__name__)
 Metadata = Sequence[tuple[str, str | bytes]]
 
 _OPEN = "/grpc.health.v1.Health/"
-_UNCOUNTED = "/grpc.reflection."
+_UNCOUNTED = ("/grpc.reflection.", "/inference.GRPCInferenceService/ModelStreamInfer")
+"""Of the second, each request counts (kserve/streaming.py)."""
 _LOOK_SECONDS = 1.0
 """How often the file is looked at, at most, and how long it must have been left alone: a file that is half written in place may
 lack a token's limits."""

@@ -1,5 +1,6 @@
 """What the asset store knows of its files without looking, and how many bytes they take: no input, no output."""
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -47,19 +48,22 @@ class Entry:
 
 
 class Room:
-    """Bytes of the quota, `left` of them, that are kept free for something on its way."""
+    """Bytes of the quota, `left` of them, that are kept free for something of `owner` on its way."""
 
-    def __init__(self, left: int = 0) -> None:
+    def __init__(self, owner: str, left: int = 0) -> None:
+        self.owner = owner
         self.left = left
 
 
 class AssetIndex:
     """Entries by owner and id. `size` is their bytes, `reserved` those of what is on its way; both together stay below `quota`,
-    but for files that another server put into the same place."""
+    and one owner's below `share` (None: no bound), but for files that another server put into the same place."""
 
-    def __init__(self, quota: int) -> None:
+    def __init__(self, quota: int, share: int | None = None) -> None:
         self.quota = quota
         self.size = self.reserved = 0
+        self._share = share
+        self._taken: Counter[str] = Counter()  # by owner: bytes of assets and of what is on its way
         self._entries: dict[Key, Entry] = {}
 
     def __len__(self) -> int:
@@ -78,40 +82,61 @@ class AssetIndex:
         entry = self._entries.get(key)
         if entry is None:
             return self.enter(key, found.size, found.used)
-        self.size += found.size - entry.size
+        self._count(found.owner, found.size - entry.size)
         entry.size, entry.used, entry.touched = found.size, max(entry.used, found.used), found.used
         return entry
 
     def enter(self, key: Key, size: int, used: float) -> Entry:
         """Notes a file that was just written."""
         self.forget(key)
-        self.size += size
+        self._count(key[0], size)
         self._entries[key] = entry = Entry(size, used, used)
         return entry
 
     def forget(self, key: Key) -> None:
         """Notes that a file is gone."""
         entry = self._entries.pop(key, None)
-        self.size -= entry.size if entry is not None else 0
+        self._count(key[0], -entry.size if entry is not None else 0)
 
     def postpone(self, key: Key) -> None:
         """Has a file come last of all."""
         if (entry := self._entries.pop(key, None)) is not None:
             self._entries[key] = entry
 
-    def fits(self, size: int) -> bool:
-        """Whether so many bytes more are within the quota."""
-        return self.size + self.reserved + size <= self.quota
+    def fits(self, owner: str, size: int) -> bool:
+        """Whether so many bytes more are within the quota and the owner's share of it."""
+        return self.size + self.reserved + size <= self.quota and (
+            self._share is None or self._taken[owner] + size <= self._share
+        )
 
     def enlarge(self, room: Room, size: int) -> None:
         """Keeps so many bytes more free for `room`. Raises AssetQuotaFull."""
-        if not self.fits(size):
-            raise AssetQuotaFull(f"there is no room for {size} bytes more: delete assets, or wait until some expire")
-        self.reserved += size
+        if not self.fits(room.owner, size):
+            whose = "" if self.size + self.reserved + size > self.quota else f" within your share of {self._share} bytes"
+            raise AssetQuotaFull(f"there is no room for {size} bytes more{whose}: delete assets, or wait until some expire")
+        self._reserve(room.owner, size)
         room.left += size
+
+    def release(self, room: Room) -> None:
+        """Gives back what is left of `room`."""
+        self._reserve(room.owner, -room.left)
+        room.left = 0
 
     def cover(self, room: Room, key: Key, size: int) -> None:
         """Keeps so much more free that `room` and what the file has now are `size` bytes: it may have been there when room was
         made for it, and be gone. Raises AssetQuotaFull."""
         known = self._entries.get(key)
         self.enlarge(room, max(0, size - room.left - (0 if known is None else known.size)))
+
+    def _count(self, owner: str, size: int) -> None:
+        self.size += size
+        self._take(owner, size)
+
+    def _reserve(self, owner: str, size: int) -> None:
+        self.reserved += size
+        self._take(owner, size)
+
+    def _take(self, owner: str, size: int) -> None:
+        self._taken[owner] += size
+        if not self._taken[owner]:
+            del self._taken[owner]  # else owners who have nothing any more would stay for good

@@ -38,7 +38,7 @@ class AssetStore:
         self._settings = settings
         self._clock = clock
         self._sweep_seconds = sweep_seconds
-        self._index = AssetIndex(settings.quota)
+        self._index = AssetIndex(settings.quota, settings.client_quota)
         self._opened: AssetFiles | None = None
         self._locks: WeakValueDictionary[Key, asyncio.Lock] = WeakValueDictionary()
         self._uploads = self._downloads = self._expired = self._damaged = 0
@@ -90,16 +90,16 @@ class AssetStore:
             raise NotSupported(f"{what}: this server keeps no assets; its setting 'assets' is 'none'")
 
     @asynccontextmanager
-    async def room(self, size: int) -> AsyncIterator[Room]:
-        """Keeps `size` bytes of the quota free within the block. Raises AssetQuotaFull where they are not to be had."""
-        if not self._index.fits(size):
+    async def room(self, owner: str, size: int) -> AsyncIterator[Room]:
+        """Keeps `size` bytes of the quota free for `owner` within the block. Raises AssetQuotaFull where there are fewer."""
+        if not self._index.fits(owner, size):
             await self.sweep()
-        room = Room()
+        room = Room(owner)
         self._index.enlarge(room, size)
         try:
             yield room
         finally:
-            self._index.reserved -= room.left
+            self._index.release(room)
 
     def holds(self, owner: str, asset_id: str) -> bool:
         """Whether this asset is known to be there, so that it takes no more of the quota."""
@@ -115,7 +115,7 @@ class AssetStore:
         if size > room.left:
             self._index.enlarge(room, size - room.left)
         room.left -= size  # from here on they are the writing's
-        return await self._work.finish(self._store((owner, asset_id), data, Room(size)))
+        return await self._work.finish(self._store((owner, asset_id), data, Room(owner, size)))
 
     async def find(self, owner: str, asset_id: str) -> Asset:
         """What is known of an asset, which counts as a use of it. Raises AssetNotFound or StorageFailed."""
@@ -199,7 +199,7 @@ class AssetStore:
         except FileNotFoundError as error:  # not the file: the place
             raise StorageFailed("what keeps the assets is gone") from error
         finally:
-            self._index.reserved -= room.left
+            self._index.release(room)
 
     async def _used_again(self, key: Key) -> Entry | None:
         """The entry of a file that need not be written, as it is there and whole."""

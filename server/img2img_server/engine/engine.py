@@ -112,16 +112,10 @@ class Engine:
             self._changed.wait_for(lambda: not self._running or self._abandoned is not None)
         self._end_all(ShuttingDown("the server stopped before the request was finished"))
 
-    def check_room(self, client: str = "") -> None:
-        """Raises at once what `submit` would for any request of `client`, before work is put into reading it."""
-        with self._changed:
-            self._check_open()
-            self._room.check(client, self._clock())
-
     @contextmanager
     def arriving(self, client: str = "") -> Iterator[Place]:
         """Within the block a request of `client` holds a place among those that wait until it is submitted, and counts as its
-        client's to the end. Raises at once, as `check_room` does, where there is none."""
+        client's to the end. Raises at once what `submit` would for any request of that client, before work goes into it."""
         place = Place(client)
         with self._changed:
             self._check_open()
@@ -133,10 +127,11 @@ class Engine:
             with self._changed:
                 self._room.leave(place)
 
-    def submit(self, request: Request, listener: Listener, place: Place | None = None) -> Accepted:
+    def submit(self, request: Request, listener: Listener, place: Place | None = None, bounded: bool = True) -> Accepted:
         """Accepts a request from any thread; its events go to `listener` on the engine's thread, which must not block.
 
-        `place` is what it held while it arrived. Raises at once where it cannot be taken: InvalidField, QueueFull, ClientBusy,
+        `place` is what it held while it arrived. One that is not `bounded` is the server's own, and taken however many wait: they
+        may be waiting for it. Raises at once where it cannot be taken: InvalidField, QueueFull, ClientBusy,
         ModelNotLoaded, ShuttingDown, what the engine was abandoned with, or DeadlineUnmeetable where even now the deadline is
         nearer than the request's end.
         """
@@ -148,7 +143,8 @@ class Engine:
             self._check_open()
             self._pipeline(request.model)
             now, scheduler = self._clock(), self._scheduler
-            self._room.check(request.client, now, request.background)
+            if bounded:
+                self._room.check(request.client, now, request.background)
             ticket = Ticket(request, plan, listener, next(self._numbers), now)
             ticket.position, ticket.forecast = scheduler.look_at(ticket, now)
             eta = None if ticket.forecast is None else scheduler.estimate(ticket, ticket.forecast)

@@ -22,7 +22,7 @@ class Request:
     None for none. `scheduler` is one of the pipeline's `schedulers`, None for the bundle's own. A preview is drawn every
     `preview_interval` steps, none at 0. `image_digest` tells pictures apart by content; empty where they need not be cached.
     One in the `background` is the server's own, and comes after all others. `client` tells whose it is, and `id` is what logs and
-    the caller know it by.
+    the caller know it by. Without `follow` nobody hears of it before its end, so that nothing needs to be sent from afar.
     """
 
     model: str
@@ -40,6 +40,7 @@ class Request:
     background: bool = False
     client: str = ""
     id: str = ""
+    follow: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from PIL import Image
 from img2img_server.bundle import Manifest
 from img2img_server.engine.engine import Engine
 from img2img_server.engine.request import Completed, Ending, Event, Failed, Pipeline, Request
-from img2img_server.errors import BundleError, QueueFull, ServerError, ShuttingDown
+from img2img_server.errors import BundleError, ServerError, ShuttingDown
 from img2img_server.models.memory import Meter, give_back, in_words, measured
 from img2img_server.models.store import ModelStore
 
@@ -135,12 +135,8 @@ class Mover:
             if isinstance(event, Completed | Failed):
                 loop.call_soon_threadsafe(_settle, ended, event)
 
-        while True:
-            try:
-                accepted = await asyncio.to_thread(self._engine.submit, request, listen)
-                break
-            except QueueFull as error:
-                await asyncio.sleep(error.retry_after)
+        # Whatever the queue's bounds: those who fill it may be waiting for this model.
+        accepted = await asyncio.to_thread(self._engine.submit, request, listen, bounded=False)
         try:
             ending = await ended
         finally:

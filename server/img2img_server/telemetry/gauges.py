@@ -9,7 +9,7 @@ from prometheus_client.registry import Collector
 
 from img2img_server.assets.store import AssetStore
 from img2img_server.engine.cache import Cache
-from img2img_server.engine.engine import Engine
+from img2img_server.engine.runner import Runner
 from img2img_server.models.store import Model, ModelState, ModelStore
 from img2img_server.telemetry.metrics import About
 
@@ -57,7 +57,7 @@ Family = CounterMetricFamily | GaugeMetricFamily
 class Gauges(Collector):
     """Asks the parts that it was given. On a thread of the metrics' server; it takes the engine's lock for a moment only."""
 
-    def __init__(self, engine: Engine, models: ModelStore, cache: Cache | None, assets: AssetStore) -> None:
+    def __init__(self, engine: Runner, models: ModelStore, cache: Cache | None, assets: AssetStore) -> None:
         self._engine = engine
         self._models = models
         self._cache = cache

@@ -9,6 +9,7 @@ from typing import TypeVar
 from wsgiref.simple_server import WSGIServer
 
 import prometheus_client
+from google.protobuf.descriptor import ServiceDescriptor
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
 from img2img.v1 import asset_pb2, image_to_image_pb2, model_pb2
@@ -112,6 +113,10 @@ class Metrics:
         self._thread.join()
         self._server = None
 
+    def serves(self, service: ServiceDescriptor) -> None:
+        """Counts calls of this service's methods by their names."""
+        self._methods |= _names(service)
+
     def began(self, record: Record) -> None:
         """Counts a call that begins."""
         self._in_progress.labels(self._method(record)).inc()
@@ -164,8 +169,12 @@ def _make(kind: Callable[..., _M], about: About, registry: CollectorRegistry, **
 def _methods() -> dict[str, str]:
     """The label of each method that there is: "ImageToImageService/Transform". One per version would tell nobody anything."""
     services = [service for contract in _CONTRACTS for service in contract.DESCRIPTOR.services_by_name.values()]
-    known = {f"/{it.full_name}/{method.name}": f"{it.name}/{method.name}" for it in services for method in it.methods}
+    known = {path: label for service in services for path, label in _names(service).items()}
     return known | {"/grpc.reflection.v1.ServerReflection/ServerReflectionInfo": "ServerReflection/ServerReflectionInfo"}
+
+
+def _names(service: ServiceDescriptor) -> dict[str, str]:
+    return {f"/{service.full_name}/{method.name}": f"{service.name}/{method.name}" for method in service.methods}
 
 
 def describe() -> str:

@@ -11,14 +11,16 @@ from img2img_server.assets.store import AssetStore
 from img2img_server.calls import Call
 from img2img_server.config import TelemetrySettings
 from img2img_server.engine.cache import Cache
-from img2img_server.engine.engine import Engine
 from img2img_server.engine.request import Request
+from img2img_server.engine.runner import Runner
 from img2img_server.engine.spans import Span
 from img2img_server.models.store import ModelStore
 from img2img_server.telemetry.logs import ACCESS
 from img2img_server.telemetry.trails import Outcome, Record, Trail
 
 if TYPE_CHECKING:
+    from google.protobuf.descriptor import ServiceDescriptor
+
     from img2img_server.telemetry.metrics import Metrics
     from img2img_server.telemetry.traces import Traces
 
@@ -27,7 +29,10 @@ __all__ = ["Outcome", "Telemetry", "Trail"]
 _log = logging.getLogger(__name__)
 _access = logging.getLogger(ACCESS)
 
-_QUIET = ("/grpc.health.v1.Health/", "/grpc.reflection.")
+_QUIET = (
+    *("/grpc.health.v1.Health/", "/grpc.reflection."),
+    *(f"/inference.GRPCInferenceService/{name}" for name in ("ServerLive", "ServerReady", "ModelReady")),
+)
 """Methods that are asked again and again and tell of nobody's work: their lines are for DEBUG, and they leave no traces."""
 
 _RECORD: ContextVar[Record | None] = ContextVar("img2img_record", default=None)
@@ -74,12 +79,17 @@ class Telemetry:
             self._traces.close()
         self._metrics = self._traces = None
 
-    def watch(self, engine: Engine, models: ModelStore, cache: Cache | None, assets: AssetStore) -> None:
+    def watch(self, engine: Runner, models: ModelStore, cache: Cache | None, assets: AssetStore) -> None:
         """From now on, tells of these, too. Once, after start()."""
         if self._metrics is not None:
             from img2img_server.telemetry.gauges import Gauges
 
             self._metrics.registry.register(Gauges(engine, models, cache, assets))
+
+    def serves(self, service: "ServiceDescriptor") -> None:
+        """From now on, tells of the methods of `service`, too, by their names."""
+        if self._metrics is not None:
+            self._metrics.serves(service)
 
     @contextmanager
     def call(self, call: Call) -> Iterator[Outcome]:

@@ -24,7 +24,7 @@ class Trace:
         self._file: TextIO = path.open("w", encoding="utf-8")
         self._file.write("[\n")
         self._lock = threading.Lock()
-        self._failed = False
+        self._over = False  # closed, or given up
 
     def observe(self, span: Span) -> None:
         """Notes a stage."""
@@ -32,7 +32,8 @@ class Trace:
         self._write({"name": span.stage, "ph": "X", "ts": span.start * 1e6, "dur": span.seconds * 1e6, "args": arguments})
 
     def close(self, **facts: Any) -> None:
-        """Ends the file with what is to be said at the end, an event for each."""
+        """Ends the file with what is to be said at the end, an event for each. Harmless where that was done before: what comes
+        after it, as the engine's last call may, is not noted."""
         for name, arguments in facts.items():
             self._write({"name": name, "ph": "i", "s": "g", "ts": 0, "args": arguments})
         self._put('{"name": "end", "ph": "i", "s": "g", "ts": 0, "pid": 1, "tid": 1}\n]\n', last=True)
@@ -43,14 +44,15 @@ class Trace:
     def _put(self, text: str, last: bool = False) -> None:
         """A disk that is full ends the timeline, and nothing else: requests do not fail for it."""
         with self._lock:
-            if self._failed:
+            if self._over:
                 return
             try:
                 self._file.write(text)
                 if last:
+                    self._over = True
                     self._file.close()
             except OSError as error:
-                self._failed = True
+                self._over = True
                 _log.error("the timeline ends here: %s", error)
                 with contextlib.suppress(OSError):  # what could not be written is tried once more
                     self._file.close()

@@ -1,0 +1,107 @@
+"""A device that only sleeps: pipelines whose calls take a given time and no core, to test and measure what is around them.
+
+As a sleep needs no core, several of them show on two cores how a server of several devices scales.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from img2img_server.backend import LocalBackend
+from img2img_server.bundle import Manifest, Source, Verification
+from img2img_server.config import ServerConfig
+from img2img_server.engine.request import Plan, Request
+from img2img_server.models.store import Model, ModelStore
+from PIL import Image, ImageChops
+
+
+@dataclass(slots=True, eq=False)
+class _State:
+    request: Request
+    step_count: int
+    step: int = 0
+
+
+class SimulatedDevice:
+    """Implements the engine's Pipeline. A denoising call takes `seconds`, whatever is in it, and `more` for each further row.
+
+    The picture of a seed is the source, each of its bytes moved by something that depends on seed, step count and prompt: two
+    replicas must give the same one, and other seeds others.
+    """
+
+    engine = "simulated:sleep"
+    size_multiple = 8
+    native_size = (512, 512)
+    max_rows: int | None = None
+    measurable = True
+    schedulers: tuple[str, ...] = ()
+
+    def __init__(self, seconds: float, more: float = 0.0) -> None:
+        self._seconds, self._more = seconds, more
+
+    def plan(self, request: Request) -> Plan:
+        """One row for each picture; as many steps as diffusers would take."""
+        width, height = request.image.size
+        steps = max(1, int(request.num_inference_steps * request.strength))
+        return Plan((width, height), width * height, len(request.seeds), steps)
+
+    def prepare(self, requests: Sequence[Request]) -> Sequence[_State]:
+        """Takes no time."""
+        return [_State(request, self.plan(request).step_count) for request in requests]
+
+    def denoise(self, states: Sequence[_State]) -> Sequence[None]:
+        """Sleeps."""
+        rows = sum(len(state.request.seeds) for state in states)
+        time.sleep(self._seconds + self._more * (rows - 1))
+        return [None] * len(states)
+
+    def advance(self, states: Sequence[_State], noises: Sequence[None]) -> None:
+        """Counts."""
+        for state in states:
+            state.step += 1
+
+    def preview(self, states: Sequence[_State]) -> Sequence[Image.Image | None]:
+        """There are none."""
+        return [None] * len(states)
+
+    def finish(self, states: Sequence[_State]) -> Sequence[Sequence[Image.Image]]:
+        """Takes next to no time."""
+        return [[_drawn(state.request, seed) for seed in state.request.seeds] for state in states]
+
+    def release(self, state: _State) -> None:
+        """Nothing is held."""
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+def _drawn(request: Request, seed: int) -> Image.Image:
+    shift = (seed * 31 + request.num_inference_steps * 7 + sum(request.prompt.encode())) % 256
+    return ImageChops.offset(request.image, shift % request.image.width, 0).point(lambda value: (value + shift) % 256)
+
+
+def simulated(config: ServerConfig, seconds: float, more: float = 0.0, models: tuple[str, ...] = ("m",)) -> LocalBackend:
+    """A backend with a simulated device and these models on it, the first of them the default."""
+
+    def load() -> ModelStore:
+        return ModelStore([Model(name, _manifest(name), SimulatedDevice(seconds, more)) for name in models], default=models[0])
+
+    return LocalBackend(config, load)
+
+
+def _manifest(name: str) -> Manifest:
+    return Manifest(
+        source=Source(repo_id=f"simulated/{name}", revision="r1"),
+        pipeline_class="StableDiffusionImg2ImgPipeline",
+        family="stable-diffusion",
+        backend="onnx",
+        components=(),
+        files={},
+        tools={},
+        verification=Verification(passed=True),
+    )
+
+
+SOMEWHERE = Path()
+"""For `ServerConfig.models`, which is not read."""

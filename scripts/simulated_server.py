@@ -1,0 +1,36 @@
+"""`img2img serve` with a simulated device, in a process of its own: to test and measure engines on Ray and in the process.
+
+Its arguments are JSON: ServerConfig's own settings, RaySettings' and the device's. It lives and ends as the server does.
+"""
+
+import asyncio
+import functools
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from img2img_server.backend import LocalBackend
+from img2img_server.cluster.serving import ClusterBackend, RayConnection
+from img2img_server.config import RaySettings, ServerConfig
+from img2img_server.life import live
+from img2img_server.server import Server
+from img2img_server.telemetry import logs
+from simulated_device import SOMEWHERE, simulated
+
+
+def server(settings: dict[str, Any], ray: dict[str, Any], device: dict[str, Any]) -> Server:
+    """The server of these settings: with `engine` "ray" a front, else one with an engine of its own."""
+    if "port_file" in settings:
+        settings["port_file"] = Path(settings["port_file"])
+    config = ServerConfig(SOMEWHERE, port=0, warm_up=0.0, ray=RaySettings(**ray), **settings)
+    make: Callable[[ServerConfig], LocalBackend] = functools.partial(simulated, **device)
+    if config.engine == "local":
+        return Server(config, make(config))
+    return Server(config, ClusterBackend(config, RayConnection(config, make)))
+
+
+if __name__ == "__main__":
+    logs.configure("text")
+    sys.exit(asyncio.run(live(server(*map(json.loads, sys.argv[1:])))))

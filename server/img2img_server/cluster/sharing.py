@@ -1,0 +1,112 @@
+"""What a replica gets: its share of the machine, and the part of a server's settings that replicas have in common."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from img2img_server.config import RaySettings, ServerConfig, TelemetrySettings
+from img2img_server.settings.setting import settings_of, value_of
+
+_COMMON = (
+    "models",
+    "default_model",
+    "watchdog",
+    "warm_up",
+    "cache_bytes",
+    "allow_unverified",
+    "limits",
+    "execution",
+    "residency",
+    "ray",
+)
+"""The settings and sections that replicas are made with. All others are each front's own."""
+_OF_FRONTS = ("ray_address", "ray_app")
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """Cores and GPUs of one replica, as Ray counts them: they are promised to it, not enforced."""
+
+    cpus: float
+    gpus: float
+
+    @property
+    def threads(self) -> int | None:
+        """CPU threads of one call of a model; None where no cores are promised, which leaves it to the machine."""
+        return max(1, int(self.cpus)) if self.cpus else None
+
+
+def share_of(settings: RaySettings, resources: Mapping[str, float], cores: int) -> Share:
+    """A replica's share of a cluster with these resources, whose machines have so many cores."""
+    gpus = settings.num_gpus
+    if gpus is None:
+        gpus = 1.0 if resources.get("GPU", 0.0) >= 1 else 0.0
+    cpus = settings.num_cpus
+    if cpus is None:
+        cpus = 1.0 if gpus else float(max(1, cores // settings.most_replicas))
+    return Share(cpus, gpus)
+
+
+def check_fit(settings: RaySettings, share: Share, resources: Mapping[str, float]) -> None:
+    """Raises ValueError where the fewest replicas do not fit into a cluster that cannot grow: Ray would wait for ever."""
+    for what, name, each in (("cores", "CPU", share.cpus), ("GPUs", "GPU", share.gpus)):
+        there = resources.get(name, 0.0)
+        if settings.min_replicas * each > there:
+            raise ValueError(
+                f"ray_min_replicas: {settings.min_replicas} replicas of {each:g} {what} each do not fit into {there:g} {what}; "
+                f"set ray_num_{name.lower()}s"
+            )
+
+
+def replica_config(config: ServerConfig, share: Share) -> ServerConfig:
+    """The settings that a replica is made with: calls use its cores, and paths mean the same wherever it is. What is a front's
+    own, such as where its tokens and keys are, stays there."""
+    threads = config.execution.threads or share.threads
+    cache = config.execution.cache
+    execution = replace(config.execution, threads=threads, cache=cache.absolute() if cache is not None else None)
+    shared = {
+        **{name: getattr(config, name) for name in _COMMON},
+        "models": config.models.absolute(),
+        "execution": execution,
+        "telemetry": TelemetrySettings(log_format=config.telemetry.log_format),
+        "grace": config.ray.graceful_shutdown_timeout,
+    }
+    return ServerConfig(**shared)
+
+
+MESSAGES = {"RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(2**31 - 1)}
+"""Read by Ray Serve on both sides: several large pictures pass, as raw pixels. Its own bound is 4 MiB."""
+
+
+def variables(share: Share) -> dict[str, str]:
+    """The environment of a replica's process: what libraries read when they are loaded."""
+    own = {
+        **MESSAGES,
+        "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",  # it never blocks the loop, so it needs none of its own
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "DIFFUSERS_VERBOSITY": "error",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "GRPC_VERBOSITY": "ERROR",
+        "RAY_DISABLE_FAILURE_SIGNAL_HANDLER": "0",  # where a library crashes, the log says so; fronts have it off
+    }
+    if share.threads is not None:
+        own["OMP_NUM_THREADS"] = str(share.threads)
+    return own
+
+
+def common(config: ServerConfig) -> dict[str, str]:
+    """The settings that replicas have in common, by name, as text."""
+    mine = replace(config, models=config.models.absolute())
+    return {
+        one.name: str(value_of(mine, one))
+        for one in settings_of(ServerConfig)
+        if one.path[0] in _COMMON and one.name not in _OF_FRONTS
+    }
+
+
+def differences(ours: Mapping[str, str], theirs: Mapping[str, str]) -> list[str]:
+    """In a line each, the settings that are not those of the application."""
+    return [
+        f"{name} is {theirs.get(name, 'not known')} there, not {value}"
+        for name, value in ours.items()
+        if theirs.get(name) != value
+    ]

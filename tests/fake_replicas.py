@@ -1,0 +1,146 @@
+"""Replicas that do what a test tells them, and a front over them whose roster looks when it is told to."""
+
+import asyncio
+from collections import defaultdict
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fakes import Clock, FakePipeline, make_request
+from img2img_server.cluster.front import Front
+from img2img_server.cluster.messages import Asked, Card, Done, Ended, Job, Load, Look, ReplicaLost, Told
+from img2img_server.cluster.models import RemoteModels, Roster
+from img2img_server.engine.request import Completed, Event, Failed, Timings
+from img2img_server.engine.room import Place
+from img2img_server.engine.scheduler import Limits
+from img2img_server.errors import (
+    ServerError,
+)
+from running import store
+
+CARD = Card.of(store(m=FakePipeline()).get("m"))
+IDLE = Load(0.0, 0, 0, ("m",))
+LOST = ReplicaLost("killed")
+Script = Sequence[Told | Exception | asyncio.Event]
+"""What a replica does for one call: it tells, raises, or waits for an event."""
+
+
+def done(job: Job) -> Done:
+    return Done((job.picture,), Timings(0.1, 0.2, 0.3, 0.4))
+
+
+class FakeReplicas:
+    """Replicas whose calls go by scripts, one each; a call without one is done. `jobs` are those that came, `cancelled` those
+    that were given up, and `looks` what everybody says, by name, after `late` looks that nobody answers."""
+
+    def __init__(self, *scripts: Script) -> None:
+        self.scripts = list(scripts)
+        self.jobs: list[Job] = []
+        self.cancelled: list[Job] = []
+        self.late = 0
+        self.came = asyncio.Event()
+        self.looks = {"r0": Look("r0", IDLE, (CARD,), None), "r1": Look("r1", IDLE, (CARD,), None)}
+        self.answers: defaultdict[str, list[Any]] = defaultdict(list)
+        self.asked: list[tuple[str, Any]] = []
+        self.before: Callable[[], Awaitable[object]] | None = None
+
+    async def transform(self, job: Job) -> Ended:
+        async for told in self.stream(job):
+            if isinstance(told, Done | Failed):
+                return told
+        raise AssertionError("a script has an end")
+
+    async def stream(self, job: Job) -> AsyncGenerator[Told, None]:
+        self.jobs.append(job)
+        self.came.set()
+        script = self.scripts.pop(0) if self.scripts else (done(job),)
+        try:
+            if self.before is not None:
+                await self.before()
+            for act in script:
+                if isinstance(act, asyncio.Event):
+                    await act.wait()
+                elif isinstance(act, Exception):
+                    raise act
+                else:
+                    yield done(job) if isinstance(act, Done) else act
+        except (asyncio.CancelledError, GeneratorExit):
+            self.cancelled.append(job)
+            raise
+
+    async def ask(self, method: str, asked: Asked) -> Card | Failed:
+        self.asked.append((method, asked))
+        answer = self.answers[method].pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        assert isinstance(answer, Card | Failed)
+        return answer
+
+    async def everywhere(self, method: str, *arguments: Any) -> Sequence[Any]:
+        if method == "look":
+            self.late -= 1
+            if not self.looks or self.late >= 0:
+                raise LOST
+            return list(self.looks.values())
+        self.asked.append((method, *arguments))
+        return self.answers[f"all {method}"].pop(0)  # type: ignore[no-any-return]
+
+
+class Rig:
+    """A front over such replicas, whose roster looks when it is told to."""
+
+    def __init__(self, replicas: FakeReplicas, limits: Limits) -> None:
+        self.replicas, self.clock = replicas, Clock()
+        self.serving: dict[str, bool] = {}
+        self.roster = Roster(replicas, self._tell, self.clock)
+        self.front = Front(replicas, self.roster, limits, self.clock)
+        self.models = RemoteModels(replicas, self.roster)
+
+    async def run(self, **settings: object) -> list[Event]:
+        """One request to its end: all that was told of it."""
+        return await self.submit(**settings).over()
+
+    def submit(self, **settings: object) -> "Caller":
+        return Caller(self.front, None, **settings)
+
+    async def _tell(self, name: str, serving: bool) -> None:
+        self.serving[name] = serving
+
+
+class Caller:
+    """Submits a request and hears of it."""
+
+    def __init__(self, front: Front, place: Place | None = None, **settings: object) -> None:
+        self.events: list[Event] = []
+        self._ended = asyncio.Event()
+        self.accepted = front.submit(make_request(**settings), self._listen, place)
+
+    async def over(self) -> list[Event]:
+        await self._ended.wait()
+        await asyncio.sleep(0)  # a second ending would come now
+        assert sum(isinstance(event, Completed | Failed) for event in self.events) == 1
+        assert isinstance(self.events[-1], Completed | Failed)
+        return self.events
+
+    async def error(self) -> ServerError:
+        ending = (await self.over())[-1]
+        assert isinstance(ending, Failed)
+        return ending.error
+
+    def _listen(self, event: Event) -> None:
+        self.events.append(event)
+        if isinstance(event, Completed | Failed):
+            self._ended.set()
+
+
+@asynccontextmanager
+async def rig(*scripts: Script, **limits: Any) -> AsyncIterator[Rig]:
+    made = Rig(FakeReplicas(*scripts), Limits(**limits))
+    await made.roster.open(None)
+    yield made
+    assert await made.front.drain(60)
+
+
+def loads(it: Rig, *given: Load) -> None:
+    """From the next look on, replicas are this busy."""
+    it.replicas.looks = {f"r{n}": Look(f"r{n}", load, (CARD,), None) for n, load in enumerate(given)}

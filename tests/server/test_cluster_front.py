@@ -1,0 +1,263 @@
+"""The front over replicas that do what a test tells them: each request has one ending, whatever becomes of who runs it."""
+
+import asyncio
+import math
+from collections.abc import Sequence
+
+import pytest
+from fake_replicas import IDLE, LOST, Caller, loads, rig
+from img2img_server.cluster.messages import Done, Load, ReplicaLeft, Step, Told
+from img2img_server.engine.request import Completed, Event, Failed, Progress, Queued, Started, Timings
+from img2img_server.errors import (
+    ClientBusy,
+    DeadlineExpired,
+    DeadlineUnmeetable,
+    EngineStuck,
+    ModelFailed,
+    NoReplica,
+    QueueFull,
+    RequestCancelled,
+    ShuttingDown,
+)
+
+
+def steps(events: Sequence[Event]) -> list[int]:
+    return [event.step for event in events if isinstance(event, Progress)]
+
+
+STEPS = tuple(Step(number, 3, None, None) for number in (1, 2, 3))
+LIFE: tuple[Told, ...] = (Queued(0, 1.0), Started(3), *STEPS)
+END = Done((), Timings(0, 0, 0, 0))
+"""The scripts' own end: the job's picture comes back."""
+
+
+@pytest.mark.parametrize("told_before", range(len(LIFE) + 1))
+@pytest.mark.parametrize("told_again", range(len(LIFE) + 1))
+async def test_wherever_replicas_die_the_caller_hears_of_one_life(told_before: int, told_again: int) -> None:
+    """The first dies after some events, the second after some others, the third sees it through."""
+    async with rig((*LIFE[:told_before], LOST), (*LIFE[:told_again], LOST), (*LIFE, END)) as it:
+        events = await it.run(seeds=(5, 6))
+    assert steps(events) == [1, 2, 3]
+    assert sum(isinstance(event, Started) for event in events) == 1
+    kinds = [type(event) for event in events]
+    assert kinds[kinds.index(Started) :] == [Started, Progress, Progress, Progress, Completed]
+    assert set(kinds[: kinds.index(Started)]) == {Queued}
+    assert [job.seeds for job in it.replicas.jobs] == [(5, 6)] * 3
+    assert len({(job.id, job.prompt, job.image_digest, job.picture) for job in it.replicas.jobs}) == 1
+
+
+@pytest.mark.parametrize("follow", [False, True])
+@pytest.mark.parametrize("end", [LOST, Failed(ShuttingDown("draining")), Failed(EngineStuck("stuck"))])
+async def test_what_ends_a_replica_does_not_end_its_requests(follow: bool, end: Exception | Failed) -> None:
+    async with rig((end,), (END,)) as it:
+        (*_, ending) = await it.run(follow=follow)
+    assert isinstance(ending, Completed)
+    assert len(it.replicas.jobs) == 2
+
+
+async def test_a_stream_that_breaks_off_counts_as_a_loss() -> None:
+    async with rig(LIFE[:2], (*LIFE, END)) as it:
+        assert steps(await it.run()) == [1, 2, 3]
+
+
+async def test_an_error_of_the_request_is_final_and_arrives_whole() -> None:
+    async with rig((Failed(DeadlineUnmeetable("too late", 12.5)),)) as it:
+        error = await it.submit(deadline=3.0).error()
+    assert isinstance(error, DeadlineUnmeetable)
+    assert error.estimate == 12.5
+    assert len(it.replicas.jobs) == 1
+    assert it.replicas.jobs[0].seconds_left == 3.0
+
+
+@pytest.mark.parametrize("follow", [False, True])
+@pytest.mark.parametrize("end", [LOST, Failed(EngineStuck("stuck"))])
+async def test_a_request_that_ends_whoever_has_it_ends_three_and_is_not_to_be_sent_again(
+    end: Exception | Failed, follow: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("img2img_server.cluster.front._PAUSE", 0.0)
+    async with rig(*([(end,)] * 50)) as it:
+        error = await it.submit(follow=follow).error()
+    assert isinstance(error, ModelFailed)
+    assert len(it.replicas.jobs) == 3
+
+
+@pytest.mark.parametrize("end", [ReplicaLeft("nobody is there"), Failed(ShuttingDown("draining"))])
+async def test_replicas_that_leave_are_not_the_requests_doing_and_their_number_has_an_end(
+    end: Exception | Failed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("img2img_server.cluster.front._PAUSE", 0.0)
+    async with rig(*([(end,)] * 50)) as it:
+        error = await it.submit().error()
+    assert isinstance(error, NoReplica)
+    assert error.retry_after is not None
+    assert 3 < len(it.replicas.jobs) < 10
+
+
+async def test_the_deadline_bounds_the_tries_and_each_has_what_is_left() -> None:
+    async with rig((LOST,), (LOST,), (LOST,)) as it:
+
+        async def pass_time() -> None:
+            it.clock.now += 2.0
+
+        it.replicas.before = pass_time
+        assert isinstance(await it.submit(deadline=3.0).error(), DeadlineExpired)
+    assert [job.seconds_left for job in it.replicas.jobs] == [3.0, 1.0]
+
+
+async def test_a_fault_that_nobody_knows_ends_the_request_without_its_text() -> None:
+    async with rig((RuntimeError("a path on our disk"),)) as it:
+        error = await it.submit().error()
+    assert (type(error), str(error)) == (ModelFailed, "the server failed")
+
+
+@pytest.mark.parametrize("follow", [False, True])
+async def test_who_leaves_cancels_the_call_of_the_replica(follow: bool) -> None:
+    async with rig((*LIFE[:3], asyncio.Event())) as it:
+        caller = it.submit(follow=follow)
+        await it.replicas.came.wait()
+        caller.accepted.ticket.cancel()
+        assert isinstance(await caller.error(), RequestCancelled)
+        caller.accepted.ticket.cancel()  # harmless
+    assert it.replicas.cancelled == it.replicas.jobs
+
+
+async def test_who_leaves_at_once_is_never_sent() -> None:
+    async with rig() as it:
+        caller = it.submit()
+        caller.accepted.ticket.cancel()
+        assert isinstance(await caller.error(), RequestCancelled)
+    assert it.replicas.jobs == []
+
+
+async def test_draining_refuses_what_comes_and_waits_for_what_runs() -> None:
+    go = asyncio.Event()
+    async with rig((go, END)) as it:
+        caller = it.submit()
+        await it.replicas.came.wait()
+        assert not await it.front.drain(0)
+        with pytest.raises(ShuttingDown), it.front.arriving("c"):
+            pass
+        go.set()
+        assert await it.front.drain(60)
+        assert isinstance((await caller.over())[-1], Completed)
+
+
+async def test_what_is_abandoned_ends_with_an_error_of_its_own() -> None:
+    async with rig((asyncio.Event(),), (asyncio.Event(),)) as it:
+        callers = [it.submit(), it.submit()]
+        await it.replicas.came.wait()
+        error = ShuttingDown("the server stopped")
+        await it.front.abandon(error)
+        told = [await caller.error() for caller in callers]
+        assert [str(one) for one in told] == ["the server stopped"] * 2
+        assert len({id(one) for one in (*told, error)}) == 3
+        with pytest.raises(ShuttingDown):
+            it.submit()
+
+
+async def test_where_no_replica_is_requests_are_refused_and_told_when_to_come_again() -> None:
+    async with rig() as it:
+        loads(it)
+        await it.roster.look()
+        with pytest.raises(NoReplica) as refused, it.front.arriving():
+            pass
+        assert refused.value.status == "UNAVAILABLE"
+        assert refused.value.retry_after is not None
+        assert it.serving == {"m": False}
+        loads(it, IDLE)
+        await it.roster.look()
+        assert it.serving == {"m": True}
+        assert isinstance((await it.run())[-1], Completed)
+
+
+async def test_a_replica_that_is_stuck_counts_as_none() -> None:
+    """It has work for ever: no figure to add to others', nor to tell callers to wait for."""
+    stuck = Load(math.inf, 0, 0, ())
+    async with rig(max_waiting_seconds=10.0) as it:
+        loads(it, stuck, Load(2.0, 1, 0, ("m",)))
+        await it.roster.look()
+        assert (it.front.stats.work_seconds, it.front.stats.waiting) == (2.0, 1)
+        loads(it, stuck)
+        await it.roster.look()
+        with pytest.raises(NoReplica), it.front.arriving():
+            pass
+        assert it.serving == {"m": False}
+        assert it.front.stats.work_seconds is None
+
+
+async def test_who_waits_for_a_replica_is_told_at_last_that_none_comes() -> None:
+    async with rig((asyncio.Event(),)) as it:
+        caller = it.submit()
+        await it.replicas.came.wait()
+        loads(it)
+        await it.roster.look()
+        it.front.looked()
+        assert caller.events == []
+        it.clock.now += 61
+        await it.roster.look()
+        it.front.looked()
+        assert isinstance(await caller.error(), NoReplica)
+
+
+async def test_the_queue_of_all_fronts_is_bounded() -> None:
+    """Others' requests show in what replicas tell; this front's own at once, before anybody has looked."""
+    async with rig(max_waiting=2, max_active=1) as it:
+        loads(it, Load(9.0, 1, 1, ("m",)), Load(9.0, 2, 1, ("m",)))
+        await it.roster.look()
+        with it.front.arriving("a"):
+            with pytest.raises(QueueFull) as full, it.front.arriving("b"):
+                pass
+            assert full.value.retry_after > 0
+        with it.front.arriving("b"):
+            pass
+        it.replicas.scripts = [(asyncio.Event(),)]
+        caller = it.submit()
+        with pytest.raises(QueueFull):
+            it.submit()
+        caller.accepted.ticket.cancel()
+
+
+async def test_requests_that_idle_engines_take_at_once_do_not_wait() -> None:
+    async with rig(*([(asyncio.Event(),)] * 5), max_waiting=1, max_active=2) as it:
+        callers = [it.submit() for _ in range(5)]
+        with it.front.arriving("a"), pytest.raises(QueueFull):
+            it.submit()
+        for caller in callers:
+            caller.accepted.ticket.cancel()
+
+
+async def test_seconds_of_work_bound_the_queue_where_all_have_too_many() -> None:
+    async with rig(max_waiting_seconds=10.0) as it:
+        loads(it, Load(25.0, 0, 1, ("m",)), Load(9.0, 0, 1, ("m",)))
+        await it.roster.look()
+        assert isinstance((await it.run())[-1], Completed)
+        loads(it, Load(25.0, 0, 1, ("m",)), Load(14.0, 0, 1, ("m",)))
+        await it.roster.look()
+        with pytest.raises(QueueFull, match=r"14\.0 s of work") as full:
+            it.submit()
+        assert full.value.retry_after == 4.0
+
+
+async def test_a_client_has_so_many_and_a_place_until_it_has_its_answer() -> None:
+    async with rig(max_client_waiting=2) as it:
+        with it.front.arriving("a") as place:
+            caller = Caller(it.front, place, client="a")
+            with it.front.arriving("a"):
+                with pytest.raises(ClientBusy), it.front.arriving("a"):
+                    pass
+                with it.front.arriving("b"):
+                    pass
+            assert isinstance((await caller.over())[-1], Completed)  # it is still being sent
+            with it.front.arriving("a"), pytest.raises(ClientBusy), it.front.arriving("a"):
+                pass
+        with it.front.arriving("a"), it.front.arriving("a"):
+            pass
+
+
+async def test_what_all_replicas_do_is_told_to_metrics() -> None:
+    async with rig() as it:
+        loads(it, Load(2.0, 1, 2, ("m",)), Load(None, 3, 4, ("m",)))
+        await it.roster.look()
+        with it.front.arriving():
+            stats = it.front.stats
+    assert (stats.waiting, stats.active, stats.work_seconds, stats.arriving) == (4, 6, 2.0, 1)

@@ -1,0 +1,134 @@
+"""What passes between processes arrives as it was sent: errors with all they know, pictures to the last bit."""
+
+import inspect
+import pickle
+from collections.abc import Iterator
+from copy import copy
+from dataclasses import fields, replace
+
+import pytest
+from fakes import FakePipeline, make_request
+from img2img_server.bundle import Component
+from img2img_server.calls import Call
+from img2img_server.cluster.messages import Asked, Card, Done, Job, Picture, ReplicaLost, Step, ending_of
+from img2img_server.engine.request import Completed, Failed, Progress, Request, Timings
+from img2img_server.errors import DeadlineUnmeetable, EngineStuck, InvalidField, QueueFull, ServerError, ShuttingDown
+from img2img_server.interceptors import to_status
+from img2img_server.models.store import ModelState
+from PIL import Image
+from running import store
+
+ARGUMENTS = {"message": "no luck", "field": "image.data", "description": "it is too small", "retry_after": 2.5, "estimate": 12.5}
+ELSEWHERE = {"image", "deadline", "background"}
+"""Fields of a Request that a Job has under another name, or never: what is in the background is an engine's own."""
+
+
+def _kinds(kind: type[ServerError] = ServerError) -> Iterator[type[ServerError]]:
+    yield kind
+    for below in kind.__subclasses__():
+        yield from _kinds(below)
+
+
+def _make(kind: type[ServerError]) -> ServerError:
+    if kind.__init__ is Exception.__init__:
+        return kind("no luck")
+    return kind(*(ARGUMENTS[name] for name in inspect.signature(kind).parameters))
+
+
+@pytest.mark.parametrize("kind", sorted(set(_kinds()), key=str))
+def test_an_error_tells_its_caller_the_same_after_a_journey(kind: type[ServerError]) -> None:
+    error = _make(kind)
+    for again in (pickle.loads(pickle.dumps(error)), copy(error)):  # noqa: S301 - what this test has just written
+        assert type(again) is kind
+        assert again is not error
+        assert (str(again), again.args, vars(again)) == (str(error), error.args, vars(error))
+        assert to_status(again, "id") == to_status(error, "id")
+
+
+def test_errors_of_several_fields_are_among_them() -> None:
+    made = [_make(kind) for kind in (InvalidField, QueueFull, DeadlineUnmeetable)]
+    assert vars(made[0]) == {"field": "image.data", "description": "it is too small"}
+    assert [vars(error) for error in made[1:]] == [{"retry_after": 2.5}, {"estimate": 12.5}]
+
+
+def _travelled(request: Request, sent: float, read: float) -> Request:
+    job: Job = pickle.loads(pickle.dumps(Job.of(request, sent)))  # noqa: S301 - what this test has just written
+    return job.request(read)
+
+
+def test_a_request_arrives_whole_and_with_the_seconds_it_has_left() -> None:
+    image = Image.effect_noise((24, 16), 90).convert("RGB")
+    request = make_request(
+        image=image, prompt="p", negative_prompt="n", strength=0.5, guidance_scale=3.0, seeds=(2**63 - 1, 4), deadline=107.0,
+        scheduler="DDIMScheduler", preview_interval=2, image_digest=b"digest", client="c", id="i", follow=False,
+    )  # fmt: skip
+    again = _travelled(request, sent=100.0, read=5000.0)
+    assert again.deadline == 5007.0
+    assert (again.image.mode, again.image.size, again.image.tobytes()) == ("RGB", (24, 16), image.tobytes())
+    for field in fields(Request):
+        if field.name not in ELSEWHERE:
+            assert getattr(again, field.name) == getattr(request, field.name), field.name
+    assert _travelled(make_request(), 1.0, 2.0).deadline is None
+
+
+def test_no_field_of_a_request_stays_behind() -> None:
+    assert {field.name for field in fields(Request)} - ELSEWHERE <= {field.name for field in fields(Job)}
+
+
+def test_events_arrive_as_they_were_told() -> None:
+    image = Image.effect_noise((8, 24), 90).convert("RGB")
+    completed = Completed((image, image.rotate(180)), Timings(1, 2, 3, 4))
+    again = ending_of(pickle.loads(pickle.dumps(Done.of(completed))))  # noqa: S301 - what this test has just written
+    assert isinstance(again, Completed)
+    assert again.timings == completed.timings
+    assert [picture.tobytes() for picture in again.images] == [picture.tobytes() for picture in completed.images]
+    step = Step.of(Progress(3, 4, 1.5, image)).progress()
+    assert (step.step, step.step_count, step.eta) == (3, 4, 1.5)
+    assert step.preview is not None
+    assert step.preview.tobytes() == image.tobytes()
+    assert Step.of(Progress(1, 4)).progress() == Progress(1, 4)
+
+
+def test_a_picture_that_arrived_can_be_drawn_on() -> None:
+    message = Picture.of(Image.new("RGB", (2, 2), "white"))
+    first, second = message.image(), message.image()
+    first.putpixel((0, 0), (1, 2, 3))
+    assert second.getpixel((0, 0)) == (255, 255, 255)
+
+
+@pytest.mark.parametrize("kind", [ShuttingDown, EngineStuck])
+def test_an_end_of_the_replica_is_none_of_the_request(kind: type[ServerError]) -> None:
+    with pytest.raises(ReplicaLost, match="no luck"):
+        ending_of(Failed(_make(kind)))
+
+
+def test_any_other_error_is_the_requests_end() -> None:
+    error = _make(InvalidField)
+    assert ending_of(Failed(error)) == Failed(error)
+
+
+def test_cards_are_small_whatever_a_manifest_lists() -> None:
+    """Each front gets one of every model from every replica, twice a second."""
+    (model,) = store(m=FakePipeline())
+    manifest = model.manifest
+    assert manifest is not None
+    parts = tuple(Component(f"part{n}", "fp32") for n in range(50))
+    long = replace(manifest, components=parts, files={f"f{n}": "0" * 64 for n in range(500)}, tools={"torch": "1" * 500})
+    card = Card.of(replace(model, manifest=long))
+    assert len(pickle.dumps(card)) < 1500
+    assert card.manifest is not None
+    assert (card.manifest.family, card.manifest.backend, card.manifest.precision) == (
+        manifest.family,
+        manifest.backend,
+        manifest.precision,
+    )
+
+
+def test_a_card_says_what_requests_are_read_by() -> None:
+    model = store(m=FakePipeline()).get("m")
+    card: Card = pickle.loads(pickle.dumps(Card.of(model)))  # noqa: S301 - what this test has just written
+    assert (card.id, card.state, card.runs_on, card.size_multiple) == ("m", ModelState.READY, "fake:cpu", 8)
+    assert card.schedulers == FakePipeline.schedulers
+    assert card.manifest is not None
+    assert (card.manifest.source.repo_id, card.manifest.verification.passed) == ("acme/m", True)
+    assert pickle.loads(pickle.dumps(Asked(Call("m", "i"), name="m"))).name == "m"  # noqa: S301 - likewise

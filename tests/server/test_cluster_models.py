@@ -1,0 +1,134 @@
+"""The models of replicas, as a front sees them: the best state that each has anywhere, and what becomes of it."""
+
+from dataclasses import replace
+
+import pytest
+from fake_replicas import CARD, IDLE, LOST, FakeReplicas, Rig, rig
+from fakes import FakePipeline
+from img2img_server.bundle import Source
+from img2img_server.calls import Call, answering
+from img2img_server.cluster.messages import Asked, Look, ReplicaLeft, Unloaded
+from img2img_server.engine.request import Failed
+from img2img_server.engine.scheduler import Limits
+from img2img_server.errors import (
+    ModelMemoryFull,
+    ModelNotFound,
+    ModelUnavailable,
+    NoReplica,
+    PermissionDenied,
+    ShuttingDown,
+)
+from img2img_server.models.store import ModelState
+
+
+def cards(it: Rig, *states: ModelState) -> None:
+    """From the next look on, replicas have the model in these states."""
+    bare = replace(CARD, runs_on="", size_multiple=1, schedulers=(), detail="not here")
+    it.replicas.looks = {
+        f"r{n}": Look(f"r{n}", IDLE, (CARD if state is ModelState.READY else replace(bare, state=state),), None)
+        for n, state in enumerate(states)
+    }
+
+
+READY, LOADING, UNLOADED, FAILED = ModelState.READY, ModelState.LOADING, ModelState.UNLOADED, ModelState.FAILED
+
+
+@pytest.mark.parametrize(
+    ("states", "state", "detail"),
+    [
+        ((READY, READY), READY, ""),
+        ((FAILED, UNLOADED, READY), READY, "in the memory of 1 of 3 replicas"),
+        ((UNLOADED, LOADING), LOADING, "not here"),
+        ((UNLOADED, FAILED), UNLOADED, "not here"),
+        ((FAILED, FAILED), FAILED, "not here"),
+    ],
+)
+async def test_a_model_is_in_the_best_state_that_it_has_anywhere(
+    states: tuple[ModelState, ...], state: ModelState, detail: str
+) -> None:
+    async with rig() as it:
+        cards(it, *states)
+        await it.roster.look()
+        model = it.roster.models.get("m")
+        assert (model.state, model.detail) == (state, detail)
+        assert it.serving == {"m": state is READY}
+        if state is READY:
+            assert model.pipeline is not None
+            assert (model.pipeline.engine, model.pipeline.size_multiple) == ("fake:cpu", 8)
+            assert model.pipeline.schedulers == FakePipeline.schedulers
+
+
+async def test_a_front_waits_a_little_for_replicas_that_it_was_not_told_of_yet(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("img2img_server.cluster.models.LOOK_EVERY", 0.0)
+    it = Rig(FakeReplicas(), Limits())
+    it.replicas.late = 3
+    await it.roster.open(None)
+    assert [model.id for model in it.roster.models] == ["m"]
+    it.replicas.late = 10**6
+    with pytest.raises(NoReplica):
+        await it.roster.open(None)
+
+
+async def test_models_come_and_go() -> None:
+    async with rig() as it:
+        it.replicas.looks["r1"] = Look("r1", IDLE, (CARD, replace(CARD, id="n")), None)
+        await it.roster.look()
+        assert [model.id for model in it.roster.models] == ["m", "n"]
+        del it.replicas.looks["r1"]
+        await it.roster.look()
+        assert [model.id for model in it.roster.models] == ["m"]
+        assert it.serving == {"m": True, "n": False}
+
+
+async def test_a_model_that_nobody_has_is_brought_by_one() -> None:
+    async with rig() as it:
+        cards(it, UNLOADED, UNLOADED)
+        await it.roster.look()
+        leaving, gone = Failed(ShuttingDown("draining")), ReplicaLeft("nobody is there")
+        it.replicas.answers["bring"] = [LOST, leaving, CARD]
+        it.replicas.answers["bring"] += [Failed(ModelMemoryFull("no room", 3.0)), LOST, leaving, gone, LOST, LOST, LOST]
+        async with it.models.using(Source(path="m")) as model:
+            assert model.state is READY
+        async with it.models.using(Source(path="m")):
+            assert len(it.replicas.asked) == 3, "it is known to be there"
+        assert {asked.model for _, asked in it.replicas.asked} == {"m"}, "it is sent to where requests of it go"
+        await it.roster.look()
+        for error in (ModelMemoryFull, NoReplica, ModelUnavailable):  # the last one's load ends whoever tries
+            with pytest.raises(error):
+                async with it.models.using(Source(path="m")):
+                    pass
+
+
+async def test_what_the_front_knows_is_refused_here_and_what_it_does_not_is_asked() -> None:
+    caller = Call("", "", models=("other*",))
+    async with rig() as it:
+        it.replicas.answers["bring"] = [Failed(ModelNotFound("there is none"))]
+        with answering(caller):
+            with pytest.raises(PermissionDenied):
+                async with it.models.using(Source(path="m")):
+                    pass
+            assert it.replicas.asked == []
+            with pytest.raises(ModelNotFound):
+                async with it.models.using(Source(path="z")):
+                    pass
+        assert it.replicas.asked == [("bring", Asked(caller, Source(path="z")))]
+
+
+async def test_loading_and_unloading_reach_all_replicas() -> None:
+    async with rig() as it:
+        it.replicas.answers["load"] = [CARD, Failed(ModelNotFound("there is none"))]
+        it.replicas.answers["all load"] = [[CARD, CARD]]
+        reference = Source(repo_id="acme/m")
+        assert (await it.models.load(reference)).state is READY
+        assert [(method, asked.reference) for method, asked in it.replicas.asked] == [
+            ("load", reference),
+            ("load", Source(path="m")),
+        ]
+        with pytest.raises(ModelNotFound):
+            await it.models.load(reference)
+        it.replicas.answers["all unload"] = [[Unloaded(3), Unloaded(4)], [Failed(ModelNotFound("gone"))], []]
+        assert await it.models.unload("m") == 7
+        with pytest.raises(ModelNotFound, match="gone"):
+            await it.models.unload("m")
+        with pytest.raises(NoReplica):
+            await it.models.unload("m")

@@ -1,0 +1,365 @@
+"""KServe v2 by Triton's own client, unchanged: what it asks, and that its transforms are those of img2img.v1."""
+
+import base64
+import dataclasses
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+import tritonclient.grpc as triton  # type: ignore[import-untyped]
+import tritonclient.grpc.aio as triton_aio  # type: ignore[import-untyped]
+from fakes import FakePipeline
+from img2img.v1 import image_to_image_pb2 as pb
+from img2img.v1.image_to_image_pb2_grpc import ImageToImageServiceStub
+from kserve_calls import Loaded, client_of, number, opened, parameters, picture, refused, serving, tensor, text
+from messages import failure, png
+from PIL import Image
+from running import RunningServer
+from soak_parts.stand_in import StandInPipeline, expected
+from tritonclient.grpc import service_pb2, service_pb2_grpc
+from tritonclient.utils import InferenceServerException  # type: ignore[import-untyped]
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[RunningServer, Loaded]]:
+    with serving(tmp_path_factory.mktemp("models")) as made:
+        yield made
+
+
+@pytest.fixture
+def server(served: tuple[RunningServer, Loaded]) -> RunningServer:
+    return served[0]
+
+
+@pytest.fixture
+def pipeline(served: tuple[RunningServer, Loaded]) -> FakePipeline:
+    """The one of "m", as if it had done nothing yet."""
+    pipeline = served[1]["m"]
+    pipeline.prepared.clear()
+    pipeline.released.clear()
+    pipeline.before_call = lambda: None
+    return pipeline
+
+
+@pytest.fixture
+def client(server: RunningServer) -> Iterator[Any]:
+    with client_of(server) as made:
+        yield made
+
+
+@pytest.fixture
+def stub(server: RunningServer) -> Iterator[Any]:
+    """For what Triton's client would not send."""
+    with grpc.insecure_channel(f"localhost:{server.port}") as channel:
+        yield service_pb2_grpc.GRPCInferenceServiceStub(channel)
+
+
+@pytest.fixture
+def native(server: RunningServer) -> Iterator[ImageToImageServiceStub]:
+    with grpc.insecure_channel(f"localhost:{server.port}") as channel:
+        yield ImageToImageServiceStub(channel)
+
+
+def test_server_and_models_are_live_and_ready(client: Any) -> None:
+    assert client.is_server_live()
+    assert client.is_server_ready()
+    assert client.is_model_ready("m")
+    assert client.is_model_ready("m", "1")
+    assert not client.is_model_ready("nope"), "as Triton has it"
+    assert not client.is_model_ready("m", "2")
+    metadata = client.get_server_metadata()
+    assert (metadata.name, "model_repository" in metadata.extensions) == ("img2img", True)
+    assert metadata.version
+
+
+def test_what_is_described_is_what_is_taken(client: Any, pipeline: FakePipeline) -> None:
+    """Every input, with the datatype and the shape that metadata and configuration tell, and every output."""
+    metadata, config = client.get_model_metadata("m"), client.get_model_config("m").config
+    assert (metadata.name, list(metadata.versions), metadata.platform) == ("m", ["1"], "img2img_onnx")
+    assert [one.name for one in config.input] == [one.name for one in metadata.inputs]
+    assert [list(one.dims) for one in config.input] == [list(one.shape) for one in metadata.inputs]
+    assert all(one.optional for one in config.input)
+    assert (config.max_batch_size, config.model_transaction_policy.decoupled) == (0, False)
+    assert config.parameters["schedulers"].string_value == "EulerDiscreteScheduler, DDIMScheduler"
+    values = {
+        "image": png(), "image_uri": b"data:image/png;base64," + base64.b64encode(png()), "prompt": b"a lake",
+        "image_pixels": np.zeros((8, 16, 3), np.uint8), "negative_prompt": b"fog", "strength": 0.5, "guidance_scale": 2.0,
+        "num_inference_steps": 10, "seed": 7, "image_count": 2, "width": 16, "height": 8, "scheduler": b"ddimscheduler",
+    }  # fmt: skip
+    described = {one.name: one for one in metadata.inputs}
+    assert described.keys() == values.keys()
+
+    def made(name: str) -> Any:
+        one, value = described[name], values[name]
+        if isinstance(value, np.ndarray):
+            return tensor(name, value)
+        kinds = {"BYTES": object, "FP32": np.float32, "INT64": np.int64}
+        return tensor(name, np.array(value, kinds[one.datatype]).reshape(one.shape))
+
+    settings = [made(name) for name in values if not name.startswith("image_") or name == "image_count"]
+    for source in ("image", "image_uri", "image_pixels"):
+        inputs = [made(source), *(one for one in settings if one.name() != "image")]
+        result = client.infer("m", inputs, outputs=[triton.InferRequestedOutput(one.name) for one in metadata.outputs])
+        for output in metadata.outputs:
+            found = result.get_output(output.name)
+            assert (found.datatype, list(found.shape), list(output.shape)) == (output.datatype, [2], [-1])
+        assert result.as_numpy("seed").tolist() == [7, 8]
+    asked = pipeline.prepared[-1].request
+    assert (asked.prompt, asked.negative_prompt, asked.scheduler, asked.image.size) == ("a lake", "fog", "DDIMScheduler", (16, 8))
+    assert (asked.strength, asked.guidance_scale, asked.num_inference_steps, asked.seeds) == (0.5, 2.0, 10, (7, 8))
+
+
+SETTINGS: dict[str, Any] = {
+    "prompt": "a lake", "negative_prompt": "fog", "strength": 0.7, "guidance_scale": 0.0, "num_inference_steps": 10, "seed": 3,
+    "image_count": 2, "width": 16, "height": 8, "scheduler": "DDIMScheduler",
+}  # fmt: skip
+
+
+def as_tensors(float_kind: Any, int_kind: Any) -> list[Any]:
+    kinds: dict[type, Any] = {float: float_kind, int: int_kind}
+    return [
+        text(name, value) if isinstance(value, str) else number(name, value, kinds[type(value)])
+        for name, value in SETTINGS.items()
+    ]
+
+
+def asked_of(pipeline: FakePipeline) -> object:
+    """What the engine was asked for last, but for its name."""
+    return dataclasses.replace(pipeline.prepared[-1].request, id="")
+
+
+@pytest.mark.parametrize("kinds", [(np.float32, np.int64), (np.float64, np.int32)])
+def test_tensors_and_parameters_ask_for_what_fields_ask_for(
+    kinds: tuple[Any, Any], client: Any, native: ImageToImageServiceStub, pipeline: FakePipeline
+) -> None:
+    """Also a strength of 0.7: seven steps of ten, and six for the FP32 that is closest to it."""
+    answer = native.Transform(
+        pb.TransformRequest(model=pb.ModelReference(path="m"), image=pb.ImageSource(data=png()), **SETTINGS)
+    )
+    wanted = asked_of(pipeline)
+    by_tensors = client.infer("m", [picture(), *as_tensors(*kinds)])
+    assert (asked_of(pipeline), pipeline.prepared[-1].step_count) == (wanted, 7)
+    by_parameters = client.infer("m", [picture()], parameters=SETTINGS)
+    assert asked_of(pipeline) == wanted
+    for result in (by_tensors, by_parameters):
+        assert result.as_numpy("images").tolist() == [image.data for image in answer.images]
+        assert result.as_numpy("seed").tolist() == [image.seed for image in answer.images]
+
+
+def test_tensors_come_before_parameters(client: Any, pipeline: FakePipeline) -> None:
+    client.infer("m", [picture(), number("seed", 5, np.int64)], parameters={"seed": 6, "prompt": "p"})
+    asked = pipeline.prepared[-1].request
+    assert (asked.seeds, asked.prompt) == ((5,), "p")
+
+
+class StandIns(Loaded):
+    """Loads what draws pictures."""
+
+    def load(self, bundle: Path, manifest: object) -> Any:
+        return StandInPipeline(0.0)
+
+
+def test_a_picture_is_the_one_that_img2img_v1_makes(tmp_path: Path) -> None:
+    """By a stand-in whose pictures every setting changes."""
+    source = Image.effect_noise((32, 24), 80).convert("RGB")
+    source.save(tmp_path / "source.png")
+    data, wanted = (tmp_path / "source.png").read_bytes(), expected(source, "a lake", 11, 6)
+    pixels = np.asarray(source)
+    settings = {"prompt": "a lake", "seed": 11, "num_inference_steps": 6}
+    with (
+        serving(tmp_path / "models", StandIns()) as (server, _),
+        client_of(server) as client,
+        grpc.insecure_channel(f"localhost:{server.port}") as channel,
+    ):
+        request = pb.TransformRequest(model=pb.ModelReference(path="m"), image=pb.ImageSource(data=data), **settings)  # type: ignore[arg-type]
+        native = ImageToImageServiceStub(channel).Transform(request).images[0].data
+        for given in (picture(data), tensor("image_pixels", pixels), tensor("image_pixels", pixels[np.newaxis])):
+            result = client.infer("m", [given], parameters=settings)
+            assert result.as_numpy("images").flatten()[0] == native
+            assert opened(result).convert("RGB").tobytes() == wanted.tobytes()
+
+
+@pytest.mark.parametrize("asked", [["seed", "images"], ["images"], ["seed"], []])
+def test_outputs_come_as_they_are_asked(client: Any, asked: list[str]) -> None:
+    result = client.infer("m", [picture()], outputs=[triton.InferRequestedOutput(name) for name in asked])
+    response = result.get_response()
+    assert [output.name for output in response.outputs] == (asked or ["images", "seed"])
+    assert len(response.raw_output_contents) == len(response.outputs)
+    assert (response.model_name, response.model_version) == ("m", "1")
+
+
+def test_an_answer_has_the_requests_id_timings_and_what_ran_it(client: Any) -> None:
+    response = client.infer("m", [picture()], request_id="my-own").get_response()
+    assert response.id == "my-own"
+    told = parameters(response)
+    assert (told["engine"], told["model_revision"]) == ("fake:cpu", "r1")
+    assert {"queue_ms", "encode_ms", "denoise_ms", "decode_ms"} < told.keys()
+    assert told["total_ms"] > 0
+
+
+@pytest.mark.parametrize(("word", "format_"), [("png", "PNG"), ("JPEG", "JPEG"), ("webp", "WEBP")])
+def test_results_come_in_the_format_that_was_asked(client: Any, word: str, format_: str) -> None:
+    result = client.infer("m", [picture()], parameters={"output_format": word, "quality": 50})
+    assert opened(result).format == format_
+
+
+def test_a_batchs_dimension_of_one_is_given_back(client: Any) -> None:
+    result = client.infer("m", [text("image", png(), (1, 1)), text("prompt", "p", (1, 1))], parameters={"image_count": 3})
+    assert result.as_numpy("images").shape == result.as_numpy("seed").shape == (1, 3)
+    status, told = refused(lambda: client.infer("m", [text("image", png(), (3, 1))]))
+    assert (status, told[:21]) == ("INVALID_ARGUMENT", "image: a batch of 3: ")
+
+
+BAD: dict[str, tuple[list[Any], dict[str, Any], str]] = {
+    "no picture": ([], {}, "image"),
+    "two sources": ([picture(), text("image_uri", "data:,")], {}, "image"),
+    "a source twice, by tensor and parameter": ([picture()], {"image_uri": "data:,"}, "image"),
+    "no picture in a file": ([picture(b"nothing")], {}, "image"),
+    "no picture in an address": ([text("image_uri", "data:,hello")], {}, "image_uri"),
+    "an address of no kind": ([text("image_uri", "gopher://x")], {}, "image_uri"),
+    "pixels of less than the model takes": ([tensor("image_pixels", np.zeros((4, 4, 3), np.uint8))], {}, "image_pixels"),
+    "an unknown input": ([picture(), text("promt", "p")], {}, "inputs"),
+    "an input twice": ([picture(), text("prompt", "p"), text("prompt", "p")], {}, "prompt"),
+    "a wrong datatype": ([picture(), number("seed", 1, np.float32)], {}, "seed"),
+    "a wrong shape": ([picture(), tensor("seed", np.array([1, 2], np.int64))], {}, "seed"),
+    "no elements": ([picture(), tensor("seed", np.array([], np.int64))], {}, "seed"),
+    "no UTF-8": ([picture(), text("prompt", b"\xff\xfe")], {}, "prompt"),
+    "a value out of bounds": ([picture(), number("strength", 1.5, np.float32)], {}, "strength"),
+    "not a number": ([picture(), number("guidance_scale", np.nan, np.float32)], {}, "guidance_scale"),
+    "an integer that is too long": ([picture(), number("width", 2**40, np.int64)], {}, "width"),
+    "an unknown parameter": ([picture()], {"promt": "p"}, "parameters"),
+    "a parameter of a wrong type": ([picture()], {"seed": "5"}, "seed"),
+    "a number for an integer": ([picture()], {"num_inference_steps": 5.5}, "num_inference_steps"),
+    "a parameter that is too long": ([picture()], {"height": 2**40}, "height"),
+    "an unknown format": ([picture()], {"output_format": "gif"}, "output_format"),
+    "a quality out of bounds": ([picture()], {"quality": 101}, "quality"),
+    "an unknown scheduler": ([picture()], {"scheduler": "nope"}, "scheduler"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_names_its_tensor_or_parameter(name: str, client: Any, stub: Any, pipeline: FakePipeline) -> None:
+    """In the text, which is all that Triton's client gives, and in the details."""
+    inputs, asked, field = BAD[name]
+    status, told = refused(lambda: client.infer("m", inputs, parameters=asked))
+    assert (status, told.partition(": ")[0]) == ("INVALID_ARGUMENT", field)
+    request = triton._utils._get_inference_request("m", inputs, "", "", None, 0, False, False, 0, None, asked)
+    code, details = failure(lambda: stub.ModelInfer(request))
+    assert (code, details["field"], details["reason"]) == (grpc.StatusCode.INVALID_ARGUMENT, field, "INVALID_FIELD")
+    assert pipeline.prepared == [], "nothing computes for a wrong request"
+
+
+def test_requested_outputs_are_checked(client: Any) -> None:
+    for names in (["image"], ["seed", "seed"]):
+        status, told = refused(lambda: client.infer("m", [picture()], outputs=list(map(triton.InferRequestedOutput, names))))  # noqa: B023
+        assert (status, told.partition(": ")[0]) == ("INVALID_ARGUMENT", "outputs")
+    classes = triton.InferRequestedOutput("images", class_count=2)
+    assert refused(lambda: client.infer("m", [picture()], outputs=[classes]))[0] == "UNIMPLEMENTED"
+
+
+@pytest.mark.parametrize(("model", "version"), [("nope", ""), ("m", "2"), ("../m", "")])
+def test_an_unknown_model_or_version_is_not_found(model: str, version: str, client: Any) -> None:
+    for call in (
+        lambda: client.infer(model, [picture()], version),
+        lambda: client.get_model_metadata(model, version),
+        lambda: client.get_model_config(model, version),
+    ):
+        assert refused(call)[0] == "NOT_FOUND"
+
+
+def test_a_request_without_a_model_is_refused(stub: Any) -> None:
+    code, details = failure(lambda: stub.ModelInfer(service_pb2.ModelInferRequest()))
+    assert (code, details["field"]) == (grpc.StatusCode.INVALID_ARGUMENT, "model_name")
+
+
+def test_what_a_sequence_or_a_priority_asks_for(client: Any) -> None:
+    """There is no state between requests; and clients take turns, whatever their priority."""
+    for priority in (3, 2**64 - 1):
+        assert client.infer("m", [picture()], priority=priority).as_numpy("seed").shape == (1,)
+    status, told = refused(lambda: client.infer("m", [picture()], sequence_id=1, sequence_start=True))
+    assert (status, told.partition(": ")[0]) == ("INVALID_ARGUMENT", "parameters")
+
+
+def test_the_repository_is_listed_and_its_models_come_and_go(client: Any) -> None:
+    def states(ready: bool = False) -> dict[str, tuple[str, str]]:
+        index = client.get_model_repository_index()
+        if ready:
+            index = client._client_stub.RepositoryIndex(service_pb2.RepositoryIndexRequest(ready=True))
+        return {model.name: (model.state, model.reason) for model in index.models}
+
+    assert states() == {"m": ("READY", ""), "second": ("READY", "")}
+    client.unload_model("second")
+    assert states() == {"m": ("READY", ""), "second": ("UNAVAILABLE", "unloaded")}
+    assert states(ready=True) == {"m": ("READY", "")}
+    assert not client.is_model_ready("second")
+    assert client.get_model_metadata("second").inputs, "it can be asked about all the same"
+    client.load_model("second")
+    assert client.is_model_ready("second")
+    client.unload_model("second")
+    assert client.infer("second", [picture()]).as_numpy("seed").shape == (1,), "a request loads what is not ready"
+    assert client.is_model_ready("second")
+
+
+def test_what_cannot_be_loaded_is_refused(client: Any, stub: Any) -> None:
+    assert refused(lambda: client.load_model("nope"))[0] == "NOT_FOUND"
+    assert refused(lambda: client.unload_model("nope"))[0] == "NOT_FOUND"
+    assert refused(lambda: client.load_model(""))[1].startswith("model_name: it is empty")
+    assert refused(lambda: client.load_model("m", config="{}"))[0] == "UNIMPLEMENTED"
+    code, _ = failure(lambda: stub.RepositoryIndex(service_pb2.RepositoryIndexRequest(repository_name="other")))
+    assert code == grpc.StatusCode.UNIMPLEMENTED
+
+
+def test_what_only_triton_has_is_refused_in_words(client: Any) -> None:
+    for call in (
+        client.get_inference_statistics,
+        client.get_trace_settings,
+        client.get_log_settings,
+        client.get_system_shared_memory_status,
+        client.get_cuda_shared_memory_status,
+        client.unregister_system_shared_memory,
+        client.unregister_cuda_shared_memory,
+        lambda: client.register_system_shared_memory("a", "/a", 8),
+        lambda: client.register_cuda_shared_memory("a", b"", 0, 8),
+    ):
+        status, told = refused(call)
+        assert status == "UNIMPLEMENTED"
+        assert "Method not" not in told, "not gRPC's own words"
+    region = triton.InferInput("image", [1], "BYTES").set_shared_memory("a", 8)
+    assert refused(lambda: client.infer("m", [region]))[0] == "UNIMPLEMENTED"
+
+
+def test_a_failing_model_says_nothing_internal(client: Any) -> None:
+    status, told = refused(lambda: client.infer("m", [picture(), text("prompt", "fail denoise")]))
+    assert status == "INTERNAL"
+    assert "told to fail" not in told
+
+
+@pytest.fixture
+async def aio(server: RunningServer) -> AsyncIterator[Any]:
+    async with triton_aio.InferenceServerClient(f"localhost:{server.port}") as client:
+        yield client
+
+
+async def test_tritons_client_of_asyncio(aio: Any, pipeline: FakePipeline) -> None:
+    """Every RPC that it has, but streams (test_kserve_streams.py)."""
+    assert await aio.is_server_live()
+    assert await aio.is_server_ready()
+    assert await aio.is_model_ready("m")
+    assert (await aio.get_server_metadata()).name == "img2img"
+    assert (await aio.get_model_metadata("m")).name == "m"
+    assert (await aio.get_model_config("m")).config.name == "m"
+    await aio.unload_model("second")
+    assert [model.state for model in (await aio.get_model_repository_index()).models] == ["READY", "UNAVAILABLE"]
+    await aio.load_model("second")
+    result = await aio.infer("m", [picture(), number("seed", 9, np.int64)], request_id="a")
+    assert (result.as_numpy("seed").tolist(), result.get_response().id) == ([9], "a")
+    assert opened(result).size == (24, 16)
+    with pytest.raises(InferenceServerException, match="strength: ") as caught:
+        await aio.infer("m", [picture(), number("strength", 2, np.float32)])
+    assert caught.value.status() == "StatusCode.INVALID_ARGUMENT"
+    with pytest.raises(InferenceServerException) as caught:
+        await aio.get_inference_statistics()
+    assert caught.value.status() == "StatusCode.UNIMPLEMENTED"

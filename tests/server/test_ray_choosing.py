@@ -1,0 +1,110 @@
+"""Which replica a request goes to: where its model is, then where the least work is, as told and as sent since."""
+
+import math
+
+from hypothesis import given
+from hypothesis import strategies as st
+from img2img_server.cluster.choosing import Standing, choose, stats_of
+
+SPREAD = 30.0
+
+
+def _standing(seconds: float | None, requests: int = 0, resident: tuple[str, ...] = ("m",)) -> Standing:
+    standing = Standing()
+    standing.tell(stats_of(seconds, requests, resident))
+    return standing
+
+
+def test_a_request_goes_where_the_least_work_is() -> None:
+    standings = {"a": _standing(4.0, 8), "b": _standing(3.0, 1), "c": _standing(9.0, 2)}
+    assert choose(standings, "m", SPREAD) == "b"
+
+
+def test_a_request_goes_where_its_model_is_until_those_replicas_are_much_busier() -> None:
+    standings = {"has it": _standing(29.0, 5), "has it not": _standing(0.0, 0, ())}
+    assert choose(standings, "m", SPREAD) == "has it"
+    standings["has it"].tell(stats_of(31.0, 6, ["m"]))
+    assert choose(standings, "m", SPREAD) == "has it not"
+
+
+def test_where_nobody_has_the_model_the_least_busy_one_gets_it() -> None:
+    assert choose({"a": _standing(2.0, 1, ()), "b": _standing(1.0, 1, ())}, "m", SPREAD) == "b"
+
+
+def test_a_request_without_a_model_goes_to_the_least_busy_one() -> None:
+    assert choose({"a": _standing(2.0, 1), "b": _standing(1.0, 1, ())}, "", SPREAD) == "b"
+
+
+def test_there_may_be_nobody() -> None:
+    assert choose({}, "m", SPREAD) is None
+
+
+def test_what_was_sent_since_counts_as_long_as_the_replica_has_not_told_of_it() -> None:
+    """Else all requests of a second would go to the one that had the least at its beginning."""
+    standing = _standing(4.0, 2)  # two seconds each
+    standing.sent += 3
+    assert standing.queued_seconds == 10.0
+    standing.tell(stats_of(9.5, 5, ["m"]))
+    assert standing.queued_seconds == 9.5
+    standing.sent -= 3
+    assert standing.queued_seconds == 9.5 - 3 * 1.9
+
+
+def test_the_same_told_again_is_no_news() -> None:
+    """Ray gives the router what it told last with each change of any replica."""
+    standing = _standing(4.0, 2)
+    standing.sent += 1
+    standing.tell(stats_of(4.0, 2, ["m"]))
+    assert standing.queued_seconds == 6.0
+
+
+def test_a_replica_that_knows_no_seconds_counts_by_its_requests() -> None:
+    assert choose({"a": _standing(None, 3), "b": _standing(None, 2)}, "m", SPREAD) == "b"
+
+
+def test_a_replica_that_is_stuck_is_shunned_and_taken_back_when_it_is_not() -> None:
+    stuck = _standing(math.inf, 3)
+    stuck.sent += 2
+    standings = {"stuck": stuck, "busy": _standing(1e6, 10)}
+    assert choose(standings, "m", SPREAD) == "busy"
+    stuck.tell(stats_of(1.0, 1, ["m"]))
+    assert choose(standings, "m", SPREAD) == "stuck"
+
+
+@given(st.integers(1, 6), st.integers(0, 60))
+def test_requests_to_idle_replicas_are_shared_out_evenly(replicas: int, requests: int) -> None:
+    standings = {str(number): _standing(0.0) for number in range(replicas)}
+    for number in range(1, requests + 1):
+        name = choose(standings, "m", SPREAD)
+        assert name is not None
+        standings[name].chosen = number
+        standings[name].sent += 1
+    counts = [standing.sent for standing in standings.values()]
+    assert sum(counts) == requests
+    assert max(counts) - min(counts) <= 1
+
+
+def test_idle_replicas_take_turns() -> None:
+    """Though nothing was left of the request before: what is cached, and what is warm, is had by all of them."""
+    standings = {"a": _standing(0.0), "b": _standing(0.0)}
+    chosen = []
+    for number in range(1, 5):
+        name = choose(standings, "m", SPREAD)
+        assert name is not None
+        standings[name].chosen = number
+        chosen.append(name)
+    assert chosen in (["a", "b", "a", "b"], ["b", "a", "b", "a"])
+
+
+@given(st.lists(st.tuples(st.floats(0, 1e4), st.integers(0, 50), st.booleans(), st.integers(0, 50)), min_size=1))
+def test_nobody_is_passed_over_who_has_less_work_and_the_model(states: list[tuple[float, int, bool, int]]) -> None:
+    standings = {}
+    for number, (seconds, requests, has, sent) in enumerate(states):
+        standings[str(number)] = _standing(seconds, requests, ("m",) if has else ())
+        standings[str(number)].sent = sent
+    name = choose(standings, "m", SPREAD)
+    assert name is not None
+    chosen = standings[name]
+    for other in standings.values():
+        if "m" in other.resident:
+            assert chosen.queued_seconds <= other.queued_seconds
