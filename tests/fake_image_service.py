@@ -143,23 +143,37 @@ class FakeService(Observed, services.ImageToImageServiceServicer, model_pb2_grpc
             self.released.wait(PATIENCE)
 
 
+class FakeHealth(health.HealthServicer):
+    """The standard service, which each watch costs a thread here. By default gRPC's sends while it holds the lock that the end of
+    another watch waits for, on the one thread that could tell that the sending is done: so everything hangs, now and then."""
+
+    def __init__(self) -> None:
+        super().__init__(experimental_non_blocking=False)
+
+    def Watch(self, request: health_pb2.HealthCheckRequest, context: Any, send_response_callback: Any = None) -> Any:
+        watcher = super().Watch(request, context)
+        if not context.is_active():  # Left before it began: nobody else would end it.
+            watcher.close()
+        return watcher
+
+
 class FakeServer:
     """The services on a port of their own, or on `port`, with the standard health service beside them."""
 
-    def __init__(self, port: int = 0, credentials: grpc.ServerCredentials | None = None) -> None:
+    def __init__(self, port: int = 0, credentials: grpc.ServerCredentials | None = None, host: str = "127.0.0.1") -> None:
         self.service = FakeService()
         self.assets = FakeAssetService()
-        self.health = health.HealthServicer()
+        self.health = FakeHealth()
         limits = (("grpc.max_receive_message_length", MAX_REQUEST_BYTES), ("grpc.max_send_message_length", -1))
-        self._server = grpc.server(futures.ThreadPoolExecutor(max_workers=8), options=limits)
+        self._server = grpc.server(futures.ThreadPoolExecutor(max_workers=32), options=limits)
         services.add_ImageToImageServiceServicer_to_server(self.service, self._server)
         model_pb2_grpc.add_ModelServiceServicer_to_server(self.service, self._server)
         asset_pb2_grpc.add_AssetServiceServicer_to_server(self.assets, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self.health, self._server)
-        address = f"127.0.0.1:{port}"
+        address = f"{host}:{port}"
         add = self._server.add_insecure_port
         self.port = add(address) if credentials is None else self._server.add_secure_port(address, credentials)
-        self.target = f"127.0.0.1:{self.port}"
+        self.target = f"{host}:{self.port}"
 
     def start(self) -> None:
         """Starts to answer; healthy from the start."""

@@ -20,10 +20,12 @@ COMMANDS = {
     "bench-model": ("img2img_server.bench_command", "measure a bundle's parts and steps on this machine"),
     "transform": ("img2img_client.transform_command", "transform a picture through a server"),
     "models": ("img2img_client.models_command", "list a server's models"),
+    "health": ("img2img_client.health_command", "ask whether a server serves, or wait until it does"),
+    "playground": ("img2img_playground.command", "try a server in the browser: a local page with previews and comparison"),
     "assets": ("img2img_client.assets_command", "have a server keep pictures, get them back, delete them"),
 }
 
-_EXTRAS = {"export": "export", "serve": "server", "bench-model": "server", "top": "server"}
+_EXTRAS = {"export": "export", "serve": "server", "bench-model": "server", "top": "server", "playground": "playground"}
 
 _EPILOG = """\
 first steps:

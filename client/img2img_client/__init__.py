@@ -5,7 +5,7 @@
     with Client("localhost:50051") as client:
         client.transform("photo.jpg", prompt="the same place in winter").image.show()
 
-Importing this package is quick: `Client` brings gRPC in when it is first named.
+`AsyncClient` is the same for asyncio. Importing this package is quick: they bring gRPC in when they are first named.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -13,12 +13,16 @@ from typing import TYPE_CHECKING, Any
 from img2img_client.errors import (
     AssetNotFound,
     Cancelled,
+    Damaged,
     DeadlineExceeded,
     Img2ImgError,
     InvalidRequest,
     ModelNotFound,
+    ModelUnavailable,
+    NotSupported,
     Overloaded,
     PermissionDenied,
+    ServerFailed,
     Unauthenticated,
     Unavailable,
 )
@@ -42,6 +46,8 @@ from img2img_client.values import (
 )
 
 if TYPE_CHECKING:
+    from img2img_client.async_client import AsyncClient
+    from img2img_client.async_stream import AsyncTransformStream
     from img2img_client.client import Client
     from img2img_client.options import ImageInput, TransformOptions
     from img2img_client.stream import TransformStream
@@ -49,9 +55,12 @@ if TYPE_CHECKING:
 __all__ = [
     "Asset",
     "AssetNotFound",
+    "AsyncClient",
+    "AsyncTransformStream",
     "Cancelled",
     "Client",
     "Completed",
+    "Damaged",
     "DeadlineExceeded",
     "EngineState",
     "EngineStatus",
@@ -63,11 +72,14 @@ __all__ = [
     "ModelNotFound",
     "ModelReference",
     "ModelState",
+    "ModelUnavailable",
+    "NotSupported",
     "Overloaded",
     "PermissionDenied",
     "Progress",
     "Queued",
     "RetryPolicy",
+    "ServerFailed",
     "Started",
     "Timings",
     "TransformEvent",
@@ -80,6 +92,8 @@ __all__ = [
 ]
 
 _LAZY = {
+    "AsyncClient": "img2img_client.async_client",
+    "AsyncTransformStream": "img2img_client.async_stream",
     "Client": "img2img_client.client",
     "TransformStream": "img2img_client.stream",
     "ImageInput": "img2img_client.options",

@@ -1,16 +1,19 @@
 """Pictures on their way to a server that keeps them, and back, with their content checked at either end."""
 
+import asyncio
 import hashlib
 import io
 import os
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import grpc
+from grpc import aio
 from img2img.v1 import asset_pb2
 
+from img2img_client.async_calls import AsyncStop, answering, finish_async
 from img2img_client.calls import Metadata, finish
-from img2img_client.errors import Img2ImgError
+from img2img_client.errors import Damaged, Img2ImgError, Unavailable
 from img2img_client.options import ADDRESS_SCHEMES, ImageInput, read_file
 from img2img_client.responses import parse_asset, parse_error, parse_request_id
 from img2img_client.values import Asset
@@ -45,11 +48,36 @@ class Upload:
         self._failure = None
         try:
             response, request_id = finish(method.future(self._messages(), timeout=seconds, metadata=metadata))
-        except Img2ImgError:
-            if self._failure is not None:
-                raise self._failure from None  # What the server says of half a file is beside the point.
-            raise
+        except Img2ImgError as error:
+            raise self._cause(error) from error.__cause__
         return parse_asset(response.asset), request_id
+
+    async def attempt_async(
+        self,
+        method: "aio.StreamUnaryMultiCallable[asset_pb2.UploadAssetRequest, asset_pb2.UploadAssetResponse]",
+        stop: AsyncStop,
+        seconds: float | None,
+        metadata: Metadata,
+    ) -> tuple[Asset, str]:
+        """The same on an event loop."""
+        self._failure = None
+        try:
+            response, request_id = await finish_async(method(self._messages_async(), timeout=seconds, metadata=metadata), stop)
+        except Img2ImgError as error:
+            if error.status == "INTERNAL" and not error.reason:
+                # What grpc.aio makes of a call that the server ended while a message was on its way: why is lost.
+                error = Unavailable("the server ended the upload early", status="UNAVAILABLE")
+            raise self._cause(error) from error.__cause__
+        return parse_asset(response.asset), request_id
+
+    def _cause(self, error: Img2ImgError) -> Exception:
+        """What the server says of half a file is beside the point: the file could not be read to its end."""
+        return error if self._failure is None else self._failure
+
+    async def _messages_async(self) -> AsyncIterator[asset_pb2.UploadAssetRequest]:
+        messages = self._messages()
+        while (message := await asyncio.to_thread(next, messages, None)) is not None:
+            yield message
 
     def _messages(self) -> Iterator[asset_pb2.UploadAssetRequest]:
         """What is sent: runs on a thread of gRPC's, which would log what is raised here and tell the caller nothing of it."""
@@ -73,23 +101,61 @@ def download(
 ) -> tuple[bytes, str]:
     """Gets a picture's file, whole and as it was announced, and the call's name in the server's log.
 
-    An Img2ImgError with the status DATA_LOSS where what came is not what the server said it would be.
+    Damaged where what came is not what the server said it would be.
     """
     call = method(asset_pb2.GetAssetRequest(id=asset_id), timeout=seconds, metadata=metadata)
-    announced = asset_pb2.Asset()
-    data = bytearray()
+    arriving = _Arriving(asset_id)
     try:
         for message in call:
-            if message.HasField("asset"):
-                announced = message.asset
-            data += message.chunk
-            if len(data) > announced.size:
-                break  # A server that never ends must not fill the memory.
+            if arriving.take(message):
+                break
         request_id = parse_request_id(call.initial_metadata())
     except grpc.RpcError as error:
         raise parse_error(error) from error
     finally:
         call.cancel()
-    if hashlib.sha256(data).hexdigest() != announced.sha256:
-        raise Img2ImgError(f"asset {asset_id} arrived damaged", status="DATA_LOSS", request_id=request_id)
-    return bytes(data), request_id
+    return arriving.file(request_id), request_id
+
+
+async def download_async(
+    method: "aio.UnaryStreamMultiCallable[asset_pb2.GetAssetRequest, asset_pb2.GetAssetResponse]",
+    asset_id: str,
+    stop: AsyncStop,
+    seconds: float | None,
+    metadata: Metadata,
+) -> tuple[bytes, str]:
+    """The same on an event loop."""
+    call = method(asset_pb2.GetAssetRequest(id=asset_id), timeout=seconds, metadata=metadata)
+    arriving = _Arriving(asset_id)
+    with answering(stop):
+        try:
+            async for message in call:
+                if arriving.take(message):
+                    break
+            request_id = parse_request_id(await call.initial_metadata())
+        finally:
+            call.cancel()
+    return arriving.file(request_id), request_id
+
+
+class _Arriving:
+    """A file on its way here."""
+
+    def __init__(self, asset_id: str) -> None:
+        self._asset_id = asset_id
+        self._announced = asset_pb2.Asset()
+        self._data = bytearray()
+
+    def take(self, message: asset_pb2.GetAssetResponse) -> bool:
+        """Takes a message. Returns whether there is more than was announced: a server that never ends must not fill the
+        memory."""
+        if message.HasField("asset"):
+            self._announced = message.asset
+        self._data += message.chunk
+        return len(self._data) > self._announced.size
+
+    def file(self, request_id: str) -> bytes:
+        """The whole file, as it was announced."""
+        if hashlib.sha256(self._data).hexdigest() != self._announced.sha256:
+            raise Damaged(f"asset {self._asset_id} arrived damaged", status="DATA_LOSS", request_id=request_id)
+        return bytes(self._data)

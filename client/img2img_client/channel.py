@@ -1,13 +1,16 @@
-"""How a server is reached: the channel, with or without TLS, and the token that goes with every call."""
+"""How servers are reached: the channel, with or without TLS, and the token that goes with every call."""
 
-import ipaddress
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import grpc
+from grpc import aio
 
+from img2img_client import balancing
 from img2img_client.options import MAX_MESSAGE_BYTES
+from img2img_client.retry import RetryPolicy
+from img2img_client.targets import Target, is_loopback
 
 _OPTIONS = (
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
@@ -20,9 +23,6 @@ _OPTIONS = (
 _TOKEN_FORM = re.compile(r"[\x21-\x7e]+")
 """What a header can hold of a token."""
 
-_SCHEME = re.compile(r"^(dns:///|dns:|ipv4:|ipv6:)")
-_ADDRESS = re.compile(r"(\[(?P<v6>[0-9A-Fa-f:.]+)\]|(?P<host>[A-Za-z0-9.-]+))(:\w+)?")
-
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Access:
@@ -30,6 +30,7 @@ class Access:
 
     `token` is sent with every call. `ca`, `certificate` and `key` are PEM files: who signed the server's certificate (the
     system's roots, where None), and what the client shows of itself. `credentials` are gRPC's own, in place of those files.
+    `server_name` is whom the server's certificate is for, where that is not the target's own name.
     """
 
     token: str | None = None
@@ -38,6 +39,7 @@ class Access:
     key: str | Path | None = None
     credentials: grpc.ChannelCredentials | None = None
     allow_insecure_token: bool = False
+    server_name: str | None = None
 
     def __post_init__(self) -> None:
         if (self.certificate is None) != (self.key is None):
@@ -52,48 +54,62 @@ class Access:
         """What every call carries."""
         return () if self.token is None else (("authorization", f"Bearer {self.token}"),)
 
+    def open(self, secure: bool) -> grpc.ChannelCredentials | None:
+        """The channel's credentials; None for plain text. OSError where a file cannot be read."""
+        if self.credentials is None and (secure or self.ca is not None or self.certificate is not None):
+            return grpc.ssl_channel_credentials(_read(self.ca), _read(self.key), _read(self.certificate))
+        return self.credentials
 
-def open_channel(target: str, access: Access) -> grpc.Channel:
-    """A channel that connects at its first call. OSError where a file of `access` cannot be read.
 
-    ValueError where a token would go over a network in plain text, and nobody said that this is meant.
+class Line:
+    """A channel to be: all that can be wrong with it is found here, and it is opened when it is needed.
+
+    OSError where a file of `access` cannot be read. ValueError where a token would go over a network in plain text and nobody
+    said that this is meant, or where nobody could say whom the certificates of several addresses are for. `dns_config` lets a
+    service config that DNS gives take the place of ours.
     """
-    secure, plain = target.startswith("https://"), target.startswith("http://")
-    host = target.partition("://")[2].rstrip("/") if secure or plain else target
-    credentials = access.credentials
-    if credentials is None and (secure or access.ca is not None or access.certificate is not None):
-        credentials = grpc.ssl_channel_credentials(_read(access.ca), _read(access.key), _read(access.certificate))
-    options = (*_OPTIONS, ("grpc.enable_http_proxy", 0 if is_loopback(host) else 1))
-    if credentials is not None:
-        return grpc.secure_channel(host, credentials, options, grpc.Compression.NoCompression)
-    if access.token is not None and not access.allow_insecure_token and not is_loopback(host):
-        raise ValueError(
-            f"a token for {host} would go over the network in plain text: use https://{host}, or allow_insecure_token where"
-            " something else encrypts it"
-        )
-    return grpc.insecure_channel(host, options, grpc.Compression.NoCompression)
+
+    def __init__(self, target: Target, access: Access, policy: RetryPolicy | None, *, dns_config: bool = False) -> None:
+        self._name = target.name
+        self._credentials = access.open(target.secure)
+        self._options = _options(target, access, policy, dns_config)
+        local = is_loopback(target.name)
+        if self._credentials is not None:
+            if target.listed and access.server_name is None:
+                raise ValueError("server_name is missing: say whom the certificate of these addresses is for")
+        elif access.token is not None and not access.allow_insecure_token and not local:
+            raise ValueError(
+                f"a token for {target.name} would go over the network in plain text: use https://, or allow_insecure_token where"
+                " something else encrypts it"
+            )
+
+    def open(self) -> grpc.Channel:
+        """A channel that connects at its first call."""
+        if self._credentials is not None:
+            return grpc.secure_channel(self._name, self._credentials, self._options, grpc.Compression.NoCompression)
+        return grpc.insecure_channel(self._name, self._options, grpc.Compression.NoCompression)
+
+    def open_async(self) -> aio.Channel:
+        """The same for the event loop that runs now."""
+        if self._credentials is not None:
+            return aio.secure_channel(self._name, self._credentials, self._options, grpc.Compression.NoCompression)
+        return aio.insecure_channel(self._name, self._options, grpc.Compression.NoCompression)
 
 
-def is_loopback(target: str) -> bool:
-    """Whether the target is this machine: no proxy can reach it (gRPC would ask $http_proxy all the same), and nobody listens
-    in between."""
-    if target.startswith(("unix:", "unix-abstract:")):
-        return True
-    addresses = _SCHEME.sub("", target).split(",")  # "ipv4:" and "ipv6:" may have several
-    return all(_is_loopback_address(address) for address in addresses)
-
-
-def _is_loopback_address(address: str) -> bool:
-    found = _ADDRESS.fullmatch(address)
-    if found is None:
-        return False
-    host = found["v6"] or found["host"]
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
+def _options(target: Target, access: Access, policy: RetryPolicy | None, dns_config: bool) -> tuple[tuple[str, int | str], ...]:
+    """gRPC's channel arguments. One server is reached as gRPC does it by itself."""
+    proxied = not (target.several or is_loopback(target.name))
+    options: list[tuple[str, int | str]] = [
+        *_OPTIONS,
+        ("grpc.enable_http_proxy", int(proxied)),
+        ("grpc.service_config_disable_resolution", int(not dns_config)),
+    ]
+    if target.several:
+        # Where DNS may say how, nobody knows what gRPC would try again, and nothing counts it: so ours says nothing of it.
+        options += [*balancing.OPTIONS, ("grpc.service_config", balancing.service_config(None if dns_config else policy))]
+    if access.server_name is not None:
+        options.append(("grpc.default_authority", access.server_name))
+    return tuple(options)
 
 
 def _read(path: str | Path | None) -> bytes | None:

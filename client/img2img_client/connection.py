@@ -3,13 +3,14 @@
 import argparse
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypedDict
 
 from img2img_client.values import DEFAULT_TARGET
 
 if TYPE_CHECKING:
+    from img2img_client.async_client import AsyncClient
     from img2img_client.client import Client
-    from img2img_client.retry import OnRetry
+    from img2img_client.retry import OnRetry, RetryPolicy
 
 _RETRIES = 4
 
@@ -23,7 +24,7 @@ def add_connection_flags(parser: argparse.ArgumentParser, *, patience: str = "ne
         "--server",
         dest="target",
         metavar="TARGET",
-        help=f"host:port, or https://host:port for TLS; $IMG2IMG_TARGET; default: {DEFAULT_TARGET}",
+        help=f"host:port, or https://host:port for TLS, or several with commas; $IMG2IMG_TARGET; default: {DEFAULT_TARGET}",
     )
     group.add_argument(
         "--token-file", type=Path, metavar="FILE", help="the file of the token that the server wants; $IMG2IMG_TOKEN is the token"
@@ -36,6 +37,9 @@ def add_connection_flags(parser: argparse.ArgumentParser, *, patience: str = "ne
         "--client-certificate", type=Path, metavar="FILE", help="the certificate to show (PEM); $IMG2IMG_CLIENT_CERTIFICATE"
     )
     group.add_argument("--client-key", type=Path, metavar="FILE", help="its private key (PEM); $IMG2IMG_CLIENT_KEY")
+    group.add_argument(
+        "--server-name", metavar="NAME", help="whom the server's certificate is for, where that is not its address"
+    )
     group.add_argument("--timeout", type=float, metavar="SECONDS", help=f"give up after this long; default: {patience}")
     group.add_argument(
         "--retries",
@@ -54,17 +58,42 @@ def target_of(arguments: argparse.Namespace) -> str:
 def connect(arguments: argparse.Namespace, on_retry: "OnRetry | None" = None) -> "Client":
     """A client of the server that flags and variables name. OSError where a file cannot be read, ValueError where they clash."""
     from img2img_client.client import Client
+
+    return Client(target_of(arguments), **_means(arguments, on_retry))
+
+
+def connect_async(arguments: argparse.Namespace, on_retry: "OnRetry | None" = None) -> "AsyncClient":
+    """The same for asyncio. Raises what `connect` does."""
+    from img2img_client.async_client import AsyncClient
+
+    return AsyncClient(target_of(arguments), **_means(arguments, on_retry))
+
+
+class _Means(TypedDict):
+    """What both clients are made with."""
+
+    timeout: float | None
+    token: str | None
+    ca: Path | None
+    certificate: Path | None
+    key: Path | None
+    server_name: str | None
+    allow_insecure_token: bool
+    retries: "RetryPolicy | None"
+
+
+def _means(arguments: argparse.Namespace, on_retry: "OnRetry | None") -> _Means:
     from img2img_client.retry import RetryPolicy
 
     if arguments.retries < 0:
         raise ValueError(f"--retries {arguments.retries}: the least is 0")
-    return Client(
-        target_of(arguments),
+    return _Means(
         timeout=arguments.timeout,
         token=_token(arguments.token_file),
         ca=_file(arguments.ca, "IMG2IMG_CA"),
         certificate=_file(arguments.client_certificate, "IMG2IMG_CLIENT_CERTIFICATE"),
         key=_file(arguments.client_key, "IMG2IMG_CLIENT_KEY"),
+        server_name=arguments.server_name,
         allow_insecure_token=arguments.allow_insecure_token,
         retries=RetryPolicy(max_attempts=arguments.retries + 1, on_retry=on_retry) if arguments.retries else None,
     )

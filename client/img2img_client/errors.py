@@ -43,6 +43,22 @@ class ModelNotFound(Img2ImgError):
     """The server has no model that agrees with the reference."""
 
 
+class ModelUnavailable(Img2ImgError):
+    """The server has the model and cannot run it: it is damaged, or not to be loaded now."""
+
+
+class NotSupported(Img2ImgError):
+    """The server, or the model, does not do this."""
+
+
+class ServerFailed(Img2ImgError):
+    """The server failed on this request, by no fault of it; what happened is in its log, under `request_id`."""
+
+
+class Damaged(Img2ImgError):
+    """What arrived is not what was sent."""
+
+
 class AssetNotFound(Img2ImgError):
     """The server keeps no such picture for this caller, or keeps it no longer."""
 

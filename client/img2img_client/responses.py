@@ -29,6 +29,11 @@ _ERROR_OF_STATUS: dict[str, type[errors.Img2ImgError]] = {
     "UNAVAILABLE": errors.Unavailable,
     "DEADLINE_EXCEEDED": errors.DeadlineExceeded,
     "CANCELLED": errors.Cancelled,
+    "FAILED_PRECONDITION": errors.ModelUnavailable,
+    "UNIMPLEMENTED": errors.NotSupported,
+    "INTERNAL": errors.ServerFailed,
+    "UNKNOWN": errors.ServerFailed,
+    "DATA_LOSS": errors.Damaged,
 }
 
 _ERROR_OF_REASON: dict[str, type[errors.Img2ImgError]] = {"ASSET_NOT_FOUND": errors.AssetNotFound}
@@ -36,9 +41,9 @@ _ERROR_OF_REASON: dict[str, type[errors.Img2ImgError]] = {"ASSET_NOT_FOUND": err
 
 
 def parse_result(message: messages.TransformResponse, request_id: str = "") -> values.TransformResult:
-    """The result in a response. Img2ImgError where it holds no picture, which no img2img server sends."""
+    """The result in a response. ServerFailed where it holds no picture, which no img2img server sends."""
     if not message.images:
-        raise errors.Img2ImgError("the server answered without a picture", status="INTERNAL")
+        raise errors.ServerFailed("the server answered without a picture", status="INTERNAL", request_id=request_id)
     timings = message.timings
     return values.TransformResult(
         images=tuple(_parse_image(image) for image in message.images),
@@ -146,7 +151,7 @@ def parse_error(error: "grpc.RpcError") -> errors.Img2ImgError:
     details: _Details = {} if rich is None else _parse_details(rich)
     kind = _ERROR_OF_REASON.get(details.get("reason", ""), _ERROR_OF_STATUS.get(status, errors.Img2ImgError))
     if status == "RESOURCE_EXHAUSTED" and "larger than max" in message:
-        kind = errors.Img2ImgError  # gRPC's own words for a message above a size limit: waiting would not help.
+        kind = errors.InvalidRequest  # gRPC's own words for a message above a size limit: waiting would not help.
     if rich is None and status == "DEADLINE_EXCEEDED":
         message = "the time-out passed before the server was done"  # gRPC's own words are about streams being removed.
     details.setdefault("request_id", parse_request_id(cast("grpc.Call", error).trailing_metadata()))

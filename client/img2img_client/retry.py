@@ -23,7 +23,8 @@ class RetryPolicy:
     There are `max_attempts` in all. The wait after the n-th failure is drawn from 0 to `first_backoff` times 2 to the (n - 1),
     which `most_backoff` bounds; all in seconds. Drawn anew by each caller, it keeps those who failed together from coming back
     together. A server that says how long to wait is given that and the drawn wait on top; where it says more than
-    `longest_wait`, the call fails. `on_retry` is told of each wait.
+    `longest_wait`, the call fails. `on_retry` is told of each wait. With several servers gRPC makes some of the attempts by
+    itself, at once (`balancing.py`).
     """
 
     max_attempts: int = 5
@@ -80,59 +81,75 @@ class Stop:
 
 
 class Attempts:
-    """The attempts of one call: the time that each has, and whether one follows a failure.
+    """The attempts of one call: the time that each has, and when one follows a failure. Does not wait itself.
 
-    `timeout` holds for all of them, from now. Without a `policy` there is one attempt. `clock` is in seconds, `wait` returns
-    whether it was ended early, and `uniform` draws between two numbers.
+    `timeout` holds for all of them, from now. Without a `policy` there is one attempt. Each may be as many as `tries`, where gRPC
+    makes some of them by itself. With `several` servers the first that has no room is not waited for: another may have.
+    `clock` is in seconds, and `uniform` draws between two numbers.
     """
 
     def __init__(
         self,
         policy: RetryPolicy | None,
         timeout: float | None,
-        wait: Callable[[float], bool],
         *,
+        tries: int = 1,
+        several: bool = False,
         clock: Callable[[], float] = time.monotonic,
         uniform: Callable[[float, float], float] = random.uniform,
     ) -> None:
         self._policy = policy
-        self._wait = wait
+        self._tries = tries
+        self._several = several
         self._clock = clock
         self._uniform = uniform
         self._deadline = None if timeout is None else clock() + timeout
-        self._failures = 0
+        self._made = 0
+        self._refused = False
 
     def seconds_left(self) -> float | None:
         """The time-out of an attempt that begins now; None for no bound."""
         return None if self._deadline is None else self._deadline - self._clock()
 
-    def again(self, error: Img2ImgError) -> bool:
-        """Takes notice of a failure. Waits and returns True where another attempt is due, returns False at once where none is.
-
-        Raises Cancelled where the wait was ended early.
-        """
-        self._failures += 1
-        policy = self._policy
+    def failed(self, error: Img2ImgError, *, begun: bool = False) -> float | None:
+        """Takes notice of a failure; `begun` where the answer had begun, which gRPC does not try again. Tells the policy's
+        `on_retry` and returns the seconds to wait before the next attempt, None where there is none."""
+        self._made += self._tries if error.status == "UNAVAILABLE" and not begun else 1
         wait = self._next_wait(error)
-        if policy is None or wait is None:
-            return False
-        if policy.on_retry is not None:
-            policy.on_retry(self._failures, error, wait)
-        if self._wait(wait):
-            raise Cancelled("closed while it waited to try again", status="CANCELLED", request_id=error.request_id) from error
-        return self._is_in_time(0)  # A machine that was busy, or asleep, may have waited for longer.
+        if wait is not None and self._policy is not None and self._policy.on_retry is not None:
+            self._policy.on_retry(self._made, error, wait)
+        return wait
 
-    def _next_wait(self, error: Img2ImgError) -> float | None:
-        """Seconds until the next attempt; None where there is none."""
-        policy = self._policy
-        if policy is None or self._failures >= policy.max_attempts or not is_transient(error):
-            return None
-        asked = error.retry_after or 0.0
-        if asked > policy.longest_wait:
-            return None
-        wait = asked + self._uniform(0.0, policy.backoff(self._failures))
-        return wait if self._is_in_time(wait) else None
-
-    def _is_in_time(self, wait: float) -> bool:
+    def is_in_time(self, wait: float = 0.0) -> bool:
+        """Whether there is time left after so many seconds. A machine that was busy, or asleep, may wait for longer."""
         left = self.seconds_left()
         return left is None or wait < left
+
+    def _next_wait(self, error: Img2ImgError) -> float | None:
+        policy = self._policy
+        if policy is None or self._made + self._tries > policy.max_attempts or not is_transient(error):
+            return None
+        asked = 0.0 if self._several and not self._refused else error.retry_after or 0.0
+        self._refused = self._refused or error.retry_after is not None
+        if asked > policy.longest_wait:
+            return None
+        wait = asked + self._uniform(0.0, policy.backoff(self._made))
+        return wait if self.is_in_time(wait) else None
+
+
+def closed_meanwhile(request_id: str = "") -> Cancelled:
+    """What a call ends with whose client, or stream, was closed while it ran or waited."""
+    return Cancelled("closed before it was done", status="CANCELLED", request_id=request_id)
+
+
+def wait_again(attempts: Attempts, error: Img2ImgError, stop: Stop, *, begun: bool = False) -> bool:
+    """Waits and returns True where another attempt is due, returns False at once where none is.
+
+    Raises Cancelled where the wait was ended early.
+    """
+    wait = attempts.failed(error, begun=begun)
+    if wait is None:
+        return False
+    if stop.wait(wait):
+        raise closed_meanwhile(error.request_id) from error
+    return attempts.is_in_time()

@@ -8,11 +8,12 @@ from typing import Protocol, Self
 import grpc
 from img2img.v1 import image_to_image_pb2
 
+from img2img_client.calls import Begun
 from img2img_client.errors import Img2ImgError
 from img2img_client.responses import parse_error, parse_event, parse_request_id
-from img2img_client.retry import Attempts, Stop
-from img2img_client.tracing import CallSpan
-from img2img_client.values import Completed, Queued, TransformEvent
+from img2img_client.retry import Stop, wait_again
+from img2img_client.story import Story, ended_without_result
+from img2img_client.values import Completed, TransformEvent
 
 
 class StreamCall(Protocol):
@@ -31,20 +32,27 @@ class StreamCall(Protocol):
 class TransformStream(Iterator[TransformEvent]):
     """The events of one request: Queued, again when its place changes, Started, Progress for each step, Completed at last.
 
-    A call that fails before Started is tried again, as the client's RetryPolicy has it: then Queued may say again what it said.
+    A call that fails is tried again, as the client's RetryPolicy has it: before Started, Queued may say again what it said; after
+    it, the transform is run again from the seed that Started told, and what was told already is not told again.
     Leaving the context, `close()` or dropping the stream cancels what has not ended. A failed call raises an Img2ImgError.
     """
 
-    def __init__(self, begin: Callable[[float | None], StreamCall], attempts: Attempts, stop: Stop, span: CallSpan) -> None:
-        """`begin` makes the call, with a time-out; `stop` is what `attempts` wait with."""
-        self._begin = begin
-        self._attempts = attempts
+    def __init__(
+        self,
+        call: Callable[[image_to_image_pb2.TransformStreamRequest, float | None], StreamCall],
+        story: Story,
+        begun: Begun,
+        stop: Stop,
+    ) -> None:
+        """`call` makes an attempt, with a time-out; `stop` ends the waits between them."""
+        self._make = call
+        self._story = story
+        self._attempts = begun.attempts
         self._stop = stop
-        self._span = span
-        self._started = False
+        self._span = begun.span
         self._ended = False
         self.request_id = ""
-        self._call = begin(attempts.seconds_left())
+        self._call = self._begin()
 
     def __next__(self) -> TransformEvent:
         if self._ended:
@@ -55,10 +63,10 @@ class TransformStream(Iterator[TransformEvent]):
                     return self._next()
                 except grpc.RpcError as error:
                     failure = parse_error(error)
-                    if self._started or self._stop.is_set or not self._attempts.again(failure):
+                    begun = self._story.lost()
+                    if self._stop.is_set or not wait_again(self._attempts, failure, self._stop, begun=begun):
                         raise failure from error
-                self.request_id = ""
-                self._call = self._begin(self._attempts.seconds_left())
+                self._call = self._begin()
                 if self._stop.is_set:  # Closed meanwhile, by another thread that saw the call before this one.
                     self._call.cancel()
         except Img2ImgError as error:
@@ -83,6 +91,10 @@ class TransformStream(Iterator[TransformEvent]):
         if hasattr(self, "_span"):
             self._span.end(status="CANCELLED")
 
+    def _begin(self) -> StreamCall:
+        self.request_id = ""
+        return self._make(self._story.request, self._attempts.seconds_left())
+
     def _finish(self) -> None:
         """Reads the status that follows the last event, so that the server does not see a call that was left. The result is
         here, whatever it says."""
@@ -94,14 +106,15 @@ class TransformStream(Iterator[TransformEvent]):
 
     def _next(self) -> TransformEvent:
         for message in self._call:
+            self._story.begun = True
             if not self.request_id:
                 self.request_id = parse_request_id(self._call.initial_metadata())
                 self._span.answered(self.request_id)
             event = parse_event(message, self.request_id)
-            if event is None:
+            news = None if event is None else self._story.tell(event)
+            if news is None:
                 continue
-            self._started = self._started or not isinstance(event, Queued)
-            if isinstance(event, Completed):
+            if isinstance(news, Completed):
                 self._finish()
-            return event
-        raise Img2ImgError("the server ended the stream without a result", status="INTERNAL", request_id=self.request_id)
+            return news
+        raise ended_without_result(self.request_id)

@@ -1,10 +1,12 @@
 """A fake server for each test, and a client of it that tries once: what is tried again is tested in test_retry.py."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
+from blocking import Blocking
 from fake_image_service import FakeServer, FakeService
-from img2img_client import Client
+from img2img_client import Client, RetryPolicy
 
 
 @pytest.fixture(autouse=True)
@@ -31,3 +33,16 @@ def service(server: FakeServer) -> FakeService:
 def client(server: FakeServer) -> Iterator[Client]:
     with Client(server.target, timeout=20, retries=None) as made:
         yield made
+
+
+@pytest.fixture
+def told() -> list[tuple[int, str, float]]:
+    return []
+
+
+@pytest.fixture(params=[Client, Blocking])
+def patient(request: pytest.FixtureRequest, server: FakeServer, told: list[tuple[int, str, float]]) -> Any:
+    policy = RetryPolicy(4, 0.001, 0.002, on_retry=lambda attempt, error, wait: told.append((attempt, error.status, wait)))
+    server.service.fail_before = 1
+    with request.param(server.target, timeout=20, retries=policy) as client:
+        yield client

@@ -12,7 +12,8 @@ import trustme
 from fake_image_service import FakeServer, FakeService, picture
 from img2img_cli.__main__ import main
 from img2img_client import Client, Unauthenticated, Unavailable
-from img2img_client.channel import Access, is_loopback
+from img2img_client.channel import Access
+from img2img_client.targets import is_loopback
 
 TOKEN = "secret-token"
 

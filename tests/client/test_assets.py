@@ -3,18 +3,35 @@
 import hashlib
 import io
 import random
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
+from blocking import Blocking
 from fake_image_service import FakeServer, FakeService, picture
 from img2img.v1 import image_to_image_pb2 as messages
-from img2img_client import Asset, AssetNotFound, Client, Completed, ImageInput, Img2ImgError, InvalidRequest, TransformedImage
+from img2img_client import (
+    Asset,
+    AssetNotFound,
+    Client,
+    Completed,
+    Damaged,
+    ImageInput,
+    InvalidRequest,
+    TransformedImage,
+)
 from img2img_client.assets import CHUNK_BYTES
 from PIL import Image
 
 LARGE = random.Random(0).randbytes(3 * CHUNK_BYTES + 17)
+
+
+@pytest.fixture(params=[Client, Blocking])
+def client(request: pytest.FixtureRequest, server: FakeServer) -> Iterator[Any]:
+    with request.param(server.target, timeout=20, retries=None) as made:
+        yield made
 
 
 @pytest.mark.parametrize("data", [b"x", LARGE[:CHUNK_BYTES], LARGE])
@@ -100,7 +117,7 @@ def test_a_file_that_cannot_be_read_to_its_end_says_so(
 def test_a_damaged_download_is_an_error(client: Client, server: FakeServer, damage: Any) -> None:
     asset = client.upload(LARGE)
     server.assets.damage = damage
-    with pytest.raises(Img2ImgError, match="damaged") as caught:
+    with pytest.raises(Damaged, match="damaged") as caught:
         client.download(asset)
     assert (caught.value.status, caught.value.request_id) == ("DATA_LOSS", "made")
 

@@ -3,9 +3,12 @@
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from blocking import Blocking
 from fake_image_service import PATIENCE, FakeServer, FakeService, events, response
 from img2img.v1 import image_to_image_pb2 as messages
 from img2img.v1 import model_pb2
@@ -20,11 +23,18 @@ from img2img_client import (
     ModelReference,
     Progress,
     Queued,
+    ServerFailed,
     Started,
     Timings,
     TransformedImage,
     Unavailable,
 )
+
+
+@pytest.fixture(params=[Client, Blocking])
+def client(request: pytest.FixtureRequest, server: FakeServer) -> Iterator[Any]:
+    with request.param(server.target, timeout=20, retries=None) as made:
+        yield made
 
 
 def test_a_result_carries_everything(client: Client) -> None:
@@ -76,13 +86,13 @@ def test_a_preview_is_a_picture(client: Client, service: FakeService) -> None:
 
 def test_a_stream_without_a_result_is_an_error(client: Client, service: FakeService) -> None:
     service.script = events()[:-1]
-    with pytest.raises(Img2ImgError, match="without a result"):
+    with pytest.raises(ServerFailed, match="without a result"):
         list(client.transform_stream(b"file"))
 
 
 def test_an_answer_without_a_picture_is_an_error(client: Client, service: FakeService) -> None:
     service.script[-1] = messages.TransformStreamResponse(completed=messages.TransformResponse())
-    with pytest.raises(Img2ImgError, match="without a picture"):
+    with pytest.raises(ServerFailed, match="without a picture"):
         list(client.transform_stream(b"file"))
 
 
@@ -118,10 +128,11 @@ def test_closing_a_finished_stream_is_harmless(client: Client) -> None:
     assert list(stream) == []
 
 
-def test_closing_the_client_cancels_what_runs(server: FakeServer) -> None:
+@pytest.mark.parametrize("kind", [Client, Blocking])
+def test_closing_the_client_cancels_what_runs(kind: Any, server: FakeServer) -> None:
     server.service.hold = True
     failures: list[Img2ImgError] = []
-    client = Client(server.target)
+    client = kind(server.target)
 
     def transform() -> None:
         with pytest.raises(Img2ImgError) as caught:
@@ -135,10 +146,12 @@ def test_closing_the_client_cancels_what_runs(server: FakeServer) -> None:
     assert server.service.released.wait(PATIENCE)
     thread.join(PATIENCE)
     assert [type(failure) for failure in failures] == [Cancelled]
+    client.__exit__(None, None, None)
 
 
-def test_timeouts_become_deadlines(server: FakeServer) -> None:
-    with Client(server.target) as endless, Client(server.target, timeout=50) as patient:
+@pytest.mark.parametrize("kind", [Client, Blocking])
+def test_timeouts_become_deadlines(kind: Any, server: FakeServer) -> None:
+    with kind(server.target) as endless, kind(server.target, timeout=50) as patient:
         endless.transform(b"file")
         patient.transform(b"file")
         patient.transform(b"file", timeout=500)
@@ -158,8 +171,9 @@ def test_a_deadline_ends_both_sides(client: Client, service: FakeService) -> Non
     assert service.released.wait(PATIENCE)
 
 
-def test_no_server_is_unavailable() -> None:
-    with Client("127.0.0.1:1", timeout=10) as client, pytest.raises(Unavailable) as caught:
+@pytest.mark.parametrize("kind", [Client, Blocking])
+def test_no_server_is_unavailable(kind: Any) -> None:
+    with kind("127.0.0.1:1", timeout=10) as client, pytest.raises(Unavailable) as caught:
         client.models()
     assert (caught.value.status, caught.value.reason) == ("UNAVAILABLE", "")
 
@@ -205,12 +219,13 @@ def test_ready_at_once_where_the_server_serves(client: Client) -> None:
     client.wait_until_ready(PATIENCE)
 
 
-def test_waits_for_a_server_that_is_not_there_yet() -> None:
+@pytest.mark.parametrize("kind", [Client, Blocking])
+def test_waits_for_a_server_that_is_not_there_yet(kind: Any) -> None:
     server = FakeServer()
     ready = threading.Event()
 
     def wait() -> None:
-        with Client(server.target) as client:
+        with kind(server.target) as client:
             client.wait_until_ready(PATIENCE)
             ready.set()
 
@@ -252,7 +267,9 @@ def test_a_scheme_asks_for_tls(server: FakeServer) -> None:
 def test_the_client_imports_no_computing_library() -> None:
     libraries = ("torch", "numpy", "onnxruntime", "diffusers", "transformers", "PIL", "rich", "opentelemetry")
     heavy = (*libraries, "img2img_server", "img2img_export")
-    code = f"import sys; from img2img_client import Client; sys.exit([m for m in {heavy} if m in sys.modules] or None)"
+    code = (
+        f"import sys; from img2img_client import AsyncClient, Client; sys.exit([m for m in {heavy} if m in sys.modules] or None)"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False, stderr=subprocess.PIPE, timeout=60).stderr == b""
 
 

@@ -1,9 +1,15 @@
-"""scripts/demo, as a person runs it: it makes its pictures and leaves no process."""
+"""scripts/demo, as a person runs it: it makes its pictures and leaves no process.
+
+Its bundle is the one that the session's tests share, so that it is not exported once more: that the demo's model can be exported
+by the command is what tests/test_readme.py shows.
+"""
 
 import os
 import re
+import shutil
 import signal
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,6 +17,13 @@ from PIL import Image, ImageStat
 
 ROOT = Path(__file__).resolve().parents[2]
 WORK = ROOT / ".demo"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def exported(bundle: Callable[[str], Path]) -> None:
+    """Puts the bundle where the demo looks for it, which asks whether it is up to date."""
+    if not (WORK / "models" / "demo").exists():
+        shutil.copytree(bundle("demo"), WORK / "models" / "demo")
 
 
 def redness(path: Path) -> float:

@@ -8,12 +8,16 @@ from img2img_client import (
     AssetNotFound,
     Cancelled,
     Client,
+    Damaged,
     DeadlineExceeded,
     Img2ImgError,
     InvalidRequest,
     ModelNotFound,
+    ModelUnavailable,
+    NotSupported,
     Overloaded,
     PermissionDenied,
+    ServerFailed,
     Unauthenticated,
     Unavailable,
 )
@@ -25,17 +29,20 @@ from img2img_client import (
     [
         ("INVALID_ARGUMENT", "INVALID_FIELD", InvalidRequest),
         ("NOT_FOUND", "MODEL_NOT_FOUND", ModelNotFound),
-        ("FAILED_PRECONDITION", "MODEL_UNAVAILABLE", Img2ImgError),
-        ("UNIMPLEMENTED", "NOT_SUPPORTED", Img2ImgError),
+        ("FAILED_PRECONDITION", "MODEL_UNAVAILABLE", ModelUnavailable),
+        ("UNIMPLEMENTED", "NOT_SUPPORTED", NotSupported),
         ("RESOURCE_EXHAUSTED", "QUEUE_FULL", Overloaded),
         ("DEADLINE_EXCEEDED", "DEADLINE_EXPIRED", DeadlineExceeded),
         ("CANCELLED", "CANCELLED", Cancelled),
         ("UNAVAILABLE", "SHUTTING_DOWN", Unavailable),
-        ("INTERNAL", "MODEL_FAILED", Img2ImgError),
+        ("INTERNAL", "MODEL_FAILED", ServerFailed),
         ("NOT_FOUND", "ASSET_NOT_FOUND", AssetNotFound),
         ("NOT_FOUND", "NEW", ModelNotFound),
         ("UNAUTHENTICATED", "UNAUTHENTICATED", Unauthenticated),
         ("PERMISSION_DENIED", "PERMISSION_DENIED", PermissionDenied),
+        ("UNKNOWN", "NEW", ServerFailed),
+        ("DATA_LOSS", "NEW", Damaged),
+        ("ABORTED", "NEW", Img2ImgError),
     ],
 )
 def test_each_status_has_its_error(
@@ -89,7 +96,7 @@ def test_a_refusal_for_the_time_out_says_how_long_it_would_take(client: Client, 
 def test_a_message_above_a_size_limit_is_not_overload(client: Client, service: FakeService) -> None:
     with pytest.raises(Img2ImgError, match="larger than max") as caught:
         client.transform(bytes(MAX_REQUEST_BYTES + 1))
-    assert type(caught.value) is Img2ImgError
+    assert type(caught.value) is InvalidRequest
     assert caught.value.status == "RESOURCE_EXHAUSTED"
 
 

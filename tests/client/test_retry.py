@@ -1,4 +1,4 @@
-"""What is tried again against a server and what is not, and that closing or Ctrl-C ends every wait."""
+"""What is tried again against a server and what is not, by either client, and that closing or Ctrl-C ends every wait."""
 
 import hashlib
 import signal
@@ -10,11 +10,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from blocking import Blocking
 from fake_image_service import PATIENCE, FakeServer, FakeService
 from fake_statuses import error_info, queue_full, rich_status, unavailable, wrong_field
 from google.rpc import code_pb2  # type: ignore[import-untyped, unused-ignore]
 from img2img.v1 import model_pb2
-from img2img_client import Cancelled, Client, Completed, Img2ImgError, Overloaded, Queued, RetryPolicy, Started, Unavailable
+from img2img_client import (
+    Cancelled,
+    Client,
+    Completed,
+    Img2ImgError,
+    Overloaded,
+    Queued,
+    RetryPolicy,
+    Started,
+    Unavailable,
+)
 
 
 def transform(client: Client) -> object:
@@ -38,19 +49,6 @@ ONCE: dict[str, Callable[[Client], object]] = {
     "unload_model": lambda client: client.unload_model("demo"),
     "delete_asset": lambda client: client.delete_asset("1f"),
 }
-
-
-@pytest.fixture
-def told() -> list[tuple[int, str, float]]:
-    return []
-
-
-@pytest.fixture
-def patient(server: FakeServer, told: list[tuple[int, str, float]]) -> Any:
-    policy = RetryPolicy(4, 0.001, 0.002, on_retry=lambda attempt, error, wait: told.append((attempt, error.status, wait)))
-    server.service.fail_before = 1
-    with Client(server.target, timeout=20, retries=policy) as client:
-        yield client
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -143,43 +141,36 @@ def test_a_stream_begins_anew_until_it_has_started(patient: Client, service: Fak
     assert len(service.requests) == 3
 
 
-def test_a_stream_that_has_started_is_not_tried_again(
-    patient: Client, service: FakeService, told: list[tuple[int, str, float]]
-) -> None:
-    service.fail_before = 2
-    service.failures = [unavailable()]
-    events = patient.transform_stream(b"file")
-    assert [type(next(events)) for _ in range(2)] == [Queued, Started]
-    with pytest.raises(Unavailable):
-        next(events)
-    assert (len(service.requests), told) == (1, [])
-
-
+@pytest.mark.parametrize("kind", [Client, Blocking])
 @pytest.mark.parametrize("seconds", [float("nan"), float("inf"), 1e300, -1.0])
 @pytest.mark.parametrize("name", ["transform", "transform_stream", "models"])
-def test_a_time_out_that_cannot_be_is_not_taken_for_one_that_passed(server: FakeServer, name: str, seconds: float) -> None:
-    with Client(server.target, timeout=seconds) as client, pytest.raises(ValueError, match="timeout is"):
+def test_a_time_out_that_cannot_be_is_not_taken_for_one_that_passed(
+    kind: Any, server: FakeServer, name: str, seconds: float
+) -> None:
+    with kind(server.target, timeout=seconds) as client, pytest.raises(ValueError, match="timeout is"):
         CALLS[name](client)
-    with Client(server.target, timeout=1e9) as client:
+    with kind(server.target, timeout=1e9) as client:
         assert CALLS[name](client) is not None
 
 
-def test_a_stream_that_failed_has_ended(client: Client, service: FakeService) -> None:
+@pytest.mark.parametrize("kind", [Client, Blocking])
+def test_a_stream_that_failed_has_ended(kind: Any, server: FakeServer) -> None:
     """Whoever asks it once more gets nothing: no attempt after the error was told."""
-    service.fail_before = 1
-    service.failures = [unavailable()]
-    with Client(client.target, timeout=20, retries=None) as once:
+    server.service.fail_before = 1
+    server.service.failures = [unavailable()]
+    with kind(server.target, timeout=20, retries=None) as once:
         events = once.transform_stream(b"file")
         with pytest.raises(Unavailable):
             list(events)
         assert list(events) == []
 
 
+@pytest.mark.parametrize("kind", [Client, Blocking])
 @pytest.mark.parametrize(("closed", "streamed"), [("client", False), ("client", True), ("stream", True)])
-def test_closing_ends_a_wait(server: FakeServer, closed: str, streamed: bool) -> None:
+def test_closing_ends_a_wait(kind: Any, server: FakeServer, closed: str, streamed: bool) -> None:
     server.service.failure = queue_full(50)
     waiting, ended = threading.Event(), threading.Event()
-    client = Client(server.target, retries=RetryPolicy(on_retry=lambda *_: waiting.set()))
+    client = kind(server.target, retries=RetryPolicy(on_retry=lambda *_: waiting.set()))
     server.service.fail_before = 0
     events = client.transform_stream(b"file")
 
@@ -195,7 +186,7 @@ def test_closing_ends_a_wait(server: FakeServer, closed: str, streamed: bool) ->
     events.close() if closed == "stream" else client.close()
     assert ended.wait(PATIENCE)
     thread.join(PATIENCE)
-    client.close()
+    client.__exit__(None, None, None)
 
 
 def test_interrupting_ends_a_wait(server: FakeServer, tmp_path: Path) -> None:

@@ -29,25 +29,39 @@ class Life:
     durations: list[float]
     draw: float
     late: float
+    tries: int = 1
+    several: bool = False
     now: float = 1000.0
     starts: list[float] = field(default_factory=list)
     draws: list[tuple[float, float]] = field(default_factory=list)
     waits: list[float] = field(default_factory=list)
     bounds: list[float | None] = field(default_factory=list)
 
+    def made(self, failures: int) -> int:
+        """The tries that so many failures were."""
+        return sum(self.tries if error.status == "UNAVAILABLE" else 1 for error in self.errors[:failures])
+
+    def asked(self, failures: int) -> float:
+        """The seconds to wait that the last of so many failures asked for, and another server does not: the first one's are its
+        own."""
+        before = [error for error in self.errors[: failures - 1] if error.retry_after is not None]
+        return 0.0 if self.several and not before else self.errors[failures - 1].retry_after or 0.0
+
     def run(self) -> None:
-        attempts = Attempts(self.policy, self.timeout, self._wait, clock=lambda: self.now, uniform=self._uniform)
+        attempts = Attempts(
+            self.policy, self.timeout, tries=self.tries, several=self.several, clock=lambda: self.now, uniform=self._uniform
+        )
         for error, duration in zip(self.errors, self.durations, strict=True):
             self.starts.append(self.now)
             self.bounds.append(attempts.seconds_left())
             self.now += duration
-            if not attempts.again(error):
+            wait = attempts.failed(error)
+            if wait is None:
                 return
-
-    def _wait(self, wait: float) -> bool:
-        self.waits.append(wait)
-        self.now += wait + self.late
-        return False
+            self.waits.append(wait)
+            self.now += wait + self.late
+            if not attempts.is_in_time():
+                return
 
     def _uniform(self, least: float, most: float) -> float:
         self.draws.append((least, most))
@@ -64,6 +78,8 @@ lives = st.integers(1, 9).flatmap(
         st.lists(few_seconds, min_size=count, max_size=count),
         st.floats(0, 1),
         st.sampled_from([0.0, 0.5, 60.0]),
+        st.sampled_from([1, 1, 2]),
+        st.booleans(),
     )
 )
 
@@ -78,8 +94,8 @@ def test_what_is_tried_again_is_safe_in_time_and_counted(life: Life) -> None:
     if life.policy is None:
         assert len(life.starts) == 1
     else:
-        assert len(life.starts) <= life.policy.max_attempts
-        assert all((error.retry_after or 0) <= life.policy.longest_wait for error in retried)
+        assert len(life.starts) == 1 or life.made(len(retried)) + life.tries <= life.policy.max_attempts
+        assert all(life.asked(number) <= life.policy.longest_wait for number in range(1, len(retried) + 1))
     if life.timeout is not None:
         deadline = 1000.0 + life.timeout
         assert all(start < deadline for start in life.starts[1:])
@@ -92,9 +108,10 @@ def test_waits_are_drawn_anew_between_the_servers_and_the_policys_bounds(life: L
     life.run()
     policy = life.policy or RetryPolicy()
     assert len(life.waits) <= len(life.draws)
-    for number, (error, wait, drawn) in enumerate(zip(life.errors, life.waits, life.draws, strict=False), start=1):
+    for failures, (wait, drawn) in enumerate(zip(life.waits, life.draws, strict=False), start=1):
+        number = life.made(failures)
         assert drawn == (0.0, policy.backoff(number))
-        assert wait == pytest.approx((error.retry_after or 0) + life.draw * policy.backoff(number))
+        assert wait == pytest.approx(life.asked(failures) + life.draw * policy.backoff(number))
         assert policy.backoff(number) == pytest.approx(min(policy.most_backoff, policy.first_backoff * 2 ** (number - 1)))
     if life.timeout is not None and not life.late:
         assert life.now <= 1000.0 + life.timeout or life.now == pytest.approx(
@@ -108,12 +125,13 @@ def test_nothing_is_given_up_that_could_be_tried_again(life: Life) -> None:
     life.run()
     last = life.errors[len(life.starts) - 1]
     policy = life.policy
-    if policy is None or len(life.starts) == min(policy.max_attempts, len(life.errors)):
+    failures = len(life.starts)
+    if policy is None or failures == len(life.errors) or life.made(failures) + life.tries > policy.max_attempts:
         return
     transient = last.status == "UNAVAILABLE" or (last.status == "RESOURCE_EXHAUSTED" and last.retry_after is not None)
-    if transient and (last.retry_after or 0) <= policy.longest_wait:
+    if transient and life.asked(failures) <= policy.longest_wait:
         assert life.timeout is not None
-        wait = (last.retry_after or 0) + life.draw * policy.backoff(len(life.starts))
+        wait = life.asked(failures) + life.draw * policy.backoff(life.made(failures))
         ended = life.starts[-1] + life.durations[len(life.starts) - 1]
         assert ended + wait + life.late >= 1000.0 + life.timeout - 1e-6
 

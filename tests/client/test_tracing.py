@@ -4,8 +4,10 @@ import gc
 import subprocess
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
+from blocking import Blocking
 from fake_image_service import FakeServer, FakeService
 from fake_statuses import error_info, queue_full, rich_status, unavailable
 from google.rpc import code_pb2  # type: ignore[import-untyped, unused-ignore]
@@ -15,6 +17,12 @@ from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanKind, StatusCode, format_span_id, format_trace_id
+
+
+@pytest.fixture(params=[Client, Blocking])
+def client(request: pytest.FixtureRequest, server: FakeServer) -> Iterator[Any]:
+    with request.param(server.target, timeout=20, retries=None) as made:
+        yield made
 
 
 @pytest.fixture

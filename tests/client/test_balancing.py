@@ -1,0 +1,219 @@
+"""Several servers: all that are well are used and no other, and what one cannot do another does, as often as was allowed."""
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from blocking import Blocking
+from fake_image_service import PATIENCE, FakeServer
+from fake_statuses import queue_full, unavailable
+from img2img_client import Client, Overloaded, RetryPolicy, Unavailable
+from several import counts, forget, started, use
+
+BOTH = pytest.mark.parametrize("kind", [Client, Blocking])
+Told = list[tuple[int, str, float]]
+
+
+@pytest.fixture
+def servers() -> Iterator[list[FakeServer]]:
+    with started(FakeServer(), FakeServer(), FakeServer()) as three:
+        yield three
+
+
+def policy(told: Told, attempts: int = 5) -> RetryPolicy:
+    return RetryPolicy(attempts, 0.001, 0.002, on_retry=lambda *what: told.append((what[0], what[1].status, what[2])))
+
+
+def leave(client: Client, server: FakeServer) -> None:
+    """Calls until a server is not called any more: that it is not well has to get about."""
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        assert time.monotonic() < deadline
+        forget([server])
+        for _ in range(10):
+            client.models()
+        if counts([server]) == [0]:
+            return
+
+
+@BOTH
+@pytest.mark.parametrize("given", ["list", "commas", "ipv4"])
+def test_calls_are_spread_evenly(kind: Any, servers: list[FakeServer], given: str) -> None:
+    addresses = [server.target for server in servers]
+    targets: dict[str, Any] = {"list": addresses, "commas": ",".join(addresses), "ipv4": f"ipv4:{','.join(addresses)}"}
+    with kind(targets[given], timeout=20) as client:
+        use(client, servers)
+        for _ in range(10):
+            client.transform(b"file")
+            list(client.transform_stream(b"file"))
+            client.models()
+        assert counts(servers) == [10, 10, 10]
+
+
+@BOTH
+def test_a_server_that_is_not_well_is_left_until_it_is(kind: Any, servers: list[FakeServer], told: Told) -> None:
+    with kind([server.target for server in servers], timeout=20, retries=policy(told)) as client:
+        use(client, servers)
+        servers[1].set_serving(False)
+        leave(client, servers[1])
+        forget(servers)
+        for _ in range(20):
+            client.models()
+        assert counts(servers) == [10, 0, 10]
+        servers[1].set_serving(True)
+        use(client, servers)
+    assert told == []
+
+
+@BOTH
+def test_a_server_that_is_gone_is_missed_by_nobody_and_found_again(kind: Any, servers: list[FakeServer]) -> None:
+    with kind([server.target for server in servers], timeout=20) as client:
+        use(client, servers)
+        servers[0].stop()
+        forget(servers)
+        for _ in range(20):
+            client.transform(b"file")
+        assert sum(counts(servers[1:])) == 20
+        with started(FakeServer(servers[0].port)) as after:
+            use(client, [*after, *servers[1:]])
+
+
+def until_unavailable(client: Client) -> None:
+    """Calls until there is nobody to call."""
+    deadline = time.monotonic() + PATIENCE
+    while time.monotonic() < deadline:
+        try:
+            client.models()
+        except Unavailable:
+            return
+    raise AssertionError("somebody still answers")
+
+
+@BOTH
+def test_no_server_is_well(kind: Any, servers: list[FakeServer], told: Told) -> None:
+    with kind([server.target for server in servers], timeout=20, retries=policy(told)) as client:
+        client.wait_until_ready(PATIENCE)
+        for server in servers:
+            server.set_serving(False)
+        until_unavailable(client)
+        servers[2].set_serving(True)
+        client.wait_until_ready(PATIENCE)
+        use(client, servers[2:])
+
+
+CALLS: dict[str, Callable[[Any], object]] = {
+    "transform": lambda client: client.transform(b"file"),
+    "large": lambda client: client.transform(bytes(3_000_000)),
+    "transform_stream": lambda client: list(client.transform_stream(b"file")),
+    "models": lambda client: client.models(),
+}
+OTHERS: dict[str, Callable[[Any], object]] = {
+    "load_model": lambda client: client.load_model("demo"),
+    "upload": lambda client: client.upload(b"file"),
+    "download": lambda client: client.download("1f"),
+}
+ONCE: dict[str, Callable[[Any], object]] = {
+    "unload_model": lambda client: client.unload_model("demo"),
+    "delete_asset": lambda client: client.delete_asset("1f"),
+}
+
+
+@BOTH
+@pytest.mark.parametrize("name", CALLS)
+def test_what_a_server_cannot_take_another_does_at_once(kind: Any, servers: list[FakeServer], told: Told, name: str) -> None:
+    """gRPC itself asks the next one: no wait of ours, also for a picture larger than what gRPC keeps by default."""
+    with kind([server.target for server in servers], timeout=20, retries=policy(told)) as client:
+        use(client, servers)
+        servers[0].service.failure = unavailable()
+        servers[0].service.fail_before = 0
+        for _ in range(6):
+            assert CALLS[name](client) is not None
+    assert told == []
+    assert counts(servers)[0] >= 2
+    assert sum(counts(servers)) == 6 + counts(servers)[0]
+
+
+@BOTH
+@pytest.mark.parametrize("most", [1, 2, 3, 4, 5, 6])
+@pytest.mark.parametrize("name", CALLS)
+def test_the_attempts_of_both_layers_are_bounded_together(
+    kind: Any, servers: list[FakeServer], told: Told, name: str, most: int
+) -> None:
+    for server in servers:
+        server.service.failure, server.service.fail_before = unavailable(), 0
+    client = kind([server.target for server in servers], timeout=20, retries=policy(told, most))
+    with client, pytest.raises(Unavailable, match="shutting down"):
+        CALLS[name](client)
+    assert sum(counts(servers)) == (1 if most == 1 else most - most % 2)
+    assert [attempt for attempt, _, _ in told] == list(range(2, most - 1, 2))
+
+
+@BOTH
+def test_a_stream_that_was_answered_is_an_attempt_of_ours_alone(kind: Any, servers: list[FakeServer], told: Told) -> None:
+    for server in servers:
+        server.service.failure, server.service.fail_before = unavailable(), 2
+    client = kind([server.target for server in servers], timeout=20, retries=policy(told, 4))
+    with client, pytest.raises(Unavailable):
+        list(client.transform_stream(b"file"))
+    assert sum(counts(servers)) == 3, "one, one, and at the third gRPC may make two"
+    assert [attempt for attempt, _, _ in told] == [1, 2]
+
+
+@BOTH
+@pytest.mark.parametrize("name", [*OTHERS, *ONCE])
+def test_what_grpc_does_not_try_again_is_counted_as_ever(kind: Any, servers: list[FakeServer], told: Told, name: str) -> None:
+    for server in servers:
+        server.service.failure = server.assets.failure = unavailable()
+    client = kind([server.target for server in servers], timeout=20, retries=policy(told, 4))
+    with client, pytest.raises(Unavailable):
+        (OTHERS | ONCE)[name](client)
+    assert sum(counts(servers)) == (4 if name in OTHERS else 1)
+
+
+@BOTH
+@pytest.mark.parametrize("name", CALLS)
+def test_who_wants_one_attempt_gets_one(kind: Any, servers: list[FakeServer], name: str) -> None:
+    for server in servers:
+        server.service.failure, server.service.fail_before = unavailable(), 0
+    with kind([server.target for server in servers], timeout=20, retries=None) as client, pytest.raises(Unavailable):
+        CALLS[name](client)
+    assert sum(counts(servers)) == 1
+
+
+@BOTH
+@pytest.mark.parametrize("name", CALLS)
+def test_one_server_that_has_no_room_is_not_waited_for(kind: Any, servers: list[FakeServer], told: Told, name: str) -> None:
+    with kind([server.target for server in servers], timeout=20, retries=policy(told)) as client:
+        use(client, servers)
+        servers[0].service.failure, servers[0].service.fail_before = queue_full(3600), 0
+        for _ in range(6):
+            assert CALLS[name](client) is not None
+    assert told
+    assert all(status == "RESOURCE_EXHAUSTED" and wait < 0.1 for _, status, wait in told)
+
+
+@BOTH
+def test_where_none_has_room_the_second_one_is_waited_for(kind: Any, servers: list[FakeServer], told: Told) -> None:
+    for server in servers:
+        server.service.failure = queue_full(0.05)
+    with kind([server.target for server in servers], timeout=20, retries=policy(told, 4)) as client, pytest.raises(Overloaded):
+        client.transform(b"file")
+    assert [wait >= 0.05 for _, _, wait in told] == [False, True]
+
+
+@BOTH
+def test_one_server_is_reached_as_ever(kind: Any, servers: list[FakeServer], told: Told) -> None:
+    """Whatever its health, with attempts of ours alone; unless it is said that there may be more of them."""
+    one = servers[0]
+    one.set_serving(False)
+    with kind(one.target, timeout=20, retries=policy(told)) as client:
+        one.service.failures = [unavailable()]
+        assert client.transform(b"file").images
+    assert (len(told), len(one.service.metadata)) == (1, 2)
+    with kind(one.target, timeout=20, retries=policy(told), balance=True) as client:
+        with pytest.raises(Unavailable):
+            client.transform(b"file")
+        one.set_serving(True)
+        client.wait_until_ready(PATIENCE)
+        assert client.transform(b"file").images

@@ -1,0 +1,66 @@
+"""A stream whose server is lost after it started goes on elsewhere, and its caller sees one life."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from blocking import Blocking
+from fake_image_service import FakeServer, FakeService, events
+from fake_statuses import error_info, queue_full, rich_status, unavailable
+from google.rpc import code_pb2  # type: ignore[import-untyped, unused-ignore]
+from img2img.v1 import image_to_image_pb2 as messages
+from img2img_client import Client, Completed, Img2ImgError, Progress, Queued, Started, Unavailable
+
+
+def test_a_stream_that_has_started_goes_on_where_it_was(patient: Client, service: FakeService) -> None:
+    """Each attempt is lost a step further on, and one before it comes as far as the last."""
+    service.script = events(3, 4, steps=6)
+    life = service.script
+    lost_before = iter([4, 3, 1, len(life) - 1])
+
+    class Lossy(list[messages.TransformStreamResponse]):
+        def __iter__(self) -> Iterator[messages.TransformStreamResponse]:
+            service.fail_before = next(lost_before)
+            return super().__iter__()
+
+    service.script = Lossy(life)
+    service.fail_before = None
+    service.failures = [unavailable(), queue_full(0.001), unavailable()]
+    seen = list(patient.transform_stream(b"file", seed=-1, image_count=2))
+    assert [type(event) for event in seen] == [Queued, Started, *[Progress] * 6, Completed]
+    assert [event.step for event in seen if isinstance(event, Progress)] == [1, 2, 3, 4, 5, 6]
+    assert [request.seed for request in service.requests] == [-1, 7, 7, 7], "what Started told"
+    assert {request.image_count for request in service.requests} == {2}
+
+
+def test_a_stream_that_has_started_is_given_up_like_any_call(
+    patient: Client, service: FakeService, told: list[tuple[int, str, float]]
+) -> None:
+    service.fail_before = 3
+    service.failure = unavailable()
+    stream = patient.transform_stream(b"file")
+    assert [type(next(stream)) for _ in range(3)] == [Queued, Started, Progress]
+    with pytest.raises(Unavailable):
+        next(stream)
+    assert len(service.requests) == 4
+    assert [attempt for attempt, _, _ in told] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("kind", [Client, Blocking])
+def test_a_stream_that_has_started_is_not_tried_again_without_a_policy(kind: Any, server: FakeServer) -> None:
+    server.service.fail_before = 2
+    server.service.failures = [unavailable()]
+    with kind(server.target, timeout=20, retries=None) as once:
+        stream = once.transform_stream(b"file")
+        assert [type(next(stream)) for _ in range(2)] == [Queued, Started]
+        with pytest.raises(Unavailable):
+            next(stream)
+    assert len(server.service.requests) == 1
+
+
+def test_a_stream_that_has_started_and_failed_for_good_is_not_tried_again(patient: Client, service: FakeService) -> None:
+    service.fail_before = 2
+    service.failures = [rich_status(code_pb2.INTERNAL, "failed", error_info("MODEL_FAILED"))]
+    with pytest.raises(Img2ImgError) as caught:
+        list(patient.transform_stream(b"file"))
+    assert (caught.value.status, len(service.requests)) == ("INTERNAL", 1)

@@ -1,0 +1,229 @@
+"""Every program in docs/recipes.md does what it says, as it stands there, against the demo model's server.
+
+What is changed: the ports, which others may use. The recipes that need another server than that one (three, or one with TLS) get
+real ones with a model that is a fake.
+"""
+
+import base64
+import json
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+
+import pytest
+import trustme
+from conftest import REPOSITORY
+from fakes import FakePipeline
+from img2img_server.access import tokens
+from img2img_server.access.tokens import Token
+from img2img_server.config import AssetSettings, TlsSettings
+from PIL import Image
+from running import running, store
+
+TEXT = (REPOSITORY / "docs" / "recipes.md").read_text(encoding="utf-8")
+SECTIONS = dict(section.split("\n", 1) for section in re.split(r"^## ", TEXT, flags=re.MULTILINE)[1:])
+RECIPES = {title: "".join(re.findall(r"^```python\n(.*?)^```$", text, re.M | re.S)) for title, text in SECTIONS.items()}
+PATIENCE = 120.0
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the recipes run and write."""
+    folder = tmp_path_factory.mktemp("recipes")
+    (folder / "demo").symlink_to(REPOSITORY / "demo")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def port(folder: Path, bundle: Callable[[str], Path]) -> Iterator[str]:
+    """The demo model's server: with it a second time under another name, and with room for few requests."""
+    for name in ("demo", "other"):
+        shutil.copytree(bundle("demo"), folder / "models" / name)
+    words = ["--models", "models", "--default-model", "demo", "--assets", "assets", "--warm-up", "1"]
+    words += ["--max-active", "2", "--max-waiting", "4"]
+    command = [str(Path(sys.executable).parent / "img2img"), "serve", *words, "--port", "0", "--port-file", "port"]
+    with (folder / "log").open("wb") as log:
+        process = subprocess.Popen(command, cwd=folder, stderr=log)
+    try:
+        while not (folder / "port").exists():
+            assert process.poll() is None, (folder / "log").read_text()
+            time.sleep(0.05)
+        yield (folder / "port").read_text().strip()
+    finally:
+        process.terminate()
+        assert process.wait(60) == 0
+
+
+def program(title: str, **ports: object) -> str:
+    """A recipe, with other ports."""
+    text = RECIPES[title]
+    for old, new in ports.items():
+        assert old.removeprefix("p") in text
+        text = text.replace(old.removeprefix("p"), str(new))
+    return text
+
+
+def run(folder: Path, text: str) -> str:
+    """Runs a program and returns what it printed."""
+    command = [sys.executable, "-W", "error", "-c", text]
+    done = subprocess.run(command, cwd=folder, check=False, capture_output=True, text=True, timeout=PATIENCE)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stderr == ""
+    return done.stdout
+
+
+def size(path: Path) -> tuple[int, int]:
+    with Image.open(path) as image:
+        return image.size
+
+
+def test_a_folder_of_pictures(folder: Path, port: str) -> None:
+    made = run(folder, program("A folder of pictures", p50051=port)).split()
+    assert made == [f"winter/noon-{name}.png" for name in ("dunes", "hills", "lake")]
+    for name in made:
+        assert size(folder / name) == (128, 128)
+        assert (folder / name).read_bytes() != (folder / "demo" / "pictures" / Path(name).name).read_bytes()
+
+
+def test_variations_and_one_of_them_again(folder: Path, port: str) -> None:
+    assert run(folder, program("Variations, and one of them again", p50051=port)) in ("True\n", "False\n")
+    files = {(folder / f"sunset-{seed}.png").read_bytes() for seed in range(100, 104)}
+    assert len(files) == 4
+
+
+def test_previews_while_it_runs(folder: Path, port: str) -> None:
+    said = run(folder, program("Previews while it runs", p50051=port)).splitlines()
+    assert [line for line in said if line.startswith("step")] == [f"step {step} of 6" for step in range(1, 7)]
+    assert re.fullmatch(r"seed \d+ on \S+", next(line for line in said if line.startswith("seed")))
+    assert [size(folder / f"preview-{step}.jpg") for step in (2, 4)] == [(16, 16)] * 2
+    assert size(folder / "lake.png") == (128, 128)
+
+
+def test_leave_it_when_it_is_good_enough(folder: Path, port: str) -> None:
+    assert run(folder, program("Leave it when it is good enough", p50051=port)) == "left after step 3\n"
+    assert size(folder / "enough.png") == (128, 128)
+
+
+def test_only_if_it_is_quick(folder: Path, port: str) -> None:
+    refused, made = run(folder, program("Only if it is quick", p50051=port)).splitlines()
+    assert re.fullmatch(r"too long for a second: (None|[\d.]+) s", refused)
+    assert re.fullmatch(r"1 in \d+ ms", made)
+
+
+def test_more_than_the_server_takes(folder: Path, port: str) -> None:
+    said = run(folder, program("More than the server takes", p50051=port))
+    assert said.endswith(f"drawn: {list(range(12))}\n")
+    assert re.search(r"attempt \d+: QUEUE_FULL, again in \d+\.\d\d s", said), "twelve do not fit where six do"
+
+
+def test_edit_in_rounds_without_sending_it_again(folder: Path, port: str) -> None:
+    rounds = run(folder, program("Edit in rounds without sending it again", p50051=port)).splitlines()
+    assert [line.rpartition(" ")[0] for line in rounds] == ["the lake in autumn", "the lake in autumn, at dusk"]
+    assert size(folder / "dusk.png") == (128, 128)
+    assert [path for path in (folder / "assets").rglob("*") if re.fullmatch(r"[0-9a-f]{64}", path.name)] == []
+
+
+def test_another_scheduler(folder: Path, port: str) -> None:
+    assert re.fullmatch(r"\d+ schedulers\n", run(folder, program("Another scheduler", p50051=port)))
+    files = [(folder / f"{name}.png").read_bytes() for name in ("EulerDiscreteScheduler", "DPM++")]
+    assert files[0] != files[1]
+
+
+def test_several_models(folder: Path, port: str) -> None:
+    *lines, last = run(folder, program("Several models", p50051=port)).splitlines()
+    assert [line.split()[:2] for line in lines] == [["demo", "ready"], ["other", "ready"]]
+    assert "another" in last
+    assert (folder / "by-demo.png").read_bytes() == (folder / "by-other.png").read_bytes()
+
+
+def test_many_at_once_with_asyncio(folder: Path, port: str) -> None:
+    names = run(folder, program("Many at once with asyncio", p50051=port)).split()
+    assert sorted(names) == sorted(
+        f"noon-{it}-{season}.webp" for it in ("dunes", "hills", "lake") for season in ("winter", "autumn")
+    )
+    assert all(size(folder / name) == (128, 128) for name in names)
+
+
+def test_a_web_page_that_follows(folder: Path, port: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        own = free.getsockname()[1]
+    text = program("A web page that follows", p50051=port, p8080=own)
+    command = [sys.executable, "-u", "-c", text]
+    with subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as page:
+        assert page.stdout is not None
+        try:
+            assert "Running on" in page.stdout.readline()
+            with urllib.request.urlopen(f"http://localhost:{own}/draw?prompt=a+lake", timeout=PATIENCE) as answer:
+                events = re.findall(r"event: (\w+)\ndata: (.*)\n\n", answer.read().decode())
+            with socket.create_connection(("localhost", own)) as gone:  # closes the page at the first step
+                gone.sendall(b"GET /draw HTTP/1.1\r\nHost: localhost\r\n\r\n")
+                assert b"200" in gone.recv(10_000)
+            with urllib.request.urlopen(f"http://localhost:{own}/draw", timeout=PATIENCE) as answer:
+                assert b"event: done" in answer.read()
+        finally:
+            page.send_signal(signal.SIGINT)
+            rest = page.communicate(timeout=60)[0]
+    assert "Traceback" not in rest
+    assert [kind for kind, _ in events] == [*["progress"] * 6, "done"]
+    steps = [json.loads(data) for kind, data in events if kind == "progress"]
+    assert [step["step"] for step in steps] == list(range(1, 7))
+    assert base64.b64decode(steps[1]["preview"]).startswith(b"\xff\xd8")
+    assert base64.b64decode(json.loads(events[-1][1])["image"]).startswith(b"RIFF")
+
+
+def test_several_servers(folder: Path) -> None:
+    pipelines = [FakePipeline() for _ in range(3)]
+    with ExitStack() as stack:
+        ports = [
+            stack.enter_context(running(partial(store, m=pipeline), assets=AssetSettings(url="none"))).port
+            for pipeline in pipelines
+        ]
+        said = run(folder, program("Several servers", p50051=ports[0], p50052=ports[1], p50053=ports[2]))
+    assert said == "24 pictures\n"
+    assert sum(len(pipeline.prepared) for pipeline in pipelines) == 24
+
+
+def test_tls_and_a_token(folder: Path) -> None:
+    authority, secret = trustme.CA(), tokens.make_secret()
+    own = authority.issue_cert("localhost")
+    authority.cert_pem.write_to_path(str(folder / "ca.pem"))
+    own.cert_chain_pems[0].write_to_path(str(folder / "server.pem"))
+    own.private_key_pem.write_to_path(str(folder / "server.key"))
+    (folder / "server.key").chmod(0o600)
+    (folder / "token.txt").write_text(f"{secret}\n")
+    with tokens.editing(folder / "tokens.toml") as known:
+        known["alice"] = Token("alice", tokens.digest(secret))
+    tls = TlsSettings(folder / "server.pem", folder / "server.key")
+    assets = AssetSettings(url="none")
+    with running(partial(store, m=FakePipeline()), tls=tls, tokens=folder / "tokens.toml", assets=assets) as server:
+        drawn, denied, stranger = run(folder, program("TLS and a token", p50051=server.port)).splitlines()
+    assert drawn == "drawn by m"
+    assert denied.startswith("not allowed: ")
+    assert stranger.startswith("who is that? ")
+
+
+def test_traces(folder: Path, port: str) -> None:
+    said = run(folder, program("Traces", p50051=port))
+    inner, outer = (json.loads(span) for span in re.findall(r"^\{$.*?^\}$", said, re.MULTILINE | re.DOTALL))
+    assert (inner["name"], outer["name"]) == ("img2img.transform", "an order")
+    assert inner["parent_id"] == outer["context"]["span_id"]
+    assert inner["attributes"]["img2img.request_id"] == "order-4711"
+
+
+def test_each_recipe_is_run_and_found() -> None:
+    titles = list(RECIPES)
+    assert all(RECIPES.values())
+    assert TEXT.count("```") == 2 * len(titles), "one program each"
+    tests = {name for name in globals() if name.startswith("test_")}
+    assert {"test_" + re.sub(r"\W+", "_", title.lower()) for title in titles} < tests
+    contents = re.findall(r"\[([^]]+)\]\(#([\w-]+)\)", TEXT.partition("\n## ")[0])
+    assert contents == [(title, re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-")) for title in titles]
