@@ -1,0 +1,150 @@
+"""The playground's web application: the page, the way in for pictures and the way out, and who may ask."""
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fastapi import FastAPI, HTTPException, Request, Response
+from nicegui import Client, ui
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from img2img_playground.page import Page
+from img2img_playground.pictures import MAX_BYTES
+from img2img_playground.session import Session
+from img2img_playground.sessions import Sessions, TooManyTabs
+from img2img_playground.snippet import Connection
+from img2img_playground.watch import ServerWatch
+
+if TYPE_CHECKING:
+    from img2img_client.async_client import AsyncClient
+    from img2img_client.retry import OnRetry
+
+OpenClient = Callable[["OnRetry | None"], "AsyncClient"]
+"""Makes a client of the server, whose retries are told to what is given; without that one that does not retry."""
+
+_TITLE = "img2img playground"
+_ICON = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 32 32"><rect width="32" height="32" rx="8" fill="#3b6fd4"/>
+<path d="M16 5h5a6 6 0 0 1 6 6v10a6 6 0 0 1-6 6h-5z" fill="#fff" opacity=".85"/></svg>"""
+_SECONDS_TO_CONNECT = 60.0
+_SECONDS_TO_COME_BACK = 3.0
+"""For a tab whose connection broke, or that is loaded anew. After that it is closed, and its run cancelled."""
+
+_HEADERS = {
+    # Nothing but this server, so that the page works offline, and no page of others may frame it. Vue compiles templates here.
+    "content-security-policy": "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self'"
+    " 'unsafe-inline'; img-src 'self' data: blob:; font-src 'self' data:; frame-ancestors 'none'; base-uri 'none';"
+    " form-action 'none'",
+    "referrer-policy": "no-referrer",
+    "x-content-type-options": "nosniff",
+}
+
+
+def make_app(connection: Connection, open_client: OpenClient, hosts: tuple[str, ...]) -> FastAPI:
+    """The application, once per process: NiceGUI keeps one. It answers requests for `hosts` only, which keeps other pages'
+    names that were made to lead here (DNS rebinding) out."""
+    sessions = Sessions(lambda: _make_session(open_client, connection.target))
+    watches: list[ServerWatch] = []  # One, while the application runs: it needs the loop.
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        watches.append(ServerWatch(open_client(None), connection.target))
+        yield
+        await sessions.close()
+        await watches.pop().close()
+
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
+    _add_pictures(app, sessions)
+    _add_page(sessions, watches, connection)
+    ui.run_with(
+        app,
+        title=_TITLE,
+        favicon=_ICON,
+        dark=None,
+        tailwind=False,
+        reconnect_timeout=_SECONDS_TO_COME_BACK,
+        show_welcome_message=False,
+    )
+    app.add_middleware(SecureHeaders)
+    app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts), www_redirect=False)
+    return app
+
+
+def _make_session(open_client: OpenClient, target: str) -> Session:
+    return Session(open_client, target)
+
+
+def _add_pictures(app: FastAPI, sessions: Sessions) -> None:
+    """The ways of pictures. A session's key is in the address, and nobody but its page knows that."""
+
+    def find(key: str) -> Session:
+        session = sessions.find(key)
+        if session is None:
+            raise HTTPException(404)
+        return session
+
+    @app.put("/tabs/{key}/source", status_code=204)
+    async def bring(key: str, request: Request) -> None:
+        session = find(key)
+        data = bytearray()
+        async for part in request.stream():
+            data += part
+            if len(data) > MAX_BYTES:
+                raise HTTPException(413)
+        session.bring(bytes(data), _file_name(request))
+
+    @app.get("/tabs/{key}/pictures/{picture_id}")
+    async def show(key: str, picture_id: str) -> Response:
+        picture = find(key).picture(picture_id)
+        if picture is None:
+            raise HTTPException(404)
+        return Response(picture.data, media_type=picture.media_type, headers={"cache-control": "private, max-age=86400"})
+
+
+def _file_name(request: Request) -> str:
+    from urllib.parse import unquote
+
+    return unquote(request.headers.get("x-file-name", ""), errors="replace")
+
+
+def _add_page(sessions: Sessions, watches: list[ServerWatch], connection: Connection) -> None:
+    style = (Path(__file__).parent / "style.css").read_text(encoding="utf-8")
+
+    @ui.page("/", title=_TITLE)
+    async def index(client: Client) -> None:
+        ui.add_head_html(f"<style>{style}</style>")
+        await client.connected(_SECONDS_TO_CONNECT)
+        tab = client.tab_id
+        if tab is None:  # Gone again already
+            return
+        try:
+            session = sessions.enter(tab)
+        except TooManyTabs as error:
+            ui.label(f"There is no room for one more page: {error}.").classes("page")
+            return
+        page = Page(session, watches[0], connection)
+
+        async def gone() -> None:
+            page.close()
+            await sessions.leave(tab)
+
+        client.on_delete(gone)
+
+
+class SecureHeaders:
+    """Adds headers that keep the page to itself."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answers as the application does, with more headers."""
+
+        async def send_more(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = [(name.encode(), value.encode()) for name, value in _HEADERS.items()]
+                message = {**message, "headers": [*message.get("headers", ()), *headers]}
+            await send(message)
+
+        await self._app(scope, receive, send_more if scope["type"] == "http" else send)

@@ -1,0 +1,37 @@
+"""The window with the Python program, to read and to copy."""
+
+from nicegui import ui
+
+_COPY = """async () => {
+  const code = document.querySelector(".code-words");
+  const done = document.querySelector(".code-copied");
+  try {
+    await navigator.clipboard.writeText(code.textContent);
+  } catch { // Only https and localhost have a clipboard.
+    getSelection().selectAllChildren(code);
+    document.execCommand("copy");
+  }
+  done.textContent = "Copied";
+  setTimeout(() => (done.textContent = ""), 2000);
+}"""
+
+
+class CodeDialog:
+    """One for the page; each opening brings the code that it is to show."""
+
+    def __init__(self) -> None:
+        with ui.dialog() as self._dialog, ui.card().classes("code-card"):
+            ui.label("The same in Python").classes("card-title")
+            self._hint = ui.label().classes("control-hint")
+            with ui.element("pre").classes("code-text").props('tabindex=0 aria-label="Python program"'):
+                self._code = ui.label().classes("code-words")
+            with ui.element("div").classes("code-actions"):
+                ui.label().classes("control-hint code-copied").props("role=status")
+                ui.button("Copy", icon="content_copy").props("unelevated no-caps").on("click", js_handler=_COPY)
+                ui.button("Close", on_click=self._dialog.close).props("flat no-caps")
+
+    def open(self, code: str, source: str) -> None:
+        """Shows the program, which reads the file named `source`."""
+        self._hint.text = f"It reads {source} from the folder where it is run, and needs img2img installed."
+        self._code.text = code
+        self._dialog.open()

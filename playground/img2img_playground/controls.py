@@ -1,0 +1,168 @@
+"""The panel of settings: each control says what it sets, and shows the error that names it."""
+
+import math
+import secrets
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from nicegui import ui
+
+from img2img_playground.failures import Failure
+from img2img_playground.settings import Settings
+from img2img_playground.watch import ServerState
+
+if TYPE_CHECKING:
+    from img2img_client.values import ModelInfo
+    from nicegui.elements.mixins.validation_element import ValidationElement
+
+Change = Callable[..., None]
+"""Takes settings by Settings' names."""
+
+_STATES = {"loading": "loading", "failed": "failed", "unloaded": "not loaded"}
+_SEED_BITS = 32
+_SEED_DIGITS = 19
+"""Of 2^63 - 1, the greatest seed."""
+
+
+class NumberControl:
+    """A number by a slider and by a field; the field takes what is beyond the slider, for servers that allow more."""
+
+    def __init__(self, name: str, label: str, hint: str, least: float, most: float, step: float, change: Change) -> None:
+        self._name, self._least, self._most, self._change = name, least, most, change
+        self._whole = step == 1
+        self._following = False
+        with ui.element("div").classes("number-control"):
+            ui.label(label).classes("control-label").props("aria-hidden=true")
+            self.field = ui.number(step=step, on_change=lambda event: self._take(event.value, self._show_on_slider))
+            self.field.props(f'dense outlined aria-label="{label}" hide-bottom-space no-error-icon data-field={name}')
+            self._slider = ui.slider(min=least, max=most, step=step)
+            self._slider.on_value_change(lambda event: self._take(event.value, self._show_in_field))
+            self._slider.props(f'aria-label="{label}"').classes("control-slider")
+            ui.label(hint).classes("control-hint")
+
+    def show(self, value: float | None) -> None:
+        """Shows a value that comes from elsewhere."""
+        self._following = True
+        self._show_in_field(value)
+        self._show_on_slider(value)
+        self._following = False
+
+    def _take(self, value: float | None, show: Callable[[float | None], None]) -> None:
+        if self._following:
+            return
+        if value is not None:
+            value = None if not math.isfinite(value) else round(value) if self._whole else value
+        self._following = True
+        show(value)
+        self._following = False
+        self._change(**{self._name: value})
+
+    def _show_in_field(self, value: float | None) -> None:
+        self.field.value = value
+
+    def _show_on_slider(self, value: float | None) -> None:
+        if value is not None:
+            self._slider.value = min(self._most, max(self._least, value))
+
+
+class Controls:
+    """All settings. `change` is told of each that a person changes, `start` when one wants to begin by a key."""
+
+    def __init__(self, change: Change, start: Callable[[], None]) -> None:
+        self._change, self._showing = change, False
+        self._models: tuple[ModelInfo, ...] = ()
+        self._shown: Settings | None = None
+        self._failure: Failure | None = None
+        self.prompt = ui.textarea("Prompt", on_change=self._tell("prompt")).props("outlined autogrow data-field=prompt")
+        self.prompt.on("keydown.ctrl.enter", start)
+        self.negative = ui.textarea("Negative prompt", on_change=self._tell("negative_prompt"))
+        self.negative.props("outlined autogrow data-field=negative_prompt")
+        self.strength = NumberControl("strength", "Strength", "How far to leave the source", 0.05, 1, 0.05, change)
+        self.steps = NumberControl("num_inference_steps", "Steps", "More take longer", 1, 100, 1, change)
+        self.guidance = NumberControl("guidance_scale", "Guidance", "How closely to follow the prompt", 0, 20, 0.5, change)
+        with ui.element("div").classes("seed-control"):
+            self.seed = ui.input("Seed", placeholder="drawn anew each time", on_change=self._take_seed)
+            self.seed.props(f"outlined dense stack-label clearable inputmode=numeric mask={'#' * _SEED_DIGITS}")
+            self.seed.props("hide-bottom-space data-field=seed")
+            dice = ui.button(icon="casino", on_click=self._roll).props('flat round aria-label="Draw a seed"')
+            dice.tooltip("Draw a seed and keep it")
+        with ui.element("div").classes("choices"):
+            self.model = ui.select({"": "The server's default"}, label="Model", value="", on_change=self._take_model)
+            self.model.props("outlined dense options-dense hide-bottom-space data-field=model")
+            self.scheduler = ui.select({"": "The model's own"}, label="Scheduler", value="", on_change=self._tell("scheduler"))
+            self.scheduler.props("outlined dense options-dense hide-bottom-space data-field=scheduler")
+
+    def show(self, settings: Settings, state: ServerState, failure: Failure | None) -> None:
+        """Shows settings, what the server has to choose from, and at its control what was refused."""
+        self._showing = True
+        if state.models != self._models or settings != self._shown:
+            self._models = state.models
+            self._show_choices(settings)
+        if settings != self._shown:
+            self.prompt.value, self.negative.value = settings.prompt, settings.negative_prompt
+            self.strength.show(settings.strength)
+            self.steps.show(settings.num_inference_steps)
+            self.guidance.show(settings.guidance_scale)
+            self.seed.value = "" if settings.seed is None else str(settings.seed)
+            self._shown = settings
+        self._showing = False
+        if failure is not self._failure:
+            self._failure = failure
+            for name, control in self._fields().items():
+                words = "" if isinstance(control, ui.number) else "Not what the server takes"  # There is no room in a number's.
+                control.error = words if failure is not None and failure.field == name else None
+
+    def _fields(self) -> "dict[str, ValidationElement[Any]]":
+        return {
+            "prompt": self.prompt,
+            "negative_prompt": self.negative,
+            "strength": self.strength.field,
+            "num_inference_steps": self.steps.field,
+            "guidance_scale": self.guidance.field,
+            "seed": self.seed,
+            "model": self.model,
+            "scheduler": self.scheduler,
+        }
+
+    def _show_choices(self, settings: Settings) -> None:
+        default = next((model.id for model in self._models if model.is_default), None)
+        models = {"": "The server's default" if default is None else f"The server's default ({default})"}
+        models |= {model.id: _describe(model) for model in self._models}
+        if settings.model and settings.model not in models:
+            models[settings.model] = f"{settings.model} · not there"
+        self.model.set_options(models, value=settings.model or "")
+        chosen = settings.model or default or (self._models[0].id if len(self._models) == 1 else None)
+        known = next((model.schedulers for model in self._models if model.id == chosen), ())
+        if settings.scheduler and settings.scheduler not in known:
+            known = (*known, settings.scheduler)
+        self.scheduler.set_options({"": "The model's own"} | {name: name for name in known}, value=settings.scheduler or "")
+
+    def _tell(self, name: str) -> Callable[[object], None]:
+        def tell(event: object) -> None:
+            if not self._showing:
+                value = getattr(event, "value", None)
+                self._change(**{name: (value or None) if name == "scheduler" else (value or "")})
+
+        return tell
+
+    def _take_model(self, event: object) -> None:
+        if self._showing:
+            return
+        model = getattr(event, "value", None) or None
+        known = next((info.schedulers for info in self._models if info.id == model), None)
+        kept = self.scheduler.value or None
+        self._change(model=model, scheduler=kept if known is None or kept in known else None)
+
+    def _take_seed(self, event: object) -> None:
+        if self._showing:
+            return
+        words = str(getattr(event, "value", None) or "")
+        self._change(seed=int(words) if words.isdecimal() else None)  # The mask lets in nothing else.
+
+    def _roll(self) -> None:
+        self.seed.value = str(secrets.randbits(_SEED_BITS))
+
+
+def _describe(model: "ModelInfo") -> str:
+    state = _STATES.get(model.state)
+    return model.id if state is None else f"{model.id} · {state}"

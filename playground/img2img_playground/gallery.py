@@ -1,0 +1,48 @@
+"""The history as a row of small pictures; each brings everything back."""
+
+from collections.abc import Callable
+
+from nicegui import ui
+
+from img2img_playground.history import Entry, History
+
+
+class Gallery:
+    """Shows what was made, newest first."""
+
+    def __init__(self, address: Callable[[str], str], recall: Callable[[Entry], None], clear: Callable[[], None]) -> None:
+        self._address, self._recall = address, recall
+        self._shown: tuple[str, ...] = ()
+        with ui.element("section").classes("card history").props('aria-label="History"') as self._section:
+            with ui.element("div").classes("history-head"):
+                ui.label("History").classes("card-title")
+                ui.label("of this tab; gone when it is closed").classes("control-hint grow")
+                ui.button("Clear", on_click=clear).props("flat dense no-caps")
+            self._row = ui.element("div").classes("history-row")
+        self._section.set_visibility(False)
+
+    def show(self, history: History, shown: Entry | None) -> None:
+        """Shows the entries, the one that is on the stage marked."""
+        current = shown.id if shown is not None else ""
+        wanted = (current, *(entry.id for entry in history))
+        if wanted == self._shown:
+            return
+        self._shown = wanted
+        self._section.set_visibility(len(history) > 0)
+        self._row.clear()
+        with self._row:
+            for entry in history:
+                self._add(entry, entry.id == current)
+
+    def _add(self, entry: Entry, current: bool) -> None:
+        words = f"{entry.settings.prompt[:80]}, seed {entry.settings.seed}"
+        button = ui.element("button").classes("history-entry").on("click", lambda: self._recall(entry))
+        button.props["aria-label"] = f"Bring back: {words}"
+        button.props["title"] = words
+        button.props["type"] = "button"
+        if current:
+            button.props["aria-current"] = "true"
+        with button:
+            picture = ui.element("img")
+            picture.props.update({"src": self._address(entry.id), "alt": "", "loading": "lazy"})
+            ui.label(f"seed {entry.settings.seed}").classes("history-words")

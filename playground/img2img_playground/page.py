@@ -1,0 +1,110 @@
+"""The page: puts the parts together, and keeps them at what the session and the server's state are."""
+
+from nicegui import ui
+
+from img2img_playground.code_dialog import CodeDialog
+from img2img_playground.controls import Controls
+from img2img_playground.failures import Failure
+from img2img_playground.gallery import Gallery
+from img2img_playground.pictures import MAX_BYTES
+from img2img_playground.run_bar import RunBar
+from img2img_playground.session import Session
+from img2img_playground.snippet import Connection, python_code
+from img2img_playground.stage import Stage, StageActions
+from img2img_playground.watch import ServerWatch
+
+_WORDS = {"asking": "Looking for", "up": "Connected to", "down": "No answer from"}
+
+
+class Page:
+    """One page of one tab. Built within the tab's NiceGUI client; `close()` it when that has gone."""
+
+    def __init__(self, session: Session, watch: ServerWatch, connection: Connection) -> None:
+        self._session, self._watch, self._connection = session, watch, connection
+        self._code = CodeDialog()
+        with ui.element("div").classes("page"):
+            self._header(connection.target)
+            with ui.element("div").classes("main"):
+                with ui.element("div").classes("left"):
+                    actions = StageActions(self._refused, session.start, self._dismiss, self._use_result, self._show_code)
+                    self._stage = Stage(f"/tabs/{session.key}/source", self._address, actions)
+                    self._gallery = Gallery(self._address, session.recall, session.clear_history)
+                with ui.element("section").classes("card panel").props('aria-label="Settings"'):
+                    self._controls = Controls(self._change, session.start)
+                    self._code_button = ui.button("Python for these settings", icon="code", on_click=self._show_settings_code)
+                    self._code_button.props("flat dense no-caps").classes("code-button")
+                    self._bar = RunBar(session.start, session.cancel)
+        session.listeners.append(self.show)
+        watch.listen(self.show)
+        self.show()
+
+    def close(self) -> None:
+        """Listens no more."""
+        self._watch.forget(self.show)
+        if self.show in self._session.listeners:
+            self._session.listeners.remove(self.show)
+
+    def show(self) -> None:
+        """Shows everything as it is now; what has not changed is not sent."""
+        session, state = self._session, self._watch.state
+        self._stage.show(session)
+        self._controls.show(session.settings, state, session.failure)
+        self._bar.show(session.run, ready=session.source is not None)
+        self._gallery.show(session.history, session.shown)
+        self._show_server()
+
+    def _show_server(self) -> None:
+        state = self._watch.state
+        problem = state.problem
+        kind = "asking" if not state.known else "up" if problem is None else "down"
+        self._pill.classes(replace=f"pill {kind}")
+        refused = problem is not None and not problem.may_pass
+        self._pill_words.text = "Refused by" if refused else _WORDS[kind]
+        self._pill.props.set_optional("title", None if problem is None else f"{problem.title} {problem.text}")
+
+    def _header(self, target: str) -> None:
+        with ui.element("header").classes("top"):
+            with ui.element("div").classes("brand"):
+                ui.element("span").classes("mark").props("aria-hidden=true")
+                with ui.element("h1"):
+                    ui.label("img2img")
+                ui.label("playground").classes("brand-more")
+            with ui.element("div").classes("pill asking").props("role=status") as self._pill:
+                ui.element("span").classes("dot").props("aria-hidden=true")
+                self._pill_words = ui.label().classes("pill-words")
+                ui.label(target).classes("pill-target")
+
+    def _address(self, picture_id: str) -> str:
+        return f"/tabs/{self._session.key}/pictures/{picture_id}"
+
+    def _change(self, **settings: object) -> None:
+        self._session.set(**settings)
+        if "model" in settings:  # Which schedulers there are depends on it.
+            self.show()
+
+    def _refused(self, name: str, size: int) -> None:
+        text = (
+            f"{name} did not arrive. Is the playground still running?"
+            if size < 0
+            else f"{name} is larger than {MAX_BYTES // 2**20} MiB."
+        )
+        self._session.fail(Failure("That picture cannot be used.", text, "image"))
+
+    def _dismiss(self) -> None:
+        self._session.failure = None
+        self.show()
+
+    def _use_result(self) -> None:
+        if self._session.shown is not None:
+            self._session.use(self._session.shown.result)
+
+    def _show_code(self) -> None:
+        entry = self._session.shown
+        if entry is not None:
+            code = python_code(self._connection, entry.source.name, entry.settings, entry.result.name)
+            self._code.open(code, entry.source.name)
+
+    def _show_settings_code(self) -> None:
+        source = self._session.source
+        name, stem = (source.name, source.stem) if source is not None else ("photo.jpg", "photo")
+        self._code.open(python_code(self._connection, name, self._session.settings, f"{stem}-after.png"), name)

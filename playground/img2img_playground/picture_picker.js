@@ -1,0 +1,67 @@
+// Takes a picture by drop (anywhere on the page), paste or choice, and sends its file to the playground's own server.
+// What is wrong with the file, that server says; here only what would take long to send is refused beforehand.
+export default {
+  props: { url: String, accept: String, mostBytes: Number, compact: Boolean, hint: String },
+  emits: ["refused"],
+  data() {
+    return { over: false, sending: false };
+  },
+  mounted() {
+    this.listeners = {
+      dragover: (event) => this.drag(event, true),
+      dragleave: (event) => event.relatedTarget === null && this.drag(event, false),
+      drop: (event) => this.drop(event),
+      paste: (event) => this.paste(event),
+    };
+    for (const [name, listener] of Object.entries(this.listeners)) document.addEventListener(name, listener);
+  },
+  unmounted() {
+    for (const [name, listener] of Object.entries(this.listeners)) document.removeEventListener(name, listener);
+  },
+  methods: {
+    drag(event, over) {
+      if (!event.dataTransfer?.types.includes("Files")) return;
+      event.preventDefault();
+      this.over = over;
+    },
+    drop(event) {
+      this.over = false;
+      if (!event.dataTransfer?.types.includes("Files")) return;
+      event.preventDefault();
+      this.send(event.dataTransfer.files[0]);
+    },
+    paste(event) {
+      const file = [...(event.clipboardData?.files ?? [])].find((one) => one.type.startsWith("image/"));
+      if (!file) return;
+      event.preventDefault();
+      this.send(file);
+    },
+    choose(event) {
+      this.send(event.target.files[0]);
+      event.target.value = ""; // So that the same file can be chosen again.
+    },
+    async send(file) {
+      if (!file || this.sending) return;
+      if (file.size > this.mostBytes) return this.$emit("refused", { name: file.name, size: file.size });
+      this.sending = true;
+      try {
+        const headers = { "x-file-name": encodeURIComponent(file.name), "content-type": "application/octet-stream" };
+        await fetch(this.url, { method: "PUT", body: file, headers });
+      } catch {
+        this.$emit("refused", { name: file.name, size: -1 });
+      } finally {
+        this.sending = false;
+      }
+    },
+  },
+  template: `
+    <div class="picker" :class="{ compact, over, sending }">
+      <label tabindex="0" role="button" @keydown.enter.prevent="$refs.file.click()" @keydown.space.prevent="$refs.file.click()">
+        <input ref="file" type="file" :accept="accept" @change="choose" tabindex="-1" aria-hidden="true" />
+        <span class="picker-icon material-icons" aria-hidden="true">{{ compact ? "swap_horiz" : "add_photo_alternate" }}</span>
+        <span class="picker-title">{{ sending ? "Reading ..." : compact ? "Change picture" : "Drop a picture here" }}</span>
+        <span v-if="!compact" class="picker-hint">{{ hint }}</span>
+      </label>
+      <div v-if="over" class="picker-veil" aria-hidden="true">Drop it anywhere</div>
+    </div>`,
+};

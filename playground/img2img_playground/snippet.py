@@ -1,0 +1,63 @@
+"""The Python program that does what the page did: it is shown and copied, so it must run as it stands."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from img2img_playground.settings import Settings
+
+
+@dataclass(frozen=True, slots=True)
+class Connection:
+    """How the server is reached, as far as a program that is copied may tell: where secrets are, never what they are.
+
+    `token_variable` names the environment's variable that holds the token, where no file does.
+    """
+
+    target: str
+    token_file: Path | None = None
+    token_variable: str | None = None
+    ca: Path | None = None
+    certificate: Path | None = None
+    key: Path | None = None
+    server_name: str | None = None
+    allow_insecure_token: bool = False
+    timeout: float | None = None
+
+
+def python_code(connection: Connection, source: str, settings: Settings, output: str) -> str:
+    """A whole program: transforms the file named `source` by `settings` and writes `output`."""
+    imports = ["from img2img_client import Client"]
+    arguments = [literal(connection.target)]
+    if connection.token_file is not None:
+        imports.insert(0, "from pathlib import Path\n")
+        arguments.append(f"token=Path({literal(str(connection.token_file))}).read_text().strip()")
+    elif connection.token_variable is not None:
+        imports.insert(0, "import os\n")
+        arguments.append(f"token=os.environ[{literal(connection.token_variable)}]")
+    for name in ("ca", "certificate", "key"):
+        path = getattr(connection, name)
+        if path is not None:
+            arguments.append(f"{name}={literal(str(path))}")
+    if connection.server_name is not None:
+        arguments.append(f"server_name={literal(connection.server_name)}")
+    if connection.allow_insecure_token:
+        arguments.append("allow_insecure_token=True")
+    if connection.timeout is not None:
+        arguments.append(f"timeout={connection.timeout!r}")
+    lines = [
+        *imports,
+        "",
+        f"with Client({', '.join(arguments)}) as client:",
+        "    result = client.transform(",
+        f"        {literal(source)},",
+        *(f"        {name}={literal(value)}," for name, value in settings.options().items()),
+        "    )",
+        f"    result.save({literal(output)})",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def literal(value: object) -> str:
+    """A value as Python writes it; text in double quotes, as a person would, and on one line whatever is in it."""
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)

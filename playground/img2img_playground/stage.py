@@ -1,0 +1,88 @@
+"""The middle of the page: the picture, what is wrong, and what can be done with a result."""
+
+import base64
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from nicegui import ui
+
+from img2img_playground.components import PicturePicker, PictureStage
+from img2img_playground.failures import Failure
+from img2img_playground.history import Entry
+from img2img_playground.session import Session
+
+
+@dataclass(frozen=True, slots=True)
+class StageActions:
+    """What the stage's buttons do."""
+
+    refused: Callable[[str, int], None]
+    again: Callable[[], None]
+    dismiss: Callable[[], None]
+    use_result: Callable[[], None]
+    code: Callable[[], None]
+
+
+class Stage:
+    """Shows a session's source, run, result and failure. `address` gives a picture's address by its id."""
+
+    def __init__(self, upload: str, address: Callable[[str], str], actions: StageActions) -> None:
+        self._address = address
+        with ui.element("section").classes("card stage").props('aria-label="Picture"'):
+            self._picture = PictureStage()
+            with ui.element("div").classes("stage-foot"):
+                self._name = ui.label().classes("stage-name")
+                self._picker = PicturePicker(upload, actions.refused)
+            self._banner(actions)
+            self._toolbar(actions)
+
+    def _banner(self, actions: StageActions) -> None:
+        with ui.element("div").classes("banner").props("role=alert") as self._alert:
+            ui.icon("error_outline").props("aria-hidden=true")
+            with ui.element("div").classes("grow"):
+                self._title = ui.label().classes("banner-title")
+                self._text = ui.label().classes("banner-text")
+            self._again = ui.button("Try again", on_click=actions.again).props("flat dense no-caps")
+            ui.button(icon="close", on_click=actions.dismiss).props('flat round dense aria-label="Dismiss"')
+
+    def _toolbar(self, actions: StageActions) -> None:
+        with ui.element("div").classes("toolbar") as self._tools:
+            self._facts = ui.label().classes("facts grow")
+            ui.button("Use as source", icon="redo", on_click=actions.use_result).props("flat dense no-caps")
+            self._download = ui.button("Download", icon="download").props("flat dense no-caps")
+            ui.button("Python", icon="code", on_click=actions.code).props('flat dense no-caps aria-label="Python program"')
+
+    def show(self, session: Session) -> None:
+        """Shows it as it is now."""
+        run, entry = session.run, session.shown
+        source = run.source if run is not None else session.source
+        self._picture.set_visibility(source is not None)
+        self._picker.show(compact=source is not None)
+        self._name.set_visibility(source is not None)
+        if source is not None:
+            self._name.text = f"{source.name} · {source.width} x {source.height} pixels"
+            before = (self._address(source.id), source.name)
+            if run is not None:
+                preview = "" if run.preview is None else f"data:image/jpeg;base64,{base64.b64encode(run.preview).decode()}"
+                self._picture.show((source.width, source.height), before, preview=preview, busy=True)
+            elif entry is not None:
+                size = (entry.result.width, entry.result.height)
+                self._picture.show(size, before, self._address(entry.id))
+            else:
+                self._picture.show((source.width, source.height), before)
+        self._show_result(entry if run is None else None)
+        self._show_failure(session.failure)
+
+    def _show_result(self, entry: Entry | None) -> None:
+        self._tools.set_visibility(entry is not None)
+        if entry is None:
+            return
+        self._facts.text = f"Seed {entry.settings.seed} · {entry.seconds:.1f} s · {entry.model_id} on {entry.engine}"
+        self._download.props.update({"href": self._address(entry.id), "download": entry.result.name, "tag": "a"})
+        self._download.update()
+
+    def _show_failure(self, failure: Failure | None) -> None:
+        self._alert.set_visibility(failure is not None)
+        if failure is not None:
+            self._title.text, self._text.text = failure.title, failure.text
+            self._again.set_visibility(failure.may_pass)

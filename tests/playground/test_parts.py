@@ -1,0 +1,258 @@
+"""The playground's parts, each alone: what a person set, what is shown and copied, and what is kept."""
+
+import ast
+import asyncio
+import io
+import zlib
+from argparse import ArgumentParser
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from img2img_client import (
+    AsyncClient,
+    DeadlineExceeded,
+    InvalidRequest,
+    ModelNotFound,
+    Overloaded,
+    Unauthenticated,
+    Unavailable,
+)
+from img2img_client.options import build_request
+from img2img_playground.command import configure, connection_of, run
+from img2img_playground.failures import Failure, explain
+from img2img_playground.history import Entry, History
+from img2img_playground.pictures import MAX_PIXELS, Picture, UnusablePicture, read_picture
+from img2img_playground.run_bar import describe
+from img2img_playground.session import Phase, Run, Session
+from img2img_playground.settings import DEFAULT_PROMPT, Settings
+from img2img_playground.snippet import Connection, literal, python_code
+from PIL import Image
+from playing import PICTURE, REPOSITORY
+
+_settings = st.builds(
+    Settings,
+    model=st.none() | st.text(),
+    prompt=st.text(),
+    negative_prompt=st.text(),
+    scheduler=st.none() | st.text(),
+    strength=st.none() | st.floats(allow_nan=False, allow_infinity=False),  # A control gives no other.
+    num_inference_steps=st.none() | st.integers(1, 1000),
+    guidance_scale=st.none() | st.floats(0, 30),
+    seed=st.none() | st.integers(0, 2**63 - 1),
+)
+
+
+def _file(size: tuple[int, int] = (8, 4), kind: str = "PNG", **how: object) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", size, "green").save(file, kind, **how)
+    return file.getvalue()
+
+
+def _entry(source: Picture, size: int = 10, seed: int = 1) -> Entry:
+    return Entry(source, Settings(seed=seed), Picture("a.png", "image/png", 1, 1, bytes(size)), "m", "onnx:cpu", 1.0)
+
+
+def _call(program: str) -> ast.Call:
+    """The call of `transform` in a program."""
+    calls = [node for node in ast.walk(ast.parse(program)) if isinstance(node, ast.Call)]
+    return next(call for call in calls if isinstance(call.func, ast.Attribute) and call.func.attr == "transform")
+
+
+def test_untouched_settings_are_the_contracts_defaults() -> None:
+    contract = (REPOSITORY / "protos" / "img2img" / "v1" / "image_to_image.proto").read_text(encoding="utf-8")
+    settings = Settings()
+    assert f'"{DEFAULT_PROMPT}"' in contract
+    for name in ("strength", "num_inference_steps", "guidance_scale"):
+        before = contract.partition(f" {name} = ")[0]
+        assert before.rpartition("Default: ")[2].split("\n")[0] == f"{getattr(settings, name):g}."
+    assert set(settings.options()) == {"prompt", "strength", "num_inference_steps", "guidance_scale"}
+
+
+@given(st.floats() | st.none(), st.integers(0, 10**6) | st.none())
+def test_previews_are_asked_for_a_dozen_times_at_most(strength: float | None, steps: int | None) -> None:
+    interval = Settings(strength=strength, num_inference_steps=steps).preview_interval
+    assert interval >= 1
+    if strength is not None and steps is not None and 0 < strength <= 1 and steps >= 1:
+        assert steps * strength / interval <= 12
+
+
+@given(_settings, st.text(), st.text())
+def test_the_program_says_what_the_settings_say(settings: Settings, source: str, output: str) -> None:
+    connection = Connection("host:1", token_variable="IMG2IMG_TOKEN", ca=Path("/a b/ca.pem"), timeout=9.5)
+    call = _call(python_code(connection, source, settings, output))
+    said = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
+    assert said == dict(settings.options())
+    assert [ast.literal_eval(value) for value in call.args] == [source]
+
+
+@given(st.text())
+def test_text_stays_itself_on_one_line(text: str) -> None:
+    assert ast.literal_eval(literal(text)) == text
+    assert len(literal(text).split("\n")) == 1
+
+
+def test_the_program_tells_where_the_token_is_not_what_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("IMG2IMG_TOKEN", "secret")
+    monkeypatch.delenv("IMG2IMG_CA", raising=False)
+    (tmp_path / "token").write_text("also secret")
+    parser = ArgumentParser()
+    configure(parser)
+    plain = connection_of(parser.parse_args(["--target", "host:1"]))
+    flags = ["--target", "https://host:1", "--token-file", str(tmp_path / "token"), "--ca", "ca.pem", "--timeout", "5"]
+    flags += ["--server-name", "img2img.internal"]
+    named = connection_of(parser.parse_args(flags))
+    for connection, words in (
+        (plain, 'Client("host:1", token=os.environ["IMG2IMG_TOKEN"])'),
+        (
+            named,
+            f'token=Path("{tmp_path}/token").read_text().strip(), ca="{Path("ca.pem").absolute()}",'
+            ' server_name="img2img.internal", timeout=5.0)',
+        ),
+    ):
+        program = python_code(connection, "a.png", Settings(), "b.png")
+        assert words in program
+        assert "secret" not in program
+        assert {"import os", "from pathlib import Path"} & set(program.splitlines())
+
+
+async def test_a_run_that_is_cancelled_at_once_is_over() -> None:
+    session = Session(lambda on_retry: AsyncClient("127.0.0.1:1", retries=None), "127.0.0.1:1")
+    session.use(Picture("s.png", "image/png", 1, 1, b""))
+    over = asyncio.Event()
+    session.start()
+    session.listeners.append(over.set)
+    session.cancel()
+    await asyncio.wait_for(over.wait(), 60)
+    assert session.run is None
+    await session.close()
+
+
+def test_options_are_what_the_client_takes() -> None:
+    settings = Settings("sdxl", "p", "n", "DDIMScheduler", 0.5, 9, 3.0, 2**63 - 1)
+    request = build_request(b"file", settings.options())
+    assert (request.model.path, request.prompt, request.negative_prompt) == ("sdxl", "p", "n")
+    assert (request.strength, request.num_inference_steps, request.guidance_scale) == (0.5, 9, 3.0)
+    assert (request.scheduler, request.seed) == ("DDIMScheduler", 2**63 - 1)
+
+
+def test_history_keeps_the_newest_within_its_bounds() -> None:
+    source = Picture("s.png", "image/png", 1, 1, bytes(100))
+    history = History(entries=3, most_bytes=140)
+    entries = [_entry(source, seed=seed) for seed in range(5)]
+    for entry in entries:
+        history.add(entry)
+        assert history.size <= 140, "the source that all share is counted once"
+    assert list(history) == entries[:1:-1]
+    history.add(_entry(source, size=35))
+    assert len(history) == 1, "35 and 10 and the source's 100 are too many"
+    huge = _entry(source, size=1000)
+    history.add(huge)
+    assert list(history) == [huge], "what was just made stays"
+    assert history.find(huge.id) is huge
+    assert history.find(entries[0].id) is None
+    assert history.picture(source.id) is source
+    history.clear()
+    assert (len(history), history.size, history.picture(source.id)) == (0, 0, None)
+
+
+def test_pictures_are_known_by_their_header() -> None:
+    picture = read_picture(PICTURE.read_bytes(), "C:\\here\\..\\noon-lake.png")
+    assert (picture.name, picture.stem, picture.media_type) == ("noon-lake.png", "noon-lake", "image/png")
+    assert (picture.width, picture.height) == (128, 128)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # on its side
+    lying = read_picture(_file(kind="JPEG", exif=exif), "../../etc/x\n.jpg")
+    assert (lying.width, lying.height, lying.name) == (4, 8, "x.jpg")
+    assert read_picture(_file(kind="WEBP"), "").name == "picture.webp"
+    assert read_picture(_file(), "a" * 300 + ".png").name == "a" * 80 + ".png"
+    assert len({read_picture(_file(), "").id for _ in range(9)}) == 9
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (b"", "empty"),
+        (b"nothing", "no picture in a format that works here: PNG, JPEG, WEBP, GIF, BMP"),
+        (_file(kind="TIFF"), "no picture in a format"),
+        (_file()[:20], "no picture in a format"),
+        (bytes(32 * 2**20 + 1), "The file is larger than 32 MiB"),
+        (_file((40_000, 4), "BMP")[:18] + (40_000).to_bytes(4, "little") * 2 + bytes(40), "no picture|pixels"),
+    ],
+    ids=["empty", "words", "tiff", "cut", "large", "bomb"],
+)
+def test_what_is_no_picture_is_refused(data: bytes, words: str) -> None:
+    with pytest.raises(UnusablePicture, match=words):
+        read_picture(data, "a.png")
+
+
+@pytest.mark.parametrize("size", [(10_001, 10_000), (15_000, 15_000)], ids=["a warning to Pillow", "an error to Pillow"])
+def test_too_many_pixels_are_refused_by_the_header(size: tuple[int, int]) -> None:
+    head = bytearray(_file((1, 1)))
+    head[16:24] = size[0].to_bytes(4, "big") + size[1].to_bytes(4, "big")
+    head[29:33] = zlib.crc32(bytes(head[12:29])).to_bytes(4, "big")
+    with pytest.raises(UnusablePicture, match=r"pixels") as refused:
+        read_picture(bytes(head), "a.png")
+    assert str(MAX_PIXELS // 10**6) in str(refused.value)
+
+
+def test_failures_say_what_to_do() -> None:
+    def explained(error: Exception) -> Failure:
+        return explain(error, "host:1")  # type: ignore[arg-type]
+
+    wrong = explained(InvalidRequest("wrong", fields=(("image.data", "not a picture"),)))
+    assert (wrong.field, wrong.text, wrong.may_pass) == ("image", "image.data: not a picture", False)
+    busy = explained(Overloaded("256 requests are waiting already", retry_after=2.5))
+    assert (busy.text, busy.may_pass) == ("256 requests are waiting already. Try again in 2.5 s.", True)
+    assert not explained(Overloaded("no memory", reason="OUT_OF_MEMORY")).may_pass
+    assert explained(Unavailable("refused")).title == "No answer from host:1."
+    assert "It would take about 12 s" in explained(DeadlineExceeded("too long", estimate=12.0)).text
+    assert "--token-file" in explained(Unauthenticated("a token is needed")).text
+    assert "request r-1" in explained(ModelNotFound("no such model", request_id="r-1")).text
+
+
+@pytest.mark.parametrize(
+    ("phase", "position", "step", "eta", "words"),
+    [
+        ("sending", 0, 0, None, "Sending the picture"),
+        ("queued", 0, 0, None, "Next in the queue"),
+        ("queued", 3, 0, 12.4, "3 before you in the queue · about 12 s left"),
+        ("running", 0, 0, None, "Reading the picture"),
+        ("running", 0, 4, 600.0, "Step 4 of 20 · about 10 min left"),
+        ("running", 0, 20, 0.1, "Step 20 of 20"),
+        ("waiting", 0, 0, 1.26, "Busy. Trying again in 1.3 s"),
+    ],
+)
+def test_a_run_is_described(phase: Phase, position: int, step: int, eta: float | None, words: str) -> None:
+    source = Picture("s.png", "image/png", 1, 1, b"")
+    run_ = Run(source, Settings(), phase, position, step, 20 if step else 0, eta, None, "Busy." if phase == "waiting" else "")
+    assert describe(run_) == words
+
+
+@pytest.mark.parametrize(
+    ("flags", "status", "words"),
+    [
+        (["--port", "70000"], 2, "--port 70000 is not in 0 to 65535"),
+        (["--retries", "-1"], 2, "--retries -1: the least is 0"),
+        (["--token-file", "/nowhere"], 1, "/nowhere: No such file or directory"),
+        (["--host", "192.0.2.1"], 1, "cannot listen on 192.0.2.1:7860"),
+    ],
+)
+def test_flags_that_cannot_work_are_told(
+    flags: list[str], status: int, words: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("IMG2IMG_TOKEN", raising=False)
+    parser = ArgumentParser()
+    configure(parser)
+    assert run(parser.parse_args([*flags, "--no-open"])) == status
+    assert words in capsys.readouterr().err
+
+
+def test_the_playground_is_a_client_like_any_other() -> None:
+    """It has no stub and no protobuf message, and knows nothing of the server's insides."""
+    for path in (REPOSITORY / "playground").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not {name.split(".")[0] for name in names} & {"img2img", "grpc", "google", "img2img_server", "torch"}, path
