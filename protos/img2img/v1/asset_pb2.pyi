@@ -29,16 +29,16 @@ class Asset(_message.Message):
     SHA256_FIELD_NUMBER: _builtins.int
     EXPIRE_TIME_FIELD_NUMBER: _builtins.int
     id: _builtins.str
-    """Its id: derived from its content, so the same file uploaded twice is one asset."""
+    """Its id: derived from its content, so the same file uploaded twice is one asset. 64 hexadecimal digits in lower case."""
     media_type: _builtins.str
-    """Such as "image/png"."""
+    """Its media type, such as "image/png"."""
     size: _builtins.int
-    """In bytes."""
+    """The file's size in bytes."""
     sha256: _builtins.str
     """SHA-256 of the file, in lower-case hexadecimal."""
     @_builtins.property
     def expire_time(self) -> _timestamp_pb2.Timestamp:
-        """When it is deleted, unless it is used again."""
+        """When it is deleted, unless it is used again before."""
 
     def __init__(
         self,
@@ -67,11 +67,11 @@ class UploadAssetInfo(_message.Message):
     SIZE_FIELD_NUMBER: _builtins.int
     SHA256_FIELD_NUMBER: _builtins.int
     media_type: _builtins.str
-    """Such as "image/png"."""
+    """Its media type, such as "image/png"; where set, checked. Default: what the file is."""
     size: _builtins.int
-    """In bytes."""
+    """The file's size in bytes, 1 to 16777216 (a server may allow another number). Required: as many must come."""
     sha256: _builtins.str
-    """SHA-256 of the file, in lower-case hexadecimal; where set, checked."""
+    """SHA-256 of the file, 64 hexadecimal digits in lower case; where set, checked."""
     def __init__(
         self,
         *,
@@ -149,7 +149,7 @@ class GetAssetRequest(_message.Message):
 
     ID_FIELD_NUMBER: _builtins.int
     id: _builtins.str
-    """Its id."""
+    """Its id. Required."""
     def __init__(
         self,
         *,
@@ -201,7 +201,7 @@ class DeleteAssetRequest(_message.Message):
 
     ID_FIELD_NUMBER: _builtins.int
     id: _builtins.str
-    """Its id."""
+    """Its id. Required."""
     def __init__(
         self,
         *,

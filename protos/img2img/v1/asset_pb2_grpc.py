@@ -27,7 +27,8 @@ if _version_not_supported:
 
 class AssetServiceStub:
     """Keeps pictures on the server, so that a client sends a source once and fetches results when it likes. A client sees its own
-    only. A picture that is used again, as a source or by GetAsset, is kept for longer.
+    only. A picture is kept for 24 hours (a server may have another time) after it was last used, as a source or by GetAsset.
+    A server that keeps none answers UNIMPLEMENTED.
     """
 
     def __init__(self, channel):
@@ -55,18 +56,20 @@ class AssetServiceStub:
 
 class AssetServiceServicer:
     """Keeps pictures on the server, so that a client sends a source once and fetches results when it likes. A client sees its own
-    only. A picture that is used again, as a source or by GetAsset, is kept for longer.
+    only. A picture is kept for 24 hours (a server may have another time) after it was last used, as a source or by GetAsset.
+    A server that keeps none answers UNIMPLEMENTED.
     """
 
     def UploadAsset(self, request_iterator, context):
-        """Uploads a picture in chunks: first an info message, then its bytes. Best at 256 KiB to 1 MiB a chunk.
+        """Uploads a picture in chunks: first an info message, then its bytes. Best at 256 KiB to 1 MiB a chunk. An upload that stands
+        still for 60 seconds, or takes longer than 600, is given up: DEADLINE_EXCEEDED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetAsset(self, request, context):
-        """Downloads a picture in chunks: first an info message, then its bytes.
+        """Downloads a picture in chunks: first the asset, then its bytes, at most 256 KiB a chunk. NOT_FOUND where there is none.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -107,7 +110,8 @@ def add_AssetServiceServicer_to_server(servicer, server):
  # This class is part of an EXPERIMENTAL API.
 class AssetService:
     """Keeps pictures on the server, so that a client sends a source once and fetches results when it likes. A client sees its own
-    only. A picture that is used again, as a source or by GetAsset, is kept for longer.
+    only. A picture is kept for 24 hours (a server may have another time) after it was last used, as a source or by GetAsset.
+    A server that keeps none answers UNIMPLEMENTED.
     """
 
     @staticmethod

@@ -26,7 +26,7 @@ class _OutputFormat:
 class _OutputFormatEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_OutputFormat.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
     OUTPUT_FORMAT_UNSPECIFIED: _OutputFormat.ValueType  # 0
-    """PNG."""
+    """Not said: PNG."""
     OUTPUT_FORMAT_PNG: _OutputFormat.ValueType  # 1
     """Lossless."""
     OUTPUT_FORMAT_JPEG: _OutputFormat.ValueType  # 2
@@ -38,7 +38,7 @@ class OutputFormat(_OutputFormat, metaclass=_OutputFormatEnumTypeWrapper):
     """A picture's file format."""
 
 OUTPUT_FORMAT_UNSPECIFIED: OutputFormat.ValueType  # 0
-"""PNG."""
+"""Not said: PNG."""
 OUTPUT_FORMAT_PNG: OutputFormat.ValueType  # 1
 """Lossless."""
 OUTPUT_FORMAT_JPEG: OutputFormat.ValueType  # 2
@@ -68,32 +68,38 @@ class TransformRequest(_message.Message):
     SCHEDULER_FIELD_NUMBER: _builtins.int
     PREVIEW_INTERVAL_FIELD_NUMBER: _builtins.int
     prompt: _builtins.str
-    """What the picture should become. Default: "A beautiful landscape with mountains and a lake at sunset"."""
+    """What the picture should become, at most 4096 characters. Default: "A beautiful landscape with mountains and a lake at sunset"."""
     negative_prompt: _builtins.str
-    """What it should not become; used where guidance_scale is above 1. Default: "". SDXL models that were trained so tell
-    none given from an empty one, as diffusers does (force_zeros_for_empty_prompt).
+    """What it should not become, at most 4096 characters; used where guidance_scale is above 1. Default: "". SDXL models that were
+    trained so tell none given from an empty one, as diffusers does (force_zeros_for_empty_prompt).
     """
     strength: _builtins.float
-    """How far to leave the source, in (0, 1]; num_inference_steps times strength steps are run. Default: 0.8."""
+    """How far to leave the source, above 0 and up to 1; num_inference_steps times strength steps, rounded down, are run, and that
+    must be one at least. Default: 0.8.
+    """
     num_inference_steps: _builtins.int
     """Steps of the whole schedule, 1 to 100 (a server may allow more). Default: 25."""
     guidance_scale: _builtins.float
     """Classifier-free guidance, 0 to 30; at 1 and below there is none and a step costs half. Default: 7.5."""
     seed: _builtins.int
-    """The seed of the first picture; the next ones take seed + 1, seed + 2 ... -1 draws one. Default: -1."""
+    """The seed of the first picture, 0 to 2^63 - 1; the next ones take seed + 1, seed + 2 ... up to the same bound. -1 draws one
+    below 2^32. Default: -1.
+    """
     image_count: _builtins.int
     """How many pictures to make, 1 to 8 (a server may allow more). Default: 1."""
     width: _builtins.int
-    """Width in pixels of the result, rounded down to the model's multiple. Default: the source's."""
+    """Width in pixels of the result, from the model's size_multiple on, and rounded down to a multiple of it. Width times height are
+    at most 4194304 pixels (a server may allow another number). Default: the source's.
+    """
     height: _builtins.int
-    """Height in pixels of the result, rounded down to the model's multiple. Default: the source's."""
+    """Height in pixels of the result, from the model's size_multiple on, and rounded down to a multiple of it. Default: the source's."""
     scheduler: _builtins.str
     """The scheduler: a name that GetModel lists under schedulers, such as "EulerDiscreteScheduler" or "DPM++ 2M Karras", in
     upper or lower case. Default: the model's own.
     """
     preview_interval: _builtins.int
-    """Send a preview with every so many steps, but the last, which the result itself follows; 0 for none, up to the most steps
-    that a request may ask for. Transform has no way to send them and draws none. Default: 0.
+    """Send a preview with every so many steps, but the last, which the result itself follows: 0 to 100 (as many as the
+    server allows steps), 0 for none. Transform has no way to send them and draws none. Default: 0.
     """
     @_builtins.property
     def model(self) -> Global___ModelReference:
@@ -105,7 +111,7 @@ class TransformRequest(_message.Message):
 
     @_builtins.property
     def output(self) -> Global___OutputOptions:
-        """How to return them. Default: PNG."""
+        """How to return them. Default: PNG, in the answer."""
 
     def __init__(
         self,
@@ -178,7 +184,9 @@ Global___TransformRequest: _TypeAlias = TransformRequest  # noqa: Y015
 
 @_typing.final
 class ModelReference(_message.Message):
-    """Names one of the server's models. Every field that is set must agree with what the model's bundle records."""
+    """Names one of the server's models. Every field that is set must agree with what the model's bundle records; one that is not set,
+    or empty, agrees with anything. Of several that agree, the request must name one.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -195,7 +203,7 @@ class ModelReference(_message.Message):
     variant: _builtins.str
     """The variant of the weights, such as "fp16"."""
     revision: _builtins.str
-    """The revision: a branch, tag or commit of the repository."""
+    """The revision: a branch, tag or commit of the repository, as it was named for the export."""
     @_builtins.property
     def allow_patterns(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """The patterns of files that were taken from the repository."""
@@ -224,7 +232,9 @@ Global___ModelReference: _TypeAlias = ModelReference  # noqa: Y015
 
 @_typing.final
 class ImageSource(_message.Message):
-    """Where the source picture is."""
+    """Where the source picture is. A file has at most 16777216 bytes, a picture at most 32000000 pixels (a server may allow other
+    numbers). The first frame of an animation is taken, transparency becomes white, and the orientation that EXIF tells is applied.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -270,7 +280,7 @@ class OutputOptions(_message.Message):
     quality: _builtins.int
     """The quality of JPEG and WebP, 1 to 100 (at 100 WebP is lossless); no effect on PNG. Default: 90."""
     as_asset: _builtins.bool
-    """Keep the picture as an asset and return its id in place of its bytes."""
+    """Keep the picture as an asset and return its id in place of its bytes. Default: false."""
     def __init__(
         self,
         *,
@@ -300,9 +310,9 @@ class TransformResponse(_message.Message):
     ENGINE_FIELD_NUMBER: _builtins.int
     TIMINGS_FIELD_NUMBER: _builtins.int
     model_id: _builtins.str
-    """The id of the model that made them."""
+    """The id of the model that made them, as ListModels gives it."""
     model_revision: _builtins.str
-    """The revision of that model's source, where it has one."""
+    """The revision of that model's source; empty where it has none."""
     engine: _builtins.str
     """What ran it, such as "onnx:cuda" or "torch:cpu"."""
     @_builtins.property
@@ -347,11 +357,11 @@ class ImageResult(_message.Message):
     asset_id: _builtins.str
     """The asset that holds it, where as_asset was set."""
     format: Global___OutputFormat.ValueType
-    """The file's format."""
+    """The file's format; never unspecified."""
     width: _builtins.int
-    """In pixels."""
+    """Width in pixels."""
     height: _builtins.int
-    """In pixels."""
+    """Height in pixels."""
     seed: _builtins.int
     """The seed that makes this picture again, alone."""
     def __init__(
@@ -386,15 +396,15 @@ class Timings(_message.Message):
     DECODE_MS_FIELD_NUMBER: _builtins.int
     TOTAL_MS_FIELD_NUMBER: _builtins.int
     queue_ms: _builtins.float
-    """Waiting for its first turn."""
+    """Waiting for its first turn, in milliseconds."""
     encode_ms: _builtins.float
-    """Prompt and source picture to tensors."""
+    """Prompt and source picture to tensors, in milliseconds."""
     denoise_ms: _builtins.float
-    """From the first step to the last, other requests' turns included."""
+    """From the first step to the last, other requests' turns included, in milliseconds."""
     decode_ms: _builtins.float
-    """Latents to pixels."""
+    """Latents to pixels, in milliseconds."""
     total_ms: _builtins.float
-    """From the request's arrival to the answer, picture codecs included."""
+    """From the request's arrival to the answer, picture codecs included, in milliseconds."""
     def __init__(
         self,
         *,
@@ -489,7 +499,7 @@ class Queued(_message.Message):
     POSITION_FIELD_NUMBER: _builtins.int
     ETA_SECONDS_FIELD_NUMBER: _builtins.int
     position: _builtins.int
-    """How many requests wait before it."""
+    """How many requests wait before it, from 0."""
     eta_seconds: _builtins.float
     """Estimated seconds until it is finished; not set while the server has nothing to estimate from."""
     def __init__(
@@ -547,7 +557,7 @@ class Progress(_message.Message):
     step: _builtins.int
     """Steps done, from 1."""
     step_count: _builtins.int
-    """Steps in all."""
+    """Steps in all: num_inference_steps times strength, rounded down, or as many as the scheduler makes of them."""
     preview: _builtins.bytes
     """What the (first) picture is about to become, at the steps where preview_interval asks for one: a JPEG file of about an
     eighth of the result's width and height. Models that can draw none send none.

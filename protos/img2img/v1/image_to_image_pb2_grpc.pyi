@@ -33,7 +33,8 @@ class ImageToImageServiceStub:
     and each error carries an ErrorInfo whose reason is stable and whose domain is "img2img". A request that cannot be finished
     within its deadline is refused on arrival: DEADLINE_EXCEEDED with the reason DEADLINE_UNMEETABLE, whose metadata has
     "estimate_seconds", the seconds that the server would take, such as "12.345". Every answer's initial metadata has
-    "x-request-id", the name of the call in the server's log: the one that the caller sent under that key, or a new one.
+    "x-request-id", the name of the call in the server's log: the one that the caller sent under that key (1 to 64 letters, digits
+    and _ . : -), or a new one. An error has it in its trailing metadata and its ErrorInfo.
     """
 
     @_typing.overload
@@ -55,7 +56,8 @@ class ImageToImageServiceAsyncStub(ImageToImageServiceStub):
     and each error carries an ErrorInfo whose reason is stable and whose domain is "img2img". A request that cannot be finished
     within its deadline is refused on arrival: DEADLINE_EXCEEDED with the reason DEADLINE_UNMEETABLE, whose metadata has
     "estimate_seconds", the seconds that the server would take, such as "12.345". Every answer's initial metadata has
-    "x-request-id", the name of the call in the server's log: the one that the caller sent under that key, or a new one.
+    "x-request-id", the name of the call in the server's log: the one that the caller sent under that key (1 to 64 letters, digits
+    and _ . : -), or a new one. An error has it in its trailing metadata and its ErrorInfo.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -73,7 +75,8 @@ class ImageToImageServiceServicer(metaclass=_abc_1.ABCMeta):
     and each error carries an ErrorInfo whose reason is stable and whose domain is "img2img". A request that cannot be finished
     within its deadline is refused on arrival: DEADLINE_EXCEEDED with the reason DEADLINE_UNMEETABLE, whose metadata has
     "estimate_seconds", the seconds that the server would take, such as "12.345". Every answer's initial metadata has
-    "x-request-id", the name of the call in the server's log: the one that the caller sent under that key, or a new one.
+    "x-request-id", the name of the call in the server's log: the one that the caller sent under that key (1 to 64 letters, digits
+    and _ . : -), or a new one. An error has it in its trailing metadata and its ErrorInfo.
     """
 
     @_abc_1.abstractmethod

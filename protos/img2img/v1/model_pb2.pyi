@@ -117,13 +117,13 @@ class Model(_message.Message):
     backend: _builtins.str
     """What its bundle holds: "onnx" or "torch"."""
     backend_reason: _builtins.str
-    """Why the backend is torch, where it is."""
+    """Why the backend is torch; empty where it is not."""
     engine: _builtins.str
     """What runs it here, such as "onnx:cpu"; empty unless it is ready."""
     state: Global___ModelState.ValueType
     """Whether it is ready."""
     size_multiple: _builtins.int
-    """Width and height of a result are multiples of this many pixels."""
+    """Width and height of a result are multiples of this many pixels; 0 unless it is ready."""
     is_default: _builtins.bool
     """Whether it is the model of requests that name none."""
     memory_bytes: _builtins.int
@@ -132,7 +132,7 @@ class Model(_message.Message):
     """What is being done to make it ready, or why it is not; for people to read."""
     @_builtins.property
     def source(self) -> _image_to_image_pb2.ModelReference:
-        """Where it was exported from. Its path is the folder that export was given, if it was one."""
+        """Where it was exported from. Its path is not set, as that would tell of the server's disk; the model's own is its id."""
 
     @_builtins.property
     def schedulers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
@@ -255,7 +255,7 @@ class GetModelRequest(_message.Message):
 
     ID_FIELD_NUMBER: _builtins.int
     id: _builtins.str
-    """Its id."""
+    """Its id. Required."""
     def __init__(
         self,
         *,
@@ -302,10 +302,10 @@ class LoadModelRequest(_message.Message):
     ID_FIELD_NUMBER: _builtins.int
     SOURCE_FIELD_NUMBER: _builtins.int
     id: _builtins.str
-    """Its id. Exactly one of the two is to be set."""
+    """Its id. Exactly one of id and source is to be set."""
     @_builtins.property
     def source(self) -> _image_to_image_pb2.ModelReference:
-        """The repository to take it from, where it is not in the store."""
+        """What it was, or is to be, exported from: the repository to take it from, where it is not in the store."""
 
     def __init__(
         self,
@@ -353,7 +353,7 @@ class UnloadModelRequest(_message.Message):
 
     ID_FIELD_NUMBER: _builtins.int
     id: _builtins.str
-    """Its id."""
+    """Its id. Required."""
     def __init__(
         self,
         *,
@@ -376,7 +376,7 @@ class UnloadModelResponse(_message.Message):
     MODEL_FIELD_NUMBER: _builtins.int
     FREED_BYTES_FIELD_NUMBER: _builtins.int
     freed_bytes: _builtins.int
-    """Bytes that the server's memory has shrunk by, as was measured."""
+    """Bytes that the server's memory has shrunk by, as was measured; 0 where it was not in memory."""
     @_builtins.property
     def model(self) -> Global___Model:
         """The model."""

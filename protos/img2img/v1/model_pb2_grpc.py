@@ -62,14 +62,14 @@ class ModelServiceServicer:
     """
 
     def ListModels(self, request, context):
-        """Lists every model of the store, in order of id.
+        """Lists every model of the store that the caller may use, in order of id.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetModel(self, request, context):
-        """Tells about one model. NOT_FOUND where there is none.
+        """Tells about one model. NOT_FOUND where there is none that the caller may use.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -34,9 +34,9 @@ class ModelServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> ModelServiceAsyncStub: ...
     ListModels: _grpc.UnaryUnaryMultiCallable[_model_pb2.ListModelsRequest, _model_pb2.ListModelsResponse]
-    """Lists every model of the store, in order of id."""
+    """Lists every model of the store that the caller may use, in order of id."""
     GetModel: _grpc.UnaryUnaryMultiCallable[_model_pb2.GetModelRequest, _model_pb2.GetModelResponse]
-    """Tells about one model. NOT_FOUND where there is none."""
+    """Tells about one model. NOT_FOUND where there is none that the caller may use."""
     LoadModel: _grpc.UnaryUnaryMultiCallable[_model_pb2.LoadModelRequest, _model_pb2.LoadModelResponse]
     """Makes a model ready to run, and answers when it is. Where the server allows downloads, a model that is not in its store is
     exported into it first. Needs a token that allows it, where the server asks for tokens.
@@ -52,9 +52,9 @@ class ModelServiceAsyncStub(ModelServiceStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     ListModels: _aio.UnaryUnaryMultiCallable[_model_pb2.ListModelsRequest, _model_pb2.ListModelsResponse]  # type: ignore[assignment]
-    """Lists every model of the store, in order of id."""
+    """Lists every model of the store that the caller may use, in order of id."""
     GetModel: _aio.UnaryUnaryMultiCallable[_model_pb2.GetModelRequest, _model_pb2.GetModelResponse]  # type: ignore[assignment]
-    """Tells about one model. NOT_FOUND where there is none."""
+    """Tells about one model. NOT_FOUND where there is none that the caller may use."""
     LoadModel: _aio.UnaryUnaryMultiCallable[_model_pb2.LoadModelRequest, _model_pb2.LoadModelResponse]  # type: ignore[assignment]
     """Makes a model ready to run, and answers when it is. Where the server allows downloads, a model that is not in its store is
     exported into it first. Needs a token that allows it, where the server asks for tokens.
@@ -73,7 +73,7 @@ class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _model_pb2.ListModelsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_model_pb2.ListModelsResponse, _abc.Awaitable[_model_pb2.ListModelsResponse]]:
-        """Lists every model of the store, in order of id."""
+        """Lists every model of the store that the caller may use, in order of id."""
 
     @_abc_1.abstractmethod
     def GetModel(
@@ -81,7 +81,7 @@ class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _model_pb2.GetModelRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_model_pb2.GetModelResponse, _abc.Awaitable[_model_pb2.GetModelResponse]]:
-        """Tells about one model. NOT_FOUND where there is none."""
+        """Tells about one model. NOT_FOUND where there is none that the caller may use."""
 
     @_abc_1.abstractmethod
     def LoadModel(

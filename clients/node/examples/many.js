@@ -1,0 +1,15 @@
+/** Sends a picture so many times, with seeds from 0, to whichever of the servers is there: each --target is one. */
+
+import { readFile } from "node:fs/promises";
+
+import { run } from "./options.js";
+
+const USAGE = "node examples/many.js IN COUNT --target IP:PORT [--target IP:PORT ...]";
+
+await run(USAGE, 2, ["steps"], async (client, [source, count], { steps }, timeout) => {
+  const data = await readFile(source);
+  const request = { image: { data }, num_inference_steps: steps === undefined ? undefined : Number(steps) };
+  const calls = Array.from({ length: Number(count) }, (_, seed) => client.transform({ ...request, seed }, { timeout }));
+  const results = await Promise.all(calls);
+  console.log(`${results.length} pictures, seeds ${results.map((result) => result.images[0].seed).join(" ")}`);
+});

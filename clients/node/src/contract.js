@@ -1,0 +1,66 @@
+/** The contract, read from its published .proto files, and whether a request is of it. */
+
+import { existsSync } from "node:fs";
+import { fileURLToPath } from "node:url";
+
+import grpc from "@grpc/grpc-js";
+import loader from "@grpc/proto-loader";
+
+const FILES = ["image_to_image", "model", "asset"].map((name) => `img2img/v1/${name}.proto`);
+
+/** In the package that `npm pack` makes, and in the repository. */
+const FOLDERS = ["../protos", "../../../protos"].map((path) => fileURLToPath(new URL(path, import.meta.url)));
+
+/**
+ * Names as in the .proto files, int64 as decimal strings (a seed has up to 63 bits, a JavaScript number 53), enums by name, and
+ * for a oneof which of its fields is set.
+ */
+const OPTIONS = { keepCase: true, longs: String, enums: String, arrays: true, defaults: true, oneofs: true };
+
+/**
+ * @typedef {{ field: { name: string, typeName: string, type: string }[] }} MessageType
+ * @typedef {{ value: { name: string }[] }} EnumType
+ */
+
+/** The services of img2img.v1, and the types of their messages. */
+export class Contract {
+  /** @param {string} [folder] that has img2img/v1/*.proto. Default: the package's own */
+  constructor(folder) {
+    const found = folder ?? FOLDERS.find((one) => existsSync(`${one}/${FILES[0]}`));
+    if (found === undefined) throw new Error(`img2img/v1/*.proto is not in ${FOLDERS.join(" or ")}: name its folder, { protos }`);
+    this.types = loader.loadSync(FILES, { ...OPTIONS, includeDirs: [found] });
+    const loaded = /** @type {any} */ (grpc.loadPackageDefinition(this.types));
+    /** @type {Record<string, import("@grpc/grpc-js").ServiceClientConstructor>} */
+    this.services = loaded.img2img.v1;
+  }
+
+  /**
+   * Throws TypeError for a field or an enum's name that the contract does not have: gRPC would leave it out without a word.
+   *
+   * @param {Record<string, any>} message
+   * @param {string} type its full name
+   * @param {string} [path] where in the request it is
+   */
+  check(message, type, path = "") {
+    const known = /** @type {MessageType} */ (/** @type {any} */ (this.types[type]).type).field;
+    for (const [name, value] of Object.entries(message)) {
+      const field = known.find((one) => one.name === name);
+      if (field === undefined) throw new TypeError(`${path}${name} is no field of ${type}`);
+      if (value === undefined || value === null) continue;
+      if (field.type === "TYPE_MESSAGE") this.check(value, this.#resolved(field.typeName, type), `${path}${name}.`);
+      if (field.type === "TYPE_ENUM" && typeof value === "string") this.#checkName(value, field.typeName, type, path + name);
+    }
+  }
+
+  /** @param {string} value @param {string} typeName @param {string} scope @param {string} where */
+  #checkName(value, typeName, scope, where) {
+    const type = this.#resolved(typeName, scope);
+    const names = /** @type {EnumType} */ (/** @type {any} */ (this.types[type]).type).value.map((one) => one.name);
+    if (!names.includes(value)) throw new TypeError(`${where} is ${value}: it is one of ${names.join(", ")}`);
+  }
+
+  /** @param {string} name as a field has it: absolute, or beside the message that the field is in @param {string} scope */
+  #resolved(name, scope) {
+    return name.startsWith(".") ? name.slice(1) : name in this.types ? name : `${scope.slice(0, scope.lastIndexOf("."))}.${name}`;
+  }
+}

@@ -1,0 +1,5 @@
+/** What the package gives to those who import it. */
+
+export { SERVICE_CONFIG } from "./channel.js";
+export { Client } from "./client.js";
+export { Img2ImgError } from "./errors.js";

@@ -1,0 +1,144 @@
+/** The messages of the contract as types. Their fields are explained in img2img/v1/*.proto; a test holds these to those. */
+
+/**
+ * @typedef {object} TransformRequest
+ * @property {ModelReference} [model]
+ * @property {string} [prompt]
+ * @property {string} [negative_prompt]
+ * @property {ImageSource} image
+ * @property {number} [strength]
+ * @property {number} [num_inference_steps]
+ * @property {number} [guidance_scale]
+ * @property {number | string} [seed] a string beyond 2^53
+ * @property {number} [image_count]
+ * @property {OutputOptions} [output]
+ * @property {number} [width]
+ * @property {number} [height]
+ * @property {string} [scheduler]
+ * @property {number} [preview_interval]
+ */
+
+/**
+ * @typedef {object} ModelReference
+ * @property {string} [repo_id]
+ * @property {string} [path]
+ * @property {string} [variant]
+ * @property {string} [revision]
+ * @property {string[]} [allow_patterns]
+ * @property {string[]} [ignore_patterns]
+ */
+
+/**
+ * Exactly one of its fields.
+ *
+ * @typedef {object} ImageSource
+ * @property {string} [uri]
+ * @property {string} [asset_id]
+ * @property {Uint8Array} [data]
+ */
+
+/**
+ * @typedef {object} OutputOptions
+ * @property {OutputFormat} [format]
+ * @property {number} [quality]
+ * @property {boolean} [as_asset]
+ */
+
+/** @typedef {"OUTPUT_FORMAT_UNSPECIFIED" | "OUTPUT_FORMAT_PNG" | "OUTPUT_FORMAT_JPEG" | "OUTPUT_FORMAT_WEBP"} OutputFormat */
+
+/**
+ * @typedef {object} TransformResponse
+ * @property {ImageResult[]} images
+ * @property {string} model_id
+ * @property {string} model_revision
+ * @property {string} engine
+ * @property {Timings} timings
+ */
+
+/**
+ * @typedef {object} ImageResult
+ * @property {"data" | "asset_id"} content which of the two is set
+ * @property {Buffer} [data]
+ * @property {string} [asset_id]
+ * @property {OutputFormat} format
+ * @property {number} width
+ * @property {number} height
+ * @property {string} seed
+ */
+
+/**
+ * @typedef {object} Timings
+ * @property {number} queue_ms
+ * @property {number} encode_ms
+ * @property {number} denoise_ms
+ * @property {number} decode_ms
+ * @property {number} total_ms
+ */
+
+/**
+ * `event` names the field that is set; undefined for one that a newer server knows.
+ *
+ * @typedef {object} TransformStreamResponse
+ * @property {"queued" | "started" | "progress" | "completed"} [event]
+ * @property {Queued} [queued]
+ * @property {Started} [started]
+ * @property {Progress} [progress]
+ * @property {TransformResponse} [completed]
+ */
+
+/**
+ * @typedef {object} Queued
+ * @property {number} position
+ * @property {number} [eta_seconds]
+ */
+
+/**
+ * @typedef {object} Started
+ * @property {string} seed
+ * @property {string} engine
+ */
+
+/**
+ * @typedef {object} Progress
+ * @property {number} step
+ * @property {number} step_count
+ * @property {Buffer} [preview]
+ * @property {number} [eta_seconds]
+ */
+
+/**
+ * @typedef {object} Model
+ * @property {string} id
+ * @property {ModelReference | null} source
+ * @property {string} family
+ * @property {string} pipeline_class
+ * @property {string} backend
+ * @property {string} backend_reason
+ * @property {string} engine
+ * @property {string | number} state a number where a newer server has one that this contract does not name
+ * @property {number} size_multiple
+ * @property {boolean} is_default
+ * @property {string[]} schedulers
+ * @property {EngineStatus[]} engines
+ * @property {string} memory_bytes
+ * @property {string} detail
+ */
+
+/**
+ * @typedef {object} EngineStatus
+ * @property {string} name
+ * @property {string | number} state a number where a newer server has one that this contract does not name
+ * @property {string} detail
+ * @property {number} progress
+ */
+
+/**
+ * @typedef {object} Asset
+ * @property {string} id
+ * @property {string} media_type
+ * @property {string} size
+ * @property {string} sha256
+ * @property {{ seconds: string, nanos: number } | null} expire_time
+ */
+
+export {};

@@ -1,0 +1,202 @@
+"""The Node client's programs against a real server."""
+
+import contextlib
+import re
+import subprocess
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fakes import FakePipeline, FakeState
+from other_clients import CLIENTS, PATIENCE, PICTURE, Run, Secured, environment, failed, succeeded
+from PIL import Image, ImageChops
+from running import RunningServer, running, store
+
+STEPS = 12
+"""Of a request that is to be given up; at the default strength the model runs nine of them."""
+
+
+class HeldPipeline(FakePipeline):
+    """Does its first step at once and each other when it is let, and tells when a request that it worked on is over."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.may_step = threading.Semaphore(1)
+        self.over = threading.Event()
+        self.before["denoise"] = self._wait
+
+    def _wait(self) -> None:
+        assert self.may_step.acquire(timeout=PATIENCE)
+
+    def release(self, state: FakeState) -> None:
+        super().release(state)
+        self.over.set()
+
+    def was_given_up(self) -> bool:
+        """Lets the request go on, step by step, until it is over. Whether that was before its last step."""
+        for _ in range(STEPS):
+            self.may_step.release()
+            if self.over.wait(2):
+                break
+        return self.over.is_set() and len(self.batches) < int(STEPS * 0.8)
+
+
+@contextlib.contextmanager
+def started(node: Path, program: str, *arguments: object, target: str = "") -> Iterator[Any]:
+    """A program that goes on while the test looks on; what it reads and prints are pipes."""
+    program = program.replace("img2img-client", (CLIENTS / "node" / "src" / "index.js").as_uri())
+    command = [str(node), "--input-type=module", "--eval", program, "--", *map(str, arguments)]
+    with subprocess.Popen(command, env=environment(target), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def same(one: Path, other: Path) -> bool:
+    with Image.open(one) as first, Image.open(other) as second:
+        return ImageChops.difference(first.convert("RGB"), second.convert("RGB")).getbbox() is None
+
+
+@pytest.fixture
+def held() -> Iterator[tuple[HeldPipeline, str]]:
+    """A pipeline that waits, and where it is served."""
+    pipeline = HeldPipeline()
+    with running(lambda: store(m=pipeline)) as server:
+        yield pipeline, f"localhost:{server.port}"
+        pipeline.may_step.release(STEPS)
+
+
+def test_models_are_listed(run: Run, server: RunningServer) -> None:
+    assert succeeded(run("models.js", "--target", f"localhost:{server.port}")) == [
+        "m  ready  fake:cpu  stable-diffusion  default"
+    ]
+
+
+def test_a_file_is_transformed(run: Run, server: RunningServer, tmp_path: Path) -> None:
+    target = f"localhost:{server.port}"
+    lines = succeeded(run("transform.js", PICTURE, "out.png", "--seed", 2**63 - 1, "--steps", 4, target=target))
+    # A seed of 63 bits, which no JavaScript number holds, goes there and comes back.
+    assert lines[0] == f"out.png: 128 x 128, seed {2**63 - 1}, m on fake:cpu"
+    assert re.fullmatch(r"\d+ ms on the server, request [0-9a-f]{32}", lines[1])
+    assert same(tmp_path / "out.png", PICTURE)
+    succeeded(run("transform.js", PICTURE, "out.webp", "--steps", 4, target=target))
+    with Image.open(tmp_path / "out.webp") as made:
+        assert made.format == "WEBP"
+
+
+def test_a_stream_tells_each_step_and_brings_previews(run: Run, server: RunningServer, tmp_path: Path) -> None:
+    result = run("stream.js", PICTURE, "out.png", "--steps", 5, "--preview-every", 2, target=f"localhost:{server.port}")
+    queued, started, *steps, done = succeeded(result)
+    assert queued == "queued behind 0"
+    assert re.fullmatch(r"started on fake:cpu, seed \d+", started)
+    assert steps == ["step 1 of 4", "step 2 of 4, with a preview", "step 3 of 4", "step 4 of 4"]
+    assert re.fullmatch(r"out.png after \d+ ms", done)
+    with Image.open(tmp_path / "out-step-2.jpg") as preview:
+        assert (preview.format, preview.size) == ("JPEG", (4, 4))
+    assert same(tmp_path / "out.png", PICTURE)
+
+
+def test_a_cancelled_stream_leaves_the_device(run: Run, held: tuple[HeldPipeline, str], tmp_path: Path) -> None:
+    pipeline, target = held
+    result = run("stream.js", PICTURE, "out.png", "--steps", STEPS, "--stop-at", 1, target=target)
+    assert (result.returncode, result.stderr.splitlines()[0]) == (1, "CANCELLED: Cancelled on client")
+    assert result.stdout.splitlines()[-1] == f"step 1 of {int(STEPS * 0.8)}"
+    assert pipeline.was_given_up()
+    assert not (tmp_path / "out.png").exists()
+
+
+LEAVING = """
+import { readFile } from "node:fs/promises";
+import { Client } from "img2img-client";
+const client = new Client(process.env.IMG2IMG_TARGET);
+const image = { data: await readFile(process.argv[1]) };
+for await (const event of client.transformStream({ image, num_inference_steps: 12 })) if (event.progress) break;
+console.log("left");
+for await (const _ of process.stdin); // stays, so that it is not its end that ends the call
+client.close();
+"""
+
+
+def test_who_leaves_the_loop_leaves_the_device(node: Path, held: tuple[HeldPipeline, str]) -> None:
+    pipeline, target = held
+    with started(node, LEAVING, PICTURE, target=target) as process:
+        assert process.stdout.readline() == "left\n"
+        assert pipeline.was_given_up()
+        process.stdin.close()
+        assert process.wait(PATIENCE) == 0
+
+
+def test_a_deadline_ends_the_call_on_both_sides(run: Run, held: tuple[HeldPipeline, str]) -> None:
+    pipeline, target = held
+    for seconds in (1.5, 6, 24):
+        told = failed(run("transform.js", PICTURE, "out.png", "--steps", STEPS, "--timeout", seconds, target=target))
+        assert told[0].startswith("DEADLINE_EXCEEDED")
+        if pipeline.batches:
+            break  # else a busy machine took all of the time to get there
+    assert pipeline.was_given_up()
+
+
+def test_pictures_stay_on_the_server(run: Run, server: RunningServer, tmp_path: Path) -> None:
+    lines = succeeded(run("assets.js", PICTURE, "out.png", "--steps", 3, target=f"localhost:{server.port}"))
+    assert lines[0].endswith(f": image/png, {PICTURE.stat().st_size} bytes")
+    assert [line.partition(":")[0] for line in lines[1:]] == ["winter", "autumn"]
+    assert same(tmp_path / "out-winter.png", PICTURE)
+    assert same(tmp_path / "out-autumn.png", PICTURE)
+
+
+def test_tls_and_a_token(run: Run, secured: Secured, tmp_path: Path) -> None:
+    target = f"https://localhost:{secured.port}"
+    assert succeeded(run("models.js", "--target", target, "--ca", secured.ca, "--token-file", secured.token)) != []
+    assert failed(run("models.js", "--target", target, "--ca", secured.ca))[0].startswith("UNAUTHENTICATED (UNAUTHENTICATED)")
+    # The system does not know who signed it.
+    told = failed(run("models.js", "--target", target, "--token-file", secured.token, "--timeout", 30))
+    assert told[0].startswith("UNAVAILABLE")
+    assert "unable to verify the first certificate" in told[0]
+    plain = run("models.js", "--target", "192.0.2.1:50051", "--token-file", secured.token)
+    assert "would go over the network in plain text" in plain.stderr
+
+
+TURNS = """
+import { readFile } from "node:fs/promises";
+import { createInterface } from "node:readline/promises";
+import { Client } from "img2img-client";
+const client = new Client(process.argv.slice(2));
+const image = { data: await readFile(process.argv[1]) };
+const some = () => Promise.all(Array.from({ length: 8 }, (_, seed) => client.transform({ image, seed, num_inference_steps: 4 })));
+for await (const _ of createInterface(process.stdin)) console.log((await some()).length);
+client.close();
+"""
+
+
+def test_calls_take_turns_among_servers_and_none_fails_when_one_stops(node: Path) -> None:
+    pipelines = FakePipeline(), FakePipeline()
+    with running(lambda: store(m=pipelines[0])) as first, running(lambda: store(m=pipelines[1])) as second:
+        targets = [f"127.0.0.1:{server.port}" for server in (first, second)]
+        with started(node, TURNS, PICTURE, *targets) as process:
+
+            def draw_eight() -> None:
+                process.stdin.write("again\n")
+                process.stdin.flush()
+                assert process.stdout.readline() == "8\n"
+
+            # The first calls go to whoever is connected first; from then on it is one here, one there.
+            for _ in range(500):
+                draw_eight()
+                if all(len(pipeline.prepared) >= 8 for pipeline in pipelines):
+                    break
+            second.stop().result(PATIENCE)
+            before = [len(pipeline.prepared) for pipeline in pipelines]
+            for _ in range(5):
+                draw_eight()
+            process.stdin.close()
+            assert process.wait(PATIENCE) == 0
+    assert min(before) >= 8
+    assert [len(pipeline.prepared) for pipeline in pipelines] == [before[0] + 5 * 8, before[1]]
+
+
+def test_a_server_that_is_down_is_passed_over(run: Run, server: RunningServer) -> None:
+    lines = succeeded(run("many.js", PICTURE, 6, "--steps", 4, "--target", "127.0.0.1:1", "--target", f"127.0.0.1:{server.port}"))
+    assert lines == ["6 pictures, seeds 0 1 2 3 4 5"]

@@ -1,0 +1,136 @@
+"""What the Node client tells of calls that fail, which of them it tries again, and what it refuses to send."""
+
+import re
+
+import pytest
+from fake_image_service import FakeServer
+from fake_statuses import error_info, queue_full, rich_status, unavailable
+from google.rpc import code_pb2  # type: ignore[import-untyped, unused-ignore]
+from other_clients import PICTURE, Run, failed, succeeded
+from running import RunningServer
+
+
+def test_an_estimate_comes_with_a_deadline_that_cannot_be_met(run: Run, fake: FakeServer) -> None:
+    info = error_info("DEADLINE_UNMEETABLE", estimate_seconds="12.345")
+    fake.service.failure = rich_status(code_pb2.DEADLINE_EXCEEDED, "it would take 12.3 s", info)
+    lines = failed(run("transform.js", PICTURE, "out.png", "--timeout", 20, target=fake.target))
+    assert lines == ["DEADLINE_EXCEEDED (DEADLINE_UNMEETABLE): it would take 12.3 s", "  it would take 12.345 s"]
+    (left,) = fake.service.seconds_left
+    assert left is not None
+    assert 0 < left <= 20
+
+
+def test_a_wrong_field_is_named(run: Run, server: RunningServer) -> None:
+    lines = failed(run("transform.js", PICTURE, "out.png", "--strength", 2, target=f"localhost:{server.port}"))
+    assert lines[:2] == [
+        "INVALID_ARGUMENT (INVALID_FIELD): strength: 2.0 is not in (0, 1]",
+        "  field strength: 2.0 is not in (0, 1]",
+    ]
+    assert re.fullmatch(r"  request [0-9a-f]{32}", lines[2])
+
+
+@pytest.mark.parametrize("program", ["transform.js", "stream.js"])
+def test_a_full_queue_says_when_to_come_back(program: str, run: Run, fake: FakeServer) -> None:
+    # Longer than is waited: the caller is told.
+    fake.service.failure, fake.service.fail_before = queue_full(90.25), 0
+    lines = failed(run(program, PICTURE, "out.png", target=fake.target))
+    assert lines == ["RESOURCE_EXHAUSTED (QUEUE_FULL): the queue is full", "  try again in 90.25 s"]
+    assert len(fake.service.requests) == 1
+
+
+def test_a_full_queue_is_tried_again_and_no_memory_is_not(run: Run, fake: FakeServer) -> None:
+    fake.service.failures = [queue_full(0.05), queue_full(0.05)]
+    succeeded(run("transform.js", PICTURE, "out.png", target=fake.target))
+    assert len(fake.service.requests) == 3
+    no_memory = error_info("OUT_OF_MEMORY")
+    fake.service.failures = [rich_status(code_pb2.RESOURCE_EXHAUSTED, "no memory for it", no_memory)]
+    assert failed(run("transform.js", PICTURE, "out.png", target=fake.target)) == [
+        "RESOURCE_EXHAUSTED (OUT_OF_MEMORY): no memory for it"
+    ]
+    assert len(fake.service.requests) == 4
+
+
+def test_a_stream_that_did_not_begin_is_tried_again_and_one_that_did_is_not(run: Run, fake: FakeServer) -> None:
+    fake.service.fail_before, fake.service.failures = 0, [queue_full(0.05), unavailable()]
+    assert succeeded(run("stream.js", PICTURE, "out.png", target=fake.target))[0] == "queued behind 3"
+    assert len(fake.service.requests) == 3
+    fake.service.fail_before, fake.service.failures = 2, [unavailable()]
+    result = run("stream.js", PICTURE, "out.png", target=fake.target)
+    assert (result.returncode, result.stderr) == (1, "UNAVAILABLE (SHUTTING_DOWN): shutting down\n")
+    assert result.stdout.splitlines() == ["queued behind 3", "started on onnx:cpu, seed 7"]
+    assert len(fake.service.requests) == 4
+
+
+def test_no_attempt_begins_after_the_deadline(run: Run, fake: FakeServer) -> None:
+    fake.service.failure = queue_full(45)  # which would be waited for, but for the deadline
+    lines = failed(run("transform.js", PICTURE, "out.png", "--timeout", 40, target=fake.target))
+    assert lines[0] == "RESOURCE_EXHAUSTED (QUEUE_FULL): the queue is full"
+    assert len(fake.service.requests) == 1
+
+
+LARGE = """
+import { readFile } from "node:fs/promises";
+import { Client } from "img2img-client";
+const client = new Client(process.env.IMG2IMG_TARGET);
+const { request_id: id } = await client.transform({ image: { data: Buffer.alloc(3 * 2 ** 20) } }, { requestId: "order-4711" });
+console.log(id);
+client.close();
+"""
+
+
+def test_grpc_tries_again_what_was_unavailable_also_with_a_large_picture(run: Run, fake: FakeServer) -> None:
+    fake.service.failures = [unavailable(), unavailable()]
+    assert succeeded(run(LARGE, target=fake.target)) == ["order-4711"]
+    assert len(fake.service.requests) == 3
+    assert [sent.get("grpc-previous-rpc-attempts") for sent in fake.service.metadata] == [None, "1", "2"]
+
+
+REFUSED = """
+import { Client } from "img2img-client";
+const client = new Client(process.env.IMG2IMG_TARGET);
+for (const call of [() => client.upload(Buffer.alloc(4 * 2 ** 20)), () => client.download("0".repeat(64))]) {
+  await call().catch((error) => console.log(error.code, error.reason, error.fields.map(({ field }) => field).join()));
+}
+client.close();
+"""
+
+
+def test_a_refused_upload_and_an_asset_that_is_not_there_are_errors(run: Run, server: RunningServer) -> None:
+    lines = succeeded(run(REFUSED, target=f"localhost:{server.port}"))
+    assert lines == ["INVALID_ARGUMENT INVALID_FIELD chunk", "NOT_FOUND ASSET_NOT_FOUND "]
+
+
+def test_a_damaged_download_is_an_error(run: Run, fake: FakeServer) -> None:
+    fake.assets.damage = lambda data: data[:-1]
+    program = REFUSED.replace("Buffer.alloc(4 * 2 ** 20)", "Buffer.from('a picture')").replace('"0".repeat(64)', "asset.id")
+    program = program.replace("() => client.upload", "async () => (asset = await client.upload").replace(
+        "('a picture'))", "('a picture')))"
+    )
+    assert succeeded(run(f"let asset;\n{program}", target=fake.target)) == ["DATA_LOSS  "]
+
+
+WRONG = """
+import { Client } from "img2img-client";
+const client = new Client("localhost:1");
+const image = { asset_id: "none" };
+for (const wrong of [{ promt: "a lake" }, { output: { format: "OUTPUT_FORMAT_GIF" } }, { model: { name: "m" } }]) {
+  await client.transform({ image, ...wrong }).catch((error) => console.log(error.name, error.message));
+}
+client.close();
+"""
+
+
+def test_what_is_not_of_the_contract_is_refused_before_it_is_sent(run: Run) -> None:
+    assert succeeded(run(WRONG)) == [
+        "TypeError promt is no field of img2img.v1.TransformRequest",
+        "TypeError output.format is OUTPUT_FORMAT_GIF: it is one of OUTPUT_FORMAT_UNSPECIFIED, OUTPUT_FORMAT_PNG, "
+        "OUTPUT_FORMAT_JPEG, OUTPUT_FORMAT_WEBP",
+        "TypeError model.name is no field of img2img.v1.ModelReference",
+    ]
+
+
+@pytest.mark.parametrize("arguments", [["only-one.png"], ["a", "b", "--quality", "9"]])
+def test_wrong_arguments_are_told(arguments: list[str], run: Run) -> None:
+    result = run("transform.js", *arguments)
+    assert result.returncode == 2
+    assert "node examples/transform.js IN OUT" in result.stderr
