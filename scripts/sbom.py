@@ -1,0 +1,131 @@
+"""The Python half of `scripts/sbom`, which see: a serving lock as a CycloneDX bill of materials, with licences."""
+
+import argparse
+import functools
+import re
+import sys
+import tomllib
+from collections.abc import Iterable
+from importlib import metadata
+from pathlib import Path
+
+from cyclonedx.contrib.license.factories import LicenseFactory
+from cyclonedx.model import ExternalReference, ExternalReferenceType, HashAlgorithm, HashType, XsUri
+from cyclonedx.model.bom import Bom
+from cyclonedx.model.component import Component, ComponentType
+from cyclonedx.model.license import License
+from cyclonedx.output.json import JsonV1Dot6
+from cyclonedx.schema import SchemaVersion
+from cyclonedx.validation.json import JsonStrictValidator
+from packageurl import PackageURL
+from serving_lock import EXTRAS, ROOT, needs_of, pins, read
+
+_EPILOG = """\
+examples:
+  scripts/sbom cpu --output img2img-cpu.cdx.json
+  scripts/sbom cuda --ray | jq .
+
+Each package has its version, its package URL, the SHA-256 of its files and what it depends on. Licences are what a package
+declares of itself, where it is installed here: CUDA's libraries are not. Debian's packages of the base image are not in it: ask
+a scanner of images, such as syft, for those.
+"""
+
+
+def bill(image: str, ray: bool = False) -> Bom:
+    """The packages of an image, by its lock, below img2img itself. Raises KeyError for an image that there is not."""
+    text = read(image) + (read("ray") if ray else "")
+    extras = (*EXTRAS[image], *(("ray",) if ray else ()))
+    components = {name: _component(name, version, text) for name, version in pins(text).items()}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    bom = Bom(components=components.values())
+    bom.metadata.component = Component(
+        name="img2img",
+        version=project["version"],
+        type=ComponentType.APPLICATION,
+        bom_ref="img2img",
+        description=project["description"],
+    )
+    bom.register_dependency(bom.metadata.component, _known(components, needs_of("img2img", extras)))
+    for name, component in components.items():
+        bom.register_dependency(component, _known(components, needs_of(name, ())))
+    return bom
+
+
+def _component(name: str, version: str, lock: str) -> Component:
+    block = re.search(rf"^{re.escape(name)}==.*\\\n(?:    --hash=.*\n?)+", lock, re.MULTILINE)
+    hashes = re.findall(r"sha256:([0-9a-f]{64})", block[0]) if block else []
+    files = ExternalReference(
+        type=ExternalReferenceType.DISTRIBUTION,
+        url=XsUri(f"https://pypi.org/project/{name}/"),
+        hashes=[HashType(alg=HashAlgorithm.SHA_256, content=content) for content in hashes],
+    )
+    return Component(
+        name=name,
+        version=version,
+        type=ComponentType.LIBRARY,
+        bom_ref=name,
+        purl=PackageURL("pypi", name=name, version=version),
+        external_references=[files],
+        licenses=_licences(name),
+    )
+
+
+def _licences(name: str) -> "list[License]":
+    """What a package that is installed here declares: an SPDX expression, or else its classifiers."""
+    try:
+        about = metadata.metadata(name).json
+    except metadata.PackageNotFoundError:
+        return []
+    if "license_expression" in about:
+        return [LicenseFactory().make_from_string(str(about["license_expression"]))]
+    classifiers = [one.rpartition(" :: ")[2] for one in about.get("classifier", ()) if one.startswith("License :: ")]
+    named = str(about.get("license", "")).strip()
+    if classifiers:
+        return [LicenseFactory().make_with_name(one) for one in classifiers]
+    return [LicenseFactory().make_from_string(named)] if named and "\n" not in named else []
+
+
+def _known(components: dict[str, Component], names: Iterable[str]) -> list[Component]:
+    return [components[name] for name in sorted(set(names)) if name in components]
+
+
+def as_json(bom: Bom) -> str:
+    """The bill as CycloneDX 1.6, checked by its schema. Raises ValueError where it does not keep to that."""
+    text = JsonV1Dot6(bom).output_as_string(indent=2)
+    error = _validator().validate_str(text)
+    if error is not None:
+        raise ValueError(f"the bill of materials is not valid: {error}")
+    return text
+
+
+@functools.cache
+def _validator() -> JsonStrictValidator:
+    """It reads its schema in a second or two."""
+    return JsonStrictValidator(SchemaVersion.V1_6)
+
+
+def main() -> int:
+    """Writes the bill. Returns 0."""
+    parser = argparse.ArgumentParser(
+        prog="scripts/sbom",
+        description="Writes what a serving image has of Python packages, as CycloneDX JSON.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("image", choices=tuple(EXTRAS), help="whose lock to read")
+    parser.add_argument("--ray", action="store_true", help="with what the extra ray adds")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="where to write it (default: standard output)")
+    arguments = parser.parse_args()
+    bom = bill(arguments.image, arguments.ray)
+    text = as_json(bom)
+    if arguments.output is None:
+        print(text)
+    else:
+        arguments.output.write_text(text + "\n", encoding="utf-8")
+    silent = sum(1 for component in bom.components if not component.licenses)
+    print(f"sbom: {len(bom.components)} packages, {silent} of them without a licence that is known here", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

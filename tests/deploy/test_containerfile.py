@@ -1,0 +1,101 @@
+"""The image: the Containerfile is clean, and says what the server, the lock and the project say."""
+
+import argparse
+import fnmatch
+import importlib
+import json
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from conftest import REPOSITORY
+from img2img_cli.__main__ import COMMANDS
+from img2img_server.settings.sources import SettingError
+from serving_settings import config_of
+
+_PATH = REPOSITORY / "deploy" / "Containerfile"
+_LINES = re.sub(r"\\\n", "", re.sub(r"^#.*\n", "", _PATH.read_text(encoding="utf-8"), flags=re.MULTILINE)).splitlines()
+_INSTRUCTIONS = [(line.split()[0], line.partition(" ")[2].strip()) for line in _LINES if line.strip()]
+_PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))
+
+
+def said(name: str) -> list[str]:
+    return [rest for instruction, rest in _INSTRUCTIONS if instruction == name]
+
+
+def variables() -> dict[str, str]:
+    return dict(part.split("=", 1) for line in said("ENV") for part in line.split())
+
+
+def test_hadolint_has_nothing_to_say() -> None:
+    program = Path(sys.executable).parent / "hadolint"
+    done = subprocess.run([program, "--no-color", _PATH], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_there_are_two_targets_over_one_base() -> None:
+    stages = {part.split()[2]: part.split()[0] for part in said("FROM")}
+    assert {"cpu", "cuda"} <= stages.keys()
+    assert stages["cpu"] == stages["cuda"] == "serving"
+    assert [origin for origin in stages.values() if origin not in stages] == ["${BASE}"], "one base, which an argument pins"
+    assert "BASE=docker.io/library/debian:bookworm-slim" in said("ARG")
+
+
+def test_it_is_nobody_and_ends_by_a_signal_that_drains() -> None:
+    user, _, group = said("USER")[-1].partition(":")
+    assert int(user) == int(group) > 0
+    assert said("STOPSIGNAL") == ["SIGTERM"]
+    names = [name for name, _ in _INSTRUCTIONS]
+    assert names.index("USER") > max(place for place, name in enumerate(names) if name == "RUN"), "nothing is run for its user"
+
+
+def test_what_runs_in_it_are_commands_of_ours_without_a_shell() -> None:
+    (check,) = said("HEALTHCHECK")
+    for words in (json.loads(said("ENTRYPOINT")[0]) + json.loads(said("CMD")[0]), json.loads(check.partition("CMD ")[2])):
+        assert words[0] == "img2img"
+        parser = argparse.ArgumentParser()
+        importlib.import_module(COMMANDS[words[1]][0]).configure(parser)
+        parser.parse_args(words[2:])
+
+
+def test_its_settings_are_good_and_all_that_is_written_is_a_volume() -> None:
+    own = {name: value for name, value in variables().items() if name.startswith("IMG2IMG_")}
+    assert own == {"IMG2IMG_CONFIG": "/etc/img2img/server.toml"}
+    assert "deploy/server.toml /etc/img2img/server.toml" in said("COPY")
+    config = config_of([], own, REPOSITORY / "deploy" / "server.toml")
+    volumes = json.loads(said("VOLUME")[0])
+    assert sorted(volumes) == sorted([str(config.models), str(config.assets.url), variables()["XDG_CACHE_HOME"]])
+    assert said("EXPOSE") == [f"{config.port} {config.telemetry.metrics_port}"]
+    assert variables()["PYTHONDONTWRITEBYTECODE"] == "1"
+    assert config.host == "0.0.0.0"
+    assert not config.allow_insecure, "who runs it gives TLS, or says that it is not needed"
+
+
+def test_a_setting_of_the_image_that_there_is_not_would_be_seen(tmp_path: Path) -> None:
+    wrong = tmp_path / "server.toml"
+    wrong.write_text((REPOSITORY / "deploy" / "server.toml").read_text(encoding="utf-8") + "\n[telemetri]\n", encoding="utf-8")
+    with pytest.raises(SettingError, match="telemetri"):
+        config_of([], {}, wrong)
+
+
+def test_what_it_copies_is_there_and_let_through() -> None:
+    ignored = (_PATH.parent / "Containerfile.dockerignore").read_text(encoding="utf-8").splitlines()
+    allowed = [line.removeprefix("!") for line in ignored if line.startswith("!")]
+    sources = [part for line in said("COPY") if not line.startswith("--from") for part in line.split()[:-1]]
+    for source in sources:
+        assert (REPOSITORY / source).exists(), source
+        assert any(fnmatch.fnmatch(source, pattern) for pattern in allowed), f"{source} would not be sent"
+    packages = {package.partition("/")[0] for package in _PROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]}
+    assert packages <= set(sources), "img2img's own wheel is whole"
+
+
+def test_versions_are_the_projects() -> None:
+    arguments = dict(line.partition("=")[::2] for line in said("ARG"))
+    assert arguments["UV"] == (REPOSITORY / "scripts" / "uv-version").read_text(encoding="utf-8").strip()
+    assert arguments["VERSION"] == _PROJECT["project"]["version"]
+    python = _PROJECT["project"]["requires-python"]
+    assert python == ">=3.11,<3.12", "what Debian 12 has"
+    assert all("python3.11" in line for line in said("RUN") if "apt-get install" in line)
