@@ -1,11 +1,15 @@
-"""Calls of AssetService for tests, and pictures to send."""
+"""Calls of AssetService for tests, pictures to send, and the bounds of the server that they are sent to."""
 
 import io
 import os
 
 from img2img.v1 import asset_pb2 as pb
 from img2img.v1.asset_pb2_grpc import AssetServiceStub
+from img2img_server.images import ImageLimits
 from PIL import Image
+
+LIMITS = ImageLimits(max_bytes=3 * 2**20)
+QUOTA = 16 * 2**20
 
 
 def noise(size: tuple[int, int] = (800, 800)) -> bytes:

@@ -11,7 +11,7 @@ from typing import Any
 
 import grpc
 import pytest
-import yaml  # type: ignore[import-untyped]
+import yaml
 from conftest import REPOSITORY
 from fakes import FakePipeline
 from img2img.v1.image_to_image_pb2_grpc import ImageToImageServiceStub

@@ -6,9 +6,13 @@ import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import architectures
 import pytest
+import settings_page
+import yaml
 from conftest import REPOSITORY
 from img2img_cli.__main__ import COMMANDS
+from img2img_export.models import GRAPHS
 from img2img_server import errors
 from img2img_server.__main__ import CLIENT_VARIABLES, CONFIG_VARIABLE, VARIABLES
 from img2img_server.bundle import read_manifest
@@ -16,37 +20,36 @@ from img2img_server.config import ServerConfig
 from img2img_server.limits import LIMITS
 from img2img_server.pipelines.sharing import RULES
 from img2img_server.settings.setting import settings_of
-
-_MODELS = {
-    "Stable Diffusion 1": ("sd1",),
-    "Stable Diffusion 2, Turbo": ("sd2",),
-    "SDXL base, SDXL Turbo": ("sdxl",),
-    "SDXL refiner": ("refiner",),
-    "LCM": ("lcm",),
-    "InstructPix2Pix": ("pix2pix",),
-    "Stable Diffusion 3, with T5 and without": ("sd3", "sd3-no-t5"),
-    "Flux, schnell and dev": ("flux", "flux-dev"),
-    "Kandinsky 2.2": ("kandinsky22",),
-    "Kandinsky 3": ("kandinsky3",),
-    "Kolors": ("kolors",),
-    "Z-Image": ("zimage",),
-    "Qwen-Image": ("qwenimage",),
-}
-"""The rows of the table of architectures, and the tiny models of each."""
-
+from tiny_models import BUILDERS
 
 _FLAGS_OF = {
     "README.md": tuple(COMMANDS),
     "docs/architecture.md": ("serve",),
-    "docs/clients.md": ("transform", "models", "assets", "serve"),
+    "docs/devices.md": ("serve",),
+    "docs/clients.md": ("transform", "models", "assets", "health", "serve"),
     "docs/export.md": ("export", "inspect", "transform", "serve"),
-    "docs/operations.md": ("serve", "top", "export", "models"),
+    "docs/monitoring.md": ("serve", "top", "models"),
+    "docs/playground.md": ("playground",),
+    "docs/kserve.md": ("serve",),
+    "docs/operations.md": ("serve", "top", "export", "models", "transform", "token"),
     "docs/reliability.md": ("serve",),
     "docs/security.md": ("serve", "token", "models"),
     "dashboards/alerts.yaml": ("serve",),
     "dashboards/img2img.json": ("serve",),
 }
-"""What is read by people, and the commands whose flags it names. benchmarks.md is about scripts."""
+"""What is read by people, and the commands whose flags it names, in commands and beside them."""
+
+DOCUMENTS = sorted(
+    path.relative_to(REPOSITORY).as_posix()
+    for pattern in ("*.md", "docs/*.md", "demo/*.md", "clients/*.md", "clients/*/*.md", "deploy/*.md", "deploy/*/*.md")
+    for path in REPOSITORY.glob(pattern)
+)
+"""All that is written for people."""
+
+_NAMING_FILES = ("architecture", "operations", "devices", "monitoring", "security", "reliability", "export", "extending")
+
+CONTENTS = ("operations", "devices", "monitoring", "extending")
+"""Pages that begin with their contents."""
 
 
 def rows(heading: str, document: str = "export.md") -> list[list[str]]:
@@ -57,13 +60,28 @@ def rows(heading: str, document: str = "export.md") -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
 
 
-@pytest.mark.parametrize("row", rows("What becomes of it"), ids=lambda row: row[0])
-def test_the_table_of_architectures_is_true(row: list[str], bundle: Callable[[str], Path]) -> None:
-    for name in _MODELS[row[0]]:
-        manifest = read_manifest(bundle(name))
-        together = "with requests of equal settings" if manifest.pipeline_class in RULES else "one picture at a time"
-        runs = together if manifest.family == "whole" else "step by step, in batches"
-        assert row[1:] == [f"`{manifest.pipeline_class}`", manifest.backend, runs], name
+@pytest.mark.parametrize("name", architectures.MODELS)
+def test_the_table_of_architectures_is_true(name: str, bundle: Callable[[str], Path]) -> None:
+    """`scripts/architectures` mends it."""
+    manifests = {model: read_manifest(bundle(model)) for model in architectures.MODELS[name]}
+    assert architectures.row(name, manifests) in architectures.on_page().splitlines(keepends=True)
+
+
+def test_the_table_of_architectures_is_whole() -> None:
+    """Each architecture is there once, in order; so is each tiny model, and each class that something is known of."""
+    page = architectures.on_page()
+    named = re.findall(r"^\| ([^|`]+) \| `(\w+)` \|", page, re.MULTILINE)
+    assert [name for name, _ in named] == list(architectures.MODELS)
+    models = [model for models in architectures.MODELS.values() for model in models]
+    assert sorted(models) == sorted(set(BUILDERS) - {"sdxl-overflow"}), "the one with a VAE that works in fp32 only is SDXL, too"
+    classes = {kind for _, kind in named}
+    assert set(GRAPHS) | set(RULES) <= classes
+    assert page.endswith(f"\n{architectures.untried(classes)}")
+
+
+def test_the_reference_of_settings_is_what_the_configuration_says() -> None:
+    """`scripts/settings` mends it."""
+    assert settings_page.PAGE.read_text(encoding="utf-8") == settings_page.page()
 
 
 def test_the_table_of_limits_is_true() -> None:
@@ -104,7 +122,11 @@ def test_every_flag_and_variable_that_is_named_is_there(document: str) -> None:
         importlib.import_module(COMMANDS[command][0]).configure(parser)
         known.update(flags(parser))
     text = (REPOSITORY / document).read_text(encoding="utf-8")
-    ours = "\n".join(line for line in text.splitlines() if not re.search(r"\b(scripts/\w|buf curl|pip install|openssl )", line))
+    ours = "\n".join(
+        line
+        for line in text.splitlines()
+        if not re.search(r"\b(scripts/\w|buf curl|pip install|mypy |openssl |ray get-auth-token)", line)
+    )
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", ours))
     assert named <= known, f"{document} names {sorted(named - known)}"
     variables = {VARIABLES + one.name.upper() for one in settings_of(ServerConfig)}
@@ -112,25 +134,106 @@ def test_every_flag_and_variable_that_is_named_is_there(document: str) -> None:
     assert set(re.findall(r"\bIMG2IMG_[A-Z_]*[A-Z]", text)) <= variables
 
 
+def commands(text: str) -> Iterator[tuple[str, str]]:
+    """Every `img2img COMMAND ...` in a text, in blocks and in lines: the command, and the words after it."""
+    for command, words in re.findall(r"(?<![\w/.-])img2img ([a-z][a-z-]*)((?:[^`\n\\|;&#]|\\\n)*)", text):
+        if command in COMMANDS:
+            yield command, words
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_every_command_that_is_shown_has_its_flags(document: str) -> None:
+    for command, words in commands((REPOSITORY / document).read_text(encoding="utf-8")):
+        parser = argparse.ArgumentParser()
+        importlib.import_module(COMMANDS[command][0]).configure(parser)
+        named = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", words))
+        assert named <= {"--help", *flags(parser)}, f"{document}: img2img {command}{words}"
+
+
+def test_commands_are_found_where_they_are_shown() -> None:
+    text = "`img2img serve --models m`, and\n    img2img top --once | less --raw\n"
+    text += "$ img2img export x \\\n  --output y # --z\nimg2img is a server"
+    assert list(commands(text)) == [("serve", " --models m"), ("top", " --once "), ("export", " x \\\n  --output y ")]
+
+
+def anchors(path: Path) -> set[str]:
+    """The names by which GitHub links to the headings of a page."""
+    text = re.sub(r"^```.*?^```", "", path.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    return {anchor(title) for title in re.findall(r"^#+ (.+)$", text, re.MULTILINE)}
+
+
+def anchor(title: str) -> str:
+    return re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-")
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_every_link_leads_somewhere(document: str) -> None:
+    path = REPOSITORY / document
+    for target in re.findall(r"\]\(([^)\s]+)\)", path.read_text(encoding="utf-8")):
+        if re.match(r"https?://", target):
+            continue
+        name, _, fragment = target.partition("#")
+        there = (path.parent / name).resolve() if name else path
+        assert there.exists(), f"{document} links to {target}"
+        if fragment and there.suffix == ".md":
+            assert fragment in anchors(there), f"{document} links to {target}"
+
+
+def test_every_page_can_be_found_from_the_readme() -> None:
+    found, new = set(), {REPOSITORY / "README.md"}
+    while new:
+        page = new.pop()
+        found.add(page)
+        links = re.findall(r"\]\(([^)#\s]+\.md)", page.read_text(encoding="utf-8"))
+        linked = {(page.parent / link).resolve() for link in links if "://" not in link}
+        new |= {path for path in linked if path.is_file()} - found
+    assert {REPOSITORY / document for document in DOCUMENTS} <= found
+
+
+def test_every_alert_has_its_place_in_the_runbook() -> None:
+    rules = yaml.safe_load((REPOSITORY / "dashboards" / "alerts.yaml").read_text(encoding="utf-8"))
+    alerts = [rule["alert"] for group in rules["groups"] for rule in group["rules"]]
+    runbook = (REPOSITORY / "docs" / "monitoring.md").read_text(encoding="utf-8").partition("\n## Alerts\n")[2]
+    sections = re.findall(r"^### (\w+)\n\n(.+?)(?=^#|\Z)", runbook.partition("\n## ")[0], re.MULTILINE | re.DOTALL)
+    assert [name for name, _ in sections] == alerts
+    for name, text in sections:
+        assert re.search(r"^1\. ", text, re.MULTILINE), f"{name}: what to do first"
+
+
 def test_every_setting_is_explained() -> None:
-    text = "".join((REPOSITORY / "docs" / f"{name}.md").read_text(encoding="utf-8") for name in ("operations", "security"))
+    """Beside the reference, which says what `--help` does."""
+    pages = (document for document in DOCUMENTS if document.startswith("docs/") and document != "docs/settings.md")
+    text = "".join((REPOSITORY / page).read_text(encoding="utf-8") for page in pages)
     for one in settings_of(ServerConfig):
         assert one.flag in text or one.flag.replace("--", "--no-", 1) in text, one.flag
 
 
 def test_every_file_that_is_named_is_there() -> None:
-    places = ("", "docs", "dashboards", "server/img2img_server", "tests", "tests/server", "tests/client", "export/img2img_export")
-    inside = ("engine", "pipelines", "models", "assets", "sources", "access", "telemetry", "top", "settings")
+    places = (
+        "",
+        "docs",
+        "dashboards",
+        "server/img2img_server",
+        "tests",
+        "tests/server",
+        "tests/client",
+        "tests/export",
+        "export/img2img_export",
+        "client/img2img_client",
+        "playground/img2img_playground",
+    )
+    inside = ("engine", "pipelines", "models", "assets", "sources", "access", "telemetry", "top", "settings", "cluster", "kserve")
     folders = [REPOSITORY / place for place in (*places, *(f"server/img2img_server/{name}" for name in inside))]
     made = {"manifest.json", "model_index.json"}
-    for document in ("README.md", *(f"docs/{name}.md" for name in ("architecture", "operations", "security", "reliability"))):
+    for document in ("README.md", "CONTRIBUTING.md", *(f"docs/{name}.md" for name in _NAMING_FILES)):
         text = (REPOSITORY / document).read_text(encoding="utf-8")
         for name in set(re.findall(r"`([\w./-]+\.(?:py|json|yaml))`", text)) - made:
             assert any((folder / name).is_file() for folder in folders), f"{document} names {name}"
 
 
-def test_the_contents_of_the_operations_are_its_sections_in_order() -> None:
-    text = (REPOSITORY / "docs" / "operations.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize("page", CONTENTS)
+def test_the_contents_of_a_page_are_its_sections_in_order(page: str) -> None:
+    text = (REPOSITORY / "docs" / f"{page}.md").read_text(encoding="utf-8")
     sections = re.findall(r"^## (.+)$", text, re.MULTILINE)
     contents = re.findall(r"\[([^]]+)\]\(#([\w-]+)\)", text.partition("\n## ")[0])
-    assert contents == [(title, re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-")) for title in sections]
+    assert contents == [(title, anchor(title)) for title in sections]

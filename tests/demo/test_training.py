@@ -11,7 +11,7 @@ from diffusers import AutoPipelineForImage2Image
 from latents import CaptionTable, LatentData, Mixture, draw_batch
 from PIL import Image
 from torch import nn
-from train import take_weights
+from train import SMOKE, take_weights, train
 from train_unet import UnetRecipe, build_scheduler, build_unet, loss_weights, rate_factor
 
 SCRIPT = Path(__file__).parents[2] / "demo" / "train.py"
@@ -35,7 +35,10 @@ def check_that_it_runs(model: Path) -> None:
 
 
 def test_smoke_training_writes_a_pipeline_that_runs_and_from_which_training_goes_on(tmp_path: Path) -> None:
-    smoke(tmp_path / "first")
+    """From nothing in this process, which has the libraries loaded; from a model by the command."""
+    (tmp_path / "work").mkdir()
+    with torch.random.fork_rng():
+        train(SMOKE, None, tmp_path / "first", tmp_path / "work")
     check_that_it_runs(tmp_path / "first")
     weights = len(build_unet().state_dict())
     said = smoke(tmp_path / "second", "--start", str(tmp_path / "first"))

@@ -4,14 +4,15 @@ import json
 import multiprocessing
 import os
 import signal
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
 import psutil
 import pytest
+from img2img_cli.__main__ import main
 from img2img_export.build import export_model
 from img2img_export.options import ExportOptions
 from img2img_export.progress import Advance, Progress
@@ -46,14 +47,22 @@ def run(source: Path, output: Path, moment: int, file: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def export_in_a_process(tiny_model: Callable[[str], Path]) -> Callable[[Path, int, Path], int | None]:
-    """Exports in a process of its own, and gives its exit status. The libraries are loaded once for all of them."""
+def libraries() -> ForkServerContext:
+    """What begins processes that have the libraries loaded: once for all of them."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["img2img_export.drafts", "test_interruptions", "optimum.exporters.onnx.model_configs"])
+    return context
+
+
+@pytest.fixture(scope="module")
+def export_in_a_process(
+    libraries: ForkServerContext, tiny_model: Callable[[str], Path]
+) -> Callable[[Path, int, Path], int | None]:
+    """Exports in a process of its own, and gives its exit status."""
     source = tiny_model("sd1")
 
     def start(output: Path, moment: int, file: Path) -> int | None:
-        process = context.Process(target=run, args=(source, output, moment, file))
+        process = libraries.Process(target=run, args=(source, output, moment, file))
         process.start()
         process.join()
         # Who clears up may still be at it.
@@ -78,20 +87,31 @@ def test_killed_at_ten_moments_it_leaves_no_bundle_and_no_litter(
         assert [path.name for path in folder.iterdir()] == ["whole"], f"killed at moment {moment} of {told}"
 
 
+def run_command(words: list[str], told: Path) -> None:
+    """The command as a person runs it, with what it says written to the pipe `told`."""
+    # A shell makes its background jobs, perhaps this test, deaf to it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.dup2(os.open(told, os.O_WRONLY), sys.stdout.fileno())
+    with cut_short():
+        sys.exit(main(words))
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_it_with_everything_cleared(number: int, tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "img2img_cli", "export", str(tiny_model("sd1")), "--output", str(tmp_path / "out"), "--json"]
-
-    def listen() -> None:
-        # A shell makes its background jobs, perhaps this test, deaf to it.
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, preexec_fn=listen) as process:
-        assert process.stdout is not None
-        for line in process.stdout:
+def test_a_signal_ends_it_with_everything_cleared(
+    number: int, libraries: ForkServerContext, tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    told, folder = tmp_path / "told", tmp_path / "bundles"
+    os.mkfifo(told)
+    words = ["export", str(tiny_model("sd1")), "--output", str(folder / "out"), "--json"]
+    process = libraries.Process(target=run_command, args=(words, told))
+    process.start()
+    with told.open() as lines:
+        for line in lines:
             if "tracing" in json.loads(line).get("text", ""):
-                process.send_signal(number)
+                assert process.pid is not None
+                os.kill(process.pid, number)
                 break
-        process.stdout.read()
-    assert process.returncode == {signal.SIGTERM: 143, signal.SIGINT: 130}[signal.Signals(number)]
-    assert list(tmp_path.iterdir()) == []
+        lines.read()  # until whoever clears up has gone, too
+    process.join()
+    assert process.exitcode == {signal.SIGTERM: 143, signal.SIGINT: 130}[signal.Signals(number)]
+    assert list(folder.iterdir()) == []

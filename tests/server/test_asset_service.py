@@ -12,6 +12,7 @@ from pathlib import Path
 import grpc
 import pytest
 from asset_calls import download, messages, noise, upload
+from assets_store import files_of
 from fakes import FakePipeline
 from img2img.v1 import asset_pb2 as pb
 from img2img.v1 import image_to_image_pb2 as images_pb
@@ -19,51 +20,11 @@ from img2img.v1.asset_pb2_grpc import AssetServiceStub
 from img2img.v1.image_to_image_pb2_grpc import ImageToImageServiceStub
 from img2img_server import asset_service, images
 from img2img_server.config import AssetSettings
-from img2img_server.images import ImageLimits
 from messages import failure, png, request
 from PIL import Image
 from running import RunningServer, running, store
 
-LIMITS = ImageLimits(max_bytes=3 * 2**20)
-QUOTA = 16 * 2**20
 UNKNOWN = "0" * 64
-
-
-@pytest.fixture
-def pipeline() -> FakePipeline:
-    return FakePipeline()
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    return tmp_path / "assets"
-
-
-@pytest.fixture
-def server(pipeline: FakePipeline, folder: Path) -> Iterator[RunningServer]:
-    settings = AssetSettings(url=str(folder), quota=QUOTA)
-    with running(lambda: store(m=pipeline), assets=settings, image_limits=LIMITS) as server:
-        yield server
-
-
-@pytest.fixture
-def channel(server: RunningServer) -> Iterator[grpc.Channel]:
-    with grpc.insecure_channel(f"localhost:{server.port}") as channel:
-        yield channel
-
-
-@pytest.fixture
-def assets(channel: grpc.Channel) -> AssetServiceStub:
-    return AssetServiceStub(channel)
-
-
-@pytest.fixture
-def transforms(channel: grpc.Channel) -> ImageToImageServiceStub:
-    return ImageToImageServiceStub(channel)
-
-
-def files_of(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
 def test_what_is_uploaded_comes_back_in_chunks(assets: AssetServiceStub) -> None:

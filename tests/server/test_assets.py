@@ -1,6 +1,7 @@
 """The asset store: what is stored is whole, stays apart for each owner, stays within the quota, and goes when it is old."""
 
 import asyncio
+import contextlib
 import hashlib
 import os
 from pathlib import Path
@@ -125,17 +126,41 @@ async def test_what_two_servers_keep_in_one_place_both_can_read(url: str) -> Non
         assert await other.read("shared", asset_id, 10**6) == png()
 
 
+async def test_one_client_cannot_fill_the_quota(url: str) -> None:
+    """Its share holds for what is there and what is on its way, survives a restart, and is free again with what it deletes."""
+    alice, bob = (owner_of(Call("m", "r", client=name, authenticated=True)) for name in ("alice", "bob"))
+    async with opened(url, quota=1000, client_quota=600) as store:
+        kept = await put(store, os.urandom(500), alice)
+        for owner, size, fits in ((alice, 101, False), (alice, 100, True), (bob, 500, True), (bob, 501, False)):
+            with contextlib.nullcontext() if fits else pytest.raises(AssetQuotaFull):
+                async with store.room(owner, size):
+                    pass
+        async with store.room(alice, 60) as room:
+            with pytest.raises(AssetQuotaFull, match="within your share of 600 bytes"):
+                async with store.room(alice, 41):
+                    pass
+            with pytest.raises(AssetQuotaFull):
+                await store.put(alice, os.urandom(101), room)
+        assert (store.stats.bytes, store.stats.reserved) == (500, 0)
+    async with opened(url, quota=1000, client_quota=600) as store:
+        with pytest.raises(AssetQuotaFull):
+            await put(store, os.urandom(101), alice)
+        await store.delete(alice, kept)
+        await put(store, os.urandom(600), alice)
+        assert store._index._taken == {alice: 600}
+
+
 async def test_the_quota_holds_for_what_is_there_and_what_is_on_its_way(url: str) -> None:
     async with opened(url, quota=1000) as store:
         kept = await put(store, os.urandom(600))
         with pytest.raises(AssetQuotaFull) as full:
-            async with store.room(401):
+            async with store.room("shared", 401):
                 pass
         assert full.value.status == "RESOURCE_EXHAUSTED"
-        async with store.room(300) as first:
+        async with store.room("shared", 300) as first:
             assert store.stats.reserved == 300
             with pytest.raises(AssetQuotaFull):
-                async with store.room(101):
+                async with store.room("shared", 101):
                     pass
             with pytest.raises(AssetQuotaFull):
                 await store.put("shared", os.urandom(401), first)

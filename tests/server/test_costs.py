@@ -1,4 +1,4 @@
-"""What is known of calls' times, what is made of it, and the cache: without any model."""
+"""What is known of calls' times, what is made of it, its timeline, and the cache: without any model."""
 
 import json
 from collections.abc import Sequence
@@ -14,6 +14,7 @@ from img2img_server.engine.engine import Engine
 from img2img_server.engine.spans import Span
 from img2img_server.engine.warmup import WarmUp
 from img2img_server.telemetry.timeline import Trace
+from running import running, store
 
 GROUP = ("m", (64, 64))
 
@@ -161,6 +162,24 @@ def test_a_trace_is_what_chrome_reads(tmp_path: Path) -> None:
     assert (first["name"], first["ph"], first["ts"], first["dur"]) == ("denoise", "X", 1.5e6, 0.25e6)
     assert first["args"] == {"model": "m", "requests": 2, "rows": 4}
     assert (caches["name"], caches["args"]) == ("caches", {"hits": 3})
+
+
+def test_a_trace_that_is_closed_takes_no_more_and_says_nothing(tmp_path: Path) -> None:
+    """A second signal ends a server that is ending, while the engine may still be in a call."""
+    trace = Trace(tmp_path / "trace.json")
+    trace.observe(Span("denoise", "m", 2, 4, 1.5, 0.25))
+    trace.close(caches={"hits": 3})
+    whole = (tmp_path / "trace.json").read_text()
+    trace.observe(Span("finish", "m", 2, 4, 2.5, 0.25))
+    trace.close(caches={"hits": 4})
+    assert (tmp_path / "trace.json").read_text() == whole
+
+
+def test_a_server_with_a_trace_can_be_stopped_twice(tmp_path: Path) -> None:
+    with running(lambda: store(m=FakePipeline()), trace=tmp_path / "trace.json") as server:
+        server.stop().result(60)
+        server.stop().result(60)
+    assert json.loads((tmp_path / "trace.json").read_text())[-1]["name"] == "end"
 
 
 def test_shapes_that_callers_choose_are_forgotten_but_not_what_warm_up_measured() -> None:

@@ -2,7 +2,6 @@
 
 import errno
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import grpc
@@ -18,48 +17,12 @@ from img2img_server import images
 from img2img_server.access import tokens
 from img2img_server.assets.files import LocalAssetFiles
 from img2img_server.config import AssetSettings
-from img2img_server.images import ImageLimits
 from messages import failure, png, request
 from PIL import Image
 from running import RunningServer, running, store
 
-LIMITS = ImageLimits(max_bytes=3 * 2**20)
-QUOTA = 16 * 2**20
 UNKNOWN = "0" * 64
 PNG = png()
-
-
-@pytest.fixture
-def pipeline() -> FakePipeline:
-    return FakePipeline()
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    return tmp_path / "assets"
-
-
-@pytest.fixture
-def server(pipeline: FakePipeline, folder: Path) -> Iterator[RunningServer]:
-    settings = AssetSettings(url=str(folder), quota=QUOTA)
-    with running(lambda: store(m=pipeline), assets=settings, image_limits=LIMITS) as server:
-        yield server
-
-
-@pytest.fixture
-def channel(server: RunningServer) -> Iterator[grpc.Channel]:
-    with grpc.insecure_channel(f"localhost:{server.port}") as channel:
-        yield channel
-
-
-@pytest.fixture
-def assets(channel: grpc.Channel) -> AssetServiceStub:
-    return AssetServiceStub(channel)
-
-
-@pytest.fixture
-def transforms(channel: grpc.Channel) -> ImageToImageServiceStub:
-    return ImageToImageServiceStub(channel)
 
 
 def test_an_asset_is_a_source(assets: AssetServiceStub, transforms: ImageToImageServiceStub, pipeline: FakePipeline) -> None:

@@ -1,0 +1,125 @@
+"""The table of architectures in docs/export.md, made of the manifests of bundles: those that the exporter made of the tests' tiny
+models (tests/tiny_models.py). Heavy imports are inside the functions."""
+
+import argparse
+import sys
+import tempfile
+import textwrap
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from img2img_server.bundle import Manifest, read_manifest
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+PAGE = REPOSITORY / "docs" / "export.md"
+BEGIN, END = "<!-- architectures -->\n", "<!-- /architectures -->\n"
+
+MODELS: dict[str, tuple[str, ...]] = {
+    "Stable Diffusion 1": ("sd1",),
+    "Stable Diffusion 2, Turbo": ("sd2",),
+    "SDXL base, SDXL Turbo": ("sdxl",),
+    "SDXL refiner": ("refiner",),
+    "LCM": ("lcm",),
+    "InstructPix2Pix": ("pix2pix",),
+    "Stable Diffusion 3, with T5 and without": ("sd3", "sd3-no-t5"),
+    "Flux, schnell and dev": ("flux", "flux-dev"),
+    "Kandinsky 2.2": ("kandinsky22",),
+    "Kandinsky 3": ("kandinsky3",),
+    "Kolors": ("kolors",),
+    "Z-Image": ("zimage",),
+    "Qwen-Image": ("qwenimage",),
+}
+"""What people call an architecture, and the tiny models of it. Their rows are the same, but for the graphs that one has more."""
+
+_HEAD = """\
+| architecture | class | becomes | graphs | runs | verified |
+|---|---|---|---|---|---|
+"""
+
+
+def row(name: str, manifests: Mapping[str, Manifest]) -> str:
+    """The line of an architecture. Raises ValueError where bundles of its tiny models differ in more than their graphs."""
+    rows = {_cells(manifest): manifest for manifest in (manifests[model] for model in MODELS[name])}
+    if len(rows) != 1:
+        raise ValueError(f"the tiny models of {name} do not become the same: {', '.join(map(str, rows))}")
+    kind, becomes, runs, verified = next(iter(rows))
+    graphs: dict[str, None] = {}
+    for model in MODELS[name]:
+        graphs |= dict.fromkeys(one.name for one in manifests[model].components if one.backend == "onnx")
+    return f"| {name} | `{kind}` | {becomes} | {', '.join(sorted(graphs)) or 'none'} | {runs} | {verified} |\n"
+
+
+def _cells(manifest: Manifest) -> tuple[str, str, str, str]:
+    from img2img_server.pipelines.loader import FAMILIES
+    from img2img_server.pipelines.sharing import RULES
+
+    together = "with requests of equal settings" if manifest.pipeline_class in RULES else "one picture at a time"
+    runs = "step by step, in batches" if manifest.family in FAMILIES else together
+    checked = manifest.verification
+    most = checked.limits["max_abs_error"] if checked.passed and checked.pictures else None
+    verified = "no" if most is None else f"{len(checked.pictures)} pictures, within {most:g}/255"
+    return manifest.pipeline_class, manifest.backend, runs, verified
+
+
+def table(manifests: Mapping[str, Manifest]) -> str:
+    """The whole table, and the classes that there is no tiny model of."""
+    rows = "".join(row(name, manifests) for name in MODELS)
+    tried = {manifest.pipeline_class for manifest in manifests.values()}
+    return f"{_HEAD}{rows}\n{untried(tried)}"
+
+
+def untried(tried: set[str]) -> str:
+    """A paragraph on what diffusers' AutoPipelineForImage2Image also knows, but nobody has exported here."""
+    from diffusers.pipelines.auto_pipeline import AUTO_IMAGE2IMAGE_PIPELINES_MAPPING
+
+    others = sorted({kind.__name__ for kind in AUTO_IMAGE2IMAGE_PIPELINES_MAPPING.values()} - tried)
+    text = (
+        "diffusers' AutoPipelineForImage2Image knows more classes. The export tries a hybrid, then torch, and publishes what "
+        "draws diffusers' pictures; the server draws one picture at a time with it. Nobody has tried these here, and those that "
+        f"want more than a prompt and a picture (a ControlNet's) cannot be served: {', '.join(others)}."
+    )
+    return textwrap.fill(text, 130, break_on_hyphens=False) + "\n"
+
+
+def on_page() -> str:
+    """The table that the page has. Raises ValueError where the page has no place for one."""
+    _, begun, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
+    found, ended, _ = rest.partition(END)
+    if not (begun and ended):
+        raise ValueError(f"{PAGE.name} has no place for the table: {BEGIN.strip()} and {END.strip()}")
+    return found
+
+
+def exported(folder: Path) -> Callable[[str], Manifest]:
+    """What gives the manifest of a tiny model's bundle, which it makes in `folder`."""
+    from img2img_export.build import export_model
+    from img2img_export.options import ExportOptions
+
+    sys.path.insert(0, str(REPOSITORY / "tests"))
+    import tiny_models
+
+    def make(name: str) -> Manifest:
+        print(f"exporting {name}", flush=True)
+        source, output = tiny_models.build(name, folder / "models" / name), folder / "bundles" / name
+        export_model(ExportOptions(source=str(source), output=output))
+        return read_manifest(output)
+
+    return make
+
+
+def main() -> int:
+    """Exports every tiny model and writes the table. Returns the exit status."""
+    argparse.ArgumentParser(
+        prog="scripts/architectures", description="Writes docs/export.md's table of architectures."
+    ).parse_args()
+    before = on_page()
+    with tempfile.TemporaryDirectory(prefix="img2img-architectures-") as folder:
+        make = exported(Path(folder))
+        made = table({model: make(model) for models in MODELS.values() for model in models})
+    text = PAGE.read_text(encoding="utf-8").replace(f"{BEGIN}{before}{END}", f"{BEGIN}{made}{END}")
+    PAGE.write_text(text, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,50 @@
+"""A server that keeps assets, around a fake pipeline, and stubs of it: what the tests of assets over a channel share.
+
+A module that wants another server, or another pipeline, has a fixture of that name itself.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import grpc
+import pytest
+from asset_calls import LIMITS, QUOTA
+from fakes import FakePipeline
+from img2img.v1.asset_pb2_grpc import AssetServiceStub
+from img2img.v1.image_to_image_pb2_grpc import ImageToImageServiceStub
+from img2img_server.config import AssetSettings
+from running import RunningServer, running, store
+
+
+@pytest.fixture
+def pipeline() -> FakePipeline:
+    return FakePipeline()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Where the server keeps assets."""
+    return tmp_path / "assets"
+
+
+@pytest.fixture
+def server(pipeline: FakePipeline, folder: Path) -> Iterator[RunningServer]:
+    settings = AssetSettings(url=str(folder), quota=QUOTA)
+    with running(lambda: store(m=pipeline), assets=settings, image_limits=LIMITS) as server:
+        yield server
+
+
+@pytest.fixture
+def channel(server: RunningServer) -> Iterator[grpc.Channel]:
+    with grpc.insecure_channel(f"localhost:{server.port}") as channel:
+        yield channel
+
+
+@pytest.fixture
+def assets(channel: grpc.Channel) -> AssetServiceStub:
+    return AssetServiceStub(channel)
+
+
+@pytest.fixture
+def transforms(channel: grpc.Channel) -> ImageToImageServiceStub:
+    return ImageToImageServiceStub(channel)
