@@ -4,8 +4,9 @@ Each is built at most once in a session, whichever of its processes (pytest-xdis
 read-only: copy before you change one.
 """
 
+import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import cast
 
@@ -23,6 +24,18 @@ DEMO_MODEL = REPOSITORY / "demo" / "model"
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Keeps what exports remember of files out of the user's cache."""
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(autouse=True)
+def own_log() -> Iterator[None]:
+    """Takes out what a command that a test ran in this process has put at the log's root: it writes where that test's output
+    was caught, which is closed when the next one comes."""
+    root = logging.getLogger()
+    level = root.level
+    yield
+    for handler in [handler for handler in root.handlers if type(handler).__module__ == "img2img_server.telemetry.logs"]:
+        root.removeHandler(handler)
+        root.setLevel(level)
 
 
 @pytest.fixture(scope="session")
