@@ -29,6 +29,14 @@ class Loaded(dict[str, FakePipeline]):
         made = self[bundle.name] = FakePipeline()
         return made
 
+    def as_new(self, name: str) -> FakePipeline:
+        """The one of `name`, as if it had done nothing yet."""
+        pipeline = self[name]
+        pipeline.prepared.clear()
+        pipeline.released.clear()
+        pipeline.before_call = lambda: None
+        return pipeline
+
 
 @contextlib.contextmanager
 def serving(folder: Path, loaded: Loaded | None = None, **settings: Any) -> Iterator[tuple[RunningServer, Loaded]]:

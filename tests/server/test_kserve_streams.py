@@ -31,12 +31,7 @@ def server(served: tuple[RunningServer, Loaded]) -> RunningServer:
 
 @pytest.fixture
 def pipeline(served: tuple[RunningServer, Loaded]) -> FakePipeline:
-    """The one of "m", as if it had done nothing yet."""
-    pipeline = served[1]["m"]
-    pipeline.prepared.clear()
-    pipeline.released.clear()
-    pipeline.before_call = lambda: None
-    return pipeline
+    return served[1].as_new("m")
 
 
 class Stream:

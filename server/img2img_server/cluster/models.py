@@ -95,7 +95,7 @@ class Roster:
         """Takes up what the replicas have to tell."""
         looks = await self._look()
         for model in _merged(looks):
-            self._take_up(model)
+            self.models.put(model)
         gone = {model.id for model in self.models} - {card.id for look in looks for card in look.cards}
         for name in gone:
             if looks:
@@ -106,20 +106,9 @@ class Roster:
 
     def note(self, card: Card) -> Model:
         """Takes up what one of them said of a model before all are asked again."""
-        self._take_up(_model((card,), 1))
-        return self.models.get(card.id)
-
-    def _take_up(self, model: Model) -> None:
-        self.models.change(
-            model.id,
-            manifest=model.manifest,
-            pipeline=model.pipeline,
-            problem=model.problem,
-            engines=model.engines,
-            loading=model.loading,
-            memory=model.memory,
-            detail=model.detail,
-        )
+        model = _model((card,), 1)
+        self.models.put(model)
+        return model
 
     async def _look(self) -> Sequence[Look]:
         asked = self._clock()

@@ -152,8 +152,16 @@ class ModelStore:
     def change(self, name: str, **values: Any) -> None:
         """Replaces these fields of the model `name`; adds it where it is new."""
         with self._lock:
-            models = {**self._models, name: replace(self._models.get(name, Model(name)), **values)}
-            self._models = dict(sorted(models.items())) if name not in self._models else models
+            self._put(replace(self._models.get(name, Model(name)), **values))
+
+    def put(self, model: Model) -> None:
+        """Takes `model` in place of what was known of it; adds it where it is new."""
+        with self._lock:
+            self._put(model)
+
+    def _put(self, model: Model) -> None:
+        models = {**self._models, model.id: model}
+        self._models = dict(sorted(models.items())) if model.id not in self._models else models
 
     def forget(self, name: str) -> None:
         """Takes the model `name` out."""
