@@ -17,6 +17,7 @@ from cyclonedx.model.license import License
 from cyclonedx.output.json import JsonV1Dot6
 from cyclonedx.schema import SchemaVersion
 from cyclonedx.validation.json import JsonStrictValidator
+from img2img_server.distribution import NAME
 from packageurl import PackageURL
 from serving_lock import EXTRAS, ROOT, needs_of, pins, read
 
@@ -39,13 +40,13 @@ def bill(image: str, ray: bool = False) -> Bom:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     bom = Bom(components=components.values())
     bom.metadata.component = Component(
-        name="img2img",
+        name=NAME,
         version=project["version"],
         type=ComponentType.APPLICATION,
-        bom_ref="img2img",
+        bom_ref=NAME,
         description=project["description"],
     )
-    bom.register_dependency(bom.metadata.component, _known(components, needs_of("img2img", extras)))
+    bom.register_dependency(bom.metadata.component, _known(components, needs_of(NAME, extras)))
     for name, component in components.items():
         bom.register_dependency(component, _known(components, needs_of(name, ())))
     return bom

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from importlib import metadata
 from pathlib import Path
 
+from img2img_server.distribution import NAME
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -52,7 +53,7 @@ def read(name: str) -> str:
 def closure(extras: tuple[str, ...]) -> frozenset[str]:
     """The packages that img2img with these extras needs here, by pyproject.toml and the metadata of what is installed. Without
     CUDA's, which are there where torch came from PyPI and are no part of requirements.lock."""
-    wanted = [("img2img", extra) for extra in ("", *extras)]
+    wanted = [(NAME, extra) for extra in ("", *extras)]
     seen: set[tuple[str, str]] = set()
     while wanted:
         one = wanted.pop()
@@ -60,7 +61,7 @@ def closure(extras: tuple[str, ...]) -> frozenset[str]:
             seen.add(one)
             if not CUDA_ONLY.fullmatch(one[0]):
                 wanted += _needs(*one)
-    return frozenset(package for package, _ in seen if package != "img2img" and not CUDA_ONLY.fullmatch(package))
+    return frozenset(package for package, _ in seen if package != NAME and not CUDA_ONLY.fullmatch(package))
 
 
 def needs_of(package: str, extras: Iterable[str]) -> set[str]:
@@ -69,13 +70,13 @@ def needs_of(package: str, extras: Iterable[str]) -> set[str]:
         pairs = {pair for extra in ("", *extras) for pair in _needs(package, extra)}
     except metadata.PackageNotFoundError:
         return set()
-    own = {extra for name, extra in pairs if name == package and extra}  # "img2img[runtime]", of its other extras
+    own = {extra for name, extra in pairs if name == package and extra}  # "img2img-server[runtime]", of its other extras
     return {name for name, _ in pairs if name != package} | (needs_of(package, own) if own else set())
 
 
 def _needs(package: str, extra: str) -> Iterator[tuple[str, str]]:
     """Packages, each with an extra of it or ""."""
-    for requirement in map(Requirement, _own_needs(extra) if package == "img2img" else metadata.requires(package) or ()):
+    for requirement in map(Requirement, _own_needs(extra) if package == NAME else metadata.requires(package) or ()):
         if requirement.marker is None or requirement.marker.evaluate({"extra": extra}):
             for inner in ("", *requirement.extras):
                 yield canonicalize_name(requirement.name), inner

@@ -69,4 +69,4 @@ def test_a_missing_extra_is_named() -> None:
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert result.returncode == 1
-    assert "pip install 'img2img[server]'" in result.stderr
+    assert "pip install 'img2img-server[server]'" in result.stderr

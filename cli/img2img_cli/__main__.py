@@ -9,7 +9,8 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
-from importlib import metadata
+
+from img2img_server import distribution
 
 COMMANDS = {
     "export": ("img2img_export.command", "turn a diffusers model into a verified bundle"),
@@ -50,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             epilog=_EPILOG,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        parser.add_argument("--version", action="version", version=f"img2img {metadata.version('img2img')}")
+        parser.add_argument("--version", action="version", version=f"img2img {distribution.version()}")
         commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
         for name, (_, summary) in COMMANDS.items():
             subparser = commands.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
@@ -64,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         if command not in _EXTRAS or (error.name or "").startswith("img2img"):
             raise
-        print(f"img2img {command} needs '{error.name}': pip install 'img2img[{_EXTRAS[command]}]'", file=sys.stderr)
+        print(f"img2img {command} needs '{error.name}': {distribution.install_hint(_EXTRAS[command])}", file=sys.stderr)
         return 1
     except BrokenPipeError:
         # Who read the output has gone, as `head` does. The interpreter would try again to write the rest when it exits.

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
+from img2img_server import distribution
 from img2img_server.bundle import Manifest, list_files, read_manifest, write_manifest
 from img2img_server.errors import BundleError
 
@@ -16,8 +17,8 @@ from img2img_export.progress import Progress
 from img2img_export.source import Checkpoint, resolve
 from img2img_export.staging import Staging, check_replaceable, stage
 
-TOOLS = ("img2img", "diffusers", "transformers", "optimum", "optimum-onnx", "onnx", "onnxruntime", "torch")
-"""The distributions whose versions a bundle depends on: another version of any makes it out of date."""
+TOOLS = ("diffusers", "transformers", "optimum", "optimum-onnx", "onnx", "onnxruntime", "torch")
+"""The distributions, beside our own, whose versions a bundle depends on: another version of any makes it out of date."""
 
 _TRACES = ("_name_or_path", "name_or_path")
 
@@ -73,8 +74,8 @@ def export_model(options: ExportOptions, progress: Progress | None = None) -> Ou
 
 
 def tool_versions() -> dict[str, str]:
-    """The versions of TOOLS, read without importing them."""
-    return {name: metadata.version(name) for name in TOOLS}
+    """The versions of our own distribution, as "img2img", and of TOOLS, read without importing them."""
+    return {"img2img": distribution.version()} | {name: metadata.version(name) for name in TOOLS}
 
 
 def _find_up_to_date(

@@ -64,9 +64,9 @@ def test_the_bill_of_materials_lists_exactly_the_locks_packages(image: str, ray:
 
 def test_the_bill_is_cyclonedx_and_knows_what_needs_what() -> None:
     bill: dict[str, Any] = json.loads(sbom.as_json(sbom.bill("cpu")))
-    assert (bill["bomFormat"], bill["metadata"]["component"]["name"]) == ("CycloneDX", "img2img")
+    assert (bill["bomFormat"], bill["metadata"]["component"]["name"]) == ("CycloneDX", "img2img-server")
     needs = {one["ref"]: set(one.get("dependsOn", ())) for one in bill["dependencies"]}
-    assert {"grpcio", "diffusers", "onnxruntime", "tritonclient"} <= needs["img2img"]
+    assert {"grpcio", "diffusers", "onnxruntime", "tritonclient"} <= needs["img2img-server"]
     assert "safetensors" in needs["diffusers"]
 
 

@@ -49,7 +49,7 @@ if child:
 if (control / "gate").exists():
     (control / "gate").open().read()
 if repo.endswith("missing"):
-    sys.exit("img2img export needs 'optimum': pip install 'img2img[export]'")
+    sys.exit("img2img export needs 'optimum': pip install 'img2img-server[export]'")
 if repo.endswith("broken"):
     tell(event="error", message="the hub refuses acme/broken (401), see /root/.cache/hub")
     sys.exit(1)
@@ -173,7 +173,7 @@ async def test_a_server_without_the_exporter_says_so(folder: Path, control: Path
         for _ in range(2):
             with pytest.raises(ModelUnavailable, match="this server has no exporter"):
                 await use(it, repo_id="acme/missing")
-    assert "pip install 'img2img[export]'" in caplog.text
+    assert "pip install 'img2img-server[export]'" in caplog.text
 
 
 async def test_the_real_command_names_the_extra_that_is_missing(folder: Path) -> None:

@@ -200,7 +200,7 @@ def test_without_ray_the_operator_is_told_what_to_install(
 ) -> None:
     monkeypatch.setattr(serving, "find_spec", lambda name: None)
     assert main(["serve", "--models", str(tmp_path), "--engine", "ray"]) == 2
-    assert "pip install 'img2img[ray]'" in capsys.readouterr().err
+    assert "pip install 'img2img-server[ray]'" in capsys.readouterr().err
 
 
 def test_a_trace_is_of_a_device_in_this_process() -> None:

@@ -82,7 +82,7 @@ def test_without_the_extra_the_server_says_what_to_install(missing: str, tmp_pat
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, missing, None)
     with (
-        pytest.raises(ValueError, match=re.escape("kserve needs Triton's client: pip install 'img2img[kserve]'")),
+        pytest.raises(ValueError, match=re.escape("kserve needs Triton's client: pip install 'img2img-server[kserve]'")),
         serving(tmp_path),
     ):
         pass

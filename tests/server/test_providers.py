@@ -153,7 +153,7 @@ def test_what_is_no_library_is_told_of(content: bytes, tmp_path: Path) -> None:
 
 def test_openvino_without_its_plugin_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert "pip install 'img2img[openvino]'" in probe("openvino").problem
+    assert "pip install 'img2img-server[openvino]'" in probe("openvino").problem
 
 
 @pytest.mark.skipif(not openvino_device.is_installed(), reason="OpenVINO's plugin is not installed")

@@ -238,7 +238,7 @@ except ValueError as error:
     print(error)
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    told = "otlp_endpoint needs 'opentelemetry.sdk.trace': pip install 'img2img[telemetry]'\n"
+    told = "otlp_endpoint needs 'opentelemetry.sdk.trace': pip install 'img2img-server[telemetry]'\n"
     assert (result.stdout, result.returncode) == (told, 0), result.stderr
 
 

@@ -12,6 +12,7 @@ from img2img_server.cluster.models import RemoteModels, Roster
 from img2img_server.cluster.replicas import Replicas
 from img2img_server.cluster.sharing import MESSAGES
 from img2img_server.config import ServerConfig
+from img2img_server.distribution import install_hint
 from img2img_server.engine.cache import Cache
 from img2img_server.engine.spans import Span
 from img2img_server.errors import BundleError, ServerError, ShuttingDown
@@ -23,7 +24,7 @@ _log = logging.getLogger(__name__)
 
 _NEEDED = ("ray", "starlette", "fastapi")
 """Ray itself, and what Ray Serve needs beside it. To look for ray.serve would import ray, which takes seconds."""
-INSTALL = "the engine 'ray' needs Ray Serve, which is not installed: pip install 'img2img[ray]'"
+INSTALL = f"the engine 'ray' needs Ray Serve, which is not installed: {install_hint('ray')}"
 
 
 class Connection(Protocol):

@@ -1,12 +1,12 @@
 """What KServe's clients may ask of a server and its models: metadata, configurations and the index of the repository."""
 
-from importlib import metadata
 from typing import Any
 
 from img2img.v1 import model_pb2 as pb
 from tritonclient.grpc import model_config_pb2 as config_pb  # type: ignore[import-untyped]
 from tritonclient.grpc import service_pb2 as kserve_pb
 
+from img2img_server import distribution
 from img2img_server.kserve.translation import OUTPUTS, SETTINGS, SOURCES, VERSION
 
 _EXTENSIONS = ("model_repository", "model_configuration", "parameters")
@@ -20,7 +20,7 @@ _TYPES = {"BYTES": "STRING"}
 
 def server() -> Any:
     """ServerMetadataResponse."""
-    return kserve_pb.ServerMetadataResponse(name="img2img", version=metadata.version("img2img"), extensions=_EXTENSIONS)
+    return kserve_pb.ServerMetadataResponse(name="img2img", version=distribution.version(), extensions=_EXTENSIONS)
 
 
 def model(found: pb.Model) -> Any:

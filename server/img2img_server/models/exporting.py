@@ -12,6 +12,8 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 
+from img2img_server.distribution import install_hint
+
 _log = logging.getLogger(__name__)
 
 EXPORTER = (sys.executable, "-m", "img2img_cli", "export")
@@ -60,7 +62,7 @@ async def export(arguments: Sequence[str], tell: Tell, command: Sequence[str] = 
             await _end(process)
     if status:
         _log.warning("an export's last words: %s", "\n".join(words) or "none")
-        if words and "pip install 'img2img[export]'" in words[-1]:
+        if words and install_hint("export") in words[-1]:
             raise ExporterMissing(words[-1])
         raise ExportFailed(problem or f"the exporter ended with status {status}")
 

@@ -18,6 +18,7 @@ from typing import Any
 import onnxruntime
 from onnxruntime.capi import onnxruntime_pybind11_state as state
 
+from img2img_server.distribution import install_hint
 from img2img_server.errors import BundleError
 from img2img_server.execution import PROVIDERS
 from img2img_server.pipelines.libraries import needed_libraries
@@ -124,7 +125,7 @@ def openvino_device() -> Any:
 
 def _probe_openvino() -> Probe:
     if importlib.util.find_spec(_PLUGIN) is None:
-        return Probe("openvino", problem="its plugin is not installed (pip install 'img2img[openvino]')")
+        return Probe("openvino", problem=f"its plugin is not installed ({install_hint('openvino')})")
     if openvino_device() is None:
         try:
             _register_plugin()

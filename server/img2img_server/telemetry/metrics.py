@@ -4,7 +4,6 @@ import platform
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib import metadata
 from typing import TypeVar
 from wsgiref.simple_server import WSGIServer
 
@@ -15,6 +14,7 @@ from grpc_reflection.v1alpha import reflection_pb2
 from img2img.v1 import asset_pb2, image_to_image_pb2, model_pb2
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 
+from img2img_server import distribution
 from img2img_server.engine.spans import Span
 from img2img_server.telemetry.trails import Record, Trail
 
@@ -82,7 +82,7 @@ class Metrics:
     def __init__(self) -> None:
         prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call] # series that nobody asks for
         self.registry = CollectorRegistry()
-        _make(Gauge, BUILD, self.registry).labels(metadata.version("img2img"), platform.python_version()).set(1)
+        _make(Gauge, BUILD, self.registry).labels(distribution.version(), platform.python_version()).set(1)
         self._requests = _make(Counter, REQUESTS, self.registry)
         self._call_seconds = _make(Histogram, CALL_SECONDS, self.registry, buckets=_CALL_SECONDS)
         self._in_progress = _make(Gauge, IN_PROGRESS, self.registry)

@@ -22,9 +22,9 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from importlib import metadata
 from typing import TYPE_CHECKING
 
+from img2img_server import distribution
 from img2img_server.engine.request import Ticket
 from img2img_server.telemetry.trails import Record, Trail
 
@@ -81,8 +81,8 @@ class Traces:
             from opentelemetry.sdk.trace import TracerProvider
             from opentelemetry.sdk.trace.export import BatchSpanProcessor
         except ImportError as error:
-            raise ValueError(f"otlp_endpoint needs '{error.name}': pip install 'img2img[telemetry]'") from None
-        version = metadata.version("img2img")
+            raise ValueError(f"otlp_endpoint needs '{error.name}': {distribution.install_hint('telemetry')}") from None
+        version = distribution.version()
         name = os.environ.get("OTEL_SERVICE_NAME", "img2img")
         self._exporter = OTLPSpanExporter(endpoint=endpoint, timeout=_EXPORT)
         self._provider = TracerProvider(
