@@ -20,7 +20,7 @@ from img2img_server.pipelines.loader import load_pipeline
 from img2img_server.pipelines.providers import Choice
 from img2img_server.pipelines.runners import HostRunner
 from img2img_server.pipelines.sessions import SessionOptions, open_session
-from img2img_server.pipelines.standins import Graph, OnnxDenoiser, OnnxTextEncoder
+from img2img_server.pipelines.standins import Graph, OnnxDenoiser, OnnxTextEncoder, OnnxVae, StandIn
 from onnx import TensorProto, helper
 
 Shape = Sequence[int | str]
@@ -139,6 +139,30 @@ def test_a_text_encoder_gives_what_it_has_in_transformers_order(tmp_path: Path) 
     assert (outputs[0], outputs[1]) == (outputs.last_hidden_state, outputs.pooler_output) == (1.0, 0.0)
     assert outputs.hidden_states == (2.0, 3.0)
     assert (encoder.config.projection_dim, encoder.dtype) == (5, torch.float32)
+
+
+@pytest.mark.parametrize("make", [OnnxTextEncoder, OnnxDenoiser, OnnxVae])
+def test_onnx_modules_have_the_surface_of_torch_modules(tmp_path: Path, make: Callable[..., StandIn]) -> None:
+    """diffusers, accelerate and transformers ask any of it: diffusers 0.41 began to look for hooks in `modules()`."""
+    graph: Any = Recorder()
+    (tmp_path / "config.json").write_text('{"_class_name": "UNet2DConditionModel"}')
+    graphs = (graph, graph) if make is OnnxVae else (graph,)
+    module = make(*graphs, tmp_path)
+    assert (list(module.modules()), dict(module.named_modules()), list(module.children())) == ([module], {"": module}, [])
+    assert (list(module.parameters()), list(module.named_parameters()), list(module.buffers())) == ([], [], [])
+    assert (dict(module.state_dict()), module.dtype, module.device) == ({}, torch.float32, torch.device("cpu"))
+    assert module.eval() is module
+    assert module.requires_grad_(False) is module.to("meta", torch.float16) is module.half() is module
+    assert not any(hasattr(part, "_hf_hook") for part in module.modules())
+
+
+def test_hooks_run_around_a_graph(tmp_path: Path) -> None:
+    unet = denoiser(tmp_path, UNet2DConditionModel, Recorder())
+    seen: list[str] = []
+    unet.register_forward_pre_hook(lambda module, arguments: seen.append("before"))
+    unet.register_forward_hook(lambda module, arguments, output: seen.append("after"))
+    unet(torch.zeros(1, 4, 8, 8), 5, None)
+    assert seen == ["before", "after"]
 
 
 def test_the_fused_graph_is_tried_first_on_cuda(

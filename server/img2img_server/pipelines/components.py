@@ -110,7 +110,7 @@ def pipeline_class(manifest: Manifest) -> Any:
 
 
 def _placed(kind: Any, device: str) -> Any:
-    """`kind`, whose pipelines know that they are on `device`: diffusers asks their torch modules, and stand-ins are none."""
+    """`kind`, whose pipelines know that they are on `device`: diffusers asks their first module, which may be elsewhere."""
     if device == "cpu":
         return kind
     where = property(lambda pipe: torch.device(device))

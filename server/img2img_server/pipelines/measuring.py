@@ -18,7 +18,7 @@ from img2img_server.errors import BundleError, InvalidField, ServerError
 from img2img_server.pipelines.openvino import has_amx
 from img2img_server.pipelines.providers import ERRORS
 from img2img_server.pipelines.runners import Runner
-from img2img_server.pipelines.standins import Graph, OnnxVae, StandIn
+from img2img_server.pipelines.standins import Graph, OnnxDenoiser, OnnxTextEncoder, OnnxVae
 
 STEP = "step"
 """The name by which a whole step is told, beside those of the components."""
@@ -192,8 +192,8 @@ def graphs_of(pipeline: Pipeline) -> dict[str, Graph]:
         for name, component in getattr(part, "components", {}).items():
             if isinstance(component, OnnxVae):
                 found |= {"vae_encoder": component._encoder, "vae_decoder": component._decoder}
-            elif isinstance(component, StandIn):
-                found[name] = component._graph  # type: ignore[attr-defined]
+            elif isinstance(component, (OnnxDenoiser, OnnxTextEncoder)):
+                found[name] = component._graph
     return found
 
 

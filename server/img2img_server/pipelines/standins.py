@@ -1,8 +1,9 @@
 """Stand-ins: ONNX graphs that take the places of torch modules in a diffusers pipeline.
 
-Each has just the attributes that diffusers' img2img pipelines read of the module it stands for. Whatever the graph's own
-types are, a stand-in is of float32 to the pipeline: tensors are cast at the graph's edges, so that latents, guidance and
-schedulers stay in float32 beside a graph of float16.
+Each is a torch module without parameters, so whatever diffusers, transformers or accelerate ask of any module (its submodules,
+parameters, hooks, mode) has an answer, plus the attributes that diffusers' img2img pipelines read of the module it replaces.
+Whatever the graph's own types are, a stand-in is of float32 to the pipeline: tensors are cast at the graph's edges, so that
+latents, guidance and schedulers stay in float32 beside a graph of float16.
 """
 
 import contextlib
@@ -11,7 +12,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Self
 
 import diffusers
 import torch
@@ -56,16 +57,17 @@ class Graph:
         return {name: send(value, device, torch.float32 if value.is_floating_point() else None) for name, value in outputs}
 
 
-class StandIn:
+class StandIn(torch.nn.Module):
     """What every stand-in has: a configuration, and where and of what type its tensors are."""
 
     dtype = torch.float32
 
     def __init__(self, config: Any, device: str = "cpu") -> None:
+        super().__init__()
         self.config = config
         self.device = torch.device(device)
 
-    def to(self, *_: Any, **__: Any) -> "StandIn":
+    def to(self, *_: Any, **__: Any) -> Self:
         """Does nothing: a graph stays where its session is."""
         return self
 
@@ -74,10 +76,10 @@ class OnnxTextEncoder(StandIn):
     """A text encoder (CLIP, T5): token ids [B, T] to its outputs, in transformers' order, and its hidden states as a tuple."""
 
     def __init__(self, graph: Graph, folder: Path, device: str = "cpu") -> None:
-        self._graph = graph
         super().__init__(PretrainedConfig.from_json_file(folder / "config.json"), device)
+        self._graph = graph
 
-    def __call__(
+    def forward(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, output_hidden_states: bool = False
     ) -> ModelOutput:
         """Encodes tokens. `output_hidden_states` is obeyed by always giving those that the graph has."""
@@ -93,8 +95,8 @@ class OnnxDenoiser(StandIn):
     of the graph's inputs. A parameter that is a dictionary hands its values over by their keys."""
 
     def __init__(self, graph: Graph, folder: Path, device: str = "cpu") -> None:
-        self._graph = graph
         super().__init__(read_config(folder), device)
+        self._graph = graph
         name = self.config.get("_class_name")
         model_class = getattr(diffusers, str(name), None)
         if model_class is None:
@@ -105,7 +107,7 @@ class OnnxDenoiser(StandIn):
         self.add_embedding = SimpleNamespace(linear_1=SimpleNamespace(in_features=width))
         self.in_channels = self.config.get("in_channels")
 
-    def __call__(self, *arguments: Any, **named: Any) -> Any:
+    def forward(self, *arguments: Any, **named: Any) -> Any:
         """Predicts the noise. A scalar `timestep` holds for the whole batch. Raises TypeError for what the class lacks."""
         bound = self._signature.bind(self, *arguments, **named).arguments
         bound.pop("self")
@@ -128,9 +130,9 @@ class OnnxVae(StandIn):
     """An AutoencoderKL made of two graphs: pixels [B, 3, H, W] in [-1, 1] to a latent distribution, and latents to pixels."""
 
     def __init__(self, encoder: Graph, decoder: Graph, folder: Path, device: str = "cpu") -> None:
+        super().__init__(read_config(folder), device)
         self._encoder = encoder
         self._decoder = decoder
-        super().__init__(read_config(folder), device)
 
     def encode(self, pixels: torch.Tensor) -> SimpleNamespace:
         """The distribution of the latents, as `latent_dist`."""
