@@ -73,7 +73,7 @@ class Parser:
         scheduler = _scheduler(message.scheduler, model)
         interval = self._preview_interval(message)
         file_format, quality = _output(message)
-        self._check_size(message, model)
+        self._check_size(message, model, file_format)
         if message.output.as_asset:
             self._sources.assets.require("output.as_asset")
         self._sources.check(message.image)
@@ -82,7 +82,7 @@ class Parser:
         call = current()
 
         def build() -> Request:
-            image, digest = self._load(field, data, message, model)
+            image, digest = self._load(field, data, message, model, file_format)
             request = Request(
                 model=model.id,
                 image=image,
@@ -123,7 +123,10 @@ class Parser:
         most = self._config.max_image_count
         _check("image_count", 1 <= count <= most, f"{count} is not in 1 to {most}")
         first = message.seed if message.HasField("seed") else -1
-        _check("seed", -1 <= first <= _MAX_SEED - count + 1, f"{first} is not -1, for a random one, or in 0 to 2^63 - 1")
+        _check("seed", first >= -1, f"{first} is not -1, for a random one, or in 0 to 2^63 - 1")
+        last = _MAX_SEED - count + 1
+        together = f"{first} and image_count {count} do not go together: the last image's seed would be above 2^63 - 1"
+        _check("seed", first <= last, f"{together}. For {count} images, seed is at most {last}")
         if first == -1:
             first = secrets.randbelow(2**32)
         return tuple(range(first, first + count))
@@ -133,22 +136,23 @@ class Parser:
         _check("preview_interval", 0 <= interval <= most, f"{interval} is not 0, for none, or in 1 to {most}")
         return interval
 
-    def _check_size(self, message: pb.TransformRequest, model: Model) -> None:
+    def _check_size(self, message: pb.TransformRequest, model: Model, file_format: images.WriteFormat) -> None:
         """Refuses a width and height that no source makes right: one that is not given is taken for the least that there is."""
         multiple, limits = _pipeline_of(model).size_multiple, self._config.image_limits
         width = message.width if message.HasField("width") else None
         height = message.height if message.HasField("height") else None
-        images.target_size((multiple, multiple), width, height, multiple, limits)
+        images.check_side(images.target_size((multiple, multiple), width, height, multiple, limits), file_format)
 
-    def _load(self, field: str, data: bytes, message: pb.TransformRequest, model: Model) -> tuple[Image.Image, bytes]:
+    def _load(
+        self, field: str, data: bytes, message: pb.TransformRequest, model: Model, file_format: images.WriteFormat
+    ) -> tuple[Image.Image, bytes]:
         """The source at the result's size, and its digest. One that makes too large a result is refused by its header."""
         width = message.width if message.HasField("width") else None
         height = message.height if message.HasField("height") else None
         multiple, limits = _pipeline_of(model).size_multiple, self._config.image_limits
-        images.check_stored_size(images.header_size(data, limits, field), width, height, multiple, limits)
-        image = images.decode(data, limits, field)
-        size = images.target_size(image.size, width, height, multiple, limits)
-        image = images.resize(image, size)
+        size = images.target_size(images.header_size(data, limits, field), width, height, multiple, limits)
+        images.check_side(size, file_format)
+        image = images.resize(images.decode(data, limits, field), size)
         return image, image_digest(image)
 
 

@@ -194,22 +194,6 @@ def test_a_size_out_of_bounds_names_its_field(source: tuple[int, int], width: in
 
 
 @pytest.mark.parametrize(
-    ("stored", "width", "height", "field"),
-    [((128, 128), None, None, "image"), ((7, 64), None, None, "image"), ((100, 100), 64, None, "width"),
-     ((40, 200), 64, None, None), ((200, 40), 64, None, None), ((64, 64), None, None, None)],
-)  # fmt: skip
-def test_a_header_decides_where_it_does_not_matter_which_way_up_the_picture_is(
-    stored: tuple[int, int], width: int | None, height: int | None, field: str | None
-) -> None:
-    if field is None:
-        images.check_stored_size(stored, width, height, 8, LIMITS)
-        return
-    with pytest.raises(InvalidField) as caught:
-        images.check_stored_size(stored, width, height, 8, LIMITS)
-    assert caught.value.field == field
-
-
-@pytest.mark.parametrize(
     ("file_format", "quality", "exact"), [("PNG", 1, True), ("JPEG", 95, False), ("WEBP", 95, False), ("WEBP", 100, True)]
 )
 def test_results_are_encoded_in_the_format_that_was_asked(file_format: images.WriteFormat, quality: int, exact: bool) -> None:

@@ -161,6 +161,33 @@ def test_bad_input_names_its_field(stub: ImageToImageServiceStub, pipeline: Fake
 
 
 @pytest.mark.parametrize(
+    ("size", "asked"), [((64, 64), {"width": 16384, "height": 8}), ((16384, 8), {}), ((8, 16384), {}), ((8, 65504), {})]
+)
+def test_a_result_that_its_format_cannot_hold_is_refused_before_it_is_drawn(size: tuple[int, int], asked: dict[str, int]) -> None:
+    pipeline = FakePipeline()
+    format_ = pb.OUTPUT_FORMAT_JPEG if max(size) > 65500 else pb.OUTPUT_FORMAT_WEBP
+    with running(lambda: store(m=pipeline)) as server, grpc.insecure_channel(f"localhost:{server.port}") as channel:
+        stub = ImageToImageServiceStub(channel)
+        wrong = request(image=pb.ImageSource(data=png(size)), output=pb.OutputOptions(format=format_), **asked)
+        code, details = failure(lambda: stub.Transform(wrong))
+        assert (code, details["field"]) == (grpc.StatusCode.INVALID_ARGUMENT, "output.format")
+        assert pipeline.prepared == []
+        stub.Transform(request(image=pb.ImageSource(data=png(size)), **asked))
+
+
+@pytest.mark.parametrize(("seed", "count"), [(2**63 - 1, 2), (2**63 - 7, 8)])
+def test_a_seed_that_leaves_no_room_for_the_next_ones_names_both_fields(
+    stub: ImageToImageServiceStub, seed: int, count: int
+) -> None:
+    _, details = failure(lambda: stub.Transform(request(seed=seed, image_count=count)))
+    description = str(details["description"])
+    assert str(seed) in description
+    assert f"image_count {count}" in description
+    assert f"at most {2**63 - count}" in description
+    stub.Transform(request(seed=2**63 - count, image_count=count))
+
+
+@pytest.mark.parametrize(
     "reference",
     [{"path": "nope"}, {"repo_id": "acme/nope"}, {"path": "m", "revision": "r2"}, {"path": "m", "variant": "bf16"},
      {"path": "../m"}, {"path": "m", "allow_patterns": ["*.bin"]}, {"path": "m", "ignore_patterns": ["*.txt"]}],

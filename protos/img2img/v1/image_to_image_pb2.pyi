@@ -30,9 +30,9 @@ class _OutputFormatEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_OutputFo
     OUTPUT_FORMAT_PNG: _OutputFormat.ValueType  # 1
     """Lossless."""
     OUTPUT_FORMAT_JPEG: _OutputFormat.ValueType  # 2
-    """Smallest to encode."""
+    """Smallest to encode. At most 65500 pixels a side."""
     OUTPUT_FORMAT_WEBP: _OutputFormat.ValueType  # 3
-    """Smallest to send."""
+    """Smallest to send. At most 16383 pixels a side."""
 
 class OutputFormat(_OutputFormat, metaclass=_OutputFormatEnumTypeWrapper):
     """A picture's file format."""
@@ -42,9 +42,9 @@ OUTPUT_FORMAT_UNSPECIFIED: OutputFormat.ValueType  # 0
 OUTPUT_FORMAT_PNG: OutputFormat.ValueType  # 1
 """Lossless."""
 OUTPUT_FORMAT_JPEG: OutputFormat.ValueType  # 2
-"""Smallest to encode."""
+"""Smallest to encode. At most 65500 pixels a side."""
 OUTPUT_FORMAT_WEBP: OutputFormat.ValueType  # 3
-"""Smallest to send."""
+"""Smallest to send. At most 16383 pixels a side."""
 Global___OutputFormat: _TypeAlias = OutputFormat  # noqa: Y015
 
 @_typing.final
@@ -233,7 +233,10 @@ Global___ModelReference: _TypeAlias = ModelReference  # noqa: Y015
 @_typing.final
 class ImageSource(_message.Message):
     """Where the source picture is. A file has at most 16777216 bytes, a picture at most 32000000 pixels (a server may allow other
-    numbers). The first frame of an animation is taken, transparency becomes white, and the orientation that EXIF tells is applied.
+    numbers). The first frame of an animation is taken and transparency becomes white. Two things of a file's metadata count: it is
+    turned upright by the orientation in its EXIF, and its colors are converted to sRGB by its ICC profile, a damaged one ignored. Gray
+    of 32-bit integers is scaled by the bits that the brightest value uses, 8 at least. In floats 1.0 is white and what is brighter is
+    clipped, unless there are values above 16: then they are scaled as integers are.
     """
 
     DESCRIPTOR: _descriptor.Descriptor

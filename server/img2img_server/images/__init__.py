@@ -1,0 +1,21 @@
+"""Bytes <-> pixels: decodes what cameras and tools write into upright sRGB, within limits, and encodes results."""
+
+from img2img_server.images.data_uri import decode_data_uri
+from img2img_server.images.decoding import READ_FORMATS, check_header, decode, header_size, media_type
+from img2img_server.images.encoding import WriteFormat, check_side, encode
+from img2img_server.images.sizes import ImageLimits, resize, target_size
+
+__all__ = [
+    "READ_FORMATS",
+    "ImageLimits",
+    "WriteFormat",
+    "check_header",
+    "check_side",
+    "decode",
+    "decode_data_uri",
+    "encode",
+    "header_size",
+    "media_type",
+    "resize",
+    "target_size",
+]

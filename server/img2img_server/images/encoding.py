@@ -1,0 +1,36 @@
+"""Pixels -> image files."""
+
+import io
+from typing import Literal
+
+from PIL import Image
+
+from img2img_server.errors import InvalidField
+
+WriteFormat = Literal["PNG", "JPEG", "WEBP"]
+
+_MAX_SIDE: dict[WriteFormat, int] = {"PNG": 2**31 - 1, "JPEG": 65500, "WEBP": 16383}  # of zlib's, libjpeg-turbo's and libwebp's
+
+
+def check_side(size: tuple[int, int], file_format: WriteFormat) -> None:
+    """Raises InvalidField for a width and height, in pixels, that the format cannot hold."""
+    most = _MAX_SIDE[file_format]
+    if max(size) > most:
+        fits = ", ".join(name for name, side in _MAX_SIDE.items() if side >= max(size))
+        raise InvalidField(
+            "output.format",
+            f"{file_format} holds at most {most} pixels a side, and the result would have {size[0]} x {size[1]}: "
+            f"choose {fits}, or a smaller size",
+        )
+
+
+def encode(image: Image.Image, file_format: WriteFormat, quality: int) -> bytes:
+    """Encodes an image. `quality` is 1 to 100, for JPEG and WebP; WebP at 100 is lossless. PNG favours speed over size."""
+    file = io.BytesIO()
+    if file_format == "PNG":
+        image.save(file, "PNG", compress_level=1)
+    elif file_format == "JPEG":
+        image.save(file, "JPEG", quality=quality)
+    else:
+        image.save(file, "WEBP", quality=quality, method=0, lossless=quality == 100)
+    return file.getvalue()
