@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError, _imaging
 
 from img2img_server.errors import InvalidField
 from img2img_server.images.color import to_srgb
@@ -27,7 +27,7 @@ def _silence_decoders() -> None:
     warnings.filterwarnings("ignore", module=r"PIL\.")
     # libtiff writes from C. Its functions are found through Pillow's extension, which is linked with it; a build that hides
     # them cannot be silenced.
-    library = ctypes.CDLL(Image.core.__file__)
+    library = ctypes.CDLL(_imaging.__file__)
     for name in ("TIFFSetErrorHandler", "TIFFSetWarningHandler"):
         with suppress(AttributeError):
             set_handler = getattr(library, name)
