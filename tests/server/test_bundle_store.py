@@ -9,7 +9,7 @@ import pytest
 from fakes import FakePipeline
 from img2img_server.bundle import FORMAT_VERSION, MANIFEST_NAME, Verification, digest_files, list_files, write_manifest
 from img2img_server.errors import BundleError, ModelUnavailable
-from img2img_server.models.store import ModelStore
+from img2img_server.models.store import Model, ModelStore
 from running import manifest
 
 
@@ -55,6 +55,54 @@ def test_every_bundle_of_a_folder_is_served(tmp_path: Path) -> None:
     (tmp_path / "notes").mkdir()
     make_bundle(tmp_path / ".hidden")
     assert list(load(tmp_path).pipelines()) == ["a", "b"]
+
+
+def test_a_link_is_a_model_with_the_links_own_name(tmp_path: Path) -> None:
+    folder = tmp_path / "models"
+    folder.mkdir()
+    for name in ("first", "second"):
+        make_bundle(tmp_path / "elsewhere" / name / "onnx")
+        (folder / name).symlink_to(tmp_path / "elsewhere" / name / "onnx")
+    (folder / "again").symlink_to("first")
+    assert list(load(folder).pipelines()) == ["again", "first", "second"]
+
+
+def test_a_store_that_is_one_bundle_behind_a_link_has_the_links_own_name(tmp_path: Path) -> None:
+    make_bundle(tmp_path / "versions" / "3")
+    (tmp_path / "current").symlink_to("versions/3")
+    assert list(load(tmp_path / "current").pipelines()) == ["current"]
+    assert list(load(tmp_path / "versions" / ".." / "current").pipelines()) == ["current"]
+
+
+def test_two_models_with_one_id_are_an_error_that_names_both(tmp_path: Path) -> None:
+    models = [Model("a", bundle=tmp_path / name / "a") for name in ("one", "two")]
+    with pytest.raises(BundleError, match=f"{tmp_path}/one/a and {tmp_path}/two/a"):
+        ModelStore(models)
+
+
+def test_what_is_not_a_bundle_is_named_in_the_log_with_the_reason(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    make_bundle(tmp_path / "good")
+    make_bundle(tmp_path / "nested" / "inner")
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "checkpoint").mkdir()
+    (tmp_path / "checkpoint" / "model_index.json").write_text("{}")
+    (tmp_path / "dream.SAFETENSORS").write_bytes(b"")
+    (tmp_path / "readme.txt").write_text("")
+    (tmp_path / "gone").symlink_to("nowhere")
+    (tmp_path / ".staging").mkdir()
+    load(tmp_path)
+    told = {
+        Path(record.args[0]).name: record.getMessage()  # type: ignore[index, arg-type]
+        for record in caplog.records
+        if "is not served" in record.getMessage()
+    }
+    assert told.keys() == {"nested", "notes", "checkpoint", "dream.SAFETENSORS", "readme.txt", "gone"}
+    assert "inner" in told["nested"]
+    assert "without manifest.json" in told["notes"]
+    assert "img2img export" in told["checkpoint"]
+    assert "img2img export" in told["dream.SAFETENSORS"]
+    assert "a file" in told["readme.txt"]
+    assert "nowhere" in told["gone"]
 
 
 def test_one_bundle_is_a_store_too(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The folder of bundles: which there are, which of them a name means, and how one becomes a pipeline."""
 
 import logging
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -32,6 +33,14 @@ class BundleFolder:
         """Every bundle. Links are followed: whoever starts the server knows what lies in its folder."""
         return [self.root] if self.is_bundle else sorted(filter(_is_bundle, self.root.iterdir()))
 
+    def others(self) -> list[tuple[Path, str]]:
+        """The entries of the folder that are not bundles, each with the reason. Hidden ones, such as an export's staging
+        directory, are left out."""
+        if self.is_bundle:
+            return []
+        entries = sorted(entry for entry in self.root.iterdir() if not entry.name.startswith("."))
+        return [(entry, _why_no_bundle(entry)) for entry in entries if not _is_bundle(entry)]
+
     def find(self, name: str) -> Path | None:
         """The bundle whose folder has this very name, None where there is none.
 
@@ -48,7 +57,7 @@ class BundleFolder:
 
     def open(self, bundle: Path) -> tuple[Manifest, Pipeline]:
         """Checks a bundle's files and loads it, which takes long. Raises BundleError, and whatever the libraries raise."""
-        name = bundle.resolve().name
+        name = bundle_id(bundle)
         manifest = read_manifest(bundle)
         _log.info("model '%s': checking %d files", name, len(manifest.files))
         check_bundle(bundle, manifest, allow_unverified=self._allow_unverified)
@@ -59,5 +68,36 @@ class BundleFolder:
         return manifest, self._load(bundle, manifest)
 
 
+def bundle_id(bundle: Path) -> str:
+    """The id of the model that a bundle's path stands for: the path's own last name, also if it is a link."""
+    return Path(os.path.abspath(bundle)).name  # noqa: PTH100 - resolve() would follow the link
+
+
 def _is_bundle(folder: Path) -> bool:
-    return not folder.name.startswith(".") and (folder / MANIFEST_NAME).is_file()
+    return not folder.name.startswith(".") and _is_file(folder / MANIFEST_NAME)
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a folder that may not be read
+        return False
+
+
+def _why_no_bundle(entry: Path) -> str:
+    """What an entry of the model folder is instead of a bundle, and what to do about it."""
+    if entry.is_symlink() and not entry.exists():
+        return f"a link to {entry.readlink()}, which does not exist"
+    if not entry.is_dir():
+        weights = entry.suffix.lower() in (".safetensors", ".ckpt", ".gguf")
+        return "a checkpoint, not a bundle: export it with `img2img export`" if weights else "a file, not a directory"
+    try:
+        names = {child.name for child in entry.iterdir()}
+    except OSError as error:
+        return f"a directory that cannot be read: {error.strerror}"
+    if "model_index.json" in names:
+        return f"a model without {MANIFEST_NAME}, not a bundle: export it with `img2img export`"
+    inner = sorted(name for name in names if _is_bundle(entry / name))
+    if inner:
+        return f"a directory of bundles ({', '.join(inner)}), not a bundle: move or link them into the model folder"
+    return f"a directory without {MANIFEST_NAME}, not a bundle"

@@ -13,7 +13,7 @@ from img2img_server.bundle import Manifest, Source, read_manifest
 from img2img_server.config import ModelSettings
 from img2img_server.engine.request import Pipeline
 from img2img_server.errors import BundleError, InvalidField, ModelNotFound, ModelUnavailable, PermissionDenied
-from img2img_server.models.folder import BundleFolder, Load
+from img2img_server.models.folder import BundleFolder, Load, bundle_id
 from img2img_server.models.memory import Meter, ProcessMeter, estimate, in_words, measured
 
 _log = logging.getLogger(__name__)
@@ -99,7 +99,7 @@ class ModelStore:
     def __init__(self, models: Iterable[Model], default: str | None = None, folder: BundleFolder | None = None) -> None:
         self._lock = threading.Lock()
         # Never changed, always replaced: who reads needs no lock.
-        self._models = {model.id: model for model in sorted(models, key=lambda model: model.id)}
+        self._models = _by_id(models)
         if default is None and len(self._models) == 1:
             (default,) = self._models
         if default is not None and default not in self._models:
@@ -127,6 +127,8 @@ class ModelStore:
         bundles = BundleFolder(folder, load, allow_unverified)
         if settings.allow_downloads and bundles.is_bundle:
             raise BundleError(f"{folder} is a bundle: downloads need a folder of bundles")
+        for entry, reason in bundles.others():
+            _log.warning("%s is not served: it is %s", entry, reason)
         models = [_read(bundle) for bundle in bundles.bundles()]
         if not models and not settings.allow_downloads:
             raise BundleError(f"{folder} holds no bundle: make one with `img2img export MODEL --output {folder}/NAME`")
@@ -271,9 +273,19 @@ def _chosen(preload: tuple[str, ...], names: Iterable[str], default: str | None)
     return sorted(set(chosen), key=lambda name: (name != default, name))
 
 
+def _by_id(models: Iterable[Model]) -> dict[str, Model]:
+    """The models by id, sorted. Raises BundleError if two have the same one."""
+    found: dict[str, Model] = {}
+    for model in sorted(models, key=lambda model: model.id):
+        if (other := found.get(model.id)) is not None:
+            raise BundleError(f"two models have the id '{model.id}': {other.bundle} and {model.bundle}; rename one of them")
+        found[model.id] = model
+    return found
+
+
 def _read(bundle: Path) -> Model:
     """A bundle as its manifest has it; nothing else is looked at yet."""
-    name = bundle.resolve().name
+    name = bundle_id(bundle)
     try:
         return Model(name, read_manifest(bundle), bundle=bundle)
     except BundleError as error:
