@@ -19,7 +19,7 @@ from img2img_server.engine.cache import Cache
 from img2img_server.engine.request import Plan, Request
 from img2img_server.pipelines import latent_preview
 from img2img_server.pipelines.conditions import Embedding, Encoder
-from img2img_server.pipelines.diffusion_state import Conditioning, DiffusionState
+from img2img_server.pipelines.diffusion_state import Conditioning, DiffusionState, Predicted
 from img2img_server.pipelines.schedules import Trajectory, advance_batch
 from img2img_server.pipelines.timetables import Timetable, Timetables
 from img2img_server.pipelines.torch_calls import torch_call
@@ -98,8 +98,8 @@ class StableDiffusion:
     def advance(self, states: Sequence[DiffusionState], noises: Sequence[torch.Tensor]) -> None:
         """Applies guidance, and takes all one step on: those with a compiled schedule together, others by their scheduler."""
         outputs = [state.guide(noise) for state, noise in zip(states, noises, strict=True)]
-        originals = [
-            self._original(state, output[:1]) if state.preview_is_due else None
+        predicted = [
+            Predicted(state.step, state.input_scale, state.latents[:1], output[:1]) if state.preview_is_due else None
             for state, output in zip(states, outputs, strict=True)
         ]
         followed = [(state, output) for state, output in zip(states, outputs, strict=True) if state.trajectory is not None]
@@ -109,8 +109,8 @@ class StableDiffusion:
             for (state, _), new in zip(followed, latents, strict=True):
                 state.latents = new
                 state.step += 1
-        for state, output, original in zip(states, outputs, originals, strict=True):
-            state.original = original
+        for state, output, seen in zip(states, outputs, predicted, strict=True):
+            state.predicted = seen
             if state.trajectory is None:
                 step = state.scheduler.step(output, state.timestep, state.latents, **state.step_arguments, return_dict=False)
                 state.latents = step[0]
@@ -119,11 +119,12 @@ class StableDiffusion:
     @torch_call
     def preview(self, states: Sequence[DiffusionState]) -> Sequence[Image.Image | None]:
         """What each state's first picture is about to become, at the size of its latents."""
-        originals = [state.original for state in states if state.original is not None]
-        if not self._preview_weights or not originals:
+        if not self._preview_weights:
             return [None] * len(states)
-        drawn = iter(latent_preview.draw(torch.cat(originals), self._preview_weights))
-        return [None if state.original is None else next(drawn) for state in states]
+        originals = [state.original() for state in states]
+        known = [original for original in originals if original is not None]
+        drawn = iter(latent_preview.draw(torch.cat(known), self._preview_weights) if known else ())
+        return [None if original is None else next(drawn) for original in originals]
 
     @torch_call
     def finish(self, states: Sequence[DiffusionState]) -> Sequence[Sequence[Image.Image]]:
@@ -164,7 +165,14 @@ class StableDiffusion:
         conditioning = self._conditioning(request, positive, negative) | self._guidance_conditioning(request, latents)
         conditioning |= self._size_conditioning(pipe, request, latents, positive.hidden_states.dtype)
         state = DiffusionState(
-            request, timetable.timesteps, latents, conditioning, generators, trajectory=None, guided=self._is_guided(request)
+            request,
+            timetable.timesteps,
+            latents,
+            conditioning,
+            generators,
+            trajectory=None,
+            guided=self._is_guided(request),
+            begun=timetable.scheduler,
         )
         if timetable.schedule is not None:
             state.trajectory = Trajectory(timetable.schedule, generators)
@@ -207,18 +215,6 @@ class StableDiffusion:
 
     def _size_conditioning(self, pipe: Any, request: Request, latents: torch.Tensor, dtype: torch.dtype) -> Conditioning:
         return {}
-
-    def _original(self, state: DiffusionState, output: torch.Tensor) -> torch.Tensor:
-        """The latents without noise that a step's `output` [1, C, h, w] predicts for the first picture."""
-        cumulative = self._pipe.scheduler.alphas_cumprod
-        low = min(int(state.timestep), len(cumulative) - 1)
-        high = min(low + 1, len(cumulative) - 1)
-        # A scalar of the host goes with tensors of any device.
-        alpha = torch.lerp(cumulative[low], cumulative[high], float(state.timestep) - low).to(output.dtype)
-        sample = state.scaled()[:1]
-        if self._pipe.scheduler.config.prediction_type == "v_prediction":
-            return alpha.sqrt() * sample - (1 - alpha).sqrt() * output
-        return (sample - (1 - alpha).sqrt() * output) / alpha.sqrt()
 
     def _decode(self, latents: torch.Tensor) -> torch.Tensor:
         vae = self._pipe.vae
