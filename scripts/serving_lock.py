@@ -33,7 +33,7 @@ writes, in deploy/:
 
 Every package has the version that requirements.lock has (run scripts/lock first where that is to change), and the hashes of
 its files. torch's CPU build has the hash of its wheel for x86-64: the images are for linux/amd64. What requirements.lock does
-not have (CUDA's libraries, hatchling) keeps its version until --upgrade.
+not have (CUDA's libraries) keeps its version until --upgrade.
 """
 _TORCH_PAGE = "https://download.pytorch.org/whl/cpu/torch/"
 

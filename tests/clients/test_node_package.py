@@ -65,6 +65,7 @@ def install(folder: Path) -> None:
     away = folder / "away"
     shutil.copytree(CLIENTS / "node", away / "clients" / "node", ignore=shutil.ignore_patterns("node_modules"))
     shutil.copytree(REPOSITORY / "protos", away / "protos", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(REPOSITORY / "LICENSE", away)
     command = [str(SCRIPT), "npm", "pack", "./clients/node", "--offline", "--silent", "--pack-destination", str(folder)]
     subprocess.run(command, cwd=away, check=True, timeout=60, capture_output=True)
     shutil.rmtree(away)
@@ -75,6 +76,7 @@ def install(folder: Path) -> None:
     (archive,) = folder.glob("img2img-client-*.tgz")
     with tarfile.open(archive) as packed:
         packed.extractall(folder, filter="data")
+    assert (folder / "package" / "LICENSE").read_bytes() == (REPOSITORY / "LICENSE").read_bytes()
     (folder / "package").rename(modules / "img2img-client")
 
 
@@ -84,6 +86,8 @@ def test_the_lock_pins_everything_and_nothing_runs_when_it_is_installed() -> Non
     packages = {name: package for name, package in lock["packages"].items() if name}
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert manifest["version"] == lock["version"] == project["version"], "one version for server and clients"
+    assert manifest["license"] == lock["packages"][""]["license"] == project["license"]
+    assert manifest["author"] == project["authors"][0]["name"]
     assert manifest["engines"]["node"]
     assert {f"node_modules/{name}" for name in manifest["dependencies"]} <= packages.keys()
     for name, package in packages.items():

@@ -90,12 +90,13 @@ def test_what_it_copies_is_there_and_let_through() -> None:
         assert any(fnmatch.fnmatch(source, pattern) for pattern in allowed), f"{source} would not be sent"
     packages = {package.partition("/")[0] for package in _PROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]}
     assert packages <= set(sources), "img2img's own wheel is whole"
+    assert {_PROJECT["project"]["readme"], *_PROJECT["project"]["license-files"]} <= set(sources), "its metadata names them"
 
 
 def test_versions_are_the_projects() -> None:
     arguments = dict(line.partition("=")[::2] for line in said("ARG"))
     assert arguments["UV"] == (REPOSITORY / "scripts" / "uv-version").read_text(encoding="utf-8").strip()
     assert arguments["VERSION"] == _PROJECT["project"]["version"]
-    python = _PROJECT["project"]["requires-python"]
-    assert python == ">=3.11,<3.12", "what Debian 12 has"
-    assert all("python3.11" in line for line in said("RUN") if "apt-get install" in line)
+    assert "Programming Language :: Python :: 3.11" in _PROJECT["project"]["classifiers"]
+    assert all("python3.11" in line for line in said("RUN") if "apt-get install" in line), "what Debian 12 has"
+    assert f'org.opencontainers.image.licenses="{_PROJECT["project"]["license"]}"' in " ".join(said("LABEL"))
