@@ -90,8 +90,8 @@ def run(arguments: argparse.Namespace) -> int:
     # Read at import by libraries that would report on their own imports.
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    # gRPC's own notes: a line for each handshake that fails, so strangers could fill the log.
-    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+    # gRPC's own notes: a line for each handshake that fails or message that is compressed, so strangers could fill the log.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     # Read by OpenMP when torch is loaded: threads that spin while they wait take cores from those that work.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from img2img_server.telemetry import logs

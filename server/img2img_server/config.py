@@ -181,7 +181,8 @@ class ServerConfig:
 
     `models` is a folder of bundles, or one bundle. Port 0 takes a free one; `port_file` is written with the port once the
     server is SERVING. `grace` is how many seconds running requests get after SIGTERM. `execution` is how models are run.
-    `cache_bytes` hold what was encoded of prompts and pictures, 0 for none. `warm_up` is how many
+    `cache_bytes` hold what was encoded of prompts and pictures, 0 for none; clients with tokens share them only if `share_caches`
+    is set. `warm_up` is how many
     seconds each model is measured for before it is served. `trace` gets the device's timeline. `allow_unverified` serves
     bundles, too, whose verification failed. `tokens` is the file of those who may call (access/), None for everybody.
     `allow_insecure` lets the server listen beyond loopback without TLS. `watchdog` is how many seconds one call of a model may
@@ -193,6 +194,9 @@ class ServerConfig:
     port: int = setting(50051, "port to listen on, 0 for a free one", metavar="PORT", least=0, most=65535)
     port_file: Path | None = setting(None, "write the port here once the server is ready", metavar="FILE")
     allow_insecure: bool = setting(False, "listen beyond loopback without TLS, where something else has it")
+    accept_compression: bool = setting(
+        False, "accept messages compressed with gzip or deflate; a small one can then take as much memory as the largest"
+    )
     kserve: bool = setting(False, "also answer KServe v2, as Triton's clients speak it, on the same port")
     engine: Literal["local", "ray"] = setting(
         "local", "where models run: in this process, or as replicas of an application on a Ray cluster", choices=("local", "ray")
@@ -212,6 +216,10 @@ class ServerConfig:
     )
     warm_up: float = setting(10.0, "time to measure a model at start", metavar="SECONDS", least=0)
     cache_bytes: int = setting(256 * 2**20, "memory for encoded prompts and pictures, 0 for none", metavar="BYTES", least=0)
+    share_caches: bool = setting(
+        False,
+        "share encoded prompts and images between clients with tokens; their timings then tell each other what others sent",
+    )
     trace: Path | None = setting(None, "write the device's timeline here, to be opened in ui.perfetto.dev", metavar="FILE")
     allow_unverified: bool = setting(False, "also serve bundles that did not pass their export's verification")
     max_steps: int = setting(100, "largest num_inference_steps", metavar="N", least=1)

@@ -45,6 +45,13 @@ class MalformedMessage(ServerError):
     reason = "MALFORMED_MESSAGE"
 
 
+class MessageTooLarge(ServerError):
+    """The message has more bytes than the method takes."""
+
+    status = "INVALID_ARGUMENT"
+    reason = "MESSAGE_TOO_LARGE"
+
+
 class ModelNotFound(ServerError):
     """No model of the store agrees with the request's reference."""
 

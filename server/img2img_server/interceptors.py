@@ -20,15 +20,18 @@ from google.protobuf import any_pb2, duration_pb2, message
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
+from img2img_server import wire
 from img2img_server.access.access import Access
 from img2img_server.calls import Call, answering
-from img2img_server.errors import DeadlineUnmeetable, Exhausted, InvalidField, MalformedMessage, ServerError
+from img2img_server.errors import DeadlineUnmeetable, Exhausted, InvalidField, MalformedMessage, MessageTooLarge, ServerError
 from img2img_server.telemetry.telemetry import Telemetry
 
 _log = logging.getLogger(__name__)
 
-_Reader = Callable[[AsyncIterator[Any]], Awaitable[Any]]
-"""Of a call's messages: gives what its handler takes."""
+_Parse = Callable[[bytes], Any]
+_Reader = Callable[[AsyncIterator[bytes], _Parse], Awaitable[Any]]
+"""Of a call's messages, in bytes, and of what parses one: gives what its handler takes."""
+_Read = Callable[[AsyncIterator[bytes]], Awaitable[Any]]
 
 DOMAIN = "img2img"
 REQUEST_ID = "x-request-id"
@@ -43,12 +46,14 @@ _REQUEST_ID_FORM = re.compile(r"[A-Za-z0-9_.:-]{1,64}")
 class CallInterceptor(grpc.aio.ServerInterceptor):
     """Makes a Call of each RPC, has `access` admit it and `telemetry` observe it, and turns errors into google.rpc.Status.
 
-    Any exception that is no ServerError becomes INTERNAL, without its text.
+    Messages come as bytes, and are parsed once their call is admitted. `max_bytes` gives the largest message of a method. Any
+    exception that is no ServerError becomes INTERNAL, without its text.
     """
 
-    def __init__(self, access: Access, telemetry: Telemetry) -> None:
+    def __init__(self, access: Access, telemetry: Telemetry, max_bytes: Callable[[str], int]) -> None:
         self._access = access
         self._telemetry = telemetry
+        self._max_bytes = max_bytes
 
     async def intercept_service(
         self,
@@ -67,13 +72,15 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             else (self._wrap_unary, grpc.stream_unary_rpc_method_handler)
         )
         behaviour = handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream
+        read = _each if handler.request_streaming else _only
+        parse = _parser(handler.request_deserializer, self._max_bytes(handler_call_details.method))
         return make(
-            wrap(behaviour, _each if handler.request_streaming else _only, handler_call_details),
-            request_deserializer=_or_malformed(handler.request_deserializer),
+            wrap(behaviour, lambda requests: read(requests, parse), handler_call_details),
+            request_deserializer=None,
             response_serializer=handler.response_serializer,
         )
 
-    def _wrap_unary(self, behaviour: Any, read: _Reader, details: grpc.HandlerCallDetails) -> Any:
+    def _wrap_unary(self, behaviour: Any, read: _Read, details: grpc.HandlerCallDetails) -> Any:
         async def handle(requests: AsyncIterator[Any], context: Any) -> Any:
             async with self._answering(details, context) as call:
                 response = await behaviour(await read(requests), context)
@@ -82,7 +89,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
         return handle
 
-    def _wrap_stream(self, behaviour: Any, read: _Reader, details: grpc.HandlerCallDetails) -> Any:
+    def _wrap_stream(self, behaviour: Any, read: _Read, details: grpc.HandlerCallDetails) -> Any:
         async def handle(requests: AsyncIterator[Any], context: Any) -> AsyncIterator[Any]:
             async with self._answering(details, context) as call:
                 result = behaviour(await read(requests), context)
@@ -125,44 +132,39 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                 await context.abort(rich.code, rich.details, (*rich.trailing_metadata, (REQUEST_ID, call.request_id)))
 
 
-class _Malformed:
-    """In place of a message that cannot be parsed: gRPC's own answer would be UNKNOWN, and a trace in the log for each."""
-
-
-def _or_malformed(parse: Callable[[bytes], Any] | None) -> Callable[[bytes], Any] | None:
+def _parser(parse: _Parse | None, most: int) -> _Parse:
+    """What parses a message of at most so many bytes. It raises MessageTooLarge, MalformedMessage or InvalidField."""
     if parse is None:
-        return None
+        return lambda data: data
+    descriptor = parse.__self__.DESCRIPTOR  # type: ignore[attr-defined] # gRPC's stubs have a message class' FromString
 
-    def read(data: bytes) -> Any:
+    def parsed(data: bytes) -> Any:
+        if len(data) > most:
+            raise MessageTooLarge(f"the message has {len(data)} bytes, the most for this method is {most}")
+        wire.check(data, descriptor)
         try:
             return parse(data)
         except message.DecodeError:
-            return _Malformed()
+            raise MalformedMessage("the message cannot be parsed: it is not of this method's type") from None
 
-    return read
+    return parsed
 
 
-async def _only(requests: AsyncIterator[Any]) -> Any:
+async def _only(requests: AsyncIterator[bytes], parse: _Parse) -> Any:
     """The one message of a call. Raises MalformedMessage where it cannot be parsed, or there is none."""
     async for request in requests:
-        return _parsed(request)
+        return parse(request)
     raise MalformedMessage("the call has no message")
 
 
-async def _each(requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
+async def _each(requests: AsyncIterator[bytes], parse: _Parse) -> AsyncIterator[Any]:
     """A call's messages as they come. Each raises MalformedMessage where it cannot be parsed."""
 
     async def parsed() -> AsyncIterator[Any]:
         async for request in requests:
-            yield _parsed(request)
+            yield parse(request)
 
     return parsed()
-
-
-def _parsed(request: Any) -> Any:
-    if isinstance(request, _Malformed):
-        raise MalformedMessage("the message cannot be parsed: it is not of this method's type")
-    return request
 
 
 def call_of(method: str, metadata: Sequence[tuple[str, str | bytes]], peer: str) -> Call:

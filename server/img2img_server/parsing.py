@@ -99,6 +99,7 @@ class Parser:
                 client=call.client,
                 id=call.request_id,
                 follow=previews,
+                cache_scope=call.client if call.authenticated and not self._config.share_caches else "",
             )
             # The engine will ask for it too. What is slow of it the first time is done here, off its thread and the loop's.
             _pipeline_of(model).plan(request)

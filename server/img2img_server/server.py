@@ -5,6 +5,7 @@ import logging
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -139,7 +140,7 @@ class Server:
     def _make_server(self, access: Access) -> grpc.aio.Server:
         models, runner, residency = self._backend.models, self._backend.runner, self._backend.residency
         server = grpc.aio.server(
-            interceptors=[CallInterceptor(access, self._telemetry)],
+            interceptors=[CallInterceptor(access, self._telemetry, partial(transport.message_bytes, self._config))],
             options=transport.options(self._config),
         )
         parser = Parser(self._config, self._sources, runner.clock, self._codecs)

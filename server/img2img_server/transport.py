@@ -1,9 +1,18 @@
-"""What one connection may cost: the bounds that gRPC itself keeps, before a call of ours is made of anything."""
+"""What one connection and one message may cost: bounds that hold before a message is parsed."""
 
 from img2img_server.config import ServerConfig
 
 MAX_METADATA_BYTES = 16 * 2**10
 """Of a call's headers in all. A token, a request id and a trace context are 300 bytes."""
+MAX_MESSAGE_BYTES = 64 * 2**10
+"""Of a message that brings no image."""
+_WITH_IMAGES = {
+    "/img2img.v1.ImageToImageService/Transform",
+    "/img2img.v1.ImageToImageService/TransformStream",
+    "/inference.GRPCInferenceService/ModelInfer",
+    "/inference.GRPCInferenceService/ModelStreamInfer",
+}
+_WITH_FILES = {"/img2img.v1.AssetService/UploadAsset"}
 MAX_STREAMS = 1024
 """Calls in progress of one connection. More than the queue holds by default; the caller's gRPC holds the others back."""
 MAX_CONNECTIONS = 4096
@@ -20,6 +29,13 @@ PING_SECONDS = 10
 KEEPALIVE_SECONDS, KEEPALIVE_TIMEOUT_SECONDS = 60, 20
 """How long a connection is silent before the server pings it, and has for the answer: then its calls are cancelled, as their
 caller is gone without a word."""
+
+
+def message_bytes(config: ServerConfig, method: str) -> int:
+    """The most bytes that a message of a method may have. `method` is such as "/img2img.v1.ModelService/GetModel"."""
+    if method in _WITH_IMAGES:
+        return config.max_message_bytes
+    return MAX_MESSAGE_BYTES + (config.image_limits.max_bytes if method in _WITH_FILES else 0)
 
 
 def options(config: ServerConfig, keepalive: float = KEEPALIVE_SECONDS) -> list[tuple[str, int]]:
@@ -41,6 +57,8 @@ def options(config: ServerConfig, keepalive: float = KEEPALIVE_SECONDS) -> list[
         # Both, as the longer of them is what counts; that of pings is a minute where nobody says otherwise.
         ("grpc.keepalive_timeout_ms", timeout),
         ("grpc.http2.ping_timeout_ms", timeout),
+        # Bit 0 is "not compressed". With compression a message of 31 KiB can inflate to the largest size.
+        ("grpc.compression_enabled_algorithms_bitset", 0b111 if config.accept_compression else 0b001),
         # Else a second server on the same port binds silently and takes half the calls.
         ("grpc.so_reuseport", 0),
     ]

@@ -60,7 +60,7 @@ def test_a_request_arrives_whole_and_with_the_seconds_it_has_left() -> None:
     image = Image.effect_noise((24, 16), 90).convert("RGB")
     request = make_request(
         image=image, prompt="p", negative_prompt="n", strength=0.5, guidance_scale=3.0, seeds=(2**63 - 1, 4), deadline=107.0,
-        scheduler="DDIMScheduler", preview_interval=2, image_digest=b"digest", client="c", id="i", follow=False,
+        scheduler="DDIMScheduler", preview_interval=2, image_digest=b"digest", client="c", id="i", follow=False, cache_scope="s",
     )  # fmt: skip
     again = _travelled(request, sent=100.0, read=5000.0)
     assert again.deadline == 5007.0

@@ -61,6 +61,7 @@ class Job:
     client: str
     id: str
     follow: bool
+    cache_scope: str
 
     @classmethod
     def of(cls, request: Request, now: float) -> "Job":
@@ -81,6 +82,7 @@ class Job:
             client=request.client,
             id=request.id,
             follow=request.follow,
+            cache_scope=request.cache_scope,
         )
 
     def request(self, now: float) -> Request:
@@ -101,6 +103,7 @@ class Job:
             client=self.client,
             id=self.id,
             follow=self.follow,
+            cache_scope=self.cache_scope,
         )
 
     def at(self, seconds_left: float | None) -> "Job":

@@ -23,6 +23,7 @@ class Request:
     `preview_interval` steps, none at 0. `image_digest` tells pictures apart by content; empty where they need not be cached.
     One in the `background` is the server's own, and comes after all others. `client` tells whose it is, and `id` is what logs and
     the caller know it by. Without `follow` nobody hears of it before its end, so that nothing needs to be sent from afar.
+    Requests of one `cache_scope` share what was encoded, so its timings tell them about each other.
     """
 
     model: str
@@ -41,6 +42,7 @@ class Request:
     client: str = ""
     id: str = ""
     follow: bool = True
+    cache_scope: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,9 @@ from img2img_server.engine.request import Request
 
 _Key = TypeVar("_Key", bound=Hashable)
 
+ScopedText = tuple[str, str]
+"""A request's `cache_scope`, and a text of it."""
+
 
 @dataclass(frozen=True, slots=True)
 class Embedding:
@@ -46,28 +49,30 @@ class Encoder:
         # Its entries are nobody else's: an address would be given anew once this encoder is gone, and they are not.
         self._own = object()
 
-    def texts(self, wanted: Sequence[str]) -> dict[str, Embedding]:
-        """The embedding of each text; equal ones are encoded once."""
-        found, missing = self._look_up({text: ("text", text) for text in wanted})
+    def texts(self, wanted: Sequence[ScopedText]) -> dict[ScopedText, Embedding]:
+        """The embedding of each text; equal ones of one scope are encoded once."""
+        found, missing = self._look_up({text: ("text", *text) for text in wanted})
         if missing:
-            for text, embedding in zip(missing, self._encode_texts(missing), strict=True):
-                found[text] = embedding
-                self._cache.put((self._own, "text", text), embedding, embedding.bytes)
+            for key, embedding in zip(missing, self._encode_texts([text for _, text in missing]), strict=True):
+                found[key] = embedding
+                self._cache.put((self._own, "text", *key), embedding, embedding.bytes)
         return found
 
     def pictures(self, requests: Sequence[Request]) -> list[DiagonalGaussianDistribution]:
         """The latent distribution [1, 2C, h, w] of each request's picture; those of one size are encoded in one call."""
         # A picture whose content nobody has digested is like no other.
-        keys: list[Hashable] = [request.image_digest or index for index, request in enumerate(requests)]
+        keys: list[tuple[str, bytes | int]] = [
+            (request.cache_scope, request.image_digest or index) for index, request in enumerate(requests)
+        ]
         pictures = {key: request.image for key, request in zip(keys, requests, strict=True)}
-        found, missing = self._look_up({key: ("picture", key) for key in pictures})
+        found, missing = self._look_up({key: ("picture", *key) for key in pictures})
         for size in sorted({pictures[key].size for key in missing}):
             together = [key for key in missing if pictures[key].size == size]
             pixels = [self._pipe.image_processor.preprocess(pictures[key]) for key in together]
             for key, own in zip(together, torch.split(self._encode_pixels(torch.cat(pixels)), 1), strict=True):
                 found[key] = own
-                if isinstance(key, bytes):
-                    self._cache.put((self._own, "picture", key), own, own.nbytes)
+                if isinstance(key[1], bytes):
+                    self._cache.put((self._own, "picture", *key), own, own.nbytes)
         return [DiagonalGaussianDistribution(found[key]) for key in keys]
 
     def close(self) -> None:
@@ -79,7 +84,7 @@ class Encoder:
         parameters: torch.Tensor = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.parameters
         return parameters
 
-    def _look_up(self, keys: dict[_Key, tuple[str, Hashable]]) -> tuple[dict[_Key, Any], list[_Key]]:
+    def _look_up(self, keys: dict[_Key, tuple[Hashable, ...]]) -> tuple[dict[_Key, Any], list[_Key]]:
         """What the cache has, and the keys of what it lacks."""
         cached = {key: self._cache.get((self._own, *place)) for key, place in keys.items()}
         return (

@@ -62,10 +62,12 @@ class StableDiffusion:
     def prepare(self, requests: Sequence[Request]) -> Sequence[DiffusionState]:
         """Encodes what is not known yet, and makes the first latents."""
         timetables = [self._timetables.get(request) for request in requests]
-        embeddings = self._encoder.texts([text for request in requests for text in self._texts(request)])
+        embeddings = self._encoder.texts([(request.cache_scope, text) for request in requests for text in self._texts(request)])
         pictures = self._encoder.pictures(requests)
         states = [
-            self._begin(request, timetable, embeddings, picture)
+            self._begin(
+                request, timetable, {text: embeddings[request.cache_scope, text] for text in self._texts(request)}, picture
+            )
             for request, timetable, picture in zip(requests, timetables, pictures, strict=True)
         ]
         settle(states[-1].latents)
