@@ -179,7 +179,7 @@ def run_engine(jobs: Sequence[Job]) -> list[float]:
     """Ours: the engine, stepped by hand, warmed up as the server would."""
     device = _Device()
     engine = Engine({"m": device}, Limits(max_waiting=len(jobs), max_client_waiting=len(jobs)), device.clock)
-    WarmUp(engine.costs, Limits().max_batch_size, 10.0, device.clock).run("m", device)
+    engine.costs.adopt("m", WarmUp(Limits().max_batch_size, 10.0, device.clock).measure("m", device))
     device.now = 0.0
     took = [0.0] * len(jobs)
 

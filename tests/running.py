@@ -58,14 +58,21 @@ def running(
 @contextlib.contextmanager
 def running_backend(make: Callable[[ServerConfig], Backend], **settings: object) -> Iterator[RunningServer]:
     """Runs a server over the backend that `make` gives. `settings` are ServerConfig's."""
+    with starting(make, **settings) as (server, started):
+        started.result(120)
+        yield server
+
+
+@contextlib.contextmanager
+def starting(make: Callable[[ServerConfig], Backend], **settings: object) -> Iterator[tuple[RunningServer, Future[None]]]:
+    """Begins to start a server; the future ends as its start does. Leaving the block drains it."""
     config = ServerConfig(**{"models": Path(), "port": 0, "warm_up": 0.0, **settings})  # type: ignore[arg-type]
     server = Server(config, make(config))
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, name="test-server", daemon=True)
     thread.start()
     try:
-        asyncio.run_coroutine_threadsafe(server.start(), loop).result(120)
-        yield RunningServer(server, loop)
+        yield RunningServer(server, loop), asyncio.run_coroutine_threadsafe(server.start(), loop)
     finally:
         asyncio.run_coroutine_threadsafe(server.stop(), loop).result(120)
         loop.call_soon_threadsafe(loop.stop)

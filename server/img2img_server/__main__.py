@@ -113,7 +113,8 @@ async def _serve(config: "ServerConfig") -> int:
     from img2img_server.server import Server
 
     try:
-        return await live(Server(config, _backend(config)))
+        backend = _backend(config)
+        return await live(Server(config, backend))
     except (BundleError, OSError) as error:
         return _complain(error, 1)
     except ValueError as error:

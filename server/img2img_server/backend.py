@@ -5,6 +5,7 @@ import logging
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import asdict
+from pathlib import Path
 from typing import Protocol
 
 from img2img_server.bundle import Source
@@ -13,11 +14,12 @@ from img2img_server.engine.cache import Cache
 from img2img_server.engine.engine import Engine
 from img2img_server.engine.runner import Runner
 from img2img_server.engine.spans import Span
-from img2img_server.engine.warmup import WarmUp
 from img2img_server.errors import ServerError
+from img2img_server.models.preparation import Preparation
 from img2img_server.models.residency import Health, Residency
 from img2img_server.models.store import Model, ModelStore
 from img2img_server.models.takeover import Contender, Takeover
+from img2img_server.models.threads import in_thread
 from img2img_server.telemetry.timeline import Trace
 from img2img_server.watchdog import Watchdog
 
@@ -143,13 +145,17 @@ class LocalBackend:
         return self._cache
 
     async def open(self, health: Health, observe: Callable[[Span], None]) -> None:
-        """Loads and measures the models."""
+        """Loads and measures the models. One that fails is FAILED, and the others are served."""
         self._observe = observe
-        models = await asyncio.to_thread(self._load_models)
         if self._config.trace is not None:
-            self._trace = Trace(self._config.trace)
-        engine = Engine(models.pipelines(), self._config.limits, observe=self._observed)
-        await asyncio.to_thread(self._warm_up, models, engine)
+            self._trace = _open_trace(self._config.trace)
+        models = await in_thread(self._load_models)
+        for model in models:
+            await health(model.id, False)
+        limits = self._config.limits
+        engine = Engine(models.pipelines(), limits, observe=self._observed)
+        await Preparation(models, engine, limits.max_batch_size, self._config.warm_up, self._config.watchdog).run()
+        models.check_any(self._config.residency)
         self._models, self._engine = models, engine
         self._residency = Residency(self._config.residency, models, engine, health)
 
@@ -203,17 +209,15 @@ class LocalBackend:
         if self._trace is not None:
             self._trace.close()
 
-    def _warm_up(self, models: ModelStore, engine: Engine) -> None:
-        limits = self._config.limits
-        warm_up = WarmUp(engine.costs, limits.max_batch_size, self._config.warm_up)
-        for name, pipeline in models.pipelines().items():
-            with models.growing(name):
-                warm_up.run(name, pipeline)
-            for line in engine.costs.describe(name, limits.max_batch_size):
-                _log.info("model '%s': %s", name, line)
-
     def _observed(self, span: Span) -> None:
         if self._trace is not None:
             self._trace.observe(span)
         if self._observe is not None:
             self._observe(span)
+
+
+def _open_trace(path: Path) -> Trace:
+    try:
+        return Trace(path)
+    except OSError as error:
+        raise OSError(f"trace: {path} cannot be written: {error.strerror}") from None

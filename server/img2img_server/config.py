@@ -18,10 +18,14 @@ MAX_PROMPT = 4096
 """Characters. Text encoders read some 77 tokens; tokenizing a book would only hold up the engine."""
 
 
+PRELOAD_WORDS = ("default", "all", "none")
+"""What `preload` can have in place of ids."""
+
+
 @dataclass(frozen=True, slots=True)
 class ModelSettings:
-    """Which models are in memory, and which may be fetched. `memory` is in bytes, None for no bound; `preload` has
-    ids, or "all"."""
+    """Which models are in memory, and which may be fetched. `memory` is in bytes, None for no bound; `preload` has ids, or one of
+    PRELOAD_WORDS."""
 
     memory: int | None = setting(
         None,
@@ -31,7 +35,10 @@ class ModelSettings:
         name="models_memory",
     )
     preload: tuple[str, ...] = setting(
-        ("all",), "models to load before serving, by id; all: as many as the memory holds; none: none", metavar="ID[,...]"
+        ("default",),
+        "models to load before serving, by id; default: the default model; all: as many as the memory holds; none: none. "
+        "The others are loaded when a request asks for them",
+        metavar="ID[,...]",
     )
     load_on_request: bool = setting(True, "load a model of the store when the first request for it comes")
     allow_downloads: bool = setting(False, "export and load models that are not in the store, from repositories of the hub")

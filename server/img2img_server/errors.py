@@ -185,6 +185,13 @@ class ShuttingDown(ServerError):
     reason = "SHUTTING_DOWN"
 
 
+class ServerStarting(Exhausted):
+    """The server does not serve yet: it loads its models. `retry_after` says when to try again."""
+
+    status = "UNAVAILABLE"
+    reason = "SERVER_STARTING"
+
+
 class EngineStuck(ServerError):
     """The device did not come back from a call. The server gives itself up; another one may do it."""
 

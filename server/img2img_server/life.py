@@ -39,6 +39,8 @@ async def live(server: Server) -> int:
         if not starting.done():
             _log.warning("%s: the server was not up yet, it stops", first.result().name)
             await _end(server, 128 + first.result())
+        if starting.exception() is not None:
+            await server.stop()
         starting.result()
         stuck = asyncio.ensure_future(server.failed())
         await asyncio.wait({first, stuck}, return_when=asyncio.FIRST_COMPLETED)

@@ -21,6 +21,7 @@ from img2img_server.assets.store import AssetStore
 from img2img_server.backend import Backend
 from img2img_server.config import ServerConfig
 from img2img_server.errors import EngineStuck, ShuttingDown
+from img2img_server.handlers import Handlers
 from img2img_server.interceptors import CallInterceptor
 from img2img_server.model_service import ModelService
 from img2img_server.parsing import Parser
@@ -44,7 +45,8 @@ _REFLECTED = (
 class Server:
     """One gRPC server over one backend, which runs the requests here or elsewhere.
 
-    The port opens once the backend is ready. Health is SERVING from then on, and NOT_SERVING while it drains.
+    The port opens first. Health is NOT_SERVING, and calls are refused with ServerStarting, until the backend is ready; then it is
+    SERVING, and NOT_SERVING again while the server drains.
     """
 
     def __init__(self, config: ServerConfig, backend: Backend) -> None:
@@ -57,6 +59,7 @@ class Server:
         self._failed = asyncio.Event()
         self._codecs = ThreadPoolExecutor(max_workers=os.cpu_count(), thread_name_prefix="img2img-codec")
         self._server: grpc.aio.Server | None = None
+        self._handlers = Handlers()
         self._names = ["", SERVICE]
         self.port = 0
 
@@ -66,22 +69,26 @@ class Server:
         return self._telemetry.metrics_port
 
     async def start(self) -> None:
-        """Opens the backend, binds the port and serves. Raises BundleError, OSError or ValueError where that cannot be done."""
+        """Binds the port, opens the backend and serves. Raises BundleError, OSError or ValueError if that cannot be done."""
         check(self._config)
         if self._config.kserve:
             from img2img_server.kserve import extra
 
             extra.require()
         access = Access(self._config.tokens)
+        if self._config.port_file is not None:
+            _reserve(self._config.port_file)
         self._telemetry.start()
+        self._server = server = self._make_server(access)
+        await server.start()
+        await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+        _log.info("listening on %s:%d, not serving yet", self._config.host, self.port)
         await self._assets.open()
         await self._sources.open()
         backend = self._backend
         await backend.open(self._set_model_health, self._telemetry.span)
         self._telemetry.watch(backend.runner, backend.models, backend.cache, self._assets)
-        server = self._make_server(access)
-        self._server = server
-        await server.start()
+        self._add_services(access)
         self._names += [f"models/{name}" for name in backend.models.pipelines()]
         await self._set_health(health_pb2.HealthCheckResponse.SERVING)
         _log.info("serving on %s:%d", self._config.host, self.port)
@@ -91,7 +98,9 @@ class Server:
 
     async def stop(self) -> None:
         """Drains: takes no new requests, lets the running ones finish within the grace period, then ends them."""
-        if self._server is None:
+        if self._server is None or not self._handlers.ready:
+            if self._server is not None:
+                await self._server.stop(grace=None)
             self._telemetry.close()
             await self._sources.close()
             await self._assets.close()
@@ -113,7 +122,7 @@ class Server:
         """Ends what runs and waits, and tells their callers, without waiting for the engine. The process has to end then."""
         if self._config.port_file is not None:
             self._config.port_file.unlink(missing_ok=True)
-        if self._server is None:
+        if self._server is None or not self._handlers.ready:
             return
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
         await self._backend.abandon(ShuttingDown("the server stopped before the request was finished"))
@@ -138,27 +147,40 @@ class Server:
         await self._health.set(f"models/{name}", states.SERVING if serving else states.NOT_SERVING)
 
     def _make_server(self, access: Access) -> grpc.aio.Server:
-        models, runner, residency = self._backend.models, self._backend.runner, self._backend.residency
+        """A server on the bound port that answers health checks and reflection; `_add_services` adds the others."""
         server = grpc.aio.server(
             interceptors=[CallInterceptor(access, self._telemetry, partial(transport.message_bytes, self._config))],
             options=transport.options(self._config),
         )
-        parser = Parser(self._config, self._sources, runner.clock, self._codecs)
-        transforms = ImageToImageService(parser, models, residency, runner, self._codecs, self._telemetry, self._assets)
-        image_to_image_pb2_grpc.add_ImageToImageServiceServicer_to_server(transforms, server)
-        model_service = ModelService(models, residency)
-        model_pb2_grpc.add_ModelServiceServicer_to_server(model_service, server)
-        asset_pb2_grpc.add_AssetServiceServicer_to_server(AssetService(self._assets, self._config.image_limits), server)
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        server.add_generic_rpc_handlers((self._handlers,))
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._handlers.as_server)
         reflected = list(_REFLECTED)
         if self._config.kserve:
             from img2img_server.kserve import service as kserve
 
-            reflected.append(kserve.add(server, transforms, runner, model_service, self._health, access, self._telemetry))
+            reflected.append(kserve.NAME)
             self._names.append(kserve.NAME)
-        _add_reflection(server, reflected)
+        _add_reflection(self._handlers.as_server, reflected)
         self.port = bind(server, self._config)
         return server
+
+    def _add_services(self, access: Access) -> None:
+        """From now on the server answers every method."""
+        models, runner, residency = self._backend.models, self._backend.runner, self._backend.residency
+        handlers = self._handlers
+        parser = Parser(self._config, self._sources, runner.clock, self._codecs)
+        transforms = ImageToImageService(parser, models, residency, runner, self._codecs, self._telemetry, self._assets)
+        image_to_image_pb2_grpc.add_ImageToImageServiceServicer_to_server(transforms, handlers.as_server)
+        model_service = ModelService(models, residency)
+        model_pb2_grpc.add_ModelServiceServicer_to_server(model_service, handlers.as_server)
+        asset_pb2_grpc.add_AssetServiceServicer_to_server(
+            AssetService(self._assets, self._config.image_limits), handlers.as_server
+        )
+        if self._config.kserve:
+            from img2img_server.kserve import service as kserve
+
+            kserve.add(handlers, transforms, runner, model_service, self._health, access, self._telemetry)
+        handlers.ready = True
 
     async def _set_health(self, status: Any) -> None:
         for name in self._names:
@@ -181,7 +203,19 @@ def _add_reflection(server: grpc.aio.Server, services: Sequence[str]) -> None:
     server.add_generic_rpc_handlers((handlers,))
 
 
+def _reserve(port_file: Path) -> None:
+    """Raises OSError if `port_file` could not be written once the server serves."""
+    try:
+        _part(port_file).touch()
+    except OSError as error:
+        raise OSError(f"port_file: {port_file} cannot be written: {error.strerror}") from None
+
+
 def _write_port(path: Path, port: int) -> None:
-    part = path.with_name(f".{path.name}.part")
+    part = _part(path)
     part.write_text(f"{port}\n", encoding="ascii")
     part.replace(path)
+
+
+def _part(path: Path) -> Path:
+    return path.with_name(f".{path.name}.part")

@@ -9,6 +9,7 @@ from pathlib import Path
 import grpc
 
 from img2img_server.config import ServerConfig, TlsSettings
+from img2img_server.ports import address_of, check_port
 from img2img_server.watched import Contents, Watched
 
 _log = logging.getLogger(__name__)
@@ -26,12 +27,14 @@ def bind(server: grpc.aio.Server, config: ServerConfig) -> int:
     check(config)
     _warn(config)
     address = address_of(config.host, config.port)
+    if not config.host.startswith("unix:"):
+        check_port("port", config.host, config.port)
     try:
         if config.tls.certificate is None:
             return int(server.add_insecure_port(address))
         return int(server.add_secure_port(address, Certificates(config.tls).credentials()))
     except RuntimeError:
-        raise OSError(f"cannot listen on {address}: is another server there?") from None
+        raise OSError(f"port: cannot listen on {address}") from None
 
 
 def check(config: ServerConfig) -> None:
@@ -68,14 +71,6 @@ def is_local(host: str) -> bool:
         return False
     mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
     return (mapped or address).is_loopback
-
-
-def address_of(host: str, port: int) -> str:
-    """The address as gRPC wants it: an IPv6 host in brackets, a Unix socket without a port."""
-    if host.startswith("unix:"):
-        return host
-    bracketed = f"[{host}]" if ":" in host and not host.startswith("[") else host
-    return f"{bracketed}:{port}"
 
 
 class Certificates:

@@ -1,40 +1,56 @@
 """The one place where pipelines meet what serves them: a backend whose models run in this process."""
 
+import logging
+import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from img2img_server.backend import LocalBackend
+from img2img_server.bundle import Manifest
 from img2img_server.config import ServerConfig
 from img2img_server.engine.cache import Cache
+from img2img_server.engine.request import Pipeline
 from img2img_server.models.store import ModelStore
 from img2img_server.models.takeover import Contender
 
 if TYPE_CHECKING:
     from img2img_server.pipelines.tensorrt_contender import Shelf
 
+_log = logging.getLogger(__name__)
+
 
 def local(config: ServerConfig) -> LocalBackend:
-    """A backend for the bundles that `config` names. What is heavy is imported when it is opened, on a thread."""
+    """A backend for the bundles that `config` names. What is heavy is imported when it is opened, on a thread.
+
+    Raises BundleError if there is no bundle that could be loaded.
+    """
     cache = Cache(config.cache_bytes)
     shelf: Shelf | None = None
 
+    def load(bundle: Path, manifest: Manifest) -> Pipeline:
+        from img2img_server.pipelines.loader import load_pipeline
+
+        assert shelf is not None, "the models are loaded"
+        return load_pipeline(bundle, manifest, config.execution, cache, keep=shelf.keep)
+
+    models = ModelStore.find_bundles(config.models, load, config.default_model, config.allow_unverified, config.residency)
+
     def load_models() -> ModelStore:
+        begun = time.monotonic()
+        _log.info("%d models in %s; importing the libraries that run them", len(list(models)), config.models)
         from img2img_server.pipelines import providers
 
         # Before the loader's imports, which take seconds.
         providers.check(config.execution.provider)
-        from img2img_server.pipelines.loader import load_pipeline
+        import img2img_server.pipelines.loader  # noqa: F401 - the heavy one
         from img2img_server.pipelines.tensorrt_contender import Shelf
 
         nonlocal shelf
-        kept = shelf = Shelf()
-        return ModelStore.load(
-            config.models,
-            lambda bundle, manifest: load_pipeline(bundle, manifest, config.execution, cache, keep=kept.keep),
-            config.default_model,
-            config.allow_unverified,
-            config.residency,
-        )
+        shelf = Shelf()
+        _log.info("libraries imported in %.1f s", time.monotonic() - begun)
+        models.preload(config.residency)
+        return models
 
     def contend(models: ModelStore) -> Sequence[Contender]:
         from img2img_server.pipelines.tensorrt_contender import contenders

@@ -18,7 +18,7 @@ CURVE = {1: 0.012, 2: 0.018, 4: 0.034, 8: 0.064, 16: 0.120}
 def measured_engine(limits: Limits, seconds: Callable[[int], float] = lambda rows: 1.0) -> tuple[Engine, FakePipeline, Clock]:
     """One that knows what its calls take, and whose clock begins at 0."""
     engine, pipeline, clock = make_engine(limits, seconds=seconds)
-    WarmUp(engine.costs, 16, 1000.0, clock).run("m", pipeline)
+    engine.costs.adopt("m", WarmUp(16, 1000.0, clock).measure("m", pipeline))
     clock.now = 0.0
     return engine, pipeline, clock
 

@@ -85,7 +85,7 @@ def test_batches_grow_as_long_as_they_pay(times: dict[int, float], cap: int) -> 
 def test_warming_up_measures_by_rows_and_pixels_and_leaves_nothing_behind() -> None:
     clock, costs = Clock(), Costs()
     pipeline = FakePipeline(clock, seconds=lambda rows: 0.1 + 0.01 * rows, codec_seconds=0.05)
-    WarmUp(costs, 8, 60.0, clock).run("m", pipeline)
+    costs.adopt("m", WarmUp(8, 60.0, clock).measure("m", pipeline))
     for rows in (1, 2, 4, 8):
         assert costs.seconds("denoise", ("m", (16, 16)), 256, rows) == pytest.approx(0.1 + 0.01 * rows)
     assert costs.seconds("prepare", ("m", (16, 16)), 256, 1) == pytest.approx(0.05)
@@ -97,11 +97,11 @@ def test_warming_up_measures_by_rows_and_pixels_and_leaves_nothing_behind() -> N
 
 def test_warming_up_keeps_to_its_time() -> None:
     clock, costs = Clock(), Costs()
-    WarmUp(costs, 1024, 60.0, clock).run("m", FakePipeline(clock, seconds=lambda rows: 1.0 * rows))
+    costs.adopt("m", WarmUp(1024, 60.0, clock).measure("m", FakePipeline(clock, seconds=lambda rows: 1.0 * rows)))
     assert clock.now < 60
     before = clock.now
-    WarmUp(costs, 8, 0.0, clock).run("m", FakePipeline(clock))
-    WarmUp(costs, 8, 60.0, clock).run("m", FakePipeline(clock, max_rows=1))
+    costs.adopt("m", WarmUp(8, 0.0, clock).measure("m", FakePipeline(clock)))
+    costs.adopt("m", WarmUp(8, 60.0, clock).measure("m", FakePipeline(clock, max_rows=1)))
     assert clock.now == before
 
 
@@ -116,7 +116,7 @@ class Cramped(FakePipeline):
 
 def test_a_batch_that_there_is_no_room_for_is_not_made_again() -> None:
     clock, costs = Clock(), Costs()
-    WarmUp(costs, 16, 1000.0, clock).run("m", Cramped(clock))
+    costs.adopt("m", WarmUp(16, 1000.0, clock).measure("m", Cramped(clock)))
     assert costs.cap(("m", (16, 16)), 256, 16) == 7, "between the four that went and the eight that did not"
     assert costs.cap(("m", (32, 32)), 1024, 16) == 1
     assert costs.cap(("m", (8, 8)), 64, 16) == 16

@@ -75,7 +75,7 @@ def test_nobody_is_passed_over_for_long() -> None:
 def test_a_short_request_among_long_ones_is_done_in_its_own_time() -> None:
     """Where a larger call takes longer in proportion, it is not made to share calls with what is not urgent."""
     engine, pipeline, clock = make_engine(seconds=lambda rows: 1.0 * rows)
-    WarmUp(engine.costs, 16, 1000.0, clock).run("m", pipeline)
+    engine.costs.adopt("m", WarmUp(16, 1000.0, clock).measure("m", pipeline))
     for _ in range(4):
         Caller(engine).submit(num_inference_steps=50)
     for _ in range(20):

@@ -50,7 +50,7 @@ def drive(expected: list[Arrival], curve: dict[int, float]) -> None:
     clock = Clock()
     pipeline = FakePipeline(clock, lambda rows: curve[min(size for size in curve if size >= rows)], codec_seconds=0.01)
     engine = Engine({"m": pipeline}, Limits(), clock)
-    WarmUp(engine.costs, 16, 100.0, clock).run("m", pipeline)
+    engine.costs.adopt("m", WarmUp(16, 100.0, clock).measure("m", pipeline))
     start = clock.now
     for arrival in expected:
         while clock.now < start + arrival.at:

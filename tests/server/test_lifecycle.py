@@ -18,6 +18,7 @@ from img2img.v1.image_to_image_pb2_grpc import ImageToImageServiceStub
 from img2img_cli.__main__ import main
 from img2img_server.server import Server
 from messages import failure, request
+from model_folder import make_bundle
 
 STUCK = 70
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
@@ -167,11 +168,16 @@ def test_a_signal_before_it_serves_ends_it(start: Callable[..., Process], number
     ],
 )
 def test_what_keeps_it_from_starting_is_told_in_one_line(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Exception, status: int, line: str
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    error: Exception,
+    status: int,
+    line: str,
 ) -> None:
     async def start(server: Server) -> None:
         raise error
 
     monkeypatch.setattr(Server, "start", start)
-    assert main(["serve", "--models", "nowhere"]) == status
+    assert main(["serve", "--models", str(make_bundle(tmp_path / "a"))]) == status
     assert capsys.readouterr().err == f"img2img serve: {line}\n"

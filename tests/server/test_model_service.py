@@ -66,7 +66,7 @@ class Seen:
 def serving(folder: Path, **settings: Any) -> Iterator[Seen]:
     """A server over a folder of bundles that are nothing but names. `settings` are ModelSettings'."""
     memory = Memory()
-    residency = ModelSettings(**settings)
+    residency = ModelSettings(**{"preload": ("all",), **settings})
 
     def load() -> ModelStore:
         return ModelStore.load(folder, memory.load, settings=residency, meter=memory)
@@ -127,7 +127,10 @@ def test_a_model_that_cannot_be_loaded_is_told_of(folder: Path) -> None:
         code, details = failure(lambda: it.load(id="b"))
         assert (code, details["reason"]) == (grpc.StatusCode.FAILED_PRECONDITION, "MODEL_UNAVAILABLE")
         assert "/a/path" not in str(details)
-        assert (it.get("b").state, it.get("b").detail) == (FAILED, "it cannot be served; the server's log says why")
+        assert (it.get("b").state, it.get("b").detail) == (
+            FAILED,
+            "it could not be loaded: out of memory; the server's log says why",
+        )
         assert not it.serves("b")
         assert it.transform(path="a").model_id == "a", "the others go on"
 

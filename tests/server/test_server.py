@@ -72,7 +72,7 @@ def test_a_second_server_on_the_port_is_an_error() -> None:
             finally:
                 await second.stop()
 
-        with pytest.raises(OSError, match="cannot listen"):
+        with pytest.raises(OSError, match=rf"port: 127.0.0.1:{server.port} is in use"):
             asyncio.run(start())
 
 
@@ -167,7 +167,7 @@ def test_sigterm_lets_a_running_request_finish_and_exits_with_0(tmp_path: Path, 
         process.wait()
 
 
-@pytest.mark.parametrize(("models", "why"), [("empty", "holds no bundle"), ("missing", "is not a folder")])
+@pytest.mark.parametrize(("models", "why"), [("empty", "holds no bundle"), ("missing", "there is no folder")])
 def test_a_server_that_cannot_start_says_why(tmp_path: Path, models: str, why: str) -> None:
     (tmp_path / "empty").mkdir()
     log = tmp_path / "log"

@@ -113,7 +113,7 @@ def test_it_is_not_timed_before_it_is_served() -> None:
     """Steps that are asked for again are not computed again: to time them would say that they take nothing."""
     pipeline, pipe = whole()
     costs = Costs()
-    WarmUp(costs, 8, 60.0).run("m", pipeline)
+    costs.adopt("m", WarmUp(8, 60.0).measure("m", pipeline))
     assert pipe.calls == []
     assert costs.describe("m", 8) == []
 

@@ -19,7 +19,8 @@ from img2img.v1 import image_to_image_pb2 as pb
 from img2img.v1.image_to_image_pb2_grpc import ImageToImageServiceStub
 from img2img_server.config import ServerConfig, TlsSettings
 from img2img_server.models.store import ModelStore
-from img2img_server.tls import address_of, bind, check, is_local
+from img2img_server.ports import address_of
+from img2img_server.tls import bind, check, is_local
 from messages import request
 from running import RunningServer, running, store
 

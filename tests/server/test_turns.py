@@ -25,7 +25,7 @@ class Device:
         self.alive, self.clock, self.source = 0, Clock(), random.Random(1)
         pipeline = FakePipeline(self.clock, lambda rows: CURVE[min(size for size in CURVE if size >= rows)], max_rows)
         self.engine = Engine({"m": pipeline}, Limits(max_client_waiting=1000, **limits), self.clock)
-        WarmUp(self.engine.costs, 16, 100.0, self.clock).run("m", pipeline)
+        self.engine.costs.adopt("m", WarmUp(16, 100.0, self.clock).measure("m", pipeline))
 
     def top_up(self) -> None:
         """Has the flood at its full height."""
@@ -97,7 +97,7 @@ def test_the_estimate_knows_the_turns() -> None:
 
 def test_the_estimate_beside_a_line_of_shorter_ones_is_what_happens() -> None:
     engine, pipeline, clock = make_engine(max_rows=1)
-    WarmUp(engine.costs, 1, 100.0, clock).run("m", pipeline)
+    engine.costs.adopt("m", WarmUp(1, 100.0, clock).measure("m", pipeline))
     Caller(engine).submit(num_inference_steps=1)
     run_out(engine)
     for _ in range(10):

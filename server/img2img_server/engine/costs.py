@@ -28,6 +28,25 @@ _MOST_SHAPES = 256
 """Shapes of a model that are remembered for each stage: callers choose them."""
 
 
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """What a call of one stage takes: `rows` rows of `pixels` pixels each, in seconds."""
+
+    stage: Stage
+    shape: Hashable
+    pixels: int
+    rows: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What warm-up found of a model: its timings, and the pixels and rows of batches that failed."""
+
+    timings: tuple[Timing, ...] = ()
+    full: tuple[tuple[int, int], ...] = ()
+
+
 @dataclass(slots=True)
 class _Curve:
     """Mean seconds of a call by its rows, for one stage, model and shape. `rows` is sorted."""
@@ -108,6 +127,13 @@ class Costs:
         """Notes what a call of `rows` rows, each of `pixels` pixels, takes when nothing disturbs it."""
         self._found.clear()
         self._curve(stage, group, pixels).set(rows, seconds)
+
+    def adopt(self, model: str, measured: Measured) -> None:
+        """Notes what warm-up found of `model`."""
+        for timing in measured.timings:
+            self.measured(timing.stage, (model, timing.shape), timing.pixels, timing.rows, timing.seconds)
+        for pixels, rows in measured.full:
+            self.forbid(model, pixels, rows)
 
     def record(self, stage: Stage, group: Group, pixels: int, rows: int, seconds: float) -> None:
         """Learns from a call that took `seconds`."""

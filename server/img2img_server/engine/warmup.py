@@ -1,91 +1,153 @@
 """Measures a model before it is served: what a call takes by batch size and pixels, so that batches are as large as pays."""
 
 import logging
+import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from PIL import Image
 
-from img2img_server.engine.costs import Costs, Stage
+from img2img_server.engine.costs import Measured, Stage, Timing
 from img2img_server.engine.request import Pipeline, Request
+from img2img_server.engine.under_way import UnderWay
 
 _log = logging.getLogger(__name__)
 
-_REPEATS = 4
-"""Calls of each batch, of which the quickest counts."""
+_ROUNDS = 7
+"""Rounds at the most. In each, every batch is run once: a median of 7 is right while 3 are disturbed."""
+_FEW_ROUNDS = 3
+"""Rounds that there is to be time for before one more batch size is tried. The median of 3 is right while 1 is disturbed."""
 
 _R = TypeVar("_R")
 
 
-class WarmUp:
-    """Runs batches of 1, 2, 4 ... rows at the model's native size and at half of it, and notes their times in `costs`.
+@dataclass(slots=True, eq=False)
+class _Batch:
+    """A batch size at one image size. `seconds` has the times of its stages in each round; `first` those of the first call,
+    which is slower, as memory is allocated and kernels are chosen in it."""
 
-    Goes on for about `budget` seconds: no batch is begun that would, at the pace of the last one, end after that. At 0 nothing
-    is done, and then costs are learnt from the requests themselves.
+    request: Request
+    rows: int
+    first: dict[Stage, float] = field(default_factory=dict)
+    seconds: dict[Stage, list[float]] = field(default_factory=dict)
+
+    @property
+    def took(self) -> float:
+        """Seconds that running it once more is expected to take."""
+        return sum(min(self.first[stage], *self.seconds.get(stage, (self.first[stage],))) for stage in self.first)
+
+    def add(self, times: dict[Stage, float]) -> None:
+        """Notes the times of one round."""
+        for stage, seconds in times.items():
+            self.seconds.setdefault(stage, []).append(seconds)
+
+
+class WarmUp:
+    """Runs batches of 1, 2, 4 ... rows at the model's native size and at half of it, in rounds.
+
+    In each round every batch is run once, in turns forwards and backwards: what else the machine does slows all of them alike,
+    and what each takes is a median over the rounds, so a call that is held up changes nothing. Goes on for about `budget`
+    seconds; at 0 nothing is done, and costs are learnt from the requests themselves. `under_way` sees each call.
     """
 
-    def __init__(self, costs: Costs, max_batch_size: int, budget: float, clock: Callable[[], float] = time.monotonic) -> None:
-        self._costs = costs
+    def __init__(
+        self,
+        max_batch_size: int,
+        budget: float,
+        clock: Callable[[], float] = time.monotonic,
+        under_way: UnderWay | None = None,
+    ) -> None:
         self._max_batch_size = max_batch_size
         self._budget = budget
         self._clock = clock
-        self._end = 0.0
+        self._under_way = under_way or UnderWay(clock)
 
-    def run(self, name: str, pipeline: Pipeline) -> None:
+    def measure(self, name: str, pipeline: Pipeline) -> Measured:
         """Measures one model that can be measured. One that runs a single request at a time has no batches to measure.
 
         A batch that fails is not tried again. Raises what the model raises for a single row: it cannot be served.
         """
         limit = min(self._max_batch_size, pipeline.max_rows or self._max_batch_size)
-        self._end = self._clock() + self._budget
         if limit < 2 or not pipeline.measurable:
-            return
+            return Measured()
+        end = self._clock() + self._budget
+        batches: list[_Batch] = []
+        full: list[tuple[int, int]] = []
         for divisor in (1, 2):
-            multiple = pipeline.size_multiple
-            width, height = (max(side // divisor // multiple, 1) * multiple for side in pipeline.native_size)
-            request = Request(name, Image.new("RGB", (width, height), "gray"), "", "", 1.0, 1, 1.0, (0,))
-            took, rows = 0.0, 1
-            while rows <= limit and self._clock() + 2 * took < self._end:
-                before = self._clock()
+            request = _request(name, pipeline, divisor)
+            rows, took = 1, 0.0
+            while rows <= limit and self._is_time(batches, took, end):
+                batch = _Batch(request, rows)
                 try:
-                    self._measure(pipeline, request, rows)
-                except Exception:  # whatever a model raises: most likely that there is no room for that many
+                    batch.first = self._once(pipeline, batch)
+                except Exception as error:  # whatever a model raises: most likely that there is no room for that many
                     if rows == 1:
                         raise
-                    _log.warning("model '%s' failed on %d rows of %d x %d", name, rows, width, height, exc_info=True)
-                    self._costs.forbid(name, width * height, rows)
+                    _log.warning("model '%s' failed on %d rows of %d x %d: %s", name, rows, *request.image.size, error)
+                    _log.debug("where it failed", exc_info=True)
+                    full.append((request.image.width * request.image.height, rows))
                     break
-                took = self._clock() - before
-                rows *= 2
+                batches.append(batch)
+                took, rows = 2 * batch.took, 2 * rows
+        self._take_rounds(pipeline, batches, end)
+        return Measured(tuple(timing for batch in batches for timing in _timings(pipeline, batch)), tuple(full))
 
-    def _measure(self, pipeline: Pipeline, request: Request, rows: int) -> None:
-        """Times one batch from end to end."""
-        states: list[Any] = []
+    def check(self, name: str, pipeline: Pipeline) -> None:
+        """Runs one row once, for a model whose costs are known. Raises what the model raises."""
+        if self._budget > 0 and pipeline.measurable:
+            self._once(pipeline, _Batch(_request(name, pipeline, 1), 1))
 
-        def release() -> None:
-            while states:
-                pipeline.release(states.pop())
+    def _is_time(self, batches: Sequence[_Batch], took: float, end: float) -> bool:
+        """Whether one more batch, which is expected to take `took` seconds, can be run once and then in a few rounds."""
+        round_seconds = took + sum(batch.took for batch in batches)
+        return self._clock() + took + (_FEW_ROUNDS * round_seconds if batches else 0.0) < end
 
-        def prepare() -> None:
-            release()
-            states.extend(pipeline.prepare([request] * rows))
+    def _take_rounds(self, pipeline: Pipeline, batches: Sequence[_Batch], end: float) -> None:
+        for number in range(_ROUNDS):
+            for batch in reversed(batches) if number % 2 else batches:
+                if self._clock() + batch.took >= end:
+                    return
+                batch.add(self._once(pipeline, batch))
+
+    def _once(self, pipeline: Pipeline, batch: _Batch) -> dict[Stage, float]:
+        """Runs a batch of one step from end to end. Returns the seconds of its stages."""
+        times: dict[Stage, float] = {}
+        states: Sequence[Any] = ()
+
+        def timed(stage: Stage, work: Callable[[], _R]) -> _R:
+            with self._under_way.call(f"warm-up ({stage})", batch.request.model, batch.rows, batch.rows):
+                begun = self._clock()
+                result = work()
+                times[stage] = self._clock() - begun
+            return result
 
         try:
-            self._timed("prepare", pipeline, request, rows, prepare)
-            noises = self._timed("denoise", pipeline, request, rows, lambda: pipeline.denoise(states))
+            states = timed("prepare", lambda: pipeline.prepare([batch.request] * batch.rows))
+            noises = timed("denoise", lambda: pipeline.denoise(states))
             pipeline.advance(states, noises)
-            self._timed("finish", pipeline, request, 1, lambda: pipeline.finish(states[:1]))
+            if batch.rows == 1:
+                timed("finish", lambda: pipeline.finish(states))
         finally:
-            release()
+            for state in states:
+                pipeline.release(state)
+        return times
 
-    def _timed(self, stage: Stage, pipeline: Pipeline, request: Request, rows: int, work: Callable[[], _R]) -> _R:
-        """Notes the quickest of a few times: the first call of a size is not what it takes later, nor one that was disturbed."""
-        times: list[float] = []
-        while not times or (len(times) < _REPEATS and self._clock() < self._end):
-            begun = self._clock()
-            result = work()
-            times.append(self._clock() - begun)
-        plan = pipeline.plan(request)
-        self._costs.measured(stage, (request.model, plan.shape), plan.pixels, rows, min(times))
-        return result
+
+def _request(name: str, pipeline: Pipeline, divisor: int) -> Request:
+    """A request of one step at the model's native size, or at a part of it."""
+    multiple = pipeline.size_multiple
+    width, height = (max(side // divisor // multiple, 1) * multiple for side in pipeline.native_size)
+    return Request(name, Image.new("RGB", (width, height), "gray"), "", "", 1.0, 1, 1.0, (0,))
+
+
+def _timings(pipeline: Pipeline, batch: _Batch) -> list[Timing]:
+    """What the stages of a batch take: of a few rounds the first call counts, too, and of two times the shorter."""
+    plan = pipeline.plan(batch.request)
+    timings = []
+    for stage, first in batch.first.items():
+        seconds = batch.seconds.get(stage, [])
+        enough = seconds if len(seconds) >= _FEW_ROUNDS else [*seconds, first]
+        timings.append(Timing(stage, plan.shape, plan.pixels, batch.rows, statistics.median_low(enough)))
+    return timings

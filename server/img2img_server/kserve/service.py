@@ -3,7 +3,6 @@
 from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any
 
-import grpc
 from grpc_health.v1 import health_pb2
 from img2img.v1 import model_pb2 as pb
 from tritonclient.grpc import service_pb2 as kserve_pb  # type: ignore[import-untyped]
@@ -12,6 +11,7 @@ from tritonclient.grpc import service_pb2_grpc
 from img2img_server.access.access import Access
 from img2img_server.engine.runner import Runner
 from img2img_server.errors import InvalidField, ModelNotFound, NotSupported
+from img2img_server.handlers import Handlers
 from img2img_server.kserve import describing, translation
 from img2img_server.kserve.inference import Inference
 from img2img_server.kserve.streaming import Stream
@@ -109,19 +109,18 @@ class InferenceService(Unsupported):
 
 
 def add(
-    server: grpc.aio.Server,
+    handlers: Handlers,
     transforms: ImageToImageService,
     runner: Runner,
     models: ModelService,
     health: Any,
     access: Access,
     telemetry: Telemetry,
-) -> str:
-    """Has `server` answer KServe v2, too. Returns the service's name."""
+) -> None:
+    """Has `handlers` answer KServe v2, too."""
     telemetry.serves(_SERVICE)
     service = InferenceService(Inference(transforms, runner), models, health, access, telemetry)
-    service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(service, server)
-    return NAME
+    service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(service, handlers.as_server)
 
 
 def _check_repository(request: Any) -> None:

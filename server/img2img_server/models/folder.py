@@ -13,17 +13,18 @@ _log = logging.getLogger(__name__)
 
 Load = Callable[[Path, Manifest], Pipeline]
 
+_WANTED = "give a folder of bundles, or one bundle, as `img2img export` makes them"
+
 
 class BundleFolder:
     """The bundles in the directory `root`, or `root` itself where it is one. `load` makes a pipeline of a bundle's folder.
 
     `allow_unverified` also opens those whose verification failed when they were exported, with a warning. Nothing is
-    remembered: what is there is looked up each time. Raises BundleError where `root` is not a directory.
+    remembered: what is there is looked up each time. Raises BundleError if `root` is no directory that can be read.
     """
 
     def __init__(self, root: Path, load: Load, allow_unverified: bool = False) -> None:
-        if not root.is_dir():
-            raise BundleError(f"{root} is not a folder")
+        _check_root(root)
         self.root = root
         self.is_bundle = (root / MANIFEST_NAME).is_file()
         self._load = load
@@ -71,6 +72,24 @@ class BundleFolder:
 def bundle_id(bundle: Path) -> str:
     """The id of the model that a bundle's path stands for: the path's own last name, also if it is a link."""
     return Path(os.path.abspath(bundle)).name  # noqa: PTH100 - resolve() would follow the link
+
+
+def _check_root(root: Path) -> None:
+    """Raises BundleError, which says what is wrong with it, if `root` cannot be a folder of bundles or a bundle."""
+    try:
+        next(root.iterdir(), None)
+        (root / MANIFEST_NAME).stat()
+    except NotADirectoryError:
+        raise BundleError(f"models: {root} is a file, not a folder: {_WANTED}") from None
+    except FileNotFoundError:
+        if not root.exists():
+            raise BundleError(f"models: there is no folder {root}: {_WANTED}") from None
+    except OSError as error:
+        raise BundleError(f"models: {root} cannot be read: {error.strerror}") from None
+    if (root / "model_index.json").is_file() and not (root / MANIFEST_NAME).is_file():
+        raise BundleError(
+            f"models: {root} is a model that was not exported: run `img2img export {root} --output DIR`, and serve DIR"
+        )
 
 
 def _is_bundle(folder: Path) -> bool:

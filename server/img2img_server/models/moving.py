@@ -1,21 +1,21 @@
 """Moves models into memory and out of it: loads, tries and measures one, and gives back what it took."""
 
 import asyncio
-import contextlib
 import logging
-import threading
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import TypeVar, cast
+from typing import TypeVar
 
 from PIL import Image
 
 from img2img_server.bundle import Manifest
 from img2img_server.engine.engine import Engine
 from img2img_server.engine.request import Completed, Ending, Event, Failed, Pipeline, Request
-from img2img_server.errors import BundleError, ServerError, ShuttingDown
+from img2img_server.errors import ShuttingDown
+from img2img_server.models.failures import Stage
 from img2img_server.models.memory import Meter, give_back, in_words, measured
 from img2img_server.models.store import ModelStore
+from img2img_server.models.threads import in_thread
 
 _log = logging.getLogger(__name__)
 
@@ -23,7 +23,6 @@ _TRIAL_STEPS = 2
 _TRIAL_PROMPT = ""
 _CLIENT = "img2img/loading"
 """Whose the trials are: nobody's that a token or an address could name."""
-_FAILED = "it cannot be served; the server's log says why"
 
 _R = TypeVar("_R")
 
@@ -50,12 +49,12 @@ class Mover:
     async def bring(self, name: str) -> str:
         """Loads the model, has it draw a picture and measures it. Returns what is wrong with it, "" where nothing is."""
         self._models.change(name, detail="loading")
-        problem = await self._attempt(name)
-        if problem:
-            _log.error("model '%s' cannot be served: %s", name, problem)
-            await self.discard(name)
-            self._models.change(name, problem=problem, detail=_FAILED)
-        return problem
+        error = await self._attempt(name)
+        if error is None:
+            return ""
+        stage = Stage.TRIAL if name in self._arrived else Stage.LOADING
+        await self.discard(name)
+        return self._models.fail(name, stage, error)
 
     def publish(self, name: str) -> None:
         """From now on requests find the model ready."""
@@ -94,11 +93,11 @@ class Mover:
         pipeline.close()
         return pipeline.engine
 
-    async def _attempt(self, name: str) -> str:
+    async def _attempt(self, name: str) -> Exception | None:
         """Loads and tries the model. Returns what went wrong."""
         try:
             before = self._meter.read()
-            manifest, pipeline = await _in_thread(lambda: self._open(name))
+            manifest, pipeline = await in_thread(lambda: self._open(name))
             self._arrived[name] = _Arrival(manifest, pipeline, 0)
             self._engine.replace(name, pipeline)
             await self._try(name, pipeline)
@@ -107,12 +106,9 @@ class Mover:
             self._models.change(name, manifest=manifest, memory=memory)
         except ShuttingDown:
             raise
-        except (BundleError, ServerError, OSError) as error:
-            return str(error)
         except Exception as error:  # noqa: BLE001 - whatever a library raises: this model cannot be served, the others go on
-            _log.exception("model '%s' failed when it was loaded", name)
-            return f"{type(error).__name__}: {error}"
-        return ""
+            return error
+        return None
 
     def _open(self, name: str) -> tuple[Manifest, Pipeline]:
         model = self._models.get(name)
@@ -148,29 +144,3 @@ class Mover:
 def _settle(future: "asyncio.Future[_R]", value: _R) -> None:
     if not future.done():
         future.set_result(value)
-
-
-async def _in_thread(work: Callable[[], _R]) -> _R:
-    """What `work` returns, on a thread of its own that keeps no process from ending: loading cannot be stopped."""
-    loop = asyncio.get_running_loop()
-    outcome: asyncio.Future[_R] = loop.create_future()
-
-    def settle(value: _R | None, error: BaseException | None) -> None:
-        if outcome.done():  # nobody waits any more
-            return
-        if error is not None:
-            outcome.set_exception(error)
-        else:
-            outcome.set_result(cast(_R, value))
-
-    def run() -> None:
-        value, error = None, None
-        try:
-            value = work()
-        except Exception as caught:  # noqa: BLE001 - it is raised where the work is waited for
-            error = caught
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
-            loop.call_soon_threadsafe(settle, value, error)
-
-    threading.Thread(target=run, name="img2img-loading", daemon=True).start()
-    return await outcome

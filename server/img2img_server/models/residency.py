@@ -23,6 +23,7 @@ from img2img_server.errors import (
 )
 from img2img_server.models.backoff import Backoff
 from img2img_server.models.exporting import EXPORTER
+from img2img_server.models.failures import WHY
 from img2img_server.models.finding import Finder
 from img2img_server.models.memory import Meter, ProcessMeter, in_words
 from img2img_server.models.moving import Mover
@@ -172,13 +173,11 @@ class Residency:
             if self._closing:
                 raise ShuttingDown("the server is shutting down")
             if self._models.get(name).bundle is None:
-                raise ModelUnavailable(f"model '{name}' cannot be served; the server's log says why")
+                raise self._unavailable(name)
             if insist:
                 place.failures.clear()
             if (left := place.failures.left(self._clock())) > 0:
-                raise ModelUnavailable(
-                    f"model '{name}' cannot be served; the server's log says why. It is tried again in {left:.0f} s"
-                )
+                raise self._unavailable(name, f". It is tried again in {left:.0f} s")
             place.loading = asyncio.create_task(self._load(name, place))
         if (error := await asyncio.shield(place.loading)) is not None:
             raise error
@@ -193,7 +192,7 @@ class Residency:
                     problem = await self._mover.bring(name)
                     if problem:
                         place.failures.count(self._clock(), problem)
-                        return ModelUnavailable(f"model '{name}' cannot be served; the server's log says why")
+                        return self._unavailable(name)
                     # It may take more than was estimated.
                     await self._make_room(name)
                 except ServerError:
@@ -212,6 +211,10 @@ class Residency:
             if self._models.get(name).pipeline is None:
                 self._models.change(name, loading=False)
         return None
+
+    def _unavailable(self, name: str, then: str = "") -> ModelUnavailable:
+        """What a caller gets for a model that failed."""
+        return ModelUnavailable(f"model '{name}' cannot be served: {self._models.get(name).detail or WHY}{then}")
 
     async def _make_room(self, name: str) -> None:
         """Unloads what was not used for longest until the model `name` fits. Raises ModelUnavailable or ModelMemoryFull."""

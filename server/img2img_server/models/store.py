@@ -3,6 +3,7 @@
 import enum
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -10,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from img2img_server.bundle import Manifest, Source, read_manifest
-from img2img_server.config import ModelSettings
+from img2img_server.config import PRELOAD_WORDS, ModelSettings
 from img2img_server.engine.request import Pipeline
 from img2img_server.errors import BundleError, InvalidField, ModelNotFound, ModelUnavailable, PermissionDenied
+from img2img_server.models.failures import WHY, Failure, Stage
 from img2img_server.models.folder import BundleFolder, Load, bundle_id
 from img2img_server.models.memory import Meter, ProcessMeter, estimate, in_words, measured
 
@@ -108,6 +110,36 @@ class ModelStore:
         self.folder = folder
 
     @classmethod
+    def find_bundles(
+        cls,
+        folder: Path,
+        load: Load,
+        default: str | None = None,
+        allow_unverified: bool = False,
+        settings: ModelSettings | None = None,
+    ) -> "ModelStore":
+        """A store of every bundle in `folder`, or of `folder` itself if it is one. Reads their manifests and loads nothing.
+
+        `allow_unverified` also serves bundles whose verification failed at their export, with a warning. A bundle that cannot be
+        read is listed with its problem. Raises BundleError if there is no bundle, none can be read, or one that the settings
+        name does not exist.
+        """
+        settings = settings or ModelSettings()
+        bundles = BundleFolder(folder, load, allow_unverified)
+        if settings.allow_downloads and bundles.is_bundle:
+            raise BundleError(f"{folder} is a bundle: downloads need a folder of bundles")
+        models = [_read(bundle) for bundle in bundles.bundles()]
+        for entry, reason in bundles.others():
+            _log.warning("%s is not served: it is %s", entry, reason)
+        if not models and not settings.allow_downloads:
+            made = f"make one with `img2img export MODEL --output {folder / 'NAME'}`"
+            raise BundleError(f"models: {folder} holds no bundle: {made}")
+        store = cls(models, default, bundles)
+        _chosen(settings.preload, store._models, store.default)
+        store.check_any(settings)
+        return store
+
+    @classmethod
     def load(
         cls,
         folder: Path,
@@ -117,29 +149,17 @@ class ModelStore:
         settings: ModelSettings | None = None,
         meter: Meter | None = None,
     ) -> "ModelStore":
-        """Finds every bundle in `folder`, or `folder` itself where it is one, and checks and loads those that `settings`
-        name: all unless told otherwise, as far as the memory for models holds them.
-
-        `allow_unverified` also serves those whose verification failed when they were exported, with a warning. A bundle that
-        does not load is listed with its problem. Raises BundleError where no bundle can be served, or one that was named.
-        """
-        settings = settings or ModelSettings()
-        bundles = BundleFolder(folder, load, allow_unverified)
-        if settings.allow_downloads and bundles.is_bundle:
-            raise BundleError(f"{folder} is a bundle: downloads need a folder of bundles")
-        for entry, reason in bundles.others():
-            _log.warning("%s is not served: it is %s", entry, reason)
-        models = [_read(bundle) for bundle in bundles.bundles()]
-        if not models and not settings.allow_downloads:
-            raise BundleError(f"{folder} holds no bundle: make one with `img2img export MODEL --output {folder}/NAME`")
-        store = cls(models, default, bundles)
-        store._preload(settings, meter or ProcessMeter())
-        for name in settings.preload if "all" not in settings.preload else ():
-            if name != "none" and (problem := store.get(name).problem):
-                raise BundleError(f"model '{name}', which is to be preloaded, cannot be served: {problem}")
-        if models and all(model.state is ModelState.FAILED for model in store):
-            raise BundleError("no bundle can be served: " + "; ".join(model.problem for model in store))
+        """`find_bundles` and `preload` in one; without `settings`, every model is loaded."""
+        settings = settings or ModelSettings(preload=("all",))
+        store = cls.find_bundles(folder, load, default, allow_unverified, settings)
+        store.preload(settings, meter)
         return store
+
+    def check_any(self, settings: ModelSettings) -> None:
+        """Raises BundleError if every model has failed and no other can come: such a server would serve nothing."""
+        failed = [model for model in self if model.state is ModelState.FAILED]
+        if failed and len(failed) == len(self._models) and not settings.allow_downloads:
+            raise BundleError("no model can be served: " + "; ".join(f"{model.id}: {model.problem}" for model in failed))
 
     def __iter__(self) -> Iterator[Model]:
         return iter(self._models.values())
@@ -203,7 +223,7 @@ class ModelStore:
         """The model that `reference` means, which can run. Raises what `find` raises, or ModelUnavailable."""
         model = self.find(reference)
         if model.pipeline is None:
-            raise ModelUnavailable(f"model '{model.id}' cannot be served; the server's log says why")
+            raise ModelUnavailable(f"model '{model.id}' cannot be served: {model.detail or WHY}")
         return model
 
     def discover(self, name: str) -> bool:
@@ -230,34 +250,49 @@ class ModelStore:
             grown = before.grown_to(meter.read(), model.pipeline.engine)
             self.change(name, memory=model.memory + max(0, grown or 0))
 
-    def _preload(self, settings: ModelSettings, meter: Meter) -> None:
-        chosen = _chosen(settings.preload, self._models, self.default)
-        for name in chosen:
+    def preload(self, settings: ModelSettings, meter: Meter | None = None) -> None:
+        """Loads the models that `settings` name, as far as the memory for models holds them. A model that fails is listed with
+        its problem. Raises BundleError as `check_any` does."""
+        meter, chosen = meter or ProcessMeter(), _chosen(settings.preload, self._models, self.default)
+        for number, name in enumerate(chosen, start=1):
             model = self._models[name]
             if model.manifest is None:
                 continue
             used = sum(other.memory for other in self)
             if settings.memory is not None and used + model.expected_memory > settings.memory:
                 of = f"{in_words(model.expected_memory)}, and {in_words(used)} of {in_words(settings.memory)} are taken"
-                if "all" not in settings.preload:
-                    raise BundleError(f"there is no memory to preload '{name}': it takes about {of}")
-                _log.info("model '%s' is not loaded yet: it takes about %s", name, of)
+                _log.log(
+                    logging.INFO if "all" in settings.preload else logging.WARNING,
+                    "model '%s' is not loaded yet: it takes about %s",
+                    name,
+                    of,
+                )
                 continue
+            _log.info("model '%s' (%d of %d): loading", name, number, len(chosen))
             self._load_now(model, meter)
+        self.check_any(settings)
 
     def _load_now(self, model: Model, meter: Meter) -> None:
         assert self.folder is not None, "what is loaded comes from a folder"
         assert model.bundle is not None, "what is loaded has a bundle"
-        before = meter.read()
+        before, begun = meter.read(), time.monotonic()
         try:
             manifest, pipeline = self.folder.open(model.bundle)
-        except BundleError as error:
-            _log.error("model '%s' cannot be served: %s", model.id, error)
-            self.change(model.id, problem=str(error), detail="it cannot be served; the server's log says why")
+        except BaseException as error:  # noqa: BLE001 - whatever a library raises, Rust's panics too: the others are served
+            self.fail(model.id, Stage.LOADING, error)
             return
         memory = measured(before.grown_to(meter.read(), pipeline.engine), manifest)
         self.change(model.id, manifest=manifest, pipeline=pipeline, memory=memory, problem="", detail="")
-        _log.info("model '%s': ready on %s, %s", model.id, pipeline.engine, in_words(memory))
+        seconds = time.monotonic() - begun
+        _log.info("model '%s': loaded in %.1f s on %s, %s", model.id, seconds, pipeline.engine, in_words(memory))
+
+    def fail(self, name: str, stage: Stage, error: BaseException) -> str:
+        """Marks the model `name` as FAILED by `error` in `stage`, and logs why. Returns the problem, for the log only."""
+        failure = Failure.of(error, stage, self._models[name].bundle)
+        _log.error("model '%s' cannot be served: %s", name, failure.problem)
+        _log.debug("model '%s': where it failed", name, exc_info=error)
+        self.change(name, pipeline=None, problem=failure.problem, detail=failure.detail)
+        return failure.problem
 
     def _names(self, allowed: Allowed = lambda name: True) -> str:
         return ", ".join(filter(allowed, self._models)) or "none"
@@ -267,9 +302,10 @@ def _chosen(preload: tuple[str, ...], names: Iterable[str], default: str | None)
     """The models to load, the default one first. Raises BundleError for one that is not there."""
     if preload == ("none",):
         return []
-    if unknown := sorted(set(preload) - {"all", *names}):
-        raise BundleError(f"there is no model {', '.join(map(repr, unknown))} to preload; there are {', '.join(names) or 'none'}")
-    chosen = names if "all" in preload else preload
+    if unknown := sorted(set(preload) - {*PRELOAD_WORDS, *names}):
+        known = ", ".join(names) or "none"
+        raise BundleError(f"preload: there is no model {', '.join(map(repr, unknown))} to preload; there are {known}")
+    chosen = names if "all" in preload else [name for word in preload if (name := default if word == "default" else word)]
     return sorted(set(chosen), key=lambda name: (name != default, name))
 
 
@@ -289,8 +325,9 @@ def _read(bundle: Path) -> Model:
     try:
         return Model(name, read_manifest(bundle), bundle=bundle)
     except BundleError as error:
-        _log.error("model '%s' cannot be served: %s", name, error)
-        return Model(name, problem=str(error), bundle=bundle, detail="it cannot be served; the server's log says why")
+        failure = Failure.of(error, Stage.READING, bundle)
+        _log.error("model '%s' cannot be served: %s", name, failure.problem)
+        return Model(name, problem=failure.problem, bundle=bundle, detail=failure.detail)
 
 
 def _agrees(model: Model, wanted: Source) -> bool:

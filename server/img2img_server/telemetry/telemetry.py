@@ -15,6 +15,7 @@ from img2img_server.engine.request import Request
 from img2img_server.engine.runner import Runner
 from img2img_server.engine.spans import Span
 from img2img_server.models.store import ModelStore
+from img2img_server.ports import check_port
 from img2img_server.telemetry.logs import ACCESS
 from img2img_server.telemetry.trails import Outcome, Record, Trail
 
@@ -67,6 +68,7 @@ class Telemetry:
             from img2img_server.telemetry.metrics import Metrics
 
             host, metrics = self._settings.metrics_host, Metrics()
+            check_port("metrics_port", host, self._settings.metrics_port)
             self.metrics_port = metrics.start(host, self._settings.metrics_port)
             self._metrics = metrics
             _log.info("metrics on http://%s:%d/metrics", f"[{host}]" if ":" in host else host, self.metrics_port)

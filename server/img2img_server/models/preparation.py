@@ -1,0 +1,80 @@
+"""Prepares the models that were loaded at start: each is measured, and one that fails is left out while the others are served."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+
+from img2img_server.engine.costs import Measured
+from img2img_server.engine.engine import Engine
+from img2img_server.engine.request import Pipeline
+from img2img_server.engine.under_way import UnderWay
+from img2img_server.engine.warmup import WarmUp
+from img2img_server.models.failures import Hung, Stage
+from img2img_server.models.memory import give_back
+from img2img_server.models.store import ModelStore
+from img2img_server.models.threads import in_thread
+
+_log = logging.getLogger(__name__)
+
+_LOOK = 1.0
+"""Seconds between two looks at a call that may hang, at the most; a tenth of what it may take if that is less."""
+
+
+class Preparation:
+    """Measures the models of `models` for `engine`, which has not started yet, before they are served.
+
+    `budget` is the seconds for each model; a call that takes more than `longest` seconds counts as hung (0: none does). Batches
+    have `max_batch_size` rows at most. `clock` gives seconds.
+    """
+
+    def __init__(
+        self,
+        models: ModelStore,
+        engine: Engine,
+        max_batch_size: int,
+        budget: float,
+        longest: float,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._models = models
+        self._engine = engine
+        self._max_batch_size = max_batch_size
+        self._budget = budget
+        self._longest = longest
+        self._clock = clock
+
+    async def run(self) -> None:
+        """Prepares one model after the other. One that fails is FAILED, and is not in the engine any more."""
+        pipelines = self._models.pipelines()
+        for number, (name, pipeline) in enumerate(pipelines.items(), start=1):
+            _log.info("model '%s' (%d of %d): warming up for up to %g s", name, number, len(pipelines), self._budget)
+            try:
+                with self._models.growing(name):
+                    measured = await self._measure(name, pipeline)
+            except Exception as error:  # noqa: BLE001 - whatever a library raises: the others are served
+                await self._leave_out(name, pipeline, error)
+                continue
+            self._engine.costs.adopt(name, measured)
+            for line in self._engine.costs.describe(name, self._max_batch_size):
+                _log.info("model '%s': %s", name, line)
+
+    async def _measure(self, name: str, pipeline: Pipeline) -> Measured:
+        """Measures a model on a thread of its own. Raises what the model raises, and Hung."""
+        under_way = UnderWay(self._clock)
+        warm_up = WarmUp(self._max_batch_size, self._budget, self._clock, under_way)
+        work = asyncio.ensure_future(in_thread(lambda: warm_up.measure(name, pipeline)))
+        while not work.done():
+            await asyncio.wait({work}, timeout=min(_LOOK, self._longest / 10) if self._longest > 0 else None)
+            call = under_way.longest
+            if call is not None and 0 < self._longest < call.seconds and not work.done():
+                work.cancel()
+                raise Hung(f"{call.stage} of {call.rows} rows did not come back within {self._longest:g} s")
+        return work.result()
+
+    async def _leave_out(self, name: str, pipeline: Pipeline, error: Exception) -> None:
+        self._models.fail(name, Stage.WARM_UP, error)
+        self._engine.remove(name)
+        if not isinstance(error, Hung):  # what hangs still uses it
+            pipeline.close()
+            await asyncio.to_thread(give_back)

@@ -1,0 +1,46 @@
+"""Addresses to listen on: how they are written, and why one cannot be listened on."""
+
+import errno
+import socket
+from typing import Any
+
+
+def check_port(setting: str, host: str, port: int) -> None:
+    """Raises OSError, which names the `setting`, if no socket can be bound to `port` of `host`. gRPC would not say why."""
+    try:
+        found = socket.getaddrinfo(
+            host.removeprefix("[").removesuffix("]"), port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )
+    except OSError as error:
+        raise OSError(f"{setting}: cannot listen on {address_of(host, port)}: {error.strerror}") from None
+    errors = [
+        problem for family, kind, protocol, _, address in found if (problem := _bind_error(family, kind, protocol, address))
+    ]
+    in_use = [problem for problem in errors if problem.errno == errno.EADDRINUSE]
+    if in_use:
+        line = (
+            f"{setting}: {address_of(host, port)} is in use by another process: stop it, or choose another port (0: a free one)"
+        )
+        raise OSError(line)
+    if len(errors) == len(found):
+        raise OSError(f"{setting}: cannot listen on {address_of(host, port)}: {errors[0].strerror}")
+
+
+def _bind_error(family: int, kind: int, protocol: int, address: Any) -> OSError | None:
+    """What binding a socket of this kind fails with."""
+    try:
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as gRPC and Python's HTTP server do
+            probe.bind(address)
+            probe.listen(1)
+    except OSError as error:
+        return error
+    return None
+
+
+def address_of(host: str, port: int) -> str:
+    """The address as gRPC wants it: an IPv6 host in brackets, a Unix socket without a port."""
+    if host.startswith("unix:"):
+        return host
+    bracketed = f"[{host}]" if ":" in host and not host.startswith("[") else host
+    return f"{bracketed}:{port}"
