@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from img2img_server.engine.engine import Engine
-from img2img_server.engine.request import Completed, Event, Failed, Plan, Progress, Request, Ticket
+from img2img_server.engine.request import Completed, Event, Failed, Plan, Progress, Request, RequestWarning, Ticket
 from img2img_server.engine.scheduler import Limits
 from img2img_server.errors import OutOfMemory
 from PIL import Image
@@ -57,13 +57,14 @@ class FakePipeline:
         self.before: dict[str, Callable[[], object]] = {}
         self.memory: int | None = None
         self.closed = False
+        self.warnings: tuple[RequestWarning, ...] = ()
         self.refused: list[tuple[str, int]] = []
         self._clock, self._seconds, self._codec_seconds = clock or Clock(), seconds, codec_seconds
 
     def plan(self, request: Request) -> Plan:
         steps = int(request.num_inference_steps * request.strength)
         width, height = request.image.size
-        return Plan((width, height), width * height, len(request.seeds), steps)
+        return Plan((width, height), width * height, len(request.seeds), steps, self.warnings)
 
     def prepare(self, requests: Sequence[Request]) -> Sequence[FakeState]:
         self.before.get("prepare", _nothing)()

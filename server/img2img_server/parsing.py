@@ -73,7 +73,7 @@ class Parser:
         scheduler = _scheduler(message.scheduler, model)
         interval = self._preview_interval(message)
         file_format, quality = _output(message)
-        self._check_size(message, model, file_format)
+        size_rule = self._size_rule(message, model, file_format)
         if message.output.as_asset:
             self._sources.assets.require("output.as_asset")
         self._sources.check(message.image)
@@ -82,7 +82,7 @@ class Parser:
         call = current()
 
         def build() -> Request:
-            image, digest = self._load(field, data, message, model, file_format)
+            image, digest = self._load(field, data, size_rule, model, file_format)
             request = Request(
                 model=model.id,
                 image=image,
@@ -137,24 +137,39 @@ class Parser:
         _check("preview_interval", 0 <= interval <= most, f"{interval} is not 0, for none, or in 1 to {most}")
         return interval
 
-    def _check_size(self, message: pb.TransformRequest, model: Model, file_format: images.WriteFormat) -> None:
-        """Refuses a width and height that no source makes right: one that is not given is taken for the least that there is."""
-        multiple, limits = _pipeline_of(model).size_multiple, self._config.image_limits
-        width = message.width if message.HasField("width") else None
-        height = message.height if message.HasField("height") else None
-        images.check_side(images.target_size((multiple, multiple), width, height, multiple, limits), file_format)
+    def _size_rule(self, message: pb.TransformRequest, model: Model, file_format: images.WriteFormat) -> images.SizeRule:
+        """What the message says of the result's size. Refuses what no source makes right."""
+        pipeline = _pipeline_of(model)
+        rule = _fit(message, pipeline) if message.HasField("fit") else _sides(message)
+        images.check_side(images.least_size(rule, pipeline.size_multiple, self._config.image_limits), file_format)
+        return rule
 
     def _load(
-        self, field: str, data: bytes, message: pb.TransformRequest, model: Model, file_format: images.WriteFormat
+        self, field: str, data: bytes, size_rule: images.SizeRule, model: Model, file_format: images.WriteFormat
     ) -> tuple[Image.Image, bytes]:
         """The source at the result's size, and its digest. One that makes too large a result is refused by its header."""
-        width = message.width if message.HasField("width") else None
-        height = message.height if message.HasField("height") else None
         multiple, limits = _pipeline_of(model).size_multiple, self._config.image_limits
-        size = images.target_size(images.header_size(data, limits, field), width, height, multiple, limits)
+        size = images.target_size(images.header_size(data, limits, field), size_rule, multiple, limits)
         images.check_side(size, file_format)
         image = images.resize(images.decode(data, limits, field), size)
         return image, image_digest(image)
+
+
+def _sides(message: pb.TransformRequest) -> images.SizeRule:
+    width = message.width if message.HasField("width") else None
+    height = message.height if message.HasField("height") else None
+    return images.SizeRule(width, height)
+
+
+def _fit(message: pb.TransformRequest, pipeline: Pipeline) -> images.SizeRule:
+    for side in ("width", "height"):
+        _check("fit", not message.HasField(side), f"it sets the size, and so does {side}: set one of the two")
+    rule = message.fit.WhichOneof("rule")
+    _check("fit", rule is not None, "it has no rule that this server knows: set longest_side or native_area")
+    if rule == "longest_side":
+        return images.SizeRule(longest_side=message.fit.longest_side)
+    width, height = pipeline.native_size
+    return images.SizeRule(area=width * height)
 
 
 def _prompts(message: pb.TransformRequest) -> tuple[str, str | None]:

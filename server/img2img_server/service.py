@@ -135,6 +135,10 @@ class ImageToImageService(pb_grpc.ImageToImageServiceServicer):
                 decode_ms=timings.decode * 1e3,
                 total_ms=(time.perf_counter() - job.arrival) * 1e3,
             ),
+            warnings=[
+                pb.Warning(field=warning.field, description=warning.description, code=warning.code)
+                for warning in completed.warnings
+            ],
         )
 
     def _room(self, job: Job) -> AbstractAsyncContextManager[Room | None]:

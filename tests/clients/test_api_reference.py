@@ -111,7 +111,7 @@ def test_a_request_that_says_nothing_gets_the_defaults_of_the_comments(
     assert answer.images[0].format == pb.OUTPUT_FORMAT_PNG
     assert answer.images[0].data.startswith(b"\x89PNG")
     # Those have none: one is required, and without the other it is the server that chooses.
-    assert told == {"image": "", "model": ""}
+    assert told == {"image": "", "model": "", "fit": "none"}
 
 
 def bounds(comments: dict[str, str]) -> dict[str, tuple[Any, Any, Any, Any]]:

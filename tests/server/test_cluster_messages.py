@@ -11,7 +11,7 @@ from fakes import FakePipeline, make_request
 from img2img_server.bundle import Component
 from img2img_server.calls import Call
 from img2img_server.cluster.messages import Asked, Card, Done, Job, Picture, ReplicaLost, Step, ending_of
-from img2img_server.engine.request import Completed, Failed, Progress, Request, Timings
+from img2img_server.engine.request import Completed, Failed, Progress, Request, RequestWarning, Timings
 from img2img_server.errors import DeadlineUnmeetable, EngineStuck, InvalidField, QueueFull, ServerError, ShuttingDown
 from img2img_server.interceptors import to_status
 from img2img_server.models.store import ModelState
@@ -77,10 +77,10 @@ def test_no_field_of_a_request_stays_behind() -> None:
 
 def test_events_arrive_as_they_were_told() -> None:
     image = Image.effect_noise((8, 24), 90).convert("RGB")
-    completed = Completed((image, image.rotate(180)), Timings(1, 2, 3, 4))
+    completed = Completed((image, image.rotate(180)), Timings(1, 2, 3, 4), (RequestWarning("prompt", "cut", "PROMPT_TRUNCATED"),))
     again = ending_of(pickle.loads(pickle.dumps(Done.of(completed))))  # noqa: S301 - what this test has just written
     assert isinstance(again, Completed)
-    assert again.timings == completed.timings
+    assert (again.timings, again.warnings) == (completed.timings, completed.warnings)
     assert [picture.tobytes() for picture in again.images] == [picture.tobytes() for picture in completed.images]
     step = Step.of(Progress(3, 4, 1.5, image)).progress()
     assert (step.step, step.step_count, step.eta) == (3, 4, 1.5)

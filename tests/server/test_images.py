@@ -2,6 +2,7 @@
 
 import base64
 import io
+import itertools
 import zlib
 from collections.abc import Callable
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 from img2img_server import images
 from img2img_server.errors import InvalidField
-from img2img_server.images import ImageLimits
+from img2img_server.images import ImageLimits, SizeRule
 from PIL import Image, ImageCms
 
 LIMITS = ImageLimits(max_bytes=200_000, max_source_pixels=100_000, max_pixels=4096)
@@ -177,9 +178,9 @@ def test_an_endless_data_uri_is_refused_before_it_is_decoded() -> None:
 
 
 def test_the_size_is_the_sources_rounded_down_to_the_models_multiple() -> None:
-    assert images.target_size((63, 40), None, None, 8, LIMITS) == (56, 40)
-    assert images.target_size((63, 40), 100, 20, 8, ImageLimits()) == (96, 16)
-    assert images.target_size((63, 40), None, 32, 8, LIMITS) == (56, 32)
+    assert images.target_size((63, 40), SizeRule(), 8, LIMITS) == (56, 40)
+    assert images.target_size((63, 40), SizeRule(100, 20), 8, ImageLimits()) == (96, 16)
+    assert images.target_size((63, 40), SizeRule(height=32), 8, LIMITS) == (56, 32)
 
 
 @pytest.mark.parametrize(
@@ -189,8 +190,50 @@ def test_the_size_is_the_sources_rounded_down_to_the_models_multiple() -> None:
 )  # fmt: skip
 def test_a_size_out_of_bounds_names_its_field(source: tuple[int, int], width: int | None, height: int | None, field: str) -> None:
     with pytest.raises(InvalidField) as caught:
-        images.target_size(source, width, height, 8, LIMITS)
+        images.target_size(source, SizeRule(width, height), 8, LIMITS)
     assert caught.value.field == field
+
+
+NATIVE = SizeRule(area=512 * 512)
+
+
+@pytest.mark.parametrize(
+    ("source", "rule", "multiple", "expected"),
+    [((3000, 2000), NATIVE, 8, (624, 416)), ((2000, 3000), NATIVE, 8, (416, 624)), ((512, 512), NATIVE, 8, (512, 512)),
+     ((64, 64), NATIVE, 8, (512, 512)), ((1000, 1000), NATIVE, 64, (512, 512)), ((3000, 2000), NATIVE, 64, (576, 384)),
+     ((3000, 2000), SizeRule(longest_side=1024), 8, (1024, 680)), ((2000, 3000), SizeRule(longest_side=1030), 8, (680, 1024)),
+     ((30, 20), SizeRule(longest_side=96), 8, (96, 64)), ((5000, 3), SizeRule(longest_side=512), 8, (512, 8)),
+     ((100_000, 3), NATIVE, 8, (32768, 8)), ((3, 100_000), NATIVE, 8, (8, 32768)), ((1, 1), NATIVE, 8, (512, 512))],
+)  # fmt: skip
+def test_a_source_is_fitted_with_its_aspect_kept(
+    source: tuple[int, int], rule: SizeRule, multiple: int, expected: tuple[int, int]
+) -> None:
+    assert images.target_size(source, rule, multiple, ImageLimits()) == expected
+
+
+@pytest.mark.parametrize("multiple", [8, 16, 32, 64])
+def test_whatever_its_shape_a_source_fits_into_the_native_area_within_the_limit(multiple: int) -> None:
+    limits = ImageLimits(max_pixels=256 * 256)
+    for width, height in itertools.product((1, 7, 64, 333, 1024, 4096, 50_000), repeat=2):
+        fitted = images.target_size((width, height), NATIVE, multiple, limits)
+        assert fitted[0] * fitted[1] <= limits.max_pixels
+        assert all(side >= multiple and side % multiple == 0 for side in fitted)
+        assert (fitted[0] >= fitted[1]) == (width >= height) or fitted[0] == fitted[1]
+
+
+@pytest.mark.parametrize(
+    ("longest", "source"), [(7, (64, 64)), (0, (64, 64)), (-8, (64, 64)), (2048, (64, 64)), (2**31 - 1, (9, 1))]
+)
+def test_a_longest_side_out_of_bounds_is_named(longest: int, source: tuple[int, int]) -> None:
+    with pytest.raises(InvalidField) as caught:
+        images.target_size(source, SizeRule(longest_side=longest), 8, ImageLimits(max_pixels=1024 * 1024))
+    assert caught.value.field == "fit.longest_side"
+
+
+def test_a_photo_that_is_too_large_is_told_of_fit() -> None:
+    with pytest.raises(InvalidField, match=r"3000 x 2000 .*set fit") as caught:
+        images.target_size((3000, 2000), SizeRule(), 8, ImageLimits())
+    assert caught.value.field == "image"
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import base64
 import dataclasses
+import json
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import tritonclient.grpc.aio as triton_aio  # type: ignore[import-untyped]
 from fakes import FakePipeline
 from img2img.v1 import image_to_image_pb2 as pb
 from img2img.v1.image_to_image_pb2_grpc import ImageToImageServiceStub
+from img2img_server.engine.request import RequestWarning
 from kserve_calls import Loaded, client_of, number, opened, parameters, picture, refused, serving, tensor, text
 from messages import failure, png
 from PIL import Image
@@ -195,6 +197,18 @@ def test_an_answer_has_the_requests_id_timings_and_what_ran_it(client: Any) -> N
     assert told["total_ms"] > 0
 
 
+@pytest.mark.parametrize(("fit", "size"), [("native", (16, 8)), ("Native", (16, 8)), (48, (48, 32)), ("48", (48, 32))])
+def test_a_source_is_fitted_by_a_parameter(client: Any, fit: str | int, size: tuple[int, int]) -> None:
+    assert opened(client.infer("m", [picture(png((300, 200)))], parameters={"fit": fit})).size == size
+
+
+def test_warnings_are_a_parameter_of_the_answer_where_there_are_any(client: Any, pipeline: FakePipeline) -> None:
+    assert "warnings" not in parameters(client.infer("m", [picture()]).get_response())
+    pipeline.warnings = (RequestWarning("prompt", "it was too long", "PROMPT_TRUNCATED"),)
+    (told,) = json.loads(parameters(client.infer("m", [picture()]).get_response())["warnings"])
+    assert told == {"field": "prompt", "description": "it was too long", "code": "PROMPT_TRUNCATED"}
+
+
 @pytest.mark.parametrize(("word", "format_"), [("png", "PNG"), ("JPEG", "JPEG"), ("webp", "WEBP")])
 def test_results_come_in_the_format_that_was_asked(client: Any, word: str, format_: str) -> None:
     result = client.infer("m", [picture()], parameters={"output_format": word, "quality": 50})
@@ -230,6 +244,11 @@ BAD: dict[str, tuple[list[Any], dict[str, Any], str]] = {
     "a number for an integer": ([picture()], {"num_inference_steps": 5.5}, "num_inference_steps"),
     "a parameter that is too long": ([picture()], {"height": 2**40}, "height"),
     "an unknown format": ([picture()], {"output_format": "gif"}, "output_format"),
+    "an unknown fit": ([picture()], {"fit": "wide"}, "fit"),
+    "a fit below the model's multiple": ([picture()], {"fit": 7}, "fit"),
+    "a fit that is too long": ([picture()], {"fit": 2**40}, "fit"),
+    "a fit of a wrong type": ([picture()], {"fit": True}, "fit"),
+    "a fit beside a width": ([picture()], {"fit": "native", "width": 16}, "fit"),
     "a quality out of bounds": ([picture()], {"quality": 101}, "quality"),
     "an unknown scheduler": ([picture()], {"scheduler": "nope"}, "scheduler"),
 }

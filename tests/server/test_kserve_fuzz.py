@@ -32,7 +32,7 @@ STATUSES = {*DOCUMENTED, grpc.StatusCode.UNIMPLEMENTED}
 NAMES = st.sampled_from([one.name for one in (*SOURCES, *SETTINGS)]) | st.sampled_from(["", "images", "nope"])
 KEYS = NAMES | st.sampled_from(
     [
-        *("timeout", "priority", "progress", "preview_interval", "output_format", "quality", "sequence_id", "x" * 5_000),
+        *("timeout", "priority", "progress", "preview_interval", "output_format", "quality", "fit", "sequence_id", "x" * 5_000),
         *("triton_enable_empty_final_response", "shared_memory_region", "shared_memory_offset"),
     ]
 )

@@ -13,6 +13,7 @@ from img2img.v1 import image_to_image_pb2 as pb
 from img2img.v1 import model_pb2, model_pb2_grpc
 from img2img.v1.image_to_image_pb2_grpc import ImageToImageServiceStub
 from img2img_server.config import DEFAULT_PROMPT
+from img2img_server.engine.request import RequestWarning
 from img2img_server.engine.scheduler import Limits
 from img2img_server.images import ImageLimits
 from img2img_server.models.store import Model, ModelStore
@@ -100,6 +101,7 @@ def test_seeds_differ_unless_they_are_asked(stub: ImageToImageServiceStub) -> No
     assert len(seeds) == 5
 
 
+NATIVE = pb.Fit(native_area=pb.NativeArea())
 BAD: dict[str, tuple[dict[str, object], str]] = {
     "no picture": ({"image": None}, "image"),
     "an empty source": ({"image": pb.ImageSource()}, "image"),
@@ -141,6 +143,14 @@ BAD: dict[str, tuple[dict[str, object], str]] = {
     "a width of 0": ({"width": 0}, "width"),
     "a negative height": ({"height": -64}, "height"),
     "a huge width": ({"width": 2**30}, "width"),
+    "fit without a rule": ({"fit": pb.Fit()}, "fit"),
+    "fit beside a width": ({"fit": NATIVE, "width": 16}, "fit"),
+    "fit beside a height": ({"fit": pb.Fit(longest_side=16), "height": 16}, "fit"),
+    "a longest side of 0": ({"fit": pb.Fit(longest_side=0)}, "fit.longest_side"),
+    "a negative longest side": ({"fit": pb.Fit(longest_side=-64)}, "fit.longest_side"),
+    "a longest side below the model's multiple": ({"fit": pb.Fit(longest_side=7)}, "fit.longest_side"),
+    "a huge longest side": ({"fit": pb.Fit(longest_side=2**31 - 1)}, "fit.longest_side"),
+    "a longest side that makes too many pixels": ({"fit": pb.Fit(longest_side=128)}, "fit.longest_side"),
     "an unknown scheduler": ({"scheduler": "EulerDiscrete"}, "scheduler"),
     "previews before the first step": ({"preview_interval": -1}, "preview_interval"),
     "a preview after more steps than there may be": ({"preview_interval": 101}, "preview_interval"),
@@ -158,6 +168,42 @@ def test_bad_input_names_its_field(stub: ImageToImageServiceStub, pipeline: Fake
     assert (code, details["field"], details["reason"]) == (grpc.StatusCode.INVALID_ARGUMENT, field, "INVALID_FIELD")
     assert details["message"] == f"{field}: {details['description']}"
     assert pipeline.prepared == [], "nothing computes for a wrong request"
+
+
+@pytest.mark.parametrize(
+    ("size", "fit", "expected"),
+    [((300, 200), NATIVE, (16, 8)), ((4, 4), NATIVE, (16, 16)), ((300, 200), pb.Fit(longest_side=64), (64, 40)),
+     ((20, 30), pb.Fit(longest_side=64), (40, 64))],
+)  # fmt: skip
+def test_a_source_is_fitted_by_the_rule_that_was_asked(
+    stub: ImageToImageServiceStub, pipeline: FakePipeline, size: tuple[int, int], fit: pb.Fit, expected: tuple[int, int]
+) -> None:
+    response = stub.Transform(request(image=pb.ImageSource(data=png(size)), fit=fit))
+    assert pipeline.prepared[0].request.image.size == expected
+    assert (response.images[0].width, response.images[0].height) == expected
+
+
+def test_an_image_that_is_too_large_is_refused_with_fit_as_the_cure(stub: ImageToImageServiceStub) -> None:
+    code, details = failure(lambda: stub.Transform(request(image=pb.ImageSource(data=png((300, 200))))))
+    assert (code, details["field"]) == (grpc.StatusCode.INVALID_ARGUMENT, "image")
+    assert "set fit" in str(details["description"])
+
+
+WARNING = RequestWarning("prompt", "it was too long", "PROMPT_TRUNCATED")
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_plans_warnings_come_with_the_result(stub: ImageToImageServiceStub, pipeline: FakePipeline, streamed: bool) -> None:
+    def run() -> pb.TransformResponse:
+        if not streamed:
+            return stub.Transform(request())
+        *_, last = stub.TransformStream(pb.TransformStreamRequest(request=request()))
+        return last.completed
+
+    assert list(run().warnings) == []
+    pipeline.warnings = (WARNING,)
+    (warning,) = run().warnings
+    assert (warning.field, warning.description, warning.code) == ("prompt", "it was too long", "PROMPT_TRUNCATED")
 
 
 @pytest.mark.parametrize(

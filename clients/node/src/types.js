@@ -16,6 +16,15 @@
  * @property {number} [height]
  * @property {string} [scheduler]
  * @property {number} [preview_interval]
+ * @property {Fit} [fit]
+ */
+
+/**
+ * Exactly one of its fields.
+ *
+ * @typedef {object} Fit
+ * @property {number} [longest_side]
+ * @property {{}} [native_area]
  */
 
 /**
@@ -53,6 +62,14 @@
  * @property {string} model_revision
  * @property {string} engine
  * @property {Timings} timings
+ * @property {Warning[]} warnings
+ */
+
+/**
+ * @typedef {object} Warning
+ * @property {string} field
+ * @property {string} description
+ * @property {string} code
  */
 
 /**

@@ -10,7 +10,17 @@ from PIL import Image
 
 from img2img_server.bundle import Manifest, Source, Verification
 from img2img_server.calls import Call
-from img2img_server.engine.request import Completed, Ending, Failed, Progress, Queued, Request, Started, Timings
+from img2img_server.engine.request import (
+    Completed,
+    Ending,
+    Failed,
+    Progress,
+    Queued,
+    Request,
+    RequestWarning,
+    Started,
+    Timings,
+)
 from img2img_server.errors import EngineStuck, ShuttingDown
 from img2img_server.models.store import EngineStatus, Model, ModelState
 
@@ -117,15 +127,16 @@ class Done:
 
     pictures: tuple[Picture, ...]
     timings: Timings
+    warnings: tuple[RequestWarning, ...] = ()
 
     @classmethod
     def of(cls, completed: Completed) -> "Done":
         """The ending as a message."""
-        return cls(tuple(map(Picture.of, completed.images)), completed.timings)
+        return cls(tuple(map(Picture.of, completed.images)), completed.timings, completed.warnings)
 
     def completed(self) -> Completed:
         """The ending again."""
-        return Completed(tuple(picture.image() for picture in self.pictures), self.timings)
+        return Completed(tuple(picture.image() for picture in self.pictures), self.timings, self.warnings)
 
 
 @dataclass(frozen=True, slots=True)

@@ -46,17 +46,29 @@ class Request:
 
 
 @dataclass(frozen=True, slots=True)
+class RequestWarning:
+    """Something about a request that its caller may not have meant: the `field` of TransformRequest that it is about, a
+    `description` for people and a stable `code` for programs."""
+
+    field: str
+    description: str
+    code: str
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """What a request will ask of the device, known before anything is computed.
 
     Requests of one model with the same `shape` share calls; `rows` is how many samples it adds to each: one for each
-    picture, two with classifier-free guidance. `step_count` is how many calls it takes part in.
+    picture, two with classifier-free guidance. `step_count` is how many calls it takes part in. `warnings` go to its caller with
+    its good end.
     """
 
     shape: Hashable
     pixels: int
     rows: int
     step_count: int
+    warnings: tuple[RequestWarning, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,10 +111,11 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class Completed:
-    """The request's good end: one RGB picture for each seed."""
+    """The request's good end: one RGB picture for each seed, and its plan's warnings."""
 
     images: tuple[Image.Image, ...]
     timings: Timings
+    warnings: tuple[RequestWarning, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

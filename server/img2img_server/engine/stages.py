@@ -64,7 +64,7 @@ class Stages:
                 denoise=denoised - ticket.prepared,
                 decode=self._clock() - denoised,
             )
-            completed.append((ticket, Completed(tuple(images), timings)))
+            completed.append((ticket, Completed(tuple(images), timings, ticket.plan.warnings)))
         return completed
 
     def _preview(self, tickets: Sequence[Ticket]) -> dict[Ticket, Any]:

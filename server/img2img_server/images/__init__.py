@@ -3,11 +3,12 @@
 from img2img_server.images.data_uri import decode_data_uri
 from img2img_server.images.decoding import READ_FORMATS, check_header, decode, header_size, media_type
 from img2img_server.images.encoding import WriteFormat, check_side, encode
-from img2img_server.images.sizes import ImageLimits, resize, target_size
+from img2img_server.images.sizes import ImageLimits, SizeRule, least_size, resize, target_size
 
 __all__ = [
     "READ_FORMATS",
     "ImageLimits",
+    "SizeRule",
     "WriteFormat",
     "check_header",
     "check_side",
@@ -15,6 +16,7 @@ __all__ = [
     "decode_data_uri",
     "encode",
     "header_size",
+    "least_size",
     "media_type",
     "resize",
     "target_size",

@@ -1,5 +1,6 @@
 """Sizes of images: what a server takes, and what it makes of it."""
 
+import math
 from dataclasses import dataclass
 
 from PIL import Image
@@ -17,28 +18,68 @@ class ImageLimits:
     max_pixels: int = setting(2048 * 2048, "largest result, width x height", metavar="N", least=1)
 
 
-def target_size(
-    source: tuple[int, int], width: int | None, height: int | None, multiple: int, limits: ImageLimits
-) -> tuple[int, int]:
-    """The size of the result: what was asked, else the source's, rounded down to the model's multiple, in pixels.
+@dataclass(frozen=True, slots=True)
+class SizeRule:
+    """What a request says of its result's size, in pixels: `width` and `height`, each the source's if it is None, or how the
+    source is fitted, by its longest side or by an area."""
 
-    Raises InvalidField if that is too large or nothing.
+    width: int | None = None
+    height: int | None = None
+    longest_side: int | None = None
+    area: int | None = None
+
+
+def least_size(rule: SizeRule, multiple: int, limits: ImageLimits) -> tuple[int, int]:
+    """The least result that any source would have. Raises InvalidField for a rule that no source makes right."""
+    return target_size((multiple, multiple) if rule.longest_side is None else (rule.longest_side, 1), rule, multiple, limits)
+
+
+def target_size(source: tuple[int, int], rule: SizeRule, multiple: int, limits: ImageLimits) -> tuple[int, int]:
+    """The size of the result, in pixels: the rule's or the source's, rounded down to the model's multiple.
+
+    A source that is fitted keeps its aspect, but for that rounding. Raises InvalidField if the result is too large or nothing.
     """
+    if rule.longest_side is not None:
+        return _by_side(source, rule.longest_side, multiple, limits)
+    if rule.area is not None:
+        return _by_area(source, min(rule.area, limits.max_pixels), multiple)
     sizes = []
-    for field, asked, own in (("width", width, source[0]), ("height", height, source[1])):
+    for field, asked, own in (("width", rule.width, source[0]), ("height", rule.height, source[1])):
         wanted = own if asked is None else asked
         if wanted < multiple:
             name = "image" if asked is None else field
             raise InvalidField(name, f"{field} is {wanted} pixels, the least for this model is {multiple}")
         sizes.append(wanted - wanted % multiple)
-    if sizes[0] * sizes[1] > limits.max_pixels:
-        name = "image" if width is None and height is None else "width" if width is not None else "height"
-        raise InvalidField(
-            name,
-            f"the result would have {sizes[0]} x {sizes[1]} pixels, the most is {limits.max_pixels}: "
-            "set width and height for a smaller one",
-        )
-    return sizes[0], sizes[1]
+    width, height = sizes
+    name = "width" if rule.width is not None else "height" if rule.height is not None else "image"
+    cure = "set fit, which makes a large image smaller with its aspect kept, or width and height"
+    _check_area((width, height), name, cure if name == "image" else "set both smaller, or fit in place of them", limits)
+    return width, height
+
+
+def _by_side(source: tuple[int, int], longest: int, multiple: int, limits: ImageLimits) -> tuple[int, int]:
+    field = "fit.longest_side"
+    if longest < multiple:
+        raise InvalidField(field, f"{longest} pixels are too few, the least for this model is {multiple}")
+    width, height = (_rounded(longest * side // max(source), multiple) for side in source)
+    _check_area((width, height), field, "set a smaller one", limits)
+    return width, height
+
+
+def _by_area(source: tuple[int, int], area: int, multiple: int) -> tuple[int, int]:
+    """The largest size of the source's aspect that has at most so many pixels."""
+    width, height = (_rounded(math.isqrt(area * side // other), multiple) for side, other in (source, source[::-1]))
+    # A side of one multiple leaves less to the other than the aspect would.
+    return min(width, _rounded(area // height, multiple)), min(height, _rounded(area // width, multiple))
+
+
+def _rounded(side: int, multiple: int) -> int:
+    return max(side - side % multiple, multiple)
+
+
+def _check_area(size: tuple[int, int], field: str, cure: str, limits: ImageLimits) -> None:
+    if size[0] * size[1] > limits.max_pixels:
+        raise InvalidField(field, f"the result would have {size[0]} x {size[1]} pixels, the most is {limits.max_pixels}: {cure}")
 
 
 def resize(image: Image.Image, size: tuple[int, int]) -> Image.Image:

@@ -40,6 +40,11 @@ class Parameters:
         value = self._read(name, "a number", "double_param", "int64_param", "uint64_param")
         return None if value is None else float(value)
 
+    def word_or_integer(self, name: str) -> str | int | None:
+        """A text, or an integer, which may be given as a text."""
+        value: str | int | None = self._read(name, "a text or an integer", "string_param", "int64_param", "uint64_param")
+        return int(value) if isinstance(value, str) and value.isascii() and value.isdigit() else value
+
     def truth(self, name: str) -> bool:
         """True or false, which is also what none means."""
         return bool(self._read(name, "a bool", "bool_param"))

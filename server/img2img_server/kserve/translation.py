@@ -2,6 +2,7 @@
 
 import asyncio
 import io
+import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -46,7 +47,14 @@ STEP, STEP_COUNT, PREVIEW = Output("step", "INT64", (1,)), Output("step_count", 
 PROGRESS = (STEP, STEP_COUNT, PREVIEW)
 """Of the responses that tell of a step, in streams that ask for them."""
 
-_FIELDS = {"output.format": "output_format", "output.quality": "quality", "model": "model_name", "id": "model_name"}
+_NATIVE = "native"
+_FIELDS = {
+    "fit.longest_side": "fit",
+    "output.format": "output_format",
+    "output.quality": "quality",
+    "model": "model_name",
+    "id": "model_name",
+}
 """What a field of TransformRequest's and ModelService's messages is called here."""
 _TIMINGS = tuple(field.name for field in pb.Timings.DESCRIPTOR.fields)
 
@@ -85,6 +93,7 @@ async def read(request: Any) -> Task:
     message.output.format = parameters.one_of("output_format", _formats()) or pb.OUTPUT_FORMAT_UNSPECIFIED
     if (quality := parameters.integer("quality", 32)) is not None:
         message.output.quality = quality
+    _set_fit(message, parameters.word_or_integer("fit"))
     message.preview_interval = parameters.integer("preview_interval", 32) or 0
     progress = parameters.truth("progress") or message.preview_interval > 0
     uri = parameters.text("image_uri")
@@ -126,6 +135,9 @@ def written(task: Task, answer: pb.TransformResponse) -> Any:
             tensors.write(response, output, [image.seed for image in answer.images], task.batched)
     for name in _TIMINGS:
         response.parameters[name].double_param = getattr(answer.timings, name)
+    if answer.warnings:
+        told = [{"field": one.field, "code": one.code, "description": one.description} for one in answer.warnings]
+        response.parameters["warnings"].string_param = json.dumps(told, ensure_ascii=False)
     response.parameters["engine"].string_param = answer.engine
     response.parameters["model_revision"].string_param = answer.model_revision
     return response
@@ -176,6 +188,17 @@ def _set(message: pb.TransformRequest, name: str, given: Mapping[str, tensors.Gi
             raise InvalidField(name, f"{value} needs more than 32 bits")
     if value is not None:
         setattr(message, name, value)
+
+
+def _set_fit(message: pb.TransformRequest, fit: str | int | None) -> None:
+    if isinstance(fit, int):
+        if not -(2**31) <= fit < 2**31:
+            raise InvalidField("fit", f"{fit} needs more than 32 bits")
+        message.fit.longest_side = fit
+    elif fit is not None:
+        if fit.lower() != _NATIVE:
+            raise InvalidField("fit", f"{tensors.shown(fit)} is neither '{_NATIVE}' nor the longest side in pixels")
+        message.fit.native_area.SetInParent()
 
 
 async def _set_source(message: pb.TransformRequest, given: Mapping[str, tensors.Given], uri: str | None) -> tuple[str, bool]:

@@ -24,6 +24,7 @@ from img2img_server.pipelines.schedules import Trajectory, advance_batch
 from img2img_server.pipelines.timetables import Timetable, Timetables
 from img2img_server.pipelines.torch_calls import torch_call
 from img2img_server.pipelines.transfers import send, settle
+from img2img_server.pipelines.truncation import Truncation
 from img2img_server.pipelines.views import view_of
 
 PreviewWeights = Sequence[Sequence[float]]
@@ -50,13 +51,15 @@ class StableDiffusion:
         self.schedulers = self._timetables.names
         self._encoder = Encoder(pipe, cache, self._encode_texts)
         self._preview_weights = preview_weights
+        self._truncation = Truncation(pipe)
 
     @torch_call
     def plan(self, request: Request) -> Plan:
         """Its steps and rows. Raises InvalidField where there are no steps to run. Slow for steps that were not seen before."""
         rows = len(request.seeds) * (2 if self._is_guided(request) else 1)
         width, height = request.image.size
-        return Plan((height, width), width * height, rows, len(self._timetables.get(request).timesteps))
+        warnings = self._truncation.warnings(self._read_texts(request))
+        return Plan((height, width), width * height, rows, len(self._timetables.get(request).timesteps), warnings)
 
     @torch_call
     def prepare(self, requests: Sequence[Request]) -> Sequence[DiffusionState]:
@@ -199,6 +202,11 @@ class StableDiffusion:
     def _texts(self, request: Request) -> list[str]:
         """The texts that have to be encoded for it."""
         return [request.prompt, request.negative_prompt or ""] if self._is_guided(request) else [request.prompt]
+
+    def _read_texts(self, request: Request) -> dict[str, str]:
+        """The texts of the request that count, each by the name of its field."""
+        read = {"prompt": request.prompt}
+        return read | {"negative_prompt": request.negative_prompt or ""} if self._is_guided(request) else read
 
     def _embeddings(self, request: Request, known: dict[str, Embedding]) -> tuple[Embedding, Embedding | None]:
         """Those of the prompt, and of the negative one where guidance wants it."""

@@ -19,6 +19,7 @@ from img2img_server.engine.request import Plan, Request
 from img2img_server.errors import InvalidField, OutOfMemory
 from img2img_server.pipelines.sharing import rule_of, slot
 from img2img_server.pipelines.torch_calls import torch_call
+from img2img_server.pipelines.truncation import Truncation
 from img2img_server.pipelines.views import view_of
 from img2img_server.pipelines.whole_call import Call, WholeState
 from img2img_server.pipelines.whole_sizes import SWAPPED, native_side, parts, size_multiple
@@ -48,6 +49,7 @@ class WholePipeline:
         self.engine = engine
         self.size_multiple = size_multiple(pipe)
         self._rule = rule_of(pipe)
+        self._truncation = Truncation(pipe)
         self.max_rows: int | None = None if self._rule else 1
         self._most_rows = _MOST_ROWS
         for part in parts(pipe):
@@ -62,7 +64,7 @@ class WholePipeline:
         chunks = -(-len(request.seeds) // at_once)
         rows = min(len(request.seeds), at_once) * self._rows(request)
         shape = (height, width) if settings is None else (height, width, slot(settings))
-        return Plan(shape, width * height, rows, self._steps(request) * chunks)
+        return Plan(shape, width * height, rows, self._steps(request) * chunks, self._truncation.warnings(self._texts(request)))
 
     def prepare(self, requests: Sequence[Request]) -> Sequence[WholeState]:
         """Readies the calls, a shared one for those with equal settings; nothing is computed yet."""
@@ -178,6 +180,11 @@ class WholePipeline:
             made = [image.size for image in images]
             raise RuntimeError(f"asked for {len(call.pictures)} of {size}, {type(self._pipe).__name__} made {made}")
         return images
+
+    def _texts(self, request: Request) -> dict[str, str]:
+        """The texts of the request that the pipeline takes, each by the name of its field."""
+        given = {"prompt": request.prompt, "negative_prompt": request.negative_prompt}
+        return {name: text for name, text in given.items() if text and name in self._parameters}
 
     def _arguments(self, pictures: Sequence[tuple[Request, int]], listeners: dict[str, Any]) -> dict[str, Any]:
         """The arguments of the pipeline's call: what it knows of the requests, in lists where there are several pictures."""
