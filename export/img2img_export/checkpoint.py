@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from img2img_server.errors import BundleError
 from img2img_server.pipelines.foreign import INDEX, refuse_foreign_parts
+from img2img_server.pipelines.foreign_configs import refuse_foreign_config
 
 from img2img_export.errors import ExportError
 from img2img_export.options import ExportOptions
@@ -104,14 +105,15 @@ def read_index(path: Path) -> Any:
         raise ExportError(f"{path} cannot be read: {error}") from None
 
 
-def refuse_lists(directory: Path, files: Iterable[str]) -> None:
-    """Raises ExportError where one of the `files` below `directory` lists weights that are not safetensors beside it."""
+def refuse_unsafe(directory: Path, files: Iterable[str]) -> None:
+    """Raises ExportError where one of the `files` below `directory` lists weights that are not safetensors beside it, or is a
+    configuration that may lead to code or to other files."""
     for name in files:
-        if INDEX in name.rpartition("/")[2].lower():
-            try:
-                refuse_foreign_parts(directory / name)
-            except BundleError as error:
-                raise ExportError(str(error)) from None
+        refuse = refuse_foreign_parts if INDEX in name.rpartition("/")[2].lower() else refuse_foreign_config
+        try:
+            refuse(directory / name)
+        except BundleError as error:
+            raise ExportError(str(error)) from None
 
 
 def names_below(directory: Path) -> list[str]:

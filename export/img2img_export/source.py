@@ -12,7 +12,7 @@ from pathlib import Path
 
 from img2img_server.bundle import Source
 
-from img2img_export.checkpoint import INDEX_NAME, PICKLE_SUFFIXES, Kind, Layout, choose, names_below, read_index, refuse_lists
+from img2img_export.checkpoint import INDEX_NAME, PICKLE_SUFFIXES, Kind, Layout, choose, names_below, read_index, refuse_unsafe
 from img2img_export.digests import Digests
 from img2img_export.errors import ExportError
 from img2img_export.options import ExportOptions
@@ -67,6 +67,7 @@ def _single_file(options: ExportOptions, digests: Digests, progress: Progress) -
     path = path.resolve()
     read = digests.digest_files(path.parent, [path.name], progress)
     directory, layout, files = find_template(options, read[path.name], digests, progress)
+    refuse_unsafe(directory, files)
     source = Source(path=str(path), digest=_combine(read | digests.digest_files(directory, files)))
     return Checkpoint(directory, tuple(files), layout, source, "single-file", path)
 
@@ -78,7 +79,7 @@ def _layout(options: ExportOptions, digests: Digests, progress: Progress) -> Che
     kind, layout, files = choose(read_index(directory / INDEX_NAME), names, options)
     if missing := [name for name in files if not (directory / name).is_file()]:
         raise ExportError(f"{options.source} lacks {missing[0]}")
-    refuse_lists(directory, files)
+    refuse_unsafe(directory, files)
     source = Source(
         repo_id=repo_id,
         path=None if repo_id else str(directory),

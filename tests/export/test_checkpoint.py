@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from img2img_export.checkpoint import choose, choose_texts, read_layout, refuse_lists, select_files
+from img2img_export.checkpoint import choose, choose_texts, read_layout, refuse_unsafe, select_files
 from img2img_export.errors import ExportError
 from img2img_export.options import ExportOptions
 from img2img_export.progress import Progress
@@ -150,7 +150,7 @@ def test_a_list_of_weights_that_are_not_safetensors_is_refused(
         resolve(options, Progress())
     index.write_text("{")
     with pytest.raises(ExportError, match="cannot be read"):
-        refuse_lists(checkpoint, [index.relative_to(checkpoint).as_posix()])
+        refuse_unsafe(checkpoint, [index.relative_to(checkpoint).as_posix()])
 
 
 def test_a_list_of_other_weights_is_no_text() -> None:

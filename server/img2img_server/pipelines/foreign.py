@@ -1,10 +1,11 @@
-"""What has no place in a bundle: pickles and code. Whoever loads a model must not run what its file says."""
+"""What has no place in a bundle: pickles, code, and configurations that lead to code. Loading a model must not run its files."""
 
 import json
 import os
 from pathlib import Path
 
 from img2img_server.errors import BundleError
+from img2img_server.pipelines.foreign_configs import refuse_foreign_config
 
 _SUFFIXES = (".py", ".pyc", ".so", ".dll", ".bin", ".ckpt", ".pt", ".pth", ".pkl", ".pickle", ".joblib")
 """Of files that diffusers and transformers would read as pickles or import."""
@@ -13,7 +14,8 @@ INDEX = ".index."
 
 
 def refuse_foreign(bundle: Path) -> None:
-    """Raises BundleError where there is a pickle or code in the directory `bundle`, or behind a link in it.
+    """Raises BundleError where there is a pickle or code in the directory `bundle`, or behind a link in it, or a configuration
+    that may lead to code (foreign_configs.py).
 
     Loaders are told not to read them, but they load one another, and not all obey. No bundle of the exporter's has any.
     """
@@ -26,6 +28,8 @@ def refuse_foreign(bundle: Path) -> None:
                 raise BundleError(f"{Path(folder, name)} could run code when it is read: such files have no place in a bundle")
             if INDEX in name.lower():
                 refuse_foreign_parts(Path(folder, name))
+            else:
+                refuse_foreign_config(Path(folder, name))
 
 
 def refuse_foreign_parts(path: Path) -> None:
