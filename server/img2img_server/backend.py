@@ -15,6 +15,7 @@ from img2img_server.engine.engine import Engine
 from img2img_server.engine.runner import Runner
 from img2img_server.engine.spans import Span
 from img2img_server.errors import ServerError
+from img2img_server.models.cost_store import CostStore
 from img2img_server.models.preparation import Preparation
 from img2img_server.models.residency import Health, Residency
 from img2img_server.models.store import Model, ModelStore
@@ -99,7 +100,7 @@ class LocalBackend:
 
     Every model is loaded and measured before it starts. `cache` is the one that the models use, to tell at the end how it did.
     `contend` gives the engines that are to be built in the background and may take over from those that the models were loaded
-    with; it must be quick, and raise nothing.
+    with; it must be quick, and raise nothing. `open_costs` gives where measured costs are kept, once the models are loaded.
     """
 
     def __init__(
@@ -108,11 +109,13 @@ class LocalBackend:
         load_models: Callable[[], ModelStore],
         cache: Cache | None = None,
         contend: Callable[[ModelStore], Sequence[Contender]] = lambda models: (),
+        open_costs: Callable[[], CostStore | None] = lambda: None,
     ) -> None:
         self._config = config
         self._load_models = load_models
         self._cache = cache
         self._contend = contend
+        self._open_costs = open_costs
         self._observe: Callable[[Span], None] | None = None
         self._trace: Trace | None = None
         self._models: ModelStore | None = None
@@ -154,10 +157,12 @@ class LocalBackend:
             await health(model.id, False)
         limits = self._config.limits
         engine = Engine(models.pipelines(), limits, observe=self._observed)
-        await Preparation(models, engine, limits.max_batch_size, self._config.warm_up, self._config.watchdog).run()
+        costs = await in_thread(self._open_costs)
+        warm_up, watchdog = self._config.warm_up, self._config.watchdog
+        await Preparation(models, engine, limits.max_batch_size, warm_up, watchdog, costs=costs).run()
         models.check_any(self._config.residency)
         self._models, self._engine = models, engine
-        self._residency = Residency(self._config.residency, models, engine, health)
+        self._residency = Residency(self._config.residency, models, engine, health, costs=costs)
 
     async def start(self, stuck: Callable[[str], Awaitable[None]]) -> None:
         """Starts the engine's thread, the takeovers and the watchdog."""

@@ -3,14 +3,17 @@
 import logging
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from img2img_server.backend import LocalBackend
 from img2img_server.bundle import Manifest
 from img2img_server.config import ServerConfig
+from img2img_server.distribution import version
 from img2img_server.engine.cache import Cache
 from img2img_server.engine.request import Pipeline
+from img2img_server.models.cost_store import CostStore
 from img2img_server.models.store import ModelStore
 from img2img_server.models.takeover import Contender
 
@@ -58,4 +61,22 @@ def local(config: ServerConfig) -> LocalBackend:
         assert shelf is not None, "the models were loaded"
         return contenders(models, config.execution, cache, shelf)
 
-    return LocalBackend(config, load_models, cache, contend)
+    def open_costs() -> CostStore | None:
+        from img2img_server.pipelines import cores, engine_cache
+        from img2img_server.pipelines.measuring import machine
+
+        try:
+            root = config.execution.cache or engine_cache.default_root()
+        except RuntimeError:  # a user without a home
+            return None
+        facts = {
+            "img2img": version(),
+            "machine": machine(),
+            "free_cores": cores.count(),
+            "execution": {name: str(value) for name, value in asdict(config.execution).items() if name != "cache"},
+            "max_batch_size": config.limits.max_batch_size,
+            "warm_up": config.warm_up,
+        }
+        return CostStore(root / engine_cache.COSTS, facts)
+
+    return LocalBackend(config, load_models, cache, contend, open_costs)

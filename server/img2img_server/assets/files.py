@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from img2img_server.calls import Call
+from img2img_server.places import user_cache
 
 _FILE = re.compile(r"(?P<owner>shared|client-[0-9a-f]{32})/(?P<start>[0-9a-f]{2})/(?P<id>(?P=start)[0-9a-f]{62})")
 _ID = re.compile(r"[0-9a-f]{64}")
@@ -184,10 +185,7 @@ def open_files(url: str | None) -> AssetFiles:
 
 def default_folder() -> Path:
     """Where assets are kept unless told otherwise: img2img/assets in the user's cache directory."""
-    home = os.environ.get("XDG_CACHE_HOME", "")
-    # The XDG specification has relative paths ignored.
-    base = Path(home) if Path(home).is_absolute() else Path.home() / ".cache"
-    return base / "img2img" / "assets"
+    return user_cache("assets")
 
 
 def _private(path: str, flags: int) -> int:

@@ -24,6 +24,10 @@ _GAIN = 0.04
 _PATIENCE = 1000
 """Calls of a stage after which one that had no room may be tried again: others may have taken the memory at that time. Where it
 fails again it takes twice as many, so failing costs less than a thousandth of all calls."""
+_CURIOSITY = 32
+"""Full batches of a shape after which a larger one than pays is tried once: what was measured of that may have been disturbed."""
+_SAMPLES = 3
+"""Trials of a batch whose median takes the place of what was thought of it."""
 _MOST_SHAPES = 256
 """Shapes of a model that are remembered for each stage: callers choose them."""
 
@@ -48,12 +52,53 @@ class Measured:
 
 
 @dataclass(slots=True)
+class _Trials:
+    """Which batch beyond those that pay is tried next, and what trials have taken.
+
+    After `patience` full batches one of up to `allowed` rows is tried once, if that many come together; `base` is what was
+    full. Once a batch was tried often enough, the next larger one has its turn; when all have been, patience doubles.
+    """
+
+    patience: int = _CURIOSITY
+    calls: int = 0
+    base: int = 0
+    allowed: int = 0
+    beyond: int = 0
+    samples: dict[int, list[float]] = field(default_factory=dict)
+
+    def note(self, rows: int, seconds: float, cap: int, form: list[int]) -> float | None:
+        """Notes a call of `rows` rows; `form` are the batches that were measured. Returns the median of its trials when it has
+        been tried often enough."""
+        if self.allowed and rows > self.base:
+            self.allowed = self.calls = 0
+            samples = self.samples.setdefault(rows, [])
+            samples.append(seconds)
+            if len(samples) < _SAMPLES:
+                return None
+            self.beyond = rows
+            return sorted(self.samples.pop(rows))[_SAMPLES // 2]
+        if rows >= cap:
+            self.calls += 1
+        if self.calls >= self.patience and not self.allowed:
+            self._allow(max(cap, rows), form)
+        return None
+
+    def _allow(self, base: int, form: list[int]) -> None:
+        larger = next((rows for rows in form if rows > max(base, self.beyond)), None)
+        if larger is None:  # all of them were tried
+            self.calls, self.beyond, self.patience = 0, 0, 2 * self.patience
+        else:
+            self.base, self.allowed = base, larger
+
+
+@dataclass(slots=True)
 class _Curve:
     """Mean seconds of a call by its rows, for one stage, model and shape. `rows` is sorted."""
 
     pixels: int
     rows: list[int] = field(default_factory=list)
     means: list[float] = field(default_factory=list)
+    trials: _Trials = field(default_factory=_Trials)
 
     def set(self, rows: int, seconds: float) -> None:
         """Takes `seconds` for what a call of `rows` takes, whatever was thought before."""
@@ -69,6 +114,14 @@ class _Curve:
             return self.set(rows, (seconds + expected) / 2)
         index = bisect_left(self.rows, rows)
         self.means[index] += _WEIGHT * (seconds - self.means[index])
+
+    def paying(self, most: int | None = None) -> int:
+        """The smallest batch, of up to `most` rows, beyond which a larger one saves no time per row that is worth it."""
+        chosen, best = self.rows[0], self.means[0] / self.rows[0]
+        for rows, mean in zip(self.rows[1:], self.means[1:], strict=True):
+            if (most is None or rows <= most) and mean / rows < best * (1 - _GAIN):
+                chosen, best = rows, mean / rows
+        return chosen
 
     def seconds(self, rows: int) -> float:
         """Between two measured batches by interpolation, outside of them as the nearest stretch goes on.
@@ -135,6 +188,10 @@ class Costs:
         for pixels, rows in measured.full:
             self.forbid(model, pixels, rows)
 
+    def knows(self, model: str) -> bool:
+        """Whether anything is known of what a step of `model` takes."""
+        return bool(self._curves.get(("denoise", model)))
+
     def record(self, stage: Stage, group: Group, pixels: int, rows: int, seconds: float) -> None:
         """Learns from a call that took `seconds`."""
         if (bound := self._bounds.get((stage, group[0]))) is not None:
@@ -144,12 +201,19 @@ class Costs:
         if expected is None:
             return self.measured(stage, group, pixels, rows, seconds)
         pace = self._pace.get(group[0], 1.0)
+        paced = seconds / pace
         # One call in many is held up by something else: it is not to be believed in full.
-        seconds = min(max(seconds / pace, expected / _DOUBT), expected * _DOUBT)
+        seconds = min(max(paced, expected / _DOUBT), expected * _DOUBT)
         if stage == "denoise":
             # What else the machine does slows down all calls alike, and shows here soonest.
             self._pace[group[0]] = pace * (1 + _PACE_WEIGHT * (seconds / max(expected, _INSTANT) - 1))
-        self._curve(stage, group, pixels).record(rows, seconds, expected)
+        curve = self._curve(stage, group, pixels)
+        curve.record(rows, seconds, expected)
+        if stage == "denoise":
+            form = self._form(group, pixels)
+            tried = curve.trials.note(rows, paced, form.paying(), form.rows)
+            if tried is not None:
+                curve.set(rows, tried)
 
     def seconds(self, stage: Stage, group: Group, pixels: int, rows: int) -> float | None:
         """The expected seconds of such a call, as things go now; None before the first call of that model."""
@@ -212,15 +276,18 @@ class Costs:
         curves = self._curves.get(("denoise", group[0]))
         if not curves:
             return most
-        curve = curves.get(group[1])
-        if curve is None or len(curve.rows) < 2:
-            curve = _nearest(curves, pixels)
-        chosen, best = curve.rows[0], curve.means[0] / curve.rows[0]
-        for rows, mean in zip(curve.rows[1:], curve.means[1:], strict=True):
-            if rows <= most and mean / rows < best * (1 - _GAIN):
-                chosen, best = rows, mean / rows
+        curve, own = self._form(group, pixels), curves.get(group[1])
+        chosen = curve.paying(most)
         # What lies beyond the largest that was tried is not known: nothing is held back by it.
-        return most if chosen == curve.rows[-1] else chosen
+        if chosen == curve.rows[-1]:
+            return most
+        return chosen if own is None else max(chosen, min(own.trials.allowed, most))
+
+    def _form(self, group: Group, pixels: int) -> _Curve:
+        """The curve that says how a shape's calls grow with their rows: its own, or the nearest of several batches."""
+        curves = self._curves["denoise", group[0]]
+        own = curves.get(group[1])
+        return own if own is not None and len(own.rows) > 1 else _nearest(curves, pixels)
 
 
 def _nearest(curves: dict[Hashable, _Curve], pixels: int) -> _Curve:

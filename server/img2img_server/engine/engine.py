@@ -13,7 +13,7 @@ from img2img_server.engine.answers import Accepted as Accepted
 from img2img_server.engine.answers import EngineStats as EngineStats
 from img2img_server.engine.answers import ModelCall
 from img2img_server.engine.calls import Calls
-from img2img_server.engine.costs import Costs
+from img2img_server.engine.costs import Costs, Measured
 from img2img_server.engine.request import Completed, Ending, Failed, Listener, Pipeline, Queued, Request, Ticket
 from img2img_server.engine.room import Place, Room
 from img2img_server.engine.scheduler import Limits, Scheduler
@@ -82,6 +82,12 @@ class Engine:
         with self._changed:
             self._pipelines[model] = pipeline
             self._scheduler.set_max_rows(model, pipeline.max_rows)
+
+    def adopt(self, model: str, measured: Measured) -> None:
+        """Notes what was measured of `model`, unless more has been learnt of it since."""
+        with self._changed:
+            if not self.costs.knows(model):
+                self.costs.adopt(model, measured)
 
     def settle(self, model: str) -> bool:
         """Waits until no request of `model` is left, and nothing of one. False where the engine stops before that."""

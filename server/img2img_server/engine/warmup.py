@@ -20,6 +20,9 @@ _ROUNDS = 7
 _FEW_ROUNDS = 3
 """Rounds that there is to be time for before one more batch size is tried. The median of 3 is right while 1 is disturbed."""
 
+_SURPRISE = 1.5
+"""Times longer than was expected that a batch takes if it is run once more."""
+
 _R = TypeVar("_R")
 
 
@@ -37,6 +40,11 @@ class _Batch:
     def took(self) -> float:
         """Seconds that running it once more is expected to take."""
         return sum(min(self.first[stage], *self.seconds.get(stage, (self.first[stage],))) for stage in self.first)
+
+    @property
+    def rounds(self) -> int:
+        """How many rounds it was in."""
+        return len(self.seconds.get("denoise", ()))
 
     def add(self, times: dict[Stage, float]) -> None:
         """Notes the times of one round."""
@@ -81,7 +89,7 @@ class WarmUp:
             while rows <= limit and self._is_time(batches, took, end):
                 batch = _Batch(request, rows)
                 try:
-                    batch.first = self._once(pipeline, batch)
+                    batch.first = self._first(pipeline, batch, took, end)
                 except Exception as error:  # whatever a model raises: most likely that there is no room for that many
                     if rows == 1:
                         raise
@@ -89,10 +97,15 @@ class WarmUp:
                     _log.debug("where it failed", exc_info=True)
                     full.append((request.image.width * request.image.height, rows))
                     break
+                if not batch.first:
+                    break
                 batches.append(batch)
                 took, rows = 2 * batch.took, 2 * rows
         self._take_rounds(pipeline, batches, end)
-        return Measured(tuple(timing for batch in batches for timing in _timings(pipeline, batch)), tuple(full))
+        # A round that was not finished counts for none: all medians are to be over the same time.
+        rounds = min((batch.rounds for batch in batches), default=0)
+        timings = (timing for batch in batches for timing in _timings(pipeline, batch, rounds))
+        return Measured(tuple(timings), tuple(full))
 
     def check(self, name: str, pipeline: Pipeline) -> None:
         """Runs one row once, for a model whose costs are known. Raises what the model raises."""
@@ -103,6 +116,19 @@ class WarmUp:
         """Whether one more batch, which is expected to take `took` seconds, can be run once and then in a few rounds."""
         round_seconds = took + sum(batch.took for batch in batches)
         return self._clock() + took + (_FEW_ROUNDS * round_seconds if batches else 0.0) < end
+
+    def _first(self, pipeline: Pipeline, batch: _Batch, expected: float, end: float) -> dict[Stage, float]:
+        """Runs a batch for the first time; twice if that took much longer than `expected`: how many batches are measured
+        must not depend on a call that is held up. Returns the seconds of its stages; nothing if there is no time for the second
+        time, as that call alone says nothing of a batch, except of a single row."""
+        first = self._once(pipeline, batch)
+        took = sum(first.values())
+        if took <= _SURPRISE * expected:
+            return first
+        if self._clock() + took >= end:
+            return first if batch.rows == 1 else {}
+        again = self._once(pipeline, batch)
+        return {stage: min(seconds, again[stage]) for stage, seconds in first.items()}
 
     def _take_rounds(self, pipeline: Pipeline, batches: Sequence[_Batch], end: float) -> None:
         for number in range(_ROUNDS):
@@ -142,12 +168,12 @@ def _request(name: str, pipeline: Pipeline, divisor: int) -> Request:
     return Request(name, Image.new("RGB", (width, height), "gray"), "", "", 1.0, 1, 1.0, (0,))
 
 
-def _timings(pipeline: Pipeline, batch: _Batch) -> list[Timing]:
-    """What the stages of a batch take: of a few rounds the first call counts, too, and of two times the shorter."""
+def _timings(pipeline: Pipeline, batch: _Batch, rounds: int) -> list[Timing]:
+    """What the stages of a batch take in so many rounds: of a few the first call counts, too, and of two times the shorter."""
     plan = pipeline.plan(batch.request)
     timings = []
     for stage, first in batch.first.items():
-        seconds = batch.seconds.get(stage, [])
-        enough = seconds if len(seconds) >= _FEW_ROUNDS else [*seconds, first]
+        seconds = batch.seconds.get(stage, [])[:rounds]
+        enough = seconds if rounds >= _FEW_ROUNDS else [*seconds, first]
         timings.append(Timing(stage, plan.shape, plan.pixels, batch.rows, statistics.median_low(enough)))
     return timings

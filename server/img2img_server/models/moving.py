@@ -12,6 +12,7 @@ from img2img_server.bundle import Manifest
 from img2img_server.engine.engine import Engine
 from img2img_server.engine.request import Completed, Ending, Event, Failed, Pipeline, Request
 from img2img_server.errors import ShuttingDown
+from img2img_server.models.cost_store import CostStore
 from img2img_server.models.failures import Stage
 from img2img_server.models.memory import Meter, give_back, in_words, measured
 from img2img_server.models.store import ModelStore
@@ -38,12 +39,13 @@ class _Arrival:
 
 class Mover:
     """Brings models in and frees them. One at a time may be moved: what `meter` measures is then its own, but for requests that
-    run meanwhile. Used on the event loop, which it never blocks."""
+    run meanwhile. `costs` has what was measured of models before. Used on the event loop, which it never blocks."""
 
-    def __init__(self, models: ModelStore, engine: Engine, meter: Meter) -> None:
+    def __init__(self, models: ModelStore, engine: Engine, meter: Meter, costs: CostStore | None = None) -> None:
         self._models = models
         self._engine = engine
         self._meter = meter
+        self._costs = costs
         self._arrived: dict[str, _Arrival] = {}
 
     async def bring(self, name: str) -> str:
@@ -100,6 +102,7 @@ class Mover:
             manifest, pipeline = await in_thread(lambda: self._open(name))
             self._arrived[name] = _Arrival(manifest, pipeline, 0)
             self._engine.replace(name, pipeline)
+            await in_thread(lambda: self._recall(name, pipeline))
             await self._try(name, pipeline)
             memory = measured(before.grown_to(self._meter.read(), pipeline.engine), manifest)
             self._arrived[name] = _Arrival(manifest, pipeline, memory)
@@ -109,6 +112,11 @@ class Mover:
         except Exception as error:  # noqa: BLE001 - whatever a library raises: this model cannot be served, the others go on
             return error
         return None
+
+    def _recall(self, name: str, pipeline: Pipeline) -> None:
+        known = None if self._costs is None else self._costs.find(self._models.get(name).bundle, pipeline)
+        if known is not None:
+            self._engine.adopt(name, known)
 
     def _open(self, name: str) -> tuple[Manifest, Pipeline]:
         model = self._models.get(name)

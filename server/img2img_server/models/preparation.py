@@ -10,6 +10,7 @@ from img2img_server.engine.engine import Engine
 from img2img_server.engine.request import Pipeline
 from img2img_server.engine.under_way import UnderWay
 from img2img_server.engine.warmup import WarmUp
+from img2img_server.models.cost_store import CostStore
 from img2img_server.models.failures import Hung, Stage
 from img2img_server.models.memory import give_back
 from img2img_server.models.store import ModelStore
@@ -25,7 +26,7 @@ class Preparation:
     """Measures the models of `models` for `engine`, which has not started yet, before they are served.
 
     `budget` is the seconds for each model; a call that takes more than `longest` seconds counts as hung (0: none does). Batches
-    have `max_batch_size` rows at most. `clock` gives seconds.
+    have `max_batch_size` rows at most. `costs` has what was measured before, which is not measured again. `clock` gives seconds.
     """
 
     def __init__(
@@ -36,6 +37,7 @@ class Preparation:
         budget: float,
         longest: float,
         clock: Callable[[], float] = time.monotonic,
+        costs: CostStore | None = None,
     ) -> None:
         self._models = models
         self._engine = engine
@@ -43,19 +45,20 @@ class Preparation:
         self._budget = budget
         self._longest = longest
         self._clock = clock
+        self._costs = costs
 
     async def run(self) -> None:
         """Prepares one model after the other. One that fails is FAILED, and is not in the engine any more."""
         pipelines = self._models.pipelines()
         for number, (name, pipeline) in enumerate(pipelines.items(), start=1):
-            _log.info("model '%s' (%d of %d): warming up for up to %g s", name, number, len(pipelines), self._budget)
+            _log.info("model '%s' (%d of %d): warming up", name, number, len(pipelines))
             try:
                 with self._models.growing(name):
                     measured = await self._measure(name, pipeline)
             except Exception as error:  # noqa: BLE001 - whatever a library raises: the others are served
                 await self._leave_out(name, pipeline, error)
                 continue
-            self._engine.costs.adopt(name, measured)
+            self._engine.adopt(name, measured)
             for line in self._engine.costs.describe(name, self._max_batch_size):
                 _log.info("model '%s': %s", name, line)
 
@@ -63,7 +66,7 @@ class Preparation:
         """Measures a model on a thread of its own. Raises what the model raises, and Hung."""
         under_way = UnderWay(self._clock)
         warm_up = WarmUp(self._max_batch_size, self._budget, self._clock, under_way)
-        work = asyncio.ensure_future(in_thread(lambda: warm_up.measure(name, pipeline)))
+        work = asyncio.ensure_future(in_thread(lambda: self._known_or_measured(name, pipeline, warm_up)))
         while not work.done():
             await asyncio.wait({work}, timeout=min(_LOOK, self._longest / 10) if self._longest > 0 else None)
             call = under_way.longest
@@ -71,6 +74,18 @@ class Preparation:
                 work.cancel()
                 raise Hung(f"{call.stage} of {call.rows} rows did not come back within {self._longest:g} s")
         return work.result()
+
+    def _known_or_measured(self, name: str, pipeline: Pipeline, warm_up: WarmUp) -> Measured:
+        bundle = self._models.get(name).bundle
+        if self._costs is None:
+            return warm_up.measure(name, pipeline)
+        if (known := self._costs.find(bundle, pipeline)) is not None:
+            warm_up.check(name, pipeline)
+            _log.info("model '%s': its costs were measured by an earlier start", name)
+            return known
+        measured = warm_up.measure(name, pipeline)
+        self._costs.keep(bundle, pipeline, measured)
+        return measured
 
     async def _leave_out(self, name: str, pipeline: Pipeline, error: Exception) -> None:
         self._models.fail(name, Stage.WARM_UP, error)

@@ -22,6 +22,7 @@ from img2img_server.errors import (
     ShuttingDown,
 )
 from img2img_server.models.backoff import Backoff
+from img2img_server.models.cost_store import CostStore
 from img2img_server.models.exporting import EXPORTER
 from img2img_server.models.failures import WHY
 from img2img_server.models.finding import Finder
@@ -71,13 +72,14 @@ class Residency:
         meter: Meter | None = None,
         exporter: Sequence[str] = EXPORTER,
         clock: Callable[[], float] = time.monotonic,
+        costs: CostStore | None = None,
     ) -> None:
         self._settings = settings
         self._models = models
         self._engine = engine
         self._health = health
         self._clock = clock
-        self._mover = Mover(models, engine, meter or ProcessMeter())
+        self._mover = Mover(models, engine, meter or ProcessMeter(), costs)
         self._finder = Finder(settings, models, exporter, clock)
         self._places: defaultdict[str, _Place] = defaultdict(_Place)
         self._one_at_a_time = asyncio.Lock()

@@ -17,12 +17,15 @@ from pathlib import Path
 from typing import Any
 
 from img2img_server.bundle import digest_files, sha256_of
+from img2img_server.places import user_cache
 from img2img_server.stopping import Stop
 
 _log = logging.getLogger(__name__)
 
 _KEY, _RECORD = "key.json", "record.json"
 _UNFINISHED, _LOCKS = ".building", "locks"
+COSTS = "costs"
+"""The folder in which CostStore keeps its files."""
 _LOCK_INTERVAL = 0.5
 """Seconds between two attempts at a lock that another process holds."""
 
@@ -113,7 +116,9 @@ class EngineCache:
 
     def _prune(self, kept: Path) -> None:
         """Deletes the least recently used entries beyond the bounds, and what a process that died left unfinished."""
-        entries = sorted((path for path in self._root.iterdir() if path.name != _LOCKS), key=_last_used, reverse=True)
+        entries = sorted(
+            (path for path in self._root.iterdir() if path.name not in (_LOCKS, COSTS)), key=_last_used, reverse=True
+        )
         count, size = 0, 0
         for entry in entries:
             count += 1
@@ -128,10 +133,7 @@ class EngineCache:
 
 def default_root() -> Path:
     """Where engines are kept unless told otherwise: img2img/engines in the user's cache directory."""
-    home = os.environ.get("XDG_CACHE_HOME", "")
-    # The XDG specification has relative paths ignored.
-    base = Path(home) if Path(home).is_absolute() else Path.home() / ".cache"
-    return base / "img2img" / "engines"
+    return user_cache("engines")
 
 
 def digest_of(key: Key) -> str:

@@ -1,0 +1,136 @@
+"""Measured costs on disk: a model that was warmed up on this machine before is not measured again."""
+
+import contextlib
+import hashlib
+import json
+import logging
+import math
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from img2img_server.bundle import MANIFEST_NAME, sha256_of
+from img2img_server.engine.costs import STAGES, Measured, Timing
+from img2img_server.engine.request import Pipeline
+
+_log = logging.getLogger(__name__)
+
+_FORMAT = 1
+_MOST_BYTES = 2**20
+"""Of a file. One with seven batch sizes at two image sizes has 2 KB."""
+_MOST_FILES = 512
+"""Of the folder: beyond that, those that were written first are deleted."""
+_MOST_NUMBER = 2**40
+_MOST_SECONDS = 1e6
+
+
+class CostStore:
+    """Keeps what warm-up measured in the folder `root`, one file for each model and machine.
+
+    `facts` are JSON values that costs depend on beside the bundle and its engine: the machine, versions and settings. A file for
+    other facts is not found; one that is damaged is ignored and written again. Nothing here raises: a disk that is full or
+    read-only only means that the next start measures again.
+    """
+
+    def __init__(self, root: Path, facts: Mapping[str, Any]) -> None:
+        self._root = root
+        self._facts = facts
+
+    def find(self, bundle: Path | None, pipeline: Pipeline) -> Measured | None:
+        """What was measured of the model in the folder `bundle`, None if nothing that can be used is known."""
+        try:
+            key = self._key(bundle, pipeline)
+            file = self._file(key)
+            with file.open("rb") as opened:
+                data = opened.read(_MOST_BYTES + 1)
+        except OSError:
+            return None
+        try:
+            return _parse(data, key)
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            _log.info("the costs in %s are not used, and are measured again: %s", file, error)
+            return None
+
+    def keep(self, bundle: Path | None, pipeline: Pipeline, measured: Measured) -> None:
+        """Keeps what was measured of the model in the folder `bundle`. A file is whole or not there."""
+        if not measured.timings:
+            return
+        try:
+            key = self._key(bundle, pipeline)
+            self._root.mkdir(parents=True, exist_ok=True, mode=0o700)
+            self._write(self._file(key), _text(key, measured))
+            self._prune()
+        except OSError as error:
+            _log.warning("measured costs are not kept in %s (%s): the next start measures again", self._root, error.strerror)
+
+    def _key(self, bundle: Path | None, pipeline: Pipeline) -> dict[str, Any]:
+        if bundle is None:
+            raise FileNotFoundError("the model has no bundle")
+        key = {
+            "format": _FORMAT,
+            "bundle": sha256_of(bundle / MANIFEST_NAME),
+            "engine": pipeline.engine,
+            "max_rows": pipeline.max_rows,
+        }
+        return {**self._facts, **key}
+
+    def _file(self, key: Mapping[str, Any]) -> Path:
+        return self._root / f"{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()}.json"
+
+    def _write(self, path: Path, text: str) -> None:
+        descriptor, name = tempfile.mkstemp(dir=self._root, prefix=".", suffix=".part")
+        part = Path(name)
+        try:
+            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+                file.write(text)
+            part.replace(path)
+        except OSError:
+            part.unlink(missing_ok=True)
+            raise
+
+    def _prune(self) -> None:
+        files = sorted(self._root.glob("*.json"), key=lambda path: path.stat().st_mtime, reverse=True)
+        for old in files[_MOST_FILES:]:
+            with contextlib.suppress(OSError):
+                old.unlink()
+
+
+def _text(key: Mapping[str, Any], measured: Measured) -> str:
+    timings = [[one.stage, one.shape, one.pixels, one.rows, one.seconds] for one in measured.timings]
+    return json.dumps({"key": key, "timings": timings, "full": measured.full})
+
+
+def _parse(data: bytes, key: Mapping[str, Any]) -> Measured:
+    """What is in a file. Raises ValueError, TypeError or KeyError for anything that `_text` does not write for `key`."""
+    if len(data) > _MOST_BYTES:
+        raise ValueError("the file is too large")
+    content = json.loads(data)
+    if content["key"] != json.loads(json.dumps(key)):
+        raise ValueError("they were measured for something else")
+    timings = tuple(_timing(*one) for one in content["timings"])
+    if not timings:
+        raise ValueError("there are none")
+    return Measured(timings, tuple((_number(pixels), _number(rows)) for pixels, rows in content["full"]))
+
+
+def _timing(stage: Any, shape: Any, pixels: Any, rows: Any, seconds: Any) -> Timing:
+    if stage not in STAGES:
+        raise ValueError(f"there is no stage {stage!r}")
+    if (
+        isinstance(seconds, bool)
+        or not isinstance(seconds, int | float)
+        or not math.isfinite(seconds)
+        or not 0 <= seconds <= _MOST_SECONDS
+    ):
+        raise ValueError(f"{seconds!r} is no time")
+    if not isinstance(shape, list):
+        raise TypeError(f"{shape!r} is no shape")
+    return Timing(stage, tuple(map(_number, shape)), _number(pixels), _number(rows), float(seconds))
+
+
+def _number(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= _MOST_NUMBER:
+        raise ValueError(f"{value!r} is no size")
+    return value
