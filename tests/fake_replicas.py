@@ -103,7 +103,7 @@ class Rig:
     def submit(self, **settings: object) -> "Caller":
         return Caller(self.front, None, **settings)
 
-    async def _tell(self, name: str, serving: bool) -> None:
+    def _tell(self, name: str, serving: bool) -> None:
         self.serving[name] = serving
 
 

@@ -1,7 +1,8 @@
 """The process of a server whose model is a fake with a fault: python tests/faulty_server.py FAULT [flags of `img2img serve`].
 
-FAULT is "call", for a call of the model that never comes back, "loading", for a model that is never loaded, or "end", for an
-event loop that is blocked when the server is to stop at once. Standard output gets the word once it happens.
+FAULT is "none", for a model that works, "call", for a call of the model that never comes back, "loading", for a model that is
+never loaded, or "end", for an event loop that is blocked when the server is to stop at once. Standard output gets the word once
+it happens.
 """
 
 import argparse
@@ -22,7 +23,7 @@ from running import store
 def main() -> int:
     """Serves, and returns the exit status."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("fault", choices=("call", "loading", "end"))
+    parser.add_argument("fault", choices=("none", "call", "loading", "end"))
     configure(parser)
     arguments = parser.parse_args()
     config = configured(arguments, {}).config
@@ -37,7 +38,8 @@ def main() -> int:
         if arguments.fault == "loading":
             hang()
         pipeline = FakePipeline()
-        pipeline.before_call = hang
+        if arguments.fault != "none":
+            pipeline.before_call = hang
         return store(m=pipeline)
 
     class Faulty(Server):

@@ -112,7 +112,7 @@ class Rig:
             self._changed.clear()
             await self._changed.wait()
 
-    async def _tell(self, name: str, serving: bool) -> None:
+    def _tell(self, name: str, serving: bool) -> None:
         self.serving[name] = serving
 
 

@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 DATA, HEADERS, RESET, SETTINGS, PING, GOAWAY = 0, 1, 3, 4, 6, 7
-ACK, END_HEADERS = 1, 4
-MAX_CONCURRENT_STREAMS, MAX_HEADER_LIST_SIZE = 3, 6
+ACK, END_STREAM, END_HEADERS = 1, 1, 4
+MAX_CONCURRENT_STREAMS, INITIAL_WINDOW_SIZE, MAX_HEADER_LIST_SIZE = 3, 4, 6
 ENHANCE_YOUR_CALM = 11
+MAX_FRAME = 16384
 _PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 
 
@@ -27,14 +28,15 @@ class Frame:
 
 
 class RawConnection:
-    """A connection to a gRPC server on this machine, after the preface and empty settings."""
+    """A connection to a gRPC server on this machine, after the preface and settings: empty ones, or with a flow-control `window`
+    for what the server sends on each stream, in bytes. `timeout` is for one operation of the socket, in seconds."""
 
-    def __init__(self, port: int) -> None:
-        self._socket = socket.create_connection(("127.0.0.1", port), timeout=30)
+    def __init__(self, port: int, window: int | None = None, timeout: float | None = 30) -> None:
+        self._socket = socket.create_connection(("127.0.0.1", port), timeout=timeout)
         self._buffer = b""
         try:
             self._socket.sendall(_PREFACE)
-            self.send(SETTINGS)
+            self.send(SETTINGS, b"" if window is None else struct.pack(">HI", INITIAL_WINDOW_SIZE, window))
         except OSError:
             self.close()
             raise
@@ -42,12 +44,19 @@ class RawConnection:
     def send(self, kind: int, payload: bytes = b"", flags: int = 0, stream: int = 0) -> None:
         self._socket.sendall(Frame(kind, flags, stream, payload).bytes)
 
-    def call(self, method: str) -> None:
-        """Begins a call on the first stream, and sends no message."""
+    def call(self, method: str, *messages: bytes, stream: int = 1, token: str = "", end: bool = True) -> None:
+        """Begins a call and sends `messages`, each 65535 bytes at most in all; without any the call stays open."""
         headers = {":method": "POST", ":scheme": "http", ":path": method, ":authority": "x", "te": "trailers",
-                   "content-type": "application/grpc"}  # fmt: skip
+                   "content-type": "application/grpc"} | ({"authorization": f"Bearer {token}"} if token else {})  # fmt: skip
         literal = b"".join(b"\x00" + _string(name) + _string(value) for name, value in headers.items())
-        self.send(HEADERS, literal, END_HEADERS, 1)
+        self.send(HEADERS, literal, END_HEADERS, stream)
+        for number, message in enumerate(messages, start=1):
+            last = end and number == len(messages)
+            data = b"\x00" + len(message).to_bytes(4, "big") + message
+            blocks = [data[start : start + MAX_FRAME] for start in range(0, len(data), MAX_FRAME)]
+            for block in blocks[:-1]:
+                self.send(DATA, block, stream=stream)
+            self.send(DATA, blocks[-1], END_STREAM if last else 0, stream)
 
     def frames(self) -> Iterator[Frame]:
         """What the server sends, until it closes the connection. Nothing of it is acknowledged."""

@@ -90,7 +90,7 @@ def make_service(models: ModelStore, engine: Engine, codecs: Executor) -> ImageT
     return ImageToImageService(parser, models, residency, engine, codecs, Telemetry(config.telemetry), assets)
 
 
-async def _no_health(name: str, serving: bool) -> None:
+def _no_health(name: str, serving: bool) -> None:
     """Tells nobody."""
 
 

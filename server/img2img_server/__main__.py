@@ -38,7 +38,7 @@ examples:
   img2img serve --config server.toml
 
 The server answers health checks (grpc.health.v1) and reflection. SIGTERM drains it: new requests are refused, running ones
-finish within --grace seconds. A second SIGTERM stops it at once.
+finish within --grace seconds, and the process ends within 5 more. A second SIGTERM stops it at once.
 
 exit status: 0 drained; 1 it could not start; 2 a setting that cannot work; 70 a call of a model did not come back within
 --watchdog seconds; 130 or 143 SIGINT or SIGTERM before it was up or drained.

@@ -154,7 +154,7 @@ class LocalBackend:
             self._trace = _open_trace(self._config.trace)
         models = await in_thread(self._load_models)
         for model in models:
-            await health(model.id, False)
+            health(model.id, False)
         limits = self._config.limits
         engine = Engine(models.pipelines(), limits, observe=self._observed)
         costs = await in_thread(self._open_costs)

@@ -59,6 +59,13 @@ class ModelNotFound(ServerError):
     reason = "MODEL_NOT_FOUND"
 
 
+class ServiceNotFound(ServerError):
+    """A health check names a service that this server does not have."""
+
+    status = "NOT_FOUND"
+    reason = "SERVICE_NOT_FOUND"
+
+
 class ModelUnavailable(ServerError):
     """The model is in the store, but cannot run: its bundle is damaged or did not load."""
 

@@ -24,13 +24,16 @@ _ANSWERING = 2.0
 """Seconds that those who wait are told in, when it ends at once."""
 _AT_LAST = 4.0
 """Seconds after which it ends even if the event loop, or a lock that it waits for, is held by what is stuck."""
+_AFTER_GRACE = 4.5
+"""Seconds after `--grace` at which a drain ends by force: neither a client nor storage can keep the process."""
 
 
 async def live(server: Server) -> int:
     """Starts `server`, serves, and drains it at the first SIGTERM or SIGINT. Returns 0.
 
-    A second one ends the process, and so does the first while the server is not up, or an engine that is stuck: by os._exit, as
-    threads inside a model's call would be waited for. Raises what `server.start` raises.
+    The process ends within the grace period and 5 s, whoever is connected. A second signal ends it at once, and so does the
+    first while the server is not up, or an engine that is stuck: by os._exit, because Python would wait for threads inside a
+    model's call. Raises what `server.start` raises.
     """
     with _signals() as signals:
         first = asyncio.ensure_future(signals.get())
@@ -47,16 +50,29 @@ async def live(server: Server) -> int:
         if not first.done():
             await _end_stuck(server)
         _log.info("draining")
+        last = _Last(server.grace + _AFTER_GRACE, 128 + first.result())
         second = asyncio.ensure_future(signals.get())
         draining = asyncio.ensure_future(server.stop())
         await asyncio.wait({draining, second, stuck}, return_when=asyncio.FIRST_COMPLETED)
         if draining.done():
             draining.result()
+            last.status = 0
             return 0
         if not second.done():
             await _end_stuck(server)
         _log.warning("%s: the server stops without waiting for what runs", second.result().name)
         await _end(server, 128 + second.result())
+
+
+class _Last:
+    """Ends the process with `status` after `seconds`, unless it has ended by then: also if the event loop is blocked, or the
+    interpreter waits for a thread. It does not log, because a lock of the log may be held."""
+
+    def __init__(self, seconds: float, status: int) -> None:
+        self.status = status
+        timer = threading.Timer(seconds, lambda: os._exit(self.status))
+        timer.daemon = True
+        timer.start()
 
 
 @contextlib.contextmanager
@@ -82,9 +98,7 @@ async def _end_stuck(server: Server) -> NoReturn:
 
 async def _end(server: Server, status: int) -> NoReturn:
     """Tells those who wait that the server stops, and ends the process, whatever its threads are doing."""
-    last = threading.Timer(_AT_LAST, os._exit, (status,))
-    last.daemon = True
-    last.start()
+    _Last(_AT_LAST, status)
     try:
         await asyncio.wait_for(server.stop_now(), _ANSWERING)
     except Exception:  # noqa: BLE001 - the process's edge: whatever it was, the process ends

@@ -7,10 +7,9 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import grpc
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2, reflection_pb2_grpc
 from img2img.v1 import asset_pb2_grpc, image_to_image_pb2, image_to_image_pb2_grpc, model_pb2_grpc
 
@@ -22,6 +21,7 @@ from img2img_server.backend import Backend
 from img2img_server.config import ServerConfig
 from img2img_server.errors import EngineStuck, ShuttingDown
 from img2img_server.handlers import Handlers
+from img2img_server.health import HealthServicer
 from img2img_server.interceptors import CallInterceptor
 from img2img_server.model_service import ModelService
 from img2img_server.parsing import Parser
@@ -42,6 +42,12 @@ _REFLECTED = (
 )
 
 
+_SENDING = 3.0
+"""Seconds in which clients have to read their results once the engine has drained; then their calls end."""
+_TELLING = 1.0
+"""Seconds in which requests are ended and their clients get the error if the server stops without draining."""
+
+
 class Server:
     """One gRPC server over one backend, which runs the requests here or elsewhere.
 
@@ -55,13 +61,18 @@ class Server:
         self._assets = AssetStore(config.assets)
         self._sources = Sources(config.sources, self._assets, config.image_limits)
         self._telemetry = Telemetry(config.telemetry)
-        self._health = health.aio.HealthServicer()
+        self._health = HealthServicer()
         self._failed = asyncio.Event()
         self._codecs = ThreadPoolExecutor(max_workers=os.cpu_count(), thread_name_prefix="img2img-codec")
         self._server: grpc.aio.Server | None = None
         self._handlers = Handlers()
         self._names = ["", SERVICE]
         self.port = 0
+
+    @property
+    def grace(self) -> float:
+        """Seconds that running requests have when the server drains."""
+        return self._config.grace
 
     @property
     def metrics_port(self) -> int | None:
@@ -81,7 +92,8 @@ class Server:
         self._telemetry.start()
         self._server = server = self._make_server(access)
         await server.start()
-        await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+        for name in self._names:
+            self._health.set(name, False)
         _log.info("listening on %s:%d, not serving yet", self._config.host, self.port)
         await self._assets.open()
         await self._sources.open()
@@ -89,8 +101,8 @@ class Server:
         await backend.open(self._set_model_health, self._telemetry.span)
         self._telemetry.watch(backend.runner, backend.models, backend.cache, self._assets)
         self._add_services(access)
-        self._names += [f"models/{name}" for name in backend.models.pipelines()]
-        await self._set_health(health_pb2.HealthCheckResponse.SERVING)
+        for name in (*self._names, *(f"models/{name}" for name in backend.models.pipelines())):
+            self._health.set(name, True)
         _log.info("serving on %s:%d", self._config.host, self.port)
         await backend.start(self._give_up)
         if self._config.port_file is not None:
@@ -106,10 +118,11 @@ class Server:
             await self._assets.close()
             await self._backend.close()
             return
-        await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+        self._health.drain()
         await self._backend.drain(self._config.grace)
+        self._health.close()
         # What has ended still has to be encoded and sent.
-        await self._server.stop(grace=5)
+        await self._server.stop(_SENDING)
         self._codecs.shutdown()
         await self._sources.close()
         await self._assets.close()
@@ -124,9 +137,9 @@ class Server:
             self._config.port_file.unlink(missing_ok=True)
         if self._server is None or not self._handlers.ready:
             return
-        await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+        self._health.close()
         await self._backend.abandon(ShuttingDown("the server stopped before the request was finished"))
-        await self._server.stop(grace=1)
+        await self._server.stop(_TELLING)
         self._backend.close_now()
 
     async def failed(self) -> None:
@@ -136,15 +149,15 @@ class Server:
     async def _give_up(self, why: str) -> None:
         """Tells everybody who waits that this server is lost."""
         _log.critical("%s", why)
-        await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
-        await self._backend.abandon(EngineStuck("the device does not answer: this server stops"))
-        self._failed.set()
+        self._health.drain()
+        try:
+            async with asyncio.timeout(_TELLING):  # the stuck call may hold a lock that the engine's end needs
+                await self._backend.abandon(EngineStuck("the device does not answer: this server stops"))
+        finally:
+            self._failed.set()
 
-    async def _set_model_health(self, name: str, serving: bool) -> None:
-        states = health_pb2.HealthCheckResponse
-        if f"models/{name}" not in self._names:
-            self._names.append(f"models/{name}")
-        await self._health.set(f"models/{name}", states.SERVING if serving else states.NOT_SERVING)
+    def _set_model_health(self, name: str, serving: bool) -> None:
+        self._health.set(f"models/{name}", serving)
 
     def _make_server(self, access: Access) -> grpc.aio.Server:
         """A server on the bound port that answers health checks and reflection; `_add_services` adds the others."""
@@ -181,10 +194,6 @@ class Server:
 
             kserve.add(handlers, transforms, runner, model_service, self._health, access, self._telemetry)
         handlers.ready = True
-
-    async def _set_health(self, status: Any) -> None:
-        for name in self._names:
-            await self._health.set(name, status)
 
 
 def _add_reflection(server: grpc.aio.Server, services: Sequence[str]) -> None:

@@ -3,7 +3,7 @@
 A module that wants another server, or another pipeline, has a fixture of that name itself.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import grpc
@@ -14,6 +14,7 @@ from img2img.v1.asset_pb2_grpc import AssetServiceStub
 from img2img.v1.image_to_image_pb2_grpc import ImageToImageServiceStub
 from img2img_server.config import AssetSettings
 from running import RunningServer, running, store
+from server_process import Process
 
 
 @pytest.fixture
@@ -48,3 +49,18 @@ def assets(channel: grpc.Channel) -> AssetServiceStub:
 @pytest.fixture
 def transforms(channel: grpc.Channel) -> ImageToImageServiceStub:
     return ImageToImageServiceStub(channel)
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., Process]]:
+    """Starts a process, which is killed at the end if it did not end."""
+    started: list[Process] = []
+
+    def begin(*words: str) -> Process:
+        started.append(Process(tmp_path, *words))
+        return started[-1]
+
+    yield begin
+    for process in started:
+        process.popen.kill()
+        process.popen.communicate()

@@ -1,17 +1,12 @@
 """The life of the server's process: what signals, and an engine that is stuck, do to it and to its callers."""
 
 import signal
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
-from conftest import REPOSITORY
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from img2img.v1 import image_to_image_pb2 as pb
 from img2img.v1.image_to_image_pb2_grpc import ImageToImageServiceStub
@@ -19,55 +14,12 @@ from img2img_cli.__main__ import main
 from img2img_server.server import Server
 from messages import failure, request
 from model_folder import make_bundle
+from server_process import FAULTY, Process
 
 STUCK = 70
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 SERVING = health_pb2.HealthCheckResponse.SERVING
 MODULE = ("-m", "img2img_server", "--models")
-FAULTY = (str(REPOSITORY / "tests" / "faulty_server.py"),)
-
-
-class Process:
-    """A server's process, with its log and the port that it tells of."""
-
-    def __init__(self, folder: Path, *words: str) -> None:
-        self._log, self.port_file = folder / "log", folder / "port"
-        command = [sys.executable, *words, "--port", "0", "--port-file", str(self.port_file), "--warm-up", "0"]
-        with self._log.open("wb") as log:
-            self.popen = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
-
-    @property
-    def log(self) -> str:
-        return self._log.read_text(encoding="utf-8")
-
-    @contextmanager
-    def channel(self) -> Iterator[grpc.Channel]:
-        """A channel to the server, once that serves."""
-        while not self.port_file.exists():
-            assert self.popen.poll() is None, self.log
-            time.sleep(0.05)
-        with grpc.insecure_channel(f"localhost:{self.port_file.read_text(encoding='ascii').strip()}") as channel:
-            yield channel
-
-    def said(self) -> str:
-        """The next word of its standard output."""
-        assert self.popen.stdout is not None
-        return self.popen.stdout.readline().strip()
-
-
-@pytest.fixture
-def start(tmp_path: Path) -> Iterator[Callable[..., Process]]:
-    """Starts a process, which is killed at the end if it did not end."""
-    started: list[Process] = []
-
-    def begin(*words: str) -> Process:
-        started.append(Process(tmp_path, *words))
-        return started[-1]
-
-    yield begin
-    for process in started:
-        process.popen.kill()
-        process.popen.communicate()
 
 
 def _events(channel: grpc.Channel, **fields: Any) -> Any:

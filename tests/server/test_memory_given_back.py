@@ -30,7 +30,7 @@ from img2img_server.pipelines.loader import load_pipeline
 from img2img_server.pipelines.tensorrt_contender import Shelf
 from img2img_server.models.residency import Residency
 
-async def health(name, serving):
+def health(name, serving):
     pass
 
 async def main(store_folder, cycles):

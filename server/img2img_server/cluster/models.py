@@ -102,7 +102,7 @@ class Roster:
                 self.models.forget(name)
             else:
                 self.models.change(name, pipeline=None, loading=False, detail="no replica can be reached")
-        await self._tell_health()
+        self._tell_health()
 
     def note(self, card: Card) -> Model:
         """Takes up what one of them said of a model before all are asked again."""
@@ -135,13 +135,13 @@ class Roster:
                 _log.exception("the replicas could not be looked at")
             await asyncio.sleep(LOOK_EVERY)
 
-    async def _tell_health(self) -> None:
+    def _tell_health(self) -> None:
         states = {model.id: model.state is ModelState.READY for model in self.models}
         states = {**dict.fromkeys(self._told, False), **states}
         for name, serving in states.items():
             if self._told.get(name) is not serving:
                 self._told[name] = serving
-                await self._health(name, serving)
+                self._health(name, serving)
 
 
 class RemoteModels:

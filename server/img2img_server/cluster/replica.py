@@ -144,5 +144,5 @@ class Replica:
         await self._backend.abandon(EngineStuck("the device does not answer: this replica stops"))
 
 
-async def _nobody(name: str, serving: bool) -> None:
+def _nobody(name: str, serving: bool) -> None:
     """Health is told by the fronts."""

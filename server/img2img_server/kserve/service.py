@@ -3,7 +3,6 @@
 from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any
 
-from grpc_health.v1 import health_pb2
 from img2img.v1 import model_pb2 as pb
 from tritonclient.grpc import service_pb2 as kserve_pb  # type: ignore[import-untyped]
 from tritonclient.grpc import service_pb2_grpc
@@ -12,6 +11,7 @@ from img2img_server.access.access import Access
 from img2img_server.engine.runner import Runner
 from img2img_server.errors import InvalidField, ModelNotFound, NotSupported
 from img2img_server.handlers import Handlers
+from img2img_server.health import HealthServicer
 from img2img_server.kserve import describing, translation
 from img2img_server.kserve.inference import Inference
 from img2img_server.kserve.streaming import Stream
@@ -28,11 +28,13 @@ NAME: str = _SERVICE.full_name
 class InferenceService(Unsupported):
     """Inference, and what a client asks about a server and its models.
 
-    `health` is the server's grpc.health.v1 servicer. A model is ready where it is in memory; one that is not is loaded by a
+    A model is ready where it is in memory; one that is not is loaded by a
     request for it, where the server does so.
     """
 
-    def __init__(self, inference: Inference, models: ModelService, health: Any, access: Access, telemetry: Telemetry) -> None:
+    def __init__(
+        self, inference: Inference, models: ModelService, health: HealthServicer, access: Access, telemetry: Telemetry
+    ) -> None:
         self._inference = inference
         self._models = models
         self._health = health
@@ -45,7 +47,7 @@ class InferenceService(Unsupported):
 
     async def ServerReady(self, request: Any, context: Any) -> Any:
         """Whether the server takes requests: not while it drains."""
-        return kserve_pb.ServerReadyResponse(ready=await self._is_ready(context))
+        return kserve_pb.ServerReadyResponse(ready=self._health.is_serving())
 
     async def ModelReady(self, request: Any, context: Any) -> Any:
         """Whether a model is in memory, of a server that takes requests. False for one that there is not."""
@@ -53,7 +55,7 @@ class InferenceService(Unsupported):
             found = await self._get(request, context)
         except ModelNotFound:
             return kserve_pb.ModelReadyResponse(ready=False)
-        return kserve_pb.ModelReadyResponse(ready=found.state == pb.MODEL_STATE_READY and await self._is_ready(context))
+        return kserve_pb.ModelReadyResponse(ready=found.state == pb.MODEL_STATE_READY and self._health.is_serving())
 
     async def ServerMetadata(self, request: Any, context: Any) -> Any:
         """The server's name, version and extensions."""
@@ -99,10 +101,6 @@ class InferenceService(Unsupported):
         async for response in Stream(self._inference, self._access, self._telemetry, context).responses(requests):
             yield response
 
-    async def _is_ready(self, context: Any) -> bool:
-        health = await self._health.Check(health_pb2.HealthCheckRequest(), context)
-        return bool(health.status == health_pb2.HealthCheckResponse.SERVING)
-
     async def _get(self, request: Any, context: Any) -> pb.Model:
         translation.check_version(request.name, request.version)
         return (await self._models.GetModel(pb.GetModelRequest(id=request.name), context)).model
@@ -113,7 +111,7 @@ def add(
     transforms: ImageToImageService,
     runner: Runner,
     models: ModelService,
-    health: Any,
+    health: HealthServicer,
     access: Access,
     telemetry: Telemetry,
 ) -> None:

@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -76,11 +76,11 @@ class Mover:
         del arrival
         await asyncio.to_thread(give_back)
 
-    async def free(self, name: str, health: Callable[[str, bool], Awaitable[None]]) -> int:
+    async def free(self, name: str, health: Callable[[str, bool], None]) -> int:
         """Unloads a model that has no requests left. Returns the bytes that memory has shrunk by."""
         before = self._meter.read()
         engine = self._close(name)
-        await health(name, False)
+        health(name, False)
         await asyncio.to_thread(give_back)
         freed = max(0, -(before.grown_to(self._meter.read(), engine) or 0))
         _log.info("model '%s': unloaded, %s given back", name, in_words(freed))

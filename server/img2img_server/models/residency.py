@@ -6,7 +6,7 @@ import itertools
 import logging
 import time
 from collections import defaultdict
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
@@ -32,7 +32,7 @@ from img2img_server.models.store import Model, ModelState, ModelStore
 
 _log = logging.getLogger(__name__)
 
-Health = Callable[[str, bool], Awaitable[None]]
+Health = Callable[[str, bool], None]
 
 
 @dataclass(slots=True, eq=False)
@@ -91,7 +91,7 @@ class Residency:
         """Tells the health of the models that are not ready. Of the others the server itself tells when it serves."""
         for model in self._models:
             if model.pipeline is None:
-                await self._health(model.id, False)
+                self._health(model.id, False)
 
     @asynccontextmanager
     async def using(self, reference: Source) -> AsyncIterator[Model]:
@@ -203,7 +203,7 @@ class Residency:
             self._models.change(name, loading=False)
             self._mover.publish(name)
             place.failures.clear()
-            await self._health(name, True)
+            self._health(name, True)
         except ServerError as error:
             return error
         except asyncio.CancelledError:

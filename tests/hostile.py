@@ -1,0 +1,97 @@
+"""Clients that never read: each stream has a flow-control window of no bytes, and each upload stops half-way."""
+
+import contextlib
+import itertools
+import threading
+from collections.abc import Iterator
+
+from grpc_health.v1 import health_pb2
+from grpc_reflection.v1alpha import reflection_pb2
+from img2img.v1 import asset_pb2
+from img2img.v1 import image_to_image_pb2 as pb
+from messages import request
+from raw_http2 import ACK, HEADERS, PING, RawConnection
+
+WATCH = "/grpc.health.v1.Health/Watch"
+STREAM = "/img2img.v1.ImageToImageService/TransformStream"
+UNARY = "/img2img.v1.ImageToImageService/Transform"
+UPLOAD = "/img2img.v1.AssetService/UploadAsset"
+GET = "/img2img.v1.AssetService/GetAsset"
+REFLECTION = "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"
+KSERVE_STREAM = "/inference.GRPCInferenceService/ModelStreamInfer"
+KSERVE_UNARY = "/inference.GRPCInferenceService/ServerLive"
+
+
+def watch_of(service: str) -> bytes:
+    return health_pb2.HealthCheckRequest(service=service).SerializeToString()
+
+
+class Unread:
+    """A connection on which calls are in progress, none of whose answers is read. Its pings are answered, as those of a client
+    that is there: else the server would close it."""
+
+    def __init__(self, connection: RawConnection) -> None:
+        self._connection = connection
+        self._changed = threading.Condition()
+        self._begun: set[int] = set()
+        self._thread = threading.Thread(target=self._read, daemon=True)
+        self._thread.start()
+
+    def wait_for(self, *streams: int) -> None:
+        """Returns once the server has begun to answer these calls."""
+        with self._changed:
+            assert self._changed.wait_for(lambda: self._begun.issuperset(streams), 60)
+
+    def _read(self) -> None:
+        with contextlib.suppress(OSError):
+            for frame in self._connection.frames():
+                if frame.kind == PING and not frame.flags & ACK:
+                    self._connection.send(PING, frame.payload, ACK)
+                elif frame.kind == HEADERS:
+                    with self._changed:
+                        self._begun.add(frame.stream)
+                        self._changed.notify_all()
+
+
+@contextlib.contextmanager
+def unread(port: int, *calls: tuple[str, bytes]) -> Iterator[Unread]:
+    """Within the block a client is connected that makes these calls, the first on stream 1, the next on stream 3, and reads no
+    answer. The server has begun to answer the first watch of each service."""
+    with RawConnection(port, window=0, timeout=None) as connection:
+        reader = Unread(connection)
+        watched: dict[bytes, int] = {}
+        for stream, (method, message) in zip(itertools.count(1, 2), calls, strict=False):
+            connection.call(method, message, stream=stream)
+            if method == WATCH:
+                watched.setdefault(message, stream)
+        reader.wait_for(*watched.values())
+        yield reader
+
+
+def crowd_calls(asset: str = "", kserve: bool = True) -> list[tuple[str, bytes]]:
+    """A call of each kind that answers, as often as a hostile client would, that is to say several times."""
+    transform = request()
+    calls = [
+        (STREAM, pb.TransformStreamRequest(request=transform).SerializeToString()),
+        (UNARY, transform.SerializeToString()),
+        (REFLECTION, reflection_pb2.ServerReflectionRequest(list_services="").SerializeToString()),
+        (UNARY, b"\xff"),
+        *((WATCH, watch_of(name)) for name in ("", "models/m", "models/unknown", "img2img.v1.ImageToImageService")),
+    ]
+    if asset:
+        calls.append((GET, asset_pb2.GetAssetRequest(id=asset).SerializeToString()))
+    if kserve:
+        calls += [(KSERVE_UNARY, b""), (KSERVE_STREAM, b"")]
+    return calls * 3
+
+
+@contextlib.contextmanager
+def crowd(port: int, asset: str = "", kserve: bool = True) -> Iterator[None]:
+    """Within the block these clients are connected, and the server has their calls in progress."""
+    with unread(port, *crowd_calls(asset, kserve)), RawConnection(port, window=0, timeout=None) as uploads:
+        Unread(uploads)
+        info = asset_pb2.UploadAssetRequest(info=asset_pb2.UploadAssetInfo(size=1000))
+        for stream in (1, 3, 5):
+            uploads.call(UPLOAD, info.SerializeToString(), stream=stream, end=False)
+        uploads.call(UNARY, stream=7)  # its message never comes
+        yield

@@ -1,0 +1,67 @@
+"""Nothing that a client does, or leaves undone, delays a drain, the process's end, or a model's move."""
+
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import grpc
+import pytest
+from hostile import WATCH, crowd, unread, watch_of
+from img2img.v1 import asset_pb2, model_pb2
+from img2img.v1.asset_pb2_grpc import AssetServiceStub
+from img2img.v1.model_pb2_grpc import ModelServiceStub
+from kserve_calls import serving
+from messages import png
+from server_process import FAULTY, Process
+
+READY, UNLOADED = model_pb2.MODEL_STATE_READY, model_pb2.MODEL_STATE_UNLOADED
+ENDED = 30
+"""Seconds after which a process counts as one that does not end: --grace, 5 s, and much for a busy machine."""
+
+
+def _asset(channel: grpc.Channel) -> str:
+    data = png()
+    messages = [
+        asset_pb2.UploadAssetRequest(info=asset_pb2.UploadAssetInfo(size=len(data))),
+        asset_pb2.UploadAssetRequest(chunk=data),
+    ]
+    return AssetServiceStub(channel).UploadAsset(iter(messages)).asset.id
+
+
+@pytest.mark.parametrize(
+    ("fault", "signals", "watchdog", "status"),
+    [
+        ("none", [signal.SIGTERM], "0", 0),
+        ("call", [signal.SIGTERM], "0", 143),  # its engine never ends: the process does
+        ("call", [signal.SIGTERM, signal.SIGTERM], "0", 143),
+        ("call", [], "1", 70),
+        ("call", [signal.SIGTERM], "1", 70),
+    ],
+    ids=["drain", "drain with a hung device", "second signal", "watchdog", "watchdog in a drain"],
+)
+def test_the_process_ends_while_clients_that_never_read_are_connected(
+    start: Callable[..., Process], tmp_path: Path, fault: str, signals: list[signal.Signals], watchdog: str, status: int
+) -> None:
+    flags = ("--models", "m", "--kserve", "--watchdog", watchdog, "--grace", "1", "--assets", str(tmp_path / "assets"))
+    process = start(*FAULTY, fault, *flags)
+    with process.channel() as channel:
+        asset = _asset(channel)
+    with crowd(process.port, asset):
+        for number in signals:
+            process.popen.send_signal(number)
+        assert process.popen.wait(ENDED) == status
+
+
+def test_models_are_unloaded_and_loaded_while_clients_that_never_read_watch_them(tmp_path: Path) -> None:
+    names = ("", "models/m", "models/second")
+    with (
+        serving(tmp_path) as (server, _),
+        unread(server.port, *((WATCH, watch_of(name)) for name in names * 3)),
+        crowd(server.port),
+        grpc.insecure_channel(f"localhost:{server.port}") as channel,
+    ):
+        models = ModelServiceStub(channel)
+        for _ in range(2):
+            assert models.UnloadModel(model_pb2.UnloadModelRequest(id="second"), timeout=15).model.state == UNLOADED
+            assert models.LoadModel(model_pb2.LoadModelRequest(id="second"), timeout=15).model.state == READY
+        server.stop().result(15)  # with all of them connected
