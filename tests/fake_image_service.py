@@ -72,6 +72,8 @@ class FakeService(Observed, services.ImageToImageServiceServicer, model_pb2_grpc
     """Both services. `script` is what a stream yields; what it fails with comes before the event `fail_before`, by default
     the last.
 
+    `warnings` come with a unary transform's result; a stream's are in its script.
+
     Where `hold` is set, a transform does not end before its caller does: `holding` tells that it is there, `released` that the
     caller has gone.
     """
@@ -80,6 +82,7 @@ class FakeService(Observed, services.ImageToImageServiceServicer, model_pb2_grpc
         super().__init__()
         self.requests: list[messages.TransformRequest] = []
         self.script: list[messages.TransformStreamResponse] = events()
+        self.warnings: list[messages.Warning] = []
         self.fail_before: int | None = None
         self.models: list[model_pb2.Model] = []
         self.loads: list[model_pb2.LoadModelRequest] = []
@@ -92,7 +95,9 @@ class FakeService(Observed, services.ImageToImageServiceServicer, model_pb2_grpc
         self._accept(request, context)
         if request.output.as_asset:
             return kept_response()
-        return response()
+        made = response()
+        made.warnings.extend(self.warnings)
+        return made
 
     def TransformStream(
         self, request: messages.TransformStreamRequest, context: Any

@@ -43,13 +43,14 @@ from img2img_client.values import (
     TransformedImage,
     TransformEvent,
     TransformResult,
+    TransformWarning,
 )
 
 if TYPE_CHECKING:
     from img2img_client.async_client import AsyncClient
     from img2img_client.async_stream import AsyncTransformStream
     from img2img_client.client import Client
-    from img2img_client.options import ImageInput, TransformOptions
+    from img2img_client.options import Fit, ImageInput, TransformOptions
     from img2img_client.stream import TransformStream
 
 __all__ = [
@@ -64,6 +65,7 @@ __all__ = [
     "DeadlineExceeded",
     "EngineState",
     "EngineStatus",
+    "Fit",
     "ImageFormat",
     "ImageInput",
     "Img2ImgError",
@@ -86,6 +88,7 @@ __all__ = [
     "TransformOptions",
     "TransformResult",
     "TransformStream",
+    "TransformWarning",
     "TransformedImage",
     "Unauthenticated",
     "Unavailable",
@@ -96,6 +99,7 @@ _LAZY = {
     "AsyncTransformStream": "img2img_client.async_stream",
     "Client": "img2img_client.client",
     "TransformStream": "img2img_client.stream",
+    "Fit": "img2img_client.options",
     "ImageInput": "img2img_client.options",
     "TransformOptions": "img2img_client.options",
 }

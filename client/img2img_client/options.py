@@ -1,9 +1,8 @@
 """From a caller's arguments to the request message. What is not given stays unset, so that the server's default holds."""
 
-import io
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias, TypedDict, Union, get_args
+from typing import TYPE_CHECKING, Literal, TypeAlias, TypedDict, Union, get_args
 
 from img2img.v1 import image_to_image_pb2 as messages
 
@@ -24,16 +23,19 @@ A str that begins with one of ADDRESS_SCHEMES is an address, any other one a pat
 ADDRESS_SCHEMES = ("data:", "asset:", "https://", "http://", "file://")
 """What an address begins with. Which of them a server reads is its operator's choice; "data:" and "asset:" always work."""
 
-_PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
+Fit: TypeAlias = int | Literal["native"]
+"""How the result's size follows from the source's, with the aspect kept: the longest side in pixels, or "native" for as many
+pixels as the model was trained on."""
 
 
 class TransformOptions(TypedDict, total=False):
     """What may be asked of a transform, under diffusers' names. None, like leaving out, means the server's default.
 
     `model` is a model's id on the server or a ModelReference. `strength` is in (0, 1], `guidance_scale` in 0..30, `width` and
-    `height` are pixels, `quality` is 1..100 for JPEG and WebP, and a `seed` of -1 draws one. `scheduler` is one of the
-    names in the ModelInfo's `schedulers`. A stream sends a preview every `preview_interval` steps. With `as_asset` the server
-    keeps the pictures, and the result has their `asset_id` in place of their data. The server checks them all.
+    `height` are pixels, `fit` stands in place of both, `quality` is 1..100 for JPEG and WebP, and a `seed` of -1 draws one.
+    `scheduler` is one of the names in the ModelInfo's `schedulers`. A stream sends a preview every `preview_interval` steps. With
+    `as_asset` the server keeps the pictures, and the result has their `asset_id` in place of their data. The server checks them
+    all.
     """
 
     model: str | ModelReference | None
@@ -46,6 +48,7 @@ class TransformOptions(TypedDict, total=False):
     image_count: int | None
     width: int | None
     height: int | None
+    fit: Fit | None
     format: ImageFormat | None
     quality: int | None
     scheduler: str | None
@@ -75,6 +78,7 @@ def build_request(image: ImageInput, options: TransformOptions) -> messages.Tran
         output=_output_message(options),
         width=options.get("width"),
         height=options.get("height"),
+        fit=_fit_message(options.get("fit")),
         scheduler=options.get("scheduler"),
         preview_interval=options.get("preview_interval"),
     )
@@ -110,7 +114,8 @@ def _image_message(image: ImageInput) -> messages.ImageSource:
 
 
 def read_file(image: ImageInput) -> bytes:
-    """The picture's file. OSError where it cannot be read, TypeError for what is no picture that is here."""
+    """The image's file. OSError if it cannot be read, TypeError for what is no image or has to be read by the server, ValueError
+    for an image in a mode that no file holds."""
     if isinstance(image, bytes):
         return image
     if isinstance(image, str | os.PathLike):
@@ -118,15 +123,20 @@ def read_file(image: ImageInput) -> bytes:
     from PIL import Image
 
     if isinstance(image, Image.Image):
-        return _encode(image)
+        from img2img_client.pillow import encode
+
+        return encode(image)
     raise TypeError(f"a picture is a path, bytes, a Pillow image, an Asset or an address, not {type(image).__name__}")
 
 
-def _encode(image: "Image.Image") -> bytes:
-    """The picture as PNG: lossless, and at level 1 because the network is quicker than zlib."""
-    file = io.BytesIO()
-    (image if image.mode in _PNG_MODES else image.convert("RGB")).save(file, "PNG", compress_level=1)
-    return file.getvalue()
+def _fit_message(fit: Fit | None) -> messages.Fit | None:
+    if fit is None:
+        return None
+    if fit == "native":
+        return messages.Fit(native_area=messages.NativeArea())
+    if isinstance(fit, bool) or not isinstance(fit, int):
+        raise ValueError(f"fit is 'native' or the longest side in pixels, not {fit!r}")
+    return messages.Fit(longest_side=fit)
 
 
 def _output_message(options: TransformOptions) -> messages.OutputOptions | None:

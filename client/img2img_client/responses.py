@@ -58,6 +58,7 @@ def parse_result(message: messages.TransformResponse, request_id: str = "") -> v
             total_ms=timings.total_ms,
         ),
         request_id=request_id,
+        warnings=tuple(values.TransformWarning(warning.field, warning.description, warning.code) for warning in message.warnings),
     )
 
 

@@ -16,14 +16,14 @@ from img2img_client.reporting import attempt, complain, describe_error
 from img2img_client.values import Completed, ModelReference, TransformEvent, TransformResult
 
 if TYPE_CHECKING:
-    from img2img_client.options import ImageInput, TransformOptions
+    from img2img_client.options import Fit, ImageInput, TransformOptions
     from img2img_client.progress import Show
 
 PROGRAM = "img2img transform"
 
 _EPILOG = """\
 examples:
-  img2img transform photo.jpg --output winter.png --prompt "the same place in winter"
+  img2img transform photo.jpg --output winter.png --prompt "the same place in winter" --fit native
   img2img transform photo.jpg --output tries.jpg --image-count 4 --seed 1 --strength 0.6 --steps 40
   img2img transform photo.jpg --output lake.png --scheduler "DPM++ 2M Karras" --steps 15 --preview-every 3
   cat photo.jpg | img2img transform - --output - --format webp --quiet > sunset.webp
@@ -76,6 +76,13 @@ def _add_wishes(parser: argparse.ArgumentParser) -> None:
     wish.add_argument("--image-count", type=int, metavar="N", help="above 1, OUT becomes OUT-1, OUT-2, ... before its suffix")
     wish.add_argument("--width", type=int, metavar="PIXELS")
     wish.add_argument("--height", type=int, metavar="PIXELS")
+    wish.add_argument(
+        "--fit",
+        type=_fit,
+        metavar="RULE",
+        help="in place of both, with the aspect kept: native, for the area that the model was trained on, or the longest side in"
+        " pixels; for photos, which are larger than models draw well",
+    )
     wish.add_argument("--format", choices=("png", "jpeg", "webp"), help="default: what OUT's suffix says")
     wish.add_argument("--quality", type=int, metavar="Q", help="of JPEG and WebP, 1 to 100")
 
@@ -88,12 +95,23 @@ def run(arguments: argparse.Namespace) -> int:
         output.check_writable()
         result = _transform(arguments, output)
         places = output.write(result)
+        for warning in () if arguments.quiet else result.warnings:
+            complain(PROGRAM, f"warning: {warning.field}: {warning.description}")
         if not arguments.quiet:
             _report(result, places, output, as_json=arguments.json)
         elif output.as_asset:  # Else nobody would know where the pictures are.
             print("\n".join(places))
 
     return attempt(PROGRAM, target_of(arguments), work)
+
+
+def _fit(text: str) -> "Fit":
+    if text == "native":
+        return "native"
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither native nor a number of pixels") from None
 
 
 def _source(image: str) -> "ImageInput":
@@ -120,6 +138,7 @@ def _transform(arguments: argparse.Namespace, output: Output) -> TransformResult
         "image_count": arguments.image_count,
         "width": arguments.width,
         "height": arguments.height,
+        "fit": arguments.fit,
         "format": output.format,
         "quality": arguments.quality,
         "scheduler": arguments.scheduler,
@@ -172,6 +191,7 @@ def _report(result: TransformResult, places: tuple[str, ...], output: Output, *,
         ]
         model = {"id": result.model_id, "revision": result.model_revision}
         made = {"images": images, "model": model, "engine": result.engine, "timings": timings, "request_id": result.request_id}
+        made["warnings"] = [asdict(warning) for warning in result.warnings]
         print(json.dumps(made))
         return
     stream = sys.stderr if output.path is None and not output.as_asset else sys.stdout

@@ -149,10 +149,23 @@ class TransformedImage:
 
 
 @dataclass(frozen=True, slots=True)
+class TransformWarning:
+    """Something about a finished request that its caller may not have meant.
+
+    `field` is the option that it is about, `description` what happened, `code` a stable name of that for programs:
+    "PROMPT_TRUNCATED" for a prompt of which the model read the beginning only.
+    """
+
+    field: str
+    description: str
+    code: str
+
+
+@dataclass(frozen=True, slots=True)
 class TransformResult:
     """The finished pictures, at least one, and what made them. `engine` is such as "onnx:cuda" or "torch:cpu".
 
-    `request_id` is the name of the call in the server's log, empty where the server told none.
+    `request_id` is the name of the call in the server's log, empty where the server told none. `warnings` are mostly none.
     """
 
     images: tuple[TransformedImage, ...]
@@ -161,6 +174,7 @@ class TransformResult:
     engine: str
     timings: Timings
     request_id: str = ""
+    warnings: tuple[TransformWarning, ...] = ()
 
     @property
     def image(self) -> "Image.Image":

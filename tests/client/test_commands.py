@@ -98,6 +98,35 @@ def test_several_pictures_are_numbered(
     assert {path.name for path in tmp_path.iterdir()} == {"photo.png", "out-1.png", "out-2.png"}
 
 
+@pytest.mark.parametrize("flag", ["--fit=native", "--fit=1024"])
+def test_fit_is_a_rule_or_a_longest_side(server: FakeServer, source: Path, tmp_path: Path, flag: str) -> None:
+    assert transform(server, source, tmp_path / "out.png", flag) == 0
+    fit = server.service.requests[0].fit
+    assert fit == (messages.Fit(native_area=messages.NativeArea()) if "native" in flag else messages.Fit(longest_side=1024))
+
+
+def test_a_fit_of_another_kind_is_a_wrong_flag(
+    server: FakeServer, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        transform(server, source, tmp_path / "out.png", "--fit=wide")
+    assert ended.value.code == 2
+    assert "--fit: 'wide' is neither native nor a number of pixels" in capsys.readouterr().err
+
+
+def test_warnings_go_to_standard_error(
+    server: FakeServer, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    warning = {"field": "prompt", "description": "it was too long", "code": "PROMPT_TRUNCATED"}
+    server.service.script[-1].completed.warnings.add(**warning)
+    assert transform(server, source, tmp_path / "out.png", "--json") == 0
+    told = capsys.readouterr()
+    assert "img2img transform: warning: prompt: it was too long\n" in told.err
+    assert json.loads(told.out)["warnings"] == [warning]
+    assert transform(server, source, tmp_path / "out.png", "--quiet") == 0
+    assert capsys.readouterr().err == ""
+
+
 def test_previews_are_written_beside_the_picture(server: FakeServer, source: Path, tmp_path: Path) -> None:
     server.service.script = events(steps=10, preview_interval=3)
     assert transform(server, source, tmp_path / "out.png", "--preview-every=3", "--quiet") == 0

@@ -147,7 +147,7 @@ def test_a_cancelled_request_unwinds_at_its_next_step(pipeline: WholePipeline) -
 def test_a_failure_in_the_pipeline_ends_its_request(pipeline: WholePipeline) -> None:
     engine = Engine({"m": pipeline})
     caller = Caller(engine)
-    engine.submit(request(prompt=42), caller.events.append)
+    engine.submit(request(seeds=("not a number",)), caller.events.append)
     run_out(engine)
     assert isinstance(caller.error, ModelFailed)
     assert isinstance(caller.endings[0], Failed)
