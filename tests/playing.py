@@ -73,6 +73,7 @@ class InvertingPipeline(FakePipeline):
     def __init__(self, gate: Gate) -> None:
         super().__init__()
         self.before["denoise"] = gate.pass_one
+        self.native_size = (128, 128)  # PICTURE's
         self.let_go = threading.Semaphore(0)
 
     def finish(self, states: Sequence[FakeState]) -> Sequence[Sequence[Image.Image]]:

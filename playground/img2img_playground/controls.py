@@ -3,7 +3,7 @@
 import math
 import secrets
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from nicegui import ui
 
@@ -12,12 +12,18 @@ from img2img_playground.settings import Settings
 from img2img_playground.watch import ServerState
 
 if TYPE_CHECKING:
+    from img2img_client.options import Fit
     from img2img_client.values import ModelInfo
     from nicegui.elements.mixins.validation_element import ValidationElement
 
 Change = Callable[..., None]
 """Takes settings by Settings' names."""
 
+_FITS: "dict[Fit | Literal[''], str]" = {
+    "native": "As large as the model likes",
+    "": "As the source",
+    **{side: f"Longest side {side}" for side in (512, 768, 1024, 1536, 2048)},
+}
 _STATES = {"loading": "loading", "failed": "failed", "unloaded": "not loaded"}
 _SEED_BITS = 32
 _SEED_DIGITS = 19
@@ -91,6 +97,8 @@ class Controls:
             self.model.props("outlined dense options-dense hide-bottom-space data-field=model")
             self.scheduler = ui.select({"": "The model's own"}, label="Scheduler", value="", on_change=self._tell("scheduler"))
             self.scheduler.props("outlined dense options-dense hide-bottom-space data-field=scheduler")
+            self.fit = ui.select(dict(_FITS), label="Size", value="native", on_change=self._tell("fit"))
+            self.fit.props("outlined dense options-dense hide-bottom-space data-field=fit")
 
     def show(self, settings: Settings, state: ServerState, failure: Failure | None) -> None:
         """Shows settings, what the server has to choose from, and at its control what was refused."""
@@ -104,6 +112,7 @@ class Controls:
             self.steps.show(settings.num_inference_steps)
             self.guidance.show(settings.guidance_scale)
             self.seed.value = "" if settings.seed is None else str(settings.seed)
+            self.fit.value = settings.fit or ""
             self._shown = settings
         self._showing = False
         if failure is not self._failure:
@@ -122,6 +131,7 @@ class Controls:
             "seed": self.seed,
             "model": self.model,
             "scheduler": self.scheduler,
+            "fit": self.fit,
         }
 
     def _show_choices(self, settings: Settings) -> None:
@@ -141,7 +151,7 @@ class Controls:
         def tell(event: object) -> None:
             if not self._showing:
                 value = getattr(event, "value", None)
-                self._change(**{name: (value or None) if name == "scheduler" else (value or "")})
+                self._change(**{name: (value or None) if name in ("scheduler", "fit") else (value or "")})
 
         return tell
 

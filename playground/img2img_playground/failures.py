@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from img2img_client.errors import DeadlineExceeded, Img2ImgError, Overloaded, PermissionDenied, Unauthenticated, Unavailable
+from img2img_client.values import TransformWarning
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +39,11 @@ def explain(error: Img2ImgError, target: str) -> Failure:
         return Failure("The token does not allow this.", _sentence(error.message))
     request = f" (request {error.request_id})" if error.request_id else ""
     return Failure("That did not work.", f"{_sentence(error.message)}{request}")
+
+
+def describe(warning: TransformWarning) -> str:
+    """A warning as a line for the person at the page."""
+    return f"{warning.field.replace('_', ' ').capitalize()}: {warning.description}"
 
 
 def _sentence(words: str) -> str:

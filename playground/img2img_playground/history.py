@@ -3,6 +3,8 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from img2img_client.values import TransformWarning
+
 from img2img_playground.pictures import Picture
 from img2img_playground.settings import Settings
 
@@ -20,6 +22,7 @@ class Entry:
     model_id: str
     engine: str
     seconds: float
+    warnings: tuple[TransformWarning, ...] = ()
 
     @property
     def id(self) -> str:

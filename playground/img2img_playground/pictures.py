@@ -14,9 +14,13 @@ MAX_BYTES = 32 * 2**20
 MAX_PIXELS = 100_000_000
 """Of one picture: what a browser would have to decode. A server's own limit is 32 million unless its operator says otherwise."""
 
+_TEXTS = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
+"""Chunks of a PNG that Pillow refuses if they are large, and that nothing here needs."""
+
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 """What both a server reads and every browser shows."""
 
+_PNG = b"\x89PNG\r\n\x1a\n"
 _ORIENTATION = 0x0112
 _LONGEST_NAME = 80
 
@@ -50,11 +54,11 @@ def read_picture(data: bytes, name: str) -> Picture:
         raise UnusablePicture(f"The file is larger than {MAX_BYTES // 2**20} MiB.")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # What is too large is found below.
-            image = Image.open(io.BytesIO(data), formats=FORMATS)
+            warnings.simplefilter("ignore")  # What is too large is found below, and malformed metadata does not matter.
+            image = Image.open(io.BytesIO(_without_texts(data)), formats=FORMATS)
     except Image.DecompressionBombError:
         raise UnusablePicture(f"The picture has more than {MAX_PIXELS // 10**6} million pixels.") from None
-    except (OSError, SyntaxError, ValueError):  # As Pillow tells what it does not know, or cannot read
+    except Exception:  # noqa: BLE001 - Pillow raises anything for a malformed header
         raise UnusablePicture(f"This is no picture in a format that works here: {', '.join(FORMATS)}.") from None
     with image:
         width, height = image.size
@@ -63,7 +67,21 @@ def read_picture(data: bytes, name: str) -> Picture:
         assert image.format is not None, "what is opened has a format"
         if _lies_on_its_side(image):
             width, height = height, width
-        return Picture(_tidy(name) or f"picture.{image.format.lower()}", Image.MIME[image.format], width, height, data)
+        kind = "jpeg" if image.format == "MPO" else image.format.lower()  # Pillow's name for a JPEG of several images
+        return Picture(_tidy(name) or f"picture.{kind}", f"image/{kind}", width, height, data)
+
+
+def _without_texts(data: bytes) -> bytes:
+    """A PNG without its texts, any other file as it is."""
+    if not data.startswith(_PNG):
+        return data
+    kept, at = [_PNG], len(_PNG)
+    while at < len(data):
+        end = at + 12 + int.from_bytes(data[at : at + 4])
+        if data[at + 4 : at + 8] not in _TEXTS:
+            kept.append(data[at:end])
+        at = end
+    return b"".join(kept)
 
 
 def _lies_on_its_side(image: Image.Image) -> bool:
@@ -75,7 +93,7 @@ def _lies_on_its_side(image: Image.Image) -> bool:
     try:
         tags.load(exif)
         return tags.get(_ORIENTATION) in (5, 6, 7, 8)
-    except (OSError, SyntaxError, ValueError, TypeError, KeyError):  # Damaged metadata; the pixels may be good.
+    except Exception:  # noqa: BLE001 - Pillow raises anything for malformed EXIF; the pixels may be good.
         return False
 
 

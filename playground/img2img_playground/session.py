@@ -169,7 +169,8 @@ class Session:
         image = result.images[0]
         name = f"{source.stem[:_LONGEST_STEM]}-{image.seed}.{image.format}"
         picture = Picture(name, f"image/{image.format}", image.width, image.height, image.data)
-        entry = Entry(source, replace(settings, seed=image.seed), picture, result.model_id, result.engine, seconds)
+        settings = replace(settings, seed=image.seed)
+        entry = Entry(source, settings, picture, result.model_id, result.engine, seconds, result.warnings)
         self.history.add(entry)
         if self.source is source:  # Else another picture was brought meanwhile, which stays in sight.
             self.shown = entry

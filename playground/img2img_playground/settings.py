@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from img2img_client.options import TransformOptions
+    from img2img_client.options import Fit, TransformOptions
 
 DEFAULT_PROMPT = "A beautiful landscape with mountains and a lake at sunset"
 """The contract's own (image_to_image.proto), so that a person sees what an empty request would do."""
@@ -16,7 +16,8 @@ _PREVIEWS = 12
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """One transform's settings. None leaves a setting to the server: its default model, the model's scheduler, a drawn seed.
+    """One transform's settings. None leaves a setting to the server: its default model, the model's scheduler, a drawn seed, and,
+    of `fit`, the source's own size.
 
     Numbers are sent as they are: the server knows its limits, and its error names the field.
     """
@@ -29,6 +30,7 @@ class Settings:
     num_inference_steps: int | None = 25
     guidance_scale: float | None = 7.5
     seed: int | None = None
+    fit: "Fit | None" = "native"
 
     def options(self) -> "TransformOptions":
         """The client's options, without those that are left to the server."""
@@ -41,6 +43,7 @@ class Settings:
             "num_inference_steps": self.num_inference_steps,
             "guidance_scale": self.guidance_scale,
             "seed": self.seed,
+            "fit": self.fit,
         }
         return {name: value for name, value in options.items() if value is not None}  # type: ignore[return-value]
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from nicegui import ui
 
 from img2img_playground.components import PicturePicker, PictureStage
-from img2img_playground.failures import Failure
+from img2img_playground.failures import Failure, describe
 from img2img_playground.history import Entry
 from img2img_playground.session import Session
 
@@ -34,6 +34,7 @@ class Stage:
                 self._name = ui.label().classes("stage-name")
                 self._picker = PicturePicker(upload, actions.refused)
             self._banner(actions)
+            self._warnings = ui.label().classes("stage-warnings").props("role=status")
             self._toolbar(actions)
 
     def _banner(self, actions: StageActions) -> None:
@@ -75,6 +76,8 @@ class Stage:
 
     def _show_result(self, entry: Entry | None) -> None:
         self._tools.set_visibility(entry is not None)
+        self._warnings.text = "" if entry is None else "\n".join(describe(warning) for warning in entry.warnings)
+        self._warnings.set_visibility(bool(self._warnings.text))
         if entry is None:
             return
         self._facts.text = f"Seed {entry.settings.seed} · {entry.seconds:.1f} s · {entry.model_id} on {entry.engine}"

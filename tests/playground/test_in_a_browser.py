@@ -6,6 +6,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
+from img2img_server.engine.request import RequestWarning
 from playing import PICTURE, Stand, Visitor, ask, is_inverted, run_program
 from playwright.async_api import expect
 
@@ -68,6 +69,18 @@ async def test_a_run_is_cancelled_at_the_server(visitor: Visitor, stand: Stand) 
     assert state.step < state.step_count, "what nobody waits for is not computed to its end"
     stand.gate.open()
     await visitor.transform()
+
+
+async def test_a_warning_is_shown_with_the_result(visitor: Visitor, stand: Stand) -> None:
+    stand.pipeline.warnings = (RequestWarning("negative_prompt", "it was too long", "PROMPT_TRUNCATED"),)
+    try:
+        await visitor.choose()
+        await visitor.transform()
+        await visitor.see("Negative prompt: it was too long")
+    finally:
+        stand.pipeline.warnings = ()
+    await visitor.transform()
+    await expect(visitor.page.locator(".stage-warnings")).to_be_hidden()
 
 
 async def test_the_slider_compares_by_keys_and_by_drag(visitor: Visitor) -> None:

@@ -28,7 +28,7 @@ from img2img_playground.run_bar import describe
 from img2img_playground.session import Phase, Run, Session
 from img2img_playground.settings import DEFAULT_PROMPT, Settings
 from img2img_playground.snippet import Connection, literal, python_code
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from playing import PICTURE, REPOSITORY
 
 _settings = st.builds(
@@ -41,6 +41,7 @@ _settings = st.builds(
     num_inference_steps=st.none() | st.integers(1, 1000),
     guidance_scale=st.none() | st.floats(0, 30),
     seed=st.none() | st.integers(0, 2**63 - 1),
+    fit=st.sampled_from([None, "native", 512]),
 )
 
 
@@ -67,7 +68,7 @@ def test_untouched_settings_are_the_contracts_defaults() -> None:
     for name in ("strength", "num_inference_steps", "guidance_scale"):
         before = contract.partition(f" {name} = ")[0]
         assert before.rpartition("Default: ")[2].split("\n")[0] == f"{getattr(settings, name):g}."
-    assert set(settings.options()) == {"prompt", "strength", "num_inference_steps", "guidance_scale"}
+    assert set(settings.options()) == {"prompt", "strength", "num_inference_steps", "guidance_scale", "fit"}
 
 
 @given(st.floats() | st.none(), st.integers(0, 10**6) | st.none())
@@ -130,11 +131,13 @@ async def test_a_run_that_is_cancelled_at_once_is_over() -> None:
 
 
 def test_options_are_what_the_client_takes() -> None:
-    settings = Settings("sdxl", "p", "n", "DDIMScheduler", 0.5, 9, 3.0, 2**63 - 1)
+    settings = Settings("sdxl", "p", "n", "DDIMScheduler", 0.5, 9, 3.0, 2**63 - 1, 768)
     request = build_request(b"file", settings.options())
     assert (request.model.path, request.prompt, request.negative_prompt) == ("sdxl", "p", "n")
     assert (request.strength, request.num_inference_steps, request.guidance_scale) == (0.5, 9, 3.0)
-    assert (request.scheduler, request.seed) == ("DDIMScheduler", 2**63 - 1)
+    assert (request.scheduler, request.seed, request.fit.longest_side) == ("DDIMScheduler", 2**63 - 1, 768)
+    assert build_request(b"file", Settings().options()).fit.HasField("native_area"), "a photo is no dead end on the page"
+    assert not build_request(b"file", Settings(fit=None).options()).HasField("fit")
 
 
 def test_history_keeps_the_newest_within_its_bounds() -> None:
@@ -168,6 +171,17 @@ def test_pictures_are_known_by_their_header() -> None:
     assert read_picture(_file(kind="WEBP"), "").name == "picture.webp"
     assert read_picture(_file(), "a" * 300 + ".png").name == "a" * 80 + ".png"
     assert len({read_picture(_file(), "").id for _ in range(9)}) == 9
+
+
+def test_metadata_does_not_keep_a_picture_out() -> None:
+    texts = PngImagePlugin.PngInfo()
+    texts.add_text("workflow", "x" * 2_500_000, zip=True)
+    picture = read_picture(_file(pnginfo=texts), "a.png")
+    assert (picture.media_type, picture.width, picture.height) == ("image/png", 8, 4)
+    lying = read_picture(_file(kind="JPEG", exif=b"Exif\0\0II\x2a\0\x08\0\0\0"), "a.jpg")
+    assert (lying.width, lying.height) == (8, 4)
+    several = read_picture(_file(kind="MPO", save_all=True, append_images=[Image.new("RGB", (8, 4))]), "")
+    assert (several.media_type, several.name) == ("image/jpeg", "picture.jpeg"), "browsers do not know image/mpo"
 
 
 @pytest.mark.parametrize(
