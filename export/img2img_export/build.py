@@ -98,7 +98,7 @@ def _find_up_to_date(
 
 def _recorded(options: ExportOptions) -> dict[str, str]:
     """What shapes a bundle and is not part of its source. Bundles made in another manner are out of date by `made`."""
-    recorded = {"backend": options.backend, "precision": options.precision, "made": "4"}
+    recorded = {"backend": options.backend, "precision": options.precision, "made": "5"}
     if options.scheduler is not None:
         recorded["scheduler"] = options.scheduler
     if options.reference is not None:

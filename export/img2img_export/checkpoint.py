@@ -6,7 +6,6 @@ but for what the lists of weights name, which is judged once they are here.
 
 import fnmatch
 import importlib.util
-import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -19,6 +18,8 @@ from img2img_server.pipelines.foreign_configs import refuse_foreign_config
 
 from img2img_export.errors import ExportError
 from img2img_export.options import ExportOptions
+from img2img_export.texts import read_json
+from img2img_export.weights_file import PICKLE_REASON, is_pickle, is_safetensors
 
 INDEX_NAME = "model_index.json"
 GRAPH_NAME = "model.onnx"
@@ -26,11 +27,8 @@ GRAPH_NAME = "model.onnx"
 Kind = Literal["diffusers", "single-file", "onnx"]
 """What a source is: weights in diffusers' layout, all weights in one file, or graphs that optimum-cli made."""
 
-PICKLE_SUFFIXES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
-PICKLE_REASON = "pickles can run code when read; convert to safetensors"
-
-_TEXT_SUFFIXES = (".json", ".txt", ".model", ".jinja")
-_WEIGHTS = re.compile(r"[^.]+?(?:\.(?P<variant>[^.]+?))?(?:-\d{5}-of-\d{5})?\.safetensors")
+TEXT_SUFFIXES = (".json", ".txt", ".model", ".jinja")
+_WEIGHTS = re.compile(r"[^.]+?(?:\.(?P<variant>[^.]+?))?(?:-\d{5}-of-\d{5})?\.(?i:safetensors)")
 _SHARD_INDEX = re.compile(r"[^.]+\.safetensors\.index(?:\.(?P<variant>[^.]+))?\.json")
 DENOISERS = ("unet", "transformer")
 _GRAPHS_OF_VAE = ("vae_encoder", "vae_decoder")
@@ -98,7 +96,7 @@ def _parse_layout(index: Any, source: str) -> Layout:
 def read_index(path: Path) -> Any:
     """The contents of a model_index.json. Raises ExportError where it is missing or damaged."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return read_json(path)
     except FileNotFoundError:
         raise ExportError(f"{path.parent} is not in diffusers' layout: it has no {INDEX_NAME}") from None
     except (OSError, ValueError) as error:
@@ -166,7 +164,7 @@ def _has_graphs_only(names: list[str]) -> bool:
     """Whether the denoiser is a graph and has no weights to make another of: a hub repository may have both."""
     return any(
         f"{part}/{GRAPH_NAME}" in names
-        and not any(name.startswith(f"{part}/") and name.endswith((".safetensors", *PICKLE_SUFFIXES)) for name in names)
+        and not any(name.startswith(f"{part}/") and (is_safetensors(name) or is_pickle(name)) for name in names)
         for part in DENOISERS
     )
 
@@ -197,7 +195,7 @@ def _is_wanted(name: str, allow_patterns: tuple[str, ...], ignore_patterns: tupl
 
 def _texts(files: list[str]) -> list[str]:
     """All but lists of weights: who loads would follow them, whatever they name."""
-    return [name for name in files if name.endswith(_TEXT_SUFFIXES) and INDEX not in name.rpartition("/")[2].lower()]
+    return [name for name in files if name.endswith(TEXT_SUFFIXES) and INDEX not in name.rpartition("/")[2].lower()]
 
 
 def _weights(component: str, files: list[str], variant: str | None) -> list[str]:
@@ -216,6 +214,6 @@ def _weights(component: str, files: list[str], variant: str | None) -> list[str]
     if found:
         others = ", ".join(str(name) for name in found)
         raise ExportError(f"{component} has no weights for variant {variant or 'none'}, but for {others}: choose with --variant")
-    if any(name.endswith(PICKLE_SUFFIXES) for name in files):
+    if any(is_pickle(name) for name in files):
         raise ExportError(f"{component} has pickled weights only: {PICKLE_REASON}")
     raise ExportError(f"{component} has no safetensors weights")

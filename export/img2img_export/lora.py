@@ -20,7 +20,7 @@ from img2img_export.digests import Digests
 from img2img_export.errors import ExportError, first_line
 from img2img_export.options import LoraFile
 from img2img_export.progress import Progress
-from img2img_export.single_file import TensorInfo, read_header, require_safetensors
+from img2img_export.weights_file import TensorInfo, read_header, require_safetensors
 
 if TYPE_CHECKING:
     import torch

@@ -4,69 +4,68 @@ The file has weights only. Configurations and tokenizers come from a template: a
 layout, of which nothing but texts is read.
 """
 
+import dataclasses
 import gc
-import json
-import struct
-from collections.abc import Mapping
-from dataclasses import dataclass
+import re
+from collections.abc import Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from img2img_export.checkpoint import INDEX_NAME, PICKLE_REASON, PICKLE_SUFFIXES, Layout, choose_texts, names_below, read_index
+from img2img_export.checkpoint import INDEX_NAME, Layout, choose_texts, names_below, read_index
 from img2img_export.digests import Digests
 from img2img_export.errors import ExportError, first_line
+from img2img_export.identify import refuse_channels, refuse_part
 from img2img_export.options import ExportOptions
+from img2img_export.prediction import MARKERS, Sampling, apply, rename_scheduler, sampling_of
 from img2img_export.progress import Progress
+from img2img_export.scaled import FLOAT8, dequantize, describes_scaling, refuse_other_quantization, scales_of
+from img2img_export.weights_file import TensorInfo, read_header, require_safetensors
 
 if TYPE_CHECKING:
     import torch
 
-_HEADER_LIMIT = 100 * 10**6
 _PREFIXES = {
     "unet": ("model.diffusion_model.",),
     "transformer": ("model.diffusion_model.",),
     "vae": ("first_stage_model.", "vae."),
     "text_encoder": ("cond_stage_model.", "conditioner.", "text_encoders."),
 }
-"""How the names of a component's tensors begin. Only the precision is found out by them: diffusers knows all names."""
+"""How the names of a component's tensors begin. By them precision and scales are found: diffusers knows all names."""
 
-_CONVERT_FAILURES = (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError)
+_CLIP = re.compile(
+    r"((?:cond_stage_model|conditioner\.embedders\.\d|text_encoders\.clip_[lg])\.transformer)\.((?:embeddings|encoder|final_layer_norm)\..*)"
+)
+"""Names of a CLIP text encoder without their `text_model`, as old trainers and transformers 5 write them."""
+_UNET = re.compile(r"(?:input_blocks|middle_block|output_blocks|time_embed|label_emb|out)\..*")
+_DIFFUSION_MODEL = "model.diffusion_model."
 
-
-@dataclass(frozen=True, slots=True)
-class TensorInfo:
-    """What the header of a safetensors file says of a tensor: its type, such as F16, and shape."""
-
-    dtype: str
-    shape: tuple[int, ...]
-
-
-def require_safetensors(path: Path) -> None:
-    """Raises ExportError unless `path` is a safetensors file by its name and its header."""
-    if path.suffix in PICKLE_SUFFIXES:
-        raise ExportError(f"{path} is a pickle: {PICKLE_REASON}")
-    if not path.is_file():
-        raise ExportError(f"{path} is no file")
-    if path.suffix != ".safetensors":
-        raise ExportError(f"{path} is no .safetensors file")
-    read_header(path)
+_CONVERT_FAILURES = (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError, IndexError)
 
 
-def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
-    """The tensors and the metadata that a safetensors file names. Raises ExportError where it is damaged."""
-    try:
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            if length > _HEADER_LIMIT:
-                raise ValueError("its header is too long")
-            data = json.loads(file.read(length))
-        notes = data.pop("__metadata__", {})
-        if 8 + length + max((item["data_offsets"][1] for item in data.values()), default=0) != path.stat().st_size:
-            raise ValueError("it is not as long as its header says")
-        return {name: TensorInfo(item["dtype"], tuple(item["shape"])) for name, item in data.items()}, notes
-    except (ValueError, LookupError, TypeError, AttributeError, struct.error) as error:
-        raise ExportError(f"{path} is damaged or no safetensors file: {first_line(error)}") from None
+def canonical(names: Mapping[str, Any]) -> dict[str, str]:
+    """The names of a single file's tensors as diffusers knows them, to the names that they have.
+
+    A CLIP text encoder may lack `text_model`, and a UNet its prefix or the first word of it.
+    """
+    bare = not any(name.startswith(_DIFFUSION_MODEL) for name in names)
+    found = {}
+    for name in names:
+        new = name
+        if match := _CLIP.fullmatch(name):
+            new = f"{match[1]}.text_model.{match[2]}"
+        elif bare and (name.startswith("diffusion_model.") or _UNET.fullmatch(name)):
+            new = _DIFFUSION_MODEL + name.removeprefix("diffusion_model.")
+        found[name if new in names else new] = name
+    return found
+
+
+def refuse_unreadable(path: Path) -> None:
+    """Raises ExportError unless a single file holds a whole model in a format that is read; looks at its header only."""
+    require_safetensors(path)
+    tensors, notes = read_header(path)
+    refuse_other_quantization(str(path), tensors, notes)
+    refuse_part(path, tensors)
 
 
 def find_template(options: ExportOptions, digest: str, digests: Digests, progress: Progress) -> tuple[Path, Layout, list[str]]:
@@ -85,40 +84,90 @@ def find_template(options: ExportOptions, digest: str, digests: Digests, progres
         template = options.config or digests.recall(question, lambda: _infer_template(Path(options.source)))
         progress.stage(f"finding the configurations of {template}")
         directory, names = download(template, None, lambda index, names: choose_texts(index, names, template)[1], progress)
-    return directory, *choose_texts(read_index(directory / INDEX_NAME), names, template)
+    layout, files = choose_texts(read_index(directory / INDEX_NAME), names, template)
+    refuse_channels(options.source, read_header(Path(options.source))[0], layout.pipeline_class)
+    return directory, layout, files
 
 
 def _infer_template(path: Path) -> str:
     """The repository that diffusers names for a checkpoint with such tensors."""
     from diffusers.loaders.single_file_utils import fetch_diffusers_config
 
-    tensors, _ = read_header(path)
+    header, _ = read_header(path)
+    tensors = {name: header[own] for name, own in canonical(header).items()}
     try:
         return str(fetch_diffusers_config(tensors)["pretrained_model_name_or_path"])
     except (KeyError, TypeError, ValueError, AttributeError, UnboundLocalError) as error:
         raise ExportError(f"diffusers does not know what {path} is ({first_line(error)}): choose --config") from None
 
 
-def convert(path: Path, layout: Layout, directory: Path, progress: Progress) -> None:
-    """Writes the weights of each component of `layout` into `directory`, which has the template's texts, in stored precision.
+def convert(path: Path, layout: Layout, directory: Path, progress: Progress) -> Layout:
+    """Writes the weights of each component of `layout` into `directory`, which has the template's texts, in stored precision
+    (scaled float8 in fp32). What the file says of sampling goes into the configurations; the layout with it is returned.
 
-    One component after another: at most one of them is in memory. Raises ExportError where the file does not fit the template.
+    One component after another: at most one of them is in memory. Raises ExportError if the file does not fit the template, or
+    holds weights that no component uses.
     """
     import torch
-    from diffusers.loaders.single_file_utils import load_single_file_checkpoint
+    from safetensors.torch import load_file
 
-    tensors, _ = read_header(path)
-    checkpoint = load_single_file_checkpoint(str(path), local_files_only=True)
+    from img2img_export.unused import refuse_unused, untraced
+
+    header, notes = read_header(path)
+    stored = load_file(path)
+    layout = _sample_as_said(sampling_of(header, notes, stored), layout, directory)
+    scales = scales_of(header)
+    used = {*MARKERS, *scales.values(), *filter(describes_scaling, header)}
     for name, (library, class_name) in layout.components.items():
         kind = _find_class(library, class_name)
         if issubclass(kind, torch.nn.Module):
             progress.stage(f"converting {name}")
-            module = _load(path, checkpoint, name, (library, class_name), directory, _precision(tensors, name))
+            checkpoint = dict(_of_component(path, name, stored, scales))
+            precision = _precision(header, name, scales)
+            module = _load(path, checkpoint, name, (library, class_name), directory, precision)
+            del checkpoint
+            used |= untraced(module)
             for link in (directory / name).iterdir():
                 link.unlink()  # else what is saved would be written through it, into the template
             module.save_pretrained(directory / name, safe_serialization=True)
             del module
             gc.collect()
+    idle = set(_idle(stored, layout))
+    refuse_unused(str(path), header.keys() - used - idle, used, " (is another --config right?)")
+    return layout
+
+
+def _sample_as_said(sampling: Sampling, layout: Layout, directory: Path) -> Layout:
+    """Puts what a file says of its sampling into the configurations."""
+    if "scheduler" not in layout.components:
+        return layout
+    library, before = layout.components["scheduler"]
+    after = apply(sampling, directory, before)
+    if after == before:
+        return layout
+    rename_scheduler(directory / INDEX_NAME, after)
+    return dataclasses.replace(layout, components={**layout.components, "scheduler": (library, after)})
+
+
+def _of_component(
+    path: Path, component: str, stored: Mapping[str, Any], scales: Mapping[str, str]
+) -> Iterator[tuple[str, "torch.Tensor"]]:
+    """The tensors by diffusers' names, each with its own name for its origin; those of `component` without scales."""
+    from img2img_export.unused import traced
+
+    names = canonical(stored)
+    whole = dequantize(path, stored, scales, [own for name, own in names.items() if _is_of(component, name)])
+    for name, own in names.items():
+        if own not in scales.values() and not describes_scaling(own):
+            yield name, traced(own, whole.get(own, stored[own]))
+
+
+def _idle(stored: Mapping[str, Any], layout: Layout) -> Iterator[str]:
+    """The projections of text encoders that change nothing."""
+    from img2img_export.unused import is_idle_projection
+
+    _, text_class = layout.components.get("text_encoder", ("", ""))
+    yield from (name for name, value in stored.items() if is_idle_projection(name, value, text_class))
 
 
 def _find_class(library: str, class_name: str) -> type:
@@ -135,7 +184,7 @@ def _find_class(library: str, class_name: str) -> type:
 
 
 def _load(
-    path: Path, checkpoint: Mapping[str, Any], name: str, kind: tuple[str, str], directory: Path, precision: "torch.dtype"
+    path: Path, checkpoint: dict[str, Any], name: str, kind: tuple[str, str], directory: Path, precision: "torch.dtype"
 ) -> Any:
     """One component, on the CPU. Raises ExportError where its weights are missing or do not fit."""
     from diffusers import pipelines
@@ -148,7 +197,7 @@ def _load(
             library_name=library,
             class_name=class_name,
             name=name,
-            checkpoint=dict(checkpoint),  # some conversions take out what they have used
+            checkpoint=checkpoint,
             pipelines=pipelines,
             is_pipeline_module=hasattr(pipelines, library),
             cached_model_config_path=str(directory),
@@ -163,12 +212,22 @@ def _load(
     return module
 
 
-def _precision(tensors: Mapping[str, TensorInfo], component: str) -> "torch.dtype":
-    """The one precision that holds all of a component's weights. Those of 8 bits become bfloat16, for diffusers' sake."""
+def _is_of(component: str, name: str) -> bool:
+    """Whether a tensor, by its canonical name, may be one of a component's: its prefix is that component's, or no one's."""
+    own = _PREFIXES.get("text_encoder" if component.startswith("text_encoder") else component, ())
+    return name.startswith(own) or not name.startswith(tuple(prefix for prefixes in _PREFIXES.values() for prefix in prefixes))
+
+
+def _precision(tensors: Mapping[str, TensorInfo], component: str, scales: Mapping[str, str]) -> "torch.dtype":
+    """The one precision that holds all of a component's weights. Plain ones of 8 bits become bfloat16, for diffusers' sake."""
     import torch
 
-    prefixes = _PREFIXES.get("text_encoder" if component.startswith("text_encoder") else component, ("",))
-    kinds = {info.dtype for name, info in tensors.items() if name.startswith(prefixes) and "F" in info.dtype}
+    names = [own for name, own in canonical(tensors).items() if _is_of(component, name)]
+    left_out = {*scales.values(), *filter(describes_scaling, names), *MARKERS}
+    own = {name: tensors[name].dtype for name in names if "F" in tensors[name].dtype and name not in left_out}
+    if any(name in scales for name in own):
+        return torch.float32
+    kinds = set(own.values())
     if kinds == {"F16"}:
         return torch.float16
-    return torch.bfloat16 if kinds and kinds <= {"BF16", "F8_E4M3", "F8_E5M2"} else torch.float32
+    return torch.bfloat16 if kinds and kinds <= {"BF16", *FLOAT8} else torch.float32

@@ -12,12 +12,14 @@ from pathlib import Path
 
 from img2img_server.bundle import Source
 
-from img2img_export.checkpoint import INDEX_NAME, PICKLE_SUFFIXES, Kind, Layout, choose, names_below, read_index, refuse_unsafe
+from img2img_export.checkpoint import INDEX_NAME, TEXT_SUFFIXES, Kind, Layout, choose, names_below, read_index, refuse_unsafe
 from img2img_export.digests import Digests
 from img2img_export.errors import ExportError
 from img2img_export.options import ExportOptions
 from img2img_export.progress import Progress
-from img2img_export.single_file import find_template, require_safetensors
+from img2img_export.single_file import find_template, refuse_unreadable
+from img2img_export.texts import has_mark, without_mark
+from img2img_export.weights_file import SAFETENSORS, is_pickle, is_safetensors
 
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -43,11 +45,17 @@ class Checkpoint:
         return sum(path.stat().st_size for path in (*paths, *([self.weights] if self.weights else [])))
 
     def link_into(self, view: Path) -> None:
-        """Fills `view` with links to the files."""
+        """Fills `view` with links to the files. A text that begins with a byte order mark is written without it."""
         for name in self.files:
-            link = view / name
+            link, file = view / name, self.directory / name
             link.parent.mkdir(parents=True, exist_ok=True)
-            link.symlink_to((self.directory / name).resolve())
+            if is_safetensors(name):
+                # diffusers takes another case of the suffix for a pickle.
+                link.with_suffix(SAFETENSORS).symlink_to(file.resolve())
+            elif name.endswith(TEXT_SUFFIXES) and has_mark(file):
+                link.write_text(without_mark(file), encoding="utf-8")
+            else:
+                link.symlink_to(file.resolve())
 
 
 def resolve(options: ExportOptions, progress: Progress) -> Checkpoint:
@@ -61,7 +69,7 @@ def resolve(options: ExportOptions, progress: Progress) -> Checkpoint:
 
 def _single_file(options: ExportOptions, digests: Digests, progress: Progress) -> Checkpoint:
     path = Path(options.source)
-    require_safetensors(path)
+    refuse_unreadable(path)
     if options.variant or options.revision or options.allow_patterns or options.ignore_patterns:
         raise ExportError(f"{path} is a single file: it has no variants or revisions, and there is nothing to choose by patterns")
     path = path.resolve()
@@ -99,8 +107,8 @@ def _locate(options: ExportOptions, progress: Progress) -> tuple[Path, list[str]
         if options.revision is not None:
             raise ExportError(f"{local} is a directory: only a hub repository has revisions")
         return local.resolve(), names_below(local), None
-    if local.suffix in (".safetensors", *PICKLE_SUFFIXES):
-        raise ExportError(f"{local} is no file")
+    if is_safetensors(local.name) or is_pickle(local.name):
+        raise ExportError(f"{local} is not a file")
     if not _REPO_ID.fullmatch(options.source):
         raise ExportError(f"{options.source} is neither a directory, a file nor a hub repository's id (OWNER/NAME)")
     from img2img_export.hub import download

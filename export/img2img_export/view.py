@@ -20,6 +20,7 @@ def fill(checkpoint: Checkpoint, options: ExportOptions, directory: Path, progre
     if checkpoint.kind == "onnx" and options.loras:
         raise ExportError(f"{options.loras[0].path} cannot be fused: {options.source} holds graphs; export the weights with it")
     checkpoint.link_into(directory)
+    layout = checkpoint.layout
     if checkpoint.weights is not None:
-        single_file.convert(checkpoint.weights, checkpoint.layout, directory, progress)
-    return checkpoint.layout, lora.fuse(directory, checkpoint.layout, options.loras, progress)
+        layout = single_file.convert(checkpoint.weights, layout, directory, progress)
+    return layout, lora.fuse(directory, layout, options.loras, progress)

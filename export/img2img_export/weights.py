@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Protocol
 
 from img2img_export.checkpoint import DENOISERS
-from img2img_export.single_file import read_header
 from img2img_export.source import Checkpoint
+from img2img_export.weights_file import is_safetensors, read_header
 
 
 class Tensor(Protocol):
@@ -69,7 +69,7 @@ class Contents:
 
 def read_contents(checkpoint: Checkpoint) -> Contents:
     """Of files on this machine. Raises ExportError where one is damaged."""
-    paths = {name: checkpoint.directory / name for name in checkpoint.files if name.endswith(".safetensors")}
+    paths = {name: checkpoint.directory / name for name in checkpoint.files if is_safetensors(name)}
     if checkpoint.weights is not None:
         paths[checkpoint.weights.name] = checkpoint.weights
     graphs = {name: (checkpoint.directory / name).stat().st_size for name in checkpoint.files if is_graph(name)}

@@ -276,9 +276,9 @@ def test_another_models_is_refused(name: str, reason: str, tiny_model: Get, tmp_
     ("name", "reason"),
     [
         ("style.pt", "pickles can run code"),
-        ("none.safetensors", "is no file"),
-        ("style.txt", "no .safetensors"),
-        ("damaged.safetensors", "damaged"),
+        ("none.safetensors", "is not a file"),
+        ("style.txt", "is a pickle"),
+        ("damaged.safetensors", "is a pickle"),
     ],
 )
 def test_what_is_no_safetensors_file_is_refused_without_reading(name: str, reason: str, tmp_path: Path) -> None:

@@ -60,10 +60,10 @@ def find(path: Path | str, **options: object) -> Checkpoint:
     ("name", "message"),
     [
         ("no/such/directory", "neither"),
-        ("no/such.safetensors", "is no file"),
+        ("no/such.safetensors", "is not a file"),
         ("model.ckpt", "pickles can run code"),
-        ("model.gguf", "no .safetensors file"),
-        ("damaged.safetensors", "damaged"),
+        ("model.gguf", "not a .safetensors file"),
+        ("damaged.safetensors", "is a pickle"),
         ("empty.safetensors", "damaged"),
         (".", "no model_index.json"),
     ],
