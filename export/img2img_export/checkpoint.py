@@ -17,11 +17,12 @@ from img2img_server.pipelines.foreign import INDEX, refuse_foreign_parts
 from img2img_server.pipelines.foreign_configs import refuse_foreign_config
 
 from img2img_export.errors import ExportError
+from img2img_export.layout_checks import INDEX_NAME as INDEX_NAME
+from img2img_export.layout_checks import refuse_incomplete
 from img2img_export.options import ExportOptions
 from img2img_export.texts import read_json
 from img2img_export.weights_file import PICKLE_REASON, is_pickle, is_safetensors
 
-INDEX_NAME = "model_index.json"
 GRAPH_NAME = "model.onnx"
 
 Kind = Literal["diffusers", "single-file", "onnx"]
@@ -73,6 +74,8 @@ def choose(index: Any, names: Iterable[str], options: ExportOptions) -> tuple[Ki
     names = list(names)
     layout = _parse_layout(index, options.source)
     if not _has_graphs_only(names):
+        if not (options.allow_patterns or options.ignore_patterns):
+            refuse_incomplete(options.source, layout.components, names, wants_weights=True)
         weights = select_files(names, layout, options.variant, options.allow_patterns, options.ignore_patterns)
         return "diffusers", layout, weights
     if options.variant is not None:
@@ -83,6 +86,8 @@ def choose(index: Any, names: Iterable[str], options: ExportOptions) -> tuple[Ki
 def choose_texts(index: Any, names: Iterable[str], source: str) -> tuple[Layout, list[str]]:
     """What a model_index.json's contents say, and which of the files `names` are configurations and tokenizers of it."""
     layout = _parse_layout(index, source)
+    names = list(names)
+    refuse_incomplete(source, layout.components, names, wants_weights=False)
     parts = _by_component(names, tuple(layout.components))
     return layout, sorted([INDEX_NAME, *(name for files in parts.values() for name in _texts(files))])
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from img2img_export.checkpoint import INDEX_NAME, names_below, read_index
 from img2img_export.errors import ExportError, first_line
+from img2img_export.layout_checks import why_no_index
 from img2img_export.progress import Advance, Progress
 
 Choose = Callable[[Any, list[str]], list[str]]
@@ -38,7 +39,7 @@ def download(repo_id: str, revision: str | None, choose: Choose, progress: Progr
         found = HfApi().model_info(repo_id, revision=revision, files_metadata=True)
         names = [sibling.rfilename for sibling in found.siblings or ()]
         if INDEX_NAME not in names:
-            raise ExportError(f"{repo_id} is not in diffusers' layout: it has no {INDEX_NAME}")
+            raise ExportError(why_no_index(repo_id, names))
         index = read_index(Path(hf_hub_download(repo_id, INDEX_NAME, revision=found.sha)))
         files = choose(index, names)
         _fetch(found, [sibling for sibling in found.siblings if sibling.rfilename in files], progress)

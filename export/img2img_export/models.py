@@ -17,6 +17,7 @@ from img2img_export.checkpoint import DENOISERS, INDEX_NAME, Layout, read_index
 from img2img_export.errors import ExportError, first_line
 from img2img_export.graphs import quiet
 from img2img_export.options import Backend
+from img2img_export.unused import refuse_unused
 
 WHOLE = "whole"
 """The family of every class that the server cannot split: it runs such a pipeline from start to end."""
@@ -40,6 +41,7 @@ _OWN_CLASS = frozenset({"StableDiffusionInstructPix2PixPipeline"})
 
 _PRIOR_HINT = "it lacks its prior, so load the combined pipeline, save_pretrained it and export that directory: "
 _LOAD_FAILURES = (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError)
+_SHOWN = 4
 _DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -107,6 +109,7 @@ class Loader:
         kind: Any = AutoPipelineForImage2Image
         if self.layout.pipeline_class in _OWN_CLASS:
             kind = getattr(diffusers, self.layout.pipeline_class)
+        weighted = {name: self.component(name, dtype) for name in self.layout.components if self._has_weights(name)}
         try:
             with quiet():
                 pipeline = kind.from_pretrained(
@@ -116,6 +119,7 @@ class Loader:
                     torch_dtype={**types, "default": torch.float32} if dtype is None else dtype,
                     variant=self.variant,
                     **parts,
+                    **weighted,
                 )
         except _LOAD_FAILURES as error:
             hint = _PRIOR_HINT if "'prior_prior'" in str(error) else ""
@@ -123,23 +127,46 @@ class Loader:
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 
-    def component(self, name: str) -> Any:
-        """One component, its weights as stored."""
-        library, kind = self.layout.components[name]
+    def component(self, name: str, dtype: torch.dtype | None = None) -> Any:
+        """One component, its weights in `dtype` (None: as stored).
+
+        Raises ExportError if it does not load, lacks weights, or has others than its class: diffusers and transformers only
+        warn of that.
+        """
         folder = self.directory / name
         has_variant = self.variant is not None and any(folder.glob(f"*.{self.variant}*.safetensors"))
+        try:
+            with quiet():
+                loaded, found = self._class_of(name).from_pretrained(
+                    str(folder),
+                    use_safetensors=True,
+                    local_files_only=True,
+                    torch_dtype=self.stored_dtype(name) if dtype is None else dtype,
+                    variant=self.variant if has_variant else None,
+                    output_loading_info=True,
+                )
+        except _LOAD_FAILURES as error:
+            raise ExportError(f"{name} does not load: {type(error).__name__}: {first_line(error)}") from error
+        if missing := sorted(found["missing_keys"]):
+            shown = ", ".join(missing[:_SHOWN]) + (f" and {len(missing) - _SHOWN} more" if len(missing) > _SHOWN else "")
+            raise ExportError(f"{name} lacks weights that its config.json calls for ({shown}): it is not complete")
+        refuse_unused(name, found["unexpected_keys"], advice=", or its config.json is of another")
+        return loaded.eval()
+
+    def _class_of(self, name: str) -> Any:
+        """A component's class. As in model_index.json, its library may be one of diffusers' packages of pipelines."""
+        library, kind = self.layout.components[name]
         module = {"diffusers": diffusers, "transformers": transformers}.get(library)
         if module is None:
             module = importlib.import_module(f"diffusers.pipelines.{library}")
-        with quiet():
-            loaded = getattr(module, kind).from_pretrained(
-                str(folder),
-                use_safetensors=True,
-                local_files_only=True,
-                torch_dtype=self.stored_dtype(name),
-                variant=self.variant if has_variant else None,
-            )
-        return loaded.eval()
+        try:
+            return getattr(module, kind)
+        except AttributeError:
+            raise ExportError(f"{INDEX_NAME} names {library}.{kind}, which the installed version does not have") from None
+
+    def _has_weights(self, name: str) -> bool:
+        kind = self._class_of(name)
+        return isinstance(kind, type) and issubclass(kind, torch.nn.Module)
 
     def stored_dtype(self, name: str) -> torch.dtype:
         """The type of most of a component's weights. What is stored in any but a half precision is read as fp32."""

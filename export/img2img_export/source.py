@@ -15,6 +15,7 @@ from img2img_server.bundle import Source
 from img2img_export.checkpoint import INDEX_NAME, TEXT_SUFFIXES, Kind, Layout, choose, names_below, read_index, refuse_unsafe
 from img2img_export.digests import Digests
 from img2img_export.errors import ExportError
+from img2img_export.layout_checks import refuse_configurations, refuse_unreadable_files, why_no_index
 from img2img_export.options import ExportOptions
 from img2img_export.progress import Progress
 from img2img_export.single_file import find_template, refuse_unreadable
@@ -75,6 +76,8 @@ def _single_file(options: ExportOptions, digests: Digests, progress: Progress) -
     path = path.resolve()
     read = digests.digest_files(path.parent, [path.name], progress)
     directory, layout, files = find_template(options, read[path.name], digests, progress)
+    refuse_unreadable_files(directory, files)
+    refuse_configurations(directory, layout.pipeline_class, layout.components)
     refuse_unsafe(directory, files)
     source = Source(path=str(path), digest=_combine(read | digests.digest_files(directory, files)))
     return Checkpoint(directory, tuple(files), layout, source, "single-file", path)
@@ -84,9 +87,13 @@ def _layout(options: ExportOptions, digests: Digests, progress: Progress) -> Che
     if options.config is not None:
         raise ExportError(f"{options.source} has its own configurations: --config is for a single file")
     directory, names, repo_id = _locate(options, progress)
+    if INDEX_NAME not in names:
+        raise ExportError(why_no_index(directory, names))
     kind, layout, files = choose(read_index(directory / INDEX_NAME), names, options)
     if missing := [name for name in files if not (directory / name).is_file()]:
         raise ExportError(f"{options.source} lacks {missing[0]}")
+    refuse_unreadable_files(directory, files)
+    refuse_configurations(directory, layout.pipeline_class, layout.components)
     refuse_unsafe(directory, files)
     source = Source(
         repo_id=repo_id,

@@ -140,7 +140,7 @@ def test_a_list_of_weights_that_are_not_safetensors_is_refused(
     index = checkpoint / f"unet/diffusion_pytorch_model.safetensors.index{infix}.json"
     for name in [*TEXTS, weights, "unet/evil.txt"]:
         (checkpoint / name).parent.mkdir(parents=True, exist_ok=True)
-        (checkpoint / name).write_text("{}")
+        (checkpoint / name).write_text("\x02" + 7 * "\0" + "{}" if name == weights else "{}")
     (checkpoint / "model_index.json").write_text(json.dumps(INDEX))
     options = ExportOptions(source=str(checkpoint), output=tmp_path / "out", variant=infix.removeprefix(".") or None)
     index.write_text(json.dumps({"weight_map": {"x": Path(weights).name}}))

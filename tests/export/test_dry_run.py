@@ -61,6 +61,8 @@ def write_model(directory: Path, kind: str = "F32", upcast: bool = False) -> Pat
         (directory / name).mkdir(parents=True)
         (directory / name / "config.json").write_text(json.dumps({"force_upcast": upcast}))
         (directory / name / "model.safetensors").write_bytes(header(shapes, kind))
+    (directory / "tokenizer").mkdir()
+    (directory / "tokenizer" / "vocab.json").write_text("{}")
     (directory / "model_index.json").write_text(json.dumps(INDEX))
     return directory
 
@@ -163,6 +165,8 @@ def test_graphs_of_optimum_are_told_by_their_size(tmp_path: Path) -> None:
         (model / name / "config.json").write_text("{}")
         (model / name / "model.onnx").write_bytes(bytes(size))
     (model / "unet" / "model.onnx_data").write_bytes(bytes(80_000))
+    (model / "tokenizer").mkdir(exist_ok=True)
+    (model / "tokenizer" / "vocab.json").write_text("{}")
     (model / "model_index.json").write_text(json.dumps(INDEX))
     told = foretell(model)
     found = parts(told)

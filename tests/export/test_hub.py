@@ -26,8 +26,8 @@ FILES = {
     "v1.ckpt": b"a pickle",
     "unet/config.json": b"{}",
     "unet/diffusion_pytorch_model.bin": b"a pickle",
-    "unet/diffusion_pytorch_model.safetensors": b"weights",
-    "unet/diffusion_pytorch_model.fp16.safetensors": b"half weights",
+    "unet/diffusion_pytorch_model.safetensors": (2).to_bytes(8, "little") + b"{}",
+    "unet/diffusion_pytorch_model.fp16.safetensors": (3).to_bytes(8, "little") + b"{ }",
     "tokenizer/vocab.json": b'{"a": 0}',
 }
 
@@ -88,7 +88,7 @@ def test_only_what_is_read_is_downloaded_and_offline_the_cache_serves(hub: Hub, 
         "model_index.json": json.dumps(INDEX),
         "tokenizer/vocab.json": '{"a": 0}',
         "unet/config.json": "{}",
-        "unet/diffusion_pytorch_model.safetensors": "weights",
+        "unet/diffusion_pytorch_model.safetensors": "\x02" + 7 * "\0" + "{}",
     }
     assert set(hub.fetched) == set(found["files"])
     assert found["source"]["repo_id"] == "someone/model"
@@ -135,7 +135,10 @@ def test_a_hub_out_of_reach_is_one_line(tmp_path: Path) -> None:
 
 def test_a_download_that_broke_off_is_continued(hub: Hub, tmp_path: Path) -> None:
     chunk = 10 * 2**20  # as much as huggingface_hub writes at once
-    hub.files["unet/diffusion_pytorch_model.safetensors"] = b"weights " * 1_500_000
+    length = 8 * 1_500_000
+    header = json.dumps({"x": {"dtype": "U8", "shape": [length], "data_offsets": [0, length]}}).encode()
+    whole = len(header).to_bytes(8, "little") + header + b"weights " * 1_500_000
+    hub.files["unet/diffusion_pytorch_model.safetensors"] = whole
     hub.cut = chunk + 1000
     broken = resolve(hub, tmp_path)
     assert "the same command continues it" in broken["error"]
@@ -143,7 +146,7 @@ def test_a_download_that_broke_off_is_continued(hub: Hub, tmp_path: Path) -> Non
     assert hub.ranges == []
     found = resolve(hub, tmp_path)
     assert hub.ranges == [f"bytes={chunk}-"]
-    assert found["files"]["unet/diffusion_pytorch_model.safetensors"] == "weights " * 1_500_000
+    assert found["files"]["unet/diffusion_pytorch_model.safetensors"] == whole.decode()
     assert found["tasks"] == [["downloading someone/model", size(found), size(found)]]
 
 
@@ -178,7 +181,8 @@ def test_the_token_opens_what_is_private_or_gated(gated: bool, hub: Hub, tmp_pat
 
 def test_the_template_of_a_single_file_is_its_texts(hub: Hub, tmp_path: Path) -> None:
     """It comes from where diffusers says. That is asked once: then neither diffusers nor torch is needed."""
-    safetensors.torch.save_file({"weight": torch.ones(2)}, tmp_path / "model.safetensors")
+    names = ("model.diffusion_model.x", "first_stage_model.x", "cond_stage_model.x")
+    safetensors.torch.save_file({name: torch.ones(2) for name in names}, tmp_path / "model.safetensors")
     hub.repo = "stable-diffusion-v1-5/stable-diffusion-v1-5"
     found = resolve(hub, tmp_path, source=str(tmp_path / "model.safetensors"))
     assert set(hub.fetched) == set(found["files"]) == {"model_index.json", "unet/config.json", "tokenizer/vocab.json"}

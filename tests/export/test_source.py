@@ -24,6 +24,10 @@ INDEX = {
 }
 TEXTS = ["unet/config.json", "tokenizer/vocab.json"]
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
+NO_WEIGHTS = (2).to_bytes(8, "little") + b"{}"
+"""A safetensors file without tensors."""
+PARTS = ("model.diffusion_model.x", "first_stage_model.x", "cond_stage_model.x")
+"""A tensor of each part that a whole model in one file has."""
 
 
 @pytest.fixture(autouse=True)
@@ -40,14 +44,14 @@ def directory(tmp_path: Path) -> Path:
 @pytest.fixture
 def single(tmp_path: Path) -> Path:
     """One file of weights, of no model either."""
-    safetensors.torch.save_file({"weight": torch.ones(2)}, tmp_path / "model.safetensors")
+    safetensors.torch.save_file({name: torch.ones(2) for name in PARTS}, tmp_path / "model.safetensors")
     return tmp_path / "model.safetensors"
 
 
 def write(root: Path, names: list[str]) -> Path:
     for name in names:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_text("{}")
+        (root / name).write_bytes(NO_WEIGHTS if name.endswith(".safetensors") else b"{}")
     (root / "model_index.json").write_text(json.dumps(INDEX))
     return root
 
@@ -84,7 +88,7 @@ def test_the_digest_follows_what_is_read_and_nothing_else(directory: Path) -> No
     first = find(directory).source.digest
     (directory / "README.md").write_text("hello")
     assert find(directory).source.digest == first
-    (directory / WEIGHTS).write_bytes(b"other weights")
+    (directory / WEIGHTS).write_bytes((3).to_bytes(8, "little") + b"{ }")
     assert find(directory).source.digest != first
 
 
@@ -112,7 +116,7 @@ def test_the_digest_of_a_single_file_covers_its_template(single: Path, directory
     assert find(single, config=str(directory)) == found
     (directory / "unet" / "config.json").write_text('{"a": 1}')
     changed = find(single, config=str(directory)).source.digest
-    safetensors.torch.save_file({"weight": torch.zeros(2)}, single)
+    safetensors.torch.save_file({name: torch.zeros(2) for name in PARTS}, single)
     assert len({found.source.digest, changed, find(single, config=str(directory)).source.digest}) == 3
 
 
@@ -124,7 +128,7 @@ def test_a_single_file_has_nothing_to_choose(option: dict[str, object], single: 
 
 def test_a_single_file_that_was_cut_short_is_refused(single: Path, directory: Path) -> None:
     single.write_bytes(single.read_bytes()[:-1])
-    with pytest.raises(ExportError, match="not as long as its header says"):
+    with pytest.raises(ExportError, match="truncated"):
         find(single, config=str(directory))
 
 
