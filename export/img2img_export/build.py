@@ -138,7 +138,7 @@ def _tidy(bundle: Path) -> None:
         path.chmod(0o755 if path.is_dir() else 0o644)
         if path.suffix != ".json" or path.is_dir():
             continue
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(path.read_bytes())
         if isinstance(data, dict) and any(key in data for key in _TRACES):
             kept = {key: value for key, value in data.items() if key not in _TRACES}
             path.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

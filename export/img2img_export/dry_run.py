@@ -208,7 +208,7 @@ def _in_memory(part: PartForecast) -> int:
 
 def _is_upcast(config: Path) -> bool:
     try:
-        return bool(json.loads(config.read_text(encoding="utf-8")).get("force_upcast"))
+        return bool(json.loads(config.read_bytes()).get("force_upcast"))
     except (OSError, ValueError, AttributeError):
         return False
 

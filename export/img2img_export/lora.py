@@ -150,7 +150,7 @@ def _translate(path: Path, tensors: dict[str, "torch.Tensor"], directory: Path, 
         raise ExportError(f"{path} cannot be fused: {layout.pipeline_class} takes no LoRAs")
     known: dict[str, Any] = {}
     if "unet" in layout.components:
-        config = json.loads((directory / "unet" / "config.json").read_text(encoding="utf-8"))
+        config = json.loads((directory / "unet" / "config.json").read_bytes())
         known["unet_config"] = SimpleNamespace(**config)
     found = pipeline.lora_state_dict(dict(tensors), **known)
     found = found[0] if isinstance(found, tuple) else found

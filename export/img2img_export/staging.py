@@ -122,7 +122,7 @@ def check_replaceable(output: Path, force: bool) -> None:
 def _is_bundle(directory: Path) -> bool:
     """Whether it has a manifest of any format version: an old or a damaged bundle is a bundle."""
     try:
-        manifest = json.loads((directory / MANIFEST_NAME).read_text(encoding="utf-8"))
+        manifest = json.loads((directory / MANIFEST_NAME).read_bytes())
     except (OSError, ValueError):
         return False
     return isinstance(manifest, dict) and {"format_version", "pipeline_class"} <= set(manifest)

@@ -190,7 +190,7 @@ def read_manifest(bundle: Path) -> Manifest:
     """Reads the manifest of the directory `bundle`. Raises BundleError where it is missing, damaged or of another format."""
     path = bundle / MANIFEST_NAME
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise BundleError(f"{bundle} is no bundle: it has no {MANIFEST_NAME}") from None
     except (OSError, ValueError, RecursionError) as error:

@@ -93,7 +93,7 @@ def read_index(bundle: Path) -> dict[str, Any]:
     """What the bundle's model_index.json says. Raises BundleError."""
     path = bundle / "model_index.json"
     try:
-        index = json.loads(path.read_text(encoding="utf-8"))
+        index = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
         raise BundleError(f"{path} cannot be read: {error}") from error
     if not isinstance(index, dict):

@@ -36,7 +36,7 @@ def refuse_foreign_parts(path: Path) -> None:
     """Raises BundleError where the list `path` of a model's parts has others than safetensors beside it: told to read these
     alone, diffusers and transformers read all the same whatever is listed, as a pickle."""
     try:
-        parts = set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
+        parts = set(json.loads(path.read_bytes())["weight_map"].values())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise BundleError(f"{path} cannot be read") from None
     for part in parts:

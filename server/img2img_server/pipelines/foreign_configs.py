@@ -110,7 +110,7 @@ def refuse_foreign_config(path: Path) -> None:
         return
     is_index = path.name == "model_index.json"
     try:
-        found = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_Pairs)
+        found = json.loads(path.read_bytes(), object_pairs_hook=_Pairs)
         problem = next(_problems(found, (), _strings(_IDENTIFIER) if is_index else _words), None)
     except (OSError, ValueError, RecursionError) as error:
         raise BundleError(f"{path} cannot be read: {type(error).__name__}: {error}") from None

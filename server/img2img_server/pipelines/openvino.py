@@ -222,7 +222,7 @@ def _try(graph: Path, runner: Runner, shapes: Shapes) -> None:
 
 def _config(bundle: Path, component: str) -> dict[str, Any]:
     try:
-        config = json.loads((bundle / component / "config.json").read_text(encoding="utf-8"))
+        config = json.loads((bundle / component / "config.json").read_bytes())
     except (OSError, ValueError):
         return {}
     return config if isinstance(config, dict) else {}

@@ -146,7 +146,7 @@ class OnnxVae(StandIn):
 
 def read_config(folder: Path) -> FrozenDict:
     """A component's config.json, with its values as attributes too."""
-    return FrozenDict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    return FrozenDict(json.loads((folder / "config.json").read_bytes()))
 
 
 def _flatten(arguments: Mapping[str, Any]) -> dict[str, torch.Tensor]:
