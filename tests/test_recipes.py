@@ -94,6 +94,14 @@ def test_a_folder_of_pictures(folder: Path, port: str) -> None:
         assert (folder / name).read_bytes() != (folder / "demo" / "pictures" / Path(name).name).read_bytes()
 
 
+def test_photos_and_prompts_that_are_too_long(folder: Path, port: str) -> None:
+    fitted, warning = run(folder, program("Photos, and prompts that are too long", p50051=port)).splitlines()
+    assert fitted == "152 x 104"
+    assert warning.startswith("prompt PROMPT_TRUNCATED ")
+    assert warning.endswith("with snow on every tree and on every roof ,"), "as the tokenizer spells it"
+    assert size(folder / "hills.png") == (152, 104)
+
+
 def test_variations_and_one_of_them_again(folder: Path, port: str) -> None:
     assert run(folder, program("Variations, and one of them again", p50051=port)) in ("True\n", "False\n")
     files = {(folder / f"sunset-{seed}.png").read_bytes() for seed in range(100, 104)}

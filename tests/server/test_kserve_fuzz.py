@@ -27,7 +27,7 @@ from tritonclient.grpc import service_pb2 as pb  # type: ignore[import-untyped]
 METHODS: Sequence[MethodDescriptor] = list(pb.DESCRIPTOR.services_by_name["GRPCInferenceService"].methods)
 INFERENCES = [method for method in METHODS if method.input_type.name == "ModelInferRequest"]
 OTHERS = [method for method in METHODS if method not in INFERENCES]
-STATUSES = {*DOCUMENTED, grpc.StatusCode.UNIMPLEMENTED}
+STATUSES = {*DOCUMENTED, grpc.StatusCode.UNIMPLEMENTED, grpc.StatusCode.DEADLINE_EXCEEDED}  # the last by `timeout`
 
 NAMES = st.sampled_from([one.name for one in (*SOURCES, *SETTINGS)]) | st.sampled_from(["", "images", "nope"])
 KEYS = NAMES | st.sampled_from(
