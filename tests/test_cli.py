@@ -25,7 +25,7 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(command in text for command in COMMANDS)
 
 
-@pytest.mark.parametrize("words", [[], ["nope"], ["serve", "--models", "m", "--nope"], ["export"], ["inspect"], ["--nope"]])
+@pytest.mark.parametrize("words", [["nope"], ["serve", "--models", "m", "--nope"], ["export"], ["inspect"], ["--nope"]])
 def test_unknown_words_are_errors(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
         main(words)

@@ -16,7 +16,7 @@ RULES = [
     ("img2img_server.settings.setting", (*HEAVY, "numpy", "PIL", "google")),
     ("img2img_server.settings.sources", (*HEAVY, "numpy", "PIL", "google")),
     ("img2img_server.images", HEAVY),
-    ("img2img_server.config", HEAVY),
+    ("img2img_server.config", (*HEAVY, "numpy")),
     ("img2img_server.models.store", HEAVY),
     ("img2img_server.models.residency", HEAVY),
     ("img2img_server.models.acquiring", HEAVY),

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 
 from img2img_server import distribution
 
+from img2img_cli.suggestions import Parser, meant, warn_of_variables
+
 COMMANDS = {
     "export": ("img2img_export.command", "turn a diffusers model into a verified bundle"),
     "inspect": ("img2img_export.inspect_command", "show what a bundle is, and what was measured when it was verified"),
@@ -26,7 +28,7 @@ COMMANDS = {
     "assets": ("img2img_client.assets_command", "have a server keep pictures, get them back, delete them"),
 }
 
-_EXTRAS = {"export": "export", "serve": "server", "bench-model": "server", "top": "server", "playground": "playground"}
+_EXTRAS = {"export": "export", "serve": "server", "bench-model": "server", "playground": "playground"}
 
 _EPILOG = """\
 first steps:
@@ -44,22 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     command = words[0] if words else ""
     try:
-        module = importlib.import_module(COMMANDS[command][0]) if command in COMMANDS else None
-        parser = argparse.ArgumentParser(
-            prog="img2img",
-            description="An optimized image-to-image inference server.",
-            epilog=_EPILOG,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        parser.add_argument("--version", action="version", version=f"img2img {distribution.version()}")
-        commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-        for name, (_, summary) in COMMANDS.items():
-            subparser = commands.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
-            if module is not None and name == command:
-                module.configure(subparser)
-        arguments = parser.parse_args(words)
-        assert module is not None, "argparse refuses what is not in COMMANDS"
-        status = int(module.run(arguments))
+        status = _run(command, words)
         sys.stdout.flush()
         return status
     except ModuleNotFoundError as error:
@@ -71,8 +58,55 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Who read the output has gone, as `head` does. The interpreter would try again to write the rest when it exits.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as error:
+        # A disk that is full, or a path that is missing or may not be written, which the command itself did not report.
+        print(f"img2img {command}: {_described(error)}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         return 130
+
+
+def _run(command: str, words: Sequence[str]) -> int:
+    module = importlib.import_module(COMMANDS[command][0]) if command in COMMANDS else None
+    parser = Parser(
+        prog="img2img",
+        description="An optimized image-to-image inference server.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"img2img {distribution.version()}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    subparser = None
+    for name, (_, summary) in COMMANDS.items():
+        one = commands.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
+        if module is not None and name == command:
+            module.configure(one)
+            subparser = one
+    if not words:
+        parser.print_help()
+        return 0
+    if module is None or subparser is None:
+        if not command.startswith("-"):
+            parser.error(f"there is no command '{command}'{meant(command, COMMANDS)} (commands: {', '.join(COMMANDS)})")
+        parser.check_flags(words)
+        parser.parse_args(words)
+        raise AssertionError("argparse refuses what is no command")
+    if words == [command] and subparser.has_commands:
+        subparser.print_help()
+        return 0
+    subparser.check_flags(words[1:])
+    arguments = parser.parse_args(words)
+    if command != "serve":
+        warn_of_variables(os.environ)
+    return int(module.run(arguments))
+
+
+def _described(error: OSError) -> str:
+    """What went wrong with which file, in a line."""
+    if error.errno is None:
+        return str(error)
+    name = f"{error.filename}: " if error.filename else ""
+    return f"{name}{error.strerror}"
 
 
 if __name__ == "__main__":

@@ -160,8 +160,11 @@ def run(arguments: argparse.Namespace) -> int:
             with _terminable():
                 _export(options_of(arguments), display)
     except (ExportError, OSError) as error:
-        display.error(str(error))
-        print(f"img2img export: {error}", file=sys.stderr)
+        message = str(error)
+        if isinstance(error, OSError) and error.errno is not None:  # a full disk, say: the system does not name the file
+            message = f"{error.filename or arguments.output}: {error.strerror}"
+        display.error(message)
+        print(f"img2img export: {message}", file=sys.stderr)
         return 1
     return 0
 

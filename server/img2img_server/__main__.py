@@ -25,13 +25,14 @@ CLIENT_VARIABLES = (
 )
 """Variables of the client's commands, which may be set where a server is started."""
 
-_USAGE = "%(prog)s --models DIR [--config FILE] [--print-config] [SETTING ...]"
+_USAGE = "%(prog)s [--models DIR] [--config FILE] [--print-config] [SETTING ...]"
 _EPILOG = """\
 Each setting is a flag (--max-batch-size 8), a variable (IMG2IMG_MAX_BATCH_SIZE=8) or a key in the TOML file that --config names
 (max_batch_size = 8 in the table [limits]). Flags come before variables, variables before the file, the file before defaults.
 --print-config shows all of them and where each was set, as such a file. BYTES can be 500MB or 1.5GiB, SECONDS 90s, 15m or 24h.
 
 examples:
+  img2img serve                                 the demo model, exported on first use: in a checkout of the repository
   img2img serve --models models                 every bundle in the folder, on 127.0.0.1:50051
   img2img serve --models models/sdxl --port 0   one bundle, on a free port
   img2img serve --models models --print-config > server.toml
@@ -78,8 +79,24 @@ def configured(arguments: argparse.Namespace, variables: Mapping[str, str]) -> "
 
 def run(arguments: argparse.Namespace) -> int:
     """Serves until a signal. Returns 0 after a drain, 1 where it could not start, 2 for a setting that cannot work."""
+    from img2img_server.settings.sources import MissingSetting
+
     try:
         found = configured(arguments, os.environ)
+    except MissingSetting as error:
+        if error.name != "models" or arguments.print_config:
+            return _complain(error, 2)
+        from img2img_server import demo
+
+        try:
+            arguments.models = Path()
+            configured(arguments, os.environ)  # what is wrong with the other settings is said before minutes of work
+            arguments.models = demo.obtain(lambda line: print(f"img2img serve: {line}", file=sys.stderr, flush=True))
+            found = configured(arguments, os.environ)
+        except demo.DemoUnavailable as problem:
+            return _complain(ValueError(f"{error}; {problem}"), 2)
+        except (ValueError, OSError) as problem:
+            return _complain(problem, 2)
     except (ValueError, OSError) as error:
         return _complain(error, 2)
     if arguments.print_config:

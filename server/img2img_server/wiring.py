@@ -41,7 +41,7 @@ def local(config: ServerConfig) -> LocalBackend:
 
     def load_models() -> ModelStore:
         begun = time.monotonic()
-        _log.info("%d models in %s; importing the libraries that run them", len(list(models)), config.models)
+        _log.info("models in %s: %d; importing the libraries that run them", config.models, len(list(models)))
         from img2img_server.pipelines import providers
 
         # Before the loader's imports, which take seconds.

@@ -88,7 +88,7 @@ def test_the_flags_that_there_always_were_are_still_there(words: str, expected: 
         ("--gpu-memory 8G", "--gpu-memory is '8G', it has to be a number of bytes, or a size such as 500MB or 1.5GiB"),
         ("--tls-key k", "tls_certificate and tls_key belong together: set both or none"),
         ("--config nowhere.toml", "nowhere.toml: No such file or directory"),
-        ("--max-step 9", "unrecognized arguments: --max-step 9"),
+        ("--max-step 9", "unrecognized arguments: --max-step; did you mean '--max-steps'?"),
     ],
 )
 def test_what_makes_no_sense_is_told_of_in_one_line(words: str, problem: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -96,7 +96,7 @@ def test_what_makes_no_sense_is_told_of_in_one_line(words: str, problem: str, ca
 
 
 def test_models_have_to_be_named(capsys: pytest.CaptureFixture[str]) -> None:
-    line = _complaint(capsys, "--port", "0")
+    line = _complaint(capsys, "--port", "0", "--print-config")
     assert line == "models is not set: give --models DIR, the variable IMG2IMG_MODELS or the key 'models' of a file"
 
 

@@ -48,7 +48,9 @@ def run(arguments: argparse.Namespace) -> int:
     actions = {"add": _add, "list": _list, "remove": _remove}
     try:
         return actions[arguments.action](Path(path), arguments)
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        return _failed(f"{path} cannot be used: {error.strerror}", 1)
+    except ValueError as error:
         return _failed(str(error), 1)
 
 

@@ -3,7 +3,6 @@
 import io
 from typing import Any
 
-import numpy as np
 from PIL import Image, ImageCms
 
 _SPACE_OF_MODE = {"L": b"GRAY", "RGB": b"RGB ", "CMYK": b"CMYK"}
@@ -50,6 +49,8 @@ def _shallow(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
     8, that just holds the brightest value. Of floats, 1.0 is white up to a brightest value of 16, which leaves highlights and
     overshoot room, and what is above 1.0 is clipped; brighter ones are integers in disguise, half as much overshoot allowed.
     """
+    import numpy as np  # here: it takes longer than all other imports of the configuration
+
     tags: Any = getattr(image, "tag_v2", {})
     values = np.asarray(image)
     if image.mode == "I" and tags and tags.get(_SAMPLE_FORMAT, _UNSIGNED) == _UNSIGNED:
@@ -92,6 +93,8 @@ def _convert(image: Image.Image, profile: bytes) -> Image.Image:
 
 
 def _managed(image: Image.Image, profile: bytes) -> Image.Image:
+    import numpy as np  # here: it takes longer than all other imports of the configuration
+
     source, srgb = ImageCms.ImageCmsProfile(io.BytesIO(profile)), ImageCms.createProfile("sRGB")
     samples = _samples(image.mode)
     if samples is not None:
@@ -104,6 +107,8 @@ def _managed(image: Image.Image, profile: bytes) -> Image.Image:
 
 def _samples(mode: str) -> Image.Image | None:
     """Colours from all over the mode's range, of those that may be sRGB's."""
+    import numpy as np  # here: it takes longer than all other imports of the configuration
+
     if mode == "CMYK":
         return None
     steps = np.arange(0, 256, 15 if mode == "L" else 51, dtype=np.uint8)

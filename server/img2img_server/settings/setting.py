@@ -4,6 +4,7 @@ A configuration is a frozen dataclass whose fields are made by `setting`, or by 
 their values are read is in setting_values.py, where they come from in setting_sources.py.
 """
 
+import difflib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from types import NoneType, UnionType
@@ -92,7 +93,9 @@ class Setting:
         if self.about.most is not None and value > self.about.most:
             raise ValueError(f"is {value}, the most is {self.about.most:g}")
         if self.choices and value not in self.choices:
-            raise ValueError(f"is '{value}', known are {', '.join(self.choices)}")
+            near = difflib.get_close_matches(str(value), self.choices, 1, cutoff=0.7)
+            meant = f"; did you mean '{near[0]}'?" if near else ""
+            raise ValueError(f"is '{value}', known are {', '.join(self.choices)}{meant}")
 
 
 def settings_of(kind: type) -> tuple[Setting, ...]:

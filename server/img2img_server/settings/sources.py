@@ -24,6 +24,14 @@ class SettingError(ValueError):
     """What somebody set cannot be used. One line, which says where it was set."""
 
 
+class MissingSetting(SettingError):
+    """A setting without a default was not set. `name` is its name."""
+
+    def __init__(self, name: str, where: str) -> None:
+        super().__init__(f"{name} is not set: give {where}")
+        self.name = name
+
+
 @dataclass(frozen=True, slots=True)
 class Configured(Generic[_T]):
     """A configuration and where each of its values was set: DEFAULT, FLAG, a variable's name or a file's."""
@@ -82,7 +90,7 @@ def resolve(kind: type[_T], flags: Mapping[FieldPath, Any], environment: Environ
     for one in settings:
         if one.about.required and one.path not in values:
             where = f"{one.flag} {_metavar(one)}, the variable {environment.variable(one)} or the key '{one.key}' of a file"
-            raise SettingError(f"{one.name} is not set: give {where}")
+            raise MissingSetting(one.name, where)
     try:
         return Configured(build(kind, values), origins)
     except ValueError as error:
