@@ -94,7 +94,7 @@ class Parser:
                 seeds=seeds,
                 deadline=deadline,
                 scheduler=scheduler,
-                preview_interval=interval if previews else 0,
+                preview_interval=interval if previews and images.holds(image.size, "JPEG") else 0,  # as previews are sent
                 image_digest=digest,
                 client=call.client,
                 id=call.request_id,

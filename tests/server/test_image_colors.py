@@ -34,6 +34,14 @@ def test_a_profile_is_converted_to_srgb_in_every_container(file_format: str) -> 
     assert_near(found, GREEN_OF_P3, 3)
 
 
+def test_a_profile_in_a_bmp_is_converted_to_srgb() -> None:
+    pixels, profile = bytes(reversed(GREEN)) * 256, icc_profiles.display_p3()
+    header = struct.pack("<LllHHLLllLL", 124, 16, 16, 1, 24, 0, len(pixels), 2835, 2835, 0, 0).ljust(124, b"\0")
+    header = header[:56] + b"DEBM" + header[60:112] + struct.pack("<LL", 124 + len(pixels), len(profile)) + header[120:]
+    data = b"BM" + struct.pack("<LLL", 138 + len(pixels) + len(profile), 0, 138) + header + pixels + profile
+    assert_near(np.asarray(images.decode(data, LIMITS, "image.data"), int), GREEN_OF_P3, 3)
+
+
 @pytest.mark.parametrize("mode", ["P", "RGBA"])
 def test_a_profile_is_converted_in_every_mode_of_the_same_colours(mode: str) -> None:
     image = Image.new("RGB", (16, 16), GREEN)
@@ -134,6 +142,11 @@ def test_what_is_no_number_in_floats_is_black() -> None:
 def test_integers_of_32_bits_are_scaled_by_the_bits_that_they_use(bits: int) -> None:
     values = (RAMP / 255 * (2**bits - 1)).astype(np.int32)
     assert_near(decoded(Image.fromarray(values), "TIFF"), RAMP[..., None], 1)
+
+
+@pytest.mark.parametrize("file_format", ["PNG", "TIFF"])
+def test_gray_of_16_bits_keeps_every_value_of_8_bits(file_format: str) -> None:
+    assert (decoded(Image.fromarray(RAMP.astype(np.uint16) * 257), file_format) == RAMP[..., None]).all()
 
 
 def test_a_dark_image_of_32_bits_stays_dark() -> None:

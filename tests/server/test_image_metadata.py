@@ -141,6 +141,26 @@ def test_every_orientation_of_a_tiff_is_applied_as_pillow_does(orientation: int,
     assert images.header_size(data, LIMITS, "image.data") == expected.size
 
 
+TIFFS: dict[str, tuple[str, dict[str, object]]] = {
+    **{f"{mode} {name}": (mode, {"compression": name}) for mode in ("RGB", "L", "RGBA", "P", "CMYK") for name in
+       ("raw", "tiff_lzw", "tiff_adobe_deflate", "packbits", "lzma", "zstd")},
+    **{f"{mode} jpeg": (mode, {"compression": "jpeg"}) for mode in ("RGB", "L", "YCbCr")},
+    **{f"1 {name}": ("1", {"compression": name}) for name in ("group3", "group4", "raw")},
+    "predictor": ("RGB", {"compression": "tiff_lzw", "tiffinfo": {317: 2}}),
+    "BigTIFF": ("RGB", {"big_tiff": True}),
+    "several pages": ("RGB", {"save_all": True, "append_images": [Image.new("RGB", SIZE)]}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TIFFS)
+def test_every_kind_of_tiff_keeps_its_pixels_without_its_other_tags(name: str) -> None:
+    mode, options = TIFFS[name]
+    file = io.BytesIO()
+    image().convert(mode).save(file, "TIFF", software="a scanner", description="x" * 10_000, **options)
+    expected = Image.open(file).convert("RGBA" if mode == "RGBA" else "RGB").convert("RGB")
+    assert np.array_equal(np.asarray(decoded(file.getvalue())), np.asarray(expected))
+
+
 ODD_EXIF = {
     "resolution unit as FLOAT": exif(oriented(6), entry(RESOLUTION_UNIT, 11, 1, struct.pack("<f", 2.0))),
     "orientation as LONG": exif(entry(ORIENTATION, 4, 1, struct.pack("<L", 6))),

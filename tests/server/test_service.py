@@ -218,7 +218,11 @@ def test_a_result_that_its_format_cannot_hold_is_refused_before_it_is_drawn(size
         code, details = failure(lambda: stub.Transform(wrong))
         assert (code, details["field"]) == (grpc.StatusCode.INVALID_ARGUMENT, "output.format")
         assert pipeline.prepared == []
-        stub.Transform(request(image=pb.ImageSource(data=png(size)), **asked))
+        right = request(image=pb.ImageSource(data=png(size)), preview_interval=1, **asked)
+        events = list(stub.TransformStream(pb.TransformStreamRequest(request=right)))
+        previews = [event.progress.HasField("preview") for event in events if event.HasField("progress")]
+        assert any(previews) == (max(size) <= 65500), "a preview is a JPEG"
+        assert events[-1].HasField("completed")
 
 
 @pytest.mark.parametrize(("seed", "count"), [(2**63 - 1, 2), (2**63 - 7, 8)])

@@ -656,7 +656,8 @@ class Progress(_message.Message):
     """Steps in all: num_inference_steps times strength, rounded down, or as many as the scheduler makes of them."""
     preview: _builtins.bytes
     """What the (first) picture is about to become, at the steps where preview_interval asks for one: a JPEG file of about an
-    eighth of the result's width and height. Models that can draw none send none.
+    eighth of the result's width and height. Models that can draw none send none, nor is there one of a result that JPEG cannot
+    hold.
     """
     eta_seconds: _builtins.float
     """Estimated seconds until the request is finished; not set while the server has nothing to estimate from."""

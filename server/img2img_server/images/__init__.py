@@ -2,7 +2,7 @@
 
 from img2img_server.images.data_uri import decode_data_uri
 from img2img_server.images.decoding import READ_FORMATS, check_header, decode, header_size, media_type
-from img2img_server.images.encoding import WriteFormat, check_side, encode
+from img2img_server.images.encoding import WriteFormat, check_side, encode, holds
 from img2img_server.images.sizes import ImageLimits, SizeRule, least_size, resize, target_size
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "decode_data_uri",
     "encode",
     "header_size",
+    "holds",
     "least_size",
     "media_type",
     "resize",

@@ -57,13 +57,13 @@ def _shallow(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
         values = values.view(np.uint32)  # Pillow reads them as if they were signed.
     transparent = image.info.get("transparency")
     alpha = None if transparent is None else Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8))
-    if image.mode == "F":
-        values = np.nan_to_num(values, nan=0.0, posinf=0.0, neginf=0.0)
-    white = _white(image.mode, float(values.max()), tags)
-    gray = np.clip(values.astype(np.float64) * (255 / white), 0, 255)
+    gray = values.astype(np.float32)  # One copy, changed in place: a source may have millions of pixels.
+    np.nan_to_num(gray, copy=False, nan=0.0, posinf=0.0, neginf=0.0)
+    gray *= 255 / _white(image.mode, float((gray if image.mode == "F" else values).max()), tags)
+    np.clip(gray, 0, 255, out=gray)
     if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:
-        gray = 255 - gray
-    return Image.fromarray(gray.astype(np.uint8)), alpha
+        np.subtract(255, gray, out=gray)
+    return Image.fromarray(np.rint(gray, out=gray).astype(np.uint8)), alpha
 
 
 def _white(mode: str, brightest: float, tags: Any) -> float:

@@ -90,7 +90,8 @@ def _open(data: bytes, limits: ImageLimits, field: str) -> tuple[Image.Image, Es
     image = Image.open(io.BytesIO(file.data), formats=READ_FORMATS)
     if image.width * image.height > limits.max_source_pixels:
         raise InvalidField(
-            field, f"the picture has {image.width} x {image.height} pixels, the most is {limits.max_source_pixels}"
+            field,
+            f"the picture has {image.width} x {image.height} pixels, the most is {limits.max_source_pixels}: send a smaller one",
         )
     return image, file
 

@@ -12,11 +12,15 @@ WriteFormat = Literal["PNG", "JPEG", "WEBP"]
 _MAX_SIDE: dict[WriteFormat, int] = {"PNG": 2**31 - 1, "JPEG": 65500, "WEBP": 16383}  # of zlib's, libjpeg-turbo's and libwebp's
 
 
+def holds(size: tuple[int, int], file_format: WriteFormat) -> bool:
+    """Whether the format can hold an image of this width and height, in pixels."""
+    return max(size) <= _MAX_SIDE[file_format]
+
+
 def check_side(size: tuple[int, int], file_format: WriteFormat) -> None:
     """Raises InvalidField for a width and height, in pixels, that the format cannot hold."""
-    most = _MAX_SIDE[file_format]
-    if max(size) > most:
-        fits = ", ".join(name for name, side in _MAX_SIDE.items() if side >= max(size))
+    if not holds(size, file_format):
+        most, fits = _MAX_SIDE[file_format], ", ".join(name for name in _MAX_SIDE if holds(size, name))
         raise InvalidField(
             "output.format",
             f"{file_format} holds at most {most} pixels a side, and the result would have {size[0]} x {size[1]}: "
