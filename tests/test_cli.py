@@ -70,3 +70,23 @@ def test_a_missing_extra_is_named() -> None:
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert result.returncode == 1
     assert "pip install 'img2img-server[server]'" in result.stderr
+
+
+def test_an_unexpected_error_is_one_line_without_a_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from img2img_export import command
+
+    def fail(arguments: object) -> int:
+        raise ZeroDivisionError("division\nby zero")
+
+    monkeypatch.setattr(command, "run", fail)
+    words = ["export", "model", "--output", "out"]
+    assert main(words) == 1
+    printed = capsys.readouterr()
+    assert (printed.out, printed.err) == (
+        "",
+        "img2img export: unexpected ZeroDivisionError: division (--verbose shows the traceback)\n",
+    )
+    with pytest.raises(ZeroDivisionError):
+        main([*words, "--verbose"])

@@ -49,11 +49,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         status = _run(command, words)
         sys.stdout.flush()
         return status
-    except ModuleNotFoundError as error:
-        if command not in _EXTRAS or (error.name or "").startswith("img2img"):
-            raise
-        print(f"img2img {command} needs '{error.name}': {distribution.install_hint(_EXTRAS[command])}", file=sys.stderr)
-        return 1
     except BrokenPipeError:
         # Who read the output has gone, as `head` does. The interpreter would try again to write the rest when it exits.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -64,6 +59,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         return 130
+    except Exception as error:
+        if "--verbose" in words:
+            raise
+        print(f"img2img {command}{_explain(error, command)}", file=sys.stderr)
+        return 1
+
+
+def _explain(error: Exception, command: str) -> str:
+    """One line about an error that no command expects, to be put after its name."""
+    if isinstance(error, ModuleNotFoundError) and command in _EXTRAS and not (error.name or "").startswith("img2img"):
+        return f" needs '{error.name}': {distribution.install_hint(_EXTRAS[command])}"
+    first = next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
+    return f": unexpected {type(error).__name__}: {first} (--verbose shows the traceback)"
 
 
 def _run(command: str, words: Sequence[str]) -> int:
@@ -81,6 +89,7 @@ def _run(command: str, words: Sequence[str]) -> int:
         one = commands.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
         if module is not None and name == command:
             module.configure(one)
+            one.add_argument("--verbose", action="store_true", help="show the traceback of an unexpected error")
             subparser = one
     if not words:
         parser.print_help()

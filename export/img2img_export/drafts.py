@@ -1,6 +1,7 @@
 """A bundle in the making: what diffusers draws, the graphs, the rest of the model, and the comparison of finished pictures."""
 
 import dataclasses
+import logging
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from img2img_export import references as kept
 from img2img_export.captures import Calls, Recorder
 from img2img_export.checkpoint import Layout
 from img2img_export.conversion import Converter
-from img2img_export.errors import ExportError
+from img2img_export.errors import ExportError, first_line, may_fall_back
 from img2img_export.inspect_command import SHEET_NAME
 from img2img_export.latent_preview import LatentPreview
 from img2img_export.memory import give_back
@@ -28,6 +29,8 @@ from img2img_export.pictures import PictureCase
 from img2img_export.progress import Progress
 from img2img_export.sheet import make_sheet
 from img2img_export.upcast import computing_in_fp32
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +58,8 @@ class Drawn:
 def make(source: Path, layout: Layout, options: ExportOptions, bundle: Path, progress: Progress) -> Draft:
     """Fills the directory `bundle` from the checkpoint in `source`: with graphs where it can, else with PyTorch and the reason.
 
-    What does not draw what diffusers draws counts as a graph that cannot be made. Raises ExportError where the model does not
-    run, or the backend that was asked for cannot be had.
+    What does not draw what diffusers draws counts as a graph that cannot be made, and so does any failure of the libraries that
+    make it. Raises ExportError if the model does not run, or the backend that was asked for cannot be had.
     """
     loader = Loader(source, layout, options.variant)
     *plans, last = models.plans_for(layout, options.backend)
@@ -68,10 +71,23 @@ def make(source: Path, layout: Layout, options: ExportOptions, bundle: Path, pro
             return _attempt(loader, plan, reason, drawn, options, bundle, progress)
         except ExportError as error:
             reason = str(error)
+        except Exception as error:
+            if not may_fall_back(error):
+                raise
+            _log.debug("the attempt with %s failed", plan.backend, exc_info=True)
+            reason = f"{type(error).__name__}: {first_line(error)}"
         progress.stage(f"falling back from {plan.backend}: {reason}")
         shutil.rmtree(bundle)
         bundle.mkdir()
-    return _attempt(loader, last, reason, drawn, options, bundle, progress)
+    try:
+        return _attempt(loader, last, reason, drawn, options, bundle, progress)
+    except ExportError:
+        raise
+    except Exception as error:
+        if not may_fall_back(error):
+            raise
+        before = f"; before that: {reason}" if reason else ""
+        raise ExportError(f"{last.backend}: {type(error).__name__}: {first_line(error)}{before}") from error
 
 
 def _attempt(

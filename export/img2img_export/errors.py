@@ -11,3 +11,9 @@ class ExportError(Exception):
 def first_line(error: Exception) -> str:
     """The first line of an error's message that says something."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
+
+
+def may_fall_back(error: Exception) -> bool:
+    """Whether another backend may do better: not if the machine refused something, as a full or read-only disk does. The
+    libraries' own OSErrors, for a model that they do not take, have no errno."""
+    return not (isinstance(error, OSError) and error.errno is not None)

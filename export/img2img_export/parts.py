@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from diffusers import AutoencoderTiny
+from img2img_server.pipelines.encoded import tensor_of
 from optimum.exporters.onnx import model_configs
 from optimum.exporters.onnx.base import OnnxConfig
 from optimum.utils import NormalizedConfig
@@ -84,16 +86,23 @@ def text_part(name: str, module: Any, hidden_states: bool) -> Part:
 
 
 def vae_parts(module: Any) -> tuple[Part, Part]:
-    """A VAE: pixels [B, 3, H, W] to the parameters of a latent distribution [B, 2C, h, w], and latents to pixels."""
+    """A VAE: pixels [B, 3, H, W] to the parameters of a latent distribution [B, 2C, h, w], or to latents [B, C, h, w] if it has
+    none (AutoencoderTiny); and latents to pixels."""
 
     def encode(vae: Any, inputs: Tensors) -> Tensors:
-        return {"latent_parameters": vae.encode(inputs["sample"]).latent_dist.parameters}
+        return {"latent_parameters": tensor_of(vae.encode(inputs["sample"]))}
 
     def decode(vae: Any, inputs: Tensors) -> Tensors:
         return {"sample": vae.decode(inputs["latent_sample"]).sample}
 
-    encoder = _config(model_configs.VaeEncoderOnnxConfig, module.config)
-    decoder = _config(model_configs.VaeDecoderOnnxConfig, module.config)
+    if isinstance(module, AutoencoderTiny):
+        # optimum's configurations read the blocks of an AutoencoderKL.
+        pixels, latents = ({0: "batch_size", 2: f"{what}height", 3: f"{what}width"} for what in ("", "latent_"))
+        encoder = CalledConfig(module.config, {"sample": pixels}, {"latent_parameters": latents})
+        decoder = CalledConfig(module.config, {"latent_sample": latents}, {"sample": pixels})
+    else:
+        encoder = _config(model_configs.VaeEncoderOnnxConfig, module.config)
+        decoder = _config(model_configs.VaeDecoderOnnxConfig, module.config)
     return (
         Part("vae_encoder", "vae", encoder.inputs, encoder.outputs, encode, encoder),
         Part("vae_decoder", "vae", decoder.inputs, decoder.outputs, decode, decoder),

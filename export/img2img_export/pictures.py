@@ -13,6 +13,7 @@ from img2img_server.engine.request import Request
 from img2img_server.errors import BundleError, ServerError
 from img2img_server.limits import LEAST_CONTRAST, LIMITS, Precision
 from img2img_server.pipelines.gate import psnr_db
+from img2img_server.pipelines.whole_sizes import latent_size
 from PIL import Image
 
 from img2img_export.errors import ExportError, first_line
@@ -179,8 +180,8 @@ def sample_picture(width: int, height: int) -> Image.Image:
 def _own_size(pipeline: Any) -> int:
     """Pixels of a side: a multiple of 64, from the UNet's or transformer's own latent size."""
     model = getattr(pipeline, "unet", None) or getattr(pipeline, "transformer", None)
-    latents = getattr(model.config, "sample_size", None) if model is not None else None
-    pixels = latents * 8 if isinstance(latents, int) else _GREATEST_SIZE
+    latents = latent_size(getattr(model.config, "sample_size", None)) if model is not None else None
+    pixels = max(latents) * 8 if latents is not None else _GREATEST_SIZE
     return max(min(pixels, _GREATEST_SIZE) // 64 * 64, 64)
 
 

@@ -5,13 +5,14 @@ Both depend on content alone, so they are cached by it. What is missing for seve
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import torch
-from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
 from img2img_server.engine.cache import Cache
 from img2img_server.engine.request import Request
+from img2img_server.pipelines.encoded import output_of, tensor_of
 
 _Key = TypeVar("_Key", bound=Hashable)
 
@@ -58,8 +59,9 @@ class Encoder:
                 self._cache.put((self._own, "text", *key), embedding, embedding.bytes)
         return found
 
-    def pictures(self, requests: Sequence[Request]) -> list[DiagonalGaussianDistribution]:
-        """The latent distribution [1, 2C, h, w] of each request's picture; those of one size are encoded in one call."""
+    def pictures(self, requests: Sequence[Request]) -> list[SimpleNamespace]:
+        """What the autoencoder makes of each request's picture, as diffusers reads it (encoded.py); those of one size are encoded
+        in one call."""
         # A picture whose content nobody has digested is like no other.
         keys: list[tuple[str, bytes | int]] = [
             (request.cache_scope, request.image_digest or index) for index, request in enumerate(requests)
@@ -73,7 +75,7 @@ class Encoder:
                 found[key] = own
                 if isinstance(key[1], bytes):
                     self._cache.put((self._own, "picture", *key), own, own.nbytes)
-        return [DiagonalGaussianDistribution(found[key]) for key in keys]
+        return [output_of(found[key], self._pipe.vae.config) for key in keys]
 
     def close(self) -> None:
         """Takes what is its own out of the cache."""
@@ -81,8 +83,7 @@ class Encoder:
 
     def _encode_pixels(self, pixels: torch.Tensor) -> torch.Tensor:
         vae = self._pipe.vae
-        parameters: torch.Tensor = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.parameters
-        return parameters
+        return tensor_of(vae.encode(pixels.to(vae.device, vae.dtype)))
 
     def _look_up(self, keys: dict[_Key, tuple[Hashable, ...]]) -> tuple[dict[_Key, Any], list[_Key]]:
         """What the cache has, and the keys of what it lacks."""

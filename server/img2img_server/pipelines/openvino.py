@@ -21,6 +21,7 @@ from img2img_server.pipelines.providers import ERRORS, openvino_device
 from img2img_server.pipelines.runners import HostRunner, Make, Runner, dtype_of
 from img2img_server.pipelines.sessions import Open, SessionOptions
 from img2img_server.pipelines.time_head import Split
+from img2img_server.pipelines.whole_sizes import latent_size
 
 _log = logging.getLogger(__name__)
 
@@ -63,8 +64,8 @@ class Sizes:
         self._scale = 2 ** (len(vae.get("block_out_channels", (1,))) - 1)
         encoders = [_config(bundle, name).get("max_position_embeddings") for name in ("text_encoder", "text_encoder_2")]
         self._tokens = next((count for count in encoders if isinstance(count, int)), None)
-        side = unet.get("sample_size")
-        self.native = Bucket(side * self._scale, side * self._scale, 2) if isinstance(side, int) else None
+        sides = latent_size(unet.get("sample_size"))
+        self.native = Bucket(sides[0] * self._scale, sides[1] * self._scale, 2) if sides is not None else None
 
     def trial(self) -> Bucket:
         """A small shape, to see whether a graph runs at all."""

@@ -12,7 +12,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from PIL import Image
 
 from img2img_server.engine.cache import Cache
@@ -26,6 +25,7 @@ from img2img_server.pipelines.torch_calls import torch_call
 from img2img_server.pipelines.transfers import send, settle
 from img2img_server.pipelines.truncation import Truncation
 from img2img_server.pipelines.views import view_of
+from img2img_server.pipelines.whole_sizes import native_size
 
 PreviewWeights = Sequence[Sequence[float]]
 
@@ -45,8 +45,7 @@ class StableDiffusion:
         self.engine = engine
         self.threads = threads
         self.size_multiple: int = pipe.vae_scale_factor
-        side = int(pipe.unet.config.sample_size) * self.size_multiple
-        self.native_size = (side, side)
+        self.native_size = native_size(pipe.unet.config.get("sample_size"), self.size_multiple)
         self._timetables = self.timetables(pipe)
         self.schedulers = self._timetables.names
         self._encoder = Encoder(pipe, cache, self._encode_texts)
@@ -152,7 +151,7 @@ class StableDiffusion:
         request: Request,
         timetable: Timetable,
         embeddings: dict[str, Embedding],
-        picture: DiagonalGaussianDistribution,
+        picture: SimpleNamespace,
     ) -> DiffusionState:
         count = len(request.seeds)
         positive, negative = self._embeddings(request, embeddings)
@@ -279,12 +278,12 @@ class StableDiffusionXL(StableDiffusion):
 class _Encoded:
     """A VAE whose picture is encoded already."""
 
-    def __init__(self, vae: Any, distribution: DiagonalGaussianDistribution) -> None:
+    def __init__(self, vae: Any, output: SimpleNamespace) -> None:
         self._vae = vae
-        self._distribution = distribution
+        self._output = output
 
     def encode(self, pixels: torch.Tensor) -> SimpleNamespace:
-        return SimpleNamespace(latent_dist=self._distribution)
+        return self._output
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._vae, name)

@@ -17,12 +17,12 @@ from typing import Any, Self
 import diffusers
 import torch
 from diffusers.configuration_utils import FrozenDict
-from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from transformers import PretrainedConfig
 from transformers.utils import ModelOutput
 
 from img2img_server.errors import BundleError
+from img2img_server.pipelines.encoded import output_of
 from img2img_server.pipelines.runners import Runner, dtype_of
 from img2img_server.pipelines.transfers import send
 
@@ -127,7 +127,7 @@ class OnnxDenoiser(StandIn):
 
 
 class OnnxVae(StandIn):
-    """An AutoencoderKL made of two graphs: pixels [B, 3, H, W] in [-1, 1] to a latent distribution, and latents to pixels."""
+    """An autoencoder made of two graphs: pixels [B, 3, H, W] in [-1, 1] to latents or a distribution of them, and back."""
 
     def __init__(self, encoder: Graph, decoder: Graph, folder: Path, device: str = "cpu") -> None:
         super().__init__(read_config(folder), device)
@@ -135,9 +135,8 @@ class OnnxVae(StandIn):
         self._decoder = decoder
 
     def encode(self, pixels: torch.Tensor) -> SimpleNamespace:
-        """The distribution of the latents, as `latent_dist`."""
-        parameters = self._encoder(sample=pixels)["latent_parameters"]
-        return SimpleNamespace(latent_dist=DiagonalGaussianDistribution(parameters))
+        """The distribution of the latents, as `latent_dist`, or the latents, as `latents`: encoded.py."""
+        return output_of(self._encoder(sample=pixels)["latent_parameters"], self.config)
 
     def decode(self, latents: torch.Tensor, return_dict: bool = False, generator: Any = None) -> tuple[torch.Tensor]:
         """The pixels of latents that were divided by the scaling factor already."""

@@ -22,7 +22,7 @@ from img2img_server.pipelines.torch_calls import torch_call
 from img2img_server.pipelines.truncation import Truncation
 from img2img_server.pipelines.views import view_of
 from img2img_server.pipelines.whole_call import Call, WholeState
-from img2img_server.pipelines.whole_sizes import SWAPPED, native_side, parts, size_multiple
+from img2img_server.pipelines.whole_sizes import SWAPPED, native_sizes, parts, size_multiple
 
 _log = logging.getLogger(__name__)
 
@@ -43,8 +43,7 @@ class WholePipeline:
     def __init__(self, pipe: Any, engine: str, threads: int) -> None:
         self._pipe = pipe
         self.threads = threads
-        side = native_side(pipe)
-        self.native_size = (side, side)
+        self.native_size = native_sizes(pipe)
         self._parameters = inspect.signature(pipe.__call__).parameters
         self.engine = engine
         self.size_multiple = size_multiple(pipe)

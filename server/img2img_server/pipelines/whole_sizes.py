@@ -28,15 +28,36 @@ def size_multiple(pipe: Any) -> int:
     return 64
 
 
-def native_side(pipe: Any) -> int:
-    """Pixels of a side of the pictures that the pipeline was trained on."""
+def native_sizes(pipe: Any) -> tuple[int, int]:
+    """Width and height in pixels of the pictures that the pipeline was trained on."""
     for part in parts(pipe):
         factor = getattr(part, "vae_scale_factor", None)
         config = getattr(getattr(part, "unet", None), "config", {})
-        side = getattr(part, "default_sample_size", None) or config.get("sample_size")
-        if isinstance(factor, int) and isinstance(side, int):
-            return side * factor
-    return _ASSUMED_SIDE
+        latents = getattr(part, "default_sample_size", None) or config.get("sample_size")
+        if isinstance(factor, int) and latent_size(latents) is not None:
+            return native_size(latents, factor)
+    return _ASSUMED_SIDE, _ASSUMED_SIDE
+
+
+def native_size(sample_size: Any, factor: int) -> tuple[int, int]:
+    """Width and height in pixels of a denoiser's `sample_size`, where a latent stands for `factor` pixels a side."""
+    latents = latent_size(sample_size)
+    return (latents[0] * factor, latents[1] * factor) if latents is not None else (_ASSUMED_SIDE, _ASSUMED_SIDE)
+
+
+def latent_size(sample_size: Any) -> tuple[int, int] | None:
+    """Width and height in latents of a `sample_size` as configurations have it: a number, or a list [height, width] of them.
+
+    None if it is anything else, such as null.
+    """
+    numbers = sample_size if isinstance(sample_size, (list, tuple)) else [sample_size]
+    try:
+        sides = [int(number) for number in numbers]
+    except (TypeError, ValueError):
+        return None
+    if not 1 <= len(sides) <= 2 or min(sides) < 1:
+        return None
+    return sides[-1], sides[0]
 
 
 def _denoiser_multiple(pipe: Any) -> int:
