@@ -11,7 +11,7 @@ import threading
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from email.message import Message
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from fakes import FakePipeline, FakeState
 from img2img_server.engine.scheduler import Limits
@@ -274,7 +274,7 @@ def run_program(program: str, folder: Path) -> Path:
     return made
 
 
-def ask(address: str, method: str, path: str, body: Iterable[bytes] = (), **headers: str) -> tuple[int, Message]:
+def ask(address: str, method: str, path: str, body: Iterable[bytes] = (), **headers: Any) -> tuple[int, Message]:
     """The status and headers of the playground's answer."""
     connection = http.client.HTTPConnection(address.removeprefix("http://"), timeout=PATIENCE)
     try:

@@ -10,6 +10,7 @@ from nicegui import Client, ui
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from img2img_playground.origins import SameOrigin
 from img2img_playground.page import Page
 from img2img_playground.pictures import MAX_BYTES
 from img2img_playground.session import Session
@@ -43,7 +44,7 @@ _HEADERS = {
 
 def make_app(connection: Connection, open_client: OpenClient, hosts: tuple[str, ...]) -> FastAPI:
     """The application, once per process: NiceGUI keeps one. It answers requests for `hosts` only, which keeps other pages'
-    names that were made to lead here (DNS rebinding) out."""
+    names that were made to lead here (DNS rebinding) out, and none that a page of another origin makes."""
     sessions = Sessions(lambda: _make_session(open_client, connection.target))
     watches: list[ServerWatch] = []  # One, while the application runs: it needs the loop.
 
@@ -67,6 +68,7 @@ def make_app(connection: Connection, open_client: OpenClient, hosts: tuple[str, 
         show_welcome_message=False,
     )
     app.add_middleware(SecureHeaders)
+    app.add_middleware(SameOrigin)
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts), www_redirect=False)
     return app
 

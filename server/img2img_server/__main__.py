@@ -128,7 +128,9 @@ async def _serve(config: "ServerConfig") -> int:
     from img2img_server.errors import BundleError
     from img2img_server.life import live
     from img2img_server.server import Server
+    from img2img_server.transport import raise_file_limit
 
+    raise_file_limit()
     try:
         backend = _backend(config)
         return await live(Server(config, backend))

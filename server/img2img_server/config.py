@@ -221,6 +221,12 @@ class ServerConfig:
         metavar="SECONDS",
         least=0,
     )
+    reader_timeout: float = setting(
+        60.0,
+        "longest that a client may leave a message of its answer unread, and a second more for each 64 KiB of it; 0: for ever",
+        metavar="SECONDS",
+        least=0,
+    )
     warm_up: float = setting(10.0, "time to measure a model at start", metavar="SECONDS", least=0)
     cache_bytes: int = setting(256 * 2**20, "memory for encoded prompts and pictures, 0 for none", metavar="BYTES", least=0)
     share_caches: bool = setting(

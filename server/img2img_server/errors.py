@@ -167,6 +167,13 @@ class DeadlineExpired(ServerError):
     reason = "DEADLINE_EXPIRED"
 
 
+class ReaderTooSlow(ServerError):
+    """The client did not read its answer within the time that a message may be left unread."""
+
+    status = "DEADLINE_EXCEEDED"
+    reason = "READER_TOO_SLOW"
+
+
 class DeadlineUnmeetable(ServerError):
     """Refused on arrival: the caller's deadline would pass before the request is finished. `estimate` is in seconds."""
 

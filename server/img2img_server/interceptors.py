@@ -11,8 +11,8 @@ import re
 import traceback
 import uuid
 from asyncio import CancelledError
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import aclosing, asynccontextmanager, nullcontext
 from typing import Any
 
 import grpc
@@ -23,7 +23,16 @@ from grpc_status import rpc_status
 from img2img_server import wire
 from img2img_server.access.access import Access
 from img2img_server.calls import Call, answering
-from img2img_server.errors import DeadlineUnmeetable, Exhausted, InvalidField, MalformedMessage, MessageTooLarge, ServerError
+from img2img_server.errors import (
+    DeadlineUnmeetable,
+    Exhausted,
+    InvalidField,
+    MalformedMessage,
+    MessageTooLarge,
+    ReaderTooSlow,
+    ServerError,
+)
+from img2img_server.readers import Readers
 from img2img_server.telemetry.telemetry import Telemetry
 
 _log = logging.getLogger(__name__)
@@ -34,6 +43,8 @@ _Reader = Callable[[AsyncIterator[bytes], _Parse], Awaitable[Any]]
 _Read = Callable[[AsyncIterator[bytes]], Awaitable[Any]]
 
 DOMAIN = "img2img"
+_HEALTH = "/grpc.health.v1.Health/"
+"""Never refused for what its client does not read: a probe may come from the address of a hostile client."""
 REQUEST_ID = "x-request-id"
 _MAX_TEXT, _MAX_ESCAPED_TEXT = 2000, 300
 """Characters of an error's message, and of one in which gRPC writes some as up to 12."""
@@ -50,8 +61,9 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     exception that is no ServerError becomes INTERNAL, without its text.
     """
 
-    def __init__(self, access: Access, telemetry: Telemetry, max_bytes: Callable[[str], int]) -> None:
+    def __init__(self, access: Access, telemetry: Telemetry, max_bytes: Callable[[str], int], readers: Readers) -> None:
         self._access = access
+        self._readers = readers
         self._telemetry = telemetry
         self._max_bytes = max_bytes
 
@@ -65,45 +77,33 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         if handler is None:
             return None
         # A stream of requests, also where there is one: gRPC would else read it before the call is admitted and counted, and
-        # whoever is refused must not have the server hold a picture for it.
-        wrap, make = (
-            (self._wrap_stream, grpc.stream_stream_rpc_method_handler)
-            if handler.response_streaming
-            else (self._wrap_unary, grpc.stream_unary_rpc_method_handler)
-        )
+        # whoever is refused must not have the server hold a picture for it. A stream of responses, too: so the time that a client
+        # has to read them is bounded here.
         behaviour = handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream
         read = _each if handler.request_streaming else _only
         parse = _parser(handler.request_deserializer, self._max_bytes(handler_call_details.method))
-        return make(
-            wrap(behaviour, lambda requests: read(requests, parse), handler_call_details),
+        return grpc.stream_stream_rpc_method_handler(
+            self._wrap(behaviour, lambda requests: read(requests, parse), handler_call_details),
             request_deserializer=None,
             response_serializer=handler.response_serializer,
         )
 
-    def _wrap_unary(self, behaviour: Any, read: _Read, details: grpc.HandlerCallDetails) -> Any:
-        async def handle(requests: AsyncIterator[Any], context: Any) -> Any:
+    def _wrap(self, behaviour: Any, read: _Read, details: grpc.HandlerCallDetails) -> Any:
+        async def handle(requests: AsyncIterator[Any], context: Any) -> None:
             async with self._answering(details, context) as call:
-                response = await behaviour(await read(requests), context)
-                await context.send_initial_metadata(((REQUEST_ID, call.request_id),))
-                return response
+                await self._send(behaviour(await read(requests), context), context, call)
 
         return handle
 
-    def _wrap_stream(self, behaviour: Any, read: _Read, details: grpc.HandlerCallDetails) -> Any:
-        async def handle(requests: AsyncIterator[Any], context: Any) -> AsyncIterator[Any]:
-            async with self._answering(details, context) as call:
-                result = behaviour(await read(requests), context)
-                if inspect.isawaitable(result):  # a handler that writes to the context itself, such as Health.Watch
-                    await result
-                    return
-                told = False
-                async for response in result:
-                    if not told:
-                        await context.send_initial_metadata(((REQUEST_ID, call.request_id),))
-                        told = True
-                    yield response
-
-        return handle
+    async def _send(self, result: Any, context: Any, call: Call) -> None:
+        """Sends what a handler gives. In a frame of its own, which an error's end frees: see `let_go`."""
+        async with aclosing(result if inspect.isasyncgen(result) else _once(result)) as responses:
+            told = False
+            async for response in responses:
+                if not told:
+                    await context.send_initial_metadata(((REQUEST_ID, call.request_id),))
+                    told = True
+                await self._readers.write(context, response, call.client)
 
     @asynccontextmanager
     async def _answering(self, details: grpc.HandlerCallDetails, context: Any) -> AsyncIterator[Call]:
@@ -113,6 +113,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             try:
                 with self._access.admitted(call, metadata) as admitted, answering(admitted):
                     outcome.client = admitted.client
+                    if not call.method.startswith(_HEALTH):
+                        self._readers.check(admitted.client)
                     yield admitted
             except (CancelledError, GeneratorExit):
                 outcome.status = given_up(context.time_remaining())
@@ -120,6 +122,9 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             except grpc.aio.AbortError:
                 outcome.status = context.code().name
                 raise
+            except grpc.aio.InternalError:  # the caller has left: there is nobody to send to
+                outcome.status = "CANCELLED"
+                raise CancelledError from None
             except Exception as caught:  # noqa: BLE001 - the service's edge
                 error = caught
                 if not isinstance(error, ServerError):
@@ -129,7 +134,18 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                 let_go(caught)
                 rich = rpc_status.to_status(to_status(error, call.request_id))
                 # With abort_with_status, the status' own metadata would take the place of any other.
-                await context.abort(rich.code, rich.details, (*rich.trailing_metadata, (REQUEST_ID, call.request_id)))
+                trailing = (*rich.trailing_metadata, (REQUEST_ID, call.request_id))
+                unread = self._readers.unread(outcome.client) if isinstance(error, ReaderTooSlow) else nullcontext()
+                try:
+                    with unread:
+                        await context.abort(rich.code, rich.details, trailing)
+                except grpc.aio.InternalError:  # the caller has left
+                    raise CancelledError from None
+
+
+async def _once(response: Awaitable[Any]) -> AsyncGenerator[Any, None]:
+    """The one response of a method that does not stream."""
+    yield await response
 
 
 def _parser(parse: _Parse | None, most: int) -> _Parse:

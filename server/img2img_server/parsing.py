@@ -6,7 +6,7 @@ import secrets
 import time
 from collections.abc import Callable
 from concurrent.futures import Executor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from img2img.v1 import image_to_image_pb2 as pb
 from PIL import Image
@@ -41,9 +41,11 @@ _DIGEST_BYTES = 16
 @dataclass(frozen=True, slots=True)
 class Job:
     """A request on its way through the service: what the engine gets, and how to answer. `arrival` is in seconds; `as_asset` has
-    the pictures kept, and their ids sent."""
+    the pictures kept, and their ids sent. `model` has no pipeline, because a job may outlive its model in memory; `engine` ran it
+    on arrival."""
 
     model: Model
+    engine: str
     request: Request
     file_format: images.WriteFormat
     quality: int
@@ -106,7 +108,15 @@ class Parser:
             return request
 
         request = await asyncio.get_running_loop().run_in_executor(self._executor, build)
-        return Job(model, request, file_format, quality, arrival, message.output.as_asset)
+        return Job(
+            replace(model, pipeline=None),
+            _pipeline_of(model).engine,
+            request,
+            file_format,
+            quality,
+            arrival,
+            message.output.as_asset,
+        )
 
     def _numbers(self, message: pb.TransformRequest) -> tuple[float, int, float]:
         strength = message.strength if message.HasField("strength") else DEFAULT_STRENGTH

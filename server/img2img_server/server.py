@@ -25,6 +25,7 @@ from img2img_server.health import HealthServicer
 from img2img_server.interceptors import CallInterceptor
 from img2img_server.model_service import ModelService
 from img2img_server.parsing import Parser
+from img2img_server.readers import Readers
 from img2img_server.service import ImageToImageService
 from img2img_server.sources.reading import Sources
 from img2img_server.telemetry.telemetry import Telemetry
@@ -162,7 +163,11 @@ class Server:
     def _make_server(self, access: Access) -> grpc.aio.Server:
         """A server on the bound port that answers health checks and reflection; `_add_services` adds the others."""
         server = grpc.aio.server(
-            interceptors=[CallInterceptor(access, self._telemetry, partial(transport.message_bytes, self._config))],
+            interceptors=[
+                CallInterceptor(
+                    access, self._telemetry, partial(transport.message_bytes, self._config), Readers(self._config.reader_timeout)
+                )
+            ],
             options=transport.options(self._config),
         )
         server.add_generic_rpc_handlers((self._handlers,))

@@ -2,9 +2,9 @@
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Coroutine
 from concurrent.futures import Executor
-from contextlib import AbstractAsyncContextManager, aclosing, nullcontext
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing, nullcontext
 from typing import Any
 
 from img2img.v1 import image_to_image_pb2 as pb
@@ -23,6 +23,7 @@ from img2img_server.engine.room import Place
 from img2img_server.engine.runner import Runner
 from img2img_server.model_service import reference_from
 from img2img_server.models.store import ModelStore
+from img2img_server.outbox import Outbox, is_last
 from img2img_server.parsing import Job, Parser
 from img2img_server.telemetry.telemetry import Telemetry
 
@@ -52,13 +53,14 @@ class ImageToImageService(pb_grpc.ImageToImageServiceServicer):
         self._executor = executor
         self._telemetry = telemetry
         self._assets = assets
+        self._tasks: set[asyncio.Task[None]] = set()
 
     async def Transform(self, request: pb.TransformRequest, context: Any) -> pb.TransformResponse:
         """Runs one transform and answers when it is done."""
         with self._engine.arriving(current().client) as place:
-            async with self._residency.using(reference_from(request.model)) as model:
-                job = await self._parser.parse(request, model, context.time_remaining(), previews=False)
-                async with self._room(job) as room, aclosing(self._follow(job.request, place, progress=False)) as events:
+            async with AsyncExitStack() as lease:
+                job = await self._parse(request, context, lease, previews=False)
+                async with self._room(job) as room, aclosing(self._follow(job.request, place, lease, progress=False)) as events:
                     async for event in events:
                         if isinstance(event, Completed):
                             return await self._response(job, event, room)
@@ -69,29 +71,44 @@ class ImageToImageService(pb_grpc.ImageToImageServiceServicer):
     ) -> AsyncGenerator[pb.TransformStreamResponse, None]:
         """Runs one transform and tells each of its events."""
         with self._engine.arriving(current().client) as place:
-            async with self._residency.using(reference_from(request.request.model)) as model:
-                job = await self._parser.parse(request.request, model, context.time_remaining(), previews=True)
-                async with self._room(job) as room, aclosing(self._follow(job.request, place, progress=True)) as events:
+            async with AsyncExitStack() as lease:
+                job = await self._parse(request.request, context, lease, previews=True)
+                async with self._room(job) as room, aclosing(self._follow(job.request, place, lease, progress=True)) as events:
                     async for event in events:
                         yield await self._told(job, event, room)
 
-    async def _follow(self, request: Request, place: Place, progress: bool) -> AsyncGenerator[Accepted | Event, None]:
-        """Submits a request and gives its events in order; raises its error. Leaving early cancels it."""
+    async def _parse(self, message: pb.TransformRequest, context: Any, lease: AsyncExitStack, previews: bool) -> Job:
+        """The job of a message. Its model stays in memory until `lease` is closed."""
+        model = await lease.enter_async_context(self._residency.using(reference_from(message.model)))
+        return await self._parser.parse(message, model, context.time_remaining(), previews)
+
+    async def _follow(
+        self, request: Request, place: Place, lease: AsyncExitStack, progress: bool
+    ) -> AsyncGenerator[Accepted | Event, None]:
+        """Submits a request and gives its events in order; raises its error. Leaving early cancels it.
+
+        Closes `lease` once the engine is done, whether or not the events are read. Of those that are not read, few are kept.
+        """
         loop = asyncio.get_running_loop()
-        queue: asyncio.Queue[Event] = asyncio.Queue()
+        outbox = Outbox()
         trail = self._telemetry.trail(request)
+
+        def take(event: Event) -> None:
+            outbox.put(event)
+            if is_last(event):
+                self._spawn(lease.aclose())
 
         def listen(event: Event) -> None:
             trail.tell(event)
-            if progress or isinstance(event, Completed | Failed):
-                loop.call_soon_threadsafe(queue.put_nowait, event)
+            if progress or is_last(event):
+                loop.call_soon_threadsafe(take, event)
 
         accepted = self._engine.submit(request, listen, place)
         trail.tell(accepted)
         try:
             yield accepted
             while True:
-                event = await queue.get()
+                event = await outbox.get()
                 if isinstance(event, Failed):
                     raise event.error
                 yield event
@@ -99,6 +116,11 @@ class ImageToImageService(pb_grpc.ImageToImageServiceServicer):
                     return
         finally:
             accepted.ticket.cancel()
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)  # asyncio itself holds none
+        task.add_done_callback(self._tasks.discard)
 
     async def _told(self, job: Job, event: Accepted | Event, room: Room | None) -> pb.TransformStreamResponse:
         if isinstance(event, Accepted | Queued):
@@ -160,11 +182,8 @@ class ImageToImageService(pb_grpc.ImageToImageServiceServicer):
 
     def _engine_of(self, job: Job) -> str:
         """What runs the model now: another engine may have taken over since the request came."""
-        pipeline = self._models.pipelines().get(
-            job.model.id, job.model.pipeline
-        )  # one elsewhere may be lost when its answer is here
-        assert pipeline is not None, "a model that runs has a pipeline"
-        return pipeline.engine
+        pipeline = self._models.pipelines().get(job.model.id)  # it may be unloaded, or lost, when its answer is read
+        return job.engine if pipeline is None else pipeline.engine
 
 
 def _format_of(job: Job) -> pb.OutputFormat.ValueType:

@@ -1,6 +1,11 @@
 """What one connection and one message may cost: bounds that hold before a message is parsed."""
 
+import logging
+import resource
+
 from img2img_server.config import ServerConfig
+
+_log = logging.getLogger(__name__)
 
 MAX_METADATA_BYTES = 16 * 2**10
 """Of a call's headers in all. A token, a request id and a trace context are 300 bytes."""
@@ -16,7 +21,9 @@ _WITH_FILES = {"/img2img.v1.AssetService/UploadAsset"}
 MAX_STREAMS = 1024
 """Calls in progress of one connection. More than the queue holds by default; the caller's gRPC holds the others back."""
 MAX_CONNECTIONS = 4096
-"""Open at a time. Each takes a file descriptor and some 40 KB."""
+"""Open at a time, if the process may open as many files. Each takes a file descriptor and some 40 KB."""
+_OTHER_FILES = 256
+"""File descriptors that are left for models, images, assets and the log."""
 HANDSHAKE_SECONDS = 20
 """In which a new connection must have said what it is."""
 IDLE_SECONDS = 30 * 60
@@ -38,6 +45,25 @@ def message_bytes(config: ServerConfig, method: str) -> int:
     return MAX_MESSAGE_BYTES + (config.image_limits.max_bytes if method in _WITH_FILES else 0)
 
 
+def raise_file_limit() -> None:
+    """Raises the process's limit of open files from the soft one, which is often 1024, to the hard one."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    if (most := max_connections()) < MAX_CONNECTIONS:
+        _log.warning(
+            "%d files may be open, so %d connections: raise the hard limit (ulimit -Hn) for %d", hard, most, MAX_CONNECTIONS
+        )
+
+
+def max_connections() -> int:
+    """The most connections: MAX_CONNECTIONS, fewer if the process may not open as many files, and half of those at least."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY:
+        return MAX_CONNECTIONS
+    return min(MAX_CONNECTIONS, max(soft // 2, soft - _OTHER_FILES))
+
+
 def options(config: ServerConfig, keepalive: float = KEEPALIVE_SECONDS) -> list[tuple[str, int]]:
     """gRPC's channel arguments for a server. `keepalive` is KEEPALIVE_SECONDS, in seconds."""
     timeout = int(min(KEEPALIVE_TIMEOUT_SECONDS, keepalive) * 1000)
@@ -48,7 +74,7 @@ def options(config: ServerConfig, keepalive: float = KEEPALIVE_SECONDS) -> list[
         ("grpc.max_metadata_size", MAX_METADATA_BYTES),
         ("grpc.absolute_max_metadata_size", MAX_METADATA_BYTES),
         ("grpc.max_concurrent_streams", MAX_STREAMS),
-        ("grpc.max_allowed_incoming_connections", MAX_CONNECTIONS),
+        ("grpc.max_allowed_incoming_connections", max_connections()),
         ("grpc.server_handshake_timeout_ms", HANDSHAKE_SECONDS * 1000),
         ("grpc.max_connection_idle_ms", IDLE_SECONDS * 1000),
         ("grpc.http2.min_ping_interval_without_data_ms", PING_SECONDS * 1000),

@@ -1,7 +1,9 @@
 """Who gets an answer of the playground: this machine's names, and keys that are known; without a browser."""
 
 from pathlib import Path
+from typing import Any
 
+import pytest
 from playing import Stand, ask, playground
 
 
@@ -16,6 +18,35 @@ def test_nobody_elses_page_can_use_it(address: str) -> None:
         assert ask(address, "GET", path, Host="rebound.example:7860")[0] == 400
     for method, path in (("PUT", "/tabs/guessed/source"), ("GET", "/tabs/guessed/pictures/guessed")):
         assert ask(address, method, path)[0] == 404
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [("GET", "/"), ("PUT", "/tabs/guessed/source"), ("GET", "/_nicegui_ws/socket.io/?EIO=4&transport=polling")],
+)
+def test_a_page_of_another_origin_gets_no_answer(address: str, method: str, path: str) -> None:
+    host = address.removeprefix("http://")
+    for origin in (
+        "https://evil.example",
+        "http://localhost:1",
+        f"http://evil.example/{host}",
+        f"http://{host}.evil.example",
+        "null",
+    ):
+        assert ask(address, method, path, Origin=origin)[0] == 403
+    assert ask(address, "GET", "/", Origin=address)[0] == 200
+
+
+def test_a_page_of_another_origin_opens_no_websocket(address: str) -> None:
+    path = "/_nicegui_ws/socket.io/?EIO=4&transport=websocket"
+    upgrade: dict[str, Any] = {
+        "Connection": "Upgrade",
+        "Upgrade": "websocket",
+        "Sec-WebSocket-Version": "13",
+        "Sec-WebSocket-Key": "MDEyMzQ1Njc4OWFiY2RlZg==",
+    }
+    assert ask(address, "GET", path, Origin="https://evil.example", **upgrade)[0] == 403
+    assert ask(address, "GET", path, Origin=address, **upgrade)[0] == 101
 
 
 def test_another_address_is_warned_of(stand: Stand, tmp_path: Path) -> None:

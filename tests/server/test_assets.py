@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from assets_store import DAY, Time, files_of, opened, put, streamed
 from img2img_server.assets.files import AssetFiles, LocalAssetFiles, owner_of
-from img2img_server.assets.store import AssetStore
+from img2img_server.assets.store import AssetStore, steady_clock
 from img2img_server.calls import Call
 from img2img_server.config import AssetSettings
 from img2img_server.errors import AssetNotFound, AssetQuotaFull, NotSupported
@@ -275,3 +275,20 @@ def test_files_that_are_not_the_stores_are_no_assets() -> None:
     assert files._described(good, info).used == 5.0
     for name in (f"root/shared/{digest}", f"root/other/{digest[:2]}/{digest}", f"root/shared/00/{digest}", "root/.parts/x"):
         assert files._described(name, info) is None
+
+
+@pytest.mark.parametrize("jump", [2 * DAY, -2 * DAY])
+async def test_a_machine_clock_that_is_set_deletes_no_asset(tmp_path: Path, jump: float) -> None:
+    wall, passed = Time(), Time()
+    store = AssetStore(AssetSettings(url=str(tmp_path)), steady_clock(lambda: wall.now, lambda: passed.now))
+    await store.open()
+    asset_id = await put(store, png())
+    wall.now += jump
+    passed.now += 60
+    await store.sweep()
+    assert (await store.find("shared", asset_id)).id == asset_id
+    assert store.stats.expired == 0
+    passed.now += DAY + 60
+    await store.sweep()
+    assert store.stats.expired == 1, "what is too old by the time that passed still goes"
+    await store.close()

@@ -4,6 +4,8 @@ import asyncio
 import contextlib
 import logging
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -297,3 +299,15 @@ def test_a_token_sees_no_other_models(folders: Path) -> None:
         for reference in (pb.ModelReference(path="nothing"), pb.ModelReference()):
             answer = told(lambda: stub.Transform(request(model=reference), metadata=bearing, timeout=30))  # noqa: B023
             assert "hidden" not in answer
+
+
+@pytest.mark.parametrize(("hard", "connections"), [(8192, 4096), (1024, 768), (100, 50)])
+def test_the_limit_of_open_files_is_raised_and_connections_stay_below_it(hard: int, connections: int) -> None:
+    program = (
+        f"import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (80, {hard}))\n"
+        "from img2img_server import transport; transport.raise_file_limit()\n"
+        "print(resource.getrlimit(resource.RLIMIT_NOFILE)[0], transport.max_connections())"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [str(hard), str(connections)]
+    assert ("connections" in done.stderr) == (connections < transport.MAX_CONNECTIONS)

@@ -172,6 +172,45 @@ def test_many_calls_that_each_come_back_in_time_are_no_alarm() -> None:
     assert said == []
 
 
+class Stopped:
+    """An engine in one call, and the clock of a process that is stopped (SIGSTOP) for a minute in the middle of it."""
+
+    def __init__(self, comes_back: bool) -> None:
+        self._now, self._looks, self._comes_back = 0.0, 0, comes_back
+        self.came_back = threading.Event()
+
+    def clock(self) -> float:
+        self._looks += 1
+        self._now += 60.0 if self._looks == 5 else 0.01
+        return self._now
+
+    @property
+    def current_call(self) -> ModelCall | None:
+        if self._comes_back and self._looks > 7:
+            self.came_back.set()
+            return None
+        return ModelCall("denoise", "m", 1, 2, self._now)
+
+
+def test_a_process_that_was_stopped_for_longer_than_a_call_may_take_is_not_stuck() -> None:
+    said: list[str] = []
+    engine: Any = Stopped(comes_back=True)
+    watchdog = Watchdog(engine, 0.1, said.append, engine.clock)
+    watchdog.start()
+    assert engine.came_back.wait(30)
+    watchdog.stop()
+    assert said == []
+
+
+def test_a_call_that_hangs_is_noticed_also_if_the_process_was_stopped_meanwhile() -> None:
+    said: queue.SimpleQueue[str] = queue.SimpleQueue()
+    engine: Any = Stopped(comes_back=False)
+    watchdog = Watchdog(engine, 0.1, said.put, engine.clock)
+    watchdog.start()
+    assert "denoise of model 'm'" in said.get(timeout=30)
+    watchdog.stop()
+
+
 def test_without_seconds_it_never_looks_and_can_be_stopped() -> None:
     engine = Clockwork(ModelCall("denoise", "m", 1, 2, 1e9))
     watchdog = Watchdog(engine, 0.0, pytest.fail)  # type: ignore[arg-type]

@@ -26,6 +26,13 @@ _TOUCH = 60.0
 _SWEEP = 60.0
 
 
+def steady_clock(wall: Callable[[], float] = time.time, monotonic: Callable[[], float] = time.monotonic) -> Callable[[], float]:
+    """Seconds since 1970 that do not jump: the time now, and what passes from now on. If the machine's clock is set forward by a
+    day, no asset is a day older."""
+    offset = wall() - monotonic()
+    return lambda: monotonic() + offset
+
+
 class AssetStore:
     """Keeps files by the SHA-256 of their content, apart for each owner.
 
@@ -34,9 +41,9 @@ class AssetStore:
     what is too old is looked for.
     """
 
-    def __init__(self, settings: AssetSettings, clock: Callable[[], float] = time.time, sweep_seconds: float = _SWEEP) -> None:
+    def __init__(self, settings: AssetSettings, clock: Callable[[], float] | None = None, sweep_seconds: float = _SWEEP) -> None:
         self._settings = settings
-        self._clock = clock
+        self._clock = clock or steady_clock()
         self._sweep_seconds = sweep_seconds
         self._index = AssetIndex(settings.quota, settings.client_quota)
         self._opened: AssetFiles | None = None

@@ -1,12 +1,16 @@
 """The steps of a request: a scheduler that was set, the timesteps that are left of it, and its compiled coefficients."""
 
 import copy
+import itertools
 import logging
+import sys
 import threading
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass
+from types import FunctionType, ModuleType
 from typing import Any
 
+import numpy as np
 import torch
 
 from img2img_server.engine.cache import Cache
@@ -18,8 +22,6 @@ from img2img_server.pipelines.views import view_of
 
 _BYTES = 16 * 2**20
 """What the timetables of one pipeline may take, in bytes."""
-_STEP_BYTES = 1024
-"""About what one step of a timetable takes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +56,7 @@ class Timetables:
             known: Timetable | None = self._cache.get(key)
             if known is None:
                 known = self._make(request)
-                self._cache.put(key, known, _STEP_BYTES * request.num_inference_steps)
+                self._cache.put(key, known, size_of(known))
         return known
 
     def _make(self, request: Request) -> Timetable:
@@ -97,6 +99,27 @@ class Timetables:
         timesteps: torch.Tensor
         timesteps, _ = view.get_timesteps(request.num_inference_steps, request.strength, device)
         return timesteps
+
+
+def size_of(value: object, known: set[int] | None = None) -> int:
+    """Bytes that an object takes with all that it holds: tensors and arrays with their storage, each object once. Classes,
+    modules and functions are the program's own, and count nothing."""
+    known = set() if known is None else known
+    if id(value) in known or isinstance(value, type | ModuleType | FunctionType | torch.dtype | torch.device):
+        return 0
+    known.add(id(value))
+    size = sys.getsizeof(value)
+    if isinstance(value, torch.Tensor):
+        return size + value.untyped_storage().nbytes()
+    if isinstance(value, np.ndarray):
+        return size + (0 if value.base is None else value.nbytes)
+    held: Iterable[object] = ()
+    if isinstance(value, Mapping):
+        held = itertools.chain(value.keys(), value.values())
+    elif isinstance(value, list | tuple | set | frozenset):
+        held = value
+    slots = (getattr(value, name, None) for kind in type(value).__mro__ for name in getattr(kind, "__slots__", ()))
+    return size + sum(size_of(each, known) for each in (*held, *slots, getattr(value, "__dict__", None)))
 
 
 def _first_steps(request: Request) -> int:

@@ -4,10 +4,12 @@ import copy
 import json
 import logging
 import sys
+import threading
 from datetime import UTC, datetime
 from typing import Any
 
 from img2img_server.calls import current
+from img2img_server.telemetry.repeats import INTERVAL, Repeats
 
 ACCESS = "img2img.access"
 """The logger that has a line for each call."""
@@ -20,21 +22,53 @@ _ESCAPES |= {ord("\n"): "\\n", ord("\r"): "\\r", ord("\t"): "\\t", 0x2028: "\\u2
 
 
 def configure(log_format: str) -> None:
-    """Logs from INFO on to standard error, as "text" or as "json". Called again, it takes the place of its former self."""
+    """Logs from INFO on to standard error, as "text" or as "json", Python's warnings included. Called again, it
+    takes the place of its former self."""
     root = logging.getLogger()
     for handler in [handler for handler in root.handlers if isinstance(handler, _Handler)]:
         root.removeHandler(handler)
+        handler.close()
     root.addHandler(_Handler(JsonFormatter() if log_format == "json" else TextFormatter()))
     root.setLevel(logging.INFO)
+    logging.captureWarnings(True)
 
 
 class _Handler(logging.StreamHandler[Any]):
-    """The one that `configure` puts in, so that it finds it again."""
+    """The one that `configure` puts in, so that it finds it again. Lines that repeat are counted, and told of in one line."""
 
-    def __init__(self, formatter: logging.Formatter) -> None:
+    def __init__(self, formatter: logging.Formatter, repeats: Repeats | None = None) -> None:
         super().__init__(sys.stderr)
         self.setFormatter(formatter)
         self.addFilter(CallFilter())
+        self._repeats = repeats or Repeats()
+        self._timer: threading.Timer | None = None
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Writes the line, unless there were too many of its kind, and what is due of those before."""
+        self._tell_repeats()
+        if self._repeats.passes(record):
+            super().emit(record)
+        elif self._timer is None:
+            self._timer = threading.Timer(INTERVAL, self._interval_ended)
+            self._timer.daemon = True
+            self._timer.start()
+
+    def close(self) -> None:
+        """Writes what is left to be told."""
+        with self.lock or threading.RLock():
+            self._tell_repeats(now=True)
+            if self._timer is not None:
+                self._timer.cancel()
+        super().close()
+
+    def _tell_repeats(self, now: bool = False) -> None:
+        for summary in self._repeats.due(now):
+            super().emit(summary)
+
+    def _interval_ended(self) -> None:
+        with self.lock or threading.RLock():
+            self._timer = None
+            self._tell_repeats(now=True)
 
 
 class CallFilter(logging.Filter):

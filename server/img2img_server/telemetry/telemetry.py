@@ -143,13 +143,16 @@ class Telemetry:
 def _log_call(record: Record, seconds: float, level: int) -> None:
     call, outcome = record.call, record.outcome
     client = outcome.client or call.client
-    extra: dict[str, str | float] = {
+    extra: dict[str, object] = {
         "request_id": call.request_id,
         "client": client,
         "method": call.method,
         "status": outcome.status,
     }
     extra |= {"reason": outcome.reason, "seconds": round(seconds, 6)}
+    # A call that did work, or one of a client that is known, has its own line; others, which anybody can make, are counted.
+    fine = outcome.status == "OK" and (record.trail is not None or bool(record.token))
+    extra["kind"] = None if fine else (call.method, outcome.status, outcome.reason, record.token)
     if record.trail is not None:
         extra["model"] = record.trail.request.model
     status = f"{outcome.status} {outcome.reason}".rstrip()

@@ -1,0 +1,125 @@
+"""Clients that do not read their answers: they hold no model, few events, and are ended after a while."""
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from hostile import STREAM, UNARY, unread
+from img2img.v1 import image_to_image_pb2 as pb
+from img2img.v1 import model_pb2
+from img2img.v1.model_pb2_grpc import ModelServiceStub
+from img2img_server.engine.request import Completed, Progress, Queued, Started, Timings
+from img2img_server.errors import ClientBusy, Exhausted, ReaderTooSlow
+from img2img_server.outbox import MAX_PLACES, MAX_PREVIEWS, MAX_STEPS, Outbox
+from img2img_server.readers import MAX_CLIENT_UNREAD, MAX_UNREAD, Readers
+from kserve_calls import serving
+from messages import request
+from PIL import Image
+
+ANSWER = pb.TransformResponse(model_id="m")
+
+
+class Never:
+    """The context of a call whose client never reads."""
+
+    def __init__(self) -> None:
+        self.writing = asyncio.Event()
+
+    async def write(self, message: Any) -> None:
+        self.writing.set()
+        await asyncio.Event().wait()
+
+
+class Fast:
+    """The context of a call whose client reads."""
+
+    def __init__(self) -> None:
+        self.read: list[Any] = []
+
+    async def write(self, message: Any) -> None:
+        self.read.append(message)
+
+
+@pytest.mark.parametrize("method", [STREAM, UNARY])
+def test_answers_that_are_not_read_hold_no_model(tmp_path: Path, method: str) -> None:
+    with serving(tmp_path) as (server, loaded), grpc.insecure_channel(f"localhost:{server.port}") as channel:
+        transform = request(model=pb.ModelReference(path="m"), num_inference_steps=10, preview_interval=1)
+        message = pb.TransformStreamRequest(request=transform) if method == STREAM else transform
+        with unread(server.port, *[(method, message.SerializeToString())] * 5):
+            while len(loaded["m"].released) < 5:  # the engine has done all of them
+                model_state(channel)
+            models = ModelServiceStub(channel)
+            unloaded = models.UnloadModel(model_pb2.UnloadModelRequest(id="m"), timeout=15).model
+            assert unloaded.state == model_pb2.MODEL_STATE_UNLOADED
+
+
+def model_state(channel: grpc.Channel) -> int:
+    return ModelServiceStub(channel).GetModel(model_pb2.GetModelRequest(id="m")).model.state
+
+
+async def test_a_reader_that_is_too_slow_is_ended() -> None:
+    with pytest.raises(ReaderTooSlow):
+        await Readers(0.01).write(Never(), ANSWER, "a")
+
+
+async def test_a_reader_that_reads_gets_each_message() -> None:
+    context = Fast()
+    await Readers(60.0).write(context, ANSWER, "a")
+    await Readers(0.0).write(context, ANSWER, "a")
+    assert context.read == [ANSWER] * 2
+
+
+async def test_without_a_bound_a_reader_may_take_for_ever_and_leave() -> None:
+    context = Never()
+    writing = asyncio.create_task(Readers(0.0).write(context, ANSWER, "a"))
+    await context.writing.wait()
+    assert not writing.done()
+    writing.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await writing
+
+
+async def test_a_client_with_too_many_unread_answers_is_refused_and_others_are_not() -> None:
+    readers = Readers(60.0)
+    held = [readers.unread("a") for _ in range(MAX_CLIENT_UNREAD)]
+    for each in held:
+        readers.check("a")
+        each.__enter__()
+    with pytest.raises(ClientBusy):
+        readers.check("a")
+    readers.check("b")
+    held.pop().__exit__(None, None, None)
+    readers.check("a")
+    others = [readers.unread(f"client {number}") for number in range(MAX_UNREAD - MAX_CLIENT_UNREAD + 1)]
+    for each in others:
+        each.__enter__()
+    with pytest.raises(Exhausted):
+        readers.check("b")
+    for each in (*held, *others):
+        each.__exit__(None, None, None)
+    readers.check("b")
+
+
+async def test_of_events_that_are_not_read_few_are_kept_and_the_last_of_all() -> None:
+    outbox, preview = Outbox(), Image.new("RGB", (8, 8))
+    for place in range(100):
+        outbox.put(Queued(100 - place, None))
+    outbox.put(Started(1000))
+    for step in range(1000):
+        outbox.put(Progress(step + 1, 1000, preview=preview))
+    last = Completed((), Timings(1, 2, 3, 4))
+    outbox.put(last)
+    assert len(outbox) == MAX_PLACES + 1 + MAX_STEPS + 1
+    events = [await outbox.get() for _ in range(len(outbox))]
+    places = [event.position for event in events if isinstance(event, Queued)]
+    assert places == list(range(MAX_PLACES, 0, -1))
+    assert events[MAX_PLACES] == Started(1000)
+    steps = [event for event in events if isinstance(event, Progress)]
+    assert [event.step for event in steps] == list(range(1001 - MAX_STEPS, 1001))
+    assert [event.preview is not None for event in steps] == [False] * (MAX_STEPS - MAX_PREVIEWS) + [True] * MAX_PREVIEWS
+    assert events[-1] is last
+    asking = asyncio.create_task(outbox.get())
+    outbox.put(last)
+    assert await asking is last
