@@ -113,7 +113,7 @@ def run(arguments: argparse.Namespace) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from img2img_server.telemetry import logs
 
-    logs.configure(found.config.telemetry.log_format)
+    logs.configure(found.config.telemetry.log_format, found.config.telemetry.log_level)
     return asyncio.run(_serve(found.config))
 
 

@@ -119,6 +119,11 @@ class TelemetrySettings:
         None, "send OpenTelemetry traces to this collector, such as http://localhost:4317", metavar="URL"
     )
     log_format: Literal["text", "json"] = setting("text", "how the log on standard error is written", choices=("text", "json"))
+    log_level: Literal["debug", "info", "warning", "error"] = setting(
+        "info",
+        "what is written to the log, and what is worse; debug also has where a model failed to load",
+        choices=("debug", "info", "warning", "error"),
+    )
 
 
 @dataclass(frozen=True, slots=True)

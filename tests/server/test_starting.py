@@ -14,7 +14,7 @@ from typing import Any
 
 import grpc
 import pytest
-from fakes import Clock, FakePipeline
+from fakes import Caller, Clock, FakePipeline, make_engine, run_out
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from img2img.v1 import image_to_image_pb2 as pb
 from img2img.v1 import model_pb2
@@ -25,9 +25,10 @@ from img2img_server.backend import LocalBackend
 from img2img_server.bundle import Manifest
 from img2img_server.config import ModelSettings
 from img2img_server.engine.engine import Engine
-from img2img_server.errors import BundleError, ModelUnavailable
+from img2img_server.errors import BundleError, ModelFailed, ModelUnavailable
 from img2img_server.models.preparation import Preparation
 from img2img_server.models.store import ModelState, ModelStore
+from img2img_server.telemetry import logs
 from messages import failure, request
 from model_folder import make_bundle
 from running import RunningServer, running, starting, store
@@ -298,3 +299,33 @@ def test_the_log_counts_the_models_as_they_are_loaded_and_warmed_up(tmp_path: Pa
     ):
         assert line in lines
     assert lines.index("listening on") < lines.index("(1 of 2): loading")
+
+
+def test_a_traceback_is_in_the_log_only_at_the_level_debug(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in "ab":
+        make_bundle(tmp_path / name)
+    try:
+        for level, seen in (("info", False), ("debug", True)):
+            logs.configure("text", level)
+            load(tmp_path, {"a": RuntimeError("one")})
+            said = capsys.readouterr().err
+            assert "model 'a' cannot be served: it could not be loaded: RuntimeError: one" in said
+            assert ("Traceback" in said) == seen
+    finally:
+        logs.configure("text")
+
+
+def test_a_panic_in_a_call_ends_its_request_and_not_the_engine() -> None:
+    engine, pipeline, _ = make_engine()
+
+    def panic() -> None:
+        raise Panic("a library in Rust")
+
+    pipeline.before["denoise"] = panic
+    first = Caller(engine).submit()
+    run_out(engine)
+    assert isinstance(first.error, ModelFailed)
+    del pipeline.before["denoise"]
+    second = Caller(engine).submit()
+    run_out(engine)
+    assert second.error is None

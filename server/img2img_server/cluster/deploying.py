@@ -59,7 +59,7 @@ class ServeReplica(Replica):
     async def __init__(  # type: ignore[misc]
         self, config: ServerConfig, make: Callable[[ServerConfig], LocalBackend], settings: Mapping[str, str]
     ) -> None:
-        logs.configure(config.telemetry.log_format)
+        logs.configure(config.telemetry.log_format, config.telemetry.log_level)
         Replica.__init__(self, config, make)
         self._settings = dict(settings)
         await self.open()

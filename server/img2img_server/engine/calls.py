@@ -119,6 +119,8 @@ def _attempt(pipeline: Pipeline, tickets: Sequence[Ticket], work: Work[_R]) -> t
         return work(pipeline, tickets), None
     except Exception as error:  # noqa: BLE001 - whatever a model raises: its requests end, the engine goes on
         return (), error
+    except BaseException as error:  # noqa: BLE001 - such as a panic of a library in Rust: it must not end the engine's thread
+        return (), RuntimeError(f"{type(error).__name__}: {error}")
 
 
 def _rows(stage: str, tickets: Sequence[Ticket]) -> int:

@@ -14,6 +14,8 @@ from img2img_server.telemetry.repeats import INTERVAL, Repeats
 ACCESS = "img2img.access"
 """The logger that has a line for each call."""
 
+_OURS = ("img2img", "img2img_server")
+"""The loggers of this server; those of libraries write too much at DEBUG."""
 _TEXT = "%(asctime)s %(levelname)-7s %(name)s: %(message)s"
 _OF_A_CALL = ("request_id", "client", "method", "model", "status", "reason", "seconds")
 """Fields that a JSON line has where they are known, in order."""
@@ -21,15 +23,18 @@ _ESCAPES = {code: f"\\x{code:02x}" for code in (*range(0x20), *range(0x7F, 0xA0)
 _ESCAPES |= {ord("\n"): "\\n", ord("\r"): "\\r", ord("\t"): "\\t", 0x2028: "\\u2028", 0x2029: "\\u2029"}
 
 
-def configure(log_format: str) -> None:
-    """Logs from INFO on to standard error, as "text" or as "json", Python's warnings included. Called again, it
-    takes the place of its former self."""
+def configure(log_format: str, log_level: str = "info") -> None:
+    """Logs to standard error, as "text" or as "json", from `log_level` on ("debug" of our own packages alone), Python's warnings
+    included. Called again, it takes the place of its former self."""
     root = logging.getLogger()
     for handler in [handler for handler in root.handlers if isinstance(handler, _Handler)]:
         root.removeHandler(handler)
         handler.close()
     root.addHandler(_Handler(JsonFormatter() if log_format == "json" else TextFormatter()))
-    root.setLevel(logging.INFO)
+    level = logging.getLevelNamesMapping()[log_level.upper()]
+    root.setLevel(max(level, logging.INFO))
+    for name in _OURS:
+        logging.getLogger(name).setLevel(level if level < logging.INFO else logging.NOTSET)
     logging.captureWarnings(True)
 
 
