@@ -102,19 +102,25 @@ def original_open_clip(weights: Weights) -> Iterator[tuple[str, torch.Tensor]]:
             yield rename(name, _OPEN_CLIP), value
 
 
+def load_texts(path: Path) -> Weights:
+    """A CLIP text encoder's weights by their full names: transformers 5 saves some without `text_model`."""
+    whole = ("text_model.", "text_projection.")
+    return {name if name.startswith(whole) else f"text_model.{name}": value for name, value in load_file(path).items()}
+
+
 def original_texts(model: Path) -> Iterator[tuple[str, torch.Tensor]]:
     """The text encoders' weights as Stable Diffusion 1, 2, XL and XL's refiner have them."""
     first, second = model / "text_encoder" / "model.safetensors", model / "text_encoder_2" / "model.safetensors"
     if first.exists() and not second.exists():
-        weights = load_file(first)
+        weights = load_texts(first)
         if json.loads((first.parent / "config.json").read_text())["hidden_act"] == "gelu":
             yield from ((f"cond_stage_model.model.{name}", value) for name, value in original_open_clip(weights))
         else:
             yield from ((f"cond_stage_model.transformer.{name}", value) for name, value in weights.items())
         return
     if first.exists():
-        yield from ((f"conditioner.embedders.0.transformer.{name}", value) for name, value in load_file(first).items())
-    for name, value in original_open_clip(load_file(second)):
+        yield from ((f"conditioner.embedders.0.transformer.{name}", value) for name, value in load_texts(first).items())
+    for name, value in original_open_clip(load_texts(second)):
         yield f"conditioner.embedders.{int(first.exists())}.model.{name}", value
 
 
