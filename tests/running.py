@@ -5,13 +5,14 @@ import contextlib
 import functools
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor, Future
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 
 from img2img_server.assets.store import AssetStore
 from img2img_server.backend import Backend, LocalBackend
 from img2img_server.bundle import Manifest, Source, Verification
+from img2img_server.codecs.pool import Codecs
 from img2img_server.config import ServerConfig
 from img2img_server.engine.cache import Cache
 from img2img_server.engine.engine import Engine
@@ -80,7 +81,7 @@ def starting(make: Callable[[ServerConfig], Backend], **settings: object) -> Ite
         loop.close()
 
 
-def make_service(models: ModelStore, engine: Engine, codecs: Executor) -> ImageToImageService:
+def make_service(models: ModelStore, engine: Engine, codecs: Codecs) -> ImageToImageService:
     """The service over an engine, without a server around it."""
     config = ServerConfig(Path())
     assets = AssetStore(config.assets)

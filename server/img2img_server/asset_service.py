@@ -1,9 +1,7 @@
 """gRPC's side of the asset store."""
 
 import asyncio
-import hashlib
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any
 
 from google.protobuf.timestamp_pb2 import Timestamp
@@ -15,7 +13,9 @@ from img2img_server.assets.files import is_id, owner_of
 from img2img_server.assets.index import Asset
 from img2img_server.assets.store import AssetStore
 from img2img_server.calls import current
-from img2img_server.errors import DeadlineExpired, Exhausted, InvalidField
+from img2img_server.codecs.jobs import Inspect
+from img2img_server.codecs.pool import Codecs
+from img2img_server.errors import DeadlineExpired, InvalidField
 
 _CHUNK = 256 * 2**10
 """Bytes of a download's message."""
@@ -23,19 +23,17 @@ _IDLE = 60.0
 """Seconds without a message after which an upload is given up: until then it holds memory, and a part of the quota."""
 _LONGEST = 600.0
 """Seconds for a whole upload: messages of a byte must not hold them for ever either."""
-_IN_FLIGHT = 256 * 2**20
-"""Bytes of all files that are being uploaded, which are in memory until they are whole."""
-_RETRY = 1.0
 
 
 class AssetService(asset_pb2_grpc.AssetServiceServicer):
-    """UploadAsset, GetAsset and DeleteAsset. `limits` bound the pictures that are taken; `idle` is in seconds."""
+    """UploadAsset, GetAsset and DeleteAsset. `limits` bound the images that are taken, `codecs` look at them; `idle` is in
+    seconds."""
 
-    def __init__(self, assets: AssetStore, limits: images.ImageLimits, idle: float = _IDLE) -> None:
+    def __init__(self, assets: AssetStore, limits: images.ImageLimits, codecs: Codecs, idle: float = _IDLE) -> None:
         self._assets = assets
         self._limits = limits
+        self._codecs = codecs
         self._idle = idle
-        self._in_flight = 0
 
     async def UploadAsset(self, request_iterator: AsyncIterator[pb.UploadAssetRequest], context: Any) -> pb.UploadAssetResponse:
         """Stores a picture, whole and checked, before it answers."""
@@ -45,10 +43,10 @@ class AssetService(asset_pb2_grpc.AssetServiceServicer):
             async with asyncio.timeout(_LONGEST):
                 info = await self._info(request_iterator)
                 held = info.sha256 != "" and self._assets.holds(owner, info.sha256)
-                with self._memory(info.size):
+                with self._codecs.memory.hold(current(), info.size):
                     async with self._assets.room(owner, 0 if held else info.size) as room:
                         data = await self._data(info, request_iterator)
-                        await asyncio.to_thread(self._check_picture, info, data)
+                        await self._check_image(info, data)
                         asset = await self._assets.put(owner, data, room)
         except TimeoutError:
             raise DeadlineExpired(f"the upload took longer than {_LONGEST:g} seconds") from None
@@ -74,17 +72,6 @@ class AssetService(asset_pb2_grpc.AssetServiceServicer):
         if not is_id(asset_id):
             raise InvalidField("id", "an asset's id has 64 hexadecimal digits in lower case, as UploadAsset gives it")
         return owner_of(current())
-
-    @contextmanager
-    def _memory(self, size: int) -> Iterator[None]:
-        """Counts an upload's bytes within the block. Raises Exhausted where too many are on their way; one alone always may."""
-        if self._in_flight and self._in_flight + size > _IN_FLIGHT:
-            raise Exhausted("too many uploads are on their way", _RETRY)
-        self._in_flight += size
-        try:
-            yield
-        finally:
-            self._in_flight -= size
 
     async def _info(self, messages: AsyncIterator[pb.UploadAssetRequest]) -> pb.UploadAssetInfo:
         first = await self._next(messages)
@@ -117,20 +104,15 @@ class AssetService(asset_pb2_grpc.AssetServiceServicer):
         except TimeoutError:
             raise DeadlineExpired(f"nothing of the upload came for {self._idle:g} seconds") from None
 
-    def _check_picture(self, info: pb.UploadAssetInfo, data: bytes) -> None:
-        if info.sha256:
-            _check_digest(data, info.sha256)
-        media_type = images.check_header(data, self._limits, "chunk")
-        if info.media_type and info.media_type != media_type:
-            raise InvalidField("info.media_type", f"the file is {media_type}, not what was announced")
+    async def _check_image(self, info: pb.UploadAssetInfo, data: bytes) -> None:
+        found = await self._codecs.inspect(data, Inspect("chunk", self._limits))
+        if info.sha256 and info.sha256 != found.sha256:
+            raise InvalidField("info.sha256", "the bytes that came have another SHA-256 than was announced")
+        if info.media_type and info.media_type != found.media_type:
+            raise InvalidField("info.media_type", f"the file is {found.media_type}, not what was announced")
 
 
 def _message(asset: Asset) -> pb.Asset:
     expires = Timestamp()
     expires.FromMilliseconds(round(asset.expires * 1000))
     return pb.Asset(id=asset.id, media_type=asset.media_type, size=asset.size, sha256=asset.id, expire_time=expires)
-
-
-def _check_digest(data: bytes, announced: str) -> None:
-    if hashlib.sha256(data).hexdigest() != announced:
-        raise InvalidField("info.sha256", "the bytes that came have another SHA-256 than was announced")

@@ -95,6 +95,26 @@ class AssetSettings:
 
 
 @dataclass(frozen=True, slots=True)
+class CodecSettings:
+    """Processes that decode and encode images, None for one more than there are cores, 9 at most. `memory` bounds the bytes of
+    images that are received or decoded."""
+
+    decoders: int | None = setting(
+        None, "processes that decode images (default: cores + 1, 9 at most)", metavar="N", least=1, name="decode_processes"
+    )
+    encoders: int | None = setting(
+        None, "processes that encode images (default: cores + 1, 9 at most)", metavar="N", least=1, name="encode_processes"
+    )
+    memory: int = setting(
+        4 * 2**30,
+        "memory for images that are received or decoded; beyond it, requests are refused",
+        metavar="BYTES",
+        least=1,
+        name="image_memory",
+    )
+
+
+@dataclass(frozen=True, slots=True)
 class SourceSettings:
     """Which addresses `image.uri` may have beside data: and asset:. `http_seconds` bounds one download."""
 
@@ -244,6 +264,7 @@ class ServerConfig:
     max_image_count: int = setting(8, "most pictures of one request", metavar="N", least=1)
     limits: Limits = section(Limits, "the queue")
     image_limits: ImageLimits = section(ImageLimits, "pictures")
+    codecs: CodecSettings = section(CodecSettings, "codecs")
     execution: Execution = section(Execution, "how models are run")
     residency: ModelSettings = section(ModelSettings, "models in memory")
     tls: TlsSettings = section(TlsSettings, "TLS", prefix="tls_")

@@ -126,6 +126,12 @@ class ModelMemoryFull(Exhausted):
     reason = "MODEL_MEMORY_FULL"
 
 
+class ImageMemoryFull(Exhausted):
+    """There is no memory for one more image that is to be received or decoded."""
+
+    reason = "IMAGE_MEMORY_FULL"
+
+
 class AssetQuotaFull(Exhausted):
     """There is no room for one more asset."""
 

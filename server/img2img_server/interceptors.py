@@ -23,6 +23,7 @@ from grpc_status import rpc_status
 from img2img_server import wire
 from img2img_server.access.access import Access
 from img2img_server.calls import Call, answering
+from img2img_server.codecs.memory import ImageMemory
 from img2img_server.errors import (
     DeadlineUnmeetable,
     Exhausted,
@@ -34,13 +35,15 @@ from img2img_server.errors import (
 )
 from img2img_server.readers import Readers
 from img2img_server.telemetry.telemetry import Telemetry
+from img2img_server.transport import MAX_MESSAGE_BYTES
 
 _log = logging.getLogger(__name__)
 
-_Parse = Callable[[bytes], Any]
+_Parse = Callable[[bytes], tuple[Any, int]]
+"""Gives a message, and the bytes of memory that it takes, about."""
 _Reader = Callable[[AsyncIterator[bytes], _Parse], Awaitable[Any]]
-"""Of a call's messages, in bytes, and of what parses one: gives what its handler takes."""
-_Read = Callable[[AsyncIterator[bytes]], Awaitable[Any]]
+"""Of a call's messages, in bytes, and of what parses one: gives what its handler takes, and its memory."""
+_Read = Callable[[AsyncIterator[bytes]], Awaitable[tuple[Any, int]]]
 
 DOMAIN = "img2img"
 _HEALTH = "/grpc.health.v1.Health/"
@@ -57,14 +60,23 @@ _REQUEST_ID_FORM = re.compile(r"[A-Za-z0-9_.:-]{1,64}")
 class CallInterceptor(grpc.aio.ServerInterceptor):
     """Makes a Call of each RPC, has `access` admit it and `telemetry` observe it, and turns errors into google.rpc.Status.
 
-    Messages come as bytes, and are parsed once their call is admitted. `max_bytes` gives the largest message of a method. Any
-    exception that is no ServerError becomes INTERNAL, without its text.
+    Messages come as bytes, and are parsed once their call is admitted. `memory` accounts for those that are large until their
+    call ends; `max_bytes` gives the largest message of a method. Any exception that is no ServerError becomes INTERNAL, without
+    its text.
     """
 
-    def __init__(self, access: Access, telemetry: Telemetry, max_bytes: Callable[[str], int], readers: Readers) -> None:
+    def __init__(
+        self,
+        access: Access,
+        telemetry: Telemetry,
+        memory: ImageMemory,
+        max_bytes: Callable[[str], int],
+        readers: Readers,
+    ) -> None:
         self._access = access
         self._readers = readers
         self._telemetry = telemetry
+        self._memory = memory
         self._max_bytes = max_bytes
 
     async def intercept_service(
@@ -91,9 +103,15 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     def _wrap(self, behaviour: Any, read: _Read, details: grpc.HandlerCallDetails) -> Any:
         async def handle(requests: AsyncIterator[Any], context: Any) -> None:
             async with self._answering(details, context) as call:
-                await self._send(behaviour(await read(requests), context), context, call)
+                await self._answer(behaviour, read, requests, context, call)
 
         return handle
+
+    async def _answer(self, behaviour: Any, read: _Read, requests: AsyncIterator[Any], context: Any, call: Call) -> None:
+        """Answers a call. In a frame of its own, as `_send` is: it has the message."""
+        asked, size = await read(requests)
+        with self._memory.hold(call, size):
+            await self._send(behaviour(asked, context), context, call)
 
     async def _send(self, result: Any, context: Any, call: Call) -> None:
         """Sends what a handler gives. In a frame of its own, which an error's end frees: see `let_go`."""
@@ -148,39 +166,42 @@ async def _once(response: Awaitable[Any]) -> AsyncGenerator[Any, None]:
     yield await response
 
 
-def _parser(parse: _Parse | None, most: int) -> _Parse:
-    """What parses a message of at most so many bytes. It raises MessageTooLarge, MalformedMessage or InvalidField."""
+def _parser(parse: Callable[[bytes], Any] | None, most: int) -> _Parse:
+    """What parses a message of at most so many bytes. A small message counts for no memory.
+
+    It raises MessageTooLarge, MalformedMessage or InvalidField.
+    """
     if parse is None:
-        return lambda data: data
+        return lambda data: (data, 0)
     descriptor = parse.__self__.DESCRIPTOR  # type: ignore[attr-defined] # gRPC's stubs have a message class' FromString
 
-    def parsed(data: bytes) -> Any:
+    def parsed(data: bytes) -> tuple[Any, int]:
         if len(data) > most:
             raise MessageTooLarge(f"the message has {len(data)} bytes, the most for this method is {most}")
-        wire.check(data, descriptor)
+        size = wire.check(data, descriptor)
         try:
-            return parse(data)
+            return parse(data), size if size > MAX_MESSAGE_BYTES else 0
         except message.DecodeError:
             raise MalformedMessage("the message cannot be parsed: it is not of this method's type") from None
 
     return parsed
 
 
-async def _only(requests: AsyncIterator[bytes], parse: _Parse) -> Any:
+async def _only(requests: AsyncIterator[bytes], parse: _Parse) -> tuple[Any, int]:
     """The one message of a call. Raises MalformedMessage where it cannot be parsed, or there is none."""
     async for request in requests:
         return parse(request)
     raise MalformedMessage("the call has no message")
 
 
-async def _each(requests: AsyncIterator[bytes], parse: _Parse) -> AsyncIterator[Any]:
-    """A call's messages as they come. Each raises MalformedMessage where it cannot be parsed."""
+async def _each(requests: AsyncIterator[bytes], parse: _Parse) -> tuple[AsyncIterator[Any], int]:
+    """A call's messages as they come; their handler accounts for them. Each raises MalformedMessage where it cannot be parsed."""
 
     async def parsed() -> AsyncIterator[Any]:
         async for request in requests:
-            yield parse(request)
+            yield parse(request)[0]
 
-    return parsed()
+    return parsed(), 0
 
 
 def call_of(method: str, metadata: Sequence[tuple[str, str | bytes]], peer: str) -> Call:

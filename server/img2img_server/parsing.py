@@ -1,18 +1,17 @@
 """Proto -> request: checks every field, fills in the defaults, and decodes the source picture away from the event loop."""
 
-import asyncio
-import hashlib
 import secrets
 import time
 from collections.abc import Callable
-from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 
 from img2img.v1 import image_to_image_pb2 as pb
-from PIL import Image
 
 from img2img_server import images
 from img2img_server.calls import current
+from img2img_server.codecs.fairness import FairThreads
+from img2img_server.codecs.jobs import Load
+from img2img_server.codecs.pool import Codecs
 from img2img_server.config import (
     DEFAULT_GUIDANCE,
     DEFAULT_PROMPT,
@@ -35,7 +34,8 @@ _FORMATS: dict[int, images.WriteFormat] = {
 }
 _DEFAULT_QUALITY = 90
 _MAX_SEED = 2**63 - 1
-_DIGEST_BYTES = 16
+_PLANNING = 2
+"""Threads that plan requests: what is slow the first time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,13 +54,14 @@ class Job:
 
 
 class Parser:
-    """Makes jobs of messages. Pictures are decoded on `executor`; `clock` is the engine's, on which deadlines are measured."""
+    """Makes jobs of messages. Images are decoded by `codecs`; `clock` is the engine's, on which deadlines are measured."""
 
-    def __init__(self, config: ServerConfig, sources: Sources, clock: Callable[[], float], executor: Executor) -> None:
+    def __init__(self, config: ServerConfig, sources: Sources, clock: Callable[[], float], codecs: Codecs) -> None:
         self._config = config
         self._sources = sources
         self._clock = clock
-        self._executor = executor
+        self._codecs = codecs
+        self._threads = FairThreads(_PLANNING, "img2img-plan")
 
     async def parse(self, message: pb.TransformRequest, model: Model, seconds_left: float | None, previews: bool) -> Job:
         """Checks a message for `model` and fills in its defaults. Without `previews`, as only its end is told, none are drawn.
@@ -82,32 +83,35 @@ class Parser:
         # From here on it costs: whatever is wrong with the other fields has been said.
         field, data = await self._sources.read(message.image)
         call = current()
-
-        def build() -> Request:
-            image, digest = self._load(field, data, size_rule, model, file_format)
-            request = Request(
-                model=model.id,
-                image=image,
-                prompt=prompt,
-                negative_prompt=negative_prompt,
-                strength=strength,
-                num_inference_steps=steps,
-                guidance_scale=guidance,
-                seeds=seeds,
-                deadline=deadline,
-                scheduler=scheduler,
-                preview_interval=interval if previews and images.holds(image.size, "JPEG") else 0,  # as previews are sent
-                image_digest=digest,
-                client=call.client,
-                id=call.request_id,
-                follow=previews,
-                cache_scope=call.client if call.authenticated and not self._config.share_caches else "",
-            )
-            # The engine will ask for it too. What is slow of it the first time is done here, off its thread and the loop's.
-            _pipeline_of(model).plan(request)
-            return request
-
-        request = await asyncio.get_running_loop().run_in_executor(self._executor, build)
+        load = Load(
+            field=field,
+            limits=self._config.image_limits,
+            size_rule=size_rule,
+            multiple=_pipeline_of(model).size_multiple,
+            file_format=file_format,
+        )
+        with self._codecs.memory.hold(call, 0 if message.image.WhichOneof("source") == "data" else len(data)):
+            image, digest = await self._codecs.load(data, load)
+        request = Request(
+            model=model.id,
+            image=image,
+            prompt=prompt,
+            negative_prompt=negative_prompt,
+            strength=strength,
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            seeds=seeds,
+            deadline=deadline,
+            scheduler=scheduler,
+            preview_interval=interval if previews and images.holds(image.size, "JPEG") else 0,  # as previews are sent
+            image_digest=digest,
+            client=call.client,
+            id=call.request_id,
+            follow=previews,
+            cache_scope=call.client if call.authenticated and not self._config.share_caches else "",
+        )
+        # The engine will ask for it too. What is slow of it the first time is done here, off its thread and the loop's.
+        await self._threads.run(_pipeline_of(model).plan, request)
         return Job(
             replace(model, pipeline=None),
             _pipeline_of(model).engine,
@@ -154,16 +158,6 @@ class Parser:
         images.check_side(images.least_size(rule, pipeline.size_multiple, self._config.image_limits), file_format)
         return rule
 
-    def _load(
-        self, field: str, data: bytes, size_rule: images.SizeRule, model: Model, file_format: images.WriteFormat
-    ) -> tuple[Image.Image, bytes]:
-        """The source at the result's size, and its digest. One that makes too large a result is refused by its header."""
-        multiple, limits = _pipeline_of(model).size_multiple, self._config.image_limits
-        size = images.target_size(images.header_size(data, limits, field), size_rule, multiple, limits)
-        images.check_side(size, file_format)
-        image = images.resize(images.decode(data, limits, field), size)
-        return image, image_digest(image)
-
 
 def _sides(message: pb.TransformRequest) -> images.SizeRule:
     width = message.width if message.HasField("width") else None
@@ -208,13 +202,6 @@ def _output(message: pb.TransformRequest) -> tuple[images.WriteFormat, int]:
     quality = output.quality if output.HasField("quality") else _DEFAULT_QUALITY
     _check("output.quality", 1 <= quality <= 100, f"{quality} is not in 1 to 100")
     return _FORMATS[output.format], quality
-
-
-def image_digest(image: Image.Image) -> bytes:
-    """16 bytes that tell an RGB picture from every other one, whatever file it came in: a hash of its size and its pixels."""
-    hashed = hashlib.blake2b(b"%d %d " % image.size, digest_size=_DIGEST_BYTES)
-    hashed.update(image.tobytes())
-    return hashed.digest()
 
 
 def _check(field: str, holds: bool, description: str) -> None:

@@ -4,7 +4,6 @@ import asyncio
 import logging
 import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -18,6 +17,8 @@ from img2img_server.access.access import Access
 from img2img_server.asset_service import AssetService
 from img2img_server.assets.store import AssetStore
 from img2img_server.backend import Backend
+from img2img_server.codecs.memory import ImageMemory
+from img2img_server.codecs.pool import Codecs
 from img2img_server.config import ServerConfig
 from img2img_server.errors import EngineStuck, ShuttingDown
 from img2img_server.handlers import Handlers
@@ -34,6 +35,8 @@ from img2img_server.tls import bind, check
 _log = logging.getLogger(__name__)
 
 SERVICE = image_to_image_pb2.DESCRIPTOR.services_by_name["ImageToImageService"].full_name
+_MOST_PROCESSES = 9
+"""Of a codec stage by default. Each takes some 25 MB."""
 _REFLECTED = (
     SERVICE,
     "img2img.v1.ModelService",
@@ -64,7 +67,8 @@ class Server:
         self._telemetry = Telemetry(config.telemetry)
         self._health = HealthServicer()
         self._failed = asyncio.Event()
-        self._codecs = ThreadPoolExecutor(max_workers=os.cpu_count(), thread_name_prefix="img2img-codec")
+        self._memory = ImageMemory(config.codecs.memory)
+        self._codecs = Codecs(_processes(config.codecs.decoders), _processes(config.codecs.encoders), self._memory)
         self._server: grpc.aio.Server | None = None
         self._handlers = Handlers()
         self._names = ["", SERVICE]
@@ -100,7 +104,8 @@ class Server:
         await self._sources.open()
         backend = self._backend
         await backend.open(self._set_model_health, self._telemetry.span)
-        self._telemetry.watch(backend.runner, backend.models, backend.cache, self._assets)
+        await self._codecs.start()
+        self._telemetry.watch(backend.runner, backend.models, backend.cache, self._assets, self._codecs)
         self._add_services(access)
         for name in (*self._names, *(f"models/{name}" for name in backend.models.pipelines())):
             self._health.set(name, True)
@@ -115,6 +120,7 @@ class Server:
             if self._server is not None:
                 await self._server.stop(grace=None)
             self._telemetry.close()
+            await self._codecs.close()
             await self._sources.close()
             await self._assets.close()
             await self._backend.close()
@@ -124,7 +130,7 @@ class Server:
         self._health.close()
         # What has ended still has to be encoded and sent.
         await self._server.stop(_SENDING)
-        self._codecs.shutdown()
+        await self._codecs.close()
         await self._sources.close()
         await self._assets.close()
         await asyncio.to_thread(self._telemetry.close)
@@ -141,6 +147,7 @@ class Server:
         self._health.close()
         await self._backend.abandon(ShuttingDown("the server stopped before the request was finished"))
         await self._server.stop(_TELLING)
+        self._codecs.kill()
         self._backend.close_now()
 
     async def failed(self) -> None:
@@ -165,7 +172,11 @@ class Server:
         server = grpc.aio.server(
             interceptors=[
                 CallInterceptor(
-                    access, self._telemetry, partial(transport.message_bytes, self._config), Readers(self._config.reader_timeout)
+                    access,
+                    self._telemetry,
+                    self._memory,
+                    partial(transport.message_bytes, self._config),
+                    Readers(self._config.reader_timeout),
                 )
             ],
             options=transport.options(self._config),
@@ -192,13 +203,18 @@ class Server:
         model_service = ModelService(models, residency)
         model_pb2_grpc.add_ModelServiceServicer_to_server(model_service, handlers.as_server)
         asset_pb2_grpc.add_AssetServiceServicer_to_server(
-            AssetService(self._assets, self._config.image_limits), handlers.as_server
+            AssetService(self._assets, self._config.image_limits, self._codecs), handlers.as_server
         )
         if self._config.kserve:
             from img2img_server.kserve import service as kserve
 
-            kserve.add(handlers, transforms, runner, model_service, self._health, access, self._telemetry)
+            kserve.add(handlers, transforms, runner, model_service, self._health, access, self._telemetry, self._memory)
         handlers.ready = True
+
+
+def _processes(asked: int | None) -> int:
+    """Processes of a stage: by default one more than one client can keep busy on all cores."""
+    return min(os.cpu_count() or 1, _MOST_PROCESSES - 1) + 1 if asked is None else asked
 
 
 def _add_reflection(server: grpc.aio.Server, services: Sequence[str]) -> None:

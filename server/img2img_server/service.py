@@ -3,7 +3,6 @@
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Coroutine
-from concurrent.futures import Executor
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing, nullcontext
 from typing import Any
 
@@ -17,6 +16,7 @@ from img2img_server.assets.index import Room
 from img2img_server.assets.store import AssetStore
 from img2img_server.backend import Models
 from img2img_server.calls import current
+from img2img_server.codecs.pool import Codecs
 from img2img_server.engine.answers import Accepted
 from img2img_server.engine.request import Completed, Event, Failed, Progress, Queued, Request, Started
 from img2img_server.engine.room import Place
@@ -34,7 +34,7 @@ _BYTES_PER_PIXEL, _BYTES_PER_FILE = 4, 4096
 
 
 class ImageToImageService(pb_grpc.ImageToImageServiceServicer):
-    """Transform and TransformStream. Picture codecs run on `executor`, models on the engine, nothing on the event loop."""
+    """Transform and TransformStream. Images are decoded and encoded by `codecs`, and models run on the engine."""
 
     def __init__(
         self,
@@ -42,7 +42,7 @@ class ImageToImageService(pb_grpc.ImageToImageServiceServicer):
         models: ModelStore,
         residency: Models,
         engine: Runner,
-        executor: Executor,
+        codecs: Codecs,
         telemetry: Telemetry,
         assets: AssetStore,
     ) -> None:
@@ -50,7 +50,7 @@ class ImageToImageService(pb_grpc.ImageToImageServiceServicer):
         self._models = models
         self._residency = residency
         self._engine = engine
-        self._executor = executor
+        self._codecs = codecs
         self._telemetry = telemetry
         self._assets = assets
         self._tasks: set[asyncio.Task[None]] = set()
@@ -178,7 +178,7 @@ class ImageToImageService(pb_grpc.ImageToImageServiceServicer):
         return {"asset_id": (await self._assets.put(owner_of(current()), data, room)).id}
 
     async def _encode(self, image: Image.Image, file_format: images.WriteFormat, quality: int) -> bytes:
-        return await asyncio.get_running_loop().run_in_executor(self._executor, images.encode, image, file_format, quality)
+        return await self._codecs.encode(image, file_format, quality)
 
     def _engine_of(self, job: Job) -> str:
         """What runs the model now: another engine may have taken over since the request came."""

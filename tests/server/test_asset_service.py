@@ -178,8 +178,10 @@ def test_a_client_that_leaves_midway_gives_back_what_it_held(
     assert files_of(folder) == []
 
 
-def test_no_more_is_in_memory_than_uploads_may_take(assets: AssetServiceStub, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(asset_service, "_IN_FLIGHT", 1000)
+def test_no_more_is_in_memory_than_uploads_may_take(
+    server: RunningServer, assets: AssetServiceStub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server.server._memory, "budget", 1000)
     begun, go = threading.Event(), threading.Event()
 
     def slowly() -> Iterator[pb.UploadAssetRequest]:

@@ -11,6 +11,7 @@ import pytest
 import trustme
 from aiohttp import web
 from aiohttp.abc import AbstractResolver, ResolveResult
+from img2img_server.calls import Call, answering
 from img2img_server.errors import InvalidField
 from img2img_server.sources import fetching
 from img2img_server.sources.addresses import is_public
@@ -374,3 +375,27 @@ async def test_https_checks_the_certificate_and_does_not_fall_back_to_http() -> 
             assert await refusal(web_.fetch(f"https://other:{secure.port}/a.png")) == UNREACHABLE
         async with fetcher(secure, names, ports=ports) as untrusting:
             assert await refusal(untrusting.fetch(f"https://pictures:{secure.port}/a.png")) == UNREACHABLE
+
+
+async def test_one_clients_slow_sites_hold_up_no_other_client(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client that has all of its downloads hanging leaves one for others, and the other's do not wait for its."""
+    go, hanging, asked = asyncio.Event(), asyncio.Event(), list[str]()
+
+    async def hang(request: web.Request) -> web.StreamResponse:
+        asked.append(request.path)
+        if len(asked) == 2:
+            hanging.set()
+        await go.wait()
+        return web.Response(body=b"slow")
+
+    monkeypatch.setattr(fetching, "_AT_ONCE", 3)
+    async with serving() as site, fetcher(site) as web_:
+        site.answers["/slow"], site.answers["/quick"] = hang, answer(body=b"quick")
+        with answering(Call("", "", client="greedy")):
+            slow = [asyncio.create_task(web_.fetch(f"http://127.0.0.1:{site.port}/slow")) for _ in range(8)]
+        await asyncio.wait_for(hanging.wait(), 30)
+        with answering(Call("", "", client="other")):
+            assert await web_.fetch(f"http://127.0.0.1:{site.port}/quick") == b"quick"
+        assert len(asked) == 2, "its others wait"
+        go.set()
+        assert await asyncio.gather(*slow) == [b"slow"] * 8

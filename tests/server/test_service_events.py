@@ -2,8 +2,7 @@
 
 import asyncio
 import io
-from collections.abc import Iterator
-from concurrent.futures import Executor, ThreadPoolExecutor
+from collections.abc import AsyncIterator, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from types import SimpleNamespace
 from typing import Any
@@ -14,12 +13,14 @@ from fakes import FakePipeline
 from google.rpc import error_details_pb2
 from img2img.v1 import image_to_image_pb2 as pb
 from img2img.v1.image_to_image_pb2_grpc import ImageToImageServiceStub
+from img2img_server.codecs.jobs import digest_of
+from img2img_server.codecs.memory import ImageMemory
+from img2img_server.codecs.pool import Codecs
 from img2img_server.engine.engine import Accepted
 from img2img_server.engine.request import Completed, Event, Listener, Progress, Queued, Request, Started, Timings
 from img2img_server.engine.room import Place
 from img2img_server.errors import DeadlineUnmeetable, ServerError
 from img2img_server.interceptors import to_status
-from img2img_server.parsing import image_digest
 from img2img_server.service import ImageToImageService
 from messages import failure, request
 from PIL import Image
@@ -38,9 +39,11 @@ def stub(pipeline: FakePipeline) -> Iterator[ImageToImageServiceStub]:
 
 
 @pytest.fixture
-def codecs() -> Iterator[Executor]:
-    with ThreadPoolExecutor(2) as executor:
-        yield executor
+async def codecs() -> AsyncIterator[Codecs]:
+    made = Codecs(2, 2, ImageMemory(2**30))
+    await made.start()
+    yield made
+    await made.close()
 
 
 def stream(stub: ImageToImageServiceStub, **fields: Any) -> list[pb.TransformStreamResponse]:
@@ -108,7 +111,7 @@ def test_a_picture_has_one_digest_whatever_its_file(stub: ImageToImageServiceStu
 
 
 def test_pictures_of_other_sizes_have_other_digests() -> None:
-    assert image_digest(Image.new("RGB", (8, 4))) != image_digest(Image.new("RGB", (4, 8)))
+    assert digest_of((8, 4), bytes(96)) != digest_of((4, 8), bytes(96))
 
 
 class ScriptedEngine:
@@ -133,12 +136,12 @@ class ScriptedEngine:
         return Accepted(ticket, 3, 9.0)
 
 
-def served_by(engine: ScriptedEngine, codecs: Executor) -> ImageToImageService:
+def served_by(engine: ScriptedEngine, codecs: Codecs) -> ImageToImageService:
     anything: Any = engine
     return make_service(store(m=FakePipeline()), anything, codecs)
 
 
-async def test_events_are_told_in_the_order_in_which_they_came(codecs: Executor) -> None:
+async def test_events_are_told_in_the_order_in_which_they_came(codecs: Codecs) -> None:
     large, small = Image.effect_noise((512, 512), 80).convert("RGB"), Image.new("RGB", (4, 4), "teal")
     engine = ScriptedEngine(
         Queued(2, 8.0),
@@ -164,7 +167,7 @@ async def test_events_are_told_in_the_order_in_which_they_came(codecs: Executor)
 
 
 @pytest.mark.parametrize("streamed", [False, True])
-async def test_a_request_that_is_refused_raises_the_engines_error(codecs: Executor, streamed: bool) -> None:
+async def test_a_request_that_is_refused_raises_the_engines_error(codecs: Codecs, streamed: bool) -> None:
     service = served_by(ScriptedEngine(error=DeadlineUnmeetable("too late", 12.5)), codecs)
     context = SimpleNamespace(time_remaining=lambda: 1.0)
     asked = pb.TransformStreamRequest(request=request())

@@ -2,19 +2,23 @@
 
 import threading
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import grpc
 import pytest
+from fake_codecs import FakeProcess
 from fakes import FakePipeline
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from img2img.v1 import image_to_image_pb2 as pb
 from img2img.v1.image_to_image_pb2_grpc import ImageToImageServiceStub
-from img2img_server import images
+from img2img_server import server as serving
+from img2img_server.codecs.jobs import Encode, Job, Load
+from img2img_server.codecs.pool import Codecs
+from img2img_server.config import CodecSettings
 from img2img_server.engine.scheduler import Limits
 from messages import failure, png, request
-from PIL import Image
 from running import RunningServer, running, store
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
@@ -50,6 +54,16 @@ def gate() -> Iterator[Gate]:
     made = Gate()
     yield made
     made.opened.set()
+
+
+def gated_codecs(gate: Gate, monkeypatch: pytest.MonkeyPatch, kind: type[Job]) -> None:
+    """From now on, servers' codecs do jobs of this kind once the gate is open."""
+
+    def pass_gate(job: Job) -> None:
+        if isinstance(job, kind):
+            gate()
+
+    monkeypatch.setattr(serving, "Codecs", partial(Codecs, make=lambda: FakeProcess(pass_gate)))
 
 
 def assert_answers(server: RunningServer, channel: grpc.Channel) -> None:
@@ -90,17 +104,11 @@ def test_with_a_full_queue_and_a_busy_device_health_and_reflection_answer(gate: 
 
 
 def test_a_clients_flood_is_refused_before_its_pictures_are_looked_at(gate: Gate, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They wait as bytes for as many threads as there are, and no more of them than there is room for."""
-    decode = images.decode
-
-    def gated(data: bytes, limits: images.ImageLimits, field: str) -> Image.Image:
-        gate()
-        return decode(data, limits, field)
-
-    monkeypatch.setattr(images, "decode", gated)
-    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    """They wait as bytes for as many processes as there are, and no more of them than there is room for."""
+    gated_codecs(gate, monkeypatch, Load)
+    limits, codecs = Limits(max_waiting=100, max_client_waiting=10), CodecSettings(decoders=3)
     with (
-        running(lambda: store(m=FakePipeline()), limits=Limits(max_waiting=100, max_client_waiting=10)) as server,
+        running(lambda: store(m=FakePipeline()), limits=limits, codecs=codecs) as server,
         grpc.insecure_channel(f"127.0.0.1:{server.port}") as channel,
     ):
         stub = ImageToImageServiceStub(channel)
@@ -125,21 +133,14 @@ def test_a_clients_flood_is_refused_before_its_pictures_are_looked_at(gate: Gate
         assert_answers(server, channel)
         gate.opened.set()
         assert sum(call.exception(60) is None for call in calls) == 10
-    assert gate.most == 2, "as many at a time as there are threads for it"
+    assert gate.most == 2, "one of the processes is left for others"
     assert gate.passed == 10
 
 
 def test_while_the_codecs_are_busy_health_and_reflection_answer(gate: Gate, monkeypatch: pytest.MonkeyPatch) -> None:
-    encode = images.encode
-
-    def gated(image: Image.Image, file_format: images.WriteFormat, quality: int) -> bytes:
-        gate()
-        return encode(image, file_format, quality)
-
-    monkeypatch.setattr(images, "encode", gated)
-    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    gated_codecs(gate, monkeypatch, Encode)
     with (
-        running(lambda: store(m=FakePipeline())) as server,
+        running(lambda: store(m=FakePipeline()), codecs=CodecSettings(encoders=3)) as server,
         grpc.insecure_channel(f"127.0.0.1:{server.port}") as channel,
     ):
         stub = ImageToImageServiceStub(channel)

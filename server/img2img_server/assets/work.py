@@ -4,9 +4,9 @@ import asyncio
 import errno
 import logging
 from collections.abc import Callable, Coroutine
-from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
+from img2img_server.codecs.fairness import FairThreads
 from img2img_server.errors import StorageFailed
 
 _log = logging.getLogger(__name__)
@@ -17,16 +17,16 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class AssetWork:
-    """Threads for what blocks, and tasks for what must not be left half done."""
+    """Threads for what blocks, shared fairly among clients, and tasks for what must not be left half done."""
 
     def __init__(self) -> None:
-        self._threads = ThreadPoolExecutor(max_workers=_THREADS, thread_name_prefix="img2img-assets")
+        self._threads = FairThreads(_THREADS, "img2img-assets")
         self._changes: set[asyncio.Task[object]] = set()
 
     async def run(self, work: Callable[..., _T], *arguments: object) -> _T:
         """Runs what blocks. Raises StorageFailed for whatever a filesystem raises, but FileNotFoundError."""
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._threads, work, *arguments)
+            return await self._threads.run(work, *arguments)
         except FileNotFoundError:
             raise
         except Exception as error:  # the edge to foreign filesystems, which raise what their libraries do
@@ -45,7 +45,7 @@ class AssetWork:
         """Waits until what was begun is done."""
         if self._changes:
             await asyncio.wait(self._changes)
-        self._threads.shutdown()
+        self._threads.close()
 
     def _changed(self, task: asyncio.Task[object]) -> None:
         self._changes.discard(task)

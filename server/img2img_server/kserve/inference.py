@@ -9,11 +9,16 @@ from typing import Any
 from img2img.v1 import image_to_image_pb2 as pb
 
 from img2img_server.calls import current
+from img2img_server.codecs.fairness import FairThreads
+from img2img_server.codecs.memory import ImageMemory
 from img2img_server.engine.runner import Runner
 from img2img_server.errors import DeadlineExpired
 from img2img_server.kserve import translation
 from img2img_server.kserve.translation import Task
 from img2img_server.service import ImageToImageService
+
+_THREADS = 2
+"""That read tensors. Clients share them fairly."""
 
 
 class Until:
@@ -36,11 +41,14 @@ class Until:
 
 
 class Inference:
-    """Runs ModelInferRequests on `transforms`, once `runner` has room for them. What that raises names KServe's tensors."""
+    """Runs ModelInferRequests on `transforms`, once `runner` has room for them. `memory` accounts for
+    those of streams. What that raises names KServe's tensors."""
 
-    def __init__(self, transforms: ImageToImageService, runner: Runner) -> None:
+    def __init__(self, transforms: ImageToImageService, runner: Runner, memory: ImageMemory) -> None:
+        self.memory = memory
         self._transforms = transforms
         self._runner = runner
+        self._threads = FairThreads(_THREADS, "img2img-tensors")
 
     async def once(self, request: Any, context: Any) -> Any:
         """The ModelInferResponse of a request."""
@@ -64,7 +72,7 @@ class Inference:
     async def _read(self, request: Any) -> Task:
         """The task of a request, which has a place while it is read: one that is refused is refused before work goes into it."""
         with self._runner.arriving(current().client):
-            return await translation.read(request)
+            return await translation.read(request, self._threads)
 
     async def _finished(self, task: Task, context: Any) -> Any:
         async with self._running(task, context) as until:

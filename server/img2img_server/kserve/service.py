@@ -8,6 +8,7 @@ from tritonclient.grpc import service_pb2 as kserve_pb  # type: ignore[import-un
 from tritonclient.grpc import service_pb2_grpc
 
 from img2img_server.access.access import Access
+from img2img_server.codecs.memory import ImageMemory
 from img2img_server.engine.runner import Runner
 from img2img_server.errors import InvalidField, ModelNotFound, NotSupported
 from img2img_server.handlers import Handlers
@@ -114,10 +115,11 @@ def add(
     health: HealthServicer,
     access: Access,
     telemetry: Telemetry,
+    memory: ImageMemory,
 ) -> None:
     """Has `handlers` answer KServe v2, too."""
     telemetry.serves(_SERVICE)
-    service = InferenceService(Inference(transforms, runner), models, health, access, telemetry)
+    service = InferenceService(Inference(transforms, runner, memory), models, health, access, telemetry)
     service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(service, handlers.as_server)
 
 

@@ -82,7 +82,8 @@ class Stream:
             try:
                 with self._access.admitted(call, metadata) as admitted, answering(admitted):
                     outcome.client = admitted.client
-                    await self._infer(request)
+                    with self._inference.memory.hold(admitted, request.ByteSize()):
+                        await self._infer(request)
             except asyncio.CancelledError:
                 outcome.status = given_up(self._context.time_remaining())
                 raise

@@ -1,6 +1,5 @@
 """ModelInferRequest -> TransformRequest, TransformResponse -> ModelInferResponse: what is asked by tensors and by parameters."""
 
-import asyncio
 import io
 import json
 from collections.abc import Iterator, Mapping
@@ -14,6 +13,7 @@ from img2img.v1 import image_to_image_pb2 as pb
 from PIL import Image
 from tritonclient.grpc import service_pb2 as kserve_pb  # type: ignore[import-untyped]
 
+from img2img_server.codecs.fairness import FairThreads
 from img2img_server.errors import InvalidField, ModelNotFound, NotSupported
 from img2img_server.kserve import tensors
 from img2img_server.kserve.parameters import Parameters
@@ -76,8 +76,8 @@ class Task:
     batched: bool
 
 
-async def read(request: Any) -> Task:
-    """Checks the form of a request; what its values may be is the parser's.
+async def read(request: Any, threads: FairThreads) -> Task:
+    """Checks the form of a request, on `threads` where that takes long; what its values may be is the parser's.
 
     Raises InvalidField, NotSupported or ModelNotFound.
     """
@@ -85,7 +85,7 @@ async def read(request: Any) -> Task:
     check_version(request.model_name, request.model_version)
     outputs = _outputs(request)
     # On a thread: a large picture takes some milliseconds, and a second where each value of it is a number of its own.
-    given = await asyncio.to_thread(tensors.read, request, (*SOURCES, *SETTINGS))
+    given = await threads.run(tensors.read, request, (*SOURCES, *SETTINGS))
     parameters = Parameters(request.parameters)
     message = pb.TransformRequest(model=pb.ModelReference(path=request.model_name))
     for setting in SETTINGS:
@@ -99,7 +99,7 @@ async def read(request: Any) -> Task:
     uri = parameters.text("image_uri")
     seconds = _seconds(parameters)
     parameters.finish()
-    source, batched = await _set_source(message, given, uri)
+    source, batched = await _set_source(message, given, uri, threads)
     return Task(message, request.id, outputs, progress, seconds, source, batched)
 
 
@@ -201,7 +201,9 @@ def _set_fit(message: pb.TransformRequest, fit: str | int | None) -> None:
         message.fit.native_area.SetInParent()
 
 
-async def _set_source(message: pb.TransformRequest, given: Mapping[str, tensors.Given], uri: str | None) -> tuple[str, bool]:
+async def _set_source(
+    message: pb.TransformRequest, given: Mapping[str, tensors.Given], uri: str | None, threads: FairThreads
+) -> tuple[str, bool]:
     """Sets the picture of the message. Returns the input that has it, and whether that has a batch's dimension."""
     found = [source.name for source in SOURCES if source.name in given]
     if uri is not None and "image_uri" not in found:
@@ -213,7 +215,7 @@ async def _set_source(message: pb.TransformRequest, given: Mapping[str, tensors.
     tensor = given.get(name)
     value = uri if tensor is None else tensor.value
     if isinstance(value, np.ndarray):
-        message.image.data = await asyncio.to_thread(_file, value)
+        message.image.data = await threads.run(_file, value)
     elif name == "image":
         assert isinstance(value, bytes), "a BYTES tensor has bytes"
         message.image.data = value

@@ -9,13 +9,14 @@ import logging
 import socket
 import ssl
 from collections.abc import Callable, Collection
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import aiohttp
 from aiohttp.abc import AbstractResolver, ResolveResult
 from yarl import URL
 
+from img2img_server.calls import current
+from img2img_server.codecs.fairness import FairSlots, FairThreads
 from img2img_server.errors import InvalidField
 from img2img_server.sources.addresses import is_public
 
@@ -26,21 +27,20 @@ _MOST_REDIRECTS = 3
 _REDIRECTS = (301, 302, 303, 307, 308)
 _MOST_CHARACTERS = 4096
 _AT_ONCE = 16
-"""Downloads. Others wait, and their time runs."""
+"""Downloads, shared fairly among clients. Others wait, and their time runs."""
 _UNREACHABLE = "the picture cannot be fetched from this address"
 """For addresses that are refused and for those that do not answer, alike: else callers could explore the server's network."""
 
 
 class Resolver(AbstractResolver):
-    """The system's resolver, on threads of its own: names that take for ever to resolve must hold up nothing else."""
+    """The system's resolver, on threads of its own: a client's names that take for ever to resolve hold up no other."""
 
     def __init__(self) -> None:
-        self._threads = ThreadPoolExecutor(max_workers=_AT_ONCE, thread_name_prefix="img2img-resolver")
+        self._threads = FairThreads(_AT_ONCE, "img2img-resolver")
 
     async def resolve(self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_UNSPEC) -> list[ResolveResult]:
         """The addresses of a name. Raises OSError where there are none."""
-        loop = asyncio.get_running_loop()
-        found = await loop.run_in_executor(self._threads, socket.getaddrinfo, host, port, family, socket.SOCK_STREAM)
+        found = await self._threads.run(socket.getaddrinfo, host, port, family, socket.SOCK_STREAM)
         return [
             ResolveResult(
                 hostname=host, host=str(address[0]), port=port, family=kind, proto=protocol, flags=socket.AI_NUMERICHOST
@@ -50,7 +50,7 @@ class Resolver(AbstractResolver):
 
     async def close(self) -> None:
         """Waits for nobody."""
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        self._threads.close()
 
 
 class Fetcher:
@@ -75,7 +75,7 @@ class Fetcher:
         self._ports = ports
         self._resolver = resolver
         self._tls = tls
-        self._slots = asyncio.Semaphore(_AT_ONCE)
+        self._slots = FairSlots(_AT_ONCE)
         self._session: aiohttp.ClientSession | None = None
 
     async def close(self) -> None:
@@ -99,7 +99,7 @@ class Fetcher:
         """The bytes there. Raises InvalidField where they cannot be had, for whichever reason."""
         url = self.check(address)
         try:
-            async with asyncio.timeout(self._seconds), self._slots:
+            async with asyncio.timeout(self._seconds), self._slots.slot(current().client):
                 return await self._follow(url)
         except TimeoutError:
             raise InvalidField(_FIELD, f"fetching the picture took longer than {self._seconds:g} seconds") from None

@@ -9,6 +9,7 @@ from img2img_server import images
 from img2img_server.assets.files import is_id, owner_of
 from img2img_server.assets.store import AssetStore
 from img2img_server.calls import current
+from img2img_server.codecs.fairness import FairThreads
 from img2img_server.config import SourceSettings
 from img2img_server.errors import InvalidField
 from img2img_server.sources.rooted import path_of, read_below
@@ -16,6 +17,8 @@ from img2img_server.sources.rooted import path_of, read_below
 if TYPE_CHECKING:
     from img2img_server.sources.fetching import Fetcher
 
+_THREADS = 4
+"""For files and data: addresses. Clients share them fairly."""
 _ASSET = "image.asset_id"
 _URI = "image.uri"
 
@@ -28,6 +31,7 @@ class Sources:
         self._settings = settings
         self._limits = limits
         self._fetcher: Fetcher | None = None
+        self._threads = FairThreads(_THREADS, "img2img-sources")
 
     async def open(self) -> None:
         """Gets ready to read addresses. Raises OSError where the folder of file: addresses is none."""
@@ -43,6 +47,7 @@ class Sources:
         """Ends what is left of connections."""
         if self._fetcher is not None:
             await self._fetcher.close()
+        self._threads.close()
 
     def check(self, source: pb.ImageSource) -> None:
         """Raises InvalidField, or NotSupported, where it can be seen without reading anything that the source cannot be read."""
@@ -97,11 +102,11 @@ class Sources:
         if scheme == "file":
             root, path = self._settings.file_root, path_of(uri, _URI)
             assert root is not None, "check refuses files where there is none"
-            return await asyncio.to_thread(read_below, root, path, self._limits.max_bytes, _URI)
+            return await self._threads.run(read_below, root, path, self._limits.max_bytes, _URI)
         if scheme in ("http", "https"):
             assert self._fetcher is not None, "check refuses addresses where there is none"
             return await self._fetcher.fetch(uri)
-        return await asyncio.to_thread(images.decode_data_uri, uri, self._limits, _URI)
+        return await self._threads.run(images.decode_data_uri, uri, self._limits, _URI)
 
     async def _asset(self, field: str, asset_id: str) -> bytes:
         data = await self.assets.read(owner_of(current()), asset_id, self._limits.max_bytes)

@@ -8,6 +8,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from img2img_server.assets.store import AssetStore
+from img2img_server.codecs.pool import Codecs
 from img2img_server.engine.cache import Cache
 from img2img_server.engine.runner import Runner
 from img2img_server.models.store import Model, ModelState, ModelStore
@@ -28,6 +29,11 @@ CACHE_BUDGET = About("img2img_cache_budget_bytes", "gauge", "Bytes that the cach
 ASSETS = About("img2img_assets", "gauge", "Pictures that are kept for clients")
 ASSET_BYTES = About("img2img_assets_bytes", "gauge", "Bytes of pictures that are kept for clients")
 ASSET_QUOTA = About("img2img_assets_quota_bytes", "gauge", "Bytes of pictures that may be kept")
+CODEC_RUNNING = About("img2img_codec_running_jobs", "gauge", "Images that are being decoded or encoded", ("stage",))
+CODEC_WAITING = About("img2img_codec_waiting_jobs", "gauge", "Images that wait to be decoded or encoded", ("stage",))
+IMAGE_MEMORY = About("img2img_image_memory_bytes", "gauge", "Bytes of images that are being received or decoded")
+IMAGE_MEMORY_BUDGET = About("img2img_image_memory_budget_bytes", "gauge", "Bytes of images that may be received or decoded")
+IMAGE_MEMORY_REFUSED = About("img2img_image_memory_refused_total", "counter", "Times that there was no memory for one more image")
 MODEL_STATE = About("img2img_model_state", "gauge", "1 for the state that a model is in, 0 for the others", ("model", "state"))
 MODEL_MEMORY = About(
     "img2img_model_memory_bytes", "gauge", "Memory that a model takes, 0 where it is not ready or was not measured", ("model",)
@@ -44,7 +50,8 @@ DEVICE_FREE = About(
 DEVICE_TOTAL = About("img2img_device_memory_total_bytes", "gauge", "Memory of a GPU; on the CPU there is none of it", ("device",))
 ASKED = (
     WAITING, ACTIVE, WORK, CALL, CACHE_HITS, CACHE_MISSES, CACHE_EVICTIONS, CACHE_ENTRIES, CACHE_BYTES, CACHE_BUDGET,
-    ASSETS, ASSET_BYTES, ASSET_QUOTA, MODEL_STATE, MODEL_MEMORY, MODEL_INFO, DEVICE_FREE, DEVICE_TOTAL,
+    ASSETS, ASSET_BYTES, ASSET_QUOTA, CODEC_RUNNING, CODEC_WAITING, IMAGE_MEMORY, IMAGE_MEMORY_BUDGET, IMAGE_MEMORY_REFUSED,
+    MODEL_STATE, MODEL_MEMORY, MODEL_INFO, DEVICE_FREE, DEVICE_TOTAL,
 )  # fmt: skip
 """All of them."""
 
@@ -57,11 +64,12 @@ Family = CounterMetricFamily | GaugeMetricFamily
 class Gauges(Collector):
     """Asks the parts that it was given. On a thread of the metrics' server; it takes the engine's lock for a moment only."""
 
-    def __init__(self, engine: Runner, models: ModelStore, cache: Cache | None, assets: AssetStore) -> None:
+    def __init__(self, engine: Runner, models: ModelStore, cache: Cache | None, assets: AssetStore, codecs: Codecs) -> None:
         self._engine = engine
         self._models = models
         self._cache = cache
         self._assets = assets
+        self._codecs = codecs
 
     def describe(self) -> Iterable[Family]:
         """Nothing: else registering would ask."""
@@ -72,6 +80,7 @@ class Gauges(Collector):
         yield from self._of_the_engine()
         yield from self._of_the_cache()
         yield from self._of_assets()
+        yield from self._of_codecs()
         yield from self._of_models()
         yield from _of_the_device()
 
@@ -98,6 +107,14 @@ class Gauges(Collector):
         yield _family(ASSETS, ((), stats.count))
         yield _family(ASSET_BYTES, ((), stats.bytes))
         yield _family(ASSET_QUOTA, ((), stats.quota))
+
+    def _of_codecs(self) -> Iterator[Family]:
+        stats, memory = self._codecs.stats, self._codecs.memory
+        yield _family(CODEC_RUNNING, *(((stage,), of.running) for stage, of in stats.items()))
+        yield _family(CODEC_WAITING, *(((stage,), of.waiting) for stage, of in stats.items()))
+        yield _family(IMAGE_MEMORY, ((), memory.held))
+        yield _family(IMAGE_MEMORY_BUDGET, ((), memory.budget))
+        yield _family(IMAGE_MEMORY_REFUSED, ((), memory.refused))
 
     def _of_models(self) -> Iterator[Family]:
         models = list(self._models)

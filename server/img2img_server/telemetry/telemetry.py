@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from img2img_server.assets.store import AssetStore
 from img2img_server.calls import Call
+from img2img_server.codecs.pool import Codecs
 from img2img_server.config import TelemetrySettings
 from img2img_server.engine.cache import Cache
 from img2img_server.engine.request import Request
@@ -81,12 +82,12 @@ class Telemetry:
             self._traces.close()
         self._metrics = self._traces = None
 
-    def watch(self, engine: Runner, models: ModelStore, cache: Cache | None, assets: AssetStore) -> None:
+    def watch(self, engine: Runner, models: ModelStore, cache: Cache | None, assets: AssetStore, codecs: Codecs) -> None:
         """From now on, tells of these, too. Once, after start()."""
         if self._metrics is not None:
             from img2img_server.telemetry.gauges import Gauges
 
-            self._metrics.registry.register(Gauges(engine, models, cache, assets))
+            self._metrics.registry.register(Gauges(engine, models, cache, assets, codecs))
 
     def serves(self, service: "ServiceDescriptor") -> None:
         """From now on, tells of the methods of `service`, too, by their names."""

@@ -1,0 +1,58 @@
+"""What passes between the server and a codec process: small pickled messages, and bytes in files without a name."""
+
+import os
+import pickle
+import socket
+import tempfile
+from dataclasses import dataclass
+
+MOST = 64 * 2**10
+"""Bytes of a message. Images are in files."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """The process takes jobs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """The job needs so many more bytes of memory. The answer is None, or the error that refuses them."""
+
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """The job's result, beside the bytes in a file that comes along if there are any."""
+
+    value: object
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """The job's error."""
+
+    error: Exception
+
+
+Told = Ready | Ask | Done | Failed
+
+
+def send(connection: socket.socket, message: object, *files: int) -> None:
+    """Sends a message, with descriptors of files."""
+    socket.send_fds(connection, [pickle.dumps(message)], files)
+
+
+def file_of(data: bytes) -> int:
+    """A descriptor, which the caller closes, of a file in memory that holds `data` and is read from its start."""
+    if hasattr(os, "memfd_create"):
+        descriptor = os.memfd_create("img2img-codec", os.MFD_CLOEXEC)
+    else:
+        with tempfile.TemporaryFile() as file:
+            descriptor = os.dup(file.fileno())
+    left = memoryview(data)
+    while left:
+        left = left[os.write(descriptor, left) :]
+    os.lseek(descriptor, 0, os.SEEK_SET)
+    return descriptor
