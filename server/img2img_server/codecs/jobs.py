@@ -15,8 +15,8 @@ Reserve = Callable[[int, float], None]
 """Asks for so many bytes and seconds of processor time beyond those of a small image. Raises ImageMemoryFull."""
 
 _BYTES_PER_PIXEL, _OF_JPEG = 28, 16
-"""Of decoding, at most: the decoder's own, its output, conversions to RGB and the upright image, mostly of four bytes each. Measured
-were 26, for WebP and for TIFFs of floats; a JPEG needs less, and most large sources are one."""
+"""Of decoding, at most: the decoder's own, its output, conversions to RGB and the upright image, mostly of four bytes each.
+Measured were 26, for WebP and for TIFFs of floats; a JPEG needs less, and most large sources are one."""
 _COPIES = 3
 """Of the file, at most: what came, what Pillow reads, and a decoder's buffer."""
 _WEBP_CANVAS = 8

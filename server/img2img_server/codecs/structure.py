@@ -130,7 +130,7 @@ def webp_pixels(data: bytes) -> int:
     if kind == b"VP8L":
         packed = int.from_bytes(data[21:25], "little")
         return ((packed & 0x3FFF) + 1) * ((packed >> 14 & 0x3FFF) + 1)
-    width, height = struct.unpack_from("<HH", data, 26)
+    width, height = int.from_bytes(data[26:28], "little"), int.from_bytes(data[28:30], "little")
     return (width & 0x3FFF) * (height & 0x3FFF)
 
 
