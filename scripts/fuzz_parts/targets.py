@@ -57,15 +57,17 @@ def _rpc(index: int) -> Target:
 
 def _picture(stack: contextlib.ExitStack) -> Try:
     from img2img_server import images
+    from img2img_server.codecs.jobs import Load
     from img2img_server.errors import InvalidField
 
     limits = images.ImageLimits(max_bytes=2**16, max_source_pixels=100_000, max_pixels=4_096)
+    job = Load("image.data", limits, images.SizeRule(), 1, "PNG")
 
     def attempt(data: bytes) -> None:
         with contextlib.suppress(InvalidField):
-            image = images.decode(data, limits, "image.data")
-            assert image.mode == "RGB", image.mode
-            assert image.width * image.height <= limits.max_source_pixels, image.size
+            loaded, pixels = job.run(data, lambda size, seconds: None)
+            assert len(pixels) == 3 * loaded.size[0] * loaded.size[1], loaded.size
+            assert loaded.size[0] * loaded.size[1] <= limits.max_pixels, loaded.size
 
     return attempt
 
