@@ -19,7 +19,7 @@ from img2img_server.codecs.jobs import Inspect, Load, digest_of
 from img2img_server.codecs.memory import ImageMemory
 from img2img_server.codecs.pool import Codecs
 from img2img_server.config import CodecSettings
-from img2img_server.errors import ImageMemoryFull, InvalidField
+from img2img_server.errors import ImageMemoryFull, InvalidField, ShuttingDown
 from img2img_server.images import ImageLimits, SizeRule
 from messages import png, request
 from PIL import Image
@@ -174,7 +174,7 @@ async def test_closing_waits_for_no_codec(codecs: Codecs) -> None:
     await begun(codecs, *jobs[:2])
     await codecs.close()
     outcomes = await asyncio.gather(*jobs, return_exceptions=True)
-    assert all(isinstance(outcome, Exception) for outcome in outcomes)
+    assert all(isinstance(outcome, ShuttingDown) for outcome in outcomes)
     assert not psutil.Process().children()
 
 

@@ -80,6 +80,10 @@ class Processes:
         except asyncio.CancelledError:
             left.set()
             raise
+        except ProcessDied:
+            if self._closed:
+                raise ShuttingDown("the server is shutting down") from None
+            raise
 
     def kill(self) -> None:
         """Ends all of them at once, and waits for nothing."""
