@@ -42,6 +42,8 @@ def test_a_client_has_half_and_all_together_the_whole() -> None:
         held.enter_context(memory.hold(call("b"), 50))
         with pytest.raises(ImageMemoryFull) as refused, memory.hold(call("c"), 1):
             pytest.fail("it is more than there is")
+        with memory.hold(call("c"), 0):
+            assert memory.held == 100, "what takes nothing is never refused"
         assert refused.value.retry_after
         assert memory.held == 100
     assert (memory.held, memory.refused) == (0, 3)

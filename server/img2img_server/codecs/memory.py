@@ -28,6 +28,9 @@ class ImageMemory:
 
         What a call needs beside nothing else's of its client, or of anybody, it may always have: else a large image never could.
         """
+        if not size:
+            yield
+            return
         own, mine = self._of_calls[id(call)], self._of_clients[call.client]
         if (self.held > own and self.held + size > self.budget) or (mine > own and mine + size > self.budget // 2):
             self.refused += 1
