@@ -339,7 +339,7 @@ async def test_so_many_are_fetched_at_once_and_no_more(monkeypatch: pytest.Monke
         nonlocal here, most
         here += 1
         most = max(most, here)
-        if here == 3:
+        if here == 2:
             full.set()
         await go.wait()
         here -= 1
@@ -352,7 +352,7 @@ async def test_so_many_are_fetched_at_once_and_no_more(monkeypatch: pytest.Monke
         await asyncio.wait_for(full.wait(), 30)
         go.set()
         assert await asyncio.gather(*fetches) == [b"x"] * 8
-    assert most == 3
+    assert most == 2, "one is left for other clients"
 
 
 async def test_https_checks_the_certificate_and_does_not_fall_back_to_http() -> None:
