@@ -1,8 +1,11 @@
 """The server's side of a codec process: starts it, gives it one job at a time, and can end it at any moment."""
 
 import asyncio
+import contextlib
 import logging
+import os
 import pickle
+import signal
 import socket
 import subprocess
 import sys
@@ -19,9 +22,9 @@ COMMAND = (sys.executable, "-P", "-m", "img2img_server.codecs.worker")
 class ProcessDied(Exception):
     """The process ended in the middle of a job. `signal` ended it, 0 if it ended by itself."""
 
-    def __init__(self, signal: int) -> None:
-        super().__init__(f"a codec process ended, signal {signal}")
-        self.signal = signal
+    def __init__(self, number: int) -> None:
+        super().__init__(f"a codec process ended, signal {number}")
+        self.signal = number
 
 
 class CodecProcess:
@@ -77,7 +80,9 @@ class CodecProcess:
         """Ends it at once, whatever it does. Waits for nothing."""
         self._killed = True
         if self._process is not None and self._process.returncode is None:
-            self._process.kill()
+            # Not by its own method, which would take the exit status away from asyncio if the process has just ended.
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._process.pid, signal.SIGKILL)
 
     async def close(self) -> None:
         """Ends it, and waits until it is gone."""
@@ -109,8 +114,8 @@ class CodecProcess:
                 return pickle.loads(message), files[0] if files else None  # noqa: S301 - of our own process
 
     async def _died(self) -> None:
-        """Raises ProcessDied, once it is known how it ended."""
-        self.kill()
+        """Raises ProcessDied, once it is known how it ended. It closes its side of the connection by ending only."""
+        self._killed = True
         assert self._process is not None, "it was started"
         status = await self._process.wait()
         raise ProcessDied(max(0, -status))
