@@ -77,6 +77,7 @@ def test_the_tables_of_inputs_and_outputs_are_true() -> None:
 
 
 async def test_the_table_of_parameters_has_each_that_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    from img2img_server.codecs.fairness import FairThreads
     from img2img_server.kserve import translation
     from tritonclient.grpc import service_pb2 as pb  # type: ignore[import-untyped]
 
@@ -89,7 +90,7 @@ async def test_the_table_of_parameters_has_each_that_is_read(monkeypatch: pytest
     monkeypatch.setattr(translation, "Parameters", Watched)
     request = pb.ModelInferRequest(model_name="m")
     request.inputs.add(name="image", datatype="BYTES", shape=[1]).contents.bytes_contents.append(picture())
-    await translation.read(request)
+    await translation.read(request, FairThreads(1, "test"))
     assert read == {name for name, *_ in rows("Parameters")} | {"image_uri"} | {setting.name for setting in SETTINGS}
 
 

@@ -13,6 +13,7 @@ from cycles import no_collection
 from img2img.v1 import image_to_image_pb2 as pb
 from img2img_server.access.access import Access
 from img2img_server.calls import Call, answering
+from img2img_server.codecs.fairness import FairThreads
 from img2img_server.config import TelemetrySettings
 from img2img_server.errors import InvalidField, ServerError
 from img2img_server.images import ImageLimits
@@ -129,5 +130,5 @@ async def test_a_large_tensor_is_not_read_on_the_event_loop() -> None:
     others = asyncio.Event()
     asyncio.get_running_loop().call_soon(others.set)
     with pytest.raises(InvalidField, match="image_pixels: "):
-        await translation.read(request)
+        await translation.read(request, FairThreads(1, "test"))
     assert others.is_set(), "had their turn while it was read"

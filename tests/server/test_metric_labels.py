@@ -8,6 +8,8 @@ import pytest
 from fakes import FakePipeline
 from img2img_server.assets.store import AssetStore
 from img2img_server.calls import Call
+from img2img_server.codecs.memory import ImageMemory
+from img2img_server.codecs.pool import Codecs
 from img2img_server.config import AssetSettings
 from img2img_server.engine.cache import Cache
 from img2img_server.engine.engine import Engine
@@ -20,8 +22,8 @@ from running import store
 
 def told(cache: Cache | None = None) -> dict[str, float]:
     """What a registry of an idle engine's, and of this cache's, has to say."""
-    metrics = Metrics()
-    metrics.registry.register(Gauges(Engine({}), store(m=FakePipeline()), cache, AssetStore(AssetSettings())))
+    metrics, codecs = Metrics(), Codecs(1, 1, ImageMemory(1000))
+    metrics.registry.register(Gauges(Engine({}), store(m=FakePipeline()), cache, AssetStore(AssetSettings()), codecs))
     return {sample.name: sample.value for family in metrics.registry.collect() for sample in family.samples}
 
 
@@ -42,8 +44,8 @@ def test_the_cache_and_the_process_are_told() -> None:
 def test_a_model_that_is_not_in_memory_takes_none() -> None:
     """What it took is remembered, for the next time that room is made for it."""
     models = store(m=FakePipeline())
-    metrics = Metrics()
-    metrics.registry.register(Gauges(Engine({}), models, None, AssetStore(AssetSettings())))
+    metrics, codecs = Metrics(), Codecs(1, 1, ImageMemory(1000))
+    metrics.registry.register(Gauges(Engine({}), models, None, AssetStore(AssetSettings()), codecs))
     models.change("m", memory=1000)
     assert metrics.registry.get_sample_value("img2img_model_memory_bytes", {"model": "m"}) == 1000
     models.change("m", pipeline=None)

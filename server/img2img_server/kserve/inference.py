@@ -45,7 +45,7 @@ class Inference:
     those of streams. What that raises names KServe's tensors."""
 
     def __init__(self, transforms: ImageToImageService, runner: Runner, memory: ImageMemory) -> None:
-        self.memory = memory
+        self._memory = memory
         self._transforms = transforms
         self._runner = runner
         self._threads = FairThreads(_THREADS, "img2img-tensors")
@@ -57,17 +57,18 @@ class Inference:
     async def told(self, request: Any, context: Any) -> AsyncGenerator[tuple[Any, bool], None]:
         """The ModelInferResponses of a request, and whether each is the final one: before that comes one for each step, where
         progress is asked for."""
-        task = await self._read(request)
-        if not task.progress:
-            yield await self._finished(task, context), True
-            return
-        asked = pb.TransformStreamRequest(request=task.message)
-        async with self._running(task, context) as until, aclosing(self._transforms.TransformStream(asked, until)) as events:
-            async for event in events:
-                if event.HasField("progress"):
-                    yield translation.written_progress(task, event.progress), False
-                elif event.HasField("completed"):
-                    yield translation.written(task, event.completed), True
+        with self._memory.hold(current(), request.ByteSize()):
+            task = await self._read(request)
+            if not task.progress:
+                yield await self._finished(task, context), True
+                return
+            asked = pb.TransformStreamRequest(request=task.message)
+            async with self._running(task, context) as until, aclosing(self._transforms.TransformStream(asked, until)) as events:
+                async for event in events:
+                    if event.HasField("progress"):
+                        yield translation.written_progress(task, event.progress), False
+                    elif event.HasField("completed"):
+                        yield translation.written(task, event.completed), True
 
     async def _read(self, request: Any) -> Task:
         """The task of a request, which has a place while it is read: one that is refused is refused before work goes into it."""

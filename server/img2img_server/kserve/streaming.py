@@ -82,8 +82,7 @@ class Stream:
             try:
                 with self._access.admitted(call, metadata) as admitted, answering(admitted):
                     outcome.client = admitted.client
-                    with self._inference.memory.hold(admitted, request.ByteSize()):
-                        await self._infer(request)
+                    await self._infer(request)
             except asyncio.CancelledError:
                 outcome.status = given_up(self._context.time_remaining())
                 raise
