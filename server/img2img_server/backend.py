@@ -187,9 +187,9 @@ class LocalBackend:
         if self._takeover is not None:
             self._takeover.stop()
         await self.residency.close()
-        finished = await asyncio.to_thread(self.runner.drain, grace)
+        finished = await in_thread(lambda: self.runner.drain(grace))
         _log.info("drained" if finished else "the grace period is over: ending what still runs")
-        await asyncio.to_thread(self.runner.close)
+        await in_thread(self.runner.close)
         if self._watchdog is not None:
             self._watchdog.stop()
 
@@ -198,11 +198,12 @@ class LocalBackend:
         if self._takeover is not None:
             self._takeover.stop()
         # Elsewhere, as it may wait for a lock that what is stuck holds.
-        await asyncio.to_thread(self.runner.abandon, error)
+        await in_thread(lambda: self.runner.abandon(error))
 
     async def close(self) -> None:
         """Leaves a takeover that is not done, and writes the end of the trace."""
-        if self._takeover is not None and not await asyncio.to_thread(self._takeover.join, _LOADING):
+        takeover = self._takeover
+        if takeover is not None and not await in_thread(lambda: takeover.join(_LOADING)):
             _log.info("a takeover is left unfinished")
         if self._engine is not None and self._cache is not None:
             _log.info("cache: %s", self._cache.stats)

@@ -25,6 +25,7 @@ from img2img_server.handlers import Handlers
 from img2img_server.health import HealthServicer
 from img2img_server.interceptors import CallInterceptor
 from img2img_server.model_service import ModelService
+from img2img_server.models.threads import in_thread
 from img2img_server.parsing import Parser
 from img2img_server.readers import Readers
 from img2img_server.service import ImageToImageService
@@ -133,7 +134,7 @@ class Server:
         await self._codecs.close()
         await self._sources.close()
         await self._assets.close()
-        await asyncio.to_thread(self._telemetry.close)
+        await in_thread(self._telemetry.close)
         await self._backend.close()
         if self._config.port_file is not None:
             self._config.port_file.unlink(missing_ok=True)

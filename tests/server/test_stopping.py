@@ -1,17 +1,21 @@
 """Nothing that a client does, or leaves undone, delays a drain, the process's end, or a model's move."""
 
+import asyncio
 import signal
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import grpc
 import pytest
+from fakes import FakePipeline
 from hostile import WATCH, crowd, unread, watch_of
 from img2img.v1 import asset_pb2, model_pb2
 from img2img.v1.asset_pb2_grpc import AssetServiceStub
 from img2img.v1.model_pb2_grpc import ModelServiceStub
 from kserve_calls import serving
 from messages import png
+from running import running, store
 from server_process import FAULTY, Process
 
 READY, UNLOADED = model_pb2.MODEL_STATE_READY, model_pb2.MODEL_STATE_UNLOADED
@@ -65,3 +69,15 @@ def test_models_are_unloaded_and_loaded_while_clients_that_never_read_watch_them
             assert models.UnloadModel(model_pb2.UnloadModelRequest(id="second"), timeout=15).model.state == UNLOADED
             assert models.LoadModel(model_pb2.LoadModelRequest(id="second"), timeout=15).model.state == READY
         server.stop().result(15)  # with all of them connected
+
+
+def test_a_drain_needs_no_thread_of_the_pool_that_requests_share() -> None:
+    """Reads of a disk that hangs, say, hold all of them."""
+    go = threading.Event()
+    with running(lambda: store(m=FakePipeline())) as server:
+        try:
+            for _ in range(200):
+                asyncio.run_coroutine_threadsafe(asyncio.to_thread(go.wait), server.loop)
+            server.stop().result(ENDED)
+        finally:
+            go.set()

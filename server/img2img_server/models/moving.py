@@ -70,7 +70,7 @@ class Mover:
         arrival = self._arrived.pop(name, None)
         if arrival is None:
             return
-        if await asyncio.to_thread(self._engine.settle, name):
+        if await in_thread(lambda: self._engine.settle(name)):
             self._engine.remove(name)
         arrival.pipeline.close()
         del arrival

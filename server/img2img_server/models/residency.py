@@ -29,6 +29,7 @@ from img2img_server.models.finding import Finder
 from img2img_server.models.memory import Meter, ProcessMeter, in_words
 from img2img_server.models.moving import Mover
 from img2img_server.models.store import Model, ModelState, ModelStore
+from img2img_server.models.threads import in_thread
 
 _log = logging.getLogger(__name__)
 
@@ -255,10 +256,10 @@ class Residency:
         """The task of an unload. `locked` says whether the turn to change what is loaded has been taken for it."""
         try:
             self._models.change(name, detail="being unloaded")
-            await asyncio.to_thread(self.withdraw, name)
+            await in_thread(lambda: self.withdraw(name))
             await place.idle.wait()
             # Requests whose callers have left may still be in.
-            if not await asyncio.to_thread(self._engine.settle, name):
+            if not await in_thread(lambda: self._engine.settle(name)):
                 return 0
             free = functools.partial(self._mover.free, name, self._health)
             if locked:
