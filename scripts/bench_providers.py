@@ -16,6 +16,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from bench_load.servers import optimum_python
 from bench_models import saved_model
 from rich.console import Console
 from rich.table import Table
@@ -147,7 +148,8 @@ def _start(
 ) -> "subprocess.Popen[str]":
     way = {"ours-openvino": "ours", "ours-int8": "ours", "diffusers-bf16": "diffusers"}.get(name, name)
     path = model if way in ("diffusers", "optimum-intel") else bundles["int8" if name == "ours-int8" else "fp32"]
-    command = [sys.executable, "-m", "bench_peers.picture", way, str(path), "--picture", str(pictures / f"{name}.png")]
+    python = optimum_python() if way == "optimum" else sys.executable
+    command = [python, "-m", "bench_peers.picture", way, str(path), "--picture", str(pictures / f"{name}.png")]
     command += ["--size", str(arguments.request_size), "--threads", str(arguments.threads)]
     command += ["--arithmetic", "bf16"] if name.endswith("bf16") else []
     command += ["--provider", "openvino"] if name == "ours-openvino" else []

@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import io
 import json
 import os
 import platform
@@ -17,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from img2img_client import Client
-from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
@@ -53,7 +51,6 @@ def run(arguments: argparse.Namespace) -> int:
         "its session calls in a tight loop, ms": requests["sessions"],
         "the pipeline over its session calls": _pairs(requests, "pipeline", "sessions", lambda one, other: one / other),
         "the pipeline with a preview each step, ms": requests["previews"],
-        "optimum's pipeline and codecs, called directly, ms": requests["optimum"],
         "process start to SERVING, s": starts,
         "img2img --help, ms": helps,
     }
@@ -96,7 +93,7 @@ def _compare_requests(count: int) -> dict[str, Any]:
 
     The server's caches are off: they would spare it what the others do each time.
     """
-    ways = {**_own_ways(), "optimum": _optimum()}
+    ways = _own_ways()
     data = PICTURE.read_bytes()
     with _server("--cache-bytes", "0") as target, Client(target, timeout=60) as client:
         parts: list[dict[str, float]] = []
@@ -185,23 +182,6 @@ def _record(pipeline: Any, work: Callable[[], object]) -> list[tuple[Any, Any, A
     for graph, session in zip(graphs, sessions, strict=True):
         graph._session = session
     return calls
-
-
-def _optimum() -> Callable[[], None]:
-    """Optimum's pipeline on the same bundle, as its user would call it."""
-    import torch
-    from optimum.onnxruntime import ORTPipelineForImage2Image
-
-    pipe = ORTPipelineForImage2Image.from_pretrained(str(BUNDLE), export=False)
-    pipe.set_progress_bar_config(disable=True)
-
-    def call() -> None:
-        image = Image.open(PICTURE).convert("RGB")
-        generator = torch.Generator().manual_seed(SEED)
-        result = pipe(PROMPT, image=image, strength=0.8, num_inference_steps=25, guidance_scale=7.5, generator=generator)
-        result.images[0].save(io.BytesIO(), "PNG", compress_level=1)
-
-    return call
 
 
 def _time_command(command: list[str]) -> float:

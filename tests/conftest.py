@@ -15,6 +15,9 @@ from filelock import FileLock
 
 # Read by OpenMP when torch is loaded. Threads that spin while they wait make tiny models 20 times slower on a busy machine.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# As our commands set them: no bars for weights, no notes on what torchvision would be for.
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 DEMO_MODEL = REPOSITORY / "demo" / "model"

@@ -4,11 +4,12 @@ import asyncio
 import io
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from bench_load import servers
 from bench_load.figures import Run, percentile, summarize
 from bench_load.measuring import Results, Settings
 from bench_load.pictures import largest_difference, render
@@ -35,49 +36,26 @@ from bench_peers.common import Arguments
 from PIL import Image
 from rich.console import Console
 
-PEERS = ("lock", "batching", "pytorch")
 JOBS = [Job("a lake at sunset", Source(size=(64, 64)), 4, 0.8, 7.5, seed) for seed in (3, 4, 5)]
-"""One setting, so that the batching peer runs them together."""
 
 
-@pytest.fixture(scope="module")
-def peers(
-    bundle: Callable[[str], Path], tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[dict[str, ServerProcess]]:
-    folder = tmp_path_factory.mktemp("peers")
-    model, exported = tiny_model("sd1"), bundle("sd1")
-    started = {name: ServerProcess(name, command(name, exported, model), folder) for name in PEERS}
-    with ending(started.values()):
-        for server in started.values():
-            server.spawn()
-        for server in started.values():
-            server.wait()
-        yield started
-
-
-async def _ask(server: ServerProcess) -> tuple[list[bytes], list[Record]]:
-    async with connected(server.target) as sender:
-        pictures = await asyncio.gather(*(sender.send(job) for job in JOBS))
-        return pictures, sender.records
-
-
-@pytest.mark.parametrize("name", PEERS)
-async def test_a_peer_makes_the_pictures_that_pytorch_makes_alone(peers: dict[str, ServerProcess], name: str) -> None:
-    async with connected(peers["pytorch"].target) as sender:
-        alone = [await sender.send(job) for job in JOBS]
-    pictures, records = await _ask(peers[name])
-    assert [record.error for record in records] == [""] * len(JOBS)
-    assert all(record.queue is not None and 0 <= record.queue <= record.latency for record in records)
-    assert max(map(largest_difference, pictures, alone)) <= 1
+async def test_a_peer_that_was_paused_goes_on(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
+    server = ServerProcess("pytorch", command("pytorch", tmp_path, tiny_model("sd1")), tmp_path)
+    with ending([server]):
+        server.spawn()
+        server.wait()
+        server.pause()
+        server.resume()
+        async with connected(server.target) as sender:
+            pictures = await asyncio.gather(*(sender.send(job) for job in JOBS))
+    assert [record.error for record in sender.records] == [""] * len(JOBS)
     assert largest_difference(pictures[0], pictures[1]) > 1, "another seed makes another picture"
 
 
-async def test_a_peer_that_was_paused_goes_on(peers: dict[str, ServerProcess]) -> None:
-    server = peers["batching"]
-    server.pause()
-    server.resume()
-    pictures, _ = await _ask(server)
-    assert all(pictures)
+def test_optimums_peers_say_what_they_need(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(servers, "OPTIMUM", tmp_path / "python")
+    with pytest.raises(SystemExit, match="make it by scripts/oracle_setup"):
+        command("lock")
 
 
 @pytest.mark.parametrize(

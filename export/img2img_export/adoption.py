@@ -8,6 +8,7 @@ optimum's own pipeline over the same graphs is the reference of the pictures.
 import dataclasses
 import shutil
 import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +36,16 @@ _SAME_GRAPHS = "optimum's pipeline over the same graphs"
 def adopt(source: Path, layout: Layout, options: ExportOptions, bundle: Path, progress: Progress) -> Draft:
     """Copies the export in `source` into the directory `bundle` and verifies it.
 
-    Raises ExportError for an option that only an export of weights has, where a class has no img2img pipeline here, or where a
-    graph or a picture is wrong.
+    Raises ExportError for an option that only an export of weights has, where there is nothing to compare with, where a class has
+    no img2img pipeline here, or where a graph or a picture is wrong.
     """
     if options.precision != "fp32" or options.backend not in ("auto", "onnx") or options.scheduler is not None:
         raise ExportError(f"{options.source} holds graphs already: --precision, --backend and --scheduler are for weights")
+    if options.reference is None and not _has_optimum_onnx():
+        raise ExportError(
+            f"{options.source} holds graphs: give --reference with the model that they were exported from. (Without it, images "
+            "are compared with those of optimum's own pipeline, which needs optimum-onnx beside the transformers 4 that it pins.)"
+        )
     plan = models.plan(layout, "onnx")
     progress.stage("copying the graphs")
     shutil.copytree(source, bundle, dirs_exist_ok=True)
@@ -56,6 +62,13 @@ def adopt(source: Path, layout: Layout, options: ExportOptions, bundle: Path, pr
     progress.stage("comparing pictures drawn by the server's pipeline")
     draft = Draft(plan, components, verification, size_multiple=multiple)
     return verify(draft, drawn.cases, drawn.references, options, bundle)
+
+
+def _has_optimum_onnx() -> bool:
+    try:
+        return find_spec("optimum.onnxruntime") is not None
+    except ModuleNotFoundError:
+        return False
 
 
 def _takes_one_timestep(graph: Path) -> bool:

@@ -17,7 +17,7 @@ from img2img_export.progress import Progress
 from img2img_export.source import Checkpoint, resolve
 from img2img_export.staging import Staging, check_replaceable, stage
 
-TOOLS = ("diffusers", "transformers", "optimum", "optimum-onnx", "onnx", "onnxruntime", "torch")
+TOOLS = ("diffusers", "transformers", "optimum", "onnx", "onnxruntime", "torch")
 """The distributions, beside our own, whose versions a bundle depends on: another version of any makes it out of date."""
 
 _TRACES = ("_name_or_path", "name_or_path")

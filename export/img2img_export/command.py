@@ -150,6 +150,8 @@ def run(arguments: argparse.Namespace) -> int:
     # Read at import by libraries that would report on their own imports.
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    # Bars for each model's weights: transformers obeys it too.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     # Read by OpenMP when torch is loaded: threads that spin while they wait lose much on a machine that is busy otherwise.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     display = choose(arguments.json, sys.stdout)

@@ -1,7 +1,7 @@
 """The exporter's one error, and how it quotes the errors of others."""
 
 FAILURES = (ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError, AssertionError, ImportError)
-"""What torch, its exporter and optimum raise for a model that they cannot run or export. A full disk is no such thing."""
+"""What torch, its exporter, diffusers and transformers raise for a model that they cannot run. A full disk is no such thing."""
 
 
 class ExportError(Exception):

@@ -1,9 +1,8 @@
 """The parts of a model that become graphs: how each is called, and what its graph's inputs and outputs are named.
 
-Names and axes are optimum's, so that its own pipelines load the bundle, but for three things. `timestep` has a value for each
-sample: requests at different steps share a call. The UNet is traced at an odd size: at an even one tracing freezes the branch
-of diffusers that hands the upsamplers their sizes, and the graph then refuses most sizes. And what optimum has no
-configuration for (the denoisers of hybrid bundles) is described by the calls that its pipeline makes.
+`graph_kinds` describes the classes that are known. Any other module (the denoisers of hybrid bundles) is described by the calls
+that its pipeline makes. A UNet is traced at an odd size: at an even one tracing freezes the branch of diffusers that hands the
+upsamplers their sizes, and the graph then refuses most sizes.
 """
 
 import inspect
@@ -14,32 +13,20 @@ from typing import Any
 import torch
 from diffusers import AutoencoderTiny
 from img2img_server.pipelines.encoded import tensor_of
-from optimum.exporters.onnx import model_configs
-from optimum.exporters.onnx.base import OnnxConfig
-from optimum.utils import NormalizedConfig
+
+from img2img_export.errors import ExportError
+from img2img_export.graph_kinds import KINDS, Axes, Called, GraphKind, VaeDecoder, VaeEncoder
 
 Tensors = dict[str, torch.Tensor]
 """Inputs or outputs of a graph, by name, in its order."""
-Axes = dict[str, dict[int, str]]
-"""The axes that vary, by the tensor's name and the axis' index."""
-
-_CONFIGS = {
-    "CLIPTextModel": model_configs.CLIPTextOnnxConfig,
-    "CLIPTextModelWithProjection": model_configs.CLIPTextWithProjectionOnnxConfig,
-    "T5EncoderModel": model_configs.T5EncoderOnnxConfig,
-    "UNet2DConditionModel": model_configs.UNetOnnxConfig,
-    "SD3Transformer2DModel": model_configs.SD3TransformerOnnxConfig,
-    "FluxTransformer2DModel": model_configs.FluxTransformerOnnxConfig,
-}
-"""What optimum knows how to export, by the module's class."""
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
     """A graph to be made. `component` is the pipeline's component that it is made of, `name` the graph's folder.
 
-    `call` runs the module on a graph's inputs and gives the graph's outputs, both by name. `config` is optimum's, whose
-    patches the module needs while it is traced.
+    `call` runs the module on a graph's inputs and gives the graph's outputs, both by name. The module is traced within
+    `kind.patched()`.
     """
 
     name: str
@@ -47,42 +34,24 @@ class Part:
     inputs: Axes
     outputs: Axes
     call: Callable[[Any, Tensors], Tensors]
-    config: Any
-
-
-class CalledConfig(OnnxConfig):  # type: ignore[misc]
-    """An export configuration made of what was seen of a module's calls."""
-
-    NORMALIZED_CONFIG_CLASS = NormalizedConfig.with_args(allow_new=True)
-    DUMMY_INPUT_GENERATOR_CLASSES = ()
-
-    def __init__(self, config: Any, inputs: Axes, outputs: Axes) -> None:
-        super().__init__(config, task="semantic-segmentation")
-        self._inputs, self._outputs = inputs, outputs
-
-    @property
-    def inputs(self) -> Axes:
-        """Inputs, and their axes that vary."""
-        return self._inputs
-
-    @property
-    def outputs(self) -> Axes:
-        """Outputs, and their axes that vary."""
-        return self._outputs
+    kind: GraphKind
 
 
 def text_part(name: str, module: Any, hidden_states: bool) -> Part:
     """A CLIP or T5 text encoder: token ids [B, T] to its outputs and, for pipelines that read them, every hidden state."""
+    known = KINDS.get(type(module).__name__)
+    if known is None:
+        raise ExportError(f"{name} is a {type(module).__name__}, and img2img makes graphs only of {', '.join(KINDS)}")
     module.config.output_hidden_states = hidden_states
-    config = _config(_CONFIGS[type(module).__name__], module.config, "feature-extraction")
+    kind = known(module.config)
 
     def call(encoder: Any, inputs: Tensors) -> Tensors:
         output = encoder(**inputs, output_hidden_states=hidden_states, return_dict=True)
         found = {key: value for key, value in output.items() if isinstance(value, torch.Tensor)}
         states = enumerate(output.hidden_states) if hidden_states else ()
-        return _ordered({**found, **{f"hidden_states.{index}": state for index, state in states}}, config.outputs)
+        return _ordered({**found, **{f"hidden_states.{index}": state for index, state in states}}, kind.outputs)
 
-    return Part(name, name, config.inputs, config.outputs, call, config)
+    return Part(name, name, kind.inputs, kind.outputs, call, kind)
 
 
 def vae_parts(module: Any) -> tuple[Part, Part]:
@@ -95,14 +64,15 @@ def vae_parts(module: Any) -> tuple[Part, Part]:
     def decode(vae: Any, inputs: Tensors) -> Tensors:
         return {"sample": vae.decode(inputs["latent_sample"]).sample}
 
+    encoder: GraphKind
+    decoder: GraphKind
     if isinstance(module, AutoencoderTiny):
-        # optimum's configurations read the blocks of an AutoencoderKL.
+        # It has none of the blocks of an AutoencoderKL.
         pixels, latents = ({0: "batch_size", 2: f"{what}height", 3: f"{what}width"} for what in ("", "latent_"))
-        encoder = CalledConfig(module.config, {"sample": pixels}, {"latent_parameters": latents})
-        decoder = CalledConfig(module.config, {"latent_sample": latents}, {"sample": pixels})
+        encoder = Called(module.config, {"sample": pixels}, {"latent_parameters": latents})
+        decoder = Called(module.config, {"latent_sample": latents}, {"sample": pixels})
     else:
-        encoder = _config(model_configs.VaeEncoderOnnxConfig, module.config)
-        decoder = _config(model_configs.VaeDecoderOnnxConfig, module.config)
+        encoder, decoder = VaeEncoder(module.config), VaeDecoder(module.config)
     return (
         Part("vae_encoder", "vae", encoder.inputs, encoder.outputs, encode, encoder),
         Part("vae_decoder", "vae", decoder.inputs, decoder.outputs, decode, decoder),
@@ -115,23 +85,21 @@ def denoiser_part(name: str, module: Any, calls: list[Tensors], structure: Mappi
     `calls` are inputs that its pipeline gave it, of several sizes; `structure` is one of those calls before it was flattened.
     """
     inputs = _varying(calls)
-    kind = _CONFIGS.get(type(module).__name__)
-    output = "out_sample" if name == "unet" else "out_hidden_states"
-    if kind is not None:
-        known = _config(kind, module.config)
-        inputs = {key: {**axes, **known.inputs.get(key, {})} for key, axes in inputs.items()}
-        output, *_ = known.outputs
-        output_axes = known.outputs[output]
-        config = known
+    known = KINDS.get(type(module).__name__)
+    if known is not None:
+        kind = known(module.config)
+        inputs = {key: {**axes, **kind.inputs.get(key, {})} for key, axes in inputs.items()}
     else:
-        output_axes = {0: "batch_size", 2: "height", 3: "width"} if name == "unet" else {0: "batch_size", 1: "sequence_length"}
-        config = CalledConfig(module.config, inputs, {output: output_axes})
+        output = "out_sample" if name == "unet" else "out_hidden_states"
+        varying = {0: "batch_size", 2: "height", 3: "width"} if name == "unet" else {0: "batch_size", 1: "sequence_length"}
+        kind = Called(module.config, inputs, {output: varying})
+    (output,) = kind.outputs
 
     def call(denoiser: Any, tensors: Tensors) -> Tensors:
         given = denoiser(**restore(tensors, structure), return_dict=False)
         return {output: given[0]}
 
-    return Part(name, name, inputs, {output: output_axes}, call, config)
+    return Part(name, name, inputs, kind.outputs, call, kind)
 
 
 def flatten(call: Mapping[str, Any]) -> Tensors:
@@ -180,7 +148,3 @@ def _varying(calls: list[Tensors]) -> Axes:
 
 def _ordered(found: Tensors, names: Axes) -> Tensors:
     return {name: found[name] for name in names}
-
-
-def _config(kind: Any, config: Any, task: str = "semantic-segmentation") -> Any:
-    return kind(config, task=task, float_dtype="fp32")

@@ -3,11 +3,13 @@
 In diffusers' own layout, which AutoPipeline loads back.
 """
 
+import shutil
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from img2img_server.bundle import Component
+from transformers import PreTrainedTokenizerBase
 
 from img2img_export.graphs import quiet
 
@@ -15,10 +17,10 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, 
 """The type of a PyTorch component's weights, by the precision that was asked for. There is no int8 of them."""
 
 
-def save(pipeline: Any, graphs: tuple[str, ...], precision: str, bundle: Path) -> tuple[Component, ...]:
+def save(pipeline: Any, graphs: tuple[str, ...], precision: str, source: Path, bundle: Path) -> tuple[Component, ...]:
     """Saves all of `pipeline` but the components `graphs` into the directory `bundle`, and names what has weights.
 
-    The pipeline's own weights are converted in place.
+    The pipeline was loaded from the directory `source`. Its own weights are converted in place.
     """
     saved = []
     with quiet():
@@ -32,7 +34,16 @@ def save(pipeline: Any, graphs: tuple[str, ...], precision: str, bundle: Path) -
                 saved.append(_describe(name, part))
             else:
                 part.save_pretrained(bundle / name)
+            if isinstance(part, PreTrainedTokenizerBase):
+                _keep_vocabulary(part, source / name, bundle / name)
     return tuple(saved)
+
+
+def _keep_vocabulary(tokenizer: PreTrainedTokenizerBase, source: Path, folder: Path) -> None:
+    """Adds the files that transformers 5 reads but does not write: older versions, and other programs, read no other."""
+    for name in (*tokenizer.vocab_files_names.values(), "special_tokens_map.json"):
+        if (source / name).is_file() and not (folder / name).exists():
+            shutil.copyfile(source / name, folder / name)
 
 
 def _describe(name: str, module: torch.nn.Module) -> Component:

@@ -45,10 +45,8 @@ def trace(module: Any, part: Part, example: Tensors, dtype: torch.dtype = torch.
             warnings.catch_warnings(),
             torch.no_grad(),
             light(module, dtype) as weights,
-            part.config.patch_model_for_export(module, model_kwargs={}),
+            part.kind.patched(),
         ):
-            # The axes' patches, not optimum's choice of outputs: the part's own call picks those.
-            del module.forward
             warnings.simplefilter("ignore")
             torch.onnx.export(
                 _Flat(module, part.call, names).eval(),

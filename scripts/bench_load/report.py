@@ -20,7 +20,7 @@ from bench_load.servers import SERVERS
 from bench_load.trace import Trace, histogram, idle_share
 from bench_load.workloads import WORKLOADS
 
-PACKAGES = ("diffusers", "onnxruntime", "optimum", "optimum-onnx", "torch", "transformers", "grpcio", "numpy")
+PACKAGES = ("diffusers", "onnxruntime", "torch", "transformers", "grpcio", "numpy")
 
 
 def figures(runs: Sequence[Run]) -> dict[str, dict[str, Figures]]:

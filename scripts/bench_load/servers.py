@@ -20,6 +20,9 @@ SERVERS = {
     "pytorch": "diffusers on PyTorch behind a lock",
 }
 """Name -> what it is."""
+OPTIMUM = ROOT / ".venv-oracle" / "bin" / "python"
+"""Runs what needs optimum-onnx: that package does not install beside the versions of requirements.lock."""
+_WITH_OPTIMUM = ("lock", "batching")
 
 
 class ServerFailed(Exception):
@@ -27,10 +30,18 @@ class ServerFailed(Exception):
 
 
 def command(name: str, bundle: Path = BUNDLE, model: Path = MODEL) -> list[str]:
-    """The command line of one of SERVERS, but for its --port-file."""
+    """The command line of one of SERVERS, but for its --port-file. Raises SystemExit if its environment is missing."""
     if name == "ours":
         return [sys.executable, "-m", "img2img_cli", "serve", "--models", str(bundle), "--port", "0"]
-    return [sys.executable, "-m", f"bench_peers.{name}", "--model", str(model if name == "pytorch" else bundle)]
+    python = optimum_python() if name in _WITH_OPTIMUM else sys.executable
+    return [python, "-m", f"bench_peers.{name}", "--model", str(model if name == "pytorch" else bundle)]
+
+
+def optimum_python() -> str:
+    """OPTIMUM. Raises SystemExit if it is missing."""
+    if not OPTIMUM.is_file():
+        raise SystemExit("bench: optimum's pipeline needs an environment of its own; make it by scripts/oracle_setup")
+    return str(OPTIMUM)
 
 
 def knows_trace() -> bool:

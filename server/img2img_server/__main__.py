@@ -107,6 +107,8 @@ def run(arguments: argparse.Namespace) -> int:
     # Read at import by libraries that would report on their own imports.
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    # Bars for each model's weights: transformers obeys it too.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     # gRPC's own notes: a line for each handshake that fails or message that is compressed, so strangers could fill the log.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     # Read by OpenMP when torch is loaded: threads that spin while they wait take cores from those that work.

@@ -63,7 +63,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Measures and reports. Returns the exit status."""
     # Read at import by libraries that would report on their own imports, and by OpenMP, as `img2img serve` sets them.
-    for name, value in (("DIFFUSERS_VERBOSITY", "error"), ("TRANSFORMERS_VERBOSITY", "error"), ("OMP_WAIT_POLICY", "PASSIVE")):
+    own = {"DIFFUSERS_VERBOSITY": "error", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    for name, value in {**own, "OMP_WAIT_POLICY": "PASSIVE"}.items():
         os.environ.setdefault(name, value)
     from img2img_server import bench_report
     from img2img_server.bundle import read_manifest

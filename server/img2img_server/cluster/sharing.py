@@ -85,6 +85,7 @@ def variables(share: Share) -> dict[str, str]:
         "OMP_WAIT_POLICY": "PASSIVE",
         "DIFFUSERS_VERBOSITY": "error",
         "TRANSFORMERS_VERBOSITY": "error",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "GRPC_VERBOSITY": "ERROR",
         "RAY_DISABLE_FAILURE_SIGNAL_HANDLER": "0",  # where a library crashes, the log says so; fronts have it off
     }

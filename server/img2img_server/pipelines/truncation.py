@@ -34,7 +34,9 @@ class _Reader:
         if len(tokens) <= self.limit:
             return ""
         end = int(tokens[-1] == self.tokenizer.eos_token_id)  # It is kept where there is one.
-        return str(self.tokenizer.decode(tokens[self.limit - end : len(tokens) - end])).strip()
+        text = str(self.tokenizer.decode(tokens[self.limit - end : len(tokens) - end]))
+        # CLIP's mark of a word's end: a tokenizer of transformers 5 that was copied leaves it.
+        return text.replace("</w>", " ").strip()
 
 
 class Truncation:

@@ -1,0 +1,241 @@
+"""The kinds of module that become graphs: the inputs and outputs of each one's graph, and what tracing it needs.
+
+Tensors and axes are named as optimum-onnx names them, so its pipelines (`ORTPipelineForImage2Image`) load the bundles. The one
+difference is a UNet's `timestep`: it has a value for each sample, so requests at different steps share a call.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from diffusers.models.transformers import transformer_flux
+from optimum.exporters.base import ExporterConfig
+from optimum.utils import NormalizedConfig
+
+from img2img_export.errors import ExportError
+
+Axes = dict[str, dict[int, str]]
+"""The axes that vary, by the tensor's name and the axis' index."""
+
+_TEXT = {0: "batch_size", 1: "sequence_length"}
+_IMAGE = {0: "batch_size", 2: "height", 3: "width"}
+_PACKED = {0: "batch_size", 1: "packed_height_width"}
+
+
+def _normalize(input: torch.Tensor, normalized_shape: Any, weight: Any = None, eps: float | None = None) -> torch.Tensor:
+    """torch.rms_norm in operators that opset 18 has."""
+    axes = tuple(range(-len(normalized_shape), 0))
+    epsilon = torch.finfo(input.dtype).eps if eps is None else eps
+    normalized = input / torch.sqrt(torch.mean(torch.square(input), dim=axes, keepdim=True) + epsilon)
+    return normalized if weight is None else normalized * weight
+
+
+_attend_in_torch = torch.nn.functional.scaled_dot_product_attention
+
+
+def _attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    **settings: Any,
+) -> torch.Tensor:
+    """torch's attention with any mask as numbers of the query's type. torch exports others in fp32, whatever the graph is in."""
+    if is_causal:
+        attn_mask = torch.arange(query.shape[-2])[:, None] >= torch.arange(key.shape[-2])
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill(~attn_mask, -torch.inf)
+    return _attend_in_torch(query, key, value, attn_mask, dropout_p, **settings)
+
+
+class GraphKind(ExporterConfig):  # type: ignore[misc]
+    """A kind of graph, for a module with the configuration `config`."""
+
+    NORMALIZED_CONFIG_CLASS = NormalizedConfig.with_args(allow_new=True)
+    PATCHES: tuple[tuple[Any, str, Callable[..., Any]], ...] = (
+        (torch, "rms_norm", _normalize),
+        (torch.nn.functional, "scaled_dot_product_attention", _attend),
+    )
+    """Functions that cannot be traced: the module that has one, its name, and one that can be traced."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config, task="feature-extraction")
+
+    @contextlib.contextmanager
+    def patched(self) -> Iterator[None]:
+        """A block in which the module can be traced. It computes what it computes outside."""
+        with contextlib.ExitStack() as stack:
+            for owner, name, traceable in self.PATCHES:
+                stack.enter_context(patch.object(owner, name, traceable))
+            yield
+
+
+class CLIPText(GraphKind):
+    """CLIP's text model. With `output_hidden_states` in its configuration, every hidden state is an output."""
+
+    POOLED: Axes = {"last_hidden_state": _TEXT, "pooler_output": {0: "batch_size"}}
+
+    @property
+    def inputs(self) -> Axes:
+        """Token ids [B, T]."""
+        return {"input_ids": _TEXT}
+
+    @property
+    def outputs(self) -> Axes:
+        """The last hidden state [B, T, D] and a pooled vector [B, D] or [B, P], then the states by their layer."""
+        count = self._config.num_hidden_layers + 1 if self._config.output_hidden_states else 0
+        return {**self.POOLED, **{f"hidden_states.{index}": _TEXT for index in range(count)}}
+
+
+class CLIPTextWithProjection(CLIPText):
+    """CLIP's text model with the projection of its pooled vector."""
+
+    POOLED: Axes = {"text_embeds": {0: "batch_size"}, "last_hidden_state": _TEXT}
+
+
+class T5Encoder(GraphKind):
+    """T5's encoder. Flux and SD3 give it no attention mask."""
+
+    @property
+    def inputs(self) -> Axes:
+        """Token ids [B, T]."""
+        return {"input_ids": _TEXT}
+
+    @property
+    def outputs(self) -> Axes:
+        """The last hidden state [B, T, D]."""
+        return {"last_hidden_state": _TEXT}
+
+
+class UNet(GraphKind):
+    """The UNet of Stable Diffusion 1, 2 and XL, LCM and InstructPix2Pix."""
+
+    @property
+    def inputs(self) -> Axes:
+        """Latents [B, C, h, w], timesteps [B], text [B, T, D]; with SDXL's and LCM's embeddings, if it has layers for them."""
+        names: Axes = {"sample": _IMAGE, "timestep": {0: "timestep_batch"}, "encoder_hidden_states": _TEXT}
+        if self._config.addition_embed_type == "text_time":
+            names |= {"text_embeds": {0: "batch_size"}, "time_ids": {0: "batch_size"}}
+        if self._config.time_cond_proj_dim is not None:
+            names["timestep_cond"] = {0: "batch_size"}
+        return names
+
+    @property
+    def outputs(self) -> Axes:
+        """The prediction, as large as the latents."""
+        return {"out_sample": _IMAGE}
+
+
+class SD3Transformer(GraphKind):
+    """Stable Diffusion 3's transformer."""
+
+    @property
+    def inputs(self) -> Axes:
+        """Latents [B, C, h, w], text [B, T, D], pooled text [B, P], timesteps [B]."""
+        return {
+            "hidden_states": _IMAGE,
+            "encoder_hidden_states": _TEXT,
+            "pooled_projections": {0: "batch_size"},
+            "timestep": {0: "step"},
+        }
+
+    @property
+    def outputs(self) -> Axes:
+        """The prediction, as large as the latents."""
+        return {"out_hidden_states": _IMAGE}
+
+
+def _rotate(x: torch.Tensor, freqs_cis: Any, use_real: bool = True, use_real_unbind_dim: int = -1, sequence_dim: int = 2) -> Any:
+    """diffusers' `apply_rotary_emb` as Flux calls it. There, `reshape(*x.shape[:-1], -1, 2)` freezes the shape in a trace."""
+    if not use_real or use_real_unbind_dim != -1:
+        raise ExportError("Flux rotates its queries in a way that cannot be traced: this diffusers is newer than img2img knows")
+    cos, sin = (part[None, None] if sequence_dim == 2 else part[None, :, None] for part in freqs_cis)
+    turned = torch.stack([-x[..., 1::2], x[..., 0::2]], dim=-1).flatten(-2)
+    return (x.float() * cos + turned.float() * sin).to(x.dtype)
+
+
+class FluxTransformer(GraphKind):
+    """Flux' transformer."""
+
+    PATCHES = (*GraphKind.PATCHES, (transformer_flux, "apply_rotary_emb", _rotate))
+
+    @property
+    def inputs(self) -> Axes:
+        """Packed latents [B, N, C], text [B, T, D] and [B, P], timesteps [B], positions [T, 3] and [N, 3], guidance [B]."""
+        names: Axes = {
+            "hidden_states": _PACKED,
+            "encoder_hidden_states": _TEXT,
+            "pooled_projections": {0: "batch_size"},
+            "timestep": {0: "step"},
+            "txt_ids": {0: "sequence_length"},
+            "img_ids": {0: "packed_height_width"},
+        }
+        return names | ({"guidance": {0: "batch_size"}} if self._config.guidance_embeds else {})
+
+    @property
+    def outputs(self) -> Axes:
+        """The prediction, packed as the latents are."""
+        return {"out_hidden_states": _PACKED}
+
+
+class VaeEncoder(GraphKind):
+    """The encoder of an AutoencoderKL."""
+
+    @property
+    def inputs(self) -> Axes:
+        """Pixels [B, 3, H, W]."""
+        return {"sample": {0: "batch_size", 2: "sample_height", 3: "sample_width"}}
+
+    @property
+    def outputs(self) -> Axes:
+        """The parameters of the latents' distribution [B, 2C, h, w]."""
+        scale = 2 ** (len(self._config.down_block_types) - 1)
+        return {"latent_parameters": {0: "batch_size", 2: f"sample_height / {scale}", 3: f"sample_width / {scale}"}}
+
+
+class VaeDecoder(GraphKind):
+    """The decoder of an AutoencoderKL."""
+
+    @property
+    def inputs(self) -> Axes:
+        """Latents [B, C, h, w]."""
+        return {"latent_sample": {0: "batch_size", 2: "latent_height", 3: "latent_width"}}
+
+    @property
+    def outputs(self) -> Axes:
+        """Pixels [B, 3, H, W]."""
+        scale = 2 ** (len(self._config.up_block_types) - 1)
+        return {"sample": {0: "batch_size", 2: f"latent_height * {scale}", 3: f"latent_width * {scale}"}}
+
+
+class Called(GraphKind):
+    """A module of any other class, described by the calls that its pipeline made."""
+
+    def __init__(self, config: Any, inputs: Axes, outputs: Axes) -> None:
+        super().__init__(config)
+        self._inputs, self._outputs = inputs, outputs
+
+    @property
+    def inputs(self) -> Axes:
+        """Inputs, and their axes that vary."""
+        return self._inputs
+
+    @property
+    def outputs(self) -> Axes:
+        """Outputs, and their axes that vary."""
+        return self._outputs
+
+
+KINDS: dict[str, type[GraphKind]] = {
+    "CLIPTextModel": CLIPText,
+    "CLIPTextModelWithProjection": CLIPTextWithProjection,
+    "T5EncoderModel": T5Encoder,
+    "UNet2DConditionModel": UNet,
+    "SD3Transformer2DModel": SD3Transformer,
+    "FluxTransformer2DModel": FluxTransformer,
+}
+"""The kinds by the class of module that they are for."""
