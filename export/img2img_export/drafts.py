@@ -179,7 +179,7 @@ def _convert(
     converter = Converter(loader, calls, options, bundle, progress)
     made = [part for component in plan.graphs for part in converter.convert(component)]
     progress.stage("saving the rest of the pipeline" if plan.graphs else "saving the PyTorch pipeline")
-    saved = torch_bundle.save(_load(loader, options), plan.graphs, options.precision, loader.directory, bundle)
+    saved = torch_bundle.save(_load(loader, options), plan.graphs, options.precision, bundle)
     verification = Verification(
         passed=False,
         components=tuple(parity for part in made for parity in part.parities),

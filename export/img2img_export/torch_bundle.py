@@ -17,10 +17,10 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, 
 """The type of a PyTorch component's weights, by the precision that was asked for. There is no int8 of them."""
 
 
-def save(pipeline: Any, graphs: tuple[str, ...], precision: str, source: Path, bundle: Path) -> tuple[Component, ...]:
+def save(pipeline: Any, graphs: tuple[str, ...], precision: str, bundle: Path) -> tuple[Component, ...]:
     """Saves all of `pipeline` but the components `graphs` into the directory `bundle`, and names what has weights.
 
-    The pipeline was loaded from the directory `source`. Its own weights are converted in place.
+    The pipeline's own weights are converted in place.
     """
     saved = []
     with quiet():
@@ -35,12 +35,14 @@ def save(pipeline: Any, graphs: tuple[str, ...], precision: str, source: Path, b
             else:
                 part.save_pretrained(bundle / name)
             if isinstance(part, PreTrainedTokenizerBase):
-                _keep_vocabulary(part, source / name, bundle / name)
+                _keep_vocabulary(part, bundle / name)
     return tuple(saved)
 
 
-def _keep_vocabulary(tokenizer: PreTrainedTokenizerBase, source: Path, folder: Path) -> None:
-    """Adds the files that transformers 5 reads but does not write: older versions, and other programs, read no other."""
+def _keep_vocabulary(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Adds the files of the tokenizer's source that transformers 5 does not write: older versions, and other programs, read no
+    other."""
+    source = Path(tokenizer.name_or_path)
     for name in (*tokenizer.vocab_files_names.values(), "special_tokens_map.json"):
         if (source / name).is_file() and not (folder / name).exists():
             shutil.copyfile(source / name, folder / name)

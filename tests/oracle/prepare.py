@@ -3,6 +3,7 @@
 
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 FOLDER = Path(os.environ["IMG2IMG_ORACLE"])
@@ -27,10 +28,8 @@ def bundles() -> None:
 
     with cut_short():
         for name in MODELS:
-            precision = "fp16" if name in HALF else "fp32"
-            made = export_model(
-                ExportOptions(source=str(FOLDER / "models" / name), output=FOLDER / "bundles" / name, precision=precision)
-            )
+            options = ExportOptions(source=str(FOLDER / "models" / name), output=FOLDER / "bundles" / name)
+            made = export_model(replace(options, precision="fp16") if name in HALF else options)
             print(made.summary(), flush=True)
 
 
