@@ -8,12 +8,14 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
 import raw_http2
+from fake_codecs import FakeProcess
 from fakes import FakePipeline
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from img2img.v1 import image_to_image_pb2 as pb
@@ -21,7 +23,9 @@ from img2img.v1 import model_pb2
 from img2img.v1.image_to_image_pb2_grpc import ImageToImageServiceStub
 from img2img.v1.model_pb2_grpc import ModelServiceStub
 from img2img_server import images, transport
+from img2img_server import server as server_module
 from img2img_server.bundle import write_manifest
+from img2img_server.codecs.pool import Codecs
 from img2img_server.config import ServerConfig
 from img2img_server.models.store import ModelStore
 from messages import failure, request
@@ -226,6 +230,7 @@ def test_an_errors_text_stays_in_the_log(where: str, monkeypatch: pytest.MonkeyP
         monkeypatch.setattr(pipeline, where, _fail)
     else:
         monkeypatch.setattr(images, where, _fail)
+        monkeypatch.setattr(server_module, "Codecs", partial(Codecs, make=FakeProcess))
     with (
         running(lambda: store(m=pipeline)) as server,
         grpc.insecure_channel(f"localhost:{server.port}") as channel,
