@@ -39,6 +39,7 @@ def own_log() -> Iterator[None]:
     for handler in [handler for handler in root.handlers if type(handler).__module__ == "img2img_server.telemetry.logs"]:
         root.removeHandler(handler)
         root.setLevel(level)
+        logging.captureWarnings(False)
 
 
 @pytest.fixture(scope="session")

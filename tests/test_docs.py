@@ -222,7 +222,21 @@ def test_every_file_that_is_named_is_there() -> None:
         "client/img2img_client",
         "playground/img2img_playground",
     )
-    inside = ("engine", "pipelines", "models", "assets", "sources", "access", "telemetry", "top", "settings", "cluster", "kserve")
+    inside = (
+        "engine",
+        "pipelines",
+        "models",
+        "assets",
+        "sources",
+        "access",
+        "telemetry",
+        "top",
+        "settings",
+        "cluster",
+        "kserve",
+        "codecs",
+        "images",
+    )
     folders = [REPOSITORY / place for place in (*places, *(f"server/img2img_server/{name}" for name in inside))]
     made = {"manifest.json", "model_index.json"}
     for document in ("README.md", "CONTRIBUTING.md", *(f"docs/{name}.md" for name in _NAMING_FILES)):

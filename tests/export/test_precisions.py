@@ -85,7 +85,7 @@ def test_int8_is_given_up_where_it_does_not_pass(tiny_model: Get, tmp_path: Path
     assert precisions(manifest) == {"text_encoder": "fp32", "unet": "int8", "vae_encoder": "fp32", "vae_decoder": "fp32"}
     reason = next(part.reason for part in manifest.components if part.name == "text_encoder")
     assert reason.startswith("text_encoder differs from PyTorch (")
-    assert "relative error 2." in reason or "relative error 3." in reason
+    assert 0.02 < float(reason.partition("relative error ")[2].partition(",")[0]) < 0.1
 
 
 def test_what_does_not_open_in_fp16_stays_in_fp32(tiny_model: Get, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

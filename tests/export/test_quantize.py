@@ -162,7 +162,7 @@ def test_chosen_products_only(text: Traced) -> None:
 
     nodes = quantize.to_int8(text[2], chosen).model.graph.node
     assert {node.name for node in nodes if node.op_type == "MatMulInteger"} == {
-        f"/module/text_model/encoder/layers.{index}/mlp/fc1/MatMul_quant" for index in range(3)
+        f"/module/encoder/layers.{index}/mlp/fc1/MatMul_quant" for index in range(3)
     }
 
 

@@ -30,13 +30,13 @@ def test_a_damaged_bundle_is_refused_while_the_others_are_served(tmp_path: Path)
     with serving(tmp_path, [*STAND_IN, *flags]) as server, Client(server.target, timeout=SECONDS, retries=None) as client:
         (image,) = client.transform(source(1), prompt="p", seed=1, num_inference_steps=4).images
         assert is_right(image.data, source(1), "p", 1, 4)
-        states = {model.id: model.state for model in client.models()}
         for model, name in names.items():
             with pytest.raises(Img2ImgError) as caught:
                 client.transform(source(1), model=ModelReference(path=model))
             assert caught.value.status in ("FAILED_PRECONDITION", "NOT_FOUND"), name
             assert str(tmp_path) not in str(caught.value)
-            assert states.get(model, "failed") == "failed", name
+        states = {model.id: model.state for model in client.models()}
+        assert {name: states.get(model, "failed") for model, name in names.items()} == dict.fromkeys(names.values(), "failed")
 
 
 def test_a_bundle_that_is_damaged_once_it_is_loaded_is_served_on(bundle: Callable[[str], Path], tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from img2img_server.execution import PROVIDERS
 from img2img_server.pipelines import providers
 from img2img_server.pipelines.libraries import needed_libraries
 from img2img_server.pipelines.providers import FULL_NAMES, Probe, choose, missing_library, probe
+from soak_parts.stand_in import plant
 
 
 @pytest.fixture(autouse=True)
@@ -181,6 +182,7 @@ class TestPlugin:
 def test_asking_for_what_is_not_there_ends_the_server_with_one_line(tmp_path: Path) -> None:
     if not probe("tensorrt").problem:
         pytest.skip("this machine has TensorRT")
+    plant(tmp_path, "m")
     command = [sys.executable, "-m", "img2img_server", "--models", str(tmp_path), "--port", "0", "--provider", "tensorrt"]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert (ended.returncode, ended.stdout) == (1, "")

@@ -228,9 +228,15 @@ def test_only_known_code_is_run(bundle: Callable[[str], Path], tmp_path: Path) -
     folder = tmp_path / "sd1"
     shutil.copytree(bundle("sd1"), folder)
     index = json.loads((folder / "model_index.json").read_text())
-    for library in ("os", "..pipelines", "stable_diffusion.safety_checker", "torch"):
+    refused = {
+        "os": "only classes of",
+        "torch": "only classes of",
+        "..pipelines": "may name",
+        "stable_diffusion.safety_checker": "may name",
+    }
+    for library, why in refused.items():
         (folder / "model_index.json").write_text(json.dumps({**index, "scheduler": [library, "system"]}))
-        with pytest.raises(BundleError, match="only classes of diffusers and transformers"):
+        with pytest.raises(BundleError, match=why):
             load_pipeline(folder, read_manifest(folder), Execution("cpu"))
     with pytest.raises(BundleError, match="'AutoencoderKL', which diffusers"):
         load_pipeline(folder, replace(read_manifest(folder), pipeline_class="AutoencoderKL"), Execution("cpu"))

@@ -24,7 +24,13 @@
  *
  * @typedef {object} Fit
  * @property {number} [longest_side]
- * @property {{}} [native_area]
+ * @property {NativeArea} [native_area]
+ */
+
+/**
+ * As many pixels as the model was trained on; it has no fields.
+ *
+ * @typedef {object} NativeArea
  */
 
 /**
