@@ -135,7 +135,7 @@ def _fuzz(name: str, words: Sequence[str]) -> int:
 
     logging.disable(logging.ERROR)  # every refusal has its line; what matters is the answer
     stack = contextlib.ExitStack()
-    with atheris.instrument_imports(include=["img2img_server"]):
+    with atheris.instrument_imports(include=["img2img_server", "img2img_export"]):
         attempt = targets()[name].make(stack)
     atheris.Setup([sys.argv[0], *words], attempt)
     atheris.Fuzz()

@@ -2,6 +2,7 @@
 
 import argparse
 import asyncio
+import contextlib
 import os
 import random
 import shutil
@@ -10,16 +11,21 @@ import sys
 import tempfile
 import time
 import warnings
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 
 from soak_parts import report
+from soak_parts.access import Access, issue
+from soak_parts.attacks import held_calls
 from soak_parts.driving import Driver, Load, drain, measure_capacity
-from soak_parts.judging import growth_of, judge
+from soak_parts.judging import Times, growth_of, judge, judge_times
 from soak_parts.ledger import Ledger
 from soak_parts.pictures import subjects
 from soak_parts.process import ROOT, SERVE, STAND_IN, ServerFailed, ServingProcess
 from soak_parts.stand_in import plant
+from soak_parts.strangers import Strangers, strangers
 from soak_parts.traffic import Traffic
 from soak_parts.watching import Watch
 
@@ -29,19 +35,28 @@ examples:
   scripts/soak --minutes 60 --seed 7           the same operations at the same moments once more, as far as timing allows
   scripts/soak --model fake --minutes 1        the whole machinery in a minute, on a server without a model
   scripts/soak --bundle models/sdxl            another model
+  scripts/soak --engine ray --kserve           models run as replicas on Ray, and KServe v2 is part of the mix
 
-The server is a process of its own, started and ended by the soak. First its capacity is measured: pictures a second of 32
-callers; later again, as machines change. Then operations come at random moments, on average --capacity-factor times as many as
-it can do: plain requests, streams, assets, a second model that is loaded and unloaded; callers that cancel, that set short
-deadlines, that read slowly, whose connection is reset or whose process is killed; pictures that are none, fields that are wrong.
-Health is asked all along.
+The server is a process of its own, started and ended by the soak. First its capacity is measured, on a machine that should be
+quiet: pictures a second of 32 callers; later again, as machines change. Then operations come at random moments, on average
+--capacity-factor times as many as it can do: plain requests, streams, assets, a second model that is loaded and unloaded;
+callers that cancel, that set short deadlines, that read slowly, whose connection is reset or whose process is killed; pictures
+that are none, fields that are wrong. Health is asked all along, and a small tenant sends one request after another, as it did
+alone at first.
+
+Meanwhile a process of hostile clients is connected, to the very end: readers and watchers whose flow-control window is 0,
+uploads that stall, answers that are left unread, JPEG scan bombs, marker and comment bombs, gzip messages, bombs of packed
+fields, stream resets.
 
 Every so often nobody asks for a moment, and the server has to come to rest: nothing waiting, nothing active, no call open.
 
 exit status: 0 every promise was kept, 1 one was not (they are listed), 2 wrong arguments or no server
 what is left: .soak/soak.json, .soak/soak.md (a table) and .soak/server.log; --out names another folder
 """
-_FLAGS = ("--warm-up=3", "--max-waiting=48", "--cache-bytes=4MiB", "--assets-quota=128MiB", "--watchdog=120", "--grace=100")
+_GRACE = 60
+_ALONE = 40
+"""Requests of the small tenant before the load begins."""
+_FLAGS = ("--warm-up=3", "--max-waiting=48", "--cache-bytes=4MiB", "--assets-quota=128MiB", "--watchdog=120", f"--grace={_GRACE}")
 _CAPACITY_SHARE, _CAPACITY_MOST = 0.1, 20.0
 _MAIN, _SECOND = "main", "second"
 
@@ -75,7 +90,17 @@ def _parse() -> argparse.Namespace:
     add("--model", choices=("demo", "fake"), default="demo", help="fake: a server that loads no model (default: %(default)s)")
     add("--bundle", type=Path, metavar="DIR", help="serve this bundle (default: the demo's, exported first)")
     add("--out", type=Path, default=ROOT / ".soak", metavar="DIR", help="where figures and log go (default: .soak)")
+    switch = argparse.BooleanOptionalAction
+    add("--tls", action=switch, default=True, help="TLS, with an authority of the run's own (default: on)")
+    add("--tokens", action=switch, default=True, help="a token for each tenant (default: on)")
+    add("--hostile", action=switch, default=True, help="hostile clients of all kinds, all along (default: on)")
+    add("--kserve", action=switch, default=False, help="KServe v2 on the same port, as part of the mix (default: off)")
+    add("--engine", choices=("local", "ray"), default="local", help="where models run, as for img2img serve (default: local)")
     arguments = parser.parse_args()
+    if arguments.hostile and not arguments.tokens:
+        parser.error("--no-tokens needs --no-hostile: without tokens the hostile clients and the others are one client")
+    if arguments.engine == "ray" and arguments.model == "fake":
+        parser.error("--engine ray needs a real model: replicas on Ray know no stand-ins")
     if arguments.minutes <= 0 or arguments.capacity_factor <= 0:
         parser.error("--minutes and --capacity-factor are more than 0")
     return arguments
@@ -83,40 +108,61 @@ def _parse() -> argparse.Namespace:
 
 async def _soak(arguments: argparse.Namespace, scratch: Path) -> int:
     seconds, metrics_port = 60 * arguments.minutes, _free_port()
-    server = _server(arguments, scratch, metrics_port)
+    access, flags = issue(scratch, arguments.tls, arguments.tokens)
+    server = _server(arguments, scratch, [*flags, "--metrics-port", str(metrics_port)])
     ledger, dice = Ledger(), random.Random(arguments.seed)
     drawn = subjects(12, arguments.seed)
+    attacks: dict[str, dict[str, int]] = {}
     try:
         await asyncio.to_thread(server.start)
         _say(f"serving on {server.target}, process {server.pid}, log in {server.log}")
-        traffic = Traffic(server.port, drawn, _SECOND, assets=True, ledger=ledger, dice=dice)
+        traffic = Traffic(server.port, access, drawn, (_MAIN, _SECOND), arguments.kserve, ledger, dice)
         await traffic.draw_references()
+        alone = await traffic.small_alone(min(_ALONE, max(2, round(_CAPACITY_SHARE * seconds))))
         capacity = await measure_capacity(traffic, min(_CAPACITY_MOST, max(2.0, _CAPACITY_SHARE * seconds)))
         load = Load(seconds, capacity, arguments.capacity_factor)
         _say(f"capacity: {capacity:.2f} pictures a second; sending {load.rate:.2f} operations a second for {seconds:.0f} s")
-        watch = Watch(server, metrics_port, ledger)
-        health = asyncio.create_task(watch.health())
-        driver = Driver(traffic, watch, load, dice, _say)
-        await driver.run()
-        health.cancel()
-        loaded = time.monotonic() - watch.begun
-        status, stop_seconds = await drain(server, traffic)
+        async with contextlib.AsyncExitStack() as stack:
+            hostile = await _hostile(arguments, stack, server, access, traffic)
+            watch = Watch(server, metrics_port, ledger, access, held_calls(arguments.kserve) if hostile else Counter())
+            health = asyncio.create_task(watch.health())
+            driver = Driver(traffic, watch, hostile, load, dice, _say)
+            await driver.run()
+            health.cancel()
+            loaded = time.monotonic() - watch.begun
+            status, stop_seconds = await drain(server, access, traffic)
+            if hostile:
+                await hostile.end(ledger)
+                attacks = hostile.statuses
         await traffic.close()
     finally:
         server.kill()
     growth = growth_of(watch, loaded)
-    broken = judge(ledger, watch, growth, server.read_log(), loaded)
+    times = Times(alone, traffic.small_seconds, stop_seconds, _GRACE)
+    broken = judge(ledger, watch, growth, server.read_log(), loaded) + judge_times(times, watch.health_seconds)
     model = "stand-in" if arguments.model == "fake" else str(arguments.bundle or "demo")
     capacity = median(driver.capacities)
     rate = Load(loaded, capacity, arguments.capacity_factor).rate
-    run = report.Run(arguments.seed, model, loaded, capacity, rate, stop_seconds, status)
-    print(report.write(arguments.out, run, ledger, watch, growth, broken))
+    names = [name for name in ("tls", "tokens", "hostile", "kserve") if getattr(arguments, name)]
+    run = report.Run(arguments.seed, model, loaded, capacity, rate, status, " ".join([arguments.engine, *names]))
+    print(report.write(arguments.out, run, ledger, watch, growth, times, attacks, broken))
     for line in broken:
         print(f"BROKEN: {line}")
     return 1 if broken else 0
 
 
-def _server(arguments: argparse.Namespace, scratch: Path, metrics_port: int) -> ServingProcess:
+async def _hostile(
+    arguments: argparse.Namespace, stack: contextlib.AsyncExitStack, server: ServingProcess, access: Access, traffic: Traffic
+) -> Strangers | None:
+    if not arguments.hostile:
+        return None
+    asset = await traffic.upload()
+    made = await stack.enter_async_context(strangers(server.target, access, asset, arguments.kserve, arguments.seed))
+    _say("hostile clients are connected")
+    return made
+
+
+def _server(arguments: argparse.Namespace, scratch: Path, more: Sequence[str]) -> ServingProcess:
     """Not yet started: over a store of the bundle, twice, so that there is a second model to load and unload."""
     store = scratch / "models"
     store.mkdir()
@@ -127,7 +173,7 @@ def _server(arguments: argparse.Namespace, scratch: Path, metrics_port: int) -> 
             shutil.copytree(arguments.bundle or ROOT / ".demo" / "models" / "demo", store / name)
     command = STAND_IN if arguments.model == "fake" else SERVE
     flags = ["--models", str(store), "--default-model", _MAIN, "--assets", str(scratch / "assets")]
-    flags += ["--metrics-port", str(metrics_port), *_FLAGS]
+    flags += ["--engine", arguments.engine, *(["--kserve"] if arguments.kserve else []), *more, *_FLAGS]
     return ServingProcess(arguments.out, [*command, *flags], {"OMP_WAIT_POLICY": "PASSIVE"})
 
 
@@ -143,5 +189,5 @@ def _say(what: str) -> None:
 
 if __name__ == "__main__":
     warnings.filterwarnings("ignore")
-    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # the driver's own channels are reset on purpose
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # the driver's own channels are reset on purpose; the server's default
     sys.exit(main())

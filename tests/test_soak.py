@@ -6,16 +6,21 @@ import os
 import subprocess
 import sys
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from img2img.v1 import image_to_image_pb2 as pb
-from soak_parts.calls import check_pictures, follow
-from soak_parts.judging import MOST_GROWTH, growth_of, judge
+from soak_parts.access import issue
+from soak_parts.calls import Connection, check_pictures, follow, upload
+from soak_parts.judging import MOST_GROWTH, Times, growth_of, judge, judge_times
 from soak_parts.ledger import Ledger, Violated
 from soak_parts.pictures import noise, png
-from soak_parts.process import ROOT, ServingProcess, Vitals
-from soak_parts.stand_in import FLAW
+from soak_parts.process import ROOT, STAND_IN, ServingProcess, Vitals, serving
+from soak_parts.stand_in import FLAW, plant
+from soak_parts.strangers import strangers
 from soak_parts.traffic import KINDS
 from soak_parts.watching import Checkpoint, Watch, slope
 
@@ -28,10 +33,10 @@ def soak(out: Path, *words: str, **environment: str) -> "subprocess.CompletedPro
 
 
 def test_a_short_soak_keeps_every_promise(tmp_path: Path) -> None:
-    result = soak(tmp_path, "--minutes", "0.25")
+    result = soak(tmp_path, "--minutes", "0.25", "--kserve", "--no-hostile")
     assert result.returncode == 0, result.stdout + result.stderr
     figures = json.loads((tmp_path / "soak.json").read_text())
-    assert figures["lost"] == 0
+    assert (figures["lost"], figures["doubled"], figures["wrong"]) == (0, 0, 0)
     assert figures["broken"] == []
     # Everything that comes from the mix did come, and operations ended in all the ways there are.
     drawn = {name for name, kind in KINDS.items() if kind.share}
@@ -39,19 +44,56 @@ def test_a_short_soak_keeps_every_promise(tmp_path: Path) -> None:
     endings = {each["ending"] for each in figures["endings"]}
     assert {"picture", "refused", "invalid", "cancelled", "disconnected"} <= endings
     assert figures["run"]["exit_status"] == 0
+    assert 0 < figures["stop"]["seconds"] <= figures["stop"]["grace"] + 5
     assert (tmp_path / "soak.md").read_text() in result.stdout
 
 
 def test_a_server_that_draws_a_wrong_picture_now_and_then_fails_the_soak(tmp_path: Path) -> None:
-    result = soak(tmp_path, "--minutes", "0.1", **{FLAW: "97"})
+    result = soak(tmp_path, "--minutes", "0.1", "--no-hostile", **{FLAW: "97"})
     assert result.returncode == 1, result.stdout + result.stderr
     assert "a picture is off by" in result.stdout
 
 
-def watch(ledger: Ledger, sizes: list[float], descriptors: list[int] | None = None) -> Watch:
-    """A watch over a run of 100 seconds that saw these sizes, in MiB, at rest."""
+def test_hostile_clients_of_all_kinds_attack_until_the_server_has_ended(tmp_path: Path) -> None:
+    """With TLS and tokens, as in a soak: none is answered with a bug, health answers meanwhile, and SIGTERM ends the server."""
+    access, flags = issue(tmp_path, tls=True, with_tokens=True)
+    plant(tmp_path / "models", "m")
+    words = ["--models", str(tmp_path / "models"), "--assets", str(tmp_path / "assets"), "--kserve", "--grace", "5", *flags]
+    ledger = Ledger()
+
+    async def attacked(server: ServingProcess) -> dict[str, dict[str, int]]:
+        async with Connection(server.target, access) as connection:
+            asset = await upload(connection, png(noise((64, 64), 1)))
+            async with strangers(server.target, access, asset, True, 0) as hostile:
+                for _ in range(2):
+                    health: Any = health_pb2_grpc.HealthStub(connection.channel)
+                    answer = await health.Check(health_pb2.HealthCheckRequest(), timeout=60)
+                    assert answer.status == health_pb2.HealthCheckResponse.SERVING
+                    await hostile.pause()
+                    hostile.resume()
+                server.terminate()
+                assert await asyncio.to_thread(server.wait, 60) == 0
+                await hostile.end(ledger)
+                return hostile.statuses
+
+    with serving(tmp_path, [*STAND_IN, *words], {"GRPC_VERBOSITY": "NONE"}) as server:
+        statuses = asyncio.run(attacked(server))
+    assert ledger.violations == []
+    assert set(statuses) == {
+        "JPEG scan bombs",
+        "marker bombs",
+        "packed fields",
+        "gzip messages",
+        "stream resets",
+        "unread answers and stalled uploads",
+    }
+    assert statuses["gzip messages"]["refused"]
+
+
+def watch(ledger: Ledger, sizes: list[float], descriptors: list[int] | None = None, seconds: float = 100.0) -> Watch:
+    """A watch over a run that saw these sizes, in MiB, at rest."""
     seen = Watch(ServingProcess(Path(), []), 0, ledger, health_seconds=[0.001], begun=0.0)
-    every = 100 / len(sizes)
+    every = seconds / len(sizes)
     for index, size in enumerate(sizes):
         open_files = descriptors[index] if descriptors else 20
         seen.checkpoints.append(Checkpoint((index + 1) * every, Vitals(int(size * MIB), open_files, 10)))
@@ -78,6 +120,24 @@ def test_memory_that_grows_after_warm_up_is_noticed_and_before_it_is_not() -> No
     assert "memory grew by" in line
 
 
+def test_memory_that_rises_slowly_is_noticed_after_half_an_hour_and_not_judged_before() -> None:
+    ledger, rising = Ledger(), [500.0 + 0.5 * i for i in range(10)]
+    before, after = watch(ledger, rising, seconds=1700), watch(ledger, rising, seconds=1800)
+    assert judge(ledger, before, growth_of(before, 1700), "", 1700) == []
+    (line,) = judge(ledger, after, growth_of(after, 1800), "", 1800)
+    assert "an hour" in line
+
+
+def test_bounds_of_time_are_judged_once_there_are_samples() -> None:
+    good = Times(alone=[0.1] * 20, under_load=[0.2] * 100, stop=3.0, grace=60.0)
+    assert judge_times(good, [0.01] * 400) == []
+    slow = Times(alone=[0.1] * 20, under_load=[0.4] * 100, stop=65.1, grace=60.0)
+    health, small, stop = judge_times(slow, [0.01] * 380 + [0.3] * 20)
+    assert ("health" in health, "4.0 times" in small, "65.1 s after SIGTERM" in stop) == (True, True, True)
+    # A run of seconds says nothing of percentiles.
+    assert judge_times(replace(slow, under_load=[0.4] * 99, stop=3.0), [1.0] * 399) == []
+
+
 def test_what_is_left_open_is_noticed() -> None:
     ledger = Ledger()
     (line,) = broken(ledger, watch(ledger, [500.0] * 10, [20] * 9 + [60]))
@@ -100,6 +160,7 @@ def test_an_operation_ends_once_or_the_run_has_failed() -> None:
     assert ledger.lost == 1
     lines = broken(ledger, watch(ledger, [500.0] * 10))
     assert any("ended twice" in line for line in lines)
+    assert ledger.doubled == 1
     assert any("1 operations never ended" in line for line in lines)
 
 

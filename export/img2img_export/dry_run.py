@@ -4,7 +4,6 @@ No weights are loaded, and those of a hub repository are not downloaded: a safet
 shapes of its tensors, and the hub gives just that part of it.
 """
 
-import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from img2img_export.progress import Progress
 from img2img_export.report import print_facts, print_line, print_table
 from img2img_export.source import Checkpoint, resolve
 from img2img_export.terminal import quantity
+from img2img_export.texts import read_json
 from img2img_export.weights import WIDTHS, Contents, Header, Weights, is_graph, read_contents, weigh
 
 if TYPE_CHECKING:
@@ -208,7 +208,7 @@ def _in_memory(part: PartForecast) -> int:
 
 def _is_upcast(config: Path) -> bool:
     try:
-        return bool(json.loads(config.read_bytes()).get("force_upcast"))
+        return bool(read_json(config).get("force_upcast"))
     except (OSError, ValueError, AttributeError):
         return False
 

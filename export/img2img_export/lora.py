@@ -4,7 +4,6 @@ diffusers translates the names of the many trainers. The sum is made here, on th
 fuse_lora builds the whole model for it, and with a LoRA whose layers differ in alpha or rank it gives some a wrong scale.
 """
 
-import json
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -20,6 +19,7 @@ from img2img_export.digests import Digests
 from img2img_export.errors import ExportError, first_line
 from img2img_export.options import LoraFile
 from img2img_export.progress import Progress
+from img2img_export.texts import parse_json, read_json
 from img2img_export.weights_file import TensorInfo, read_header, require_safetensors
 
 if TYPE_CHECKING:
@@ -136,7 +136,7 @@ def _read(path: Path) -> tuple[dict[str, "torch.Tensor"], dict[str, Any]]:
             raise ExportError(f"{path} is no plain LoRA: it holds {key}, but no matrices for it")
         alpha, rank = float(tensors.pop(key)), len(tensors[pair[0]])
         tensors[pair[1]] = tensors[pair[1]].float() * (alpha / rank)
-    return tensors, dict(json.loads(notes.get(_ADAPTER_METADATA, "{}")))
+    return tensors, dict(parse_json(notes.get(_ADAPTER_METADATA, "{}")))
 
 
 def _translate(path: Path, tensors: dict[str, "torch.Tensor"], directory: Path, layout: Layout) -> dict[str, "torch.Tensor"]:
@@ -150,7 +150,7 @@ def _translate(path: Path, tensors: dict[str, "torch.Tensor"], directory: Path, 
         raise ExportError(f"{path} cannot be fused: {layout.pipeline_class} takes no LoRAs")
     known: dict[str, Any] = {}
     if "unet" in layout.components:
-        config = json.loads((directory / "unet" / "config.json").read_bytes())
+        config = read_json(directory / "unet" / "config.json")
         known["unet_config"] = SimpleNamespace(**config)
     found = pipeline.lora_state_dict(dict(tensors), **known)
     found = found[0] if isinstance(found, tuple) else found

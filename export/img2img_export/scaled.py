@@ -5,12 +5,12 @@ compressed-tensors, say `X.weight_scale`, and may describe each layer in `X.comf
 `X.weight_scale_inv` and scale blocks of 128 x 128; in spite of its name it is multiplied with, too.
 """
 
-import json
 import re
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from img2img_export.errors import ExportError
+from img2img_export.texts import parse_json
 from img2img_export.weights_file import TensorInfo
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def refuse_other_quantization(what: str, tensors: Mapping[str, TensorInfo], note
 def _other_format(notes: Mapping[str, str]) -> str | None:
     """A format of a layer, by the file's metadata, that is not understood."""
     try:
-        layers = json.loads(notes.get(_METADATA, "{}")).get("layers", {}).values()
+        layers = parse_json(notes.get(_METADATA, "{}")).get("layers", {}).values()
         return next((str(layer.get("format")) for layer in layers if layer.get("format") not in _FORMATS), None)
     except (ValueError, AttributeError):
         return f"something that {_METADATA} does not say readably"
@@ -92,7 +92,7 @@ def dequantize(path: object, checkpoint: Mapping[str, Any], scales: Mapping[str,
 def _check_layer(path: object, name: str, value: Any) -> None:
     """Raises ExportError unless ComfyUI's description of a layer, JSON in bytes, is one of float8."""
     try:
-        kind = json.loads(bytes(value.flatten().tolist()))["format"]
+        kind = parse_json(bytes(value.flatten().tolist()))["format"]
     except (ValueError, LookupError, TypeError):
         kind = None
     if kind not in _FORMATS:

@@ -8,7 +8,6 @@ at once; where it was killed too, the next export does.
 
 import contextlib
 import fcntl
-import json
 import os
 import shutil
 import subprocess
@@ -21,6 +20,7 @@ from pathlib import Path
 from img2img_server.bundle import MANIFEST_NAME
 
 from img2img_export.errors import ExportError
+from img2img_export.texts import read_json
 
 _TRIES, _PAUSE = 100, 0.05
 _REPLACED = "replaced"
@@ -122,7 +122,7 @@ def check_replaceable(output: Path, force: bool) -> None:
 def _is_bundle(directory: Path) -> bool:
     """Whether it has a manifest of any format version: an old or a damaged bundle is a bundle."""
     try:
-        manifest = json.loads((directory / MANIFEST_NAME).read_bytes())
+        manifest = read_json(directory / MANIFEST_NAME)
     except (OSError, ValueError):
         return False
     return isinstance(manifest, dict) and {"format_version", "pipeline_class"} <= set(manifest)

@@ -8,9 +8,17 @@ from typing import Any
 _MARKS = ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
 
 
+def parse_json(data: str | bytes) -> Any:
+    """The value that a JSON text is. Raises ValueError if it is damaged, or nested so deeply that only an attacker writes it."""
+    try:
+        return json.loads(data)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
 def read_json(path: Path) -> Any:
     """The contents of a JSON file, in UTF-8, UTF-16 or UTF-32. Raises OSError, and ValueError if it is damaged."""
-    return json.loads(path.read_bytes())
+    return parse_json(path.read_bytes())
 
 
 def has_mark(path: Path) -> bool:

@@ -3,12 +3,12 @@
 Standard library only. People give what they have: an unfinished download, a git-lfs pointer, a pickle, a login page.
 """
 
-import json
 import struct
 from dataclasses import dataclass
 from pathlib import Path
 
 from img2img_export.errors import ExportError, first_line
+from img2img_export.texts import parse_json
 
 SAFETENSORS = ".safetensors"
 PICKLE_SUFFIXES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
@@ -78,7 +78,7 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
                 raise ValueError("its header is too long")
             if 8 + length > size:
                 raise ExportError(_truncated(path, size, 8 + length))
-            data = json.loads(file.read(length))
+            data = parse_json(file.read(length))
         notes = data.pop("__metadata__", {})
         named = 8 + length + max((item["data_offsets"][1] for item in data.values()), default=0)
         tensors = {name: TensorInfo(item["dtype"], tuple(item["shape"])) for name, item in data.items()}

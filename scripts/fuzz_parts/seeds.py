@@ -77,11 +77,31 @@ TOKENS = (
 )
 
 
+def weights(header: bytes, data: bytes = b"") -> bytes:
+    """A safetensors file with such a header."""
+    return struct.pack("<Q", len(header)) + header + data
+
+
+WEIGHTS = (
+    weights(b'{"a":{"dtype":"F16","shape":[2],"data_offsets":[0,4]}}', bytes(4)),
+    weights(b'{"__metadata__":{"format":"pt","_quantization_metadata":"{\\"layers\\":{}}"},"a.weight":{"dtype":"F8_E4M3","shape":[],'
+            b'"data_offsets":[0,1]}}', b"1"),
+)  # fmt: skip
+CONFIGURATIONS = (
+    '{"_class_name": "UNet2DConditionModel", "layers_per_block": 2, "block_out_channels": [32, 64]}',
+    '{"_class_name": "StableDiffusionImg2ImgPipeline", "unet": ["diffusers", "UNet2DConditionModel"]}',
+    '{"metadata": {"total_size": 4}, "weight_map": {"a": "model-00001-of-00001.safetensors"}}',
+)
+
+
 PAST: tuple[tuple[str, bytes], ...] = (
     ("uris", b"http://[:Y]:2@"),  # IndexError of yarl's
     ("manifests", b"[" * 100_000),  # RecursionError of json's, which kept the server from starting
     ("settings", b"a=" + b"[" * 100_000),  # RecursionError of tomllib's
     ("tokens", b"a=" + b"[" * 100_000),
+    ("weights", weights(b"[" * 100_000)),
+    ("weights", weights(b'{"__metadata__":' + b"[" * 100_000)),
+    ("configurations", b"[" * 100_000),
 )
 """Inputs that broke something once, by target."""
 

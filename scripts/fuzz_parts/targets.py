@@ -166,6 +166,73 @@ def _metadata(stack: contextlib.ExitStack) -> Try:
     return attempt
 
 
+def _structure(stack: contextlib.ExitStack) -> Try:
+    """What is read of an image's file before it is decoded: its blocks, and its metadata."""
+    from img2img_server.codecs import structure
+    from img2img_server.errors import InvalidField
+    from img2img_server.images.essentials import essentials
+
+    def attempt(data: bytes) -> None:
+        with contextlib.suppress(InvalidField):
+            structure.check(data, "image.data")
+            assert len(essentials(data).data) <= 2 * len(data) + 2**10  # a TIFF has its directory again
+
+    return attempt
+
+
+def _wire(stack: contextlib.ExitStack) -> Try:
+    """The look at a message's bytes: what it lets through, protobuf parses within the size that it says, or refuses."""
+    from google.protobuf.message import DecodeError
+    from img2img.v1 import image_to_image_pb2 as pb
+    from img2img_server import wire
+    from img2img_server.errors import InvalidField, MalformedMessage
+
+    def attempt(data: bytes) -> None:
+        with contextlib.suppress(InvalidField, MalformedMessage, DecodeError):
+            assert wire.check(data, pb.TransformRequest.DESCRIPTOR) >= len(data)
+            pb.TransformRequest.FromString(data)
+
+    return attempt
+
+
+def _weights(stack: contextlib.ExitStack) -> Try:
+    """A file of weights, as a checkpoint or a LoRA has it: its header, and what its metadata says of layers."""
+    from img2img_export import scaled, weights_file
+    from img2img_export.errors import ExportError
+
+    path = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "model.safetensors"
+
+    def attempt(data: bytes) -> None:
+        path.write_bytes(data)
+        with contextlib.suppress(ExportError):
+            tensors, notes = weights_file.read_header(path)
+            scaled.refuse_other_quantization(str(path), tensors, notes)
+
+    return attempt
+
+
+def _configs(stack: contextlib.ExitStack) -> Try:
+    """A configuration or an index of a bundle: what may lead to code is refused, and nothing else is raised."""
+    from img2img_server.errors import BundleError
+    from img2img_server.pipelines import components, foreign, foreign_configs
+
+    folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+
+    def attempt(data: bytes) -> None:
+        for name, look in (
+            ("model_index.json", foreign_configs.refuse_foreign_config),
+            ("config.json", foreign_configs.refuse_foreign_config),
+            ("model.safetensors.index.json", foreign.refuse_foreign_parts),
+        ):
+            (folder / name).write_bytes(data)
+            with contextlib.suppress(BundleError):
+                look(folder / name)
+        with contextlib.suppress(BundleError):
+            components.read_index(folder)
+
+    return attempt
+
+
 def _manifests() -> Sequence[bytes]:
     with tempfile.TemporaryDirectory() as folder:
         return [seeds.manifest(Path(folder)), b"[" * 2000]
@@ -180,6 +247,10 @@ def targets() -> dict[str, Target]:
         "pictures": Target(_picture, lambda: seeds.PICTURES),
         "uris": Target(_uri, lambda: [uri.encode() for uri in seeds.URIS]),
         "manifests": Target(_manifest, _manifests),
+        "image structures": Target(_structure, lambda: seeds.PICTURES, 2**16),
+        "wire": Target(_wire, lambda: [message.SerializeToString() for message in seeds.VALID["TransformRequest"]]),
+        "weights": Target(_weights, lambda: seeds.WEIGHTS),
+        "configurations": Target(_configs, lambda: [text.encode() for text in seeds.CONFIGURATIONS]),
         "settings": Target(_settings, lambda: [text.encode() for text in seeds.SETTINGS]),
         "tokens": Target(_tokens, lambda: [text.encode() for text in seeds.TOKENS]),
         "metadata": Target(

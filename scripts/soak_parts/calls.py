@@ -14,17 +14,15 @@ from img2img.v1 import image_to_image_pb2 as pb
 from img2img.v1.asset_pb2_grpc import AssetServiceStub
 from img2img.v1.image_to_image_pb2_grpc import ImageToImageServiceStub
 from img2img.v1.model_pb2_grpc import ModelServiceStub
+from tritonclient.grpc import service_pb2 as kserve_pb  # type: ignore[import-untyped]
+from tritonclient.grpc.service_pb2_grpc import GRPCInferenceServiceStub  # type: ignore[import-untyped]
 
+from soak_parts.access import LOAD, Access
 from soak_parts.ledger import Violated
 from soak_parts.pictures import TOLERANCE, difference
 
 PATIENCE = 300.0
 """Seconds after which a call that set no deadline of its own counts as lost."""
-OPTIONS = (
-    ("grpc.max_receive_message_length", -1),
-    ("grpc.use_local_subchannel_pool", 1),  # a connection for each channel
-    ("grpc.enable_http_proxy", 0),
-)
 _SLOW = (("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 1024))
 """A reader whose flow-control window stays small."""
 _FULL = ("QUEUE_FULL", "CLIENT_QUEUE_FULL", "MODEL_MEMORY_FULL", "ASSET_QUOTA_FULL")
@@ -34,11 +32,12 @@ _CHUNK = 64 * 2**10
 class Connection:
     """A channel of its own, and the stubs on it."""
 
-    def __init__(self, target: str, slow: bool = False) -> None:
-        self.channel = grpc.aio.insecure_channel(target, options=OPTIONS + (_SLOW if slow else ()))
+    def __init__(self, target: str, access: Access, tenant: str = LOAD, slow: bool = False) -> None:
+        self.channel = access.channel(target, tenant, _SLOW if slow else ())
         self.images = ImageToImageServiceStub(self.channel)
         self.models = ModelServiceStub(self.channel)
         self.assets = AssetServiceStub(self.channel)
+        self.kserve: Any = GRPCInferenceServiceStub(self.channel)
 
     async def __aenter__(self) -> "Connection":
         return self
@@ -145,3 +144,22 @@ async def unload(connection: Connection, name: str) -> int:
     """Unloads a model. Returns the bytes that gave back."""
     response = await connection.models.UnloadModel(model_pb2.UnloadModelRequest(id=name), timeout=PATIENCE)
     return int(response.freed_bytes)
+
+
+async def infer(connection: Connection, model: str, request: pb.TransformRequest) -> pb.TransformResponse:
+    """The same transform by way of KServe's ModelInfer."""
+    message = kserve_pb.ModelInferRequest(model_name=model)
+    message.inputs.add(name="image", datatype="BYTES", shape=[1])
+    message.raw_input_contents.append(len(request.image.data).to_bytes(4, "little") + request.image.data)
+    for name in ("prompt", "seed", "num_inference_steps", "strength", "guidance_scale", "image_count"):
+        value = getattr(request, name)
+        kind = {str: "string_param", int: "int64_param", float: "double_param"}[type(value)]
+        setattr(message.parameters[name], kind, value)
+    answer = await connection.kserve.ModelInfer(message, timeout=PATIENCE)
+    names = [output.name for output in answer.outputs]
+    data, images = answer.raw_output_contents[names.index("images")], []
+    while data:
+        size = int.from_bytes(data[:4], "little")
+        images.append(pb.ImageResult(data=data[4 : 4 + size]))
+        data = data[4 + size :]
+    return pb.TransformResponse(images=images)

@@ -4,15 +4,18 @@ import asyncio
 import random
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, replace
+from typing import Any
 
 import grpc
 from img2img.v1 import image_to_image_pb2 as pb
 
+from soak_parts.access import Access
 from soak_parts.calls import PATIENCE, Connection, check_pictures, follow
 from soak_parts.ledger import Violated
 from soak_parts.process import ServingProcess
+from soak_parts.strangers import Strangers
 from soak_parts.traffic import KINDS, Traffic
 from soak_parts.watching import Watch
 
@@ -63,13 +66,22 @@ async def measure_capacity(traffic: Traffic, seconds: float) -> float:
 class Driver:
     """Sends `load` by way of `traffic`, in spells, after each of which the server has to come to rest and is measured anew."""
 
-    def __init__(self, traffic: Traffic, watch: Watch, load: Load, dice: random.Random, say: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        traffic: Traffic,
+        watch: Watch,
+        hostile: Strangers | None,
+        load: Load,
+        dice: random.Random,
+        say: Callable[[str], None],
+    ) -> None:
         self._traffic = traffic
+        self._hostile = hostile
         self._watch = watch
         self._load = load
         self._dice = dice
         self._say = say
-        self._tasks: set[asyncio.Task[str]] = set()
+        self._tasks: set[asyncio.Task[object]] = set()
         self.capacities = [load.capacity]
 
     async def run(self) -> None:
@@ -83,6 +95,8 @@ class Driver:
                 await self._rest()
                 if time.monotonic() < end:
                     await self._measure(_MEASURED * spell)
+                if self._hostile is not None:
+                    self._hostile.resume()
         finally:
             sampling.cancel()
 
@@ -91,12 +105,13 @@ class Driver:
         killing, unloading, saying = (
             time.monotonic() + self._dice.uniform(0, every) for every in (_KILL_EVERY, _UNLOAD_EVERY, _PROGRESS_EVERY)
         )
+        self._perform(self._traffic.small_tenant(lambda: time.monotonic() < end))
         while (now := time.monotonic()) < end:
             self._send(self._traffic.draw())
             if now >= killing:
                 self._send("killed client")
                 killing = now + _KILL_EVERY
-            if now >= unloading and self._traffic.second is not None:
+            if now >= unloading:
                 self._send("unload")
                 unloading = now + _UNLOAD_EVERY
             if now >= saying:
@@ -116,8 +131,9 @@ class Driver:
             _, late = await asyncio.wait(self._tasks, timeout=PATIENCE + 60)
             for task in late:
                 task.cancel()
-        if self._traffic.second is not None:
-            await self._traffic.perform("unload")
+        await self._traffic.perform("unload")
+        if self._hostile is not None:
+            await self._hostile.pause()
         await self._watch.rest()
         vitals = self._watch.checkpoints[-1].vitals
         self._say(
@@ -126,7 +142,10 @@ class Driver:
         )
 
     def _send(self, kind: str) -> None:
-        task = asyncio.create_task(self._traffic.perform(kind))
+        self._perform(self._traffic.perform(kind))
+
+    def _perform(self, work: Coroutine[Any, Any, object]) -> None:
+        task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
@@ -139,10 +158,10 @@ class Driver:
         )
 
 
-async def drain(server: ServingProcess, traffic: Traffic) -> tuple[int, float]:
+async def drain(server: ServingProcess, access: Access, traffic: Traffic) -> tuple[int, float]:
     """Ends the server while requests run: each of them must end well. Returns the exit status and the seconds it took."""
     ledger = traffic.ledger
-    async with Connection(server.target) as connection:
+    async with Connection(server.target, access) as connection:
         accepted = [asyncio.Event() for _ in range(_DRAINED)]
 
         async def ask(heard: asyncio.Event) -> None:

@@ -2,11 +2,14 @@
 
 import asyncio
 import contextlib
+import os
 import socket
+import ssl
 import struct
 import sys
 from collections.abc import AsyncIterator
 
+from soak_parts.access import LOAD, Access
 from soak_parts.process import ROOT
 
 _RESET = struct.pack("ii", 1, 0)
@@ -14,10 +17,12 @@ _RESET = struct.pack("ii", 1, 0)
 
 
 class Proxy:
-    """Hands bytes on between a port of its own and the server, until it is told to sever."""
+    """Hands bytes on between a port of its own and the server, until it is told to sever. With a `context` it speaks TLS to the
+    server."""
 
-    def __init__(self, port: int) -> None:
+    def __init__(self, port: int, context: ssl.SSLContext | None = None) -> None:
         self._port = port
+        self._context = context
         self._writers: set[asyncio.StreamWriter] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self.target = ""
@@ -38,7 +43,11 @@ class Proxy:
 
     async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._writers.add(writer)
-        far_reader, far_writer = await asyncio.open_connection("127.0.0.1", self._port)
+        try:
+            far_reader, far_writer = await asyncio.open_connection("127.0.0.1", self._port, ssl=self._context)
+        except OSError:
+            writer.close()
+            return
         self._writers.add(far_writer)
         for source, sink in ((reader, far_writer), (far_reader, writer)):
             task = asyncio.create_task(_pump(source, sink))
@@ -55,9 +64,9 @@ async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> N
 
 
 @contextlib.asynccontextmanager
-async def proxy(port: int) -> AsyncIterator[Proxy]:
+async def proxy(port: int, context: ssl.SSLContext | None = None) -> AsyncIterator[Proxy]:
     """A proxy to the server on `port`; what is left of it at the end is severed."""
-    made = Proxy(port)
+    made = Proxy(port, context)
     server = await made.serve()
     try:
         yield made
@@ -66,7 +75,7 @@ async def proxy(port: int) -> AsyncIterator[Proxy]:
         made.sever()
 
 
-async def kill_a_client(target: str, request: bytes, seconds: float) -> None:
+async def kill_a_client(target: str, access: Access, request: bytes, seconds: float) -> None:
     """Starts a process that sends `request` several times at once, and kills it after `seconds` of that.
 
     Raises OSError where it could not connect.
@@ -74,6 +83,7 @@ async def kill_a_client(target: str, request: bytes, seconds: float) -> None:
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-c", _VICTIM, target),
         cwd=ROOT,
+        env={**os.environ, "AUTHORITY": access.authority.decode(), "TOKEN": access.secrets.get(LOAD, "")},
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
         start_new_session=True,
@@ -93,11 +103,14 @@ async def kill_a_client(target: str, request: bytes, seconds: float) -> None:
 
 
 _VICTIM = """
-import sys, grpc
-channel = grpc.insecure_channel(sys.argv[1])
+import os, sys, grpc
+authority, token = os.environ["AUTHORITY"].encode(), os.environ["TOKEN"]
+made = grpc.ssl_channel_credentials(authority) if authority else grpc.local_channel_credentials()
+channel = grpc.secure_channel(sys.argv[1], made)
+metadata = [("authorization", "Bearer " + token)] if token else []
 grpc.channel_ready_future(channel).result(60)
 call, request = channel.unary_unary("/img2img.v1.ImageToImageService/Transform"), sys.stdin.buffer.read()
-calls = [call.future(request, timeout=600) for _ in range(4)]
+calls = [call.future(request, timeout=600, metadata=metadata) for _ in range(4)]
 print("sent", flush=True)
 [each.exception() for each in calls]
 """

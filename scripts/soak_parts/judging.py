@@ -5,12 +5,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 
+import numpy as np
+
 from soak_parts.ledger import Ledger
 from soak_parts.watching import Checkpoint, Watch, slope
 
 WARM_UP = 0.2
 """The share of the run after which memory is held to its bound."""
 MOST_GROWTH = 0.02
+MOST_SLOPE, LEAST_SLOPE_SECONDS = 0.01, 1800.0
+"""The rise of memory at rest in an hour, of what there was at first; and the seconds of load without which that says nothing."""
+MOST_HEALTH, LEAST_HEALTH_CHECKS = 0.25, 400
+"""Seconds for health's 99th percentile, and the checks without which that is only the longest few."""
+MOST_RATIO, LEAST_SMALL = 3.0, 100
+"""The small tenant's 95th percentile under load, of that alone; and the requests under load that it takes to say so."""
+STOP_SLACK = 5.0
+"""Seconds beyond --grace within which the process ends."""
 LEAST_CHECKPOINTS = 6
 """After warm-up; with fewer, the run was too short to say anything of memory."""
 _DESCRIPTORS, _THREADS = 8, 4
@@ -40,6 +50,11 @@ class Growth:
         """The growth, of 1."""
         return self.last / self.first - 1 if self.first else 0.0
 
+    @property
+    def share_per_hour(self) -> float:
+        """The slope, of what there was at first."""
+        return self.per_hour / self.first if self.first else 0.0
+
 
 def growth_of(watch: Watch, seconds: float) -> Growth:
     """How memory grew after the first fifth of a run of `seconds`."""
@@ -56,8 +71,44 @@ def growth_of(watch: Watch, seconds: float) -> Growth:
     )
 
 
+@dataclass(frozen=True, slots=True)
+class Times:
+    """Seconds: of the small tenant's requests alone and under load, and from SIGTERM to the server's end.
+
+    `grace` is what the server was started with.
+    """
+
+    alone: Sequence[float]
+    under_load: Sequence[float]
+    stop: float
+    grace: float
+
+    @property
+    def ratio(self) -> float:
+        """The small tenant's 95th percentile under load, of that alone; 0 where either is not known."""
+        return percentile(self.under_load, 95) / percentile(self.alone, 95) if self.alone else 0.0
+
+
+def percentile(seconds: Sequence[float], share: float) -> float:
+    """The percentile, 0 of nothing."""
+    return float(np.percentile(seconds, share)) if len(seconds) else 0.0
+
+
+def judge_times(times: Times, health: Sequence[float]) -> list[str]:
+    """The bounds of time that were broken. Those of percentiles need as many samples as a run of a few minutes has."""
+    broken = []
+    p99 = percentile(health, 99)
+    if len(health) >= LEAST_HEALTH_CHECKS and p99 > MOST_HEALTH:
+        broken.append(f"health's 99th percentile is {p99 * 1e3:.0f} ms, the most is {MOST_HEALTH * 1e3:.0f}")
+    if len(times.under_load) >= LEAST_SMALL and times.ratio > MOST_RATIO:
+        broken.append(f"a small tenant's 95th percentile is {times.ratio:.1f} times what it is alone, the most is {MOST_RATIO:g}")
+    if times.stop > times.grace + STOP_SLACK:
+        broken.append(f"the server ended {times.stop:.1f} s after SIGTERM, the most is {times.grace + STOP_SLACK:g}")
+    return broken
+
+
 def judge(ledger: Ledger, watch: Watch, growth: Growth, log: str, seconds: float) -> list[str]:
-    """Every promise that was broken, in a line each; none for a good run."""
+    """Every promise that was broken but for those of time, in a line each; none for a good run."""
     broken = list(ledger.violations)
     if ledger.violation_count > len(ledger.violations):
         broken.append(f"... and {ledger.violation_count - len(ledger.violations)} more like these")
@@ -67,6 +118,8 @@ def judge(ledger: Ledger, watch: Watch, growth: Growth, log: str, seconds: float
         broken.append("health was never asked")
     if growth.judged and growth.share > MOST_GROWTH:
         broken.append(f"memory grew by {growth.share:.1%}, the most is {MOST_GROWTH:.0%}")
+    if growth.judged and seconds >= LEAST_SLOPE_SECONDS and growth.share_per_hour > MOST_SLOPE:
+        broken.append(f"memory at rest rises by {growth.share_per_hour:.1%} an hour, the most is {MOST_SLOPE:.0%}")
     warm = [point for point in watch.checkpoints if point.at <= WARM_UP * seconds] or watch.checkpoints[:1]
     broken += _more_than("descriptors", [point.vitals.descriptors for point in warm], watch.checkpoints, _DESCRIPTORS)
     broken += _more_than("threads", [point.vitals.threads for point in warm], watch.checkpoints, _THREADS)

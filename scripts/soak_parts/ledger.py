@@ -23,6 +23,8 @@ class Ledger:
     """Kind -> how often it was begun."""
     violations: list[str] = field(default_factory=list)
     violation_count: int = 0
+    doubled: int = 0
+    """Operations that ended more than once."""
     _open: dict[int, tuple[str, float]] = field(default_factory=dict)
     _numbers: "itertools.count[int]" = field(default_factory=itertools.count)
 
@@ -36,6 +38,7 @@ class Ledger:
     def end(self, number: int, ending: str) -> None:
         """Notes how an operation ended."""
         if number not in self._open:
+            self.doubled += 1
             self.violate(f"operation {number} ended twice, the second time as {ending}")
             return
         kind, _ = self._open.pop(number)

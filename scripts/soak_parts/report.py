@@ -2,13 +2,13 @@
 
 import json
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 
-from soak_parts.judging import Growth
+from soak_parts.judging import STOP_SLACK, Growth, Times, percentile
 from soak_parts.ledger import Ledger
 from soak_parts.traffic import KINDS
 from soak_parts.watching import Watch
@@ -26,11 +26,20 @@ class Run:
     seconds: float
     capacity: float
     rate: float
-    stop_seconds: float
     exit_status: int
+    options: str
 
 
-def write(folder: Path, run: Run, ledger: Ledger, watch: Watch, growth: Growth, broken: Sequence[str]) -> str:
+def write(
+    folder: Path,
+    run: Run,
+    ledger: Ledger,
+    watch: Watch,
+    growth: Growth,
+    times: Times,
+    attacks: Mapping[str, Mapping[str, int]],
+    broken: Sequence[str],
+) -> str:
     """Writes soak.json and soak.md into `folder`, and returns the table."""
     figures = {
         "run": asdict(run),
@@ -38,24 +47,37 @@ def write(folder: Path, run: Run, ledger: Ledger, watch: Watch, growth: Growth, 
         "issued": dict(ledger.issued),
         "endings": [{"kind": kind, "ending": ending, "count": n} for (kind, ending), n in sorted(ledger.endings.items())],
         "lost": ledger.lost,
+        "doubled": ledger.doubled,
+        "wrong": ledger.count("wrong"),
         "health": {"count": len(watch.health_seconds), **_quantiles(watch.health_seconds)},
-        "memory": {**asdict(growth), "share": growth.share},
+        "small_tenant": {"alone": _quantiles(times.alone), "under_load": _quantiles(times.under_load), "ratio": times.ratio},
+        "stop": {"seconds": times.stop, "grace": times.grace},
+        "attacks": attacks,
+        "memory": {**asdict(growth), "share": growth.share, "share_per_hour": growth.share_per_hour},
         "checkpoints": [{"at": point.at, **asdict(point.vitals)} for point in watch.checkpoints],
         "broken": list(broken),
     }
-    table = _table(run, ledger, watch, growth, broken)
+    table = _table(run, ledger, watch, growth, times, attacks, broken)
     (folder / "soak.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     (folder / "soak.md").write_text(table, encoding="utf-8")
     return table
 
 
-def _table(run: Run, ledger: Ledger, watch: Watch, growth: Growth, broken: Sequence[str]) -> str:
+def _table(
+    run: Run,
+    ledger: Ledger,
+    watch: Watch,
+    growth: Growth,
+    times: Times,
+    attacks: Mapping[str, Mapping[str, int]],
+    broken: Sequence[str],
+) -> str:
     health = _quantiles(watch.health_seconds)
     first, last = watch.checkpoints[0].vitals, watch.checkpoints[-1].vitals
     faults = sum(count for kind, count in ledger.issued.items() if KINDS[kind].fault)
     verdict = f"{growth.share:+.2%}" + ("" if growth.judged else " (too short a run to judge)")
     rows = [
-        ("model, seed", f"{run.model}, {run.seed}"),
+        ("model, seed, options", f"{run.model}, {run.seed}, {run.options}"),
         ("minutes under load", f"{run.seconds / 60:.1f}"),
         ("capacity; operations sent", f"{run.capacity:.2f} pictures a second; {run.rate:.2f} a second"),
         ("operations", f"{sum(ledger.issued.values())}, {faults} of them with a fault"),
@@ -66,7 +88,9 @@ def _table(run: Run, ledger: Ledger, watch: Watch, growth: Growth, broken: Seque
         ("refused as invalid", f"{ledger.count('invalid')}"),
         ("models unloaded", f"{ledger.count('done')}"),
         ("**lost**", f"**{ledger.lost}**"),
-        ("wrong", f"{ledger.count('wrong')}"),
+        ("**doubled**", f"**{ledger.doubled}**"),
+        ("**wrong**", f"**{ledger.count('wrong')}**"),
+        ("hostile clients' attempts, by kind", _attempts(attacks)),
         (
             "health checks; median, 99 %, longest",
             f"{len(watch.health_seconds)}; "
@@ -77,21 +101,38 @@ def _table(run: Run, ledger: Ledger, watch: Watch, growth: Growth, broken: Seque
         ("**memory growth**", f"**{verdict}**"),
         (
             "slope at rest; under load",
-            f"{growth.per_hour / _MEBI:+.1f} MiB an hour; {growth.load_per_hour / _MEBI:+.1f} MiB an hour",
+            f"{growth.share_per_hour:+.1%}, {growth.per_hour / _MEBI:+.1f} MiB an hour; "
+            f"{growth.load_per_hour / _MEBI:+.1f} MiB an hour",
         ),
         ("file descriptors, first and last", f"{first.descriptors}, {last.descriptors}"),
         ("threads, first and last", f"{first.threads}, {last.threads}"),
-        ("SIGTERM with requests in progress", f"exit status {run.exit_status} after {run.stop_seconds:.1f} s"),
+        (
+            "a small tenant's requests; its 95 % alone, under load",
+            f"{len(times.under_load)}; {_p95(times.alone)}, {_p95(times.under_load)} ms ({times.ratio:.1f} times)",
+        ),
+        (
+            "SIGTERM with requests in progress and hostile clients connected",
+            f"exit status {run.exit_status} after {times.stop:.1f} s of {times.grace + STOP_SLACK:g}",
+        ),
         ("promises broken", f"{len(broken)}"),
     ]
     lines = ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)]
     return "\n".join(lines) + "\n"
 
 
+def _attempts(attacks: Mapping[str, Mapping[str, int]]) -> str:
+    return "; ".join(f"{kind}: {sum(statuses.values())}" for kind, statuses in sorted(attacks.items())) or "none"
+
+
+def _p95(seconds: Sequence[float]) -> str:
+    return f"{percentile(seconds, 95) * 1e3:.0f}"
+
+
 def _quantiles(seconds: Sequence[float]) -> dict[str, float]:
     values = seconds or [0.0]
     return {
         "median": float(np.median(values)),
-        "p99": float(np.quantile(values, 0.99)),
+        "p95": percentile(values, 95),
+        "p99": percentile(values, 99),
         "most": max(values),
     }

@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
@@ -9,6 +10,7 @@ import grpc
 from img2img.v1 import asset_pb2, model_pb2
 from img2img.v1 import image_to_image_pb2 as pb
 
+from soak_parts.access import SMALL, Access
 from soak_parts.calls import (
     PATIENCE,
     Connection,
@@ -16,6 +18,7 @@ from soak_parts.calls import (
     download,
     ending_of,
     follow,
+    infer,
     unload,
     upload,
 )
@@ -25,6 +28,8 @@ from soak_parts.pictures import BAD_FIELDS, Subject, bad_pictures
 
 _BRIEF = 2.0
 """Seconds within which a caller that gives up does so."""
+_THINKING = 0.5
+"""Seconds between an answer to the small tenant and its next request."""
 _PROMPTS = 200
 """Different prompts that come beside the subjects' own, so that caches overflow and still come to an end."""
 
@@ -47,6 +52,7 @@ KINDS = {
     "plain": _kind(30, "picture", "refused", fault=False),
     "stream": _kind(14, "picture", "refused", fault=False),
     "second model": _kind(5, "picture", "refused", fault=False),
+    "KServe": _kind(5, "picture", "refused", fault=False),
     "asset": _kind(5, "picture", "refused", fault=False),
     "slow reader": _kind(5, "picture", "refused"),
     "cancel": _kind(14, "cancelled", "picture", "refused"),
@@ -57,6 +63,8 @@ KINDS = {
     # Not drawn from the mix, as each costs a process or a model: on a clock of their own.
     "killed client": _kind(0, "killed"),
     "unload": _kind(0, "done"),
+    # One after another, beside the mix, by a tenant of its own.
+    "small tenant": _kind(0, "picture", "refused", fault=False),
 }
 
 
@@ -64,18 +72,28 @@ class Traffic:
     """Performs operations on one server, drawn by `dice`, and keeps `ledger`."""
 
     def __init__(
-        self, port: int, subjects: Sequence[Subject], second: str | None, assets: bool, ledger: Ledger, dice: random.Random
+        self,
+        port: int,
+        access: Access,
+        subjects: Sequence[Subject],
+        models: tuple[str, str],
+        kserve: bool,
+        ledger: Ledger,
+        dice: random.Random,
     ) -> None:
         self.ledger = ledger
-        self.second = second
+        self.first, self.second = models
+        self.small_seconds: list[float] = []
+        """How long each answer took that the small tenant got."""
         self.references: dict[Subject, list[bytes]] = {}
         self._port = port
         self._target = f"127.0.0.1:{port}"
         self._subjects = subjects
         self._dice = dice
-        self._main = Connection(self._target)
-        absent = {name for name, there in (("second model", second), ("asset", assets)) if not there}
-        self._mix = {name: kind.share for name, kind in KINDS.items() if name not in absent}
+        self._access = access
+        self._main = Connection(self._target, access)
+        self._small = Connection(self._target, access, SMALL)
+        self._mix = {name: kind.share for name, kind in KINDS.items() if kserve or name != "KServe"}
         self._operations: dict[str, Callable[[], Awaitable[str]]] = {
             "plain": self._plain,
             "stream": self._stream,
@@ -89,11 +107,31 @@ class Traffic:
             "bad field": self._bad_field,
             "killed client": self._killed_client,
             "unload": self._unload,
+            "KServe": self._kserve,
+            "small tenant": self._small_tenant,
         }
 
     async def close(self) -> None:
-        """Closes the connection that most operations share."""
+        """Closes the connections that operations share."""
         await self._main.channel.close()
+        await self._small.channel.close()
+
+    async def upload(self) -> str:
+        """Uploads an image and returns its id."""
+        return await upload(self._main, self._subjects[0].source)
+
+    async def small_tenant(self, going: Callable[[], bool]) -> None:
+        """Requests of a tenant that waits for each answer before it asks again, for as long as `going` says so."""
+        while going():
+            await self.perform("small tenant")
+            await asyncio.sleep(_THINKING)
+
+    async def small_alone(self, times: int) -> list[float]:
+        """The seconds of each of so many requests of the small tenant: nobody else may call meanwhile."""
+        left = iter(range(times))
+        await self.small_tenant(lambda: next(left, None) is not None)
+        seconds, self.small_seconds = self.small_seconds, []
+        return seconds
 
     async def draw_references(self) -> None:
         """Draws each subject's pictures alone: what every later one is held to."""
@@ -147,7 +185,7 @@ class Traffic:
 
     async def _second_model(self) -> str:
         subject = self._subject()
-        reference = pb.ModelReference(path=self.second or "")
+        reference = pb.ModelReference(path=self.second)
         response = await self._main.images.Transform(subject.message(model=reference), timeout=PATIENCE)
         check_pictures(response, self.references[subject])
         return "picture"
@@ -184,7 +222,7 @@ class Traffic:
     async def _slow_reader(self) -> str:
         subject = self._subject()
         request = pb.TransformStreamRequest(request=subject.message(preview_interval=1))
-        async with Connection(self._target, slow=True) as connection:
+        async with Connection(self._target, self._access, slow=True) as connection:
             call = connection.images.TransformStream(request, timeout=PATIENCE)
             check_pictures(await follow(call, pause=self._dice.uniform(0.05, 0.5)), self.references[subject])
         return "picture"
@@ -212,7 +250,7 @@ class Traffic:
         return "picture"
 
     async def _disconnect(self) -> str:
-        async with proxy(self._port) as broken, Connection(broken.target) as connection:
+        async with proxy(self._port) as broken, Connection(broken.target, self._access) as connection:
             call = connection.images.TransformStream(pb.TransformStreamRequest(request=self._stranger()), timeout=PATIENCE)
             heard = asyncio.Event()
             task = asyncio.ensure_future(follow(call, started=heard))
@@ -235,11 +273,22 @@ class Traffic:
         raise Violated(f"a picture was made with a wrong {field}")
 
     async def _killed_client(self) -> str:
-        await kill_a_client(self._target, self._stranger().SerializeToString(), self._dice.uniform(0, _BRIEF))
+        await kill_a_client(self._target, self._access, self._stranger().SerializeToString(), self._dice.uniform(0, _BRIEF))
         return "killed"
 
+    async def _kserve(self) -> str:
+        subject = self._subject()
+        check_pictures(await infer(self._main, self.first, subject.message()), self.references[subject])
+        return "picture"
+
+    async def _small_tenant(self) -> str:
+        subject, begun = self._subjects[0], time.monotonic()
+        response = await self._small.images.Transform(subject.message(), timeout=PATIENCE)
+        self.small_seconds.append(time.monotonic() - begun)
+        check_pictures(response, self.references[subject])
+        return "picture"
+
     async def _unload(self) -> str:
-        assert self.second is not None, "only where there is one"
         await unload(self._main, self.second)
         model = await self._main.models.GetModel(model_pb2.GetModelRequest(id=self.second), timeout=PATIENCE)
         if model.model.state == model_pb2.MODEL_STATE_FAILED:

@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +13,7 @@ import psutil
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from prometheus_client.parser import text_string_to_metric_families
 
+from soak_parts.access import SMALL, Access
 from soak_parts.ledger import Ledger
 from soak_parts.process import ServingProcess, Vitals
 
@@ -23,6 +25,8 @@ _REST_SECONDS = 60.0
 _SETTLE_SECONDS = 2.0
 _QUEUE = ("img2img_engine_waiting_requests", "img2img_engine_active_requests")
 _CALLS = "img2img_calls_in_progress"
+_OWN = ("img2img", "inference")
+"""Services whose calls end by themselves, unlike health's watches."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +44,9 @@ class Watch:
     server: ServingProcess
     metrics_port: int
     ledger: Ledger
+    access: Access = field(default_factory=Access)
+    unread: Counter[str] = field(default_factory=Counter)
+    """The calls of each method that hostile clients may have open while the server is at rest."""
     health_seconds: list[float] = field(default_factory=list)
     under_load: list[tuple[float, int]] = field(default_factory=list)
     checkpoints: list[Checkpoint] = field(default_factory=list)
@@ -47,7 +54,7 @@ class Watch:
 
     async def health(self) -> None:
         """Asks again and again how the server is, as a load balancer would, until it is cancelled."""
-        async with grpc.aio.insecure_channel(self.server.target) as channel:
+        async with self.access.channel(self.server.target, SMALL) as channel:
             stub: Any = health_pb2_grpc.HealthStub(channel)  # its stubs for mypy know no methods
             while True:
                 asked = time.monotonic()
@@ -71,7 +78,7 @@ class Watch:
             await asyncio.sleep(_SAMPLE_EVERY)
 
     async def rest(self) -> None:
-        """Once nobody calls, waits until the engine is idle, and notes how the server is then."""
+        """Once only hostile clients have calls open, waits until the engine is idle, and notes how the server is then."""
         end = time.monotonic() + _REST_SECONDS
         while left := await self._busy():
             if time.monotonic() > end:
@@ -91,8 +98,9 @@ class Watch:
         if len(found) < len(_QUEUE):
             raise ValueError(f"the server's metrics lack some of {', '.join(_QUEUE)}")
         for each in samples:
-            if each.name == _CALLS and "img2img" in each.labels["method"]:
-                found[each.labels["method"]] = each.value
+            if each.name == _CALLS and any(own in each.labels["method"] for own in _OWN):
+                method = each.labels["method"]
+                found[method] = max(0.0, each.value - self.unread[f"/{method.strip('/')}"])
         return {name: value for name, value in found.items() if value}
 
 

@@ -11,7 +11,6 @@ import pytest
 from asset_calls import noise, upload
 from fakes import FakePipeline
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from image_bombs import BOMBS
 from img2img.v1 import image_to_image_pb2 as pb
 from img2img.v1 import model_pb2
 from img2img.v1.asset_pb2_grpc import AssetServiceStub
@@ -24,6 +23,7 @@ from img2img_server.errors import ImageMemoryFull
 from img2img_server.images import ImageLimits
 from messages import failure, request
 from running import RunningServer, running, store
+from soak_parts.image_bombs import BOMBS
 
 
 def call(client: str, request_id: str = "i") -> Call:

@@ -11,7 +11,6 @@ from pathlib import Path
 import grpc
 import pytest
 from fakes import Clock, FakePipeline
-from hostile import WATCH, unread, watch_of
 from img2img.v1 import image_to_image_pb2 as pb
 from img2img.v1.image_to_image_pb2_grpc import ImageToImageServiceStub
 from img2img_server.config import TelemetrySettings
@@ -20,6 +19,7 @@ from img2img_server.telemetry.repeats import INTERVAL, MOST, Repeats
 from messages import failure, request
 from running import running, store
 from scraping import settled, value
+from soak_parts.hostile import WATCH, unread, watch_of
 
 
 @pytest.fixture

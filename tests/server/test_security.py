@@ -14,7 +14,6 @@ from typing import Any
 
 import grpc
 import pytest
-import raw_http2
 from fake_codecs import FakeProcess
 from fakes import FakePipeline
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -29,8 +28,9 @@ from img2img_server.codecs.pool import Codecs
 from img2img_server.config import ServerConfig
 from img2img_server.models.store import ModelStore
 from messages import failure, request
-from raw_http2 import RawConnection, settings_of
 from running import RunningServer, manifest, running, store
+from soak_parts import raw_http2
+from soak_parts.raw_http2 import RawConnection, settings_of
 
 TRANSFORM = "/img2img.v1.ImageToImageService/Transform"
 

@@ -6,7 +6,6 @@ from typing import Any
 
 import grpc
 import pytest
-from hostile import STREAM, UNARY, unread
 from img2img.v1 import image_to_image_pb2 as pb
 from img2img.v1 import model_pb2
 from img2img.v1.model_pb2_grpc import ModelServiceStub
@@ -17,6 +16,7 @@ from img2img_server.readers import MAX_CLIENT_UNREAD, MAX_UNREAD, Readers
 from kserve_calls import serving
 from messages import request
 from PIL import Image
+from soak_parts.hostile import STREAM, UNARY, unread
 
 ANSWER = pb.TransformResponse(model_id="m")
 

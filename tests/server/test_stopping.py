@@ -9,14 +9,14 @@ from pathlib import Path
 import grpc
 import pytest
 from fakes import FakePipeline
-from hostile import WATCH, crowd, unread, watch_of
 from img2img.v1 import asset_pb2, model_pb2
 from img2img.v1.asset_pb2_grpc import AssetServiceStub
 from img2img.v1.model_pb2_grpc import ModelServiceStub
 from kserve_calls import serving
-from messages import png
+from messages import png, request
 from running import running, store
 from server_process import FAULTY, Process
+from soak_parts.hostile import WATCH, crowd, unread, watch_of
 
 READY, UNLOADED = model_pb2.MODEL_STATE_READY, model_pb2.MODEL_STATE_UNLOADED
 ENDED = 30
@@ -50,7 +50,7 @@ def test_the_process_ends_while_clients_that_never_read_are_connected(
     process = start(*FAULTY, fault, *flags)
     with process.channel() as channel:
         asset = _asset(channel)
-    with crowd(process.port, asset):
+    with crowd(process.port, request(), asset):
         for number in signals:
             process.popen.send_signal(number)
         assert process.popen.wait(ENDED) == status
@@ -61,7 +61,7 @@ def test_models_are_unloaded_and_loaded_while_clients_that_never_read_watch_them
     with (
         serving(tmp_path) as (server, _),
         unread(server.port, *((WATCH, watch_of(name)) for name in names * 3)),
-        crowd(server.port),
+        crowd(server.port, request()),
         grpc.insecure_channel(f"localhost:{server.port}") as channel,
     ):
         models = ModelServiceStub(channel)

@@ -4,15 +4,15 @@ import io
 from contextlib import suppress
 from typing import Any
 
-import image_bombs
 import pytest
-from image_bombs import BOMBS, LARGEST
 from img2img_server import images
 from img2img_server.codecs import structure
 from img2img_server.codecs.jobs import Inspect, Load
 from img2img_server.errors import InvalidField
 from img2img_server.images import ImageLimits, SizeRule
 from PIL import Image, ImageCms, TiffImagePlugin
+from soak_parts import image_bombs
+from soak_parts.image_bombs import BOMBS, LARGEST
 
 
 def nothing_more(size: int, seconds: float) -> None:

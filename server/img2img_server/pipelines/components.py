@@ -94,7 +94,7 @@ def read_index(bundle: Path) -> dict[str, Any]:
     path = bundle / "model_index.json"
     try:
         index = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise BundleError(f"{path} cannot be read: {error}") from error
     if not isinstance(index, dict):
         raise BundleError(f"{path} is not an object")

@@ -37,7 +37,7 @@ def refuse_foreign_parts(path: Path) -> None:
     alone, diffusers and transformers read all the same whatever is listed, as a pickle."""
     try:
         parts = set(json.loads(path.read_bytes())["weight_map"].values())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise BundleError(f"{path} cannot be read") from None
     for part in parts:
         if not (isinstance(part, str) and part.endswith(".safetensors") and part == Path(part).name):

@@ -15,6 +15,8 @@ _PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 
 @dataclass(frozen=True, slots=True)
 class Frame:
+    """A frame of HTTP/2."""
+
     kind: int
     flags: int
     stream: int
@@ -22,6 +24,7 @@ class Frame:
 
     @property
     def bytes(self) -> bytes:
+        """As it is sent."""
         return (
             len(self.payload).to_bytes(3, "big") + bytes([self.kind, self.flags]) + self.stream.to_bytes(4, "big") + self.payload
         )
@@ -42,17 +45,20 @@ class RawConnection:
             raise
 
     def send(self, kind: int, payload: bytes = b"", flags: int = 0, stream: int = 0) -> None:
+        """Sends one frame."""
         self._socket.sendall(Frame(kind, flags, stream, payload).bytes)
 
-    def call(self, method: str, *messages: bytes, stream: int = 1, token: str = "", end: bool = True) -> None:
-        """Begins a call and sends `messages`, each 65535 bytes at most in all; without any the call stays open."""
+    def call(self, method: str, *messages: bytes, stream: int = 1, token: str = "", end: bool = True, encoding: str = "") -> None:
+        """Begins a call and sends `messages`, 65535 bytes at most in all; without any the call stays open. With an `encoding`,
+        such as gzip, the messages are marked as compressed: they have to be so already."""
         headers = {":method": "POST", ":scheme": "http", ":path": method, ":authority": "x", "te": "trailers",
                    "content-type": "application/grpc"} | ({"authorization": f"Bearer {token}"} if token else {})  # fmt: skip
+        headers |= {"grpc-encoding": encoding} if encoding else {}
         literal = b"".join(b"\x00" + _string(name) + _string(value) for name, value in headers.items())
         self.send(HEADERS, literal, END_HEADERS, stream)
         for number, message in enumerate(messages, start=1):
             last = end and number == len(messages)
-            data = b"\x00" + len(message).to_bytes(4, "big") + message
+            data = bytes([bool(encoding)]) + len(message).to_bytes(4, "big") + message
             blocks = [data[start : start + MAX_FRAME] for start in range(0, len(data), MAX_FRAME)]
             for block in blocks[:-1]:
                 self.send(DATA, block, stream=stream)
@@ -74,6 +80,7 @@ class RawConnection:
             self._buffer += data
 
     def close(self) -> None:
+        """Closes the connection."""
         self._socket.close()
 
     def __enter__(self) -> "RawConnection":

@@ -11,6 +11,7 @@ LARGEST = 16 * 2**20
 
 
 def saved(size: tuple[int, int], file_format: str, mode: str = "RGB", **options: object) -> bytes:
+    """A plain image's file."""
     file = io.BytesIO()
     Image.new(mode, size, 128 if mode in ("L", "P") else "teal").save(file, file_format, **options)
     return file.getvalue()
@@ -42,6 +43,7 @@ def jpeg_junk(byte: bytes, count: int) -> bytes:
 
 
 def chunk(kind: bytes, body: bytes = b"") -> bytes:
+    """A chunk of a PNG."""
     return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
 
@@ -53,6 +55,7 @@ def png(*chunks: bytes, size: tuple[int, int] = (8, 8), color: int = 2, idat: by
 
 
 def png_chunks(kind: bytes, count: int, body: bytes = b"") -> bytes:
+    """A PNG with so many chunks of one kind before its image."""
     return png(chunk(kind, body) * count)
 
 
@@ -77,6 +80,7 @@ def deflate_of_tables(count: int) -> bytes:
 
 
 def gif(*extensions: bytes, size: tuple[int, int] = (8, 8)) -> bytes:
+    """A GIF with extensions before its image."""
     data = saved(size, "GIF", "P")
     at = 13 + 3 * 2 ** ((data[10] & 7) + 1) if data[10] & 0x80 else 13
     return data[:at] + b"".join(extensions) + data[at:]

@@ -9,8 +9,8 @@ from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
 from img2img.v1 import asset_pb2
 from img2img.v1 import image_to_image_pb2 as pb
-from messages import request
-from raw_http2 import ACK, HEADERS, PING, RawConnection
+
+from soak_parts.raw_http2 import ACK, HEADERS, PING, RawConnection
 
 WATCH = "/grpc.health.v1.Health/Watch"
 STREAM = "/img2img.v1.ImageToImageService/TransformStream"
@@ -23,6 +23,7 @@ KSERVE_UNARY = "/inference.GRPCInferenceService/ServerLive"
 
 
 def watch_of(service: str) -> bytes:
+    """The message of a watch."""
     return health_pb2.HealthCheckRequest(service=service).SerializeToString()
 
 
@@ -34,43 +35,55 @@ class Unread:
         self._connection = connection
         self._changed = threading.Condition()
         self._begun: set[int] = set()
+        self.closed = threading.Event()
+        """Set once the server has closed the connection."""
         self._thread = threading.Thread(target=self._read, daemon=True)
         self._thread.start()
 
     def wait_for(self, *streams: int) -> None:
-        """Returns once the server has begun to answer these calls."""
+        """Returns once the server has begun to answer these calls. Raises ConnectionError if it closes the connection first."""
         with self._changed:
-            assert self._changed.wait_for(lambda: self._begun.issuperset(streams), 60)
+            assert self._changed.wait_for(lambda: self.closed.is_set() or self._begun.issuperset(streams), 60)
+            if not self._begun.issuperset(streams):
+                raise ConnectionError("the server closed the connection")
 
     def _read(self) -> None:
-        with contextlib.suppress(OSError):
-            for frame in self._connection.frames():
-                if frame.kind == PING and not frame.flags & ACK:
-                    self._connection.send(PING, frame.payload, ACK)
-                elif frame.kind == HEADERS:
-                    with self._changed:
-                        self._begun.add(frame.stream)
-                        self._changed.notify_all()
+        try:
+            self._acknowledge()
+        except OSError:
+            pass
+        finally:
+            with self._changed:
+                self.closed.set()
+                self._changed.notify_all()
+
+    def _acknowledge(self) -> None:
+        for frame in self._connection.frames():
+            if frame.kind == PING and not frame.flags & ACK:
+                self._connection.send(PING, frame.payload, ACK)
+            elif frame.kind == HEADERS:
+                with self._changed:
+                    self._begun.add(frame.stream)
+                    self._changed.notify_all()
 
 
 @contextlib.contextmanager
-def unread(port: int, *calls: tuple[str, bytes]) -> Iterator[Unread]:
+def unread(port: int, *calls: tuple[str, bytes], token: str = "") -> Iterator[Unread]:
     """Within the block a client is connected that makes these calls, the first on stream 1, the next on stream 3, and reads no
     answer. The server has begun to answer the first watch of each service."""
     with RawConnection(port, window=0, timeout=None) as connection:
         reader = Unread(connection)
         watched: dict[bytes, int] = {}
         for stream, (method, message) in zip(itertools.count(1, 2), calls, strict=False):
-            connection.call(method, message, stream=stream)
+            connection.call(method, message, stream=stream, token=token)
             if method == WATCH:
                 watched.setdefault(message, stream)
         reader.wait_for(*watched.values())
         yield reader
 
 
-def crowd_calls(asset: str = "", kserve: bool = True) -> list[tuple[str, bytes]]:
-    """A call of each kind that answers, as often as a hostile client would, that is to say several times."""
-    transform = request()
+def crowd_calls(transform: pb.TransformRequest, asset: str = "", kserve: bool = True) -> list[tuple[str, bytes]]:
+    """A call of each kind that answers, several times."""
     calls = [
         (STREAM, pb.TransformStreamRequest(request=transform).SerializeToString()),
         (UNARY, transform.SerializeToString()),
@@ -86,12 +99,20 @@ def crowd_calls(asset: str = "", kserve: bool = True) -> list[tuple[str, bytes]]
 
 
 @contextlib.contextmanager
-def crowd(port: int, asset: str = "", kserve: bool = True) -> Iterator[None]:
-    """Within the block these clients are connected, and the server has their calls in progress."""
-    with unread(port, *crowd_calls(asset, kserve)), RawConnection(port, window=0, timeout=None) as uploads:
+def stalled(port: int, token: str = "") -> Iterator[None]:
+    """Within the block a client is connected whose uploads stop half-way, and one call's message never comes."""
+    with RawConnection(port, window=0, timeout=None) as uploads:
         Unread(uploads)
         info = asset_pb2.UploadAssetRequest(info=asset_pb2.UploadAssetInfo(size=1000))
         for stream in (1, 3, 5):
-            uploads.call(UPLOAD, info.SerializeToString(), stream=stream, end=False)
-        uploads.call(UNARY, stream=7)  # its message never comes
+            uploads.call(UPLOAD, info.SerializeToString(), stream=stream, end=False, token=token)
+        uploads.call(UNARY, stream=7, token=token)
         yield
+
+
+@contextlib.contextmanager
+def crowd(port: int, transform: pb.TransformRequest, asset: str = "", kserve: bool = True, token: str = "") -> Iterator[Unread]:
+    """Within the block these clients are connected, and the server has their calls in progress."""
+    calls = crowd_calls(transform, asset, kserve)
+    with unread(port, *calls, token=token) as reader, stalled(port, token):
+        yield reader
