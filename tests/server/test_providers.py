@@ -183,7 +183,8 @@ def test_asking_for_what_is_not_there_ends_the_server_with_one_line(tmp_path: Pa
     if not probe("tensorrt").problem:
         pytest.skip("this machine has TensorRT")
     plant(tmp_path, "m")
-    command = [sys.executable, "-m", "img2img_server", "--models", str(tmp_path), "--port", "0", "--provider", "tensorrt"]
+    command = [sys.executable, "-m", "img2img_server", "--models", str(tmp_path), "--port", "0"]
+    command += ["--provider", "tensorrt", "--log-level", "error"]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert (ended.returncode, ended.stdout) == (1, "")
     assert ended.stderr.splitlines() == [f"img2img serve: provider 'tensorrt' cannot be used: {probe('tensorrt').problem}"]
