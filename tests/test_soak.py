@@ -38,11 +38,12 @@ def test_a_short_soak_keeps_every_promise(tmp_path: Path) -> None:
     figures = json.loads((tmp_path / "soak.json").read_text())
     assert (figures["lost"], figures["doubled"], figures["wrong"]) == (0, 0, 0)
     assert figures["broken"] == []
-    # Everything that comes from the mix did come, and operations ended in all the ways there are.
+    # Everything that comes from the mix did come, and operations ended in all the ways there are. Whether a queue was full, and
+    # requests were refused, depends on the machine's speed.
     drawn = {name for name, kind in KINDS.items() if kind.share}
     assert drawn <= set(figures["issued"])
     endings = {each["ending"] for each in figures["endings"]}
-    assert {"picture", "refused", "invalid", "cancelled", "disconnected"} <= endings
+    assert {"picture", "invalid", "cancelled", "disconnected"} <= endings
     assert figures["run"]["exit_status"] == 0
     assert 0 < figures["stop"]["seconds"] <= figures["stop"]["grace"] + 5
     assert (tmp_path / "soak.md").read_text() in result.stdout

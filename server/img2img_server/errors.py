@@ -146,7 +146,8 @@ class AssetNotFound(ServerError):
 
 
 class StorageFailed(ServerError):
-    """What keeps the assets cannot be read or written: its disk is full, say, or it cannot be reached."""
+    """What keeps the assets, or the bytes of an image while it is decoded or encoded, cannot be read or written: its disk is
+    full, for example, or it cannot be reached."""
 
     status = "UNAVAILABLE"
     reason = "STORAGE_FAILED"

@@ -54,7 +54,7 @@ async def live(server: Server) -> int:
         second = asyncio.ensure_future(signals.get())
         draining = asyncio.ensure_future(server.stop())
         await asyncio.wait({draining, second, stuck}, return_when=asyncio.FIRST_COMPLETED)
-        if draining.done():
+        if draining.done() and not server.stuck:
             draining.result()
             last.status = 0
             return 0

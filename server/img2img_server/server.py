@@ -72,6 +72,8 @@ class Server:
         self._codecs = Codecs(_processes(config.codecs.decoders), _processes(config.codecs.encoders), self._memory)
         self._server: grpc.aio.Server | None = None
         self._handlers = Handlers()
+        self._stopped = False
+        self._stuck = False
         self._names = ["", SERVICE]
         self.port = 0
 
@@ -85,8 +87,16 @@ class Server:
         """Where metrics are served, None where they are not."""
         return self._telemetry.metrics_port
 
+    @property
+    def stuck(self) -> bool:
+        """Whether the engine does not come back from a call."""
+        return self._stuck
+
     async def start(self) -> None:
-        """Binds the port, opens the backend and serves. Raises BundleError, OSError or ValueError if that cannot be done."""
+        """Binds the port, opens the backend and serves. Raises BundleError, OSError or ValueError if that cannot be done.
+
+        If the server is stopped before it serves, this returns once what it had begun is closed.
+        """
         check(self._config)
         if self._config.kserve:
             from img2img_server.kserve import extra
@@ -101,11 +111,16 @@ class Server:
         for name in self._names:
             self._health.set(name, False)
         _log.info("listening on %s:%d, not serving yet", self._config.host, self.port)
-        await self._assets.open()
-        await self._sources.open()
+        try:
+            await self._open()
+        except Exception:
+            if not self._stopped:
+                raise
+            _log.info("the server was stopped before it served", exc_info=_log.isEnabledFor(logging.DEBUG))
+        if self._stopped:
+            await self._close_unserved()  # what was opened after `stop` had closed the rest
+            return
         backend = self._backend
-        await backend.open(self._set_model_health, self._telemetry.span)
-        await self._codecs.start()
         self._telemetry.watch(backend.runner, backend.models, backend.cache, self._assets, self._codecs)
         self._add_services(access)
         for name in (*self._names, *(f"models/{name}" for name in backend.models.pipelines())):
@@ -117,14 +132,9 @@ class Server:
 
     async def stop(self) -> None:
         """Drains: takes no new requests, lets the running ones finish within the grace period, then ends them."""
+        self._stopped = True
         if self._server is None or not self._handlers.ready:
-            if self._server is not None:
-                await self._server.stop(grace=None)
-            self._telemetry.close()
-            await self._codecs.close()
-            await self._sources.close()
-            await self._assets.close()
-            await self._backend.close()
+            await self._close_unserved()
             return
         self._health.drain()
         await self._backend.drain(self._config.grace)
@@ -155,8 +165,26 @@ class Server:
         """Returns when the server can serve no more: its engine is stuck, and only the process's end can cure that."""
         await self._failed.wait()
 
+    async def _open(self) -> None:
+        """Opens everything that requests need."""
+        await self._assets.open()
+        await self._sources.open()
+        await self._backend.open(self._set_model_health, self._telemetry.span)
+        await self._codecs.start()
+
+    async def _close_unserved(self) -> None:
+        """Closes the port, and whatever is open, of a server that does not serve yet."""
+        if self._server is not None:
+            await self._server.stop(grace=None)
+        self._telemetry.close()
+        await self._codecs.close()
+        await self._sources.close()
+        await self._assets.close()
+        await self._backend.close()
+
     async def _give_up(self, why: str) -> None:
         """Tells everybody who waits that this server is lost."""
+        self._stuck = True
         _log.critical("%s", why)
         self._health.drain()
         try:

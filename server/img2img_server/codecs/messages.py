@@ -5,6 +5,9 @@ import pickle
 import socket
 import tempfile
 from dataclasses import dataclass
+from typing import IO
+
+from img2img_server.errors import StorageFailed
 
 MOST = 64 * 2**10
 """Bytes of a message. Images are in files."""
@@ -45,14 +48,22 @@ def send(connection: socket.socket, message: object, *files: int) -> None:
 
 
 def file_of(data: bytes) -> int:
-    """A descriptor, which the caller closes, of a file in memory that holds `data` and is read from its start."""
+    """A descriptor, which the caller closes, of a file in memory that holds `data` and is read from its start.
+
+    Raises StorageFailed if the system gives no such file or no room in it.
+    """
+    try:
+        with _memory_file() as file:
+            left = memoryview(data)
+            while left:
+                left = left[file.write(left) :]
+            file.seek(0)
+            return os.dup(file.fileno())
+    except OSError as error:
+        raise StorageFailed(f"the server has no room for the bytes of an image: {error.strerror}") from error
+
+
+def _memory_file() -> IO[bytes]:
     if hasattr(os, "memfd_create"):
-        descriptor = os.memfd_create("img2img-codec", os.MFD_CLOEXEC)
-    else:
-        with tempfile.TemporaryFile() as file:
-            descriptor = os.dup(file.fileno())
-    left = memoryview(data)
-    while left:
-        left = left[os.write(descriptor, left) :]
-    os.lseek(descriptor, 0, os.SEEK_SET)
-    return descriptor
+        return os.fdopen(os.memfd_create("img2img-codec", os.MFD_CLOEXEC), "wb", buffering=0)
+    return tempfile.TemporaryFile(buffering=0)

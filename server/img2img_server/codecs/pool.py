@@ -147,6 +147,9 @@ class Processes:
         except BaseException:
             process.kill()
             raise
+        if self._closed:  # while it started
+            await process.close()
+            raise ShuttingDown("the server is shutting down")
         return process
 
     def _replace(self, dead: CodecProcess) -> None:

@@ -49,6 +49,8 @@ def _answer(connection: socket.socket, job: Job, files: list[int]) -> None:
     allowance = _Allowance(connection)
     try:
         value, content = job.run(data, allowance.reserve)
+        allowance.end()
+        answer = file_of(content) if content else None
     except ServerError as error:
         send(connection, Failed(error))
     except MemoryError:
@@ -56,8 +58,6 @@ def _answer(connection: socket.socket, job: Job, files: list[int]) -> None:
     except Exception as error:  # noqa: BLE001 - the process's edge: what a codec raises is the parent's to log
         send(connection, Failed(RuntimeError(f"{type(error).__name__}: {error}"[:MOST_TEXT])))
     else:
-        allowance.end()
-        answer = file_of(content) if content else None
         send(connection, Done(value), *(() if answer is None else (answer,)))
         if answer is not None:
             os.close(answer)
