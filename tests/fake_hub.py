@@ -17,7 +17,7 @@ class Hub:
     """A hub with one repository.
 
     It asks for `token` if there is one, about the repository or, where that is `gated`, for its files only. It closes the
-    connection once after `cut` bytes of a file that is longer. `sent` are the bytes of each file that went out.
+    connection, `cuts` times, after `cut` bytes of a file that is longer. `sent` are the bytes of each file that went out.
     """
 
     files: dict[str, bytes]
@@ -28,12 +28,13 @@ class Hub:
     token: str | None = None
     gated: bool = False
     status: int = 401
-    cut: int | None = None
+    cut: int = 0
+    cuts: int = 0
     ranges: list[str] = field(default_factory=list)
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Answers the three questions that huggingface_hub asks: about the repository, about a file, and for a file."""
+    """Answers what huggingface_hub asks: about the repository, for its list of files, about a file, and for a file."""
 
     protocol_version = "HTTP/1.1"
     hub: Hub
@@ -50,6 +51,9 @@ class Handler(BaseHTTPRequestHandler):
         known = hub.token is None or self.headers["Authorization"] == f"Bearer {hub.token}"
         if not known and not (about and hub.gated):
             self.refuse(hub.status, "GatedRepo" if hub.gated else "RepoNotFound")
+        elif about and "/tree/" in path:
+            entries = [{"type": "file", "path": name, "size": len(body), "oid": digest(body)} for name, body in hub.files.items()]
+            self.reply("", json.dumps(entries).encode(), send)
         elif about:
             siblings = [{"rfilename": name, "size": len(body), "blobId": digest(body)} for name, body in hub.files.items()]
             self.reply("", json.dumps({"id": hub.repo, "sha": COMMIT, "siblings": siblings}).encode(), send)
@@ -76,8 +80,8 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("ETag", f'"{digest(body)}"')
         self.send_header("X-Repo-Commit", COMMIT)
         self.end_headers()
-        if send and self.hub.cut is not None and self.hub.cut < end:
-            part, self.hub.cut, self.close_connection = body[start : self.hub.cut], None, True
+        if send and self.hub.cuts and self.hub.cut < end:
+            part, self.hub.cuts, self.close_connection = body[start : self.hub.cut], self.hub.cuts - 1, True
         if send:
             self.hub.sent[name] = self.hub.sent.get(name, 0) + len(part)
             self.wfile.write(part)

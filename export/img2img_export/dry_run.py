@@ -155,9 +155,8 @@ def show(told: Forecast, console: "Console") -> None:
 
 def _survey_hub(options: ExportOptions, progress: Progress) -> tuple[Checkpoint, Contents]:
     """Fetches the configurations (a few kB) of a hub repository, the headers of its weights and the sizes of its graphs."""
-    import requests
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, SafetensorsParsingError
+    from huggingface_hub.errors import HTTPError, SafetensorsParsingError
 
     repo_id, hub, chosen = options.source, HfApi(), []
 
@@ -176,7 +175,7 @@ def _survey_hub(options: ExportOptions, progress: Progress) -> tuple[Checkpoint,
         }
         graphs = [name for name in files if is_graph(name)]
         found = hub.get_paths_info(repo_id, graphs, revision=directory.name) if graphs else []
-    except (HfHubHTTPError, SafetensorsParsingError, requests.RequestException) as error:
+    except (HTTPError, SafetensorsParsingError) as error:
         raise ExportError(f"the hub does not tell how large {repo_id} is: {first_line(error)}") from None
     checkpoint = Checkpoint(directory, tuple(files), layout, Source(repo_id=repo_id), kind)
     return checkpoint, Contents(headers, {item.path: item.size for item in found})

@@ -1,10 +1,12 @@
 """Downloading from the Hugging Face hub: only the files that will be read, chosen before any is fetched.
 
-Each file grows in the hub's cache under a name that ends in .incomplete; after an interruption it is continued, not begun
-again. How far it has come is read off its size: huggingface_hub tells nobody but its own progress bars.
+Each file grows in the hub's cache under a name that ends in .incomplete. huggingface_hub continues a file if the connection
+breaks; a later run downloads only the files that are not complete. Progress is the size of the growing file, because
+huggingface_hub reports progress only to its own bars.
 """
 
 import contextlib
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -28,13 +30,15 @@ def download(repo_id: str, revision: str | None, choose: Choose, progress: Progr
     HF_ENDPOINT, HF_TOKEN, HF_HOME and HF_HUB_OFFLINE mean what they mean to huggingface_hub. Offline, what the cache holds is
     taken. Raises ExportError where the repository or its files cannot be had.
     """
-    import requests
     from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HFValidationError, HTTPError, LocalEntryNotFoundError
+
+    http = sys.modules[HTTPError.__module__]  # httpx, or httpx2 from huggingface_hub 2 on
 
     try:
         if constants.HF_HUB_OFFLINE:
-            snapshot = Path(snapshot_download(repo_id, revision=revision, local_files_only=True))
+            # The index alone is asked for: the files that an earlier run did not choose are missing from the cache on purpose.
+            snapshot = Path(snapshot_download(repo_id, revision=revision, allow_patterns=[INDEX_NAME], local_files_only=True))
             return snapshot, names_below(snapshot)
         found = HfApi().model_info(repo_id, revision=revision, files_metadata=True)
         names = [sibling.rfilename for sibling in found.siblings or ()]
@@ -45,11 +49,11 @@ def download(repo_id: str, revision: str | None, choose: Choose, progress: Progr
         _fetch(found, [sibling for sibling in found.siblings if sibling.rfilename in files], progress)
         # By the name that was asked for, not the commit: so the cache knows the name, too, when it is asked offline.
         return Path(snapshot_download(repo_id, revision=revision, allow_patterns=files)), files
-    except (requests.exceptions.ChunkedEncodingError, requests.Timeout) as error:
-        raise ExportError(f"the download of {repo_id} broke off ({first_line(error)}): the same command continues it") from None
-    except requests.ConnectionError:
+    except (http.ConnectError, http.ConnectTimeout):
         raise ExportError(f"{repo_id} is no directory here, and the hub cannot be reached at {constants.ENDPOINT}") from None
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, requests.RequestException) as error:
+    except (http.NetworkError, http.TimeoutException, http.RemoteProtocolError) as error:
+        raise ExportError(f"the download of {repo_id} broke off ({first_line(error)}): the same command continues it") from None
+    except (HTTPError, http.InvalidURL, HFValidationError, LocalEntryNotFoundError) as error:
         if (status := _status(error)) in (401, 403):
             raise ExportError(f"the hub refuses {repo_id} ({status}): it is not there, private or gated; {_ACCESS}") from None
         reason = first_line(error)
@@ -66,20 +70,29 @@ def _fetch(found: Any, siblings: list[Any], progress: Progress) -> None:
     with _without_bars(), progress.task(f"downloading {found.id}", total) as advance:
         for sibling in siblings:
             blob = sibling.lfs.sha256 if sibling.lfs else sibling.blob_id
-            with _watched(blobs / f"{blob}.incomplete", sibling.size or 0, advance):
+            with _watched(blobs, blob, sibling.size or 0, advance):
                 hf_hub_download(found.id, sibling.rfilename, revision=found.sha)
 
 
 @contextlib.contextmanager
-def _watched(path: Path, size: int, advance: Advance) -> Iterator[None]:
-    """Tells `advance` how the file at `path` grows up to `size`, from a thread, and of what is left when it is done."""
+def _watched(blobs: Path, blob: str, size: int, advance: Advance) -> Iterator[None]:
+    """Reports to `advance`, from a thread, how the download of `blob` grows up to `size` bytes, and at the end the rest.
+
+    The file's name is BLOB.incomplete, in newer releases of huggingface_hub BLOB.RANDOM.incomplete. Files of the latter kind that
+    a killed process left do not grow, and are not counted.
+    """
     told, over = 0, threading.Event()
+    left = set(blobs.glob(f"{blob}.*.incomplete"))
+
+    def written() -> int:
+        growing = {*blobs.glob(f"{blob}*.incomplete")} - left
+        return max((path.stat().st_size for path in growing), default=0)
 
     def tell() -> None:
         nonlocal told
         while not over.wait(_WATCH_SECONDS):
             with contextlib.suppress(FileNotFoundError):
-                now = min(path.stat().st_size, size)
+                now = max(told, min(written(), size))
                 advance(now - told)
                 told = now
 

@@ -142,17 +142,25 @@ def test_json_output_is_objects_only_and_ends_with_the_result(exporter: Exporter
     assert (result["bytes"], result["up_to_date"], result["verification"]["passed"]) == (5, False, True)
 
 
-@pytest.mark.parametrize("error", [ExportError("the disk is not round"), OSError(28, "No space left on device")])
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (ExportError("the disk is not round"), "the disk is not round"),
+        (OSError("a library's own words"), "a library's own words"),
+        (OSError(28, "No space left on device"), "out: No space left on device"),
+        (OSError(13, "Permission denied", "/x/unet"), "/x/unet: Permission denied"),
+    ],
+)
 def test_a_failure_is_one_line_and_with_json_the_last_event(
-    error: Exception, exporter: Exporter, capsys: pytest.CaptureFixture[str]
+    error: Exception, message: str, exporter: Exporter, capsys: pytest.CaptureFixture[str]
 ) -> None:
     exporter.error = error
     assert export() == 1
-    assert capsys.readouterr().err == f"img2img export: {error}\n"
+    assert capsys.readouterr().err == f"img2img export: {message}\n"
     assert export("--json") == 1
     out, err = capsys.readouterr()
-    assert json.loads(out.splitlines()[-1]) == {"event": "error", "message": str(error)}
-    assert err == f"img2img export: {error}\n"
+    assert json.loads(out.splitlines()[-1]) == {"event": "error", "message": message}
+    assert err == f"img2img export: {message}\n"
 
 
 def test_the_help_has_an_example_of_each_kind_of_source(capsys: pytest.CaptureFixture[str]) -> None:

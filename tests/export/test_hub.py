@@ -133,24 +133,37 @@ def test_a_hub_out_of_reach_is_one_line(tmp_path: Path) -> None:
     assert error == "someone/model is no directory here, and the hub cannot be reached at http://127.0.0.1:9"
 
 
-def test_a_download_that_broke_off_is_continued(hub: Hub, tmp_path: Path) -> None:
+def test_a_connection_that_breaks_is_made_again_and_the_file_continued(hub: Hub, tmp_path: Path) -> None:
     chunk = 10 * 2**20  # as much as huggingface_hub writes at once
     length = 8 * 1_500_000
     header = json.dumps({"x": {"dtype": "U8", "shape": [length], "data_offsets": [0, length]}}).encode()
     whole = len(header).to_bytes(8, "little") + header + b"weights " * 1_500_000
     hub.files["unet/diffusion_pytorch_model.safetensors"] = whole
-    hub.cut = chunk + 1000
-    broken = resolve(hub, tmp_path)
-    assert "the same command continues it" in broken["error"]
-    assert "\n" not in broken["error"]
-    assert hub.ranges == []
+    hub.cut, hub.cuts = chunk + 1000, 1
     found = resolve(hub, tmp_path)
     assert hub.ranges == [f"bytes={chunk}-"]
     assert found["files"]["unet/diffusion_pytorch_model.safetensors"] == whole.decode()
     assert found["tasks"] == [["downloading someone/model", size(found), size(found)]]
 
 
-def test_a_download_is_told_of_as_it_grows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_after_a_download_that_broke_off_only_the_files_that_are_not_complete_are_downloaded(hub: Hub, tmp_path: Path) -> None:
+    name, length = "unet/diffusion_pytorch_model.safetensors", 1000
+    header = json.dumps({"x": {"dtype": "U8", "shape": [length], "data_offsets": [0, length]}}).encode()
+    hub.files[name] = len(header).to_bytes(8, "little") + header + b"w" * length
+    hub.cut, hub.cuts = 500, 1000
+    broken = resolve(hub, tmp_path)
+    assert broken["error"].startswith("the download of someone/model broke off (")
+    assert "the same command continues it" in broken["error"]
+    assert "\n" not in broken["error"]
+    before, hub.fetched, hub.cuts = set(hub.fetched), [], 0
+    found = resolve(hub, tmp_path)
+    assert found["files"][name] == hub.files[name].decode()
+    assert name in hub.fetched
+    assert set(hub.fetched) == set(found["files"]) - (before - {name})
+
+
+@pytest.mark.parametrize("name", ["blob.incomplete", "blob.4e5f6a7b.incomplete"])
+def test_a_download_is_told_of_as_it_grows(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(client, "_WATCH_SECONDS", 0.001)
     told, counts = threading.Event(), []
 
@@ -159,8 +172,9 @@ def test_a_download_is_told_of_as_it_grows(tmp_path: Path, monkeypatch: pytest.M
         if sum(counts) == 60:
             told.set()
 
-    with client._watched(tmp_path / "blob.incomplete", 100, advance):
-        (tmp_path / "blob.incomplete").write_bytes(b"a" * 60)
+    (tmp_path / "blob.0a1b2c3d.incomplete").write_bytes(b"a" * 90)  # a killed process left it
+    with client._watched(tmp_path, "blob", 100, advance):
+        (tmp_path / name).write_bytes(b"a" * 60)
         assert told.wait(10)
     assert sum(counts) == 100
 
