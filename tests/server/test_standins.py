@@ -238,6 +238,7 @@ def test_only_known_code_is_run(bundle: Callable[[str], Path], tmp_path: Path) -
         (folder / "model_index.json").write_text(json.dumps({**index, "scheduler": [library, "system"]}))
         with pytest.raises(BundleError, match=why):
             load_pipeline(folder, read_manifest(folder), Execution("cpu"))
+    (folder / "model_index.json").write_text(json.dumps(index))
     with pytest.raises(BundleError, match="'AutoencoderKL', which diffusers"):
         load_pipeline(folder, replace(read_manifest(folder), pipeline_class="AutoencoderKL"), Execution("cpu"))
 
