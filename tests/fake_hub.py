@@ -80,7 +80,7 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("ETag", f'"{digest(body)}"')
         self.send_header("X-Repo-Commit", COMMIT)
         self.end_headers()
-        if send and self.hub.cuts and self.hub.cut < end:
+        if send and name and self.hub.cuts and self.hub.cut < end:
             part, self.hub.cuts, self.close_connection = body[start : self.hub.cut], self.hub.cuts - 1, True
         if send:
             self.hub.sent[name] = self.hub.sent.get(name, 0) + len(part)

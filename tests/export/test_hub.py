@@ -156,6 +156,7 @@ def test_after_a_download_that_broke_off_only_the_files_that_are_not_complete_ar
     assert "the same command continues it" in broken["error"]
     assert "\n" not in broken["error"]
     before, hub.fetched, hub.cuts = set(hub.fetched), [], 0
+    assert before > {name}
     found = resolve(hub, tmp_path)
     assert found["files"][name] == hub.files[name].decode()
     assert name in hub.fetched
