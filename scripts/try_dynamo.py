@@ -32,7 +32,7 @@ def main() -> int:
     """Prints a row of a Markdown table for each graph. Returns 0."""
     parser = argparse.ArgumentParser(
         description="Exports graphs of tiny models with torch.onnx.export(dynamo=True), runs each on the cases of an export's "
-        "comparison (batches of 1 and 3, two sizes), and prints what happened. docs/export.md has the outcome."
+        "comparison (batches of 1 and 3, two sizes), and prints what happened."
     )
     parser.add_argument("models", nargs="*", default=MODELS, metavar="MODEL", help=f"tiny models; by default {', '.join(MODELS)}")
     print("| model | graph | outcome | nodes | by tracing | seconds |\n|---|---|---|---|---|---|")
