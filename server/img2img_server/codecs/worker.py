@@ -4,6 +4,7 @@ It reads pickled jobs from a socket, and each one's bytes from a file that comes
 processor time that it asked for: beyond the memory, decoders fail; beyond the time, SIGPROF ends the process.
 """
 
+import ctypes
 import mmap
 import os
 import pickle
@@ -18,6 +19,7 @@ from img2img_server.codecs.jobs import Job
 from img2img_server.codecs.messages import MOST, Ask, Done, Failed, Ready, file_of, send
 from img2img_server.errors import ImageMemoryFull, InvalidField, ServerError
 
+_PR_SET_PDEATHSIG = 1
 _SECONDS = 2.0
 """Of processor time, for a small image."""
 MOST_TEXT = 2000
@@ -31,6 +33,8 @@ def main(descriptor: int) -> None:
     # These come to the whole group or container: the parent drains, and closes the socket when it is done.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+    if sys.platform == "linux":  # Its end is also the kernel's to tell: a copy of the socket elsewhere would keep this process.
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     warnings.simplefilter("ignore")
     connection = socket.socket(fileno=descriptor)
     send(connection, Ready())
