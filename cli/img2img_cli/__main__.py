@@ -99,7 +99,7 @@ def _run(command: str, words: Sequence[str]) -> int:
             parser.error(f"there is no command '{command}'{meant(command, COMMANDS)} (commands: {', '.join(COMMANDS)})")
         parser.check_flags(words)
         parser.parse_args(words)
-        raise AssertionError("argparse refuses what is no command")
+        raise AssertionError("argparse refuses unknown commands")
     if words == [command] and subparser.has_commands:
         subparser.print_help()
         return 0

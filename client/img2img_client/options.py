@@ -114,8 +114,8 @@ def _image_message(image: ImageInput) -> messages.ImageSource:
 
 
 def read_file(image: ImageInput) -> bytes:
-    """The image's file. OSError if it cannot be read, TypeError for what is no image or has to be read by the server, ValueError
-    for an image in a mode that no file holds."""
+    """The image's file. OSError if it cannot be read, TypeError for a value that is not an image or that the server has to read,
+    ValueError for an image in a mode that no file holds."""
     if isinstance(image, bytes):
         return image
     if isinstance(image, str | os.PathLike):

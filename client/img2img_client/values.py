@@ -165,7 +165,7 @@ class TransformWarning:
 class TransformResult:
     """The finished pictures, at least one, and what made them. `engine` is such as "onnx:cuda" or "torch:cpu".
 
-    `request_id` is the name of the call in the server's log, empty where the server told none. `warnings` are mostly none.
+    `request_id` is the name of the call in the server's log, empty if the server sent none. `warnings` is mostly empty.
     """
 
     images: tuple[TransformedImage, ...]

@@ -127,7 +127,7 @@ class ModelMemoryFull(Exhausted):
 
 
 class ImageMemoryFull(Exhausted):
-    """There is no memory for one more image that is to be received or decoded."""
+    """The memory for images that are received or decoded is full."""
 
     reason = "IMAGE_MEMORY_FULL"
 
