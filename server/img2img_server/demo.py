@@ -18,7 +18,7 @@ _NEEDED = ("torch", "diffusers", "onnx", "optimum", "onnxruntime", "skimage", "h
 
 
 class DemoUnavailable(Exception):
-    """There is no demo model to serve. One line for people: why, and what to do."""
+    """The demo model cannot be served. The message is one line: why, and what to do."""
 
 
 def find_model() -> Path | None:

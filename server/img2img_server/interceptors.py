@@ -61,7 +61,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     """Makes a Call of each RPC, has `access` admit it and `telemetry` observe it, and turns errors into google.rpc.Status.
 
     Messages come as bytes, and are parsed once their call is admitted. `memory` accounts for those that are large until their
-    call ends; `max_bytes` gives the largest message of a method. Any exception that is no ServerError becomes INTERNAL, without
+    call ends; `max_bytes` gives the largest message of a method. Any other exception than a ServerError becomes INTERNAL, without
     its text.
     """
 

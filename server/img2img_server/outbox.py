@@ -12,8 +12,7 @@ MAX_PLACES, MAX_STEPS, MAX_PREVIEWS = 16, 128, 32
 
 
 class Outbox:
-    """Takes events and gives them in order. Of those that are not read the latest are kept. Used on the event loop
-    only."""
+    """A queue of events, in order, that keeps the latest of those not read yet. Used on the event loop only."""
 
     def __init__(self) -> None:
         self._events: deque[Accepted | Event] = deque()

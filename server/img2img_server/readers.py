@@ -1,4 +1,4 @@
-"""Sends messages to clients, and bounds what those that do not read may hold."""
+"""Sends messages to clients, and bounds how much unread data slow clients may hold."""
 
 import asyncio
 from collections import Counter

@@ -67,7 +67,7 @@ class FairSlots:
     def _done(self, task: "asyncio.Task[object]") -> None:
         self._tasks.discard(task)
         if not task.cancelled():
-            task.exception()  # its caller may have left: asyncio would complain that nobody asked
+            task.exception()  # read here: its caller may have left, and asyncio would log it as never retrieved
 
     async def _acquire(self, client: str) -> None:
         self._used.setdefault(client, min(self._used.values(), default=0.0))
@@ -111,14 +111,14 @@ class FairSlots:
                 turn.set_result(None)
 
     def _take(self, client: str, turn: "asyncio.Future[None]") -> None:
-        """Takes a job out of those that wait."""
+        """Removes a job from the queue."""
         self.waiting -= 1
         self._waiting[client].remove(turn)
         if not self._waiting[client]:
             del self._waiting[client]
 
     def _forget(self, client: str) -> None:
-        """Forgets a client that has no jobs: nobody saves up for later, and a name takes no memory."""
+        """Forgets a client that has no jobs: unused time is not saved up, and its name takes no memory."""
         if not self._in_progress[client] and client not in self._waiting:
             del self._in_progress[client]
             self._used.pop(client, None)

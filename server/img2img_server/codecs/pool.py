@@ -128,7 +128,7 @@ class Processes:
         return None
 
     async def _guard(self, process: CodecProcess, left: asyncio.Event) -> None:
-        """Ends a process whose job nobody waits for any more, or that takes too long."""
+        """Ends a process if its caller has left or its job takes too long."""
         try:
             async with asyncio.timeout(_LONGEST):
                 await left.wait()
@@ -153,7 +153,7 @@ class Processes:
         return process
 
     def _replace(self, dead: CodecProcess) -> None:
-        """Starts another in the background, so that nobody waits for it."""
+        """Starts another process in the background, so no job waits for it."""
 
         async def replace() -> None:
             await dead.close()

@@ -38,4 +38,4 @@ async def in_thread(work: Callable[[], _R]) -> _R:
 
 
 class Panic(RuntimeError):
-    """In place of an exception that is no Exception: raised on the event loop it would end the process."""
+    """Stands for a BaseException of a library: raised on the event loop, that would end the process."""

@@ -16,7 +16,7 @@ from typing import Any
 from img2img_server.errors import BundleError
 
 _DATA = frozenset({"tokenizer.json", "vocab.json", "added_tokens.json", "manifest.json"})
-"""Files that are no configurations: a tokenizer's tables, whose keys are words of a language, and the bundle's own manifest."""
+"""Files that are not configurations: a tokenizer's tables, whose keys are words, and the bundle's own manifest."""
 
 _Rule = Callable[[Any], bool]
 _WORD = re.compile(r"(?!.*--)[^/\\\x00-\x1f]*")
@@ -104,7 +104,7 @@ _TABLES = ("id2label", "label2id")
 def refuse_foreign_config(path: Path) -> None:
     """Raises BundleError, which names the file and the key, if the configuration at `path` has what none may have.
 
-    Files that are no configurations pass: a tokenizer's tables, and what is not JSON by its name.
+    Files that are not configurations pass: a tokenizer's tables, and files whose name does not end in .json.
     """
     if not path.name.lower().endswith(".json") or path.name in _DATA:
         return

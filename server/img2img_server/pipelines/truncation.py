@@ -55,7 +55,7 @@ class Truncation:
         self._lock = threading.Lock()
 
     def warnings(self, texts: Mapping[str, str]) -> tuple[RequestWarning, ...]:
-        """What is to be said of these texts, each by the name of its field."""
+        """Warnings about these texts, keyed by the name of their field."""
         return tuple(RequestWarning(field, said, _CODE) for field, text in texts.items() for said in self._said(text))
 
     def _said(self, text: str) -> tuple[str, ...]:

@@ -39,7 +39,7 @@ def configure(log_format: str, log_level: str = "info") -> None:
 
 
 class _Handler(logging.StreamHandler[Any]):
-    """The one that `configure` puts in, so that it finds it again. Lines that repeat are counted, and told of in one line."""
+    """The one that `configure` puts in, so that it finds it again. Repeated lines are counted and reported in one line."""
 
     def __init__(self, formatter: logging.Formatter, repeats: Repeats | None = None) -> None:
         super().__init__(sys.stderr)
@@ -59,7 +59,7 @@ class _Handler(logging.StreamHandler[Any]):
             self._timer.start()
 
     def close(self) -> None:
-        """Writes what is left to be told."""
+        """Writes the summaries that are due."""
         with self.lock or threading.RLock():
             self._tell_repeats(now=True)
             if self._timer is not None:

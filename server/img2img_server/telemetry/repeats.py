@@ -10,7 +10,7 @@ INTERVAL = 10.0
 MOST, MOST_INFO = 20, 200
 """Lines of one kind in an interval: of warnings, errors and refused calls, and of others."""
 _KINDS = 1000
-"""Kinds that are told apart in an interval. Beyond that, all others count as one kind."""
+"""Kinds that are counted separately in an interval. All further kinds count as one."""
 
 
 @dataclass(slots=True)
@@ -30,7 +30,7 @@ class Repeats:
         self._counts: dict[object, _Count] = {}
 
     def passes(self, record: logging.LogRecord) -> bool:
-        """Whether the line is written now; if not, `due` tells of it later."""
+        """Whether the line is written now; if not, `due` counts it in its summary."""
         kind = getattr(record, "kind", "")
         if kind is None:
             return True
@@ -47,7 +47,7 @@ class Repeats:
 
     @property
     def holds(self) -> bool:
-        """Whether lines were held back of which `due` has not told yet."""
+        """Whether lines were held back that `due` has not reported yet."""
         return any(count.held for count in self._counts.values())
 
     def due(self, now: bool = False) -> list[logging.LogRecord]:
