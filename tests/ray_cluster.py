@@ -45,14 +45,25 @@ class FrontProcess:
 
 
 @contextlib.contextmanager
-def front(ray: Mapping[str, Any], device: Mapping[str, Any], settings: Mapping[str, Any] | None = None) -> Iterator[FrontProcess]:
-    """A front until the block is left. `ray` are RaySettings', `settings` ServerConfig's, `device` simulated()'s."""
+def front(
+    ray: Mapping[str, Any],
+    device: Mapping[str, Any],
+    settings: Mapping[str, Any] | None = None,
+    *,
+    variables: Mapping[str, str] | None = None,
+) -> Iterator[FrontProcess]:
+    """A front until the block is left. `ray` are RaySettings', `settings` ServerConfig's, `device` simulated()'s.
+
+    `variables` are added to the environment of the front and of all that it starts.
+    """
     with tempfile.TemporaryDirectory() as folder:
         port_file, log = Path(folder) / "port", Path(folder) / "log"
         arguments = [{"engine": "ray", "port_file": str(port_file), **(settings or {})}, dict(ray), dict(device)]
         with log.open("wb") as errors:
             process = subprocess.Popen(
-                [sys.executable, str(_SERVER), *map(json.dumps, arguments)], stderr=errors, env=environment()
+                [sys.executable, str(_SERVER), *map(json.dumps, arguments)],
+                stderr=errors,
+                env={**environment(), **(variables or {})},
             )
         try:
             begun = time.monotonic()

@@ -7,7 +7,6 @@ import concurrent.futures
 import contextlib
 import io
 import itertools
-import os
 import random
 import threading
 import time
@@ -47,16 +46,16 @@ SETTINGS = {"max_steps": FOR_EVER, "default_model": "m"}
 _MARK = "IMG2IMG_TEST_RUN"
 
 
-def _until(what: str, done: Callable[[], bool], seconds: float = 120.0) -> None:
-    """Waits for what other processes come to in their own time."""
+def _until(what: str, done: Callable[[], bool], seconds: float = 120.0, left: Callable[[], object] = str) -> None:
+    """Waits for what other processes come to in their own time. A failure shows what is `left`."""
     end = time.monotonic() + seconds
     while not done():
-        assert time.monotonic() < end, f"never happened: {what}"
+        assert time.monotonic() < end, f"never happened: {what} {left()}"
         time.sleep(0.05)
 
 
 def _processes(mark: str) -> list[psutil.Process]:
-    """All that run with this mark in their environment, whoever started them."""
+    """All processes that have this mark in their environment, whoever started them."""
     found = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
@@ -87,13 +86,10 @@ class Ground:
 @pytest.fixture(scope="module")
 def ground() -> Iterator[Ground]:
     mark = uuid.uuid4().hex
-    os.environ[_MARK] = mark
-    try:
-        with front(SCALED, SLOW) as first:
-            (line,) = (line for line in first.log.read_text().splitlines() if "Ray cluster at " in line)
-            yield Ground(first, line.split("Ray cluster at ")[1].split(";")[0], mark)
-    finally:
-        del os.environ[_MARK]
+    # Not in this process' environment: what the tests start themselves, such as codec processes, is not of the cluster.
+    with front(SCALED, SLOW, variables={_MARK: mark}) as first:
+        (line,) = (line for line in first.log.read_text().splitlines() if "Ray cluster at " in line)
+        yield Ground(first, line.split("Ray cluster at ")[1].split(";")[0], mark)
 
 
 @pytest.fixture(scope="module")
@@ -281,6 +277,6 @@ def test_the_front_that_started_the_cluster_leaves_no_process_of_rays(ground: Gr
     """The last test: it ends what the others used."""
     assert len(_processes(ground.mark)) > 4
     assert ground.first.stop() == 0
-    _until("all processes of the cluster end", lambda: not _processes(ground.mark))
+    _until("all processes of the cluster end", lambda: not _processes(ground.mark), left=lambda: _processes(ground.mark))
     assert "Traceback" not in ground.first.log.read_text()
     assert "*** SIGTERM" not in ground.first.log.read_text()

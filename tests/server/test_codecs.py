@@ -2,6 +2,8 @@
 
 import asyncio
 import io
+import socket
+import subprocess
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -18,6 +20,7 @@ from img2img_server.codecs import pool
 from img2img_server.codecs.jobs import Inspect, Load, digest_of
 from img2img_server.codecs.memory import ImageMemory
 from img2img_server.codecs.pool import Codecs
+from img2img_server.codecs.process import COMMAND
 from img2img_server.config import CodecSettings
 from img2img_server.errors import ImageMemoryFull, InvalidField, ShuttingDown
 from img2img_server.images import ImageLimits, SizeRule
@@ -167,6 +170,17 @@ async def test_one_client_does_not_take_all_processes(codecs: Codecs) -> None:
     assert (codecs.stats["decode"].running, codecs.stats["decode"].waiting) == (1, 4)
     for job in jobs:
         job.cancel()
+
+
+def test_a_process_whose_parent_is_gone_ends_at_once() -> None:
+    """The other end of its socket stays open, as a copy in some other process would keep it."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours, theirs:
+        worker = subprocess.run([*COMMAND, str(theirs.fileno()), "1"], pass_fds=(theirs.fileno(),), timeout=60, check=True)
+        ours.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            ours.recv(1)
+    assert worker.returncode == 0
 
 
 async def test_closing_waits_for_no_codec(codecs: Codecs) -> None:

@@ -174,7 +174,8 @@ def test_requests_in_one_batch_give_what_each_gives_alone(client: Client, model:
 
 
 def test_each_picture_of_several_is_made_again_by_its_own_seed(client: Client) -> None:
-    several = client.transform(_source((64, 64)), model="demo", image_count=3, num_inference_steps=4)
+    several = client.transform(_source((64, 64)), model="demo", seed=5, image_count=3, num_inference_steps=4)
+    assert [image.seed for image in several.images] == [5, 6, 7]
     for image in several.images:
         again = client.transform(_source((64, 64)), model="demo", seed=image.seed, num_inference_steps=4)
         assert_same([again.image], [image.image])

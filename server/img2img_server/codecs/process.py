@@ -50,6 +50,7 @@ class CodecProcess:
             self._process = await asyncio.create_subprocess_exec(
                 *COMMAND,
                 str(theirs.fileno()),
+                str(os.getpid()),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 pass_fds=(theirs.fileno(),),

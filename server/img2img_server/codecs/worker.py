@@ -1,4 +1,4 @@
-"""A process that runs codecs: `python -m img2img_server.codecs.worker DESCRIPTOR`, started and ended by process.py.
+"""A process that runs codecs: `python -m img2img_server.codecs.worker DESCRIPTOR PARENT`, started and ended by process.py.
 
 It reads pickled jobs from a socket, and each one's bytes from a file that comes along. The kernel holds it to the memory and the
 processor time that it asked for: beyond the memory, decoders fail; beyond the time, SIGPROF ends the process.
@@ -28,13 +28,15 @@ _BYTES = 32 * 2**20
 """Of memory, beyond what is asked for: a decoder's tables and Python's own objects."""
 
 
-def main(descriptor: int) -> None:
-    """Runs jobs until the socket is closed, which its parent's end does, too."""
+def main(descriptor: int, parent: int) -> None:
+    """Runs jobs until the socket is closed, or the parent process ends."""
     # These come to the whole group or container: the parent drains, and closes the socket when it is done.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-    if sys.platform == "linux":  # Its end is also the kernel's to tell: a copy of the socket elsewhere would keep this process.
+    if sys.platform == "linux":  # The parent's end closes the socket only if no other process has a copy of it.
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # It ended before that call.
+        return
     warnings.simplefilter("ignore")
     connection = socket.socket(fileno=descriptor)
     send(connection, Ready())
@@ -120,4 +122,4 @@ def _bound_memory(size: int | None) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    main(int(sys.argv[1]), int(sys.argv[2]))
