@@ -153,17 +153,21 @@ class _Finder:
         return node
 
     def scaled(self, name: str) -> NodeProto | None:
-        """The Reshape behind queries or keys: Mul(Transpose(Reshape(...)), sqrt(1 / sqrt(head size)))."""
+        """The Reshape behind queries or keys: Mul(Transpose(Reshape(...)), sqrt(scale))."""
         product = self.path(name, "Mul")
-        if product is None or not self._is_scale(product.input[1]):
+        if product is None or self.scale(product) is None:
             return None
         return self.path(product.input[0], "Transpose", "Reshape")
 
-    def _is_scale(self, name: str) -> bool:
-        root = self.path(name, "Sqrt")
-        quotient = root and (self.path(root.input[0], "Div") or self.path(root.input[0], "Cast", "Div"))
-        numerator = self.known.get(quotient.input[0]) if quotient else None
-        return numerator is not None and numerator.size == 1 and numerator.item() == 1
+    def scale(self, product: NodeProto) -> float | None:
+        """The constant whose root the Mul `product` multiplies with (recordable.py)."""
+        root = self.path(product.input[1], "Sqrt")
+        value = self._constant(root.input[0]) if root else None
+        return None if value is None or value.size != 1 else float(value.item())
+
+    def _constant(self, name: str) -> np.ndarray | None:
+        cast = self.path(name, "Cast")
+        return self.known.get(cast.input[0] if cast else name)
 
     def heads(self, reshape: NodeProto) -> int | None:
         """The third number of a Reshape's shape, where that is a constant."""
@@ -199,8 +203,9 @@ def _attention(node: NodeProto, finder: _Finder) -> NodeProto | None:
     query, key = finder.scaled(scores.input[0]), finder.scaled(scores.input[1])
     value = finder.path(product.input[1], "Transpose", "Reshape")
     heads = finder.heads(query) if query else None
-    if not query or not key or not value or not heads or heads == 1:
+    scale = finder.scale(finder.producers[scores.input[0]]) if query and key else None
+    if not query or not key or not value or not heads or scale is None:
         return None
     inputs = [query.input[0], key.input[0], value.input[0]]
     name = node.name.rpartition("/")[0] + "/MultiHeadAttention"
-    return helper.make_node("MultiHeadAttention", inputs, [node.output[0]], name, domain=DOMAIN, num_heads=heads)
+    return helper.make_node("MultiHeadAttention", inputs, [node.output[0]], name, domain=DOMAIN, num_heads=heads, scale=scale)

@@ -10,6 +10,7 @@ import torch
 
 from img2img_export.errors import FAILURES, ExportError, first_line
 from img2img_export.parts import Part, Tensors
+from img2img_export.recordable import constant_attention_scale, make_recordable
 from img2img_export.skeleton import Skeleton, Weight, light
 
 OPSET = 18
@@ -46,6 +47,7 @@ def trace(module: Any, part: Part, example: Tensors, dtype: torch.dtype = torch.
             torch.no_grad(),
             light(module, dtype) as weights,
             part.kind.patched(),
+            constant_attention_scale(),
         ):
             warnings.simplefilter("ignore")
             torch.onnx.export(
@@ -80,6 +82,7 @@ def _skeleton(model: onnx.ModelProto, true: Tensors, names: list[str]) -> Skelet
         source = true[item.name.removeprefix("module.")]
         weights[item.name] = Weight.of(source, _FLOATS.get(item.type.tensor_type.elem_type, source.dtype))
         model.graph.input.remove(item)
+    make_recordable(model)
     skeleton = Skeleton(model, weights)
     skeleton.fold()
     return skeleton
