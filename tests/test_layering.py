@@ -11,6 +11,7 @@ HEAVY = ("torch", "onnxruntime", "diffusers", "transformers", "optimum", "onnx",
 RULES = [
     # module, what its import must not bring in
     ("img2img_server.errors", (*HEAVY, "numpy", "PIL", "google")),
+    ("img2img_server.device", (*HEAVY, "numpy", "PIL", "google")),
     ("img2img_server.distribution", (*HEAVY, "numpy", "PIL", "google")),
     ("img2img_server.bundle", (*HEAVY, "numpy", "PIL", "google")),
     ("img2img_server.settings.setting", (*HEAVY, "numpy", "PIL", "google")),

@@ -1,4 +1,4 @@
-"""Keeps host arithmetic and int32 reductions out of traced graphs, so that a CUDA session can record a whole call as a CUDA graph.
+"""Keeps what the CPU would compute out of traced graphs, so that a CUDA session can record a whole call as a CUDA graph.
 
 ONNX Runtime records a graph only if no tensor goes from a CPU node to a GPU node (cuda_execution_provider.cc). Three things that
 torch's exporter writes break that: the scale of attention, which it computes at run time from the query's shape; ArgMax of
@@ -18,7 +18,7 @@ from torch.nn import functional
 
 @contextlib.contextmanager
 def constant_attention_scale() -> Iterator[None]:
-    """While a module is traced, the scale of scaled_dot_product_attention is a constant of the graph: the heads' size is known."""
+    """Traces the scale of scaled_dot_product_attention as a constant: the size of the heads is known."""
     original = functional.scaled_dot_product_attention
 
     def attention(query: torch.Tensor, *arguments: Any, scale: float | None = None, **named: Any) -> torch.Tensor:

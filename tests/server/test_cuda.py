@@ -3,7 +3,7 @@
 The device is torch's "meta": its tensors have no values, so whatever reads one, or mixes it with the host's, is an error.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,31 +24,30 @@ from img2img_server.pipelines.runners import HostRunner, dtype_of
 from img2img_server.pipelines.schedulers import NAMES
 from img2img_server.pipelines.sessions import SessionOptions, open_session, provider_list
 from img2img_server.pipelines.stable_diffusion import StableDiffusion
-from img2img_server.pipelines.transfers import send
+from img2img_server.pipelines.transfers import device_stream, go_over, send
 from torch.utils._python_dispatch import TorchDispatchMode
 
 ADDRESS = 94_000_000_000
 
 
 def test_options_are_those_of_the_provider() -> None:
-    plain = dict(cuda.provider_options(Execution(), fused=False))
-    assert plain == {"cudnn_conv_algo_search": "HEURISTIC", "arena_extend_strategy": "kSameAsRequested", "prefer_nhwc": "1"}
-    fused = dict(cuda.provider_options(Execution(gpu_memory=2**30), fused=True, stream=ADDRESS, graphs=True, static=True))
-    assert fused == {
-        "cudnn_conv_algo_search": "EXHAUSTIVE",
-        "arena_extend_strategy": "kSameAsRequested",
+    plain = {"cudnn_conv_algo_search": "HEURISTIC", "arena_extend_strategy": "kNextPowerOfTwo", "use_tf32": "1"}
+    assert dict(cuda.provider_options(Execution())) == plain
+    recorded = dict(cuda.provider_options(Execution(gpu_memory=2**30, arithmetic="fp32"), stream=ADDRESS, graphs=True))
+    assert recorded == plain | {
+        "use_tf32": "0",
         "gpu_mem_limit": "1073741824",
         "user_compute_stream": "94000000000",
         "enable_cuda_graph": "1",
     }
-    measured = dict(cuda.provider_options(Execution(), fused=True, cudnn_attention=False, tf32=False))
+    measured = dict(cuda.provider_options(Execution(), cudnn_attention=False, tf32=False))
     assert (measured["sdpa_kernel"], measured["use_tf32"]) == ("23", "0")
-    assert dict(cuda.provider_options(Execution(), fused=True, cudnn_attention=True))["sdpa_kernel"] == "31"
+    assert dict(cuda.provider_options(Execution(), cudnn_attention=True))["sdpa_kernel"] == "31"
 
 
 def test_what_runs_on_the_default_stream_is_not_to_be_recorded() -> None:
     with pytest.raises(AssertionError, match="default stream"):
-        cuda.provider_options(Execution(), fused=True, graphs=True)
+        cuda.provider_options(Execution(), graphs=True)
 
 
 class Opener:
@@ -68,10 +67,13 @@ class Opener:
 
 
 @pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A torch that says it has CUDA, and hands out a stream."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "Stream", lambda: SimpleNamespace(cuda_stream=ADDRESS))
+    device_stream.cache_clear()
+    yield
+    device_stream.cache_clear()
 
 
 @pytest.mark.usefixtures("gpu")
@@ -83,12 +85,13 @@ def test_every_graph_shares_torchs_stream_and_records_where_it_can() -> None:
         for name, folder in (("unet", "unet_fused"), ("vae_decoder", "vae_decoder"), ("vae_encoder", "vae_encoder"))
     ]
     assert all(isinstance(runner, DeviceRunner) for runner in runners)
-    assert [(name, "prefer_nhwc" in given, "enable_cuda_graph" in given) for name, given in opener.asked] == [
-        ("unet_fused", False, True),
-        ("vae_decoder", True, True),
-        ("vae_encoder", True, True),
-        ("vae_encoder", True, False),
+    assert [(name, "enable_cuda_graph" in given) for name, given in opener.asked] == [
+        ("unet_fused", True),
+        ("vae_decoder", True),
+        ("vae_encoder", True),
+        ("vae_encoder", False),
     ]
+    assert not any("prefer_nhwc" in given for _, given in opener.asked)
     assert {given["user_compute_stream"] for _, given in opener.asked} == {str(ADDRESS)}
 
 
@@ -131,8 +134,8 @@ def test_torch_goes_over_to_the_sessions_stream_after_what_it_was_asked_before(m
         done.append("go over")
 
     monkeypatch.setattr(torch.cuda, "set_stream", set_stream)
-    cuda.go_over(stream)
-    cuda.go_over(stream)
+    go_over(stream)
+    go_over(stream)
     assert done == ["wait for default", "go over"], "once"
 
 

@@ -9,8 +9,9 @@ from typing import Any
 import onnx
 import pytest
 import torch
+from img2img_server.device import DEVICE_IN_USE
 from img2img_server.pipelines.device_runner import DeviceRunner
-from img2img_server.pipelines.graph_replay import DEVICE_IN_USE, Replays
+from img2img_server.pipelines.graph_replay import ROW_BUCKETS, SHRINK, Replays, recording_at_once
 from img2img_server.pipelines.runners import HostRunner, Runner
 from img2img_server.pipelines.sessions import SessionOptions, open_session
 from onnx import TensorProto, helper
@@ -54,7 +55,7 @@ class Recording:
         self._session = session
         self.recorded: dict[tuple[int, str], Any] = {}
         self.calls: list[str] = []
-        self.released: list[int] = []
+        self.shrunk: list[str] = []
         self.refuses = False
 
     def __getattr__(self, name: str) -> Any:
@@ -68,10 +69,17 @@ class Recording:
                 raise RuntimeError("CUDA failure 900: operation not permitted when stream is capturing")
             binding = self.recorded.setdefault((threading.get_ident(), graph_id), binding)
         self.calls.append(graph_id)
+        if _shrinks(options):
+            self.shrunk.append(graph_id)
+            return  # the CPU's arena has another name
         self._session.run_with_iobinding(binding, options)
 
-    def release_captured_graph(self, graph_id: int) -> None:
-        self.released.append(graph_id)
+
+def _shrinks(options: Any) -> bool:
+    try:
+        return bool(options.get_run_config_entry(SHRINK[0]) == SHRINK[1])
+    except RuntimeError:  # it has no such entry
+        return False
 
 
 def feed(rows: int, columns: int = 3, start: float = 0.0) -> dict[str, torch.Tensor]:
@@ -165,7 +173,7 @@ def test_a_shape_is_recorded_once_it_was_seen_often_and_then_replayed(graph: Pat
     for start in range(8):
         given = feed(2, start=start)
         assert is_right(given, runner.run(given))
-    assert session.calls == ["-1"] * 4 + ["1"] * 4, "one call to learn by, three to be sure"
+    assert session.calls == ["-1"] * 3 + ["1"] * 5
     runner.run(feed(5))
     assert session.calls[-1] == "-1", "a rare shape costs nothing"
 
@@ -183,27 +191,59 @@ def test_nothing_is_recorded_while_another_thread_uses_the_device(graph: Path) -
 
 def test_each_shape_has_a_recording_of_its_own_and_the_least_used_goes(graph: Path) -> None:
     runner, session = recording(graph, patience=1, most=2)
-    for rows in (1, 2, 1, 3):
+    for rows in (1, 2, 1, 4):
         for start in range(3):
             given = feed(rows, start=start)
             assert is_right(given, runner.run(given))
-    assert session.released == [2], "two rows: one row was asked for after it"
+    assert session.calls == ["-1", "1", "1", "-1", "2", "2", "1", "1", "1", "-1", "3", "3"]
     for start in range(3):
         given = feed(2, start=start)
         assert is_right(given, runner.run(given))
     assert session.calls[-3:] == ["-1", "4", "4"], "under a new id, once it was seen again"
-    assert session.released == [2, 1]
+
+
+def test_rows_are_padded_to_those_that_are_recorded(graph: Path) -> None:
+    """So a call of any number of rows is a replay: policy mixes requests, and numbers of rows change all the time."""
+    runner, session = recording(graph)
+    with recording_at_once():
+        for rows in ROW_BUCKETS:
+            runner.run(feed(rows))
+    before = len(session.calls)
+    for rows in (3, 16, 1, 5, 7, 13, 2, 9):
+        given = feed(rows, start=rows)
+        assert is_right(given, runner.run(given))
+    assert session.calls[before:] == ["3", "5", "1", "4", "4", "5", "2", "5"]
+
+
+def test_more_rows_than_the_largest_recording_has_are_replayed_in_parts(graph: Path) -> None:
+    runner, session = recording(graph, patience=0)
+    for rows in (16, 2, 35):
+        given = feed(rows, start=rows)
+        assert is_right(given, runner.run(given))
+    assert session.calls[-4:] == ["1", "1", "-1", "3"], "16, 16 and the 3 that are left, padded to 4, learnt and recorded"
 
 
 def test_there_is_an_end_to_recording(graph: Path) -> None:
-    """What was released may not be freed: shapes that change for ever are run without."""
+    """What was released is not freed: shapes that change for ever are run without."""
     runner, session = recording(graph, patience=0, most=2, most_ever=5)
-    for rows in range(1, 12):
+    for columns in range(1, 12):
         for _ in range(3):
-            assert is_right(feed(rows), runner.run(feed(rows)))
+            assert is_right(feed(1, columns), runner.run(feed(1, columns)))
     assert {int(graph_id) for graph_id in session.calls} == {-1, 1, 2, 3, 4, 5}
-    runner.run(feed(5))
+    runner.run(feed(1, 5))
     assert session.calls[-1] == "5", "what is recorded stays"
+
+
+def test_memory_is_given_back_without_the_recordings_that_use_it(graph: Path) -> None:
+    runner, session = recording(graph, patience=0)
+    kept = runner.run(feed(2))
+    runner.run(feed(2))
+    assert session.calls[-1] == "1"
+    runner.give_back()
+    assert session.shrunk == ["-1"], "by a call that is not one of the recorded ones"
+    assert is_right(feed(2), kept)
+    assert is_right(feed(2), runner.run(feed(2)))
+    assert session.calls[-1] == "2", "recorded anew"
 
 
 def test_what_cannot_be_recorded_is_run_without(graph: Path, caplog: pytest.LogCaptureFixture) -> None:

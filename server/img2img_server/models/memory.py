@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Protocol
 
 from img2img_server.bundle import Manifest
+from img2img_server.device import DEVICE_IN_USE
 
 _STATM = Path("/proc/self/statm")
 _PAGE = os.sysconf("SC_PAGE_SIZE")
@@ -98,6 +99,23 @@ def give_back() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's; musl and others have none
     if trim is not None:
         trim(0)
+
+
+class Closable(Protocol):
+    """Something that is given up once."""
+
+    def close(self) -> None:
+        """Gives it up."""
+        ...
+
+
+def let_go(last: list[Closable]) -> None:
+    """Closes what `last` holds the only references to, and frees its memory, also on the device: not while a call is recorded
+    there, and on a thread that may wait. The list is empty afterwards."""
+    with DEVICE_IN_USE:
+        while last:
+            last.pop().close()
+        give_back()
 
 
 def in_words(count: int) -> str:

@@ -9,12 +9,13 @@ from typing import TypeVar
 from PIL import Image
 
 from img2img_server.bundle import Manifest
+from img2img_server.device import DEVICE_IN_USE
 from img2img_server.engine.engine import Engine
 from img2img_server.engine.request import Completed, Ending, Event, Failed, Pipeline, Request
 from img2img_server.errors import ShuttingDown
 from img2img_server.models.cost_store import CostStore
 from img2img_server.models.failures import Stage
-from img2img_server.models.memory import Meter, give_back, in_words, measured
+from img2img_server.models.memory import Closable, Meter, in_words, let_go, measured
 from img2img_server.models.store import ModelStore
 from img2img_server.models.threads import in_thread
 
@@ -72,28 +73,30 @@ class Mover:
             return
         if await in_thread(lambda: self._engine.settle(name)):
             self._engine.remove(name)
-        arrival.pipeline.close()
+        pipelines: list[Closable] = [arrival.pipeline]
         del arrival
-        await asyncio.to_thread(give_back)
+        await asyncio.to_thread(let_go, pipelines)
 
     async def free(self, name: str, health: Callable[[str, bool], None]) -> int:
         """Unloads a model that has no requests left. Returns the bytes that memory has shrunk by."""
         before = self._meter.read()
-        engine = self._close(name)
+        pipeline = self._take_out(name)
+        engine = pipeline.engine
+        pipelines: list[Closable] = [pipeline]
+        del pipeline  # the list's is to be the last
         health(name, False)
-        await asyncio.to_thread(give_back)
+        await asyncio.to_thread(let_go, pipelines)
         freed = max(0, -(before.grown_to(self._meter.read(), engine) or 0))
         _log.info("model '%s': unloaded, %s given back", name, in_words(freed))
         return freed
 
-    def _close(self, name: str) -> str:
-        """Drops every reference to the pipeline. Returns what it ran on."""
+    def _take_out(self, name: str) -> Pipeline:
+        """The pipeline of a model, to which nothing else refers any more."""
         pipeline = self._models.get(name).pipeline
         assert pipeline is not None, "only what is ready is unloaded"
         self._models.change(name, pipeline=None, engines=())
         self._engine.remove(name)
-        pipeline.close()
-        return pipeline.engine
+        return pipeline
 
     async def _attempt(self, name: str) -> Exception | None:
         """Loads and tries the model. Returns what went wrong."""
@@ -122,7 +125,8 @@ class Mover:
         model = self._models.get(name)
         assert self._models.folder is not None, "what is loaded comes from a folder"
         assert model.bundle is not None, "what is loaded has a bundle"
-        return self._models.folder.open(model.bundle)
+        with DEVICE_IN_USE:
+            return self._models.folder.open(model.bundle)
 
     async def _try(self, name: str, pipeline: Pipeline) -> None:
         """Draws a picture of the model's own size through the engine, which learns by it what its calls take.

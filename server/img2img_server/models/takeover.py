@@ -18,6 +18,7 @@ from PIL import Image
 from img2img_server.engine.engine import Engine
 from img2img_server.engine.request import Completed, Ending, Event, Failed, Pipeline, Request
 from img2img_server.errors import BundleError, QueueFull, ServerError
+from img2img_server.models.memory import Closable, let_go
 from img2img_server.models.store import EngineState, EngineStatus, ModelStore
 from img2img_server.stopping import Stop, Stopped
 
@@ -183,7 +184,9 @@ class Takeover:
                 self._models.change(contender.model, pipeline=pipeline)
                 loser = serving
         finally:
-            loser.close()
+            losers: list[Closable] = [loser]
+            del pipeline, serving, loser  # the list's is to be the last
+            let_go(losers)
         if problem:
             return self._tell(contender, EngineState.REJECTED, problem)
         self._tell(contender, EngineState.SERVING, report, 1.0)

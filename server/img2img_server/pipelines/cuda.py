@@ -1,9 +1,9 @@
-"""CUDA: the options of its sessions, and the runners that keep tensors on the GPU. Not yet run on a GPU.
+"""CUDA: the options of its sessions, and the runners that keep tensors on the GPU.
 
-The options' names and what they do are those of ONNX Runtime's cuda_execution_provider_info.cc.
+The options' names and what they do are those of ONNX Runtime's cuda_execution_provider_info.cc. tests/cuda runs the provider over
+fake CUDA libraries.
 """
 
-import functools
 import logging
 from pathlib import Path
 
@@ -13,8 +13,10 @@ from img2img_server.errors import BundleError
 from img2img_server.execution import Execution
 from img2img_server.pipelines.device_runner import DeviceRunner
 from img2img_server.pipelines.graph_replay import Replays
+from img2img_server.pipelines.openvino import Sizes, try_on_zeros
 from img2img_server.pipelines.runners import HostRunner, Make, Runner
-from img2img_server.pipelines.sessions import Open, SessionOptions
+from img2img_server.pipelines.sessions import Open, SessionOptions, last_line
+from img2img_server.pipelines.transfers import device_stream, enter_stream
 
 _log = logging.getLogger(__name__)
 
@@ -31,29 +33,29 @@ def tensor_device() -> str:
 def provider_options(
     execution: Execution,
     *,
-    fused: bool,
     stream: int | None = None,
     graphs: bool = False,
-    static: bool = False,
     cudnn_attention: bool | None = None,
     tf32: bool | None = None,
 ) -> tuple[tuple[str, str], ...]:
     """The CUDA provider's options for one session.
 
     `stream` is the address of the CUDA stream that it shares with torch, None for its own; `graphs` lets it record calls, and
-    needs a stream, as what runs on the default one cannot be recorded. A `static` session has one shape, for which the quickest
-    convolutions are searched by running them all. A `fused` graph has its convolutions in NHWC already. `cudnn_attention` and
-    `tf32` are for measuring; None leaves them to ONNX Runtime, which prefers cuDNN's attention on compute capability 9 and later,
-    unless the environment has ORT_ENABLE_CUDNN_FLASH_ATTENTION=0, and allows TF32.
+    needs a stream, as what runs on the default one cannot be recorded. `cudnn_attention` and `tf32` are for measuring. With None,
+    ONNX Runtime chooses the attention (cuDNN's on compute capability 9 and later, unless the environment has
+    ORT_ENABLE_CUDNN_FLASH_ATTENTION=0), and TF32 is allowed unless `execution` asks for fp32.
+
+    `prefer_nhwc` is never set: it moves a plain graph's shape arithmetic to the GPU, with copies of single numbers both ways, and
+    has no bfloat16 kernels; fused graphs have their convolutions in NHWC already.
     """
     assert stream is not None or not graphs, "what runs on the default stream cannot be recorded"
     options = {
-        "cudnn_conv_algo_search": "EXHAUSTIVE" if static else "HEURISTIC",
-        # By powers of two, what comes after 5 GB is 8 GB more.
-        "arena_extend_strategy": "kSameAsRequested",
+        # Heuristic mode A of cuDNN; EXHAUSTIVE is its mode B, and searches nothing either (conv.cc).
+        "cudnn_conv_algo_search": "HEURISTIC",
+        # The other strategy, kSameAsRequested, fragments: each new shape allocates while requests are served.
+        "arena_extend_strategy": "kNextPowerOfTwo",
+        "use_tf32": str(int(execution.arithmetic != "fp32" if tf32 is None else tf32)),
     }
-    if not fused:
-        options["prefer_nhwc"] = "1"
     if execution.gpu_memory is not None:
         options["gpu_mem_limit"] = str(execution.gpu_memory)
     if stream is not None:
@@ -62,50 +64,40 @@ def provider_options(
         options["enable_cuda_graph"] = "1"
     if cudnn_attention is not None:
         options["sdpa_kernel"] = str(_ALL_ATTENTION if cudnn_attention else _ALL_ATTENTION - _CUDNN_ATTENTION)
-    if tf32 is not None:
-        options["use_tf32"] = str(int(tf32))
     return tuple(options.items())
 
 
-def runners(execution: Execution, threads: int, open_graph: Open) -> Make:
-    """Readies graphs for CUDA, each opened by `open_graph`, all on one stream of torch's.
+def runners(execution: Execution, threads: int, open_graph: Open, sizes: Sizes | None = None) -> Make:
+    """Readies graphs for CUDA, each opened by `open_graph`, all on the process's stream.
 
-    Beside a PyTorch that has no CUDA, tensors go through the host at every call.
+    Each runs once on zeros, of `sizes` if they are given: kernels refuse some graphs only then. Beside a PyTorch without CUDA,
+    tensors go through the host at every call.
     """
-
-    def opened(graph: Path, fused: bool, stream: int | None, graphs: bool) -> Runner:
-        options = provider_options(execution, fused=fused, stream=stream, graphs=graphs)
-        session = open_graph(graph, SessionOptions("cuda", threads, provider_options=options))
-        if stream is None:
-            return HostRunner(session)
-        return DeviceRunner(session, device, enter, Replays(session, device, graph.parent.name) if graphs else None)
-
-    def make(name: str, graph: Path) -> Runner:
-        fused, stream = graph.parent.name != name, stream_address
-        if execution.cuda_graphs and stream is not None:
-            try:
-                return opened(graph, fused, stream, graphs=True)
-            except BundleError as error:
-                # Most likely some of its nodes are the CPU's. If it is something else, it fails again.
-                _log.info("%s is opened without CUDA graphs: %s", name, error)
-        return opened(graph, fused, stream, graphs=False)
-
     device = tensor_device()
     if device == "cpu":
         _log.warning("this PyTorch has no CUDA: tensors are copied to the GPU and back at every call of ONNX Runtime")
-        stream_address, enter = None, lambda: None
-    else:
-        own = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        stream_address, enter = own.cuda_stream, functools.partial(go_over, own)
+    stream = device_stream().cuda_stream if device == "cuda" else None
+
+    def opened(graph: Path, graphs: bool) -> Runner:
+        options = provider_options(execution, stream=stream, graphs=graphs)
+        session = open_graph(graph, SessionOptions("cuda", threads, provider_options=options, recordable=graphs))
+        if stream is None:
+            return HostRunner(session)
+        return DeviceRunner(session, device, enter_stream, Replays(session, device, graph.parent.name) if graphs else None)
+
+    def recordable(graph: Path) -> Runner | None:
+        try:
+            return opened(graph, graphs=True)
+        except BundleError as error:
+            # Most likely some of its tensors go from the CPU to the GPU. If it is something else, opening it plainly fails again.
+            _log.warning("%s cannot be recorded, export it again: %s", graph, last_line(error))
+            return None
+
+    def make(name: str, graph: Path) -> Runner:
+        runner = recordable(graph) if execution.cuda_graphs and stream is not None else None
+        runner = runner or opened(graph, graphs=False)
+        if sizes is not None and (axes := sizes.axes(name, runner.inputs, sizes.trial())) is not None:
+            try_on_zeros(graph, runner, axes, device)
+        return runner
+
     return make
-
-
-def go_over(stream: torch.cuda.Stream) -> None:
-    """Has torch, on this thread, use `stream` from now on, for what follows on what it asked for before.
-
-    So latents and what ONNX Runtime makes of them are asked for in one order, and neither waits for the other.
-    """
-    current = torch.cuda.current_stream()
-    if current != stream:
-        stream.wait_stream(current)
-        torch.cuda.set_stream(stream)

@@ -3,33 +3,39 @@
 What ONNX Runtime does (cuda_execution_provider.cc, inference_session.cc, cuda_graph.cc): a call with a `gpu_graph_id` that is
 not -1 runs the graph twice as usual and a third time to record it; every later call with that id replays it, on the addresses
 that were bound then, whatever is bound now. Recordings belong to the thread that made them. While one is made, no other thread
-may allocate on the device. The CUDA provider is free to keep the memory of released recordings. Not yet run on a GPU.
+may allocate or free on the device. `release_captured_graph` does nothing on CUDA, so what was recorded is never freed.
 """
 
+import contextlib
 import itertools
 import logging
 import threading
 from collections import Counter, OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import onnxruntime
 import torch
 
-from img2img_server.pipelines.memory import RUNTIME_ERRORS
+from img2img_server.device import DEVICE_IN_USE
+from img2img_server.pipelines.memory import RUNTIME_ERRORS, is_out_of_memory
 
 _log = logging.getLogger(__name__)
 
 Key = tuple[torch.Size, ...]
 """The shapes of a graph's inputs, in their order."""
 
-DEVICE_IN_USE = threading.Lock()
-"""Held while a call is recorded, and by whoever else allocates on the device, as a pipeline does that is loaded on another
-thread: that would break the recording, and be broken by it. There is one device in a process, so there is one lock."""
+ROW_BUCKETS = (1, 2, 4, 8, 16)
+"""Rows that calls are recorded with. A call of another number of rows is padded to the next; one of more is made in parts."""
+
+_AT_ONCE = threading.local()
 
 NO_GRAPH = -1
 """The `gpu_graph_id` of a call that is neither recorded nor replayed."""
+
+SHRINK = ("memory.enable_memory_arena_shrinkage", "gpu:0")
+"""The option of a run after which ONNX Runtime's arena frees what is not in use."""
 
 _MOST_COUNTED = 1024
 """Shapes whose calls are counted."""
@@ -45,10 +51,27 @@ _ELEMENTS = {
 """ONNX's numbers of the types that runners know."""
 
 
+def bucket_of(rows: int) -> int:
+    """The rows that a call of `rows`, of at most the largest bucket's, is padded to."""
+    return next(bucket for bucket in ROW_BUCKETS if rows <= bucket)
+
+
+@contextlib.contextmanager
+def recording_at_once() -> Iterator[None]:
+    """Within the block, this thread records each shape at its first call: it warms up."""
+    _AT_ONCE.on = True
+    try:
+        yield
+    finally:
+        _AT_ONCE.on = False
+
+
 class Binding:
     """Inputs and outputs of calls of `session`, by their addresses on `device`."""
 
-    def __init__(self, session: onnxruntime.InferenceSession, device: torch.device, graph_id: int) -> None:
+    def __init__(
+        self, session: onnxruntime.InferenceSession, device: torch.device, graph_id: int, *settings: tuple[str, str]
+    ) -> None:
         self._session = session
         self._device = device
         self._binding = session.io_binding()
@@ -56,7 +79,8 @@ class Binding:
         self._options = onnxruntime.RunOptions()
         self._options.add_run_config_entry("gpu_graph_id", str(graph_id))
         # What follows on the same stream needs no waiting for.
-        self._options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+        for name, value in (("disable_synchronize_execution_providers", "1"), *settings):
+            self._options.add_run_config_entry(name, value)
 
     def bind(self, inputs: Mapping[str, torch.Tensor], outputs: Sequence[torch.Tensor] | None) -> None:
         """Binds tensors, which must be contiguous and stay where they are until the call is over. Without `outputs` ONNX Runtime
@@ -85,21 +109,25 @@ class Binding:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Recording:
-    """A call with memory of its own, of whose addresses a recording knows."""
+class Recording:
+    """A call with memory of its own, of whose addresses a recording knows. `run` makes `outputs` of `inputs`."""
 
     graph_id: int
     inputs: dict[str, torch.Tensor]
     outputs: list[torch.Tensor]
     binding: Binding
 
+    def run(self) -> None:
+        """Replays it; the first time, records it. Raises what ONNX Runtime raises."""
+        self.binding.run()
+
 
 class Replays:
     """The recordings of one session, whose provider has CUDA graphs enabled.
 
-    A shape is recorded once it was called more than `patience` times: rare ones cost nothing. `most` recordings are kept, those
-    that were used last; `most_ever` are made, as released ones may not be freed. After a call that could not be recorded, which
-    is logged, no more are made.
+    A shape is recorded once it was called more than `patience` times, or at once in `recording_at_once`. `most` recordings are
+    kept, those that were used last; `most_ever` are made, as released ones are not freed. After a call that could not be
+    recorded, which is logged, no more are made.
     """
 
     def __init__(
@@ -107,9 +135,9 @@ class Replays:
         session: onnxruntime.InferenceSession,
         device: str,
         name: str,
-        patience: int = 6,
-        most: int = 12,
-        most_ever: int = 64,
+        patience: int = 2,
+        most: int = 64,
+        most_ever: int = 256,
     ) -> None:
         self._session = session
         self._device = torch.device(device)
@@ -119,64 +147,61 @@ class Replays:
         self._left = most_ever
         self._ids = itertools.count(1)
         self._calls: Counter[Key] = Counter()
-        self._recordings: OrderedDict[Key, _Recording] = OrderedDict()
+        self._recordings: OrderedDict[Key, Recording] = OrderedDict()
         self._thread: int | None = None
 
-    def run(self, key: Key, feed: Mapping[str, torch.Tensor], outputs: Sequence[torch.Tensor]) -> bool:
-        """Fills `outputs` with what a recorded call makes of `feed`. False where the caller has to make the call itself."""
+    def find(self, key: Key) -> Recording | None:
+        """What was recorded for these shapes on this thread."""
         if self._thread != threading.get_ident():
-            self._begin_anew()
+            # Another thread has taken over, to which the recordings of the one before mean nothing.
+            self._thread = threading.get_ident()
+            self.drop()
         recording = self._recordings.get(key)
         if recording is not None:
-            self._replay(recording, feed, outputs)
             self._recordings.move_to_end(key)
-            return True
-        if not self._is_due(key) or not DEVICE_IN_USE.acquire(blocking=False):
-            return False
-        try:
-            self._replay(self._prepare(key, feed, outputs), feed, outputs)
-            return True
-        except RUNTIME_ERRORS as error:
-            _log.warning("%s records no more CUDA graphs: %s", self._name, str(error).partition("\n")[0])
-            self._left = 0
-            self._recordings.pop(key, None)
-            return False
-        finally:
-            DEVICE_IN_USE.release()
+        return recording
 
-    def _replay(self, recording: _Recording, feed: Mapping[str, torch.Tensor], outputs: Sequence[torch.Tensor]) -> None:
-        for name, buffer in recording.inputs.items():
-            buffer.copy_(feed[name])
-        recording.binding.run()
-        for output, buffer in zip(outputs, recording.outputs, strict=True):
-            output.copy_(buffer)
-
-    def _is_due(self, key: Key) -> bool:
+    def is_due(self, key: Key) -> bool:
+        """Counts a call of shapes that are not recorded. Whether they are to be, now."""
         if self._left <= 0:
             return False
         if len(self._calls) >= _MOST_COUNTED:
             self._calls.clear()
         self._calls[key] += 1
-        return self._calls[key] > self._patience
+        return self._calls[key] > self._patience or getattr(_AT_ONCE, "on", False)
 
-    def _prepare(self, key: Key, feed: Mapping[str, torch.Tensor], outputs: Sequence[torch.Tensor]) -> _Recording:
-        """Makes room for a recording, and the memory that it is to use. Its first call records it."""
+    def record(self, key: Key, inputs: Mapping[str, torch.Tensor], outputs: Sequence[torch.Tensor]) -> Recording | None:
+        """Records a call on tensors of its own, like `inputs` and `outputs` in shape and type; the inputs' values are taken over.
+        None if another thread uses the device, or if it cannot be recorded."""
+        if not DEVICE_IN_USE.acquire(blocking=False):
+            return None
+        try:
+            recording = self._prepare(inputs, outputs)
+            recording.run()
+        except RUNTIME_ERRORS as error:
+            if is_out_of_memory(error):
+                raise
+            _log.warning("%s records no more CUDA graphs: %s", self._name, str(error).partition("\n")[0])
+            self._left = 0
+            return None
+        finally:
+            DEVICE_IN_USE.release()
         if len(self._recordings) >= self._most:
-            oldest, recording = self._recordings.popitem(last=False)
-            if hasattr(self._session, "release_captured_graph"):  # since ONNX Runtime 1.27
-                self._session.release_captured_graph(recording.graph_id)
+            oldest, _ = self._recordings.popitem(last=False)
             del self._calls[oldest]
-        graph_id = next(self._ids)
-        inputs = {name: torch.empty_like(tensor) for name, tensor in feed.items()}
-        results = [torch.empty_like(tensor) for tensor in outputs]
-        binding = Binding(self._session, self._device, graph_id)
-        binding.bind(inputs, results)
-        self._left -= 1
-        self._recordings[key] = _Recording(graph_id, inputs, results, binding)
-        return self._recordings[key]
+        self._recordings[key] = recording
+        return recording
 
-    def _begin_anew(self) -> None:
-        """Another thread has taken over, to which the recordings of the one before mean nothing."""
-        self._thread = threading.get_ident()
+    def drop(self) -> None:
+        """Forgets all recordings: the memory that they use may be freed after this."""
         self._recordings.clear()
         self._calls.clear()
+
+    def _prepare(self, inputs: Mapping[str, torch.Tensor], outputs: Sequence[torch.Tensor]) -> Recording:
+        self._left -= 1
+        own = {name: tensor.clone() for name, tensor in inputs.items()}
+        results = [torch.empty_like(tensor) for tensor in outputs]
+        graph_id = next(self._ids)
+        binding = Binding(self._session, self._device, graph_id)
+        binding.bind(own, results)
+        return Recording(graph_id, own, results, binding)

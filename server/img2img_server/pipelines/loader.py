@@ -20,9 +20,9 @@ from img2img_server.pipelines.components import Components
 from img2img_server.pipelines.foreign import refuse_foreign
 from img2img_server.pipelines.latent_consistency import LatentConsistency
 from img2img_server.pipelines.placement import Placement
-from img2img_server.pipelines.providers import ERRORS, Choice, choose
+from img2img_server.pipelines.providers import ERRORS, Choice, Probe, choose
 from img2img_server.pipelines.runners import HostRunner, Make
-from img2img_server.pipelines.sessions import Open, SessionOptions, open_session
+from img2img_server.pipelines.sessions import Open, SessionOptions, last_line, open_session
 from img2img_server.pipelines.stable_diffusion import StableDiffusion, StableDiffusionXL
 from img2img_server.pipelines.torch_parts import choose_dtype, torch_device, torch_pipeline
 from img2img_server.pipelines.whole import WholePipeline
@@ -62,14 +62,38 @@ def load_pipeline(
     cache = cache or Cache(0)
     if manifest.backend == "torch":
         return _load_torch(bundle, manifest, execution, threads, cache)
-    choice = choose(execution.provider)
+    return _load_graphs(bundle, manifest, execution, threads, cache, choose(execution.provider), open_graph, keep)
+
+
+def _load_graphs(
+    bundle: Path,
+    manifest: Manifest,
+    execution: Execution,
+    threads: int,
+    cache: Cache,
+    choice: Choice,
+    open_graph: Open,
+    keep: Callable[[Make], Make],
+) -> Pipeline:
+    """On the provider that was chosen. If that was left to the server and the GPU does not run the bundle: on the CPU."""
     placement = Placement(bundle, manifest, choice, open_graph)
     if choice.provider == "openvino":
         return _load_openvino(bundle, manifest, execution, threads, cache, placement)
     # What runs whole has a thread for each request, and recorded calls belong to one thread.
     graphs = execution.cuda_graphs and manifest.family in FAMILIES
-    make, provider, tensors = _runners(choice, replace(execution, cuda_graphs=graphs), threads, placement.open)
-    return assemble(bundle, manifest, keep(placement.told(make)), provider, tensors, threads, cache, execution)
+    try:
+        make, provider, tensors = _runners(
+            choice, replace(execution, cuda_graphs=graphs), threads, placement.open, openvino.Sizes(bundle)
+        )
+        return assemble(bundle, manifest, keep(placement.told(make)), provider, tensors, threads, cache, execution)
+    except BundleError as error:
+        if execution.provider != "auto" or choice.provider == "cpu":
+            raise
+        why = last_line(error)
+        _log.warning("%s: runs on the CPU, not on the GPU: %s", bundle.name, why)
+        declined = (*choice.declined, Probe(choice.provider, problem=why))
+        choice = Choice("cpu", declined=declined)
+    return _load_graphs(bundle, manifest, execution, threads, cache, choice, open_graph, keep)
 
 
 def assemble(
@@ -92,7 +116,9 @@ def assemble(
     return _split(components.pipeline(), f"{manifest.backend}:{provider}", manifest, execution or Execution(), threads, cache)
 
 
-def _runners(choice: Choice, execution: Execution, threads: int, open_graph: Open) -> tuple[Make, str, str]:
+def _runners(
+    choice: Choice, execution: Execution, threads: int, open_graph: Open, sizes: openvino.Sizes
+) -> tuple[Make, str, str]:
     """What readies graphs for the provider, its name in answers, and where tensors are to be."""
     if choice.provider == "cpu":
         options = SessionOptions("cpu", threads)
@@ -100,7 +126,7 @@ def _runners(choice: Choice, execution: Execution, threads: int, open_graph: Ope
     from img2img_server.pipelines import cuda
 
     # TensorRT begins with CUDA, too: its engines are built while that serves.
-    return cuda.runners(execution, threads, open_graph), "cuda", cuda.tensor_device()
+    return cuda.runners(execution, threads, open_graph, sizes), "cuda", cuda.tensor_device()
 
 
 def _load_openvino(

@@ -2,6 +2,8 @@
 
 import logging
 import traceback
+from typing import Protocol
+from weakref import WeakSet
 
 import torch
 from onnxruntime.capi import onnxruntime_pybind11_state as state
@@ -12,6 +14,18 @@ _log = logging.getLogger(__name__)
 
 RUNTIME_ERRORS = (RuntimeError, MemoryError, state.Fail, state.RuntimeException, state.EPFail)
 """What calls of torch and ONNX Runtime raise for want of memory, among much else."""
+
+
+class Keeper(Protocol):
+    """Something that keeps device memory for later."""
+
+    def give_back(self) -> None:
+        """Frees what it keeps, as far as it is not in use. Raises nothing."""
+        ...
+
+
+KEEPERS: WeakSet[Keeper] = WeakSet()
+"""All that keep device memory in this process, beside torch."""
 
 _SIGNS = (
     "out of memory",  # CUDA itself: "CUDA failure 2: out of memory", "CUDA error: out of memory"
@@ -37,8 +51,9 @@ def is_out_of_memory(error: BaseException) -> bool:
 def out_of_memory(error: Exception) -> OutOfMemory | None:
     """The error to raise in place of `error`, from None, where an allocation failed; None where it is another's.
 
-    What the failed call's frames hold is let go, and torch gives back to the device what it keeps for later: ONNX Runtime, or
-    the same call with less to do, may need it. So nothing of the failed call is left to look at but this module's log line.
+    What the failed call's frames hold is let go, and ONNX Runtime's sessions and torch give back to the device what they keep for
+    later: the same call with less to do, or another's, may need it. So nothing of the failed call is left but this module's log
+    line.
     """
     if isinstance(error, OutOfMemory):
         return error
@@ -47,5 +62,7 @@ def out_of_memory(error: Exception) -> OutOfMemory | None:
     _log.warning("out of memory: %s", str(error).partition("\n")[0])
     traceback.clear_frames(error.__traceback__)
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        for keeper in list(KEEPERS):
+            keeper.give_back()
         torch.cuda.empty_cache()
     return OutOfMemory("the device ran out of memory")

@@ -142,14 +142,14 @@ class Sessions:
         any_shape = self._session(graph, {})
         trial = self._sizes.axes(name, any_shape.inputs, self._sizes.trial())
         if trial is not None:
-            _try(graph, any_shape, _shapes(any_shape.inputs, trial))
+            try_on_zeros(graph, any_shape, trial)
         fixed: dict[Shapes, Runner] = {}
         for bucket in self._buckets if not name.startswith("text_encoder") else ():
             axes = self._sizes.axes(name, any_shape.inputs, bucket)
             if axes and self._has_room(name, bucket):
                 shapes = _shapes(any_shape.inputs, axes)
                 fixed[shapes] = self._session(graph, axes)
-                _try(graph, fixed[shapes], shapes)
+                try_on_zeros(graph, fixed[shapes], axes)
         return BucketRunner(any_shape, fixed) if fixed else any_shape
 
     def _has_room(self, name: str, bucket: Bucket) -> bool:
@@ -212,12 +212,17 @@ def _shapes(inputs: Sequence[Any], axes: Mapping[str, int]) -> Shapes:
     return tuple(tuple(axis if isinstance(axis, int) else axes[axis] for axis in item.shape) for item in inputs)
 
 
-def _try(graph: Path, runner: Runner, shapes: Shapes) -> None:
-    """Runs it once on zeros: what OpenVINO cannot compute may show only then. Raises BundleError."""
-    feed = {item.name: torch.zeros(shape, dtype=dtype_of(item)) for item, shape in zip(runner.inputs, shapes, strict=True)}
+def try_on_zeros(graph: Path, runner: Runner, axes: Mapping[str, int], device: str = "cpu") -> None:
+    """Runs it once on zeros on `device`, `axes` being the sizes of those that vary: what a provider cannot compute may show only
+    then. Raises BundleError."""
+    shapes = _shapes(runner.inputs, axes)
+    feed = {
+        item.name: torch.zeros(shape, dtype=dtype_of(item), device=device)
+        for item, shape in zip(runner.inputs, shapes, strict=True)
+    }
     try:
         runner.run(feed)
-    except ERRORS as error:
+    except (*ERRORS, RuntimeError) as error:
         raise BundleError(f"{graph} does not run: {error}") from error
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import onnxruntime
 
 from img2img_server.bundle import Manifest
+from img2img_server.pipelines.memcpy_nodes import counting_copies
 from img2img_server.pipelines.providers import Choice
 from img2img_server.pipelines.runners import Make, Runner
 from img2img_server.pipelines.sessions import Open, SessionOptions, describe
@@ -22,10 +23,13 @@ class Placement:
         self._why = "".join(f"; not on {probe}" for probe in choice.declined)
         self._open = open_graph
         self._opened: list[tuple[SessionOptions, dict[str, int]]] = []
+        self._copies = 0
 
     def open(self, graph: Path, options: SessionOptions) -> onnxruntime.InferenceSession:
         """Opens the ONNX file, and remembers what became of it."""
-        session = self._open(graph, options)
+        with counting_copies() as copies:
+            session = self._open(graph, options)
+        self._copies = copies.count
         self._opened.append((options, describe(session)))
         return session
 
@@ -50,5 +54,8 @@ class Placement:
             where = " and ".join(f"{count} nodes on {provider}" for provider, count in nodes.items()) or f"on {options.provider}"
             sizes = ", ".join(f"{axis} {size}" for axis, size in options.dimensions)
             parts.append(f"{where} ({sizes})" if sizes else where)
+        recorded = ""
+        if used.provider == "cuda":
+            recorded = ", recorded as CUDA graphs" if used.recordable else f", not recorded, {self._copies} Memcpy nodes"
         arithmetic = used.arithmetic or self._precisions.get(name, "fp32")
-        return f"runs {' and '.join(parts)} in {arithmetic}, {used.threads} threads"
+        return f"runs {' and '.join(parts)} in {arithmetic}, {used.threads} threads{recorded}"

@@ -5,6 +5,7 @@ session asks for them. So each is probed here, without a session: the wheel, the
 is remembered for the life of the process.
 """
 
+import contextlib
 import ctypes
 import functools
 import importlib.metadata
@@ -42,6 +43,10 @@ ERRORS = (
     state.RuntimeException,
 )
 """What ONNX Runtime raises for what it cannot run. They have no base of their own."""
+
+_LOADED_LATER = ("libcudnn.so.9",)
+"""What the CUDA provider loads at the first convolution only, and is linked with nowhere."""
+_TENSORRT = "libnvinfer.so.10"
 
 _TITLES = {"tensorrt": "TensorRT", "cuda": "CUDA", "openvino": "OpenVINO", "cpu": "CPU"}
 _PLUGIN = "onnxruntime_ep_openvino"
@@ -145,16 +150,27 @@ def _register_plugin() -> None:
 
 
 def _probe_gpu(name: str) -> Probe:
-    """Not yet run on a GPU. TensorRT needs all that CUDA needs, and its own library."""
+    """TensorRT needs all that CUDA needs, and its own library."""
     device, problem = _nvidia_device()
     if not problem:
         # Finds what pip installed as nvidia-* packages.
         onnxruntime.preload_dlls()
         capi = Path(onnxruntime.__file__).parent / "capi"
         names = ["cuda"] if name == "cuda" else ["cuda", "tensorrt"]
-        own = [] if name == "cuda" else ["libnvinfer.so.10"]
+        preload_tensorrt()
+        own = list(_LOADED_LATER) if name == "cuda" else [*_LOADED_LATER, _TENSORRT]
         problem = missing_library([capi / f"libonnxruntime_providers_{item}.so" for item in names], own)
     return Probe(name, detail="" if problem else device, problem=problem)
+
+
+def preload_tensorrt() -> None:
+    """Loads TensorRT's library from where NVIDIA's wheel (tensorrt-cu13-libs) puts it, which is no place that is searched."""
+    found = importlib.util.find_spec("tensorrt_libs")
+    for folder in (found.submodule_search_locations or ()) if found is not None else ():
+        path = Path(folder) / _TENSORRT
+        if path.is_file():
+            with contextlib.suppress(OSError):  # then it is missing, and that is said
+                ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
 
 
 def missing_library(providers: Sequence[Path], others: Sequence[str] = ()) -> str:

@@ -15,6 +15,9 @@ import onnxruntime
 from img2img_server.errors import BundleError
 from img2img_server.pipelines.providers import ERRORS, FULL_NAMES, openvino_device
 
+_WARNING, _ERROR, _FATAL = 2, 3, 4
+"""ONNX Runtime's log levels."""
+
 
 @dataclass(frozen=True, slots=True)
 class SessionOptions:
@@ -24,7 +27,7 @@ class SessionOptions:
     many CPU threads one call may use. `dimensions` gives named axes of the graph's inputs their size: where all have one the
     session is static, and takes that size only. A `lean` session reads its weights from the mapped file and keeps nothing from
     call to call: it takes little memory, and is slower. `arithmetic` is only to be told of: what the session computes in, where
-    that is not the graph's own.
+    that is not the graph's own. `recordable` says that `provider_options` ask for CUDA graphs.
     """
 
     provider: str = "cpu"
@@ -33,6 +36,7 @@ class SessionOptions:
     provider_options: tuple[tuple[str, str], ...] = ()
     dimensions: tuple[tuple[str, int], ...] = ()
     arithmetic: str = ""
+    recordable: bool = False
 
 
 Open = Callable[[Path, SessionOptions], onnxruntime.InferenceSession]
@@ -72,7 +76,8 @@ def open_session(graph: Path, options: SessionOptions) -> onnxruntime.InferenceS
         arguments = {"providers": [name for name, _ in wanted], "provider_options": [settings for _, settings in wanted]}
     try:
         session = onnxruntime.InferenceSession(str(graph), session_options, enable_fallback=0, **arguments)
-    except ERRORS as error:
+    except (*ERRORS, RuntimeError) as error:
+        # What fails in a GPU provider's constructor, and options that it does not know, are plain RuntimeErrors.
         raise BundleError(f"{graph} does not open: {error}") from error
     session.disable_fallback()
     if session.get_providers()[0] != FULL_NAMES[options.provider]:
@@ -95,11 +100,21 @@ def describe(session: Any) -> dict[str, int]:
     return dict(counts.most_common())
 
 
+def last_line(error: Exception) -> str:
+    """The end of ONNX Runtime's message: what was wrong, without where in its source that was found."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1]
+
+
+def _severity(options: SessionOptions) -> int:
+    """Errors only. A graph that cannot be recorded is opened again, so that error is not shown; then its copies are counted."""
+    return _FATAL if options.recordable else _WARNING if options.provider == "cuda" else _ERROR
+
+
 def _session_options(options: SessionOptions) -> onnxruntime.SessionOptions:
     result = onnxruntime.SessionOptions()
     result.intra_op_num_threads = options.threads
     result.inter_op_num_threads = 1
-    result.log_severity_level = 3
+    result.log_severity_level = _severity(options)
     for name, size in options.dimensions:
         result.add_free_dimension_override_by_name(name, size)
     if options.lean:

@@ -1,7 +1,6 @@
 """TensorRT as a contender: engines for the heavy parts of a model that CUDA serves, built beside it. Not yet run on a GPU."""
 
 import ctypes
-import functools
 import shutil
 import sys
 import tempfile
@@ -15,6 +14,7 @@ import torch
 from PIL import Image
 
 from img2img_server.bundle import Component, Manifest
+from img2img_server.device import DEVICE_IN_USE
 from img2img_server.engine.cache import Cache
 from img2img_server.engine.request import Pipeline, Request
 from img2img_server.errors import BundleError
@@ -25,12 +25,12 @@ from img2img_server.pipelines import cores, cuda, gate, tensorrt
 from img2img_server.pipelines.build_process import run_build
 from img2img_server.pipelines.device_runner import DeviceRunner
 from img2img_server.pipelines.engine_cache import EngineCache, default_root
-from img2img_server.pipelines.graph_replay import DEVICE_IN_USE
 from img2img_server.pipelines.loader import FAMILIES, assemble
 from img2img_server.pipelines.openvino import Sizes
 from img2img_server.pipelines.providers import choose
 from img2img_server.pipelines.runners import HostRunner, Make, Runner
 from img2img_server.pipelines.sessions import Open, SessionOptions, open_session
+from img2img_server.pipelines.transfers import device_stream, enter_stream
 from img2img_server.stopping import Stop
 
 _MAJOR, _MINOR = 75, 76
@@ -132,15 +132,15 @@ class TensorRTContender:
 
     def _maker(self, threads: int) -> Make:
         shop = self._workshop
-        stream = torch.cuda.Stream() if shop.tensors == "cuda" else None  # type: ignore[no-untyped-call]
+        stream = device_stream().cuda_stream if shop.tensors == "cuda" else None
 
         def opened(folder: Path) -> Runner:
-            options = tensorrt.serving_options(None if stream is None else stream.cuda_stream)
+            options = tensorrt.serving_options(stream)
             context = folder / tensorrt.CONTEXT
             session = shop.open_graph(context, SessionOptions("tensorrt", threads, provider_options=options))
             if stream is None:
                 return HostRunner(session)
-            return DeviceRunner(session, shop.tensors, functools.partial(cuda.go_over, stream))
+            return DeviceRunner(session, shop.tensors, enter_stream)
 
         def make(name: str, graph: Path) -> Runner:
             other = shop.other(name, graph)

@@ -7,6 +7,7 @@ from typing import Concatenate, ParamSpec, Protocol, TypeVar
 import torch
 
 from img2img_server.pipelines.memory import RUNTIME_ERRORS, out_of_memory
+from img2img_server.pipelines.transfers import enter_stream
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -30,6 +31,7 @@ def torch_call(method: Callable[Concatenate[_Self, _P], _R]) -> Callable[Concate
     @functools.wraps(method)
     def call(self: _Self, /, *args: _P.args, **kwargs: _P.kwargs) -> _R:
         torch.set_num_threads(self.threads)
+        enter_stream()
         try:
             with torch.inference_mode():
                 return method(self, *args, **kwargs)

@@ -5,6 +5,8 @@ from collections.abc import Callable
 
 from PIL import Image
 
+from img2img_server.pipelines.transfers import enter_stream
+
 
 class _Abandoned(BaseException):
     """Unwinds a pipeline's call that nobody waits for any more. A BaseException, so that no pipeline catches it."""
@@ -53,6 +55,7 @@ class Run:
 
     def _main(self) -> None:
         self._go.acquire()
+        enter_stream()  # before anything is allocated: what one stream frees, the other may still use
         try:
             self.images = self._call(self)
         except _Abandoned:

@@ -1,0 +1,169 @@
+"""What ONNX Runtime's CUDA provider makes of every graph of a bundle: it opens, runs, and can be recorded, in every precision."""
+
+import ctypes
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fake_gpu import FakeGpu
+from img2img_server.bundle import read_manifest
+from img2img_server.engine.cache import Cache
+from img2img_server.errors import BundleError
+from img2img_server.execution import Execution
+from img2img_server.pipelines import cuda, providers
+from img2img_server.pipelines.device_runner import DeviceRunner
+from img2img_server.pipelines.loader import load_pipeline
+from img2img_server.pipelines.openvino import Sizes
+from img2img_server.pipelines.placement import Placement
+from img2img_server.pipelines.providers import Choice
+from img2img_server.pipelines.sessions import SessionOptions, open_session
+
+pytestmark = pytest.mark.usefixtures("gpu")
+BUNDLES = ("sd1", "sd1:fp16", "sd1:bf16", "sdxl:fp16")
+
+
+def load(bundle: Path, **settings: Any) -> Any:
+    return load_pipeline(
+        bundle, read_manifest(bundle), Execution(**{"provider": "cuda", "threads": 1, **settings}), Cache(1 << 24)
+    )
+
+
+@pytest.mark.parametrize("name", BUNDLES)
+def test_every_graph_can_be_recorded(name: str, bundle: Callable[[str], Path], caplog: pytest.LogCaptureFixture) -> None:
+    """Findings 2, 3 and 4 of the first look: no bf16 Conv in NHWC, shapes computed on the GPU, attention's scale on the CPU."""
+    folder = bundle(name)
+    caplog.clear()
+    with caplog.at_level(logging.INFO):
+        load(folder)
+    placed = [record.message for record in caplog.records if " runs " in record.message]
+    assert len(placed) >= 4
+    for line in placed:
+        assert "recorded as CUDA graphs" in line, line
+        assert "not recorded" not in line
+    warnings = [record.message for record in caplog.records if record.levelno >= logging.WARNING]
+    assert not [message for message in warnings if "plain graph is used" not in message]
+
+
+def test_what_cannot_be_recorded_says_so_with_its_copies(
+    bundle: Callable[[str], Path], caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """With cuDNN's layout for all, which moves shape arithmetic to the GPU, as every plain graph was opened once."""
+
+    def open_badly(graph: Path, options: SessionOptions) -> Any:
+        settings = (*options.provider_options, ("prefer_nhwc", "1"))
+        return open_session(graph, SessionOptions("cuda", 1, provider_options=settings, recordable=options.recordable))
+
+    folder = bundle("sd1")
+    caplog.clear()
+    placement = Placement(folder, read_manifest(folder), Choice("cuda"), open_badly)
+    make = placement.told(cuda.runners(Execution("cuda", 1), 1, placement.open))
+    with caplog.at_level(logging.INFO):
+        make("text_encoder", folder / "text_encoder" / "model.onnx")
+    lines = [record.message for record in caplog.records if "not recorded" in record.message]
+    assert lines
+    assert all(int(line.partition("not recorded, ")[2].split()[0]) > 0 for line in lines)
+    assert any("export it again" in record.message for record in caplog.records)
+    assert "Memcpy" not in capfd.readouterr().err, "ONNX Runtime's own words are not shown beside ours"
+
+
+def test_fp32_is_computed_without_tf32(bundle: Callable[[str], Path]) -> None:
+    asked: list[dict[str, str]] = []
+
+    def note(graph: Path, options: SessionOptions) -> Any:
+        asked.append(dict(options.provider_options))
+        return open_session(graph, options)
+
+    folder = bundle("sd1")
+    for execution in (Execution("cuda", 1), Execution("cuda", 1, arithmetic="fp32")):
+        load_pipeline(folder, read_manifest(folder), execution, Cache(0), open_graph=note)
+    assert [given["use_tf32"] for given in asked] == ["1"] * 4 + ["0"] * 4
+    assert not any("prefer_nhwc" in given for given in asked)
+
+
+def test_the_first_outputs_of_a_shape_do_not_lie_in_the_arena(bundle: Callable[[str], Path], gpu: FakeGpu) -> None:
+    """A later recording may use the same memory: what was handed out would change."""
+    folder = bundle("sd1")
+    make = cuda.runners(Execution("cuda", 1), 1, open_session)
+    runner = make("vae_encoder", folder / "vae_encoder" / "model.onnx")
+    (given,) = runner.run({"sample": torch.zeros(1, 3, 64, 64, device="cuda")})
+    owners = {segment["address"]: segment["total_size"] for segment in torch.cuda.memory_snapshot()}  # type: ignore[no-untyped-call]
+    assert any(start <= given.data_ptr() < start + size for start, size in owners.items()), "it is torch's"
+
+
+@pytest.mark.parametrize("provider", ["auto", "cuda"])
+def test_a_gpu_that_does_not_run_a_bundle_is_given_up_with_its_reason(
+    provider: str, bundle: Callable[[str], Path], gpu: FakeGpu, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = bundle("sd1")
+    with gpu.failing("cublasCreate_v2:-:3"):
+        if provider == "cuda":
+            with pytest.raises(BundleError, match=r"CUBLAS|cublas"):
+                load(folder)
+            return
+        with caplog.at_level(logging.INFO):
+            pipeline = load(folder, provider="auto")
+    assert pipeline.engine == "onnx:cpu"
+    assert "runs on the CPU, not on the GPU" in caplog.text
+    assert "not on CUDA: " in caplog.text
+
+
+def test_a_fused_graph_that_opens_but_does_not_run_gives_way_to_the_plain_one(
+    bundle: Callable[[str], Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    """GroupNorm's kernel refuses some numbers of channels only when it is run: those of the tiny models are such."""
+    folder = bundle("sd1:fp16")
+    caplog.clear()
+    with caplog.at_level(logging.INFO):
+        pipeline = load(folder)
+    assert pipeline.engine == "onnx:cuda"
+    placed = [record.message for record in caplog.records if " unet runs " in record.message]
+    refused = [record.message for record in caplog.records if "the plain graph is used instead" in record.message]
+    assert len(placed) == 1 + len(refused)
+
+
+def test_arenas_take_few_allocations(bundle: Callable[[str], Path], gpu: FakeGpu) -> None:
+    """Whatever sizes are asked for: kSameAsRequested made 51 while serving 44 shapes."""
+    runner = cuda.runners(Execution("cuda", 1), 1, open_session)("unet", bundle("sd1") / "unet" / "model.onnx")
+    shapes = [(rows, side) for side in range(8, 48, 8) for rows in (1, 2, 3, 4)]
+    with gpu.counting() as counts:
+        for rows, side in shapes:
+            runner.run(
+                {
+                    "sample": torch.zeros(rows, 4, side, side, device="cuda"),
+                    "timestep": torch.zeros(rows, device="cuda"),
+                    "encoder_hidden_states": torch.zeros(rows, 77, 32, device="cuda"),
+                }
+            )
+    assert counts["cudaMalloc"] <= 12, counts
+
+
+def test_the_probe_looks_for_what_is_loaded_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    load_library = ctypes.CDLL
+
+    def without_cudnn(name: str, *arguments: Any, **named: Any) -> Any:
+        if "cudnn" in str(name):
+            raise OSError("libcudnn.so.9: cannot open shared object file")
+        return load_library(name, *arguments, **named)
+
+    monkeypatch.setattr(ctypes, "CDLL", without_cudnn)
+    providers.probe.cache_clear()
+    try:
+        assert "libcudnn.so.9" in providers.probe("cuda").problem
+    finally:
+        monkeypatch.undo()
+        providers.probe.cache_clear()
+    assert not providers.probe("cuda").problem
+
+
+def test_a_trial_size_is_known_for_every_graph(bundle: Callable[[str], Path]) -> None:
+    """Else graphs would be served that were never run."""
+    folder = bundle("sdxl:fp16")
+    sizes = Sizes(folder)
+    make = cuda.runners(Execution("cuda", 1), 1, open_session)
+    for component in read_manifest(folder).components:
+        runner = make(component.name, folder / component.name / "model.onnx")
+        assert isinstance(runner, DeviceRunner)
+        assert sizes.axes(component.name, runner.inputs, sizes.trial()), component.name
