@@ -75,7 +75,7 @@ class Mover:
             self._engine.remove(name)
         pipelines: list[Closable] = [arrival.pipeline]
         del arrival
-        await asyncio.to_thread(let_go, pipelines)
+        await in_thread(lambda: let_go(pipelines))
 
     async def free(self, name: str, health: Callable[[str, bool], None]) -> int:
         """Unloads a model that has no requests left. Returns the bytes that memory has shrunk by."""
@@ -85,7 +85,7 @@ class Mover:
         pipelines: list[Closable] = [pipeline]
         del pipeline  # the list's is to be the last
         health(name, False)
-        await asyncio.to_thread(let_go, pipelines)
+        await in_thread(lambda: let_go(pipelines))
         freed = max(0, -(before.grown_to(self._meter.read(), engine) or 0))
         _log.info("model '%s': unloaded, %s given back", name, in_words(freed))
         return freed

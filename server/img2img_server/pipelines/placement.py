@@ -27,9 +27,13 @@ class Placement:
 
     def open(self, graph: Path, options: SessionOptions) -> onnxruntime.InferenceSession:
         """Opens the ONNX file, and remembers what became of it."""
-        with counting_copies() as copies:
+        # Only a session that says so in ONNX Runtime's log makes copies (sessions.py).
+        if options.provider == "cuda" and not options.recordable:
+            with counting_copies() as copies:
+                session = self._open(graph, options)
+            self._copies = copies.count
+        else:
             session = self._open(graph, options)
-        self._copies = copies.count
         self._opened.append((options, describe(session)))
         return session
 
