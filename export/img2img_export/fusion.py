@@ -160,7 +160,7 @@ class _Finder:
         return self.path(product.input[0], "Transpose", "Reshape")
 
     def scale(self, product: NodeProto) -> float | None:
-        """The constant whose root the Mul `product` multiplies with (recordable.py)."""
+        """The constant whose root the Mul `product` multiplies with (graph_kinds.py)."""
         root = self.path(product.input[1], "Sqrt")
         value = self._constant(root.input[0]) if root else None
         return None if value is None or value.size != 1 else float(value.item())

@@ -5,6 +5,7 @@ difference is a UNet's `timestep`: it has a value for each sample, so requests a
 """
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest.mock import patch
@@ -42,14 +43,21 @@ def _attend(
     attn_mask: torch.Tensor | None = None,
     dropout_p: float = 0.0,
     is_causal: bool = False,
+    scale: float | None = None,
     **settings: Any,
 ) -> torch.Tensor:
-    """torch's attention with any mask as numbers of the query's type. torch exports others in fp32, whatever the graph is in."""
+    """torch's attention with any mask as numbers of the query's type. torch exports others in fp32, whatever the graph is in.
+
+    The scale is a constant of the graph, as the size of the heads is known: torch exports its computation from the query's shape,
+    which runs on the CPU (recordable.py).
+    """
+    if scale is None:
+        scale = 1 / math.sqrt(int(query.shape[-1]))
     if is_causal:
         attn_mask = torch.arange(query.shape[-2])[:, None] >= torch.arange(key.shape[-2])
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill(~attn_mask, -torch.inf)
-    return _attend_in_torch(query, key, value, attn_mask, dropout_p, **settings)
+    return _attend_in_torch(query, key, value, attn_mask, dropout_p, scale=scale, **settings)
 
 
 class GraphKind(ExporterConfig):  # type: ignore[misc]

@@ -1,34 +1,14 @@
 """Keeps what the CPU would compute out of traced graphs, so that a CUDA session can record a whole call as a CUDA graph.
 
-ONNX Runtime records a graph only if no tensor goes from a CPU node to a GPU node (cuda_execution_provider.cc). Three things that
-torch's exporter writes break that: the scale of attention, which it computes at run time from the query's shape; ArgMax of
-integers, for which the CUDA provider has no kernel; and x[arange(n), index], whose arange it multiplies with a size on the GPU.
+ONNX Runtime records a graph only if no tensor goes from a CPU node to a GPU node (cuda_execution_provider.cc). Two things that
+torch's exporter writes break that: ArgMax of integers, for which the CUDA provider has no kernel; and x[arange(n), index], whose
+arange it multiplies with a size on the GPU. A third, attention's scale, is a constant already (graph_kinds.py).
 """
 
-import contextlib
-import math
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import onnx
-import torch
 from onnx import ModelProto, NodeProto, TensorProto, helper
-from torch.nn import functional
-
-
-@contextlib.contextmanager
-def constant_attention_scale() -> Iterator[None]:
-    """Traces the scale of scaled_dot_product_attention as a constant: the size of the heads is known."""
-    original = functional.scaled_dot_product_attention
-
-    def attention(query: torch.Tensor, *arguments: Any, scale: float | None = None, **named: Any) -> torch.Tensor:
-        return original(query, *arguments, scale=1 / math.sqrt(int(query.shape[-1])) if scale is None else scale, **named)
-
-    functional.scaled_dot_product_attention = attention
-    try:
-        yield
-    finally:
-        functional.scaled_dot_product_attention = original
 
 
 def make_recordable(model: ModelProto) -> None:

@@ -10,7 +10,7 @@ import torch
 
 from img2img_export.errors import FAILURES, ExportError, first_line
 from img2img_export.parts import Part, Tensors
-from img2img_export.recordable import constant_attention_scale, make_recordable
+from img2img_export.recordable import make_recordable
 from img2img_export.skeleton import Skeleton, Weight, light
 
 OPSET = 18
@@ -47,7 +47,6 @@ def trace(module: Any, part: Part, example: Tensors, dtype: torch.dtype = torch.
             torch.no_grad(),
             light(module, dtype) as weights,
             part.kind.patched(),
-            constant_attention_scale(),
         ):
             warnings.simplefilter("ignore")
             torch.onnx.export(
