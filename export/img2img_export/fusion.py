@@ -160,14 +160,17 @@ class _Finder:
         return self.path(product.input[0], "Transpose", "Reshape")
 
     def scale(self, product: NodeProto) -> float | None:
-        """The constant whose root the Mul `product` multiplies with (graph_kinds.py)."""
-        root = self.path(product.input[1], "Sqrt")
-        value = self._constant(root.input[0]) if root else None
-        return None if value is None or value.size != 1 else float(value.item())
+        """The scale of attention whose root the Mul `product` multiplies with: a constant (graph_kinds.py) or the root of one."""
+        name = self._before_cast(product.input[1])
+        root = self.path(name, "Sqrt")
+        value = self.known.get(self._before_cast(root.input[0]) if root else name)
+        if value is None or value.size != 1:
+            return None
+        return float(value.item()) if root else float(value.item()) ** 2
 
-    def _constant(self, name: str) -> np.ndarray | None:
+    def _before_cast(self, name: str) -> str:
         cast = self.path(name, "Cast")
-        return self.known.get(cast.input[0] if cast else name)
+        return cast.input[0] if cast else name
 
     def heads(self, reshape: NodeProto) -> int | None:
         """The third number of a Reshape's shape, where that is a constant."""
