@@ -20,6 +20,9 @@ _WITH_IMAGES = {
 _WITH_FILES = {"/img2img.v1.AssetService/UploadAsset"}
 MAX_STREAMS = 1024
 """Calls in progress of one connection. More than the queue holds by default; the caller's gRPC holds the others back."""
+MAX_PENDING_CALLS = 2**16
+"""Calls that have arrived and wait for the event loop. gRPC cancels further ones: by default it begins at 1000, which a burst or
+another client's resets reach while the event loop is late."""
 MAX_CONNECTIONS = 4096
 """Open at a time, if the process may open as many files. Each takes a file descriptor and some 40 KB."""
 _OTHER_FILES = 256
@@ -74,6 +77,8 @@ def options(config: ServerConfig, keepalive: float = KEEPALIVE_SECONDS) -> list[
         ("grpc.max_metadata_size", MAX_METADATA_BYTES),
         ("grpc.absolute_max_metadata_size", MAX_METADATA_BYTES),
         ("grpc.max_concurrent_streams", MAX_STREAMS),
+        ("grpc.server.max_pending_requests", MAX_PENDING_CALLS),
+        ("grpc.server.max_pending_requests_hard_limit", MAX_PENDING_CALLS),
         ("grpc.max_allowed_incoming_connections", max_connections()),
         ("grpc.server_handshake_timeout_ms", HANDSHAKE_SECONDS * 1000),
         ("grpc.max_connection_idle_ms", IDLE_SECONDS * 1000),

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import socket
 import subprocess
@@ -32,6 +33,7 @@ from running import RunningServer, manifest, running, store
 from soak_parts import raw_http2
 from soak_parts.raw_http2 import RawConnection, settings_of
 
+CHECK = "/grpc.health.v1.Health/Check"
 TRANSFORM = "/img2img.v1.ImageToImageService/Transform"
 
 
@@ -66,6 +68,33 @@ def test_who_pings_without_end_is_sent_away(server: RunningServer) -> None:
         goodbyes = [frame.payload for frame in connection.frames() if frame.kind == raw_http2.GOAWAY]
     assert int.from_bytes(goodbyes[-1][4:8], "big") == raw_http2.ENHANCE_YOUR_CALM
     assert is_healthy(server)
+
+
+def test_calls_that_arrive_while_the_event_loop_is_late_are_all_answered(server: RunningServer) -> None:
+    """gRPC itself cancels calls that wait, from the 1000th on, if nobody sets another bound."""
+    late = threading.Event()
+    with contextlib.ExitStack() as stack:
+        stack.callback(late.set)
+        connections = [stack.enter_context(RawConnection(server.port)) for _ in range(2)]
+        frames = [connection.frames() for connection in connections]
+        server.loop.call_soon_threadsafe(late.wait)
+        streams = range(1, 2 * transport.MAX_STREAMS, 2)
+        for connection, received in zip(connections, frames, strict=True):
+            for stream in streams:
+                connection.call(CHECK, b"", stream=stream)
+            connection.send(raw_http2.PING, bytes(8))
+            # gRPC's own threads have read all calls once they answer.
+            next(frame for frame in received if frame.kind == raw_http2.PING and frame.flags & raw_http2.ACK)
+        late.set()
+        for received in frames:
+            ended = list(itertools.islice(_ends(received), len(streams)))
+            assert sorted(frame.stream for frame in ended) == list(streams)
+            assert not [frame for frame in ended if b"CANCELLED" in frame.payload]
+
+
+def _ends(frames: Iterator[raw_http2.Frame]) -> Iterator[raw_http2.Frame]:
+    """The last frame of each call."""
+    return (frame for frame in frames if frame.kind == raw_http2.HEADERS and frame.flags & raw_http2.END_STREAM)
 
 
 def test_metadata_has_a_bound_which_ends_the_call_alone(server: RunningServer) -> None:
