@@ -24,7 +24,7 @@ from soak_parts.judging import Times, growth_of, judge, judge_times
 from soak_parts.ledger import Ledger
 from soak_parts.pictures import subjects
 from soak_parts.process import ROOT, SERVE, STAND_IN, ServerFailed, ServingProcess
-from soak_parts.stand_in import plant
+from soak_parts.stand_in import STEP_SECONDS, plant
 from soak_parts.strangers import Strangers, strangers
 from soak_parts.traffic import Traffic
 from soak_parts.watching import Watch
@@ -88,6 +88,7 @@ def _parse() -> argparse.Namespace:
     add("--seed", type=int, default=0, metavar="N", help="of all that is drawn at random (default: %(default)s)")
     add("--capacity-factor", type=float, default=2.0, metavar="X", help="times the capacity to ask for (default: %(default)g)")
     add("--model", choices=("demo", "fake"), default="demo", help="fake: a server that loads no model (default: %(default)s)")
+    add("--fake-step", type=float, default=0.01, metavar="SECONDS", help="of the fake's step with no rows (default: %(default)g)")
     add("--bundle", type=Path, metavar="DIR", help="serve this bundle (default: the demo's, exported first)")
     add("--out", type=Path, default=ROOT / ".soak", metavar="DIR", help="where figures and log go (default: .soak)")
     switch = argparse.BooleanOptionalAction
@@ -101,8 +102,8 @@ def _parse() -> argparse.Namespace:
         parser.error("--no-tokens needs --no-hostile: without tokens the hostile clients and the others are one client")
     if arguments.engine == "ray" and arguments.model == "fake":
         parser.error("--engine ray needs a real model: replicas on Ray know no stand-ins")
-    if arguments.minutes <= 0 or arguments.capacity_factor <= 0:
-        parser.error("--minutes and --capacity-factor are more than 0")
+    if min(arguments.minutes, arguments.capacity_factor, arguments.fake_step) <= 0:
+        parser.error("--minutes, --capacity-factor and --fake-step are more than 0")
     return arguments
 
 
@@ -174,7 +175,8 @@ def _server(arguments: argparse.Namespace, scratch: Path, more: Sequence[str]) -
     command = STAND_IN if arguments.model == "fake" else SERVE
     flags = ["--models", str(store), "--default-model", _MAIN, "--assets", str(scratch / "assets")]
     flags += ["--engine", arguments.engine, *(["--kserve"] if arguments.kserve else []), *more, *_FLAGS]
-    return ServingProcess(arguments.out, [*command, *flags], {"OMP_WAIT_POLICY": "PASSIVE"})
+    environment = {"OMP_WAIT_POLICY": "PASSIVE", STEP_SECONDS: str(arguments.fake_step)}
+    return ServingProcess(arguments.out, [*command, *flags], environment)
 
 
 def _free_port() -> int:

@@ -129,10 +129,12 @@ def _complain(error: Exception, status: int) -> int:
 async def _serve(config: "ServerConfig") -> int:
     from img2img_server.errors import BundleError
     from img2img_server.life import live
+    from img2img_server.models.memory import bound_arenas
     from img2img_server.server import Server
     from img2img_server.transport import raise_file_limit
 
     raise_file_limit()
+    bound_arenas()
     try:
         backend = _backend(config)
         return await live(Server(config, backend))

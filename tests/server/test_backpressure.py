@@ -141,6 +141,22 @@ def test_a_client_has_no_more_than_its_share_waiting() -> None:
     assert [caller.error for caller in callers] == [None] * len(callers)
 
 
+def test_the_last_places_are_for_clients_without_a_request() -> None:
+    engine, _, _ = make_engine(Limits(max_active=1, max_waiting=16))
+    for _ in range(14):
+        Caller(engine).submit(client="many")
+    with pytest.raises(QueueFull):
+        Caller(engine).submit(client="many")
+    with engine.arriving("few") as place:
+        engine.submit(make_request(client="few"), lambda event: None, place)
+        with pytest.raises(QueueFull):
+            Caller(engine).submit(client="few")
+    Caller(engine).submit(client="other")
+    with pytest.raises(QueueFull):
+        Caller(engine).submit(client="one too many")
+    run_out(engine)
+
+
 def test_the_server_itself_is_no_client() -> None:
     engine, _, _ = measured_engine(Limits(max_client_waiting=1, max_waiting_seconds=1.0))
     Caller(engine).submit(client="one", num_inference_steps=50)

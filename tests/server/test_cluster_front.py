@@ -217,6 +217,21 @@ async def test_the_queue_of_all_fronts_is_bounded() -> None:
         caller.accepted.ticket.cancel()
 
 
+async def test_the_last_places_of_all_replicas_are_for_clients_without_a_request() -> None:
+    async with rig(max_waiting=4, max_active=1) as it:
+        loads(it, Load(9.0, 3, 1, ("m",)), Load(9.0, 4, 1, ("m",)))
+        await it.roster.look()
+        with it.front.arriving("few"), pytest.raises(QueueFull), it.front.arriving("other"):
+            pass
+        loads(it, Load(9.0, 3, 1, ("m",)), Load(9.0, 3, 1, ("m",)))
+        await it.roster.look()
+        with it.front.arriving("many"):
+            with pytest.raises(QueueFull), it.front.arriving("many"):
+                pass
+            with it.front.arriving("few"):
+                pass
+
+
 async def test_requests_that_idle_engines_take_at_once_do_not_wait() -> None:
     async with rig(*([(asyncio.Event(),)] * 5), max_waiting=1, max_active=2) as it:
         callers = [it.submit() for _ in range(5)]

@@ -228,15 +228,14 @@ class Front:
         loads, limits = self._roster.loads, self._limits
         if not loads:
             raise NoReplica("no replica can be reached", COME_BACK)
-        waiting = self._waiting()
-        if waiting >= limits.max_waiting * len(loads):
+        waiting, held = self._waiting(), self._held(client) if client else 0
+        if waiting >= limits.waiting_places(held, len(loads)):
             raise QueueFull(f"{waiting} requests are waiting already", _SOONEST + LOOK_EVERY)
         seconds = [0.0 if load.seconds is None else load.seconds for load in loads]
         most = limits.max_waiting_seconds
         if most is not None and min(seconds) > most:
             message = f"there are about {min(seconds):.1f} s of work already, the most is {most:g} s"
             raise QueueFull(message, max(_SOONEST, min(seconds) - most))
-        held = self._held(client) if client else 0
         if held >= limits.max_client_waiting:
             message = f"{held} requests of yours have not ended, the most is {limits.max_client_waiting}"
             raise ClientBusy(message, _SOONEST + LOOK_EVERY)

@@ -48,8 +48,8 @@ class Room:
         """Raises QueueFull or ClientBusy where one more request of `client` would be too many. An empty name is nobody's, and
         what runs in the background is bounded by its number only."""
         scheduler, limits = self._scheduler, self._scheduler.limits
-        waiting = len(scheduler.waiting) + self.arriving
-        if waiting >= limits.max_waiting:
+        waiting, held = len(scheduler.waiting) + self.arriving, self._count(client) if client else 0
+        if waiting >= limits.waiting_places(held):
             raise QueueFull(f"{waiting} requests are waiting already", _later(scheduler.next_place(now)))
         if background:
             return
@@ -58,9 +58,8 @@ class Room:
             if work is not None and work > limits.max_waiting_seconds:
                 message = f"there are about {work:.1f} s of work already, the most is {limits.max_waiting_seconds:g} s"
                 raise QueueFull(message, _later(work - limits.max_waiting_seconds))
-        count = self._count(client) if client else 0
-        if count >= limits.max_client_waiting:
-            message = f"{count} requests of yours have not ended, the most is {limits.max_client_waiting}"
+        if held >= limits.max_client_waiting:
+            message = f"{held} requests of yours have not ended, the most is {limits.max_client_waiting}"
             raise ClientBusy(message, _later(scheduler.next_end(client, now)))
 
     def _count(self, client: str) -> int:

@@ -29,6 +29,7 @@ class Limits:
     measured at warm-up may keep batches smaller. `max_active` requests are in progress and `max_waiting` wait;
     `max_admitted` may be encoded between two steps of the others. `max_waiting_seconds` bounds the estimated seconds of work that
     is accepted and not done, None for no bound; `max_client_waiting` the requests of one client that have not ended.
+    An eighth of `max_waiting` is for clients that have no request yet: who fills the queue does not shut them out.
     """
 
     max_batch_size: int = setting(16, "most rows of a model call, two a guided picture", metavar="N", least=1)
@@ -42,6 +43,11 @@ class Limits:
         least=0,
     )
     max_client_waiting: int = setting(128, "requests of one client that may wait or run", metavar="N", least=1)
+
+    def waiting_places(self, held: int, engines: int = 1) -> int:
+        """The most requests that may wait, of all clients and in so many engines, if one comes from a client that has `held`."""
+        places = self.max_waiting * engines
+        return places - places // 8 if held else places
 
 
 class Scheduler:
