@@ -95,7 +95,7 @@ def measured(grown: int | None, manifest: Manifest) -> int:
 def bound_arenas() -> None:
     """Limits the C library to two arenas of memory, unless MALLOC_ARENA_MAX is set. Call it before threads start.
 
-    By default there are up to 8 for each core, and no thread reuses the memory that large messages left behind in another's arena.
+    By default there are up to 8 for each core, and no thread uses again what large messages left behind in another's arena.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc's; musl and others have none
     if mallopt is not None and "MALLOC_ARENA_MAX" not in os.environ:
