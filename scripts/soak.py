@@ -16,7 +16,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 
-from soak_parts import report
 from soak_parts.access import Access, issue
 from soak_parts.attacks import held_calls
 from soak_parts.driving import Driver, Load, drain, measure_capacity
@@ -24,6 +23,7 @@ from soak_parts.judging import Times, growth_of, judge, judge_times
 from soak_parts.ledger import Ledger
 from soak_parts.pictures import subjects
 from soak_parts.process import ROOT, SERVE, STAND_IN, ServerFailed, ServingProcess
+from soak_parts.report import Report, Run
 from soak_parts.stand_in import STEP_SECONDS, plant
 from soak_parts.strangers import Strangers, strangers
 from soak_parts.traffic import Traffic
@@ -145,8 +145,8 @@ async def _soak(arguments: argparse.Namespace, scratch: Path) -> int:
     capacity = median(driver.capacities)
     rate = Load(loaded, capacity, arguments.capacity_factor).rate
     names = [name for name in ("tls", "tokens", "hostile", "kserve") if getattr(arguments, name)]
-    run = report.Run(arguments.seed, model, loaded, capacity, rate, status, " ".join([arguments.engine, *names]))
-    print(report.write(arguments.out, run, ledger, watch, growth, times, attacks, broken))
+    run = Run(arguments.seed, model, loaded, capacity, rate, status, " ".join([arguments.engine, *names]))
+    print(Report(run, ledger, watch, growth, times, attacks, broken).write(arguments.out))
     for line in broken:
         print(f"BROKEN: {line}")
     return 1 if broken else 0

@@ -30,94 +30,95 @@ class Run:
     options: str
 
 
-def write(
-    folder: Path,
-    run: Run,
-    ledger: Ledger,
-    watch: Watch,
-    growth: Growth,
-    times: Times,
-    attacks: Mapping[str, Mapping[str, int]],
-    broken: Sequence[str],
-) -> str:
-    """Writes soak.json and soak.md into `folder`, and returns the table."""
-    figures = {
-        "run": asdict(run),
-        "machine": platform.processor() or platform.machine(),
-        "issued": dict(ledger.issued),
-        "endings": [{"kind": kind, "ending": ending, "count": n} for (kind, ending), n in sorted(ledger.endings.items())],
-        "lost": ledger.lost,
-        "doubled": ledger.doubled,
-        "wrong": ledger.count("wrong"),
-        "health": {"count": len(watch.health_seconds), **_quantiles(watch.health_seconds)},
-        "small_tenant": {"alone": _quantiles(times.alone), "under_load": _quantiles(times.under_load), "ratio": times.ratio},
-        "stop": {"seconds": times.stop, "grace": times.grace},
-        "attacks": attacks,
-        "memory": {**asdict(growth), "share": growth.share, "share_per_hour": growth.share_per_hour},
-        "checkpoints": [{"at": point.at, **asdict(point.vitals)} for point in watch.checkpoints],
-        "broken": list(broken),
-    }
-    table = _table(run, ledger, watch, growth, times, attacks, broken)
-    (folder / "soak.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
-    (folder / "soak.md").write_text(table, encoding="utf-8")
-    return table
+@dataclass(frozen=True, slots=True)
+class Report:
+    """All that is known at the end of a run: `attacks` by kind and status, and the promises that were `broken`, a line each."""
 
+    run: Run
+    ledger: Ledger
+    watch: Watch
+    growth: Growth
+    times: Times
+    attacks: Mapping[str, Mapping[str, int]]
+    broken: Sequence[str]
 
-def _table(
-    run: Run,
-    ledger: Ledger,
-    watch: Watch,
-    growth: Growth,
-    times: Times,
-    attacks: Mapping[str, Mapping[str, int]],
-    broken: Sequence[str],
-) -> str:
-    health = _quantiles(watch.health_seconds)
-    first, last = watch.checkpoints[0].vitals, watch.checkpoints[-1].vitals
-    faults = sum(count for kind, count in ledger.issued.items() if KINDS[kind].fault)
-    verdict = f"{growth.share:+.2%}" + ("" if growth.judged else " (too short a run to judge)")
-    rows = [
-        ("model, seed, options", f"{run.model}, {run.seed}, {run.options}"),
-        ("minutes under load", f"{run.seconds / 60:.1f}"),
-        ("capacity; operations sent", f"{run.capacity:.2f} pictures a second; {run.rate:.2f} a second"),
-        ("operations", f"{sum(ledger.issued.values())}, {faults} of them with a fault"),
-        ("ended with right pictures", f"{ledger.count('picture')}"),
-        ("refused, queue full", f"{ledger.count('refused')}"),
-        ("cancelled; deadline passed", f"{ledger.count('cancelled')}; {ledger.count('deadline')}"),
-        ("disconnected; clients killed", f"{ledger.count('disconnected')}; {ledger.count('killed')}"),
-        ("refused as invalid", f"{ledger.count('invalid')}"),
-        ("models unloaded", f"{ledger.count('done')}"),
-        ("**lost**", f"**{ledger.lost}**"),
-        ("**doubled**", f"**{ledger.doubled}**"),
-        ("**wrong**", f"**{ledger.count('wrong')}**"),
-        ("hostile clients' attempts, by kind", _attempts(attacks)),
-        (
-            "health checks; median, 99 %, longest",
-            f"{len(watch.health_seconds)}; "
-            + ", ".join(f"{health[name] * 1e3:.0f}" for name in ("median", "p99", "most"))
-            + " ms",
-        ),
-        ("resident memory at rest, after warm-up and at the end", f"{growth.first / _MEBI:.1f}, {growth.last / _MEBI:.1f} MiB"),
-        ("**memory growth**", f"**{verdict}**"),
-        (
-            "slope at rest; under load",
-            f"{growth.share_per_hour:+.1%}, {growth.per_hour / _MEBI:+.1f} MiB an hour; "
-            f"{growth.load_per_hour / _MEBI:+.1f} MiB an hour",
-        ),
-        ("file descriptors, first and last", f"{first.descriptors}, {last.descriptors}"),
-        ("threads, first and last", f"{first.threads}, {last.threads}"),
-        (
-            "a small tenant's requests; its 95 % alone, under load",
-            f"{len(times.under_load)}; {_p95(times.alone)}, {_p95(times.under_load)} ms ({times.ratio:.1f} times)",
-        ),
-        (
-            "SIGTERM with requests in progress and hostile clients connected",
-            f"exit status {run.exit_status} after {times.stop:.1f} s of {times.grace + STOP_SLACK:g}",
-        ),
-        ("promises broken", f"{len(broken)}"),
-    ]
-    lines = ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)]
-    return "\n".join(lines) + "\n"
+    def write(self, folder: Path) -> str:
+        """Writes soak.json and soak.md into `folder`, and returns the table."""
+        table = self._table()
+        (folder / "soak.json").write_text(json.dumps(self._figures(), indent=1) + "\n", encoding="utf-8")
+        (folder / "soak.md").write_text(table, encoding="utf-8")
+        return table
+
+    def _figures(self) -> dict[str, object]:
+        ledger, watch, growth, times = self.ledger, self.watch, self.growth, self.times
+        return {
+            "run": asdict(self.run),
+            "machine": platform.processor() or platform.machine(),
+            "issued": dict(ledger.issued),
+            "endings": [{"kind": kind, "ending": ending, "count": n} for (kind, ending), n in sorted(ledger.endings.items())],
+            "lost": ledger.lost,
+            "doubled": ledger.doubled,
+            "wrong": ledger.count("wrong"),
+            "health": {"count": len(watch.health_seconds), **_quantiles(watch.health_seconds)},
+            "small_tenant": {"alone": _quantiles(times.alone), "under_load": _quantiles(times.under_load), "ratio": times.ratio},
+            "stop": {"seconds": times.stop, "grace": times.grace},
+            "attacks": self.attacks,
+            "memory": {**asdict(growth), "share": growth.share, "share_per_hour": growth.share_per_hour},
+            "checkpoints": [{"at": point.at, **asdict(point.vitals)} for point in watch.checkpoints],
+            "broken": list(self.broken),
+        }
+
+    def _table(self) -> str:
+        run, ledger, watch, growth, times = self.run, self.ledger, self.watch, self.growth, self.times
+        health = _quantiles(watch.health_seconds)
+        first, last = watch.checkpoints[0].vitals, watch.checkpoints[-1].vitals
+        faults = sum(count for kind, count in ledger.issued.items() if KINDS[kind].fault)
+        verdict = f"{growth.share:+.2%}" + ("" if growth.judged else " (too short a run to judge)")
+        rows = [
+            ("model, seed, options", f"{run.model}, {run.seed}, {run.options}"),
+            ("minutes under load", f"{run.seconds / 60:.1f}"),
+            ("capacity; operations sent", f"{run.capacity:.2f} pictures a second; {run.rate:.2f} a second"),
+            ("operations", f"{sum(ledger.issued.values())}, {faults} of them with a fault"),
+            ("ended with right pictures", f"{ledger.count('picture')}"),
+            ("refused, queue full", f"{ledger.count('refused')}"),
+            ("cancelled; deadline passed", f"{ledger.count('cancelled')}; {ledger.count('deadline')}"),
+            ("disconnected; clients killed", f"{ledger.count('disconnected')}; {ledger.count('killed')}"),
+            ("refused as invalid", f"{ledger.count('invalid')}"),
+            ("models unloaded", f"{ledger.count('done')}"),
+            ("**lost**", f"**{ledger.lost}**"),
+            ("**doubled**", f"**{ledger.doubled}**"),
+            ("**wrong**", f"**{ledger.count('wrong')}**"),
+            ("hostile clients' attempts, by kind", _attempts(self.attacks)),
+            (
+                "health checks; median, 99 %, longest",
+                f"{len(watch.health_seconds)}; "
+                + ", ".join(f"{health[name] * 1e3:.0f}" for name in ("median", "p99", "most"))
+                + " ms",
+            ),
+            (
+                "resident memory at rest, after warm-up and at the end",
+                f"{growth.first / _MEBI:.1f}, {growth.last / _MEBI:.1f} MiB",
+            ),
+            ("**memory growth**", f"**{verdict}**"),
+            (
+                "slope at rest; under load",
+                f"{growth.share_per_hour:+.1%}, {growth.per_hour / _MEBI:+.1f} MiB an hour; "
+                f"{growth.load_per_hour / _MEBI:+.1f} MiB an hour",
+            ),
+            ("file descriptors, first and last", f"{first.descriptors}, {last.descriptors}"),
+            ("threads, first and last", f"{first.threads}, {last.threads}"),
+            (
+                "a small tenant's requests; its 95 % alone, under load",
+                f"{len(times.under_load)}; {_p95(times.alone)}, {_p95(times.under_load)} ms ({times.ratio:.1f} times)",
+            ),
+            (
+                "SIGTERM with requests in progress and hostile clients connected",
+                f"exit status {run.exit_status} after {times.stop:.1f} s of {times.grace + STOP_SLACK:g}",
+            ),
+            ("promises broken", f"{len(self.broken)}"),
+        ]
+        lines = ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)]
+        return "\n".join(lines) + "\n"
 
 
 def _attempts(attacks: Mapping[str, Mapping[str, int]]) -> str:

@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from adopting import adopt
 from fakes import make_request
-from img2img_export.build import Outcome, export_model
+from img2img_export.build import export_model
 from img2img_export.errors import ExportError
 from img2img_export.options import ExportOptions
 from img2img_export.pictures import sample_picture
@@ -49,10 +50,6 @@ def exported(bundle: Get, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _parent(folder: Path) -> Path:
     folder.mkdir(exist_ok=True)
     return folder
-
-
-def adopt(exported: Path, output: Path, reference: Path | None = None) -> Outcome:
-    return export_model(ExportOptions(source=str(exported), output=output, reference=str(reference) if reference else None))
 
 
 def test_it_is_verified_against_the_model_that_it_was_made_of(exported: Path, tiny_model: Get, tmp_path: Path) -> None:

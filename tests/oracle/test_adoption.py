@@ -7,11 +7,10 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from adopting import adopt
 from fakes import make_request
-from img2img_export.build import Outcome, export_model
 from img2img_export.errors import ExportError
 from img2img_export.graphs import quiet
-from img2img_export.options import ExportOptions
 from img2img_export.pictures import sample_picture
 from img2img_server.bundle import check_bundle
 from img2img_server.execution import Execution
@@ -30,10 +29,6 @@ def exported(tiny_model: Get, tmp_path_factory: pytest.TempPathFactory) -> Path:
     with quiet():
         main_export(str(tiny_model("sd1")), output, task="image-to-image", do_validation=False, no_post_process=True)
     return output
-
-
-def adopt(exported: Path, output: Path, reference: Path | None = None) -> Outcome:
-    return export_model(ExportOptions(source=str(exported), output=output, reference=str(reference) if reference else None))
 
 
 def test_it_is_verified_against_the_model_that_it_was_made_of(exported: Path, tiny_model: Get, tmp_path: Path) -> None:
