@@ -12,7 +12,7 @@ RULES = [
     # module, what its import must not bring in
     ("img2img_server.errors", (*HEAVY, "numpy", "PIL", "google")),
     ("img2img_server.device", (*HEAVY, "numpy", "PIL", "google")),
-    ("img2img_server.distribution", (*HEAVY, "numpy", "PIL", "google")),
+    ("img2img_server.distribution", (*HEAVY, "numpy", "PIL", "google", "email")),
     ("img2img_server.bundle", (*HEAVY, "numpy", "PIL", "google")),
     ("img2img_server.settings.setting", (*HEAVY, "numpy", "PIL", "google")),
     ("img2img_server.settings.sources", (*HEAVY, "numpy", "PIL", "google")),
@@ -58,7 +58,7 @@ RULES = [
     ("img2img_server.kserve.extra", (*HEAVY, "numpy", "PIL", "google")),
     ("img2img_server.kserve.service", ("ray", "torch", "onnxruntime", "diffusers", "transformers", "optimum", "onnx")),
     ("img2img_server.life", ("torch", "onnxruntime", "diffusers", "transformers", "optimum", "onnx")),
-    ("img2img_server.__main__", (*HEAVY, "numpy", "PIL", "google")),
+    ("img2img_server.__main__", (*HEAVY, "numpy", "PIL", "google", "asyncio", "email")),
     ("img2img_server.bench_command", (*HEAVY, "numpy", "PIL", "google", "rich")),
     ("img2img_server.top.command", (*HEAVY, "numpy", "PIL", "google", "rich", "prometheus_client")),
     ("img2img_server.telemetry.logs", (*HEAVY, "numpy", "PIL", "google")),
@@ -80,7 +80,7 @@ RULES = [
     ("img2img_playground.command", (*HEAVY, "numpy", "PIL", "google", "rich", "nicegui", "fastapi")),
     ("img2img_playground.snippet", (*HEAVY, "numpy", "PIL", "google", "nicegui", "fastapi")),
     ("img2img_playground.session", ("torch", "onnxruntime", "diffusers", "optimum", "numpy", "nicegui", "fastapi")),
-    ("img2img_cli.__main__", (*HEAVY, "numpy", "PIL", "google", "rich")),
+    ("img2img_cli.__main__", (*HEAVY, "numpy", "PIL", "google", "rich", "asyncio", "email")),
 ]
 
 

@@ -9,6 +9,7 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from img2img_server import distribution
 
@@ -82,7 +83,7 @@ def _run(command: str, words: Sequence[str]) -> int:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--version", action="version", version=f"img2img {distribution.version()}")
+    parser.add_argument("--version", action=_ShowVersion, nargs=0, help="show program's version number and exit")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     subparser = None
     for name, (_, summary) in COMMANDS.items():
@@ -108,6 +109,15 @@ def _run(command: str, words: Sequence[str]) -> int:
     if command != "serve":
         warn_of_variables(os.environ)
     return int(module.run(arguments))
+
+
+class _ShowVersion(argparse.Action):
+    """argparse's "version", but the version is looked up only if it is asked for: that takes longer than all of `--help`."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
+        """Prints the version and exits with status 0."""
+        print(f"img2img {distribution.version()}")
+        parser.exit()
 
 
 def _described(error: OSError) -> str:

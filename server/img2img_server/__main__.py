@@ -1,7 +1,6 @@
 """`img2img serve`: flags, environment and file -> frozen config -> run."""
 
 import argparse
-import asyncio
 import os
 import sys
 from collections.abc import Mapping
@@ -113,6 +112,8 @@ def run(arguments: argparse.Namespace) -> int:
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     # Read by OpenMP when torch is loaded: threads that spin while they wait take cores from those that work.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    import asyncio
+
     from img2img_server.telemetry import logs
 
     logs.configure(found.config.telemetry.log_format, found.config.telemetry.log_level)

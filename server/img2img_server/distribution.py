@@ -3,13 +3,13 @@
 The command is `img2img` and so is the import name of the contract; `img2img` on PyPI is another project.
 """
 
-from importlib import metadata
-
 NAME = "img2img-server"
 
 
 def version() -> str:
     """The version of what is installed. Raises PackageNotFoundError if the packages are only on the path, not installed."""
+    from importlib import metadata  # here: it brings email, csv, zipfile and others, which no other part of a command needs
+
     return metadata.version(NAME)
 
 
