@@ -3,6 +3,7 @@
 Heavy imports are inside the functions."""
 
 import argparse
+import os
 import sys
 import tempfile
 import time
@@ -35,11 +36,14 @@ def main() -> int:
         "comparison (batches of 1 and 3, two sizes), and prints what happened."
     )
     parser.add_argument("models", nargs="*", default=MODELS, metavar="MODEL", help=f"tiny models; by default {', '.join(MODELS)}")
-    print("| model | graph | outcome | nodes | by tracing | seconds |\n|---|---|---|---|---|---|")
-    with tempfile.TemporaryDirectory() as folder:
-        for name in parser.parse_args().models:
+    names = parser.parse_args().models
+    # torch prints the whole graph of a failed trace to the process's standard output, so the table keeps that for itself.
+    with os.fdopen(os.dup(1), "w") as table, tempfile.TemporaryDirectory() as folder:
+        os.dup2(2, 1)
+        print("| model | graph | outcome | nodes | by tracing | seconds |\n|---|---|---|---|---|---|", file=table)
+        for name in names:
             for row in _try_model(name, Path(folder)):
-                print(f"| {name} | {' | '.join(row)} |", flush=True)
+                print(f"| {name} | {' | '.join(row)} |", file=table, flush=True)
     return 0
 
 
@@ -71,6 +75,7 @@ def _try_model(name: str, folder: Path) -> Iterator[tuple[str, ...]]:
 def _try_graph(name: str, module: Any, calls: Any, folder: Path) -> tuple[str, ...]:
     import torch
     from img2img_export.conversion import _example, part_of
+    from img2img_export.errors import ExportError
     from img2img_export.graphs import quiet
     from img2img_export.parity import compare, make_cases
     from img2img_export.tracing import _Flat, trace
@@ -81,7 +86,10 @@ def _try_graph(name: str, module: Any, calls: Any, folder: Path) -> tuple[str, .
     with quiet(), torch.no_grad():
         cases = make_cases(part, module, calls)
         example = _example(part, module, calls)
-        traced = len(trace(module, part, example).model.graph.node)
+        try:
+            traced = str(len(trace(module, part, example).model.graph.node))
+        except ExportError:
+            traced = "refused"
         path = folder / "model.onnx"
         begun = time.perf_counter()
         try:
@@ -94,12 +102,12 @@ def _try_graph(name: str, module: Any, calls: Any, folder: Path) -> tuple[str, .
             program.save(str(path))
             nodes = sum(1 for _ in program.model.graph.all_nodes())
         except Exception as error:  # noqa: BLE001 - the outcome is the table's
-            return _short(error), "", str(traced), f"{time.perf_counter() - begun:.0f}"
+            return _short(error), "", traced, f"{time.perf_counter() - begun:.0f}"
         seconds = time.perf_counter() - begun
         found = compare(part, InferenceSession(str(path), providers=["CPUExecutionProvider"]), cases, LIMITS["fp32"])
     wrong = [parity.case for parity in found if not parity.passed]
     outcome = f"differs or refuses: {'; '.join(wrong)}" if wrong else f"same, to {max(p.relative_error for p in found):.0e}"
-    return outcome, str(nodes), str(traced), f"{seconds:.0f}"
+    return outcome, str(nodes), traced, f"{seconds:.0f}"
 
 
 def _short(error: BaseException) -> str:
