@@ -36,7 +36,9 @@ class Proxy:
     def sever(self) -> None:
         """Resets every connection, to both sides."""
         for writer in self._writers:
-            connection: socket.socket = writer.get_extra_info("socket")
+            connection: socket.socket | None = writer.get_extra_info("socket")
+            if connection is None:  # it is closed already
+                continue
             with contextlib.suppress(OSError):
                 connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
             writer.transport.abort()
