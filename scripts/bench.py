@@ -6,6 +6,7 @@ import signal
 import sys
 import warnings
 
+import bench_codecs
 import bench_export
 import bench_providers
 import bench_ray
@@ -35,6 +36,7 @@ def main() -> int:
         "simulated": (bench_simulated, "the scheduler on a simulated GPU, against two peers (1 minute)"),
         "sessions": (bench_sessions, "session calls with ONNX Runtime's spinning threads and without (1 minute)"),
         "schedulers": (bench_schedulers, "stepping a batch at once, against one by one (1 minute)"),
+        "codecs": (bench_codecs, "decoding and encoding in a codec process, against in this one (1 minute)"),
         "ray": (bench_ray, "engines on Ray against one in the process: added time, throughput, memory (3 minutes)"),
     }
     # Large enough to be asked for by name.

@@ -1,5 +1,6 @@
 """scripts/bench load: its peers really answer, its lists are what they claim, its figures are right on numbers made up here."""
 
+import argparse
 import asyncio
 import io
 import json
@@ -8,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import bench_codecs
 import pytest
 from bench_load import servers
 from bench_load.figures import Run, percentile, summarize
@@ -184,3 +186,9 @@ def test_a_report_is_written_where_nothing_was_answered_too(tmp_path: Path) -> N
     draw(tmp_path / "load.png", results, asked)
     with Image.open(tmp_path / "load.png") as picture:
         assert picture.width > 1000
+
+
+def test_bench_codecs_compares_each_format_in_both_directions(capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench_codecs.run(argparse.Namespace(side=64, rounds=2)) == 0
+    printed = capsys.readouterr().out
+    assert all(f"{verb} {name}" in printed for verb in ("decode", "encode") for name in ("PNG", "JPEG", "WEBP"))
