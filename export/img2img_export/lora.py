@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from img2img_server.bundle import Lora
+from img2img_server.pipelines.tokenizer_files import is_slow
 
 from img2img_export.checkpoint import Layout
 from img2img_export.digests import Digests
@@ -36,6 +37,8 @@ _DOWN, _UP = _PAIRS[-1]
 _ENDS = ("down.weight", "up.weight", _DOWN, _UP, ".alpha")
 """Names in a LoRA end thus. Others are of a DoRA, LoHa, LoKr or a whole model: diffusers leaves some of them out silently."""
 
+_MOST_NAME = 512
+"""Characters of a tensor's name: the longest in use have some 150."""
 _ADAPTER_METADATA = "lora_adapter_metadata"
 _CONVERT_FAILURES = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError, re.error)
 
@@ -114,6 +117,10 @@ def _layers(
         if key.endswith(_DOWN):
             down, up = tensors[key].flatten(1), tensors[module + _UP].flatten(1)
             scale = lora.scale * _adapter_scale(config, component, name, len(down))
+            if not (math.isfinite(scale) and down.isfinite().all() and up.isfinite().all()):
+                raise ExportError(
+                    f"{lora.path} is damaged: its alpha or its matrices for {module} are no finite numbers; get it again"
+                )
             yield component, f"{name}.weight", _Layer(lora.path, scale, down, up)
 
 
@@ -127,8 +134,8 @@ def _read(path: Path) -> tuple[dict[str, "torch.Tensor"], dict[str, Any]]:
         tensors = safetensors.torch.load_file(path)
     except safetensors.SafetensorError as error:
         raise ExportError(f"{path} is damaged or no safetensors file: {first_line(error)}") from None
-    if odd := next((key for key in tensors if not key.endswith(_ENDS)), None):
-        raise ExportError(f"{path} is no plain LoRA: it holds {odd}")
+    if odd := next((key for key in tensors if not key.endswith(_ENDS) or len(key) > _MOST_NAME), None):
+        raise ExportError(f"{path} is no plain LoRA: it holds {odd[:_MOST_NAME]}")
     for key in [key for key in tensors if key.endswith(".alpha")]:
         layer = key.removesuffix(".alpha")
         pair = next(((layer + down, layer + up) for down, up in _PAIRS if {layer + down, layer + up} <= set(tensors)), None)
@@ -167,6 +174,8 @@ def _adapter_scale(config: Mapping[str, Any], component: str, module: str, rank:
     if alpha is None:
         return 1.0
     patterns: Mapping[str, float] = config.get(f"{component}.alpha_pattern") or {}
+    if slow := next((pattern for pattern in patterns if is_slow(pattern, most_repeats=1)), None):
+        raise ValueError(f"the pattern {slow[:80]!r} of its alpha_pattern can take very long to match")
     own = next((value for pattern, value in patterns.items() if re.fullmatch(rf"(.*\.)?({pattern})", module)), alpha)
     return float(own) / (math.sqrt(rank) if config.get(f"{component}.use_rslora") else rank)
 

@@ -11,6 +11,7 @@ import torch
 import transformers
 from diffusers import AutoPipelineForImage2Image
 from diffusers.pipelines.auto_pipeline import AUTO_IMAGE2IMAGE_PIPELINES_MAPPING, _get_task_class
+from img2img_server.pipelines.weight_budget import within
 from safetensors import safe_open
 
 from img2img_export.checkpoint import DENOISERS, INDEX_NAME, Layout, read_index
@@ -111,7 +112,7 @@ class Loader:
             kind = getattr(diffusers, self.layout.pipeline_class)
         weighted = {name: self.component(name, dtype) for name in self.layout.components if self._has_weights(name)}
         try:
-            with quiet():
+            with quiet(), within(self.directory.rglob("*.safetensors")):
                 pipeline = kind.from_pretrained(
                     str(self.directory),
                     use_safetensors=True,
@@ -136,7 +137,7 @@ class Loader:
         folder = self.directory / name
         has_variant = self.variant is not None and any(folder.glob(f"*.{self.variant}*.safetensors"))
         try:
-            with quiet():
+            with quiet(), within(folder.glob("*.safetensors")):
                 loaded, found = self._class_of(name).from_pretrained(
                     str(folder),
                     use_safetensors=True,

@@ -190,20 +190,22 @@ def _load(
     from diffusers import pipelines
     from diffusers.loaders.single_file import load_single_file_sub_model
     from diffusers.loaders.single_file_utils import SingleFileComponentError
+    from img2img_server.pipelines.weight_budget import within
 
     library, class_name = kind
     try:
-        module = load_single_file_sub_model(
-            library_name=library,
-            class_name=class_name,
-            name=name,
-            checkpoint=checkpoint,
-            pipelines=pipelines,
-            is_pipeline_module=hasattr(pipelines, library),
-            cached_model_config_path=str(directory),
-            local_files_only=True,
-            torch_dtype=precision,
-        )
+        with within([path]):
+            module = load_single_file_sub_model(
+                library_name=library,
+                class_name=class_name,
+                name=name,
+                checkpoint=checkpoint,
+                pipelines=pipelines,
+                is_pipeline_module=hasattr(pipelines, library),
+                cached_model_config_path=str(directory),
+                local_files_only=True,
+                torch_dtype=precision,
+            )
     except (SingleFileComponentError, *_CONVERT_FAILURES) as error:
         reason = f"{type(error).__name__}: {first_line(error)}"
         raise ExportError(f"{path} holds no {name} as configured (is another --config right?): {reason}") from error

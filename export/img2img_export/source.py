@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from img2img_server.bundle import Source
+from img2img_server.model_files import odd_file
 
 from img2img_export.checkpoint import INDEX_NAME, TEXT_SUFFIXES, Kind, Layout, choose, names_below, read_index, refuse_unsafe
 from img2img_export.digests import Digests
@@ -76,6 +77,7 @@ def _single_file(options: ExportOptions, digests: Digests, progress: Progress) -
     path = path.resolve()
     read = digests.digest_files(path.parent, [path.name], progress)
     directory, layout, files = find_template(options, read[path.name], digests, progress)
+    _refuse_odd(directory)
     refuse_unreadable_files(directory, files)
     refuse_configurations(directory, layout.pipeline_class, layout.components)
     refuse_unsafe(directory, files)
@@ -87,6 +89,7 @@ def _layout(options: ExportOptions, digests: Digests, progress: Progress) -> Che
     if options.config is not None:
         raise ExportError(f"{options.source} has its own configurations: --config is for a single file")
     directory, names, repo_id = _locate(options, progress)
+    _refuse_odd(directory)
     if INDEX_NAME not in names:
         raise ExportError(why_no_index(directory, names))
     kind, layout, files = choose(read_index(directory / INDEX_NAME), names, options)
@@ -123,6 +126,16 @@ def _locate(options: ExportOptions, progress: Progress) -> tuple[Path, list[str]
     progress.stage(f"finding {options.source} on the hub")
     directory, names = download(options.source, options.revision, lambda index, names: choose(index, names, options)[2], progress)
     return directory, names, options.source
+
+
+def _refuse_odd(directory: Path) -> None:
+    """Raises ExportError for pipes, devices and links that lead out of a model's directory. The snapshots in the hub's cache are
+    links to the files beside them: `models--OWNER--NAME/snapshots/COMMIT/FILE` to `models--OWNER--NAME/blobs/HASH`."""
+    repository = directory.parent.parent
+    blobs = repository / "blobs"
+    cached = directory.parent.name == "snapshots" and repository.name.startswith("models--")
+    if problem := odd_file(directory, lambda target: cached and target.parent == blobs):
+        raise ExportError(problem)
 
 
 def _combine(digests: Mapping[str, str]) -> str:

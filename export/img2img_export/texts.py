@@ -1,24 +1,24 @@
 """Texts as editors on Windows write them: with a byte order mark, in UTF-8 or UTF-16."""
 
 import codecs
-import json
 from pathlib import Path
 from typing import Any
+
+from img2img_server import model_files
+from img2img_server.model_files import parse_json as parse_json
+from img2img_server.pipelines.tokenizer_files import is_table
 
 _MARKS = ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
 
 
-def parse_json(data: str | bytes) -> Any:
-    """The value that a JSON text is. Raises ValueError if it is damaged, or nested so deeply that only an attacker writes it."""
-    try:
-        return json.loads(data)
-    except RecursionError:
-        raise ValueError("it is nested too deeply") from None
-
-
 def read_json(path: Path) -> Any:
-    """The contents of a JSON file, in UTF-8, UTF-16 or UTF-32. Raises OSError, and ValueError if it is damaged."""
-    return parse_json(path.read_bytes())
+    """The contents of a JSON file, in UTF-8, UTF-16 or UTF-32: a configuration, or a table of a tokenizer.
+
+    Raises OSError, and ValueError if it is damaged, no regular file, or larger than such files are (model_files.py).
+    """
+    if is_table(path.name):
+        return model_files.read_json(path, model_files.MOST_TABLE, model_files.MOST_TABLE_VALUES)
+    return model_files.read_json(path)
 
 
 def has_mark(path: Path) -> bool:

@@ -3,9 +3,13 @@
 Standard library only. People give what they have: an unfinished download, a git-lfs pointer, a pickle, a login page.
 """
 
+import math
+import re
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from img2img_export.errors import ExportError, first_line
 from img2img_export.texts import parse_json
@@ -17,7 +21,14 @@ PICKLE_REASON = (
     '("Pickled checkpoints" in docs/export.md has the command), or get the .safetensors file of the same model'
 )
 
-_HEADER_LIMIT = 100 * 10**6
+_HEADER_LIMIT, _MOST_TENSORS = 32 * 2**20, 100_000
+"""The largest in use, with notes of a training, have about 5 MiB, and some thousand tensors."""
+_MOST_VALUES = 20 * _MOST_TENSORS
+_MOST_SIZES = 64
+"""Sizes in a shape."""
+_BITS = {"BOOL": 8}
+_WIDTH = re.compile(r"(?:BF|F|I|U|C)(\d+)(?:_E\d+M\d+(?:FN|FNUZ)?)?$")
+"""The types of safetensors have their bits in their names: F16, F8_E4M3, U8, C64."""
 _LFS = b"version https://git-lfs"
 _HEADS = (
     (
@@ -78,7 +89,10 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
                 raise ValueError("its header is too long")
             if 8 + length > size:
                 raise ExportError(_truncated(path, size, 8 + length))
-            data = parse_json(file.read(length))
+            header = file.read(length)
+            if header.count(b"data_offsets") > _MOST_TENSORS:
+                raise ValueError(f"it has more than {_MOST_TENSORS} tensors")
+            data = parse_json(header, _MOST_VALUES)
         notes = data.pop("__metadata__", {})
         named = 8 + length + max((item["data_offsets"][1] for item in data.values()), default=0)
         tensors = {name: TensorInfo(item["dtype"], tuple(item["shape"])) for name, item in data.items()}
@@ -88,7 +102,36 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
         raise ExportError(_truncated(path, size, named))
     if named != size:
         raise ExportError(f"{path} is damaged: it has {size - named} bytes more than its header says; download or copy it again")
+    _check_header(path, data, notes)
     return tensors, notes
+
+
+def _check_header(path: Path, tensors: Mapping[str, Any], notes: Mapping[str, Any]) -> None:
+    """Raises ExportError unless the tensors lie one behind the other, each as long as its type and shape say."""
+    end = 0
+    try:
+        for name, item in sorted(tensors.items(), key=lambda pair: pair[1]["data_offsets"]):
+            end = _check(name, item, end)
+        if not all(isinstance(note, str) for note in notes.values()):
+            raise ValueError("its metadata are not all texts")
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ExportError(f"{path} is damaged: {first_line(error)}; download or copy it again") from None
+
+
+def _check(name: str, item: Mapping[str, Any], start: int) -> int:
+    """The end of a tensor's bytes, which begin at `start`: without a gap or an overlap, as many as its type and shape take.
+
+    Raises ValueError, or what an item raises that is none.
+    """
+    dtype, shape, offsets = item["dtype"], item["shape"], item["data_offsets"]
+    if len(shape) > _MOST_SIZES or not all(type(number) is int and 0 <= number < 2**63 for number in (*shape, *offsets)):
+        raise ValueError(f"the shape and the offsets of {name[:80]} are no sizes")
+    bits = _BITS.get(dtype) or (int(width[1]) if isinstance(dtype, str) and (width := _WIDTH.match(dtype)) else 0)
+    if bits == 0:
+        raise ValueError(f"{name[:80]} is of an unknown type {str(dtype)[:80]!r}")
+    if offsets[0] != start or 8 * (offsets[1] - offsets[0]) != bits * math.prod(shape):
+        raise ValueError(f"the offsets of {name[:80]} do not agree with its type and shape, or with the tensor before it")
+    return int(offsets[1])
 
 
 def refuse_pointer(path: Path) -> None:

@@ -94,6 +94,43 @@ CONFIGURATIONS = (
 )
 
 
+TOKENIZERS = (
+    '{"version":"1.0","added_tokens":[{"id":3,"content":"<s>","special":true,"single_word":false,"lstrip":false,"rstrip":false,'
+    '"normalized":false}],"normalizer":{"type":"Sequence","normalizers":[{"type":"NFC"},{"type":"Replace","pattern":{"Regex":'
+    '"\\\\s+"},"content":" "},{"type":"Lowercase"}]},"pre_tokenizer":{"type":"Split","pattern":{"Regex":"[a-z]+|[0-9]"},'
+    '"behavior":"Removed","invert":true},"model":{"type":"BPE","vocab":{"a":0,"l":1,"al":2},"merges":[["a","l"]]}}',
+    '{"version":"1.0","truncation":{"max_length":9,"strategy":"LongestFirst","stride":0,"direction":"Right"},"padding":{"strategy":'
+    '{"Fixed":12},"direction":"Right","pad_to_multiple_of":null,"pad_id":1,"pad_type_id":0,"pad_token":"a"},"added_tokens":[],'
+    '"pre_tokenizer":{"type":"Metaspace","replacement":"_","prepend_scheme":"always","split":true},"post_processor":{"type":'
+    '"TemplateProcessing","single":[{"Sequence":{"id":"A","type_id":0}},{"SpecialToken":{"id":"b","type_id":0}}],"pair":[{"Sequence":'
+    '{"id":"A","type_id":0}},{"Sequence":{"id":"B","type_id":1}}],"special_tokens":{"b":{"id":"b","ids":[1],"tokens":["b"]}}},"model":'
+    '{"type":"Unigram","unk_id":0,"vocab":[["a",0.0],["b",-1.0]],"byte_fallback":false}}',
+)
+
+
+def adapted_weight() -> bytes:
+    """The weights of a UNet that has one: [4, 6], all of them 1."""
+    import torch
+    from safetensors.torch import save
+
+    return save({f"{_ADAPTED}.weight": torch.ones(4, 6)})
+
+
+def loras() -> Sequence[bytes]:
+    """LoRAs of that weight, as peft, diffusers and kohya write them."""
+    import torch
+    from safetensors.torch import save
+
+    down, up, alpha = torch.ones(2, 6), torch.ones(4, 2), torch.tensor(1.0)
+    config = {"lora_adapter_metadata": '{"unet.lora_alpha": 4, "unet.alpha_pattern": {"to_q": 6}, "unet.use_rslora": true}'}
+    peft = {f"unet.{_ADAPTED}.lora_A.weight": down, f"unet.{_ADAPTED}.lora_B.weight": up}
+    old = {f"unet.{_ADAPTED}.lora.down.weight": down, f"unet.{_ADAPTED}.lora.up.weight": up}
+    name = f"lora_unet_{_ADAPTED.replace('.', '_')}"
+    kohya = {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up, f"{name}.alpha": alpha}
+    return [save(peft), save(peft, config), save(old), save(kohya)]
+
+
+_ADAPTED = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
 PAST: tuple[tuple[str, bytes], ...] = (
     ("uris", b"http://[:Y]:2@"),  # IndexError of yarl's
     ("manifests", b"[" * 100_000),  # RecursionError of json's, which kept the server from starting
@@ -102,6 +139,7 @@ PAST: tuple[tuple[str, bytes], ...] = (
     ("weights", weights(b"[" * 100_000)),
     ("weights", weights(b'{"__metadata__":' + b"[" * 100_000)),
     ("configurations", b"[" * 100_000),
+    ("tokenizers", b"[" * 100_000),
 )
 """Inputs that broke something once, by target."""
 

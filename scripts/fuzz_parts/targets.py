@@ -5,10 +5,12 @@ A target is made within atheris' instrumentation, so it imports what it tries. `
 
 import asyncio
 import contextlib
+import os
 import tempfile
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from unittest.mock import patch
 
 from fuzz_parts import seeds
 
@@ -211,6 +213,55 @@ def _weights(stack: contextlib.ExitStack) -> Try:
     return attempt
 
 
+def _lora(stack: contextlib.ExitStack) -> Try:
+    """A LoRA, fused into a UNet of one weight: it fits, or is refused, and the weight stays finite."""
+    from img2img_export import lora
+    from img2img_export.checkpoint import Layout
+    from img2img_export.errors import ExportError
+    from img2img_export.options import LoraFile
+    from img2img_export.progress import Progress
+    from safetensors.torch import load
+
+    folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+    stack.enter_context(patch.dict(os.environ, {"XDG_CACHE_HOME": str(folder / "cache")}))
+    (folder / "unet").mkdir()
+    (folder / "unet" / "config.json").write_text(seeds.CONFIGURATIONS[0], encoding="utf-8")
+    file, path = folder / "unet" / "model.safetensors", folder / "style.safetensors"
+    layout = Layout("StableDiffusionImg2ImgPipeline", {"unet": ("diffusers", "UNet2DConditionModel")}, ())
+
+    def attempt(data: bytes) -> None:
+        file.write_bytes(seeds.adapted_weight())
+        path.write_bytes(data)
+        with contextlib.suppress(ExportError):
+            lora.fuse(folder, layout, [LoraFile(path)], Progress())
+        assert all(bool(weight.isfinite().all()) for weight in load(file.read_bytes()).values())
+        assert {entry.name for entry in folder.iterdir()} <= {"unet", "style.safetensors", "cache"}
+
+    return attempt
+
+
+def _tokenizer(stack: contextlib.ExitStack) -> Try:
+    """A tokenizer.json: it is refused, or makes no more tokens of a text than are counted here."""
+    from img2img_server.errors import BundleError
+    from img2img_server.pipelines.foreign_configs import refuse_foreign_config
+    from tokenizers import Tokenizer
+
+    path = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "tokenizer.json"
+
+    def attempt(data: bytes) -> None:
+        path.write_bytes(data)
+        try:
+            refuse_foreign_config(path)
+            tokenizer = Tokenizer.from_str(data.decode())
+        except (BundleError, ValueError):
+            return
+        except Exception:  # noqa: BLE001 - the library has no class of its own for what it refuses
+            return
+        assert len(tokenizer.encode("a lake with a mountain aaaaaaaa").ids) <= 2**21
+
+    return attempt
+
+
 def _configs(stack: contextlib.ExitStack) -> Try:
     """A configuration or an index of a bundle: what may lead to code is refused, and nothing else is raised."""
     from img2img_server.errors import BundleError
@@ -250,6 +301,8 @@ def targets() -> dict[str, Target]:
         "image structures": Target(_structure, lambda: seeds.PICTURES, 2**16),
         "wire": Target(_wire, lambda: [message.SerializeToString() for message in seeds.VALID["TransformRequest"]]),
         "weights": Target(_weights, lambda: seeds.WEIGHTS),
+        "loras": Target(_lora, seeds.loras),
+        "tokenizers": Target(_tokenizer, lambda: [text.encode() for text in seeds.TOKENIZERS]),
         "configurations": Target(_configs, lambda: [text.encode() for text in seeds.CONFIGURATIONS]),
         "settings": Target(_settings, lambda: [text.encode() for text in seeds.SETTINGS]),
         "tokens": Target(_tokens, lambda: [text.encode() for text in seeds.TOKENS]),

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from img2img_server.errors import BundleError
+from img2img_server.model_files import read_json
 
 FORMAT_VERSION = 2
 MANIFEST_NAME = "manifest.json"
@@ -190,10 +191,10 @@ def read_manifest(bundle: Path) -> Manifest:
     """Reads the manifest of the directory `bundle`. Raises BundleError where it is missing, damaged or of another format."""
     path = bundle / MANIFEST_NAME
     try:
-        data = json.loads(path.read_bytes())
+        data = read_json(path)
     except FileNotFoundError:
         raise BundleError(f"{bundle} is no bundle: it has no {MANIFEST_NAME}") from None
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise BundleError(f"{path} cannot be read: {error}") from None
     if not isinstance(data, dict) or data.get("format_version") != FORMAT_VERSION:
         version = data.get("format_version") if isinstance(data, dict) else None

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import math
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -175,7 +176,11 @@ def test_the_configuration_that_peft_keeps_in_a_file_counts(rslora: bool, tiny_m
     assert_close(weights_of(fuse(model, tmp_path / "view", LoraFile(path))[0]), fused(model, (pairs, factor)))
 
 
-@pytest.mark.parametrize("config", [[1], {"unet.lora_alpha": "much"}, {"unet.lora_alpha": 1, "unet.alpha_pattern": {"(": 2}}])
+@pytest.mark.parametrize(
+    "config",
+    [[1], {"unet.lora_alpha": "much"}, {"unet.lora_alpha": 1, "unet.alpha_pattern": {"(": 2}},
+     {"unet.lora_alpha": 1, "unet.alpha_pattern": {"(.+)+x": 2}}, {"unet.lora_alpha": 1, "unet.alpha_pattern": {".*.*.*x": 2}}],
+)  # fmt: skip
 def test_a_damaged_configuration_is_refused(config: Any, tiny_model: Get, tmp_path: Path) -> None:
     path = write_diffusers(make(tiny_model("sd1"), 1), tmp_path / "style.safetensors", config)
     with pytest.raises(ExportError, match="is no LoRA that diffusers reads"):
@@ -232,6 +237,14 @@ def damage(pairs: Pairs, path: Path, how: str) -> Path:
         "half a pair": {name: value for name, value in tensors.items() if name != up},
         "a DoRA": {**tensors, down.replace("lora_A.weight", "dora_scale"): two},
         "an alpha of nothing": {**tensors, "unet.conv_in.alpha": torch.tensor(1.0)},
+        "an alpha that is NaN": {**tensors, down.replace("lora_A.weight", "alpha"): torch.tensor(math.nan)},
+        "an infinite alpha": {**tensors, down.replace("lora_A.weight", "alpha"): torch.tensor(math.inf)},
+        "a matrix of NaN": {**tensors, up: torch.full_like(tensors[up], math.nan)},
+        "no rank": {**tensors, down: torch.ones(0, 16), up: torch.ones(16, 0), down.replace("lora_A.weight", "alpha"): two[0, 0]},
+        "a path": {"../../x.lora_A.weight": two, "../../x.lora_B.weight": two.clone()},
+        "an absolute path": {"/etc/x.lora_A.weight": two, "/etc/x.lora_B.weight": two.clone()},
+        "a long name": {f"unet.{'x' * 1000}.lora_A.weight": two, f"unet.{'x' * 1000}.lora_B.weight": two.clone()},
+        "a large rank": {**tensors, down: torch.ones(200_000, 16), up: torch.ones(15, 200_000)},
         "LoHa": {f"lora_unet_down_blocks_0.hada_w{index}": two.clone() for index in (1, 2)},
         "empty": {},
     }
@@ -250,6 +263,14 @@ def damage(pairs: Pairs, path: Path, how: str) -> Path:
         ("half a pair", "no plain LoRA"),
         ("a DoRA", "no plain LoRA: it holds .*dora_scale"),
         ("an alpha of nothing", "unet.conv_in.alpha"),
+        ("an alpha that is NaN", "no finite numbers"),
+        ("an infinite alpha", "no finite numbers"),
+        ("a matrix of NaN", "no finite numbers"),
+        ("no rank", "is no LoRA that diffusers reads"),
+        ("a path", "does not fit: it adapts "),
+        ("an absolute path", "does not fit: it adapts "),
+        ("a long name", "no plain LoRA: it holds unet.xxx"),
+        ("a large rank", r"does not fit unet: .* is \(16, 16\) there and \(15, 16\)"),
         ("LoHa", "hada_w1"),
         ("empty", "holds no LoRA"),
     ],

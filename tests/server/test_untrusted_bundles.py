@@ -93,9 +93,9 @@ def refused_unrun(bundle: Path, backend: Backend, trap: Trap) -> None:
 @pytest.mark.parametrize("where", ["", "unet", "unet/deeper", "linked"])
 def test_a_bundle_with_a_pickle_or_code_is_refused_at_the_door(name: str, where: str, tmp_path: Path) -> None:
     bundle = tmp_path / "bundle"
-    (tmp_path / "elsewhere").mkdir()
     (bundle / "unet" / "deeper").mkdir(parents=True)
-    (bundle / "linked").symlink_to(tmp_path / "elsewhere")
+    (bundle / "elsewhere").mkdir()
+    (bundle / "linked").symlink_to("elsewhere")
     (bundle / "unet" / "round").symlink_to(bundle)
     (bundle / "unet" / "config.json").write_text("{}")
     refuse_foreign(bundle)

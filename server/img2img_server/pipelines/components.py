@@ -2,7 +2,6 @@
 
 import importlib
 import inspect
-import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +13,10 @@ import transformers
 
 from img2img_server.bundle import Manifest
 from img2img_server.errors import BundleError
+from img2img_server.model_files import read_json
 from img2img_server.pipelines.runners import Make
 from img2img_server.pipelines.standins import Graph, OnnxDenoiser, OnnxTextEncoder, OnnxVae
+from img2img_server.pipelines.weight_budget import within
 
 _log = logging.getLogger(__name__)
 
@@ -93,8 +94,8 @@ def read_index(bundle: Path) -> dict[str, Any]:
     """What the bundle's model_index.json says. Raises BundleError."""
     path = bundle / "model_index.json"
     try:
-        index = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
+        index = read_json(path)
+    except (OSError, ValueError) as error:
         raise BundleError(f"{path} cannot be read: {error}") from error
     if not isinstance(index, dict):
         raise BundleError(f"{path} is not an object")
@@ -139,6 +140,7 @@ def _load(component_class: Any, folder: Path) -> Any:
         # Left unset, it asks at the terminal whether to run code that the bundle, or a repository that it names, brings.
         settings["trust_remote_code"] = False
     try:
-        return component_class.from_pretrained(folder, **settings)
+        with within(folder.glob("*.safetensors")):
+            return component_class.from_pretrained(folder, **settings)
     except LOAD_ERRORS as error:
         raise BundleError(f"{folder} does not load: {error}") from error

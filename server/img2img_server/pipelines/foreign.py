@@ -1,10 +1,10 @@
 """What has no place in a bundle: pickles, code, and configurations that lead to code. Loading a model must not run its files."""
 
-import json
 import os
 from pathlib import Path
 
 from img2img_server.errors import BundleError
+from img2img_server.model_files import odd_file, read_json
 from img2img_server.pipelines.foreign_configs import refuse_foreign_config
 
 _SUFFIXES = (".py", ".pyc", ".so", ".dll", ".bin", ".ckpt", ".pt", ".pth", ".pkl", ".pickle", ".joblib")
@@ -14,11 +14,13 @@ INDEX = ".index."
 
 
 def refuse_foreign(bundle: Path) -> None:
-    """Raises BundleError where there is a pickle or code in the directory `bundle`, or behind a link in it, or a configuration
-    that may lead to code (foreign_configs.py).
+    """Raises BundleError if the directory `bundle` has a pickle or code, a configuration that may lead to code
+    (foreign_configs.py), a pipe or a device, or a link that leads out of it.
 
     Loaders are told not to read them, but they load one another, and not all obey. No bundle of the exporter's has any.
     """
+    if problem := odd_file(bundle):
+        raise BundleError(problem)
     seen = set()
     for folder, folders, names in os.walk(bundle, followlinks=True):
         seen.add(os.path.realpath(folder))
@@ -36,8 +38,8 @@ def refuse_foreign_parts(path: Path) -> None:
     """Raises BundleError where the list `path` of a model's parts has others than safetensors beside it: told to read these
     alone, diffusers and transformers read all the same whatever is listed, as a pickle."""
     try:
-        parts = set(json.loads(path.read_bytes())["weight_map"].values())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        parts = set(read_json(path)["weight_map"].values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise BundleError(f"{path} cannot be read") from None
     for part in parts:
         if not (isinstance(part, str) and part.endswith(".safetensors") and part == Path(part).name):

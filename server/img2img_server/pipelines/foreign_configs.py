@@ -14,9 +14,17 @@ from pathlib import Path
 from typing import Any
 
 from img2img_server.errors import BundleError
+from img2img_server.model_files import read_json
+from img2img_server.pipelines.tokenizer_files import TOKENIZER, refuse_tables
 
 _DATA = frozenset({"tokenizer.json", "vocab.json", "added_tokens.json", "manifest.json"})
 """Files that are not configurations: a tokenizer's tables, whose keys are words, and the bundle's own manifest."""
+
+_MOST_NUMBER = 2**25
+"""The largest whole number in a configuration: sizes of images for Qwen's processors reach 25 million."""
+_MOST_STEPS, _MOST_TOKENS, _NO_LIMIT = 100_000, 2**20, 10**20
+"""Schedulers make tables with as many rows as there are timesteps, and tokenizers pad to their greatest length; transformers
+writes a number above the last one where a tokenizer has no such length."""
 
 _Rule = Callable[[Any], bool]
 _WORD = re.compile(r"(?!.*--)[^/\\\x00-\x1f]*")
@@ -104,15 +112,19 @@ _TABLES = ("id2label", "label2id")
 def refuse_foreign_config(path: Path) -> None:
     """Raises BundleError, which names the file and the key, if the configuration at `path` has what none may have.
 
-    Files that are not configurations pass: a tokenizer's tables, and files whose name does not end in .json.
+    The tables of a tokenizer are held to tokenizer_files.py; other files whose name does not end in .json pass.
     """
-    if not path.name.lower().endswith(".json") or path.name in _DATA:
+    try:
+        refuse_tables(path)
+    except (OSError, ValueError) as error:
+        raise BundleError(f"{path} is refused: {error}; get the tokenizer's files from the model that it was made from") from None
+    if not path.name.lower().endswith(".json") or path.name in _DATA or TOKENIZER.fullmatch(path.name):
         return
     is_index = path.name == "model_index.json"
     try:
-        found = json.loads(path.read_bytes(), object_pairs_hook=_Pairs)
+        found = read_json(path, pairs=_Pairs)
         problem = next(_problems(found, (), _strings(_IDENTIFIER) if is_index else _words), None)
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise BundleError(f"{path} cannot be read: {type(error).__name__}: {error}") from None
     if problem:
         where, reason = problem
@@ -131,8 +143,19 @@ def _problems(value: Any, where: tuple[str, ...], allowed: _Rule) -> Iterator[tu
     elif isinstance(value, list):
         for one in value:
             yield from _problems(one, where, allowed)
+    elif isinstance(value, int) and not isinstance(value, bool) and abs(value) > _most(where[-1] if where else "", value):
+        yield where, f"{str(value)[:40]} is larger than any size that a model has"
     elif isinstance(value, str) and not allowed(value):
         yield where, f"{value[:80]!r} may name a file, a repository or a module"
+
+
+def _most(key: str, value: int) -> int:
+    """The largest number that a key may have."""
+    if key.endswith("timesteps"):
+        return _MOST_STEPS
+    if key.endswith("max_length"):
+        return _MOST_TOKENS if value < _NO_LIMIT else value
+    return _MOST_NUMBER
 
 
 def _of_key(key: str, value: Any, where: tuple[str, ...], allowed: _Rule) -> Iterator[tuple[tuple[str, ...], str]]:

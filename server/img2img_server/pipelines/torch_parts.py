@@ -9,6 +9,7 @@ from img2img_server.bundle import Manifest
 from img2img_server.errors import BundleError
 from img2img_server.execution import Execution
 from img2img_server.pipelines.components import LOAD_ERRORS, pipeline_class, read_index
+from img2img_server.pipelines.weight_budget import within
 
 _BFLOAT16_SINCE = (8, 0)
 """The first compute capability of NVIDIA's GPUs that multiplies bfloat16: Ampere."""
@@ -24,9 +25,11 @@ def torch_pipeline(bundle: Path, manifest: Manifest, device: str, dtype: torch.d
     # Without these diffusers asks for parts that the model was saved without, such as SD 3's T5.
     left_out = [name for name, entry in read_index(bundle).items() if entry == [None, None]]
     try:
-        pipe = kind.from_pretrained(
-            str(bundle), use_safetensors=True, local_files_only=True, torch_dtype=dtype, **dict.fromkeys(left_out)
-        ).to(device)
+        with within(bundle.rglob("*.safetensors")):
+            pipe = kind.from_pretrained(
+                str(bundle), use_safetensors=True, local_files_only=True, torch_dtype=dtype, **dict.fromkeys(left_out)
+            )
+        pipe.to(device)
     except LOAD_ERRORS as error:
         raise BundleError(f"{bundle} does not load: {error}") from error
     lay_out(pipe)
