@@ -135,6 +135,7 @@ class _Device:
     native_size = (512, 512)
     max_rows: int | None = None
     measurable = True
+    row_buckets: Sequence[int] = ()
     schedulers: tuple[str, ...] = ()
 
     def __init__(self) -> None:

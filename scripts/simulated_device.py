@@ -35,6 +35,7 @@ class SimulatedDevice:
     native_size = (512, 512)
     max_rows: int | None = None
     measurable = True
+    row_buckets: Sequence[int] = ()
     schedulers: tuple[str, ...] = ()
 
     def __init__(self, seconds: float, more: float = 0.0) -> None:

@@ -37,6 +37,7 @@ class FakePipeline:
     size_multiple = 8
     native_size = (16, 16)
     measurable = True
+    row_buckets: Sequence[int] = ()
     schedulers: tuple[str, ...] = ("EulerDiscreteScheduler", "DDIMScheduler")
 
     def __init__(

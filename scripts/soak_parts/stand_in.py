@@ -77,6 +77,7 @@ class StandInPipeline:
     native_size = (64, 64)
     max_rows: int | None = None
     measurable = True
+    row_buckets: Sequence[int] = ()
     schedulers: tuple[str, ...] = ("EulerDiscreteScheduler", "DDIMScheduler")
 
     def __init__(self, seconds: float, flaw: int = 0) -> None:

@@ -14,6 +14,7 @@ from img2img_server.engine.cache import Cache
 from img2img_server.engine.engine import Engine
 from img2img_server.engine.runner import Runner
 from img2img_server.engine.spans import Span
+from img2img_server.engine.warmup import WarmUp
 from img2img_server.errors import ServerError
 from img2img_server.models.cost_store import CostStore
 from img2img_server.models.preparation import Preparation
@@ -162,7 +163,8 @@ class LocalBackend:
         await Preparation(models, engine, limits.max_batch_size, warm_up, watchdog, costs=costs).run()
         models.check_any(self._config.residency)
         self._models, self._engine = models, engine
-        self._residency = Residency(self._config.residency, models, engine, health, costs=costs)
+        recorder = WarmUp(limits.max_batch_size, warm_up)
+        self._residency = Residency(self._config.residency, models, engine, health, costs=costs, warm_up=recorder)
 
     async def start(self, stuck: Callable[[str], Awaitable[None]]) -> None:
         """Starts the engine's thread, the takeovers and the watchdog."""

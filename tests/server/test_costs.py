@@ -8,11 +8,13 @@ import pytest
 from fakes import Caller, Clock, FakePipeline, FakeState, run_out
 from hypothesis import given
 from hypothesis import strategies as st
+from img2img_server.device import records_at_once
 from img2img_server.engine.cache import Cache
 from img2img_server.engine.costs import Costs
 from img2img_server.engine.engine import Engine
 from img2img_server.engine.spans import Span
 from img2img_server.engine.warmup import WarmUp
+from img2img_server.errors import OutOfMemory
 from img2img_server.telemetry.timeline import Trace
 from running import running, store
 
@@ -103,6 +105,84 @@ def test_warming_up_keeps_to_its_time() -> None:
     costs.adopt("m", WarmUp(8, 0.0, clock).measure("m", FakePipeline(clock)))
     costs.adopt("m", WarmUp(8, 60.0, clock).measure("m", FakePipeline(clock, max_rows=1)))
     assert clock.now == before
+
+
+def padded_costs(times: dict[int, float]) -> Costs:
+    costs = Costs()
+    costs.pad("m", (1, 2, 4, 8, 16))
+    for rows, seconds in times.items():
+        costs.measured("denoise", GROUP, 4096, rows, seconds)
+    return costs
+
+
+@pytest.mark.parametrize(("rows", "bucket"), [(1, 1), (3, 4), (4, 4), (5, 8), (9, 16), (16, 16), (17, 17), (24, 24), (27, 32)])
+def test_a_padded_call_costs_what_its_bucket_costs(rows: int, bucket: int) -> None:
+    """More rows than the largest bucket are computed in parts of that many, and a rest."""
+    costs = padded_costs({rows: rows / 10 for rows in (1, 2, 4, 8, 16)})
+    assert costs.seconds("denoise", GROUP, 4096, rows) == pytest.approx(bucket / 10)
+
+
+def test_a_padded_call_teaches_what_its_bucket_costs() -> None:
+    costs = padded_costs({})
+    costs.record("denoise", GROUP, 4096, 5, 2.0)
+    costs.record("denoise", GROUP, 4096, 2, 1.0)
+    assert costs.seconds("denoise", GROUP, 4096, 7) == costs.seconds("denoise", GROUP, 4096, 8)
+    assert any("2: " in line and "8: " in line and "5: " not in line for line in costs.describe("m", 16))
+
+
+def test_a_padded_call_that_has_no_room_bounds_the_bucket() -> None:
+    costs = padded_costs({})
+    costs.forbid("m", 4096, 9)
+    assert costs.room("denoise", "m", 4096) == 8, "all of 9 to 16 rows take as much"
+    costs.forbid("m", 4096, 8, largest=7)
+    assert costs.room("denoise", "m", 4096) == 4
+
+
+def test_rows_that_would_be_padded_are_filled() -> None:
+    """A model whose calls take as long as their padded rows: alone, three rows take as long as four."""
+    clock = Clock()
+    pipeline = FakePipeline(clock, seconds=lambda rows: 1.0 * next(bucket for bucket in (1, 2, 4, 8, 16) if rows <= bucket))
+    sizes = {}
+    for buckets in ((), (1, 2, 4, 8, 16)):
+        pipeline.row_buckets = buckets
+        engine = Engine({"m": pipeline}, clock=clock)
+        engine.costs.adopt("m", WarmUp(16, 100.0, clock).measure("m", pipeline))
+        pipeline.batches.clear()
+        for seeds, steps in (((0, 1, 2), 2), ((0,), 10)):
+            Caller(engine).submit(seeds=seeds, num_inference_steps=steps)
+        run_out(engine)
+        sizes[buckets] = [sum(len(state.request.seeds) for state in batch) for batch in pipeline.batches]
+    assert sizes[()][:2] == [3, 3]
+    assert sizes[1, 2, 4, 8, 16][:2] == [4, 4]
+
+
+def test_what_is_padded_is_recorded_for_each_bucket_before_it_is_measured() -> None:
+    clock = Clock()
+    pipeline = FakePipeline(clock)
+    pipeline.row_buckets = (1, 2, 4, 8, 16)
+    at_once: list[bool] = []
+    pipeline.before_call = lambda: at_once.append(records_at_once())
+    WarmUp(12, 60.0, clock).measure("m", pipeline)
+    recorded = [batch for batch, at in zip(pipeline.batches, at_once, strict=True) if at]
+    assert at_once.index(False) == len(recorded), "first"
+    sizes = [state.request.image.size for batch in recorded for state in batch[:1]]
+    assert [len(batch) for batch in recorded] == [1, 2, 4, 8, 12] * 2
+    assert sizes == [(16, 16)] * 5 + [(8, 8)] * 5
+    assert set(pipeline.released) == set(pipeline.prepared)
+    before = len(pipeline.batches)
+    WarmUp(12, 0.0, clock).record("m", pipeline)
+    assert len(pipeline.batches) == before, "no budget"
+
+
+def test_a_bucket_that_has_no_room_is_not_recorded_and_the_smaller_ones_are(caplog: pytest.LogCaptureFixture) -> None:
+    pipeline = FakePipeline(Clock())
+    pipeline.row_buckets, pipeline.memory = (1, 2, 4, 8, 16), 1024
+    WarmUp(16, 60.0, Clock()).record("m", pipeline)
+    assert [len(batch) for batch in pipeline.batches] == [1, 2, 4, 1, 2, 4, 8, 16]
+    assert "calls of 8 rows are not recorded: the fake ran out of memory" in caplog.text
+    pipeline.memory = 1
+    with pytest.raises(OutOfMemory):
+        WarmUp(16, 60.0, Clock()).record("m", pipeline)
 
 
 class Cramped(FakePipeline):

@@ -1,6 +1,7 @@
 """The engine's promises, on a fake pipeline with a manual clock, stepped by hand."""
 
 import threading
+from collections.abc import Callable
 
 import pytest
 from fakes import Caller, FakePipeline, make_engine, make_request, run_out
@@ -371,3 +372,73 @@ def test_one_thread_runs_every_model_call() -> None:
     assert engine.drain(timeout=30)
     engine.close()
     assert threads == {"img2img-engine"}
+
+
+def test_work_is_done_on_the_engines_thread_between_rounds() -> None:
+    """Recordings belong to the thread that made them."""
+    engine = Engine({"m": FakePipeline()})
+    name = engine.call("m", lambda: threading.current_thread().name)
+    assert name == "img2img-engine"
+    with pytest.raises(ZeroDivisionError):
+        engine.call("m", lambda: 1 // 0)
+    engine.start()
+    first = engine.call("m", threading.get_ident)
+    caller = Caller(engine).submit()
+    assert engine.call("m", threading.get_ident) == first
+    assert engine.drain(timeout=30)
+    assert caller.error is None
+    engine.close()
+    with pytest.raises(ShuttingDown):
+        engine.call("m", lambda: None)
+
+
+@pytest.mark.parametrize("stop", [lambda engine: engine.close(), lambda engine: engine.abandon(ModelFailed("stuck"))])
+def test_work_that_waits_when_the_engine_stops_is_not_done(stop: Callable[[Engine], None]) -> None:
+    engine, begun, gate = Engine({"m": FakePipeline()}), threading.Event(), threading.Event()
+    outcomes: list[object] = []
+
+    def call(work: Callable[[], object]) -> threading.Thread:
+        def run() -> None:
+            try:
+                outcomes.append(engine.call("m", work))
+            except ShuttingDown as error:
+                outcomes.append(error)
+
+        thread = threading.Thread(target=run)
+        thread.start()
+        return thread
+
+    first = call(lambda: _wait(begun, gate))
+    assert begun.wait(30)
+    second = call(lambda: outcomes.append("done too late"))
+    with engine._changed:
+        assert engine._changed.wait_for(lambda: bool(engine._errands), 30)
+    stopping = threading.Thread(target=lambda: stop(engine))
+    stopping.start()
+    with engine._changed:
+        assert engine._changed.wait_for(lambda: engine._stopping, 30)
+    gate.set()
+    for thread in (first, second, stopping):
+        thread.join(30)
+    assert sum(isinstance(outcome, ShuttingDown) for outcome in outcomes) == 1
+    assert "done too late" not in outcomes
+
+
+def test_another_thread_goes_on_where_one_does_not_come_back() -> None:
+    engine, begun, gate = Engine({"m": FakePipeline()}), threading.Event(), threading.Event()
+    stuck = threading.Thread(target=lambda: engine.call("m", lambda: _wait(begun, gate)))
+    stuck.start()
+    assert begun.wait(30)
+    engine.renew()
+    caller = Caller(engine).submit()
+    assert engine.drain(timeout=30)
+    assert caller.error is None
+    gate.set()
+    stuck.join(30)
+    assert engine.call("m", lambda: "still served") == "still served"
+    engine.close()
+
+
+def _wait(begun: threading.Event, gate: threading.Event) -> None:
+    begun.set()
+    assert gate.wait(30)

@@ -71,6 +71,8 @@ class Recorder:
 
     def __init__(self, *scalars: str) -> None:
         self.scalars = frozenset(scalars)
+        self.row_buckets: tuple[int, ...] = ()
+        self.input_types: dict[str, torch.dtype] = {}
         self.given: dict[str, torch.Tensor] = {}
 
     def __call__(self, **tensors: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -31,6 +31,7 @@ from img2img_server.models.store import ModelState, ModelStore
 from img2img_server.telemetry import logs
 from messages import failure, request
 from model_folder import make_bundle
+from PIL import Image
 from running import RunningServer, running, starting, store
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
@@ -231,8 +232,11 @@ def test_a_model_that_fails_in_warm_up_is_failed_and_the_others_are_served(error
         assert "it failed in warm-up" in str(details["message"])
 
 
-def test_a_warm_up_that_hangs_fails_its_model_alone() -> None:
+@pytest.mark.parametrize("buckets", [(), (1, 2, 4)])
+def test_a_warm_up_that_hangs_fails_its_model_alone(buckets: tuple[int, ...]) -> None:
+    """Also where the model is recorded, on the engine's thread: another takes that thread's place."""
     bad, never = FakePipeline(Clock()), threading.Event()
+    bad.row_buckets = buckets
     bad.before["denoise"] = never.wait
     try:
         with (
@@ -241,7 +245,9 @@ def test_a_warm_up_that_hangs_fails_its_model_alone() -> None:
         ):
             a, m = client.models()
             assert (a.state, m.state) == ("failed", "ready")
-            assert "warm-up (denoise) of 1 rows did not come back within 0.5 s" in a.detail
+            assert "warm-up" in a.detail
+            assert "of 1 rows did not come back within 0.5 s" in a.detail
+            client.transform(Image.new("RGB", (16, 16)), prompt="", model="m")
     finally:
         never.set()
 

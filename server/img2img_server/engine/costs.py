@@ -1,7 +1,7 @@
 """What the device's calls take: measured at warm-up, and learnt from every call after that."""
 
 from bisect import bisect_left
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
@@ -174,12 +174,29 @@ class Costs:
         self._curves: dict[tuple[Stage, str], dict[Hashable, _Curve]] = {}
         self._pace: dict[str, float] = {}
         self._bounds: dict[tuple[Stage, str], _Bound] = {}
+        self._buckets: dict[str, Sequence[int]] = {}
         self._found: dict[tuple[Stage, Group, int, int], float | None] = {}  # what `seconds` said since anything was learnt
 
     def measured(self, stage: Stage, group: Group, pixels: int, rows: int, seconds: float) -> None:
         """Notes what a call of `rows` rows, each of `pixels` pixels, takes when nothing disturbs it."""
         self._found.clear()
-        self._curve(stage, group, pixels).set(rows, seconds)
+        self._curve(stage, group, pixels).set(self.padded(group[0], rows), seconds)
+
+    def pad(self, model: str, buckets: Sequence[int]) -> None:
+        """Notes that calls of `model` are padded to `buckets`, in order; more rows than the last are computed in parts.
+
+        So a call costs what its padded rows cost, and further rows up to the next bucket cost nothing. Without buckets calls are
+        not padded.
+        """
+        self._found.clear()
+        self._buckets[model] = buckets
+
+    def padded(self, model: str, rows: int) -> int:
+        """The rows that are computed in a call of `rows`."""
+        if not (buckets := self._buckets.get(model)):
+            return rows
+        parts, rest = divmod(rows, buckets[-1])
+        return parts * buckets[-1] + (buckets[bisect_left(buckets, rest)] if rest else 0)
 
     def adopt(self, model: str, measured: Measured) -> None:
         """Notes what warm-up found of `model`."""
@@ -197,6 +214,7 @@ class Costs:
         if (bound := self._bounds.get((stage, group[0]))) is not None:
             bound.count()
         self._found.clear()
+        rows = self.padded(group[0], rows)
         expected = self._table_seconds(stage, group, pixels, rows)
         if expected is None:
             return self.measured(stage, group, pixels, rows, seconds)
@@ -221,7 +239,7 @@ class Costs:
         try:
             return self._found[key]
         except KeyError:
-            known = self._table_seconds(stage, group, pixels, rows)
+            known = self._table_seconds(stage, group, pixels, self.padded(group[0], rows))
             self._found[key] = expected = None if known is None else known * self._pace.get(group[0], 1.0)
             return expected
 
@@ -251,14 +269,18 @@ class Costs:
     def forbid(self, model: str, pixels: int, rows: int, stage: Stage = "denoise", largest: int | None = None) -> None:
         """Notes that such a call failed: for a long while none of as many pixels in all is to be made again, nor, where it is
         given, one of more than `largest` rows of so many."""
-        total = pixels * rows
+        total = pixels * self.padded(model, rows)
         room = total - 1 if largest is None else pixels * largest
         self._bounds.setdefault((stage, model), _Bound(total)).lower(total, room)
 
     def room(self, stage: Stage, model: str, pixels: int) -> int | None:
         """The most rows of `pixels` that a call is to have, at least one; None where none had too many yet."""
         bound = self._bounds.get((stage, model))
-        return None if bound is None else max(1, bound.room // pixels)
+        return None if bound is None else self._fitting(model, max(1, bound.room // pixels))
+
+    def _fitting(self, model: str, rows: int) -> int:
+        """The most rows of which, padded, there are no more than `rows`."""
+        return next(fewer for fewer in range(rows, 0, -1) if fewer == 1 or self.padded(model, fewer) <= rows)
 
     def describe(self, model: str, most: int) -> list[str]:
         """What was measured of a model's calls, a line for each shape."""

@@ -4,10 +4,12 @@ import itertools
 import logging
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
 from contextlib import contextmanager
 from copy import copy
+from typing import Any, TypeVar
 
 from img2img_server.engine.answers import Accepted as Accepted
 from img2img_server.engine.answers import EngineStats as EngineStats
@@ -26,6 +28,8 @@ _log = logging.getLogger(__name__)
 
 _NEWS = 1.0
 """Seconds between two tellings of a waiting request's place."""
+
+_R = TypeVar("_R")
 
 
 class Engine:
@@ -47,6 +51,8 @@ class Engine:
         self.costs = Costs()
         max_rows = {name: pipeline.max_rows for name, pipeline in self._pipelines.items()}
         self._scheduler = Scheduler(limits or Limits(), self.costs, max_rows)
+        for name, pipeline in self._pipelines.items():
+            self.costs.pad(name, pipeline.row_buckets)
         self._clock = clock
         self._changed = threading.Condition()
         self._under_way = UnderWay(clock)
@@ -56,7 +62,8 @@ class Engine:
         self._numbers = itertools.count(1)
         self._held: Counter[str] = Counter()  # requests by model that have not ended, or whose state is not released
         self._turns, self._resting = 0, True  # rounds of the thread, and whether it is between two of them
-        self._thread = threading.Thread(target=self._run, name="img2img-engine", daemon=True)
+        self._thread = self._new_thread()
+        self._errands: deque[tuple[str, Callable[[], Any], Future[Any]]] = deque()
         self._leaving: set[Ticket] = set()  # neither waiting nor active, and not told so yet
         self._running = False
         self._draining = False
@@ -71,8 +78,30 @@ class Engine:
 
     def start(self) -> None:
         """Starts the engine's thread."""
-        self._running = True
-        self._thread.start()
+        with self._changed:
+            if not self._running:
+                self._running = True
+                self._thread.start()
+
+    def call(self, model: str, work: Callable[[], _R]) -> _R:
+        """What `work` returns or raises, on the engine's thread, between two rounds; starts that thread if it does not run yet.
+
+        What `model` records while it warms up must be recorded there. Raises ShuttingDown if the engine stops before that.
+        """
+        done: Future[_R] = Future()
+        with self._changed:
+            if self._stopping:
+                raise ShuttingDown("the server is shutting down")
+            self._errands.append((model, work, done))
+            self._changed.notify_all()
+        self.start()
+        return done.result()
+
+    def renew(self) -> None:
+        """Goes on with another thread: this one is in a call that does not come back. Only before requests are accepted."""
+        with self._changed:
+            self._thread = self._new_thread()
+            self._thread.start()
 
     def replace(self, model: str, pipeline: Pipeline) -> None:
         """From its next call on, runs `model` by `pipeline`, requests in progress among them; adds it where it is new.
@@ -82,6 +111,7 @@ class Engine:
         with self._changed:
             self._pipelines[model] = pipeline
             self._scheduler.set_max_rows(model, pipeline.max_rows)
+            self.costs.pad(model, pipeline.row_buckets)
 
     def adopt(self, model: str, measured: Measured) -> None:
         """Notes what was measured of `model`, unless more has been learnt of it since."""
@@ -187,6 +217,7 @@ class Engine:
             self._under_way.abandon()
             self._draining = self._stopping = True
             self._abandoned = error
+            self._drop_errands()
             tickets = [*self._take_out_all(), *self._leaving]
             self._leaving.clear()
             self._held.clear()
@@ -216,22 +247,42 @@ class Engine:
             self._changed.notify_all()
             return bool(len(self._scheduler))
 
+    def _new_thread(self) -> threading.Thread:
+        return threading.Thread(target=self._run, name="img2img-engine", daemon=True)
+
     def _run(self) -> None:
         while True:
             with self._changed:
+                if self._thread is not threading.current_thread():  # another has taken over
+                    return
                 self._turns, self._resting = self._turns + 1, True
                 self._changed.notify_all()
-                self._changed.wait_for(lambda: self._stopping or len(self._scheduler))
+                self._changed.wait_for(lambda: self._stopping or len(self._scheduler) or self._errands)
                 self._resting = False
                 if self._stopping:
+                    self._drop_errands()
                     self._running = False
                     self._changed.notify_all()
                     return
+                errand = self._errands.popleft() if self._errands else None
+            if errand is not None:
+                self._run_errand(*errand)
             try:
                 self.step()
             except Exception:  # noqa: BLE001 - a bug of ours must not leave callers waiting for ever
                 _log.exception("the engine's step failed")
                 self._end_all(ModelFailed("the server failed"))
+
+    def _run_errand(self, model: str, work: Callable[[], _R], done: "Future[_R]") -> None:
+        with self._under_way.call("warm-up", model):
+            try:
+                done.set_result(work())
+            except BaseException as error:  # noqa: BLE001 - it is raised where the work is waited for
+                done.set_exception(error)
+
+    def _drop_errands(self) -> None:
+        while self._errands:
+            self._errands.popleft()[2].set_exception(ShuttingDown("the server is shutting down"))
 
     def _tell_news(self) -> None:
         """Every now and then, looks ahead anew and tells those who wait where their place has changed."""

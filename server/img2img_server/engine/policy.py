@@ -105,11 +105,16 @@ class Policy:
     def _choose(self, order: Sequence[Job], leader: Job | None, others: int, max_rows: dict[str, int | None]) -> list[Job]:
         leader = leader or order[0]
         cap = self._cap(leader, max_rows)
-        batch, rows, takes = [leader], leader.rows, leader.step_seconds
+        batch, rows, takes, widest = [leader], leader.rows, leader.step_seconds, leader.rows
         apart, lost, best, size = takes, 0.0, 0.0, 1
         for job in order:
-            if job is leader or job.group != leader.group or rows + job.rows > cap:
+            if job is leader or job.group != leader.group:
                 continue
+            # The rows that the widest is padded by are computed in any case.
+            padded = self._costs.padded(leader.group[0], max(widest, job.rows))
+            if rows + job.rows > max(cap, min(padded, self._limit(leader, max_rows))):
+                continue
+            widest = max(widest, job.rows)
             before, takes = takes, self._call_seconds(leader, rows + job.rows)
             lost += max(0.0, takes - before) * _losers(batch, job)
             apart += job.step_seconds
@@ -122,8 +127,10 @@ class Policy:
 
     def _cap(self, like: Job, max_rows: dict[str, int | None]) -> int:
         """The most rows that a call is to have."""
-        limit = max_rows[like.group[0]] or self._max_batch_size
-        return self._costs.cap(like.group, like.pixels, min(limit, self._max_batch_size))
+        return self._costs.cap(like.group, like.pixels, self._limit(like, max_rows))
+
+    def _limit(self, like: Job, max_rows: dict[str, int | None]) -> int:
+        return min(max_rows[like.group[0]] or self._max_batch_size, self._max_batch_size)
 
     def _call_seconds(self, like: Job, rows: int) -> float:
         known = self._costs.seconds("denoise", like.group, like.pixels, rows)

@@ -162,6 +162,9 @@ class Pipeline(Protocol):
     """The most rows that one call of `denoise` takes, None for no limit of its own."""
     measurable: bool
     """Whether `denoise` computes again when it is asked again of the same states, so that it can be timed before it is served."""
+    row_buckets: Sequence[int]
+    """The rows that calls of `denoise` are padded to and recorded for, in order; more than the last are made in parts. Empty if
+    calls are not padded."""
     schedulers: tuple[str, ...]
     """The names that a request's `scheduler` may have."""
 

@@ -3,12 +3,13 @@
 import logging
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from PIL import Image
 
+from img2img_server.device import recording_at_once
 from img2img_server.engine.costs import Measured, Stage, Timing
 from img2img_server.engine.request import Pipeline, Request
 from img2img_server.engine.under_way import UnderWay
@@ -22,6 +23,9 @@ _FEW_ROUNDS = 3
 
 _SURPRISE = 1.5
 """Times longer than was expected that a batch takes if it is run once more."""
+
+_TOGETHER = 4
+"""Images that are encoded or decoded in one call while calls are recorded."""
 
 _R = TypeVar("_R")
 
@@ -80,6 +84,7 @@ class WarmUp:
         limit = min(self._max_batch_size, pipeline.max_rows or self._max_batch_size)
         if limit < 2 or not pipeline.measurable:
             return Measured()
+        self.record(name, pipeline)
         end = self._clock() + self._budget
         batches: list[_Batch] = []
         full: list[tuple[int, int]] = []
@@ -108,9 +113,42 @@ class WarmUp:
         return Measured(tuple(timings), tuple(full))
 
     def check(self, name: str, pipeline: Pipeline) -> None:
-        """Runs one row once, for a model whose costs are known. Raises what the model raises."""
+        """Runs one row once, for a model whose costs are known, and records its calls. Raises what the model raises."""
         if self._budget > 0 and pipeline.measurable:
+            self.record(name, pipeline)
             self._once(pipeline, _Batch(_request(name, pipeline, 1), 1))
+
+    def record(self, name: str, pipeline: Pipeline, run: Callable[[Callable[[], None]], None] = lambda work: work()) -> None:
+        """Has each call that is padded be recorded, at the sizes that are measured; nothing if the budget is 0.
+
+        `run` runs what it is given, on the thread that serves: recordings belong to it. After a batch that fails no larger one is
+        tried. Raises what the model raises for the smallest.
+        """
+        if self._budget <= 0:
+            return
+        for divisor in (1, 2):
+            for rows in _recorded_rows(pipeline, min(self._max_batch_size, pipeline.max_rows or self._max_batch_size)):
+                requests = list(_filling(name, pipeline, divisor, rows))
+                try:
+                    run(lambda requests=requests: self._record(pipeline, requests))  # type: ignore[misc]
+                except Exception as error:  # whatever a model raises: most likely that there is no room for that many
+                    if rows == pipeline.row_buckets[0]:
+                        raise
+                    _log.warning("model '%s': calls of %d rows are not recorded: %s", name, rows, error)
+                    break
+
+    def _record(self, pipeline: Pipeline, requests: Sequence[Request]) -> None:
+        """Makes each call of a batch of one step under `recording_at_once`."""
+        states: list[Any] = []
+        with self._under_way.call("warm-up (recording)", requests[0].model, len(requests)), recording_at_once():
+            try:
+                for start in range(0, len(requests), _TOGETHER):
+                    states += pipeline.prepare(requests[start : start + _TOGETHER])
+                pipeline.advance(states, pipeline.denoise(states))
+                pipeline.finish(states[:_TOGETHER])
+            finally:
+                for state in states:
+                    pipeline.release(state)
 
     def _is_time(self, batches: Sequence[_Batch], took: float, end: float) -> bool:
         """Whether one more batch, which is expected to take `took` seconds, can be run once and then in a few rounds."""
@@ -166,6 +204,28 @@ def _request(name: str, pipeline: Pipeline, divisor: int) -> Request:
     multiple = pipeline.size_multiple
     width, height = (max(side // divisor // multiple, 1) * multiple for side in pipeline.native_size)
     return Request(name, Image.new("RGB", (width, height), "gray"), "", "", 1.0, 1, 1.0, (0,))
+
+
+def _recorded_rows(pipeline: Pipeline, limit: int) -> Iterator[int]:
+    """Rows of up to `limit`, one for each bucket that a call of so many may be padded to."""
+    before = 0
+    for bucket in pipeline.row_buckets:
+        if before < limit:
+            yield min(bucket, limit)
+        before = bucket
+
+
+def _filling(name: str, pipeline: Pipeline, divisor: int, rows: int) -> Iterator[Request]:
+    """Requests of `rows` rows in all, guided ones as far as that goes. Each has a scope of its own, so that its texts are
+    encoded."""
+    plain = _request(name, pipeline, divisor)
+    guided = replace(plain, guidance_scale=2.0)
+    for number in range(rows):
+        request = guided if pipeline.plan(guided).rows <= rows else plain
+        rows -= pipeline.plan(request).rows
+        yield replace(request, cache_scope=f"warm-up {number}")
+        if not rows:
+            return
 
 
 def _timings(pipeline: Pipeline, batch: _Batch, rounds: int) -> list[Timing]:

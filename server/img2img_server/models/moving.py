@@ -12,6 +12,7 @@ from img2img_server.bundle import Manifest
 from img2img_server.device import DEVICE_IN_USE
 from img2img_server.engine.engine import Engine
 from img2img_server.engine.request import Completed, Ending, Event, Failed, Pipeline, Request
+from img2img_server.engine.warmup import WarmUp
 from img2img_server.errors import ShuttingDown
 from img2img_server.models.cost_store import CostStore
 from img2img_server.models.failures import Stage
@@ -40,13 +41,17 @@ class _Arrival:
 
 class Mover:
     """Brings models in and frees them. One at a time may be moved: what `meter` measures is then its own, but for requests that
-    run meanwhile. `costs` has what was measured of models before. Used on the event loop, which it never blocks."""
+    run meanwhile. `costs` has what was measured of models before; `warm_up` records calls. Used on the event loop, which it never
+    blocks."""
 
-    def __init__(self, models: ModelStore, engine: Engine, meter: Meter, costs: CostStore | None = None) -> None:
+    def __init__(
+        self, models: ModelStore, engine: Engine, meter: Meter, costs: CostStore | None = None, warm_up: WarmUp | None = None
+    ) -> None:
         self._models = models
         self._engine = engine
         self._meter = meter
         self._costs = costs
+        self._warm_up = warm_up
         self._arrived: dict[str, _Arrival] = {}
 
     async def bring(self, name: str) -> str:
@@ -105,7 +110,7 @@ class Mover:
             manifest, pipeline = await in_thread(lambda: self._open(name))
             self._arrived[name] = _Arrival(manifest, pipeline, 0)
             self._engine.replace(name, pipeline)
-            await in_thread(lambda: self._recall(name, pipeline))
+            await in_thread(lambda: self._ready(name, pipeline))
             await self._try(name, pipeline)
             memory = measured(before.grown_to(self._meter.read(), pipeline.engine), manifest)
             self._arrived[name] = _Arrival(manifest, pipeline, memory)
@@ -116,10 +121,13 @@ class Mover:
             return error
         return None
 
-    def _recall(self, name: str, pipeline: Pipeline) -> None:
+    def _ready(self, name: str, pipeline: Pipeline) -> None:
+        """Recalls what its calls take, and has them recorded between those of other models."""
         known = None if self._costs is None else self._costs.find(self._models.get(name).bundle, pipeline)
         if known is not None:
             self._engine.adopt(name, known)
+        if self._warm_up is not None:
+            self._warm_up.record(name, pipeline, lambda work: self._engine.call(name, work))
 
     def _open(self, name: str) -> tuple[Manifest, Pipeline]:
         model = self._models.get(name)

@@ -63,17 +63,26 @@ class Preparation:
                 _log.info("model '%s': %s", name, line)
 
     async def _measure(self, name: str, pipeline: Pipeline) -> Measured:
-        """Measures a model on a thread of its own. Raises what the model raises, and Hung."""
+        """Measures a model, on the engine's thread if it is recorded there, else on one of its own. Raises what the model raises,
+        and Hung."""
         under_way = UnderWay(self._clock)
         warm_up = WarmUp(self._max_batch_size, self._budget, self._clock, under_way)
-        work = asyncio.ensure_future(in_thread(lambda: self._known_or_measured(name, pipeline, warm_up)))
+        work = asyncio.ensure_future(in_thread(lambda: self._warmed_up(name, pipeline, warm_up)))
         while not work.done():
             await asyncio.wait({work}, timeout=min(_LOOK, self._longest / 10) if self._longest > 0 else None)
             call = under_way.longest
             if call is not None and 0 < self._longest < call.seconds and not work.done():
                 work.cancel()
+                if pipeline.row_buckets:
+                    self._engine.renew()
                 raise Hung(f"{call.stage} of {call.rows} rows did not come back within {self._longest:g} s")
         return work.result()
+
+    def _warmed_up(self, name: str, pipeline: Pipeline, warm_up: WarmUp) -> Measured:
+        """What calls of the model take. Recordings belong to the thread that made them."""
+        if pipeline.row_buckets:
+            return self._engine.call(name, lambda: self._known_or_measured(name, pipeline, warm_up))
+        return self._known_or_measured(name, pipeline, warm_up)
 
     def _known_or_measured(self, name: str, pipeline: Pipeline, warm_up: WarmUp) -> Measured:
         bundle = self._models.get(name).bundle

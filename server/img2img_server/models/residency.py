@@ -14,6 +14,7 @@ from img2img_server.bundle import Source
 from img2img_server.calls import current
 from img2img_server.config import ModelSettings
 from img2img_server.engine.engine import Engine
+from img2img_server.engine.warmup import WarmUp
 from img2img_server.errors import (
     ModelMemoryFull,
     ModelNotLoaded,
@@ -61,7 +62,7 @@ class Residency:
 
     Loads come one after the other, so that two of them never take the same room. `health` is told the id of each model that can
     or can no longer be served. `withdraw`, which may block, is called before a model is unloaded with its id: whoever else is at
-    work on it lets go. `clock` gives seconds. Used on the event loop only.
+    work on it lets go. `warm_up` records the calls of a model that is loaded. `clock` gives seconds. Used on the event loop only.
     """
 
     def __init__(
@@ -74,13 +75,14 @@ class Residency:
         exporter: Sequence[str] = EXPORTER,
         clock: Callable[[], float] = time.monotonic,
         costs: CostStore | None = None,
+        warm_up: WarmUp | None = None,
     ) -> None:
         self._settings = settings
         self._models = models
         self._engine = engine
         self._health = health
         self._clock = clock
-        self._mover = Mover(models, engine, meter or ProcessMeter(), costs)
+        self._mover = Mover(models, engine, meter or ProcessMeter(), costs, warm_up)
         self._finder = Finder(settings, models, exporter, clock)
         self._places: defaultdict[str, _Place] = defaultdict(_Place)
         self._one_at_a_time = asyncio.Lock()

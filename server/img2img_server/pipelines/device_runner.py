@@ -49,6 +49,7 @@ class DeviceRunner:
         self._binding = Binding(session, self._device, NO_GRAPH)
         self._shapes: dict[Key, list[torch.Size]] = {}
         self._has_rows = all(_varies(item) for item in (*self.inputs, *self.outputs))
+        self.row_buckets = ROW_BUCKETS if replays is not None and self._has_rows else ()
         self._smallest: Key | None = None
         self._busy = threading.Lock()
         KEEPERS.add(self)

@@ -1,6 +1,7 @@
 """What a Stable Diffusion pipeline keeps of a request between two steps."""
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from img2img_server.engine.request import Request
 from img2img_server.pipelines.originals import predict_original
 from img2img_server.pipelines.schedules import Trajectory
+from img2img_server.pipelines.transfers import per_row
 
 Conditioning = dict[str, torch.Tensor]
 """The UNet's inputs beside sample and timestep, by name. Each is [rows of the UNet call, ...]."""
@@ -77,17 +79,23 @@ class DiffusionState:
         index = len(self.begun.timesteps) - len(self.timesteps) + seen.step
         return predict_original(self.begun, index, self.timesteps[seen.step], seen.sample, seen.output, seen.input_scale)
 
-    def scaled(self) -> torch.Tensor:
-        """The latents as the UNet wants them, [n, C, h, w]."""
+    def unscaled(self) -> tuple[torch.Tensor, float]:
+        """A tensor [n, C, h, w] and the factor that makes it the UNet's input."""
         if self.trajectory is not None:
-            scale = self.trajectory.input_scale
-            return self.latents if scale == 1.0 else self.latents * scale
-        scaled: torch.Tensor = self.scheduler.scale_model_input(self.latents, self.timestep)
-        return scaled
+            return self.latents, self.trajectory.input_scale
+        return self.scheduler.scale_model_input(self.latents, self.timestep), 1.0
 
-    def guide(self, noise: torch.Tensor) -> torch.Tensor:
-        """Applies guidance to the UNet's rows: [n or 2n, C, h, w] to [n, C, h, w]."""
-        if not self.guided:
-            return noise
-        unconditional, text = noise.chunk(2)
-        return unconditional + self.request.guidance_scale * (text - unconditional)
+
+def guide(states: Sequence[DiffusionState], noises: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+    """Applies each state's guidance to its rows of the UNet's output: [n or 2n, C, h, w] to [n, C, h, w].
+
+    The number of operations does not grow with that of the states.
+    """
+    if not any(state.guided for state in states):
+        return noises
+    halves = [noise.chunk(2) if state.guided else (noise, noise) for state, noise in zip(states, noises, strict=True)]
+    unconditional, text = torch.cat([half[index] for index in range(2) for half in halves]).chunk(2)
+    sizes = [len(half) for half, _ in halves]
+    scales = [state.request.guidance_scale for state, size in zip(states, sizes, strict=True) for _ in range(size)]
+    guided = torch.addcmul(unconditional, text.sub_(unconditional), per_row(scales, text.device))
+    return torch.split(guided.to(text.dtype), sizes)

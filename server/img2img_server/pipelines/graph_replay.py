@@ -6,19 +6,18 @@ that were bound then, whatever is bound now. Recordings belong to the thread tha
 may allocate or free on the device. `release_captured_graph` does nothing on CUDA, so what was recorded is never freed.
 """
 
-import contextlib
 import itertools
 import logging
 import threading
 from collections import Counter, OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import onnxruntime
 import torch
 
-from img2img_server.device import DEVICE_IN_USE
+from img2img_server.device import DEVICE_IN_USE, records_at_once
 from img2img_server.pipelines.memory import RUNTIME_ERRORS, is_out_of_memory
 
 _log = logging.getLogger(__name__)
@@ -28,8 +27,6 @@ Key = tuple[torch.Size, ...]
 
 ROW_BUCKETS = (1, 2, 4, 8, 16)
 """Rows that calls are recorded with. A call of another number of rows is padded to the next; one of more is made in parts."""
-
-_AT_ONCE = threading.local()
 
 NO_GRAPH = -1
 """The `gpu_graph_id` of a call that is neither recorded nor replayed."""
@@ -54,16 +51,6 @@ _ELEMENTS = {
 def bucket_of(rows: int) -> int:
     """The rows that a call of `rows`, of at most the largest bucket's, is padded to."""
     return next(bucket for bucket in ROW_BUCKETS if rows <= bucket)
-
-
-@contextlib.contextmanager
-def recording_at_once() -> Iterator[None]:
-    """Within the block, this thread records each shape at its first call: it warms up."""
-    _AT_ONCE.on = True
-    try:
-        yield
-    finally:
-        _AT_ONCE.on = False
 
 
 class Binding:
@@ -168,7 +155,7 @@ class Replays:
         if len(self._calls) >= _MOST_COUNTED:
             self._calls.clear()
         self._calls[key] += 1
-        return self._calls[key] > self._patience or getattr(_AT_ONCE, "on", False)
+        return self._calls[key] > self._patience or records_at_once()
 
     def record(self, key: Key, inputs: Mapping[str, torch.Tensor], outputs: Sequence[torch.Tensor]) -> Recording | None:
         """Records a call on tensors of its own, like `inputs` and `outputs` in shape and type; the inputs' values are taken over.

@@ -104,10 +104,8 @@ def advance_batch(
         (sample, output, *trajectory.memory) for trajectory, sample, output in zip(trajectories, latents, outputs, strict=True)
     ]
     sizes = [len(sample) for sample in latents]
-    first, *others = _combine(steps, terms, sizes)
-    if any(step.draws for step in steps):
-        noise, factors = _draw(steps, trajectories, latents)
-        first.addcmul_(factors, noise)
+    noise = _draw(steps, trajectories, latents) if any(step.draws for step in steps) else None
+    first, *others = _combine(steps, terms, sizes, noise)
     rows = [torch.split(row, sizes) for row in others]
     for trajectory, step, given, *computed in zip(trajectories, steps, terms, *rows, strict=True):
         available = (*given, *computed)
@@ -116,25 +114,28 @@ def advance_batch(
     return list(torch.split(first.to(latents[0].dtype), sizes))
 
 
-def _combine(steps: Sequence[Step], terms: Sequence[tuple[torch.Tensor, ...]], sizes: Sequence[int]) -> tuple[torch.Tensor, ...]:
-    """The rows of all steps, each [B, C, h, w] for B rows of latents. What a request lacks has coefficient zero."""
+def _combine(
+    steps: Sequence[Step], terms: Sequence[tuple[torch.Tensor, ...]], sizes: Sequence[int], noise: torch.Tensor | None
+) -> tuple[torch.Tensor, ...]:
+    """The rows of all steps, each [B, C, h, w] for B rows of latents. What a request lacks has coefficient zero. `noise`
+    [B, C, h, w] is a term of the first."""
     device = terms[0][0].device
     depth = max(len(given) for given in terms)
     matrices = [step.coefficients for step, size in zip(steps, sizes, strict=True) for _ in range(size)]
     table = torch.stack(matrices, dim=-1)[:depth, : max(step.rows for step in steps)]
-    total: torch.Tensor | None = None
-    for index, factors in enumerate(send(table, device)[..., None, None, None].unbind()):
-        # A request that lacks the term repeats its own latents: nothing foreign, and no memory that was never written.
-        values = torch.cat([given[index if index < len(given) else 0] for given in terms]).float()
-        total = factors * values if total is None else total.addcmul_(factors, values)
-    assert total is not None
-    return total.unbind()
+    # A request that lacks a term repeats its own latents: nothing foreign, and no memory that was never written.
+    pieces = [given[index if index < len(given) else 0] for index in range(depth) for given in terms]
+    if noise is not None:
+        factors = torch.zeros_like(table[:1])
+        factors[0, 0] = torch.tensor([step.noise for step, size in zip(steps, sizes, strict=True) for _ in range(size)])
+        table, pieces = torch.cat([table, factors]), [*pieces, noise]
+    values = torch.cat(pieces).float()
+    products = send(table, device)[..., None, None, None] * values.view(len(table), 1, -1, *values.shape[1:])
+    return products.sum(0).unbind()
 
 
-def _draw(
-    steps: Sequence[Step], trajectories: Sequence[Trajectory], latents: Sequence[torch.Tensor]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The noise [B, C, h, w] and its coefficients [B, 1, 1, 1], on the latents' device.
+def _draw(steps: Sequence[Step], trajectories: Sequence[Trajectory], latents: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The noise [B, C, h, w], on the latents' device.
 
     Each row is drawn from its own generator, as diffusers' randn_tensor draws it, but always in float32: in a smaller
     dtype torch draws the same numbers, rounded, and leaves the generator in the same state.
@@ -147,9 +148,7 @@ def _draw(
             parts.extend(torch.randn(shape, generator=generator) for generator in trajectory.generators)
         else:
             parts.append(torch.zeros(sample.shape))
-    device = latents[0].device
-    factors = [step.noise for step, sample in zip(steps, latents, strict=True) for _ in range(len(sample))]
-    return send(torch.cat(parts), device), send(torch.tensor(factors), device)[:, None, None, None]
+    return send(torch.cat(parts), latents[0].device)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

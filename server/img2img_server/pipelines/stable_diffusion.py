@@ -7,7 +7,7 @@ The order of calls is that of StableDiffusionImg2ImgPipeline.__call__ and Stable
 
 import copy
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,7 +18,7 @@ from img2img_server.engine.cache import Cache
 from img2img_server.engine.request import Plan, Request
 from img2img_server.pipelines import latent_preview
 from img2img_server.pipelines.conditions import Embedding, Encoder
-from img2img_server.pipelines.diffusion_state import Conditioning, DiffusionState, Predicted
+from img2img_server.pipelines.diffusion_state import Conditioning, DiffusionState, Predicted, guide
 from img2img_server.pipelines.schedules import Trajectory, advance_batch
 from img2img_server.pipelines.timetables import Timetable, Timetables
 from img2img_server.pipelines.torch_calls import torch_call
@@ -46,6 +46,8 @@ class StableDiffusion:
         self.threads = threads
         self.size_multiple: int = pipe.vae_scale_factor
         self.native_size = native_size(pipe.unet.config.get("sample_size"), self.size_multiple)
+        self.row_buckets: Sequence[int] = getattr(pipe.unet, "row_buckets", ())
+        self._types: Mapping[str, torch.dtype] = getattr(pipe.unet, "input_types", {})
         self._timetables = self.timetables(pipe)
         self.schedulers = self._timetables.names
         self._encoder = Encoder(pipe, cache, self._encode_texts)
@@ -78,18 +80,23 @@ class StableDiffusion:
     @torch_call
     def denoise(self, states: Sequence[DiffusionState]) -> Sequence[torch.Tensor]:
         """One UNet call for all of `states`, whatever their steps, schedulers and guidance. [n or 2n, C, h, w] for each."""
-        samples, timesteps, sizes = [], [], []
+        samples, scales, timesteps, sizes = [], [], [], []
         for state in states:
-            scaled = state.scaled()
-            samples += [scaled, scaled] if state.guided else [scaled]
-            sizes.append(len(scaled) * (2 if state.guided else 1))
+            unscaled, scale = state.unscaled()
+            samples += [unscaled, unscaled] if state.guided else [unscaled]
+            sizes.append(len(unscaled) * (2 if state.guided else 1))
+            scales += [scale] * sizes[-1]
             timesteps.append(state.timestep.expand(sizes[-1]))
         joined_samples = torch.cat(samples)
+        times, factors = send(torch.stack([torch.cat(timesteps).float(), torch.tensor(scales)]), joined_samples.device)
+        if any(scale != 1.0 for scale in scales):
+            wanted = torch.empty_like(joined_samples, dtype=self._types.get("sample", joined_samples.dtype))
+            joined_samples = torch.mul(joined_samples, factors[:, None, None, None], out=wanted)
         joined = {name: torch.cat([state.conditioning[name] for state in states]) for name in states[0].conditioning}
         hidden_states = joined.pop("encoder_hidden_states")
         noise: torch.Tensor = self._pipe.unet(
             joined_samples,
-            send(torch.cat(timesteps), joined_samples.device),
+            times,
             encoder_hidden_states=hidden_states,
             timestep_cond=joined.pop("timestep_cond", None),
             added_cond_kwargs=joined,
@@ -101,7 +108,7 @@ class StableDiffusion:
     @torch_call
     def advance(self, states: Sequence[DiffusionState], noises: Sequence[torch.Tensor]) -> None:
         """Applies guidance, and takes all one step on: those with a compiled schedule together, others by their scheduler."""
-        outputs = [state.guide(noise) for state, noise in zip(states, noises, strict=True)]
+        outputs = guide(states, noises)
         predicted = [
             Predicted(state.step, state.input_scale, state.latents[:1], output[:1]) if state.preview_is_due else None
             for state, output in zip(states, outputs, strict=True)
@@ -168,6 +175,8 @@ class StableDiffusion:
         )
         conditioning = self._conditioning(request, positive, negative) | self._guidance_conditioning(request, latents)
         conditioning |= self._size_conditioning(pipe, request, latents, positive.hidden_states.dtype)
+        # Once here, and not in each step.
+        conditioning = {name: tensor.to(self._types.get(name, tensor.dtype)) for name, tensor in conditioning.items()}
         state = DiffusionState(
             request,
             timetable.timesteps,

@@ -9,7 +9,7 @@ latents, guidance and schedulers stay in float32 beside a graph of float16.
 import contextlib
 import inspect
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Self
@@ -40,8 +40,10 @@ class Graph:
     def __init__(self, runner: Runner, device: str = "cpu") -> None:
         self._runner = runner
         self._device = device
-        self._inputs = {item.name: dtype_of(item) for item in runner.inputs}
+        self.input_types = {item.name: dtype_of(item) for item in runner.inputs}
         self._outputs = [item.name for item in runner.outputs]
+        self.row_buckets: Sequence[int] = getattr(runner, "row_buckets", ())
+        """Rows that its calls are padded to, in order; none if they are not padded."""
         self.scalars = frozenset(item.name for item in runner.inputs if not item.shape)
 
     def __call__(self, **tensors: torch.Tensor | None) -> dict[str, torch.Tensor]:
@@ -49,9 +51,9 @@ class Graph:
         given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
         device = next(iter(given.values())).device
         feed = {
-            name: send(tensor.detach(), self._device, self._inputs[name]).contiguous()
+            name: send(tensor.detach(), self._device, self.input_types[name]).contiguous()
             for name, tensor in given.items()
-            if name in self._inputs
+            if name in self.input_types
         }
         outputs = zip(self._outputs, self._runner.run(feed), strict=True)
         return {name: send(value, device, torch.float32 if value.is_floating_point() else None) for name, value in outputs}
@@ -106,6 +108,8 @@ class OnnxDenoiser(StandIn):
         width = self.config.get("projection_class_embeddings_input_dim")
         self.add_embedding = SimpleNamespace(linear_1=SimpleNamespace(in_features=width))
         self.in_channels = self.config.get("in_channels")
+        self.row_buckets = graph.row_buckets
+        self.input_types = graph.input_types
 
     def forward(self, *arguments: Any, **named: Any) -> Any:
         """Predicts the noise. A scalar `timestep` holds for the whole batch. Raises TypeError for what the class lacks."""

@@ -1,6 +1,7 @@
 """Tensors between the host and the device, the stream that all work of this process shares, and when to wait for the device."""
 
 import functools
+from collections.abc import Sequence
 
 import torch
 
@@ -43,6 +44,11 @@ def send(tensor: torch.Tensor, device: torch.device | str, dtype: torch.dtype | 
         small = small.contiguous().pin_memory()
     # A copy to the host must be over before anyone reads it.
     return small.to(target, non_blocking=target.type != "cpu").to(dtype or small.dtype)
+
+
+def per_row(numbers: Sequence[float], device: torch.device) -> torch.Tensor:
+    """A factor for each row of a tensor [B, C, h, w]: `numbers` in float32 as [B, 1, 1, 1] on `device`."""
+    return send(torch.tensor(numbers, dtype=torch.float32), device)[:, None, None, None]
 
 
 def fetch(tensor: torch.Tensor) -> torch.Tensor:

@@ -39,6 +39,7 @@ class WholePipeline:
 
     schedulers: tuple[str, ...] = ()
     measurable = False
+    row_buckets: Sequence[int] = ()
 
     def __init__(self, pipe: Any, engine: str, threads: int) -> None:
         self._pipe = pipe
