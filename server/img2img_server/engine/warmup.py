@@ -82,16 +82,18 @@ class WarmUp:
         A batch that fails is not tried again. Raises what the model raises for a single row: it cannot be served.
         """
         limit = min(self._max_batch_size, pipeline.max_rows or self._max_batch_size)
+        full = self.record(name, pipeline)
         if limit < 2 or not pipeline.measurable:
             return Measured()
-        self.record(name, pipeline)
         end = self._clock() + self._budget
         batches: list[_Batch] = []
-        full: list[tuple[int, int]] = []
         for divisor in (1, 2):
             request = _request(name, pipeline, divisor)
             rows, took = 1, 0.0
+            pixels = request.image.width * request.image.height
             while rows <= limit and self._is_time(batches, took, end):
+                if any(pixels * rows >= most for most in (size * count for size, count in full)):
+                    break
                 batch = _Batch(request, rows)
                 try:
                     batch.first = self._first(pipeline, batch, took, end)
@@ -100,7 +102,7 @@ class WarmUp:
                         raise
                     _log.warning("model '%s' failed on %d rows of %d x %d: %s", name, rows, *request.image.size, error)
                     _log.debug("where it failed", exc_info=True)
-                    full.append((request.image.width * request.image.height, rows))
+                    full.append((pixels, rows))
                     break
                 if not batch.first:
                     break
@@ -118,24 +120,34 @@ class WarmUp:
             self.record(name, pipeline)
             self._once(pipeline, _Batch(_request(name, pipeline, 1), 1))
 
-    def record(self, name: str, pipeline: Pipeline, run: Callable[[Callable[[], None]], None] = lambda work: work()) -> None:
+    def record(
+        self, name: str, pipeline: Pipeline, run: Callable[[Callable[[], None]], None] = lambda work: work()
+    ) -> list[tuple[int, int]]:
         """Has each call that is padded be recorded, at the sizes that are measured; nothing if the budget is 0.
 
         `run` runs what it is given, on the thread that serves: recordings belong to it. After a batch that fails no larger one is
-        tried. Raises what the model raises for the smallest.
+        tried, and the smaller ones are recorded again, as recordings are dropped when memory runs out. Returns the pixels and
+        rows of what failed. Raises what the model raises for the smallest.
         """
+        full: list[tuple[int, int]] = []
         if self._budget <= 0:
-            return
+            return full
         for divisor in (1, 2):
-            for rows in _recorded_rows(pipeline, min(self._max_batch_size, pipeline.max_rows or self._max_batch_size)):
-                requests = list(_filling(name, pipeline, divisor, rows))
+            left = list(_recorded_rows(pipeline, min(self._max_batch_size, pipeline.max_rows or self._max_batch_size)))
+            done = 0
+            while done < len(left):
+                requests = list(_filling(name, pipeline, divisor, left[done]))
                 try:
                     run(lambda requests=requests: self._record(pipeline, requests))  # type: ignore[misc]
                 except Exception as error:  # whatever a model raises: most likely that there is no room for that many
-                    if rows == pipeline.row_buckets[0]:
+                    if done == 0:
                         raise
-                    _log.warning("model '%s': calls of %d rows are not recorded: %s", name, rows, error)
-                    break
+                    _log.warning("model '%s': calls of %d rows are not recorded: %s", name, left[done], error)
+                    full.append((requests[0].image.width * requests[0].image.height, left[done]))
+                    left, done = left[:done], 0
+                else:
+                    done += 1
+        return full
 
     def _record(self, pipeline: Pipeline, requests: Sequence[Request]) -> None:
         """Makes each call of a batch of one step under `recording_at_once`."""

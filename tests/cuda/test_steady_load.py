@@ -1,0 +1,156 @@
+"""What a step of a steady, mixed load asks of the device, and that memory stays flat, counted on fake CUDA libraries."""
+
+import gc
+import itertools
+import random
+import threading
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fake_gpu import PAGEABLE, WAITS, FakeGpu
+from img2img_server.bundle import read_manifest
+from img2img_server.engine.cache import Cache
+from img2img_server.engine.engine import Engine
+from img2img_server.engine.request import Completed, Event, Failed, Request
+from img2img_server.engine.warmup import WarmUp
+from img2img_server.execution import Execution
+from img2img_server.pipelines.loader import load_pipeline
+from PIL import Image
+
+MOST_ROWS = 16
+TOGETHER = (3, 12, 1, 8, 12)
+"""Requests that are in progress at the same time, in turn."""
+MOST_LAUNCHES = {"sd1": 9, "sd1:fp16": 10, "sdxl:fp16": 12}
+"""Kernels beside the recording in one step, whatever its requests."""
+MOST_COPIES = {"sd1": 6, "sd1:fp16": 6, "sdxl:fp16": 10}
+"""Copies within the device in one step."""
+SEGMENT = 2 << 20
+"""Bytes by which torch's allocator grows: it may still do so once, as requests meet by chance."""
+
+
+class Counted:
+    """A pipeline whose steps are counted: for each, the rows of its call and what was asked of the device from the beginning of
+    `denoise` to the end of `advance`."""
+
+    def __init__(self, pipeline: Any, gpu: FakeGpu) -> None:
+        self._pipeline = pipeline
+        self._gpu = gpu
+        self.steps: list[tuple[int, Counter[str]]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._pipeline, name)
+
+    def denoise(self, states: Sequence[Any]) -> Sequence[Any]:
+        with self._gpu.counting() as counts:
+            result: Sequence[Any] = self._pipeline.denoise(states)
+        self.steps.append((sum(len(noise) for noise in result), counts))
+        return result
+
+    def advance(self, states: Sequence[Any], noises: Sequence[Any]) -> None:
+        with self._gpu.counting() as counts:
+            self._pipeline.advance(states, noises)
+        self.steps[-1][1].update(counts)
+
+
+class Load:
+    """Requests that come and go, of mixed steps, strength, guidance, schedulers and numbers of images."""
+
+    def __init__(self, engine: Engine, pipeline: Any) -> None:
+        self._engine = engine
+        self._pipeline = pipeline
+        self._random = random.Random(0)
+        self._numbers = itertools.count()
+
+    def run(self) -> None:
+        """Runs 125 requests, always the same ones."""
+        for together in TOGETHER:
+            self._run(25, together)
+
+    def _run(self, count: int, together: int) -> None:
+        places, left, endings = threading.Semaphore(together), threading.Semaphore(0), []
+
+        def listen(event: Event) -> None:
+            if isinstance(event, Completed | Failed):
+                endings.append(event)
+                places.release()
+                left.release()
+
+        for _ in range(count):
+            places.acquire()
+            self._engine.submit(self._request(), listen)
+        for _ in range(count):
+            left.acquire()
+        assert [ending for ending in endings if isinstance(ending, Failed)] == []
+
+    def _request(self) -> Request:
+        choose, number = self._random, next(self._numbers)
+        return Request(
+            "m",
+            Image.new("RGB", self._pipeline.native_size, (number % 256, 0, 0)),
+            f"prompt {choose.randrange(40)}",
+            choose.choice([None, "blurred"]),
+            choose.choice([0.5, 0.8, 1.0]),
+            choose.randint(2, 6),
+            choose.choice([1.0, 2.0, 7.5]),
+            tuple(range(choose.choice([1, 1, 1, 2]))),
+            scheduler=choose.choice([None, *self._pipeline.schedulers]),
+            image_digest=number.to_bytes(32),
+        )
+
+
+def allocated_bytes() -> int:
+    """Bytes of device memory that torch's tensors have. Copies of schedulers are cyclic garbage after their requests."""
+    gc.collect()
+    return torch.cuda.memory_allocated()
+
+
+@pytest.mark.parametrize("name", list(MOST_LAUNCHES))
+def test_a_step_is_one_launch_of_a_recording_and_memory_stays_flat(
+    name: str, bundle: Callable[[str], Path], gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # No kernel computes anything there, so this would find that no image is finite.
+    monkeypatch.setattr(torch, "isfinite", lambda tensor: torch.ones(tensor.shape, dtype=torch.bool))
+    folder = bundle(name)
+    # Without a cache, which would keep more and more.
+    pipeline = Counted(load_pipeline(folder, read_manifest(folder), Execution(provider="cuda", threads=1), Cache(0)), gpu)
+    ticks = itertools.count()
+    # Every call takes about as long: so all that may share a call do.
+    engine = Engine({"m": pipeline}, clock=lambda: float(next(ticks)))
+    try:
+        with gpu.counting() as counts:
+            engine.call("m", lambda: WarmUp(MOST_ROWS, 1.0).record("m", pipeline))
+        # At two sizes, the denoiser for five numbers of rows, both halves of the VAE for 1, 2 and 4; texts for 1, 2, 4 and 8.
+        encoders = sum(component.name.startswith("text_encoder") for component in read_manifest(folder).components)
+        assert counts["cudaStreamBeginCapture"] == 2 * (5 + 2 * 3) + 4 * encoders
+        pipeline.steps.clear()
+        Load(engine, pipeline).run()
+        first, pipeline.steps = pipeline.steps, []
+        reserved, allocated = gpu.used, engine.call("m", allocated_bytes)
+        # The same requests, as timetables are kept: they meet in other ways.
+        for _ in range(4):
+            Load(engine, pipeline).run()
+        steps = pipeline.steps
+        assert engine.call("m", allocated_bytes) == allocated
+        assert gpu.used <= reserved + SEGMENT
+    finally:
+        engine.close()
+    for _, counts in (*first, *steps):
+        assert counts["cudaGraphLaunch"] == 1, counts
+        assert counts["cudaStreamBeginCapture"] == counts["plan"] == 0, "all was recorded in warm-up"
+    rows = {count for count, _ in steps}
+    assert {1, 2, MOST_ROWS} < rows
+    assert max(rows) == MOST_ROWS
+    assert len(rows) >= 12, rows
+    total: Counter[str] = Counter()
+    for _, counts in steps:
+        total.update(counts)
+        assert sum(counts[name] for name in WAITS) == 1, counts
+        assert counts["cudaMemcpyAsync device to device"] <= MOST_COPIES[name], counts
+        assert counts["cudaMemcpyAsync to device, pinned"] <= 4, counts
+    assert total["cudaMalloc"] == total["cudaFree"] == 0, total
+    assert sum(total[name] for name in PAGEABLE) == total["cudaMemcpyAsync to host, pinned"] == 0, total
+    assert max(counts["launch"] for _, counts in steps) == MOST_LAUNCHES[name]
