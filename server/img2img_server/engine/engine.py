@@ -94,7 +94,7 @@ class Engine:
                 raise ShuttingDown("the server is shutting down")
             self._errands.append((model, work, done))
             self._changed.notify_all()
-        self.start()
+            self.start()
         return done.result()
 
     def renew(self) -> None:

@@ -231,7 +231,7 @@ def _filling(name: str, pipeline: Pipeline, divisor: int, rows: int) -> Iterator
     """Requests of `rows` rows in all, guided ones as far as that goes. Each has a scope of its own, so that its texts are
     encoded."""
     plain = _request(name, pipeline, divisor)
-    guided = replace(plain, guidance_scale=2.0)
+    guided = replace(plain, guidance_scale=2.0, negative_prompt="warm-up")
     for number in range(rows):
         request = guided if pipeline.plan(guided).rows <= rows else plain
         rows -= pipeline.plan(request).rows
