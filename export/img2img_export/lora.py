@@ -75,7 +75,8 @@ def records(loras: Iterable[LoraFile]) -> tuple[Lora, ...]:
 def fuse(directory: Path, layout: Layout, loras: Iterable[LoraFile], progress: Progress) -> tuple[Lora, ...]:
     """Fuses `loras` into the checkpoint in `directory`: links to weights that change become files of the same name and precision.
 
-    Raises ExportError where a LoRA is no LoRA, or any of its layers is not the model's. Then `directory` is as it was.
+    Raises ExportError where a LoRA is no LoRA, or any of its layers is not the model's. Then `directory` is as it was,
+    unless a sum is too large for a weight, which is found as they are written.
     """
     loras = tuple(loras)
     made = records(loras)
@@ -207,6 +208,11 @@ def _rewrite(file: Path, weights: Mapping[str, list[_Layer]]) -> None:
         for layer in weights[name]:
             total = total + layer.delta().reshape(stored.shape)
         tensors[name] = total.to(stored.dtype)
+        if stored.isfinite().all() and not tensors[name].isfinite().all():
+            names = ", ".join(str(layer.file) for layer in weights[name])
+            raise ExportError(
+                f"{names}: what it adds to {name} is too large for {stored.dtype}; get it again, or use a smaller scale"
+            )
     temporary = file.with_suffix(".part")
     safetensors.torch.save_file(tensors, temporary, metadata=notes)
     temporary.replace(file)

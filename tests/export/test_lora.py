@@ -293,6 +293,14 @@ def test_another_models_is_refused(name: str, reason: str, tiny_model: Get, tmp_
         fuse(tiny_model(name), tmp_path / "view", LoraFile(path))
 
 
+def test_a_sum_too_large_for_the_weights_is_refused(tiny_model: Get, tmp_path: Path) -> None:
+    """Each matrix is finite. scripts/fuzz found it."""
+    pairs = {name: (1e30 * down, 1e30 * up) for name, (down, up) in make(tiny_model("sd1"), 1).items()}
+    path = write_diffusers(pairs, tmp_path / "style.safetensors")
+    with pytest.raises(ExportError, match=f"^{path}: what it adds to .* is too large for torch.float32"):
+        fuse(tiny_model("sd1"), tmp_path / "view", LoraFile(path))
+
+
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
