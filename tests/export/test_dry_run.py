@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import re
 import struct
@@ -49,14 +50,18 @@ def plan(backend: str = "onnx", graphs: tuple[str, ...] = GRAPHS, reason: str | 
 
 
 def header(shapes: dict[str, tuple[int, ...]], kind: str = "F32") -> bytes:
-    """A safetensors file without its weights."""
-    data = {name: {"dtype": kind, "shape": shape, "data_offsets": [0, 0]} for name, shape in shapes.items()}
-    text = json.dumps({"__metadata__": {"format": "pt"}, **data}).encode()
-    return struct.pack("<Q", len(text)) + text
+    """A safetensors file whose weights are zeros."""
+    width, end = {"F32": 4, "F16": 2, "BF16": 2}[kind], 0
+    data: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    for name, shape in shapes.items():
+        start, end = end, end + width * math.prod(shape)
+        data[name] = {"dtype": kind, "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(data).encode()
+    return struct.pack("<Q", len(text)) + text + bytes(end)
 
 
 def write_model(directory: Path, kind: str = "F32", upcast: bool = False) -> Path:
-    """A checkpoint whose weights are headers only: who loads them fails."""
+    """A checkpoint whose weights are zeros under names that its classes do not know: who loads them fails."""
     for name, shapes in SHAPES.items():
         (directory / name).mkdir(parents=True)
         (directory / name / "config.json").write_text(json.dumps({"force_upcast": upcast}))
