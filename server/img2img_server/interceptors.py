@@ -188,18 +188,25 @@ def _parser(parse: Callable[[bytes], Any] | None, most: int) -> _Parse:
 
 
 async def _only(requests: AsyncIterator[bytes], parse: _Parse) -> tuple[Any, int]:
-    """The one message of a call. Raises MalformedMessage where it cannot be parsed, or there is none."""
-    async for request in requests:
-        return parse(request)
-    raise MalformedMessage("the call has no message")
+    """The one message of a call. Raises MalformedMessage where it cannot be parsed, or there is none.
+
+    gRPC's iterator is closed: it holds the last message and is part of a cycle, so the message would live until Python collects
+    cycles.
+    """
+    async with aclosing(aiter(requests)) as messages:  # type: ignore[type-var] # gRPC's is an asynchronous generator
+        request = await anext(messages, None)
+    if request is None:
+        raise MalformedMessage("the call has no message")
+    return parse(request)
 
 
 async def _each(requests: AsyncIterator[bytes], parse: _Parse) -> tuple[AsyncIterator[Any], int]:
     """A call's messages as they come; their handler accounts for them. Each raises MalformedMessage where it cannot be parsed."""
 
     async def parsed() -> AsyncIterator[Any]:
-        async for request in requests:
-            yield parse(request)[0]
+        async with aclosing(aiter(requests)) as messages:  # type: ignore[type-var] # see _only
+            async for request in messages:
+                yield parse(request)[0]
 
     return parsed(), 0
 

@@ -1,8 +1,10 @@
 """A refused request leaves nothing behind: a picture that hung on until Python looks for cycles would be 100 MB a request."""
 
+import contextlib
 import gc
 import threading
 import time
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,6 +24,8 @@ from running import running, running_backend, store
 from soak_parts.stand_in import plant
 
 SIDE = 1032
+MESSAGE = 2**21
+"""Bytes."""
 
 
 @pytest.mark.parametrize(
@@ -52,6 +56,34 @@ def test_a_refused_requests_picture_is_freed_at_once(fields: dict[str, object], 
         # An answer is sent before the last frames are left: one that comes after it finds them gone.
         assert failure(lambda: stub.Transform(request(strength=2.0)))[0] is grpc.StatusCode.INVALID_ARGUMENT
         assert [each for each in gc.get_objects() if issubclass(type(each), Image.Image) and each.width == SIDE] == []
+
+
+@pytest.mark.parametrize("fields", [{}, {"strength": 2.0}, {"image": pb.ImageSource(data=bytes(MESSAGE))}])
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_calls_message_is_freed_with_the_call(fields: dict[str, object], stream: bool) -> None:
+    """Whether the call is answered or refused."""
+    message = request(**{"image": pb.ImageSource(data=png((16, 16)) + bytes(MESSAGE)), **fields})
+    with (
+        running(lambda: store(m=FakePipeline())) as server,
+        grpc.insecure_channel(f"127.0.0.1:{server.port}") as channel,
+        no_collection(),
+    ):
+        stub = ImageToImageServiceStub(channel)
+
+        def call() -> None:
+            with contextlib.suppress(grpc.RpcError):
+                list(stub.TransformStream(pb.TransformStreamRequest(request=message))) if stream else stub.Transform(message)
+
+        call()
+        tracemalloc.start()
+        try:
+            for _ in range(8):
+                call()
+            assert failure(lambda: stub.Transform(request(strength=2.0)))[0] is grpc.StatusCode.INVALID_ARGUMENT
+            held, _ = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+    assert held < 2 * MESSAGE
 
 
 def test_those_who_are_refused_for_the_same_reason_are_let_go_one_by_one(
