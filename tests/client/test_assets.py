@@ -69,12 +69,12 @@ def test_what_is_no_file_is_not_uploaded(client: Client, server: FakeServer, tmp
 def test_a_file_that_changes_while_it_is_sent_is_not_kept(
     client: Client, server: FakeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = tmp_path / "photo.png"
-    path.write_bytes(LARGE)
+    path, size = tmp_path / "photo.png", 64 * 2**20  # far more than gRPC sends before the server reads
+    path.write_bytes(b"x" * size)
     meet = server.assets.meet
 
     def change(context: Any, begun: bool = False) -> None:
-        path.write_bytes(bytes(len(LARGE)))
+        path.write_bytes(bytes(size))
         meet(context, begun)
 
     monkeypatch.setattr(server.assets, "meet", change)
