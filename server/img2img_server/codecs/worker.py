@@ -4,7 +4,6 @@ It reads pickled jobs from a socket, and each one's bytes from a file that comes
 processor time that it asked for: beyond the memory, decoders fail; beyond the time, SIGPROF ends the process.
 """
 
-import ctypes
 import mmap
 import os
 import pickle
@@ -15,11 +14,11 @@ import sys
 import warnings
 from typing import Any
 
+from img2img_server.child_process import end_with
 from img2img_server.codecs.jobs import Job
 from img2img_server.codecs.messages import MOST, Ask, Done, Failed, Ready, file_of, send
 from img2img_server.errors import ImageMemoryFull, InvalidField, ServerError
 
-_PR_SET_PDEATHSIG = 1
 _SECONDS = 2.0
 """Of processor time, for a small image."""
 MOST_TEXT = 2000
@@ -33,9 +32,8 @@ def main(descriptor: int, parent: int) -> None:
     # These come to the whole group or container: the parent drains, and closes the socket when it is done.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-    if sys.platform == "linux":  # The parent's end closes the socket only if no other process has a copy of it.
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # It ended before that call.
+    # The parent's end closes the socket only if no other process has a copy of it.
+    if not end_with(parent):
         return
     warnings.simplefilter("ignore")
     connection = socket.socket(fileno=descriptor)

@@ -5,7 +5,6 @@ served.
 """
 
 import contextlib
-import ctypes
 import json
 import logging
 import os
@@ -16,12 +15,12 @@ import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import IO, Any
 
+from img2img_server.child_process import end_with
 from img2img_server.errors import BundleError
 from img2img_server.stopping import Stop
 
 _log = logging.getLogger(__name__)
 
-_PR_SET_PDEATHSIG = 1
 _NICENESS = 10
 _TOLD_OF_ERROR = 2000
 """Characters of a failed build's standard error that go into the log: the last ones."""
@@ -59,9 +58,7 @@ def run_build(command: Sequence[str], job: Mapping[str, Any], tell: Tell, stop: 
 def read_job() -> dict[str, Any]:
     """In the building process: its job. From here on it has low priority, and is killed when the thread that started it dies."""
     job: dict[str, Any] = json.load(sys.stdin)
-    parent = job.pop("parent")
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # It died before that was asked for.
+    if not end_with(job.pop("parent")):
         sys.exit(1)
     os.nice(_NICENESS)
     return job
