@@ -15,8 +15,8 @@ from img2img_server.errors import BundleError
 from img2img_server.execution import Execution
 from img2img_server.pipelines import cuda, providers
 from img2img_server.pipelines.device_runner import DeviceRunner
+from img2img_server.pipelines.graph_sizes import Sizes
 from img2img_server.pipelines.loader import load_pipeline
-from img2img_server.pipelines.openvino import Sizes
 from img2img_server.pipelines.placement import Placement
 from img2img_server.pipelines.providers import Choice
 from img2img_server.pipelines.sessions import SessionOptions, open_session

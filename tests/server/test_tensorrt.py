@@ -18,7 +18,7 @@ from img2img_server.pipelines import tensorrt
 from img2img_server.pipelines.build_process import run_build
 from img2img_server.pipelines.engine_build import build
 from img2img_server.pipelines.engine_cache import digest_of
-from img2img_server.pipelines.openvino import Sizes
+from img2img_server.pipelines.graph_sizes import Sizes
 from img2img_server.pipelines.runners import Runner
 from img2img_server.pipelines.sessions import SessionOptions, open_session
 from img2img_server.pipelines.tensorrt import CONTEXT, Profile, Range, RangedRunner

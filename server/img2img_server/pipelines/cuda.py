@@ -13,7 +13,7 @@ from img2img_server.errors import BundleError
 from img2img_server.execution import Execution
 from img2img_server.pipelines.device_runner import DeviceRunner
 from img2img_server.pipelines.graph_replay import Replays
-from img2img_server.pipelines.openvino import Sizes, try_on_zeros
+from img2img_server.pipelines.graph_sizes import Sizes, try_on_zeros
 from img2img_server.pipelines.runners import HostRunner, Make, Runner
 from img2img_server.pipelines.sessions import Open, SessionOptions, last_line
 from img2img_server.pipelines.transfers import device_stream, enter_stream

@@ -18,6 +18,7 @@ from img2img_server.pipelines import cores, gate, openvino
 from img2img_server.pipelines.compiled import compile_modules
 from img2img_server.pipelines.components import Components
 from img2img_server.pipelines.foreign import refuse_foreign
+from img2img_server.pipelines.graph_sizes import Sizes
 from img2img_server.pipelines.latent_consistency import LatentConsistency
 from img2img_server.pipelines.placement import Placement
 from img2img_server.pipelines.providers import ERRORS, Choice, Probe, choose
@@ -82,9 +83,7 @@ def _load_graphs(
     # What runs whole has a thread for each request, and recorded calls belong to one thread.
     graphs = execution.cuda_graphs and manifest.family in FAMILIES
     try:
-        make, provider, tensors = _runners(
-            choice, replace(execution, cuda_graphs=graphs), threads, placement.open, openvino.Sizes(bundle)
-        )
+        make, provider, tensors = _runners(choice, replace(execution, cuda_graphs=graphs), threads, placement.open, Sizes(bundle))
         return assemble(bundle, manifest, keep(placement.told(make)), provider, tensors, threads, cache, execution)
     except BundleError as error:
         if execution.provider != "auto" or choice.provider == "cpu":
@@ -116,9 +115,7 @@ def assemble(
     return _split(components.pipeline(), f"{manifest.backend}:{provider}", manifest, execution or Execution(), threads, cache)
 
 
-def _runners(
-    choice: Choice, execution: Execution, threads: int, open_graph: Open, sizes: openvino.Sizes
-) -> tuple[Make, str, str]:
+def _runners(choice: Choice, execution: Execution, threads: int, open_graph: Open, sizes: Sizes) -> tuple[Make, str, str]:
     """What readies graphs for the provider, its name in answers, and where tensors are to be."""
     if choice.provider == "cpu":
         options = SessionOptions("cpu", threads)

@@ -17,19 +17,14 @@ from img2img_server.bundle import BODY_NAME, HEAD_NAME, Manifest
 from img2img_server.errors import BundleError
 from img2img_server.execution import Bucket, Execution
 from img2img_server.pipelines import cores
-from img2img_server.pipelines.providers import ERRORS, openvino_device
-from img2img_server.pipelines.runners import HostRunner, Make, Runner, dtype_of
+from img2img_server.pipelines.graph_sizes import Shapes, Sizes, shapes_of, try_on_zeros
+from img2img_server.pipelines.providers import openvino_device
+from img2img_server.pipelines.runners import HostRunner, Make, Runner
 from img2img_server.pipelines.sessions import Open, SessionOptions
 from img2img_server.pipelines.time_head import Split
-from img2img_server.pipelines.whole_sizes import latent_size
 
 _log = logging.getLogger(__name__)
 
-Shapes = tuple[tuple[int, ...], ...]
-"""The shape of each input of a graph, in the graph's order."""
-
-_TRIAL = 8
-"""Latents' height and width that a session of any shape is tried with: small, and a multiple of what any UNet halves."""
 _GROWTH = {"fp32": 1.1, "fp16": 4.0, "bf16": 4.0}
 """Memory that a session takes, as a multiple of its weights' bytes: laid out anew for OpenVINO's kernels, and in float32 beside
 that where the file has less. Measured on Stable Diffusion 1.5's UNet: 3.4 GiB of own memory in fp32 (3.2 GiB of weights, whose
@@ -50,52 +45,6 @@ class BucketRunner:
         """Runs the graph on CPU tensors, in the session that was made for their shapes, if there is one."""
         shapes = tuple(tuple(feed[name].shape) for name in self._names)
         return self._fixed.get(shapes, self._any_shape).run(feed)
-
-
-class Sizes:
-    """Knows how large the axes of a bundle's graphs are for a common shape of calls.
-
-    Only of the graphs that most bundles have: the UNet and the VAE. Text encoders gain nothing by a fixed shape: theirs never
-    changes.
-    """
-
-    def __init__(self, bundle: Path) -> None:
-        unet, vae = _config(bundle, "unet"), _config(bundle, "vae_decoder")
-        self._scale = 2 ** (len(vae.get("block_out_channels", (1,))) - 1)
-        encoders = [_config(bundle, name).get("max_position_embeddings") for name in ("text_encoder", "text_encoder_2")]
-        self._tokens = next((count for count in encoders if isinstance(count, int)), None)
-        sides = latent_size(unet.get("sample_size"))
-        self.native = Bucket(sides[0] * self._scale, sides[1] * self._scale, 2) if sides is not None else None
-
-    def trial(self) -> Bucket:
-        """A small shape, to see whether a graph runs at all."""
-        return Bucket(_TRIAL * self._scale, _TRIAL * self._scale, 1)
-
-    def axes(self, name: str, inputs: Sequence[Any], bucket: Bucket) -> dict[str, int] | None:
-        """The size of every axis that varies in the inputs of the component `name`, by its name. None where one is unknown."""
-        found: dict[str, int] = {}
-        for item in inputs:
-            for index, axis in enumerate(item.shape):
-                size = axis if isinstance(axis, int) else self._size(name, item.name, index, bucket)
-                if size is None or found.setdefault(str(axis), size) != size:
-                    return None
-        return {axis: size for axis, size in found.items() if not axis.isdigit()}
-
-    def _size(self, name: str, tensor: str, axis: int, bucket: Bucket) -> int | None:
-        pictures = max(bucket.rows // 2, 1)
-        pixels = {2: bucket.height, 3: bucket.width}
-        latents = {place: side // self._scale for place, side in pixels.items()}
-        text = {0: pictures, 1: self._tokens}
-        known: dict[tuple[str, str], Mapping[int, int | None]] = {
-            ("unet", "sample"): {0: bucket.rows, **latents},
-            ("unet", "encoder_hidden_states"): {0: bucket.rows, 1: self._tokens},
-            ("vae_encoder", "sample"): {0: pictures, **pixels},
-            ("vae_decoder", "latent_sample"): {0: pictures, **latents},
-            ("text_encoder", "input_ids"): text,
-            ("text_encoder_2", "input_ids"): text,
-        }
-        other = {0: bucket.rows} if name == "unet" else {}
-        return known.get((name, tensor), other).get(axis)
 
 
 class Sessions:
@@ -147,7 +96,7 @@ class Sessions:
         for bucket in self._buckets if not name.startswith("text_encoder") else ():
             axes = self._sizes.axes(name, any_shape.inputs, bucket)
             if axes and self._has_room(name, bucket):
-                shapes = _shapes(any_shape.inputs, axes)
+                shapes = shapes_of(any_shape.inputs, axes)
                 fixed[shapes] = self._session(graph, axes)
                 try_on_zeros(graph, fixed[shapes], axes)
         return BucketRunner(any_shape, fixed) if fixed else any_shape
@@ -206,29 +155,3 @@ def load_config(arithmetic: str, threads: int) -> str:
         "PERFORMANCE_HINT": "LATENCY",
     }
     return json.dumps({"CPU": properties})
-
-
-def _shapes(inputs: Sequence[Any], axes: Mapping[str, int]) -> Shapes:
-    return tuple(tuple(axis if isinstance(axis, int) else axes[axis] for axis in item.shape) for item in inputs)
-
-
-def try_on_zeros(graph: Path, runner: Runner, axes: Mapping[str, int], device: str = "cpu") -> None:
-    """Runs it once on zeros on `device`, `axes` being the sizes of those that vary: what a provider cannot compute may show only
-    then. Raises BundleError."""
-    shapes = _shapes(runner.inputs, axes)
-    feed = {
-        item.name: torch.zeros(shape, dtype=dtype_of(item), device=device)
-        for item, shape in zip(runner.inputs, shapes, strict=True)
-    }
-    try:
-        runner.run(feed)
-    except (*ERRORS, RuntimeError) as error:
-        raise BundleError(f"{graph} does not run: {error}") from error
-
-
-def _config(bundle: Path, component: str) -> dict[str, Any]:
-    try:
-        config = json.loads((bundle / component / "config.json").read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return config if isinstance(config, dict) else {}

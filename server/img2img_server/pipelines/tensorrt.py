@@ -31,7 +31,7 @@ _LARGE = 3 * 2**29
 _FORMAT = 1
 
 Axes = Callable[[str, Sequence[Any], Bucket], Mapping[str, int] | None]
-"""The size of each axis that varies in a component's inputs, None where one is not known: openvino.Sizes.axes."""
+"""The size of each axis that varies in a component's inputs, None where one is not known: graph_sizes.Sizes.axes."""
 Shape = tuple[int, ...]
 
 

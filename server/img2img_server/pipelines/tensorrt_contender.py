@@ -25,8 +25,8 @@ from img2img_server.pipelines import cores, cuda, gate, tensorrt
 from img2img_server.pipelines.build_process import run_build
 from img2img_server.pipelines.device_runner import DeviceRunner
 from img2img_server.pipelines.engine_cache import EngineCache, default_root
+from img2img_server.pipelines.graph_sizes import Sizes
 from img2img_server.pipelines.loader import FAMILIES, assemble
-from img2img_server.pipelines.openvino import Sizes
 from img2img_server.pipelines.providers import choose
 from img2img_server.pipelines.runners import HostRunner, Make, Runner
 from img2img_server.pipelines.sessions import Open, SessionOptions, open_session
