@@ -164,7 +164,7 @@ def test_a_step_is_one_launch_of_a_recording_and_memory_stays_flat(
     rows = {count for count, _ in steps}
     assert {1, 2, MOST_ROWS} < rows
     assert max(rows) == MOST_ROWS
-    assert len(rows) >= 8, rows
+    assert len(rows) >= 12, rows
     total: Counter[str] = Counter()
     for _, counts in steps:
         total.update(counts)
@@ -173,4 +173,4 @@ def test_a_step_is_one_launch_of_a_recording_and_memory_stays_flat(
         assert counts["cudaMemcpyAsync to device, pinned"] <= 4, counts
     assert total["cudaMalloc"] == total["cudaFree"] == 0, total
     assert sum(total[name] for name in PAGEABLE) == total["cudaMemcpyAsync to host, pinned"] == 0, total
-    assert max(counts["launch"] for _, counts in steps) <= MOST_LAUNCHES[name]
+    assert max(counts["launch"] for _, counts in steps) == MOST_LAUNCHES[name]
