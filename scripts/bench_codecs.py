@@ -2,11 +2,11 @@
 
 import argparse
 import asyncio
-import io
 import statistics
 import time
 from collections.abc import Awaitable, Callable
 
+from img2img_server import images
 from img2img_server.calls import Call, answering
 from img2img_server.codecs.jobs import Encode, Load
 from img2img_server.codecs.memory import ImageMemory
@@ -48,10 +48,9 @@ async def _measure(side: int, rounds: int) -> list[tuple[str, float, float]]:
         with answering(Call("bench", "bench", client="bench", traceparent="")):
             found = []
             for file_format in _FORMATS:
-                file = io.BytesIO()
-                image.save(file, file_format, quality=_QUALITY)
+                data = images.encode(image, file_format, _QUALITY)
                 for verb, own, other in (
-                    ("decode", *_decoding(codecs, file.getvalue(), file_format)),
+                    ("decode", *_decoding(codecs, data, file_format)),
                     ("encode", *_encoding(codecs, image, file_format)),
                 ):
                     found.append((f"{verb} {file_format}", *await _in_turns(own, other, rounds)))

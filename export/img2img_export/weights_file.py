@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from img2img_server.model_files import MOST_HEADER, MOST_TENSORS
+
 from img2img_export.errors import ExportError, first_line
 from img2img_export.texts import parse_json
 
@@ -21,9 +23,8 @@ PICKLE_REASON = (
     '("Pickled checkpoints" in docs/export.md has the command), or get the .safetensors file of the same model'
 )
 
-_HEADER_LIMIT, _MOST_TENSORS = 32 * 2**20, 100_000
-"""The largest in use, with notes of a training, have about 5 MiB, and some thousand tensors."""
-_MOST_VALUES = 20 * _MOST_TENSORS
+_MOST_VALUES = 20 * MOST_TENSORS
+"""Values in a header."""
 _MOST_SIZES = 64
 """Sizes in a shape."""
 _BITS = {"BOOL": 8}
@@ -85,13 +86,13 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     try:
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
-            if length > _HEADER_LIMIT:
+            if length > MOST_HEADER:
                 raise ValueError("its header is too long")
             if 8 + length > size:
                 raise ExportError(_truncated(path, size, 8 + length))
             header = file.read(length)
-            if header.count(b"data_offsets") > _MOST_TENSORS:
-                raise ValueError(f"it has more than {_MOST_TENSORS} tensors")
+            if header.count(b"data_offsets") > MOST_TENSORS:
+                raise ValueError(f"it has more than {MOST_TENSORS} tensors")
             data = parse_json(header, _MOST_VALUES)
         notes = data.pop("__metadata__", {})
         named = 8 + length + max((item["data_offsets"][1] for item in data.values()), default=0)
@@ -125,7 +126,7 @@ def _check(name: str, item: Mapping[str, Any], start: int) -> int:
     """
     dtype, shape, offsets = item["dtype"], item["shape"], item["data_offsets"]
     if len(shape) > _MOST_SIZES or not all(type(number) is int and 0 <= number < 2**63 for number in (*shape, *offsets)):
-        raise ValueError(f"the shape and the offsets of {name[:80]} are no sizes")
+        raise ValueError(f"the shape and the offsets of {name[:80]} are not all whole numbers from 0 on")
     bits = _BITS.get(dtype) or (int(width[1]) if isinstance(dtype, str) and (width := _WIDTH.match(dtype)) else 0)
     if bits == 0:
         raise ValueError(f"{name[:80]} is of an unknown type {str(dtype)[:80]!r}")

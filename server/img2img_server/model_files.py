@@ -7,7 +7,7 @@ gigabytes of objects. Standard library only: the exporter uses it before anythin
 import json
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,10 @@ MOST_TABLE_VALUES = 4_000_000
 """Values in a tokenizer's JSON: Gemma 3's has 2 million."""
 MOST_FILES = 10_000
 """Files and folders of a model."""
+MOST_HEADER = 32 * 2**20
+"""Bytes of a safetensors header: the largest in use, with notes of a training in its metadata, have about 5 MiB."""
+MOST_TENSORS = 100_000
+"""Tensors in one safetensors file: the largest models have some thousands in one."""
 
 
 def read_json(
@@ -61,22 +65,32 @@ def read_bytes(path: Path, most: int) -> bytes:
 
 
 def odd_file(folder: Path, allowed: Callable[[Path], bool] = lambda target: False) -> str | None:
-    """What is wrong with the first entry below `folder` that is no regular file or folder of its own, in a sentence that names
-    it, or None. Links that stay in `folder` are well; so are those whose resolved target `allowed` takes.
+    """Describes the first entry below `folder` that a model must not have, in a sentence with its path; None if there is none.
+
+    Regular files and folders are allowed, and links to those that stay in `folder` or whose resolved target `allowed` accepts.
     """
-    root, count, seen = folder.resolve(), 0, {os.path.realpath(folder)}
-    for parent, folders, names in os.walk(folder, followlinks=True):
+    root, count = folder.resolve(), 0
+    for parent, folders, names in walk(folder):
         for name in sorted((*folders, *names)):
             path, count = Path(parent, name), count + 1
             if count > MOST_FILES:
                 return f"{folder} has more than {MOST_FILES} files: remove those that are not the model's"
             if problem := _problem(path, root, allowed):
                 return f"{path} {problem}"
-        # Each folder once: a link may lead to a folder above it.
+    return None
+
+
+def walk(folder: Path) -> Iterator[tuple[str, Sequence[str], Sequence[str]]]:
+    """os.walk through links: a folder's path, and the names of the folders and files in it.
+
+    Each folder is entered once, as a link may lead to a folder above it.
+    """
+    seen = {os.path.realpath(folder)}
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        yield parent, tuple(folders), names
         reals = {name: os.path.realpath(Path(parent, name)) for name in folders}
         folders[:] = [name for name in folders if reals[name] not in seen]
         seen |= set(reals.values())
-    return None
 
 
 def _problem(path: Path, root: Path, allowed: Callable[[Path], bool]) -> str | None:

@@ -279,7 +279,7 @@ class Costs:
         return None if bound is None else self._fitting(model, max(1, bound.room // pixels))
 
     def _fitting(self, model: str, rows: int) -> int:
-        """The most rows of which, padded, there are no more than `rows`."""
+        """The largest number of rows that, padded to a bucket, is at most `rows`; at least one."""
         return next(fewer for fewer in range(rows, 0, -1) if fewer == 1 or self.padded(model, fewer) <= rows)
 
     def describe(self, model: str, most: int) -> list[str]:

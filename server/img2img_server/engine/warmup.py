@@ -81,7 +81,7 @@ class WarmUp:
 
         A batch that fails is not tried again. Raises what the model raises for a single row: it cannot be served.
         """
-        limit = min(self._max_batch_size, pipeline.max_rows or self._max_batch_size)
+        limit = self._limit(pipeline)
         full = self.record(name, pipeline)
         if limit < 2 or not pipeline.measurable:
             return Measured()
@@ -92,12 +92,12 @@ class WarmUp:
             rows, took = 1, 0.0
             pixels = request.image.width * request.image.height
             while rows <= limit and self._is_time(batches, took, end):
-                if any(pixels * rows >= most for most in (size * count for size, count in full)):
+                if any(pixels * rows >= size * count for size, count in full):
                     break
                 batch = _Batch(request, rows)
                 try:
                     batch.first = self._first(pipeline, batch, took, end)
-                except Exception as error:  # whatever a model raises: most likely that there is no room for that many
+                except Exception as error:  # a model may raise anything; most likely memory ran out
                     if rows == 1:
                         raise
                     _log.warning("model '%s' failed on %d rows of %d x %d: %s", name, rows, *request.image.size, error)
@@ -133,13 +133,13 @@ class WarmUp:
         if self._budget <= 0:
             return full
         for divisor in (1, 2):
-            left = list(_recorded_rows(pipeline, min(self._max_batch_size, pipeline.max_rows or self._max_batch_size)))
+            left = list(_recorded_rows(pipeline, self._limit(pipeline)))
             done = 0
             while done < len(left):
                 requests = list(_filling(name, pipeline, divisor, left[done]))
                 try:
                     run(lambda requests=requests: self._record(pipeline, requests))  # type: ignore[misc]
-                except Exception as error:  # whatever a model raises: most likely that there is no room for that many
+                except Exception as error:  # a model may raise anything; most likely memory ran out
                     if done == 0:
                         raise
                     _log.warning("model '%s': calls of %d rows are not recorded: %s", name, left[done], error)
@@ -161,6 +161,10 @@ class WarmUp:
             finally:
                 for state in states:
                     pipeline.release(state)
+
+    def _limit(self, pipeline: Pipeline) -> int:
+        """The most rows of one call."""
+        return min(self._max_batch_size, pipeline.max_rows or self._max_batch_size)
 
     def _is_time(self, batches: Sequence[_Batch], took: float, end: float) -> bool:
         """Whether one more batch, which is expected to take `took` seconds, can be run once and then in a few rounds."""

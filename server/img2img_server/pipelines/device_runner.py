@@ -41,6 +41,7 @@ class DeviceRunner:
     ) -> None:
         self.inputs: Sequence[Any] = session.get_inputs()
         self.outputs: Sequence[Any] = session.get_outputs()
+        self._names = [item.name for item in self.inputs]
         self._session = session
         self._device = torch.device(device)
         self._enter = enter
@@ -73,15 +74,6 @@ class DeviceRunner:
                 for start in range(0, rows, most)
             ]
             return parts[0] if len(parts) == 1 else [torch.cat(outputs) for outputs in zip(*parts, strict=True)]
-
-    def recorded(self, feed: Feed, rows: int) -> Recording | None:
-        """The recording that a call of shapes like `feed`, padded to a bucket, replays; None if there is none yet.
-
-        Its tensors are the caller's to fill until the runner runs again.
-        """
-        if self._replays is None or not self._has_rows or rows > ROW_BUCKETS[-1]:
-            return None
-        return self._replays.find(self._key(feed, bucket_of(rows)))
 
     def give_back(self) -> None:
         """Frees what ONNX Runtime's arena keeps, and first the recordings, whose memory is in it. Not in the middle of a call."""
@@ -137,10 +129,6 @@ class DeviceRunner:
         """Outputs of the call of these shapes, to be written; none if it was never made."""
         shapes = self._shapes.get(key, [])
         return [torch.empty(shape, dtype=dtype, device=self._device) for shape, dtype in zip(shapes, self._types, strict=False)]
-
-    @property
-    def _names(self) -> list[str]:
-        return [item.name for item in self.inputs]
 
     def _call(self, feed: Feed) -> list[torch.Tensor]:
         """Runs the graph as usual."""

@@ -1,10 +1,9 @@
 """What has no place in a bundle: pickles, code, and configurations that lead to code. Loading a model must not run its files."""
 
-import os
 from pathlib import Path
 
 from img2img_server.errors import BundleError
-from img2img_server.model_files import odd_file, read_json
+from img2img_server.model_files import odd_file, read_json, walk
 from img2img_server.pipelines.foreign_configs import refuse_foreign_config
 
 _SUFFIXES = (".py", ".pyc", ".so", ".dll", ".bin", ".ckpt", ".pt", ".pth", ".pkl", ".pickle", ".joblib")
@@ -21,10 +20,7 @@ def refuse_foreign(bundle: Path) -> None:
     """
     if problem := odd_file(bundle):
         raise BundleError(problem)
-    seen = set()
-    for folder, folders, names in os.walk(bundle, followlinks=True):
-        seen.add(os.path.realpath(folder))
-        folders[:] = [name for name in folders if os.path.realpath(Path(folder, name)) not in seen]
+    for folder, _, names in walk(bundle):
         for name in names:
             if name.lower().endswith(_SUFFIXES):
                 raise BundleError(f"{Path(folder, name)} could run code when it is read: such files have no place in a bundle")

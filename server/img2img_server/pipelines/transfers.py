@@ -51,16 +51,6 @@ def per_row(numbers: Sequence[float], device: torch.device) -> torch.Tensor:
     return send(torch.tensor(numbers, dtype=torch.float32), device)[:, None, None, None]
 
 
-def fetch(tensor: torch.Tensor) -> torch.Tensor:
-    """`tensor` on the host, by way of pinned memory; waits for it."""
-    if tensor.device.type != "cuda":
-        return tensor.cpu()
-    result = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-    result.copy_(tensor, non_blocking=True)
-    settle(tensor)
-    return result
-
-
 def settle(tensor: torch.Tensor) -> None:
     """Waits until the device has computed `tensor`.
 

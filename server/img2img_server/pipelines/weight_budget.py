@@ -17,10 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch.nn.modules import module
 
-MOST_HEADER = 32 * 2**20
-"""Bytes of a safetensors header: the largest in use, with notes of a training in its metadata, have about 5 MiB."""
-MOST_TENSORS = 100_000
-"""Tensors in one file: the largest models have some thousands in one."""
+from img2img_server.model_files import MOST_HEADER, MOST_TENSORS
 
 _SLACK_NUMBERS, _SLACK_PARTS = 2**24, 4096
 _NUMBERS, _PARTS = 4, 16
