@@ -229,7 +229,7 @@ def _details(error: type[errors.ServerError]) -> Iterator[str]:
         for detail in _DETAILS:
             if packed.Is(detail.DESCRIPTOR):
                 sometimes = (
-                    " where it can be said" if issubclass(error, errors.Exhausted) and error is not errors.QueueFull else ""
+                    " if the time is known" if issubclass(error, errors.Exhausted) and error is not errors.QueueFull else ""
                 )
                 yield f"`{detail.DESCRIPTOR.name}`{sometimes}"
 

@@ -75,8 +75,8 @@ def records(loras: Iterable[LoraFile]) -> tuple[Lora, ...]:
 def fuse(directory: Path, layout: Layout, loras: Iterable[LoraFile], progress: Progress) -> tuple[Lora, ...]:
     """Fuses `loras` into the checkpoint in `directory`: links to weights that change become files of the same name and precision.
 
-    Raises ExportError where a LoRA is no LoRA, or any of its layers is not the model's. Then `directory` is as it was,
-    unless a sum is too large for a weight, which is found as they are written.
+    Raises ExportError if a file is not a LoRA, or if the model lacks one of its layers: `directory` is unchanged then. It also
+    raises ExportError if a sum is too large for a weight, which it finds while it writes the weights.
     """
     loras = tuple(loras)
     made = records(loras)
@@ -111,7 +111,7 @@ def _layers(
     for key in tensors:
         module = key.removesuffix(_DOWN).removesuffix(_UP)
         if module == key or not {module + _DOWN, module + _UP} <= tensors.keys():
-            raise ExportError(f"{lora.path} is no plain LoRA of {layout.pipeline_class}: it holds {key}")
+            raise ExportError(f"{lora.path} is not a plain LoRA of {layout.pipeline_class}: it holds {key}")
         component, _, name = module.partition(".")
         if component not in layout.components:
             raise ExportError(f"{lora.path} does not fit: it adapts {component}, which {layout.pipeline_class} here lacks")
@@ -120,7 +120,7 @@ def _layers(
             scale = lora.scale * _adapter_scale(config, component, name, len(down))
             if not (math.isfinite(scale) and down.isfinite().all() and up.isfinite().all()):
                 raise ExportError(
-                    f"{lora.path} is damaged: its alpha or its matrices for {module} are no finite numbers; get it again"
+                    f"{lora.path} is damaged: its alpha or its matrices for {module} are not all finite numbers; get it again"
                 )
             yield component, f"{name}.weight", _Layer(lora.path, scale, down, up)
 
@@ -136,12 +136,12 @@ def _read(path: Path) -> tuple[dict[str, "torch.Tensor"], dict[str, Any]]:
     except safetensors.SafetensorError as error:
         raise ExportError(f"{path} is damaged or no safetensors file: {first_line(error)}") from None
     if odd := next((key for key in tensors if not key.endswith(_ENDS) or len(key) > _MOST_NAME), None):
-        raise ExportError(f"{path} is no plain LoRA: it holds {odd[:_MOST_NAME]}")
+        raise ExportError(f"{path} is not a plain LoRA: it holds {odd[:_MOST_NAME]}")
     for key in [key for key in tensors if key.endswith(".alpha")]:
         layer = key.removesuffix(".alpha")
         pair = next(((layer + down, layer + up) for down, up in _PAIRS if {layer + down, layer + up} <= set(tensors)), None)
         if pair is None:
-            raise ExportError(f"{path} is no plain LoRA: it holds {key}, but no matrices for it")
+            raise ExportError(f"{path} is not a plain LoRA: it holds {key}, but no matrices for it")
         alpha, rank = float(tensors.pop(key)), len(tensors[pair[0]])
         tensors[pair[1]] = tensors[pair[1]].float() * (alpha / rank)
     return tensors, dict(parse_json(notes.get(_ADAPTER_METADATA, "{}")))

@@ -127,7 +127,7 @@ class ModelMemoryFull(Exhausted):
 
 
 class ImageMemoryFull(Exhausted):
-    """The memory for images that are received or decoded is full."""
+    """The memory for images, as they arrive and once they are decoded, is full."""
 
     reason = "IMAGE_MEMORY_FULL"
 
