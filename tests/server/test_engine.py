@@ -429,7 +429,9 @@ def test_another_thread_goes_on_where_one_does_not_come_back() -> None:
     stuck = threading.Thread(target=lambda: engine.call("m", lambda: _wait(begun, gate)))
     stuck.start()
     assert begun.wait(30)
+    assert engine.current_call is not None
     engine.renew()
+    assert engine.current_call is None, "the watchdog would end the server for it"
     caller = Caller(engine).submit()
     assert engine.drain(timeout=30)
     assert caller.error is None

@@ -100,6 +100,7 @@ class Engine:
     def renew(self) -> None:
         """Goes on with another thread: this one is in a call that does not come back. Only before requests are accepted."""
         with self._changed:
+            self._under_way.forget(self._thread)
             self._thread = self._new_thread()
             self._thread.start()
 

@@ -27,7 +27,12 @@ class UnderWay:
         try:
             yield
         finally:
-            del self._calls[thread]
+            self._calls.pop(thread, None)
+
+    def forget(self, thread: threading.Thread) -> None:
+        """Leaves out the call of a thread in whose place another works: it is no reason to give up the device."""
+        if thread.ident is not None:
+            self._calls.pop(thread.ident, None)
 
     @property
     def longest(self) -> ModelCall | None:
