@@ -21,6 +21,7 @@ from img2img_server.codecs.memory import ImageMemory
 from img2img_server.codecs.pool import Codecs
 from img2img_server.config import ServerConfig
 from img2img_server.errors import EngineStuck, ShuttingDown
+from img2img_server.grpc_batches import free_failed_batches
 from img2img_server.handlers import Handlers
 from img2img_server.health import HealthServicer
 from img2img_server.interceptors import CallInterceptor
@@ -198,6 +199,7 @@ class Server:
 
     def _make_server(self, access: Access) -> grpc.aio.Server:
         """A server on the bound port that answers health checks and reflection; `_add_services` adds the others."""
+        free_failed_batches()
         server = grpc.aio.server(
             interceptors=[
                 CallInterceptor(

@@ -1,6 +1,7 @@
 """A refused request leaves nothing behind: a picture that hung on until Python looks for cycles would be 100 MB a request."""
 
 import contextlib
+import ctypes
 import gc
 import threading
 import time
@@ -14,6 +15,7 @@ from cycles import no_collection
 from fakes import FakePipeline
 from img2img.v1 import image_to_image_pb2 as pb
 from img2img.v1.image_to_image_pb2_grpc import ImageToImageServiceStub
+from img2img_server import readers
 from img2img_server.backend import LocalBackend
 from img2img_server.config import ModelSettings, ServerConfig
 from img2img_server.images import ImageLimits
@@ -21,6 +23,8 @@ from img2img_server.models.store import ModelStore
 from messages import failure, png, request
 from PIL import Image
 from running import running, running_backend, store
+from soak_parts.hostile import UNARY
+from soak_parts.raw_http2 import HEADERS, RESET, RawConnection
 from soak_parts.stand_in import plant
 
 SIDE = 1032
@@ -113,3 +117,83 @@ def test_those_who_are_refused_for_the_same_reason_are_let_go_one_by_one(
         assert {failure(call.result)[1]["reason"] for call in calls} == {"MODEL_UNAVAILABLE"}
     gc.collect()
     assert [record.getMessage() for record in caplog.records if record.name == "asyncio"] == []
+
+
+CHECK = "/grpc.health.v1.Health/Check"
+CANCEL = (8).to_bytes(4, "big")
+RESETS = 2000
+MOST_BYTES = 50
+"""Of native memory for each call: buffers grow a little, whatever the number of calls."""
+
+
+class MallInfo(ctypes.Structure):
+    """glibc's mallinfo2."""
+
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost")
+    ]
+
+
+def native_bytes() -> int:
+    """Bytes that malloc has given out and not got back."""
+    mallinfo = ctypes.CDLL(None).mallinfo2
+    mallinfo.restype = MallInfo
+    info = mallinfo()
+    return int(info.uordblks + info.hblkhd)
+
+
+def sent_and_reset(port: int, message: bytes) -> None:
+    """Calls that are reset as soon as they are sent, 50 on a connection."""
+    with RawConnection(port) as connection:
+        for stream in range(1, 101, 2):
+            connection.call(UNARY, *([message] if message else []), stream=stream)
+            connection.send(RESET, CANCEL, stream=stream)
+
+
+def answered_and_reset(port: int, message: bytes) -> None:
+    """Calls whose answers are on their way when they are reset: the client's window has no room for them."""
+    with RawConnection(port, window=0) as connection:
+        for stream in range(1, 101, 2):
+            connection.call(CHECK, message, stream=stream)
+        for _ in zip(range(50), (frame for frame in connection.frames() if frame.kind == HEADERS), strict=False):
+            pass
+        for stream in range(1, 101, 2):
+            connection.send(RESET, CANCEL, stream=stream)
+
+
+@pytest.mark.parametrize(
+    ("attack", "message", "unread"),
+    [
+        (sent_and_reset, b"", 16),
+        (sent_and_reset, b"\xff", 16),
+        (sent_and_reset, pb.TransformRequest(prompt="x").SerializeToString(), 16),
+        (sent_and_reset, b"", 0),
+        (answered_and_reset, b"", 16),
+    ],
+    ids=["without a message", "malformed", "invalid", "refused before its message", "answered"],
+)
+def test_a_call_that_its_client_resets_leaves_no_memory_behind(
+    attack: Callable[[int, bytes], None], message: bytes, unread: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(readers, "MAX_CLIENT_UNREAD", unread)
+
+    def reset() -> None:
+        for _ in range(RESETS // 50):
+            attack(server.port, message)
+        # Answered after those before it have been dealt with.
+        for _ in range(20):
+            with pytest.raises(grpc.RpcError):
+                stub.Transform(request(strength=2.0))
+        gc.collect()
+
+    with (
+        running(lambda: store(m=FakePipeline())) as server,
+        grpc.insecure_channel(f"127.0.0.1:{server.port}") as channel,
+    ):
+        stub = ImageToImageServiceStub(channel)
+        reset()
+        before = native_bytes()
+        reset()
+        reset()
+        assert native_bytes() - before < 2 * RESETS * MOST_BYTES
