@@ -162,6 +162,9 @@ class _Device:
         for state in states:
             state.step += 1
 
+    def mark(self) -> None:
+        pass
+
     def preview(self, states: Sequence[_State]) -> Sequence[None]:
         return [None] * len(states)
 

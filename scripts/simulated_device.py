@@ -62,6 +62,9 @@ class SimulatedDevice:
         for state in states:
             state.step += 1
 
+    def mark(self) -> None:
+        """Nothing is left to wait for."""
+
     def preview(self, states: Sequence[_State]) -> Sequence[Image.Image | None]:
         """There are none."""
         return [None] * len(states)

@@ -96,6 +96,9 @@ class FakePipeline:
             _trouble(state.request, "advance")
             state.step += noise
 
+    def mark(self) -> Callable[[], None] | None:
+        return None
+
     def preview(self, states: Sequence[FakeState]) -> Sequence[Image.Image | None]:
         for state in states:
             _trouble(state.request, "preview")

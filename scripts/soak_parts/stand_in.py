@@ -109,6 +109,9 @@ class StandInPipeline:
         for state, noise in zip(states, noises, strict=True):
             state.step += noise
 
+    def mark(self) -> None:
+        """Nothing is left to wait for."""
+
     def preview(self, states: Sequence[StandInState]) -> Sequence[Image.Image | None]:
         """The source, small."""
         return [state.request.image.resize((8, 8)) for state in states]

@@ -14,13 +14,12 @@ from typing import Any, TypeVar
 from img2img_server.engine.answers import Accepted as Accepted
 from img2img_server.engine.answers import EngineStats as EngineStats
 from img2img_server.engine.answers import ModelCall
-from img2img_server.engine.calls import Calls
 from img2img_server.engine.costs import Costs, Measured
+from img2img_server.engine.executor import Executor
 from img2img_server.engine.request import Completed, Ending, Failed, Listener, Pipeline, Queued, Request, Ticket
 from img2img_server.engine.room import Place, Room
 from img2img_server.engine.scheduler import Limits, Scheduler
 from img2img_server.engine.spans import Span, ignore
-from img2img_server.engine.stages import Stages
 from img2img_server.engine.under_way import Abandoned, UnderWay
 from img2img_server.errors import ModelFailed, ModelNotLoaded, ServerError, ShuttingDown
 
@@ -56,8 +55,15 @@ class Engine:
         self._clock = clock
         self._changed = threading.Condition()
         self._under_way = UnderWay(clock)
-        calls = Calls(self._pipelines, self.costs, self._changed, clock, observe, self._under_way)
-        self._stages = Stages(calls, clock, lambda ticket, error: self._leave(ticket, Failed(error)))
+        self._executor = Executor(
+            self._pipelines,
+            self.costs,
+            self._changed,
+            clock,
+            observe,
+            self._under_way,
+            lambda ticket, error: self._leave(ticket, Failed(error)),
+        )
         self._room = Room(self._scheduler)
         self._numbers = itertools.count(1)
         self._held: Counter[str] = Counter()  # requests by model that have not ended, or whose state is not released
@@ -226,21 +232,28 @@ class Engine:
             ticket.end(Failed(copy(error)))  # each its own: one that is raised remembers where, and with that all that was there
 
     def step(self) -> bool:
-        """One round: admit, denoise one batch, advance each of it, deliver the finished. Returns whether work is left."""
+        """One round: admit, denoise one batch, advance each of it, deliver the finished. Returns whether work is left.
+
+        While a device computes a step, the next round begins. So what is chosen in it does not know of what comes meanwhile.
+        """
         with self._changed:
             leaving = self._scheduler.drop(self._clock())
             self._leaving.update(ticket for ticket, _ in leaving)
             arriving = self._scheduler.admit(self._clock())
         try:
+            if leaving:
+                self._executor.complete()
             for ticket, error in leaving:
                 self._end(ticket, Failed(error))
-            self._stages.prepare(arriving)
+            self._executor.prepare(arriving)
             with self._changed:
                 batch = self._scheduler.next_batch(self._clock())
-            self._stages.advance(self._stages.denoise(batch))
+            self._executor.advance(self._executor.run("denoise", batch))
             done = [ticket for ticket in batch if ticket.state is not None and ticket.steps_left <= 0]
-            for ticket, completed in self._stages.finish(done):
+            for ticket, completed in self._executor.finish(done):
                 self._leave(ticket, completed)
+            if not len(self._scheduler):
+                self._executor.complete()
             self._tell_news()
         except Abandoned:
             return False
@@ -266,12 +279,14 @@ class Engine:
                     self._changed.notify_all()
                     return
                 errand = self._errands.popleft() if self._errands else None
-            if errand is not None:
-                self._run_errand(*errand)
             try:
+                if errand is not None:
+                    self._executor.complete()
+                    self._run_errand(*errand)
                 self.step()
             except Exception:  # noqa: BLE001 - a bug of ours must not leave callers waiting for ever
                 _log.exception("the engine's step failed")
+                self._executor.forget()
                 self._end_all(ModelFailed("the server failed"))
 
     def _run_errand(self, model: str, work: Callable[[], _R], done: "Future[_R]") -> None:

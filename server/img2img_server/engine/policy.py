@@ -116,7 +116,8 @@ class Policy:
                 continue
             widest = max(widest, job.rows)
             before, takes = takes, self._call_seconds(leader, rows + job.rows)
-            lost += max(0.0, takes - before) * _losers(batch, job)
+            if takes > before:
+                lost += (takes - before) * _losers(batch, job)
             apart += job.step_seconds
             rows += job.rows
             batch.append(job)

@@ -187,6 +187,11 @@ class Pipeline(Protocol):
         """
         ...
 
+    def mark(self) -> Callable[[], None] | None:
+        """What waits until the device has done all that `prepare`, `denoise` and `advance` have asked of it so far, and raises
+        what it could not do; None if they wait themselves."""
+        ...
+
     def preview(self, states: Sequence[Any]) -> Sequence[Image.Image | None]:
         """A small RGB picture of what each state is about to become, None where the pipeline can draw none."""
         ...

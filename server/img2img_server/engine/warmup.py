@@ -27,6 +27,9 @@ _SURPRISE = 1.5
 _TOGETHER = 4
 """Images that are encoded or decoded in one call while calls are recorded."""
 
+Size = tuple[int, int]
+"""Width and height in pixels."""
+
 _R = TypeVar("_R")
 
 
@@ -61,7 +64,8 @@ class WarmUp:
 
     In each round every batch is run once, in turns forwards and backwards: what else the machine does slows all of them alike,
     and what each takes is a median over the rounds, so a call that is held up changes nothing. Goes on for about `budget`
-    seconds; at 0 nothing is done, and costs are learnt from the requests themselves. `under_way` sees each call.
+    seconds; at 0 nothing is done, and costs are learnt from the requests themselves. `under_way` sees each call. Calls of
+    `sizes`, width and height in pixels, are recorded, too.
     """
 
     def __init__(
@@ -70,8 +74,10 @@ class WarmUp:
         budget: float,
         clock: Callable[[], float] = time.monotonic,
         under_way: UnderWay | None = None,
+        sizes: Sequence[Size] = (),
     ) -> None:
         self._max_batch_size = max_batch_size
+        self._sizes = sizes
         self._budget = budget
         self._clock = clock
         self._under_way = under_way or UnderWay(clock)
@@ -87,8 +93,8 @@ class WarmUp:
             return Measured()
         end = self._clock() + self._budget
         batches: list[_Batch] = []
-        for divisor in (1, 2):
-            request = _request(name, pipeline, divisor)
+        for size in _measured_sizes(pipeline):
+            request = _request(name, size)
             rows, took = 1, 0.0
             pixels = request.image.width * request.image.height
             while rows <= limit and self._is_time(batches, took, end):
@@ -118,35 +124,38 @@ class WarmUp:
         """Runs one row once, for a model whose costs are known, and records its calls. Raises what the model raises."""
         if self._budget > 0 and pipeline.measurable:
             self.record(name, pipeline)
-            self._once(pipeline, _Batch(_request(name, pipeline, 1), 1))
+            self._once(pipeline, _Batch(_request(name, pipeline.native_size), 1))
 
     def record(
         self, name: str, pipeline: Pipeline, run: Callable[[Callable[[], None]], None] = lambda work: work()
     ) -> list[tuple[int, int]]:
-        """Has each call that is padded be recorded, at the sizes that are measured; nothing if the budget is 0.
+        """Has each call that is padded be recorded, at the sizes that are measured and at `sizes`; nothing if the budget is 0.
 
-        `run` runs what it is given, on the thread that serves: recordings belong to it. After a batch that fails no larger one is
-        tried, and the smaller ones are recorded again, as recordings are dropped when memory runs out. Returns the pixels and
-        rows of what failed. Raises what the model raises for the smallest.
+        `run` runs what it is given, on the thread that serves: recordings belong to it. After a batch that fails no larger one of
+        that size is tried, and in the end all others are recorded again, as recordings are dropped when memory runs out. Returns
+        the pixels and rows of what failed. Raises what the model raises for the smallest of a size that is measured.
         """
         full: list[tuple[int, int]] = []
         if self._budget <= 0:
             return full
-        for divisor in (1, 2):
-            left = list(_recorded_rows(pipeline, self._limit(pipeline)))
-            done = 0
-            while done < len(left):
-                requests = list(_filling(name, pipeline, divisor, left[done]))
+        measured, done = _measured_sizes(pipeline), []
+        for size in dict.fromkeys((*measured, *(_rounded(each, pipeline) for each in self._sizes))):
+            for rows in _recorded_rows(pipeline, self._limit(pipeline)):
+                requests = list(_filling(name, pipeline, size, rows))
                 try:
                     run(lambda requests=requests: self._record(pipeline, requests))  # type: ignore[misc]
                 except Exception as error:  # a model may raise anything; most likely memory ran out
-                    if done == 0:
+                    if rows == 1 and size in measured:
                         raise
-                    _log.warning("model '%s': calls of %d rows are not recorded: %s", name, left[done], error)
-                    full.append((requests[0].image.width * requests[0].image.height, left[done]))
-                    left, done = left[:done], 0
-                else:
-                    done += 1
+                    _log.warning("model '%s': calls of %d rows of %d x %d are not recorded: %s", name, rows, *size, error)
+                    full.append((size[0] * size[1], rows))
+                    break
+                done.append(requests)
+        for requests in done if full else ():
+            try:
+                run(lambda requests=requests: self._record(pipeline, requests))  # type: ignore[misc]
+            except Exception as error:  # noqa: BLE001 - not all have room together: the others are recorded when they are called
+                _log.warning("model '%s': calls of %d rows are not recorded: %s", name, _rows(pipeline, requests), error)
         return full
 
     def _record(self, pipeline: Pipeline, requests: Sequence[Request]) -> None:
@@ -200,6 +209,8 @@ class WarmUp:
             with self._under_way.call(f"warm-up ({stage})", batch.request.model, batch.rows, batch.rows):
                 begun = self._clock()
                 result = work()
+                if (wait := pipeline.mark()) is not None:
+                    wait()
                 times[stage] = self._clock() - begun
             return result
 
@@ -215,11 +226,24 @@ class WarmUp:
         return times
 
 
-def _request(name: str, pipeline: Pipeline, divisor: int) -> Request:
-    """A request of one step at the model's native size, or at a part of it."""
-    multiple = pipeline.size_multiple
-    width, height = (max(side // divisor // multiple, 1) * multiple for side in pipeline.native_size)
-    return Request(name, Image.new("RGB", (width, height), "gray"), "", "", 1.0, 1, 1.0, (0,))
+def _measured_sizes(pipeline: Pipeline) -> list[Size]:
+    """The model's native size, and half of it."""
+    return [
+        _rounded((width // divisor, height // divisor), pipeline)
+        for divisor in (1, 2)
+        for width, height in [pipeline.native_size]
+    ]
+
+
+def _rounded(size: Size, pipeline: Pipeline) -> Size:
+    """The nearest size below that the pipeline can draw."""
+    width, height = (max(side // pipeline.size_multiple, 1) * pipeline.size_multiple for side in size)
+    return width, height
+
+
+def _request(name: str, size: Size) -> Request:
+    """A request of one step."""
+    return Request(name, Image.new("RGB", size, "gray"), "", "", 1.0, 1, 1.0, (0,))
 
 
 def _recorded_rows(pipeline: Pipeline, limit: int) -> Iterator[int]:
@@ -231,10 +255,14 @@ def _recorded_rows(pipeline: Pipeline, limit: int) -> Iterator[int]:
         before = bucket
 
 
-def _filling(name: str, pipeline: Pipeline, divisor: int, rows: int) -> Iterator[Request]:
+def _rows(pipeline: Pipeline, requests: Sequence[Request]) -> int:
+    return sum(pipeline.plan(request).rows for request in requests)
+
+
+def _filling(name: str, pipeline: Pipeline, size: Size, rows: int) -> Iterator[Request]:
     """Requests of `rows` rows in all, guided ones as far as that goes. Each has a scope of its own, so that its texts are
     encoded."""
-    plain = _request(name, pipeline, divisor)
+    plain = _request(name, size)
     guided = replace(plain, guidance_scale=2.0, negative_prompt="warm-up")
     for number in range(rows):
         request = guided if pipeline.plan(guided).rows <= rows else plain

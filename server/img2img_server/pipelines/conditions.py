@@ -13,6 +13,7 @@ import torch
 from img2img_server.engine.cache import Cache
 from img2img_server.engine.request import Request
 from img2img_server.pipelines.encoded import output_of, tensor_of
+from img2img_server.pipelines.transfers import send
 
 _Key = TypeVar("_Key", bound=Hashable)
 
@@ -83,7 +84,7 @@ class Encoder:
 
     def _encode_pixels(self, pixels: torch.Tensor) -> torch.Tensor:
         vae = self._pipe.vae
-        return tensor_of(vae.encode(pixels.to(vae.device, vae.dtype)))
+        return tensor_of(vae.encode(send(pixels, vae.device, vae.dtype)))
 
     def _look_up(self, keys: dict[_Key, tuple[Hashable, ...]]) -> tuple[dict[_Key, Any], list[_Key]]:
         """What the cache has, and the keys of what it lacks."""

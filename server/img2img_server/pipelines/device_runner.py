@@ -59,21 +59,18 @@ class DeviceRunner:
         """Runs the graph on tensors of `device`."""
         with self._busy:
             self._enter()
-            rows = self._rows(feed)
             if self._replays is None:
                 return self._call(feed)
-            if rows is None:
-                return self._replay(self._replays, feed, None)
-            most = ROW_BUCKETS[-1]
-            parts = [
-                self._replay(
-                    self._replays,
-                    {name: tensor[start : start + most] for name, tensor in feed.items()},
-                    min(most, rows - start),
-                )
-                for start in range(0, rows, most)
-            ]
-            return parts[0] if len(parts) == 1 else [torch.cat(outputs) for outputs in zip(*parts, strict=True)]
+            results = []
+            for rows, part in self._parts(feed):
+                recording, is_new = self._recorded(self._replays, part, rows)
+                if recording is None:
+                    results.append(self._call(part))
+                    continue
+                if not is_new:
+                    recording.run()
+                results.append([(buffer if rows is None else buffer[:rows]).clone() for buffer in recording.outputs])
+            return results[0] if len(results) == 1 else [torch.cat(outputs) for outputs in zip(*results, strict=True)]
 
     def give_back(self) -> None:
         """Frees what ONNX Runtime's arena keeps, and first the recordings, whose memory is in it. Not in the middle of a call."""
@@ -97,28 +94,33 @@ class DeviceRunner:
     def _zeros(self, item: Any, shape: torch.Size) -> torch.Tensor:
         return torch.zeros(shape, dtype=dtype_of(item), device=self._device)
 
-    def _rows(self, feed: Feed) -> int | None:
-        """How many rows all inputs have, None for a graph without such an axis."""
-        counts = {len(feed[item.name]) for item in self.inputs} if self._has_rows else set()
-        return counts.pop() if len(counts) == 1 else None
+    def _parts(self, feed: Feed) -> list[tuple[int | None, Feed]]:
+        """The calls that `feed` is made in, each with its rows, None for a graph without such an axis."""
+        counts = {feed[name].shape[0] for name in self._names} if self._has_rows else set()
+        if len(counts) != 1:
+            return [(None, feed)]
+        (rows,), most = counts, ROW_BUCKETS[-1]
+        if rows <= most:
+            return [(rows, feed)]
+        return [
+            (min(most, rows - start), {name: tensor[start : start + most] for name, tensor in feed.items()})
+            for start in range(0, rows, most)
+        ]
 
     def _key(self, feed: Feed, rows: int | None) -> Key:
-        shapes = (feed[item.name].shape for item in self.inputs)
+        shapes = (feed[name].shape for name in self._names)
         return tuple(shape if rows is None else torch.Size((rows, *shape[1:])) for shape in shapes)
 
-    def _replay(self, replays: Replays, feed: Feed, rows: int | None) -> list[torch.Tensor]:
-        """Replays a call of `rows` rows, None for a graph that has none; runs it as usual if it is not recorded."""
+    def _recorded(self, replays: Replays, feed: Feed, rows: int | None) -> tuple[Recording | None, bool]:
+        """A recording that has the inputs of a call of `rows` rows, None for a graph that has none. Whether it was made now: then
+        its outputs are there. No recording if the call is to be made as usual."""
         key = self._key(feed, None if rows is None else bucket_of(rows))
         recording = replays.find(key)
         if recording is None:
-            recording = self._record(replays, key, feed) if replays.is_due(key) else None
-            if recording is None:
-                return self._call(feed)
-        else:
-            for name, buffer in recording.inputs.items():
-                (buffer if rows is None else buffer[:rows]).copy_(feed[name])
-            recording.run()
-        return [(buffer if rows is None else buffer[:rows]).clone() for buffer in recording.outputs]
+            return (self._record(replays, key, feed) if replays.is_due(key) else None), True
+        for name, buffer in recording.inputs.items():
+            (buffer if rows is None else buffer[:rows]).copy_(feed[name])
+        return recording, False
 
     def _record(self, replays: Replays, key: Key, feed: Feed) -> Recording | None:
         """Records a call padded to the shapes of `key`, whose outputs are those of `feed`."""
@@ -165,5 +167,5 @@ def _varies(item: Any) -> bool:
 
 def _padded(tensor: torch.Tensor, shape: torch.Size) -> torch.Tensor:
     """`tensor` with its last row repeated up to `shape`."""
-    missing = shape[0] - len(tensor) if shape else 0
+    missing = shape[0] - tensor.shape[0] if shape else 0
     return tensor if missing <= 0 else torch.cat([tensor, tensor[-1:].expand(missing, *tensor.shape[1:])])

@@ -6,11 +6,12 @@ that were bound then, whatever is bound now. Recordings belong to the thread tha
 may allocate or free on the device. `release_captured_graph` does nothing on CUDA, so what was recorded is never freed.
 """
 
+import functools
 import itertools
 import logging
 import threading
 from collections import Counter, OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,7 +60,6 @@ class Binding:
     def __init__(
         self, session: onnxruntime.InferenceSession, device: torch.device, graph_id: int, *settings: tuple[str, str]
     ) -> None:
-        self._session = session
         self._device = device
         self._binding = session.io_binding()
         self._outputs = [item.name for item in session.get_outputs()]
@@ -68,6 +68,8 @@ class Binding:
         # What follows on the same stream needs no waiting for.
         for name, value in (("disable_synchronize_execution_providers", "1"), *settings):
             self._options.add_run_config_entry(name, value)
+        self.run: Callable[[], None] = functools.partial(session.run_with_iobinding, self._binding, self._options)
+        """Runs the session on what is bound. Raises what ONNX Runtime raises."""
 
     def bind(self, inputs: Mapping[str, torch.Tensor], outputs: Sequence[torch.Tensor] | None) -> None:
         """Binds tensors, which must be contiguous and stay where they are until the call is over. Without `outputs` ONNX Runtime
@@ -79,10 +81,6 @@ class Binding:
                 self._binding.bind_output(name, self._device.type, self._device.index or 0)
             else:
                 self._binding.bind_output(name, *self._place(outputs[index]))
-
-    def run(self) -> None:
-        """Runs the session on what is bound. Raises what ONNX Runtime raises."""
-        self._session.run_with_iobinding(self._binding, self._options)
 
     def take(self) -> Sequence[Any]:
         """The outputs that ONNX Runtime allocated, as OrtValues. They are the caller's from now on."""
@@ -102,11 +100,8 @@ class Recording:
     graph_id: int
     inputs: dict[str, torch.Tensor]
     outputs: list[torch.Tensor]
-    binding: Binding
-
-    def run(self) -> None:
-        """Replays it; the first time, records it. Raises what ONNX Runtime raises."""
-        self.binding.run()
+    run: Callable[[], None]
+    """Replays it; the first time, records it. Raises what ONNX Runtime raises."""
 
 
 class Replays:
@@ -191,4 +186,4 @@ class Replays:
         graph_id = next(self._ids)
         binding = Binding(self._session, self._device, graph_id)
         binding.bind(own, results)
-        return Recording(graph_id, own, results, binding)
+        return Recording(graph_id, own, results, binding.run)

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 import torch
 from PIL import Image
 
+from img2img_server.pipelines.transfers import send
+
 
 def draw(latents: torch.Tensor, weights: Sequence[Sequence[float]]) -> list[Image.Image]:
     """RGB pictures of w x h pixels for `latents` [n, C, h, w], which are scaled as the UNet sees them, without noise.
@@ -17,11 +19,11 @@ def draw(latents: torch.Tensor, weights: Sequence[Sequence[float]]) -> list[Imag
     `weights` is a manifest's `latent_preview`: for each of red, green and blue, which run from 0 to 1, the weights of
     `features` and a bias.
     """
-    matrix = torch.tensor(weights, dtype=torch.float32, device=latents.device)
+    matrix = send(torch.tensor(weights, dtype=torch.float32), latents.device)
     known = features(latents.float())
     assert matrix.shape == (3, known.shape[1] + 1), f"{tuple(matrix.shape)} is no map of {latents.shape[1]} channels"
     colours = torch.einsum("kc,nchw->nhwk", matrix[:, :-1], known) + matrix[:, -1]
-    pixels = colours.nan_to_num().clamp(0, 1).mul(255).round().to("cpu", torch.uint8).numpy()
+    pixels = send(colours.nan_to_num().clamp(0, 1).mul(255).round(), "cpu", torch.uint8).numpy()
     return [Image.fromarray(picture) for picture in pixels]
 
 

@@ -12,6 +12,14 @@ from typing import Any
 import torch
 
 
+def noise_level(scheduler: Any, timestep: torch.Tensor, dtype: torch.dtype = torch.float32) -> tuple[float, float]:
+    """The factors of x0 and of noise in the latents at `timestep` [1], computed in `dtype` on the CPU. Does not change the
+    scheduler."""
+    level = copy.copy(scheduler)  # add_noise moves its tables to where the latents are
+    one, zero = torch.ones(1, 1, 1, 1, dtype=dtype), torch.zeros(1, 1, 1, 1, dtype=dtype)
+    return float(level.add_noise(one, zero, timestep)), float(level.add_noise(zero, one, timestep))
+
+
 def predict_original(
     scheduler: Any, index: int, timestep: torch.Tensor, sample: torch.Tensor, output: torch.Tensor, input_scale: float
 ) -> torch.Tensor | None:
@@ -20,13 +28,11 @@ def predict_original(
     `index` is the step's position in all of the scheduler's timesteps, `timestep` its value, `input_scale` the factor by which
     the scheduler scales latents for the model. The scheduler is not changed. None if it does not say what its model predicts.
     """
-    level = copy.copy(scheduler)
-    if hasattr(level, "set_begin_index"):
-        level._step_index = None
-        level.set_begin_index(index)  # add_noise then uses this step's level
-    one, zero = torch.ones(1, 1, 1, 1), torch.zeros(1, 1, 1, 1)
-    at = timestep.cpu().reshape(1)
-    signal, noise = float(level.add_noise(one, zero, at)), float(level.add_noise(zero, one, at))
+    at_step = copy.copy(scheduler)
+    if hasattr(at_step, "set_begin_index"):
+        at_step._step_index = None
+        at_step.set_begin_index(index)  # add_noise then uses this step's level
+    signal, noise = noise_level(at_step, timestep.cpu().reshape(1))
     if hasattr(scheduler, "precondition_outputs"):  # EDM
         original: torch.Tensor = scheduler.precondition_outputs(sample, output, torch.tensor(noise))
         return original

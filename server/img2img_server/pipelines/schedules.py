@@ -90,22 +90,42 @@ class Trajectory:
         return self.schedule.input_scales[self.step]
 
 
+def coefficients(trajectories: Sequence[Trajectory], sizes: Sequence[int]) -> torch.Tensor:
+    """What the next step of each, of at least one, multiplies its terms by: [terms, rows, B] for B rows of latents, of which each
+    has `sizes`. On the CPU, in float32. The last term is noise if any step draws some. What a request lacks has coefficient zero.
+    """
+    steps = [trajectory.schedule.steps[trajectory.step] for trajectory in trajectories]
+    depth = 2 + max(len(trajectory.memory) for trajectory in trajectories)
+    matrices = [step.coefficients for step, size in zip(steps, sizes, strict=True) for _ in range(size)]
+    table = torch.stack(matrices, dim=-1)[:depth, : max(step.rows for step in steps)]
+    if any(step.draws for step in steps):
+        factors = torch.zeros_like(table[:1])
+        factors[0, 0] = torch.tensor([step.noise for step, size in zip(steps, sizes, strict=True) for _ in range(size)])
+        table = torch.cat([table, factors])
+    return table
+
+
 def advance_batch(
-    trajectories: Sequence[Trajectory], latents: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]
+    trajectories: Sequence[Trajectory],
+    latents: Sequence[torch.Tensor],
+    outputs: Sequence[torch.Tensor],
+    table: torch.Tensor | None = None,
 ) -> list[torch.Tensor]:
     """Takes each request, of at least one, a step on: its memory and generators change, and its new latents are returned.
 
     `latents` and `outputs` (the model's, after guidance) are [rows, C, h, w] for each request, where rows may differ; all
     are on one device, and the latents of one dtype, which the new ones get too. The arithmetic is float32. What is returned
-    and remembered are views of tensors that the batch shares.
+    and remembered are views of tensors that the batch shares. `table` are the `coefficients` on that device, if they are there.
     """
     steps = [trajectory.schedule.steps[trajectory.step] for trajectory in trajectories]
     terms = [
         (sample, output, *trajectory.memory) for trajectory, sample, output in zip(trajectories, latents, outputs, strict=True)
     ]
-    sizes = [len(sample) for sample in latents]
+    sizes = [sample.shape[0] for sample in latents]
     noise = _draw(steps, trajectories, latents) if any(step.draws for step in steps) else None
-    first, *others = _combine(steps, terms, sizes, noise)
+    if table is None:
+        table = send(coefficients(trajectories, sizes), latents[0].device)
+    first, *others = _combine(table, terms, noise)
     rows = [torch.split(row, sizes) for row in others]
     for trajectory, step, given, *computed in zip(trajectories, steps, terms, *rows, strict=True):
         available = (*given, *computed)
@@ -115,22 +135,14 @@ def advance_batch(
 
 
 def _combine(
-    steps: Sequence[Step], terms: Sequence[tuple[torch.Tensor, ...]], sizes: Sequence[int], noise: torch.Tensor | None
+    table: torch.Tensor, terms: Sequence[tuple[torch.Tensor, ...]], noise: torch.Tensor | None
 ) -> tuple[torch.Tensor, ...]:
-    """The rows of all steps, each [B, C, h, w] for B rows of latents. What a request lacks has coefficient zero. `noise`
-    [B, C, h, w] is a term of the first."""
-    device = terms[0][0].device
-    depth = max(len(given) for given in terms)
-    matrices = [step.coefficients for step, size in zip(steps, sizes, strict=True) for _ in range(size)]
-    table = torch.stack(matrices, dim=-1)[:depth, : max(step.rows for step in steps)]
+    """The rows of all steps, each [B, C, h, w] for B rows of latents. `noise` [B, C, h, w] is a term of the first."""
+    depth = table.shape[0] - (noise is not None)
     # A request that lacks a term repeats its own latents: nothing foreign, and no memory that was never written.
     pieces = [given[index if index < len(given) else 0] for index in range(depth) for given in terms]
-    if noise is not None:
-        factors = torch.zeros_like(table[:1])
-        factors[0, 0] = torch.tensor([step.noise for step, size in zip(steps, sizes, strict=True) for _ in range(size)])
-        table, pieces = torch.cat([table, factors]), [*pieces, noise]
-    values = torch.cat(pieces).float()
-    products = send(table, device)[..., None, None, None] * values.view(len(table), 1, -1, *values.shape[1:])
+    values = torch.cat(pieces if noise is None else [*pieces, noise]).float()
+    products = table[..., None, None, None] * values.view(table.shape[0], 1, -1, *values.shape[1:])
     return products.sum(0).unbind()
 
 
@@ -144,7 +156,7 @@ def _draw(steps: Sequence[Step], trajectories: Sequence[Trajectory], latents: Se
     for step, trajectory, sample in zip(steps, trajectories, latents, strict=True):
         shape = (1, *sample.shape[1:])
         if step.draws:
-            assert len(trajectory.generators) == len(sample)
+            assert len(trajectory.generators) == sample.shape[0]
             parts.extend(torch.randn(shape, generator=generator) for generator in trajectory.generators)
         else:
             parts.append(torch.zeros(sample.shape))

@@ -7,10 +7,11 @@ The order of calls is that of StableDiffusionImg2ImgPipeline.__call__ and Stable
 
 import copy
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 
@@ -18,11 +19,21 @@ from img2img_server.engine.cache import Cache
 from img2img_server.engine.request import Plan, Request
 from img2img_server.pipelines import latent_preview
 from img2img_server.pipelines.conditions import Embedding, Encoder
-from img2img_server.pipelines.diffusion_state import Conditioning, DiffusionState, Predicted, guide
+from img2img_server.pipelines.diffusion_state import (
+    Conditioning,
+    DiffusionState,
+    JoinedConditioning,
+    Noise,
+    Predicted,
+    guide,
+    split_noise,
+)
+from img2img_server.pipelines.originals import noise_level
 from img2img_server.pipelines.schedules import Trajectory, advance_batch
+from img2img_server.pipelines.step_numbers import StepNumbers, key_of
 from img2img_server.pipelines.timetables import Timetable, Timetables
 from img2img_server.pipelines.torch_calls import torch_call
-from img2img_server.pipelines.transfers import send, settle
+from img2img_server.pipelines.transfers import PinnedCopies, fetch_later, mark, send
 from img2img_server.pipelines.truncation import Truncation
 from img2img_server.pipelines.views import view_of
 from img2img_server.pipelines.whole_sizes import native_size
@@ -47,6 +58,9 @@ class StableDiffusion:
         self.size_multiple: int = pipe.vae_scale_factor
         self.native_size = native_size(pipe.unet.config.get("sample_size"), self.size_multiple)
         self.row_buckets: Sequence[int] = getattr(pipe.unet, "row_buckets", ())
+        self._device = torch.device(pipe._execution_device)
+        self._joined = JoinedConditioning()
+        self._numbers: StepNumbers | None = None  # of the last call
         self._types: Mapping[str, torch.dtype] = getattr(pipe.unet, "input_types", {})
         self._timetables = self.timetables(pipe)
         self.schedulers = self._timetables.names
@@ -66,49 +80,51 @@ class StableDiffusion:
     def prepare(self, requests: Sequence[Request]) -> Sequence[DiffusionState]:
         """Encodes what is not known yet, and makes the first latents."""
         timetables = [self._timetables.get(request) for request in requests]
-        embeddings = self._encoder.texts([(request.cache_scope, text) for request in requests for text in self._texts(request)])
-        pictures = self._encoder.pictures(requests)
-        states = [
-            self._begin(
-                request, timetable, {text: embeddings[request.cache_scope, text] for text in self._texts(request)}, picture
+        with PinnedCopies():
+            embeddings = self._encoder.texts(
+                [(request.cache_scope, text) for request in requests for text in self._texts(request)]
             )
-            for request, timetable, picture in zip(requests, timetables, pictures, strict=True)
-        ]
-        settle(states[-1].latents)
+            pictures = self._encoder.pictures(requests)
+            states = [
+                self._begin(
+                    request, timetable, {text: embeddings[request.cache_scope, text] for text in self._texts(request)}, picture
+                )
+                for request, timetable, picture in zip(requests, timetables, pictures, strict=True)
+            ]
         return states
 
     @torch_call
-    def denoise(self, states: Sequence[DiffusionState]) -> Sequence[torch.Tensor]:
-        """One UNet call for all of `states`, whatever their steps, schedulers and guidance. [n or 2n, C, h, w] for each."""
-        samples, scales, timesteps, sizes = [], [], [], []
-        for state in states:
-            unscaled, scale = state.unscaled()
-            samples += [unscaled, unscaled] if state.guided else [unscaled]
-            sizes.append(len(unscaled) * (2 if state.guided else 1))
-            scales += [scale] * sizes[-1]
-            timesteps.append(state.timestep.expand(sizes[-1]))
+    def denoise(self, states: Sequence[DiffusionState]) -> Sequence[Noise]:
+        """One UNet call for all of `states`, whatever their steps, schedulers and guidance."""
+        samples = [sample for state in states for sample in [state.unscaled()] * (2 if state.guided else 1)]
         joined_samples = torch.cat(samples)
-        times, factors = send(torch.stack([torch.cat(timesteps).float(), torch.tensor(scales)]), joined_samples.device)
-        if any(scale != 1.0 for scale in scales):
+        self._numbers = numbers = StepNumbers.of(states, joined_samples.device)
+        if numbers.is_scaled:
             wanted = torch.empty_like(joined_samples, dtype=self._types.get("sample", joined_samples.dtype))
-            joined_samples = torch.mul(joined_samples, factors[:, None, None, None], out=wanted)
-        joined = {name: torch.cat([state.conditioning[name] for state in states]) for name in states[0].conditioning}
+            joined_samples = torch.mul(joined_samples, numbers.scales[:, None, None, None], out=wanted)
+        joined = self._joined.get(states)
         hidden_states = joined.pop("encoder_hidden_states")
-        noise: torch.Tensor = self._pipe.unet(
+        noise: torch.Tensor = self._pipe.unet.forward(  # no hooks: nothing here has any
             joined_samples,
-            times,
+            numbers.timesteps,
             encoder_hidden_states=hidden_states,
             timestep_cond=joined.pop("timestep_cond", None),
             added_cond_kwargs=joined,
             return_dict=False,
         )[0]
-        settle(noise)
-        return torch.split(noise, sizes)
+        return split_noise(states, noise)
+
+    def mark(self) -> Callable[[], None] | None:
+        """On CUDA what waits for the device: `prepare`, `denoise` and `advance` only ask for their work there."""
+        return mark(self._device)
 
     @torch_call
-    def advance(self, states: Sequence[DiffusionState], noises: Sequence[torch.Tensor]) -> None:
+    def advance(self, states: Sequence[DiffusionState], noises: Sequence[Noise]) -> None:
         """Applies guidance, and takes all one step on: those with a compiled schedule together, others by their scheduler."""
-        outputs = guide(states, noises)
+        numbers = self._numbers
+        if numbers is None or numbers.key != key_of(states):  # some of the call's are tried apart
+            numbers = StepNumbers.of(states, states[0].latents.device)
+        outputs = guide(states, noises, numbers.guidance)
         predicted = [
             Predicted(state.step, state.input_scale, state.latents[:1], output[:1]) if state.preview_is_due else None
             for state, output in zip(states, outputs, strict=True)
@@ -116,7 +132,8 @@ class StableDiffusion:
         followed = [(state, output) for state, output in zip(states, outputs, strict=True) if state.trajectory is not None]
         if followed:
             trajectories = [state.trajectory for state, _ in followed if state.trajectory is not None]
-            latents = advance_batch(trajectories, [state.latents for state, _ in followed], [output for _, output in followed])
+            samples = [state.latents for state, _ in followed]
+            latents = advance_batch(trajectories, samples, [output for _, output in followed], numbers.table)
             for (state, _), new in zip(followed, latents, strict=True):
                 state.latents = new
                 state.step += 1
@@ -141,13 +158,16 @@ class StableDiffusion:
     def finish(self, states: Sequence[DiffusionState]) -> Sequence[Sequence[Image.Image]]:
         """Decodes the latents. Raises FloatingPointError rather than return the black picture that NaN would become."""
         pixels = self._decode(torch.cat([state.latents for state in states]))
-        if not torch.isfinite(pixels).all():
+        is_finite = fetch_later(torch.isfinite(pixels).all())
+        with PinnedCopies(), np.errstate(invalid="ignore"):
+            images = iter(self._pipe.image_processor.postprocess(pixels, output_type="pil"))
+        if not is_finite:
             raise FloatingPointError("the decoded picture has values that are not finite")
-        images = iter(self._pipe.image_processor.postprocess(pixels, output_type="pil"))
         return [[next(images) for _ in state.request.seeds] for state in states]
 
     def release(self, state: DiffusionState) -> None:
-        """Nothing is held outside of Python's memory."""
+        """Forgets what was joined for the step that it took part in."""
+        self._joined.forget(state)
 
     def close(self) -> None:
         """Takes its texts and pictures out of the cache."""
@@ -163,7 +183,7 @@ class StableDiffusion:
         count = len(request.seeds)
         positive, negative = self._embeddings(request, embeddings)
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in request.seeds]
-        pipe = view_of(self._pipe, scheduler=timetable.scheduler, vae=_Encoded(self._pipe.vae, picture))
+        pipe = view_of(self._pipe, scheduler=_Noising(timetable.scheduler), vae=_Encoded(self._pipe.vae, picture))
         latents = pipe.prepare_latents(
             torch.empty(1, 3, 1, 1),  # stands for the picture, which was encoded
             timetable.timesteps[:1].repeat(count),
@@ -180,6 +200,7 @@ class StableDiffusion:
         state = DiffusionState(
             request,
             timetable.timesteps,
+            timetable.times,
             latents,
             conditioning,
             generators,
@@ -284,6 +305,21 @@ class StableDiffusionXL(StableDiffusion):
         return torch.as_tensor(vae.decode(latents, return_dict=False)[0])
 
 
+class _Noising:
+    """A scheduler that adds noise by its level, which it looks up on the host. diffusers' own would look it up on the device, and
+    move its tables there."""
+
+    def __init__(self, scheduler: Any) -> None:
+        self._scheduler = scheduler
+
+    def add_noise(self, original: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        signal, level = noise_level(self._scheduler, timesteps[:1], original.dtype)
+        return signal * original + level * noise
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._scheduler, name)
+
+
 class _Encoded:
     """A VAE whose picture is encoded already."""
 
@@ -299,4 +335,4 @@ class _Encoded:
 
 
 def _channels(values: Sequence[float], like: torch.Tensor) -> torch.Tensor:
-    return torch.tensor(values, device=like.device, dtype=like.dtype).view(1, -1, 1, 1)
+    return send(torch.tensor(values, dtype=like.dtype), like.device).view(1, -1, 1, 1)

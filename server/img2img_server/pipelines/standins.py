@@ -39,7 +39,7 @@ class Graph:
 
     def __init__(self, runner: Runner, device: str = "cpu") -> None:
         self._runner = runner
-        self._device = device
+        self._device = torch.device(device)
         self.input_types = {item.name: dtype_of(item) for item in runner.inputs}
         self._outputs = [item.name for item in runner.outputs]
         self.row_buckets: Sequence[int] = getattr(runner, "row_buckets", ())
@@ -50,13 +50,14 @@ class Graph:
         """Runs the graph; the outputs in the graph's order, by name, in float32 and on the device of the first tensor."""
         given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
         device = next(iter(given.values())).device
-        feed = {
-            name: send(tensor.detach(), self._device, self.input_types[name]).contiguous()
-            for name, tensor in given.items()
-            if name in self.input_types
-        }
+        feed = {name: self._ready(name, tensor) for name, tensor in given.items() if name in self.input_types}
         outputs = zip(self._outputs, self._runner.run(feed), strict=True)
         return {name: send(value, device, torch.float32 if value.is_floating_point() else None) for name, value in outputs}
+
+    def _ready(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.requires_grad:
+            tensor = tensor.detach()
+        return send(tensor, self._device, self.input_types[name]).contiguous()
 
 
 class StandIn(torch.nn.Module):
@@ -104,6 +105,8 @@ class OnnxDenoiser(StandIn):
         if model_class is None:
             raise BundleError(f"{folder} is a '{name}', which diffusers {diffusers.__version__} lacks")
         self._signature = inspect.signature(model_class.forward)
+        self._parameter_names = list(self._signature.parameters)[1:]
+        self._accepted: set[tuple[object, ...]] = set()
         # SDXL's pipeline reads the width of this layer to check the size of its added embeddings.
         width = self.config.get("projection_class_embeddings_input_dim")
         self.add_embedding = SimpleNamespace(linear_1=SimpleNamespace(in_features=width))
@@ -113,10 +116,13 @@ class OnnxDenoiser(StandIn):
 
     def forward(self, *arguments: Any, **named: Any) -> Any:
         """Predicts the noise. A scalar `timestep` holds for the whole batch. Raises TypeError for what the class lacks."""
-        bound = self._signature.bind(self, *arguments, **named).arguments
-        bound.pop("self")
+        form = (len(arguments), *named)
+        if form not in self._accepted:  # to bind takes as long as all the rest
+            self._signature.bind(self, *arguments, **named)
+            self._accepted.add(form)
+        bound = dict(zip(self._parameter_names, arguments, strict=False)) | named
         tensors = _flatten(bound)
-        batch = len(next(iter(tensors.values())))
+        batch = next(iter(tensors.values())).shape[0]
         timestep = torch.as_tensor(bound["timestep"])
         # Graphs that were made elsewhere may have one timestep for the whole batch.
         alone = "timestep" in self._graph.scalars

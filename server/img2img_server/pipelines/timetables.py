@@ -28,12 +28,13 @@ _BYTES = 16 * 2**20
 class Timetable:
     """Shared by all requests with the same scheduler and steps, and never changed.
 
-    `scheduler` was set and begun, and is not stepped; `schedule` is None where its steps are not linear: then a request
-    steps a copy of `scheduler`. Tensors are on the CPU.
+    `scheduler` was set and begun, and is not stepped; `times` are the `timesteps` as numbers. `schedule` is None where its steps
+    are not linear: then a request steps a copy of `scheduler`. Tensors are on the CPU.
     """
 
     scheduler: Any
     timesteps: torch.Tensor
+    times: tuple[float, ...]
     schedule: Schedule | None
 
 
@@ -71,7 +72,7 @@ class Timetables:
         schedule = compile_schedule(view.scheduler, timesteps)
         if schedule is None:
             logging.getLogger(__name__).info("%s is not linear: stepped one by one", type(view.scheduler).__name__)
-        return Timetable(view.scheduler, timesteps, schedule)
+        return Timetable(view.scheduler, timesteps, tuple(timesteps.tolist()), schedule)
 
     def _check(self, request: Request) -> None:
         """Raises InvalidField for a request that has no steps, or a scheduler that is not there."""

@@ -92,6 +92,9 @@ class WholePipeline:
         for state in states:
             state.catch_up()
 
+    def mark(self) -> None:
+        """Nothing is left to wait for after a step."""
+
     def preview(self, states: Sequence[WholeState]) -> Sequence[None]:
         """There are none: what the pipeline has between two steps is its own affair."""
         return [None] * len(states)

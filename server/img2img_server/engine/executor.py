@@ -1,0 +1,294 @@
+"""Runs stages of requests: in one call of their model if that works, and in smaller ones if it does not.
+
+A pipeline may only ask the device for what a call computes. Then its `mark` says when that is done, and the call is in flight:
+the next one is prepared while the device computes, and no more than two steps are asked for at a time. `complete` waits,
+measures and tells the requests.
+"""
+
+import logging
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any
+
+from img2img_server.engine.costs import STAGES, Costs
+from img2img_server.engine.request import Completed, Pipeline, Progress, Request, Started, State, Ticket, Timings
+from img2img_server.engine.spans import Span
+from img2img_server.engine.under_way import UnderWay
+from img2img_server.errors import ModelFailed, OutOfMemory, ServerError
+
+_log = logging.getLogger(__name__)
+
+Results = list[tuple[Ticket, Any]]
+"""What a stage made of each request that it worked for."""
+
+
+@dataclass(slots=True, eq=False)
+class _Call:
+    """A call that was made. `wait` waits for the device, None if that is over; the step of a call of the denoiser is `open` until
+    its requests were advanced, and `moved` are those with their steps. Times are of the engine's clock."""
+
+    stage: str
+    tickets: Sequence[Ticket]
+    rows: int
+    begun: float
+    wait: Callable[[], None] | None
+    open: bool
+    moved: list[tuple[Ticket, int, int]] = field(default_factory=list)
+    previews: Mapping[Ticket, Any] = field(default_factory=dict)
+
+
+class Executor:
+    """Makes the calls of models, times them, finds out what they have room for, and tells the requests how far they are.
+
+    `pipelines` may change between two calls. `lock` guards `costs`; `clock` is the engine's; `observe` is told of every call that
+    worked, `failed` of each request whose stage failed. Once the engine was given up no call is made any more: Abandoned is
+    raised in its place.
+    """
+
+    def __init__(
+        self,
+        pipelines: Mapping[str, Pipeline],
+        costs: Costs,
+        lock: AbstractContextManager[Any],
+        clock: Callable[[], float],
+        observe: Callable[[Span], None],
+        under_way: UnderWay,
+        failed: Callable[[Ticket, ServerError], None],
+    ) -> None:
+        self._pipelines = pipelines
+        self._costs = costs
+        self._lock = lock
+        self._clock = clock
+        self._observe = observe
+        self._under_way = under_way
+        self._failed = failed
+        self._in_flight: deque[_Call] = deque()
+        self._waited = 0.0  # when the device was last seen to be done with a call
+        self._predicted: dict[Ticket, tuple[int, Any]] = {}  # of the step being advanced: where each was, and its noise
+
+    def prepare(self, tickets: Sequence[Ticket]) -> None:
+        """Encodes prompts and images of requests that begin."""
+        for ticket in tickets:
+            ticket.started = self._clock()
+        for ticket, state in self.run("prepare", tickets):
+            ticket.state = state
+        self._report()
+
+    def advance(self, predicted: Results) -> None:
+        """Takes each request one step on by its predicted noise. Reports the step before, while the device computes this one."""
+        self.complete()
+        self._predicted = {ticket: (_step(ticket), noise) for ticket, noise in predicted if ticket.state is not None}
+        before = {ticket: step for ticket, (step, _) in self._predicted.items()}
+        # A pipeline that runs whole also works on what is no step of the image.
+        moved = {ticket for ticket, _ in self.run("advance", list(before)) if _step(ticket) != before[ticket]}
+        self._predicted = {}
+        for call in self._in_flight:
+            call.open = False
+            call.moved = [
+                (ticket, _step(ticket), _step(ticket) + ticket.steps_left) for ticket in call.tickets if ticket in moved
+            ]
+        self._preview([ticket for ticket in before if ticket in moved and _wants_preview(ticket)])
+        self._report()
+
+    def finish(self, tickets: Sequence[Ticket]) -> list[tuple[Ticket, Completed]]:
+        """Decodes the images of those whose steps are done."""
+        if tickets:
+            self.complete()
+        denoised, completed = self._clock(), []
+        for ticket, images in self.run("finish", [ticket for ticket in tickets if ticket.state is not None]):
+            timings = Timings(
+                queue=ticket.started - ticket.arrival,
+                encode=ticket.prepared - ticket.started,
+                denoise=denoised - ticket.prepared,
+                decode=self._clock() - denoised,
+            )
+            completed.append((ticket, Completed(tuple(images), timings, ticket.plan.warnings)))
+        return completed
+
+    def complete(self) -> None:
+        """Waits until the device has done all calls of steps that are over, and reports them."""
+        while self._in_flight and not self._in_flight[0].open:
+            self._wait(self._in_flight[0])
+            self._report()
+
+    def forget(self) -> None:
+        """Leaves what is in flight unreported: its requests have ended."""
+        self._in_flight.clear()
+
+    def run(self, stage: str, tickets: Sequence[Ticket]) -> Results:
+        """Lets the model of `tickets` do one stage of them together. What it made of each, but of those that failed.
+
+        Those that have no room together are tried in halves, and calls stay smaller from then on; those that fail otherwise are
+        tried alone, so that only those end whose own failure it is.
+        """
+        done: Results = []
+        failed: list[tuple[Ticket, ServerError]] = []
+        left = self._parts(stage, tickets)
+        while left:
+            some = left.pop(0)
+            results, error = self._call(stage, some)
+            if error is None:
+                done += zip(some, results, strict=True)
+                continue
+            full = isinstance(error, OutOfMemory)
+            if full:
+                self._forbid(stage, some)
+            if len(some) == 1:
+                failed.append((some[0], _told(error, some[0])))
+            elif full:
+                left[:0] = [some[: len(some) // 2], some[len(some) // 2 :]]
+            else:
+                left[:0] = [[ticket] for ticket in some]
+            # The error holds on to what the call's frames held, and that may be what the next one has no room for.
+            del error
+        for ticket, told in failed:
+            self._failed(ticket, told)
+        return done
+
+    def _call(self, stage: str, tickets: Sequence[Ticket]) -> tuple[Sequence[Any], Exception | None]:
+        """One call for all `tickets`: a result for each, or what it raised."""
+        model, rows, begun = tickets[0].request.model, _rows(stage, tickets), self._clock()
+        pipeline, wait = self._pipelines[model], None
+        self._under_way.check()
+        with self._under_way.call(stage, model, len(tickets), rows):
+            try:
+                if stage == "advance":
+                    results = self._advance(pipeline, tickets)
+                else:
+                    results = getattr(pipeline, stage)(_requests(tickets) if stage == "prepare" else _states(tickets))
+                    wait = pipeline.mark()
+            except Exception as error:  # noqa: BLE001 - whatever a model raises: its requests end, the engine goes on
+                return (), error
+            except BaseException as error:  # noqa: BLE001 - such as a panic of a library in Rust: it must not end the engine's thread
+                return (), RuntimeError(f"{type(error).__name__}: {error}")
+        call = _Call(stage, tickets, rows, begun, wait, stage == "denoise")
+        if wait is None or stage not in ("prepare", "denoise"):  # the others wait themselves, or are not waited for
+            call.wait = None
+            self._note(call, begun)
+        if stage in ("prepare", "denoise"):
+            self._in_flight.append(call)
+        return results, None
+
+    def _advance(self, pipeline: Pipeline, tickets: Sequence[Ticket]) -> Sequence[None]:
+        # Asked again after a failure, those that have moved already are not moved twice.
+        still = [ticket for ticket in tickets if _step(ticket) == self._predicted[ticket][0]]
+        if still:
+            pipeline.advance(_states(still), [self._predicted[ticket][1] for ticket in still])
+        return [None] * len(tickets)
+
+    def _wait(self, call: _Call) -> None:
+        """Waits until the device has done a call, and measures it. If that fails, its requests have failed."""
+        wait, call.wait = call.wait, None
+        if wait is None:
+            return
+        self._under_way.check()
+        try:
+            with self._under_way.call(call.stage, call.tickets[0].request.model, len(call.tickets), call.rows):
+                wait()
+        except Exception as error:  # noqa: BLE001 - what the device could not do
+            for ticket in [ticket for ticket in call.tickets if ticket.state is not None]:
+                self._failed(ticket, _told(error, ticket))
+            return
+        # The device did not begin before it was done with the call before.
+        self._note(call, max(call.begun, self._waited))
+        self._waited = self._clock()
+
+    def _report(self) -> None:
+        """Tells requests of the calls that are done, in the order in which they were made."""
+        now = None
+        while self._in_flight and not self._in_flight[0].open and self._in_flight[0].wait is None:
+            call = self._in_flight.popleft()
+            now = self._clock() if now is None else now
+            for ticket in call.tickets if call.stage == "prepare" else ():
+                if ticket.state is not None:
+                    ticket.prepared = now
+                    ticket.tell(Started(ticket.state.step_count))
+            for ticket, step, count in call.moved:
+                eta = None if ticket.expected is None else max(0.0, ticket.expected - now)
+                ticket.tell(Progress(step, count, eta, call.previews.get(ticket)))
+
+    def _preview(self, tickets: Sequence[Ticket]) -> None:
+        """Draws previews, which go with the reports of the calls in flight."""
+        if not tickets:
+            return
+        for call in list(self._in_flight):
+            self._wait(call)
+        tickets = [ticket for ticket in tickets if ticket.state is not None]
+        previews, error = self._call("preview", tickets) if tickets else ((), None)
+        if error is not None:  # the image itself counts more
+            _log.error("model '%s' failed to draw a preview", tickets[0].request.model, exc_info=error)
+            return
+        for call in self._in_flight:
+            call.previews = dict(zip(tickets, previews, strict=True))
+
+    def _note(self, call: _Call, begun: float) -> None:
+        """Tells of a call that worked, and learns what it takes."""
+        seconds, model = self._clock() - begun, call.tickets[0].request.model
+        if call.stage in STAGES:
+            with self._lock:
+                self._costs.record(call.stage, call.tickets[0].group, call.tickets[0].plan.pixels, call.rows, seconds)
+        members = tuple(ticket.request for ticket in call.tickets)
+        self._observe(Span(call.stage, model, len(call.tickets), call.rows, begun, seconds, members))
+
+    def _parts(self, stage: str, tickets: Sequence[Ticket]) -> list[Sequence[Ticket]]:
+        """`tickets` in calls of no more rows than there was room for. One that has more of its own is alone."""
+        if not tickets or stage not in STAGES:
+            return [tickets] if tickets else []
+        with self._lock:
+            room = self._costs.room(stage, tickets[0].request.model, tickets[0].plan.pixels)
+        if room is None:
+            return [tickets]
+        parts: list[list[Ticket]] = []
+        for ticket in tickets:
+            if parts and _rows(stage, [*parts[-1], ticket]) <= room:
+                parts[-1].append(ticket)
+            else:
+                parts.append([ticket])
+        return list(parts)
+
+    def _forbid(self, stage: str, tickets: Sequence[Ticket]) -> None:
+        """Notes that there was no room for such a call."""
+        model, plan, rows = tickets[0].request.model, tickets[0].plan, _rows(stage, tickets)
+        _log.warning("model '%s' ran out of memory: %s, %d rows of %d pixels", model, stage, rows, plan.pixels)
+        if stage in STAGES:
+            with self._lock:
+                self._costs.forbid(model, plan.pixels, rows, stage, largest=max(1, rows // 2))
+
+
+def _rows(stage: str, tickets: Sequence[Ticket]) -> int:
+    """What a call of a stage grows with: samples of the model's, or images."""
+    if stage == "prepare":
+        return len(tickets)  # an image is encoded once, however many are made of it
+    return sum(ticket.plan.rows if stage == "denoise" else len(ticket.request.seeds) for ticket in tickets)
+
+
+def _requests(tickets: Sequence[Ticket]) -> list[Request]:
+    return [ticket.request for ticket in tickets]
+
+
+def _states(tickets: Sequence[Ticket]) -> list[State]:
+    return [ticket.state for ticket in tickets if ticket.state is not None]
+
+
+def _step(ticket: Ticket) -> int:
+    assert ticket.state is not None, "a batch holds prepared requests only"
+    return ticket.state.step
+
+
+def _wants_preview(ticket: Ticket) -> bool:
+    interval = ticket.request.preview_interval
+    return interval > 0 and ticket.steps_left > 0 and _step(ticket) % interval == 0
+
+
+def _told(error: Exception, ticket: Ticket) -> ServerError:
+    """The error as its caller sees it."""
+    if isinstance(error, OutOfMemory):
+        (width, height), count = ticket.request.image.size, len(ticket.request.seeds)
+        return OutOfMemory(f"no memory for {count} {'picture' if count == 1 else 'pictures'} of {width} x {height} pixels")
+    if isinstance(error, ServerError):
+        return error
+    extra = {"request_id": ticket.request.id}
+    _log.error("model '%s' failed", ticket.request.model, exc_info=error, extra=extra)
+    return ModelFailed("the model failed on this request")

@@ -1,0 +1,30 @@
+"""Families that run whole: all of their graphs run on CUDA, in the middle of diffusers' own pipeline."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from fakes import make_request
+from img2img_server.bundle import read_manifest
+from img2img_server.engine.cache import Cache
+from img2img_server.execution import Execution
+from img2img_server.pipelines.loader import load_pipeline
+from PIL import Image
+
+pytestmark = pytest.mark.usefixtures("gpu")
+
+
+@pytest.mark.parametrize("name", ["flux", "flux-dev", "sd3", "sd3-no-t5"])
+def test_a_transformer_opens_and_runs(name: str, bundle: Callable[[str], Path], caplog: pytest.LogCaptureFixture) -> None:
+    """Finding 20: Flux opened, and failed at run on a shape that it computed on the GPU."""
+    folder = bundle(name)
+    caplog.clear()
+    pipeline = load_pipeline(folder, read_manifest(folder), Execution("cuda", 1), Cache(0))
+    assert pipeline.engine == "onnx:cuda"
+    request = make_request(prompt="a", image=Image.new("RGB", (64, 64)), num_inference_steps=2, strength=1.0, seeds=(1,))
+    (state,) = pipeline.prepare([request])
+    while state.step < state.step_count:
+        pipeline.advance([state], pipeline.denoise([state]))
+    ((image,),) = pipeline.finish([state])
+    assert image.mode == "RGB"
+    pipeline.release(state)
