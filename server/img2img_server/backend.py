@@ -160,10 +160,11 @@ class LocalBackend:
         engine = Engine(models.pipelines(), limits, observe=self._observed)
         costs = await in_thread(self._open_costs)
         warm_up, watchdog = self._config.warm_up, self._config.watchdog
-        await Preparation(models, engine, limits.max_batch_size, warm_up, watchdog, costs=costs).run()
+        sizes = [(bucket.width, bucket.height) for bucket in self._config.execution.buckets or ()]
+        await Preparation(models, engine, limits.max_batch_size, warm_up, watchdog, costs=costs, sizes=sizes).run()
         models.check_any(self._config.residency)
         self._models, self._engine = models, engine
-        recorder = WarmUp(limits.max_batch_size, warm_up)
+        recorder = WarmUp(limits.max_batch_size, warm_up, sizes=sizes)
         self._residency = Residency(self._config.residency, models, engine, health, costs=costs, warm_up=recorder)
 
     async def start(self, stuck: Callable[[str], Awaitable[None]]) -> None:

@@ -178,8 +178,9 @@ def test_a_bucket_that_has_no_room_is_not_recorded_and_the_smaller_ones_are(capl
     pipeline = FakePipeline(Clock())
     pipeline.row_buckets, pipeline.memory = (1, 2, 4, 8, 16), 1024
     WarmUp(16, 60.0, Clock()).record("m", pipeline)
-    assert [len(batch) for batch in pipeline.batches] == [1, 2, 4] * 3 + [8, 16], "the smaller ones again: they may be dropped"
-    assert "calls of 8 rows are not recorded: the fake ran out of memory" in caplog.text
+    fitting = [1, 2, 4, 1, 2, 4, 8, 16]
+    assert [len(batch) for batch in pipeline.batches] == fitting * 2, "all again: they may be dropped"
+    assert "calls of 8 rows of 16 x 16 are not recorded: the fake ran out of memory" in caplog.text
     pipeline.refused.clear()
     measured = WarmUp(16, 60.0, Clock()).measure("m", pipeline)
     assert pipeline.refused == [("denoise", 8)], "it is not tried again"
@@ -187,6 +188,18 @@ def test_a_bucket_that_has_no_room_is_not_recorded_and_the_smaller_ones_are(capl
     pipeline.memory = 1
     with pytest.raises(OutOfMemory):
         WarmUp(16, 60.0, Clock()).record("m", pipeline)
+
+
+def test_configured_sizes_are_recorded_too_and_one_without_room_is_left_out(caplog: pytest.LogCaptureFixture) -> None:
+    pipeline = FakePipeline(Clock())
+    pipeline.row_buckets, pipeline.memory = (1, 2, 4), 2048
+    sizes = [(16, 16), (33, 24), (64, 64)]
+    WarmUp(4, 60.0, Clock(), sizes=sizes).record("m", pipeline)
+    made = [(batch[0].request.image.size, len(batch)) for batch in pipeline.batches]
+    fitting = [((side, side), rows) for side in (16, 8) for rows in (1, 2, 4)] + [((32, 24), rows) for rows in (1, 2)]
+    assert made == fitting * 2, "a size is rounded down to one that can be drawn, and is recorded once"
+    assert "calls of 4 rows of 32 x 24 are not recorded" in caplog.text
+    assert "calls of 1 rows of 64 x 64 are not recorded" in caplog.text
 
 
 class Cramped(FakePipeline):

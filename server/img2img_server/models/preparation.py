@@ -3,13 +3,13 @@
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from img2img_server.engine.costs import Measured
 from img2img_server.engine.engine import Engine
 from img2img_server.engine.request import Pipeline
 from img2img_server.engine.under_way import UnderWay
-from img2img_server.engine.warmup import WarmUp
+from img2img_server.engine.warmup import Size, WarmUp
 from img2img_server.models.cost_store import CostStore
 from img2img_server.models.failures import Hung, Stage
 from img2img_server.models.memory import give_back
@@ -27,6 +27,7 @@ class Preparation:
 
     `budget` is the seconds for each model; a call that takes more than `longest` seconds counts as hung (0: none does). Batches
     have `max_batch_size` rows at most. `costs` has what was measured before, which is not measured again. `clock` gives seconds.
+    Calls of `sizes` are recorded, too.
     """
 
     def __init__(
@@ -38,6 +39,7 @@ class Preparation:
         longest: float,
         clock: Callable[[], float] = time.monotonic,
         costs: CostStore | None = None,
+        sizes: Sequence[Size] = (),
     ) -> None:
         self._models = models
         self._engine = engine
@@ -46,6 +48,7 @@ class Preparation:
         self._longest = longest
         self._clock = clock
         self._costs = costs
+        self._sizes = sizes
 
     async def run(self) -> None:
         """Prepares one model after the other. One that fails is FAILED, and is not in the engine any more."""
@@ -66,7 +69,7 @@ class Preparation:
         """Measures a model, on the engine's thread if it is recorded there, else on one of its own. Raises what the model raises,
         and Hung."""
         under_way = UnderWay(self._clock)
-        warm_up = WarmUp(self._max_batch_size, self._budget, self._clock, under_way)
+        warm_up = WarmUp(self._max_batch_size, self._budget, self._clock, under_way, self._sizes)
         work = asyncio.ensure_future(in_thread(lambda: self._warmed_up(name, pipeline, warm_up)))
         while not work.done():
             await asyncio.wait({work}, timeout=min(_LOOK, self._longest / 10) if self._longest > 0 else None)
