@@ -8,6 +8,7 @@ import warnings
 
 import bench_codecs
 import bench_export
+import bench_host
 import bench_providers
 import bench_ray
 import bench_request
@@ -43,6 +44,7 @@ def main() -> int:
     apart = {
         "rounding": (bench_rounding, "a UNet's error with its timestep's angle in bfloat16 and without (2 minutes)"),
         "export": (bench_export, "exports of real-size models: wall time and peak memory (an hour)"),
+        "host": (bench_host, "the engine's thread between two steps on a GPU, on fake CUDA libraries (1 minute)"),
         "providers": (
             bench_providers,
             "a real-size model by what runs it, requests too (half an hour, and to make it)",
