@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import onnxruntime
 import pytest
 import torch
 from fake_gpu import FakeGpu
@@ -16,6 +17,7 @@ from img2img_server.execution import Execution
 from img2img_server.pipelines import cuda, providers
 from img2img_server.pipelines.device_runner import DeviceRunner
 from img2img_server.pipelines.graph_sizes import Sizes
+from img2img_server.pipelines.libraries import needed_libraries
 from img2img_server.pipelines.loader import load_pipeline
 from img2img_server.pipelines.placement import Placement
 from img2img_server.pipelines.providers import Choice
@@ -156,6 +158,28 @@ def test_the_probe_looks_for_what_is_loaded_later(monkeypatch: pytest.MonkeyPatc
         monkeypatch.undo()
         providers.probe.cache_clear()
     assert not providers.probe("cuda").problem
+
+
+WHEELS = {
+    "libcublasLt.so.13": "nvidia-cublas",
+    "libcublas.so.13": "nvidia-cublas",
+    "libcudart.so.13": "nvidia-cuda-runtime",
+    "libcudnn.so.9": "nvidia-cudnn-cu13",
+    "libcufft.so.12": "nvidia-cufft",
+    "libcurand.so.10": "nvidia-curand",
+}
+"""The wheel that has each of CUDA's libraries; the driver has libcuda.so.1."""
+
+
+def test_the_gpu_image_has_every_library_of_cuda_that_the_provider_loads() -> None:
+    """Finding 1: PyTorch's wheels no longer brought libcurand."""
+    binary = Path(onnxruntime.__file__).parent / "capi" / "libonnxruntime_providers_cuda.so"
+    needed = [*needed_libraries(binary), "libcudnn.so.9"]
+    libraries = [name for name in needed if name.startswith("libcu") and name != "libcuda.so.1"]
+    assert len(libraries) >= 4
+    lock = (Path(__file__).parents[2] / "deploy" / "requirements-cuda.lock").read_text()
+    locked = {line.partition("==")[0] for line in lock.splitlines()}
+    assert {WHEELS[name] for name in libraries} <= locked
 
 
 def test_a_trial_size_is_known_for_every_graph(bundle: Callable[[str], Path]) -> None:

@@ -188,3 +188,17 @@ def test_asking_for_what_is_not_there_ends_the_server_with_one_line(tmp_path: Pa
     ended = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert (ended.returncode, ended.stdout) == (1, "")
     assert ended.stderr.splitlines() == [f"img2img serve: provider 'tensorrt' cannot be used: {probe('tensorrt').problem}"]
+
+
+def test_tensorrt_is_loaded_from_where_its_wheel_puts_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "tensorrt_libs").mkdir()
+    (tmp_path / "tensorrt_libs" / "__init__.py").touch()
+    library = tmp_path / "tensorrt_libs" / "libnvinfer.so.10"
+    library.touch()
+    loaded: list[str] = []
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(ctypes, "CDLL", lambda name, mode=0: loaded.append(name))
+    providers.preload_tensorrt()
+    library.unlink()
+    providers.preload_tensorrt()
+    assert loaded == [str(library)]
