@@ -41,7 +41,8 @@ def submit(engine: Engine, model: str, size: tuple[int, int], seed: int, listen:
 
 def endings_of(engine: Engine, model: str, size: tuple[int, int], count: int) -> list[Event]:
     """How `count` requests that come together end."""
-    left, endings = threading.Semaphore(0), []
+    left = threading.Semaphore(0)
+    endings: list[Event] = []
 
     def listen(event: Event) -> None:
         if isinstance(event, Completed | Failed):
