@@ -86,62 +86,62 @@ def size(path: Path) -> tuple[int, int]:
         return image.size
 
 
-def test_a_folder_of_pictures(folder: Path, port: str) -> None:
-    made = run(folder, program("A folder of pictures", p50051=port)).split()
+def test_a_folder_of_images(folder: Path, port: str) -> None:
+    made = run(folder, program("A folder of images", p50051=port)).split()
     assert made == [f"winter/noon-{name}.png" for name in ("dunes", "hills", "lake")]
     for name in made:
         assert size(folder / name) == (128, 128)
         assert (folder / name).read_bytes() != (folder / "demo" / "pictures" / Path(name).name).read_bytes()
 
 
-def test_photos_and_prompts_that_are_too_long(folder: Path, port: str) -> None:
-    fitted, warning = run(folder, program("Photos, and prompts that are too long", p50051=port)).splitlines()
+def test_large_photos_and_long_prompts(folder: Path, port: str) -> None:
+    fitted, warning = run(folder, program("Large photos and long prompts", p50051=port)).splitlines()
     assert fitted == "152 x 104"
     assert warning.startswith("prompt PROMPT_TRUNCATED ")
     assert warning.endswith("with snow on every tree and on every roof ,"), "as the tokenizer spells it"
     assert size(folder / "hills.png") == (152, 104)
 
 
-def test_variations_and_one_of_them_again(folder: Path, port: str) -> None:
-    assert run(folder, program("Variations, and one of them again", p50051=port)) in ("True\n", "False\n")
+def test_variations_and_reproducing_one(folder: Path, port: str) -> None:
+    assert run(folder, program("Variations and reproducing one", p50051=port)) in ("True\n", "False\n")
     files = {(folder / f"sunset-{seed}.png").read_bytes() for seed in range(100, 104)}
     assert len(files) == 4
 
 
-def test_previews_while_it_runs(folder: Path, port: str) -> None:
-    said = run(folder, program("Previews while it runs", p50051=port)).splitlines()
+def test_progress_and_previews(folder: Path, port: str) -> None:
+    said = run(folder, program("Progress and previews", p50051=port)).splitlines()
     assert [line for line in said if line.startswith("step")] == [f"step {step} of 6" for step in range(1, 7)]
     assert re.fullmatch(r"seed \d+ on \S+", next(line for line in said if line.startswith("seed")))
     assert [size(folder / f"preview-{step}.jpg") for step in (2, 4)] == [(16, 16)] * 2
     assert size(folder / "lake.png") == (128, 128)
 
 
-def test_leave_it_when_it_is_good_enough(folder: Path, port: str) -> None:
-    assert run(folder, program("Leave it when it is good enough", p50051=port)) == "left after step 3\n"
+def test_cancel_early(folder: Path, port: str) -> None:
+    assert run(folder, program("Cancel early", p50051=port)) == "left after step 3\n"
     assert size(folder / "enough.png") == (128, 128)
 
 
-def test_only_if_it_is_quick(folder: Path, port: str) -> None:
-    refused, made = run(folder, program("Only if it is quick", p50051=port)).splitlines()
+def test_deadlines(folder: Path, port: str) -> None:
+    refused, made = run(folder, program("Deadlines", p50051=port)).splitlines()
     assert re.fullmatch(r"too long for a second: (None|[\d.]+) s", refused)
     assert re.fullmatch(r"1 in \d+ ms", made)
 
 
-def test_more_than_the_server_takes(folder: Path, port: str) -> None:
-    said = run(folder, program("More than the server takes", p50051=port))
+def test_retry_when_the_server_is_full(folder: Path, port: str) -> None:
+    said = run(folder, program("Retry when the server is full", p50051=port))
     assert said.endswith(f"drawn: {list(range(12))}\n")
     assert re.search(r"attempt \d+: QUEUE_FULL, again in \d+\.\d\d s", said), "twelve do not fit where six do"
 
 
-def test_edit_in_rounds_without_sending_it_again(folder: Path, port: str) -> None:
-    rounds = run(folder, program("Edit in rounds without sending it again", p50051=port)).splitlines()
+def test_edit_in_rounds_with_assets(folder: Path, port: str) -> None:
+    rounds = run(folder, program("Edit in rounds with assets", p50051=port)).splitlines()
     assert [line.rpartition(" ")[0] for line in rounds] == ["the lake in autumn", "the lake in autumn, at dusk"]
     assert size(folder / "dusk.png") == (128, 128)
     assert [path for path in (folder / "assets").rglob("*") if re.fullmatch(r"[0-9a-f]{64}", path.name)] == []
 
 
-def test_another_scheduler(folder: Path, port: str) -> None:
-    assert re.fullmatch(r"\d+ schedulers\n", run(folder, program("Another scheduler", p50051=port)))
+def test_choose_a_scheduler(folder: Path, port: str) -> None:
+    assert re.fullmatch(r"\d+ schedulers\n", run(folder, program("Choose a scheduler", p50051=port)))
     files = [(folder / f"{name}.png").read_bytes() for name in ("EulerDiscreteScheduler", "DPM++")]
     assert files[0] != files[1]
 
@@ -153,18 +153,18 @@ def test_several_models(folder: Path, port: str) -> None:
     assert (folder / "by-demo.png").read_bytes() == (folder / "by-other.png").read_bytes()
 
 
-def test_many_at_once_with_asyncio(folder: Path, port: str) -> None:
-    names = run(folder, program("Many at once with asyncio", p50051=port)).split()
+def test_concurrent_requests_with_asyncio(folder: Path, port: str) -> None:
+    names = run(folder, program("Concurrent requests with asyncio", p50051=port)).split()
     assert sorted(names) == sorted(
         f"noon-{it}-{season}.webp" for it in ("dunes", "hills", "lake") for season in ("winter", "autumn")
     )
     assert all(size(folder / name) == (128, 128) for name in names)
 
 
-def test_a_web_page_that_follows(folder: Path, port: str) -> None:
+def test_a_web_page_with_live_progress(folder: Path, port: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         own = free.getsockname()[1]
-    text = program("A web page that follows", p50051=port, p8080=own)
+    text = program("A web page with live progress", p50051=port, p8080=own)
     command = [sys.executable, "-u", "-c", text]
     with subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as page:
         assert page.stdout is not None
