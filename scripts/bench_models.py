@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 _MODELS_FOLDER = Path(".bench/models")
-_TOKENIZER = Path(__file__).parents[1] / "demo" / "model" / "tokenizer"
 
 
 def saved_model(name: str, precision: str) -> Path:
@@ -26,20 +25,74 @@ def saved_model(name: str, precision: str) -> Path:
     return directory
 
 
+UNETS: dict[str, dict[str, Any]] = {
+    "sd15": {
+        "sample_size": 64,
+        "block_out_channels": (320, 640, 1280, 1280),
+        "layers_per_block": 2,
+        "attention_head_dim": 8,
+        "cross_attention_dim": 768,
+        "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+        "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+    },
+    "sdxl": {
+        "sample_size": 128,
+        "block_out_channels": (320, 640, 1280),
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "layers_per_block": 2,
+        "transformer_layers_per_block": [1, 2, 10],
+        "attention_head_dim": [5, 10, 20],
+        "cross_attention_dim": 2048,
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": 2816,
+    },
+}
+"""The settings of UNets of real size: 860 M parameters of Stable Diffusion 1.5, 2.6 G of SDXL."""
+BETAS: dict[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+TOKENIZER = Path(__file__).parents[1] / "demo" / "model" / "tokenizer"
+
+
+def vae_settings(scaling_factor: float, channels: tuple[int, ...]) -> dict[str, Any]:
+    """The settings of an AutoencoderKL with a scale factor of 8; Stable Diffusion has (128, 256, 512, 512) channels."""
+    return {
+        "block_out_channels": channels,
+        "down_block_types": ("DownEncoderBlock2D",) * 4,
+        "up_block_types": ("UpDecoderBlock2D",) * 4,
+        "layers_per_block": 2,
+        "latent_channels": 4,
+        "sample_size": 512,
+        "scaling_factor": scaling_factor,
+        "force_upcast": False,
+    }
+
+
+def text_config(width: int, layers: int, heads: int, activation: str) -> Any:
+    """The configuration of a CLIP text encoder with the demo's tokenizer."""
+    from transformers import CLIPTextConfig, CLIPTokenizer
+
+    tokenizer = CLIPTokenizer.from_pretrained(TOKENIZER)
+    return CLIPTextConfig(
+        vocab_size=49408,
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        hidden_act=activation,
+        projection_dim=width,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+
+
 def _sd15() -> Any:
     """Stable Diffusion 1.5 in every size: 860 M parameters of UNet, 123 M of text encoder, 84 M of VAE."""
     from diffusers import UNet2DConditionModel
 
-    unet = UNet2DConditionModel(
-        sample_size=64,
-        block_out_channels=(320, 640, 1280, 1280),
-        layers_per_block=2,
-        attention_head_dim=8,
-        cross_attention_dim=768,
-        down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
-        up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
-    )
-    return _stable_diffusion(unet, _vae(0.18215, (128, 256, 512, 512)), _text(768, 12, 12, "quick_gelu"))
+    unet = UNet2DConditionModel(**UNETS["sd15"])
+    return _stable_diffusion(unet, _vae(0.18215, (128, 256, 512, 512)), text_config(768, 12, 12, "quick_gelu"))
 
 
 def _stable_diffusion(unet: Any, vae: Any, text: Any) -> Any:
@@ -50,16 +103,16 @@ def _stable_diffusion(unet: Any, vae: Any, text: Any) -> Any:
     return StableDiffusionPipeline(
         vae=vae,
         text_encoder=CLIPTextModel(text).eval(),
-        tokenizer=CLIPTokenizer.from_pretrained(_TOKENIZER),
+        tokenizer=CLIPTokenizer.from_pretrained(TOKENIZER),
         unet=unet.eval(),
-        scheduler=PNDMScheduler(**_BETAS, skip_prk_steps=True, set_alpha_to_one=False),
+        scheduler=PNDMScheduler(**BETAS, skip_prk_steps=True, set_alpha_to_one=False),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
     )
 
 
-def _sdxl_unet(sample_size: int = 16, vae_channels: tuple[int, ...] = (32, 64, 64, 64)) -> Any:
+def _sdxl_unet() -> Any:
     """SDXL's UNet, 2.6 G parameters, between text encoders of its widths but of two layers, and a small VAE.
 
     Small pictures are compared after an export, so it says that it is of small ones: its weights are those of any size.
@@ -69,38 +122,17 @@ def _sdxl_unet(sample_size: int = 16, vae_channels: tuple[int, ...] = (32, 64, 6
     from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
     with _default(torch.float16):  # 10 GB otherwise, before it is saved in half of that
-        unet = UNet2DConditionModel(
-            sample_size=sample_size,
-            block_out_channels=(320, 640, 1280),
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-            layers_per_block=2,
-            transformer_layers_per_block=[1, 2, 10],
-            attention_head_dim=[5, 10, 20],
-            cross_attention_dim=2048,
-            use_linear_projection=True,
-            addition_embed_type="text_time",
-            addition_time_embed_dim=256,
-            projection_class_embeddings_input_dim=2816,
-        )
-    tokenizer = CLIPTokenizer.from_pretrained(_TOKENIZER)
+        unet = UNet2DConditionModel(**UNETS["sdxl"] | {"sample_size": 16})
+    tokenizer = CLIPTokenizer.from_pretrained(TOKENIZER)
     return StableDiffusionXLPipeline(
-        vae=_vae(0.13025, vae_channels),
-        text_encoder=CLIPTextModel(_text(768, 2, 12, "quick_gelu")).eval(),
-        text_encoder_2=CLIPTextModelWithProjection(_text(1280, 2, 20, "gelu")).eval(),
+        vae=_vae(0.13025, (32, 64, 64, 64)),
+        text_encoder=CLIPTextModel(text_config(768, 2, 12, "quick_gelu")).eval(),
+        text_encoder_2=CLIPTextModelWithProjection(text_config(1280, 2, 20, "gelu")).eval(),
         tokenizer=tokenizer,
         tokenizer_2=tokenizer,
         unet=unet.eval(),
-        scheduler=EulerDiscreteScheduler(**_BETAS, timestep_spacing="leading", steps_offset=1),
+        scheduler=EulerDiscreteScheduler(**BETAS, timestep_spacing="leading", steps_offset=1),
     )
-
-
-_BETAS: dict[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-
-
-def _sdxl() -> Any:
-    """SDXL as it is drawn with, at 1024 x 1024, but for text encoders of two layers: its UNet and a VAE of its size."""
-    return _sdxl_unet(128, (128, 256, 512, 512))
 
 
 def _tiny() -> Any:
@@ -116,10 +148,10 @@ def _tiny() -> Any:
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
     )
-    return _stable_diffusion(unet, _vae(0.18215, (32, 32, 32, 32)), _text(32, 2, 4, "quick_gelu"))
+    return _stable_diffusion(unet, _vae(0.18215, (32, 32, 32, 32)), text_config(32, 2, 4, "quick_gelu"))
 
 
-MODELS: dict[str, Callable[[], Any]] = {"sd15": _sd15, "sdxl-unet": _sdxl_unet, "sdxl": _sdxl, "tiny": _tiny}
+MODELS: dict[str, Callable[[], Any]] = {"sd15": _sd15, "sdxl-unet": _sdxl_unet, "tiny": _tiny}
 """Makes a diffusers pipeline with random weights in float32, by name, on torch's default device."""
 
 
@@ -141,38 +173,12 @@ def _default(dtype: Any) -> Any:
     return changed()
 
 
-def _text(width: int, layers: int, heads: int, activation: str) -> Any:
-    from transformers import CLIPTextConfig, CLIPTokenizer
-
-    tokenizer = CLIPTokenizer.from_pretrained(_TOKENIZER)
-    return CLIPTextConfig(
-        vocab_size=49408,
-        hidden_size=width,
-        intermediate_size=4 * width,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        hidden_act=activation,
-        projection_dim=width,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-
-
 def _vae(scaling_factor: float, channels: tuple[int, ...]) -> Any:
     """Its colours are made as strong as a picture's: random weights alone give grey, on which nothing can be compared."""
     import torch
     from diffusers import AutoencoderKL
 
-    vae = AutoencoderKL(
-        block_out_channels=channels,
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        layers_per_block=2,
-        latent_channels=4,
-        sample_size=512,
-        scaling_factor=scaling_factor,
-        force_upcast=False,
-    ).eval()
+    vae = AutoencoderKL(**vae_settings(scaling_factor, channels)).eval()
     latents = torch.randn(1, 4, 16, 16) / scaling_factor
     vae.decoder.conv_out.weight.mul_(0.4 / vae.decode(latents).sample.std())
     pixels = torch.rand(1, 3, 128, 128) * 2 - 1

@@ -112,7 +112,7 @@ def _parts(arguments: argparse.Namespace, model: Path, bundles: Mapping[str, Pat
 
 def _requests(arguments: argparse.Namespace, model: Path, bundles: Mapping[str, Path], peers: list[str]) -> list[dict[str, Any]]:
     """Whole requests; the source picture's size is that of the result."""
-    from gpu_check_parts.works import psnr
+    from img2img_server.pipelines.gate import psnr_db
     from PIL import Image
 
     pictures = _BENCH / "pictures"
@@ -138,7 +138,7 @@ def _requests(arguments: argparse.Namespace, model: Path, bundles: Mapping[str, 
             process.wait()
     reference = pictures / ("diffusers.png" if "diffusers" in peers else f"{peers[0]}.png")
     drawn = {name: Image.open(pictures / f"{name}.png") for name in peers}
-    decibels = {name: f"{psnr(image, Image.open(reference)):.1f} dB" for name, image in drawn.items()}
+    decibels = {name: f"{psnr_db(image, Image.open(reference)):.1f} dB" for name, image in drawn.items()}
     title = f"img2img, {arguments.request_size} px, {arguments.request_steps} steps x 0.8"
     return list(_told(title, seconds, decibels, f"PSNR against {reference.stem}"))
 

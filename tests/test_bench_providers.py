@@ -8,7 +8,7 @@ import pytest
 from bench_peers import picture
 from bench_provider_works import error_of, feed_of, works_of
 from bench_providers import _told
-from gpu_check_parts.works import psnr
+from img2img_server.pipelines.gate import psnr_db
 from PIL import Image
 
 
@@ -29,7 +29,7 @@ def test_ways_to_draw_a_request_draw_the_same_picture(bundle: Callable[[str], Pa
     source = Image.linear_gradient("L").resize((64, 64)).convert("RGB")
     ours = picture.ours(argparse.Namespace(model=bundle("sd1"), **settings))(source, 4)
     theirs = picture.diffusers(argparse.Namespace(model=tiny_model("sd1"), **settings))(source, 4)
-    assert psnr(ours, theirs) > 50
+    assert psnr_db(ours, theirs) > 50
 
 
 def test_ratios_are_to_the_first_in_the_same_round(capsys: pytest.CaptureFixture[str]) -> None:

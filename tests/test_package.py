@@ -15,6 +15,7 @@ _BARE = re.compile(r"pip install (?:-U |--upgrade )?['\"]?(img2img[\w-]*)")
 
 
 _FOLDERS = (
+    "benchmarks",
     "cli",
     "client",
     "clients",

@@ -1,0 +1,93 @@
+"""The settings of a run of `scripts/gpu_check`, and its aims."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+AIMS = {"preflight": 20.0, "unet-sd15": 5.0, "unet-sdxl": 34.0, "picture": 130.0, "cold": 20.0}
+"""Upper limits on an H200. In ms: a UNet call of 2 rows at 512 px (SD 1.5) and 1024 px (SDXL), a 512 px image. In s: the rest."""
+
+FLOORS = {
+    "unet-sd15": 2.03,
+    "unet-sdxl": 17.1,
+    "vae_encoder-512": 1.4,
+    "vae_decoder-512": 3.2,
+    "vae_encoder-1024": 6.2,
+    "vae_decoder-1024": 13.3,
+}
+"""Milliseconds that an H200 needs at least, at 790 TFLOP/s and 4.3 TB/s."""
+
+READY_NAME = ".ready"
+"""In the folder of a model whose graphs, or whose weights, are complete: their precision."""
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How to check.
+
+    `folder` is for models with weights, `graphs` has the graphs without weights (weightless.py), `out` is the results file.
+    `seconds` is the duration of each comparison. `values` is False if the device computes nothing, as the fake CUDA libraries
+    of tests/cuda do: then no result has to be finite or right.
+    """
+
+    folder: Path
+    graphs: Path
+    out: Path
+    provider: str = "cuda"
+    tiny: bool = False
+    compile: bool = True
+    values: bool = True
+    seconds: float = 4.0
+    threads: int = field(default_factory=lambda: len(os.sched_getaffinity(0)))
+
+    @property
+    def device(self) -> str:
+        """torch's name of the device: "cuda" or "cpu"."""
+        return "cuda" if self.provider == "cuda" else "cpu"
+
+    @property
+    def precision(self) -> str:
+        """The precision of the graphs: the CPU provider has no fused operators and is slow in fp16."""
+        return "fp16" if self.device == "cuda" else "fp32"
+
+    @property
+    def dtype(self) -> Any:
+        """The same as a torch.dtype."""
+        import torch
+
+        return torch.float16 if self.precision == "fp16" else torch.float32
+
+    @property
+    def synchronize(self) -> Callable[[], None]:
+        """Waits for the device."""
+        from img2img_server.pipelines.measuring import synchronizer
+
+        return synchronizer((self.provider,))
+
+    def aim(self, name: str) -> float | None:
+        """One of AIMS; None for tiny models and CPUs, for which there are none."""
+        return AIMS[name] if self.device == "cuda" and not self.tiny else None
+
+    def floor(self, name: str) -> float | None:
+        """One of FLOORS; None if it is not known."""
+        return FLOORS.get(name) if self.device == "cuda" and not self.tiny else None
+
+    def kind(self, model: str) -> str:
+        """The name in models.NAMES of "sd15" or "sdxl": that of the tiny one, if tiny ones are asked for."""
+        return f"tiny-{model.removeprefix('tiny-')}" if self.tiny else model
+
+    def side(self, model: str) -> int:
+        """Pixels of a side of the model's images."""
+        return 64 if self.tiny else {"sd15": 512, "sdxl": 1024}[model]
+
+    def bundle(self, model: str) -> Path:
+        """The folder of the model with weights."""
+        return self.folder / self.kind(model)
+
+    def words(self) -> list[str]:
+        """The flags that make the same settings again."""
+        words = ["--folder", str(self.folder), "--graphs", str(self.graphs), "--out", str(self.out)]
+        words += ["--provider", self.provider, "--seconds", str(self.seconds), "--threads", str(self.threads)]
+        return words + ["--tiny"] * self.tiny + ["--no-compile"] * (not self.compile) + ["--no-values"] * (not self.values)
