@@ -149,7 +149,8 @@ def picture(settings: Settings) -> Iterator[Line]:
     works: dict[str, Work] = {"ours": Picture(_ours(settings, "sd15"), _request(side, _STEPS, (1,)))}
     with recording_at_once():
         works["ours"].run()
-    works["PyTorch"] = _torch_picture(_torch_pipeline(settings), side)
+    if settings.values:  # diffusers' schedulers look values up by computed numbers
+        works["PyTorch"] = _torch_picture(_torch_pipeline(settings), side)
     yield from _compared(_picture_section(side), works, settings, aim=settings.aim("picture"))
 
 
@@ -300,7 +301,7 @@ def _torch_pipeline(settings: Settings) -> Any:
     """diffusers' pipeline with random weights, on the device."""
     pipe = models.pipeline(settings.kind("sd15"))
     for module in (pipe.text_encoder, pipe.vae, pipe.unet):
-        models.filled(module, settings.device, settings.dtype).to(settings.dtype)
+        models.filled(module, settings.device, settings.dtype)
     pipe.unet.to(memory_format=torch.channels_last)
     pipe.set_progress_bar_config(disable=True)
     return pipe

@@ -1,60 +1,104 @@
-"""`scripts/gpu_check` on CUDA's provider: all of it with tiny models, over fake libraries that compute nothing."""
+"""`scripts/gpu_check` on CUDA's provider, with tiny models, over fake libraries that compute nothing."""
 
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from fake_gpu import FakeGpu
 from gpu_check import __main__ as command
-from gpu_check.results import read
+from gpu_check import weightless
+from gpu_check.preflight import preflight
+from gpu_check.results import Line, read
+from gpu_check.sections import SECTIONS
+from gpu_check.settings import Settings
 
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.timeout(900)
-def test_every_section_runs_and_records(tmp_path: Path, gpu: FakeGpu) -> None:
-    out = tmp_path / "result.jsonl"
-    words = ["--tiny", "--no-compile", "--no-values", "--seconds", "0", "--threads", "1", "--budget", "800", "--out", str(out)]
-    done = subprocess.run(
-        [ROOT / "scripts" / "gpu_check", *words],
-        env=os.environ | {"PYTHON": sys.executable, "FAKECUDA_SUMMARY": str(tmp_path / "summary-%p.json")},
-        capture_output=True,
-        text=True,
-    )
-    lines = read(out)
-    assert [line for line in lines if line.passed is False] == [], out.with_suffix(".log").read_text()
-    assert done.returncode == 0
-    started = [word for word in done.stderr.split() if word != "..."]
-    wanted = [section.name for section in command.SECTIONS if not section.name.startswith("compile")]
-    assert [name for name in started if not name.startswith(("make", "fill"))] == wanted
-    found = {(line.section, line.name): line for line in lines}
-    assert found["preflight", "UNet, recorded"].note == "replayed"
-    assert found["preflight", "a tiny bundle opens"].note == "onnx:cuda, rows recorded: 1, 2, 4, 8, 16"
-    replays = [line for line in lines if line.section.endswith("recorded") and line.name.endswith(" rows")]
-    assert all(line.note.startswith("recorded in") for line in replays), replays
-    assert len(replays) == 5
-    assert {"cuDNN attention", "flash attention", "plain graph"} <= {line.name for line in lines}
-    assert found["memory", "a request that does not fit"].note
-    assert [line.note for line in lines if "after it" in line.name] == ["drawn"] * 3
-    assert found["memory", "kept by the failed request"].value == 0
+@pytest.fixture(scope="module")
+def filled(tmp_path_factory: pytest.TempPathFactory) -> Settings:
+    """Tiny models in fp16, plain and fused, with random weights."""
+    folder = tmp_path_factory.mktemp("gpu_check")
+    for name in ("tiny-sd15", "tiny-sdxl"):
+        weightless.make(name, folder / "graphs" / name, "fp16")
+        weightless.fill(folder / "graphs" / name, folder / name)
+    return Settings(folder, folder / "graphs", folder / "r.jsonl", tiny=True, compile=False, values=False, seconds=0.0, threads=1)
 
 
-def test_without_a_library_preflight_names_it_in_one_line(tmp_path: Path) -> None:
-    """As where cuDNN was not installed."""
+@pytest.fixture
+def settings(filled: Settings, gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> Settings:
+    """As `scripts/gpu_check --tiny --no-values` has them in a section's process."""
+    monkeypatch.setattr(torch, "isfinite", lambda tensor: torch.ones(tensor.shape, dtype=torch.bool))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(str(ROOT / name) for name in ("benchmarks", "scripts")))
+    return filled
+
+
+def _passed(lines: Iterator[Line]) -> dict[str, Line]:
+    """The lines by name, none of which failed."""
+    found = list(lines)
+    assert [line for line in found if line.passed is False] == []
+    return {line.name: line for line in found}
+
+
+def test_preflight_opens_replays_and_names_the_device(settings: Settings) -> None:
+    lines = _passed(preflight(settings))
+    assert lines["device and libraries"].note.startswith("Fake GPU, compute capability 9.0, CUDA ")
+    assert lines["a tiny bundle opens"].note == "onnx:cuda, rows recorded: 1, 2, 4, 8, 16"
+    assert lines["UNet, recorded"].note == "replayed"
+
+
+def test_only_calls_that_are_not_recorded_build_plans_when_rows_change(settings: Settings, gpu: FakeGpu) -> None:
+    with gpu.counting() as switched:
+        assert "4 rows after 2" in _passed(SECTIONS["switch"](settings))
+    with gpu.counting() as replayed:
+        lines = _passed(SECTIONS["replay"](settings))
+    assert all(lines[f"{rows} rows"].note.startswith("recorded in") for rows in (1, 2, 4, 8, 16))
+    assert replayed["cudaStreamBeginCapture"] == 5
+    assert replayed["plan"] < switched["plan"] / 2
+    assert switched["cudaGraphLaunch"] == 0
+
+
+@pytest.mark.parametrize(
+    ("section", "some"),
+    [
+        ("host", {"warm-up's recordings", "8 requests, beside the UNet's call"}),
+        ("unet-sd15", {"ours", "not recorded", "cuDNN attention", "flash attention", "plain graph", "PyTorch"}),
+        ("unet-sdxl", {"ours", "not recorded", "PyTorch"}),
+        ("vae", {"ours", "PyTorch"}),
+        ("picture", {"ours"}),
+        ("cold", {"process start to first image, sd15"}),
+    ],
+)
+def test_a_section_runs(section: str, some: set[str], settings: Settings) -> None:
+    assert some <= set(_passed(SECTIONS[section](settings)))
+
+
+def test_after_a_request_that_does_not_fit_others_are_drawn(settings: Settings) -> None:
+    lines = _passed(SECTIONS["memory"](settings))
+    assert "out of memory" in lines["a request that does not fit"].note
+    assert [lines[f"request {number} after it"].note for number in (1, 2, 3)] == ["drawn"] * 3
+    assert abs(lines["kept by the failed request"].value or 0) < 64
+
+
+def test_without_a_library_preflight_names_it_in_one_line(filled: Settings, tmp_path: Path) -> None:
+    """As where cuDNN was not installed; the sections that follow are not tried."""
     libraries = tmp_path / "lib"
     libraries.mkdir()
     for folder in os.environ["LD_LIBRARY_PATH"].split(os.pathsep):
         for path in Path(folder).glob("*"):
             if "cudnn" not in path.name and not (libraries / path.name).exists():
                 (libraries / path.name).symlink_to(path)
-    out = tmp_path / "result.jsonl"
-    words = ["--tiny", "--no-values", "--threads", "1", "--only", "preflight,switch", "--out", str(out)]
+    settings = replace(filled, out=tmp_path / "result.jsonl")
     environment = os.environ | {"PYTHON": sys.executable, "LD_LIBRARY_PATH": str(libraries)}
+    words = ["--only", f"{command.PREFLIGHT.name},switch", *settings.words()]
     done = subprocess.run([ROOT / "scripts" / "gpu_check", *words], env=environment, capture_output=True, text=True)
     assert done.returncode == 1
-    (failed,) = [line for line in read(out) if line.passed is False]
+    (failed,) = [line for line in read(settings.out) if line.passed is False]
     assert failed.section == "preflight"
     assert "libcudnn" in failed.note
     assert "\n" not in failed.note
