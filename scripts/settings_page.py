@@ -21,10 +21,10 @@ _HEAD = f"""\
 
 <!-- Made by scripts/settings from server/img2img_server/config.py: edit that. -->
 
-Each has a flag, a variable and a key in the TOML file of `--config` or `{CONFIG_VARIABLE}`; a flag counts before a variable, a
-variable before the file. Bytes can be written as `500MB` or `1.5GiB`, seconds as `250ms`, `90s`, `15m` or `24h`; bounds are
-inclusive. [operations.md](operations.md#settings) says more of that, and what settings are for; `img2img serve --print-config`
-shows what counts and where it was set.
+Reference of all settings. Each has a flag, an environment variable and a key in the TOML file of `--config` or
+`{CONFIG_VARIABLE}`; a flag overrides a variable, and a variable overrides the file. Bytes can be written as `500MB` or `1.5GiB`,
+seconds as `250ms`, `90s`, `15m` or `24h`; bounds are inclusive. [operations.md](operations.md#settings) has an example and
+explains what the settings do; `img2img serve --print-config` shows the values in use and their sources.
 """
 _KINDS = {int: "whole number", float: "number", bool: "switch", str: "text", Path: "path"}
 _UNITS = {"BYTES": "bytes", "SECONDS": "seconds"}
@@ -42,7 +42,7 @@ def page() -> str:
 
 
 def _table(settings: list[Setting]) -> Iterator[str]:
-    yield "| flag | variable | key | value | default | what it is |"
+    yield "| flag | variable | key | value | default | meaning |"
     yield "|---|---|---|---|---|---|"
     for one in settings:
         flag = f"`{one.flag}`, `{one.flag.replace('--', '--no-', 1)}`" if one.kind is bool else f"`{one.flag}`"

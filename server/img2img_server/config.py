@@ -1,4 +1,4 @@
-"""The server's configuration: every setting once, with its default and what it means, checked when it is made."""
+"""The server's configuration: every setting with its default and its help text, validated on construction."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,35 +15,37 @@ DEFAULT_STEPS = 25
 DEFAULT_GUIDANCE = 7.5
 MAX_GUIDANCE = 30.0
 MAX_PROMPT = 4096
-"""Characters. Text encoders read some 77 tokens; tokenizing a book would only hold up the engine."""
+"""Characters. Text encoders read about 77 tokens; tokenizing longer texts would only delay the engine."""
 
 
 PRELOAD_WORDS = ("default", "all", "none")
-"""What `preload` can have in place of ids."""
+"""Values of `preload` other than ids."""
 
 
 @dataclass(frozen=True, slots=True)
 class ModelSettings:
-    """Which models are in memory, and which may be fetched. `memory` is in bytes, None for no bound; `preload` has ids, or one of
+    """Which models are loaded and downloaded. `memory` is in bytes, None for no bound; `preload` has ids, or one of
     PRELOAD_WORDS."""
 
     memory: int | None = setting(
         None,
-        "memory for models; beyond it, those that were not used for longest are unloaded (default: no bound)",
+        "memory for all models; models that are not in use are evicted (LRU) to stay below it (default: no bound)",
         metavar="BYTES",
         least=1,
         name="models_memory",
     )
     preload: tuple[str, ...] = setting(
         ("default",),
-        "models to load before serving, by id; default: the default model; all: as many as the memory holds; none: none. "
-        "The others are loaded when a request asks for them",
+        "ids of models to load before serving, or default (the default model), all (as many as fit into memory) or none; "
+        "other models are loaded on request",
         metavar="ID[,...]",
     )
-    load_on_request: bool = setting(True, "load a model of the store when the first request for it comes")
-    allow_downloads: bool = setting(False, "export and load models that are not in the store, from repositories of the hub")
+    load_on_request: bool = setting(True, "load a model when the first request for it arrives")
+    allow_downloads: bool = setting(
+        False, "export and load models from Hugging Face repositories if a request names one that is not in the store"
+    )
     download_repos: tuple[str, ...] = setting(
-        (), "repositories that may be downloaded, as patterns such as stabilityai/*", metavar="PATTERN[,...]"
+        (), "repositories that may be downloaded: patterns such as stabilityai/*", metavar="PATTERN[,...]"
     )
 
     def __post_init__(self) -> None:
@@ -55,12 +57,13 @@ class ModelSettings:
 
 @dataclass(frozen=True, slots=True)
 class TlsSettings:
-    """The files, in PEM, of TLS. They are read again when they change. With `client_ca`, clients must show a certificate of
-    its."""
+    """The TLS files, in PEM. They are reloaded when they change. With `client_ca`, clients need a certificate that it signed."""
 
-    certificate: Path | None = setting(None, "the server's certificate chain", metavar="FILE")
-    key: Path | None = setting(None, "the private key of the certificate", metavar="FILE")
-    client_ca: Path | None = setting(None, "take only clients with a certificate that one of these signed", metavar="FILE")
+    certificate: Path | None = setting(None, "certificate chain of the server, in PEM", metavar="FILE")
+    key: Path | None = setting(None, "private key of the certificate, in PEM", metavar="FILE")
+    client_ca: Path | None = setting(
+        None, "accept only clients with a certificate that one of these authorities signed (mutual TLS), in PEM", metavar="FILE"
+    )
 
     def __post_init__(self) -> None:
         if (self.certificate is None) != (self.key is None):
@@ -71,43 +74,43 @@ class TlsSettings:
 
 @dataclass(frozen=True, slots=True)
 class AssetSettings:
-    """Where pictures are kept: any URL that fsspec opens. `quota` is in bytes, `client_quota` those of one token's name (None: no
-    bound), `max_age` in seconds since a picture's last use."""
+    """Asset storage. `url` is any URL that fsspec opens. `quota` is in bytes, and so is `client_quota`, that of one token's name
+    (None: no bound). `max_age` is in seconds since an asset's last use."""
 
     url: str | None = setting(
         None,
-        "a folder or URL (s3://bucket/folder) to keep pictures in (default: ~/.cache/img2img/assets; none: keep none)",
+        "folder or URL (s3://bucket/folder) to store assets in, none to disable assets (default: ~/.cache/img2img/assets)",
         name="assets",
         metavar="URL",
         is_path=lambda text: text != "none" and "://" not in text,
     )
-    quota: int = setting(2**30, "most bytes of pictures that are kept", name="assets_quota", metavar="BYTES", least=1)
+    quota: int = setting(2**30, "maximum size of all stored assets", name="assets_quota", metavar="BYTES", least=1)
     client_quota: int | None = setting(
         None,
-        "most bytes of pictures that are kept for one token's name (default: no bound but assets_quota)",
+        "maximum size of the assets of one token's name (default: bounded by assets_quota only)",
         name="assets_client_quota",
         metavar="BYTES",
         least=1,
     )
     max_age: float = setting(
-        24 * 3600.0, "seconds after its last use that a picture is kept", name="assets_max_age", metavar="SECONDS", least=1
+        24 * 3600.0, "delete an asset this long after its last use", name="assets_max_age", metavar="SECONDS", least=1
     )
 
 
 @dataclass(frozen=True, slots=True)
 class CodecSettings:
-    """Processes that decode and encode images, None for one more than there are cores, 9 at most. `memory` bounds the bytes of
-    images that are received or decoded."""
+    """Processes that decode and encode images, None for the number of cores + 1, at most 9. `memory` bounds the bytes of images
+    that are being received or decoded."""
 
     decoders: int | None = setting(
-        None, "processes that decode images (default: cores + 1, 9 at most)", metavar="N", least=1, name="decode_processes"
+        None, "processes that decode images (default: cores + 1, at most 9)", metavar="N", least=1, name="decode_processes"
     )
     encoders: int | None = setting(
-        None, "processes that encode images (default: cores + 1, 9 at most)", metavar="N", least=1, name="encode_processes"
+        None, "processes that encode images (default: cores + 1, at most 9)", metavar="N", least=1, name="encode_processes"
     )
     memory: int = setting(
         4 * 2**30,
-        "memory for images that are received or decoded; beyond it, requests are refused",
+        "memory for images that are being received or decoded; requests that exceed it are refused",
         metavar="BYTES",
         least=1,
         name="image_memory",
@@ -116,81 +119,83 @@ class CodecSettings:
 
 @dataclass(frozen=True, slots=True)
 class SourceSettings:
-    """Which addresses `image.uri` may have beside data: and asset:. `http_seconds` bounds one download."""
+    """The URLs that `image.uri` may have, in addition to data: and asset:. `http_seconds` bounds one download."""
 
-    allow_http: bool = setting(False, "fetch http and https addresses of the public internet, never of private networks")
-    http_seconds: float = setting(10.0, "longest that fetching an address may take", metavar="SECONDS", least=0.1)
-    file_root: Path | None = setting(None, "allow file: addresses below this folder", metavar="DIR")
+    allow_http: bool = setting(
+        False, "fetch source images from http and https URLs on the public internet, never from private networks"
+    )
+    http_seconds: float = setting(10.0, "maximum duration of one fetch", metavar="SECONDS", least=0.1)
+    file_root: Path | None = setting(None, "allow file: URLs below this folder", metavar="DIR")
 
 
 @dataclass(frozen=True, slots=True)
 class TelemetrySettings:
-    """What is told to the outside, and how. Metrics are served over HTTP where `metrics_port` is set, 0 for a free one."""
+    """Metrics, traces and logs. Metrics are served over HTTP if `metrics_port` is set; 0 takes a free port."""
 
     metrics_port: int | None = setting(
         None,
-        "serve Prometheus metrics over HTTP on this port, 0 for a free one (default: none are served)",
+        "serve Prometheus metrics over HTTP on this port; 0 takes a free one (default: no metrics)",
         metavar="PORT",
         least=0,
         most=65535,
     )
-    metrics_host: str = setting("127.0.0.1", "address to serve metrics on")
+    metrics_host: str = setting("127.0.0.1", "address to serve metrics on; metrics need no token")
     otlp_endpoint: str | None = setting(
         None, "send OpenTelemetry traces to this collector, such as http://localhost:4317", metavar="URL"
     )
-    log_format: Literal["text", "json"] = setting("text", "how the log on standard error is written", choices=("text", "json"))
+    log_format: Literal["text", "json"] = setting("text", "format of the log on standard error", choices=("text", "json"))
     log_level: Literal["debug", "info", "warning", "error"] = setting(
         "info",
-        "what is written to the log, and what is worse; debug also has where a model failed to load",
+        "lowest level that is logged; debug includes tracebacks of models that fail to load",
         choices=("debug", "info", "warning", "error"),
     )
 
 
 @dataclass(frozen=True, slots=True)
 class RaySettings:
-    """Where engines run with `engine` "ray": as replicas of one Ray Serve application, which all servers of its name share.
+    """Replicas for `engine` "ray": one Ray Serve application, which all servers of the same `app` share.
 
     `address` None starts a cluster on this machine, which ends with this server. `max_replicas` None is `min_replicas`, a fixed
-    number; between the two, there is one for each `target_queued_seconds` of work. `num_gpus` and `num_cpus` are those of one
-    replica, as Ray counts them; None is found out from what the cluster has. Delays and timeouts are in seconds.
+    number; between the two there is one replica for each `target_queued_seconds` of work. `num_gpus` and `num_cpus` are per
+    replica, as Ray counts them; None derives them from the cluster. Delays and timeouts are in seconds.
     """
 
     address: str | None = setting(
         None,
-        "the Ray cluster to join, such as auto or 10.0.0.5:6379 (default: one is started here, and ends with the server)",
+        "Ray cluster to join, such as auto or 10.0.0.5:6379 (default: start one on this machine, which ends with the server)",
         metavar="ADDRESS",
     )
-    app: str = setting("img2img", "the Ray Serve application: the first server deploys it, others of that name share it")
-    min_replicas: int = setting(1, "fewest replicas: processes with an engine each", metavar="N", least=1)
+    app: str = setting(
+        "img2img", "name of the Ray Serve application: the first server deploys it, later ones of that name join it"
+    )
+    min_replicas: int = setting(1, "minimum number of replicas (processes with one engine each)", metavar="N", least=1)
     max_replicas: int | None = setting(
-        None, "most replicas (default: as many as the fewest, so that their number is fixed)", metavar="N", least=1
+        None, "maximum number of replicas (default: the minimum, so that the number is fixed)", metavar="N", least=1
     )
     num_gpus: float | None = setting(
-        None, "GPUs of one replica (default: one where the cluster has GPUs, else none)", metavar="N", least=0
+        None, "GPUs per replica (default: one if the cluster has GPUs, else none)", metavar="N", least=0
     )
     num_cpus: float | None = setting(
         None,
-        "cores of one replica (default: one beside a GPU; else this machine's, shared out among the most replicas)",
+        "cores per replica (default: one with a GPU, else this machine's cores divided by the maximum number of replicas)",
         metavar="N",
         least=0,
     )
     target_queued_seconds: float = setting(
-        10.0, "seconds of queued work for each replica, by which their number is chosen", metavar="SECONDS", least=0.1
+        10.0, "target of queued work per replica; the number of replicas follows it", metavar="SECONDS", least=0.1
     )
-    upscale_delay: float = setting(
-        30.0, "how long there must be too much work before replicas are added", metavar="SECONDS", least=0
-    )
+    upscale_delay: float = setting(30.0, "add replicas if the work exceeds the target for this long", metavar="SECONDS", least=0)
     downscale_delay: float = setting(
-        600.0, "how long there must be too little work before replicas are taken away", metavar="SECONDS", least=0
+        600.0, "remove replicas if the remaining ones would be at most half loaded for this long", metavar="SECONDS", least=0
     )
     spread_after: float = setting(
         30.0,
-        "a request goes to a replica that must load its model first, once those that have it are this much busier",
+        "send a request to a replica that must load its model only if the replicas that have the model are busier by this much",
         metavar="SECONDS",
         least=0,
     )
     graceful_shutdown_timeout: float = setting(
-        30.0, "time to finish for a replica that is taken away", metavar="SECONDS", least=0
+        30.0, "time to finish requests for a replica that is removed", metavar="SECONDS", least=0
     )
 
     def __post_init__(self) -> None:
@@ -203,73 +208,69 @@ class RaySettings:
 
     @property
     def most_replicas(self) -> int:
-        """The most replicas that there can be."""
+        """The maximum number of replicas."""
         return self.min_replicas if self.max_replicas is None else self.max_replicas
 
 
 @dataclass(frozen=True, slots=True)
 class ServerConfig:
-    """What `img2img serve` runs with.
+    """The configuration of `img2img serve`.
 
     `models` is a folder of bundles, or one bundle. Port 0 takes a free one; `port_file` is written with the port once the
-    server is SERVING. `grace` is how many seconds running requests get after SIGTERM. `execution` is how models are run.
-    `cache_bytes` hold what was encoded of prompts and pictures, 0 for none; clients with tokens share them only if `share_caches`
-    is set. `warm_up` is how many
-    seconds each model is measured for before it is served. `trace` gets the device's timeline. `allow_unverified` serves
-    bundles, too, whose verification failed. `tokens` is the file of those who may call (access/), None for everybody.
-    `allow_insecure` lets the server listen beyond loopback without TLS. `watchdog` is how many seconds one call of a model may
-    take before the engine counts as stuck. Raises ValueError for a setting that cannot work.
+    server is SERVING. `grace`, `watchdog`, `reader_timeout` and `warm_up` are in seconds: the time for accepted requests after
+    SIGTERM, the maximum duration of one model call, the maximum time that a client may leave a message unread, and the time to
+    measure each model at start. `cache_bytes` bounds the cache of encoded prompts and images, which clients with tokens share
+    only if `share_caches` is set. `tokens` is the file of tokens (access/), None for no authentication. `trace` is the file for
+    the device's timeline. Raises ValueError for an invalid setting.
     """
 
-    models: Path = setting(Path(), "a folder of bundles, or one bundle", metavar="DIR", required=True)
-    host: str = setting("127.0.0.1", "address to listen on")
-    port: int = setting(50051, "port to listen on, 0 for a free one", metavar="PORT", least=0, most=65535)
-    port_file: Path | None = setting(None, "write the port here once the server is ready", metavar="FILE")
-    allow_insecure: bool = setting(False, "listen beyond loopback without TLS, where something else has it")
+    models: Path = setting(Path(), "folder of bundles, or one bundle", metavar="DIR", required=True)
+    host: str = setting("127.0.0.1", "address to listen on; addresses other than loopback need TLS or allow_insecure")
+    port: int = setting(50051, "port to listen on; 0 takes a free one", metavar="PORT", least=0, most=65535)
+    port_file: Path | None = setting(None, "write the port to this file once the server is ready", metavar="FILE")
+    allow_insecure: bool = setting(False, "allow plaintext on non-loopback addresses (TLS terminated upstream)")
     accept_compression: bool = setting(
-        False, "accept messages compressed with gzip or deflate; a small one can then take as much memory as the largest"
+        False, "accept messages compressed with gzip or deflate; a small message can then take as much memory as the largest"
     )
-    kserve: bool = setting(False, "also answer KServe v2, as Triton's clients speak it, on the same port")
+    kserve: bool = setting(False, "also serve the KServe v2 protocol, for Triton's clients, on the same port")
     engine: Literal["local", "ray"] = setting(
-        "local", "where models run: in this process, or as replicas of an application on a Ray cluster", choices=("local", "ray")
+        "local", "where models run: local (in this process) or ray (in replicas on a Ray cluster)", choices=("local", "ray")
     )
-    default_model: str | None = setting(
-        None, "the model of requests that name none (default: the only one there is)", metavar="ID"
-    )
+    default_model: str | None = setting(None, "model for requests that name none (default: the only model)", metavar="ID")
     tokens: Path | None = setting(
-        None, "who may call: a file that `img2img token` writes (default: everybody who reaches the port)", metavar="FILE"
+        None, "require a token from this file, which `img2img token` writes (default: no authentication)", metavar="FILE"
     )
-    grace: float = setting(30.0, "time to finish on SIGTERM", metavar="SECONDS", least=0)
+    grace: float = setting(30.0, "time for accepted requests to finish after SIGTERM", metavar="SECONDS", least=0)
     watchdog: float = setting(
         300.0,
-        "longest that one call of a model may take before the server gives itself up; 0: for ever",
+        "maximum duration of one model call before the server exits; 0 disables it",
         metavar="SECONDS",
         least=0,
     )
     reader_timeout: float = setting(
         60.0,
-        "longest that a client may leave a message of its answer unread, and a second more for each 64 KiB of it; 0: for ever",
+        "maximum time that a client may leave a message unread, plus one second for each 64 KiB of it; 0 disables it",
         metavar="SECONDS",
         least=0,
     )
-    warm_up: float = setting(10.0, "time to measure a model at start", metavar="SECONDS", least=0)
-    cache_bytes: int = setting(256 * 2**20, "memory for encoded prompts and pictures, 0 for none", metavar="BYTES", least=0)
+    warm_up: float = setting(10.0, "maximum time to measure each model at start; 0 disables it", metavar="SECONDS", least=0)
+    cache_bytes: int = setting(256 * 2**20, "cache for encoded prompts and images; 0 disables it", metavar="BYTES", least=0)
     share_caches: bool = setting(
         False,
-        "share encoded prompts and images between clients with tokens; their timings then tell each other what others sent",
+        "share the cache between clients with tokens; timings then reveal whether another client sent the same input",
     )
-    trace: Path | None = setting(None, "write the device's timeline here, to be opened in ui.perfetto.dev", metavar="FILE")
-    allow_unverified: bool = setting(False, "also serve bundles that did not pass their export's verification")
-    max_steps: int = setting(100, "largest num_inference_steps", metavar="N", least=1)
-    max_image_count: int = setting(8, "most pictures of one request", metavar="N", least=1)
-    limits: Limits = section(Limits, "the queue")
-    image_limits: ImageLimits = section(ImageLimits, "pictures")
+    trace: Path | None = setting(None, "write a timeline of the device to this file, for ui.perfetto.dev", metavar="FILE")
+    allow_unverified: bool = setting(False, "also serve bundles whose verification failed at export")
+    max_steps: int = setting(100, "maximum num_inference_steps", metavar="N", least=1)
+    max_image_count: int = setting(8, "maximum number of images of one request", metavar="N", least=1)
+    limits: Limits = section(Limits, "batching and queue")
+    image_limits: ImageLimits = section(ImageLimits, "image limits")
     codecs: CodecSettings = section(CodecSettings, "codecs")
     execution: Execution = section(Execution, "how models are run")
     residency: ModelSettings = section(ModelSettings, "models in memory")
     tls: TlsSettings = section(TlsSettings, "TLS", prefix="tls_")
-    assets: AssetSettings = section(AssetSettings, "kept pictures")
-    sources: SourceSettings = section(SourceSettings, "pictures from addresses")
+    assets: AssetSettings = section(AssetSettings, "assets")
+    sources: SourceSettings = section(SourceSettings, "images from URLs")
     telemetry: TelemetrySettings = section(TelemetrySettings, "metrics, traces and logs")
     ray: RaySettings = section(RaySettings, "replicas on Ray (--engine ray)", prefix="ray_")
 
@@ -278,5 +279,5 @@ class ServerConfig:
 
     @property
     def max_message_bytes(self) -> int:
-        """The largest message taken from the network: a source picture as a base64 URI and something beside it."""
+        """The largest message that is accepted: a source image as a base64 URI, and 1 MiB for the rest."""
         return 2 * self.image_limits.max_bytes + 2**20

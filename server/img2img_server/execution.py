@@ -60,38 +60,42 @@ class Execution:
 
     provider: str = setting(
         "auto",
-        "what runs ONNX graphs. auto: the first of these that works here; the log says why not a better one. One that is "
-        "asked for by name and does not work is an error at start",
+        "execution provider for ONNX graphs. auto takes the best one that works on this machine, and the log says why a better "
+        "one was not used; a provider that is set by name and does not work is an error at start",
         choices=("auto", *PROVIDERS),
     )
     threads: int | None = setting(
         None,
-        "CPU threads of one model call (default: one for each physical core that this process may use)",
+        "CPU threads per model call (default: one for each physical core that this process may use)",
         metavar="N",
         least=1,
     )
     arithmetic: Arithmetic = setting(
         "auto",
-        "auto: compute in bfloat16 or float16 where that is faster and the model's reference pictures still pass. "
-        "fp32: in no less than the bundle's own precision",
+        "auto: compute in bfloat16 or float16 if that is faster and the model's reference images still pass. "
+        "fp32: never below the bundle's own precision",
         choices=("auto", "fp32"),
     )
     buckets: tuple[Bucket, ...] | None = setting(
         None,
-        "common sizes to prepare for, in pixels, with the rows of a call: 512x512:2 is one guided picture of 512 x 512. "
-        "Each costs memory; other sizes run slower (default: the model's own size with 2 rows; none: no such preparation)",
+        "common sizes to optimize for, in pixels, with the rows of a call: 512x512:2 is one image of 512 x 512 with guidance. "
+        "Each costs memory; other sizes run slower; none disables it (default: the model's own size with 2 rows)",
         metavar="WxH:ROWS[,...]",
         parse=parse_buckets,
         write=write_buckets,
     )
     gpu_memory: int | None = setting(
-        None, "most GPU memory that each of ONNX Runtime's sessions keeps (default: no bound)", metavar="BYTES", least=1
+        None, "maximum GPU memory of each ONNX Runtime session (default: no bound)", metavar="BYTES", least=1
     )
-    cuda_graphs: bool = setting(True, "replay recorded calls of common sizes instead of starting each GPU kernel anew")
-    compile: bool = setting(False, "torch.compile what runs in PyTorch: minutes more at start, faster steps")
+    cuda_graphs: bool = setting(
+        True, "record model calls of common sizes as CUDA graphs and replay them, instead of launching each kernel"
+    )
+    compile: bool = setting(
+        False, "use torch.compile for models that run in PyTorch: faster steps, but start takes minutes longer"
+    )
     cache: Path | None = setting(
         None,
-        "where built TensorRT engines are kept (default: ~/.cache/img2img/engines)",
+        "folder for built TensorRT engines and measured costs (default: ~/.cache/img2img/engines)",
         metavar="DIR",
         name="engine_cache",
     )

@@ -32,17 +32,19 @@ class Limits:
     An eighth of `max_waiting` is for clients that have no request yet: who fills the queue does not shut them out.
     """
 
-    max_batch_size: int = setting(16, "most rows of a model call, two a guided picture", metavar="N", least=1)
-    max_active: int = setting(32, "requests that may be in progress", metavar="N", least=1)
-    max_waiting: int = setting(256, "requests that may wait", metavar="N", least=1)
-    max_admitted: int = setting(4, "requests that may be encoded between two steps of the others", metavar="N", least=1)
+    max_batch_size: int = setting(16, "maximum rows of one model call; an image with guidance takes two", metavar="N", least=1)
+    max_active: int = setting(32, "maximum number of requests in progress", metavar="N", least=1)
+    max_waiting: int = setting(256, "maximum number of waiting requests", metavar="N", least=1)
+    max_admitted: int = setting(
+        4, "maximum number of requests that are encoded between two steps of the others", metavar="N", least=1
+    )
     max_waiting_seconds: float | None = setting(
         None,
-        "estimated seconds of work that may wait; beyond, requests are refused (default: no bound)",
+        "refuse requests while the estimated accepted work exceeds this (default: no bound)",
         metavar="SECONDS",
         least=0,
     )
-    max_client_waiting: int = setting(128, "requests of one client that may wait or run", metavar="N", least=1)
+    max_client_waiting: int = setting(128, "maximum number of waiting and running requests of one client", metavar="N", least=1)
 
     def waiting_places(self, held: int, engines: int = 1) -> int:
         """The most requests that may wait, of all clients and in so many engines, if one comes from a client that has `held`."""

@@ -13,9 +13,9 @@ from img2img_server.settings.setting import setting
 class ImageLimits:
     """The largest source file in bytes, the largest source and the largest result in pixels."""
 
-    max_bytes: int = setting(16 * 2**20, "largest source file", metavar="BYTES", name="max_image_bytes", least=1)
-    max_source_pixels: int = setting(32_000_000, "largest source picture, width x height", metavar="N", least=1)
-    max_pixels: int = setting(2048 * 2048, "largest result, width x height", metavar="N", least=1)
+    max_bytes: int = setting(16 * 2**20, "maximum size of a source file", metavar="BYTES", name="max_image_bytes", least=1)
+    max_source_pixels: int = setting(32_000_000, "maximum pixels of a source image, width x height", metavar="N", least=1)
+    max_pixels: int = setting(2048 * 2048, "maximum pixels of a result, width x height", metavar="N", least=1)
 
 
 @dataclass(frozen=True, slots=True)
