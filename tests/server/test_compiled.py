@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionImg2ImgPipeline
+from diffusers import AutoPipelineForImage2Image, StableDiffusionImg2ImgPipeline
 from fake_diffusers import FakeDiffusers
 from fakes import make_request
 from img2img_server.engine.request import Request
@@ -62,6 +62,60 @@ def test_what_is_compiled_draws_the_same_and_no_request_waits_for_the_compiler(p
         used.append(ran > 0)
     assert used[:3] == [True, True, False], "what was not compiled for runs as it always did"
     assert compiled == ready
+
+
+class Compiler:
+    """In torch.compile's place: keeps what is to be compiled and how, and counts the calls of what it gave."""
+
+    def __init__(self) -> None:
+        self.compiled: list[str] = []
+        self.settings: list[dict[str, Any]] = []
+        self.calls = 0
+
+    def __call__(self, function: Any, **settings: Any) -> Callable[..., Any]:
+        self.compiled.append(type(function.__self__).__name__)
+        self.settings.append(settings)
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            self.calls += 1
+            return function(*args, **kwargs)
+
+        return run
+
+
+@pytest.mark.parametrize(
+    ("name", "blocks"),
+    [
+        ("sd1", {"BasicTransformerBlock"}),
+        ("flux", {"FluxTransformerBlock", "FluxSingleTransformerBlock"}),
+        ("kandinsky3", {"Kandinsky3UNet"}),
+    ],
+)
+def test_of_a_denoiser_that_repeats_blocks_the_blocks_are_compiled(
+    name: str, blocks: set[str], tiny_model: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And used for the shapes that were compiled only; the third class repeats none, and is compiled whole."""
+    pipe = AutoPipelineForImage2Image.from_pretrained(tiny_model(name), torch_dtype=torch.float32, local_files_only=True)
+    pipeline, compiler = WholePipeline(pipe, "torch:cpu", threads=1), Compiler()
+    monkeypatch.setattr(torch, "compile", compiler)
+    native = [request(*pipeline.native_size, guidance_scale=scale) for scale in (7.5, 1.0)]
+    before = [run_alone(pipeline, item) for item in native]
+    assert compile_modules(pipe, pipeline)
+    denoiser = getattr(pipe, "unet", None) or pipe.transformer
+    there = [type(part).__name__ for part in denoiser.modules() if type(part).__name__ in blocks]
+    *compiled, decoder = compiler.compiled
+    assert sorted(compiled) == sorted(there)
+    assert set(compiled) == blocks
+    assert decoder not in blocks, "the VAE's decoder is compiled whole"
+    assert all(given["dynamic"] is False and "mode" not in given for given in compiler.settings), "nothing is recorded on a CPU"
+    for item, images in zip(native, before, strict=True):
+        calls = compiler.calls
+        assert difference(run_alone(pipeline, item), images) == 0
+        assert compiler.calls > calls
+    calls, width = compiler.calls, pipeline.native_size[0]
+    run_alone(pipeline, request(width, width + pipeline.size_multiple * 2))
+    assert compiler.calls == calls
+    assert not any(part._compiled_call_impl for part in denoiser.modules())
 
 
 def test_a_compiler_that_fails_leaves_the_model_as_it_was(pipe: Any, caplog: pytest.LogCaptureFixture) -> None:

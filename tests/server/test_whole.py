@@ -172,6 +172,52 @@ def test_a_run_goes_on_only_while_it_is_resumed() -> None:
     run.abandon()
 
 
+def test_runs_that_follow_each_other_are_on_one_thread() -> None:
+    """What torch.compile records for a GPU belongs to a thread. Runs at the same time have one each."""
+    threads: list[int] = []
+
+    def call(run: Run) -> list[Image.Image]:
+        threads.append(threading.get_ident())
+        run.pause()
+        assert threading.get_ident() in threads
+        return []
+
+    def fails(run: Run) -> list[Image.Image]:
+        threads.append(threading.get_ident())
+        raise ValueError
+
+    def panics(run: Run) -> list[Image.Image]:
+        threads.append(threading.get_ident())
+        raise BaseException("a library in Rust")
+
+    for work in (call, fails, panics):
+        run = Run(work)
+        run.resume()
+        run.abandon()
+        assert run.done
+    assert len(set(threads)) == 1
+    some = [Run(call) for _ in range(3)]
+    for run in some:
+        run.resume()
+    assert len(set(threads[-3:])) == 3
+    for run in some:
+        run.resume()
+    last = Run(call)
+    last.resume()
+    last.abandon()
+    assert threads[-1] == threads[-2], "the one that was used last"
+
+
+def test_a_panic_in_the_pipeline_is_an_error() -> None:
+    def panics(run: Run) -> list[Image.Image]:
+        raise BaseException("a library in Rust")
+
+    run = Run(panics)
+    run.resume()
+    assert run.done
+    assert "a library in Rust" in str(run.error)
+
+
 def test_a_run_can_be_abandoned_before_it_begins() -> None:
     run = Run(lambda run: pytest.fail("it never ran"))
     run.abandon()

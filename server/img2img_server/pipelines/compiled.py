@@ -1,17 +1,20 @@
 """torch.compile for models that run in PyTorch, such that no request ever waits for the compiler.
 
-Denoiser and VAE decoder are compiled when the model is loaded, by drawing pictures of its native size. Only calls of the
-shapes that were seen then go to what was compiled. All others run as they always did: a picture of another size, of more rows, or
-with a prompt of another length where a model does not pad prompts. Not yet run on a GPU.
+Denoiser and VAE decoder are compiled when the model is loaded, by drawing images of its native size: of a denoiser whose class
+names the blocks that it repeats, these blocks alone, so that one is compiled for all (regional compilation). On a GPU what was
+compiled is recorded as CUDA graphs ("reduce-overhead"). Only calls of the shapes that were seen then go to what was compiled. All
+others run as they always did: an image of another size, of more rows, or with a prompt of another length if a model does not pad
+prompts. Not yet run on a GPU.
 """
 
 import logging
 import time
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from typing import Any
 
 import torch
 from PIL import Image
+from torch.utils._pytree import tree_map_only
 
 from img2img_server.engine.request import Pipeline, Request
 from img2img_server.pipelines.alone import run_alone
@@ -24,19 +27,29 @@ _DECODED_BY = ("vae", "movq")
 _GUIDANCE = (7.5, 1.0)
 """Of the pictures drawn while compiling: with guidance a call has more rows than without."""
 _STEPS = 2
+_MOST_SHAPES = 64
+"""Shapes that one function is compiled for: a block is used at several widths and sizes, and with other numbers of rows. Beyond
+them torch would run it uncompiled."""
 
 _ERRORS = (RuntimeError, OSError, ImportError, AttributeError, TypeError, ValueError, AssertionError, KeyError)
 """What torch.compile raises beside its own errors, which are RuntimeErrors: it runs a compiler and other people's code."""
 
 
 class Compiled:
-    """A module's forward that is compiled for the shapes it meets while it is `learning`, and eager for all others."""
+    """A module's forward that is compiled for the shapes it meets while it is `learning`, and eager for all others.
+
+    Of a module that repeats blocks, the blocks are compiled and the rest is eager.
+    """
 
     def __init__(self, module: torch.nn.Module, backend: str | Callable[..., Any]) -> None:
         self._module = module
         self._eager = module.forward
+        self._recorded = backend == "inductor" and next(module.parameters()).device.type == "cuda"
+        options: dict[str, Any] = {"mode": "reduce-overhead"} if self._recorded else {}
         # Sizes that are fixed in the code make it fast; with dynamic=None torch would let go of them at the second shape.
-        self._compiled = torch.compile(module.forward, backend=backend, dynamic=False)
+        options |= {"backend": backend, "dynamic": False, "recompile_limit": _MOST_SHAPES}
+        self._blocks = _compile_blocks(module, options)
+        self._compiled = self._with_blocks if self._blocks else torch.compile(module.forward, **options)
         self.learning = True
         self.known: set[Hashable] = set()
 
@@ -45,7 +58,23 @@ class Compiled:
         signature = _signature((args, kwargs))
         if self.learning:
             self.known.add(signature)
-        return (self._compiled if signature in self.known else self._eager)(*args, **kwargs)
+        if signature not in self.known:
+            return self._eager(*args, **kwargs)
+        if not self._recorded:
+            return self._compiled(*args, **kwargs)
+        # The memory of a recording's outputs is written again by the next step.
+        torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
+        return tree_map_only(torch.Tensor, torch.clone, self._compiled(*args, **kwargs))
+
+    def _with_blocks(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's own forward, in which the blocks are what was compiled. One thread at a time runs a module."""
+        try:
+            for block, compiled in self._blocks.items():
+                block._compiled_call_impl = compiled
+            return self._eager(*args, **kwargs)
+        finally:
+            for block in self._blocks:
+                block._compiled_call_impl = None
 
     def install(self) -> None:
         """Takes the place of the module's forward."""
@@ -62,13 +91,13 @@ def compile_modules(pipe: Any, pipeline: Pipeline, backend: str | Callable[..., 
     Takes minutes for a real model, and is to be done before it is served. False where the compiler failed, which is logged, or
     there is nothing to compile: then the model runs as it is.
     """
-    compiled = [Compiled(module, backend) for module in _modules(pipe)]
-    if not compiled:
-        return False
-    begun = time.monotonic()
-    for forward in compiled:
-        forward.install()
+    begun, compiled = time.monotonic(), list[Compiled]()
     try:
+        for module in _modules(pipe):
+            compiled.append(Compiled(module, backend))
+            compiled[-1].install()
+        if not compiled:
+            return False
         for guidance in _GUIDANCE:
             run_alone(pipeline, _request(pipeline, guidance))
     except _ERRORS as error:
@@ -81,6 +110,19 @@ def compile_modules(pipe: Any, pipeline: Pipeline, backend: str | Callable[..., 
     shapes = sum(len(forward.known) for forward in compiled)
     _log.info("torch.compile took %.0f s for %d modules and %d shapes", time.monotonic() - begun, len(compiled), shapes)
     return True
+
+
+def _compile_blocks(module: torch.nn.Module, options: Mapping[str, Any]) -> dict[torch.nn.Module, Callable[..., Any]]:
+    """The blocks that the class of `module` says it repeats, by diffusers' rule, and what each is called by if it is to run
+    compiled. None for other modules."""
+    names = getattr(module, "_repeated_blocks", None) or ()
+    if not any(type(part).__name__ in names for part in module.modules()):
+        return {}
+    module.compile_repeated_blocks(**options)  # type: ignore[operator] # ModelMixin's
+    blocks = {part: part._compiled_call_impl for part in module.modules() if part._compiled_call_impl is not None}
+    for block in blocks:
+        block._compiled_call_impl = None
+    return blocks
 
 
 def _modules(pipe: Any) -> Iterator[torch.nn.Module]:

@@ -1,0 +1,81 @@
+"""Models that run in PyTorch on fake CUDA libraries: one stream for all, and what is asked of torch.compile, which cannot run."""
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import AutoPipelineForImage2Image
+from fake_gpu import FakeGpu
+from img2img_server.engine.request import Request
+from img2img_server.pipelines.alone import run_alone
+from img2img_server.pipelines.compiled import compile_modules
+from img2img_server.pipelines.transfers import device_stream
+from img2img_server.pipelines.whole import WholePipeline
+from PIL import Image
+
+pytestmark = pytest.mark.usefixtures("gpu")
+
+
+@pytest.fixture
+def pipe(tiny_model: Callable[[str], Path]) -> Any:
+    found = AutoPipelineForImage2Image.from_pretrained(
+        tiny_model("sd1"), torch_dtype=torch.float32, local_files_only=True, safety_checker=None
+    )
+    return found.to("cuda")
+
+
+def request(**settings: Any) -> Request:
+    return Request("", Image.new("RGB", (64, 64), "gray"), "a lake", None, 1.0, 2, 2.0, (0,), **settings)
+
+
+def test_every_thread_of_a_call_is_on_the_shared_stream_before_it_allocates(pipe: Any) -> None:
+    """What one stream frees, another may still use: so there is one."""
+    streams: list[tuple[str, bool]] = []
+
+    def note(*_: Any) -> None:
+        streams.append((threading.current_thread().name, torch.cuda.current_stream() == device_stream()))
+
+    for name in ("text_encoder", "unet"):
+        getattr(pipe, name).register_forward_pre_hook(note)
+    pipeline = WholePipeline(pipe, "torch:cuda", threads=1)
+    for _ in range(2):
+        run_alone(pipeline, request())
+    assert {name for name, _ in streams} == {"img2img-pipeline"}
+    assert all(shared for _, shared in streams)
+
+
+def test_on_a_gpu_blocks_are_compiled_for_recording_and_outputs_are_not_in_a_recordings_memory(
+    pipe: Any, monkeypatch: pytest.MonkeyPatch, gpu: FakeGpu
+) -> None:
+    asked: list[dict[str, Any]] = []
+    outputs: set[int] = set()
+    steps = 0
+
+    def compile(function: Any, **settings: Any) -> Any:
+        asked.append(settings)
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            result = function(*args, **kwargs)
+            outputs.add(result.data_ptr() if isinstance(result, torch.Tensor) else 0)
+            return result
+
+        return run
+
+    def mark() -> None:
+        nonlocal steps
+        steps += 1
+
+    monkeypatch.setattr(torch, "compile", compile)
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", mark)
+    pipeline = WholePipeline(pipe, "torch:cuda", threads=1)
+    assert compile_modules(pipe, pipeline)
+    assert {settings["mode"] for settings in asked} == {"reduce-overhead"}
+    blocks = sum(type(part).__name__ == "BasicTransformerBlock" for part in pipe.unet.modules())
+    assert len(asked) == blocks + 1
+    before, latents = steps, torch.zeros(1, 4, 8, 8, device="cuda")
+    decoded = pipe.vae.decoder(latents)
+    assert steps == before + 1
+    assert decoded.data_ptr() not in outputs
