@@ -55,7 +55,8 @@ class Execution:
     `arithmetic` "auto" lets a provider compute in less than the bundle's precision (bfloat16 on a CPU with AMX, say) where its
     pictures still pass, "fp32" never. `buckets` are the shapes to prepare for; None leaves that to the provider, () is none.
     `gpu_memory` bounds ONNX Runtime's arena in bytes, None for no bound. `cuda_graphs` records calls of common shapes and
-    replays them. `compile` runs torch modules through torch.compile. `cache` is where built engines are kept.
+    replays them. `vae_memory` bounds one call of a VAE in bytes, by estimate; None leaves that to vae_memory.py. `compile` runs
+    torch modules through torch.compile. `cache` is where built engines are kept.
     """
 
     provider: str = setting(
@@ -92,6 +93,13 @@ class Execution:
     )
     compile: bool = setting(
         False, "use torch.compile for models that run in PyTorch: faster steps, but start takes minutes longer"
+    )
+    vae_memory: int | None = setting(
+        None,
+        "maximum memory of one VAE call, as estimated: larger batches are divided, larger images are computed in overlapping tiles "
+        "(default: a quarter of the memory of the GPU or the machine)",
+        metavar="BYTES",
+        least=1,
     )
     cache: Path | None = setting(
         None,

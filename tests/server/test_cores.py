@@ -78,3 +78,13 @@ def test_memory_is_the_machines_or_the_containers(tmp_path: Path) -> None:
     assert cores.available_memory(_machine(tmp_path, group)) == 3000
     assert cores.available_memory(_machine(tmp_path, {"sys/fs/cgroup/a/memory.max": "max"})) == 8192
     assert 0 < cores.available_memory() < 2**50
+
+
+def test_all_memory_is_the_machines_or_what_the_container_may_take(tmp_path: Path) -> None:
+    assert cores.total_memory(tmp_path) == float("inf")
+    machine = {"proc/meminfo": "MemTotal:  10 kB\nMemAvailable:      8 kB", V2: "0::/a/b"}
+    assert cores.total_memory(_machine(tmp_path, machine)) == 10240
+    assert cores.total_memory(_machine(tmp_path, {"sys/fs/cgroup/a/memory.max": "max"})) == 10240
+    assert cores.total_memory(_machine(tmp_path, {"sys/fs/cgroup/a/b/memory.max": "9000"})) == 9000
+    assert cores.total_memory(_machine(tmp_path, {"sys/fs/cgroup/a/memory.max": "5000"})) == 5000, "a group around its own"
+    assert cores.available_memory() <= cores.total_memory() < 2**50

@@ -31,7 +31,7 @@ class Components:
     """A bundle that is opened part by part.
 
     `make` readies a graph for `provider`; `tensors` is where its runner wants tensors, `device` where those of the pipeline and
-    its torch modules are to be: "cpu" or "cuda".
+    its torch modules are to be: "cpu" or "cuda". No call of the VAE takes more than `vae_memory` bytes, None for no bound.
     """
 
     bundle: Path
@@ -40,6 +40,7 @@ class Components:
     provider: str = "cpu"
     device: str = "cpu"
     tensors: str = "cpu"
+    vae_memory: int | None = None
 
     def pipeline(self) -> Any:
         """The img2img class that the manifest names, made of its parts. Raises BundleError where one does not fit."""
@@ -60,7 +61,8 @@ class Components:
         if class_name is None:
             return None
         if name == "vae" and self._has_graph("vae_decoder"):
-            return OnnxVae(self._graph("vae_encoder"), self._graph("vae_decoder"), self.bundle / "vae_decoder", self.device)
+            halves = self._graph("vae_encoder"), self._graph("vae_decoder")
+            return OnnxVae(*halves, self.bundle / "vae_decoder", self.device, self.vae_memory)
         # The safety checker is no part of an ONNX bundle, though model_index.json may still name it.
         if not folder.is_dir():
             return None

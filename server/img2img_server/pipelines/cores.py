@@ -27,18 +27,32 @@ def _siblings(root: Path, number: int) -> str:
     return _read(topology / "core_cpus_list") or _read(topology / "thread_siblings_list") or str(number)
 
 
+def total_memory(root: Path = Path("/")) -> float:
+    """Bytes of memory that this process may take at most: the machine's, or its control group's of version 2, if those are fewer.
+
+    Infinite if neither is known.
+    """
+    bounds = [bound for group in _groups(root, "") if (bound := _read(group / "memory.max")).isdigit()]
+    return min([_meminfo(root, "MemTotal"), *map(float, bounds)])
+
+
 def available_memory(root: Path = Path("/")) -> float:
     """Bytes that this process can still take: what the machine has left, or its control group of version 2, if that is less.
 
     Infinite where neither is known.
     """
-    lines = _read(root / "proc/meminfo").splitlines()
-    left = next((float(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), float("inf"))
+    left = _meminfo(root, "MemAvailable")
     for group in _groups(root, ""):
         most, used = _read(group / "memory.max"), _read(group / "memory.current")
         if most.isdigit() and used.isdigit():
             left = min(left, float(int(most) - int(used)))
     return left
+
+
+def _meminfo(root: Path, name: str) -> float:
+    """Bytes of one line of /proc/meminfo, infinite if it is not there."""
+    lines = _read(root / "proc/meminfo").splitlines()
+    return next((float(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:")), float("inf"))
 
 
 def _quota(root: Path) -> float:

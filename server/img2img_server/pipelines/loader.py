@@ -26,6 +26,7 @@ from img2img_server.pipelines.runners import HostRunner, Make
 from img2img_server.pipelines.sessions import Open, SessionOptions, last_line, open_session
 from img2img_server.pipelines.stable_diffusion import StableDiffusion, StableDiffusionXL
 from img2img_server.pipelines.torch_parts import choose_dtype, torch_device, torch_pipeline
+from img2img_server.pipelines.vae_memory import bound_torch_vaes, most_memory
 from img2img_server.pipelines.whole import WholePipeline
 
 _log = logging.getLogger(__name__)
@@ -109,10 +110,12 @@ def assemble(
 
     `provider` is what answers say ran them, and picks between a graph and its fused twin (components.py). `tensors`, "cpu" or
     "cuda", is where `make`'s runners want tensors; the latents and a hybrid's torch modules are there too. `execution` says
-    whether those are compiled. Raises BundleError.
+    whether those are compiled, and what the VAE may take. Raises BundleError.
     """
-    components = Components(bundle, manifest, make, provider=provider, device=tensors, tensors=tensors)
-    return _split(components.pipeline(), f"{manifest.backend}:{provider}", manifest, execution or Execution(), threads, cache)
+    execution = execution or Execution()
+    memory = most_memory(execution, tensors)
+    components = Components(bundle, manifest, make, provider=provider, device=tensors, tensors=tensors, vae_memory=memory)
+    return _split(components.pipeline(), f"{manifest.backend}:{provider}", manifest, execution, threads, cache)
 
 
 def _runners(choice: Choice, execution: Execution, threads: int, open_graph: Open, sizes: Sizes) -> tuple[Make, str, str]:
@@ -186,6 +189,7 @@ def _split(pipe: Any, engine: str, manifest: Manifest, execution: Execution, thr
         pipeline = WholePipeline(pipe, engine, torch_threads)
     else:
         pipeline = family(pipe, engine, torch_threads, cache, manifest.latent_preview)
+    bound_torch_vaes(pipe, most_memory(execution, torch.device(pipe.device).type))
     if manifest.size_multiple is not None:
         pipeline.size_multiple = manifest.size_multiple
     if execution.compile and manifest.backend != "onnx":

@@ -25,6 +25,7 @@ from img2img_server.errors import BundleError
 from img2img_server.pipelines.encoded import output_of
 from img2img_server.pipelines.runners import Runner, dtype_of
 from img2img_server.pipelines.transfers import send
+from img2img_server.pipelines.vae_memory import BoundedVae
 
 _TEXT_OUTPUTS = ("text_embeds", "last_hidden_state", "pooler_output")
 """The order in which transformers' text encoders give them."""
@@ -137,20 +138,31 @@ class OnnxDenoiser(StandIn):
 
 
 class OnnxVae(StandIn):
-    """An autoencoder made of two graphs: pixels [B, 3, H, W] in [-1, 1] to latents or a distribution of them, and back."""
+    """An autoencoder made of two graphs: pixels [B, 3, H, W] in [-1, 1] to latents or a distribution of them, and back.
 
-    def __init__(self, encoder: Graph, decoder: Graph, folder: Path, device: str = "cpu") -> None:
+    No call takes more than `memory` bytes, None for no bound: see vae_memory.py.
+    """
+
+    def __init__(self, encoder: Graph, decoder: Graph, folder: Path, device: str = "cpu", memory: int | None = None) -> None:
         super().__init__(read_config(folder), device)
         self._encoder = encoder
         self._decoder = decoder
+        self._bounded = BoundedVae(
+            self.config,
+            lambda pixels: encoder(sample=pixels)["latent_parameters"],
+            lambda latents: decoder(latent_sample=latents)["sample"],
+            memory,
+            max((kind.itemsize for graph in (encoder, decoder) for kind in graph.input_types.values()), default=4),
+            decoder.row_buckets,
+        )
 
     def encode(self, pixels: torch.Tensor) -> SimpleNamespace:
         """The distribution of the latents, as `latent_dist`, or the latents, as `latents`: encoded.py."""
-        return output_of(self._encoder(sample=pixels)["latent_parameters"], self.config)
+        return output_of(self._bounded.encode(pixels), self.config)
 
     def decode(self, latents: torch.Tensor, return_dict: bool = False, generator: Any = None) -> tuple[torch.Tensor]:
         """The pixels of latents that were divided by the scaling factor already."""
-        return (self._decoder(latent_sample=latents)["sample"],)
+        return (self._bounded.decode(latents),)
 
 
 def read_config(folder: Path) -> FrozenDict:

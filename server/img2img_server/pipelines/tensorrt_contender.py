@@ -83,8 +83,9 @@ class TensorRTContender:
         """A second pipeline of the bundle, on the engines."""
         shop = self._workshop
         threads = shop.execution.threads or cores.count()
+        make = self._maker(threads)
         with DEVICE_IN_USE:
-            return assemble(self._bundle, self._manifest, self._maker(threads), "tensorrt", shop.tensors, threads, shop.cache)
+            return assemble(self._bundle, self._manifest, make, "tensorrt", shop.tensors, threads, shop.cache, shop.execution)
 
     def trials(self) -> Sequence[Request]:
         """The requests of the bundle's reference pictures."""
