@@ -14,6 +14,7 @@ from img2img_server.bundle import Component, Manifest, digest_files, list_files,
 from img2img_server.config import ModelSettings
 from img2img_server.engine.engine import Engine
 from img2img_server.engine.scheduler import Limits
+from img2img_server.errors import OutOfMemory
 from img2img_server.models.exporting import EXPORTER
 from img2img_server.models.memory import Reading
 from img2img_server.models.residency import Residency
@@ -42,13 +43,20 @@ class LoadedPipeline(FakePipeline):
     def __init__(self, name: str, size: int) -> None:
         super().__init__()
         self.name, self.bytes = name, size
+        self.closed_by = ""
+
+    def close(self) -> None:
+        self.closed_by = threading.current_thread().name
+        super().close()
 
 
 class Memory:
     """Loads pipelines whose bytes are twice those of their weights, unless `sizes` says otherwise, and measures those that are
-    open. `peak` is the most that ever was, `loads` are the names that were asked for."""
+    open. `peak` is the most that ever was, `loads` are the names that were asked for. With `gpu`, models are in a GPU's memory of
+    so many bytes, and one that does not fit beside the others runs out of it."""
 
     def __init__(self) -> None:
+        self.gpu: int | None = None
         self.opened: list[LoadedPipeline] = []
         self.sizes: dict[str, int] = {}
         self.peak = 0
@@ -69,6 +77,10 @@ class Memory:
         if name in self.problems:
             raise self.problems[name]
         pipeline = LoadedPipeline(name, self.sizes.get(name, 2 * manifest.components[0].bytes))
+        if self.gpu is not None:
+            pipeline.engine = "fake:cuda"
+            if self.used + pipeline.bytes > self.gpu:
+                raise OutOfMemory("the GPU has no memory for it")
         self.opened.append(pipeline)
         self.peak = max(self.peak, self.used)
         return pipeline
@@ -83,7 +95,7 @@ class Memory:
         return [pipeline.name for pipeline in self.opened if not pipeline.closed]
 
     def read(self) -> Reading:
-        return Reading(BASE + self.used)
+        return Reading(BASE + self.used) if self.gpu is None else Reading(BASE, self.used, self.gpu - self.used)
 
 
 class Rig:

@@ -235,10 +235,14 @@ class ModelFailed(ServerError):
 
 
 class OutOfMemory(ServerError):
-    """The device has no room for this request, even alone. The message says of what size it was."""
+    """The device has no room for this request, even alone. The message says of what size it was.
+
+    `again` says for the engine that memory was given back since, so that the same call may work now.
+    """
 
     status = "RESOURCE_EXHAUSTED"
     reason = "OUT_OF_MEMORY"
+    again = False
 
 
 class BundleError(Exception):

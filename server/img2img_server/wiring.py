@@ -48,9 +48,11 @@ def local(config: ServerConfig) -> LocalBackend:
         providers.check(config.execution.provider)
         import img2img_server.pipelines.loader  # noqa: F401 - the heavy one
         from img2img_server.pipelines.tensorrt_contender import Shelf
+        from img2img_server.pipelines.transfers import start_device
 
         nonlocal shelf
         shelf = Shelf()
+        start_device(config.execution.provider)
         _log.info("libraries imported in %.1f s", time.monotonic() - begun)
         models.preload(config.residency)
         return models

@@ -12,8 +12,9 @@ from fakes import Caller, FakePipeline, make_engine, run_out
 from img2img_server.engine.costs import Costs
 from img2img_server.engine.scheduler import Limits
 from img2img_server.errors import OutOfMemory
+from img2img_server.pipelines import memory, torch_calls
 from img2img_server.pipelines.memory import is_out_of_memory
-from img2img_server.pipelines.torch_calls import torch_call
+from img2img_server.pipelines.torch_calls import host_call, torch_call
 from onnx import TensorProto, helper
 from PIL import Image
 
@@ -156,6 +157,127 @@ def test_what_the_failed_call_held_is_freed_before_the_next() -> None:
         Pipeline().denoise()
     assert held[0]() is None, "though the error is still at hand"
     assert "2**50" not in str(caught.value)
+
+
+class Keeper:
+    """A session that keeps device memory; one that belongs to the model `owner`."""
+
+    def __init__(self, owner: str) -> None:
+        self.owner = owner
+        self.given_back = 0
+
+    def give_back(self) -> None:
+        self.given_back += 1
+
+
+@pytest.fixture
+def keepers(monkeypatch: pytest.MonkeyPatch) -> list[Keeper]:
+    """Two of the model "a", one of "b", on a GPU that is not there."""
+    made = [Keeper("a"), Keeper("a"), Keeper("b")]
+    monkeypatch.setattr(memory, "KEEPERS", made)
+    monkeypatch.setattr(memory, "_given_back", {})
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch_calls, "enter_stream", lambda: None)
+    return made
+
+
+class Short:
+    """A pipeline of a model whose calls run out of memory `failures` times."""
+
+    threads = 1
+
+    def __init__(self, owner: str | None, failures: int) -> None:
+        self.owner = owner
+        self.failures = failures
+
+    @torch_call
+    def denoise(self) -> str:
+        if self.failures:
+            self.failures -= 1
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return "done"
+
+
+def refused(pipeline: Short) -> bool:
+    with pytest.raises(OutOfMemory) as caught:
+        pipeline.denoise()
+    return caught.value.again
+
+
+@pytest.mark.parametrize(
+    ("owner", "given", "again"),
+    [
+        ("a", [[1, 1, 0], [2, 2, 1], [3, 3, 2]], [True, True, False]),
+        ("b", [[0, 0, 1], [1, 1, 2], [2, 2, 3]], [True, True, False]),
+        ("has no sessions", [[0, 0, 0], [1, 1, 1], [2, 2, 2]], [True, True, False]),
+        (None, [[1, 1, 1], [2, 2, 2]], [True, False]),
+    ],
+)
+def test_the_model_that_ran_out_gives_back_first_and_the_others_if_that_is_not_enough(
+    owner: str | None, given: list[list[int]], again: list[bool], keepers: list[Keeper]
+) -> None:
+    pipeline = Short(owner, len(given))
+    for counts, worth in zip(given, again, strict=True):
+        assert refused(pipeline) is worth
+        assert [keeper.given_back for keeper in keepers] == counts
+    assert pipeline.denoise() == "done"
+
+
+def test_after_a_call_that_had_room_it_begins_with_the_models_own(keepers: list[Keeper]) -> None:
+    for _ in range(3):
+        pipeline = Short("a", 1)
+        assert refused(pipeline)
+        assert pipeline.denoise() == "done"
+    assert [keeper.given_back for keeper in keepers] == [3, 3, 0]
+
+
+def test_another_models_calls_change_nothing(keepers: list[Keeper]) -> None:
+    full, other = Short("a", 2), Short("b", 0)
+    assert refused(full)
+    assert other.denoise() == "done"
+    assert refused(full)
+    assert [keeper.given_back for keeper in keepers] == [2, 2, 1]
+
+
+@pytest.mark.parametrize("where", ["prepare", "denoise", "advance", "finish"])
+@pytest.mark.parametrize(("failures", "answered"), [(1, True), (2, True), (3, False)])
+def test_a_request_is_tried_again_as_long_as_memory_is_given_back(where: str, failures: int, answered: bool) -> None:
+    engine, pipeline, _ = make_engine()
+    left = failures
+
+    def fail() -> None:
+        nonlocal left
+        if left:
+            left -= 1
+            error = OutOfMemory("the fake ran out of memory")
+            error.again = left > 0 or failures < 3
+            raise error
+
+    pipeline.before[where] = fail
+    caller = Caller(engine).submit(num_inference_steps=2)
+    run_out(engine)
+    assert (caller.error is None) == answered
+    assert len(pipeline.released) == len(pipeline.prepared)
+    later = Caller(engine).submit(num_inference_steps=2)
+    run_out(engine)
+    assert later.error is None
+
+
+def test_what_any_thread_may_call_leaves_the_device_alone(keepers: list[Keeper], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another thread may be recording a call."""
+    monkeypatch.setattr(torch_calls, "enter_stream", lambda: pytest.fail("it entered the stream"))
+
+    class Pipeline:
+        threads = 1
+
+        @host_call
+        def plan(self) -> None:
+            raise MemoryError
+
+    with pytest.raises(OutOfMemory):
+        Pipeline().plan()
+    assert [keeper.given_back for keeper in keepers] == [0, 0, 0]
 
 
 @pytest.mark.parametrize(

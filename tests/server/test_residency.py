@@ -143,6 +143,73 @@ async def test_what_turns_out_too_large_leaves_again_and_that_is_remembered(fold
         await use(it, "b")
 
 
+async def test_on_a_gpu_its_memory_is_the_budget(folder: Path) -> None:
+    """Without a bound of the operator's: what the GPU has free decides, and the process's own memory says nothing."""
+    async with rig(folder) as it:
+        it.memory.gpu = 450 * MB
+        for name in ("a", "b", "a", "c"):
+            await use(it, name)
+        assert sorted(it.memory.names) == ["a", "c"]
+        assert it.memory.loads == ["a", "b", "c"], "none is loaded in vain"
+        assert it.store.get("c").memory == 200 * MB
+        assert await it.residency.unload("c") == 200 * MB
+
+
+async def test_what_the_operator_allows_holds_on_a_gpu_too(folder: Path) -> None:
+    async with rig(folder, memory=250 * MB) as it:
+        it.memory.gpu = 1000 * MB
+        await use(it, "a")
+        await use(it, "b")
+        assert it.memory.names == ["b"]
+
+
+async def test_a_model_that_runs_out_of_memory_as_it_is_loaded_is_loaded_again_beside_fewer(folder: Path) -> None:
+    """It takes more than was estimated: those that are idle leave, the least recently used first, until it has room."""
+    async with rig(folder) as it:
+        it.memory.gpu, it.memory.sizes["c"] = 650 * MB, 400 * MB
+        for name in ("b", "a", "c"):
+            await use(it, name)
+        assert sorted(it.memory.names) == ["a", "c"]
+        assert it.memory.loads == ["b", "a", "c", "c"]
+        it.memory.sizes["c"] = 600 * MB
+        await it.residency.unload("c")
+        await use(it, "b")
+        await use(it, "c")
+        assert it.memory.names == ["c"]
+        assert it.store.get("c").memory == 600 * MB
+
+
+async def test_a_model_in_use_does_not_leave_for_one_that_runs_out_of_memory(folder: Path) -> None:
+    async with rig(folder) as it:
+        it.memory.gpu, it.memory.sizes["b"] = 450 * MB, 400 * MB
+        async with it.residency.using(named("a")):
+            with pytest.raises(ModelUnavailable, match="out of memory"):
+                await use(it, "b")
+            assert it.memory.names == ["a"]
+        assert (await it.residency.load(named("b"))).state is READY
+        assert it.memory.names == ["b"]
+
+
+async def test_nobody_leaves_for_a_model_that_the_gpu_never_holds(folder: Path) -> None:
+    make_bundle(folder / "d", 500 * MB)
+    async with rig(folder) as it:
+        it.memory.gpu = 450 * MB
+        await use(it, "a")
+        with pytest.raises(ModelUnavailable, match="out of memory"):
+            await use(it, "d")
+        assert it.memory.names == ["a"]
+
+
+async def test_models_are_closed_on_the_thread_that_runs_them(folder: Path) -> None:
+    """Between two rounds of it, so no session ends in the middle of a call or of a recording, whoever still holds the model."""
+    async with rig(folder, memory=250 * MB) as it:
+        for name in "abc":
+            await use(it, name)
+        await it.residency.unload("c")
+        assert it.memory.names == []
+        assert [pipeline.closed_by for pipeline in it.memory.opened] == ["img2img-engine"] * 3
+
+
 async def test_the_budget_holds_whatever_comes_at_once(folder: Path) -> None:
     """Users of three models in random order, where two fit: nobody's model goes away, and never are there three."""
     rng = random.Random(6)

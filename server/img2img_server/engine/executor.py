@@ -120,8 +120,9 @@ class Executor:
     def run(self, stage: str, tickets: Sequence[Ticket]) -> Results:
         """Lets the model of `tickets` do one stage of them together. What it made of each, but of those that failed.
 
-        Those that have no room together are tried in halves, and calls stay smaller from then on; those that fail otherwise are
-        tried alone, so that only those end whose own failure it is.
+        Those that have no room together are tried in halves, and calls stay smaller from then on; one that has none alone is
+        tried again while memory is given back for it. Those that fail otherwise are tried alone, so that only those end whose
+        own failure it is.
         """
         done: Results = []
         failed: list[tuple[Ticket, ServerError]] = []
@@ -133,6 +134,9 @@ class Executor:
                 done += zip(some, results, strict=True)
                 continue
             full = isinstance(error, OutOfMemory)
+            if isinstance(error, OutOfMemory) and error.again and len(some) == 1:
+                left.insert(0, some)
+                continue
             if full:
                 self._forbid(stage, some)
             if len(some) == 1:

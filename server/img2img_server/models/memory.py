@@ -4,12 +4,14 @@ import ctypes
 import gc
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from img2img_server.bundle import Manifest
 from img2img_server.device import DEVICE_IN_USE
+from img2img_server.errors import ShuttingDown
 
 _STATM = Path("/proc/self/statm")
 _PAGE = os.sysconf("SC_PAGE_SIZE")
@@ -28,10 +30,17 @@ _ON_GPU = ("cuda", "tensorrt")
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """Bytes in use: the process's resident memory, and those of the GPU, None where none is used by PyTorch."""
+    """Bytes in use: the process's resident memory, and those of the GPU, None if PyTorch uses none. `gpu_free` are the GPU's
+    bytes that are not in use, whoever uses the others."""
 
     host: int
     gpu: int | None = None
+    gpu_free: int | None = None
+
+    @property
+    def gpu_total(self) -> int | None:
+        """The bytes of the GPU, None if none is used."""
+        return None if self.gpu is None or self.gpu_free is None else self.gpu + self.gpu_free
 
     def grown_to(self, later: "Reading", engine: str) -> int | None:
         """Bytes that came in use until `later`, negative for fewer, where `engine` computes; None where that is not known."""
@@ -49,12 +58,13 @@ class Meter(Protocol):
 
 
 class ProcessMeter:
-    """Asks the system about this process, and PyTorch, if it is there and uses a GPU, about that. Reading the GPU is not yet run
-    on one."""
+    """Asks the system about this process, and PyTorch, if it is there and uses a GPU, about that. Not yet run on a GPU, but on
+    fake CUDA libraries."""
 
     def read(self) -> Reading:
-        """How much is in use now."""
-        return Reading(resident_bytes(), _gpu_bytes())
+        """How much is in use now. It asks the GPU too, so not on a thread that must not wait while a model is loaded."""
+        gpu = _gpu_bytes()
+        return Reading(resident_bytes()) if gpu is None else Reading(resident_bytes(), *gpu)
 
 
 def resident_bytes() -> int:
@@ -62,13 +72,15 @@ def resident_bytes() -> int:
     return int(_STATM.read_text(encoding="ascii").split()[_RESIDENT]) * _PAGE
 
 
-def _gpu_bytes() -> int | None:
-    """The bytes in use of the GPU, whoever uses them. None where PyTorch has not begun to use one: asking would begin it."""
+def _gpu_bytes() -> tuple[int, int] | None:
+    """The bytes in use of the GPU, whoever uses them, and those that are free. None if PyTorch has not begun to use one: asking
+    would begin it."""
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_available() or not torch.cuda.is_initialized():
         return None
-    free, total = torch.cuda.mem_get_info()
-    return int(total - free)
+    with DEVICE_IN_USE:
+        free, total = torch.cuda.mem_get_info()
+    return int(total - free), int(free)
 
 
 def weight_bytes(manifest: Manifest) -> int:
@@ -121,12 +133,22 @@ class Closable(Protocol):
         ...
 
 
-def let_go(last: list[Closable]) -> None:
-    """Closes what `last` holds the only references to, and frees its memory, also on the device: not while a call is recorded
-    there, and on a thread that may wait. The list is empty afterwards."""
-    with DEVICE_IN_USE:
+def let_go(last: list[Closable], run: Callable[[Callable[[], None]], None]) -> None:
+    """Closes what is in `last` by `run`, which calls what it is given on the thread that runs the models, and returns its memory
+    to the system and the device. The list is empty afterwards.
+
+    So no session ends in the middle of a call, or while a call is recorded. Blocks; if the engine stops, it is closed here.
+    """
+
+    def close() -> None:
         while last:
             last.pop().close()
+
+    try:
+        run(close)
+    except ShuttingDown:
+        close()
+    with DEVICE_IN_USE:
         give_back()
 
 

@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -13,10 +13,10 @@ from img2img_server.device import DEVICE_IN_USE
 from img2img_server.engine.engine import Engine
 from img2img_server.engine.request import Completed, Ending, Event, Failed, Pipeline, Request
 from img2img_server.engine.warmup import WarmUp
-from img2img_server.errors import ShuttingDown
+from img2img_server.errors import OutOfMemory, ShuttingDown
 from img2img_server.models.cost_store import CostStore
 from img2img_server.models.failures import Stage
-from img2img_server.models.memory import Closable, Meter, in_words, let_go, measured
+from img2img_server.models.memory import Closable, Meter, Reading, in_words, let_go, measured
 from img2img_server.models.store import ModelStore
 from img2img_server.models.threads import in_thread
 
@@ -54,15 +54,20 @@ class Mover:
         self._warm_up = warm_up
         self._arrived: dict[str, _Arrival] = {}
 
-    async def bring(self, name: str) -> str:
-        """Loads the model, has it draw a picture and measures it. Returns what is wrong with it, "" where nothing is."""
-        self._models.change(name, detail="loading")
-        error = await self._attempt(name)
-        if error is None:
-            return ""
-        stage = Stage.TRIAL if name in self._arrived else Stage.LOADING
-        await self.discard(name)
-        return self._models.fail(name, stage, error)
+    async def bring(self, name: str, make_room: Callable[[], Awaitable[bool]]) -> str:
+        """Loads the model, has it draw a picture and measures it. Returns what is wrong with it, "" where nothing is.
+
+        If memory runs out, `make_room` is asked to free some, and says whether it did: then the model is tried again.
+        """
+        while True:
+            self._models.change(name, detail="loading")
+            error = await self._attempt(name)
+            if error is None:
+                return ""
+            stage = Stage.TRIAL if name in self._arrived else Stage.LOADING
+            await self.discard(name)
+            if not (isinstance(error, OutOfMemory | MemoryError) and await make_room()):
+                return self._models.fail(name, stage, error)
 
     def publish(self, name: str) -> None:
         """From now on requests find the model ready."""
@@ -80,20 +85,27 @@ class Mover:
             self._engine.remove(name)
         pipelines: list[Closable] = [arrival.pipeline]
         del arrival
-        await in_thread(lambda: let_go(pipelines))
+        await self._let_go(name, pipelines)
 
     async def free(self, name: str, health: Callable[[str, bool], None]) -> int:
         """Unloads a model that has no requests left. Returns the bytes that memory has shrunk by."""
-        before = self._meter.read()
+        before = await self.read()
         pipeline = self._take_out(name)
         engine = pipeline.engine
         pipelines: list[Closable] = [pipeline]
         del pipeline  # the list's is to be the last
         health(name, False)
-        await in_thread(lambda: let_go(pipelines))
-        freed = max(0, -(before.grown_to(self._meter.read(), engine) or 0))
+        await self._let_go(name, pipelines)
+        freed = max(0, -(before.grown_to(await self.read(), engine) or 0))
         _log.info("model '%s': unloaded, %s given back", name, in_words(freed))
         return freed
+
+    async def read(self) -> Reading:
+        """How much memory is in use now."""
+        return await in_thread(self._meter.read)
+
+    async def _let_go(self, name: str, pipelines: list[Closable]) -> None:
+        await in_thread(lambda: let_go(pipelines, lambda close: self._engine.call(name, close)))
 
     def _take_out(self, name: str) -> Pipeline:
         """The pipeline of a model, to which nothing else refers any more."""
@@ -106,13 +118,13 @@ class Mover:
     async def _attempt(self, name: str) -> Exception | None:
         """Loads and tries the model. Returns what went wrong."""
         try:
-            before = self._meter.read()
+            before = await self.read()
             manifest, pipeline = await in_thread(lambda: self._open(name))
             self._arrived[name] = _Arrival(manifest, pipeline, 0)
             self._engine.replace(name, pipeline)
             await in_thread(lambda: self._ready(name, pipeline))
             await self._try(name, pipeline)
-            memory = measured(before.grown_to(self._meter.read(), pipeline.engine), manifest)
+            memory = measured(before.grown_to(await self.read(), pipeline.engine), manifest)
             self._arrived[name] = _Arrival(manifest, pipeline, memory)
             self._models.change(name, manifest=manifest, memory=memory)
         except ShuttingDown:

@@ -12,7 +12,7 @@ from img2img_server.engine.under_way import UnderWay
 from img2img_server.engine.warmup import Size, WarmUp
 from img2img_server.models.cost_store import CostStore
 from img2img_server.models.failures import Hung, Stage
-from img2img_server.models.memory import give_back
+from img2img_server.models.memory import Closable, let_go
 from img2img_server.models.store import ModelStore
 from img2img_server.models.threads import in_thread
 
@@ -103,5 +103,5 @@ class Preparation:
         self._models.fail(name, Stage.WARM_UP, error)
         self._engine.remove(name)
         if not isinstance(error, Hung):  # what hangs still uses it
-            pipeline.close()
-            await asyncio.to_thread(give_back)
+            last: list[Closable] = [pipeline]
+            await in_thread(lambda: let_go(last, lambda close: self._engine.call(name, close)))

@@ -27,7 +27,7 @@ from img2img_server.models.cost_store import CostStore
 from img2img_server.models.exporting import EXPORTER
 from img2img_server.models.failures import WHY
 from img2img_server.models.finding import Finder
-from img2img_server.models.memory import Meter, ProcessMeter, in_words
+from img2img_server.models.memory import Meter, ProcessMeter, in_words, weight_bytes
 from img2img_server.models.moving import Mover
 from img2img_server.models.store import Model, ModelState, ModelStore
 from img2img_server.models.threads import in_thread
@@ -194,7 +194,8 @@ class Residency:
             async with self._one_at_a_time:
                 try:
                     await self._make_room(name)
-                    problem = await self._mover.bring(name)
+                    await self._make_room_on_gpu(name)
+                    problem = await self._mover.bring(name, lambda: self._evict_for(name))
                     if problem:
                         place.failures.count(self._clock(), problem)
                         return self._unavailable(name)
@@ -221,6 +222,27 @@ class Residency:
         """What a caller gets for a model that failed."""
         return ModelUnavailable(f"model '{name}' cannot be served: {self._models.get(name).detail or WHY}{then}")
 
+    async def _make_room_on_gpu(self, name: str) -> None:
+        """Unloads what was not used for longest until the GPU has room for the model `name`, by what it is expected to take. If
+        no other can leave, it is tried all the same: the estimate may be too high."""
+        needed = self._models.get(name).expected_memory
+        while (free := (await self._mover.read()).gpu_free) is not None and needed > free:
+            if not await self._evict_for(name):
+                return
+
+    async def _evict_for(self, name: str) -> bool:
+        """Unloads the model that was idle for longest. False if there is none, or `name` is larger than the whole GPU."""
+        victim, reading = self._least_recently_used(name), await self._mover.read()
+        manifest = self._models.get(name).manifest
+        too_large = reading.gpu_total is not None and manifest is not None and weight_bytes(manifest) > reading.gpu_total
+        if victim is None or too_large:
+            return False
+        _log.info("model '%s' makes room for '%s'", victim, name)
+        place = self._places[victim]
+        place.leaving = asyncio.create_task(self._leave(victim, place, locked=True))
+        await asyncio.shield(place.leaving)
+        return True
+
     async def _make_room(self, name: str) -> None:
         """Unloads what was not used for longest until the model `name` fits. Raises ModelUnavailable or ModelMemoryFull."""
         budget, needed = self._settings.memory, self._models.get(name).expected_memory
@@ -231,16 +253,11 @@ class Residency:
             self._models.change(name, detail=detail)
             raise ModelUnavailable(f"model '{name}' cannot be loaded: {detail}")
         while (used := sum(model.expected_memory for model in self._others(name))) + needed > budget:
-            victim = self._least_recently_used(name)
-            if victim is None:
+            if not await self._evict_for(name):
                 self._models.change(name, detail="")
                 wait = max(1.0, self._engine.stats.work_seconds or 0.0)
                 said = f"takes about {in_words(needed)}, and {in_words(used)} of {in_words(budget)} are in use"
                 raise ModelMemoryFull(f"there is no room for model '{name}' now: it {said}", retry_after=wait)
-            _log.info("model '%s' makes room for '%s'", victim, name)
-            place = self._places[victim]
-            place.leaving = asyncio.create_task(self._leave(victim, place, locked=True))
-            await asyncio.shield(place.leaving)
 
     def _others(self, name: str) -> list[Model]:
         return [model for model in self._models if model.id != name and model.state is ModelState.READY]

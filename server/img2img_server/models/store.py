@@ -258,9 +258,13 @@ class ModelStore:
             model = self._models[name]
             if model.manifest is None:
                 continue
-            used = sum(other.memory for other in self)
-            if settings.memory is not None and used + model.expected_memory > settings.memory:
-                of = f"{in_words(model.expected_memory)}, and {in_words(used)} of {in_words(settings.memory)} are taken"
+            used, on_gpu = sum(other.memory for other in self), meter.read()
+            bound = settings.memory
+            # What was loaded before may leave too little of the GPU. The first is tried: the estimate may be too high.
+            if used and on_gpu.gpu_free is not None and (bound is None or used + on_gpu.gpu_free < bound):
+                bound = used + on_gpu.gpu_free
+            if bound is not None and used + model.expected_memory > bound:
+                of = f"{in_words(model.expected_memory)}, and {in_words(used)} of {in_words(bound)} are taken"
                 _log.log(
                     logging.INFO if "all" in settings.preload else logging.WARNING,
                     "model '%s' is not loaded yet: it takes about %s",

@@ -186,7 +186,7 @@ class Takeover:
         finally:
             losers: list[Closable] = [loser]
             del pipeline, serving, loser  # the list's is to be the last
-            let_go(losers)
+            let_go(losers, lambda close: self._engine.call(contender.model, close))
         if problem:
             return self._tell(contender, EngineState.REJECTED, problem)
         self._tell(contender, EngineState.SERVING, report, 1.0)

@@ -14,7 +14,7 @@ from img2img_server.execution import Execution
 from img2img_server.pipelines.device_runner import DeviceRunner
 from img2img_server.pipelines.graph_replay import Replays
 from img2img_server.pipelines.graph_sizes import Sizes, try_on_zeros
-from img2img_server.pipelines.runners import HostRunner, Make, Runner
+from img2img_server.pipelines.runners import HostRunner, Make, Runner, bundle_of
 from img2img_server.pipelines.sessions import Open, SessionOptions, last_line
 from img2img_server.pipelines.transfers import device_stream, enter_stream
 
@@ -78,24 +78,29 @@ def runners(execution: Execution, threads: int, open_graph: Open, sizes: Sizes |
         _log.warning("this PyTorch has no CUDA: tensors are copied to the GPU and back at every call of ONNX Runtime")
     stream = device_stream().cuda_stream if device == "cuda" else None
 
-    def opened(graph: Path, graphs: bool) -> Runner:
+    if stream is not None:
+        # What this thread allocates and copies comes before what others ask of the device.
+        enter_stream()
+
+    def opened(name: str, graph: Path, graphs: bool) -> Runner:
         options = provider_options(execution, stream=stream, graphs=graphs)
         session = open_graph(graph, SessionOptions("cuda", threads, provider_options=options, recordable=graphs))
         if stream is None:
             return HostRunner(session)
-        return DeviceRunner(session, device, enter_stream, Replays(session, device, graph.parent.name) if graphs else None)
+        replays = Replays(session, device, graph.parent.name) if graphs else None
+        return DeviceRunner(session, device, enter_stream, replays, bundle_of(name, graph))
 
-    def recordable(graph: Path) -> Runner | None:
+    def recordable(name: str, graph: Path) -> Runner | None:
         try:
-            return opened(graph, graphs=True)
+            return opened(name, graph, graphs=True)
         except BundleError as error:
             # Most likely some of its tensors go from the CPU to the GPU. If it is something else, opening it plainly fails again.
             _log.warning("%s cannot be recorded, export it again: %s", graph, last_line(error))
             return None
 
     def make(name: str, graph: Path) -> Runner:
-        runner = recordable(graph) if execution.cuda_graphs and stream is not None else None
-        runner = runner or opened(graph, graphs=False)
+        runner = recordable(name, graph) if execution.cuda_graphs and stream is not None else None
+        runner = runner or opened(name, graph, graphs=False)
         if sizes is not None and (axes := sizes.axes(name, runner.inputs, sizes.trial())) is not None:
             try_on_zeros(graph, runner, axes, device)
         return runner

@@ -6,7 +6,7 @@ tests/cuda runs it on CUDA's provider over fake libraries, tests/server on a ses
 
 import logging
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import onnxruntime
@@ -30,6 +30,7 @@ class DeviceRunner:
 
     `enter` is called before anything is asked of the device: it sees to it that torch uses the session's stream. `replays` keeps
     recordings of calls, None for none. A graph whose inputs and outputs all have an axis of rows is recorded for ROW_BUCKETS.
+    `owner` stands for the model that it is part of.
     """
 
     def __init__(
@@ -38,7 +39,9 @@ class DeviceRunner:
         device: str,
         enter: Callable[[], None] = lambda: None,
         replays: Replays | None = None,
+        owner: Hashable = None,
     ) -> None:
+        self.owner = owner
         self.inputs: Sequence[Any] = session.get_inputs()
         self.outputs: Sequence[Any] = session.get_outputs()
         self._names = [item.name for item in self.inputs]

@@ -2,7 +2,7 @@
 
 import copy
 import itertools
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -103,6 +103,8 @@ class DiffusionState:
 
 class JoinedConditioning:
     """The conditioning of batches, kept from step to step while they are of the same states. For one thread at a time."""
+
+    owner: Hashable = None
 
     def __init__(self, most: int = 4) -> None:
         self._most = most

@@ -11,7 +11,7 @@ import torch
 from img2img_server.bundle import Manifest
 from img2img_server.engine.cache import Cache
 from img2img_server.engine.request import Pipeline
-from img2img_server.errors import BundleError, ServerError
+from img2img_server.errors import BundleError, OutOfMemory, ServerError
 from img2img_server.execution import Execution
 from img2img_server.limits import Precision
 from img2img_server.pipelines import cores, gate, openvino
@@ -20,12 +20,14 @@ from img2img_server.pipelines.components import Components
 from img2img_server.pipelines.foreign import refuse_foreign
 from img2img_server.pipelines.graph_sizes import Sizes
 from img2img_server.pipelines.latent_consistency import LatentConsistency
+from img2img_server.pipelines.memory import KEEPERS, is_out_of_memory
 from img2img_server.pipelines.placement import Placement
 from img2img_server.pipelines.providers import ERRORS, Choice, Probe, choose
 from img2img_server.pipelines.runners import HostRunner, Make
 from img2img_server.pipelines.sessions import Open, SessionOptions, last_line, open_session
 from img2img_server.pipelines.stable_diffusion import StableDiffusion, StableDiffusionXL
 from img2img_server.pipelines.torch_parts import choose_dtype, torch_device, torch_pipeline
+from img2img_server.pipelines.transfers import device_stream, go_over
 from img2img_server.pipelines.vae_memory import bound_torch_vaes, most_memory
 from img2img_server.pipelines.whole import WholePipeline
 
@@ -37,6 +39,9 @@ FAMILIES: dict[str, type[StableDiffusion]] = {
     "latent-consistency": LatentConsistency,
 }
 """The families that the engine runs step by step in batches. Every other one runs whole."""
+
+_FEW_BYTES = 2**28
+"""Of torch's tensors on a GPU: what is less than this is no model."""
 
 _PRECISIONS: dict[torch.dtype, Precision] = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 _DOES_NOT_DRAW = (*ERRORS, BundleError, ServerError, RuntimeError, FloatingPointError)
@@ -87,13 +92,23 @@ def _load_graphs(
         make, provider, tensors = _runners(choice, replace(execution, cuda_graphs=graphs), threads, placement.open, Sizes(bundle))
         return assemble(bundle, manifest, keep(placement.told(make)), provider, tensors, threads, cache, execution)
     except BundleError as error:
-        if execution.provider != "auto" or choice.provider == "cpu":
+        if choice.provider == "cpu":
+            raise
+        if is_out_of_memory(error) and _is_shared(bundle):
+            raise OutOfMemory(f"the GPU has no memory for {bundle.name} beside what is loaded: {last_line(error)}") from error
+        if execution.provider != "auto":
             raise
         why = last_line(error)
         _log.warning("%s: runs on the CPU, not on the GPU: %s", bundle.name, why)
         declined = (*choice.declined, Probe(choice.provider, problem=why))
         choice = Choice("cpu", declined=declined)
     return _load_graphs(bundle, manifest, execution, threads, cache, choice, open_graph, keep)
+
+
+def _is_shared(bundle: Path) -> bool:
+    """Whether other models than that of `bundle` take memory of the GPU: without them it might have enough."""
+    others = any(keeper.owner not in (bundle, None) for keeper in KEEPERS)
+    return others or (torch.cuda.is_available() and torch.cuda.memory_allocated() > _FEW_BYTES)
 
 
 def assemble(
@@ -115,7 +130,7 @@ def assemble(
     execution = execution or Execution()
     memory = most_memory(execution, tensors)
     components = Components(bundle, manifest, make, provider=provider, device=tensors, tensors=tensors, vae_memory=memory)
-    return _split(components.pipeline(), f"{manifest.backend}:{provider}", manifest, execution, threads, cache)
+    return _split(bundle, components.pipeline(), f"{manifest.backend}:{provider}", manifest, execution, threads, cache)
 
 
 def _runners(choice: Choice, execution: Execution, threads: int, open_graph: Open, sizes: Sizes) -> tuple[Make, str, str]:
@@ -151,9 +166,17 @@ def _load_torch(bundle: Path, manifest: Manifest, execution: Execution, threads:
     device = torch_device({"openvino": "cpu", "tensorrt": "cuda"}.get(execution.provider, execution.provider))
 
     def load(dtype: torch.dtype) -> Pipeline:
+        if device == "cuda":
+            go_over(device_stream())
         why = manifest.backend_reason or "it has no graphs"
         _log.info("%s: all of it runs in PyTorch on %s in %s, %d threads: %s", bundle.name, device, dtype, threads, why)
-        return _split(torch_pipeline(bundle, manifest, device, dtype), f"torch:{device}", manifest, execution, threads, cache)
+        try:
+            pipe = torch_pipeline(bundle, manifest, device, dtype)
+        except BundleError as error:
+            if device == "cuda" and is_out_of_memory(error):
+                raise OutOfMemory(f"the GPU has no memory for {bundle.name}: {last_line(error)}") from error
+            raise
+        return _split(bundle, pipe, f"torch:{device}", manifest, execution, threads, cache)
 
     dtype = choose_dtype(device, execution)
     if dtype == torch.float32:
@@ -168,6 +191,9 @@ def _judged(
     try:
         pipeline = quick()
         verdict = gate.judge(pipeline, bundle, manifest, gate.least_psnr_db(precision))
+    except OutOfMemory:
+        # In float32 it takes more.
+        raise
     except _DOES_NOT_DRAW as error:
         verdict = gate.Verdict(False, f"it does not run: {error}".splitlines()[0])
     if verdict.passed:
@@ -179,17 +205,20 @@ def _judged(
     return exact()
 
 
-def _split(pipe: Any, engine: str, manifest: Manifest, execution: Execution, threads: int, cache: Cache) -> Pipeline:
+def _split(
+    bundle: Path, pipe: Any, engine: str, manifest: Manifest, execution: Execution, threads: int, cache: Cache
+) -> Pipeline:
     """A diffusers pipeline as the engine runs it: step by step where its family can be."""
     # Where graphs do all the heavy work torch only steps schedulers: threads of its own would get in ONNX Runtime's way.
     torch_threads = 1 if manifest.backend == "onnx" else threads
     family = FAMILIES.get(manifest.family)
-    pipeline: Pipeline
+    pipeline: StableDiffusion | WholePipeline
     if family is None:
         pipeline = WholePipeline(pipe, engine, torch_threads)
     else:
         pipeline = family(pipe, engine, torch_threads, cache, manifest.latent_preview)
     bound_torch_vaes(pipe, most_memory(execution, torch.device(pipe.device).type))
+    pipeline.owner = bundle
     if manifest.size_multiple is not None:
         pipeline.size_multiple = manifest.size_multiple
     if execution.compile and manifest.backend != "onnx":

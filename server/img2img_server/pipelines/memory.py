@@ -2,6 +2,7 @@
 
 import logging
 import traceback
+from collections.abc import Hashable
 from typing import Protocol
 from weakref import WeakSet
 
@@ -17,7 +18,9 @@ RUNTIME_ERRORS = (RuntimeError, MemoryError, state.Fail, state.RuntimeException,
 
 
 class Keeper(Protocol):
-    """Something that keeps device memory for later."""
+    """Something that keeps device memory for later. `owner` stands for the model that it belongs to; without one it keeps little."""
+
+    owner: Hashable
 
     def give_back(self) -> None:
         """Frees what it keeps, as far as it is not in use. Raises nothing."""
@@ -26,6 +29,10 @@ class Keeper(Protocol):
 
 KEEPERS: WeakSet[Keeper] = WeakSet()
 """All that keep device memory in this process, beside torch."""
+
+_OWN, _ALL = 1, 2
+_given_back: dict[Hashable, int] = {}
+"""Of each model that ran out of memory, and whose calls have all run out since: whose memory was given back."""
 
 _SIGNS = (
     "out of memory",  # CUDA itself: "CUDA failure 2: out of memory", "CUDA error: out of memory"
@@ -48,12 +55,13 @@ def is_out_of_memory(error: BaseException) -> bool:
     return any(sign in message for sign in _SIGNS)
 
 
-def out_of_memory(error: Exception) -> OutOfMemory | None:
-    """The error to raise in place of `error`, from None, where an allocation failed; None where it is another's.
+def out_of_memory(error: Exception, owner: Hashable = None) -> OutOfMemory | None:
+    """The error to raise in place of `error`, from None, if an allocation failed; None if it is another's.
 
-    What the failed call's frames hold is let go, and ONNX Runtime's sessions and torch give back to the device what they keep for
-    later: the same call with less to do, or another's, may need it. So nothing of the failed call is left but this module's log
-    line.
+    What the failed call's frames hold is let go, and what is kept for later is given back to the device: by torch and the
+    sessions of the model `owner`, and by those of all models if the next call of `owner` runs out of memory, too (None: at once).
+    So other models keep their recordings unless their memory is needed. Called on the thread that runs the models, or before it
+    starts.
     """
     if isinstance(error, OutOfMemory):
         return error
@@ -61,8 +69,25 @@ def out_of_memory(error: Exception) -> OutOfMemory | None:
         return None
     _log.warning("out of memory: %s", str(error).partition("\n")[0])
     traceback.clear_frames(error.__traceback__)
+    full = OutOfMemory("the device ran out of memory")
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        for keeper in list(KEEPERS):
-            keeper.give_back()
+        full.again = _give_back(owner)
         torch.cuda.empty_cache()
-    return OutOfMemory("the device ran out of memory")
+    return full
+
+
+def worked(owner: Hashable) -> None:
+    """Notes that a call of the model `owner` had enough memory."""
+    if _given_back:
+        _given_back.pop(owner, None)
+
+
+def _give_back(owner: Hashable) -> bool:
+    """Has sessions give back what they keep: those of `owner`, and the next time all. Returns whether that had not been tried."""
+    keepers, before = list(KEEPERS), _given_back.get(owner, 0)
+    own = [keeper for keeper in keepers if keeper.owner in (owner, None)]
+    only_own = owner is not None and before < _OWN and len(own) < len(keepers)
+    for keeper in own if only_own else keepers:
+        keeper.give_back()
+    _given_back[owner] = _OWN if only_own else _ALL
+    return bool(keepers) and before < _ALL

@@ -45,6 +45,11 @@ Make = Callable[[str, Path], Runner]
 """Readies the graph of a component: its name, and the ONNX file. Raises BundleError."""
 
 
+def bundle_of(name: str, graph: Path) -> Path:
+    """The bundle that has `graph` somewhere in the folder of the component `name`."""
+    return next((folder.parent for folder in graph.parents if folder.name == name), graph.parent)
+
+
 class HostRunner:
     """A session whose tensors are on the CPU, whatever it computes on."""
 

@@ -7,7 +7,7 @@ The order of calls is that of StableDiffusionImg2ImgPipeline.__call__ and Stable
 
 import copy
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -30,9 +30,10 @@ from img2img_server.pipelines.diffusion_state import (
 )
 from img2img_server.pipelines.originals import noise_level
 from img2img_server.pipelines.schedules import Trajectory, advance_batch
+from img2img_server.pipelines.standins import close_graphs
 from img2img_server.pipelines.step_numbers import StepNumbers, key_of
 from img2img_server.pipelines.timetables import Timetable, Timetables
-from img2img_server.pipelines.torch_calls import torch_call
+from img2img_server.pipelines.torch_calls import host_call, torch_call
 from img2img_server.pipelines.transfers import PinnedCopies, fetch_later, mark, send
 from img2img_server.pipelines.truncation import Truncation
 from img2img_server.pipelines.views import view_of
@@ -49,6 +50,7 @@ class StableDiffusion:
 
     max_rows: int | None = None
     measurable = True
+    owner: Hashable = None
     timetables: type[Timetables] = Timetables
 
     def __init__(self, pipe: Any, engine: str, threads: int, cache: Cache, preview_weights: PreviewWeights = ()) -> None:
@@ -68,7 +70,7 @@ class StableDiffusion:
         self._preview_weights = preview_weights
         self._truncation = Truncation(pipe)
 
-    @torch_call
+    @host_call
     def plan(self, request: Request) -> Plan:
         """Its steps and rows. Raises InvalidField where there are no steps to run. Slow for steps that were not seen before."""
         rows = len(request.seeds) * (2 if self._is_guided(request) else 1)
@@ -170,8 +172,9 @@ class StableDiffusion:
         self._joined.forget(state)
 
     def close(self) -> None:
-        """Takes its texts and pictures out of the cache."""
+        """Takes its texts and pictures out of the cache, and gives up its sessions, whoever still holds this pipeline."""
         self._encoder.close()
+        close_graphs(self._pipe)
 
     def _begin(
         self,

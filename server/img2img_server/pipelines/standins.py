@@ -26,6 +26,7 @@ from img2img_server.pipelines.encoded import output_of
 from img2img_server.pipelines.runners import Runner, dtype_of
 from img2img_server.pipelines.transfers import send
 from img2img_server.pipelines.vae_memory import BoundedVae
+from img2img_server.pipelines.whole_sizes import parts
 
 _TEXT_OUTPUTS = ("text_embeds", "last_hidden_state", "pooler_output")
 """The order in which transformers' text encoders give them."""
@@ -60,6 +61,10 @@ class Graph:
             tensor = tensor.detach()
         return send(tensor, self._device, self.input_types[name]).contiguous()
 
+    def close(self) -> None:
+        """Gives up its runner, whoever still holds this graph."""
+        self.__dict__.pop("_runner", None)
+
 
 class StandIn(torch.nn.Module):
     """What every stand-in has: a configuration, and where and of what type its tensors are."""
@@ -74,6 +79,12 @@ class StandIn(torch.nn.Module):
     def to(self, *_: Any, **__: Any) -> Self:
         """Does nothing: a graph stays where its session is."""
         return self
+
+    def close(self) -> None:
+        """Gives up its graphs' runners, and with the last reference to them their sessions."""
+        for value in vars(self).values():
+            if isinstance(value, Graph):
+                value.close()
 
 
 class OnnxTextEncoder(StandIn):
@@ -163,6 +174,14 @@ class OnnxVae(StandIn):
     def decode(self, latents: torch.Tensor, return_dict: bool = False, generator: Any = None) -> tuple[torch.Tensor]:
         """The pixels of latents that were divided by the scaling factor already."""
         return (self._bounded.decode(latents),)
+
+
+def close_graphs(pipe: Any) -> None:
+    """Closes the stand-ins of a diffusers pipeline, inner pipelines included. Not in the middle of a call."""
+    for part in parts(pipe):
+        for component in getattr(part, "components", {}).values():
+            if isinstance(component, StandIn):
+                component.close()
 
 
 def read_config(folder: Path) -> FrozenDict:

@@ -28,7 +28,7 @@ from img2img_server.pipelines.engine_cache import EngineCache, default_root
 from img2img_server.pipelines.graph_sizes import Sizes
 from img2img_server.pipelines.loader import FAMILIES, assemble
 from img2img_server.pipelines.providers import choose
-from img2img_server.pipelines.runners import HostRunner, Make, Runner
+from img2img_server.pipelines.runners import HostRunner, Make, Runner, bundle_of
 from img2img_server.pipelines.sessions import Open, SessionOptions, open_session
 from img2img_server.pipelines.transfers import device_stream, enter_stream
 from img2img_server.stopping import Stop
@@ -141,7 +141,7 @@ class TensorRTContender:
             session = shop.open_graph(context, SessionOptions("tensorrt", threads, provider_options=options))
             if stream is None:
                 return HostRunner(session)
-            return DeviceRunner(session, shop.tensors, enter_stream)
+            return DeviceRunner(session, shop.tensors, enter_stream, owner=self._bundle)
 
         def make(name: str, graph: Path) -> Runner:
             other = shop.other(name, graph)
@@ -167,14 +167,14 @@ class Shelf:
 
         def kept(name: str, graph: Path) -> Runner:
             runner = make(name, graph)
-            self._runners[_bundle_of(name, graph), name] = runner
+            self._runners[bundle_of(name, graph), name] = runner
             return runner
 
         return kept
 
     def make(self, name: str, graph: Path) -> Runner:
         """What was readied for the component `name` of the same bundle, from this graph or its fused twin."""
-        runner = self._runners.get((_bundle_of(name, graph), name))
+        runner = self._runners.get((bundle_of(name, graph), name))
         if runner is None:
             raise BundleError(f"{graph} was not opened before")
         return runner
@@ -226,8 +226,3 @@ def _could_be_faster(model: Model) -> bool:
     if manifest is None or pipeline is None or model.bundle is None:
         return False
     return manifest.family in FAMILIES and pipeline.engine == "onnx:cuda"
-
-
-def _bundle_of(name: str, graph: Path) -> Path:
-    """The bundle that has `graph` somewhere in the folder of the component `name`."""
-    return next((folder.parent for folder in graph.parents if folder.name == name), graph.parent)

@@ -21,6 +21,13 @@ def device_stream() -> torch.cuda.Stream:
     return torch.cuda.Stream()  # type: ignore[no-untyped-call]
 
 
+def start_device(provider: str) -> None:
+    """Has torch start the GPU if models may run there, so that what is measured of the first one leaves that out. `provider` is
+    the setting."""
+    if provider in ("auto", "cuda", "tensorrt") and torch.cuda.is_available():
+        device_stream()
+
+
 def enter_stream() -> None:
     """Has torch, on this thread, use `device_stream` from now on, if this process uses CUDA."""
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]

@@ -18,6 +18,7 @@ from PIL import Image
 from img2img_server.engine.request import Plan, Request
 from img2img_server.errors import InvalidField, OutOfMemory
 from img2img_server.pipelines.sharing import rule_of, slot
+from img2img_server.pipelines.standins import close_graphs
 from img2img_server.pipelines.torch_calls import torch_call
 from img2img_server.pipelines.truncation import Truncation
 from img2img_server.pipelines.views import view_of
@@ -39,6 +40,7 @@ class WholePipeline:
 
     schedulers: tuple[str, ...] = ()
     measurable = False
+    owner: Hashable = None
     row_buckets: Sequence[int] = ()
 
     def __init__(self, pipe: Any, engine: str, threads: int) -> None:
@@ -108,7 +110,8 @@ class WholePipeline:
         state.call.leave()
 
     def close(self) -> None:
-        """Nothing is kept elsewhere."""
+        """Gives up its sessions, if it has any, whoever still holds this pipeline."""
+        close_graphs(self._pipe)
 
     def _resume(self, call: Call, states: Sequence[WholeState], alone: bool) -> None:
         """Runs a call's next piece. Where that fails the engine asks again for fewer; for one that is `alone` it would not."""
