@@ -8,10 +8,9 @@ from typing import Any
 import pytest
 import torch
 from diffusers import AutoPipelineForImage2Image
-from fake_gpu import FakeGpu
 from img2img_server.engine.request import Request
 from img2img_server.pipelines.alone import run_alone
-from img2img_server.pipelines.compiled import compile_modules
+from img2img_server.pipelines.compiled import Compiled
 from img2img_server.pipelines.transfers import device_stream
 from img2img_server.pipelines.whole import WholePipeline
 from PIL import Image
@@ -47,8 +46,8 @@ def test_every_thread_of_a_call_is_on_the_shared_stream_before_it_allocates(pipe
     assert all(shared for _, shared in streams)
 
 
-def test_on_a_gpu_blocks_are_compiled_for_recording_and_outputs_are_not_in_a_recordings_memory(
-    pipe: Any, monkeypatch: pytest.MonkeyPatch, gpu: FakeGpu
+def test_on_a_gpu_what_is_compiled_is_recorded_and_outputs_are_not_in_a_recordings_memory(
+    pipe: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[dict[str, Any]] = []
     outputs: set[int] = set()
@@ -57,9 +56,9 @@ def test_on_a_gpu_blocks_are_compiled_for_recording_and_outputs_are_not_in_a_rec
     def compile(function: Any, **settings: Any) -> Any:
         asked.append(settings)
 
-        def run(*args: Any, **kwargs: Any) -> Any:
-            result = function(*args, **kwargs)
-            outputs.add(result.data_ptr() if isinstance(result, torch.Tensor) else 0)
+        def run(*args: Any, **kwargs: Any) -> torch.Tensor:
+            result: torch.Tensor = function(*args, **kwargs)
+            outputs.add(result.data_ptr())
             return result
 
         return run
@@ -70,12 +69,14 @@ def test_on_a_gpu_blocks_are_compiled_for_recording_and_outputs_are_not_in_a_rec
 
     monkeypatch.setattr(torch, "compile", compile)
     monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", mark)
-    pipeline = WholePipeline(pipe, "torch:cuda", threads=1)
-    assert compile_modules(pipe, pipeline)
+    unet, decoder = Compiled(pipe.unet, "inductor"), Compiled(pipe.vae.decoder, "inductor")
     assert {settings["mode"] for settings in asked} == {"reduce-overhead"}
     blocks = sum(type(part).__name__ == "BasicTransformerBlock" for part in pipe.unet.modules())
     assert len(asked) == blocks + 1
-    before, latents = steps, torch.zeros(1, 4, 8, 8, device="cuda")
-    decoded = pipe.vae.decoder(latents)
-    assert steps == before + 1
-    assert decoded.data_ptr() not in outputs
+    latents, text = torch.zeros(2, 4, 8, 8, device="cuda"), torch.zeros(2, 77, 32, device="cuda")
+    with torch.inference_mode():
+        decoded = decoder(latents)
+        noise = unet(latents, torch.zeros(2, device="cuda"), encoder_hidden_states=text).sample
+    assert steps == 2, "each is a step of its own"
+    assert outputs
+    assert not {decoded.data_ptr(), noise.data_ptr()} & outputs

@@ -117,6 +117,9 @@ def _session_options(options: SessionOptions) -> onnxruntime.SessionOptions:
     result.log_severity_level = _severity(options)
     for name, size in options.dimensions:
         result.add_free_dimension_override_by_name(name, size)
+    if options.recordable:
+        # It asks for one block of memory for a whole call; if that fails, as each call again, the recording is lost.
+        result.enable_mem_pattern = False
     if options.lean:
         result.enable_cpu_mem_arena = result.enable_mem_pattern = False
         result.add_session_config_entry("session.disable_prepacking", "1")
