@@ -18,7 +18,7 @@ RUNTIME_ERRORS = (RuntimeError, MemoryError, state.Fail, state.RuntimeException,
 
 
 class Keeper(Protocol):
-    """Something that keeps device memory for later. `owner` stands for the model that it belongs to; without one it keeps little."""
+    """Something that keeps device memory for later. `owner` stands for its model; without one it keeps little."""
 
     owner: Hashable
 
