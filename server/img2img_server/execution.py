@@ -96,8 +96,8 @@ class Execution:
     )
     vae_memory: int | None = setting(
         None,
-        "maximum memory of one VAE call, as estimated: larger batches are divided, larger images are computed in overlapping tiles "
-        "(default: a quarter of the memory of the GPU or the machine)",
+        "maximum memory of one VAE call, as estimated: larger batches are divided, larger images are computed in overlapping "
+        "tiles (default: a quarter of the memory of the GPU or the machine)",
         metavar="BYTES",
         least=1,
     )
