@@ -23,7 +23,7 @@ from rich.table import Table
 
 BUNDLE = Path(__file__).resolve().parent.parent / ".demo" / "models" / "demo"
 _REQUESTS = (1, 4, 8, 16)
-_LINES = 25
+_LINES = 60
 """Functions that are shown of the profile."""
 
 
@@ -71,7 +71,7 @@ def run(arguments: argparse.Namespace) -> int:
     frames = bench.device.frames
     print(f"{len(frames)} frames from the engine's loop to a session's run: {' '.join(frames)}")
     if arguments.profile:
-        bench.profile(8, 7.5, arguments.steps).sort_stats("tottime").print_stats(_LINES)
+        bench.profile(8, 7.5, arguments.steps).sort_stats("cumulative").print_stats(_LINES)
     bench.close()
     return 0
 
