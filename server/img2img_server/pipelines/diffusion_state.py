@@ -102,7 +102,7 @@ class DiffusionState:
 
 
 class JoinedConditioning:
-    """The conditioning of batches, kept from step to step while they are of the same states. For one thread at a time."""
+    """The conditioning of batches, kept from step to step while they are of the same states."""
 
     owner: Hashable = None
 
@@ -117,17 +117,18 @@ class JoinedConditioning:
         known = self._kept.get(key)
         if known is None:
             if len(self._kept) >= self._most:
-                self._kept.pop(next(iter(self._kept)), None)
+                self._kept.pop(next(iter(self._kept), ()), None)
             known = self._kept[key] = _join([state.conditioning for state in states])
         return dict(known)
 
     def forget(self, state: DiffusionState) -> None:
         """Frees the batches that `state` was in: it comes in none again."""
-        for key in [key for key in self._kept if state.number in key]:
-            del self._kept[key]
+        for key in list(self._kept):
+            if state.number in key:
+                self._kept.pop(key, None)
 
     def give_back(self) -> None:
-        """Frees all."""
+        """Frees all, on any thread: one that loads a model may run out of memory."""
         self._kept.clear()
 
 

@@ -1,0 +1,56 @@
+"""The conditioning of a batch: joined once for a set of states, and kept no longer than they are."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from img2img_server.pipelines.diffusion_state import JoinedConditioning
+from img2img_server.pipelines.memory import KEEPERS
+
+
+def state(number: int, rows: int) -> Any:
+    conditioning = {
+        "encoder_hidden_states": torch.full((rows, 3, 2), float(number)),
+        "text_embeds": torch.full((rows, 4), float(-number)),
+        "time_ids": torch.full((rows, 6), number, dtype=torch.int64),
+    }
+    return SimpleNamespace(number=number, conditioning=conditioning)
+
+
+@pytest.mark.parametrize("rows", [(1,), (2, 1), (1, 4, 2)])
+def test_rows_are_those_of_the_states_in_order(rows: tuple[int, ...]) -> None:
+    states = [state(number, count) for number, count in enumerate(rows)]
+    joined = JoinedConditioning().get(states)
+    assert joined.keys() == states[0].conditioning.keys()
+    for name, tensor in joined.items():
+        assert torch.equal(tensor, torch.cat([each.conditioning[name] for each in states])), name
+        assert tensor.dtype == states[0].conditioning[name].dtype
+
+
+def test_the_same_states_are_joined_once_and_others_for_themselves() -> None:
+    joined, one, two, three = JoinedConditioning(), state(1, 1), state(2, 2), state(3, 1)
+    first = joined.get([one, two])
+    assert all(again is tensor for again, tensor in zip(joined.get([one, two]).values(), first.values(), strict=True))
+    assert joined.get([two, one])["time_ids"][:, 0].tolist() == [2, 2, 1]
+    assert joined.get([one, three])["time_ids"][:, 0].tolist() == [1, 3]
+    first.pop("time_ids")
+    assert "time_ids" in joined.get([one, two]), "what was handed out is the caller's own"
+
+
+def test_nothing_is_kept_of_states_that_are_gone_nor_of_too_many_batches_nor_when_memory_runs_out() -> None:
+    joined, states = JoinedConditioning(most=2), [state(number, 1) for number in range(4)]
+    kept = joined.get(states[:2])["time_ids"]
+    joined.forget(states[2])
+    assert joined.get(states[:2])["time_ids"] is kept
+    joined.forget(states[1])
+    assert joined.get(states[:2])["time_ids"] is not kept
+    kept = joined.get(states[:2])["time_ids"]
+    joined.get(states[1:3])
+    joined.get(states[2:])
+    assert joined.get(states[:2])["time_ids"] is not kept
+    kept = joined.get(states[:2])["time_ids"]
+    assert joined in KEEPERS
+    joined.give_back()
+    joined.forget(states[0])
+    assert joined.get(states[:2])["time_ids"] is not kept
