@@ -13,6 +13,8 @@ from typing import Any
 from grpc._cython import cygrpc
 
 _execute = cygrpc.execute_batch
+CALL_IS_GONE = (cygrpc.InternalError, cygrpc._ServerStoppedError)
+"""What gRPC raises if a call's client has left or the server has stopped."""
 
 
 class _Outcome(asyncio.Future[None]):

@@ -33,6 +33,7 @@ from img2img_server.errors import (
     ReaderTooSlow,
     ServerError,
 )
+from img2img_server.grpc_batches import CALL_IS_GONE
 from img2img_server.readers import Readers
 from img2img_server.telemetry.telemetry import Telemetry
 from img2img_server.transport import MAX_MESSAGE_BYTES
@@ -140,7 +141,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             except grpc.aio.AbortError:
                 outcome.status = context.code().name
                 raise
-            except grpc.aio.InternalError:  # the caller has left: there is nobody to send to
+            except CALL_IS_GONE:  # there is nobody to send to
                 outcome.status = "CANCELLED"
                 raise CancelledError from None
             except Exception as caught:  # noqa: BLE001 - the service's edge
@@ -157,7 +158,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                 try:
                     with unread:
                         await context.abort(rich.code, rich.details, trailing)
-                except grpc.aio.InternalError:  # the caller has left
+                except CALL_IS_GONE:
                     raise CancelledError from None
 
 

@@ -5,7 +5,9 @@ from collections.abc import Sequence
 
 import pytest
 from fakes import Caller, Clock, FakePipeline, make_engine, make_request, run_out
+from img2img_server.engine.costs import Costs
 from img2img_server.engine.engine import Engine
+from img2img_server.engine.policy import Policy
 from img2img_server.engine.request import Completed, Event
 from img2img_server.engine.scheduler import Limits
 from img2img_server.engine.turns import Job, charged, in_order
@@ -73,6 +75,15 @@ def test_a_clients_one_request_is_not_held_up_by_how_many_another_sends(
     assert max(many, more) <= 2 * few + 0.5, "ten or twenty times as many requests do not take it longer"
     # Half of a device whose calls it may have to itself, and a place among the active first.
     assert more <= 6 * steps * CURVE[2] + 50 * CURVE[16], "and it has its share of the device"
+
+
+def test_a_client_that_waited_long_leads_no_call_in_anothers_turn() -> None:
+    flood = [Job(number, ("m", "large"), 1, 1, 50, None, 1.0, 0.0, 0.0, passed_over=100, client="flood") for number in range(10)]
+    small = Job(10, ("m", "small"), 1, 1, 4, None, 1.0, 0.0, 0.0, client="small")
+    policy = Policy(Costs(), 16)
+    while small.steps_left:
+        assert policy.next_batch([*flood, small], 0, {"m": None}, 0.0) == [small]
+        small.steps_left -= 1
 
 
 def test_deadlines_on_everything_do_not_get_all() -> None:

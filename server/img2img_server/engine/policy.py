@@ -17,9 +17,10 @@ _UNKNOWN = 1.0
 class Policy:
     """Chooses the jobs of each call.
 
-    1. The leader. A job that too many calls passed over leads every second one, so that none waits for ever. Else a job
-       whose deadline presses, the earliest first. Else the one with the least left to do: a short request that comes
-       while long ones run is done in about its own time, and the long ones lose no more than that.
+    1. The leader. First a job whose deadline presses, the earliest first. Else the one with the least left to do: a short request
+       that comes while long ones run is done in about its own time, and the long ones lose no more than that. If too many calls
+       passed over a job of the leader's client, that job leads every second call of its client, so none waits forever. It
+       does not lead in another client's turn: between clients, fair queueing lets none wait forever.
     2. Who joins it: jobs of its group, in the same order, as many as pay best. A shared call saves everybody the seconds that
        apart it would take longer, and costs those inside that have less left than one who joins. Where a call of many rows
        takes as long as one of few, all join. Where time grows with the rows, those who have about as much left share calls,
@@ -33,7 +34,7 @@ class Policy:
     def __init__(self, costs: Costs, max_batch_size: int) -> None:
         self._costs = costs
         self._max_batch_size = max_batch_size
-        self._led_by_patience = False
+        self._led_by_patience: set[str] = set()  # clients whose last call was led by a job that was passed over too often
         self._shares: Shares = {}
 
     def in_order(self, jobs: Iterable[Job], now: float) -> list[Job]:
@@ -44,8 +45,13 @@ class Policy:
         """The jobs of the next call. `others` is how many wait and cannot take part."""
         order = self.in_order(jobs, now)
         patience = _PATIENCE if order[0].rank(now)[0] else 4 * _PATIENCE
-        late = [] if self._led_by_patience else [job for job in jobs if job.passed_over >= patience]
-        self._led_by_patience = bool(late)
+        client = order[0].client
+        late = [job for job in jobs if job.passed_over >= patience and (job.background or job.client == client)]
+        if client in self._led_by_patience:
+            late = []
+        self._led_by_patience &= {job.client for job in jobs} - {client}
+        if late:
+            self._led_by_patience.add(client)
         leader = max(late, key=lambda job: (job.passed_over, -job.number)) if late else None
         batch = self._choose(order, leader, others, max_rows)
         self._shares = charged(self._shares, jobs, batch, self.seconds(batch))
