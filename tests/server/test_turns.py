@@ -178,6 +178,8 @@ def test_nobody_saves_up_and_who_comes_anew_begins_as_the_last() -> None:
     a, b, c = job(1, 4, "a"), job(2, 4, "b"), job(3, 4, "c")
     shares = charged({}, [a, b], [a], 3.0)
     assert shares == {"a": 3.0, "b": 0.0}
-    assert charged(shares, [a], [a], 2.0) == {}, "alone, there is nobody to have less"
+    assert charged(shares, [a], [a], 2.0) == {"a": 2.0}, "alone it is ahead of whoever comes, up to a bound"
+    assert charged({}, [a], [a], 0.5) == {"a": 0.5}
+    assert charged({"a": 2.0}, [c], [c], 0.5) == {"c": 0.5}, "who has left is forgotten"
     assert charged(shares, [a, b, c], [b], 2.0) == {"a": 3.0, "b": 2.0, "c": 0.0}
     assert charged({"a": 3.0, "b": 2.0}, [a, b], [a, b], 2.0) == {"a": 2.0 - 1.0, "b": 0.0}

@@ -10,6 +10,8 @@ _PATIENCE = 8
 """Calls of the model that may pass over a request before it leads one; four times as many while a deadline presses."""
 _URGENT = 4.0
 """At most so many times does a second's delay count for a request that has less left than another."""
+_MOST_STRETCHED = 2.0
+"""How many times as long as alone a call may take, where rows of other clients join it."""
 _UNKNOWN = 1.0
 """Seconds of a call that nothing is known about yet: all are taken for equal."""
 
@@ -24,7 +26,7 @@ class Policy:
     2. Who joins it: jobs of its group, in the same order, as many as pay best. A shared call saves everybody the seconds that
        apart it would take longer, and costs those inside that have less left than one who joins. Where a call of many rows
        takes as long as one of few, all join. Where time grows with the rows, those who have about as much left share calls,
-       and a short one is not held up by long ones.
+       and a short one is not held up by long ones. Other clients' jobs at most double the time of the leader's call.
 
     Where several clients have requests, what is left to do of a client's before one, and what its client had more than others,
     counts as its own (`turns.py`).
@@ -122,6 +124,9 @@ class Policy:
                 continue
             widest = max(widest, job.rows)
             before, takes = takes, self._call_seconds(leader, rows + job.rows)
+            if job.client != leader.client and takes > _MOST_STRETCHED * leader.step_seconds:
+                takes = before
+                continue
             if takes > before:
                 lost += (takes - before) * _losers(batch, job)
             apart += job.step_seconds
