@@ -86,6 +86,21 @@ def test_a_client_that_waited_long_leads_no_call_in_anothers_turn() -> None:
         small.steps_left -= 1
 
 
+def test_a_client_that_had_much_joins_anothers_call_only_where_that_costs_little() -> None:
+    costs, group = Costs(), ("m", "shape")
+    for rows in range(1, 17):
+        costs.measured("denoise", group, 1, rows, 0.9 + 0.1 * rows)
+    flood = [Job(number, group, 1, 1, 50, None, 1.0, 0.0, 0.0, client="flood") for number in range(15)]
+    small, policy = Job(15, group, 1, 1, 4, None, 1.0, 0.0, 0.0, client="small"), Policy(costs, 16)
+    together = policy.next_batch([*flood, small], 0, {"m": None}, 0.0)
+    assert len(together) > 12, "nobody had more than another"
+    for _ in range(5):
+        policy.next_batch(flood, 0, {"m": None}, 0.0)
+    batch = policy.next_batch([*flood, small], 0, {"m": None}, 0.0)
+    assert batch[0] == small
+    assert len(batch) == 6, "a call of six takes half as long again as one alone"
+
+
 def test_deadlines_on_everything_do_not_get_all() -> None:
     device = Device(60, (20,), deadline=4.0)
     device.top_up()
@@ -178,7 +193,7 @@ def test_nobody_saves_up_and_who_comes_anew_begins_as_the_last() -> None:
     a, b, c = job(1, 4, "a"), job(2, 4, "b"), job(3, 4, "c")
     shares = charged({}, [a, b], [a], 3.0)
     assert shares == {"a": 3.0, "b": 0.0}
-    assert charged(shares, [a], [a], 2.0) == {"a": 2.0}, "alone it is ahead of whoever comes, up to a bound"
+    assert charged(shares, [a], [a], 2.0) == {"a": 4.0}, "alone it is ahead of whoever comes by one request at most"
     assert charged({}, [a], [a], 0.5) == {"a": 0.5}
     assert charged({"a": 2.0}, [c], [c], 0.5) == {"c": 0.5}, "who has left is forgotten"
     assert charged(shares, [a, b, c], [b], 2.0) == {"a": 3.0, "b": 2.0, "c": 0.0}

@@ -10,8 +10,8 @@ _PATIENCE = 8
 """Calls of the model that may pass over a request before it leads one; four times as many while a deadline presses."""
 _URGENT = 4.0
 """At most so many times does a second's delay count for a request that has less left than another."""
-_MOST_STRETCHED = 2.0
-"""How many times as long as alone a call may take, where rows of other clients join it."""
+_MOST_STRETCHED = 1.5
+"""How many times as long as alone a call may take, if clients join it that had much more of the device than its leader's."""
 _UNKNOWN = 1.0
 """Seconds of a call that nothing is known about yet: all are taken for equal."""
 
@@ -26,7 +26,8 @@ class Policy:
     2. Who joins it: jobs of its group, in the same order, as many as pay best. A shared call saves everybody the seconds that
        apart it would take longer, and costs those inside that have less left than one who joins. Where a call of many rows
        takes as long as one of few, all join. Where time grows with the rows, those who have about as much left share calls,
-       and a short one is not held up by long ones. Other clients' jobs at most double the time of the leader's call.
+       and a short one is not held up by long ones. Clients that had more of the
+       device than the leader's request takes do not stretch its calls by more than half.
 
     Where several clients have requests, what is left to do of a client's before one, and what its client had more than others,
     counts as its own (`turns.py`).
@@ -55,7 +56,7 @@ class Policy:
         if late:
             self._led_by_patience.add(client)
         leader = max(late, key=lambda job: (job.passed_over, -job.number)) if late else None
-        batch = self._choose(order, leader, others, max_rows)
+        batch = self._choose(order, leader, others, max_rows, self._shares)
         self._shares = charged(self._shares, jobs, batch, self.seconds(batch))
         return batch
 
@@ -67,7 +68,7 @@ class Policy:
         left, shares = [replace(job) for job in jobs], self._shares
         while left:
             left = in_order(left, shares, now)
-            batch = self._choose(left, None, 0, max_rows)
+            batch = self._choose(left, None, 0, max_rows, shares)
             steps = min(job.steps_left for job in batch)
             seconds = steps * self.seconds(batch) + sum(job.setup for job in batch)
             shares = charged(shares, left, batch, seconds)
@@ -104,14 +105,17 @@ class Policy:
 
     def next_seconds(self, jobs: Iterable[Job], max_rows: dict[str, int | None], now: float) -> float:
         """The expected seconds of the next call, where nobody has lost patience."""
-        return self.seconds(self._choose(self.in_order(jobs, now), None, 0, max_rows))
+        return self.seconds(self._choose(self.in_order(jobs, now), None, 0, max_rows, self._shares))
 
     def seconds(self, batch: Sequence[Job]) -> float:
         """The expected seconds of a call."""
         return self._call_seconds(batch[0], sum(job.rows for job in batch))
 
-    def _choose(self, order: Sequence[Job], leader: Job | None, others: int, max_rows: dict[str, int | None]) -> list[Job]:
+    def _choose(
+        self, order: Sequence[Job], leader: Job | None, others: int, max_rows: dict[str, int | None], shares: Shares
+    ) -> list[Job]:
         leader = leader or order[0]
+        fair = shares.get(leader.client, 0.0) + leader.seconds_left
         cap = self._cap(leader, max_rows)
         batch, rows, takes, widest = [leader], leader.rows, leader.step_seconds, leader.rows
         apart, lost, best, size = takes, 0.0, 0.0, 1
@@ -124,7 +128,7 @@ class Policy:
                 continue
             widest = max(widest, job.rows)
             before, takes = takes, self._call_seconds(leader, rows + job.rows)
-            if job.client != leader.client and takes > _MOST_STRETCHED * leader.step_seconds:
+            if takes > _MOST_STRETCHED * leader.step_seconds and shares.get(job.client, 0.0) > fair:
                 takes = before
                 continue
             if takes > before:

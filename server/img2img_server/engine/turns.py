@@ -8,8 +8,6 @@ from img2img_server.engine.costs import Group
 
 _PRESSING = 4.0
 """A deadline presses when fewer than this many times the request's own remaining seconds are left."""
-_MOST_AHEAD = 2.0
-"""Seconds of the device that a client which had it to itself is taken to have had more than one that comes."""
 
 
 @dataclass(slots=True)
@@ -77,7 +75,7 @@ def charged(shares: Shares, jobs: Sequence[Job], batch: Sequence[Job], seconds: 
     """`shares` after `batch`, of all `jobs` that might have been in it, had the device for `seconds`.
 
     Who has no job is forgotten: nobody saves up for later. Who comes anew begins as the one that had least; a client that had
-    the device to itself is ahead of it by what it had, up to a bound.
+    the device to itself is ahead of it by what it had, but by no more than its longest request takes.
     """
     clients = {job.client for job in jobs if job.client}
     if not clients:
@@ -88,7 +86,8 @@ def charged(shares: Shares, jobs: Sequence[Job], batch: Sequence[Job], seconds: 
         if job.client:
             had[job.client] += seconds * job.rows / rows
     if not _several(jobs):
-        return {client: min(share, _MOST_AHEAD) for client, share in had.items()}
+        longest = max(job.seconds_left for job in jobs)
+        return {client: min(share, longest) for client, share in had.items()}
     least = min(had.values())
     return {client: share - least for client, share in had.items()}
 
