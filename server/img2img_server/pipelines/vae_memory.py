@@ -20,7 +20,7 @@ from img2img_server.pipelines.whole_sizes import latent_size, parts
 _SHARE = 4
 """The part of all memory, one in so many, that a call may take by default."""
 _LIVE = 3
-"""Tensors of full size that a decoder has at the same time where it takes most: measured, see docs/devices.md."""
+"""Tensors of full size that a decoder has at the same time where it takes most, about: docs/devices.md has what was measured."""
 _SCORES = 2
 """Matrices of attention's scores that a graph without fused attention has at the same time."""
 _CHANNELS = 256
