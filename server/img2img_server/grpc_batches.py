@@ -7,6 +7,7 @@ function always runs to its end: to it a failed batch looks like a successful on
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -70,5 +71,14 @@ async def execute_batch(call: Any, operations: tuple[Any, ...], loop: asyncio.Ab
 
 
 def free_failed_batches() -> None:
-    """Has gRPC's asyncio servers and clients of this process use `execute_batch` from now on."""
+    """Has gRPC's asyncio servers and clients of this process use `execute_batch` from now on.
+
+    gRPC logs an error for a client that leaves while its call's status is sent, if it hears of the failed batch first: such lines
+    are dropped, as anybody can cause them.
+    """
     cygrpc.execute_batch = execute_batch
+    logging.getLogger("grpc._cython.cygrpc").addFilter(_is_no_failed_batch)
+
+
+def _is_no_failed_batch(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith("ExecuteBatchError raised in core")

@@ -32,14 +32,13 @@ def pipeline(made: tuple[Path, Manifest]) -> Any:
 
 def blur(pipeline: Any, monkeypatch: pytest.MonkeyPatch, spread: float) -> None:
     """Has the pipeline's UNet predict with an error of `spread` times what it predicts, as an engine that rounds does."""
-    unet, generator = pipeline._pipe.unet, torch.Generator().manual_seed(0)
+    forward, generator = pipeline._pipe.unet.forward, torch.Generator().manual_seed(0)
 
     def rounded(*arguments: Any, **named: Any) -> Any:
-        (sample,) = unet(*arguments, **named)
+        (sample,) = forward(*arguments, **named)
         return (sample + spread * sample.std() * torch.randn(sample.shape, generator=generator),)
 
-    rounded.config = unet.config  # type: ignore[attr-defined]
-    monkeypatch.setattr(pipeline._pipe, "unet", rounded)
+    monkeypatch.setattr(pipeline._pipe.unet, "forward", rounded)
 
 
 def test_a_bundle_carries_the_pictures_that_it_was_verified_by(made: tuple[Path, Manifest]) -> None:

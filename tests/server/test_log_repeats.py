@@ -14,6 +14,7 @@ from fakes import Clock, FakePipeline
 from img2img.v1 import image_to_image_pb2 as pb
 from img2img.v1.image_to_image_pb2_grpc import ImageToImageServiceStub
 from img2img_server.config import TelemetrySettings
+from img2img_server.grpc_batches import free_failed_batches
 from img2img_server.telemetry.logs import TextFormatter, _Handler, configure
 from img2img_server.telemetry.repeats import INTERVAL, MOST, Repeats
 from messages import failure, request
@@ -122,3 +123,11 @@ def test_configure_captures_warnings_once(capsys: pytest.CaptureFixture[str]) ->
     assert len(written.splitlines()) == 1
     assert "from a library" in written
     assert "py.warnings" in written
+
+
+def test_a_client_that_leaves_while_its_status_is_sent_writes_no_error(caplog: pytest.LogCaptureFixture) -> None:
+    free_failed_batches()
+    logger = logging.getLogger("grpc._cython.cygrpc")
+    logger.error("ExecuteBatchError raised in core by servicer method [%s]", "/a.B/C")
+    logger.error("something else")
+    assert [record.getMessage() for record in caplog.records] == ["something else"]

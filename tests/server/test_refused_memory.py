@@ -3,10 +3,11 @@
 import contextlib
 import ctypes
 import gc
+import logging
 import threading
 import time
 import tracemalloc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import grpc
@@ -143,6 +144,14 @@ def native_bytes() -> int:
     return int(info.uordblks + info.hblkhd)
 
 
+@pytest.fixture
+def without_log() -> Iterator[None]:
+    """pytest keeps what is logged, which would grow with the calls."""
+    logging.disable(logging.CRITICAL)
+    yield
+    logging.disable(logging.NOTSET)
+
+
 def sent_and_reset(port: int, message: bytes) -> None:
     """Calls that are reset as soon as they are sent, 50 on a connection."""
     with RawConnection(port) as connection:
@@ -162,6 +171,7 @@ def answered_and_reset(port: int, message: bytes) -> None:
             connection.send(RESET, CANCEL, stream=stream)
 
 
+@pytest.mark.usefixtures("without_log")
 @pytest.mark.parametrize(
     ("attack", "message", "unread"),
     [
