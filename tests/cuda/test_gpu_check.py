@@ -82,7 +82,7 @@ def test_after_a_request_that_does_not_fit_others_are_drawn(settings: Settings) 
     lines = _passed(SECTIONS["memory"](settings))
     assert "out of memory" in lines["a request that does not fit"].note
     assert [lines[f"request {number} after it"].note for number in (1, 2, 3)] == ["drawn"] * 3
-    assert abs(lines["kept by the failed request"].value or 0) < 64
+    assert (lines["kept by the failed request"].value or 0) < 64  # MiB; below 0: the arenas gave back more than they held before
 
 
 def test_without_a_library_preflight_names_it_in_one_line(filled: Settings, tmp_path: Path) -> None:
