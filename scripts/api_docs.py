@@ -25,7 +25,7 @@ from google.protobuf.descriptor_pb2 import (
 )
 from google.rpc import error_details_pb2
 from img2img_server import errors
-from img2img_server.interceptors import DOMAIN, to_status
+from img2img_server.api.interceptors import DOMAIN, to_status
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PAGE = REPOSITORY / "docs" / "api.md"

@@ -8,7 +8,7 @@ import textwrap
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from img2img_server.bundle import Manifest, read_manifest
+from img2img_server.bundle.manifest import Manifest, read_manifest
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PAGE = REPOSITORY / "docs" / "export.md"
@@ -50,8 +50,8 @@ def row(name: str, manifests: Mapping[str, Manifest]) -> str:
 
 
 def _cells(manifest: Manifest) -> tuple[str, str, str, str]:
-    from img2img_server.pipelines.loader import FAMILIES
-    from img2img_server.pipelines.sharing import RULES
+    from img2img_server.runtime.loader import FAMILIES
+    from img2img_server.runtime.opaque.batching_rules import RULES
 
     together = "with requests of equal settings" if manifest.pipeline_class in RULES else "one picture at a time"
     runs = "step by step, in batches" if manifest.family in FAMILIES else together

@@ -7,11 +7,11 @@ import time
 from collections.abc import Awaitable, Callable
 
 from img2img_server import images
-from img2img_server.calls import Call, answering
 from img2img_server.codecs.jobs import Encode, Load
 from img2img_server.codecs.memory import ImageMemory
 from img2img_server.codecs.pool import Codecs
 from img2img_server.images import ImageLimits, SizeRule, WriteFormat
+from img2img_server.support.call import Call, answering
 from PIL import Image
 from rich.console import Console
 from rich.table import Table

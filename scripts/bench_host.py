@@ -153,15 +153,15 @@ class _Bench:
     """An engine over a bundle on fake CUDA libraries, its calls recorded."""
 
     def __init__(self, bundle: Path, max_batch_size: int) -> None:
-        from img2img_server.bundle import read_manifest
+        from img2img_server.bundle.manifest import read_manifest
         from img2img_server.engine.cache import Cache
         from img2img_server.engine.engine import Engine
         from img2img_server.engine.scheduler import Limits
         from img2img_server.engine.spans import Span
         from img2img_server.engine.warmup import WarmUp
-        from img2img_server.execution import Execution
-        from img2img_server.pipelines.loader import load_pipeline
-        from img2img_server.pipelines.sessions import SessionOptions, open_session
+        from img2img_server.runtime.execution import Execution
+        from img2img_server.runtime.loader import load_pipeline
+        from img2img_server.runtime.onnx.sessions import SessionOptions, open_session
 
         self.device = _Device()
         self.rows: list[int] = []

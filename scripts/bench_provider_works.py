@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from img2img_server.pipelines import openvino
-from img2img_server.pipelines.runners import HostRunner
-from img2img_server.pipelines.sessions import SessionOptions, open_session
+from img2img_server.runtime.onnx.runners import HostRunner
+from img2img_server.runtime.onnx.sessions import SessionOptions, open_session
+from img2img_server.runtime.providers import openvino
 from transformers import CLIPTextModel
 
 Feed = Mapping[str, torch.Tensor]

@@ -70,7 +70,7 @@ def run(arguments: argparse.Namespace) -> int:
             found["parts"] = [*_parts(arguments, model, bundles)]
     if peers:
         found["requests"] = _requests(arguments, model, bundles, peers)
-    from img2img_server.pipelines.measuring import machine
+    from img2img_server.runtime.common.machine import machine
 
     found["machine"] = machine()
     arguments.json.parent.mkdir(parents=True, exist_ok=True)
@@ -89,7 +89,7 @@ def _bundle(model: Path, name: str, precision: str) -> Path:
 def _parts(arguments: argparse.Namespace, model: Path, bundles: Mapping[str, Path]) -> Iterator[dict[str, Any]]:
     """One part at a time, so that only its variants are in memory."""
     from bench_provider_works import error_of, feed_of, works_of
-    from img2img_server.pipelines.measuring import Case, take_turns
+    from img2img_server.tools.bench_model.measuring import Case, take_turns
 
     for component in arguments.components.split(","):
         for size in (int(word) for word in arguments.sizes.split(",")):
@@ -112,7 +112,7 @@ def _parts(arguments: argparse.Namespace, model: Path, bundles: Mapping[str, Pat
 
 def _requests(arguments: argparse.Namespace, model: Path, bundles: Mapping[str, Path], peers: list[str]) -> list[dict[str, Any]]:
     """Whole requests; the source picture's size is that of the result."""
-    from img2img_server.pipelines.gate import psnr_db
+    from img2img_server.runtime.accuracy_check import psnr_db
     from PIL import Image
 
     pictures = _BENCH / "pictures"
@@ -171,7 +171,7 @@ def _answer(process: "subprocess.Popen[str]") -> dict[str, Any]:
 
 def _told(title: str, seconds: Mapping[str, list[float]], notes: Mapping[str, str], note: str) -> Iterator[dict[str, Any]]:
     """Prints a table, and gives its lines. Ratios are to the first, of the same round."""
-    from img2img_server.bench_report import quartiles
+    from img2img_server.tools.bench_model.report import quartiles
 
     table = Table("variant", "ms", "quartiles", "times as fast as the first", note, title=title)
     first = next(iter(seconds.values()))

@@ -150,8 +150,8 @@ def _added(front: _Served, count: int) -> dict[str, float]:
 def _calls(address: str, data: bytes, count: int) -> list[float]:
     """Milliseconds of the same request from this process straight to a replica: Ray's part of it, and the replica's."""
     os.environ.update(_access())
-    from img2img_server.cluster.messages import Job
-    from img2img_server.cluster.serving import RayConnection
+    from img2img_server.backends.ray.backend import RayConnection
+    from img2img_server.backends.ray.messages import Job
     from img2img_server.config import RaySettings, ServerConfig
     from img2img_server.engine.request import Request
     from simulated_device import SOMEWHERE, simulated

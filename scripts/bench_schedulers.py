@@ -41,11 +41,11 @@ def run(arguments: argparse.Namespace) -> int:
 def _measure(own: Any, name: str, side: int, count: int, rounds: int) -> tuple[float, float, float]:
     """Microseconds of a step of `count` requests by diffusers and compiled, and milliseconds of compiling; in turns."""
     import torch
-    from img2img_server.pipelines import schedulers
-    from img2img_server.pipelines.schedules import Trajectory, advance_batch, compile_schedule
+    from img2img_server.runtime.schedulers import registry
+    from img2img_server.runtime.schedulers.linear import Trajectory, advance_batch, compile_schedule
 
     def ready() -> Any:
-        made = schedulers.make(name, own)
+        made = registry.make(name, own)
         made.set_timesteps(_STEPS)
         if hasattr(made, "set_begin_index"):
             made.set_begin_index(0)

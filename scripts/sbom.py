@@ -17,7 +17,7 @@ from cyclonedx.model.license import License
 from cyclonedx.output.json import JsonV1Dot6
 from cyclonedx.schema import SchemaVersion
 from cyclonedx.validation.json import JsonStrictValidator
-from img2img_server.distribution import NAME
+from img2img_server.support.distribution import NAME
 from packageurl import PackageURL
 from serving_lock import EXTRAS, ROOT, needs_of, pins, read
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from importlib import metadata
 from pathlib import Path
 
-from img2img_server.distribution import NAME
+from img2img_server.support.distribution import NAME
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 

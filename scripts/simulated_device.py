@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from img2img_server.backend import LocalBackend
-from img2img_server.bundle import Manifest, Source, Verification
+from img2img_server.backends.base import LocalBackend
+from img2img_server.bundle.manifest import Manifest, Source, Verification
 from img2img_server.config import ServerConfig
 from img2img_server.engine.request import Plan, Request
-from img2img_server.models.store import Model, ModelStore
+from img2img_server.models.registry import Model, ModelStore
 from PIL import Image, ImageChops
 
 

@@ -11,11 +11,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from img2img_server.backend import LocalBackend
-from img2img_server.cluster.serving import ClusterBackend, RayConnection
+from img2img_server.api.lifecycle import live
+from img2img_server.api.server import Server
+from img2img_server.backends.base import LocalBackend
+from img2img_server.backends.ray.backend import ClusterBackend, RayConnection
 from img2img_server.config import RaySettings, ServerConfig
-from img2img_server.life import live
-from img2img_server.server import Server
 from img2img_server.telemetry import logs
 from simulated_device import SOMEWHERE, simulated
 

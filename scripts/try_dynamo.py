@@ -50,12 +50,12 @@ def main() -> int:
 def _try_model(name: str, folder: Path) -> Iterator[tuple[str, ...]]:
     sys.path.insert(0, str(REPOSITORY / "tests"))
     import tiny_models
-    from img2img_export import models
-    from img2img_export.checkpoint import INDEX_NAME, read_index, read_layout
-    from img2img_export.drafts import draw
+    from img2img_export.attempts import draw
+    from img2img_export.convert import models
     from img2img_export.errors import ExportError
     from img2img_export.options import ExportOptions
     from img2img_export.progress import Progress
+    from img2img_export.read.checkpoint import INDEX_NAME, read_index, read_layout
     from short_exports import cut_short
 
     source = tiny_models.build(name, folder / name)
@@ -74,12 +74,12 @@ def _try_model(name: str, folder: Path) -> Iterator[tuple[str, ...]]:
 
 def _try_graph(name: str, module: Any, calls: Any, folder: Path) -> tuple[str, ...]:
     import torch
-    from img2img_export.conversion import _example, part_of
+    from img2img_export.component import _example, part_of
+    from img2img_export.convert.graphs import quiet
+    from img2img_export.convert.tracing import _Flat, trace
     from img2img_export.errors import ExportError
-    from img2img_export.graphs import quiet
-    from img2img_export.parity import compare, make_cases
-    from img2img_export.tracing import _Flat, trace
-    from img2img_server.limits import LIMITS
+    from img2img_export.verify.parity import compare, make_cases
+    from img2img_server.bundle.limits import LIMITS
     from onnxruntime import InferenceSession
 
     part = part_of(name, module, calls)

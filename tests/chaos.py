@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from img2img_server.bundle import MANIFEST_NAME
+from img2img_server.bundle.manifest import MANIFEST_NAME
 from PIL import Image
 from soak_parts.pictures import noise, png
 from soak_parts.stand_in import expected

@@ -72,7 +72,7 @@ def bundle(shared: Path, tiny_model: Callable[[str], Path]) -> Callable[[str], P
     def get(name: str) -> Path:
         from img2img_export.build import export_model
         from img2img_export.options import ExportOptions
-        from img2img_server.limits import Precision
+        from img2img_server.bundle.limits import Precision
 
         model, _, precision = name.partition(":")
         source = DEMO_MODEL if model == "demo" else tiny_model(model)

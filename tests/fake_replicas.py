@@ -7,11 +7,11 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from fakes import Clock, FakePipeline, make_request
-from img2img_server.cluster.front import Front
-from img2img_server.cluster.messages import Asked, Card, Done, Ended, Job, Load, Look, ReplicaLost, Told
-from img2img_server.cluster.models import RemoteModels, Roster
+from img2img_server.backends.ray.front import Front
+from img2img_server.backends.ray.messages import Asked, Card, Done, Ended, Job, Load, Look, ReplicaLost, Told
+from img2img_server.backends.ray.roster import RemoteModels, Roster
+from img2img_server.engine.admission import Place
 from img2img_server.engine.request import Completed, Event, Failed, Timings
-from img2img_server.engine.room import Place
 from img2img_server.engine.scheduler import Limits
 from img2img_server.errors import (
     ServerError,

@@ -12,10 +12,10 @@ import threading
 
 from fakes import FakePipeline
 from img2img_server.__main__ import configure, configured
-from img2img_server.backend import LocalBackend
-from img2img_server.life import live
-from img2img_server.models.store import ModelStore
-from img2img_server.server import Server
+from img2img_server.api.lifecycle import live
+from img2img_server.api.server import Server
+from img2img_server.backends.base import LocalBackend
+from img2img_server.models.registry import ModelStore
 from img2img_server.telemetry import logs
 from running import store
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import tritonclient.grpc as triton  # type: ignore[import-untyped]
 from fakes import FakePipeline
-from img2img_server.models.store import ModelStore
+from img2img_server.models.registry import ModelStore
 from img2img_server.telemetry.logs import ACCESS
 from messages import png
 from PIL import Image

@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from fakes import Clock, FakePipeline
-from img2img_server.bundle import Component, Manifest, digest_files, list_files, write_manifest
+from img2img_server.bundle.manifest import Component, Manifest, digest_files, list_files, write_manifest
 from img2img_server.config import ModelSettings
 from img2img_server.engine.engine import Engine
 from img2img_server.engine.scheduler import Limits
 from img2img_server.errors import OutOfMemory
-from img2img_server.models.exporting import EXPORTER
+from img2img_server.models.export_process import EXPORTER
 from img2img_server.models.memory import Reading
+from img2img_server.models.registry import ModelStore
 from img2img_server.models.residency import Residency
-from img2img_server.models.store import ModelStore
 from running import manifest
 
 MB = 10**6

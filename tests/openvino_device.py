@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import onnxruntime
-from img2img_server.pipelines import providers
+from img2img_server.runtime.onnx import providers
 
 _INTEL = 0x8086
 _NAME = "img2img-tests-openvino"

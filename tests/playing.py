@@ -15,7 +15,7 @@ from typing import Any, Self
 
 from fakes import FakePipeline, FakeState
 from img2img_server.engine.scheduler import Limits
-from img2img_server.models.store import Model, ModelStore
+from img2img_server.models.registry import Model, ModelStore
 from PIL import Image, ImageChops, ImageOps
 from playwright.async_api import Browser, BrowserContext, Locator, Page, async_playwright, expect
 from running import RunningServer, manifest, running

@@ -9,20 +9,20 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 
+from img2img_server.api.parsing import Parser
+from img2img_server.api.server import Server
+from img2img_server.api.transform import ImageToImageService
 from img2img_server.assets.store import AssetStore
-from img2img_server.backend import Backend, LocalBackend
-from img2img_server.bundle import Manifest, Source, Verification
+from img2img_server.backends.base import Backend, LocalBackend
+from img2img_server.bundle.manifest import Manifest, Source, Verification
 from img2img_server.codecs.pool import Codecs
 from img2img_server.config import ServerConfig
 from img2img_server.engine.cache import Cache
 from img2img_server.engine.engine import Engine
 from img2img_server.engine.request import Pipeline
+from img2img_server.models.promotion import Contender
+from img2img_server.models.registry import Model, ModelStore
 from img2img_server.models.residency import Residency
-from img2img_server.models.store import Model, ModelStore
-from img2img_server.models.takeover import Contender
-from img2img_server.parsing import Parser
-from img2img_server.server import Server
-from img2img_server.service import ImageToImageService
 from img2img_server.sources.reading import Sources
 from img2img_server.telemetry.telemetry import Telemetry
 

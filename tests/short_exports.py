@@ -4,15 +4,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from unittest.mock import patch
 
-from img2img_export import latent_preview, pictures
+from img2img_export.verify import images, latent_preview
 
 
 @contextmanager
 def cut_short(count: int = 1) -> Iterator[None]:
     """Within it, an export compares `count` pictures and fits no preview. Do not ask for a shared bundle inside."""
-    all_cases = pictures.picture_cases
+    all_cases = images.picture_cases
     with (
-        patch.object(pictures, "picture_cases", lambda *arguments: all_cases(*arguments)[:count]),
+        patch.object(images, "picture_cases", lambda *arguments: all_cases(*arguments)[:count]),
         patch.object(latent_preview, "fit", lambda pipeline: ()),
     ):
         yield

@@ -8,7 +8,7 @@ import pytest
 from bench_peers import picture
 from bench_provider_works import error_of, feed_of, works_of
 from bench_providers import _told
-from img2img_server.pipelines.gate import psnr_db
+from img2img_server.runtime.accuracy_check import psnr_db
 from PIL import Image
 
 

@@ -75,7 +75,7 @@ def test_a_missing_extra_is_named() -> None:
 def test_an_unexpected_error_is_one_line_without_a_traceback(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from img2img_export import command
+    from img2img_export.cli import export as command
 
     def fail(arguments: object) -> int:
         raise ZeroDivisionError("division\nby zero")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from conftest import DEMO_MODEL
 from img2img_cli.__main__ import COMMANDS, main
-from img2img_server import demo
+from img2img_server.tools import demo
 
 CLIENT = ("transform", "models", "health", "assets", "top", "token", "inspect")
 """Commands that need no extra."""

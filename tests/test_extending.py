@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from conftest import REPOSITORY
 from fakes import make_request
-from img2img_server.bundle import read_manifest
+from img2img_server.bundle.manifest import read_manifest
 from img2img_server.engine.request import Request
-from img2img_server.execution import Execution
-from img2img_server.pipelines import loader
-from img2img_server.pipelines.alone import run_alone
+from img2img_server.engine.run_request import run_alone
+from img2img_server.runtime import loader
+from img2img_server.runtime.execution import Execution
 from img2img_server.settings.setting import settings_of
 from img2img_server.settings.sources import Environment, declare, given, resolve
 from PIL import Image

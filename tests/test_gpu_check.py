@@ -19,9 +19,9 @@ from gpu_check.results import Line, append, print_table, read
 from gpu_check.sections import SECTIONS
 from gpu_check.settings import AIMS, READY_NAME, Settings
 from gpu_check.works import Opened, difference
-from img2img_export.parity import open_fused, open_graph
-from img2img_server.bundle import read_manifest
-from img2img_server.pipelines.runners import HostRunner
+from img2img_export.verify.parity import open_fused, open_graph
+from img2img_server.bundle.manifest import read_manifest
+from img2img_server.runtime.onnx.runners import HostRunner
 
 ROOT = Path(__file__).parents[1]
 MAKES = ("tiny-sd15", "tiny-sdxl")

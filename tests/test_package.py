@@ -6,7 +6,7 @@ from importlib import metadata
 
 import pytest
 from conftest import REPOSITORY
-from img2img_server import distribution
+from img2img_server.support import distribution
 
 PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 _REQUIREMENT = re.compile(r"(?<![\w./-])(?P<name>\.|img2img[a-z-]*)\[(?P<extras>[a-z][a-z0-9,-]*)\]")
@@ -67,5 +67,5 @@ def test_a_wrong_name_in_an_install_command_is_found(command: str) -> None:
 def test_code_builds_install_commands_in_one_place() -> None:
     literal = re.compile(r"pip install ['\"]*(img2img|\{)")
     users = {name for name, text in texts().items() if name.endswith(".py") and literal.search(text)}
-    assert users == {"server/img2img_server/distribution.py"}
+    assert users == {"server/img2img_server/support/distribution.py"}
     assert distribution.install_hint("server", "ray") == "pip install 'img2img-server[server,ray]'"

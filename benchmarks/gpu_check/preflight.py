@@ -5,14 +5,14 @@ import time
 from collections.abc import Iterator
 
 import torch
-from img2img_server.bundle import read_manifest
+from img2img_server.bundle.limits import LIMITS
+from img2img_server.bundle.manifest import read_manifest
 from img2img_server.engine.cache import Cache
-from img2img_server.execution import Execution
-from img2img_server.limits import LIMITS
-from img2img_server.pipelines import providers
-from img2img_server.pipelines.loader import load_pipeline
-from img2img_server.pipelines.measuring import machine
-from img2img_server.pipelines.standins import read_config
+from img2img_server.runtime.common.machine import machine
+from img2img_server.runtime.execution import Execution
+from img2img_server.runtime.loader import load_pipeline
+from img2img_server.runtime.onnx import providers
+from img2img_server.runtime.onnx.modules import read_config
 
 from gpu_check.models import unet_feed
 from gpu_check.results import Line

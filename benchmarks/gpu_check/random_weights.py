@@ -10,7 +10,7 @@ import zlib
 from dataclasses import dataclass
 
 import torch
-from img2img_export.skeleton import Weight
+from img2img_export.convert.external_weights import Weight
 
 _POOL = 8_388_617
 """Numbers that are drawn; a weight is a stretch of them, repeated as often as needed. A prime, so that no two rows are equal."""

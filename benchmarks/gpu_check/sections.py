@@ -12,19 +12,19 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from img2img_server.bench_report import quartiles
-from img2img_server.bundle import read_manifest
-from img2img_server.device import recording_at_once
+from img2img_server.bundle.limits import LIMITS
+from img2img_server.bundle.manifest import read_manifest
 from img2img_server.engine.cache import Cache
 from img2img_server.engine.engine import Engine
 from img2img_server.engine.request import Completed, Event, Failed, Pipeline, Request
 from img2img_server.engine.warmup import WarmUp
-from img2img_server.execution import Execution
-from img2img_server.limits import LIMITS
-from img2img_server.pipelines.loader import load_pipeline
-from img2img_server.pipelines.measuring import FAILURES, Work, capture, requests_of
-from img2img_server.pipelines.memory import is_out_of_memory
-from img2img_server.pipelines.standins import read_config
+from img2img_server.runtime.common.out_of_memory import is_out_of_memory
+from img2img_server.runtime.execution import Execution
+from img2img_server.runtime.loader import load_pipeline
+from img2img_server.runtime.onnx.modules import read_config
+from img2img_server.support.device_lock import recording_at_once
+from img2img_server.tools.bench_model.measuring import FAILURES, Work, capture, requests_of
+from img2img_server.tools.bench_model.report import quartiles
 from PIL import Image
 
 from gpu_check import models

@@ -13,9 +13,9 @@ from typing import Any
 
 import onnx
 import torch
+from img2img_export.convert.external_weights import GRAPH_NAME, Skeleton
 from img2img_export.progress import Progress
-from img2img_export.skeleton import GRAPH_NAME, Skeleton
-from img2img_server.bundle import Manifest, Source, Verification, list_files, write_manifest
+from img2img_server.bundle.manifest import Manifest, Source, Verification, list_files, write_manifest
 
 from gpu_check.random_weights import RandomWeight
 from gpu_check.settings import READY_NAME
@@ -30,7 +30,7 @@ def make(name: str, folder: Path, precision: str) -> None:
 
     Needs the extra `export`. Raises ExportError if a graph cannot be made.
     """
-    from img2img_export import torch_bundle
+    from img2img_export.convert import torch_bundle
 
     from gpu_check import models
 
@@ -72,12 +72,12 @@ def fill(graphs: Path, folder: Path, wanted: Callable[[str], bool] = lambda grap
 
 
 def _make(part: str, module: Any, folder: Path, precision: str) -> None:
-    from img2img_export.captures import Calls
-    from img2img_export.conversion import part_of
-    from img2img_export.fusion import fuse
-    from img2img_export.graphs import quiet
-    from img2img_export.parts import flatten
-    from img2img_export.tracing import trace
+    from img2img_export.component import part_of
+    from img2img_export.convert.fusion import fuse
+    from img2img_export.convert.graphs import quiet
+    from img2img_export.convert.parts import flatten
+    from img2img_export.convert.tracing import trace
+    from img2img_export.verify.recorded_inputs import Calls
 
     call = _call(part, module.config)
     calls = Calls(call)
@@ -157,7 +157,7 @@ def _read(folder: Path) -> Skeleton:
 
 
 def _write_manifest(folder: Path, precision: str) -> None:
-    from img2img_export.graphs import describe_graph
+    from img2img_export.convert.graphs import describe_graph
 
     components = []
     for path in sorted(folder.glob(f"*/{GRAPH_NAME}")):

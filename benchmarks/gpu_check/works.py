@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from img2img_server.device import recording_at_once
 from img2img_server.engine.request import Pipeline, Request
-from img2img_server.execution import Execution
-from img2img_server.pipelines.measuring import Case, Work, take_turns
-from img2img_server.pipelines.runners import HostRunner, Runner, dtype_of
-from img2img_server.pipelines.sessions import SessionOptions, open_session
+from img2img_server.runtime.execution import Execution
+from img2img_server.runtime.onnx.runners import HostRunner, Runner, dtype_of
+from img2img_server.runtime.onnx.sessions import SessionOptions, open_session
+from img2img_server.support.device_lock import recording_at_once
+from img2img_server.tools.bench_model.measuring import Case, Work, take_turns
 from PIL import Image
 
 from gpu_check.settings import Settings
@@ -40,7 +40,7 @@ def open_graph(graph: Path, settings: Settings, record: bool = True, options: Ma
     runs without CUDA graphs. Raises BundleError."""
     if settings.device == "cpu":
         return Opened(HostRunner(open_session(graph, SessionOptions("cpu", settings.threads))))
-    from img2img_server.pipelines import cuda
+    from img2img_server.runtime.providers import cuda
 
     recorded = False
 

@@ -11,17 +11,17 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from img2img_server import distribution
+from img2img_server.support import distribution
 
 from img2img_cli.suggestions import Parser, meant, warn_of_variables
 
 COMMANDS = {
-    "export": ("img2img_export.command", "turn a diffusers model into a verified bundle"),
-    "inspect": ("img2img_export.inspect_command", "show what a bundle is, and what was measured when it was verified"),
+    "export": ("img2img_export.cli.export", "turn a diffusers model into a verified bundle"),
+    "inspect": ("img2img_export.cli.inspect", "show what a bundle is, and what was measured when it was verified"),
     "serve": ("img2img_server.__main__", "serve bundles over gRPC"),
     "token": ("img2img_server.access.command", "make, list and remove the tokens of those who may call a server"),
-    "top": ("img2img_server.top.command", "watch what a server is doing"),
-    "bench-model": ("img2img_server.bench_command", "measure a bundle's parts and steps on this machine"),
+    "top": ("img2img_server.tools.top.command", "watch what a server is doing"),
+    "bench-model": ("img2img_server.tools.bench_model.command", "measure a bundle's parts and steps on this machine"),
     "transform": ("img2img_client.transform_command", "transform a picture through a server"),
     "models": ("img2img_client.models_command", "list a server's models"),
     "health": ("img2img_client.health_command", "ask whether a server serves, or wait until it does"),

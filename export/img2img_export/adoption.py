@@ -13,22 +13,24 @@ from pathlib import Path
 from typing import Any
 
 import onnx
-from img2img_server.bundle import Component, ComponentParity, Verification
-from img2img_server.limits import LIMITS
+from img2img_server.bundle.limits import LIMITS
+from img2img_server.bundle.manifest import Component, ComponentParity, Verification
 
-from img2img_export import models, pictures, view
-from img2img_export.checkpoint import DENOISERS, Layout, read_index
-from img2img_export.conversion import part_of, problems_of
-from img2img_export.drafts import Draft, Drawn, draw, verify
+from img2img_export.attempts import Draft, Drawn, draw, verify
+from img2img_export.component import part_of, problems_of
+from img2img_export.convert import models
+from img2img_export.convert.external_weights import GRAPH_NAME
+from img2img_export.convert.fp32_compute import computing_in_fp32
+from img2img_export.convert.graphs import describe_graph, quiet
+from img2img_export.convert.models import Loader, Plan
 from img2img_export.errors import FAILURES, ExportError, first_line
-from img2img_export.graphs import describe_graph, quiet
-from img2img_export.models import Loader, Plan
 from img2img_export.options import ExportOptions
-from img2img_export.parity import compare, make_cases, open_graph
 from img2img_export.progress import Progress
-from img2img_export.skeleton import GRAPH_NAME
-from img2img_export.source import resolve
-from img2img_export.upcast import computing_in_fp32
+from img2img_export.read import checkpoint_tree
+from img2img_export.read.checkpoint import DENOISERS, Layout, read_index
+from img2img_export.read.source import resolve
+from img2img_export.verify import images
+from img2img_export.verify.parity import compare, make_cases, open_graph
 
 _SAME_GRAPHS = "optimum's pipeline over the same graphs"
 
@@ -91,9 +93,9 @@ def _draw_with_optimum(bundle: Path, plan: Plan, progress: Progress) -> Drawn:
             pipeline.set_progress_bar_config(disable=True)
     except FAILURES as error:
         raise ExportError(f"optimum cannot load what it exported: {type(error).__name__}: {first_line(error)}") from error
-    cases = pictures.picture_cases(pipeline, plan.family)
+    cases = images.picture_cases(pipeline, plan.family)
     progress.stage(f"drawing {len(cases)} reference pictures with optimum")
-    return Drawn(cases, tuple(pictures.draw_references(pipeline, cases)), {}, ())
+    return Drawn(cases, tuple(images.draw_references(pipeline, cases)), {}, ())
 
 
 def _compare_with(
@@ -104,7 +106,7 @@ def _compare_with(
     asked = dataclasses.replace(options, source=options.reference, reference=None)
     checkpoint = resolve(asked, progress)
     with tempfile.TemporaryDirectory(dir=bundle.parent) as folder:
-        layout, _ = view.fill(checkpoint, asked, Path(folder), progress)
+        layout, _ = checkpoint_tree.fill(checkpoint, asked, Path(folder), progress)
         loader = Loader(Path(folder), layout, options.variant)
         drawn = draw(loader, plan, asked, progress)
         parities: list[ComponentParity] = []

@@ -6,16 +6,16 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-from img2img_server import distribution
-from img2img_server.bundle import Manifest, list_files, read_manifest, write_manifest
+from img2img_server.bundle.manifest import Manifest, list_files, read_manifest, write_manifest
 from img2img_server.errors import BundleError
+from img2img_server.support import distribution
 
-from img2img_export import lora
-from img2img_export.digests import Digests
 from img2img_export.options import ExportOptions
 from img2img_export.progress import Progress
-from img2img_export.source import Checkpoint, resolve
-from img2img_export.staging import Staging, check_replaceable, stage
+from img2img_export.publish.staging import Staging, check_replaceable, stage
+from img2img_export.read import lora
+from img2img_export.read.digests import Digests
+from img2img_export.read.source import Checkpoint, resolve
 
 TOOLS = ("diffusers", "transformers", "optimum", "onnx", "onnxruntime", "torch")
 """The distributions, beside our own, whose versions a bundle depends on: another version of any makes it out of date."""
@@ -110,18 +110,19 @@ def _recorded(options: ExportOptions) -> dict[str, str]:
 
 def _build(checkpoint: Checkpoint, options: ExportOptions, staging: Staging, digests: Digests, progress: Progress) -> Manifest:
     """Fills the staging's bundle, verifies it, and writes its manifest last."""
-    from img2img_export import drafts, view
+    from img2img_export import attempts
+    from img2img_export.read import checkpoint_tree
 
-    layout, loras = view.fill(checkpoint, options, staging.source, progress)
+    layout, loras = checkpoint_tree.fill(checkpoint, options, staging.source, progress)
     if checkpoint.kind == "onnx":
         from img2img_export import adoption
 
         draft = adoption.adopt(staging.source, layout, options, staging.bundle, progress)
     else:
-        draft = drafts.make(staging.source, layout, options, staging.bundle, progress)
+        draft = attempts.make(staging.source, layout, options, staging.bundle, progress)
     _tidy(staging.bundle)
     manifest = dataclasses.replace(
-        drafts.describe(draft, options),
+        attempts.describe(draft, options),
         source=checkpoint.source,
         files=digests.digest_files(staging.bundle, list_files(staging.bundle), progress),
         tools=tool_versions(),

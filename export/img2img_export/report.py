@@ -8,6 +8,8 @@ if TYPE_CHECKING:
     from rich.text import Text
 
 PASSED, FAILED = "passed", "FAILED"
+SHEET = "verification/sheet.png"
+"""The image sheet's path in a bundle."""
 
 _STYLES = {PASSED: "green", FAILED: "bold red"}
 _WIDTH_OF_A_PIPE = 200

@@ -24,12 +24,12 @@ Draw = Callable[[Image.Image, int], Image.Image]
 
 def ours(arguments: argparse.Namespace) -> Draw:
     """The server's pipeline, without the server and without its cache."""
-    from img2img_server.bundle import read_manifest
+    from img2img_server.bundle.manifest import read_manifest
     from img2img_server.engine.cache import Cache
     from img2img_server.engine.request import Request
-    from img2img_server.execution import Execution
-    from img2img_server.pipelines.alone import run_alone
-    from img2img_server.pipelines.loader import load_pipeline
+    from img2img_server.engine.run_request import run_alone
+    from img2img_server.runtime.execution import Execution
+    from img2img_server.runtime.loader import load_pipeline
 
     execution = Execution(arguments.provider, arguments.threads)
     pipeline = load_pipeline(arguments.model, read_manifest(arguments.model), execution, Cache(0))

@@ -22,12 +22,12 @@ class Served:
 @contextlib.contextmanager
 def served() -> Iterator[Served]:
     """A server while the block lasts. Its packages are imported here, so that a fuzzer can instrument them."""
-    from img2img_server.backend import LocalBackend
+    from img2img_server.api.server import Server
+    from img2img_server.backends.base import LocalBackend
     from img2img_server.config import AssetSettings, ServerConfig
     from img2img_server.engine.scheduler import Limits
     from img2img_server.images import ImageLimits
-    from img2img_server.models.store import ModelStore
-    from img2img_server.server import Server
+    from img2img_server.models.registry import ModelStore
     from soak_parts.stand_in import StandInPipeline, plant
 
     with tempfile.TemporaryDirectory(prefix=f"{SECRET}-") as name:

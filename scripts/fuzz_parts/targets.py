@@ -110,7 +110,7 @@ def _close(loop: asyncio.AbstractEventLoop, close: Callable[[], Coroutine[None, 
 
 
 def _manifest(stack: contextlib.ExitStack) -> Try:
-    from img2img_server.bundle import MANIFEST_NAME, Manifest, check_bundle, read_manifest
+    from img2img_server.bundle.manifest import MANIFEST_NAME, Manifest, check_bundle, read_manifest
     from img2img_server.errors import BundleError
 
     bundle = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -155,7 +155,7 @@ def _tokens(stack: contextlib.ExitStack) -> Try:
 
 
 def _metadata(stack: contextlib.ExitStack) -> Try:
-    from img2img_server.interceptors import call_of
+    from img2img_server.api.interceptors import call_of
 
     def attempt(data: bytes) -> None:
         parts = [part.decode("latin-1") for part in seeds.unpack(data)]
@@ -186,7 +186,7 @@ def _wire(stack: contextlib.ExitStack) -> Try:
     """The look at a message's bytes: what it lets through, protobuf parses within the size that it says, or refuses."""
     from google.protobuf.message import DecodeError
     from img2img.v1 import image_to_image_pb2 as pb
-    from img2img_server import wire
+    from img2img_server.api import wire
     from img2img_server.errors import InvalidField, MalformedMessage
 
     def attempt(data: bytes) -> None:
@@ -199,8 +199,8 @@ def _wire(stack: contextlib.ExitStack) -> Try:
 
 def _weights(stack: contextlib.ExitStack) -> Try:
     """A file of weights, as a checkpoint or a LoRA has it: its header, and what its metadata says of layers."""
-    from img2img_export import scaled, weights_file
     from img2img_export.errors import ExportError
+    from img2img_export.read import scaled, weights_file
 
     path = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "model.safetensors"
 
@@ -215,11 +215,11 @@ def _weights(stack: contextlib.ExitStack) -> Try:
 
 def _lora(stack: contextlib.ExitStack) -> Try:
     """A LoRA, fused into a UNet of one weight: it fits, or is refused, and the weight stays finite."""
-    from img2img_export import lora
-    from img2img_export.checkpoint import Layout
     from img2img_export.errors import ExportError
     from img2img_export.options import LoraFile
     from img2img_export.progress import Progress
+    from img2img_export.read import lora
+    from img2img_export.read.checkpoint import Layout
     from safetensors.torch import load
 
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -242,7 +242,7 @@ def _lora(stack: contextlib.ExitStack) -> Try:
 
 def _tokenizer(stack: contextlib.ExitStack) -> Try:
     """A tokenizer.json: it is refused, or makes no more tokens of a text than are counted here."""
-    from img2img_server.pipelines.foreign_configs import refuse_foreign_config
+    from img2img_server.bundle.unsafe_configs import refuse_foreign_config
     from tokenizers import Tokenizer
 
     path = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "tokenizer.json"
@@ -261,16 +261,17 @@ def _tokenizer(stack: contextlib.ExitStack) -> Try:
 
 def _configs(stack: contextlib.ExitStack) -> Try:
     """A configuration or an index of a bundle: what may lead to code is refused, and nothing else is raised."""
+    from img2img_server.bundle import unsafe_configs, unsafe_files
     from img2img_server.errors import BundleError
-    from img2img_server.pipelines import components, foreign, foreign_configs
+    from img2img_server.runtime.onnx import components
 
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
 
     def attempt(data: bytes) -> None:
         for name, look in (
-            ("model_index.json", foreign_configs.refuse_foreign_config),
-            ("config.json", foreign_configs.refuse_foreign_config),
-            ("model.safetensors.index.json", foreign.refuse_foreign_parts),
+            ("model_index.json", unsafe_configs.refuse_foreign_config),
+            ("config.json", unsafe_configs.refuse_foreign_config),
+            ("model.safetensors.index.json", unsafe_files.refuse_foreign_parts),
         ):
             (folder / name).write_bytes(data)
             with contextlib.suppress(BundleError):

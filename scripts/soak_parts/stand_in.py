@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from img2img_server.bundle import Component, Manifest, Source, Verification, digest_files, list_files, write_manifest
+from img2img_server.bundle.manifest import Component, Manifest, Source, Verification, digest_files, list_files, write_manifest
 from img2img_server.engine.request import Plan, Request
 from PIL import Image, ImageChops
 
@@ -154,8 +154,8 @@ class _Shelf:
 
 def main(words: Sequence[str]) -> int:
     """Runs `img2img serve` with `words`. Returns its exit status."""
-    loader = types.ModuleType("img2img_server.pipelines.loader")
-    contender = types.ModuleType("img2img_server.pipelines.tensorrt_contender")
+    loader = types.ModuleType("img2img_server.runtime.loader")
+    contender = types.ModuleType("img2img_server.runtime.tensorrt.candidate")
     vars(loader).update(load_pipeline=_load_pipeline)
     vars(contender).update(Shelf=_Shelf, contenders=lambda *arguments: ())
     sys.modules |= {loader.__name__: loader, contender.__name__: contender}

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from img2img_server.backend import Backend
+    from img2img_server.backends.base import Backend
     from img2img_server.config import ServerConfig
     from img2img_server.settings.sources import Configured
 
@@ -85,7 +85,7 @@ def run(arguments: argparse.Namespace) -> int:
     except MissingSetting as error:
         if error.name != "models" or arguments.print_config:
             return _complain(error, 2)
-        from img2img_server import demo
+        from img2img_server.tools import demo
 
         try:
             arguments.models = Path()
@@ -128,11 +128,11 @@ def _complain(error: Exception, status: int) -> int:
 
 
 async def _serve(config: "ServerConfig") -> int:
+    from img2img_server.api.lifecycle import live
+    from img2img_server.api.server import Server
+    from img2img_server.api.transport import raise_file_limit
     from img2img_server.errors import BundleError
-    from img2img_server.life import live
     from img2img_server.models.memory import bound_arenas
-    from img2img_server.server import Server
-    from img2img_server.transport import raise_file_limit
 
     raise_file_limit()
     bound_arenas()
@@ -148,10 +148,10 @@ async def _serve(config: "ServerConfig") -> int:
 def _backend(config: "ServerConfig") -> "Backend":
     """What runs the requests. Raises ValueError where its packages are not installed."""
     if config.engine == "local":
-        from img2img_server.wiring import local
+        from img2img_server.backends.local import local
 
         return local(config)
-    from img2img_server.cluster.serving import cluster
+    from img2img_server.backends.ray.backend import cluster
 
     return cluster(config)
 

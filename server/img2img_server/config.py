@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Literal
 
 from img2img_server.engine.scheduler import Limits
-from img2img_server.execution import Execution
 from img2img_server.images import ImageLimits
+from img2img_server.runtime.execution import Execution
 from img2img_server.settings.setting import check, section, setting
 
 DEFAULT_PROMPT = "A beautiful landscape with mountains and a lake at sunset"

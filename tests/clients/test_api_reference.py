@@ -14,7 +14,7 @@ from conftest import REPOSITORY
 from fakes import FakePipeline
 from img2img.v1 import image_to_image_pb2 as pb
 from img2img.v1.image_to_image_pb2_grpc import ImageToImageServiceStub
-from img2img_server import asset_service
+from img2img_server.api import assets
 from img2img_server.config import MAX_PROMPT, AssetSettings, ServerConfig
 from img2img_server.images import ImageLimits
 from messages import failure, png
@@ -154,7 +154,7 @@ def test_lengths_sizes_and_times_of_the_comments_are_the_servers(comments: dict[
     assert f"at most {limits.max_source_pixels} pixels" in comments["ImageSource"]
     assert f"1 to {limits.max_bytes} (" in comments["UploadAssetInfo.size"]
     assert f"for {AssetSettings().max_age / 3600:g} hours" in comments["AssetService"]
-    assert f"still for {asset_service._IDLE:g} seconds" in comments["AssetService.UploadAsset"]
-    assert f"longer than {asset_service._LONGEST:g}," in comments["AssetService.UploadAsset"]
-    assert f"at most {asset_service._CHUNK // 1024} KiB a chunk" in comments["AssetService.GetAsset"]
+    assert f"still for {assets._IDLE:g} seconds" in comments["AssetService.UploadAsset"]
+    assert f"longer than {assets._LONGEST:g}," in comments["AssetService.UploadAsset"]
+    assert f"at most {assets._CHUNK // 1024} KiB a chunk" in comments["AssetService.GetAsset"]
     assert ServerConfig(Path()).max_steps == int(comments["TransformRequest.preview_interval"].partition("0 to ")[2].split()[0])

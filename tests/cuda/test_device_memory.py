@@ -13,18 +13,18 @@ from typing import Any
 import pytest
 import torch
 from fake_gpu import FakeGpu
-from img2img_server.bundle import Manifest, Source, read_manifest
+from img2img_server.bundle.manifest import Manifest, Source, read_manifest
 from img2img_server.config import ModelSettings
 from img2img_server.engine.cache import Cache
 from img2img_server.engine.engine import Engine
 from img2img_server.engine.request import Completed, Ending, Event, Failed, Pipeline, Request
 from img2img_server.engine.warmup import WarmUp
 from img2img_server.errors import OutOfMemory
-from img2img_server.execution import Execution
+from img2img_server.models.registry import ModelStore
 from img2img_server.models.residency import Residency
-from img2img_server.models.store import ModelStore
-from img2img_server.pipelines.device_runner import DeviceRunner
-from img2img_server.pipelines.loader import load_pipeline
+from img2img_server.runtime.execution import Execution
+from img2img_server.runtime.loader import load_pipeline
+from img2img_server.runtime.providers.device_runner import DeviceRunner
 from PIL import Image
 
 ROWS = 4

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 from fakes import make_request
-from img2img_server.bundle import read_manifest
+from img2img_server.bundle.manifest import read_manifest
 from img2img_server.engine.cache import Cache
-from img2img_server.execution import Execution
-from img2img_server.pipelines.loader import load_pipeline
+from img2img_server.runtime.execution import Execution
+from img2img_server.runtime.loader import load_pipeline
 from PIL import Image
 
 pytestmark = pytest.mark.usefixtures("gpu")

@@ -10,18 +10,19 @@ import onnxruntime
 import pytest
 import torch
 from fake_gpu import FakeGpu
-from img2img_server.bundle import read_manifest
+from img2img_server.bundle.manifest import read_manifest
 from img2img_server.engine.cache import Cache
 from img2img_server.errors import BundleError
-from img2img_server.execution import Execution
-from img2img_server.pipelines import cuda, providers
-from img2img_server.pipelines.device_runner import DeviceRunner
-from img2img_server.pipelines.graph_sizes import Sizes
-from img2img_server.pipelines.libraries import needed_libraries
-from img2img_server.pipelines.loader import load_pipeline
-from img2img_server.pipelines.placement import Placement
-from img2img_server.pipelines.providers import Choice
-from img2img_server.pipelines.sessions import SessionOptions, open_session
+from img2img_server.runtime.execution import Execution
+from img2img_server.runtime.loader import load_pipeline
+from img2img_server.runtime.onnx import providers
+from img2img_server.runtime.onnx.graph_sizes import Sizes
+from img2img_server.runtime.onnx.libraries import needed_libraries
+from img2img_server.runtime.onnx.placement import Placement
+from img2img_server.runtime.onnx.providers import Choice
+from img2img_server.runtime.onnx.sessions import SessionOptions, open_session
+from img2img_server.runtime.providers import cuda
+from img2img_server.runtime.providers.device_runner import DeviceRunner
 
 pytestmark = pytest.mark.usefixtures("gpu")
 BUNDLES = ("sd1", "sd1:fp16", "sd1:bf16", "sdxl:fp16")

@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 import torch
 from fake_gpu import PAGEABLE, WAITS, FakeGpu
-from img2img_server.bundle import read_manifest
+from img2img_server.bundle.manifest import read_manifest
 from img2img_server.engine.cache import Cache
 from img2img_server.engine.engine import Engine
 from img2img_server.engine.request import Completed, Event, Failed, Request
 from img2img_server.engine.warmup import WarmUp
-from img2img_server.execution import Execution
-from img2img_server.pipelines.loader import load_pipeline
+from img2img_server.runtime.execution import Execution
+from img2img_server.runtime.loader import load_pipeline
 from PIL import Image
 
 MOST_ROWS = 16

@@ -9,10 +9,10 @@ import pytest
 import torch
 from diffusers import AutoPipelineForImage2Image
 from img2img_server.engine.request import Request
-from img2img_server.pipelines.alone import run_alone
-from img2img_server.pipelines.compiled import Compiled
-from img2img_server.pipelines.transfers import device_stream
-from img2img_server.pipelines.whole import WholePipeline
+from img2img_server.engine.run_request import run_alone
+from img2img_server.runtime.common.device_copy import device_stream
+from img2img_server.runtime.opaque.pipeline import WholePipeline
+from img2img_server.runtime.torch.compile import Compiled
 from PIL import Image
 
 pytestmark = pytest.mark.usefixtures("gpu")

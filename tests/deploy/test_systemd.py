@@ -5,8 +5,8 @@ from collections import defaultdict
 from pathlib import Path
 
 from conftest import REPOSITORY
-from img2img_server import life
 from img2img_server.__main__ import VARIABLES
+from img2img_server.api import lifecycle
 from img2img_server.config import ServerConfig
 from img2img_server.settings.setting import settings_of
 from img2img_server.settings.values import from_text
@@ -68,7 +68,7 @@ def test_it_comes_back_but_for_a_setting_that_cannot_work() -> None:
     good = {int(status) for status in unit()["SuccessExitStatus"][0].split()}
     assert unit()["Restart"] == ["on-failure"]
     assert never == {2}
-    assert life.STUCK not in never | good
+    assert lifecycle.STUCK not in never | good
     assert 1 not in never | good
 
 

@@ -9,11 +9,11 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from img2img_export import bfloat16, emulation
-from img2img_export.parts import Part, Tensors, denoiser_part, flatten, text_part, vae_parts
+from img2img_export.convert import bfloat16, emulation
+from img2img_export.convert.external_weights import Skeleton, Weight
+from img2img_export.convert.parts import Part, Tensors, denoiser_part, flatten, text_part, vae_parts
+from img2img_export.convert.tracing import trace
 from img2img_export.progress import Progress
-from img2img_export.skeleton import Skeleton, Weight
-from img2img_export.tracing import trace
 from onnx import TensorProto, helper
 
 pytestmark = pytest.mark.filterwarnings("ignore:You are using the legacy TorchScript-based:DeprecationWarning")

@@ -1,4 +1,4 @@
-"""The manifest and the checks of img2img_server.bundle, on small files."""
+"""The manifest and the checks of img2img_server.bundle.manifest, on small files."""
 
 import dataclasses
 import json
@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from img2img_server.bundle import (
+from img2img_server.bundle.manifest import (
     MANIFEST_NAME,
     Component,
     ComponentParity,

@@ -4,11 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
-from img2img_export.checkpoint import choose, choose_texts, read_layout, refuse_unsafe, select_files
 from img2img_export.errors import ExportError
 from img2img_export.options import ExportOptions
 from img2img_export.progress import Progress
-from img2img_export.source import resolve
+from img2img_export.read.checkpoint import choose, choose_texts, read_layout, refuse_unsafe, select_files
+from img2img_export.read.source import resolve
 
 INDEX = {
     "_class_name": "StableDiffusionPipeline",

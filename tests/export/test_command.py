@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 from img2img_cli.__main__ import main
 from img2img_export import build
-from img2img_export.command import parse_lora
+from img2img_export.cli.export import parse_lora
 from img2img_export.errors import ExportError
 from img2img_export.options import ExportOptions, LoraFile
 from img2img_export.progress import Progress
-from img2img_server.bundle import ComponentParity, Manifest, PictureParity, Source, Verification
+from img2img_server.bundle.manifest import ComponentParity, Manifest, PictureParity, Source, Verification
 
 
 class Exporter:

@@ -12,10 +12,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from img2img_export import digests
-from img2img_export.digests import Digests
 from img2img_export.progress import Advance, Progress
-from img2img_server.bundle import digest_files
+from img2img_export.read import digests
+from img2img_export.read.digests import Digests
+from img2img_server.bundle.manifest import digest_files
 
 SECOND = 10**9
 
@@ -141,7 +141,7 @@ def test_a_cache_is_whole_at_any_time(cache: Path, tmp_path: Path) -> None:
     code = """
 import sys, time
 from pathlib import Path
-from img2img_export.digests import Digests
+from img2img_export.read.digests import Digests
 for round in range(20):
     known = Digests(Path(sys.argv[1]), lambda: time.time_ns() + 10**10)
     known.recall(f"{sys.argv[2]} {round}", lambda: "answer" * 1000)

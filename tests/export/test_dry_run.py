@@ -17,8 +17,9 @@ from typing import Any
 import pytest
 from fake_hub import Hub, serve
 from img2img_cli.__main__ import main
-from img2img_export import dry_run, models
-from img2img_export.dry_run import Forecast, forecast, show, survey
+from img2img_export.cli import dry_run
+from img2img_export.cli.dry_run import Forecast, forecast, show, survey
+from img2img_export.convert import models
 from img2img_export.errors import ExportError
 from img2img_export.options import ExportOptions, LoraFile
 from img2img_export.progress import Progress
@@ -244,11 +245,11 @@ def hub(model: Path) -> Iterator[Hub]:
 _SURVEY = """
 import json, sys
 from pathlib import Path
-from img2img_export.dry_run import survey
+from img2img_export.cli.dry_run import survey
 from img2img_export.errors import ExportError
 from img2img_export.options import ExportOptions
 from img2img_export.progress import Progress
-from img2img_export.weights import weigh
+from img2img_export.read.weights import weigh
 for name in ("torch", "diffusers", "transformers", "onnx", "onnxruntime"):
     assert name not in sys.modules, name
 try:

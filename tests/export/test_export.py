@@ -15,15 +15,16 @@ import pytest
 import torch
 from diffusers import AutoPipelineForImage2Image
 from img2img_cli.__main__ import main
-from img2img_export import conversion, models, torch_bundle, tracing
+from img2img_export import component
 from img2img_export.build import Outcome, export_model
+from img2img_export.convert import models, torch_bundle, tracing
+from img2img_export.convert.external_weights import Skeleton
+from img2img_export.convert.parts import Part
 from img2img_export.errors import ExportError
 from img2img_export.options import ExportOptions
-from img2img_export.parts import Part
 from img2img_export.progress import Progress
-from img2img_export.skeleton import Skeleton
-from img2img_export.source import resolve
-from img2img_server.bundle import check_bundle, list_files, read_manifest, write_manifest
+from img2img_export.read.source import resolve
+from img2img_server.bundle.manifest import check_bundle, list_files, read_manifest, write_manifest
 from img2img_server.errors import BundleError
 from short_exports import cut_short
 
@@ -199,7 +200,7 @@ def untraceable(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
                 part = dataclasses.replace(part, call=fail)
             return trace(module, part, *arguments)
 
-        monkeypatch.setattr(conversion, "trace", refuse)
+        monkeypatch.setattr(component, "trace", refuse)
 
     return install
 

@@ -9,13 +9,13 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from img2img_export.contrib_functions import open_spelled_out, spelled_out
-from img2img_export.emulation import open_beside
-from img2img_export.fusion import DOMAIN, fuse
-from img2img_export.parts import Part, Tensors, denoiser_part, flatten, vae_parts
+from img2img_export.convert.emulation import open_beside
+from img2img_export.convert.external_weights import Skeleton, Weight
+from img2img_export.convert.fusion import DOMAIN, fuse
+from img2img_export.convert.parts import Part, Tensors, denoiser_part, flatten, vae_parts
+from img2img_export.convert.tracing import convert, trace
 from img2img_export.progress import Progress
-from img2img_export.skeleton import Skeleton, Weight
-from img2img_export.tracing import convert, trace
+from img2img_export.verify.contrib_functions import open_spelled_out, spelled_out
 from onnx import TensorProto, helper
 from torch.nn import functional
 

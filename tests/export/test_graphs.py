@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 from diffusers import UNet2DConditionModel
-from img2img_server.bundle import read_manifest
+from img2img_server.bundle.manifest import read_manifest
 
 Get = Callable[[str], Path]
 

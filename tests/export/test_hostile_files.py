@@ -13,13 +13,13 @@ from img2img_export.build import export_model
 from img2img_export.errors import ExportError
 from img2img_export.options import ExportOptions
 from img2img_export.progress import Progress
-from img2img_export.scaled import refuse_other_quantization
-from img2img_export.source import resolve
-from img2img_export.texts import read_json
-from img2img_export.weights_file import read_header
+from img2img_export.read.scaled import refuse_other_quantization
+from img2img_export.read.source import resolve
+from img2img_export.read.texts import read_json
+from img2img_export.read.weights_file import read_header
+from img2img_server.bundle.unsafe_files import refuse_foreign_parts
 from img2img_server.errors import BundleError
-from img2img_server.pipelines.components import read_index
-from img2img_server.pipelines.foreign import refuse_foreign_parts
+from img2img_server.runtime.onnx.components import read_index
 
 DEEP = b"[" * 100_000
 HEADERS = {

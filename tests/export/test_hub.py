@@ -13,7 +13,7 @@ import pytest
 import safetensors.torch
 import torch
 from fake_hub import COMMIT, Hub, serve
-from img2img_export import hub as client
+from img2img_export.read import hub as client
 
 INDEX = {
     "_class_name": "StableDiffusionPipeline",
@@ -39,7 +39,7 @@ for name in json.loads(sys.argv[2]):
 from img2img_export.errors import ExportError
 from img2img_export.options import ExportOptions
 from img2img_export.progress import Progress
-from img2img_export.source import resolve
+from img2img_export.read.source import resolve
 
 tasks = []
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from img2img_cli.__main__ import main
-from img2img_server.bundle import (
+from img2img_server.bundle.manifest import (
     Component,
     ComponentParity,
     Lora,

@@ -50,7 +50,7 @@ def run(source: Path, output: Path, moment: int, file: Path) -> None:
 def libraries() -> ForkServerContext:
     """What begins processes that have the libraries loaded: once for all of them."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["img2img_export.drafts", "test_interruptions", "optimum.exporters.base"])
+    context.set_forkserver_preload(["img2img_export.attempts", "test_interruptions", "optimum.exporters.base"])
     return context
 
 

@@ -11,10 +11,10 @@ import pytest
 import torch
 from conftest import DEMO_MODEL
 from diffusers import AutoencoderKL, AutoencoderTiny
-from img2img_export import latent_preview
-from img2img_export.pictures import sample_picture
-from img2img_server.bundle import read_manifest, write_manifest
-from img2img_server.pipelines.latent_preview import draw
+from img2img_export.verify import latent_preview
+from img2img_export.verify.images import sample_picture
+from img2img_server.bundle.manifest import read_manifest, write_manifest
+from img2img_server.runtime.diffusion.preview import draw
 from landscapes import UNSEEN_LAYOUTS, build_geometry, draw_layout, paint
 from make_data import MOODS
 from PIL import Image

@@ -14,17 +14,17 @@ import pytest
 import torch
 from diffusers import AutoPipelineForImage2Image, LCMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
 from fakes import make_request
-from img2img_export import lora, view
 from img2img_export.build import export_model
 from img2img_export.errors import ExportError
 from img2img_export.options import ExportOptions, LoraFile
-from img2img_export.pictures import sample_picture
 from img2img_export.progress import Progress
-from img2img_export.source import resolve
-from img2img_server.bundle import Lora
-from img2img_server.execution import Execution
-from img2img_server.pipelines.alone import run_alone
-from img2img_server.pipelines.loader import load_pipeline
+from img2img_export.read import checkpoint_tree, lora
+from img2img_export.read.source import resolve
+from img2img_export.verify.images import sample_picture
+from img2img_server.bundle.manifest import Lora
+from img2img_server.engine.run_request import run_alone
+from img2img_server.runtime.execution import Execution
+from img2img_server.runtime.loader import load_pipeline
 from safetensors.torch import load_file, save_file
 
 Get = Callable[[str], Path]
@@ -111,7 +111,7 @@ def write_kohya(pairs: Pairs, path: Path, alpha: Callable[[str], float]) -> Path
 def fuse(model: Path, directory: Path, *loras: LoraFile, variant: str | None = None) -> tuple[Path, tuple[Lora, ...]]:
     options = ExportOptions(source=str(model), output=Path("unused"), loras=loras, variant=variant)
     directory.mkdir()
-    return directory, view.fill(resolve(options, Progress()), options, directory, Progress())[1]
+    return directory, checkpoint_tree.fill(resolve(options, Progress()), options, directory, Progress())[1]
 
 
 def assert_close(found: Weights, expected: Weights) -> None:

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 from diffusers import AutoencoderTiny
-from img2img_export import conversion
+from img2img_export import component
 from img2img_export.build import export_model
 from img2img_export.errors import ExportError, may_fall_back
 from img2img_export.options import ExportOptions
-from img2img_server.bundle import read_manifest
-from img2img_server.pipelines.loader import load_pipeline
-from img2img_server.pipelines.whole_sizes import latent_size, native_size
+from img2img_server.bundle.manifest import read_manifest
+from img2img_server.runtime.common.sizes import latent_size, native_size
+from img2img_server.runtime.loader import load_pipeline
 from short_exports import cut_short
 
 Get = Callable[[str], Path]
@@ -89,7 +89,7 @@ def test_any_failure_of_a_backend_leads_to_the_next_with_the_reason(
     def fail(*arguments: Any) -> Any:
         raise error
 
-    monkeypatch.setattr(conversion, "part_of", fail)
+    monkeypatch.setattr(component, "part_of", fail)
     first = str(error).splitlines()[0]
     with cut_short(1):
         outcome = export_model(ExportOptions(source=str(model), output=tmp_path / "out"))
@@ -106,7 +106,7 @@ def test_what_the_machine_refuses_is_not_laid_on_the_backend(
     def fail(*arguments: Any) -> Any:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(conversion, "part_of", fail)
+    monkeypatch.setattr(component, "part_of", fail)
     with cut_short(1), pytest.raises(OSError, match="No space left"):
         export_model(ExportOptions(source=str(model), output=tmp_path / "out"))
     assert not (tmp_path / "out").exists()

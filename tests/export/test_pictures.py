@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 from diffusers import AutoPipelineForImage2Image
-from img2img_export import pictures
 from img2img_export.errors import ExportError
-from img2img_export.pictures import PictureCase, compare_pictures, draw_references, measure, picture_cases, sample_picture
-from img2img_export.sheet import AMPLIFICATION, make_sheet
-from img2img_server.bundle import Manifest, PictureParity, Source, Verification
-from img2img_server.limits import LIMITS, Precision
+from img2img_export.verify import images
+from img2img_export.verify.images import PictureCase, compare_pictures, draw_references, measure, picture_cases, sample_picture
+from img2img_export.verify.sheet import AMPLIFICATION, make_sheet
+from img2img_server.bundle.limits import LIMITS, Precision
+from img2img_server.bundle.manifest import Manifest, PictureParity, Source, Verification
 from PIL import Image
 
 Get = Callable[[str], Path]
@@ -169,10 +169,10 @@ def test_the_servers_pipeline_draws_what_diffusers_draws(pipeline: Any, tmp_path
 def test_the_request_is_handed_over_as_far_as_the_pipeline_knows_it(pipeline: Any) -> None:
     case = picture_cases(pipeline, "stable-diffusion")[0]
     known = set(inspect.signature(pipeline.__call__).parameters)
-    offered = pictures._arguments(pipeline, case.request)
+    offered = images._arguments(pipeline, case.request)
     assert set(offered) <= known
     assert {"prompt", "negative_prompt", "image", "strength", "num_inference_steps", "guidance_scale"} <= set(offered)
-    assert set(pictures._arguments(model(WithoutStrength), case.request)) == {"prompt", "image"}
+    assert set(images._arguments(model(WithoutStrength), case.request)) == {"prompt", "image"}
 
 
 def rows_of(count: int, width: int, height: int) -> list[PictureCase]:

@@ -8,17 +8,18 @@ from typing import Any
 import numpy as np
 import pytest
 from fakes import make_request
-from img2img_export import conversion, parity
+from img2img_export import component
 from img2img_export.build import export_model
 from img2img_export.errors import ExportError
 from img2img_export.options import ExportOptions
-from img2img_export.pictures import sample_picture
-from img2img_server.bundle import Manifest, check_bundle, read_manifest
+from img2img_export.verify import parity
+from img2img_export.verify.images import sample_picture
+from img2img_server.bundle.limits import LIMITS, Precision
+from img2img_server.bundle.manifest import Manifest, check_bundle, read_manifest
+from img2img_server.engine.run_request import run_alone
 from img2img_server.errors import BundleError
-from img2img_server.execution import Execution
-from img2img_server.limits import LIMITS, Precision
-from img2img_server.pipelines.alone import run_alone
-from img2img_server.pipelines.loader import load_pipeline
+from img2img_server.runtime.execution import Execution
+from img2img_server.runtime.loader import load_pipeline
 
 Get = Callable[[str], Path]
 
@@ -79,7 +80,7 @@ def test_int8_is_for_the_matrices_of_encoder_and_denoiser(bundle: Get) -> None:
 
 def test_int8_is_given_up_where_it_does_not_pass(tiny_model: Get, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     strict = {**LIMITS, "int8": replace(LIMITS["int8"], relative_error=0.02)}
-    monkeypatch.setattr(conversion, "LIMITS", strict)
+    monkeypatch.setattr(component, "LIMITS", strict)
     options = ExportOptions(source=str(tiny_model("sd1")), output=tmp_path / "out", precision="int8")
     manifest = export_model(options).manifest
     assert precisions(manifest) == {"text_encoder": "fp32", "unet": "int8", "vae_encoder": "fp32", "vae_decoder": "fp32"}
@@ -97,7 +98,7 @@ def test_what_does_not_open_in_fp16_stays_in_fp32(tiny_model: Get, tmp_path: Pat
             raise ExportError("ONNX Runtime cannot open text_encoder: no such kernel")
         return parity.open_graph(path)
 
-    monkeypatch.setattr(conversion, "open_graph", refuse_once)
+    monkeypatch.setattr(component, "open_graph", refuse_once)
     options = ExportOptions(source=str(tiny_model("sd1")), output=tmp_path / "out", precision="fp16")
     manifest = export_model(options).manifest
     kept = [part for part in manifest.components if part.precision == "fp32"]

@@ -7,8 +7,8 @@ import threading
 from typing import Any
 
 import pytest
+from img2img_export.cli.terminal import Display, JsonProgress, PlainProgress, RichProgress, amount, as_json, choose, quantity
 from img2img_export.progress import Progress
-from img2img_export.terminal import Display, JsonProgress, PlainProgress, RichProgress, amount, as_json, choose, quantity
 from rich.console import Console
 
 

@@ -10,11 +10,11 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from img2img_export import quantize
-from img2img_export.parts import Part, Tensors, denoiser_part, flatten, text_part
+from img2img_export.convert import quantize
+from img2img_export.convert.external_weights import Skeleton, Weight
+from img2img_export.convert.parts import Part, Tensors, denoiser_part, flatten, text_part
+from img2img_export.convert.tracing import trace
 from img2img_export.progress import Progress
-from img2img_export.skeleton import Skeleton, Weight
-from img2img_export.tracing import trace
 from onnx import NodeProto, TensorProto, helper
 from onnxruntime.quantization import QuantType, quantize_dynamic
 

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 from diffusers import AutoPipelineForImage2Image
-from img2img_export.checkpoint import Layout
 from img2img_export.errors import ExportError
-from img2img_export.prediction import apply, sampling_of
-from img2img_export.source import Checkpoint
-from img2img_export.weights_file import TensorInfo
-from img2img_server.bundle import Source
+from img2img_export.read.checkpoint import Layout
+from img2img_export.read.prediction import apply, sampling_of
+from img2img_export.read.source import Checkpoint
+from img2img_export.read.weights_file import TensorInfo
+from img2img_server.bundle.manifest import Source
 from safetensors.torch import load_file, save_file
 from single_files import Weights, assert_equal, fill, weights_of, write_single_file
 

@@ -8,8 +8,8 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from img2img_export.convert.external_weights import DATA_NAME, Skeleton, Weight, light
 from img2img_export.progress import Progress
-from img2img_export.skeleton import DATA_NAME, Skeleton, Weight, light
 from onnx import TensorProto, helper
 
 

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from img2img_export import digests, source
 from img2img_export.errors import ExportError
 from img2img_export.options import ExportOptions
 from img2img_export.progress import Advance, Progress
-from img2img_export.source import Checkpoint, resolve
+from img2img_export.read import digests, source
+from img2img_export.read.source import Checkpoint, resolve
 
 INDEX = {
     "_class_name": "StableDiffusionPipeline",
@@ -146,7 +146,7 @@ from pathlib import Path
 from img2img_export import lora
 from img2img_export.options import ExportOptions, LoraFile
 from img2img_export.progress import Advance, Progress
-from img2img_export.source import resolve
+from img2img_export.read.source import resolve
 for source, config in ((sys.argv[2], None), (sys.argv[1], sys.argv[2])):
     resolve(ExportOptions(source=source, output=Path("unused"), config=config), Progress())
 lora.records([LoraFile(Path(sys.argv[1]))])

@@ -9,14 +9,14 @@ from pathlib import Path
 import psutil
 import pytest
 from img2img_export.errors import ExportError
-from img2img_export.staging import check_replaceable, stage, sweep
+from img2img_export.publish.staging import check_replaceable, stage, sweep
 
 BUNDLE_MANIFEST = json.dumps({"format_version": 1, "pipeline_class": "P"})
 
 _BUILD_FOREVER = """
 import sys, time
 from pathlib import Path
-from img2img_export.staging import stage
+from img2img_export.publish.staging import stage
 with stage(Path(sys.argv[1])) as staging:
     (staging.bundle / "manifest.json").write_text("{}")
     print("building", flush=True)

@@ -9,10 +9,10 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from img2img_export.time_head import split
-from img2img_server.bundle import BODY_NAME, HEAD_NAME, read_manifest
-from img2img_server.pipelines.runners import HostRunner
-from img2img_server.pipelines.time_head import Split
+from img2img_export.convert.split_graph import split
+from img2img_server.bundle.manifest import BODY_NAME, HEAD_NAME, read_manifest
+from img2img_server.runtime.onnx.runners import HostRunner
+from img2img_server.runtime.onnx.split_graph import Split
 
 Get = Callable[[str], Path]
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tiny_models
 import torch
-from img2img_server.bundle import digest_files, list_files
+from img2img_server.bundle.manifest import digest_files, list_files
 
 NAMES = sorted(tiny_models.BUILDERS)
 
@@ -28,10 +28,10 @@ _NO_GUIDANCE = {"flux", "flux-dev", "qwenimage", "zimage", "lcm"}
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_part_of_a_request_shows_in_the_picture(name: str, tiny_model: Callable[[str], Path]) -> None:
-    from img2img_export.checkpoint import INDEX_NAME, read_index, read_layout
-    from img2img_export.graphs import quiet
-    from img2img_export.models import Loader
-    from img2img_export.pictures import sample_picture
+    from img2img_export.convert.graphs import quiet
+    from img2img_export.convert.models import Loader
+    from img2img_export.read.checkpoint import INDEX_NAME, read_index, read_layout
+    from img2img_export.verify.images import sample_picture
 
     directory = tiny_model(name)
     pipeline = Loader(directory, read_layout(read_index(directory / INDEX_NAME))).pipeline()

@@ -11,9 +11,9 @@ from pathlib import Path
 import transformers
 from img2img_export.build import export_model
 from img2img_export.options import ExportOptions
-from img2img_server.bundle import check_bundle
-from img2img_server.execution import Execution
-from img2img_server.pipelines.loader import load_pipeline
+from img2img_server.bundle.manifest import check_bundle
+from img2img_server.runtime.execution import Execution
+from img2img_server.runtime.loader import load_pipeline
 from short_exports import cut_short
 
 

@@ -12,7 +12,7 @@ import torch
 from img2img_export.errors import ExportError
 from img2img_export.options import ExportOptions
 from img2img_export.progress import Progress
-from img2img_export.source import Checkpoint, resolve
+from img2img_export.read.source import Checkpoint, resolve
 from safetensors.torch import load_file, save_file
 
 Get = Callable[[str], Path]
@@ -217,7 +217,7 @@ def test_the_suffix_may_be_in_capitals(model: Path, tmp_path: Path) -> None:
 )
 def test_weights_of_a_component_that_do_not_fit_its_class_are_refused(component: str, file: str, model: Path) -> None:
     """diffusers and transformers only warn, and draw with other weights."""
-    from img2img_export.models import Loader
+    from img2img_export.convert.models import Loader
 
     path = model / component / f"{file}.safetensors"
     weights = load_file(path)

@@ -9,13 +9,13 @@ import onnx
 import pytest
 from adopting import adopt
 from fakes import make_request
+from img2img_export.convert.graphs import quiet
 from img2img_export.errors import ExportError
-from img2img_export.graphs import quiet
-from img2img_export.pictures import sample_picture
-from img2img_server.bundle import check_bundle
-from img2img_server.execution import Execution
-from img2img_server.pipelines.alone import run_alone
-from img2img_server.pipelines.loader import load_pipeline
+from img2img_export.verify.images import sample_picture
+from img2img_server.bundle.manifest import check_bundle
+from img2img_server.engine.run_request import run_alone
+from img2img_server.runtime.execution import Execution
+from img2img_server.runtime.loader import load_pipeline
 
 Get = Callable[[str], Path]
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from diffusers import AutoPipelineForImage2Image
-from img2img_export import pictures
+from img2img_export.verify import images
 from optimum.onnxruntime import ORTPipelineForImage2Image
 
 Get = Callable[[str], Path]
@@ -18,14 +18,14 @@ def test_optimum_draws_the_same_images_from_the_bundle(name: str, bundle: Get, t
     loaded = ORTPipelineForImage2Image.from_pretrained(bundle(name), export=False, local_files_only=True)
     for pipeline in (source, loaded):
         pipeline.set_progress_bar_config(disable=True)
-    for case in pictures.picture_cases(source, "stable-diffusion"):
-        (reference,) = pictures.draw_references(source, [case])
-        (picture,) = pictures.draw_references(loaded, [case])
-        assert pictures.measure(case.name, picture, reference).passed, case.name
+    for case in images.picture_cases(source, "stable-diffusion"):
+        (reference,) = images.draw_references(source, [case])
+        (picture,) = images.draw_references(loaded, [case])
+        assert images.measure(case.name, picture, reference).passed, case.name
 
 
 def test_optimum_loads_a_bundle_whose_vae_is_partly_in_fp16(bundle: Get) -> None:
     loaded = ORTPipelineForImage2Image.from_pretrained(bundle("sdxl-overflow"), export=False, local_files_only=True)
     loaded.set_progress_bar_config(disable=True)
-    (picture,) = pictures.draw_references(loaded, pictures.picture_cases(loaded, "stable-diffusion-xl")[:1])
+    (picture,) = images.draw_references(loaded, images.picture_cases(loaded, "stable-diffusion-xl")[:1])
     assert np.asarray(picture).std() > 10

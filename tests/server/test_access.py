@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from img2img_server.access.access import Access
 from img2img_server.access.tokens import Token, editing
-from img2img_server.calls import Call
 from img2img_server.errors import ClientBusy, RateLimited, ServerError, Unauthenticated
+from img2img_server.support.call import Call
 
 TRANSFORM = "/img2img.v1.ImageToImageService/Transform"
 NOON = datetime(2026, 11, 22, 12, tzinfo=UTC)

@@ -10,9 +10,8 @@ from typing import Any
 
 import psutil
 import pytest
-from img2img_export.command import configure
-from img2img_server.bundle import Source
-from img2img_server.calls import Call, answering
+from img2img_export.cli.export import configure
+from img2img_server.bundle.manifest import Source
 from img2img_server.config import ModelSettings
 from img2img_server.errors import (
     BundleError,
@@ -24,9 +23,10 @@ from img2img_server.errors import (
     ServerError,
     ShuttingDown,
 )
-from img2img_server.models.acquiring import bundle_name, check_reference
-from img2img_server.models.exporting import arguments_of
-from img2img_server.models.store import Model, ModelState, ModelStore
+from img2img_server.models.downloads import bundle_name, check_reference
+from img2img_server.models.export_process import arguments_of
+from img2img_server.models.registry import Model, ModelState, ModelStore
+from img2img_server.support.call import Call, answering
 from model_folder import Memory, Rig, make_bundle, rig
 
 _EXPORTER = """
@@ -222,7 +222,7 @@ def test_an_export_ends_with_a_server_that_is_killed(control: Path, tmp_path: Pa
     code = f"""
 import asyncio, sys
 from pathlib import Path
-from img2img_server.models.exporting import arguments_of, export
+from img2img_server.models.export_process import arguments_of, export
 asyncio.run(export(arguments_of("acme/slow", Path("x")), lambda detail: print(detail, flush=True), {exporter(control)!r}))
 """
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=tmp_path) as server:

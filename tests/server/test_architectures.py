@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 from fakes import make_request
-from img2img_server.bundle import read_manifest
-from img2img_server.execution import Execution
-from img2img_server.pipelines.alone import run_alone
-from img2img_server.pipelines.loader import load_pipeline
+from img2img_server.bundle.manifest import read_manifest
+from img2img_server.engine.run_request import run_alone
+from img2img_server.runtime.execution import Execution
+from img2img_server.runtime.loader import load_pipeline
 from PIL import Image
 
 ARCHITECTURES = {

@@ -18,7 +18,8 @@ from img2img.v1 import asset_pb2 as pb
 from img2img.v1 import image_to_image_pb2 as images_pb
 from img2img.v1.asset_pb2_grpc import AssetServiceStub
 from img2img.v1.image_to_image_pb2_grpc import ImageToImageServiceStub
-from img2img_server import asset_service, images
+from img2img_server import images
+from img2img_server.api import assets as asset_service
 from img2img_server.config import AssetSettings
 from messages import failure, png, request
 from PIL import Image

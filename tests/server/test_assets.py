@@ -11,9 +11,9 @@ import pytest
 from assets_store import DAY, Time, files_of, opened, put, streamed
 from img2img_server.assets.files import AssetFiles, LocalAssetFiles, owner_of
 from img2img_server.assets.store import AssetStore, steady_clock
-from img2img_server.calls import Call
 from img2img_server.config import AssetSettings
 from img2img_server.errors import AssetNotFound, AssetQuotaFull, NotSupported
+from img2img_server.support.call import Call
 from messages import png
 from moto.server import ThreadedMotoServer
 

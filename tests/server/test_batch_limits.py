@@ -14,7 +14,7 @@ from img2img_server.engine.engine import Engine
 from img2img_server.engine.warmup import WarmUp
 from img2img_server.models.cost_store import CostStore
 from img2img_server.models.preparation import Preparation
-from img2img_server.models.store import ModelStore
+from img2img_server.models.registry import ModelStore
 from model_folder import make_bundle
 
 GROUP = ("m", (16, 16))

@@ -12,10 +12,10 @@ from diffusers.models.attention_processor import AttnProcessor
 from img2img_cli.__main__ import main
 from img2img_export.build import export_model
 from img2img_export.options import ExportOptions
-from img2img_server import bench_command
-from img2img_server.bench_report import quartiles, summarize
-from img2img_server.pipelines.measuring import PEAK, STEP, Case, take_turns
-from img2img_server.pipelines.operations import Operations, count_operations, node_operations, quadratic
+from img2img_server.tools.bench_model import command
+from img2img_server.tools.bench_model.measuring import PEAK, STEP, Case, take_turns
+from img2img_server.tools.bench_model.operations import Operations, count_operations, node_operations, quadratic
+from img2img_server.tools.bench_model.report import quartiles, summarize
 from PIL import Image
 from short_exports import cut_short
 from torch.utils.flop_counter import FlopCounterMode
@@ -118,7 +118,7 @@ def test_variants_take_turns_and_only_the_call_is_timed() -> None:
 
 def test_what_was_measured_before_a_person_cut_it_short_is_told() -> None:
     cases, _, _ = _fakes(stop_at=2)
-    assert bench_command._measure(cases, 1000.0, ("cpu",))
+    assert command._measure(cases, 1000.0, ("cpu",))
     report = summarize(cases, "models/x")
     assert [len(line.seconds) for line in report.lines] == [1, 2]
     assert all(case.work.closed for case in cases)  # type: ignore[attr-defined]

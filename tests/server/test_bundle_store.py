@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 from fakes import FakePipeline
-from img2img_server.bundle import FORMAT_VERSION, MANIFEST_NAME, Verification, digest_files, list_files, write_manifest
+from img2img_server.bundle.manifest import FORMAT_VERSION, MANIFEST_NAME, Verification, digest_files, list_files, write_manifest
 from img2img_server.errors import BundleError, ModelUnavailable
-from img2img_server.models.store import Model, ModelStore
+from img2img_server.models.registry import Model, ModelStore
 from running import manifest
 
 

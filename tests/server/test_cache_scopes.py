@@ -9,11 +9,11 @@ import pytest
 from fakes import FakePipeline, make_request
 from granting import bearing, grant
 from img2img.v1.image_to_image_pb2_grpc import ImageToImageServiceStub
-from img2img_server.bundle import read_manifest
+from img2img_server.bundle.manifest import read_manifest
 from img2img_server.engine.cache import Cache
-from img2img_server.execution import Execution
-from img2img_server.pipelines.alone import run_alone
-from img2img_server.pipelines.loader import load_pipeline
+from img2img_server.engine.run_request import run_alone
+from img2img_server.runtime.execution import Execution
+from img2img_server.runtime.loader import load_pipeline
 from messages import request
 from PIL import Image
 from running import running, store

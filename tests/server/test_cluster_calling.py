@@ -8,10 +8,10 @@ from typing import Any
 import grpc
 import pytest
 from fakes import make_request
-from img2img_server.calls import Call
-from img2img_server.cluster.calling import RayReplicas
-from img2img_server.cluster.messages import Asked, Done, Job, ReplicaLeft, ReplicaLost
+from img2img_server.backends.ray.client import RayReplicas
+from img2img_server.backends.ray.messages import Asked, Done, Job, ReplicaLeft, ReplicaLost
 from img2img_server.engine.request import Queued, Started, Timings
+from img2img_server.support.call import Call
 from ray.exceptions import ActorDiedError, ActorUnavailableError, NodeDiedError, TaskCancelledError, WorkerCrashedError
 from ray.serve._private.common import DeploymentID
 from ray.serve.exceptions import DeploymentUnavailableError, ReplicaUnavailableError
@@ -152,7 +152,7 @@ async def test_a_call_that_nobody_had_is_nobodys_end(error: Exception) -> None:
 
 
 async def test_one_that_hangs_does_not_hide_what_the_others_say(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("img2img_server.cluster.calling._LOOKING", 0.2)
+    monkeypatch.setattr("img2img_server.backends.ray.client._LOOKING", 0.2)
     assert await replicas(Handle("a", None, "b")).everywhere("look") == ["a", "b"]
 
 

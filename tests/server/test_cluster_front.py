@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import pytest
 from fake_replicas import IDLE, LOST, Caller, loads, rig
-from img2img_server.cluster.messages import Done, Load, ReplicaLeft, Step, Told
+from img2img_server.backends.ray.messages import Done, Load, ReplicaLeft, Step, Told
 from img2img_server.engine.request import Completed, Event, Failed, Progress, Queued, Started, Timings
 from img2img_server.errors import (
     ClientBusy,
@@ -74,7 +74,7 @@ async def test_an_error_of_the_request_is_final_and_arrives_whole() -> None:
 async def test_a_request_that_ends_whoever_has_it_ends_three_and_is_not_to_be_sent_again(
     end: Exception | Failed, follow: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("img2img_server.cluster.front._PAUSE", 0.0)
+    monkeypatch.setattr("img2img_server.backends.ray.front._PAUSE", 0.0)
     async with rig(*([(end,)] * 50)) as it:
         error = await it.submit(follow=follow).error()
     assert isinstance(error, ModelFailed)
@@ -85,7 +85,7 @@ async def test_a_request_that_ends_whoever_has_it_ends_three_and_is_not_to_be_se
 async def test_replicas_that_leave_are_not_the_requests_doing_and_their_number_has_an_end(
     end: Exception | Failed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("img2img_server.cluster.front._PAUSE", 0.0)
+    monkeypatch.setattr("img2img_server.backends.ray.front._PAUSE", 0.0)
     async with rig(*([(end,)] * 50)) as it:
         error = await it.submit().error()
     assert isinstance(error, NoReplica)

@@ -8,13 +8,13 @@ from dataclasses import fields, replace
 
 import pytest
 from fakes import FakePipeline, make_request
-from img2img_server.bundle import Component
-from img2img_server.calls import Call
-from img2img_server.cluster.messages import Asked, Card, Done, Job, Picture, ReplicaLost, Step, ending_of
+from img2img_server.api.interceptors import to_status
+from img2img_server.backends.ray.messages import Asked, Card, Done, Job, Picture, ReplicaLost, Step, ending_of
+from img2img_server.bundle.manifest import Component
 from img2img_server.engine.request import Completed, Failed, Progress, Request, RequestWarning, Timings
 from img2img_server.errors import DeadlineUnmeetable, EngineStuck, InvalidField, QueueFull, ServerError, ShuttingDown
-from img2img_server.interceptors import to_status
-from img2img_server.models.store import ModelState
+from img2img_server.models.registry import ModelState
+from img2img_server.support.call import Call
 from PIL import Image
 from running import store
 

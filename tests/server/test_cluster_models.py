@@ -5,9 +5,8 @@ from dataclasses import replace
 import pytest
 from fake_replicas import CARD, IDLE, LOST, FakeReplicas, Rig, rig
 from fakes import FakePipeline
-from img2img_server.bundle import Source
-from img2img_server.calls import Call, answering
-from img2img_server.cluster.messages import Asked, Look, ReplicaLeft, Unloaded
+from img2img_server.backends.ray.messages import Asked, Look, ReplicaLeft, Unloaded
+from img2img_server.bundle.manifest import Source
 from img2img_server.engine.request import Failed
 from img2img_server.engine.scheduler import Limits
 from img2img_server.errors import (
@@ -18,7 +17,8 @@ from img2img_server.errors import (
     PermissionDenied,
     ShuttingDown,
 )
-from img2img_server.models.store import ModelState
+from img2img_server.models.registry import ModelState
+from img2img_server.support.call import Call, answering
 
 
 def cards(it: Rig, *states: ModelState) -> None:
@@ -59,7 +59,7 @@ async def test_a_model_is_in_the_best_state_that_it_has_anywhere(
 
 
 async def test_a_front_waits_a_little_for_replicas_that_it_was_not_told_of_yet(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("img2img_server.cluster.models.LOOK_EVERY", 0.0)
+    monkeypatch.setattr("img2img_server.backends.ray.roster.LOOK_EVERY", 0.0)
     it = Rig(FakeReplicas(), Limits())
     it.replicas.late = 3
     await it.roster.open(None)

@@ -8,11 +8,10 @@ from pathlib import Path
 
 import pytest
 from fakes import FakePipeline, make_request
-from img2img_server.backend import LocalBackend
-from img2img_server.bundle import Source
-from img2img_server.calls import Call
-from img2img_server.cluster.messages import Asked, Card, Done, Job, Step, Unloaded
-from img2img_server.cluster.replica import Replica
+from img2img_server.backends.base import LocalBackend
+from img2img_server.backends.ray.messages import Asked, Card, Done, Job, Step, Unloaded
+from img2img_server.backends.ray.replica import Replica
+from img2img_server.bundle.manifest import Source
 from img2img_server.config import ModelSettings, ServerConfig
 from img2img_server.engine.request import Failed, Plan, Queued, Request, Started
 from img2img_server.engine.scheduler import Limits
@@ -26,7 +25,8 @@ from img2img_server.errors import (
     QueueFull,
     ShuttingDown,
 )
-from img2img_server.models.store import ModelState, ModelStore
+from img2img_server.models.registry import ModelState, ModelStore
+from img2img_server.support.call import Call
 from model_folder import Memory, make_bundle
 from PIL import Image
 from running import store

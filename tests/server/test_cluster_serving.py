@@ -16,12 +16,12 @@ from img2img.v1 import model_pb2
 from img2img.v1.image_to_image_pb2_grpc import ImageToImageServiceStub
 from img2img.v1.model_pb2_grpc import ModelServiceStub
 from img2img_cli.__main__ import main
-from img2img_server.backend import LocalBackend
-from img2img_server.cluster import serving
-from img2img_server.cluster.messages import Asked, Card, Done, Ended, Job, ReplicaLost, Told
-from img2img_server.cluster.replica import Replica
-from img2img_server.cluster.replicas import Replicas
-from img2img_server.cluster.serving import ClusterBackend, cluster
+from img2img_server.backends.base import LocalBackend
+from img2img_server.backends.ray import backend
+from img2img_server.backends.ray.backend import ClusterBackend, cluster
+from img2img_server.backends.ray.messages import Asked, Card, Done, Ended, Job, ReplicaLost, Told
+from img2img_server.backends.ray.replica import Replica
+from img2img_server.backends.ray.replicas import Replicas
 from img2img_server.config import ServerConfig
 from img2img_server.engine.request import Failed
 from messages import failure, request
@@ -198,7 +198,7 @@ def test_draining_finishes_what_runs_and_refuses_what_comes() -> None:
 def test_without_ray_the_operator_is_told_what_to_install(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(serving, "find_spec", lambda name: None)
+    monkeypatch.setattr(backend, "find_spec", lambda name: None)
     assert main(["serve", "--models", str(tmp_path), "--engine", "ray"]) == 2
     assert "pip install 'img2img-server[ray]'" in capsys.readouterr().err
 

@@ -14,8 +14,8 @@ from endless_jobs import Crash, Endless, Hoard, make_importable
 from fakes import FakePipeline
 from img2img.v1 import image_to_image_pb2 as pb
 from img2img.v1.image_to_image_pb2_grpc import ImageToImageServiceStub
-from img2img_server import images, parsing
-from img2img_server.calls import Call, answering
+from img2img_server import images
+from img2img_server.api import parsing
 from img2img_server.codecs import pool
 from img2img_server.codecs.jobs import Inspect, Load, digest_of
 from img2img_server.codecs.memory import ImageMemory
@@ -24,6 +24,7 @@ from img2img_server.codecs.process import COMMAND
 from img2img_server.config import CodecSettings
 from img2img_server.errors import ImageMemoryFull, InvalidField, ShuttingDown
 from img2img_server.images import ImageLimits, SizeRule
+from img2img_server.support.call import Call, answering
 from messages import png, request
 from PIL import Image
 from running import RunningServer, running, store

@@ -11,9 +11,9 @@ from diffusers import AutoPipelineForImage2Image, StableDiffusionImg2ImgPipeline
 from fake_diffusers import FakeDiffusers
 from fakes import make_request
 from img2img_server.engine.request import Request
-from img2img_server.pipelines.alone import run_alone
-from img2img_server.pipelines.compiled import compile_modules
-from img2img_server.pipelines.whole import WholePipeline
+from img2img_server.engine.run_request import run_alone
+from img2img_server.runtime.opaque.pipeline import WholePipeline
+from img2img_server.runtime.torch.compile import compile_modules
 from PIL import Image
 
 

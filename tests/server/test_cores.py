@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
-from img2img_server.pipelines import cores
+from img2img_server.runtime.common import cpu
 
 
 def _machine(root: Path, files: dict[str, str]) -> Path:
@@ -63,28 +63,28 @@ FOUR = _siblings("0,4", "1,5", "2,6", "3,7")
 def test_threads_are_the_physical_cores_that_may_be_used(
     files: dict[str, str], mask: set[int], expected: int, tmp_path: Path
 ) -> None:
-    assert cores.count(_machine(tmp_path, files), set(mask)) == expected
+    assert cpu.count(_machine(tmp_path, files), set(mask)) == expected
 
 
 def test_here_it_is_at_least_one_and_no_more_than_may_be_used() -> None:
-    assert 1 <= cores.count() <= len(os.sched_getaffinity(0))
+    assert 1 <= cpu.count() <= len(os.sched_getaffinity(0))
 
 
 def test_memory_is_the_machines_or_the_containers(tmp_path: Path) -> None:
-    assert cores.available_memory(tmp_path) == float("inf")
+    assert cpu.available_memory(tmp_path) == float("inf")
     machine = {"proc/meminfo": "MemTotal:  10 kB\nMemAvailable:      8 kB", V2: "0::/a"}
-    assert cores.available_memory(_machine(tmp_path, machine)) == 8192
+    assert cpu.available_memory(_machine(tmp_path, machine)) == 8192
     group = {"sys/fs/cgroup/a/memory.max": "5000", "sys/fs/cgroup/a/memory.current": "2000"}
-    assert cores.available_memory(_machine(tmp_path, group)) == 3000
-    assert cores.available_memory(_machine(tmp_path, {"sys/fs/cgroup/a/memory.max": "max"})) == 8192
-    assert 0 < cores.available_memory() < 2**50
+    assert cpu.available_memory(_machine(tmp_path, group)) == 3000
+    assert cpu.available_memory(_machine(tmp_path, {"sys/fs/cgroup/a/memory.max": "max"})) == 8192
+    assert 0 < cpu.available_memory() < 2**50
 
 
 def test_all_memory_is_the_machines_or_what_the_container_may_take(tmp_path: Path) -> None:
-    assert cores.total_memory(tmp_path) == float("inf")
+    assert cpu.total_memory(tmp_path) == float("inf")
     machine = {"proc/meminfo": "MemTotal:  10 kB\nMemAvailable:      8 kB", V2: "0::/a/b"}
-    assert cores.total_memory(_machine(tmp_path, machine)) == 10240
-    assert cores.total_memory(_machine(tmp_path, {"sys/fs/cgroup/a/memory.max": "max"})) == 10240
-    assert cores.total_memory(_machine(tmp_path, {"sys/fs/cgroup/a/b/memory.max": "9000"})) == 9000
-    assert cores.total_memory(_machine(tmp_path, {"sys/fs/cgroup/a/memory.max": "5000"})) == 5000, "a group around its own"
-    assert cores.available_memory() <= cores.total_memory() < 2**50
+    assert cpu.total_memory(_machine(tmp_path, machine)) == 10240
+    assert cpu.total_memory(_machine(tmp_path, {"sys/fs/cgroup/a/memory.max": "max"})) == 10240
+    assert cpu.total_memory(_machine(tmp_path, {"sys/fs/cgroup/a/b/memory.max": "9000"})) == 9000
+    assert cpu.total_memory(_machine(tmp_path, {"sys/fs/cgroup/a/memory.max": "5000"})) == 5000, "a group around its own"
+    assert cpu.available_memory() <= cpu.total_memory() < 2**50

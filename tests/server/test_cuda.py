@@ -11,20 +11,21 @@ from typing import Any
 import pytest
 import torch
 from fakes import make_request
-from img2img_server.bundle import read_manifest
+from img2img_server.bundle.manifest import read_manifest
 from img2img_server.engine.cache import Cache
 from img2img_server.engine.request import Request
 from img2img_server.errors import BundleError
-from img2img_server.execution import Execution
-from img2img_server.pipelines import cuda, timetables
-from img2img_server.pipelines.components import Components
-from img2img_server.pipelines.device_runner import DeviceRunner
-from img2img_server.pipelines.loader import FAMILIES
-from img2img_server.pipelines.runners import HostRunner, dtype_of
-from img2img_server.pipelines.schedulers import NAMES
-from img2img_server.pipelines.sessions import SessionOptions, open_session, provider_list
-from img2img_server.pipelines.stable_diffusion import StableDiffusion
-from img2img_server.pipelines.transfers import device_stream, go_over, send
+from img2img_server.runtime.common.device_copy import device_stream, go_over, send
+from img2img_server.runtime.diffusion.stable_diffusion import StableDiffusion
+from img2img_server.runtime.execution import Execution
+from img2img_server.runtime.loader import FAMILIES
+from img2img_server.runtime.onnx.components import Components
+from img2img_server.runtime.onnx.runners import HostRunner, dtype_of
+from img2img_server.runtime.onnx.sessions import SessionOptions, open_session, provider_list
+from img2img_server.runtime.providers import cuda
+from img2img_server.runtime.providers.device_runner import DeviceRunner
+from img2img_server.runtime.schedulers import cache
+from img2img_server.runtime.schedulers.registry import NAMES
 from torch.utils._python_dispatch import TorchDispatchMode
 
 ADDRESS = 94_000_000_000
@@ -228,7 +229,7 @@ def test_steps_neither_leave_the_device_nor_wait_for_it(
 def test_schedulers_that_are_stepped_one_by_one_do_so_on_the_device(
     far: Callable[[str], StableDiffusion], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(timetables, "compile_schedule", lambda *_: None)
+    monkeypatch.setattr(cache, "compile_schedule", lambda *_: None)
     pipeline = far("sd1")
     states = pipeline.prepare(requests_of([None, *NAMES]))
     while any(state.step < state.step_count for state in states):

@@ -10,10 +10,10 @@ import pytest
 from chaos import DAMAGES, flip, is_right, source, truncate
 from img2img_client import Client, Img2ImgError
 from img2img_client.values import ModelReference
-from img2img_server.bundle import MANIFEST_NAME, digest_files, list_files, read_manifest, write_manifest
+from img2img_server.bundle.manifest import MANIFEST_NAME, digest_files, list_files, read_manifest, write_manifest
 from img2img_server.engine.cache import Cache
-from img2img_server.execution import Execution
-from img2img_server.models.store import ModelStore
+from img2img_server.models.registry import ModelStore
+from img2img_server.runtime.execution import Execution
 from running import running
 from soak_parts.process import SERVE, STAND_IN, serving
 from soak_parts.stand_in import plant
@@ -60,7 +60,7 @@ def test_a_bundle_that_is_damaged_once_it_is_loaded_is_served_on(bundle: Callabl
 
 def test_a_model_that_computes_no_numbers_is_an_error_and_no_picture(bundle: Callable[[str], Path], tmp_path: Path) -> None:
     """Its decoder gives NaN: a black picture would look like an answer."""
-    from img2img_server.pipelines.loader import load_pipeline
+    from img2img_server.runtime.loader import load_pipeline
 
     copy = tmp_path / "models" / "m"
     shutil.copytree(bundle("sd1"), copy)

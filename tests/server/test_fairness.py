@@ -5,8 +5,8 @@ from collections.abc import Callable
 
 import pytest
 from fakes import Clock
-from img2img_server.calls import Call, answering
-from img2img_server.codecs.fairness import FairSlots, FairThreads
+from img2img_server.support.call import Call, answering
+from img2img_server.support.fair_queue import FairSlots, FairThreads
 
 
 class Stage:

@@ -10,8 +10,8 @@ from img2img_cli.__main__ import main
 from img2img_server.__main__ import configure, configured
 from img2img_server.config import ServerConfig
 from img2img_server.engine.scheduler import Limits
-from img2img_server.execution import PROVIDERS, Bucket, Execution
 from img2img_server.images import ImageLimits
+from img2img_server.runtime.execution import PROVIDERS, Bucket, Execution
 from test_layering import HEAVY
 
 

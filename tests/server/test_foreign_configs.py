@@ -11,11 +11,11 @@ from conftest import REPOSITORY
 from img2img_export.build import export_model
 from img2img_export.errors import ExportError
 from img2img_export.options import ExportOptions
-from img2img_server.bundle import Manifest, Source, Verification
+from img2img_server.bundle.manifest import Manifest, Source, Verification
+from img2img_server.bundle.unsafe_configs import refuse_foreign_config
 from img2img_server.errors import BundleError
-from img2img_server.execution import Execution
-from img2img_server.pipelines import loader
-from img2img_server.pipelines.foreign_configs import refuse_foreign_config
+from img2img_server.runtime import loader
+from img2img_server.runtime.execution import Execution
 from tiny_models import BUILDERS
 
 REFUSED: list[tuple[str, Any]] = [

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from img2img_server.bundle import Manifest, check_bundle, read_manifest, write_manifest
+from img2img_server.bundle.manifest import Manifest, check_bundle, read_manifest, write_manifest
 from img2img_server.errors import BundleError
-from img2img_server.execution import Execution
-from img2img_server.pipelines import gate
-from img2img_server.pipelines.loader import load_pipeline
+from img2img_server.runtime import accuracy_check
+from img2img_server.runtime.execution import Execution
+from img2img_server.runtime.loader import load_pipeline
 from PIL import Image
 
 Get = Callable[[str], Path]
@@ -51,7 +51,7 @@ def test_a_bundle_carries_the_pictures_that_it_was_verified_by(made: tuple[Path,
 
 
 def test_what_was_verified_passes_and_draws_them_to_a_step_of_a_colour(pipeline: Any, made: tuple[Path, Manifest]) -> None:
-    verdict = gate.judge(pipeline, *made, gate.least_psnr_db("fp32"))
+    verdict = accuracy_check.judge(pipeline, *made, accuracy_check.least_psnr_db("fp32"))
     assert verdict.passed
     assert verdict.psnr_db > 60
 
@@ -60,29 +60,29 @@ def test_a_little_rounding_passes_for_bf16_and_not_for_fp32(
     pipeline: Any, made: tuple[Path, Manifest], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     blur(pipeline, monkeypatch, 0.01)
-    assert gate.judge(pipeline, *made, gate.least_psnr_db("bf16")).passed
-    verdict = gate.judge(pipeline, *made, gate.least_psnr_db("fp32"))
+    assert accuracy_check.judge(pipeline, *made, accuracy_check.least_psnr_db("bf16")).passed
+    verdict = accuracy_check.judge(pipeline, *made, accuracy_check.least_psnr_db("fp32"))
     assert not verdict.passed
     assert "PSNR" in verdict.problem
 
 
 def test_noise_does_not_pass(pipeline: Any, made: tuple[Path, Manifest], monkeypatch: pytest.MonkeyPatch) -> None:
     blur(pipeline, monkeypatch, 2.0)
-    assert not gate.judge(pipeline, *made, gate.least_psnr_db("bf16")).passed
+    assert not accuracy_check.judge(pipeline, *made, accuracy_check.least_psnr_db("bf16")).passed
 
 
 @pytest.mark.parametrize(("picture", "problem"), [("black", "one colour only"), ("small", "it draws (8, 8)")])
 def test_no_picture_at_all_does_not_pass(picture: str, problem: str, made: tuple[Path, Manifest]) -> None:
-    known = gate.cases(made[1], made[0])
+    known = accuracy_check.cases(made[1], made[0])
     drawn = [Image.new("RGB", case.picture.size if picture == "black" else (8, 8)) for case in known]
-    verdict = gate.compare(known, drawn, 0.0)
+    verdict = accuracy_check.compare(known, drawn, 0.0)
     assert not verdict.passed
     assert problem in verdict.problem
 
 
 def test_a_bundle_without_references_is_no_proof(pipeline: Any, made: tuple[Path, Manifest]) -> None:
     path, manifest = made
-    verdict = gate.judge(pipeline, path, dataclasses.replace(manifest, references=()), 0.0)
+    verdict = accuracy_check.judge(pipeline, path, dataclasses.replace(manifest, references=()), 0.0)
     assert not verdict.passed
     assert "no reference pictures" in verdict.problem
 
@@ -93,10 +93,10 @@ def test_references_are_files_of_the_bundle(made: tuple[Path, Manifest], tmp_pat
     with pytest.raises(BundleError, match="not the file that was verified"):
         check_bundle(copy, made[1])
     with pytest.raises(BundleError, match="cannot be read"):
-        gate.cases(made[1], copy)
+        accuracy_check.cases(made[1], copy)
     stray = dataclasses.replace(made[1].references[0], source="../source.png")
     with pytest.raises(BundleError, match="outside itself"):
-        gate.cases(dataclasses.replace(made[1], references=(stray,)), copy)
+        accuracy_check.cases(dataclasses.replace(made[1], references=(stray,)), copy)
 
 
 def test_a_bundle_from_before_there_were_references_still_loads(made: tuple[Path, Manifest], tmp_path: Path) -> None:
@@ -110,6 +110,6 @@ def test_a_bundle_from_before_there_were_references_still_loads(made: tuple[Path
 
 def test_psnr_is_that_of_the_formula() -> None:
     reference = Image.new("RGB", (4, 4), (10, 10, 10))
-    assert gate.psnr_db(reference, reference) == gate.INFINITE_PSNR
+    assert accuracy_check.psnr_db(reference, reference) == accuracy_check.INFINITE_PSNR
     other = Image.fromarray(np.asarray(reference) + np.uint8(5))
-    assert gate.psnr_db(other, reference) == pytest.approx(20 * np.log10(255 / 5))
+    assert accuracy_check.psnr_db(other, reference) == pytest.approx(20 * np.log10(255 / 5))

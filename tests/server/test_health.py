@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 from grpc_health.v1 import health_pb2 as pb
-from img2img_server.calls import Call, answering
+from img2img_server.api.health import HealthServicer
 from img2img_server.errors import ClientBusy, Exhausted, InvalidField, ServiceNotFound
-from img2img_server.health import HealthServicer
+from img2img_server.support.call import Call, answering
 
 SERVING, NOT_SERVING = pb.HealthCheckResponse.SERVING, pb.HealthCheckResponse.NOT_SERVING
 UNKNOWN = pb.HealthCheckResponse.SERVICE_UNKNOWN

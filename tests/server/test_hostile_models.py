@@ -12,15 +12,15 @@ from typing import Any
 
 import pytest
 import torch
-from img2img_server import model_files
-from img2img_server.bundle import MANIFEST_NAME, Manifest, Source, Verification, read_manifest
+from img2img_server.bundle import files
+from img2img_server.bundle.manifest import MANIFEST_NAME, Manifest, Source, Verification, read_manifest
+from img2img_server.bundle.tokenizer_files import is_slow
+from img2img_server.bundle.unsafe_configs import refuse_foreign_config
+from img2img_server.bundle.unsafe_files import refuse_foreign
 from img2img_server.errors import BundleError
-from img2img_server.execution import Execution
-from img2img_server.pipelines import loader
-from img2img_server.pipelines.foreign import refuse_foreign
-from img2img_server.pipelines.foreign_configs import refuse_foreign_config
-from img2img_server.pipelines.tokenizer_files import is_slow
-from img2img_server.pipelines.weight_budget import TooLarge, within
+from img2img_server.runtime import loader
+from img2img_server.runtime.common.weight_budget import TooLarge, within
+from img2img_server.runtime.execution import Execution
 from safetensors.torch import save_file
 
 ENTRIES: dict[str, Callable[[Path], object]] = {
@@ -64,7 +64,7 @@ def test_a_bundle_holds_regular_files_of_its_own_only(make: Callable[[Path], obj
 
 
 def test_a_model_of_too_many_files_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(model_files, "MOST_FILES", 3)
+    monkeypatch.setattr(files, "MOST_FILES", 3)
     for number in range(3):
         _written(tmp_path / f"{number}.json", b"{}")
     refuse_foreign(tmp_path)
@@ -99,9 +99,9 @@ def test_a_manifest_that_is_a_pipe_or_huge_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("data", [b"[" + b"1," * 600_000 + b"1]", b"[" * 600_000, b"[" + b"{}," * 600_000 + b"{}]"])
 def test_values_are_counted_before_they_are_made(data: bytes, tmp_path: Path) -> None:
-    assert len(data) < model_files.MOST_CONFIGURATION
+    assert len(data) < files.MOST_CONFIGURATION
     with pytest.raises(ValueError, match="more than 500000 values"):
-        model_files.read_json(_written(tmp_path / "config.json", data))
+        files.read_json(_written(tmp_path / "config.json", data))
 
 
 PLAIN: dict[str, Any] = {

@@ -16,11 +16,11 @@ from img2img.v1 import model_pb2
 from img2img.v1.asset_pb2_grpc import AssetServiceStub
 from img2img.v1.image_to_image_pb2_grpc import ImageToImageServiceStub
 from img2img.v1.model_pb2_grpc import ModelServiceStub
-from img2img_server.calls import Call
 from img2img_server.codecs.memory import ImageMemory
 from img2img_server.config import CodecSettings
 from img2img_server.errors import ImageMemoryFull
 from img2img_server.images import ImageLimits
+from img2img_server.support.call import Call
 from messages import failure, request
 from running import RunningServer, running, store
 from soak_parts.image_bombs import BOMBS

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from img2img_server.pipelines.diffusion_state import JoinedConditioning
-from img2img_server.pipelines.memory import KEEPERS
+from img2img_server.runtime.common.out_of_memory import KEEPERS
+from img2img_server.runtime.diffusion.state import JoinedConditioning
 
 
 def state(number: int, rows: int) -> Any:

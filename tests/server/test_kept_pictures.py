@@ -100,7 +100,7 @@ def test_a_full_disk_fails_what_had_to_be_kept_and_nothing_else(
 @pytest.mark.parametrize("format_", ["PNG", "JPEG", "WEBP"])
 @pytest.mark.parametrize("size", [(1, 1), (8, 8), (333, 77), (512, 512)])
 def test_the_room_that_is_kept_for_a_result_is_enough(format_: images.WriteFormat, size: tuple[int, int]) -> None:
-    from img2img_server.service import _BYTES_PER_FILE, _BYTES_PER_PIXEL
+    from img2img_server.api.transform import _BYTES_PER_FILE, _BYTES_PER_PIXEL
 
     image = Image.frombytes("RGB", size, os.urandom(size[0] * size[1] * 3))
     assert len(images.encode(image, format_, 100)) <= size[0] * size[1] * _BYTES_PER_PIXEL + _BYTES_PER_FILE

@@ -13,8 +13,8 @@ import pytest
 from conftest import REPOSITORY
 from fuzz_parts.seeds import picture
 from img2img_server.__main__ import configure, configured
-from img2img_server.kserve.parameters import Parameters
-from img2img_server.kserve.translation import OUTPUTS, PROGRESS, SETTINGS, SOURCES
+from img2img_server.api.kserve.parameters import Parameters
+from img2img_server.api.kserve.translation import OUTPUTS, PROGRESS, SETTINGS, SOURCES
 from PIL import Image
 from soak_parts.stand_in import plant
 
@@ -77,8 +77,8 @@ def test_the_tables_of_inputs_and_outputs_are_true() -> None:
 
 
 async def test_the_table_of_parameters_has_each_that_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    from img2img_server.codecs.fairness import FairThreads
-    from img2img_server.kserve import translation
+    from img2img_server.api.kserve import translation
+    from img2img_server.support.fair_queue import FairThreads
     from tritonclient.grpc import service_pb2 as pb  # type: ignore[import-untyped]
 
     read: set[str] = set()

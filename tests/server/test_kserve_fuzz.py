@@ -16,9 +16,9 @@ from google.protobuf.descriptor import MethodDescriptor
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 from hypothesis import HealthCheck, given, settings
+from img2img_server.api.kserve.translation import SETTINGS, SOURCES
 from img2img_server.config import AssetSettings
 from img2img_server.images import ImageLimits
-from img2img_server.kserve.translation import SETTINGS, SOURCES
 from kserve_calls import client_of, picture, serving, text
 from messages import png
 from running import RunningServer

@@ -12,13 +12,13 @@ import pytest
 from cycles import no_collection
 from img2img.v1 import image_to_image_pb2 as pb
 from img2img_server.access.access import Access
-from img2img_server.calls import Call, answering
-from img2img_server.codecs.fairness import FairThreads
+from img2img_server.api.kserve import translation
+from img2img_server.api.kserve.streaming import Stream
 from img2img_server.config import TelemetrySettings
 from img2img_server.errors import InvalidField, ServerError
 from img2img_server.images import ImageLimits
-from img2img_server.kserve import translation
-from img2img_server.kserve.streaming import Stream
+from img2img_server.support.call import Call, answering
+from img2img_server.support.fair_queue import FairThreads
 from img2img_server.telemetry.telemetry import Telemetry
 from kserve_calls import client_of, number, picture, refused, serving, text
 from messages import png

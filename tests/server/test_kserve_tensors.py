@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from img2img_server.api.kserve import tensors
+from img2img_server.api.kserve.tensors import Input, Output
 from img2img_server.errors import InvalidField, NotSupported
-from img2img_server.kserve import tensors
-from img2img_server.kserve.tensors import Input, Output
 from tritonclient.grpc import InferResult  # type: ignore[import-untyped]
 from tritonclient.grpc import service_pb2 as pb
 

@@ -11,7 +11,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from img2img.v1 import image_to_image_pb2 as pb
 from img2img.v1.image_to_image_pb2_grpc import ImageToImageServiceStub
 from img2img_cli.__main__ import main
-from img2img_server.server import Server
+from img2img_server.api.server import Server
 from messages import failure, request
 from model_folder import make_bundle
 from server_process import FAULTY, Process

@@ -19,8 +19,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from img2img.v1 import image_to_image_pb2 as pb
 from img2img.v1.image_to_image_pb2_grpc import ImageToImageServiceStub
-from img2img_server.calls import Call, answering
-from img2img_server.interceptors import given_up
+from img2img_server.api.interceptors import given_up
+from img2img_server.support.call import Call, answering
 from img2img_server.telemetry.logs import ACCESS, CallFilter, JsonFormatter, TextFormatter, configure
 from messages import request
 from running import running, store

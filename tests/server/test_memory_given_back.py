@@ -18,16 +18,16 @@ _SCRIPT = """
 import asyncio, gc, json, sys, weakref
 from pathlib import Path
 from PIL import Image
-from img2img_server.bundle import Source
+from img2img_server.bundle.manifest import Source
 from img2img_server.config import ModelSettings
 from img2img_server.engine.cache import Cache
 from img2img_server.engine.engine import Engine
 from img2img_server.engine.request import Completed, Failed, Request
-from img2img_server.execution import Execution
+from img2img_server.runtime.execution import Execution
 from img2img_server.models.memory import resident_bytes
-from img2img_server.models.store import ModelStore
-from img2img_server.pipelines.loader import load_pipeline
-from img2img_server.pipelines.tensorrt_contender import Shelf
+from img2img_server.models.registry import ModelStore
+from img2img_server.runtime.loader import load_pipeline
+from img2img_server.runtime.tensorrt.candidate import Shelf
 from img2img_server.models.residency import Residency
 
 def health(name, serving):

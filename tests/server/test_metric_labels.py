@@ -7,16 +7,16 @@ import types
 import pytest
 from fakes import FakePipeline
 from img2img_server.assets.store import AssetStore
-from img2img_server.calls import Call
 from img2img_server.codecs.memory import ImageMemory
 from img2img_server.codecs.pool import Codecs
 from img2img_server.config import AssetSettings
 from img2img_server.engine.cache import Cache
 from img2img_server.engine.engine import Engine
 from img2img_server.engine.spans import Span
+from img2img_server.support.call import Call
 from img2img_server.telemetry.gauges import ASKED, Gauges
 from img2img_server.telemetry.metrics import COUNTED, Metrics
-from img2img_server.telemetry.trails import Outcome, Record
+from img2img_server.telemetry.request_traces import Outcome, Record
 from running import store
 
 

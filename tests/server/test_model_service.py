@@ -17,11 +17,11 @@ from img2img.v1 import model_pb2
 from img2img.v1.image_to_image_pb2_grpc import ImageToImageServiceStub
 from img2img.v1.model_pb2_grpc import ModelServiceStub
 from img2img_server.access.access import Access
-from img2img_server.calls import Call
 from img2img_server.config import ModelSettings
-from img2img_server.execution import Execution
-from img2img_server.models.store import ModelStore
-from img2img_server.pipelines.loader import load_pipeline
+from img2img_server.models.registry import ModelStore
+from img2img_server.runtime.execution import Execution
+from img2img_server.runtime.loader import load_pipeline
+from img2img_server.support.call import Call
 from messages import failure, request
 from model_folder import MB, Memory, make_bundle
 from running import RunningServer, running, store

@@ -16,17 +16,18 @@ import onnxruntime
 import openvino_device
 import pytest
 import torch
-from img2img_server.bundle import Component, Manifest, Verification, read_manifest
-from img2img_server.bundle import Source as BundleSource
+from img2img_server.bundle.manifest import Component, Manifest, Verification, read_manifest
+from img2img_server.bundle.manifest import Source as BundleSource
 from img2img_server.engine.request import Pipeline, Request
+from img2img_server.engine.run_request import run_alone
 from img2img_server.errors import BundleError
-from img2img_server.execution import Bucket, Execution
-from img2img_server.pipelines import cores, openvino
-from img2img_server.pipelines.alone import run_alone
-from img2img_server.pipelines.loader import load_pipeline
-from img2img_server.pipelines.openvino import BucketRunner, has_amx, runners
-from img2img_server.pipelines.runners import Runner
-from img2img_server.pipelines.sessions import SessionOptions, open_session
+from img2img_server.runtime.common import cpu
+from img2img_server.runtime.execution import Bucket, Execution
+from img2img_server.runtime.loader import load_pipeline
+from img2img_server.runtime.onnx.runners import Runner
+from img2img_server.runtime.onnx.sessions import SessionOptions, open_session
+from img2img_server.runtime.providers import openvino
+from img2img_server.runtime.providers.openvino import BucketRunner, has_amx, runners
 from PIL import Image
 
 pytestmark = pytest.mark.skipif(not openvino_device.is_installed(), reason="OpenVINO's plugin is not installed")
@@ -172,7 +173,7 @@ def test_a_graph_whose_axes_are_not_known_has_one_session(name: str, inputs: Axe
 def test_a_session_that_would_fill_the_memory_is_left_out_unless_it_is_asked_for(
     folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(cores, "available_memory", lambda: 7 * 2**30)
+    monkeypatch.setattr(cpu, "available_memory", lambda: 7 * 2**30)
     manifest = _manifest(precision="fp16", size=2**30)
     for execution, sessions in ((Execution(), 1), (Execution(buckets=(Bucket(64, 64, 2),)), 2)):
         opener = Opener(UNET)

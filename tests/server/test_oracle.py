@@ -17,10 +17,10 @@ import pytest
 import torch
 from diffusers import AutoPipelineForImage2Image
 from img2img_client import Client
-from img2img_server.bundle import MANIFEST_NAME, digest_files, list_files, read_manifest, write_manifest
-from img2img_server.execution import Execution
-from img2img_server.models.store import ModelStore
-from img2img_server.pipelines.loader import load_pipeline
+from img2img_server.bundle.manifest import MANIFEST_NAME, digest_files, list_files, read_manifest, write_manifest
+from img2img_server.models.registry import ModelStore
+from img2img_server.runtime.execution import Execution
+from img2img_server.runtime.loader import load_pipeline
 from PIL import Image
 from running import running
 

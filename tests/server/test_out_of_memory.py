@@ -12,9 +12,9 @@ from fakes import Caller, FakePipeline, make_engine, run_out
 from img2img_server.engine.costs import Costs
 from img2img_server.engine.scheduler import Limits
 from img2img_server.errors import OutOfMemory
-from img2img_server.pipelines import memory, torch_calls
-from img2img_server.pipelines.memory import is_out_of_memory
-from img2img_server.pipelines.torch_calls import host_call, torch_call
+from img2img_server.runtime.common import out_of_memory, torch_calls
+from img2img_server.runtime.common.out_of_memory import is_out_of_memory
+from img2img_server.runtime.common.torch_calls import host_call, torch_call
 from onnx import TensorProto, helper
 from PIL import Image
 
@@ -174,8 +174,8 @@ class Keeper:
 def keepers(monkeypatch: pytest.MonkeyPatch) -> list[Keeper]:
     """Two of the model "a", one of "b", on a GPU that is not there."""
     made = [Keeper("a"), Keeper("a"), Keeper("b")]
-    monkeypatch.setattr(memory, "KEEPERS", made)
-    monkeypatch.setattr(memory, "_given_back", {})
+    monkeypatch.setattr(out_of_memory, "KEEPERS", made)
+    monkeypatch.setattr(out_of_memory, "_given_back", {})
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(torch_calls, "enter_stream", lambda: None)

@@ -15,8 +15,8 @@ import torch
 from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionXLImg2ImgPipeline
 from img2img_server.engine.cache import Cache
 from img2img_server.engine.request import Request
-from img2img_server.pipelines import originals
-from img2img_server.pipelines.stable_diffusion import StableDiffusion, StableDiffusionXL
+from img2img_server.runtime.diffusion import originals
+from img2img_server.runtime.diffusion.stable_diffusion import StableDiffusion, StableDiffusionXL
 from PIL import Image
 from tiny_parts import BETAS
 

@@ -12,10 +12,10 @@ import onnxruntime
 import openvino_device
 import pytest
 from img2img_server.errors import BundleError
-from img2img_server.execution import PROVIDERS
-from img2img_server.pipelines import providers
-from img2img_server.pipelines.libraries import needed_libraries
-from img2img_server.pipelines.providers import FULL_NAMES, Probe, choose, missing_library, probe
+from img2img_server.runtime.execution import PROVIDERS
+from img2img_server.runtime.onnx import providers
+from img2img_server.runtime.onnx.libraries import needed_libraries
+from img2img_server.runtime.onnx.providers import FULL_NAMES, Probe, choose, missing_library, probe
 from soak_parts.stand_in import plant
 
 

@@ -4,7 +4,7 @@ import math
 
 from hypothesis import given
 from hypothesis import strategies as st
-from img2img_server.cluster.choosing import Standing, choose, stats_of
+from img2img_server.backends.ray.load_balancing import Standing, choose, stats_of
 
 SPREAD = 30.0
 

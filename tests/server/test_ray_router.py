@@ -8,8 +8,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from img2img_server.cluster.choosing import stats_of
-from img2img_server.cluster.routing import LeastWorkRouter
+from img2img_server.backends.ray.load_balancing import stats_of
+from img2img_server.backends.ray.router import LeastWorkRouter
 from ray.exceptions import ActorDiedError, ActorUnavailableError
 from ray.serve._private.common import DeploymentHandleSource, DeploymentID, ReplicaID, RequestMetadata
 from ray.serve.config import RequestRouterConfig
@@ -113,7 +113,7 @@ async def test_a_replica_that_died_is_never_chosen_again_whatever_the_controller
 
 
 async def test_a_replica_that_could_not_be_reached_gets_nothing_until_it_answers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("img2img_server.cluster.routing._AGAIN", 0.01)
+    monkeypatch.setattr("img2img_server.backends.ray.router._AGAIN", 0.01)
     away, there = FakeReplica("away"), FakeReplica("there", 50.0, 5)
 
     def unreachable() -> int:
@@ -152,8 +152,8 @@ async def test_what_is_known_of_replicas_that_are_gone_is_forgotten() -> None:
 
 
 def test_serve_accepts_the_router_and_its_settings() -> None:
-    from img2img_server.cluster.deploying import serve_options
-    from img2img_server.cluster.sharing import Share
+    from img2img_server.backends.ray.deployment import serve_options
+    from img2img_server.backends.ray.resources import Share
     from img2img_server.config import RaySettings
 
     found: Any = RequestRouterConfig(**serve_options(RaySettings(spread_after=3.0), Share(1, 0), {})["request_router_config"])

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from img2img_server.cluster.deploying import ClusterUnavailable, Deployment, serve_options
-from img2img_server.cluster.sharing import Share, check_fit, common, differences, replica_config, share_of, variables
+from img2img_server.backends.ray.deployment import ClusterUnavailable, Deployment, serve_options
+from img2img_server.backends.ray.resources import Share, check_fit, common, differences, replica_config, share_of, variables
 from img2img_server.config import AssetSettings, ModelSettings, RaySettings, ServerConfig, TelemetrySettings, TlsSettings
 from img2img_server.engine.scheduler import Limits
-from img2img_server.execution import Execution
+from img2img_server.runtime.execution import Execution
 from ray.serve.schema import ApplicationStatus
 
 CPUS, GPUS = {"CPU": 16.0}, {"CPU": 16.0, "GPU": 4.0}

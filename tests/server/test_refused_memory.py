@@ -16,11 +16,11 @@ from cycles import no_collection
 from fakes import FakePipeline
 from img2img.v1 import image_to_image_pb2 as pb
 from img2img.v1.image_to_image_pb2_grpc import ImageToImageServiceStub
-from img2img_server import readers
-from img2img_server.backend import LocalBackend
+from img2img_server.api import readers
+from img2img_server.backends.base import LocalBackend
 from img2img_server.config import ModelSettings, ServerConfig
 from img2img_server.images import ImageLimits
-from img2img_server.models.store import ModelStore
+from img2img_server.models.registry import ModelStore
 from messages import failure, png, request
 from PIL import Image
 from running import running, running_backend, store

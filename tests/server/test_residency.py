@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 from fakes import make_request
-from img2img_server.bundle import Source
-from img2img_server.calls import Call, answering
+from img2img_server.bundle.manifest import Source
 from img2img_server.config import ModelSettings
 from img2img_server.engine.request import Completed, Event, Failed
 from img2img_server.engine.scheduler import Limits
@@ -22,9 +21,10 @@ from img2img_server.errors import (
     PermissionDenied,
     ShuttingDown,
 )
-from img2img_server.models.exporting import EXPORTER
+from img2img_server.models.export_process import EXPORTER
 from img2img_server.models.memory import estimate
-from img2img_server.models.store import Model, ModelState, ModelStore
+from img2img_server.models.registry import Model, ModelState, ModelStore
+from img2img_server.support.call import Call, answering
 from model_folder import MB, Memory, Rig, make_bundle, rig
 
 READY, UNLOADED, LOADING, FAILED = ModelState.READY, ModelState.UNLOADED, ModelState.LOADING, ModelState.FAILED
@@ -328,7 +328,7 @@ async def test_a_model_that_loads_and_does_not_draw_is_not_served(
 ) -> None:
     async with rig(folder) as it:
         with monkeypatch.context() as patch:
-            patch.setattr("img2img_server.models.moving._TRIAL_PROMPT", f"fail {where}")
+            patch.setattr("img2img_server.models.loader._TRIAL_PROMPT", f"fail {where}")
             with pytest.raises(ModelUnavailable):
                 await use(it, "a")
         assert it.store.get("a").state is FAILED

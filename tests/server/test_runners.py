@@ -9,11 +9,11 @@ from typing import Any
 import onnx
 import pytest
 import torch
-from img2img_server.device import DEVICE_IN_USE, recording_at_once
-from img2img_server.pipelines.device_runner import DeviceRunner
-from img2img_server.pipelines.graph_replay import ROW_BUCKETS, SHRINK, Replays
-from img2img_server.pipelines.runners import HostRunner, Runner
-from img2img_server.pipelines.sessions import SessionOptions, open_session
+from img2img_server.runtime.onnx.runners import HostRunner, Runner
+from img2img_server.runtime.onnx.sessions import SessionOptions, open_session
+from img2img_server.runtime.providers.cuda_graphs import ROW_BUCKETS, SHRINK, Replays
+from img2img_server.runtime.providers.device_runner import DeviceRunner
+from img2img_server.support.device_lock import DEVICE_IN_USE, recording_at_once
 from onnx import TensorProto, helper
 
 CPU = torch.device("cpu")

@@ -12,7 +12,7 @@ import diffusers
 import pytest
 import torch
 from diffusers import StableDiffusionImg2ImgPipeline
-from img2img_server.pipelines.schedulers import NAMES, find, make, supported
+from img2img_server.runtime.schedulers.registry import NAMES, find, make, supported
 
 # Of few timesteps, because diffusers' KDPM2 walks through all of them, slowly, where it is made.
 NOISE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 60}
@@ -61,7 +61,9 @@ def test_an_unknown_name_is_not_found(name: str) -> None:
 
 
 def test_names_are_checked_without_torch() -> None:
-    code = "import sys; from img2img_server.pipelines.schedulers import find; print(find('euler a'), 'torch' in sys.modules)"
+    code = (
+        "import sys; from img2img_server.runtime.schedulers.registry import find; print(find('euler a'), 'torch' in sys.modules)"
+    )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.split() == ["Euler", "a", "False"]
 

@@ -13,8 +13,8 @@ import torch
 from diffusers import DDIMScheduler, EulerAncestralDiscreteScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from img2img_server.pipelines.schedulers import NAMES, make
-from img2img_server.pipelines.schedules import Schedule, Trajectory, advance_batch, compile_schedule
+from img2img_server.runtime.schedulers.linear import Schedule, Trajectory, advance_batch, compile_schedule
+from img2img_server.runtime.schedulers.registry import NAMES, make
 from torch.utils._python_dispatch import TorchDispatchMode
 
 NOISE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}

@@ -22,12 +22,13 @@ from img2img.v1 import image_to_image_pb2 as pb
 from img2img.v1 import model_pb2
 from img2img.v1.image_to_image_pb2_grpc import ImageToImageServiceStub
 from img2img.v1.model_pb2_grpc import ModelServiceStub
-from img2img_server import images, transport
-from img2img_server import server as server_module
-from img2img_server.bundle import write_manifest
+from img2img_server import images
+from img2img_server.api import server as server_module
+from img2img_server.api import transport
+from img2img_server.bundle.manifest import write_manifest
 from img2img_server.codecs.pool import Codecs
 from img2img_server.config import ServerConfig
-from img2img_server.models.store import ModelStore
+from img2img_server.models.registry import ModelStore
 from messages import failure, request
 from running import RunningServer, manifest, running, store
 from soak_parts import raw_http2

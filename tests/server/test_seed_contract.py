@@ -12,17 +12,17 @@ import torch
 from diffusers import AutoPipelineForImage2Image
 from fakes import Caller, make_request
 from hypothesis import HealthCheck, given, settings
-from img2img_server.bundle import read_manifest
+from img2img_server.bundle.manifest import read_manifest
 from img2img_server.engine.cache import Cache
 from img2img_server.engine.engine import Engine
 from img2img_server.engine.request import Completed, Request
+from img2img_server.engine.run_request import run_alone
 from img2img_server.engine.scheduler import Limits
 from img2img_server.errors import InvalidField
-from img2img_server.execution import Execution
-from img2img_server.pipelines.alone import run_alone
-from img2img_server.pipelines.loader import load_pipeline
-from img2img_server.pipelines.schedulers import NAMES
-from img2img_server.pipelines.stable_diffusion import StableDiffusion
+from img2img_server.runtime.diffusion.stable_diffusion import StableDiffusion
+from img2img_server.runtime.execution import Execution
+from img2img_server.runtime.loader import load_pipeline
+from img2img_server.runtime.schedulers.registry import NAMES
 from PIL import Image
 
 PROMPTS = ("a lake at sunset", "winter mountains", "a forest", "")

@@ -17,11 +17,11 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from img2img.v1 import image_to_image_pb2 as pb
 from img2img.v1.image_to_image_pb2_grpc import ImageToImageServiceStub
 from img2img_client import Client
-from img2img_server.backend import LocalBackend
+from img2img_server.api.server import Server
+from img2img_server.backends.base import LocalBackend
 from img2img_server.config import ServerConfig
 from img2img_server.engine.scheduler import Limits
 from img2img_server.images import ImageLimits
-from img2img_server.server import Server
 from messages import failure, request
 from PIL import Image
 from running import running, store

@@ -16,7 +16,7 @@ from img2img_server.config import DEFAULT_PROMPT
 from img2img_server.engine.request import RequestWarning
 from img2img_server.engine.scheduler import Limits
 from img2img_server.images import ImageLimits
-from img2img_server.models.store import Model, ModelStore
+from img2img_server.models.registry import Model, ModelStore
 from messages import failure, png, request
 from PIL import Image
 from running import running, store

@@ -13,15 +13,15 @@ from fakes import FakePipeline
 from google.rpc import error_details_pb2
 from img2img.v1 import image_to_image_pb2 as pb
 from img2img.v1.image_to_image_pb2_grpc import ImageToImageServiceStub
+from img2img_server.api.interceptors import to_status
+from img2img_server.api.transform import ImageToImageService
 from img2img_server.codecs.jobs import digest_of
 from img2img_server.codecs.memory import ImageMemory
 from img2img_server.codecs.pool import Codecs
+from img2img_server.engine.admission import Place
 from img2img_server.engine.engine import Accepted
 from img2img_server.engine.request import Completed, Event, Listener, Progress, Queued, Request, Started, Timings
-from img2img_server.engine.room import Place
 from img2img_server.errors import DeadlineUnmeetable, ServerError
-from img2img_server.interceptors import to_status
-from img2img_server.service import ImageToImageService
 from messages import failure, request
 from PIL import Image
 from running import make_service, running, store

@@ -11,13 +11,14 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from img2img_server.bundle import read_manifest
+from img2img_server.bundle.manifest import read_manifest
 from img2img_server.errors import BundleError
-from img2img_server.execution import Execution
-from img2img_server.pipelines import loader, providers
-from img2img_server.pipelines.loader import load_pipeline
-from img2img_server.pipelines.providers import FULL_NAMES, Probe, probe
-from img2img_server.pipelines.sessions import SessionOptions, describe, open_session, provider_list
+from img2img_server.runtime import loader
+from img2img_server.runtime.execution import Execution
+from img2img_server.runtime.loader import load_pipeline
+from img2img_server.runtime.onnx import providers
+from img2img_server.runtime.onnx.providers import FULL_NAMES, Probe, probe
+from img2img_server.runtime.onnx.sessions import SessionOptions, describe, open_session, provider_list
 from onnxruntime.capi.onnxruntime_pybind11_state import InvalidArgument
 
 

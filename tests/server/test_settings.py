@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from img2img_server.config import ServerConfig
-from img2img_server.execution import Bucket
+from img2img_server.runtime.execution import Bucket
 from img2img_server.settings.setting import FieldPath, Setting, build, section, setting, settings_of, value_of
 from img2img_server.settings.sources import DEFAULT, FLAG, Configured, Environment, SettingError, as_toml, declare, resolve
 from img2img_server.settings.sources import given as flags_given

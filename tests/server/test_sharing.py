@@ -13,9 +13,9 @@ import torch
 from fakes import Caller, make_request, run_out
 from img2img_server.engine.engine import Engine
 from img2img_server.engine.request import Completed, Request
-from img2img_server.pipelines.alone import run_alone
-from img2img_server.pipelines.sharing import RULES
-from img2img_server.pipelines.whole import WholePipeline
+from img2img_server.engine.run_request import run_alone
+from img2img_server.runtime.opaque.batching_rules import RULES
+from img2img_server.runtime.opaque.pipeline import WholePipeline
 from PIL import Image
 
 CLASSES = {

@@ -12,15 +12,15 @@ import onnx
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel, UNet2DConditionModel
-from img2img_server.bundle import Component, Manifest, read_manifest
+from img2img_server.bundle.manifest import Component, Manifest, read_manifest
 from img2img_server.errors import BundleError
-from img2img_server.execution import Execution
-from img2img_server.pipelines import loader
-from img2img_server.pipelines.loader import load_pipeline
-from img2img_server.pipelines.providers import Choice
-from img2img_server.pipelines.runners import HostRunner
-from img2img_server.pipelines.sessions import SessionOptions, open_session
-from img2img_server.pipelines.standins import Graph, OnnxDenoiser, OnnxTextEncoder, OnnxVae, StandIn
+from img2img_server.runtime import loader
+from img2img_server.runtime.execution import Execution
+from img2img_server.runtime.loader import load_pipeline
+from img2img_server.runtime.onnx.modules import Graph, OnnxDenoiser, OnnxTextEncoder, OnnxVae, StandIn
+from img2img_server.runtime.onnx.providers import Choice
+from img2img_server.runtime.onnx.runners import HostRunner
+from img2img_server.runtime.onnx.sessions import SessionOptions, open_session
 from onnx import TensorProto, helper
 
 Shape = Sequence[int | str]

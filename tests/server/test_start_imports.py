@@ -28,7 +28,7 @@ UNUSED = (
     *("onnx", "onnxscript", "optimum", "torchvision", "skimage", "pandas", "matplotlib", "IPython"),
     *("ray", "fastapi", "nicegui", "tritonclient", "opentelemetry", "prometheus_client", "aiohttp", "rich", "hypothesis"),
     *("img2img_export", "img2img_client", "img2img_playground"),
-    *("img2img_server.cluster", "img2img_server.kserve", "img2img_server.top", "img2img_server.telemetry.metrics"),
+    *("img2img_server.backends.ray", "img2img_server.api.kserve", "img2img_server.tools.top", "img2img_server.telemetry.metrics"),
 )
 """What only exports, clients, tests, options that are off and other backends need."""
 
@@ -58,7 +58,7 @@ def test_an_onnx_bundle_is_served_without_packages_that_it_does_not_need(
     output, _ = process.popen.communicate(timeout=60)
     assert process.popen.returncode == 0, process.log
     served = imported(output)
-    assert {"torch", "onnxruntime", "img2img_server.pipelines.loader"} <= served
+    assert {"torch", "onnxruntime", "img2img_server.runtime.loader"} <= served
     assert served.isdisjoint(UNUSED), served & set(UNUSED)
     packages = {name.partition(".")[0] for name in served} - {name.partition(".")[0] for name in run(NEEDED)}
     own = {name for name in packages if name not in sys.stdlib_module_names and not name.startswith(("_", "img2img"))}
@@ -74,6 +74,6 @@ def test_help_imports_no_library_for_networks_or_metadata(words: list[str]) -> N
 def test_the_version_is_shown_all_the_same() -> None:
     command = [sys.executable, "-m", "img2img_cli", "--version"]
     done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=60)
-    from img2img_server import distribution
+    from img2img_server.support import distribution
 
     assert done.stdout == f"img2img {distribution.version()}\n"

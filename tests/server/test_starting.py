@@ -21,13 +21,13 @@ from img2img.v1 import model_pb2
 from img2img.v1.image_to_image_pb2_grpc import ImageToImageServiceStub
 from img2img.v1.model_pb2_grpc import ModelServiceStub
 from img2img_client import Client
-from img2img_server.backend import LocalBackend
-from img2img_server.bundle import Manifest
+from img2img_server.backends.base import LocalBackend
+from img2img_server.bundle.manifest import Manifest
 from img2img_server.config import ModelSettings
 from img2img_server.engine.engine import Engine
 from img2img_server.errors import BundleError, ModelFailed, ModelUnavailable
 from img2img_server.models.preparation import Preparation
-from img2img_server.models.store import ModelState, ModelStore
+from img2img_server.models.registry import ModelState, ModelStore
 from img2img_server.telemetry import logs
 from messages import failure, request
 from model_folder import make_bundle

@@ -14,8 +14,8 @@ from img2img_client import Client, ModelNotFound
 from img2img_server.engine.engine import Engine
 from img2img_server.engine.spans import Span
 from img2img_server.errors import BundleError, ModelNotLoaded
-from img2img_server.models.store import EngineState
-from img2img_server.models.takeover import Takeover
+from img2img_server.models.promotion import Takeover
+from img2img_server.models.registry import EngineState
 from PIL import Image
 from running import running
 

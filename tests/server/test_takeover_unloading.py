@@ -12,9 +12,9 @@ from fakes import FakePipeline
 from img2img.v1 import model_pb2
 from img2img.v1.model_pb2_grpc import ModelServiceStub
 from img2img_server.engine.engine import Engine
-from img2img_server.models.store import EngineState, ModelState
-from img2img_server.models.takeover import Takeover
-from img2img_server.stopping import Stopped
+from img2img_server.models.promotion import Takeover
+from img2img_server.models.registry import EngineState, ModelState
+from img2img_server.support.cancellation import Stopped
 from running import running
 
 

@@ -9,21 +9,21 @@ from typing import Any
 import onnxruntime
 import pytest
 import torch
-from img2img_server.bundle import Component, Manifest, TensorSpec, read_manifest
+from img2img_server.bundle.manifest import Component, Manifest, TensorSpec, read_manifest
 from img2img_server.engine.cache import Cache
 from img2img_server.errors import BundleError
-from img2img_server.execution import Bucket, Execution
-from img2img_server.models.store import Model, ModelStore
-from img2img_server.pipelines import tensorrt
-from img2img_server.pipelines.build_process import run_build
-from img2img_server.pipelines.engine_build import build
-from img2img_server.pipelines.engine_cache import digest_of
-from img2img_server.pipelines.graph_sizes import Sizes
-from img2img_server.pipelines.runners import Runner
-from img2img_server.pipelines.sessions import SessionOptions, open_session
-from img2img_server.pipelines.tensorrt import CONTEXT, Profile, Range, RangedRunner
-from img2img_server.pipelines.tensorrt_contender import Shelf, contenders
-from img2img_server.stopping import Stop
+from img2img_server.models.registry import Model, ModelStore
+from img2img_server.runtime.execution import Bucket, Execution
+from img2img_server.runtime.onnx.graph_sizes import Sizes
+from img2img_server.runtime.onnx.runners import Runner
+from img2img_server.runtime.onnx.sessions import SessionOptions, open_session
+from img2img_server.runtime.tensorrt import options as tensorrt
+from img2img_server.runtime.tensorrt.build import build
+from img2img_server.runtime.tensorrt.build_process import run_build
+from img2img_server.runtime.tensorrt.cache import digest_of
+from img2img_server.runtime.tensorrt.candidate import Shelf, contenders
+from img2img_server.runtime.tensorrt.options import CONTEXT, Profile, Range, RangedRunner
+from img2img_server.support.cancellation import Stop
 
 Get = Callable[[str], Path]
 NATIVE = Bucket(512, 512, 2)
@@ -189,7 +189,7 @@ def test_the_building_process_says_what_is_missing(bundle: Get, tmp_path: Path) 
     """The real program. Where ONNX Runtime is built without TensorRT it does not fall back to something else."""
     assert "TensorrtExecutionProvider" not in onnxruntime.get_available_providers()
     job = {"graph": str(bundle("sd1") / "vae_decoder" / "model.onnx"), "folder": str(tmp_path), "options": options()}
-    command = [sys.executable, "-m", "img2img_server.pipelines.engine_build"]
+    command = [sys.executable, "-m", "img2img_server.runtime.tensorrt.build"]
     with pytest.raises(BundleError, match="was to run on TensorrtExecutionProvider"):
         run_build(command, job, lambda step, done: None, Stop())
     assert not list(tmp_path.iterdir())

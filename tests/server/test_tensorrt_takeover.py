@@ -13,14 +13,14 @@ import onnxruntime
 import pytest
 from contending import WatchedStore
 from img2img_client import Client
-from img2img_server.bundle import read_manifest
+from img2img_server.bundle.manifest import read_manifest
 from img2img_server.engine.cache import Cache
-from img2img_server.execution import Execution
-from img2img_server.models.store import EngineState
-from img2img_server.pipelines.engine_cache import EngineCache
-from img2img_server.pipelines.loader import load_pipeline
-from img2img_server.pipelines.sessions import SessionOptions, open_session
-from img2img_server.pipelines.tensorrt_contender import Shelf, TensorRTContender, Workshop
+from img2img_server.models.registry import EngineState
+from img2img_server.runtime.execution import Execution
+from img2img_server.runtime.loader import load_pipeline
+from img2img_server.runtime.onnx.sessions import SessionOptions, open_session
+from img2img_server.runtime.tensorrt.cache import EngineCache
+from img2img_server.runtime.tensorrt.candidate import Shelf, TensorRTContender, Workshop
 from PIL import Image
 from running import running
 
@@ -29,7 +29,7 @@ MACHINE = {"gpu": "a GPU", "tensorrt": "101600"}
 
 _BUILDER = """
 import json, pathlib, sys
-from img2img_server.pipelines.build_process import read_job
+from img2img_server.runtime.tensorrt.build_process import read_job
 job = read_job()
 folder = pathlib.Path(job["folder"])
 (folder / job["options"]["trt_ep_context_file_path"]).write_text(job["graph"])

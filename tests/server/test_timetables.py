@@ -8,8 +8,8 @@ import pytest
 import torch
 from diffusers import EulerDiscreteScheduler
 from fakes import make_request
-from img2img_server.pipelines import timetables
-from img2img_server.pipelines.timetables import Timetables, size_of
+from img2img_server.runtime.schedulers import cache
+from img2img_server.runtime.schedulers.cache import Timetables, size_of
 
 
 class Pipe:
@@ -26,7 +26,7 @@ class Pipe:
 
 def test_many_timetables_of_few_steps_stay_within_the_bytes_that_are_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
     """A timetable of one step has the whole of its scheduler, too."""
-    monkeypatch.setattr(timetables, "_BYTES", 2**18)
+    monkeypatch.setattr(cache, "_BYTES", 2**18)
     kept = Timetables(Pipe())
     for steps in range(1, 11):
         for first in range(steps):

@@ -17,10 +17,10 @@ from fakes import FakePipeline
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from img2img.v1 import image_to_image_pb2 as pb
 from img2img.v1.image_to_image_pb2_grpc import ImageToImageServiceStub
+from img2img_server.api.tls import bind, check, is_local
 from img2img_server.config import ServerConfig, TlsSettings
-from img2img_server.models.store import ModelStore
-from img2img_server.ports import address_of
-from img2img_server.tls import bind, check, is_local
+from img2img_server.models.registry import ModelStore
+from img2img_server.support.listen_addresses import address_of
 from messages import request
 from running import RunningServer, running, store
 
@@ -203,7 +203,7 @@ def test_a_broken_renewal_keeps_the_old_certificate_and_says_so_once(
     assert tls.key is not None
     assert other.key is not None
     good, good_key = tls.certificate.read_bytes(), tls.key.read_bytes()
-    with serving(tls) as server, caplog.at_level(logging.INFO, logger="img2img_server.watched"):
+    with serving(tls) as server, caplog.at_level(logging.INFO, logger="img2img_server.support.file_reloader"):
         old = der(tls.certificate)
         for broken in (other.certificate.read_bytes(), good[: len(good) // 2], b"", None):
             caplog.clear()

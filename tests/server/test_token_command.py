@@ -12,8 +12,8 @@ import pytest
 from img2img_cli.__main__ import main
 from img2img_server.access import tokens
 from img2img_server.access.access import Access
-from img2img_server.calls import Call
 from img2img_server.errors import Unauthenticated
+from img2img_server.support.call import Call
 
 
 @pytest.fixture

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 from fakes import make_request
-from img2img_server.bundle import Manifest, Source, Verification
+from img2img_server.bundle.manifest import Manifest, Source, Verification
+from img2img_server.engine.run_request import run_alone
 from img2img_server.errors import BundleError
-from img2img_server.execution import Execution
-from img2img_server.pipelines.alone import run_alone
-from img2img_server.pipelines.torch_parts import choose_dtype, torch_device, torch_pipeline
-from img2img_server.pipelines.whole import WholePipeline
+from img2img_server.runtime.execution import Execution
+from img2img_server.runtime.opaque.pipeline import WholePipeline
+from img2img_server.runtime.torch.load import choose_dtype, torch_device, torch_pipeline
 from PIL import Image
 
 

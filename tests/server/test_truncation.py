@@ -9,10 +9,10 @@ import pytest
 import torch
 from fakes import make_request
 from img2img_server.engine.cache import Cache
-from img2img_server.pipelines.alone import run_alone
-from img2img_server.pipelines.stable_diffusion import StableDiffusion, StableDiffusionXL
-from img2img_server.pipelines.truncation import Truncation
-from img2img_server.pipelines.whole import WholePipeline
+from img2img_server.engine.run_request import run_alone
+from img2img_server.runtime.common.truncation import Truncation
+from img2img_server.runtime.diffusion.stable_diffusion import StableDiffusion, StableDiffusionXL
+from img2img_server.runtime.opaque.pipeline import WholePipeline
 from PIL import Image
 from transformers import PreTrainedTokenizerBase
 

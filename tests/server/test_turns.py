@@ -7,10 +7,10 @@ import pytest
 from fakes import Caller, Clock, FakePipeline, make_engine, make_request, run_out
 from img2img_server.engine.costs import Costs
 from img2img_server.engine.engine import Engine
+from img2img_server.engine.fair_queueing import Job, charged, in_order
 from img2img_server.engine.policy import Policy
 from img2img_server.engine.request import Completed, Event
 from img2img_server.engine.scheduler import Limits
-from img2img_server.engine.turns import Job, charged, in_order
 from img2img_server.engine.warmup import WarmUp
 
 CURVE = {1: 0.0051, 2: 0.0051, 4: 0.0057, 8: 0.0125, 16: 0.0249}

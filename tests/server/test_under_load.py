@@ -13,7 +13,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from img2img.v1 import image_to_image_pb2 as pb
 from img2img.v1.image_to_image_pb2_grpc import ImageToImageServiceStub
-from img2img_server import server as serving
+from img2img_server.api import server as serving
 from img2img_server.codecs.jobs import Encode, Job, Load
 from img2img_server.codecs.pool import Codecs
 from img2img_server.config import CodecSettings

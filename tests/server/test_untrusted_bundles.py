@@ -16,11 +16,11 @@ from typing import Literal
 
 import pytest
 import torch
-from img2img_server.bundle import Manifest, Source, Verification
+from img2img_server.bundle.manifest import Manifest, Source, Verification
+from img2img_server.bundle.unsafe_files import refuse_foreign
 from img2img_server.errors import BundleError
-from img2img_server.execution import Execution
-from img2img_server.pipelines import loader
-from img2img_server.pipelines.foreign import refuse_foreign
+from img2img_server.runtime import loader
+from img2img_server.runtime.execution import Execution
 
 Backend = Literal["torch", "hybrid"]
 READ_PICKLE = torch.load

@@ -10,13 +10,13 @@ import pytest
 import torch
 from diffusers import AutoencoderTiny, AutoPipelineForImage2Image
 from fakes import make_request
-from img2img_server.bundle import read_manifest
+from img2img_server.bundle.manifest import read_manifest
 from img2img_server.engine.request import Request
-from img2img_server.execution import Execution
-from img2img_server.pipelines import cores, vae_memory
-from img2img_server.pipelines.alone import run_alone
-from img2img_server.pipelines.loader import load_pipeline
-from img2img_server.pipelines.vae_memory import BoundedVae, Footprint, bound_torch_vaes, most_memory
+from img2img_server.engine.run_request import run_alone
+from img2img_server.runtime.common import cpu, vae_memory
+from img2img_server.runtime.common.vae_memory import BoundedVae, Footprint, bound_torch_vaes, most_memory
+from img2img_server.runtime.execution import Execution
+from img2img_server.runtime.loader import load_pipeline
 from PIL import Image
 from tiny_parts import vae as make_vae
 
@@ -221,14 +221,14 @@ def test_a_pipeline_without_such_a_vae_is_left_alone() -> None:
 
 
 def test_a_quarter_of_the_memory_is_the_bound_unless_one_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cores, "total_memory", lambda: 8e9)
+    monkeypatch.setattr(cpu, "total_memory", lambda: 8e9)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (1, 80 * 10**9))
     assert most_memory(Execution(), "cpu") == 2 * 10**9
     assert most_memory(Execution(), "cuda") == 20 * 10**9
     assert most_memory(Execution(gpu_memory=10**9), "cuda") == 10**9
     assert most_memory(Execution(gpu_memory=10**9), "cpu") == 2 * 10**9
     assert most_memory(Execution(vae_memory=5), "cuda") == most_memory(Execution(vae_memory=5), "cpu") == 5
-    monkeypatch.setattr(cores, "total_memory", lambda: float("inf"))
+    monkeypatch.setattr(cpu, "total_memory", lambda: float("inf"))
     assert most_memory(Execution(), "cpu") is None
 
 

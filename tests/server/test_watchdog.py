@@ -13,12 +13,12 @@ import pytest
 from fakes import Caller, FakePipeline, FakeState, make_engine, make_request, run_out
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from img2img.v1.image_to_image_pb2_grpc import ImageToImageServiceStub
-from img2img_server.engine.answers import ModelCall
+from img2img_server.backends.watchdog import Watchdog
 from img2img_server.engine.engine import Engine
 from img2img_server.engine.request import Completed, Event, Failed, Request
 from img2img_server.engine.scheduler import Limits
+from img2img_server.engine.stats import ModelCall
 from img2img_server.errors import EngineStuck, ShuttingDown
-from img2img_server.watchdog import Watchdog
 from messages import failure, request
 from PIL import Image
 from running import running, store

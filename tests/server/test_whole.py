@@ -13,17 +13,17 @@ import torch
 from diffusers import AutoPipelineForImage2Image
 from fakes import Caller, make_request, run_out
 from img2img_client import Client, Completed, Progress, Queued, Started
-from img2img_server.bundle import read_manifest
+from img2img_server.bundle.manifest import read_manifest
 from img2img_server.engine import request as engine_events
 from img2img_server.engine.engine import Engine
 from img2img_server.engine.request import Event, Failed
+from img2img_server.engine.run_request import run_alone
 from img2img_server.errors import ModelFailed, RequestCancelled
-from img2img_server.models.store import ModelStore
-from img2img_server.pipelines.alone import run_alone
-from img2img_server.pipelines.loader import load_pipeline
-from img2img_server.pipelines.whole import WholePipeline
-from img2img_server.pipelines.whole_call import Call
-from img2img_server.pipelines.whole_run import Run
+from img2img_server.models.registry import ModelStore
+from img2img_server.runtime.loader import load_pipeline
+from img2img_server.runtime.opaque.batch import Call
+from img2img_server.runtime.opaque.pipeline import WholePipeline
+from img2img_server.runtime.opaque.stepper import Run
 from PIL import Image
 from running import running
 

@@ -13,7 +13,7 @@ from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
 from img2img.v1 import asset_pb2, model_pb2
 from img2img.v1 import image_to_image_pb2 as pb
-from img2img_server import transport, wire
+from img2img_server.api import transport, wire
 from img2img_server.errors import InvalidField, MalformedMessage
 from img2img_server.images import ImageLimits
 from messages import failure, request

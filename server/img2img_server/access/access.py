@@ -12,9 +12,9 @@ from pathlib import Path
 from img2img_server.access import tokens
 from img2img_server.access.tokens import Token
 from img2img_server.access.usage import Usage
-from img2img_server.calls import Call
 from img2img_server.errors import Unauthenticated
-from img2img_server.watched import Contents, Watched
+from img2img_server.support.call import Call
+from img2img_server.support.file_reloader import Contents, Watched
 
 _log = logging.getLogger(__name__)
 

@@ -6,8 +6,8 @@ import logging
 from collections.abc import Callable, Coroutine
 from typing import TypeVar
 
-from img2img_server.codecs.fairness import FairThreads
 from img2img_server.errors import StorageFailed
+from img2img_server.support.fair_queue import FairThreads
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")

@@ -4,8 +4,8 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from img2img_server.calls import Call
 from img2img_server.errors import ImageMemoryFull
+from img2img_server.support.call import Call
 
 _RETRY = 1.0
 """Seconds after which to come back: decoding and receiving end soon."""

@@ -12,14 +12,14 @@ from typing import TypeVar
 
 from PIL import Image
 
-from img2img_server.calls import current
-from img2img_server.codecs.fairness import FairSlots, FairThreads
 from img2img_server.codecs.jobs import Encode, Inspect, Inspected, Job, Load, Loaded
 from img2img_server.codecs.memory import ImageMemory
 from img2img_server.codecs.messages import file_of
 from img2img_server.codecs.process import CodecProcess, ProcessDied
 from img2img_server.errors import ImageMemoryFull, InvalidField, ServerError, ShuttingDown
 from img2img_server.images import WriteFormat
+from img2img_server.support.call import current
+from img2img_server.support.fair_queue import FairSlots, FairThreads
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")

@@ -14,10 +14,10 @@ import sys
 import warnings
 from typing import Any
 
-from img2img_server.child_process import end_with
 from img2img_server.codecs.jobs import Job
 from img2img_server.codecs.messages import MOST, Ask, Done, Failed, Ready, file_of, send
 from img2img_server.errors import ImageMemoryFull, InvalidField, ServerError
+from img2img_server.support.child_process import end_with
 
 _SECONDS = 2.0
 """Of processor time, for a small image."""

@@ -11,16 +11,16 @@ from contextlib import contextmanager
 from copy import copy
 from typing import Any, TypeVar
 
-from img2img_server.engine.answers import Accepted as Accepted
-from img2img_server.engine.answers import EngineStats as EngineStats
-from img2img_server.engine.answers import ModelCall
+from img2img_server.engine.admission import Place, Room
 from img2img_server.engine.costs import Costs, Measured
 from img2img_server.engine.executor import Executor
+from img2img_server.engine.in_flight import Abandoned, UnderWay
 from img2img_server.engine.request import Completed, Ending, Failed, Listener, Pipeline, Queued, Request, Ticket
-from img2img_server.engine.room import Place, Room
 from img2img_server.engine.scheduler import Limits, Scheduler
 from img2img_server.engine.spans import Span, ignore
-from img2img_server.engine.under_way import Abandoned, UnderWay
+from img2img_server.engine.stats import Accepted as Accepted
+from img2img_server.engine.stats import EngineStats as EngineStats
+from img2img_server.engine.stats import ModelCall
 from img2img_server.errors import ModelFailed, ModelNotLoaded, ServerError, ShuttingDown
 
 _log = logging.getLogger(__name__)

@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from img2img_server.engine.costs import STAGES, Costs
+from img2img_server.engine.in_flight import UnderWay
 from img2img_server.engine.request import Completed, Pipeline, Progress, Request, Started, State, Ticket, Timings
 from img2img_server.engine.spans import Span
-from img2img_server.engine.under_way import UnderWay
 from img2img_server.errors import ModelFailed, OutOfMemory, ServerError
 
 _log = logging.getLogger(__name__)

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 from img2img_server.engine.costs import Costs, Group
-from img2img_server.engine.turns import Job, Shares, charged, in_order
+from img2img_server.engine.fair_queueing import Job, Shares, charged, in_order
 
 _PATIENCE = 8
 """Calls of the model that may pass over a request before it leads one; four times as many while a deadline presses."""

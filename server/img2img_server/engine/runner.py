@@ -4,9 +4,9 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Protocol
 
-from img2img_server.engine.answers import Accepted, EngineStats
+from img2img_server.engine.admission import Place
 from img2img_server.engine.request import Listener, Request
-from img2img_server.engine.room import Place
+from img2img_server.engine.stats import Accepted, EngineStats
 
 
 class Runner(Protocol):

@@ -9,10 +9,10 @@ from typing import Any, TypeVar
 
 from PIL import Image
 
-from img2img_server.device import recording_at_once
 from img2img_server.engine.costs import Measured, Stage, Timing
+from img2img_server.engine.in_flight import UnderWay
 from img2img_server.engine.request import Pipeline, Request
-from img2img_server.engine.under_way import UnderWay
+from img2img_server.support.device_lock import recording_at_once
 
 _log = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from img2img_server.bundle import MANIFEST_NAME, sha256_of
+from img2img_server.bundle.manifest import MANIFEST_NAME, sha256_of
 from img2img_server.engine.costs import STAGES, Measured, Timing
 from img2img_server.engine.request import Pipeline
 

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from img2img_server.bundle import Manifest
-from img2img_server.device import DEVICE_IN_USE
+from img2img_server.bundle.manifest import Manifest
 from img2img_server.errors import ShuttingDown
+from img2img_server.support.device_lock import DEVICE_IN_USE
 
 _STATM = Path("/proc/self/statm")
 _PAGE = os.sysconf("SC_PAGE_SIZE")

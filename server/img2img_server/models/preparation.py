@@ -7,14 +7,14 @@ from collections.abc import Callable, Sequence
 
 from img2img_server.engine.costs import Measured
 from img2img_server.engine.engine import Engine
+from img2img_server.engine.in_flight import UnderWay
 from img2img_server.engine.request import Pipeline
-from img2img_server.engine.under_way import UnderWay
 from img2img_server.engine.warmup import Size, WarmUp
 from img2img_server.models.cost_store import CostStore
 from img2img_server.models.failures import Hung, Stage
 from img2img_server.models.memory import Closable, let_go
-from img2img_server.models.store import ModelStore
-from img2img_server.models.threads import in_thread
+from img2img_server.models.registry import ModelStore
+from img2img_server.support.threads import in_thread
 
 _log = logging.getLogger(__name__)
 

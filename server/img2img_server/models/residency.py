@@ -10,8 +10,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
-from img2img_server.bundle import Source
-from img2img_server.calls import current
+from img2img_server.bundle.manifest import Source
 from img2img_server.config import ModelSettings
 from img2img_server.engine.engine import Engine
 from img2img_server.engine.warmup import WarmUp
@@ -24,13 +23,14 @@ from img2img_server.errors import (
 )
 from img2img_server.models.backoff import Backoff
 from img2img_server.models.cost_store import CostStore
-from img2img_server.models.exporting import EXPORTER
+from img2img_server.models.export_process import EXPORTER
 from img2img_server.models.failures import WHY
-from img2img_server.models.finding import Finder
+from img2img_server.models.loader import Mover
 from img2img_server.models.memory import Meter, ProcessMeter, in_words, weight_bytes
-from img2img_server.models.moving import Mover
-from img2img_server.models.store import Model, ModelState, ModelStore
-from img2img_server.models.threads import in_thread
+from img2img_server.models.registry import Model, ModelState, ModelStore
+from img2img_server.models.resolver import Finder
+from img2img_server.support.call import current
+from img2img_server.support.threads import in_thread
 
 _log = logging.getLogger(__name__)
 

@@ -15,10 +15,10 @@ import aiohttp
 from aiohttp.abc import AbstractResolver, ResolveResult
 from yarl import URL
 
-from img2img_server.calls import current
-from img2img_server.codecs.fairness import FairSlots, FairThreads
 from img2img_server.errors import InvalidField
 from img2img_server.sources.addresses import is_public
+from img2img_server.support.call import current
+from img2img_server.support.fair_queue import FairSlots, FairThreads
 
 _log = logging.getLogger(__name__)
 

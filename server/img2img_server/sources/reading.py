@@ -8,11 +8,11 @@ from img2img.v1 import image_to_image_pb2 as pb
 from img2img_server import images
 from img2img_server.assets.files import is_id, owner_of
 from img2img_server.assets.store import AssetStore
-from img2img_server.calls import current
-from img2img_server.codecs.fairness import FairThreads
 from img2img_server.config import SourceSettings
 from img2img_server.errors import InvalidField
 from img2img_server.sources.rooted import path_of, read_below
+from img2img_server.support.call import current
+from img2img_server.support.fair_queue import FairThreads
 
 if TYPE_CHECKING:
     from img2img_server.sources.fetching import Fetcher

@@ -11,8 +11,8 @@ from img2img_server.assets.store import AssetStore
 from img2img_server.codecs.pool import Codecs
 from img2img_server.engine.cache import Cache
 from img2img_server.engine.runner import Runner
-from img2img_server.models.store import Model, ModelState, ModelStore
-from img2img_server.telemetry.metrics import About
+from img2img_server.models.registry import Model, ModelState, ModelStore
+from img2img_server.telemetry.metrics import COUNTED, PROCESS, About
 
 WAITING = About("img2img_engine_waiting_requests", "gauge", "Requests that wait for their first turn")
 ACTIVE = About("img2img_engine_active_requests", "gauge", "Requests in progress")
@@ -149,3 +149,9 @@ def _family(about: About, *values: tuple[tuple[str, ...], float]) -> Family:
     for labels, value in values:
         family.add_metric(labels, value)
     return family
+
+
+def describe() -> str:
+    """Every metric, its kind, its labels and its meaning, as a table in Markdown."""
+    rows = [f"| `{it.name}` | {it.kind} | {', '.join(it.labels)} | {it.help} |" for it in (*COUNTED, *ASKED, *PROCESS)]
+    return "\n".join(("| metric | kind | labels | what it tells |", "|---|---|---|---|", *rows))

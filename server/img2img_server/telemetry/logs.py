@@ -8,7 +8,7 @@ import threading
 from datetime import UTC, datetime
 from typing import Any
 
-from img2img_server.calls import current
+from img2img_server.support.call import current
 from img2img_server.telemetry.repeats import INTERVAL, Repeats
 
 ACCESS = "img2img.access"

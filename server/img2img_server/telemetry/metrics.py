@@ -14,9 +14,9 @@ from grpc_reflection.v1alpha import reflection_pb2
 from img2img.v1 import asset_pb2, image_to_image_pb2, model_pb2
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 
-from img2img_server import distribution
 from img2img_server.engine.spans import Span
-from img2img_server.telemetry.trails import Record, Trail
+from img2img_server.support import distribution
+from img2img_server.telemetry.request_traces import Record, Trail
 
 _M = TypeVar("_M", Counter, Gauge, Histogram)
 
@@ -175,11 +175,3 @@ def _methods() -> dict[str, str]:
 
 def _names(service: ServiceDescriptor) -> dict[str, str]:
     return {f"/{service.full_name}/{method.name}": f"{service.name}/{method.name}" for method in service.methods}
-
-
-def describe() -> str:
-    """Every metric, its kind, its labels and its meaning, as a table in Markdown."""
-    from img2img_server.telemetry.gauges import ASKED
-
-    rows = [f"| `{it.name}` | {it.kind} | {', '.join(it.labels)} | {it.help} |" for it in (*COUNTED, *ASKED, *PROCESS)]
-    return "\n".join(("| metric | kind | labels | what it tells |", "|---|---|---|---|", *rows))

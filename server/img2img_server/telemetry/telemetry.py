@@ -8,17 +8,17 @@ from contextvars import ContextVar
 from typing import TYPE_CHECKING
 
 from img2img_server.assets.store import AssetStore
-from img2img_server.calls import Call
 from img2img_server.codecs.pool import Codecs
 from img2img_server.config import TelemetrySettings
 from img2img_server.engine.cache import Cache
 from img2img_server.engine.request import Request
 from img2img_server.engine.runner import Runner
 from img2img_server.engine.spans import Span
-from img2img_server.models.store import ModelStore
-from img2img_server.ports import check_port
+from img2img_server.models.registry import ModelStore
+from img2img_server.support.call import Call
+from img2img_server.support.listen_addresses import check_port
 from img2img_server.telemetry.logs import ACCESS
-from img2img_server.telemetry.trails import Outcome, Record, Trail
+from img2img_server.telemetry.request_traces import Outcome, Record, Trail
 
 if TYPE_CHECKING:
     from google.protobuf.descriptor import ServiceDescriptor

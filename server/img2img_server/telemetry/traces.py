@@ -24,9 +24,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from img2img_server import distribution
 from img2img_server.engine.request import Ticket
-from img2img_server.telemetry.trails import Record, Trail
+from img2img_server.support import distribution
+from img2img_server.telemetry.request_traces import Record, Trail
 
 if TYPE_CHECKING:
     from opentelemetry.context import Context

@@ -1,0 +1,226 @@
+"""`img2img inspect BUNDLE`: what a bundle is, whether it is still what was verified, and what was measured then.
+
+Needs the base installation only: neither torch nor ONNX Runtime, so that a bundle can be looked at anywhere.
+"""
+
+import argparse
+import dataclasses
+import hashlib
+import shutil
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from img2img_server.bundle.manifest import ComponentParity, Manifest, list_files, read_manifest
+from img2img_server.errors import BundleError
+
+from img2img_export.cli.terminal import as_json, choose, quantity
+from img2img_export.errors import ExportError
+from img2img_export.progress import Advance, Progress
+from img2img_export.report import FAILED, SHEET, clean, decibels, open_console, print_facts, print_line, print_table, verdict
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+_CHUNK = 1 << 22
+_GRAPH_COLUMNS = ("component", "graph", ">cases", ">greatest difference", ">relative error", "")
+_PICTURE_COLUMNS = ("case", ">PSNR", ">SSIM", ">greatest difference", "")
+
+_EPILOG = """\
+examples:
+  img2img inspect models/my-model
+  img2img inspect models/my-model --sheet sheet.png
+  img2img inspect models/my-model --json --no-checksums
+
+The picture sheet shows all that was drawn to verify the bundle: the source, diffusers' picture, the bundle's, and their
+difference. Exit status: 0 verified and intact, 1 not so, or no bundle, 2 wrong arguments.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """What was found. `checked` says whether the checksums were; `damages` says of each file what is wrong with it.
+
+    `strangers` are files that the manifest does not name; they do no harm. `sheet` is None where there is no picture sheet.
+    """
+
+    path: Path
+    manifest: Manifest
+    bytes: int
+    checked: bool
+    damages: tuple[str, ...]
+    strangers: tuple[str, ...]
+    sheet: Path | None
+
+    @property
+    def passed(self) -> bool:
+        """Whether it was verified and, as far as was looked, still is what was verified."""
+        return self.manifest.verification.passed and not self.damages
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Declares the flags."""
+    parser.epilog = _EPILOG
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("bundle", metavar="BUNDLE", type=Path, help="the directory of a bundle")
+    parser.add_argument("--json", action="store_true", help="print everything, the manifest too, as one JSON object")
+    parser.add_argument("--sheet", metavar="FILE", type=Path, help="copy the picture sheet (a PNG) to FILE")
+    parser.add_argument("--no-checksums", action="store_true", help="do not read the files: quick, but trusts them")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Reports. Returns the exit status: 0 verified and intact, 1 otherwise."""
+    # With JSON the report is the only line; else the time it takes to read the files is seen, and stays out of a pipe.
+    progress = choose(False, sys.stderr) if sys.stderr.isatty() and not arguments.json else Progress()
+    try:
+        found = inspect(arguments.bundle, not arguments.no_checksums, progress)
+        if arguments.sheet is not None:
+            copy_sheet(found, arguments.sheet)
+    except (BundleError, ExportError, OSError) as error:
+        print(f"img2img inspect: {clean(str(error))}", file=sys.stderr)
+        return 1
+    if arguments.json:
+        print(as_json({**dataclasses.asdict(found), "passed": found.passed}))
+    else:
+        show(found, open_console(sys.stdout))
+    return 0 if found.passed else 1
+
+
+def inspect(bundle: Path, checksums: bool, progress: Progress) -> Inspection:
+    """Looks at a bundle. Raises BundleError where there is none, or its manifest is damaged."""
+    manifest = read_manifest(bundle)
+    present = list_files(bundle)
+    sheet = bundle / SHEET
+    return Inspection(
+        path=bundle,
+        manifest=manifest,
+        bytes=sum((bundle / name).stat().st_size for name in present),
+        checked=checksums,
+        damages=tuple(find_damages(bundle, manifest, checksums, progress)),
+        strangers=tuple(name for name in present if name not in manifest.files),
+        sheet=sheet if sheet.is_file() else None,
+    )
+
+
+def find_damages(bundle: Path, manifest: Manifest, checksums: bool, progress: Progress) -> list[str]:
+    """What is wrong with each file that is not as the manifest says; without `checksums` only whether it is there."""
+    root, damages, there = bundle.resolve(), [], []
+    for name in manifest.files:
+        path = bundle / name
+        if not path.resolve().is_relative_to(root):
+            damages.append(f"{name} lies outside the bundle")
+        elif not path.is_file():
+            damages.append(f"{name} is missing")
+        else:
+            there.append(name)
+    if not checksums:
+        return damages
+    with progress.task("checksums", sum((bundle / name).stat().st_size for name in there)) as advance:
+        differ = [name for name in there if _sha256(bundle / name, advance) != manifest.files[name]]
+    return damages + [f"{name} is not the file that was verified: its SHA-256 differs" for name in differ]
+
+
+def copy_sheet(found: Inspection, target: Path) -> None:
+    """Copies the picture sheet out. Raises ExportError where the bundle has none."""
+    if found.sheet is None:
+        raise ExportError(f"{found.path} has no picture sheet")
+    shutil.copyfile(found.sheet, target)
+
+
+def show(found: Inspection, console: "Console") -> None:
+    """Prints the report for a person."""
+    manifest = found.manifest
+    state = "verified" if manifest.verification.passed else "NOT VERIFIED"
+    intact = "DAMAGED" if found.damages else "intact" if found.checked else "checksums not looked at"
+    print_line(console, f"{found.path}: {state}, {intact}")
+    print_facts(console, _facts(found))
+    columns = ("component", "becomes", "precision", "opset", ">weights", "fused graph", "")
+    rows = (
+        (
+            part.name,
+            {"onnx": "ONNX graph", "torch": "PyTorch"}[part.backend],
+            part.precision,
+            str(part.opset or ""),
+            quantity(part.bytes) if part.bytes else "",
+            part.fused,
+            part.reason,
+        )
+        for part in manifest.components
+    )
+    print_table(console, "components", columns, rows)
+    _show_verification(found, console)
+
+
+def _facts(found: Inspection) -> list[tuple[str, str]]:
+    manifest, source = found.manifest, found.manifest.source
+    origin = [source.repo_id or source.path or "", source.revision or "", source.variant and f"variant {source.variant}"]
+    checksums = f"all {len(manifest.files)} files are as they were verified" if found.checked else "not looked at"
+    return [
+        ("source", ", ".join(filter(None, origin))),
+        *((name, ", ".join(patterns)) for name, patterns in _patterns(manifest)),
+        ("pipeline", f"{manifest.pipeline_class} (family {manifest.family})"),
+        ("backend", manifest.backend + (f": {manifest.backend_reason}" if manifest.backend_reason else "")),
+        ("precision", manifest.precision),
+        *(("LoRA", f"{lora.name} at {lora.scale:g}") for lora in manifest.loras),
+        ("picture sizes", f"multiples of {manifest.size_multiple} pixels" if manifest.size_multiple else ""),
+        ("size", f"{quantity(found.bytes)} in {len(manifest.files)} files"),
+        ("checksums", "" if found.damages else checksums),
+        *(("damage", damage) for damage in found.damages),
+        ("not in manifest", ", ".join(found.strangers)),
+        ("options", ", ".join(f"{name} {value}" for name, value in manifest.options.items())),
+        ("tools", ", ".join(f"{name} {version}" for name, version in manifest.tools.items())),
+    ]
+
+
+def _patterns(manifest: Manifest) -> tuple[tuple[str, tuple[str, ...]], ...]:
+    return (("only files", manifest.source.allow_patterns), ("without files", manifest.source.ignore_patterns))
+
+
+def _show_verification(found: Inspection, console: "Console") -> None:
+    verification = found.manifest.verification
+    if verification.components:
+        print_table(console, f"graphs, compared with {verification.reference}", _GRAPH_COLUMNS, _worst(verification.components))
+    if verification.pictures:
+        drawn = (
+            (part.case, decibels(part.psnr_db), f"{part.ssim:.4f}", f"{part.max_abs_error}/255", verdict(part.passed))
+            for part in verification.pictures
+        )
+        print_table(console, f"pictures, compared with {verification.reference}", _PICTURE_COLUMNS, drawn)
+    console.print()
+    print_facts(
+        console,
+        [
+            ("limits", ", ".join(f"{name} {value:g}" for name, value in verification.limits.items())),
+            *((FAILED, problem) for problem in verification.problems),
+            ("picture sheet", str(found.sheet or "")),
+        ],
+    )
+
+
+def _worst(parts: Iterable[ComponentParity]) -> list[tuple[str, ...]]:
+    """A row for each graph: the worst of its cases."""
+    graphs: dict[tuple[str, str], list[ComponentParity]] = {}
+    for part in parts:
+        graphs.setdefault((part.component, part.graph), []).append(part)
+    return [
+        (
+            component,
+            graph,
+            str(len(cases)),
+            f"{max(part.max_abs_error for part in cases):.1e}",
+            f"{max(part.relative_error for part in cases):.1e}",
+            verdict(all(part.passed for part in cases)),
+        )
+        for (component, graph), cases in graphs.items()
+    ]
+
+
+def _sha256(path: Path, advance: Advance) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+            advance(len(chunk))
+    return digest.hexdigest()

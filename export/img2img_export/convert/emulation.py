@@ -1,0 +1,153 @@
+"""How a graph in half precision computes on a GPU, played on a CPU: fp32 arithmetic, rounded after every operator.
+
+ONNX Runtime's CPU provider has no bf16 arithmetic, and computes fp16 graphs in fp32 with roundings here and there, which hides
+where they overflow.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import torch
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
+
+from img2img_export.convert.external_weights import TORCH_TYPES, Skeleton
+
+MOVING = {
+    *("Cast", "Concat", "Constant", "ConstantOfShape", "Expand", "Flatten", "Gather", "GatherElements", "GatherND", "Identity"),
+    *("Reshape", "ScatterND", "Shape", "Size", "Slice", "Split", "Squeeze", "Tile", "Transpose", "Unsqueeze"),
+}
+"""Operators that only move numbers, so that their results need no rounding."""
+_HALVES = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
+_TORCH = {kind: dtype for dtype, kind in TORCH_TYPES.items()}
+
+
+def emulated(model: ModelProto) -> ModelProto:
+    """A graph in fp32 arithmetic whose every result in half precision is rounded to that. Inputs and outputs are fp32.
+
+    `model` is a written graph; its weights stay in their file as they are, and each is cast where it is read. One that has
+    nothing in half precision is given back as it is.
+    """
+    types = _inferred(model)
+    half = next((kind for kind in _HALVES if kind in types.values()), None)
+    if half is None:
+        return model
+    narrow = of_type(types, half)
+    result = ModelProto()
+    result.CopyFrom(model)
+    graph = result.graph
+    weights = {item.name for item in graph.initializer} & narrow
+    inputs = {value.name: f"{value.name}.rounded" for value in graph.input if value.name in narrow}
+    nodes = [node for name, new in inputs.items() for node in _rounding(name, new, half)]
+    for node in graph.node:
+        nodes += _emulated_node(node, inputs, weights, narrow, half)
+    retype_values((*graph.input, *graph.output, *graph.value_info), half, TensorProto.FLOAT)
+    replace_nodes(graph, nodes)
+    return result
+
+
+def open_emulated(graph: Path) -> onnxruntime.InferenceSession:
+    """A session on the CPU that runs the written graph `graph`, played: fp32 tensors in and out."""
+    return open_beside(emulated(onnx.load(str(graph), load_external_data=False)), graph.parent)
+
+
+def open_beside(model: ModelProto, folder: Path) -> onnxruntime.InferenceSession:
+    """A session on the CPU of a graph in memory whose weights are in a file in `folder`.
+
+    The graph runs as it is: optimizations would hold the weights' casts in memory, or fuse what is to be rounded between. So
+    such a session takes little more memory than the file, which is mapped.
+    """
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
+    options.enable_cpu_mem_arena = options.enable_mem_pattern = False
+    options.log_severity_level = 4
+    options.add_session_config_entry("session.disable_prepacking", "1")
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+def _emulated_node(node: NodeProto, inputs: dict[str, str], weights: set[str], narrow: set[str], half: int) -> list[NodeProto]:
+    """`node` in fp32, its narrow weights cast before it, its results rounded after it."""
+    result = NodeProto()
+    result.CopyFrom(node)
+    retype_node(result, half, TensorProto.FLOAT)
+    names = {name: f"{name}.{node.output[0]}.fp32" for name in node.input if name in weights}
+    before = [cast(name, new, TensorProto.FLOAT) for name, new in names.items()]
+    result.input[:] = [names.get(name, inputs.get(name, name)) for name in node.input]
+    if node.op_type in MOVING - {"Cast"}:
+        return [*before, result]
+    exact = {name: f"{name}.exact" for name in node.output if name in narrow}
+    result.output[:] = [exact.get(name, name) for name in node.output]
+    return [*before, result, *(step for name, old in exact.items() for step in _rounding(old, name, half))]
+
+
+def _rounding(source: str, target: str, half: int) -> list[NodeProto]:
+    """fp32 to the nearest number of the narrower type, in fp32."""
+    return [cast(source, f"{target}.half", half), cast(f"{target}.half", target, TensorProto.FLOAT)]
+
+
+def value_types(skeleton: Skeleton) -> dict[str, int]:
+    """The element type (of TensorProto) of each value in the graph, its weights among them."""
+    model = ModelProto()
+    model.CopyFrom(skeleton.model)
+    for name, weight in skeleton.weights.items():
+        model.graph.input.append(helper.make_tensor_value_info(name, TORCH_TYPES[weight.dtype], weight.shape))
+    return _inferred(model)
+
+
+def cast(source: str, target: str, kind: int) -> NodeProto:
+    """A Cast to `kind`."""
+    return helper.make_node("Cast", [source], [target], to=kind)
+
+
+def _inferred(model: ModelProto) -> dict[str, int]:
+    graph = onnx.shape_inference.infer_shapes(model).graph
+    types = {item.name: item.data_type for item in graph.initializer}
+    types.update((item.name, item.type.tensor_type.elem_type) for item in (*graph.value_info, *graph.input, *graph.output))
+    return types
+
+
+def of_type(types: dict[str, int], kind: int) -> set[str]:
+    """The names of the values of one type."""
+    return {name for name, found in types.items() if found == kind}
+
+
+def replace_nodes(graph: GraphProto, nodes: list[NodeProto]) -> None:
+    """Gives a graph other nodes; they may be its own."""
+    copies = []
+    for node in nodes:
+        copies.append(NodeProto())
+        copies[-1].CopyFrom(node)
+    del graph.node[:]
+    graph.node.extend(copies)
+
+
+def retype_values(values: Iterable[ValueInfoProto], old: int, new: int) -> None:
+    """Declares the values of one type to be of another."""
+    for value in values:
+        if value.type.tensor_type.elem_type == old:
+            value.type.tensor_type.elem_type = new
+
+
+def retype_node(node: NodeProto, old: int, new: int) -> None:
+    """Changes the types that a node's attributes name: a Cast's, a constant's."""
+    for attribute in node.attribute:
+        if attribute.name == "to" and attribute.i == old:
+            attribute.i = new
+        elif attribute.HasField("t"):
+            retype_tensor(attribute.t, old, new)
+
+
+def retype_tensor(tensor: TensorProto, old: int, new: int) -> None:
+    """Converts the numbers. Those beyond the type's are rounded, not clamped: -65504 becomes -65536 in bf16."""
+    if tensor.data_type != old:
+        return
+    values = torch.from_numpy(numpy_helper.to_array(tensor).astype(np.float32)).to(_TORCH[new])
+    name, dims = tensor.name, list(tensor.dims)
+    tensor.Clear()
+    bits = values.view(torch.int16) if new == TensorProto.BFLOAT16 else values
+    tensor.CopyFrom(TensorProto(name=name, data_type=new, dims=dims, raw_data=bits.numpy().tobytes()))

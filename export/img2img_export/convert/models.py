@@ -1,0 +1,193 @@
+"""Loading a checkpoint with diffusers, and deciding what becomes of it: graphs, a graph inside PyTorch, or PyTorch alone."""
+
+import importlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import diffusers
+import torch
+import transformers
+from diffusers import AutoPipelineForImage2Image
+from diffusers.pipelines.auto_pipeline import AUTO_IMAGE2IMAGE_PIPELINES_MAPPING, _get_task_class
+from img2img_server.runtime.common.weight_budget import within
+from safetensors import safe_open
+
+from img2img_export.convert.graphs import quiet
+from img2img_export.errors import ExportError, first_line
+from img2img_export.options import Backend
+from img2img_export.read.checkpoint import DENOISERS, INDEX_NAME, Layout, read_index
+from img2img_export.read.unused import refuse_unused
+
+WHOLE = "whole"
+"""The family of every class that the server cannot split: it runs such a pipeline from start to end."""
+
+_CLIP = ("text_encoder", "unet", "vae")
+GRAPHS = {
+    "StableDiffusionImg2ImgPipeline": ("stable-diffusion", _CLIP),
+    "StableDiffusionXLImg2ImgPipeline": ("stable-diffusion-xl", ("text_encoder", "text_encoder_2", "unet", "vae")),
+    "LatentConsistencyModelImg2ImgPipeline": ("latent-consistency", _CLIP),
+    "StableDiffusionInstructPix2PixPipeline": (WHOLE, _CLIP),
+    "StableDiffusion3Img2ImgPipeline": (
+        WHOLE,
+        ("text_encoder", "text_encoder_2", "text_encoder_3", "transformer", "vae"),
+    ),
+    "FluxImg2ImgPipeline": (WHOLE, ("text_encoder", "text_encoder_2", "transformer", "vae")),
+}
+"""The classes all of whose models become graphs: the family by which the server knows them, and the components."""
+
+_OWN_CLASS = frozenset({"StableDiffusionInstructPix2PixPipeline"})
+"""Classes that turn pictures into pictures, yet are not in AutoPipelineForImage2Image's mapping."""
+
+_PRIOR_HINT = "it lacks its prior, so load the combined pipeline, save_pretrained it and export that directory: "
+_LOAD_FAILURES = (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError)
+_SHOWN = 4
+_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16}
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What to make of a pipeline. `graphs` are the components that become graphs; `reason` says why they are not all."""
+
+    pipeline_class: str
+    family: str
+    backend: Literal["onnx", "hybrid", "torch"]
+    graphs: tuple[str, ...] = ()
+    reason: str | None = None
+
+
+def plan(layout: Layout, backend: Backend) -> Plan:
+    """The best that can be tried, by the pipeline's class. Raises ExportError where `backend` cannot be had."""
+    return next(plans_for(layout, backend))
+
+
+def plans_for(layout: Layout, backend: Backend) -> Iterator[Plan]:
+    """What to try in turn: graphs of everything, of the denoiser alone, PyTorch. With a given backend, that one only."""
+    name = _image_class(layout.pipeline_class)
+    family, components = GRAPHS.get(name, (WHOLE, ()))
+    there = tuple(component for component in components if component in layout.components)
+    denoiser = tuple(component for component in DENOISERS if component in layout.components)
+    reason = None if there else f"img2img makes no graphs of all of {name}"
+    if backend == "onnx" and not there:
+        raise ExportError(f"{reason}, only of {', '.join(GRAPHS)}")
+    if backend == "hybrid" and not denoiser:
+        raise ExportError(f"{name} has neither of {' and '.join(DENOISERS)}: no part of it can be a graph")
+    if backend in ("auto", "onnx") and there:
+        yield Plan(name, family, "onnx", there)
+    if backend in ("auto", "hybrid") and denoiser:
+        yield Plan(name, family, "hybrid", denoiser, "asked for with --backend hybrid" if backend == "hybrid" else reason)
+    if backend in ("auto", "torch"):
+        yield Plan(name, family, "torch", (), "asked for with --backend torch" if backend == "torch" else reason)
+
+
+def _image_class(name: str) -> str:
+    """The image-to-image class of a pipeline's class. The same, where diffusers knows of none: loading then says so."""
+    found = _get_task_class(AUTO_IMAGE2IMAGE_PIPELINES_MAPPING, name, throw_error_if_not_exist=False)
+    return name if found is None or name in _OWN_CLASS else str(found.__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Loader:
+    """Loads what the checkpoint in `directory` holds: safetensors only, and nothing but local files.
+
+    Weights stay as they are stored, mapped rather than read: they are in memory only once they are used.
+    """
+
+    directory: Path
+    layout: Layout
+    variant: str | None = None
+
+    def pipeline(self, dtype: torch.dtype | None = None) -> Any:
+        """The image-to-image pipeline on the CPU, its weights in `dtype` (None: as stored).
+
+        Raises ExportError where diffusers does not take it.
+        """
+        parts: dict[str, Any] = dict.fromkeys((*self.layout.left_out, *_absent(self.directory)))
+        if "safety_checker" in parts:
+            parts["requires_safety_checker"] = False
+        types = {name: self.stored_dtype(name) for name in self.layout.components}
+        kind: Any = AutoPipelineForImage2Image
+        if self.layout.pipeline_class in _OWN_CLASS:
+            kind = getattr(diffusers, self.layout.pipeline_class)
+        weighted = {name: self.component(name, dtype) for name in self.layout.components if self._has_weights(name)}
+        try:
+            with quiet(), within(self.directory.rglob("*.safetensors")):
+                pipeline = kind.from_pretrained(
+                    str(self.directory),
+                    use_safetensors=True,
+                    local_files_only=True,
+                    torch_dtype={**types, "default": torch.float32} if dtype is None else dtype,
+                    variant=self.variant,
+                    **parts,
+                    **weighted,
+                )
+        except _LOAD_FAILURES as error:
+            hint = _PRIOR_HINT if "'prior_prior'" in str(error) else ""
+            raise ExportError(f"diffusers cannot load it: {hint}{type(error).__name__}: {first_line(error)}") from error
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+    def component(self, name: str, dtype: torch.dtype | None = None) -> Any:
+        """One component, its weights in `dtype` (None: as stored).
+
+        Raises ExportError if it does not load, lacks weights, or has others than its class: diffusers and transformers only
+        warn of that.
+        """
+        folder = self.directory / name
+        has_variant = self.variant is not None and any(folder.glob(f"*.{self.variant}*.safetensors"))
+        try:
+            with quiet(), within(folder.glob("*.safetensors")):
+                loaded, found = self._class_of(name).from_pretrained(
+                    str(folder),
+                    use_safetensors=True,
+                    local_files_only=True,
+                    torch_dtype=self.stored_dtype(name) if dtype is None else dtype,
+                    variant=self.variant if has_variant else None,
+                    output_loading_info=True,
+                )
+        except _LOAD_FAILURES as error:
+            raise ExportError(f"{name} does not load: {type(error).__name__}: {first_line(error)}") from error
+        if missing := sorted(found["missing_keys"]):
+            shown = ", ".join(missing[:_SHOWN]) + (f" and {len(missing) - _SHOWN} more" if len(missing) > _SHOWN else "")
+            raise ExportError(f"{name} lacks weights that its config.json calls for ({shown}): it is not complete")
+        refuse_unused(name, found["unexpected_keys"], advice=", or its config.json is of another")
+        return loaded.eval()
+
+    def _class_of(self, name: str) -> Any:
+        """A component's class. As in model_index.json, its library may be one of diffusers' packages of pipelines."""
+        library, kind = self.layout.components[name]
+        module = {"diffusers": diffusers, "transformers": transformers}.get(library)
+        if module is None:
+            module = importlib.import_module(f"diffusers.pipelines.{library}")
+        try:
+            return getattr(module, kind)
+        except AttributeError:
+            raise ExportError(f"{INDEX_NAME} names {library}.{kind}, which the installed version does not have") from None
+
+    def _has_weights(self, name: str) -> bool:
+        kind = self._class_of(name)
+        return isinstance(kind, type) and issubclass(kind, torch.nn.Module)
+
+    def stored_dtype(self, name: str) -> torch.dtype:
+        """The type of most of a component's weights. What is stored in any but a half precision is read as fp32."""
+        files = sorted((self.directory / name).glob("*.safetensors"))
+        chosen = [path for path in files if self.variant and f".{self.variant}" in path.name] or files
+        counts: dict[str, int] = {}
+        for path in chosen:
+            with safe_open(path, "pt") as file:
+                for key in file.keys():  # noqa: SIM118 - no mapping
+                    kind = file.get_slice(key).get_dtype()
+                    counts[kind] = counts.get(kind, 0) + 1
+        return _DTYPES.get(max(counts, key=lambda kind: counts[kind], default=""), torch.float32)
+
+
+def _absent(directory: Path) -> list[str]:
+    """The components that the checkpoint says it does without, as SD3 may without its T5. Some classes ask for them all."""
+    index = read_index(directory / INDEX_NAME)
+    return [name for name, value in index.items() if value == [None, None]]
+
+
+def modules(pipeline: Any) -> dict[str, torch.nn.Module]:
+    """The components of a pipeline that have weights, by name."""
+    return {name: part for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}

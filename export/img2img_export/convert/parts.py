@@ -1,0 +1,150 @@
+"""The parts of a model that become graphs: how each is called, and what its graph's inputs and outputs are named.
+
+`graph_kinds` describes the classes that are known. Any other module (the denoisers of hybrid bundles) is described by the calls
+that its pipeline makes. A UNet is traced at an odd size: at an even one tracing freezes the branch of diffusers that hands the
+upsamplers their sizes, and the graph then refuses most sizes.
+"""
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import AutoencoderTiny
+from img2img_server.runtime.diffusion.encoded import tensor_of
+
+from img2img_export.convert.graph_kinds import KINDS, Axes, Called, GraphKind, VaeDecoder, VaeEncoder
+from img2img_export.errors import ExportError
+
+Tensors = dict[str, torch.Tensor]
+"""Inputs or outputs of a graph, by name, in its order."""
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A graph to be made. `component` is the pipeline's component that it is made of, `name` the graph's folder.
+
+    `call` runs the module on a graph's inputs and gives the graph's outputs, both by name. The module is traced within
+    `kind.patched()`.
+    """
+
+    name: str
+    component: str
+    inputs: Axes
+    outputs: Axes
+    call: Callable[[Any, Tensors], Tensors]
+    kind: GraphKind
+
+
+def text_part(name: str, module: Any, hidden_states: bool) -> Part:
+    """A CLIP or T5 text encoder: token ids [B, T] to its outputs and, for pipelines that read them, every hidden state."""
+    known = KINDS.get(type(module).__name__)
+    if known is None:
+        raise ExportError(f"{name} is a {type(module).__name__}, and img2img makes graphs only of {', '.join(KINDS)}")
+    module.config.output_hidden_states = hidden_states
+    kind = known(module.config)
+
+    def call(encoder: Any, inputs: Tensors) -> Tensors:
+        output = encoder(**inputs, output_hidden_states=hidden_states, return_dict=True)
+        found = {key: value for key, value in output.items() if isinstance(value, torch.Tensor)}
+        states = enumerate(output.hidden_states) if hidden_states else ()
+        return _ordered({**found, **{f"hidden_states.{index}": state for index, state in states}}, kind.outputs)
+
+    return Part(name, name, kind.inputs, kind.outputs, call, kind)
+
+
+def vae_parts(module: Any) -> tuple[Part, Part]:
+    """A VAE: pixels [B, 3, H, W] to the parameters of a latent distribution [B, 2C, h, w], or to latents [B, C, h, w] if it has
+    none (AutoencoderTiny); and latents to pixels."""
+
+    def encode(vae: Any, inputs: Tensors) -> Tensors:
+        return {"latent_parameters": tensor_of(vae.encode(inputs["sample"]))}
+
+    def decode(vae: Any, inputs: Tensors) -> Tensors:
+        return {"sample": vae.decode(inputs["latent_sample"]).sample}
+
+    encoder: GraphKind
+    decoder: GraphKind
+    if isinstance(module, AutoencoderTiny):
+        # It has none of the blocks of an AutoencoderKL.
+        pixels, latents = ({0: "batch_size", 2: f"{what}height", 3: f"{what}width"} for what in ("", "latent_"))
+        encoder = Called(module.config, {"sample": pixels}, {"latent_parameters": latents})
+        decoder = Called(module.config, {"latent_sample": latents}, {"sample": pixels})
+    else:
+        encoder, decoder = VaeEncoder(module.config), VaeDecoder(module.config)
+    return (
+        Part("vae_encoder", "vae", encoder.inputs, encoder.outputs, encode, encoder),
+        Part("vae_decoder", "vae", decoder.inputs, decoder.outputs, decode, decoder),
+    )
+
+
+def denoiser_part(name: str, module: Any, calls: list[Tensors], structure: Mapping[str, Any]) -> Part:
+    """A UNet or transformer: noised latents and timesteps [B] to the prediction.
+
+    `calls` are inputs that its pipeline gave it, of several sizes; `structure` is one of those calls before it was flattened.
+    """
+    inputs = _varying(calls)
+    known = KINDS.get(type(module).__name__)
+    if known is not None:
+        kind = known(module.config)
+        inputs = {key: {**axes, **kind.inputs.get(key, {})} for key, axes in inputs.items()}
+    else:
+        output = "out_sample" if name == "unet" else "out_hidden_states"
+        varying = {0: "batch_size", 2: "height", 3: "width"} if name == "unet" else {0: "batch_size", 1: "sequence_length"}
+        kind = Called(module.config, inputs, {output: varying})
+    (output,) = kind.outputs
+
+    def call(denoiser: Any, tensors: Tensors) -> Tensors:
+        given = denoiser(**restore(tensors, structure), return_dict=False)
+        return {output: given[0]}
+
+    return Part(name, name, inputs, kind.outputs, call, kind)
+
+
+def flatten(call: Mapping[str, Any]) -> Tensors:
+    """The tensors of a call's arguments by name; those of a dictionary by their own keys."""
+    found: Tensors = {}
+    for name, value in call.items():
+        if isinstance(value, torch.Tensor):
+            found[name] = value
+        elif isinstance(value, Mapping):
+            found.update(flatten(value))
+    return found
+
+
+def restore(tensors: Tensors, structure: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of a call like `structure`, with other tensors."""
+    return {name: _restored(name, value, tensors) for name, value in structure.items()}
+
+
+def _restored(name: str, value: Any, tensors: Tensors) -> Any:
+    if isinstance(value, Mapping):
+        return restore(tensors, value)
+    return tensors[name] if isinstance(value, torch.Tensor) else value
+
+
+def bind(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """A call's arguments by their names, but for the one that says how to return."""
+    bound = inspect.signature(function).bind(*args, **kwargs).arguments
+    extra = bound.pop("kwargs", {})
+    return {name: value for name, value in {**bound, **extra}.items() if name != "return_dict"}
+
+
+def _varying(calls: list[Tensors]) -> Axes:
+    """The axes that differ between calls, and the first of every tensor that has one row for each sample."""
+    first = calls[0]
+    rows = len(next(iter(first.values())))
+    axes: Axes = {}
+    for name, value in first.items():
+        varies = {
+            axis: f"{name}_{axis}" for axis in range(value.ndim) if any(c[name].shape[axis] != value.shape[axis] for c in calls)
+        }
+        if value.ndim and len(value) == rows:
+            varies[0] = "timestep_batch" if name == "timestep" else "batch_size"
+        axes[name] = varies
+    return axes
+
+
+def _ordered(found: Tensors, names: Axes) -> Tensors:
+    return {name: found[name] for name in names}

@@ -1,0 +1,56 @@
+"""The parts of a bundle that are no graphs: PyTorch's weights as safetensors, tokenizers, schedulers, and the pipeline's index.
+
+In diffusers' own layout, which AutoPipeline loads back.
+"""
+
+import shutil
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from img2img_server.bundle.manifest import Component
+from transformers import PreTrainedTokenizerBase
+
+from img2img_export.convert.graphs import quiet
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.float32}
+"""The type of a PyTorch component's weights, by the precision that was asked for. There is no int8 of them."""
+
+
+def save(pipeline: Any, graphs: tuple[str, ...], precision: str, bundle: Path) -> tuple[Component, ...]:
+    """Saves all of `pipeline` but the components `graphs` into the directory `bundle`, and names what has weights.
+
+    The pipeline's own weights are converted in place.
+    """
+    saved = []
+    with quiet():
+        pipeline.save_config(bundle)
+        for name, part in pipeline.components.items():
+            if part is None or name in graphs:
+                continue
+            if isinstance(part, torch.nn.Module):
+                part.to(DTYPES[precision])
+                cast(Any, part).save_pretrained(bundle / name, safe_serialization=True)
+                saved.append(_describe(name, part))
+            else:
+                part.save_pretrained(bundle / name)
+            if isinstance(part, PreTrainedTokenizerBase):
+                _keep_vocabulary(part, bundle / name)
+    return tuple(saved)
+
+
+def _keep_vocabulary(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Adds the files of the tokenizer's source that transformers 5 does not write: older versions, and other programs, read no
+    other."""
+    source = Path(tokenizer.name_or_path)
+    for name in (*tokenizer.vocab_files_names.values(), "special_tokens_map.json"):
+        if (source / name).is_file() and not (folder / name).exists():
+            shutil.copyfile(source / name, folder / name)
+
+
+def _describe(name: str, module: torch.nn.Module) -> Component:
+    weights = list(module.parameters())
+    kinds = {torch.float16: "fp16", torch.bfloat16: "bf16"}
+    counts = [kinds.get(weight.dtype, "fp32") for weight in weights]
+    precision = max(sorted(set(counts)), key=counts.count, default="fp32")
+    return Component(name, precision, backend="torch", bytes=sum(weight.nbytes for weight in weights))

@@ -1,0 +1,1 @@
+"""How a verified bundle comes into place."""

@@ -1,0 +1,224 @@
+"""Which files of a checkpoint are read, and which checkpoints are refused: pickles, and code of unknown origin.
+
+Works on the names of files and on model_index.json alone, so that it judges a hub repository before anything is downloaded;
+but for what the lists of weights name, which is judged once they are here.
+"""
+
+import fnmatch
+import importlib.util
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
+
+from img2img_server.bundle.unsafe_configs import refuse_foreign_config
+from img2img_server.bundle.unsafe_files import INDEX, refuse_foreign_parts
+from img2img_server.errors import BundleError
+
+from img2img_export.errors import ExportError
+from img2img_export.options import ExportOptions
+from img2img_export.read.layout_checks import INDEX_NAME as INDEX_NAME
+from img2img_export.read.layout_checks import refuse_incomplete
+from img2img_export.read.texts import read_json
+from img2img_export.read.weights_file import PICKLE_REASON, is_pickle, is_safetensors
+
+GRAPH_NAME = "model.onnx"
+
+Kind = Literal["diffusers", "single-file", "onnx"]
+"""What a source is: weights in diffusers' layout, all weights in one file, or graphs that optimum-cli made."""
+
+TEXT_SUFFIXES = (".json", ".txt", ".model", ".jinja")
+_WEIGHTS = re.compile(r"[^.]+?(?:\.(?P<variant>[^.]+?))?(?:-\d{5}-of-\d{5})?\.(?i:safetensors)")
+_SHARD_INDEX = re.compile(r"[^.]+\.safetensors\.index(?:\.(?P<variant>[^.]+))?\.json")
+DENOISERS = ("unet", "transformer")
+_GRAPHS_OF_VAE = ("vae_encoder", "vae_decoder")
+"""The folders that optimum makes of a VAE. model_index.json does not name them."""
+
+DROPPED = ("safety_checker", "feature_extractor", "image_encoder")
+"""Parts of Stable Diffusion pipelines that image-to-image serving has no use for. They are neither read nor exported."""
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """What model_index.json says: the pipeline's class, and each component's (library, class) but those left out."""
+
+    pipeline_class: str
+    components: dict[str, tuple[str, str]]
+    left_out: tuple[str, ...]
+
+
+def read_layout(index: Mapping[str, Any]) -> Layout:
+    """Checks the contents of a model_index.json. Raises ExportError where a class is not diffusers' or transformers' own."""
+    pipeline_class = index.get("_class_name")
+    if not isinstance(pipeline_class, str):
+        raise ExportError(f"{INDEX_NAME} names a pipeline with custom code ({pipeline_class!r}): such code is never run")
+    pipeline_class = pipeline_class.removeprefix("ORT")  # optimum's own pipelines are diffusers' with graphs
+    components: dict[str, tuple[str, str]] = {}
+    left_out = []
+    for name, value in index.items():
+        if name.startswith("_") or not isinstance(value, list) or len(value) != 2 or None in value:
+            continue
+        library, kind = value
+        if name in DROPPED and pipeline_class.startswith("StableDiffusion"):
+            left_out.append(name)
+        elif not name.isidentifier() or not _is_known_library(library):
+            raise ExportError(f"component {name!r} is a {library}.{kind}: only diffusers' and transformers' own classes are run")
+        else:
+            components[name] = (library, kind)
+    return Layout(pipeline_class, components, tuple(left_out))
+
+
+def choose(index: Any, names: Iterable[str], options: ExportOptions) -> tuple[Kind, Layout, list[str]]:
+    """What a checkpoint with this model_index.json is, and which of its files `names` are read for `options`."""
+    names = list(names)
+    layout = _parse_layout(index, options.source)
+    if not _has_graphs_only(names):
+        if not (options.allow_patterns or options.ignore_patterns):
+            refuse_incomplete(options.source, layout.components, names, wants_weights=True)
+        weights = select_files(names, layout, options.variant, options.allow_patterns, options.ignore_patterns)
+        return "diffusers", layout, weights
+    if options.variant is not None:
+        raise ExportError(f"{options.source} holds ONNX graphs, not weights: it has no variants")
+    return "onnx", layout, _select_graphs(names, layout, options)
+
+
+def choose_texts(index: Any, names: Iterable[str], source: str) -> tuple[Layout, list[str]]:
+    """What a model_index.json's contents say, and which of the files `names` are configurations and tokenizers of it."""
+    layout = _parse_layout(index, source)
+    names = list(names)
+    refuse_incomplete(source, layout.components, names, wants_weights=False)
+    parts = _by_component(names, tuple(layout.components))
+    return layout, sorted([INDEX_NAME, *(name for files in parts.values() for name in _texts(files))])
+
+
+def _parse_layout(index: Any, source: str) -> Layout:
+    if not isinstance(index, dict):
+        raise ExportError(f"{source}: {INDEX_NAME} is not an object")
+    return read_layout(index)
+
+
+def read_index(path: Path) -> Any:
+    """The contents of a model_index.json. Raises ExportError where it is missing or damaged."""
+    try:
+        return read_json(path)
+    except FileNotFoundError:
+        raise ExportError(f"{path.parent} is not in diffusers' layout: it has no {INDEX_NAME}") from None
+    except (OSError, ValueError) as error:
+        raise ExportError(f"{path} cannot be read: {error}") from None
+
+
+def refuse_unsafe(directory: Path, files: Iterable[str]) -> None:
+    """Raises ExportError where one of the `files` below `directory` lists weights that are not safetensors beside it, or is a
+    configuration that may lead to code or to other files."""
+    for name in files:
+        refuse = refuse_foreign_parts if INDEX in name.rpartition("/")[2].lower() else refuse_foreign_config
+        try:
+            refuse(directory / name)
+        except BundleError as error:
+            raise ExportError(str(error)) from None
+
+
+def names_below(directory: Path) -> list[str]:
+    """The files in a directory and in its folders, with slashes: a checkpoint is no deeper."""
+    paths = [*directory.glob("*"), *directory.glob("*/*")]
+    return sorted(path.relative_to(directory).as_posix() for path in paths if path.is_file())
+
+
+def _is_known_library(name: object) -> bool:
+    """diffusers also names its pipelines' own packages here, such as "stable_diffusion"."""
+    if name in ("diffusers", "transformers"):
+        return True
+    diffusers = importlib.util.find_spec("diffusers")
+    if diffusers is None or diffusers.origin is None or not isinstance(name, str) or not name.isidentifier():
+        return False
+    return (Path(diffusers.origin).parent / "pipelines" / name).is_dir()
+
+
+def select_files(
+    names: Iterable[str],
+    layout: Layout,
+    variant: str | None,
+    allow_patterns: tuple[str, ...] = (),
+    ignore_patterns: tuple[str, ...] = (),
+) -> list[str]:
+    """The files to read out of `names` (paths with slashes), sorted: texts, and safetensors weights of `variant`.
+
+    A component that has no weights of the variant is read without one, as diffusers does. Raises ExportError where the
+    checkpoint holds code, or a component has no safetensors weights.
+    """
+    parts = _by_component(names, tuple(layout.components), allow_patterns, ignore_patterns)
+    chosen = [INDEX_NAME]
+    for component, files in parts.items():
+        chosen += _texts(files)
+        if any(name == f"{component}/config.json" for name in files):
+            chosen += _weights(component, files, variant)
+    return sorted(chosen)
+
+
+def _select_graphs(names: Iterable[str], layout: Layout, options: ExportOptions) -> list[str]:
+    """The texts and graphs of an optimum-cli directory. A graph's weights may lie beside it: `model.onnx_data`."""
+    folders = (*layout.components, *_GRAPHS_OF_VAE)
+    parts = _by_component(names, folders, options.allow_patterns, options.ignore_patterns)
+    files = [name for part in parts.values() for name in part]
+    graphs = [name for name in files if name.rpartition("/")[2].startswith(GRAPH_NAME)]
+    return sorted([INDEX_NAME, *_texts(files), *graphs])
+
+
+def _has_graphs_only(names: list[str]) -> bool:
+    """Whether the denoiser is a graph and has no weights to make another of: a hub repository may have both."""
+    return any(
+        f"{part}/{GRAPH_NAME}" in names
+        and not any(name.startswith(f"{part}/") and (is_safetensors(name) or is_pickle(name)) for name in names)
+        for part in DENOISERS
+    )
+
+
+def _by_component(
+    names: Iterable[str], components: Iterable[str], allow: tuple[str, ...] = (), ignore: tuple[str, ...] = ()
+) -> dict[str, list[str]]:
+    """The files of each component that are wanted. Raises ExportError where there is code among them."""
+    parts: dict[str, list[str]] = {component: [] for component in components}
+    for name in names:
+        path = PurePosixPath(name)
+        folder = path.parts[0] if len(path.parts) > 1 else ""
+        if path.suffix == ".py" and (not folder or folder in parts):
+            raise ExportError(f"the checkpoint brings its own code ({name}): such code is never run")
+        if folder in parts and _is_wanted(name, allow, ignore):
+            parts[folder].append(name)
+    return parts
+
+
+def _is_wanted(name: str, allow_patterns: tuple[str, ...], ignore_patterns: tuple[str, ...]) -> bool:
+    """The hub's rules: any of the allowed patterns if there are some, none of the ignored ones."""
+
+    def matches(patterns: tuple[str, ...]) -> bool:
+        return any(fnmatch.fnmatch(name, f"{pattern}*" if pattern.endswith("/") else pattern) for pattern in patterns)
+
+    return (not allow_patterns or matches(allow_patterns)) and not matches(ignore_patterns)
+
+
+def _texts(files: list[str]) -> list[str]:
+    """All but lists of weights: who loads would follow them, whatever they name."""
+    return [name for name in files if name.endswith(TEXT_SUFFIXES) and INDEX not in name.rpartition("/")[2].lower()]
+
+
+def _weights(component: str, files: list[str], variant: str | None) -> list[str]:
+    """The safetensors of a component, and the index that lists them where there are several."""
+    found: dict[str | None, list[str]] = {}
+    indexes: dict[str | None, list[str]] = {}
+    for name in files:
+        base = name.rpartition("/")[2]
+        if match := _WEIGHTS.fullmatch(base):
+            found.setdefault(match["variant"], []).append(name)
+        elif match := _SHARD_INDEX.fullmatch(base):
+            indexes.setdefault(match["variant"], []).append(name)
+    key = variant if variant in found else None
+    if key in found:
+        return found[key] + indexes.get(key, [])
+    if found:
+        others = ", ".join(str(name) for name in found)
+        raise ExportError(f"{component} has no weights for variant {variant or 'none'}, but for {others}: choose with --variant")
+    if any(is_pickle(name) for name in files):
+        raise ExportError(f"{component} has pickled weights only: {PICKLE_REASON}")
+    raise ExportError(f"{component} has no safetensors weights")

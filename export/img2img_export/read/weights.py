@@ -1,0 +1,118 @@
+"""How large the parts of a checkpoint are, from the headers of its files: no weights are read, and nothing heavy is imported.
+
+A safetensors file begins with 8 bytes of length and a JSON object with the names, types and shapes of its tensors.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from img2img_export.read.checkpoint import DENOISERS
+from img2img_export.read.source import Checkpoint
+from img2img_export.read.weights_file import is_safetensors, read_header
+
+
+class Tensor(Protocol):
+    """What a header says of a tensor. The hub's own reader has a class of its own for it."""
+
+    @property
+    def dtype(self) -> str:
+        """Such as F32 or BF16."""
+
+    @property
+    def shape(self) -> Sequence[int]:
+        """Its sizes."""
+
+
+Header = Mapping[str, Tensor]
+"""A safetensors file's tensors by name."""
+
+_PRECISIONS = {"F64": "fp64", "F32": "fp32", "F16": "fp16", "BF16": "bf16"}
+WIDTHS = {"fp64": 8, "fp32": 4, "fp16": 2, "bf16": 2, "int8": 1}
+"""Bytes of a number. Every other precision that a file may have (fp8) has one."""
+
+_PREFIXES = (
+    ("model.diffusion_model.", DENOISERS),
+    ("first_stage_model.", ("vae",)),
+    ("vae.", ("vae",)),
+    ("conditioner.embedders.0.", ("text_encoder", "text_encoder_2")),
+    ("conditioner.embedders.1.", ("text_encoder_2",)),
+    ("cond_stage_model.", ("text_encoder",)),
+    ("text_encoders.clip_l.", ("text_encoder",)),
+    ("text_encoders.clip_g.", ("text_encoder_2",)),
+    ("text_encoders.t5xxl.", ("text_encoder_3", "text_encoder_2")),
+)
+"""How tensors of a single file begin, and the parts that they may belong to: the first that the model has."""
+_BARE_DENOISER = ("double_blocks.", "single_blocks.", "joint_blocks.", "input_blocks.")
+"""How they begin in a file that has nothing but a denoiser."""
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """What a part's files hold: how many numbers, how many of them in matrices, in which precision most of them, and bytes."""
+
+    parameters: int = 0
+    matrices: int = 0
+    stored: str = ""
+    bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Contents:
+    """What is known of a checkpoint's files, by path: the headers of its safetensors, and the bytes of its ONNX files."""
+
+    headers: Mapping[str, Header] = field(default_factory=dict)
+    graphs: Mapping[str, int] = field(default_factory=dict)
+
+
+def read_contents(checkpoint: Checkpoint) -> Contents:
+    """Of files on this machine. Raises ExportError where one is damaged."""
+    paths = {name: checkpoint.directory / name for name in checkpoint.files if is_safetensors(name)}
+    if checkpoint.weights is not None:
+        paths[checkpoint.weights.name] = checkpoint.weights
+    graphs = {name: (checkpoint.directory / name).stat().st_size for name in checkpoint.files if is_graph(name)}
+    return Contents({name: read_header(path)[0] for name, path in paths.items()}, graphs)
+
+
+def is_graph(name: str) -> bool:
+    """Whether a file is an ONNX graph, or weights beside one."""
+    return ".onnx" in Path(name).name
+
+
+def weigh(contents: Contents, components: Sequence[str]) -> dict[str, Weights]:
+    """What the files hold of each component: those in its folder, and of a single file what its tensors' names say."""
+    found: dict[str, list[Tensor]] = {}
+    for path, header in contents.headers.items():
+        folder = path.partition("/")[0]
+        for name, tensor in header.items():
+            component = folder if folder in components else _component_of(name, components)
+            if component is not None:
+                found.setdefault(component, []).append(tensor)
+    weights = {name: _sum_up(tensors) for name, tensors in found.items()}
+    for path, size in contents.graphs.items():
+        folder = path.partition("/")[0]
+        # Nearly all of a graph is weights; optimum-cli makes them fp32, mostly.
+        size += weights[folder].bytes if folder in weights else 0
+        weights[folder] = Weights(size // 4, size // 4, "fp32", size)
+    return weights
+
+
+def _sum_up(tensors: Iterable[Tensor]) -> Weights:
+    counts: dict[str, int] = {}
+    matrices = 0
+    for tensor in tensors:
+        size = math.prod(tensor.shape)
+        counts[tensor.dtype] = counts.get(tensor.dtype, 0) + size
+        matrices += size if len(tensor.shape) == 2 else 0
+    most = max(counts, key=lambda kind: counts[kind])
+    size = sum(count * WIDTHS.get(_PRECISIONS.get(kind, ""), 1) for kind, count in counts.items())
+    return Weights(sum(counts.values()), matrices, _PRECISIONS.get(most, most.lower()), size)
+
+
+def _component_of(tensor: str, components: Sequence[str]) -> str | None:
+    for prefix, owners in (*_PREFIXES, *((prefix, DENOISERS) for prefix in _BARE_DENOISER)):
+        if tensor.startswith(prefix):
+            return next((owner for owner in owners if owner in components), None)
+    return None

@@ -1,0 +1,1 @@
+"""Whether graphs and images are what diffusers computes."""

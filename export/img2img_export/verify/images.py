@@ -1,0 +1,208 @@
+"""The whole picture: does the server's own pipeline draw what diffusers' AutoPipelineForImage2Image draws with the same seed?"""
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from img2img_server.bundle.limits import LEAST_CONTRAST, LIMITS, Precision
+from img2img_server.bundle.manifest import Manifest, PictureParity
+from img2img_server.engine.request import Request
+from img2img_server.errors import BundleError, ServerError
+from img2img_server.runtime.accuracy_check import psnr_db
+from img2img_server.runtime.common.sizes import latent_size
+from PIL import Image
+
+from img2img_export.convert.graphs import RUNTIME_ERRORS, quiet
+from img2img_export.convert.models import WHOLE
+from img2img_export.errors import ExportError, first_line
+
+_GREATEST_SIZE = 256
+_LEAST_SIZE = 40
+_FAILURES = (ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError, ArithmeticError)
+_SSIM_WINDOW = 7
+"""Pixels of a side, as its paper and skimage have it."""
+
+
+@dataclass(frozen=True, slots=True)
+class PictureCase:
+    """A request to compare on, by the name that the report gives it."""
+
+    name: str
+    request: Request
+
+
+@dataclass(frozen=True, slots=True)
+class _Subject:
+    """A prompt, and how it is asked for: `steps` of the whole schedule at each of STRENGTHS. Guidance of 1 is none."""
+
+    prompt: str
+    negative_prompt: str
+    guidance_scale: float
+    steps: tuple[int, int]
+    is_small: bool = False
+
+
+STRENGTHS = (0.5, 1.0)
+"""Half of the schedule, from the source's latents; and all of it, from noise alone."""
+
+_SUBJECTS = (
+    _Subject("A beautiful landscape with mountains and a lake at sunset", "blurry", 7.5, (4, 4)),
+    _Subject("An old fisherman with a white beard, oil on canvas", "", 1.0, (6, 4)),
+    _Subject("A city street at night in the rain, neon signs", "noise, text", 5.0, (8, 4), is_small=True),
+)
+
+
+def picture_cases(pipeline: Any, family: str) -> tuple[PictureCase, ...]:
+    """Six short requests: three prompts, each at two strengths, of the model's own size (at most 256 pixels) and another one.
+
+    The other is smaller and not square, but for a pipeline that runs whole. A pipeline that
+    knows no strength has three.
+    """
+    size = _own_size(pipeline)
+    step = _size_step(pipeline)
+    small = max(size * 5 // 8 // step * step, _LEAST_SIZE // step * step)
+    small_size = (small + step, small)
+    if family == WHOLE:
+        # What it takes is its own affair; a multiple of 64 suits all that there are.
+        other = size // 128 * 64 or 2 * size
+        small_size = (other, other)
+    known = "strength" in inspect.signature(pipeline.__call__).parameters
+    return tuple(
+        _case(subject, small_size if subject.is_small else (size, size), index, seed=2 * number + index, known=known)
+        for number, subject in enumerate(_SUBJECTS)
+        for index in range(len(STRENGTHS) if known else 1)
+    )
+
+
+def _case(subject: _Subject, size: tuple[int, int], index: int, seed: int, known: bool) -> PictureCase:
+    strength, steps = STRENGTHS[index], subject.steps[index]
+    words = " ".join(subject.prompt.replace(",", "").split()[:3])
+    strong = f", strength {strength}" if known else ""
+    request = Request(
+        model="",
+        image=sample_picture(*size),
+        prompt=subject.prompt,
+        negative_prompt=subject.negative_prompt,
+        strength=strength,
+        num_inference_steps=steps,
+        guidance_scale=subject.guidance_scale,
+        seeds=(seed,),
+    )
+    return PictureCase(f"{words}, {size[0]} x {size[1]}{strong}, {steps} steps", request)
+
+
+def draw_references(pipeline: Any, cases: Sequence[PictureCase]) -> list[Image.Image]:
+    """What diffusers draws. Raises ExportError where the model does not run, or draws nothing but one colour."""
+    pictures = []
+    for case in cases:
+        try:
+            with quiet(), torch.no_grad():
+                picture = pipeline(**_arguments(pipeline, case.request)).images[0].convert("RGB")
+        except _FAILURES as error:
+            raise ExportError(f"diffusers itself cannot run it: {type(error).__name__}: {first_line(error)}") from error
+        if (contrast := float(np.asarray(picture).std())) < LEAST_CONTRAST:
+            raise ExportError(f"diffusers itself draws one colour only (case {case.name}, contrast {contrast:.2f}/255)")
+        pictures.append(picture)
+    return pictures
+
+
+def compare_pictures(
+    bundle: Path, manifest: Manifest, cases: Sequence[PictureCase], references: Sequence[Image.Image], precision: Precision
+) -> tuple[tuple[PictureParity, ...], list[Image.Image]]:
+    """Draws each case through the server's pipeline on the CPU, and compares it with the reference by the precision's limits.
+
+    Graphs in half precision compute as they would on a GPU (emulation.py).
+    """
+    from img2img_server.engine.run_request import run_alone
+    from img2img_server.runtime.execution import Execution
+    from img2img_server.runtime.loader import load_pipeline
+    from img2img_server.runtime.onnx.sessions import SessionOptions, open_session
+
+    from img2img_export.convert.emulation import open_emulated
+
+    def open_graph(path: Path, options: SessionOptions) -> Any:
+        return open_emulated(path) if precision in ("fp16", "bf16") else open_session(path, replace(options, lean=True))
+
+    threads, gradients = torch.get_num_threads(), torch.is_grad_enabled()
+    try:
+        with quiet():
+            pipeline = load_pipeline(bundle, manifest, Execution("cpu"), open_graph=open_graph)
+            drawn = [run_alone(pipeline, case.request)[0] for case in cases]
+    except (*_FAILURES, *RUNTIME_ERRORS, BundleError, ServerError) as error:
+        raise ExportError(f"the server's pipeline cannot run it: {type(error).__name__}: {first_line(error)}") from error
+    finally:
+        # The server's loader sets both for a process of its own.
+        torch.set_num_threads(threads)
+        torch.set_grad_enabled(gradients)
+    compared = zip(cases, drawn, references, strict=True)
+    return tuple(measure(case.name, picture, reference, precision) for case, picture, reference in compared), drawn
+
+
+def measure(case: str, picture: Image.Image, reference: Image.Image, precision: Precision = "fp32") -> PictureParity:
+    """Compares two RGB pictures. Another size never passes, nor does a picture of one colour, as NaNs decode to."""
+    if picture.size != reference.size:
+        return PictureParity(case, 255, 0.0, False, ssim=0.0)
+    limits = LIMITS[precision]
+    actual, expected = np.asarray(picture.convert("RGB")), np.asarray(reference.convert("RGB"))
+    difference = np.abs(actual.astype(np.int16) - expected.astype(np.int16))
+    psnr = psnr_db(picture, reference)
+    ssim = _structural_similarity(actual, expected)
+    worst = int(difference.max())
+    alike = worst <= limits.max_abs_error and psnr >= limits.psnr_db and ssim >= limits.ssim
+    return PictureParity(case, worst, psnr, alike and float(actual.std()) >= LEAST_CONTRAST, ssim)
+
+
+def _structural_similarity(actual: np.ndarray, expected: np.ndarray) -> float:
+    """SSIM of Wang et al., 2004, of each colour and on average."""
+    from skimage.metrics import structural_similarity
+
+    side = min(*actual.shape[:2], _SSIM_WINDOW)
+    window = side if side % 2 else side - 1
+    value = structural_similarity(actual, expected, channel_axis=2, data_range=255, win_size=window)  # type: ignore[no-untyped-call]
+    return float(value)
+
+
+def sample_picture(width: int, height: int) -> Image.Image:
+    """An RGB picture with smooth shades, edges and fine detail, made by a formula."""
+    y, x = np.mgrid[0:height, 0:width] / np.array([height, width]).reshape(2, 1, 1)
+    hills = (y > 0.55 + 0.15 * np.sin(7 * x)).astype(float)
+    red = 0.9 - 0.6 * y + 0.1 * np.sin(60 * x)
+    green = 0.3 + 0.5 * hills * x
+    blue = (1 - hills) * (0.4 + 0.5 * y) + 0.1
+    pixels = np.stack([red, green, blue], axis=-1).clip(0, 1) * 255
+    return Image.fromarray(pixels.round().astype(np.uint8))
+
+
+def _own_size(pipeline: Any) -> int:
+    """Pixels of a side: a multiple of 64, from the UNet's or transformer's own latent size."""
+    model = getattr(pipeline, "unet", None) or getattr(pipeline, "transformer", None)
+    latents = latent_size(getattr(model.config, "sample_size", None)) if model is not None else None
+    pixels = max(latents) * 8 if latents is not None else _GREATEST_SIZE
+    return max(min(pixels, _GREATEST_SIZE) // 64 * 64, 64)
+
+
+def _size_step(pipeline: Any) -> int:
+    """Pixels that width and height must be multiples of: those of a latent, or of a transformer's patch of two by two."""
+    patch = 2 if getattr(pipeline, "transformer", None) is not None else 1
+    return max(int(getattr(pipeline, "vae_scale_factor", 8)), 8) * patch
+
+
+def _arguments(pipeline: Any, request: Request) -> dict[str, Any]:
+    """The request as arguments of this pipeline's call: those that it has."""
+    offered = {
+        "prompt": request.prompt,
+        "negative_prompt": request.negative_prompt,
+        "image": request.image,
+        "strength": request.strength,
+        "num_inference_steps": request.num_inference_steps,
+        "guidance_scale": request.guidance_scale,
+        "width": request.image.width,
+        "height": request.image.height,
+        "generator": torch.Generator("cpu").manual_seed(request.seeds[0]),
+    }
+    known = inspect.signature(pipeline.__call__).parameters
+    return {name: value for name, value in offered.items() if name in known}

@@ -1,0 +1,191 @@
+"""Graph by graph: does each compute what the PyTorch module computes in fp32?
+
+Each graph sees batches of one and of three, at two sizes, on random numbers and on what the pipeline gave the module while
+it drew real pictures. In a batch every sample has another timestep, which is what the server relies on.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from img2img_server.bundle.limits import Limits
+from img2img_server.bundle.manifest import ComponentParity
+
+from img2img_export.convert.emulation import open_emulated
+from img2img_export.convert.graphs import RUNTIME_ERRORS
+from img2img_export.convert.parts import Part, Tensors
+from img2img_export.errors import FAILURES, ExportError, first_line
+from img2img_export.verify.contrib_functions import open_spelled_out
+from img2img_export.verify.recorded_inputs import Calls
+
+_BATCHES = (1, 3)
+_RANDOM_LATENTS = {1: (8, 8), 3: (9, 13)}
+"""Sizes of a UNet's random latents. The second is odd, which optimum's own graphs refuse."""
+_STEPS = (1.0, 0.4, 0.002)
+"""The timesteps of a batch, as parts of the greatest that was seen."""
+
+_LEGACY_END = 2
+"""Old CLIP configurations say 2 for the end token, and mean the greatest id (transformers pools by argmax then)."""
+
+_KINDS = {
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+    "tensor(int64)": np.int64,
+    "tensor(int32)": np.int32,
+    "tensor(bool)": np.bool_,
+}
+"""How ONNX Runtime names the types of inputs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One comparison: the graph's inputs by name, in fp32, and what PyTorch made of them."""
+
+    name: str
+    inputs: Tensors
+    expected: dict[str, np.ndarray]
+
+
+def make_cases(part: Part, module: Any, calls: Calls, stock: bool = False) -> list[Case]:
+    """The comparisons of a part; the module has to compute in fp32.
+
+    `stock` are the graphs that optimum-cli makes: one timestep for a batch, and latents of even sizes.
+    """
+    inputs: dict[str, Tensors] = {}
+    sizes = calls.two_sizes()
+    for index, batch in enumerate(_BATCHES):
+        real = _batch(sizes[index % len(sizes)], batch, calls)
+        if stock and "timestep" in real:
+            real["timestep"] = real["timestep"][:1].repeat(batch)
+        inputs[f"real, batch {batch}, {_size(real)}"] = real
+        made = _random(real, batch, any_size=takes_any_size(module) and not stock, config=module.config)
+        inputs[f"random, batch {batch}, {_size(made)}"] = made
+    cases = []
+    for name, given in inputs.items():
+        try:
+            with torch.no_grad():
+                expected = part.call(module, given)
+        except FAILURES as error:
+            raise ExportError(f"{part.name} cannot run {name}: {type(error).__name__}: {first_line(error)}") from error
+        cases.append(Case(name, given, {key: value.float().numpy() for key, value in expected.items()}))
+    return cases
+
+
+def compare(part: Part, session: Any, cases: list[Case], limits: Limits, graph: str = "plain") -> list[ComponentParity]:
+    """Runs the cases in an ONNX Runtime session. `graph` is "plain" or "fused"."""
+    results = []
+    names = list(part.outputs)
+    for case in cases:
+        inputs = {item.name: _as_input(case.inputs[item.name], item) for item in session.get_inputs()}
+        try:
+            outputs = session.run(names, inputs)
+        except RUNTIME_ERRORS:
+            # It refuses the inputs, as a frozen size makes it do.
+            outputs = [np.array(np.nan)] * len(names)
+        errors = [measure(actual, case.expected[name], limits) for name, actual in zip(names, outputs, strict=True)]
+        worst, relative = max(error.worst for error in errors), max(error.relative for error in errors)
+        passed = all(error.passed for error in errors)
+        results.append(ComponentParity(part.name, case.name, worst, relative, passed, graph))
+    return results
+
+
+def _as_input(value: torch.Tensor, item: Any) -> np.ndarray:
+    """A tensor as the graph's input `item` takes it; its first number, where that is a scalar."""
+    array: np.ndarray = value.numpy().astype(_KINDS[item.type])
+    return array if item.shape else array.reshape(-1)[:1].reshape(())
+
+
+def open_graph(path: Path) -> Any:
+    """A session of the graph as a GPU would compute it. Raises ExportError where ONNX Runtime does not take the graph."""
+    return _open(path, open_emulated)
+
+
+def open_fused(path: Path) -> Any:
+    """A session of a fused graph, its operators spelled out. Raises ExportError as above."""
+    return _open(path, open_spelled_out)
+
+
+def _open(path: Path, function: Callable[[Path], Any]) -> Any:
+    try:
+        return function(path)
+    except RUNTIME_ERRORS as error:
+        raise ExportError(f"ONNX Runtime cannot open {path.parent.name}: {first_line(error)}") from error
+
+
+@dataclass(frozen=True, slots=True)
+class Error:
+    """How far one tensor is from another: `worst` in its own units, `relative` by L2 norms; infinite where one has no number."""
+
+    worst: float
+    relative: float
+    passed: bool
+
+
+def measure(actual: np.ndarray, expected: np.ndarray, limits: Limits) -> Error:
+    """Compares two tensors. Another shape, or a NaN or an infinity anywhere, never passes."""
+    if actual.shape != expected.shape or not (np.isfinite(actual).all() and np.isfinite(expected).all()):
+        return Error(float("inf"), float("inf"), False)
+    reference = expected.astype(np.float64)
+    difference = actual.astype(np.float64) - reference
+    worst, norm = float(np.abs(difference).max()), float(np.linalg.norm(reference))
+    if norm == 0.0:
+        return Error(worst, 0.0 if worst == 0.0 else float("inf"), worst == 0.0)
+    relative = float(np.linalg.norm(difference)) / norm
+    root_mean_square = norm / reference.size**0.5
+    return Error(worst, relative, relative <= limits.relative_error and worst <= limits.worst * root_mean_square)
+
+
+def _batch(call: Tensors, batch: int, calls: Calls) -> Tensors:
+    """`batch` rows out of the calls of this size, each with a timestep of its own."""
+    alike = next(kept for kept in calls.by_shape.values() if any(value is call for value in kept))
+    rows = len(next(iter(call.values())))
+    index = [row % (rows * len(alike)) for row in range(batch)]
+    given: Tensors = {}
+    for name, value in call.items():
+        if name == "timestep":
+            given[name] = value[:1] * torch.tensor(_STEPS[:batch])
+        elif value.ndim and len(value) == rows:
+            given[name] = torch.cat([other[name] for other in alike])[index]
+        else:
+            given[name] = value
+    return given
+
+
+def _random(real: Tensors, batch: int, any_size: bool, config: Any) -> Tensors:
+    """Random numbers as large as the real ones. What has no row for each sample (positions) is kept, as are timesteps."""
+    generator = torch.Generator("cpu").manual_seed(batch)
+    made: Tensors = {}
+    for name, value in real.items():
+        if name == "input_ids":
+            made[name] = _random_ids(config, value, generator)
+        elif name == "timestep" or not value.is_floating_point() or len(value) != batch:
+            made[name] = value
+        else:
+            shape = list(value.shape)
+            if name == "sample" and any_size:
+                shape[2:] = _RANDOM_LATENTS[batch]
+            spread = value.std() if value.numel() > 1 else torch.tensor(1.0)
+            made[name] = torch.randn(shape, generator=generator) * spread + value.mean()
+    return made
+
+
+def takes_any_size(module: Any) -> bool:
+    """Whether it is a UNet that takes latents of odd sizes, as Stable Diffusion's are."""
+    return getattr(module.config, "addition_embed_type", "") in (None, "text_time")
+
+
+def _random_ids(config: Any, ids: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Token ids: words, and from some place on the end token, which pooling looks for."""
+    end = config.eos_token_id if config.eos_token_id != _LEGACY_END else config.vocab_size - 1
+    made = torch.randint(config.vocab_size - 2, ids.shape, generator=generator)
+    for row in range(len(made)):
+        made[row, 5 + 9 * row :] = end
+    return made
+
+
+def _size(inputs: Tensors) -> str:
+    first = next(iter(inputs.values()))
+    return " x ".join(map(str, first.shape[2:] if first.ndim > 3 else first.shape[1:2]))

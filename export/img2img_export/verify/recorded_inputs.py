@@ -1,0 +1,108 @@
+"""What a pipeline gives to its parts while it draws: the inputs on which graphs are traced and compared, from real pictures."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from img2img_export.convert.parts import Tensors, bind, flatten
+
+VAE = "vae"
+_METHODS = {"encode": "vae_encoder", "decode": "vae_decoder"}
+_NAMES = {"vae_encoder": "sample", "vae_decoder": "latent_sample"}
+
+
+@dataclass(slots=True)
+class Calls:
+    """The calls of one part: the first and the last of each size, their tensors by name. `structure` is the first, as it was."""
+
+    structure: dict[str, Any]
+    by_shape: dict[tuple[Any, ...], list[Tensors]] = field(default_factory=dict)
+    settings: dict[str, set[str]] = field(default_factory=dict)
+    """What each argument that is no tensor was, as text."""
+
+    def add(self, tensors: Tensors) -> None:
+        """Keeps a call, or lets it take the place of the last of its size."""
+        kept = self.by_shape.setdefault(tuple((name, tuple(value.shape)) for name, value in tensors.items()), [])
+        del kept[1:]
+        kept.append(tensors)
+
+    def note(self, call: dict[str, Any]) -> None:
+        """Notes the arguments that are no tensors: a graph can't have them as inputs."""
+        for name, value in call.items():
+            if not isinstance(value, (torch.Tensor, Mapping)):
+                self.settings.setdefault(name, set()).add(repr(value))
+
+    @property
+    def varying(self) -> list[str]:
+        """The arguments that are no tensors, and yet not always the same."""
+        return [name for name, seen in self.settings.items() if len(seen) > 1]
+
+    def all(self) -> list[Tensors]:
+        """A call of each size, of those with the first one's tensors."""
+        names = set(flatten(self.structure))
+        return [kept[0] for kept in self.by_shape.values() if set(kept[0]) == names]
+
+    def two_sizes(self) -> list[Tensors]:
+        """A call, and one whose first tensor differs from its own in more than the number of rows, where there was one."""
+        first, *others = self.all()
+        name = next(iter(first))
+        return [first, *[call for call in others if call[name].shape[1:] != first[name].shape[1:]][:1]]
+
+
+class Recorder:
+    """Listens to the `components` of a diffusers pipeline while it is entered. A VAE is heard as its two halves."""
+
+    def __init__(self, pipeline: Any, components: tuple[str, ...]) -> None:
+        self.calls: dict[str, Calls] = {}
+        self._modules = {name: getattr(pipeline, name) for name in components}
+        self._undo: list[Callable[[], None]] = []
+
+    def __enter__(self) -> "Recorder":
+        for name, module in self._modules.items():
+            if name == VAE:
+                for method, part in _METHODS.items():
+                    self._wrap(module, method, part)
+            else:
+                handle = module.register_forward_pre_hook(self._hook(name), with_kwargs=True, prepend=True)
+                self._undo.append(handle.remove)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for undo in self._undo:
+            undo()
+        self._undo.clear()
+        self._modules.clear()
+
+    def _hook(self, name: str) -> Callable[..., None]:
+        def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self._add(name, bind(module.forward, args, kwargs))
+
+        return hook
+
+    def _wrap(self, vae: Any, method: str, part: str) -> None:
+        function = getattr(vae, method)
+
+        def wrapped(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            self._add(part, {_NAMES[part]: tensor})
+            return function(tensor, *args, **kwargs)
+
+        setattr(vae, method, wrapped)
+        self._undo.append(lambda: delattr(vae, method))
+
+    def _add(self, name: str, call: dict[str, Any]) -> None:
+        call = {key: _normal(key, value, call) for key, value in call.items()}
+        tensors = {key: value.detach().clone() for key, value in flatten(call).items()}
+        calls = self.calls.setdefault(name, Calls(call))
+        calls.add(tensors)
+        calls.note(call)
+
+
+def _normal(name: str, value: Any, call: dict[str, Any]) -> Any:
+    """A timestep with a value for each row, as graphs have it."""
+    if name != "timestep":
+        return value
+    rows = len(next(iter(flatten(call).values())))
+    return torch.as_tensor(value, dtype=torch.float32).reshape(-1).expand(rows).contiguous()

@@ -1,0 +1,118 @@
+"""gRPC's side of the asset store."""
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator
+from typing import Any
+
+from google.protobuf.timestamp_pb2 import Timestamp
+from img2img.v1 import asset_pb2 as pb
+from img2img.v1 import asset_pb2_grpc
+
+from img2img_server import images
+from img2img_server.assets.files import is_id, owner_of
+from img2img_server.assets.index import Asset
+from img2img_server.assets.store import AssetStore
+from img2img_server.codecs.jobs import Inspect
+from img2img_server.codecs.pool import Codecs
+from img2img_server.errors import DeadlineExpired, InvalidField
+from img2img_server.support.call import current
+
+_CHUNK = 256 * 2**10
+"""Bytes of a download's message."""
+_IDLE = 60.0
+"""Seconds without a message after which an upload is given up: until then it holds memory, and a part of the quota."""
+_LONGEST = 600.0
+"""Seconds for a whole upload: messages of a byte must not hold them for ever either."""
+
+
+class AssetService(asset_pb2_grpc.AssetServiceServicer):
+    """UploadAsset, GetAsset and DeleteAsset. `limits` bound the images that are taken, `codecs` look at them; `idle` is in
+    seconds."""
+
+    def __init__(self, assets: AssetStore, limits: images.ImageLimits, codecs: Codecs, idle: float = _IDLE) -> None:
+        self._assets = assets
+        self._limits = limits
+        self._codecs = codecs
+        self._idle = idle
+
+    async def UploadAsset(self, request_iterator: AsyncIterator[pb.UploadAssetRequest], context: Any) -> pb.UploadAssetResponse:
+        """Stores a picture, whole and checked, before it answers."""
+        self._assets.require("UploadAsset")
+        owner = owner_of(current())
+        try:
+            async with asyncio.timeout(_LONGEST):
+                info = await self._info(request_iterator)
+                held = info.sha256 != "" and self._assets.holds(owner, info.sha256)
+                with self._codecs.memory.hold(current(), info.size):
+                    async with self._assets.room(owner, 0 if held else info.size) as room:
+                        data = await self._data(info, request_iterator)
+                        await self._check_image(info, data)
+                        asset = await self._assets.put(owner, data, room)
+        except TimeoutError:
+            raise DeadlineExpired(f"the upload took longer than {_LONGEST:g} seconds") from None
+        return pb.UploadAssetResponse(asset=_message(asset))
+
+    async def GetAsset(self, request: pb.GetAssetRequest, context: Any) -> AsyncGenerator[pb.GetAssetResponse, None]:
+        """Sends a picture as fast as its reader takes it."""
+        owner = self._checked(request.id, "GetAsset")
+        yield pb.GetAssetResponse(asset=_message(await self._assets.find(owner, request.id)))
+        async for block in self._assets.stream(owner, request.id):
+            for start in range(0, len(block), _CHUNK):
+                yield pb.GetAssetResponse(chunk=block[start : start + _CHUNK])
+
+    async def DeleteAsset(self, request: pb.DeleteAssetRequest, context: Any) -> pb.DeleteAssetResponse:
+        """Deletes a picture of the caller's."""
+        owner = self._checked(request.id, "DeleteAsset")
+        await self._assets.delete(owner, request.id)
+        return pb.DeleteAssetResponse()
+
+    def _checked(self, asset_id: str, what: str) -> str:
+        """Whose asset the caller asks for. Raises InvalidField for an id that is none."""
+        self._assets.require(what)
+        if not is_id(asset_id):
+            raise InvalidField("id", "an asset's id has 64 hexadecimal digits in lower case, as UploadAsset gives it")
+        return owner_of(current())
+
+    async def _info(self, messages: AsyncIterator[pb.UploadAssetRequest]) -> pb.UploadAssetInfo:
+        first = await self._next(messages)
+        if first is None or first.WhichOneof("content") != "info":
+            raise InvalidField("info", "the first message of an upload has its info")
+        most = self._limits.max_bytes
+        if not 1 <= first.info.size <= most:
+            raise InvalidField("info.size", f"{first.info.size} is not in 1 to {most}: announce the file's size in bytes")
+        if first.info.sha256 and not is_id(first.info.sha256):
+            raise InvalidField("info.sha256", "a SHA-256 has 64 hexadecimal digits in lower case")
+        return first.info
+
+    async def _data(self, info: pb.UploadAssetInfo, messages: AsyncIterator[pb.UploadAssetRequest]) -> bytes:
+        data = bytearray()
+        while (message := await self._next(messages)) is not None:
+            if message.WhichOneof("content") == "info":
+                raise InvalidField("info", "only the first message of an upload has one")
+            if len(data) + len(message.chunk) > info.size:
+                raise InvalidField("info.size", f"it announces {info.size} bytes, and more came")
+            data += message.chunk
+        if len(data) < info.size:
+            raise InvalidField("info.size", f"it announces {info.size} bytes, and {len(data)} came")
+        return bytes(data)
+
+    async def _next(self, messages: AsyncIterator[pb.UploadAssetRequest]) -> pb.UploadAssetRequest | None:
+        """The next message, None at the end."""
+        try:
+            async with asyncio.timeout(self._idle):
+                return await anext(messages, None)
+        except TimeoutError:
+            raise DeadlineExpired(f"nothing of the upload came for {self._idle:g} seconds") from None
+
+    async def _check_image(self, info: pb.UploadAssetInfo, data: bytes) -> None:
+        found = await self._codecs.inspect(data, Inspect("chunk", self._limits))
+        if info.sha256 and info.sha256 != found.sha256:
+            raise InvalidField("info.sha256", "the bytes that came have another SHA-256 than was announced")
+        if info.media_type and info.media_type != found.media_type:
+            raise InvalidField("info.media_type", f"the file is {found.media_type}, not what was announced")
+
+
+def _message(asset: Asset) -> pb.Asset:
+    expires = Timestamp()
+    expires.FromMilliseconds(round(asset.expires * 1000))
+    return pb.Asset(id=asset.id, media_type=asset.media_type, size=asset.size, sha256=asset.id, expire_time=expires)

@@ -1,0 +1,130 @@
+"""grpc.health.v1 whose state never waits for a client: a watcher that does not read delays no other and not the server."""
+
+import asyncio
+import itertools
+from collections import Counter
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from grpc_health.v1 import health_pb2 as pb
+from grpc_health.v1 import health_pb2_grpc
+
+from img2img_server.errors import ClientBusy, Exhausted, InvalidField, ServiceNotFound
+from img2img_server.support.call import current
+
+MAX_WATCHES = 4096
+"""Calls of Watch at a time, of all clients."""
+MAX_CLIENT_WATCHES = 256
+"""Calls of Watch at a time of one client: health needs no token, so this is one address."""
+_MAX_NAME = 1024
+"""Characters of a service's name. A watch holds its name as long as it lasts."""
+_RETRY_SECONDS = 10.0
+
+SERVING = pb.HealthCheckResponse.SERVING
+NOT_SERVING = pb.HealthCheckResponse.NOT_SERVING
+
+
+class _Watch:
+    """What one watcher has not read yet: the latest status, None if it has read that."""
+
+    def __init__(self, status: int) -> None:
+        self.status: int | None = status
+        self.changed = asyncio.Event()
+        self.changed.set()
+
+
+class HealthServicer(health_pb2_grpc.HealthServicer):
+    """Check and Watch over the statuses that the server sets. Source: grpc's doc/health-checking.md.
+
+    Only a watcher's own task writes to its client; setting a status replaces what the watcher has not read yet, and never blocks.
+    Used on the event loop only.
+    """
+
+    def __init__(self, max_watches: int = MAX_WATCHES, max_client_watches: int = MAX_CLIENT_WATCHES) -> None:
+        self._max_watches = max_watches
+        self._max_client_watches = max_client_watches
+        self._statuses: dict[str, int] = {"": NOT_SERVING}
+        self._watches: dict[str, set[_Watch]] = {}
+        self._clients: Counter[str] = Counter()
+        self._draining = False
+        self._closed = False
+
+    def set(self, service: str, serving: bool) -> None:
+        """Sets the status of `service`, "" for the server as a whole, and wakes its watchers. Once it drains, none is SERVING."""
+        status = SERVING if serving and not self._draining else NOT_SERVING
+        self._statuses[service] = status
+        for watch in self._watches.get(service, ()):
+            watch.status = status
+            watch.changed.set()
+
+    def is_serving(self, service: str = "") -> bool:
+        """Whether the status of `service` is SERVING."""
+        return self._statuses.get(service) == SERVING
+
+    def drain(self) -> None:
+        """Sets every service to NOT_SERVING for good."""
+        self._draining = True
+        for service in list(self._statuses):
+            self.set(service, False)
+
+    def close(self) -> None:
+        """Drains, and ends each watch once its client has read the last status."""
+        self.drain()
+        self._closed = True
+        for watch in itertools.chain.from_iterable(self._watches.values()):
+            watch.changed.set()
+
+    async def Check(self, request: pb.HealthCheckRequest, context: Any) -> pb.HealthCheckResponse:
+        """The status of a service. Raises ServiceNotFound for an unknown one."""
+        _check_name(request.service)
+        status = self._statuses.get(request.service)
+        if status is None:
+            raise ServiceNotFound("service: unknown; there are '' for the server and 'models/ID' for each model")
+        return pb.HealthCheckResponse(status=status)
+
+    async def Watch(self, request: pb.HealthCheckRequest, context: Any) -> AsyncGenerator[pb.HealthCheckResponse, None]:
+        """The status of a service now and after each change, SERVICE_UNKNOWN while it is unknown. A client that reads slowly gets
+        the latest status only.
+
+        Raises Exhausted and ClientBusy if there are too many watches already.
+        """
+        _check_name(request.service)
+        with self._watching(request.service) as watch:
+            told = None
+            while True:
+                await watch.changed.wait()
+                watch.changed.clear()
+                status, watch.status = watch.status, None
+                if status is not None and status != told:
+                    told = status
+                    yield pb.HealthCheckResponse(status=status)
+                if self._closed and watch.status is None:
+                    return
+
+    @contextmanager
+    def _watching(self, service: str) -> Iterator[_Watch]:
+        """A watch of `service`, which counts within the block."""
+        client = current().client
+        if self._clients[client] >= self._max_client_watches:
+            raise ClientBusy(f"this client has {self._max_client_watches} health watches already", _RETRY_SECONDS)
+        if self._clients.total() >= self._max_watches:
+            raise Exhausted(f"there are {self._max_watches} health watches already", _RETRY_SECONDS)
+        watch = _Watch(self._statuses.get(service, pb.HealthCheckResponse.SERVICE_UNKNOWN))
+        watches = self._watches.setdefault(service, set())
+        watches.add(watch)
+        self._clients[client] += 1
+        try:
+            yield watch
+        finally:
+            watches.remove(watch)
+            if not watches:
+                self._watches.pop(service, None)
+            self._clients[client] -= 1
+            if not self._clients[client]:
+                del self._clients[client]
+
+
+def _check_name(service: str) -> None:
+    if len(service) > _MAX_NAME:
+        raise InvalidField("service", f"it has {len(service)} characters, the most is {_MAX_NAME}")

@@ -1,0 +1,94 @@
+"""One inference: translated, run by ImageToImageService as any other transform, and translated back."""
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing, asynccontextmanager
+from typing import Any
+
+from img2img.v1 import image_to_image_pb2 as pb
+
+from img2img_server.api.kserve import translation
+from img2img_server.api.kserve.translation import Task
+from img2img_server.api.transform import ImageToImageService
+from img2img_server.codecs.memory import ImageMemory
+from img2img_server.engine.runner import Runner
+from img2img_server.errors import DeadlineExpired
+from img2img_server.support.call import current
+from img2img_server.support.fair_queue import FairThreads
+
+_THREADS = 2
+"""That read tensors. Clients share them fairly."""
+
+
+class Until:
+    """What a service asks of a call's context: how long it has left, by the call's deadline and by the request's own.
+
+    `ends` is a time of time.monotonic in seconds, None where the request has no timeout.
+    """
+
+    def __init__(self, context: Any, ends: float | None) -> None:
+        self._context = context
+        self._ends = ends
+
+    def time_remaining(self) -> float | None:
+        """Seconds, None without a deadline."""
+        left: float | None = self._context.time_remaining()
+        if self._ends is None:
+            return left
+        own = self._ends - time.monotonic()
+        return own if left is None else min(left, own)
+
+
+class Inference:
+    """Runs ModelInferRequests on `transforms`, once `runner` has room for them. `memory` accounts for
+    those of streams. What that raises names KServe's tensors."""
+
+    def __init__(self, transforms: ImageToImageService, runner: Runner, memory: ImageMemory) -> None:
+        self._memory = memory
+        self._transforms = transforms
+        self._runner = runner
+        self._threads = FairThreads(_THREADS, "img2img-tensors")
+
+    async def once(self, request: Any, context: Any) -> Any:
+        """The ModelInferResponse of a request."""
+        return await self._finished(await self._read(request), context)
+
+    async def told(self, request: Any, context: Any) -> AsyncGenerator[tuple[Any, bool], None]:
+        """The ModelInferResponses of a request, and whether each is the final one: before that comes one for each step, where
+        progress is asked for."""
+        with self._memory.hold(current(), request.ByteSize()):
+            task = await self._read(request)
+            if not task.progress:
+                yield await self._finished(task, context), True
+                return
+            asked = pb.TransformStreamRequest(request=task.message)
+            async with self._running(task, context) as until, aclosing(self._transforms.TransformStream(asked, until)) as events:
+                async for event in events:
+                    if event.HasField("progress"):
+                        yield translation.written_progress(task, event.progress), False
+                    elif event.HasField("completed"):
+                        yield translation.written(task, event.completed), True
+
+    async def _read(self, request: Any) -> Task:
+        """The task of a request, which has a place while it is read: one that is refused is refused before work goes into it."""
+        with self._runner.arriving(current().client):
+            return await translation.read(request, self._threads)
+
+    async def _finished(self, task: Task, context: Any) -> Any:
+        async with self._running(task, context) as until:
+            return translation.written(task, await self._transforms.Transform(task.message, until))
+
+    @asynccontextmanager
+    async def _running(self, task: Task, context: Any) -> AsyncIterator[Until]:
+        """Within the block, which its timeout ends, the task's errors are KServe's."""
+        with translation.renamed(task.source):
+            ends = None if task.seconds is None else time.monotonic() + task.seconds
+            timeout = asyncio.timeout(task.seconds)
+            try:
+                async with timeout:
+                    yield Until(context, ends)
+            except TimeoutError:
+                if not timeout.expired():
+                    raise
+                raise DeadlineExpired(f"the timeout of {task.seconds:g} s passed before the request was finished") from None

@@ -1,0 +1,128 @@
+"""KServe v2's GRPCInferenceService, as Triton has it: other words for what the services of img2img.v1 do."""
+
+from collections.abc import AsyncGenerator, AsyncIterator
+from typing import Any
+
+from img2img.v1 import model_pb2 as pb
+from tritonclient.grpc import service_pb2 as kserve_pb  # type: ignore[import-untyped]
+from tritonclient.grpc import service_pb2_grpc
+
+from img2img_server.access.access import Access
+from img2img_server.api.handlers import Handlers
+from img2img_server.api.health import HealthServicer
+from img2img_server.api.kserve import describing, translation
+from img2img_server.api.kserve.inference import Inference
+from img2img_server.api.kserve.streaming import Stream
+from img2img_server.api.kserve.tensors import shown
+from img2img_server.api.kserve.unsupported import Unsupported
+from img2img_server.api.models import ModelService
+from img2img_server.api.transform import ImageToImageService
+from img2img_server.codecs.memory import ImageMemory
+from img2img_server.engine.runner import Runner
+from img2img_server.errors import InvalidField, ModelNotFound, NotSupported
+from img2img_server.telemetry.telemetry import Telemetry
+
+_SERVICE = kserve_pb.DESCRIPTOR.services_by_name["GRPCInferenceService"]
+NAME: str = _SERVICE.full_name
+
+
+class InferenceService(Unsupported):
+    """Inference, and what a client asks about a server and its models.
+
+    A model is ready where it is in memory; one that is not is loaded by a
+    request for it, where the server does so.
+    """
+
+    def __init__(
+        self, inference: Inference, models: ModelService, health: HealthServicer, access: Access, telemetry: Telemetry
+    ) -> None:
+        self._inference = inference
+        self._models = models
+        self._health = health
+        self._access = access
+        self._telemetry = telemetry
+
+    async def ServerLive(self, request: Any, context: Any) -> Any:
+        """Whether the server answers, as it does."""
+        return kserve_pb.ServerLiveResponse(live=True)
+
+    async def ServerReady(self, request: Any, context: Any) -> Any:
+        """Whether the server takes requests: not while it drains."""
+        return kserve_pb.ServerReadyResponse(ready=self._health.is_serving())
+
+    async def ModelReady(self, request: Any, context: Any) -> Any:
+        """Whether a model is in memory, of a server that takes requests. False for one that there is not."""
+        try:
+            found = await self._get(request, context)
+        except ModelNotFound:
+            return kserve_pb.ModelReadyResponse(ready=False)
+        return kserve_pb.ModelReadyResponse(ready=found.state == pb.MODEL_STATE_READY and self._health.is_serving())
+
+    async def ServerMetadata(self, request: Any, context: Any) -> Any:
+        """The server's name, version and extensions."""
+        return describing.server()
+
+    async def ModelMetadata(self, request: Any, context: Any) -> Any:
+        """A model's inputs and outputs."""
+        return describing.model(await self._get(request, context))
+
+    async def ModelConfig(self, request: Any, context: Any) -> Any:
+        """A model's inputs, outputs, and what it is."""
+        return describing.configuration(await self._get(request, context))
+
+    async def RepositoryIndex(self, request: Any, context: Any) -> Any:
+        """Every model that the caller may use."""
+        _check_repository(request)
+        return describing.index(await self._models.ListModels(pb.ListModelsRequest(), context), request.ready)
+
+    async def RepositoryModelLoad(self, request: Any, context: Any) -> Any:
+        """Makes a model ready. For administrators."""
+        _check_repository(request)
+        for key in sorted(request.parameters):
+            raise NotSupported(f"parameters: models are loaded as they are in the store, {shown(key)} cannot be given")
+        translation.check_name(request.model_name)
+        with translation.renamed():
+            await self._models.LoadModel(pb.LoadModelRequest(id=request.model_name), context)
+        return kserve_pb.RepositoryModelLoadResponse()
+
+    async def RepositoryModelUnload(self, request: Any, context: Any) -> Any:
+        """Frees a model's memory. For administrators."""
+        _check_repository(request)
+        for key in sorted(set(request.parameters) - {"unload_dependents"}):  # Triton's client always sends that: there are none
+            raise InvalidField("parameters", f"there is no parameter {shown(key)}")
+        await self._models.UnloadModel(pb.UnloadModelRequest(id=request.model_name), context)
+        return kserve_pb.RepositoryModelUnloadResponse()
+
+    async def ModelInfer(self, request: Any, context: Any) -> Any:
+        """Transforms one picture and answers when it is done."""
+        return await self._inference.once(request, context)
+
+    async def ModelStreamInfer(self, requests: AsyncIterator[Any], context: Any) -> AsyncGenerator[Any, None]:
+        """Transforms pictures as they come, and tells of each as it is asked to."""
+        async for response in Stream(self._inference, self._access, self._telemetry, context).responses(requests):
+            yield response
+
+    async def _get(self, request: Any, context: Any) -> pb.Model:
+        translation.check_version(request.name, request.version)
+        return (await self._models.GetModel(pb.GetModelRequest(id=request.name), context)).model
+
+
+def add(
+    handlers: Handlers,
+    transforms: ImageToImageService,
+    runner: Runner,
+    models: ModelService,
+    health: HealthServicer,
+    access: Access,
+    telemetry: Telemetry,
+    memory: ImageMemory,
+) -> None:
+    """Has `handlers` answer KServe v2, too."""
+    telemetry.serves(_SERVICE)
+    service = InferenceService(Inference(transforms, runner, memory), models, health, access, telemetry)
+    service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(service, handlers.as_server)
+
+
+def _check_repository(request: Any) -> None:
+    if request.repository_name:
+        raise NotSupported("repository_name: there is one repository, which has no name")

@@ -1,0 +1,253 @@
+"""ModelInferRequest -> TransformRequest, TransformResponse -> ModelInferResponse: what is asked by tensors and by parameters."""
+
+import io
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from google.protobuf.descriptor import FieldDescriptor
+from img2img.v1 import image_to_image_pb2 as pb
+from PIL import Image
+from tritonclient.grpc import service_pb2 as kserve_pb  # type: ignore[import-untyped]
+
+from img2img_server.api.kserve import tensors
+from img2img_server.api.kserve.parameters import Parameters
+from img2img_server.api.kserve.tensors import Input, Output
+from img2img_server.errors import InvalidField, ModelNotFound, NotSupported
+from img2img_server.support.fair_queue import FairThreads
+
+VERSION = "1"
+"""Of every model: a bundle that changes is another model."""
+
+SOURCES = (
+    Input("image", ("BYTES",)),
+    Input("image_uri", ("BYTES",)),
+    Input("image_pixels", ("UINT8",), (-1, -1, 3)),
+)
+"""Exactly one of these is given."""
+SETTINGS = (
+    Input("prompt", ("BYTES",)),
+    Input("negative_prompt", ("BYTES",)),
+    Input("strength", ("FP32", "FP64")),
+    Input("guidance_scale", ("FP32", "FP64")),
+    Input("num_inference_steps", ("INT64", "INT32")),
+    Input("seed", ("INT64", "INT32")),
+    Input("image_count", ("INT64", "INT32")),
+    Input("width", ("INT64", "INT32")),
+    Input("height", ("INT64", "INT32")),
+    Input("scheduler", ("BYTES",)),
+)
+"""Each has the name of its field in TransformRequest, and may be a parameter of the request instead."""
+IMAGES, SEED = Output("images", "BYTES"), Output("seed", "INT64")
+OUTPUTS = (IMAGES, SEED)
+STEP, STEP_COUNT, PREVIEW = Output("step", "INT64", (1,)), Output("step_count", "INT64", (1,)), Output("preview", "BYTES", (1,))
+PROGRESS = (STEP, STEP_COUNT, PREVIEW)
+"""Of the responses that tell of a step, in streams that ask for them."""
+
+_NATIVE = "native"
+_FIELDS = {
+    "fit.longest_side": "fit",
+    "output.format": "output_format",
+    "output.quality": "quality",
+    "model": "model_name",
+    "id": "model_name",
+}
+"""What a field of TransformRequest's and ModelService's messages is called here."""
+_TIMINGS = tuple(field.name for field in pb.Timings.DESCRIPTOR.fields)
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """A ModelInferRequest as the services know it.
+
+    `outputs` are those that were asked for, in order. With `progress` its steps are told. It is given up after `seconds`, None
+    for never. `source` is the input that has the picture; where that came with a batch's dimension, the outputs have one, too.
+    """
+
+    message: pb.TransformRequest
+    id: str
+    outputs: tuple[Output, ...]
+    progress: bool
+    seconds: float | None
+    source: str
+    batched: bool
+
+
+async def read(request: Any, threads: FairThreads) -> Task:
+    """Checks the form of a request, on `threads` where that takes long; what its values may be is the parser's.
+
+    Raises InvalidField, NotSupported or ModelNotFound.
+    """
+    check_name(request.model_name)
+    check_version(request.model_name, request.model_version)
+    outputs = _outputs(request)
+    # On a thread: a large picture takes some milliseconds, and a second where each value of it is a number of its own.
+    given = await threads.run(tensors.read, request, (*SOURCES, *SETTINGS))
+    parameters = Parameters(request.parameters)
+    message = pb.TransformRequest(model=pb.ModelReference(path=request.model_name))
+    for setting in SETTINGS:
+        _set(message, setting.name, given, parameters)
+    message.output.format = parameters.one_of("output_format", _formats()) or pb.OUTPUT_FORMAT_UNSPECIFIED
+    if (quality := parameters.integer("quality", 32)) is not None:
+        message.output.quality = quality
+    _set_fit(message, parameters.word_or_integer("fit"))
+    message.preview_interval = parameters.integer("preview_interval", 32) or 0
+    progress = parameters.truth("progress") or message.preview_interval > 0
+    uri = parameters.text("image_uri")
+    seconds = _seconds(parameters)
+    parameters.finish()
+    source, batched = await _set_source(message, given, uri, threads)
+    return Task(message, request.id, outputs, progress, seconds, source, batched)
+
+
+def check_name(name: str) -> None:
+    """Raises InvalidField where no model is named."""
+    if not name:
+        raise InvalidField("model_name", "it is empty: name one that RepositoryIndex lists")
+
+
+def check_version(name: str, version: str) -> None:
+    """Raises ModelNotFound for a version that no model has."""
+    if version not in ("", VERSION):
+        raise ModelNotFound(f"model {tensors.shown(name)} has no version {tensors.shown(version)}: there is {VERSION}")
+
+
+@contextmanager
+def renamed(source: str = "image") -> Iterator[None]:
+    """Within the block, an InvalidField of img2img.v1 names the tensor, parameter or field of KServe's that is wrong."""
+    try:
+        yield
+    except InvalidField as error:
+        field = source if error.field.partition(".")[0] == "image" else _FIELDS.get(error.field, error.field)
+        raise InvalidField(field, error.description) from None
+
+
+def written(task: Task, answer: pb.TransformResponse) -> Any:
+    """The ModelInferResponse of a finished transform."""
+    response = kserve_pb.ModelInferResponse(model_name=answer.model_id, model_version=VERSION, id=task.id)
+    for output in task.outputs:
+        if output is IMAGES:
+            tensors.write(response, output, [image.data for image in answer.images], task.batched)
+        else:
+            tensors.write(response, output, [image.seed for image in answer.images], task.batched)
+    for name in _TIMINGS:
+        response.parameters[name].double_param = getattr(answer.timings, name)
+    if answer.warnings:
+        told = [{"field": one.field, "code": one.code, "description": one.description} for one in answer.warnings]
+        response.parameters["warnings"].string_param = json.dumps(told, ensure_ascii=False)
+    response.parameters["engine"].string_param = answer.engine
+    response.parameters["model_revision"].string_param = answer.model_revision
+    return response
+
+
+def written_progress(task: Task, progress: pb.Progress) -> Any:
+    """The ModelInferResponse that tells of a step."""
+    response = kserve_pb.ModelInferResponse(model_name=task.message.model.path, model_version=VERSION, id=task.id)
+    tensors.write(response, STEP, [progress.step], task.batched)
+    tensors.write(response, STEP_COUNT, [progress.step_count], task.batched)
+    if progress.HasField("preview"):
+        tensors.write(response, PREVIEW, [progress.preview], task.batched)
+    if progress.HasField("eta_seconds"):
+        response.parameters["eta_seconds"].double_param = progress.eta_seconds
+    return response
+
+
+def _outputs(request: Any) -> tuple[Output, ...]:
+    known, asked = {output.name: output for output in OUTPUTS}, list[Output]()
+    for tensor in request.outputs:
+        if tensor.name not in known:
+            raise InvalidField("outputs", f"there is no output {tensors.shown(tensor.name)}; there are {', '.join(known)}")
+        if known[tensor.name] in asked:
+            raise InvalidField("outputs", f"'{tensor.name}' is asked for twice")
+        for key in sorted(tensor.parameters):
+            if key == "classification" or key.startswith("shared_memory"):
+                raise NotSupported(f"{tensor.name}: this server does not do {key}")
+            raise InvalidField(tensor.name, f"an output has no parameter {tensors.shown(key)}")
+        asked.append(known[tensor.name])
+    return tuple(asked) or OUTPUTS
+
+
+def _set(message: pb.TransformRequest, name: str, given: Mapping[str, tensors.Given], parameters: Parameters) -> None:
+    """Sets a field of the message by the tensor of its name, or else by the parameter."""
+    field = message.DESCRIPTOR.fields_by_name[name]
+    value: Any
+    if field.cpp_type == FieldDescriptor.CPPTYPE_STRING:
+        value = parameters.text(name)
+    elif field.cpp_type == FieldDescriptor.CPPTYPE_DOUBLE:
+        value = parameters.number(name)
+    else:
+        value = parameters.integer(name, 32 if field.cpp_type == FieldDescriptor.CPPTYPE_INT32 else 64)
+    if name in given:
+        value = given[name].value
+        if isinstance(value, bytes):
+            value = _text(name, value)
+        elif field.cpp_type == FieldDescriptor.CPPTYPE_INT32 and not -(2**31) <= value < 2**31:
+            raise InvalidField(name, f"{value} needs more than 32 bits")
+    if value is not None:
+        setattr(message, name, value)
+
+
+def _set_fit(message: pb.TransformRequest, fit: str | int | None) -> None:
+    if isinstance(fit, int):
+        if not -(2**31) <= fit < 2**31:
+            raise InvalidField("fit", f"{fit} needs more than 32 bits")
+        message.fit.longest_side = fit
+    elif fit is not None:
+        if fit.lower() != _NATIVE:
+            raise InvalidField("fit", f"{tensors.shown(fit)} is neither '{_NATIVE}' nor the longest side in pixels")
+        message.fit.native_area.SetInParent()
+
+
+async def _set_source(
+    message: pb.TransformRequest, given: Mapping[str, tensors.Given], uri: str | None, threads: FairThreads
+) -> tuple[str, bool]:
+    """Sets the picture of the message. Returns the input that has it, and whether that has a batch's dimension."""
+    found = [source.name for source in SOURCES if source.name in given]
+    if uri is not None and "image_uri" not in found:
+        found.append("image_uri")
+    if len(found) != 1:
+        names = ", ".join(source.name for source in SOURCES)
+        raise InvalidField("image", f"exactly one of the inputs {names} is to be given, and there are {len(found)}")
+    (name,) = found
+    tensor = given.get(name)
+    value = uri if tensor is None else tensor.value
+    if isinstance(value, np.ndarray):
+        message.image.data = await threads.run(_file, value)
+    elif name == "image":
+        assert isinstance(value, bytes), "a BYTES tensor has bytes"
+        message.image.data = value
+    else:
+        message.image.uri = value if isinstance(value, str) else _text(name, value)
+    return name, tensor is not None and tensor.batched
+
+
+def _file(pixels: np.ndarray[Any, np.dtype[np.uint8]]) -> bytes:
+    """Pixels [height, width, 3] as a file without loss that costs next to nothing to write and to read."""
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "BMP")
+    return file.getvalue()
+
+
+def _text(name: str, value: Any) -> str:
+    try:
+        return str(value, "utf-8")
+    except UnicodeDecodeError as error:
+        raise InvalidField(name, f"it is no UTF-8: byte {error.start} is wrong") from None
+
+
+def _seconds(parameters: Parameters) -> float | None:
+    """Triton's `timeout`, in microseconds, 0 for none. Its `priority` is taken and does nothing: clients take turns."""
+    parameters.integer("priority", 65)  # an unsigned one of 64 bits
+    parameters.truth("triton_enable_empty_final_response")  # none is needed: each final response says that it is
+    microseconds = parameters.integer("timeout", 64)
+    if microseconds is not None and microseconds < 0:
+        raise InvalidField("timeout", f"{microseconds} is negative: it is in microseconds, 0 for none")
+    return microseconds / 1e6 if microseconds else None
+
+
+def _formats() -> dict[str, Any]:
+    formats = pb.OutputFormat.DESCRIPTOR.values
+    return {value.name.removeprefix("OUTPUT_FORMAT_").lower(): value.number for value in formats if value.number}

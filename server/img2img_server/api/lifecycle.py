@@ -1,0 +1,109 @@
+"""The life of the server's process: it serves until a signal and drains; a second signal or a stuck engine ends it at once.
+
+Exit statuses: 0 after a drain, 130 or 143 where SIGINT or SIGTERM ended it before it was drained, 70 (sysexits.h: EX_SOFTWARE)
+where the engine was stuck.
+"""
+
+import asyncio
+import contextlib
+import faulthandler
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from typing import NoReturn
+
+from img2img_server.api.server import Server
+
+_log = logging.getLogger(__name__)
+
+STUCK = os.EX_SOFTWARE
+_ANSWERING = 2.0
+"""Seconds that those who wait are told in, when it ends at once."""
+_AT_LAST = 4.0
+"""Seconds after which it ends even if the event loop, or a lock that it waits for, is held by what is stuck."""
+_AFTER_GRACE = 4.5
+"""Seconds after `--grace` at which a drain ends by force: neither a client nor storage can keep the process."""
+
+
+async def live(server: Server) -> int:
+    """Starts `server`, serves, and drains it at the first SIGTERM or SIGINT. Returns 0.
+
+    The process ends within the grace period and 5 s, whoever is connected. A second signal ends it at once, and so does the
+    first while the server is not up, or an engine that is stuck: by os._exit, because Python would wait for threads inside a
+    model's call. Raises what `server.start` raises.
+    """
+    with _signals() as signals:
+        first = asyncio.ensure_future(signals.get())
+        starting = asyncio.ensure_future(server.start())
+        await asyncio.wait({starting, first}, return_when=asyncio.FIRST_COMPLETED)
+        if not starting.done():
+            _log.warning("%s: the server was not up yet, it stops", first.result().name)
+            await _end(server, 128 + first.result())
+        if starting.exception() is not None:
+            await server.stop()
+        starting.result()
+        stuck = asyncio.ensure_future(server.failed())
+        await asyncio.wait({first, stuck}, return_when=asyncio.FIRST_COMPLETED)
+        if not first.done():
+            await _end_stuck(server)
+        _log.info("draining")
+        last = _Last(server.grace + _AFTER_GRACE, 128 + first.result())
+        second = asyncio.ensure_future(signals.get())
+        draining = asyncio.ensure_future(server.stop())
+        await asyncio.wait({draining, second, stuck}, return_when=asyncio.FIRST_COMPLETED)
+        if draining.done() and not server.stuck:
+            draining.result()
+            last.status = 0
+            return 0
+        if not second.done():
+            await _end_stuck(server)
+        _log.warning("%s: the server stops without waiting for what runs", second.result().name)
+        await _end(server, 128 + second.result())
+
+
+class _Last:
+    """Ends the process with `status` after `seconds`, unless it has ended by then: also if the event loop is blocked, or the
+    interpreter waits for a thread. It does not log, because a lock of the log may be held."""
+
+    def __init__(self, seconds: float, status: int) -> None:
+        self.status = status
+        timer = threading.Timer(seconds, lambda: os._exit(self.status))
+        timer.daemon = True
+        timer.start()
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[asyncio.Queue[signal.Signals]]:
+    """The signals to end that come within the block. After it they do what they do to any process."""
+    numbers, loop = (signal.SIGTERM, signal.SIGINT), asyncio.get_running_loop()
+    signals: asyncio.Queue[signal.Signals] = asyncio.Queue()
+    for number in numbers:
+        loop.add_signal_handler(number, signals.put_nowait, number)
+    try:
+        yield signals
+    finally:
+        for number in numbers:
+            loop.remove_signal_handler(number)
+
+
+async def _end_stuck(server: Server) -> NoReturn:
+    """Tells the log where every thread is, and ends the process."""
+    _log.critical("the engine is stuck: the server stops with status %d", STUCK)
+    faulthandler.dump_traceback(sys.stderr)
+    await _end(server, STUCK)
+
+
+async def _end(server: Server, status: int) -> NoReturn:
+    """Tells those who wait that the server stops, and ends the process, whatever its threads are doing."""
+    _Last(_AT_LAST, status)
+    try:
+        await asyncio.wait_for(server.stop_now(), _ANSWERING)
+    except Exception:  # noqa: BLE001 - the process's edge: whatever it was, the process ends
+        _log.exception("not everybody was told")
+    finally:
+        logging.shutdown()
+        sys.stderr.flush()
+        os._exit(status)

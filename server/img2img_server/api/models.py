@@ -1,0 +1,100 @@
+"""gRPC's side of the model store."""
+
+from typing import Any
+
+from img2img.v1 import image_to_image_pb2 as image_pb
+from img2img.v1 import model_pb2 as pb
+from img2img.v1 import model_pb2_grpc as pb_grpc
+
+from img2img_server.backends.base import Models
+from img2img_server.bundle.manifest import Source
+from img2img_server.errors import InvalidField
+from img2img_server.models.registry import EngineStatus, Model, ModelStore
+from img2img_server.support.call import current
+
+
+class ModelService(pb_grpc.ModelServiceServicer):
+    """Lists, loads and unloads models."""
+
+    def __init__(self, models: ModelStore, residency: Models) -> None:
+        self._models = models
+        self._residency = residency
+
+    async def ListModels(self, request: pb.ListModelsRequest, context: Any) -> pb.ListModelsResponse:
+        """Every model of the store that the caller may use, in order of id."""
+        allowed = current().may_use
+        return pb.ListModelsResponse(models=[self._message(model) for model in self._models if allowed(model.id)])
+
+    async def GetModel(self, request: pb.GetModelRequest, context: Any) -> pb.GetModelResponse:
+        """One model. NOT_FOUND where there is none that the caller may use."""
+        return pb.GetModelResponse(model=self._message(self._models.get(request.id, current().may_use)))
+
+    async def LoadModel(self, request: pb.LoadModelRequest, context: Any) -> pb.LoadModelResponse:
+        """Makes a model ready."""
+        current().require_admin()
+        if bool(request.id) == request.HasField("source"):
+            raise InvalidField("id", "exactly one of id and source is to be set")
+        reference = reference_from(request.source) if request.HasField("source") else Source(path=request.id)
+        if reference == Source():
+            raise InvalidField("source", "it names no model")
+        return pb.LoadModelResponse(model=self._message(await self._residency.load(reference)))
+
+    async def UnloadModel(self, request: pb.UnloadModelRequest, context: Any) -> pb.UnloadModelResponse:
+        """Frees a model's memory."""
+        current().require_admin()
+        freed = await self._residency.unload(request.id)
+        return pb.UnloadModelResponse(model=self._message(self._models.get(request.id)), freed_bytes=freed)
+
+    def _message(self, model: Model) -> pb.Model:
+        state = pb.ModelState.Value(f"MODEL_STATE_{model.state.name}")
+        message = pb.Model(
+            id=model.id,
+            state=state,
+            is_default=model.id == self._models.default,
+            memory_bytes=model.memory,
+            detail=model.detail,
+        )
+        if model.manifest is not None:
+            message.MergeFrom(
+                pb.Model(
+                    source=reference_to(model.manifest.source),
+                    family=model.manifest.family,
+                    pipeline_class=model.manifest.pipeline_class,
+                    backend=model.manifest.backend,
+                    backend_reason=model.manifest.backend_reason or "",
+                )
+            )
+        if model.pipeline is not None:
+            message.engine = model.pipeline.engine
+            message.size_multiple = model.pipeline.size_multiple
+            message.schedulers.extend(model.pipeline.schedulers)
+            message.engines.extend(map(_engine_to, model.engines))
+        return message
+
+
+def _engine_to(status: EngineStatus) -> pb.EngineStatus:
+    state = pb.EngineState.Value(f"ENGINE_STATE_{status.state.name}")
+    return pb.EngineStatus(name=status.name, state=state, detail=status.detail, progress=status.progress)
+
+
+def reference_from(message: image_pb.ModelReference) -> Source:
+    """A message's reference as the store knows it; a field that is not set is None or empty."""
+    return Source(
+        repo_id=message.repo_id or None,
+        path=message.path or None,
+        variant=message.variant or None,
+        revision=message.revision or None,
+        allow_patterns=tuple(message.allow_patterns),
+        ignore_patterns=tuple(message.ignore_patterns),
+    )
+
+
+def reference_to(source: Source) -> image_pb.ModelReference:
+    """Where a bundle came from, as a message. A local folder's path stays on the server: it says something of its disk."""
+    return image_pb.ModelReference(
+        repo_id=source.repo_id or "",
+        variant=source.variant or "",
+        revision=source.revision or "",
+        allow_patterns=source.allow_patterns,
+        ignore_patterns=source.ignore_patterns,
+    )

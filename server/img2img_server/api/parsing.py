@@ -1,0 +1,214 @@
+"""Proto -> request: checks every field, fills in the defaults, and decodes the source picture away from the event loop."""
+
+import secrets
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from img2img.v1 import image_to_image_pb2 as pb
+
+from img2img_server import images
+from img2img_server.codecs.jobs import Load
+from img2img_server.codecs.pool import Codecs
+from img2img_server.config import (
+    DEFAULT_GUIDANCE,
+    DEFAULT_PROMPT,
+    DEFAULT_STEPS,
+    DEFAULT_STRENGTH,
+    MAX_GUIDANCE,
+    MAX_PROMPT,
+    ServerConfig,
+)
+from img2img_server.engine.request import Pipeline, Request
+from img2img_server.errors import InvalidField
+from img2img_server.models.registry import Model
+from img2img_server.sources.reading import Sources
+from img2img_server.support.call import current
+from img2img_server.support.fair_queue import FairThreads
+
+_FORMATS: dict[int, images.WriteFormat] = {
+    pb.OUTPUT_FORMAT_UNSPECIFIED: "PNG",
+    pb.OUTPUT_FORMAT_PNG: "PNG",
+    pb.OUTPUT_FORMAT_JPEG: "JPEG",
+    pb.OUTPUT_FORMAT_WEBP: "WEBP",
+}
+_DEFAULT_QUALITY = 90
+_MAX_SEED = 2**63 - 1
+_PLANNING = 2
+"""Threads that plan requests: what is slow the first time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A request on its way through the service: what the engine gets, and how to answer. `arrival` is in seconds; `as_asset` has
+    the pictures kept, and their ids sent. `model` has no pipeline, because a job may outlive its model in memory; `engine` ran it
+    on arrival."""
+
+    model: Model
+    engine: str
+    request: Request
+    file_format: images.WriteFormat
+    quality: int
+    arrival: float
+    as_asset: bool = False
+
+
+class Parser:
+    """Makes jobs of messages. Images are decoded by `codecs`; `clock` is the engine's, on which deadlines are measured."""
+
+    def __init__(self, config: ServerConfig, sources: Sources, clock: Callable[[], float], codecs: Codecs) -> None:
+        self._config = config
+        self._sources = sources
+        self._clock = clock
+        self._codecs = codecs
+        self._threads = FairThreads(_PLANNING, "img2img-plan")
+
+    async def parse(self, message: pb.TransformRequest, model: Model, seconds_left: float | None, previews: bool) -> Job:
+        """Checks a message for `model` and fills in its defaults. Without `previews`, as only its end is told, none are drawn.
+
+        Raises the error that names the first wrong field.
+        """
+        arrival = time.perf_counter()
+        deadline = None if seconds_left is None else self._clock() + seconds_left
+        prompt, negative_prompt = _prompts(message)
+        strength, steps, guidance = self._numbers(message)
+        seeds = self._seeds(message)
+        scheduler = _scheduler(message.scheduler, model)
+        interval = self._preview_interval(message)
+        file_format, quality = _output(message)
+        size_rule = self._size_rule(message, model, file_format)
+        if message.output.as_asset:
+            self._sources.assets.require("output.as_asset")
+        self._sources.check(message.image)
+        # From here on it costs: whatever is wrong with the other fields has been said.
+        field, data = await self._sources.read(message.image)
+        call = current()
+        load = Load(
+            field=field,
+            limits=self._config.image_limits,
+            size_rule=size_rule,
+            multiple=_pipeline_of(model).size_multiple,
+            file_format=file_format,
+        )
+        with self._codecs.memory.hold(call, 0 if message.image.WhichOneof("source") == "data" else len(data)):
+            image, digest = await self._codecs.load(data, load)
+        request = Request(
+            model=model.id,
+            image=image,
+            prompt=prompt,
+            negative_prompt=negative_prompt,
+            strength=strength,
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            seeds=seeds,
+            deadline=deadline,
+            scheduler=scheduler,
+            preview_interval=interval if previews and images.holds(image.size, "JPEG") else 0,  # as previews are sent
+            image_digest=digest,
+            client=call.client,
+            id=call.request_id,
+            follow=previews,
+            cache_scope=call.client if call.authenticated and not self._config.share_caches else "",
+        )
+        # The engine will ask for it too. What is slow of it the first time is done here, off its thread and the loop's.
+        await self._threads.run(_pipeline_of(model).plan, request)
+        return Job(
+            replace(model, pipeline=None),
+            _pipeline_of(model).engine,
+            request,
+            file_format,
+            quality,
+            arrival,
+            message.output.as_asset,
+        )
+
+    def _numbers(self, message: pb.TransformRequest) -> tuple[float, int, float]:
+        strength = message.strength if message.HasField("strength") else DEFAULT_STRENGTH
+        _check("strength", 0 < strength <= 1, f"{strength} is not in (0, 1]")
+        steps = message.num_inference_steps if message.HasField("num_inference_steps") else DEFAULT_STEPS
+        most = self._config.max_steps
+        _check("num_inference_steps", 1 <= steps <= most, f"{steps} is not in 1 to {most}")
+        _check("strength", int(steps * strength) >= 1, f"strength {strength} of {steps} steps is less than one step")
+        guidance = message.guidance_scale if message.HasField("guidance_scale") else DEFAULT_GUIDANCE
+        _check("guidance_scale", 0 <= guidance <= MAX_GUIDANCE, f"{guidance} is not in 0 to {MAX_GUIDANCE:g}")
+        return strength, steps, guidance
+
+    def _seeds(self, message: pb.TransformRequest) -> tuple[int, ...]:
+        count = message.image_count if message.HasField("image_count") else 1
+        most = self._config.max_image_count
+        _check("image_count", 1 <= count <= most, f"{count} is not in 1 to {most}")
+        first = message.seed if message.HasField("seed") else -1
+        _check("seed", first >= -1, f"{first} is not -1, for a random one, or in 0 to 2^63 - 1")
+        last = _MAX_SEED - count + 1
+        together = f"{first} and image_count {count} do not go together: the last image's seed would be above 2^63 - 1"
+        _check("seed", first <= last, f"{together}. For {count} images, seed is at most {last}")
+        if first == -1:
+            first = secrets.randbelow(2**32)
+        return tuple(range(first, first + count))
+
+    def _preview_interval(self, message: pb.TransformRequest) -> int:
+        interval, most = message.preview_interval, self._config.max_steps
+        _check("preview_interval", 0 <= interval <= most, f"{interval} is not 0, for none, or in 1 to {most}")
+        return interval
+
+    def _size_rule(self, message: pb.TransformRequest, model: Model, file_format: images.WriteFormat) -> images.SizeRule:
+        """What the message says of the result's size. Refuses what no source makes right."""
+        pipeline = _pipeline_of(model)
+        rule = _fit(message, pipeline) if message.HasField("fit") else _sides(message)
+        images.check_side(images.least_size(rule, pipeline.size_multiple, self._config.image_limits), file_format)
+        return rule
+
+
+def _sides(message: pb.TransformRequest) -> images.SizeRule:
+    width = message.width if message.HasField("width") else None
+    height = message.height if message.HasField("height") else None
+    return images.SizeRule(width, height)
+
+
+def _fit(message: pb.TransformRequest, pipeline: Pipeline) -> images.SizeRule:
+    for side in ("width", "height"):
+        _check("fit", not message.HasField(side), f"it sets the size, and so does {side}: set one of the two")
+    rule = message.fit.WhichOneof("rule")
+    _check("fit", rule is not None, "it has no rule that this server knows: set longest_side or native_area")
+    if rule == "longest_side":
+        return images.SizeRule(longest_side=message.fit.longest_side)
+    width, height = pipeline.native_size
+    return images.SizeRule(area=width * height)
+
+
+def _prompts(message: pb.TransformRequest) -> tuple[str, str | None]:
+    for field in ("prompt", "negative_prompt"):
+        length = len(getattr(message, field))
+        _check(field, length <= MAX_PROMPT, f"it has {length} characters, the most is {MAX_PROMPT}")
+    return (
+        message.prompt if message.HasField("prompt") else DEFAULT_PROMPT,
+        message.negative_prompt if message.HasField("negative_prompt") else None,
+    )
+
+
+def _scheduler(asked: str, model: Model) -> str | None:
+    """The pipeline's own spelling of the name that was asked; None where none was, for the model's own."""
+    if not asked:
+        return None
+    known = {name.casefold(): name for name in _pipeline_of(model).schedulers}
+    there = f"there are {', '.join(known.values())}" if known else "this model has only its own: leave it out"
+    _check("scheduler", asked.casefold() in known, f"model '{model.id}' has no such scheduler; {there}")
+    return known[asked.casefold()]
+
+
+def _output(message: pb.TransformRequest) -> tuple[images.WriteFormat, int]:
+    output = message.output
+    _check("output.format", output.format in _FORMATS, f"{output.format} is no known format")
+    quality = output.quality if output.HasField("quality") else _DEFAULT_QUALITY
+    _check("output.quality", 1 <= quality <= 100, f"{quality} is not in 1 to 100")
+    return _FORMATS[output.format], quality
+
+
+def _check(field: str, holds: bool, description: str) -> None:
+    if not holds:
+        raise InvalidField(field, description)
+
+
+def _pipeline_of(model: Model) -> Pipeline:
+    assert model.pipeline is not None, "resolve gives models that can run"
+    return model.pipeline

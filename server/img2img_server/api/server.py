@@ -1,0 +1,282 @@
+"""The server's life: bind, load, serve, drain."""
+
+import asyncio
+import logging
+import os
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection, reflection_pb2, reflection_pb2_grpc
+from img2img.v1 import asset_pb2_grpc, image_to_image_pb2, image_to_image_pb2_grpc, model_pb2_grpc
+
+from img2img_server.access.access import Access
+from img2img_server.api import transport
+from img2img_server.api.assets import AssetService
+from img2img_server.api.grpc_batches import free_failed_batches
+from img2img_server.api.handlers import Handlers
+from img2img_server.api.health import HealthServicer
+from img2img_server.api.interceptors import CallInterceptor
+from img2img_server.api.models import ModelService
+from img2img_server.api.parsing import Parser
+from img2img_server.api.readers import Readers
+from img2img_server.api.tls import bind, check
+from img2img_server.api.transform import ImageToImageService
+from img2img_server.assets.store import AssetStore
+from img2img_server.backends.base import Backend
+from img2img_server.codecs.memory import ImageMemory
+from img2img_server.codecs.pool import Codecs
+from img2img_server.config import ServerConfig
+from img2img_server.errors import EngineStuck, ShuttingDown
+from img2img_server.sources.reading import Sources
+from img2img_server.support.threads import in_thread
+from img2img_server.telemetry.telemetry import Telemetry
+
+_log = logging.getLogger(__name__)
+
+SERVICE = image_to_image_pb2.DESCRIPTOR.services_by_name["ImageToImageService"].full_name
+_MOST_PROCESSES = 9
+"""Of a codec stage by default. Each takes some 25 MB."""
+_REFLECTED = (
+    SERVICE,
+    "img2img.v1.ModelService",
+    "img2img.v1.AssetService",
+    health_pb2.DESCRIPTOR.services_by_name["Health"].full_name,
+    reflection.SERVICE_NAME,
+)
+
+
+_SENDING = 3.0
+"""Seconds in which clients have to read their results once the engine has drained; then their calls end."""
+_TELLING = 1.0
+"""Seconds in which requests are ended and their clients get the error if the server stops without draining."""
+
+
+class Server:
+    """One gRPC server over one backend, which runs the requests here or elsewhere.
+
+    The port opens first. Health is NOT_SERVING, and calls are refused with ServerStarting, until the backend is ready; then it is
+    SERVING, and NOT_SERVING again while the server drains.
+    """
+
+    def __init__(self, config: ServerConfig, backend: Backend) -> None:
+        self._config = config
+        self._backend = backend
+        self._assets = AssetStore(config.assets)
+        self._sources = Sources(config.sources, self._assets, config.image_limits)
+        self._telemetry = Telemetry(config.telemetry)
+        self._health = HealthServicer()
+        self._failed = asyncio.Event()
+        self._memory = ImageMemory(config.codecs.memory)
+        self._codecs = Codecs(_processes(config.codecs.decoders), _processes(config.codecs.encoders), self._memory)
+        self._server: grpc.aio.Server | None = None
+        self._handlers = Handlers()
+        self._stopped = False
+        self._stuck = False
+        self._names = ["", SERVICE]
+        self.port = 0
+
+    @property
+    def grace(self) -> float:
+        """Seconds that running requests have when the server drains."""
+        return self._config.grace
+
+    @property
+    def metrics_port(self) -> int | None:
+        """Where metrics are served, None where they are not."""
+        return self._telemetry.metrics_port
+
+    @property
+    def stuck(self) -> bool:
+        """Whether the engine does not come back from a call."""
+        return self._stuck
+
+    async def start(self) -> None:
+        """Binds the port, opens the backend and serves. Raises BundleError, OSError or ValueError if that cannot be done.
+
+        If the server is stopped before it serves, this returns once what it had begun is closed.
+        """
+        check(self._config)
+        if self._config.kserve:
+            from img2img_server.api.kserve import extra
+
+            extra.require()
+        access = Access(self._config.tokens)
+        if self._config.port_file is not None:
+            _reserve(self._config.port_file)
+        self._telemetry.start()
+        self._server = server = self._make_server(access)
+        await server.start()
+        for name in self._names:
+            self._health.set(name, False)
+        _log.info("listening on %s:%d, not serving yet", self._config.host, self.port)
+        try:
+            await self._open()
+        except Exception:
+            if not self._stopped:
+                raise
+            _log.info("the server was stopped before it served", exc_info=_log.isEnabledFor(logging.DEBUG))
+        if self._stopped:
+            await self._close_unserved()  # what was opened after `stop` had closed the rest
+            return
+        backend = self._backend
+        self._telemetry.watch(backend.runner, backend.models, backend.cache, self._assets, self._codecs)
+        self._add_services(access)
+        for name in (*self._names, *(f"models/{name}" for name in backend.models.pipelines())):
+            self._health.set(name, True)
+        _log.info("serving on %s:%d", self._config.host, self.port)
+        await backend.start(self._give_up)
+        if self._config.port_file is not None:
+            _write_port(self._config.port_file, self.port)
+
+    async def stop(self) -> None:
+        """Drains: takes no new requests, lets the running ones finish within the grace period, then ends them."""
+        self._stopped = True
+        if self._server is None or not self._handlers.ready:
+            await self._close_unserved()
+            return
+        self._health.drain()
+        await self._backend.drain(self._config.grace)
+        self._health.close()
+        # What has ended still has to be encoded and sent.
+        await self._server.stop(_SENDING)
+        await self._codecs.close()
+        await self._sources.close()
+        await self._assets.close()
+        await in_thread(self._telemetry.close)
+        await self._backend.close()
+        if self._config.port_file is not None:
+            self._config.port_file.unlink(missing_ok=True)
+
+    async def stop_now(self) -> None:
+        """Ends what runs and waits, and tells their callers, without waiting for the engine. The process has to end then."""
+        if self._config.port_file is not None:
+            self._config.port_file.unlink(missing_ok=True)
+        if self._server is None or not self._handlers.ready:
+            return
+        self._health.close()
+        await self._backend.abandon(ShuttingDown("the server stopped before the request was finished"))
+        await self._server.stop(_TELLING)
+        self._codecs.kill()
+        self._backend.close_now()
+
+    async def failed(self) -> None:
+        """Returns when the server can serve no more: its engine is stuck, and only the process's end can cure that."""
+        await self._failed.wait()
+
+    async def _open(self) -> None:
+        """Opens everything that requests need."""
+        await self._assets.open()
+        await self._sources.open()
+        await self._backend.open(self._set_model_health, self._telemetry.span)
+        await self._codecs.start()
+
+    async def _close_unserved(self) -> None:
+        """Closes the port, and whatever is open, of a server that does not serve yet."""
+        if self._server is not None:
+            await self._server.stop(grace=None)
+        self._telemetry.close()
+        await self._codecs.close()
+        await self._sources.close()
+        await self._assets.close()
+        await self._backend.close()
+
+    async def _give_up(self, why: str) -> None:
+        """Tells everybody who waits that this server is lost."""
+        self._stuck = True
+        _log.critical("%s", why)
+        self._health.drain()
+        try:
+            async with asyncio.timeout(_TELLING):  # the stuck call may hold a lock that the engine's end needs
+                await self._backend.abandon(EngineStuck("the device does not answer: this server stops"))
+        finally:
+            self._failed.set()
+
+    def _set_model_health(self, name: str, serving: bool) -> None:
+        self._health.set(f"models/{name}", serving)
+
+    def _make_server(self, access: Access) -> grpc.aio.Server:
+        """A server on the bound port that answers health checks and reflection; `_add_services` adds the others."""
+        free_failed_batches()
+        server = grpc.aio.server(
+            interceptors=[
+                CallInterceptor(
+                    access,
+                    self._telemetry,
+                    self._memory,
+                    partial(transport.message_bytes, self._config),
+                    Readers(self._config.reader_timeout),
+                )
+            ],
+            options=transport.options(self._config),
+        )
+        server.add_generic_rpc_handlers((self._handlers,))
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._handlers.as_server)
+        reflected = list(_REFLECTED)
+        if self._config.kserve:
+            from img2img_server.api.kserve import service as kserve
+
+            reflected.append(kserve.NAME)
+            self._names.append(kserve.NAME)
+        _add_reflection(self._handlers.as_server, reflected)
+        self.port = bind(server, self._config)
+        return server
+
+    def _add_services(self, access: Access) -> None:
+        """From now on the server answers every method."""
+        models, runner, residency = self._backend.models, self._backend.runner, self._backend.residency
+        handlers = self._handlers
+        parser = Parser(self._config, self._sources, runner.clock, self._codecs)
+        transforms = ImageToImageService(parser, models, residency, runner, self._codecs, self._telemetry, self._assets)
+        image_to_image_pb2_grpc.add_ImageToImageServiceServicer_to_server(transforms, handlers.as_server)
+        model_service = ModelService(models, residency)
+        model_pb2_grpc.add_ModelServiceServicer_to_server(model_service, handlers.as_server)
+        asset_pb2_grpc.add_AssetServiceServicer_to_server(
+            AssetService(self._assets, self._config.image_limits, self._codecs), handlers.as_server
+        )
+        if self._config.kserve:
+            from img2img_server.api.kserve import service as kserve
+
+            kserve.add(handlers, transforms, runner, model_service, self._health, access, self._telemetry, self._memory)
+        handlers.ready = True
+
+
+def _processes(asked: int | None) -> int:
+    """Processes of a stage: by default one more than one client can keep busy on all cores."""
+    return min(os.cpu_count() or 1, _MOST_PROCESSES - 1) + 1 if asked is None else asked
+
+
+def _add_reflection(server: grpc.aio.Server, services: Sequence[str]) -> None:
+    """Reflection as v1alpha, which is what the Python package has, and under v1's name, whose messages are the same.
+
+    v1 is answered but not listed: no descriptor of it is there to describe it with.
+    """
+    servicer = reflection.aio.ReflectionServicer(service_names=services)
+    reflection_pb2_grpc.add_ServerReflectionServicer_to_server(servicer, server)  # type: ignore[no-untyped-call]
+    handler = grpc.stream_stream_rpc_method_handler(
+        servicer.ServerReflectionInfo,
+        request_deserializer=reflection_pb2.ServerReflectionRequest.FromString,
+        response_serializer=reflection_pb2.ServerReflectionResponse.SerializeToString,
+    )
+    handlers = grpc.method_handlers_generic_handler("grpc.reflection.v1.ServerReflection", {"ServerReflectionInfo": handler})
+    server.add_generic_rpc_handlers((handlers,))
+
+
+def _reserve(port_file: Path) -> None:
+    """Raises OSError if `port_file` could not be written once the server serves."""
+    try:
+        _part(port_file).touch()
+    except OSError as error:
+        raise OSError(f"port_file: {port_file} cannot be written: {error.strerror}") from None
+
+
+def _write_port(path: Path, port: int) -> None:
+    part = _part(path)
+    part.write_text(f"{port}\n", encoding="ascii")
+    part.replace(path)
+
+
+def _part(path: Path) -> Path:
+    return path.with_name(f".{path.name}.part")

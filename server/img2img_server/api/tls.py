@@ -1,0 +1,142 @@
+"""The port: TLS, with certificates that are read again when they are renewed, and no listening beyond loopback without it."""
+
+import ipaddress
+import logging
+import ssl
+import stat
+from pathlib import Path
+
+import grpc
+
+from img2img_server.config import ServerConfig, TlsSettings
+from img2img_server.support.file_reloader import Contents, Watched
+from img2img_server.support.listen_addresses import address_of, check_port
+
+_log = logging.getLogger(__name__)
+
+_MAX_PORT = 65535
+_OPEN_TO_OTHERS = stat.S_IROTH | stat.S_IWOTH
+
+
+def bind(server: grpc.aio.Server, config: ServerConfig) -> int:
+    """Binds the port that `config` names, with TLS where it has a certificate, and returns it.
+
+    Raises ValueError for an address beyond loopback without TLS, unless that is allowed, and OSError where the port is taken or
+    a file cannot be read.
+    """
+    check(config)
+    _warn(config)
+    address = address_of(config.host, config.port)
+    if not config.host.startswith("unix:"):
+        check_port("port", config.host, config.port)
+    try:
+        if config.tls.certificate is None:
+            return int(server.add_insecure_port(address))
+        return int(server.add_secure_port(address, Certificates(config.tls).credentials()))
+    except RuntimeError:
+        raise OSError(f"port: cannot listen on {address}") from None
+
+
+def check(config: ServerConfig) -> None:
+    """Raises what `bind` would for the settings and the files alone. Touches no port, so it can be asked before models load."""
+    if not config.host:
+        raise ValueError("host is empty: 127.0.0.1 is this machine alone, 0.0.0.0 and :: are every address of it")
+    if config.port > _MAX_PORT:  # gRPC would take the remainder
+        raise ValueError(f"port is {config.port}, the most is {_MAX_PORT}")
+    if config.tls.certificate is not None:
+        _check_files(*_paths(config.tls))
+    elif not is_local(config.host) and not config.allow_insecure:
+        raise ValueError(
+            f"host is {config.host}, where others reach it, and there is no TLS: set tls_certificate and tls_key; or "
+            "allow_insecure, where something in front of the server has TLS"
+        )
+
+
+def _warn(config: ServerConfig) -> None:
+    if config.tls.certificate is not None or is_local(config.host):
+        return
+    if config.tokens is not None:
+        _log.warning("tokens are sent in the clear to %s: whoever can listen to the network can use them", config.host)
+    else:
+        _log.warning("listening on %s without TLS and without tokens: whoever reaches the port may use the server", config.host)
+
+
+def is_local(host: str) -> bool:
+    """Whether only this machine reaches `host`: a loopback address, "localhost", or a Unix socket. Other names count as not."""
+    if host == "localhost" or host.startswith("unix:"):
+        return True
+    try:
+        address = ipaddress.ip_address(host.removeprefix("[").removesuffix("]"))
+    except ValueError:
+        return False
+    mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
+    return (mapped or address).is_loopback
+
+
+class Certificates:
+    """The certificate, its key and the clients' authority. Every handshake looks whether they were renewed.
+
+    They are taken together or not at all: a key that is not the certificate's, or a file that is half written, leaves the old
+    ones in use. Connections that are there stay as they are. Raises OSError where a file cannot be read, and ValueError where it
+    is not what it should be.
+    """
+
+    def __init__(self, settings: TlsSettings) -> None:
+        self._paths = _paths(settings)
+        self._watched = Watched("TLS certificates", self._read, self._make)
+
+    def credentials(self) -> grpc.ServerCredentials:
+        """What a port of gRPC is bound with. gRPC calls it on threads of its own, before each handshake."""
+        return grpc.dynamic_ssl_server_credentials(
+            self._watched.value,
+            self._watched.look,  # type: ignore[arg-type] # None is "as before", which the stubs leave out
+            require_client_authentication=len(self._paths) > 2,
+        )
+
+    def _read(self) -> Contents:
+        return tuple(map(_read_file, self._paths))
+
+    def _make(self, contents: Contents) -> grpc.ServerCertificateConfiguration:
+        _check_files(*self._paths)
+        if self._read() != contents:
+            # OpenSSL reads files only: what it found good is what was read, as it was the same before and after.
+            raise ValueError(f"{self._paths[0]} or what belongs to it is just being written")
+        certificate, key, *client_ca = contents
+        if self._paths[1].stat().st_mode & _OPEN_TO_OTHERS:
+            _log.warning("%s is open to every user of this machine: chmod 600 it", self._paths[1])
+        return grpc.ssl_server_certificate_configuration([(key, certificate)], client_ca[0] if client_ca else None)
+
+
+def _paths(settings: TlsSettings) -> tuple[Path, ...]:
+    """Certificate, key, and the clients' authority where there is one."""
+    return tuple(path for path in (settings.certificate, settings.key, settings.client_ca) if path is not None)
+
+
+def _check_files(certificate: Path, key: Path, client_ca: Path | None = None) -> None:
+    """Raises OSError for a file that cannot be read, and ValueError unless key and certificate are a pair, and the authority is
+    one."""
+
+    def password() -> bytes:
+        raise ValueError(f"tls_key: {key} is encrypted: a server cannot ask for its password")
+
+    for path in (certificate, key) if client_ca is None else (certificate, key, client_ca):
+        _read_file(path)  # OpenSSL would not say which
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    try:
+        context.load_cert_chain(certificate, key, password)
+    except ssl.SSLError as error:
+        why = error.reason.lower().replace("_", " ") if error.reason else "not PEM"
+        raise ValueError(f"tls_certificate {certificate} and tls_key {key} are no pair in PEM: {why}") from None
+    if client_ca is None:
+        return
+    try:
+        context.load_verify_locations(client_ca)
+    except ssl.SSLError:
+        raise ValueError(f"tls_client_ca {client_ca} has no certificate in PEM") from None
+
+
+def _read_file(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise OSError(f"{path} cannot be read: {error.strerror}") from None

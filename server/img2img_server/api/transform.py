@@ -1,0 +1,190 @@
+"""gRPC's side of a transform: what is asked goes to the engine, and what the engine tells goes to the caller."""
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Coroutine
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing, nullcontext
+from typing import Any
+
+from img2img.v1 import image_to_image_pb2 as pb
+from img2img.v1 import image_to_image_pb2_grpc as pb_grpc
+from PIL import Image
+
+from img2img_server import images
+from img2img_server.api.models import reference_from
+from img2img_server.api.outbox import Outbox, is_last
+from img2img_server.api.parsing import Job, Parser
+from img2img_server.assets.files import owner_of
+from img2img_server.assets.index import Room
+from img2img_server.assets.store import AssetStore
+from img2img_server.backends.base import Models
+from img2img_server.codecs.pool import Codecs
+from img2img_server.engine.admission import Place
+from img2img_server.engine.request import Completed, Event, Failed, Progress, Queued, Request, Started
+from img2img_server.engine.runner import Runner
+from img2img_server.engine.stats import Accepted
+from img2img_server.models.registry import ModelStore
+from img2img_server.support.call import current
+from img2img_server.telemetry.telemetry import Telemetry
+
+_PREVIEW_QUALITY = 80
+"""Of a preview's JPEG: it is looked at for a second."""
+_BYTES_PER_PIXEL, _BYTES_PER_FILE = 4, 4096
+"""More than a file of any format and content has."""
+
+
+class ImageToImageService(pb_grpc.ImageToImageServiceServicer):
+    """Transform and TransformStream. Images are decoded and encoded by `codecs`, and models run on the engine."""
+
+    def __init__(
+        self,
+        parser: Parser,
+        models: ModelStore,
+        residency: Models,
+        engine: Runner,
+        codecs: Codecs,
+        telemetry: Telemetry,
+        assets: AssetStore,
+    ) -> None:
+        self._parser = parser
+        self._models = models
+        self._residency = residency
+        self._engine = engine
+        self._codecs = codecs
+        self._telemetry = telemetry
+        self._assets = assets
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def Transform(self, request: pb.TransformRequest, context: Any) -> pb.TransformResponse:
+        """Runs one transform and answers when it is done."""
+        with self._engine.arriving(current().client) as place:
+            async with AsyncExitStack() as lease:
+                job = await self._parse(request, context, lease, previews=False)
+                async with self._room(job) as room, aclosing(self._follow(job.request, place, lease, progress=False)) as events:
+                    async for event in events:
+                        if isinstance(event, Completed):
+                            return await self._response(job, event, room)
+        raise AssertionError("the engine ends every request")
+
+    async def TransformStream(
+        self, request: pb.TransformStreamRequest, context: Any
+    ) -> AsyncGenerator[pb.TransformStreamResponse, None]:
+        """Runs one transform and tells each of its events."""
+        with self._engine.arriving(current().client) as place:
+            async with AsyncExitStack() as lease:
+                job = await self._parse(request.request, context, lease, previews=True)
+                async with self._room(job) as room, aclosing(self._follow(job.request, place, lease, progress=True)) as events:
+                    async for event in events:
+                        yield await self._told(job, event, room)
+
+    async def _parse(self, message: pb.TransformRequest, context: Any, lease: AsyncExitStack, previews: bool) -> Job:
+        """The job of a message. Its model stays in memory until `lease` is closed."""
+        model = await lease.enter_async_context(self._residency.using(reference_from(message.model)))
+        return await self._parser.parse(message, model, context.time_remaining(), previews)
+
+    async def _follow(
+        self, request: Request, place: Place, lease: AsyncExitStack, progress: bool
+    ) -> AsyncGenerator[Accepted | Event, None]:
+        """Submits a request and gives its events in order; raises its error. Leaving early cancels it.
+
+        Closes `lease` once the engine is done, whether or not the events are read. Of those that are not read, few are kept.
+        """
+        loop = asyncio.get_running_loop()
+        outbox = Outbox()
+        trail = self._telemetry.trail(request)
+
+        def take(event: Event) -> None:
+            outbox.put(event)
+            if is_last(event):
+                self._spawn(lease.aclose())
+
+        def listen(event: Event) -> None:
+            trail.tell(event)
+            if progress or is_last(event):
+                loop.call_soon_threadsafe(take, event)
+
+        accepted = self._engine.submit(request, listen, place)
+        trail.tell(accepted)
+        try:
+            yield accepted
+            while True:
+                event = await outbox.get()
+                if isinstance(event, Failed):
+                    raise event.error
+                yield event
+                if isinstance(event, Completed):
+                    return
+        finally:
+            accepted.ticket.cancel()
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)  # asyncio itself holds none
+        task.add_done_callback(self._tasks.discard)
+
+    async def _told(self, job: Job, event: Accepted | Event, room: Room | None) -> pb.TransformStreamResponse:
+        if isinstance(event, Accepted | Queued):
+            return pb.TransformStreamResponse(queued=pb.Queued(position=event.position, eta_seconds=event.eta))
+        if isinstance(event, Started):
+            return pb.TransformStreamResponse(started=pb.Started(seed=job.request.seeds[0], engine=self._engine_of(job)))
+        if isinstance(event, Progress):
+            return pb.TransformStreamResponse(progress=await self._progress(event))
+        assert isinstance(event, Completed), "a failure was raised"
+        return pb.TransformStreamResponse(completed=await self._response(job, event, room))
+
+    async def _progress(self, event: Progress) -> pb.Progress:
+        preview = None if event.preview is None else await self._encode(event.preview, "JPEG", _PREVIEW_QUALITY)
+        return pb.Progress(step=event.step, step_count=event.step_count, preview=preview, eta_seconds=event.eta)
+
+    async def _response(self, job: Job, completed: Completed, room: Room | None) -> pb.TransformResponse:
+        encoded = await asyncio.gather(*(self._encode(image, job.file_format, job.quality) for image in completed.images))
+        timings = completed.timings
+        assert job.model.manifest is not None, "a model that runs has a manifest"
+        return pb.TransformResponse(
+            images=[
+                pb.ImageResult(
+                    **await self._content(data, room), format=_format_of(job), width=image.width, height=image.height, seed=seed
+                )
+                for data, image, seed in zip(encoded, completed.images, job.request.seeds, strict=True)
+            ],
+            model_id=job.model.id,
+            model_revision=job.model.manifest.source.revision or "",
+            engine=self._engine_of(job),
+            timings=pb.Timings(
+                queue_ms=timings.queue * 1e3,
+                encode_ms=timings.encode * 1e3,
+                denoise_ms=timings.denoise * 1e3,
+                decode_ms=timings.decode * 1e3,
+                total_ms=(time.perf_counter() - job.arrival) * 1e3,
+            ),
+            warnings=[
+                pb.Warning(field=warning.field, description=warning.description, code=warning.code)
+                for warning in completed.warnings
+            ],
+        )
+
+    def _room(self, job: Job) -> AbstractAsyncContextManager[Room | None]:
+        """Room for a job's pictures where they are to be kept: it is refused now, and not when the device has done its work."""
+        if not job.as_asset:
+            return nullcontext()
+        width, height = job.request.image.size
+        size = len(job.request.seeds) * (width * height * _BYTES_PER_PIXEL + _BYTES_PER_FILE)
+        return self._assets.room(owner_of(current()), size)
+
+    async def _content(self, data: bytes, room: Room | None) -> dict[str, Any]:
+        """The picture's file in an answer, or where it is."""
+        if room is None:
+            return {"data": data}
+        return {"asset_id": (await self._assets.put(owner_of(current()), data, room)).id}
+
+    async def _encode(self, image: Image.Image, file_format: images.WriteFormat, quality: int) -> bytes:
+        return await self._codecs.encode(image, file_format, quality)
+
+    def _engine_of(self, job: Job) -> str:
+        """What runs the model now: another engine may have taken over since the request came."""
+        pipeline = self._models.pipelines().get(job.model.id)  # it may be unloaded, or lost, when its answer is read
+        return job.engine if pipeline is None else pipeline.engine
+
+
+def _format_of(job: Job) -> pb.OutputFormat.ValueType:
+    return pb.OutputFormat.Value(f"OUTPUT_FORMAT_{job.file_format}")

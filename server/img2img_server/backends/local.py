@@ -1,0 +1,85 @@
+"""The one place where pipelines meet what serves them: a backend whose models run in this process."""
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from img2img_server.backends.base import LocalBackend
+from img2img_server.bundle.manifest import Manifest
+from img2img_server.config import ServerConfig
+from img2img_server.engine.cache import Cache
+from img2img_server.engine.request import Pipeline
+from img2img_server.models.cost_store import CostStore
+from img2img_server.models.promotion import Contender
+from img2img_server.models.registry import ModelStore
+from img2img_server.support.distribution import version
+
+if TYPE_CHECKING:
+    from img2img_server.runtime.tensorrt.candidate import Shelf
+
+_log = logging.getLogger(__name__)
+
+
+def local(config: ServerConfig) -> LocalBackend:
+    """A backend for the bundles that `config` names. What is heavy is imported when it is opened, on a thread.
+
+    Raises BundleError if there is no bundle that could be loaded.
+    """
+    cache = Cache(config.cache_bytes)
+    shelf: Shelf | None = None
+
+    def load(bundle: Path, manifest: Manifest) -> Pipeline:
+        from img2img_server.runtime.loader import load_pipeline
+
+        assert shelf is not None, "the models are loaded"
+        return load_pipeline(bundle, manifest, config.execution, cache, keep=shelf.keep)
+
+    models = ModelStore.find_bundles(config.models, load, config.default_model, config.allow_unverified, config.residency)
+
+    def load_models() -> ModelStore:
+        begun = time.monotonic()
+        _log.info("models in %s: %d; importing the libraries that run them", config.models, len(list(models)))
+        from img2img_server.runtime.onnx import providers
+
+        # Before the loader's imports, which take seconds.
+        providers.check(config.execution.provider)
+        import img2img_server.runtime.loader  # noqa: F401 - the heavy one
+        from img2img_server.runtime.common.device_copy import start_device
+        from img2img_server.runtime.tensorrt.candidate import Shelf
+
+        nonlocal shelf
+        shelf = Shelf()
+        start_device(config.execution.provider)
+        _log.info("libraries imported in %.1f s", time.monotonic() - begun)
+        models.preload(config.residency)
+        return models
+
+    def contend(models: ModelStore) -> Sequence[Contender]:
+        from img2img_server.runtime.tensorrt.candidate import contenders
+
+        assert shelf is not None, "the models were loaded"
+        return contenders(models, config.execution, cache, shelf)
+
+    def open_costs() -> CostStore | None:
+        from img2img_server.runtime.common import cpu
+        from img2img_server.runtime.common.machine import machine
+        from img2img_server.runtime.tensorrt import cache as engine_cache
+
+        try:
+            root = config.execution.cache or engine_cache.default_root()
+        except RuntimeError:  # a user without a home
+            return None
+        facts = {
+            "img2img": version(),
+            "machine": machine(),
+            "free_cores": cpu.count(),
+            "execution": {name: str(value) for name, value in asdict(config.execution).items() if name != "cache"},
+            "max_batch_size": config.limits.max_batch_size,
+            "warm_up": config.warm_up,
+        }
+        return CostStore(root / engine_cache.COSTS, facts)
+
+    return LocalBackend(config, load_models, cache, contend, open_costs)

@@ -1,0 +1,360 @@
+"""The model store: which models there are, which one a request means, what state each is in, and what runs it."""
+
+import enum
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from img2img_server.bundle.manifest import Manifest, Source, read_manifest
+from img2img_server.config import PRELOAD_WORDS, ModelSettings
+from img2img_server.engine.request import Pipeline
+from img2img_server.errors import BundleError, InvalidField, ModelNotFound, ModelUnavailable, PermissionDenied
+from img2img_server.models.failures import WHY, Failure, Stage
+from img2img_server.models.memory import Meter, ProcessMeter, estimate, in_words, measured
+from img2img_server.models.repository import BundleFolder, Load, bundle_id
+
+_log = logging.getLogger(__name__)
+
+_MOST_SHOWN = 100
+"""Characters of what a caller sent that are repeated in an error: all of it must fit into gRPC's metadata."""
+
+Allowed = Callable[[str], bool]
+"""Whether the caller may use the model with this id."""
+
+
+class EngineState(enum.Enum):
+    """How far an engine that may take over a model has come. The last three are final."""
+
+    BUILDING = enum.auto()
+    CHECKING = enum.auto()
+    SERVING = enum.auto()
+    REJECTED = enum.auto()
+    FAILED = enum.auto()
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStatus:
+    """An engine that may take over, such as "onnx:tensorrt". `detail` is written for callers; `progress`, from 0 to 1, is that of
+    the state."""
+
+    name: str
+    state: EngineState
+    detail: str = ""
+    progress: float = 0.0
+
+
+class ModelState(enum.Enum):
+    """Whether a model is ready to run."""
+
+    UNLOADED = enum.auto()
+    LOADING = enum.auto()
+    READY = enum.auto()
+    FAILED = enum.auto()
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A model of the store. It can run while it has a pipeline; else `problem`, for the log only, may say why not.
+
+    `bundle` is its folder. `engines` are those that may take over from the one it was loaded with, or have done so. `loading`
+    is set on its way into memory. `memory` is how many bytes it takes there, or took when it last was, 0 where that is not
+    known. `detail` says for callers what is being done, or why it is not ready.
+    """
+
+    id: str
+    manifest: Manifest | None = None
+    pipeline: Pipeline | None = None
+    problem: str = ""
+    bundle: Path | None = None
+    engines: tuple[EngineStatus, ...] = ()
+    loading: bool = False
+    memory: int = 0
+    detail: str = ""
+
+    @property
+    def state(self) -> ModelState:
+        """Whether it is ready."""
+        if self.pipeline is not None:
+            return ModelState.READY
+        if self.loading:
+            return ModelState.LOADING
+        return ModelState.FAILED if self.problem else ModelState.UNLOADED
+
+    @property
+    def expected_memory(self) -> int:
+        """The bytes that it takes, as was measured or, before that, is estimated; 0 where nothing is known of it."""
+        return self.memory or (estimate(self.manifest) if self.manifest is not None else 0)
+
+
+class ModelStore:
+    """The models of a server: those that were there at start, and those that were found since.
+
+    A request's reference names one of them; where it names none, the default model is meant, or the only one that there was at
+    start. `folder` is where bundles are, None where models came without. Any thread may read and change.
+    """
+
+    def __init__(self, models: Iterable[Model], default: str | None = None, folder: BundleFolder | None = None) -> None:
+        self._lock = threading.Lock()
+        # Never changed, always replaced: who reads needs no lock.
+        self._models = _by_id(models)
+        if default is None and len(self._models) == 1:
+            (default,) = self._models
+        if default is not None and default not in self._models:
+            raise BundleError(f"the default model '{default}' is not in the store, which has {self._names()}")
+        self.default = default
+        self.folder = folder
+
+    @classmethod
+    def find_bundles(
+        cls,
+        folder: Path,
+        load: Load,
+        default: str | None = None,
+        allow_unverified: bool = False,
+        settings: ModelSettings | None = None,
+    ) -> "ModelStore":
+        """A store of every bundle in `folder`, or of `folder` itself if it is one. Reads their manifests and loads nothing.
+
+        `allow_unverified` also serves bundles whose verification failed at their export, with a warning. A bundle that cannot be
+        read is listed with its problem. Raises BundleError if there is no bundle, none can be read, or one that the settings
+        name does not exist.
+        """
+        settings = settings or ModelSettings()
+        bundles = BundleFolder(folder, load, allow_unverified)
+        if settings.allow_downloads and bundles.is_bundle:
+            raise BundleError(f"{folder} is a bundle: downloads need a folder of bundles")
+        models = [_read(bundle) for bundle in bundles.bundles()]
+        for entry, reason in bundles.others():
+            _log.warning("%s is not served: it is %s", entry, reason)
+        if not models and not settings.allow_downloads:
+            made = f"make one with `img2img export MODEL --output {folder / 'NAME'}`"
+            raise BundleError(f"models: {folder} holds no bundle: {made}")
+        store = cls(models, default, bundles)
+        _chosen(settings.preload, store._models, store.default)
+        store.check_any(settings)
+        return store
+
+    @classmethod
+    def load(
+        cls,
+        folder: Path,
+        load: Load,
+        default: str | None = None,
+        allow_unverified: bool = False,
+        settings: ModelSettings | None = None,
+        meter: Meter | None = None,
+    ) -> "ModelStore":
+        """`find_bundles` and `preload` in one; without `settings`, every model is loaded."""
+        settings = settings or ModelSettings(preload=("all",))
+        store = cls.find_bundles(folder, load, default, allow_unverified, settings)
+        store.preload(settings, meter)
+        return store
+
+    def check_any(self, settings: ModelSettings) -> None:
+        """Raises BundleError if every model has failed and no other can come: such a server would serve nothing."""
+        failed = [model for model in self if model.state is ModelState.FAILED]
+        if failed and len(failed) == len(self._models) and not settings.allow_downloads:
+            raise BundleError("no model can be served: " + "; ".join(f"{model.id}: {model.problem}" for model in failed))
+
+    def __iter__(self) -> Iterator[Model]:
+        return iter(self._models.values())
+
+    def get(self, name: str, allowed: Allowed = lambda name: True) -> Model:
+        """The model with the id `name`, where the caller may use it. Raises ModelNotFound."""
+        models = self._models
+        if name not in models or not allowed(name):
+            raise ModelNotFound(f"there is no model {_shown(name)}; there are {self._names(allowed)}")
+        return models[name]
+
+    def change(self, name: str, **values: Any) -> None:
+        """Replaces these fields of the model `name`; adds it where it is new."""
+        with self._lock:
+            self._put(replace(self._models.get(name, Model(name)), **values))
+
+    def put(self, model: Model) -> None:
+        """Takes `model` in place of what was known of it; adds it where it is new."""
+        with self._lock:
+            self._put(model)
+
+    def _put(self, model: Model) -> None:
+        models = {**self._models, model.id: model}
+        self._models = dict(sorted(models.items())) if model.id not in self._models else models
+
+    def forget(self, name: str) -> None:
+        """Takes the model `name` out."""
+        with self._lock:
+            self._models = {known: model for known, model in self._models.items() if known != name}
+
+    def note(self, name: str, status: EngineStatus) -> None:
+        """Notes how an engine of the model `name` is doing, in place of what was known of it."""
+        with self._lock:
+            model = self._models[name]
+            others = tuple(known for known in model.engines if known.name != status.name)
+            self._models = {**self._models, name: replace(model, engines=(*others, status))}
+
+    def find(self, reference: Source, allowed: Allowed = lambda name: True) -> Model:
+        """The one model whose bundle agrees with every field that is set in `reference`, ready or not.
+
+        `reference.path` is a model's id. Raises ModelNotFound, InvalidField where several agree, or PermissionDenied where only
+        such do that the caller may not use.
+        """
+        models = self._models
+        if reference == Source():
+            if self.default is None:
+                raise InvalidField("model", f"several models are served, name one: {self._names(allowed)}")
+            found = [models[self.default]]
+        else:
+            found = [model for model in models.values() if _agrees(model, reference)]
+        if not found:
+            raise ModelNotFound(f"no model is {_describe(reference)}; there are {self._names(allowed)}")
+        usable = [model for model in found if allowed(model.id)]
+        if not usable:
+            raise PermissionDenied(f"your token does not allow the model '{found[0].id}'")
+        if len(usable) > 1:
+            raise InvalidField("model", f"several models agree: {', '.join(model.id for model in usable)}; set path to one")
+        return usable[0]
+
+    def resolve(self, reference: Source) -> Model:
+        """The model that `reference` means, which can run. Raises what `find` raises, or ModelUnavailable."""
+        model = self.find(reference)
+        if model.pipeline is None:
+            raise ModelUnavailable(f"model '{model.id}' cannot be served: {model.detail or WHY}")
+        return model
+
+    def discover(self, name: str) -> bool:
+        """Takes up the bundle of this name, if the folder has one that was not there before. Reads the disk."""
+        found = None if self.folder is None else self.folder.find(name)
+        if found is None:
+            return False
+        read = _read(found)
+        self.change(name, manifest=read.manifest, problem=read.problem, detail=read.detail, bundle=found, loading=False)
+        _log.info("model '%s' was found", name)
+        return True
+
+    def pipelines(self) -> dict[str, Pipeline]:
+        """The pipelines of the models that are ready, by id."""
+        return {model.id: model.pipeline for model in self if model.pipeline is not None}
+
+    @contextmanager
+    def growing(self, name: str, meter: Meter | None = None) -> Iterator[None]:
+        """Counts the memory that comes in use within the block for the model `name`'s, which is ready and takes some."""
+        meter, model = meter or ProcessMeter(), self._models[name]
+        before = meter.read()
+        yield
+        if model.pipeline is not None and model.memory:
+            grown = before.grown_to(meter.read(), model.pipeline.engine)
+            self.change(name, memory=model.memory + max(0, grown or 0))
+
+    def preload(self, settings: ModelSettings, meter: Meter | None = None) -> None:
+        """Loads the models that `settings` name, as far as the memory for models holds them. A model that fails is listed with
+        its problem. Raises BundleError as `check_any` does."""
+        meter, chosen = meter or ProcessMeter(), _chosen(settings.preload, self._models, self.default)
+        for number, name in enumerate(chosen, start=1):
+            model = self._models[name]
+            if model.manifest is None:
+                continue
+            used, on_gpu = sum(other.memory for other in self), meter.read()
+            bound = settings.memory
+            # What was loaded before may leave too little of the GPU. The first is tried: the estimate may be too high.
+            if used and on_gpu.gpu_free is not None and (bound is None or used + on_gpu.gpu_free < bound):
+                bound = used + on_gpu.gpu_free
+            if bound is not None and used + model.expected_memory > bound:
+                of = f"{in_words(model.expected_memory)}, and {in_words(used)} of {in_words(bound)} are taken"
+                _log.log(
+                    logging.INFO if "all" in settings.preload else logging.WARNING,
+                    "model '%s' is not loaded yet: it takes about %s",
+                    name,
+                    of,
+                )
+                continue
+            _log.info("model '%s' (%d of %d): loading", name, number, len(chosen))
+            self._load_now(model, meter)
+        self.check_any(settings)
+
+    def _load_now(self, model: Model, meter: Meter) -> None:
+        assert self.folder is not None, "what is loaded comes from a folder"
+        assert model.bundle is not None, "what is loaded has a bundle"
+        before, begun = meter.read(), time.monotonic()
+        try:
+            manifest, pipeline = self.folder.open(model.bundle)
+        except BaseException as error:  # noqa: BLE001 - whatever a library raises, Rust's panics too: the others are served
+            self.fail(model.id, Stage.LOADING, error)
+            return
+        memory = measured(before.grown_to(meter.read(), pipeline.engine), manifest)
+        self.change(model.id, manifest=manifest, pipeline=pipeline, memory=memory, problem="", detail="")
+        seconds = time.monotonic() - begun
+        _log.info("model '%s': loaded in %.1f s on %s, %s", model.id, seconds, pipeline.engine, in_words(memory))
+
+    def fail(self, name: str, stage: Stage, error: BaseException) -> str:
+        """Marks the model `name` as FAILED by `error` in `stage`, and logs why. Returns the problem, for the log only."""
+        failure = Failure.of(error, stage, self._models[name].bundle)
+        _log.error("model '%s' cannot be served: %s", name, failure.problem)
+        _log.debug("model '%s': where it failed", name, exc_info=error)
+        self.change(name, pipeline=None, problem=failure.problem, detail=failure.detail)
+        return failure.problem
+
+    def _names(self, allowed: Allowed = lambda name: True) -> str:
+        return ", ".join(filter(allowed, self._models)) or "none"
+
+
+def _chosen(preload: tuple[str, ...], names: Iterable[str], default: str | None) -> list[str]:
+    """The models to load, the default one first. Raises BundleError for one that is not there."""
+    if preload == ("none",):
+        return []
+    if unknown := sorted(set(preload) - {*PRELOAD_WORDS, *names}):
+        known = ", ".join(names) or "none"
+        raise BundleError(f"preload: there is no model {', '.join(map(repr, unknown))} to preload; there are {known}")
+    chosen = names if "all" in preload else [name for word in preload if (name := default if word == "default" else word)]
+    return sorted(set(chosen), key=lambda name: (name != default, name))
+
+
+def _by_id(models: Iterable[Model]) -> dict[str, Model]:
+    """The models by id, sorted. Raises BundleError if two have the same one."""
+    found: dict[str, Model] = {}
+    for model in sorted(models, key=lambda model: model.id):
+        if (other := found.get(model.id)) is not None:
+            raise BundleError(f"two models have the id '{model.id}': {other.bundle} and {model.bundle}; rename one of them")
+        found[model.id] = model
+    return found
+
+
+def _read(bundle: Path) -> Model:
+    """A bundle as its manifest has it; nothing else is looked at yet."""
+    name = bundle_id(bundle)
+    try:
+        return Model(name, read_manifest(bundle), bundle=bundle)
+    except BundleError as error:
+        failure = Failure.of(error, Stage.READING, bundle)
+        _log.error("model '%s' cannot be served: %s", name, failure.problem)
+        return Model(name, problem=failure.problem, bundle=bundle, detail=failure.detail)
+
+
+def _agrees(model: Model, wanted: Source) -> bool:
+    if model.manifest is None:
+        return wanted == Source(path=model.id)
+    source = model.manifest.source
+    pairs = (
+        (wanted.path, model.id),
+        (wanted.repo_id, source.repo_id),
+        (wanted.variant, source.variant),
+        (wanted.revision, source.revision),
+        (wanted.allow_patterns, source.allow_patterns),
+        (wanted.ignore_patterns, source.ignore_patterns),
+    )
+    return all(not asked or asked == has for asked, has in pairs)
+
+
+def _describe(reference: Source) -> str:
+    names = ("path", "repo_id", "variant", "revision", "allow_patterns", "ignore_patterns")
+    return ", ".join(f"{name} {_shown(getattr(reference, name))}" for name in names if getattr(reference, name))
+
+
+def _shown(value: object) -> str:
+    """What a caller sent, harmless and short."""
+    text = ascii(value)
+    return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}..."

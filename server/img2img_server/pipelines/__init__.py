@@ -1,1 +1,0 @@
-"""Runs models: the only place of the server that imports onnxruntime, torch and diffusers."""

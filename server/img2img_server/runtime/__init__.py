@@ -1,0 +1,1 @@
+"""Runs models: the only package of the server that imports onnxruntime, torch and diffusers."""

@@ -1,0 +1,69 @@
+"""How a pipeline's methods call torch: without gradients, on as many threads as suit that pipeline, and one error for no room."""
+
+import functools
+from collections.abc import Callable
+from typing import Concatenate, ParamSpec, Protocol, TypeVar
+
+import torch
+
+from img2img_server.errors import OutOfMemory
+from img2img_server.runtime.common.device_copy import enter_stream
+from img2img_server.runtime.common.out_of_memory import RUNTIME_ERRORS, is_out_of_memory, out_of_memory, worked
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+
+class HasThreads(Protocol):
+    """A pipeline that knows how many CPU threads of torch its calls are to use. Its `owner`, if it has one, says whose memory
+    they take (memory.py)."""
+
+    threads: int
+
+
+_Self = TypeVar("_Self", bound=HasThreads)
+
+
+def torch_call(method: Callable[Concatenate[_Self, _P], _R]) -> Callable[Concatenate[_Self, _P], _R]:
+    """Decorates a pipeline's method. Both settings belong to the thread that calls, and several pipelines share one.
+
+    Raises OutOfMemory where torch or ONNX Runtime finds no room.
+    """
+
+    @functools.wraps(method)
+    def call(self: _Self, /, *args: _P.args, **kwargs: _P.kwargs) -> _R:
+        owner = getattr(self, "owner", None)
+        torch.set_num_threads(self.threads)
+        enter_stream()
+        try:
+            with torch.inference_mode():
+                result = method(self, *args, **kwargs)
+        except RUNTIME_ERRORS as error:
+            if (full := out_of_memory(error, owner)) is None:
+                raise
+            raise full from None
+        worked(owner)
+        return result
+
+    return call
+
+
+def host_call(method: Callable[Concatenate[_Self, _P], _R]) -> Callable[Concatenate[_Self, _P], _R]:
+    """Decorates a pipeline's method that computes on the CPU only and that any thread may call, at any time.
+
+    It leaves the device and its stream alone: a thread that joins the stream while another records a call on it breaks the
+    recording. Raises OutOfMemory if torch finds no room.
+    """
+
+    @functools.wraps(method)
+    def call(self: _Self, /, *args: _P.args, **kwargs: _P.kwargs) -> _R:
+        torch.set_num_threads(self.threads)
+        try:
+            with torch.inference_mode():
+                return method(self, *args, **kwargs)
+        except RUNTIME_ERRORS as error:
+            if not is_out_of_memory(error):
+                raise
+            raise OutOfMemory("the machine ran out of memory") from None
+
+    return call

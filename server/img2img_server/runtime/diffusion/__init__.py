@@ -1,0 +1,1 @@
+"""Model families that the engine runs step by step."""

@@ -1,0 +1,95 @@
+"""What a request brings into its steps: embeddings of its texts and the latent distribution of its picture.
+
+Both depend on content alone, so they are cached by it. What is missing for several requests is computed together.
+"""
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any, TypeVar
+
+import torch
+
+from img2img_server.engine.cache import Cache
+from img2img_server.engine.request import Request
+from img2img_server.runtime.common.device_copy import send
+from img2img_server.runtime.diffusion.encoded import output_of, tensor_of
+
+_Key = TypeVar("_Key", bound=Hashable)
+
+ScopedText = tuple[str, str]
+"""A request's `cache_scope`, and a text of it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Embedding:
+    """A text: `hidden_states` [1, T, D] and, for SDXL, `pooled` [1, P]."""
+
+    hidden_states: torch.Tensor
+    pooled: torch.Tensor | None
+
+    @property
+    def bytes(self) -> int:
+        """What it takes in memory."""
+        return self.hidden_states.nbytes + (0 if self.pooled is None else self.pooled.nbytes)
+
+    def zeros(self) -> "Embedding":
+        """One of the same shape, all zeros."""
+        return Embedding(torch.zeros_like(self.hidden_states), None if self.pooled is None else torch.zeros_like(self.pooled))
+
+
+class Encoder:
+    """Encodes texts and pictures with the components of a diffusers pipeline, through a cache that others may share.
+
+    `encode_texts` is the family's: a list of n texts to n embeddings, in one call of each text encoder.
+    """
+
+    def __init__(self, pipe: Any, cache: Cache, encode_texts: Callable[[list[str]], list[Embedding]]) -> None:
+        self._pipe = pipe
+        self._cache = cache
+        self._encode_texts = encode_texts
+        # Its entries are nobody else's: an address would be given anew once this encoder is gone, and they are not.
+        self._own = object()
+
+    def texts(self, wanted: Sequence[ScopedText]) -> dict[ScopedText, Embedding]:
+        """The embedding of each text; equal ones of one scope are encoded once."""
+        found, missing = self._look_up({text: ("text", *text) for text in wanted})
+        if missing:
+            for key, embedding in zip(missing, self._encode_texts([text for _, text in missing]), strict=True):
+                found[key] = embedding
+                self._cache.put((self._own, "text", *key), embedding, embedding.bytes)
+        return found
+
+    def pictures(self, requests: Sequence[Request]) -> list[SimpleNamespace]:
+        """What the autoencoder makes of each request's picture, as diffusers reads it (encoded.py); those of one size are encoded
+        in one call."""
+        # A picture whose content nobody has digested is like no other.
+        keys: list[tuple[str, bytes | int]] = [
+            (request.cache_scope, request.image_digest or index) for index, request in enumerate(requests)
+        ]
+        pictures = {key: request.image for key, request in zip(keys, requests, strict=True)}
+        found, missing = self._look_up({key: ("picture", *key) for key in pictures})
+        for size in sorted({pictures[key].size for key in missing}):
+            together = [key for key in missing if pictures[key].size == size]
+            pixels = [self._pipe.image_processor.preprocess(pictures[key]) for key in together]
+            for key, own in zip(together, torch.split(self._encode_pixels(torch.cat(pixels)), 1), strict=True):
+                found[key] = own
+                if isinstance(key[1], bytes):
+                    self._cache.put((self._own, "picture", *key), own, own.nbytes)
+        return [output_of(found[key], self._pipe.vae.config) for key in keys]
+
+    def close(self) -> None:
+        """Takes what is its own out of the cache."""
+        self._cache.drop(lambda key: key[0] is self._own)
+
+    def _encode_pixels(self, pixels: torch.Tensor) -> torch.Tensor:
+        vae = self._pipe.vae
+        return tensor_of(vae.encode(send(pixels, vae.device, vae.dtype)))
+
+    def _look_up(self, keys: dict[_Key, tuple[Hashable, ...]]) -> tuple[dict[_Key, Any], list[_Key]]:
+        """What the cache has, and the keys of what it lacks."""
+        cached = {key: self._cache.get((self._own, *place)) for key, place in keys.items()}
+        return (
+            {key: value for key, value in cached.items() if value is not None},
+            [key for key, value in cached.items() if value is None],
+        )

@@ -1,0 +1,170 @@
+"""What a Stable Diffusion pipeline keeps of a request between two steps."""
+
+import copy
+import itertools
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from img2img_server.engine.request import Request
+from img2img_server.runtime.common.out_of_memory import KEEPERS
+from img2img_server.runtime.diffusion.originals import predict_original
+from img2img_server.runtime.schedulers.linear import Trajectory
+
+Conditioning = dict[str, torch.Tensor]
+"""The UNet's inputs beside sample and timestep, by name. Each is [rows of the UNet call, ...]."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Predicted:
+    """What a preview is drawn from: the first image's latents before a step, and the model's output, both [1, C, h, w]."""
+
+    step: int
+    input_scale: float
+    sample: torch.Tensor
+    output: torch.Tensor
+
+
+@dataclass(slots=True, eq=False)
+class DiffusionState:
+    """A request between two steps. With n seeds, `latents` is [n, C, h, w]; where it is `guided`, by a second row in the UNet's
+    call, conditioning has 2n rows, the negative prompt's first. `scheduler` is its own where it has no compiled schedule to
+    follow as its `trajectory`; `begun` is the one that was set for these timesteps, shared and never stepped. Latents and
+    conditioning are on the device, timesteps, and `times`, which are the same as numbers, on the CPU."""
+
+    request: Request
+    timesteps: torch.Tensor
+    times: tuple[float, ...]
+    latents: torch.Tensor
+    conditioning: Conditioning
+    generators: list[torch.Generator]
+    trajectory: Trajectory | None
+    guided: bool
+    begun: Any
+    scheduler: Any = None
+    step_arguments: dict[str, Any] = field(default_factory=dict)
+    step: int = 0
+    predicted: Predicted | None = None
+    """Of the last step, if a preview is due."""
+    number: int = field(default_factory=itertools.count().__next__)
+    """No other state has it."""
+
+    @property
+    def images(self) -> int:
+        """How many images are made: the rows of its latents."""
+        return len(self.generators)
+
+    @property
+    def rows(self) -> int:
+        """Its rows in the UNet's call."""
+        return len(self.generators) * (2 if self.guided else 1)
+
+    @property
+    def step_count(self) -> int:
+        """How often the UNet is called for it."""
+        return len(self.times)
+
+    @property
+    def timestep(self) -> torch.Tensor:
+        """The timestep that is next."""
+        return self.timesteps[self.step]
+
+    @property
+    def preview_is_due(self) -> bool:
+        """Whether the next step is one of those that a preview was asked of."""
+        interval = self.request.preview_interval
+        return interval > 0 and (self.step + 1) % interval == 0
+
+    @property
+    def input_scale(self) -> float:
+        """The factor by which the next step's latents are scaled for the UNet."""
+        if self.trajectory is not None:
+            return self.trajectory.input_scale
+        return float(copy.copy(self.scheduler).scale_model_input(torch.ones(1), self.timestep))
+
+    def original(self) -> torch.Tensor | None:
+        """The latents without noise that the last step predicted for the first image, [1, C, h, w]; None if a preview is not due
+        or the scheduler does not say what its model predicts."""
+        seen = self.predicted
+        if seen is None:
+            return None
+        index = len(self.begun.timesteps) - len(self.timesteps) + seen.step
+        return predict_original(self.begun, index, self.timesteps[seen.step], seen.sample, seen.output, seen.input_scale)
+
+    def unscaled(self) -> torch.Tensor:
+        """A tensor [n, C, h, w] that is the UNet's input, but for the `input_scale` of a trajectory."""
+        if self.trajectory is not None:
+            return self.latents
+        scaled: torch.Tensor = self.scheduler.scale_model_input(self.latents, self.timestep)
+        return scaled
+
+
+class JoinedConditioning:
+    """The conditioning of batches, kept from step to step while they are of the same states."""
+
+    owner: Hashable = None
+
+    def __init__(self, most: int = 4) -> None:
+        self._most = most
+        self._kept: dict[tuple[int, ...], Conditioning] = {}
+        KEEPERS.add(self)
+
+    def get(self, states: Sequence[DiffusionState]) -> Conditioning:
+        """The rows of all states, one after the other, by name. The tensors must not be changed."""
+        key = tuple(state.number for state in states)
+        known = self._kept.get(key)
+        if known is None:
+            if len(self._kept) >= self._most:
+                self._kept.pop(next(iter(self._kept), ()), None)
+            known = self._kept[key] = _join([state.conditioning for state in states])
+        return dict(known)
+
+    def forget(self, state: DiffusionState) -> None:
+        """Frees the batches that `state` was in: it comes in none again."""
+        for key in list(self._kept):
+            if state.number in key:
+                self._kept.pop(key, None)
+
+    def give_back(self) -> None:
+        """Frees all, on any thread: one that loads a model may run out of memory."""
+        self._kept.clear()
+
+
+def _join(parts: Sequence[Conditioning]) -> Conditioning:
+    """Concatenates the rows of each name. All names whose tensors are of one type are copied at once."""
+    joined: Conditioning = {}
+    targets: dict[torch.dtype, list[torch.Tensor]] = {}
+    sources: dict[torch.dtype, list[torch.Tensor]] = {}
+    for name, first in parts[0].items():
+        rows = [part[name] for part in parts]
+        sizes = [len(each) for each in rows]
+        joined[name] = first.new_empty((sum(sizes), *first.shape[1:]))
+        targets.setdefault(first.dtype, []).extend(torch.split(joined[name], sizes))
+        sources.setdefault(first.dtype, []).extend(rows)
+    for dtype, into in targets.items():
+        torch._foreach_copy_(into, sources[dtype])
+    return joined
+
+
+Noise = tuple[torch.Tensor, ...]
+"""What the UNet predicted for a state, [n, C, h, w]: once, or for the negative prompt and for the prompt."""
+
+
+def split_noise(states: Sequence[DiffusionState], rows: torch.Tensor) -> Sequence[Noise]:
+    """The rows of the UNet's output by state."""
+    pieces = iter(torch.split(rows, [state.images for state in states for _ in range(2 if state.guided else 1)]))
+    return [(next(pieces), next(pieces)) if state.guided else (next(pieces),) for state in states]
+
+
+def guide(states: Sequence[DiffusionState], noises: Sequence[Noise], guidance: torch.Tensor) -> Sequence[torch.Tensor]:
+    """Applies each state's guidance, [B, 1, 1, 1] for the B images of all, to its noise: [n, C, h, w] for each.
+
+    The number of operations does not grow with that of the states.
+    """
+    if not any(state.guided for state in states):
+        return [noise[0] for noise in noises]
+    unconditional, text = torch.cat([noise[index] for index in (0, -1) for noise in noises]).chunk(2)
+    guided = torch.addcmul(unconditional, text.sub_(unconditional), guidance)
+    return torch.split(guided.to(text.dtype), [state.images for state in states])

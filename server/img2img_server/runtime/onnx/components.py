@@ -1,0 +1,148 @@
+"""A bundle's components -> a diffusers pipeline: a stand-in for each that is a graph, diffusers' own module for the others."""
+
+import importlib
+import inspect
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+
+from img2img_server.bundle.files import read_json
+from img2img_server.bundle.manifest import Manifest
+from img2img_server.errors import BundleError
+from img2img_server.runtime.common.weight_budget import within
+from img2img_server.runtime.onnx.modules import Graph, OnnxDenoiser, OnnxTextEncoder, OnnxVae
+from img2img_server.runtime.onnx.runners import Make
+
+_log = logging.getLogger(__name__)
+
+_GRAPH = "model.onnx"
+_LIBRARIES = {"diffusers": diffusers, "transformers": transformers}
+LOAD_ERRORS = (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError)
+"""What diffusers and transformers raise for files that they cannot make sense of."""
+
+
+@dataclass(frozen=True, slots=True)
+class Components:
+    """A bundle that is opened part by part.
+
+    `make` readies a graph for `provider`; `tensors` is where its runner wants tensors, `device` where those of the pipeline and
+    its torch modules are to be: "cpu" or "cuda". No call of the VAE takes more than `vae_memory` bytes, None for no bound.
+    """
+
+    bundle: Path
+    manifest: Manifest
+    make: Make
+    provider: str = "cpu"
+    device: str = "cpu"
+    tensors: str = "cpu"
+    vae_memory: int | None = None
+
+    def pipeline(self) -> Any:
+        """The img2img class that the manifest names, made of its parts. Raises BundleError where one does not fit."""
+        kind = _placed(pipeline_class(self.manifest), self.device)
+        wanted = inspect.signature(kind.__init__).parameters
+        parts = {name: self._part(name, entry) for name, entry in read_index(self.bundle).items() if name in wanted}
+        if "add_watermarker" in wanted:
+            parts["add_watermarker"] = False
+        missing = [name for name, item in wanted.items() if name != "self" and item.default is item.empty and name not in parts]
+        return kind(**parts, **dict.fromkeys(missing)).to(self.device)
+
+    def _part(self, name: str, entry: Any) -> Any:
+        """One argument of the pipeline's class: a setting, a stand-in, or what diffusers or transformers load from a folder."""
+        if not isinstance(entry, list):
+            return entry
+        library, class_name = entry
+        folder = self.bundle / name
+        if class_name is None:
+            return None
+        if name == "vae" and self._has_graph("vae_decoder"):
+            halves = self._graph("vae_encoder"), self._graph("vae_decoder")
+            return OnnxVae(*halves, self.bundle / "vae_decoder", self.device, self.vae_memory)
+        # The safety checker is no part of an ONNX bundle, though model_index.json may still name it.
+        if not folder.is_dir():
+            return None
+        if self._has_graph(name):
+            stand_in = OnnxTextEncoder if library == "transformers" else OnnxDenoiser
+            return stand_in(self._graph(name), folder, self.device)
+        return _load(_component_class(library, class_name), folder)
+
+    def _has_graph(self, name: str) -> bool:
+        return (self.bundle / name / _GRAPH).is_file()
+
+    def _graph(self, name: str) -> Graph:
+        """Opens a component's graph: on CUDA the one with fused operators, where there is one and it opens."""
+        component = next((item for item in self.manifest.components if item.name == name), None)
+        if component is not None and component.fused and self.provider == "cuda":
+            if component.fused not in self.manifest.files:
+                raise BundleError(f"{self.bundle} names a fused graph that is no file of it: {component.fused}")
+            try:
+                return Graph(self.make(name, self.bundle / component.fused), self.tensors)
+            except BundleError as error:
+                _log.warning("%s; the plain graph is used instead", error)
+        try:
+            return Graph(self.make(name, self.bundle / name / _GRAPH), self.tensors)
+        except BundleError as error:
+            if component is not None and component.precision == "bf16" and self.provider in ("cpu", "openvino"):
+                raise BundleError(f"{self.bundle / name} is bf16, and bf16 graphs need a GPU: {error}") from error
+            raise
+
+
+def read_index(bundle: Path) -> dict[str, Any]:
+    """What the bundle's model_index.json says. Raises BundleError."""
+    path = bundle / "model_index.json"
+    try:
+        index = read_json(path)
+    except (OSError, ValueError) as error:
+        raise BundleError(f"{path} cannot be read: {error}") from error
+    if not isinstance(index, dict):
+        raise BundleError(f"{path} is not an object")
+    return index
+
+
+def pipeline_class(manifest: Manifest) -> Any:
+    """diffusers' class that the manifest names. Raises BundleError where this diffusers lacks it."""
+    found = getattr(diffusers, manifest.pipeline_class, None)
+    if not (inspect.isclass(found) and issubclass(found, diffusers.DiffusionPipeline)):
+        raise BundleError(f"the bundle wants '{manifest.pipeline_class}', which diffusers {diffusers.__version__} lacks")
+    return found
+
+
+def _placed(kind: Any, device: str) -> Any:
+    """`kind`, whose pipelines know that they are on `device`: diffusers asks their first module, which may be elsewhere."""
+    if device == "cpu":
+        return kind
+    where = property(lambda pipe: torch.device(device))
+    return type(kind.__name__, (kind,), {"__module__": kind.__module__, "device": where, "_execution_device": where})
+
+
+def _component_class(library: str, class_name: str) -> Any:
+    """A class of transformers, diffusers, or one of diffusers' pipelines' own packages: no other code is ever run."""
+    found = getattr(_LIBRARIES.get(library), class_name, None)
+    if found is None and library.isidentifier() and (Path(diffusers.__file__).parent / "pipelines" / library).is_dir():
+        try:
+            found = getattr(importlib.import_module(f"diffusers.pipelines.{library}"), class_name, None)
+        except ImportError as error:
+            raise BundleError(f"{library}.{class_name} cannot be imported: {error}") from error
+    if found is None:
+        raise BundleError(f"the bundle names {library}.{class_name}: only classes of diffusers and transformers are loaded")
+    return found
+
+
+def _load(component_class: Any, folder: Path) -> Any:
+    """What a class of diffusers or transformers makes of a folder; models in float32, from safetensors."""
+    settings: dict[str, Any] = {"local_files_only": True}
+    if inspect.isclass(component_class) and issubclass(component_class, torch.nn.Module):
+        settings |= {"torch_dtype": torch.float32, "use_safetensors": True}
+    elif component_class.__module__.startswith("transformers."):
+        # Left unset, it asks at the terminal whether to run code that the bundle, or a repository that it names, brings.
+        settings["trust_remote_code"] = False
+    try:
+        with within(folder.glob("*.safetensors")):
+            return component_class.from_pretrained(folder, **settings)
+    except LOAD_ERRORS as error:
+        raise BundleError(f"{folder} does not load: {error}") from error

@@ -1,0 +1,93 @@
+"""How large a graph's inputs are for a common shape of calls, and whether the graph runs at all."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from img2img_server.bundle.files import read_json
+from img2img_server.errors import BundleError
+from img2img_server.runtime.common.sizes import latent_size
+from img2img_server.runtime.execution import Bucket
+from img2img_server.runtime.onnx.providers import ERRORS
+from img2img_server.runtime.onnx.runners import Runner, dtype_of
+
+Shapes = tuple[tuple[int, ...], ...]
+"""The shape of each input of a graph, in the graph's order."""
+
+_TRIAL = 8
+"""Latents' height and width that a graph is tried with: small, and a multiple of what any UNet halves."""
+
+
+class Sizes:
+    """Knows how large the axes of a bundle's graphs are for a common shape of calls.
+
+    Only of the graphs that most bundles have: the UNet and the VAE. Text encoders gain nothing by a fixed shape: theirs never
+    changes.
+    """
+
+    def __init__(self, bundle: Path) -> None:
+        unet, vae = _config(bundle, "unet"), _config(bundle, "vae_decoder")
+        self._scale = 2 ** (len(vae.get("block_out_channels", (1,))) - 1)
+        encoders = [_config(bundle, name).get("max_position_embeddings") for name in ("text_encoder", "text_encoder_2")]
+        self._tokens = next((count for count in encoders if isinstance(count, int)), None)
+        sides = latent_size(unet.get("sample_size"))
+        self.native = Bucket(sides[0] * self._scale, sides[1] * self._scale, 2) if sides is not None else None
+
+    def trial(self) -> Bucket:
+        """A small shape, to see whether a graph runs at all."""
+        return Bucket(_TRIAL * self._scale, _TRIAL * self._scale, 1)
+
+    def axes(self, name: str, inputs: Sequence[Any], bucket: Bucket) -> dict[str, int] | None:
+        """The size of every axis that varies in the inputs of the component `name`, by its name. None where one is unknown."""
+        found: dict[str, int] = {}
+        for item in inputs:
+            for index, axis in enumerate(item.shape):
+                size = axis if isinstance(axis, int) else self._size(name, item.name, index, bucket)
+                if size is None or found.setdefault(str(axis), size) != size:
+                    return None
+        return {axis: size for axis, size in found.items() if not axis.isdigit()}
+
+    def _size(self, name: str, tensor: str, axis: int, bucket: Bucket) -> int | None:
+        pictures = max(bucket.rows // 2, 1)
+        pixels = {2: bucket.height, 3: bucket.width}
+        latents = {place: side // self._scale for place, side in pixels.items()}
+        text = {0: pictures, 1: self._tokens}
+        known: dict[tuple[str, str], Mapping[int, int | None]] = {
+            ("unet", "sample"): {0: bucket.rows, **latents},
+            ("unet", "encoder_hidden_states"): {0: bucket.rows, 1: self._tokens},
+            ("vae_encoder", "sample"): {0: pictures, **pixels},
+            ("vae_decoder", "latent_sample"): {0: pictures, **latents},
+            ("text_encoder", "input_ids"): text,
+            ("text_encoder_2", "input_ids"): text,
+        }
+        other = {0: bucket.rows} if name == "unet" else {}
+        return known.get((name, tensor), other).get(axis)
+
+
+def shapes_of(inputs: Sequence[Any], axes: Mapping[str, int]) -> Shapes:
+    """The shape of each input if the axes that vary have the sizes `axes`, by name."""
+    return tuple(tuple(axis if isinstance(axis, int) else axes[axis] for axis in item.shape) for item in inputs)
+
+
+def try_on_zeros(graph: Path, runner: Runner, axes: Mapping[str, int], device: str = "cpu") -> None:
+    """Runs the graph once on zeros on `device`, as some providers refuse a graph only then. `axes` has the size of each axis that
+    varies, by name. Raises BundleError."""
+    shapes = shapes_of(runner.inputs, axes)
+    feed = {
+        item.name: torch.zeros(shape, dtype=dtype_of(item), device=device)
+        for item, shape in zip(runner.inputs, shapes, strict=True)
+    }
+    try:
+        runner.run(feed)
+    except (*ERRORS, RuntimeError) as error:
+        raise BundleError(f"{graph} does not run: {error}") from error
+
+
+def _config(bundle: Path, component: str) -> dict[str, Any]:
+    try:
+        config = read_json(bundle / component / "config.json")
+    except (OSError, ValueError):
+        return {}
+    return config if isinstance(config, dict) else {}

@@ -1,0 +1,200 @@
+"""Stand-ins: ONNX graphs that take the places of torch modules in a diffusers pipeline.
+
+Each is a torch module without parameters, so whatever diffusers, transformers or accelerate ask of any module (its submodules,
+parameters, hooks, mode) has an answer, plus the attributes that diffusers' img2img pipelines read of the module it replaces.
+Whatever the graph's own types are, a stand-in is of float32 to the pipeline: tensors are cast at the graph's edges, so that
+latents, guidance and schedulers stay in float32 beside a graph of float16.
+"""
+
+import contextlib
+import inspect
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Self
+
+import diffusers
+import torch
+from diffusers.configuration_utils import FrozenDict
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from transformers import PretrainedConfig
+from transformers.utils import ModelOutput
+
+from img2img_server.errors import BundleError
+from img2img_server.runtime.common.device_copy import send
+from img2img_server.runtime.common.sizes import parts
+from img2img_server.runtime.common.vae_memory import BoundedVae
+from img2img_server.runtime.diffusion.encoded import output_of
+from img2img_server.runtime.onnx.runners import Runner, dtype_of
+
+_TEXT_OUTPUTS = ("text_embeds", "last_hidden_state", "pooler_output")
+"""The order in which transformers' text encoders give them."""
+
+
+class Graph:
+    """An ONNX graph that is called with torch tensors by name, casts them to its input types and ignores what it lacks.
+
+    `device` is where its runner wants them. `scalars` are its inputs that have no axes. Raises BundleError for a graph of types
+    that torch has no equal of.
+    """
+
+    def __init__(self, runner: Runner, device: str = "cpu") -> None:
+        self._runner = runner
+        self._device = torch.device(device)
+        self.input_types = {item.name: dtype_of(item) for item in runner.inputs}
+        self._outputs = [item.name for item in runner.outputs]
+        self.row_buckets: Sequence[int] = getattr(runner, "row_buckets", ())
+        """Rows that its calls are padded to, in order; none if they are not padded."""
+        self.scalars = frozenset(item.name for item in runner.inputs if not item.shape)
+
+    def __call__(self, **tensors: torch.Tensor | None) -> dict[str, torch.Tensor]:
+        """Runs the graph; the outputs in the graph's order, by name, in float32 and on the device of the first tensor."""
+        given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+        device = next(iter(given.values())).device
+        feed = {name: self._ready(name, tensor) for name, tensor in given.items() if name in self.input_types}
+        outputs = zip(self._outputs, self._runner.run(feed), strict=True)
+        return {name: send(value, device, torch.float32 if value.is_floating_point() else None) for name, value in outputs}
+
+    def _ready(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.requires_grad:
+            tensor = tensor.detach()
+        return send(tensor, self._device, self.input_types[name]).contiguous()
+
+    def close(self) -> None:
+        """Gives up its runner, whoever still holds this graph."""
+        self.__dict__.pop("_runner", None)
+
+
+class StandIn(torch.nn.Module):
+    """What every stand-in has: a configuration, and where and of what type its tensors are."""
+
+    dtype = torch.float32
+
+    def __init__(self, config: Any, device: str = "cpu") -> None:
+        super().__init__()
+        self.config = config
+        self.device = torch.device(device)
+
+    def to(self, *_: Any, **__: Any) -> Self:
+        """Does nothing: a graph stays where its session is."""
+        return self
+
+    def close(self) -> None:
+        """Gives up its graphs' runners, and with the last reference to them their sessions."""
+        for value in vars(self).values():
+            if isinstance(value, Graph):
+                value.close()
+
+
+class OnnxTextEncoder(StandIn):
+    """A text encoder (CLIP, T5): token ids [B, T] to its outputs, in transformers' order, and its hidden states as a tuple."""
+
+    def __init__(self, graph: Graph, folder: Path, device: str = "cpu") -> None:
+        super().__init__(PretrainedConfig.from_json_file(folder / "config.json"), device)
+        self._graph = graph
+
+    def forward(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, output_hidden_states: bool = False
+    ) -> ModelOutput:
+        """Encodes tokens. `output_hidden_states` is obeyed by always giving those that the graph has."""
+        outputs = self._graph(input_ids=input_ids, attention_mask=attention_mask)
+        hidden = [outputs.pop(name) for name in list(outputs) if name.startswith("hidden_states.")]
+        # Pipelines take some by their place.
+        ordered: dict[str, Any] = {name: outputs.pop(name) for name in _TEXT_OUTPUTS if name in outputs} | outputs
+        return ModelOutput(**ordered, **({"hidden_states": tuple(hidden)} if hidden else {}))
+
+
+class OnnxDenoiser(StandIn):
+    """A UNet or transformer of any diffusers class: it is called as that class's `forward`, whose parameters' names are those
+    of the graph's inputs. A parameter that is a dictionary hands its values over by their keys."""
+
+    def __init__(self, graph: Graph, folder: Path, device: str = "cpu") -> None:
+        super().__init__(read_config(folder), device)
+        self._graph = graph
+        name = self.config.get("_class_name")
+        model_class = getattr(diffusers, str(name), None)
+        if model_class is None:
+            raise BundleError(f"{folder} is a '{name}', which diffusers {diffusers.__version__} lacks")
+        self._signature = inspect.signature(model_class.forward)
+        self._parameter_names = list(self._signature.parameters)[1:]
+        self._accepted: set[tuple[object, ...]] = set()
+        # SDXL's pipeline reads the width of this layer to check the size of its added embeddings.
+        width = self.config.get("projection_class_embeddings_input_dim")
+        self.add_embedding = SimpleNamespace(linear_1=SimpleNamespace(in_features=width))
+        self.in_channels = self.config.get("in_channels")
+        self.row_buckets = graph.row_buckets
+        self.input_types = graph.input_types
+
+    def forward(self, *arguments: Any, **named: Any) -> Any:
+        """Predicts the noise. A scalar `timestep` holds for the whole batch. Raises TypeError for what the class lacks."""
+        form = (len(arguments), *named)
+        if form not in self._accepted:  # to bind takes as long as all the rest
+            self._signature.bind(self, *arguments, **named)
+            self._accepted.add(form)
+        bound = dict(zip(self._parameter_names, arguments, strict=False)) | named
+        tensors = _flatten(bound)
+        batch = next(iter(tensors.values())).shape[0]
+        timestep = torch.as_tensor(bound["timestep"])
+        # Graphs that were made elsewhere may have one timestep for the whole batch.
+        alone = "timestep" in self._graph.scalars
+        tensors["timestep"] = timestep.flatten()[0] if alone else timestep.expand(batch) if timestep.ndim == 0 else timestep
+        sample = next(iter(self._graph(**tensors).values()))
+        return Transformer2DModelOutput(sample=sample) if bound.get("return_dict", True) else (sample,)
+
+    @contextlib.contextmanager
+    def cache_context(self, name: str) -> Any:
+        """A place for what diffusers' caching hooks keep between steps. A graph has no hooks."""
+        yield
+
+
+class OnnxVae(StandIn):
+    """An autoencoder made of two graphs: pixels [B, 3, H, W] in [-1, 1] to latents or a distribution of them, and back.
+
+    No call takes more than `memory` bytes, None for no bound: see vae_memory.py.
+    """
+
+    def __init__(self, encoder: Graph, decoder: Graph, folder: Path, device: str = "cpu", memory: int | None = None) -> None:
+        super().__init__(read_config(folder), device)
+        self._encoder = encoder
+        self._decoder = decoder
+        self._bounded = BoundedVae(
+            self.config,
+            lambda pixels: encoder(sample=pixels)["latent_parameters"],
+            lambda latents: decoder(latent_sample=latents)["sample"],
+            memory,
+            max((kind.itemsize for graph in (encoder, decoder) for kind in graph.input_types.values()), default=4),
+            decoder.row_buckets,
+        )
+
+    def encode(self, pixels: torch.Tensor) -> SimpleNamespace:
+        """The distribution of the latents, as `latent_dist`, or the latents, as `latents`: encoded.py."""
+        return output_of(self._bounded.encode(pixels), self.config)
+
+    def decode(self, latents: torch.Tensor, return_dict: bool = False, generator: Any = None) -> tuple[torch.Tensor]:
+        """The pixels of latents that were divided by the scaling factor already."""
+        return (self._bounded.decode(latents),)
+
+
+def close_graphs(pipe: Any) -> None:
+    """Closes the stand-ins of a diffusers pipeline, inner pipelines included. Not in the middle of a call."""
+    for part in parts(pipe):
+        for component in getattr(part, "components", {}).values():
+            if isinstance(component, StandIn):
+                component.close()
+
+
+def read_config(folder: Path) -> FrozenDict:
+    """A component's config.json, with its values as attributes too."""
+    return FrozenDict(json.loads((folder / "config.json").read_bytes()))
+
+
+def _flatten(arguments: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """The tensors among a call's arguments, and in its dictionaries, by name."""
+    tensors: dict[str, torch.Tensor] = {}
+    for name, value in arguments.items():
+        if isinstance(value, torch.Tensor):
+            tensors[name] = value
+        elif isinstance(value, Mapping):
+            tensors |= _flatten(value)
+    return tensors

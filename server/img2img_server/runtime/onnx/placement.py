@@ -1,0 +1,65 @@
+"""Tells in the log, in a line for each component of a model, what runs where, in what arithmetic, and why on nothing better."""
+
+import logging
+from pathlib import Path
+
+import onnxruntime
+
+from img2img_server.bundle.manifest import Manifest
+from img2img_server.runtime.onnx.memcpy_nodes import counting_copies
+from img2img_server.runtime.onnx.providers import Choice
+from img2img_server.runtime.onnx.runners import Make, Runner
+from img2img_server.runtime.onnx.sessions import Open, SessionOptions, describe
+
+_log = logging.getLogger(__name__)
+
+
+class Placement:
+    """Watches sessions being opened for one bundle at a time. `open` is to be given to what makes runners, `told` around it."""
+
+    def __init__(self, bundle: Path, manifest: Manifest, choice: Choice, open_graph: Open) -> None:
+        self._bundle = bundle
+        self._precisions = {component.name: component.precision for component in manifest.components}
+        self._why = "".join(f"; not on {probe}" for probe in choice.declined)
+        self._open = open_graph
+        self._opened: list[tuple[SessionOptions, dict[str, int]]] = []
+        self._copies = 0
+
+    def open(self, graph: Path, options: SessionOptions) -> onnxruntime.InferenceSession:
+        """Opens the ONNX file, and remembers what became of it."""
+        # Only a session that says so in ONNX Runtime's log makes copies (sessions.py).
+        if options.provider == "cuda" and not options.recordable:
+            with counting_copies() as copies:
+                session = self._open(graph, options)
+            self._copies = copies.count
+        else:
+            session = self._open(graph, options)
+        self._opened.append((options, describe(session)))
+        return session
+
+    def told(self, make: Make) -> Make:
+        """`make`, followed by the line on what it made."""
+
+        def make_and_tell(name: str, graph: Path) -> Runner:
+            self._opened.clear()
+            runner = make(name, graph)
+            if self._opened:
+                _log.info("%s: %s %s%s", self._bundle.name, name, self._sessions(name), self._why)
+            return runner
+
+        return make_and_tell
+
+    def _sessions(self, name: str) -> str:
+        used, _ = self._opened[-1]
+        # Those of another provider were given up for the last one.
+        opened = [(options, nodes) for options, nodes in self._opened if options.provider == used.provider]
+        parts = []
+        for options, nodes in opened:
+            where = " and ".join(f"{count} nodes on {provider}" for provider, count in nodes.items()) or f"on {options.provider}"
+            sizes = ", ".join(f"{axis} {size}" for axis, size in options.dimensions)
+            parts.append(f"{where} ({sizes})" if sizes else where)
+        recorded = ""
+        if used.provider == "cuda":
+            recorded = ", recorded as CUDA graphs" if used.recordable else f", not recorded, {self._copies} Memcpy nodes"
+        arithmetic = used.arithmetic or self._precisions.get(name, "fp32")
+        return f"runs {' and '.join(parts)} in {arithmetic}, {used.threads} threads{recorded}"

@@ -1,0 +1,224 @@
+"""Families that cannot be split: diffusers' pipeline runs whole, yet step by step.
+
+The pipeline's call runs on a thread of its own that never runs by itself: the engine's thread hands it the baton, and gets it
+back at the end of each step (callback_on_step_end). So one thread at a time owns the device, other requests take turns in
+between, and a call that nobody waits for unwinds at its next step. Requests with equal settings that are prepared together
+share a call.
+"""
+
+import copy
+import inspect
+import logging
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+
+from img2img_server.engine.request import Plan, Request
+from img2img_server.errors import InvalidField, OutOfMemory
+from img2img_server.runtime.common.shallow_copy import view_of
+from img2img_server.runtime.common.sizes import SWAPPED, native_sizes, parts, size_multiple
+from img2img_server.runtime.common.torch_calls import torch_call
+from img2img_server.runtime.common.truncation import Truncation
+from img2img_server.runtime.onnx.modules import close_graphs
+from img2img_server.runtime.opaque.batch import Call, WholeState
+from img2img_server.runtime.opaque.batching_rules import rule_of, slot
+
+_log = logging.getLogger(__name__)
+
+_MOST_ROWS = 16
+"""Rows of the denoiser in one call of diffusers. Memory is needed for all of them until the last is decoded."""
+
+
+class WholePipeline:
+    """Any AutoPipelineForImage2Image. Implements the engine's Pipeline.
+
+    The pictures of a request, and of others with equal settings, are drawn together where the class is known to draw each as it
+    would alone (`sharing.py`); else one after the other. `compile` of torch modules is not done here (`compiled.py`).
+    """
+
+    schedulers: tuple[str, ...] = ()
+    measurable = False
+    owner: Hashable = None
+    row_buckets: Sequence[int] = ()
+
+    def __init__(self, pipe: Any, engine: str, threads: int) -> None:
+        self._pipe = pipe
+        self.threads = threads
+        self.native_size = native_sizes(pipe)
+        self._parameters = inspect.signature(pipe.__call__).parameters
+        self.engine = engine
+        self.size_multiple = size_multiple(pipe)
+        self._rule = rule_of(pipe)
+        self._truncation = Truncation(pipe)
+        self.max_rows: int | None = None if self._rule else 1
+        self._most_rows = _MOST_ROWS
+        for part in parts(pipe):
+            part.set_progress_bar_config(disable=True)  # the client gets the progress
+
+    def plan(self, request: Request) -> Plan:
+        """Its steps: an estimate, until the pipeline has its schedule. Raises InvalidField for a scheduler: it has its own."""
+        if request.scheduler is not None:
+            raise InvalidField("scheduler", "this model has its own only")
+        width, height = request.image.size
+        settings, at_once = self._settings(request), self._at_once(request)
+        chunks = -(-len(request.seeds) // at_once)
+        rows = min(len(request.seeds), at_once) * self._rows(request)
+        shape = (height, width) if settings is None else (height, width, slot(settings))
+        return Plan(shape, width * height, rows, self._steps(request) * chunks, self._truncation.warnings(self._texts(request)))
+
+    def prepare(self, requests: Sequence[Request]) -> Sequence[WholeState]:
+        """Readies the calls, a shared one for those with equal settings; nothing is computed yet."""
+        states: dict[int, WholeState] = {}
+        for numbers in self._shares(requests):
+            call = self._call([requests[number] for number in numbers])
+            for place, number in enumerate(numbers):
+                states[number] = WholeState(requests[number], call, place, call.step_count)
+        return [states[number] for number in range(len(requests))]
+
+    def denoise(self, states: Sequence[WholeState]) -> Sequence[None]:
+        """Runs one step of each call. One that is ahead of all its `states` waits: what they lack was computed already."""
+        members: dict[Call, list[WholeState]] = {}
+        for state in states:
+            members.setdefault(state.call, []).append(state)
+        for call, some in members.items():
+            if call.failed:
+                call = self._anew(call, some)
+            if not call.done and any(state.pieces == call.pieces for state in some):
+                self._resume(call, some, alone=len(states) == 1)
+        return [None] * len(states)
+
+    def advance(self, states: Sequence[WholeState], noises: Sequence[None]) -> None:
+        """Takes over how far the calls came."""
+        for state in states:
+            state.catch_up()
+
+    def mark(self) -> None:
+        """Nothing is left to wait for after a step."""
+
+    def preview(self, states: Sequence[WholeState]) -> Sequence[None]:
+        """There are none: what the pipeline has between two steps is its own affair."""
+        return [None] * len(states)
+
+    def finish(self, states: Sequence[WholeState]) -> Sequence[Sequence[Image.Image]]:
+        """The pictures that the calls returned."""
+        return [state.call.images(state.number) for state in states]
+
+    def release(self, state: WholeState) -> None:
+        """The request has left its call. One that was cut short and has nobody left is unwound."""
+        state.call.leave()
+
+    def close(self) -> None:
+        """Gives up its sessions, if it has any, whoever still holds this pipeline."""
+        close_graphs(self._pipe)
+
+    def _resume(self, call: Call, states: Sequence[WholeState], alone: bool) -> None:
+        """Runs a call's next piece. Where that fails the engine asks again for fewer; for one that is `alone` it would not."""
+        while (error := call.resume()) is not None:
+            if isinstance(error, OutOfMemory):
+                self._most_rows = max(1, min(self._most_rows, len(call.chunks[0]) * self._rows(states[0].request)) // 2)
+            if not alone or (len(call.requests) == 1 and call.at_once == 1):
+                raise error
+            _log.warning("a call of %d pictures failed, and is tried with fewer: %s", len(call.pictures), error)
+            call = self._anew(call, states)
+
+    def _anew(self, failed: Call, states: Sequence[WholeState]) -> Call:
+        """A fresh call in the place of one that failed, of those only that are asked for; of a single one picture by picture."""
+        smallest = len(states) == len(failed.requests) == 1
+        call = self._call([state.request for state in states], at_once=1 if smallest else None)
+        for place, state in enumerate(states):
+            state.join(call, place)
+        return call
+
+    def _shares(self, requests: Sequence[Request]) -> list[list[int]]:
+        """Puts the numbers of those together that share a call."""
+        shares: list[list[int]] = []
+        latest: dict[Hashable, tuple[list[int], int]] = {}
+        for number, request in enumerate(requests):
+            settings, rows = self._settings(request), len(request.seeds) * self._rows(request)
+            share, taken = latest.get(settings, ([], 0))
+            if not share or settings is None or taken + rows > self._most_rows:
+                share, taken = [], 0
+                shares.append(share)
+            share.append(number)
+            latest[settings] = share, taken + rows
+        return shares
+
+    def _call(self, requests: Sequence[Request], at_once: int | None = None) -> Call:
+        return Call(requests, at_once or self._at_once(requests[0]), self._steps(requests[0]), self._draw)
+
+    def _settings(self, request: Request) -> Hashable | None:
+        """What others must have in common with it to share its call; None where none can."""
+        return self._rule and self._rule.settings(request, self._parameters)
+
+    def _rows(self, request: Request) -> int:
+        """Rows of the denoiser for each of its pictures."""
+        return self._rule.rows(request) if self._rule else 1
+
+    def _at_once(self, request: Request) -> int:
+        """How many pictures one call of diffusers may have."""
+        return 1 if self._settings(request) is None else max(1, self._most_rows // self._rows(request))
+
+    def _steps(self, request: Request) -> int:
+        strength = request.strength if "strength" in self._parameters else 1.0
+        return max(1, int(request.num_inference_steps * strength))
+
+    @torch_call
+    def _draw(self, call: Call) -> list[Image.Image]:
+        images: list[Image.Image] = []
+        estimate = call.step_count // len(call.chunks)
+        for number, chunk in enumerate(call.chunks):
+
+            def on_step_end(running: Any, step: int, timestep: Any, tensors: dict[str, Any], number: int = number) -> Any:
+                call.told(number, step + 1, getattr(running, "num_timesteps", None) or estimate)
+                call.pause()
+                return tensors
+
+            def on_prior_step_end(running: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> Any:
+                call.pause()
+                return tensors
+
+            listeners = {"callback_on_step_end": on_step_end, "prior_callback_on_step_end": on_prior_step_end}
+            images += _view(self._pipe)(**self._arguments(chunk, listeners), output_type="pil").images
+        size = call.requests[0].image.size
+        if len(images) != len(call.pictures) or any(image.size != size for image in images):
+            made = [image.size for image in images]
+            raise RuntimeError(f"asked for {len(call.pictures)} of {size}, {type(self._pipe).__name__} made {made}")
+        return images
+
+    def _texts(self, request: Request) -> dict[str, str]:
+        """The texts of the request that the pipeline takes, each by the name of its field."""
+        given = {"prompt": request.prompt, "negative_prompt": request.negative_prompt}
+        return {name: text for name, text in given.items() if text and name in self._parameters}
+
+    def _arguments(self, pictures: Sequence[tuple[Request, int]], listeners: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of the pipeline's call: what it knows of the requests, in lists where there are several pictures."""
+        request = pictures[0][0]
+        width, height = request.image.size
+        if type(self._pipe).__name__ in SWAPPED:
+            width, height = height, width
+        each: dict[str, list[Any]] = {
+            "prompt": [request.prompt for request, _ in pictures],
+            "negative_prompt": [request.negative_prompt for request, _ in pictures],
+            "image": [request.image for request, _ in pictures],
+            "generator": [torch.Generator("cpu").manual_seed(seed) for _, seed in pictures],
+        }
+        alike = {
+            "strength": request.strength,
+            "num_inference_steps": request.num_inference_steps,
+            "guidance_scale": request.guidance_scale,
+            "width": width,
+            "height": height,
+        }
+        # A lone picture is asked for as anybody would. A prompt that was not given is none for all.
+        single = {name: values[0] if len(pictures) == 1 or values[0] is None else values for name, values in each.items()}
+        offered = single | alike | listeners
+        return {name: value for name, value in offered.items() if name in self._parameters}
+
+
+def _view(pipe: Any) -> Any:
+    """The pipeline as one call sees it: shared models, but its own settings and schedulers, down to its inner pipelines."""
+    inner = {name: _view(value) for name, value in vars(pipe).items() if name.endswith("_pipe")}
+    own = {name: copy.deepcopy(value) for name, value in vars(pipe).items() if name.endswith("scheduler")}
+    return view_of(pipe, **inner, **own)

@@ -1,0 +1,183 @@
+"""Runs a session on torch tensors of the device that it computes on: nothing goes through the host, no call waits for the device.
+
+What ONNX Runtime computes on CUDA follows what torch asked for before and precedes what it asks for next, as both use one stream.
+tests/cuda runs it on CUDA's provider over fake libraries, tests/server on a session of the CPU.
+"""
+
+import logging
+import threading
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any
+
+import onnxruntime
+import torch
+from torch.utils.dlpack import from_dlpack
+
+from img2img_server.runtime.common.out_of_memory import KEEPERS, RUNTIME_ERRORS
+from img2img_server.runtime.onnx.runners import dtype_of
+from img2img_server.runtime.providers.cuda_graphs import (
+    NO_GRAPH,
+    ROW_BUCKETS,
+    SHRINK,
+    Binding,
+    Key,
+    Recording,
+    Replays,
+    bucket_of,
+)
+
+_log = logging.getLogger(__name__)
+
+_MOST_SHAPES = 1024
+"""Shapes of inputs whose outputs' shapes are remembered."""
+
+Feed = Mapping[str, torch.Tensor]
+
+
+class DeviceRunner:
+    """A session whose inputs and outputs are torch tensors on `device`. Only one thread at a time may run it.
+
+    `enter` is called before anything is asked of the device: it sees to it that torch uses the session's stream. `replays` keeps
+    recordings of calls, None for none. A graph whose inputs and outputs all have an axis of rows is recorded for ROW_BUCKETS.
+    `owner` stands for the model that it is part of.
+    """
+
+    def __init__(
+        self,
+        session: onnxruntime.InferenceSession,
+        device: str,
+        enter: Callable[[], None] = lambda: None,
+        replays: Replays | None = None,
+        owner: Hashable = None,
+    ) -> None:
+        self.owner = owner
+        self.inputs: Sequence[Any] = session.get_inputs()
+        self.outputs: Sequence[Any] = session.get_outputs()
+        self._names = [item.name for item in self.inputs]
+        self._session = session
+        self._device = torch.device(device)
+        self._enter = enter
+        self._replays = replays
+        self._types = [dtype_of(item) for item in self.outputs]
+        self._binding = Binding(session, self._device, NO_GRAPH)
+        self._shapes: dict[Key, list[torch.Size]] = {}
+        self._has_rows = all(_varies(item) for item in (*self.inputs, *self.outputs))
+        self.row_buckets = ROW_BUCKETS if replays is not None and self._has_rows else ()
+        self._smallest: Key | None = None
+        self._busy = threading.Lock()
+        KEEPERS.add(self)
+
+    def run(self, feed: Feed) -> list[torch.Tensor]:
+        """Runs the graph on tensors of `device`."""
+        with self._busy:
+            self._enter()
+            if self._replays is None:
+                return self._call(feed)
+            results = []
+            for rows, part in self._parts(feed):
+                recording, is_new = self._recorded(self._replays, part, rows)
+                if recording is None:
+                    results.append(self._call(part))
+                    continue
+                if not is_new:
+                    recording.run()
+                results.append([(buffer if rows is None else buffer[:rows]).clone() for buffer in recording.outputs])
+            return results[0] if len(results) == 1 else [torch.cat(outputs) for outputs in zip(*results, strict=True)]
+
+    def give_back(self) -> None:
+        """Frees what ONNX Runtime's arena keeps, and first the recordings, whose memory is in it. Not in the middle of a call."""
+        if not self._busy.acquire(blocking=False):
+            return
+        try:
+            if self._replays is not None:
+                self._replays.drop()
+            if self._smallest is None:
+                return
+            # The arena shrinks after a run only.
+            binding = Binding(self._session, self._device, NO_GRAPH, SHRINK)
+            named = zip(self.inputs, self._smallest, strict=True)
+            binding.bind({item.name: self._zeros(item, shape) for item, shape in named}, None)
+            binding.run()
+        except RUNTIME_ERRORS as error:
+            _log.warning("an arena did not shrink: %s", str(error).partition("\n")[0])
+        finally:
+            self._busy.release()
+
+    def _zeros(self, item: Any, shape: torch.Size) -> torch.Tensor:
+        return torch.zeros(shape, dtype=dtype_of(item), device=self._device)
+
+    def _parts(self, feed: Feed) -> list[tuple[int | None, Feed]]:
+        """The calls that `feed` is made in, each with its rows, None for a graph without such an axis."""
+        counts = {feed[name].shape[0] for name in self._names} if self._has_rows else set()
+        if len(counts) != 1:
+            return [(None, feed)]
+        (rows,), most = counts, ROW_BUCKETS[-1]
+        if rows <= most:
+            return [(rows, feed)]
+        return [
+            (min(most, rows - start), {name: tensor[start : start + most] for name, tensor in feed.items()})
+            for start in range(0, rows, most)
+        ]
+
+    def _key(self, feed: Feed, rows: int | None) -> Key:
+        shapes = (feed[name].shape for name in self._names)
+        return tuple(shape if rows is None else torch.Size((rows, *shape[1:])) for shape in shapes)
+
+    def _recorded(self, replays: Replays, feed: Feed, rows: int | None) -> tuple[Recording | None, bool]:
+        """A recording that has the inputs of a call of `rows` rows, None for a graph that has none. Whether it was made now: then
+        its outputs are there. No recording if the call is to be made as usual."""
+        key = self._key(feed, None if rows is None else bucket_of(rows))
+        recording = replays.find(key)
+        if recording is None:
+            return (self._record(replays, key, feed) if replays.is_due(key) else None), True
+        for name, buffer in recording.inputs.items():
+            (buffer if rows is None else buffer[:rows]).copy_(feed[name])
+        return recording, False
+
+    def _record(self, replays: Replays, key: Key, feed: Feed) -> Recording | None:
+        """Records a call padded to the shapes of `key`, whose outputs are those of `feed`."""
+        padded = {name: _padded(feed[name].contiguous(), shape) for name, shape in zip(self._names, key, strict=True)}
+        return replays.record(key, padded, self._empty(key) or self._call(padded))
+
+    def _empty(self, key: Key) -> list[torch.Tensor]:
+        """Outputs of the call of these shapes, to be written; none if it was never made."""
+        shapes = self._shapes.get(key, [])
+        return [torch.empty(shape, dtype=dtype, device=self._device) for shape, dtype in zip(shapes, self._types, strict=False)]
+
+    def _call(self, feed: Feed) -> list[torch.Tensor]:
+        """Runs the graph as usual."""
+        feed = {name: tensor for name, tensor in feed.items() if name in self._names}
+        key = self._key(feed, None)
+        outputs = self._empty(key)
+        if not outputs:
+            return self._learn(key, feed)
+        self._binding.bind(feed, outputs)
+        self._binding.run()
+        return outputs
+
+    def _learn(self, key: Key, feed: Feed) -> list[torch.Tensor]:
+        """The first call with such inputs: only ONNX Runtime knows yet how large its outputs are, so it allocates them.
+
+        They are copied out of its arena, in which a later recording may use the same memory.
+        """
+        self._binding.bind(feed, None)
+        self._binding.run()
+        values = self._binding.take()
+        # DLPack knows no truth values.
+        outputs = [from_dlpack(value).view(dtype).clone() for value, dtype in zip(values, self._types, strict=True)]
+        if len(self._shapes) >= _MOST_SHAPES:
+            self._shapes.clear()
+        self._shapes[key] = [output.shape for output in outputs]
+        self._smallest = min((key, self._smallest or key), key=lambda shapes: sum(shape.numel() for shape in shapes))
+        return outputs
+
+
+def _varies(item: Any) -> bool:
+    """Whether the first axis of a graph's input or output is open."""
+    return bool(item.shape) and not isinstance(item.shape[0], int)
+
+
+def _padded(tensor: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """`tensor` with its last row repeated up to `shape`."""
+    missing = shape[0] - tensor.shape[0] if shape else 0
+    return tensor if missing <= 0 else torch.cat([tensor, tensor[-1:].expand(missing, *tensor.shape[1:])])

@@ -1,0 +1,1 @@
+"""diffusers' schedulers by name, as linear maps, kept between requests."""

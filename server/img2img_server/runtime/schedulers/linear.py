@@ -1,0 +1,302 @@
+"""diffusers' schedulers, compiled to linear coefficients, so that one call steps a whole batch of requests.
+
+For a fixed schedule every usual scheduler is linear: the next latents, and the few tensors that it remembers from step to
+step (earlier model outputs, or the sample that a second order step starts from), are sums of the latents, the model's
+output, what it remembered and fresh noise, with coefficients that depend only on its configuration and on the step.
+`compile_schedule` runs diffusers' own scheduler once on unit vectors and reads those coefficients off; `advance_batch`
+applies them to requests of different schedulers at different steps, in a number of operations that does not grow with the
+number of requests. What is not linear (clipping, thresholding) is recognized by a trial on random numbers, and refused.
+"""
+
+import copy
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from img2img_server.runtime.common.device_copy import send
+
+SLOTS = 6
+"""The most tensors that a scheduler may remember. PNDM and UniPC of order 3 need 4."""
+
+TERMS = 2 + SLOTS
+"""The latents, the model's output and what is remembered."""
+
+_SILENT = 4
+_CHANNELS = TERMS + 2 * _SILENT
+"""Of a probe: a unit vector's, then some that are zero, where only noise shows, then some with random numbers."""
+
+_AMPLITUDE = 1024.0
+"""Of the unit vectors: so great that added noise costs the coefficients no digits; a power of two, so that it divides out."""
+
+_TOLERANCE = 1e-4
+"""Of the trial, relative to the terms' magnitudes. Rounding costs diffusers' Heun, the worst, 1.2e-5; clipping exceeds 0.1."""
+
+_NEGLIGIBLE = 1e-9
+"""A coefficient below this part of its row's greatest is what rounding leaves of a zero: float32 resolves 6e-8."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Step:
+    """One step. Its terms are the latents, the model's output and `remembered` tensors; its rows are the new latents and
+    then the combinations that are to be remembered."""
+
+    coefficients: torch.Tensor = field(repr=False)
+    """[TERMS, 1 + SLOTS], float32, on the CPU: of each term in each row, and zero beyond."""
+    remembered: int
+    rows: int
+    memory: tuple[int, ...]
+    """What is remembered from now on: indices into the terms followed by the rows after the first."""
+    draws: bool
+    """Whether noise is drawn, though `noise`, its coefficient, may be zero."""
+    noise: float
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Schedule:
+    """A scheduler's steps from one timestep to the end. Immutable; shared by all requests that have the same."""
+
+    timesteps: torch.Tensor
+    """[S], as diffusers gave them."""
+    input_scales: tuple[float, ...]
+    """[S]: what the latents are multiplied by before they enter the model."""
+    steps: tuple[Step, ...]
+
+    @property
+    def history(self) -> int:
+        """The most tensors of the latents' shape that a request has to remember between two steps."""
+        return max((step.remembered for step in self.steps), default=0)
+
+
+@dataclass(slots=True, eq=False)
+class Trajectory:
+    """A request's way along a schedule: its generators (on the CPU, one for each row), its next step, and its memory."""
+
+    schedule: Schedule
+    generators: list[torch.Generator]
+    step: int = 0
+    memory: tuple[torch.Tensor, ...] = ()
+
+    @property
+    def timestep(self) -> torch.Tensor:
+        """The timestep that is next, a scalar. Raises IndexError after the last."""
+        return self.schedule.timesteps[self.step]
+
+    @property
+    def input_scale(self) -> float:
+        """What the latents are multiplied by before they enter the model. Raises IndexError after the last step."""
+        return self.schedule.input_scales[self.step]
+
+
+def coefficients(trajectories: Sequence[Trajectory], sizes: Sequence[int]) -> torch.Tensor:
+    """What the next step of each, of at least one, multiplies its terms by: [terms, rows, B] for B rows of latents, of which each
+    has `sizes`. On the CPU, in float32. The last term is noise if any step draws some. What a request lacks has coefficient zero.
+    """
+    steps = [trajectory.schedule.steps[trajectory.step] for trajectory in trajectories]
+    depth = 2 + max(len(trajectory.memory) for trajectory in trajectories)
+    matrices = [step.coefficients for step, size in zip(steps, sizes, strict=True) for _ in range(size)]
+    table = torch.stack(matrices, dim=-1)[:depth, : max(step.rows for step in steps)]
+    if any(step.draws for step in steps):
+        factors = torch.zeros_like(table[:1])
+        factors[0, 0] = torch.tensor([step.noise for step, size in zip(steps, sizes, strict=True) for _ in range(size)])
+        table = torch.cat([table, factors])
+    return table
+
+
+def advance_batch(
+    trajectories: Sequence[Trajectory],
+    latents: Sequence[torch.Tensor],
+    outputs: Sequence[torch.Tensor],
+    table: torch.Tensor | None = None,
+) -> list[torch.Tensor]:
+    """Takes each request, of at least one, a step on: its memory and generators change, and its new latents are returned.
+
+    `latents` and `outputs` (the model's, after guidance) are [rows, C, h, w] for each request, where rows may differ; all
+    are on one device, and the latents of one dtype, which the new ones get too. The arithmetic is float32. What is returned
+    and remembered are views of tensors that the batch shares. `table` are the `coefficients` on that device, if they are there.
+    """
+    steps = [trajectory.schedule.steps[trajectory.step] for trajectory in trajectories]
+    terms = [
+        (sample, output, *trajectory.memory) for trajectory, sample, output in zip(trajectories, latents, outputs, strict=True)
+    ]
+    sizes = [sample.shape[0] for sample in latents]
+    noise = _draw(steps, trajectories, latents) if any(step.draws for step in steps) else None
+    if table is None:
+        table = send(coefficients(trajectories, sizes), latents[0].device)
+    first, *others = _combine(table, terms, noise)
+    rows = [torch.split(row, sizes) for row in others]
+    for trajectory, step, given, *computed in zip(trajectories, steps, terms, *rows, strict=True):
+        available = (*given, *computed)
+        trajectory.memory = tuple(available[index] for index in step.memory)
+        trajectory.step += 1
+    return list(torch.split(first.to(latents[0].dtype), sizes))
+
+
+def _combine(
+    table: torch.Tensor, terms: Sequence[tuple[torch.Tensor, ...]], noise: torch.Tensor | None
+) -> tuple[torch.Tensor, ...]:
+    """The rows of all steps, each [B, C, h, w] for B rows of latents. `noise` [B, C, h, w] is a term of the first."""
+    depth = table.shape[0] - (noise is not None)
+    # A request that lacks a term repeats its own latents: nothing foreign, and no memory that was never written.
+    pieces = [given[index if index < len(given) else 0] for index in range(depth) for given in terms]
+    values = torch.cat(pieces if noise is None else [*pieces, noise]).float()
+    products = table[..., None, None, None] * values.view(table.shape[0], 1, -1, *values.shape[1:])
+    return products.sum(0).unbind()
+
+
+def _draw(steps: Sequence[Step], trajectories: Sequence[Trajectory], latents: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The noise [B, C, h, w], on the latents' device.
+
+    Each row is drawn from its own generator, as diffusers' randn_tensor draws it, but always in float32: in a smaller
+    dtype torch draws the same numbers, rounded, and leaves the generator in the same state.
+    """
+    parts: list[torch.Tensor] = []
+    for step, trajectory, sample in zip(steps, trajectories, latents, strict=True):
+        shape = (1, *sample.shape[1:])
+        if step.draws:
+            assert len(trajectory.generators) == sample.shape[0]
+            parts.extend(torch.randn(shape, generator=generator) for generator in trajectory.generators)
+        else:
+            parts.append(torch.zeros(sample.shape))
+    return send(torch.cat(parts), latents[0].device)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Reading:
+    """What one step of the probe showed. `coefficients` is [1 + slots after it, 2 + slots before it], float64."""
+
+    coefficients: torch.Tensor
+    input_scale: float
+    draws: bool
+    noise: float
+
+
+def compile_schedule(scheduler: Any, timesteps: torch.Tensor) -> Schedule | None:
+    """The coefficients of `timesteps` [S], the tail that is to be run of what set_timesteps made, eta being 0.
+
+    `scheduler` is a diffusers scheduler on which set_timesteps and, where it has that, set_begin_index were called. It is
+    not changed. None where a step is not linear, or draws noise in a way that is not understood. Raises what the
+    scheduler's own step raises.
+    """
+    probe = _Probe(scheduler)
+    readings: list[_Reading] = []
+    for timestep in timesteps.cpu():
+        reading = probe.step(timestep)
+        if reading is None:
+            return None
+        readings.append(reading)
+    return Schedule(timesteps, tuple(reading.input_scale for reading in readings), _prune(readings))
+
+
+class _Probe:
+    """A copy of a scheduler, on the CPU, that is run on unit vectors.
+
+    A probe is [1, _CHANNELS, 1, 1]. Before each step everything that the scheduler remembers is replaced by unit vectors,
+    but for its random channels: so a step's coefficients do not depend on those before, and need few channels.
+    """
+
+    def __init__(self, scheduler: Any) -> None:
+        self._scheduler = copy.deepcopy(scheduler)
+        for name, value in vars(self._scheduler).items():
+            if isinstance(value, torch.Tensor):
+                setattr(self._scheduler, name, value.cpu())
+        self._noise = torch.Generator().manual_seed(0)
+        self._random = torch.Generator().manual_seed(1)
+        accepted = inspect.signature(self._scheduler.step).parameters
+        arguments = {"eta": 0.0, "generator": self._noise}
+        self._arguments = {name: value for name, value in arguments.items() if name in accepted}
+        self._places: list[tuple[Any, Any]] = []
+
+    def step(self, timestep: torch.Tensor) -> _Reading | None:
+        """Takes the scheduler one step on. None where that was not linear."""
+        sample, output = self._unit(0), self._unit(1)
+        given = torch.stack([sample, output, *(holder[key] for holder, key in self._places)]).flatten(1).double()
+        scaled = self._scheduler.scale_model_input(sample.clone(), timestep).flatten().double()
+        before = self._noise.get_state()
+        result = self._scheduler.step(output, timestep, sample, **self._arguments, return_dict=False)[0]
+        noise = self._drawn_since(before)
+        self._places = self._find()
+        if noise is None or len(self._places) > SLOTS:
+            return None
+        taken = torch.stack([result, *(holder[key] for holder, key in self._places)]).flatten(1).double()
+        for index, (holder, key) in enumerate(self._places):
+            holder[key] = self._unit(2 + index, holder[key])
+        scale = float(scaled[0]) / _AMPLITUDE
+        if not torch.allclose(scaled, scale * given[0], rtol=_TOLERANCE, atol=0.0):
+            return None
+        return _read(given, taken, noise, scale)
+
+    def _unit(self, index: int, like: torch.Tensor | None = None) -> torch.Tensor:
+        """A unit vector, with the random channels of `like`, or else new ones."""
+        vector = torch.zeros(1, _CHANNELS, 1, 1)
+        vector[:, index] = _AMPLITUDE
+        trial = torch.randn((1, _SILENT, 1, 1), generator=self._random) if like is None else like[:, -_SILENT:]
+        vector[:, -_SILENT:] = trial
+        return vector
+
+    def _drawn_since(self, before: torch.Tensor) -> torch.Tensor | None:
+        """The noise that a step drew: all zero where it drew none, None where it drew otherwise than once and normally."""
+        after = self._noise.get_state()
+        if torch.equal(before, after):
+            return torch.zeros(_CHANNELS, dtype=torch.float64)
+        again = torch.Generator()
+        again.set_state(before)
+        noise = torch.randn((1, _CHANNELS, 1, 1), generator=again)
+        return noise.flatten().double() if torch.equal(again.get_state(), after) else None
+
+    def _find(self) -> list[tuple[Any, Any]]:
+        """Where the scheduler keeps tensors of the probe's shape, which is what it remembers: containers and keys."""
+        attributes = vars(self._scheduler)
+        places: list[tuple[Any, Any]] = []
+        for name, value in attributes.items():
+            if _is_probe(value):
+                places.append((attributes, name))
+            elif isinstance(value, list):
+                places.extend((value, index) for index, item in enumerate(value) if _is_probe(item))
+        return places
+
+
+def _is_probe(value: object) -> bool:
+    return isinstance(value, torch.Tensor) and value.shape == (1, _CHANNELS, 1, 1)
+
+
+def _read(given: torch.Tensor, taken: torch.Tensor, noise: torch.Tensor, input_scale: float) -> _Reading | None:
+    """The coefficients with which `given` [terms, _CHANNELS] became `taken` [rows, _CHANNELS]. None where that is wrong."""
+    silent = slice(TERMS, TERMS + _SILENT)
+    draws = bool(noise.any())
+    factor = float(taken[0, silent] @ noise[silent] / (noise[silent] @ noise[silent])) if draws else 0.0
+    added = torch.zeros_like(taken)
+    added[0] = factor * noise
+    coefficients = (taken - added)[:, : len(given)] / _AMPLITUDE
+    magnitudes = coefficients.abs()
+    coefficients[magnitudes < _NEGLIGIBLE * magnitudes.amax(1, keepdim=True)] = 0.0
+    allowed = _TOLERANCE * (coefficients.abs() @ given.abs() + added.abs())
+    # Written so that what is not a number fails.
+    if not bool(((coefficients @ given + added - taken).abs() <= allowed).all()):
+        return None
+    return _Reading(coefficients, input_scale, draws, factor)
+
+
+def _prune(readings: Sequence[_Reading]) -> tuple[Step, ...]:
+    """Backwards, so that a step remembers only what a later one uses, and computes only what is not at hand already."""
+    steps: list[Step] = []
+    wanted: list[int] = []
+    for reading in reversed(readings):
+        rows = reading.coefficients[[0, *(1 + slot for slot in wanted)]]
+        used = rows[:, 2:].any(0).nonzero().flatten().tolist()
+        rows = rows[:, [0, 1, *(2 + slot for slot in used)]]
+        computed, memory = [rows[0]], []
+        for row in rows[1:]:
+            terms = row.nonzero().flatten().tolist()
+            if len(terms) == 1 and row[terms[0]] == 1.0:
+                memory.append(terms[0])
+            else:
+                memory.append(len(row) + len(computed) - 1)
+                computed.append(row)
+        coefficients = torch.zeros(TERMS, 1 + SLOTS)
+        coefficients[: rows.shape[1], : len(computed)] = torch.stack(computed, dim=1)
+        steps.append(Step(coefficients, len(used), len(computed), tuple(memory), reading.draws, reading.noise))
+        wanted = used
+    return tuple(reversed(steps))

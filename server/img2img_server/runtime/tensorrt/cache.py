@@ -1,0 +1,184 @@
+"""Built engines on disk: what took minutes to build is built once for a machine, and what is found is never trusted unread.
+
+An entry is a folder under the digest of its key. The key says all that an engine depends on, so that one which was built for
+another GPU, another version or another model is simply not found. A record with the SHA-256 of every file is written last: a
+folder without it, or with other contents, is deleted and built again. Standard library only.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from img2img_server.bundle.manifest import digest_files, sha256_of
+from img2img_server.support.cancellation import Stop
+from img2img_server.support.directories import user_cache
+
+_log = logging.getLogger(__name__)
+
+_KEY, _RECORD = "key.json", "record.json"
+_UNFINISHED, _LOCKS = ".building", "locks"
+COSTS = "costs"
+"""The folder in which CostStore keeps its files."""
+_LOCK_INTERVAL = 0.5
+"""Seconds between two attempts at a lock that another process holds."""
+
+Key = Mapping[str, Any]
+"""What an engine depends on, as JSON values."""
+
+
+class EngineCache:
+    """The entries below the folder `root`, at most `most_entries` with `most_bytes` in all: the least recently used go first."""
+
+    def __init__(self, root: Path, most_entries: int = 24, most_bytes: int = 64 * 2**30) -> None:
+        self._root = root
+        self._most_entries, self._most_bytes = most_entries, most_bytes
+
+    def obtain(self, key: Key, build: Callable[[Path], object], stop: Stop) -> Path:
+        """The folder of the entry of `key`; where there is none that is whole, `build` is given an empty folder to fill.
+
+        Where another process builds the same, waits for it. Raises what `build` raises, Stopped, or OSError.
+        """
+        # What is in it is run: nobody else may write here.
+        self._root.mkdir(parents=True, exist_ok=True, mode=0o700)
+        entry = self._root / digest_of(key)
+        with self._locked(entry.name, stop):
+            if not self._is_good(entry, key):
+                self._make(entry, key, build)
+            os.utime(entry / _RECORD)
+        self._prune(entry)
+        return entry
+
+    def find(self, key: Key, stop: Stop) -> Path | None:
+        """The folder of the entry of `key`, None where there is none that is whole. Raises OSError, Stopped."""
+        entry = self._root / digest_of(key)
+        with self._locked(entry.name, stop):
+            return entry if self._is_good(entry, key) else None
+
+    def replace(self, key: Key, files: Mapping[str, Path], stop: Stop) -> None:
+        """Makes copies of `files`, by the names they shall have, the entry of `key`, whatever it was. Raises OSError, Stopped."""
+        entry = self._root / digest_of(key)
+
+        def copy(folder: Path) -> None:
+            for name, path in files.items():
+                shutil.copyfile(path, folder / name)
+
+        with self._locked(entry.name, stop):
+            _remove(entry)
+            self._make(entry, key, copy)
+
+    def _make(self, entry: Path, key: Key, build: Callable[[Path], object]) -> None:
+        folder = entry.with_name(entry.name + _UNFINISHED)
+        _remove(folder)
+        folder.mkdir()
+        try:
+            build(folder)
+            (folder / _KEY).write_text(json.dumps(key, indent=1, sort_keys=True), encoding="utf-8")
+            record = json.dumps({"files": digest_files(folder, _files(folder))}, indent=1)
+            (folder / f"{_RECORD}.part").write_text(record, encoding="utf-8")
+            (folder / f"{_RECORD}.part").replace(folder / _RECORD)
+            folder.replace(entry)
+        finally:
+            _remove(folder)
+
+    def _is_good(self, entry: Path, key: Key) -> bool:
+        """Whether the entry is there and just what was built for `key`. One that is not is deleted, with a line in the log."""
+        if not entry.exists():
+            return False
+        problem = _problem(entry, key)
+        if problem:
+            _log.warning("the engine in %s is not used, and is built again: %s", entry, problem)
+            _remove(entry)
+        return not problem
+
+    @contextlib.contextmanager
+    def _locked(self, name: str, stop: Stop) -> Iterator[None]:
+        """Holds the lock of an entry. It is the operating system's: it ends with the process that holds it."""
+        told = False
+        with self._open_lock(name) as file:
+            while not _try_lock(file):
+                if not told:
+                    _log.info("another process builds the engine %s: waiting for it", name[:12])
+                told = True
+                stop.wait(_LOCK_INTERVAL)
+            yield
+
+    def _open_lock(self, name: str) -> Any:
+        (self._root / _LOCKS).mkdir(parents=True, exist_ok=True, mode=0o700)
+        # Never deleted: whoever waits for a deleted file's lock waits for another lock than whoever comes later.
+        return (self._root / _LOCKS / name).open("w")
+
+    def _prune(self, kept: Path) -> None:
+        """Deletes the least recently used entries beyond the bounds, and what a process that died left unfinished."""
+        entries = sorted(
+            (path for path in self._root.iterdir() if path.name not in (_LOCKS, COSTS)), key=_last_used, reverse=True
+        )
+        count, size = 0, 0
+        for entry in entries:
+            count += 1
+            size += sum(file.stat().st_size for file in entry.rglob("*") if file.is_file())
+            unfinished = entry.name.endswith(_UNFINISHED)
+            if entry == kept or not (unfinished or count > self._most_entries or size > self._most_bytes):
+                continue
+            with self._open_lock(entry.name.removesuffix(_UNFINISHED)) as file:
+                if _try_lock(file):
+                    _remove(entry)
+
+
+def default_root() -> Path:
+    """Where engines are kept unless told otherwise: img2img/engines in the user's cache directory."""
+    return user_cache("engines")
+
+
+def digest_of(key: Key) -> str:
+    """The name of a key's entry: the SHA-256 of its JSON, in lower-case hexadecimal."""
+    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+
+
+def _problem(entry: Path, key: Key) -> str:
+    """Why an entry must not be used, "" where it may."""
+    try:
+        record = json.loads((entry / _RECORD).read_text(encoding="utf-8"))
+        wanted = record["files"]
+        if list(wanted) != _files(entry):
+            return "it lacks files, or has others"
+        for name, digest in wanted.items():
+            if sha256_of(entry / name) != digest:
+                return f"{name} is not the file that was built"
+        if json.loads((entry / _KEY).read_text(encoding="utf-8")) != json.loads(json.dumps(key)):
+            return "it was built for something else"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"it cannot be read: {error}"
+    return ""
+
+
+def _files(folder: Path) -> list[str]:
+    """The names of an entry's files, but for the record. A link counts as none, so that it is found out."""
+    found = (path for path in folder.rglob("*") if path.is_file() and not path.is_symlink() and path.parent == folder)
+    return sorted(path.name for path in found if not path.name.startswith(_RECORD))
+
+
+def _last_used(entry: Path) -> float:
+    record = entry / _RECORD
+    return record.stat().st_mtime if record.is_file() else 0.0
+
+
+def _try_lock(file: Any) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _remove(entry: Path) -> None:
+    if entry.is_dir() and not entry.is_symlink():
+        shutil.rmtree(entry)
+    else:
+        entry.unlink(missing_ok=True)

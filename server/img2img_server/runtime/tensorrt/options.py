@@ -1,0 +1,158 @@
+"""TensorRT: what its sessions are built and opened with. Pure functions of settings and manifests. Not yet run on a GPU.
+
+The options' names and what they do are those of ONNX Runtime 1.31's tensorrt_execution_provider_info.cc and
+tensorrt_provider_options.h. An engine is built into an "EP context" file: a graph of a single node that names the engine's file
+beside it. Such a graph can only be run, never built anew behind our back; for that it refuses shapes that it was not built for.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from img2img_server.bundle.manifest import Component, Manifest
+from img2img_server.errors import BundleError
+from img2img_server.runtime.execution import Bucket
+from img2img_server.runtime.onnx.runners import Runner
+
+CONTEXT = "model_ctx.onnx"
+"""The file that is opened in place of the graph."""
+COMPONENTS = ("unet", "vae_decoder")
+"""What is built: where nearly all the time goes. The other parts stay on CUDA."""
+
+_MOST_ROWS = 8
+"""Rows of a call up to which engines are built unless buckets say otherwise: four guided pictures."""
+_WORKSPACE = 4 * 2**30
+"""Bytes that a kernel may ask for as scratch: building tries those that do, beside a server that has most of the memory."""
+_LARGE = 3 * 2**29
+"""Bytes of weights above which they are handed over beside the graph: in one message with it they must be less than 2 GiB."""
+_FORMAT = 1
+
+Axes = Callable[[str, Sequence[Any], Bucket], Mapping[str, int] | None]
+"""The size of each axis that varies in a component's inputs, None where one is not known: graph_sizes.Sizes.axes."""
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """The calls that an engine takes: all from `least` to `most`; it is at its best at `best`."""
+
+    least: Bucket
+    best: Bucket
+    most: Bucket
+
+    @classmethod
+    def of(cls, buckets: Sequence[Bucket] | None, native: Bucket) -> "Profile | None":
+        """The profile that holds all of `buckets`, the first of them for the best; None for no buckets at all.
+
+        Where they are left open, that is the model's `native` size, with one row and with several.
+        """
+        if buckets is None:
+            most = dataclasses.replace(native, rows=max(native.rows, _MOST_ROWS))
+            return cls(dataclasses.replace(native, rows=1), native, most)
+        if not buckets:
+            return None
+        widths, heights = [bucket.width for bucket in buckets], [bucket.height for bucket in buckets]
+        most = Bucket(max(widths), max(heights), max(bucket.rows for bucket in buckets))
+        return cls(Bucket(min(widths), min(heights), 1), buckets[0], most)
+
+
+@dataclass(frozen=True, slots=True)
+class Range:
+    """The shapes that one input of an engine may have."""
+
+    least: Shape
+    best: Shape
+    most: Shape
+
+    def holds(self, shape: Sequence[int]) -> bool:
+        """Whether it may have this one."""
+        return all(low <= side <= high for low, side, high in zip(self.least, shape, self.most, strict=True))
+
+
+Ranges = dict[str, Range]
+"""The range of each input that varies, by its name."""
+
+
+def ranges(component: Component, profile: Profile, axes: Axes) -> Ranges:
+    """What the inputs of a component may be. Raises BundleError where it has an axis that is not known."""
+    shapes = []
+    for bucket in (profile.least, profile.best, profile.most):
+        sizes = axes(component.name, component.inputs, bucket)
+        if sizes is None:
+            raise BundleError(f"{component.name} has inputs whose sizes TensorRT cannot be told")
+        shapes.append(
+            {item.name: tuple(sizes[axis] if isinstance(axis, str) else axis for axis in item.shape) for item in component.inputs}
+        )
+    varying = [item.name for item in component.inputs if any(isinstance(axis, str) for axis in item.shape)]
+    return {name: Range(*(shape[name] for shape in shapes)) for name in varying}
+
+
+def build_options(component: Component, allowed: Ranges, gpu_memory: int | None = None) -> dict[str, str]:
+    """The provider's options that say which engine is built; it depends on each of them, so they are in its key.
+
+    Run where the files are to be written: paths must be relative, and are to the process's directory.
+    """
+    options = {
+        "trt_profile_min_shapes": _spell({name: item.least for name, item in allowed.items()}),
+        "trt_profile_opt_shapes": _spell({name: item.best for name, item in allowed.items()}),
+        "trt_profile_max_shapes": _spell({name: item.most for name, item in allowed.items()}),
+        "trt_max_workspace_size": str(min(_WORKSPACE, gpu_memory or _WORKSPACE)),
+        "trt_engine_cache_enable": "1",
+        "trt_dump_ep_context_model": "1",
+        "trt_ep_context_file_path": CONTEXT,
+        "trt_ep_context_embed_mode": "0",
+    }
+    if component.precision in ("fp16", "bf16"):
+        options[f"trt_{component.precision}_enable"] = "1"
+    if component.bytes > _LARGE:
+        options["trt_load_user_initializer"] = "1"
+    return options
+
+
+def timing_options(folder: str) -> dict[str, str]:
+    """Has what was measured of single kernels kept in `folder`, for the next engine. No engine depends on it."""
+    return {"trt_timing_cache_enable": "1", "trt_timing_cache_path": folder}
+
+
+def serving_options(stream: int | None) -> tuple[tuple[str, str], ...]:
+    """What a built engine is opened with. `stream` is the address of the CUDA stream that it shares with torch.
+
+    Without CUDA graphs (trt_cuda_graph_enable): the engine takes many shapes, and whether this provider keeps a recording
+    for each has not been seen.
+    """
+    return () if stream is None else (("has_user_compute_stream", "1"), ("user_compute_stream", str(stream)))
+
+
+def key(component: Component, manifest: Manifest, options: Mapping[str, str], machine: Mapping[str, str]) -> dict[str, Any]:
+    """All that an engine depends on: what it was built with, where, and the model's own files."""
+    files = {name: digest for name, digest in manifest.files.items() if name.startswith(f"{component.name}/")}
+    return {"format": _FORMAT, "kind": "engine", "machine": dict(machine), "options": dict(options), "files": files}
+
+
+def timing_key(machine: Mapping[str, str]) -> dict[str, Any]:
+    """What times of kernels depend on: the same for all models."""
+    return {"format": _FORMAT, "kind": "timing", "machine": dict(machine)}
+
+
+class RangedRunner:
+    """A graph on its engine where that takes the shapes, else on `other`: any size is answered, and nothing is built for it."""
+
+    def __init__(self, engine: Runner, other: Runner, allowed: Ranges) -> None:
+        self._engine = engine
+        self._other = other
+        self._allowed = allowed
+        self.inputs: Sequence[Any] = other.inputs
+        self.outputs: Sequence[Any] = other.outputs
+
+    def run(self, feed: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+        """Runs the graph on tensors of the device that both want them on."""
+        takes = all(allowed.holds(feed[name].shape) for name, allowed in self._allowed.items())
+        return (self._engine if takes else self._other).run(feed)
+
+
+def _spell(shapes: Mapping[str, Shape]) -> str:
+    """Shapes as the provider reads them: "sample:1x4x64x64,timestep:1"."""
+    return ",".join(f"{name}:{'x'.join(map(str, shape))}" for name, shape in shapes.items())

@@ -1,0 +1,163 @@
+"""torch.compile for models that run in PyTorch, such that no request ever waits for the compiler.
+
+Denoiser and VAE decoder are compiled when the model is loaded, by drawing images of its native size: of a denoiser whose class
+names the blocks that it repeats, these blocks alone, so that one is compiled for all (regional compilation). On a GPU what was
+compiled is recorded as CUDA graphs ("reduce-overhead"). Only calls of the shapes that were seen then go to what was compiled. All
+others run as they always did: an image of another size, of more rows, or with a prompt of another length if a model does not pad
+prompts. Not yet run on a GPU.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from typing import Any
+
+import torch
+from PIL import Image
+from torch.utils._pytree import tree_map_only
+
+from img2img_server.engine.request import Pipeline, Request
+from img2img_server.engine.run_request import run_alone
+from img2img_server.runtime.common.sizes import parts
+
+_log = logging.getLogger(__name__)
+
+_DENOISERS = ("unet", "transformer")
+_DECODED_BY = ("vae", "movq")
+_GUIDANCE = (7.5, 1.0)
+"""Of the pictures drawn while compiling: with guidance a call has more rows than without."""
+_STEPS = 2
+_MOST_SHAPES = 64
+"""Shapes that one function is compiled for: a block is used at several widths and sizes, and with other numbers of rows. Beyond
+them torch would run it uncompiled."""
+
+_ERRORS = (RuntimeError, OSError, ImportError, AttributeError, TypeError, ValueError, AssertionError, KeyError)
+"""What torch.compile raises beside its own errors, which are RuntimeErrors: it runs a compiler and other people's code."""
+
+
+class Compiled:
+    """A module's forward that is compiled for the shapes it meets while it is `learning`, and eager for all others.
+
+    Of a module that repeats blocks, the blocks are compiled and the rest is eager.
+    """
+
+    def __init__(self, module: torch.nn.Module, backend: str | Callable[..., Any]) -> None:
+        self._module = module
+        self._eager = module.forward
+        self._recorded = backend == "inductor" and next(module.parameters()).device.type == "cuda"
+        options: dict[str, Any] = {"mode": "reduce-overhead"} if self._recorded else {}
+        # Sizes that are fixed in the code make it fast; with dynamic=None torch would let go of them at the second shape.
+        options |= {"backend": backend, "dynamic": False, "recompile_limit": _MOST_SHAPES}
+        self._blocks = _compile_blocks(module, options)
+        self._compiled = self._with_blocks if self._blocks else torch.compile(module.forward, **options)
+        self.learning = True
+        self.known: set[Hashable] = set()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's forward."""
+        signature = _signature((args, kwargs))
+        if self.learning:
+            self.known.add(signature)
+        if signature not in self.known:
+            return self._eager(*args, **kwargs)
+        if not self._recorded:
+            return self._compiled(*args, **kwargs)
+        # The memory of a recording's outputs is written again by the next step.
+        torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
+        return tree_map_only(torch.Tensor, torch.clone, self._compiled(*args, **kwargs))
+
+    def _with_blocks(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's own forward, in which the blocks are what was compiled. One thread at a time runs a module."""
+        try:
+            for block, compiled in self._blocks.items():
+                block._compiled_call_impl = compiled
+            return self._eager(*args, **kwargs)
+        finally:
+            for block in self._blocks:
+                block._compiled_call_impl = None
+
+    def install(self) -> None:
+        """Takes the place of the module's forward."""
+        self._module.__dict__["forward"] = self
+
+    def remove(self) -> None:
+        """Gives the module its own forward back."""
+        self._module.__dict__.pop("forward", None)
+
+
+def compile_modules(pipe: Any, pipeline: Pipeline, backend: str | Callable[..., Any] = "inductor") -> bool:
+    """Compiles the torch modules of the diffusers pipeline `pipe`, which `pipeline` serves, and draws with them once.
+
+    Takes minutes for a real model, and is to be done before it is served. False where the compiler failed, which is logged, or
+    there is nothing to compile: then the model runs as it is.
+    """
+    begun, compiled = time.monotonic(), list[Compiled]()
+    try:
+        for module in _modules(pipe):
+            compiled.append(Compiled(module, backend))
+            compiled[-1].install()
+        if not compiled:
+            return False
+        for guidance in _GUIDANCE:
+            run_alone(pipeline, _request(pipeline, guidance))
+    except _ERRORS as error:
+        for forward in compiled:
+            forward.remove()
+        _log.warning("torch.compile failed, the model runs without it: %s: %s", type(error).__name__, _cause(error))
+        return False
+    for forward in compiled:
+        forward.learning = False
+    shapes = sum(len(forward.known) for forward in compiled)
+    _log.info("torch.compile took %.0f s for %d modules and %d shapes", time.monotonic() - begun, len(compiled), shapes)
+    return True
+
+
+def _compile_blocks(module: torch.nn.Module, options: Mapping[str, Any]) -> dict[torch.nn.Module, Callable[..., Any]]:
+    """The blocks that the class of `module` says it repeats, by diffusers' rule, and what each is called by if it is to run
+    compiled. None for other modules."""
+    names = getattr(module, "_repeated_blocks", None) or ()
+    if not any(type(part).__name__ in names for part in module.modules()):
+        return {}
+    module.compile_repeated_blocks(**options)  # type: ignore[operator] # ModelMixin's
+    blocks = {part: part._compiled_call_impl for part in module.modules() if part._compiled_call_impl is not None}
+    for block in blocks:
+        block._compiled_call_impl = None
+    return blocks
+
+
+def _modules(pipe: Any) -> Iterator[torch.nn.Module]:
+    """The modules that most of the time goes into, where they are torch's and not stand-ins over graphs."""
+    found: dict[int, Any] = {}
+    for part in parts(pipe):
+        for name in _DENOISERS:
+            module = getattr(part, name, None)
+            found[id(module)] = module
+        for name in _DECODED_BY:
+            decoder = getattr(getattr(part, name, None), "decoder", None)
+            found[id(decoder)] = decoder
+    return (module for module in found.values() if isinstance(module, torch.nn.Module) and _has_weights(module))
+
+
+def _has_weights(module: torch.nn.Module) -> bool:
+    return next(module.parameters(), None) is not None
+
+
+def _request(pipeline: Pipeline, guidance: float) -> Request:
+    source = Image.linear_gradient("L").resize(pipeline.native_size).convert("RGB")
+    return Request("", source, "a lake", None, 1.0, _STEPS, guidance, (0,))
+
+
+def _signature(value: Any) -> Hashable:
+    """What the compiler depends on: shapes and types of tensors, all other values themselves."""
+    if isinstance(value, torch.Tensor):
+        return tuple(value.shape), value.dtype, value.device, value.stride()
+    if isinstance(value, dict):
+        return tuple((name, _signature(item)) for name, item in value.items())
+    if isinstance(value, list | tuple):
+        return type(value), tuple(_signature(item) for item in value)
+    return value if isinstance(value, Hashable) else id(value)
+
+
+def _cause(error: Exception) -> str:
+    """What is wrong, in a line: the compiler's own errors say in the first that there is one, in the second which."""
+    return " ".join(str(error).strip().splitlines()[:2])

@@ -1,0 +1,141 @@
+"""Fair queueing in front of a shared stage: decoding, encoding, fetching and reading. Used on one event loop."""
+
+import asyncio
+import time
+from collections import Counter, OrderedDict, deque
+from collections.abc import AsyncIterator, Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from typing import TypeVar
+
+from img2img_server.support.call import current
+
+_T = TypeVar("_T")
+
+
+class FairSlots:
+    """A number of slots, each for one job at a time, shared among clients.
+
+    A free slot goes to the waiting client with the fewest jobs in progress; among equals, to the one that has used the stage the
+    least since it came; within a client, in order of arrival. If there are two slots or more, one client uses all but one at
+    most, so that another's job can start at once. `running` and `waiting` count jobs, and can be read anywhere. `clock` is in
+    seconds.
+    """
+
+    def __init__(self, slots: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self.running = 0
+        self.waiting = 0
+        self._slots = slots
+        self._most = max(1, slots - 1)
+        self._clock = clock
+        self._in_progress: Counter[str] = Counter()
+        self._waiting: OrderedDict[str, deque[asyncio.Future[None]]] = OrderedDict()
+        self._used: dict[str, float] = {}
+        self._tasks: set[asyncio.Task[object]] = set()
+
+    @asynccontextmanager
+    async def slot(self, client: str) -> AsyncIterator[None]:
+        """Waits for a slot, and holds it within the block."""
+        await self._acquire(client)
+        began = self._clock()
+        try:
+            yield
+        finally:
+            self._release(client, self._clock() - began)
+
+    async def run(self, client: str, work: Callable[[], Awaitable[_T]]) -> _T:
+        """Does `work` in a slot. A caller that is cancelled while it waits leaves; once begun, the work holds its slot to its
+        end, as nothing else could run there."""
+        await self._acquire(client)
+        task = asyncio.create_task(self._do(client, work))
+        self._tasks.add(task)
+        task.add_done_callback(self._done)
+        return await asyncio.shield(task)
+
+    async def settle(self) -> None:
+        """Waits until the work that `run` began has ended."""
+        while self._tasks:
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _do(self, client: str, work: Callable[[], Awaitable[_T]]) -> _T:
+        began = self._clock()
+        try:
+            return await work()
+        finally:
+            self._release(client, self._clock() - began)
+
+    def _done(self, task: "asyncio.Task[object]") -> None:
+        self._tasks.discard(task)
+        if not task.cancelled():
+            task.exception()  # read here: its caller may have left, and asyncio would log it as never retrieved
+
+    async def _acquire(self, client: str) -> None:
+        self._used.setdefault(client, min(self._used.values(), default=0.0))
+        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.setdefault(client, deque()).append(turn)
+        self.waiting += 1
+        self._grant()
+        try:
+            await turn
+        except asyncio.CancelledError:
+            if turn.cancelled():
+                self._leave(client, turn)
+            else:  # it was granted in the same moment
+                self._release(client, 0.0)
+            raise
+
+    def _release(self, client: str, seconds: float) -> None:
+        self.running -= 1
+        self._in_progress[client] -= 1
+        self._used[client] += seconds
+        self._grant()
+        self._forget(client)
+
+    def _leave(self, client: str, turn: "asyncio.Future[None]") -> None:
+        if turn in self._waiting.get(client, ()):
+            self._take(client, turn)
+        self._forget(client)
+
+    def _grant(self) -> None:
+        """Gives free slots away."""
+        while self.running < self._slots:
+            able = [client for client in self._waiting if self._in_progress[client] < self._most]
+            if not able:
+                return
+            client = min(able, key=lambda client: (self._in_progress[client], self._used[client]))
+            turn = self._waiting[client][0]
+            self._take(client, turn)
+            if not turn.done():
+                self.running += 1
+                self._in_progress[client] += 1
+                turn.set_result(None)
+
+    def _take(self, client: str, turn: "asyncio.Future[None]") -> None:
+        """Removes a job from the queue."""
+        self.waiting -= 1
+        self._waiting[client].remove(turn)
+        if not self._waiting[client]:
+            del self._waiting[client]
+
+    def _forget(self, client: str) -> None:
+        """Forgets a client that has no jobs: unused time is not saved up, and its name takes no memory."""
+        if not self._in_progress[client] and client not in self._waiting:
+            del self._in_progress[client]
+            self._used.pop(client, None)
+
+
+class FairThreads:
+    """Threads for short work that blocks, shared fairly among the clients of the calls that need it."""
+
+    def __init__(self, threads: int, name: str) -> None:
+        self._slots = FairSlots(threads)
+        self._threads = ThreadPoolExecutor(max_workers=threads, thread_name_prefix=name)
+
+    async def run(self, work: Callable[..., _T], *arguments: object) -> _T:
+        """Runs `work` on a thread, when it is the current call's turn."""
+        loop = asyncio.get_running_loop()
+        return await self._slots.run(current().client, lambda: loop.run_in_executor(self._threads, work, *arguments))
+
+    def close(self) -> None:
+        """Waits for nothing."""
+        self._threads.shutdown(wait=False, cancel_futures=True)

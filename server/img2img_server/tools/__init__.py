@@ -1,0 +1,1 @@
+"""Commands beside `img2img serve`: bench-model, top, the demo model."""

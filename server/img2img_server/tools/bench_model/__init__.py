@@ -1,0 +1,1 @@
+"""`img2img bench-model`: times the parts of a bundle on this machine."""
