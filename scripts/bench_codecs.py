@@ -7,7 +7,7 @@ import time
 from collections.abc import Awaitable, Callable
 
 from img2img_server import images
-from img2img_server.codecs.jobs import Encode, Load
+from img2img_server.codecs.jobs import Encode, LoadImage
 from img2img_server.codecs.memory import ImageMemory
 from img2img_server.codecs.pool import Codecs
 from img2img_server.images import ImageLimits, SizeRule, WriteFormat
@@ -60,7 +60,7 @@ async def _measure(side: int, rounds: int) -> list[tuple[str, float, float]]:
 
 
 def _decoding(codecs: Codecs, data: bytes, file_format: WriteFormat) -> tuple[_Job, _Job]:
-    job = Load("image.data", ImageLimits(), SizeRule(), 8, file_format)
+    job = LoadImage("image.data", ImageLimits(), SizeRule(), 8, file_format)
 
     async def own() -> object:
         return job.run(data, lambda size, seconds: None)

@@ -156,7 +156,7 @@ class _Bench:
         from img2img_server.bundle.manifest import read_manifest
         from img2img_server.engine.cache import Cache
         from img2img_server.engine.engine import Engine
-        from img2img_server.engine.scheduler import Limits
+        from img2img_server.engine.scheduler import QueueLimits
         from img2img_server.engine.spans import Span
         from img2img_server.engine.warmup import WarmUp
         from img2img_server.runtime.execution import Execution
@@ -179,7 +179,7 @@ class _Bench:
         pipeline: Any = load_pipeline(bundle, read_manifest(bundle), execution, Cache(1 << 28), open_graph)
         pipeline = _Pipeline(pipeline, self.device)
         self._size = pipeline.native_size
-        self._engine = Engine({"m": pipeline}, Limits(max_batch_size=max_batch_size), observe=observe)
+        self._engine = Engine({"m": pipeline}, QueueLimits(max_batch_size=max_batch_size), observe=observe)
         self._engine.call("m", lambda: WarmUp(max_batch_size, 1.0).record("m", pipeline))
         self.device.frames.clear()
 

@@ -89,7 +89,7 @@ def _bundle(model: Path, name: str, precision: str) -> Path:
 def _parts(arguments: argparse.Namespace, model: Path, bundles: Mapping[str, Path]) -> Iterator[dict[str, Any]]:
     """One part at a time, so that only its variants are in memory."""
     from bench_provider_works import error_of, feed_of, works_of
-    from img2img_server.tools.bench_model.measuring import Case, take_turns
+    from img2img_server.tools.bench_model.measuring import TimedCase, take_turns
 
     for component in arguments.components.split(","):
         for size in (int(word) for word in arguments.sizes.split(",")):
@@ -101,7 +101,7 @@ def _parts(arguments: argparse.Namespace, model: Path, bundles: Mapping[str, Pat
             for name, work in works.items():
                 work.run()
                 errors[name] = error_of(next(iter(works.values())), work)
-            cases = [Case(component, name, (size, size), 1, work) for name, work in works.items()]
+            cases = [TimedCase(component, name, (size, size), 1, work) for name, work in works.items()]
             turns = take_turns(cases, lambda: None, time.perf_counter)
             for _ in range(max(_LEAST_ROUNDS, arguments.rounds)):
                 next(turns)

@@ -151,7 +151,7 @@ def _calls(address: str, data: bytes, count: int) -> list[float]:
     """Milliseconds of the same request from this process straight to a replica: Ray's part of it, and the replica's."""
     os.environ.update(_access())
     from img2img_server.backends.ray.backend import RayConnection
-    from img2img_server.backends.ray.messages import Job
+    from img2img_server.backends.ray.messages import RemoteRequest
     from img2img_server.config import RaySettings, ServerConfig
     from img2img_server.engine.request import Request
     from simulated_device import SOMEWHERE, simulated
@@ -164,7 +164,7 @@ def _calls(address: str, data: bytes, count: int) -> list[float]:
         replicas, times = await connection.open(), []
         for seed in range(_WARM + count):
             begun = time.perf_counter()
-            await replicas.transform(Job.of(Request("m", image, "", None, 1.0, 1, 7.5, (seed,)), 0.0))
+            await replicas.transform(RemoteRequest.of(Request("m", image, "", None, 1.0, 1, 7.5, (seed,)), 0.0))
             times.append((time.perf_counter() - begun) * 1e3)
         await connection.close()
         return times

@@ -17,7 +17,7 @@ from typing import Any
 from bench_load.figures import percentile
 from img2img_server.engine.engine import Engine
 from img2img_server.engine.request import Completed, Event, Plan, Request
-from img2img_server.engine.scheduler import Limits
+from img2img_server.engine.scheduler import QueueLimits
 from img2img_server.engine.warmup import WarmUp
 from PIL import Image
 from rich.console import Console
@@ -182,8 +182,8 @@ class _Device:
 def run_engine(jobs: Sequence[Job]) -> list[float]:
     """Ours: the engine, stepped by hand, warmed up as the server would."""
     device = _Device()
-    engine = Engine({"m": device}, Limits(max_waiting=len(jobs), max_client_waiting=len(jobs)), device.clock)
-    engine.costs.adopt("m", WarmUp(Limits().max_batch_size, 10.0, device.clock).measure("m", device))
+    engine = Engine({"m": device}, QueueLimits(max_waiting=len(jobs), max_client_waiting=len(jobs)), device.clock)
+    engine.costs.adopt("m", WarmUp(QueueLimits().max_batch_size, 10.0, device.clock).measure("m", device))
     device.now = 0.0
     took = [0.0] * len(jobs)
 

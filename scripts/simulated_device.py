@@ -12,7 +12,7 @@ from img2img_server.backends.base import LocalBackend
 from img2img_server.bundle.manifest import Manifest, Source, Verification
 from img2img_server.config import ServerConfig
 from img2img_server.engine.request import Plan, Request
-from img2img_server.models.registry import Model, ModelStore
+from img2img_server.models.registry import Model, ModelRegistry
 from PIL import Image, ImageChops
 
 
@@ -88,8 +88,8 @@ def _drawn(request: Request, seed: int) -> Image.Image:
 def simulated(config: ServerConfig, seconds: float, more: float = 0.0, models: tuple[str, ...] = ("m",)) -> LocalBackend:
     """A backend with a simulated device and these models on it, the first of them the default."""
 
-    def load() -> ModelStore:
-        return ModelStore([Model(name, _manifest(name), SimulatedDevice(seconds, more)) for name in models], default=models[0])
+    def load() -> ModelRegistry:
+        return ModelRegistry([Model(name, _manifest(name), SimulatedDevice(seconds, more)) for name in models], default=models[0])
 
     return LocalBackend(config, load)
 

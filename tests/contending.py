@@ -8,7 +8,7 @@ from pathlib import Path
 
 from fakes import make_request
 from img2img_server.engine.request import Pipeline, Request
-from img2img_server.models.registry import EngineState, EngineStatus, Model, ModelStore
+from img2img_server.models.registry import EngineState, EngineStatus, Model, ModelRegistry
 from img2img_server.runtime.tensorrt.build_process import run_build
 from img2img_server.runtime.tensorrt.cache import EngineCache
 from img2img_server.support.cancellation import Stop
@@ -34,7 +34,7 @@ pathlib.Path(job["folder"], "engine").write_text(word)
 """
 
 
-class WatchedStore(ModelStore):
+class WatchedStore(ModelRegistry):
     """A store with one model, "m", that remembers what was noted of engines."""
 
     def __init__(self, pipeline: Pipeline) -> None:

@@ -8,25 +8,35 @@ from typing import Any
 
 from fakes import Clock, FakePipeline, make_request
 from img2img_server.backends.ray.front import Front
-from img2img_server.backends.ray.messages import Asked, Card, Done, Ended, Job, Load, Look, ReplicaLost, Told
+from img2img_server.backends.ray.messages import (
+    Card,
+    Ended,
+    LoadModel,
+    Look,
+    ModelAnswer,
+    RemoteCompleted,
+    RemoteRequest,
+    ReplicaLost,
+    Told,
+)
 from img2img_server.backends.ray.roster import RemoteModels, Roster
-from img2img_server.engine.admission import Place
+from img2img_server.engine.admission import Slot
 from img2img_server.engine.request import Completed, Event, Failed, Timings
-from img2img_server.engine.scheduler import Limits
+from img2img_server.engine.scheduler import QueueLimits
 from img2img_server.errors import (
     ServerError,
 )
 from running import store
 
 CARD = Card.of(store(m=FakePipeline()).get("m"))
-IDLE = Load(0.0, 0, 0, ("m",))
+IDLE = LoadModel(0.0, 0, 0, ("m",))
 LOST = ReplicaLost("killed")
 Script = Sequence[Told | Exception | asyncio.Event]
 """What a replica does for one call: it tells, raises, or waits for an event."""
 
 
-def done(job: Job) -> Done:
-    return Done((job.picture,), Timings(0.1, 0.2, 0.3, 0.4))
+def done(job: RemoteRequest) -> RemoteCompleted:
+    return RemoteCompleted((job.picture,), Timings(0.1, 0.2, 0.3, 0.4))
 
 
 class FakeReplicas:
@@ -35,8 +45,8 @@ class FakeReplicas:
 
     def __init__(self, *scripts: Script) -> None:
         self.scripts = list(scripts)
-        self.jobs: list[Job] = []
-        self.cancelled: list[Job] = []
+        self.jobs: list[RemoteRequest] = []
+        self.cancelled: list[RemoteRequest] = []
         self.late = 0
         self.came = asyncio.Event()
         self.looks = {"r0": Look("r0", IDLE, (CARD,), None), "r1": Look("r1", IDLE, (CARD,), None)}
@@ -44,13 +54,13 @@ class FakeReplicas:
         self.asked: list[tuple[str, Any]] = []
         self.before: Callable[[], Awaitable[object]] | None = None
 
-    async def transform(self, job: Job) -> Ended:
+    async def transform(self, job: RemoteRequest) -> Ended:
         async for told in self.stream(job):
-            if isinstance(told, Done | Failed):
+            if isinstance(told, RemoteCompleted | Failed):
                 return told
         raise AssertionError("a script has an end")
 
-    async def stream(self, job: Job) -> AsyncGenerator[Told, None]:
+    async def stream(self, job: RemoteRequest) -> AsyncGenerator[Told, None]:
         self.jobs.append(job)
         self.came.set()
         script = self.scripts.pop(0) if self.scripts else (done(job),)
@@ -63,12 +73,12 @@ class FakeReplicas:
                 elif isinstance(act, Exception):
                     raise act
                 else:
-                    yield done(job) if isinstance(act, Done) else act
+                    yield done(job) if isinstance(act, RemoteCompleted) else act
         except (asyncio.CancelledError, GeneratorExit):
             self.cancelled.append(job)
             raise
 
-    async def ask(self, method: str, asked: Asked) -> Card | Failed:
+    async def ask(self, method: str, asked: ModelAnswer) -> Card | Failed:
         self.asked.append((method, asked))
         answer = self.answers[method].pop(0)
         if isinstance(answer, Exception):
@@ -89,7 +99,7 @@ class FakeReplicas:
 class Rig:
     """A front over such replicas, whose roster looks when it is told to."""
 
-    def __init__(self, replicas: FakeReplicas, limits: Limits) -> None:
+    def __init__(self, replicas: FakeReplicas, limits: QueueLimits) -> None:
         self.replicas, self.clock = replicas, Clock()
         self.serving: dict[str, bool] = {}
         self.roster = Roster(replicas, self._tell, self.clock)
@@ -110,7 +120,7 @@ class Rig:
 class Caller:
     """Submits a request and hears of it."""
 
-    def __init__(self, front: Front, place: Place | None = None, **settings: object) -> None:
+    def __init__(self, front: Front, place: Slot | None = None, **settings: object) -> None:
         self.events: list[Event] = []
         self._ended = asyncio.Event()
         self.accepted = front.submit(make_request(**settings), self._listen, place)
@@ -135,12 +145,12 @@ class Caller:
 
 @asynccontextmanager
 async def rig(*scripts: Script, **limits: Any) -> AsyncIterator[Rig]:
-    made = Rig(FakeReplicas(*scripts), Limits(**limits))
+    made = Rig(FakeReplicas(*scripts), QueueLimits(**limits))
     await made.roster.open(None)
     yield made
     assert await made.front.drain(60)
 
 
-def loads(it: Rig, *given: Load) -> None:
+def loads(it: Rig, *given: LoadModel) -> None:
     """From the next look on, replicas are this busy."""
     it.replicas.looks = {f"r{n}": Look(f"r{n}", load, (CARD,), None) for n, load in enumerate(given)}

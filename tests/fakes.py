@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from img2img_server.engine.engine import Engine
 from img2img_server.engine.request import Completed, Event, Failed, Plan, Progress, Request, RequestWarning, Ticket
-from img2img_server.engine.scheduler import Limits
+from img2img_server.engine.scheduler import QueueLimits
 from img2img_server.errors import OutOfMemory
 from PIL import Image
 
@@ -173,7 +173,7 @@ def make_request(**settings: object) -> Request:
 
 
 def make_engine(
-    limits: Limits | None = None,
+    limits: QueueLimits | None = None,
     max_rows: int | None = None,
     seconds: Callable[[int], float] = lambda rows: 1.0,
     codec_seconds: float = 0.0,

@@ -15,7 +15,7 @@ from img2img_server.__main__ import configure, configured
 from img2img_server.api.lifecycle import live
 from img2img_server.api.server import Server
 from img2img_server.backends.base import LocalBackend
-from img2img_server.models.registry import ModelStore
+from img2img_server.models.registry import ModelRegistry
 from img2img_server.telemetry import logs
 from running import store
 
@@ -34,7 +34,7 @@ def main() -> int:
         print(arguments.fault, flush=True)
         never.wait()
 
-    def load_models() -> ModelStore:
+    def load_models() -> ModelRegistry:
         if arguments.fault == "loading":
             hang()
         pipeline = FakePipeline()

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import tritonclient.grpc as triton  # type: ignore[import-untyped]
 from fakes import FakePipeline
-from img2img_server.models.registry import ModelStore
+from img2img_server.models.registry import ModelRegistry
 from img2img_server.telemetry.logs import ACCESS
 from messages import png
 from PIL import Image
@@ -45,7 +45,7 @@ def serving(folder: Path, loaded: Loaded | None = None, **settings: Any) -> Iter
     for name in ("m", "second"):
         if not (folder / name).exists():
             plant(folder, name)
-    with running(lambda: ModelStore.load(folder, loaded.load, "m"), **{"kserve": True, **settings}) as server:
+    with running(lambda: ModelRegistry.load(folder, loaded.load, "m"), **{"kserve": True, **settings}) as server:
         yield server, loaded
 
 

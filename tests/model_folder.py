@@ -13,11 +13,11 @@ from fakes import Clock, FakePipeline
 from img2img_server.bundle.manifest import Component, Manifest, digest_files, list_files, write_manifest
 from img2img_server.config import ModelSettings
 from img2img_server.engine.engine import Engine
-from img2img_server.engine.scheduler import Limits
+from img2img_server.engine.scheduler import QueueLimits
 from img2img_server.errors import OutOfMemory
 from img2img_server.models.export_process import EXPORTER
 from img2img_server.models.memory import Reading
-from img2img_server.models.registry import ModelStore
+from img2img_server.models.registry import ModelRegistry
 from img2img_server.models.residency import Residency
 from running import manifest
 
@@ -101,9 +101,9 @@ class Memory:
 class Rig:
     """A residency over a folder of bundles, with an engine that runs. `serving` is what health was told last of each model."""
 
-    def __init__(self, folder: Path, settings: ModelSettings, exporter: Sequence[str], limits: Limits | None = None) -> None:
+    def __init__(self, folder: Path, settings: ModelSettings, exporter: Sequence[str], limits: QueueLimits | None = None) -> None:
         self.memory, self.clock = Memory(), Clock()
-        self.store = ModelStore.load(folder, self.memory.load, settings=settings, meter=self.memory)
+        self.store = ModelRegistry.load(folder, self.memory.load, settings=settings, meter=self.memory)
         self.engine = Engine(self.store.pipelines(), limits)
         self.serving: dict[str, bool] = {}
         self._loop, self._changed = asyncio.get_running_loop(), asyncio.Event()

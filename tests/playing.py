@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, Self
 
 from fakes import FakePipeline, FakeState
-from img2img_server.engine.scheduler import Limits
-from img2img_server.models.registry import Model, ModelStore
+from img2img_server.engine.scheduler import QueueLimits
+from img2img_server.models.registry import Model, ModelRegistry
 from PIL import Image, ImageChops, ImageOps
 from playwright.async_api import Browser, BrowserContext, Locator, Page, async_playwright, expect
 from running import RunningServer, manifest, running
@@ -103,15 +103,15 @@ class Stand:
         return f"127.0.0.1:{self.port}"
 
     def up(self) -> None:
-        limits = Limits(max_active=1, max_waiting=1, max_batch_size=1)
+        limits = QueueLimits(max_active=1, max_waiting=1, max_batch_size=1)
         self.pipeline = InvertingPipeline(self.gate)
         server: RunningServer = self._ends.enter_context(running(self._models, limits=limits, port=self.port))
         self.port = server.port
 
-    def _models(self) -> ModelStore:
+    def _models(self) -> ModelRegistry:
         """One that runs, one that is not in memory, one that cannot be loaded."""
         there = [Model("m", manifest("acme/m"), self.pipeline), Model("asleep", manifest("acme/asleep"))]
-        return ModelStore([*there, Model("broken", problem="a secret of the server's")], default="m")
+        return ModelRegistry([*there, Model("broken", problem="a secret of the server's")], default="m")
 
     def down(self) -> None:
         self.gate.open()

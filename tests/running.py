@@ -20,8 +20,8 @@ from img2img_server.config import ServerConfig
 from img2img_server.engine.cache import Cache
 from img2img_server.engine.engine import Engine
 from img2img_server.engine.request import Pipeline
-from img2img_server.models.promotion import Contender
-from img2img_server.models.registry import Model, ModelStore
+from img2img_server.models.promotion import Candidate
+from img2img_server.models.registry import Model, ModelRegistry
 from img2img_server.models.residency import Residency
 from img2img_server.sources.reading import Sources
 from img2img_server.telemetry.telemetry import Telemetry
@@ -45,8 +45,8 @@ class RunningServer:
 
 @contextlib.contextmanager
 def running(
-    load_models: Callable[[], ModelStore],
-    contenders: Sequence[Contender] = (),
+    load_models: Callable[[], ModelRegistry],
+    contenders: Sequence[Candidate] = (),
     cache: Cache | None = None,
     **settings: object,
 ) -> Iterator[RunningServer]:
@@ -81,7 +81,7 @@ def starting(make: Callable[[ServerConfig], Backend], **settings: object) -> Ite
         loop.close()
 
 
-def make_service(models: ModelStore, engine: Engine, codecs: Codecs) -> ImageToImageService:
+def make_service(models: ModelRegistry, engine: Engine, codecs: Codecs) -> ImageToImageService:
     """The service over an engine, without a server around it."""
     config = ServerConfig(Path())
     assets = AssetStore(config.assets)
@@ -95,9 +95,9 @@ def _no_health(name: str, serving: bool) -> None:
     """Tells nobody."""
 
 
-def store(**pipelines: Pipeline) -> ModelStore:
+def store(**pipelines: Pipeline) -> ModelRegistry:
     """A store of pipelines by id, as if each came from a bundle that was exported from "acme/<id>" at revision "r1"."""
-    return ModelStore(
+    return ModelRegistry(
         [Model(name, manifest(f"acme/{name}"), pipeline) for name, pipeline in pipelines.items()],
         default="m" if "m" in pipelines else None,
     )

@@ -16,7 +16,7 @@ import onnx
 from img2img_server.bundle.limits import LIMITS
 from img2img_server.bundle.manifest import Component, ComponentParity, Verification
 
-from img2img_export.attempts import Draft, Drawn, draw, verify
+from img2img_export.attempts import Attempt, Drawn, draw, verify
 from img2img_export.component import part_of, problems_of
 from img2img_export.convert import models
 from img2img_export.convert.external_weights import GRAPH_NAME
@@ -35,7 +35,7 @@ from img2img_export.verify.parity import compare, make_cases, open_graph
 _SAME_GRAPHS = "optimum's pipeline over the same graphs"
 
 
-def adopt(source: Path, layout: Layout, options: ExportOptions, bundle: Path, progress: Progress) -> Draft:
+def adopt(source: Path, layout: Layout, options: ExportOptions, bundle: Path, progress: Progress) -> Attempt:
     """Copies the export in `source` into the directory `bundle` and verifies it.
 
     Raises ExportError for an option that only an export of weights has, where there is nothing to compare with, where a class has
@@ -62,7 +62,7 @@ def adopt(source: Path, layout: Layout, options: ExportOptions, bundle: Path, pr
     else:
         drawn, verification = _compare_with(options, plan, components, stock, bundle, progress)
     progress.stage("comparing pictures drawn by the server's pipeline")
-    draft = Draft(plan, components, verification, size_multiple=multiple)
+    draft = Attempt(plan, components, verification, size_multiple=multiple)
     return verify(draft, drawn.cases, drawn.references, options, bundle)
 
 

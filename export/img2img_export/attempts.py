@@ -26,7 +26,7 @@ from img2img_export.read.checkpoint import Layout
 from img2img_export.report import SHEET
 from img2img_export.verify import images as pictures
 from img2img_export.verify import latent_preview as previews
-from img2img_export.verify.images import PictureCase
+from img2img_export.verify.images import ImageCase
 from img2img_export.verify.latent_preview import LatentPreview
 from img2img_export.verify.recorded_inputs import Calls, Recorder
 from img2img_export.verify.sheet import make_sheet
@@ -35,7 +35,7 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Draft:
+class Attempt:
     """A bundle but for its manifest's file: what that says of it, with the verdict."""
 
     plan: Plan
@@ -50,13 +50,13 @@ class Draft:
 class Drawn:
     """What diffusers drew, and with what: requests, pictures, what it gave to the parts that are to be graphs."""
 
-    cases: tuple[PictureCase, ...]
+    cases: tuple[ImageCase, ...]
     references: tuple[Image.Image, ...]
     calls: dict[str, Calls]
     latent_preview: LatentPreview
 
 
-def make(source: Path, layout: Layout, options: ExportOptions, bundle: Path, progress: Progress) -> Draft:
+def make(source: Path, layout: Layout, options: ExportOptions, bundle: Path, progress: Progress) -> Attempt:
     """Fills the directory `bundle` from the checkpoint in `source`: with graphs where it can, else with PyTorch and the reason.
 
     What does not draw what diffusers draws counts as a graph that cannot be made, and so does any failure of the libraries that
@@ -93,19 +93,19 @@ def make(source: Path, layout: Layout, options: ExportOptions, bundle: Path, pro
 
 def _attempt(
     loader: Loader, plan: Plan, reason: str | None, drawn: Drawn, options: ExportOptions, bundle: Path, progress: Progress
-) -> Draft:
+) -> Attempt:
     """Makes what `plan` says, and verifies it. `reason` says why it is not the plan before it."""
     plan = dataclasses.replace(plan, reason=reason or plan.reason)
     components, measured = _convert(loader, plan, drawn.calls, options, bundle, progress)
     give_back()
     progress.stage("comparing pictures drawn by the server's pipeline")
-    draft = Draft(plan, components, measured, drawn.latent_preview)
+    draft = Attempt(plan, components, measured, drawn.latent_preview)
     return verify(draft, drawn.cases, drawn.references, options, bundle)
 
 
 def verify(
-    draft: Draft, cases: Sequence[PictureCase], references: Sequence[Image.Image], options: ExportOptions, bundle: Path
-) -> Draft:
+    draft: Attempt, cases: Sequence[ImageCase], references: Sequence[Image.Image], options: ExportOptions, bundle: Path
+) -> Attempt:
     """The draft with the verdict: draws the cases through the server's pipeline, and keeps a sheet and the references.
 
     Raises ExportError where a picture is too far from the reference, unless the bundle may be published unverified.
@@ -132,7 +132,7 @@ def verify(
     return dataclasses.replace(draft, verification=verification, references=kept.save(cases, references, bundle))
 
 
-def describe(draft: Draft, options: ExportOptions) -> Manifest:
+def describe(draft: Attempt, options: ExportOptions) -> Manifest:
     """The manifest of a draft, without what only the finished bundle has: its source, files and tools."""
     return Manifest(
         source=Source(),

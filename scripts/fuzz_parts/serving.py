@@ -25,9 +25,9 @@ def served() -> Iterator[Served]:
     from img2img_server.api.server import Server
     from img2img_server.backends.base import LocalBackend
     from img2img_server.config import AssetSettings, ServerConfig
-    from img2img_server.engine.scheduler import Limits
+    from img2img_server.engine.scheduler import QueueLimits
     from img2img_server.images import ImageLimits
-    from img2img_server.models.registry import ModelStore
+    from img2img_server.models.registry import ModelRegistry
     from soak_parts.stand_in import StandInPipeline, plant
 
     with tempfile.TemporaryDirectory(prefix=f"{SECRET}-") as name:
@@ -41,11 +41,11 @@ def served() -> Iterator[Served]:
             default_model="m",
             assets=AssetSettings(url=str(folder / "assets"), quota=2**20),
             image_limits=ImageLimits(max_bytes=2**16, max_source_pixels=10_000, max_pixels=4_096),
-            limits=Limits(max_waiting=8),
+            limits=QueueLimits(max_waiting=8),
             max_steps=10,
         )
         bundles = folder / "models"
-        load = lambda: ModelStore.load(bundles, lambda bundle, manifest: StandInPipeline(0.0), "m")  # noqa: E731
+        load = lambda: ModelRegistry.load(bundles, lambda bundle, manifest: StandInPipeline(0.0), "m")  # noqa: E731
         server = Server(config, LocalBackend(config, load))
         loop = asyncio.new_event_loop()
         thread = threading.Thread(target=loop.run_forever, name="fuzzed-server", daemon=True)

@@ -59,11 +59,11 @@ def _rpc(index: int) -> Target:
 
 def _picture(stack: contextlib.ExitStack) -> Try:
     from img2img_server import images
-    from img2img_server.codecs.jobs import Load
+    from img2img_server.codecs.jobs import LoadImage
     from img2img_server.errors import InvalidField
 
     limits = images.ImageLimits(max_bytes=2**16, max_source_pixels=100_000, max_pixels=4_096)
-    job = Load("image.data", limits, images.SizeRule(), 1, "PNG")
+    job = LoadImage("image.data", limits, images.SizeRule(), 1, "PNG")
 
     def attempt(data: bytes) -> None:
         with contextlib.suppress(InvalidField):

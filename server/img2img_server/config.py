@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from img2img_server.engine.scheduler import Limits
+from img2img_server.engine.scheduler import QueueLimits
 from img2img_server.images import ImageLimits
 from img2img_server.runtime.execution import Execution
 from img2img_server.settings.setting import check, section, setting
@@ -263,7 +263,7 @@ class ServerConfig:
     allow_unverified: bool = setting(False, "also serve bundles whose verification failed at export")
     max_steps: int = setting(100, "maximum num_inference_steps", metavar="N", least=1)
     max_image_count: int = setting(8, "maximum number of images of one request", metavar="N", least=1)
-    limits: Limits = section(Limits, "batching and queue")
+    limits: QueueLimits = section(QueueLimits, "batching and queue")
     image_limits: ImageLimits = section(ImageLimits, "image limits")
     codecs: CodecSettings = section(CodecSettings, "codecs")
     execution: Execution = section(Execution, "how models are run")

@@ -27,7 +27,7 @@ from img2img_client import (
 from img2img_server.access import tokens
 from img2img_server.access.tokens import Token
 from img2img_server.config import AssetSettings, TelemetrySettings, TlsSettings
-from img2img_server.engine.scheduler import Limits
+from img2img_server.engine.scheduler import QueueLimits
 from opentelemetry import trace
 from opentelemetry.sdk.trace import TracerProvider
 from PIL import Image
@@ -41,7 +41,7 @@ def pipeline() -> FakePipeline:
 
 @pytest.fixture
 def real(pipeline: FakePipeline, tmp_path: Path) -> Iterator[RunningServer]:
-    limits = Limits(max_active=1, max_waiting=1, max_batch_size=1)
+    limits = QueueLimits(max_active=1, max_waiting=1, max_batch_size=1)
     with running(lambda: store(m=pipeline), assets=AssetSettings(url=str(tmp_path / "assets")), limits=limits) as server:
         yield server
 

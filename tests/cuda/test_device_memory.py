@@ -20,7 +20,7 @@ from img2img_server.engine.engine import Engine
 from img2img_server.engine.request import Completed, Ending, Event, Failed, Pipeline, Request
 from img2img_server.engine.warmup import WarmUp
 from img2img_server.errors import OutOfMemory
-from img2img_server.models.registry import ModelStore
+from img2img_server.models.registry import ModelRegistry
 from img2img_server.models.residency import Residency
 from img2img_server.runtime.execution import Execution
 from img2img_server.runtime.loader import load_pipeline
@@ -178,7 +178,7 @@ class Rig:
     """Models of a folder in a residency, as a server has them."""
 
     def __init__(self, folder: Path, settings: ModelSettings) -> None:
-        self.store = ModelStore.find_bundles(folder, load, settings=settings)
+        self.store = ModelRegistry.find_bundles(folder, load, settings=settings)
         self.store.preload(settings)
         self.engine = Engine(self.store.pipelines())
         self.residency = Residency(settings, self.store, self.engine, lambda name, ready: None, warm_up=WarmUp(ROWS, 1.0))

@@ -15,7 +15,7 @@ from img2img_server.engine.cache import Cache
 from img2img_server.engine.engine import Engine
 from img2img_server.engine.request import Completed, Event, Failed, Request
 from img2img_server.engine.warmup import WarmUp
-from img2img_server.models.registry import ModelStore
+from img2img_server.models.registry import ModelRegistry
 from img2img_server.models.residency import Residency
 from img2img_server.runtime.execution import Execution
 from img2img_server.runtime.loader import load_pipeline
@@ -98,7 +98,7 @@ async def test_a_model_that_is_loaded_at_run_time_is_recorded_on_the_engine_s_th
     for name in ("first", "second"):
         shutil.copytree(bundle("sd1"), tmp_path / "store" / name)
     settings = ModelSettings(preload=("first",))
-    store = ModelStore.load(tmp_path / "store", load, settings=settings)
+    store = ModelRegistry.load(tmp_path / "store", load, settings=settings)
     engine = Engine(store.pipelines())
     residency = Residency(settings, store, engine, lambda name, serving: None, warm_up=WarmUp(16, 1.0))
     engine.start()

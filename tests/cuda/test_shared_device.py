@@ -15,12 +15,12 @@ from img2img_server.config import ModelSettings
 from img2img_server.engine.cache import Cache
 from img2img_server.engine.engine import Engine
 from img2img_server.engine.request import Completed, Event, Failed, Request
-from img2img_server.models.registry import ModelStore
+from img2img_server.models.registry import ModelRegistry
 from img2img_server.models.residency import Residency
 from img2img_server.runtime.common.device_copy import device_stream
 from img2img_server.runtime.execution import Execution
 from img2img_server.runtime.loader import load_pipeline
-from img2img_server.runtime.opaque.stepper import Run
+from img2img_server.runtime.opaque.stepper import Stepper
 from PIL import Image
 
 
@@ -66,7 +66,7 @@ async def test_models_are_loaded_and_unloaded_beside_recordings(
     for name in ("a", "b"):
         shutil.copytree(bundle("sd1"), tmp_path / "store" / name)
     settings = ModelSettings(preload=("a",))
-    store = ModelStore.load(tmp_path / "store", load, settings=settings)
+    store = ModelRegistry.load(tmp_path / "store", load, settings=settings)
     engine = Engine(store.pipelines())
     residency = Residency(settings, store, engine, lambda name, serving: None)
     engine.start()
@@ -121,9 +121,9 @@ def test_a_call_in_pieces_is_on_the_shared_stream_from_its_start() -> None:
     seen: list[torch.cuda.Stream] = []
     torch.zeros(1, device="cuda")
 
-    def call(run: Run) -> list[Image.Image]:
+    def call(run: Stepper) -> list[Image.Image]:
         seen.append(torch.cuda.current_stream())
         return []
 
-    Run(call).resume()
+    Stepper(call).resume()
     assert seen == [device_stream()]

@@ -11,7 +11,7 @@ from diffusers import AutoPipelineForImage2Image
 from img2img_server.engine.request import Request
 from img2img_server.engine.run_request import run_alone
 from img2img_server.runtime.common.device_copy import device_stream
-from img2img_server.runtime.opaque.pipeline import WholePipeline
+from img2img_server.runtime.opaque.pipeline import OpaquePipeline
 from img2img_server.runtime.torch.compile import Compiled
 from PIL import Image
 
@@ -39,7 +39,7 @@ def test_every_thread_of_a_call_is_on_the_shared_stream_before_it_allocates(pipe
 
     for name in ("text_encoder", "unet"):
         getattr(pipe, name).register_forward_pre_hook(note)
-    pipeline = WholePipeline(pipe, "torch:cuda", threads=1)
+    pipeline = OpaquePipeline(pipe, "torch:cuda", threads=1)
     for _ in range(2):
         run_alone(pipeline, request())
     assert {name for name, _ in streams} == {"img2img-pipeline"}

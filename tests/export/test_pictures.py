@@ -13,7 +13,7 @@ import pytest
 from diffusers import AutoPipelineForImage2Image
 from img2img_export.errors import ExportError
 from img2img_export.verify import images
-from img2img_export.verify.images import PictureCase, compare_pictures, draw_references, measure, picture_cases, sample_picture
+from img2img_export.verify.images import ImageCase, compare_pictures, draw_references, measure, picture_cases, sample_picture
 from img2img_export.verify.sheet import AMPLIFICATION, make_sheet
 from img2img_server.bundle.limits import LIMITS, Precision
 from img2img_server.bundle.manifest import Manifest, PictureParity, Source, Verification
@@ -175,9 +175,9 @@ def test_the_request_is_handed_over_as_far_as_the_pipeline_knows_it(pipeline: An
     assert set(images._arguments(model(WithoutStrength), case.request)) == {"prompt", "image"}
 
 
-def rows_of(count: int, width: int, height: int) -> list[PictureCase]:
+def rows_of(count: int, width: int, height: int) -> list[ImageCase]:
     cases = picture_cases(model(), "stable-diffusion")[:count]
-    return [PictureCase(case.name, _resized(case.request, width, height)) for case in cases]
+    return [ImageCase(case.name, _resized(case.request, width, height)) for case in cases]
 
 
 def _resized(request: Any, width: int, height: int) -> Any:

@@ -12,7 +12,7 @@ import torch
 from img2img_export.convert.split_graph import split
 from img2img_server.bundle.manifest import BODY_NAME, HEAD_NAME, read_manifest
 from img2img_server.runtime.onnx.runners import HostRunner
-from img2img_server.runtime.onnx.split_graph import Split
+from img2img_server.runtime.onnx.split_graph import SplitGraphRunner
 
 Get = Callable[[str], Path]
 
@@ -35,7 +35,7 @@ def feed_of(graph: HostRunner, sizes: dict[str, int]) -> dict[str, torch.Tensor]
 def test_head_and_body_are_the_whole(name: str, bundle: Get) -> None:
     folder = bundle(name) / "unet"
     assert {f"unet/{HEAD_NAME}", f"unet/{BODY_NAME}"} <= set(read_manifest(bundle(name)).files)
-    whole, parts = runner(folder / "model.onnx"), Split(runner(folder / HEAD_NAME), runner(folder / BODY_NAME))
+    whole, parts = runner(folder / "model.onnx"), SplitGraphRunner(runner(folder / HEAD_NAME), runner(folder / BODY_NAME))
     assert {item.name for item in parts.inputs} == {item.name for item in whole.inputs}
     assert [item.name for item in parts.outputs] == [item.name for item in whole.outputs]
     feed = feed_of(whole, {"height": 9, "width": 6, "sequence_length": 77})

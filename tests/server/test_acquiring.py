@@ -25,7 +25,7 @@ from img2img_server.errors import (
 )
 from img2img_server.models.downloads import bundle_name, check_reference
 from img2img_server.models.export_process import arguments_of
-from img2img_server.models.registry import Model, ModelState, ModelStore
+from img2img_server.models.registry import Model, ModelRegistry, ModelState
 from img2img_server.support.call import Call, answering
 from model_folder import Memory, Rig, make_bundle, rig
 
@@ -117,7 +117,7 @@ async def test_what_is_not_there_is_exported_once_for_all_who_ask(folder: Path, 
     assert call["arguments"] == ["--json", f"--output={folder / 'acme--new'}", "--", "acme/new"]
     assert call["nice"] == min(19, os.nice(0) + 10), "ten above the server's own, and Linux has 19 at most"
     assert call["cwd"] == [], "a folder there that is called like the repository would be taken for it"
-    assert ModelStore.load(folder, Memory().load).find(Source(repo_id="acme/new")).id == "acme--new"
+    assert ModelRegistry.load(folder, Memory().load).find(Source(repo_id="acme/new")).id == "acme--new"
 
 
 async def test_only_what_is_on_the_list_is_downloaded(folder: Path, control: Path) -> None:
@@ -144,7 +144,7 @@ def test_downloads_without_a_list_are_refused_at_start(folder: Path) -> None:
         ModelSettings(allow_downloads=True)
     settings = ModelSettings(allow_downloads=True, download_repos=("acme/*",))
     with pytest.raises(BundleError, match="downloads need a folder of bundles"):
-        ModelStore.load(folder / "a", Memory().load, settings=settings)
+        ModelRegistry.load(folder / "a", Memory().load, settings=settings)
 
 
 async def test_a_store_may_begin_empty_where_models_are_downloaded(tmp_path: Path, control: Path) -> None:
@@ -335,8 +335,8 @@ async def test_a_name_is_never_a_path(name: str, folder: Path, tmp_path: Path) -
     (folder / "link").symlink_to(tmp_path / "x")
     (folder / "deep").mkdir()
     make_bundle(folder / "deep" / "bundle")
-    store = ModelStore(
-        [Model("a")], folder=ModelStore.load(folder, Memory().load, settings=ModelSettings(preload=("none",))).folder
+    store = ModelRegistry(
+        [Model("a")], folder=ModelRegistry.load(folder, Memory().load, settings=ModelSettings(preload=("none",))).folder
     )
     assert store.discover(name) is False
     assert [model.id for model in store] == ["a"]

@@ -6,7 +6,7 @@ import pytest
 from fakes import Caller, Clock, FakePipeline, make_engine, make_request, run_out
 from img2img_server.engine.engine import Engine
 from img2img_server.engine.request import Completed, Event
-from img2img_server.engine.scheduler import Limits
+from img2img_server.engine.scheduler import QueueLimits
 from img2img_server.engine.warmup import WarmUp
 from img2img_server.errors import ClientBusy, EngineStuck, ModelNotLoaded, QueueFull, ShuttingDown
 from PIL import Image
@@ -15,7 +15,9 @@ CURVE = {1: 0.012, 2: 0.018, 4: 0.034, 8: 0.064, 16: 0.120}
 """Seconds of a call by rows: measured of the demo model on two cores."""
 
 
-def measured_engine(limits: Limits, seconds: Callable[[int], float] = lambda rows: 1.0) -> tuple[Engine, FakePipeline, Clock]:
+def measured_engine(
+    limits: QueueLimits, seconds: Callable[[int], float] = lambda rows: 1.0
+) -> tuple[Engine, FakePipeline, Clock]:
     """One that knows what its calls take, and whose clock begins at 0."""
     engine, pipeline, clock = make_engine(limits, seconds=seconds)
     engine.costs.adopt("m", WarmUp(16, 1000.0, clock).measure("m", pipeline))
@@ -34,7 +36,7 @@ def by_curve(rows: int) -> float:
 
 
 def test_work_beyond_the_bound_is_refused_until_there_is_less() -> None:
-    engine, _, clock = measured_engine(Limits(max_batch_size=1, max_waiting_seconds=10.0))
+    engine, _, clock = measured_engine(QueueLimits(max_batch_size=1, max_waiting_seconds=10.0))
     for steps in (6, 8):
         Caller(engine).submit(num_inference_steps=steps)
     with pytest.raises(QueueFull) as refusal:
@@ -51,14 +53,14 @@ def test_work_beyond_the_bound_is_refused_until_there_is_less() -> None:
 
 
 def test_a_request_of_more_work_than_the_bound_is_taken_by_an_idle_engine() -> None:
-    engine, _, _ = measured_engine(Limits(max_waiting_seconds=10.0))
+    engine, _, _ = measured_engine(QueueLimits(max_waiting_seconds=10.0))
     caller = Caller(engine).submit(num_inference_steps=50)
     run_out(engine)
     assert caller.error is None
 
 
 def test_unknown_costs_never_refuse() -> None:
-    engine, _, _ = make_engine(Limits(max_waiting_seconds=0.001))
+    engine, _, _ = make_engine(QueueLimits(max_waiting_seconds=0.001))
     callers = [Caller(engine).submit(num_inference_steps=50) for _ in range(20)]
     assert engine.stats.work_seconds is None
     run_out(engine)
@@ -68,7 +70,7 @@ def test_unknown_costs_never_refuse() -> None:
 @pytest.mark.parametrize(("requests", "most"), [(8, 32), (60, 32), (200, 32), (30, 2)])
 def test_the_seconds_of_work_are_what_the_device_takes(requests: int, most: int) -> None:
     """Calls that are shared are counted once, so a bound in seconds is one of the time that a caller waits."""
-    engine, _, clock = measured_engine(Limits(max_active=most, max_client_waiting=1000), by_curve)
+    engine, _, clock = measured_engine(QueueLimits(max_active=most, max_client_waiting=1000), by_curve)
     for number in range(requests):
         Caller(engine).submit(num_inference_steps=4 + number % 40, image=Image.new("RGB", (16, 16)), client=f"c{number % 3}")
     work = engine.stats.work_seconds
@@ -77,7 +79,7 @@ def test_the_seconds_of_work_are_what_the_device_takes(requests: int, most: int)
 
 
 def test_work_seconds_shrink_as_work_is_done() -> None:
-    engine, _, clock = measured_engine(Limits())
+    engine, _, clock = measured_engine(QueueLimits())
     Caller(engine).submit(num_inference_steps=10)
     seen = []
     while engine.step():
@@ -87,7 +89,7 @@ def test_work_seconds_shrink_as_work_is_done() -> None:
 
 
 def test_a_full_queue_says_when_the_first_of_it_begins() -> None:
-    engine, pipeline, clock = measured_engine(Limits(max_active=2, max_waiting=3, max_batch_size=2))
+    engine, pipeline, clock = measured_engine(QueueLimits(max_active=2, max_waiting=3, max_batch_size=2))
     for _ in range(5):
         Caller(engine).submit(num_inference_steps=6)
         engine.step()
@@ -102,7 +104,7 @@ def test_a_full_queue_says_when_the_first_of_it_begins() -> None:
 
 
 def test_where_places_are_free_a_full_queue_is_over_after_the_next_step() -> None:
-    engine, _, clock = measured_engine(Limits(max_waiting=2, max_admitted=2))
+    engine, _, clock = measured_engine(QueueLimits(max_waiting=2, max_admitted=2))
     Caller(engine).submit(num_inference_steps=6)
     engine.step()
     for _ in range(2):
@@ -117,7 +119,7 @@ def test_where_places_are_free_a_full_queue_is_over_after_the_next_step() -> Non
 
 
 def test_nobody_is_told_to_come_back_at_once() -> None:
-    engine, _, _ = measured_engine(Limits(max_active=1, max_waiting=1), seconds=lambda rows: 1e-6)
+    engine, _, _ = measured_engine(QueueLimits(max_active=1, max_waiting=1), seconds=lambda rows: 1e-6)
     Caller(engine).submit()
     engine.step()
     Caller(engine).submit()
@@ -128,7 +130,7 @@ def test_nobody_is_told_to_come_back_at_once() -> None:
 
 
 def test_a_client_has_no_more_than_its_share_waiting() -> None:
-    engine, _, _ = measured_engine(Limits(max_client_waiting=3, max_batch_size=1))
+    engine, _, _ = measured_engine(QueueLimits(max_client_waiting=3, max_batch_size=1))
     callers = [Caller(engine).submit(client="many") for _ in range(3)]
     with pytest.raises(ClientBusy) as refusal:
         Caller(engine).submit(client="many")
@@ -142,7 +144,7 @@ def test_a_client_has_no_more_than_its_share_waiting() -> None:
 
 
 def test_the_last_places_are_for_clients_without_a_request() -> None:
-    engine, _, _ = make_engine(Limits(max_active=1, max_waiting=16))
+    engine, _, _ = make_engine(QueueLimits(max_active=1, max_waiting=16))
     for _ in range(14):
         Caller(engine).submit(client="many")
     with pytest.raises(QueueFull):
@@ -158,7 +160,7 @@ def test_the_last_places_are_for_clients_without_a_request() -> None:
 
 
 def test_the_server_itself_is_no_client() -> None:
-    engine, _, _ = measured_engine(Limits(max_client_waiting=1, max_waiting_seconds=1.0))
+    engine, _, _ = measured_engine(QueueLimits(max_client_waiting=1, max_waiting_seconds=1.0))
     Caller(engine).submit(client="one", num_inference_steps=50)
     for _ in range(3):
         Caller(engine).submit(client="one", background=True)
@@ -167,7 +169,7 @@ def test_the_server_itself_is_no_client() -> None:
 
 def test_what_is_arriving_counts() -> None:
     """So that no more pictures are fetched and decoded than there is room for."""
-    engine, _, _ = make_engine(Limits(max_waiting=2))
+    engine, _, _ = make_engine(QueueLimits(max_waiting=2))
     with engine.arriving() as place:
         assert engine.stats.arriving == 1
         with engine.arriving(), pytest.raises(QueueFull):
@@ -183,7 +185,7 @@ def test_what_is_arriving_counts() -> None:
 
 
 def test_a_client_counts_until_its_answer_is_read() -> None:
-    engine, _, _ = make_engine(Limits(max_client_waiting=2))
+    engine, _, _ = make_engine(QueueLimits(max_client_waiting=2))
     ended: list[Event] = []
     with engine.arriving("slow") as place, engine.arriving("slow") as other:
         for held in (place, other):
@@ -197,7 +199,7 @@ def test_a_client_counts_until_its_answer_is_read() -> None:
 
 
 def test_a_place_that_was_refused_is_given_back() -> None:
-    engine, _, _ = measured_engine(Limits(max_client_waiting=1))
+    engine, _, _ = measured_engine(QueueLimits(max_client_waiting=1))
     with pytest.raises(ModelNotLoaded), engine.arriving("a") as place:
         engine.submit(make_request(model="gone", client="a"), lambda event: None, place)
     check_room(engine, "a")
@@ -205,7 +207,7 @@ def test_a_place_that_was_refused_is_given_back() -> None:
 
 
 def test_a_cancelled_request_counts_until_it_is_out() -> None:
-    engine, _, _ = make_engine(Limits(max_client_waiting=1))
+    engine, _, _ = make_engine(QueueLimits(max_client_waiting=1))
     with engine.arriving("a") as place:
         ticket = engine.submit(make_request(client="a"), lambda event: None, place).ticket
     ticket.cancel()

@@ -14,7 +14,7 @@ from img2img_server.engine.engine import Engine
 from img2img_server.engine.warmup import WarmUp
 from img2img_server.models.cost_store import CostStore
 from img2img_server.models.preparation import Preparation
-from img2img_server.models.registry import ModelStore
+from img2img_server.models.registry import ModelRegistry
 from model_folder import make_bundle
 
 GROUP = ("m", (16, 16))
@@ -153,12 +153,14 @@ def test_a_trial_never_goes_beyond_what_there_is_room_for() -> None:
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> ModelStore:
+def store(tmp_path: Path) -> ModelRegistry:
     make_bundle(tmp_path / "models" / "m")
-    return ModelStore.load(tmp_path / "models", lambda bundle, manifest: Noisy(Clock(), CURVES["up to 4"][0], lambda call: 1.0))
+    return ModelRegistry.load(
+        tmp_path / "models", lambda bundle, manifest: Noisy(Clock(), CURVES["up to 4"][0], lambda call: 1.0)
+    )
 
 
-async def start(models: ModelStore, costs: CostStore) -> tuple[int, Engine]:
+async def start(models: ModelRegistry, costs: CostStore) -> tuple[int, Engine]:
     """Prepares the model. Returns how many calls that took, and the engine."""
     pipeline = models.pipelines()["m"]
     assert isinstance(pipeline, Noisy)
@@ -171,7 +173,7 @@ def known(engine: Engine) -> list[str]:
     return engine.costs.describe("m", MOST)
 
 
-async def test_a_second_start_measures_nothing_again_but_tries_the_model(tmp_path: Path, store: ModelStore) -> None:
+async def test_a_second_start_measures_nothing_again_but_tries_the_model(tmp_path: Path, store: ModelRegistry) -> None:
     many, first = await start(store, CostStore(tmp_path / "costs", {"machine": "x"}))
     one, second = await start(store, CostStore(tmp_path / "costs", {"machine": "x"}))
     assert many > 50
@@ -180,7 +182,9 @@ async def test_a_second_start_measures_nothing_again_but_tries_the_model(tmp_pat
     assert second.costs.cap(GROUP, 256, MOST) == 4
 
 
-async def test_costs_of_another_machine_version_setting_bundle_or_engine_are_not_used(tmp_path: Path, store: ModelStore) -> None:
+async def test_costs_of_another_machine_version_setting_bundle_or_engine_are_not_used(
+    tmp_path: Path, store: ModelRegistry
+) -> None:
     root = tmp_path / "costs"
     await start(store, CostStore(root, {"machine": "x", "threads": 2}))
     for facts in ({"machine": "y", "threads": 2}, {"machine": "x", "threads": 1}, {"machine": "x"}):
@@ -211,7 +215,7 @@ DAMAGE: list[Callable[[dict[str, object]], object]] = [
 
 
 @pytest.mark.parametrize("damage", range(len(DAMAGE)))
-async def test_a_file_with_other_contents_is_ignored_and_written_again(tmp_path: Path, store: ModelStore, damage: int) -> None:
+async def test_a_file_with_other_contents_is_ignored_and_written_again(tmp_path: Path, store: ModelRegistry, damage: int) -> None:
     costs = CostStore(tmp_path / "costs", {})
     await start(store, costs)
     (file,) = (tmp_path / "costs").iterdir()
@@ -223,7 +227,7 @@ async def test_a_file_with_other_contents_is_ignored_and_written_again(tmp_path:
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"\xff", b"[" * 100_000, b" " * 2_000_000, b'"x"'])
-async def test_a_torn_file_is_ignored_and_written_again(tmp_path: Path, store: ModelStore, content: bytes) -> None:
+async def test_a_torn_file_is_ignored_and_written_again(tmp_path: Path, store: ModelRegistry, content: bytes) -> None:
     costs = CostStore(tmp_path / "costs", {})
     await start(store, costs)
     (file,) = (tmp_path / "costs").iterdir()
@@ -233,7 +237,7 @@ async def test_a_torn_file_is_ignored_and_written_again(tmp_path: Path, store: M
 
 
 async def test_a_place_that_cannot_be_written_only_means_that_the_next_start_measures(
-    tmp_path: Path, store: ModelStore, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, store: ModelRegistry, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "file").write_text("")
     (tmp_path / "full").mkdir()
@@ -246,7 +250,7 @@ async def test_a_place_that_cannot_be_written_only_means_that_the_next_start_mea
 
 
 async def test_a_disk_that_is_full_leaves_no_half_file(
-    tmp_path: Path, store: ModelStore, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, store: ModelRegistry, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     real = os.fdopen
 
@@ -261,7 +265,7 @@ async def test_a_disk_that_is_full_leaves_no_half_file(
 
 
 def test_old_files_are_deleted_when_there_are_too_many(
-    tmp_path: Path, store: ModelStore, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, store: ModelRegistry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("img2img_server.models.cost_store._MOST_FILES", 3)
     clock = Clock()

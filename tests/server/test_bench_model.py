@@ -13,7 +13,7 @@ from img2img_cli.__main__ import main
 from img2img_export.build import export_model
 from img2img_export.options import ExportOptions
 from img2img_server.tools.bench_model import command
-from img2img_server.tools.bench_model.measuring import PEAK, STEP, Case, take_turns
+from img2img_server.tools.bench_model.measuring import PEAK, STEP, TimedCase, take_turns
 from img2img_server.tools.bench_model.operations import Operations, count_operations, node_operations, quadratic
 from img2img_server.tools.bench_model.report import quartiles, summarize
 from PIL import Image
@@ -99,11 +99,11 @@ class _Fake:
         self.closed = True
 
 
-def _fakes(stop_at: int = 0) -> tuple[list[Case], list[str], list[float]]:
+def _fakes(stop_at: int = 0) -> tuple[list[TimedCase], list[str], list[float]]:
     clock, order = [0.0], list[str]()
     slow = _Fake("slow", clock, order, 4.0)
     quick = _Fake("quick", clock, order, 1.0, stop_at)
-    cases = [Case("unet", "cuda", (64, 64), 1, quick, "fp32", 10), Case("unet", "cpu", (64, 64), 1, slow, "fp32", 10)]
+    cases = [TimedCase("unet", "cuda", (64, 64), 1, quick, "fp32", 10), TimedCase("unet", "cpu", (64, 64), 1, slow, "fp32", 10)]
     return cases, order, clock
 
 
@@ -126,7 +126,7 @@ def test_what_was_measured_before_a_person_cut_it_short_is_told() -> None:
 
 def test_a_ratio_is_of_the_same_round_and_a_share_of_the_same_arithmetic() -> None:
     cases, _, clock = _fakes()
-    peak = Case(PEAK, "cpu", (8, 8), 1, _Fake("peak", clock, [], 1.0), "fp32", 20)
+    peak = TimedCase(PEAK, "cpu", (8, 8), 1, _Fake("peak", clock, [], 1.0), "fp32", 20)
     rounds = take_turns([*cases, peak], lambda: None, lambda: clock[0])
     next(rounds)
     quick, slow = summarize([*cases, peak], "models/x").lines

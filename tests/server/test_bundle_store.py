@@ -9,7 +9,7 @@ import pytest
 from fakes import FakePipeline
 from img2img_server.bundle.manifest import FORMAT_VERSION, MANIFEST_NAME, Verification, digest_files, list_files, write_manifest
 from img2img_server.errors import BundleError, ModelUnavailable
-from img2img_server.models.registry import Model, ModelStore
+from img2img_server.models.registry import Model, ModelRegistry
 from running import manifest
 
 
@@ -25,22 +25,22 @@ def make_bundle(folder: Path, passed: bool = True) -> Path:
     return folder
 
 
-def load(folder: Path, default: str | None = None) -> ModelStore:
-    return ModelStore.load(folder, lambda path, manifest: FakePipeline(), default)
+def load(folder: Path, default: str | None = None) -> ModelRegistry:
+    return ModelRegistry.load(folder, lambda path, manifest: FakePipeline(), default)
 
 
 def test_an_unverified_bundle_is_served_when_that_is_allowed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = make_bundle(tmp_path / "bad", passed=False)
     with pytest.raises(BundleError, match="did not pass verification"):
         load(folder)
-    store = ModelStore.load(folder, lambda path, manifest: FakePipeline(), allow_unverified=True)
+    store = ModelRegistry.load(folder, lambda path, manifest: FakePipeline(), allow_unverified=True)
     assert list(store.pipelines()) == ["bad"]
     (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert "'bad' did not pass verification" in warning
     assert "unet: 0.2 of 0.01; the picture is black" in warning, "what was measured at export is repeated"
     (folder / "unet" / "model.onnx").write_bytes(b"other")
     with pytest.raises(BundleError, match="SHA-256 differs"):
-        ModelStore.load(folder, lambda path, manifest: FakePipeline(), allow_unverified=True)
+        ModelRegistry.load(folder, lambda path, manifest: FakePipeline(), allow_unverified=True)
 
 
 def problem(folder: Path) -> str:
@@ -77,7 +77,7 @@ def test_a_store_that_is_one_bundle_behind_a_link_has_the_links_own_name(tmp_pat
 def test_two_models_with_one_id_are_an_error_that_names_both(tmp_path: Path) -> None:
     models = [Model("a", bundle=tmp_path / name / "a") for name in ("one", "two")]
     with pytest.raises(BundleError, match=f"{tmp_path}/one/a and {tmp_path}/two/a"):
-        ModelStore(models)
+        ModelRegistry(models)
 
 
 def test_what_is_not_a_bundle_is_named_in_the_log_with_the_reason(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

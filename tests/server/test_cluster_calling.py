@@ -9,15 +9,15 @@ import grpc
 import pytest
 from fakes import make_request
 from img2img_server.backends.ray.client import RayReplicas
-from img2img_server.backends.ray.messages import Asked, Done, Job, ReplicaLeft, ReplicaLost
+from img2img_server.backends.ray.messages import ModelAnswer, RemoteCompleted, RemoteRequest, ReplicaLeft, ReplicaLost
 from img2img_server.engine.request import Queued, Started, Timings
 from img2img_server.support.call import Call
 from ray.exceptions import ActorDiedError, ActorUnavailableError, NodeDiedError, TaskCancelledError, WorkerCrashedError
 from ray.serve._private.common import DeploymentID
 from ray.serve.exceptions import DeploymentUnavailableError, ReplicaUnavailableError
 
-JOB = Job.of(make_request(), 0.0)
-DONE = Done((), Timings(0, 0, 0, 0))
+JOB = RemoteRequest.of(make_request(), 0.0)
+DONE = RemoteCompleted((), Timings(0, 0, 0, 0))
 
 
 def _grpc_error(code: grpc.StatusCode) -> grpc.aio.AioRpcError:
@@ -139,7 +139,7 @@ async def test_whatever_ray_says_of_a_replica_that_is_gone_means_one_thing(error
     with pytest.raises(ReplicaLost):
         await replicas(Handle(error)).transform(JOB)
     with pytest.raises(ReplicaLost):
-        await replicas(Handle(error)).ask("bring", Asked(Call("", "")))
+        await replicas(Handle(error)).ask("bring", ModelAnswer(Call("", "")))
     with pytest.raises(ReplicaLost):
         assert [told async for told in replicas(Handle(Queued(0, None), error)).stream(JOB)]
     assert await replicas(Handle("a", error, "b")).everywhere("look") == ["a", "b"]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import pytest
 from fake_replicas import IDLE, LOST, Caller, loads, rig
-from img2img_server.backends.ray.messages import Done, Load, ReplicaLeft, Step, Told
+from img2img_server.backends.ray.messages import LoadModel, RemoteCompleted, RemoteProgress, ReplicaLeft, Told
 from img2img_server.engine.request import Completed, Event, Failed, Progress, Queued, Started, Timings
 from img2img_server.errors import (
     ClientBusy,
@@ -25,9 +25,9 @@ def steps(events: Sequence[Event]) -> list[int]:
     return [event.step for event in events if isinstance(event, Progress)]
 
 
-STEPS = tuple(Step(number, 3, None, None) for number in (1, 2, 3))
+STEPS = tuple(RemoteProgress(number, 3, None, None) for number in (1, 2, 3))
 LIFE: tuple[Told, ...] = (Queued(0, 1.0), Started(3), *STEPS)
-END = Done((), Timings(0, 0, 0, 0))
+END = RemoteCompleted((), Timings(0, 0, 0, 0))
 """The scripts' own end: the job's picture comes back."""
 
 
@@ -172,9 +172,9 @@ async def test_where_no_replica_is_requests_are_refused_and_told_when_to_come_ag
 
 async def test_a_replica_that_is_stuck_counts_as_none() -> None:
     """It has work for ever: no figure to add to others', nor to tell callers to wait for."""
-    stuck = Load(math.inf, 0, 0, ())
+    stuck = LoadModel(math.inf, 0, 0, ())
     async with rig(max_waiting_seconds=10.0) as it:
-        loads(it, stuck, Load(2.0, 1, 0, ("m",)))
+        loads(it, stuck, LoadModel(2.0, 1, 0, ("m",)))
         await it.roster.look()
         assert (it.front.stats.work_seconds, it.front.stats.waiting) == (2.0, 1)
         loads(it, stuck)
@@ -202,7 +202,7 @@ async def test_who_waits_for_a_replica_is_told_at_last_that_none_comes() -> None
 async def test_the_queue_of_all_fronts_is_bounded() -> None:
     """Others' requests show in what replicas tell; this front's own at once, before anybody has looked."""
     async with rig(max_waiting=2, max_active=1) as it:
-        loads(it, Load(9.0, 1, 1, ("m",)), Load(9.0, 2, 1, ("m",)))
+        loads(it, LoadModel(9.0, 1, 1, ("m",)), LoadModel(9.0, 2, 1, ("m",)))
         await it.roster.look()
         with it.front.arriving("a"):
             with pytest.raises(QueueFull) as full, it.front.arriving("b"):
@@ -219,11 +219,11 @@ async def test_the_queue_of_all_fronts_is_bounded() -> None:
 
 async def test_the_last_places_of_all_replicas_are_for_clients_without_a_request() -> None:
     async with rig(max_waiting=4, max_active=1) as it:
-        loads(it, Load(9.0, 3, 1, ("m",)), Load(9.0, 4, 1, ("m",)))
+        loads(it, LoadModel(9.0, 3, 1, ("m",)), LoadModel(9.0, 4, 1, ("m",)))
         await it.roster.look()
         with it.front.arriving("few"), pytest.raises(QueueFull), it.front.arriving("other"):
             pass
-        loads(it, Load(9.0, 3, 1, ("m",)), Load(9.0, 3, 1, ("m",)))
+        loads(it, LoadModel(9.0, 3, 1, ("m",)), LoadModel(9.0, 3, 1, ("m",)))
         await it.roster.look()
         with it.front.arriving("many"):
             with pytest.raises(QueueFull), it.front.arriving("many"):
@@ -243,10 +243,10 @@ async def test_requests_that_idle_engines_take_at_once_do_not_wait() -> None:
 
 async def test_seconds_of_work_bound_the_queue_where_all_have_too_many() -> None:
     async with rig(max_waiting_seconds=10.0) as it:
-        loads(it, Load(25.0, 0, 1, ("m",)), Load(9.0, 0, 1, ("m",)))
+        loads(it, LoadModel(25.0, 0, 1, ("m",)), LoadModel(9.0, 0, 1, ("m",)))
         await it.roster.look()
         assert isinstance((await it.run())[-1], Completed)
-        loads(it, Load(25.0, 0, 1, ("m",)), Load(14.0, 0, 1, ("m",)))
+        loads(it, LoadModel(25.0, 0, 1, ("m",)), LoadModel(14.0, 0, 1, ("m",)))
         await it.roster.look()
         with pytest.raises(QueueFull, match=r"14\.0 s of work") as full:
             it.submit()
@@ -271,7 +271,7 @@ async def test_a_client_has_so_many_and_a_place_until_it_has_its_answer() -> Non
 
 async def test_what_all_replicas_do_is_told_to_metrics() -> None:
     async with rig() as it:
-        loads(it, Load(2.0, 1, 2, ("m",)), Load(None, 3, 4, ("m",)))
+        loads(it, LoadModel(2.0, 1, 2, ("m",)), LoadModel(None, 3, 4, ("m",)))
         await it.roster.look()
         with it.front.arriving():
             stats = it.front.stats

@@ -9,7 +9,16 @@ from dataclasses import fields, replace
 import pytest
 from fakes import FakePipeline, make_request
 from img2img_server.api.interceptors import to_status
-from img2img_server.backends.ray.messages import Asked, Card, Done, Job, Picture, ReplicaLost, Step, ending_of
+from img2img_server.backends.ray.messages import (
+    Card,
+    ModelAnswer,
+    RawImage,
+    RemoteCompleted,
+    RemoteProgress,
+    RemoteRequest,
+    ReplicaLost,
+    ending_of,
+)
 from img2img_server.bundle.manifest import Component
 from img2img_server.engine.request import Completed, Failed, Progress, Request, RequestWarning, Timings
 from img2img_server.errors import DeadlineUnmeetable, EngineStuck, InvalidField, QueueFull, ServerError, ShuttingDown
@@ -52,7 +61,7 @@ def test_errors_of_several_fields_are_among_them() -> None:
 
 
 def _travelled(request: Request, sent: float, read: float) -> Request:
-    job: Job = pickle.loads(pickle.dumps(Job.of(request, sent)))  # noqa: S301 - what this test has just written
+    job: RemoteRequest = pickle.loads(pickle.dumps(RemoteRequest.of(request, sent)))  # noqa: S301 - what this test has just written
     return job.request(read)
 
 
@@ -72,25 +81,25 @@ def test_a_request_arrives_whole_and_with_the_seconds_it_has_left() -> None:
 
 
 def test_no_field_of_a_request_stays_behind() -> None:
-    assert {field.name for field in fields(Request)} - ELSEWHERE <= {field.name for field in fields(Job)}
+    assert {field.name for field in fields(Request)} - ELSEWHERE <= {field.name for field in fields(RemoteRequest)}
 
 
 def test_events_arrive_as_they_were_told() -> None:
     image = Image.effect_noise((8, 24), 90).convert("RGB")
     completed = Completed((image, image.rotate(180)), Timings(1, 2, 3, 4), (RequestWarning("prompt", "cut", "PROMPT_TRUNCATED"),))
-    again = ending_of(pickle.loads(pickle.dumps(Done.of(completed))))  # noqa: S301 - what this test has just written
+    again = ending_of(pickle.loads(pickle.dumps(RemoteCompleted.of(completed))))  # noqa: S301 - what this test has just written
     assert isinstance(again, Completed)
     assert (again.timings, again.warnings) == (completed.timings, completed.warnings)
     assert [picture.tobytes() for picture in again.images] == [picture.tobytes() for picture in completed.images]
-    step = Step.of(Progress(3, 4, 1.5, image)).progress()
+    step = RemoteProgress.of(Progress(3, 4, 1.5, image)).progress()
     assert (step.step, step.step_count, step.eta) == (3, 4, 1.5)
     assert step.preview is not None
     assert step.preview.tobytes() == image.tobytes()
-    assert Step.of(Progress(1, 4)).progress() == Progress(1, 4)
+    assert RemoteProgress.of(Progress(1, 4)).progress() == Progress(1, 4)
 
 
 def test_a_picture_that_arrived_can_be_drawn_on() -> None:
-    message = Picture.of(Image.new("RGB", (2, 2), "white"))
+    message = RawImage.of(Image.new("RGB", (2, 2), "white"))
     first, second = message.image(), message.image()
     first.putpixel((0, 0), (1, 2, 3))
     assert second.getpixel((0, 0)) == (255, 255, 255)
@@ -131,4 +140,4 @@ def test_a_card_says_what_requests_are_read_by() -> None:
     assert card.schedulers == FakePipeline.schedulers
     assert card.manifest is not None
     assert (card.manifest.source.repo_id, card.manifest.verification.passed) == ("acme/m", True)
-    assert pickle.loads(pickle.dumps(Asked(Call("m", "i"), name="m"))).name == "m"  # noqa: S301 - likewise
+    assert pickle.loads(pickle.dumps(ModelAnswer(Call("m", "i"), name="m"))).name == "m"  # noqa: S301 - likewise

@@ -5,10 +5,10 @@ from dataclasses import replace
 import pytest
 from fake_replicas import CARD, IDLE, LOST, FakeReplicas, Rig, rig
 from fakes import FakePipeline
-from img2img_server.backends.ray.messages import Asked, Look, ReplicaLeft, Unloaded
+from img2img_server.backends.ray.messages import Look, ModelAnswer, ReplicaLeft, Unloaded
 from img2img_server.bundle.manifest import Source
 from img2img_server.engine.request import Failed
-from img2img_server.engine.scheduler import Limits
+from img2img_server.engine.scheduler import QueueLimits
 from img2img_server.errors import (
     ModelMemoryFull,
     ModelNotFound,
@@ -60,7 +60,7 @@ async def test_a_model_is_in_the_best_state_that_it_has_anywhere(
 
 async def test_a_front_waits_a_little_for_replicas_that_it_was_not_told_of_yet(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("img2img_server.backends.ray.roster.LOOK_EVERY", 0.0)
-    it = Rig(FakeReplicas(), Limits())
+    it = Rig(FakeReplicas(), QueueLimits())
     it.replicas.late = 3
     await it.roster.open(None)
     assert [model.id for model in it.roster.models] == ["m"]
@@ -111,7 +111,7 @@ async def test_what_the_front_knows_is_refused_here_and_what_it_does_not_is_aske
             with pytest.raises(ModelNotFound):
                 async with it.models.using(Source(path="z")):
                     pass
-        assert it.replicas.asked == [("bring", Asked(caller, Source(path="z")))]
+        assert it.replicas.asked == [("bring", ModelAnswer(caller, Source(path="z")))]
 
 
 async def test_loading_and_unloading_reach_all_replicas() -> None:

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 from fakes import FakePipeline, make_request
 from img2img_server.backends.base import LocalBackend
-from img2img_server.backends.ray.messages import Asked, Card, Done, Job, Step, Unloaded
+from img2img_server.backends.ray.messages import Card, ModelAnswer, RemoteCompleted, RemoteProgress, RemoteRequest, Unloaded
 from img2img_server.backends.ray.replica import Replica
 from img2img_server.bundle.manifest import Source
 from img2img_server.config import ModelSettings, ServerConfig
 from img2img_server.engine.request import Failed, Plan, Queued, Request, Started
-from img2img_server.engine.scheduler import Limits
+from img2img_server.engine.scheduler import QueueLimits
 from img2img_server.errors import (
     DeadlineExpired,
     EngineStuck,
@@ -25,7 +25,7 @@ from img2img_server.errors import (
     QueueFull,
     ShuttingDown,
 )
-from img2img_server.models.registry import ModelState, ModelStore
+from img2img_server.models.registry import ModelRegistry, ModelState
 from img2img_server.support.call import Call
 from model_folder import Memory, make_bundle
 from PIL import Image
@@ -56,7 +56,7 @@ class Picky(FakePipeline):
 
 
 @asynccontextmanager
-async def replica(models: ModelStore, **settings: object) -> AsyncIterator[Replica]:
+async def replica(models: ModelRegistry, **settings: object) -> AsyncIterator[Replica]:
     """A replica that is open. `settings` are ServerConfig's."""
     config = ServerConfig(**{"models": Path(), "warm_up": 0.0, **settings})  # type: ignore[arg-type]
     made = Replica(config, lambda config: LocalBackend(config, lambda: models))
@@ -67,23 +67,23 @@ async def replica(models: ModelStore, **settings: object) -> AsyncIterator[Repli
         await made.close()
 
 
-def job(**settings: object) -> Job:
-    return Job.of(make_request(**settings), 0.0)
+def job(**settings: object) -> RemoteRequest:
+    return RemoteRequest.of(make_request(**settings), 0.0)
 
 
 async def test_a_request_is_answered_with_its_picture() -> None:
     image = Image.effect_noise((16, 8), 90).convert("RGB")
     async with replica(store(m=FakePipeline())) as it:
         ended = await it.transform(job(image=image, seeds=(1, 2), follow=False))
-    assert isinstance(ended, Done)
+    assert isinstance(ended, RemoteCompleted)
     assert [picture.image().tobytes() for picture in ended.pictures] == [image.tobytes()] * 2
 
 
 async def test_a_stream_tells_every_event_in_order() -> None:
     async with replica(store(m=FakePipeline())) as it:
         told = [event async for event in it.stream(job(num_inference_steps=3, preview_interval=2))]
-    assert [type(event) for event in told] == [Queued, Started, Step, Step, Step, Done]
-    steps = [event for event in told if isinstance(event, Step)]
+    assert [type(event) for event in told] == [Queued, Started, RemoteProgress, RemoteProgress, RemoteProgress, RemoteCompleted]
+    steps = [event for event in told if isinstance(event, RemoteProgress)]
     assert [step.step for step in steps] == [1, 2, 3]
     assert [step.preview is not None for step in steps] == [False, True, False]
 
@@ -115,7 +115,7 @@ async def test_a_call_that_is_cancelled_leaves_the_engine(streamed: bool) -> Non
 async def test_errors_are_answers() -> None:
     gate = Gate()
     pipeline = Picky()
-    async with replica(store(m=pipeline), limits=Limits(max_waiting=1, max_active=1)) as it:
+    async with replica(store(m=pipeline), limits=QueueLimits(max_waiting=1, max_active=1)) as it:
         refused = await it.transform(job(prompt="no"))
         assert isinstance(refused, Failed)
         assert isinstance(refused.error, InvalidField)
@@ -123,7 +123,7 @@ async def test_errors_are_answers() -> None:
         (unknown,) = [event async for event in it.stream(job(model="other"))]
         assert isinstance(unknown, Failed)
         assert isinstance(unknown.error, ModelNotFound)
-        late = await it.transform(Job.of(make_request(deadline=1.0), 2.0))
+        late = await it.transform(RemoteRequest.of(make_request(deadline=1.0), 2.0))
         assert isinstance(late, Failed)
         assert isinstance(late.error, DeadlineExpired)
         pipeline.before_call = gate
@@ -136,7 +136,7 @@ async def test_errors_are_answers() -> None:
         assert isinstance(full.error, QueueFull)
         assert full.error.retry_after > 0
         gate.open.set()
-        assert isinstance(await running, Done)
+        assert isinstance(await running, RemoteCompleted)
         await waiting.aclose()
 
 
@@ -145,7 +145,7 @@ async def test_loading_a_model_leaves_it_answering(tmp_path: Path) -> None:
     memory.gates["a"] = threading.Event()
     make_bundle(tmp_path / "a")
     settings = ModelSettings(preload=("none",))
-    models = ModelStore.load(tmp_path, memory.load, settings=settings, meter=memory)
+    models = ModelRegistry.load(tmp_path, memory.load, settings=settings, meter=memory)
     async with replica(models, residency=settings) as it:
         (before,) = (await it.look()).cards
         assert (before.state, before.runs_on) == (ModelState.UNLOADED, "")
@@ -154,11 +154,11 @@ async def test_loading_a_model_leaves_it_answering(tmp_path: Path) -> None:
         assert (await it.look()).cards[0].state is ModelState.LOADING
         assert (it.load_now().resident, it.loading()) == ((), ("a",))
         memory.gates["a"].set()
-        assert isinstance(await running, Done)
+        assert isinstance(await running, RemoteCompleted)
         assert (it.load_now().resident, it.loading()) == (("a",), ())
-        assert isinstance(await it.unload(Asked(ANYBODY, name="a")), Unloaded)
+        assert isinstance(await it.unload(ModelAnswer(ANYBODY, name="a")), Unloaded)
         assert it.load_now().resident == ()
-        brought = await it.bring(Asked(ANYBODY, Source(path="a")))
+        brought = await it.bring(ModelAnswer(ANYBODY, Source(path="a")))
         assert isinstance(brought, Card)
         assert (brought.state, brought.runs_on) == (ModelState.READY, "fake:cpu")
 
@@ -167,18 +167,18 @@ async def test_who_asks_for_a_model_may_not_use_every_one(tmp_path: Path) -> Non
     memory = Memory()
     make_bundle(tmp_path / "a")
     settings = ModelSettings(preload=("none",), load_on_request=False)
-    models = ModelStore.load(tmp_path, memory.load, settings=settings, meter=memory)
+    models = ModelRegistry.load(tmp_path, memory.load, settings=settings, meter=memory)
     nobody = Call("", "", models=("b*",))
     async with replica(models, residency=settings) as it:
         answers = [
-            await it.bring(Asked(nobody, Source(path="a"))),
-            await it.unload(Asked(nobody, name="a")),
-            await it.bring(Asked(ANYBODY, Source(path="a"))),
-            await it.load(Asked(ANYBODY, Source(path="z"))),
+            await it.bring(ModelAnswer(nobody, Source(path="a"))),
+            await it.unload(ModelAnswer(nobody, name="a")),
+            await it.bring(ModelAnswer(ANYBODY, Source(path="a"))),
+            await it.load(ModelAnswer(ANYBODY, Source(path="z"))),
         ]
         kinds = [type(answer.error) for answer in answers if isinstance(answer, Failed)]
         assert kinds == [PermissionDenied, ModelNotFound, ModelNotLoaded, ModelNotFound]
-        assert isinstance(await it.load(Asked(ANYBODY, Source(path="a"))), Card)
+        assert isinstance(await it.load(ModelAnswer(ANYBODY, Source(path="a"))), Card)
 
 
 async def test_closing_finishes_what_runs_and_refuses_what_comes() -> None:
@@ -193,7 +193,7 @@ async def test_closing_finishes_what_runs_and_refuses_what_comes() -> None:
         ):
             pass
         gate.open.set()
-        assert isinstance(await running, Done)
+        assert isinstance(await running, RemoteCompleted)
         await closing
 
 

@@ -19,7 +19,7 @@ from img2img_cli.__main__ import main
 from img2img_server.backends.base import LocalBackend
 from img2img_server.backends.ray import backend
 from img2img_server.backends.ray.backend import ClusterBackend, cluster
-from img2img_server.backends.ray.messages import Asked, Card, Done, Ended, Job, ReplicaLost, Told
+from img2img_server.backends.ray.messages import Card, Ended, ModelAnswer, RemoteCompleted, RemoteRequest, ReplicaLost, Told
 from img2img_server.backends.ray.replica import Replica
 from img2img_server.backends.ray.replicas import Replicas
 from img2img_server.config import ServerConfig
@@ -54,14 +54,14 @@ class Here:
         for replica in self.replicas:
             await replica.close()
 
-    async def transform(self, job: Job) -> Ended:
+    async def transform(self, job: RemoteRequest) -> Ended:
         async with aclosing(self.stream(job)) as events:
             async for told in events:
-                if isinstance(told, Done | Failed):
+                if isinstance(told, RemoteCompleted | Failed):
                     return told
         raise AssertionError("a replica ends every request")
 
-    async def stream(self, job: Job) -> AsyncGenerator[Told, None]:
+    async def stream(self, job: RemoteRequest) -> AsyncGenerator[Told, None]:
         number = self._choose()
         self.busy[number] += 1
         try:
@@ -73,7 +73,7 @@ class Here:
         finally:
             self.busy[number] -= 1
 
-    async def ask(self, method: str, asked: Asked) -> Card | Failed:
+    async def ask(self, method: str, asked: ModelAnswer) -> Card | Failed:
         answer: Card | Failed = await getattr(self.replicas[self._choose()], method)(asked)
         return answer
 

@@ -17,7 +17,7 @@ from img2img.v1.image_to_image_pb2_grpc import ImageToImageServiceStub
 from img2img_server import images
 from img2img_server.api import parsing
 from img2img_server.codecs import pool
-from img2img_server.codecs.jobs import Inspect, Load, digest_of
+from img2img_server.codecs.jobs import Inspect, LoadImage, digest_of
 from img2img_server.codecs.memory import ImageMemory
 from img2img_server.codecs.pool import Codecs
 from img2img_server.codecs.process import COMMAND
@@ -30,7 +30,7 @@ from PIL import Image
 from running import RunningServer, running, store
 
 LIMITS = ImageLimits()
-LOAD = Load("image.data", LIMITS, SizeRule(), 8, "PNG")
+LOAD = LoadImage("image.data", LIMITS, SizeRule(), 8, "PNG")
 MEMORY = 2**30
 
 
@@ -95,7 +95,7 @@ async def test_large_images_of_every_mode_fit_into_what_they_ask_for(
 ) -> None:
     """Six million pixels, which take 12 to 26 bytes each: a mode that took more than it asks for would fail."""
     data = saved(Image.new(mode, (3000, 2000)), file_format, **options)
-    image, _ = await codecs.load(data, Load("image.data", ImageLimits(max_bytes=2**25), SizeRule(64, 64), 8, "PNG"))
+    image, _ = await codecs.load(data, LoadImage("image.data", ImageLimits(max_bytes=2**25), SizeRule(64, 64), 8, "PNG"))
     assert image.size == (64, 64)
 
 
@@ -219,7 +219,7 @@ async def test_an_image_beyond_the_budget_waits_for_no_other(codecs: Codecs) -> 
 def busy(monkeypatch: pytest.MonkeyPatch) -> Callable[[], Any]:
     """Runs a server whose decoders all run for ever, and gives it and its calls."""
     make_importable(monkeypatch)
-    monkeypatch.setattr(parsing, "Load", Endless)
+    monkeypatch.setattr(parsing, "LoadImage", Endless)
 
     def call(server: RunningServer, channel: grpc.Channel) -> list[Any]:
         stub = ImageToImageServiceStub(channel)

@@ -12,7 +12,7 @@ from fake_diffusers import FakeDiffusers
 from fakes import make_request
 from img2img_server.engine.request import Request
 from img2img_server.engine.run_request import run_alone
-from img2img_server.runtime.opaque.pipeline import WholePipeline
+from img2img_server.runtime.opaque.pipeline import OpaquePipeline
 from img2img_server.runtime.torch.compile import compile_modules
 from PIL import Image
 
@@ -35,7 +35,7 @@ def difference(some: Sequence[Image.Image], others: Sequence[Image.Image]) -> in
 
 
 def test_what_is_compiled_draws_the_same_and_no_request_waits_for_the_compiler(pipe: Any) -> None:
-    pipeline = WholePipeline(pipe, "torch:cpu", threads=1)
+    pipeline = OpaquePipeline(pipe, "torch:cpu", threads=1)
     # The native size with guidance and without, another size, more pictures.
     requests = [request(64, 64), request(64, 64, guidance_scale=1.0), request(72, 64), request(64, 64, seeds=(1, 2))]
     before = [run_alone(pipeline, item) for item in requests]
@@ -96,7 +96,7 @@ def test_of_a_denoiser_that_repeats_blocks_the_blocks_are_compiled(
 ) -> None:
     """And used for the shapes that were compiled only; the third class repeats none, and is compiled whole."""
     pipe = AutoPipelineForImage2Image.from_pretrained(tiny_model(name), torch_dtype=torch.float32, local_files_only=True)
-    pipeline, compiler = WholePipeline(pipe, "torch:cpu", threads=1), Compiler()
+    pipeline, compiler = OpaquePipeline(pipe, "torch:cpu", threads=1), Compiler()
     monkeypatch.setattr(torch, "compile", compiler)
     native = [request(*pipeline.native_size, guidance_scale=scale) for scale in (7.5, 1.0)]
     before = [run_alone(pipeline, item) for item in native]
@@ -122,7 +122,7 @@ def test_a_compiler_that_fails_leaves_the_model_as_it_was(pipe: Any, caplog: pyt
     def backend(graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         raise RuntimeError("there is no C++ compiler\nand more")
 
-    pipeline = WholePipeline(pipe, "torch:cpu", threads=1)
+    pipeline = OpaquePipeline(pipe, "torch:cpu", threads=1)
     (before,) = run_alone(pipeline, request(64, 64))
     assert not compile_modules(pipe, pipeline, backend)
     assert "torch.compile failed, the model runs without it" in caplog.text
@@ -132,5 +132,5 @@ def test_a_compiler_that_fails_leaves_the_model_as_it_was(pipe: Any, caplog: pyt
 
 def test_where_there_is_nothing_of_torchs_nothing_is_compiled() -> None:
     pipe = FakeDiffusers()
-    assert not compile_modules(pipe, WholePipeline(pipe, "fake:cpu", threads=1))
+    assert not compile_modules(pipe, OpaquePipeline(pipe, "fake:cpu", threads=1))
     assert pipe.steps == 0

@@ -12,7 +12,7 @@ from img2img_client import Client, Img2ImgError
 from img2img_client.values import ModelReference
 from img2img_server.bundle.manifest import MANIFEST_NAME, digest_files, list_files, read_manifest, write_manifest
 from img2img_server.engine.cache import Cache
-from img2img_server.models.registry import ModelStore
+from img2img_server.models.registry import ModelRegistry
 from img2img_server.runtime.execution import Execution
 from running import running
 from soak_parts.process import SERVE, STAND_IN, serving
@@ -74,8 +74,8 @@ def test_a_model_that_computes_no_numbers_is_an_error_and_no_picture(bundle: Cal
     manifest.files.update(digest_files(copy, list_files(copy)))
     write_manifest(copy, manifest)
 
-    def load() -> ModelStore:
-        return ModelStore.load(copy.parent, lambda folder, found: load_pipeline(folder, found, Execution(), Cache(0)))
+    def load() -> ModelRegistry:
+        return ModelRegistry.load(copy.parent, lambda folder, found: load_pipeline(folder, found, Execution(), Cache(0)))
 
     with running(load) as server, Client(f"127.0.0.1:{server.port}", timeout=SECONDS, retries=None) as client:
         for _ in range(2):

@@ -7,7 +7,7 @@ import pytest
 from fakes import Caller, FakePipeline, make_engine, make_request, run_out
 from img2img_server.engine.engine import Engine
 from img2img_server.engine.request import Completed, Event, Progress, Queued, Started
-from img2img_server.engine.scheduler import Limits
+from img2img_server.engine.scheduler import QueueLimits
 from img2img_server.engine.warmup import WarmUp
 from img2img_server.errors import DeadlineExpired, DeadlineUnmeetable, ModelFailed, QueueFull, RequestCancelled, ShuttingDown
 from PIL import Image
@@ -51,7 +51,7 @@ def test_requests_of_different_steps_share_calls_and_join_midway() -> None:
 
 
 def test_a_batch_is_bounded_by_its_rows() -> None:
-    engine, pipeline, _ = make_engine(Limits(max_batch_size=4))
+    engine, pipeline, _ = make_engine(QueueLimits(max_batch_size=4))
     callers = [Caller(engine).submit(num_inference_steps=8, seeds=(0, 1)) for _ in range(3)]
     run_out(engine)
     assert max(sum(len(state.request.seeds) for state in batch) for batch in pipeline.batches) == 4
@@ -60,7 +60,7 @@ def test_a_batch_is_bounded_by_its_rows() -> None:
 
 def test_nobody_is_passed_over_for_long() -> None:
     """A long request of another shape goes on, though short ones never cease to come."""
-    engine, pipeline, _ = make_engine(Limits(max_batch_size=1))
+    engine, pipeline, _ = make_engine(QueueLimits(max_batch_size=1))
     long = Caller(engine).submit(num_inference_steps=20, image=WIDE)
     passed = 0
     while not long.endings:
@@ -100,7 +100,7 @@ def test_where_batches_are_free_everybody_shares_every_call() -> None:
 
 
 def test_what_arrives_together_is_encoded_together() -> None:
-    engine, pipeline, _ = make_engine(Limits(max_admitted=3))
+    engine, pipeline, _ = make_engine(QueueLimits(max_admitted=3))
     for _ in range(4):
         Caller(engine).submit(num_inference_steps=2)
     run_out(engine)
@@ -109,7 +109,7 @@ def test_what_arrives_together_is_encoded_together() -> None:
 
 
 def test_a_request_larger_than_the_batch_runs_alone() -> None:
-    engine, pipeline, _ = make_engine(Limits(max_batch_size=2))
+    engine, pipeline, _ = make_engine(QueueLimits(max_batch_size=2))
     caller = Caller(engine).submit(num_inference_steps=1, seeds=(1, 2, 3))
     run_out(engine)
     assert caller.error is None
@@ -138,7 +138,7 @@ def test_a_pipelines_own_bound_on_rows_holds() -> None:
 
 
 def test_waiting_requests_are_admitted_by_deadline_then_arrival() -> None:
-    engine, pipeline, _ = make_engine(Limits(max_active=1))
+    engine, pipeline, _ = make_engine(QueueLimits(max_active=1))
     for prompt, deadline in (("first", None), ("second", None), ("late", 90.0), ("soon", 50.0)):
         Caller(engine).submit(num_inference_steps=1, prompt=prompt, deadline=deadline)
     run_out(engine)
@@ -205,7 +205,7 @@ def test_a_failing_release_does_not_change_the_ending() -> None:
 
 
 def test_a_full_queue_refuses_at_once_and_says_when_to_retry() -> None:
-    engine, _, _ = make_engine(Limits(max_active=1, max_waiting=2))
+    engine, _, _ = make_engine(QueueLimits(max_active=1, max_waiting=2))
     Caller(engine).submit(num_inference_steps=8)
     engine.step()
     callers = [Caller(engine).submit() for _ in range(2)]
@@ -251,7 +251,7 @@ def test_the_estimate_is_what_happens_where_nobody_else_comes() -> None:
 
 def test_estimates_learn_what_they_are_wrong_by() -> None:
     """Two short requests come for each step of a long one: after a few, its estimate has them in it."""
-    engine, _, clock = make_engine(Limits(max_batch_size=1))
+    engine, _, clock = make_engine(QueueLimits(max_batch_size=1))
     wrong = []
     for _ in range(12):
         begun, caller = clock.now, Caller(engine)
@@ -267,7 +267,7 @@ def test_estimates_learn_what_they_are_wrong_by() -> None:
 
 
 def test_those_who_wait_are_told_when_their_place_changes() -> None:
-    engine, _, _ = make_engine(Limits(max_active=1))
+    engine, _, _ = make_engine(QueueLimits(max_active=1))
     for _ in range(2):
         Caller(engine).submit(num_inference_steps=3)
     last = Caller(engine).submit(num_inference_steps=3)
@@ -299,7 +299,7 @@ def test_a_deadline_that_cannot_be_met_is_refused_with_the_estimate() -> None:
 
 
 def test_a_pressing_deadline_comes_before_what_is_shorter() -> None:
-    engine, _, clock = make_engine(Limits(max_batch_size=1))
+    engine, _, clock = make_engine(QueueLimits(max_batch_size=1))
     Caller(engine).submit(num_inference_steps=1)
     run_out(engine)
     pressed = Caller(engine).submit(num_inference_steps=20, deadline=clock.now + 30)

@@ -8,7 +8,7 @@ import pytest
 from fakes import Clock, FakePipeline, make_request
 from img2img_server.engine.engine import Engine
 from img2img_server.engine.request import Completed, Event, Request
-from img2img_server.engine.scheduler import Limits
+from img2img_server.engine.scheduler import QueueLimits
 from img2img_server.engine.warmup import WarmUp
 from PIL import Image
 
@@ -49,7 +49,7 @@ def drive(expected: list[Arrival], curve: dict[int, float]) -> None:
     """Submits each request when it is due, and notes what it was told and what it took."""
     clock = Clock()
     pipeline = FakePipeline(clock, lambda rows: curve[min(size for size in curve if size >= rows)], codec_seconds=0.01)
-    engine = Engine({"m": pipeline}, Limits(), clock)
+    engine = Engine({"m": pipeline}, QueueLimits(), clock)
     engine.costs.adopt("m", WarmUp(16, 100.0, clock).measure("m", pipeline))
     start = clock.now
     for arrival in expected:

@@ -15,7 +15,7 @@ from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from img2img_server.engine.engine import Engine
 from img2img_server.engine.request import Completed, Event, Failed
-from img2img_server.engine.scheduler import Limits
+from img2img_server.engine.scheduler import QueueLimits
 from img2img_server.errors import (
     ClientBusy,
     DeadlineExpired,
@@ -48,7 +48,7 @@ class Lives(RuleBasedStateMachine):
             "alone": FakePipeline(self.clock, max_rows=1),
         }
         self.all_pipelines = list(self.pipelines.values())
-        limits = Limits(max_batch_size=4, max_active=3, max_waiting=4, max_admitted=2, max_client_waiting=3)
+        limits = QueueLimits(max_batch_size=4, max_active=3, max_waiting=4, max_admitted=2, max_client_waiting=3)
         self.limits = replace(limits, max_waiting_seconds=20.0)
         self.engine = Engine(self.pipelines, self.limits, self.clock)
         self.callers: list[Caller] = []

@@ -9,7 +9,7 @@ import pytest
 from img2img_cli.__main__ import main
 from img2img_server.__main__ import configure, configured
 from img2img_server.config import ServerConfig
-from img2img_server.engine.scheduler import Limits
+from img2img_server.engine.scheduler import QueueLimits
 from img2img_server.images import ImageLimits
 from img2img_server.runtime.execution import PROVIDERS, Bucket, Execution
 from test_layering import HEAVY
@@ -61,7 +61,7 @@ def test_each_flag_of_how_models_are_run_is_a_setting(words: str, expected: Exec
     [
         ("--default-model x --host h --port 0", ServerConfig(Path("m"), default_model="x", host="h", port=0)),
         ("--port-file f --grace 5 --warm-up 0", ServerConfig(Path("m"), port_file=Path("f"), grace=5, warm_up=0)),
-        ("--max-batch-size 2 --max-waiting 3", ServerConfig(Path("m"), limits=Limits(max_batch_size=2, max_waiting=3))),
+        ("--max-batch-size 2 --max-waiting 3", ServerConfig(Path("m"), limits=QueueLimits(max_batch_size=2, max_waiting=3))),
         (
             "--cache-bytes 0 --trace t --allow-unverified",
             ServerConfig(Path("m"), cache_bytes=0, trace=Path("t"), allow_unverified=True),
@@ -151,4 +151,4 @@ def test_print_config_loads_nothing_and_prints_what_can_be_used(tmp_path: Path) 
     parser = argparse.ArgumentParser()
     configure(parser)
     config = configured(parser.parse_args(["--config", str(again)]), {}).config
-    assert config == ServerConfig(tmp_path / "nowhere", port=7, grace=120.0, limits=Limits(max_active=3))
+    assert config == ServerConfig(tmp_path / "nowhere", port=7, grace=120.0, limits=QueueLimits(max_active=3))

@@ -11,7 +11,7 @@ import grpc
 import pytest
 import tritonclient.grpc as triton  # type: ignore[import-untyped]
 from fakes import FakePipeline
-from img2img_server.engine.scheduler import Limits
+from img2img_server.engine.scheduler import QueueLimits
 from img2img_server.images import ImageLimits
 from kserve_calls import Gate, Loaded, client_of, ending, picture, refused, serving
 from messages import failure
@@ -95,7 +95,7 @@ def test_cancelling_frees_the_device(tmp_path: Path) -> None:
 def test_a_full_queue_answers_at_once_with_when_to_retry(tmp_path: Path) -> None:
     request = triton._utils._get_inference_request("m", [picture()], "", "", None, 0, False, False, 0, None, None)
     with (
-        serving(tmp_path, limits=Limits(max_active=1, max_waiting=1)) as (server, loaded),
+        serving(tmp_path, limits=QueueLimits(max_active=1, max_waiting=1)) as (server, loaded),
         grpc.insecure_channel(f"localhost:{server.port}") as channel,
     ):
         infer, gate, done = service_pb2_grpc.GRPCInferenceServiceStub(channel).ModelInfer, Gate(loaded["m"]), queue.Queue[Any]()

@@ -12,7 +12,7 @@ import tritonclient.grpc.aio as triton_aio  # type: ignore[import-untyped]
 from fakes import FakePipeline
 from granting import grant
 from img2img_server.config import TelemetrySettings
-from img2img_server.engine.scheduler import Limits
+from img2img_server.engine.scheduler import QueueLimits
 from kserve_calls import Gate, Loaded, client_of, ending, number, opened, parameters, picture, serving, text
 from running import RunningServer
 from scraping import settled, value
@@ -203,7 +203,7 @@ def test_each_request_of_a_stream_is_counted_and_logged(server: RunningServer) -
 
 
 def test_a_full_queue_refuses_a_request_of_a_stream(tmp_path: Path) -> None:
-    with serving(tmp_path, limits=Limits(max_active=1, max_waiting=1)) as (server, loaded), client_of(server) as client:
+    with serving(tmp_path, limits=QueueLimits(max_active=1, max_waiting=1)) as (server, loaded), client_of(server) as client:
         gate, stream = Gate(loaded["m"]), Stream(client)
         stream.ask("a")
         gate.come()

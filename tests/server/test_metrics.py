@@ -15,7 +15,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from img2img.v1 import image_to_image_pb2 as pb
 from img2img.v1.image_to_image_pb2_grpc import ImageToImageServiceStub
 from img2img_server.config import TelemetrySettings
-from img2img_server.models.registry import Model, ModelStore
+from img2img_server.models.registry import Model, ModelRegistry
 from img2img_server.telemetry import gauges
 from img2img_server.telemetry.gauges import ASKED
 from img2img_server.telemetry.metrics import COUNTED, PROCESS
@@ -146,7 +146,7 @@ def test_a_health_check_of_what_is_not_there_is_no_fault_of_the_servers(server: 
 def test_a_port_that_is_taken_is_an_error_before_any_model_is_loaded() -> None:
     loaded: list[str] = []
 
-    def load() -> ModelStore:
+    def load() -> ModelRegistry:
         loaded.append("m")
         return store(m=FakePipeline())
 

@@ -18,7 +18,7 @@ from img2img.v1.image_to_image_pb2_grpc import ImageToImageServiceStub
 from img2img.v1.model_pb2_grpc import ModelServiceStub
 from img2img_server.access.access import Access
 from img2img_server.config import ModelSettings
-from img2img_server.models.registry import ModelStore
+from img2img_server.models.registry import ModelRegistry
 from img2img_server.runtime.execution import Execution
 from img2img_server.runtime.loader import load_pipeline
 from img2img_server.support.call import Call
@@ -68,8 +68,8 @@ def serving(folder: Path, **settings: Any) -> Iterator[Seen]:
     memory = Memory()
     residency = ModelSettings(**{"preload": ("all",), **settings})
 
-    def load() -> ModelStore:
-        return ModelStore.load(folder, memory.load, settings=residency, meter=memory)
+    def load() -> ModelRegistry:
+        return ModelRegistry.load(folder, memory.load, settings=residency, meter=memory)
 
     with (
         running(load, residency=residency) as server,
@@ -257,9 +257,9 @@ def test_a_repository_becomes_a_model_that_draws(hub: Hub, tmp_path: Path, monke
     folder.mkdir()
     residency = ModelSettings(allow_downloads=True, download_repos=("acme/*",))
 
-    def load() -> ModelStore:
+    def load() -> ModelRegistry:
         opened = lambda path, manifest: load_pipeline(path, manifest, Execution("cpu", threads=1))  # noqa: E731
-        return ModelStore.load(folder, opened, settings=residency)
+        return ModelRegistry.load(folder, opened, settings=residency)
 
     with (
         running(load, residency=residency) as server,

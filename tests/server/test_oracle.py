@@ -18,7 +18,7 @@ import torch
 from diffusers import AutoPipelineForImage2Image
 from img2img_client import Client
 from img2img_server.bundle.manifest import MANIFEST_NAME, digest_files, list_files, read_manifest, write_manifest
-from img2img_server.models.registry import ModelStore
+from img2img_server.models.registry import ModelRegistry
 from img2img_server.runtime.execution import Execution
 from img2img_server.runtime.loader import load_pipeline
 from PIL import Image
@@ -62,8 +62,8 @@ def models(tmp_path_factory: pytest.TempPathFactory, bundle: Callable[[str], Pat
 
 @pytest.fixture(scope="module")
 def client(models: Path) -> Iterator[Client]:
-    def load() -> ModelStore:
-        return ModelStore.load(models, lambda path, manifest: load_pipeline(path, manifest, Execution("cpu")))
+    def load() -> ModelRegistry:
+        return ModelRegistry.load(models, lambda path, manifest: load_pipeline(path, manifest, Execution("cpu")))
 
     with running(load) as server, Client(f"localhost:{server.port}", timeout=120) as client:
         yield client

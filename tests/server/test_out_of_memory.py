@@ -10,7 +10,7 @@ import pytest
 import torch
 from fakes import Caller, FakePipeline, make_engine, run_out
 from img2img_server.engine.costs import Costs
-from img2img_server.engine.scheduler import Limits
+from img2img_server.engine.scheduler import QueueLimits
 from img2img_server.errors import OutOfMemory
 from img2img_server.runtime.common import out_of_memory, torch_calls
 from img2img_server.runtime.common.out_of_memory import is_out_of_memory
@@ -74,7 +74,7 @@ def test_a_request_that_has_no_room_alone_ends_and_the_server_goes_on(where: str
 @pytest.mark.parametrize("stage", ["prepare", "finish"])
 def test_encoding_and_decoding_are_divided_too(stage: str) -> None:
     """Of requests that have room in one call of the model: a VAE may want more memory for a picture than a step does."""
-    engine, pipeline, _ = make_engine(Limits(max_admitted=4))
+    engine, pipeline, _ = make_engine(QueueLimits(max_admitted=4))
     calls: list[int] = []
 
     def only_in(where: str, requests: object, rows: list[int]) -> None:

@@ -153,14 +153,16 @@ async def test_what_is_known_of_replicas_that_are_gone_is_forgotten() -> None:
 
 def test_serve_accepts_the_router_and_its_settings() -> None:
     from img2img_server.backends.ray.deployment import serve_options
-    from img2img_server.backends.ray.resources import Share
+    from img2img_server.backends.ray.resources import ResourceShare
     from img2img_server.config import RaySettings
 
-    found: Any = RequestRouterConfig(**serve_options(RaySettings(spread_after=3.0), Share(1, 0), {})["request_router_config"])
+    found: Any = RequestRouterConfig(
+        **serve_options(RaySettings(spread_after=3.0), ResourceShare(1, 0), {})["request_router_config"]
+    )
     made = found.get_request_router_class()  # as it comes out of what Serve passes on
     assert made.__name__ == "LeastWorkRouter"
     assert found.request_router_kwargs == {"spread_after": 3.0}
-    may_not_load: Any = serve_options(RaySettings(spread_after=3.0), Share(1, 0), {}, load_on_request=False)
+    may_not_load: Any = serve_options(RaySettings(spread_after=3.0), ResourceShare(1, 0), {}, load_on_request=False)
     found = RequestRouterConfig(**may_not_load["request_router_config"])
     assert found.request_router_kwargs == {"spread_after": math.inf}
 

@@ -7,9 +7,17 @@ from typing import Any
 
 import pytest
 from img2img_server.backends.ray.deployment import ClusterUnavailable, Deployment, serve_options
-from img2img_server.backends.ray.resources import Share, check_fit, common, differences, replica_config, share_of, variables
+from img2img_server.backends.ray.resources import (
+    ResourceShare,
+    check_fit,
+    common,
+    differences,
+    replica_config,
+    share_of,
+    variables,
+)
 from img2img_server.config import AssetSettings, ModelSettings, RaySettings, ServerConfig, TelemetrySettings, TlsSettings
-from img2img_server.engine.scheduler import Limits
+from img2img_server.engine.scheduler import QueueLimits
 from img2img_server.runtime.execution import Execution
 from ray.serve.schema import ApplicationStatus
 
@@ -19,19 +27,19 @@ CPUS, GPUS = {"CPU": 16.0}, {"CPU": 16.0, "GPU": 4.0}
 @pytest.mark.parametrize(
     ("settings", "resources", "share"),
     [
-        (RaySettings(), CPUS, Share(16, 0)),
-        (RaySettings(min_replicas=2), CPUS, Share(8, 0)),
-        (RaySettings(max_replicas=3), CPUS, Share(5, 0)),
-        (RaySettings(min_replicas=40), CPUS, Share(1, 0)),
-        (RaySettings(num_cpus=0.5), CPUS, Share(0.5, 0)),
-        (RaySettings(min_replicas=2), GPUS, Share(1, 1)),
-        (RaySettings(min_replicas=2, num_cpus=4), GPUS, Share(4, 1)),
-        (RaySettings(min_replicas=2, num_gpus=0.5), GPUS, Share(1, 0.5)),
-        (RaySettings(min_replicas=2, num_gpus=0), GPUS, Share(8, 0)),
+        (RaySettings(), CPUS, ResourceShare(16, 0)),
+        (RaySettings(min_replicas=2), CPUS, ResourceShare(8, 0)),
+        (RaySettings(max_replicas=3), CPUS, ResourceShare(5, 0)),
+        (RaySettings(min_replicas=40), CPUS, ResourceShare(1, 0)),
+        (RaySettings(num_cpus=0.5), CPUS, ResourceShare(0.5, 0)),
+        (RaySettings(min_replicas=2), GPUS, ResourceShare(1, 1)),
+        (RaySettings(min_replicas=2, num_cpus=4), GPUS, ResourceShare(4, 1)),
+        (RaySettings(min_replicas=2, num_gpus=0.5), GPUS, ResourceShare(1, 0.5)),
+        (RaySettings(min_replicas=2, num_gpus=0), GPUS, ResourceShare(8, 0)),
     ],
 )
 def test_a_replica_has_a_gpu_where_there_are_any_else_its_part_of_the_cores(
-    settings: RaySettings, resources: dict[str, float], share: Share
+    settings: RaySettings, resources: dict[str, float], share: ResourceShare
 ) -> None:
     assert share_of(settings, resources, 16) == share
 
@@ -39,22 +47,22 @@ def test_a_replica_has_a_gpu_where_there_are_any_else_its_part_of_the_cores(
 @pytest.mark.parametrize(
     ("share", "resources", "problem"),
     [
-        (Share(9, 0), CPUS, "2 replicas of 9 cores each do not fit into 16 cores; set ray_num_cpus"),
-        (Share(1, 1), {"CPU": 16.0, "GPU": 1.0}, "2 replicas of 1 GPUs each do not fit into 1 GPUs; set ray_num_gpus"),
-        (Share(1, 1), CPUS, "do not fit into 0 GPUs"),
+        (ResourceShare(9, 0), CPUS, "2 replicas of 9 cores each do not fit into 16 cores; set ray_num_cpus"),
+        (ResourceShare(1, 1), {"CPU": 16.0, "GPU": 1.0}, "2 replicas of 1 GPUs each do not fit into 1 GPUs; set ray_num_gpus"),
+        (ResourceShare(1, 1), CPUS, "do not fit into 0 GPUs"),
     ],
 )
 def test_replicas_that_do_not_fit_are_refused_rather_than_waited_for(
-    share: Share, resources: dict[str, float], problem: str
+    share: ResourceShare, resources: dict[str, float], problem: str
 ) -> None:
     with pytest.raises(ValueError, match=problem):
         check_fit(RaySettings(min_replicas=2), share, resources)
-    check_fit(RaySettings(min_replicas=2), Share(8, 0), CPUS)
+    check_fit(RaySettings(min_replicas=2), ResourceShare(8, 0), CPUS)
 
 
 @pytest.mark.parametrize(("cpus", "threads"), [(4, 4), (1.5, 1), (0.5, 1), (0, None)])
 def test_the_threads_of_calls_are_the_replicas_cores(cpus: float, threads: int | None) -> None:
-    share = Share(cpus, 0)
+    share = ResourceShare(cpus, 0)
     config = replica_config(ServerConfig(Path("models"), engine="ray"), share)
     assert config.execution.threads == threads
     assert variables(share).get("OMP_NUM_THREADS") == (None if threads is None else str(threads))
@@ -62,7 +70,7 @@ def test_the_threads_of_calls_are_the_replicas_cores(cpus: float, threads: int |
 
 def test_a_replica_keeps_what_was_asked_for_and_finds_its_files_from_anywhere() -> None:
     asked = ServerConfig(Path("models"), engine="ray", execution=Execution(threads=3, cache=Path("engines")))
-    config = replica_config(asked, Share(8, 0))
+    config = replica_config(asked, ResourceShare(8, 0))
     assert config.execution.threads == 3
     assert config.models == Path("models").absolute()
     assert config.execution.cache == Path("engines").absolute()
@@ -79,7 +87,7 @@ def test_what_is_a_fronts_own_is_not_sent_to_replicas() -> None:
         telemetry=TelemetrySettings(otlp_endpoint="http://user:secret@collector", log_format="json"),
         residency=ModelSettings(preload=("a",)),
     )
-    sent = replica_config(asked, Share(1, 0))
+    sent = replica_config(asked, ResourceShare(1, 0))
     assert not any(word in pickle.dumps(sent) for word in (b"private", b"secret"))
     assert (sent.residency, sent.telemetry.log_format) == (asked.residency, "json")
 
@@ -88,7 +96,7 @@ def test_only_settings_that_make_replicas_have_to_be_those_of_the_application() 
     ours = ServerConfig(Path("models"), engine="ray")
     fronts = replace(ours, port=0, grace=1.0, tls=TlsSettings(Path("c"), Path("k")), ray=replace(ours.ray, address="auto"))
     assert differences(common(fronts), common(ours)) == []
-    other = replace(ours, models=Path("/elsewhere"), limits=Limits(max_batch_size=3), ray=replace(ours.ray, max_replicas=7))
+    other = replace(ours, models=Path("/elsewhere"), limits=QueueLimits(max_batch_size=3), ray=replace(ours.ray, max_replicas=7))
     assert [line.split()[0] for line in differences(common(other), common(ours))] == [
         "models",
         "max_batch_size",
@@ -114,25 +122,25 @@ def test_an_application_that_could_not_be_deployed_is_not_waited_for(monkeypatch
         deployment._join()
 
 
-def _options(settings: RaySettings, share: Share) -> dict[str, Any]:
+def _options(settings: RaySettings, share: ResourceShare) -> dict[str, Any]:
     return serve_options(settings, share, {"MORE": "1"})
 
 
 def test_ray_places_a_replica_by_its_share_and_leaves_bounds_to_the_engine() -> None:
-    options = _options(RaySettings(min_replicas=2), Share(1, 0.5))
+    options = _options(RaySettings(min_replicas=2), ResourceShare(1, 0.5))
     actor = options["ray_actor_options"]
     assert (actor["num_cpus"], actor["num_gpus"]) == (1, 0.5)
     assert actor["runtime_env"]["env_vars"]["MORE"] == "1"
     assert actor["runtime_env"]["env_vars"]["OMP_NUM_THREADS"] == "1"
-    assert options["max_ongoing_requests"] > Limits().max_waiting
+    assert options["max_ongoing_requests"] > QueueLimits().max_waiting
 
 
 def test_equal_bounds_are_a_fixed_number_and_others_a_range() -> None:
-    fixed = _options(RaySettings(min_replicas=3), Share(1, 0))
+    fixed = _options(RaySettings(min_replicas=3), ResourceShare(1, 0))
     assert fixed["num_replicas"] == 3
     assert "autoscaling_config" not in fixed
     settings = RaySettings(min_replicas=1, max_replicas=4, upscale_delay=7, downscale_delay=8, target_queued_seconds=9)
-    scaled = _options(settings, Share(1, 0))
+    scaled = _options(settings, ResourceShare(1, 0))
     assert "num_replicas" not in scaled
     found = scaled["autoscaling_config"]
     assert (found.min_replicas, found.max_replicas, found.upscale_delay_s, found.downscale_delay_s) == (1, 4, 7, 8)

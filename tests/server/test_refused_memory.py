@@ -20,7 +20,7 @@ from img2img_server.api import readers
 from img2img_server.backends.base import LocalBackend
 from img2img_server.config import ModelSettings, ServerConfig
 from img2img_server.images import ImageLimits
-from img2img_server.models.registry import ModelStore
+from img2img_server.models.registry import ModelRegistry
 from messages import failure, png, request
 from PIL import Image
 from running import running, running_backend, store
@@ -102,7 +102,7 @@ def test_those_who_are_refused_for_the_same_reason_are_let_go_one_by_one(
         raise OSError("told to fail")
 
     def make(config: ServerConfig) -> LocalBackend:
-        backends.append(LocalBackend(config, lambda: ModelStore.load(tmp_path, load, settings=config.residency)))
+        backends.append(LocalBackend(config, lambda: ModelRegistry.load(tmp_path, load, settings=config.residency)))
         return backends[0]
 
     plant(tmp_path, "m")

@@ -11,7 +11,7 @@ from fakes import make_request
 from img2img_server.bundle.manifest import Source
 from img2img_server.config import ModelSettings
 from img2img_server.engine.request import Completed, Event, Failed
-from img2img_server.engine.scheduler import Limits
+from img2img_server.engine.scheduler import QueueLimits
 from img2img_server.errors import (
     BundleError,
     ModelMemoryFull,
@@ -23,7 +23,7 @@ from img2img_server.errors import (
 )
 from img2img_server.models.export_process import EXPORTER
 from img2img_server.models.memory import estimate
-from img2img_server.models.registry import Model, ModelState, ModelStore
+from img2img_server.models.registry import Model, ModelRegistry, ModelState
 from img2img_server.support.call import Call, answering
 from model_folder import MB, Memory, Rig, make_bundle, rig
 
@@ -365,7 +365,7 @@ async def test_one_load_under_a_full_queue_gets_its_turn(folder: Path) -> None:
 
 async def test_a_load_does_not_wait_for_those_who_wait_for_it(folder: Path) -> None:
     """The callers of a model that is being loaded hold all the places of the queue that there are."""
-    it = Rig(folder, ModelSettings(preload=("none",)), EXPORTER, Limits(max_waiting=1))
+    it = Rig(folder, ModelSettings(preload=("none",)), EXPORTER, QueueLimits(max_waiting=1))
     it.engine.start()
     try:
         with it.engine.arriving():
@@ -420,7 +420,7 @@ async def use_repository(it: Rig, repo_id: str) -> None:
 def test_start_loads_what_it_is_told(folder: Path) -> None:
     def loaded(**settings: Any) -> list[str]:
         memory = Memory()
-        ModelStore.load(folder, memory.load, settings=ModelSettings(**{"preload": ("all",), **settings}), meter=memory)
+        ModelRegistry.load(folder, memory.load, settings=ModelSettings(**{"preload": ("all",), **settings}), meter=memory)
         return memory.names
 
     assert loaded() == ["a", "b", "c"]
@@ -437,7 +437,7 @@ def test_start_loads_what_it_is_told(folder: Path) -> None:
 
 def test_the_default_model_is_the_first_to_be_loaded(folder: Path) -> None:
     memory = Memory()
-    store = ModelStore.load(folder, memory.load, "c", settings=ModelSettings(memory=250 * MB, preload=("all",)), meter=memory)
+    store = ModelRegistry.load(folder, memory.load, "c", settings=ModelSettings(memory=250 * MB, preload=("all",)), meter=memory)
     assert memory.names == ["c"]
     assert store.get("c").memory == 200 * MB
     manifest = store.get("a").manifest

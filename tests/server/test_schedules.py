@@ -13,7 +13,7 @@ import torch
 from diffusers import DDIMScheduler, EulerAncestralDiscreteScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from img2img_server.runtime.schedulers.linear import Schedule, Trajectory, advance_batch, compile_schedule
+from img2img_server.runtime.schedulers.linear import LinearSolver, Trajectory, advance_batch, compile_schedule
 from img2img_server.runtime.schedulers.registry import NAMES, make
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -62,7 +62,7 @@ def named(name: str, steps: int, start: int = 0, prediction_type: str = "epsilon
 
 
 @functools.cache
-def compiled(name: str, steps: int, start: int) -> Schedule:
+def compiled(name: str, steps: int, start: int) -> LinearSolver:
     schedule = compile_schedule(*named(name, steps, start))
     assert schedule is not None
     return schedule
@@ -94,7 +94,7 @@ def diffusers_steps(scheduler: Any, timesteps: Any, latents: torch.Tensor, draws
     return seen
 
 
-def compiled_steps(schedule: Schedule, latents: torch.Tensor, draws: list[torch.Generator]) -> list[torch.Tensor]:
+def compiled_steps(schedule: LinearSolver, latents: torch.Tensor, draws: list[torch.Generator]) -> list[torch.Tensor]:
     trajectory = Trajectory(schedule, draws)
     seen = []
     for _ in schedule.steps:

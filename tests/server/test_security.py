@@ -28,7 +28,7 @@ from img2img_server.api import transport
 from img2img_server.bundle.manifest import write_manifest
 from img2img_server.codecs.pool import Codecs
 from img2img_server.config import ServerConfig
-from img2img_server.models.registry import ModelStore
+from img2img_server.models.registry import ModelRegistry
 from messages import failure, request
 from running import RunningServer, manifest, running, store
 from soak_parts import raw_http2
@@ -185,8 +185,8 @@ def folders(tmp_path: Path) -> Path:
 
 @contextlib.contextmanager
 def serving(folder: Path, **settings: Any) -> Iterator[grpc.Channel]:
-    def load() -> ModelStore:
-        return ModelStore.load(folder, lambda bundle, manifest: FakePipeline())
+    def load() -> ModelRegistry:
+        return ModelRegistry.load(folder, lambda bundle, manifest: FakePipeline())
 
     with (
         running(load, models=folder, **settings) as server,

@@ -17,7 +17,7 @@ from img2img_server.engine.cache import Cache
 from img2img_server.engine.engine import Engine
 from img2img_server.engine.request import Completed, Request
 from img2img_server.engine.run_request import run_alone
-from img2img_server.engine.scheduler import Limits
+from img2img_server.engine.scheduler import QueueLimits
 from img2img_server.errors import InvalidField
 from img2img_server.runtime.diffusion.stable_diffusion import StableDiffusion
 from img2img_server.runtime.execution import Execution
@@ -93,7 +93,7 @@ def test_so_it_is_where_guidance_goes_into_the_model(distilled: StableDiffusion,
 
 
 def assert_same_alone_and_together(pipeline: StableDiffusion, mix: list[tuple[Request, int]]) -> None:
-    engine = Engine({"m": pipeline}, Limits(max_batch_size=8, max_admitted=3))
+    engine = Engine({"m": pipeline}, QueueLimits(max_batch_size=8, max_admitted=3))
     callers = []
     for request, pause in mix:
         caller = Caller(engine)

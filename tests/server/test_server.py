@@ -20,7 +20,7 @@ from img2img_client import Client
 from img2img_server.api.server import Server
 from img2img_server.backends.base import LocalBackend
 from img2img_server.config import ServerConfig
-from img2img_server.engine.scheduler import Limits
+from img2img_server.engine.scheduler import QueueLimits
 from img2img_server.images import ImageLimits
 from messages import failure, request
 from PIL import Image
@@ -120,7 +120,7 @@ def _submit_until_refused(stub: ImageToImageServiceStub) -> None:
 @pytest.mark.parametrize(
     "settings",
     [{"port": -1}, {"port": 65536}, {"grace": -1.0}, {"max_steps": 0}, {"max_image_count": 0},
-     {"limits": Limits(max_batch_size=0)}, {"image_limits": ImageLimits(max_bytes=0)}],
+     {"limits": QueueLimits(max_batch_size=0)}, {"image_limits": ImageLimits(max_bytes=0)}],
 )  # fmt: skip
 def test_a_setting_that_cannot_work_is_refused(settings: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=r"the (least|most) is"):

@@ -14,9 +14,9 @@ from img2img.v1 import model_pb2, model_pb2_grpc
 from img2img.v1.image_to_image_pb2_grpc import ImageToImageServiceStub
 from img2img_server.config import DEFAULT_PROMPT
 from img2img_server.engine.request import RequestWarning
-from img2img_server.engine.scheduler import Limits
+from img2img_server.engine.scheduler import QueueLimits
 from img2img_server.images import ImageLimits
-from img2img_server.models.registry import Model, ModelStore
+from img2img_server.models.registry import Model, ModelRegistry
 from messages import failure, png, request
 from PIL import Image
 from running import running, store
@@ -32,7 +32,7 @@ def pipeline() -> FakePipeline:
 @pytest.fixture
 def channel(pipeline: FakePipeline) -> Iterator[grpc.Channel]:
     load = lambda: store(m=pipeline, other=FakePipeline())  # noqa: E731
-    limits = Limits(max_active=1, max_waiting=1)
+    limits = QueueLimits(max_active=1, max_waiting=1)
     with (
         running(load, image_limits=LIMITS, limits=limits) as server,
         grpc.insecure_channel(f"localhost:{server.port}") as channel,
@@ -265,7 +265,7 @@ def test_several_models_and_no_default_must_be_told_apart() -> None:
 
 
 def test_a_model_that_did_not_load_is_listed_and_refused() -> None:
-    load = lambda: ModelStore([Model("broken", problem="checksums"), *store(m=FakePipeline())], "m")  # noqa: E731
+    load = lambda: ModelRegistry([Model("broken", problem="checksums"), *store(m=FakePipeline())], "m")  # noqa: E731
     with running(load) as server, grpc.insecure_channel(f"localhost:{server.port}") as channel:
         listed = model_pb2_grpc.ModelServiceStub(channel).ListModels(model_pb2.ListModelsRequest()).models
         asked = request(model=pb.ModelReference(path="broken"))

@@ -18,7 +18,7 @@ from img2img_server.api.transform import ImageToImageService
 from img2img_server.codecs.jobs import digest_of
 from img2img_server.codecs.memory import ImageMemory
 from img2img_server.codecs.pool import Codecs
-from img2img_server.engine.admission import Place
+from img2img_server.engine.admission import Slot
 from img2img_server.engine.engine import Accepted
 from img2img_server.engine.request import Completed, Event, Listener, Progress, Queued, Request, Started, Timings
 from img2img_server.errors import DeadlineUnmeetable, ServerError
@@ -124,10 +124,10 @@ class ScriptedEngine:
     def clock(self) -> float:
         return 0.0
 
-    def arriving(self, client: str) -> AbstractContextManager[Place]:
-        return nullcontext(Place(client))
+    def arriving(self, client: str) -> AbstractContextManager[Slot]:
+        return nullcontext(Slot(client))
 
-    def submit(self, request: Request, listener: Listener, place: Place) -> Accepted:
+    def submit(self, request: Request, listener: Listener, place: Slot) -> Accepted:
         if self.error is not None:
             raise self.error
         for event in self.script:

@@ -14,7 +14,7 @@ from img2img_server.engine.run_request import run_alone
 from img2img_server.engine.warmup import WarmUp
 from img2img_server.errors import ModelFailed, OutOfMemory, RequestCancelled
 from img2img_server.runtime.opaque.batching_rules import RULES, Rule
-from img2img_server.runtime.opaque.pipeline import WholePipeline
+from img2img_server.runtime.opaque.pipeline import OpaquePipeline
 from PIL import Image
 
 
@@ -26,16 +26,16 @@ def known(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     assert [thread for thread in threading.enumerate() if thread.name == "img2img-pipeline"] == []
 
 
-def whole(room: int | None = None) -> tuple[WholePipeline, FakeDiffusers]:
+def whole(room: int | None = None) -> tuple[OpaquePipeline, FakeDiffusers]:
     pipe = FakeDiffusers(room)
-    return WholePipeline(pipe, "fake:cpu", threads=1), pipe
+    return OpaquePipeline(pipe, "fake:cpu", threads=1), pipe
 
 
 def request(prompt: str, **settings: Any) -> Request:
     return make_request(**{"prompt": prompt, "seeds": (len(prompt),), "guidance_scale": 1.0, **settings})
 
 
-def serve(pipeline: WholePipeline, requests: list[Request]) -> list[Caller]:
+def serve(pipeline: OpaquePipeline, requests: list[Request]) -> list[Caller]:
     engine = Engine({"m": pipeline})
     callers = [Caller(engine) for _ in requests]
     for caller, item in zip(callers, requests, strict=True):

@@ -15,7 +15,7 @@ from img2img_server.engine.engine import Engine
 from img2img_server.engine.request import Completed, Request
 from img2img_server.engine.run_request import run_alone
 from img2img_server.runtime.opaque.batching_rules import RULES
-from img2img_server.runtime.opaque.pipeline import WholePipeline
+from img2img_server.runtime.opaque.pipeline import OpaquePipeline
 from PIL import Image
 
 CLASSES = {
@@ -37,20 +37,20 @@ CLASSES = {
 PROMPTS = ("a lake", "winter mountains, and a forest at sunset with a lake and the mountains behind it", "")
 NEGATIVES = ("fog", "", "a lake with many trees")
 
-Load = Callable[[str], WholePipeline]
+Load = Callable[[str], OpaquePipeline]
 
 
 @pytest.fixture(scope="module")
 def load(tiny_model: Callable[[str], Path]) -> Load:
-    pipelines: dict[str, WholePipeline] = {}
+    pipelines: dict[str, OpaquePipeline] = {}
 
-    def get(name: str) -> WholePipeline:
+    def get(name: str) -> OpaquePipeline:
         if name not in pipelines:
             index = diffusers.DiffusionPipeline.load_config(tiny_model(name))
             left_out = {part: None for part, entry in index.items() if entry == [None, None]}
             kind = getattr(diffusers, CLASSES[name])
             pipe = kind.from_pretrained(tiny_model(name), torch_dtype=torch.float32, local_files_only=True, **left_out)
-            pipelines[name] = WholePipeline(pipe, "torch:cpu", threads=1)
+            pipelines[name] = OpaquePipeline(pipe, "torch:cpu", threads=1)
         return pipelines[name]
 
     return get
@@ -70,7 +70,7 @@ def difference(one: Image.Image, other: Image.Image) -> int:
     return int(np.abs(np.asarray(one, int) - np.asarray(other, int)).max())
 
 
-def denoiser_of(pipeline: WholePipeline) -> Any:
+def denoiser_of(pipeline: OpaquePipeline) -> Any:
     pipe: Any = pipeline._pipe
     return getattr(pipe, "unet", None) or pipe.transformer
 
@@ -78,7 +78,7 @@ def denoiser_of(pipeline: WholePipeline) -> Any:
 class Counted:
     """Counts how often a pipeline's forward of the denoiser is called, and with how many rows."""
 
-    def __init__(self, pipeline: WholePipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, pipeline: OpaquePipeline, monkeypatch: pytest.MonkeyPatch) -> None:
         self.calls = 0
         module = denoiser_of(pipeline)
         forward = module.forward
@@ -90,7 +90,7 @@ class Counted:
         monkeypatch.setattr(module, "forward", counted)
 
 
-def serve(pipeline: WholePipeline, requests: list[Request]) -> list[Caller]:
+def serve(pipeline: OpaquePipeline, requests: list[Request]) -> list[Caller]:
     engine = Engine({"m": pipeline})
     callers = []
     for item in requests:

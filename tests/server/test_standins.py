@@ -17,7 +17,7 @@ from img2img_server.errors import BundleError
 from img2img_server.runtime import loader
 from img2img_server.runtime.execution import Execution
 from img2img_server.runtime.loader import load_pipeline
-from img2img_server.runtime.onnx.modules import Graph, OnnxDenoiser, OnnxTextEncoder, OnnxVae, StandIn
+from img2img_server.runtime.onnx.modules import Graph, OnnxDenoiser, OnnxModule, OnnxTextEncoder, OnnxVae
 from img2img_server.runtime.onnx.providers import Choice
 from img2img_server.runtime.onnx.runners import HostRunner
 from img2img_server.runtime.onnx.sessions import SessionOptions, open_session
@@ -144,7 +144,7 @@ def test_a_text_encoder_gives_what_it_has_in_transformers_order(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("make", [OnnxTextEncoder, OnnxDenoiser, OnnxVae])
-def test_onnx_modules_have_the_surface_of_torch_modules(tmp_path: Path, make: Callable[..., StandIn]) -> None:
+def test_onnx_modules_have_the_surface_of_torch_modules(tmp_path: Path, make: Callable[..., OnnxModule]) -> None:
     """diffusers, accelerate and transformers ask any of it: diffusers 0.41 began to look for hooks in `modules()`."""
     graph: Any = Recorder()
     (tmp_path / "config.json").write_text('{"_class_name": "UNet2DConditionModel"}')

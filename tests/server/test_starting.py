@@ -27,7 +27,7 @@ from img2img_server.config import ModelSettings
 from img2img_server.engine.engine import Engine
 from img2img_server.errors import BundleError, ModelFailed, ModelUnavailable
 from img2img_server.models.preparation import Preparation
-from img2img_server.models.registry import ModelState, ModelStore
+from img2img_server.models.registry import ModelRegistry, ModelState
 from img2img_server.telemetry import logs
 from messages import failure, request
 from model_folder import make_bundle
@@ -48,7 +48,7 @@ def loading(gate: threading.Event, **settings: object) -> Iterator[tuple[Running
     """A server that listens, and whose model is loaded once `gate` is set."""
     begun = threading.Event()
 
-    def load_models() -> ModelStore:
+    def load_models() -> ModelRegistry:
         begun.set()
         assert gate.wait(60)
         return store(m=FakePipeline())
@@ -163,7 +163,7 @@ def test_what_is_wrong_is_one_line_before_anything_heavy_is_imported(tmp_path: P
         assert heavy == ""
 
 
-def load(folder: Path, wrong: dict[str, BaseException], **settings: Any) -> ModelStore:
+def load(folder: Path, wrong: dict[str, BaseException], **settings: Any) -> ModelRegistry:
     """A store of the bundles in `folder`, where those in `wrong` fail when they are loaded."""
 
     def make(bundle: Path, manifest: Manifest) -> FakePipeline:
@@ -171,7 +171,7 @@ def load(folder: Path, wrong: dict[str, BaseException], **settings: Any) -> Mode
             raise wrong[bundle.name]
         return FakePipeline()
 
-    return ModelStore.load(folder, make, settings=ModelSettings(**settings) if settings else None)
+    return ModelRegistry.load(folder, make, settings=ModelSettings(**settings) if settings else None)
 
 
 FAILURES = [
@@ -282,11 +282,14 @@ def test_by_default_the_default_model_is_loaded_and_the_others_when_they_are_ask
     for name in "abc":
         make_bundle(tmp_path / name)
     make = lambda bundle, manifest: FakePipeline()  # noqa: E731
-    assert list(ModelStore.load(tmp_path, make, settings=ModelSettings()).pipelines()) == []
-    assert list(ModelStore.load(tmp_path, make, "b", settings=ModelSettings()).pipelines()) == ["b"]
-    assert list(ModelStore.load(tmp_path / "c", make, settings=ModelSettings()).pipelines()) == ["c"]
-    assert list(ModelStore.load(tmp_path, make, "b", settings=ModelSettings(preload=("default", "a"))).pipelines()) == ["a", "b"]
-    assert list(ModelStore.load(tmp_path, make, settings=ModelSettings(preload=("all",))).pipelines()) == ["a", "b", "c"]
+    assert list(ModelRegistry.load(tmp_path, make, settings=ModelSettings()).pipelines()) == []
+    assert list(ModelRegistry.load(tmp_path, make, "b", settings=ModelSettings()).pipelines()) == ["b"]
+    assert list(ModelRegistry.load(tmp_path / "c", make, settings=ModelSettings()).pipelines()) == ["c"]
+    assert list(ModelRegistry.load(tmp_path, make, "b", settings=ModelSettings(preload=("default", "a"))).pipelines()) == [
+        "a",
+        "b",
+    ]
+    assert list(ModelRegistry.load(tmp_path, make, settings=ModelSettings(preload=("all",))).pipelines()) == ["a", "b", "c"]
 
 
 def test_the_log_counts_the_models_as_they_are_loaded_and_warmed_up(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

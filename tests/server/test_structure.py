@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from img2img_server import images
 from img2img_server.codecs import structure
-from img2img_server.codecs.jobs import Inspect, Load
+from img2img_server.codecs.jobs import Inspect, LoadImage
 from img2img_server.errors import InvalidField
 from img2img_server.images import ImageLimits, SizeRule
 from PIL import Image, ImageCms, TiffImagePlugin
@@ -24,7 +24,7 @@ def test_a_bomb_is_refused_before_a_decoder_sees_it(name: str, monkeypatch: pyte
     data = BOMBS[name]()
     assert len(data) <= LARGEST
     monkeypatch.setattr(Image, "open", lambda *arguments, **options: pytest.fail("a decoder saw it"))
-    for job in (Load("image.data", ImageLimits(), SizeRule(), 8, "PNG"), Inspect("image.data", ImageLimits())):
+    for job in (LoadImage("image.data", ImageLimits(), SizeRule(), 8, "PNG"), Inspect("image.data", ImageLimits())):
         with pytest.raises(InvalidField, match=r"image\.data: the image cannot be decoded: it"):
             job.run(data, nothing_more)
 

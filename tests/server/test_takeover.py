@@ -14,7 +14,7 @@ from img2img_client import Client, ModelNotFound
 from img2img_server.engine.engine import Engine
 from img2img_server.engine.spans import Span
 from img2img_server.errors import BundleError, ModelNotLoaded
-from img2img_server.models.promotion import Takeover
+from img2img_server.models.promotion import Promotion
 from img2img_server.models.registry import EngineState
 from PIL import Image
 from running import running
@@ -45,7 +45,7 @@ def attempt(
     """An engine on a manual clock, whose model "m" is contended for; stepped by the test where `step` is set."""
     store, spans = WatchedStore(serving), list[Span]()
     engine = Engine(store.pipelines(), clock=clock, observe=spans.append)
-    takeover = Takeover(engine, store, [contender])
+    takeover = Promotion(engine, store, [contender])
     if not step:
         engine.start()
     takeover.start()

@@ -12,7 +12,7 @@ from fakes import FakePipeline
 from img2img.v1 import model_pb2
 from img2img.v1.model_pb2_grpc import ModelServiceStub
 from img2img_server.engine.engine import Engine
-from img2img_server.models.promotion import Takeover
+from img2img_server.models.promotion import Promotion
 from img2img_server.models.registry import EngineState, ModelState
 from img2img_server.support.cancellation import Stopped
 from running import running
@@ -105,7 +105,7 @@ def test_who_waits_for_one_that_is_being_loaded_is_let_go_when_all_is_to_end(tmp
     store, contender = WatchedStore(pipeline), FakeContender(tmp_path, Better())
     contender.before_load = hold
     engine = Engine({"m": pipeline})
-    takeover = Takeover(engine, store, [contender])
+    takeover = Promotion(engine, store, [contender])
     takeover.start()
     contender.let()
     assert loading.wait(60)

@@ -18,7 +18,7 @@ from img2img.v1 import model_pb2, model_pb2_grpc
 from img2img.v1.image_to_image_pb2_grpc import ImageToImageServiceStub
 from img2img_server.config import TelemetrySettings
 from img2img_server.engine.engine import Engine
-from img2img_server.engine.scheduler import Limits
+from img2img_server.engine.scheduler import QueueLimits
 from img2img_server.engine.spans import Span
 from img2img_server.support.call import Call
 from img2img_server.telemetry.request_traces import MOST_STEPS
@@ -173,7 +173,7 @@ def test_a_request_that_is_refused_or_given_up_has_a_trace_too() -> None:
 
     pipeline.before_call = hold
     with collecting() as collector:
-        limits = Limits(max_active=1, max_waiting=1)
+        limits = QueueLimits(max_active=1, max_waiting=1)
         with traced(collector, pipeline, limits=limits) as server, connected(server) as channel:
             first = stub_of(channel).Transform.future(request())
             assert inside.wait(60)

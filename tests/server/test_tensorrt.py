@@ -12,7 +12,7 @@ import torch
 from img2img_server.bundle.manifest import Component, Manifest, TensorSpec, read_manifest
 from img2img_server.engine.cache import Cache
 from img2img_server.errors import BundleError
-from img2img_server.models.registry import Model, ModelStore
+from img2img_server.models.registry import Model, ModelRegistry
 from img2img_server.runtime.execution import Bucket, Execution
 from img2img_server.runtime.onnx.graph_sizes import Sizes
 from img2img_server.runtime.onnx.runners import Runner
@@ -21,7 +21,7 @@ from img2img_server.runtime.tensorrt import options as tensorrt
 from img2img_server.runtime.tensorrt.build import build
 from img2img_server.runtime.tensorrt.build_process import run_build
 from img2img_server.runtime.tensorrt.cache import digest_of
-from img2img_server.runtime.tensorrt.candidate import Shelf, contenders
+from img2img_server.runtime.tensorrt.candidate import RunnerCache, candidates
 from img2img_server.runtime.tensorrt.options import CONTEXT, Profile, Range, RangedRunner
 from img2img_server.support.cancellation import Stop
 
@@ -196,14 +196,14 @@ def test_the_building_process_says_what_is_missing(bundle: Get, tmp_path: Path) 
 
 
 def test_nobody_contends_where_tensorrt_cannot_be_used(bundle: Get) -> None:
-    store = ModelStore([Model("m")])
+    store = ModelRegistry([Model("m")])
     for provider in ("auto", "tensorrt", "cuda", "cpu"):
-        assert contenders(store, Execution(provider), Cache(0), Shelf()) == []
+        assert candidates(store, Execution(provider), Cache(0), RunnerCache()) == []
 
 
 def test_what_serves_already_is_not_loaded_twice(tmp_path: Path) -> None:
     """Of the same bundle only; the graph that serves may be the fused twin of the one that is asked for."""
-    shelf, made = Shelf(), list[Path]()
+    shelf, made = RunnerCache(), list[Path]()
 
     def make(name: str, graph: Path) -> Runner:
         made.append(graph)

@@ -20,7 +20,7 @@ from img2img_server.runtime.execution import Execution
 from img2img_server.runtime.loader import load_pipeline
 from img2img_server.runtime.onnx.sessions import SessionOptions, open_session
 from img2img_server.runtime.tensorrt.cache import EngineCache
-from img2img_server.runtime.tensorrt.candidate import Shelf, TensorRTContender, Workshop
+from img2img_server.runtime.tensorrt.candidate import RunnerCache, TensorRTCandidate, Workshop
 from PIL import Image
 from running import running
 
@@ -40,12 +40,12 @@ timing = pathlib.Path(job["options"]["trt_timing_cache_path"])
 
 
 @pytest.fixture
-def contend(bundle: Get, tmp_path: Path) -> Callable[..., tuple[TensorRTContender, WatchedStore, list[str]]]:
+def contend(bundle: Get, tmp_path: Path) -> Callable[..., tuple[TensorRTCandidate, WatchedStore, list[str]]]:
     """Gives a contender, a store whose model runs four times as slowly as it could, and what is opened of TensorRT's."""
 
-    def get(spoilt: bool = False) -> tuple[TensorRTContender, WatchedStore, list[str]]:
+    def get(spoilt: bool = False) -> tuple[TensorRTCandidate, WatchedStore, list[str]]:
         path, manifest = bundle("sd1"), read_manifest(bundle("sd1"))
-        shelf, opened = Shelf(), list[str]()
+        shelf, opened = RunnerCache(), list[str]()
 
         def open_graph(context: Path, options: SessionOptions) -> onnxruntime.InferenceSession:
             assert options.provider == "tensorrt"
@@ -61,7 +61,7 @@ def contend(bundle: Get, tmp_path: Path) -> Callable[..., tuple[TensorRTContende
         builder = [sys.executable, "-c", _BUILDER]
         shop = Workshop(Execution(), MACHINE, EngineCache(tmp_path / "engines"), Cache(0), shelf.make, "cpu", open_graph, builder)
         store = WatchedStore(serving)
-        return TensorRTContender("m", path, manifest, serving.native_size, shop), store, opened
+        return TensorRTCandidate("m", path, manifest, serving.native_size, shop), store, opened
 
     return get
 
@@ -76,7 +76,7 @@ def spoilt_unet(graph: Path, folder: Path) -> Path:
 
 
 def test_engines_are_built_judged_by_the_bundles_pictures_and_serve(
-    contend: Callable[..., tuple[TensorRTContender, WatchedStore, list[str]]], tmp_path: Path
+    contend: Callable[..., tuple[TensorRTCandidate, WatchedStore, list[str]]], tmp_path: Path
 ) -> None:
     contender, store, opened = contend()
     picture = Image.new("RGB", (64, 64), "teal")
@@ -99,7 +99,7 @@ def test_engines_are_built_judged_by_the_bundles_pictures_and_serve(
 
 
 def test_an_engine_that_draws_something_else_is_refused(
-    contend: Callable[..., tuple[TensorRTContender, WatchedStore, list[str]]],
+    contend: Callable[..., tuple[TensorRTCandidate, WatchedStore, list[str]]],
 ) -> None:
     contender, store, _ = contend(spoilt=True)
     with running(lambda: store, [contender]) as server, Client(f"localhost:{server.port}", timeout=120) as client:

@@ -9,7 +9,7 @@ import torch
 from diffusers import EulerDiscreteScheduler
 from fakes import make_request
 from img2img_server.runtime.schedulers import cache
-from img2img_server.runtime.schedulers.cache import Timetables, size_of
+from img2img_server.runtime.schedulers.cache import SchedulerCache, size_of
 
 
 class Pipe:
@@ -27,7 +27,7 @@ class Pipe:
 def test_many_timetables_of_few_steps_stay_within_the_bytes_that_are_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
     """A timetable of one step has the whole of its scheduler, too."""
     monkeypatch.setattr(cache, "_BYTES", 2**18)
-    kept = Timetables(Pipe())
+    kept = SchedulerCache(Pipe())
     for steps in range(1, 11):
         for first in range(steps):
             kept.get(make_request(num_inference_steps=steps, strength=(steps - first) / steps))

@@ -19,7 +19,7 @@ from img2img.v1 import image_to_image_pb2 as pb
 from img2img.v1.image_to_image_pb2_grpc import ImageToImageServiceStub
 from img2img_server.api.tls import bind, check, is_local
 from img2img_server.config import ServerConfig, TlsSettings
-from img2img_server.models.registry import ModelStore
+from img2img_server.models.registry import ModelRegistry
 from img2img_server.support.listen_addresses import address_of
 from messages import request
 from running import RunningServer, running, store
@@ -48,7 +48,7 @@ def issue(folder: Path, authority: trustme.CA, name: str = "server") -> TlsSetti
 
 
 @contextlib.contextmanager
-def serving(tls: TlsSettings, load: Callable[[], ModelStore] = lambda: store(m=FakePipeline())) -> Iterator[RunningServer]:
+def serving(tls: TlsSettings, load: Callable[[], ModelRegistry] = lambda: store(m=FakePipeline())) -> Iterator[RunningServer]:
     with running(load, tls=tls) as server:
         yield server
 
@@ -294,7 +294,7 @@ def test_files_that_will_not_do_are_an_error_before_models_are_loaded(
 ) -> None:
     loaded = []
 
-    def load() -> ModelStore:
+    def load() -> ModelRegistry:
         loaded.append(1)
         return store(m=FakePipeline())
 

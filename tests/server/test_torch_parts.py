@@ -12,7 +12,7 @@ from img2img_server.bundle.manifest import Manifest, Source, Verification
 from img2img_server.engine.run_request import run_alone
 from img2img_server.errors import BundleError
 from img2img_server.runtime.execution import Execution
-from img2img_server.runtime.opaque.pipeline import WholePipeline
+from img2img_server.runtime.opaque.pipeline import OpaquePipeline
 from img2img_server.runtime.torch.load import choose_dtype, torch_device, torch_pipeline
 from PIL import Image
 
@@ -56,7 +56,7 @@ def manifest(pipeline_class: str) -> Manifest:
 def draw(pipe: Any) -> Any:
     source = Image.linear_gradient("L").resize((64, 64)).convert("RGB")
     request = make_request(image=source, prompt="a lake", num_inference_steps=3, guidance_scale=3.0)
-    return np.asarray(run_alone(WholePipeline(pipe, "torch:cpu", threads=1), request)[0], float)
+    return np.asarray(run_alone(OpaquePipeline(pipe, "torch:cpu", threads=1), request)[0], float)
 
 
 @pytest.mark.filterwarnings("ignore:The following named arguments are not valid")

@@ -12,7 +12,7 @@ from img2img_server.engine.cache import Cache
 from img2img_server.engine.run_request import run_alone
 from img2img_server.runtime.common.truncation import Truncation
 from img2img_server.runtime.diffusion.stable_diffusion import StableDiffusion, StableDiffusionXL
-from img2img_server.runtime.opaque.pipeline import WholePipeline
+from img2img_server.runtime.opaque.pipeline import OpaquePipeline
 from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
@@ -63,7 +63,7 @@ def tokens_read(pipe: Any, prompt: str, monkeypatch: pytest.MonkeyPatch) -> list
     with monkeypatch.context() as patch:
         patch.setattr(PreTrainedTokenizerBase, "__call__", recorded)
         request = make_request(prompt=prompt, num_inference_steps=2, strength=1.0, image=Image.new("RGB", (64, 64), "red"))
-        run_alone(WholePipeline(pipe, "torch:cpu", threads=1), request)
+        run_alone(OpaquePipeline(pipe, "torch:cpu", threads=1), request)
     return read
 
 
@@ -130,6 +130,6 @@ def test_a_negative_prompt_is_looked_at_where_it_counts(load: Load) -> None:
 
 
 def test_a_pipeline_that_takes_no_negative_prompt_does_not_warn_of_it(load: Load) -> None:
-    pipeline = WholePipeline(load("lcm"), "torch:cpu", 1)
+    pipeline = OpaquePipeline(load("lcm"), "torch:cpu", 1)
     request = make_request(image=Image.new("RGB", (64, 64)), prompt="lake", negative_prompt=lakes(90))
     assert pipeline.plan(request).warnings == ()

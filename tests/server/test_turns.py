@@ -10,7 +10,7 @@ from img2img_server.engine.engine import Engine
 from img2img_server.engine.fair_queueing import Job, charged, in_order
 from img2img_server.engine.policy import Policy
 from img2img_server.engine.request import Completed, Event
-from img2img_server.engine.scheduler import Limits
+from img2img_server.engine.scheduler import QueueLimits
 from img2img_server.engine.warmup import WarmUp
 
 CURVE = {1: 0.0051, 2: 0.0051, 4: 0.0057, 8: 0.0125, 16: 0.0249}
@@ -26,7 +26,7 @@ class Device:
         self.flood, self.steps, self.deadline = flood, steps, deadline
         self.alive, self.clock, self.source = 0, Clock(), random.Random(1)
         pipeline = FakePipeline(self.clock, lambda rows: CURVE[min(size for size in CURVE if size >= rows)], max_rows)
-        self.engine = Engine({"m": pipeline}, Limits(max_client_waiting=1000, **limits), self.clock)
+        self.engine = Engine({"m": pipeline}, QueueLimits(max_client_waiting=1000, **limits), self.clock)
         self.engine.costs.adopt("m", WarmUp(16, 100.0, self.clock).measure("m", pipeline))
 
     def top_up(self) -> None:
@@ -139,7 +139,7 @@ def test_the_estimate_beside_a_line_of_shorter_ones_is_what_happens() -> None:
 
 
 def test_a_client_that_has_nothing_in_progress_is_admitted_first() -> None:
-    engine, pipeline, _ = make_engine(Limits(max_active=2, max_batch_size=1, max_admitted=1))
+    engine, pipeline, _ = make_engine(QueueLimits(max_active=2, max_batch_size=1, max_admitted=1))
     for _ in range(2):
         Caller(engine).submit(num_inference_steps=3, client="many")
         engine.step()

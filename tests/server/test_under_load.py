@@ -14,10 +14,10 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from img2img.v1 import image_to_image_pb2 as pb
 from img2img.v1.image_to_image_pb2_grpc import ImageToImageServiceStub
 from img2img_server.api import server as serving
-from img2img_server.codecs.jobs import Encode, Job, Load
+from img2img_server.codecs.jobs import Encode, Job, LoadImage
 from img2img_server.codecs.pool import Codecs
 from img2img_server.config import CodecSettings
-from img2img_server.engine.scheduler import Limits
+from img2img_server.engine.scheduler import QueueLimits
 from messages import failure, png, request
 from running import RunningServer, running, store
 
@@ -84,7 +84,7 @@ def test_with_a_full_queue_and_a_busy_device_health_and_reflection_answer(gate: 
     pipeline = FakePipeline()
     pipeline.before_call = gate
     with (
-        running(lambda: store(m=pipeline), limits=Limits(max_active=1, max_waiting=3, max_client_waiting=100)) as server,
+        running(lambda: store(m=pipeline), limits=QueueLimits(max_active=1, max_waiting=3, max_client_waiting=100)) as server,
         grpc.insecure_channel(f"127.0.0.1:{server.port}") as channel,
     ):
         stub = ImageToImageServiceStub(channel)
@@ -105,8 +105,8 @@ def test_with_a_full_queue_and_a_busy_device_health_and_reflection_answer(gate: 
 
 def test_a_clients_flood_is_refused_before_its_pictures_are_looked_at(gate: Gate, monkeypatch: pytest.MonkeyPatch) -> None:
     """They wait as bytes for as many processes as there are, and no more of them than there is room for."""
-    gated_codecs(gate, monkeypatch, Load)
-    limits, codecs = Limits(max_waiting=100, max_client_waiting=10), CodecSettings(decoders=3)
+    gated_codecs(gate, monkeypatch, LoadImage)
+    limits, codecs = QueueLimits(max_waiting=100, max_client_waiting=10), CodecSettings(decoders=3)
     with (
         running(lambda: store(m=FakePipeline()), limits=limits, codecs=codecs) as server,
         grpc.insecure_channel(f"127.0.0.1:{server.port}") as channel,

@@ -16,7 +16,7 @@ from img2img.v1.image_to_image_pb2_grpc import ImageToImageServiceStub
 from img2img_server.backends.watchdog import Watchdog
 from img2img_server.engine.engine import Engine
 from img2img_server.engine.request import Completed, Event, Failed, Request
-from img2img_server.engine.scheduler import Limits
+from img2img_server.engine.scheduler import QueueLimits
 from img2img_server.engine.stats import ModelCall
 from img2img_server.errors import EngineStuck, ShuttingDown
 from messages import failure, request
@@ -94,7 +94,7 @@ def hanging() -> Iterator[Callable[[str], tuple[Engine, Hanging]]]:
 
     def make(stage: str) -> tuple[Engine, Hanging]:
         pipeline = Hanging(stage)
-        engine = Engine({"m": pipeline}, Limits(max_active=2, max_admitted=2))
+        engine = Engine({"m": pipeline}, QueueLimits(max_active=2, max_admitted=2))
         made.append((engine, pipeline))
         engine.start()
         return engine, pipeline
@@ -329,7 +329,7 @@ def test_an_engine_that_is_idle_is_in_no_call() -> None:
 
 def test_a_server_whose_device_hangs_says_so_to_everybody_and_ends_quickly() -> None:
     pipeline = Hanging("denoise")
-    with running(lambda: store(m=pipeline), watchdog=0.3, limits=Limits(max_active=1)) as server:
+    with running(lambda: store(m=pipeline), watchdog=0.3, limits=QueueLimits(max_active=1)) as server:
         with grpc.insecure_channel(f"127.0.0.1:{server.port}") as channel:
             health: Any = health_pb2_grpc.HealthStub(channel)
             watching = health.Watch(health_pb2.HealthCheckRequest())

@@ -19,11 +19,11 @@ from img2img_server.engine.engine import Engine
 from img2img_server.engine.request import Event, Failed
 from img2img_server.engine.run_request import run_alone
 from img2img_server.errors import ModelFailed, RequestCancelled
-from img2img_server.models.registry import ModelStore
+from img2img_server.models.registry import ModelRegistry
 from img2img_server.runtime.loader import load_pipeline
-from img2img_server.runtime.opaque.batch import Call
-from img2img_server.runtime.opaque.pipeline import WholePipeline
-from img2img_server.runtime.opaque.stepper import Run
+from img2img_server.runtime.opaque.batch import SharedCall
+from img2img_server.runtime.opaque.pipeline import OpaquePipeline
+from img2img_server.runtime.opaque.stepper import Stepper
 from PIL import Image
 from running import running
 
@@ -47,8 +47,8 @@ def torch_bundle(tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[
 
 @pytest.fixture(scope="module")
 def client(torch_bundle: Path) -> Iterator[Client]:
-    def load() -> ModelStore:
-        return ModelStore.load(torch_bundle, load_pipeline)
+    def load() -> ModelRegistry:
+        return ModelRegistry.load(torch_bundle, load_pipeline)
 
     with running(load) as server, Client(f"localhost:{server.port}", timeout=120) as client:
         yield client
@@ -94,7 +94,7 @@ def pipeline(torch_bundle: Path) -> Any:
     return load_pipeline(torch_bundle, read_manifest(torch_bundle))
 
 
-def test_sizes_are_what_the_unet_takes(pipeline: WholePipeline) -> None:
+def test_sizes_are_what_the_unet_takes(pipeline: OpaquePipeline) -> None:
     """Kandinsky's UNet doesn't fit what it samples up to what it sampled down, once in the tiny model."""
     assert pipeline.size_multiple == 16
     (picture,) = run_alone(pipeline, request(image=source((80, 48))))
@@ -109,7 +109,7 @@ def pipeline_threads() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name == "img2img-pipeline"]
 
 
-def test_requests_take_turns_and_give_what_each_gives_alone(pipeline: WholePipeline) -> None:
+def test_requests_take_turns_and_give_what_each_gives_alone(pipeline: OpaquePipeline) -> None:
     requests = [request(seeds=(1,)), request(seeds=(2,), strength=1.0, guidance_scale=2.0), request(seeds=(5,), prompt="winter")]
     alone = [run_alone(pipeline, item)[0] for item in requests]
     engine = Engine({"m": pipeline})
@@ -132,7 +132,7 @@ def test_requests_take_turns_and_give_what_each_gives_alone(pipeline: WholePipel
     assert pipeline_threads() == []
 
 
-def test_a_cancelled_request_unwinds_at_its_next_step(pipeline: WholePipeline) -> None:
+def test_a_cancelled_request_unwinds_at_its_next_step(pipeline: OpaquePipeline) -> None:
     engine = Engine({"m": pipeline})
     caller = Caller(engine)
     caller.ticket = engine.submit(request(num_inference_steps=50), caller.events.append).ticket
@@ -144,7 +144,7 @@ def test_a_cancelled_request_unwinds_at_its_next_step(pipeline: WholePipeline) -
     assert pipeline_threads() == [], "nothing is left of its call"
 
 
-def test_a_failure_in_the_pipeline_ends_its_request(pipeline: WholePipeline) -> None:
+def test_a_failure_in_the_pipeline_ends_its_request(pipeline: OpaquePipeline) -> None:
     engine = Engine({"m": pipeline})
     caller = Caller(engine)
     engine.submit(request(seeds=("not a number",)), caller.events.append)
@@ -157,13 +157,13 @@ def test_a_failure_in_the_pipeline_ends_its_request(pipeline: WholePipeline) -> 
 def test_a_run_goes_on_only_while_it_is_resumed() -> None:
     done: list[str] = []
 
-    def call(run: Run) -> list[Image.Image]:
+    def call(run: Stepper) -> list[Image.Image]:
         done.append("first")
         run.pause()
         done.append("second")
         return []
 
-    run = Run(call)
+    run = Stepper(call)
     assert done == []
     run.resume()
     assert (done, run.done) == (["first"], False)
@@ -176,50 +176,50 @@ def test_runs_that_follow_each_other_are_on_one_thread() -> None:
     """What torch.compile records for a GPU belongs to a thread. Runs at the same time have one each."""
     threads: list[int] = []
 
-    def call(run: Run) -> list[Image.Image]:
+    def call(run: Stepper) -> list[Image.Image]:
         threads.append(threading.get_ident())
         run.pause()
         assert threading.get_ident() in threads
         return []
 
-    def fails(run: Run) -> list[Image.Image]:
+    def fails(run: Stepper) -> list[Image.Image]:
         threads.append(threading.get_ident())
         raise ValueError
 
-    def panics(run: Run) -> list[Image.Image]:
+    def panics(run: Stepper) -> list[Image.Image]:
         threads.append(threading.get_ident())
         raise BaseException("a library in Rust")
 
     for work in (call, fails, panics):
-        run = Run(work)
+        run = Stepper(work)
         run.resume()
         run.abandon()
         assert run.done
     assert len(set(threads)) == 1
-    some = [Run(call) for _ in range(3)]
+    some = [Stepper(call) for _ in range(3)]
     for run in some:
         run.resume()
     assert len(set(threads[-3:])) == 3
     for run in some:
         run.resume()
-    last = Run(call)
+    last = Stepper(call)
     last.resume()
     last.abandon()
     assert threads[-1] == threads[-2], "the one that was used last"
 
 
 def test_a_panic_in_the_pipeline_is_an_error() -> None:
-    def panics(run: Run) -> list[Image.Image]:
+    def panics(run: Stepper) -> list[Image.Image]:
         raise BaseException("a library in Rust")
 
-    run = Run(panics)
+    run = Stepper(panics)
     run.resume()
     assert run.done
     assert "a library in Rust" in str(run.error)
 
 
 def test_a_run_can_be_abandoned_before_it_begins() -> None:
-    run = Run(lambda run: pytest.fail("it never ran"))
+    run = Stepper(lambda run: pytest.fail("it never ran"))
     run.abandon()
     assert run.done
     assert pipeline_threads() == []
@@ -230,7 +230,7 @@ def test_a_run_can_be_abandoned_before_it_begins() -> None:
 def test_nothing_of_a_call_is_left_when_its_requests_have_ended(pieces: int, problem: Exception | None) -> None:
     """Whether it never began, was cut short or came to its end: its pictures do not wait for the garbage collector."""
 
-    def draw(call: Call) -> list[Image.Image]:
+    def draw(call: SharedCall) -> list[Image.Image]:
         call.pause()
         if problem is not None:
             raise problem
@@ -238,7 +238,7 @@ def test_nothing_of_a_call_is_left_when_its_requests_have_ended(pieces: int, pro
 
     gc.disable()
     try:
-        call = Call([make_request()], 1, 1, draw)
+        call = SharedCall([make_request()], 1, 1, draw)
         watched = weakref.ref(call)
         for _ in range(pieces):
             call.resume()

@@ -8,12 +8,12 @@ from img2img_server.bundle.manifest import Reference
 from PIL import Image
 
 if TYPE_CHECKING:
-    from img2img_export.verify.images import PictureCase
+    from img2img_export.verify.images import ImageCase
 
 _FOLDER = "verification/references"
 
 
-def save(cases: "Sequence[PictureCase]", pictures: Sequence[Image.Image], bundle: Path) -> tuple[Reference, ...]:
+def save(cases: "Sequence[ImageCase]", pictures: Sequence[Image.Image], bundle: Path) -> tuple[Reference, ...]:
     """Writes each case's source and picture into `bundle` as PNG, and gives what the manifest says of them."""
     (bundle / _FOLDER).mkdir(parents=True, exist_ok=True)
     references = []

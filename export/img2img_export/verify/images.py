@@ -28,7 +28,7 @@ _SSIM_WINDOW = 7
 
 
 @dataclass(frozen=True, slots=True)
-class PictureCase:
+class ImageCase:
     """A request to compare on, by the name that the report gives it."""
 
     name: str
@@ -56,7 +56,7 @@ _SUBJECTS = (
 )
 
 
-def picture_cases(pipeline: Any, family: str) -> tuple[PictureCase, ...]:
+def picture_cases(pipeline: Any, family: str) -> tuple[ImageCase, ...]:
     """Six short requests: three prompts, each at two strengths, of the model's own size (at most 256 pixels) and another one.
 
     The other is smaller and not square, but for a pipeline that runs whole. A pipeline that
@@ -78,7 +78,7 @@ def picture_cases(pipeline: Any, family: str) -> tuple[PictureCase, ...]:
     )
 
 
-def _case(subject: _Subject, size: tuple[int, int], index: int, seed: int, known: bool) -> PictureCase:
+def _case(subject: _Subject, size: tuple[int, int], index: int, seed: int, known: bool) -> ImageCase:
     strength, steps = STRENGTHS[index], subject.steps[index]
     words = " ".join(subject.prompt.replace(",", "").split()[:3])
     strong = f", strength {strength}" if known else ""
@@ -92,10 +92,10 @@ def _case(subject: _Subject, size: tuple[int, int], index: int, seed: int, known
         guidance_scale=subject.guidance_scale,
         seeds=(seed,),
     )
-    return PictureCase(f"{words}, {size[0]} x {size[1]}{strong}, {steps} steps", request)
+    return ImageCase(f"{words}, {size[0]} x {size[1]}{strong}, {steps} steps", request)
 
 
-def draw_references(pipeline: Any, cases: Sequence[PictureCase]) -> list[Image.Image]:
+def draw_references(pipeline: Any, cases: Sequence[ImageCase]) -> list[Image.Image]:
     """What diffusers draws. Raises ExportError where the model does not run, or draws nothing but one colour."""
     pictures = []
     for case in cases:
@@ -111,7 +111,7 @@ def draw_references(pipeline: Any, cases: Sequence[PictureCase]) -> list[Image.I
 
 
 def compare_pictures(
-    bundle: Path, manifest: Manifest, cases: Sequence[PictureCase], references: Sequence[Image.Image], precision: Precision
+    bundle: Path, manifest: Manifest, cases: Sequence[ImageCase], references: Sequence[Image.Image], precision: Precision
 ) -> tuple[tuple[PictureParity, ...], list[Image.Image]]:
     """Draws each case through the server's pipeline on the CPU, and compares it with the reference by the precision's limits.
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from img2img_server.bundle.limits import Limits
+from img2img_server.bundle.limits import AccuracyLimits
 from img2img_server.bundle.manifest import ComponentParity
 
 from img2img_export.convert.emulation import open_emulated
@@ -74,7 +74,7 @@ def make_cases(part: Part, module: Any, calls: Calls, stock: bool = False) -> li
     return cases
 
 
-def compare(part: Part, session: Any, cases: list[Case], limits: Limits, graph: str = "plain") -> list[ComponentParity]:
+def compare(part: Part, session: Any, cases: list[Case], limits: AccuracyLimits, graph: str = "plain") -> list[ComponentParity]:
     """Runs the cases in an ONNX Runtime session. `graph` is "plain" or "fused"."""
     results = []
     names = list(part.outputs)
@@ -124,7 +124,7 @@ class Error:
     passed: bool
 
 
-def measure(actual: np.ndarray, expected: np.ndarray, limits: Limits) -> Error:
+def measure(actual: np.ndarray, expected: np.ndarray, limits: AccuracyLimits) -> Error:
     """Compares two tensors. Another shape, or a NaN or an infinity anywhere, never passes."""
     if actual.shape != expected.shape or not (np.isfinite(actual).all() and np.isfinite(expected).all()):
         return Error(float("inf"), float("inf"), False)

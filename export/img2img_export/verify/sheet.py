@@ -9,7 +9,7 @@ from PIL import Image, ImageChops, ImageDraw, ImageFont
 from img2img_export.report import decibels, verdict
 
 if TYPE_CHECKING:
-    from img2img_export.verify.images import PictureCase
+    from img2img_export.verify.images import ImageCase
 
 AMPLIFICATION = 16
 """What differences are multiplied by, to be seen: 16 steps of 1/255 are white."""
@@ -26,7 +26,7 @@ _PAPER, _INK, _GOOD, _BAD = "#ffffff", "#202020", "#1a7f37", "#cf222e"
 
 
 def make_sheet(
-    cases: "Sequence[PictureCase]",
+    cases: "Sequence[ImageCase]",
     references: Sequence[Image.Image],
     drawn: Sequence[Image.Image],
     parities: Sequence[PictureParity],

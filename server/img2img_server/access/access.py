@@ -14,7 +14,7 @@ from img2img_server.access.tokens import Token
 from img2img_server.access.usage import Usage
 from img2img_server.errors import Unauthenticated
 from img2img_server.support.call import Call
-from img2img_server.support.file_reloader import Contents, Watched
+from img2img_server.support.file_reloader import Contents, FileReloader
 
 _log = logging.getLogger(__name__)
 
@@ -134,7 +134,7 @@ class _Strangers:
         self._told, self._untold = now, 0
 
 
-def _watch(path: Path) -> Watched[dict[str, Token]]:
+def _watch(path: Path) -> FileReloader[dict[str, Token]]:
     """The tokens of a file, by their SHA-256."""
 
     def make(contents: Contents) -> dict[str, Token]:
@@ -146,7 +146,7 @@ def _watch(path: Path) -> Watched[dict[str, Token]]:
         return found
 
     try:
-        return Watched("tokens", lambda: (path.read_bytes(),), make)
+        return FileReloader("tokens", lambda: (path.read_bytes(),), make)
     except OSError as error:
         raise ValueError(f"tokens: {path} cannot be read: {error.strerror}") from None
 

@@ -9,14 +9,14 @@ from img2img.v1 import model_pb2_grpc as pb_grpc
 from img2img_server.backends.base import Models
 from img2img_server.bundle.manifest import Source
 from img2img_server.errors import InvalidField
-from img2img_server.models.registry import EngineStatus, Model, ModelStore
+from img2img_server.models.registry import EngineStatus, Model, ModelRegistry
 from img2img_server.support.call import current
 
 
 class ModelService(pb_grpc.ModelServiceServicer):
     """Lists, loads and unloads models."""
 
-    def __init__(self, models: ModelStore, residency: Models) -> None:
+    def __init__(self, models: ModelRegistry, residency: Models) -> None:
         self._models = models
         self._residency = residency
 

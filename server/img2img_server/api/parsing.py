@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from img2img.v1 import image_to_image_pb2 as pb
 
 from img2img_server import images
-from img2img_server.codecs.jobs import Load
+from img2img_server.codecs.jobs import LoadImage
 from img2img_server.codecs.pool import Codecs
 from img2img_server.config import (
     DEFAULT_GUIDANCE,
@@ -39,7 +39,7 @@ _PLANNING = 2
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
+class ParsedRequest:
     """A request on its way through the service: what the engine gets, and how to answer. `arrival` is in seconds; `as_asset` has
     the pictures kept, and their ids sent. `model` has no pipeline, because a job may outlive its model in memory; `engine` ran it
     on arrival."""
@@ -63,7 +63,9 @@ class Parser:
         self._codecs = codecs
         self._threads = FairThreads(_PLANNING, "img2img-plan")
 
-    async def parse(self, message: pb.TransformRequest, model: Model, seconds_left: float | None, previews: bool) -> Job:
+    async def parse(
+        self, message: pb.TransformRequest, model: Model, seconds_left: float | None, previews: bool
+    ) -> ParsedRequest:
         """Checks a message for `model` and fills in its defaults. Without `previews`, as only its end is told, none are drawn.
 
         Raises the error that names the first wrong field.
@@ -83,7 +85,7 @@ class Parser:
         # From here on it costs: whatever is wrong with the other fields has been said.
         field, data = await self._sources.read(message.image)
         call = current()
-        load = Load(
+        load = LoadImage(
             field=field,
             limits=self._config.image_limits,
             size_rule=size_rule,
@@ -112,7 +114,7 @@ class Parser:
         )
         # The engine will ask for it too. What is slow of it the first time is done here, off its thread and the loop's.
         await self._threads.run(_pipeline_of(model).plan, request)
-        return Job(
+        return ParsedRequest(
             replace(model, pipeline=None),
             _pipeline_of(model).engine,
             request,

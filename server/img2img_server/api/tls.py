@@ -9,7 +9,7 @@ from pathlib import Path
 import grpc
 
 from img2img_server.config import ServerConfig, TlsSettings
-from img2img_server.support.file_reloader import Contents, Watched
+from img2img_server.support.file_reloader import Contents, FileReloader
 from img2img_server.support.listen_addresses import address_of, check_port
 
 _log = logging.getLogger(__name__)
@@ -83,7 +83,7 @@ class Certificates:
 
     def __init__(self, settings: TlsSettings) -> None:
         self._paths = _paths(settings)
-        self._watched = Watched("TLS certificates", self._read, self._make)
+        self._watched = FileReloader("TLS certificates", self._read, self._make)
 
     def credentials(self) -> grpc.ServerCredentials:
         """What a port of gRPC is bound with. gRPC calls it on threads of its own, before each handshake."""

@@ -13,17 +13,17 @@ from PIL import Image
 from img2img_server import images
 from img2img_server.api.models import reference_from
 from img2img_server.api.outbox import Outbox, is_last
-from img2img_server.api.parsing import Job, Parser
+from img2img_server.api.parsing import ParsedRequest, Parser
 from img2img_server.assets.files import owner_of
-from img2img_server.assets.index import Room
+from img2img_server.assets.index import Quota
 from img2img_server.assets.store import AssetStore
 from img2img_server.backends.base import Models
 from img2img_server.codecs.pool import Codecs
-from img2img_server.engine.admission import Place
+from img2img_server.engine.admission import Slot
 from img2img_server.engine.request import Completed, Event, Failed, Progress, Queued, Request, Started
-from img2img_server.engine.runner import Runner
+from img2img_server.engine.runner import EngineInterface
 from img2img_server.engine.stats import Accepted
-from img2img_server.models.registry import ModelStore
+from img2img_server.models.registry import ModelRegistry
 from img2img_server.support.call import current
 from img2img_server.telemetry.telemetry import Telemetry
 
@@ -39,9 +39,9 @@ class ImageToImageService(pb_grpc.ImageToImageServiceServicer):
     def __init__(
         self,
         parser: Parser,
-        models: ModelStore,
+        models: ModelRegistry,
         residency: Models,
-        engine: Runner,
+        engine: EngineInterface,
         codecs: Codecs,
         telemetry: Telemetry,
         assets: AssetStore,
@@ -77,13 +77,13 @@ class ImageToImageService(pb_grpc.ImageToImageServiceServicer):
                     async for event in events:
                         yield await self._told(job, event, room)
 
-    async def _parse(self, message: pb.TransformRequest, context: Any, lease: AsyncExitStack, previews: bool) -> Job:
+    async def _parse(self, message: pb.TransformRequest, context: Any, lease: AsyncExitStack, previews: bool) -> ParsedRequest:
         """The job of a message. Its model stays in memory until `lease` is closed."""
         model = await lease.enter_async_context(self._residency.using(reference_from(message.model)))
         return await self._parser.parse(message, model, context.time_remaining(), previews)
 
     async def _follow(
-        self, request: Request, place: Place, lease: AsyncExitStack, progress: bool
+        self, request: Request, place: Slot, lease: AsyncExitStack, progress: bool
     ) -> AsyncGenerator[Accepted | Event, None]:
         """Submits a request and gives its events in order; raises its error. Leaving early cancels it.
 
@@ -122,7 +122,7 @@ class ImageToImageService(pb_grpc.ImageToImageServiceServicer):
         self._tasks.add(task)  # asyncio itself holds none
         task.add_done_callback(self._tasks.discard)
 
-    async def _told(self, job: Job, event: Accepted | Event, room: Room | None) -> pb.TransformStreamResponse:
+    async def _told(self, job: ParsedRequest, event: Accepted | Event, room: Quota | None) -> pb.TransformStreamResponse:
         if isinstance(event, Accepted | Queued):
             return pb.TransformStreamResponse(queued=pb.Queued(position=event.position, eta_seconds=event.eta))
         if isinstance(event, Started):
@@ -136,7 +136,7 @@ class ImageToImageService(pb_grpc.ImageToImageServiceServicer):
         preview = None if event.preview is None else await self._encode(event.preview, "JPEG", _PREVIEW_QUALITY)
         return pb.Progress(step=event.step, step_count=event.step_count, preview=preview, eta_seconds=event.eta)
 
-    async def _response(self, job: Job, completed: Completed, room: Room | None) -> pb.TransformResponse:
+    async def _response(self, job: ParsedRequest, completed: Completed, room: Quota | None) -> pb.TransformResponse:
         encoded = await asyncio.gather(*(self._encode(image, job.file_format, job.quality) for image in completed.images))
         timings = completed.timings
         assert job.model.manifest is not None, "a model that runs has a manifest"
@@ -163,7 +163,7 @@ class ImageToImageService(pb_grpc.ImageToImageServiceServicer):
             ],
         )
 
-    def _room(self, job: Job) -> AbstractAsyncContextManager[Room | None]:
+    def _room(self, job: ParsedRequest) -> AbstractAsyncContextManager[Quota | None]:
         """Room for a job's pictures where they are to be kept: it is refused now, and not when the device has done its work."""
         if not job.as_asset:
             return nullcontext()
@@ -171,7 +171,7 @@ class ImageToImageService(pb_grpc.ImageToImageServiceServicer):
         size = len(job.request.seeds) * (width * height * _BYTES_PER_PIXEL + _BYTES_PER_FILE)
         return self._assets.room(owner_of(current()), size)
 
-    async def _content(self, data: bytes, room: Room | None) -> dict[str, Any]:
+    async def _content(self, data: bytes, room: Quota | None) -> dict[str, Any]:
         """The picture's file in an answer, or where it is."""
         if room is None:
             return {"data": data}
@@ -180,11 +180,11 @@ class ImageToImageService(pb_grpc.ImageToImageServiceServicer):
     async def _encode(self, image: Image.Image, file_format: images.WriteFormat, quality: int) -> bytes:
         return await self._codecs.encode(image, file_format, quality)
 
-    def _engine_of(self, job: Job) -> str:
+    def _engine_of(self, job: ParsedRequest) -> str:
         """What runs the model now: another engine may have taken over since the request came."""
         pipeline = self._models.pipelines().get(job.model.id)  # it may be unloaded, or lost, when its answer is read
         return job.engine if pipeline is None else pipeline.engine
 
 
-def _format_of(job: Job) -> pb.OutputFormat.ValueType:
+def _format_of(job: ParsedRequest) -> pb.OutputFormat.ValueType:
     return pb.OutputFormat.Value(f"OUTPUT_FORMAT_{job.file_format}")

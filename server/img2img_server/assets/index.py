@@ -47,7 +47,7 @@ class Entry:
     media_type: str = ""
 
 
-class Room:
+class Quota:
     """Bytes of the quota, `left` of them, that are kept free for something of `owner` on its way."""
 
     def __init__(self, owner: str, left: int = 0) -> None:
@@ -109,7 +109,7 @@ class AssetIndex:
             self._share is None or self._taken[owner] + size <= self._share
         )
 
-    def enlarge(self, room: Room, size: int) -> None:
+    def enlarge(self, room: Quota, size: int) -> None:
         """Keeps so many bytes more free for `room`. Raises AssetQuotaFull."""
         if not self.fits(room.owner, size):
             whose = "" if self.size + self.reserved + size > self.quota else f" within your share of {self._share} bytes"
@@ -117,12 +117,12 @@ class AssetIndex:
         self._reserve(room.owner, size)
         room.left += size
 
-    def release(self, room: Room) -> None:
+    def release(self, room: Quota) -> None:
         """Gives back what is left of `room`."""
         self._reserve(room.owner, -room.left)
         room.left = 0
 
-    def cover(self, room: Room, key: Key, size: int) -> None:
+    def cover(self, room: Quota, key: Key, size: int) -> None:
         """Keeps so much more free that `room` and what the file has now are `size` bytes: it may have been there when room was
         made for it, and be gone. Raises AssetQuotaFull."""
         known = self._entries.get(key)

@@ -10,7 +10,7 @@ from weakref import WeakValueDictionary
 
 from img2img_server import images
 from img2img_server.assets.files import AssetFiles, default_folder, open_files
-from img2img_server.assets.index import Asset, AssetIndex, AssetStats, Entry, Key, Room
+from img2img_server.assets.index import Asset, AssetIndex, AssetStats, Entry, Key, Quota
 from img2img_server.assets.work import AssetWork
 from img2img_server.config import AssetSettings
 from img2img_server.errors import AssetNotFound, NotSupported, StorageFailed
@@ -97,11 +97,11 @@ class AssetStore:
             raise NotSupported(f"{what}: this server keeps no assets; its setting 'assets' is 'none'")
 
     @asynccontextmanager
-    async def room(self, owner: str, size: int) -> AsyncIterator[Room]:
+    async def room(self, owner: str, size: int) -> AsyncIterator[Quota]:
         """Keeps `size` bytes of the quota free for `owner` within the block. Raises AssetQuotaFull where there are fewer."""
         if not self._index.fits(owner, size):
             await self.sweep()
-        room = Room(owner)
+        room = Quota(owner)
         self._index.enlarge(room, size)
         try:
             yield room
@@ -112,7 +112,7 @@ class AssetStore:
         """Whether this asset is known to be there, so that it takes no more of the quota."""
         return self._index.get((owner, asset_id)) is not None
 
-    async def put(self, owner: str, data: bytes, room: Room) -> Asset:
+    async def put(self, owner: str, data: bytes, room: Quota) -> Asset:
         """Stores a file, and is back when it is safe. Raises StorageFailed, and AssetQuotaFull where `room` was not enough.
 
         A caller that is cancelled leaves the file stored.
@@ -122,7 +122,7 @@ class AssetStore:
         if size > room.left:
             self._index.enlarge(room, size - room.left)
         room.left -= size  # from here on they are the writing's
-        return await self._work.finish(self._store((owner, asset_id), data, Room(owner, size)))
+        return await self._work.finish(self._store((owner, asset_id), data, Quota(owner, size)))
 
     async def find(self, owner: str, asset_id: str) -> Asset:
         """What is known of an asset, which counts as a use of it. Raises AssetNotFound or StorageFailed."""
@@ -192,7 +192,7 @@ class AssetStore:
             await asyncio.sleep(self._sweep_seconds)
             await self.sweep()
 
-    async def _store(self, key: Key, data: bytes, room: Room) -> Asset:
+    async def _store(self, key: Key, data: bytes, room: Quota) -> Asset:
         try:
             async with self._lock(key):
                 entry = await self._used_again(key)

@@ -13,14 +13,14 @@ from img2img_server.bundle.manifest import Source
 from img2img_server.config import ServerConfig
 from img2img_server.engine.cache import Cache
 from img2img_server.engine.engine import Engine
-from img2img_server.engine.runner import Runner
+from img2img_server.engine.runner import EngineInterface
 from img2img_server.engine.spans import Span
 from img2img_server.engine.warmup import WarmUp
 from img2img_server.errors import ServerError
 from img2img_server.models.cost_store import CostStore
 from img2img_server.models.preparation import Preparation
-from img2img_server.models.promotion import Contender, Takeover
-from img2img_server.models.registry import Model, ModelStore
+from img2img_server.models.promotion import Candidate, Promotion
+from img2img_server.models.registry import Model, ModelRegistry
 from img2img_server.models.residency import Health, Residency
 from img2img_server.support.threads import in_thread
 from img2img_server.telemetry.timeline import Trace
@@ -51,12 +51,12 @@ class Backend(Protocol):
     """Where requests are run. The methods are called in their order here; the properties are there once `open` is done."""
 
     @property
-    def models(self) -> ModelStore:
+    def models(self) -> ModelRegistry:
         """Which models there are."""
         ...
 
     @property
-    def runner(self) -> Runner:
+    def runner(self) -> EngineInterface:
         """What takes requests."""
         ...
 
@@ -107,9 +107,9 @@ class LocalBackend:
     def __init__(
         self,
         config: ServerConfig,
-        load_models: Callable[[], ModelStore],
+        load_models: Callable[[], ModelRegistry],
         cache: Cache | None = None,
-        contend: Callable[[ModelStore], Sequence[Contender]] = lambda models: (),
+        contend: Callable[[ModelRegistry], Sequence[Candidate]] = lambda models: (),
         open_costs: Callable[[], CostStore | None] = lambda: None,
     ) -> None:
         self._config = config
@@ -119,14 +119,14 @@ class LocalBackend:
         self._open_costs = open_costs
         self._observe: Callable[[Span], None] | None = None
         self._trace: Trace | None = None
-        self._models: ModelStore | None = None
+        self._models: ModelRegistry | None = None
         self._engine: Engine | None = None
         self._residency: Residency | None = None
-        self._takeover: Takeover | None = None
+        self._takeover: Promotion | None = None
         self._watchdog: Watchdog | None = None
 
     @property
-    def models(self) -> ModelStore:
+    def models(self) -> ModelRegistry:
         """Which models there are."""
         assert self._models is not None, "it was opened"
         return self._models
@@ -173,7 +173,7 @@ class LocalBackend:
         engine.start()
         await residency.start()
         contenders = await asyncio.to_thread(self._contend, models)
-        self._takeover = Takeover(engine, models, contenders)
+        self._takeover = Promotion(engine, models, contenders)
         residency.withdraw = self._takeover.withdraw
         self._takeover.start()
         loop = asyncio.get_running_loop()

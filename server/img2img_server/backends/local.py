@@ -13,12 +13,12 @@ from img2img_server.config import ServerConfig
 from img2img_server.engine.cache import Cache
 from img2img_server.engine.request import Pipeline
 from img2img_server.models.cost_store import CostStore
-from img2img_server.models.promotion import Contender
-from img2img_server.models.registry import ModelStore
+from img2img_server.models.promotion import Candidate
+from img2img_server.models.registry import ModelRegistry
 from img2img_server.support.distribution import version
 
 if TYPE_CHECKING:
-    from img2img_server.runtime.tensorrt.candidate import Shelf
+    from img2img_server.runtime.tensorrt.candidate import RunnerCache
 
 _log = logging.getLogger(__name__)
 
@@ -29,7 +29,7 @@ def local(config: ServerConfig) -> LocalBackend:
     Raises BundleError if there is no bundle that could be loaded.
     """
     cache = Cache(config.cache_bytes)
-    shelf: Shelf | None = None
+    shelf: RunnerCache | None = None
 
     def load(bundle: Path, manifest: Manifest) -> Pipeline:
         from img2img_server.runtime.loader import load_pipeline
@@ -37,9 +37,9 @@ def local(config: ServerConfig) -> LocalBackend:
         assert shelf is not None, "the models are loaded"
         return load_pipeline(bundle, manifest, config.execution, cache, keep=shelf.keep)
 
-    models = ModelStore.find_bundles(config.models, load, config.default_model, config.allow_unverified, config.residency)
+    models = ModelRegistry.find_bundles(config.models, load, config.default_model, config.allow_unverified, config.residency)
 
-    def load_models() -> ModelStore:
+    def load_models() -> ModelRegistry:
         begun = time.monotonic()
         _log.info("models in %s: %d; importing the libraries that run them", config.models, len(list(models)))
         from img2img_server.runtime.onnx import providers
@@ -48,20 +48,20 @@ def local(config: ServerConfig) -> LocalBackend:
         providers.check(config.execution.provider)
         import img2img_server.runtime.loader  # noqa: F401 - the heavy one
         from img2img_server.runtime.common.device_copy import start_device
-        from img2img_server.runtime.tensorrt.candidate import Shelf
+        from img2img_server.runtime.tensorrt.candidate import RunnerCache
 
         nonlocal shelf
-        shelf = Shelf()
+        shelf = RunnerCache()
         start_device(config.execution.provider)
         _log.info("libraries imported in %.1f s", time.monotonic() - begun)
         models.preload(config.residency)
         return models
 
-    def contend(models: ModelStore) -> Sequence[Contender]:
-        from img2img_server.runtime.tensorrt.candidate import contenders
+    def contend(models: ModelRegistry) -> Sequence[Candidate]:
+        from img2img_server.runtime.tensorrt.candidate import candidates
 
         assert shelf is not None, "the models were loaded"
-        return contenders(models, config.execution, cache, shelf)
+        return candidates(models, config.execution, cache, shelf)
 
     def open_costs() -> CostStore | None:
         from img2img_server.runtime.common import cpu

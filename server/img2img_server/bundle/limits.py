@@ -11,7 +11,7 @@ LEAST_CONTRAST = 2.0
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class AccuracyLimits:
     """`relative_error` is the greatest L2 norm of a graph's difference over that of the reference, `worst` the greatest single
     difference over the root mean square of the reference. `max_abs_error` (in steps of 1/255), `psnr_db` and `ssim` are a
     finished picture's."""
@@ -23,12 +23,12 @@ class Limits:
     ssim: float
 
 
-LIMITS: dict[Precision, Limits] = {
+LIMITS: dict[Precision, AccuracyLimits] = {
     # Both sides are fp32 (epsilon 6e-8) and differ in the order of their sums only. That grows to some 1e-6 through hundreds of
     # layers, while the faults that an export makes (a frozen size, one timestep for all, a lost cast) show at 1e-2 and more.
     # A picture's value may then round to the neighbouring one, no further.
-    "fp32": Limits(1e-4, 1e-3, 1, 50.0, 0.999),
-    "fp16": Limits(1e-2, 0.1, 255, 35.0, 0.98),
-    "bf16": Limits(5e-2, 0.5, 255, 25.0, 0.90),
-    "int8": Limits(1e-1, 1.0, 255, 22.0, 0.85),
+    "fp32": AccuracyLimits(1e-4, 1e-3, 1, 50.0, 0.999),
+    "fp16": AccuracyLimits(1e-2, 0.1, 255, 35.0, 0.98),
+    "bf16": AccuracyLimits(5e-2, 0.5, 255, 25.0, 0.90),
+    "int8": AccuracyLimits(1e-1, 1.0, 255, 22.0, 0.85),
 }

@@ -35,7 +35,7 @@ class Loaded:
 
 
 @dataclass(frozen=True, slots=True)
-class Load:
+class LoadImage:
     """Decodes an image file and resizes it to a result's size, rounded down to `multiple` pixels. `field` is what errors
     name. The result must fit into a file of `file_format`."""
 
@@ -95,7 +95,7 @@ class Encode:
         return None, images.encode(image, self.file_format, self.quality)
 
 
-Job = Load | Inspect | Encode
+Job = LoadImage | Inspect | Encode
 
 
 def digest_of(size: tuple[int, int], pixels: bytes) -> bytes:

@@ -26,20 +26,20 @@ class Ask:
 
 
 @dataclass(frozen=True, slots=True)
-class Done:
+class JobDone:
     """The job's result, beside the bytes in a file that comes along if there are any."""
 
     value: object
 
 
 @dataclass(frozen=True, slots=True)
-class Failed:
+class JobFailed:
     """The job's error."""
 
     error: Exception
 
 
-Told = Ready | Ask | Done | Failed
+Told = Ready | Ask | JobDone | JobFailed
 
 
 def send(connection: socket.socket, message: object, *files: int) -> None:

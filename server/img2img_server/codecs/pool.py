@@ -12,7 +12,7 @@ from typing import TypeVar
 
 from PIL import Image
 
-from img2img_server.codecs.jobs import Encode, Inspect, Inspected, Job, Load, Loaded
+from img2img_server.codecs.jobs import Encode, Inspect, Inspected, Job, Loaded, LoadImage
 from img2img_server.codecs.memory import ImageMemory
 from img2img_server.codecs.messages import file_of
 from img2img_server.codecs.process import CodecProcess, ProcessDied
@@ -198,7 +198,7 @@ class Codecs:
         except ProcessDied as error:
             raise OSError(f"no codec process can be started: {error}") from error
 
-    async def load(self, data: bytes, job: Load) -> tuple[Image.Image, bytes]:
+    async def load(self, data: bytes, job: LoadImage) -> tuple[Image.Image, bytes]:
         """The source image of a request, decoded and resized, and its digest. Raises InvalidField or ImageMemoryFull."""
         return await self._decode(data, job, self._loaded)
 
@@ -226,7 +226,7 @@ class Codecs:
         await asyncio.gather(self._decoders.close(), self._encoders.close())
         self._threads.close()
 
-    async def _decode(self, data: bytes, job: Load | Inspect, unpack: Unpack[_T]) -> _T:
+    async def _decode(self, data: bytes, job: LoadImage | Inspect, unpack: Unpack[_T]) -> _T:
         try:
             return await self._decoders.run(job, lambda: self._copy(len(data), file_of, data), unpack, self.memory)
         except ProcessDied as error:

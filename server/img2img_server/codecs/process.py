@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable
 
 from img2img_server.codecs.jobs import Job
-from img2img_server.codecs.messages import MOST, Ask, Done, Failed, Ready, Told, send
+from img2img_server.codecs.messages import MOST, Ask, JobDone, JobFailed, Ready, Told, send
 
 _log = logging.getLogger(__name__)
 
@@ -71,10 +71,10 @@ class CodecProcess:
             told, file = await self._receive()
             if isinstance(told, Ask):
                 await self._send(allow(told.size))
-            elif isinstance(told, Failed):
+            elif isinstance(told, JobFailed):
                 raise told.error
             else:
-                assert isinstance(told, Done), "a job ends in one of these"
+                assert isinstance(told, JobDone), "a job ends in one of these"
                 return told.value, file
 
     def kill(self) -> None:

@@ -15,7 +15,7 @@ import warnings
 from typing import Any
 
 from img2img_server.codecs.jobs import Job
-from img2img_server.codecs.messages import MOST, Ask, Done, Failed, Ready, file_of, send
+from img2img_server.codecs.messages import MOST, Ask, JobDone, JobFailed, Ready, file_of, send
 from img2img_server.errors import ImageMemoryFull, InvalidField, ServerError
 from img2img_server.support.child_process import end_with
 
@@ -56,13 +56,13 @@ def _answer(connection: socket.socket, job: Job, files: list[int]) -> None:
         allowance.end()
         answer = file_of(content) if content else None
     except ServerError as error:
-        send(connection, Failed(error))
+        send(connection, JobFailed(error))
     except MemoryError:
-        send(connection, Failed(_no_memory(job)))
+        send(connection, JobFailed(_no_memory(job)))
     except Exception as error:  # noqa: BLE001 - the process's edge: what a codec raises is the parent's to log
-        send(connection, Failed(RuntimeError(f"{type(error).__name__}: {error}"[:MOST_TEXT])))
+        send(connection, JobFailed(RuntimeError(f"{type(error).__name__}: {error}"[:MOST_TEXT])))
     else:
-        send(connection, Done(value), *(() if answer is None else (answer,)))
+        send(connection, JobDone(value), *(() if answer is None else (answer,)))
         if answer is not None:
             os.close(answer)
     finally:

@@ -13,7 +13,7 @@ _UNKNOWN = 1.0
 
 
 @dataclass(slots=True, eq=False)
-class Place:
+class Slot:
     """What a request of `client` holds from its arrival until its caller has the answer.
 
     Until it is submitted, while its picture is fetched and decoded, it counts among those who wait; as its client's it counts
@@ -24,23 +24,23 @@ class Place:
     ticket: Ticket | None = None
 
 
-class Room:
+class Admission:
     """Says whether the engine takes one more request. Not thread-safe: the engine guards it with its lock."""
 
     def __init__(self, scheduler: Scheduler) -> None:
         self._scheduler = scheduler
-        self._places: set[Place] = set()
+        self._places: set[Slot] = set()
 
     @property
     def arriving(self) -> int:
         """How many hold a place and were not submitted yet."""
         return sum(place.ticket is None for place in self._places)
 
-    def take(self, place: Place) -> None:
+    def take(self, place: Slot) -> None:
         """Holds a place for a request that is on its way."""
         self._places.add(place)
 
-    def leave(self, place: Place) -> None:
+    def leave(self, place: Slot) -> None:
         """Gives a place back. Harmless where that was done before."""
         self._places.discard(place)
 

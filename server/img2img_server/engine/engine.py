@@ -11,12 +11,12 @@ from contextlib import contextmanager
 from copy import copy
 from typing import Any, TypeVar
 
-from img2img_server.engine.admission import Place, Room
+from img2img_server.engine.admission import Admission, Slot
 from img2img_server.engine.costs import Costs, Measured
 from img2img_server.engine.executor import Executor
-from img2img_server.engine.in_flight import Abandoned, UnderWay
+from img2img_server.engine.in_flight import Abandoned, CallsInFlight
 from img2img_server.engine.request import Completed, Ending, Failed, Listener, Pipeline, Queued, Request, Ticket
-from img2img_server.engine.scheduler import Limits, Scheduler
+from img2img_server.engine.scheduler import QueueLimits, Scheduler
 from img2img_server.engine.spans import Span, ignore
 from img2img_server.engine.stats import Accepted as Accepted
 from img2img_server.engine.stats import EngineStats as EngineStats
@@ -42,19 +42,19 @@ class Engine:
     def __init__(
         self,
         pipelines: Mapping[str, Pipeline],
-        limits: Limits | None = None,
+        limits: QueueLimits | None = None,
         clock: Callable[[], float] = time.monotonic,
         observe: Callable[[Span], None] = ignore,
     ) -> None:
         self._pipelines = dict(pipelines)
         self.costs = Costs()
         max_rows = {name: pipeline.max_rows for name, pipeline in self._pipelines.items()}
-        self._scheduler = Scheduler(limits or Limits(), self.costs, max_rows)
+        self._scheduler = Scheduler(limits or QueueLimits(), self.costs, max_rows)
         for name, pipeline in self._pipelines.items():
             self.costs.pad(name, pipeline.row_buckets)
         self._clock = clock
         self._changed = threading.Condition()
-        self._under_way = UnderWay(clock)
+        self._under_way = CallsInFlight(clock)
         self._executor = Executor(
             self._pipelines,
             self.costs,
@@ -64,7 +64,7 @@ class Engine:
             self._under_way,
             lambda ticket, error: self._leave(ticket, Failed(error)),
         )
-        self._room = Room(self._scheduler)
+        self._room = Admission(self._scheduler)
         self._numbers = itertools.count(1)
         self._held: Counter[str] = Counter()  # requests by model that have not ended, or whose state is not released
         self._turns, self._resting = 0, True  # rounds of the thread, and whether it is between two of them
@@ -156,10 +156,10 @@ class Engine:
         self._end_all(ShuttingDown("the server stopped before the request was finished"))
 
     @contextmanager
-    def arriving(self, client: str = "") -> Iterator[Place]:
+    def arriving(self, client: str = "") -> Iterator[Slot]:
         """Within the block a request of `client` holds a place among those that wait until it is submitted, and counts as its
         client's to the end. Raises at once what `submit` would for any request of that client, before work goes into it."""
-        place = Place(client)
+        place = Slot(client)
         with self._changed:
             self._check_open()
             self._room.check(client, self._clock())
@@ -170,7 +170,7 @@ class Engine:
             with self._changed:
                 self._room.leave(place)
 
-    def submit(self, request: Request, listener: Listener, place: Place | None = None, bounded: bool = True) -> Accepted:
+    def submit(self, request: Request, listener: Listener, place: Slot | None = None, bounded: bool = True) -> Accepted:
         """Accepts a request from any thread; its events go to `listener` on the engine's thread, which must not block.
 
         `place` is what it held while it arrived. One that is not `bounded` is the server's own, and taken however many wait: they

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from img2img_server.engine.costs import STAGES, Costs
-from img2img_server.engine.in_flight import UnderWay
+from img2img_server.engine.in_flight import CallsInFlight
 from img2img_server.engine.request import Completed, Pipeline, Progress, Request, Started, State, Ticket, Timings
 from img2img_server.engine.spans import Span
 from img2img_server.errors import ModelFailed, OutOfMemory, ServerError
@@ -54,7 +54,7 @@ class Executor:
         lock: AbstractContextManager[Any],
         clock: Callable[[], float],
         observe: Callable[[Span], None],
-        under_way: UnderWay,
+        under_way: CallsInFlight,
         failed: Callable[[Ticket, ServerError], None],
     ) -> None:
         self._pipelines = pipelines

@@ -11,7 +11,7 @@ class Abandoned(Exception):
     """The engine was given up: who comes back from a call has nothing more to do."""
 
 
-class UnderWay:
+class CallsInFlight:
     """Remembers the call that each thread is in. Takes no lock, as it is used around every call; any thread may look."""
 
     def __init__(self, clock: Callable[[], float]) -> None:

@@ -22,7 +22,7 @@ _CAUTION = 4
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class QueueLimits:
     """Bounds of the engine.
 
     `max_batch_size` is the rows of one call of the model, where a picture with classifier-free guidance is two; what is
@@ -55,7 +55,7 @@ class Limits:
 class Scheduler:
     """The requests of all models. The order of admission and of turns is the policy's, which see."""
 
-    def __init__(self, limits: Limits, costs: Costs, max_rows: dict[str, int | None]) -> None:
+    def __init__(self, limits: QueueLimits, costs: Costs, max_rows: dict[str, int | None]) -> None:
         self.limits = limits
         self.waiting: list[Ticket] = []
         self.active: list[Ticket] = []

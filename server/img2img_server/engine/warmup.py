@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from PIL import Image
 
 from img2img_server.engine.costs import Measured, Stage, Timing
-from img2img_server.engine.in_flight import UnderWay
+from img2img_server.engine.in_flight import CallsInFlight
 from img2img_server.engine.request import Pipeline, Request
 from img2img_server.support.device_lock import recording_at_once
 
@@ -73,14 +73,14 @@ class WarmUp:
         max_batch_size: int,
         budget: float,
         clock: Callable[[], float] = time.monotonic,
-        under_way: UnderWay | None = None,
+        under_way: CallsInFlight | None = None,
         sizes: Sequence[Size] = (),
     ) -> None:
         self._max_batch_size = max_batch_size
         self._sizes = sizes
         self._budget = budget
         self._clock = clock
-        self._under_way = under_way or UnderWay(clock)
+        self._under_way = under_way or CallsInFlight(clock)
 
     def measure(self, name: str, pipeline: Pipeline) -> Measured:
         """Measures one model that can be measured. One that runs a single request at a time has no batches to measure.

@@ -16,7 +16,7 @@ from img2img_server.errors import OutOfMemory, ShuttingDown
 from img2img_server.models.cost_store import CostStore
 from img2img_server.models.failures import Stage
 from img2img_server.models.memory import Closable, Meter, Reading, in_words, let_go, measured
-from img2img_server.models.registry import ModelStore
+from img2img_server.models.registry import ModelRegistry
 from img2img_server.support.device_lock import DEVICE_IN_USE
 from img2img_server.support.threads import in_thread
 
@@ -39,13 +39,13 @@ class _Arrival:
     memory: int
 
 
-class Mover:
+class ModelLoader:
     """Brings models in and frees them. One at a time may be moved: what `meter` measures is then its own, but for requests that
     run meanwhile. `costs` has what was measured of models before; `warm_up` records calls. Used on the event loop, which it never
     blocks."""
 
     def __init__(
-        self, models: ModelStore, engine: Engine, meter: Meter, costs: CostStore | None = None, warm_up: WarmUp | None = None
+        self, models: ModelRegistry, engine: Engine, meter: Meter, costs: CostStore | None = None, warm_up: WarmUp | None = None
     ) -> None:
         self._models = models
         self._engine = engine

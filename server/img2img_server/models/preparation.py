@@ -7,13 +7,13 @@ from collections.abc import Callable, Sequence
 
 from img2img_server.engine.costs import Measured
 from img2img_server.engine.engine import Engine
-from img2img_server.engine.in_flight import UnderWay
+from img2img_server.engine.in_flight import CallsInFlight
 from img2img_server.engine.request import Pipeline
 from img2img_server.engine.warmup import Size, WarmUp
 from img2img_server.models.cost_store import CostStore
 from img2img_server.models.failures import Hung, Stage
 from img2img_server.models.memory import Closable, let_go
-from img2img_server.models.registry import ModelStore
+from img2img_server.models.registry import ModelRegistry
 from img2img_server.support.threads import in_thread
 
 _log = logging.getLogger(__name__)
@@ -32,7 +32,7 @@ class Preparation:
 
     def __init__(
         self,
-        models: ModelStore,
+        models: ModelRegistry,
         engine: Engine,
         max_batch_size: int,
         budget: float,
@@ -68,7 +68,7 @@ class Preparation:
     async def _measure(self, name: str, pipeline: Pipeline) -> Measured:
         """Measures a model, on the engine's thread if it is recorded there, else on one of its own. Raises what the model raises,
         and Hung."""
-        under_way = UnderWay(self._clock)
+        under_way = CallsInFlight(self._clock)
         warm_up = WarmUp(self._max_batch_size, self._budget, self._clock, under_way, self._sizes)
         work = asyncio.ensure_future(in_thread(lambda: self._warmed_up(name, pipeline, warm_up)))
         while not work.done():

@@ -19,7 +19,7 @@ from img2img_server.engine.engine import Engine
 from img2img_server.engine.request import Completed, Ending, Event, Failed, Pipeline, Request
 from img2img_server.errors import BundleError, QueueFull, ServerError
 from img2img_server.models.memory import Closable, let_go
-from img2img_server.models.registry import EngineState, EngineStatus, ModelStore
+from img2img_server.models.registry import EngineState, EngineStatus, ModelRegistry
 from img2img_server.support.cancellation import Stop, Stopped
 
 _log = logging.getLogger(__name__)
@@ -31,7 +31,7 @@ _GAIN = 0.02
 _UNKNOWN_REASON = "the server's log says why"
 
 
-class Contender(Protocol):
+class Candidate(Protocol):
     """A better engine for a model, such as TensorRT where CUDA serves: how it is built, loaded and judged.
 
     `build`, `load`, `trials` and `judge` are called once, in this order, on a thread of the takeover's. A BundleError or OSError
@@ -89,13 +89,13 @@ class _Timed:
         return noises
 
 
-class Takeover:
+class Promotion:
     """Gives each contender its chance, one after the other, once `start` is called.
 
     How each is doing is in `models`, for GetModel to tell.
     """
 
-    def __init__(self, engine: Engine, models: ModelStore, contenders: Sequence[Contender]) -> None:
+    def __init__(self, engine: Engine, models: ModelRegistry, contenders: Sequence[Candidate]) -> None:
         self._engine = engine
         self._models = models
         self._contenders = list(contenders)
@@ -168,7 +168,7 @@ class Takeover:
             self._tell(contender, EngineState.FAILED, _UNKNOWN_REASON)
         return True
 
-    def _attempt(self, contender: Contender) -> None:
+    def _attempt(self, contender: Candidate) -> None:
         contender.build(lambda step, done: self._tell(contender, EngineState.BUILDING, step, done), self._stop)
         self._stop.check()
         self._tell(contender, EngineState.CHECKING, "loading")
@@ -191,7 +191,7 @@ class Takeover:
             return self._tell(contender, EngineState.REJECTED, problem)
         self._tell(contender, EngineState.SERVING, report, 1.0)
 
-    def _try(self, contender: Contender, pipeline: Pipeline, serving: Pipeline) -> tuple[str, str]:
+    def _try(self, contender: Candidate, pipeline: Pipeline, serving: Pipeline) -> tuple[str, str]:
         """Why `pipeline` must not take over, "" where it may; and how it did."""
         trials = [replace(trial, background=True, deadline=None) for trial in contender.trials()]
         if not trials:
@@ -245,7 +245,7 @@ class Takeover:
             raise ending.error
         return ending.images[0]
 
-    def _tell(self, contender: Contender, state: EngineState, detail: str, progress: float = 0.0) -> None:
+    def _tell(self, contender: Candidate, state: EngineState, detail: str, progress: float = 0.0) -> None:
         """Notes how a contender is doing. The log hears of it where it is something new."""
         engines = self._models.get(contender.model).engines
         before = next((status for status in engines if status.name == contender.engine), None)

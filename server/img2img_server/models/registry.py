@@ -16,7 +16,7 @@ from img2img_server.engine.request import Pipeline
 from img2img_server.errors import BundleError, InvalidField, ModelNotFound, ModelUnavailable, PermissionDenied
 from img2img_server.models.failures import WHY, Failure, Stage
 from img2img_server.models.memory import Meter, ProcessMeter, estimate, in_words, measured
-from img2img_server.models.repository import BundleFolder, Load, bundle_id
+from img2img_server.models.repository import BundleRepository, Load, bundle_id
 
 _log = logging.getLogger(__name__)
 
@@ -91,14 +91,14 @@ class Model:
         return self.memory or (estimate(self.manifest) if self.manifest is not None else 0)
 
 
-class ModelStore:
+class ModelRegistry:
     """The models of a server: those that were there at start, and those that were found since.
 
     A request's reference names one of them; where it names none, the default model is meant, or the only one that there was at
     start. `folder` is where bundles are, None where models came without. Any thread may read and change.
     """
 
-    def __init__(self, models: Iterable[Model], default: str | None = None, folder: BundleFolder | None = None) -> None:
+    def __init__(self, models: Iterable[Model], default: str | None = None, folder: BundleRepository | None = None) -> None:
         self._lock = threading.Lock()
         # Never changed, always replaced: who reads needs no lock.
         self._models = _by_id(models)
@@ -117,7 +117,7 @@ class ModelStore:
         default: str | None = None,
         allow_unverified: bool = False,
         settings: ModelSettings | None = None,
-    ) -> "ModelStore":
+    ) -> "ModelRegistry":
         """A store of every bundle in `folder`, or of `folder` itself if it is one. Reads their manifests and loads nothing.
 
         `allow_unverified` also serves bundles whose verification failed at their export, with a warning. A bundle that cannot be
@@ -125,7 +125,7 @@ class ModelStore:
         name does not exist.
         """
         settings = settings or ModelSettings()
-        bundles = BundleFolder(folder, load, allow_unverified)
+        bundles = BundleRepository(folder, load, allow_unverified)
         if settings.allow_downloads and bundles.is_bundle:
             raise BundleError(f"{folder} is a bundle: downloads need a folder of bundles")
         models = [_read(bundle) for bundle in bundles.bundles()]
@@ -148,7 +148,7 @@ class ModelStore:
         allow_unverified: bool = False,
         settings: ModelSettings | None = None,
         meter: Meter | None = None,
-    ) -> "ModelStore":
+    ) -> "ModelRegistry":
         """`find_bundles` and `preload` in one; without `settings`, every model is loaded."""
         settings = settings or ModelSettings(preload=("all",))
         store = cls.find_bundles(folder, load, default, allow_unverified, settings)

@@ -16,7 +16,7 @@ Load = Callable[[Path, Manifest], Pipeline]
 _WANTED = "give a folder of bundles, or one bundle, as `img2img export` makes them"
 
 
-class BundleFolder:
+class BundleRepository:
     """The bundles in the directory `root`, or `root` itself where it is one. `load` makes a pipeline of a bundle's folder.
 
     `allow_unverified` also opens those whose verification failed when they were exported, with a warning. Nothing is

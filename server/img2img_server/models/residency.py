@@ -25,10 +25,10 @@ from img2img_server.models.backoff import Backoff
 from img2img_server.models.cost_store import CostStore
 from img2img_server.models.export_process import EXPORTER
 from img2img_server.models.failures import WHY
-from img2img_server.models.loader import Mover
+from img2img_server.models.loader import ModelLoader
 from img2img_server.models.memory import Meter, ProcessMeter, in_words, weight_bytes
-from img2img_server.models.registry import Model, ModelState, ModelStore
-from img2img_server.models.resolver import Finder
+from img2img_server.models.registry import Model, ModelRegistry, ModelState
+from img2img_server.models.resolver import ModelResolver
 from img2img_server.support.call import current
 from img2img_server.support.threads import in_thread
 
@@ -68,7 +68,7 @@ class Residency:
     def __init__(
         self,
         settings: ModelSettings,
-        models: ModelStore,
+        models: ModelRegistry,
         engine: Engine,
         health: Health,
         meter: Meter | None = None,
@@ -82,8 +82,8 @@ class Residency:
         self._engine = engine
         self._health = health
         self._clock = clock
-        self._mover = Mover(models, engine, meter or ProcessMeter(), costs, warm_up)
-        self._finder = Finder(settings, models, exporter, clock)
+        self._mover = ModelLoader(models, engine, meter or ProcessMeter(), costs, warm_up)
+        self._finder = ModelResolver(settings, models, exporter, clock)
         self._places: defaultdict[str, _Place] = defaultdict(_Place)
         self._one_at_a_time = asyncio.Lock()
         self._uses = itertools.count(1)

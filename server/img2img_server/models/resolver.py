@@ -7,14 +7,16 @@ from img2img_server.bundle.manifest import Source
 from img2img_server.config import ModelSettings
 from img2img_server.errors import ModelNotFound, PermissionDenied
 from img2img_server.models.downloads import Downloads
-from img2img_server.models.registry import ModelStore
+from img2img_server.models.registry import ModelRegistry
 from img2img_server.support.call import current
 
 
-class Finder:
+class ModelResolver:
     """Finds models of `models` for the current call, and those that it does not know yet. Used on the event loop only."""
 
-    def __init__(self, settings: ModelSettings, models: ModelStore, exporter: Sequence[str], clock: Callable[[], float]) -> None:
+    def __init__(
+        self, settings: ModelSettings, models: ModelRegistry, exporter: Sequence[str], clock: Callable[[], float]
+    ) -> None:
         self._models = models
         self._downloads = Downloads(settings, models.folder.root if models.folder else None, exporter, clock)
 

@@ -25,7 +25,7 @@ _MOST = 2
 
 
 @dataclass(frozen=True, slots=True)
-class Case:
+class ReferenceCase:
     """A request, and the RGB picture that answers it."""
 
     name: str
@@ -42,7 +42,7 @@ class Verdict:
     psnr_db: float = INFINITE_PSNR
 
 
-def cases(manifest: Manifest, bundle: Path, model: str = "") -> tuple[Case, ...]:
+def cases(manifest: Manifest, bundle: Path, model: str = "") -> tuple[ReferenceCase, ...]:
     """What to judge by, as requests to `model`: none where the bundle has no references. Raises BundleError for damaged files."""
     return tuple(_case(reference, bundle, model) for reference in manifest.references[:_MOST])
 
@@ -59,7 +59,7 @@ def judge(pipeline: Pipeline, bundle: Path, manifest: Manifest, least_psnr_db: f
     return compare(known, drawn, least_psnr_db)
 
 
-def compare(known: Sequence[Case], drawn: Sequence[Image.Image], least_psnr_db: float) -> Verdict:
+def compare(known: Sequence[ReferenceCase], drawn: Sequence[Image.Image], least_psnr_db: float) -> Verdict:
     """The verdict on a picture for each case."""
     worst = INFINITE_PSNR
     for case, picture in zip(known, drawn, strict=True):
@@ -85,8 +85,8 @@ def psnr_db(picture: Image.Image, reference: Image.Image) -> float:
     return 10 * math.log10(255**2 / mean_square) if mean_square else INFINITE_PSNR
 
 
-def _case(reference: Reference, bundle: Path, model: str) -> Case:
-    return Case(
+def _case(reference: Reference, bundle: Path, model: str) -> ReferenceCase:
+    return ReferenceCase(
         name=reference.case,
         request=Request(
             model=model,

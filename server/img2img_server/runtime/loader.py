@@ -28,7 +28,7 @@ from img2img_server.runtime.onnx.placement import Placement
 from img2img_server.runtime.onnx.providers import ERRORS, Choice, Probe, choose
 from img2img_server.runtime.onnx.runners import HostRunner, Make
 from img2img_server.runtime.onnx.sessions import Open, SessionOptions, last_line, open_session
-from img2img_server.runtime.opaque.pipeline import WholePipeline
+from img2img_server.runtime.opaque.pipeline import OpaquePipeline
 from img2img_server.runtime.providers import openvino
 from img2img_server.runtime.torch.compile import compile_modules
 from img2img_server.runtime.torch.load import choose_dtype, torch_device, torch_pipeline
@@ -214,9 +214,9 @@ def _split(
     # Where graphs do all the heavy work torch only steps schedulers: threads of its own would get in ONNX Runtime's way.
     torch_threads = 1 if manifest.backend == "onnx" else threads
     family = FAMILIES.get(manifest.family)
-    pipeline: StableDiffusion | WholePipeline
+    pipeline: StableDiffusion | OpaquePipeline
     if family is None:
-        pipeline = WholePipeline(pipe, engine, torch_threads)
+        pipeline = OpaquePipeline(pipe, engine, torch_threads)
     else:
         pipeline = family(pipe, engine, torch_threads, cache, manifest.latent_preview)
     bound_torch_vaes(pipe, most_memory(execution, torch.device(pipe.device).type))

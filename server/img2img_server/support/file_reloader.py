@@ -11,7 +11,7 @@ _T = TypeVar("_T")
 Contents = tuple[bytes, ...]
 
 
-class Watched(Generic[_T]):
+class FileReloader(Generic[_T]):
     """What `make` makes of the contents that `read` gives, as `value`. Any thread may look.
 
     Contents are compared, not times or inodes: a file that was written in place, renamed over, or swapped by a symbolic link

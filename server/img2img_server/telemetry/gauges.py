@@ -10,44 +10,52 @@ from prometheus_client.registry import Collector
 from img2img_server.assets.store import AssetStore
 from img2img_server.codecs.pool import Codecs
 from img2img_server.engine.cache import Cache
-from img2img_server.engine.runner import Runner
-from img2img_server.models.registry import Model, ModelState, ModelStore
-from img2img_server.telemetry.metrics import COUNTED, PROCESS, About
+from img2img_server.engine.runner import EngineInterface
+from img2img_server.models.registry import Model, ModelRegistry, ModelState
+from img2img_server.telemetry.metrics import COUNTED, PROCESS, MetricInfo
 
-WAITING = About("img2img_engine_waiting_requests", "gauge", "Requests that wait for their first turn")
-ACTIVE = About("img2img_engine_active_requests", "gauge", "Requests in progress")
-WORK = About(
+WAITING = MetricInfo("img2img_engine_waiting_requests", "gauge", "Requests that wait for their first turn")
+ACTIVE = MetricInfo("img2img_engine_active_requests", "gauge", "Requests in progress")
+WORK = MetricInfo(
     "img2img_engine_work_seconds", "gauge", "Estimated seconds of accepted work that is left; NaN while nothing is measured"
 )
-CALL = About("img2img_engine_call_seconds", "gauge", "Seconds that the current call of a model has taken so far, 0 between two")
-CACHE_HITS = About("img2img_cache_hits_total", "counter", "Prompts and source pictures that need not be encoded again")
-CACHE_MISSES = About("img2img_cache_misses_total", "counter", "Prompts and source pictures that had to be encoded")
-CACHE_EVICTIONS = About("img2img_cache_evictions_total", "counter", "Entries that had to make room")
-CACHE_ENTRIES = About("img2img_cache_entries", "gauge", "Entries of the cache")
-CACHE_BYTES = About("img2img_cache_bytes", "gauge", "Bytes that the cache holds")
-CACHE_BUDGET = About("img2img_cache_budget_bytes", "gauge", "Bytes that the cache may hold")
-ASSETS = About("img2img_assets", "gauge", "Pictures that are kept for clients")
-ASSET_BYTES = About("img2img_assets_bytes", "gauge", "Bytes of pictures that are kept for clients")
-ASSET_QUOTA = About("img2img_assets_quota_bytes", "gauge", "Bytes of pictures that may be kept")
-CODEC_RUNNING = About("img2img_codec_running_jobs", "gauge", "Images that are being decoded or encoded", ("stage",))
-CODEC_WAITING = About("img2img_codec_waiting_jobs", "gauge", "Images that wait to be decoded or encoded", ("stage",))
-IMAGE_MEMORY = About("img2img_image_memory_bytes", "gauge", "Bytes of images that are being received or decoded")
-IMAGE_MEMORY_BUDGET = About("img2img_image_memory_budget_bytes", "gauge", "Bytes of images that may be received or decoded")
-IMAGE_MEMORY_REFUSED = About("img2img_image_memory_refused_total", "counter", "Times that there was no memory for one more image")
-MODEL_STATE = About("img2img_model_state", "gauge", "1 for the state that a model is in, 0 for the others", ("model", "state"))
-MODEL_MEMORY = About(
+CALL = MetricInfo(
+    "img2img_engine_call_seconds", "gauge", "Seconds that the current call of a model has taken so far, 0 between two"
+)
+CACHE_HITS = MetricInfo("img2img_cache_hits_total", "counter", "Prompts and source pictures that need not be encoded again")
+CACHE_MISSES = MetricInfo("img2img_cache_misses_total", "counter", "Prompts and source pictures that had to be encoded")
+CACHE_EVICTIONS = MetricInfo("img2img_cache_evictions_total", "counter", "Entries that had to make room")
+CACHE_ENTRIES = MetricInfo("img2img_cache_entries", "gauge", "Entries of the cache")
+CACHE_BYTES = MetricInfo("img2img_cache_bytes", "gauge", "Bytes that the cache holds")
+CACHE_BUDGET = MetricInfo("img2img_cache_budget_bytes", "gauge", "Bytes that the cache may hold")
+ASSETS = MetricInfo("img2img_assets", "gauge", "Pictures that are kept for clients")
+ASSET_BYTES = MetricInfo("img2img_assets_bytes", "gauge", "Bytes of pictures that are kept for clients")
+ASSET_QUOTA = MetricInfo("img2img_assets_quota_bytes", "gauge", "Bytes of pictures that may be kept")
+CODEC_RUNNING = MetricInfo("img2img_codec_running_jobs", "gauge", "Images that are being decoded or encoded", ("stage",))
+CODEC_WAITING = MetricInfo("img2img_codec_waiting_jobs", "gauge", "Images that wait to be decoded or encoded", ("stage",))
+IMAGE_MEMORY = MetricInfo("img2img_image_memory_bytes", "gauge", "Bytes of images that are being received or decoded")
+IMAGE_MEMORY_BUDGET = MetricInfo("img2img_image_memory_budget_bytes", "gauge", "Bytes of images that may be received or decoded")
+IMAGE_MEMORY_REFUSED = MetricInfo(
+    "img2img_image_memory_refused_total", "counter", "Times that there was no memory for one more image"
+)
+MODEL_STATE = MetricInfo(
+    "img2img_model_state", "gauge", "1 for the state that a model is in, 0 for the others", ("model", "state")
+)
+MODEL_MEMORY = MetricInfo(
     "img2img_model_memory_bytes", "gauge", "Memory that a model takes, 0 where it is not ready or was not measured", ("model",)
 )
-MODEL_INFO = About(
+MODEL_INFO = MetricInfo(
     "img2img_model_info",
     "gauge",
     "Always 1; the labels tell what runs a model in memory",
     ("model", "engine", "backend", "precision"),
 )
-DEVICE_FREE = About(
+DEVICE_FREE = MetricInfo(
     "img2img_device_memory_free_bytes", "gauge", "Free memory of a GPU; on the CPU there is none of it", ("device",)
 )
-DEVICE_TOTAL = About("img2img_device_memory_total_bytes", "gauge", "Memory of a GPU; on the CPU there is none of it", ("device",))
+DEVICE_TOTAL = MetricInfo(
+    "img2img_device_memory_total_bytes", "gauge", "Memory of a GPU; on the CPU there is none of it", ("device",)
+)
 ASKED = (
     WAITING, ACTIVE, WORK, CALL, CACHE_HITS, CACHE_MISSES, CACHE_EVICTIONS, CACHE_ENTRIES, CACHE_BYTES, CACHE_BUDGET,
     ASSETS, ASSET_BYTES, ASSET_QUOTA, CODEC_RUNNING, CODEC_WAITING, IMAGE_MEMORY, IMAGE_MEMORY_BUDGET, IMAGE_MEMORY_REFUSED,
@@ -64,7 +72,9 @@ Family = CounterMetricFamily | GaugeMetricFamily
 class Gauges(Collector):
     """Asks the parts that it was given. On a thread of the metrics' server; it takes the engine's lock for a moment only."""
 
-    def __init__(self, engine: Runner, models: ModelStore, cache: Cache | None, assets: AssetStore, codecs: Codecs) -> None:
+    def __init__(
+        self, engine: EngineInterface, models: ModelRegistry, cache: Cache | None, assets: AssetStore, codecs: Codecs
+    ) -> None:
         self._engine = engine
         self._models = models
         self._cache = cache
@@ -142,7 +152,7 @@ def _of_the_device() -> Iterator[Family]:
     yield _family(DEVICE_TOTAL, *(((device,), total) for device, (_, total) in memory))
 
 
-def _family(about: About, *values: tuple[tuple[str, ...], float]) -> Family:
+def _family(about: MetricInfo, *values: tuple[tuple[str, ...], float]) -> Family:
     """The metric with these values, each with its labels'."""
     kind = CounterMetricFamily if about.kind == "counter" else GaugeMetricFamily
     family = kind(about.name, about.help, labels=about.labels)

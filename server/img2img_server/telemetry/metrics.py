@@ -16,7 +16,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Proc
 
 from img2img_server.engine.spans import Span
 from img2img_server.support import distribution
-from img2img_server.telemetry.request_traces import Record, Trail
+from img2img_server.telemetry.request_traces import Record, RequestTrace
 
 _M = TypeVar("_M", Counter, Gauge, Histogram)
 
@@ -29,7 +29,7 @@ _MOST_CLIENTS = 200
 
 
 @dataclass(frozen=True, slots=True)
-class About:
+class MetricInfo:
     """A metric: its name as it is served, its kind in Prometheus' words, what it tells, and its labels."""
 
     name: str
@@ -38,40 +38,40 @@ class About:
     labels: tuple[str, ...] = ()
 
 
-BUILD = About("img2img_build_info", "gauge", "Always 1; the labels tell what serves", ("version", "python"))
-REQUESTS = About(
+BUILD = MetricInfo("img2img_build_info", "gauge", "Always 1; the labels tell what serves", ("version", "python"))
+REQUESTS = MetricInfo(
     "img2img_requests_total",
     "counter",
     "Calls that ended, by method, gRPC status, the reason of its ErrorInfo and the name of the client's token",
     ("method", "status", "reason", "client"),
 )
-CALL_SECONDS = About("img2img_call_duration_seconds", "histogram", "What calls took, from arrival to answer", ("method",))
-IN_PROGRESS = About("img2img_calls_in_progress", "gauge", "Calls that are being answered", ("method",))
-STAGE_SECONDS = About(
+CALL_SECONDS = MetricInfo("img2img_call_duration_seconds", "histogram", "What calls took, from arrival to answer", ("method",))
+IN_PROGRESS = MetricInfo("img2img_calls_in_progress", "gauge", "Calls that are being answered", ("method",))
+STAGE_SECONDS = MetricInfo(
     "img2img_transform_stage_duration_seconds",
     "histogram",
     "What finished transforms took: queue, encode, denoise and decode in the engine, total from arrival to answer",
     ("model", "stage"),
 )
-PICTURES = About("img2img_pictures_total", "counter", "Pictures that were made", ("model",))
-DEVICE_SECONDS = About(
+PICTURES = MetricInfo("img2img_pictures_total", "counter", "Pictures that were made", ("model",))
+DEVICE_SECONDS = MetricInfo(
     "img2img_device_call_duration_seconds",
     "histogram",
     "What calls of a model took: prepare (encoding), denoise (one step of a batch), advance, preview and finish (decoding)",
     ("model", "stage"),
 )
-BATCH_ROWS = About("img2img_batch_rows", "histogram", "Rows of a step's batch, two for a guided picture", ("model",))
-BATCH_REQUESTS = About("img2img_batch_requests", "histogram", "Requests that shared a step's batch", ("model",))
+BATCH_ROWS = MetricInfo("img2img_batch_rows", "histogram", "Rows of a step's batch, two for a guided picture", ("model",))
+BATCH_REQUESTS = MetricInfo("img2img_batch_requests", "histogram", "Requests that shared a step's batch", ("model",))
 COUNTED = (BUILD, REQUESTS, CALL_SECONDS, IN_PROGRESS, STAGE_SECONDS, PICTURES, DEVICE_SECONDS, BATCH_ROWS, BATCH_REQUESTS)
 """What is counted as it happens. What is asked when Prometheus asks is in gauges.py."""
 
 PROCESS = (
-    About("process_resident_memory_bytes", "gauge", "Memory of the process that is in RAM"),
-    About("process_virtual_memory_bytes", "gauge", "Memory that the process has addresses for"),
-    About("process_cpu_seconds_total", "counter", "CPU time that the process has used"),
-    About("process_start_time_seconds", "gauge", "When the process began, in seconds since 1970"),
-    About("process_open_fds", "gauge", "Open files and connections"),
-    About("process_max_fds", "gauge", "How many files and connections may be open"),
+    MetricInfo("process_resident_memory_bytes", "gauge", "Memory of the process that is in RAM"),
+    MetricInfo("process_virtual_memory_bytes", "gauge", "Memory that the process has addresses for"),
+    MetricInfo("process_cpu_seconds_total", "counter", "CPU time that the process has used"),
+    MetricInfo("process_start_time_seconds", "gauge", "When the process began, in seconds since 1970"),
+    MetricInfo("process_open_fds", "gauge", "Open files and connections"),
+    MetricInfo("process_max_fds", "gauge", "How many files and connections may be open"),
 )
 """What prometheus_client tells of the process, on Linux."""
 
@@ -143,7 +143,7 @@ class Metrics:
             batch[0].observe(span.rows)
             batch[1].observe(span.requests)
 
-    def _finished(self, trail: Trail, seconds: float) -> None:
+    def _finished(self, trail: RequestTrace, seconds: float) -> None:
         timings, model = trail.timings, trail.request.model
         if timings is None:
             return
@@ -162,7 +162,7 @@ class Metrics:
         return name
 
 
-def _make(kind: Callable[..., _M], about: About, registry: CollectorRegistry, **more: Sequence[float]) -> _M:
+def _make(kind: Callable[..., _M], about: MetricInfo, registry: CollectorRegistry, **more: Sequence[float]) -> _M:
     return kind(about.name, about.help, about.labels, registry=registry, **more)
 
 

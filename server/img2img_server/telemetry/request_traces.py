@@ -22,7 +22,7 @@ class Outcome:
 
 
 @dataclass(slots=True, eq=False)
-class Trail:
+class RequestTrace:
     """Follows one request through the engine.
 
     `steps` are the calls of the denoiser that it took part in, the first MOST_STEPS of `step_count`; `stepped` is when the last
@@ -68,7 +68,7 @@ class Record:
     call: Call
     began: float
     outcome: Outcome = field(default_factory=Outcome)
-    trail: Trail | None = None
+    trail: RequestTrace | None = None
 
     @property
     def token(self) -> str:

@@ -12,13 +12,13 @@ from img2img_server.codecs.pool import Codecs
 from img2img_server.config import TelemetrySettings
 from img2img_server.engine.cache import Cache
 from img2img_server.engine.request import Request
-from img2img_server.engine.runner import Runner
+from img2img_server.engine.runner import EngineInterface
 from img2img_server.engine.spans import Span
-from img2img_server.models.registry import ModelStore
+from img2img_server.models.registry import ModelRegistry
 from img2img_server.support.call import Call
 from img2img_server.support.listen_addresses import check_port
 from img2img_server.telemetry.logs import ACCESS
-from img2img_server.telemetry.request_traces import Outcome, Record, Trail
+from img2img_server.telemetry.request_traces import Outcome, Record, RequestTrace
 
 if TYPE_CHECKING:
     from google.protobuf.descriptor import ServiceDescriptor
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from img2img_server.telemetry.metrics import Metrics
     from img2img_server.telemetry.traces import Traces
 
-__all__ = ["Outcome", "Telemetry", "Trail"]
+__all__ = ["Outcome", "Telemetry", "RequestTrace"]
 
 _log = logging.getLogger(__name__)
 _access = logging.getLogger(ACCESS)
@@ -51,7 +51,7 @@ class Telemetry:
         self._settings = settings
         self._metrics: Metrics | None = None
         self._traces: Traces | None = None
-        self._trails: dict[int, Trail] = {}
+        self._trails: dict[int, RequestTrace] = {}
         self.metrics_port: int | None = None
 
     def start(self) -> None:
@@ -82,7 +82,9 @@ class Telemetry:
             self._traces.close()
         self._metrics = self._traces = None
 
-    def watch(self, engine: Runner, models: ModelStore, cache: Cache | None, assets: AssetStore, codecs: Codecs) -> None:
+    def watch(
+        self, engine: EngineInterface, models: ModelRegistry, cache: Cache | None, assets: AssetStore, codecs: Codecs
+    ) -> None:
         """From now on, tells of these, too. Once, after start()."""
         if self._metrics is not None:
             from img2img_server.telemetry.gauges import Gauges
@@ -118,9 +120,9 @@ class Telemetry:
                 if trail is not None:
                     trail.note(span)
 
-    def trail(self, request: Request) -> Trail:
+    def trail(self, request: Request) -> RequestTrace:
         """Follows a request of the current call."""
-        trail = Trail(request)
+        trail = RequestTrace(request)
         record = _RECORD.get()
         if record is not None:
             record.trail = trail

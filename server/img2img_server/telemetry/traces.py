@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING
 
 from img2img_server.engine.request import Ticket
 from img2img_server.support import distribution
-from img2img_server.telemetry.request_traces import Record, Trail
+from img2img_server.telemetry.request_traces import Record, RequestTrace
 
 if TYPE_CHECKING:
     from opentelemetry.context import Context
@@ -180,7 +180,7 @@ def _attributes(record: Record) -> _Attributes:
     return attributes
 
 
-def _stages(record: Record, trail: Trail, ended: float) -> Iterator[_Stage]:
+def _stages(record: Record, trail: RequestTrace, ended: float) -> Iterator[_Stage]:
     """Where the call's time went, in order. The stage that was under way when the request failed has the error."""
     ticket = trail.ticket
     if ticket is None:  # refused
@@ -201,14 +201,14 @@ def _stages(record: Record, trail: Trail, ended: float) -> Iterator[_Stage]:
         yield _Stage("respond", over, ended)
 
 
-def _denoised(trail: Trail, ticket: Ticket) -> float:
+def _denoised(trail: RequestTrace, ticket: Ticket) -> float:
     """When the last of its steps was done, 0 where there are steps left."""
     if trail.timings is not None:
         return ticket.prepared + trail.timings.denoise
     return trail.stepped if trail.step_count >= ticket.plan.step_count else 0.0
 
 
-def _describe(stage: _Stage, trail: Trail) -> None:
+def _describe(stage: _Stage, trail: RequestTrace) -> None:
     """Adds what is known of a stage: with how many others the request shared it, and the steps that it is made of."""
     shared = trail.codecs.get({"encode": "prepare", "decode": "finish"}.get(stage.name, ""))
     if shared is not None:

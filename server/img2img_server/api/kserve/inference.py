@@ -12,7 +12,7 @@ from img2img_server.api.kserve import translation
 from img2img_server.api.kserve.translation import Task
 from img2img_server.api.transform import ImageToImageService
 from img2img_server.codecs.memory import ImageMemory
-from img2img_server.engine.runner import Runner
+from img2img_server.engine.runner import EngineInterface
 from img2img_server.errors import DeadlineExpired
 from img2img_server.support.call import current
 from img2img_server.support.fair_queue import FairThreads
@@ -44,7 +44,7 @@ class Inference:
     """Runs ModelInferRequests on `transforms`, once `runner` has room for them. `memory` accounts for
     those of streams. What that raises names KServe's tensors."""
 
-    def __init__(self, transforms: ImageToImageService, runner: Runner, memory: ImageMemory) -> None:
+    def __init__(self, transforms: ImageToImageService, runner: EngineInterface, memory: ImageMemory) -> None:
         self._memory = memory
         self._transforms = transforms
         self._runner = runner

@@ -16,7 +16,7 @@ from img2img_server.config import ServerConfig
 from img2img_server.engine.cache import Cache
 from img2img_server.engine.spans import Span
 from img2img_server.errors import BundleError, ServerError, ShuttingDown
-from img2img_server.models.registry import ModelStore
+from img2img_server.models.registry import ModelRegistry
 from img2img_server.models.residency import Health
 from img2img_server.support.distribution import install_hint
 
@@ -50,7 +50,7 @@ class ClusterBackend:
         self._models: RemoteModels | None = None
 
     @property
-    def models(self) -> ModelStore:
+    def models(self) -> ModelRegistry:
         """The models of all replicas."""
         assert self._roster is not None, "it was opened"
         return self._roster.models

@@ -17,7 +17,16 @@ from ray.exceptions import (
 from ray.serve.exceptions import DeploymentUnavailableError, ReplicaUnavailableError
 from ray.serve.handle import DeploymentHandle
 
-from img2img_server.backends.ray.messages import Asked, Card, Done, Ended, Job, ReplicaLeft, ReplicaLost, Told
+from img2img_server.backends.ray.messages import (
+    Card,
+    Ended,
+    ModelAnswer,
+    RemoteCompleted,
+    RemoteRequest,
+    ReplicaLeft,
+    ReplicaLost,
+    Told,
+)
 from img2img_server.backends.ray.replicas import Everywhere
 from img2img_server.engine.request import Failed
 
@@ -44,25 +53,25 @@ class RayReplicas:
         self._handle = handle
         self._streaming = handle.options(stream=True)
 
-    async def transform(self, job: Job) -> Ended:
+    async def transform(self, job: RemoteRequest) -> Ended:
         """Has one of them run a request."""
         ended: Ended = await self._one("transform", job)
         return ended
 
-    async def stream(self, job: Job) -> AsyncGenerator[Told, None]:
+    async def stream(self, job: RemoteRequest) -> AsyncGenerator[Told, None]:
         """Has one of them run a request and tell of it."""
         response: Any = self._streaming.stream.remote(job)
         over = False
         try:
             with _lost():
                 async for told in response:
-                    over = isinstance(told, Done | Failed)  # whoever hears of the end asks for no more
+                    over = isinstance(told, RemoteCompleted | Failed)  # whoever hears of the end asks for no more
                     yield told
         finally:
             if not over:
                 response.cancel()
 
-    async def ask(self, method: Literal["bring", "load"], asked: Asked) -> Card | Failed:
+    async def ask(self, method: Literal["bring", "load"], asked: ModelAnswer) -> Card | Failed:
         """Has one of them do something about a model."""
         answer: Card | Failed = await self._one(method, asked)
         return answer

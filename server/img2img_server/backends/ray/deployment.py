@@ -23,7 +23,15 @@ from img2img_server.backends.base import LocalBackend
 from img2img_server.backends.local import local
 from img2img_server.backends.ray.load_balancing import stats_of
 from img2img_server.backends.ray.replica import Replica
-from img2img_server.backends.ray.resources import Share, check_fit, common, differences, replica_config, share_of, variables
+from img2img_server.backends.ray.resources import (
+    ResourceShare,
+    check_fit,
+    common,
+    differences,
+    replica_config,
+    share_of,
+    variables,
+)
 from img2img_server.backends.ray.scaling import QUEUED_SECONDS, QueuedSecondsPolicy
 from img2img_server.config import RaySettings, ServerConfig
 from img2img_server.telemetry import logs
@@ -222,7 +230,7 @@ def _start() -> None:
 
 
 def serve_options(
-    settings: RaySettings, share: Share, environment: Mapping[str, str], load_on_request: bool = True
+    settings: RaySettings, share: ResourceShare, environment: Mapping[str, str], load_on_request: bool = True
 ) -> dict[str, Any]:
     """The options of the deployment, in Ray Serve's terms."""
     # A replica that may not load a model refuses its requests: where another has it, they go nowhere else.

@@ -14,12 +14,20 @@ from contextlib import aclosing, contextmanager
 from copy import copy
 from dataclasses import dataclass
 
-from img2img_server.backends.ray.messages import Done, Job, ReplicaLeft, ReplicaLost, Step, Told, ending_of
+from img2img_server.backends.ray.messages import (
+    RemoteCompleted,
+    RemoteProgress,
+    RemoteRequest,
+    ReplicaLeft,
+    ReplicaLost,
+    Told,
+    ending_of,
+)
 from img2img_server.backends.ray.replicas import Replicas
 from img2img_server.backends.ray.roster import COME_BACK, LOOK_EVERY, Roster, plan
-from img2img_server.engine.admission import Place
+from img2img_server.engine.admission import Slot
 from img2img_server.engine.request import Completed, Ending, Failed, Listener, Queued, Request, Started, Ticket
-from img2img_server.engine.scheduler import Limits
+from img2img_server.engine.scheduler import QueueLimits
 from img2img_server.engine.stats import Accepted, EngineStats
 from img2img_server.errors import (
     ClientBusy,
@@ -64,7 +72,7 @@ class _Passage(Ticket):
 
     def pass_on(self, told: Told) -> None:
         """Tells the listener what is new to it."""
-        if isinstance(told, Step):
+        if isinstance(told, RemoteProgress):
             if told.step > self.step:
                 self.step = told.step
                 self.tell(told.progress())
@@ -89,13 +97,15 @@ class Front:
     """Takes requests for the replicas that `roster` looks at. Every accepted one ends exactly once. Used on the event loop only,
     but for `stats`. `clock` gives seconds and never goes back."""
 
-    def __init__(self, replicas: Replicas, roster: Roster, limits: Limits, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, replicas: Replicas, roster: Roster, limits: QueueLimits, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._replicas = replicas
         self._roster = roster
         self._limits = limits
         self._clock = clock
         self._numbers = itertools.count(1)
-        self._places: set[Place] = set()
+        self._places: set[Slot] = set()
         self._running: set[_Passage] = set()
         self._idle = asyncio.Event()
         self._idle.set()
@@ -120,25 +130,25 @@ class Front:
         )
 
     @contextmanager
-    def arriving(self, client: str = "") -> Iterator[Place]:
+    def arriving(self, client: str = "") -> Iterator[Slot]:
         """Within the block a request of `client` holds a place, and counts as its client's to the end. Raises at once where
         there is none: ShuttingDown, NoReplica, QueueFull or ClientBusy."""
         self._check(client)
-        place = Place(client)
+        place = Slot(client)
         self._places.add(place)
         try:
             yield place
         finally:
             self._places.discard(place)
 
-    def submit(self, request: Request, listener: Listener, place: Place | None = None) -> Accepted:
+    def submit(self, request: Request, listener: Listener, place: Slot | None = None) -> Accepted:
         """Sends a request to a replica. The place that is told at once is the front's guess; the replica's own follows, where
         the request is followed. Raises at once what `arriving` raises, and DeadlineExpired."""
         if place is not None:
             self._places.discard(place)
         self._check(request.client)
         now = self._clock()
-        job = Job.of(request, now)
+        job = RemoteRequest.of(request, now)
         if job.seconds_left is not None and job.seconds_left <= 0:
             raise DeadlineExpired("the deadline passed before the request was read")
         passage = _Passage(request, plan(request), listener, next(self._numbers), now)
@@ -193,7 +203,7 @@ class Front:
             ending = task.result()
         passage.ended_by(ending, self._clock())
 
-    async def _persist(self, passage: _Passage, job: Job) -> Ending:
+    async def _persist(self, passage: _Passage, job: RemoteRequest) -> Ending:
         """Has the request run, again where a replica is lost, until it ends."""
         deadline, deaths = passage.request.deadline, 0
         for attempt in range(_TRIES):
@@ -211,12 +221,12 @@ class Front:
                     return Failed(ModelFailed(f"{deaths} replicas were lost, one after the other, while they had this request"))
         return Failed(NoReplica("no replica stayed long enough for this request", COME_BACK))
 
-    async def _attempt(self, passage: _Passage, job: Job) -> Ending:
+    async def _attempt(self, passage: _Passage, job: RemoteRequest) -> Ending:
         if not job.follow:
             return ending_of(await self._replicas.transform(job))
         async with aclosing(self._replicas.stream(job)) as events:
             async for told in events:
-                if isinstance(told, Done | Failed):
+                if isinstance(told, RemoteCompleted | Failed):
                     return ending_of(told)
                 passage.pass_on(told)
         raise ReplicaLost("the stream ended before the request did")

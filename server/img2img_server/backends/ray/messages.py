@@ -34,7 +34,7 @@ class ReplicaLeft(ReplicaLost):
 
 
 @dataclass(frozen=True, slots=True)
-class Picture:
+class RawImage:
     """An RGB picture: three bytes a pixel, row by row from the top."""
 
     width: int
@@ -42,7 +42,7 @@ class Picture:
     data: bytes
 
     @classmethod
-    def of(cls, image: Image.Image) -> "Picture":
+    def of(cls, image: Image.Image) -> "RawImage":
         """The picture as a message."""
         return cls(image.width, image.height, image.tobytes())
 
@@ -52,12 +52,12 @@ class Picture:
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
+class RemoteRequest:
     """A Request on its way to a replica. Its fields are those of a Request, but for the picture and the deadline, which is so
     many `seconds_left` from when it is read, None for none."""
 
     model: str
-    picture: Picture
+    picture: RawImage
     prompt: str
     negative_prompt: str | None
     strength: float
@@ -74,11 +74,11 @@ class Job:
     cache_scope: str
 
     @classmethod
-    def of(cls, request: Request, now: float) -> "Job":
+    def of(cls, request: Request, now: float) -> "RemoteRequest":
         """The request as a message, sent at `now` of the clock that its deadline is measured on."""
         return cls(
             model=request.model,
-            picture=Picture.of(request.image),
+            picture=RawImage.of(request.image),
             prompt=request.prompt,
             negative_prompt=request.negative_prompt,
             strength=request.strength,
@@ -116,23 +116,23 @@ class Job:
             cache_scope=self.cache_scope,
         )
 
-    def at(self, seconds_left: float | None) -> "Job":
+    def at(self, seconds_left: float | None) -> "RemoteRequest":
         """The same, sent again with so many seconds left."""
         return replace(self, seconds_left=seconds_left)
 
 
 @dataclass(frozen=True, slots=True)
-class Done:
+class RemoteCompleted:
     """A request's good end: Completed."""
 
-    pictures: tuple[Picture, ...]
+    pictures: tuple[RawImage, ...]
     timings: Timings
     warnings: tuple[RequestWarning, ...] = ()
 
     @classmethod
-    def of(cls, completed: Completed) -> "Done":
+    def of(cls, completed: Completed) -> "RemoteCompleted":
         """The ending as a message."""
-        return cls(tuple(map(Picture.of, completed.images)), completed.timings, completed.warnings)
+        return cls(tuple(map(RawImage.of, completed.images)), completed.timings, completed.warnings)
 
     def completed(self) -> Completed:
         """The ending again."""
@@ -140,18 +140,18 @@ class Done:
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class RemoteProgress:
     """A step is done: Progress."""
 
     step: int
     step_count: int
     eta: float | None
-    preview: Picture | None
+    preview: RawImage | None
 
     @classmethod
-    def of(cls, progress: Progress) -> "Step":
+    def of(cls, progress: Progress) -> "RemoteProgress":
         """The event as a message."""
-        preview = None if progress.preview is None else Picture.of(progress.preview)
+        preview = None if progress.preview is None else RawImage.of(progress.preview)
         return cls(progress.step, progress.step_count, progress.eta, preview)
 
     def progress(self) -> Progress:
@@ -159,15 +159,15 @@ class Step:
         return Progress(self.step, self.step_count, self.eta, None if self.preview is None else self.preview.image())
 
 
-Ended = Done | Failed
+Ended = RemoteCompleted | Failed
 """How a request ends. An error is an answer like any other: what is raised is for what no replica could answer."""
-Told = Queued | Started | Step | Ended
+Told = Queued | Started | RemoteProgress | Ended
 """What a replica tells of a request that is followed."""
 
 
 def ending_of(ended: Ended) -> Ending:
     """The ending again. Raises ReplicaLost where it is the replica that came to its end, and not the request."""
-    if isinstance(ended, Done):
+    if isinstance(ended, RemoteCompleted):
         return ended.completed()
     raise_lost(ended)
     return ended
@@ -231,7 +231,7 @@ def _brief(manifest: Manifest) -> Manifest:
 
 
 @dataclass(frozen=True, slots=True)
-class Load:
+class LoadModel:
     """How busy a replica is: the estimated `seconds` of what it has accepted, None where costs are unknown, the requests that
     wait and that are in progress, and the ids of the models that are in its memory."""
 
@@ -246,13 +246,13 @@ class Look:
     """A replica at a glance. `replica` is a name of its own; the cards are in order of id."""
 
     replica: str
-    load: Load
+    load: LoadModel
     cards: Sequence[Card]
     default: str | None
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class ModelAnswer:
     """A model that somebody wants: `reference` as the store understands it, `name` for an id that is known. `call` says who asks,
     as not everybody may use every model."""
 

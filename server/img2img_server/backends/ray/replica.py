@@ -13,7 +13,18 @@ from contextlib import aclosing
 
 from img2img_server.backends.base import LocalBackend
 from img2img_server.backends.local import local
-from img2img_server.backends.ray.messages import Asked, Card, Done, Ended, Job, Load, Look, Step, Told, Unloaded
+from img2img_server.backends.ray.messages import (
+    Card,
+    Ended,
+    LoadModel,
+    Look,
+    ModelAnswer,
+    RemoteCompleted,
+    RemoteProgress,
+    RemoteRequest,
+    Told,
+    Unloaded,
+)
 from img2img_server.bundle.manifest import Source
 from img2img_server.config import ServerConfig
 from img2img_server.engine.request import Completed, Event, Failed, Progress, Queued
@@ -48,21 +59,21 @@ class Replica:
             await self._backend.drain(self._config.grace)
         await self._backend.close()
 
-    async def transform(self, job: Job) -> Ended:
+    async def transform(self, job: RemoteRequest) -> Ended:
         """Runs one request to its end. Cancelling the call cancels the request."""
         async with aclosing(self._run(job)) as events:
             async for event in events:
-                if isinstance(event, Done | Failed):
+                if isinstance(event, RemoteCompleted | Failed):
                     return event
         raise AssertionError("the engine ends every request")
 
-    async def stream(self, job: Job) -> AsyncGenerator[Told, None]:
+    async def stream(self, job: RemoteRequest) -> AsyncGenerator[Told, None]:
         """Runs one request and tells each of its events. Closing the generator cancels the request."""
         async with aclosing(self._run(job)) as events:
             async for event in events:
                 yield event
 
-    async def bring(self, asked: Asked) -> Card | Failed:
+    async def bring(self, asked: ModelAnswer) -> Card | Failed:
         """Has the model that a request means in memory, as far as requests may load models, and returns its card."""
         with answering(asked.call):
             try:
@@ -71,7 +82,7 @@ class Replica:
             except ServerError as error:
                 return Failed(error)
 
-    async def load(self, asked: Asked) -> Card | Failed:
+    async def load(self, asked: ModelAnswer) -> Card | Failed:
         """Makes a model ready, and returns its card."""
         with answering(asked.call):
             try:
@@ -79,7 +90,7 @@ class Replica:
             except ServerError as error:
                 return Failed(error)
 
-    async def unload(self, asked: Asked) -> Unloaded | Failed:
+    async def unload(self, asked: ModelAnswer) -> Unloaded | Failed:
         """Frees a model's memory once nobody uses it."""
         with answering(asked.call):
             try:
@@ -92,13 +103,13 @@ class Replica:
         models = self._backend.models
         return Look(self._name, self.load_now(), tuple(Card.of(model) for model in models), models.default)
 
-    def load_now(self) -> Load:
+    def load_now(self) -> LoadModel:
         """How busy it is. Quick, and on any thread. One that is stuck is busy for ever."""
         if self._stuck:
-            return Load(math.inf, 0, 0, ())
+            return LoadModel(math.inf, 0, 0, ())
         stats = self._backend.runner.stats
         resident = tuple(model.id for model in self._backend.models if model.state is ModelState.READY)
-        return Load(stats.work_seconds, stats.waiting + stats.arriving, stats.active, resident)
+        return LoadModel(stats.work_seconds, stats.waiting + stats.arriving, stats.active, resident)
 
     def loading(self) -> tuple[str, ...]:
         """The ids of the models that are on their way into its memory."""
@@ -109,7 +120,7 @@ class Replica:
         if self._stuck:
             raise EngineStuck(self._stuck)
 
-    async def _run(self, job: Job) -> AsyncGenerator[Told, None]:
+    async def _run(self, job: RemoteRequest) -> AsyncGenerator[Told, None]:
         """The events of a request, its end among them."""
         loop = asyncio.get_running_loop()
         queue: asyncio.Queue[Event] = asyncio.Queue()
@@ -130,8 +141,8 @@ class Replica:
                     try:
                         yield Queued(accepted.position, accepted.eta)
                         while not isinstance(event := await queue.get(), Completed | Failed):
-                            yield Step.of(event) if isinstance(event, Progress) else event
-                        yield Done.of(event) if isinstance(event, Completed) else event
+                            yield RemoteProgress.of(event) if isinstance(event, Progress) else event
+                        yield RemoteCompleted.of(event) if isinstance(event, Completed) else event
                     finally:
                         accepted.ticket.cancel()
         except ServerError as error:

@@ -3,7 +3,7 @@
 from collections.abc import AsyncGenerator, Sequence
 from typing import Any, Literal, Protocol
 
-from img2img_server.backends.ray.messages import Asked, Card, Ended, Job, Told
+from img2img_server.backends.ray.messages import Card, Ended, ModelAnswer, RemoteRequest, Told
 from img2img_server.engine.request import Failed
 
 Everywhere = Literal["look", "load", "unload"]
@@ -16,15 +16,15 @@ class Replicas(Protocol):
     Cancelling a call, or closing its stream, cancels it at the replica.
     """
 
-    async def transform(self, job: Job) -> Ended:
+    async def transform(self, job: RemoteRequest) -> Ended:
         """Has one of them run a request."""
         ...
 
-    def stream(self, job: Job) -> AsyncGenerator[Told, None]:
+    def stream(self, job: RemoteRequest) -> AsyncGenerator[Told, None]:
         """Has one of them run a request and tell of it."""
         ...
 
-    async def ask(self, method: Literal["bring", "load"], asked: Asked) -> Card | Failed:
+    async def ask(self, method: Literal["bring", "load"], asked: ModelAnswer) -> Card | Failed:
         """Has one of them do something about a model."""
         ...
 

@@ -23,7 +23,7 @@ _OF_FRONTS = ("ray_address", "ray_app")
 
 
 @dataclass(frozen=True, slots=True)
-class Share:
+class ResourceShare:
     """Cores and GPUs of one replica, as Ray counts them: they are promised to it, not enforced."""
 
     cpus: float
@@ -35,7 +35,7 @@ class Share:
         return max(1, int(self.cpus)) if self.cpus else None
 
 
-def share_of(settings: RaySettings, resources: Mapping[str, float], cores: int) -> Share:
+def share_of(settings: RaySettings, resources: Mapping[str, float], cores: int) -> ResourceShare:
     """A replica's share of a cluster with these resources, whose machines have so many cores."""
     gpus = settings.num_gpus
     if gpus is None:
@@ -43,10 +43,10 @@ def share_of(settings: RaySettings, resources: Mapping[str, float], cores: int) 
     cpus = settings.num_cpus
     if cpus is None:
         cpus = 1.0 if gpus else float(max(1, cores // settings.most_replicas))
-    return Share(cpus, gpus)
+    return ResourceShare(cpus, gpus)
 
 
-def check_fit(settings: RaySettings, share: Share, resources: Mapping[str, float]) -> None:
+def check_fit(settings: RaySettings, share: ResourceShare, resources: Mapping[str, float]) -> None:
     """Raises ValueError where the fewest replicas do not fit into a cluster that cannot grow: Ray would wait for ever."""
     for what, name, each in (("cores", "CPU", share.cpus), ("GPUs", "GPU", share.gpus)):
         there = resources.get(name, 0.0)
@@ -57,7 +57,7 @@ def check_fit(settings: RaySettings, share: Share, resources: Mapping[str, float
             )
 
 
-def replica_config(config: ServerConfig, share: Share) -> ServerConfig:
+def replica_config(config: ServerConfig, share: ResourceShare) -> ServerConfig:
     """The settings that a replica is made with: calls use its cores, and paths mean the same wherever it is. What is a front's
     own, such as where its tokens and keys are, stays there."""
     threads = config.execution.threads or share.threads
@@ -77,7 +77,7 @@ MESSAGES = {"RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(2**31 - 1)}
 """Read by Ray Serve on both sides: several large pictures pass, as raw pixels. Its own bound is 4 MiB."""
 
 
-def variables(share: Share) -> dict[str, str]:
+def variables(share: ResourceShare) -> dict[str, str]:
     """The environment of a replica's process: what libraries read when they are loaded."""
     own = {
         **MESSAGES,

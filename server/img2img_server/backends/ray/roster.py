@@ -9,12 +9,21 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, cast
 
-from img2img_server.backends.ray.messages import Asked, Card, Load, Look, ReplicaLeft, ReplicaLost, Unloaded, raise_lost
+from img2img_server.backends.ray.messages import (
+    Card,
+    LoadModel,
+    Look,
+    ModelAnswer,
+    ReplicaLeft,
+    ReplicaLost,
+    Unloaded,
+    raise_lost,
+)
 from img2img_server.backends.ray.replicas import Replicas
 from img2img_server.bundle.manifest import Source
 from img2img_server.engine.request import Failed, Pipeline, Plan, Request
 from img2img_server.errors import ModelNotFound, ModelUnavailable, NoReplica
-from img2img_server.models.registry import Model, ModelState, ModelStore
+from img2img_server.models.registry import Model, ModelRegistry, ModelState
 from img2img_server.models.residency import Health
 from img2img_server.support.call import current
 
@@ -63,8 +72,8 @@ class Roster:
         self._clock = clock
         self._told: dict[str, bool] = {}
         self._watching: asyncio.Task[None] | None = None
-        self.models = ModelStore(())
-        self.loads: tuple[Load, ...] = ()
+        self.models = ModelRegistry(())
+        self.loads: tuple[LoadModel, ...] = ()
         """How busy those are that answered the last look; none where nobody did."""
         self.looked = clock()
         """When they were asked, and, while nobody answers, when somebody last did."""
@@ -78,7 +87,7 @@ class Roster:
             await asyncio.sleep(LOOK_EVERY)
         else:
             raise NoReplica("no replica answers", COME_BACK)
-        self.models = ModelStore(_merged(looks), default or looks[0].default)
+        self.models = ModelRegistry(_merged(looks), default or looks[0].default)
 
     def start(self, changed: Callable[[], object]) -> None:
         """Looks from now on. `changed` is called after each look."""
@@ -160,14 +169,14 @@ class RemoteModels:
         model = self._known(reference)
         if model is None or model.pipeline is None:
             name = "" if model is None else model.id
-            model = self._roster.note(await self._ask("bring", Asked(current(), reference, name)))
+            model = self._roster.note(await self._ask("bring", ModelAnswer(current(), reference, name)))
         yield model
 
     async def load(self, reference: Source) -> Model:
         """Makes a model ready on one replica, which may have to fetch it, and then on all. Raises the error of the first, or
         of the others where none of them could."""
-        card = await self._ask("load", Asked(current(), reference))
-        answers = await self._replicas.everywhere("load", Asked(current(), Source(path=card.id)))
+        card = await self._ask("load", ModelAnswer(current(), reference))
+        answers = await self._replicas.everywhere("load", ModelAnswer(current(), Source(path=card.id)))
         self._good(answers)
         await self._roster.look()
         return self._roster.models.get(card.id)
@@ -175,7 +184,7 @@ class RemoteModels:
     async def unload(self, name: str) -> int:
         """Has all replicas free the model's memory. Returns the bytes that it gave back on all of them."""
         self._roster.models.get(name, current().may_use)
-        answers: Sequence[Unloaded | Failed] = await self._replicas.everywhere("unload", Asked(current(), name=name))
+        answers: Sequence[Unloaded | Failed] = await self._replicas.everywhere("unload", ModelAnswer(current(), name=name))
         freed: int = sum(answer.freed for answer in self._good(answers))
         await self._roster.look()
         return freed
@@ -186,7 +195,7 @@ class RemoteModels:
         except ModelNotFound:
             return None  # a replica may find it, or know where to get it
 
-    async def _ask(self, method: Any, asked: Asked) -> Card:
+    async def _ask(self, method: Any, asked: ModelAnswer) -> Card:
         deaths = 0
         for _ in range(_TRIES):
             try:

@@ -13,10 +13,10 @@ import torch
 from img2img_server.engine.request import Request
 from img2img_server.errors import InvalidField
 from img2img_server.runtime.diffusion.stable_diffusion import StableDiffusion
-from img2img_server.runtime.schedulers.cache import Timetables
+from img2img_server.runtime.schedulers.cache import SchedulerCache
 
 
-class LatentConsistencyTimetables(Timetables):
+class LatentConsistencySchedulers(SchedulerCache):
     """Timetables of a model that steps by LCMScheduler only, which knows of strength."""
 
     def __init__(self, pipe: Any) -> None:
@@ -48,7 +48,7 @@ class LatentConsistencyTimetables(Timetables):
 class LatentConsistency(StableDiffusion):
     """One row for each picture: guidance is an embedding, and there is no negative prompt."""
 
-    timetables = LatentConsistencyTimetables
+    timetables = LatentConsistencySchedulers
 
     def _is_guided(self, request: Request) -> bool:
         return False

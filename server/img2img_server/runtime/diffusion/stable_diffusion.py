@@ -35,7 +35,7 @@ from img2img_server.runtime.diffusion.state import (
     split_noise,
 )
 from img2img_server.runtime.onnx.modules import close_graphs
-from img2img_server.runtime.schedulers.cache import Timetable, Timetables
+from img2img_server.runtime.schedulers.cache import CachedScheduler, SchedulerCache
 from img2img_server.runtime.schedulers.linear import Trajectory, advance_batch
 from img2img_server.runtime.schedulers.step_numbers import StepNumbers, key_of
 
@@ -51,7 +51,7 @@ class StableDiffusion:
     max_rows: int | None = None
     measurable = True
     owner: Hashable = None
-    timetables: type[Timetables] = Timetables
+    timetables: type[SchedulerCache] = SchedulerCache
 
     def __init__(self, pipe: Any, engine: str, threads: int, cache: Cache, preview_weights: PreviewWeights = ()) -> None:
         self._pipe = pipe
@@ -179,7 +179,7 @@ class StableDiffusion:
     def _begin(
         self,
         request: Request,
-        timetable: Timetable,
+        timetable: CachedScheduler,
         embeddings: dict[str, Embedding],
         picture: SimpleNamespace,
     ) -> DiffusionState:

@@ -66,7 +66,7 @@ class Graph:
         self.__dict__.pop("_runner", None)
 
 
-class StandIn(torch.nn.Module):
+class OnnxModule(torch.nn.Module):
     """What every stand-in has: a configuration, and where and of what type its tensors are."""
 
     dtype = torch.float32
@@ -87,7 +87,7 @@ class StandIn(torch.nn.Module):
                 value.close()
 
 
-class OnnxTextEncoder(StandIn):
+class OnnxTextEncoder(OnnxModule):
     """A text encoder (CLIP, T5): token ids [B, T] to its outputs, in transformers' order, and its hidden states as a tuple."""
 
     def __init__(self, graph: Graph, folder: Path, device: str = "cpu") -> None:
@@ -105,7 +105,7 @@ class OnnxTextEncoder(StandIn):
         return ModelOutput(**ordered, **({"hidden_states": tuple(hidden)} if hidden else {}))
 
 
-class OnnxDenoiser(StandIn):
+class OnnxDenoiser(OnnxModule):
     """A UNet or transformer of any diffusers class: it is called as that class's `forward`, whose parameters' names are those
     of the graph's inputs. A parameter that is a dictionary hands its values over by their keys."""
 
@@ -148,7 +148,7 @@ class OnnxDenoiser(StandIn):
         yield
 
 
-class OnnxVae(StandIn):
+class OnnxVae(OnnxModule):
     """An autoencoder made of two graphs: pixels [B, 3, H, W] in [-1, 1] to latents or a distribution of them, and back.
 
     No call takes more than `memory` bytes, None for no bound: see vae_memory.py.
@@ -180,7 +180,7 @@ def close_graphs(pipe: Any) -> None:
     """Closes the stand-ins of a diffusers pipeline, inner pipelines included. Not in the middle of a call."""
     for part in parts(pipe):
         for component in getattr(part, "components", {}).values():
-            if isinstance(component, StandIn):
+            if isinstance(component, OnnxModule):
                 component.close()
 
 

@@ -11,7 +11,7 @@ import torch
 from img2img_server.runtime.onnx.runners import Runner
 
 
-class Split:
+class SplitGraphRunner:
     """A graph as two, of which `body` takes what `head` gives, by name. Implements Runner, with the whole graph's inputs."""
 
     def __init__(self, head: Runner, body: Runner) -> None:

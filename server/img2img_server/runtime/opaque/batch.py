@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from PIL import Image
 
 from img2img_server.engine.request import Request
-from img2img_server.runtime.opaque.stepper import Run
+from img2img_server.runtime.opaque.stepper import Stepper
 
 
-class Call:
+class SharedCall:
     """All pictures of `requests`, `at_once` of them in each `__call__` of diffusers, run piece by piece.
 
     `draw` makes the pictures, in the order of the requests and their seeds, and calls `told` after each step. `step_count` is an
@@ -17,7 +17,7 @@ class Call:
     """
 
     def __init__(
-        self, requests: Sequence[Request], at_once: int, steps: int, draw: Callable[["Call"], list[Image.Image]]
+        self, requests: Sequence[Request], at_once: int, steps: int, draw: Callable[["SharedCall"], list[Image.Image]]
     ) -> None:
         self.requests = tuple(requests)
         self.pictures = [(request, seed) for request in requests for seed in request.seeds]
@@ -27,7 +27,7 @@ class Call:
         self.step = 0
         self.pieces = 0
         self.failed = False
-        self._run = Run(lambda run: draw(self))
+        self._run = Stepper(lambda run: draw(self))
         self._left = len(self.requests)
 
     @property
@@ -67,17 +67,17 @@ class Call:
 
 
 @dataclass(slots=True, eq=False)
-class WholeState:
+class OpaqueState:
     """A request whose pictures are request `number` of a call, and how much of the call it has taken notice of."""
 
     request: Request
-    call: Call
+    call: SharedCall
     number: int
     step_count: int
     step: int = 0
     pieces: int = 0
 
-    def join(self, call: Call, number: int) -> None:
+    def join(self, call: SharedCall, number: int) -> None:
         """Goes over to a call that has not begun, since its own failed. Its step waits until that call is as far."""
         self.call, self.number, self.pieces = call, number, 0
 

@@ -22,7 +22,7 @@ from img2img_server.runtime.common.sizes import SWAPPED, native_sizes, parts, si
 from img2img_server.runtime.common.torch_calls import torch_call
 from img2img_server.runtime.common.truncation import Truncation
 from img2img_server.runtime.onnx.modules import close_graphs
-from img2img_server.runtime.opaque.batch import Call, WholeState
+from img2img_server.runtime.opaque.batch import OpaqueState, SharedCall
 from img2img_server.runtime.opaque.batching_rules import rule_of, slot
 
 _log = logging.getLogger(__name__)
@@ -31,7 +31,7 @@ _MOST_ROWS = 16
 """Rows of the denoiser in one call of diffusers. Memory is needed for all of them until the last is decoded."""
 
 
-class WholePipeline:
+class OpaquePipeline:
     """Any AutoPipelineForImage2Image. Implements the engine's Pipeline.
 
     The pictures of a request, and of others with equal settings, are drawn together where the class is known to draw each as it
@@ -68,18 +68,18 @@ class WholePipeline:
         shape = (height, width) if settings is None else (height, width, slot(settings))
         return Plan(shape, width * height, rows, self._steps(request) * chunks, self._truncation.warnings(self._texts(request)))
 
-    def prepare(self, requests: Sequence[Request]) -> Sequence[WholeState]:
+    def prepare(self, requests: Sequence[Request]) -> Sequence[OpaqueState]:
         """Readies the calls, a shared one for those with equal settings; nothing is computed yet."""
-        states: dict[int, WholeState] = {}
+        states: dict[int, OpaqueState] = {}
         for numbers in self._shares(requests):
             call = self._call([requests[number] for number in numbers])
             for place, number in enumerate(numbers):
-                states[number] = WholeState(requests[number], call, place, call.step_count)
+                states[number] = OpaqueState(requests[number], call, place, call.step_count)
         return [states[number] for number in range(len(requests))]
 
-    def denoise(self, states: Sequence[WholeState]) -> Sequence[None]:
+    def denoise(self, states: Sequence[OpaqueState]) -> Sequence[None]:
         """Runs one step of each call. One that is ahead of all its `states` waits: what they lack was computed already."""
-        members: dict[Call, list[WholeState]] = {}
+        members: dict[SharedCall, list[OpaqueState]] = {}
         for state in states:
             members.setdefault(state.call, []).append(state)
         for call, some in members.items():
@@ -89,7 +89,7 @@ class WholePipeline:
                 self._resume(call, some, alone=len(states) == 1)
         return [None] * len(states)
 
-    def advance(self, states: Sequence[WholeState], noises: Sequence[None]) -> None:
+    def advance(self, states: Sequence[OpaqueState], noises: Sequence[None]) -> None:
         """Takes over how far the calls came."""
         for state in states:
             state.catch_up()
@@ -97,15 +97,15 @@ class WholePipeline:
     def mark(self) -> None:
         """Nothing is left to wait for after a step."""
 
-    def preview(self, states: Sequence[WholeState]) -> Sequence[None]:
+    def preview(self, states: Sequence[OpaqueState]) -> Sequence[None]:
         """There are none: what the pipeline has between two steps is its own affair."""
         return [None] * len(states)
 
-    def finish(self, states: Sequence[WholeState]) -> Sequence[Sequence[Image.Image]]:
+    def finish(self, states: Sequence[OpaqueState]) -> Sequence[Sequence[Image.Image]]:
         """The pictures that the calls returned."""
         return [state.call.images(state.number) for state in states]
 
-    def release(self, state: WholeState) -> None:
+    def release(self, state: OpaqueState) -> None:
         """The request has left its call. One that was cut short and has nobody left is unwound."""
         state.call.leave()
 
@@ -113,7 +113,7 @@ class WholePipeline:
         """Gives up its sessions, if it has any, whoever still holds this pipeline."""
         close_graphs(self._pipe)
 
-    def _resume(self, call: Call, states: Sequence[WholeState], alone: bool) -> None:
+    def _resume(self, call: SharedCall, states: Sequence[OpaqueState], alone: bool) -> None:
         """Runs a call's next piece. Where that fails the engine asks again for fewer; for one that is `alone` it would not."""
         while (error := call.resume()) is not None:
             if isinstance(error, OutOfMemory):
@@ -123,7 +123,7 @@ class WholePipeline:
             _log.warning("a call of %d pictures failed, and is tried with fewer: %s", len(call.pictures), error)
             call = self._anew(call, states)
 
-    def _anew(self, failed: Call, states: Sequence[WholeState]) -> Call:
+    def _anew(self, failed: SharedCall, states: Sequence[OpaqueState]) -> SharedCall:
         """A fresh call in the place of one that failed, of those only that are asked for; of a single one picture by picture."""
         smallest = len(states) == len(failed.requests) == 1
         call = self._call([state.request for state in states], at_once=1 if smallest else None)
@@ -145,8 +145,8 @@ class WholePipeline:
             latest[settings] = share, taken + rows
         return shares
 
-    def _call(self, requests: Sequence[Request], at_once: int | None = None) -> Call:
-        return Call(requests, at_once or self._at_once(requests[0]), self._steps(requests[0]), self._draw)
+    def _call(self, requests: Sequence[Request], at_once: int | None = None) -> SharedCall:
+        return SharedCall(requests, at_once or self._at_once(requests[0]), self._steps(requests[0]), self._draw)
 
     def _settings(self, request: Request) -> Hashable | None:
         """What others must have in common with it to share its call; None where none can."""
@@ -165,7 +165,7 @@ class WholePipeline:
         return max(1, int(request.num_inference_steps * strength))
 
     @torch_call
-    def _draw(self, call: Call) -> list[Image.Image]:
+    def _draw(self, call: SharedCall) -> list[Image.Image]:
         images: list[Image.Image] = []
         estimate = call.step_count // len(call.chunks)
         for number, chunk in enumerate(call.chunks):

@@ -44,14 +44,14 @@ _BUSY, _IDLE = "img2img-pipeline", "img2img-pipeline-idle"
 _idle: list[_Thread] = []
 
 
-class Run:
+class Stepper:
     """A call that is run in pieces: `resume` lets it go on until it calls `pause` or returns.
 
     The thread that resumes waits meanwhile, so that one thread at a time owns the device. Once it is `done`, `images` are what
     the call returned, or `error` what it raised.
     """
 
-    def __init__(self, call: Callable[["Run"], list[Image.Image]]) -> None:
+    def __init__(self, call: Callable[["Stepper"], list[Image.Image]]) -> None:
         self._call = call
         self._go, self._back = threading.Semaphore(0), threading.Semaphore(0)
         self._abandoned = False
@@ -112,5 +112,5 @@ class Run:
         self.done, self._call = True, _nothing
 
 
-def _nothing(run: Run) -> list[Image.Image]:
+def _nothing(run: Stepper) -> list[Image.Image]:
     raise AssertionError("a finished run cannot be resumed")

@@ -21,7 +21,7 @@ from img2img_server.runtime.onnx.graph_sizes import Shapes, Sizes, shapes_of, tr
 from img2img_server.runtime.onnx.providers import openvino_device
 from img2img_server.runtime.onnx.runners import HostRunner, Make, Runner
 from img2img_server.runtime.onnx.sessions import Open, SessionOptions
-from img2img_server.runtime.onnx.split_graph import Split
+from img2img_server.runtime.onnx.split_graph import SplitGraphRunner
 
 _log = logging.getLogger(__name__)
 
@@ -85,7 +85,7 @@ class Sessions:
         head, body = graph.with_name(HEAD_NAME), graph.with_name(BODY_NAME)
         if self._arithmetic != "bf16" or not {f"{name}/{HEAD_NAME}", f"{name}/{BODY_NAME}"} <= set(self._manifest.files):
             return self._ready(name, graph)
-        return Split(HostRunner(self._open(head, SessionOptions("cpu", self._threads))), self._ready(name, body))
+        return SplitGraphRunner(HostRunner(self._open(head, SessionOptions("cpu", self._threads))), self._ready(name, body))
 
     def _ready(self, name: str, graph: Path) -> Runner:
         any_shape = self._session(graph, {})

@@ -18,14 +18,14 @@ from img2img_server.engine.request import Request
 from img2img_server.errors import InvalidField
 from img2img_server.runtime.common.shallow_copy import view_of
 from img2img_server.runtime.schedulers import registry
-from img2img_server.runtime.schedulers.linear import Schedule, compile_schedule
+from img2img_server.runtime.schedulers.linear import LinearSolver, compile_schedule
 
 _BYTES = 16 * 2**20
 """What the timetables of one pipeline may take, in bytes."""
 
 
 @dataclass(frozen=True, slots=True)
-class Timetable:
+class CachedScheduler:
     """Shared by all requests with the same scheduler and steps, and never changed.
 
     `scheduler` was set and begun, and is not stepped; `times` are the `timesteps` as numbers. `schedule` is None where its steps
@@ -35,10 +35,10 @@ class Timetable:
     scheduler: Any
     timesteps: torch.Tensor
     times: tuple[float, ...]
-    schedule: Schedule | None
+    schedule: LinearSolver | None
 
 
-class Timetables:
+class SchedulerCache:
     """Makes and keeps the timetables of one diffusers pipeline. Thread-safe: making one may take tens of milliseconds, which
     the engine's thread is spared where another asks first."""
 
@@ -49,18 +49,18 @@ class Timetables:
         self._lock = threading.Lock()
         self.names = registry.supported(pipe.scheduler)
 
-    def get(self, request: Request) -> Timetable:
+    def get(self, request: Request) -> CachedScheduler:
         """The request's timetable. Raises InvalidField where there can be none."""
         self._check(request)
         key = self._key(request)
         with self._lock:
-            known: Timetable | None = self._cache.get(key)
+            known: CachedScheduler | None = self._cache.get(key)
             if known is None:
                 known = self._make(request)
                 self._cache.put(key, known, size_of(known))
         return known
 
-    def _make(self, request: Request) -> Timetable:
+    def _make(self, request: Request) -> CachedScheduler:
         # On the host, whatever the pipeline runs on: steps are counted and scaled there, and another thread than the engine's may
         # come here, which must not use the device while a CUDA graph is recorded.
         device = torch.device("cpu")
@@ -72,7 +72,7 @@ class Timetables:
         schedule = compile_schedule(view.scheduler, timesteps)
         if schedule is None:
             logging.getLogger(__name__).info("%s is not linear: stepped one by one", type(view.scheduler).__name__)
-        return Timetable(view.scheduler, timesteps, tuple(timesteps.tolist()), schedule)
+        return CachedScheduler(view.scheduler, timesteps, tuple(timesteps.tolist()), schedule)
 
     def _check(self, request: Request) -> None:
         """Raises InvalidField for a request that has no steps, or a scheduler that is not there."""

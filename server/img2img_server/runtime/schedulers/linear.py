@@ -39,7 +39,7 @@ _NEGLIGIBLE = 1e-9
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Step:
+class SolverStep:
     """One step. Its terms are the latents, the model's output and `remembered` tensors; its rows are the new latents and
     then the combinations that are to be remembered."""
 
@@ -55,14 +55,14 @@ class Step:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Schedule:
+class LinearSolver:
     """A scheduler's steps from one timestep to the end. Immutable; shared by all requests that have the same."""
 
     timesteps: torch.Tensor
     """[S], as diffusers gave them."""
     input_scales: tuple[float, ...]
     """[S]: what the latents are multiplied by before they enter the model."""
-    steps: tuple[Step, ...]
+    steps: tuple[SolverStep, ...]
 
     @property
     def history(self) -> int:
@@ -74,7 +74,7 @@ class Schedule:
 class Trajectory:
     """A request's way along a schedule: its generators (on the CPU, one for each row), its next step, and its memory."""
 
-    schedule: Schedule
+    schedule: LinearSolver
     generators: list[torch.Generator]
     step: int = 0
     memory: tuple[torch.Tensor, ...] = ()
@@ -146,7 +146,7 @@ def _combine(
     return products.sum(0).unbind()
 
 
-def _draw(steps: Sequence[Step], trajectories: Sequence[Trajectory], latents: Sequence[torch.Tensor]) -> torch.Tensor:
+def _draw(steps: Sequence[SolverStep], trajectories: Sequence[Trajectory], latents: Sequence[torch.Tensor]) -> torch.Tensor:
     """The noise [B, C, h, w], on the latents' device.
 
     Each row is drawn from its own generator, as diffusers' randn_tensor draws it, but always in float32: in a smaller
@@ -173,7 +173,7 @@ class _Reading:
     noise: float
 
 
-def compile_schedule(scheduler: Any, timesteps: torch.Tensor) -> Schedule | None:
+def compile_schedule(scheduler: Any, timesteps: torch.Tensor) -> LinearSolver | None:
     """The coefficients of `timesteps` [S], the tail that is to be run of what set_timesteps made, eta being 0.
 
     `scheduler` is a diffusers scheduler on which set_timesteps and, where it has that, set_begin_index were called. It is
@@ -187,7 +187,7 @@ def compile_schedule(scheduler: Any, timesteps: torch.Tensor) -> Schedule | None
         if reading is None:
             return None
         readings.append(reading)
-    return Schedule(timesteps, tuple(reading.input_scale for reading in readings), _prune(readings))
+    return LinearSolver(timesteps, tuple(reading.input_scale for reading in readings), _prune(readings))
 
 
 class _Probe:
@@ -279,9 +279,9 @@ def _read(given: torch.Tensor, taken: torch.Tensor, noise: torch.Tensor, input_s
     return _Reading(coefficients, input_scale, draws, factor)
 
 
-def _prune(readings: Sequence[_Reading]) -> tuple[Step, ...]:
+def _prune(readings: Sequence[_Reading]) -> tuple[SolverStep, ...]:
     """Backwards, so that a step remembers only what a later one uses, and computes only what is not at hand already."""
-    steps: list[Step] = []
+    steps: list[SolverStep] = []
     wanted: list[int] = []
     for reading in reversed(readings):
         rows = reading.coefficients[[0, *(1 + slot for slot in wanted)]]
@@ -297,6 +297,6 @@ def _prune(readings: Sequence[_Reading]) -> tuple[Step, ...]:
                 computed.append(row)
         coefficients = torch.zeros(TERMS, 1 + SLOTS)
         coefficients[: rows.shape[1], : len(computed)] = torch.stack(computed, dim=1)
-        steps.append(Step(coefficients, len(used), len(computed), tuple(memory), reading.draws, reading.noise))
+        steps.append(SolverStep(coefficients, len(used), len(computed), tuple(memory), reading.draws, reading.noise))
         wanted = used
     return tuple(reversed(steps))

@@ -59,7 +59,7 @@ class Workshop:
     builder: Sequence[str] = _BUILDER
 
 
-class TensorRTContender:
+class TensorRTCandidate:
     """Builds, loads and judges TensorRT's engines of one model. See takeover.Contender."""
 
     def __init__(self, model: str, bundle: Path, manifest: Manifest, native: tuple[int, int], workshop: Workshop) -> None:
@@ -68,7 +68,7 @@ class TensorRTContender:
         self._bundle, self._manifest, self._workshop = bundle, manifest, workshop
         self._profile = tensorrt.Profile.of(workshop.execution.buckets, Bucket(*native, 2))
         self._built: dict[str, tuple[Path, tensorrt.Ranges]] = {}
-        self._cases: tuple[accuracy_check.Case, ...] = ()
+        self._cases: tuple[accuracy_check.ReferenceCase, ...] = ()
 
     def build(self, tell: Callable[[str, float], None], stop: Stop) -> None:
         """Builds each part, or finds it built. TensorRT tells no progress: the share done is that of the parts, by weights."""
@@ -180,7 +180,7 @@ class LoadedModel(Protocol):
         ...
 
 
-class Shelf:
+class RunnerCache:
     """Knows the runners that serve, so that a second pipeline of the same bundle has them, too: their weights are there once.
 
     It keeps none alive: with the pipeline of a model that is unloaded its runners are gone.
@@ -207,7 +207,7 @@ class Shelf:
         return runner
 
 
-def contenders(models: Iterable[LoadedModel], execution: Execution, cache: Cache, shelf: Shelf) -> list[TensorRTContender]:
+def candidates(models: Iterable[LoadedModel], execution: Execution, cache: Cache, shelf: RunnerCache) -> list[TensorRTCandidate]:
     """TensorRT's, for the models that it could run faster. None where it cannot be used here, or nothing is to be prepared."""
     if execution.provider not in ("auto", "tensorrt") or execution.buckets == ():
         return []
@@ -223,7 +223,7 @@ def contenders(models: Iterable[LoadedModel], execution: Execution, cache: Cache
         assert model.bundle is not None, "what was loaded has a folder"
         assert model.manifest is not None, "what was loaded has a manifest"
         assert model.pipeline is not None, "what is served has a pipeline"
-        found.append(TensorRTContender(model.id, model.bundle, model.manifest, model.pipeline.native_size, workshop))
+        found.append(TensorRTCandidate(model.id, model.bundle, model.manifest, model.pipeline.native_size, workshop))
     return found
 
 

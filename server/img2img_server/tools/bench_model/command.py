@@ -15,7 +15,7 @@ from img2img_server.settings.sources import declare, given
 if TYPE_CHECKING:
     from img2img_server.bundle.manifest import Manifest
     from img2img_server.engine.request import Pipeline
-    from img2img_server.tools.bench_model.measuring import Case
+    from img2img_server.tools.bench_model.measuring import TimedCase
 
 _LEAST_ROUNDS = 3
 _EXECUTION = tuple(one for one in settings_of(Execution) if one.name in ("threads", "arithmetic", "buckets", "cuda_graphs"))
@@ -111,7 +111,7 @@ def _open(arguments: argparse.Namespace, manifest: "Manifest") -> "dict[str, Pip
     return pipelines
 
 
-def _cases(arguments: argparse.Namespace, manifest: "Manifest", pipelines: "dict[str, Pipeline]") -> "list[Case]":
+def _cases(arguments: argparse.Namespace, manifest: "Manifest", pipelines: "dict[str, Pipeline]") -> "list[TimedCase]":
     """Everything to be measured, each run once. What a provider cannot do is left out, with the reason."""
     from img2img_server.errors import BundleError
     from img2img_server.tools.bench_model import variants
@@ -122,7 +122,7 @@ def _cases(arguments: argparse.Namespace, manifest: "Manifest", pipelines: "dict
         if any(side % first.size_multiple for side in size):
             raise ValueError(f"{size[0]} x {size[1]}: this model's sizes are multiples of {first.size_multiple}")
     threads = arguments.threads or len(os.sched_getaffinity(0))
-    asked = variants.Asked(arguments.bundle, manifest, sizes, arguments.rows, threads, arguments.arithmetic == "fp32")
+    asked = variants.Selection(arguments.bundle, manifest, sizes, arguments.rows, threads, arguments.arithmetic == "fp32")
     cases = [case for provider, pipeline in pipelines.items() for case in variants.cases_of(provider, pipeline, asked, _tell)]
     if not cases:
         raise BundleError("nothing could be measured")
@@ -132,7 +132,7 @@ def _cases(arguments: argparse.Namespace, manifest: "Manifest", pipelines: "dict
     return cases + variants.peaks_of(cases, threads)
 
 
-def _measure(cases: "list[Case]", seconds: float, providers: Sequence[str]) -> bool:
+def _measure(cases: "list[TimedCase]", seconds: float, providers: Sequence[str]) -> bool:
     """Rounds over all cases for so many seconds. Returns whether a person cut it short."""
     from img2img_server.tools.bench_model.measuring import synchronizer, take_turns
 

@@ -56,7 +56,7 @@ class Work(Protocol):
 
 
 @dataclass(slots=True, eq=False)
-class Case:
+class TimedCase:
     """One cell of the table. `seconds` are those of each round; `operations` of one run, None where they can't be counted.
 
     `size` is of pictures in pixels, width and height. `arithmetic` is what the peak is measured in that it is compared with.
@@ -73,7 +73,7 @@ class Case:
 
 
 @dataclass(slots=True, eq=False)
-class Call:
+class CapturedCall:
     """One graph, called with what its pipeline gave it."""
 
     runner: Runner
@@ -91,7 +91,7 @@ class Call:
         """Nothing is held but tensors."""
 
 
-class Step:
+class StepWork:
     """The pipeline's denoise and advance of `requests`, which share every call; they begin anew when they are done."""
 
     def __init__(self, pipeline: Pipeline, requests: Sequence[Request]) -> None:
@@ -163,7 +163,7 @@ def requests_of(pipeline: Pipeline, size: tuple[int, int], rows: int, guidance: 
     return requests
 
 
-def capture(pipeline: Pipeline, requests: Sequence[Request]) -> dict[str, Call]:
+def capture(pipeline: Pipeline, requests: Sequence[Request]) -> dict[str, CapturedCall]:
     """Draws `requests`, which calls every graph. The first call of each, by the component's name."""
     recorders = {name: _Recorder(graph) for name, graph in graphs_of(pipeline).items()}
     states: Sequence[Any] = ()
@@ -178,7 +178,7 @@ def capture(pipeline: Pipeline, requests: Sequence[Request]) -> dict[str, Call]:
             pipeline.release(each)
         for recorder in recorders.values():
             recorder.stop()
-    return {name: Call(recorder.runner, recorder.feed) for name, recorder in recorders.items() if recorder.feed}
+    return {name: CapturedCall(recorder.runner, recorder.feed) for name, recorder in recorders.items() if recorder.feed}
 
 
 def graphs_of(pipeline: Pipeline) -> dict[str, Graph]:
@@ -195,7 +195,7 @@ def graphs_of(pipeline: Pipeline) -> dict[str, Graph]:
     return found
 
 
-def take_turns(cases: Sequence[Case], synchronize: Callable[[], None], clock: Callable[[], float]) -> Iterator[None]:
+def take_turns(cases: Sequence[TimedCase], synchronize: Callable[[], None], clock: Callable[[], float]) -> Iterator[None]:
     """Times every case once, each time it is asked to go on: forwards, then backwards, so that nobody always follows the same."""
     backwards = False
     while True:

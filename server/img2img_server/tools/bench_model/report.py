@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from img2img_server.tools.bench_model.measuring import Case
+    from img2img_server.tools.bench_model.measuring import TimedCase
 
 _PLOTS = (".png", ".svg")
 
@@ -64,7 +64,7 @@ def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
     return found[0], found[1], found[2]
 
 
-def summarize(cases: "Sequence[Case]", bundle: str) -> Report:
+def summarize(cases: "Sequence[TimedCase]", bundle: str) -> Report:
     """Medians, quartiles and shares of the cases that were measured at all."""
     from img2img_server.runtime.common.machine import machine
     from img2img_server.tools.bench_model.measuring import PEAK
@@ -180,11 +180,11 @@ def _sections(lines: Sequence[Line]) -> Iterator[list[Line]]:
         yield sorted(own, key=lambda line: (line.width * line.height, line.rows))
 
 
-def _key(case: "Case") -> tuple[str, tuple[int, int], int]:
+def _key(case: "TimedCase") -> tuple[str, tuple[int, int], int]:
     return case.component, case.size, case.rows
 
 
-def _rate(case: "Case") -> float | None:
+def _rate(case: "TimedCase") -> float | None:
     return None if case.operations is None else case.operations / statistics.median(case.seconds)
 
 

@@ -12,10 +12,10 @@ from img2img_server.tools.bench_model.measuring import (
     FAILURES,
     PEAK,
     STEP,
-    Call,
-    Case,
+    CapturedCall,
     Product,
-    Step,
+    StepWork,
+    TimedCase,
     arithmetic_of,
     capture,
     requests_of,
@@ -33,7 +33,7 @@ Tell = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class Selection:
     """What to measure of the bundle in `folder`. `sizes` are widths and heights in pixels; `exact` is arithmetic in fp32."""
 
     folder: Path
@@ -44,9 +44,9 @@ class Asked:
     exact: bool = False
 
 
-def cases_of(provider: str, pipeline: Pipeline, asked: Asked, tell: Tell) -> list[Case]:
+def cases_of(provider: str, pipeline: Pipeline, asked: Selection, tell: Tell) -> list[TimedCase]:
     """All of one provider, each run once. What fails is told, and left out."""
-    cases: list[Case] = []
+    cases: list[TimedCase] = []
     for size in asked.sizes:
         for rows in asked.rows:
             where = f"{provider}, {size[0]} x {size[1]}, {rows} rows"
@@ -65,11 +65,11 @@ def cases_of(provider: str, pipeline: Pipeline, asked: Asked, tell: Tell) -> lis
     return cases
 
 
-def count(cases: Sequence[Case], asked: Asked, tell: Tell) -> None:
+def count(cases: Sequence[TimedCase], asked: Selection, tell: Tell) -> None:
     """Fills in the operations of parts that are graphs, and of steps that call one. What can't be counted is told."""
     known: dict[str, Operations] = {}
     for case in cases:
-        if not isinstance(case.work, Call):
+        if not isinstance(case.work, CapturedCall):
             continue
         if case.component not in known:
             graph = asked.folder / case.component / "model.onnx"
@@ -83,17 +83,17 @@ def count(cases: Sequence[Case], asked: Asked, tell: Tell) -> None:
         case.operations = known[case.component].at(_area(case.work)) * case.rows
     calls = {_place(case): case.operations for case in cases if case.component in _DENOISERS}
     for case in cases:
-        if isinstance(case.work, Step) and case.work.shared:
+        if isinstance(case.work, StepWork) and case.work.shared:
             case.operations = calls.get(_place(case))
 
 
-def peaks_of(cases: Sequence[Case], threads: int) -> list[Case]:
+def peaks_of(cases: Sequence[TimedCase], threads: int) -> list[TimedCase]:
     """The matrix products that `cases` are to be compared with."""
     wanted = dict.fromkeys((device_of(case.provider), case.arithmetic) for case in cases if case.operations is not None)
     peaks = []
     for device, arithmetic in wanted:
         product = Product(device, arithmetic, threads)
-        peaks.append(Case(PEAK, device, product.size, 1, product, arithmetic, product.operations))
+        peaks.append(TimedCase(PEAK, device, product.size, 1, product, arithmetic, product.operations))
     return peaks
 
 
@@ -102,11 +102,11 @@ def device_of(provider: str) -> str:
     return "cuda" if provider in _ON_GPU and torch.cuda.is_available() else "cpu"
 
 
-def _parts(provider: str, pipeline: Pipeline, asked: Asked, size: tuple[int, int], rows: int) -> list[Case]:
+def _parts(provider: str, pipeline: Pipeline, asked: Selection, size: tuple[int, int], rows: int) -> list[TimedCase]:
     """The graphs, each called with as many rows as there are requests."""
     calls = capture(pipeline, requests_of(pipeline, size, rows, guidance=1.0, few_steps=True))
     return [
-        Case(
+        TimedCase(
             name,
             provider,
             _ANY_SIZE if name.startswith("text_encoder") else size,
@@ -118,15 +118,15 @@ def _parts(provider: str, pipeline: Pipeline, asked: Asked, size: tuple[int, int
     ]
 
 
-def _step(provider: str, pipeline: Pipeline, asked: Asked, size: tuple[int, int], rows: int) -> Case:
+def _step(provider: str, pipeline: Pipeline, asked: Selection, size: tuple[int, int], rows: int) -> TimedCase:
     """A step of guided requests, as most requests are."""
-    step = Step(pipeline, requests_of(pipeline, size, rows, _GUIDANCE))
+    step = StepWork(pipeline, requests_of(pipeline, size, rows, _GUIDANCE))
     step.ready()
     denoiser = next((component.name for component in asked.manifest.components if component.name in _DENOISERS), "")
-    return Case(STEP, provider, size, rows, step, _arithmetic(provider, denoiser, asked))
+    return TimedCase(STEP, provider, size, rows, step, _arithmetic(provider, denoiser, asked))
 
 
-def _arithmetic(provider: str, component: str, asked: Asked) -> str:
+def _arithmetic(provider: str, component: str, asked: Selection) -> str:
     precision = next((item.precision for item in asked.manifest.components if item.name == component), "fp32")
     return arithmetic_of(provider, precision, asked.exact)
 
@@ -137,10 +137,10 @@ def _place_in(component: str) -> int:
     return next((index for index, name in enumerate(order) if component.startswith(name)), len(order))
 
 
-def _area(call: Call) -> int:
+def _area(call: CapturedCall) -> int:
     """Of the one input that has height and width, in its own units."""
     return next((tensor.shape[2] * tensor.shape[3] for tensor in call.feed.values() if tensor.ndim == 4), 0)
 
 
-def _place(case: Case) -> tuple[str, tuple[int, int], int]:
+def _place(case: TimedCase) -> tuple[str, tuple[int, int], int]:
     return case.provider, case.size, case.rows
