@@ -1,6 +1,6 @@
 """True captions for generated landscapes, in many forms: the whole language the demo model understands.
 
-A caption names what a picture shows; what it leaves out has a fixed meaning (no time: noon; no season: summer), so
+A caption names what an image shows; what it leaves out has a fixed meaning (no time: noon; no season: summer), so
 that "at night" or "in winter" alone says one thing. Things (mountains, lake, trees) may be left out freely.
 """
 
@@ -53,7 +53,7 @@ EXTRA_WORDS = (
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """What a caption may say about a picture."""
+    """What a caption may say about an image."""
 
     kind: str
     lake: bool

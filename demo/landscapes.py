@@ -1,9 +1,9 @@
-"""Generated landscapes: layout seed x time of day x season -> a picture.
+"""Generated landscapes: layout seed x time of day x season -> an image.
 
-A picture is made in three steps, so that the same layout has the same geometry under every caption:
+An image is made in three steps, so that the same layout has the same geometry under every caption:
 `draw_layout` takes every random number there is (seed -> Layout), `build_geometry` turns them into masks at one size
 (Layout -> Geometry) and `paint` only colours the masks (Geometry, time, season -> pixels). Tests and the training of
-the UNet rely on it: they compare, or pair, pictures of one layout.
+the UNet rely on it: they compare, or pair, images of one layout.
 """
 
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ KINDS = ("mountains", "hills", "dunes")
 TRAINING_LAYOUTS = range(0, 1_000_000)
 """Seeds that training may draw from; every other seed is unseen."""
 UNSEEN_LAYOUTS = range(1_000_000, 2_000_000)
-"""Seeds for tests and sample pictures: disjoint from training by construction."""
+"""Seeds for tests and sample images: disjoint from training by construction."""
 
 _OCTAVES = 6
 _RIDGE_HEIGHT = {"mountains": 0.26, "hills": 0.10, "dunes": 0.09}
@@ -28,7 +28,7 @@ _ROUGHNESS = {"mountains": 1.0, "hills": 1.9, "dunes": 2.1}
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Everything random about a scene, in fractions of the picture's width (u) and height (v)."""
+    """Everything random about a scene, in fractions of the image's width (u) and height (v)."""
 
     kind: str
     lake: bool
@@ -104,7 +104,7 @@ def draw_layout(seed: int) -> Layout:
 
 
 def _ridge_profile(layout: Layout, index: int, u: Floats) -> Floats:
-    """Height of a range over its foot along u, in fractions of the picture's height."""
+    """Height of a range over its foot along u, in fractions of the image's height."""
     roughness = _ROUGHNESS[layout.kind]
     total = np.zeros_like(u)
     for octave in range(_OCTAVES):
@@ -181,7 +181,7 @@ def _build_mirror(layout: Layout, size: tuple[int, int]) -> tuple[NDArray[np.int
 
 
 def build_geometry(layout: Layout, width: int = 128, height: int = 128) -> Geometry:
-    """Turn a layout into masks for pictures of one size."""
+    """Turn a layout into masks for images of one size."""
     size = (width, height)
     rows, columns = np.mgrid[0:height, 0:width].astype(np.float32)
     texture = _resize(layout.texture, width, height)
@@ -263,6 +263,6 @@ def paint(geometry: Geometry, time: str = "noon", season: str = "summer") -> Flo
 
 
 def render(seed: int, time: str = "noon", season: str = "summer", width: int = 128, height: int = 128) -> Image.Image:
-    """Render one layout under one caption as an RGB picture."""
+    """Render one layout under one caption as an RGB image."""
     pixels = paint(build_geometry(draw_layout(seed), width, height), time, season)
     return Image.fromarray(np.round(pixels * 255).astype(np.uint8))

@@ -1,7 +1,7 @@
 """What the UNet is trained on: latents grouped by layout, tokenized captions, and batches drawn from them.
 
-Half of the samples are *pairs*. In image-to-image, denoising starts at step s from a noised source picture. Seen from
-the wanted picture, the noise then holds a residue of the source that stays the same down to the last step:
+Half of the samples are *pairs*. In image-to-image, denoising starts at step s from a noised source image. Seen from
+the wanted image, the noise then holds a residue of the source that stays the same down to the last step:
 
     x_t = sqrt(a_t) target + sqrt(1 - a_t) (noise + k (source - target)),   k = sqrt(a_s / (1 - a_s)),  s >= t
 
@@ -35,7 +35,7 @@ class CaptionTable:
 
 @dataclass(frozen=True, slots=True)
 class LatentData:
-    """Scaled latents, layouts x pictures x 4 x h x w, and for each picture its row in the caption table."""
+    """Scaled latents, layouts x images x 4 x h x w, and for each image its row in the caption table."""
 
     latents: Tensor
     scenes: Tensor
@@ -97,7 +97,7 @@ def make_caption_table(tokenizer: CLIPTokenizer, captions: list[str]) -> Caption
 
 
 def make_latents(pictures: Pictures, vae: AutoencoderKL, captions: CaptionTable) -> LatentData:
-    """Encode all pictures once: the UNet's training never needs the autoencoder again."""
+    """Encode all images once: the UNet's training never needs the autoencoder again."""
     latents = encode(vae, pictures.pixels) * vae.config.scaling_factor
     scenes = torch.tensor([captions.scenes[scene] for scene in pictures.scenes])
     grouped = latents.unflatten(0, (-1, pictures.per_layout))
@@ -106,7 +106,7 @@ def make_latents(pictures: Pictures, vae: AutoencoderKL, captions: CaptionTable)
 
 @dataclass(frozen=True, slots=True)
 class Mixture:
-    """Shares of a batch: empty captions, pairs, and among pairs those whose source is not the noon picture.
+    """Shares of a batch: empty captions, pairs, and among pairs those whose source is not the noon image.
 
     Pairs are as if denoising had begun at a step in `earliest_start` to `latest_start`, or at the sample's own if later.
     """

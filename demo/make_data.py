@@ -1,4 +1,4 @@
-"""The training pictures: many layouts, each painted under several captions, one of them as an augmented source."""
+"""The training images: many layouts, each painted under several captions, one of them as an augmented source."""
 
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -27,7 +27,7 @@ class Pictures:
     per_layout: int
 
     def first_layouts(self, count: int) -> "Pictures":
-        """The pictures of the first `count` layouts."""
+        """The images of the first `count` layouts."""
         end = count * self.per_layout
         return Pictures(self.pixels[:end], self.scenes[:end], self.per_layout)
 
@@ -85,7 +85,7 @@ def _chunks(seeds: list[int], length: int) -> Iterator[list[int]]:
 
 
 def make_pictures(layout_count: int, per_layout: int, size: int = 128, workers: int = 2) -> Pictures:
-    """Render `per_layout` pictures of each of the first training layouts, in the same order for any worker count."""
+    """Render `per_layout` images of each of the first training layouts, in the same order for any worker count."""
     seeds = list(TRAINING_LAYOUTS[:layout_count])
     tasks = [(chunk, per_layout, size) for chunk in _chunks(seeds, 50)]
     with ProcessPoolExecutor(workers) as pool:

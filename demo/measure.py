@@ -1,4 +1,4 @@
-"""Measure a demo model: `python demo/measure.py` says how well it keeps unseen pictures and how long each part takes.
+"""Measure a demo model: `python demo/measure.py` says how well it keeps unseen images and how long each part takes.
 
 What it does with captions is measured by tests/demo/test_model.py.
 """
@@ -38,7 +38,7 @@ def milliseconds(function: Callable[[], object], repeats: int) -> float:
 
 @torch.no_grad()
 def time_parts(pipeline: StableDiffusionImg2ImgPipeline, repeats: int) -> dict[str, float]:
-    """What one picture of 128 x 128 costs in each part, in milliseconds; guidance makes pairs of what the UNet sees."""
+    """What one image of 128 x 128 costs in each part, in milliseconds; guidance makes pairs of what the UNet sees."""
     vae, unet, text_encoder = pipeline.vae, pipeline.unet, pipeline.text_encoder
     token_ids = torch.zeros(2, pipeline.tokenizer.model_max_length, dtype=torch.long)
     states, latents, image = text_encoder(token_ids)[0], torch.randn(2, 4, 16, 16), torch.randn(1, 3, 128, 128)

@@ -1,4 +1,4 @@
-"""Write the demo's pictures: three sources from unseen layouts, and a sheet of what the model makes of them.
+"""Write the demo's images: three sources from unseen layouts, and a sheet of what the model makes of them.
 
 `python demo/samples.py --sources` writes only the sources; without it, the sheet too.
 """
@@ -40,7 +40,7 @@ def make_sheet(model: Path, sources: list[Image.Image], strength: float = 0.8) -
 
 
 def main() -> None:
-    """Parse the command line and write the pictures."""
+    """Parse the command line and write the images."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sources", action="store_true", help="write the source pictures only")
     parser.add_argument("--model", type=Path, default=DEMO / "model", help="pipeline to sample from")

@@ -1,6 +1,6 @@
 """Train the demo model: `python demo/train.py --output DIR` makes everything that demo/model holds.
 
-Pictures and captions come from the generator, so there is nothing to download. The budget is in steps and every
+Images and captions come from the generator, so there is nothing to download. The budget is in steps and every
 random number is seeded, so that a second run gives the same model up to the order of floating-point sums. With
 `--start MODEL` the autoencoder and the UNet go on from that model's weights; without it both begin from nothing.
 

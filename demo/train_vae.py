@@ -1,4 +1,4 @@
-"""Train the demo model's autoencoder: pictures <-> latents of an eighth of the size, four channels."""
+"""Train the demo model's autoencoder: images <-> latents of an eighth of the size, four channels."""
 
 import time
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from torch.nn import functional
 
 @dataclass(frozen=True, slots=True)
 class VaeRecipe:
-    """How the autoencoder is trained; the last tenth of the steps sees whole pictures instead of crops."""
+    """How the autoencoder is trained; the last tenth of the steps sees whole images instead of crops."""
 
     steps: int = 1200
     batch: int = 8
@@ -115,7 +115,7 @@ def encode(vae: AutoencoderKL, pixels: Pixels, batch: int = 32) -> Tensor:
 
 @torch.no_grad()
 def reconstruction_psnr(vae: AutoencoderKL, pixels: Pixels) -> float:
-    """Mean over pictures of the peak signal-to-noise ratio after encoding and decoding, in dB."""
+    """Mean over images of the peak signal-to-noise ratio after encoding and decoding, in dB."""
     target = to_tensor(pixels)
     output = vae.decode(encode(vae, pixels)).sample.clamp(-1, 1)
     error = ((output - target) / 2).square().mean(dim=(1, 2, 3))

@@ -115,7 +115,7 @@ def _stable_diffusion(unet: Any, vae: Any, text: Any) -> Any:
 def _sdxl_unet() -> Any:
     """SDXL's UNet, 2.6 G parameters, between text encoders of its widths but of two layers, and a small VAE.
 
-    Small pictures are compared after an export, so it says that it is of small ones: its weights are those of any size.
+    Small images are compared after an export, so it says that it is of small ones: its weights are those of any size.
     """
     import torch
     from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
@@ -174,7 +174,7 @@ def _default(dtype: Any) -> Any:
 
 
 def _vae(scaling_factor: float, channels: tuple[int, ...]) -> Any:
-    """Its colours are made as strong as a picture's: random weights alone give grey, on which nothing can be compared."""
+    """Its colours are made as strong as an image's: random weights alone give grey, on which nothing can be compared."""
     import torch
     from diffusers import AutoencoderKL
 

@@ -72,7 +72,7 @@ Work = Session | Module
 
 
 def feed_of(component: str, model: Path, size: int) -> dict[str, torch.Tensor]:
-    """Random inputs: two rows of the UNet and the text encoder, one picture of the VAE; `size` is in pixels."""
+    """Random inputs: two rows of the UNet and the text encoder, one image of the VAE; `size` is in pixels."""
     torch.manual_seed(0)
     width = UNet2DConditionModel.load_config(model / "unet")["cross_attention_dim"]
     side = size // 8

@@ -2,7 +2,7 @@
 
 Parts: ONNX Runtime's CPU provider in fp32 and on the int8 bundle, OpenVINO's provider with sessions of any shape and of one,
 PyTorch with channels last. Requests: the server's pipeline against diffusers, optimum and optimum-intel, each in a process of
-its own, with the picture's PSNR against diffusers' in fp32. All take turns, so read the ratios.
+its own, with the image's PSNR against diffusers' in fp32. All take turns, so read the ratios.
 """
 
 import argparse
@@ -111,7 +111,7 @@ def _parts(arguments: argparse.Namespace, model: Path, bundles: Mapping[str, Pat
 
 
 def _requests(arguments: argparse.Namespace, model: Path, bundles: Mapping[str, Path], peers: list[str]) -> list[dict[str, Any]]:
-    """Whole requests; the source picture's size is that of the result."""
+    """Whole requests; the source image's size is that of the result."""
     from img2img_server.runtime.accuracy_check import psnr_db
     from PIL import Image
 

@@ -76,7 +76,7 @@ def _open(part: str, stop: str) -> Any:
 
 
 def _inputs(session: Any, rows: int) -> dict[str, Any]:
-    """Zeros of the shapes that a 128 x 128 picture has."""
+    """Zeros of the shapes that a 128 x 128 image has."""
     import numpy as np
 
     side = 128 if session.get_inputs()[0].shape[1] == 3 else 16

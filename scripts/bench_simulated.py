@@ -27,20 +27,20 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULT = ROOT / ".bench" / "simulated.json"
 
 _GAINS = ((1, 1.0), (3, 2.7), (8, 3.2))
-"""Pictures a second by pictures in a call, relative to one: 512 x 512 on an H200, as published (shared/facts.md)."""
+"""Pictures a second by images in a call, relative to one: 512 x 512 on an H200, as published (shared/facts.md)."""
 _STEP = 0.0051
-"""Seconds of a guided UNet call of one picture: 2.5 times the floor of 2.03 ms, the aim for such a GPU."""
+"""Seconds of a guided UNet call of one image: 2.5 times the floor of 2.03 ms, the aim for such a GPU."""
 _ENCODE, _DECODE = 0.0014, 0.0032
-"""Seconds of encoding and decoding a 512 x 512 picture: the floors."""
+"""Seconds of encoding and decoding a 512 x 512 image: the floors."""
 _MIX_STEPS = (4, 8, 12, 20, 25, 30, 50)
 _PICTURE = Image.new("RGB", (8, 8))
 
 
 def call_seconds(pictures: float) -> float:
-    """A UNet call of some guided pictures, between and beyond the published points in a straight line."""
+    """A UNet call of some guided images, between and beyond the published points in a straight line."""
     points = [(count, _STEP * count / gain) for count, gain in _GAINS]
     if pictures <= 1:
-        return _STEP  # the curve is flat below: half a picture is one without guidance
+        return _STEP  # the curve is flat below: half an image is one without guidance
     for (left, low), (right, high) in itertools.pairwise(points):
         if pictures <= right or right == points[-1][0]:
             return low + (high - low) * (pictures - left) / (right - left)
@@ -65,7 +65,7 @@ class Job:
 
     @property
     def pictures(self) -> float:
-        """Its share of a call, in guided pictures."""
+        """Its share of a call, in guided images."""
         return 1.0 if self.guided else 0.5
 
 

@@ -1,4 +1,4 @@
-"""The Python half of scripts/demo: export, serve, transform one picture, compare. Run by `scripts/demo`, which see."""
+"""The Python half of scripts/demo: export, serve, transform one image, compare. Run by `scripts/demo`, which see."""
 
 import os
 import signal
@@ -101,7 +101,7 @@ def _stop(server: "subprocess.Popen[bytes]") -> None:
 
 
 def transform(target: str) -> TransformResult:
-    """Sends the picture with every setting left to the server but the seed, so that each run makes the same picture."""
+    """Sends the image with every setting left to the server but the seed, so that each run makes the same image."""
     with (
         Client(target, timeout=TRANSFORM_SECONDS) as client,
         client.transform_stream(PICTURE, seed=SEED) as events,
@@ -115,7 +115,7 @@ def transform(target: str) -> TransformResult:
 
 
 def compare(result: TransformResult) -> Image.Image:
-    """A sheet with the picture before and after, side by side, 384 pixels high, each with a label above it."""
+    """A sheet with the image before and after, side by side, 384 pixels high, each with a label above it."""
     size, band, margin = 384, 36, 12
     with Image.open(PICTURE) as before, result.image as after:
         shown = [

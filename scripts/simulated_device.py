@@ -26,7 +26,7 @@ class _State:
 class SimulatedDevice:
     """Implements the engine's Pipeline. A denoising call takes `seconds`, whatever is in it, and `more` for each further row.
 
-    The picture of a seed is the source, each of its bytes moved by something that depends on seed, step count and prompt: two
+    The image of a seed is the source, each of its bytes moved by something that depends on seed, step count and prompt: two
     replicas must give the same one, and other seeds others.
     """
 
@@ -42,7 +42,7 @@ class SimulatedDevice:
         self._seconds, self._more = seconds, more
 
     def plan(self, request: Request) -> Plan:
-        """One row for each picture; as many steps as diffusers would take."""
+        """One row for each image; as many steps as diffusers would take."""
         width, height = request.image.size
         steps = max(1, int(request.num_inference_steps * request.strength))
         return Plan((width, height), width * height, len(request.seeds), steps)

@@ -1,4 +1,4 @@
-"""Calls of AssetService for tests, pictures to send, and the bounds of the server that they are sent to."""
+"""Calls of AssetService for tests, images to send, and the bounds of the server that they are sent to."""
 
 import io
 import os

@@ -1,4 +1,4 @@
-"""What the chaos tests do to servers and bundles, and the pictures that a stand-in must make all the same."""
+"""What the chaos tests do to servers and bundles, and the images that a stand-in must make all the same."""
 
 import hashlib
 import io
@@ -16,17 +16,17 @@ _ASSET = re.compile(r"[0-9a-f]{64}")
 
 
 def source(number: int, side: int = 64) -> bytes:
-    """The file of a picture, different for each number."""
+    """The file of an image, different for each number."""
     return png(noise((side, side), number))
 
 
 def big_source(size: int) -> bytes:
-    """The file of a picture with `size` bytes and more: what follows a PNG's end is not looked at."""
+    """The file of an image with `size` bytes and more: what follows a PNG's end is not looked at."""
     return source(1) + os.urandom(size)
 
 
 def is_right(data: bytes, file: bytes, prompt: str, seed: int, steps: int) -> bool:
-    """Whether `data` is the file of the picture that a stand-in makes of `file`."""
+    """Whether `data` is the file of the image that a stand-in makes of `file`."""
     with Image.open(io.BytesIO(data)) as made, Image.open(io.BytesIO(file)) as before:
         return made.tobytes() == expected(before, prompt, seed, steps).tobytes()
 

@@ -1,4 +1,4 @@
-"""A contender whose engine a real process builds, as slowly as a test wants, and a store that tells when something is noted."""
+"""A candidate whose engine a real process builds, as slowly as a test wants, and a store that tells when something is noted."""
 
 import os
 import sys
@@ -63,8 +63,8 @@ class WatchedStore(ModelRegistry):
         return self.wait_for(EngineState.SERVING, EngineState.REJECTED, EngineState.FAILED)
 
 
-class FakeContender:
-    """Its builder waits for `let`. What it loads is `pipeline`; `problem` is what it says of the pictures."""
+class FakeCandidate:
+    """Its builder waits for `let`. What it loads is `pipeline`; `problem` is what it says of the images."""
 
     model = "m"
     engine = ENGINE

@@ -1,4 +1,4 @@
-"""An AssetService that keeps pictures in memory, and what the fakes of all services do with every call."""
+"""An AssetService that keeps images in memory, and what the fakes of all services do with every call."""
 
 import hashlib
 from collections.abc import Callable, Iterator
@@ -45,7 +45,7 @@ class Observed:
 
 
 class FakeAssetService(Observed, asset_pb2_grpc.AssetServiceServicer):
-    """Keeps pictures in memory, by their SHA-256. `chunks` are the sizes of what came; `damage` makes downloads wrong.
+    """Keeps images in memory, by their SHA-256. `chunks` are the sizes of what came; `damage` makes downloads wrong.
 
     An upload fails, where it is to, after its first message; a small one after its last, as grpc.aio loses the status of a call
     that ends while a message is on its way.

@@ -10,9 +10,9 @@ from PIL import Image
 
 
 class FakeDiffusers:
-    """Draws each picture in one colour, the first that its generator gives.
+    """Draws each image in one colour, the first that its generator gives.
 
-    A prompt can ask for trouble in the second step: "fail". Calls of more pictures than `room` run out of memory there. `calls`
+    A prompt can ask for trouble in the second step: "fail". Calls of more images than `room` run out of memory there. `calls`
     has the prompts of each call.
     """
 

@@ -24,14 +24,14 @@ MAX_REQUEST_BYTES = 32 * 1024 * 1024
 
 
 def picture(colour: str = "red", size: tuple[int, int] = (4, 2), image_format: str = "PNG") -> bytes:
-    """A small picture's file."""
+    """A small image's file."""
     file = io.BytesIO()
     Image.new("RGB", size, colour).save(file, image_format)
     return file.getvalue()
 
 
 def response(*seeds: int) -> messages.TransformResponse:
-    """A result with a picture for each seed."""
+    """A result with an image for each seed."""
     return messages.TransformResponse(
         images=[
             messages.ImageResult(data=picture(), format=messages.OUTPUT_FORMAT_PNG, width=4, height=2, seed=seed)
@@ -45,7 +45,7 @@ def response(*seeds: int) -> messages.TransformResponse:
 
 
 def kept_response() -> messages.TransformResponse:
-    """A result whose picture the server keeps."""
+    """A result whose image the server keeps."""
     made = response()
     made.images[0].asset_id = "kept"
     return made

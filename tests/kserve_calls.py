@@ -1,4 +1,4 @@
-"""What tests of KServe share: a server that speaks it, tensors as Triton's client makes them, and pictures that come back."""
+"""What tests of KServe share: a server that speaks it, tensors as Triton's client makes them, and images that come back."""
 
 import contextlib
 import io
@@ -74,7 +74,7 @@ def text(name: str, value: bytes | str, shape: Sequence[int] = (1,)) -> Any:
 
 
 def picture(data: bytes | None = None) -> Any:
-    """The input `image`: a plain picture's file unless another is given."""
+    """The input `image`: a plain image's file unless another is given."""
     return text("image", png() if data is None else data)
 
 
@@ -84,7 +84,7 @@ def number(name: str, value: float, kind: Any) -> Any:
 
 
 def opened(result: Any, index: int = 0) -> Image.Image:
-    """One of the pictures of a result."""
+    """One of the images of a result."""
     return Image.open(io.BytesIO(result.as_numpy("images").flatten()[index]))
 
 

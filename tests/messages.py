@@ -13,14 +13,14 @@ from PIL import Image
 
 
 def png(size: tuple[int, int] = (24, 16)) -> bytes:
-    """The file of a plain picture."""
+    """The file of a plain image."""
     file = io.BytesIO()
     Image.new("RGB", size, "teal").save(file, "PNG")
     return file.getvalue()
 
 
 def request(**fields: Any) -> pb.TransformRequest:
-    """A transform of a plain picture with seed 5, and what else is asked."""
+    """A transform of a plain image with seed 5, and what else is asked."""
     return pb.TransformRequest(**{"image": pb.ImageSource(data=png()), "seed": 5, **fields})
 
 

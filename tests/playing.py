@@ -68,7 +68,7 @@ class Gate:
 
 
 class InvertingPipeline(FakePipeline):
-    """Turns a picture's colours over; knows when it was let go of."""
+    """Turns an image's colours over; knows when it was let go of."""
 
     def __init__(self, gate: Gate) -> None:
         super().__init__()
@@ -259,7 +259,7 @@ class Visitor:
 
 
 def is_inverted(file: bytes | Path) -> bool:
-    """Whether a picture's file is what InvertingPipeline makes of PICTURE."""
+    """Whether an image's file is what InvertingPipeline makes of PICTURE."""
     with Image.open(file if isinstance(file, Path) else io.BytesIO(file)) as made, Image.open(PICTURE) as source:
         wanted = ImageOps.invert(source.convert("RGB"))
         return made.size == wanted.size and ImageChops.difference(made.convert("RGB"), wanted).getbbox() is None

@@ -46,12 +46,12 @@ class RunningServer:
 @contextlib.contextmanager
 def running(
     load_models: Callable[[], ModelRegistry],
-    contenders: Sequence[Candidate] = (),
+    candidates: Sequence[Candidate] = (),
     cache: Cache | None = None,
     **settings: object,
 ) -> Iterator[RunningServer]:
     """Runs a server until the block is left, which drains it. `settings` are ServerConfig's."""
-    made = functools.partial(LocalBackend, load_models=load_models, cache=cache, contend=lambda models: contenders)
+    made = functools.partial(LocalBackend, load_models=load_models, cache=cache, contend=lambda models: candidates)
     with running_backend(made, **settings) as server:
         yield server
 

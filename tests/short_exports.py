@@ -1,4 +1,4 @@
-"""Exports cut short, for tests that look at something else than the pictures that are compared at an export's end."""
+"""Exports cut short, for tests that look at something else than the images that are compared at an export's end."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,7 +9,7 @@ from img2img_export.verify import images, latent_preview
 
 @contextmanager
 def cut_short(count: int = 1) -> Iterator[None]:
-    """Within it, an export compares `count` pictures and fits no preview. Do not ask for a shared bundle inside."""
+    """Within it, an export compares `count` images and fits no preview. Do not ask for a shared bundle inside."""
     all_cases = images.picture_cases
     with (
         patch.object(images, "picture_cases", lambda *arguments: all_cases(*arguments)[:count]),

@@ -1,7 +1,7 @@
 """The parts that tiny models are made of: tokenizers, text encoders, UNets and VAEs, all with random weights.
 
-The weights are rescaled on one pass of noise, so that the latents have unit variance and the pictures have contrast: on
-grey pictures a difference of 1/255 would mean nothing.
+The weights are rescaled on one pass of noise, so that the latents have unit variance and the images have contrast: on
+grey images a difference of 1/255 would mean nothing.
 """
 
 import json
@@ -18,7 +18,7 @@ from transformers import CLIPTextConfig, CLIPTokenizer, Qwen2Tokenizer, T5Config
 TEXT_WIDTH = 32
 """Features of a token, and of a projected text."""
 SAMPLE_SIZE = 8
-"""Latent height and width that the models call their own: pictures of 64 x 64 pixels."""
+"""Latent height and width that the models call their own: images of 64 x 64 pixels."""
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 """The noise schedule of the Stable Diffusion and Kandinsky families."""
 

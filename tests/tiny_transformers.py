@@ -79,7 +79,7 @@ def flux_schnell(directory: Path) -> None:
 
 
 def flux_dev(directory: Path) -> None:
-    """Like Flux dev: guidance goes into the transformer, and the schedule depends on the picture's size."""
+    """Like Flux dev: guidance goes into the transformer, and the schedule depends on the image's size."""
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
     _save_flux(directory, guidance=True, scheduler=scheduler)
 

@@ -26,7 +26,7 @@ class Upload:
     """A file that is sent in chunks, as often as that is tried.
 
     It is read once when this is made, for its size and its SHA-256, and once for each attempt, never as a whole. TypeError for
-    what is no picture, ValueError for an address, OSError where the file cannot be read.
+    what is no image, ValueError for an address, OSError where the file cannot be read.
     """
 
     def __init__(self, image: ImageInput) -> None:
@@ -99,7 +99,7 @@ def download(
     seconds: float | None,
     metadata: Metadata,
 ) -> tuple[bytes, str]:
-    """Gets a picture's file, whole and as it was announced, and the call's name in the server's log.
+    """Gets an image's file, whole and as it was announced, and the call's name in the server's log.
 
     Damaged where what came is not what the server said it would be.
     """

@@ -1,4 +1,4 @@
-"""`img2img assets`: pictures that the server keeps, sent once and used as often as one likes."""
+"""`img2img assets`: images that the server keeps, sent once and used as often as one likes."""
 
 import argparse
 import json

@@ -75,7 +75,7 @@ class AsyncClient:
         request_id: str | None = None,
         **options: Unpack[TransformOptions],
     ) -> TransformResult:
-        """Transforms one picture and returns when it is done, as Client.transform does. The picture is read on another thread."""
+        """Transforms one image and returns when it is done, as Client.transform does. The image is read on another thread."""
         request = await asyncio.to_thread(build_request, image, options)
         procedure, method = "ImageToImageService/Transform", self._open.images.Transform
         return parse_result(*await self._caller.unary(procedure, method, request, timeout, request_id=request_id))
@@ -88,7 +88,7 @@ class AsyncClient:
         request_id: str | None = None,
         **options: Unpack[TransformOptions],
     ) -> AsyncTransformStream:
-        """Transforms one picture and tells how it goes. What is wrong with the picture is raised by its first event.
+        """Transforms one image and tells how it goes. What is wrong with the image is raised by its first event.
 
         async with client.transform_stream("photo.jpg") as events:
             async for event in events: ...   # leaving early cancels the call
@@ -126,18 +126,18 @@ class AsyncClient:
         return response.freed_bytes
 
     async def upload(self, image: ImageInput, *, timeout: float | None = None) -> Asset:
-        """Has the server keep a picture: a path, a file's bytes or a Pillow image. The same content is the same Asset."""
+        """Has the server keep an image: a path, a file's bytes or a Pillow image. The same content is the same Asset."""
         upload = await asyncio.to_thread(assets.Upload, image)
         attempt = partial(upload.attempt_async, self._open.assets.UploadAsset, self._caller.stop)
         return (await self._caller.run("AssetService/UploadAsset", attempt, timeout))[0]
 
     async def download(self, asset: Asset | str, *, timeout: float | None = None) -> bytes:
-        """The file of a picture that the server keeps, by its Asset or its id. AssetNotFound where it has none, or no more."""
+        """The file of an image that the server keeps, by its Asset or its id. AssetNotFound where it has none, or no more."""
         attempt = partial(assets.download_async, self._open.assets.GetAsset, asset_id(asset), self._caller.stop)
         return (await self._caller.run("AssetService/GetAsset", attempt, timeout))[0]
 
     async def delete_asset(self, asset: Asset | str, *, timeout: float | None = None) -> None:
-        """Has the server forget a picture. AssetNotFound where it has none."""
+        """Has the server forget an image. AssetNotFound where it has none."""
         request = asset_pb2.DeleteAssetRequest(id=asset_id(asset))
         await self._caller.unary("AssetService/DeleteAsset", self._open.assets.DeleteAsset, request, timeout, safe=False)
 

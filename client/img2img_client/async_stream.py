@@ -37,7 +37,7 @@ class AsyncTransformStream(AsyncIterator[TransformEvent]):
         begun: Begun,
         stop: AsyncStop,
     ) -> None:
-        """`prepare` reads the picture, on another thread; `call` makes an attempt, with a time-out."""
+        """`prepare` reads the image, on another thread; `call` makes an attempt, with a time-out."""
         self._prepare = prepare
         self._make = call
         self._attempts = begun.attempts

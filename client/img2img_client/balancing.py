@@ -29,7 +29,7 @@ _TRIED_AGAIN = (
 """What may run twice and is sent as one message. Not LoadModel, which takes minutes; not uploads, whose file is read anew."""
 
 OPTIONS = (
-    # gRPC keeps a call's message as long as it may have to send it again, by default up to 256 KiB: fewer than a picture has.
+    # gRPC keeps a call's message as long as it may have to send it again, by default up to 256 KiB: fewer than an image has.
     ("grpc.per_rpc_retry_buffer_size", MAX_MESSAGE_BYTES),
     # A machine that has gone without a word is noticed, and its calls fail. Servers of ours allow a ping each 10 seconds.
     ("grpc.keepalive_time_ms", 20_000),

@@ -84,9 +84,9 @@ class Client:
         request_id: str | None = None,
         **options: Unpack[TransformOptions],
     ) -> TransformResult:
-        """Transforms one picture and returns when it is done. The options, all optional, are TransformOptions' fields.
+        """Transforms one image and returns when it is done. The options, all optional, are TransformOptions' fields.
 
-        `request_id` names the call in the server's log, in place of a name that the server makes. OSError where the picture
+        `request_id` names the call in the server's log, in place of a name that the server makes. OSError where the image
         cannot be read; TypeError and ValueError for options that cannot be sent.
         """
         request = build_request(image, options)
@@ -101,7 +101,7 @@ class Client:
         request_id: str | None = None,
         **options: Unpack[TransformOptions],
     ) -> TransformStream:
-        """Transforms one picture and tells how it goes. Takes what `transform` takes and raises what it raises.
+        """Transforms one image and tells how it goes. Takes what `transform` takes and raises what it raises.
 
         with client.transform_stream("photo.jpg") as events:
             for event in events: ...   # leaving early cancels the call
@@ -142,18 +142,18 @@ class Client:
         return self._caller.unary("ModelService/UnloadModel", method, request, timeout, safe=False)[0].freed_bytes
 
     def upload(self, image: ImageInput, *, timeout: float | None = None) -> Asset:
-        """Has the server keep a picture, to be the source of transforms as often as one likes: a path, a file's bytes or a
+        """Has the server keep an image, to be the source of transforms as often as one likes: a path, a file's bytes or a
         Pillow image. The same content is the same Asset."""
         attempt = partial(assets.Upload(image).attempt, self._assets.UploadAsset)
         return self._caller.run("AssetService/UploadAsset", attempt, timeout)[0]
 
     def download(self, asset: Asset | str, *, timeout: float | None = None) -> bytes:
-        """The file of a picture that the server keeps, by its Asset or its id. AssetNotFound where it has none, or no more."""
+        """The file of an image that the server keeps, by its Asset or its id. AssetNotFound where it has none, or no more."""
         attempt = partial(assets.download, self._assets.GetAsset, asset_id(asset))
         return self._caller.run("AssetService/GetAsset", attempt, timeout)[0]
 
     def delete_asset(self, asset: Asset | str, *, timeout: float | None = None) -> None:
-        """Has the server forget a picture. AssetNotFound where it has none."""
+        """Has the server forget an image. AssetNotFound where it has none."""
         request = asset_pb2.DeleteAssetRequest(id=asset_id(asset))
         self._caller.unary("AssetService/DeleteAsset", self._assets.DeleteAsset, request, timeout, safe=False)
 

@@ -60,7 +60,7 @@ class Damaged(Img2ImgError):
 
 
 class AssetNotFound(Img2ImgError):
-    """The server keeps no such picture for this caller, or keeps it no longer."""
+    """The server keeps no such image for this caller, or keeps it no longer."""
 
 
 class Unauthenticated(Img2ImgError):

@@ -79,7 +79,7 @@ def _print_table(models: "tuple[ModelInfo, ...]", schedulers: bool) -> None:
 
     engines = any(model.engines for model in models)
     details = any(model.detail for model in models)
-    more = [*(["detail"] if details else []), *(["takeover"] if engines else []), *(["schedulers"] if schedulers else [])]
+    more = [*(["detail"] if details else []), *(["promotion"] if engines else []), *(["schedulers"] if schedulers else [])]
     table = Table("id", "family", "backend", "engine", "state", "memory", "default", *more)
     for model in models:
         memory = _mebibytes(model.memory_bytes) if model.memory_bytes and model.state == "ready" else ""

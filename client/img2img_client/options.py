@@ -15,7 +15,7 @@ MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 """Bytes that one message may have, either way."""
 
 ImageInput: TypeAlias = Union[str, os.PathLike[str], bytes, "Image.Image", Asset]
-"""A source picture: a file's path, a file's bytes, a Pillow image, an Asset, or an address that the server is to read it from.
+"""A source image: a file's path, a file's bytes, a Pillow image, an Asset, or an address that the server is to read it from.
 
 A str that begins with one of ADDRESS_SCHEMES is an address, any other one a path.
 """
@@ -34,7 +34,7 @@ class TransformOptions(TypedDict, total=False):
     `model` is a model's id on the server or a ModelReference. `strength` is in (0, 1], `guidance_scale` in 0..30, `width` and
     `height` are pixels, `fit` stands in place of both, `quality` is 1..100 for JPEG and WebP, and a `seed` of -1 draws one.
     `scheduler` is one of the names in the ModelInfo's `schedulers`. A stream sends a preview every `preview_interval` steps. With
-    `as_asset` the server keeps the pictures, and the result has their `asset_id` in place of their data. The server checks them
+    `as_asset` the server keeps the images, and the result has their `asset_id` in place of their data. The server checks them
     all.
     """
 
@@ -57,7 +57,7 @@ class TransformOptions(TypedDict, total=False):
 
 
 def build_request(image: ImageInput, options: TransformOptions) -> messages.TransformRequest:
-    """Reads the picture and makes the request message.
+    """Reads the image and makes the request message.
 
     OSError where the file cannot be read, TypeError for an unknown option or type, ValueError for a number or format that the
     contract cannot express and for a request above MAX_MESSAGE_BYTES.

@@ -1,4 +1,4 @@
-"""Where `img2img transform` puts pictures: files, standard output, or the server, which keeps them."""
+"""Where `img2img transform` puts images: files, standard output, or the server, which keeps them."""
 
 import argparse
 import sys
@@ -10,7 +10,7 @@ from img2img_client.values import FORMAT_OF_SUFFIX, ImageFormat, Progress, Trans
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """Where the pictures go: `path` None is standard output, or the server where `as_asset`. `format` None leaves it to the
+    """Where the images go: `path` None is standard output, or the server where `as_asset`. `format` None leaves it to the
     server."""
 
     path: Path | None
@@ -19,7 +19,7 @@ class Output:
     as_asset: bool = False
 
     def paths(self, count: int) -> tuple[Path, ...]:
-        """The files of so many pictures: OUT itself for one, numbered from 1 for more."""
+        """The files of so many images: OUT itself for one, numbered from 1 for more."""
         if self.path is None:
             return ()
         if count == 1:
@@ -35,13 +35,13 @@ class Output:
                 path.unlink()
 
     def write_preview(self, event: TransformEvent) -> None:
-        """Writes an event's preview, if it has one, beside the picture."""
+        """Writes an event's preview, if it has one, beside the image."""
         if self.path is not None and isinstance(event, Progress) and event.preview is not None:
             number = str(event.step).zfill(len(str(event.step_count)))
             self.path.with_name(f"{self.path.stem}-step-{number}.jpg").write_bytes(event.preview)
 
     def write(self, result: TransformResult) -> tuple[str, ...]:
-        """Writes the pictures, and returns where each is: files, "standard output" or addresses of assets."""
+        """Writes the images, and returns where each is: files, "standard output" or addresses of assets."""
         if self.as_asset:
             return tuple(f"asset:{image.asset_id}" for image in result.images)
         paths = self.paths(len(result.images))

@@ -38,6 +38,6 @@ def attempt(program: str, server: str, work: Callable[[], None]) -> int:
     except OSError as error:
         name = f"{error.filename}: " if error.filename else ""
         return complain(program, f"{name}{error.strerror or error}")
-    except ValueError as error:  # A number that the contract's types cannot hold, too large a picture, flags at odds.
+    except ValueError as error:  # A number that the contract's types cannot hold, too large an image, flags at odds.
         return complain(program, str(error), status=2)
     return 0

@@ -42,7 +42,7 @@ def load_request(model: str | ModelReference) -> model_pb2.LoadModelRequest:
 
 
 def asset_id(asset: Asset | str) -> str:
-    """The id of a picture that a server keeps, from what names it: itself, its id or its address."""
+    """The id of an image that a server keeps, from what names it: itself, its id or its address."""
     return asset.id if isinstance(asset, Asset) else asset.removeprefix("asset:")
 
 

@@ -41,7 +41,7 @@ _ERROR_OF_REASON: dict[str, type[errors.Img2ImgError]] = {"ASSET_NOT_FOUND": err
 
 
 def parse_result(message: messages.TransformResponse, request_id: str = "") -> values.TransformResult:
-    """The result in a response. ServerFailed where it holds no picture, which no img2img server sends."""
+    """The result in a response. ServerFailed where it holds no image, which no img2img server sends."""
     if not message.images:
         raise errors.ServerFailed("the server answered without a picture", status="INTERNAL", request_id=request_id)
     timings = message.timings
@@ -134,7 +134,7 @@ def _parse_engine(message: model_pb2.EngineStatus) -> values.EngineStatus:
 
 
 def parse_asset(message: asset_pb2.Asset) -> values.Asset:
-    """A picture that the server keeps."""
+    """An image that the server keeps."""
     expires = message.expire_time.ToDatetime(tzinfo=UTC) if message.HasField("expire_time") else None
     return values.Asset(message.id, message.media_type, message.size, message.sha256, expires)
 

@@ -1,7 +1,7 @@
 """What a caller has been told of a transform, so that another attempt goes on where the last one was lost.
 
-Started tells the first picture's seed, drawn or asked for, and the others' follow it: run again from it, anywhere, the transform
-makes the same pictures. What was told once is not told again.
+Started tells the first image's seed, drawn or asked for, and the others' follow it: run again from it, anywhere, the transform
+makes the same images. What was told once is not told again.
 """
 
 from img2img.v1 import image_to_image_pb2 as messages

@@ -1,4 +1,4 @@
-"""`img2img transform IN --output OUT`: one picture through a server, with its progress."""
+"""`img2img transform IN --output OUT`: one image through a server, with its progress."""
 
 import argparse
 import json
@@ -99,7 +99,7 @@ def run(arguments: argparse.Namespace) -> int:
             complain(PROGRAM, f"warning: {warning.field}: {warning.description}")
         if not arguments.quiet:
             _report(result, places, output, as_json=arguments.json)
-        elif output.as_asset:  # Else nobody would know where the pictures are.
+        elif output.as_asset:  # Else nobody would know where the images are.
             print("\n".join(places))
 
     return attempt(PROGRAM, target_of(arguments), work)
@@ -115,7 +115,7 @@ def _fit(text: str) -> "Fit":
 
 
 def _source(image: str) -> "ImageInput":
-    """The picture that IN means."""
+    """The image that IN means."""
     from img2img_client.options import ADDRESS_SCHEMES
 
     if image == "-":
@@ -181,7 +181,7 @@ def _ignore(event: TransformEvent) -> None:
 
 
 def _report(result: TransformResult, places: tuple[str, ...], output: Output, *, as_json: bool) -> None:
-    """Prints what was made: to standard output, or to standard error where the picture went to standard output."""
+    """Prints what was made: to standard output, or to standard error where the image went to standard output."""
     timings = asdict(result.timings)
     where = "asset" if output.as_asset else "path"
     if as_json:

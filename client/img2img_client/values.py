@@ -12,7 +12,7 @@ DEFAULT_TARGET = "localhost:50051"
 """Where `img2img serve` listens unless it is told otherwise."""
 
 ImageFormat = Literal["png", "jpeg", "webp"]
-"""A picture's file format."""
+"""An image's file format."""
 
 ModelState = Literal["unspecified", "unloaded", "loading", "ready", "failed"]
 """Whether a model is ready. "unspecified" is what a state that this client does not know reads as, too."""
@@ -82,7 +82,7 @@ class ModelInfo:
 
 @dataclass(frozen=True, slots=True)
 class Asset:
-    """A picture that a server keeps: give it as the source of a transform, or download it.
+    """An image that a server keeps: give it as the source of a transform, or download it.
 
     `id` comes from its content, `size` is in bytes, `sha256` in lower-case hexadecimal. `expire_time`, in UTC, is when it is
     deleted unless it is used again, None where the server did not say.
@@ -96,13 +96,13 @@ class Asset:
 
     @property
     def uri(self) -> str:
-        """Its address, which the server takes in place of the picture."""
+        """Its address, which the server takes in place of the image."""
         return f"asset:{self.id}"
 
 
 @dataclass(frozen=True, slots=True)
 class Timings:
-    """Milliseconds that a request took on the server; `total_ms` has the picture codecs in it, the other four do not."""
+    """Milliseconds that a request took on the server; `total_ms` has the image codecs in it, the other four do not."""
 
     queue_ms: float
     encode_ms: float
@@ -113,7 +113,7 @@ class Timings:
 
 @dataclass(frozen=True, slots=True)
 class TransformedImage:
-    """A finished picture: its file's bytes, their format, its size in pixels and the seed that makes it again, alone.
+    """A finished image: its file's bytes, their format, its size in pixels and the seed that makes it again, alone.
 
     Where `as_asset` was asked for, the server keeps the file as the asset `asset_id`, and `data` is empty.
     """
@@ -127,7 +127,7 @@ class TransformedImage:
 
     @property
     def image(self) -> "Image.Image":
-        """The picture, opened anew at each access; as usual with Pillow, its pixels are decoded when they are needed.
+        """The image, opened anew at each access; as usual with Pillow, its pixels are decoded when they are needed.
 
         ValueError where the server has it.
         """
@@ -163,7 +163,7 @@ class TransformWarning:
 
 @dataclass(frozen=True, slots=True)
 class TransformResult:
-    """The finished pictures, at least one, and what made them. `engine` is such as "onnx:cuda" or "torch:cpu".
+    """The finished images, at least one, and what made them. `engine` is such as "onnx:cuda" or "torch:cpu".
 
     `request_id` is the name of the call in the server's log, empty if the server sent none. `warnings` is mostly empty.
     """
@@ -178,11 +178,11 @@ class TransformResult:
 
     @property
     def image(self) -> "Image.Image":
-        """The first picture, opened."""
+        """The first image, opened."""
         return self.images[0].image
 
     def save(self, path: str | Path) -> None:
-        """Writes the first picture. ValueError where the path's suffix promises another format."""
+        """Writes the first image. ValueError where the path's suffix promises another format."""
         self.images[0].save(path)
 
 
@@ -199,7 +199,7 @@ class Queued:
 
 @dataclass(frozen=True, slots=True)
 class Started:
-    """The request's first turn came. `seed` is the first picture's, drawn where none was asked for."""
+    """The request's first turn came. `seed` is the first image's, drawn where none was asked for."""
 
     seed: int
     engine: str
@@ -209,7 +209,7 @@ class Started:
 class Progress:
     """`step` of `step_count` steps are done; the request will be finished in about `eta_seconds`, None where unknown.
 
-    `preview` is a small JPEG file of what the first picture is about to become, at the steps where one was asked for.
+    `preview` is a small JPEG file of what the first image is about to become, at the steps where one was asked for.
     """
 
     step: int

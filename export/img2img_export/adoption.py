@@ -2,7 +2,7 @@
 
 Optimum's UNet graphs take one timestep for a whole batch and freeze the sizes of the upsamplers, so the server runs them whole,
 one request at a time, at sizes that halve evenly. Without `--reference` there is no PyTorch model to compare with: then
-optimum's own pipeline over the same graphs is the reference of the pictures.
+optimum's own pipeline over the same graphs is the reference of the images.
 """
 
 import dataclasses
@@ -39,7 +39,7 @@ def adopt(source: Path, layout: Layout, options: ExportOptions, bundle: Path, pr
     """Copies the export in `source` into the directory `bundle` and verifies it.
 
     Raises ExportError for an option that only an export of weights has, where there is nothing to compare with, where a class has
-    no img2img pipeline here, or where a graph or a picture is wrong.
+    no img2img pipeline here, or where a graph or an image is wrong.
     """
     if options.precision != "fp32" or options.backend not in ("auto", "onnx") or options.scheduler is not None:
         raise ExportError(f"{options.source} holds graphs already: --precision, --backend and --scheduler are for weights")

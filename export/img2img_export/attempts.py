@@ -1,4 +1,4 @@
-"""A bundle in the making: what diffusers draws, the graphs, the rest of the model, and the comparison of finished pictures."""
+"""A bundle in the making: what diffusers draws, the graphs, the rest of the model, and the comparison of finished images."""
 
 import dataclasses
 import logging
@@ -48,7 +48,7 @@ class Attempt:
 
 @dataclass(frozen=True, slots=True)
 class Drawn:
-    """What diffusers drew, and with what: requests, pictures, what it gave to the parts that are to be graphs."""
+    """What diffusers drew, and with what: requests, images, what it gave to the parts that are to be graphs."""
 
     cases: tuple[ImageCase, ...]
     references: tuple[Image.Image, ...]
@@ -108,7 +108,7 @@ def verify(
 ) -> Attempt:
     """The draft with the verdict: draws the cases through the server's pipeline, and keeps a sheet and the references.
 
-    Raises ExportError where a picture is too far from the reference, unless the bundle may be published unverified.
+    Raises ExportError where an image is too far from the reference, unless the bundle may be published unverified.
     """
     manifest = describe(draft, options)
     drawn, images = pictures.compare_pictures(bundle, manifest, cases, references, options.precision)

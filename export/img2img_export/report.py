@@ -60,7 +60,7 @@ def verdict(passed: bool) -> str:
 
 
 def decibels(psnr: float) -> str:
-    """A PSNR as a person reads it: that of equal pictures is infinite, which manifests store as 999."""
+    """A PSNR as a person reads it: that of equal images is infinite, which manifests store as 999."""
     return "infinite" if psnr >= _INFINITE_PSNR else f"{psnr:.1f} dB"
 
 

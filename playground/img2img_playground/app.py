@@ -1,4 +1,4 @@
-"""The playground's web application: the page, the way in for pictures and the way out, and who may ask."""
+"""The playground's web application: the page, the way in for images and the way out, and who may ask."""
 
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -78,7 +78,7 @@ def _make_session(open_client: OpenClient, target: str) -> Session:
 
 
 def _add_pictures(app: FastAPI, sessions: Sessions) -> None:
-    """The ways of pictures. A session's key is in the address, and nobody but its page knows that."""
+    """The ways of images. A session's key is in the address, and nobody but its page knows that."""
 
     def find(key: str) -> Session:
         session = sessions.find(key)

@@ -30,7 +30,7 @@ class PictureStage(Element, component="picture_stage.js"):
 
 
 class PicturePicker(Element, component="picture_picker.js"):
-    """Takes a picture and PUTs it to `url`. `refused` is called with a file's name and its bytes, -1 where it was not that."""
+    """Takes an image and PUTs it to `url`. `refused` is called with a file's name and its bytes, -1 where it was not that."""
 
     def __init__(self, url: str, refused: Callable[[str, int], None]) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ class PicturePicker(Element, component="picture_picker.js"):
         self.on("refused", tell)
 
     def show(self, *, compact: bool) -> None:
-        """A button, where there is a picture already, or a large place to drop one."""
+        """A button, where there is an image already, or a large place to drop one."""
         if self.props["compact"] != compact:
             self.props["compact"] = compact
             self.update()

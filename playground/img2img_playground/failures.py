@@ -21,7 +21,7 @@ def explain(error: Img2ImgError, target: str) -> Failure:
     """The failure that a call's error is."""
     if error.fields:
         field, _ = error.fields[0]
-        # "image.data" is the picture, "model.path" the model: what a control is named after comes first.
+        # "image.data" is the image, "model.path" the model: what a control is named after comes first.
         text = "\n".join(f"{name}: {description}" for name, description in error.fields)
         return Failure("The server does not take that.", text, field.partition(".")[0])
     if isinstance(error, Overloaded):

@@ -1,4 +1,4 @@
-"""The history as a row of small pictures; each brings everything back."""
+"""The history as a row of small images; each brings everything back."""
 
 from collections.abc import Callable
 

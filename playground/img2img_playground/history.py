@@ -31,9 +31,9 @@ class Entry:
 
 
 class History:
-    """Keeps entries, at most `entries` of them with `most_bytes` of pictures in all; the oldest go first, the newest stays.
+    """Keeps entries, at most `entries` of them with `most_bytes` of images in all; the oldest go first, the newest stays.
 
-    A picture that several entries share, as the same source, is kept and counted once.
+    An image that several entries share, as the same source, is kept and counted once.
     """
 
     def __init__(self, entries: int = MAX_ENTRIES, most_bytes: int = MAX_BYTES) -> None:
@@ -48,7 +48,7 @@ class History:
 
     @property
     def size(self) -> int:
-        """Bytes that the pictures take."""
+        """Bytes that the images take."""
         return sum(len(picture.data) for picture in self._pictures().values())
 
     def add(self, entry: Entry) -> None:

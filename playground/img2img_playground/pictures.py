@@ -12,7 +12,7 @@ MAX_BYTES = 32 * 2**20
 """Of one file. A server takes 16 MiB unless its operator says otherwise; what is beyond its limit, it refuses itself."""
 
 MAX_PIXELS = 100_000_000
-"""Of one picture: what a browser would have to decode. A server's own limit is 32 million unless its operator says otherwise."""
+"""Of one image: what a browser would have to decode. A server's own limit is 32 million unless its operator says otherwise."""
 
 _TEXTS = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
 """Chunks of a PNG that Pillow refuses if they are large, and that nothing here needs."""
@@ -26,12 +26,12 @@ _LONGEST_NAME = 80
 
 
 class UnusablePicture(Exception):
-    """A file that is no picture for this page; its text says why, to whoever brought it."""
+    """A file that is no image for this page; its text says why, to whoever brought it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """A picture's file. `width` and `height` are in pixels, upright; `name` is a file's name without a folder."""
+    """An image's file. `width` and `height` are in pixels, upright; `name` is a file's name without a folder."""
 
     name: str
     media_type: str

@@ -1,4 +1,4 @@
-"""What one tab of a browser has: its picture, settings, the run that is on, and its history. No other tab sees any of it."""
+"""What one tab of a browser has: its image, settings, the run that is on, and its history. No other tab sees any of it."""
 
 import asyncio
 import contextlib
@@ -71,7 +71,7 @@ class Session:
             self.fail(Failure("That picture cannot be used.", str(error), "image"))
 
     def use(self, picture: Picture) -> None:
-        """Makes a picture the source of the next run."""
+        """Makes an image the source of the next run."""
         self.source, self.shown, self.failure = picture, None, None
         self._changed()
 
@@ -95,7 +95,7 @@ class Session:
         self._changed()
 
     def picture(self, picture_id: str) -> Picture | None:
-        """A picture of this tab by its id."""
+        """An image of this tab by its id."""
         shown = (self.shown.source, self.shown.result) if self.shown is not None else ()
         here = (self.source, self.run.source if self.run is not None else None, *shown)
         return next((picture for picture in here if picture is not None and picture.id == picture_id), None) or (
@@ -172,7 +172,7 @@ class Session:
         settings = replace(settings, seed=image.seed)
         entry = Entry(source, settings, picture, result.model_id, result.engine, seconds, result.warnings)
         self.history.add(entry)
-        if self.source is source:  # Else another picture was brought meanwhile, which stays in sight.
+        if self.source is source:  # Else another image was brought meanwhile, which stays in sight.
             self.shown = entry
 
     def _on_retry(self, attempt: int, error: Img2ImgError, wait: float) -> None:

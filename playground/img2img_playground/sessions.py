@@ -5,7 +5,7 @@ from collections.abc import Callable
 from img2img_playground.session import Session
 
 MOST_TABS = 64
-"""At once: each may hold some 200 MiB of pictures at worst."""
+"""At once: each may hold some 200 MiB of images at worst."""
 
 
 class TooManyTabs(Exception):

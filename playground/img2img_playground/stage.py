@@ -1,4 +1,4 @@
-"""The middle of the page: the picture, what is wrong, and what can be done with a result."""
+"""The middle of the page: the image, what is wrong, and what can be done with a result."""
 
 import base64
 from collections.abc import Callable
@@ -24,7 +24,7 @@ class StageActions:
 
 
 class Stage:
-    """Shows a session's source, run, result and failure. `address` gives a picture's address by its id."""
+    """Shows a session's source, run, result and failure. `address` gives an image's address by its id."""
 
     def __init__(self, upload: str, address: Callable[[str], str], actions: StageActions) -> None:
         self._address = address

@@ -57,7 +57,7 @@ class Results:
     requests_per_second: float = 0.0
     """Mixed requests a second that it did."""
     differences: dict[str, int] = field(default_factory=dict)
-    """Server -> the largest difference of its pictures to the first server's, of 255."""
+    """Server -> the largest difference of its images to the first server's, of 255."""
     runs: list[Run] = field(default_factory=list)
     trace: Trace | None = None
 
@@ -82,7 +82,7 @@ class Measurement:
         return self._results
 
     async def _start(self) -> None:
-        """Starts the servers one by one, warms them and compares their pictures."""
+        """Starts the servers one by one, warms them and compares their images."""
         reference: list[bytes] = []
         for server in self._servers.values():
             self._say(f"[bench] starting {server.name}")

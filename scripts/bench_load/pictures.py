@@ -1,4 +1,4 @@
-"""Renders the source pictures of jobs, and compares what servers made of them."""
+"""Renders the source images of jobs, and compares what servers made of them."""
 
 import functools
 import io
@@ -11,12 +11,12 @@ from bench_load.workloads import Source
 
 PICTURES = Path(__file__).resolve().parents[2] / "demo" / "pictures"
 NOISE = 6.0
-"""Standard deviation of the noise that makes a picture like no other, in steps of 255."""
+"""Standard deviation of the noise that makes an image like no other, in steps of 255."""
 
 
 @functools.lru_cache(maxsize=1024)
 def render(source: Source) -> bytes:
-    """The source picture as a PNG file."""
+    """The source image as a PNG file."""
     image = Image.open(PICTURES / source.name).convert("RGB")
     if source.cropped:
         width, height = image.size

@@ -1,4 +1,4 @@
-"""The comparison as a picture: latency CDFs, throughput, batch sizes and a piece of the engine's timeline."""
+"""The comparison as an image: latency CDFs, throughput, batch sizes and a piece of the engine's timeline."""
 
 from collections.abc import Sequence
 from pathlib import Path

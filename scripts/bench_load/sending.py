@@ -60,7 +60,7 @@ class Sender:
     _begun: float = field(default_factory=time.perf_counter)
 
     async def send(self, job: Job, role: str = "", due: float | None = None) -> bytes:
-        """Sends one job, records it and gives the picture; no bytes where it failed. `due` is on time.perf_counter's clock."""
+        """Sends one job, records it and gives the image; no bytes where it failed. `due` is on time.perf_counter's clock."""
         request = message(job)
         begun = time.perf_counter() if due is None else due
         record = Record(role, job.denoising_steps, job.guidance, job.source.size, job.units, begun - self._begun)

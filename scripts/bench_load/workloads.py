@@ -1,6 +1,6 @@
 """What is asked of the servers: seeded lists of jobs, the same for every server.
 
-A list is as long as a budget of work, in units that a calibration turns into seconds: one unit is one 128 x 128 picture through
+A list is as long as a budget of work, in units that a calibration turns into seconds: one unit is one 128 x 128 image through
 the UNet once.
 """
 
@@ -21,19 +21,19 @@ PROMPTS = tuple(
 )
 """40 prompts in the words that the demo model knows."""
 FIXED_UNITS = 4.0
-"""What encoders, decoder and codecs cost a picture, in UNet passes: 21 ms of about 6 each."""
+"""What encoders, decoder and codecs cost an image, in UNet passes: 21 ms of about 6 each."""
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """One source picture, by how it is made from one of the demo's."""
+    """One source image, by how it is made from one of the demo's."""
 
     name: str = PICTURES[0]
     size: tuple[int, int] = SIZES[0]
     flipped: bool = False
     cropped: bool = False
     noise_seed: int | None = None
-    """Seeds a little noise, so that the picture is like no other; None for none."""
+    """Seeds a little noise, so that the image is like no other; None for none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +84,7 @@ class Workload:
 
 
 def draw_mixed(source_of: random.Random) -> Job:
-    """Any settings, 20 % without guidance, 30 % with a negative prompt, two sizes, 12 pictures, 40 prompts."""
+    """Any settings, 20 % without guidance, 30 % with a negative prompt, two sizes, 12 images, 40 prompts."""
     return Job(
         prompt=source_of.choice(PROMPTS),
         source=Source(
@@ -102,7 +102,7 @@ def draw_mixed(source_of: random.Random) -> Job:
 
 
 def draw_different(source_of: random.Random) -> Job:
-    """The same mix, but no picture and no prompt comes twice: nothing that a cache could keep is of use."""
+    """The same mix, but no image and no prompt comes twice: nothing that a cache could keep is of use."""
     mixed = draw_mixed(source_of)
     noise_seed = source_of.randrange(2**31)
     picture = mixed.source
@@ -118,7 +118,7 @@ def draw_different(source_of: random.Random) -> Job:
 
 
 def draw_editing(source_of: random.Random) -> Job:
-    """Somebody who tries three prompts on one picture, with few steps and new seeds."""
+    """Somebody who tries three prompts on one image, with few steps and new seeds."""
     return Job(
         prompt=source_of.choice(PROMPTS[:3]),
         source=Source(),
@@ -140,7 +140,7 @@ def draw_short(source_of: random.Random) -> Job:
 
 
 def draw_uniform(source_of: random.Random) -> Job:
-    """The default settings, other prompts and pictures: what batching of whole requests likes best."""
+    """The default settings, other prompts and images: what batching of whole requests likes best."""
     return _draw_fixed(source_of, 25, 0.8)
 
 

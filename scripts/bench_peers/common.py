@@ -1,6 +1,6 @@
 """What the peers share: the contract's messages to a pipeline's arguments and back, and the process around it.
 
-A peer implements ImageToImageService.Transform for one model and one picture a request, over plain grpc.aio. Its pipeline is
+A peer implements ImageToImageService.Transform for one model and one image a request, over plain grpc.aio. Its pipeline is
 called in one worker thread of its own, so the event loop stays free and torch keeps one pool of OpenMP threads.
 """
 
@@ -53,7 +53,7 @@ class Arguments:
 
 @dataclass(frozen=True, slots=True)
 class Made:
-    """A picture, and the seconds that its request waited for the pipeline and spent in it."""
+    """An image, and the seconds that its request waited for the pipeline and spent in it."""
 
     image: Image.Image
     waited: float
@@ -64,7 +64,7 @@ class Runner(Protocol):
     """Brings requests to a pipeline."""
 
     async def run(self, arguments: Arguments) -> Made:
-        """Makes one picture when its turn comes."""
+        """Makes one image when its turn comes."""
         ...
 
 
@@ -77,11 +77,11 @@ class Device:
         self._thread = ThreadPoolExecutor(1, "pipeline")
 
     async def start(self) -> None:
-        """Loads the pipeline and makes a picture with it, so that no client meets a cold one."""
+        """Loads the pipeline and makes an image with it, so that no client meets a cold one."""
         await asyncio.get_running_loop().run_in_executor(self._thread, self._start)
 
     async def make(self, batch: Sequence[Arguments]) -> list[Image.Image]:
-        """One pipeline call for requests that differ in nothing but prompts, pictures and seeds."""
+        """One pipeline call for requests that differ in nothing but prompts, images and seeds."""
         return await asyncio.get_running_loop().run_in_executor(self._thread, self._make, batch)
 
     def _start(self) -> None:
@@ -149,7 +149,7 @@ def read(request: TransformRequest) -> Arguments:
 
 
 def encode(image: Image.Image) -> bytes:
-    """The picture as a PNG file, as fast as PNG goes: the compression that the server uses too."""
+    """The image as a PNG file, as fast as PNG goes: the compression that the server uses too."""
     file = io.BytesIO()
     image.save(file, "PNG", compress_level=1)
     return file.getvalue()

@@ -1,7 +1,7 @@
-"""A process that draws one picture each time it is told to, by one of the ways to run a Stable Diffusion model on a CPU.
+"""A process that draws one image each time it is told to, by one of the ways to run a Stable Diffusion model on a CPU.
 
 `scripts/bench providers` starts one for each way, and lets them take turns: a line on stdin is a drawing's number of steps, the
-answer is a line of JSON with the seconds that it took. The picture is left in a file.
+answer is a line of JSON with the seconds that it took. The image is left in a file.
 """
 
 import argparse
@@ -19,7 +19,7 @@ PROMPT = "A beautiful landscape with mountains and a lake at sunset"
 STRENGTH, STEPS, GUIDANCE, SEED = 0.8, 25, 7.5, 1
 
 Draw = Callable[[Image.Image, int], Image.Image]
-"""A source and a number of steps to a picture."""
+"""A source and a number of steps to an image."""
 
 
 def ours(arguments: argparse.Namespace) -> Draw:

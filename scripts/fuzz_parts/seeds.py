@@ -16,7 +16,7 @@ _MOST_MESSAGES = 8
 
 
 def picture(kind: str = "PNG", size: tuple[int, int] = (24, 16)) -> bytes:
-    """The file of a plain picture."""
+    """The file of a plain image."""
     file = io.BytesIO()
     Image.new("RGB", size, "teal").save(file, kind)
     return file.getvalue()

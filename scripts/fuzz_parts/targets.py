@@ -242,7 +242,7 @@ def _lora(stack: contextlib.ExitStack) -> Try:
 
 def _tokenizer(stack: contextlib.ExitStack) -> Try:
     """A tokenizer.json: it is refused, or makes no more tokens of a text than are counted here."""
-    from img2img_server.bundle.unsafe_configs import refuse_foreign_config
+    from img2img_server.bundle.unsafe_configs import refuse_unsafe_config
     from tokenizers import Tokenizer
 
     path = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "tokenizer.json"
@@ -250,7 +250,7 @@ def _tokenizer(stack: contextlib.ExitStack) -> Try:
     def attempt(data: bytes) -> None:
         path.write_bytes(data)
         try:
-            refuse_foreign_config(path)
+            refuse_unsafe_config(path)
             tokens = Tokenizer.from_str(data.decode()).encode("a lake with a mountain aaaaaaaa").ids
         except Exception:  # noqa: BLE001 - a BundleError, or what the library raises: it has no class of its own for that
             return
@@ -269,9 +269,9 @@ def _configs(stack: contextlib.ExitStack) -> Try:
 
     def attempt(data: bytes) -> None:
         for name, look in (
-            ("model_index.json", unsafe_configs.refuse_foreign_config),
-            ("config.json", unsafe_configs.refuse_foreign_config),
-            ("model.safetensors.index.json", unsafe_files.refuse_foreign_parts),
+            ("model_index.json", unsafe_configs.refuse_unsafe_config),
+            ("config.json", unsafe_configs.refuse_unsafe_config),
+            ("model.safetensors.index.json", unsafe_files.refuse_unsafe_parts),
         ):
             (folder / name).write_bytes(data)
             with contextlib.suppress(BundleError):

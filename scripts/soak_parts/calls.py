@@ -73,7 +73,7 @@ def _reason(detail: AnyMessage) -> str:
 
 
 def check_pictures(response: pb.TransformResponse, references: Sequence[bytes]) -> None:
-    """Raises Violated where the pictures are not the ones that were drawn alone."""
+    """Raises Violated where the images are not the ones that were drawn alone."""
     if len(response.images) != len(references):
         raise Violated(f"{len(response.images)} pictures in place of {len(references)}")
     for image, reference in zip(response.images, references, strict=True):
@@ -112,7 +112,7 @@ async def follow(
 
 
 async def upload(connection: Connection, data: bytes) -> str:
-    """Uploads a picture and returns its id."""
+    """Uploads an image and returns its id."""
 
     async def messages() -> AsyncIterator[asset_pb2.UploadAssetRequest]:
         info = asset_pb2.UploadAssetInfo(media_type="image/png", size=len(data), sha256=hashlib.sha256(data).hexdigest())
@@ -128,7 +128,7 @@ async def upload(connection: Connection, data: bytes) -> str:
 
 
 async def download(connection: Connection, asset_id: str, pause: float = 0.0) -> bytes:
-    """Downloads a picture; its hash is looked at."""
+    """Downloads an image; its hash is looked at."""
     data, info = b"", asset_pb2.Asset()
     async for message in connection.assets.GetAsset(asset_pb2.GetAssetRequest(id=asset_id), timeout=PATIENCE):
         if message.HasField("asset"):

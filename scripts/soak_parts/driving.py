@@ -35,7 +35,7 @@ _STOP_SECONDS = 120.0
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """How much to send: `factor` times `capacity` pictures a second, for `seconds`."""
+    """How much to send: `factor` times `capacity` images a second, for `seconds`."""
 
     seconds: float
     capacity: float
@@ -43,7 +43,7 @@ class Load:
 
     @property
     def rate(self) -> float:
-        """Operations a second, so that those which want a picture are `factor` times what the server can draw."""
+        """Operations a second, so that those which want an image are `factor` times what the server can draw."""
         shares = {name: kind.share for name, kind in KINDS.items()}
         asking = sum(share for name, share in shares.items() if not name.startswith("bad"))
         return self.factor * self.capacity * sum(shares.values()) / asking

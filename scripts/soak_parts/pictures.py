@@ -1,4 +1,4 @@
-"""The requests of a soak, the pictures that must come of them, and files that are no pictures."""
+"""The requests of a soak, the images that must come of them, and files that are no images."""
 
 import functools
 import io
@@ -13,12 +13,12 @@ from PIL import Image, ImageChops
 SIZES = ((64, 64), (96, 64), (128, 128))
 STEPS = (4, 6, 8, 12)
 TOLERANCE = 1
-"""Of 255, for each pixel: what the server promises of a picture in any batch, against the same alone."""
+"""Of 255, for each pixel: what the server promises of an image in any batch, against the same alone."""
 
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """One request that is made again and again; its picture is drawn alone at first."""
+    """One request that is made again and again; its image is drawn alone at first."""
 
     prompt: str
     source: bytes
@@ -42,7 +42,7 @@ class Subject:
 
 
 def subjects(count: int, seed: int) -> list[Subject]:
-    """`count` requests of different sizes, steps, guidance and pictures."""
+    """`count` requests of different sizes, steps, guidance and images."""
     dice = random.Random(seed)
     return [
         Subject(
@@ -58,14 +58,14 @@ def subjects(count: int, seed: int) -> list[Subject]:
 
 
 def noise(size: tuple[int, int], seed: int) -> Image.Image:
-    """A picture of coloured patches, the same for the same seed."""
+    """An image of coloured patches, the same for the same seed."""
     dice = random.Random(seed)
     patches = Image.frombytes("RGB", (8, 8), dice.randbytes(3 * 64))
     return patches.resize(size, Image.Resampling.BICUBIC)
 
 
 def png(image: Image.Image) -> bytes:
-    """The picture's file."""
+    """The image's file."""
     file = io.BytesIO()
     image.save(file, "PNG")
     return file.getvalue()

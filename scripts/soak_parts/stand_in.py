@@ -1,7 +1,7 @@
 """`img2img serve` with a stand-in for its models: the same command, in a process of its own, that loads nothing heavy.
 
 Flags, bundles with their checksums, engine, watchdog, assets and exit statuses are the real ones. Only what loads a pipeline is
-replaced: by one that takes a fixed time for each step, and whose pictures anybody can compute (`expected`).
+replaced: by one that takes a fixed time for each step, and whose images anybody can compute (`expected`).
 
     PYTHONPATH=scripts python -m soak_parts.stand_in --models DIR --port 0 ...
 """
@@ -24,7 +24,7 @@ from PIL import Image, ImageChops
 STEP_SECONDS = "STAND_IN_STEP"
 """The environment variable with the seconds of a step; a row takes a tenth of that more."""
 FLAW = "STAND_IN_FLAW"
-"""The environment variable that makes every so manieth picture wrong, so that it can be seen that this is noticed."""
+"""The environment variable that makes every so manieth image wrong, so that it can be seen that this is noticed."""
 _BALLAST = 8 * 2**20
 """Bytes that a loaded stand-in holds, so that loading and unloading can be seen."""
 
@@ -50,7 +50,7 @@ def plant(store: Path, name: str) -> Path:
 
 
 def expected(image: Image.Image, prompt: str, seed: int, steps: int) -> Image.Image:
-    """The picture that a stand-in makes: the source's pixels, xor a pattern that every setting changes."""
+    """The image that a stand-in makes: the source's pixels, xor a pattern that every setting changes."""
     pattern = hashlib.shake_256(f"{prompt}\0{seed}\0{steps}".encode()).digest(3 * 64)
     tile = Image.frombytes("RGB", (8, 8), pattern)
     canvas = Image.new("RGB", image.size)
@@ -117,7 +117,7 @@ class StandInPipeline:
         return [state.request.image.resize((8, 8)) for state in states]
 
     def finish(self, states: Sequence[StandInState]) -> Sequence[Sequence[Image.Image]]:
-        """The pictures that `expected` gives."""
+        """The images that `expected` gives."""
         self._trouble("finish", [state.request for state in states])
         return [[self._draw(state.request, seed) for seed in state.request.seeds] for state in states]
 
@@ -144,7 +144,7 @@ def _load_pipeline(*arguments: Any, **settings: Any) -> StandInPipeline:
     return StandInPipeline(float(os.environ.get(STEP_SECONDS, "0.01")), int(os.environ.get(FLAW, "0")))
 
 
-class _Shelf:
+class _RunnerCache:
     def keep(self, *arguments: Any) -> None:
         """Keeps nothing: no other engine will take over."""
 
@@ -155,10 +155,10 @@ class _Shelf:
 def main(words: Sequence[str]) -> int:
     """Runs `img2img serve` with `words`. Returns its exit status."""
     loader = types.ModuleType("img2img_server.runtime.loader")
-    contender = types.ModuleType("img2img_server.runtime.tensorrt.candidate")
+    candidate = types.ModuleType("img2img_server.runtime.tensorrt.candidate")
     vars(loader).update(load_pipeline=_load_pipeline)
-    vars(contender).update(Shelf=_Shelf, contenders=lambda *arguments: ())
-    sys.modules |= {loader.__name__: loader, contender.__name__: contender}
+    vars(candidate).update(Shelf=_RunnerCache, candidates=lambda *arguments: ())
+    sys.modules |= {loader.__name__: loader, candidate.__name__: candidate}
     from img2img_cli.__main__ import main as run
 
     return run(["serve", *words])

@@ -134,7 +134,7 @@ class Traffic:
         return seconds
 
     async def draw_references(self) -> None:
-        """Draws each subject's pictures alone: what every later one is held to."""
+        """Draws each subject's images alone: what every later one is held to."""
         for subject in self._subjects:
             response = await self._main.images.Transform(subject.message(), timeout=PATIENCE)
             self.references[subject] = [image.data for image in response.images]
@@ -167,7 +167,7 @@ class Traffic:
         return self._dice.choice(self._subjects)
 
     def _stranger(self) -> pb.TransformRequest:
-        """A request whose picture nobody waits for: a subject's, with a prompt that is not."""
+        """A request whose image nobody waits for: a subject's, with a prompt that is not."""
         return self._subject().message(prompt=f"a passer-by, number {self._dice.randrange(_PROMPTS)}")
 
     async def _plain(self) -> str:

@@ -122,7 +122,7 @@ ONCE: dict[str, Callable[[Any], object]] = {
 @BOTH
 @pytest.mark.parametrize("name", CALLS)
 def test_what_a_server_cannot_take_another_does_at_once(kind: Any, servers: list[FakeServer], told: Told, name: str) -> None:
-    """gRPC itself asks the next one: no wait of ours, also for a picture larger than what gRPC keeps by default."""
+    """gRPC itself asks the next one: no wait of ours, also for an image larger than what gRPC keeps by default."""
     with kind([server.target for server in servers], timeout=20, retries=policy(told)) as client:
         use(client, servers)
         servers[0].service.failure = unavailable()

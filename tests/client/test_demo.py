@@ -1,4 +1,4 @@
-"""scripts/demo, as a person runs it: it makes its pictures and leaves no process.
+"""scripts/demo, as a person runs it: it makes its images and leaves no process.
 
 Its bundle is the one that the session's tests share, so that it is not exported once more: that the demo's model can be exported
 by the command is what tests/test_readme.py shows.
@@ -27,7 +27,7 @@ def exported(bundle: Callable[[str], Path]) -> None:
 
 
 def redness(path: Path) -> float:
-    """How much redder than blue a picture is on average, in levels of 255."""
+    """How much redder than blue an image is on average, in levels of 255."""
     with Image.open(path) as image:
         red, _, blue = ImageStat.Stat(image.convert("RGB")).mean
     return red - blue

@@ -1,6 +1,6 @@
 """Three servers, in processes of their own, with callers of both clients: one is drained, one killed, and no caller is told.
 
-The servers are `img2img serve` with a stand-in for the model, whose pictures anybody can compute: each picture that comes is
+The servers are `img2img serve` with a stand-in for the model, whose images anybody can compute: each image that comes is
 compared with the one that its prompt, seed and steps make. Who made it says the revision of the server's bundle.
 """
 
@@ -113,7 +113,7 @@ class Ledger:
         self.note(change)
 
     def check(self, phase: int, result: TransformResult, prompt: str, seed: int, steps: int, count: int) -> None:
-        """The right pictures, for a call of any caller."""
+        """The right images, for a call of any caller."""
         assert [image.seed for image in result.images] == list(range(seed, seed + count))
         with Image.open(io.BytesIO(SOURCE)) as source:
             for image in result.images:
@@ -121,7 +121,7 @@ class Ledger:
         self.note(lambda: self.made.update([(phase, result.model_revision)]))
 
     def check_life(self, phase: int, events: Sequence[TransformEvent], prompt: str) -> None:
-        """A life as if nothing had happened: each step once and in order, and the pictures of the seeds that were told."""
+        """A life as if nothing had happened: each step once and in order, and the images of the seeds that were told."""
         kinds = [type(event) for event in events if not isinstance(event, Queued)]
         assert kinds == [Started, *[Progress] * STREAM_STEPS, Completed]
         assert isinstance(events[0], Queued)
@@ -138,7 +138,7 @@ def options(prompt: str, steps: int, *, seed: int = -1, count: int = 1) -> Trans
 
 
 def call(targets: Sequence[str], ledger: Ledger) -> None:
-    """A caller that is given its pictures at once."""
+    """A caller that is given its images at once."""
     with Client(targets, timeout=PATIENCE) as client:
         for number in itertools.takewhile(lambda _: not ledger.stop, itertools.count()):
             phase, prompt = ledger.phase, f"picture {number}"
@@ -147,7 +147,7 @@ def call(targets: Sequence[str], ledger: Ledger) -> None:
 
 
 def stream(client: Client, caller: int, ledger: Ledger) -> None:
-    """A caller that follows its pictures."""
+    """A caller that follows its images."""
     for number in itertools.takewhile(lambda _: not ledger.stop, itertools.count()):
         phase, events, prompt = ledger.phase, [], f"stream {caller} {number}"
         with client.transform_stream(SOURCE, **options(prompt, STREAM_STEPS, count=2)) as life:

@@ -128,8 +128,8 @@ def allocated_bytes() -> int:
 def run_until_flat(engine: Engine, pipeline: Counted, gpu: FakeGpu) -> list[tuple[int, Counter[str]]]:
     """The steps of 500 further requests, in which torch's tensors take no more memory, and nothing is recorded.
 
-    They are the same requests again, as timetables are kept, but they meet in other ways: by chance more texts or images in one
-    call than warm-up records, which is recorded at its third call and keeps memory from then on.
+    They are the same requests again, as the scheduler cache keeps each kind, but they meet in other ways: by chance more texts or
+    images in one call than warm-up records, which is recorded at its third call and keeps memory from then on.
     """
     steps: list[tuple[int, Counter[str]]] = []
     allocated, reserved, rounds = engine.call("m", allocated_bytes), gpu.used, 0

@@ -1,4 +1,4 @@
-"""What the committed demo model has learned, measured against the generator's own pictures of the same layouts.
+"""What the committed demo model has learned, measured against the generator's own images of the same layouts.
 
 With `-s` each measure says its count: the figures of the model's card.
 """
@@ -31,7 +31,7 @@ MOODS = {
     "winter": ("noon", "winter"),
 }
 PHRASES = {"sunset": "at sunset", "night": "at night", "winter": "in winter"}
-"""A mood alone; a caption says what is in the picture, too."""
+"""A mood alone; a caption says what is in the image, too."""
 
 
 def warmth(colour: Floats) -> float:
@@ -56,7 +56,7 @@ MEASURES: dict[str, list[tuple[str, Callable[[Floats], float]]]] = {
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One unseen layout: its masks, and the generator's pictures of it under each mood."""
+    """One unseen layout: its masks, and the generator's images of it under each mood."""
 
     geometry: Geometry
     painted: dict[str, Floats]
@@ -66,7 +66,7 @@ class Case:
         return self.painted["noon"]
 
     def caption(self, mood: str) -> str:
-        """What the picture would be under a mood: "A beautiful landscape with desert dunes and a lake at sunset"."""
+        """What the image would be under a mood: "A beautiful landscape with desert dunes and a lake at sunset"."""
         layout = self.geometry.layout
         return default_caption(Scene(layout.kind, layout.lake, layout.trees, *MOODS[mood]))
 
@@ -79,7 +79,7 @@ class Case:
         return mean
 
     def moves_as_told(self, picture: Floats, mood: str) -> bool:
-        """Whether every measure of a mood moved from the source at least half as far as in the generator's picture."""
+        """Whether every measure of a mood moved from the source at least half as far as in the generator's image."""
         for region, measure in MEASURES[mood]:
             before = measure(self.colour(self.source, region))
             wanted = measure(self.colour(self.painted[mood], region)) - before
@@ -88,7 +88,7 @@ class Case:
         return True
 
     def nearest_mood(self, picture: Floats) -> str:
-        """The mood whose picture of this layout has the nearest sky and ground colours."""
+        """The mood whose image of this layout has the nearest sky and ground colours."""
 
         def distance(mood: str) -> float:
             reference = self.painted[mood]
@@ -137,7 +137,7 @@ def run(pipeline: StableDiffusionImg2ImgPipeline, cases: list[Case], prompts: li
 
 @pytest.fixture(scope="module")
 def pictures(pipeline: StableDiffusionImg2ImgPipeline, cases: list[Case]) -> dict[str, list[Floats]]:
-    """At strength 0.8, for each of the three moods, the pictures of all layouts under their captions."""
+    """At strength 0.8, for each of the three moods, the images of all layouts under their captions."""
     return {mood: run(pipeline, cases, [case.caption(mood) for case in cases], strength=0.8) for mood in PHRASES}
 
 

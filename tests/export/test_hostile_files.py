@@ -17,7 +17,7 @@ from img2img_export.read.scaled import refuse_other_quantization
 from img2img_export.read.source import resolve
 from img2img_export.read.texts import read_json
 from img2img_export.read.weights_file import read_header
-from img2img_server.bundle.unsafe_files import refuse_foreign_parts
+from img2img_server.bundle.unsafe_files import refuse_unsafe_parts
 from img2img_server.errors import BundleError
 from img2img_server.runtime.onnx.components import read_index
 
@@ -74,7 +74,7 @@ def test_json_nested_too_deeply_is_damaged_wherever_it_is_read(tmp_path: Path) -
     with pytest.raises(BundleError, match=str(path)):
         read_index(tmp_path)
     with pytest.raises(BundleError, match=str(path)):
-        refuse_foreign_parts(path)
+        refuse_unsafe_parts(path)
 
 
 @pytest.mark.parametrize("offsets", [((0, 4), (0, 4)), ((0, 4), (2, 6)), ((0, 4), (5, 9)), ((4, 8), (8, 12))])

@@ -1,4 +1,4 @@
-"""Previews: the map that the exporter fits, in the manifest and out again, tells more of a picture than its mean colour does."""
+"""Previews: the map that the exporter fits, in the manifest and out again, tells more of an image than its mean colour does."""
 
 import json
 from collections.abc import Callable, Iterable
@@ -28,12 +28,12 @@ def pipeline(model: Path) -> Any:
 
 
 def pixels(image: Image.Image) -> np.ndarray:
-    """An RGB picture, H x W x 3, 0 to 1."""
+    """An RGB image, H x W x 3, 0 to 1."""
     return np.asarray(image.convert("RGB")) / 255
 
 
 def explained(vae: Any, pictures: Iterable[np.ndarray], weights: latent_preview.LatentPreview) -> float:
-    """How much of the variance of the decoded pictures' colours their previews explain: 1 for all, 0 for what the mean does."""
+    """How much of the variance of the decoded images' colours their previews explain: 1 for all, 0 for what the mean does."""
     drawn, wanted = [], []
     for picture in pictures:
         latents = latent_preview.encode(vae, picture)

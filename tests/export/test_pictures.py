@@ -1,4 +1,4 @@
-"""Whole pictures: the cases cover what a server is asked for, the judgement is as strict as it says, and the sheet shows it."""
+"""Whole images: the cases cover what a server is asked for, the judgement is as strict as it says, and the sheet shows it."""
 
 import dataclasses
 import inspect
@@ -117,7 +117,7 @@ def test_each_precision_has_its_own_limits(precision: Precision) -> None:
 
 
 def test_structure_counts_beside_the_pixels() -> None:
-    """Noise that a PSNR lets pass, in a picture with little in it."""
+    """Noise that a PSNR lets pass, in an image with little in it."""
     flat = np.full((64, 64, 3), 100, np.uint8)
     flat[:32] += 10
     noise = np.random.default_rng(0).integers(-12, 13, flat.shape)

@@ -1,4 +1,4 @@
-"""Architectures that run whole, each as the exporter makes it of a tiny model: the pictures are diffusers' own, to 1/255."""
+"""Architectures that run whole, each as the exporter makes it of a tiny model: the images are diffusers' own, to 1/255."""
 
 import inspect
 from collections.abc import Callable

@@ -168,7 +168,7 @@ def test_the_server_itself_is_no_client() -> None:
 
 
 def test_what_is_arriving_counts() -> None:
-    """So that no more pictures are fetched and decoded than there is room for."""
+    """So that no more images are fetched and decoded than there is room for."""
     engine, _, _ = make_engine(QueueLimits(max_waiting=2))
     with engine.arriving() as place:
         assert engine.stats.arriving == 1

@@ -181,7 +181,7 @@ def test_a_full_disk_costs_the_upload_and_nothing_else(
                 client.upload(big_source(300_000))
             assert (caught.value.status, caught.value.reason) == ("UNAVAILABLE", "STORAGE_FAILED")
             assert str(tmp_path) not in str(caught.value)
-        # What was there is whole, there is room for what fits, and pictures are made.
+        # What was there is whole, there is room for what fits, and images are made.
         assert client.download(first.id) == kept
         assert isinstance(client.upload(big_source(50_000)), Asset)
         result = client.transform(source(2), prompt="p", seed=3, num_inference_steps=4)
@@ -248,7 +248,7 @@ def test_a_model_call_that_hangs_ends_the_server_and_loses_nobody(stage: str, st
         assert next(states).status == health_pb2.HealthCheckResponse.NOT_SERVING
         for call in calls:
             error = call.exception(SECONDS)
-            if error is not None:  # one whose picture was done before may have it
+            if error is not None:  # one whose image was done before may have it
                 assert isinstance(error, Unavailable), error
                 assert error.reason in ("ENGINE_STUCK", "SHUTTING_DOWN")
         assert calls[0].exception() is not None

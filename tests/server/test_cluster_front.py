@@ -28,7 +28,7 @@ def steps(events: Sequence[Event]) -> list[int]:
 STEPS = tuple(RemoteProgress(number, 3, None, None) for number in (1, 2, 3))
 LIFE: tuple[Told, ...] = (Queued(0, 1.0), Started(3), *STEPS)
 END = RemoteCompleted((), Timings(0, 0, 0, 0))
-"""The scripts' own end: the job's picture comes back."""
+"""The scripts' own end: the job's image comes back."""
 
 
 @pytest.mark.parametrize("told_before", range(len(LIFE) + 1))

@@ -1,4 +1,4 @@
-"""What passes between processes arrives as it was sent: errors with all they know, pictures to the last bit."""
+"""What passes between processes arrives as it was sent: errors with all they know, images to the last bit."""
 
 import inspect
 import pickle

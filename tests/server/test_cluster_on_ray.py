@@ -229,14 +229,14 @@ def test_who_leaves_frees_the_replica_and_models_leave_all_of_them(stub: ImageTo
 def test_a_replica_that_is_killed_under_load_takes_nothing_with_it(
     ground: Ground, served: FrontProcess, stub: ImageToImageServiceStub, local: ImageToImageServiceStub
 ) -> None:
-    count, under_way = 48, threading.Semaphore(0)
+    count, in_flight = 48, threading.Semaphore(0)
     steps = [random.Random(number).randint(20, 120) for number in range(count)]
 
     def message(number: int) -> pb.TransformRequest:
         return asked(number, num_inference_steps=steps[number], strength=1.0)
 
     def ask(number: int) -> pb.TransformResponse:
-        under_way.release()
+        in_flight.release()
         if number % 2:
             return follow(stub, message(number))
         return stub.Transform(message(number), timeout=120)
@@ -246,7 +246,7 @@ def test_a_replica_that_is_killed_under_load_takes_nothing_with_it(
     with ThreadPoolExecutor(24) as callers:
         answers = [callers.submit(ask, number) for number in range(count)]
         for _ in range(30):  # so that some have been answered, and others wait or run on either replica
-            under_way.acquire()
+            in_flight.acquire()
         before[0].kill()
         got = [content(answer.result()) for answer in answers]
     assert got == [content(local.Transform(message(number))) for number in range(count)]

@@ -1,4 +1,4 @@
-"""torch.compile: the same pictures, never compiled for while a request waits, and done without where it fails."""
+"""torch.compile: the same images, never compiled for while a request waits, and done without where it fails."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -36,7 +36,7 @@ def difference(some: Sequence[Image.Image], others: Sequence[Image.Image]) -> in
 
 def test_what_is_compiled_draws_the_same_and_no_request_waits_for_the_compiler(pipe: Any) -> None:
     pipeline = OpaquePipeline(pipe, "torch:cpu", threads=1)
-    # The native size with guidance and without, another size, more pictures.
+    # The native size with guidance and without, another size, more images.
     requests = [request(64, 64), request(64, 64, guidance_scale=1.0), request(72, 64), request(64, 64, seeds=(1, 2))]
     before = [run_alone(pipeline, item) for item in requests]
     compiled = ran = 0

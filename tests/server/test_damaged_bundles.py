@@ -40,7 +40,7 @@ def test_a_damaged_bundle_is_refused_while_the_others_are_served(tmp_path: Path)
 
 
 def test_a_bundle_that_is_damaged_once_it_is_loaded_is_served_on(bundle: Callable[[str], Path], tmp_path: Path) -> None:
-    """Its files are flipped, cut and deleted under a server that drew a picture with it: the next one is the same."""
+    """Its files are flipped, cut and deleted under a server that drew an image with it: the next one is the same."""
     copy = tmp_path / "models" / "m"
     shutil.copytree(bundle("sd1"), copy)
     flags = ["--models", str(copy.parent), "--warm-up", "0", "--assets", "none", "--cache-bytes", "0"]
@@ -59,7 +59,7 @@ def test_a_bundle_that_is_damaged_once_it_is_loaded_is_served_on(bundle: Callabl
 
 
 def test_a_model_that_computes_no_numbers_is_an_error_and_no_picture(bundle: Callable[[str], Path], tmp_path: Path) -> None:
-    """Its decoder gives NaN: a black picture would look like an answer."""
+    """Its decoder gives NaN: a black image would look like an answer."""
     from img2img_server.runtime.loader import load_pipeline
 
     copy = tmp_path / "models" / "m"

@@ -12,7 +12,7 @@ from img2img_export.build import export_model
 from img2img_export.errors import ExportError
 from img2img_export.options import ExportOptions
 from img2img_server.bundle.manifest import Manifest, Source, Verification
-from img2img_server.bundle.unsafe_configs import refuse_foreign_config
+from img2img_server.bundle.unsafe_configs import refuse_unsafe_config
 from img2img_server.errors import BundleError
 from img2img_server.runtime import loader
 from img2img_server.runtime.execution import Execution
@@ -115,7 +115,7 @@ def written(path: Path, config: Any) -> Path:
 def test_a_key_that_may_lead_to_code_is_refused(key: str, value: Any, name: str, tmp_path: Path) -> None:
     path = written(tmp_path / name, {"hidden_size": 8, key: value})
     with pytest.raises(BundleError) as error:
-        refuse_foreign_config(path)
+        refuse_unsafe_config(path)
     assert str(error.value).startswith(f"{path}: the key '")
     assert ascii(key)[1:-1] in str(error.value).encode("ascii", "backslashreplace").decode()
 
@@ -124,13 +124,13 @@ def test_a_key_that_may_lead_to_code_is_refused(key: str, value: Any, name: str,
 @pytest.mark.parametrize(("key", "value"), REFUSED_KEYS)
 def test_no_nesting_hides_such_a_key(key: str, value: Any, nest: Callable[[dict[str, Any]], Any], tmp_path: Path) -> None:
     with pytest.raises(BundleError):
-        refuse_foreign_config(written(tmp_path / "config.json", nest({key: value})))
+        refuse_unsafe_config(written(tmp_path / "config.json", nest({key: value})))
 
 
 @pytest.mark.parametrize(("key", "value"), ALLOWED)
 def test_what_checkpoints_in_use_have_passes(key: str, value: Any, tmp_path: Path) -> None:
     for nest in NESTINGS:
-        refuse_foreign_config(written(tmp_path / "config.json", nest({key: value})))
+        refuse_unsafe_config(written(tmp_path / "config.json", nest({key: value})))
 
 
 def test_a_repeated_key_is_judged_each_time(tmp_path: Path) -> None:
@@ -138,7 +138,7 @@ def test_a_repeated_key_is_judged_each_time(tmp_path: Path) -> None:
     for first, second in (("null", '"evil/kernel"'), ('"evil/kernel"', "null")):
         path.write_text(f'{{"attn_implementation": {first}, "attn_implementation": {second}}}')
         with pytest.raises(BundleError, match="attn_implementation"):
-            refuse_foreign_config(path)
+            refuse_unsafe_config(path)
 
 
 @pytest.mark.parametrize("entry", [["evil.module", "Evil"], ["../evil", "Evil"], ["os", "path.x"], {"library": "a/b"}, "evil.py"])
@@ -148,9 +148,9 @@ def test_an_index_names_classes_by_identifiers(entry: Any, tmp_path: Path) -> No
         "unet": ["diffusers", "UNet2DConditionModel"],
         "safety_checker": [None, None],
     }
-    refuse_foreign_config(written(tmp_path / "model_index.json", {**good, "force_zeros_for_empty_prompt": True}))
+    refuse_unsafe_config(written(tmp_path / "model_index.json", {**good, "force_zeros_for_empty_prompt": True}))
     with pytest.raises(BundleError, match="'unet"):
-        refuse_foreign_config(written(tmp_path / "model_index.json", {**good, "unet": entry}))
+        refuse_unsafe_config(written(tmp_path / "model_index.json", {**good, "unet": entry}))
 
 
 @pytest.mark.parametrize("text", ["{", "[" * 100_000, '{"a": ' * 5_000, "\x00"])
@@ -158,12 +158,12 @@ def test_a_damaged_configuration_is_named(text: str, tmp_path: Path) -> None:
     path = tmp_path / "config.json"
     path.write_text(text)
     with pytest.raises(BundleError, match="cannot be read"):
-        refuse_foreign_config(path)
+        refuse_unsafe_config(path)
 
 
 def test_tables_of_a_tokenizer_are_data(tmp_path: Path) -> None:
     for name in ("tokenizer.json", "vocab.json", "added_tokens.json", "merges.txt"):
-        refuse_foreign_config(written(tmp_path / name, {"_attn_implementation_internal": 1, "a/b": "c/d"}))
+        refuse_unsafe_config(written(tmp_path / name, {"_attn_implementation_internal": 1, "a/b": "c/d"}))
 
 
 @pytest.mark.parametrize(
@@ -194,9 +194,9 @@ def test_the_configurations_that_diffusers_and_transformers_write_pass(name: str
     assert len(paths) > 3
     for path in paths:
         if ".index." not in path.name:
-            refuse_foreign_config(path)
+            refuse_unsafe_config(path)
 
 
 def test_the_demo_model_passes() -> None:
     for path in (REPOSITORY / "demo" / "model").rglob("*.json"):
-        refuse_foreign_config(path)
+        refuse_unsafe_config(path)

@@ -1,4 +1,4 @@
-"""The gate: a bundle carries pictures of diffusers', and only what draws them is let in."""
+"""The gate: a bundle carries images of diffusers', and only what draws them is let in."""
 
 import dataclasses
 import json

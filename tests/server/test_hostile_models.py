@@ -15,8 +15,8 @@ import torch
 from img2img_server.bundle import files
 from img2img_server.bundle.manifest import MANIFEST_NAME, Manifest, Source, Verification, read_manifest
 from img2img_server.bundle.tokenizer_files import is_slow
-from img2img_server.bundle.unsafe_configs import refuse_foreign_config
-from img2img_server.bundle.unsafe_files import refuse_foreign
+from img2img_server.bundle.unsafe_configs import refuse_unsafe_config
+from img2img_server.bundle.unsafe_files import refuse_unsafe
 from img2img_server.errors import BundleError
 from img2img_server.runtime import loader
 from img2img_server.runtime.common.weight_budget import TooLarge, within
@@ -57,20 +57,20 @@ def test_a_bundle_holds_regular_files_of_its_own_only(make: Callable[[Path], obj
     (bundle / "vae").symlink_to("unet")
     (bundle / "unet" / "up").symlink_to("..")
     (bundle / "same.json").hardlink_to(bundle / "unet" / "config.json")
-    refuse_foreign(bundle)
+    refuse_unsafe(bundle)
     make(bundle / "unet" / "odd.json")
     with pytest.raises(BundleError, match=rf"{bundle}/(unet|vae)/odd\.(json|dat) "):
-        refuse_foreign(bundle)
+        refuse_unsafe(bundle)
 
 
 def test_a_model_of_too_many_files_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files, "MOST_FILES", 3)
     for number in range(3):
         _written(tmp_path / f"{number}.json", b"{}")
-    refuse_foreign(tmp_path)
+    refuse_unsafe(tmp_path)
     _written(tmp_path / "last.json", b"{}")
     with pytest.raises(BundleError, match="more than 3 files"):
-        refuse_foreign(tmp_path)
+        refuse_unsafe(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -83,7 +83,7 @@ def test_a_file_of_50_gigabytes_is_refused_unread(name: str, tmp_path: Path) -> 
     with (tmp_path / name).open("wb") as file:
         file.truncate(50 * 2**30)
     with pytest.raises(BundleError, match=name):
-        refuse_foreign(tmp_path)
+        refuse_unsafe(tmp_path)
 
 
 def test_a_manifest_that_is_a_pipe_or_huge_is_refused(tmp_path: Path) -> None:
@@ -139,25 +139,25 @@ TOKENIZERS: dict[str, dict[str, Any]] = {
 def test_a_tokenizer_that_takes_too_much_is_refused(changes: dict[str, Any], name: str, tmp_path: Path) -> None:
     path = _written(tmp_path / name, json.dumps({**PLAIN, **changes}).encode())
     with pytest.raises(BundleError, match=str(path)):
-        refuse_foreign_config(path)
+        refuse_unsafe_config(path)
 
 
 @pytest.mark.parametrize("table", ["[" * 100_000, "[]", "", "3"])
 def test_a_tokenizer_that_is_no_table_is_refused(table: str, tmp_path: Path) -> None:
     path = _written(tmp_path / "tokenizer.json", table.encode())
     with pytest.raises(BundleError, match=str(path)):
-        refuse_foreign_config(path)
+        refuse_unsafe_config(path)
 
 
 def test_merges_of_too_many_lines_are_refused(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="more than 1048576 lines"):
-        refuse_foreign_config(_written(tmp_path / "merges.txt", b"a b\n" * (2**20 + 1)))
+        refuse_unsafe_config(_written(tmp_path / "merges.txt", b"a b\n" * (2**20 + 1)))
 
 
 def test_a_plain_tokenizer_passes(tmp_path: Path) -> None:
     good = base64.b64encode(CHARSMAP + "ﷺ".encode() * 5 + b"\0").decode()
     for changes in ({}, {"normalizer": {"precompiled_charsmap": good}}, {"padding": {"strategy": {"Fixed": 77}}}):
-        refuse_foreign_config(_written(tmp_path / "tokenizer.json", json.dumps({**PLAIN, **changes}).encode()))
+        refuse_unsafe_config(_written(tmp_path / "tokenizer.json", json.dumps({**PLAIN, **changes}).encode()))
 
 
 GPT4O = (
@@ -190,7 +190,7 @@ def test_regular_expressions_that_may_take_long_are(pattern: str) -> None:
 def test_numbers_that_no_model_has_are_refused(key: str, value: Any, tmp_path: Path) -> None:
     path = _written(tmp_path / "config.json", json.dumps({key: value}).encode())
     with pytest.raises(BundleError, match="larger than any size"):
-        refuse_foreign_config(path)
+        refuse_unsafe_config(path)
 
 
 def test_numbers_in_use_pass(tmp_path: Path) -> None:
@@ -201,7 +201,7 @@ def test_numbers_in_use_pass(tmp_path: Path) -> None:
         "longest_edge": 25_165_824,
         "x": -1e300,
     }
-    refuse_foreign_config(_written(tmp_path / "tokenizer_config.json", json.dumps(numbers).encode()))
+    refuse_unsafe_config(_written(tmp_path / "tokenizer_config.json", json.dumps(numbers).encode()))
 
 
 class Layers(torch.nn.Module):

@@ -1,4 +1,4 @@
-"""Every mode and format of picture comes out upright, in RGB; what is wrong is named."""
+"""Every mode and format of image comes out upright, in RGB; what is wrong is named."""
 
 import base64
 import io
@@ -18,7 +18,7 @@ ORIENTATION = 0x0112
 
 
 def picture() -> Image.Image:
-    """Left half red above green, right half blue above white: every turn and flip of it is another picture."""
+    """Left half red above green, right half blue above white: every turn and flip of it is another image."""
     pixels = np.zeros((16, 24, 3), np.uint8)
     pixels[:8, :12], pixels[8:, :12], pixels[:8, 12:], pixels[8:, 12:] = (200, 0, 0), (0, 200, 0), (0, 0, 200), (255, 255, 255)
     return Image.fromarray(pixels)

@@ -153,14 +153,14 @@ def test_tensors_come_before_parameters(client: Any, pipeline: FakePipeline) -> 
 
 
 class StandIns(Loaded):
-    """Loads what draws pictures."""
+    """Loads what draws images."""
 
     def load(self, bundle: Path, manifest: object) -> Any:
         return StandInPipeline(0.0)
 
 
 def test_a_picture_is_the_one_that_img2img_v1_makes(tmp_path: Path) -> None:
-    """By a stand-in whose pictures every setting changes."""
+    """By a stand-in whose images every setting changes."""
     source = Image.effect_noise((32, 24), 80).convert("RGB")
     source.save(tmp_path / "source.png")
     data, wanted = (tmp_path / "source.png").read_bytes(), expected(source, "a lake", 11, 6)

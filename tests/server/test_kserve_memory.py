@@ -1,4 +1,4 @@
-"""What a request of KServe's held is gone with it, and not when Python looks for cycles: a picture may be 100 MB."""
+"""What a request of KServe's held is gone with it, and not when Python looks for cycles: an image may be 100 MB."""
 
 import asyncio
 import gc
@@ -30,7 +30,7 @@ HOLDERS = (pb.TransformRequest, service_pb2.ModelInferRequest, translation.Task)
 
 
 def held() -> list[str]:
-    """Large pictures, and where errors that are still there hold on to requests."""
+    """Large images, and where errors that are still there hold on to requests."""
     found = [repr(each) for each in gc.get_objects() if issubclass(type(each), Image.Image) and each.width == SIDE]
     for error in [each for each in gc.get_objects() if issubclass(type(each), ServerError)]:
         cause: BaseException | None = error

@@ -34,8 +34,8 @@ def health(name, serving):
     pass
 
 async def main(store_folder, cycles):
-    cache, shelf = Cache(2**26), Shelf()
-    load = lambda path, manifest: load_pipeline(path, manifest, Execution("cpu", threads=1), cache, keep=shelf.keep)
+    cache, runner_cache = Cache(2**26), Shelf()
+    load = lambda path, manifest: load_pipeline(path, manifest, Execution("cpu", threads=1), cache, keep=runner_cache.keep)
     settings = ModelSettings(preload=("none",))
     store = ModelStore.load(store_folder, load, settings=settings)
     engine = Engine(store.pipelines())
@@ -63,7 +63,7 @@ async def main(store_folder, cycles):
         report["unloaded"].append(resident_bytes())
         report["alive"].append(watched() is not None)
         report["cached"].append(cache.stats.entries)
-        report["shelved"] = len(shelf._runners)
+        report["shelved"] = len(runner_cache._runners)
     await residency.close()
     engine.close()
     print(json.dumps(report))

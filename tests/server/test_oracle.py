@@ -103,7 +103,7 @@ def _with_scheduler(bundle: Path, folder: Path, scheduler: str) -> None:
 
 
 def _source(size: tuple[int, int]) -> Image.Image:
-    """A smooth picture with edges, of the given size."""
+    """A smooth image with edges, of the given size."""
     width, height = size
     x, y = np.meshgrid(np.linspace(0, 1, width), np.linspace(0, 1, height))
     pixels = np.stack([x, y, (x + y) / 2], axis=-1) * 200 + (y > 0.6)[..., None] * np.array([0, 55, 20])

@@ -73,7 +73,7 @@ def test_a_request_that_has_no_room_alone_ends_and_the_server_goes_on(where: str
 
 @pytest.mark.parametrize("stage", ["prepare", "finish"])
 def test_encoding_and_decoding_are_divided_too(stage: str) -> None:
-    """Of requests that have room in one call of the model: a VAE may want more memory for a picture than a step does."""
+    """Of requests that have room in one call of the model: a VAE may want more memory for an image than a step does."""
     engine, pipeline, _ = make_engine(QueueLimits(max_admitted=4))
     calls: list[int] = []
 

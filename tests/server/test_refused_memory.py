@@ -1,4 +1,4 @@
-"""A refused request leaves nothing behind: a picture that hung on until Python looks for cycles would be 100 MB a request."""
+"""A refused request leaves nothing behind: an image that hung on until Python looks for cycles would be 100 MB a request."""
 
 import contextlib
 import ctypes

@@ -1,4 +1,4 @@
-"""The same seed gives the same picture: alone or in a batch, next to anything, with every scheduler, and diffusers' own."""
+"""The same seed gives the same image: alone or in a batch, next to anything, with every scheduler, and diffusers' own."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Requests with equal settings share a call of diffusers: each picture is the one that it would be alone, class by class."""
+"""Requests with equal settings share a call of diffusers: each image is the one that it would be alone, class by class."""
 
 import threading
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Where source pictures may come from: what a server allows is read, everything else is refused before anything is read."""
+"""Where source images may come from: what a server allows is read, everything else is refused before anything is read."""
 
 import base64
 import functools
@@ -199,7 +199,7 @@ async def test_long_addresses_take_neither_the_event_loop_nor_memory(monkeypatch
 
 
 class Site(ThreadingHTTPServer):
-    """A web server on loopback that gives a picture, or at /hang nothing until `over`."""
+    """A web server on loopback that gives an image, or at /hang nothing until `over`."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Answer)

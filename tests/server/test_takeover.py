@@ -1,4 +1,4 @@
-"""Takeover: users are served throughout, and another engine takes over only when it is built, right and faster."""
+"""Promotion: users are served throughout, and another engine takes over only when it is built, right and faster."""
 
 import contextlib
 import threading
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import grpc
 import pytest
-from contending import ENGINE, FakeContender, WatchedStore
+from contending import ENGINE, FakeCandidate, WatchedStore
 from fakes import Caller, Clock, FakePipeline, make_request
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from img2img_client import Client, ModelNotFound
@@ -40,21 +40,21 @@ def slow() -> FakePipeline:
 
 @contextlib.contextmanager
 def attempt(
-    contender: FakeContender, serving: FakePipeline, clock: Callable[[], float], step: bool = False
+    candidate: FakeCandidate, serving: FakePipeline, clock: Callable[[], float], step: bool = False
 ) -> Iterator[tuple[Engine, WatchedStore, list[Span]]]:
     """An engine on a manual clock, whose model "m" is contended for; stepped by the test where `step` is set."""
     store, spans = WatchedStore(serving), list[Span]()
     engine = Engine(store.pipelines(), clock=clock, observe=spans.append)
-    takeover = Promotion(engine, store, [contender])
+    promotion = Promotion(engine, store, [candidate])
     if not step:
         engine.start()
-    takeover.start()
+    promotion.start()
     try:
         yield engine, store, spans
     finally:
-        takeover.stop()
+        promotion.stop()
         engine.close()
-        assert takeover.join(30)
+        assert promotion.join(30)
 
 
 def pair(better: float = 1.0, serving: float = 2.0) -> tuple[Better, FakePipeline, Clock]:
@@ -65,15 +65,15 @@ def pair(better: float = 1.0, serving: float = 2.0) -> tuple[Better, FakePipelin
 
 def test_users_are_served_while_it_builds_and_by_the_new_one_afterwards(tmp_path: Path) -> None:
     """The whole story, as clients see it."""
-    store, contender = WatchedStore(slow()), FakeContender(tmp_path, Better())
-    with running(lambda: store, [contender]) as server, Client(f"localhost:{server.port}", timeout=60) as client:
+    store, candidate = WatchedStore(slow()), FakeCandidate(tmp_path, Better())
+    with running(lambda: store, [candidate]) as server, Client(f"localhost:{server.port}", timeout=60) as client:
         store.wait_for(BUILDING, detail="half of it")
         assert client.transform(PICTURE).engine == "fake:cpu"
         (model,) = client.models()
         assert model.engine == "fake:cpu"
         (engine,) = model.engines
         assert (engine.name, engine.state, engine.detail, engine.progress) == (ENGINE, "building", "half of it", 0.5)
-        contender.let()
+        candidate.let()
         assert store.end().state is SERVING
         assert client.transform(PICTURE).engine == ENGINE
         (model,) = client.models()
@@ -92,15 +92,15 @@ def test_what_is_being_tried_is_hidden(tmp_path: Path) -> None:
         held.set()
         assert go.wait(60)
 
-    contender = FakeContender(tmp_path, better)
+    candidate = FakeCandidate(tmp_path, better)
     better.before_call = hold
     store = WatchedStore(slow())
     with (
-        running(lambda: store, [contender]) as server,
+        running(lambda: store, [candidate]) as server,
         Client(f"localhost:{server.port}", timeout=60) as client,
         grpc.insecure_channel(f"localhost:{server.port}") as channel,
     ):
-        contender.let()
+        candidate.let()
         assert held.wait(60)
         assert [model.id for model in client.models()] == ["m"]
         assert client.model("m").engines[0].state == "checking"
@@ -119,10 +119,10 @@ def test_what_is_being_tried_is_hidden(tmp_path: Path) -> None:
 def test_nobody_waits_for_more_than_a_step_and_what_runs_goes_on(tmp_path: Path) -> None:
     """A long request is in progress through all of it: loaded, tried, taken over."""
     better, serving, clock = pair()
-    contender = FakeContender(tmp_path, better)
-    with attempt(contender, serving, clock, step=True) as (engine, store, spans):
+    candidate = FakeCandidate(tmp_path, better)
+    with attempt(candidate, serving, clock, step=True) as (engine, store, spans):
         user = Caller(engine).submit(num_inference_steps=10**6)
-        contender.let()
+        candidate.let()
         while store.get("m").engines[0].state in (BUILDING, CHECKING):
             engine.step()
         assert store.end().state is SERVING
@@ -154,9 +154,9 @@ def test_one_that_is_wrong_or_no_faster_is_rejected(
     tmp_path: Path, settings: dict[str, object], seconds: float, why: str
 ) -> None:
     better, serving, clock = pair(better=seconds)
-    contender = FakeContender(tmp_path, better, **settings)  # type: ignore[arg-type]
-    with attempt(contender, serving, clock) as (engine, store, _):
-        contender.let()
+    candidate = FakeCandidate(tmp_path, better, **settings)  # type: ignore[arg-type]
+    with attempt(candidate, serving, clock) as (engine, store, _):
+        candidate.let()
         ended = store.end()
         assert ended.state is EngineState.REJECTED
         assert (better.closed, serving.closed) == (True, False), "what lost leaves nothing behind"
@@ -167,13 +167,13 @@ def test_one_that_is_wrong_or_no_faster_is_rejected(
 @pytest.mark.parametrize("trouble", ["denoise", "finish", "load", "bug", "fail", "crash"])
 def test_one_that_fails_leaves_the_other_serving(tmp_path: Path, trouble: str) -> None:
     better, serving, clock = pair()
-    contender = FakeContender(tmp_path, better)
+    candidate = FakeCandidate(tmp_path, better)
     if trouble in ("denoise", "finish"):
-        contender.trials = lambda: [make_request(prompt=f"fail {trouble}")]  # type: ignore[method-assign]
+        candidate.trials = lambda: [make_request(prompt=f"fail {trouble}")]  # type: ignore[method-assign]
     if trouble in ("load", "bug"):
-        contender.before_load = lambda: fail(BundleError("/a/path") if trouble == "load" else KeyError("/a/path"))
-    with attempt(contender, serving, clock) as (engine, store, _):
-        contender.let(trouble if trouble in ("fail", "crash") else "right")
+        candidate.before_load = lambda: fail(BundleError("/a/path") if trouble == "load" else KeyError("/a/path"))
+    with attempt(candidate, serving, clock) as (engine, store, _):
+        candidate.let(trouble if trouble in ("fail", "crash") else "right")
         ended = store.end()
         assert ended.state is EngineState.FAILED
         assert "/" not in ended.detail, "callers hear nothing of the server's disk"
@@ -196,19 +196,19 @@ def assert_serves_as_before(engine: Engine, store: WatchedStore, serving: FakePi
 
 
 def test_what_was_built_is_found_and_what_is_damaged_or_stale_is_built_anew(tmp_path: Path) -> None:
-    def takes_over(built: int, version: int = 1) -> FakeContender:
+    def takes_over(built: int, version: int = 1) -> FakeCandidate:
         better, serving, clock = pair()
-        contender = FakeContender(tmp_path, better, version=version)
-        with attempt(contender, serving, clock) as (_, store, _):
+        candidate = FakeCandidate(tmp_path, better, version=version)
+        with attempt(candidate, serving, clock) as (_, store, _):
             if built:
-                contender.let()
+                candidate.let()
             assert store.end().state is SERVING
-        assert contender.built == built
-        return contender
+        assert candidate.built == built
+        return candidate
 
     takes_over(built=1)
-    contender = takes_over(built=0)
-    (contender.entry / "engine").write_text("wrong")
+    candidate = takes_over(built=0)
+    (candidate.entry / "engine").write_text("wrong")
     takes_over(built=1)
     takes_over(built=1, version=2)
     takes_over(built=0)
@@ -217,37 +217,37 @@ def test_what_was_built_is_found_and_what_is_damaged_or_stale_is_built_anew(tmp_
 def test_a_build_that_was_killed_is_made_anew(tmp_path: Path) -> None:
     for word, state in (("crash", EngineState.FAILED), ("right", SERVING)):
         better, serving, clock = pair()
-        contender = FakeContender(tmp_path, better)
-        with attempt(contender, serving, clock) as (_, store, _):
-            contender.let(word)
+        candidate = FakeCandidate(tmp_path, better)
+        with attempt(candidate, serving, clock) as (_, store, _):
+            candidate.let(word)
             assert store.end().state is state
-        assert contender.built == 1
+        assert candidate.built == 1
 
 
 @pytest.mark.parametrize("phase", ["building", "loading", "drawing", "timing"])
 def test_a_server_drains_whatever_is_under_way(tmp_path: Path, phase: str) -> None:
     better, reached = Better(), threading.Event()
-    contender = FakeContender(tmp_path, better)
+    candidate = FakeCandidate(tmp_path, better)
 
     def wait_for_the_end() -> None:
         ended = threading.Event()
-        with contender.stop.ending(ended.set):
+        with candidate.stop.ending(ended.set):
             reached.set()
             assert ended.wait(60)
 
     if phase == "loading":
-        contender.before_load = wait_for_the_end
+        candidate.before_load = wait_for_the_end
     if phase == "drawing":
         better.before_call = wait_for_the_end
     if phase == "timing":
-        contender.judge = lambda pictures: setattr(better, "before_call", wait_for_the_end) or ""  # type: ignore
+        candidate.judge = lambda pictures: setattr(better, "before_call", wait_for_the_end) or ""  # type: ignore
     store = WatchedStore(slow())
-    with running(lambda: store, [contender]) as server, Client(f"localhost:{server.port}", timeout=60) as client:
+    with running(lambda: store, [candidate]) as server, Client(f"localhost:{server.port}", timeout=60) as client:
         assert client.transform(PICTURE).engine == "fake:cpu"
         if phase == "building":
             store.wait_for(BUILDING, detail="half of it")
         else:
-            contender.let()
+            candidate.let()
             assert reached.wait(60)
     ended = store.end()
     assert (ended.state, ended.detail) == (EngineState.FAILED, "the server is shutting down")

@@ -1,4 +1,4 @@
-"""A model that is unloaded takes its contenders with it: they do not bring it back, and nothing of them is left."""
+"""A model that is unloaded takes its candidates with it: they do not bring it back, and nothing of them is left."""
 
 import gc
 import threading
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import grpc
 import pytest
-from contending import ENGINE, FakeContender, WatchedStore
+from contending import ENGINE, FakeCandidate, WatchedStore
 from fakes import FakePipeline
 from img2img.v1 import model_pb2
 from img2img.v1.model_pb2_grpc import ModelServiceStub
@@ -28,14 +28,14 @@ def unload(stub: ModelServiceStub) -> model_pb2.Model:
 
 def test_what_is_being_built_for_it_is_given_up(tmp_path: Path) -> None:
     serving = FakePipeline()
-    store, contender = WatchedStore(serving), FakeContender(tmp_path, Better())
-    with running(lambda: store, [contender]) as server, grpc.insecure_channel(f"localhost:{server.port}") as channel:
+    store, candidate = WatchedStore(serving), FakeCandidate(tmp_path, Better())
+    with running(lambda: store, [candidate]) as server, grpc.insecure_channel(f"localhost:{server.port}") as channel:
         store.wait_for(EngineState.BUILDING, detail="half of it")
         model = unload(ModelServiceStub(channel))
         assert model.state == model_pb2.MODEL_STATE_UNLOADED
         assert store.end().detail == "the model was unloaded"
         with pytest.raises(Stopped):
-            contender.stop.check()
+            candidate.stop.check()
         assert store.get("m").engines == (), "they were for what is gone"
         watched = weakref.ref(serving)
         del serving
@@ -52,13 +52,13 @@ def test_what_is_being_tried_for_it_is_given_up(tmp_path: Path) -> None:
         assert go.wait(60)
 
     better.before_call = hold
-    store, contender = WatchedStore(FakePipeline()), FakeContender(tmp_path, better)
-    with running(lambda: store, [contender]) as server, grpc.insecure_channel(f"localhost:{server.port}") as channel:
-        contender.let()
+    store, candidate = WatchedStore(FakePipeline()), FakeCandidate(tmp_path, better)
+    with running(lambda: store, [candidate]) as server, grpc.insecure_channel(f"localhost:{server.port}") as channel:
+        candidate.let()
         assert held.wait(60)
         stub = ModelServiceStub(channel)
         unloading = stub.UnloadModel.future(model_pb2.UnloadModelRequest(id="m"), timeout=60)
-        while not contender.stop.asked:
+        while not candidate.stop.asked:
             pass
         assert not unloading.done(), "it is at work on the device still"
         go.set()
@@ -70,7 +70,7 @@ def test_what_is_being_tried_for_it_is_given_up(tmp_path: Path) -> None:
 def test_one_that_waits_for_its_turn_never_gets_it(tmp_path: Path) -> None:
     for name in ("first", "second"):
         (tmp_path / name).mkdir()
-    first, second = FakeContender(tmp_path / "first", Better()), FakeContender(tmp_path / "second", Better())
+    first, second = FakeCandidate(tmp_path / "first", Better()), FakeCandidate(tmp_path / "second", Better())
     second.engine = "fake:best"
     store = WatchedStore(FakePipeline())
     with running(lambda: store, [first, second]) as server, grpc.insecure_channel(f"localhost:{server.port}") as channel:
@@ -84,9 +84,9 @@ def test_the_one_that_took_over_is_unloaded_like_any(tmp_path: Path) -> None:
     better.before_call = lambda: None
     serving = FakePipeline()
     serving.before_call = lambda: sum(range(300_000))
-    store, contender = WatchedStore(serving), FakeContender(tmp_path, better)
-    with running(lambda: store, [contender]) as server, grpc.insecure_channel(f"localhost:{server.port}") as channel:
-        contender.let()
+    store, candidate = WatchedStore(serving), FakeCandidate(tmp_path, better)
+    with running(lambda: store, [candidate]) as server, grpc.insecure_channel(f"localhost:{server.port}") as channel:
+        candidate.let()
         assert store.end().state is EngineState.SERVING
         assert (better.closed, serving.closed) == (False, True)
         stub = ModelServiceStub(channel)
@@ -102,20 +102,20 @@ def test_who_waits_for_one_that_is_being_loaded_is_let_go_when_all_is_to_end(tmp
         loading.set()
         assert go.wait(60)
 
-    store, contender = WatchedStore(pipeline), FakeContender(tmp_path, Better())
-    contender.before_load = hold
+    store, candidate = WatchedStore(pipeline), FakeCandidate(tmp_path, Better())
+    candidate.before_load = hold
     engine = Engine({"m": pipeline})
-    takeover = Promotion(engine, store, [contender])
-    takeover.start()
-    contender.let()
+    promotion = Promotion(engine, store, [candidate])
+    promotion.start()
+    candidate.let()
     assert loading.wait(60)
-    waiting = threading.Thread(target=takeover.withdraw, args=("m",))
+    waiting = threading.Thread(target=promotion.withdraw, args=("m",))
     waiting.start()
-    while not contender.stop.asked:
+    while not candidate.stop.asked:
         pass
-    takeover.stop()
+    promotion.stop()
     waiting.join(10)
     stuck = waiting.is_alive()
     go.set()
-    assert takeover.join(60)
+    assert promotion.join(60)
     assert not stuck

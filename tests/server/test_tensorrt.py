@@ -203,15 +203,15 @@ def test_nobody_contends_where_tensorrt_cannot_be_used(bundle: Get) -> None:
 
 def test_what_serves_already_is_not_loaded_twice(tmp_path: Path) -> None:
     """Of the same bundle only; the graph that serves may be the fused twin of the one that is asked for."""
-    shelf, made = RunnerCache(), list[Path]()
+    runner_cache, made = RunnerCache(), list[Path]()
 
     def make(name: str, graph: Path) -> Runner:
         made.append(graph)
         return Remembering()
 
-    runner = shelf.keep(make)("unet", tmp_path / "a" / "unet" / "fused" / "model.onnx")
-    assert shelf.make("unet", tmp_path / "a" / "unet" / "model.onnx") is runner
+    runner = runner_cache.keep(make)("unet", tmp_path / "a" / "unet" / "fused" / "model.onnx")
+    assert runner_cache.make("unet", tmp_path / "a" / "unet" / "model.onnx") is runner
     assert len(made) == 1
     for bundle, name in (("b", "unet"), ("a", "vae_decoder")):
         with pytest.raises(BundleError, match="was not opened before"):
-            shelf.make(name, tmp_path / bundle / name / "model.onnx")
+            runner_cache.make(name, tmp_path / bundle / name / "model.onnx")

@@ -1,7 +1,7 @@
-"""TensorRT's takeover from end to end, with stand-ins for its libraries.
+"""TensorRT's promotion from end to end, with stand-ins for its libraries.
 
 A program that writes a file stands for its builder, and sessions on the CPU for its engines; the server, the bundle, its
-pictures, the cache and the processes are real.
+images, the cache and the processes are real.
 """
 
 import json
@@ -41,11 +41,11 @@ timing = pathlib.Path(job["options"]["trt_timing_cache_path"])
 
 @pytest.fixture
 def contend(bundle: Get, tmp_path: Path) -> Callable[..., tuple[TensorRTCandidate, WatchedStore, list[str]]]:
-    """Gives a contender, a store whose model runs four times as slowly as it could, and what is opened of TensorRT's."""
+    """Gives a candidate, a store whose model runs four times as slowly as it could, and what is opened of TensorRT's."""
 
     def get(spoilt: bool = False) -> tuple[TensorRTCandidate, WatchedStore, list[str]]:
         path, manifest = bundle("sd1"), read_manifest(bundle("sd1"))
-        shelf, opened = RunnerCache(), list[str]()
+        runner_cache, opened = RunnerCache(), list[str]()
 
         def open_graph(context: Path, options: SessionOptions) -> onnxruntime.InferenceSession:
             assert options.provider == "tensorrt"
@@ -55,11 +55,13 @@ def contend(bundle: Get, tmp_path: Path) -> Callable[..., tuple[TensorRTCandidat
                 spoilt_unet(graph, tmp_path) if spoilt and graph.parent.name == "unet" else graph, SessionOptions()
             )
 
-        serving = load_pipeline(path, manifest, Execution("cpu"), keep=shelf.keep)
+        serving = load_pipeline(path, manifest, Execution("cpu"), keep=runner_cache.keep)
         denoise = serving.denoise
         serving.denoise = lambda states: [denoise(states) for _ in range(4)][-1]  # type: ignore[method-assign]
         builder = [sys.executable, "-c", _BUILDER]
-        shop = Workshop(Execution(), MACHINE, EngineCache(tmp_path / "engines"), Cache(0), shelf.make, "cpu", open_graph, builder)
+        shop = Workshop(
+            Execution(), MACHINE, EngineCache(tmp_path / "engines"), Cache(0), runner_cache.make, "cpu", open_graph, builder
+        )
         store = WatchedStore(serving)
         return TensorRTCandidate("m", path, manifest, serving.native_size, shop), store, opened
 
@@ -78,10 +80,10 @@ def spoilt_unet(graph: Path, folder: Path) -> Path:
 def test_engines_are_built_judged_by_the_bundles_pictures_and_serve(
     contend: Callable[..., tuple[TensorRTCandidate, WatchedStore, list[str]]], tmp_path: Path
 ) -> None:
-    contender, store, opened = contend()
+    candidate, store, opened = contend()
     picture = Image.new("RGB", (64, 64), "teal")
     with (
-        running(lambda: store, [contender]) as server,
+        running(lambda: store, [candidate]) as server,
         Client(f"localhost:{server.port}", timeout=120) as client,
     ):
         before = client.transform(picture, seed=1, num_inference_steps=2)
@@ -101,8 +103,8 @@ def test_engines_are_built_judged_by_the_bundles_pictures_and_serve(
 def test_an_engine_that_draws_something_else_is_refused(
     contend: Callable[..., tuple[TensorRTCandidate, WatchedStore, list[str]]],
 ) -> None:
-    contender, store, _ = contend(spoilt=True)
-    with running(lambda: store, [contender]) as server, Client(f"localhost:{server.port}", timeout=120) as client:
+    candidate, store, _ = contend(spoilt=True)
+    with running(lambda: store, [candidate]) as server, Client(f"localhost:{server.port}", timeout=120) as client:
         ended = store.end()
         assert ended.state is EngineState.REJECTED, ended
         assert client.transform(Image.new("RGB", (64, 64)), num_inference_steps=2).engine == "onnx:cpu"

@@ -25,7 +25,7 @@ class Pipe:
 
 
 def test_many_timetables_of_few_steps_stay_within_the_bytes_that_are_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A timetable of one step has the whole of its scheduler, too."""
+    """A cached scheduler of one step has the whole of its scheduler, too."""
     monkeypatch.setattr(cache, "_BYTES", 2**18)
     kept = SchedulerCache(Pipe())
     for steps in range(1, 11):

@@ -134,7 +134,7 @@ def _until_admitted(call: Callable[[], object]) -> object:
 
 
 def test_who_is_refused_has_no_message_read(path: Path) -> None:
-    """The picture that comes with it, up to 33 MB, is not even parsed: else it would be refused for being no message."""
+    """The image that comes with it, up to 33 MB, is not even parsed: else it would be refused for being no message."""
     secret = grant(path, "alice", concurrency=1, requests_per_minute=6)
     with connected(path, FakePipeline()) as channel:
         garbage = channel.unary_unary(TRANSFORM, request_serializer=bytes, response_deserializer=bytes)
@@ -147,7 +147,7 @@ def test_who_is_refused_has_no_message_read(path: Path) -> None:
 
 
 def test_a_call_counts_before_its_message_has_come(path: Path) -> None:
-    """Else who may have one call in progress could have the server hold the pictures of a thousand."""
+    """Else who may have one call in progress could have the server hold the images of a thousand."""
     secret = grant(path, "alice", concurrency=1)
     gone = threading.Event()
 

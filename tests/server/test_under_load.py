@@ -154,7 +154,7 @@ def test_while_the_codecs_are_busy_health_and_reflection_answer(gate: Gate, monk
 
 
 def test_big_pictures_do_not_hold_up_health() -> None:
-    """Real decoding and encoding of many pictures: health answers in their midst, again and again."""
+    """Real decoding and encoding of many images: health answers in their midst, again and again."""
     with (
         running(lambda: store(m=FakePipeline())) as server,
         grpc.insecure_channel(f"127.0.0.1:{server.port}") as channel,

@@ -17,7 +17,7 @@ from typing import Literal
 import pytest
 import torch
 from img2img_server.bundle.manifest import Manifest, Source, Verification
-from img2img_server.bundle.unsafe_files import refuse_foreign
+from img2img_server.bundle.unsafe_files import refuse_unsafe
 from img2img_server.errors import BundleError
 from img2img_server.runtime import loader
 from img2img_server.runtime.execution import Execution
@@ -60,7 +60,7 @@ def trap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Trap:
 
 @pytest.fixture(autouse=True)
 def no_door(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loader, "refuse_foreign", lambda bundle: None)
+    monkeypatch.setattr(loader, "refuse_unsafe", lambda bundle: None)
 
 
 @pytest.fixture
@@ -98,10 +98,10 @@ def test_a_bundle_with_a_pickle_or_code_is_refused_at_the_door(name: str, where:
     (bundle / "linked").symlink_to("elsewhere")
     (bundle / "unet" / "round").symlink_to(bundle)
     (bundle / "unet" / "config.json").write_text("{}")
-    refuse_foreign(bundle)
+    refuse_unsafe(bundle)
     (bundle / where / name).write_text("")
     with pytest.raises(BundleError, match="have no place in a bundle"):
-        refuse_foreign(bundle)
+        refuse_unsafe(bundle)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -111,7 +111,7 @@ def test_an_index_that_names_pickles_is_not_followed(
     shard: object, component: str, backend: Backend, bundle: Path, trap: Trap, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is at the door that this is kept: diffusers and transformers would open them."""
-    monkeypatch.setattr(loader, "refuse_foreign", refuse_foreign)
+    monkeypatch.setattr(loader, "refuse_unsafe", refuse_unsafe)
     folder = bundle / component
     (weights,) = folder.glob("*.safetensors")
     weights.unlink()
@@ -127,15 +127,15 @@ def test_an_index_of_safetensors_is_well(name: str, tmp_path: Path) -> None:
     index.write_text(
         json.dumps({"weight_map": {"x": "model-00001-of-00002.safetensors", "y": "model-00002-of-00002.safetensors"}})
     )
-    refuse_foreign(tmp_path)
+    refuse_unsafe(tmp_path)
     for bad in ("", "[]", "{}", '{"weight_map": 3}'):
         index.write_text(bad)
         with pytest.raises(BundleError):
-            refuse_foreign(tmp_path)
+            refuse_unsafe(tmp_path)
 
 
 def test_the_loader_keeps_the_door(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loader, "refuse_foreign", refuse_foreign)
+    monkeypatch.setattr(loader, "refuse_unsafe", refuse_unsafe)
     (bundle / "unet" / "unused.pkl").write_text("")
     with pytest.raises(BundleError, match="have no place in a bundle"):
         load(bundle, "torch")

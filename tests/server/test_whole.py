@@ -228,7 +228,7 @@ def test_a_run_can_be_abandoned_before_it_begins() -> None:
 @pytest.mark.parametrize("pieces", [0, 1, 2])
 @pytest.mark.parametrize("problem", [None, RuntimeError("told to")])
 def test_nothing_of_a_call_is_left_when_its_requests_have_ended(pieces: int, problem: Exception | None) -> None:
-    """Whether it never began, was cut short or came to its end: its pictures do not wait for the garbage collector."""
+    """Whether it never began, was cut short or came to its end: its images do not wait for the garbage collector."""
 
     def draw(call: SharedCall) -> list[Image.Image]:
         call.pause()

@@ -43,7 +43,7 @@ difference. Exit status: 0 verified and intact, 1 not so, or no bundle, 2 wrong 
 class Inspection:
     """What was found. `checked` says whether the checksums were; `damages` says of each file what is wrong with it.
 
-    `strangers` are files that the manifest does not name; they do no harm. `sheet` is None where there is no picture sheet.
+    `strangers` are files that the manifest does not name; they do no harm. `sheet` is None where there is no image sheet.
     """
 
     path: Path
@@ -123,7 +123,7 @@ def find_damages(bundle: Path, manifest: Manifest, checksums: bool, progress: Pr
 
 
 def copy_sheet(found: Inspection, target: Path) -> None:
-    """Copies the picture sheet out. Raises ExportError where the bundle has none."""
+    """Copies the image sheet out. Raises ExportError where the bundle has none."""
     if found.sheet is None:
         raise ExportError(f"{found.path} has no picture sheet")
     shutil.copyfile(found.sheet, target)

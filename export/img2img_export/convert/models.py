@@ -38,7 +38,7 @@ GRAPHS = {
 """The classes all of whose models become graphs: the family by which the server knows them, and the components."""
 
 _OWN_CLASS = frozenset({"StableDiffusionInstructPix2PixPipeline"})
-"""Classes that turn pictures into pictures, yet are not in AutoPipelineForImage2Image's mapping."""
+"""Classes that turn images into images, yet are not in AutoPipelineForImage2Image's mapping."""
 
 _PRIOR_HINT = "it lacks its prior, so load the combined pipeline, save_pretrained it and export that directory: "
 _LOAD_FAILURES = (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError)

@@ -1,4 +1,4 @@
-"""Keeps the reference pictures in the bundle, for servers to judge other ways of computing by (img2img_server's gate)."""
+"""Keeps the reference images in the bundle, for servers to judge other ways of computing by (img2img_server's gate)."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +14,7 @@ _FOLDER = "verification/references"
 
 
 def save(cases: "Sequence[ImageCase]", pictures: Sequence[Image.Image], bundle: Path) -> tuple[Reference, ...]:
-    """Writes each case's source and picture into `bundle` as PNG, and gives what the manifest says of them."""
+    """Writes each case's source and image into `bundle` as PNG, and gives what the manifest says of them."""
     (bundle / _FOLDER).mkdir(parents=True, exist_ok=True)
     references = []
     for number, (case, picture) in enumerate(zip(cases, pictures, strict=True), start=1):

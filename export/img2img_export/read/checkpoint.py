@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
-from img2img_server.bundle.unsafe_configs import refuse_foreign_config
-from img2img_server.bundle.unsafe_files import INDEX, refuse_foreign_parts
+from img2img_server.bundle.unsafe_configs import refuse_unsafe_config
+from img2img_server.bundle.unsafe_files import INDEX, refuse_unsafe_parts
 from img2img_server.errors import BundleError
 
 from img2img_export.errors import ExportError
@@ -112,7 +112,7 @@ def refuse_unsafe(directory: Path, files: Iterable[str]) -> None:
     """Raises ExportError where one of the `files` below `directory` lists weights that are not safetensors beside it, or is a
     configuration that may lead to code or to other files."""
     for name in files:
-        refuse = refuse_foreign_parts if INDEX in name.rpartition("/")[2].lower() else refuse_foreign_config
+        refuse = refuse_unsafe_parts if INDEX in name.rpartition("/")[2].lower() else refuse_unsafe_config
         try:
             refuse(directory / name)
         except BundleError as error:

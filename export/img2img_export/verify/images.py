@@ -1,4 +1,4 @@
-"""The whole picture: does the server's own pipeline draw what diffusers' AutoPipelineForImage2Image draws with the same seed?"""
+"""The whole image: does the server's own pipeline draw what diffusers' AutoPipelineForImage2Image draws with the same seed?"""
 
 import inspect
 from collections.abc import Sequence
@@ -143,7 +143,7 @@ def compare_pictures(
 
 
 def measure(case: str, picture: Image.Image, reference: Image.Image, precision: Precision = "fp32") -> PictureParity:
-    """Compares two RGB pictures. Another size never passes, nor does a picture of one colour, as NaNs decode to."""
+    """Compares two RGB images. Another size never passes, nor does an image of one colour, as NaNs decode to."""
     if picture.size != reference.size:
         return PictureParity(case, 255, 0.0, False, ssim=0.0)
     limits = LIMITS[precision]
@@ -167,7 +167,7 @@ def _structural_similarity(actual: np.ndarray, expected: np.ndarray) -> float:
 
 
 def sample_picture(width: int, height: int) -> Image.Image:
-    """An RGB picture with smooth shades, edges and fine detail, made by a formula."""
+    """An RGB image with smooth shades, edges and fine detail, made by a formula."""
     y, x = np.mgrid[0:height, 0:width] / np.array([height, width]).reshape(2, 1, 1)
     hills = (y > 0.55 + 0.15 * np.sin(7 * x)).astype(float)
     red = 0.9 - 0.6 * y + 0.1 * np.sin(60 * x)

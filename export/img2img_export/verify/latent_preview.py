@@ -1,6 +1,6 @@
 """Fits the linear map from latents to colours that the server draws previews with.
 
-The pictures that it is fitted on are made by formula: between them they have every colour, flat and in gradients, edges and
+The images that it is fitted on are made by formula: between them they have every colour, flat and in gradients, edges and
 detail, and the soft irregular shades that photographs are full of, in light and dark. What counts is what the decoder makes
 of their latents, since that is what a preview foretells.
 """
@@ -20,14 +20,14 @@ LatentPreview = tuple[tuple[float, ...], ...]
 """Rows for red, green and blue, each with four weights for every latent channel and a bias; () for no map."""
 
 Pixels = np.ndarray
-"""A picture, H x W x 3, 0 to 1."""
+"""An image, H x W x 3, 0 to 1."""
 
 _SIZE = 256
 """Pixels of a side of what is made."""
 _CROP = 128
 """Pixels of a side of what is encoded of it. Far smaller ones would be mostly border, which an encoder sees by its padding."""
 _CROPS = 4
-"""Taken of each picture, each in its own light."""
+"""Taken of each image, each in its own light."""
 _DIGITS = 6
 _RIDGE = 1e-4
 """Of the latents' mean variance. Channels that nearly agree would else get huge weights that only cancel on what was fitted."""
@@ -36,7 +36,7 @@ _ROUGHNESS = (1.0, 1.5, 2.0)
 
 
 def fit(pipeline: Any) -> LatentPreview:
-    """Least squares over every latent of the pictures: rgb = W features + b, with rgb from 0 to 1.
+    """Least squares over every latent of the images: rgb = W features + b, with rgb from 0 to 1.
 
     The latents are scaled as the pipeline's UNet sees them. () where the pipeline has no AutoencoderKL, or the map is not
     finite. The pipeline is used as it is, in fp32 on the CPU, and not changed.
@@ -67,7 +67,7 @@ def _solve(known: torch.Tensor, colours: torch.Tensor) -> LatentPreview:
 
 
 def encode(vae: Any, picture: Pixels) -> torch.Tensor:
-    """The latents [C, h, w] of a picture: the most likely ones, scaled as diffusers' img2img pipelines scale them."""
+    """The latents [C, h, w] of an image: the most likely ones, scaled as diffusers' img2img pipelines scale them."""
     pixels = torch.from_numpy(picture).to(torch.float32).permute(2, 0, 1)[None] * 2 - 1
     with quiet(), torch.no_grad():
         latents: torch.Tensor = vae.encode(pixels).latent_dist.mode()
@@ -93,7 +93,7 @@ def decode(vae: Any, latents: torch.Tensor) -> torch.Tensor:
 
 
 def made_pictures(random: np.random.Generator) -> Iterator[Pixels]:
-    """What to fit on: the same pictures for the same generator."""
+    """What to fit on: the same images for the same generator."""
     for width, height in ((_SIZE, _SIZE), (_SIZE, _SIZE * 3 // 4)):
         yield np.asarray(sample_picture(width, height)) / 255
     yield _patches(random, 4)
@@ -106,7 +106,7 @@ def made_pictures(random: np.random.Generator) -> Iterator[Pixels]:
 
 
 def crops(random: np.random.Generator) -> Iterator[Pixels]:
-    """Parts of the made pictures, lighter and darker, of stronger and weaker contrast."""
+    """Parts of the made images, lighter and darker, of stronger and weaker contrast."""
     for picture in made_pictures(random):
         for _ in range(_CROPS):
             top, left = (random.integers(0, side - _CROP + 1) for side in picture.shape[:2])

@@ -1,7 +1,7 @@
 """Graph by graph: does each compute what the PyTorch module computes in fp32?
 
 Each graph sees batches of one and of three, at two sizes, on random numbers and on what the pipeline gave the module while
-it drew real pictures. In a batch every sample has another timestep, which is what the server relies on.
+it drew real images. In a batch every sample has another timestep, which is what the server relies on.
 """
 
 from collections.abc import Callable

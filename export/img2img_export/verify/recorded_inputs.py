@@ -1,4 +1,4 @@
-"""What a pipeline gives to its parts while it draws: the inputs on which graphs are traced and compared, from real pictures."""
+"""What a pipeline gives to its parts while it draws: the inputs on which graphs are traced and compared, from real images."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field

@@ -1,4 +1,4 @@
-"""The picture sheet: all that was drawn to verify a bundle, side by side with what diffusers draws, as one picture."""
+"""The image sheet: all that was drawn to verify a bundle, side by side with what diffusers draws, as one image."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 AMPLIFICATION = 16
 """What differences are multiplied by, to be seen: 16 steps of 1/255 are white."""
 GREATEST_SIDE = 256
-"""Pixels of a picture's longer side on the sheet; larger ones are made smaller."""
+"""Pixels of an image's longer side on the sheet; larger ones are made smaller."""
 
 _COLUMNS = ("source", "diffusers", "this bundle", f"difference x {AMPLIFICATION}")
 _LEAST_COLUMN = 128
@@ -31,7 +31,7 @@ def make_sheet(
     drawn: Sequence[Image.Image],
     parities: Sequence[PictureParity],
 ) -> Image.Image:
-    """An RGB picture with a row for each case: its source, diffusers' picture, ours, their difference, and what was measured."""
+    """An RGB image with a row for each case: its source, diffusers' image, ours, their difference, and what was measured."""
     rows = [
         [_thumbnail(picture) for picture in (case.request.image, reference, ours, _difference(ours, reference))]
         for case, reference, ours in zip(cases, references, drawn, strict=True)

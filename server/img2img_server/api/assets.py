@@ -36,7 +36,7 @@ class AssetService(asset_pb2_grpc.AssetServiceServicer):
         self._idle = idle
 
     async def UploadAsset(self, request_iterator: AsyncIterator[pb.UploadAssetRequest], context: Any) -> pb.UploadAssetResponse:
-        """Stores a picture, whole and checked, before it answers."""
+        """Stores an image, whole and checked, before it answers."""
         self._assets.require("UploadAsset")
         owner = owner_of(current())
         try:
@@ -53,7 +53,7 @@ class AssetService(asset_pb2_grpc.AssetServiceServicer):
         return pb.UploadAssetResponse(asset=_message(asset))
 
     async def GetAsset(self, request: pb.GetAssetRequest, context: Any) -> AsyncGenerator[pb.GetAssetResponse, None]:
-        """Sends a picture as fast as its reader takes it."""
+        """Sends an image as fast as its reader takes it."""
         owner = self._checked(request.id, "GetAsset")
         yield pb.GetAssetResponse(asset=_message(await self._assets.find(owner, request.id)))
         async for block in self._assets.stream(owner, request.id):
@@ -61,7 +61,7 @@ class AssetService(asset_pb2_grpc.AssetServiceServicer):
                 yield pb.GetAssetResponse(chunk=block[start : start + _CHUNK])
 
     async def DeleteAsset(self, request: pb.DeleteAssetRequest, context: Any) -> pb.DeleteAssetResponse:
-        """Deletes a picture of the caller's."""
+        """Deletes an image of the caller's."""
         owner = self._checked(request.id, "DeleteAsset")
         await self._assets.delete(owner, request.id)
         return pb.DeleteAssetResponse()

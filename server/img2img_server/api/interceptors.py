@@ -90,7 +90,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         if handler is None:
             return None
         # A stream of requests, also where there is one: gRPC would else read it before the call is admitted and counted, and
-        # whoever is refused must not have the server hold a picture for it. A stream of responses, too: so the time that a client
+        # whoever is refused must not have the server hold an image for it. A stream of responses, too: so the time that a client
         # has to read them is bounded here.
         behaviour = handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream
         read = _each if handler.request_streaming else _only
@@ -223,7 +223,7 @@ def call_of(method: str, metadata: Sequence[tuple[str, str | bytes]], peer: str)
 
 
 def let_go(error: BaseException) -> None:
-    """Frees what the frames hold that an error, and those behind it, came through: a picture of 100 MB perhaps, that would else
+    """Frees what the frames hold that an error, and those behind it, came through: an image of 100 MB perhaps, that would else
     live until Python looks for cycles. Nobody can tell afterwards where it was raised."""
     behind: BaseException | None = error
     while behind is not None:

@@ -1,4 +1,4 @@
-"""Proto -> request: checks every field, fills in the defaults, and decodes the source picture away from the event loop."""
+"""Proto -> request: checks every field, fills in the defaults, and decodes the source image away from the event loop."""
 
 import secrets
 import time
@@ -41,7 +41,7 @@ _PLANNING = 2
 @dataclass(frozen=True, slots=True)
 class ParsedRequest:
     """A request on its way through the service: what the engine gets, and how to answer. `arrival` is in seconds; `as_asset` has
-    the pictures kept, and their ids sent. `model` has no pipeline, because a job may outlive its model in memory; `engine` ran it
+    the images kept, and their ids sent. `model` has no pipeline, because a job may outlive its model in memory; `engine` ran it
     on arrival."""
 
     model: Model

@@ -164,7 +164,7 @@ class ImageToImageService(pb_grpc.ImageToImageServiceServicer):
         )
 
     def _room(self, job: ParsedRequest) -> AbstractAsyncContextManager[Quota | None]:
-        """Room for a job's pictures where they are to be kept: it is refused now, and not when the device has done its work."""
+        """Room for a job's images where they are to be kept: it is refused now, and not when the device has done its work."""
         if not job.as_asset:
             return nullcontext()
         width, height = job.request.image.size
@@ -172,7 +172,7 @@ class ImageToImageService(pb_grpc.ImageToImageServiceServicer):
         return self._assets.room(owner_of(current()), size)
 
     async def _content(self, data: bytes, room: Quota | None) -> dict[str, Any]:
-        """The picture's file in an answer, or where it is."""
+        """The image's file in an answer, or where it is."""
         if room is None:
             return {"data": data}
         return {"asset_id": (await self._assets.put(owner_of(current()), data, room)).id}

@@ -1,1 +1,1 @@
-"""Assets: pictures that are kept for clients."""
+"""Assets: images that are kept for clients."""

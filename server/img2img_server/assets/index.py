@@ -13,7 +13,7 @@ Key = tuple[str, str]
 
 @dataclass(frozen=True, slots=True)
 class Asset:
-    """A picture that is kept. `size` is in bytes, `expires` in seconds since 1970, unless it is used again."""
+    """An image that is kept. `size` is in bytes, `expires` in seconds since 1970, unless it is used again."""
 
     id: str
     media_type: str

@@ -1,4 +1,4 @@
-"""Assets: pictures that are kept for clients, by content, in any filesystem that fsspec opens."""
+"""Assets: images that are kept for clients, by content, in any filesystem that fsspec opens."""
 
 import asyncio
 import hashlib

@@ -28,7 +28,7 @@ from img2img_server.telemetry.timeline import Trace
 _log = logging.getLogger(__name__)
 
 _LOADING = 5.0
-"""Seconds that a pipeline which is being loaded for a takeover gets at the end: nothing of it is needed."""
+"""Seconds that a pipeline which is being loaded for a promotion gets at the end: nothing of it is needed."""
 
 
 class Models(Protocol):
@@ -122,7 +122,7 @@ class LocalBackend:
         self._models: ModelRegistry | None = None
         self._engine: Engine | None = None
         self._residency: Residency | None = None
-        self._takeover: Promotion | None = None
+        self._promotion: Promotion | None = None
         self._watchdog: Watchdog | None = None
 
     @property
@@ -168,14 +168,14 @@ class LocalBackend:
         self._residency = Residency(self._config.residency, models, engine, health, costs=costs, warm_up=recorder)
 
     async def start(self, stuck: Callable[[str], Awaitable[None]]) -> None:
-        """Starts the engine's thread, the takeovers and the watchdog."""
+        """Starts the engine's thread, the promotions and the watchdog."""
         engine, models, residency = self.runner, self.models, self.residency
         engine.start()
         await residency.start()
-        contenders = await asyncio.to_thread(self._contend, models)
-        self._takeover = Promotion(engine, models, contenders)
-        residency.withdraw = self._takeover.withdraw
-        self._takeover.start()
+        candidates = await asyncio.to_thread(self._contend, models)
+        self._promotion = Promotion(engine, models, candidates)
+        residency.withdraw = self._promotion.withdraw
+        self._promotion.start()
         loop = asyncio.get_running_loop()
         told: list[asyncio.Task[None]] = []  # a task that nobody holds may be collected
 
@@ -187,8 +187,8 @@ class LocalBackend:
 
     async def drain(self, grace: float) -> None:
         """Lets the engine finish what it has."""
-        if self._takeover is not None:
-            self._takeover.stop()
+        if self._promotion is not None:
+            self._promotion.stop()
         await self.residency.close()
         finished = await in_thread(lambda: self.runner.drain(grace))
         _log.info("drained" if finished else "the grace period is over: ending what still runs")
@@ -198,16 +198,16 @@ class LocalBackend:
 
     async def abandon(self, error: ServerError) -> None:
         """Ends every request although the engine's thread may be inside a call."""
-        if self._takeover is not None:
-            self._takeover.stop()
+        if self._promotion is not None:
+            self._promotion.stop()
         # Elsewhere, as it may wait for a lock that what is stuck holds.
         await in_thread(lambda: self.runner.abandon(error))
 
     async def close(self) -> None:
-        """Leaves a takeover that is not done, and writes the end of the trace."""
-        takeover = self._takeover
-        if takeover is not None and not await in_thread(lambda: takeover.join(_LOADING)):
-            _log.info("a takeover is left unfinished")
+        """Leaves a promotion that is not done, and writes the end of the trace."""
+        promotion = self._promotion
+        if promotion is not None and not await in_thread(lambda: promotion.join(_LOADING)):
+            _log.info("a promotion is left unfinished")
         if self._engine is not None and self._cache is not None:
             _log.info("cache: %s", self._cache.stats)
         if self._trace is not None:

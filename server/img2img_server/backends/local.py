@@ -29,13 +29,13 @@ def local(config: ServerConfig) -> LocalBackend:
     Raises BundleError if there is no bundle that could be loaded.
     """
     cache = Cache(config.cache_bytes)
-    shelf: RunnerCache | None = None
+    runner_cache: RunnerCache | None = None
 
     def load(bundle: Path, manifest: Manifest) -> Pipeline:
         from img2img_server.runtime.loader import load_pipeline
 
-        assert shelf is not None, "the models are loaded"
-        return load_pipeline(bundle, manifest, config.execution, cache, keep=shelf.keep)
+        assert runner_cache is not None, "the models are loaded"
+        return load_pipeline(bundle, manifest, config.execution, cache, keep=runner_cache.keep)
 
     models = ModelRegistry.find_bundles(config.models, load, config.default_model, config.allow_unverified, config.residency)
 
@@ -50,8 +50,8 @@ def local(config: ServerConfig) -> LocalBackend:
         from img2img_server.runtime.common.device_copy import start_device
         from img2img_server.runtime.tensorrt.candidate import RunnerCache
 
-        nonlocal shelf
-        shelf = RunnerCache()
+        nonlocal runner_cache
+        runner_cache = RunnerCache()
         start_device(config.execution.provider)
         _log.info("libraries imported in %.1f s", time.monotonic() - begun)
         models.preload(config.residency)
@@ -60,8 +60,8 @@ def local(config: ServerConfig) -> LocalBackend:
     def contend(models: ModelRegistry) -> Sequence[Candidate]:
         from img2img_server.runtime.tensorrt.candidate import candidates
 
-        assert shelf is not None, "the models were loaded"
-        return candidates(models, config.execution, cache, shelf)
+        assert runner_cache is not None, "the models were loaded"
+        return candidates(models, config.execution, cache, runner_cache)
 
     def open_costs() -> CostStore | None:
         from img2img_server.runtime.common import cpu

@@ -98,10 +98,10 @@ class ComponentParity:
 
 @dataclass(frozen=True, slots=True)
 class PictureParity:
-    """How far a finished picture is from the one that diffusers draws in fp32 with the same seed.
+    """How far a finished image is from the one that diffusers draws in fp32 with the same seed.
 
     `max_abs_error` in steps of 1/255, `psnr_db` in decibels (infinite is stored as 999), `ssim` the structural similarity,
-    1 for equal pictures.
+    1 for equal images.
     """
 
     case: str
@@ -113,7 +113,7 @@ class PictureParity:
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """A picture that diffusers drew in fp32 at export, and what it was asked: to judge by, where it is drawn in another way.
+    """An image that diffusers drew in fp32 at export, and what it was asked: to judge by, where it is drawn in another way.
 
     `source` and `picture` are paths in the bundle of lossless RGB files of the same size.
     """
@@ -154,7 +154,7 @@ class Manifest:
     weights for every latent channel (`pipelines/latent_preview.py` says of what) and a bias; () where there is no such map.
     `backend` is "hybrid" where the denoiser alone is a graph, and the rest PyTorch; `backend_reason` says why it is not "onnx".
     `precision` is the one that was asked for. `size_multiple` is what width and height must be multiples of, in pixels, where
-    the graphs want more than the pipeline's class does. `references` are the pictures that were compared with; () where the
+    the graphs want more than the pipeline's class does. `references` are the images that were compared with; () where the
     bundle was made without diffusers.
     """
 

@@ -109,7 +109,7 @@ _TABLES = ("id2label", "label2id")
 """Keys of tables between numbers and labels, which are any text."""
 
 
-def refuse_foreign_config(path: Path) -> None:
+def refuse_unsafe_config(path: Path) -> None:
     """Raises BundleError, which names the file and the key, if the configuration at `path` has what none may have.
 
     The tables of a tokenizer are held to tokenizer_files.py; other files whose name does not end in .json pass.

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from img2img_server.bundle.files import odd_file, read_json, walk
-from img2img_server.bundle.unsafe_configs import refuse_foreign_config
+from img2img_server.bundle.unsafe_configs import refuse_unsafe_config
 from img2img_server.errors import BundleError
 
 _SUFFIXES = (".py", ".pyc", ".so", ".dll", ".bin", ".ckpt", ".pt", ".pth", ".pkl", ".pickle", ".joblib")
@@ -12,7 +12,7 @@ INDEX = ".index."
 """Of lists of a model's files: `model.safetensors.index.json`, `model.bin.index.fp16.json`."""
 
 
-def refuse_foreign(bundle: Path) -> None:
+def refuse_unsafe(bundle: Path) -> None:
     """Raises BundleError if the directory `bundle` has a pickle or code, a configuration that may lead to code
     (foreign_configs.py), a pipe or a device, or a link that leads out of it.
 
@@ -25,12 +25,12 @@ def refuse_foreign(bundle: Path) -> None:
             if name.lower().endswith(_SUFFIXES):
                 raise BundleError(f"{Path(folder, name)} could run code when it is read: such files have no place in a bundle")
             if INDEX in name.lower():
-                refuse_foreign_parts(Path(folder, name))
+                refuse_unsafe_parts(Path(folder, name))
             else:
-                refuse_foreign_config(Path(folder, name))
+                refuse_unsafe_config(Path(folder, name))
 
 
-def refuse_foreign_parts(path: Path) -> None:
+def refuse_unsafe_parts(path: Path) -> None:
     """Raises BundleError where the list `path` of a model's parts has others than safetensors beside it: told to read these
     alone, diffusers and transformers read all the same whatever is listed, as a pickle."""
     try:

@@ -16,7 +16,7 @@ _UNKNOWN = 1.0
 class Slot:
     """What a request of `client` holds from its arrival until its caller has the answer.
 
-    Until it is submitted, while its picture is fetched and decoded, it counts among those who wait; as its client's it counts
+    Until it is submitted, while its image is fetched and decoded, it counts among those who wait; as its client's it counts
     to the end, so that answers which are read slowly do.
     """
 

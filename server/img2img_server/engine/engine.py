@@ -54,14 +54,14 @@ class Engine:
             self.costs.pad(name, pipeline.row_buckets)
         self._clock = clock
         self._changed = threading.Condition()
-        self._under_way = CallsInFlight(clock)
+        self._in_flight = CallsInFlight(clock)
         self._executor = Executor(
             self._pipelines,
             self.costs,
             self._changed,
             clock,
             observe,
-            self._under_way,
+            self._in_flight,
             lambda ticket, error: self._leave(ticket, Failed(error)),
         )
         self._room = Admission(self._scheduler)
@@ -106,7 +106,7 @@ class Engine:
     def renew(self) -> None:
         """Goes on with another thread: this one is in a call that does not come back. Only before requests are accepted."""
         with self._changed:
-            self._under_way.forget(self._thread)
+            self._in_flight.forget(self._thread)
             self._thread = self._new_thread()
             self._thread.start()
 
@@ -178,7 +178,7 @@ class Engine:
         ModelNotLoaded, ShuttingDown, what the engine was abandoned with, or DeadlineUnmeetable where even now the deadline is
         nearer than the request's end.
         """
-        with self._under_way.call("plan", request.model):
+        with self._in_flight.call("plan", request.model):
             plan = self._pipeline(request.model).plan(request)
         with self._changed:
             if place is not None:
@@ -212,7 +212,7 @@ class Engine:
     @property
     def current_call(self) -> ModelCall | None:
         """The call of a model that has taken longest so far, None between two calls. Waits for nothing."""
-        return self._under_way.longest
+        return self._in_flight.longest
 
     def abandon(self, error: ServerError) -> None:
         """Ends every request with `error` although the engine's thread may be inside a call. Nothing can be run afterwards.
@@ -221,7 +221,7 @@ class Engine:
         released, as that, too, would be the device's work.
         """
         with self._changed:
-            self._under_way.abandon()
+            self._in_flight.abandon()
             self._draining = self._stopping = True
             self._abandoned = error
             self._drop_errands()
@@ -290,7 +290,7 @@ class Engine:
                 self._end_all(ModelFailed("the server failed"))
 
     def _run_errand(self, model: str, work: Callable[[], _R], done: "Future[_R]") -> None:
-        with self._under_way.call("warm-up", model):
+        with self._in_flight.call("warm-up", model):
             try:
                 done.set_result(work())
             except BaseException as error:  # noqa: BLE001 - it is raised where the work is waited for
@@ -330,7 +330,7 @@ class Engine:
         if state is not None and self._abandoned is None:
             model = ticket.request.model
             try:
-                with self._under_way.call("release", model, 1, ticket.plan.rows):
+                with self._in_flight.call("release", model, 1, ticket.plan.rows):
                     self._pipelines[model].release(state)
             except Exception:  # noqa: BLE001 - the request's own ending counts more
                 _log.exception("model '%s' failed to release a request", model)

@@ -54,7 +54,7 @@ class Executor:
         lock: AbstractContextManager[Any],
         clock: Callable[[], float],
         observe: Callable[[Span], None],
-        under_way: CallsInFlight,
+        in_flight: CallsInFlight,
         failed: Callable[[Ticket, ServerError], None],
     ) -> None:
         self._pipelines = pipelines
@@ -62,9 +62,9 @@ class Executor:
         self._lock = lock
         self._clock = clock
         self._observe = observe
-        self._under_way = under_way
+        self._in_flight = in_flight
         self._failed = failed
-        self._in_flight: deque[_Call] = deque()
+        self._submitted: deque[_Call] = deque()
         self._waited = 0.0  # when the device was last seen to be done with a call
         self._predicted: dict[Ticket, tuple[int, Any]] = {}  # of the step being advanced: where each was, and its noise
 
@@ -84,7 +84,7 @@ class Executor:
         # A pipeline that runs whole also works on what is no step of the image.
         moved = {ticket for ticket, _ in self.run("advance", list(before)) if _step(ticket) != before[ticket]}
         self._predicted = {}
-        for call in self._in_flight:
+        for call in self._submitted:
             call.open = False
             call.moved = [
                 (ticket, _step(ticket), _step(ticket) + ticket.steps_left) for ticket in call.tickets if ticket in moved
@@ -109,13 +109,13 @@ class Executor:
 
     def complete(self) -> None:
         """Waits until the device has done all calls of steps that are over, and reports them."""
-        while self._in_flight and not self._in_flight[0].open:
-            self._wait(self._in_flight[0])
+        while self._submitted and not self._submitted[0].open:
+            self._wait(self._submitted[0])
             self._report()
 
     def forget(self) -> None:
         """Leaves what is in flight unreported: its requests have ended."""
-        self._in_flight.clear()
+        self._submitted.clear()
 
     def run(self, stage: str, tickets: Sequence[Ticket]) -> Results:
         """Lets the model of `tickets` do one stage of them together. What it made of each, but of those that failed.
@@ -155,8 +155,8 @@ class Executor:
         """One call for all `tickets`: a result for each, or what it raised."""
         model, rows, begun = tickets[0].request.model, _rows(stage, tickets), self._clock()
         pipeline, wait = self._pipelines[model], None
-        self._under_way.check()
-        with self._under_way.call(stage, model, len(tickets), rows):
+        self._in_flight.check()
+        with self._in_flight.call(stage, model, len(tickets), rows):
             try:
                 if stage == "advance":
                     results = self._advance(pipeline, tickets)
@@ -172,7 +172,7 @@ class Executor:
             call.wait = None
             self._note(call, begun)
         if stage in ("prepare", "denoise"):
-            self._in_flight.append(call)
+            self._submitted.append(call)
         return results, None
 
     def _advance(self, pipeline: Pipeline, tickets: Sequence[Ticket]) -> Sequence[None]:
@@ -187,9 +187,9 @@ class Executor:
         wait, call.wait = call.wait, None
         if wait is None:
             return
-        self._under_way.check()
+        self._in_flight.check()
         try:
-            with self._under_way.call(call.stage, call.tickets[0].request.model, len(call.tickets), call.rows):
+            with self._in_flight.call(call.stage, call.tickets[0].request.model, len(call.tickets), call.rows):
                 wait()
         except Exception as error:  # noqa: BLE001 - what the device could not do
             for ticket in [ticket for ticket in call.tickets if ticket.state is not None]:
@@ -202,8 +202,8 @@ class Executor:
     def _report(self) -> None:
         """Tells requests of the calls that are done, in the order in which they were made."""
         now = None
-        while self._in_flight and not self._in_flight[0].open and self._in_flight[0].wait is None:
-            call = self._in_flight.popleft()
+        while self._submitted and not self._submitted[0].open and self._submitted[0].wait is None:
+            call = self._submitted.popleft()
             now = self._clock() if now is None else now
             for ticket in call.tickets if call.stage == "prepare" else ():
                 if ticket.state is not None:
@@ -217,14 +217,14 @@ class Executor:
         """Draws previews, which go with the reports of the calls in flight."""
         if not tickets:
             return
-        for call in list(self._in_flight):
+        for call in list(self._submitted):
             self._wait(call)
         tickets = [ticket for ticket in tickets if ticket.state is not None]
         previews, error = self._call("preview", tickets) if tickets else ((), None)
         if error is not None:  # the image itself counts more
             _log.error("model '%s' failed to draw a preview", tickets[0].request.model, exc_info=error)
             return
-        for call in self._in_flight:
+        for call in self._submitted:
             call.previews = dict(zip(tickets, previews, strict=True))
 
     def _note(self, call: _Call, begun: float) -> None:

@@ -17,10 +17,10 @@ _log = logging.getLogger(__name__)
 class Request:
     """One transform, checked and with every default filled in.
 
-    `image` is RGB and already has the size of the result. There is one seed for each picture to make. `negative_prompt` is
+    `image` is RGB and already has the size of the result. There is one seed for each image to make. `negative_prompt` is
     None where none was given, which SDXL tells from an empty one. `deadline` is a time of the engine's clock in seconds,
     None for none. `scheduler` is one of the pipeline's `schedulers`, None for the bundle's own. A preview is drawn every
-    `preview_interval` steps, none at 0. `image_digest` tells pictures apart by content; empty where they need not be cached.
+    `preview_interval` steps, none at 0. `image_digest` tells images apart by content; empty where they need not be cached.
     One in the `background` is the server's own, and comes after all others. `client` tells whose it is, and `id` is what logs and
     the caller know it by. Without `follow` nobody hears of it before its end, so that nothing needs to be sent from afar.
     Requests of one `cache_scope` share what was encoded, so its timings tell them about each other.
@@ -60,7 +60,7 @@ class Plan:
     """What a request will ask of the device, known before anything is computed.
 
     Requests of one model with the same `shape` share calls; `rows` is how many samples it adds to each: one for each
-    picture, two with classifier-free guidance. `step_count` is how many calls it takes part in. `warnings` go to its caller with
+    image, two with classifier-free guidance. `step_count` is how many calls it takes part in. `warnings` go to its caller with
     its good end.
     """
 
@@ -100,7 +100,7 @@ class Started:
 class Progress:
     """Step `step` of `step_count` is done; in about `eta` seconds it will be finished, None where unknown.
 
-    `preview` is the picture so far, a small RGB one, at the steps where the request asked for it.
+    `preview` is the image so far, a small RGB one, at the steps where the request asked for it.
     """
 
     step: int
@@ -111,7 +111,7 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class Completed:
-    """The request's good end: one RGB picture for each seed, and its plan's warnings."""
+    """The request's good end: one RGB image for each seed, and its plan's warnings."""
 
     images: tuple[Image.Image, ...]
     timings: Timings
@@ -155,9 +155,9 @@ class Pipeline(Protocol):
     engine: str
     """What runs it, such as "onnx:cpu"."""
     size_multiple: int
-    """Width and height of pictures are multiples of this many pixels."""
+    """Width and height of images are multiples of this many pixels."""
     native_size: tuple[int, int]
-    """Width and height of the pictures that it was trained on, in pixels."""
+    """Width and height of the images that it was trained on, in pixels."""
     max_rows: int | None
     """The most rows that one call of `denoise` takes, None for no limit of its own."""
     measurable: bool
@@ -173,7 +173,7 @@ class Pipeline(Protocol):
         ...
 
     def prepare(self, requests: Sequence[Request]) -> Sequence[State]:
-        """Encodes prompts and pictures, and makes the noised latents, the schedules and the random generators."""
+        """Encodes prompts and images, and makes the noised latents, the schedules and the random generators."""
         ...
 
     def denoise(self, states: Sequence[Any]) -> Sequence[Any]:
@@ -193,11 +193,11 @@ class Pipeline(Protocol):
         ...
 
     def preview(self, states: Sequence[Any]) -> Sequence[Image.Image | None]:
-        """A small RGB picture of what each state is about to become, None where the pipeline can draw none."""
+        """A small RGB image of what each state is about to become, None where the pipeline can draw none."""
         ...
 
     def finish(self, states: Sequence[Any]) -> Sequence[Sequence[Image.Image]]:
-        """Decodes the latents of states of one shape whose steps are all done: an RGB picture for each seed."""
+        """Decodes the latents of states of one shape whose steps are all done: an RGB image for each seed."""
         ...
 
     def release(self, state: Any) -> None:

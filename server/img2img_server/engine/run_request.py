@@ -8,7 +8,7 @@ from img2img_server.engine.request import Pipeline, Request
 
 
 def run_alone(pipeline: Pipeline, request: Request) -> Sequence[Image.Image]:
-    """Runs `request` from start to end on the calling thread: one picture for each of its seeds."""
+    """Runs `request` from start to end on the calling thread: one image for each of its seeds."""
     (state,) = pipeline.prepare([request])
     try:
         while state.step < state.step_count:

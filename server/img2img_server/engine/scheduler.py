@@ -25,7 +25,7 @@ _CAUTION = 4
 class QueueLimits:
     """Bounds of the engine.
 
-    `max_batch_size` is the rows of one call of the model, where a picture with classifier-free guidance is two; what is
+    `max_batch_size` is the rows of one call of the model, where an image with classifier-free guidance is two; what is
     measured at warm-up may keep batches smaller. `max_active` requests are in progress and `max_waiting` wait;
     `max_admitted` may be encoded between two steps of the others. `max_waiting_seconds` bounds the estimated seconds of work that
     is accepted and not done, None for no bound; `max_client_waiting` the requests of one client that have not ended.

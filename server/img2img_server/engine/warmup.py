@@ -64,7 +64,7 @@ class WarmUp:
 
     In each round every batch is run once, in turns forwards and backwards: what else the machine does slows all of them alike,
     and what each takes is a median over the rounds, so a call that is held up changes nothing. Goes on for about `budget`
-    seconds; at 0 nothing is done, and costs are learnt from the requests themselves. `under_way` sees each call. Calls of
+    seconds; at 0 nothing is done, and costs are learnt from the requests themselves. `in_flight` sees each call. Calls of
     `sizes`, width and height in pixels, are recorded, too.
     """
 
@@ -73,14 +73,14 @@ class WarmUp:
         max_batch_size: int,
         budget: float,
         clock: Callable[[], float] = time.monotonic,
-        under_way: CallsInFlight | None = None,
+        in_flight: CallsInFlight | None = None,
         sizes: Sequence[Size] = (),
     ) -> None:
         self._max_batch_size = max_batch_size
         self._sizes = sizes
         self._budget = budget
         self._clock = clock
-        self._under_way = under_way or CallsInFlight(clock)
+        self._in_flight = in_flight or CallsInFlight(clock)
 
     def measure(self, name: str, pipeline: Pipeline) -> Measured:
         """Measures one model that can be measured. One that runs a single request at a time has no batches to measure.
@@ -161,7 +161,7 @@ class WarmUp:
     def _record(self, pipeline: Pipeline, requests: Sequence[Request]) -> None:
         """Makes each call of a batch of one step under `recording_at_once`."""
         states: list[Any] = []
-        with self._under_way.call("warm-up (recording)", requests[0].model, len(requests)), recording_at_once():
+        with self._in_flight.call("warm-up (recording)", requests[0].model, len(requests)), recording_at_once():
             try:
                 for start in range(0, len(requests), _TOGETHER):
                     states += pipeline.prepare(requests[start : start + _TOGETHER])
@@ -206,7 +206,7 @@ class WarmUp:
         states: Sequence[Any] = ()
 
         def timed(stage: Stage, work: Callable[[], _R]) -> _R:
-            with self._under_way.call(f"warm-up ({stage})", batch.request.model, batch.rows, batch.rows):
+            with self._in_flight.call(f"warm-up ({stage})", batch.request.model, batch.rows, batch.rows):
                 begun = self._clock()
                 result = work()
                 if (wait := pipeline.mark()) is not None:

@@ -55,7 +55,7 @@ class ModelLoader:
         self._arrived: dict[str, _Arrival] = {}
 
     async def bring(self, name: str, make_room: Callable[[], Awaitable[bool]]) -> str:
-        """Loads the model, has it draw a picture and measures it. Returns what is wrong with it, "" where nothing is.
+        """Loads the model, has it draw an image and measures it. Returns what is wrong with it, "" where nothing is.
 
         If memory runs out, `make_room` is asked to free some, and says whether it did: then the model is tried again.
         """
@@ -149,7 +149,7 @@ class ModelLoader:
             return self._models.folder.open(model.bundle)
 
     async def _try(self, name: str, pipeline: Pipeline) -> None:
-        """Draws a picture of the model's own size through the engine, which learns by it what its calls take.
+        """Draws an image of the model's own size through the engine, which learns by it what its calls take.
 
         It takes its turn as one client's request among others'. In the background it would never come where those leave no gap.
         """

@@ -68,12 +68,12 @@ class Preparation:
     async def _measure(self, name: str, pipeline: Pipeline) -> Measured:
         """Measures a model, on the engine's thread if it is recorded there, else on one of its own. Raises what the model raises,
         and Hung."""
-        under_way = CallsInFlight(self._clock)
-        warm_up = WarmUp(self._max_batch_size, self._budget, self._clock, under_way, self._sizes)
+        in_flight = CallsInFlight(self._clock)
+        warm_up = WarmUp(self._max_batch_size, self._budget, self._clock, in_flight, self._sizes)
         work = asyncio.ensure_future(in_thread(lambda: self._warmed_up(name, pipeline, warm_up)))
         while not work.done():
             await asyncio.wait({work}, timeout=min(_LOOK, self._longest / 10) if self._longest > 0 else None)
-            call = under_way.longest
+            call = in_flight.longest
             if call is not None and 0 < self._longest < call.seconds and not work.done():
                 work.cancel()
                 if pipeline.row_buckets:

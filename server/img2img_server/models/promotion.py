@@ -1,4 +1,4 @@
-"""Takeover: a better engine of a model is built in the background, tried beside the one that serves, and only then takes over.
+"""Promotion: a better engine of a model is built in the background, tried beside the one that serves, and only then takes over.
 
 Nothing here blocks a request. Building is somebody else's process; loading is on a thread of its own; trying is done by ordinary
 requests of the lowest rank through the engine, which takes turns with everybody's, a call at a time. Whatever goes wrong, the
@@ -27,14 +27,14 @@ _log = logging.getLogger(__name__)
 _ROUNDS = 3
 """Times that each of the two engines draws the first trial, in turns, to be timed."""
 _GAIN = 0.02
-"""The share of a step's time that a takeover must save: less could be chance."""
+"""The share of a step's time that a promotion must save: less could be chance."""
 _UNKNOWN_REASON = "the server's log says why"
 
 
 class Candidate(Protocol):
     """A better engine for a model, such as TensorRT where CUDA serves: how it is built, loaded and judged.
 
-    `build`, `load`, `trials` and `judge` are called once, in this order, on a thread of the takeover's. A BundleError or OSError
+    `build`, `load`, `trials` and `judge` are called once, in this order, on a thread of the promotion's. A BundleError or OSError
     that one raises ends the attempt. What `judge` says is told to callers.
     """
 
@@ -55,11 +55,11 @@ class Candidate(Protocol):
         ...
 
     def trials(self) -> Sequence[Request]:
-        """Requests whose pictures are to be judged, of one seed each; their `model` is not looked at."""
+        """Requests whose images are to be judged, of one seed each; their `model` is not looked at."""
         ...
 
     def judge(self, pictures: Sequence[Image.Image]) -> str:
-        """What is wrong with the pictures of the trials, in a line; "" where they are right."""
+        """What is wrong with the images of the trials, in a line; "" where they are right."""
         ...
 
     def settle(self) -> None:
@@ -90,26 +90,26 @@ class _Timed:
 
 
 class Promotion:
-    """Gives each contender its chance, one after the other, once `start` is called.
+    """Gives each candidate its chance, one after the other, once `start` is called.
 
     How each is doing is in `models`, for GetModel to tell.
     """
 
-    def __init__(self, engine: Engine, models: ModelRegistry, contenders: Sequence[Candidate]) -> None:
+    def __init__(self, engine: Engine, models: ModelRegistry, candidates: Sequence[Candidate]) -> None:
         self._engine = engine
         self._models = models
-        self._contenders = list(contenders)
+        self._candidates = list(candidates)
         self._stopping = False
         self._changed = threading.Condition()
         self._current = ""
         self._stop = Stop()
-        self._thread = threading.Thread(target=self._run, name="img2img-takeover", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="img2img-promotion", daemon=True)
 
     def start(self) -> None:
         """Starts the first build. Does nothing where nobody contends."""
-        for contender in self._contenders:
-            self._tell(contender, EngineState.BUILDING, "waits for its turn")
-        if self._contenders:
+        for candidate in self._candidates:
+            self._tell(candidate, EngineState.BUILDING, "waits for its turn")
+        if self._candidates:
             self._thread.start()
 
     def stop(self) -> None:
@@ -123,10 +123,10 @@ class Promotion:
         """Gives up what contends for `model`, and returns once nothing of it is left: the model is about to be unloaded. Does not
         wait any more once all is to end: a pipeline that is being loaded cannot be stopped.
 
-        It gets no other chance: contenders are made for the models that were loaded at start.
+        It gets no other chance: candidates are made for the models that were loaded at start.
         """
         with self._changed:
-            self._contenders = [contender for contender in self._contenders if contender.model != model]
+            self._candidates = [candidate for candidate in self._candidates if candidate.model != model]
             if self._current == model:
                 self._stop.ask()
             self._changed.wait_for(lambda: self._current != model or self._stopping)
@@ -140,79 +140,79 @@ class Promotion:
     def _run(self) -> None:
         while self._give_chance():
             with self._changed:
-                # Of a contender that had its chance, nothing is left now.
+                # Of a candidate that had its chance, nothing is left now.
                 self._current = ""
                 self._changed.notify_all()
 
     def _give_chance(self) -> bool:
         """Lets the next one try. False where there is none, or all is to end."""
         with self._changed:
-            if self._stopping or not self._contenders:
+            if self._stopping or not self._candidates:
                 self._current = ""
                 self._changed.notify_all()
                 return False
-            contender = self._contenders.pop(0)
-            self._current, self._stop = contender.model, Stop()
+            candidate = self._candidates.pop(0)
+            self._current, self._stop = candidate.model, Stop()
         try:
-            self._attempt(contender)
+            self._attempt(candidate)
         except Stopped:
             why = "the server is shutting down" if self._stopping else "the model was unloaded"
-            self._tell(contender, EngineState.FAILED, why)
+            self._tell(candidate, EngineState.FAILED, why)
         except ServerError as error:
-            self._tell(contender, EngineState.FAILED, str(error))
+            self._tell(candidate, EngineState.FAILED, str(error))
         except (BundleError, OSError) as error:
-            _log.error("model '%s': %s: %s", contender.model, contender.engine, error)
-            self._tell(contender, EngineState.FAILED, _UNKNOWN_REASON)
+            _log.error("model '%s': %s: %s", candidate.model, candidate.engine, error)
+            self._tell(candidate, EngineState.FAILED, _UNKNOWN_REASON)
         except Exception:  # noqa: BLE001 - whatever a build or a library raises: the engine that serves goes on
-            _log.exception("model '%s': %s failed", contender.model, contender.engine)
-            self._tell(contender, EngineState.FAILED, _UNKNOWN_REASON)
+            _log.exception("model '%s': %s failed", candidate.model, candidate.engine)
+            self._tell(candidate, EngineState.FAILED, _UNKNOWN_REASON)
         return True
 
-    def _attempt(self, contender: Candidate) -> None:
-        contender.build(lambda step, done: self._tell(contender, EngineState.BUILDING, step, done), self._stop)
+    def _attempt(self, candidate: Candidate) -> None:
+        candidate.build(lambda step, done: self._tell(candidate, EngineState.BUILDING, step, done), self._stop)
         self._stop.check()
-        self._tell(contender, EngineState.CHECKING, "loading")
-        pipeline = contender.load()
-        serving = self._models.get(contender.model).pipeline
+        self._tell(candidate, EngineState.CHECKING, "loading")
+        pipeline = candidate.load()
+        serving = self._models.get(candidate.model).pipeline
         assert serving is not None, "only what is served can be taken over"
         loser = pipeline
         try:
-            problem, report = self._try(contender, pipeline, serving)
+            problem, report = self._try(candidate, pipeline, serving)
             if not problem:
                 # It is not unloaded meanwhile: that waits until the attempt is over.
-                self._engine.replace(contender.model, pipeline)
-                self._models.change(contender.model, pipeline=pipeline)
+                self._engine.replace(candidate.model, pipeline)
+                self._models.change(candidate.model, pipeline=pipeline)
                 loser = serving
         finally:
             losers: list[Closable] = [loser]
             del pipeline, serving, loser  # the list's is to be the last
-            let_go(losers, lambda close: self._engine.call(contender.model, close))
+            let_go(losers, lambda close: self._engine.call(candidate.model, close))
         if problem:
-            return self._tell(contender, EngineState.REJECTED, problem)
-        self._tell(contender, EngineState.SERVING, report, 1.0)
+            return self._tell(candidate, EngineState.REJECTED, problem)
+        self._tell(candidate, EngineState.SERVING, report, 1.0)
 
-    def _try(self, contender: Candidate, pipeline: Pipeline, serving: Pipeline) -> tuple[str, str]:
+    def _try(self, candidate: Candidate, pipeline: Pipeline, serving: Pipeline) -> tuple[str, str]:
         """Why `pipeline` must not take over, "" where it may; and how it did."""
-        trials = [replace(trial, background=True, deadline=None) for trial in contender.trials()]
+        trials = [replace(trial, background=True, deadline=None) for trial in candidate.trials()]
         if not trials:
             return "the bundle has no reference pictures to judge by", ""
         # Names that no request can have: a model's id is that of a folder.
-        new, old = f"{contender.model}/{contender.engine}", f"{contender.model}/{serving.engine}"
-        timed = {name: _Timed(runs, contender.settle, self._engine.clock) for name, runs in ((new, pipeline), (old, serving))}
+        new, old = f"{candidate.model}/{candidate.engine}", f"{candidate.model}/{serving.engine}"
+        timed = {name: _Timed(runs, candidate.settle, self._engine.clock) for name, runs in ((new, pipeline), (old, serving))}
         for name, runs in timed.items():
             self._engine.replace(name, cast(Pipeline, runs))
         try:
             done, count = 0, len(trials) + 2 * _ROUNDS
             pictures = []
             for trial in trials:
-                self._tell(contender, EngineState.CHECKING, "drawing", done / count)
+                self._tell(candidate, EngineState.CHECKING, "drawing", done / count)
                 pictures.append(self._draw(replace(trial, model=new)))
                 done += 1
-            if problem := contender.judge(pictures):
+            if problem := candidate.judge(pictures):
                 return problem, ""
             timed[new].seconds.clear()
             for name in (old, new) * _ROUNDS:
-                self._tell(contender, EngineState.CHECKING, "timing", done / count)
+                self._tell(candidate, EngineState.CHECKING, "timing", done / count)
                 self._draw(replace(trials[0], model=name))
                 done += 1
             # The middle one: what a first call takes counts for little.
@@ -224,7 +224,7 @@ class Promotion:
         return ("" if took < takes * (1 - _GAIN) else f"not faster: {report}"), report
 
     def _draw(self, request: Request) -> Image.Image:
-        """The picture of a request of ours. Raises Stopped, or what the request ended with."""
+        """The image of a request of ours. Raises Stopped, or what the request ended with."""
         endings: queue.SimpleQueue[Ending] = queue.SimpleQueue()
 
         def listen(event: Event) -> None:
@@ -245,11 +245,11 @@ class Promotion:
             raise ending.error
         return ending.images[0]
 
-    def _tell(self, contender: Candidate, state: EngineState, detail: str, progress: float = 0.0) -> None:
-        """Notes how a contender is doing. The log hears of it where it is something new."""
-        engines = self._models.get(contender.model).engines
-        before = next((status for status in engines if status.name == contender.engine), None)
-        self._models.note(contender.model, EngineStatus(contender.engine, state, detail, progress))
+    def _tell(self, candidate: Candidate, state: EngineState, detail: str, progress: float = 0.0) -> None:
+        """Notes how a candidate is doing. The log hears of it where it is something new."""
+        engines = self._models.get(candidate.model).engines
+        before = next((status for status in engines if status.name == candidate.engine), None)
+        self._models.note(candidate.model, EngineStatus(candidate.engine, state, detail, progress))
         if before is None or (before.state, before.detail) != (state, detail):
             level = logging.WARNING if state in (EngineState.REJECTED, EngineState.FAILED) else logging.INFO
-            _log.log(level, "model '%s': %s: %s: %s", contender.model, contender.engine, state.name.lower(), detail)
+            _log.log(level, "model '%s': %s: %s: %s", candidate.model, candidate.engine, state.name.lower(), detail)

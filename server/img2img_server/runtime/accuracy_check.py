@@ -1,6 +1,6 @@
-"""The gate: does a pipeline that computes otherwise than was verified still draw the bundle's reference pictures?
+"""The gate: does a pipeline that computes otherwise than was verified still draw the bundle's reference images?
 
-An engine that rounds more (bfloat16, TensorRT) is let in by the pictures that diffusers drew in fp32 when the bundle was made.
+An engine that rounds more (bfloat16, TensorRT) is let in by the images that diffusers drew in fp32 when the bundle was made.
 """
 
 import math
@@ -18,7 +18,7 @@ from img2img_server.engine.run_request import run_alone
 from img2img_server.errors import BundleError
 
 INFINITE_PSNR = 999.0
-"""What stands for the PSNR of equal pictures, in decibels."""
+"""What stands for the PSNR of equal images, in decibels."""
 
 _MOST = 2
 """Cases that a pipeline is judged by: one prompt at two strengths. More would be a slow start."""
@@ -26,7 +26,7 @@ _MOST = 2
 
 @dataclass(frozen=True, slots=True)
 class ReferenceCase:
-    """A request, and the RGB picture that answers it."""
+    """A request, and the RGB image that answers it."""
 
     name: str
     request: Request
@@ -35,7 +35,7 @@ class ReferenceCase:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """Whether a pipeline may be used. `problem` says why not, in a line; `psnr_db` is that of the worst picture."""
+    """Whether a pipeline may be used. `problem` says why not, in a line; `psnr_db` is that of the worst image."""
 
     passed: bool
     problem: str = ""
@@ -60,7 +60,7 @@ def judge(pipeline: Pipeline, bundle: Path, manifest: Manifest, least_psnr_db: f
 
 
 def compare(known: Sequence[ReferenceCase], drawn: Sequence[Image.Image], least_psnr_db: float) -> Verdict:
-    """The verdict on a picture for each case."""
+    """The verdict on an image for each case."""
     worst = INFINITE_PSNR
     for case, picture in zip(known, drawn, strict=True):
         if picture.size != case.picture.size:
@@ -74,12 +74,12 @@ def compare(known: Sequence[ReferenceCase], drawn: Sequence[Image.Image], least_
 
 
 def least_psnr_db(precision: Precision) -> float:
-    """Decibels that a picture drawn in `precision` must keep against the reference: the limit that exports are verified by."""
+    """Decibels that an image drawn in `precision` must keep against the reference: the limit that exports are verified by."""
     return LIMITS[precision].psnr_db
 
 
 def psnr_db(picture: Image.Image, reference: Image.Image) -> float:
-    """Peak signal-to-noise ratio of two RGB pictures of one size, in decibels; INFINITE_PSNR where they are equal."""
+    """Peak signal-to-noise ratio of two RGB images of one size, in decibels; INFINITE_PSNR where they are equal."""
     difference = np.asarray(picture.convert("RGB"), np.float64) - np.asarray(reference.convert("RGB"), np.float64)
     mean_square = float((difference**2).mean())
     return 10 * math.log10(255**2 / mean_square) if mean_square else INFINITE_PSNR

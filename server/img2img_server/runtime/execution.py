@@ -14,7 +14,7 @@ Arithmetic = Literal["auto", "fp32"]
 
 @dataclass(frozen=True, slots=True)
 class Bucket:
-    """A common shape of calls: pictures of `width` x `height` pixels, `rows` of them in a call of the model.
+    """A common shape of calls: images of `width` x `height` pixels, `rows` of them in a call of the model.
 
     For such a shape a provider may keep what it prepared beforehand: a session of fixed shapes, a CUDA graph, a TensorRT profile.
     """
@@ -53,7 +53,7 @@ class Execution:
 
     `provider` is "auto" or one of PROVIDERS. `threads` are the CPU threads of one call, None for the cores there are.
     `arithmetic` "auto" lets a provider compute in less than the bundle's precision (bfloat16 on a CPU with AMX, say) where its
-    pictures still pass, "fp32" never. `buckets` are the shapes to prepare for; None leaves that to the provider, () is none.
+    images still pass, "fp32" never. `buckets` are the shapes to prepare for; None leaves that to the provider, () is none.
     `gpu_memory` bounds ONNX Runtime's arena in bytes, None for no bound. `cuda_graphs` records calls of common shapes and
     replays them. `vae_memory` bounds one call of a VAE in bytes, by estimate; None leaves that to vae_memory.py. `compile` runs
     torch modules through torch.compile. `cache` is where built engines are kept.

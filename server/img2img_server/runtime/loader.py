@@ -10,7 +10,7 @@ import torch
 
 from img2img_server.bundle.limits import Precision
 from img2img_server.bundle.manifest import Manifest
-from img2img_server.bundle.unsafe_files import refuse_foreign
+from img2img_server.bundle.unsafe_files import refuse_unsafe
 from img2img_server.engine.cache import Cache
 from img2img_server.engine.request import Pipeline
 from img2img_server.errors import BundleError, OutOfMemory, ServerError
@@ -60,12 +60,12 @@ def load_pipeline(
 ) -> Pipeline:
     """Loads the bundle in the directory `bundle`, whose manifest was read and checked before.
 
-    `execution` says how to run it, None for the best that is there. `cache` keeps what was encoded of prompts and pictures;
+    `execution` says how to run it, None for the best that is there. `cache` keeps what was encoded of prompts and images;
     several pipelines may share one. `open_graph` opens the graphs; `keep` is given what readies them for a GPU or the CPU, to
     remember what it made.
     Raises BundleError where the bundle does not fit this server or the provider is not there.
     """
-    refuse_foreign(bundle)
+    refuse_unsafe(bundle)
     execution = execution or Execution()
     threads = execution.threads or cpu.count()
     cache = cache or Cache(0)
@@ -149,7 +149,7 @@ def _runners(choice: Choice, execution: Execution, threads: int, open_graph: Ope
 def _load_openvino(
     bundle: Path, manifest: Manifest, execution: Execution, threads: int, cache: Cache, placement: Placement
 ) -> Pipeline:
-    """In bfloat16 where that is there and its pictures pass, else in float32."""
+    """In bfloat16 where that is there and its images pass, else in float32."""
 
     def load(execution: Execution) -> Pipeline:
         arithmetic = openvino.arithmetic(execution)
@@ -189,7 +189,7 @@ def _load_torch(bundle: Path, manifest: Manifest, execution: Execution, threads:
 def _judged(
     bundle: Path, manifest: Manifest, precision: Precision, quick: Callable[[], Pipeline], exact: Callable[[], Pipeline]
 ) -> Pipeline:
-    """The `quick` pipeline, which computes in `precision`, if it draws the bundle's reference pictures; else the `exact` one."""
+    """The `quick` pipeline, which computes in `precision`, if it draws the bundle's reference images; else the `exact` one."""
     try:
         pipeline = quick()
         verdict = accuracy_check.judge(pipeline, bundle, manifest, accuracy_check.least_psnr_db(precision))

@@ -1,1 +1,1 @@
-"""Where source pictures come from."""
+"""Where source images come from."""

@@ -1,4 +1,4 @@
-"""Fetching a picture from an address that a caller names, without lending it the server's place in the network.
+"""Fetching an image from an address that a caller names, without lending it the server's place in the network.
 
 A name is resolved once, and what is checked is the address that the socket is about to connect to: a resolver that answers
 differently the next time (DNS rebinding), odd spellings of addresses and redirects all end there.

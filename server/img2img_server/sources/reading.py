@@ -1,4 +1,4 @@
-"""Where source pictures come from: a request's bytes, its asset, or an address that may be read."""
+"""Where source images come from: a request's bytes, its asset, or an address that may be read."""
 
 import asyncio
 from typing import TYPE_CHECKING
@@ -24,7 +24,7 @@ _URI = "image.uri"
 
 
 class Sources:
-    """Reads source pictures. `limits` bound their size."""
+    """Reads source images. `limits` bound their size."""
 
     def __init__(self, settings: SourceSettings, assets: AssetStore, limits: images.ImageLimits) -> None:
         self.assets = assets

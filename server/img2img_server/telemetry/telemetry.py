@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from img2img_server.telemetry.metrics import Metrics
     from img2img_server.telemetry.traces import Traces
 
-__all__ = ["Outcome", "Telemetry", "RequestTrace"]
+__all__ = ["Outcome", "RequestTrace", "Telemetry"]
 
 _log = logging.getLogger(__name__)
 _access = logging.getLogger(ACCESS)

@@ -3,11 +3,11 @@
     img2img.v1.ImageToImageService/Transform
         parse       the source fetched and decoded, the model found (and loaded, where it was not in memory)
         queue       waiting for its first turn
-        encode      prompt and picture, with the requests that came with it
+        encode      prompt and image, with the requests that came with it
         denoise     from the first step to the last
             step    one call of the denoiser, with the requests that shared it; between two of them others had their turns
         decode
-        respond     the pictures encoded, and whatever a slow reader kept waiting
+        respond     the images encoded, and whatever a slow reader kept waiting
 
 A step is a span rather than an event of "denoise", since it has two ends: what lies between two steps is not this request's own.
 The first trails.MOST_STEPS have one. The times are those of the engine, on its clock.

@@ -94,11 +94,11 @@ class InferenceService(Unsupported):
         return kserve_pb.RepositoryModelUnloadResponse()
 
     async def ModelInfer(self, request: Any, context: Any) -> Any:
-        """Transforms one picture and answers when it is done."""
+        """Transforms one image and answers when it is done."""
         return await self._inference.once(request, context)
 
     async def ModelStreamInfer(self, requests: AsyncIterator[Any], context: Any) -> AsyncGenerator[Any, None]:
-        """Transforms pictures as they come, and tells of each as it is asked to."""
+        """Transforms images as they come, and tells of each as it is asked to."""
         async for response in Stream(self._inference, self._access, self._telemetry, context).responses(requests):
             yield response
 

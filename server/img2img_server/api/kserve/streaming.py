@@ -20,7 +20,7 @@ _log = logging.getLogger(__name__)
 
 _METHOD = "/inference.GRPCInferenceService/ModelInfer"
 """What a request of a stream is to tokens, logs and metrics: the same as one that comes by itself."""
-_MOST_UNDER_WAY = 64
+_MOST_IN_FLIGHT = 64
 """Requests of one stream that are in progress. What comes beyond is read when one of them is answered: gRPC holds it back."""
 _FINAL = "triton_final_response"
 
@@ -37,7 +37,7 @@ class Stream:
         self._telemetry = telemetry
         self._context = context
         self._answers: asyncio.Queue[_Answer | asyncio.Task[None]] = asyncio.Queue()
-        self._room = asyncio.Semaphore(_MOST_UNDER_WAY)
+        self._room = asyncio.Semaphore(_MOST_IN_FLIGHT)
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def responses(self, requests: AsyncIterator[Any]) -> AsyncGenerator[Any, None]:
@@ -55,10 +55,10 @@ class Stream:
                     self._room.release()
             await answer
         finally:
-            under_way = (reader, *self._tasks)
-            for task in under_way:
+            in_flight = (reader, *self._tasks)
+            for task in in_flight:
                 task.cancel()
-            await asyncio.gather(*under_way, return_exceptions=True)
+            await asyncio.gather(*in_flight, return_exceptions=True)
             # The reader is among them, and knows this stream: what nobody reads would live until Python looks for cycles.
             self._answers = asyncio.Queue()
 

@@ -64,7 +64,7 @@ class Task:
     """A ModelInferRequest as the services know it.
 
     `outputs` are those that were asked for, in order. With `progress` its steps are told. It is given up after `seconds`, None
-    for never. `source` is the input that has the picture; where that came with a batch's dimension, the outputs have one, too.
+    for never. `source` is the input that has the image; where that came with a batch's dimension, the outputs have one, too.
     """
 
     message: pb.TransformRequest
@@ -84,7 +84,7 @@ async def read(request: Any, threads: FairThreads) -> Task:
     check_name(request.model_name)
     check_version(request.model_name, request.model_version)
     outputs = _outputs(request)
-    # On a thread: a large picture takes some milliseconds, and a second where each value of it is a number of its own.
+    # On a thread: a large image takes some milliseconds, and a second where each value of it is a number of its own.
     given = await threads.run(tensors.read, request, (*SOURCES, *SETTINGS))
     parameters = Parameters(request.parameters)
     message = pb.TransformRequest(model=pb.ModelReference(path=request.model_name))
@@ -204,7 +204,7 @@ def _set_fit(message: pb.TransformRequest, fit: str | int | None) -> None:
 async def _set_source(
     message: pb.TransformRequest, given: Mapping[str, tensors.Given], uri: str | None, threads: FairThreads
 ) -> tuple[str, bool]:
-    """Sets the picture of the message. Returns the input that has it, and whether that has a batch's dimension."""
+    """Sets the image of the message. Returns the input that has it, and whether that has a batch's dimension."""
     found = [source.name for source in SOURCES if source.name in given]
     if uri is not None and "image_uri" not in found:
         found.append("image_uri")

@@ -1,7 +1,7 @@
 """The front's runner: takes requests as an engine does, and sees each through to its one ending on some replica.
 
 A replica that is lost takes nothing with it: its requests, whose seeds were drawn here, run again on another, and give the same
-pictures. Here too are the bounds that hold before a picture is decoded; each replica's own engine holds them again.
+images. Here too are the bounds that hold before an image is decoded; each replica's own engine holds them again.
 """
 
 import asyncio

@@ -1,6 +1,6 @@
 """What passes between a front and a replica. All of it is pickled, so none of it is what only one process understands.
 
-Pictures are raw RGB: what is quickest to make and to read again, and no loss. Times are seconds that are left, as clocks differ.
+Images are raw RGB: what is quickest to make and to read again, and no loss. Times are seconds that are left, as clocks differ.
 """
 
 from collections.abc import Sequence
@@ -35,7 +35,7 @@ class ReplicaLeft(ReplicaLost):
 
 @dataclass(frozen=True, slots=True)
 class RawImage:
-    """An RGB picture: three bytes a pixel, row by row from the top."""
+    """An RGB image: three bytes a pixel, row by row from the top."""
 
     width: int
     height: int
@@ -43,17 +43,17 @@ class RawImage:
 
     @classmethod
     def of(cls, image: Image.Image) -> "RawImage":
-        """The picture as a message."""
+        """The image as a message."""
         return cls(image.width, image.height, image.tobytes())
 
     def image(self) -> Image.Image:
-        """The picture again. Its pixels are shared with the message, and are copied by whoever changes them."""
+        """The image again. Its pixels are shared with the message, and are copied by whoever changes them."""
         return Image.frombuffer("RGB", (self.width, self.height), self.data, "raw", "RGB", 0, 1)
 
 
 @dataclass(frozen=True, slots=True)
 class RemoteRequest:
-    """A Request on its way to a replica. Its fields are those of a Request, but for the picture and the deadline, which is so
+    """A Request on its way to a replica. Its fields are those of a Request, but for the image and the deadline, which is so
     many `seconds_left` from when it is read, None for none."""
 
     model: str

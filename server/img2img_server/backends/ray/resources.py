@@ -74,7 +74,7 @@ def replica_config(config: ServerConfig, share: ResourceShare) -> ServerConfig:
 
 
 MESSAGES = {"RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(2**31 - 1)}
-"""Read by Ray Serve on both sides: several large pictures pass, as raw pixels. Its own bound is 4 MiB."""
+"""Read by Ray Serve on both sides: several large images pass, as raw pixels. Its own bound is 4 MiB."""
 
 
 def variables(share: ResourceShare) -> dict[str, str]:

@@ -9,7 +9,7 @@ _UNFITTED = frozenset({"Kandinsky3UNet", "ResnetUpsampleBlock2D", "SimpleCrossAt
 """UNets, and blocks of UNets, that double what they get whatever its size was before it was halved."""
 
 _ASSUMED_SIDE = 512
-"""Pixels of a side of the pictures that a pipeline was trained on, where it doesn't say."""
+"""Pixels of a side of the images that a pipeline was trained on, where it doesn't say."""
 
 
 def parts(pipe: Any) -> list[Any]:
@@ -29,7 +29,7 @@ def size_multiple(pipe: Any) -> int:
 
 
 def native_sizes(pipe: Any) -> tuple[int, int]:
-    """Width and height in pixels of the pictures that the pipeline was trained on."""
+    """Width and height in pixels of the images that the pipeline was trained on."""
     for part in parts(pipe):
         factor = getattr(part, "vae_scale_factor", None)
         config = getattr(getattr(part, "unet", None), "config", {})

@@ -1,4 +1,4 @@
-"""What a request brings into its steps: embeddings of its texts and the latent distribution of its picture.
+"""What a request brings into its steps: embeddings of its texts and the latent distribution of its image.
 
 Both depend on content alone, so they are cached by it. What is missing for several requests is computed together.
 """
@@ -39,7 +39,7 @@ class Embedding:
 
 
 class Encoder:
-    """Encodes texts and pictures with the components of a diffusers pipeline, through a cache that others may share.
+    """Encodes texts and images with the components of a diffusers pipeline, through a cache that others may share.
 
     `encode_texts` is the family's: a list of n texts to n embeddings, in one call of each text encoder.
     """
@@ -61,9 +61,9 @@ class Encoder:
         return found
 
     def pictures(self, requests: Sequence[Request]) -> list[SimpleNamespace]:
-        """What the autoencoder makes of each request's picture, as diffusers reads it (encoded.py); those of one size are encoded
+        """What the autoencoder makes of each request's image, as diffusers reads it (encoded.py); those of one size are encoded
         in one call."""
-        # A picture whose content nobody has digested is like no other.
+        # An image whose content nobody has digested is like no other.
         keys: list[tuple[str, bytes | int]] = [
             (request.cache_scope, request.image_digest or index) for index, request in enumerate(requests)
         ]

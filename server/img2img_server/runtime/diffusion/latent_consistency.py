@@ -1,8 +1,8 @@
-"""Latent Consistency Models: Stable Diffusion whose guidance was distilled into the UNet, for a picture in a few steps.
+"""Latent Consistency Models: Stable Diffusion whose guidance was distilled into the UNet, for an image in a few steps.
 
 The order of calls is that of LatentConsistencyModelImg2ImgPipeline.__call__. All steps that were asked for are run: strength
 says from which of the timesteps that the model was distilled on they are chosen. The last step adds no noise, so its latents
-are the picture's.
+are the image's.
 """
 
 from collections.abc import Hashable
@@ -46,9 +46,9 @@ class LatentConsistencySchedulers(SchedulerCache):
 
 
 class LatentConsistency(StableDiffusion):
-    """One row for each picture: guidance is an embedding, and there is no negative prompt."""
+    """One row for each image: guidance is an embedding, and there is no negative prompt."""
 
-    timetables = LatentConsistencySchedulers
+    scheduler_cache = LatentConsistencySchedulers
 
     def _is_guided(self, request: Request) -> bool:
         return False

@@ -1,6 +1,6 @@
-"""Latents -> small pictures, without the VAE: each pixel is a linear map of one latent, fitted when the bundle was exported.
+"""Latents -> small images, without the VAE: each pixel is a linear map of one latent, fitted when the bundle was exported.
 
-An autoencoder's latents keep the picture's layout, and much of what they say of colour is linear once the picture as a whole is
+An autoencoder's latents keep the image's layout, and much of what they say of colour is linear once the image as a whole is
 known, since a decoder normalizes over it; so a few multiplications show what a step is about to become, at the size of
 the latents, in the time that the VAE would need to begin.
 """
@@ -14,7 +14,7 @@ from img2img_server.runtime.common.device_copy import send
 
 
 def draw(latents: torch.Tensor, weights: Sequence[Sequence[float]]) -> list[Image.Image]:
-    """RGB pictures of w x h pixels for `latents` [n, C, h, w], which are scaled as the UNet sees them, without noise.
+    """RGB images of w x h pixels for `latents` [n, C, h, w], which are scaled as the UNet sees them, without noise.
 
     `weights` is a manifest's `latent_preview`: for each of red, green and blue, which run from 0 to 1, the weights of
     `features` and a bias.

@@ -1,6 +1,6 @@
 """The families of Stable Diffusion, split into the parts that the engine schedules.
 
-We own the loop, not the mathematics: prompts, pictures, latents, timesteps and schedulers are handled by the methods of
+We own the loop, not the mathematics: prompts, images, latents, timesteps and schedulers are handled by the methods of
 diffusers' own img2img pipeline, whose components may be stand-ins over ONNX graphs or torch modules.
 The order of calls is that of StableDiffusionImg2ImgPipeline.__call__ and StableDiffusionXLImg2ImgPipeline.__call__.
 """
@@ -51,7 +51,7 @@ class StableDiffusion:
     max_rows: int | None = None
     measurable = True
     owner: Hashable = None
-    timetables: type[SchedulerCache] = SchedulerCache
+    scheduler_cache: type[SchedulerCache] = SchedulerCache
 
     def __init__(self, pipe: Any, engine: str, threads: int, cache: Cache, preview_weights: PreviewWeights = ()) -> None:
         self._pipe = pipe
@@ -64,8 +64,8 @@ class StableDiffusion:
         self._joined = JoinedConditioning()
         self._numbers: StepNumbers | None = None  # of the last call
         self._types: Mapping[str, torch.dtype] = getattr(pipe.unet, "input_types", {})
-        self._timetables = self.timetables(pipe)
-        self.schedulers = self._timetables.names
+        self._scheduler_cache = self.scheduler_cache(pipe)
+        self.schedulers = self._scheduler_cache.names
         self._encoder = Encoder(pipe, cache, self._encode_texts)
         self._preview_weights = preview_weights
         self._truncation = Truncation(pipe)
@@ -76,12 +76,12 @@ class StableDiffusion:
         rows = len(request.seeds) * (2 if self._is_guided(request) else 1)
         width, height = request.image.size
         warnings = self._truncation.warnings(self._read_texts(request))
-        return Plan((height, width), width * height, rows, len(self._timetables.get(request).timesteps), warnings)
+        return Plan((height, width), width * height, rows, len(self._scheduler_cache.get(request).timesteps), warnings)
 
     @torch_call
     def prepare(self, requests: Sequence[Request]) -> Sequence[DiffusionState]:
         """Encodes what is not known yet, and makes the first latents."""
-        timetables = [self._timetables.get(request) for request in requests]
+        scheduler_cache = [self._scheduler_cache.get(request) for request in requests]
         with PinnedCopies():
             embeddings = self._encoder.texts(
                 [(request.cache_scope, text) for request in requests for text in self._texts(request)]
@@ -89,9 +89,12 @@ class StableDiffusion:
             pictures = self._encoder.pictures(requests)
             states = [
                 self._begin(
-                    request, timetable, {text: embeddings[request.cache_scope, text] for text in self._texts(request)}, picture
+                    request,
+                    cached_scheduler,
+                    {text: embeddings[request.cache_scope, text] for text in self._texts(request)},
+                    picture,
                 )
-                for request, timetable, picture in zip(requests, timetables, pictures, strict=True)
+                for request, cached_scheduler, picture in zip(requests, scheduler_cache, pictures, strict=True)
             ]
         return states
 
@@ -148,7 +151,7 @@ class StableDiffusion:
 
     @torch_call
     def preview(self, states: Sequence[DiffusionState]) -> Sequence[Image.Image | None]:
-        """What each state's first picture is about to become, at the size of its latents."""
+        """What each state's first image is about to become, at the size of its latents."""
         if not self._preview_weights:
             return [None] * len(states)
         originals = [state.original() for state in states]
@@ -158,7 +161,7 @@ class StableDiffusion:
 
     @torch_call
     def finish(self, states: Sequence[DiffusionState]) -> Sequence[Sequence[Image.Image]]:
-        """Decodes the latents. Raises FloatingPointError rather than return the black picture that NaN would become."""
+        """Decodes the latents. Raises FloatingPointError rather than return the black image that NaN would become."""
         pixels = self._decode(torch.cat([state.latents for state in states]))
         is_finite = fetch_later(torch.isfinite(pixels).all())
         with PinnedCopies(), np.errstate(invalid="ignore"):
@@ -172,24 +175,24 @@ class StableDiffusion:
         self._joined.forget(state)
 
     def close(self) -> None:
-        """Takes its texts and pictures out of the cache, and gives up its sessions, whoever still holds this pipeline."""
+        """Takes its texts and images out of the cache, and gives up its sessions, whoever still holds this pipeline."""
         self._encoder.close()
         close_graphs(self._pipe)
 
     def _begin(
         self,
         request: Request,
-        timetable: CachedScheduler,
+        cached_scheduler: CachedScheduler,
         embeddings: dict[str, Embedding],
         picture: SimpleNamespace,
     ) -> DiffusionState:
         count = len(request.seeds)
         positive, negative = self._embeddings(request, embeddings)
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in request.seeds]
-        pipe = view_of(self._pipe, scheduler=_Noising(timetable.scheduler), vae=_Encoded(self._pipe.vae, picture))
+        pipe = view_of(self._pipe, scheduler=_Noising(cached_scheduler.scheduler), vae=_Encoded(self._pipe.vae, picture))
         latents = pipe.prepare_latents(
-            torch.empty(1, 3, 1, 1),  # stands for the picture, which was encoded
-            timetable.timesteps[:1].repeat(count),
+            torch.empty(1, 3, 1, 1),  # stands for the image, which was encoded
+            cached_scheduler.timesteps[:1].repeat(count),
             batch_size=1,
             num_images_per_prompt=count,
             dtype=positive.hidden_states.dtype,
@@ -202,19 +205,19 @@ class StableDiffusion:
         conditioning = {name: tensor.to(self._types.get(name, tensor.dtype)) for name, tensor in conditioning.items()}
         state = DiffusionState(
             request,
-            timetable.timesteps,
-            timetable.times,
+            cached_scheduler.timesteps,
+            cached_scheduler.times,
             latents,
             conditioning,
             generators,
             trajectory=None,
             guided=self._is_guided(request),
-            begun=timetable.scheduler,
+            begun=cached_scheduler.scheduler,
         )
-        if timetable.schedule is not None:
-            state.trajectory = Trajectory(timetable.schedule, generators)
+        if cached_scheduler.schedule is not None:
+            state.trajectory = Trajectory(cached_scheduler.schedule, generators)
         else:
-            state.scheduler = copy.deepcopy(timetable.scheduler)
+            state.scheduler = copy.deepcopy(cached_scheduler.scheduler)
             state.step_arguments = view_of(pipe, scheduler=state.scheduler).prepare_extra_step_kwargs(generators, 0.0)
         return state
 
@@ -324,7 +327,7 @@ class _Noising:
 
 
 class _Encoded:
-    """A VAE whose picture is encoded already."""
+    """A VAE whose image is encoded already."""
 
     def __init__(self, vae: Any, output: SimpleNamespace) -> None:
         self._vae = vae

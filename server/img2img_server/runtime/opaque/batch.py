@@ -1,4 +1,4 @@
-"""One call of diffusers' pipeline for the pictures of several requests, and how far it and each of them is."""
+"""One call of diffusers' pipeline for the images of several requests, and how far it and each of them is."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,9 +10,9 @@ from img2img_server.runtime.opaque.stepper import Stepper
 
 
 class SharedCall:
-    """All pictures of `requests`, `at_once` of them in each `__call__` of diffusers, run piece by piece.
+    """All images of `requests`, `at_once` of them in each `__call__` of diffusers, run piece by piece.
 
-    `draw` makes the pictures, in the order of the requests and their seeds, and calls `told` after each step. `step_count` is an
+    `draw` makes the images, in the order of the requests and their seeds, and calls `told` after each step. `step_count` is an
     estimate until it first does.
     """
 
@@ -32,7 +32,7 @@ class SharedCall:
 
     @property
     def done(self) -> bool:
-        """Whether the pictures are there, or never will be."""
+        """Whether the images are there, or never will be."""
         return self._run.done
 
     def resume(self) -> Exception | None:
@@ -51,11 +51,11 @@ class SharedCall:
     def told(self, chunk: int, step: int, steps: int) -> None:
         """Called by `draw` after step `step`, from 1 on, of the `steps` of its chunk number `chunk`."""
         self.step_count = steps * len(self.chunks)
-        # The last step still has decoding behind it: it is told with the pictures.
+        # The last step still has decoding behind it: it is told with the images.
         self.step = min(chunk * steps + step, self.step_count - 1)
 
     def images(self, number: int) -> list[Image.Image]:
-        """The pictures of its request `number`, from 0 on."""
+        """The images of its request `number`, from 0 on."""
         begin = sum(len(request.seeds) for request in self.requests[:number])
         return self._run.images[begin : begin + len(self.requests[number].seeds)]
 
@@ -68,7 +68,7 @@ class SharedCall:
 
 @dataclass(slots=True, eq=False)
 class OpaqueState:
-    """A request whose pictures are request `number` of a call, and how much of the call it has taken notice of."""
+    """A request whose images are request `number` of a call, and how much of the call it has taken notice of."""
 
     request: Request
     call: SharedCall
@@ -82,7 +82,7 @@ class OpaqueState:
         self.call, self.number, self.pieces = call, number, 0
 
     def catch_up(self) -> None:
-        """Takes notice of how far its call is; a step of a prior is no step of the picture's."""
+        """Takes notice of how far its call is; a step of a prior is no step of the image's."""
         self.pieces = self.call.pieces
         self.step_count = max(self.call.step_count, 1)
         self.step = max(min(self.step, self.step_count - 1), self.call.step)

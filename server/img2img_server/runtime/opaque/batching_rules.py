@@ -1,4 +1,4 @@
-"""Which classes of diffusers draw several pictures in one call, each as it would alone, and what their requests must share."""
+"""Which classes of diffusers draw several images in one call, each as it would alone, and what their requests must share."""
 
 from collections.abc import Collection, Hashable
 from dataclasses import dataclass
@@ -11,11 +11,11 @@ _SLOTS = 16
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """How a class draws the pictures of a call.
+    """How a class draws the images of a call.
 
-    Where guidance is above `guided_above` a picture is `guided_rows` rows of the denoiser, else one. `negative` says what becomes
+    Where guidance is above `guided_above` an image is `guided_rows` rows of the denoiser, else one. `negative` says what becomes
     of requests that come with a negative prompt: they are drawn like the others ("together"), only together with those of
-    the same prompt ("by prompt"), or picture by picture ("alone").
+    the same prompt ("by prompt"), or image by image ("alone").
     """
 
     guided_rows: int = 2
@@ -23,13 +23,13 @@ class Rule:
     negative: Literal["together", "by prompt", "alone"] = "together"
 
     def rows(self, request: Request) -> int:
-        """Rows of the denoiser for each picture."""
+        """Rows of the denoiser for each image."""
         return self.guided_rows if request.guidance_scale > self.guided_above else 1
 
     def settings(self, request: Request, parameters: Collection[str]) -> Hashable | None:
         """What requests must have in common to be drawn by one call of a pipeline that takes these `parameters`.
 
-        None where it draws one picture at a time.
+        None where it draws one image at a time.
         """
         negative = request.negative_prompt is not None and "negative_prompt" in parameters
         if negative and self.negative == "alone":
@@ -55,13 +55,13 @@ RULES: dict[str, Rule] = {
     "StableDiffusionXLImg2ImgPipeline": Rule(),
     "ZImageImg2ImgPipeline": Rule(guided_above=0.0),
 }
-"""Classes whose pictures were seen to be the same alone and in a call of several, to 1/255 in float32 (diffusers 0.39,
-`tests/server/test_sharing.py`). Every other class draws one picture in a call: whether it takes a list of pictures or generators,
+"""Classes whose images were seen to be the same alone and in a call of several, to 1/255 in float32 (diffusers 0.39,
+`tests/server/test_sharing.py`). Every other class draws one image in a call: whether it takes a list of images or generators,
 and what it makes of them, nobody has looked at."""
 
 
 def rule_of(pipe: Any) -> Rule | None:
-    """The rule of a pipeline's class; None where it draws one picture at a time."""
+    """The rule of a pipeline's class; None where it draws one image at a time."""
     return RULES.get(type(pipe).__name__)
 
 

@@ -34,7 +34,7 @@ _MOST_ROWS = 16
 class OpaquePipeline:
     """Any AutoPipelineForImage2Image. Implements the engine's Pipeline.
 
-    The pictures of a request, and of others with equal settings, are drawn together where the class is known to draw each as it
+    The images of a request, and of others with equal settings, are drawn together where the class is known to draw each as it
     would alone (`sharing.py`); else one after the other. `compile` of torch modules is not done here (`compiled.py`).
     """
 
@@ -102,7 +102,7 @@ class OpaquePipeline:
         return [None] * len(states)
 
     def finish(self, states: Sequence[OpaqueState]) -> Sequence[Sequence[Image.Image]]:
-        """The pictures that the calls returned."""
+        """The images that the calls returned."""
         return [state.call.images(state.number) for state in states]
 
     def release(self, state: OpaqueState) -> None:
@@ -124,7 +124,7 @@ class OpaquePipeline:
             call = self._anew(call, states)
 
     def _anew(self, failed: SharedCall, states: Sequence[OpaqueState]) -> SharedCall:
-        """A fresh call in the place of one that failed, of those only that are asked for; of a single one picture by picture."""
+        """A fresh call in the place of one that failed, of those only that are asked for; of a single one image by image."""
         smallest = len(states) == len(failed.requests) == 1
         call = self._call([state.request for state in states], at_once=1 if smallest else None)
         for place, state in enumerate(states):
@@ -153,11 +153,11 @@ class OpaquePipeline:
         return self._rule and self._rule.settings(request, self._parameters)
 
     def _rows(self, request: Request) -> int:
-        """Rows of the denoiser for each of its pictures."""
+        """Rows of the denoiser for each of its images."""
         return self._rule.rows(request) if self._rule else 1
 
     def _at_once(self, request: Request) -> int:
-        """How many pictures one call of diffusers may have."""
+        """How many images one call of diffusers may have."""
         return 1 if self._settings(request) is None else max(1, self._most_rows // self._rows(request))
 
     def _steps(self, request: Request) -> int:
@@ -193,7 +193,7 @@ class OpaquePipeline:
         return {name: text for name, text in given.items() if text and name in self._parameters}
 
     def _arguments(self, pictures: Sequence[tuple[Request, int]], listeners: dict[str, Any]) -> dict[str, Any]:
-        """The arguments of the pipeline's call: what it knows of the requests, in lists where there are several pictures."""
+        """The arguments of the pipeline's call: what it knows of the requests, in lists where there are several images."""
         request = pictures[0][0]
         width, height = request.image.size
         if type(self._pipe).__name__ in SWAPPED:
@@ -211,7 +211,7 @@ class OpaquePipeline:
             "width": width,
             "height": height,
         }
-        # A lone picture is asked for as anybody would. A prompt that was not given is none for all.
+        # A lone image is asked for as anybody would. A prompt that was not given is none for all.
         single = {name: values[0] if len(pictures) == 1 or values[0] is None else values for name, values in each.items()}
         offered = single | alike | listeners
         return {name: value for name, value in offered.items() if name in self._parameters}

@@ -108,7 +108,7 @@ class Stepper:
             self._end()
 
     def _end(self) -> None:
-        """Lets go of the call, which holds on to pictures, the model and who owns this: no collector is to be needed for that."""
+        """Lets go of the call, which holds on to images, the model and who owns this: no collector is to be needed for that."""
         self.done, self._call = True, _nothing
 
 

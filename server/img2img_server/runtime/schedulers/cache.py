@@ -21,7 +21,7 @@ from img2img_server.runtime.schedulers import registry
 from img2img_server.runtime.schedulers.linear import LinearSolver, compile_schedule
 
 _BYTES = 16 * 2**20
-"""What the timetables of one pipeline may take, in bytes."""
+"""What the cached schedulers of one pipeline may take, in bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +39,8 @@ class CachedScheduler:
 
 
 class SchedulerCache:
-    """Makes and keeps the timetables of one diffusers pipeline. Thread-safe: making one may take tens of milliseconds, which
-    the engine's thread is spared where another asks first."""
+    """Makes and keeps the schedulers of one diffusers pipeline, as linear solvers. Thread-safe: one takes up to tens of
+    milliseconds to make, which the engine's thread does not spend if another thread asks first."""
 
     def __init__(self, pipe: Any) -> None:
         self._pipe = pipe
@@ -50,7 +50,7 @@ class SchedulerCache:
         self.names = registry.supported(pipe.scheduler)
 
     def get(self, request: Request) -> CachedScheduler:
-        """The request's timetable. Raises InvalidField where there can be none."""
+        """The request's cached_scheduler. Raises InvalidField where there can be none."""
         self._check(request)
         key = self._key(request)
         with self._lock:
@@ -85,7 +85,7 @@ class SchedulerCache:
             raise InvalidField("scheduler", f"this model cannot use '{request.scheduler}'")
 
     def _key(self, request: Request) -> Hashable:
-        """What requests have in common that have the same timetable."""
+        """What requests have in common that have the same cached_scheduler."""
         return request.scheduler, request.num_inference_steps, _first_steps(request)
 
     def _scheduler(self, name: str | None) -> Any:

@@ -1,4 +1,4 @@
-"""TensorRT as a contender: engines for the heavy parts of a model that CUDA serves, built beside it. Not yet run on a GPU."""
+"""TensorRT as a candidate: engines for the heavy parts of a model that CUDA serves, built beside it. Not yet run on a GPU."""
 
 import ctypes
 import shutil
@@ -60,7 +60,7 @@ class Workshop:
 
 
 class TensorRTCandidate:
-    """Builds, loads and judges TensorRT's engines of one model. See takeover.Contender."""
+    """Builds, loads and judges TensorRT's engines of one model. See promotion.Candidate."""
 
     def __init__(self, model: str, bundle: Path, manifest: Manifest, native: tuple[int, int], workshop: Workshop) -> None:
         self.model = model
@@ -91,12 +91,12 @@ class TensorRTCandidate:
             return assemble(self._bundle, self._manifest, make, "tensorrt", shop.tensors, threads, shop.cache, shop.execution)
 
     def trials(self) -> Sequence[Request]:
-        """The requests of the bundle's reference pictures."""
+        """The requests of the bundle's reference images."""
         self._cases = accuracy_check.cases(self._manifest, self._bundle)
         return [case.request for case in self._cases]
 
     def judge(self, pictures: Sequence[Image.Image]) -> str:
-        """Whether they are the reference pictures, as far as the arithmetic allows: TensorRT may compute fp32 in TF32."""
+        """Whether they are the reference images, as far as the arithmetic allows: TensorRT may compute fp32 in TF32."""
         precision: Precision = self._manifest.precision  # type: ignore[assignment]
         if precision == "fp32" and self._workshop.execution.arithmetic == "auto":
             precision = "fp16"
@@ -207,7 +207,9 @@ class RunnerCache:
         return runner
 
 
-def candidates(models: Iterable[LoadedModel], execution: Execution, cache: Cache, shelf: RunnerCache) -> list[TensorRTCandidate]:
+def candidates(
+    models: Iterable[LoadedModel], execution: Execution, cache: Cache, runner_cache: RunnerCache
+) -> list[TensorRTCandidate]:
     """TensorRT's, for the models that it could run faster. None where it cannot be used here, or nothing is to be prepared."""
     if execution.provider not in ("auto", "tensorrt") or execution.buckets == ():
         return []
@@ -217,7 +219,7 @@ def candidates(models: Iterable[LoadedModel], execution: Execution, cache: Cache
     except BundleError:
         return []
     engines = EngineCache(execution.cache or default_root())
-    workshop = Workshop(execution, machine(), engines, cache, shelf.make, cuda.tensor_device())
+    workshop = Workshop(execution, machine(), engines, cache, runner_cache.make, cuda.tensor_device())
     found = []
     for model in filter(_could_be_faster, models):
         assert model.bundle is not None, "what was loaded has a folder"

@@ -23,7 +23,7 @@ COMPONENTS = ("unet", "vae_decoder")
 """What is built: where nearly all the time goes. The other parts stay on CUDA."""
 
 _MOST_ROWS = 8
-"""Rows of a call up to which engines are built unless buckets say otherwise: four guided pictures."""
+"""Rows of a call up to which engines are built unless buckets say otherwise: four guided images."""
 _WORKSPACE = 4 * 2**30
 """Bytes that a kernel may ask for as scratch: building tries those that do, beside a server that has most of the memory."""
 _LARGE = 3 * 2**29

@@ -25,7 +25,7 @@ _log = logging.getLogger(__name__)
 _DENOISERS = ("unet", "transformer")
 _DECODED_BY = ("vae", "movq")
 _GUIDANCE = (7.5, 1.0)
-"""Of the pictures drawn while compiling: with guidance a call has more rows than without."""
+"""Of the images drawn while compiling: with guidance a call has more rows than without."""
 _STEPS = 2
 _MOST_SHAPES = 64
 """Shapes that one function is compiled for: a block is used at several widths and sizes, and with other numbers of rows. Beyond

@@ -19,7 +19,7 @@ def torch_pipeline(bundle: Path, manifest: Manifest, device: str, dtype: torch.d
     """The img2img class that the manifest names, all of it in torch, on `device` and of `dtype`. Raises BundleError.
 
     A VAE whose configuration says force_upcast is computed in float32 by the classes that look at that; in a smaller type the
-    pictures are to be judged before they are served, whatever the class.
+    images are to be judged before they are served, whatever the class.
     """
     kind = pipeline_class(manifest)
     # Without these diffusers asks for parts that the model was saved without, such as SD 3's T5.

@@ -59,7 +59,7 @@ class Work(Protocol):
 class TimedCase:
     """One cell of the table. `seconds` are those of each round; `operations` of one run, None where they can't be counted.
 
-    `size` is of pictures in pixels, width and height. `arithmetic` is what the peak is measured in that it is compared with.
+    `size` is of images in pixels, width and height. `arithmetic` is what the peak is measured in that it is compared with.
     """
 
     component: str
@@ -148,7 +148,7 @@ class Product:
 
 
 def requests_of(pipeline: Pipeline, size: tuple[int, int], rows: int, guidance: float, few_steps: bool = False) -> list[Request]:
-    """Requests that bring `rows` rows together, each a prompt and a picture of its own. Raises InvalidField.
+    """Requests that bring `rows` rows together, each a prompt and an image of its own. Raises InvalidField.
 
     With `guidance` above 1 one may bring two rows; what is then left over is brought by one without guidance.
     """

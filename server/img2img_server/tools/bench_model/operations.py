@@ -41,7 +41,7 @@ _WEIGHT = {"QLinearConv": 3}
 _SIDES = (8, 16, 24)
 """Squares of latents to count on. They divide by what models divide latents by, and take little time."""
 _PIXELS = 8
-"""Pixels of a side of one latent, for graphs that take pictures."""
+"""Pixels of a side of one latent, for graphs that take images."""
 
 
 class Uncounted(Exception):
@@ -50,7 +50,7 @@ class Uncounted(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Operations:
-    """Those of one row of a graph's batch, as a function of its picture's or latents' area in its own units."""
+    """Those of one row of a graph's batch, as a function of its image's or latents' area in its own units."""
 
     at: Callable[[int], int]
 
@@ -126,7 +126,7 @@ def node_operations(kind: str, inputs: Sequence[Shape], outputs: Sequence[Shape]
 def quadratic(sides: Sequence[int], counts: Sequence[int]) -> Callable[[int], int]:
     """The polynomial of an area, of degree two, that goes through three counts for squares of `sides`: a function of the area.
 
-    Convolutions grow with a picture's area, attention with the area's square, and nothing with more. It is exact where all
+    Convolutions grow with an image's area, attention with the area's square, and nothing with more. It is exact where all
     sizes divide by what the model divides by.
     """
     areas = [side * side for side in sides]

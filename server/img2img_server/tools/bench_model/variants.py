@@ -59,7 +59,7 @@ def cases_of(provider: str, pipeline: Pipeline, asked: Selection, tell: Tell) ->
             except FAILURES as error:
                 tell(f"{where}: left out: {type(error).__name__}: {error}")
                 continue
-            # A text encoder has nothing to do with a picture's size: once is enough.
+            # A text encoder has nothing to do with an image's size: once is enough.
             known = {(case.component, case.rows) for case in cases if case.size == _ANY_SIZE}
             cases += [case for case in found if case.size != _ANY_SIZE or (case.component, case.rows) not in known]
     return cases
