@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import Any
 
 _HERE = Path(__file__).parent
-_SERVER = _HERE.parent / "scripts" / "simulated_server.py"
+_SERVER = _HERE.parent / "benchmarks" / "simulated_server.py"
 _STARTING = 200.0
 """Seconds that a front gets until it serves, on a machine that is busy."""
 
 
 def environment() -> dict[str, str]:
     """Of processes that find the tests' modules, and of all that they start."""
-    paths = os.pathsep.join([str(_HERE), str(_HERE.parent / "scripts")])
+    paths = os.pathsep.join([str(_HERE), str(_HERE.parent / "benchmarks")])
     access = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0123456789abcdef" * 4}  # else Ray writes one into the home directory
     return {**os.environ, **access, "PYTHONPATH": paths, "RAY_USAGE_STATS_ENABLED": "0"}
 

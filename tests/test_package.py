@@ -16,6 +16,7 @@ _BARE = re.compile(r"pip install (?:-U |--upgrade )?['\"]?(img2img[\w-]*)")
 
 _FOLDERS = (
     "benchmarks",
+    "benchmarks",
     "cli",
     "client",
     "clients",

@@ -63,7 +63,7 @@ class Process:
 
     def start(self) -> "subprocess.Popen[bytes]":
         words = ["--models", str(self._folder / "models"), "--port", str(self.port), "--assets", "none", "--warm-up", "0"]
-        environment = {**os.environ, "PYTHONPATH": str(REPOSITORY / "scripts"), STEP_SECONDS: "0.01"}
+        environment = {**os.environ, "PYTHONPATH": str(REPOSITORY / "benchmarks"), STEP_SECONDS: "0.01"}
         with (self._folder / "log").open("ab") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "soak_parts.stand_in", *words], env=environment, stdout=log, stderr=log

@@ -1,6 +1,6 @@
 """A server that is killed under load, whose disk is full, whose model fails or hangs: nothing is lost, torn or half done.
 
-Real server processes, most of them of the stand-in in `scripts/soak_parts`, which is `img2img serve` in all but the model.
+Real server processes, most of them of the stand-in in `benchmarks/soak_parts`, which is `img2img serve` in all but the model.
 """
 
 import functools

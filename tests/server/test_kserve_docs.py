@@ -42,7 +42,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def port(folder: Path) -> Iterator[str]:
     """That of the server that the page starts, around a stand-in for the model."""
     (command,) = re.findall(r"^img2img serve (.*)$", "".join(block for _, block in BLOCKS), re.MULTILINE)
-    file, scripts = folder / "port", str(REPOSITORY / "scripts")
+    file, scripts = folder / "port", str(REPOSITORY / "benchmarks")
     words = [sys.executable, "-m", "soak_parts.stand_in", *command.split(), "--port", "0", "--port-file", str(file)]
     process = subprocess.Popen(words, cwd=folder, env={**os.environ, "PYTHONPATH": scripts})
     try:

@@ -14,7 +14,7 @@ _MARKS = ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF16_LE, "utf-16"), (code
 def read_json(path: Path) -> Any:
     """The contents of a JSON file, in UTF-8, UTF-16 or UTF-32: a configuration, or a table of a tokenizer.
 
-    Raises OSError, and ValueError if it is damaged, no regular file, or larger than such files are (model_files.py).
+    Raises OSError, and ValueError if it is damaged, no regular file, or larger than such files are (bundle/files.py).
     """
     if is_table(path.name):
         return files.read_json(path, files.MOST_TABLE, files.MOST_TABLE_VALUES)

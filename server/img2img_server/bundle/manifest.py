@@ -151,7 +151,7 @@ class Manifest:
 
     `pipeline_class` names diffusers' img2img class. `files` maps each file's path in the bundle to its SHA-256.
     `latent_preview` turns latents into colours, for previews: rows for red, green and blue, from 0 to 1, each with four
-    weights for every latent channel (`pipelines/latent_preview.py` says of what) and a bias; () where there is no such map.
+    weights for every latent channel (`runtime/diffusion/preview.py` says of what) and a bias; () where there is no such map.
     `backend` is "hybrid" where the denoiser alone is a graph, and the rest PyTorch; `backend_reason` says why it is not "onnx".
     `precision` is the one that was asked for. `size_multiple` is what width and height must be multiples of, in pixels, where
     the graphs want more than the pipeline's class does. `references` are the images that were compared with; () where the

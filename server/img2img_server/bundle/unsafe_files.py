@@ -14,7 +14,7 @@ INDEX = ".index."
 
 def refuse_unsafe(bundle: Path) -> None:
     """Raises BundleError if the directory `bundle` has a pickle or code, a configuration that may lead to code
-    (foreign_configs.py), a pipe or a device, or a link that leads out of it.
+    (unsafe_configs.py), a pipe or a device, or a link that leads out of it.
 
     Loaders are told not to read them, but they load one another, and not all obey. No bundle of the exporter's has any.
     """

@@ -30,7 +30,7 @@ class Policy:
        device than the leader's request takes do not stretch its calls by more than half.
 
     Where several clients have requests, what is left to do of a client's before one, and what its client had more than others,
-    counts as its own (`turns.py`).
+    counts as its own (`fair_queueing.py`).
     `max_batch_size` bounds the rows of a call; what was measured may bound them further.
     """
 

@@ -1,7 +1,7 @@
 """Settings, written once: what a field of the configuration says of itself becomes its flag, variable and key in a file.
 
 A configuration is a frozen dataclass whose fields are made by `setting`, or by `section` for a dataclass of settings in it. How
-their values are read is in setting_values.py, where they come from in setting_sources.py.
+their values are read is in values.py, where they come from in sources.py.
 """
 
 import difflib

@@ -5,9 +5,8 @@ import threading
 from collections.abc import Iterator
 
 DEVICE_IN_USE = threading.Lock()
-"""Held while a call is recorded (pipelines/graph_replay.py), and by other threads that allocate or free on the device, as when a
-pipeline is loaded or unloaded: that would break the recording, and be broken by it. There is one device in a process, so there
-is one lock."""
+"""Held while a call is recorded (runtime/providers/cuda_graphs.py), and by other threads while they allocate or free device
+memory, as when a pipeline is loaded or unloaded: either would break the other. A process has one device, so there is one lock."""
 
 _AT_ONCE = threading.local()
 

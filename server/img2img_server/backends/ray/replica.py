@@ -1,6 +1,6 @@
 """One engine of a cluster: what the local server has behind its gRPC front, asked by messages.
 
-Nothing here knows of Ray, which makes an actor of it (deploying.py). All methods are called on one event loop, which they never
+Nothing here knows of Ray, which makes an actor of it (deployment.py). All methods are called on one event loop, which they never
 block. Errors that are meant for callers are answers (Failed), not exceptions.
 """
 

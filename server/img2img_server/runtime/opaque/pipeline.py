@@ -35,7 +35,7 @@ class OpaquePipeline:
     """Any AutoPipelineForImage2Image. Implements the engine's Pipeline.
 
     The images of a request, and of others with equal settings, are drawn together where the class is known to draw each as it
-    would alone (`sharing.py`); else one after the other. `compile` of torch modules is not done here (`compiled.py`).
+    would alone (`batching_rules.py`); else one after the other. `compile` of torch modules is not done here (`torch/compile.py`).
     """
 
     schedulers: tuple[str, ...] = ()

@@ -1,8 +1,8 @@
 """OpenVINO's execution provider, a plugin beside ONNX Runtime: sessions of fixed shapes for common sizes, one for all others.
 
 On CPUs with AMX it computes in bfloat16, some three times as fast as ONNX Runtime's own provider in fp32; elsewhere in float32.
-Whether bfloat16 is let in, images decide (gate.py). What OpenVINO cannot take runs on ONNX Runtime's CPU provider, and the log
-says why.
+The accuracy check (accuracy_check.py) decides whether bfloat16 may be used. Graphs that OpenVINO does not support run on ONNX
+Runtime's CPU provider, and the log says why.
 """
 
 import json

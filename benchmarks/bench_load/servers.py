@@ -65,7 +65,7 @@ class ServerProcess:
     def spawn(self) -> None:
         """Starts the process and returns at once."""
         self._port_file.unlink(missing_ok=True)
-        scripts = str(ROOT / "scripts")
+        scripts = str(ROOT / "benchmarks")
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (scripts, os.environ.get("PYTHONPATH"))))}
         with self.log.open("wb") as log:
             self._process = subprocess.Popen(

@@ -40,7 +40,7 @@ class ServingProcess:
         self.port = 0
         self._port_file = folder / "port"
         self._words = [*words, "--port-file", str(self._port_file)]
-        path = os.pathsep.join(filter(None, (str(ROOT / "scripts"), os.environ.get("PYTHONPATH"))))
+        path = os.pathsep.join(filter(None, (str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH"))))
         self._environment = {**os.environ, "PYTHONPATH": path, **(environment or {})}
         self._process: subprocess.Popen[bytes] | None = None
 

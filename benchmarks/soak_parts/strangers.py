@@ -68,7 +68,7 @@ async def strangers(target: str, access: Access, asset: str, kserve: bool, seed:
     """Hostile clients of all kinds, all of them connected, while the block lasts. Raises RuntimeError if they cannot start."""
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "soak_parts.attacks"),
-        cwd=ROOT / "scripts",
+        cwd=ROOT / "benchmarks",
         env={**os.environ, "GRPC_VERBOSITY": "NONE"},
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,

@@ -3,7 +3,7 @@
 Flags, bundles with their checksums, engine, watchdog, assets and exit statuses are the real ones. Only what loads a pipeline is
 replaced: by one that takes a fixed time for each step, and whose images anybody can compute (`expected`).
 
-    PYTHONPATH=scripts python -m soak_parts.stand_in --models DIR --port 0 ...
+    PYTHONPATH=benchmarks python -m soak_parts.stand_in --models DIR --port 0 ...
 """
 
 import hashlib
@@ -157,7 +157,7 @@ def main(words: Sequence[str]) -> int:
     loader = types.ModuleType("img2img_server.runtime.loader")
     candidate = types.ModuleType("img2img_server.runtime.tensorrt.candidate")
     vars(loader).update(load_pipeline=_load_pipeline)
-    vars(candidate).update(Shelf=_RunnerCache, candidates=lambda *arguments: ())
+    vars(candidate).update(RunnerCache=_RunnerCache, candidates=lambda *arguments: ())
     sys.modules |= {loader.__name__: loader, candidate.__name__: candidate}
     from img2img_cli.__main__ import main as run
 

@@ -37,7 +37,7 @@ def run(arguments: argparse.Namespace) -> int:
     times: dict[str, dict[str, list[list[float]]]] = {name: {"20": [], "3": []} for name in _SETTINGS}
     for _ in range(arguments.rounds):
         for name, value in _SETTINGS.items():
-            words = [sys.executable, str(ROOT / "scripts" / "bench.py"), "sessions", "--child", value]
+            words = [sys.executable, str(ROOT / "benchmarks" / "bench.py"), "sessions", "--child", value]
             done = subprocess.run(words, check=True, capture_output=True, text=True)
             for steps, measured in json.loads(done.stdout).items():
                 times[name][steps] += measured

@@ -31,7 +31,7 @@ from rich.table import Table
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULT = ROOT / ".bench" / "ray.json"
-_SERVER = ROOT / "scripts" / "simulated_server.py"
+_SERVER = ROOT / "benchmarks" / "simulated_server.py"
 _MARK = "IMG2IMG_BENCH_RAY"
 """A variable that all processes of this run have in their environment."""
 _ADDED = {"seconds": 0.001}
@@ -87,7 +87,7 @@ class _Served:
 
 @contextlib.contextmanager
 def _server(settings: Mapping[str, Any], ray: Mapping[str, Any], device: Mapping[str, Any]) -> Iterator[_Served]:
-    environment = {**os.environ, **_access(), "PYTHONPATH": str(ROOT / "scripts"), _MARK: str(os.getpid())}
+    environment = {**os.environ, **_access(), "PYTHONPATH": str(ROOT / "benchmarks"), _MARK: str(os.getpid())}
     with tempfile.TemporaryDirectory() as folder:
         port_file, log = Path(folder) / "port", Path(folder) / "log"
         words = [{"port_file": str(port_file), **settings}, dict(ray), dict(device)]
