@@ -143,7 +143,7 @@ import sys
 for name in ("torch", "diffusers", "transformers", "optimum", "onnx", "onnxruntime", "huggingface_hub", "safetensors", "numpy"):
     sys.modules[name] = None
 from pathlib import Path
-from img2img_export import lora
+from img2img_export.read import lora
 from img2img_export.options import ExportOptions, LoraFile
 from img2img_export.progress import Advance, Progress
 from img2img_export.read.source import resolve

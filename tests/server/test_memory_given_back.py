@@ -25,19 +25,19 @@ from img2img_server.engine.engine import Engine
 from img2img_server.engine.request import Completed, Failed, Request
 from img2img_server.runtime.execution import Execution
 from img2img_server.models.memory import resident_bytes
-from img2img_server.models.registry import ModelStore
+from img2img_server.models.registry import ModelRegistry
 from img2img_server.runtime.loader import load_pipeline
-from img2img_server.runtime.tensorrt.candidate import Shelf
+from img2img_server.runtime.tensorrt.candidate import RunnerCache
 from img2img_server.models.residency import Residency
 
 def health(name, serving):
     pass
 
 async def main(store_folder, cycles):
-    cache, runner_cache = Cache(2**26), Shelf()
+    cache, runner_cache = Cache(2**26), RunnerCache()
     load = lambda path, manifest: load_pipeline(path, manifest, Execution("cpu", threads=1), cache, keep=runner_cache.keep)
     settings = ModelSettings(preload=("none",))
-    store = ModelStore.load(store_folder, load, settings=settings)
+    store = ModelRegistry.load(store_folder, load, settings=settings)
     engine = Engine(store.pipelines())
     engine.start()
     residency = Residency(settings, store, engine, health)

@@ -340,7 +340,7 @@ def test_a_token_sees_no_other_models(folders: Path) -> None:
 def test_the_limit_of_open_files_is_raised_and_connections_stay_below_it(hard: int, connections: int) -> None:
     program = (
         f"import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (80, {hard}))\n"
-        "from img2img_server import transport; transport.raise_file_limit()\n"
+        "from img2img_server.api import transport; transport.raise_file_limit()\n"
         "print(resource.getrlimit(resource.RLIMIT_NOFILE)[0], transport.max_connections())"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

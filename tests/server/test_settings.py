@@ -41,7 +41,7 @@ class Kitchen:
 
     cook: str = setting("", "who", required=True)
     hands: int = setting(2, "with what")
-    runner_cache: str | None = setting(None, "place or URL", is_path=lambda text: "://" not in text)
+    shelf: str | None = setting(None, "place or URL", is_path=lambda text: "://" not in text)
     oven: Oven = section(Oven, "the oven", prefix="my_")
 
     def __post_init__(self) -> None:
@@ -275,12 +275,12 @@ def test_paths_of_a_file_are_below_its_folder_and_others_are_not(tmp_path: Path,
     monkeypatch.setenv("HOME", "/home/me")
     said = 'cook = "me"\nshelf = "pots"\n[oven]\nrecipes = "a/b"'
     found = _resolve([], {}, _file(tmp_path, said)).config
-    assert (found.runner_cache, found.oven.recipes) == (f"{tmp_path}/pots", tmp_path / "a/b")
+    assert (found.shelf, found.oven.recipes) == (f"{tmp_path}/pots", tmp_path / "a/b")
     said = 'cook = "me"\nshelf = "s3://pots/x"\n[oven]\nrecipes = "~/b"'
     found = _resolve([], {}, _file(tmp_path, said)).config
-    assert (found.runner_cache, found.oven.recipes) == ("s3://pots/x", Path("/home/me/b"))
+    assert (found.shelf, found.oven.recipes) == ("s3://pots/x", Path("/home/me/b"))
     found = _resolve(["--cook=me", "--my-recipes=a/b"], {"K_SHELF": "pots"}).config
-    assert (found.runner_cache, found.oven.recipes) == ("pots", Path("a/b"))
+    assert (found.shelf, found.oven.recipes) == ("pots", Path("a/b"))
 
 
 def test_any_character_can_be_in_what_is_printed(tmp_path: Path) -> None:
