@@ -204,6 +204,31 @@ def test_a_failing_release_does_not_change_the_ending() -> None:
     assert caller.error is None
 
 
+@pytest.mark.parametrize("where", ["complete", "prepare", "advance", "finish"])
+def test_a_bug_in_the_engine_ends_every_request_and_the_engine_goes_on(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also those that were leaving when it happened, and what they held is released."""
+    engine, pipeline, _ = make_engine(QueueLimits(max_active=3))
+    callers = [Caller(engine).submit(num_inference_steps=2) for _ in range(4)]
+    engine.step()
+    assert callers[0].ticket is not None
+    callers[0].ticket.cancel()
+
+    def bug(*values: object) -> None:
+        monkeypatch.undo()
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(engine._executor, where, bug)
+    engine.start()
+    assert engine.settle("m")
+    later = Caller(engine).submit()
+    assert engine.drain(60)
+    engine.close()
+    assert [type(ending) for ending in later.endings] == [Completed]
+    assert all(len(caller.endings) == 1 for caller in callers)
+    assert {type(caller.error) for caller in callers} <= {ModelFailed, RequestCancelled}
+    assert set(pipeline.released) == set(pipeline.prepared)
+
+
 def test_a_full_queue_refuses_at_once_and_says_when_to_retry() -> None:
     engine, _, _ = make_engine(QueueLimits(max_active=1, max_waiting=2))
     Caller(engine).submit(num_inference_steps=8)

@@ -1,12 +1,16 @@
 """The same seed gives the same image: alone or in a batch, next to anything, with every scheduler, and diffusers' own."""
 
+import sys
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import diffusers
 import hypothesis.strategies as st
 import numpy as np
+import onnxruntime
 import pytest
 import torch
 from diffusers import AutoPipelineForImage2Image
@@ -201,3 +205,30 @@ def test_a_preview_looks_like_the_picture_it_becomes(load: Load) -> None:
 
     assert distance(previews[-1], result) < 25
     assert distance(previews[-2], result) < distance(previews[-2], source)
+
+
+@pytest.mark.parametrize("name", ["sd1", "lcm"])
+def test_at_most_nine_frames_lie_between_the_engines_loop_and_session_run(
+    name: str, load: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline, stacks = load(name), list[list[str]]()
+    run = onnxruntime.InferenceSession.run
+
+    def recorded(*arguments: Any, **named: Any) -> Any:
+        frame: FrameType | None = sys._getframe(1)
+        names: list[str] = []
+        while frame is not None and frame.f_code is not Engine._run.__code__:
+            names.append(frame.f_code.co_qualname)
+            frame = frame.f_back
+        stacks.append([*names, "Engine._run"])
+        return run(*arguments, **named)
+
+    monkeypatch.setattr(onnxruntime.InferenceSession, "run", recorded)
+    engine, ended = Engine({"m": pipeline}), threading.Event()
+    engine.submit(make_request(num_inference_steps=3), lambda event: ended.set() if isinstance(event, Completed) else None)
+    engine.start()
+    assert ended.wait(120)
+    engine.close()
+    denoised = [stack for stack in stacks if any(name.endswith(".denoise") for name in stack)]
+    assert denoised, "the engine's thread called the denoiser's session"
+    assert all(len(stack) <= 9 for stack in denoised), max(denoised, key=len)

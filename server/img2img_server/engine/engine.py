@@ -4,8 +4,8 @@ import itertools
 import logging
 import threading
 import time
-from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from copy import copy
@@ -66,11 +66,9 @@ class Engine:
         )
         self._room = Admission(self._scheduler)
         self._numbers = itertools.count(1)
-        self._held: Counter[str] = Counter()  # requests by model that have not ended, or whose state is not released
         self._turns, self._resting = 0, True  # rounds of the thread, and whether it is between two of them
         self._thread = self._new_thread()
         self._errands: deque[tuple[str, Callable[[], Any], Future[Any]]] = deque()
-        self._leaving: set[Ticket] = set()  # neither waiting nor active, and not told so yet
         self._running = False
         self._draining = False
         self._stopping = False
@@ -129,22 +127,22 @@ class Engine:
     def settle(self, model: str) -> bool:
         """Waits until no request of `model` is left, and nothing of one. False where the engine stops before that."""
         with self._changed:
-            self._changed.wait_for(lambda: not self._held[model] or self._stopping)
+            self._changed.wait_for(lambda: not self._scheduler.has(model) or self._stopping)
             turn = self._turns  # the step that ended the last one has still something of it in its hands
             self._changed.wait_for(lambda: self._resting or self._turns != turn or self._stopping)
-            return not self._held[model] and self._abandoned is None
+            return not self._scheduler.has(model) and self._abandoned is None
 
     def remove(self, model: str) -> None:
         """Forgets `model`, which must have no requests left."""
         with self._changed:
-            assert not self._held[model], f"{model} has requests"
+            assert not self._scheduler.has(model), f"{model} has requests"
             del self._pipelines[model]
 
     def drain(self, timeout: float | None = None) -> bool:
         """Takes no new requests and waits until the accepted ones have ended. False where `timeout` seconds were too few."""
         with self._changed:
             self._draining = True
-            return self._changed.wait_for(lambda: not len(self._scheduler), timeout)
+            return self._changed.wait_for(lambda: not self._scheduler.tickets, timeout)
 
     def close(self) -> None:
         """Stops after the current step, or at once where the engine was abandoned. Requests that have not ended then end with
@@ -193,8 +191,7 @@ class Engine:
             eta = None if ticket.forecast is None else scheduler.estimate(ticket, ticket.forecast)
             ticket.expected = None if eta is None else now + eta
             scheduler.check_deadline(ticket)
-            scheduler.waiting.append(ticket)
-            self._held[request.model] += 1
+            scheduler.add(ticket)
             if place is not None:
                 place.ticket = ticket
                 self._room.take(place)
@@ -225,41 +222,52 @@ class Engine:
             self._draining = self._stopping = True
             self._abandoned = error
             self._drop_errands()
-            tickets = [*self._take_out_all(), *self._leaving]
-            self._leaving.clear()
-            self._held.clear()
+            tickets = self._scheduler.remove_all()
+            self._changed.notify_all()
         for ticket in tickets:
             ticket.end(Failed(copy(error)))  # each its own: one that is raised remembers where, and with that all that was there
 
     def step(self) -> bool:
-        """One round: admit, denoise one batch, advance each of it, deliver the finished. Returns whether work is left.
+        """One round: admit, prepare, choose, denoise, advance, deliver. Returns whether work is left.
 
         While a device computes a step, the next round begins. So what is chosen in it does not know of what comes meanwhile.
         """
-        with self._changed:
-            leaving = self._scheduler.drop(self._clock())
-            self._leaving.update(ticket for ticket, _ in leaving)
-            arriving = self._scheduler.admit(self._clock())
         try:
-            if leaving:
-                self._executor.complete()
-            for ticket, error in leaving:
-                self._end(ticket, Failed(error))
-            self._executor.prepare(arriving)
-            with self._changed:
-                batch = self._scheduler.next_batch(self._clock())
+            self._executor.prepare(self._admit())
+            batch = self._choose()
             self._executor.advance(self._executor.run("denoise", batch))
-            done = [ticket for ticket in batch if ticket.state is not None and ticket.steps_left <= 0]
-            for ticket, completed in self._executor.finish(done):
-                self._leave(ticket, completed)
-            if not len(self._scheduler):
-                self._executor.complete()
-            self._tell_news()
+            return self._deliver(self._executor.finish(batch))
         except Abandoned:
             return False
+
+    def _admit(self) -> list[Ticket]:
+        """Ends requests that were cancelled or whose deadline has passed, and admits others in their place."""
+        with self._changed:
+            leaving = self._scheduler.drop(self._clock())
+            admitted = self._scheduler.admit(self._clock())
+        if leaving:
+            self._executor.complete()
+        for ticket, error in leaving:
+            self._end(ticket, Failed(error))
+        return admitted
+
+    def _choose(self) -> list[Ticket]:
+        """The requests that share the next call."""
+        with self._changed:
+            return self._scheduler.next_batch(self._clock())
+
+    def _deliver(self, completed: Sequence[tuple[Ticket, Completed]]) -> bool:
+        """Ends the requests that are completed, reports where the others are, and returns whether any are left."""
+        for ticket, ending in completed:
+            self._leave(ticket, ending)
+        with self._changed:
+            idle = self._scheduler.idle
+        if idle:
+            self._executor.complete()
+        self._tell_news()
         with self._changed:
             self._changed.notify_all()
-            return bool(len(self._scheduler))
+            return not self._scheduler.idle
 
     def _new_thread(self) -> threading.Thread:
         return threading.Thread(target=self._run, name="img2img-engine", daemon=True)
@@ -271,7 +279,7 @@ class Engine:
                     return
                 self._turns, self._resting = self._turns + 1, True
                 self._changed.notify_all()
-                self._changed.wait_for(lambda: self._stopping or len(self._scheduler) or self._errands)
+                self._changed.wait_for(lambda: self._stopping or not self._scheduler.idle or self._errands)
                 self._resting = False
                 if self._stopping:
                     self._drop_errands()
@@ -316,17 +324,16 @@ class Engine:
 
     def _leave(self, ticket: Ticket, ending: Ending) -> None:
         with self._changed:
-            # Who takes a request out is who ends it: it may be abandoned meanwhile.
-            if not self._scheduler.take_out(ticket):
+            if not self._scheduler.leave(ticket):  # abandoned meanwhile
                 return
-            self._leaving.add(ticket)
             if isinstance(ending, Completed):
                 self._scheduler.learn(ticket, self._clock() - ticket.arrival)
         self._end(ticket, ending)
 
     def _end(self, ticket: Ticket, ending: Ending) -> None:
-        """Releases and ends a request that is leaving, where it was not abandoned."""
-        state, ticket.state = ticket.state, None
+        """Releases a request that is leaving and delivers its ending, unless abandon() delivers another."""
+        with self._changed:
+            state, ticket.state = ticket.state, None
         if state is not None and self._abandoned is None:
             model = ticket.request.model
             try:
@@ -335,26 +342,18 @@ class Engine:
             except Exception:  # noqa: BLE001 - the request's own ending counts more
                 _log.exception("model '%s' failed to release a request", model)
         with self._changed:
-            if ticket not in self._leaving:
-                return
-            self._leaving.remove(ticket)
-            self._held[ticket.request.model] -= 1
+            removed = self._scheduler.remove(ticket)
             self._changed.notify_all()
-        ticket.end(ending)
+        if removed:
+            ticket.end(ending)
 
     def _end_all(self, error: ServerError) -> None:
         with self._changed:
-            tickets = self._take_out_all()
-            self._leaving.update(tickets)
+            tickets = self._scheduler.tickets
+            for ticket in tickets:
+                self._scheduler.leave(ticket)
         for ticket in tickets:
             self._end(ticket, Failed(copy(error)))
-
-    def _take_out_all(self) -> list[Ticket]:
-        tickets = [*self._scheduler.active, *self._scheduler.waiting]
-        for ticket in tickets:
-            self._scheduler.take_out(ticket)
-        self._changed.notify_all()
-        return tickets
 
     def _check_open(self) -> None:
         if self._abandoned is not None:

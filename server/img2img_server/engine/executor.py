@@ -92,12 +92,13 @@ class Executor:
         self._preview([ticket for ticket in before if ticket in moved and _wants_preview(ticket)])
         self._report()
 
-    def finish(self, tickets: Sequence[Ticket]) -> list[tuple[Ticket, Completed]]:
-        """Decodes the images of those whose steps are done."""
-        if tickets:
+    def finish(self, batch: Sequence[Ticket]) -> list[tuple[Ticket, Completed]]:
+        """Decodes the images of the requests whose steps are all done."""
+        if any(ticket.state is not None and ticket.steps_left <= 0 for ticket in batch):
             self.complete()
         denoised, completed = self._clock(), []
-        for ticket, images in self.run("finish", [ticket for ticket in tickets if ticket.state is not None]):
+        done = [ticket for ticket in batch if ticket.state is not None and ticket.steps_left <= 0]
+        for ticket, images in self.run("finish", done):
             timings = Timings(
                 queue=ticket.started - ticket.arrival,
                 encode=ticket.prepared - ticket.started,

@@ -4,6 +4,7 @@ import logging
 import threading
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
+from enum import Enum, auto
 from typing import Any, Protocol
 
 from PIL import Image
@@ -212,12 +213,26 @@ class Pipeline(Protocol):
 Listener = Callable[[Event], None]
 
 
+class RequestStatus(Enum):
+    """Where an accepted request is in its life. It only moves forward, and every request gets to ENDED."""
+
+    WAITING = auto()
+    """In the queue. Nothing was computed for it yet."""
+    ACTIVE = auto()
+    """Takes part in calls of its model, and may hold device memory."""
+    LEAVING = auto()
+    """Takes part in no further call. Its device memory is being released, and its ending was not delivered yet."""
+    ENDED = auto()
+    """Its ending was delivered."""
+
+
 @dataclass(slots=True, eq=False)
 class Ticket:
     """An accepted request on its way to its one ending.
 
-    The engine's thread drives it and calls `listener` for each event, under its `lock`; any thread may cancel it. Times are of
-    the engine's clock, in seconds.
+    The engine's thread drives it and calls `listener` for each event, under its `lock`; any thread may cancel it. The scheduler
+    moves `status` up to LEAVING, `end` to ENDED. `state` is the pipeline's, None before the request was prepared and after it
+    was released. Times are of the engine's clock, in seconds.
     """
 
     request: Request
@@ -225,6 +240,7 @@ class Ticket:
     listener: Listener
     number: int
     arrival: float
+    status: RequestStatus = RequestStatus.WAITING
     state: State | None = None
     started: float = 0.0
     prepared: float = 0.0
@@ -240,10 +256,13 @@ class Ticket:
     """How many waited before it when it was last told."""
     cancelled: bool = False
     """Whether the caller gave up."""
-    ended: bool = False
-    """Whether its ending was delivered."""
     lock: threading.Lock = field(default_factory=threading.Lock)
     """Held while the listener is told: whoever ends it may be another thread than the one that takes it on."""
+
+    @property
+    def ended(self) -> bool:
+        """Whether its ending was delivered."""
+        return self.status is RequestStatus.ENDED
 
     @property
     def steps_left(self) -> int:
@@ -269,7 +288,7 @@ class Ticket:
         """Delivers the ending. A second one is a bug of the engine."""
         with self.lock:
             assert not self.ended, f"request {self.number} ended twice"
-            self.ended = True
+            self.status = RequestStatus.ENDED
             try:
                 self.listener(ending)
             except Exception:  # noqa: BLE001 - who cannot be told must not keep the others from their ends, nor the engine from its work

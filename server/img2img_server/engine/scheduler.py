@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from img2img_server.engine.costs import Costs
 from img2img_server.engine.fair_queueing import Job
 from img2img_server.engine.policy import Policy
-from img2img_server.engine.request import Ticket
+from img2img_server.engine.request import RequestStatus, Ticket
 from img2img_server.errors import DeadlineExpired, DeadlineUnmeetable, RequestCancelled, ServerError
 from img2img_server.settings.setting import setting
 
@@ -53,67 +53,95 @@ class QueueLimits:
 
 
 class Scheduler:
-    """The requests of all models. The order of admission and of turns is the policy's, which see."""
+    """The requests of all models that have not ended, each with its status. The policy decides who is admitted first and who
+    shares a call."""
 
     def __init__(self, limits: QueueLimits, costs: Costs, max_rows: dict[str, int | None]) -> None:
         self.limits = limits
-        self.waiting: list[Ticket] = []
-        self.active: list[Ticket] = []
+        self._tickets: dict[int, Ticket] = {}
         self._costs = costs
         self._max_rows = max_rows
         self._policy = Policy(costs, limits.max_batch_size)
         self._bias: dict[Hashable, tuple[float, int]] = {}
 
-    def __len__(self) -> int:
-        return len(self.waiting) + len(self.active)
+    @property
+    def tickets(self) -> list[Ticket]:
+        """All requests that have not ended, in the order of their arrival."""
+        return list(self._tickets.values())
+
+    @property
+    def waiting(self) -> list[Ticket]:
+        """Requests that were not admitted yet."""
+        return [ticket for ticket in self._tickets.values() if ticket.status is RequestStatus.WAITING]
+
+    @property
+    def active(self) -> list[Ticket]:
+        """Requests that were admitted and take part in calls."""
+        return [ticket for ticket in self._tickets.values() if ticket.status is RequestStatus.ACTIVE]
+
+    @property
+    def idle(self) -> bool:
+        """Whether no request waits or is active. Some may still be leaving."""
+        return all(ticket.status is RequestStatus.LEAVING for ticket in self._tickets.values())
 
     def has(self, model: str) -> bool:
-        """Whether any request of `model` is in."""
-        return any(ticket.request.model == model for ticket in (*self.active, *self.waiting))
+        """Whether a request of `model` has not ended."""
+        return any(ticket.request.model == model for ticket in self._tickets.values())
+
+    def add(self, ticket: Ticket) -> None:
+        """Queues an accepted request."""
+        self._tickets[ticket.number] = ticket
+
+    def leave(self, ticket: Ticket) -> bool:
+        """Takes a request out of the queue or out of the next calls. False if it is leaving already or has ended."""
+        if ticket.status not in (RequestStatus.WAITING, RequestStatus.ACTIVE):
+            return False
+        ticket.status = RequestStatus.LEAVING
+        return True
+
+    def remove(self, ticket: Ticket) -> bool:
+        """Removes a request that is about to end. False if another thread has removed it: that one delivers its ending."""
+        return self._tickets.pop(ticket.number, None) is not None
+
+    def remove_all(self) -> list[Ticket]:
+        """Removes all requests and returns them, so that their endings can be delivered."""
+        tickets = self.tickets
+        for ticket in tickets:
+            self.leave(ticket)
+        self._tickets.clear()
+        return tickets
 
     def set_max_rows(self, model: str, rows: int | None) -> None:
         """Sets the most rows that one call of `model` takes, None for no limit."""
         self._max_rows[model] = rows
 
     def drop(self, now: float) -> list[tuple[Ticket, ServerError]]:
-        """Takes out every request that was cancelled or whose deadline has passed, with the reason."""
-        leaving = [(ticket, error) for ticket in (*self.active, *self.waiting) if (error := _gone(ticket, now))]
-        for ticket, _ in leaving:
-            self.take_out(ticket)
-        return leaving
+        """Has every request leave that was cancelled or whose deadline has passed. Returns them with the reason."""
+        return [(ticket, error) for ticket in self.tickets if (error := _gone(ticket, now)) and self.leave(ticket)]
 
     def admit(self, now: float) -> list[Ticket]:
         """Makes waiting requests active: a few that share a shape, so that the running ones wait for one encoding at most."""
         room = min(self.limits.max_admitted, self.limits.max_active - len(self.active))
-        if not self.waiting or room <= 0:
+        if room <= 0 or not self.waiting:
             return []
         order = [ticket for ticket, _ in self.places(now)]
         chosen = [ticket for ticket in order if ticket.group == order[0].group][:room]
         for ticket in chosen:
-            self.waiting.remove(ticket)
-            self.active.append(ticket)
+            ticket.status = RequestStatus.ACTIVE
         return chosen
 
     def next_batch(self, now: float) -> list[Ticket]:
         """The requests of the next call."""
-        if not self.active:
+        active = self.active
+        if not active:
             return []
-        batch = self._policy.next_batch(list(map(self._job, self.active)), len(self.waiting), self._max_rows, now)
-        tickets = {ticket.number: ticket for ticket in self.active}
-        for ticket in self.active:
+        batch = self._policy.next_batch(list(map(self._job, active)), len(self.waiting), self._max_rows, now)
+        for ticket in active:
             ticket.passed_over += 1
-        chosen = [tickets[job.number] for job in batch]
+        chosen = [self._tickets[job.number] for job in batch]
         for ticket in chosen:
             ticket.passed_over = 0
         return chosen
-
-    def take_out(self, ticket: Ticket) -> bool:
-        """Takes a request out, wherever it is. False where it is out already."""
-        for tickets in (self.waiting, self.active):
-            if ticket in tickets:
-                tickets.remove(ticket)
-                return True
-        return False
 
     def places(self, now: float) -> list[tuple[Ticket, int]]:
         """Every waiting request, and how many come before it."""
@@ -152,8 +180,9 @@ class Scheduler:
     def next_place(self, now: float) -> float | None:
         """Seconds until the first of those who wait is expected to begin: after the next step, where there is room beside those
         who are active, else after the first end of one of those. None where costs are unknown."""
-        jobs = list(map(self._job, self.active))
-        if not jobs or not self._known(self.active):
+        active = self.active
+        jobs = list(map(self._job, active))
+        if not jobs or not self._known(active):
             return None
         if len(jobs) < self.limits.max_active:
             return self._policy.next_seconds(jobs, self._max_rows, now)
@@ -197,7 +226,7 @@ class Scheduler:
     def _likeness(self, ticket: Ticket) -> Hashable:
         """Forecasts are wrong alike for about the same number of steps, among about as many others."""
         if ticket.likeness is None:
-            ticket.likeness = ticket.plan.step_count.bit_length(), len(self).bit_length()
+            ticket.likeness = ticket.plan.step_count.bit_length(), len(self._tickets).bit_length()
         return ticket.likeness
 
     def _line(self, order: Sequence[Job], waiting: Sequence[Ticket]) -> list[Ticket]:
