@@ -17,9 +17,8 @@ from img2img_server.runtime.execution import Execution
 from img2img_server.runtime.loader import load_pipeline
 from img2img_server.runtime.onnx import providers
 from img2img_server.runtime.onnx.graph_sizes import Sizes
-from img2img_server.runtime.onnx.libraries import needed_libraries
 from img2img_server.runtime.onnx.placement import Placement
-from img2img_server.runtime.onnx.providers import Choice
+from img2img_server.runtime.onnx.providers import Choice, needed_libraries
 from img2img_server.runtime.onnx.sessions import SessionOptions, open_session
 from img2img_server.runtime.providers import cuda
 from img2img_server.runtime.providers.device_runner import DeviceRunner

@@ -14,8 +14,7 @@ import pytest
 from img2img_server.errors import BundleError
 from img2img_server.runtime.execution import PROVIDERS
 from img2img_server.runtime.onnx import providers
-from img2img_server.runtime.onnx.libraries import needed_libraries
-from img2img_server.runtime.onnx.providers import FULL_NAMES, Probe, choose, missing_library, probe
+from img2img_server.runtime.onnx.providers import FULL_NAMES, Probe, choose, missing_library, needed_libraries, probe
 from soak_parts.stand_in import plant
 
 
@@ -150,6 +149,15 @@ def test_what_is_no_library_is_told_of(content: bytes, tmp_path: Path) -> None:
         needed_libraries(tmp_path / "lib.so")
     assert "cannot be read" in missing_library([tmp_path / "lib.so"])
     assert "cannot be read" in missing_library([tmp_path / "nowhere.so"])
+
+
+@pytest.mark.parametrize("part", [0.1, 0.5, 0.9])
+def test_part_of_a_library_is_reported(part: float, tmp_path: Path) -> None:
+    """A download that was cut off: a missing table of names must not become a list without names."""
+    whole = (Path(onnxruntime.__file__).parent / "capi" / "libonnxruntime_providers_shared.so").read_bytes()
+    (tmp_path / "lib.so").write_bytes(whole[: int(part * len(whole))])
+    with pytest.raises(ValueError, match=r"lib\.so is no shared library"):
+        needed_libraries(tmp_path / "lib.so")
 
 
 def test_openvino_without_its_plugin_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:

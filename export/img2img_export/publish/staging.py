@@ -7,7 +7,6 @@ at once; where it was killed too, the next export does.
 """
 
 import contextlib
-import fcntl
 import os
 import shutil
 import subprocess
@@ -17,6 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from filelock import FileLock, Timeout
 from img2img_server.bundle.manifest import MANIFEST_NAME
 
 from img2img_export.errors import ExportError
@@ -132,36 +132,15 @@ def _is_bundle(directory: Path) -> bool:
 @contextlib.contextmanager
 def _lock(output: Path) -> Iterator[None]:
     path = output.parent / f"{_prefix(output)}lock"
-    descriptor = _open_locked(path)
-    while descriptor is not None and not _is_at(path, descriptor):
-        os.close(descriptor)
-        descriptor = _open_locked(path)
-    if descriptor is None:
-        raise ExportError(f"another export to {output} is running")
     try:
-        yield
-    finally:
-        path.unlink()
-        os.close(descriptor)
-
-
-def _open_locked(path: Path) -> int | None:
-    """A descriptor of the file, locked, or None where another process holds it."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        return None
-    return descriptor
-
-
-def _is_at(path: Path, descriptor: int) -> bool:
-    """Whether the locked file is still the one at `path`: its former holder removes it at the end."""
-    try:
-        return os.path.samestat(os.fstat(descriptor), path.stat())
-    except FileNotFoundError:
-        return False
+        held = FileLock(path, fallback_to_soft=False).acquire(blocking=False)
+    except Timeout:
+        raise ExportError(f"another export to {output} is running") from None
+    with held:
+        try:
+            yield
+        finally:
+            path.unlink()
 
 
 def _escape(text: str) -> str:

@@ -1,17 +1,18 @@
 """SHA-256 of files, remembered as git's index remembers them: an unchanged source of 10 GB need not be read again.
 
-What is remembered of a file is trusted as long as its inode, size and times are the same. Standard library only.
+What is remembered of a file is trusted as long as its inode, size and times are the same.
 """
 
 import contextlib
 import hashlib
 import json
-import os
 import tempfile
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
+
+from img2img_server.support.directories import user_cache
 
 from img2img_export.progress import Advance, Progress
 
@@ -37,7 +38,7 @@ class Digests:
     """
 
     def __init__(self, path: Path | None = None, now: Callable[[], int] = time.time_ns) -> None:
-        self._path = path or _default_path()
+        self._path = path or user_cache("digests.json")
         self._now = now
         self._files, self._answers = _read(self._path)
         self._new_files: dict[str, Entry] = {}
@@ -91,11 +92,6 @@ class Digests:
         """The remembered digest of a resolved path, if it still is that file's."""
         entry = self._files.get(str(path))
         return entry[4] if entry is not None and entry[:4] == _stamp(path) else None
-
-
-def _default_path() -> Path:
-    root = os.environ.get("XDG_CACHE_HOME", "")
-    return Path(root if Path(root).is_absolute() else os.path.expanduser("~/.cache")) / "img2img" / "digests.json"  # noqa: PTH111
 
 
 def _stamp(path: Path) -> tuple[int, int, int, int]:

@@ -21,7 +21,6 @@ from onnxruntime.capi import onnxruntime_pybind11_state as state
 
 from img2img_server.errors import BundleError
 from img2img_server.runtime.execution import PROVIDERS
-from img2img_server.runtime.onnx.libraries import needed_libraries
 from img2img_server.support.distribution import install_hint
 
 FULL_NAMES = {
@@ -191,6 +190,22 @@ def missing_library(providers: Sequence[Path], others: Sequence[str] = ()) -> st
         except OSError as error:
             return f"a library does not load: {_first_line(error)}"
     return ""
+
+
+def needed_libraries(path: Path) -> list[str]:
+    """The names of the libraries that the ELF file `path` is linked with, such as "libcublas.so.13", in its order.
+
+    Raises OSError if it cannot be read, ValueError if it is no shared library.
+    """
+    from elftools.elf.dynamic import DynamicSegment
+    from elftools.elf.elffile import ELFFile
+
+    with path.open("rb") as file:
+        try:
+            dynamic = next(item for item in ELFFile(file).iter_segments() if isinstance(item, DynamicSegment))
+            return [tag.needed for tag in dynamic.iter_tags("DT_NEEDED")]  # type: ignore[attr-defined]
+        except Exception as error:
+            raise ValueError(f"{path.name} is no shared library, or not all of one") from error
 
 
 def _nvidia_device() -> tuple[str, str]:

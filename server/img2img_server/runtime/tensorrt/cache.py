@@ -2,11 +2,10 @@
 
 An entry is a folder under the digest of its key. The key says all that an engine depends on, so that one which was built for
 another GPU, another version or another model is simply not found. A record with the SHA-256 of every file is written last: a
-folder without it, or with other contents, is deleted and built again. Standard library only.
+folder without it, or with other contents, is deleted and built again.
 """
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import logging
@@ -15,6 +14,8 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from img2img_server.bundle.manifest import digest_files, sha256_of
 from img2img_server.support.cancellation import Stop
@@ -100,19 +101,22 @@ class EngineCache:
     @contextlib.contextmanager
     def _locked(self, name: str, stop: Stop) -> Iterator[None]:
         """Holds the lock of an entry. It is the operating system's: it ends with the process that holds it."""
-        told = False
-        with self._open_lock(name) as file:
-            while not _try_lock(file):
-                if not told:
-                    _log.info("another process builds the engine %s: waiting for it", name[:12])
-                told = True
-                stop.wait(_LOCK_INTERVAL)
+        waits = False
+        while (held := self._try_lock(name)) is None:
+            if not waits:
+                _log.info("another process builds the engine %s: waiting for it", name[:12])
+            waits = True
+            stop.wait(_LOCK_INTERVAL)
+        with held:
             yield
 
-    def _open_lock(self, name: str) -> Any:
+    def _try_lock(self, name: str) -> contextlib.AbstractContextManager[object] | None:
+        """The lock of an entry, held, or None if another process holds it."""
         (self._root / _LOCKS).mkdir(parents=True, exist_ok=True, mode=0o700)
-        # Never deleted: whoever waits for a deleted file's lock waits for another lock than whoever comes later.
-        return (self._root / _LOCKS / name).open("w")
+        try:
+            return FileLock(self._root / _LOCKS / name, fallback_to_soft=False).acquire(blocking=False)
+        except Timeout:
+            return None
 
     def _prune(self, kept: Path) -> None:
         """Deletes the least recently used entries beyond the bounds, and what a process that died left unfinished."""
@@ -126,8 +130,9 @@ class EngineCache:
             unfinished = entry.name.endswith(_UNFINISHED)
             if entry == kept or not (unfinished or count > self._most_entries or size > self._most_bytes):
                 continue
-            with self._open_lock(entry.name.removesuffix(_UNFINISHED)) as file:
-                if _try_lock(file):
+            held = self._try_lock(entry.name.removesuffix(_UNFINISHED))
+            if held is not None:
+                with held:
                     _remove(entry)
 
 
@@ -167,14 +172,6 @@ def _files(folder: Path) -> list[str]:
 def _last_used(entry: Path) -> float:
     record = entry / _RECORD
     return record.stat().st_mtime if record.is_file() else 0.0
-
-
-def _try_lock(file: Any) -> bool:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 def _remove(entry: Path) -> None:
