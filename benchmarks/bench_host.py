@@ -156,8 +156,8 @@ class _Bench:
         from img2img_server.bundle.manifest import read_manifest
         from img2img_server.engine.cache import Cache
         from img2img_server.engine.engine import Engine
+        from img2img_server.engine.interface import Span
         from img2img_server.engine.scheduler import QueueLimits
-        from img2img_server.engine.spans import Span
         from img2img_server.engine.warmup import WarmUp
         from img2img_server.runtime.execution import Execution
         from img2img_server.runtime.loader import load_pipeline

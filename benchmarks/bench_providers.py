@@ -70,7 +70,7 @@ def run(arguments: argparse.Namespace) -> int:
             found["parts"] = [*_parts(arguments, model, bundles)]
     if peers:
         found["requests"] = _requests(arguments, model, bundles, peers)
-    from img2img_server.runtime.common.machine import machine
+    from img2img_server.runtime.common.cpu import machine
 
     found["machine"] = machine()
     arguments.json.parent.mkdir(parents=True, exist_ok=True)

@@ -134,8 +134,7 @@ class _Recorded:
 def _own_ways() -> dict[str, Callable[[], object]]:
     """The server's own pipeline in this process: with codecs, without, with previews, and nothing but its session calls."""
     from img2img_server.bundle.manifest import read_manifest
-    from img2img_server.engine.request import Request
-    from img2img_server.engine.run_request import run_alone
+    from img2img_server.engine.request import Request, run_alone
     from img2img_server.images import ImageLimits, decode, encode
     from img2img_server.runtime.execution import Execution
     from img2img_server.runtime.loader import load_pipeline

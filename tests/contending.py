@@ -9,7 +9,7 @@ from pathlib import Path
 from fakes import make_request
 from img2img_server.engine.request import Pipeline, Request
 from img2img_server.models.registry import EngineState, EngineStatus, Model, ModelRegistry
-from img2img_server.runtime.tensorrt.build_process import run_build
+from img2img_server.runtime.tensorrt.build import run_build
 from img2img_server.runtime.tensorrt.cache import EngineCache
 from img2img_server.support.cancellation import Stop
 from PIL import Image
@@ -19,7 +19,7 @@ ENGINE = "fake:better"
 
 _BUILDER = """
 import os, pathlib, signal, sys
-from img2img_server.runtime.tensorrt.build_process import read_job, tell_parent
+from img2img_server.runtime.tensorrt.build import read_job, tell_parent
 job = read_job()
 print("a library prints what it likes")
 tell_parent(step="half of it", progress=0.5)

@@ -12,8 +12,7 @@ import pytest
 from conftest import REPOSITORY
 from fakes import make_request
 from img2img_server.bundle.manifest import read_manifest
-from img2img_server.engine.request import Request
-from img2img_server.engine.run_request import run_alone
+from img2img_server.engine.request import Request, run_alone
 from img2img_server.runtime import loader
 from img2img_server.runtime.execution import Execution
 from img2img_server.settings.setting import settings_of

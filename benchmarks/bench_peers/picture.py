@@ -26,8 +26,7 @@ def ours(arguments: argparse.Namespace) -> Draw:
     """The server's pipeline, without the server and without its cache."""
     from img2img_server.bundle.manifest import read_manifest
     from img2img_server.engine.cache import Cache
-    from img2img_server.engine.request import Request
-    from img2img_server.engine.run_request import run_alone
+    from img2img_server.engine.request import Request, run_alone
     from img2img_server.runtime.execution import Execution
     from img2img_server.runtime.loader import load_pipeline
 

@@ -8,7 +8,7 @@ import torch
 from img2img_server.bundle.limits import LIMITS
 from img2img_server.bundle.manifest import read_manifest
 from img2img_server.engine.cache import Cache
-from img2img_server.runtime.common.machine import machine
+from img2img_server.runtime.common.cpu import machine
 from img2img_server.runtime.execution import Execution
 from img2img_server.runtime.loader import load_pipeline
 from img2img_server.runtime.onnx import providers

@@ -20,7 +20,7 @@ from img2img_server.models.residency import Residency
 from img2img_server.runtime.common.device_copy import device_stream
 from img2img_server.runtime.execution import Execution
 from img2img_server.runtime.loader import load_pipeline
-from img2img_server.runtime.opaque.stepper import Stepper
+from img2img_server.runtime.opaque.batch import Stepper
 from PIL import Image
 
 

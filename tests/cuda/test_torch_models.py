@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import AutoPipelineForImage2Image
-from img2img_server.engine.request import Request
-from img2img_server.engine.run_request import run_alone
+from img2img_server.engine.request import Request, run_alone
 from img2img_server.runtime.common.device_copy import device_stream
 from img2img_server.runtime.opaque.pipeline import OpaquePipeline
 from img2img_server.runtime.torch.compile import Compiled

@@ -22,7 +22,7 @@ from img2img_export.read import checkpoint_tree, lora
 from img2img_export.read.source import resolve
 from img2img_export.verify.images import sample_picture
 from img2img_server.bundle.manifest import Lora
-from img2img_server.engine.run_request import run_alone
+from img2img_server.engine.request import run_alone
 from img2img_server.runtime.execution import Execution
 from img2img_server.runtime.loader import load_pipeline
 from safetensors.torch import load_file, save_file

@@ -15,7 +15,7 @@ from img2img_export.build import export_model
 from img2img_export.errors import ExportError, may_fall_back
 from img2img_export.options import ExportOptions
 from img2img_server.bundle.manifest import read_manifest
-from img2img_server.runtime.common.sizes import latent_size, native_size
+from img2img_server.runtime.common.pipe import latent_size, native_size
 from img2img_server.runtime.loader import load_pipeline
 from short_exports import cut_short
 

@@ -16,7 +16,7 @@ from img2img_export.verify import parity
 from img2img_export.verify.images import sample_picture
 from img2img_server.bundle.limits import LIMITS, Precision
 from img2img_server.bundle.manifest import Manifest, check_bundle, read_manifest
-from img2img_server.engine.run_request import run_alone
+from img2img_server.engine.request import run_alone
 from img2img_server.errors import BundleError
 from img2img_server.runtime.execution import Execution
 from img2img_server.runtime.loader import load_pipeline

@@ -11,8 +11,7 @@ import pytest
 import torch
 from img2img_export.convert.split_graph import split
 from img2img_server.bundle.manifest import BODY_NAME, HEAD_NAME, read_manifest
-from img2img_server.runtime.onnx.runners import HostRunner
-from img2img_server.runtime.onnx.split_graph import SplitGraphRunner
+from img2img_server.runtime.onnx.runners import HostRunner, SplitGraphRunner
 
 Get = Callable[[str], Path]
 

@@ -13,7 +13,7 @@ from img2img_export.convert.graphs import quiet
 from img2img_export.errors import ExportError
 from img2img_export.verify.images import sample_picture
 from img2img_server.bundle.manifest import check_bundle
-from img2img_server.engine.run_request import run_alone
+from img2img_server.engine.request import run_alone
 from img2img_server.runtime.execution import Execution
 from img2img_server.runtime.loader import load_pipeline
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from fakes import make_request
 from img2img_server.bundle.manifest import read_manifest
-from img2img_server.engine.run_request import run_alone
+from img2img_server.engine.request import run_alone
 from img2img_server.runtime.execution import Execution
 from img2img_server.runtime.loader import load_pipeline
 from PIL import Image

@@ -11,7 +11,7 @@ from granting import bearing, grant
 from img2img.v1.image_to_image_pb2_grpc import ImageToImageServiceStub
 from img2img_server.bundle.manifest import read_manifest
 from img2img_server.engine.cache import Cache
-from img2img_server.engine.run_request import run_alone
+from img2img_server.engine.request import run_alone
 from img2img_server.runtime.execution import Execution
 from img2img_server.runtime.loader import load_pipeline
 from messages import request

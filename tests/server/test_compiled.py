@@ -10,8 +10,7 @@ import torch
 from diffusers import AutoPipelineForImage2Image, StableDiffusionImg2ImgPipeline
 from fake_diffusers import FakeDiffusers
 from fakes import make_request
-from img2img_server.engine.request import Request
-from img2img_server.engine.run_request import run_alone
+from img2img_server.engine.request import Request, run_alone
 from img2img_server.runtime.opaque.pipeline import OpaquePipeline
 from img2img_server.runtime.torch.compile import compile_modules
 from PIL import Image

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from img2img_server.engine.cache import Cache
 from img2img_server.engine.costs import Costs
 from img2img_server.engine.engine import Engine
-from img2img_server.engine.spans import Span
+from img2img_server.engine.interface import Span
 from img2img_server.engine.warmup import WarmUp
 from img2img_server.errors import OutOfMemory
 from img2img_server.support.device_lock import records_at_once

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from img2img_server.bundle.manifest import sha256_of
 from img2img_server.errors import BundleError
-from img2img_server.runtime.tensorrt.build_process import run_build
+from img2img_server.runtime.tensorrt.build import run_build
 from img2img_server.runtime.tensorrt.cache import EngineCache, default_root, digest_of
 from img2img_server.support.cancellation import Stop, Stopped
 
@@ -187,21 +187,21 @@ def test_only_its_owner_may_write_where_engines_are_kept(tmp_path: Path) -> None
 
 _HOLDER = """
 import sys
-from img2img_server.runtime.tensorrt.build_process import read_job, tell_parent
+from img2img_server.runtime.tensorrt.build import read_job, tell_parent
 job = read_job()
 held = open(job["held"], "w")
 held.write("holding"), held.flush()
 open(job["never"]).read()
 """
 _WAITER = """
-from img2img_server.runtime.tensorrt.build_process import read_job, tell_parent
+from img2img_server.runtime.tensorrt.build import read_job, tell_parent
 job = read_job()
 tell_parent(progress=0)
 open(job["never"]).read()
 """
 _PARENT = """
 import sys
-from img2img_server.runtime.tensorrt.build_process import run_build
+from img2img_server.runtime.tensorrt.build import run_build
 from img2img_server.support.cancellation import Stop
 run_build([sys.executable, "-c", sys.argv[1]], {"held": sys.argv[2], "never": sys.argv[3]}, lambda step, done: None, Stop())
 """

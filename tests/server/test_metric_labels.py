@@ -12,7 +12,7 @@ from img2img_server.codecs.pool import Codecs
 from img2img_server.config import AssetSettings
 from img2img_server.engine.cache import Cache
 from img2img_server.engine.engine import Engine
-from img2img_server.engine.spans import Span
+from img2img_server.engine.interface import Span
 from img2img_server.support.call import Call
 from img2img_server.telemetry.gauges import ASKED, Gauges
 from img2img_server.telemetry.metrics import COUNTED, Metrics

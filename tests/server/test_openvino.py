@@ -18,8 +18,7 @@ import pytest
 import torch
 from img2img_server.bundle.manifest import Component, Manifest, Verification, read_manifest
 from img2img_server.bundle.manifest import Source as BundleSource
-from img2img_server.engine.request import Pipeline, Request
-from img2img_server.engine.run_request import run_alone
+from img2img_server.engine.request import Pipeline, Request, run_alone
 from img2img_server.errors import BundleError
 from img2img_server.runtime.common import cpu
 from img2img_server.runtime.execution import Bucket, Execution

@@ -19,8 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from img2img_server.bundle.manifest import read_manifest
 from img2img_server.engine.cache import Cache
 from img2img_server.engine.engine import Engine
-from img2img_server.engine.request import Completed, Request
-from img2img_server.engine.run_request import run_alone
+from img2img_server.engine.request import Completed, Request, run_alone
 from img2img_server.engine.scheduler import QueueLimits
 from img2img_server.errors import InvalidField
 from img2img_server.runtime.diffusion.stable_diffusion import StableDiffusion

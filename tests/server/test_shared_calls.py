@@ -9,8 +9,7 @@ from fake_diffusers import FakeDiffusers
 from fakes import Caller, make_request, run_out
 from img2img_server.engine.costs import Costs
 from img2img_server.engine.engine import Engine
-from img2img_server.engine.request import Completed, Request
-from img2img_server.engine.run_request import run_alone
+from img2img_server.engine.request import Completed, Request, run_alone
 from img2img_server.engine.warmup import WarmUp
 from img2img_server.errors import ModelFailed, OutOfMemory, RequestCancelled
 from img2img_server.runtime.opaque.batching_rules import RULES, Rule

@@ -12,8 +12,7 @@ import pytest
 import torch
 from fakes import Caller, make_request, run_out
 from img2img_server.engine.engine import Engine
-from img2img_server.engine.request import Completed, Request
-from img2img_server.engine.run_request import run_alone
+from img2img_server.engine.request import Completed, Request, run_alone
 from img2img_server.runtime.opaque.batching_rules import RULES
 from img2img_server.runtime.opaque.pipeline import OpaquePipeline
 from PIL import Image

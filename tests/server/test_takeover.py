@@ -12,7 +12,7 @@ from fakes import Caller, Clock, FakePipeline, make_request
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from img2img_client import Client, ModelNotFound
 from img2img_server.engine.engine import Engine
-from img2img_server.engine.spans import Span
+from img2img_server.engine.interface import Span
 from img2img_server.errors import BundleError, ModelNotLoaded
 from img2img_server.models.promotion import Promotion
 from img2img_server.models.registry import EngineState

@@ -18,8 +18,8 @@ from img2img.v1 import model_pb2, model_pb2_grpc
 from img2img.v1.image_to_image_pb2_grpc import ImageToImageServiceStub
 from img2img_server.config import TelemetrySettings
 from img2img_server.engine.engine import Engine
+from img2img_server.engine.interface import Span
 from img2img_server.engine.scheduler import QueueLimits
-from img2img_server.engine.spans import Span
 from img2img_server.support.call import Call
 from img2img_server.telemetry.request_traces import MOST_STEPS
 from img2img_server.telemetry.telemetry import Telemetry

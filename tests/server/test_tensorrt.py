@@ -18,8 +18,7 @@ from img2img_server.runtime.onnx.graph_sizes import Sizes
 from img2img_server.runtime.onnx.runners import Runner
 from img2img_server.runtime.onnx.sessions import SessionOptions, open_session
 from img2img_server.runtime.tensorrt import options as tensorrt
-from img2img_server.runtime.tensorrt.build import build
-from img2img_server.runtime.tensorrt.build_process import run_build
+from img2img_server.runtime.tensorrt.build import build, run_build
 from img2img_server.runtime.tensorrt.cache import digest_of
 from img2img_server.runtime.tensorrt.candidate import RunnerCache, candidates
 from img2img_server.runtime.tensorrt.options import CONTEXT, Profile, Range, RangedRunner

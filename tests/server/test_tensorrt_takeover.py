@@ -29,7 +29,7 @@ MACHINE = {"gpu": "a GPU", "tensorrt": "101600"}
 
 _BUILDER = """
 import json, pathlib, sys
-from img2img_server.runtime.tensorrt.build_process import read_job
+from img2img_server.runtime.tensorrt.build import read_job
 job = read_job()
 folder = pathlib.Path(job["folder"])
 (folder / job["options"]["trt_ep_context_file_path"]).write_text(job["graph"])

@@ -9,7 +9,7 @@ import pytest
 import torch
 from fakes import make_request
 from img2img_server.bundle.manifest import Manifest, Source, Verification
-from img2img_server.engine.run_request import run_alone
+from img2img_server.engine.request import run_alone
 from img2img_server.errors import BundleError
 from img2img_server.runtime.execution import Execution
 from img2img_server.runtime.opaque.pipeline import OpaquePipeline

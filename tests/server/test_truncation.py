@@ -9,7 +9,7 @@ import pytest
 import torch
 from fakes import make_request
 from img2img_server.engine.cache import Cache
-from img2img_server.engine.run_request import run_alone
+from img2img_server.engine.request import run_alone
 from img2img_server.runtime.common.truncation import Truncation
 from img2img_server.runtime.diffusion.stable_diffusion import StableDiffusion, StableDiffusionXL
 from img2img_server.runtime.opaque.pipeline import OpaquePipeline

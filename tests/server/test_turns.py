@@ -7,8 +7,7 @@ import pytest
 from fakes import Caller, Clock, FakePipeline, make_engine, make_request, run_out
 from img2img_server.engine.costs import Costs
 from img2img_server.engine.engine import Engine
-from img2img_server.engine.fair_queueing import Job, charged, in_order
-from img2img_server.engine.policy import Policy
+from img2img_server.engine.policy import Job, Policy, charged, in_order
 from img2img_server.engine.request import Completed, Event
 from img2img_server.engine.scheduler import QueueLimits
 from img2img_server.engine.warmup import WarmUp

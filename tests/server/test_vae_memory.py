@@ -11,10 +11,10 @@ import torch
 from diffusers import AutoencoderTiny, AutoPipelineForImage2Image
 from fakes import make_request
 from img2img_server.bundle.manifest import read_manifest
-from img2img_server.engine.request import Request
-from img2img_server.engine.run_request import run_alone
-from img2img_server.runtime.common import cpu, vae_memory
-from img2img_server.runtime.common.vae_memory import BoundedVae, Footprint, bound_torch_vaes, most_memory
+from img2img_server.engine.request import Request, run_alone
+from img2img_server.runtime.common import cpu
+from img2img_server.runtime.common import vae as vae_memory
+from img2img_server.runtime.common.vae import BoundedVae, Footprint, bound_torch_vaes, most_memory
 from img2img_server.runtime.execution import Execution
 from img2img_server.runtime.loader import load_pipeline
 from PIL import Image

@@ -15,9 +15,9 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from img2img.v1.image_to_image_pb2_grpc import ImageToImageServiceStub
 from img2img_server.backends.watchdog import Watchdog
 from img2img_server.engine.engine import Engine
+from img2img_server.engine.interface import ModelCall
 from img2img_server.engine.request import Completed, Event, Failed, Request
 from img2img_server.engine.scheduler import QueueLimits
-from img2img_server.engine.stats import ModelCall
 from img2img_server.errors import EngineStuck, ShuttingDown
 from messages import failure, request
 from PIL import Image

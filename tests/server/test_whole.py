@@ -16,14 +16,12 @@ from img2img_client import Client, Completed, Progress, Queued, Started
 from img2img_server.bundle.manifest import read_manifest
 from img2img_server.engine import request as engine_events
 from img2img_server.engine.engine import Engine
-from img2img_server.engine.request import Event, Failed
-from img2img_server.engine.run_request import run_alone
+from img2img_server.engine.request import Event, Failed, run_alone
 from img2img_server.errors import ModelFailed, RequestCancelled
 from img2img_server.models.registry import ModelRegistry
 from img2img_server.runtime.loader import load_pipeline
-from img2img_server.runtime.opaque.batch import SharedCall
+from img2img_server.runtime.opaque.batch import SharedCall, Stepper
 from img2img_server.runtime.opaque.pipeline import OpaquePipeline
-from img2img_server.runtime.opaque.stepper import Stepper
 from PIL import Image
 from running import running
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderTiny
-from img2img_server.runtime.diffusion.encoded import tensor_of
+from img2img_server.runtime.common.vae import tensor_of
 
 from img2img_export.convert.graph_kinds import KINDS, Axes, Called, GraphKind, VaeDecoder, VaeEncoder
 from img2img_export.errors import ExportError

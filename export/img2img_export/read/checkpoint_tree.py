@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from img2img_server.bundle.manifest import Lora
-from img2img_server.runtime.common.sizes import latent_size
+from img2img_server.runtime.common.pipe import latent_size
 
 from img2img_export.errors import ExportError
 from img2img_export.options import ExportOptions

@@ -13,7 +13,7 @@ from img2img_server.bundle.manifest import Manifest, PictureParity
 from img2img_server.engine.request import Request
 from img2img_server.errors import BundleError, ServerError
 from img2img_server.runtime.accuracy_check import psnr_db
-from img2img_server.runtime.common.sizes import latent_size
+from img2img_server.runtime.common.pipe import latent_size
 from PIL import Image
 
 from img2img_export.convert.graphs import RUNTIME_ERRORS, quiet
@@ -117,7 +117,7 @@ def compare_pictures(
 
     Graphs in half precision compute as they would on a GPU (emulation.py).
     """
-    from img2img_server.engine.run_request import run_alone
+    from img2img_server.engine.request import run_alone
     from img2img_server.runtime.execution import Execution
     from img2img_server.runtime.loader import load_pipeline
     from img2img_server.runtime.onnx.sessions import SessionOptions, open_session

@@ -4,8 +4,8 @@ import asyncio
 from collections import deque
 from dataclasses import replace
 
+from img2img_server.engine.interface import Accepted
 from img2img_server.engine.request import Completed, Event, Failed, Progress, Queued
-from img2img_server.engine.stats import Accepted
 
 MAX_PLACES, MAX_STEPS, MAX_PREVIEWS = 16, 128, 32
 """Unread events that are kept: of places in the queue, of steps, and of steps with their preview. The latest are kept."""

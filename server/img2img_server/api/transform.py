@@ -20,9 +20,8 @@ from img2img_server.assets.store import AssetStore
 from img2img_server.backends.base import Models
 from img2img_server.codecs.pool import Codecs
 from img2img_server.engine.admission import Slot
+from img2img_server.engine.interface import Accepted, EngineInterface
 from img2img_server.engine.request import Completed, Event, Failed, Progress, Queued, Request, Started
-from img2img_server.engine.runner import EngineInterface
-from img2img_server.engine.stats import Accepted
 from img2img_server.models.registry import ModelRegistry
 from img2img_server.support.call import current
 from img2img_server.telemetry.telemetry import Telemetry

@@ -13,8 +13,7 @@ from img2img_server.bundle.manifest import Source
 from img2img_server.config import ServerConfig
 from img2img_server.engine.cache import Cache
 from img2img_server.engine.engine import Engine
-from img2img_server.engine.runner import EngineInterface
-from img2img_server.engine.spans import Span
+from img2img_server.engine.interface import EngineInterface, Span
 from img2img_server.engine.warmup import WarmUp
 from img2img_server.errors import ServerError
 from img2img_server.models.cost_store import CostStore

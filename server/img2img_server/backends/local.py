@@ -65,7 +65,7 @@ def local(config: ServerConfig) -> LocalBackend:
 
     def open_costs() -> CostStore | None:
         from img2img_server.runtime.common import cpu
-        from img2img_server.runtime.common.machine import machine
+        from img2img_server.runtime.common.cpu import machine
         from img2img_server.runtime.tensorrt import cache as engine_cache
 
         try:

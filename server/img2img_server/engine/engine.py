@@ -13,14 +13,12 @@ from typing import Any, TypeVar
 
 from img2img_server.engine.admission import Admission, Slot
 from img2img_server.engine.costs import Costs, Measured
-from img2img_server.engine.executor import Executor
-from img2img_server.engine.in_flight import Abandoned, CallsInFlight
+from img2img_server.engine.executor import Abandoned, CallsInFlight, Executor
+from img2img_server.engine.interface import Accepted as Accepted
+from img2img_server.engine.interface import EngineStats as EngineStats
+from img2img_server.engine.interface import ModelCall, Span, ignore
 from img2img_server.engine.request import Completed, Ending, Failed, Listener, Pipeline, Queued, Request, Ticket
 from img2img_server.engine.scheduler import QueueLimits, Scheduler
-from img2img_server.engine.spans import Span, ignore
-from img2img_server.engine.stats import Accepted as Accepted
-from img2img_server.engine.stats import EngineStats as EngineStats
-from img2img_server.engine.stats import ModelCall
 from img2img_server.errors import ModelFailed, ModelNotLoaded, ServerError, ShuttingDown
 
 _log = logging.getLogger(__name__)

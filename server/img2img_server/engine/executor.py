@@ -1,27 +1,73 @@
 """Runs stages of requests: in one call of their model if that works, and in smaller ones if it does not.
 
-A pipeline may only ask the device for what a call computes. Then its `mark` says when that is done, and the call is in flight:
-the next one is prepared while the device computes, and no more than two steps are asked for at a time. `complete` waits,
-measures and tells the requests.
+A pipeline may return as soon as the device has been given a call. Then its `mark` says when the call is done, and the call is in
+flight: the next one is prepared while the device computes, and at most two steps are submitted at a time. `complete` waits,
+measures and reports to the requests. The watchdog reads from `CallsInFlight` how long each call has taken.
 """
 
 import logging
+import threading
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 from img2img_server.engine.costs import STAGES, Costs
-from img2img_server.engine.in_flight import CallsInFlight
+from img2img_server.engine.interface import ModelCall, Span
 from img2img_server.engine.request import Completed, Pipeline, Progress, Request, Started, State, Ticket, Timings
-from img2img_server.engine.spans import Span
 from img2img_server.errors import ModelFailed, OutOfMemory, ServerError
 
 _log = logging.getLogger(__name__)
 
 Results = list[tuple[Ticket, Any]]
 """What a stage made of each request that it worked for."""
+
+
+class Abandoned(Exception):
+    """The engine was given up: who comes back from a call has nothing more to do."""
+
+
+class CallsInFlight:
+    """Remembers the call that each thread is in. Takes no lock, as it is used around every call; any thread may look."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._calls: dict[int, tuple[float, str, str, int, int]] = {}
+        self._abandoned = False
+
+    @contextmanager
+    def call(self, stage: str, model: str, requests: int = 1, rows: int = 1) -> Iterator[None]:
+        """Within the block this thread is in a call of a model."""
+        thread = threading.get_ident()
+        self._calls[thread] = (self._clock(), stage, model, requests, rows)
+        try:
+            yield
+        finally:
+            self._calls.pop(thread, None)
+
+    def forget(self, thread: threading.Thread) -> None:
+        """Leaves out the call of a thread in whose place another works: it is no reason to give up the device."""
+        if thread.ident is not None:
+            self._calls.pop(thread.ident, None)
+
+    @property
+    def longest(self) -> ModelCall | None:
+        """The call that has taken longest so far, None between calls."""
+        calls = list(self._calls.values())  # a copy in one go: no thread comes between
+        if not calls:
+            return None
+        begun, stage, model, requests, rows = min(calls)
+        return ModelCall(stage, model, requests, rows, self._clock() - begun)
+
+    def abandon(self) -> None:
+        """Has `check` raise from now on."""
+        self._abandoned = True
+
+    def check(self) -> None:
+        """Raises Abandoned where nobody waits any more for what a call would give."""
+        if self._abandoned:
+            raise Abandoned
 
 
 @dataclass(slots=True, eq=False)

@@ -293,3 +293,15 @@ class Ticket:
                 self.listener(ending)
             except Exception:  # noqa: BLE001 - who cannot be told must not keep the others from their ends, nor the engine from its work
                 _log.exception("nobody was told how a request ended", extra={"request_id": self.request.id})
+
+
+def run_alone(pipeline: Pipeline, request: Request) -> Sequence[Image.Image]:
+    """Runs `request` from start to end on the calling thread: one image for each of its seeds."""
+    (state,) = pipeline.prepare([request])
+    try:
+        while state.step < state.step_count:
+            pipeline.advance([state], pipeline.denoise([state]))
+        (images,) = pipeline.finish([state])
+        return images
+    finally:
+        pipeline.release(state)

@@ -6,8 +6,7 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 from img2img_server.engine.costs import Costs
-from img2img_server.engine.fair_queueing import Job
-from img2img_server.engine.policy import Policy
+from img2img_server.engine.policy import Job, Policy
 from img2img_server.engine.request import RequestStatus, Ticket
 from img2img_server.errors import DeadlineExpired, DeadlineUnmeetable, RequestCancelled, ServerError
 from img2img_server.settings.setting import setting

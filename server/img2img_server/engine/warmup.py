@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from PIL import Image
 
 from img2img_server.engine.costs import Measured, Stage, Timing
-from img2img_server.engine.in_flight import CallsInFlight
+from img2img_server.engine.executor import CallsInFlight
 from img2img_server.engine.request import Pipeline, Request
 from img2img_server.support.device_lock import recording_at_once
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 from img2img_server.engine.costs import Measured
 from img2img_server.engine.engine import Engine
-from img2img_server.engine.in_flight import CallsInFlight
+from img2img_server.engine.executor import CallsInFlight
 from img2img_server.engine.request import Pipeline
 from img2img_server.engine.warmup import Size, WarmUp
 from img2img_server.models.cost_store import CostStore

@@ -13,8 +13,7 @@ from PIL import Image
 
 from img2img_server.bundle.limits import LEAST_CONTRAST, LIMITS, Precision
 from img2img_server.bundle.manifest import Manifest, Reference
-from img2img_server.engine.request import Pipeline, Request
-from img2img_server.engine.run_request import run_alone
+from img2img_server.engine.request import Pipeline, Request, run_alone
 from img2img_server.errors import BundleError
 
 INFINITE_PSNR = 999.0

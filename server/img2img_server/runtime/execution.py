@@ -55,7 +55,7 @@ class Execution:
     `arithmetic` "auto" lets a provider compute in less than the bundle's precision (bfloat16 on a CPU with AMX, say) where its
     images still pass, "fp32" never. `buckets` are the shapes to prepare for; None leaves that to the provider, () is none.
     `gpu_memory` bounds ONNX Runtime's arena in bytes, None for no bound. `cuda_graphs` records calls of common shapes and
-    replays them. `vae_memory` bounds one call of a VAE in bytes, by estimate; None leaves that to vae_memory.py. `compile` runs
+    replays them. `vae_memory` bounds one call of a VAE in bytes, by estimate; None leaves that to common/vae.py. `compile` runs
     torch modules through torch.compile. `cache` is where built engines are kept.
     """
 

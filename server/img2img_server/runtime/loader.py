@@ -18,7 +18,7 @@ from img2img_server.runtime import accuracy_check
 from img2img_server.runtime.common import cpu
 from img2img_server.runtime.common.device_copy import device_stream, go_over
 from img2img_server.runtime.common.out_of_memory import KEEPERS, is_out_of_memory
-from img2img_server.runtime.common.vae_memory import bound_torch_vaes, most_memory
+from img2img_server.runtime.common.vae import bound_torch_vaes, most_memory
 from img2img_server.runtime.diffusion.latent_consistency import LatentConsistency
 from img2img_server.runtime.diffusion.stable_diffusion import StableDiffusion, StableDiffusionXL
 from img2img_server.runtime.execution import Execution

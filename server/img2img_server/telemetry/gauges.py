@@ -10,7 +10,7 @@ from prometheus_client.registry import Collector
 from img2img_server.assets.store import AssetStore
 from img2img_server.codecs.pool import Codecs
 from img2img_server.engine.cache import Cache
-from img2img_server.engine.runner import EngineInterface
+from img2img_server.engine.interface import EngineInterface
 from img2img_server.models.registry import Model, ModelRegistry, ModelState
 from img2img_server.telemetry.metrics import COUNTED, PROCESS, MetricInfo
 

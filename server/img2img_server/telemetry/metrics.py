@@ -14,7 +14,7 @@ from grpc_reflection.v1alpha import reflection_pb2
 from img2img.v1 import asset_pb2, image_to_image_pb2, model_pb2
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 
-from img2img_server.engine.spans import Span
+from img2img_server.engine.interface import Span
 from img2img_server.support import distribution
 from img2img_server.telemetry.request_traces import Record, RequestTrace
 

@@ -4,8 +4,8 @@ import time
 from dataclasses import dataclass, field
 
 from img2img_server.engine.engine import Accepted
+from img2img_server.engine.interface import Span
 from img2img_server.engine.request import Completed, Event, Failed, Request, Ticket, Timings
-from img2img_server.engine.spans import Span
 from img2img_server.support.call import Call
 
 MOST_STEPS = 100

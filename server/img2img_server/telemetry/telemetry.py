@@ -11,9 +11,8 @@ from img2img_server.assets.store import AssetStore
 from img2img_server.codecs.pool import Codecs
 from img2img_server.config import TelemetrySettings
 from img2img_server.engine.cache import Cache
+from img2img_server.engine.interface import EngineInterface, Span
 from img2img_server.engine.request import Request
-from img2img_server.engine.runner import EngineInterface
-from img2img_server.engine.spans import Span
 from img2img_server.models.registry import ModelRegistry
 from img2img_server.support.call import Call
 from img2img_server.support.listen_addresses import check_port

@@ -7,7 +7,7 @@ import threading
 from pathlib import Path
 from typing import Any, TextIO
 
-from img2img_server.engine.spans import Span
+from img2img_server.engine.interface import Span
 
 _log = logging.getLogger(__name__)
 

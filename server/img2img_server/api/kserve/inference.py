@@ -12,7 +12,7 @@ from img2img_server.api.kserve import translation
 from img2img_server.api.kserve.translation import Task
 from img2img_server.api.transform import ImageToImageService
 from img2img_server.codecs.memory import ImageMemory
-from img2img_server.engine.runner import EngineInterface
+from img2img_server.engine.interface import EngineInterface
 from img2img_server.errors import DeadlineExpired
 from img2img_server.support.call import current
 from img2img_server.support.fair_queue import FairThreads

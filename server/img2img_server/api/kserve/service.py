@@ -18,7 +18,7 @@ from img2img_server.api.kserve.unsupported import Unsupported
 from img2img_server.api.models import ModelService
 from img2img_server.api.transform import ImageToImageService
 from img2img_server.codecs.memory import ImageMemory
-from img2img_server.engine.runner import EngineInterface
+from img2img_server.engine.interface import EngineInterface
 from img2img_server.errors import InvalidField, ModelNotFound, NotSupported
 from img2img_server.telemetry.telemetry import Telemetry
 

@@ -14,7 +14,7 @@ from img2img_server.backends.ray.resources import MESSAGES
 from img2img_server.backends.ray.roster import RemoteModels, Roster
 from img2img_server.config import ServerConfig
 from img2img_server.engine.cache import Cache
-from img2img_server.engine.spans import Span
+from img2img_server.engine.interface import Span
 from img2img_server.errors import BundleError, ServerError, ShuttingDown
 from img2img_server.models.registry import ModelRegistry
 from img2img_server.models.residency import Health

@@ -26,9 +26,9 @@ from img2img_server.backends.ray.messages import (
 from img2img_server.backends.ray.replicas import Replicas
 from img2img_server.backends.ray.roster import COME_BACK, LOOK_EVERY, Roster, plan
 from img2img_server.engine.admission import Slot
+from img2img_server.engine.interface import Accepted, EngineStats
 from img2img_server.engine.request import Completed, Ending, Failed, Listener, Queued, Request, Started, Ticket
 from img2img_server.engine.scheduler import QueueLimits
-from img2img_server.engine.stats import Accepted, EngineStats
 from img2img_server.errors import (
     ClientBusy,
     DeadlineExpired,

@@ -27,8 +27,8 @@ from img2img_server.backends.ray.messages import (
 )
 from img2img_server.bundle.manifest import Source
 from img2img_server.config import ServerConfig
+from img2img_server.engine.interface import ignore
 from img2img_server.engine.request import Completed, Event, Failed, Progress, Queued
-from img2img_server.engine.spans import ignore
 from img2img_server.errors import EngineStuck, ServerError
 from img2img_server.models.registry import ModelState
 from img2img_server.support.call import Call, answering

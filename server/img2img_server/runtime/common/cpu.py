@@ -1,12 +1,16 @@
-"""What of the machine this process may use: how many CPU threads a model's call should have, and what memory is left.
+"""The machine: its processor and libraries, the CPU threads a model's call should have, and the memory that is left.
 
-A container that may use two of sixty-four cores is told of sixty-four by most interfaces. What bounds it is looked up where the
-kernel keeps it: the affinity mask, the quota of its control group (version 2 or 1), and the cores' topology.
+Most interfaces report 64 cores to a container that may use two of them. The real bounds are read from the kernel: the affinity
+mask, the quota of the control group (version 2 or 1), and the topology of the cores.
 """
 
 import os
+import platform
 from collections.abc import Iterator, Set
 from pathlib import Path
+
+import onnxruntime
+import torch
 
 
 def count(root: Path = Path("/"), mask: Set[int] | None = None) -> int:
@@ -86,3 +90,14 @@ def _read(path: Path) -> str:
         return path.read_text(encoding="utf-8").strip()
     except OSError:
         return ""
+
+
+def machine(information: Path = Path("/proc/cpuinfo")) -> dict[str, str]:
+    """The processor, the GPU if there is one, and the versions of ONNX Runtime, torch and Python. `information` is what Linux
+    says of the processor."""
+    lines = information.read_text(encoding="utf-8").splitlines() if information.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    facts = {"cpu": names[0] if names else platform.processor(), "cores": str(len(names))}
+    if torch.cuda.is_available():
+        facts["gpu"] = torch.cuda.get_device_name()
+    return facts | {"onnxruntime": onnxruntime.__version__, "torch": torch.__version__, "python": platform.python_version()}

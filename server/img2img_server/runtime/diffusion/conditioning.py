@@ -13,7 +13,7 @@ import torch
 from img2img_server.engine.cache import Cache
 from img2img_server.engine.request import Request
 from img2img_server.runtime.common.device_copy import send
-from img2img_server.runtime.diffusion.encoded import output_of, tensor_of
+from img2img_server.runtime.common.vae import output_of, tensor_of
 
 _Key = TypeVar("_Key", bound=Hashable)
 
@@ -61,8 +61,8 @@ class Encoder:
         return found
 
     def pictures(self, requests: Sequence[Request]) -> list[SimpleNamespace]:
-        """What the autoencoder makes of each request's image, as diffusers reads it (encoded.py); those of one size are encoded
-        in one call."""
+        """The output of the autoencoder's encoder for each request's image (`common/vae.py`). Images of one size are encoded in
+        one call."""
         # An image whose content nobody has digested is like no other.
         keys: list[tuple[str, bytes | int]] = [
             (request.cache_scope, request.image_digest or index) for index, request in enumerate(requests)

@@ -18,26 +18,26 @@ from PIL import Image
 from img2img_server.engine.cache import Cache
 from img2img_server.engine.request import Plan, Request
 from img2img_server.runtime.common.device_copy import PinnedCopies, fetch_later, mark, send
-from img2img_server.runtime.common.shallow_copy import view_of
-from img2img_server.runtime.common.sizes import native_size
+from img2img_server.runtime.common.pipe import native_size, view_of
 from img2img_server.runtime.common.torch_calls import host_call, torch_call
 from img2img_server.runtime.common.truncation import Truncation
 from img2img_server.runtime.diffusion import preview
 from img2img_server.runtime.diffusion.conditioning import Embedding, Encoder
-from img2img_server.runtime.diffusion.originals import noise_level
+from img2img_server.runtime.diffusion.preview import noise_level
 from img2img_server.runtime.diffusion.state import (
     Conditioning,
     DiffusionState,
     JoinedConditioning,
     Noise,
     Predicted,
+    StepNumbers,
     guide,
+    key_of,
     split_noise,
 )
 from img2img_server.runtime.onnx.modules import close_graphs
 from img2img_server.runtime.schedulers.cache import CachedScheduler, SchedulerCache
 from img2img_server.runtime.schedulers.linear import Trajectory, advance_batch
-from img2img_server.runtime.schedulers.step_numbers import StepNumbers, key_of
 
 PreviewWeights = Sequence[Sequence[float]]
 

@@ -1,4 +1,4 @@
-"""What a Stable Diffusion pipeline keeps of a request between two steps."""
+"""What a Stable Diffusion pipeline keeps of a request between two steps, and the numbers of a batch's next step."""
 
 import copy
 import itertools
@@ -9,9 +9,10 @@ from typing import Any
 import torch
 
 from img2img_server.engine.request import Request
+from img2img_server.runtime.common.device_copy import send
 from img2img_server.runtime.common.out_of_memory import KEEPERS
-from img2img_server.runtime.diffusion.originals import predict_original
-from img2img_server.runtime.schedulers.linear import Trajectory
+from img2img_server.runtime.diffusion.preview import predict_original
+from img2img_server.runtime.schedulers.linear import Trajectory, coefficients
 
 Conditioning = dict[str, torch.Tensor]
 """The UNet's inputs beside sample and timestep, by name. Each is [rows of the UNet call, ...]."""
@@ -168,3 +169,56 @@ def guide(states: Sequence[DiffusionState], noises: Sequence[Noise], guidance: t
     unconditional, text = torch.cat([noise[index] for index in (0, -1) for noise in noises]).chunk(2)
     guided = torch.addcmul(unconditional, text.sub_(unconditional), guidance)
     return torch.split(guided.to(text.dtype), [state.images for state in states])
+
+
+Key = tuple[tuple[int, int], ...]
+"""Which states, and at which steps."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StepNumbers:
+    """The next step of a batch of B images, which are R rows of the UNet's call. All are in float32 and on the device.
+
+    `timesteps` [R], `scales` [R] of the latents, `guidance` [B, 1, 1, 1], and `table`, the coefficients [terms, rows, b] of those
+    images whose schedules are compiled, None if there are none. `is_scaled` says whether any scale is not 1.
+    """
+
+    key: Key
+    timesteps: torch.Tensor
+    scales: torch.Tensor
+    guidance: torch.Tensor
+    table: torch.Tensor | None
+    is_scaled: bool
+
+    @classmethod
+    def of(cls, states: Sequence[DiffusionState], device: torch.device) -> "StepNumbers":
+        """Those of `states`, sent to `device`."""
+        times: list[float] = []
+        scales: list[float] = []
+        guidance: list[float] = []
+        for state in states:
+            times += [state.times[state.step]] * state.rows
+            # A scheduler without a compiled schedule scales the latents itself.
+            scales += [1.0 if state.trajectory is None else state.trajectory.input_scale] * state.rows
+            guidance += [state.request.guidance_scale] * state.images
+        numbers = torch.tensor([*times, *scales, *guidance], dtype=torch.float32)
+        followed = [state for state in states if state.trajectory is not None]
+        table = None
+        if followed:
+            table = coefficients([state.trajectory for state in followed if state.trajectory], [each.images for each in followed])
+            numbers = torch.cat([numbers, table.flatten()])
+        rows, images = len(times), len(guidance)
+        parts = torch.split(send(numbers, device), [rows, rows, images, len(numbers) - 2 * rows - images])
+        return cls(
+            key_of(states),
+            parts[0],
+            parts[1],
+            parts[2][:, None, None, None],
+            None if table is None else parts[3].view(table.shape),
+            any(scale != 1.0 for scale in scales),
+        )
+
+
+def key_of(states: Sequence[DiffusionState]) -> Key:
+    """What tells the next step of `states` from any other."""
+    return tuple((state.number, state.step) for state in states)

@@ -8,7 +8,7 @@ import torch
 
 from img2img_server.bundle.files import read_json
 from img2img_server.errors import BundleError
-from img2img_server.runtime.common.sizes import latent_size
+from img2img_server.runtime.common.pipe import latent_size
 from img2img_server.runtime.execution import Bucket
 from img2img_server.runtime.onnx.providers import ERRORS
 from img2img_server.runtime.onnx.runners import Runner, dtype_of

@@ -23,9 +23,8 @@ from transformers.utils import ModelOutput
 
 from img2img_server.errors import BundleError
 from img2img_server.runtime.common.device_copy import send
-from img2img_server.runtime.common.sizes import parts
-from img2img_server.runtime.common.vae_memory import BoundedVae
-from img2img_server.runtime.diffusion.encoded import output_of
+from img2img_server.runtime.common.pipe import parts
+from img2img_server.runtime.common.vae import BoundedVae, output_of
 from img2img_server.runtime.onnx.runners import Runner, dtype_of
 
 _TEXT_OUTPUTS = ("text_embeds", "last_hidden_state", "pooler_output")
@@ -151,7 +150,7 @@ class OnnxDenoiser(OnnxModule):
 class OnnxVae(OnnxModule):
     """An autoencoder made of two graphs: pixels [B, 3, H, W] in [-1, 1] to latents or a distribution of them, and back.
 
-    No call takes more than `memory` bytes, None for no bound: see vae_memory.py.
+    No call takes more than `memory` bytes, None for no bound: see common/vae.py.
     """
 
     def __init__(self, encoder: Graph, decoder: Graph, folder: Path, device: str = "cpu", memory: int | None = None) -> None:
@@ -168,7 +167,7 @@ class OnnxVae(OnnxModule):
         )
 
     def encode(self, pixels: torch.Tensor) -> SimpleNamespace:
-        """The distribution of the latents, as `latent_dist`, or the latents, as `latents`: encoded.py."""
+        """The distribution of the latents, as `latent_dist`, or the latents, as `latents`: see common/vae.py."""
         return output_of(self._bounded.encode(pixels), self.config)
 
     def decode(self, latents: torch.Tensor, return_dict: bool = False, generator: Any = None) -> tuple[torch.Tensor]:

@@ -1,15 +1,55 @@
-"""Tells in the log, in a line for each component of a model, what runs where, in what arithmetic, and why on nothing better."""
+"""Logs where each component of a model runs, in which arithmetic, why on nothing better, and with how many copies per call."""
 
+import contextlib
 import logging
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import onnxruntime
 
 from img2img_server.bundle.manifest import Manifest
-from img2img_server.runtime.onnx.memcpy_nodes import counting_copies
 from img2img_server.runtime.onnx.providers import Choice
 from img2img_server.runtime.onnx.runners import Make, Runner
 from img2img_server.runtime.onnx.sessions import Open, SessionOptions, describe
+
+_WARNING = re.compile(rb"[^\n]*\D(\d+) Memcpy nodes are added to the graph[^\n]*\n?")
+_STDERR = 2
+
+
+@dataclass(slots=True)
+class Copies:
+    """The Memcpy nodes of the sessions that were opened."""
+
+    count: int = 0
+
+
+@contextlib.contextmanager
+def counting_copies() -> Iterator[Copies]:
+    """Counts the Memcpy nodes of sessions that are opened in the block with a log level of warnings (sessions.py).
+
+    ONNX Runtime writes to the process's standard error, and its Python package has no other way to hear of them. What else is
+    written there meanwhile comes out after the block.
+    """
+    found = Copies()
+    with tempfile.TemporaryFile() as file:
+        sys.stderr.flush()
+        kept = os.dup(_STDERR)
+        os.dup2(file.fileno(), _STDERR)
+        try:
+            yield found
+        finally:
+            os.dup2(kept, _STDERR)
+            file.seek(0)
+            written = file.read()
+            found.count = sum(int(number) for number in _WARNING.findall(written))
+            with os.fdopen(kept, "wb") as stderr:
+                stderr.write(_WARNING.sub(b"", written))
+
 
 _log = logging.getLogger(__name__)
 

@@ -76,3 +76,21 @@ def dtype_of(item: Any) -> torch.dtype:
     if item.type not in _DTYPES:
         raise BundleError(f"the graph's '{item.name}' is a {item.type}, which this server cannot hand over")
     return _DTYPES[item.type]
+
+
+class SplitGraphRunner:
+    """A graph as two, of which `body` takes what `head` gives, by name. Implements Runner, with the whole graph's inputs."""
+
+    def __init__(self, head: Runner, body: Runner) -> None:
+        self._head = head
+        self._body = body
+        self._between = [item.name for item in head.outputs]
+        whole = {item.name: item for item in (*head.inputs, *body.inputs) if item.name not in self._between}
+        self.inputs: Sequence[Any] = list(whole.values())
+        self.outputs: Sequence[Any] = body.outputs
+
+    def run(self, feed: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+        """Runs one after the other."""
+        waves = self._head.run({item.name: feed[item.name] for item in self._head.inputs})
+        known = {**feed, **dict(zip(self._between, waves, strict=True))}
+        return self._body.run({item.name: known[item.name] for item in self._body.inputs})

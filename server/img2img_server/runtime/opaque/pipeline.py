@@ -17,8 +17,7 @@ from PIL import Image
 
 from img2img_server.engine.request import Plan, Request
 from img2img_server.errors import InvalidField, OutOfMemory
-from img2img_server.runtime.common.shallow_copy import view_of
-from img2img_server.runtime.common.sizes import SWAPPED, native_sizes, parts, size_multiple
+from img2img_server.runtime.common.pipe import SWAPPED, native_sizes, parts, size_multiple, view_of
 from img2img_server.runtime.common.torch_calls import torch_call
 from img2img_server.runtime.common.truncation import Truncation
 from img2img_server.runtime.onnx.modules import close_graphs

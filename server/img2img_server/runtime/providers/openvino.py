@@ -19,9 +19,8 @@ from img2img_server.runtime.common import cpu
 from img2img_server.runtime.execution import Bucket, Execution
 from img2img_server.runtime.onnx.graph_sizes import Shapes, Sizes, shapes_of, try_on_zeros
 from img2img_server.runtime.onnx.providers import openvino_device
-from img2img_server.runtime.onnx.runners import HostRunner, Make, Runner
+from img2img_server.runtime.onnx.runners import HostRunner, Make, Runner, SplitGraphRunner
 from img2img_server.runtime.onnx.sessions import Open, SessionOptions
-from img2img_server.runtime.onnx.split_graph import SplitGraphRunner
 
 _log = logging.getLogger(__name__)
 

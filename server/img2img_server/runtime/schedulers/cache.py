@@ -16,7 +16,7 @@ import torch
 from img2img_server.engine.cache import Cache
 from img2img_server.engine.request import Request
 from img2img_server.errors import InvalidField
-from img2img_server.runtime.common.shallow_copy import view_of
+from img2img_server.runtime.common.pipe import view_of
 from img2img_server.runtime.schedulers import registry
 from img2img_server.runtime.schedulers.linear import LinearSolver, compile_schedule
 

@@ -1,27 +1,116 @@
-"""The process that builds one engine: `python -m img2img_server.runtime.tensorrt.build`, its job on standard input.
+"""Builds a TensorRT engine in a process of its own: `python -m img2img_server.runtime.tensorrt.build`.
 
-The job: `graph`, the ONNX file; `folder`, where the engine is to be; `options` of the TensorRT provider. Not yet run on a GPU.
+Building takes minutes, all cores and much memory, and may crash; none of that may happen in the serving process. The process
+reads its job as JSON from standard input (`graph`, the ONNX file; `folder`, where to write the engine; `options` of the TensorRT
+provider), reports progress in lines of JSON, and ends with its parent. Not yet run on a GPU.
 """
 
+import contextlib
+import json
+import logging
 import os
+import signal
+import subprocess
 import sys
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
 
 from img2img_server.errors import BundleError
-from img2img_server.runtime.onnx.sessions import Open, SessionOptions, open_session
-from img2img_server.runtime.tensorrt.build_process import read_job, tell_parent
-from img2img_server.runtime.tensorrt.options import CONTEXT
+from img2img_server.support.cancellation import Stop
+from img2img_server.support.child_process import end_with
+
+if TYPE_CHECKING:
+    from img2img_server.runtime.onnx.sessions import Open
+
+_log = logging.getLogger(__name__)
+
+_NICENESS = 10
+_TOLD_OF_ERROR = 2000
+"""Characters of a failed build's standard error that go into the log: the last ones."""
+
+Tell = Callable[[str, float], None]
+"""Is told what is being done, in a few words, and what share of it is done, from 0 to 1."""
 
 
-def build(graph: Path, folder: Path, options: dict[str, str], open_graph: Open = open_session) -> None:
-    """Builds the engine of `graph` into `folder`, which becomes this process's directory.
+def run_build(command: Sequence[str], job: Mapping[str, Any], tell: Tell, stop: Stop) -> None:
+    """Runs `command`, which reads `job` from its standard input by `read_job`, until it is done.
 
-    Raises BundleError where TensorRT cannot, or takes a part of the graph only: then no context is written.
+    Raises BundleError where it ends otherwise than with status 0, Stopped where `stop` was asked: then it has been killed.
     """
+    stop.check()
+    with (
+        tempfile.TemporaryFile() as errors,
+        subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, start_new_session=True
+        ) as process,
+        stop.ending(process.kill),
+    ):
+        assert process.stdin is not None, "a pipe was asked for"
+        assert process.stdout is not None, "a pipe was asked for"
+        # One that died at once does not read its job; its status says so below.
+        with contextlib.suppress(BrokenPipeError), process.stdin:
+            json.dump({"parent": os.getpid(), **job}, process.stdin)
+        problem = _follow(process.stdout, tell)
+        status = process.wait()
+        stop.check()
+        if status:
+            _log.warning("a build's last words: %s", _tail(errors))
+            raise BundleError(f"the build {problem or _ended(status)}")
+
+
+def read_job() -> dict[str, Any]:
+    """In the building process: its job. From here on it has low priority, and is killed when the thread that started it dies."""
+    job: dict[str, Any] = json.load(sys.stdin)
+    if not end_with(job.pop("parent")):
+        sys.exit(1)
+    os.nice(_NICENESS)
+    return job
+
+
+def tell_parent(**message: Any) -> None:
+    """In the building process: tells `step`, `progress` from 0 to 1, or at its end the `problem` why it failed."""
+    print(json.dumps(message), flush=True)
+
+
+def _follow(lines: Iterable[str], tell: Tell) -> str:
+    """Passes on what the process tells. Returns its problem, "" where it told of none."""
+    problem = ""
+    for line in lines:
+        try:
+            message = json.loads(line)
+            problem = message.get("problem", problem)
+            if "progress" in message:
+                tell(str(message.get("step", "")), min(1.0, max(0.0, float(message["progress"]))))
+        except (ValueError, TypeError, AttributeError):  # Libraries print what they like.
+            _log.debug("a build printed: %s", line.rstrip())
+    return f"failed: {problem}" if problem else ""
+
+
+def _tail(errors: IO[bytes]) -> str:
+    errors.seek(0, os.SEEK_END)
+    errors.seek(max(0, errors.tell() - _TOLD_OF_ERROR))
+    return errors.read().decode(errors="replace").strip() or "none"
+
+
+def _ended(status: int) -> str:
+    return f"ended with status {status}" if status > 0 else f"was killed by {signal.Signals(-status).name}"
+
+
+def build(graph: Path, folder: Path, options: dict[str, str], open_graph: "Open | None" = None) -> None:
+    """Builds the engine of `graph` into `folder`, which becomes this process's directory. `open_graph` defaults to open_session.
+
+    Raises BundleError if TensorRT cannot, or takes only a part of the graph: then no context is written.
+    """
+    # The parent imports this module, too; only the child needs the libraries that build.
+    from img2img_server.runtime.onnx.sessions import SessionOptions, open_session
+    from img2img_server.runtime.tensorrt.options import CONTEXT
+
     graph = graph.resolve()
-    # The provider writes where it is, and refuses to be told another place.
+    # The provider writes to the current directory, and refuses any other.
     os.chdir(folder)
-    open_graph(graph, SessionOptions("tensorrt", provider_options=tuple(options.items())))
+    (open_graph or open_session)(graph, SessionOptions("tensorrt", provider_options=tuple(options.items())))
     if not Path(CONTEXT).is_file():
         raise BundleError("TensorRT does not take the whole graph")
 

@@ -31,7 +31,7 @@ from img2img_server.runtime.onnx.sessions import Open, SessionOptions, open_sess
 from img2img_server.runtime.providers import cuda
 from img2img_server.runtime.providers.device_runner import DeviceRunner
 from img2img_server.runtime.tensorrt import options as tensorrt
-from img2img_server.runtime.tensorrt.build_process import run_build
+from img2img_server.runtime.tensorrt.build import run_build
 from img2img_server.runtime.tensorrt.cache import EngineCache, default_root
 from img2img_server.support.cancellation import Stop
 from img2img_server.support.device_lock import DEVICE_IN_USE

@@ -16,9 +16,8 @@ import torch
 from PIL import Image
 from torch.utils._pytree import tree_map_only
 
-from img2img_server.engine.request import Pipeline, Request
-from img2img_server.engine.run_request import run_alone
-from img2img_server.runtime.common.sizes import parts
+from img2img_server.engine.request import Pipeline, Request, run_alone
+from img2img_server.runtime.common.pipe import parts
 
 _log = logging.getLogger(__name__)
 

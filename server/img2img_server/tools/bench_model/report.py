@@ -66,7 +66,7 @@ def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
 
 def summarize(cases: "Sequence[TimedCase]", bundle: str) -> Report:
     """Medians, quartiles and shares of the cases that were measured at all."""
-    from img2img_server.runtime.common.machine import machine
+    from img2img_server.runtime.common.cpu import machine
     from img2img_server.tools.bench_model.measuring import PEAK
     from img2img_server.tools.bench_model.variants import device_of
 

@@ -1,8 +1,12 @@
-"""Bounds the memory of a VAE's calls.
+"""Autoencoders (VAEs): what their encoders return, and bounds on the memory of their calls.
+
+Encoders return a distribution of latents (AutoencoderKL) or the latents themselves (AutoencoderTiny). diffusers' pipelines take
+either, by the attribute of the encoder's output. Here one tensor represents both: the parameters of a distribution,
+[B, 2C, h, w], or latents, [B, C, h, w].
 
 Images that do not fit into one call together are encoded or decoded in several calls, and an image that does not fit alone in
-overlapping tiles, as diffusers' VAEs do if tiling is enabled. Several calls give what one gives. Tiles do not: a tile knows
-nothing of the rest of the image. What fits is computed as if there were no bound.
+overlapping tiles, as diffusers' VAEs do if tiling is enabled. Several calls return what one returns. Tiles do not: a tile has
+no information about the rest of the image. What fits is computed as if there were no bound.
 """
 
 import functools
@@ -12,10 +16,25 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
 from img2img_server.runtime.common import cpu
-from img2img_server.runtime.common.sizes import latent_size, parts
+from img2img_server.runtime.common.pipe import latent_size, parts
 from img2img_server.runtime.execution import Execution
+
+
+def tensor_of(output: Any) -> torch.Tensor:
+    """The tensor that stands for an encoder's output. Raises AttributeError for outputs of other kinds."""
+    tensor: torch.Tensor = output.latents if hasattr(output, "latents") else output.latent_dist.parameters
+    return tensor
+
+
+def output_of(tensor: torch.Tensor, config: Any) -> SimpleNamespace:
+    """What diffusers reads of an encoder's output, of the tensor that stands for it; `config` is the autoencoder's."""
+    if tensor.shape[1] == config.get("latent_channels"):
+        return SimpleNamespace(latents=tensor)
+    return SimpleNamespace(latent_dist=DiagonalGaussianDistribution(tensor))
+
 
 _SHARE = 4
 """The part of all memory, one in so many, that a call may take by default."""

@@ -1,6 +1,19 @@
-"""What sizes a diffusers pipeline takes, and which it was trained on: each class says so in another place, or not at all."""
+"""diffusers pipelines as objects: their inner pipelines, shallow copies, and the image sizes they take and were trained on.
 
+Each class keeps its sizes in another attribute, or not at all.
+"""
+
+import copy
 from typing import Any
+
+
+def view_of(pipe: Any, **parts: Any) -> Any:
+    """A shallow copy of `pipe` with other `parts`, set past diffusers' __setattr__, which would note their classes in a
+    configuration that nobody reads."""
+    view = copy.copy(pipe)
+    view.__dict__.update(parts)
+    return view
+
 
 SWAPPED = frozenset({"KandinskyV22Img2ImgPipeline", "KandinskyV22Img2ImgCombinedPipeline"})
 """Classes of diffusers (seen in 0.39) that hand width and height to their image processor the wrong way round."""
