@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from datetime import date
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from img2img_client import Client
 from rich.console import Console
@@ -33,14 +34,15 @@ _console = Console(stderr=True, highlight=False, markup=False)
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Declares the flags."""
+    parser.add_argument("--bundle", type=Path, default=BUNDLE, metavar="DIR", help="a bundle (default: the demo model's)")
     parser.add_argument("--requests", type=int, default=30, metavar="N", help="rounds of the request comparison (default: 30)")
     parser.add_argument("--starts", type=int, default=5, metavar="N", help="server starts that are timed (default: 5)")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Measures everything, prints a table and writes .bench/bench.json. Returns 0."""
-    starts = [_time_start(number, arguments.starts) for number in range(1, arguments.starts + 1)]
-    requests = _compare_requests(arguments.requests)
+    starts = [_time_start(arguments.bundle, number, arguments.starts) for number in range(1, arguments.starts + 1)]
+    requests = _compare_requests(arguments.bundle, arguments.requests)
     helps = [_time_command([sys.executable, "-m", "img2img_cli", "--help"]) for _ in range(20)]
     figures = {
         "request through the server, ms": requests["server"],
@@ -62,20 +64,20 @@ def _pairs(times: Mapping[str, list[float]], one: str, other: str, combine: Call
     return [combine(first, second) for first, second in zip(times[one], times[other], strict=True)]
 
 
-def _time_start(number: int, count: int) -> float:
+def _time_start(bundle: Path, number: int, count: int) -> float:
     """Seconds from starting the server's process to its being SERVING."""
     _console.print(f"[bench] server start {number} of {count}")
     begun = time.perf_counter()
-    with _server():
+    with _server(bundle):
         return time.perf_counter() - begun
 
 
 @contextlib.contextmanager
-def _server(*settings: str) -> Iterator[str]:
-    """The address of a server with some more settings, while the block runs."""
+def _server(bundle: Path, *settings: str) -> Iterator[str]:
+    """The address of a server of `bundle` with some more settings, while the block runs."""
     with tempfile.TemporaryDirectory() as folder:
         port_file = Path(folder) / "port"
-        command = [sys.executable, "-m", "img2img_cli", "serve", "--models", str(BUNDLE), "--port", "0", *settings]
+        command = [sys.executable, "-m", "img2img_cli", "serve", "--models", str(bundle), "--port", "0", *settings]
         process = subprocess.Popen([*command, "--port-file", str(port_file)], stderr=subprocess.DEVNULL)
         try:
             while not port_file.exists():
@@ -88,14 +90,14 @@ def _server(*settings: str) -> Iterator[str]:
             process.wait(30)
 
 
-def _compare_requests(count: int) -> dict[str, Any]:
+def _compare_requests(bundle: Path, count: int) -> dict[str, Any]:
     """Milliseconds of the same transform in several ways, in turns; the order changes so that none is always first.
 
     The server's caches are off: they would spare it what the others do each time.
     """
-    ways = _own_ways()
+    ways = _own_ways(bundle)
     data = PICTURE.read_bytes()
-    with _server("--cache-bytes", "0") as target, Client(target, timeout=60) as client:
+    with _server(bundle, "--cache-bytes", "0") as target, Client(target, timeout=60) as client:
         parts: list[dict[str, float]] = []
 
         def through_server() -> None:
@@ -119,19 +121,7 @@ def _compare_requests(count: int) -> dict[str, Any]:
     return {**times, "parts": {name: statistics.median(part[name] for part in parts) for name in parts[0]}}
 
 
-class _Recorded:
-    """A session of ONNX Runtime that keeps what it was called with."""
-
-    def __init__(self, session: Any, calls: list[tuple[Any, Any, Any]]) -> None:
-        self._session = session
-        self._calls = calls
-
-    def run(self, outputs: Any, feed: Any) -> Any:
-        self._calls.append((self._session, outputs, feed))
-        return self._session.run(outputs, feed)
-
-
-def _own_ways() -> dict[str, Callable[[], object]]:
+def _own_ways(bundle: Path) -> dict[str, Callable[[], object]]:
     """The server's own pipeline in this process: with codecs, without, with previews, and nothing but its session calls."""
     from img2img_server.bundle.manifest import read_manifest
     from img2img_server.engine.request import Request, run_alone
@@ -139,7 +129,7 @@ def _own_ways() -> dict[str, Callable[[], object]]:
     from img2img_server.runtime.execution import Execution
     from img2img_server.runtime.loader import load_pipeline
 
-    pipeline: Any = load_pipeline(BUNDLE, read_manifest(BUNDLE), Execution("cpu"))
+    pipeline: Any = load_pipeline(bundle, read_manifest(bundle), Execution("cpu"))
     data = PICTURE.read_bytes()
 
     def request(interval: int = 0) -> Request:
@@ -159,7 +149,7 @@ def _own_ways() -> dict[str, Callable[[], object]]:
 
     plain, watched = request(), request(1)
     drawn = plain.image
-    calls = _record(pipeline, lambda: run_alone(pipeline, plain))
+    calls = _record(lambda: run_alone(pipeline, plain))
     return {
         "direct": direct,
         "codecs": lambda: (request(), encode(drawn, "PNG", 90)),
@@ -169,17 +159,19 @@ def _own_ways() -> dict[str, Callable[[], object]]:
     }
 
 
-def _record(pipeline: Any, work: Callable[[], object]) -> list[tuple[Any, Any, Any]]:
-    """Every session call that `work` makes of `pipeline`: session, outputs, inputs."""
-    pipe = pipeline._pipe
-    graphs = [pipe.text_encoder._graph, pipe.unet._graph, pipe.vae._encoder, pipe.vae._decoder]
+def _record(work: Callable[[], object]) -> list[tuple[Any, Any, Any]]:
+    """Every session call that `work` makes: session, outputs, inputs."""
+    from onnxruntime import InferenceSession
+
     calls: list[tuple[Any, Any, Any]] = []
-    sessions = [graph._session for graph in graphs]
-    for graph, session in zip(graphs, sessions, strict=True):
-        graph._session = _Recorded(session, calls)
-    work()
-    for graph, session in zip(graphs, sessions, strict=True):
-        graph._session = session
+    run = InferenceSession.run
+
+    def recorded(session: InferenceSession, outputs: Any, feed: Any) -> Any:
+        calls.append((session, outputs, feed))
+        return run(session, outputs, feed)
+
+    with mock.patch.object(InferenceSession, "run", recorded):
+        work()
     return calls
 
 

@@ -25,6 +25,8 @@ _TYPES = {"tensor(float)": "float32", "tensor(int64)": "int64", "tensor(int32)":
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Declares the settings."""
+    parser.add_argument("--bundle", type=Path, default=BUNDLE, metavar="DIR", help="a bundle (default: the demo model's)")
+    parser.add_argument("--requests", type=int, default=12, metavar="N", help="in each process (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=3, metavar="N", help="processes of each setting (default: %(default)s)")
     parser.add_argument("--child", choices=_SETTINGS.values(), help=argparse.SUPPRESS)
 
@@ -32,12 +34,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Measures both settings and prints a table: medians over all requests, in milliseconds."""
     if arguments.child is not None:
-        print(json.dumps({steps: _requests(arguments.child, steps) for steps in (20, 3)}))
+        print(json.dumps({steps: _requests(arguments, steps) for steps in (20, 3)}))
         return 0
     times: dict[str, dict[str, list[list[float]]]] = {name: {"20": [], "3": []} for name in _SETTINGS}
     for _ in range(arguments.rounds):
         for name, value in _SETTINGS.items():
             words = [sys.executable, str(ROOT / "benchmarks" / "bench.py"), "sessions", "--child", value]
+            words += ["--bundle", str(arguments.bundle), "--requests", str(arguments.requests)]
             done = subprocess.run(words, check=True, capture_output=True, text=True)
             for steps, measured in json.loads(done.stdout).items():
                 times[name][steps] += measured
@@ -50,12 +53,19 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _requests(stop: str, steps: int, count: int = 12) -> list[list[float]]:
+def _requests(arguments: argparse.Namespace, steps: int) -> list[list[float]]:
     """Milliseconds that each part took, request by request."""
-    calls = [(_open(part, stop), 2 if part in ("unet", "text_encoder") else 1, steps if part == "unet" else 1) for part in _PARTS]
+    calls = [
+        (
+            _open(arguments.bundle / part / "model.onnx", arguments.child),
+            2 if part in ("unet", "text_encoder") else 1,
+            steps if part == "unet" else 1,
+        )
+        for part in _PARTS
+    ]
     ready = [(session, _inputs(session, rows), times) for session, rows, times in calls]
     measured = []
-    for _ in range(count + 2):
+    for _ in range(arguments.requests + 2):
         row = []
         for session, inputs, times in ready:
             begun = time.perf_counter()
@@ -66,13 +76,13 @@ def _requests(stop: str, steps: int, count: int = 12) -> list[list[float]]:
     return measured[2:]
 
 
-def _open(part: str, stop: str) -> Any:
+def _open(graph: Path, stop: str) -> Any:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = len(os.sched_getaffinity(0))
     options.add_session_config_entry("session.force_spinning_stop", stop)
-    return onnxruntime.InferenceSession(str(BUNDLE / part / "model.onnx"), options, providers=["CPUExecutionProvider"])
+    return onnxruntime.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
 
 
 def _inputs(session: Any, rows: int) -> dict[str, Any]:

@@ -1,0 +1,44 @@
+"""Commands of `scripts/bench` that need no cluster, real-size model or GPU print their table on a small workload."""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import bench_request
+import bench_rounding
+import bench_schedulers
+import bench_sessions
+import bench_simulated
+import pytest
+
+
+@pytest.mark.parametrize(
+    ("module", "words", "printed"),
+    [
+        (bench_request, ["--requests", "1", "--starts", "1"], "request through the server"),
+        (bench_rounding, ["--timesteps", "501"], "501"),
+        (bench_schedulers, ["--requests", "2", "--rounds", "1"], "DPM++ 2M Karras"),
+        (bench_sessions, ["--rounds", "1", "--requests", "1"], "ONNX Runtime's default"),
+        (bench_simulated, ["--requests", "200"], "batching"),
+    ],
+    ids=lambda value: value.__name__ if isinstance(value, ModuleType) else "",
+)
+def test_bench_command_prints_its_table(
+    module: ModuleType,
+    words: list[str],
+    printed: str,
+    bundle: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    if hasattr(module, "RESULT"):
+        monkeypatch.setattr(module, "ROOT", tmp_path)
+        monkeypatch.setattr(module, "RESULT", tmp_path / ".bench" / "result.json")
+    parser = argparse.ArgumentParser()
+    module.configure(parser)
+    if hasattr(module, "BUNDLE"):
+        words = [*words, "--bundle", str(bundle("sd1"))]
+    assert module.run(parser.parse_args(words)) == 0
+    assert printed in capfd.readouterr().out
