@@ -41,6 +41,7 @@ from rich.console import Console
 JOBS = [Job("a lake at sunset", Source(size=(64, 64)), 4, 0.8, 7.5, seed) for seed in (3, 4, 5)]
 
 
+@pytest.mark.nightly
 async def test_a_peer_that_was_paused_goes_on(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
     server = ServerProcess("pytorch", command("pytorch", tmp_path, tiny_model("sd1")), tmp_path)
     with ending([server]):

@@ -130,6 +130,7 @@ def test_the_metadata_names_license_authors_and_pythons(built: Built) -> None:
         assert archive.read(name).decode() == text
 
 
+@pytest.mark.nightly
 def test_a_program_that_uses_the_installed_wheel_is_type_checked(built: Built, tmp_path: Path) -> None:
     venv.create(tmp_path / "venv", symlinks=True)
     (site,) = (tmp_path / "venv" / "lib").glob("python3*/site-packages")

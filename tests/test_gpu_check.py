@@ -52,6 +52,7 @@ def _names(lines: Iterator[Line]) -> list[str]:
     return [line.name for line in found]
 
 
+@pytest.mark.nightly
 def test_graphs_without_weights_are_small_and_have_no_data(fused: Path) -> None:
     files = [path for path in fused.rglob("*") if path.is_file()]
     assert not [path for path in files if path.name.endswith("_data") or "safetensors" in path.name]
@@ -67,6 +68,7 @@ def test_a_filled_model_says_that_it_was_not_verified(settings: Settings) -> Non
     assert all(component.precision == "fp32" and component.bytes > 0 for component in manifest.components)
 
 
+@pytest.mark.nightly
 def test_weights_are_the_same_wherever_they_are_made(fused: Path, tmp_path: Path) -> None:
     for name in ("one", "other"):
         weightless.fill(fused / "tiny-sd15", tmp_path / name)
@@ -80,11 +82,13 @@ def test_weights_are_the_same_wherever_they_are_made(fused: Path, tmp_path: Path
     assert {item.data_type for item in graph.graph.initializer} >= {onnx.TensorProto.FLOAT16}
 
 
+@pytest.mark.nightly
 def test_only_the_wanted_graphs_get_weights(fused: Path, tmp_path: Path) -> None:
     weightless.fill(fused / "tiny-sd15", tmp_path / "some", lambda graph: graph == "unet/cuda")
     assert [path.parent.name for path in (tmp_path / "some").rglob("model.onnx")] == ["cuda"]
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     ("part", "feed"),
     [
@@ -125,14 +129,16 @@ def test_preflight_compares_recorded_calls_with_eager_ones(settings: Settings) -
 @pytest.mark.parametrize(
     ("section", "names"),
     [
-        ("switch", ["2 rows, unchanged", "2 rows after 4", "4 rows, unchanged", "4 rows after 2"]),
+        pytest.param(
+            "switch", ["2 rows, unchanged", "2 rows after 4", "4 rows, unchanged", "4 rows after 2"], marks=pytest.mark.nightly
+        ),
         ("replay", ["1 rows", "2 rows", "4 rows", "8 rows", "16 rows", "2 rows after 4", "4 rows after 2"]),
         ("unet-sd15", ["ours", "not recorded", "PyTorch", "ours against PyTorch in fp32"]),
-        ("unet-sdxl", ["ours", "not recorded", "PyTorch", "ours against PyTorch in fp32"]),
-        ("vae", ["ours", "PyTorch", "ours against PyTorch"] * 2),
-        ("picture", ["ours", "PyTorch"]),
-        ("cold", ["process start to first image, sd15"]),
-        ("memory", ["out of memory"]),
+        pytest.param("unet-sdxl", ["ours", "not recorded", "PyTorch", "ours against PyTorch in fp32"], marks=pytest.mark.nightly),
+        pytest.param("vae", ["ours", "PyTorch", "ours against PyTorch"] * 2, marks=pytest.mark.nightly),
+        pytest.param("picture", ["ours", "PyTorch"], marks=pytest.mark.nightly),
+        pytest.param("cold", ["process start to first image, sd15"], marks=pytest.mark.nightly),
+        pytest.param("memory", ["out of memory"], marks=pytest.mark.nightly),
     ],
 )
 def test_a_section_gives_its_lines_and_reaches_what_a_cpu_can(
@@ -142,6 +148,7 @@ def test_a_section_gives_its_lines_and_reaches_what_a_cpu_can(
     assert _names(SECTIONS[section](settings)) == names
 
 
+@pytest.mark.nightly
 def test_a_step_of_the_engine_is_split_into_the_call_and_the_rest(settings: Settings) -> None:
     lines = list(SECTIONS["host"](settings))
     assert [line.name for line in lines][:3] == [
@@ -277,6 +284,7 @@ def test_what_no_time_is_left_for_is_a_line(tmp_path: Path, monkeypatch: pytest.
     assert [line.note for line in lines] == ["left out: no time is left"] * 2
 
 
+@pytest.mark.nightly
 def test_the_command_runs_a_section_in_a_process_of_its_own(settings: Settings, tmp_path: Path) -> None:
     out = tmp_path / "new" / "result.jsonl"
     words = ["--tiny", "--provider", "cpu", "--only", "preflight", "--threads", "1", "--graphs", str(settings.graphs)]

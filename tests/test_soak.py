@@ -32,6 +32,7 @@ def soak(out: Path, *words: str, **environment: str) -> "subprocess.CompletedPro
     return subprocess.run(command, capture_output=True, text=True, timeout=280, env={**os.environ, **environment}, check=False)
 
 
+@pytest.mark.nightly
 def test_a_short_soak_keeps_every_promise(tmp_path: Path) -> None:
     result = soak(tmp_path, "--minutes", "0.25", "--kserve", "--no-hostile")
     assert result.returncode == 0, result.stdout + result.stderr
@@ -55,6 +56,7 @@ def test_a_server_that_draws_a_wrong_picture_now_and_then_fails_the_soak(tmp_pat
     assert "a picture is off by" in result.stdout
 
 
+@pytest.mark.nightly
 def test_hostile_clients_of_all_kinds_attack_until_the_server_has_ended(tmp_path: Path) -> None:
     """With TLS and tokens, as in a soak: none is answered with a bug, health answers meanwhile, and SIGTERM ends the server."""
     access, flags = issue(tmp_path, tls=True, with_tokens=True)

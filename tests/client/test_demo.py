@@ -60,6 +60,7 @@ def test_the_demo_turns_noon_into_sunset_and_leaves_nothing_running() -> None:
     assert redness(WORK / "after.png") > redness(before) + 20
 
 
+@pytest.mark.nightly
 @pytest.mark.timeout(900)
 def test_a_demo_that_is_stopped_leaves_nothing_running() -> None:
     with subprocess.Popen(["scripts/demo"], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as demo:

@@ -34,6 +34,7 @@ def check_that_it_runs(model: Path) -> None:
     assert not list(model.rglob("*.bin"))
 
 
+@pytest.mark.nightly
 def test_smoke_training_writes_a_pipeline_that_runs_and_from_which_training_goes_on(tmp_path: Path) -> None:
     """From nothing in this process, which has the libraries loaded; from a model by the command."""
     (tmp_path / "work").mkdir()

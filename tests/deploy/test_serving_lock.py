@@ -62,6 +62,7 @@ def test_the_bill_of_materials_lists_exactly_the_locks_packages(image: str, ray:
             assert component.licenses, name
 
 
+@pytest.mark.nightly
 def test_the_bill_is_cyclonedx_and_knows_what_needs_what() -> None:
     bill: dict[str, Any] = json.loads(sbom.as_json(sbom.bill("cpu")))
     assert (bill["bomFormat"], bill["metadata"]["component"]["name"]) == ("CycloneDX", "img2img-server")

@@ -13,6 +13,7 @@ from typing import Any
 import onnx
 import pytest
 import torch
+from covering import nightly_but
 from diffusers import AutoPipelineForImage2Image
 from img2img_cli.__main__ import main
 from img2img_export import component
@@ -100,8 +101,8 @@ def break_graph(directory: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (change_weight, "unet differs from PyTorch"),
-        (freeze_timestep, "unet differs from PyTorch"),
+        pytest.param(change_weight, "unet differs from PyTorch", marks=pytest.mark.nightly),
+        pytest.param(freeze_timestep, "unet differs from PyTorch", marks=pytest.mark.nightly),
         (change_scheduler, "picture differs"),
         (break_graph, "ONNX Runtime cannot open unet"),
     ],
@@ -210,7 +211,11 @@ _REASON = "torch cannot export {}: KeyError: 'text_model'"
 
 @pytest.mark.parametrize(
     ("graph", "backend", "graphs"),
-    [("vae_decoder", "hybrid", {"unet"}), ("text_encoder", "hybrid", {"unet"}), ("unet", "torch", set())],
+    [
+        pytest.param("vae_decoder", "hybrid", {"unet"}, marks=pytest.mark.nightly),
+        ("text_encoder", "hybrid", {"unet"}),
+        ("unet", "torch", set()),
+    ],
 )
 def test_what_cannot_be_a_graph_is_pytorch_with_the_reason(
     graph: str, backend: str, graphs: set[str], untraceable: Callable[[str], None], tiny_model: Get, tmp_path: Path
@@ -290,7 +295,7 @@ def test_half_of_a_model_of_two_repositories_is_refused_with_advice(tiny_model: 
         export(decoder, tmp_path / "out")
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("precision", nightly_but(["fp32", "fp16"], "fp32"))
 def test_a_half_precision_variant_is_compared_in_fp32(precision: str, tiny_model: Get, tmp_path: Path) -> None:
     half = AutoPipelineForImage2Image.from_pretrained(tiny_model("sd1"), torch_dtype=torch.float16, use_safetensors=True)
     half.save_pretrained(tmp_path / "half", safe_serialization=True, variant="fp16")

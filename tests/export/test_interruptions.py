@@ -18,8 +18,6 @@ from img2img_export.options import ExportOptions
 from img2img_export.progress import Advance, Progress
 from short_exports import cut_short
 
-MOMENTS = 10
-
 
 class Killer(Progress):
     """Kills its own process at the `moment`-th thing that it is told; counts them into a file instead, where that is -1."""
@@ -73,15 +71,17 @@ def export_in_a_process(
     return start
 
 
-def test_killed_at_ten_moments_it_leaves_no_bundle_and_no_litter(
-    export_in_a_process: Callable[[Path, int, Path], int | None], tmp_path: Path
+@pytest.mark.parametrize("moments", [3, pytest.param(10, marks=pytest.mark.nightly)])
+def test_killed_at_any_moment_it_leaves_no_bundle_and_no_litter(
+    moments: int, export_in_a_process: Callable[[Path, int, Path], int | None], tmp_path: Path
 ) -> None:
+    """At the first, at the last, and at some between them."""
     folder, count = tmp_path / "bundles", tmp_path / "count"
     assert export_in_a_process(folder / "whole", -1, count) == 0
     told = int(count.read_text())
-    assert told > 10 * MOMENTS, "there must be moments to choose from"
-    for index in range(MOMENTS):
-        moment = 1 + index * (told - 1) // (MOMENTS - 1)
+    assert told > 10 * moments, "there must be moments to choose from"
+    for index in range(moments):
+        moment = 1 + index * (told - 1) // (moments - 1)
         assert export_in_a_process(folder / "model", moment, count) == -signal.SIGKILL, "it must not have come to its end"
         assert int(count.read_text()) == moment
         assert [path.name for path in folder.iterdir()] == ["whole"], f"killed at moment {moment} of {told}"

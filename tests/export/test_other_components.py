@@ -56,7 +56,7 @@ def test_a_tiny_autoencoder_draws_what_diffusers_draws(backend: Any, model: Path
     assert max(part.max_abs_error for part in manifest.verification.pictures) <= 1
 
 
-@pytest.mark.parametrize("sides", [[8, 8], [8, 12]], ids=str)
+@pytest.mark.parametrize("sides", [pytest.param([8, 8], marks=pytest.mark.nightly), [8, 12]], ids=str)
 def test_a_latent_size_may_be_a_list(sides: list[int], tiny_model: Get, tmp_path: Path) -> None:
     model = Path(shutil.copytree(tiny_model("sdxl"), tmp_path / "model"))
     change(model / "unet" / "config.json", sample_size=sides)
@@ -82,7 +82,9 @@ class StrangeError(Exception):
     """What no library is expected to raise."""
 
 
-@pytest.mark.parametrize("error", [StrangeError("what is\nthis?"), OSError("no such model")])
+@pytest.mark.parametrize(
+    "error", [StrangeError("what is\nthis?"), pytest.param(OSError("no such model"), marks=pytest.mark.nightly)]
+)
 def test_any_failure_of_a_backend_leads_to_the_next_with_the_reason(
     error: Exception, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 import tiny_models
 import torch
+from covering import nightly_but
 from img2img_server.bundle.manifest import digest_files, list_files
 
 NAMES = sorted(tiny_models.BUILDERS)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", nightly_but(NAMES, "sd1", "sdxl", "sd3"))
 def test_a_model_is_the_same_every_time(name: str, tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
     first, second = tiny_model(name), tiny_models.build(name, tmp_path / name)
     weights = [file for file in list_files(first) if file.endswith(".safetensors")]
@@ -26,7 +27,7 @@ _NO_GUIDANCE = {"flux", "flux-dev", "qwenimage", "zimage", "lcm"}
 """Models whose guidance is none (schnell), goes by another argument, or has hardly any effect on random weights."""
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", nightly_but(NAMES, "sd1", "sdxl", "sd3"))
 def test_every_part_of_a_request_shows_in_the_picture(name: str, tiny_model: Callable[[str], Path]) -> None:
     from img2img_export.convert.graphs import quiet
     from img2img_export.convert.models import Loader

@@ -206,6 +206,7 @@ async def test_errors_name_the_field(visitor: Visitor) -> None:
     await expect(visitor.page.get_by_role("alert")).to_be_hidden()
 
 
+@pytest.mark.nightly
 async def test_a_full_server_is_asked_again_and_then_told_of(visit: Callable[[], Awaitable[Visitor]], stand: Stand) -> None:
     stand.gate.close()
     for words in ("Reading the picture", "in the queue"):
@@ -261,6 +262,7 @@ async def test_tabs_know_nothing_of_each_other_and_leave_nothing_behind(visitor:
     assert (await visitor.context.request.get(visitor.address + stage)).status == 404
 
 
+@pytest.mark.nightly
 async def test_it_fits_a_phone(visit: Callable[..., Awaitable[Visitor]], stand: Stand) -> None:
     visitor = await visit(width=390)
     assert await visitor.too_wide() == []
@@ -281,6 +283,7 @@ async def test_it_fits_a_phone(visit: Callable[..., Awaitable[Visitor]], stand: 
     assert await visitor.too_wide() == []
 
 
+@pytest.mark.nightly
 async def test_dark_follows_the_system(visit: Callable[..., Awaitable[Visitor]]) -> None:
     async def brightness(selector: str, visitor: Visitor) -> int:
         colour = await visitor.page.locator(selector).first.evaluate("element => getComputedStyle(element).backgroundColor")

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
+from covering import nightly_but
 from fakes import Clock, FakePipeline, FakeState
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -49,21 +50,21 @@ def measured_cap(seconds: Callable[[int], float], noise: Callable[[int], float],
     return costs.cap(GROUP, 256, MOST)
 
 
-@pytest.mark.parametrize("curve", CURVES)
+@pytest.mark.parametrize("curve", nightly_but(CURVES, "up to 4"))
 @given(slow=st.integers(1, 82), factor=st.floats(1.0, 1000.0))
 def test_one_slow_call_anywhere_changes_no_batch_limit(curve: str, slow: int, factor: float) -> None:
     seconds, cap = CURVES[curve]
     assert measured_cap(seconds, lambda call: factor if call == slow else 1.0) == cap
 
 
-@pytest.mark.parametrize("curve", CURVES)
+@pytest.mark.parametrize("curve", nightly_but(CURVES, "up to 4"))
 @given(factor=st.floats(0.1, 50.0))
 def test_a_machine_that_is_loaded_all_the_time_has_the_same_batch_limit(curve: str, factor: float) -> None:
     seconds, cap = CURVES[curve]
     assert measured_cap(seconds, lambda call: factor) == cap
 
 
-@pytest.mark.parametrize("curve", CURVES)
+@pytest.mark.parametrize("curve", nightly_but(CURVES, "up to 4"))
 @given(first=st.integers(0, 7), factor=st.floats(1.0, 50.0))
 def test_a_load_that_comes_or_goes_between_rounds_changes_no_batch_limit(curve: str, first: int, factor: float) -> None:
     """Ten calls, five batches at two sizes, are a round; twelve come before the rounds."""
@@ -72,7 +73,7 @@ def test_a_load_that_comes_or_goes_between_rounds_changes_no_batch_limit(curve: 
     assert measured_cap(seconds, lambda call: factor if call <= 12 + 10 * first else 1.0) == cap
 
 
-@pytest.mark.parametrize("curve", CURVES)
+@pytest.mark.parametrize("curve", nightly_but(CURVES, "up to 4"))
 @given(
     outliers=st.dictionaries(st.integers(0, 9), st.sets(st.integers(0, 6), max_size=3)),
     factor=st.floats(1.0, 100.0),
@@ -108,7 +109,7 @@ def test_warming_up_keeps_to_its_time_but_for_one_call(budget: float, factor: fl
     assert set(pipeline.released) == set(pipeline.prepared)
 
 
-@pytest.mark.parametrize("curve", CURVES)
+@pytest.mark.parametrize("curve", nightly_but(CURVES, "up to 4"))
 @settings(deadline=None, max_examples=20)
 @given(st.dictionaries(st.sampled_from([2, 4, 8, 16]), st.floats(1.0, 20.0)))
 def test_a_limit_that_was_measured_too_low_is_learnt_upwards_under_load(curve: str, wrong: dict[int, float]) -> None:

@@ -170,6 +170,7 @@ def test_every_part_and_the_step_are_measured(
         assert picture.width > 500
 
 
+@pytest.mark.nightly
 def test_a_bundle_of_torch_is_measured_by_the_step(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
     with cut_short():
         export_model(ExportOptions(str(tiny_model("sd1")), tmp_path / "bundle", backend="torch"))

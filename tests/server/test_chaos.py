@@ -17,6 +17,7 @@ from typing import Any
 import grpc
 import pytest
 from chaos import big_source, is_right, source, torn_assets
+from covering import nightly_but
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from img2img.v1 import asset_pb2
 from img2img.v1.asset_pb2_grpc import AssetServiceStub
@@ -163,7 +164,7 @@ def quota(folder: Path) -> tuple[list[str], Callable[[], None]]:
     return [], functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (2**18, 2**18))
 
 
-@pytest.mark.parametrize("full", [tmpfs, quota])
+@pytest.mark.parametrize("full", [tmpfs, pytest.param(quota, marks=pytest.mark.nightly)])
 def test_a_full_disk_costs_the_upload_and_nothing_else(
     full: Callable[[Path], tuple[list[str], Callable[[], None] | None]], store: Path, tmp_path: Path
 ) -> None:
@@ -231,7 +232,7 @@ def test_a_model_call_that_raises_costs_its_own_request_only(store: Path, tmp_pa
         assert server.read_log().count("/planted/path") >= len(stages)
 
 
-@pytest.mark.parametrize("stage", ["prepare", "denoise", "finish"])
+@pytest.mark.parametrize("stage", nightly_but(["prepare", "denoise", "finish"], "denoise"))
 def test_a_model_call_that_hangs_ends_the_server_and_loses_nobody(stage: str, store: Path, tmp_path: Path) -> None:
     """Health says so, every caller hears of it, and the process ends with a status of its own."""
     with (

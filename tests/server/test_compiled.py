@@ -86,8 +86,8 @@ class Compiler:
     ("name", "blocks"),
     [
         ("sd1", {"BasicTransformerBlock"}),
-        ("flux", {"FluxTransformerBlock", "FluxSingleTransformerBlock"}),
-        ("kandinsky3", {"Kandinsky3UNet"}),
+        pytest.param("flux", {"FluxTransformerBlock", "FluxSingleTransformerBlock"}, marks=pytest.mark.nightly),
+        pytest.param("kandinsky3", {"Kandinsky3UNet"}, marks=pytest.mark.nightly),
     ],
 )
 def test_of_a_denoiser_that_repeats_blocks_the_blocks_are_compiled(

@@ -207,7 +207,10 @@ def requests_of(schedulers: Sequence[str | None]) -> list[Request]:
 SOME = (None, "DPM++ 2M Karras", "Euler a")
 
 
-@pytest.mark.parametrize(("name", "schedulers"), [("sd1", (None, *NAMES)), ("sdxl", SOME), ("lcm", (None, None, None))])
+@pytest.mark.parametrize(
+    ("name", "schedulers"),
+    [("sd1", (None, *NAMES)), pytest.param("sdxl", SOME, marks=pytest.mark.nightly), ("lcm", (None, None, None))],
+)
 def test_steps_neither_leave_the_device_nor_wait_for_it(
     far: Callable[[str], StableDiffusion], name: str, schedulers: Sequence[str | None]
 ) -> None:

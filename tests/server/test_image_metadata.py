@@ -11,6 +11,7 @@ from contextlib import suppress
 
 import numpy as np
 import pytest
+from covering import covering
 from img2img_server import images
 from img2img_server.errors import InvalidField
 from img2img_server.images import ImageLimits
@@ -118,9 +119,7 @@ def assert_is(found: Image.Image, expected: Image.Image) -> None:
     assert np.abs(np.asarray(found, int) - np.asarray(expected.convert("RGB"), int)).max() <= 12, "as near as JPEG gets"
 
 
-@pytest.mark.parametrize("order", ["<", ">"])
-@pytest.mark.parametrize("orientation", range(1, 9))
-@pytest.mark.parametrize("container", CONTAINERS)
+@covering(container=CONTAINERS, orientation=range(1, 9), order=["<", ">"])
 def test_every_orientation_in_every_container_is_applied_as_pillow_does(container: str, orientation: int, order: str) -> None:
     data = CONTAINERS[container](exif(oriented(orientation, order), order=order))
     tag = Image.Exif()

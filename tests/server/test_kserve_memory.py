@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from covering import covering
 from cycles import no_collection
 from img2img.v1 import image_to_image_pb2 as pb
 from img2img_server.access.access import Access
@@ -57,8 +58,7 @@ REFUSED: dict[str, tuple[bytes, list[Any]]] = {
 }
 
 
-@pytest.mark.parametrize("name", REFUSED)
-@pytest.mark.parametrize("stream", [False, True])
+@covering(stream=[False, True], name=REFUSED)
 def test_a_refused_requests_picture_is_freed_at_once(name: str, stream: bool, tmp_path: Path) -> None:
     data, inputs = REFUSED[name]
     told: queue.Queue[Any] = queue.Queue()

@@ -71,7 +71,9 @@ def test_a_second_signal_ends_it_even_inside_a_call_that_never_comes_back(start:
 
 
 @pytest.mark.parametrize(
-    ("draining", "grace"), [(False, "30"), (True, "30"), (True, "0")], ids=["serving", "draining", "grace is over"]
+    ("draining", "grace"),
+    [(False, "30"), pytest.param(True, "30", marks=pytest.mark.nightly), (True, "0")],
+    ids=["serving", "draining", "grace is over"],
 )
 def test_an_engine_that_is_stuck_ends_the_process_with_a_status_of_its_own(
     start: Callable[..., Process], draining: bool, grace: str

@@ -176,8 +176,8 @@ def answered_and_reset(port: int, message: bytes) -> None:
     ("attack", "message", "unread"),
     [
         (sent_and_reset, b"", 16),
-        (sent_and_reset, b"\xff", 16),
-        (sent_and_reset, pb.TransformRequest(prompt="x").SerializeToString(), 16),
+        pytest.param(sent_and_reset, b"\xff", 16, marks=pytest.mark.nightly),
+        pytest.param(sent_and_reset, pb.TransformRequest(prompt="x").SerializeToString(), 16, marks=pytest.mark.nightly),
         (sent_and_reset, b"", 0),
         (answered_and_reset, b"", 16),
     ],

@@ -11,6 +11,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+from covering import covering
 from diffusers import StableDiffusionImg2ImgPipeline
 from img2img_server.runtime.schedulers.registry import NAMES, find, make, supported
 
@@ -91,9 +92,9 @@ def test_a_model_of_another_kind_takes_none(own: Any) -> None:
     assert supported(own) == ()
 
 
-@pytest.mark.parametrize("own", OWN.values(), ids=OWN)
-@pytest.mark.parametrize("name", NAMES)
-def test_every_name_is_made_of_every_model_without_a_word(name: str, own: Any, complaints: list[str]) -> None:
+@covering(name=NAMES, kind=OWN)
+def test_every_name_is_made_of_every_model_without_a_word(name: str, kind: str, complaints: list[str]) -> None:
+    own = OWN[kind]
     before = pickle.dumps(own)
     scheduler = make(name, own)
     scheduler.set_timesteps(5)
@@ -107,8 +108,7 @@ def test_every_name_is_made_of_every_model_without_a_word(name: str, own: Any, c
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-@pytest.mark.parametrize("kind", ["bare", "sde", "unknown words"])
-@pytest.mark.parametrize("name", NAMES)
+@covering(name=NAMES, kind=["bare", "sde", "unknown words"])
 def test_it_is_corrected_as_the_pipelines_constructor_would(name: str, kind: str) -> None:
     own, (class_name, overrides) = OWN[kind], NAMES[name]
     theirs = getattr(diffusers, class_name).from_config(own.config, **overrides)

@@ -10,6 +10,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from covering import covering
 from fakes import Caller, make_request, run_out
 from img2img_server.engine.engine import Engine
 from img2img_server.engine.request import Completed, Request, run_alone
@@ -114,8 +115,7 @@ def test_every_class_with_a_rule_is_looked_at_here() -> None:
     assert set(CLASSES.values()) == set(RULES)
 
 
-@pytest.mark.parametrize("negative", [False, True])
-@pytest.mark.parametrize("name", CLASSES)
+@covering(name=CLASSES, negative=[False, True])
 def test_a_picture_is_the_same_alone_and_in_a_shared_call(
     load: Load, monkeypatch: pytest.MonkeyPatch, name: str, negative: bool
 ) -> None:

@@ -37,9 +37,9 @@ def _asset(channel: grpc.Channel) -> str:
     [
         ("none", [signal.SIGTERM], "0", 0),
         ("call", [signal.SIGTERM], "0", 143),  # its engine never ends: the process does
-        ("call", [signal.SIGTERM, signal.SIGTERM], "0", 143),
+        pytest.param("call", [signal.SIGTERM, signal.SIGTERM], "0", 143, marks=pytest.mark.nightly),
         ("call", [], "1", 70),
-        ("call", [signal.SIGTERM], "1", 70),
+        pytest.param("call", [signal.SIGTERM], "1", 70, marks=pytest.mark.nightly),
     ],
     ids=["drain", "drain with a hung device", "second signal", "watchdog", "watchdog in a drain"],
 )

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from covering import nightly_but
 from diffusers import AutoencoderTiny, AutoPipelineForImage2Image
 from fakes import make_request
 from img2img_server.bundle.manifest import read_manifest
@@ -160,7 +161,7 @@ def difference(some: Any, others: Any) -> int:
     return max(int(np.abs(np.asarray(one, int) - np.asarray(other, int)).max()) for one, other in pairs)
 
 
-@pytest.mark.parametrize("name", ["sd1", "sdxl", "lcm", "flux"])
+@pytest.mark.parametrize("name", nightly_but(["sd1", "sdxl", "lcm", "flux"], "sd1", "flux"))
 def test_a_tiled_image_is_the_one_that_diffusers_makes_with_tiling(
     name: str, bundle: Callable[[str], Path], tiny_model: Callable[[str], Path]
 ) -> None:
