@@ -27,7 +27,7 @@ def measured_engine(
 
 def check_room(engine: Engine, client: str = "") -> None:
     """Raises what a request of `client` that came now would be refused with."""
-    with engine.arriving(client):
+    with engine.reserve(client):
         pass
 
 
@@ -149,7 +149,7 @@ def test_the_last_places_are_for_clients_without_a_request() -> None:
         Caller(engine).submit(client="many")
     with pytest.raises(QueueFull):
         Caller(engine).submit(client="many")
-    with engine.arriving("few") as place:
+    with engine.reserve("few") as place:
         engine.submit(make_request(client="few"), lambda event: None, place)
         with pytest.raises(QueueFull):
             Caller(engine).submit(client="few")
@@ -170,9 +170,9 @@ def test_the_server_itself_is_no_client() -> None:
 def test_what_is_arriving_counts() -> None:
     """So that no more images are fetched and decoded than there is room for."""
     engine, _, _ = make_engine(QueueLimits(max_waiting=2))
-    with engine.arriving() as place:
+    with engine.reserve() as place:
         assert engine.stats.arriving == 1
-        with engine.arriving(), pytest.raises(QueueFull):
+        with engine.reserve(), pytest.raises(QueueFull):
             check_room(engine)
         check_room(engine)
         Caller(engine).submit()
@@ -187,7 +187,7 @@ def test_what_is_arriving_counts() -> None:
 def test_a_client_counts_until_its_answer_is_read() -> None:
     engine, _, _ = make_engine(QueueLimits(max_client_waiting=2))
     ended: list[Event] = []
-    with engine.arriving("slow") as place, engine.arriving("slow") as other:
+    with engine.reserve("slow") as place, engine.reserve("slow") as other:
         for held in (place, other):
             engine.submit(make_request(client="slow"), ended.append, held)
         run_out(engine)
@@ -200,7 +200,7 @@ def test_a_client_counts_until_its_answer_is_read() -> None:
 
 def test_a_place_that_was_refused_is_given_back() -> None:
     engine, _, _ = measured_engine(QueueLimits(max_client_waiting=1))
-    with pytest.raises(ModelNotLoaded), engine.arriving("a") as place:
+    with pytest.raises(ModelNotLoaded), engine.reserve("a") as place:
         engine.submit(make_request(model="gone", client="a"), lambda event: None, place)
     check_room(engine, "a")
     assert engine.stats.arriving == 0
@@ -208,7 +208,7 @@ def test_a_place_that_was_refused_is_given_back() -> None:
 
 def test_a_cancelled_request_counts_until_it_is_out() -> None:
     engine, _, _ = make_engine(QueueLimits(max_client_waiting=1))
-    with engine.arriving("a") as place:
+    with engine.reserve("a") as place:
         ticket = engine.submit(make_request(client="a"), lambda event: None, place).ticket
     ticket.cancel()
     with pytest.raises(ClientBusy):
@@ -224,5 +224,5 @@ def test_there_is_no_room_in_an_engine_that_ends() -> None:
         check_room(engine)
     lost, _, _ = make_engine()
     lost.abandon(EngineStuck("lost"))
-    with pytest.raises(EngineStuck), lost.arriving("a"):
+    with pytest.raises(EngineStuck), lost.reserve("a"):
         pass

@@ -135,7 +135,7 @@ async def test_draining_refuses_what_comes_and_waits_for_what_runs() -> None:
         caller = it.submit()
         await it.replicas.came.wait()
         assert not await it.front.drain(0)
-        with pytest.raises(ShuttingDown), it.front.arriving("c"):
+        with pytest.raises(ShuttingDown), it.front.reserve("c"):
             pass
         go.set()
         assert await it.front.drain(60)
@@ -159,7 +159,7 @@ async def test_where_no_replica_is_requests_are_refused_and_told_when_to_come_ag
     async with rig() as it:
         loads(it)
         await it.roster.look()
-        with pytest.raises(NoReplica) as refused, it.front.arriving():
+        with pytest.raises(NoReplica) as refused, it.front.reserve():
             pass
         assert refused.value.status == "UNAVAILABLE"
         assert refused.value.retry_after is not None
@@ -179,7 +179,7 @@ async def test_a_replica_that_is_stuck_counts_as_none() -> None:
         assert (it.front.stats.work_seconds, it.front.stats.waiting) == (2.0, 1)
         loads(it, stuck)
         await it.roster.look()
-        with pytest.raises(NoReplica), it.front.arriving():
+        with pytest.raises(NoReplica), it.front.reserve():
             pass
         assert it.serving == {"m": False}
         assert it.front.stats.work_seconds is None
@@ -204,11 +204,11 @@ async def test_the_queue_of_all_fronts_is_bounded() -> None:
     async with rig(max_waiting=2, max_active=1) as it:
         loads(it, LoadModel(9.0, 1, 1, ("m",)), LoadModel(9.0, 2, 1, ("m",)))
         await it.roster.look()
-        with it.front.arriving("a"):
-            with pytest.raises(QueueFull) as full, it.front.arriving("b"):
+        with it.front.reserve("a"):
+            with pytest.raises(QueueFull) as full, it.front.reserve("b"):
                 pass
             assert full.value.retry_after > 0
-        with it.front.arriving("b"):
+        with it.front.reserve("b"):
             pass
         it.replicas.scripts = [(asyncio.Event(),)]
         caller = it.submit()
@@ -221,21 +221,21 @@ async def test_the_last_places_of_all_replicas_are_for_clients_without_a_request
     async with rig(max_waiting=4, max_active=1) as it:
         loads(it, LoadModel(9.0, 3, 1, ("m",)), LoadModel(9.0, 4, 1, ("m",)))
         await it.roster.look()
-        with it.front.arriving("few"), pytest.raises(QueueFull), it.front.arriving("other"):
+        with it.front.reserve("few"), pytest.raises(QueueFull), it.front.reserve("other"):
             pass
         loads(it, LoadModel(9.0, 3, 1, ("m",)), LoadModel(9.0, 3, 1, ("m",)))
         await it.roster.look()
-        with it.front.arriving("many"):
-            with pytest.raises(QueueFull), it.front.arriving("many"):
+        with it.front.reserve("many"):
+            with pytest.raises(QueueFull), it.front.reserve("many"):
                 pass
-            with it.front.arriving("few"):
+            with it.front.reserve("few"):
                 pass
 
 
 async def test_requests_that_idle_engines_take_at_once_do_not_wait() -> None:
     async with rig(*([(asyncio.Event(),)] * 5), max_waiting=1, max_active=2) as it:
         callers = [it.submit() for _ in range(5)]
-        with it.front.arriving("a"), pytest.raises(QueueFull):
+        with it.front.reserve("a"), pytest.raises(QueueFull):
             it.submit()
         for caller in callers:
             caller.accepted.ticket.cancel()
@@ -255,17 +255,17 @@ async def test_seconds_of_work_bound_the_queue_where_all_have_too_many() -> None
 
 async def test_a_client_has_so_many_and_a_place_until_it_has_its_answer() -> None:
     async with rig(max_client_waiting=2) as it:
-        with it.front.arriving("a") as place:
+        with it.front.reserve("a") as place:
             caller = Caller(it.front, place, client="a")
-            with it.front.arriving("a"):
-                with pytest.raises(ClientBusy), it.front.arriving("a"):
+            with it.front.reserve("a"):
+                with pytest.raises(ClientBusy), it.front.reserve("a"):
                     pass
-                with it.front.arriving("b"):
+                with it.front.reserve("b"):
                     pass
             assert isinstance((await caller.over())[-1], Completed)  # it is still being sent
-            with it.front.arriving("a"), pytest.raises(ClientBusy), it.front.arriving("a"):
+            with it.front.reserve("a"), pytest.raises(ClientBusy), it.front.reserve("a"):
                 pass
-        with it.front.arriving("a"), it.front.arriving("a"):
+        with it.front.reserve("a"), it.front.reserve("a"):
             pass
 
 
@@ -273,6 +273,6 @@ async def test_what_all_replicas_do_is_told_to_metrics() -> None:
     async with rig() as it:
         loads(it, LoadModel(2.0, 1, 2, ("m",)), LoadModel(None, 3, 4, ("m",)))
         await it.roster.look()
-        with it.front.arriving():
+        with it.front.reserve():
             stats = it.front.stats
     assert (stats.waiting, stats.active, stats.work_seconds, stats.arriving) == (4, 6, 2.0, 1)

@@ -133,9 +133,9 @@ def test_a_padded_call_teaches_what_its_bucket_costs() -> None:
 def test_a_padded_call_that_has_no_room_bounds_the_bucket() -> None:
     costs = padded_costs({})
     costs.forbid("m", 4096, 9)
-    assert costs.room("denoise", "m", 4096) == 8, "all of 9 to 16 rows take as much"
+    assert costs.fitting_rows("denoise", "m", 4096) == 8, "all of 9 to 16 rows take as much"
     costs.forbid("m", 4096, 8, largest=7)
-    assert costs.room("denoise", "m", 4096) == 4
+    assert costs.fitting_rows("denoise", "m", 4096) == 4
 
 
 def test_rows_that_would_be_padded_are_filled() -> None:

@@ -219,7 +219,7 @@ def test_a_bug_in_the_engine_ends_every_request_and_the_engine_goes_on(where: st
 
     monkeypatch.setattr(engine._executor, where, bug)
     engine.start()
-    assert engine.settle("m")
+    assert engine.wait_until_idle("m")
     later = Caller(engine).submit()
     assert engine.drain(60)
     engine.close()
@@ -437,7 +437,7 @@ def test_work_that_waits_when_the_engine_stops_is_not_done(stop: Callable[[Engin
     assert begun.wait(30)
     second = call(lambda: outcomes.append("done too late"))
     with engine._changed:
-        assert engine._changed.wait_for(lambda: bool(engine._errands), 30)
+        assert engine._changed.wait_for(lambda: bool(engine._tasks), 30)
     stopping = threading.Thread(target=lambda: stop(engine))
     stopping.start()
     with engine._changed:
@@ -455,7 +455,7 @@ def test_another_thread_goes_on_where_one_does_not_come_back() -> None:
     stuck.start()
     assert begun.wait(30)
     assert engine.current_call is not None
-    engine.renew()
+    engine.restart_thread()
     assert engine.current_call is None, "the watchdog would end the server for it"
     caller = Caller(engine).submit()
     assert engine.drain(timeout=30)

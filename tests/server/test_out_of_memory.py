@@ -63,7 +63,7 @@ def test_a_request_that_has_no_room_alone_ends_and_the_server_goes_on(where: str
     run_out(engine)
     assert isinstance(large.error, OutOfMemory)
     assert (large.error.status, large.error.reason) == ("RESOURCE_EXHAUSTED", "OUT_OF_MEMORY")
-    assert "2 pictures of 16 x 8 pixels" in str(large.error)
+    assert "2 images of 16 x 8 pixels" in str(large.error)
     assert [other.error for other in others] == [None] * 3
     assert len(pipeline.released) == len(pipeline.prepared)
     later = Caller(engine).submit()

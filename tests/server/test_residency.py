@@ -360,7 +360,7 @@ async def test_one_load_under_a_full_queue_gets_its_turn(folder: Path) -> None:
             it.engine.submit(make_request(model="a", client="crowd"), again)
         await use(it, "b")
         going = False
-        await asyncio.to_thread(it.engine.settle, "a")
+        await asyncio.to_thread(it.engine.wait_until_idle, "a")
 
 
 async def test_a_load_does_not_wait_for_those_who_wait_for_it(folder: Path) -> None:
@@ -368,7 +368,7 @@ async def test_a_load_does_not_wait_for_those_who_wait_for_it(folder: Path) -> N
     it = Rig(folder, ModelSettings(preload=("none",)), EXPORTER, QueueLimits(max_waiting=1))
     it.engine.start()
     try:
-        with it.engine.arriving():
+        with it.engine.reserve():
             async with asyncio.timeout(60), it.residency.using(named("b")) as model:
                 assert model.pipeline is not None
     finally:

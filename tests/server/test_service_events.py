@@ -124,7 +124,7 @@ class ScriptedEngine:
     def clock(self) -> float:
         return 0.0
 
-    def arriving(self, client: str) -> AbstractContextManager[Slot]:
+    def reserve(self, client: str) -> AbstractContextManager[Slot]:
         return nullcontext(Slot(client))
 
     def submit(self, request: Request, listener: Listener, place: Slot) -> Accepted:

@@ -7,7 +7,7 @@ import pytest
 from fakes import Caller, Clock, FakePipeline, make_engine, make_request, run_out
 from img2img_server.engine.costs import Costs
 from img2img_server.engine.engine import Engine
-from img2img_server.engine.policy import Job, Policy, charged, in_order
+from img2img_server.engine.policy import Job, Policy, charge, in_order
 from img2img_server.engine.request import Completed, Event
 from img2img_server.engine.scheduler import QueueLimits
 from img2img_server.engine.warmup import WarmUp
@@ -158,8 +158,8 @@ def job(number: int, steps: int, client: str, **settings: object) -> Job:
     return Job(number=number, group=("m", 0), steps_left=steps, client=client, **{**values, **settings})  # type: ignore[arg-type]
 
 
-def order(jobs: list[Job], shares: dict[str, float] | None = None) -> list[int]:
-    return [item.number for item in in_order(jobs, shares or {}, 0.0)]
+def order(jobs: list[Job], usage: dict[str, float] | None = None) -> list[int]:
+    return [item.number for item in in_order(jobs, usage or {}, 0.0)]
 
 
 @pytest.mark.parametrize("client", ["", "one"])
@@ -190,10 +190,10 @@ def test_one_pressing_deadline_comes_first_and_not_the_whole_line() -> None:
 
 def test_nobody_saves_up_and_who_comes_anew_begins_as_the_last() -> None:
     a, b, c = job(1, 4, "a"), job(2, 4, "b"), job(3, 4, "c")
-    shares = charged({}, [a, b], [a], 3.0)
-    assert shares == {"a": 3.0, "b": 0.0}
-    assert charged(shares, [a], [a], 2.0) == {"a": 4.0}, "alone it is ahead of whoever comes by one request at most"
-    assert charged({}, [a], [a], 0.5) == {"a": 0.5}
-    assert charged({"a": 2.0}, [c], [c], 0.5) == {"c": 0.5}, "who has left is forgotten"
-    assert charged(shares, [a, b, c], [b], 2.0) == {"a": 3.0, "b": 2.0, "c": 0.0}
-    assert charged({"a": 3.0, "b": 2.0}, [a, b], [a, b], 2.0) == {"a": 2.0 - 1.0, "b": 0.0}
+    usage = charge({}, [a, b], [a], 3.0)
+    assert usage == {"a": 3.0, "b": 0.0}
+    assert charge(usage, [a], [a], 2.0) == {"a": 4.0}, "alone it is ahead of whoever comes by one request at most"
+    assert charge({}, [a], [a], 0.5) == {"a": 0.5}
+    assert charge({"a": 2.0}, [c], [c], 0.5) == {"c": 0.5}, "who has left is forgotten"
+    assert charge(usage, [a, b, c], [b], 2.0) == {"a": 3.0, "b": 2.0, "c": 0.0}
+    assert charge({"a": 3.0, "b": 2.0}, [a, b], [a, b], 2.0) == {"a": 2.0 - 1.0, "b": 0.0}

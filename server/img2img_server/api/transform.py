@@ -56,10 +56,10 @@ class ImageToImageService(pb_grpc.ImageToImageServiceServicer):
 
     async def Transform(self, request: pb.TransformRequest, context: Any) -> pb.TransformResponse:
         """Runs one transform and answers when it is done."""
-        with self._engine.arriving(current().client) as place:
+        with self._engine.reserve(current().client) as slot:
             async with AsyncExitStack() as lease:
                 job = await self._parse(request, context, lease, previews=False)
-                async with self._room(job) as room, aclosing(self._follow(job.request, place, lease, progress=False)) as events:
+                async with self._room(job) as room, aclosing(self._follow(job.request, slot, lease, progress=False)) as events:
                     async for event in events:
                         if isinstance(event, Completed):
                             return await self._response(job, event, room)
@@ -69,10 +69,10 @@ class ImageToImageService(pb_grpc.ImageToImageServiceServicer):
         self, request: pb.TransformStreamRequest, context: Any
     ) -> AsyncGenerator[pb.TransformStreamResponse, None]:
         """Runs one transform and tells each of its events."""
-        with self._engine.arriving(current().client) as place:
+        with self._engine.reserve(current().client) as slot:
             async with AsyncExitStack() as lease:
                 job = await self._parse(request.request, context, lease, previews=True)
-                async with self._room(job) as room, aclosing(self._follow(job.request, place, lease, progress=True)) as events:
+                async with self._room(job) as room, aclosing(self._follow(job.request, slot, lease, progress=True)) as events:
                     async for event in events:
                         yield await self._told(job, event, room)
 
@@ -82,7 +82,7 @@ class ImageToImageService(pb_grpc.ImageToImageServiceServicer):
         return await self._parser.parse(message, model, context.time_remaining(), previews)
 
     async def _follow(
-        self, request: Request, place: Slot, lease: AsyncExitStack, progress: bool
+        self, request: Request, slot: Slot, lease: AsyncExitStack, progress: bool
     ) -> AsyncGenerator[Accepted | Event, None]:
         """Submits a request and gives its events in order; raises its error. Leaving early cancels it.
 
@@ -102,7 +102,7 @@ class ImageToImageService(pb_grpc.ImageToImageServiceServicer):
             if progress or is_last(event):
                 loop.call_soon_threadsafe(take, event)
 
-        accepted = self._engine.submit(request, listen, place)
+        accepted = self._engine.submit(request, listen, slot)
         trail.tell(accepted)
         try:
             yield accepted

@@ -1,4 +1,4 @@
-"""Room for one more request: the bounds of what is accepted, and when those who are refused should come back."""
+"""Admission control: how many requests are accepted, and when a refused one should be retried."""
 
 from dataclasses import dataclass
 
@@ -7,17 +7,17 @@ from img2img_server.engine.scheduler import Scheduler
 from img2img_server.errors import ClientBusy, QueueFull
 
 _SOONEST = 0.1
-"""Seconds after which a refused request may come back, at the least."""
+"""The shortest retry delay in seconds."""
 _UNKNOWN = 1.0
-"""And where nothing is known of how long the others take."""
+"""The retry delay in seconds if the costs of the accepted requests are unknown."""
 
 
 @dataclass(slots=True, eq=False)
 class Slot:
-    """What a request of `client` holds from its arrival until its caller has the answer.
+    """What a request of `client` holds from its arrival until its caller has the response.
 
-    Until it is submitted, while its image is fetched and decoded, it counts among those who wait; as its client's it counts
-    to the end, so that answers which are read slowly do.
+    While its image is fetched and decoded, before it is submitted, it counts as waiting. It counts against its client's limit
+    until the response was read, so a client that reads slowly cannot have unlimited responses pending.
     """
 
     client: str
@@ -25,32 +25,32 @@ class Slot:
 
 
 class Admission:
-    """Says whether the engine takes one more request. Not thread-safe: the engine guards it with its lock."""
+    """Decides whether one more request is accepted. Not thread-safe: guarded by the engine's lock."""
 
     def __init__(self, scheduler: Scheduler) -> None:
         self._scheduler = scheduler
-        self._places: set[Slot] = set()
+        self._slots: set[Slot] = set()
 
     @property
     def arriving(self) -> int:
-        """How many hold a place and were not submitted yet."""
-        return sum(place.ticket is None for place in self._places)
+        """How many slots are held by requests that were not submitted yet."""
+        return sum(slot.ticket is None for slot in self._slots)
 
-    def take(self, place: Slot) -> None:
-        """Holds a place for a request that is on its way."""
-        self._places.add(place)
+    def take(self, slot: Slot) -> None:
+        """Reserves a slot for an arriving request."""
+        self._slots.add(slot)
 
-    def leave(self, place: Slot) -> None:
-        """Gives a place back. Harmless where that was done before."""
-        self._places.discard(place)
+    def leave(self, slot: Slot) -> None:
+        """Returns a slot. Idempotent."""
+        self._slots.discard(slot)
 
     def check(self, client: str, now: float, background: bool = False) -> None:
-        """Raises QueueFull or ClientBusy where one more request of `client` would be too many. An empty name is nobody's, and
-        what runs in the background is bounded by its number only."""
+        """Raises QueueFull or ClientBusy if one more request of `client` would exceed a limit. Requests without a client have no
+        per-client limit; background requests are limited by their number only."""
         scheduler, limits = self._scheduler, self._scheduler.limits
         waiting, held = len(scheduler.waiting) + self.arriving, self._count(client) if client else 0
-        if waiting >= limits.waiting_places(held):
-            raise QueueFull(f"{waiting} requests are waiting already", _later(scheduler.next_place(now)))
+        if waiting >= limits.waiting_slots(held):
+            raise QueueFull(f"{waiting} requests are waiting already", _later(scheduler.seconds_to_admission(now)))
         if background:
             return
         if limits.max_waiting_seconds is not None:
@@ -63,9 +63,9 @@ class Admission:
             raise ClientBusy(message, _later(scheduler.next_end(client, now)))
 
     def _count(self, client: str) -> int:
-        """Requests of a client's that have not ended, and those that are not in the engine but still hold a place."""
-        elsewhere = (place for place in self._places if place.ticket is None or place.ticket.ended)
-        return self._scheduler.count(client) + sum(place.client == client for place in elsewhere)
+        """Requests of a client that have not ended, and those that are not in the engine but still hold a slot."""
+        elsewhere = (slot for slot in self._slots if slot.ticket is None or slot.ticket.ended)
+        return self._scheduler.count(client) + sum(slot.client == client for slot in elsewhere)
 
 
 def _later(seconds: float | None) -> float:

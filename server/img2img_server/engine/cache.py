@@ -36,7 +36,7 @@ class Cache:
         return CacheStats(self._hits, self._misses, self._evictions, len(self._entries), self._bytes)
 
     def get(self, key: Hashable) -> Any:
-        """The value stored under `key`, None where there is none."""
+        """The value stored under `key`, None if there is none."""
         with self._lock:
             if key not in self._entries:
                 self._misses += 1

@@ -20,14 +20,14 @@ _DOUBT = 2.0
 _INSTANT = 1e-9
 """Seconds below which nothing takes."""
 _GAIN = 0.04
-"""A larger batch is worth it where it saves this share of the time per row."""
+"""A larger batch is worth it if it saves this share of the time per row."""
 _PATIENCE = 1000
-"""Calls of a stage after which one that had no room may be tried again: others may have taken the memory at that time. Where it
+"""Calls of a stage after which one that ran out of memory is retried: others may have used the memory at that time. If it
 fails again it takes twice as many, so failing costs less than a thousandth of all calls."""
 _CURIOSITY = 32
 """Full batches of a shape after which a larger one than pays is tried once: what was measured of that may have been disturbed."""
 _SAMPLES = 3
-"""Trials of a batch whose median takes the place of what was thought of it."""
+"""Trials of a batch whose median replaces its estimated cost."""
 _MOST_SHAPES = 256
 """Shapes of a model that are remembered for each stage: callers choose them."""
 
@@ -56,7 +56,7 @@ class _Trials:
     """Which batch beyond those that pay is tried next, and what trials have taken.
 
     After `patience` full batches one of up to `allowed` rows is tried once, if that many come together; `base` is what was
-    full. Once a batch was tried often enough, the next larger one has its turn; when all have been, patience doubles.
+    full. Once a batch was tried often enough, the next larger one is tried; after all of them, patience doubles.
     """
 
     patience: int = _CURIOSITY
@@ -140,27 +140,27 @@ class _Curve:
 
 @dataclass(slots=True)
 class _Bound:
-    """What a call that had no room taught: calls of up to `room` pixels have. Every `patience` calls, of which `calls` were made,
-    somewhat larger ones are tried; `safe` is what had room before that."""
+    """The memory bound learnt from calls that ran out of memory: calls of up to `limit` pixels fit. After `patience` calls, of
+    which `calls` were made, a somewhat larger limit is tried; `safe` is the limit before that."""
 
-    room: int
+    limit: int
     patience: int = _PATIENCE
     calls: int = 0
     safe: int | None = None
 
-    def lower(self, pixels: int, room: int) -> None:
-        """Notes that a call of `pixels` had no room, and that one of `room` is to be the largest."""
+    def lower(self, pixels: int, limit: int) -> None:
+        """Records that a call of `pixels` did not fit; `limit` pixels are tried next."""
         if self.safe is not None and self.safe < pixels:
-            self.room, self.patience = self.safe, 2 * self.patience
+            self.limit, self.patience = self.safe, 2 * self.patience
         else:
-            self.room = min(self.room, room)
+            self.limit = min(self.limit, limit)
         self.calls, self.safe = 0, None
 
     def count(self) -> None:
-        """Notes a call that had room."""
+        """Records a call that fitted."""
         self.calls += 1
         if self.calls >= self.patience:
-            self.calls, self.safe, self.room = 0, self.room, 3 * self.room // 2 + 1
+            self.calls, self.safe, self.limit = 0, self.limit, 3 * self.limit // 2 + 1
 
 
 class Costs:
@@ -175,7 +175,7 @@ class Costs:
         self._pace: dict[str, float] = {}
         self._bounds: dict[tuple[Stage, str], _Bound] = {}
         self._buckets: dict[str, Sequence[int]] = {}
-        self._found: dict[tuple[Stage, Group, int, int], float | None] = {}  # what `seconds` said since anything was learnt
+        self._found: dict[tuple[Stage, Group, int, int], float | None] = {}  # results of `seconds` since the last observation
 
     def measured(self, stage: Stage, group: Group, pixels: int, rows: int, seconds: float) -> None:
         """Notes what a call of `rows` rows, each of `pixels` pixels, takes when nothing disturbs it."""
@@ -267,16 +267,16 @@ class Costs:
         return own.means[0] * like.seconds(rows) / max(like.seconds(own.rows[0]), _INSTANT)
 
     def forbid(self, model: str, pixels: int, rows: int, stage: Stage = "denoise", largest: int | None = None) -> None:
-        """Notes that such a call failed: for a long while none of as many pixels in all is to be made again, nor, where it is
-        given, one of more than `largest` rows of so many."""
+        """Records that such a call ran out of memory: for a long time no call of as many pixels is made, nor one of more than
+        `largest` rows, if given."""
         total = pixels * self.padded(model, rows)
-        room = total - 1 if largest is None else pixels * largest
-        self._bounds.setdefault((stage, model), _Bound(total)).lower(total, room)
+        limit = total - 1 if largest is None else pixels * largest
+        self._bounds.setdefault((stage, model), _Bound(total)).lower(total, limit)
 
-    def room(self, stage: Stage, model: str, pixels: int) -> int | None:
-        """The most rows of `pixels` that a call is to have, at least one; None where none had too many yet."""
+    def fitting_rows(self, stage: Stage, model: str, pixels: int) -> int | None:
+        """The most rows of `pixels` that fit into a call, at least one; None if no call has run out of memory."""
         bound = self._bounds.get((stage, model))
-        return None if bound is None else self._fitting(model, max(1, bound.room // pixels))
+        return None if bound is None else self._fitting(model, max(1, bound.limit // pixels))
 
     def _fitting(self, model: str, rows: int) -> int:
         """The largest number of rows that, padded to a bucket, is at most `rows`; at least one."""
@@ -293,8 +293,8 @@ class Costs:
 
     def cap(self, group: Group, pixels: int, most: int) -> int:
         """The smallest batch, in rows, beyond which a larger one of up to `most` no longer pays. `most` where unknown."""
-        if (room := self.room("denoise", group[0], pixels)) is not None:
-            most = min(most, room)
+        if (fitting := self.fitting_rows("denoise", group[0], pixels)) is not None:
+            most = min(most, fitting)
         curves = self._curves.get(("denoise", group[0]))
         if not curves:
             return most

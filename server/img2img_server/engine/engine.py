@@ -1,4 +1,4 @@
-"""The engine: one thread that owns the device and takes all requests one step further at a time."""
+"""The engine: one thread that owns the device and advances the requests of all models step by step."""
 
 import itertools
 import logging
@@ -23,8 +23,8 @@ from img2img_server.errors import ModelFailed, ModelNotLoaded, ServerError, Shut
 
 _log = logging.getLogger(__name__)
 
-_NEWS = 1.0
-"""Seconds between two tellings of a waiting request's place."""
+_POSITION_INTERVAL = 1.0
+"""Seconds between two updates of the queue positions that waiting callers get."""
 
 _R = TypeVar("_R")
 
@@ -32,9 +32,9 @@ _R = TypeVar("_R")
 class Engine:
     """Runs requests of several models with step-level continuous batching.
 
-    Every accepted request ends exactly once: its listener is called with Completed or Failed, on the engine's thread, or on that
-    of whoever closes or abandons it. Without start(), nothing runs by itself: a test calls step(). `clock` gives seconds and
-    never goes back. `observe` is told of every stage that ran.
+    Every accepted request ends exactly once: its listener is called with Completed or Failed, on the engine's thread, or on the
+    thread that calls close() or abandon(). Without start() nothing runs by itself: a test calls step(). `clock` is monotonic, in
+    seconds. `observe` is called with every stage that ran.
     """
 
     def __init__(
@@ -62,16 +62,16 @@ class Engine:
             self._in_flight,
             lambda ticket, error: self._leave(ticket, Failed(error)),
         )
-        self._room = Admission(self._scheduler)
+        self._admission = Admission(self._scheduler)
         self._numbers = itertools.count(1)
-        self._turns, self._resting = 0, True  # rounds of the thread, and whether it is between two of them
+        self._rounds, self._between_rounds = 0, True  # rounds of the thread, and whether it is between two of them
         self._thread = self._new_thread()
-        self._errands: deque[tuple[str, Callable[[], Any], Future[Any]]] = deque()
+        self._tasks: deque[tuple[str, Callable[[], Any], Future[Any]]] = deque()
         self._running = False
         self._draining = False
         self._stopping = False
         self._abandoned: ServerError | None = None
-        self._news_told = 0.0
+        self._positions_published = 0.0
 
     @property
     def clock(self) -> Callable[[], float]:
@@ -86,30 +86,33 @@ class Engine:
                 self._thread.start()
 
     def call(self, model: str, work: Callable[[], _R]) -> _R:
-        """What `work` returns or raises, on the engine's thread, between two rounds; starts that thread if it does not run yet.
+        """Runs `work` on the engine's thread between two rounds, and returns its result or raises its error. Starts the thread if
+        needed.
 
-        What `model` records while it warms up must be recorded there. Raises ShuttingDown if the engine stops before that.
+        Warm-up of `model` runs here, because CUDA graphs must be recorded on that thread. Raises ShuttingDown if the engine stops
+        before `work` began.
         """
         done: Future[_R] = Future()
         with self._changed:
             if self._stopping:
                 raise ShuttingDown("the server is shutting down")
-            self._errands.append((model, work, done))
+            self._tasks.append((model, work, done))
             self._changed.notify_all()
             self.start()
         return done.result()
 
-    def renew(self) -> None:
-        """Goes on with another thread: this one is in a call that does not come back. Only before requests are accepted."""
+    def restart_thread(self) -> None:
+        """Starts another engine thread, because the current one does not return from a call. Only before requests are
+        accepted."""
         with self._changed:
             self._in_flight.forget(self._thread)
             self._thread = self._new_thread()
             self._thread.start()
 
     def replace(self, model: str, pipeline: Pipeline) -> None:
-        """From its next call on, runs `model` by `pipeline`, requests in progress among them; adds it where it is new.
+        """Runs `model` with `pipeline` from its next call on, requests in progress included. Adds `model` if it is new.
 
-        The states of the one before must be good for it, too: it is of the same class, over the same components.
+        The new pipeline continues the states of the old one, so it must be of the same class, over the same components.
         """
         with self._changed:
             self._pipelines[model] = pipeline
@@ -117,33 +120,33 @@ class Engine:
             self.costs.pad(model, pipeline.row_buckets)
 
     def adopt(self, model: str, measured: Measured) -> None:
-        """Notes what was measured of `model`, unless more has been learnt of it since."""
+        """Sets the measured costs of `model`, unless newer ones have been learnt from its calls."""
         with self._changed:
             if not self.costs.knows(model):
                 self.costs.adopt(model, measured)
 
-    def settle(self, model: str) -> bool:
-        """Waits until no request of `model` is left, and nothing of one. False where the engine stops before that."""
+    def wait_until_idle(self, model: str) -> bool:
+        """Waits until no request of `model` is left, nor a reference to one. Returns False if the engine stops before."""
         with self._changed:
             self._changed.wait_for(lambda: not self._scheduler.has(model) or self._stopping)
-            turn = self._turns  # the step that ended the last one has still something of it in its hands
-            self._changed.wait_for(lambda: self._resting or self._turns != turn or self._stopping)
+            round_number = self._rounds  # the step that ended the last request may still hold references to it
+            self._changed.wait_for(lambda: self._between_rounds or self._rounds != round_number or self._stopping)
             return not self._scheduler.has(model) and self._abandoned is None
 
     def remove(self, model: str) -> None:
-        """Forgets `model`, which must have no requests left."""
+        """Removes `model`, which must have no requests left."""
         with self._changed:
             assert not self._scheduler.has(model), f"{model} has requests"
             del self._pipelines[model]
 
     def drain(self, timeout: float | None = None) -> bool:
-        """Takes no new requests and waits until the accepted ones have ended. False where `timeout` seconds were too few."""
+        """Refuses new requests and waits until the accepted ones have ended. Returns False after `timeout` seconds."""
         with self._changed:
             self._draining = True
             return self._changed.wait_for(lambda: not self._scheduler.tickets, timeout)
 
     def close(self) -> None:
-        """Stops after the current step, or at once where the engine was abandoned. Requests that have not ended then end with
+        """Stops after the current step, or at once if the engine was abandoned. Requests that have not ended then end with
         ShuttingDown."""
         with self._changed:
             self._draining = self._stopping = True
@@ -152,83 +155,86 @@ class Engine:
         self._end_all(ShuttingDown("the server stopped before the request was finished"))
 
     @contextmanager
-    def arriving(self, client: str = "") -> Iterator[Slot]:
-        """Within the block a request of `client` holds a place among those that wait until it is submitted, and counts as its
-        client's to the end. Raises at once what `submit` would for any request of that client, before work goes into it."""
-        place = Slot(client)
+    def reserve(self, client: str = "") -> Iterator[Slot]:
+        """Reserves a slot in the queue for a request of `client` whose image is still being read.
+
+        The request counts as waiting until it is submitted, and against its client's limit until the block ends. Raises what
+        `submit` raises for any request of that client, so that a refused request costs no decoding.
+        """
+        slot = Slot(client)
         with self._changed:
             self._check_open()
-            self._room.check(client, self._clock())
-            self._room.take(place)
+            self._admission.check(client, self._clock())
+            self._admission.take(slot)
         try:
-            yield place
+            yield slot
         finally:
             with self._changed:
-                self._room.leave(place)
+                self._admission.leave(slot)
 
-    def submit(self, request: Request, listener: Listener, place: Slot | None = None, bounded: bool = True) -> Accepted:
+    def submit(self, request: Request, listener: Listener, slot: Slot | None = None, bounded: bool = True) -> Accepted:
         """Accepts a request from any thread; its events go to `listener` on the engine's thread, which must not block.
 
-        `place` is what it held while it arrived. One that is not `bounded` is the server's own, and taken however many wait: they
-        may be waiting for it. Raises at once where it cannot be taken: InvalidField, QueueFull, ClientBusy,
-        ModelNotLoaded, ShuttingDown, what the engine was abandoned with, or DeadlineUnmeetable where even now the deadline is
-        nearer than the request's end.
+        `slot` is the one from `reserve`, if any. A request that is not `bounded` is the server's own, and not subject to the
+        queue's limits, since waiting requests may depend on it. Raises InvalidField, QueueFull, ClientBusy, ModelNotLoaded,
+        ShuttingDown, the error the engine was abandoned with, or DeadlineUnmeetable if the request is forecast to end after its
+        deadline.
         """
         with self._in_flight.call("plan", request.model):
             plan = self._pipeline(request.model).plan(request)
         with self._changed:
-            if place is not None:
-                self._room.leave(place)
+            if slot is not None:
+                self._admission.leave(slot)
             self._check_open()
             self._pipeline(request.model)
             now, scheduler = self._clock(), self._scheduler
             if bounded:
-                self._room.check(request.client, now, request.background)
+                self._admission.check(request.client, now, request.background)
             ticket = Ticket(request, plan, listener, next(self._numbers), now)
-            ticket.position, ticket.forecast = scheduler.look_at(ticket, now)
+            ticket.position, ticket.forecast = scheduler.forecast(ticket, now)
             eta = None if ticket.forecast is None else scheduler.estimate(ticket, ticket.forecast)
             ticket.expected = None if eta is None else now + eta
             scheduler.check_deadline(ticket)
             scheduler.add(ticket)
-            if place is not None:
-                place.ticket = ticket
-                self._room.take(place)
+            if slot is not None:
+                slot.ticket = ticket
+                self._admission.take(slot)
             self._changed.notify_all()
             return Accepted(ticket, ticket.position, eta)
 
     @property
     def stats(self) -> EngineStats:
-        """How busy it is; any thread may ask."""
+        """How busy the engine is. Thread-safe."""
         with self._changed:
-            waiting, active, arriving = len(self._scheduler.waiting), len(self._scheduler.active), self._room.arriving
+            waiting, active, arriving = len(self._scheduler.waiting), len(self._scheduler.active), self._admission.arriving
             work, call = self._scheduler.work(), self.current_call
         return EngineStats(waiting, active, work, 0.0 if call is None else call.seconds, arriving, call)
 
     @property
     def current_call(self) -> ModelCall | None:
-        """The call of a model that has taken longest so far, None between two calls. Waits for nothing."""
+        """The longest call of a model in flight, None between two calls. Never blocks."""
         return self._in_flight.longest
 
     def abandon(self, error: ServerError) -> None:
-        """Ends every request with `error` although the engine's thread may be inside a call. Nothing can be run afterwards.
+        """Ends every request with `error`, even if the engine's thread is inside a call. The engine is unusable afterwards.
 
-        Should that call come back, its thread ends without another. What the requests held of the device's memory is not
-        released, as that, too, would be the device's work.
+        If that call returns, the thread exits without making another. The requests' device memory is not released, because that
+        needs the device, too.
         """
         with self._changed:
             self._in_flight.abandon()
             self._draining = self._stopping = True
             self._abandoned = error
-            self._drop_errands()
+            self._cancel_tasks()
             tickets = self._scheduler.remove_all()
             self._changed.notify_all()
         for ticket in tickets:
-            ticket.end(Failed(copy(error)))  # each its own: one that is raised remembers where, and with that all that was there
+            ticket.end(Failed(copy(error)))  # a copy each: a raised error keeps its traceback, and so all frames, alive
 
     def step(self) -> bool:
         """One round: admit, prepare, choose, denoise, advance, deliver. Returns whether work is left.
 
-        While a device computes a step, the next round begins. So what is chosen in it does not know of what comes meanwhile.
+        The next round begins while the device computes this one's step, so it does not see requests that arrive in between.
         """
         try:
             self._executor.prepare(self._admit())
@@ -262,7 +268,7 @@ class Engine:
             idle = self._scheduler.idle
         if idle:
             self._executor.complete()
-        self._tell_news()
+        self._publish_positions()
         with self._changed:
             self._changed.notify_all()
             return not self._scheduler.idle
@@ -273,52 +279,52 @@ class Engine:
     def _run(self) -> None:
         while True:
             with self._changed:
-                if self._thread is not threading.current_thread():  # another has taken over
+                if self._thread is not threading.current_thread():  # restart_thread() started another
                     return
-                self._turns, self._resting = self._turns + 1, True
+                self._rounds, self._between_rounds = self._rounds + 1, True
                 self._changed.notify_all()
-                self._changed.wait_for(lambda: self._stopping or not self._scheduler.idle or self._errands)
-                self._resting = False
+                self._changed.wait_for(lambda: self._stopping or not self._scheduler.idle or self._tasks)
+                self._between_rounds = False
                 if self._stopping:
-                    self._drop_errands()
+                    self._cancel_tasks()
                     self._running = False
                     self._changed.notify_all()
                     return
-                errand = self._errands.popleft() if self._errands else None
+                task = self._tasks.popleft() if self._tasks else None
             try:
-                if errand is not None:
+                if task is not None:
                     self._executor.complete()
-                    self._run_errand(*errand)
+                    self._run_task(*task)
                 self.step()
-            except Exception:  # noqa: BLE001 - a bug of ours must not leave callers waiting for ever
+            except Exception:  # noqa: BLE001 - a bug of the engine must not leave callers without an ending
                 _log.exception("the engine's step failed")
                 self._executor.forget()
                 self._end_all(ModelFailed("the server failed"))
 
-    def _run_errand(self, model: str, work: Callable[[], _R], done: "Future[_R]") -> None:
+    def _run_task(self, model: str, work: Callable[[], _R], done: "Future[_R]") -> None:
         with self._in_flight.call("warm-up", model):
             try:
                 done.set_result(work())
-            except BaseException as error:  # noqa: BLE001 - it is raised where the work is waited for
+            except BaseException as error:  # noqa: BLE001 - call() raises it
                 done.set_exception(error)
 
-    def _drop_errands(self) -> None:
-        while self._errands:
-            self._errands.popleft()[2].set_exception(ShuttingDown("the server is shutting down"))
+    def _cancel_tasks(self) -> None:
+        while self._tasks:
+            self._tasks.popleft()[2].set_exception(ShuttingDown("the server is shutting down"))
 
-    def _tell_news(self) -> None:
-        """Every now and then, looks ahead anew and tells those who wait where their place has changed."""
+    def _publish_positions(self) -> None:
+        """Updates the forecasts, and notifies waiting requests whose position has changed, at most once per interval."""
         now = self._clock()
-        if now - self._news_told < _NEWS:
+        if now - self._positions_published < _POSITION_INTERVAL:
             return
-        self._news_told = now
+        self._positions_published = now
         with self._changed:
-            self._scheduler.look_ahead(now)
-            places = self._scheduler.places(now)
-        for ticket, position in places:
+            self._scheduler.update_forecasts(now)
+            positions = self._scheduler.positions(now)
+        for ticket, position in positions:
             if position != ticket.position:
                 ticket.position = position
-                ticket.tell(Queued(position, None if ticket.expected is None else max(0.0, ticket.expected - now)))
+                ticket.notify(Queued(position, None if ticket.expected is None else max(0.0, ticket.expected - now)))
 
     def _leave(self, ticket: Ticket, ending: Ending) -> None:
         with self._changed:
@@ -337,7 +343,7 @@ class Engine:
             try:
                 with self._in_flight.call("release", model, 1, ticket.plan.rows):
                     self._pipelines[model].release(state)
-            except Exception:  # noqa: BLE001 - the request's own ending counts more
+            except Exception:  # noqa: BLE001 - a failing release must not replace the request's ending
                 _log.exception("model '%s' failed to release a request", model)
         with self._changed:
             removed = self._scheduler.remove(ticket)

@@ -21,15 +21,15 @@ from img2img_server.errors import ModelFailed, OutOfMemory, ServerError
 _log = logging.getLogger(__name__)
 
 Results = list[tuple[Ticket, Any]]
-"""What a stage made of each request that it worked for."""
+"""The requests for which a stage succeeded, each with its result."""
 
 
 class Abandoned(Exception):
-    """The engine was given up: who comes back from a call has nothing more to do."""
+    """The engine was abandoned: no more calls are made."""
 
 
 class CallsInFlight:
-    """Remembers the call that each thread is in. Takes no lock, as it is used around every call; any thread may look."""
+    """The call that each thread is in. Thread-safe without a lock, because it is used around every call."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
@@ -38,7 +38,7 @@ class CallsInFlight:
 
     @contextmanager
     def call(self, stage: str, model: str, requests: int = 1, rows: int = 1) -> Iterator[None]:
-        """Within the block this thread is in a call of a model."""
+        """Marks this thread as in a call of a model within the block."""
         thread = threading.get_ident()
         self._calls[thread] = (self._clock(), stage, model, requests, rows)
         try:
@@ -47,33 +47,33 @@ class CallsInFlight:
             self._calls.pop(thread, None)
 
     def forget(self, thread: threading.Thread) -> None:
-        """Leaves out the call of a thread in whose place another works: it is no reason to give up the device."""
+        """Removes the call of a thread that was replaced by another, so that the watchdog ignores it."""
         if thread.ident is not None:
             self._calls.pop(thread.ident, None)
 
     @property
     def longest(self) -> ModelCall | None:
-        """The call that has taken longest so far, None between calls."""
-        calls = list(self._calls.values())  # a copy in one go: no thread comes between
+        """The longest call in flight, None between calls."""
+        calls = list(self._calls.values())  # an atomic copy
         if not calls:
             return None
         begun, stage, model, requests, rows = min(calls)
         return ModelCall(stage, model, requests, rows, self._clock() - begun)
 
     def abandon(self) -> None:
-        """Has `check` raise from now on."""
+        """Makes `check` raise from now on."""
         self._abandoned = True
 
     def check(self) -> None:
-        """Raises Abandoned where nobody waits any more for what a call would give."""
+        """Raises Abandoned if the engine was abandoned, as no caller waits for a result any more."""
         if self._abandoned:
             raise Abandoned
 
 
 @dataclass(slots=True, eq=False)
 class _Call:
-    """A call that was made. `wait` waits for the device, None if that is over; the step of a call of the denoiser is `open` until
-    its requests were advanced, and `moved` are those with their steps. Times are of the engine's clock."""
+    """A submitted call. `wait` waits for the device, None if the call is complete. A denoiser's call is `open` until its requests
+    were advanced; `moved` lists them with their steps. Times are of the engine's clock."""
 
     stage: str
     tickets: Sequence[Ticket]
@@ -86,11 +86,11 @@ class _Call:
 
 
 class Executor:
-    """Makes the calls of models, times them, finds out what they have room for, and tells the requests how far they are.
+    """Calls models, measures the calls, learns how many rows fit into memory, and reports progress to the requests.
 
-    `pipelines` may change between two calls. `lock` guards `costs`; `clock` is the engine's; `observe` is told of every call that
-    worked, `failed` of each request whose stage failed. Once the engine was given up no call is made any more: Abandoned is
-    raised in its place.
+    `pipelines` may change between two calls. `lock` guards `costs`; `clock` is the engine's. `observe` is called with every call
+    that succeeded, `failed` with each request whose stage failed. After the engine was abandoned, Abandoned is raised instead of
+    making a call.
     """
 
     def __init__(
@@ -115,7 +115,7 @@ class Executor:
         self._predicted: dict[Ticket, tuple[int, Any]] = {}  # of the step being advanced: where each was, and its noise
 
     def prepare(self, tickets: Sequence[Ticket]) -> None:
-        """Encodes prompts and images of requests that begin."""
+        """Encodes the prompts and images of admitted requests."""
         for ticket in tickets:
             ticket.started = self._clock()
         for ticket, state in self.run("prepare", tickets):
@@ -123,11 +123,11 @@ class Executor:
         self._report()
 
     def advance(self, predicted: Results) -> None:
-        """Takes each request one step on by its predicted noise. Reports the step before, while the device computes this one."""
+        """Advances each request one step by its predicted noise. Reports the step before while the device computes this one."""
         self.complete()
         self._predicted = {ticket: (_step(ticket), noise) for ticket, noise in predicted if ticket.state is not None}
         before = {ticket: step for ticket, (step, _) in self._predicted.items()}
-        # A pipeline that runs whole also works on what is no step of the image.
+        # An opaque pipeline also makes calls that advance no request, such as the steps of a prior.
         moved = {ticket for ticket, _ in self.run("advance", list(before)) if _step(ticket) != before[ticket]}
         self._predicted = {}
         for call in self._submitted:
@@ -155,21 +155,20 @@ class Executor:
         return completed
 
     def complete(self) -> None:
-        """Waits until the device has done all calls of steps that are over, and reports them."""
+        """Waits until the device has finished all submitted calls whose requests were advanced, and reports them."""
         while self._submitted and not self._submitted[0].open:
             self._wait(self._submitted[0])
             self._report()
 
     def forget(self) -> None:
-        """Leaves what is in flight unreported: its requests have ended."""
+        """Drops the calls in flight without reporting them, because their requests have ended."""
         self._submitted.clear()
 
     def run(self, stage: str, tickets: Sequence[Ticket]) -> Results:
-        """Lets the model of `tickets` do one stage of them together. What it made of each, but of those that failed.
+        """Runs one stage for all `tickets`, in one call if possible. Returns the results of those that succeeded.
 
-        Those that have no room together are tried in halves, and calls stay smaller from then on; one that has none alone is
-        tried again while memory is given back for it. Those that fail otherwise are tried alone, so that only those end whose
-        own failure it is.
+        If memory runs out, the requests are split into halves, and later calls stay smaller; a single request is retried as long
+        as memory is freed for it. After any other failure each request is tried alone, so only the faulty ones end.
         """
         done: Results = []
         failed: list[tuple[Ticket, ServerError]] = []
@@ -187,19 +186,19 @@ class Executor:
             if full:
                 self._forbid(stage, some)
             if len(some) == 1:
-                failed.append((some[0], _told(error, some[0])))
+                failed.append((some[0], _client_error(error, some[0])))
             elif full:
                 left[:0] = [some[: len(some) // 2], some[len(some) // 2 :]]
             else:
                 left[:0] = [[ticket] for ticket in some]
-            # The error holds on to what the call's frames held, and that may be what the next one has no room for.
+            # The error's traceback keeps the memory of the failed call alive, which the next call may need.
             del error
-        for ticket, told in failed:
-            self._failed(ticket, told)
+        for ticket, reason in failed:
+            self._failed(ticket, reason)
         return done
 
     def _call(self, stage: str, tickets: Sequence[Ticket]) -> tuple[Sequence[Any], Exception | None]:
-        """One call for all `tickets`: a result for each, or what it raised."""
+        """One call for all `tickets`. Returns a result for each, or the error."""
         model, rows, begun = tickets[0].request.model, _rows(stage, tickets), self._clock()
         pipeline, wait = self._pipelines[model], None
         self._in_flight.check()
@@ -210,12 +209,12 @@ class Executor:
                 else:
                     results = getattr(pipeline, stage)(_requests(tickets) if stage == "prepare" else _states(tickets))
                     wait = pipeline.mark()
-            except Exception as error:  # noqa: BLE001 - whatever a model raises: its requests end, the engine goes on
+            except Exception as error:  # noqa: BLE001 - any error of a model ends its requests, not the engine
                 return (), error
-            except BaseException as error:  # noqa: BLE001 - such as a panic of a library in Rust: it must not end the engine's thread
+            except BaseException as error:  # noqa: BLE001 - such as a panic of a Rust library; it must not end the engine's thread
                 return (), RuntimeError(f"{type(error).__name__}: {error}")
         call = _Call(stage, tickets, rows, begun, wait, stage == "denoise")
-        if wait is None or stage not in ("prepare", "denoise"):  # the others wait themselves, or are not waited for
+        if wait is None or stage not in ("prepare", "denoise"):  # the other stages are synchronous
             call.wait = None
             self._note(call, begun)
         if stage in ("prepare", "denoise"):
@@ -223,14 +222,14 @@ class Executor:
         return results, None
 
     def _advance(self, pipeline: Pipeline, tickets: Sequence[Ticket]) -> Sequence[None]:
-        # Asked again after a failure, those that have moved already are not moved twice.
+        # After a failure, requests that were advanced already are not advanced twice.
         still = [ticket for ticket in tickets if _step(ticket) == self._predicted[ticket][0]]
         if still:
             pipeline.advance(_states(still), [self._predicted[ticket][1] for ticket in still])
         return [None] * len(tickets)
 
     def _wait(self, call: _Call) -> None:
-        """Waits until the device has done a call, and measures it. If that fails, its requests have failed."""
+        """Waits until the device has finished a call, and measures it. If the device failed, so have its requests."""
         wait, call.wait = call.wait, None
         if wait is None:
             return
@@ -238,16 +237,16 @@ class Executor:
         try:
             with self._in_flight.call(call.stage, call.tickets[0].request.model, len(call.tickets), call.rows):
                 wait()
-        except Exception as error:  # noqa: BLE001 - what the device could not do
+        except Exception as error:  # noqa: BLE001 - any failure of the device
             for ticket in [ticket for ticket in call.tickets if ticket.state is not None]:
-                self._failed(ticket, _told(error, ticket))
+                self._failed(ticket, _client_error(error, ticket))
             return
-        # The device did not begin before it was done with the call before.
+        # The device begins a call when it has finished the one before.
         self._note(call, max(call.begun, self._waited))
         self._waited = self._clock()
 
     def _report(self) -> None:
-        """Tells requests of the calls that are done, in the order in which they were made."""
+        """Notifies requests of completed calls, in the order of submission."""
         now = None
         while self._submitted and not self._submitted[0].open and self._submitted[0].wait is None:
             call = self._submitted.popleft()
@@ -255,27 +254,27 @@ class Executor:
             for ticket in call.tickets if call.stage == "prepare" else ():
                 if ticket.state is not None:
                     ticket.prepared = now
-                    ticket.tell(Started(ticket.state.step_count))
+                    ticket.notify(Started(ticket.state.step_count))
             for ticket, step, count in call.moved:
                 eta = None if ticket.expected is None else max(0.0, ticket.expected - now)
-                ticket.tell(Progress(step, count, eta, call.previews.get(ticket)))
+                ticket.notify(Progress(step, count, eta, call.previews.get(ticket)))
 
     def _preview(self, tickets: Sequence[Ticket]) -> None:
-        """Draws previews, which go with the reports of the calls in flight."""
+        """Draws previews and attaches them to the reports of the calls in flight."""
         if not tickets:
             return
         for call in list(self._submitted):
             self._wait(call)
         tickets = [ticket for ticket in tickets if ticket.state is not None]
         previews, error = self._call("preview", tickets) if tickets else ((), None)
-        if error is not None:  # the image itself counts more
+        if error is not None:  # a failing preview must not fail the request
             _log.error("model '%s' failed to draw a preview", tickets[0].request.model, exc_info=error)
             return
         for call in self._submitted:
             call.previews = dict(zip(tickets, previews, strict=True))
 
     def _note(self, call: _Call, begun: float) -> None:
-        """Tells of a call that worked, and learns what it takes."""
+        """Observes a successful call, and records its cost."""
         seconds, model = self._clock() - begun, call.tickets[0].request.model
         if call.stage in STAGES:
             with self._lock:
@@ -284,23 +283,23 @@ class Executor:
         self._observe(Span(call.stage, model, len(call.tickets), call.rows, begun, seconds, members))
 
     def _parts(self, stage: str, tickets: Sequence[Ticket]) -> list[Sequence[Ticket]]:
-        """`tickets` in calls of no more rows than there was room for. One that has more of its own is alone."""
+        """Divides `tickets` into calls of no more rows than fit into memory. A request with more rows is alone."""
         if not tickets or stage not in STAGES:
             return [tickets] if tickets else []
         with self._lock:
-            room = self._costs.room(stage, tickets[0].request.model, tickets[0].plan.pixels)
-        if room is None:
+            fitting = self._costs.fitting_rows(stage, tickets[0].request.model, tickets[0].plan.pixels)
+        if fitting is None:
             return [tickets]
         parts: list[list[Ticket]] = []
         for ticket in tickets:
-            if parts and _rows(stage, [*parts[-1], ticket]) <= room:
+            if parts and _rows(stage, [*parts[-1], ticket]) <= fitting:
                 parts[-1].append(ticket)
             else:
                 parts.append([ticket])
         return list(parts)
 
     def _forbid(self, stage: str, tickets: Sequence[Ticket]) -> None:
-        """Notes that there was no room for such a call."""
+        """Records that such a call did not fit into memory."""
         model, plan, rows = tickets[0].request.model, tickets[0].plan, _rows(stage, tickets)
         _log.warning("model '%s' ran out of memory: %s, %d rows of %d pixels", model, stage, rows, plan.pixels)
         if stage in STAGES:
@@ -309,7 +308,7 @@ class Executor:
 
 
 def _rows(stage: str, tickets: Sequence[Ticket]) -> int:
-    """What a call of a stage grows with: samples of the model's, or images."""
+    """The rows of a call of `stage`: samples of the denoiser, or images."""
     if stage == "prepare":
         return len(tickets)  # an image is encoded once, however many are made of it
     return sum(ticket.plan.rows if stage == "denoise" else len(ticket.request.seeds) for ticket in tickets)
@@ -333,11 +332,11 @@ def _wants_preview(ticket: Ticket) -> bool:
     return interval > 0 and ticket.steps_left > 0 and _step(ticket) % interval == 0
 
 
-def _told(error: Exception, ticket: Ticket) -> ServerError:
-    """The error as its caller sees it."""
+def _client_error(error: Exception, ticket: Ticket) -> ServerError:
+    """The error that the caller gets."""
     if isinstance(error, OutOfMemory):
         (width, height), count = ticket.request.image.size, len(ticket.request.seeds)
-        return OutOfMemory(f"no memory for {count} {'picture' if count == 1 else 'pictures'} of {width} x {height} pixels")
+        return OutOfMemory(f"no memory for {count} {'image' if count == 1 else 'images'} of {width} x {height} pixels")
     if isinstance(error, ServerError):
         return error
     extra = {"request_id": ticket.request.id}

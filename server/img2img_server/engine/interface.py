@@ -11,8 +11,8 @@ from img2img_server.engine.request import Listener, Request, Ticket
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """A stage that ran on the engine's thread from `start` for `seconds`, on the engine's clock. `members` are the `requests`
-    that shared it."""
+    """A stage that ran on the engine's thread from `start` for `seconds`, on the engine's clock. `members` are the requests that
+    shared it."""
 
     stage: str
     model: str
@@ -24,12 +24,12 @@ class Span:
 
 
 def ignore(span: Span) -> None:
-    """Observes nothing."""
+    """The default observer: does nothing."""
 
 
 @dataclass(frozen=True, slots=True)
 class Accepted:
-    """What the caller learns at once: the ticket, how many wait before it, and the estimated seconds until it is done."""
+    """The answer to an accepted request: its ticket, how many wait before it, and the estimated seconds until it is done."""
 
     ticket: Ticket
     position: int
@@ -38,7 +38,7 @@ class Accepted:
 
 @dataclass(frozen=True, slots=True)
 class ModelCall:
-    """A call of a model that has not come back: its stage, how many requests and rows are in it, and its seconds so far."""
+    """A call of a model that has not returned: its stage, how many requests and rows are in it, and its seconds so far."""
 
     stage: str
     model: str
@@ -51,9 +51,9 @@ class ModelCall:
 class EngineStats:
     """How busy the engine is.
 
-    Requests that wait and that are in progress, the estimated seconds of what they still need, None where costs are unknown,
-    and the seconds that the current call of a model has taken so far, 0 between two calls. `arriving` requests are still being
-    read and decoded. `call` is the current call.
+    `waiting` and `active` count requests; `arriving` counts those still being read and decoded. `work_seconds` is the estimated
+    work of all waiting and active requests, None if costs are unknown. `call` is the current call of a model, None between two
+    calls, and `call_seconds` its duration so far, 0 between two calls.
     """
 
     waiting: int
@@ -65,23 +65,22 @@ class EngineStats:
 
 
 class EngineInterface(Protocol):
-    """Takes requests and runs them: the Engine of this process, or a front's, which sends them to replicas."""
+    """Accepts requests and runs them: the Engine in this process, or the Front, which sends them to replicas."""
 
     @property
     def clock(self) -> Callable[[], float]:
-        """What deadlines are measured on, in seconds."""
+        """The monotonic clock of deadlines, in seconds."""
         ...
 
     @property
     def stats(self) -> EngineStats:
-        """How busy it is; any thread may ask."""
+        """How busy the engine is. Thread-safe."""
         ...
 
-    def arriving(self, client: str = "") -> AbstractContextManager[Slot]:
-        """Within the block a request of `client` holds a place. Raises at once where there is none."""
+    def reserve(self, client: str = "") -> AbstractContextManager[Slot]:
+        """Reserves a slot for a request of `client` within the block. Raises if there is none."""
         ...
 
-    def submit(self, request: Request, listener: Listener, place: Slot | None = None) -> Accepted:
-        """Accepts a request, whose events go to `listener`, exactly one ending among them. Raises at once where it cannot be
-        taken."""
+    def submit(self, request: Request, listener: Listener, slot: Slot | None = None) -> Accepted:
+        """Accepts a request. Its events go to `listener`, exactly one ending among them. Raises if the request is refused."""
         ...

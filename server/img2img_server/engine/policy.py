@@ -19,8 +19,8 @@ class Job:
     """A request as the policy sees it.
 
     `step_seconds` is a call of its rows alone; `setup` and `ending` are the seconds before its first step and after its
-    last; `passed_over` counts the calls since it last took part in one. `client` tells whose it is, "" where it stands for
-    itself.
+    last; `passed_over` counts the calls since it last took part in one. `client` is whose it is, "" if it has no
+    client.
     """
 
     number: int
@@ -44,8 +44,8 @@ class Job:
     def rank(self, now: float, before: float = 0.0) -> tuple[bool, float, float, int]:
         """Sorts jobs: pressing deadlines first, the earliest before the others; then those with the least left to do.
 
-        Those with as much left go by deadline, then by arrival. Those in the background come last. `before` are seconds of its
-        client's that come before it: they count as its own, and where they are more than that, no deadline of its presses.
+        Ties are broken by deadline, then by arrival. Background jobs come last. `before` is its client's usage plus the work of
+        its client's jobs ahead of it, in seconds: it counts as the job's own. If it exceeds the job's own, no deadline presses.
         """
         if self.background:
             return True, math.inf, math.inf, self.number
@@ -55,17 +55,17 @@ class Job:
         return True, before + left, deadline, self.number
 
 
-Shares = Mapping[str, float]
-"""Seconds of the device by client: what each had more than the one of them that had least, since that one came."""
+Usage = Mapping[str, float]
+"""Seconds of device time by client, relative to the client that has used least since it arrived."""
 
 
-def in_order(jobs: Iterable[Job], shares: Shares, now: float) -> list[Job]:
-    """Who comes before whom: by rank, where the jobs of each client stand in a line, behind each other and behind what their
-    client had. Where there is one client only, that is the order by rank alone."""
+def in_order(jobs: Iterable[Job], usage: Usage, now: float) -> list[Job]:
+    """Sorts jobs by rank. If there are several clients, each job counts the usage of its client and its client's jobs ahead of it
+    as its own."""
     ranked = sorted(jobs, key=lambda job: job.rank(now))
     if not _several(ranked):
         return ranked
-    before = dict(shares)
+    before = dict(usage)
     lines = []
     for job in ranked:
         mine = before.get(job.client, 0.0)
@@ -75,16 +75,16 @@ def in_order(jobs: Iterable[Job], shares: Shares, now: float) -> list[Job]:
     return [job for _, job in sorted(lines, key=lambda line: line[0])]
 
 
-def charged(shares: Shares, jobs: Sequence[Job], batch: Sequence[Job], seconds: float) -> Shares:
-    """`shares` after `batch`, of all `jobs` that might have been in it, had the device for `seconds`.
+def charge(usage: Usage, jobs: Sequence[Job], batch: Sequence[Job], seconds: float) -> Usage:
+    """Returns `usage` after `batch`, chosen from `jobs`, used the device for `seconds`.
 
-    Who has no job is forgotten: nobody saves up for later. Who comes anew begins as the one that had least; a client that had
-    the device to itself is ahead of it by what it had, but by no more than its longest request takes.
+    Clients without jobs are removed, so unused device time is not saved for later. A new client starts with the lowest usage. A
+    client that was alone has at most the duration of its longest request more than a new one.
     """
     clients = {job.client for job in jobs if job.client}
     if not clients:
         return {}
-    had = {client: shares.get(client, 0.0) for client in clients}
+    had = {client: usage.get(client, 0.0) for client in clients}
     rows = sum(job.rows for job in batch)
     for job in batch:
         if job.client:
@@ -103,11 +103,11 @@ def _several(jobs: Sequence[Job]) -> bool:
 _PATIENCE = 8
 """Calls of the model that may pass over a request before it leads one; four times as many while a deadline presses."""
 _URGENT = 4.0
-"""At most so many times does a second's delay count for a request that has less left than another."""
+"""The largest weight of a second's delay for a request that has less left than another."""
 _MOST_STRETCHED = 1.5
-"""How many times as long as alone a call may take, if clients join it that had much more of the device than its leader's."""
+"""How many times as long a call may take if jobs of clients with more usage than the leader's join it."""
 _UNKNOWN = 1.0
-"""Seconds of a call that nothing is known about yet: all are taken for equal."""
+"""Assumed seconds of a call whose cost is unknown."""
 
 
 class Policy:
@@ -115,16 +115,14 @@ class Policy:
 
     1. The leader. First a job whose deadline presses, the earliest first. Else the one with the least left to do: a short request
        that comes while long ones run is done in about its own time, and the long ones lose no more than that. If too many calls
-       passed over a job of the leader's client, that job leads every second call of its client, so none waits forever. It
-       does not lead in another client's turn: between clients, fair queueing lets none wait forever.
-    2. Who joins it: jobs of its group, in the same order, as many as pay best. A shared call saves everybody the seconds that
-       apart it would take longer, and costs those inside that have less left than one who joins. Where a call of many rows
-       takes as long as one of few, all join. Where time grows with the rows, those who have about as much left share calls,
-       and a short one is not held up by long ones. Clients that had more of the
-       device than the leader's request takes do not stretch its calls by more than half.
+       passed over a job of the leader's client, that job leads every second call of its client, so none starves. It
+       never leads instead of another client's job: between clients, fair queueing prevents starvation.
+    2. The members: jobs of its group, in the same order, as many as gain most. A shared call saves everybody the time that
+       separate calls would take longer, and delays members that have less left than one that joins. If a call of many rows takes
+       as long as one of few, all join. If time grows with the rows, jobs with about as much left share calls, and a short one is
+       not delayed by long ones. Clients with more usage than the leader's request takes lengthen its calls by at most half.
 
-    Where several clients have requests, what is left to do of a client's before one, and what its client had more than others,
-    counts as its own.
+    If there are several clients, a job's rank includes its client's usage and its client's requests ahead of it.
     `max_batch_size` bounds the rows of a call; what was measured may bound them further.
     """
 
@@ -132,14 +130,14 @@ class Policy:
         self._costs = costs
         self._max_batch_size = max_batch_size
         self._led_by_patience: set[str] = set()  # clients whose last call was led by a job that was passed over too often
-        self._shares: Shares = {}
+        self._usage: Usage = {}
 
     def in_order(self, jobs: Iterable[Job], now: float) -> list[Job]:
-        """Who comes before whom, were nobody out of patience."""
-        return in_order(jobs, self._shares, now)
+        """Sorts jobs by priority, ignoring how often they were passed over."""
+        return in_order(jobs, self._usage, now)
 
     def next_batch(self, jobs: Sequence[Job], others: int, max_rows: dict[str, int | None], now: float) -> list[Job]:
-        """The jobs of the next call. `others` is how many wait and cannot take part."""
+        """The jobs of the next call. `others` is how many wait and cannot join."""
         order = self.in_order(jobs, now)
         patience = _PATIENCE if order[0].rank(now)[0] else 4 * _PATIENCE
         client = order[0].client
@@ -150,22 +148,22 @@ class Policy:
         if late:
             self._led_by_patience.add(client)
         leader = max(late, key=lambda job: (job.passed_over, -job.number)) if late else None
-        batch = self._choose(order, leader, others, max_rows, self._shares)
-        self._shares = charged(self._shares, jobs, batch, self.seconds(batch))
+        batch = self._choose(order, leader, others, max_rows, self._usage)
+        self._usage = charge(self._usage, jobs, batch, self.seconds(batch))
         return batch
 
     def forecast(self, jobs: Iterable[Job], max_rows: dict[str, int | None], now: float) -> Iterator[tuple[int, float]]:
-        """Each job's number and when it would be finished if no other came, the first first: the policy run ahead.
+        """Simulates the policy: yields each job's number and when it would be finished if no other came, in that order.
 
-        Whole stretches are run at once: until somebody of the call is finished, nobody's place changes much.
+        The steps until a member of the call is finished are simulated at once, as the order changes little in between.
         """
-        left, shares = [replace(job) for job in jobs], self._shares
+        left, usage = [replace(job) for job in jobs], self._usage
         while left:
-            left = in_order(left, shares, now)
-            batch = self._choose(left, None, 0, max_rows, shares)
+            left = in_order(left, usage, now)
+            batch = self._choose(left, None, 0, max_rows, usage)
             steps = min(job.steps_left for job in batch)
             seconds = steps * self.seconds(batch) + sum(job.setup for job in batch)
-            shares = charged(shares, left, batch, seconds)
+            usage = charge(usage, left, batch, seconds)
             now += seconds
             for job in batch:
                 job.steps_left -= steps
@@ -176,8 +174,8 @@ class Policy:
             left = [job for job in left if job.steps_left > 0]
 
     def work(self, jobs: Iterable[Job], max_rows: dict[str, int | None], most: int) -> float:
-        """About how many seconds of the device the jobs take, where those of a group share calls as far as that pays and no
-        more than `most` at a time. Quicker than a forecast: it looks at each job once."""
+        """Estimates the device seconds of the jobs, if those of a group share calls as far as that pays, at most `most` each.
+        Faster than a forecast: it visits each job once."""
         groups: dict[Group, list[Job]] = {}
         for job in jobs:
             groups.setdefault(job.group, []).append(job)
@@ -198,35 +196,35 @@ class Policy:
         return seconds
 
     def next_seconds(self, jobs: Iterable[Job], max_rows: dict[str, int | None], now: float) -> float:
-        """The expected seconds of the next call, where nobody has lost patience."""
-        return self.seconds(self._choose(self.in_order(jobs, now), None, 0, max_rows, self._shares))
+        """The expected seconds of the next call, ignoring how often jobs were passed over."""
+        return self.seconds(self._choose(self.in_order(jobs, now), None, 0, max_rows, self._usage))
 
     def seconds(self, batch: Sequence[Job]) -> float:
         """The expected seconds of a call."""
         return self._call_seconds(batch[0], sum(job.rows for job in batch))
 
     def _choose(
-        self, order: Sequence[Job], leader: Job | None, others: int, max_rows: dict[str, int | None], shares: Shares
+        self, order: Sequence[Job], leader: Job | None, others: int, max_rows: dict[str, int | None], usage: Usage
     ) -> list[Job]:
         leader = leader or order[0]
-        fair = shares.get(leader.client, 0.0) + leader.seconds_left
+        fair = usage.get(leader.client, 0.0) + leader.seconds_left
         cap = self._cap(leader, max_rows)
         batch, rows, takes, widest = [leader], leader.rows, leader.step_seconds, leader.rows
         apart, lost, best, size = takes, 0.0, 0.0, 1
         for job in order:
             if job is leader or job.group != leader.group:
                 continue
-            # The rows that the widest is padded by are computed in any case.
+            # Padding rows are computed anyway.
             padded = self._costs.padded(leader.group[0], max(widest, job.rows))
             if rows + job.rows > max(cap, min(padded, self._limit(leader, max_rows))):
                 continue
             widest = max(widest, job.rows)
             before, takes = takes, self._call_seconds(leader, rows + job.rows)
-            if takes > _MOST_STRETCHED * leader.step_seconds and shares.get(job.client, 0.0) > fair:
+            if takes > _MOST_STRETCHED * leader.step_seconds and usage.get(job.client, 0.0) > fair:
                 takes = before
                 continue
             if takes > before:
-                lost += (takes - before) * _losers(batch, job)
+                lost += (takes - before) * _delayed(batch, job)
             apart += job.step_seconds
             rows += job.rows
             batch.append(job)
@@ -236,7 +234,7 @@ class Policy:
         return batch[:size]
 
     def _cap(self, like: Job, max_rows: dict[str, int | None]) -> int:
-        """The most rows that a call is to have."""
+        """The largest number of rows of a call."""
         return self._costs.cap(like.group, like.pixels, self._limit(like, max_rows))
 
     def _limit(self, like: Job, max_rows: dict[str, int | None]) -> int:
@@ -247,7 +245,7 @@ class Policy:
         return _UNKNOWN if known is None else known
 
 
-def _losers(batch: Sequence[Job], joining: Job) -> float:
-    """How many of the call are held up by another who joins it; one with far less left counts for several."""
+def _delayed(batch: Sequence[Job], joining: Job) -> float:
+    """How many members of the call are delayed by `joining`, weighted: one with far less left counts several times."""
     left = joining.seconds_left
     return sum(min(_URGENT, max(0.0, left / max(job.seconds_left, 1e-9) - 1.0)) for job in batch)

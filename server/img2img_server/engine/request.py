@@ -19,12 +19,12 @@ class Request:
     """One transform, checked and with every default filled in.
 
     `image` is RGB and already has the size of the result. There is one seed for each image to make. `negative_prompt` is
-    None where none was given, which SDXL tells from an empty one. `deadline` is a time of the engine's clock in seconds,
+    None if none was given, which SDXL distinguishes from an empty one. `deadline` is a time of the engine's clock in seconds,
     None for none. `scheduler` is one of the pipeline's `schedulers`, None for the bundle's own. A preview is drawn every
-    `preview_interval` steps, none at 0. `image_digest` tells images apart by content; empty where they need not be cached.
-    One in the `background` is the server's own, and comes after all others. `client` tells whose it is, and `id` is what logs and
-    the caller know it by. Without `follow` nobody hears of it before its end, so that nothing needs to be sent from afar.
-    Requests of one `cache_scope` share what was encoded, so its timings tell them about each other.
+    `preview_interval` steps, none at 0. `image_digest` identifies the image's content; empty if it need not be cached. A
+    `background` request is the server's own, and has the lowest priority. `client` is whose it is, and `id` identifies it in logs
+    and to the caller. Without `follow` only its ending is delivered, so a replica sends no other events. Requests of one
+    `cache_scope` share cached encodings, so their timings reveal whether another request used the same input.
     """
 
     model: str
@@ -84,7 +84,7 @@ class Timings:
 
 @dataclass(frozen=True, slots=True)
 class Queued:
-    """It waits: `position` requests come before it, and it will be finished in about `eta` seconds, None where unknown."""
+    """The request waits: `position` requests come before it. It will be finished in about `eta` seconds, None if unknown."""
 
     position: int
     eta: float | None
@@ -92,7 +92,7 @@ class Queued:
 
 @dataclass(frozen=True, slots=True)
 class Started:
-    """The request's first turn came."""
+    """The request was admitted and prepared. It will take `step_count` steps."""
 
     step_count: int
 
@@ -131,7 +131,7 @@ Event = Queued | Started | Progress | Ending
 
 
 class State(Protocol):
-    """What a pipeline keeps of a request between two steps."""
+    """A pipeline's state of a request between two steps."""
 
     @property
     def step(self) -> int:
@@ -148,7 +148,7 @@ class Pipeline(Protocol):
     """A model, split into the parts that the engine schedules.
 
     Every method is called by the engine's thread only, but `plan`, which any thread may call. Those that take several requests or
-    states give one result for each, in order; where one raises, nothing has changed and the engine asks for each alone.
+    states give one result for each, in order; if one raises, nothing has changed and the engine asks for each alone.
     Errors: a ServerError says what is wrong with the request (InvalidField) and reaches the caller; any other exception is
     the model's failure.
     """
@@ -184,7 +184,7 @@ class Pipeline(Protocol):
     def advance(self, states: Sequence[Any], noises: Sequence[Any]) -> None:
         """Takes each state one step on by its predicted noise; afterwards its `step` is one more.
 
-        Where it raises, the states whose step has not moved are those that failed.
+        If it raises, the states whose `step` has not changed are the ones that failed.
         """
         ...
 
@@ -247,17 +247,17 @@ class Ticket:
     passed_over: int = 0
     """Calls of the model since it last took part in one."""
     forecast: float | None = None
-    """The seconds it would take if no other came, as known on arrival."""
-    likeness: Hashable = None
-    """Which other requests' forecasts were like its own."""
+    """The seconds it would take if no other request came, as forecast on arrival."""
+    forecast_key: Hashable = None
+    """Groups requests with similar forecast errors."""
     expected: float | None = None
-    """When it is expected to be finished, others that may come included."""
+    """When it is expected to be finished, corrected for requests that may still arrive."""
     position: int = 0
-    """How many waited before it when it was last told."""
+    """The last position that its caller was notified of."""
     cancelled: bool = False
     """Whether the caller gave up."""
     lock: threading.Lock = field(default_factory=threading.Lock)
-    """Held while the listener is told: whoever ends it may be another thread than the one that takes it on."""
+    """Held while the listener is called, because another thread may end the request."""
 
     @property
     def ended(self) -> bool:
@@ -266,7 +266,7 @@ class Ticket:
 
     @property
     def steps_left(self) -> int:
-        """How many calls of the model it still takes part in."""
+        """How many more calls of the model it takes part in."""
         return self.plan.step_count if self.state is None else self.state.step_count - self.state.step
 
     @property
@@ -275,11 +275,11 @@ class Ticket:
         return self.request.model, self.plan.shape
 
     def cancel(self) -> None:
-        """Gives up: the request leaves the batch at the next step. Harmless on one that has ended."""
+        """Cancels the request: it leaves the batch at the next step. Idempotent."""
         self.cancelled = True
 
-    def tell(self, event: Queued | Started | Progress) -> None:
-        """Tells the listener how it goes. Nothing is told after the ending."""
+    def notify(self, event: Queued | Started | Progress) -> None:
+        """Calls the listener with a progress event. Dropped after the ending."""
         with self.lock:
             if not self.ended:
                 self.listener(event)
@@ -291,8 +291,8 @@ class Ticket:
             self.status = RequestStatus.ENDED
             try:
                 self.listener(ending)
-            except Exception:  # noqa: BLE001 - who cannot be told must not keep the others from their ends, nor the engine from its work
-                _log.exception("nobody was told how a request ended", extra={"request_id": self.request.id})
+            except Exception:  # noqa: BLE001 - a failing listener must not affect other requests or the engine
+                _log.exception("failed to deliver the ending of a request", extra={"request_id": self.request.id})
 
 
 def run_alone(pipeline: Pipeline, request: Request) -> Sequence[Image.Image]:

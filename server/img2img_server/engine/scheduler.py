@@ -1,4 +1,4 @@
-"""Keeps the waiting and the active requests: who has to leave, who is admitted, who shares the next call. Computes nothing."""
+"""Keeps all requests: which have to leave, which are admitted, which share the next call. Computes nothing itself."""
 
 import itertools
 import math
@@ -12,12 +12,12 @@ from img2img_server.errors import DeadlineExpired, DeadlineUnmeetable, RequestCa
 from img2img_server.settings.setting import setting
 
 _MOST_FORECAST = 48
-"""Requests up to which the policy is run ahead for a forecast. That takes time that grows with their square, and beyond so many
-it is no nearer to what happens than the work of those who come before."""
+"""Up to this many requests the policy is simulated for a forecast. That takes quadratic time, and beyond it is no more accurate
+than the summed work of the requests ahead."""
 _LEAST_WEIGHT = 0.15
-"""Of the newest request in the running mean of what forecasts were wrong by."""
+"""The least weight of the newest request in the running mean of forecast errors."""
 _CAUTION = 4
-"""So many cases it takes until half of their mean is believed."""
+"""Observations after which half of their mean error is applied as a correction."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +28,7 @@ class QueueLimits:
     measured at warm-up may keep batches smaller. `max_active` requests are in progress and `max_waiting` wait;
     `max_admitted` may be encoded between two steps of the others. `max_waiting_seconds` bounds the estimated seconds of work that
     is accepted and not done, None for no bound; `max_client_waiting` the requests of one client that have not ended.
-    An eighth of `max_waiting` is for clients that have no request yet: who fills the queue does not shut them out.
+    An eighth of `max_waiting` is reserved for clients that have no request yet, so no client can lock others out of the queue.
     """
 
     max_batch_size: int = setting(16, "maximum rows of one model call; an image with guidance takes two", metavar="N", least=1)
@@ -45,15 +45,15 @@ class QueueLimits:
     )
     max_client_waiting: int = setting(128, "maximum number of waiting and running requests of one client", metavar="N", least=1)
 
-    def waiting_places(self, held: int, engines: int = 1) -> int:
-        """The most requests that may wait, of all clients and in so many engines, if one comes from a client that has `held`."""
-        places = self.max_waiting * engines
-        return places - places // 8 if held else places
+    def waiting_slots(self, held: int, engines: int = 1) -> int:
+        """How many requests may wait, of all clients and in all `engines`, when a client that has `held` requests sends one."""
+        slots = self.max_waiting * engines
+        return slots - slots // 8 if held else slots
 
 
 class Scheduler:
-    """The requests of all models that have not ended, each with its status. The policy decides who is admitted first and who
-    shares a call."""
+    """The requests of all models that have not ended, each with its status. The policy decides which are admitted first and which
+    share a call."""
 
     def __init__(self, limits: QueueLimits, costs: Costs, max_rows: dict[str, int | None]) -> None:
         self.limits = limits
@@ -119,12 +119,12 @@ class Scheduler:
         return [(ticket, error) for ticket in self.tickets if (error := _gone(ticket, now)) and self.leave(ticket)]
 
     def admit(self, now: float) -> list[Ticket]:
-        """Makes waiting requests active: a few that share a shape, so that the running ones wait for one encoding at most."""
-        room = min(self.limits.max_admitted, self.limits.max_active - len(self.active))
-        if room <= 0 or not self.waiting:
+        """Admits a few waiting requests that share a shape, so the active ones wait for one encoding at most."""
+        free = min(self.limits.max_admitted, self.limits.max_active - len(self.active))
+        if free <= 0 or not self.waiting:
             return []
-        order = [ticket for ticket, _ in self.places(now)]
-        chosen = [ticket for ticket in order if ticket.group == order[0].group][:room]
+        order = [ticket for ticket, _ in self.positions(now)]
+        chosen = [ticket for ticket in order if ticket.group == order[0].group][:free]
         for ticket in chosen:
             ticket.status = RequestStatus.ACTIVE
         return chosen
@@ -142,18 +142,18 @@ class Scheduler:
             ticket.passed_over = 0
         return chosen
 
-    def places(self, now: float) -> list[tuple[Ticket, int]]:
-        """Every waiting request, and how many come before it."""
+    def positions(self, now: float) -> list[tuple[Ticket, int]]:
+        """Every waiting request and its position: how many come before it."""
         order = self._policy.in_order(map(self._job, (*self.active, *self.waiting)), now)
-        return [(ticket, position) for position, ticket in enumerate(self._line(order, self.waiting))]
+        return [(ticket, position) for position, ticket in enumerate(self._in_order_of_admission(order, self.waiting))]
 
-    def look_at(self, ticket: Ticket, now: float) -> tuple[int, float | None]:
-        """How many of the waiting requests come before `ticket`, which is not in yet, and the seconds until it would be finished
-        if no other came; None where costs are unknown."""
+    def forecast(self, ticket: Ticket, now: float) -> tuple[int, float | None]:
+        """The position of `ticket`, which was not added yet, and the seconds until it would be finished if no other request came,
+        None if costs are unknown."""
         tickets = (*self.active, *self.waiting, ticket)
         jobs = list(map(self._job, tickets))
         order = self._policy.in_order(jobs, now)
-        position = self._line(order, (*self.waiting, ticket)).index(ticket)
+        position = self._in_order_of_admission(order, (*self.waiting, ticket)).index(ticket)
         if self._costs.seconds("denoise", ticket.group, ticket.plan.pixels, ticket.plan.rows) is None:
             return position, None
         if len(jobs) > _MOST_FORECAST:
@@ -162,23 +162,23 @@ class Scheduler:
         return position, next(end for number, end in ends if number == ticket.number) - now
 
     def count(self, client: str) -> int:
-        """How many requests of `client` are in; none of those in the background is anybody's."""
+        """How many requests `client` has, background requests excluded."""
         requests = (ticket.request for ticket in (*self.active, *self.waiting))
         return sum(request.client == client and not request.background for request in requests)
 
     def next_end(self, client: str, now: float) -> float | None:
-        """Seconds until the first request of `client` is expected to be finished; None where nothing is known."""
+        """Seconds until the first request of `client` is expected to be finished, None if unknown."""
         tickets = [ticket for ticket in (*self.active, *self.waiting) if ticket.request.client == client]
         return min((ticket.expected - now for ticket in tickets if ticket.expected is not None), default=None)
 
     def work(self) -> float | None:
-        """About how many seconds all that is in still takes; None where the costs of some of it are unknown."""
+        """The estimated seconds of work of all requests, None if the costs of some are unknown."""
         tickets = (*self.active, *self.waiting)
         return self._work(list(map(self._job, tickets))) if self._known(tickets) else None
 
-    def next_place(self, now: float) -> float | None:
-        """Seconds until the first of those who wait is expected to begin: after the next step, where there is room beside those
-        who are active, else after the first end of one of those. None where costs are unknown."""
+    def seconds_to_admission(self, now: float) -> float | None:
+        """Seconds until the first waiting request is expected to be admitted: after the next step if fewer than `max_active` are
+        active, else when the first active one ends. None if costs are unknown."""
         active = self.active
         jobs = list(map(self._job, active))
         if not jobs or not self._known(active):
@@ -188,14 +188,14 @@ class Scheduler:
         return next(end for _, end in self._policy.forecast(jobs, self._max_rows, now)) - now
 
     def check_deadline(self, ticket: Ticket) -> None:
-        """Raises DeadlineUnmeetable where the forecast ends after the deadline, though a deadline comes before all else."""
+        """Raises DeadlineUnmeetable if the request is forecast to end after its deadline, although deadlines have priority."""
         deadline, forecast = ticket.request.deadline, ticket.forecast
         if deadline is not None and forecast is not None and ticket.arrival + forecast > deadline:
             left = max(0.0, deadline - ticket.arrival)
             raise DeadlineUnmeetable(f"it would take about {forecast:.2f} s, and {left:.2f} s are left", estimate=forecast)
 
-    def look_ahead(self, now: float) -> None:
-        """Sets anew when each request is expected to be finished."""
+    def update_forecasts(self, now: float) -> None:
+        """Updates when each request is expected to be finished."""
         tickets = (*self.active, *self.waiting)
         jobs = list(map(self._job, tickets))
         if len(jobs) <= _MOST_FORECAST:
@@ -210,34 +210,34 @@ class Scheduler:
                 ticket.expected = now + self.estimate(ticket, ends[ticket.number] - now)
 
     def estimate(self, ticket: Ticket, forecast: float) -> float:
-        """The forecast corrected by what forecasts like it were wrong by: others do come. A few cases count little."""
-        mean, count = self._bias.get(self._likeness(ticket), (0.0, 0))
+        """The forecast, corrected by the mean error of similar forecasts, since other requests arrive."""
+        mean, count = self._bias.get(self._forecast_key(ticket), (0.0, 0))
         return forecast * math.exp(mean * count / (count + _CAUTION))
 
     def learn(self, ticket: Ticket, seconds: float) -> None:
-        """Notes how long a request took whose forecast was told when it came."""
+        """Records how long a request took, to correct later forecasts."""
         if not ticket.forecast or seconds <= 0:
             return
-        mean, count = self._bias.get(ticket.likeness, (0.0, 0))
+        mean, count = self._bias.get(ticket.forecast_key, (0.0, 0))
         share = max(_LEAST_WEIGHT, 1 / (count + 1))
-        self._bias[ticket.likeness] = (mean + share * (math.log(seconds / ticket.forecast) - mean), count + 1)
+        self._bias[ticket.forecast_key] = (mean + share * (math.log(seconds / ticket.forecast) - mean), count + 1)
 
-    def _likeness(self, ticket: Ticket) -> Hashable:
-        """Forecasts are wrong alike for about the same number of steps, among about as many others."""
-        if ticket.likeness is None:
-            ticket.likeness = ticket.plan.step_count.bit_length(), len(self._tickets).bit_length()
-        return ticket.likeness
+    def _forecast_key(self, ticket: Ticket) -> Hashable:
+        """Requests of about as many steps, among about as many others, have similar forecast errors."""
+        if ticket.forecast_key is None:
+            ticket.forecast_key = ticket.plan.step_count.bit_length(), len(self._tickets).bit_length()
+        return ticket.forecast_key
 
-    def _line(self, order: Sequence[Job], waiting: Sequence[Ticket]) -> list[Ticket]:
-        """`waiting` in the order of their admission: a client that has none in progress comes before those that have, so that it
-        waits for one place at most, however many others wait."""
+    def _in_order_of_admission(self, order: Sequence[Job], waiting: Sequence[Ticket]) -> list[Ticket]:
+        """`waiting` in the order of admission. Clients without an active request come first, so they wait for one slot at most,
+        however many requests others have queued."""
         tickets = {ticket.number: ticket for ticket in waiting}
         served = {ticket.request.client for ticket in self.active} - {""}
         line = [tickets[job.number] for job in order if job.number in tickets]
         return sorted(line, key=lambda ticket: (ticket.request.background, ticket.request.client in served))
 
     def _known(self, tickets: Sequence[Ticket]) -> bool:
-        """Whether something is known of what the calls of each take."""
+        """Whether the costs of all are known."""
         groups = {ticket.group: ticket.plan for ticket in tickets}
         return all(self._costs.seconds("denoise", group, plan.pixels, plan.rows) is not None for group, plan in groups.items())
 

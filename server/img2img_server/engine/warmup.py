@@ -62,7 +62,7 @@ class _Batch:
 class WarmUp:
     """Runs batches of 1, 2, 4 ... rows at the model's native size and at half of it, in rounds.
 
-    In each round every batch is run once, in turns forwards and backwards: what else the machine does slows all of them alike,
+    In each round every batch is run once, alternately forwards and backwards: other load on the machine slows all of them alike,
     and what each takes is a median over the rounds, so a call that is held up changes nothing. Goes on for about `budget`
     seconds; at 0 nothing is done, and costs are learnt from the requests themselves. `in_flight` sees each call. Calls of
     `sizes`, width and height in pixels, are recorded, too.
@@ -154,7 +154,7 @@ class WarmUp:
         for requests in done if full else ():
             try:
                 run(lambda requests=requests: self._record(pipeline, requests))  # type: ignore[misc]
-            except Exception as error:  # noqa: BLE001 - not all have room together: the others are recorded when they are called
+            except Exception as error:  # noqa: BLE001 - memory may not suffice for all recordings: the others are recorded when they are called
                 _log.warning("model '%s': calls of %d rows are not recorded: %s", name, _rows(pipeline, requests), error)
         return full
 

@@ -81,7 +81,7 @@ class ModelLoader:
         arrival = self._arrived.pop(name, None)
         if arrival is None:
             return
-        if await in_thread(lambda: self._engine.settle(name)):
+        if await in_thread(lambda: self._engine.wait_until_idle(name)):
             self._engine.remove(name)
         pipelines: list[Closable] = [arrival.pipeline]
         del arrival

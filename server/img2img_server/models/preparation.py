@@ -77,7 +77,7 @@ class Preparation:
             if call is not None and 0 < self._longest < call.seconds and not work.done():
                 work.cancel()
                 if pipeline.row_buckets:
-                    self._engine.renew()
+                    self._engine.restart_thread()
                 raise Hung(f"{call.stage} of {call.rows} rows did not come back within {self._longest:g} s")
         return work.result()
 

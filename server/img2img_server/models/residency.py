@@ -278,7 +278,7 @@ class Residency:
             await in_thread(lambda: self.withdraw(name))
             await place.idle.wait()
             # Requests whose callers have left may still be in.
-            if not await in_thread(lambda: self._engine.settle(name)):
+            if not await in_thread(lambda: self._engine.wait_until_idle(name)):
                 return 0
             free = functools.partial(self._mover.free, name, self._health)
             if locked:

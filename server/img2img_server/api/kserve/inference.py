@@ -72,7 +72,7 @@ class Inference:
 
     async def _read(self, request: Any) -> Task:
         """The task of a request, which has a place while it is read: one that is refused is refused before work goes into it."""
-        with self._runner.arriving(current().client):
+        with self._runner.reserve(current().client):
             return await translation.read(request, self._threads)
 
     async def _finished(self, task: Task, context: Any) -> Any:

@@ -75,14 +75,14 @@ class _Passage(Ticket):
         if isinstance(told, RemoteProgress):
             if told.step > self.step:
                 self.step = told.step
-                self.tell(told.progress())
+                self.notify(told.progress())
         elif isinstance(told, Started):
             if not self.was_started:
                 self.was_started = True
-                self.tell(told)
+                self.notify(told)
         elif isinstance(told, Queued) and not self.was_started:
             self.position = told.position
-            self.tell(told)
+            self.notify(told)
 
     def ended_by(self, ending: Ending, now: float) -> None:
         """Delivers the ending, with the times at which its stages must have begun."""
@@ -105,7 +105,7 @@ class Front:
         self._limits = limits
         self._clock = clock
         self._numbers = itertools.count(1)
-        self._places: set[Slot] = set()
+        self._slots: set[Slot] = set()
         self._running: set[_Passage] = set()
         self._idle = asyncio.Event()
         self._idle.set()
@@ -126,26 +126,26 @@ class Front:
             active=sum(load.active for load in loads),
             work_seconds=sum(known) if known else None,
             call_seconds=0.0,
-            arriving=sum(place.ticket is None for place in tuple(self._places)),
+            arriving=sum(slot.ticket is None for slot in tuple(self._slots)),
         )
 
     @contextmanager
-    def arriving(self, client: str = "") -> Iterator[Slot]:
-        """Within the block a request of `client` holds a place, and counts as its client's to the end. Raises at once where
+    def reserve(self, client: str = "") -> Iterator[Slot]:
+        """Reserves a slot for a request of `client`, which counts against its client's limit until the block ends. Raises if
         there is none: ShuttingDown, NoReplica, QueueFull or ClientBusy."""
         self._check(client)
-        place = Slot(client)
-        self._places.add(place)
+        slot = Slot(client)
+        self._slots.add(slot)
         try:
-            yield place
+            yield slot
         finally:
-            self._places.discard(place)
+            self._slots.discard(slot)
 
-    def submit(self, request: Request, listener: Listener, place: Slot | None = None) -> Accepted:
-        """Sends a request to a replica. The place that is told at once is the front's guess; the replica's own follows, where
-        the request is followed. Raises at once what `arriving` raises, and DeadlineExpired."""
-        if place is not None:
-            self._places.discard(place)
+    def submit(self, request: Request, listener: Listener, slot: Slot | None = None) -> Accepted:
+        """Sends a request to a replica. The position in the answer is the front's estimate; the replica's own
+        follows if the request is followed. Raises what `reserve` raises, and DeadlineExpired."""
+        if slot is not None:
+            self._slots.discard(slot)
         self._check(request.client)
         now = self._clock()
         job = RemoteRequest.of(request, now)
@@ -153,9 +153,9 @@ class Front:
             raise DeadlineExpired("the deadline passed before the request was read")
         passage = _Passage(request, plan(request), listener, next(self._numbers), now)
         passage.position = min((load.waiting for load in self._roster.loads), default=0)
-        if place is not None:
-            place.ticket = passage
-            self._places.add(place)
+        if slot is not None:
+            slot.ticket = passage
+            self._slots.add(slot)
         self._running.add(passage)
         self._idle.clear()
         passage.task = asyncio.create_task(self._persist(passage, job))
@@ -239,7 +239,7 @@ class Front:
         if not loads:
             raise NoReplica("no replica can be reached", COME_BACK)
         waiting, held = self._waiting(), self._held(client) if client else 0
-        if waiting >= limits.waiting_places(held, len(loads)):
+        if waiting >= limits.waiting_slots(held, len(loads)):
             raise QueueFull(f"{waiting} requests are waiting already", _SOONEST + LOOK_EVERY)
         seconds = [0.0 if load.seconds is None else load.seconds for load in loads]
         most = limits.max_waiting_seconds
@@ -256,11 +256,11 @@ class Front:
         loads = self._roster.loads
         sent = sum(passage.arrival >= self._roster.looked for passage in self._running)
         room = sum(max(0, self._limits.max_active - load.active - load.waiting) for load in loads)
-        arriving = sum(place.ticket is None for place in self._places)
+        arriving = sum(slot.ticket is None for slot in self._slots)
         return sum(load.waiting for load in loads) + arriving + max(0, sent - room)
 
     def _held(self, client: str) -> int:
         """Requests of a client's that have not ended, and those whose answers are still on their way to it."""
         running = sum(passage.request.client == client for passage in self._running)
-        elsewhere = (place for place in self._places if place.ticket is None or place.ticket.ended)
-        return running + sum(place.client == client for place in elsewhere)
+        elsewhere = (slot for slot in self._slots if slot.ticket is None or slot.ticket.ended)
+        return running + sum(slot.client == client for slot in elsewhere)

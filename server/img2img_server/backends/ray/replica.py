@@ -132,12 +132,12 @@ class Replica:
         runner = self._backend.runner
         try:
             request = job.request(runner.clock())
-            with runner.arriving(job.client) as place, answering(Call("", job.id, client=job.client)):
+            with runner.reserve(job.client) as slot, answering(Call("", job.id, client=job.client)):
                 async with self._backend.residency.using(Source(path=job.model)) as model:
                     assert model.pipeline is not None, "a model that is used is in memory"
                     # The first time that a scheduler and steps are seen, this takes a while.
                     await asyncio.to_thread(model.pipeline.plan, request)
-                    accepted = runner.submit(request, listen, place)
+                    accepted = runner.submit(request, listen, slot)
                     try:
                         yield Queued(accepted.position, accepted.eta)
                         while not isinstance(event := await queue.get(), Completed | Failed):
