@@ -227,7 +227,7 @@ def test_outside_of_a_checkout_a_line_says_what_to_do(
     assert line.startswith("img2img serve: models is not set: give --models DIR")
     assert "img2img export MODEL --output models/NAME" in line
     assert main(["serve", "--port", "0", "--tls-key", "k"]) == 2
-    assert "tls_certificate and tls_key belong together" in capsys.readouterr().err, "before anything is exported"
+    assert "tls_certificate and tls_key must be set together" in capsys.readouterr().err, "before anything is exported"
 
 
 def test_without_the_exporter_a_line_says_what_to_install(

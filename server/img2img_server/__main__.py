@@ -27,21 +27,21 @@ CLIENT_VARIABLES = (
 _USAGE = "%(prog)s [--models DIR] [--config FILE] [--print-config] [SETTING ...]"
 _EPILOG = """\
 Each setting is a flag (--max-batch-size 8), a variable (IMG2IMG_MAX_BATCH_SIZE=8) or a key in the TOML file that --config names
-(max_batch_size = 8 in the table [limits]). Flags come before variables, variables before the file, the file before defaults.
---print-config shows all of them and where each was set, as such a file. BYTES can be 500MB or 1.5GiB, SECONDS 90s, 15m or 24h.
+(max_batch_size = 8 in the table [limits]). A flag overrides a variable, and a variable overrides the file.
+--print-config prints all settings and their sources as such a file. BYTES can be 500MB or 1.5GiB, SECONDS 90s, 15m or 24h.
 
 examples:
-  img2img serve                                 the demo model, exported on first use: in a checkout of the repository
+  img2img serve                                 the demo model, exported on first use (only in a checkout)
   img2img serve --models models                 every bundle in the folder, on 127.0.0.1:50051
   img2img serve --models models/sdxl --port 0   one bundle, on a free port
   img2img serve --models models --print-config > server.toml
   img2img serve --config server.toml
 
-The server answers health checks (grpc.health.v1) and reflection. SIGTERM drains it: new requests are refused, running ones
-finish within --grace seconds, and the process ends within 5 more. A second SIGTERM stops it at once.
+The server answers health checks (grpc.health.v1) and reflection. SIGTERM drains it: new requests are refused, running
+requests get --grace seconds to finish, and the process exits at most 5 seconds later. A second SIGTERM stops it at once.
 
-exit status: 0 drained; 1 it could not start; 2 a setting that cannot work; 70 a call of a model did not come back within
---watchdog seconds; 130 or 143 SIGINT or SIGTERM before it was up or drained.
+exit status: 0 drained; 1 failed to start; 2 invalid setting; 70 a model call did not return within --watchdog seconds;
+130 or 143 SIGINT or SIGTERM before the server was ready or drained.
 """
 
 
@@ -56,7 +56,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.epilog = _EPILOG
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--config", type=Path, metavar="FILE", help=f"read settings from this TOML file (or {CONFIG_VARIABLE})")
-    parser.add_argument("--print-config", action="store_true", help="show all settings and where each was set, as TOML, and exit")
+    parser.add_argument("--print-config", action="store_true", help="print all settings and their sources as TOML, and exit")
     declare(parser, settings_of(ServerConfig))
 
 

@@ -67,7 +67,7 @@ class TlsSettings:
 
     def __post_init__(self) -> None:
         if (self.certificate is None) != (self.key is None):
-            raise ValueError("tls_certificate and tls_key belong together: set both or none")
+            raise ValueError("tls_certificate and tls_key must be set together: set both or neither")
         if self.client_ca is not None and self.certificate is None:
             raise ValueError("tls_client_ca needs tls_certificate and tls_key")
 
@@ -200,9 +200,9 @@ class RaySettings:
 
     def __post_init__(self) -> None:
         if self.max_replicas is not None and self.max_replicas < self.min_replicas:
-            raise ValueError(f"ray_max_replicas is {self.max_replicas}, ray_min_replicas {self.min_replicas}: most, and fewest")
+            raise ValueError(f"ray_max_replicas ({self.max_replicas}) is less than ray_min_replicas ({self.min_replicas})")
         if self.address is not None and self.address.startswith("ray://"):
-            raise ValueError("ray_address: ray:// is Ray's client, which knows no streams; give the cluster's own address")
+            raise ValueError("ray_address: ray:// addresses (Ray Client) do not support streams; give the cluster's own address")
         if not self.app:
             raise ValueError("ray_app is empty")
 

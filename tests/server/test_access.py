@@ -250,7 +250,7 @@ def test_a_bad_edit_keeps_the_old_tokens_and_says_so_once(
         gate.clock.now = second
         assert gate.admit(alice).client == "alice"
     (line,) = [record for record in caplog.records if record.levelno == logging.ERROR]
-    assert "the old stays" in line.getMessage()
+    assert "keeping the previous version" in line.getMessage()
     bob = grant(path, "bob") if bad is None else None
     gate.clock.now = 10.0
     if bob:
@@ -264,7 +264,7 @@ def test_strangers_are_told_of_at_a_bounded_rate_and_without_their_token(path: P
     for index in range(1000):
         gate.clock.now = index / 50
         gate.refused(f"img2img_guess{index}")
-    lines = [record.getMessage() for record in caplog.records if "without a good token" in record.getMessage()]
+    lines = [record.getMessage() for record in caplog.records if "without a valid token" in record.getMessage()]
     assert 2 <= len(lines) <= 3
     assert "refused 1 calls" in lines[0]
     assert "ipv4:10.0.0.7" in lines[0]

@@ -302,4 +302,4 @@ def test_a_full_disk_ends_the_timeline_and_nothing_else(caplog: pytest.LogCaptur
         trace.observe(Span("denoise", "m", 1, 1, float(number), 1.0))
     trace.close(caches={})
     assert [caller.error for caller in callers] == [None] * 5
-    assert caplog.text.count("the timeline ends here") == 1
+    assert caplog.text.count("the timeline is incomplete") == 1

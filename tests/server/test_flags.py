@@ -79,14 +79,14 @@ def test_the_flags_that_there_always_were_are_still_there(words: str, expected: 
 @pytest.mark.parametrize(
     ("words", "problem"),
     [
-        ("--provider gpu", "--provider is 'gpu', known are auto, tensorrt, cuda, openvino, cpu"),
+        ("--provider gpu", "--provider is 'gpu', expected one of auto, tensorrt, cuda, openvino, cpu"),
         ("--buckets 512", "--buckets '512' is no WIDTHxHEIGHT:ROWS, such as 512x512:2"),
         ("--buckets 64x64:0", "--buckets '64x64:0' is no WIDTHxHEIGHT:ROWS, such as 512x512:2"),
-        ("--arithmetic bf16", "--arithmetic is 'bf16', known are auto, fp32"),
-        ("--threads 0", "--threads is 0, the least is 1"),
-        ("--port 65536", "--port is 65536, the most is 65535"),
-        ("--gpu-memory 8G", "--gpu-memory is '8G', it has to be a number of bytes, or a size such as 500MB or 1.5GiB"),
-        ("--tls-key k", "tls_certificate and tls_key belong together: set both or none"),
+        ("--arithmetic bf16", "--arithmetic is 'bf16', expected one of auto, fp32"),
+        ("--threads 0", "--threads is 0, the minimum is 1"),
+        ("--port 65536", "--port is 65536, the maximum is 65535"),
+        ("--gpu-memory 8G", "--gpu-memory is '8G', expected a number of bytes, or a size such as 500MB or 1.5GiB"),
+        ("--tls-key k", "tls_certificate and tls_key must be set together: set both or neither"),
         ("--config nowhere.toml", "nowhere.toml: No such file or directory"),
         ("--max-step 9", "unrecognized arguments: --max-step; did you mean '--max-steps'?"),
     ],
@@ -111,7 +111,7 @@ def test_the_file_can_be_named_by_a_variable_and_by_a_flag_that_counts_more(tmp_
 def test_variables_of_the_clients_commands_are_no_settings() -> None:
     names = ("TARGET", "TOKEN", "CA", "CLIENT_CERTIFICATE", "CLIENT_KEY")
     assert _parse(**{f"IMG2IMG_{name}": "x" for name in names}) == ServerConfig(Path("m"))
-    with pytest.raises(ValueError, match="IMG2IMG_TOKENZ is no setting that there is; did you mean IMG2IMG_TOKEN\\?"):
+    with pytest.raises(ValueError, match="unknown setting IMG2IMG_TOKENZ; did you mean IMG2IMG_TOKEN\\?"):
         _parse(IMG2IMG_TOKENZ="x")
 
 

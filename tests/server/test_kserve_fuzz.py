@@ -127,7 +127,7 @@ def check(code: grpc.StatusCode, error: Any) -> None:
 @pytest.mark.parametrize("method", METHODS, ids=name_of)
 def test_what_is_no_message_is_refused(method: MethodDescriptor, data: bytes, channel: grpc.Channel) -> None:
     code, error = send(channel, method, [data])
-    assert (code, error.details()[:30]) == (grpc.StatusCode.INVALID_ARGUMENT, "the message cannot be parsed: ")
+    assert (code, error.details()[:28]) == (grpc.StatusCode.INVALID_ARGUMENT, "the message cannot be parsed")
 
 
 @pytest.mark.parametrize("method", OTHERS, ids=name_of)

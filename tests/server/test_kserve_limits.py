@@ -72,7 +72,7 @@ def test_a_timeout_also_ends_the_wait_for_a_model(tmp_path: Path) -> None:
         client.unload_model("second")
         slow.go.clear()
         status, told = refused(lambda: client.infer("second", [picture()], timeout=200_000))
-        assert (status, told) == ("DEADLINE_EXCEEDED", "the timeout of 0.2 s passed before the request was finished")
+        assert (status, told) == ("DEADLINE_EXCEEDED", "the request did not finish within its timeout of 0.2 s")
         slow.go.set()
         assert client.infer("second", [picture()]).as_numpy("images").shape == (1,)
 

@@ -233,7 +233,7 @@ def test_each_request_of_a_stream_is_a_call_to_a_tokens_limits(tmp_path: Path) -
             stream.ask("a")
             gate.come()
             stream.ask("b")
-            assert "'alice' may have 1 call in progress" in stream.error().message()
+            assert "'alice' already has 1 call in progress" in stream.error().message()
             gate.open()
             assert stream.finals(1) == ["a"]
         made, settings = streaming("six a minute")
@@ -242,7 +242,7 @@ def test_each_request_of_a_stream_is_a_call_to_a_tokens_limits(tmp_path: Path) -
             stream.ask("a")
             assert stream.finals(1) == ["a"]
             stream.ask("b")
-            assert "'bob' may make 6 calls a minute" in stream.error().message()
+            assert "'bob' exceeded its limit of 6 calls per minute" in stream.error().message()
         made, settings = streaming("second only")
         with made as client:
             stream = Stream(client, **settings)

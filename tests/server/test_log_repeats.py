@@ -52,7 +52,7 @@ def test_the_first_lines_of_a_kind_pass_and_one_line_counts_the_others() -> None
     assert repeats.due() == []
     clock.now += INTERVAL
     (line,) = repeats.due()
-    assert line.getMessage() == "50 more lines like this in 10 s, the last: a value"
+    assert line.getMessage() == "50 similar lines suppressed in 10 s, the last: a value"
     assert repeats.passes(of("a %s")), "a new interval"
     clock.now += INTERVAL
     assert repeats.due() == []
@@ -103,7 +103,7 @@ def test_python_warnings_go_through_the_log_and_are_counted(tmp_path: Path) -> N
     lines = done.stderr.splitlines()
     assert 0 < len(lines) <= MOST + 2
     assert all(line.startswith("{") for line in lines)
-    assert f"{20000 - MOST} more lines like this" in lines[-1]
+    assert f"{20000 - MOST} similar lines suppressed" in lines[-1]
 
 
 def test_configure_captures_warnings_once(capsys: pytest.CaptureFixture[str]) -> None:

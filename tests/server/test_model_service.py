@@ -197,7 +197,7 @@ def test_callers_see_and_use_their_own(folder: Path, monkeypatch: pytest.MonkeyP
             code, details = failure(change)
             assert (code, details["message"]) == (
                 grpc.StatusCode.PERMISSION_DENIED,
-                "'bob' may not load or unload models",
+                "'bob' is not allowed to load or unload models: use an admin token",
             )
         assert it.memory.loads == []
         assert it.transform(path="b").model_id == "b"

@@ -150,8 +150,8 @@ def test_equal_bounds_are_a_fixed_number_and_others_a_range() -> None:
 @pytest.mark.parametrize(
     ("settings", "problem"),
     [
-        ({"min_replicas": 3, "max_replicas": 2}, "ray_max_replicas is 2, ray_min_replicas 3"),
-        ({"address": "ray://head:10001"}, "ray_address: ray:// is Ray's client"),
+        ({"min_replicas": 3, "max_replicas": 2}, r"ray_max_replicas \(2\) is less than ray_min_replicas \(3\)"),
+        ({"address": "ray://head:10001"}, "ray_address: ray:// addresses"),
         ({"app": ""}, "ray_app is empty"),
     ],
 )

@@ -212,7 +212,7 @@ def test_a_broken_renewal_keeps_the_old_certificate_and_says_so_once(
                 tls.certificate.write_bytes(broken)
             assert [shown(server, authority) for _ in range(3)] == [old] * 3
             (line,) = caplog.messages
-            assert "the old stays" in line
+            assert "keeping the previous version" in line
             tls.certificate.write_bytes(good)
             assert shown(server, authority) == old
         # The other half of the renewal comes: now both are taken.
@@ -249,7 +249,7 @@ def test_a_key_that_others_can_read_is_warned_of(tmp_path: Path, authority: trus
         assert "chmod" not in caplog.text
     tls.key.chmod(0o644)
     with serving(tls):
-        assert f"{tls.key} is open to every user of this machine" in caplog.text
+        assert f"{tls.key} is readable or writable by other users" in caplog.text
 
 
 def _garbage(folder: Path, authority: trustme.CA) -> TlsSettings:
@@ -284,9 +284,10 @@ def _encrypted(folder: Path, authority: trustme.CA) -> TlsSettings:
 
 @pytest.mark.parametrize(
     ("make", "error", "why"),
-    [(_garbage, ValueError, "no pair in PEM"), (_of_another, ValueError, "no pair in PEM: key values mismatch"),
+    [(_garbage, ValueError, "do not match, or are not PEM"),
+         (_of_another, ValueError, "do not match, or are not PEM: key values mismatch"),
      (_missing, OSError, "nothing.key cannot be read"),
-     (_no_authority, ValueError, "tls_client_ca .*empty.pem has no certificate"),
+     (_no_authority, ValueError, "tls_client_ca .*empty.pem contains no PEM certificate"),
      (_encrypted, ValueError, "is encrypted")],
 )  # fmt: skip
 def test_files_that_will_not_do_are_an_error_before_models_are_loaded(
@@ -320,7 +321,7 @@ def test_beyond_loopback_there_is_no_listening_without_tls_unless_allowed(
     host: str, tmp_path: Path, authority: trustme.CA
 ) -> None:
     assert not is_local(host)
-    with pytest.raises(ValueError, match="tls_certificate and tls_key; or allow_insecure"):
+    with pytest.raises(ValueError, match="tls_certificate and tls_key, or set allow_insecure"):
         check(ServerConfig(host=host))
     check(ServerConfig(host=host, allow_insecure=True))
     check(ServerConfig(host=host, tls=issue(tmp_path, authority)))
@@ -330,7 +331,7 @@ async def test_bind_refuses_what_check_does() -> None:
     server = grpc.aio.server()
     with pytest.raises(ValueError, match="allow_insecure"):
         bind(server, ServerConfig(host="0.0.0.0", port=0))
-    with pytest.raises(ValueError, match="port is 70000, the most is 65535"):
+    with pytest.raises(ValueError, match="port is 70000, the maximum is 65535"):
         bind(server, ServerConfig(port=70000))
     with pytest.raises(ValueError, match="host is empty"):
         bind(server, ServerConfig(host="", port=0))
@@ -344,10 +345,10 @@ def test_plain_listening_beyond_loopback_is_warned_of(caplog: pytest.LogCaptureF
         assert "without TLS and without tokens" in caplog.text
     caplog.clear()
     with running(lambda: store(m=FakePipeline()), host="0.0.0.0", allow_insecure=True, tokens=tokens):
-        assert "tokens are sent in the clear" in caplog.text
+        assert "are sent to 0.0.0.0 without encryption" in caplog.text
     caplog.clear()
     with running(lambda: store(m=FakePipeline()), tokens=tokens):
-        assert "in the clear" not in caplog.text
+        assert "without encryption" not in caplog.text
 
 
 def test_a_unix_socket_and_ipv6_can_be_listened_on(tmp_path: Path) -> None:

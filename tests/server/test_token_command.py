@@ -84,10 +84,11 @@ def test_the_list_shows_all_but_hashes(path: Path, capsys: pytest.CaptureFixture
 
 @pytest.mark.parametrize(
     ("words", "status", "why"),
-    [(["add", "a/b"], 2, "is no name of a token"), (["add", "../x"], 2, "is no name of a token"),
-     (["add", "x", "--expires", "soon"], 2, "is no date"), (["add", "x", "--concurrency", "0"], 2, "the least is 1"),
-     (["add", "x", "--requests-per-minute", "-1"], 2, "the least is 1"), (["add", "x", "--models", ""], 2, "is no pattern"),
-     (["add", "alice"], 1, "has a token 'alice' already"), (["remove", "bob"], 1, "has no token 'bob'; it has alice")],
+    [(["add", "a/b"], 2, "not a valid token name"), (["add", "../x"], 2, "not a valid token name"),
+     (["add", "x", "--expires", "soon"], 2, "is not a date"), (["add", "x", "--concurrency", "0"], 2, "the minimum is 1"),
+     (["add", "x", "--requests-per-minute", "-1"], 2, "the minimum is 1"),
+     (["add", "x", "--models", ""], 2, "is not a valid pattern"),
+     (["add", "alice"], 1, "already has a token 'alice'"), (["remove", "bob"], 1, "has no token 'bob'; it has alice")],
 )  # fmt: skip
 def test_what_cannot_be_says_why_in_a_line_and_changes_nothing(
     words: list[str], status: int, why: str, path: Path, capsys: pytest.CaptureFixture[str]
@@ -107,7 +108,7 @@ def test_the_file_comes_from_a_flag_or_the_environment(
 ) -> None:
     monkeypatch.delenv("IMG2IMG_TOKENS", raising=False)
     assert main(["token", "list"]) == 2
-    assert "--tokens FILE or IMG2IMG_TOKENS" in capsys.readouterr().err
+    assert "give --tokens FILE or set IMG2IMG_TOKENS" in capsys.readouterr().err
     for action in (["list"], ["remove", "x"]):
         assert main(["token", *action, "--tokens", str(path)]) == 1
         assert "No such file" in capsys.readouterr().err

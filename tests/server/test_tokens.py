@@ -28,14 +28,14 @@ HASH = "0" * 64
      (f"[tokens.x]\nsha256 = '{HASH}'\nmodel = ['a']", "unknown key 'model'"),
      (f"[tokens.x]\nsha256 = '{HASH}'\nmodels = []", "tokens.x.models: expected a list"),
      (f"[tokens.x]\nsha256 = '{HASH}'\nmodels = 'a'", "tokens.x.models: expected a list"),
-     (f"[tokens.x]\nsha256 = '{HASH}'\nmodels = ['']", "tokens.x.models: '' is no pattern"),
-     (f"[tokens.x]\nsha256 = '{HASH}'\nrequests_per_minute = 0", "tokens.x.requests_per_minute: .* the least is 1"),
-     (f"[tokens.x]\nsha256 = '{HASH}'\nconcurrency = true", "tokens.x.concurrency: .* the least is 1"),
+     (f"[tokens.x]\nsha256 = '{HASH}'\nmodels = ['']", "tokens.x.models: '' is not a valid pattern"),
+     (f"[tokens.x]\nsha256 = '{HASH}'\nrequests_per_minute = 0", "requests_per_minute: .* an integer of at least 1"),
+     (f"[tokens.x]\nsha256 = '{HASH}'\nconcurrency = true", "tokens.x.concurrency: .* expected an integer of at least 1"),
      (f"[tokens.x]\nsha256 = '{HASH}'\nadmin = 'yes'", "tokens.x.admin: expected true or false"),
-     (f"[tokens.x]\nsha256 = '{HASH}'\nexpires = 'soon'", "tokens.x.expires: 'soon' is no date"),
+     (f"[tokens.x]\nsha256 = '{HASH}'\nexpires = 'soon'", "tokens.x.expires: 'soon' is not a date"),
      (f"[tokens.x]\nsha256 = '{HASH}'\nexpires = 12:00:00", "tokens.x.expires: expected a date"),
      (f"[tokens.x]\nsha256 = '{HASH}'\n[tokens.y]\nsha256 = '{HASH}'", "two tokens have the same"),
-     (f"[tokens.'../x']\nsha256 = '{HASH}'", "is no name of a token"), ("[", "no TOML"), ("\x00", "no TOML")],
+     (f"[tokens.'../x']\nsha256 = '{HASH}'", "not a valid token name"), ("[", "not valid TOML"), ("\x00", "not valid TOML")],
 )  # fmt: skip
 def test_a_file_that_will_not_do_is_an_error_that_names_file_and_key(content: str, why: str, path: Path) -> None:
     path.write_text(content)

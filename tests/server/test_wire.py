@@ -88,7 +88,7 @@ def test_elements_of_a_repeated_field_are_counted_before_they_are_parsed(channel
     method, body, name = FLOODS[case]
     code, details = failure(lambda: send(channel, method, body))
     assert (code, details["field"]) == (grpc.StatusCode.INVALID_ARGUMENT, name)
-    assert details["description"] == f"it has more than {wire.MAX_ELEMENTS} elements"
+    assert details["description"] == f"the field has more than {wire.MAX_ELEMENTS} elements"
 
 
 @pytest.mark.parametrize("method", [IMAGES + "Transform", ASSETS + "UploadAsset", KSERVE + "ModelInfer"])
@@ -142,7 +142,7 @@ def test_an_upload_takes_messages_as_large_as_the_largest_file(channel: grpc.Cha
 def test_only_images_are_large(channel: grpc.Channel, message: pb.TransformRequest, name: str) -> None:
     code, details = failure(lambda: send(channel, IMAGES + "Transform", message.SerializeToString()))
     assert (code, details["field"]) == (grpc.StatusCode.INVALID_ARGUMENT, name)
-    assert f"the most is {wire.MAX_VALUE_BYTES}" in str(details["description"])
+    assert f"the maximum is {wire.MAX_VALUE_BYTES}" in str(details["description"])
 
 
 @pytest.mark.parametrize("compression", [grpc.Compression.Gzip, grpc.Compression.Deflate])

@@ -85,11 +85,11 @@ class Access:
             return self._find(_bearer(metadata))
         except _NoGood as error:
             # One text for all: it is nobody's business whether a token was good once.
-            raise Unauthenticated("this server wants a token that it knows, as metadata 'authorization: Bearer TOKEN'") from error
+            raise Unauthenticated("missing or invalid bearer token: send metadata 'authorization: Bearer TOKEN'") from error
 
     def _find(self, secret: str) -> Token:
         self._look()
-        assert self._watched is not None, "there is a file"
+        assert self._watched is not None, "the file of tokens is set"
         found = tokens.digest(secret)
         token = self._watched.value.get(found)
         if token is None or not hmac.compare_digest(token.sha256, found):
@@ -130,7 +130,7 @@ class _Strangers:
         now = self._clock()
         if self._told is not None and now - self._told < _LOG_SECONDS:
             return
-        _log.warning("refused %d calls without a good token; the last, of %s, brought %s", self._untold, client, brought)
+        _log.warning("refused %d calls without a valid token; the last, from %s, sent %s", self._untold, client, brought)
         self._told, self._untold = now, 0
 
 
@@ -140,9 +140,11 @@ def _watch(path: Path) -> FileReloader[dict[str, Token]]:
     def make(contents: Contents) -> dict[str, Token]:
         found = {token.sha256: token for token in tokens.parse(contents[0], path).values()}
         if path.stat().st_mode & _WRITABLE_BY_OTHERS:
-            _log.warning("%s can be written by every user of this machine, who can let anybody in: chmod 600 it", path)
+            _log.warning("%s is writable by every user of this machine, who could add tokens: run chmod 600 on it", path)
         if not found:
-            _log.warning("%s has no tokens: nobody may call. Make one with `img2img token add NAME --tokens %s`", path, path)
+            _log.warning(
+                "%s has no tokens, so every call is refused: create one with `img2img token add NAME --tokens %s`", path, path
+            )
         return found
 
     try:
@@ -159,7 +161,7 @@ def _bearer(metadata: Metadata) -> str:
     (value, *more) = found
     scheme, _, secret = value.partition(" ") if isinstance(value, str) else ("", "", "")
     if more or scheme.lower() != "bearer" or not 0 < len(secret) <= _MAX_SECRET:
-        raise _NoGood("no single 'Bearer TOKEN'")
+        raise _NoGood("not exactly one 'Bearer TOKEN'")
     return secret
 
 

@@ -16,8 +16,8 @@ examples:
   img2img token list --tokens tokens.toml
   img2img token remove alice --tokens tokens.toml
 
-`img2img serve --tokens tokens.toml` lets in who has one of them. It reads the file again when it changes: what was added or
-removed holds a second or two later. Calls that are running go on.
+`img2img serve --tokens tokens.toml` accepts calls with one of these tokens. It reloads the file when it changes:
+added and removed tokens take effect within a second or two. Running calls continue.
 """
 
 
@@ -26,25 +26,27 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.epilog = _EPILOG
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
-    add = _action(actions, "add", "make a token, and print it: this once, as the file has only its hash")
-    add.add_argument("name", metavar="NAME", help="who it is for, as logs and metrics will say")
+    add = _action(actions, "add", "create a token and print it; it cannot be shown again, since the file stores only its hash")
+    add.add_argument("name", metavar="NAME", help="name of the client, shown in logs and metrics")
     add.add_argument(
-        "--models", nargs="+", metavar="PATTERN", help="ids of the models that it may use, such as sdxl* (default: all)"
+        "--models", nargs="+", metavar="PATTERN", help="ids of the models that the token may use, such as sdxl* (default: all)"
     )
-    add.add_argument("--requests-per-minute", type=int, metavar="N", help="most calls a minute (default: no bound)")
-    add.add_argument("--concurrency", type=int, metavar="N", help="most calls in progress (default: no bound)")
-    add.add_argument("--admin", action="store_true", help="it may also load and unload models")
-    add.add_argument("--expires", metavar="DATE", help="no longer good from then on: 2027-01-31, or 2027-01-31T18:00:00Z; UTC")
-    _action(actions, "list", "show the tokens' names and what each may do")
-    remove = _action(actions, "remove", "take a token away")
-    remove.add_argument("name", metavar="NAME", help="whose it is")
+    add.add_argument("--requests-per-minute", type=int, metavar="N", help="maximum calls per minute (default: no limit)")
+    add.add_argument("--concurrency", type=int, metavar="N", help="maximum calls in progress (default: no limit)")
+    add.add_argument("--admin", action="store_true", help="allow the token to load and unload models")
+    add.add_argument(
+        "--expires", metavar="DATE", help="time of expiry in UTC: 2027-01-31, or 2027-01-31T18:00:00Z (default: never)"
+    )
+    _action(actions, "list", "list the tokens' names and permissions")
+    remove = _action(actions, "remove", "remove a token")
+    remove.add_argument("name", metavar="NAME", help="name of the token to remove")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Does what was asked. Returns 0, 1 where the file does not allow it, 2 for wrong arguments."""
     path = arguments.tokens or os.environ.get(VARIABLE)
     if not path:
-        return _failed(f"which file? Set --tokens FILE or {VARIABLE}", 2)
+        return _failed(f"the file of tokens is not set: give --tokens FILE or set {VARIABLE}", 2)
     actions = {"add": _add, "list": _list, "remove": _remove}
     try:
         return actions[arguments.action](Path(path), arguments)
@@ -70,15 +72,15 @@ def _add(path: Path, arguments: argparse.Namespace) -> int:
         )
         for flag in ("requests_per_minute", "concurrency"):
             if (value := getattr(token, flag)) is not None and value < 1:
-                raise ValueError(f"--{flag.replace('_', '-')} is {value}, the least is 1")
+                raise ValueError(f"--{flag.replace('_', '-')} is {value}, the minimum is 1")
     except ValueError as error:
         return _failed(str(error), 2)
     with tokens.editing(path) as known:
         if token.name in known:
-            raise ValueError(f"{path} has a token '{token.name}' already: remove it first, or take another name")
+            raise ValueError(f"{path} already has a token '{token.name}': remove it first, or choose another name")
         known[token.name] = token
     print(secret)
-    print(f"This is the token of '{token.name}'. It is shown this once: {path} has only its hash.", file=sys.stderr)
+    print(f"Token of '{token.name}'. It cannot be shown again: {path} stores only its hash.", file=sys.stderr)
     return 0
 
 
@@ -113,7 +115,7 @@ def _remove(path: Path, arguments: argparse.Namespace) -> int:
     with tokens.editing(path) as known:
         if known.pop(arguments.name, None) is None:
             raise ValueError(f"{path} has no token '{arguments.name}'; it has {', '.join(known) or 'none'}")
-    print(f"'{arguments.name}' is no longer let in.", file=sys.stderr)
+    print(f"'{arguments.name}' is removed.", file=sys.stderr)
     return 0
 
 

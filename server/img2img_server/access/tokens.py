@@ -27,7 +27,7 @@ MAX_PATTERN = 256
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _HEADER = """\
-# Who may call: written by `img2img token`, which leaves out comments. The server reads it again when it changes.
+# Tokens of clients, written by `img2img token`, which drops comments. The server reloads this file when it changes.
 """
 
 
@@ -61,7 +61,7 @@ def digest(secret: str) -> str:
 def check_name(name: str) -> str:
     """Returns `name`. Raises ValueError where no token can be called that: names are in logs, metrics and paths."""
     if not _NAME.fullmatch(name):
-        raise ValueError(f"'{name}' is no name of a token: 1 to 64 of A-Z, a-z, 0-9, _ and -")
+        raise ValueError(f"'{name}' is not a valid token name: use 1 to 64 of A-Z, a-z, 0-9, _ and -")
     return name
 
 
@@ -72,7 +72,7 @@ def parse_expiry(value: object) -> datetime:
         try:
             value = datetime.fromisoformat(value)
         except ValueError:
-            raise ValueError(f"'{value}' is no date, such as 2027-01-31 or 2027-01-31T18:00:00Z") from None
+            raise ValueError(f"'{value}' is not a date such as 2027-01-31 or 2027-01-31T18:00:00Z") from None
     if isinstance(value, datetime):
         return value if value.tzinfo else value.replace(tzinfo=UTC)
     if isinstance(value, date):
@@ -85,7 +85,7 @@ def parse(data: bytes, where: Path) -> dict[str, Token]:
     try:
         content = tomllib.loads(data.decode())
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where}: no TOML: {error}") from None
+        raise ValueError(f"{where}: not valid TOML: {error}") from None
     if unknown := set(content) - {"tokens"}:
         raise ValueError(f"{where}: unknown key '{min(unknown)}': a token is a table [tokens.NAME]")
     tables = content.get("tokens", {})
@@ -170,7 +170,7 @@ def _value(key: str, value: object, where: str) -> Any:
 
 def _hash(value: object) -> str:
     if not (isinstance(value, str) and _SHA256.fullmatch(value)):
-        raise ValueError("expected 64 lower-case hexadecimal digits")
+        raise ValueError("expected 64 lowercase hexadecimal digits")
     return value
 
 
@@ -180,13 +180,13 @@ def check_patterns(value: object) -> tuple[str, ...]:
         raise ValueError('expected a list of patterns such as ["sd*"]; leave it out for all models')
     for item in value:
         if not (isinstance(item, str) and 0 < len(item) <= MAX_PATTERN and item.isprintable()):
-            raise ValueError(f"{item!r} is no pattern of models' ids")
+            raise ValueError(f"{item!r} is not a valid pattern of model ids")
     return tuple(value)
 
 
 def _count(value: object) -> int:
     if type(value) is not int or value < 1:
-        raise ValueError("expected a whole number, the least is 1")
+        raise ValueError("expected an integer of at least 1")
     return value
 
 

@@ -26,10 +26,10 @@ class Usage:
         """Why a call of `token` would be refused at `now`, in seconds; None where it would not."""
         if token.concurrency is not None and self.running >= token.concurrency:
             calls = "1 call" if token.concurrency == 1 else f"{token.concurrency} calls"
-            return ClientBusy(f"'{token.name}' may have {calls} in progress, and has", _BUSY_SECONDS)
+            return ClientBusy(f"'{token.name}' already has {calls} in progress, its maximum", _BUSY_SECONDS)
         if token.requests_per_minute is not None and (level := self._level(token.requests_per_minute, now)) < 1:
             wait = (1 - level) * 60 / token.requests_per_minute
-            return RateLimited(f"'{token.name}' may make {token.requests_per_minute} calls a minute", wait)
+            return RateLimited(f"'{token.name}' exceeded its limit of {token.requests_per_minute} calls per minute", wait)
         return None
 
     def begin(self, token: Token, now: float) -> None:

@@ -49,7 +49,7 @@ class AssetService(asset_pb2_grpc.AssetServiceServicer):
                         await self._check_image(info, data)
                         asset = await self._assets.put(owner, data, room)
         except TimeoutError:
-            raise DeadlineExpired(f"the upload took longer than {_LONGEST:g} seconds") from None
+            raise DeadlineExpired(f"the upload exceeded the maximum duration of {_LONGEST:g} seconds") from None
         return pb.UploadAssetResponse(asset=_message(asset))
 
     async def GetAsset(self, request: pb.GetAssetRequest, context: Any) -> AsyncGenerator[pb.GetAssetResponse, None]:
@@ -70,30 +70,30 @@ class AssetService(asset_pb2_grpc.AssetServiceServicer):
         """Whose asset the caller asks for. Raises InvalidField for an id that is none."""
         self._assets.require(what)
         if not is_id(asset_id):
-            raise InvalidField("id", "an asset's id has 64 hexadecimal digits in lower case, as UploadAsset gives it")
+            raise InvalidField("id", "an asset id must be 64 lowercase hexadecimal digits, as returned by UploadAsset")
         return owner_of(current())
 
     async def _info(self, messages: AsyncIterator[pb.UploadAssetRequest]) -> pb.UploadAssetInfo:
         first = await self._next(messages)
         if first is None or first.WhichOneof("content") != "info":
-            raise InvalidField("info", "the first message of an upload has its info")
+            raise InvalidField("info", "the first message of an upload must contain info")
         most = self._limits.max_bytes
         if not 1 <= first.info.size <= most:
-            raise InvalidField("info.size", f"{first.info.size} is not in 1 to {most}: announce the file's size in bytes")
+            raise InvalidField("info.size", f"size {first.info.size} is not in 1 to {most}: set it to the file's size in bytes")
         if first.info.sha256 and not is_id(first.info.sha256):
-            raise InvalidField("info.sha256", "a SHA-256 has 64 hexadecimal digits in lower case")
+            raise InvalidField("info.sha256", "a SHA-256 must be 64 lowercase hexadecimal digits")
         return first.info
 
     async def _data(self, info: pb.UploadAssetInfo, messages: AsyncIterator[pb.UploadAssetRequest]) -> bytes:
         data = bytearray()
         while (message := await self._next(messages)) is not None:
             if message.WhichOneof("content") == "info":
-                raise InvalidField("info", "only the first message of an upload has one")
+                raise InvalidField("info", "only the first message of an upload may contain info")
             if len(data) + len(message.chunk) > info.size:
-                raise InvalidField("info.size", f"it announces {info.size} bytes, and more came")
+                raise InvalidField("info.size", f"info.size is {info.size} bytes, but more bytes were received")
             data += message.chunk
         if len(data) < info.size:
-            raise InvalidField("info.size", f"it announces {info.size} bytes, and {len(data)} came")
+            raise InvalidField("info.size", f"info.size is {info.size} bytes, but {len(data)} bytes were received")
         return bytes(data)
 
     async def _next(self, messages: AsyncIterator[pb.UploadAssetRequest]) -> pb.UploadAssetRequest | None:
@@ -102,14 +102,14 @@ class AssetService(asset_pb2_grpc.AssetServiceServicer):
             async with asyncio.timeout(self._idle):
                 return await anext(messages, None)
         except TimeoutError:
-            raise DeadlineExpired(f"nothing of the upload came for {self._idle:g} seconds") from None
+            raise DeadlineExpired(f"no message of the upload was received for {self._idle:g} seconds") from None
 
     async def _check_image(self, info: pb.UploadAssetInfo, data: bytes) -> None:
         found = await self._codecs.inspect(data, Inspect("chunk", self._limits))
         if info.sha256 and info.sha256 != found.sha256:
-            raise InvalidField("info.sha256", "the bytes that came have another SHA-256 than was announced")
+            raise InvalidField("info.sha256", "the received bytes do not match the SHA-256 in info")
         if info.media_type and info.media_type != found.media_type:
-            raise InvalidField("info.media_type", f"the file is {found.media_type}, not what was announced")
+            raise InvalidField("info.media_type", f"the file is {found.media_type}, which does not match the media type in info")
 
 
 def _message(asset: Asset) -> pb.Asset:

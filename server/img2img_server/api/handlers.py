@@ -44,7 +44,7 @@ class Handlers(grpc.GenericRpcHandler):
 
 async def _refuse(requests: Any, context: Any) -> Any:
     """Refuses a call before its message is read."""
-    raise ServerStarting("the server is starting: it loads its models", _RETRY_AFTER)
+    raise ServerStarting("the server is starting and loads its models: try again later", _RETRY_AFTER)
 
 
 _STARTING: "grpc.RpcMethodHandler[Any, Any]" = grpc.stream_unary_rpc_method_handler(_refuse)

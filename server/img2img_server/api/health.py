@@ -80,7 +80,7 @@ class HealthServicer(health_pb2_grpc.HealthServicer):
         _check_name(request.service)
         status = self._statuses.get(request.service)
         if status is None:
-            raise ServiceNotFound("service: unknown; there are '' for the server and 'models/ID' for each model")
+            raise ServiceNotFound("service is unknown: use '' for the server or 'models/ID' for a model")
         return pb.HealthCheckResponse(status=status)
 
     async def Watch(self, request: pb.HealthCheckRequest, context: Any) -> AsyncGenerator[pb.HealthCheckResponse, None]:
@@ -107,9 +107,9 @@ class HealthServicer(health_pb2_grpc.HealthServicer):
         """A watch of `service`, which counts within the block."""
         client = current().client
         if self._clients[client] >= self._max_client_watches:
-            raise ClientBusy(f"this client has {self._max_client_watches} health watches already", _RETRY_SECONDS)
+            raise ClientBusy(f"this client already has {self._max_client_watches} health watches, the maximum", _RETRY_SECONDS)
         if self._clients.total() >= self._max_watches:
-            raise Exhausted(f"there are {self._max_watches} health watches already", _RETRY_SECONDS)
+            raise Exhausted(f"the server already has {self._max_watches} health watches, the maximum", _RETRY_SECONDS)
         watch = _Watch(self._statuses.get(service, pb.HealthCheckResponse.SERVICE_UNKNOWN))
         watches = self._watches.setdefault(service, set())
         watches.add(watch)
@@ -127,4 +127,4 @@ class HealthServicer(health_pb2_grpc.HealthServicer):
 
 def _check_name(service: str) -> None:
     if len(service) > _MAX_NAME:
-        raise InvalidField("service", f"it has {len(service)} characters, the most is {_MAX_NAME}")
+        raise InvalidField("service", f"service has {len(service)} characters, the maximum is {_MAX_NAME}")

@@ -148,7 +148,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                 error = caught
                 if not isinstance(error, ServerError):
                     _log.error("%s failed", call.method, exc_info=error, extra={"request_id": call.request_id})
-                    error = ServerError("the server failed on this request")
+                    error = ServerError("internal server error")
                 outcome.status, outcome.reason = error.status, error.reason
                 let_go(caught)
                 rich = rpc_status.to_status(to_status(error, call.request_id))
@@ -178,12 +178,12 @@ def _parser(parse: Callable[[bytes], Any] | None, most: int) -> _Parse:
 
     def parsed(data: bytes) -> tuple[Any, int]:
         if len(data) > most:
-            raise MessageTooLarge(f"the message has {len(data)} bytes, the most for this method is {most}")
+            raise MessageTooLarge(f"the message has {len(data)} bytes, the maximum for this method is {most}")
         size = wire.check(data, descriptor)
         try:
             return parse(data), size if size > MAX_MESSAGE_BYTES else 0
         except message.DecodeError:
-            raise MalformedMessage("the message cannot be parsed: it is not of this method's type") from None
+            raise MalformedMessage("the message cannot be parsed as this method's request type") from None
 
     return parsed
 

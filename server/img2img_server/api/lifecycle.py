@@ -40,7 +40,7 @@ async def live(server: Server) -> int:
         starting = asyncio.ensure_future(server.start())
         await asyncio.wait({starting, first}, return_when=asyncio.FIRST_COMPLETED)
         if not starting.done():
-            _log.warning("%s: the server was not up yet, it stops", first.result().name)
+            _log.warning("%s: stopping before startup finished", first.result().name)
             await _end(server, 128 + first.result())
         if starting.exception() is not None:
             await server.stop()
@@ -60,7 +60,7 @@ async def live(server: Server) -> int:
             return 0
         if not second.done():
             await _end_stuck(server)
-        _log.warning("%s: the server stops without waiting for what runs", second.result().name)
+        _log.warning("%s: stopping at once, without waiting for running requests", second.result().name)
         await _end(server, 128 + second.result())
 
 
@@ -91,7 +91,7 @@ def _signals() -> Iterator[asyncio.Queue[signal.Signals]]:
 
 async def _end_stuck(server: Server) -> NoReturn:
     """Tells the log where every thread is, and ends the process."""
-    _log.critical("the engine is stuck: the server stops with status %d", STUCK)
+    _log.critical("the engine is stuck: the server exits with status %d", STUCK)
     faulthandler.dump_traceback(sys.stderr)
     await _end(server, STUCK)
 
@@ -102,7 +102,7 @@ async def _end(server: Server, status: int) -> NoReturn:
     try:
         await asyncio.wait_for(server.stop_now(), _ANSWERING)
     except Exception:  # noqa: BLE001 - the process's edge: whatever it was, the process ends
-        _log.exception("not everybody was told")
+        _log.exception("not all clients were notified")
     finally:
         logging.shutdown()
         sys.stderr.flush()

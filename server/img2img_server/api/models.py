@@ -33,10 +33,10 @@ class ModelService(pb_grpc.ModelServiceServicer):
         """Makes a model ready."""
         current().require_admin()
         if bool(request.id) == request.HasField("source"):
-            raise InvalidField("id", "exactly one of id and source is to be set")
+            raise InvalidField("id", "set exactly one of id and source")
         reference = reference_from(request.source) if request.HasField("source") else Source(path=request.id)
         if reference == Source():
-            raise InvalidField("source", "it names no model")
+            raise InvalidField("source", "the reference names no model: set name or path")
         return pb.LoadModelResponse(model=self._message(await self._residency.load(reference)))
 
     async def UnloadModel(self, request: pb.UnloadModelRequest, context: Any) -> pb.UnloadModelResponse:

@@ -130,7 +130,11 @@ class Parser:
         steps = message.num_inference_steps if message.HasField("num_inference_steps") else DEFAULT_STEPS
         most = self._config.max_steps
         _check("num_inference_steps", 1 <= steps <= most, f"{steps} is not in 1 to {most}")
-        _check("strength", int(steps * strength) >= 1, f"strength {strength} of {steps} steps is less than one step")
+        _check(
+            "strength",
+            int(steps * strength) >= 1,
+            f"strength {strength} times {steps} steps is less than one step: increase one of them",
+        )
         guidance = message.guidance_scale if message.HasField("guidance_scale") else DEFAULT_GUIDANCE
         _check("guidance_scale", 0 <= guidance <= MAX_GUIDANCE, f"{guidance} is not in 0 to {MAX_GUIDANCE:g}")
         return strength, steps, guidance
@@ -140,17 +144,17 @@ class Parser:
         most = self._config.max_image_count
         _check("image_count", 1 <= count <= most, f"{count} is not in 1 to {most}")
         first = message.seed if message.HasField("seed") else -1
-        _check("seed", first >= -1, f"{first} is not -1, for a random one, or in 0 to 2^63 - 1")
+        _check("seed", first >= -1, f"{first} is neither -1 (random) nor in 0 to 2^63 - 1")
         last = _MAX_SEED - count + 1
-        together = f"{first} and image_count {count} do not go together: the last image's seed would be above 2^63 - 1"
-        _check("seed", first <= last, f"{together}. For {count} images, seed is at most {last}")
+        together = f"{first} is too large for image_count {count}: the last image's seed would exceed 2^63 - 1"
+        _check("seed", first <= last, f"{together}. For {count} images, the maximum seed is {last}")
         if first == -1:
             first = secrets.randbelow(2**32)
         return tuple(range(first, first + count))
 
     def _preview_interval(self, message: pb.TransformRequest) -> int:
         interval, most = message.preview_interval, self._config.max_steps
-        _check("preview_interval", 0 <= interval <= most, f"{interval} is not 0, for none, or in 1 to {most}")
+        _check("preview_interval", 0 <= interval <= most, f"{interval} is neither 0 (no previews) nor in 1 to {most}")
         return interval
 
     def _size_rule(self, message: pb.TransformRequest, model: Model, file_format: images.WriteFormat) -> images.SizeRule:
@@ -169,9 +173,9 @@ def _sides(message: pb.TransformRequest) -> images.SizeRule:
 
 def _fit(message: pb.TransformRequest, pipeline: Pipeline) -> images.SizeRule:
     for side in ("width", "height"):
-        _check("fit", not message.HasField(side), f"it sets the size, and so does {side}: set one of the two")
+        _check("fit", not message.HasField(side), f"fit and {side} both set the size: set only one of them")
     rule = message.fit.WhichOneof("rule")
-    _check("fit", rule is not None, "it has no rule that this server knows: set longest_side or native_area")
+    _check("fit", rule is not None, "fit has no known rule: set longest_side or native_area")
     if rule == "longest_side":
         return images.SizeRule(longest_side=message.fit.longest_side)
     width, height = pipeline.native_size
@@ -181,7 +185,7 @@ def _fit(message: pb.TransformRequest, pipeline: Pipeline) -> images.SizeRule:
 def _prompts(message: pb.TransformRequest) -> tuple[str, str | None]:
     for field in ("prompt", "negative_prompt"):
         length = len(getattr(message, field))
-        _check(field, length <= MAX_PROMPT, f"it has {length} characters, the most is {MAX_PROMPT}")
+        _check(field, length <= MAX_PROMPT, f"the text has {length} characters, the maximum is {MAX_PROMPT}")
     return (
         message.prompt if message.HasField("prompt") else DEFAULT_PROMPT,
         message.negative_prompt if message.HasField("negative_prompt") else None,
@@ -193,14 +197,16 @@ def _scheduler(asked: str, model: Model) -> str | None:
     if not asked:
         return None
     known = {name.casefold(): name for name in _pipeline_of(model).schedulers}
-    there = f"there are {', '.join(known.values())}" if known else "this model has only its own: leave it out"
-    _check("scheduler", asked.casefold() in known, f"model '{model.id}' has no such scheduler; {there}")
+    there = (
+        f"known are {', '.join(known.values())}" if known else "this model supports only its own scheduler: leave the field empty"
+    )
+    _check("scheduler", asked.casefold() in known, f"model '{model.id}' does not support this scheduler; {there}")
     return known[asked.casefold()]
 
 
 def _output(message: pb.TransformRequest) -> tuple[images.WriteFormat, int]:
     output = message.output
-    _check("output.format", output.format in _FORMATS, f"{output.format} is no known format")
+    _check("output.format", output.format in _FORMATS, f"{output.format} is not a known format")
     quality = output.quality if output.HasField("quality") else _DEFAULT_QUALITY
     _check("output.quality", 1 <= quality <= 100, f"{quality} is not in 1 to 100")
     return _FORMATS[output.format], quality
@@ -212,5 +218,5 @@ def _check(field: str, holds: bool, description: str) -> None:
 
 
 def _pipeline_of(model: Model) -> Pipeline:
-    assert model.pipeline is not None, "resolve gives models that can run"
+    assert model.pipeline is not None, "resolve returns models that can run"
     return model.pipeline

@@ -31,9 +31,9 @@ class Readers:
     def check(self, client: str) -> None:
         """Raises ClientBusy or Exhausted if too many calls, of this client or of all, have answers that are not read."""
         if self._unread[client] >= MAX_CLIENT_UNREAD:
-            raise ClientBusy(f"{MAX_CLIENT_UNREAD} calls of this client have answers that it does not read", _RETRY_SECONDS)
+            raise ClientBusy(f"this client has {MAX_CLIENT_UNREAD} calls with unread responses, the maximum", _RETRY_SECONDS)
         if self._unread.total() >= MAX_UNREAD:
-            raise Exhausted(f"{MAX_UNREAD} calls have answers that are not read", _RETRY_SECONDS)
+            raise Exhausted(f"the server has {MAX_UNREAD} calls with unread responses, the maximum", _RETRY_SECONDS)
 
     async def write(self, context: Any, response: Any, client: str) -> None:
         """Sends one message. Raises ReaderTooSlow if the client does not take it in time."""
@@ -45,7 +45,7 @@ class Readers:
             except TimeoutError:
                 if not timeout.expired():
                     raise
-                raise ReaderTooSlow(f"the client did not read a message of the answer within {limit:.0f} s") from None
+                raise ReaderTooSlow(f"the client did not read a response message within {limit:.0f} s") from None
 
     @contextmanager
     def unread(self, client: str) -> Iterator[None]:

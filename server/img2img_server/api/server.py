@@ -111,13 +111,13 @@ class Server:
         await server.start()
         for name in self._names:
             self._health.set(name, False)
-        _log.info("listening on %s:%d, not serving yet", self._config.host, self.port)
+        _log.info("listening on %s:%d, not ready yet", self._config.host, self.port)
         try:
             await self._open()
         except Exception:
             if not self._stopped:
                 raise
-            _log.info("the server was stopped before it served", exc_info=_log.isEnabledFor(logging.DEBUG))
+            _log.info("the server was stopped before it was ready", exc_info=_log.isEnabledFor(logging.DEBUG))
         if self._stopped:
             await self._close_unserved()  # what was opened after `stop` had closed the rest
             return
@@ -190,7 +190,7 @@ class Server:
         self._health.drain()
         try:
             async with asyncio.timeout(_TELLING):  # the stuck call may hold a lock that the engine's end needs
-                await self._backend.abandon(EngineStuck("the device does not answer: this server stops"))
+                await self._backend.abandon(EngineStuck("the device does not respond: the server exits"))
         finally:
             self._failed.set()
 

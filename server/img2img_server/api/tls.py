@@ -40,15 +40,15 @@ def bind(server: grpc.aio.Server, config: ServerConfig) -> int:
 def check(config: ServerConfig) -> None:
     """Raises what `bind` would for the settings and the files alone. Touches no port, so it can be asked before models load."""
     if not config.host:
-        raise ValueError("host is empty: 127.0.0.1 is this machine alone, 0.0.0.0 and :: are every address of it")
+        raise ValueError("host is empty: use 127.0.0.1 for this machine only, 0.0.0.0 or :: for all interfaces")
     if config.port > _MAX_PORT:  # gRPC would take the remainder
-        raise ValueError(f"port is {config.port}, the most is {_MAX_PORT}")
+        raise ValueError(f"port is {config.port}, the maximum is {_MAX_PORT}")
     if config.tls.certificate is not None:
         _check_files(*_paths(config.tls))
     elif not is_local(config.host) and not config.allow_insecure:
         raise ValueError(
-            f"host is {config.host}, where others reach it, and there is no TLS: set tls_certificate and tls_key; or "
-            "allow_insecure, where something in front of the server has TLS"
+            f"host is {config.host}, not a loopback address, and TLS is not configured: set tls_certificate and tls_key, or "
+            "set allow_insecure if TLS is terminated upstream"
         )
 
 
@@ -56,9 +56,11 @@ def _warn(config: ServerConfig) -> None:
     if config.tls.certificate is not None or is_local(config.host):
         return
     if config.tokens is not None:
-        _log.warning("tokens are sent in the clear to %s: whoever can listen to the network can use them", config.host)
+        _log.warning("tokens are sent to %s without encryption: anyone on the network path can read and use them", config.host)
     else:
-        _log.warning("listening on %s without TLS and without tokens: whoever reaches the port may use the server", config.host)
+        _log.warning(
+            "listening on %s without TLS and without tokens: anyone who can reach the port can use the server", config.host
+        )
 
 
 def is_local(host: str) -> bool:
@@ -100,10 +102,10 @@ class Certificates:
         _check_files(*self._paths)
         if self._read() != contents:
             # OpenSSL reads files only: what it found good is what was read, as it was the same before and after.
-            raise ValueError(f"{self._paths[0]} or what belongs to it is just being written")
+            raise ValueError(f"{self._paths[0]} or a related file is incomplete")
         certificate, key, *client_ca = contents
         if self._paths[1].stat().st_mode & _OPEN_TO_OTHERS:
-            _log.warning("%s is open to every user of this machine: chmod 600 it", self._paths[1])
+            _log.warning("%s is readable or writable by other users of this machine: run chmod 600 on it", self._paths[1])
         return grpc.ssl_server_certificate_configuration([(key, certificate)], client_ca[0] if client_ca else None)
 
 
@@ -117,7 +119,7 @@ def _check_files(certificate: Path, key: Path, client_ca: Path | None = None) ->
     one."""
 
     def password() -> bytes:
-        raise ValueError(f"tls_key: {key} is encrypted: a server cannot ask for its password")
+        raise ValueError(f"tls_key: {key} is encrypted: give an unencrypted private key")
 
     for path in (certificate, key) if client_ca is None else (certificate, key, client_ca):
         _read_file(path)  # OpenSSL would not say which
@@ -126,13 +128,13 @@ def _check_files(certificate: Path, key: Path, client_ca: Path | None = None) ->
         context.load_cert_chain(certificate, key, password)
     except ssl.SSLError as error:
         why = error.reason.lower().replace("_", " ") if error.reason else "not PEM"
-        raise ValueError(f"tls_certificate {certificate} and tls_key {key} are no pair in PEM: {why}") from None
+        raise ValueError(f"tls_certificate {certificate} and tls_key {key} do not match, or are not PEM: {why}") from None
     if client_ca is None:
         return
     try:
         context.load_verify_locations(client_ca)
     except ssl.SSLError:
-        raise ValueError(f"tls_client_ca {client_ca} has no certificate in PEM") from None
+        raise ValueError(f"tls_client_ca {client_ca} contains no PEM certificate") from None
 
 
 def _read_file(path: Path) -> bytes:

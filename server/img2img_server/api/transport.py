@@ -55,7 +55,10 @@ def raise_file_limit() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     if (most := max_connections()) < MAX_CONNECTIONS:
         _log.warning(
-            "%d files may be open, so %d connections: raise the hard limit (ulimit -Hn) for %d", hard, most, MAX_CONNECTIONS
+            "the limit of %d open files allows %d connections: raise the hard limit (ulimit -Hn) to allow %d",
+            hard,
+            most,
+            MAX_CONNECTIONS,
         )
 
 

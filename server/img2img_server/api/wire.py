@@ -96,7 +96,7 @@ class _Walk:
 
     def message(self, at: int, end: int, descriptor: Descriptor, path: str, depth: int) -> None:
         if depth > _MAX_DEPTH:
-            raise MalformedMessage(f"the message is nested more than {_MAX_DEPTH} deep")
+            raise MalformedMessage(f"the message is nested more than {_MAX_DEPTH} levels deep")
         fields, counts = _fields(descriptor), Counter[int]()
         while at < end:
             self._seen += 1
@@ -122,7 +122,7 @@ class _Walk:
                 counts[number] += self._elements(field, kind, start, at)
                 is_pixels = field.holds_image and not field.is_text
                 if field.repeated and counts[number] > MAX_ELEMENTS and not is_pixels:
-                    raise InvalidField(_shown(name), f"it has more than {MAX_ELEMENTS} elements")
+                    raise InvalidField(_shown(name), f"the field has more than {MAX_ELEMENTS} elements")
 
     def _value(self, field: _Field, name: str, kind: int, start: int, end: int, depth: int) -> None:
         if kind != _LENGTH:
@@ -130,7 +130,7 @@ class _Walk:
         if field.message is not None:
             self.message(start, end, field.message, f"{name}.", depth + 1)
         elif field.is_text and end - start > MAX_VALUE_BYTES and not field.holds_image:
-            raise InvalidField(_shown(name), f"it has {end - start} bytes, the most is {MAX_VALUE_BYTES}")
+            raise InvalidField(_shown(name), f"the field has {end - start} bytes, the maximum is {MAX_VALUE_BYTES}")
 
     def _elements(self, field: _Field, kind: int, start: int, end: int) -> int:
         """How many elements a repeated field's occurrence has: several if it is packed."""
@@ -155,7 +155,7 @@ class _Walk:
 
 
 def _malformed() -> MalformedMessage:
-    return MalformedMessage("the message cannot be parsed: it is not of this method's type")
+    return MalformedMessage("the message cannot be parsed as this method's request type")
 
 
 def _shown(path: str) -> str:

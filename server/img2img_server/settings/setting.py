@@ -89,13 +89,13 @@ class Setting:
         if value is None:
             return
         if self.about.least is not None and value < self.about.least:
-            raise ValueError(f"is {value}, the least is {self.about.least:g}")
+            raise ValueError(f"is {value}, the minimum is {self.about.least:g}")
         if self.about.most is not None and value > self.about.most:
-            raise ValueError(f"is {value}, the most is {self.about.most:g}")
+            raise ValueError(f"is {value}, the maximum is {self.about.most:g}")
         if self.choices and value not in self.choices:
             near = difflib.get_close_matches(str(value), self.choices, 1, cutoff=0.7)
             meant = f"; did you mean '{near[0]}'?" if near else ""
-            raise ValueError(f"is '{value}', known are {', '.join(self.choices)}{meant}")
+            raise ValueError(f"is '{value}', expected one of {', '.join(self.choices)}{meant}")
 
 
 def settings_of(kind: type) -> tuple[Setting, ...]:

@@ -150,7 +150,7 @@ def _from_environment(settings: Sequence[Setting], environment: Environment) -> 
                 raise SettingError(f"{variable} {error}") from None
         elif variable.startswith(environment.prefix) and variable not in environment.others:
             near = difflib.get_close_matches(variable, (*known, *environment.others), 1)
-            raise SettingError(f"{variable} is no setting that there is{_meant(near)}")
+            raise SettingError(f"unknown setting {variable}{_meant(near)}")
 
 
 def _from_file(settings: Sequence[Setting], file: Path) -> Iterator[tuple[FieldPath, Any, str]]:
@@ -184,15 +184,15 @@ def _unknown(path: FieldPath, raw: Any, settings: Sequence[Setting], tables: set
     """What is wrong with a key that is no setting's, and which was probably meant."""
     key = ".".join(path)
     if path in tables:
-        return f"{key} has to be a table, [{key}]"
+        return f"{key} must be a table, [{key}]"
     if isinstance(raw, dict):
         near = difflib.get_close_matches(key, [".".join(table) for table in tables], 1)
-        return f"there is no table [{key}]{_meant([f'[{name}]' for name in near])}"
+        return f"unknown table [{key}]{_meant([f'[{name}]' for name in near])}"
     beside = {one.path[-1]: one.key for one in settings if one.path[:-1] == path[:-1]}
     # Else it may be in the wrong table, or spelled as its flag.
     anywhere = {one.path[-1]: one.key for one in settings} | {one.name: one.key for one in settings}
     near = [names[name] for names in (beside, anywhere) for name in difflib.get_close_matches(path[-1], names, 1)]
-    return f"there is no key '{key}'{_meant([repr(name) for name in near])}"
+    return f"unknown key '{key}'{_meant([repr(name) for name in near])}"
 
 
 def _meant(near: Sequence[str]) -> str:

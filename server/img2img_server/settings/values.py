@@ -51,14 +51,14 @@ def from_toml(one: Setting, raw: Any, folder: Path) -> Any:
         value = _below(one, from_text(one, raw), folder)
     elif get_origin(kind) is tuple and one.about.parse is None and isinstance(raw, list):
         if not all(isinstance(word, str) for word in raw):
-            raise ValueError("has something in it that is no text")
+            raise ValueError("contains an item that is not a string")
         value = tuple(map(_plain, raw))
     elif (kind is int and number and isinstance(raw, int)) or (kind is bool and isinstance(raw, bool)):
         value = raw
     elif kind is float and number:
         value = _finite(raw)
     else:
-        raise ValueError(f"is {json.dumps(raw, default=str)}, it has to be {_wanted(one)}")
+        raise ValueError(f"is {json.dumps(raw, default=str)}, expected {_wanted(one)}")
     one.check(value)
     return value
 
@@ -92,7 +92,7 @@ def for_people(one: Setting, value: Any) -> str:
 def _switch(text: str) -> bool:
     word = text.strip().lower()
     if word not in (*_TRUE, *_FALSE):
-        raise ValueError(f"is '{text}', it has to be true or false")
+        raise ValueError(f"is '{text}', expected true or false")
     return word in _TRUE
 
 
@@ -102,8 +102,8 @@ def _whole(text: str, units: bool) -> int:
     except ValueError:
         quantity = _quantity(text, _BYTES) if units else None
         if quantity is None:
-            such = "a number of bytes, or a size such as 500MB or 1.5GiB" if units else "a whole number"
-            raise ValueError(f"is '{text}', it has to be {such}") from None
+            such = "a number of bytes, or a size such as 500MB or 1.5GiB" if units else "an integer"
+            raise ValueError(f"is '{text}', expected {such}") from None
         return int(quantity)
 
 
@@ -114,7 +114,7 @@ def _number(text: str, units: bool) -> float:
         quantity = _quantity(text, _SECONDS) if units else None
         if quantity is None:
             such = "a number of seconds, or a time such as 90s, 15m or 24h" if units else "a number"
-            raise ValueError(f"is '{text}', it has to be {such}") from None
+            raise ValueError(f"is '{text}', expected {such}") from None
         return _finite(quantity)
     return _finite(number)
 
@@ -129,7 +129,7 @@ def _quantity(text: str, units: Mapping[str, Fraction]) -> Fraction | None:
 def _finite(number: float | Fraction) -> float:
     """The number, if one can wait for so many seconds: the platform's bound, some 292 years."""
     if not -threading.TIMEOUT_MAX <= number <= threading.TIMEOUT_MAX:  # nor is it not a number
-        raise ValueError(f"is {number}, the most is {threading.TIMEOUT_MAX:g}")
+        raise ValueError(f"is {number}, the maximum is {threading.TIMEOUT_MAX:g}")
     return float(number)
 
 
@@ -137,7 +137,7 @@ def _path(text: str) -> Path:
     try:
         return Path(_plain(text)).expanduser()
     except RuntimeError:
-        raise ValueError(f"is '{text}', and there is no such home") from None
+        raise ValueError(f"is '{text}', and this home directory does not exist") from None
 
 
 def _plain(text: str) -> str:
@@ -145,7 +145,7 @@ def _plain(text: str) -> str:
     if not text:
         raise ValueError("is empty")
     if "\0" in text or any("\ud800" <= character <= "\udfff" for character in text):
-        raise ValueError(f"is {text!r}, which is no UTF-8 text")
+        raise ValueError(f"is {text!r}, which is not valid UTF-8")
     return text
 
 
@@ -166,5 +166,5 @@ def _quoted(text: str) -> str:
 def _wanted(one: Setting) -> str:
     """What a value in a file has to be."""
     if get_origin(one.kind) is tuple and one.about.parse is None:
-        return "an array of texts"
-    return {bool: "true or false", int: "a whole number", float: "a number"}.get(one.kind, "a text in quotes")
+        return "an array of strings"
+    return {bool: "true or false", int: "an integer", float: "a number"}.get(one.kind, "a string in quotes")

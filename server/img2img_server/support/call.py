@@ -34,7 +34,7 @@ class Call:
     def require_admin(self) -> None:
         """Raises PermissionDenied where this caller may not load and unload models."""
         if not self.admin:
-            raise PermissionDenied(f"'{self.client}' may not load or unload models")
+            raise PermissionDenied(f"'{self.client}' is not allowed to load or unload models: use an admin token")
 
 
 _NONE = Call("", "")

@@ -38,8 +38,8 @@ class FileReloader(Generic[_T]):
             except (OSError, ValueError) as error:
                 if str(error) != self._problem:
                     self._problem = str(error)
-                    _log.error("%s: what is there now is not taken, the old stays in use: %s", self._name, error)
+                    _log.error("%s: reload failed; keeping the previous version: %s", self._name, error)
                 return None
             self._contents, self._problem, self.value = contents, "", value
-            _log.info("%s: read again", self._name)
+            _log.info("%s: reloaded", self._name)
             return value

@@ -14,48 +14,40 @@ from img2img_server.engine.interface import EngineInterface
 from img2img_server.models.registry import Model, ModelRegistry, ModelState
 from img2img_server.telemetry.metrics import COUNTED, PROCESS, MetricInfo
 
-WAITING = MetricInfo("img2img_engine_waiting_requests", "gauge", "Requests that wait for their first turn")
+WAITING = MetricInfo("img2img_engine_waiting_requests", "gauge", "Requests that wait for admission")
 ACTIVE = MetricInfo("img2img_engine_active_requests", "gauge", "Requests in progress")
 WORK = MetricInfo(
-    "img2img_engine_work_seconds", "gauge", "Estimated seconds of accepted work that is left; NaN while nothing is measured"
+    "img2img_engine_work_seconds", "gauge", "Estimated seconds of accepted work that remains; NaN before the first measurement"
 )
-CALL = MetricInfo(
-    "img2img_engine_call_seconds", "gauge", "Seconds that the current call of a model has taken so far, 0 between two"
-)
-CACHE_HITS = MetricInfo("img2img_cache_hits_total", "counter", "Prompts and source pictures that need not be encoded again")
-CACHE_MISSES = MetricInfo("img2img_cache_misses_total", "counter", "Prompts and source pictures that had to be encoded")
-CACHE_EVICTIONS = MetricInfo("img2img_cache_evictions_total", "counter", "Entries that had to make room")
-CACHE_ENTRIES = MetricInfo("img2img_cache_entries", "gauge", "Entries of the cache")
-CACHE_BYTES = MetricInfo("img2img_cache_bytes", "gauge", "Bytes that the cache holds")
-CACHE_BUDGET = MetricInfo("img2img_cache_budget_bytes", "gauge", "Bytes that the cache may hold")
-ASSETS = MetricInfo("img2img_assets", "gauge", "Pictures that are kept for clients")
-ASSET_BYTES = MetricInfo("img2img_assets_bytes", "gauge", "Bytes of pictures that are kept for clients")
-ASSET_QUOTA = MetricInfo("img2img_assets_quota_bytes", "gauge", "Bytes of pictures that may be kept")
+CALL = MetricInfo("img2img_engine_call_seconds", "gauge", "Duration of the current model call so far, 0 between calls")
+CACHE_HITS = MetricInfo("img2img_cache_hits_total", "counter", "Cache hits for encoded prompts and source images")
+CACHE_MISSES = MetricInfo("img2img_cache_misses_total", "counter", "Cache misses: prompts and source images that were encoded")
+CACHE_EVICTIONS = MetricInfo("img2img_cache_evictions_total", "counter", "Evicted cache entries")
+CACHE_ENTRIES = MetricInfo("img2img_cache_entries", "gauge", "Entries in the cache")
+CACHE_BYTES = MetricInfo("img2img_cache_bytes", "gauge", "Bytes in the cache")
+CACHE_BUDGET = MetricInfo("img2img_cache_budget_bytes", "gauge", "Maximum bytes of the cache")
+ASSETS = MetricInfo("img2img_assets", "gauge", "Images stored as assets")
+ASSET_BYTES = MetricInfo("img2img_assets_bytes", "gauge", "Bytes of images stored as assets")
+ASSET_QUOTA = MetricInfo("img2img_assets_quota_bytes", "gauge", "Maximum bytes of stored assets")
 CODEC_RUNNING = MetricInfo("img2img_codec_running_jobs", "gauge", "Images that are being decoded or encoded", ("stage",))
 CODEC_WAITING = MetricInfo("img2img_codec_waiting_jobs", "gauge", "Images that wait to be decoded or encoded", ("stage",))
 IMAGE_MEMORY = MetricInfo("img2img_image_memory_bytes", "gauge", "Bytes of images that are being received or decoded")
-IMAGE_MEMORY_BUDGET = MetricInfo("img2img_image_memory_budget_bytes", "gauge", "Bytes of images that may be received or decoded")
-IMAGE_MEMORY_REFUSED = MetricInfo(
-    "img2img_image_memory_refused_total", "counter", "Times that there was no memory for one more image"
+IMAGE_MEMORY_BUDGET = MetricInfo(
+    "img2img_image_memory_budget_bytes", "gauge", "Maximum bytes of images being received or decoded"
 )
-MODEL_STATE = MetricInfo(
-    "img2img_model_state", "gauge", "1 for the state that a model is in, 0 for the others", ("model", "state")
-)
+IMAGE_MEMORY_REFUSED = MetricInfo("img2img_image_memory_refused_total", "counter", "Images refused for lack of memory")
+MODEL_STATE = MetricInfo("img2img_model_state", "gauge", "1 for the model's current state, 0 for all others", ("model", "state"))
 MODEL_MEMORY = MetricInfo(
-    "img2img_model_memory_bytes", "gauge", "Memory that a model takes, 0 where it is not ready or was not measured", ("model",)
+    "img2img_model_memory_bytes", "gauge", "Memory of a model, 0 if it is not ready or not measured", ("model",)
 )
 MODEL_INFO = MetricInfo(
     "img2img_model_info",
     "gauge",
-    "Always 1; the labels tell what runs a model in memory",
+    "Always 1; the labels name the engine of a loaded model",
     ("model", "engine", "backend", "precision"),
 )
-DEVICE_FREE = MetricInfo(
-    "img2img_device_memory_free_bytes", "gauge", "Free memory of a GPU; on the CPU there is none of it", ("device",)
-)
-DEVICE_TOTAL = MetricInfo(
-    "img2img_device_memory_total_bytes", "gauge", "Memory of a GPU; on the CPU there is none of it", ("device",)
-)
+DEVICE_FREE = MetricInfo("img2img_device_memory_free_bytes", "gauge", "Free memory of a GPU; absent on the CPU", ("device",))
+DEVICE_TOTAL = MetricInfo("img2img_device_memory_total_bytes", "gauge", "Total memory of a GPU; absent on the CPU", ("device",))
 ASKED = (
     WAITING, ACTIVE, WORK, CALL, CACHE_HITS, CACHE_MISSES, CACHE_EVICTIONS, CACHE_ENTRIES, CACHE_BYTES, CACHE_BUDGET,
     ASSETS, ASSET_BYTES, ASSET_QUOTA, CODEC_RUNNING, CODEC_WAITING, IMAGE_MEMORY, IMAGE_MEMORY_BUDGET, IMAGE_MEMORY_REFUSED,
@@ -136,8 +128,8 @@ class Gauges(Collector):
 
 def _info(model: Model) -> tuple[str, str, str, str]:
     """What MODEL_INFO's labels say of a model in memory."""
-    assert model.manifest is not None, "a model in memory has a manifest"
-    assert model.pipeline is not None, "a model in memory has a pipeline"
+    assert model.manifest is not None, "a loaded model has a manifest"
+    assert model.pipeline is not None, "a loaded model has a pipeline"
     return model.id, model.pipeline.engine, model.manifest.backend, model.manifest.precision
 
 
@@ -164,4 +156,4 @@ def _family(about: MetricInfo, *values: tuple[tuple[str, ...], float]) -> Family
 def describe() -> str:
     """Every metric, its kind, its labels and its meaning, as a table in Markdown."""
     rows = [f"| `{it.name}` | {it.kind} | {', '.join(it.labels)} | {it.help} |" for it in (*COUNTED, *ASKED, *PROCESS)]
-    return "\n".join(("| metric | kind | labels | what it tells |", "|---|---|---|---|", *rows))
+    return "\n".join(("| metric | kind | labels | meaning |", "|---|---|---|---|", *rows))

@@ -38,40 +38,44 @@ class MetricInfo:
     labels: tuple[str, ...] = ()
 
 
-BUILD = MetricInfo("img2img_build_info", "gauge", "Always 1; the labels tell what serves", ("version", "python"))
+BUILD = MetricInfo(
+    "img2img_build_info", "gauge", "Always 1; the labels name the version and the libraries", ("version", "python")
+)
 REQUESTS = MetricInfo(
     "img2img_requests_total",
     "counter",
-    "Calls that ended, by method, gRPC status, the reason of its ErrorInfo and the name of the client's token",
+    "Finished calls, by method, gRPC status, ErrorInfo reason and name of the client's token",
     ("method", "status", "reason", "client"),
 )
-CALL_SECONDS = MetricInfo("img2img_call_duration_seconds", "histogram", "What calls took, from arrival to answer", ("method",))
-IN_PROGRESS = MetricInfo("img2img_calls_in_progress", "gauge", "Calls that are being answered", ("method",))
+CALL_SECONDS = MetricInfo(
+    "img2img_call_duration_seconds", "histogram", "Duration of calls, from arrival to response", ("method",)
+)
+IN_PROGRESS = MetricInfo("img2img_calls_in_progress", "gauge", "Calls in progress", ("method",))
 STAGE_SECONDS = MetricInfo(
     "img2img_transform_stage_duration_seconds",
     "histogram",
-    "What finished transforms took: queue, encode, denoise and decode in the engine, total from arrival to answer",
+    "Duration of finished transforms by stage: queue, encode, denoise and decode in the engine, total from arrival to response",
     ("model", "stage"),
 )
-PICTURES = MetricInfo("img2img_pictures_total", "counter", "Pictures that were made", ("model",))
+PICTURES = MetricInfo("img2img_pictures_total", "counter", "Images generated", ("model",))
 DEVICE_SECONDS = MetricInfo(
     "img2img_device_call_duration_seconds",
     "histogram",
-    "What calls of a model took: prepare (encoding), denoise (one step of a batch), advance, preview and finish (decoding)",
+    "Duration of model calls: prepare (encoding), denoise (one step of a batch), advance, preview and finish (decoding)",
     ("model", "stage"),
 )
-BATCH_ROWS = MetricInfo("img2img_batch_rows", "histogram", "Rows of a step's batch, two for a guided picture", ("model",))
-BATCH_REQUESTS = MetricInfo("img2img_batch_requests", "histogram", "Requests that shared a step's batch", ("model",))
+BATCH_ROWS = MetricInfo("img2img_batch_rows", "histogram", "Rows of a step's batch; an image with guidance takes two", ("model",))
+BATCH_REQUESTS = MetricInfo("img2img_batch_requests", "histogram", "Requests in a step's batch", ("model",))
 COUNTED = (BUILD, REQUESTS, CALL_SECONDS, IN_PROGRESS, STAGE_SECONDS, PICTURES, DEVICE_SECONDS, BATCH_ROWS, BATCH_REQUESTS)
 """What is counted as it happens. What is asked when Prometheus asks is in gauges.py."""
 
 PROCESS = (
-    MetricInfo("process_resident_memory_bytes", "gauge", "Memory of the process that is in RAM"),
-    MetricInfo("process_virtual_memory_bytes", "gauge", "Memory that the process has addresses for"),
-    MetricInfo("process_cpu_seconds_total", "counter", "CPU time that the process has used"),
-    MetricInfo("process_start_time_seconds", "gauge", "When the process began, in seconds since 1970"),
+    MetricInfo("process_resident_memory_bytes", "gauge", "Resident memory of the process"),
+    MetricInfo("process_virtual_memory_bytes", "gauge", "Virtual memory of the process"),
+    MetricInfo("process_cpu_seconds_total", "counter", "CPU time of the process"),
+    MetricInfo("process_start_time_seconds", "gauge", "Start time of the process in seconds since the Unix epoch"),
     MetricInfo("process_open_fds", "gauge", "Open files and connections"),
-    MetricInfo("process_max_fds", "gauge", "How many files and connections may be open"),
+    MetricInfo("process_max_fds", "gauge", "Maximum number of open files and connections"),
 )
 """What prometheus_client tells of the process, on Linux."""
 

@@ -62,7 +62,7 @@ class Repeats:
 
 def _summary(count: _Count, seconds: float) -> logging.LogRecord:
     last = count.last
-    text = "%d more lines like this in %.0f s, the last: %s"
+    text = "%d similar lines suppressed in %.0f s, the last: %s"
     summary = logging.LogRecord(
         last.name, last.levelno, last.pathname, last.lineno, text, (count.held, seconds, last.getMessage()), None
     )

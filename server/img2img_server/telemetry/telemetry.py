@@ -63,7 +63,7 @@ class Telemetry:
             from img2img_server.telemetry.traces import Traces
 
             self._traces = Traces(self._settings.otlp_endpoint)
-            _log.info("traces go to %s", self._settings.otlp_endpoint)
+            _log.info("sending traces to %s", self._settings.otlp_endpoint)
         if self._settings.metrics_port is not None:
             from img2img_server.telemetry.metrics import Metrics
 

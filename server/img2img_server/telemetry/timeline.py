@@ -53,6 +53,6 @@ class Trace:
                     self._file.close()
             except OSError as error:
                 self._over = True
-                _log.error("the timeline ends here: %s", error)
+                _log.error("the timeline is incomplete and stops here: %s", error)
                 with contextlib.suppress(OSError):  # what could not be written is tried once more
                     self._file.close()

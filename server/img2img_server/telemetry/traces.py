@@ -107,7 +107,7 @@ class Traces:
         except queue.Full:
             if not self._full:
                 self._full = True
-                _log.warning("calls end faster than their traces can be made: some have none")
+                _log.warning("calls finish faster than traces are created: some traces are dropped")
 
     def close(self) -> None:
         """Sends what is left, but gives the collector no more than a few seconds for it."""
@@ -130,7 +130,7 @@ class Traces:
             try:
                 self._make(ended.call, _parent(ended.traceparent), SpanKind.SERVER, ended.offset)
             except Exception:  # noqa: BLE001 - whatever OpenTelemetry raises: the next call's trace may be made
-                _log.exception("a trace cannot be made")
+                _log.exception("cannot create a trace")
 
     def _make(self, stage: "_Stage", parent: "Context", kind: "SpanKind", offset: int) -> None:
         from opentelemetry.trace import SpanKind, Status, StatusCode, set_span_in_context

@@ -91,4 +91,4 @@ class Inference:
             except TimeoutError:
                 if not timeout.expired():
                     raise
-                raise DeadlineExpired(f"the timeout of {task.seconds:g} s passed before the request was finished") from None
+                raise DeadlineExpired(f"the request did not finish within its timeout of {task.seconds:g} s") from None

@@ -42,7 +42,7 @@ class Parameters:
 
     def word_or_integer(self, name: str) -> str | int | None:
         """A text, or an integer, which may be given as a text."""
-        value: str | int | None = self._read(name, "a text or an integer", "string_param", "int64_param", "uint64_param")
+        value: str | int | None = self._read(name, "a string or an integer", "string_param", "int64_param", "uint64_param")
         return int(value) if isinstance(value, str) and value.isascii() and value.isdigit() else value
 
     def truth(self, name: str) -> bool:
@@ -55,16 +55,14 @@ class Parameters:
         if word is None:
             return None
         if word.lower() not in choices:
-            raise InvalidField(name, f"{shown(word)} is none of {', '.join(choices)}")
+            raise InvalidField(name, f"{shown(word)} is not one of {', '.join(choices)}")
         return choices[word.lower()]
 
     def finish(self) -> None:
         """Raises InvalidField where there is one that nobody reads."""
         for name in sorted(self._parameters):
             if name not in self._known:
-                raise InvalidField(
-                    "parameters", f"there is no parameter {shown(name)}; there are {', '.join(sorted(self._known))}"
-                )
+                raise InvalidField("parameters", f"unknown parameter {shown(name)}; known are {', '.join(sorted(self._known))}")
 
     def _read(self, name: str, wanted: str, *kinds: str) -> Any:
         self._known.add(name)
@@ -72,5 +70,5 @@ class Parameters:
             return None
         kind = self._parameters[name].WhichOneof("parameter_choice")
         if kind not in kinds:
-            raise InvalidField(name, f"the parameter is {_KINDS.get(kind, 'of no type')}, wanted is {wanted}")
+            raise InvalidField(name, f"the parameter is {_KINDS.get(kind, 'of no type')}, expected {wanted}")
         return getattr(self._parameters[name], kind)

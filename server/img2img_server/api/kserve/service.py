@@ -79,7 +79,7 @@ class InferenceService(Unsupported):
         """Makes a model ready. For administrators."""
         _check_repository(request)
         for key in sorted(request.parameters):
-            raise NotSupported(f"parameters: models are loaded as they are in the store, {shown(key)} cannot be given")
+            raise NotSupported(f"parameters: models are loaded as stored; {shown(key)} is not supported")
         translation.check_name(request.model_name)
         with translation.renamed():
             await self._models.LoadModel(pb.LoadModelRequest(id=request.model_name), context)
@@ -89,7 +89,7 @@ class InferenceService(Unsupported):
         """Frees a model's memory. For administrators."""
         _check_repository(request)
         for key in sorted(set(request.parameters) - {"unload_dependents"}):  # Triton's client always sends that: there are none
-            raise InvalidField("parameters", f"there is no parameter {shown(key)}")
+            raise InvalidField("parameters", f"unknown parameter {shown(key)}")
         await self._models.UnloadModel(pb.UnloadModelRequest(id=request.model_name), context)
         return kserve_pb.RepositoryModelUnloadResponse()
 
@@ -125,4 +125,4 @@ def add(
 
 def _check_repository(request: Any) -> None:
     if request.repository_name:
-        raise NotSupported("repository_name: there is one repository, which has no name")
+        raise NotSupported("repository_name must be empty: the server has a single, unnamed repository")

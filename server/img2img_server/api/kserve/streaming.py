@@ -101,7 +101,7 @@ def _refused(request: Any, error: Exception, call: Call, outcome: Outcome) -> An
     if not isinstance(error, ServerError):
         _log.error("%s failed", call.method, exc_info=error, extra={"request_id": call.request_id})
     let_go(error)
-    told = error if isinstance(error, ServerError) else ServerError("the server failed on this request")
+    told = error if isinstance(error, ServerError) else ServerError("internal server error")
     outcome.status, outcome.reason = told.status, told.reason
     return _failed(request, told, call.request_id)
 

@@ -66,13 +66,15 @@ def read(request: Any, inputs: Sequence[Input]) -> dict[str, Given]:
     known = {one.name: one for one in inputs}
     raw = request.raw_input_contents
     if raw and len(raw) != len(request.inputs):
-        raise InvalidField("raw_input_contents", f"there are {len(raw)} for {len(request.inputs)} inputs: one for each is wanted")
+        raise InvalidField(
+            "raw_input_contents", f"{len(raw)} entries for {len(request.inputs)} inputs: send exactly one for each input"
+        )
     found: dict[str, Given] = {}
     for index, tensor in enumerate(request.inputs):
         if tensor.name not in known:
-            raise InvalidField("inputs", f"there is no input {shown(tensor.name)}; there are {', '.join(known)}")
+            raise InvalidField("inputs", f"unknown input {shown(tensor.name)}; known are {', '.join(known)}")
         if tensor.name in found:
-            raise InvalidField(tensor.name, "the input is given twice")
+            raise InvalidField(tensor.name, "the input is given more than once")
         found[tensor.name] = _read(tensor, raw[index] if raw else None, known[tensor.name])
     return found
 
@@ -80,13 +82,13 @@ def read(request: Any, inputs: Sequence[Input]) -> dict[str, Given]:
 def _read(tensor: Any, raw: bytes | None, wanted: Input) -> Given:
     _check_parameters(tensor)
     if tensor.datatype not in wanted.datatypes:
-        raise InvalidField(wanted.name, f"its datatype is {shown(tensor.datatype)}, wanted is {' or '.join(wanted.datatypes)}")
+        raise InvalidField(wanted.name, f"datatype is {shown(tensor.datatype)}, expected {' or '.join(wanted.datatypes)}")
     shape, batched = _shape(tensor, wanted)
     count = math.prod(shape)
     if raw is None:
         elements = _typed(tensor, count)
     elif tensor.HasField("contents"):
-        raise InvalidField(wanted.name, "it has contents, and the request has raw_input_contents: only one of them can be")
+        raise InvalidField(wanted.name, "contents and raw_input_contents are mutually exclusive: send only one of them")
     else:
         elements = _raw(wanted.name, tensor.datatype, raw, count)
     if tensor.datatype == "UINT8":
@@ -98,23 +100,24 @@ def _read(tensor: Any, raw: bytes | None, wanted: Input) -> Given:
 def _check_parameters(tensor: Any) -> None:
     for key in sorted(tensor.parameters):
         if key.startswith("shared_memory"):
-            raise NotSupported(f"{tensor.name}: this server takes no shared memory: send the tensor's contents")
-        raise InvalidField(tensor.name, f"an input has no parameter {shown(key)}")
+            raise NotSupported(f"{tensor.name}: shared memory is not supported: send the tensor's contents")
+        raise InvalidField(tensor.name, f"unknown input parameter {shown(key)}")
 
 
 def _shape(tensor: Any, wanted: Input) -> tuple[tuple[int, ...], bool]:
     """The shape without a batch's dimension, and whether it had one."""
     if len(tensor.shape) > len(wanted.dims) + 1:
-        raise InvalidField(wanted.name, f"its shape has {len(tensor.shape)} dimensions, wanted is {list(wanted.dims)}")
+        raise InvalidField(wanted.name, f"shape has {len(tensor.shape)} dimensions, expected {list(wanted.dims)}")
     shape = tuple(tensor.shape)
     batched = len(shape) == len(wanted.dims) + 1
     if batched and shape[0] > 1 and _fits(shape[1:], wanted.dims):
         raise InvalidField(
-            wanted.name, f"a batch of {shape[0]}: send a request for each, the server computes together what comes together"
+            wanted.name,
+            f"batch size {shape[0]} is not supported: send one request per image, the server batches concurrent requests",
         )
     own = shape[1:] if batched else shape
     if not _fits(own, wanted.dims) or (batched and shape[0] != 1):
-        raise InvalidField(wanted.name, f"its shape is {shown(list(shape))}, wanted is {list(wanted.dims)}")
+        raise InvalidField(wanted.name, f"shape is {shown(list(shape))}, expected {list(wanted.dims)}")
     return own, batched
 
 
@@ -140,7 +143,7 @@ def _octets(name: str, elements: Sequence[int]) -> bytes:
         # In parts, as each is one look of Python's that lets no other thread look.
         return b"".join(bytes(elements[at : at + _PART]) for at in range(0, len(elements), _PART))
     except ValueError:
-        raise InvalidField(name, "one of its elements is no UINT8") from None
+        raise InvalidField(name, "an element is out of range for UINT8") from None
 
 
 def _raw(name: str, datatype: str, raw: bytes, count: int) -> Sequence[Any]:
@@ -148,7 +151,7 @@ def _raw(name: str, datatype: str, raw: bytes, count: int) -> Sequence[Any]:
         return _elements(name, raw, count)
     kind = np.dtype(_FIXED[datatype])
     if len(raw) != count * kind.itemsize:
-        raise InvalidField(name, f"it has {len(raw)} bytes, {count} {datatype} take {count * kind.itemsize}")
+        raise InvalidField(name, f"the data has {len(raw)} bytes, but {count} {datatype} elements take {count * kind.itemsize}")
     elements: Sequence[Any] = raw if datatype == "UINT8" else np.frombuffer(raw, kind).tolist()
     return elements
 
@@ -161,13 +164,15 @@ def _elements(name: str, raw: bytes, count: int) -> list[bytes]:
         body = at + _LENGTH.size
         end = body + _LENGTH.unpack_from(raw, at)[0] if body <= len(raw) else body
         if end > len(raw):
-            raise InvalidField(name, f"its bytes end within element {len(elements)}: each follows its length, in four bytes")
+            raise InvalidField(
+                name, f"the data ends within element {len(elements)}: each element must be preceded by its length in four bytes"
+            )
         if len(elements) == count:
-            raise InvalidField(name, f"it has more than the {count} elements of its shape")
+            raise InvalidField(name, f"the data has more than the {count} elements of the shape")
         elements.append(raw[body:end])
         at = end
     if len(elements) != count:
-        raise InvalidField(name, f"it has {len(elements)} elements, its shape has {count}")
+        raise InvalidField(name, f"the data has {len(elements)} elements, the shape has {count}")
     return elements
 
 

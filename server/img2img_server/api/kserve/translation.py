@@ -106,13 +106,13 @@ async def read(request: Any, threads: FairThreads) -> Task:
 def check_name(name: str) -> None:
     """Raises InvalidField where no model is named."""
     if not name:
-        raise InvalidField("model_name", "it is empty: name one that RepositoryIndex lists")
+        raise InvalidField("model_name", "model_name is empty: use a name that RepositoryIndex lists")
 
 
 def check_version(name: str, version: str) -> None:
     """Raises ModelNotFound for a version that no model has."""
     if version not in ("", VERSION):
-        raise ModelNotFound(f"model {tensors.shown(name)} has no version {tensors.shown(version)}: there is {VERSION}")
+        raise ModelNotFound(f"model {tensors.shown(name)} has no version {tensors.shown(version)}: the only version is {VERSION}")
 
 
 @contextmanager
@@ -159,13 +159,13 @@ def _outputs(request: Any) -> tuple[Output, ...]:
     known, asked = {output.name: output for output in OUTPUTS}, list[Output]()
     for tensor in request.outputs:
         if tensor.name not in known:
-            raise InvalidField("outputs", f"there is no output {tensors.shown(tensor.name)}; there are {', '.join(known)}")
+            raise InvalidField("outputs", f"unknown output {tensors.shown(tensor.name)}; known are {', '.join(known)}")
         if known[tensor.name] in asked:
-            raise InvalidField("outputs", f"'{tensor.name}' is asked for twice")
+            raise InvalidField("outputs", f"'{tensor.name}' is requested more than once")
         for key in sorted(tensor.parameters):
             if key == "classification" or key.startswith("shared_memory"):
-                raise NotSupported(f"{tensor.name}: this server does not do {key}")
-            raise InvalidField(tensor.name, f"an output has no parameter {tensors.shown(key)}")
+                raise NotSupported(f"{tensor.name}: {key} is not supported")
+            raise InvalidField(tensor.name, f"unknown output parameter {tensors.shown(key)}")
         asked.append(known[tensor.name])
     return tuple(asked) or OUTPUTS
 
@@ -210,14 +210,14 @@ async def _set_source(
         found.append("image_uri")
     if len(found) != 1:
         names = ", ".join(source.name for source in SOURCES)
-        raise InvalidField("image", f"exactly one of the inputs {names} is to be given, and there are {len(found)}")
+        raise InvalidField("image", f"exactly one of the inputs {names} is required, but {len(found)} are given")
     (name,) = found
     tensor = given.get(name)
     value = uri if tensor is None else tensor.value
     if isinstance(value, np.ndarray):
         message.image.data = await threads.run(_file, value)
     elif name == "image":
-        assert isinstance(value, bytes), "a BYTES tensor has bytes"
+        assert isinstance(value, bytes), "a BYTES tensor holds bytes"
         message.image.data = value
     else:
         message.image.uri = value if isinstance(value, str) else _text(name, value)
@@ -235,7 +235,7 @@ def _text(name: str, value: Any) -> str:
     try:
         return str(value, "utf-8")
     except UnicodeDecodeError as error:
-        raise InvalidField(name, f"it is no UTF-8: byte {error.start} is wrong") from None
+        raise InvalidField(name, f"the string is not valid UTF-8 at byte {error.start}") from None
 
 
 def _seconds(parameters: Parameters) -> float | None:
@@ -244,7 +244,7 @@ def _seconds(parameters: Parameters) -> float | None:
     parameters.truth("triton_enable_empty_final_response")  # none is needed: each final response says that it is
     microseconds = parameters.integer("timeout", 64)
     if microseconds is not None and microseconds < 0:
-        raise InvalidField("timeout", f"{microseconds} is negative: it is in microseconds, 0 for none")
+        raise InvalidField("timeout", f"{microseconds} is negative: set microseconds, or 0 for no timeout")
     return microseconds / 1e6 if microseconds else None
 
 

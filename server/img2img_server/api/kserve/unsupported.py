@@ -12,7 +12,7 @@ class Unsupported(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignor
 
     async def ModelStatistics(self, request: Any, context: Any) -> Any:
         """Refused: counters are Prometheus'."""
-        raise NotSupported("this server has no statistics of models here: its metrics are for Prometheus, by --metrics-port")
+        raise NotSupported("model statistics are not supported by this method: use the Prometheus metrics (--metrics-port)")
 
     async def SystemSharedMemoryStatus(self, request: Any, context: Any) -> Any:
         """Refused, as all of shared memory."""
@@ -40,12 +40,12 @@ class Unsupported(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignor
 
     async def TraceSetting(self, request: Any, context: Any) -> Any:
         """Refused: set when the server is started."""
-        raise NotSupported("traces are set up when the server is started, by --otlp-endpoint")
+        raise NotSupported("trace settings cannot be changed at run time: set --otlp-endpoint at start")
 
     async def LogSettings(self, request: Any, context: Any) -> Any:
         """Refused: set when the server is started."""
-        raise NotSupported("the log is set up when the server is started, by --log-format")
+        raise NotSupported("log settings cannot be changed at run time: set --log-format at start")
 
 
 def _no_shared_memory() -> NotSupported:
-    return NotSupported("this server takes no shared memory: send the tensors' contents")
+    return NotSupported("shared memory is not supported: send the tensors' contents")
