@@ -1,18 +1,20 @@
 """Fixtures that several packages' tests share: tiny models, and the bundles that the exporter makes of them.
 
-Each is built at most once in a session, whichever of its processes (pytest-xdist's workers) first asks for it. Treat them as
-read-only: copy before you change one.
+Each is built at most once, whichever process (pytest-xdist's workers) first asks for it, and kept for later runs
+(kept_bundles.py). Treat them as read-only: copy before you change one.
 """
 
+import functools
 import gc
 import logging
 import os
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import cast
 
 import pytest
-from filelock import FileLock
+from kept_bundles import kept
 
 # Read by OpenMP when torch is loaded. Threads that spin while they wait make tiny models 20 times slower on a busy machine.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -73,12 +75,15 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_model(shared: Path) -> Callable[[str], Path]:
     """Gives the directory of a tiny diffusers model by its name: a key of tiny_models.BUILDERS."""
 
+    @functools.cache
     def get(name: str) -> Path:
         import tiny_models
 
-        directory = shared / "models" / name
-        with FileLock(shared / f"model-{name}.lock"):
-            return directory if directory.is_dir() else tiny_models.build(name, directory)
+        def build(output: Path) -> None:
+            with TemporaryDirectory(dir=output.parent) as partial:
+                tiny_models.build(name, Path(partial) / name).rename(output)
+
+        return kept(shared, f"models/{name}", Path.is_dir, build)
 
     return get
 
@@ -87,17 +92,27 @@ def tiny_model(shared: Path) -> Callable[[str], Path]:
 def bundle(shared: Path, tiny_model: Callable[[str], Path]) -> Callable[[str], Path]:
     """Gives the exported bundle of a tiny model by its name, or of the demo's model for "demo"; "sd1:fp16" is one in fp16."""
 
+    @functools.cache
     def get(name: str) -> Path:
         from img2img_export.build import export_model
         from img2img_export.options import ExportOptions
         from img2img_server.bundle.limits import Precision
+        from img2img_server.bundle.manifest import check_bundle, read_manifest
+        from img2img_server.errors import BundleError
 
         model, _, precision = name.partition(":")
         source = DEMO_MODEL if model == "demo" else tiny_model(model)
-        output = shared / "bundles" / name.replace(":", "-")
-        with FileLock(shared / f"{output.name}.lock"):
-            if not output.is_dir():
-                export_model(ExportOptions(source=str(source), output=output, precision=cast(Precision, precision or "fp32")))
-        return output
+
+        def good(directory: Path) -> bool:
+            try:
+                check_bundle(directory, read_manifest(directory))
+            except BundleError:
+                return False  # a test has changed it
+            return True
+
+        def export(output: Path) -> None:
+            export_model(ExportOptions(source=str(source), output=output, precision=cast(Precision, precision or "fp32")))
+
+        return kept(shared, f"bundles/{name.replace(':', '-')}", good, export)
 
     return get

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from covering import nightly_but
 from fakes import make_request
 from img2img_server.bundle.manifest import read_manifest
 from img2img_server.engine.cache import Cache
@@ -15,7 +16,7 @@ from PIL import Image
 pytestmark = pytest.mark.usefixtures("gpu")
 
 
-@pytest.mark.parametrize("name", ["flux", "flux-dev", "sd3", "sd3-no-t5"])
+@pytest.mark.parametrize("name", nightly_but(["flux", "flux-dev", "sd3", "sd3-no-t5"], "flux", "sd3"))
 def test_a_transformer_opens_and_runs(name: str, bundle: Callable[[str], Path], caplog: pytest.LogCaptureFixture) -> None:
     """Finding 20: Flux opened, and failed at run on a shape that it computed on the GPU."""
     folder = bundle(name)

@@ -68,10 +68,10 @@ def test_only_calls_that_are_not_recorded_build_plans_when_rows_change(settings:
     [
         ("host", {"warm-up's recordings", "8 requests, beside the UNet's call"}),
         ("unet-sd15", {"ours", "not recorded", "cuDNN attention", "flash attention", "plain graph", "PyTorch"}),
-        ("unet-sdxl", {"ours", "not recorded", "PyTorch"}),
+        pytest.param("unet-sdxl", {"ours", "not recorded", "PyTorch"}, marks=pytest.mark.nightly),
         ("vae", {"ours", "PyTorch"}),
-        ("picture", {"ours"}),
-        ("cold", {"process start to first image, sd15"}),
+        pytest.param("picture", {"ours"}, marks=pytest.mark.nightly),
+        pytest.param("cold", {"process start to first image, sd15"}, marks=pytest.mark.nightly),
     ],
 )
 def test_a_section_runs(section: str, some: set[str], settings: Settings) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from covering import nightly_but
 from fake_gpu import PAGEABLE, WAITS, FakeGpu
 from img2img_server.bundle.manifest import read_manifest
 from img2img_server.engine.cache import Cache
@@ -150,7 +151,7 @@ def run_until_flat(engine: Engine, pipeline: Counted, gpu: FakeGpu) -> list[tupl
     raise AssertionError(f"{MOST_ROUNDS} rounds, and something is still recorded")
 
 
-@pytest.mark.parametrize("name", list(MOST_LAUNCHES))
+@pytest.mark.parametrize("name", nightly_but(MOST_LAUNCHES, "sd1", "sd1:fp16"))
 def test_a_step_is_one_launch_of_a_recording_and_memory_stays_flat(
     name: str, bundle: Callable[[str], Path], gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch
 ) -> None:

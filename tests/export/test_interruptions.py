@@ -1,5 +1,6 @@
 """An export that is killed: at whatever moment, it leaves the bundle that was there or none, and nothing else."""
 
+import gc
 import json
 import multiprocessing
 import os
@@ -40,6 +41,7 @@ class Killer(Progress):
 
 
 def run(source: Path, output: Path, moment: int, file: Path) -> None:
+    gc.freeze()
     with cut_short():
         export_model(ExportOptions(source=str(source), output=output), Killer(moment, file))
 

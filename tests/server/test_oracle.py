@@ -15,7 +15,6 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from covering import covering
 from diffusers import AutoPipelineForImage2Image
 from img2img_client import Client
 from img2img_server.bundle.manifest import MANIFEST_NAME, digest_files, list_files, read_manifest, write_manifest
@@ -136,16 +135,16 @@ def assert_same(pictures: list[Image.Image], expected: list[Image.Image]) -> Non
         assert np.abs(np.asarray(ours, int) - np.asarray(theirs, int)).max() <= 1
 
 
-@covering(model=FAMILIES, case=CASES)
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("model", FAMILIES)
 def test_a_picture_is_diffusers_picture(client: Client, oracle: Callable[[str], Any], model: str, case: str) -> None:
     prompt = "a lake at sunset with mountains"
     pictures = _transform(client, model, CASES[case], 1234, prompt)
     assert_same(pictures, _expected(oracle(model), CASES[case], 1234, prompt))
 
 
-@covering(
-    model=[f"{name}-{scheduler}" for name in ("sd1", "sdxl") for scheduler in SCHEDULERS], case=["guided", "three pictures"]
-)
+@pytest.mark.parametrize("case", ["guided", "three pictures"])
+@pytest.mark.parametrize("model", [f"{name}-{scheduler}" for name in ("sd1", "sdxl") for scheduler in SCHEDULERS])
 def test_so_it_is_with_other_schedulers(client: Client, oracle: Callable[[str], Any], model: str, case: str) -> None:
     pictures = _transform(client, model, CASES[case], 7, "a forest")
     assert_same(pictures, _expected(oracle(model), CASES[case], 7, "a forest"))
