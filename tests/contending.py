@@ -19,16 +19,16 @@ ENGINE = "fake:better"
 
 _BUILDER = """
 import os, pathlib, signal, sys
-from img2img_server.runtime.tensorrt.build import read_job, tell_parent
+from img2img_server.runtime.tensorrt.build import read_job, report_to_parent
 job = read_job()
 print("a library prints what it likes")
-tell_parent(step="half of it", progress=0.5)
+report_to_parent(step="half of it", progress=0.5)
 with open(job["gate"]) as gate:
     word = gate.read()
 if word == "crash":
     os.kill(os.getpid(), signal.SIGKILL)
 if word == "fail":
-    tell_parent(problem="told to")
+    report_to_parent(problem="told to")
     sys.exit(1)
 pathlib.Path(job["folder"], "engine").write_text(word)
 """

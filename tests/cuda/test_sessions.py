@@ -62,7 +62,7 @@ def test_what_cannot_be_recorded_says_so_with_its_copies(
     folder = bundle("sd1")
     caplog.clear()
     placement = Placement(folder, read_manifest(folder), Choice("cuda"), open_badly)
-    make = placement.told(cuda.runners(Execution("cuda", 1), 1, placement.open))
+    make = placement.logged(cuda.runners(Execution("cuda", 1), 1, placement.open))
     with caplog.at_level(logging.INFO):
         make("text_encoder", folder / "text_encoder" / "model.onnx")
     lines = [record.message for record in caplog.records if "not recorded" in record.message]

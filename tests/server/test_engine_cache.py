@@ -187,16 +187,16 @@ def test_only_its_owner_may_write_where_engines_are_kept(tmp_path: Path) -> None
 
 _HOLDER = """
 import sys
-from img2img_server.runtime.tensorrt.build import read_job, tell_parent
+from img2img_server.runtime.tensorrt.build import read_job, report_to_parent
 job = read_job()
 held = open(job["held"], "w")
 held.write("holding"), held.flush()
 open(job["never"]).read()
 """
 _WAITER = """
-from img2img_server.runtime.tensorrt.build import read_job, tell_parent
+from img2img_server.runtime.tensorrt.build import read_job, report_to_parent
 job = read_job()
-tell_parent(progress=0)
+report_to_parent(progress=0)
 open(job["never"]).read()
 """
 _PARENT = """

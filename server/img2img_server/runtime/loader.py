@@ -1,4 +1,4 @@
-"""Bundle -> pipeline: builds diffusers' own img2img class out of stand-ins or torch modules, and splits it by family."""
+"""Bundle -> pipeline: builds diffusers' own img2img class out of ONNX modules or torch modules, and splits it by family."""
 
 import logging
 from collections.abc import Callable
@@ -92,7 +92,7 @@ def _load_graphs(
     graphs = execution.cuda_graphs and manifest.family in FAMILIES
     try:
         make, provider, tensors = _runners(choice, replace(execution, cuda_graphs=graphs), threads, placement.open, Sizes(bundle))
-        return assemble(bundle, manifest, keep(placement.told(make)), provider, tensors, threads, cache, execution)
+        return assemble(bundle, manifest, keep(placement.logged(make)), provider, tensors, threads, cache, execution)
     except BundleError as error:
         if choice.provider == "cpu":
             raise
@@ -154,7 +154,7 @@ def _load_openvino(
     def load(execution: Execution) -> Pipeline:
         arithmetic = openvino.arithmetic(execution)
         make = openvino.runners(execution, threads, bundle, manifest, placement.open, arithmetic)
-        return assemble(bundle, manifest, placement.told(make), "openvino", "cpu", threads, cache, execution)
+        return assemble(bundle, manifest, placement.logged(make), "openvino", "cpu", threads, cache, execution)
 
     if openvino.arithmetic(execution) == "f32" or manifest.precision == "bf16":
         return load(execution)

@@ -1,4 +1,4 @@
-"""Recognizes what torch and ONNX Runtime raise when there is no room: it says more of how much was asked than of who asked."""
+"""Recognizes what torch and ONNX Runtime raise when memory runs out."""
 
 import logging
 import traceback
@@ -56,7 +56,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def out_of_memory(error: Exception, owner: Hashable = None) -> OutOfMemory | None:
-    """The error to raise in place of `error`, from None, if an allocation failed; None if it is another's.
+    """The error to raise instead of `error`, from None, if an allocation failed; None for other errors.
 
     What the failed call's frames hold is let go, and what is kept for later is given back to the device: by torch and the
     sessions of the model `owner`, and by those of all models if the next call of `owner` runs out of memory, too (None: at once).

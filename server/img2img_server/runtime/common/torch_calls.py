@@ -1,4 +1,5 @@
-"""How a pipeline's methods call torch: without gradients, on as many threads as suit that pipeline, and one error for no room."""
+"""How a pipeline's methods call torch: without gradients, on the pipeline's number of threads, and with one error for all kinds
+of out of memory."""
 
 import functools
 from collections.abc import Callable
@@ -27,7 +28,7 @@ _Self = TypeVar("_Self", bound=HasThreads)
 def torch_call(method: Callable[Concatenate[_Self, _P], _R]) -> Callable[Concatenate[_Self, _P], _R]:
     """Decorates a pipeline's method. Both settings belong to the thread that calls, and several pipelines share one.
 
-    Raises OutOfMemory where torch or ONNX Runtime finds no room.
+    Raises OutOfMemory if torch or ONNX Runtime runs out of memory.
     """
 
     @functools.wraps(method)
@@ -52,7 +53,7 @@ def host_call(method: Callable[Concatenate[_Self, _P], _R]) -> Callable[Concaten
     """Decorates a pipeline's method that computes on the CPU only and that any thread may call, at any time.
 
     It leaves the device and its stream alone: a thread that joins the stream while another records a call on it breaks the
-    recording. Raises OutOfMemory if torch finds no room.
+    recording. Raises OutOfMemory if torch runs out of memory.
     """
 
     @functools.wraps(method)

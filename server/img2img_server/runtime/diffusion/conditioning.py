@@ -63,7 +63,7 @@ class Encoder:
     def pictures(self, requests: Sequence[Request]) -> list[SimpleNamespace]:
         """The output of the autoencoder's encoder for each request's image (`common/vae.py`). Images of one size are encoded in
         one call."""
-        # An image whose content nobody has digested is like no other.
+        # An image without a digest is not cached.
         keys: list[tuple[str, bytes | int]] = [
             (request.cache_scope, request.image_digest or index) for index, request in enumerate(requests)
         ]
@@ -88,7 +88,7 @@ class Encoder:
 
     def _look_up(self, keys: dict[_Key, tuple[Hashable, ...]]) -> tuple[dict[_Key, Any], list[_Key]]:
         """What the cache has, and the keys of what it lacks."""
-        cached = {key: self._cache.get((self._own, *place)) for key, place in keys.items()}
+        cached = {key: self._cache.get((self._own, *suffix)) for key, suffix in keys.items()}
         return (
             {key: value for key, value in cached.items() if value is not None},
             [key for key, value in cached.items() if value is None],

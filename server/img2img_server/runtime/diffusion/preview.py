@@ -36,7 +36,8 @@ def draw(latents: torch.Tensor, weights: Sequence[Sequence[float]]) -> list[Imag
 
 
 def features(latents: torch.Tensor) -> torch.Tensor:
-    """What colours are told from: latents [n, C, h, w], and each channel's mean, its square and its deviation: [n, 4C, h, w]."""
+    """The features that colours are fitted from: latents [n, C, h, w], and each channel's mean, its square and its deviation: [n,
+    4C, h, w]."""
     mean, deviation = latents.mean((2, 3), keepdim=True), latents.std((2, 3), keepdim=True, correction=0)
     return torch.cat([latents, *(part.expand_as(latents) for part in (mean, mean.square(), deviation))], dim=1)
 

@@ -1,7 +1,7 @@
 """The families of Stable Diffusion, split into the parts that the engine schedules.
 
 We own the loop, not the mathematics: prompts, images, latents, timesteps and schedulers are handled by the methods of
-diffusers' own img2img pipeline, whose components may be stand-ins over ONNX graphs or torch modules.
+diffusers' own img2img pipeline, whose components may be ONNX modules or torch modules.
 The order of calls is that of StableDiffusionImg2ImgPipeline.__call__ and StableDiffusionXLImg2ImgPipeline.__call__.
 """
 

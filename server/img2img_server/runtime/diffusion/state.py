@@ -74,7 +74,7 @@ class DiffusionState:
 
     @property
     def preview_is_due(self) -> bool:
-        """Whether the next step is one of those that a preview was asked of."""
+        """Whether a preview was requested for the next step."""
         interval = self.request.preview_interval
         return interval > 0 and (self.step + 1) % interval == 0
 

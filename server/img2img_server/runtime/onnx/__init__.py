@@ -1,1 +1,1 @@
-"""ONNX graphs in the place of a pipeline's torch modules: sessions, runners, and the choice of a provider."""
+"""ONNX graphs instead of a pipeline's torch modules: sessions, runners, and the choice of a provider."""

@@ -1,4 +1,4 @@
-"""A bundle's components -> a diffusers pipeline: a stand-in for each that is a graph, diffusers' own module for the others."""
+"""A bundle's components -> a diffusers pipeline: an ONNX module for each graph, diffusers' own module for the others."""
 
 import importlib
 import inspect
@@ -53,7 +53,8 @@ class Components:
         return kind(**parts, **dict.fromkeys(missing)).to(self.device)
 
     def _part(self, name: str, entry: Any) -> Any:
-        """One argument of the pipeline's class: a setting, a stand-in, or what diffusers or transformers load from a folder."""
+        """One argument of the pipeline's class: a setting, an ONNX module, or what diffusers or transformers load from a
+        folder."""
         if not isinstance(entry, list):
             return entry
         library, class_name = entry

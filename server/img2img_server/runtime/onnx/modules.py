@@ -1,8 +1,8 @@
-"""Stand-ins: ONNX graphs that take the places of torch modules in a diffusers pipeline.
+"""ONNX modules: ONNX graphs that replace torch modules in a diffusers pipeline.
 
 Each is a torch module without parameters, so whatever diffusers, transformers or accelerate ask of any module (its submodules,
 parameters, hooks, mode) has an answer, plus the attributes that diffusers' img2img pipelines read of the module it replaces.
-Whatever the graph's own types are, a stand-in is of float32 to the pipeline: tensors are cast at the graph's edges, so that
+Whatever the graph's own types are, an ONNX module is float32 to the pipeline: tensors are cast at the graph's edges, so that
 latents, guidance and schedulers stay in float32 beside a graph of float16.
 """
 
@@ -32,7 +32,8 @@ _TEXT_OUTPUTS = ("text_embeds", "last_hidden_state", "pooler_output")
 
 
 class Graph:
-    """An ONNX graph that is called with torch tensors by name, casts them to its input types and ignores what it lacks.
+    """An ONNX graph that is called with torch tensors by name, casts them to its input types and ignores tensors that it has no
+    input for.
 
     `device` is where its runner wants them. `scalars` are its inputs that have no axes. Raises BundleError for a graph of types
     that torch has no equal of.
@@ -61,12 +62,12 @@ class Graph:
         return send(tensor, self._device, self.input_types[name]).contiguous()
 
     def close(self) -> None:
-        """Gives up its runner, whoever still holds this graph."""
+        """Releases its runner, even if this graph is still referenced."""
         self.__dict__.pop("_runner", None)
 
 
 class OnnxModule(torch.nn.Module):
-    """What every stand-in has: a configuration, and where and of what type its tensors are."""
+    """The base of ONNX modules: a configuration, and the device and dtype of its tensors."""
 
     dtype = torch.float32
 
@@ -80,7 +81,7 @@ class OnnxModule(torch.nn.Module):
         return self
 
     def close(self) -> None:
-        """Gives up its graphs' runners, and with the last reference to them their sessions."""
+        """Releases its graphs' runners, and with the last reference to them their sessions."""
         for value in vars(self).values():
             if isinstance(value, Graph):
                 value.close()
@@ -96,10 +97,10 @@ class OnnxTextEncoder(OnnxModule):
     def forward(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, output_hidden_states: bool = False
     ) -> ModelOutput:
-        """Encodes tokens. `output_hidden_states` is obeyed by always giving those that the graph has."""
+        """Encodes tokens. All hidden states of the graph are returned, whatever `output_hidden_states` is."""
         outputs = self._graph(input_ids=input_ids, attention_mask=attention_mask)
         hidden = [outputs.pop(name) for name in list(outputs) if name.startswith("hidden_states.")]
-        # Pipelines take some by their place.
+        # Pipelines index some of them.
         ordered: dict[str, Any] = {name: outputs.pop(name) for name in _TEXT_OUTPUTS if name in outputs} | outputs
         return ModelOutput(**ordered, **({"hidden_states": tuple(hidden)} if hidden else {}))
 
@@ -135,7 +136,7 @@ class OnnxDenoiser(OnnxModule):
         tensors = _flatten(bound)
         batch = next(iter(tensors.values())).shape[0]
         timestep = torch.as_tensor(bound["timestep"])
-        # Graphs that were made elsewhere may have one timestep for the whole batch.
+        # Graphs exported by other tools may have one timestep for the whole batch.
         alone = "timestep" in self._graph.scalars
         tensors["timestep"] = timestep.flatten()[0] if alone else timestep.expand(batch) if timestep.ndim == 0 else timestep
         sample = next(iter(self._graph(**tensors).values()))
@@ -143,7 +144,7 @@ class OnnxDenoiser(OnnxModule):
 
     @contextlib.contextmanager
     def cache_context(self, name: str) -> Any:
-        """A place for what diffusers' caching hooks keep between steps. A graph has no hooks."""
+        """Does nothing: diffusers' caching hooks use it to keep values between steps, and a graph has no hooks."""
         yield
 
 
@@ -176,7 +177,7 @@ class OnnxVae(OnnxModule):
 
 
 def close_graphs(pipe: Any) -> None:
-    """Closes the stand-ins of a diffusers pipeline, inner pipelines included. Not in the middle of a call."""
+    """Closes the ONNX modules of a diffusers pipeline, inner pipelines included. Not in the middle of a call."""
     for part in parts(pipe):
         for component in getattr(part, "components", {}).values():
             if isinstance(component, OnnxModule):

@@ -32,8 +32,8 @@ class Copies:
 def counting_copies() -> Iterator[Copies]:
     """Counts the Memcpy nodes of sessions that are opened in the block with a log level of warnings (sessions.py).
 
-    ONNX Runtime writes to the process's standard error, and its Python package has no other way to hear of them. What else is
-    written there meanwhile comes out after the block.
+    A Memcpy node copies between CPU and GPU in each call. ONNX Runtime reports their number only in its log on the process's
+    standard error. Other output written there meanwhile appears after the block.
     """
     found = Copies()
     with tempfile.TemporaryFile() as file:
@@ -55,7 +55,8 @@ _log = logging.getLogger(__name__)
 
 
 class Placement:
-    """Watches sessions being opened for one bundle at a time. `open` is to be given to what makes runners, `told` around it."""
+    """Records the sessions opened for one bundle. Runners are made with its `open`; `logged` wraps the function that makes
+    them."""
 
     def __init__(self, bundle: Path, manifest: Manifest, choice: Choice, open_graph: Open) -> None:
         self._bundle = bundle
@@ -66,7 +67,7 @@ class Placement:
         self._copies = 0
 
     def open(self, graph: Path, options: SessionOptions) -> onnxruntime.InferenceSession:
-        """Opens the ONNX file, and remembers what became of it."""
+        """Opens the ONNX file, and records its placement."""
         # Only a session that says so in ONNX Runtime's log makes copies (sessions.py).
         if options.provider == "cuda" and not options.recordable:
             with counting_copies() as copies:
@@ -77,17 +78,17 @@ class Placement:
         self._opened.append((options, describe(session)))
         return session
 
-    def told(self, make: Make) -> Make:
-        """`make`, followed by the line on what it made."""
+    def logged(self, make: Make) -> Make:
+        """Wraps `make` so that each runner it makes is logged in a line."""
 
-        def make_and_tell(name: str, graph: Path) -> Runner:
+        def make_and_log(name: str, graph: Path) -> Runner:
             self._opened.clear()
             runner = make(name, graph)
             if self._opened:
                 _log.info("%s: %s %s%s", self._bundle.name, name, self._sessions(name), self._why)
             return runner
 
-        return make_and_tell
+        return make_and_log
 
     def _sessions(self, name: str) -> str:
         used, _ = self._opened[-1]

@@ -1,4 +1,4 @@
-"""Runners: one ONNX graph as a function of torch tensors, however its session wants to be called."""
+"""Runners: one ONNX graph as a function of torch tensors, however its session is called."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -36,7 +36,7 @@ class Runner(Protocol):
     def run(self, feed: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
         """Runs the graph on tensors of its own types, contiguous and on the runner's device: one for each of its inputs.
 
-        What it gives, in the order of `outputs`, belongs to the caller, and stays as it is when the runner runs again.
+        The results, in the order of `outputs`, belong to the caller: the next run does not overwrite them.
         """
         ...
 
@@ -72,14 +72,18 @@ class HostRunner:
 
 
 def dtype_of(item: Any) -> torch.dtype:
-    """The torch type of a NodeArg. Raises BundleError for one that torch has no equal of."""
+    """The torch dtype of a NodeArg. Raises BundleError for a type without an equivalent in torch."""
     if item.type not in _DTYPES:
-        raise BundleError(f"the graph's '{item.name}' is a {item.type}, which this server cannot hand over")
+        raise BundleError(f"the graph's '{item.name}' is a {item.type}, which has no equivalent in torch")
     return _DTYPES[item.type]
 
 
 class SplitGraphRunner:
-    """A graph as two, of which `body` takes what `head` gives, by name. Implements Runner, with the whole graph's inputs."""
+    """A graph split in two: `body` takes the outputs of `head`, by name. Implements Runner with the whole graph's inputs.
+
+    `head` computes the timestep embedding in float32, `body` the rest in whatever an engine computes in. In bfloat16 the angle of
+    a time embedding is off by radians: OpenVINO's error of a UNet's call was three times PyTorch's for it.
+    """
 
     def __init__(self, head: Runner, body: Runner) -> None:
         self._head = head
@@ -90,7 +94,7 @@ class SplitGraphRunner:
         self.outputs: Sequence[Any] = body.outputs
 
     def run(self, feed: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
-        """Runs one after the other."""
+        """Runs the two graphs in sequence."""
         waves = self._head.run({item.name: feed[item.name] for item in self._head.inputs})
         known = {**feed, **dict(zip(self._between, waves, strict=True))}
         return self._body.run({item.name: known[item.name] for item in self._body.inputs})

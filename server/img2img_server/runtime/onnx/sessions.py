@@ -1,4 +1,4 @@
-"""ONNX Runtime sessions: which execution provider runs a graph, decided openly.
+"""ONNX Runtime sessions: which execution provider runs a graph, decided explicitly.
 
 ONNX Runtime's Python wrapper falls back silently when a provider does not load: it drops the options or lands on the CPU
 with a log line. So the provider list is built here explicitly, and every session is asked what it really got.
@@ -26,7 +26,7 @@ class SessionOptions:
     `provider` is one of execution.PROVIDERS; `provider_options` are settings of it, by ONNX Runtime's names. `threads` is how
     many CPU threads one call may use. `dimensions` gives named axes of the graph's inputs their size: where all have one the
     session is static, and takes that size only. A `lean` session reads its weights from the mapped file and keeps nothing from
-    call to call: it takes little memory, and is slower. `arithmetic` is only to be told of: what the session computes in, where
+    call to call: it takes little memory, and is slower. `arithmetic` is for the log only: what the session computes in, if
     that is not the graph's own. `recordable` says that `provider_options` ask for CUDA graphs.
     """
 
@@ -61,7 +61,7 @@ def provider_list(options: SessionOptions) -> list[tuple[str, dict[str, str]]]:
 
 
 def open_session(graph: Path, options: SessionOptions) -> onnxruntime.InferenceSession:
-    """Opens the ONNX file `graph`. Raises BundleError where the session runs on another provider than it was told to."""
+    """Opens the ONNX file `graph`. Raises BundleError if the session runs on another provider than requested."""
     session_options = _session_options(options)
     arguments: dict[str, Any] = {}
     if options.provider == "openvino":
@@ -88,7 +88,7 @@ def open_session(graph: Path, options: SessionOptions) -> onnxruntime.InferenceS
 def describe(session: Any) -> dict[str, int]:
     """How many nodes of the graph run on which provider, by its name in execution.PROVIDERS, the most first.
 
-    Empty where the session does not know: it was opened by other hands.
+    Empty if the session was not opened by `open_session`, and so does not know.
     """
     short = {full: name for name, full in FULL_NAMES.items()}
     counts: Counter[str] = Counter()
@@ -123,7 +123,7 @@ def _session_options(options: SessionOptions) -> onnxruntime.SessionOptions:
     if options.lean:
         result.enable_cpu_mem_arena = result.enable_mem_pattern = False
         result.add_session_config_entry("session.disable_prepacking", "1")
-        # What comes after it lays out the weights of convolutions anew.
+        # Higher levels copy the weights of convolutions into another layout.
         result.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
     # Each session has threads of its own, which go on spinning for a while when its call is over: then those of the next
     # session's call, the VAE's after the UNet's, share the cores with them and take twice as long.

@@ -16,7 +16,7 @@ from img2img_server.runtime.common.device_copy import enter_stream
 
 
 class _Abandoned(BaseException):
-    """Unwinds a pipeline's call that nobody waits for any more. A BaseException, so that no pipeline catches it."""
+    """Unwinds a pipeline's call that no request waits for. A BaseException, so that no pipeline catches it."""
 
 
 class _Thread:
@@ -28,7 +28,7 @@ class _Thread:
         self._thread.start()
 
     def begin(self, work: Callable[[], None], done: threading.Semaphore) -> None:
-        """Lets it run `work`, after which it releases `done`: nothing of the work is left on the thread then."""
+        """Runs `work` on the thread, drops all references to it, and then releases `done`."""
         self._work.put((work, done))
 
     def _main(self) -> None:
@@ -77,7 +77,7 @@ class Stepper:
         self._wait()
 
     def pause(self) -> None:
-        """Called by the call itself at the end of a piece: hands the baton back."""
+        """Called by the call itself at the end of a piece: returns control to the engine's thread."""
         self._back.release()
         self._go.acquire()
         if self._abandoned:
@@ -111,7 +111,8 @@ class Stepper:
             self._end()
 
     def _end(self) -> None:
-        """Lets go of the call, which holds on to images, the model and who owns this: no collector is to be needed for that."""
+        """Drops the reference to the call, which holds images and the model, so that they are freed without garbage
+        collection."""
         self.done, self._call = True, _nothing
 
 
@@ -122,8 +123,8 @@ def _nothing(run: Stepper) -> list[Image.Image]:
 class SharedCall:
     """All images of `requests`, `at_once` of them in each `__call__` of diffusers, run piece by piece.
 
-    `draw` makes the images, in the order of the requests and their seeds, and calls `told` after each step. `step_count` is an
-    estimate until it first does.
+    `draw` makes the images, in the order of the requests and their seeds, and calls `report_step` after each step. `step_count`
+    is an estimate until it first does.
     """
 
     def __init__(
@@ -142,26 +143,26 @@ class SharedCall:
 
     @property
     def done(self) -> bool:
-        """Whether the images are there, or never will be."""
+        """Whether the call has ended, with images or an error."""
         return self._run.done
 
     def resume(self) -> Exception | None:
         """Runs the next piece. Returns what the pipeline raised, None where it went well."""
         self._run.resume()
         self.pieces += 1
-        # It holds on to what the pipeline's frames held: not to be kept with a call that is over.
+        # The error's traceback keeps the pipeline's frames alive: not kept with a call that is over.
         error, self._run.error = self._run.error, None
         self.failed = error is not None
         return error
 
     def pause(self) -> None:
-        """Called by `draw` between two pieces: the other requests' turn."""
+        """Called by `draw` between two steps, so that other requests can run."""
         self._run.pause()
 
-    def told(self, chunk: int, step: int, steps: int) -> None:
+    def report_step(self, chunk: int, step: int, steps: int) -> None:
         """Called by `draw` after step `step`, from 1 on, of the `steps` of its chunk number `chunk`."""
         self.step_count = steps * len(self.chunks)
-        # The last step still has decoding behind it: it is told with the images.
+        # Decoding follows the last step, so it counts as done when the images are there.
         self.step = min(chunk * steps + step, self.step_count - 1)
 
     def images(self, number: int) -> list[Image.Image]:
@@ -170,7 +171,7 @@ class SharedCall:
         return self._run.images[begin : begin + len(self.requests[number].seeds)]
 
     def leave(self) -> None:
-        """One of the requests has ended, well or not. What the last one leaves is unwound where it stands."""
+        """One of the requests has ended. After the last one, a call in progress is unwound."""
         self._left -= 1
         if not self._left:
             self._run.abandon()
@@ -178,7 +179,7 @@ class SharedCall:
 
 @dataclass(slots=True, eq=False)
 class OpaqueState:
-    """A request whose images are request `number` of a call, and how much of the call it has taken notice of."""
+    """The state of request `number` of a call, and how much of the call it has seen."""
 
     request: Request
     call: SharedCall
@@ -188,11 +189,11 @@ class OpaqueState:
     pieces: int = 0
 
     def join(self, call: SharedCall, number: int) -> None:
-        """Goes over to a call that has not begun, since its own failed. Its step waits until that call is as far."""
+        """Joins a new call after its own failed. Its step does not change until that call has reached it."""
         self.call, self.number, self.pieces = call, number, 0
 
     def catch_up(self) -> None:
-        """Takes notice of how far its call is; a step of a prior is no step of the image's."""
+        """Updates its step from its call; steps of a prior do not count."""
         self.pieces = self.call.pieces
         self.step_count = max(self.call.step_count, 1)
         self.step = max(min(self.step, self.step_count - 1), self.call.step)

@@ -56,8 +56,8 @@ RULES: dict[str, Rule] = {
     "ZImageImg2ImgPipeline": Rule(guided_above=0.0),
 }
 """Classes whose images were seen to be the same alone and in a call of several, to 1/255 in float32 (diffusers 0.39,
-`tests/server/test_sharing.py`). Every other class draws one image in a call: whether it takes a list of images or generators,
-and what it makes of them, nobody has looked at."""
+`tests/server/test_sharing.py`). Every other class draws one image in a call: whether other classes support lists of
+images or generators was not tested."""
 
 
 def rule_of(pipe: Any) -> Rule | None:

@@ -1,9 +1,8 @@
-"""Families that cannot be split: diffusers' pipeline runs whole, yet step by step.
+"""Opaque pipelines: diffusers' `__call__` is not split into stages, but runs step by step.
 
-The pipeline's call runs on a thread of its own that never runs by itself: the engine's thread hands it the baton, and gets it
-back at the end of each step (callback_on_step_end). So one thread at a time owns the device, other requests take turns in
-between, and a call that nobody waits for unwinds at its next step. Requests with equal settings that are prepared together
-share a call.
+The pipeline's call runs on a thread of its own, which runs only while the engine's thread waits for it: control returns at the
+end of each step (callback_on_step_end). So one thread at a time uses the device, other requests run between two steps, and a
+call without requests unwinds at its next step. Requests with equal settings that are prepared together share a call.
 """
 
 import copy
@@ -70,10 +69,10 @@ class OpaquePipeline:
     def prepare(self, requests: Sequence[Request]) -> Sequence[OpaqueState]:
         """Readies the calls, a shared one for those with equal settings; nothing is computed yet."""
         states: dict[int, OpaqueState] = {}
-        for numbers in self._shares(requests):
+        for numbers in self._group(requests):
             call = self._call([requests[number] for number in numbers])
-            for place, number in enumerate(numbers):
-                states[number] = OpaqueState(requests[number], call, place, call.step_count)
+            for index, number in enumerate(numbers):
+                states[number] = OpaqueState(requests[number], call, index, call.step_count)
         return [states[number] for number in range(len(requests))]
 
     def denoise(self, states: Sequence[OpaqueState]) -> Sequence[None]:
@@ -83,7 +82,7 @@ class OpaquePipeline:
             members.setdefault(state.call, []).append(state)
         for call, some in members.items():
             if call.failed:
-                call = self._anew(call, some)
+                call = self._restart(call, some)
             if not call.done and any(state.pieces == call.pieces for state in some):
                 self._resume(call, some, alone=len(states) == 1)
         return [None] * len(states)
@@ -105,7 +104,7 @@ class OpaquePipeline:
         return [state.call.images(state.number) for state in states]
 
     def release(self, state: OpaqueState) -> None:
-        """The request has left its call. One that was cut short and has nobody left is unwound."""
+        """The request leaves its call. A call without requests is unwound."""
         state.call.leave()
 
     def close(self) -> None:
@@ -120,29 +119,29 @@ class OpaquePipeline:
             if not alone or (len(call.requests) == 1 and call.at_once == 1):
                 raise error
             _log.warning("a call of %d pictures failed, and is tried with fewer: %s", len(call.pictures), error)
-            call = self._anew(call, states)
+            call = self._restart(call, states)
 
-    def _anew(self, failed: SharedCall, states: Sequence[OpaqueState]) -> SharedCall:
-        """A fresh call in the place of one that failed, of those only that are asked for; of a single one image by image."""
+    def _restart(self, failed: SharedCall, states: Sequence[OpaqueState]) -> SharedCall:
+        """A new call for `states` after theirs failed; image by image for a single request."""
         smallest = len(states) == len(failed.requests) == 1
         call = self._call([state.request for state in states], at_once=1 if smallest else None)
-        for place, state in enumerate(states):
-            state.join(call, place)
+        for index, state in enumerate(states):
+            state.join(call, index)
         return call
 
-    def _shares(self, requests: Sequence[Request]) -> list[list[int]]:
-        """Puts the numbers of those together that share a call."""
-        shares: list[list[int]] = []
+    def _group(self, requests: Sequence[Request]) -> list[list[int]]:
+        """Groups the indices of requests that share a call."""
+        groups: list[list[int]] = []
         latest: dict[Hashable, tuple[list[int], int]] = {}
         for number, request in enumerate(requests):
             settings, rows = self._settings(request), len(request.seeds) * self._rows(request)
-            share, taken = latest.get(settings, ([], 0))
-            if not share or settings is None or taken + rows > self._most_rows:
-                share, taken = [], 0
-                shares.append(share)
-            share.append(number)
-            latest[settings] = share, taken + rows
-        return shares
+            group, taken = latest.get(settings, ([], 0))
+            if not group or settings is None or taken + rows > self._most_rows:
+                group, taken = [], 0
+                groups.append(group)
+            group.append(number)
+            latest[settings] = group, taken + rows
+        return groups
 
     def _call(self, requests: Sequence[Request], at_once: int | None = None) -> SharedCall:
         return SharedCall(requests, at_once or self._at_once(requests[0]), self._steps(requests[0]), self._draw)
@@ -170,7 +169,7 @@ class OpaquePipeline:
         for number, chunk in enumerate(call.chunks):
 
             def on_step_end(running: Any, step: int, timestep: Any, tensors: dict[str, Any], number: int = number) -> Any:
-                call.told(number, step + 1, getattr(running, "num_timesteps", None) or estimate)
+                call.report_step(number, step + 1, getattr(running, "num_timesteps", None) or estimate)
                 call.pause()
                 return tensors
 

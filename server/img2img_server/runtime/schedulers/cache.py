@@ -124,5 +124,5 @@ def size_of(value: object, known: set[int] | None = None) -> int:
 
 
 def _first_steps(request: Request) -> int:
-    """Of num_inference_steps, those that strength leaves: diffusers' rule."""
+    """How many of num_inference_steps run at this strength: diffusers' rule."""
     return min(int(request.num_inference_steps * request.strength), request.num_inference_steps)

@@ -80,7 +80,7 @@ def find(name: str) -> str | None:
 
 
 def supported(own_scheduler: Any) -> tuple[str, ...]:
-    """The canonical names that can take the place of a pipeline's own scheduler: all, or none.
+    """The canonical names that can replace a pipeline's own scheduler: all, or none.
 
     None where its class is of another kind by diffusers' own list of compatible ones (flow matching, EDM), or where it
     predicts, or spreads its noise, in a way that not all of them know. LCM's class states no list, but is of this kind.

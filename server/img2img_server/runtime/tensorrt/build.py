@@ -27,17 +27,17 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 _NICENESS = 10
-_TOLD_OF_ERROR = 2000
+_LOGGED_CHARACTERS = 2000
 """Characters of a failed build's standard error that go into the log: the last ones."""
 
-Tell = Callable[[str, float], None]
-"""Is told what is being done, in a few words, and what share of it is done, from 0 to 1."""
+Report = Callable[[str, float], None]
+"""Called with the current step, in a few words, and the share of it that is done, from 0 to 1."""
 
 
-def run_build(command: Sequence[str], job: Mapping[str, Any], tell: Tell, stop: Stop) -> None:
+def run_build(command: Sequence[str], job: Mapping[str, Any], report: Report, stop: Stop) -> None:
     """Runs `command`, which reads `job` from its standard input by `read_job`, until it is done.
 
-    Raises BundleError where it ends otherwise than with status 0, Stopped where `stop` was asked: then it has been killed.
+    Raises BundleError if it exits with another status than 0, Stopped if `stop` was requested: then it was killed.
     """
     stop.check()
     with (
@@ -49,10 +49,10 @@ def run_build(command: Sequence[str], job: Mapping[str, Any], tell: Tell, stop: 
     ):
         assert process.stdin is not None, "a pipe was asked for"
         assert process.stdout is not None, "a pipe was asked for"
-        # One that died at once does not read its job; its status says so below.
+        # A process that exits at once does not read its job; its status is checked below.
         with contextlib.suppress(BrokenPipeError), process.stdin:
             json.dump({"parent": os.getpid(), **job}, process.stdin)
-        problem = _follow(process.stdout, tell)
+        problem = _follow(process.stdout, report)
         status = process.wait()
         stop.check()
         if status:
@@ -61,7 +61,8 @@ def run_build(command: Sequence[str], job: Mapping[str, Any], tell: Tell, stop: 
 
 
 def read_job() -> dict[str, Any]:
-    """In the building process: its job. From here on it has low priority, and is killed when the thread that started it dies."""
+    """In the building process: reads its job. From then on it has low priority, and is killed when the thread that started it
+    ends."""
     job: dict[str, Any] = json.load(sys.stdin)
     if not end_with(job.pop("parent")):
         sys.exit(1)
@@ -69,20 +70,20 @@ def read_job() -> dict[str, Any]:
     return job
 
 
-def tell_parent(**message: Any) -> None:
-    """In the building process: tells `step`, `progress` from 0 to 1, or at its end the `problem` why it failed."""
+def report_to_parent(**message: Any) -> None:
+    """In the building process: reports `step` and `progress` from 0 to 1, or the `problem` if it failed."""
     print(json.dumps(message), flush=True)
 
 
-def _follow(lines: Iterable[str], tell: Tell) -> str:
-    """Passes on what the process tells. Returns its problem, "" where it told of none."""
+def _follow(lines: Iterable[str], report: Report) -> str:
+    """Forwards the progress of the process. Returns its problem, "" if it reported none."""
     problem = ""
     for line in lines:
         try:
             message = json.loads(line)
             problem = message.get("problem", problem)
             if "progress" in message:
-                tell(str(message.get("step", "")), min(1.0, max(0.0, float(message["progress"]))))
+                report(str(message.get("step", "")), min(1.0, max(0.0, float(message["progress"]))))
         except (ValueError, TypeError, AttributeError):  # Libraries print what they like.
             _log.debug("a build printed: %s", line.rstrip())
     return f"failed: {problem}" if problem else ""
@@ -90,7 +91,7 @@ def _follow(lines: Iterable[str], tell: Tell) -> str:
 
 def _tail(errors: IO[bytes]) -> str:
     errors.seek(0, os.SEEK_END)
-    errors.seek(max(0, errors.tell() - _TOLD_OF_ERROR))
+    errors.seek(max(0, errors.tell() - _LOGGED_CHARACTERS))
     return errors.read().decode(errors="replace").strip() or "none"
 
 
@@ -116,15 +117,15 @@ def build(graph: Path, folder: Path, options: dict[str, str], open_graph: "Open 
 
 
 def main() -> int:
-    """Builds what the job asks for. Returns 0, or 1 where that failed: then the parent was told why."""
+    """Builds what the job asks for. Returns 0, or 1 if that failed, after reporting the problem to the parent."""
     job = read_job()
-    tell_parent(step="building", progress=0.0)
+    report_to_parent(step="building", progress=0.0)
     try:
         build(Path(job["graph"]), Path(job["folder"]), job["options"])
     except BundleError as error:
-        tell_parent(problem=str(error))
+        report_to_parent(problem=str(error))
         return 1
-    tell_parent(step="built", progress=1.0)
+    report_to_parent(step="built", progress=1.0)
     return 0
 
 

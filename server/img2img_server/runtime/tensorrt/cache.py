@@ -137,7 +137,7 @@ class EngineCache:
 
 
 def default_root() -> Path:
-    """Where engines are kept unless told otherwise: img2img/engines in the user's cache directory."""
+    """The default folder of engines: img2img/engines in the user's cache directory."""
     return user_cache("engines")
 
 

@@ -2,7 +2,7 @@
 
 The options' names and what they do are those of ONNX Runtime 1.31's tensorrt_execution_provider_info.cc and
 tensorrt_provider_options.h. An engine is built into an "EP context" file: a graph of a single node that names the engine's file
-beside it. Such a graph can only be run, never built anew behind our back; for that it refuses shapes that it was not built for.
+beside it. Such a graph can only be run, never rebuilt silently: it refuses shapes that it was not built for.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from img2img_server.runtime.execution import Bucket
 from img2img_server.runtime.onnx.runners import Runner
 
 CONTEXT = "model_ctx.onnx"
-"""The file that is opened in place of the graph."""
+"""The file that is opened instead of the graph."""
 COMPONENTS = ("unet", "vae_decoder")
 """What is built: where nearly all the time goes. The other parts stay on CUDA."""
 

@@ -76,7 +76,7 @@ class Compiled:
                 block._compiled_call_impl = None
 
     def install(self) -> None:
-        """Takes the place of the module's forward."""
+        """Replaces the module's forward."""
         self._module.__dict__["forward"] = self
 
     def remove(self) -> None:
@@ -125,7 +125,7 @@ def _compile_blocks(module: torch.nn.Module, options: Mapping[str, Any]) -> dict
 
 
 def _modules(pipe: Any) -> Iterator[torch.nn.Module]:
-    """The modules that most of the time goes into, where they are torch's and not stand-ins over graphs."""
+    """The modules that most of the time goes into, where they are torch's and not ONNX modules."""
     found: dict[int, Any] = {}
     for part in parts(pipe):
         for name in _DENOISERS:
