@@ -29,7 +29,7 @@ MIB = 2**20
 
 def soak(out: Path, *words: str, **environment: str) -> "subprocess.CompletedProcess[str]":
     command = [sys.executable, str(ROOT / "benchmarks" / "soak.py"), "--model", "fake", "--out", str(out), *words]
-    return subprocess.run(command, capture_output=True, text=True, timeout=280, env={**os.environ, **environment}, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=800, env={**os.environ, **environment}, check=False)
 
 
 @pytest.mark.nightly

@@ -45,7 +45,6 @@ def assert_gone(process: int) -> None:
         os.kill(process, 0)
 
 
-@pytest.mark.timeout(900)
 def test_the_demo_turns_noon_into_sunset_and_leaves_nothing_running() -> None:
     for name in ("after.png", "before-after.png"):
         (WORK / name).unlink(missing_ok=True)
@@ -61,7 +60,6 @@ def test_the_demo_turns_noon_into_sunset_and_leaves_nothing_running() -> None:
 
 
 @pytest.mark.nightly
-@pytest.mark.timeout(900)
 def test_a_demo_that_is_stopped_leaves_nothing_running() -> None:
     with subprocess.Popen(["scripts/demo"], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as demo:
         assert demo.stderr is not None

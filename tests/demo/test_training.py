@@ -19,7 +19,7 @@ SCRIPT = Path(__file__).parents[2] / "demo" / "train.py"
 
 def smoke(output: Path, *options: str) -> str:
     command = [sys.executable, str(SCRIPT), "--smoke", "--output", str(output), *options]
-    finished = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=800, check=False)
     assert finished.returncode == 0, finished.stderr[-2000:]
     assert "unet 3/4" in finished.stdout
     return finished.stdout

@@ -19,7 +19,7 @@ from server_process import FAULTY, Process
 from soak_parts.hostile import WATCH, crowd, unread, watch_of
 
 READY, UNLOADED = model_pb2.MODEL_STATE_READY, model_pb2.MODEL_STATE_UNLOADED
-ENDED = 30
+ENDED = 120
 """Seconds after which a process counts as one that does not end: --grace, 5 s, and much for a busy machine."""
 
 
