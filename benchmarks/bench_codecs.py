@@ -8,8 +8,7 @@ from collections.abc import Awaitable, Callable
 
 from img2img_server import images
 from img2img_server.codecs.jobs import Encode, LoadImage
-from img2img_server.codecs.memory import ImageMemory
-from img2img_server.codecs.pool import Codecs
+from img2img_server.codecs.pool import Codecs, ImageMemory
 from img2img_server.images import ImageLimits, SizeRule, WriteFormat
 from img2img_server.support.call import Call, answering
 from PIL import Image

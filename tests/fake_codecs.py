@@ -4,8 +4,7 @@ import asyncio
 import os
 from collections.abc import Callable
 
-from img2img_server.codecs.jobs import Job
-from img2img_server.codecs.messages import file_of
+from img2img_server.codecs.jobs import Job, file_of
 from img2img_server.codecs.process import CodecProcess
 
 

@@ -8,9 +8,8 @@ from pathlib import Path
 import torch
 from img2img_export.options import ExportOptions
 from img2img_export.progress import Progress
-from img2img_export.read import checkpoint_tree
 from img2img_export.read.checkpoint import read_layout
-from img2img_export.read.source import resolve
+from img2img_export.read.source import fill_tree, resolve
 from safetensors.torch import load_file, save_file
 
 Weights = dict[str, torch.Tensor]
@@ -141,7 +140,7 @@ def fill(path: Path, directory: Path, **options: str) -> Path:
     wanted = ExportOptions(source=str(path), output=Path("unused"), **options)  # type: ignore[arg-type]
     checkpoint = resolve(wanted, Progress())
     directory.mkdir()
-    layout, loras = checkpoint_tree.fill(checkpoint, wanted, directory, Progress())
+    layout, loras = fill_tree(checkpoint, wanted, directory, Progress())
     assert loras == ()
     assert (
         layout.components == read_layout(json.loads((directory / "model_index.json").read_text(encoding="utf-8-sig"))).components

@@ -26,9 +26,8 @@ from img2img_export.convert.models import Loader, Plan
 from img2img_export.errors import FAILURES, ExportError, first_line
 from img2img_export.options import ExportOptions
 from img2img_export.progress import Progress
-from img2img_export.read import checkpoint_tree
 from img2img_export.read.checkpoint import DENOISERS, Layout, read_index
-from img2img_export.read.source import resolve
+from img2img_export.read.source import fill_tree, resolve
 from img2img_export.verify import images
 from img2img_export.verify.parity import compare, make_cases, open_graph
 
@@ -106,7 +105,7 @@ def _compare_with(
     asked = dataclasses.replace(options, source=options.reference, reference=None)
     checkpoint = resolve(asked, progress)
     with tempfile.TemporaryDirectory(dir=bundle.parent) as folder:
-        layout, _ = checkpoint_tree.fill(checkpoint, asked, Path(folder), progress)
+        layout, _ = fill_tree(checkpoint, asked, Path(folder), progress)
         loader = Loader(Path(folder), layout, options.variant)
         drawn = draw(loader, plan, asked, progress)
         parities: list[ComponentParity] = []

@@ -6,30 +6,27 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from img2img_server.bundle.limits import LIMITS
 from img2img_server.bundle.manifest import Component, Manifest, Reference, Source, Verification
 from img2img_server.runtime.schedulers import registry
 from PIL import Image
 
-from img2img_export.component import Converter
+from img2img_export.component import Converter, give_back
 from img2img_export.convert import models, torch_bundle
 from img2img_export.convert.fp32_compute import computing_in_fp32
-from img2img_export.convert.memory import give_back
 from img2img_export.convert.models import Loader, Plan
 from img2img_export.errors import ExportError, first_line, may_fall_back
 from img2img_export.options import ExportOptions
 from img2img_export.progress import Progress
-from img2img_export.publish import references as kept
 from img2img_export.read.checkpoint import Layout
 from img2img_export.report import SHEET
 from img2img_export.verify import images as pictures
 from img2img_export.verify import latent_preview as previews
-from img2img_export.verify.images import ImageCase
+from img2img_export.verify.images import ImageCase, make_sheet
 from img2img_export.verify.latent_preview import LatentPreview
 from img2img_export.verify.recorded_inputs import Calls, Recorder
-from img2img_export.verify.sheet import make_sheet
 
 _log = logging.getLogger(__name__)
 
@@ -129,7 +126,7 @@ def verify(
     verification = dataclasses.replace(
         draft.verification, passed=not problems, pictures=drawn, problems=tuple(problems), limits=limits
     )
-    return dataclasses.replace(draft, verification=verification, references=kept.save(cases, references, bundle))
+    return dataclasses.replace(draft, verification=verification, references=_save_references(cases, references, bundle))
 
 
 def describe(draft: Attempt, options: ExportOptions) -> Manifest:
@@ -187,3 +184,36 @@ def _convert(
         problems=tuple(problem for part in made for problem in part.problems),
     )
     return (*(part.component for part in made), *saved), verification
+
+
+if TYPE_CHECKING:
+    from img2img_export.verify.images import ImageCase
+
+_FOLDER = "verification/references"
+
+
+def _save_references(cases: "Sequence[ImageCase]", pictures: Sequence[Image.Image], bundle: Path) -> tuple[Reference, ...]:
+    """Writes each case's source and image into `bundle` as PNG, and gives what the manifest says of them."""
+    (bundle / _FOLDER).mkdir(parents=True, exist_ok=True)
+    references = []
+    for number, (case, picture) in enumerate(zip(cases, pictures, strict=True), start=1):
+        request = case.request
+        # Cases of one size have the same source.
+        source = f"{_FOLDER}/source-{request.image.width}x{request.image.height}.png"
+        drawn = f"{_FOLDER}/{number}.png"
+        request.image.save(bundle / source, optimize=True)
+        picture.save(bundle / drawn, optimize=True)
+        references.append(
+            Reference(
+                case=case.name,
+                source=source,
+                picture=drawn,
+                prompt=request.prompt,
+                negative_prompt=request.negative_prompt or "",
+                strength=request.strength,
+                num_inference_steps=request.num_inference_steps,
+                guidance_scale=request.guidance_scale,
+                seed=request.seeds[0],
+            )
+        )
+    return tuple(references)

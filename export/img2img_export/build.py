@@ -111,9 +111,9 @@ def _recorded(options: ExportOptions) -> dict[str, str]:
 def _build(checkpoint: Checkpoint, options: ExportOptions, staging: Staging, digests: Digests, progress: Progress) -> Manifest:
     """Fills the staging's bundle, verifies it, and writes its manifest last."""
     from img2img_export import attempts
-    from img2img_export.read import checkpoint_tree
+    from img2img_export.read.source import fill_tree
 
-    layout, loras = checkpoint_tree.fill(checkpoint, options, staging.source, progress)
+    layout, loras = fill_tree(checkpoint, options, staging.source, progress)
     if checkpoint.kind == "onnx":
         from img2img_export import adoption
 

@@ -4,7 +4,10 @@ A graph in half precision or int8 that does not compute what PyTorch does (the o
 again in fp32, with what was measured as the reason. So which parts stay in fp32 is decided by the model at hand.
 """
 
+import contextlib
+import ctypes
 import dataclasses
+import gc
 import math
 import shutil
 from collections.abc import Iterator
@@ -20,7 +23,6 @@ from img2img_export.convert.external_weights import GRAPH_NAME, Skeleton
 from img2img_export.convert.fp32_compute import computing_in_fp32
 from img2img_export.convert.fusion import fuse
 from img2img_export.convert.graphs import describe_graph, quiet
-from img2img_export.convert.memory import give_back
 from img2img_export.convert.models import Loader
 from img2img_export.convert.parts import Part, Tensors
 from img2img_export.convert.tracing import trace
@@ -30,6 +32,15 @@ from img2img_export.progress import Progress
 from img2img_export.read.checkpoint import DENOISERS
 from img2img_export.verify.parity import Case, compare, make_cases, open_fused, open_graph, takes_any_size
 from img2img_export.verify.recorded_inputs import VAE, Calls
+
+
+def give_back() -> None:
+    """Frees what only cycles hold, and returns to the system what the allocator keeps for later."""
+    gc.collect()
+    # glibc's own; another C library may not have it.
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
 
 _SMALL = {"unet": ("sample", (9, 11)), "vae_encoder": ("sample", (72, 88)), "vae_decoder": ("latent_sample", (9, 11))}
 """Inputs of another size than they were seen with, to trace with. Odd ones keep every size open, and small ones are quick."""

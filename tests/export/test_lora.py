@@ -18,8 +18,8 @@ from img2img_export.build import export_model
 from img2img_export.errors import ExportError
 from img2img_export.options import ExportOptions, LoraFile
 from img2img_export.progress import Progress
-from img2img_export.read import checkpoint_tree, lora
-from img2img_export.read.source import resolve
+from img2img_export.read import lora
+from img2img_export.read.source import fill_tree, resolve
 from img2img_export.verify.images import sample_picture
 from img2img_server.bundle.manifest import Lora
 from img2img_server.engine.request import run_alone
@@ -112,7 +112,7 @@ def write_kohya(pairs: Pairs, path: Path, alpha: Callable[[str], float]) -> Path
 def fuse(model: Path, directory: Path, *loras: LoraFile, variant: str | None = None) -> tuple[Path, tuple[Lora, ...]]:
     options = ExportOptions(source=str(model), output=Path("unused"), loras=loras, variant=variant)
     directory.mkdir()
-    return directory, checkpoint_tree.fill(resolve(options, Progress()), options, directory, Progress())[1]
+    return directory, fill_tree(resolve(options, Progress()), options, directory, Progress())[1]
 
 
 def assert_close(found: Weights, expected: Weights) -> None:

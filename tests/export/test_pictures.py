@@ -13,8 +13,16 @@ import pytest
 from diffusers import AutoPipelineForImage2Image
 from img2img_export.errors import ExportError
 from img2img_export.verify import images
-from img2img_export.verify.images import ImageCase, compare_pictures, draw_references, measure, picture_cases, sample_picture
-from img2img_export.verify.sheet import AMPLIFICATION, make_sheet
+from img2img_export.verify.images import (
+    AMPLIFICATION,
+    ImageCase,
+    compare_pictures,
+    draw_references,
+    make_sheet,
+    measure,
+    picture_cases,
+    sample_picture,
+)
 from img2img_server.bundle.limits import LIMITS, Precision
 from img2img_server.bundle.manifest import Manifest, PictureParity, Source, Verification
 from PIL import Image

@@ -3,7 +3,7 @@
 from ipaddress import ip_address
 
 import pytest
-from img2img_server.sources.addresses import is_public
+from img2img_server.sources.fetching import is_public
 
 REFUSED = [
     "0.0.0.0", "0.1.2.3", "10.0.0.1", "100.64.0.1", "100.100.100.200", "100.127.255.255", "127.0.0.1", "127.255.255.254",

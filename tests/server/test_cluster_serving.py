@@ -19,9 +19,17 @@ from img2img_cli.__main__ import main
 from img2img_server.backends.base import LocalBackend
 from img2img_server.backends.ray import backend
 from img2img_server.backends.ray.backend import ClusterBackend, cluster
-from img2img_server.backends.ray.messages import Card, Ended, ModelAnswer, RemoteCompleted, RemoteRequest, ReplicaLost, Told
+from img2img_server.backends.ray.messages import (
+    Card,
+    Ended,
+    ModelAnswer,
+    RemoteCompleted,
+    RemoteRequest,
+    ReplicaLost,
+    Replicas,
+    Told,
+)
 from img2img_server.backends.ray.replica import Replica
-from img2img_server.backends.ray.replicas import Replicas
 from img2img_server.config import ServerConfig
 from img2img_server.engine.request import Failed
 from messages import failure, request

@@ -13,8 +13,7 @@ from aiohttp import web
 from aiohttp.abc import AbstractResolver, ResolveResult
 from img2img_server.errors import InvalidField
 from img2img_server.sources import fetching
-from img2img_server.sources.addresses import is_public
-from img2img_server.sources.fetching import Fetcher
+from img2img_server.sources.fetching import Fetcher, is_public
 from img2img_server.support.call import Call, answering
 from messages import png
 

@@ -16,7 +16,7 @@ from img2img.v1 import model_pb2
 from img2img.v1.asset_pb2_grpc import AssetServiceStub
 from img2img.v1.image_to_image_pb2_grpc import ImageToImageServiceStub
 from img2img.v1.model_pb2_grpc import ModelServiceStub
-from img2img_server.codecs.memory import ImageMemory
+from img2img_server.codecs.pool import ImageMemory
 from img2img_server.config import CodecSettings
 from img2img_server.errors import ImageMemoryFull
 from img2img_server.images import ImageLimits

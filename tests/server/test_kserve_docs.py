@@ -13,8 +13,7 @@ import pytest
 from conftest import REPOSITORY
 from fuzz_parts.seeds import picture
 from img2img_server.__main__ import configure, configured
-from img2img_server.api.kserve.parameters import Parameters
-from img2img_server.api.kserve.translation import OUTPUTS, PROGRESS, SETTINGS, SOURCES
+from img2img_server.api.kserve.translation import OUTPUTS, PROGRESS, SETTINGS, SOURCES, Parameters
 from PIL import Image
 from soak_parts.stand_in import plant
 

@@ -15,8 +15,7 @@ from img2img.v1 import image_to_image_pb2 as pb
 from img2img.v1.image_to_image_pb2_grpc import ImageToImageServiceStub
 from img2img_server.api.grpc_batches import free_failed_batches
 from img2img_server.config import TelemetrySettings
-from img2img_server.telemetry.logs import TextFormatter, _Handler, configure
-from img2img_server.telemetry.repeats import INTERVAL, MOST, Repeats
+from img2img_server.telemetry.logs import INTERVAL, MOST, Repeats, TextFormatter, _Handler, configure
 from messages import failure, request
 from running import running, store
 from scraping import settled, value

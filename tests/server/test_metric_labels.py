@@ -7,8 +7,7 @@ import types
 import pytest
 from fakes import FakePipeline
 from img2img_server.assets.store import AssetStore
-from img2img_server.codecs.memory import ImageMemory
-from img2img_server.codecs.pool import Codecs
+from img2img_server.codecs.pool import Codecs, ImageMemory
 from img2img_server.config import AssetSettings
 from img2img_server.engine.cache import Cache
 from img2img_server.engine.engine import Engine

@@ -16,7 +16,7 @@ from cycles import no_collection
 from fakes import FakePipeline
 from img2img.v1 import image_to_image_pb2 as pb
 from img2img.v1.image_to_image_pb2_grpc import ImageToImageServiceStub
-from img2img_server.api import readers
+from img2img_server.api import transport
 from img2img_server.backends.base import LocalBackend
 from img2img_server.config import ModelSettings, ServerConfig
 from img2img_server.images import ImageLimits
@@ -186,7 +186,7 @@ def answered_and_reset(port: int, message: bytes) -> None:
 def test_a_call_that_its_client_resets_leaves_no_memory_behind(
     attack: Callable[[int, bytes], None], message: bytes, unread: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(readers, "MAX_CLIENT_UNREAD", unread)
+    monkeypatch.setattr(transport, "MAX_CLIENT_UNREAD", unread)
 
     def reset() -> None:
         for _ in range(RESETS // 50):

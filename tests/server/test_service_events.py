@@ -16,8 +16,7 @@ from img2img.v1.image_to_image_pb2_grpc import ImageToImageServiceStub
 from img2img_server.api.interceptors import to_status
 from img2img_server.api.transform import ImageToImageService
 from img2img_server.codecs.jobs import digest_of
-from img2img_server.codecs.memory import ImageMemory
-from img2img_server.codecs.pool import Codecs
+from img2img_server.codecs.pool import Codecs, ImageMemory
 from img2img_server.engine.admission import Slot
 from img2img_server.engine.engine import Accepted
 from img2img_server.engine.request import Completed, Event, Listener, Progress, Queued, Request, Started, Timings

@@ -9,8 +9,8 @@ import pytest
 from img2img.v1 import image_to_image_pb2 as pb
 from img2img.v1 import model_pb2
 from img2img.v1.model_pb2_grpc import ModelServiceStub
-from img2img_server.api.outbox import MAX_PLACES, MAX_PREVIEWS, MAX_STEPS, Outbox
-from img2img_server.api.readers import MAX_CLIENT_UNREAD, MAX_UNREAD, Readers
+from img2img_server.api.transform import MAX_PLACES, MAX_PREVIEWS, MAX_STEPS, Outbox
+from img2img_server.api.transport import MAX_CLIENT_UNREAD, MAX_UNREAD, Readers
 from img2img_server.engine.request import Completed, Progress, Queued, Started, Timings
 from img2img_server.errors import ClientBusy, Exhausted, ReaderTooSlow
 from kserve_calls import serving

@@ -20,9 +20,8 @@ from img2img_server.assets.store import AssetStore
 from img2img_server.config import AssetSettings, SourceSettings
 from img2img_server.errors import InvalidField
 from img2img_server.images import ImageLimits
-from img2img_server.sources import fetching, rooted
-from img2img_server.sources.reading import Sources
-from img2img_server.sources.rooted import path_of, read_below
+from img2img_server.sources import fetching, reading
+from img2img_server.sources.reading import Sources, path_of, read_below
 from messages import failure, png, request
 from running import running, store
 
@@ -120,7 +119,7 @@ def test_a_link_that_is_put_there_after_the_check_leads_nowhere(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Between looking where a path leads and opening it, somebody swaps a folder, or the file, for a link."""
-    open_ = rooted._open
+    open_ = reading._open
 
     def swap(what: Path, target: Path) -> None:
         def swapped(*arguments: object) -> int:
@@ -128,7 +127,7 @@ def test_a_link_that_is_put_there_after_the_check_leads_nowhere(
             what.symlink_to(target)
             return open_(*arguments)  # type: ignore[arg-type]
 
-        monkeypatch.setattr(rooted, "_open", swapped)
+        monkeypatch.setattr(reading, "_open", swapped)
 
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "b c%?#.png").write_bytes(b"secret")

@@ -49,7 +49,7 @@ def _attend(
     """torch's attention with any mask as numbers of the query's type. torch exports others in fp32, whatever the graph is in.
 
     The scale is a constant of the graph, as the size of the heads is known: torch exports its computation from the query's shape,
-    which runs on the CPU (recordable.py).
+    which runs on the CPU (tracing.py).
     """
     if scale is None:
         scale = 1 / math.sqrt(int(query.shape[-1]))

@@ -1,26 +1,29 @@
 """From what a person names to files on this machine: a directory, one file, or a repository of the Hugging Face hub.
 
-What is loaded is a view, a directory of links to the chosen files only (see view.py), so that its digest covers everything
+What is loaded is a view, a directory of links to the chosen files only (`fill_tree`), so that its digest covers everything
 that was read and nothing else of the checkpoint can be. Standard library only for what is on this machine already.
 """
 
 import hashlib
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from img2img_server.bundle.files import odd_file
-from img2img_server.bundle.manifest import Source
+from img2img_server.bundle.manifest import Lora, Source
+from img2img_server.runtime.common.pipe import latent_size
 
 from img2img_export.errors import ExportError
 from img2img_export.options import ExportOptions
 from img2img_export.progress import Progress
+from img2img_export.read import lora, single_file
 from img2img_export.read.checkpoint import INDEX_NAME, TEXT_SUFFIXES, Kind, Layout, choose, names_below, read_index, refuse_unsafe
 from img2img_export.read.digests import Digests
 from img2img_export.read.layout_checks import refuse_configurations, refuse_unreadable_files, why_no_index
 from img2img_export.read.single_file import find_template, refuse_unreadable
-from img2img_export.read.texts import has_mark, without_mark
+from img2img_export.read.texts import has_mark, read_json, without_mark
 from img2img_export.read.weights_file import SAFETENSORS, is_pickle, is_safetensors
 
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -142,3 +145,32 @@ def _combine(digests: Mapping[str, str]) -> str:
     """SHA-256 over the files' names and contents, in hexadecimal."""
     lines = (f"{name}\0{digest}\n" for name, digest in digests.items())
     return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def fill_tree(
+    checkpoint: Checkpoint, options: ExportOptions, directory: Path, progress: Progress
+) -> tuple[Layout, tuple[Lora, ...]]:
+    """Makes the empty `directory` a checkpoint: what is in it, and the LoRAs that were fused into its weights.
+
+    It loads with the variant of `options`. Raises ExportError where a single file or a LoRA does not fit.
+    """
+    if checkpoint.kind == "onnx" and options.loras:
+        raise ExportError(f"{options.loras[0].path} cannot be fused: {options.source} holds graphs; export the weights with it")
+    checkpoint.link_into(directory)
+    layout = checkpoint.layout
+    _use_plain_size(directory / "unet" / "config.json")
+    if checkpoint.weights is not None:
+        layout = single_file.convert(checkpoint.weights, layout, directory, progress)
+    return layout, lora.fuse(directory, layout, options.loras, progress)
+
+
+def _use_plain_size(config: Path) -> None:
+    """Writes a square `sample_size` that is a list or a text as a number, in place of a link: some classes compare it to one."""
+    if not config.is_file():
+        return
+    values = read_json(config)
+    stated = values.get("sample_size") if isinstance(values, dict) else None
+    size = latent_size(stated)
+    if size is not None and size[0] == size[1] and not isinstance(stated, int):
+        config.unlink()
+        config.write_text(json.dumps({**values, "sample_size": size[0]}, indent=2) + "\n", encoding="utf-8")

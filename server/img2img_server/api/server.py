@@ -21,16 +21,16 @@ from img2img_server.api.health import HealthServicer
 from img2img_server.api.interceptors import CallInterceptor
 from img2img_server.api.models import ModelService
 from img2img_server.api.parsing import Parser
-from img2img_server.api.readers import Readers
 from img2img_server.api.tls import bind, check
 from img2img_server.api.transform import ImageToImageService
+from img2img_server.api.transport import Readers
 from img2img_server.assets.store import AssetStore
 from img2img_server.backends.base import Backend
-from img2img_server.codecs.memory import ImageMemory
-from img2img_server.codecs.pool import Codecs
+from img2img_server.codecs.pool import Codecs, ImageMemory
 from img2img_server.config import ServerConfig
 from img2img_server.errors import EngineStuck, ShuttingDown
 from img2img_server.sources.reading import Sources
+from img2img_server.support.distribution import install_hint
 from img2img_server.support.threads import in_thread
 from img2img_server.telemetry.telemetry import Telemetry
 
@@ -100,9 +100,7 @@ class Server:
         """
         check(self._config)
         if self._config.kserve:
-            from img2img_server.api.kserve import extra
-
-            extra.require()
+            _require_kserve()
         access = Access(self._config.tokens)
         if self._config.port_file is not None:
             _reserve(self._config.port_file)
@@ -280,3 +278,11 @@ def _write_port(path: Path, port: int) -> None:
 
 def _part(path: Path) -> Path:
     return path.with_name(f".{path.name}.part")
+
+
+def _require_kserve() -> None:
+    """Raises ValueError if Triton's client, which ships KServe's stubs, cannot be imported."""
+    try:
+        import tritonclient.grpc  # type: ignore[import-untyped]  # noqa: F401
+    except (ImportError, RuntimeError):  # RuntimeError is its own, where what it needs for gRPC is missing or too old
+        raise ValueError(f"kserve needs Triton's client: {install_hint('kserve')}") from None

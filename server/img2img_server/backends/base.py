@@ -1,14 +1,18 @@
-"""What serves behind the gRPC front: an engine in this process, or, with the same face, engines that run elsewhere."""
+"""What serves behind the gRPC front: an engine in this process, or, with the same face, engines that run elsewhere.
+
+The watchdog ends the process if a model call hangs.
+"""
 
 import asyncio
 import logging
+import threading
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Protocol
 
-from img2img_server.backends.watchdog import Watchdog
 from img2img_server.bundle.manifest import Source
 from img2img_server.config import ServerConfig
 from img2img_server.engine.cache import Cache
@@ -23,6 +27,63 @@ from img2img_server.models.registry import Model, ModelRegistry
 from img2img_server.models.residency import Health, Residency
 from img2img_server.support.threads import in_thread
 from img2img_server.telemetry.timeline import Trace
+
+_SELDOM = 1.0
+"""Seconds between two looks, at the most; a tenth of what a call may take where that is less."""
+
+_PAUSE = 4
+"""Looks that are missed in a row before the process counts as paused: fewer are a busy machine."""
+
+
+class Watchdog:
+    """Looks every now and then at how long the engine has been in its current call; says so once where that is more than
+    `seconds`. `stuck` gets a line that says what it was, on the watchdog's own thread. With 0 seconds it never looks.
+
+    Time in which the watchdog itself did not run (SIGSTOP, a suspended machine) counts for no call. `clock` is the engine's, in
+    seconds.
+    """
+
+    def __init__(
+        self, engine: Engine, seconds: float, stuck: Callable[[str], object], clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._clock = clock
+        self._engine = engine
+        self._seconds = seconds
+        self._stuck = stuck
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="img2img-watchdog", daemon=True)
+
+    def start(self) -> None:
+        """Begins to look."""
+        if self._seconds > 0:
+            self._thread.start()
+
+    def stop(self) -> None:
+        """Looks no more: once it returns, `stuck` is not called. Harmless where it was never started, and from within `stuck`."""
+        self._stopped.set()
+        if self._thread.is_alive() and self._thread is not threading.current_thread():
+            self._thread.join()
+
+    def _run(self) -> None:
+        every = min(_SELDOM, self._seconds / 10)
+        looked = self._clock()
+        pauses: list[tuple[float, float]] = []  # when each ended, and how long it was
+        while not self._stopped.wait(every):
+            call, now = self._engine.current_call, self._clock()
+            missed, looked = now - looked - every, now
+            if call is None:
+                pauses = []
+                continue
+            if missed > _PAUSE * every:
+                pauses.append((now, missed))
+            if call.seconds - sum(missed for ended, missed in pauses if ended > now - call.seconds) > self._seconds:
+                rows = f"{call.rows} {'row' if call.rows == 1 else 'rows'}"
+                self._stuck(
+                    f"the device does not answer: {call.stage} of model '{call.model}' ({rows}) has taken {call.seconds:.0f} s, "
+                    f"the most is {self._seconds:g} s"
+                )
+                return
+
 
 _log = logging.getLogger(__name__)
 

@@ -11,8 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 
-from img2img_server.codecs.jobs import Job
-from img2img_server.codecs.messages import MOST, Ask, JobDone, JobFailed, Ready, Told, send
+from img2img_server.codecs.jobs import MOST, Ask, Job, JobDone, JobFailed, Ready, Told, send
 
 _log = logging.getLogger(__name__)
 

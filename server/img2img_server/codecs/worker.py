@@ -14,8 +14,7 @@ import sys
 import warnings
 from typing import Any
 
-from img2img_server.codecs.jobs import Job
-from img2img_server.codecs.messages import MOST, Ask, JobDone, JobFailed, Ready, file_of, send
+from img2img_server.codecs.jobs import MOST, Ask, Job, JobDone, JobFailed, Ready, file_of, send
 from img2img_server.errors import ImageMemoryFull, InvalidField, ServerError
 from img2img_server.support.child_process import end_with
 

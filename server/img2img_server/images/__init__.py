@@ -1,7 +1,6 @@
 """Bytes <-> pixels: decodes what cameras and tools write into upright sRGB, within limits, and encodes results."""
 
-from img2img_server.images.data_uri import decode_data_uri
-from img2img_server.images.decoding import READ_FORMATS, check_header, decode, header_size, media_type
+from img2img_server.images.decoding import READ_FORMATS, check_header, decode, decode_data_uri, header_size, media_type
 from img2img_server.images.encoding import WriteFormat, check_side, encode, holds
 from img2img_server.images.sizes import ImageLimits, SizeRule, least_size, resize, target_size
 

@@ -1,17 +1,18 @@
-"""Image files -> pixels: whatever Pillow reads, upright, in sRGB and within limits."""
+"""Image files and data: URIs -> pixels: whatever Pillow reads, upright, in sRGB and within limits."""
 
+import base64
+import binascii
 import ctypes
 import io
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from typing import Any
 
-from PIL import Image, UnidentifiedImageError, _imaging
+from PIL import Image, ImageCms, UnidentifiedImageError, _imaging
 
 from img2img_server.errors import InvalidField
-from img2img_server.images.color import to_srgb
-from img2img_server.images.essentials import Essentials, essentials
-from img2img_server.images.orientation import lies_on_its_side, read_orientation, turn_upright
+from img2img_server.images.essentials import Essentials, essentials, lies_on_its_side, read_orientation, turn_upright
 from img2img_server.images.sizes import ImageLimits
 
 READ_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
@@ -107,3 +108,145 @@ def _reading(field: str) -> Iterator[None]:
         raise InvalidField(field, f"not a picture in a known format ({', '.join(READ_FORMATS)})") from None
     except Exception as error:  # noqa: BLE001 - Pillow's decoders raise anything on a damaged file, also AssertionError
         raise InvalidField(field, f"the picture cannot be decoded: {error}") from None
+
+
+_SPACE_OF_MODE = {"L": b"GRAY", "RGB": b"RGB ", "CMYK": b"CMYK"}
+_SPACE_OFFSET = 16  # in a profile's header
+_SRGB_TOLERANCE = 2
+_FLOAT_TOLERANCE, _WHITE_FLOAT = 1.5, 16.0
+_BITS_PER_SAMPLE, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339
+_WHITE_IS_ZERO, _UNSIGNED = 0, (1,)
+
+
+def to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
+    """An image in any of Pillow's modes as sRGB, in mode RGB. Transparency becomes white.
+
+    `profile` is an ICC profile, empty if there is none. One that is damaged or of another kind of colours is ignored.
+    """
+    image, alpha = _split(image)
+    image = _convert(image, profile)
+    if alpha is None:
+        return image
+    image.putalpha(alpha)
+    canvas = Image.new("RGBA", image.size, "white")
+    canvas.alpha_composite(image)
+    return canvas.convert("RGB")
+
+
+def _split(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
+    """The colours, in mode L, RGB, CMYK or LAB, and the transparency."""
+    if image.mode.startswith("I") or image.mode == "F":
+        return _shallow(image)
+    if image.mode in ("CMYK", "LAB"):
+        return image, None
+    image = image.convert({"La": "LA", "RGBa": "RGBA"}.get(image.mode, image.mode))
+    gray = image.mode in ("1", "L", "LA")
+    if not image.has_transparency_data:
+        return image.convert("L" if gray else "RGB"), None
+    image = image.convert("LA" if gray else "RGBA")
+    return image.convert("L" if gray else "RGB"), image.getchannel("A")
+
+
+def _shallow(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
+    """Gray of more than 8 bits as 8 bits. Pillow's own conversion clips, it does not scale.
+
+    Integers of a known depth, 12 or 16 bits, are scaled by it. Of 32 bits most files use fewer: white is 2^n - 1, with n at least
+    8, that just holds the brightest value. Of floats, 1.0 is white up to a brightest value of 16, which leaves highlights and
+    overshoot room, and what is above 1.0 is clipped; brighter ones are integers in disguise, half as much overshoot allowed.
+    """
+    import numpy as np  # here: it takes longer than all other imports of the configuration
+
+    tags: Any = getattr(image, "tag_v2", {})
+    values = np.asarray(image)
+    if image.mode == "I" and tags and tags.get(_SAMPLE_FORMAT, _UNSIGNED) == _UNSIGNED:
+        values = values.view(np.uint32)  # Pillow reads them as if they were signed.
+    transparent = image.info.get("transparency")
+    alpha = None if transparent is None else Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8))
+    gray = values.astype(np.float32)  # One copy, changed in place: a source may have millions of pixels.
+    np.nan_to_num(gray, copy=False, nan=0.0, posinf=0.0, neginf=0.0)
+    gray *= 255 / _white(image.mode, float((gray if image.mode == "F" else values).max()), tags)
+    np.clip(gray, 0, 255, out=gray)
+    if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:
+        np.subtract(255, gray, out=gray)
+    return Image.fromarray(np.rint(gray, out=gray).astype(np.uint8)), alpha
+
+
+def _white(mode: str, brightest: float, tags: Any) -> float:
+    if mode not in ("I", "F"):
+        (bits, *_) = tags.get(_BITS_PER_SAMPLE, (16,))
+        return float(2**bits - 1)
+    if mode == "F" and brightest <= _WHITE_FLOAT:
+        return 1.0
+    bits, tolerance = 8, _FLOAT_TOLERANCE if mode == "F" else 1.0
+    while (2**bits - 1) * tolerance < brightest:
+        bits += 1
+    return float(2**bits - 1)
+
+
+def _convert(image: Image.Image, profile: bytes) -> Image.Image:
+    if image.mode == "LAB":
+        return _transform(image, ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB"))
+    space = profile[_SPACE_OFFSET : _SPACE_OFFSET + 4]
+    if image.mode == "L" and space == b"RGB ":
+        image = image.convert("RGB")
+    if space == _SPACE_OF_MODE[image.mode]:
+        try:
+            return _managed(image, profile)
+        except (OSError, ImageCms.PyCMSError, ValueError):
+            pass  # damaged
+    return image.convert("RGB")
+
+
+def _managed(image: Image.Image, profile: bytes) -> Image.Image:
+    import numpy as np  # here: it takes longer than all other imports of the configuration
+
+    source, srgb = ImageCms.ImageCmsProfile(io.BytesIO(profile)), ImageCms.createProfile("sRGB")
+    samples = _samples(image.mode)
+    if samples is not None:
+        # Most files say that they are sRGB. A conversion would only round.
+        converted = _transform(samples, source, srgb)
+        if np.abs(np.asarray(converted, int) - np.asarray(samples.convert("RGB"), int)).max() <= _SRGB_TOLERANCE:
+            return image.convert("RGB")
+    return _transform(image, source, srgb)
+
+
+def _samples(mode: str) -> Image.Image | None:
+    """Colours from all over the mode's range, of those that may be sRGB's."""
+    import numpy as np  # here: it takes longer than all other imports of the configuration
+
+    if mode == "CMYK":
+        return None
+    steps = np.arange(0, 256, 15 if mode == "L" else 51, dtype=np.uint8)
+    if mode == "L":
+        return Image.fromarray(steps[None])
+    return Image.fromarray(np.stack(np.meshgrid(steps, steps, steps), -1).reshape(1, -1, 3))
+
+
+def _transform(image: Image.Image, source: Any, target: Any) -> Image.Image:
+    converted = ImageCms.profileToProfile(
+        image,
+        source,
+        target,
+        renderingIntent=ImageCms.Intent.RELATIVE_COLORIMETRIC,
+        outputMode="RGB",
+        flags=ImageCms.Flags.BLACKPOINTCOMPENSATION,
+    )
+    assert converted is not None, "not asked to work in place"
+    return converted
+
+
+def decode_data_uri(uri: str, limits: ImageLimits, field: str) -> bytes:
+    """The bytes in a "data:" URI (RFC 2397). Raises InvalidField, naming `field`, for one that is malformed or too large."""
+    header, comma, body = uri.partition(",")
+    if not comma:
+        raise InvalidField(field, "a data: URI needs a comma before its data")
+    if len(body) > 4 * limits.max_bytes:
+        raise InvalidField(field, f"the URI has {len(body)} characters, too many for a file of {limits.max_bytes} bytes")
+    # As unquote_to_bytes, but for escapes that are none: that takes seconds and gigabytes where everything is escaped.
+    raw = binascii.a2b_qp(body.encode().replace(b"=", b"=3D").replace(b"%", b"=")) if "%" in body else body.encode()
+    if not header.endswith(";base64"):
+        return raw
+    try:
+        return base64.b64decode(raw, validate=True)
+    except binascii.Error as error:
+        raise InvalidField(field, f"the base64 data is malformed: {error}") from None

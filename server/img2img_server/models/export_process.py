@@ -17,7 +17,7 @@ from img2img_server.support.distribution import install_hint
 _log = logging.getLogger(__name__)
 
 EXPORTER = (sys.executable, "-m", "img2img_cli", "export")
-_LOW_PRIORITY = (sys.executable, "-m", "img2img_server.support.low_priority")
+_LOW_PRIORITY = (sys.executable, "-m", "img2img_server.support.child_process")
 _LAST_WORDS = 20
 """Lines of what a failed export wrote on standard error that go into the log."""
 _LINE = 2**20

@@ -11,7 +11,7 @@ from img2img.v1 import image_to_image_pb2 as pb
 from img2img_server.api.kserve import translation
 from img2img_server.api.kserve.translation import Task
 from img2img_server.api.transform import ImageToImageService
-from img2img_server.codecs.memory import ImageMemory
+from img2img_server.codecs.pool import ImageMemory
 from img2img_server.engine.interface import EngineInterface
 from img2img_server.errors import DeadlineExpired
 from img2img_server.support.call import current

@@ -14,13 +14,57 @@ from img2img_server.api.kserve import describing, translation
 from img2img_server.api.kserve.inference import Inference
 from img2img_server.api.kserve.streaming import Stream
 from img2img_server.api.kserve.tensors import shown
-from img2img_server.api.kserve.unsupported import Unsupported
 from img2img_server.api.models import ModelService
 from img2img_server.api.transform import ImageToImageService
-from img2img_server.codecs.memory import ImageMemory
+from img2img_server.codecs.pool import ImageMemory
 from img2img_server.engine.interface import EngineInterface
 from img2img_server.errors import InvalidField, ModelNotFound, NotSupported
 from img2img_server.telemetry.telemetry import Telemetry
+
+
+class Unsupported(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[misc]
+    """Statistics, shared memory and settings of tracing and of the log: UNIMPLEMENTED."""
+
+    async def ModelStatistics(self, request: Any, context: Any) -> Any:
+        """Refused: counters are Prometheus'."""
+        raise NotSupported("model statistics are not supported by this method: use the Prometheus metrics (--metrics-port)")
+
+    async def SystemSharedMemoryStatus(self, request: Any, context: Any) -> Any:
+        """Refused, as all of shared memory."""
+        raise _no_shared_memory()
+
+    async def SystemSharedMemoryRegister(self, request: Any, context: Any) -> Any:
+        """Refused, as all of shared memory."""
+        raise _no_shared_memory()
+
+    async def SystemSharedMemoryUnregister(self, request: Any, context: Any) -> Any:
+        """Refused, as all of shared memory."""
+        raise _no_shared_memory()
+
+    async def CudaSharedMemoryStatus(self, request: Any, context: Any) -> Any:
+        """Refused, as all of shared memory."""
+        raise _no_shared_memory()
+
+    async def CudaSharedMemoryRegister(self, request: Any, context: Any) -> Any:
+        """Refused, as all of shared memory."""
+        raise _no_shared_memory()
+
+    async def CudaSharedMemoryUnregister(self, request: Any, context: Any) -> Any:
+        """Refused, as all of shared memory."""
+        raise _no_shared_memory()
+
+    async def TraceSetting(self, request: Any, context: Any) -> Any:
+        """Refused: set when the server is started."""
+        raise NotSupported("trace settings cannot be changed at run time: set --otlp-endpoint at start")
+
+    async def LogSettings(self, request: Any, context: Any) -> Any:
+        """Refused: set when the server is started."""
+        raise NotSupported("log settings cannot be changed at run time: set --log-format at start")
+
+
+def _no_shared_memory() -> NotSupported:
+    return NotSupported("shared memory is not supported: send the tensors' contents")
+
 
 _SERVICE = kserve_pb.DESCRIPTOR.services_by_name["GRPCInferenceService"]
 NAME: str = _SERVICE.full_name

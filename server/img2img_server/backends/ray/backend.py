@@ -9,7 +9,7 @@ from typing import Protocol
 from img2img_server.backends.base import LocalBackend
 from img2img_server.backends.local import local
 from img2img_server.backends.ray.front import Front
-from img2img_server.backends.ray.replicas import Replicas
+from img2img_server.backends.ray.messages import Replicas
 from img2img_server.backends.ray.resources import MESSAGES
 from img2img_server.backends.ray.roster import RemoteModels, Roster
 from img2img_server.config import ServerConfig

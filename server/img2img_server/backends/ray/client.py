@@ -20,6 +20,7 @@ from ray.serve.handle import DeploymentHandle
 from img2img_server.backends.ray.messages import (
     Card,
     Ended,
+    Everywhere,
     ModelAnswer,
     RemoteCompleted,
     RemoteRequest,
@@ -27,7 +28,6 @@ from img2img_server.backends.ray.messages import (
     ReplicaLost,
     Told,
 )
-from img2img_server.backends.ray.replicas import Everywhere
 from img2img_server.engine.request import Failed
 
 _LOST = (

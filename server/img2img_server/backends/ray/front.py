@@ -20,10 +20,10 @@ from img2img_server.backends.ray.messages import (
     RemoteRequest,
     ReplicaLeft,
     ReplicaLost,
+    Replicas,
     Told,
     ending_of,
 )
-from img2img_server.backends.ray.replicas import Replicas
 from img2img_server.backends.ray.roster import COME_BACK, LOOK_EVERY, Roster, plan
 from img2img_server.engine.admission import Slot
 from img2img_server.engine.interface import Accepted, EngineStats

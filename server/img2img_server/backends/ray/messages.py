@@ -3,8 +3,9 @@
 Images are raw RGB: what is quickest to make and to read again, and no loss. Times are seconds that are left, as clocks differ.
 """
 
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any, Literal, Protocol
 
 from PIL import Image
 
@@ -271,3 +272,30 @@ class Unloaded:
     """A model has left a replica's memory, and gave back so many bytes."""
 
     freed: int
+
+
+Everywhere = Literal["look", "load", "unload"]
+"""What all replicas are asked."""
+
+
+class Replicas(Protocol):
+    """The replicas of one application. Each method raises ReplicaLost where the one that was asked is gone, or none is there.
+
+    Cancelling a call, or closing its stream, cancels it at the replica.
+    """
+
+    async def transform(self, job: RemoteRequest) -> Ended:
+        """Has one of them run a request."""
+        ...
+
+    def stream(self, job: RemoteRequest) -> AsyncGenerator[Told, None]:
+        """Has one of them run a request and tell of it."""
+        ...
+
+    async def ask(self, method: Literal["bring", "load"], asked: ModelAnswer) -> Card | Failed:
+        """Has one of them do something about a model."""
+        ...
+
+    async def everywhere(self, method: Everywhere, *arguments: Any) -> Sequence[Any]:
+        """The answers of all that answer; those that are lost are left out."""
+        ...

@@ -16,10 +16,10 @@ from img2img_server.backends.ray.messages import (
     ModelAnswer,
     ReplicaLeft,
     ReplicaLost,
+    Replicas,
     Unloaded,
     raise_lost,
 )
-from img2img_server.backends.ray.replicas import Replicas
 from img2img_server.bundle.manifest import Source
 from img2img_server.engine.request import Failed, Pipeline, Plan, Request
 from img2img_server.errors import ModelNotFound, ModelUnavailable, NoReplica
