@@ -219,7 +219,7 @@ def test_a_batchs_dimension_of_one_is_given_back(client: Any) -> None:
     result = client.infer("m", [text("image", png(), (1, 1)), text("prompt", "p", (1, 1))], parameters={"image_count": 3})
     assert result.as_numpy("images").shape == result.as_numpy("seed").shape == (1, 3)
     status, told = refused(lambda: client.infer("m", [text("image", png(), (3, 1))]))
-    assert (status, told[:21]) == ("INVALID_ARGUMENT", "image: a batch of 3: ")
+    assert (status, told[:21]) == ("INVALID_ARGUMENT", "image: batch size 3 i")
 
 
 BAD: dict[str, tuple[list[Any], dict[str, Any], str]] = {
@@ -320,7 +320,7 @@ def test_the_repository_is_listed_and_its_models_come_and_go(client: Any) -> Non
 def test_what_cannot_be_loaded_is_refused(client: Any, stub: Any) -> None:
     assert refused(lambda: client.load_model("nope"))[0] == "NOT_FOUND"
     assert refused(lambda: client.unload_model("nope"))[0] == "NOT_FOUND"
-    assert refused(lambda: client.load_model(""))[1].startswith("model_name: it is empty")
+    assert refused(lambda: client.load_model(""))[1].startswith("model_name: model_name is empty")
     assert refused(lambda: client.load_model("m", config="{}"))[0] == "UNIMPLEMENTED"
     code, _ = failure(lambda: stub.RepositoryIndex(service_pb2.RepositoryIndexRequest(repository_name="other")))
     assert code == grpc.StatusCode.UNIMPLEMENTED

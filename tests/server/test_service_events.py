@@ -70,7 +70,7 @@ def test_an_unknown_scheduler_is_answered_with_the_known(
     stub: ImageToImageServiceStub, pipeline: FakePipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, details = failure(lambda: stub.Transform(request(scheduler="LCM")))
-    assert "there are EulerDiscreteScheduler, DDIMScheduler" in str(details["description"])
+    assert "known are EulerDiscreteScheduler, DDIMScheduler" in str(details["description"])
     monkeypatch.setattr(pipeline, "schedulers", ())
     _, details = failure(lambda: stub.Transform(request(scheduler="LCM")))
     assert "only its own" in str(details["description"])
