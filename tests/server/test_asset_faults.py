@@ -230,7 +230,7 @@ asyncio.run(main())
 """
     result = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=120, check=False)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.splitlines() == ["what keeps the assets is full", "True 1 0"]
+    assert result.stdout.splitlines() == ["asset storage is full", "True 1 0"]
     assert sorted(path.stat().st_size for path in files_of(tmp_path)) == [1000, 2000]
 
 

@@ -124,7 +124,7 @@ async def test_processor_time_is_bounded(codecs: Codecs) -> None:
 
 async def test_a_job_that_does_not_run_is_ended_by_time(codecs: Codecs, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pool, "_LONGEST", 0.01)
-    with pytest.raises(InvalidField, match="too long"):
+    with pytest.raises(InvalidField, match="too much time"):
         await codecs.load(png(), Endless())  # type: ignore[arg-type]
 
 

@@ -107,7 +107,7 @@ async def refusal(fetched: Awaitable[bytes]) -> str:
     return caught.value.description
 
 
-UNREACHABLE = "the picture cannot be fetched from this address"
+UNREACHABLE = "the image cannot be fetched from this address"
 
 
 async def test_a_picture_is_fetched_with_nothing_said_about_the_server() -> None:

@@ -26,7 +26,7 @@ from messages import failure, png, request
 from running import running, store
 
 LIMITS = ImageLimits(max_bytes=10_000)
-NO_SUCH = "there is no such file"
+NO_SUCH = "file not found in the folder"
 
 
 @pytest.fixture
@@ -193,7 +193,7 @@ async def test_long_addresses_take_neither_the_event_loop_nor_memory(monkeypatch
     finally:
         tracemalloc.stop()
     assert threading.main_thread() not in threads
-    assert "the most is" in await refusal(sources, "file:///" + "%41" * 10**6)
+    assert "the maximum is" in await refusal(sources, "file:///" + "%41" * 10**6)
     assert NO_SUCH in await refusal(sources, "file:///" + "%41" * 4000)
 
 

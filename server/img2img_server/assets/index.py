@@ -113,7 +113,9 @@ class AssetIndex:
         """Keeps so many bytes more free for `room`. Raises AssetQuotaFull."""
         if not self.fits(room.owner, size):
             whose = "" if self.size + self.reserved + size > self.quota else f" within your share of {self._share} bytes"
-            raise AssetQuotaFull(f"there is no room for {size} bytes more{whose}: delete assets, or wait until some expire")
+            raise AssetQuotaFull(
+                f"asset storage is full: no space for {size} more bytes{whose}; delete assets, or wait until some expire"
+            )
         self._reserve(room.owner, size)
         room.left += size
 

@@ -39,7 +39,7 @@ class AssetWork:
         except Exception as error:  # the edge to foreign filesystems, which raise what their libraries do
             _log.error("the asset store failed: %r", error)
             full = isinstance(error, OSError) and error.errno in _FULL
-            raise StorageFailed(f"what keeps the assets {'is full' if full else 'cannot be read or written'}") from error
+            raise StorageFailed(f"asset storage {'is full' if full else 'cannot be read or written'}") from error
 
     async def finish(self, change: Coroutine[object, object, _T]) -> _T:
         """Makes a change whole, even where who waits for it is cancelled meanwhile."""
@@ -111,7 +111,7 @@ class AssetStore:
         except (StorageFailed, FileNotFoundError) as error:
             raise OSError(
                 f"assets: '{self._settings.url or default_folder()}' cannot be used: {error.__cause__ or error}; "
-                "name another place, or 'none' to keep none"
+                "set another folder or URL, or 'none' to disable assets"
             ) from error
         self._sweeper = asyncio.create_task(self._keep_sweeping())
 
@@ -139,7 +139,7 @@ class AssetStore:
     def require(self, what: str) -> None:
         """Raises NotSupported, for `what` was asked, where this server keeps no assets."""
         if not self.kept:
-            raise NotSupported(f"{what}: this server keeps no assets; its setting 'assets' is 'none'")
+            raise NotSupported(f"{what}: assets are disabled on this server (its setting 'assets' is 'none')")
 
     @asynccontextmanager
     async def room(self, owner: str, size: int) -> AsyncIterator[Quota]:
@@ -249,7 +249,7 @@ class AssetStore:
                 self._uploads += 1
                 return self._asset(key, entry)
         except FileNotFoundError as error:  # not the file: the place
-            raise StorageFailed("what keeps the assets is gone") from error
+            raise StorageFailed("asset storage is not available") from error
         finally:
             self._index.release(room)
 
@@ -344,7 +344,7 @@ def _media_type(head: bytes) -> str:
 
 
 def _not_found(key: Key) -> AssetNotFound:
-    return AssetNotFound(f"there is no asset '{key[1]}'")
+    return AssetNotFound(f"unknown asset '{key[1]}'")
 
 
 def _is_damaged() -> StorageFailed:

@@ -120,7 +120,7 @@ def _look(data: bytes, limits: ImageLimits, field: str, reserve: Reserve) -> Non
     structure.check(data, field)
     pixels = structure.webp_pixels(data)
     if pixels > limits.max_source_pixels:
-        raise InvalidField(field, f"the picture has {pixels} pixels, the most is {limits.max_source_pixels}")
+        raise InvalidField(field, f"the image has {pixels} pixels, the maximum is {limits.max_source_pixels}")
     reserve(_COPIES * len(data) + _WEBP_CANVAS * pixels, _SECONDS_PER_BYTE * len(data))
 
 
@@ -175,7 +175,7 @@ def file_of(data: bytes) -> int:
             file.seek(0)
             return os.dup(file.fileno())
     except OSError as error:
-        raise StorageFailed(f"the server has no room for the bytes of an image: {error.strerror}") from error
+        raise StorageFailed(f"the server cannot store the bytes of an image: {error.strerror}") from error
 
 
 def _memory_file() -> IO[bytes]:

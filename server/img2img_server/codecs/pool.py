@@ -50,7 +50,7 @@ class ImageMemory:
         own, mine = self._of_calls[id(call)], self._of_clients[call.client]
         if (self.held > own and self.held + size > self.budget) or (mine > own and mine + size > self.budget // 2):
             self.refused += 1
-            raise ImageMemoryFull(f"there is no memory for {size} more bytes of images now: try again", _RETRY)
+            raise ImageMemoryFull(f"not enough memory for {size} more bytes of images: try again later", _RETRY)
         self._add(call, size)
         try:
             yield
@@ -214,7 +214,7 @@ class Processes:
     def _replaced(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
-            _log.error("no codec process can be started: %s", error)
+            _log.error("cannot start a codec process: %s", error)
 
 
 class Codecs:
@@ -242,7 +242,7 @@ class Codecs:
         try:
             await asyncio.gather(self._decoders.start(), self._encoders.start())
         except ProcessDied as error:
-            raise OSError(f"no codec process can be started: {error}") from error
+            raise OSError(f"cannot start a codec process: {error}") from error
 
     async def load(self, data: bytes, job: LoadImage) -> tuple[Image.Image, bytes]:
         """The source image of a request, decoded and resized, and its digest. Raises InvalidField or ImageMemoryFull."""
@@ -260,7 +260,7 @@ class Codecs:
             return await self._encoders.run(job, lambda: self._copy(size, _file_of_pixels, image), self._encoded)
         except ProcessDied as error:
             _log.error("an encoder failed: %s", error)
-            raise ServerError("the server failed on this request") from error
+            raise ServerError("internal server error") from error
 
     def kill(self) -> None:
         """Ends all processes at once, and waits for nothing."""
@@ -314,7 +314,7 @@ def _reason(error: ProcessDied) -> str:
         return "decoding the image takes more processor time than its size allows"
     _log.error("a decoder failed: %s", error)
     if error.signal == signal.SIGKILL:
-        return "decoding the image takes too long, or more memory than there is"
+        return "decoding the image takes too much time or memory"
     return "the image cannot be decoded: it is damaged"
 
 

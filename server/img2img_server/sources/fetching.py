@@ -85,7 +85,7 @@ _REDIRECTS = (301, 302, 303, 307, 308)
 _MOST_CHARACTERS = 4096
 _AT_ONCE = 16
 """Downloads, shared fairly among clients. Others wait, and their time runs."""
-_UNREACHABLE = "the picture cannot be fetched from this address"
+_UNREACHABLE = "the image cannot be fetched from this address"
 """For addresses that are refused and for those that do not answer, alike: else callers could explore the server's network."""
 
 
@@ -145,7 +145,7 @@ class Fetcher:
     def check(self, address: str) -> URL:
         """The address, parsed. Raises InvalidField for one that is never fetched."""
         if len(address) > _MOST_CHARACTERS:
-            raise InvalidField(_FIELD, f"the address has {len(address)} characters, the most is {_MOST_CHARACTERS}")
+            raise InvalidField(_FIELD, f"the address has {len(address)} characters, the maximum is {_MOST_CHARACTERS}")
         try:
             url = URL(address)
         except (ValueError, IndexError):  # yarl's own of "http://[:]:2@"
@@ -159,7 +159,7 @@ class Fetcher:
             async with asyncio.timeout(self._seconds), self._slots.slot(current().client):
                 return await self._follow(url)
         except TimeoutError:
-            raise InvalidField(_FIELD, f"fetching the picture took longer than {self._seconds:g} seconds") from None
+            raise InvalidField(_FIELD, f"fetching the image took longer than {self._seconds:g} seconds") from None
 
     def _shared(self) -> aiohttp.ClientSession:
         """The session of all downloads, made for the first one. It keeps no connections, no cookies and no credentials."""
@@ -198,16 +198,16 @@ class Fetcher:
             if response.status in _REDIRECTS:
                 return self._redirected(url, response.headers.get("Location", ""))
             if response.status != 200:
-                raise InvalidField(_FIELD, f"the address answers with status {response.status}")
+                raise InvalidField(_FIELD, f"the address responded with status {response.status}")
             if response.headers.get("Content-Encoding", "identity").lower() != "identity":
-                raise InvalidField(_FIELD, "the address answers with a compressed file, which was not asked for")
+                raise InvalidField(_FIELD, "the address responded with a compressed file, which is not supported")
             return await self._body(response)
 
     def _redirected(self, url: URL, location: str) -> URL:
         try:
             target = url.join(URL(location))
         except (ValueError, IndexError):
-            raise InvalidField(_FIELD, "the address redirects to a malformed one") from None
+            raise InvalidField(_FIELD, "the address redirects to a malformed address") from None
         if url.scheme == "https" and target.scheme == "http":
             raise InvalidField(_FIELD, "the address redirects from https to http")
         return self._checked(target)
@@ -225,11 +225,11 @@ class Fetcher:
 
     def _checked(self, url: URL) -> URL:
         if url.scheme not in ("http", "https") or not url.host:
-            raise InvalidField(_FIELD, "only http and https addresses with a host are fetched")
+            raise InvalidField(_FIELD, "only http and https addresses with a host can be fetched")
         if url.user is not None or url.password is not None:
-            raise InvalidField(_FIELD, "the address has a user or password in it, which is not sent anywhere")
+            raise InvalidField(_FIELD, "the address contains a user or password: remove it")
         if "%" in url.host:
-            raise InvalidField(_FIELD, "the address has a zone in it, which only this server's own network would know")
+            raise InvalidField(_FIELD, "the address contains an IPv6 zone, which is not supported")
         if url.port not in self._ports:
             raise InvalidField(
                 _FIELD, f"the address has port {url.port}; only {', '.join(map(str, self._ports))} are fetched from"

@@ -18,7 +18,7 @@ from img2img_server.errors import InvalidField
 from img2img_server.support.call import current
 from img2img_server.support.fair_queue import FairThreads
 
-_NONE = "there is no such file in the folder that this server reads files from"
+_NONE = "file not found in the folder that this server reads files from"
 """For whatever is not there, not below the root or not readable, alike: what lies elsewhere is nobody's business."""
 
 
@@ -29,16 +29,16 @@ _MOST_CHARACTERS = 3 * 4096 + 100
 def path_of(uri: str, field: str) -> Path:
     """The absolute path that a "file:" URI names. Raises InvalidField, naming `field`, for a URI that names none."""
     if len(uri) > _MOST_CHARACTERS:
-        raise InvalidField(field, f"the address has {len(uri)} characters, the most is {_MOST_CHARACTERS}")
+        raise InvalidField(field, f"the address has {len(uri)} characters, the maximum is {_MOST_CHARACTERS}")
     try:
         parts = urlsplit(uri)
     except ValueError:
-        raise InvalidField(field, "a file: URI is such as file:///folder/picture.png") from None
+        raise InvalidField(field, "a file: URI must look like file:///folder/image.png") from None
     if parts.netloc not in ("", "localhost"):
-        raise InvalidField(field, "a file: URI names no host, or localhost")
+        raise InvalidField(field, "the host of a file: URI must be empty or localhost")
     path = unquote(parts.path, errors="surrogateescape")
     if parts.query or parts.fragment or not path.startswith("/") or "\0" in path:
-        raise InvalidField(field, "a file: URI is such as file:///folder/picture.png; ?, # and % in names are percent-encoded")
+        raise InvalidField(field, "a file: URI must look like file:///folder/image.png, with ?, # and % in names percent-encoded")
     return Path(path)
 
 
@@ -76,7 +76,7 @@ def _read(descriptor: int, most: int, field: str) -> bytes:
     with os.fdopen(os.dup(descriptor), "rb") as file:
         data = file.read(most + 1)  # not as much as fstat says: it may be growing
     if len(data) > most:
-        raise InvalidField(field, f"the file has more than {most} bytes, which is the most")
+        raise InvalidField(field, f"the file has more than {most} bytes, the maximum")
     return data
 
 
@@ -103,7 +103,7 @@ class Sources:
         """Gets ready to read addresses. Raises OSError where the folder of file: addresses is none."""
         root = self._settings.file_root
         if root is not None and not await asyncio.to_thread(root.is_dir):
-            raise NotADirectoryError(f"file_root: '{root}' is no folder")
+            raise NotADirectoryError(f"file_root: '{root}' is not a folder")
         if self._settings.allow_http:
             from img2img_server.sources import fetching
 
@@ -119,7 +119,7 @@ class Sources:
         """Raises InvalidField, or NotSupported, where it can be seen without reading anything that the source cannot be read."""
         kind = source.WhichOneof("source")
         if kind is None:
-            raise InvalidField("image", "a source picture is required")
+            raise InvalidField("image", "a source image is required")
         if kind == "asset_id":
             self._check_asset(_ASSET, source.asset_id)
         if kind == "uri":
@@ -137,7 +137,7 @@ class Sources:
     def _check_asset(self, field: str, asset_id: str) -> None:
         self.assets.require(field)
         if not is_id(asset_id):
-            raise InvalidField(field, "an asset's id has 64 hexadecimal digits in lower case, as UploadAsset gives it")
+            raise InvalidField(field, "an asset id must be 64 lowercase hexadecimal digits, as returned by UploadAsset")
 
     def _check_uri(self, uri: str) -> None:
         scheme = _scheme_of(uri)
@@ -149,7 +149,7 @@ class Sources:
             path_of(uri, _URI)
         elif scheme != "data":
             raise InvalidField(
-                _URI, f"only {', '.join(self._schemes())} addresses are read by this server; or send the picture as data"
+                _URI, f"only {', '.join(self._schemes())} addresses are supported by this server; or send the image as data"
             )
 
     def _schemes(self) -> list[str]:
@@ -177,7 +177,7 @@ class Sources:
     async def _asset(self, field: str, asset_id: str) -> bytes:
         data = await self.assets.read(owner_of(current()), asset_id, self._limits.max_bytes)
         if data is None:
-            raise InvalidField(field, f"the asset has more than {self._limits.max_bytes} bytes, the most of a source")
+            raise InvalidField(field, f"the asset has more than {self._limits.max_bytes} bytes, the maximum of a source")
         return data
 
 
