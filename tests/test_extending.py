@@ -74,5 +74,5 @@ def test_a_setting() -> None:
     assert read([]).tries == 3
     assert read([], IMG2IMG_DOWNLOAD_TRIES="4").tries == 4
     assert read(["--download-tries", "5"], IMG2IMG_DOWNLOAD_TRIES="4").tries == 5
-    with pytest.raises(ValueError, match="the most is 10"):
+    with pytest.raises(ValueError, match="the maximum is 10"):
         read([], IMG2IMG_DOWNLOAD_TRIES="11")
