@@ -1,6 +1,7 @@
 """Bounds of an image file's structure: bombs are refused by a look, and what encoders write is not."""
 
 import io
+import struct
 from contextlib import suppress
 from typing import Any
 
@@ -9,7 +10,8 @@ from img2img_server import images
 from img2img_server.codecs import structure
 from img2img_server.codecs.jobs import Inspect, LoadImage
 from img2img_server.errors import InvalidField
-from img2img_server.images import ImageLimits, SizeRule
+from img2img_server.images import ImageLimits, SizeRule, decode
+from img2img_server.images.essentials import UPRIGHT, read_orientation
 from PIL import Image, ImageCms, TiffImagePlugin
 from soak_parts import image_bombs
 from soak_parts.image_bombs import BOMBS, LARGEST
@@ -85,6 +87,17 @@ def test_damage_is_the_decoders_to_find(name: str) -> None:
                 structure.check(damaged, "image.data")
 
 
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("start", [2**31, 2**63 - 1, 2**63, 2**64 - 1])
+def test_tiff_directory_beyond_the_file_is_damage(order: str, start: int) -> None:
+    """64 bits of an offset are more than `struct` takes: found by `scripts/fuzz`."""
+    tiff = {"<": b"II", ">": b"MM"}[order] + struct.pack(f"{order}HHHQ", 43, 8, 0, start) + bytes(40)
+    structure.check(tiff, "image.data")
+    assert read_orientation(tiff) == UPRIGHT
+    with pytest.raises(InvalidField, match=r"image\.data"):
+        decode(tiff, ImageLimits(), "image.data")
+
+
 @pytest.mark.parametrize("count", [structure.MAX_SCANS - 12, structure.MAX_SCANS + 1])
 def test_scans_are_counted(count: int) -> None:
     """Those of a real progressive JPEG, ten or fewer of gray, and so many more."""
@@ -101,7 +114,7 @@ def test_scans_are_counted(count: int) -> None:
 def test_a_webps_canvas_is_known_before_it_is_opened(options: dict[str, Any]) -> None:
     assert structure.webp_pixels(saved(RGB, "WEBP", **options)) == RGB.width * RGB.height
     assert structure.webp_pixels(saved(RGB, "PNG")) == 0
-    with pytest.raises(InvalidField, match="the most is 1000"):
+    with pytest.raises(InvalidField, match="the maximum is 1000"):
         Inspect("f", ImageLimits(max_source_pixels=1000)).run(saved(RGB, "WEBP", **options), nothing_more)
 
 

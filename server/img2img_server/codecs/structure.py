@@ -9,6 +9,7 @@ import struct
 from collections.abc import Callable
 
 from img2img_server.errors import InvalidField
+from img2img_server.images.essentials import read_tiff_header
 
 MAX_SCANS = 100
 """Of a JPEG. Encoders write 1 to 20; libtiff stops at 100, too."""
@@ -47,8 +48,8 @@ def check(data: bytes, field: str) -> None:
         look(data)
     except _TooMuch as error:
         raise InvalidField(field, f"the image cannot be decoded: {error}") from None
-    except (IndexError, struct.error):
-        return  # it ends within a block
+    except (IndexError, ValueError, struct.error):
+        return  # it ends within a block, or is of another format
 
 
 class _Blocks:
@@ -164,9 +165,7 @@ def _bmp(data: bytes) -> None:
 
 def _tiff(data: bytes) -> None:
     """Looks at the first directory; the others are not read. Its values may overlap, but not be much more than the file."""
-    order = "<" if data[:2] == b"II" else ">"
-    big = struct.unpack_from(order + "H", data, 2)[0] == 43
-    (start,) = struct.unpack_from(f"{order}{'Q' if big else 'L'}", data, 8 if big else 4)
+    order, big, start = read_tiff_header(data)
     (count,) = struct.unpack_from(f"{order}{'Q' if big else 'H'}", data, start)
     if count > MAX_TIFF_ENTRIES:
         raise _TooMuch(f"its directory has {count} entries, the most is {MAX_TIFF_ENTRIES}")

@@ -54,13 +54,18 @@ def lies_on_its_side(orientation: int) -> bool:
 
 
 def read_tiff_header(tiff: bytes) -> tuple[str, bool, int]:
-    """The byte order as struct spells it, whether it is a BigTIFF, and where the first directory starts. ValueError for another
-    file, struct.error for one that is cut off."""
+    """The byte order as struct spells it, whether it is a BigTIFF, and where the first directory starts, which is in the file.
+
+    Raises ValueError for another file, struct.error for one that is cut off.
+    """
     order = {b"II": "<", b"MM": ">"}.get(tiff[:2])
     if order is None or not {42, 43} & set(tiff[2:4]):
         raise ValueError("not a TIFF structure")
     big = 43 in tiff[2:4]
-    return order, big, struct.unpack_from(f"{order}Q" if big else f"{order}L", tiff, 8 if big else 4)[0]
+    (start,) = struct.unpack_from(f"{order}Q" if big else f"{order}L", tiff, 8 if big else 4)
+    if start > len(tiff):  # 64 bits of it are more than struct takes
+        raise struct.error(f"the first directory starts at byte {start} of {len(tiff)}")
+    return order, big, start
 
 
 def read_directory(tiff: bytes, order: str, big: bool, start: int) -> list[tuple[int, bytes]]:
