@@ -110,7 +110,7 @@ def test_a_signal_before_it_serves_ends_it(start: Callable[..., Process], number
     assert process.said() == "loading"
     process.popen.send_signal(number)
     assert process.popen.wait(60) == status
-    assert "was not up yet" in process.log
+    assert "stopping before startup finished" in process.log
 
 
 @pytest.mark.parametrize(

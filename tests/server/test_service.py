@@ -233,7 +233,7 @@ def test_a_seed_that_leaves_no_room_for_the_next_ones_names_both_fields(
     description = str(details["description"])
     assert str(seed) in description
     assert f"image_count {count}" in description
-    assert f"at most {2**63 - count}" in description
+    assert f"the maximum seed is {2**63 - count}" in description
     stub.Transform(request(seed=2**63 - count, image_count=count))
 
 
