@@ -139,22 +139,22 @@ class AssetQuotaFull(Exhausted):
 
 
 class AssetNotFound(ServerError):
-    """There is no asset of that id, or it is older than assets are kept."""
+    """No asset has this id, or it has expired."""
 
     status = "NOT_FOUND"
     reason = "ASSET_NOT_FOUND"
 
 
 class StorageFailed(ServerError):
-    """What keeps the assets, or the bytes of an image while it is decoded or encoded, cannot be read or written: its disk is
-    full, for example, or it cannot be reached."""
+    """Storage of assets, or of an image's bytes while it is decoded or encoded, cannot be read or written: the disk is full, for
+    example, or the storage cannot be reached."""
 
     status = "UNAVAILABLE"
     reason = "STORAGE_FAILED"
 
 
 class Unauthenticated(ServerError):
-    """The call brings no token, or none that this server knows."""
+    """The call has no bearer token, or an invalid one."""
 
     status = "UNAUTHENTICATED"
     reason = "UNAUTHENTICATED"
@@ -200,28 +200,28 @@ class RequestCancelled(ServerError):
 
 
 class ShuttingDown(ServerError):
-    """The server takes no new requests, or stopped before this one was finished."""
+    """The server accepts no new requests, or stopped before this one was finished."""
 
     status = "UNAVAILABLE"
     reason = "SHUTTING_DOWN"
 
 
 class ServerStarting(Exhausted):
-    """The server does not serve yet: it loads its models. `retry_after` says when to try again."""
+    """The server is still loading its models. `retry_after` says when to retry."""
 
     status = "UNAVAILABLE"
     reason = "SERVER_STARTING"
 
 
 class EngineStuck(ServerError):
-    """The device did not come back from a call. The server gives itself up; another one may do it."""
+    """A call of the model did not return. This server exits; retry on another one."""
 
     status = "UNAVAILABLE"
     reason = "ENGINE_STUCK"
 
 
 class NoReplica(Exhausted):
-    """None of the engines that run elsewhere can be reached. One that was lost is being replaced."""
+    """No replica can be reached. A lost replica is being replaced."""
 
     status = "UNAVAILABLE"
     reason = "NO_REPLICA"
