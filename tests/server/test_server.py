@@ -123,7 +123,7 @@ def _submit_until_refused(stub: ImageToImageServiceStub) -> None:
      {"limits": QueueLimits(max_batch_size=0)}, {"image_limits": ImageLimits(max_bytes=0)}],
 )  # fmt: skip
 def test_a_setting_that_cannot_work_is_refused(settings: dict[str, object]) -> None:
-    with pytest.raises(ValueError, match=r"the (least|most) is"):
+    with pytest.raises(ValueError, match=r"the (minimum|maximum) is"):
         ServerConfig(Path(), **settings)  # type: ignore[arg-type]
 
 
