@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Collection, Hashable, Sequence
 from dataclasses import dataclass
 
 from img2img_server.engine.costs import Costs
@@ -57,7 +57,7 @@ class Scheduler:
 
     def __init__(self, limits: QueueLimits, costs: Costs, max_rows: dict[str, int | None]) -> None:
         self.limits = limits
-        self._tickets: dict[int, Ticket] = {}
+        self._tickets: dict[RequestStatus, dict[int, Ticket]] = {status: {} for status in RequestStatus}
         self._costs = costs
         self._max_rows = max_rows
         self._policy = Policy(costs, limits.max_batch_size)
@@ -65,49 +65,49 @@ class Scheduler:
 
     @property
     def tickets(self) -> list[Ticket]:
-        """All requests that have not ended, in the order of their arrival."""
-        return list(self._tickets.values())
+        """All requests that have not ended."""
+        return [ticket for tickets in self._tickets.values() for ticket in tickets.values()]
 
     @property
-    def waiting(self) -> list[Ticket]:
-        """Requests that were not admitted yet."""
-        return [ticket for ticket in self._tickets.values() if ticket.status is RequestStatus.WAITING]
+    def waiting(self) -> Collection[Ticket]:
+        """Requests that were not admitted yet, in the order of their arrival."""
+        return self._tickets[RequestStatus.WAITING].values()
 
     @property
-    def active(self) -> list[Ticket]:
-        """Requests that were admitted and take part in calls."""
-        return [ticket for ticket in self._tickets.values() if ticket.status is RequestStatus.ACTIVE]
+    def active(self) -> Collection[Ticket]:
+        """Requests that were admitted and take part in calls, in the order of their admission."""
+        return self._tickets[RequestStatus.ACTIVE].values()
 
     @property
     def idle(self) -> bool:
         """Whether no request waits or is active. Some may still be leaving."""
-        return all(ticket.status is RequestStatus.LEAVING for ticket in self._tickets.values())
+        return not self.waiting and not self.active
 
     def has(self, model: str) -> bool:
         """Whether a request of `model` has not ended."""
-        return any(ticket.request.model == model for ticket in self._tickets.values())
+        return any(ticket.request.model == model for ticket in self.tickets)
 
     def add(self, ticket: Ticket) -> None:
         """Queues an accepted request."""
-        self._tickets[ticket.number] = ticket
+        self._tickets[ticket.status][ticket.number] = ticket
 
     def leave(self, ticket: Ticket) -> bool:
         """Takes a request out of the queue or out of the next calls. False if it is leaving already or has ended."""
         if ticket.status not in (RequestStatus.WAITING, RequestStatus.ACTIVE):
             return False
-        ticket.status = RequestStatus.LEAVING
+        self._move(ticket, RequestStatus.LEAVING)
         return True
 
     def remove(self, ticket: Ticket) -> bool:
         """Removes a request that is about to end. False if another thread has removed it: that one delivers its ending."""
-        return self._tickets.pop(ticket.number, None) is not None
+        return self._tickets[RequestStatus.LEAVING].pop(ticket.number, None) is not None
 
     def remove_all(self) -> list[Ticket]:
         """Removes all requests and returns them, so that their endings can be delivered."""
         tickets = self.tickets
         for ticket in tickets:
             self.leave(ticket)
-        self._tickets.clear()
+        self._tickets[RequestStatus.LEAVING].clear()
         return tickets
 
     def set_max_rows(self, model: str, rows: int | None) -> None:
@@ -126,7 +126,7 @@ class Scheduler:
         order = [ticket for ticket, _ in self.positions(now)]
         chosen = [ticket for ticket in order if ticket.group == order[0].group][:free]
         for ticket in chosen:
-            ticket.status = RequestStatus.ACTIVE
+            self._move(ticket, RequestStatus.ACTIVE)
         return chosen
 
     def next_batch(self, now: float) -> list[Ticket]:
@@ -137,7 +137,7 @@ class Scheduler:
         batch = self._policy.next_batch(list(map(self._job, active)), len(self.waiting), self._max_rows, now)
         for ticket in active:
             ticket.passed_over += 1
-        chosen = [self._tickets[job.number] for job in batch]
+        chosen = [self._tickets[RequestStatus.ACTIVE][job.number] for job in batch]
         for ticket in chosen:
             ticket.passed_over = 0
         return chosen
@@ -225,10 +225,10 @@ class Scheduler:
     def _forecast_key(self, ticket: Ticket) -> Hashable:
         """Requests of about as many steps, among about as many others, have similar forecast errors."""
         if ticket.forecast_key is None:
-            ticket.forecast_key = ticket.plan.step_count.bit_length(), len(self._tickets).bit_length()
+            ticket.forecast_key = ticket.plan.step_count.bit_length(), sum(map(len, self._tickets.values())).bit_length()
         return ticket.forecast_key
 
-    def _in_order_of_admission(self, order: Sequence[Job], waiting: Sequence[Ticket]) -> list[Ticket]:
+    def _in_order_of_admission(self, order: Sequence[Job], waiting: Collection[Ticket]) -> list[Ticket]:
         """`waiting` in the order of admission. Clients without an active request come first, so they wait for one slot at most,
         however many requests others have queued."""
         tickets = {ticket.number: ticket for ticket in waiting}
@@ -236,13 +236,18 @@ class Scheduler:
         line = [tickets[job.number] for job in order if job.number in tickets]
         return sorted(line, key=lambda ticket: (ticket.request.background, ticket.request.client in served))
 
-    def _known(self, tickets: Sequence[Ticket]) -> bool:
+    def _known(self, tickets: Collection[Ticket]) -> bool:
         """Whether the costs of all are known."""
         groups = {ticket.group: ticket.plan for ticket in tickets}
         return all(self._costs.seconds("denoise", group, plan.pixels, plan.rows) is not None for group, plan in groups.items())
 
     def _work(self, jobs: Sequence[Job]) -> float:
         return self._policy.work(jobs, self._max_rows, self.limits.max_active)
+
+    def _move(self, ticket: Ticket, status: RequestStatus) -> None:
+        del self._tickets[ticket.status][ticket.number]
+        ticket.status = status
+        self._tickets[status][ticket.number] = ticket
 
     def _job(self, ticket: Ticket) -> Job:
         plan, group, pixels, seconds = ticket.plan, ticket.group, ticket.plan.pixels, self._costs.seconds
