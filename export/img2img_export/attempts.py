@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from img2img_server.bundle.limits import LIMITS
 from img2img_server.bundle.manifest import Component, Manifest, Reference, Source, Verification
@@ -29,6 +29,9 @@ from img2img_export.verify.latent_preview import LatentPreview
 from img2img_export.verify.recorded_inputs import Calls, Recorder
 
 _log = logging.getLogger(__name__)
+
+_REFERENCES = "verification/references"
+"""Below the bundle: the reference images and their sources."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,21 +189,15 @@ def _convert(
     return (*(part.component for part in made), *saved), verification
 
 
-if TYPE_CHECKING:
-    from img2img_export.verify.images import ImageCase
-
-_FOLDER = "verification/references"
-
-
-def _save_references(cases: "Sequence[ImageCase]", pictures: Sequence[Image.Image], bundle: Path) -> tuple[Reference, ...]:
+def _save_references(cases: Sequence[ImageCase], pictures: Sequence[Image.Image], bundle: Path) -> tuple[Reference, ...]:
     """Writes each case's source and image into `bundle` as PNG, and gives what the manifest says of them."""
-    (bundle / _FOLDER).mkdir(parents=True, exist_ok=True)
+    (bundle / _REFERENCES).mkdir(parents=True, exist_ok=True)
     references = []
     for number, (case, picture) in enumerate(zip(cases, pictures, strict=True), start=1):
         request = case.request
         # Cases of one size have the same source.
-        source = f"{_FOLDER}/source-{request.image.width}x{request.image.height}.png"
-        drawn = f"{_FOLDER}/{number}.png"
+        source = f"{_REFERENCES}/source-{request.image.width}x{request.image.height}.png"
+        drawn = f"{_REFERENCES}/{number}.png"
         request.image.save(bundle / source, optimize=True)
         picture.save(bundle / drawn, optimize=True)
         references.append(

@@ -4,7 +4,7 @@ import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -209,9 +209,6 @@ def _arguments(pipeline: Any, request: Request) -> dict[str, Any]:
     return {name: value for name, value in offered.items() if name in known}
 
 
-if TYPE_CHECKING:
-    from img2img_export.verify.images import ImageCase
-
 AMPLIFICATION = 16
 """What differences are multiplied by, to be seen: 16 steps of 1/255 are white."""
 GREATEST_SIDE = 256
@@ -227,7 +224,7 @@ _PAPER, _INK, _GOOD, _BAD = "#ffffff", "#202020", "#1a7f37", "#cf222e"
 
 
 def make_sheet(
-    cases: "Sequence[ImageCase]",
+    cases: Sequence[ImageCase],
     references: Sequence[Image.Image],
     drawn: Sequence[Image.Image],
     parities: Sequence[PictureParity],

@@ -65,7 +65,6 @@ def local(config: ServerConfig) -> LocalBackend:
 
     def open_costs() -> CostStore | None:
         from img2img_server.runtime.common import cpu
-        from img2img_server.runtime.common.cpu import machine
         from img2img_server.runtime.tensorrt import cache as engine_cache
 
         try:
@@ -74,7 +73,7 @@ def local(config: ServerConfig) -> LocalBackend:
             return None
         facts = {
             "img2img": version(),
-            "machine": machine(),
+            "machine": cpu.machine(),
             "free_cores": cpu.count(),
             "execution": {name: str(value) for name, value in asdict(config.execution).items() if name != "cache"},
             "max_batch_size": config.limits.max_batch_size,

@@ -18,6 +18,9 @@ from img2img_server.errors import InvalidField
 from img2img_server.support.call import current
 from img2img_server.support.fair_queue import FairThreads
 
+if TYPE_CHECKING:
+    from img2img_server.sources.fetching import Fetcher
+
 _NONE = "file not found in the folder that this server reads files from"
 """For whatever is not there, not below the root or not readable, alike: what lies elsewhere is nobody's business."""
 
@@ -79,9 +82,6 @@ def _read(descriptor: int, most: int, field: str) -> bytes:
         raise InvalidField(field, f"the file has more than {most} bytes, the maximum")
     return data
 
-
-if TYPE_CHECKING:
-    from img2img_server.sources.fetching import Fetcher
 
 _THREADS = 4
 """For files and data: addresses. Clients share them fairly."""

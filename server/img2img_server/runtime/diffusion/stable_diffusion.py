@@ -81,7 +81,7 @@ class StableDiffusion:
     @torch_call
     def prepare(self, requests: Sequence[Request]) -> Sequence[DiffusionState]:
         """Encodes what is not known yet, and makes the first latents."""
-        scheduler_cache = [self._scheduler_cache.get(request) for request in requests]
+        schedulers = [self._scheduler_cache.get(request) for request in requests]
         with PinnedCopies():
             embeddings = self._encoder.texts(
                 [(request.cache_scope, text) for request in requests for text in self._texts(request)]
@@ -94,7 +94,7 @@ class StableDiffusion:
                     {text: embeddings[request.cache_scope, text] for text in self._texts(request)},
                     picture,
                 )
-                for request, cached_scheduler, picture in zip(requests, scheduler_cache, pictures, strict=True)
+                for request, cached_scheduler, picture in zip(requests, schedulers, pictures, strict=True)
             ]
         return states
 

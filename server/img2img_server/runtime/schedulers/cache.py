@@ -50,7 +50,7 @@ class SchedulerCache:
         self.names = registry.supported(pipe.scheduler)
 
     def get(self, request: Request) -> CachedScheduler:
-        """The request's cached_scheduler. Raises InvalidField where there can be none."""
+        """The scheduler of the request. Raises InvalidField if the model cannot use it."""
         self._check(request)
         key = self._key(request)
         with self._lock:
@@ -85,7 +85,7 @@ class SchedulerCache:
             raise InvalidField("scheduler", f"this model cannot use '{request.scheduler}'")
 
     def _key(self, request: Request) -> Hashable:
-        """What requests have in common that have the same cached_scheduler."""
+        """The key of a request's cached scheduler."""
         return request.scheduler, request.num_inference_steps, _first_steps(request)
 
     def _scheduler(self, name: str | None) -> Any:
