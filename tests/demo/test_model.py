@@ -185,7 +185,6 @@ def test_the_measure_refuses_pictures_of_another_caption(
         assert sum(passed) <= len(cases) - ENOUGH, (other, passed)
 
 
-@pytest.mark.nightly
 def test_ridge_line_of_the_source_survives_half_strength(pipeline: StableDiffusionImg2ImgPipeline, cases: list[Case]) -> None:
     outputs = run(pipeline, cases, [case.caption("sunset") for case in cases], strength=0.5)
     others = np.roll(np.arange(len(cases)), 1 + np.random.default_rng(0).integers(len(cases) - 1))

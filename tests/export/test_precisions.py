@@ -63,7 +63,6 @@ def test_the_fused_graph_is_beside_the_plain_one_and_compared_too(bundle: Get) -
     assert not any(part.fused for part in read_manifest(bundle("sd1")).components)
 
 
-@pytest.mark.nightly
 def test_what_overflows_in_fp16_stays_in_fp32_with_the_reason(bundle: Get) -> None:
     manifest = read_manifest(bundle("sdxl-overflow:fp16"))
     kept = {part.name: part.reason for part in manifest.components if part.precision == "fp32"}

@@ -262,7 +262,6 @@ async def test_tabs_know_nothing_of_each_other_and_leave_nothing_behind(visitor:
     assert (await visitor.context.request.get(visitor.address + stage)).status == 404
 
 
-@pytest.mark.nightly
 async def test_it_fits_a_phone(visit: Callable[..., Awaitable[Visitor]], stand: Stand) -> None:
     visitor = await visit(width=390)
     assert await visitor.too_wide() == []
@@ -283,7 +282,6 @@ async def test_it_fits_a_phone(visit: Callable[..., Awaitable[Visitor]], stand: 
     assert await visitor.too_wide() == []
 
 
-@pytest.mark.nightly
 async def test_dark_follows_the_system(visit: Callable[..., Awaitable[Visitor]]) -> None:
     async def brightness(selector: str, visitor: Visitor) -> int:
         colour = await visitor.page.locator(selector).first.evaluate("element => getComputedStyle(element).backgroundColor")
