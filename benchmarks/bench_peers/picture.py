@@ -1,7 +1,7 @@
-"""A process that draws one image each time it is told to, by one of the ways to run a Stable Diffusion model on a CPU.
+"""A process that draws images with one of the ways to run a Stable Diffusion model on a CPU.
 
-`scripts/bench providers` starts one for each way, and lets them take turns: a line on stdin is a drawing's number of steps, the
-answer is a line of JSON with the seconds that it took. The image is left in a file.
+`scripts/bench providers` starts one process for each way and runs them in turns. A line on stdin is the number of steps of one
+image; the answer is a line of JSON with the seconds it took. The image is written to a file.
 """
 
 import argparse

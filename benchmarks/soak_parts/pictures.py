@@ -1,4 +1,4 @@
-"""The requests of a soak, the images that must come of them, and files that are no images."""
+"""The requests of a soak, their expected images, and files that are not images."""
 
 import functools
 import io

@@ -167,7 +167,7 @@ class Traffic:
         return self._dice.choice(self._subjects)
 
     def _stranger(self) -> pb.TransformRequest:
-        """A request whose image nobody waits for: a subject's, with a prompt that is not."""
+        """A request whose image is not checked: a subject with another prompt."""
         return self._subject().message(prompt=f"a passer-by, number {self._dice.randrange(_PROMPTS)}")
 
     async def _plain(self) -> str:

@@ -23,10 +23,10 @@ CHUNK_BYTES = 512 * 1024
 
 
 class Upload:
-    """A file that is sent in chunks, as often as that is tried.
+    """A file to upload in chunks.
 
-    It is read once when this is made, for its size and its SHA-256, and once for each attempt, never as a whole. TypeError for
-    what is no image, ValueError for an address, OSError where the file cannot be read.
+    The file is read once for its size and SHA-256, and again for each attempt, never as a whole. Raises TypeError if it is not an
+    image, ValueError for an address, OSError if the file cannot be read.
     """
 
     def __init__(self, image: ImageInput) -> None:

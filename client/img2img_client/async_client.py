@@ -88,7 +88,7 @@ class AsyncClient:
         request_id: str | None = None,
         **options: Unpack[TransformOptions],
     ) -> AsyncTransformStream:
-        """Transforms one image and tells how it goes. What is wrong with the image is raised by its first event.
+        """Transforms one image and yields its events. An error in the image is raised with the first event.
 
         async with client.transform_stream("photo.jpg") as events:
             async for event in events: ...   # leaving early cancels the call

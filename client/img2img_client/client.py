@@ -101,7 +101,7 @@ class Client:
         request_id: str | None = None,
         **options: Unpack[TransformOptions],
     ) -> TransformStream:
-        """Transforms one image and tells how it goes. Takes what `transform` takes and raises what it raises.
+        """Transforms one image and yields its events. Takes the arguments of `transform` and raises the same errors.
 
         with client.transform_stream("photo.jpg") as events:
             for event in events: ...   # leaving early cancels the call

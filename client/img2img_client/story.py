@@ -1,7 +1,7 @@
-"""What a caller has been told of a transform, so that another attempt goes on where the last one was lost.
+"""The state of a stream: which events the caller has, so that a retry continues where the connection was lost.
 
-Started tells the first image's seed, drawn or asked for, and the others' follow it: run again from it, anywhere, the transform
-makes the same images. What was told once is not told again.
+`Started` has the first image's seed, and the others follow from it: a retry with this seed makes the same images on any server.
+No event is delivered twice.
 """
 
 from img2img.v1 import image_to_image_pb2 as messages

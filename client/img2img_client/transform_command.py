@@ -99,7 +99,7 @@ def run(arguments: argparse.Namespace) -> int:
             complain(PROGRAM, f"warning: {warning.field}: {warning.description}")
         if not arguments.quiet:
             _report(result, places, output, as_json=arguments.json)
-        elif output.as_asset:  # Else nobody would know where the images are.
+        elif output.as_asset:  # the ids are the only way to the images
             print("\n".join(places))
 
     return attempt(PROGRAM, target_of(arguments), work)

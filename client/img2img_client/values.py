@@ -127,16 +127,16 @@ class TransformedImage:
 
     @property
     def image(self) -> "Image.Image":
-        """The image, opened anew at each access; as usual with Pillow, its pixels are decoded when they are needed.
+        """The image. Each access opens it again; Pillow decodes its pixels when they are needed.
 
-        ValueError where the server has it.
+        Raises ValueError if the image was stored as an asset and not sent.
         """
         self._require_data()
         return _open(self.data, self.format)
 
     def save(self, path: str | Path) -> None:
-        """Writes the file as the server sent it. ValueError where the path's suffix promises another format, or it was not
-        sent."""
+        """Writes the file as the server sent it. Raises ValueError if the path's suffix is of another format, or if the image was
+        not sent."""
         self._require_data()
         promised = FORMAT_OF_SUFFIX.get(Path(path).suffix.lower(), self.format)
         if promised != self.format:
@@ -219,7 +219,7 @@ class Progress:
 
     @property
     def preview_image(self) -> "Image.Image | None":
-        """The preview, opened anew at each access; None where there is none."""
+        """The preview, None if there is none. Each access opens it again."""
         return None if self.preview is None else _open(self.preview, "jpeg")
 
 

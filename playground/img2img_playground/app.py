@@ -78,7 +78,7 @@ def _make_session(open_client: OpenClient, target: str) -> Session:
 
 
 def _add_pictures(app: FastAPI, sessions: Sessions) -> None:
-    """The ways of images. A session's key is in the address, and nobody but its page knows that."""
+    """The routes of images. The address contains the session's key, which only its page has."""
 
     def find(key: str) -> Session:
         session = sessions.find(key)

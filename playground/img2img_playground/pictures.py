@@ -26,7 +26,7 @@ _LONGEST_NAME = 80
 
 
 class UnusablePicture(Exception):
-    """A file that is no image for this page; its text says why, to whoever brought it."""
+    """A file that the page cannot use as an image. The text is shown to the user."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -140,7 +140,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             except grpc.aio.AbortError:
                 outcome.status = context.code().name
                 raise
-            except CALL_IS_GONE:  # there is nobody to send to
+            except CALL_IS_GONE:  # the client has left
                 outcome.status = "CANCELLED"
                 raise CancelledError from None
             except Exception as caught:  # noqa: BLE001 - the service's edge
@@ -188,7 +188,7 @@ def _parser(parse: Callable[[bytes], Any] | None, most: int) -> _Parse:
 
 
 async def _only(requests: AsyncIterator[bytes], parse: _Parse) -> tuple[Any, int]:
-    """The one message of a call. Raises MalformedMessage where it cannot be parsed, or there is none.
+    """The only message of a call. Raises MalformedMessage if it is missing or cannot be parsed.
 
     gRPC's iterator is closed: it holds the last message and is part of a cycle, so the message would live until Python collects
     cycles.
@@ -212,7 +212,7 @@ async def _each(requests: AsyncIterator[bytes], parse: _Parse) -> tuple[AsyncIte
 
 
 def call_of(method: str, metadata: Sequence[tuple[str, str | bytes]], peer: str) -> Call:
-    """The call that the metadata tells of. `peer` is gRPC's name of the caller's address, such as "ipv4:127.0.0.1:4711"."""
+    """The call described by the metadata. `peer` is gRPC's name of the caller's address, such as "ipv4:127.0.0.1:4711"."""
     sent = {key: value for key, value in metadata if isinstance(value, str)}
     request_id = sent.get(REQUEST_ID, "")
     if not _REQUEST_ID_FORM.fullmatch(request_id):

@@ -97,7 +97,7 @@ async def _end_stuck(server: Server) -> NoReturn:
 
 
 async def _end(server: Server, status: int) -> NoReturn:
-    """Tells those who wait that the server stops, and ends the process, whatever its threads are doing."""
+    """Sends ShuttingDown to waiting callers and ends the process without waiting for its threads."""
     _Last(_AT_LAST, status)
     try:
         await asyncio.wait_for(server.stop_now(), _ANSWERING)

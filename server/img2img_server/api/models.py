@@ -26,7 +26,7 @@ class ModelService(pb_grpc.ModelServiceServicer):
         return pb.ListModelsResponse(models=[self._message(model) for model in self._models if allowed(model.id)])
 
     async def GetModel(self, request: pb.GetModelRequest, context: Any) -> pb.GetModelResponse:
-        """One model. NOT_FOUND where there is none that the caller may use."""
+        """One model. NOT_FOUND if there is none that the caller may use."""
         return pb.GetModelResponse(model=self._message(self._models.get(request.id, current().may_use)))
 
     async def LoadModel(self, request: pb.LoadModelRequest, context: Any) -> pb.LoadModelResponse:

@@ -82,7 +82,7 @@ class Parser:
         if message.output.as_asset:
             self._sources.assets.require("output.as_asset")
         self._sources.check(message.image)
-        # From here on it costs: whatever is wrong with the other fields has been said.
+        # The work begins here: all other fields have been checked.
         field, data = await self._sources.read(message.image)
         call = current()
         load = LoadImage(

@@ -149,7 +149,7 @@ class Server:
             self._config.port_file.unlink(missing_ok=True)
 
     async def stop_now(self) -> None:
-        """Ends what runs and waits, and tells their callers, without waiting for the engine. The process has to end then."""
+        """Ends all requests with an error without waiting for the engine. The process must exit afterwards."""
         if self._config.port_file is not None:
             self._config.port_file.unlink(missing_ok=True)
         if self._server is None or not self._handlers.ready:
@@ -172,7 +172,7 @@ class Server:
         await self._codecs.start()
 
     async def _close_unserved(self) -> None:
-        """Closes the port, and whatever is open, of a server that does not serve yet."""
+        """Closes the port and everything else that is open, before the server is ready."""
         if self._server is not None:
             await self._server.stop(grace=None)
         self._telemetry.close()

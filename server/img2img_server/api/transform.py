@@ -1,4 +1,4 @@
-"""gRPC's side of a transform: what is asked goes to the engine, and what the engine tells goes to the caller."""
+"""The transform RPCs: requests go to the engine, its events go to the caller."""
 
 import asyncio
 import time
@@ -112,7 +112,7 @@ class ImageToImageService(pb_grpc.ImageToImageServiceServicer):
     async def TransformStream(
         self, request: pb.TransformStreamRequest, context: Any
     ) -> AsyncGenerator[pb.TransformStreamResponse, None]:
-        """Runs one transform and tells each of its events."""
+        """Runs one transform and yields its events."""
         with self._engine.reserve(current().client) as slot:
             async with AsyncExitStack() as lease:
                 job = await self._parse(request.request, context, lease, previews=True)

@@ -142,7 +142,7 @@ class InferenceService(Unsupported):
         return await self._inference.once(request, context)
 
     async def ModelStreamInfer(self, requests: AsyncIterator[Any], context: Any) -> AsyncGenerator[Any, None]:
-        """Transforms images as they come, and tells of each as it is asked to."""
+        """Transforms images as they arrive, and answers each in the requested form."""
         async for response in Stream(self._inference, self._access, self._telemetry, context).responses(requests):
             yield response
 

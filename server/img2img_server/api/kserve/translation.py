@@ -71,7 +71,7 @@ class Parameters:
         return choices[word.lower()]
 
     def finish(self) -> None:
-        """Raises InvalidField where there is one that nobody reads."""
+        """Raises InvalidField for a parameter that is not read."""
         for name in sorted(self._parameters):
             if name not in self._known:
                 raise InvalidField("parameters", f"unknown parameter {shown(name)}; known are {', '.join(sorted(self._known))}")
@@ -112,7 +112,7 @@ IMAGES, SEED = Output("images", "BYTES"), Output("seed", "INT64")
 OUTPUTS = (IMAGES, SEED)
 STEP, STEP_COUNT, PREVIEW = Output("step", "INT64", (1,)), Output("step_count", "INT64", (1,)), Output("preview", "BYTES", (1,))
 PROGRESS = (STEP, STEP_COUNT, PREVIEW)
-"""Of the responses that tell of a step, in streams that ask for them."""
+"""Outputs of progress responses, in streams that ask for them."""
 
 _NATIVE = "native"
 _FIELDS = {
@@ -211,7 +211,7 @@ def written(task: Task, answer: pb.TransformResponse) -> Any:
 
 
 def written_progress(task: Task, progress: pb.Progress) -> Any:
-    """The ModelInferResponse that tells of a step."""
+    """The ModelInferResponse of a progress event."""
     response = kserve_pb.ModelInferResponse(model_name=task.message.model.path, model_version=VERSION, id=task.id)
     tensors.write(response, STEP, [progress.step], task.batched)
     tensors.write(response, STEP_COUNT, [progress.step_count], task.batched)
