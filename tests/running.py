@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from img2img_server.api.parsing import Parser
+from img2img_server.api.provenance import Provenance
 from img2img_server.api.server import Server
 from img2img_server.api.transform import ImageToImageService
 from img2img_server.assets.store import AssetStore
@@ -88,7 +89,9 @@ def make_service(models: ModelRegistry, engine: Engine, codecs: Codecs) -> Image
     sources = Sources(config.sources, assets, config.image_limits)
     parser = Parser(config, sources, engine.clock, codecs)
     residency = Residency(config.residency, models, engine, _no_health)
-    return ImageToImageService(parser, models, residency, engine, codecs, Telemetry(config.telemetry), assets)
+    return ImageToImageService(
+        parser, models, residency, engine, codecs, Telemetry(config.telemetry), assets, Provenance(config.provenance)
+    )
 
 
 def _no_health(name: str, serving: bool) -> None:

@@ -23,6 +23,7 @@ COMMANDS = {
     "top": ("img2img_server.tools.top.command", "watch what a server is doing"),
     "bench-model": ("img2img_server.tools.bench_model.command", "measure a bundle's parts and steps on this machine"),
     "transform": ("img2img_client.transform_command", "transform a picture through a server"),
+    "reproduce": ("img2img_client.reproduce_command", "send the request that made an image again, and compare the images"),
     "models": ("img2img_client.models_command", "list a server's models"),
     "health": ("img2img_client.health_command", "ask whether a server serves, or wait until it does"),
     "playground": ("img2img_playground.command", "try a server in the browser: a local page with previews and comparison"),

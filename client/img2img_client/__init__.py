@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from img2img_client.async_stream import AsyncTransformStream
     from img2img_client.client import Client
     from img2img_client.options import Fit, ImageInput, TransformOptions
+    from img2img_client.provenance import read_provenance
     from img2img_client.stream import TransformStream
 
 __all__ = [
@@ -92,6 +93,7 @@ __all__ = [
     "TransformedImage",
     "Unauthenticated",
     "Unavailable",
+    "read_provenance",
 ]
 
 _LAZY = {
@@ -102,6 +104,7 @@ _LAZY = {
     "Fit": "img2img_client.options",
     "ImageInput": "img2img_client.options",
     "TransformOptions": "img2img_client.options",
+    "read_provenance": "img2img_client.provenance",
 }
 
 

@@ -152,6 +152,28 @@ class TelemetrySettings:
 
 
 @dataclass(frozen=True, slots=True)
+class ProvenanceSettings:
+    """What the files of results say about their origin. `certificate` and `key` are set if and only if `mode` is "c2pa"."""
+
+    mode: Literal["none", "text", "c2pa"] = setting(
+        "text",
+        "write into each image file how it was made: none, text (prompts, settings, seed and model, readable by anyone who has "
+        "the file) or c2pa (text, and a signed C2PA manifest)",
+        choices=("none", "text", "c2pa"),
+        name="provenance",
+    )
+    certificate: Path | None = setting(
+        None, "certificate chain that C2PA manifests are signed with, in PEM", metavar="FILE", name="c2pa_certificate"
+    )
+    key: Path | None = setting(None, "private key of that certificate, in PEM", metavar="FILE", name="c2pa_key")
+
+    def __post_init__(self) -> None:
+        signs = self.mode == "c2pa"
+        if (self.certificate is not None) != signs or (self.key is not None) != signs:
+            raise ValueError("provenance c2pa needs c2pa_certificate and c2pa_key, and no other value of provenance uses them")
+
+
+@dataclass(frozen=True, slots=True)
 class RaySettings:
     """Replicas for `engine` "ray": one Ray Serve application, which all servers of the same `app` share.
 
@@ -271,6 +293,7 @@ class ServerConfig:
     tls: TlsSettings = section(TlsSettings, "TLS", prefix="tls_")
     assets: AssetSettings = section(AssetSettings, "assets")
     sources: SourceSettings = section(SourceSettings, "images from URLs")
+    provenance: ProvenanceSettings = section(ProvenanceSettings, "provenance of images")
     telemetry: TelemetrySettings = section(TelemetrySettings, "metrics, traces and logs")
     ray: RaySettings = section(RaySettings, "replicas on Ray (--engine ray)", prefix="ray_")
 

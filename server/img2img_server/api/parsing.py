@@ -40,9 +40,11 @@ _PLANNING = 2
 
 @dataclass(frozen=True, slots=True)
 class ParsedRequest:
-    """A request on its way through the service: what the engine gets, and how to answer. `arrival` is in seconds; `as_asset` has
-    the images kept, and their ids sent. `model` has no pipeline, because a job may outlive its model in memory; `engine` ran it
-    on arrival."""
+    """A request on its way through the service: what the engine gets, and how to answer.
+
+    `arrival` is in seconds. With `as_asset` the images are kept, and their ids sent. `source_asset` is the id of the asset that the
+    source is, else empty. `model` has no pipeline, because a request may outlive its model in memory; `engine` ran it on arrival.
+    """
 
     model: Model
     engine: str
@@ -51,6 +53,7 @@ class ParsedRequest:
     quality: int
     arrival: float
     as_asset: bool = False
+    source_asset: str = ""
 
 
 class Parser:
@@ -122,6 +125,8 @@ class Parser:
             quality,
             arrival,
             message.output.as_asset,
+            message.image.asset_id
+            or (message.image.uri.removeprefix("asset:") if message.image.uri.startswith("asset:") else ""),
         )
 
     def _numbers(self, message: pb.TransformRequest) -> tuple[float, int, float]:

@@ -21,6 +21,7 @@ from img2img_server.api.health import HealthServicer
 from img2img_server.api.interceptors import CallInterceptor
 from img2img_server.api.models import ModelService
 from img2img_server.api.parsing import Parser
+from img2img_server.api.provenance import Provenance
 from img2img_server.api.tls import bind, check
 from img2img_server.api.transform import ImageToImageService
 from img2img_server.api.transport import Readers
@@ -104,6 +105,7 @@ class Server:
         access = Access(self._config.tokens)
         if self._config.port_file is not None:
             _reserve(self._config.port_file)
+        self._provenance = Provenance(self._config.provenance)
         self._telemetry.start()
         self._server = server = self._make_server(access)
         await server.start()
@@ -227,7 +229,9 @@ class Server:
         models, runner, residency = self._backend.models, self._backend.runner, self._backend.residency
         handlers = self._handlers
         parser = Parser(self._config, self._sources, runner.clock, self._codecs)
-        transforms = ImageToImageService(parser, models, residency, runner, self._codecs, self._telemetry, self._assets)
+        transforms = ImageToImageService(
+            parser, models, residency, runner, self._codecs, self._telemetry, self._assets, self._provenance
+        )
         image_to_image_pb2_grpc.add_ImageToImageServiceServicer_to_server(transforms, handlers.as_server)
         model_service = ModelService(models, residency)
         model_pb2_grpc.add_ModelServiceServicer_to_server(model_service, handlers.as_server)

@@ -12,9 +12,9 @@ from img2img.v1 import image_to_image_pb2 as pb
 from img2img.v1 import image_to_image_pb2_grpc as pb_grpc
 from PIL import Image
 
-from img2img_server import images
 from img2img_server.api.models import reference_from
 from img2img_server.api.parsing import ParsedRequest, Parser
+from img2img_server.api.provenance import Provenance
 from img2img_server.assets.files import owner_of
 from img2img_server.assets.index import Quota
 from img2img_server.assets.store import AssetStore
@@ -88,6 +88,7 @@ class ImageToImageService(pb_grpc.ImageToImageServiceServicer):
         codecs: Codecs,
         telemetry: Telemetry,
         assets: AssetStore,
+        provenance: Provenance,
     ) -> None:
         self._parser = parser
         self._models = models
@@ -96,6 +97,7 @@ class ImageToImageService(pb_grpc.ImageToImageServiceServicer):
         self._codecs = codecs
         self._telemetry = telemetry
         self._assets = assets
+        self._provenance = provenance
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def Transform(self, request: pb.TransformRequest, context: Any) -> pb.TransformResponse:
@@ -176,11 +178,12 @@ class ImageToImageService(pb_grpc.ImageToImageServiceServicer):
         return pb.TransformStreamResponse(completed=await self._response(job, event, room))
 
     async def _progress(self, event: Progress) -> pb.Progress:
-        preview = None if event.preview is None else await self._encode(event.preview, "JPEG", _PREVIEW_QUALITY)
+        preview = None if event.preview is None else await self._codecs.encode(event.preview, "JPEG", _PREVIEW_QUALITY)
         return pb.Progress(step=event.step, step_count=event.step_count, preview=preview, eta_seconds=event.eta)
 
     async def _response(self, job: ParsedRequest, completed: Completed, room: Quota | None) -> pb.TransformResponse:
-        encoded = await asyncio.gather(*(self._encode(image, job.file_format, job.quality) for image in completed.images))
+        pairs = zip(completed.images, job.request.seeds, strict=True)
+        encoded = await asyncio.gather(*(self._encode(job, image, seed) for image, seed in pairs))
         timings = completed.timings
         assert job.model.manifest is not None, "a model that runs has a manifest"
         return pb.TransformResponse(
@@ -220,8 +223,11 @@ class ImageToImageService(pb_grpc.ImageToImageServiceServicer):
             return {"data": data}
         return {"asset_id": (await self._assets.put(owner_of(current()), data, room)).id}
 
-    async def _encode(self, image: Image.Image, file_format: images.WriteFormat, quality: int) -> bytes:
-        return await self._codecs.encode(image, file_format, quality)
+    async def _encode(self, job: ParsedRequest, image: Image.Image, seed: int) -> bytes:
+        """The file of a result."""
+        output = job.file_format, job.quality
+        record = self._provenance.record(job.model, self._engine_of(job), job.request, seed, output, job.source_asset)
+        return await self._provenance.sign(await self._codecs.encode(image, *output, record), job.file_format)
 
     def _engine_of(self, job: ParsedRequest) -> str:
         """What runs the model now: another engine may have taken over since the request came."""

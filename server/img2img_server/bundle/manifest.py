@@ -175,6 +175,12 @@ class Manifest:
     references: tuple[Reference, ...] = ()
     format_version: int = FORMAT_VERSION
 
+    @property
+    def digest(self) -> str:
+        """The SHA-256 over the names and contents of the bundle's files, in hexadecimal."""
+        lines = (f"{digest}  {name}\n" for name, digest in sorted(self.files.items()))
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
+
 
 def write_manifest(bundle: Path, manifest: Manifest) -> None:
     """Writes `manifest` into the directory `bundle`, durably: it is either whole or not there."""

@@ -89,18 +89,19 @@ class Inspect:
 
 @dataclass(frozen=True, slots=True)
 class Encode:
-    """Encodes raw RGB pixels of so many columns and rows."""
+    """Encodes raw RGB pixels of so many columns and rows. `record` is written into the file, as images.encode has it."""
 
     size: tuple[int, int]
     file_format: WriteFormat
     quality: int
+    record: str = ""
 
     def run(self, data: bytes, reserve: Reserve) -> tuple[None, bytes]:
         """The file."""
         pixels = self.size[0] * self.size[1]
         reserve(_BYTES_PER_PIXEL * pixels, 10 + 4e-6 * pixels)
         image = Image.frombuffer("RGB", self.size, data, "raw", "RGB", 0, 1)
-        return None, images.encode(image, self.file_format, self.quality)
+        return None, images.encode(image, self.file_format, self.quality, self.record)
 
 
 Job = LoadImage | Inspect | Encode

@@ -252,10 +252,10 @@ class Codecs:
         """What an image file is. Raises InvalidField or ImageMemoryFull."""
         return await self._decode(data, job, _inspected)
 
-    async def encode(self, image: Image.Image, file_format: WriteFormat, quality: int) -> bytes:
-        """The file of an RGB image."""
+    async def encode(self, image: Image.Image, file_format: WriteFormat, quality: int, record: str = "") -> bytes:
+        """The file of an RGB image, with its `record` in it as images.encode has it."""
         size = image.width * image.height * 3
-        job = Encode(image.size, file_format, quality)
+        job = Encode(image.size, file_format, quality, record)
         try:
             return await self._encoders.run(job, lambda: self._copy(size, _file_of_pixels, image), self._encoded)
         except ProcessDied as error:

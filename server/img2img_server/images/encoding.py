@@ -6,6 +6,7 @@ from typing import Literal
 from PIL import Image
 
 from img2img_server.errors import InvalidField
+from img2img_server.images import provenance
 
 WriteFormat = Literal["PNG", "JPEG", "WEBP"]
 
@@ -28,13 +29,15 @@ def check_side(size: tuple[int, int], file_format: WriteFormat) -> None:
         )
 
 
-def encode(image: Image.Image, file_format: WriteFormat, quality: int) -> bytes:
-    """Encodes an image. `quality` is 1 to 100, for JPEG and WebP; WebP at 100 is lossless. PNG favours speed over size."""
+def encode(image: Image.Image, file_format: WriteFormat, quality: int, record: str = "") -> bytes:
+    """Encodes an image. `quality` is 1 to 100, for JPEG and WebP; WebP at 100 is lossless. PNG favours speed over size.
+
+    `record` is the JSON object that provenance.py writes into the file; empty for none.
+    """
     file = io.BytesIO()
     if file_format == "PNG":
-        image.save(file, "PNG", compress_level=1)
-    elif file_format == "JPEG":
-        image.save(file, "JPEG", quality=quality)
+        image.save(file, "PNG", compress_level=1, pnginfo=provenance.png_info(record) if record else None)
     else:
-        image.save(file, "WEBP", quality=quality, method=0, lossless=quality == 100)
+        options = {"method": 0, "lossless": quality == 100} if file_format == "WEBP" else {}
+        image.save(file, file_format, quality=quality, xmp=provenance.xmp(record) if record else b"", **options)
     return file.getvalue()

@@ -1,0 +1,174 @@
+"""`img2img reproduce FILE`: sends the request that made an image again, and compares the images."""
+
+import argparse
+import io
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from img2img_client.connection import add_connection_flags, connect, target_of
+from img2img_client.errors import Img2ImgError
+from img2img_client.reporting import attempt, complain, describe_error
+from img2img_client.values import ModelReference, TransformResult
+
+if TYPE_CHECKING:
+    from img2img_client.options import ImageInput, TransformOptions
+
+PROGRAM = "img2img reproduce"
+
+_EPILOG = """\
+examples:
+  img2img reproduce sunset.png --image photo.jpg
+  img2img reproduce sunset.png --image photo.jpg --output again.png --max-difference 2
+  img2img reproduce sunset.png                        if the source was an asset that the server still has
+
+FILE is an image that a server made with --provenance text or c2pa. The file holds the settings, but not the source image.
+
+exit status: 0 reproduced; 1 the images differ by more than --max-difference, or the request failed; 2 arguments that cannot work
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class ImageDifference:
+    """How far two images of the same size are apart: the largest and the mean difference of a channel in steps of 1/255, and the
+    PSNR in dB (None if they are identical)."""
+
+    largest: int
+    mean: float
+    psnr: float | None
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Declares the flags."""
+    parser.epilog = _EPILOG
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("file", metavar="FILE", type=Path, help="the image to reproduce: PNG, JPEG or WebP")
+    parser.add_argument(
+        "--image", metavar="SOURCE", help="the source image: a file, or an address that the server reads (default: FILE's asset)"
+    )
+    parser.add_argument("--output", type=Path, metavar="OUT", help="write the new image here (default: only compare)")
+    parser.add_argument(
+        "--max-difference", type=int, metavar="N", help="fail if a channel of a pixel differs by more than N of 255"
+    )
+    parser.add_argument("--json", action="store_true", help="print the outcome as JSON")
+    add_connection_flags(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Reproduces and compares. Returns 0, 1 for a failure or too large a difference, 2 for arguments that cannot work."""
+    failed: list[str] = []
+
+    def work() -> None:
+        from img2img_client.provenance import read_provenance
+
+        original = arguments.file.read_bytes()
+        record = read_provenance(original)
+        if record is None:
+            raise ValueError(f"{arguments.file}: the image has no img2img record: was it made with --provenance none?")
+        result = _send(arguments, _source(arguments, record), _options(record))
+        data = result.images[0].data
+        if arguments.output is not None:
+            arguments.output.write_bytes(data)
+        difference = compare(original, data)
+        notes = _changed(record, read_provenance(data))
+        _report(difference, notes, as_json=arguments.json)
+        if arguments.max_difference is not None and difference.largest > arguments.max_difference:
+            failed.append(f"the images differ by {difference.largest} of 255, the limit is {arguments.max_difference}")
+
+    status = attempt(PROGRAM, target_of(arguments), work)
+    return complain(PROGRAM, failed[0]) if failed else status
+
+
+def compare(first: bytes, second: bytes) -> ImageDifference:
+    """How far two image files are apart. ValueError if their sizes differ."""
+    from PIL import Image, ImageChops, ImageStat
+
+    images = [Image.open(io.BytesIO(data)).convert("RGB") for data in (first, second)]
+    if images[0].size != images[1].size:
+        sizes = [f"{image.width} x {image.height}" for image in images]
+        raise ValueError(f"the image has {sizes[0]} pixels and its reproduction {sizes[1]}")
+    difference = ImageChops.difference(*images)
+    statistics = ImageStat.Stat(difference)
+    squared = sum(statistics.sum2) / sum(statistics.count)
+    return ImageDifference(
+        largest=max(most for _, most in statistics.extrema),
+        mean=sum(statistics.sum) / sum(statistics.count),
+        psnr=None if squared == 0 else 10 * math.log10(255**2 / squared),
+    )
+
+
+def _source(arguments: argparse.Namespace, record: Mapping[str, Any]) -> "ImageInput":
+    from img2img_client.options import ADDRESS_SCHEMES
+
+    if arguments.image is None:
+        if not isinstance(record.get("source_asset"), str):
+            raise ValueError("--image SOURCE is needed: the source image of FILE was not an asset")
+        return f"asset:{record['source_asset']}"
+    return arguments.image if arguments.image.startswith(ADDRESS_SCHEMES) else Path(arguments.image)
+
+
+def _options(record: Mapping[str, Any]) -> "TransformOptions":
+    """The request that the record describes. ValueError if a field of it is missing or of a wrong type."""
+
+    def field(name: str, *kinds: type) -> Any:
+        value = record.get(name)
+        if isinstance(value, bool) or not isinstance(value, kinds):
+            raise ValueError(f"the img2img record in the image is damaged: {name} is {value!r}")
+        return value
+
+    return {
+        "model": ModelReference(path=field("model", str)),
+        "prompt": field("prompt", str),
+        "negative_prompt": field("negative_prompt", str, type(None)),
+        "strength": field("strength", int, float),
+        "num_inference_steps": field("num_inference_steps", int),
+        "guidance_scale": field("guidance_scale", int, float),
+        "scheduler": field("scheduler", str, type(None)),
+        "seed": field("seed", int),
+        "width": field("width", int),
+        "height": field("height", int),
+        "format": field("format", str),
+        "quality": field("quality", int, type(None)),
+    }
+
+
+def _send(arguments: argparse.Namespace, source: "ImageInput", options: "TransformOptions") -> TransformResult:
+    def say(made: int, error: Img2ImgError, wait: float) -> None:
+        complain(PROGRAM, f"{describe_error(error, target_of(arguments))}; trying again in {wait:.1f} s")
+
+    with connect(arguments, say) as client:
+        return client.transform(source, **options)
+
+
+_COMPARED = {
+    "source_digest": "the source image is not the one that was used",
+    "bundle_digest": "the model was exported again since",
+    "engine": "another engine runs the model",
+    "img2img": "another version of img2img runs",
+}
+
+
+def _changed(before: Mapping[str, Any], after: Mapping[str, Any] | None) -> list[str]:
+    """What may explain a difference, a line each."""
+    if after is None:
+        return []
+    return [
+        f"{reason} ({before.get(name)}, now {after.get(name)})"
+        for name, reason in _COMPARED.items()
+        if before.get(name) != after.get(name)
+    ]
+
+
+def _report(difference: ImageDifference, notes: list[str], *, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps({**asdict(difference), "notes": notes}))
+        return
+    if difference.psnr is None:
+        print("identical")
+    else:
+        print(f"differs by at most {difference.largest} of 255, {difference.mean:.3f} on average; PSNR {difference.psnr:.1f} dB")
+    for note in notes:
+        print(f"note: {note}")
