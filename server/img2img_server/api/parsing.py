@@ -42,8 +42,9 @@ _PLANNING = 2
 class ParsedRequest:
     """A request on its way through the service: what the engine gets, and how to answer.
 
-    `arrival` is in seconds. With `as_asset` the images are kept, and their ids sent. `source_asset` is the id of the asset that the
-    source is, else empty. `model` has no pipeline, because a request may outlive its model in memory; `engine` ran it on arrival.
+    `arrival` is in seconds. With `as_asset` the images are kept, and their ids sent. `source_asset` is the id of the asset that
+    the source is, else empty. `model` has no pipeline, because a request may outlive its model in memory; `engine` ran it on
+    arrival.
     """
 
     model: Model
