@@ -137,7 +137,7 @@ def nodetool(monkeypatch: pytest.MonkeyPatch) -> Any:
     class ImageRef(pydantic.BaseModel):
         uri: str = ""
 
-    names = {
+    names: dict[str, dict[str, Any]] = {
         "nodetool.metadata.types": {"ImageRef": ImageRef},
         "nodetool.workflows.base_node": {"BaseNode": BaseNode},
         "nodetool.workflows.processing_context": {"ProcessingContext": Context},
