@@ -1,4 +1,4 @@
-"""`img2img serve`: flags, environment and file -> frozen config -> run."""
+"""`img2img serve`: makes a configuration of flags, environment variables and a file, and runs a server."""
 
 import argparse
 import os
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from img2img_server.settings.sources import Configured
 
 VARIABLES = "IMG2IMG_"
-"""What the variables of settings begin with."""
+"""Prefix of the settings' environment variables."""
 CONFIG_VARIABLE = "IMG2IMG_CONFIG"
 CLIENT_VARIABLES = (
     "IMG2IMG_TARGET",
@@ -22,7 +22,7 @@ CLIENT_VARIABLES = (
     "IMG2IMG_CLIENT_CERTIFICATE",
     "IMG2IMG_CLIENT_KEY",
 )
-"""Variables of the client's commands, which may be set where a server is started."""
+"""Variables of the client's commands, which are not errors in the server's environment."""
 
 _USAGE = "%(prog)s [--models DIR] [--config FILE] [--print-config] [SETTING ...]"
 _EPILOG = """\
@@ -61,9 +61,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def configured(arguments: argparse.Namespace, variables: Mapping[str, str]) -> "Configured[ServerConfig]":
-    """The server's configuration, of its flags, these variables and the file that either names.
+    """The server's configuration, from its flags, environment `variables`, and the configuration file that either names.
 
-    Raises SettingError, which is a ValueError, and OSError where the file cannot be read.
+    Raises SettingError, a ValueError, and OSError if the file cannot be read.
     """
     from img2img_server.config import ServerConfig
     from img2img_server.settings.setting import settings_of
@@ -77,7 +77,7 @@ def configured(arguments: argparse.Namespace, variables: Mapping[str, str]) -> "
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Serves until a signal. Returns 0 after a drain, 1 where it could not start, 2 for a setting that cannot work."""
+    """Serves until a signal. Returns 0 after a drain, 1 if it failed to start, 2 for an invalid setting."""
     from img2img_server.settings.sources import MissingSetting
 
     try:
@@ -89,7 +89,7 @@ def run(arguments: argparse.Namespace) -> int:
 
         try:
             arguments.models = Path()
-            configured(arguments, os.environ)  # what is wrong with the other settings is said before minutes of work
+            configured(arguments, os.environ)  # reports invalid settings before the demo model's export, which takes minutes
             arguments.models = demo.obtain(lambda line: print(f"img2img serve: {line}", file=sys.stderr, flush=True))
             found = configured(arguments, os.environ)
         except demo.DemoUnavailable as problem:
@@ -103,14 +103,14 @@ def run(arguments: argparse.Namespace) -> int:
 
         print(as_toml(found), end="")
         return 0
-    # Read at import by libraries that would report on their own imports.
+    # The libraries read these at import, and log warnings otherwise.
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    # Bars for each model's weights: transformers obeys it too.
+    # Hides progress bars of loading weights, also in transformers.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    # gRPC's own notes: a line for each handshake that fails or message that is compressed, so strangers could fill the log.
+    # gRPC logs a line for each failed handshake and each compressed message, so any client could fill the log.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
-    # Read by OpenMP when torch is loaded: threads that spin while they wait take cores from those that work.
+    # OpenMP reads it when torch is loaded. Threads that spin while they wait take cores from working threads.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     import asyncio
 
@@ -121,7 +121,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _complain(error: Exception, status: int) -> int:
-    """Says in one line what is wrong, and returns the exit status."""
+    """Prints the error in one line and returns `status`."""
     line = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename is not None else str(error)
     print(f"img2img serve: {line}", file=sys.stderr)
     return status
@@ -146,7 +146,7 @@ async def _serve(config: "ServerConfig") -> int:
 
 
 def _backend(config: "ServerConfig") -> "Backend":
-    """What runs the requests. Raises ValueError where its packages are not installed."""
+    """The backend of the setting `engine`. Raises ValueError if its packages are not installed."""
     if config.engine == "local":
         from img2img_server.backends.local import local
 

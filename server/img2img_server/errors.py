@@ -1,12 +1,12 @@
-"""The one tree of errors that a caller may see.
+"""The errors that a caller may see.
 
-Each class owns the name of its gRPC status code as a plain string, so that the engine and the leaves can raise what the
-service answers without importing grpc. The message of an error is written for the caller: it names nothing internal.
+Each class has the name of its gRPC status code as a string, so that packages below the API can raise it without importing grpc.
+Messages are written for the caller and contain nothing internal.
 """
 
 
 class ServerError(Exception):
-    """Base of every error that reaches a caller, and what any other error is turned into.
+    """Base of every error that reaches a caller. Other exceptions are reported as a plain ServerError.
 
     `status` is the name of a grpc.StatusCode, `reason` the stable reason of its ErrorInfo.
     """
@@ -15,7 +15,7 @@ class ServerError(Exception):
     reason = "INTERNAL"
 
     def __reduce__(self) -> tuple[object, ...]:
-        """As it is copied and sent between processes: with all it knows, whatever its constructor takes."""
+        """Pickles all attributes, whatever the constructor's parameters: errors are copied and sent between processes."""
         return _again, (type(self), self.args, self.__dict__)
 
 
@@ -39,21 +39,21 @@ class InvalidField(ServerError):
 
 
 class MalformedMessage(ServerError):
-    """What the caller sent is no message of the method's type."""
+    """The caller's bytes are not a message of the method's type."""
 
     status = "INVALID_ARGUMENT"
     reason = "MALFORMED_MESSAGE"
 
 
 class MessageTooLarge(ServerError):
-    """The message has more bytes than the method takes."""
+    """The message is larger than the method accepts."""
 
     status = "INVALID_ARGUMENT"
     reason = "MESSAGE_TOO_LARGE"
 
 
 class ModelNotFound(ServerError):
-    """No model of the store agrees with the request's reference."""
+    """No model of the store matches the request's reference."""
 
     status = "NOT_FOUND"
     reason = "MODEL_NOT_FOUND"
@@ -81,14 +81,14 @@ class ModelNotLoaded(ServerError):
 
 
 class NotSupported(ServerError):
-    """The contract has it, this server does not do it."""
+    """The contract has this feature, but this server does not support it."""
 
     status = "UNIMPLEMENTED"
     reason = "NOT_SUPPORTED"
 
 
 class Exhausted(ServerError):
-    """Something that comes back is used up. `retry_after` is in seconds, None where nobody can say."""
+    """A resource is used up for now. `retry_after` is in seconds, None if unknown."""
 
     status = "RESOURCE_EXHAUSTED"
     reason = "EXHAUSTED"
@@ -99,7 +99,7 @@ class Exhausted(ServerError):
 
 
 class QueueFull(Exhausted):
-    """No room for one more request."""
+    """The queue is full."""
 
     reason = "QUEUE_FULL"
 
@@ -109,31 +109,31 @@ class QueueFull(Exhausted):
 
 
 class ClientBusy(Exhausted):
-    """This client has as many requests in as one may have."""
+    """This client has reached its maximum number of requests."""
 
     reason = "CLIENT_QUEUE_FULL"
 
 
 class RateLimited(Exhausted):
-    """This client's token allows no more calls for now."""
+    """This client has reached its token's rate limit."""
 
     reason = "RATE_LIMITED"
 
 
 class ModelMemoryFull(Exhausted):
-    """The model does not fit into the memory for models, beside those that are in use."""
+    """The model does not fit into the memory for models beside the models in use."""
 
     reason = "MODEL_MEMORY_FULL"
 
 
 class ImageMemoryFull(Exhausted):
-    """The memory for images, as they arrive and once they are decoded, is full."""
+    """The memory for received and decoded images is full."""
 
     reason = "IMAGE_MEMORY_FULL"
 
 
 class AssetQuotaFull(Exhausted):
-    """There is no room for one more asset."""
+    """Asset storage is full."""
 
     reason = "ASSET_QUOTA_FULL"
 
@@ -146,7 +146,7 @@ class AssetNotFound(ServerError):
 
 
 class StorageFailed(ServerError):
-    """Storage of assets, or of an image's bytes while it is decoded or encoded, cannot be read or written: the disk is full, for
+    """The storage of assets, or of image bytes during decoding or encoding, cannot be read or written: the disk is full, for
     example, or the storage cannot be reached."""
 
     status = "UNAVAILABLE"
@@ -175,7 +175,7 @@ class DeadlineExpired(ServerError):
 
 
 class ReaderTooSlow(ServerError):
-    """The client did not read its answer within the time that a message may be left unread."""
+    """The client did not read its response within the reader timeout."""
 
     status = "DEADLINE_EXCEEDED"
     reason = "READER_TOO_SLOW"
@@ -235,9 +235,9 @@ class ModelFailed(ServerError):
 
 
 class OutOfMemory(ServerError):
-    """The device has no room for this request, even alone. The message says of what size it was.
+    """The device has not enough memory for this request, even alone. The message contains the request's size.
 
-    `again` says for the engine that memory was given back since, so that the same call may work now.
+    `again` tells the engine that memory was freed since, so that a retry of the same call may succeed.
     """
 
     status = "RESOURCE_EXHAUSTED"
@@ -246,4 +246,4 @@ class OutOfMemory(ServerError):
 
 
 class BundleError(Exception):
-    """A bundle that must not be served. Seen by the operator at start, never by a caller."""
+    """A bundle cannot be served. Its text is for the operator; callers get a short version of it (models/)."""

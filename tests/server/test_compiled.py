@@ -124,7 +124,7 @@ def test_a_compiler_that_fails_leaves_the_model_as_it_was(pipe: Any, caplog: pyt
     pipeline = OpaquePipeline(pipe, "torch:cpu", threads=1)
     (before,) = run_alone(pipeline, request(64, 64))
     assert not compile_modules(pipe, pipeline, backend)
-    assert "torch.compile failed, the model runs without it" in caplog.text
+    assert "torch.compile failed; the model runs without it" in caplog.text
     assert "there is no C++ compiler" in caplog.text
     assert difference(run_alone(pipeline, request(64, 64)), [before]) == 0
 

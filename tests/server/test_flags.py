@@ -80,8 +80,8 @@ def test_the_flags_that_there_always_were_are_still_there(words: str, expected: 
     ("words", "problem"),
     [
         ("--provider gpu", "--provider is 'gpu', expected one of auto, tensorrt, cuda, openvino, cpu"),
-        ("--buckets 512", "--buckets '512' is no WIDTHxHEIGHT:ROWS, such as 512x512:2"),
-        ("--buckets 64x64:0", "--buckets '64x64:0' is no WIDTHxHEIGHT:ROWS, such as 512x512:2"),
+        ("--buckets 512", "--buckets '512' is not WIDTHxHEIGHT:ROWS, such as 512x512:2"),
+        ("--buckets 64x64:0", "--buckets '64x64:0' is not WIDTHxHEIGHT:ROWS, such as 512x512:2"),
         ("--arithmetic bf16", "--arithmetic is 'bf16', expected one of auto, fp32"),
         ("--threads 0", "--threads is 0, the minimum is 1"),
         ("--port 65536", "--port is 65536, the maximum is 65535"),

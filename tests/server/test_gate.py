@@ -71,7 +71,7 @@ def test_noise_does_not_pass(pipeline: Any, made: tuple[Path, Manifest], monkeyp
     assert not accuracy_check.judge(pipeline, *made, accuracy_check.least_psnr_db("bf16")).passed
 
 
-@pytest.mark.parametrize(("picture", "problem"), [("black", "one colour only"), ("small", "it draws (8, 8)")])
+@pytest.mark.parametrize(("picture", "problem"), [("black", "only one color"), ("small", "the image is (8, 8)")])
 def test_no_picture_at_all_does_not_pass(picture: str, problem: str, made: tuple[Path, Manifest]) -> None:
     known = accuracy_check.cases(made[1], made[0])
     drawn = [Image.new("RGB", case.picture.size if picture == "black" else (8, 8)) for case in known]
@@ -84,7 +84,7 @@ def test_a_bundle_without_references_is_no_proof(pipeline: Any, made: tuple[Path
     path, manifest = made
     verdict = accuracy_check.judge(pipeline, path, dataclasses.replace(manifest, references=()), 0.0)
     assert not verdict.passed
-    assert "no reference pictures" in verdict.problem
+    assert "no reference images" in verdict.problem
 
 
 def test_references_are_files_of_the_bundle(made: tuple[Path, Manifest], tmp_path: Path) -> None:
@@ -95,7 +95,7 @@ def test_references_are_files_of_the_bundle(made: tuple[Path, Manifest], tmp_pat
     with pytest.raises(BundleError, match="cannot be read"):
         accuracy_check.cases(made[1], copy)
     stray = dataclasses.replace(made[1].references[0], source="../source.png")
-    with pytest.raises(BundleError, match="outside itself"):
+    with pytest.raises(BundleError, match="outside the bundle"):
         accuracy_check.cases(dataclasses.replace(made[1], references=(stray,)), copy)
 
 

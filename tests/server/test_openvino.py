@@ -178,7 +178,7 @@ def test_a_session_that_would_fill_the_memory_is_left_out_unless_it_is_asked_for
         opener = Opener(UNET)
         _make(folder, opener, execution, manifest)
         assert len(opener.asked) == sessions
-    assert "4.0 of the 7.0 GiB that are left; --buckets 64x64:2 makes it" in caplog.text
+    assert "4.0 of the available 7.0 GiB; --buckets 64x64:2 forces it" in caplog.text
 
 
 def test_the_settings_are_one_stream_on_the_threads_that_were_asked_for(folder: Path) -> None:
@@ -296,8 +296,8 @@ def test_bfloat16_is_let_in_by_pictures_only(
     first, then = asked[:5], asked[5:]
     assert dict(first) == dict.fromkeys({*whole, "unet/body.onnx"}, "bf16") | {"unet/head.onnx": ""}, "no angle in bfloat16"
     assert dict(then) == ({} if passes else dict.fromkeys({*whole, "unet/model.onnx"}, "f32"))
-    assert ("computes in bf16, PSNR of its reference pictures" in caplog.text) is passes
-    assert ("computes in fp32 and not in bf16: the bundle has no reference pictures" in caplog.text) is not passes
+    assert ("computes in bf16, PSNR of its reference images" in caplog.text) is passes
+    assert ("computes in fp32 and not in bf16: the bundle has no reference images" in caplog.text) is not passes
     asked.clear()
     load_pipeline(folder, manifest, replace(execution, arithmetic="fp32"), open_graph=open_exactly)
     assert [arithmetic for _, arithmetic in asked] == ["f32"] * 4

@@ -177,7 +177,7 @@ def test_what_is_not_guided_costs_half(pipeline: StableDiffusion, distilled: Sta
 def test_a_distilled_model_runs_every_step_or_says_how_many_it_has(distilled: StableDiffusion) -> None:
     plans = [distilled.plan(make_request(num_inference_steps=4, strength=strength)) for strength in (0.1, 1.0)]
     assert [plan.step_count for plan in plans] == [4, 4]
-    with pytest.raises(InvalidField, match=r"at strength 0\.1 this model has 5 steps at most"):
+    with pytest.raises(InvalidField, match=r"at strength 0\.1 the maximum of this model is 5"):
         distilled.plan(make_request(num_inference_steps=6, strength=0.1))
     with pytest.raises(InvalidField, match="cannot use 'DDIM'"):
         distilled.plan(make_request(scheduler="DDIM"))

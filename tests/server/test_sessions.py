@@ -40,7 +40,7 @@ def test_pytorch_in_less_than_float32_is_let_in_by_pictures_only(
         pipeline = load_pipeline(folder, replace(read_manifest(folder), references=()), Execution("cpu"))
     assert pipeline.engine == "torch:cpu"
     assert [word for word in ("torch.bfloat16", "torch.float32") if word in caplog.text] == ["torch.bfloat16", "torch.float32"]
-    assert "computes in fp32 and not in bf16: the bundle has no reference pictures" in caplog.text
+    assert "computes in fp32 and not in bf16: the bundle has no reference images" in caplog.text
 
 
 @pytest.mark.filterwarnings("ignore:Specified provider:UserWarning")

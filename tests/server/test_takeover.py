@@ -144,8 +144,8 @@ def test_nobody_waits_for_more_than_a_step_and_what_runs_goes_on(tmp_path: Path)
 @pytest.mark.parametrize(
     ("settings", "seconds", "why"),
     [
-        ({"problem": "PSNR 12.0 dB, the least is 35.0"}, 1.0, "PSNR 12.0 dB"),
-        ({"trials": 0}, 1.0, "no reference pictures"),
+        ({"problem": "PSNR 12.0 dB, the minimum is 35.0"}, 1.0, "PSNR 12.0 dB"),
+        ({"trials": 0}, 1.0, "no reference images"),
         ({}, 3.0, "not faster: a step takes 3000.00 ms, on fake:cpu 2000.00 ms"),
         ({}, 1.99, "not faster"),
     ],

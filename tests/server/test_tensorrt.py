@@ -176,7 +176,7 @@ def test_a_build_writes_into_its_folder_or_says_that_it_cannot(tmp_path: Path, m
         if len(opened) == 2:
             Path(dict(options.provider_options)["trt_ep_context_file_path"]).touch()
 
-    with pytest.raises(BundleError, match="does not take the whole graph"):
+    with pytest.raises(BundleError, match="does not support the whole graph"):
         build(Path("model.onnx"), Path("out"), options(), open_graph)
     monkeypatch.chdir(tmp_path)
     build(Path("model.onnx"), Path("out"), options(), open_graph)

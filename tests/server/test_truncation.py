@@ -72,7 +72,7 @@ def said(pipe: Any, text: str) -> list[str]:
 
 
 def dropped_words(description: str) -> int:
-    return description.partition("dropped was: ")[2].count("lake")
+    return description.partition("ignored: ")[2].count("lake")
 
 
 def lakes(count: int, last: str = "lake") -> str:
@@ -88,7 +88,7 @@ def test_what_is_said_to_be_dropped_is_what_no_text_encoder_sees(name: str, load
     pipe = load(name)
     descriptions = said(pipe, lakes(LONG))
     names = {part for part, value in pipe.components.items() if isinstance(value, PreTrainedTokenizerBase)}
-    assert all(sum(part in description.replace(",", " ").split() for description in descriptions) == 1 for part in names)
+    assert all(sum(part in description.replace(",", " ").replace(";", " ").split() for description in descriptions) == 1 for part in names)
     dropped = [dropped_words(description) for description in descriptions]
     assert all(0 < words < LONG for words in dropped)
     read = LONG - min(dropped)  # words that at least one of them reads
@@ -105,7 +105,7 @@ def test_a_text_that_just_fits_is_not_warned_of(name: str, load: Load) -> None:
     fits -= len(said(pipe, lakes(fits)))  # one that is cut within a word reads one less
     assert said(pipe, lakes(fits)) == said(pipe, "") == []
     (only, *_) = said(pipe, lakes(fits + 1, "mountain"))
-    dropped = only.partition("dropped was: ")[2]
+    dropped = only.partition("ignored: ")[2]
     assert dropped
     assert "mountain".endswith(dropped)
 

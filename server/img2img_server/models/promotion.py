@@ -195,7 +195,7 @@ class Promotion:
         """Why `pipeline` must not take over, "" where it may; and how it did."""
         trials = [replace(trial, background=True, deadline=None) for trial in candidate.trials()]
         if not trials:
-            return "the bundle has no reference pictures to judge by", ""
+            return "the bundle has no reference images to compare with", ""
         # Names that no request can have: a model's id is that of a folder.
         new, old = f"{candidate.model}/{candidate.engine}", f"{candidate.model}/{serving.engine}"
         timed = {name: _Timed(runs, candidate.settle, self._engine.clock) for name, runs in ((new, pipeline), (old, serving))}

@@ -1,6 +1,7 @@
-"""The gate: does a pipeline that computes otherwise than was verified still draw the bundle's reference images?
+"""The accuracy check: compares a pipeline's images with the bundle's reference images.
 
-An engine that rounds more (bfloat16, TensorRT) is let in by the images that diffusers drew in fp32 when the bundle was made.
+A pipeline that computes in lower precision than the export verified (bfloat16, TensorRT) is used only if its images are close
+enough to those that diffusers drew in fp32 at export.
 """
 
 import math
@@ -17,15 +18,15 @@ from img2img_server.engine.request import Pipeline, Request, run_alone
 from img2img_server.errors import BundleError
 
 INFINITE_PSNR = 999.0
-"""What stands for the PSNR of equal images, in decibels."""
+"""The PSNR reported for equal images, in decibels."""
 
 _MOST = 2
-"""Cases that a pipeline is judged by: one prompt at two strengths. More would be a slow start."""
+"""Maximum number of reference cases per check: one prompt at two strengths. More would slow down the start."""
 
 
 @dataclass(frozen=True, slots=True)
 class ReferenceCase:
-    """A request, and the RGB image that answers it."""
+    """A request and its reference image, in RGB."""
 
     name: str
     request: Request
@@ -34,7 +35,7 @@ class ReferenceCase:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """Whether a pipeline may be used. `problem` says why not, in a line; `psnr_db` is that of the worst image."""
+    """Whether a pipeline may be used. `problem` is the reason if not, in one line; `psnr_db` is the worst image's PSNR."""
 
     passed: bool
     problem: str = ""
@@ -42,43 +43,43 @@ class Verdict:
 
 
 def cases(manifest: Manifest, bundle: Path, model: str = "") -> tuple[ReferenceCase, ...]:
-    """What to judge by, as requests to `model`: none where the bundle has no references. Raises BundleError for damaged files."""
+    """The bundle's reference cases as requests to `model`; empty if it has none. Raises BundleError for damaged files."""
     return tuple(_case(reference, bundle, model) for reference in manifest.references[:_MOST])
 
 
 def judge(pipeline: Pipeline, bundle: Path, manifest: Manifest, least_psnr_db: float) -> Verdict:
-    """Draws each case on the calling thread, and compares. A bundle without references is never passed.
+    """Draws each case on the calling thread and compares it. A bundle without reference images does not pass.
 
-    Raises what the pipeline raises where it does not run.
+    Raises the pipeline's own errors.
     """
     known = cases(manifest, bundle)
     if not known:
-        return Verdict(False, "the bundle has no reference pictures to judge by: export it again")
+        return Verdict(False, "the bundle has no reference images to compare with: export it again")
     drawn = [run_alone(pipeline, case.request)[0] for case in known]
     return compare(known, drawn, least_psnr_db)
 
 
 def compare(known: Sequence[ReferenceCase], drawn: Sequence[Image.Image], least_psnr_db: float) -> Verdict:
-    """The verdict on an image for each case."""
+    """Compares one image per case, in the order of `known`."""
     worst = INFINITE_PSNR
     for case, picture in zip(known, drawn, strict=True):
         if picture.size != case.picture.size:
-            return Verdict(False, f"{case.name}: it draws {picture.size}, the reference has {case.picture.size}", 0.0)
+            return Verdict(False, f"{case.name}: the image is {picture.size}, the reference {case.picture.size}", 0.0)
         if float(np.asarray(picture).std()) < LEAST_CONTRAST:
-            return Verdict(False, f"{case.name}: it draws one colour only", 0.0)
+            return Verdict(False, f"{case.name}: the image has only one color", 0.0)
         worst = min(worst, psnr_db(picture, case.picture))
         if worst < least_psnr_db:
-            return Verdict(False, f"{case.name}: PSNR {worst:.1f} dB, the least is {least_psnr_db:.1f}", worst)
+            return Verdict(False, f"{case.name}: PSNR {worst:.1f} dB, the minimum is {least_psnr_db:.1f}", worst)
     return Verdict(True, "", worst)
 
 
 def least_psnr_db(precision: Precision) -> float:
-    """Decibels that an image drawn in `precision` must keep against the reference: the limit that exports are verified by."""
+    """Minimum PSNR in decibels of an image drawn in `precision`: the limit of the export's verification."""
     return LIMITS[precision].psnr_db
 
 
 def psnr_db(picture: Image.Image, reference: Image.Image) -> float:
-    """Peak signal-to-noise ratio of two RGB images of one size, in decibels; INFINITE_PSNR where they are equal."""
+    """Peak signal-to-noise ratio of two images of equal size, compared in RGB, in decibels; INFINITE_PSNR if they are equal."""
     difference = np.asarray(picture.convert("RGB"), np.float64) - np.asarray(reference.convert("RGB"), np.float64)
     mean_square = float((difference**2).mean())
     return 10 * math.log10(255**2 / mean_square) if mean_square else INFINITE_PSNR
@@ -104,7 +105,7 @@ def _case(reference: Reference, bundle: Path, model: str) -> ReferenceCase:
 def _open(bundle: Path, name: str) -> Image.Image:
     path = bundle / name
     if not path.resolve().is_relative_to(bundle.resolve()):
-        raise BundleError(f"{bundle} names a reference picture outside itself: {name}")
+        raise BundleError(f"{bundle}/manifest.json names a reference image outside the bundle: {name}")
     try:
         with Image.open(path, formats=("PNG",)) as file:
             return file.convert("RGB")

@@ -1,4 +1,4 @@
-"""How models are to be run on this machine: the settings of an operator, as values. What is really there, pipelines find out."""
+"""The operator's settings for running models. Whether this machine supports them is checked when a pipeline is loaded."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Literal
 from img2img_server.settings.setting import check, setting
 
 PROVIDERS = ("tensorrt", "cuda", "openvino", "cpu")
-"""The execution providers that can be asked for by name, best first."""
+"""Names of execution providers, best first."""
 
 Arithmetic = Literal["auto", "fp32"]
 
@@ -16,7 +16,7 @@ Arithmetic = Literal["auto", "fp32"]
 class Bucket:
     """A common shape of calls: images of `width` x `height` pixels, `rows` of them in a call of the model.
 
-    For such a shape a provider may keep what it prepared beforehand: a session of fixed shapes, a CUDA graph, a TensorRT profile.
+    A provider can prepare for such a shape in advance: a session of fixed shapes, a CUDA graph, a TensorRT profile.
     """
 
     width: int
@@ -25,12 +25,12 @@ class Bucket:
 
     @classmethod
     def parse(cls, text: str) -> "Bucket":
-        """Reads "512x512:2", 512 wide, two rows. Raises ValueError."""
+        """Parses "512x512:2" (width x height : rows; rows default to 2). Raises ValueError."""
         size, colon, rows = text.partition(":")
         width, times, height = size.partition("x")
         numbers = (width, height, rows if colon else "2")
         if not times or not all(number.isascii() and number.isdigit() and int(number) > 0 for number in numbers):
-            raise ValueError(f"'{text}' is no WIDTHxHEIGHT:ROWS, such as 512x512:2")
+            raise ValueError(f"'{text}' is not WIDTHxHEIGHT:ROWS, such as 512x512:2")
         return cls(*map(int, numbers))
 
     def __str__(self) -> str:
@@ -38,12 +38,12 @@ class Bucket:
 
 
 def parse_buckets(text: str) -> tuple[Bucket, ...]:
-    """Reads "512x512:2,768x512:4"; "none" is none. Raises ValueError."""
+    """Parses "512x512:2,768x512:4"; "none" gives (). Raises ValueError."""
     return () if text == "none" else tuple(map(Bucket.parse, text.split(",")))
 
 
 def write_buckets(buckets: tuple[Bucket, ...]) -> str:
-    """What `parse_buckets` reads as these."""
+    """The inverse of `parse_buckets`."""
     return ",".join(map(str, buckets)) or "none"
 
 
@@ -51,12 +51,12 @@ def write_buckets(buckets: tuple[Bucket, ...]) -> str:
 class Execution:
     """How to run a bundle.
 
-    `provider` is "auto" or one of PROVIDERS. `threads` are the CPU threads of one call, None for the cores there are.
-    `arithmetic` "auto" lets a provider compute in less than the bundle's precision (bfloat16 on a CPU with AMX, say) where its
-    images still pass, "fp32" never. `buckets` are the shapes to prepare for; None leaves that to the provider, () is none.
-    `gpu_memory` bounds ONNX Runtime's arena in bytes, None for no bound. `cuda_graphs` records calls of common shapes and
-    replays them. `vae_memory` bounds one call of a VAE in bytes, by estimate; None leaves that to common/vae.py. `compile` runs
-    torch modules through torch.compile. `cache` is where built engines are kept.
+    `provider` is "auto" or one of PROVIDERS. `threads` is the number of CPU threads of one call, None for the number of cores.
+    With `arithmetic` "auto" a provider may compute in lower precision than the bundle's (bfloat16 on a CPU with AMX, for example)
+    if the reference images still pass; with "fp32" it may not. `buckets` are the shapes to prepare for, None for the provider's
+    default, () for none. `gpu_memory` bounds ONNX Runtime's arena in bytes, None for no bound. `cuda_graphs` records calls of
+    common shapes and replays them. `vae_memory` bounds the estimated memory of one VAE call in bytes, None for the default of
+    common/vae.py. `compile` runs torch modules through torch.compile. `cache` is the folder of built engines.
     """
 
     provider: str = setting(

@@ -1,4 +1,4 @@
-"""Bundle -> pipeline: builds diffusers' own img2img class out of ONNX modules or torch modules, and splits it by family."""
+"""Bundle -> pipeline: builds diffusers' img2img class from ONNX modules or torch modules, and wraps it for the engine."""
 
 import logging
 from collections.abc import Callable
@@ -40,14 +40,14 @@ FAMILIES: dict[str, type[StableDiffusion]] = {
     "stable-diffusion-xl": StableDiffusionXL,
     "latent-consistency": LatentConsistency,
 }
-"""The families that the engine runs step by step in batches. Every other one runs whole."""
+"""The families that the engine batches step by step. All others are opaque pipelines."""
 
 _FEW_BYTES = 2**28
-"""Of torch's tensors on a GPU: what is less than this is no model."""
+"""If torch's tensors on the GPU take less than this, no other model is loaded there."""
 
 _PRECISIONS: dict[torch.dtype, Precision] = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 _DOES_NOT_DRAW = (*ERRORS, BundleError, ServerError, RuntimeError, FloatingPointError)
-"""What a pipeline raises, when it is judged, that computes in a way which does not work here."""
+"""Errors of a pipeline in the accuracy check that mean that its precision does not work on this machine."""
 
 
 def load_pipeline(
@@ -60,10 +60,10 @@ def load_pipeline(
 ) -> Pipeline:
     """Loads the bundle in the directory `bundle`, whose manifest was read and checked before.
 
-    `execution` says how to run it, None for the best that is there. `cache` keeps what was encoded of prompts and images;
-    several pipelines may share one. `open_graph` opens the graphs; `keep` is given what readies them for a GPU or the CPU, to
-    remember what it made.
-    Raises BundleError where the bundle does not fit this server or the provider is not there.
+    `execution` says how to run it, None for the defaults. `cache` keeps encoded prompts and images; several pipelines may share
+    one. `open_graph` opens ONNX files; `keep` wraps the function that makes runners for a GPU or the CPU, to keep references to
+    them.
+    Raises BundleError if the bundle does not fit this server or the provider is not available, OutOfMemory if the GPU is full.
     """
     refuse_unsafe(bundle)
     execution = execution or Execution()
@@ -84,11 +84,11 @@ def _load_graphs(
     open_graph: Open,
     keep: Callable[[Make], Make],
 ) -> Pipeline:
-    """On the provider that was chosen. If that was left to the server and the GPU does not run the bundle: on the CPU."""
+    """Loads an ONNX bundle on the chosen provider; if the provider is "auto" and the GPU does not run the bundle, on the CPU."""
     placement = Placement(bundle, manifest, choice, open_graph)
     if choice.provider == "openvino":
         return _load_openvino(bundle, manifest, execution, threads, cache, placement)
-    # What runs whole has a thread for each request, and recorded calls belong to one thread.
+    # An opaque pipeline uses several threads, and recorded calls belong to one thread.
     graphs = execution.cuda_graphs and manifest.family in FAMILIES
     try:
         make, provider, tensors = _runners(choice, replace(execution, cuda_graphs=graphs), threads, placement.open, Sizes(bundle))
@@ -97,7 +97,7 @@ def _load_graphs(
         if choice.provider == "cpu":
             raise
         if is_out_of_memory(error) and _is_shared(bundle):
-            raise OutOfMemory(f"the GPU has no memory for {bundle.name} beside what is loaded: {last_line(error)}") from error
+            raise OutOfMemory(f"not enough GPU memory for {bundle.name} beside the loaded models: {last_line(error)}") from error
         if execution.provider != "auto":
             raise
         why = last_line(error)
@@ -108,7 +108,7 @@ def _load_graphs(
 
 
 def _is_shared(bundle: Path) -> bool:
-    """Whether other models than that of `bundle` take memory of the GPU: without them it might have enough."""
+    """Whether models other than `bundle` take GPU memory, so that evicting them could help."""
     others = any(keeper.owner not in (bundle, None) for keeper in KEEPERS)
     return others or (torch.cuda.is_available() and torch.cuda.memory_allocated() > _FEW_BYTES)
 
@@ -123,11 +123,11 @@ def assemble(
     cache: Cache,
     execution: Execution | None = None,
 ) -> Pipeline:
-    """A pipeline of the bundle's graphs, each readied by `make`.
+    """Builds a pipeline of the bundle's graphs, with the runners that `make` makes.
 
-    `provider` is what answers say ran them, and picks between a graph and its fused twin (components.py). `tensors`, "cpu" or
-    "cuda", is where `make`'s runners want tensors; the latents and a hybrid's torch modules are there too. `execution` says
-    whether those are compiled, and what the VAE may take. Raises BundleError.
+    `provider` is the name reported in results; it also selects between a graph and its fused variant (components.py). `tensors`,
+    "cpu" or "cuda", is where the runners expect tensors, and where the latents and a hybrid's torch modules are placed.
+    `execution` says whether torch modules are compiled, and the VAE's memory. Raises BundleError.
     """
     execution = execution or Execution()
     memory = most_memory(execution, tensors)
@@ -136,20 +136,20 @@ def assemble(
 
 
 def _runners(choice: Choice, execution: Execution, threads: int, open_graph: Open, sizes: Sizes) -> tuple[Make, str, str]:
-    """What readies graphs for the provider, its name in answers, and where tensors are to be."""
+    """The function that makes the provider's runners, the provider's name in results, and the device of tensors."""
     if choice.provider == "cpu":
         options = SessionOptions("cpu", threads)
         return lambda name, graph: HostRunner(open_graph(graph, options)), "cpu", "cpu"
     from img2img_server.runtime.providers import cuda
 
-    # TensorRT begins with CUDA, too: its engines are built while that serves.
+    # TensorRT starts with CUDA, too: CUDA serves while TensorRT's engines are built.
     return cuda.runners(execution, threads, open_graph, sizes), "cuda", cuda.tensor_device()
 
 
 def _load_openvino(
     bundle: Path, manifest: Manifest, execution: Execution, threads: int, cache: Cache, placement: Placement
 ) -> Pipeline:
-    """In bfloat16 where that is there and its images pass, else in float32."""
+    """Loads in bfloat16 if the CPU supports it and the accuracy check passes, else in float32."""
 
     def load(execution: Execution) -> Pipeline:
         arithmetic = openvino.arithmetic(execution)
@@ -162,7 +162,7 @@ def _load_openvino(
 
 
 def _load_torch(bundle: Path, manifest: Manifest, execution: Execution, threads: int, cache: Cache) -> Pipeline:
-    """OpenVINO and TensorRT run graphs: beside them PyTorch takes the same device."""
+    """Loads a torch bundle. OpenVINO and TensorRT run only graphs; with them PyTorch uses the same device."""
     if execution.provider == "openvino":
         choose(execution.provider)
     device = torch_device({"openvino": "cpu", "tensorrt": "cuda"}.get(execution.provider, execution.provider))
@@ -170,13 +170,13 @@ def _load_torch(bundle: Path, manifest: Manifest, execution: Execution, threads:
     def load(dtype: torch.dtype) -> Pipeline:
         if device == "cuda":
             go_over(device_stream())
-        why = manifest.backend_reason or "it has no graphs"
-        _log.info("%s: all of it runs in PyTorch on %s in %s, %d threads: %s", bundle.name, device, dtype, threads, why)
+        why = manifest.backend_reason or "the bundle has no graphs"
+        _log.info("%s: runs in PyTorch on %s in %s, %d threads: %s", bundle.name, device, dtype, threads, why)
         try:
             pipe = torch_pipeline(bundle, manifest, device, dtype)
         except BundleError as error:
             if device == "cuda" and is_out_of_memory(error):
-                raise OutOfMemory(f"the GPU has no memory for {bundle.name}: {last_line(error)}") from error
+                raise OutOfMemory(f"not enough GPU memory for {bundle.name}: {last_line(error)}") from error
             raise
         return _split(bundle, pipe, f"torch:{device}", manifest, execution, threads, cache)
 
@@ -189,20 +189,20 @@ def _load_torch(bundle: Path, manifest: Manifest, execution: Execution, threads:
 def _judged(
     bundle: Path, manifest: Manifest, precision: Precision, quick: Callable[[], Pipeline], exact: Callable[[], Pipeline]
 ) -> Pipeline:
-    """The `quick` pipeline, which computes in `precision`, if it draws the bundle's reference images; else the `exact` one."""
+    """Loads the `quick` pipeline, which computes in `precision`; if it fails the accuracy check, the `exact` one instead."""
     try:
         pipeline = quick()
         verdict = accuracy_check.judge(pipeline, bundle, manifest, accuracy_check.least_psnr_db(precision))
     except OutOfMemory:
-        # In float32 it takes more.
+        # float32 takes even more memory.
         raise
     except _DOES_NOT_DRAW as error:
-        verdict = accuracy_check.Verdict(False, f"it does not run: {error}".splitlines()[0])
+        verdict = accuracy_check.Verdict(False, f"the pipeline does not run: {error}".splitlines()[0])
     if verdict.passed:
-        _log.info("%s: computes in %s, PSNR of its reference pictures %.1f dB", bundle.name, precision, verdict.psnr_db)
+        _log.info("%s: computes in %s, PSNR of its reference images %.1f dB", bundle.name, precision, verdict.psnr_db)
         return pipeline
     _log.warning("%s: computes in fp32 and not in %s: %s", bundle.name, precision, verdict.problem)
-    # Before the other is loaded: they need not fit into memory together.
+    # Freed before the other one is loaded: both need not fit into memory.
     pipeline = None  # type: ignore[assignment]
     return exact()
 
@@ -210,8 +210,8 @@ def _judged(
 def _split(
     bundle: Path, pipe: Any, engine: str, manifest: Manifest, execution: Execution, threads: int, cache: Cache
 ) -> Pipeline:
-    """A diffusers pipeline as the engine runs it: step by step where its family can be."""
-    # Where graphs do all the heavy work torch only steps schedulers: threads of its own would get in ONNX Runtime's way.
+    """Wraps a diffusers pipeline for the engine: step by step if its family supports it, else as an opaque pipeline."""
+    # If graphs do all the heavy work, torch only steps schedulers; more threads of torch would compete with ONNX Runtime's.
     torch_threads = 1 if manifest.backend == "onnx" else threads
     family = FAMILIES.get(manifest.family)
     pipeline: StableDiffusion | OpaquePipeline

@@ -1,1 +1,1 @@
-"""What every way of running a model shares: calls of torch, device copies, out of memory, CPU count, sizes."""
+"""Shared by all ways of running a model: torch calls, device copies, out of memory, CPU count, VAEs, sizes."""

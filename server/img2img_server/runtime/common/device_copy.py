@@ -1,4 +1,4 @@
-"""Tensors between the host and the device, the stream that all work of this process shares, and when to wait for the device."""
+"""Copies between host and device, the CUDA stream that this process uses, and waiting for the device."""
 
 import functools
 import threading
@@ -9,27 +9,27 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 _THREAD = threading.local()
-"""`stream`: the one that torch was last made to use on this thread."""
+"""`stream`: torch's current stream on this thread, as set by `enter_stream`."""
 
 _COPIES = frozenset({torch.Tensor.to, torch.Tensor.cpu})
 
 
 @functools.cache
 def device_stream() -> torch.cuda.Stream:
-    """The CUDA stream of this process. All pipelines use it, on all threads, so that everything is done in the order in which it
-    was asked for. It is not the default stream, on which nothing can be recorded."""
+    """The CUDA stream of this process. All pipelines use it on all threads, so work is done in the order of submission. It is not
+    the default stream, on which CUDA graphs cannot be recorded."""
     return torch.cuda.Stream()  # type: ignore[no-untyped-call]
 
 
 def start_device(provider: str) -> None:
-    """Has torch start the GPU if models may run there, so that what is measured of the first one leaves that out. `provider` is
+    """Initializes CUDA in torch if models may run on a GPU, so that the first model's measured load excludes it. `provider` is
     the setting."""
     if provider in ("auto", "cuda", "tensorrt") and torch.cuda.is_available():
         device_stream()
 
 
 def enter_stream() -> None:
-    """Has torch, on this thread, use `device_stream` from now on, if this process uses CUDA."""
+    """Makes `device_stream` torch's current stream on this thread, if this process uses CUDA."""
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         stream = device_stream()
         if getattr(_THREAD, "stream", None) is not stream:
@@ -38,9 +38,9 @@ def enter_stream() -> None:
 
 
 def go_over(stream: torch.cuda.Stream) -> None:
-    """Has torch, on this thread, use `stream` from now on, for what follows on what it asked for before.
+    """Makes `stream` torch's current stream on this thread, ordered after the work that torch submitted before.
 
-    So latents and what ONNX Runtime makes of them are asked for in one order, and neither waits for the other.
+    Torch and ONNX Runtime then share one order of work, and neither has to wait for the other on the host.
     """
     current = torch.cuda.current_stream()
     if current != stream:
@@ -49,10 +49,10 @@ def go_over(stream: torch.cuda.Stream) -> None:
 
 
 def send(tensor: torch.Tensor, device: torch.device | str, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """`tensor` on `device`, and of `dtype` if one is given.
+    """`tensor` on `device`, converted to `dtype` if one is given.
 
-    torch copies from ordinary memory only when the device has done all that was asked of it before. From pinned memory, which
-    must be contiguous for that, the copy is one more thing asked of it. What comes to the host is there on return, and pinned.
+    A copy from pageable memory waits until the device has finished all submitted work; a copy from pinned, contiguous memory is
+    queued like other work. A copy to the host is complete on return, in pinned memory.
     """
     target = device if isinstance(device, torch.device) else torch.device(device)
     if tensor.device.type == target.type:
@@ -64,19 +64,19 @@ def send(tensor: torch.Tensor, device: torch.device | str, dtype: torch.dtype | 
         host = fetch_later(small)
         torch.cuda.current_stream(tensor.device).synchronize()
         return host.to(dtype or small.dtype)
-    # A copy to the host must be over before anyone reads it.
+    # A copy to the host must be complete before it is read.
     return small.to(target, non_blocking=target.type != "cpu").to(dtype or small.dtype)
 
 
 def fetch_later(tensor: torch.Tensor) -> torch.Tensor:
-    """`tensor` itself, or if it is on a CUDA device a copy on the host, which is there after the next wait for the device."""
+    """A host copy of a CUDA tensor, valid after the next wait for the device; a tensor on another device as it is."""
     if tensor.device.type != "cuda":
         return tensor
     return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
 
 
 class PinnedCopies(TorchFunctionMode):
-    """Within the block, copies between the host and a CUDA device that anyone asks of torch on this thread are made by `send`."""
+    """Within the block, torch's copies between the host and a CUDA device on this thread are made by `send`."""
 
     def __torch_function__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
@@ -103,10 +103,10 @@ def _dtype_of(argument: Any) -> torch.dtype | None:
 
 
 def mark(device: torch.device) -> Callable[[], None] | None:
-    """What waits until `device` has done all that was asked of it in `device_stream`; None if it is no CUDA device.
+    """A function that waits until `device` has done all work submitted to `device_stream` so far; None if it is not CUDA.
 
-    The engine waits for a step once it has asked for the next one. Without that it would time how long asking takes, tell of
-    steps that are not done, and have asked for many when a request is cancelled.
+    The engine waits for a step after it has submitted the next one. Otherwise it would measure submission instead of computation,
+    report steps that are not done, and have many steps queued when a request is cancelled.
     """
     if device.type != "cuda":
         return None

@@ -1,4 +1,4 @@
-"""Recognizes what torch and ONNX Runtime raise when memory runs out."""
+"""Recognizes out-of-memory errors of torch and ONNX Runtime, and frees cached device memory."""
 
 import logging
 import traceback
@@ -14,25 +14,25 @@ from img2img_server.errors import OutOfMemory
 _log = logging.getLogger(__name__)
 
 RUNTIME_ERRORS = (RuntimeError, MemoryError, state.Fail, state.RuntimeException, state.EPFail)
-"""What calls of torch and ONNX Runtime raise for want of memory, among much else."""
+"""The classes of out-of-memory errors of torch and ONNX Runtime; other failures use them, too."""
 
 
 class Keeper(Protocol):
-    """Something that keeps device memory for later. `owner` stands for its model; without one it keeps little."""
+    """An object that caches device memory. `owner` identifies its model; None for small caches."""
 
     owner: Hashable
 
     def give_back(self) -> None:
-        """Frees what it keeps, as far as it is not in use. Raises nothing."""
+        """Frees its cached memory that is not in use. Does not raise."""
         ...
 
 
 KEEPERS: WeakSet[Keeper] = WeakSet()
-"""All that keep device memory in this process, beside torch."""
+"""All caches of device memory in this process, except torch's."""
 
 _OWN, _ALL = 1, 2
 _given_back: dict[Hashable, int] = {}
-"""Of each model that ran out of memory, and whose calls have all run out since: whose memory was given back."""
+"""By model that ran out of memory in its last call: whose caches were freed (_OWN or _ALL)."""
 
 _SIGNS = (
     "out of memory",  # CUDA itself: "CUDA failure 2: out of memory", "CUDA error: out of memory"
@@ -58,10 +58,9 @@ def is_out_of_memory(error: BaseException) -> bool:
 def out_of_memory(error: Exception, owner: Hashable = None) -> OutOfMemory | None:
     """The error to raise instead of `error`, from None, if an allocation failed; None for other errors.
 
-    What the failed call's frames hold is let go, and what is kept for later is given back to the device: by torch and the
-    sessions of the model `owner`, and by those of all models if the next call of `owner` runs out of memory, too (None: at once).
-    So other models keep their recordings unless their memory is needed. Called on the thread that runs the models, or before it
-    starts.
+    Clears the failed call's frames and frees cached device memory: torch's and that of the sessions of the model `owner`; if the
+    next call of `owner` fails, too, that of all models (with `owner` None, all at once). So other models keep their recordings
+    unless their memory is needed. Call it on the thread that runs the models, or before it starts.
     """
     if isinstance(error, OutOfMemory):
         return error
@@ -77,13 +76,13 @@ def out_of_memory(error: Exception, owner: Hashable = None) -> OutOfMemory | Non
 
 
 def worked(owner: Hashable) -> None:
-    """Notes that a call of the model `owner` had enough memory."""
+    """Records that a call of the model `owner` had enough memory."""
     if _given_back:
         _given_back.pop(owner, None)
 
 
 def _give_back(owner: Hashable) -> bool:
-    """Has sessions give back what they keep: those of `owner`, and the next time all. Returns whether that had not been tried."""
+    """Frees the caches of `owner`, or all if that was done before. Returns whether a retry may succeed."""
     keepers, before = list(KEEPERS), _given_back.get(owner, 0)
     own = [keeper for keeper in keepers if keeper.owner in (owner, None)]
     only_own = owner is not None and before < _OWN and len(own) < len(keepers)

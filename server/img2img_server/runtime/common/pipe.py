@@ -1,6 +1,6 @@
-"""diffusers pipelines as objects: their inner pipelines, shallow copies, and the image sizes they take and were trained on.
+"""diffusers pipelines as objects: inner pipelines, shallow copies, supported and native image sizes.
 
-Each class keeps its sizes in another attribute, or not at all.
+Classes keep their sizes in different attributes, or not at all.
 """
 
 import copy
@@ -8,31 +8,31 @@ from typing import Any
 
 
 def view_of(pipe: Any, **parts: Any) -> Any:
-    """A shallow copy of `pipe` with other `parts`, set past diffusers' __setattr__, which would note their classes in a
-    unused configuration."""
+    """A shallow copy of `pipe` with other `parts`. Bypasses diffusers' __setattr__, which would register their classes in the
+    shared configuration."""
     view = copy.copy(pipe)
     view.__dict__.update(parts)
     return view
 
 
 SWAPPED = frozenset({"KandinskyV22Img2ImgPipeline", "KandinskyV22Img2ImgCombinedPipeline"})
-"""Classes of diffusers (seen in 0.39) that hand width and height to their image processor the wrong way round."""
+"""Classes of diffusers (as of 0.39) that pass width and height to their image processor in the wrong order."""
 
 _UNFITTED = frozenset({"Kandinsky3UNet", "ResnetUpsampleBlock2D", "SimpleCrossAttnUpBlock2D"})
-"""UNets, and blocks of UNets, that double what they get whatever its size was before it was halved."""
+"""UNets and UNet blocks that upsample by exactly 2, so that odd sizes do not fit their skip connections."""
 
 _ASSUMED_SIDE = 512
-"""Pixels of a side of the images that a pipeline was trained on, where it doesn't say."""
+"""Side in pixels of the images that a pipeline was trained on, if its configuration does not say."""
 
 
 def parts(pipe: Any) -> list[Any]:
-    """The pipeline and the inner pipelines that a combined one hands its work to."""
+    """The pipeline and, if it is a combined one, its inner pipelines."""
     return [pipe, *(value for name, value in vars(pipe).items() if name.endswith("_pipe"))]
 
 
 def size_multiple(pipe: Any) -> int:
-    """Width and height must be multiples of this many pixels: what the pipeline's image processor rounds to, else 64, times
-    what its denoiser's patches and levels need, where the pipeline leaves that to its caller."""
+    """The number of pixels of which width and height must be multiples: the image processor's factor times the denoiser's, or 64
+    if the pipeline has no image processor."""
     for part in parts(pipe):
         processor = getattr(part, "image_processor", None)
         factor = getattr(getattr(processor, "config", None), "vae_scale_factor", None)
@@ -53,16 +53,13 @@ def native_sizes(pipe: Any) -> tuple[int, int]:
 
 
 def native_size(sample_size: Any, factor: int) -> tuple[int, int]:
-    """Width and height in pixels of a denoiser's `sample_size`, where a latent stands for `factor` pixels a side."""
+    """Width and height in pixels of a denoiser's `sample_size`, if a latent covers `factor` x `factor` pixels."""
     latents = latent_size(sample_size)
     return (latents[0] * factor, latents[1] * factor) if latents is not None else (_ASSUMED_SIDE, _ASSUMED_SIDE)
 
 
 def latent_size(sample_size: Any) -> tuple[int, int] | None:
-    """Width and height in latents of a `sample_size` as configurations have it: a number, or a list [height, width] of them.
-
-    None if it is anything else, such as null.
-    """
+    """Width and height in latents of a configuration's `sample_size`: a number, or [height, width]. None for anything else."""
     numbers = sample_size if isinstance(sample_size, (list, tuple)) else [sample_size]
     try:
         sides = [int(number) for number in numbers]
@@ -74,8 +71,8 @@ def latent_size(sample_size: Any) -> tuple[int, int] | None:
 
 
 def _denoiser_multiple(pipe: Any) -> int:
-    """Latents must be multiples of this. Only SD 3's pipelines have a `patch_size`, and only Kandinsky's UNets don't fit what
-    they sample up to what they sampled down."""
+    """The number of latents of which each side must be a multiple. Only SD 3's pipelines have a `patch_size`; only Kandinsky's
+    UNets do not fit upsampled to downsampled sizes."""
     unet = getattr(pipe, "unet", None)
     config = getattr(unet, "config", {})
     kinds = {config.get("_class_name", type(unet).__name__), *config.get("up_block_types", ())}

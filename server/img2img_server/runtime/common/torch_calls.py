@@ -1,5 +1,4 @@
-"""How a pipeline's methods call torch: without gradients, on the pipeline's number of threads, and with one error for all kinds
-of out of memory."""
+"""Decorators for pipeline methods that call torch: no gradients, the pipeline's thread count, and one out-of-memory error."""
 
 import functools
 from collections.abc import Callable
@@ -16,8 +15,8 @@ _R = TypeVar("_R")
 
 
 class HasThreads(Protocol):
-    """A pipeline that knows how many CPU threads of torch its calls are to use. Its `owner`, if it has one, says whose memory
-    they take (memory.py)."""
+    """A pipeline with the number of CPU threads of its torch calls. Its `owner`, if any, identifies its model
+    (out_of_memory.py)."""
 
     threads: int
 
@@ -26,7 +25,7 @@ _Self = TypeVar("_Self", bound=HasThreads)
 
 
 def torch_call(method: Callable[Concatenate[_Self, _P], _R]) -> Callable[Concatenate[_Self, _P], _R]:
-    """Decorates a pipeline's method. Both settings belong to the thread that calls, and several pipelines share one.
+    """Decorates a pipeline's method that uses the device. Sets threads and inference mode on the calling thread.
 
     Raises OutOfMemory if torch or ONNX Runtime runs out of memory.
     """
@@ -50,9 +49,9 @@ def torch_call(method: Callable[Concatenate[_Self, _P], _R]) -> Callable[Concate
 
 
 def host_call(method: Callable[Concatenate[_Self, _P], _R]) -> Callable[Concatenate[_Self, _P], _R]:
-    """Decorates a pipeline's method that computes on the CPU only and that any thread may call, at any time.
+    """Decorates a pipeline's method that computes on the CPU only; any thread may call it at any time.
 
-    It leaves the device and its stream alone: a thread that joins the stream while another records a call on it breaks the
+    It does not touch the device or its stream: a thread that enters the stream while another one records on it breaks the
     recording. Raises OutOfMemory if torch runs out of memory.
     """
 

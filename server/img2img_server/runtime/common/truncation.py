@@ -1,4 +1,4 @@
-"""Which part of a text a model's tokenizers drop: each reads so many tokens, and diffusers cuts the rest off without a word."""
+"""Finds the part of a text that a model's tokenizers truncate, which diffusers does without a warning to the caller."""
 
 import copy
 import inspect
@@ -15,34 +15,34 @@ _CODE = "PROMPT_TRUNCATED"
 _MOST_KNOWN = 256
 _UNLIMITED = 10**6
 _OWN_LIMITS = {"Kandinsky3Img2ImgPipeline": 128}
-"""Classes whose limit is a constant in the code (diffusers 0.39)."""
+"""Token limits that are constants in a pipeline's code (diffusers 0.39), by class."""
 _CHATS = frozenset({"ZImageImg2ImgPipeline"})
-"""Classes that cut the text after they have put it into the chat's template."""
+"""Classes that truncate the text after it was inserted into a chat template."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Reader:
-    """A tokenizer of a pipeline and the most tokens, special ones among them, that it gives to its text encoder."""
+    """A pipeline's tokenizer, and its maximum number of tokens, special tokens included."""
 
     name: str
     tokenizer: Any
     limit: int
 
     def dropped(self, text: str) -> str:
-        """The end of a text that is not read, as the tokenizer spells it."""
+        """The truncated end of a text, as decoded by the tokenizer; "" if nothing is truncated."""
         tokens = self.tokenizer(text, verbose=False).input_ids
         if len(tokens) <= self.limit:
             return ""
-        end = int(tokens[-1] == self.tokenizer.eos_token_id)  # It is kept where there is one.
+        end = int(tokens[-1] == self.tokenizer.eos_token_id)  # An end token is kept.
         text = str(self.tokenizer.decode(tokens[self.limit - end : len(tokens) - end]))
-        # CLIP's mark of a word's end: a tokenizer of transformers 5 that was copied leaves it.
+        # CLIP's end-of-word mark, which a copied tokenizer of transformers 5 leaves in the text.
         return text.replace("</w>", " ").strip()
 
 
 class Truncation:
-    """Finds what the tokenizers of a diffusers pipeline drop. Any thread may ask.
+    """Finds what the tokenizers of a diffusers pipeline truncate. Thread-safe.
 
-    It has tokenizers of its own: one that cuts in one thread must not be asked to read everything in another.
+    It uses copies of the tokenizers, because truncation is a state of a tokenizer, and the pipeline sets it on another thread.
     """
 
     def __init__(self, pipe: Any) -> None:
@@ -55,10 +55,10 @@ class Truncation:
         self._lock = threading.Lock()
 
     def warnings(self, texts: Mapping[str, str]) -> tuple[RequestWarning, ...]:
-        """Warnings about these texts, keyed by the name of their field."""
-        return tuple(RequestWarning(field, said, _CODE) for field, text in texts.items() for said in self._said(text))
+        """Warnings about `texts`, which are keyed by field name."""
+        return tuple(RequestWarning(field, found, _CODE) for field, text in texts.items() for found in self._cached(text))
 
-    def _said(self, text: str) -> tuple[str, ...]:
+    def _cached(self, text: str) -> tuple[str, ...]:
         with self._lock:
             if text not in self._known:
                 if len(self._known) >= _MOST_KNOWN:
@@ -76,13 +76,13 @@ class Truncation:
                 whole.append(reader.name)
         rest = f" ({' and '.join(whole)} read all of it)" if whole else ""
         return tuple(
-            f"the text is longer than the {limit} tokens of the model's {' and '.join(names)}{rest}, dropped was: {dropped}"
+            f"the text is longer than the {limit} tokens of the model's {' and '.join(names)}{rest}; ignored: {dropped}"
             for (dropped, limit), names in cuts.items()
         )
 
 
 def _limit(pipe: Any, tokenizer: PreTrainedTokenizerBase) -> int:
-    """The most tokens of a text, as the pipeline's class cuts them (diffusers 0.39)."""
+    """Maximum number of tokens of a text in this pipeline class (diffusers 0.39)."""
     if "CLIP" not in type(tokenizer).__name__:
         parameter = inspect.signature(pipe.__call__).parameters.get("max_sequence_length")
         asked = None if parameter is None else parameter.default
@@ -92,8 +92,8 @@ def _limit(pipe: Any, tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def _template_tokens(pipe: Any, tokenizer: PreTrainedTokenizerBase) -> int:
-    """How many of these tokens the template takes that the pipeline puts before a text."""
-    dropped = 0  # Qwen-Image drops the template's again, as many as its own tokenizer makes of it.
+    """Number of tokens that the pipeline's template takes before the text."""
+    dropped = 0  # Qwen-Image removes this many template tokens after encoding.
     if type(pipe).__name__ in _CHATS:
         chat = [{"role": "user", "content": "{}"}]
         template = str(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))

@@ -1,12 +1,12 @@
 """Autoencoders (VAEs): what their encoders return, and bounds on the memory of their calls.
 
-Encoders return a distribution of latents (AutoencoderKL) or the latents themselves (AutoencoderTiny). diffusers' pipelines take
-either, by the attribute of the encoder's output. Here one tensor represents both: the parameters of a distribution,
-[B, 2C, h, w], or latents, [B, C, h, w].
+Encoders return a distribution of latents (AutoencoderKL) or the latents themselves (AutoencoderTiny). diffusers' pipelines accept
+either, by the attribute of the encoder's output. Here one tensor represents both: the parameters of a distribution, [B, 2C, h,
+w], or latents, [B, C, h, w].
 
-Images that do not fit into one call together are encoded or decoded in several calls, and an image that does not fit alone in
-overlapping tiles, as diffusers' VAEs do if tiling is enabled. Several calls return what one returns. Tiles do not: a tile has
-no information about the rest of the image. What fits is computed as if there were no bound.
+A batch that exceeds the memory of one call is divided into several calls, with equal results. A single image that exceeds it is
+computed in overlapping tiles, as in diffusers' VAEs with tiling enabled; its result differs, because a tile has no information
+about the rest of the image.
 """
 
 import functools
@@ -24,38 +24,38 @@ from img2img_server.runtime.execution import Execution
 
 
 def tensor_of(output: Any) -> torch.Tensor:
-    """The tensor that stands for an encoder's output. Raises AttributeError for outputs of other kinds."""
+    """The tensor that represents an encoder's output. Raises AttributeError for outputs of other kinds."""
     tensor: torch.Tensor = output.latents if hasattr(output, "latents") else output.latent_dist.parameters
     return tensor
 
 
 def output_of(tensor: torch.Tensor, config: Any) -> SimpleNamespace:
-    """What diffusers reads of an encoder's output, of the tensor that stands for it; `config` is the autoencoder's."""
+    """An encoder's output as diffusers expects it, from the tensor that represents it; `config` is the autoencoder's."""
     if tensor.shape[1] == config.get("latent_channels"):
         return SimpleNamespace(latents=tensor)
     return SimpleNamespace(latent_dist=DiagonalGaussianDistribution(tensor))
 
 
 _SHARE = 4
-"""The part of all memory, one in so many, that a call may take by default."""
+"""A call may take one part in this many of all memory by default."""
 _LIVE = 3
-"""Tensors of full size that a decoder has at the same time where it takes most, about: docs/devices.md has what was measured."""
+"""Approximate number of full-size tensors in memory at a decoder's peak; docs/devices.md has the measurements."""
 _SCORES = 2
-"""Matrices of attention's scores that a graph without fused attention has at the same time."""
+"""Attention score matrices in memory at the same time in a graph without fused attention."""
 _CHANNELS = 256
-"""Channels at full size of a VAE whose configuration does not say: as many as Stable Diffusion's has."""
+"""Channels at full size if the VAE's configuration does not say: Stable Diffusion's number."""
 _TILE = 512
-"""Pixels of a side of a tile if the VAE's configuration has no size of its own."""
+"""Side of a tile in pixels if the VAE's configuration has no sample size."""
 
 _LEAST_TILE = 8
-"""Latents of a side of a tile, at the least."""
+"""Minimum side of a tile in latents."""
 
 Half = Callable[[torch.Tensor], torch.Tensor]
 """One half of a VAE: images [B, 3, H, W] to parameters of latents [B, C, h, w], or latents to images."""
 
 
 def most_memory(execution: Execution, device: str) -> int | None:
-    """Bytes that one call of a VAE on `device`, "cuda" or "cpu", may take; None for no bound."""
+    """Maximum memory in bytes of one VAE call on `device`, "cuda" or "cpu"; None for no bound."""
     if execution.vae_memory is not None:
         return execution.vae_memory
     if device == "cuda":
@@ -66,7 +66,7 @@ def most_memory(execution: Execution, device: str) -> int | None:
 
 
 class Footprint:
-    """What an image takes in a VAE, by its configuration. `scores` says whether attention's scores are kept in memory."""
+    """Estimated memory of an image in a VAE, from its configuration. `scores`: attention scores are kept in memory."""
 
     def __init__(self, config: Mapping[str, Any], scores: bool) -> None:
         widths: Any = config.get("block_out_channels")
@@ -78,20 +78,21 @@ class Footprint:
         self._scores = scores and bool(config.get("mid_block_add_attention", "down_block_types" in config))
 
     def of(self, height: int, width: int, itemsize: int) -> int:
-        """Bytes of one image of `height` x `width` pixels, in numbers of `itemsize` bytes."""
+        """Bytes that one image of `height` x `width` pixels takes, with numbers of `itemsize` bytes."""
         pixels = height * width
         scores = _SCORES * (pixels // self.scale**2) ** 2 if self._scores else 0
         return itemsize * (_LIVE * self._channels * pixels + scores)
 
 
 class BoundedVae:
-    """Calls the halves of a VAE whose configuration is `config` such that none takes more than `memory` bytes, None for no bound.
+    """Calls the halves of a VAE such that no call takes more than `memory` bytes, None for no bound.
 
-    `itemsize` is the bytes of a number that they compute with. Calls are padded to `row_buckets` images, if there are any.
+    `config` is the VAE's configuration, `itemsize` the bytes per number. Calls are padded to `row_buckets` images, if there are
+    any.
     """
 
     tile_overlap_factor = 0.25
-    # What AutoencoderKL's methods read of their model: these convolutions are in the halves already.
+    # Read by AutoencoderKL's tiling methods: the halves already include these convolutions.
     config = SimpleNamespace(use_quant_conv=False, use_post_quant_conv=False)
 
     def __init__(
@@ -134,24 +135,24 @@ class BoundedVae:
         return torch.cat([half(some) for some in torch.split(batch, max(rows, 1))])
 
     def _rows(self, height: int, width: int) -> int | None:
-        """Images of this size that fit into one call, None for any number."""
+        """Number of images of this size that fit into one call, None for no bound."""
         if self._memory is None:
             return None
         rows = self._memory // self._footprint.of(height, width, self._itemsize)
         return max((bucket for bucket in self._row_buckets if bucket <= rows), default=0) if self._row_buckets else rows
 
     def blend_v(self, above: torch.Tensor, tile: torch.Tensor, extent: int) -> torch.Tensor:
-        """AutoencoderKL's, in one operation for all lines: `tile`, whose first lines come out of the last of the one `above`."""
+        """`tile` with its first `extent` lines blended with the last lines of the tile `above`, as in AutoencoderKL."""
         return _blend(above, tile, extent, axis=2)
 
     def blend_h(self, left: torch.Tensor, tile: torch.Tensor, extent: int) -> torch.Tensor:
-        """The same for columns."""
+        """`tile` with its first `extent` columns blended with the last columns of the tile to the `left`, as in AutoencoderKL."""
         return _blend(left, tile, extent, axis=3)
 
 
 def bound_torch_vaes(pipe: Any, memory: int | None) -> None:
-    """Has the VAEs of a diffusers pipeline that run in torch slice their batches and tile their images as `memory` bytes for one
-    call demand. PyTorch keeps no scores of attention."""
+    """Makes the torch VAEs of a diffusers pipeline divide batches and tile images so that a call takes at most `memory` bytes.
+    PyTorch's attention does not keep its scores in memory."""
     if memory is None:
         return
     for vae in {id(vae): vae for part in parts(pipe) if (vae := getattr(part, "vae", None)) is not None}.values():
@@ -166,7 +167,7 @@ def _bound(vae: Any, memory: int) -> None:
 
 
 def _choosing(vae: Any, method: Callable[..., Any], footprint: Footprint, scale: int, memory: int) -> Callable[..., Any]:
-    """`method`, before which slicing and tiling are chosen by the size of its first argument [B, ..., H, W] times `scale`."""
+    """Wraps `method` to set slicing and tiling by the size of its first argument [B, ..., H, W] times `scale`."""
 
     @functools.wraps(method)
     def call(tensor: torch.Tensor, *arguments: Any, **named: Any) -> Any:

@@ -1,7 +1,7 @@
-"""Bounds what a model's class may build by what the model's files hold.
+"""Bounds the modules that are constructed from a model's configuration by the content of its weight files.
 
-A configuration of a few bytes can ask for terabytes of weights or for a hundred million layers, which the libraries build before
-they look at the files. Whoever loads a module does so in `within`: construction ends as soon as it exceeds the files.
+A configuration of a few bytes can describe terabytes of weights or a hundred million layers, which the libraries construct before
+they read the files. Modules are loaded in `within`: construction fails as soon as it exceeds the files.
 """
 
 import math
@@ -21,7 +21,7 @@ from img2img_server.bundle.files import MOST_HEADER, MOST_TENSORS
 
 _SLACK_NUMBERS, _SLACK_PARTS = 2**24, 4096
 _NUMBERS, _PARTS = 4, 16
-"""A class may register weights twice (tied ones), and replace some; a tensor has some modules, buffers and lists around it."""
+"""Factors: a class may register tied weights twice and replace some; each tensor comes with a few modules and buffers."""
 
 
 class TooLarge(ValueError):
@@ -30,13 +30,13 @@ class TooLarge(ValueError):
 
 @dataclass(slots=True)
 class _Budget:
-    """What is left to be built."""
+    """The numbers and parts that may still be constructed."""
 
     numbers: int
     parts: int
 
     def spend(self, tensor: Any) -> None:
-        """Counts one part, and the numbers in it. Raises TooLarge."""
+        """Counts one part and its numbers. Raises TooLarge."""
         self.parts -= 1
         self.numbers -= tensor.numel() if isinstance(tensor, torch.Tensor) else 0
         if self.parts < 0 or self.numbers < 0:
@@ -45,17 +45,17 @@ class _Budget:
 
 _TEXT = (
     "its config.json describes {} than its safetensors files hold (a size or a number of layers is too large): "
-    "get config.json and weights of one model"
+    "download config.json and weights of the same model"
 )
 _current = threading.local()
 
 
 @contextmanager
 def within(files: Iterable[Path]) -> Iterator[None]:
-    """Modules that this thread builds in the block may have no more weights and parts than the safetensors `files` hold, with
-    room for weights that a class registers twice and for small modules without any.
+    """Bounds the weights and parts of modules that this thread constructs in the block by the safetensors `files`, with room for
+    weights that are registered twice and for small modules without weights.
 
-    Raises TooLarge, a ValueError, out of the module's construction, and where the system has no memory for a tensor.
+    Raises TooLarge, a ValueError, from the module's construction, also if the system cannot allocate a tensor.
     """
     tensors = numbers = 0
     for path in files:
@@ -76,16 +76,17 @@ def within(files: Iterable[Path]) -> Iterator[None]:
 
 
 def _measure(path: Path) -> tuple[int, int]:
-    """The tensors that a safetensors file holds, and the numbers in them; its library checks the header. Raises ValueError."""
+    """The number of tensors in a safetensors file and of the numbers in them; its library checks the header. Raises
+    ValueError."""
     with path.open("rb") as file:
         length = struct.unpack("<Q", file.read(8).ljust(8, b"\0"))[0]
         if length > MOST_HEADER or file.read(length).count(b"data_offsets") > MOST_TENSORS:
-            raise ValueError(f"{path} has a header of more than {MOST_HEADER} bytes or {MOST_TENSORS} tensors: get it again")
+            raise ValueError(f"{path} has a header of more than {MOST_HEADER} bytes or {MOST_TENSORS} tensors: download it again")
     try:
         with safe_open(path, "pt") as weights:
             shapes = [weights.get_slice(key).get_shape() for key in weights.keys()]  # noqa: SIM118 - no mapping
     except SafetensorError as error:
-        raise ValueError(f"{path} is damaged: {error}; get it again") from None
+        raise ValueError(f"{path} is damaged: {error}; download it again") from None
     return len(shapes), sum(map(math.prod, shapes))
 
 

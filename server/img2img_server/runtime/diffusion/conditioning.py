@@ -1,6 +1,6 @@
-"""What a request brings into its steps: embeddings of its texts and the latent distribution of its image.
+"""Encodes a request's texts and image, with a cache.
 
-Both depend on content alone, so they are cached by it. What is missing for several requests is computed together.
+Both results depend only on content, which is the cache's key. Misses of several requests are computed together.
 """
 
 from collections.abc import Callable, Hashable, Sequence
@@ -18,41 +18,41 @@ from img2img_server.runtime.common.vae import output_of, tensor_of
 _Key = TypeVar("_Key", bound=Hashable)
 
 ScopedText = tuple[str, str]
-"""A request's `cache_scope`, and a text of it."""
+"""A request's `cache_scope` and one of its texts."""
 
 
 @dataclass(frozen=True, slots=True)
 class Embedding:
-    """A text: `hidden_states` [1, T, D] and, for SDXL, `pooled` [1, P]."""
+    """The embedding of a text: `hidden_states` [1, T, D] and, for SDXL, `pooled` [1, P]."""
 
     hidden_states: torch.Tensor
     pooled: torch.Tensor | None
 
     @property
     def bytes(self) -> int:
-        """What it takes in memory."""
+        """Its size in memory."""
         return self.hidden_states.nbytes + (0 if self.pooled is None else self.pooled.nbytes)
 
     def zeros(self) -> "Embedding":
-        """One of the same shape, all zeros."""
+        """An embedding of the same shape, all zeros."""
         return Embedding(torch.zeros_like(self.hidden_states), None if self.pooled is None else torch.zeros_like(self.pooled))
 
 
 class Encoder:
-    """Encodes texts and images with the components of a diffusers pipeline, through a cache that others may share.
+    """Encodes texts and images with the components of a diffusers pipeline, through a cache that may be shared.
 
-    `encode_texts` is the family's: a list of n texts to n embeddings, in one call of each text encoder.
+    `encode_texts` is the family's function: n texts to n embeddings, in one call of each text encoder.
     """
 
     def __init__(self, pipe: Any, cache: Cache, encode_texts: Callable[[list[str]], list[Embedding]]) -> None:
         self._pipe = pipe
         self._cache = cache
         self._encode_texts = encode_texts
-        # Its entries are nobody else's: an address would be given anew once this encoder is gone, and they are not.
+        # Marks this encoder's entries. An id() could be reused after this encoder is freed, while its entries still exist.
         self._own = object()
 
     def texts(self, wanted: Sequence[ScopedText]) -> dict[ScopedText, Embedding]:
-        """The embedding of each text; equal ones of one scope are encoded once."""
+        """The embedding of each text; equal texts of one scope are encoded once."""
         found, missing = self._look_up({text: ("text", *text) for text in wanted})
         if missing:
             for key, embedding in zip(missing, self._encode_texts([text for _, text in missing]), strict=True):
@@ -61,8 +61,8 @@ class Encoder:
         return found
 
     def pictures(self, requests: Sequence[Request]) -> list[SimpleNamespace]:
-        """The output of the autoencoder's encoder for each request's image (`common/vae.py`). Images of one size are encoded in
-        one call."""
+        """The output of the VAE's encoder for each request's image (`common/vae.py`). Images of one size are encoded in one
+        call."""
         # An image without a digest is not cached.
         keys: list[tuple[str, bytes | int]] = [
             (request.cache_scope, request.image_digest or index) for index, request in enumerate(requests)
@@ -79,7 +79,7 @@ class Encoder:
         return [output_of(found[key], self._pipe.vae.config) for key in keys]
 
     def close(self) -> None:
-        """Takes what is its own out of the cache."""
+        """Removes this encoder's entries from the cache."""
         self._cache.drop(lambda key: key[0] is self._own)
 
     def _encode_pixels(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -87,7 +87,7 @@ class Encoder:
         return tensor_of(vae.encode(send(pixels, vae.device, vae.dtype)))
 
     def _look_up(self, keys: dict[_Key, tuple[Hashable, ...]]) -> tuple[dict[_Key, Any], list[_Key]]:
-        """What the cache has, and the keys of what it lacks."""
+        """The cached values by key, and the keys that are not cached."""
         cached = {key: self._cache.get((self._own, *suffix)) for key, suffix in keys.items()}
         return (
             {key: value for key, value in cached.items() if value is not None},

@@ -1,8 +1,7 @@
-"""Latent Consistency Models: Stable Diffusion whose guidance was distilled into the UNet, for an image in a few steps.
+"""Latent Consistency Models: Stable Diffusion with guidance distilled into the UNet, for images in a few steps.
 
-The order of calls is that of LatentConsistencyModelImg2ImgPipeline.__call__. All steps that were asked for are run: strength
-says from which of the timesteps that the model was distilled on they are chosen. The last step adds no noise, so its latents
-are the image's.
+The order of calls is that of LatentConsistencyModelImg2ImgPipeline.__call__. All num_inference_steps are run; strength selects
+the range of distilled timesteps from which they are chosen. The last step adds no noise, so its latents are the image's.
 """
 
 from collections.abc import Hashable
@@ -17,7 +16,7 @@ from img2img_server.runtime.schedulers.cache import SchedulerCache
 
 
 class LatentConsistencySchedulers(SchedulerCache):
-    """Timetables of a model that steps by LCMScheduler only, which knows of strength."""
+    """Schedulers of a model that supports only LCMScheduler, which applies strength itself."""
 
     def __init__(self, pipe: Any) -> None:
         super().__init__(pipe)
@@ -27,7 +26,7 @@ class LatentConsistencySchedulers(SchedulerCache):
         self._check_name(request)
         most = self._distilled_steps(request)
         if request.num_inference_steps > most:
-            raise InvalidField("num_inference_steps", f"at strength {request.strength:g} this model has {most} steps at most")
+            raise InvalidField("num_inference_steps", f"at strength {request.strength:g} the maximum of this model is {most}")
 
     def _key(self, request: Request) -> Hashable:
         return request.num_inference_steps, self._distilled_steps(request)
@@ -41,12 +40,12 @@ class LatentConsistencySchedulers(SchedulerCache):
         return timesteps
 
     def _distilled_steps(self, request: Request) -> int:
-        """How many of the timesteps that the model was distilled on strength leaves: LCMScheduler's rule."""
+        """The number of distilled timesteps at this strength, by LCMScheduler's rule."""
         return int(self._pipe.scheduler.config.original_inference_steps * request.strength)
 
 
 class LatentConsistency(StableDiffusion):
-    """One row for each image: guidance is an embedding, and there is no negative prompt."""
+    """A Latent Consistency Model: one row per image, because guidance is an embedding and there is no negative prompt."""
 
     scheduler_cache = LatentConsistencySchedulers
 

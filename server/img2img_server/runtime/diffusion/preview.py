@@ -1,13 +1,13 @@
-"""Previews: the latents a step is about to become, and small images of them without the VAE.
+"""Previews: the final latents that a step predicts, drawn as small images without the VAE.
 
 The finished latents (x0 in the diffusion papers) follow from a step's model output. Every scheduler that image-to-image can use
 has `add_noise`, which gives its noise level: latents = a x0 + b noise. With the level and the kind of prediction, x0 follows. So
 it does not matter whether a scheduler keeps `alphas_cumprod` (DDIM), sigmas of a variance-exploding process (Euler),
 flow-matching sigmas, or the preconditioning of EDM (Karras et al., 2022).
 
-Each pixel of a preview is a linear map of one latent, fitted when the bundle was exported. An autoencoder's latents keep the
-layout of the image, and their relation to colour is mostly linear once statistics of the whole image are known, because a decoder
-normalizes over it. So a few multiplications draw an image at the size of the latents, much faster than the VAE.
+Each pixel of a preview is a linear map of one latent, fitted at export. An autoencoder's latents keep the layout of the image,
+and their relation to color is mostly linear once statistics of the whole image are known, because a decoder normalizes over it.
+So a few multiplications draw an image at the size of the latents, much faster than the VAE.
 """
 
 import copy
@@ -22,22 +22,21 @@ from img2img_server.runtime.common.device_copy import send
 
 
 def draw(latents: torch.Tensor, weights: Sequence[Sequence[float]]) -> list[Image.Image]:
-    """RGB images of w x h pixels for `latents` [n, C, h, w], which are scaled as the UNet sees them, without noise.
+    """RGB images of w x h pixels for `latents` [n, C, h, w] without noise, scaled as in the UNet's input.
 
-    `weights` is a manifest's `latent_preview`: for each of red, green and blue, which run from 0 to 1, the weights of
-    `features` and a bias.
+    `weights` is a manifest's `latent_preview`: for each of red, green and blue (0 to 1), the weights of `features` and a bias.
     """
     matrix = send(torch.tensor(weights, dtype=torch.float32), latents.device)
     known = features(latents.float())
-    assert matrix.shape == (3, known.shape[1] + 1), f"{tuple(matrix.shape)} is no map of {latents.shape[1]} channels"
+    assert matrix.shape == (3, known.shape[1] + 1), f"weights {tuple(matrix.shape)} do not fit {latents.shape[1]} channels"
     colours = torch.einsum("kc,nchw->nhwk", matrix[:, :-1], known) + matrix[:, -1]
     pixels = send(colours.nan_to_num().clamp(0, 1).mul(255).round(), "cpu", torch.uint8).numpy()
     return [Image.fromarray(picture) for picture in pixels]
 
 
 def features(latents: torch.Tensor) -> torch.Tensor:
-    """The features that colours are fitted from: latents [n, C, h, w], and each channel's mean, its square and its deviation: [n,
-    4C, h, w]."""
+    """The features for fitting colors, [n, 4C, h, w]: `latents` [n, C, h, w], and each channel's mean, squared mean and standard
+    deviation."""
     mean, deviation = latents.mean((2, 3), keepdim=True), latents.std((2, 3), keepdim=True, correction=0)
     return torch.cat([latents, *(part.expand_as(latents) for part in (mean, mean.square(), deviation))], dim=1)
 
@@ -45,7 +44,7 @@ def features(latents: torch.Tensor) -> torch.Tensor:
 def noise_level(scheduler: Any, timestep: torch.Tensor, dtype: torch.dtype = torch.float32) -> tuple[float, float]:
     """The factors of x0 and of noise in the latents at `timestep` [1], computed in `dtype` on the CPU. Does not change the
     scheduler."""
-    level = copy.copy(scheduler)  # add_noise moves its tables to where the latents are
+    level = copy.copy(scheduler)  # add_noise moves its tables to the latents' device
     one, zero = torch.ones(1, 1, 1, 1, dtype=dtype), torch.zeros(1, 1, 1, 1, dtype=dtype)
     return float(level.add_noise(one, zero, timestep)), float(level.add_noise(zero, one, timestep))
 
@@ -55,8 +54,8 @@ def predict_original(
 ) -> torch.Tensor | None:
     """The latents [n, C, h, w] without noise that the model's `output` predicts for `sample`, both [n, C, h, w].
 
-    `index` is the step's position in all of the scheduler's timesteps, `timestep` its value, `input_scale` the factor by which
-    the scheduler scales latents for the model. The scheduler is not changed. None if it does not say what its model predicts.
+    `index` is the step's position in the scheduler's timesteps, `timestep` its value, `input_scale` the factor by which the
+    scheduler scales latents for the model. The scheduler is not changed. None if its prediction type is unknown.
     """
     at_step = copy.copy(scheduler)
     if hasattr(at_step, "set_begin_index"):
@@ -67,7 +66,7 @@ def predict_original(
         original: torch.Tensor = scheduler.precondition_outputs(sample, output, torch.tensor(noise))
         return original
     if signal == 1.0 and input_scale < 1.0:
-        # A variance-exploding process. KDPM2's middle steps have a level of their own, which only the scale shows.
+        # A variance-exploding process. KDPM2's middle steps have a noise level that only the scale shows.
         noise = math.sqrt(input_scale**-2 - 1.0)
     match scheduler.config.get("prediction_type"):
         case "epsilon":

@@ -1,7 +1,7 @@
-"""The families of Stable Diffusion, split into the parts that the engine schedules.
+"""The Stable Diffusion families, split into the stages that the engine schedules.
 
-We own the loop, not the mathematics: prompts, images, latents, timesteps and schedulers are handled by the methods of
-diffusers' own img2img pipeline, whose components may be ONNX modules or torch modules.
+Only the loop is ours: prompts, images, latents, timesteps and schedulers are handled by the methods of diffusers' img2img
+pipeline, whose components are ONNX modules or torch modules.
 The order of calls is that of StableDiffusionImg2ImgPipeline.__call__ and StableDiffusionXLImg2ImgPipeline.__call__.
 """
 
@@ -43,9 +43,9 @@ PreviewWeights = Sequence[Sequence[float]]
 
 
 class StableDiffusion:
-    """Stable Diffusion 1 and 2, and what shares their components. Implements the engine's Pipeline.
+    """Stable Diffusion 1 and 2, and models with the same components. Implements the engine's Pipeline.
 
-    `preview_weights` is the manifest's `latent_preview`: without it there are no previews.
+    `preview_weights` is the manifest's `latent_preview`; if it is empty, there are no previews.
     """
 
     max_rows: int | None = None
@@ -72,7 +72,8 @@ class StableDiffusion:
 
     @host_call
     def plan(self, request: Request) -> Plan:
-        """Its steps and rows. Raises InvalidField where there are no steps to run. Slow for steps that were not seen before."""
+        """The request's shape, rows and steps. Raises InvalidField if no step would run. Slow for a new scheduler or new
+        steps."""
         rows = len(request.seeds) * (2 if self._is_guided(request) else 1)
         width, height = request.image.size
         warnings = self._truncation.warnings(self._read_texts(request))
@@ -80,7 +81,7 @@ class StableDiffusion:
 
     @torch_call
     def prepare(self, requests: Sequence[Request]) -> Sequence[DiffusionState]:
-        """Encodes what is not known yet, and makes the first latents."""
+        """Encodes texts and images that are not cached, and makes the first latents."""
         schedulers = [self._scheduler_cache.get(request) for request in requests]
         with PinnedCopies():
             embeddings = self._encoder.texts(
@@ -100,7 +101,7 @@ class StableDiffusion:
 
     @torch_call
     def denoise(self, states: Sequence[DiffusionState]) -> Sequence[Noise]:
-        """One UNet call for all of `states`, whatever their steps, schedulers and guidance."""
+        """Calls the UNet once for all `states`, which may differ in step, scheduler and guidance."""
         samples = [sample for state in states for sample in [state.unscaled()] * (2 if state.guided else 1)]
         joined_samples = torch.cat(samples)
         self._numbers = numbers = StepNumbers.of(states, joined_samples.device)
@@ -109,7 +110,7 @@ class StableDiffusion:
             joined_samples = torch.mul(joined_samples, numbers.scales[:, None, None, None], out=wanted)
         joined = self._joined.get(states)
         hidden_states = joined.pop("encoder_hidden_states")
-        noise: torch.Tensor = self._pipe.unet.forward(  # no hooks: nothing here has any
+        noise: torch.Tensor = self._pipe.unet.forward(  # skips hooks, of which there are none
             joined_samples,
             numbers.timesteps,
             encoder_hidden_states=hidden_states,
@@ -120,14 +121,14 @@ class StableDiffusion:
         return split_noise(states, noise)
 
     def mark(self) -> Callable[[], None] | None:
-        """On CUDA what waits for the device: `prepare`, `denoise` and `advance` only ask for their work there."""
+        """On CUDA, a function that waits for the device: `prepare`, `denoise` and `advance` only submit their work there."""
         return mark(self._device)
 
     @torch_call
     def advance(self, states: Sequence[DiffusionState], noises: Sequence[Noise]) -> None:
-        """Applies guidance, and takes all one step on: those with a compiled schedule together, others by their scheduler."""
+        """Applies guidance and steps all states: those with a linear solver together, each other one by its scheduler."""
         numbers = self._numbers
-        if numbers is None or numbers.key != key_of(states):  # some of the call's are tried apart
+        if numbers is None or numbers.key != key_of(states):  # after a failure the engine retries some states separately
             numbers = StepNumbers.of(states, states[0].latents.device)
         outputs = guide(states, noises, numbers.guidance)
         predicted = [
@@ -151,7 +152,7 @@ class StableDiffusion:
 
     @torch_call
     def preview(self, states: Sequence[DiffusionState]) -> Sequence[Image.Image | None]:
-        """What each state's first image is about to become, at the size of its latents."""
+        """A preview of each state's first image, at the size of its latents; None if there is none."""
         if not self._preview_weights:
             return [None] * len(states)
         originals = [state.original() for state in states]
@@ -161,21 +162,21 @@ class StableDiffusion:
 
     @torch_call
     def finish(self, states: Sequence[DiffusionState]) -> Sequence[Sequence[Image.Image]]:
-        """Decodes the latents. Raises FloatingPointError rather than return the black image that NaN would become."""
+        """Decodes the latents. Raises FloatingPointError for values that are not finite, which would become a black image."""
         pixels = self._decode(torch.cat([state.latents for state in states]))
         is_finite = fetch_later(torch.isfinite(pixels).all())
         with PinnedCopies(), np.errstate(invalid="ignore"):
             images = iter(self._pipe.image_processor.postprocess(pixels, output_type="pil"))
         if not is_finite:
-            raise FloatingPointError("the decoded picture has values that are not finite")
+            raise FloatingPointError("the decoded image has values that are not finite")
         return [[next(images) for _ in state.request.seeds] for state in states]
 
     def release(self, state: DiffusionState) -> None:
-        """Forgets what was joined for the step that it took part in."""
+        """Frees the batch conditioning that includes `state`."""
         self._joined.forget(state)
 
     def close(self) -> None:
-        """Takes its texts and images out of the cache, and gives up its sessions, whoever still holds this pipeline."""
+        """Removes its entries from the cache and releases its sessions, even if this pipeline is still referenced."""
         self._encoder.close()
         close_graphs(self._pipe)
 
@@ -201,7 +202,7 @@ class StableDiffusion:
         )
         conditioning = self._conditioning(request, positive, negative) | self._guidance_conditioning(request, latents)
         conditioning |= self._size_conditioning(pipe, request, latents, positive.hidden_states.dtype)
-        # Once here, and not in each step.
+        # Converted once here instead of in each step.
         conditioning = {name: tensor.to(self._types.get(name, tensor.dtype)) for name, tensor in conditioning.items()}
         state = DiffusionState(
             request,
@@ -222,11 +223,11 @@ class StableDiffusion:
         return state
 
     def _is_guided(self, request: Request) -> bool:
-        """Whether classifier-free guidance doubles its rows in the UNet's call: diffusers' rule."""
+        """Whether classifier-free guidance doubles the request's rows in the UNet's call, by diffusers' rule."""
         return request.guidance_scale > 1 and self._pipe.unet.config.get("time_cond_proj_dim") is None
 
     def _guidance_conditioning(self, request: Request, latents: torch.Tensor) -> Conditioning:
-        """Guidance as an input of the UNet, where it was distilled into it."""
+        """Guidance as an input of the UNet, if it was distilled into it."""
         width = self._pipe.unet.config.get("time_cond_proj_dim")
         if width is None:
             return {}
@@ -235,16 +236,16 @@ class StableDiffusion:
         return {"timestep_cond": embedding.to(latents.device, latents.dtype)}
 
     def _texts(self, request: Request) -> list[str]:
-        """The texts that have to be encoded for it."""
+        """The request's texts to encode."""
         return [request.prompt, request.negative_prompt or ""] if self._is_guided(request) else [request.prompt]
 
     def _read_texts(self, request: Request) -> dict[str, str]:
-        """The texts of the request that count, each by the name of its field."""
+        """The request's texts that affect the image, by field name."""
         read = {"prompt": request.prompt}
         return read | {"negative_prompt": request.negative_prompt or ""} if self._is_guided(request) else read
 
     def _embeddings(self, request: Request, known: dict[str, Embedding]) -> tuple[Embedding, Embedding | None]:
-        """Those of the prompt, and of the negative one where guidance wants it."""
+        """The embeddings of the prompt and, if the request is guided, of the negative prompt."""
         return known[request.prompt], known[request.negative_prompt or ""] if self._is_guided(request) else None
 
     def _conditioning(self, request: Request, positive: Embedding, negative: Embedding | None) -> Conditioning:
@@ -268,7 +269,7 @@ class StableDiffusion:
             return torch.as_tensor(pixels)
         checked, flagged = self._pipe.run_safety_checker(pixels, pixels.device, pixels.dtype)
         if any(flagged or ()):
-            logging.getLogger(__name__).info("the model's safety checker blanked a picture")
+            logging.getLogger(__name__).info("the model's safety checker blanked an image")
         return torch.as_tensor(checked)
 
 
@@ -294,7 +295,7 @@ class StableDiffusionXL(StableDiffusion):
 
     def _size_conditioning(self, pipe: Any, request: Request, latents: torch.Tensor, dtype: torch.dtype) -> Conditioning:
         size = (latents.shape[-2] * pipe.vae_scale_factor, latents.shape[-1] * pipe.vae_scale_factor)
-        # diffusers' defaults of a call: no crop, aesthetic scores 6.0 and 2.5.
+        # diffusers' default arguments: no crop, aesthetic scores 6.0 and 2.5.
         positive, negative = pipe._get_add_time_ids(
             size, (0, 0), size, 6.0, 2.5, size, (0, 0), size,
             dtype=dtype, text_encoder_projection_dim=pipe.text_encoder_2.config.projection_dim,
@@ -312,8 +313,8 @@ class StableDiffusionXL(StableDiffusion):
 
 
 class _Noising:
-    """A scheduler that adds noise by its level, which it looks up on the host. diffusers' own would look it up on the device, and
-    move its tables there."""
+    """A scheduler whose add_noise looks up the noise level on the CPU. diffusers' own looks it up on the device and moves its
+    tables there."""
 
     def __init__(self, scheduler: Any) -> None:
         self._scheduler = scheduler
@@ -327,7 +328,7 @@ class _Noising:
 
 
 class _Encoded:
-    """A VAE whose image is encoded already."""
+    """A VAE that returns an image's encoding, which was computed before."""
 
     def __init__(self, vae: Any, output: SimpleNamespace) -> None:
         self._vae = vae

@@ -1,4 +1,4 @@
-"""What a Stable Diffusion pipeline keeps of a request between two steps, and the numbers of a batch's next step."""
+"""The state of a request between two steps, and the tensors of a batch's next step."""
 
 import copy
 import itertools
@@ -15,12 +15,12 @@ from img2img_server.runtime.diffusion.preview import predict_original
 from img2img_server.runtime.schedulers.linear import Trajectory, coefficients
 
 Conditioning = dict[str, torch.Tensor]
-"""The UNet's inputs beside sample and timestep, by name. Each is [rows of the UNet call, ...]."""
+"""The UNet's inputs other than sample and timestep, by name. Each is [rows of the UNet call, ...]."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Predicted:
-    """What a preview is drawn from: the first image's latents before a step, and the model's output, both [1, C, h, w]."""
+    """Input of a preview: the first image's latents before a step, and the model's output, both [1, C, h, w]."""
 
     step: int
     input_scale: float
@@ -30,10 +30,13 @@ class Predicted:
 
 @dataclass(slots=True, eq=False)
 class DiffusionState:
-    """A request between two steps. With n seeds, `latents` is [n, C, h, w]; where it is `guided`, by a second row in the UNet's
-    call, conditioning has 2n rows, the negative prompt's first. `scheduler` is its own where it has no compiled schedule to
-    follow as its `trajectory`; `begun` is the one that was set for these timesteps, shared and never stepped. Latents and
-    conditioning are on the device, timesteps, and `times`, which are the same as numbers, on the CPU."""
+    """The state of a request with n seeds between two steps.
+
+    `latents` is [n, C, h, w], on the device. `conditioning`, on the device, has n rows, or 2n if the request is `guided`, the
+    negative prompt's first. `timesteps` [S] are on the CPU; `times` are the same as numbers. `trajectory` is its state in the
+    linear solver; None for a scheduler that is not linear, of which it has its own copy, `scheduler`. `begun` is the cached
+    scheduler with these timesteps set, shared and never stepped.
+    """
 
     request: Request
     timesteps: torch.Tensor
@@ -50,26 +53,26 @@ class DiffusionState:
     predicted: Predicted | None = None
     """Of the last step, if a preview is due."""
     number: int = field(default_factory=itertools.count().__next__)
-    """No other state has it."""
+    """Unique among all states."""
 
     @property
     def images(self) -> int:
-        """How many images are made: the rows of its latents."""
+        """The number of images: the rows of its latents."""
         return len(self.generators)
 
     @property
     def rows(self) -> int:
-        """Its rows in the UNet's call."""
+        """Its number of rows in the UNet's call."""
         return len(self.generators) * (2 if self.guided else 1)
 
     @property
     def step_count(self) -> int:
-        """How often the UNet is called for it."""
+        """The number of UNet calls."""
         return len(self.times)
 
     @property
     def timestep(self) -> torch.Tensor:
-        """The timestep that is next."""
+        """The next timestep, a scalar."""
         return self.timesteps[self.step]
 
     @property
@@ -86,8 +89,8 @@ class DiffusionState:
         return float(copy.copy(self.scheduler).scale_model_input(torch.ones(1), self.timestep))
 
     def original(self) -> torch.Tensor | None:
-        """The latents without noise that the last step predicted for the first image, [1, C, h, w]; None if a preview is not due
-        or the scheduler does not say what its model predicts."""
+        """The latents without noise that the last step predicted for the first image, [1, C, h, w]; None if no preview is due or
+        the scheduler's prediction type is unknown."""
         seen = self.predicted
         if seen is None:
             return None
@@ -95,7 +98,7 @@ class DiffusionState:
         return predict_original(self.begun, index, self.timesteps[seen.step], seen.sample, seen.output, seen.input_scale)
 
     def unscaled(self) -> torch.Tensor:
-        """A tensor [n, C, h, w] that is the UNet's input, but for the `input_scale` of a trajectory."""
+        """The UNet's input [n, C, h, w], before the `input_scale` of a trajectory is applied."""
         if self.trajectory is not None:
             return self.latents
         scaled: torch.Tensor = self.scheduler.scale_model_input(self.latents, self.timestep)
@@ -103,7 +106,7 @@ class DiffusionState:
 
 
 class JoinedConditioning:
-    """The conditioning of batches, kept from step to step while they are of the same states."""
+    """Caches the concatenated conditioning of batches while their states do not change. Keeps `most` batches."""
 
     owner: Hashable = None
 
@@ -113,7 +116,7 @@ class JoinedConditioning:
         KEEPERS.add(self)
 
     def get(self, states: Sequence[DiffusionState]) -> Conditioning:
-        """The rows of all states, one after the other, by name. The tensors must not be changed."""
+        """The rows of all states, concatenated in order, by name. The tensors must not be changed."""
         key = tuple(state.number for state in states)
         known = self._kept.get(key)
         if known is None:
@@ -123,18 +126,18 @@ class JoinedConditioning:
         return dict(known)
 
     def forget(self, state: DiffusionState) -> None:
-        """Frees the batches that `state` was in: it comes in none again."""
+        """Frees the batches that include `state`."""
         for key in list(self._kept):
             if state.number in key:
                 self._kept.pop(key, None)
 
     def give_back(self) -> None:
-        """Frees all, on any thread: one that loads a model may run out of memory."""
+        """Frees all batches. Called on any thread, such as one that runs out of memory while it loads a model."""
         self._kept.clear()
 
 
 def _join(parts: Sequence[Conditioning]) -> Conditioning:
-    """Concatenates the rows of each name. All names whose tensors are of one type are copied at once."""
+    """Concatenates the rows of each name. Tensors of one dtype are copied in one operation."""
     joined: Conditioning = {}
     targets: dict[torch.dtype, list[torch.Tensor]] = {}
     sources: dict[torch.dtype, list[torch.Tensor]] = {}
@@ -150,19 +153,19 @@ def _join(parts: Sequence[Conditioning]) -> Conditioning:
 
 
 Noise = tuple[torch.Tensor, ...]
-"""What the UNet predicted for a state, [n, C, h, w]: once, or for the negative prompt and for the prompt."""
+"""The UNet's predictions for a state, each [n, C, h, w]: one, or if guided two, for the negative prompt and the prompt."""
 
 
 def split_noise(states: Sequence[DiffusionState], rows: torch.Tensor) -> Sequence[Noise]:
-    """The rows of the UNet's output by state."""
+    """Divides the rows of the UNet's output by state."""
     pieces = iter(torch.split(rows, [state.images for state in states for _ in range(2 if state.guided else 1)]))
     return [(next(pieces), next(pieces)) if state.guided else (next(pieces),) for state in states]
 
 
 def guide(states: Sequence[DiffusionState], noises: Sequence[Noise], guidance: torch.Tensor) -> Sequence[torch.Tensor]:
-    """Applies each state's guidance, [B, 1, 1, 1] for the B images of all, to its noise: [n, C, h, w] for each.
+    """Applies `guidance`, [B, 1, 1, 1] for the B images of all states, to the noise. Returns [n, C, h, w] for each state.
 
-    The number of operations does not grow with that of the states.
+    The number of operations does not depend on the number of states.
     """
     if not any(state.guided for state in states):
         return [noise[0] for noise in noises]
@@ -172,15 +175,15 @@ def guide(states: Sequence[DiffusionState], noises: Sequence[Noise], guidance: t
 
 
 Key = tuple[tuple[int, int], ...]
-"""Which states, and at which steps."""
+"""The number and the step of each state."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StepNumbers:
-    """The next step of a batch of B images, which are R rows of the UNet's call. All are in float32 and on the device.
+    """The parameters of the next step of a batch: B images, R rows of the UNet's call. Tensors are float32, on the device.
 
-    `timesteps` [R], `scales` [R] of the latents, `guidance` [B, 1, 1, 1], and `table`, the coefficients [terms, rows, b] of those
-    images whose schedules are compiled, None if there are none. `is_scaled` says whether any scale is not 1.
+    `timesteps` [R], `scales` [R] of the latents, `guidance` [B, 1, 1, 1], and `table`, the coefficients [terms, rows, b] of the b
+    images with a linear solver, None if b is 0. `is_scaled`: some scale is not 1.
     """
 
     key: Key
@@ -192,13 +195,13 @@ class StepNumbers:
 
     @classmethod
     def of(cls, states: Sequence[DiffusionState], device: torch.device) -> "StepNumbers":
-        """Those of `states`, sent to `device`."""
+        """The parameters of the next step of `states`, in one copy to `device`."""
         times: list[float] = []
         scales: list[float] = []
         guidance: list[float] = []
         for state in states:
             times += [state.times[state.step]] * state.rows
-            # A scheduler without a compiled schedule scales the latents itself.
+            # A scheduler that is not linear scales the latents itself.
             scales += [1.0 if state.trajectory is None else state.trajectory.input_scale] * state.rows
             guidance += [state.request.guidance_scale] * state.images
         numbers = torch.tensor([*times, *scales, *guidance], dtype=torch.float32)
@@ -220,5 +223,5 @@ class StepNumbers:
 
 
 def key_of(states: Sequence[DiffusionState]) -> Key:
-    """What tells the next step of `states` from any other."""
+    """A key that identifies the next step of `states`."""
     return tuple((state.number, state.step) for state in states)

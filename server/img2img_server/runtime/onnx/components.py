@@ -23,15 +23,15 @@ _log = logging.getLogger(__name__)
 _GRAPH = "model.onnx"
 _LIBRARIES = {"diffusers": diffusers, "transformers": transformers}
 LOAD_ERRORS = (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError)
-"""What diffusers and transformers raise for files that they cannot make sense of."""
+"""Errors that diffusers and transformers raise for invalid files."""
 
 
 @dataclass(frozen=True, slots=True)
 class Components:
-    """A bundle that is opened part by part.
+    """The components of a bundle, opened one by one.
 
-    `make` readies a graph for `provider`; `tensors` is where its runner wants tensors, `device` where those of the pipeline and
-    its torch modules are to be: "cpu" or "cuda". No call of the VAE takes more than `vae_memory` bytes, None for no bound.
+    `make` makes runners for `provider`. `tensors` is the device on which runners expect tensors, `device` that of the pipeline's
+    tensors and torch modules: "cpu" or "cuda". A VAE call takes at most `vae_memory` bytes, None for no bound.
     """
 
     bundle: Path
@@ -43,7 +43,7 @@ class Components:
     vae_memory: int | None = None
 
     def pipeline(self) -> Any:
-        """The img2img class that the manifest names, made of its parts. Raises BundleError where one does not fit."""
+        """Builds the manifest's img2img class from the bundle's components. Raises BundleError if one does not fit."""
         kind = _placed(pipeline_class(self.manifest), self.device)
         wanted = inspect.signature(kind.__init__).parameters
         parts = {name: self._part(name, entry) for name, entry in read_index(self.bundle).items() if name in wanted}
@@ -53,8 +53,7 @@ class Components:
         return kind(**parts, **dict.fromkeys(missing)).to(self.device)
 
     def _part(self, name: str, entry: Any) -> Any:
-        """One argument of the pipeline's class: a setting, an ONNX module, or what diffusers or transformers load from a
-        folder."""
+        """One argument of the pipeline's class: a setting, an ONNX module, or an object that diffusers or transformers load."""
         if not isinstance(entry, list):
             return entry
         library, class_name = entry
@@ -64,7 +63,7 @@ class Components:
         if name == "vae" and self._has_graph("vae_decoder"):
             halves = self._graph("vae_encoder"), self._graph("vae_decoder")
             return OnnxVae(*halves, self.bundle / "vae_decoder", self.device, self.vae_memory)
-        # The safety checker is no part of an ONNX bundle, though model_index.json may still name it.
+        # ONNX bundles do not contain the safety checker, but model_index.json may name it.
         if not folder.is_dir():
             return None
         if self._has_graph(name):
@@ -76,11 +75,11 @@ class Components:
         return (self.bundle / name / _GRAPH).is_file()
 
     def _graph(self, name: str) -> Graph:
-        """Opens a component's graph: on CUDA the one with fused operators, where there is one and it opens."""
+        """Opens a component's graph: on CUDA the one with fused operators, if there is one and it opens, else the plain one."""
         component = next((item for item in self.manifest.components if item.name == name), None)
         if component is not None and component.fused and self.provider == "cuda":
             if component.fused not in self.manifest.files:
-                raise BundleError(f"{self.bundle} names a fused graph that is no file of it: {component.fused}")
+                raise BundleError(f"{self.bundle}: the manifest names a fused graph that is not in the bundle: {component.fused}")
             try:
                 return Graph(self.make(name, self.bundle / component.fused), self.tensors)
             except BundleError as error:
@@ -94,27 +93,27 @@ class Components:
 
 
 def read_index(bundle: Path) -> dict[str, Any]:
-    """What the bundle's model_index.json says. Raises BundleError."""
+    """The content of the bundle's model_index.json. Raises BundleError."""
     path = bundle / "model_index.json"
     try:
         index = read_json(path)
     except (OSError, ValueError) as error:
         raise BundleError(f"{path} cannot be read: {error}") from error
     if not isinstance(index, dict):
-        raise BundleError(f"{path} is not an object")
+        raise BundleError(f"{path} is not a JSON object: export the bundle again")
     return index
 
 
 def pipeline_class(manifest: Manifest) -> Any:
-    """diffusers' class that the manifest names. Raises BundleError where this diffusers lacks it."""
+    """The manifest's diffusers class. Raises BundleError if the installed diffusers does not have it."""
     found = getattr(diffusers, manifest.pipeline_class, None)
     if not (inspect.isclass(found) and issubclass(found, diffusers.DiffusionPipeline)):
-        raise BundleError(f"the bundle wants '{manifest.pipeline_class}', which diffusers {diffusers.__version__} lacks")
+        raise BundleError(f"the bundle needs '{manifest.pipeline_class}', which diffusers {diffusers.__version__} lacks")
     return found
 
 
 def _placed(kind: Any, device: str) -> Any:
-    """`kind`, whose pipelines know that they are on `device`: diffusers asks their first module, which may be elsewhere."""
+    """A subclass of `kind` whose pipelines report `device`: diffusers reports their first module's, which may differ."""
     if device == "cpu":
         return kind
     where = property(lambda pipe: torch.device(device))
@@ -122,7 +121,7 @@ def _placed(kind: Any, device: str) -> Any:
 
 
 def _component_class(library: str, class_name: str) -> Any:
-    """A class of transformers, diffusers, or one of diffusers' pipelines' own packages: no other code is ever run."""
+    """A class of transformers, diffusers, or a package of diffusers' pipelines. No other code is imported."""
     found = getattr(_LIBRARIES.get(library), class_name, None)
     if found is None and library.isidentifier() and (Path(diffusers.__file__).parent / "pipelines" / library).is_dir():
         try:
@@ -135,12 +134,12 @@ def _component_class(library: str, class_name: str) -> Any:
 
 
 def _load(component_class: Any, folder: Path) -> Any:
-    """What a class of diffusers or transformers makes of a folder; models in float32, from safetensors."""
+    """Loads an object of a diffusers or transformers class from a folder; models in float32, from safetensors."""
     settings: dict[str, Any] = {"local_files_only": True}
     if inspect.isclass(component_class) and issubclass(component_class, torch.nn.Module):
         settings |= {"torch_dtype": torch.float32, "use_safetensors": True}
     elif component_class.__module__.startswith("transformers."):
-        # Left unset, it asks at the terminal whether to run code that the bundle, or a repository that it names, brings.
+        # If unset, transformers asks at the terminal whether to run code from the bundle or a repository that it names.
         settings["trust_remote_code"] = False
     try:
         with within(folder.glob("*.safetensors")):

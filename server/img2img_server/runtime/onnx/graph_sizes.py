@@ -1,4 +1,4 @@
-"""How large a graph's inputs are for a common shape of calls, and whether the graph runs at all."""
+"""Input shapes of a bundle's graphs for a bucket, and a trial run of a graph on zeros."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,14 +17,13 @@ Shapes = tuple[tuple[int, ...], ...]
 """The shape of each input of a graph, in the graph's order."""
 
 _TRIAL = 8
-"""Latents' height and width that a graph is tried with: small, and a multiple of what any UNet halves."""
+"""Height and width in latents of a trial run: small, and divisible as often as any UNet downsamples."""
 
 
 class Sizes:
-    """Knows how large the axes of a bundle's graphs are for a common shape of calls.
+    """The sizes of the axes of a bundle's graphs for a bucket.
 
-    Only of the graphs that most bundles have: the UNet and the VAE. Text encoders gain nothing by a fixed shape: theirs never
-    changes.
+    Known for the UNet, the VAE and the text encoders of Stable Diffusion.
     """
 
     def __init__(self, bundle: Path) -> None:
@@ -36,11 +35,11 @@ class Sizes:
         self.native = Bucket(sides[0] * self._scale, sides[1] * self._scale, 2) if sides is not None else None
 
     def trial(self) -> Bucket:
-        """A small shape, to see whether a graph runs at all."""
+        """A small bucket for trial runs."""
         return Bucket(_TRIAL * self._scale, _TRIAL * self._scale, 1)
 
     def axes(self, name: str, inputs: Sequence[Any], bucket: Bucket) -> dict[str, int] | None:
-        """The size of every axis that varies in the inputs of the component `name`, by its name. None where one is unknown."""
+        """The size of each dynamic axis in the inputs of the component `name`, by axis name; None if one is unknown."""
         found: dict[str, int] = {}
         for item in inputs:
             for index, axis in enumerate(item.shape):
@@ -67,13 +66,13 @@ class Sizes:
 
 
 def shapes_of(inputs: Sequence[Any], axes: Mapping[str, int]) -> Shapes:
-    """The shape of each input if the axes that vary have the sizes `axes`, by name."""
+    """The shape of each input, with the dynamic axes' sizes taken from `axes`, by name."""
     return tuple(tuple(axis if isinstance(axis, int) else axes[axis] for axis in item.shape) for item in inputs)
 
 
 def try_on_zeros(graph: Path, runner: Runner, axes: Mapping[str, int], device: str = "cpu") -> None:
-    """Runs the graph once on zeros on `device`, as some providers refuse a graph only then. `axes` has the size of each axis that
-    varies, by name. Raises BundleError."""
+    """Runs the graph once on zeros on `device`, because some providers fail only when a graph runs. `axes` has the size of each
+    dynamic axis, by name. Raises BundleError."""
     shapes = shapes_of(runner.inputs, axes)
     feed = {
         item.name: torch.zeros(shape, dtype=dtype_of(item), device=device)

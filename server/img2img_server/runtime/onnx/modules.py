@@ -1,9 +1,9 @@
 """ONNX modules: ONNX graphs that replace torch modules in a diffusers pipeline.
 
-Each is a torch module without parameters, so whatever diffusers, transformers or accelerate ask of any module (its submodules,
-parameters, hooks, mode) has an answer, plus the attributes that diffusers' img2img pipelines read of the module it replaces.
-Whatever the graph's own types are, an ONNX module is float32 to the pipeline: tensors are cast at the graph's edges, so that
-latents, guidance and schedulers stay in float32 beside a graph of float16.
+Each is a torch module without parameters, so that diffusers, transformers and accelerate can treat it as any module (submodules,
+parameters, hooks, mode), plus the attributes that diffusers' img2img pipelines read of the module it replaces. To the pipeline an
+ONNX module is float32, whatever the graph's types: tensors are cast at the graph's inputs and outputs, so latents, guidance and
+schedulers stay in float32 with a float16 graph.
 """
 
 import contextlib
@@ -28,15 +28,14 @@ from img2img_server.runtime.common.vae import BoundedVae, output_of
 from img2img_server.runtime.onnx.runners import Runner, dtype_of
 
 _TEXT_OUTPUTS = ("text_embeds", "last_hidden_state", "pooler_output")
-"""The order in which transformers' text encoders give them."""
+"""The order of the outputs of transformers' text encoders."""
 
 
 class Graph:
-    """An ONNX graph that is called with torch tensors by name, casts them to its input types and ignores tensors that it has no
-    input for.
+    """An ONNX graph that is called with torch tensors by name. Casts them to its input types and ignores names without an input.
 
-    `device` is where its runner wants them. `scalars` are its inputs that have no axes. Raises BundleError for a graph of types
-    that torch has no equal of.
+    `device` is where its runner expects tensors. `scalars` are its inputs without axes. Raises BundleError for types without an
+    equivalent in torch.
     """
 
     def __init__(self, runner: Runner, device: str = "cpu") -> None:
@@ -45,11 +44,11 @@ class Graph:
         self.input_types = {item.name: dtype_of(item) for item in runner.inputs}
         self._outputs = [item.name for item in runner.outputs]
         self.row_buckets: Sequence[int] = getattr(runner, "row_buckets", ())
-        """Rows that its calls are padded to, in order; none if they are not padded."""
+        """Numbers of rows that calls are padded to, ascending; empty if calls are not padded."""
         self.scalars = frozenset(item.name for item in runner.inputs if not item.shape)
 
     def __call__(self, **tensors: torch.Tensor | None) -> dict[str, torch.Tensor]:
-        """Runs the graph; the outputs in the graph's order, by name, in float32 and on the device of the first tensor."""
+        """Runs the graph. Returns its outputs by name, in the graph's order, in float32 and on the device of the first tensor."""
         given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
         device = next(iter(given.values())).device
         feed = {name: self._ready(name, tensor) for name, tensor in given.items() if name in self.input_types}
@@ -67,7 +66,7 @@ class Graph:
 
 
 class OnnxModule(torch.nn.Module):
-    """The base of ONNX modules: a configuration, and the device and dtype of its tensors."""
+    """Base of ONNX modules: a configuration, and the device and dtype of its tensors."""
 
     dtype = torch.float32
 
@@ -88,7 +87,7 @@ class OnnxModule(torch.nn.Module):
 
 
 class OnnxTextEncoder(OnnxModule):
-    """A text encoder (CLIP, T5): token ids [B, T] to its outputs, in transformers' order, and its hidden states as a tuple."""
+    """A text encoder (CLIP, T5): token ids [B, T] to its outputs in transformers' order, with the hidden states as a tuple."""
 
     def __init__(self, graph: Graph, folder: Path, device: str = "cpu") -> None:
         super().__init__(PretrainedConfig.from_json_file(folder / "config.json"), device)
@@ -100,14 +99,14 @@ class OnnxTextEncoder(OnnxModule):
         """Encodes tokens. All hidden states of the graph are returned, whatever `output_hidden_states` is."""
         outputs = self._graph(input_ids=input_ids, attention_mask=attention_mask)
         hidden = [outputs.pop(name) for name in list(outputs) if name.startswith("hidden_states.")]
-        # Pipelines index some of them.
+        # Pipelines access some outputs by index.
         ordered: dict[str, Any] = {name: outputs.pop(name) for name in _TEXT_OUTPUTS if name in outputs} | outputs
         return ModelOutput(**ordered, **({"hidden_states": tuple(hidden)} if hidden else {}))
 
 
 class OnnxDenoiser(OnnxModule):
-    """A UNet or transformer of any diffusers class: it is called as that class's `forward`, whose parameters' names are those
-    of the graph's inputs. A parameter that is a dictionary hands its values over by their keys."""
+    """A UNet or transformer of any diffusers class. It is called like that class's `forward`, whose parameters have the names of
+    the graph's inputs; the values of a dictionary are passed by their keys."""
 
     def __init__(self, graph: Graph, folder: Path, device: str = "cpu") -> None:
         super().__init__(read_config(folder), device)
@@ -115,7 +114,7 @@ class OnnxDenoiser(OnnxModule):
         name = self.config.get("_class_name")
         model_class = getattr(diffusers, str(name), None)
         if model_class is None:
-            raise BundleError(f"{folder} is a '{name}', which diffusers {diffusers.__version__} lacks")
+            raise BundleError(f"{folder} needs '{name}', which diffusers {diffusers.__version__} lacks")
         self._signature = inspect.signature(model_class.forward)
         self._parameter_names = list(self._signature.parameters)[1:]
         self._accepted: set[tuple[object, ...]] = set()
@@ -127,9 +126,10 @@ class OnnxDenoiser(OnnxModule):
         self.input_types = graph.input_types
 
     def forward(self, *arguments: Any, **named: Any) -> Any:
-        """Predicts the noise. A scalar `timestep` holds for the whole batch. Raises TypeError for what the class lacks."""
+        """Predicts the noise. A scalar `timestep` applies to the whole batch. Raises TypeError for arguments that the class
+        lacks."""
         form = (len(arguments), *named)
-        if form not in self._accepted:  # to bind takes as long as all the rest
+        if form not in self._accepted:  # binding takes as long as the rest of this method
             self._signature.bind(self, *arguments, **named)
             self._accepted.add(form)
         bound = dict(zip(self._parameter_names, arguments, strict=False)) | named
@@ -149,9 +149,9 @@ class OnnxDenoiser(OnnxModule):
 
 
 class OnnxVae(OnnxModule):
-    """An autoencoder made of two graphs: pixels [B, 3, H, W] in [-1, 1] to latents or a distribution of them, and back.
+    """A VAE of two graphs: pixels [B, 3, H, W] in [-1, 1] to latents or a distribution of them, and back.
 
-    No call takes more than `memory` bytes, None for no bound: see common/vae.py.
+    A call takes at most `memory` bytes, None for no bound: see common/vae.py.
     """
 
     def __init__(self, encoder: Graph, decoder: Graph, folder: Path, device: str = "cpu", memory: int | None = None) -> None:
@@ -168,16 +168,16 @@ class OnnxVae(OnnxModule):
         )
 
     def encode(self, pixels: torch.Tensor) -> SimpleNamespace:
-        """The distribution of the latents, as `latent_dist`, or the latents, as `latents`: see common/vae.py."""
+        """Encodes pixels to an output with `latent_dist` or `latents`: see common/vae.py."""
         return output_of(self._bounded.encode(pixels), self.config)
 
     def decode(self, latents: torch.Tensor, return_dict: bool = False, generator: Any = None) -> tuple[torch.Tensor]:
-        """The pixels of latents that were divided by the scaling factor already."""
+        """Decodes latents, already divided by the scaling factor, to pixels."""
         return (self._bounded.decode(latents),)
 
 
 def close_graphs(pipe: Any) -> None:
-    """Closes the ONNX modules of a diffusers pipeline, inner pipelines included. Not in the middle of a call."""
+    """Closes the ONNX modules of a diffusers pipeline and its inner pipelines. Must not be called during a call of them."""
     for part in parts(pipe):
         for component in getattr(part, "components", {}).values():
             if isinstance(component, OnnxModule):
@@ -185,12 +185,12 @@ def close_graphs(pipe: Any) -> None:
 
 
 def read_config(folder: Path) -> FrozenDict:
-    """A component's config.json, with its values as attributes too."""
+    """A component's config.json, with its values also as attributes."""
     return FrozenDict(json.loads((folder / "config.json").read_bytes()))
 
 
 def _flatten(arguments: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """The tensors among a call's arguments, and in its dictionaries, by name."""
+    """The tensors among a call's arguments and in their dictionaries, by name."""
     tensors: dict[str, torch.Tensor] = {}
     for name, value in arguments.items():
         if isinstance(value, torch.Tensor):

@@ -1,4 +1,4 @@
-"""Logs where each component of a model runs, in which arithmetic, why on nothing better, and with how many copies per call."""
+"""Logs each component's placement: provider, precision, copies per call, and why better providers are not used."""
 
 import contextlib
 import logging
@@ -92,7 +92,7 @@ class Placement:
 
     def _sessions(self, name: str) -> str:
         used, _ = self._opened[-1]
-        # Those of another provider were given up for the last one.
+        # Sessions of other providers were replaced by the last one.
         opened = [(options, nodes) for options, nodes in self._opened if options.provider == used.provider]
         parts = []
         for options, nodes in opened:

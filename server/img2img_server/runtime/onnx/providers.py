@@ -1,8 +1,7 @@
-"""Which execution providers this machine can really use, and in words why not the others.
+"""Which execution providers work on this machine, and why the others do not.
 
-ONNX Runtime names every provider that its wheel was built with, there or not, and tries those that do not load only when a
-session asks for them. So each is probed here, without a session: the wheel, the driver, the device, the libraries. What is found
-is remembered for the life of the process.
+ONNX Runtime lists every provider that its wheel was built with, and loads a provider's libraries only when a session is opened.
+So each one is probed here without a session: wheel, driver, device, libraries. Results are cached for the life of the process.
 """
 
 import contextlib
@@ -41,10 +40,10 @@ ERRORS = (
     state.NotImplemented,
     state.RuntimeException,
 )
-"""What ONNX Runtime raises for what it cannot run. They have no base of their own."""
+"""ONNX Runtime's errors. They have no common base class."""
 
 _LOADED_LATER = ("libcudnn.so.9",)
-"""What the CUDA provider loads at the first convolution only, and is linked with nowhere."""
+"""Libraries that the CUDA provider loads at the first convolution, without being linked to them."""
 _TENSORRT = "libnvinfer.so.10"
 
 _TITLES = {"tensorrt": "TensorRT", "cuda": "CUDA", "openvino": "OpenVINO", "cpu": "CPU"}
@@ -54,7 +53,7 @@ _REGISTRATION = "img2img-openvino"
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """What was found of a provider: `detail` says what would be used, `problem` why it cannot be, or is empty."""
+    """The result of probing a provider: `detail` is the device or version, `problem` why it cannot be used, or ""."""
 
     name: str
     detail: str = ""
@@ -66,7 +65,7 @@ class Probe:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """The provider that is used, and the better ones that cannot be."""
+    """The provider to use, and the better ones that cannot be used."""
 
     provider: str
     detail: str = ""
@@ -79,9 +78,9 @@ class Choice:
 
 
 def choose(asked: str) -> Choice:
-    """What `asked`, "auto" or one of execution.PROVIDERS, comes to on this machine: for "auto", the best that can be used.
+    """Chooses the provider for the setting `asked`: one of execution.PROVIDERS, or "auto" for the best that can be used.
 
-    Raises BundleError with the reason where a provider is asked for by name and cannot be used.
+    Raises BundleError with the reason if a provider that is set by name cannot be used.
     """
     if asked != "auto":
         found = probe(asked)
@@ -97,15 +96,15 @@ def choose(asked: str) -> Choice:
 
 
 def check(asked: str) -> None:
-    """Raises BundleError where no model could run on the provider `asked`: better known at start than of each model."""
-    # Where there is a GPU, models that are no graphs may run on it in PyTorch, whatever ONNX Runtime can.
+    """Raises BundleError if no model can run on the provider `asked`, so that the server fails at start."""
+    # On a machine with a GPU, torch models may run on it in PyTorch even if ONNX Runtime cannot use it.
     if asked not in ("cuda", "tensorrt") or _nvidia_device()[1]:
         choose(asked)
 
 
 @functools.cache
 def probe(name: str) -> Probe:
-    """Looks whether the provider `name` can be used. Makes no session and never raises; a second call is free."""
+    """Checks whether the provider `name` can be used. Does not open a session and does not raise; results are cached."""
     if name == "openvino":
         return _probe_openvino()
     if FULL_NAMES[name] not in onnxruntime.get_available_providers():
@@ -116,10 +115,7 @@ def probe(name: str) -> Probe:
 
 
 def openvino_device() -> Any:
-    """The CPU of OpenVINO's plugin, an onnxruntime.OrtEpDevice, or None where there is none.
-
-    The plugin must have been probed before.
-    """
+    """The CPU device of OpenVINO's plugin, an onnxruntime.OrtEpDevice, or None. The plugin must have been probed before."""
     for device in onnxruntime.get_ep_devices():
         # The plugin's "AUTO" device has another name.
         if device.ep_name == FULL_NAMES["openvino"] and device.device.type == onnxruntime.OrtHardwareDeviceType.CPU:
@@ -137,22 +133,22 @@ def _probe_openvino() -> Probe:
             return Probe("openvino", problem=f"its plugin does not load: {_first_line(error)}")
     device = openvino_device()
     if device is None:
-        return Probe("openvino", problem=f"the plugin finds no device it supports (it takes Intel's CPUs, this is {_cpu()})")
+        return Probe("openvino", problem=f"its plugin supports no device here (it needs an Intel CPU, this one is by {_cpu()})")
     return Probe("openvino", detail=f"plugin {importlib.metadata.version('onnxruntime-ep-openvino')}")
 
 
 @functools.cache
 def _register_plugin() -> None:
-    """ONNX Runtime takes a library once in a process, and keeps it."""
+    """Registers the plugin's library, which ONNX Runtime allows once per process."""
     plugin = importlib.import_module(_PLUGIN)
     onnxruntime.register_execution_provider_library(_REGISTRATION, plugin.get_library_path())
 
 
 def _probe_gpu(name: str) -> Probe:
-    """TensorRT needs all that CUDA needs, and its own library."""
+    """Probes CUDA or TensorRT. TensorRT needs CUDA's libraries and its own."""
     device, problem = _nvidia_device()
     if not problem:
-        # Finds what pip installed as nvidia-* packages.
+        # Finds libraries that pip installed as nvidia-* packages.
         onnxruntime.preload_dlls()
         capi = Path(onnxruntime.__file__).parent / "capi"
         names = ["cuda"] if name == "cuda" else ["cuda", "tensorrt"]
@@ -163,20 +159,19 @@ def _probe_gpu(name: str) -> Probe:
 
 
 def preload_tensorrt() -> None:
-    """Loads TensorRT's library from where NVIDIA's wheel (tensorrt-cu13-libs) puts it, which is no place that is searched."""
+    """Loads TensorRT's library from NVIDIA's wheel (tensorrt-cu13-libs), which is not on the loader's search path."""
     found = importlib.util.find_spec("tensorrt_libs")
     for folder in (found.submodule_search_locations or ()) if found is not None else ():
         path = Path(folder) / _TENSORRT
         if path.is_file():
-            with contextlib.suppress(OSError):  # then it is missing, and that is said
+            with contextlib.suppress(OSError):  # `missing_library` reports it
                 ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
 
 
 def missing_library(providers: Sequence[Path], others: Sequence[str] = ()) -> str:
-    """Says which of the libraries `others`, and of those that the libraries `providers` need, does not load; "" if all do.
+    """Checks that `others` and the dependencies of the libraries `providers` load. Returns the first problem, "" if none.
 
-    ONNX Runtime's provider libraries are read, not loaded: one that is loaded by anyone but ONNX Runtime calls its host
-    before it has one, and takes the process with it.
+    ONNX Runtime's provider libraries are read, not loaded: one that is loaded by anything but ONNX Runtime crashes the process.
     """
     for library in providers:
         try:
@@ -193,9 +188,9 @@ def missing_library(providers: Sequence[Path], others: Sequence[str] = ()) -> st
 
 
 def needed_libraries(path: Path) -> list[str]:
-    """The names of the libraries that the ELF file `path` is linked with, such as "libcublas.so.13", in its order.
+    """The names of the libraries that the ELF file `path` is linked to, such as "libcublas.so.13", in the file's order.
 
-    Raises OSError if it cannot be read, ValueError if it is no shared library.
+    Raises OSError if it cannot be read, ValueError if it is not a shared library.
     """
     from elftools.elf.dynamic import DynamicSegment
     from elftools.elf.elffile import ELFFile
@@ -205,11 +200,11 @@ def needed_libraries(path: Path) -> list[str]:
             dynamic = next(item for item in ELFFile(file).iter_segments() if isinstance(item, DynamicSegment))
             return [tag.needed for tag in dynamic.iter_tags("DT_NEEDED")]  # type: ignore[attr-defined]
         except Exception as error:
-            raise ValueError(f"{path.name} is no shared library, or not all of one") from error
+            raise ValueError(f"{path.name} is not a complete shared library") from error
 
 
 def _nvidia_device() -> tuple[str, str]:
-    """The name of the first GPU that the driver has, or why there is none. Not yet run on a GPU."""
+    """The name of the driver's first GPU, and why there is none, or "". Not yet run on a GPU."""
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:
@@ -224,13 +219,13 @@ def _nvidia_device() -> tuple[str, str]:
 
 
 def _cpu() -> str:
-    """Whose the CPU is, in a word."""
+    """The CPU's vendor."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         lines = []
     vendor = next((line.partition(":")[2].strip() for line in lines if line.startswith("vendor_id")), "")
-    return {"AuthenticAMD": "AMD's", "GenuineIntel": "Intel's"}.get(vendor, vendor or platform.machine())
+    return {"AuthenticAMD": "AMD", "GenuineIntel": "Intel"}.get(vendor, vendor or platform.machine())
 
 
 def _first_line(error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""Runners: one ONNX graph as a function of torch tensors, however its session is called."""
+"""Runners: an ONNX graph as a function of torch tensors."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -21,7 +21,7 @@ _DTYPES = {
 
 
 class Runner(Protocol):
-    """A graph that is ready to run."""
+    """An ONNX graph as a function of torch tensors."""
 
     @property
     def inputs(self) -> Sequence[Any]:
@@ -34,24 +34,24 @@ class Runner(Protocol):
         ...
 
     def run(self, feed: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
-        """Runs the graph on tensors of its own types, contiguous and on the runner's device: one for each of its inputs.
+        """Runs the graph. `feed` has a tensor for each input: contiguous, of the input's type and on the runner's device.
 
-        The results, in the order of `outputs`, belong to the caller: the next run does not overwrite them.
+        Returns the results in the order of `outputs`. The next run does not overwrite them.
         """
         ...
 
 
 Make = Callable[[str, Path], Runner]
-"""Readies the graph of a component: its name, and the ONNX file. Raises BundleError."""
+"""Makes the runner of a component, from its name and its ONNX file. Raises BundleError."""
 
 
 def bundle_of(name: str, graph: Path) -> Path:
-    """The bundle that has `graph` somewhere in the folder of the component `name`."""
+    """The bundle's folder, of which `graph` is a file in the folder of the component `name`."""
     return next((folder.parent for folder in graph.parents if folder.name == name), graph.parent)
 
 
 class HostRunner:
-    """A session whose tensors are on the CPU, whatever it computes on."""
+    """A session with inputs and outputs on the CPU, whatever device it computes on."""
 
     def __init__(self, session: onnxruntime.InferenceSession) -> None:
         self._session = session
@@ -81,8 +81,8 @@ def dtype_of(item: Any) -> torch.dtype:
 class SplitGraphRunner:
     """A graph split in two: `body` takes the outputs of `head`, by name. Implements Runner with the whole graph's inputs.
 
-    `head` computes the timestep embedding in float32, `body` the rest in whatever an engine computes in. In bfloat16 the angle of
-    a time embedding is off by radians: OpenVINO's error of a UNet's call was three times PyTorch's for it.
+    `head` computes the timestep embedding in float32, `body` the rest in the provider's precision. In bfloat16 the angle of a
+    timestep embedding is off by radians, which tripled the error of a UNet's call in OpenVINO compared with PyTorch.
     """
 
     def __init__(self, head: Runner, body: Runner) -> None:

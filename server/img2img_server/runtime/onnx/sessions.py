@@ -1,7 +1,7 @@
-"""ONNX Runtime sessions: which execution provider runs a graph, decided explicitly.
+"""Opens ONNX Runtime sessions on an explicit execution provider.
 
-ONNX Runtime's Python wrapper falls back silently when a provider does not load: it drops the options or lands on the CPU
-with a log line. So the provider list is built here explicitly, and every session is asked what it really got.
+If a provider does not load, ONNX Runtime's Python wrapper silently drops its options or falls back to the CPU with a log line. So
+the list of providers is built here, and each session's actual provider is checked.
 """
 
 from collections import Counter
@@ -21,13 +21,13 @@ _WARNING, _ERROR, _FATAL = 2, 3, 4
 
 @dataclass(frozen=True, slots=True)
 class SessionOptions:
-    """How to run graphs.
+    """How to run a graph.
 
-    `provider` is one of execution.PROVIDERS; `provider_options` are settings of it, by ONNX Runtime's names. `threads` is how
-    many CPU threads one call may use. `dimensions` gives named axes of the graph's inputs their size: where all have one the
-    session is static, and takes that size only. A `lean` session reads its weights from the mapped file and keeps nothing from
-    call to call: it takes little memory, and is slower. `arithmetic` is for the log only: what the session computes in, if
-    that is not the graph's own. `recordable` says that `provider_options` ask for CUDA graphs.
+    `provider` is one of execution.PROVIDERS; `provider_options` are its options, by ONNX Runtime's names. `threads` is the number
+    of CPU threads of one call. `dimensions` fixes named axes of the graph's inputs; if all are fixed, the session is static and
+    accepts only those sizes. A `lean` session reads its weights from the mapped file and keeps nothing between calls: it takes
+    little memory and is slower. `arithmetic` is the session's precision if it differs from the graph's, for the log only.
+    `recordable` says that `provider_options` enable CUDA graphs.
     """
 
     provider: str = "cpu"
@@ -44,14 +44,14 @@ Open = Callable[[Path, SessionOptions], onnxruntime.InferenceSession]
 
 
 def provider_list(options: SessionOptions) -> list[tuple[str, dict[str, str]]]:
-    """The providers of a session, in order of preference, each with its settings.
+    """The providers of a session, in order of preference, each with its options.
 
-    A GPU's list ends with the CPU, for nodes that it lacks; TensorRT's has CUDA between. OpenVINO, a plugin, is in no list:
-    it is added by its device. The options of GPUs are not yet run on one.
+    A GPU's list ends with the CPU, for nodes that the GPU does not support; TensorRT's has CUDA in between. OpenVINO is a plugin
+    and is added by its device instead. The options of TensorRT are not yet run on a GPU.
     """
     cpu: tuple[str, dict[str, str]] = (FULL_NAMES["cpu"], {})
     own = dict(options.provider_options)
-    # DEFAULT takes a slow algorithm where the fastest wants more memory than it may have.
+    # DEFAULT takes a slow algorithm if the fastest one needs more memory than is allowed.
     cuda = {"cudnn_conv_algo_search": "HEURISTIC"}
     return {
         "cpu": [cpu],
@@ -67,7 +67,7 @@ def open_session(graph: Path, options: SessionOptions) -> onnxruntime.InferenceS
     if options.provider == "openvino":
         device = openvino_device()
         if device is None:
-            raise BundleError(f"{graph} was to run on OpenVINO, whose plugin has no device here")
+            raise BundleError(f"{graph} was to run on OpenVINO, whose plugin supports no device of this machine")
         session_options.add_provider_for_devices([device], dict(options.provider_options))
     else:
         if options.provider != "cpu":
@@ -77,18 +77,18 @@ def open_session(graph: Path, options: SessionOptions) -> onnxruntime.InferenceS
     try:
         session = onnxruntime.InferenceSession(str(graph), session_options, enable_fallback=0, **arguments)
     except (*ERRORS, RuntimeError) as error:
-        # What fails in a GPU provider's constructor, and options that it does not know, are plain RuntimeErrors.
+        # Failures in a GPU provider's constructor and unknown options are plain RuntimeErrors.
         raise BundleError(f"{graph} does not open: {error}") from error
     session.disable_fallback()
     if session.get_providers()[0] != FULL_NAMES[options.provider]:
-        raise BundleError(f"{graph} was to run on {FULL_NAMES[options.provider]}, ONNX Runtime gave {session.get_providers()}")
+        raise BundleError(f"{graph} was to run on {FULL_NAMES[options.provider]}, ONNX Runtime used {session.get_providers()}")
     return session
 
 
 def describe(session: Any) -> dict[str, int]:
-    """How many nodes of the graph run on which provider, by its name in execution.PROVIDERS, the most first.
+    """The number of nodes that run on each provider, by its name in execution.PROVIDERS, in descending order.
 
-    Empty if the session was not opened by `open_session`, and so does not know.
+    Empty if the session was not opened by `open_session`, which enables this information.
     """
     short = {full: name for name, full in FULL_NAMES.items()}
     counts: Counter[str] = Counter()
@@ -101,12 +101,13 @@ def describe(session: Any) -> dict[str, int]:
 
 
 def last_line(error: Exception) -> str:
-    """The end of ONNX Runtime's message: what was wrong, without where in its source that was found."""
+    """The last line of ONNX Runtime's message: the problem, without the location in its source."""
     return (str(error).strip().splitlines() or [type(error).__name__])[-1]
 
 
 def _severity(options: SessionOptions) -> int:
-    """Errors only. A graph that cannot be recorded is opened again, so that error is not shown; then its copies are counted."""
+    """The log level: errors; only fatal ones for a recordable session, which is opened again if it fails; warnings for other CUDA
+    sessions, which report copies."""
     return _FATAL if options.recordable else _WARNING if options.provider == "cuda" else _ERROR
 
 
@@ -118,15 +119,15 @@ def _session_options(options: SessionOptions) -> onnxruntime.SessionOptions:
     for name, size in options.dimensions:
         result.add_free_dimension_override_by_name(name, size)
     if options.recordable:
-        # It asks for one block of memory for a whole call; if that fails, as each call again, the recording is lost.
+        # A memory pattern allocates one block for a whole call; if that allocation fails, the recording is lost.
         result.enable_mem_pattern = False
     if options.lean:
         result.enable_cpu_mem_arena = result.enable_mem_pattern = False
         result.add_session_config_entry("session.disable_prepacking", "1")
         # Higher levels copy the weights of convolutions into another layout.
         result.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
-    # Each session has threads of its own, which go on spinning for a while when its call is over: then those of the next
-    # session's call, the VAE's after the UNet's, share the cores with them and take twice as long.
+    # Each session has its own threads, which spin for a while after a call and would compete with the next session's call: the
+    # VAE's call after the UNet's took twice as long.
     result.add_session_config_entry("session.force_spinning_stop", "1")
     # For `describe`.
     result.add_session_config_entry("session.record_ep_graph_assignment_info", "1")

@@ -1,1 +1,1 @@
-"""Pipelines that run through their own `__call__`, and the requests that may share such a call."""
+"""Opaque pipelines: they run through their own `__call__`, which requests may share."""

@@ -1,7 +1,7 @@
-"""One call of a diffusers pipeline for the images of several requests, run step by step.
+"""A call of a diffusers pipeline for the images of several requests, run step by step.
 
-The call runs on a thread of its own, which runs only while the engine's thread waits for it. Threads are reused, the last one
-first: what torch.compile records for a GPU belongs to a thread.
+The call runs on its own thread, which runs only while the engine's thread waits for it. Threads are reused, the last used one
+first, because CUDA graphs of torch.compile belong to a thread.
 """
 
 import queue
@@ -16,11 +16,11 @@ from img2img_server.runtime.common.device_copy import enter_stream
 
 
 class _Abandoned(BaseException):
-    """Unwinds a pipeline's call that no request waits for. A BaseException, so that no pipeline catches it."""
+    """Unwinds a pipeline's call that no request needs. A BaseException, so that no pipeline catches it."""
 
 
 class _Thread:
-    """A thread that runs one piece of work after the other."""
+    """A thread that runs functions one after the other."""
 
     def __init__(self) -> None:
         self._work: queue.SimpleQueue[tuple[Callable[[], None], threading.Semaphore]] = queue.SimpleQueue()
@@ -35,7 +35,7 @@ class _Thread:
         while True:
             work, done = self._work.get()
             self._thread.name = _BUSY
-            enter_stream()  # before anything is allocated: what one stream frees, the other may still use
+            enter_stream()  # before any allocation: memory that one stream frees may still be in use on another
             work()
             del work
             self._thread.name = _IDLE
@@ -48,10 +48,10 @@ _idle: list[_Thread] = []
 
 
 class Stepper:
-    """A call that is run in pieces: `resume` lets it go on until it calls `pause` or returns.
+    """A call that runs in pieces: `resume` runs it until it calls `pause` or returns.
 
-    The thread that resumes waits meanwhile, so that one thread at a time owns the device. Once it is `done`, `images` are what
-    the call returned, or `error` what it raised.
+    The resuming thread waits meanwhile, so that only one thread at a time uses the device. Once `done`, `images` are the call's
+    result, or `error` is its exception.
     """
 
     def __init__(self, call: Callable[["Stepper"], list[Image.Image]]) -> None:
@@ -64,7 +64,7 @@ class Stepper:
         self._thread: _Thread | None = None
 
     def resume(self) -> None:
-        """Runs the next piece. Afterwards the call waits in `pause`, or is done."""
+        """Runs the next piece. Returns when the call waits in `pause` or is done."""
         assert not self.done, "a finished run cannot be resumed"
         if self._thread is None:
             try:
@@ -84,7 +84,7 @@ class Stepper:
             raise _Abandoned
 
     def abandon(self) -> None:
-        """Unwinds the call where it stands. Harmless on one that is done; one that never began is done with this."""
+        """Unwinds the call. Has no effect if it is done; if it has not started, it is done afterwards."""
         if self._thread is not None and not self.done:
             self._abandoned = True
             self._go.release()
@@ -92,7 +92,7 @@ class Stepper:
         self._end()
 
     def _wait(self) -> None:
-        """Waits for the end of a piece. The thread of a call that is done may run others."""
+        """Waits for the end of a piece. If the call is done, its thread can be reused."""
         self._back.acquire()
         if self.done and self._thread is not None:
             _idle.append(self._thread)
@@ -103,9 +103,9 @@ class Stepper:
             self.images = self._call(self)
         except _Abandoned:
             pass
-        except Exception as error:  # noqa: BLE001 - handed to the engine's thread, which owns what to make of it
+        except Exception as error:  # noqa: BLE001 - passed to the engine's thread, which handles it
             self.error = error
-        except BaseException as error:  # noqa: BLE001 - such as a panic of a library in Rust: the thread goes on
+        except BaseException as error:  # noqa: BLE001 - such as a panic of a Rust library; the thread continues
             self.error = RuntimeError(f"{type(error).__name__}: {error}")
         finally:
             self._end()
@@ -121,10 +121,10 @@ def _nothing(run: Stepper) -> list[Image.Image]:
 
 
 class SharedCall:
-    """All images of `requests`, `at_once` of them in each `__call__` of diffusers, run piece by piece.
+    """A shared call for all images of `requests`, `at_once` of them in each `__call__` of diffusers, run piece by piece.
 
-    `draw` makes the images, in the order of the requests and their seeds, and calls `report_step` after each step. `step_count`
-    is an estimate until it first does.
+    `draw` makes the images, in the order of the requests and their seeds, and calls `report_step` after each step. Until the
+    first such report, `step_count` is an estimate.
     """
 
     def __init__(
@@ -147,31 +147,31 @@ class SharedCall:
         return self._run.done
 
     def resume(self) -> Exception | None:
-        """Runs the next piece. Returns what the pipeline raised, None where it went well."""
+        """Runs the next piece. Returns the pipeline's exception, or None."""
         self._run.resume()
         self.pieces += 1
-        # The error's traceback keeps the pipeline's frames alive: not kept with a call that is over.
+        # Not kept here: the error's traceback keeps the pipeline's frames alive.
         error, self._run.error = self._run.error, None
         self.failed = error is not None
         return error
 
     def pause(self) -> None:
-        """Called by `draw` between two steps, so that other requests can run."""
+        """Called by `draw` between two steps: lets other requests run."""
         self._run.pause()
 
     def report_step(self, chunk: int, step: int, steps: int) -> None:
-        """Called by `draw` after step `step`, from 1 on, of the `steps` of its chunk number `chunk`."""
+        """Called by `draw` after step `step` (from 1) of the `steps` of chunk number `chunk` (from 0)."""
         self.step_count = steps * len(self.chunks)
-        # Decoding follows the last step, so it counts as done when the images are there.
+        # The last step is reported as done only after decoding.
         self.step = min(chunk * steps + step, self.step_count - 1)
 
     def images(self, number: int) -> list[Image.Image]:
-        """The images of its request `number`, from 0 on."""
+        """The images of request `number` (from 0)."""
         begin = sum(len(request.seeds) for request in self.requests[:number])
         return self._run.images[begin : begin + len(self.requests[number].seeds)]
 
     def leave(self) -> None:
-        """One of the requests has ended. After the last one, a call in progress is unwound."""
+        """Records that one of the requests has ended. After the last one, a call in progress is unwound."""
         self._left -= 1
         if not self._left:
             self._run.abandon()
@@ -179,7 +179,7 @@ class SharedCall:
 
 @dataclass(slots=True, eq=False)
 class OpaqueState:
-    """The state of request `number` of a call, and how much of the call it has seen."""
+    """The state of request `number` of a shared call, and how many of the call's pieces it has counted."""
 
     request: Request
     call: SharedCall
@@ -189,11 +189,11 @@ class OpaqueState:
     pieces: int = 0
 
     def join(self, call: SharedCall, number: int) -> None:
-        """Joins a new call after its own failed. Its step does not change until that call has reached it."""
+        """Joins a new call after the previous one failed. `step` does not change until the new call has reached it."""
         self.call, self.number, self.pieces = call, number, 0
 
     def catch_up(self) -> None:
-        """Updates its step from its call; steps of a prior do not count."""
+        """Updates `step` from the call; a prior's steps do not count."""
         self.pieces = self.call.pieces
         self.step_count = max(self.call.step_count, 1)
         self.step = max(min(self.step, self.step_count - 1), self.call.step)

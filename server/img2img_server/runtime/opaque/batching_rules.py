@@ -1,4 +1,4 @@
-"""Which classes of diffusers draw several images in one call, each as it would alone, and what their requests must share."""
+"""Which diffusers classes draw several images per call with the same results, and which requests may share a call."""
 
 from collections.abc import Collection, Hashable
 from dataclasses import dataclass
@@ -13,9 +13,9 @@ _SLOTS = 16
 class Rule:
     """How a class draws the images of a call.
 
-    Where guidance is above `guided_above` an image is `guided_rows` rows of the denoiser, else one. `negative` says what becomes
-    of requests that come with a negative prompt: they are drawn like the others ("together"), only together with those of
-    the same prompt ("by prompt"), or image by image ("alone").
+    If guidance is above `guided_above`, an image is `guided_rows` rows of the denoiser, else one. `negative` is the rule for
+    requests with a negative prompt: they share calls like all others ("together"), only with requests of the same prompt ("by
+    prompt"), or are drawn image by image ("alone").
     """
 
     guided_rows: int = 2
@@ -23,13 +23,13 @@ class Rule:
     negative: Literal["together", "by prompt", "alone"] = "together"
 
     def rows(self, request: Request) -> int:
-        """Rows of the denoiser for each image."""
+        """Rows of the denoiser per image."""
         return self.guided_rows if request.guidance_scale > self.guided_above else 1
 
     def settings(self, request: Request, parameters: Collection[str]) -> Hashable | None:
-        """What requests must have in common to be drawn by one call of a pipeline that takes these `parameters`.
+        """The settings that requests must have in common to share a call of a pipeline with these `parameters`.
 
-        None where it draws one image at a time.
+        None if the images are drawn one at a time.
         """
         negative = request.negative_prompt is not None and "negative_prompt" in parameters
         if negative and self.negative == "alone":
@@ -41,13 +41,13 @@ class Rule:
 
 RULES: dict[str, Rule] = {
     "FluxImg2ImgPipeline": Rule(guided_rows=1),
-    # It cuts the negative prompts to the length of the longest prompt in the call.
+    # It truncates negative prompts to the length of the longest prompt in the call.
     "Kandinsky3Img2ImgPipeline": Rule(negative="by prompt"),
-    # Its prior draws the negative prompts, too, as rows of their own, for which it then has no generators.
+    # Its prior adds rows for negative prompts, for which it has no generators.
     "KandinskyV22Img2ImgCombinedPipeline": Rule(negative="alone"),
     "KolorsImg2ImgPipeline": Rule(),
     "LatentConsistencyModelImg2ImgPipeline": Rule(guided_rows=1),
-    # Guided by a negative prompt only; the two predictions are calls of their own.
+    # Guided only with a negative prompt; the two predictions are separate calls.
     "QwenImageImg2ImgPipeline": Rule(guided_rows=1),
     "StableDiffusion3Img2ImgPipeline": Rule(),
     "StableDiffusionImg2ImgPipeline": Rule(),
@@ -55,20 +55,19 @@ RULES: dict[str, Rule] = {
     "StableDiffusionXLImg2ImgPipeline": Rule(),
     "ZImageImg2ImgPipeline": Rule(guided_above=0.0),
 }
-"""Classes whose images were seen to be the same alone and in a call of several, to 1/255 in float32 (diffusers 0.39,
-`tests/server/test_sharing.py`). Every other class draws one image in a call: whether other classes support lists of
-images or generators was not tested."""
+"""Classes whose images are the same alone and in a shared call, to 1/255 in float32 (diffusers 0.39, checked by
+`tests/server/test_sharing.py`). All other classes, which are not tested, draw one image per call."""
 
 
 def rule_of(pipe: Any) -> Rule | None:
-    """The rule of a pipeline's class; None where it draws one image at a time."""
+    """The rule of a pipeline's class; None if it draws one image at a time."""
     return RULES.get(type(pipe).__name__)
 
 
 def slot(settings: Hashable) -> int:
-    """A number for `settings`, the same for equal ones.
+    """A small number for `settings`, equal for equal settings.
 
-    There are few: the engine keeps what it measured of each for good. Where different settings get the same one, those requests
-    are prepared and stepped in one round, but by calls of their own.
+    There are few numbers, because the engine keeps its measurements of each forever. If different settings have the same number,
+    their requests are prepared and stepped in one round, but by separate calls.
     """
     return hash(settings) % _SLOTS

@@ -1,8 +1,8 @@
-"""Opaque pipelines: diffusers' `__call__` is not split into stages, but runs step by step.
+"""Opaque pipelines: diffusers' `__call__`, not split into stages but run step by step.
 
-The pipeline's call runs on a thread of its own, which runs only while the engine's thread waits for it: control returns at the
-end of each step (callback_on_step_end). So one thread at a time uses the device, other requests run between two steps, and a
-call without requests unwinds at its next step. Requests with equal settings that are prepared together share a call.
+The call runs on its own thread, which runs only while the engine's thread waits for it: control returns at the end of each step
+(callback_on_step_end). So only one thread at a time uses the device, other requests run between two steps, and a call without
+requests is unwound at its next step. Requests with equal settings that are prepared together share a call.
 """
 
 import copy
@@ -26,14 +26,14 @@ from img2img_server.runtime.opaque.batching_rules import rule_of, slot
 _log = logging.getLogger(__name__)
 
 _MOST_ROWS = 16
-"""Rows of the denoiser in one call of diffusers. Memory is needed for all of them until the last is decoded."""
+"""Maximum rows of the denoiser in one call of diffusers, which keeps all images in memory until the last is decoded."""
 
 
 class OpaquePipeline:
     """Any AutoPipelineForImage2Image. Implements the engine's Pipeline.
 
-    The images of a request, and of others with equal settings, are drawn together where the class is known to draw each as it
-    would alone (`batching_rules.py`); else one after the other. `compile` of torch modules is not done here (`torch/compile.py`).
+    If the class is known to draw images in a shared call with the same results (`batching_rules.py`), the images of a request and
+    of others with equal settings are drawn together, else one after the other.
     """
 
     schedulers: tuple[str, ...] = ()
@@ -53,12 +53,12 @@ class OpaquePipeline:
         self.max_rows: int | None = None if self._rule else 1
         self._most_rows = _MOST_ROWS
         for part in parts(pipe):
-            part.set_progress_bar_config(disable=True)  # the client gets the progress
+            part.set_progress_bar_config(disable=True)  # progress is sent to the client instead
 
     def plan(self, request: Request) -> Plan:
-        """Its steps: an estimate, until the pipeline has its schedule. Raises InvalidField for a scheduler: it has its own."""
+        """The request's shape, rows and estimated steps. Raises InvalidField if it names a scheduler."""
         if request.scheduler is not None:
-            raise InvalidField("scheduler", "this model has its own only")
+            raise InvalidField("scheduler", "this model supports only its own scheduler: leave the field unset")
         width, height = request.image.size
         settings, at_once = self._settings(request), self._at_once(request)
         chunks = -(-len(request.seeds) // at_once)
@@ -67,7 +67,7 @@ class OpaquePipeline:
         return Plan(shape, width * height, rows, self._steps(request) * chunks, self._truncation.warnings(self._texts(request)))
 
     def prepare(self, requests: Sequence[Request]) -> Sequence[OpaqueState]:
-        """Readies the calls, a shared one for those with equal settings; nothing is computed yet."""
+        """Makes the calls, one for all requests with equal settings, without running them."""
         states: dict[int, OpaqueState] = {}
         for numbers in self._group(requests):
             call = self._call([requests[number] for number in numbers])
@@ -76,7 +76,7 @@ class OpaquePipeline:
         return [states[number] for number in range(len(requests))]
 
     def denoise(self, states: Sequence[OpaqueState]) -> Sequence[None]:
-        """Runs one step of each call. One that is ahead of all its `states` waits: what they lack was computed already."""
+        """Runs one step of each call, except calls that are ahead of all their `states`: those have results to catch up with."""
         members: dict[SharedCall, list[OpaqueState]] = {}
         for state in states:
             members.setdefault(state.call, []).append(state)
@@ -88,41 +88,41 @@ class OpaquePipeline:
         return [None] * len(states)
 
     def advance(self, states: Sequence[OpaqueState], noises: Sequence[None]) -> None:
-        """Takes over how far the calls came."""
+        """Updates the states from their calls."""
         for state in states:
             state.catch_up()
 
     def mark(self) -> None:
-        """Nothing is left to wait for after a step."""
+        """Does nothing: a step is complete when `denoise` returns."""
 
     def preview(self, states: Sequence[OpaqueState]) -> Sequence[None]:
-        """There are none: what the pipeline has between two steps is its own affair."""
+        """Returns None for each state: opaque pipelines have no previews."""
         return [None] * len(states)
 
     def finish(self, states: Sequence[OpaqueState]) -> Sequence[Sequence[Image.Image]]:
-        """The images that the calls returned."""
+        """The images of each state's request."""
         return [state.call.images(state.number) for state in states]
 
     def release(self, state: OpaqueState) -> None:
-        """The request leaves its call. A call without requests is unwound."""
+        """Removes the request from its call. A call without requests is unwound."""
         state.call.leave()
 
     def close(self) -> None:
-        """Gives up its sessions, if it has any, whoever still holds this pipeline."""
+        """Releases its sessions, if it has any, even if this pipeline is still referenced."""
         close_graphs(self._pipe)
 
     def _resume(self, call: SharedCall, states: Sequence[OpaqueState], alone: bool) -> None:
-        """Runs a call's next piece. Where that fails the engine asks again for fewer; for one that is `alone` it would not."""
+        """Runs a call's next piece. If it fails, the engine retries with fewer states; for a single one (`alone`) this does."""
         while (error := call.resume()) is not None:
             if isinstance(error, OutOfMemory):
                 self._most_rows = max(1, min(self._most_rows, len(call.chunks[0]) * self._rows(states[0].request)) // 2)
             if not alone or (len(call.requests) == 1 and call.at_once == 1):
                 raise error
-            _log.warning("a call of %d pictures failed, and is tried with fewer: %s", len(call.pictures), error)
+            _log.warning("a call of %d images failed, retrying with fewer: %s", len(call.pictures), error)
             call = self._restart(call, states)
 
     def _restart(self, failed: SharedCall, states: Sequence[OpaqueState]) -> SharedCall:
-        """A new call for `states` after theirs failed; image by image for a single request."""
+        """Starts a new call for `states` after theirs failed; image by image for a single request."""
         smallest = len(states) == len(failed.requests) == 1
         call = self._call([state.request for state in states], at_once=1 if smallest else None)
         for index, state in enumerate(states):
@@ -147,15 +147,15 @@ class OpaquePipeline:
         return SharedCall(requests, at_once or self._at_once(requests[0]), self._steps(requests[0]), self._draw)
 
     def _settings(self, request: Request) -> Hashable | None:
-        """What others must have in common with it to share its call; None where none can."""
+        """The settings that requests must have in common with it to share its call; None if none can."""
         return self._rule and self._rule.settings(request, self._parameters)
 
     def _rows(self, request: Request) -> int:
-        """Rows of the denoiser for each of its images."""
+        """Rows of the denoiser per image."""
         return self._rule.rows(request) if self._rule else 1
 
     def _at_once(self, request: Request) -> int:
-        """How many images one call of diffusers may have."""
+        """Maximum number of images in one call of diffusers."""
         return 1 if self._settings(request) is None else max(1, self._most_rows // self._rows(request))
 
     def _steps(self, request: Request) -> int:
@@ -182,16 +182,16 @@ class OpaquePipeline:
         size = call.requests[0].image.size
         if len(images) != len(call.pictures) or any(image.size != size for image in images):
             made = [image.size for image in images]
-            raise RuntimeError(f"asked for {len(call.pictures)} of {size}, {type(self._pipe).__name__} made {made}")
+            raise RuntimeError(f"{type(self._pipe).__name__} returned images of {made} instead of {len(call.pictures)} of {size}")
         return images
 
     def _texts(self, request: Request) -> dict[str, str]:
-        """The texts of the request that the pipeline takes, each by the name of its field."""
+        """The request's texts that the pipeline accepts, by field name."""
         given = {"prompt": request.prompt, "negative_prompt": request.negative_prompt}
         return {name: text for name, text in given.items() if text and name in self._parameters}
 
     def _arguments(self, pictures: Sequence[tuple[Request, int]], listeners: dict[str, Any]) -> dict[str, Any]:
-        """The arguments of the pipeline's call: what it knows of the requests, in lists where there are several images."""
+        """The arguments of the pipeline's call: those that it accepts, as lists if there are several images."""
         request = pictures[0][0]
         width, height = request.image.size
         if type(self._pipe).__name__ in SWAPPED:
@@ -209,14 +209,14 @@ class OpaquePipeline:
             "width": width,
             "height": height,
         }
-        # A lone image is asked for as anybody would. A prompt that was not given is none for all.
+        # A single image is passed without lists. A missing prompt is None for all images.
         single = {name: values[0] if len(pictures) == 1 or values[0] is None else values for name, values in each.items()}
         offered = single | alike | listeners
         return {name: value for name, value in offered.items() if name in self._parameters}
 
 
 def _view(pipe: Any) -> Any:
-    """The pipeline as one call sees it: shared models, but its own settings and schedulers, down to its inner pipelines."""
+    """A view of the pipeline for one call: shared models, but own settings and schedulers, also in inner pipelines."""
     inner = {name: _view(value) for name, value in vars(pipe).items() if name.endswith("_pipe")}
     own = {name: copy.deepcopy(value) for name, value in vars(pipe).items() if name.endswith("scheduler")}
     return view_of(pipe, **inner, **own)

@@ -1,1 +1,1 @@
-"""CUDA and OpenVINO: their sessions, and runners that record calls or keep sessions of fixed shapes."""
+"""Sessions and runners of CUDA and OpenVINO: recorded calls, and sessions of fixed shapes."""

@@ -1,7 +1,6 @@
 """CUDA: the options of its sessions, and the runners that keep tensors on the GPU.
 
-The options' names and what they do are those of ONNX Runtime's cuda_execution_provider_info.cc. tests/cuda runs the provider over
-fake CUDA libraries.
+The options are documented in ONNX Runtime's cuda_execution_provider_info.cc. tests/cuda runs the provider on fake CUDA libraries.
 """
 
 import logging
@@ -21,12 +20,12 @@ from img2img_server.runtime.providers.device_runner import DeviceRunner
 _log = logging.getLogger(__name__)
 
 _ALL_ATTENTION = 1 + 2 + 4 + 8 + 16
-"""Flash, memory-efficient, TensorRT's fused, cuDNN's and the plain one: the bits of `sdpa_kernel`."""
+"""The bits of `sdpa_kernel`: flash, memory-efficient, TensorRT's fused, cuDNN's and plain attention."""
 _CUDNN_ATTENTION = 8
 
 
 def tensor_device() -> str:
-    """Where CUDA's runners want tensors: "cuda", or "cpu" beside a PyTorch that has no CUDA."""
+    """Where CUDA's runners expect tensors: "cuda", or "cpu" if PyTorch has no CUDA."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -40,19 +39,19 @@ def provider_options(
 ) -> tuple[tuple[str, str], ...]:
     """The CUDA provider's options for one session.
 
-    `stream` is the address of the CUDA stream that it shares with torch, None for its own; `graphs` lets it record calls, and
-    needs a stream, as what runs on the default one cannot be recorded. `cudnn_attention` and `tf32` are for measuring. With None,
+    `stream` is the address of the CUDA stream that it shares with torch, None for its own; `graphs` enables recording calls, and
+    needs a stream, because the default stream cannot be recorded. `cudnn_attention` and `tf32` are for benchmarks: with None,
     ONNX Runtime chooses the attention (cuDNN's on compute capability 9 and later, unless the environment has
-    ORT_ENABLE_CUDNN_FLASH_ATTENTION=0), and TF32 is allowed unless `execution` asks for fp32.
+    ORT_ENABLE_CUDNN_FLASH_ATTENTION=0), and TF32 is allowed unless `execution` requires fp32.
 
-    `prefer_nhwc` is never set: it moves a plain graph's shape arithmetic to the GPU, with copies of single numbers both ways, and
-    has no bfloat16 kernels; fused graphs have their convolutions in NHWC already.
+    `prefer_nhwc` is never set: it moves a plain graph's shape arithmetic to the GPU, with copies of single numbers in both
+    directions, and has no bfloat16 kernels; the convolutions of fused graphs are in NHWC already.
     """
-    assert stream is not None or not graphs, "what runs on the default stream cannot be recorded"
+    assert stream is not None or not graphs, "the default stream cannot be recorded"
     options = {
         # Heuristic mode A of cuDNN; EXHAUSTIVE is its mode B, and searches nothing either (conv.cc).
         "cudnn_conv_algo_search": "HEURISTIC",
-        # The other strategy, kSameAsRequested, fragments: each new shape allocates while requests are served.
+        # kSameAsRequested fragments memory: each new shape allocates while requests are served.
         "arena_extend_strategy": "kNextPowerOfTwo",
         "use_tf32": str(int(execution.arithmetic != "fp32" if tf32 is None else tf32)),
     }
@@ -68,18 +67,18 @@ def provider_options(
 
 
 def runners(execution: Execution, threads: int, open_graph: Open, sizes: Sizes | None = None) -> Make:
-    """Readies graphs for CUDA, each opened by `open_graph`, all on the process's stream.
+    """A Make of runners for CUDA, all on the process's stream; `open_graph` opens the sessions.
 
-    Each runs once on zeros, of `sizes` if they are given: kernels refuse some graphs only then. Beside a PyTorch without CUDA,
-    tensors go through the host at every call.
+    If `sizes` are given, each graph runs once on zeros, because some kernels fail only when they run. If PyTorch has no CUDA,
+    tensors are copied through the host in every call.
     """
     device = tensor_device()
     if device == "cpu":
-        _log.warning("this PyTorch has no CUDA: tensors are copied to the GPU and back at every call of ONNX Runtime")
+        _log.warning("PyTorch has no CUDA: tensors are copied to the GPU and back in every call: install a PyTorch with CUDA")
     stream = device_stream().cuda_stream if device == "cuda" else None
 
     if stream is not None:
-        # What this thread allocates and copies comes before what others ask of the device.
+        # So this thread's allocations and copies are ordered before other work on the stream.
         enter_stream()
 
     def opened(name: str, graph: Path, graphs: bool) -> Runner:
@@ -94,8 +93,9 @@ def runners(execution: Execution, threads: int, open_graph: Open, sizes: Sizes |
         try:
             return opened(name, graph, graphs=True)
         except BundleError as error:
-            # Most likely some of its tensors go from the CPU to the GPU. If it is something else, opening it plainly fails again.
-            _log.warning("%s cannot be recorded, export it again: %s", graph, last_line(error))
+            # Usually some of its tensors are copied between CPU and GPU. For other errors, opening it without recording fails
+            # again.
+            _log.warning("%s cannot be recorded as a CUDA graph; export the bundle again: %s", graph, last_line(error))
             return None
 
     def make(name: str, graph: Path) -> Runner:

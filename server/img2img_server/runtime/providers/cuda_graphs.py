@@ -1,9 +1,9 @@
-"""CUDA graphs: a session's call is recorded once for a shape, and replayed in one launch instead of hundreds.
+"""CUDA graphs: a session's call is recorded once per shape, and replayed in one launch instead of hundreds.
 
-What ONNX Runtime does (cuda_execution_provider.cc, inference_session.cc, cuda_graph.cc): a call with a `gpu_graph_id` that is
-not -1 runs the graph twice as usual and a third time to record it; every later call with that id replays it, on the addresses
-that were bound then, whatever is bound now. Recordings belong to the thread that made them. While one is made, no other thread
-may allocate or free on the device. `release_captured_graph` does nothing on CUDA, so what was recorded is never freed.
+ONNX Runtime's behavior (cuda_execution_provider.cc, inference_session.cc, cuda_graph.cc): the first call with a `gpu_graph_id`
+other than -1 runs the graph twice as usual and a third time to record it; each later call with that id replays it on the
+addresses that were bound during recording. A recording belongs to the thread that made it. During recording, no other thread may
+allocate or free device memory. `release_captured_graph` does nothing on CUDA, so recordings are never freed.
 """
 
 import functools
@@ -27,16 +27,16 @@ Key = tuple[torch.Size, ...]
 """The shapes of a graph's inputs, in their order."""
 
 ROW_BUCKETS = (1, 2, 4, 8, 16)
-"""Rows that calls are recorded with. A call of another number of rows is padded to the next; one of more is made in parts."""
+"""Numbers of rows of recorded calls. Other calls are padded to the next number; larger ones are divided."""
 
 NO_GRAPH = -1
 """The `gpu_graph_id` of a call that is neither recorded nor replayed."""
 
 SHRINK = ("memory.enable_memory_arena_shrinkage", "gpu:0")
-"""The option of a run after which ONNX Runtime's arena frees what is not in use."""
+"""Run option that makes ONNX Runtime's arena free unused memory after the run."""
 
 _MOST_COUNTED = 1024
-"""Shapes whose calls are counted."""
+"""Maximum number of shapes whose calls are counted."""
 
 _ELEMENTS = {
     torch.float32: 1,
@@ -46,16 +46,16 @@ _ELEMENTS = {
     torch.float16: 10,
     torch.bfloat16: 16,
 }
-"""ONNX's numbers of the types that runners know."""
+"""ONNX's type numbers of the dtypes that runners support."""
 
 
 def bucket_of(rows: int) -> int:
-    """The rows that a call of `rows`, of at most the largest bucket's, is padded to."""
+    """The number of rows that a call of `rows` is padded to. `rows` is at most ROW_BUCKETS[-1]."""
     return next(bucket for bucket in ROW_BUCKETS if rows <= bucket)
 
 
 class Binding:
-    """Inputs and outputs of calls of `session`, by their addresses on `device`."""
+    """Binds inputs and outputs of a session's calls by their addresses on `device`."""
 
     def __init__(
         self, session: onnxruntime.InferenceSession, device: torch.device, graph_id: int, *settings: tuple[str, str]
@@ -65,15 +65,15 @@ class Binding:
         self._outputs = [item.name for item in session.get_outputs()]
         self._options = onnxruntime.RunOptions()
         self._options.add_run_config_entry("gpu_graph_id", str(graph_id))
-        # What follows on the same stream needs no waiting for.
+        # Later work is on the same stream, so the host need not wait.
         for name, value in (("disable_synchronize_execution_providers", "1"), *settings):
             self._options.add_run_config_entry(name, value)
         self.run: Callable[[], None] = functools.partial(session.run_with_iobinding, self._binding, self._options)
-        """Runs the session on what is bound. Raises what ONNX Runtime raises."""
+        """Runs the session on the bound tensors. Raises ONNX Runtime's errors."""
 
     def bind(self, inputs: Mapping[str, torch.Tensor], outputs: Sequence[torch.Tensor] | None) -> None:
-        """Binds tensors, which must be contiguous and stay where they are until the call is over. Without `outputs` ONNX Runtime
-        allocates them."""
+        """Binds tensors, which must be contiguous and must not be moved or freed before the call is over. With `outputs` None,
+        ONNX Runtime allocates them."""
         for name, tensor in inputs.items():
             self._binding.bind_input(name, *self._place(tensor))
         for index, name in enumerate(self._outputs):
@@ -83,33 +83,33 @@ class Binding:
                 self._binding.bind_output(name, *self._place(outputs[index]))
 
     def take(self) -> Sequence[Any]:
-        """The outputs that ONNX Runtime allocated, as OrtValues. They are the caller's from now on."""
+        """Returns the outputs that ONNX Runtime allocated, as OrtValues, and unbinds them."""
         values: Sequence[Any] = self._binding.get_outputs()
         self._binding.clear_binding_outputs()
         return values
 
     def _place(self, tensor: torch.Tensor) -> tuple[str, int, int, list[int], int]:
-        assert tensor.is_contiguous(), "an address says nothing of strides"
+        assert tensor.is_contiguous(), "only contiguous tensors can be bound by address"
         return self._device.type, self._device.index or 0, _ELEMENTS[tensor.dtype], list(tensor.shape), tensor.data_ptr()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Recording:
-    """A call with memory of its own, of whose addresses a recording knows. `run` makes `outputs` of `inputs`."""
+    """A recorded call with its own input and output memory. `run` computes `outputs` from `inputs`."""
 
     graph_id: int
     inputs: dict[str, torch.Tensor]
     outputs: list[torch.Tensor]
     run: Callable[[], None]
-    """Replays it; the first time, records it. Raises what ONNX Runtime raises."""
+    """Replays the call; the first time, records it. Raises ONNX Runtime's errors."""
 
 
 class Replays:
-    """The recordings of one session, whose provider has CUDA graphs enabled.
+    """The recordings of one session with CUDA graphs enabled.
 
-    A shape is recorded once it was called more than `patience` times, or at once in `recording_at_once`. `most` recordings are
-    kept, those that were used last; `most_ever` are made, as released ones are not freed. After a call that could not be
-    recorded, which is logged, no more are made.
+    A shape is recorded after more than `patience` calls, or at once in `recording_at_once`. At most `most` recordings are kept
+    (LRU) and `most_ever` made, because ONNX Runtime does not free them. If a call cannot be recorded, this is logged, and no more
+    recordings are made.
     """
 
     def __init__(
@@ -133,9 +133,9 @@ class Replays:
         self._thread: int | None = None
 
     def find(self, key: Key) -> Recording | None:
-        """What was recorded for these shapes on this thread."""
+        """The recording of these shapes that this thread made, or None."""
         if self._thread != threading.get_ident():
-            # Another thread has taken over, to which the recordings of the one before mean nothing.
+            # Another thread runs the session now; recordings cannot be replayed on it.
             self._thread = threading.get_ident()
             self.drop()
         recording = self._recordings.get(key)
@@ -144,7 +144,7 @@ class Replays:
         return recording
 
     def is_due(self, key: Key) -> bool:
-        """Counts a call of shapes that are not recorded. Whether they are to be, now."""
+        """Counts a call of shapes without a recording. Returns whether to record them now."""
         if self._left <= 0:
             return False
         if len(self._calls) >= _MOST_COUNTED:
@@ -153,8 +153,8 @@ class Replays:
         return self._calls[key] > self._patience or records_at_once()
 
     def record(self, key: Key, inputs: Mapping[str, torch.Tensor], outputs: Sequence[torch.Tensor]) -> Recording | None:
-        """Records a call on tensors of its own, like `inputs` and `outputs` in shape and type; the inputs' values are taken over.
-        None if another thread uses the device, or if it cannot be recorded."""
+        """Records a call on copies of `inputs` and on new outputs of the shapes and types of `outputs`. Returns None if another
+        thread uses the device, or if the call cannot be recorded."""
         if not DEVICE_IN_USE.acquire(blocking=False):
             return None
         try:
@@ -175,7 +175,7 @@ class Replays:
         return recording
 
     def drop(self) -> None:
-        """Forgets all recordings: the memory that they use may be freed after this."""
+        """Drops all recordings. The memory that they use may be freed after this."""
         self._recordings.clear()
         self._calls.clear()
 

@@ -1,7 +1,7 @@
-"""Runs a session on torch tensors of the device that it computes on: nothing goes through the host, no call waits for the device.
+"""Runs a session on torch tensors on its own device: without copies through the host, and without waiting for the device.
 
-What ONNX Runtime computes on CUDA follows what torch asked for before and precedes what it asks for next, as both use one stream.
-tests/cuda runs it on CUDA's provider over fake libraries, tests/server on a session of the CPU.
+On CUDA, torch and ONNX Runtime use one stream, so their work is done in the order of submission. tests/cuda runs this with the
+CUDA provider on fake libraries, tests/server with a CPU session.
 """
 
 import logging
@@ -29,7 +29,7 @@ from img2img_server.runtime.providers.cuda_graphs import (
 _log = logging.getLogger(__name__)
 
 _MOST_SHAPES = 1024
-"""Shapes of inputs whose outputs' shapes are remembered."""
+"""Maximum number of input shapes whose output shapes are remembered."""
 
 Feed = Mapping[str, torch.Tensor]
 
@@ -37,9 +37,9 @@ Feed = Mapping[str, torch.Tensor]
 class DeviceRunner:
     """A session whose inputs and outputs are torch tensors on `device`. Only one thread at a time may run it.
 
-    `enter` is called before anything is asked of the device: it sees to it that torch uses the session's stream. `replays` keeps
-    recordings of calls, None for none. A graph whose inputs and outputs all have an axis of rows is recorded for ROW_BUCKETS.
-    `owner` stands for the model that it is part of.
+    `enter` is called before each call, to make the session's stream torch's current one. `replays` keeps recordings of calls,
+    None for no recordings. If all inputs and outputs of the graph have an axis of rows, calls are recorded for ROW_BUCKETS.
+    `owner` identifies the model (out_of_memory.py).
     """
 
     def __init__(
@@ -85,7 +85,8 @@ class DeviceRunner:
             return results[0] if len(results) == 1 else [torch.cat(outputs) for outputs in zip(*results, strict=True)]
 
     def give_back(self) -> None:
-        """Frees what ONNX Runtime's arena keeps, and first the recordings, whose memory is in it. Not in the middle of a call."""
+        """Frees the recordings, whose memory is in ONNX Runtime's arena, and then the arena's unused memory. Does nothing during
+        a call."""
         if not self._busy.acquire(blocking=False):
             return
         try:
@@ -93,13 +94,13 @@ class DeviceRunner:
                 self._replays.drop()
             if self._smallest is None:
                 return
-            # The arena shrinks after a run only.
+            # The arena shrinks only after a run.
             binding = Binding(self._session, self._device, NO_GRAPH, SHRINK)
             named = zip(self.inputs, self._smallest, strict=True)
             binding.bind({item.name: self._zeros(item, shape) for item, shape in named}, None)
             binding.run()
         except RUNTIME_ERRORS as error:
-            _log.warning("an arena did not shrink: %s", str(error).partition("\n")[0])
+            _log.warning("ONNX Runtime's arena could not be shrunk: %s", str(error).partition("\n")[0])
         finally:
             self._busy.release()
 
@@ -107,7 +108,8 @@ class DeviceRunner:
         return torch.zeros(shape, dtype=dtype_of(item), device=self._device)
 
     def _parts(self, feed: Feed) -> list[tuple[int | None, Feed]]:
-        """The calls that `feed` is made in, each with its rows, None for a graph without such an axis."""
+        """Divides `feed` into calls of at most ROW_BUCKETS[-1] rows, each with its number of rows; None for graphs without
+        rows."""
         counts = {feed[name].shape[0] for name in self._names} if self._has_rows else set()
         if len(counts) != 1:
             return [(None, feed)]
@@ -124,8 +126,8 @@ class DeviceRunner:
         return tuple(shape if rows is None else torch.Size((rows, *shape[1:])) for shape in shapes)
 
     def _recorded(self, replays: Replays, feed: Feed, rows: int | None) -> tuple[Recording | None, bool]:
-        """A recording that has the inputs of a call of `rows` rows, None for a graph that has none. Whether it was made now: then
-        its outputs are there. No recording if the call is to be made as usual."""
+        """The recording for a call of `rows` rows (None for graphs without rows) with its inputs filled in, None if there is
+        none, and whether it was made just now, so that its outputs are computed already."""
         key = self._key(feed, None if rows is None else bucket_of(rows))
         recording = replays.find(key)
         if recording is None:
@@ -135,17 +137,17 @@ class DeviceRunner:
         return recording, False
 
     def _record(self, replays: Replays, key: Key, feed: Feed) -> Recording | None:
-        """Records a call padded to the shapes of `key`, whose outputs are those of `feed`."""
+        """Records a call of `feed`, padded to the shapes of `key`."""
         padded = {name: _padded(feed[name].contiguous(), shape) for name, shape in zip(self._names, key, strict=True)}
         return replays.record(key, padded, self._empty(key) or self._call(padded))
 
     def _empty(self, key: Key) -> list[torch.Tensor]:
-        """Outputs of the call of these shapes, to be written; none if it was never made."""
+        """New output tensors for a call of these shapes; empty if their shapes are not known yet."""
         shapes = self._shapes.get(key, [])
         return [torch.empty(shape, dtype=dtype, device=self._device) for shape, dtype in zip(shapes, self._types, strict=False)]
 
     def _call(self, feed: Feed) -> list[torch.Tensor]:
-        """Runs the graph as usual."""
+        """Runs the graph without a recording."""
         feed = {name: tensor for name, tensor in feed.items() if name in self._names}
         key = self._key(feed, None)
         outputs = self._empty(key)
@@ -156,14 +158,14 @@ class DeviceRunner:
         return outputs
 
     def _learn(self, key: Key, feed: Feed) -> list[torch.Tensor]:
-        """The first call with such inputs: only ONNX Runtime knows yet how large its outputs are, so it allocates them.
+        """Makes the first call of these shapes: ONNX Runtime allocates the outputs, whose shapes are not known yet.
 
         They are copied out of its arena, in which a later recording may use the same memory.
         """
         self._binding.bind(feed, None)
         self._binding.run()
         values = self._binding.take()
-        # DLPack knows no truth values.
+        # DLPack has no bool.
         outputs = [from_dlpack(value).view(dtype).clone() for value, dtype in zip(values, self._types, strict=True)]
         if len(self._shapes) >= _MOST_SHAPES:
             self._shapes.clear()
@@ -173,7 +175,7 @@ class DeviceRunner:
 
 
 def _varies(item: Any) -> bool:
-    """Whether the first axis of a graph's input or output is open."""
+    """Whether the first axis of a graph's input or output is dynamic."""
     return bool(item.shape) and not isinstance(item.shape[0], int)
 
 

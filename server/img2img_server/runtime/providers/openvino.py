@@ -1,6 +1,6 @@
-"""OpenVINO's execution provider, a plugin beside ONNX Runtime: sessions of fixed shapes for common sizes, one for all others.
+"""OpenVINO's execution provider, a plugin of ONNX Runtime: sessions of fixed shapes for common sizes, one for all others.
 
-On CPUs with AMX it computes in bfloat16, some three times as fast as ONNX Runtime's own provider in fp32; elsewhere in float32.
+On CPUs with AMX it computes in bfloat16, about three times as fast as ONNX Runtime's CPU provider in fp32; on others in float32.
 The accuracy check (accuracy_check.py) decides whether bfloat16 may be used. Graphs that OpenVINO does not support run on ONNX
 Runtime's CPU provider, and the log says why.
 """
@@ -25,13 +25,13 @@ from img2img_server.runtime.onnx.sessions import Open, SessionOptions
 _log = logging.getLogger(__name__)
 
 _GROWTH = {"fp32": 1.1, "fp16": 4.0, "bf16": 4.0}
-"""Memory that a session takes, as a multiple of its weights' bytes: laid out anew for OpenVINO's kernels, and in float32 beside
-that where the file has less. Measured on Stable Diffusion 1.5's UNet: 3.4 GiB of own memory in fp32 (3.2 GiB of weights, whose
-mapped file all sessions share), 6.5 GiB in fp16 (1.6 GiB of weights)."""
+"""Memory of a session as a multiple of its weights' bytes: OpenVINO keeps a copy in its kernels' layout, and a float32 copy if
+the file has less. Measured with Stable Diffusion 1.5's UNet: 3.4 GiB of private memory in fp32 (3.2 GiB of weights, whose mapped
+file all sessions share), 6.5 GiB in fp16 (1.6 GiB of weights)."""
 
 
 class BucketRunner:
-    """A graph with a session of its own for each of some shapes, and one that takes any."""
+    """A graph with sessions of fixed shapes, and one session for all other shapes."""
 
     def __init__(self, any_shape: Runner, fixed: Mapping[Shapes, Runner]) -> None:
         self._any_shape = any_shape
@@ -41,13 +41,13 @@ class BucketRunner:
         self._names = [item.name for item in self.inputs]
 
     def run(self, feed: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
-        """Runs the graph on CPU tensors, in the session that was made for their shapes, if there is one."""
+        """Runs the graph on CPU tensors, in the session of their shapes, if there is one."""
         shapes = tuple(tuple(feed[name].shape) for name in self._names)
         return self._fixed.get(shapes, self._any_shape).run(feed)
 
 
 class Sessions:
-    """Readies a bundle's graphs. `arithmetic` is OpenVINO's, "f32" or "bf16". A Make: see runners.py."""
+    """Makes the runners of a bundle's graphs (a Make, see runners.py). `arithmetic` is OpenVINO's, "f32" or "bf16"."""
 
     def __init__(
         self, execution: Execution, threads: int, bundle: Path, manifest: Manifest, open_graph: Open, arithmetic: str
@@ -62,7 +62,7 @@ class Sessions:
         self._arithmetic = arithmetic
 
     def __call__(self, name: str, graph: Path) -> Runner:
-        """The component `name`: on OpenVINO, or where that cannot be on the CPU provider. Raises BundleError if neither can."""
+        """Makes the runner of the component `name` on OpenVINO, or else on the CPU provider. Raises BundleError if both fail."""
         problem = self._refusal(name)
         if not problem:
             try:
@@ -75,12 +75,12 @@ class Sessions:
     def _refusal(self, name: str) -> str:
         component = next((item for item in self._manifest.components if item.name == name), None)
         if component is not None and component.precision == "int8":
-            # An exception could be caught. On a CPU with AMX some ended the process.
-            return "int8 graphs gain nothing in OpenVINO's provider, and some crashed it"
+            # Not tried: some int8 graphs crash the process on a CPU with AMX.
+            return "int8 graphs are not faster in OpenVINO's provider, and some crash it"
         return ""
 
     def _in_parts(self, name: str, graph: Path) -> Runner:
-        """In bfloat16 a denoiser's waves of the timestep are left to the CPU provider, where the bundle has them apart."""
+        """In bfloat16 the CPU provider computes a denoiser's timestep embedding, if the bundle has the split graph."""
         head, body = graph.with_name(HEAD_NAME), graph.with_name(BODY_NAME)
         if self._arithmetic != "bf16" or not {f"{name}/{HEAD_NAME}", f"{name}/{BODY_NAME}"} <= set(self._manifest.files):
             return self._ready(name, graph)
@@ -101,7 +101,7 @@ class Sessions:
         return BucketRunner(any_shape, fixed) if fixed else any_shape
 
     def _has_room(self, name: str, bucket: Bucket) -> bool:
-        """Whether a session more leaves memory over. Where the operator asks for the size, it is made all the same."""
+        """Whether there is enough memory for a session of fixed shapes. Always true for buckets that the operator set."""
         component = next((item for item in self._manifest.components if item.name == name), None)
         if component is None or self._asked:
             return True
@@ -109,7 +109,7 @@ class Sessions:
         left = cpu.available_memory()
         if needed > left / 2:
             _log.warning(
-                "%s: no session of its own for %s, which might take %.1f of the %.1f GiB that are left; --buckets %s makes it",
+                "%s: no session for %s, which could take %.1f of the available %.1f GiB; --buckets %s forces it",
                 *(name, bucket, needed / 2**30, left / 2**30, bucket),
             )
         return needed <= left / 2
@@ -125,19 +125,19 @@ class Sessions:
 def runners(
     execution: Execution, threads: int, bundle: Path, manifest: Manifest, open_graph: Open, arithmetic: str = "f32"
 ) -> Make:
-    """Readies the graphs of a bundle for OpenVINO, which must have been chosen (providers.py)."""
+    """A Make of runners for OpenVINO, which must be the chosen provider (providers.py)."""
     return Sessions(execution, threads, bundle, manifest, open_graph, arithmetic)
 
 
 def arithmetic(execution: Execution) -> str:
-    """What OpenVINO computes in here: "bf16" where the CPU has AMX and the operator lets it, else "f32"."""
+    """OpenVINO's precision on this machine: "bf16" if the CPU has AMX and `execution` allows it, else "f32"."""
     device = openvino_device()
     able = device is not None and "BF16" in device.ep_metadata.get("OPTIMIZATION_CAPABILITIES", "").split()
     return "bf16" if execution.arithmetic == "auto" and able and has_amx() else "f32"
 
 
 def has_amx(information: Path = Path("/proc/cpuinfo")) -> bool:
-    """Whether the CPU multiplies tiles of bfloat16. Without it bfloat16 is emulated, or slower than its roundings are worth."""
+    """Whether the CPU has AMX for bfloat16. Without it bfloat16 is emulated, or hardly faster than float32."""
     try:
         lines = information.read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -146,7 +146,7 @@ def has_amx(information: Path = Path("/proc/cpuinfo")) -> bool:
 
 
 def load_config(arithmetic: str, threads: int) -> str:
-    """OpenVINO's properties of its CPU device, as the plugin wants them: one call at a time, on all `threads`."""
+    """OpenVINO's properties of its CPU device as JSON for the plugin: one call at a time, on all `threads`."""
     properties = {
         "INFERENCE_PRECISION_HINT": arithmetic,
         "INFERENCE_NUM_THREADS": str(threads),

@@ -1,4 +1,4 @@
-"""The steps of a request: a scheduler that was set, the timesteps that are left of it, and its compiled coefficients."""
+"""Cached schedulers: a diffusers scheduler with its timesteps set, the timesteps to run, and its linear solver."""
 
 import copy
 import itertools
@@ -21,15 +21,15 @@ from img2img_server.runtime.schedulers import registry
 from img2img_server.runtime.schedulers.linear import LinearSolver, compile_schedule
 
 _BYTES = 16 * 2**20
-"""What the cached schedulers of one pipeline may take, in bytes."""
+"""Maximum size of one pipeline's cached schedulers, in bytes."""
 
 
 @dataclass(frozen=True, slots=True)
 class CachedScheduler:
-    """Shared by all requests with the same scheduler and steps, and never changed.
+    """The scheduler of all requests with the same scheduler and steps. Immutable.
 
-    `scheduler` was set and begun, and is not stepped; `times` are the `timesteps` as numbers. `schedule` is None where its steps
-    are not linear: then a request steps a copy of `scheduler`. Tensors are on the CPU.
+    `scheduler` has its timesteps and begin index set, and is never stepped; `times` are the `timesteps` [S] as numbers.
+    `schedule` is None if the steps are not linear: then each request steps a copy of `scheduler`. Tensors are on the CPU.
     """
 
     scheduler: Any
@@ -39,8 +39,8 @@ class CachedScheduler:
 
 
 class SchedulerCache:
-    """Makes and keeps the schedulers of one diffusers pipeline, as linear solvers. Thread-safe: one takes up to tens of
-    milliseconds to make, which the engine's thread does not spend if another thread asks first."""
+    """Makes and caches the schedulers of one diffusers pipeline, as linear solvers. Thread-safe: making one takes up to tens of
+    milliseconds, which another thread can spend before the engine's thread needs it."""
 
     def __init__(self, pipe: Any) -> None:
         self._pipe = pipe
@@ -61,41 +61,41 @@ class SchedulerCache:
         return known
 
     def _make(self, request: Request) -> CachedScheduler:
-        # On the host, whatever the pipeline runs on: steps are counted and scaled there, and another thread than the engine's may
-        # come here, which must not use the device while a CUDA graph is recorded.
+        # On the CPU for every pipeline: steps are counted and scaled there, and other threads than the engine's call this, which
+        # must not use the device while a CUDA graph is recorded.
         device = torch.device("cpu")
         view = view_of(self._pipe, scheduler=copy.deepcopy(self._scheduler(request.scheduler)))
         try:
             timesteps = self._set(view, request, device)
         except ValueError as error:
-            raise InvalidField("num_inference_steps", f"the scheduler cannot do that: {error}") from None
+            raise InvalidField("num_inference_steps", f"the scheduler does not support this number: {error}") from None
         schedule = compile_schedule(view.scheduler, timesteps)
         if schedule is None:
-            logging.getLogger(__name__).info("%s is not linear: stepped one by one", type(view.scheduler).__name__)
+            logging.getLogger(__name__).info("%s is not linear: each request steps its own copy", type(view.scheduler).__name__)
         return CachedScheduler(view.scheduler, timesteps, tuple(timesteps.tolist()), schedule)
 
     def _check(self, request: Request) -> None:
-        """Raises InvalidField for a request that has no steps, or a scheduler that is not there."""
+        """Raises InvalidField if the request has no steps, or a scheduler that the model does not support."""
         self._check_name(request)
         if _first_steps(request) == 0:
-            raise InvalidField("strength", "strength times num_inference_steps is below 1: no step would be run")
+            raise InvalidField("strength", "strength times num_inference_steps is below 1: no step would run; increase one")
 
     def _check_name(self, request: Request) -> None:
         if request.scheduler is not None and request.scheduler not in self.names:
-            raise InvalidField("scheduler", f"this model cannot use '{request.scheduler}'")
+            raise InvalidField("scheduler", f"this model does not support '{request.scheduler}'")
 
     def _key(self, request: Request) -> Hashable:
         """The key of a request's cached scheduler."""
         return request.scheduler, request.num_inference_steps, _first_steps(request)
 
     def _scheduler(self, name: str | None) -> Any:
-        """The scheduler of that name, made once: some compute all of their training's timesteps."""
+        """The scheduler of that name, made once: some classes compute all training timesteps when they are made."""
         if name not in self._schedulers:
             self._schedulers[name] = registry.make(name, self._pipe.scheduler)
         return self._schedulers[name]
 
     def _set(self, view: Any, request: Request, device: torch.device) -> torch.Tensor:
-        """Sets and begins the scheduler of `view`, and gives the timesteps that are to be run."""
+        """Sets the timesteps and begin index of `view`'s scheduler, and returns the timesteps to run."""
         view.scheduler.set_timesteps(request.num_inference_steps, device=device)
         timesteps: torch.Tensor
         timesteps, _ = view.get_timesteps(request.num_inference_steps, request.strength, device)
@@ -103,8 +103,8 @@ class SchedulerCache:
 
 
 def size_of(value: object, known: set[int] | None = None) -> int:
-    """Bytes that an object takes with all that it holds: tensors and arrays with their storage, each object once. Classes,
-    modules and functions are the program's own, and count nothing."""
+    """Bytes of an object and everything that it references, each object once, with the storage of tensors and arrays. Classes,
+    modules and functions are not counted."""
     known = set() if known is None else known
     if id(value) in known or isinstance(value, type | ModuleType | FunctionType | torch.dtype | torch.device):
         return 0
@@ -124,5 +124,5 @@ def size_of(value: object, known: set[int] | None = None) -> int:
 
 
 def _first_steps(request: Request) -> int:
-    """How many of num_inference_steps run at this strength: diffusers' rule."""
+    """The number of num_inference_steps that run at this strength, by diffusers' rule."""
     return min(int(request.num_inference_steps * request.strength), request.num_inference_steps)

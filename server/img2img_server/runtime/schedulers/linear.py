@@ -1,11 +1,11 @@
-"""diffusers' schedulers, compiled to linear coefficients, so that one call steps a whole batch of requests.
+"""diffusers' schedulers, compiled to linear coefficients, so that one call steps a batch of requests.
 
-For a fixed schedule every usual scheduler is linear: the next latents, and the few tensors that it remembers from step to
-step (earlier model outputs, or the sample that a second order step starts from), are sums of the latents, the model's
-output, what it remembered and fresh noise, with coefficients that depend only on its configuration and on the step.
-`compile_schedule` runs diffusers' own scheduler once on unit vectors and reads those coefficients off; `advance_batch`
-applies them to requests of different schedulers at different steps, in a number of operations that does not grow with the
-number of requests. What is not linear (clipping, thresholding) is recognized by a trial on random numbers, and refused.
+For fixed timesteps every common scheduler is linear: the next latents, and the few tensors that it remembers from step to step
+(earlier model outputs, or the sample from which a second-order step starts), are sums of the latents, the model's output, the
+remembered tensors and new noise. The coefficients depend only on the scheduler's configuration and on the step.
+`compile_schedule` runs diffusers' scheduler once on unit vectors and reads the coefficients; `advance_batch` applies them to
+requests with different schedulers at different steps, in a number of operations that does not depend on the number of requests. A
+scheduler that is not linear (clipping, thresholding) fails a test on random numbers and is not compiled.
 """
 
 import copy
@@ -19,60 +19,60 @@ import torch
 from img2img_server.runtime.common.device_copy import send
 
 SLOTS = 6
-"""The most tensors that a scheduler may remember. PNDM and UniPC of order 3 need 4."""
+"""Maximum number of tensors that a scheduler may remember. PNDM and UniPC of order 3 need 4."""
 
 TERMS = 2 + SLOTS
-"""The latents, the model's output and what is remembered."""
+"""Number of terms: the latents, the model's output and the remembered tensors."""
 
 _SILENT = 4
 _CHANNELS = TERMS + 2 * _SILENT
-"""Of a probe: a unit vector's, then some that are zero, where only noise shows, then some with random numbers."""
+"""Channels of a probe: the unit vector, then zeros, in which only noise appears, then random numbers."""
 
 _AMPLITUDE = 1024.0
-"""Of the unit vectors: so great that added noise costs the coefficients no digits; a power of two, so that it divides out."""
+"""Length of the unit vectors: large, so that added noise does not cost digits; a power of two, so that division is exact."""
 
 _TOLERANCE = 1e-4
-"""Of the trial, relative to the terms' magnitudes. Rounding costs diffusers' Heun, the worst, 1.2e-5; clipping exceeds 0.1."""
+"""Tolerance of the linearity test, relative to the terms. Rounding causes 1.2e-5 at worst (Heun); clipping more than 0.1."""
 
 _NEGLIGIBLE = 1e-9
-"""A coefficient below this part of its row's greatest is what rounding leaves of a zero: float32 resolves 6e-8."""
+"""A coefficient below this part of its row's largest is a zero with a rounding error: float32 resolves 6e-8."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SolverStep:
-    """One step. Its terms are the latents, the model's output and `remembered` tensors; its rows are the new latents and
-    then the combinations that are to be remembered."""
+    """One step. Its terms are the latents, the model's output and `remembered` tensors; its `rows` are the new latents and the
+    new combinations to remember."""
 
     coefficients: torch.Tensor = field(repr=False)
-    """[TERMS, 1 + SLOTS], float32, on the CPU: of each term in each row, and zero beyond."""
+    """[TERMS, 1 + SLOTS], float32, on the CPU: the factor of each term in each row, padded with zeros."""
     remembered: int
     rows: int
     memory: tuple[int, ...]
-    """What is remembered from now on: indices into the terms followed by the rows after the first."""
+    """The tensors to remember for the next step: indices into the terms, followed by the rows after the first."""
     draws: bool
-    """Whether noise is drawn, though `noise`, its coefficient, may be zero."""
+    """Whether the step draws noise; its coefficient, `noise`, may be zero."""
     noise: float
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LinearSolver:
-    """A scheduler's steps from one timestep to the end. Immutable; shared by all requests that have the same."""
+    """A scheduler's steps from one timestep to the end. Immutable; shared by all requests with the same steps."""
 
     timesteps: torch.Tensor
-    """[S], as diffusers gave them."""
+    """[S], as diffusers' scheduler sets them."""
     input_scales: tuple[float, ...]
-    """[S]: what the latents are multiplied by before they enter the model."""
+    """[S]: the factor of the latents in the model's input."""
     steps: tuple[SolverStep, ...]
 
     @property
     def history(self) -> int:
-        """The most tensors of the latents' shape that a request has to remember between two steps."""
+        """Maximum number of tensors of the latents' shape that a request remembers between two steps."""
         return max((step.remembered for step in self.steps), default=0)
 
 
 @dataclass(slots=True, eq=False)
 class Trajectory:
-    """A request's way along a schedule: its generators (on the CPU, one for each row), its next step, and its memory."""
+    """A request's state in a linear solver: generators (on the CPU, one per row), next step, and remembered tensors."""
 
     schedule: LinearSolver
     generators: list[torch.Generator]
@@ -81,18 +81,20 @@ class Trajectory:
 
     @property
     def timestep(self) -> torch.Tensor:
-        """The timestep that is next, a scalar. Raises IndexError after the last."""
+        """The next timestep, a scalar. Raises IndexError after the last."""
         return self.schedule.timesteps[self.step]
 
     @property
     def input_scale(self) -> float:
-        """What the latents are multiplied by before they enter the model. Raises IndexError after the last step."""
+        """The factor of the latents in the model's next input. Raises IndexError after the last step."""
         return self.schedule.input_scales[self.step]
 
 
 def coefficients(trajectories: Sequence[Trajectory], sizes: Sequence[int]) -> torch.Tensor:
-    """What the next step of each, of at least one, multiplies its terms by: [terms, rows, B] for B rows of latents, of which each
-    has `sizes`. On the CPU, in float32. The last term is noise if any step draws some. What a request lacks has coefficient zero.
+    """The coefficients of each trajectory's next step: [terms, rows, B], float32, on the CPU.
+
+    B is the sum of `sizes`, the rows of latents of each of the `trajectories`, of which there is at least one. The last term is
+    noise if any step draws noise. Terms that a request lacks have coefficient zero.
     """
     steps = [trajectory.schedule.steps[trajectory.step] for trajectory in trajectories]
     depth = 2 + max(len(trajectory.memory) for trajectory in trajectories)
@@ -111,11 +113,12 @@ def advance_batch(
     outputs: Sequence[torch.Tensor],
     table: torch.Tensor | None = None,
 ) -> list[torch.Tensor]:
-    """Takes each request, of at least one, a step on: its memory and generators change, and its new latents are returned.
+    """Advances each request, of at least one, by a step: updates its memory and generators, and returns its new latents.
 
-    `latents` and `outputs` (the model's, after guidance) are [rows, C, h, w] for each request, where rows may differ; all
-    are on one device, and the latents of one dtype, which the new ones get too. The arithmetic is float32. What is returned
-    and remembered are views of tensors that the batch shares. `table` are the `coefficients` on that device, if they are there.
+    `latents` and `outputs` (the model's, after guidance) are [rows, C, h, w] for each request, with any number of rows; all are
+    on one device, and the latents of one dtype, which the new ones have, too. The arithmetic is float32. The returned and
+    remembered tensors are views of tensors that the batch shares. `table` are the `coefficients` on that device, None to compute
+    them.
     """
     steps = [trajectory.schedule.steps[trajectory.step] for trajectory in trajectories]
     terms = [
@@ -137,9 +140,9 @@ def advance_batch(
 def _combine(
     table: torch.Tensor, terms: Sequence[tuple[torch.Tensor, ...]], noise: torch.Tensor | None
 ) -> tuple[torch.Tensor, ...]:
-    """The rows of all steps, each [B, C, h, w] for B rows of latents. `noise` [B, C, h, w] is a term of the first."""
+    """The rows of all steps, each [B, C, h, w] for B rows of latents. `noise` [B, C, h, w] is a term of the first row."""
     depth = table.shape[0] - (noise is not None)
-    # A request that lacks a term repeats its own latents: nothing foreign, and no memory that was never written.
+    # A request that lacks a term repeats its own latents, with coefficient zero: other values could be NaN.
     pieces = [given[index if index < len(given) else 0] for index in range(depth) for given in terms]
     values = torch.cat(pieces if noise is None else [*pieces, noise]).float()
     products = table[..., None, None, None] * values.view(table.shape[0], 1, -1, *values.shape[1:])
@@ -149,8 +152,8 @@ def _combine(
 def _draw(steps: Sequence[SolverStep], trajectories: Sequence[Trajectory], latents: Sequence[torch.Tensor]) -> torch.Tensor:
     """The noise [B, C, h, w], on the latents' device.
 
-    Each row is drawn from its own generator, as diffusers' randn_tensor draws it, but always in float32: in a smaller
-    dtype torch draws the same numbers, rounded, and leaves the generator in the same state.
+    Each row is drawn from its own generator, as in diffusers' randn_tensor, but always in float32: in a smaller dtype torch draws
+    the same numbers, rounded, and leaves the generator in the same state.
     """
     parts: list[torch.Tensor] = []
     for step, trajectory, sample in zip(steps, trajectories, latents, strict=True):
@@ -165,7 +168,7 @@ def _draw(steps: Sequence[SolverStep], trajectories: Sequence[Trajectory], laten
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Reading:
-    """What one step of the probe showed. `coefficients` is [1 + slots after it, 2 + slots before it], float64."""
+    """The result of probing one step. `coefficients` is [1 + slots after it, 2 + slots before it], float64."""
 
     coefficients: torch.Tensor
     input_scale: float
@@ -174,11 +177,10 @@ class _Reading:
 
 
 def compile_schedule(scheduler: Any, timesteps: torch.Tensor) -> LinearSolver | None:
-    """The coefficients of `timesteps` [S], the tail that is to be run of what set_timesteps made, eta being 0.
+    """The linear solver of `timesteps` [S], the last S of the scheduler's timesteps, with eta 0.
 
-    `scheduler` is a diffusers scheduler on which set_timesteps and, where it has that, set_begin_index were called. It is
-    not changed. None where a step is not linear, or draws noise in a way that is not understood. Raises what the
-    scheduler's own step raises.
+    `scheduler` is a diffusers scheduler on which set_timesteps and, if it has it, set_begin_index were called. It is not changed.
+    Returns None if a step is not linear, or draws noise in an unknown way. Raises the errors of the scheduler's step.
     """
     probe = _Probe(scheduler)
     readings: list[_Reading] = []
@@ -193,8 +195,8 @@ def compile_schedule(scheduler: Any, timesteps: torch.Tensor) -> LinearSolver | 
 class _Probe:
     """A copy of a scheduler, on the CPU, that is run on unit vectors.
 
-    A probe is [1, _CHANNELS, 1, 1]. Before each step everything that the scheduler remembers is replaced by unit vectors,
-    but for its random channels: so a step's coefficients do not depend on those before, and need few channels.
+    A probe is [1, _CHANNELS, 1, 1]. Before each step all remembered tensors are replaced by unit vectors, except their random
+    channels. So a step's coefficients do not depend on earlier steps, and few channels are needed.
     """
 
     def __init__(self, scheduler: Any) -> None:
@@ -210,7 +212,7 @@ class _Probe:
         self._places: list[tuple[Any, Any]] = []
 
     def step(self, timestep: torch.Tensor) -> _Reading | None:
-        """Takes the scheduler one step on. None where that was not linear."""
+        """Steps the scheduler once. Returns None if the step was not linear."""
         sample, output = self._unit(0), self._unit(1)
         given = torch.stack([sample, output, *(holder[key] for holder, key in self._places)]).flatten(1).double()
         scaled = self._scheduler.scale_model_input(sample.clone(), timestep).flatten().double()
@@ -229,7 +231,7 @@ class _Probe:
         return _read(given, taken, noise, scale)
 
     def _unit(self, index: int, like: torch.Tensor | None = None) -> torch.Tensor:
-        """A unit vector, with the random channels of `like`, or else new ones."""
+        """A unit vector, with the random channels of `like`, or new ones."""
         vector = torch.zeros(1, _CHANNELS, 1, 1)
         vector[:, index] = _AMPLITUDE
         trial = torch.randn((1, _SILENT, 1, 1), generator=self._random) if like is None else like[:, -_SILENT:]
@@ -237,7 +239,7 @@ class _Probe:
         return vector
 
     def _drawn_since(self, before: torch.Tensor) -> torch.Tensor | None:
-        """The noise that a step drew: all zero where it drew none, None where it drew otherwise than once and normally."""
+        """The noise that a step drew: zeros if it drew none, None if it drew more than once or not from a normal distribution."""
         after = self._noise.get_state()
         if torch.equal(before, after):
             return torch.zeros(_CHANNELS, dtype=torch.float64)
@@ -247,7 +249,7 @@ class _Probe:
         return noise.flatten().double() if torch.equal(again.get_state(), after) else None
 
     def _find(self) -> list[tuple[Any, Any]]:
-        """Where the scheduler keeps tensors of the probe's shape, which is what it remembers: containers and keys."""
+        """The places in which the scheduler remembers tensors of the probe's shape: containers and keys."""
         attributes = vars(self._scheduler)
         places: list[tuple[Any, Any]] = []
         for name, value in attributes.items():
@@ -263,7 +265,7 @@ def _is_probe(value: object) -> bool:
 
 
 def _read(given: torch.Tensor, taken: torch.Tensor, noise: torch.Tensor, input_scale: float) -> _Reading | None:
-    """The coefficients with which `given` [terms, _CHANNELS] became `taken` [rows, _CHANNELS]. None where that is wrong."""
+    """The coefficients with which `given` [terms, _CHANNELS] became `taken` [rows, _CHANNELS]; None if they do not fit."""
     silent = slice(TERMS, TERMS + _SILENT)
     draws = bool(noise.any())
     factor = float(taken[0, silent] @ noise[silent] / (noise[silent] @ noise[silent])) if draws else 0.0
@@ -273,14 +275,15 @@ def _read(given: torch.Tensor, taken: torch.Tensor, noise: torch.Tensor, input_s
     magnitudes = coefficients.abs()
     coefficients[magnitudes < _NEGLIGIBLE * magnitudes.amax(1, keepdim=True)] = 0.0
     allowed = _TOLERANCE * (coefficients.abs() @ given.abs() + added.abs())
-    # Written so that what is not a number fails.
+    # Written such that NaN fails.
     if not bool(((coefficients @ given + added - taken).abs() <= allowed).all()):
         return None
     return _Reading(coefficients, input_scale, draws, factor)
 
 
 def _prune(readings: Sequence[_Reading]) -> tuple[SolverStep, ...]:
-    """Backwards, so that a step remembers only what a later one uses, and computes only what is not at hand already."""
+    """Removes unused memory, from the last step to the first: a step remembers only tensors that a later step uses, and computes
+    only combinations that are not among its terms."""
     steps: list[SolverStep] = []
     wanted: list[int] = []
     for reading in reversed(readings):

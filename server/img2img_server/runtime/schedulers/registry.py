@@ -1,6 +1,6 @@
-"""The schedulers that a request may name, and how a model's own is turned into one of them.
+"""The schedulers that a request may name, and how they are made from a model's own scheduler.
 
-Heavy imports wait until a scheduler is made, so names can be checked without torch.
+Imports diffusers only when a scheduler is made, so names can be checked without torch.
 """
 
 import copy
@@ -14,18 +14,18 @@ _SIGMAS = {"use_karras_sigmas": False, "use_exponential_sigmas": False, "use_bet
 _KARRAS = {**_SIGMAS, "use_karras_sigmas": True}
 _MULTISTEP = {"algorithm_type": "dpmsolver++", "solver_order": 2, "solver_type": "midpoint"}
 _SDE = {**_MULTISTEP, "algorithm_type": "sde-dpmsolver++"}
-# What set_timesteps would otherwise change, with a warning.
+# Otherwise set_timesteps changes these, with a warning.
 _SINGLESTEP = {"algorithm_type": "dpmsolver++", "lower_order_final": True}
-# The only values there are: others, which a model's own scheduler may bring, are refused or replaced.
+# The class's only values: it refuses or replaces others from a model's configuration.
 _DEIS = {"algorithm_type": "deis", "solver_type": "logrho"}
-# The other one, bh1, divides by zero at the last step, where the last sigma is 0.
+# bh1 divides by zero at the last step, because the last sigma is 0.
 _UNIPC = {"solver_type": "bh2"}
-# As img2img needs it: the Runge-Kutta steps cannot be entered halfway.
+# Image-to-image cannot start in the middle of Runge-Kutta steps.
 _PNDM = {"skip_prk_steps": True}
 
 NAMES: Mapping[str, tuple[str, Mapping[str, Any]]] = MappingProxyType(
     {
-        # diffusers' classes: the model's own configuration, as far as it goes.
+        # diffusers' classes, with the model's own configuration as far as the class accepts it.
         "DDIMScheduler": ("DDIMScheduler", {}),
         "DDPMScheduler": ("DDPMScheduler", {}),
         "DEISMultistepScheduler": ("DEISMultistepScheduler", _DEIS),
@@ -39,7 +39,7 @@ NAMES: Mapping[str, tuple[str, Mapping[str, Any]]] = MappingProxyType(
         "LCMScheduler": ("LCMScheduler", {}),
         "PNDMScheduler": ("PNDMScheduler", _PNDM),
         "UniPCMultistepScheduler": ("UniPCMultistepScheduler", {}),
-        # k-diffusion's names, by the table in diffusers' documentation of its schedulers.
+        # k-diffusion's names, by the table in diffusers' documentation of schedulers.
         "DPM++ 2M": ("DPMSolverMultistepScheduler", {**_MULTISTEP, **_SIGMAS}),
         "DPM++ 2M Karras": ("DPMSolverMultistepScheduler", {**_MULTISTEP, **_KARRAS}),
         "DPM++ 2M SDE": ("DPMSolverMultistepScheduler", {**_SDE, **_SIGMAS}),
@@ -53,7 +53,7 @@ NAMES: Mapping[str, tuple[str, Mapping[str, Any]]] = MappingProxyType(
         "Euler": ("EulerDiscreteScheduler", _SIGMAS),
         "Euler a": ("EulerAncestralDiscreteScheduler", {}),
         "Heun": ("HeunDiscreteScheduler", _SIGMAS),
-        # And the others, by their papers' names.
+        # The other ones, by the names of their papers.
         "DDIM": ("DDIMScheduler", {}),
         "DDPM": ("DDPMScheduler", {}),
         "DEIS": ("DEISMultistepScheduler", {**_DEIS, **_SIGMAS}),
@@ -62,28 +62,28 @@ NAMES: Mapping[str, tuple[str, Mapping[str, Any]]] = MappingProxyType(
         "UniPC": ("UniPCMultistepScheduler", {**_UNIPC, **_SIGMAS}),
     }
 )
-"""By canonical name: diffusers' class and what is set besides the model's own configuration. Without those that need
-scipy (LMS) or torchsde when they run. "DPM++ SDE" is diffusers' nearest, which draws no noise."""
+"""diffusers' class and settings that override the model's configuration, by canonical name. Schedulers that need scipy (LMS) or
+torchsde are left out. "DPM++ SDE" is diffusers' closest equivalent, which draws no noise."""
 
 _CLASSES = frozenset(class_name for class_name, _ in NAMES.values())
 _BY_FOLDED_NAME = {name.casefold(): name for name in NAMES}
-# What the Stable Diffusion pipelines' constructors set on schedulers that have it, whatever the model says.
+# Settings that the constructors of the Stable Diffusion pipelines force on their schedulers.
 _CORRECTIONS = {"steps_offset": 1, "clip_sample": False}
-# What all of the classes know.
+# Values that all of the classes support.
 _BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 _PREDICTION_TYPES = ("epsilon", "v_prediction")
 
 
 def find(name: str) -> str | None:
-    """The canonical name, of NAMES, that `name` means whatever its case. None where there is none."""
+    """The canonical name in NAMES that equals `name`, ignoring case; None if there is none."""
     return _BY_FOLDED_NAME.get(name.casefold())
 
 
 def supported(own_scheduler: Any) -> tuple[str, ...]:
-    """The canonical names that can replace a pipeline's own scheduler: all, or none.
+    """The canonical names that can replace a pipeline's own scheduler: all of NAMES, or none.
 
-    None where its class is of another kind by diffusers' own list of compatible ones (flow matching, EDM), or where it
-    predicts, or spreads its noise, in a way that not all of them know. LCM's class states no list, but is of this kind.
+    None if its class is not compatible by diffusers' list (flow matching, EDM), or if not all of NAMES support its prediction
+    type or beta schedule. LCM's class has no such list, but is compatible.
     """
     own_class = type(own_scheduler)
     related = own_class.__name__ in _CLASSES or not _CLASSES.isdisjoint(own_class._compatibles)
@@ -93,16 +93,17 @@ def supported(own_scheduler: Any) -> tuple[str, ...]:
 
 
 def make(name: str | None, own_scheduler: Any) -> Any:
-    """A new diffusers scheduler of a canonical name, with the model's noise schedule. None gives a copy of its own.
+    """A new diffusers scheduler of a canonical name, with the model's noise schedule; for None a copy of `own_scheduler`.
 
-    Raises KeyError for a name that is not in NAMES. DPM2 takes half a second to make, and a copy of it no time: keep it.
+    Raises KeyError for a name that is not in NAMES. Making DPM2 takes half a second, so callers should keep the result and copy
+    it.
     """
     if name is None:
         return copy.deepcopy(own_scheduler)
     class_name, overrides = NAMES[name]
     scheduler_class = getattr(importlib.import_module("diffusers"), class_name)
     accepted = inspect.signature(scheduler_class.__init__).parameters
-    # from_config would warn of what the class does not know. The list of defaults lets each class have its own.
+    # from_config warns of unknown settings. With the list of default values each class uses its own defaults.
     known = {key: value for key, value in own_scheduler.config.items() if key in accepted or key == "_use_default_values"}
     corrections = {key: value for key, value in _CORRECTIONS.items() if key in accepted}
     return scheduler_class.from_config(known, **{**overrides, **corrections})

@@ -1,1 +1,1 @@
-"""TensorRT engines: built in a process of their own, cached, and offered as candidates for promotion."""
+"""TensorRT engines: built in a child process, cached on disk, and offered as candidates for promotion."""

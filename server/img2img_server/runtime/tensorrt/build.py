@@ -1,7 +1,7 @@
-"""Builds a TensorRT engine in a process of its own: `python -m img2img_server.runtime.tensorrt.build`.
+"""Builds a TensorRT engine in a child process: `python -m img2img_server.runtime.tensorrt.build`.
 
-Building takes minutes, all cores and much memory, and may crash; none of that may happen in the serving process. The process
-reads its job as JSON from standard input (`graph`, the ONNX file; `folder`, where to write the engine; `options` of the TensorRT
+Building takes minutes, all cores and much memory, and may crash, so it does not run in the server's process. The child reads its
+job as JSON from standard input (`graph`, the ONNX file; `folder`, where to write the engine; `options` of the TensorRT
 provider), reports progress in lines of JSON, and ends with its parent. Not yet run on a GPU.
 """
 
@@ -31,13 +31,13 @@ _LOGGED_CHARACTERS = 2000
 """Characters of a failed build's standard error that go into the log: the last ones."""
 
 Report = Callable[[str, float], None]
-"""Called with the current step, in a few words, and the share of it that is done, from 0 to 1."""
+"""Called with a short name of the current step and its progress, from 0 to 1."""
 
 
 def run_build(command: Sequence[str], job: Mapping[str, Any], report: Report, stop: Stop) -> None:
-    """Runs `command`, which reads `job` from its standard input by `read_job`, until it is done.
+    """Runs `command`, which reads `job` from its standard input with `read_job`, and waits for its end.
 
-    Raises BundleError if it exits with another status than 0, Stopped if `stop` was requested: then it was killed.
+    Raises BundleError if its exit status is not 0, and Stopped, after killing it, if `stop` is requested.
     """
     stop.check()
     with (
@@ -47,22 +47,21 @@ def run_build(command: Sequence[str], job: Mapping[str, Any], report: Report, st
         ) as process,
         stop.ending(process.kill),
     ):
-        assert process.stdin is not None, "a pipe was asked for"
-        assert process.stdout is not None, "a pipe was asked for"
-        # A process that exits at once does not read its job; its status is checked below.
+        assert process.stdin is not None, "opened as a pipe"
+        assert process.stdout is not None, "opened as a pipe"
+        # A process that exits at once may not read its job; its status is checked below.
         with contextlib.suppress(BrokenPipeError), process.stdin:
             json.dump({"parent": os.getpid(), **job}, process.stdin)
         problem = _follow(process.stdout, report)
         status = process.wait()
         stop.check()
         if status:
-            _log.warning("a build's last words: %s", _tail(errors))
+            _log.warning("a TensorRT build failed; end of its standard error: %s", _tail(errors))
             raise BundleError(f"the build {problem or _ended(status)}")
 
 
 def read_job() -> dict[str, Any]:
-    """In the building process: reads its job. From then on it has low priority, and is killed when the thread that started it
-    ends."""
+    """In the child process: reads its job, lowers its priority, and arranges to be killed when the parent's thread ends."""
     job: dict[str, Any] = json.load(sys.stdin)
     if not end_with(job.pop("parent")):
         sys.exit(1)
@@ -71,12 +70,12 @@ def read_job() -> dict[str, Any]:
 
 
 def report_to_parent(**message: Any) -> None:
-    """In the building process: reports `step` and `progress` from 0 to 1, or the `problem` if it failed."""
+    """In the child process: reports `step` and `progress` (0 to 1), or the `problem` if it failed."""
     print(json.dumps(message), flush=True)
 
 
 def _follow(lines: Iterable[str], report: Report) -> str:
-    """Forwards the progress of the process. Returns its problem, "" if it reported none."""
+    """Forwards the child's progress to `report`. Returns the problem that it reported, or ""."""
     problem = ""
     for line in lines:
         try:
@@ -84,8 +83,8 @@ def _follow(lines: Iterable[str], report: Report) -> str:
             problem = message.get("problem", problem)
             if "progress" in message:
                 report(str(message.get("step", "")), min(1.0, max(0.0, float(message["progress"]))))
-        except (ValueError, TypeError, AttributeError):  # Libraries print what they like.
-            _log.debug("a build printed: %s", line.rstrip())
+        except (ValueError, TypeError, AttributeError):  # output of a library
+            _log.debug("output of a TensorRT build: %s", line.rstrip())
     return f"failed: {problem}" if problem else ""
 
 
@@ -100,24 +99,24 @@ def _ended(status: int) -> str:
 
 
 def build(graph: Path, folder: Path, options: dict[str, str], open_graph: "Open | None" = None) -> None:
-    """Builds the engine of `graph` into `folder`, which becomes this process's directory. `open_graph` defaults to open_session.
+    """Builds the engine of `graph` in `folder`, which becomes the current directory. `open_graph` defaults to open_session.
 
-    Raises BundleError if TensorRT cannot, or takes only a part of the graph: then no context is written.
+    Raises BundleError if TensorRT fails, or supports only a part of the graph: then it writes no context.
     """
-    # The parent imports this module, too; only the child needs the libraries that build.
+    # The parent imports this module, too, without these heavy imports.
     from img2img_server.runtime.onnx.sessions import SessionOptions, open_session
     from img2img_server.runtime.tensorrt.options import CONTEXT
 
     graph = graph.resolve()
-    # The provider writes to the current directory, and refuses any other.
+    # The provider writes only to the current directory.
     os.chdir(folder)
     (open_graph or open_session)(graph, SessionOptions("tensorrt", provider_options=tuple(options.items())))
     if not Path(CONTEXT).is_file():
-        raise BundleError("TensorRT does not take the whole graph")
+        raise BundleError("TensorRT does not support the whole graph")
 
 
 def main() -> int:
-    """Builds what the job asks for. Returns 0, or 1 if that failed, after reporting the problem to the parent."""
+    """Builds the job's engine. Returns 0, or 1 if it failed, after reporting the problem to the parent."""
     job = read_job()
     report_to_parent(step="building", progress=0.0)
     try:

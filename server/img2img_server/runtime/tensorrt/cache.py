@@ -1,8 +1,8 @@
-"""Built engines on disk: what took minutes to build is built once for a machine, and what is found is never trusted unread.
+"""The cache of built engines on disk. An engine takes minutes to build, so it is built once per machine.
 
-An entry is a folder under the digest of its key. The key says all that an engine depends on, so that one which was built for
-another GPU, another version or another model is simply not found. A record with the SHA-256 of every file is written last: a
-folder without it, or with other contents, is deleted and built again.
+An entry is a folder named by the digest of its key. The key contains everything that an engine depends on, so engines for another
+GPU, version or model are not found. A record with the SHA-256 of every file is written last: an entry without it, or with other
+contents, is deleted and built again.
 """
 
 import contextlib
@@ -26,27 +26,27 @@ _log = logging.getLogger(__name__)
 _KEY, _RECORD = "key.json", "record.json"
 _UNFINISHED, _LOCKS = ".building", "locks"
 COSTS = "costs"
-"""The folder in which CostStore keeps its files."""
+"""The folder of CostStore's files, which are not engines."""
 _LOCK_INTERVAL = 0.5
-"""Seconds between two attempts at a lock that another process holds."""
+"""Seconds between attempts to take a lock that another process holds."""
 
 Key = Mapping[str, Any]
-"""What an engine depends on, as JSON values."""
+"""Everything that an engine depends on, as JSON values."""
 
 
 class EngineCache:
-    """The entries below the folder `root`, at most `most_entries` with `most_bytes` in all: the least recently used go first."""
+    """The entries in the folder `root`: at most `most_entries` with `most_bytes` in total, evicted in LRU order."""
 
     def __init__(self, root: Path, most_entries: int = 24, most_bytes: int = 64 * 2**30) -> None:
         self._root = root
         self._most_entries, self._most_bytes = most_entries, most_bytes
 
     def obtain(self, key: Key, build: Callable[[Path], object], stop: Stop) -> Path:
-        """The folder of the entry of `key`; where there is none that is whole, `build` is given an empty folder to fill.
+        """Returns the folder of the entry of `key`. If there is no valid entry, calls `build` with an empty folder to fill.
 
-        Where another process builds the same, waits for it. Raises what `build` raises, Stopped, or OSError.
+        If another process builds the same entry, waits for it. Raises the errors of `build`, Stopped, and OSError.
         """
-        # What is in it is run: nobody else may write here.
+        # Its contents are executed, so other users must not write here.
         self._root.mkdir(parents=True, exist_ok=True, mode=0o700)
         entry = self._root / digest_of(key)
         with self._locked(entry.name, stop):
@@ -57,13 +57,13 @@ class EngineCache:
         return entry
 
     def find(self, key: Key, stop: Stop) -> Path | None:
-        """The folder of the entry of `key`, None where there is none that is whole. Raises OSError, Stopped."""
+        """The folder of the entry of `key`, None if there is no valid one. Raises OSError, Stopped."""
         entry = self._root / digest_of(key)
         with self._locked(entry.name, stop):
             return entry if self._is_good(entry, key) else None
 
     def replace(self, key: Key, files: Mapping[str, Path], stop: Stop) -> None:
-        """Makes copies of `files`, by the names they shall have, the entry of `key`, whatever it was. Raises OSError, Stopped."""
+        """Replaces the entry of `key` by copies of `files`, which are keyed by their new names. Raises OSError, Stopped."""
         entry = self._root / digest_of(key)
 
         def copy(folder: Path) -> None:
@@ -89,18 +89,18 @@ class EngineCache:
             _remove(folder)
 
     def _is_good(self, entry: Path, key: Key) -> bool:
-        """Whether the entry is there and just what was built for `key`. One that is not is deleted, with a line in the log."""
+        """Whether the entry exists and is as it was built for `key`. An invalid entry is logged and deleted."""
         if not entry.exists():
             return False
         problem = _problem(entry, key)
         if problem:
-            _log.warning("the engine in %s is not used, and is built again: %s", entry, problem)
+            _log.warning("the cached engine %s is invalid and is built again: %s", entry, problem)
             _remove(entry)
         return not problem
 
     @contextlib.contextmanager
     def _locked(self, name: str, stop: Stop) -> Iterator[None]:
-        """Holds the lock of an entry. It is the operating system's: it ends with the process that holds it."""
+        """Holds the lock of an entry, which the operating system releases if the process ends."""
         waits = False
         while (held := self._try_lock(name)) is None:
             if not waits:
@@ -119,7 +119,7 @@ class EngineCache:
             return None
 
     def _prune(self, kept: Path) -> None:
-        """Deletes the least recently used entries beyond the bounds, and what a process that died left unfinished."""
+        """Deletes the least recently used entries that exceed the bounds, and unfinished entries of dead processes."""
         entries = sorted(
             (path for path in self._root.iterdir() if path.name not in (_LOCKS, COSTS)), key=_last_used, reverse=True
         )
@@ -147,15 +147,15 @@ def digest_of(key: Key) -> str:
 
 
 def _problem(entry: Path, key: Key) -> str:
-    """Why an entry must not be used, "" where it may."""
+    """Why an entry is invalid, "" if it is valid."""
     try:
         record = json.loads((entry / _RECORD).read_text(encoding="utf-8"))
         wanted = record["files"]
         if list(wanted) != _files(entry):
-            return "it lacks files, or has others"
+            return "files are missing or were added"
         for name, digest in wanted.items():
             if sha256_of(entry / name) != digest:
-                return f"{name} is not the file that was built"
+                return f"{name} was changed"
         if json.loads((entry / _KEY).read_text(encoding="utf-8")) != json.loads(json.dumps(key)):
             return "it was built for something else"
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -164,7 +164,7 @@ def _problem(entry: Path, key: Key) -> str:
 
 
 def _files(folder: Path) -> list[str]:
-    """The names of an entry's files, but for the record. A link counts as none, so that it is found out."""
+    """The names of an entry's files, without the record and without links, so that links make an entry invalid."""
     found = (path for path in folder.rglob("*") if path.is_file() and not path.is_symlink() and path.parent == folder)
     return sorted(path.name for path in found if not path.name.startswith(_RECORD))
 

@@ -1,4 +1,4 @@
-"""TensorRT as a candidate: engines for the heavy parts of a model that CUDA serves, built beside it. Not yet run on a GPU."""
+"""TensorRT as a candidate: engines for the heavy components of a model that CUDA serves meanwhile. Not yet run on a GPU."""
 
 import ctypes
 import shutil
@@ -37,16 +37,16 @@ from img2img_server.support.cancellation import Stop
 from img2img_server.support.device_lock import DEVICE_IN_USE
 
 _MAJOR, _MINOR = 75, 76
-"""The driver's numbers of a GPU's compute capability."""
+"""The driver's attribute numbers of a GPU's compute capability."""
 _BUILDER = (sys.executable, "-m", "img2img_server.runtime.tensorrt.build")
 
 
 @dataclass(frozen=True, slots=True)
 class Workshop:
-    """What engines are built and opened with. `machine` says for which GPU, driver and libraries.
+    """The dependencies of building and opening engines. `machine` names the GPU, the driver and the libraries.
 
-    `other` readies a graph for the provider that serves, for parts and sizes without an engine. `tensors` is where runners want
-    tensors, "cuda", or "cpu" beside a PyTorch without CUDA.
+    `other` makes runners of the serving provider, for components and sizes without an engine. `tensors` is where runners expect
+    tensors: "cuda", or "cpu" if PyTorch has no CUDA.
     """
 
     execution: Execution
@@ -60,7 +60,7 @@ class Workshop:
 
 
 class TensorRTCandidate:
-    """Builds, loads and judges TensorRT's engines of one model. See promotion.Candidate."""
+    """Builds, loads and checks TensorRT's engines of one model. Implements promotion.Candidate."""
 
     def __init__(self, model: str, bundle: Path, manifest: Manifest, native: tuple[int, int], workshop: Workshop) -> None:
         self.model = model
@@ -71,10 +71,10 @@ class TensorRTCandidate:
         self._cases: tuple[accuracy_check.ReferenceCase, ...] = ()
 
     def build(self, tell: Callable[[str, float], None], stop: Stop) -> None:
-        """Builds each part, or finds it built. TensorRT tells no progress: the share done is that of the parts, by weights."""
+        """Builds each component, or finds it in the cache. Progress is counted in components, by the bytes of their weights."""
         parts = [item for item in self._manifest.components if item.name in tensorrt.COMPONENTS and item.precision != "int8"]
         if not parts or self._profile is None:
-            raise BundleError("the bundle has nothing that TensorRT could be built for")
+            raise BundleError("the bundle has no component for which TensorRT can build an engine")
         sizes, total, done = Sizes(self._bundle), sum(part.bytes for part in parts) or 1, 0
         for part in parts:
             tell(f"building {part.name}", done / total)
@@ -83,7 +83,7 @@ class TensorRTCandidate:
             done += part.bytes
 
     def load(self) -> Pipeline:
-        """A second pipeline of the bundle, on the engines."""
+        """Loads a second pipeline of the bundle, with the engines."""
         shop = self._workshop
         threads = shop.execution.threads or cpu.count()
         make = self._maker(threads)
@@ -96,7 +96,10 @@ class TensorRTCandidate:
         return [case.request for case in self._cases]
 
     def judge(self, pictures: Sequence[Image.Image]) -> str:
-        """Whether they are the reference images, as far as the arithmetic allows: TensorRT may compute fp32 in TF32."""
+        """Compares `pictures` with the reference images, by the limits of the precision: TensorRT may compute fp32 in TF32.
+
+        Returns the problem, or "".
+        """
         precision: Precision = self._manifest.precision  # type: ignore[assignment]
         if precision == "fp32" and self._workshop.execution.arithmetic == "auto":
             precision = "fp16"
@@ -124,7 +127,7 @@ class TensorRTCandidate:
         return shop.engines.obtain(tensorrt.key(part, self._manifest, options, shop.machine), build, stop)
 
     def _fetch_timing(self, folder: Path, stop: Stop) -> None:
-        """Copies what is known of kernels on this machine to where the provider looks for it."""
+        """Copies this machine's kernel timings to the folder in which the provider looks for them."""
         found = self._workshop.engines.find(tensorrt.timing_key(self._workshop.machine), stop)
         for path in found.glob("*.timing") if found is not None else ():
             shutil.copyfile(path, folder / path.name)
@@ -161,36 +164,36 @@ class LoadedModel(Protocol):
 
     @property
     def id(self) -> str:
-        """What requests name it by."""
+        """The id in requests."""
         ...
 
     @property
     def manifest(self) -> Manifest | None:
-        """Of its bundle, if it was read."""
+        """Its bundle's manifest, None if it was not read."""
         ...
 
     @property
     def pipeline(self) -> Pipeline | None:
-        """What runs it, while it is in memory."""
+        """Its pipeline, None if it is not in memory."""
         ...
 
     @property
     def bundle(self) -> Path | None:
-        """The folder of its bundle."""
+        """Its bundle's folder."""
         ...
 
 
 class RunnerCache:
-    """Knows the runners that serve, so that a second pipeline of the same bundle has them, too: their weights are there once.
+    """The runners that serve, so that a second pipeline of the same bundle can share them and their weights.
 
-    It keeps none alive: with the pipeline of a model that is unloaded its runners are gone.
+    Has weak references: the runners are freed with the pipeline of their model.
     """
 
     def __init__(self) -> None:
         self._runners: WeakValueDictionary[tuple[Path, str], Runner] = WeakValueDictionary()
 
     def keep(self, make: Make) -> Make:
-        """`make`, whose runners are kept."""
+        """Wraps `make` to remember its runners."""
 
         def kept(name: str, graph: Path) -> Runner:
             runner = make(name, graph)
@@ -200,7 +203,7 @@ class RunnerCache:
         return kept
 
     def make(self, name: str, graph: Path) -> Runner:
-        """What was readied for the component `name` of the same bundle, from this graph or its fused twin."""
+        """The remembered runner of the component `name` of the same bundle, made from `graph` or its fused variant."""
         runner = self._runners.get((bundle_of(name, graph), name))
         if runner is None:
             raise BundleError(f"{graph} was not opened before")
@@ -210,7 +213,7 @@ class RunnerCache:
 def candidates(
     models: Iterable[LoadedModel], execution: Execution, cache: Cache, runner_cache: RunnerCache
 ) -> list[TensorRTCandidate]:
-    """TensorRT's, for the models that it could run faster. None where it cannot be used here, or nothing is to be prepared."""
+    """TensorRT candidates of the models that it could run faster; empty if TensorRT or `execution` rules them out."""
     if execution.provider not in ("auto", "tensorrt") or execution.buckets == ():
         return []
     try:
@@ -222,15 +225,15 @@ def candidates(
     workshop = Workshop(execution, machine(), engines, cache, runner_cache.make, cuda.tensor_device())
     found = []
     for model in filter(_could_be_faster, models):
-        assert model.bundle is not None, "what was loaded has a folder"
-        assert model.manifest is not None, "what was loaded has a manifest"
-        assert model.pipeline is not None, "what is served has a pipeline"
+        assert model.bundle is not None, "a loaded model has a folder"
+        assert model.manifest is not None, "a loaded model has a manifest"
+        assert model.pipeline is not None, "a loaded model has a pipeline"
         found.append(TensorRTCandidate(model.id, model.bundle, model.manifest, model.pipeline.native_size, workshop))
     return found
 
 
 def machine() -> dict[str, str]:
-    """The GPU and the libraries that engines are built for. Where one does not tell, "" stands for it. Not yet run on a GPU."""
+    """The GPU and the libraries that engines depend on, by name; "" for unknown values. Not yet run on a GPU."""
     found = {"onnxruntime": onnxruntime.__version__, "gpu": "", "compute_capability": "", "driver": "", "tensorrt": ""}
     try:
         driver = ctypes.CDLL("libcuda.so.1")
@@ -250,7 +253,7 @@ def machine() -> dict[str, str]:
 
 
 def _could_be_faster(model: LoadedModel) -> bool:
-    """A model of graphs that CUDA runs step by step."""
+    """Whether CUDA runs the model's graphs step by step."""
     manifest, pipeline = model.manifest, model.pipeline
     if manifest is None or pipeline is None or model.bundle is None:
         return False

@@ -1,8 +1,8 @@
-"""TensorRT: what its sessions are built and opened with. Pure functions of settings and manifests. Not yet run on a GPU.
+"""Options of TensorRT's sessions, as pure functions of settings and manifests. Not yet run on a GPU.
 
-The options' names and what they do are those of ONNX Runtime 1.31's tensorrt_execution_provider_info.cc and
-tensorrt_provider_options.h. An engine is built into an "EP context" file: a graph of a single node that names the engine's file
-beside it. Such a graph can only be run, never rebuilt silently: it refuses shapes that it was not built for.
+The options are documented in ONNX Runtime 1.31's tensorrt_execution_provider_info.cc and tensorrt_provider_options.h. An engine
+is built into an "EP context" file: a graph of a single node that names the engine's file beside it. Such a graph is never rebuilt
+silently: it fails for shapes that it was not built for.
 """
 
 import dataclasses
@@ -18,26 +18,26 @@ from img2img_server.runtime.execution import Bucket
 from img2img_server.runtime.onnx.runners import Runner
 
 CONTEXT = "model_ctx.onnx"
-"""The file that is opened instead of the graph."""
+"""The file that a session opens instead of the graph."""
 COMPONENTS = ("unet", "vae_decoder")
-"""What is built: where nearly all the time goes. The other parts stay on CUDA."""
+"""The components with engines: they take nearly all the time. The others run on CUDA."""
 
 _MOST_ROWS = 8
-"""Rows of a call up to which engines are built unless buckets say otherwise: four guided images."""
+"""Maximum rows of a call that engines are built for by default: four guided images."""
 _WORKSPACE = 4 * 2**30
-"""Bytes that a kernel may ask for as scratch: building tries those that do, beside a server that has most of the memory."""
+"""Maximum scratch memory of a kernel in bytes: it is allocated while the server has most of the GPU's memory."""
 _LARGE = 3 * 2**29
-"""Bytes of weights above which they are handed over beside the graph: in one message with it they must be less than 2 GiB."""
+"""Bytes of weights above which they are passed separately: a graph with its weights must be less than 2 GiB."""
 _FORMAT = 1
 
 Axes = Callable[[str, Sequence[Any], Bucket], Mapping[str, int] | None]
-"""The size of each axis that varies in a component's inputs, None where one is not known: graph_sizes.Sizes.axes."""
+"""The size of each dynamic axis in a component's inputs, None if one is unknown: graph_sizes.Sizes.axes."""
 Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """The calls that an engine takes: all from `least` to `most`; it is at its best at `best`."""
+    """The calls that an engine supports: sizes from `least` to `most`, optimized for `best`."""
 
     least: Bucket
     best: Bucket
@@ -45,9 +45,9 @@ class Profile:
 
     @classmethod
     def of(cls, buckets: Sequence[Bucket] | None, native: Bucket) -> "Profile | None":
-        """The profile that holds all of `buckets`, the first of them for the best; None for no buckets at all.
+        """The profile that covers all `buckets`, optimized for the first; None if there are none.
 
-        Where they are left open, that is the model's `native` size, with one row and with several.
+        For `buckets` None it covers the model's `native` size, from one row up.
         """
         if buckets is None:
             most = dataclasses.replace(native, rows=max(native.rows, _MOST_ROWS))
@@ -61,28 +61,28 @@ class Profile:
 
 @dataclass(frozen=True, slots=True)
 class Range:
-    """The shapes that one input of an engine may have."""
+    """The shapes that an engine supports for one input."""
 
     least: Shape
     best: Shape
     most: Shape
 
     def holds(self, shape: Sequence[int]) -> bool:
-        """Whether it may have this one."""
+        """Whether `shape` is supported."""
         return all(low <= side <= high for low, side, high in zip(self.least, shape, self.most, strict=True))
 
 
 Ranges = dict[str, Range]
-"""The range of each input that varies, by its name."""
+"""The range of each input with dynamic axes, by name."""
 
 
 def ranges(component: Component, profile: Profile, axes: Axes) -> Ranges:
-    """What the inputs of a component may be. Raises BundleError where it has an axis that is not known."""
+    """The ranges of a component's inputs. Raises BundleError if the size of an axis is unknown."""
     shapes = []
     for bucket in (profile.least, profile.best, profile.most):
         sizes = axes(component.name, component.inputs, bucket)
         if sizes is None:
-            raise BundleError(f"{component.name} has inputs whose sizes TensorRT cannot be told")
+            raise BundleError(f"{component.name} has inputs of unknown sizes, so TensorRT cannot build an engine for it")
         shapes.append(
             {item.name: tuple(sizes[axis] if isinstance(axis, str) else axis for axis in item.shape) for item in component.inputs}
         )
@@ -91,9 +91,9 @@ def ranges(component: Component, profile: Profile, axes: Axes) -> Ranges:
 
 
 def build_options(component: Component, allowed: Ranges, gpu_memory: int | None = None) -> dict[str, str]:
-    """The provider's options that say which engine is built; it depends on each of them, so they are in its key.
+    """The provider's options for building an engine. They are part of its cache key.
 
-    Run where the files are to be written: paths must be relative, and are to the process's directory.
+    Paths are relative to the current directory of the building process, as the provider requires.
     """
     options = {
         "trt_profile_min_shapes": _spell({name: item.least for name, item in allowed.items()}),
@@ -113,32 +113,32 @@ def build_options(component: Component, allowed: Ranges, gpu_memory: int | None 
 
 
 def timing_options(folder: str) -> dict[str, str]:
-    """Has what was measured of single kernels kept in `folder`, for the next engine. No engine depends on it."""
+    """Options that keep kernel timings in `folder`, to speed up later builds. They do not change the engine."""
     return {"trt_timing_cache_enable": "1", "trt_timing_cache_path": folder}
 
 
 def serving_options(stream: int | None) -> tuple[tuple[str, str], ...]:
-    """What a built engine is opened with. `stream` is the address of the CUDA stream that it shares with torch.
+    """Options for opening a built engine. `stream` is the address of the CUDA stream that it shares with torch.
 
-    Without CUDA graphs (trt_cuda_graph_enable): the engine takes many shapes, and whether this provider keeps a recording
-    for each has not been seen.
+    CUDA graphs (trt_cuda_graph_enable) are off: the engine supports many shapes, and whether this provider keeps a recording for
+    each was not tested.
     """
     return () if stream is None else (("has_user_compute_stream", "1"), ("user_compute_stream", str(stream)))
 
 
 def key(component: Component, manifest: Manifest, options: Mapping[str, str], machine: Mapping[str, str]) -> dict[str, Any]:
-    """All that an engine depends on: what it was built with, where, and the model's own files."""
+    """The cache key of an engine: build options, machine, and the digests of the component's files."""
     files = {name: digest for name, digest in manifest.files.items() if name.startswith(f"{component.name}/")}
     return {"format": _FORMAT, "kind": "engine", "machine": dict(machine), "options": dict(options), "files": files}
 
 
 def timing_key(machine: Mapping[str, str]) -> dict[str, Any]:
-    """What times of kernels depend on: the same for all models."""
+    """The cache key of kernel timings, the same for all models."""
     return {"format": _FORMAT, "kind": "timing", "machine": dict(machine)}
 
 
 class RangedRunner:
-    """A graph on its engine where that takes the shapes, else on `other`: any size is answered, and nothing is built for it."""
+    """Runs a graph on its engine if the engine supports the shapes, else on `other`."""
 
     def __init__(self, engine: Runner, other: Runner, allowed: Ranges) -> None:
         self._engine = engine
@@ -148,11 +148,11 @@ class RangedRunner:
         self.outputs: Sequence[Any] = other.outputs
 
     def run(self, feed: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
-        """Runs the graph on tensors of the device that both want them on."""
+        """Runs the graph. See Runner.run."""
         takes = all(allowed.holds(feed[name].shape) for name, allowed in self._allowed.items())
         return (self._engine if takes else self._other).run(feed)
 
 
 def _spell(shapes: Mapping[str, Shape]) -> str:
-    """Shapes as the provider reads them: "sample:1x4x64x64,timestep:1"."""
+    """Shapes in the provider's syntax: "sample:1x4x64x64,timestep:1"."""
     return ",".join(f"{name}:{'x'.join(map(str, shape))}" for name, shape in shapes.items())

@@ -1,1 +1,1 @@
-"""Parts of a model that run in PyTorch."""
+"""Models and parts of models that run in PyTorch."""

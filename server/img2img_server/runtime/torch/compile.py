@@ -1,10 +1,9 @@
-"""torch.compile for models that run in PyTorch, such that no request ever waits for the compiler.
+"""torch.compile for models that run in PyTorch. Requests never wait for the compiler.
 
-Denoiser and VAE decoder are compiled when the model is loaded, by drawing images of its native size: of a denoiser whose class
-names the blocks that it repeats, these blocks alone, so that one is compiled for all (regional compilation). On a GPU what was
-compiled is recorded as CUDA graphs ("reduce-overhead"). Only calls of the shapes that were seen then go to what was compiled. All
-others run as they always did: an image of another size, of more rows, or with a prompt of another length if a model does not pad
-prompts. Not yet run on a GPU.
+Denoiser and VAE decoder are compiled when the model is loaded, by drawing images of its native size. If a denoiser's class lists
+its repeated blocks, only the blocks are compiled, once for all of them (regional compilation). On a GPU the compiled code is
+recorded as CUDA graphs ("reduce-overhead"). Only calls of shapes that were seen during loading use the compiled code. All others
+run eagerly: other image sizes, more rows, or other prompt lengths if a model does not pad prompts. Not yet run on a GPU.
 """
 
 import logging
@@ -24,20 +23,20 @@ _log = logging.getLogger(__name__)
 _DENOISERS = ("unet", "transformer")
 _DECODED_BY = ("vae", "movq")
 _GUIDANCE = (7.5, 1.0)
-"""Of the images drawn while compiling: with guidance a call has more rows than without."""
+"""Guidance scales of the images drawn while compiling: with guidance a call has more rows than without."""
 _STEPS = 2
 _MOST_SHAPES = 64
-"""Shapes that one function is compiled for: a block is used at several widths and sizes, and with other numbers of rows. Beyond
-them torch would run it uncompiled."""
+"""Maximum number of shapes that one function is compiled for: a block is used at several widths, sizes and row counts. torch runs
+further ones uncompiled."""
 
 _ERRORS = (RuntimeError, OSError, ImportError, AttributeError, TypeError, ValueError, AssertionError, KeyError)
-"""What torch.compile raises beside its own errors, which are RuntimeErrors: it runs a compiler and other people's code."""
+"""Errors that torch.compile passes on from compilers and third-party code, and its own, which are RuntimeErrors."""
 
 
 class Compiled:
-    """A module's forward that is compiled for the shapes it meets while it is `learning`, and eager for all others.
+    """A module's forward: compiled for the shapes that it gets while `learning`, eager for all others.
 
-    Of a module that repeats blocks, the blocks are compiled and the rest is eager.
+    If the module repeats blocks, the blocks are compiled and the rest is eager.
     """
 
     def __init__(self, module: torch.nn.Module, backend: str | Callable[..., Any]) -> None:
@@ -45,7 +44,7 @@ class Compiled:
         self._eager = module.forward
         self._recorded = backend == "inductor" and next(module.parameters()).device.type == "cuda"
         options: dict[str, Any] = {"mode": "reduce-overhead"} if self._recorded else {}
-        # Sizes that are fixed in the code make it fast; with dynamic=None torch would let go of them at the second shape.
+        # Static sizes make the code fast; with dynamic=None torch would replace them by dynamic ones at the second shape.
         options |= {"backend": backend, "dynamic": False, "recompile_limit": _MOST_SHAPES}
         self._blocks = _compile_blocks(module, options)
         self._compiled = self._with_blocks if self._blocks else torch.compile(module.forward, **options)
@@ -53,7 +52,7 @@ class Compiled:
         self.known: set[Hashable] = set()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The module's forward."""
+        """Runs the module's forward."""
         signature = _signature((args, kwargs))
         if self.learning:
             self.known.add(signature)
@@ -61,12 +60,12 @@ class Compiled:
             return self._eager(*args, **kwargs)
         if not self._recorded:
             return self._compiled(*args, **kwargs)
-        # The memory of a recording's outputs is written again by the next step.
+        # The next step overwrites a recording's outputs, so they are cloned.
         torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
         return tree_map_only(torch.Tensor, torch.clone, self._compiled(*args, **kwargs))
 
     def _with_blocks(self, *args: Any, **kwargs: Any) -> Any:
-        """The module's own forward, in which the blocks are what was compiled. One thread at a time runs a module."""
+        """Runs the module's own forward with compiled blocks. Only one thread at a time may run a module."""
         try:
             for block, compiled in self._blocks.items():
                 block._compiled_call_impl = compiled
@@ -80,15 +79,15 @@ class Compiled:
         self._module.__dict__["forward"] = self
 
     def remove(self) -> None:
-        """Gives the module its own forward back."""
+        """Restores the module's own forward."""
         self._module.__dict__.pop("forward", None)
 
 
 def compile_modules(pipe: Any, pipeline: Pipeline, backend: str | Callable[..., Any] = "inductor") -> bool:
-    """Compiles the torch modules of the diffusers pipeline `pipe`, which `pipeline` serves, and draws with them once.
+    """Compiles the torch modules of the diffusers pipeline `pipe` by drawing images with `pipeline`, which wraps it.
 
-    Takes minutes for a real model, and is to be done before it is served. False where the compiler failed, which is logged, or
-    there is nothing to compile: then the model runs as it is.
+    Takes minutes for a real model; call it before the model is served. Returns False if there is nothing to compile or the
+    compiler failed, which is logged; then the model runs uncompiled.
     """
     begun, compiled = time.monotonic(), list[Compiled]()
     try:
@@ -102,7 +101,7 @@ def compile_modules(pipe: Any, pipeline: Pipeline, backend: str | Callable[..., 
     except _ERRORS as error:
         for forward in compiled:
             forward.remove()
-        _log.warning("torch.compile failed, the model runs without it: %s: %s", type(error).__name__, _cause(error))
+        _log.warning("torch.compile failed; the model runs without it: %s: %s", type(error).__name__, _cause(error))
         return False
     for forward in compiled:
         forward.learning = False
@@ -112,8 +111,7 @@ def compile_modules(pipe: Any, pipeline: Pipeline, backend: str | Callable[..., 
 
 
 def _compile_blocks(module: torch.nn.Module, options: Mapping[str, Any]) -> dict[torch.nn.Module, Callable[..., Any]]:
-    """The blocks that the class of `module` says it repeats, by diffusers' rule, and what each is called by if it is to run
-    compiled. None for other modules."""
+    """The repeated blocks of `module`, as its class lists them, each with its compiled call; empty for other modules."""
     names = getattr(module, "_repeated_blocks", None) or ()
     if not any(type(part).__name__ in names for part in module.modules()):
         return {}
@@ -125,7 +123,7 @@ def _compile_blocks(module: torch.nn.Module, options: Mapping[str, Any]) -> dict
 
 
 def _modules(pipe: Any) -> Iterator[torch.nn.Module]:
-    """The modules that most of the time goes into, where they are torch's and not ONNX modules."""
+    """The modules that take most of the time, if they are torch modules with weights."""
     found: dict[int, Any] = {}
     for part in parts(pipe):
         for name in _DENOISERS:
@@ -147,7 +145,7 @@ def _request(pipeline: Pipeline, guidance: float) -> Request:
 
 
 def _signature(value: Any) -> Hashable:
-    """What the compiler depends on: shapes and types of tensors, all other values themselves."""
+    """What compiled code depends on: shapes and types of tensors, and the values of all other arguments."""
     if isinstance(value, torch.Tensor):
         return tuple(value.shape), value.dtype, value.device, value.stride()
     if isinstance(value, dict):
@@ -158,5 +156,5 @@ def _signature(value: Any) -> Hashable:
 
 
 def _cause(error: Exception) -> str:
-    """What is wrong, in a line: the compiler's own errors say in the first that there is one, in the second which."""
+    """The error in one line: the cause is in the second line of the compiler's own errors."""
     return " ".join(str(error).strip().splitlines()[:2])

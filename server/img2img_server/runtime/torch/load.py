@@ -1,4 +1,4 @@
-"""Models that run in PyTorch: on which device, of which type, in which memory format. CUDA is not yet run on a GPU."""
+"""Loads models in PyTorch: device, dtype and memory format. CUDA is not yet run on a GPU."""
 
 from pathlib import Path
 from typing import Any
@@ -12,17 +12,17 @@ from img2img_server.runtime.execution import Execution
 from img2img_server.runtime.onnx.components import LOAD_ERRORS, pipeline_class, read_index
 
 _BFLOAT16_SINCE = (8, 0)
-"""The first compute capability of NVIDIA's GPUs that multiplies bfloat16: Ampere."""
+"""The first compute capability of NVIDIA GPUs with bfloat16: Ampere."""
 
 
 def torch_pipeline(bundle: Path, manifest: Manifest, device: str, dtype: torch.dtype = torch.float32) -> Any:
-    """The img2img class that the manifest names, all of it in torch, on `device` and of `dtype`. Raises BundleError.
+    """The manifest's img2img class with all parts in torch, on `device` and in `dtype`. Raises BundleError.
 
-    A VAE whose configuration says force_upcast is computed in float32 by the classes that look at that; in a smaller type the
-    images are to be judged before they are served, whatever the class.
+    A VAE with force_upcast in its configuration is computed in float32 only by classes that check it, so in a smaller dtype the
+    caller must run the accuracy check.
     """
     kind = pipeline_class(manifest)
-    # Without these diffusers asks for parts that the model was saved without, such as SD 3's T5.
+    # Otherwise diffusers requires parts that the model was saved without, such as SD 3's T5.
     left_out = [name for name, entry in read_index(bundle).items() if entry == [None, None]]
     try:
         with within(bundle.rglob("*.safetensors")):
@@ -37,33 +37,33 @@ def torch_pipeline(bundle: Path, manifest: Manifest, device: str, dtype: torch.d
 
 
 def lay_out(pipe: Any) -> None:
-    """Puts the channels of convolutions last in memory, where matrix products find them.
+    """Converts the weights of 2D convolutions to the channels_last memory format.
 
-    On a CPU with AVX2, in float32, that is as fast (UNet 1.00, VAE decoder 0.99, encoder 0.96 of the time); in half precision
-    and on GPUs it is what their convolutions want. Sums are rounded otherwise.
+    In half precision and on GPUs convolutions are faster in it. On a CPU with AVX2 in float32 it makes no difference (0.96 to
+    1.00 of the time). Results differ in rounding.
     """
     for module in pipe.components.values():
         for part in module.modules() if isinstance(module, torch.nn.Module) else ():
-            # One by one: beside them there may be convolutions of videos, which have no such layout.
+            # Only Conv2d: convolutions of videos do not support this format.
             if isinstance(part, torch.nn.Conv2d):
                 part.to(memory_format=torch.channels_last)  # type: ignore[call-overload] # torch's stubs lack it
 
 
 def torch_device(provider: str) -> str:
-    """Where torch modules go, "cuda" or "cpu". Raises BundleError for what is not there, or is none of PyTorch's devices."""
+    """The device of torch modules, "cuda" or "cpu". Raises BundleError if it is not available, or not one of PyTorch's."""
     if provider not in ("auto", "cuda", "cpu"):
-        raise BundleError(f"PyTorch has no provider '{provider}'")
+        raise BundleError(f"PyTorch has no provider '{provider}': use auto, cuda or cpu")
     there = torch.cuda.is_available()
     if provider == "cuda" and not there:
-        raise BundleError("provider 'cuda' was asked for, and PyTorch finds no CUDA device")
+        raise BundleError("provider 'cuda' cannot be used: PyTorch finds no CUDA device")
     return "cuda" if there and provider != "cpu" else "cpu"
 
 
 def choose_dtype(device: str, execution: Execution) -> torch.dtype:
-    """The type in which torch modules are quickest on `device`, "cuda" or "cpu"; float32 where nothing less is allowed.
+    """The fastest dtype of torch modules on `device`, "cuda" or "cpu"; float32 if `execution` requires it.
 
-    A CPU without AMX gains little by bfloat16, or loses: with AVX2 alone a matrix product takes 120 times as long. float16 has
-    too small a range for some models, so it is only for GPUs without bfloat16.
+    Without AMX a CPU gains little from bfloat16 or is slower: with AVX2 only, a matrix product takes 120 times as long. The range
+    of float16 is too small for some models, so it is used only on GPUs without bfloat16.
     """
     if execution.arithmetic == "fp32":
         return torch.float32
