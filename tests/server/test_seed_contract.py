@@ -179,7 +179,7 @@ def test_a_distilled_model_runs_every_step_or_says_how_many_it_has(distilled: St
     assert [plan.step_count for plan in plans] == [4, 4]
     with pytest.raises(InvalidField, match=r"at strength 0\.1 the maximum of this model is 5"):
         distilled.plan(make_request(num_inference_steps=6, strength=0.1))
-    with pytest.raises(InvalidField, match="cannot use 'DDIM'"):
+    with pytest.raises(InvalidField, match="does not support 'DDIM'"):
         distilled.plan(make_request(scheduler="DDIM"))
 
 
