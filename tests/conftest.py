@@ -26,6 +26,8 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 DEMO_MODEL = REPOSITORY / "demo" / "model"
+WHOLE = ("sd1", "sdxl", "demo")
+"""Bundles whose exports are not cut short."""
 
 
 @pytest.hookimpl(wrapper=True)
@@ -90,15 +92,21 @@ def tiny_model(shared: Path) -> Callable[[str], Path]:
 
 @pytest.fixture(scope="session")
 def bundle(shared: Path, tiny_model: Callable[[str], Path]) -> Callable[[str], Path]:
-    """Gives the exported bundle of a tiny model by its name, or of the demo's model for "demo"; "sd1:fp16" is one in fp16."""
+    """Gives the exported bundle of a tiny model by its name, or of the demo's model for "demo"; "sd1:fp16" is one in fp16.
+
+    Those of WHOLE compare all their images and have previews; the others take less time.
+    """
 
     @functools.cache
     def get(name: str) -> Path:
+        from contextlib import nullcontext
+
         from img2img_export.build import export_model
         from img2img_export.options import ExportOptions
         from img2img_server.bundle.limits import Precision
         from img2img_server.bundle.manifest import check_bundle, read_manifest
         from img2img_server.errors import BundleError
+        from short_exports import cut_short
 
         model, _, precision = name.partition(":")
         source = DEMO_MODEL if model == "demo" else tiny_model(model)
@@ -111,7 +119,8 @@ def bundle(shared: Path, tiny_model: Callable[[str], Path]) -> Callable[[str], P
             return True
 
         def export(output: Path) -> None:
-            export_model(ExportOptions(source=str(source), output=output, precision=cast(Precision, precision or "fp32")))
+            with nullcontext() if name in WHOLE else cut_short(2):
+                export_model(ExportOptions(source=str(source), output=output, precision=cast(Precision, precision or "fp32")))
 
         return kept(shared, f"bundles/{name.replace(':', '-')}", good, export)
 

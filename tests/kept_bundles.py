@@ -36,6 +36,7 @@ SOURCES = (
     "server/img2img_server/**/*.py",
     "tests/tiny_*.py",
     "tests/conftest.py",
+    "tests/short_exports.py",
     "demo/model/**/*.*",
 )
 

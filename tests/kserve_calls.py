@@ -106,7 +106,7 @@ class Calls(logging.Handler):
     def wait(self, method: str) -> str:
         """The status of the next call of this method that ends."""
         while True:
-            ended = self._ended.get(timeout=30)
+            ended = self._ended.get(timeout=120)
             if ended[0] == method:
                 return ended[1]
 
@@ -137,11 +137,11 @@ class Gate:
     def _wait(self) -> None:
         if not self._open.is_set():
             self.called.release()
-            assert self._go.acquire(timeout=30)
+            assert self._go.acquire(timeout=120)
 
     def come(self) -> None:
         """Waits until a call has come, and is held."""
-        assert self.called.acquire(timeout=30)
+        assert self.called.acquire(timeout=120)
 
     def step(self) -> None:
         """Lets one call go."""

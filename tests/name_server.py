@@ -54,5 +54,5 @@ def name_server(*addresses: str) -> Iterator[NameServer]:
     finally:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as last:
             last.sendto(b"", server.socket.getsockname())
-        thread.join(10)
+        thread.join(120)
         server.socket.close()

@@ -78,7 +78,7 @@ def starting(make: Callable[[ServerConfig], Backend], **settings: object) -> Ite
     finally:
         asyncio.run_coroutine_threadsafe(server.stop(), loop).result(120)
         loop.call_soon_threadsafe(loop.stop)
-        thread.join(30)
+        thread.join(120)
         loop.close()
 
 

@@ -10,7 +10,7 @@ Samples = dict[str, list[tuple[dict[str, str], float]]]
 
 def fetch(port: int) -> str:
     """What is served at /metrics."""
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=30) as response:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=120) as response:
         text: str = response.read().decode()
     return text
 

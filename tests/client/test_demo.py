@@ -1,7 +1,7 @@
 """scripts/demo, as a person runs it: it makes its images and leaves no process.
 
-Its bundle is the one that the session's tests share, so that it is not exported once more: that the demo's model can be exported
-by the command is what tests/test_readme.py shows.
+Its bundle is the one that the session's tests share, so that it is not exported once more: that the command exports the demo's
+model is what the nightly part of tests/test_readme.py shows.
 """
 
 import os

@@ -92,7 +92,7 @@ def test_a_changed_comment_changes_the_page(tmp_path: Path) -> None:
 def test_a_request_that_says_nothing_gets_the_defaults_of_the_comments(
     comments: dict[str, str], stub: ImageToImageServiceStub, pipeline: FakePipeline
 ) -> None:
-    answer = stub.Transform(pb.TransformRequest(image=pb.ImageSource(data=png((24, 16)))), timeout=30)
+    answer = stub.Transform(pb.TransformRequest(image=pb.ImageSource(data=png((24, 16)))), timeout=120)
     request = pipeline.prepared[-1].request
     told = {name: default(comments, f"TransformRequest.{name}") for name in pb.TransformRequest.DESCRIPTOR.fields_by_name}
     assert json.loads(told.pop("prompt")) == request.prompt

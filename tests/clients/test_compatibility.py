@@ -72,7 +72,7 @@ class Contract:
             request_serializer=lambda message: message.SerializeToString(),
             response_deserializer=message_factory.GetMessageClass(found.output_type).FromString,
         )
-        return list(call(iter(requests), timeout=30))
+        return list(call(iter(requests), timeout=120))
 
 
 def contract(image: FileDescriptorSet) -> Contract:

@@ -213,7 +213,7 @@ async def test_closing_ends_the_export_and_all_that_it_started(folder: Path, con
         await it.residency.close()
         with pytest.raises(ShuttingDown):
             await waiter
-        _, alive = psutil.wait_procs(processes, timeout=30)
+        _, alive = psutil.wait_procs(processes, timeout=120)
         assert not alive
         assert [model.id for model in it.store] == ["a"]
 
@@ -231,7 +231,7 @@ asyncio.run(export(arguments_of("acme/slow", Path("x")), lambda detail: print(de
         (call,) = calls(control)
         exporting, child = map(psutil.Process, call["pids"])
         server.kill()
-        psutil.wait_procs([exporting], timeout=30)
+        psutil.wait_procs([exporting], timeout=120)
         assert not exporting.is_running()
         child.kill()
 

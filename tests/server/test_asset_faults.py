@@ -85,7 +85,7 @@ async def test_what_is_stored_while_its_older_self_is_deleted_is_there(tmp_path:
 
     def slow(self: LocalAssetFiles, owner: str, asset_id: str) -> None:
         begun.set()
-        assert go.wait(30)
+        assert go.wait(120)
         remove(self, owner, asset_id)
 
     monkeypatch.setattr(LocalAssetFiles, "remove", slow)
@@ -240,7 +240,7 @@ async def test_a_caller_that_leaves_does_not_tear_what_it_stores(tmp_path: Path,
 
     def slow(self: LocalAssetFiles, owner: str, asset_id: str, data: bytes) -> None:
         begun.set()
-        assert go.wait(30)
+        assert go.wait(120)
         write(self, owner, asset_id, data)
 
     monkeypatch.setattr(LocalAssetFiles, "write", slow)
@@ -298,7 +298,7 @@ async def test_a_file_that_goes_while_it_is_stored_anew_takes_its_quota_again(
     def slow(self: LocalAssetFiles, owner: str, asset_id: str) -> None:
         remove(self, owner, asset_id)
         begun.set()
-        assert go.wait(30)
+        assert go.wait(120)
 
     monkeypatch.setattr(LocalAssetFiles, "remove", slow)
     async with opened(tmp_path, quota=1500) as store:

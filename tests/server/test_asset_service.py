@@ -170,11 +170,11 @@ def test_a_client_that_leaves_midway_gives_back_what_it_held(
         over.wait(60)
 
     call = assets.UploadAsset.future(slowly())
-    assert held.wait(30)
+    assert held.wait(120)
     assert server.server._assets.stats.reserved == len(PNG)
     call.cancel()
     over.set()
-    assert given_back.wait(30)
+    assert given_back.wait(120)
     assert server.server._assets.stats.reserved == 0
     assert files_of(folder) == []
 
@@ -192,7 +192,7 @@ def test_no_more_is_in_memory_than_uploads_may_take(
         yield from messages(PNG)[1:]
 
     first = assets.UploadAsset.future(slowly())
-    assert begun.wait(30)
+    assert begun.wait(120)
     refused = None
     for _ in range(100):  # until the server, too, has seen the first one's info
         big = noise((40, 40))

@@ -230,7 +230,7 @@ async def test_what_is_too_old_is_deleted_by_itself(tmp_path: Path, monkeypatch:
     await store.open()
     await put(store, png())
     clock.now += 2 * DAY
-    await asyncio.wait_for(gone.wait(), 30)
+    await asyncio.wait_for(gone.wait(), 120)
     assert files_of(tmp_path) == []
     await store.close()
 

@@ -368,8 +368,8 @@ def test_a_draining_engine_finishes_what_it_has() -> None:
             done.set()
 
     engine.submit(make_request(), listen)
-    assert engine.drain(timeout=30)
-    assert done.wait(30)
+    assert engine.drain(timeout=120)
+    assert done.wait(120)
     with pytest.raises(ShuttingDown):
         Caller(engine).submit()
     engine.close()
@@ -394,7 +394,7 @@ def test_one_thread_runs_every_model_call() -> None:
         thread.start()
     for thread in submitters:
         thread.join()
-    assert engine.drain(timeout=30)
+    assert engine.drain(timeout=120)
     engine.close()
     assert threads == {"img2img-engine"}
 
@@ -410,7 +410,7 @@ def test_work_is_done_on_the_engines_thread_between_rounds() -> None:
     first = engine.call("m", threading.get_ident)
     caller = Caller(engine).submit()
     assert engine.call("m", threading.get_ident) == first
-    assert engine.drain(timeout=30)
+    assert engine.drain(timeout=120)
     assert caller.error is None
     engine.close()
     with pytest.raises(ShuttingDown):
@@ -434,17 +434,17 @@ def test_work_that_waits_when_the_engine_stops_is_not_done(stop: Callable[[Engin
         return thread
 
     first = call(lambda: _wait(begun, gate))
-    assert begun.wait(30)
+    assert begun.wait(120)
     second = call(lambda: outcomes.append("done too late"))
     with engine._changed:
-        assert engine._changed.wait_for(lambda: bool(engine._tasks), 30)
+        assert engine._changed.wait_for(lambda: bool(engine._tasks), 120)
     stopping = threading.Thread(target=lambda: stop(engine))
     stopping.start()
     with engine._changed:
-        assert engine._changed.wait_for(lambda: engine._stopping, 30)
+        assert engine._changed.wait_for(lambda: engine._stopping, 120)
     gate.set()
     for thread in (first, second, stopping):
-        thread.join(30)
+        thread.join(120)
     assert sum(isinstance(outcome, ShuttingDown) for outcome in outcomes) == 1
     assert "done too late" not in outcomes
 
@@ -453,19 +453,19 @@ def test_another_thread_goes_on_where_one_does_not_come_back() -> None:
     engine, begun, gate = Engine({"m": FakePipeline()}), threading.Event(), threading.Event()
     stuck = threading.Thread(target=lambda: engine.call("m", lambda: _wait(begun, gate)))
     stuck.start()
-    assert begun.wait(30)
+    assert begun.wait(120)
     assert engine.current_call is not None
     engine.restart_thread()
     assert engine.current_call is None, "the watchdog would end the server for it"
     caller = Caller(engine).submit()
-    assert engine.drain(timeout=30)
+    assert engine.drain(timeout=120)
     assert caller.error is None
     gate.set()
-    stuck.join(30)
+    stuck.join(120)
     assert engine.call("m", lambda: "still served") == "still served"
     engine.close()
 
 
 def _wait(begun: threading.Event, gate: threading.Event) -> None:
     begun.set()
-    assert gate.wait(30)
+    assert gate.wait(120)

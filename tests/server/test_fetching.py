@@ -321,11 +321,11 @@ async def test_the_time_bounds_all_of_it_and_a_cancelled_fetch_ends() -> None:
     async with serving() as site, fetcher(site) as web_:
         site.answers["/"] = hang
         fetching_ = asyncio.create_task(web_.fetch(f"http://127.0.0.1:{site.port}/"))
-        await asyncio.wait_for(begun.wait(), 30)
+        await asyncio.wait_for(begun.wait(), 120)
         fetching_.cancel()
         with pytest.raises(asyncio.CancelledError):
             await fetching_
-        await asyncio.wait_for(left.wait(), 30)
+        await asyncio.wait_for(left.wait(), 120)
         async with fetcher(site, seconds=0.2) as quick:
             assert "longer than 0.2 seconds" in await refusal(quick.fetch(f"http://127.0.0.1:{site.port}/"))
 
@@ -348,7 +348,7 @@ async def test_so_many_are_fetched_at_once_and_no_more(monkeypatch: pytest.Monke
     async with serving() as site, fetcher(site) as web_:
         site.answers["/"] = count
         fetches = [asyncio.create_task(web_.fetch(f"http://127.0.0.1:{site.port}/")) for _ in range(8)]
-        await asyncio.wait_for(full.wait(), 30)
+        await asyncio.wait_for(full.wait(), 120)
         go.set()
         assert await asyncio.gather(*fetches) == [b"x"] * 8
     assert most == 2, "one is left for other clients"
@@ -392,7 +392,7 @@ async def test_one_clients_slow_sites_hold_up_no_other_client(monkeypatch: pytes
         site.answers["/slow"], site.answers["/quick"] = hang, answer(body=b"quick")
         with answering(Call("", "", client="greedy")):
             slow = [asyncio.create_task(web_.fetch(f"http://127.0.0.1:{site.port}/slow")) for _ in range(8)]
-        await asyncio.wait_for(hanging.wait(), 30)
+        await asyncio.wait_for(hanging.wait(), 120)
         with answering(Call("", "", client="other")):
             assert await web_.fetch(f"http://127.0.0.1:{site.port}/quick") == b"quick"
         assert len(asked) == 2, "its others wait"

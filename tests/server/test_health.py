@@ -27,7 +27,7 @@ async def check(health: HealthServicer, service: str = "") -> int:
 
 
 def run(test: Any) -> None:
-    asyncio.run(asyncio.wait_for(test, 30))
+    asyncio.run(asyncio.wait_for(test, 120))
 
 
 def test_before_the_server_serves_it_is_not_serving() -> None:

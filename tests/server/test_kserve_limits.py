@@ -62,7 +62,7 @@ class Slow(Loaded):
         self.go.set()
 
     def load(self, bundle: Path, manifest: object) -> FakePipeline:
-        assert self.go.wait(30)
+        assert self.go.wait(120)
         return super().load(bundle, manifest)
 
 
@@ -89,7 +89,7 @@ def test_cancelling_frees_the_device(tmp_path: Path) -> None:
         gate.open()
         client.infer("m", [picture()], parameters={"num_inference_steps": 2})
     assert pipeline.released[0].step < 20
-    assert told.get(timeout=30).status() == "StatusCode.CANCELLED"
+    assert told.get(timeout=120).status() == "StatusCode.CANCELLED"
 
 
 def test_a_full_queue_answers_at_once_with_when_to_retry(tmp_path: Path) -> None:
@@ -106,14 +106,14 @@ def test_a_full_queue_answers_at_once_with_when_to_retry(tmp_path: Path) -> None
             call.add_done_callback(done.put)
         # One of them waits, the others are refused while the model is held.
         for _ in range(3):
-            code, details = failure(done.get(timeout=30).result)
+            code, details = failure(done.get(timeout=120).result)
             assert (code, details["reason"]) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "QUEUE_FULL")
             assert float(str(details["retry"])) > 0
         nothing = service_pb2.ModelInferRequest()
         assert failure(lambda: infer(nothing))[1]["reason"] == "QUEUE_FULL", "before anybody looks at what is asked"
         gate.open()
-        assert first.result(30).outputs
-        assert done.get(timeout=30).result().outputs
+        assert first.result(120).outputs
+        assert done.get(timeout=120).result().outputs
 
 
 @pytest.mark.parametrize(

@@ -72,7 +72,7 @@ def test_a_refused_requests_picture_is_freed_at_once(name: str, stream: bool, tm
         for _ in range(3):
             if stream:
                 client.async_stream_infer("m", [picture(data), *inputs])
-                assert told.get(timeout=30) is not None
+                assert told.get(timeout=120) is not None
             else:
                 refused(lambda: client.infer("m", [picture(data), *inputs]))
         # An answer is sent before the last frames are left: one that comes after it finds them gone.

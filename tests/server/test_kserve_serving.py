@@ -30,13 +30,13 @@ def status_of(call: Any) -> str:
 
 def reflected(channel: grpc.Channel, **question: Any) -> Any:
     stub: Any = reflection_pb2_grpc.ServerReflectionStub(channel)
-    (answer,) = stub.ServerReflectionInfo(iter([reflection_pb2.ServerReflectionRequest(**question)]), timeout=30)
+    (answer,) = stub.ServerReflectionInfo(iter([reflection_pb2.ServerReflectionRequest(**question)]), timeout=120)
     return answer
 
 
 def health_of(channel: grpc.Channel, service: str) -> Any:
     stub: Any = health_pb2_grpc.HealthStub(channel)
-    return stub.Check(health_pb2.HealthCheckRequest(service=service), timeout=30).status
+    return stub.Check(health_pb2.HealthCheckRequest(service=service), timeout=120).status
 
 
 def test_it_is_served_and_reflected_where_it_is_on_and_not_elsewhere(tmp_path: Path) -> None:
@@ -95,7 +95,7 @@ def test_a_server_that_drains_is_not_ready(tmp_path: Path) -> None:
         grpc.insecure_channel(f"localhost:{server.port}") as channel,
     ):
         health: Any = health_pb2_grpc.HealthStub(channel)
-        watch = health.Watch(health_pb2.HealthCheckRequest(), timeout=30)
+        watch = health.Watch(health_pb2.HealthCheckRequest(), timeout=120)
         assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
         gate, told = Gate(loaded["m"]), queue.Queue[Any]()
         client.async_infer("m", [picture()], lambda result, error: told.put(error))
@@ -104,7 +104,7 @@ def test_a_server_that_drains_is_not_ready(tmp_path: Path) -> None:
         assert next(watch).status == health_pb2.HealthCheckResponse.NOT_SERVING
         assert (client.is_server_live(), client.is_server_ready(), client.is_model_ready("m")) == (True, False, False)
         gate.open()
-        assert told.get(timeout=30) is None, "what runs is finished"
+        assert told.get(timeout=120) is None, "what runs is finished"
         watch.cancel()
         stopping.result(60)
 

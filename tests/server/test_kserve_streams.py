@@ -46,12 +46,12 @@ class Stream:
         self.client.async_stream_infer("m", [picture(), *inputs], request_id=request_id, **settings)
 
     def answer(self) -> Any:
-        result, error = self._told.get(timeout=30)
+        result, error = self._told.get(timeout=120)
         assert error is None, error
         return result
 
     def error(self) -> Any:
-        result, error = self._told.get(timeout=30)
+        result, error = self._told.get(timeout=120)
         assert result is None
         return error
 

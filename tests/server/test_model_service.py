@@ -268,7 +268,7 @@ def test_a_repository_becomes_a_model_that_draws(hub: Hub, tmp_path: Path, monke
         it = Seen(server, channel, Memory())
         code, _ = failure(lambda: it.transform(repo_id="someone/tiny"))
         assert code == grpc.StatusCode.PERMISSION_DENIED
-        call = it.images.Transform.future(request(model=pb.ModelReference(repo_id="acme/tiny")), timeout=280)
+        call = it.images.Transform.future(request(model=pb.ModelReference(repo_id="acme/tiny")), timeout=800)
         told, ended = set(), threading.Event()
         call.add_done_callback(lambda _: ended.set())
         while not ended.wait(0.1):

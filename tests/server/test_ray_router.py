@@ -54,7 +54,7 @@ async def _send(router: LeastWorkRouter, model: str = "m") -> str:
     """Has Serve's own code choose for one request, as a handle does, and counts it as sent."""
     metadata = RequestMetadata(request_id="r", internal_request_id=str(next(_numbers)))
     request = PendingRequest(args=[SimpleNamespace(model=model)], kwargs={}, metadata=metadata)
-    replica = await asyncio.wait_for(router._choose_replica_for_request(request), 10)
+    replica = await asyncio.wait_for(router._choose_replica_for_request(request), 120)
     router.on_send_request(replica.replica_id)
     return str(replica.replica_id.unique_id)
 
@@ -106,7 +106,7 @@ async def test_a_replica_that_died_is_never_chosen_again_whatever_the_controller
     router.on_replica_actor_unavailable(dead.replica_id)
     asking = router._away[dead.replica_id]
     assert await _send(router) == "alive"
-    await asyncio.wait_for(asking, 10)
+    await asyncio.wait_for(asking, 120)
     _update(router, dead, alive)
     assert [await _send(router) for _ in range(4)] == ["alive"] * 4
     assert dead.replica_id not in router.curr_replicas
@@ -123,11 +123,11 @@ async def test_a_replica_that_could_not_be_reached_gets_nothing_until_it_answers
     router = _router(away, there)
     router.on_replica_actor_unavailable(away.replica_id)
     for _ in range(3):
-        await asyncio.wait_for(away.asked.get(), 10)
+        await asyncio.wait_for(away.asked.get(), 120)
         assert await _send(router) == "there"
     away.answer = lambda: 0
     answered = router._away[away.replica_id]
-    await asyncio.wait_for(answered, 10)
+    await asyncio.wait_for(answered, 120)
     assert await _send(router) == "away"
 
 

@@ -98,7 +98,7 @@ def test_those_who_are_refused_for_the_same_reason_are_let_go_one_by_one(
     failing, backends = threading.Event(), list[LocalBackend]()
 
     def load(bundle: Path, manifest: object) -> FakePipeline:
-        assert failing.wait(30)
+        assert failing.wait(120)
         raise OSError("told to fail")
 
     def make(config: ServerConfig) -> LocalBackend:

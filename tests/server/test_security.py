@@ -47,7 +47,7 @@ def server() -> Iterator[RunningServer]:
 def is_healthy(server: RunningServer) -> bool:
     with grpc.insecure_channel(f"localhost:{server.port}", [("grpc.use_local_subchannel_pool", 1)]) as channel:
         health: Any = health_pb2_grpc.HealthStub(channel)
-        found = health.Check(health_pb2.HealthCheckRequest(), timeout=30).status
+        found = health.Check(health_pb2.HealthCheckRequest(), timeout=120).status
         return bool(found == health_pb2.HealthCheckResponse.SERVING)
 
 
@@ -101,12 +101,12 @@ def _ends(frames: Iterator[raw_http2.Frame]) -> Iterator[raw_http2.Frame]:
 def test_metadata_has_a_bound_which_ends_the_call_alone(server: RunningServer) -> None:
     with grpc.insecure_channel(f"localhost:{server.port}") as channel:
         stub = ImageToImageServiceStub(channel)
-        assert stub.Transform(request(), metadata=(("x-note", "a" * 15_000),), timeout=30).images
+        assert stub.Transform(request(), metadata=(("x-note", "a" * 15_000),), timeout=120).images
         with pytest.raises(grpc.RpcError) as caught:
-            stub.Transform(request(), metadata=(("x-note", "a" * 17_000),), timeout=30)
+            stub.Transform(request(), metadata=(("x-note", "a" * 17_000),), timeout=120)
         error: Any = caught.value
         assert error.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
-        assert stub.Transform(request(), timeout=30).images
+        assert stub.Transform(request(), timeout=120).images
 
 
 def test_there_is_room_for_so_many_connections_and_again_when_one_goes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,7 +158,7 @@ async def test_a_caller_that_vanished_is_noticed_and_its_call_is_cancelled() -> 
     await server.start()
     with await asyncio.to_thread(RawConnection, port) as connection:
         await asyncio.to_thread(connection.call, "/test.Test/Work")
-        await asyncio.wait_for(called.wait(), 30)
+        await asyncio.wait_for(called.wait(), 120)
         await asyncio.wait_for(cancelled.wait(), 60)
     await server.stop(0)
 
@@ -205,13 +205,13 @@ def test_no_path_of_a_request_leaves_the_store(folders: Path) -> None:
     """Not even to tell whether there is something: an answer is the same for what exists and what does not."""
     with serving(folders / "store") as channel:
         stub, models = ImageToImageServiceStub(channel), ModelServiceStub(channel)
-        assert stub.Transform(request(model=pb.ModelReference(path="inside")), timeout=30).model_id == "inside"
+        assert stub.Transform(request(model=pb.ModelReference(path="inside")), timeout=120).model_id == "inside"
         for escape in (*ESCAPES, str(folders / "outside"), str(folders / "store" / "inside")):
             for call in (
-                lambda escape=escape: stub.Transform(request(model=pb.ModelReference(path=escape)), timeout=30),
-                lambda escape=escape: models.GetModel(model_pb2.GetModelRequest(id=escape), timeout=30),
-                lambda escape=escape: models.LoadModel(model_pb2.LoadModelRequest(id=escape), timeout=30),
-                lambda escape=escape: models.UnloadModel(model_pb2.UnloadModelRequest(id=escape), timeout=30),
+                lambda escape=escape: stub.Transform(request(model=pb.ModelReference(path=escape)), timeout=120),
+                lambda escape=escape: models.GetModel(model_pb2.GetModelRequest(id=escape), timeout=120),
+                lambda escape=escape: models.LoadModel(model_pb2.LoadModelRequest(id=escape), timeout=120),
+                lambda escape=escape: models.UnloadModel(model_pb2.UnloadModelRequest(id=escape), timeout=120),
             ):
                 assert_harmless(call, folders, escape)
 
@@ -223,7 +223,7 @@ def test_no_other_part_of_a_reference_does(field: str, folders: Path) -> None:
         for escape in (*ESCAPES, "../*", "**/../../outside/*", "[", "acme/outside", str(folders / "outside")):
             value = [escape] if field.endswith("patterns") else escape
             reference = pb.ModelReference(**{field: value})  # type: ignore[arg-type]
-            assert_harmless(lambda reference=reference: stub.Transform(request(model=reference), timeout=30), folders, escape)  # type: ignore[misc]
+            assert_harmless(lambda reference=reference: stub.Transform(request(model=reference), timeout=120), folders, escape)  # type: ignore[misc]
 
 
 def assert_harmless(call: Callable[[], object], folders: Path, sent: str) -> None:
@@ -267,8 +267,8 @@ def test_an_errors_text_stays_in_the_log(where: str, monkeypatch: pytest.MonkeyP
     ):
         stub = ImageToImageServiceStub(channel)
         for call in (
-            lambda: stub.Transform(request(), timeout=30),
-            lambda: list(stub.TransformStream(pb.TransformStreamRequest(request=request()), timeout=30)),
+            lambda: stub.Transform(request(), timeout=120),
+            lambda: list(stub.TransformStream(pb.TransformStreamRequest(request=request()), timeout=120)),
         ):
             answer = told(call)
             assert not [secret for secret in SECRETS if secret in answer], answer
@@ -283,9 +283,9 @@ def test_what_is_wrong_with_a_bundle_stays_in_the_log(folders: Path, caplog: pyt
     (damaged / "manifest.json").write_text((damaged / "manifest.json").read_text().replace('"files": {}', '"files": {"x": "0"}'))
     with serving(folders / "store") as channel:
         stub, models = ImageToImageServiceStub(channel), ModelServiceStub(channel)
-        answer = told(lambda: stub.Transform(request(model=pb.ModelReference(path="damaged")), timeout=30))
+        answer = told(lambda: stub.Transform(request(model=pb.ModelReference(path="damaged")), timeout=120))
         assert str(folders) not in answer
-        listed = models.ListModels(model_pb2.ListModelsRequest(), timeout=30)
+        listed = models.ListModels(model_pb2.ListModelsRequest(), timeout=120)
         assert {model.id for model in listed.models} == {"inside", "damaged"}
         assert str(folders) not in str(listed)
     assert str(damaged) in caplog.text
@@ -300,10 +300,10 @@ def test_a_token_is_in_no_answer_and_no_log(folders: Path, caplog: pytest.LogCap
     bearing = (("authorization", f"Bearer {secret}"),)
     with caplog.at_level(logging.DEBUG), serving(folders / "store", tokens=path) as channel:
         stub = ImageToImageServiceStub(channel)
-        call = stub.Transform.with_call(request(), metadata=bearing, timeout=30)[1]
+        call = stub.Transform.with_call(request(), metadata=bearing, timeout=120)[1]
         answers = [str((*call.initial_metadata(), *call.trailing_metadata()))]
-        answers.append(told(lambda: stub.Transform(request(strength=7), metadata=bearing, timeout=30)))
-        answers.append(told(lambda: stub.Transform(request(), metadata=(("authorization", f"Bearer x{secret}"),), timeout=30)))
+        answers.append(told(lambda: stub.Transform(request(strength=7), metadata=bearing, timeout=120)))
+        answers.append(told(lambda: stub.Transform(request(), metadata=(("authorization", f"Bearer x{secret}"),), timeout=120)))
     for text in (*answers, caplog.text, path.read_text()):
         assert secret not in text
         assert secret.removeprefix(tokens.PREFIX) not in text
@@ -322,17 +322,17 @@ def test_a_token_sees_no_other_models(folders: Path) -> None:
     bearing = (("authorization", f"Bearer {secret}"),)
     with serving(folders / "store", tokens=path) as channel:
         stub, models = ImageToImageServiceStub(channel), ModelServiceStub(channel)
-        allowed = stub.Transform(request(model=pb.ModelReference(path="inside")), metadata=bearing, timeout=30)
+        allowed = stub.Transform(request(model=pb.ModelReference(path="inside")), metadata=bearing, timeout=120)
         assert allowed.model_id == "inside"
-        listed = models.ListModels(model_pb2.ListModelsRequest(), metadata=bearing, timeout=30)
+        listed = models.ListModels(model_pb2.ListModelsRequest(), metadata=bearing, timeout=120)
         assert [model.id for model in listed.models] == ["inside"]
-        code, _ = failure(lambda: models.GetModel(model_pb2.GetModelRequest(id="hidden"), metadata=bearing, timeout=30))
+        code, _ = failure(lambda: models.GetModel(model_pb2.GetModelRequest(id="hidden"), metadata=bearing, timeout=120))
         assert code == grpc.StatusCode.NOT_FOUND
         hidden_reference = pb.ModelReference(path="hidden")
-        code, _ = failure(lambda: stub.Transform(request(model=hidden_reference), metadata=bearing, timeout=30))
+        code, _ = failure(lambda: stub.Transform(request(model=hidden_reference), metadata=bearing, timeout=120))
         assert code in (grpc.StatusCode.PERMISSION_DENIED, grpc.StatusCode.NOT_FOUND)
         for reference in (pb.ModelReference(path="nothing"), pb.ModelReference()):
-            answer = told(lambda: stub.Transform(request(model=reference), metadata=bearing, timeout=30))  # noqa: B023
+            answer = told(lambda: stub.Transform(request(model=reference), metadata=bearing, timeout=120))  # noqa: B023
             assert "hidden" not in answer
 
 

@@ -1,5 +1,6 @@
 """The same seed gives the same image: alone or in a batch, next to anything, with every scheduler, and diffusers' own."""
 
+import copy
 import sys
 import threading
 from collections.abc import Callable, Sequence
@@ -114,17 +115,22 @@ def assert_same_alone_and_together(pipeline: StableDiffusion, mix: list[tuple[Re
             assert difference(together, alone) <= 1
 
 
-@pytest.mark.parametrize("name", sorted(NAMES))
-def test_every_scheduler_draws_what_diffusers_draws_with_it(
-    pipeline: StableDiffusion, tiny_model: Callable[[str], Path], name: str
-) -> None:
-    class_name, overrides = NAMES[name]
-    oracle: Any = AutoPipelineForImage2Image.from_pretrained(
+@pytest.fixture(scope="module")
+def loaded(tiny_model: Callable[[str], Path]) -> Any:
+    """Diffusers' own pipeline. Copy it to change its scheduler."""
+    oracle = AutoPipelineForImage2Image.from_pretrained(
         tiny_model("sd1"), torch_dtype=torch.float32, local_files_only=True, safety_checker=None
     )
     oracle.set_progress_bar_config(disable=True)
+    return oracle
+
+
+@pytest.mark.parametrize("name", sorted(NAMES))
+def test_every_scheduler_draws_what_diffusers_draws_with_it(pipeline: StableDiffusion, loaded: Any, name: str) -> None:
+    class_name, overrides = NAMES[name]
+    oracle = copy.copy(loaded)
     # As its user would set it; latents, unlike pixels, are never clipped.
-    chosen = getattr(diffusers, class_name).from_config(oracle.scheduler.config, **overrides)
+    chosen = getattr(diffusers, class_name).from_config(loaded.scheduler.config, **overrides)
     if "clip_sample" in chosen.config:
         chosen.register_to_config(clip_sample=False)
     oracle.scheduler = chosen

@@ -82,7 +82,7 @@ def test_draining_finishes_what_runs_and_refuses_what_comes() -> None:
 
     def wait() -> None:
         called.set()
-        assert go.wait(30)
+        assert go.wait(120)
 
     pipeline.before_call = wait
     with (
@@ -91,7 +91,7 @@ def test_draining_finishes_what_runs_and_refuses_what_comes() -> None:
         grpc.insecure_channel(f"localhost:{server.port}") as channel,
     ):
         stream = client.transform_stream(PICTURE)
-        assert called.wait(30)
+        assert called.wait(120)
         watch = _health(channel).Watch(health_pb2.HealthCheckRequest())
         assert next(watch).status == SERVING
         stopping = server.stop()
@@ -112,7 +112,7 @@ def _refusal(channel: grpc.Channel) -> grpc.StatusCode:
 
 def _submit_until_refused(stub: ImageToImageServiceStub) -> None:
     for _ in range(100):
-        call = stub.TransformStream(pb.TransformStreamRequest(request=request()), timeout=30)
+        call = stub.TransformStream(pb.TransformStreamRequest(request=request()), timeout=120)
         next(call)
         call.cancel()
 

@@ -299,11 +299,11 @@ def test_leaving_a_stream_frees_the_device(stub: ImageToImageServiceStub, pipeli
 
     def wait() -> None:
         called.set()
-        assert go.wait(30)
+        assert go.wait(120)
 
     pipeline.before_call = wait
     call = stub.TransformStream(asked)
-    assert called.wait(30)
+    assert called.wait(120)
     call.cancel()
     # Another request is served only after the first has left: there is one place. Once it is queued, the server has seen
     # the cancellation, which was sent before it.
@@ -317,7 +317,7 @@ def test_leaving_a_stream_frees_the_device(stub: ImageToImageServiceStub, pipeli
 
 def test_a_deadline_ends_the_work(stub: ImageToImageServiceStub, pipeline: FakePipeline) -> None:
     go = threading.Event()
-    pipeline.before_call = lambda: go.wait(30)
+    pipeline.before_call = lambda: go.wait(120)
     code, _ = failure(lambda: stub.Transform(request(num_inference_steps=100, strength=1.0), timeout=0.3))
     assert code == grpc.StatusCode.DEADLINE_EXCEEDED
     go.set()
@@ -330,16 +330,16 @@ def test_a_full_queue_answers_at_once_with_when_to_retry(stub: ImageToImageServi
 
     def wait() -> None:
         called.set()
-        assert go.wait(30)
+        assert go.wait(120)
 
     pipeline.before_call = wait
     running_call = stub.Transform.future(request())
-    assert called.wait(30)
+    assert called.wait(120)
     waiting = stub.TransformStream(pb.TransformStreamRequest(request=request()))
     assert next(waiting).queued.position == 0
     code, details = failure(lambda: stub.Transform(request()))
     assert (code, details["reason"]) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "QUEUE_FULL")
     assert float(str(details["retry"])) >= 1
     go.set()
-    assert running_call.result(30).images
+    assert running_call.result(120).images
     assert list(waiting)[-1].WhichOneof("event") == "completed"

@@ -51,7 +51,7 @@ def test_answers_that_are_not_read_hold_no_model(tmp_path: Path, method: str) ->
             while len(loaded["m"].released) < 5:  # the engine has done all of them
                 model_state(channel)
             models = ModelServiceStub(channel)
-            unloaded = models.UnloadModel(model_pb2.UnloadModelRequest(id="m"), timeout=15).model
+            unloaded = models.UnloadModel(model_pb2.UnloadModelRequest(id="m"), timeout=120).model
             assert unloaded.state == model_pb2.MODEL_STATE_UNLOADED
 
 

@@ -232,7 +232,7 @@ def site() -> Iterator[Site]:
         thread.start()
         yield site
         site.shutdown()
-        thread.join(30)
+        thread.join(120)
 
 
 @pytest.fixture
@@ -303,8 +303,8 @@ def test_nothing_is_fetched_for_a_request_that_is_wrong_elsewhere(site: Site, pi
 def test_a_caller_that_is_gone_ends_what_is_fetched_for_it(site: Site, pipeline: FakePipeline, way: str) -> None:
     with transforming(pipeline, allow_http=True, http_seconds=600.0) as stub:
         call = stub.Transform.future(at(f"http://127.0.0.1:{site.server_port}/hang"), timeout=0.5 if way == "deadline" else None)
-        assert site.hanging.wait(30)
+        assert site.hanging.wait(120)
         if way == "cancel":
             call.cancel()
-        assert site.gone.wait(30)
+        assert site.gone.wait(120)
     assert pipeline.prepared == []

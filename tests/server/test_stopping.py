@@ -69,9 +69,9 @@ def test_models_are_unloaded_and_loaded_while_clients_that_never_read_watch_them
     ):
         models = ModelServiceStub(channel)
         for _ in range(2):
-            assert models.UnloadModel(model_pb2.UnloadModelRequest(id="second"), timeout=15).model.state == UNLOADED
-            assert models.LoadModel(model_pb2.LoadModelRequest(id="second"), timeout=15).model.state == READY
-        server.stop().result(15)  # with all of them connected
+            assert models.UnloadModel(model_pb2.UnloadModelRequest(id="second"), timeout=120).model.state == UNLOADED
+            assert models.LoadModel(model_pb2.LoadModelRequest(id="second"), timeout=120).model.state == READY
+        server.stop().result(120)  # with all of them connected
 
 
 def test_a_drain_needs_no_thread_of_the_pool_that_requests_share() -> None:

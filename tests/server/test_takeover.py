@@ -54,7 +54,7 @@ def attempt(
     finally:
         promotion.stop()
         engine.close()
-        assert promotion.join(30)
+        assert promotion.join(120)
 
 
 def pair(better: float = 1.0, serving: float = 2.0) -> tuple[Better, FakePipeline, Clock]:

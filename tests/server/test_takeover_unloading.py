@@ -114,7 +114,7 @@ def test_who_waits_for_one_that_is_being_loaded_is_let_go_when_all_is_to_end(tmp
     while not candidate.stop.asked:
         pass
     promotion.stop()
-    waiting.join(10)
+    waiting.join(120)
     stuck = waiting.is_alive()
     go.set()
     assert promotion.join(60)

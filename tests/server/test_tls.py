@@ -62,7 +62,7 @@ def trusting(authority: trustme.CA, client: trustme.LeafCert | None = None) -> g
 
 
 def health(channel: grpc.Channel) -> Any:
-    status: Any = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=30).status  # type: ignore[attr-defined]
+    status: Any = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=120).status  # type: ignore[attr-defined]
     return status
 
 
@@ -79,7 +79,7 @@ def shown(server: RunningServer, authority: trustme.CA, host: str = "127.0.0.1")
     authority.configure_trust(context)
     context.set_alpn_protocols(["h2"])
     with (
-        socket.create_connection((host, server.port), timeout=30) as plain,
+        socket.create_connection((host, server.port), timeout=120) as plain,
         context.wrap_socket(plain, server_hostname="localhost") as secure,
     ):
         found = secure.getpeercert(binary_form=True)
@@ -98,7 +98,7 @@ def test_only_who_trusts_the_authority_and_speaks_tls_comes_through(tmp_path: Pa
         target = f"localhost:{server.port}"
         with grpc.secure_channel(target, trusting(authority)) as channel:
             assert health(channel) == SERVING
-            assert ImageToImageServiceStub(channel).Transform(request(), timeout=30).images
+            assert ImageToImageServiceStub(channel).Transform(request(), timeout=120).images
         with grpc.secure_channel(target, trusting(trustme.CA())) as channel:
             assert refused(channel)
         with grpc.insecure_channel(target) as channel:
@@ -116,7 +116,7 @@ def test_tls_of_before_1_2_is_refused(version: ssl.TLSVersion, tmp_path: Path, a
             context.minimum_version = ssl.TLSVersion.TLSv1
             context.maximum_version = highest
             outcome = contextlib.nullcontext() if allowed else pytest.raises((ssl.SSLError, ConnectionError))
-            with socket.create_connection(("127.0.0.1", server.port), timeout=30) as plain, outcome:
+            with socket.create_connection(("127.0.0.1", server.port), timeout=120) as plain, outcome:
                 context.wrap_socket(plain, server_hostname="localhost").close()
 
 
@@ -174,7 +174,7 @@ def test_a_renewed_certificate_is_shown_to_new_connections_and_old_ones_go_on(
         old = der(tls.certificate)
         assert shown(server, authority) == old
         running_call = ImageToImageServiceStub(channel).TransformStream(pb.TransformStreamRequest(request=request()), timeout=60)
-        assert called.wait(30)
+        assert called.wait(120)
         renew(tmp_path, authority)
         new = der(tls.certificate)
         assert new != old

@@ -106,7 +106,7 @@ def test_a_call_counts_until_it_ends_however_it_does(
     with connected(path, blocked.pipeline) as channel:
         models = ModelServiceStub(channel)
         call, wait = start(channel, secret, "fail advance" if ending == "fail" else "", 3 if ending == "deadline" else 60)
-        assert blocked.called.wait(30)
+        assert blocked.called.wait(120)
         code, details = failure(lambda: models.ListModels(model_pb2.ListModelsRequest(), metadata=bearing(secret)))
         assert (code, details["reason"]) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "CLIENT_QUEUE_FULL")
         assert float(str(details["retry"])) > 0

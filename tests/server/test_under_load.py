@@ -45,7 +45,7 @@ class Gate:
     def wait_for(self, count: int) -> None:
         """Waits until so many wait at the gate."""
         with self._came:
-            assert self._came.wait_for(lambda: self.inside >= count, 30)
+            assert self._came.wait_for(lambda: self.inside >= count, 120)
 
 
 @pytest.fixture
@@ -69,14 +69,14 @@ def gated_codecs(gate: Gate, monkeypatch: pytest.MonkeyPatch, kind: type[Job]) -
 def assert_answers(server: RunningServer, channel: grpc.Channel) -> None:
     """Health (Check and Watch) and reflection answer."""
     health: Any = health_pb2_grpc.HealthStub(channel)
-    assert health.Check(health_pb2.HealthCheckRequest(), timeout=30).status == SERVING
-    assert health.Check(health_pb2.HealthCheckRequest(service="models/m"), timeout=30).status == SERVING
-    watching = health.Watch(health_pb2.HealthCheckRequest(), timeout=30)
+    assert health.Check(health_pb2.HealthCheckRequest(), timeout=120).status == SERVING
+    assert health.Check(health_pb2.HealthCheckRequest(service="models/m"), timeout=120).status == SERVING
+    watching = health.Watch(health_pb2.HealthCheckRequest(), timeout=120)
     assert next(watching).status == SERVING
     watching.cancel()
     reflection: Any = reflection_pb2_grpc.ServerReflectionStub(channel)
     asked = iter([reflection_pb2.ServerReflectionRequest(list_services="")])
-    (answer,) = reflection.ServerReflectionInfo(asked, timeout=30)
+    (answer,) = reflection.ServerReflectionInfo(asked, timeout=120)
     assert "img2img.v1.ImageToImageService" in {item.name for item in answer.list_services_response.service}
 
 
@@ -93,13 +93,13 @@ def test_with_a_full_queue_and_a_busy_device_health_and_reflection_answer(gate: 
         waiting = [stub.TransformStream(pb.TransformStreamRequest(request=request())) for _ in range(3)]
         assert sorted(next(stream).queued.position for stream in waiting) == [0, 1, 2]
         for _ in range(20):
-            code, details = failure(lambda: stub.Transform(request(), timeout=30))
+            code, details = failure(lambda: stub.Transform(request(), timeout=120))
             assert (code, details["reason"]) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "QUEUE_FULL")
             assert float(str(details["retry"])) >= 0.1
         assert_answers(server, channel)
         assert not running_call.done()
         gate.opened.set()
-        assert running_call.result(30).images
+        assert running_call.result(120).images
         assert [list(stream)[-1].WhichOneof("event") for stream in waiting] == ["completed"] * 3
 
 
@@ -123,7 +123,7 @@ def test_a_clients_flood_is_refused_before_its_pictures_are_looked_at(gate: Gate
         for call in calls:
             call.add_done_callback(end)
         for _ in range(40):
-            assert refused.acquire(timeout=30)
+            assert refused.acquire(timeout=120)
         gate.wait_for(2)
         assert gate.passed == 0, "forty were refused while not one picture had been decoded"
         for refusal in ended:
