@@ -22,7 +22,7 @@ from rich.table import Table
 
 ROOT = Path(__file__).resolve().parent.parent
 BUNDLE = ROOT / ".demo" / "models" / "demo"
-PICTURE = ROOT / "demo" / "pictures" / "noon-lake.png"
+PICTURE = ROOT / "demo" / "images" / "noon-lake.png"
 RESULT = ROOT / ".bench" / "bench.json"
 PROMPT = "A beautiful landscape with mountains and a lake at sunset"
 SEED = 7

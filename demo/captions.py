@@ -1,7 +1,7 @@
-"""True captions for generated landscapes, in many forms: the whole language the demo model understands.
+"""Captions for generated landscapes in many forms: all the language that the demo model is trained on.
 
-A caption names what an image shows; what it leaves out has a fixed meaning (no time: noon; no season: summer), so
-that "at night" or "in winter" alone says one thing. Things (mountains, lake, trees) may be left out freely.
+A caption describes an image; an omitted time means noon and an omitted season summer, so that "at night" or "in winter" alone is
+unambiguous. Things (mountains, lake, trees) may be omitted.
 """
 
 from dataclasses import dataclass
@@ -48,12 +48,12 @@ EXTRA_WORDS = (
     "blue purple white black grey golden colourful highly detailed realistic soft light misty fog foggy and or with "
     "without of in on at by over under near behind the a an no not very more less blurry ugly low quality"
 )
-"""Words outside the grammar that get whole tokens, so that free prompts stay short; they were never trained."""
+"""Words outside the grammar that get whole tokens, so that free prompts stay short; their meaning is not trained."""
 
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """What a caption may say about an image."""
+    """The attributes of an image that captions describe."""
 
     kind: str
     lake: bool
@@ -73,7 +73,7 @@ def default_caption(scene: Scene) -> str:
 
 
 def _things(scene: Scene, random: np.random.Generator) -> str:
-    """Name the things of a scene in any order, each left out now and then, but never all of them."""
+    """Name the things of a scene in random order, sometimes omitting some, never all."""
     names = [str(random.choice(KIND_PHRASES[scene.kind]))]
     if scene.lake and random.random() < 0.8:
         names.append(str(random.choice(LAKE_PHRASES)))
@@ -112,7 +112,7 @@ def draw_caption(scene: Scene, random: np.random.Generator) -> str:
 
 
 def draw_nameless_caption(scene: Scene, random: np.random.Generator) -> str:
-    """Draw a caption that does not name the kind of land, such as "at night": only the source can tell it."""
+    """Draw a caption that does not name the kind of land, such as "at night": only the source image shows it."""
     kinds = [phrase for phrases in KIND_PHRASES.values() for phrase in phrases]
     while True:
         caption = draw_caption(scene, random)

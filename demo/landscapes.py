@@ -1,9 +1,8 @@
 """Generated landscapes: layout seed x time of day x season -> an image.
 
-An image is made in three steps, so that the same layout has the same geometry under every caption:
-`draw_layout` takes every random number there is (seed -> Layout), `build_geometry` turns them into masks at one size
-(Layout -> Geometry) and `paint` only colours the masks (Geometry, time, season -> pixels). Tests and the training of
-the UNet rely on it: they compare, or pair, images of one layout.
+An image is made in three steps, so that a layout has the same geometry for every caption: `draw_layout` draws all random numbers
+(seed -> Layout), `build_geometry` turns them into masks of one size (Layout -> Geometry), and `paint` colours the masks
+(Geometry, time, season -> pixels). Tests and the training of the UNet compare or pair images of one layout.
 """
 
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ Floats = NDArray[np.float32]
 
 KINDS = ("mountains", "hills", "dunes")
 TRAINING_LAYOUTS = range(0, 1_000_000)
-"""Seeds that training may draw from; every other seed is unseen."""
+"""Seeds for training; all other seeds are unseen."""
 UNSEEN_LAYOUTS = range(1_000_000, 2_000_000)
 """Seeds for tests and sample images: disjoint from training by construction."""
 
@@ -28,7 +27,7 @@ _ROUGHNESS = {"mountains": 1.0, "hills": 1.9, "dunes": 2.1}
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Everything random about a scene, in fractions of the image's width (u) and height (v)."""
+    """All random parameters of a scene, in fractions of the image's width (u) and height (v)."""
 
     kind: str
     lake: bool
@@ -57,7 +56,7 @@ class Layer:
 
 @dataclass(frozen=True, slots=True)
 class Geometry:
-    """Masks of a layout at one size; each is H x W in 0..1 unless it says otherwise."""
+    """Masks of a layout at one size; each is H x W in 0..1 unless noted."""
 
     layout: Layout
     sky_ramp: Floats
@@ -77,7 +76,7 @@ class Geometry:
 
 
 def draw_layout(seed: int) -> Layout:
-    """Draw a layout; the same seed gives the same one, whatever it is painted as later."""
+    """Draw a layout; deterministic per seed."""
     random = np.random.default_rng(seed)
     kind = str(random.choice(KINDS, p=[0.45, 0.35, 0.2]))
     lake, trees = bool(random.random() < 0.5), bool(random.random() < 0.45)
@@ -239,30 +238,30 @@ def paint(geometry: Geometry, time: str = "noon", season: str = "summer") -> Flo
     if geometry.layout.kind == "dunes":
         ground = _colour(SAND) + (ground - _colour(SAND)) * np.float32(look.dune_blend)
         rock = _colour(SAND_ROCK) + (rock - _colour(SAND_ROCK)) * np.float32(look.dune_blend)
-    picture = _paint_sky(geometry, light_of_day)
+    image = _paint_sky(geometry, light_of_day)
     snow_line = look.snow if geometry.layout.kind == "mountains" or season == "winter" else 0.0
     for index, layer in enumerate(geometry.layers):
         near = (index + 1) / len(geometry.layers)
         body = rock + (ground - rock) * np.float32(index / len(geometry.layers))
-        colours = np.broadcast_to(body, picture.shape)
+        colours = np.broadcast_to(body, image.shape)
         if snow_line and (index == 0 or season == "winter"):
             colours = _mix(colours, SNOW, np.clip((snow_line - layer.below_ridge) * 8, 0, 1))
         colours = colours * light * layer.shade[..., None]
         veil = (0.45 + light_of_day.fog * 0.5) * (1 - near) + light_of_day.fog * 0.45
-        picture = _mix(picture, _mix(colours, haze, veil), layer.coverage)
+        image = _mix(image, _mix(colours, haze, veil), layer.coverage)
     meadow = _mix(ground * light * geometry.ground_shade[..., None], haze, light_of_day.fog * 0.6)
-    picture = _mix(picture, meadow, geometry.ground)
+    image = _mix(image, meadow, geometry.ground)
     if geometry.layout.lake:
-        water = _mix(picture[geometry.mirror], _colour(WATER) * light, 0.28)
-        picture = _mix(picture, _mix(water, _colour(SNOW) * light, look.ice * 0.8), geometry.lake)
+        water = _mix(image[geometry.mirror], _colour(WATER) * light, 0.28)
+        image = _mix(image, _mix(water, _colour(SNOW) * light, look.ice * 0.8), geometry.lake)
     if geometry.layout.trees:
         crown = _colour(look.broadleaf if geometry.layout.round_trees else look.conifer)
         crowns = _mix(crown * light * geometry.tree_shade[..., None], haze, light_of_day.fog * 0.5)
-        picture = _mix(picture, crowns, geometry.trees)
-    return np.clip(picture, 0, 1)
+        image = _mix(image, crowns, geometry.trees)
+    return np.clip(image, 0, 1)
 
 
 def render(seed: int, time: str = "noon", season: str = "summer", width: int = 128, height: int = 128) -> Image.Image:
-    """Render one layout under one caption as an RGB image."""
+    """Render one layout at one time and season as an RGB image."""
     pixels = paint(build_geometry(draw_layout(seed), width, height), time, season)
     return Image.fromarray(np.round(pixels * 255).astype(np.uint8))

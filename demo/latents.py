@@ -1,12 +1,12 @@
-"""What the UNet is trained on: latents grouped by layout, tokenized captions, and batches drawn from them.
+"""Training data of the UNet: latents grouped by layout, tokenized captions, and random batches of both.
 
-Half of the samples are *pairs*. In image-to-image, denoising starts at step s from a noised source image. Seen from
-the wanted image, the noise then holds a residue of the source that stays the same down to the last step:
+Half of the samples are *pairs*. In image-to-image, denoising starts at step s from a noised source image. Relative to the
+target image, the noise then contains a residue of the source that stays constant down to the last step:
 
     x_t = sqrt(a_t) target + sqrt(1 - a_t) (noise + k (source - target)),   k = sqrt(a_s / (1 - a_s)),  s >= t
 
-where a is the scheduler's cumulated alpha. It follows from one DDIM step written out. Predicting that whole bracket as
-"epsilon" teaches an ordinary epsilon model to take the colours from the caption and the layout from the source.
+where a is the scheduler's cumulative alpha (this follows from the DDIM step). Predicting the whole bracket as "epsilon" teaches
+an ordinary epsilon model to take the colours from the caption and the layout from the source.
 """
 
 from dataclasses import dataclass
@@ -15,13 +15,13 @@ import numpy as np
 import torch
 from captions import KIND_PHRASES, Scene, draw_caption, draw_nameless_caption
 from diffusers import AutoencoderKL
-from make_data import MOODS, Pictures
+from make_data import MOODS, ImageSet
 from torch import Tensor
 from train_vae import encode
 from transformers import CLIPTokenizer
 
 AUGMENTED = 1
-"""Where in a layout's group the augmented source is; it is never a target."""
+"""Index of the augmented source in a layout's group; it is never a target."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +44,7 @@ class LatentData:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """One training batch: what the UNet sees (noisy, timesteps, token_ids) and what it shall say (target)."""
+    """One training batch: the UNet's inputs (noisy, timesteps, token_ids) and its target."""
 
     noisy: Tensor
     timesteps: Tensor
@@ -73,7 +73,7 @@ class CaptionDraw:
 
 
 def draw_captions(draw: CaptionDraw) -> list[str]:
-    """The captions of each scene of `all_scenes`, scene by scene, those first that do not name the kind of land."""
+    """The captions of each scene of `all_scenes`, scene by scene, with nameless captions first."""
     random = np.random.default_rng(draw.seed)
     captions = []
     for scene in all_scenes():
@@ -90,25 +90,25 @@ def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
 
 
 def make_caption_table(tokenizer: CLIPTokenizer, captions: list[str]) -> CaptionTable:
-    """Tokenize what `draw_captions` drew."""
+    """Tokenize the captions of `draw_captions`."""
     scenes = {scene: index for index, scene in enumerate(all_scenes())}
     rows = tokenize(tokenizer, captions).view(len(scenes), -1, tokenizer.model_max_length)
     return CaptionTable(scenes, rows, tokenize(tokenizer, [""])[0])
 
 
-def make_latents(pictures: Pictures, vae: AutoencoderKL, captions: CaptionTable) -> LatentData:
-    """Encode all images once: the UNet's training never needs the autoencoder again."""
-    latents = encode(vae, pictures.pixels) * vae.config.scaling_factor
-    scenes = torch.tensor([captions.scenes[scene] for scene in pictures.scenes])
-    grouped = latents.unflatten(0, (-1, pictures.per_layout))
-    return LatentData(grouped, scenes.view(-1, pictures.per_layout), captions)
+def make_latents(images: ImageSet, vae: AutoencoderKL, captions: CaptionTable) -> LatentData:
+    """Encode all images once, so that training the UNet does not need the autoencoder."""
+    latents = encode(vae, images.pixels) * vae.config.scaling_factor
+    scenes = torch.tensor([captions.scenes[scene] for scene in images.scenes])
+    grouped = latents.unflatten(0, (-1, images.per_layout))
+    return LatentData(grouped, scenes.view(-1, images.per_layout), captions)
 
 
 @dataclass(frozen=True, slots=True)
 class Mixture:
-    """Shares of a batch: empty captions, pairs, and among pairs those whose source is not the noon image.
+    """Shares of a batch: empty captions, pairs, and pairs whose source is not the noon image.
 
-    Pairs are as if denoising had begun at a step in `earliest_start` to `latest_start`, or at the sample's own if later.
+    For pairs, denoising starts at a step from `earliest_start` to `latest_start`, or at the sample's own step if later.
     """
 
     batch: int = 16
@@ -120,21 +120,21 @@ class Mixture:
 
 
 def draw_batch(data: LatentData, alphas: Tensor, mixture: Mixture, width: int, random: torch.Generator) -> Batch:
-    """Draw targets, captions, evenly spread timesteps, and for pairs a source and the step where denoising began.
+    """Draw targets, captions, evenly spread timesteps, and for pairs a source and the step where denoising starts.
 
-    `width` is in latents: less than the data's cuts one strip of full height, at a place drawn for the batch.
+    `width` is in latents: if it is below the data's, the batch is a strip of full height at a random position.
     """
-    layouts, pictures = data.scenes.shape
+    layouts, images = data.scenes.shape
     size, last = mixture.batch, len(alphas) - 1
 
     def chance(share: float) -> Tensor:
         return torch.rand(size, generator=random) < share
 
     rows = torch.randint(layouts, (size,), generator=random)
-    columns = torch.randint(pictures - 1, (size,), generator=random)
+    columns = torch.randint(images - 1, (size,), generator=random)
     columns = columns + (columns >= AUGMENTED)
     sources = torch.randint(AUGMENTED + 1, (size,), generator=random)
-    others = torch.randint(pictures, (size,), generator=random)
+    others = torch.randint(images, (size,), generator=random)
     sources = torch.where(chance(mixture.other_source_share), others, sources)
     strata = (torch.arange(size) + torch.rand(size, generator=random)) / size
     timesteps = (strata * len(alphas)).long().clamp(max=last)

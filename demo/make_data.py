@@ -1,4 +1,4 @@
-"""The training images: many layouts, each painted under several captions, one of them as an augmented source."""
+"""The training images: many layouts, each painted for several captions, plus an augmented source."""
 
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -16,24 +16,24 @@ MOODS = [(time, season) for time in TIMES for season in SEASONS]
 
 
 @dataclass(frozen=True, slots=True)
-class Pictures:
-    """A data set: N x H x W x 3 pixels in 0..255 and, for each, its scene; `per_layout` in a row share a layout.
+class ImageSet:
+    """A data set: N x H x W x 3 pixels in 0..255 and the scene of each image; `per_layout` successive images share a layout.
 
-    The first of each such group is the layout's source (noon, summer), the second is it again with augmentation.
+    The first of each group is the layout's source (noon, summer), the second the same with augmentation.
     """
 
     pixels: Pixels
     scenes: list[Scene]
     per_layout: int
 
-    def first_layouts(self, count: int) -> "Pictures":
+    def first_layouts(self, count: int) -> "ImageSet":
         """The images of the first `count` layouts."""
         end = count * self.per_layout
-        return Pictures(self.pixels[:end], self.scenes[:end], self.per_layout)
+        return ImageSet(self.pixels[:end], self.scenes[:end], self.per_layout)
 
 
 def _photographic_texture(random: np.random.Generator, height: int, width: int) -> Floats:
-    """Fractal noise around zero: the mottled look of grass, leaves and stone in photographs."""
+    """Fractal noise around zero: the texture of grass, leaves and stone in photographs."""
     total = np.zeros((height, width), np.float32)
     for cells in (8, 16, 32, 64):
         grid = random.standard_normal((cells, cells)).astype(np.float32)
@@ -42,10 +42,10 @@ def _photographic_texture(random: np.random.Generator, height: int, width: int) 
     return total
 
 
-def augment(picture: Floats, random: np.random.Generator) -> Floats:
+def augment(image: Floats, random: np.random.Generator) -> Floats:
     """Make a source look less like the generator: colour cast, contrast, texture, blur and sensor noise (0..1)."""
-    height, width = picture.shape[:2]
-    out = (picture - 0.5) * random.uniform(0.7, 1.2) + 0.5 + random.uniform(-0.1, 0.1)
+    height, width = image.shape[:2]
+    out = (image - 0.5) * random.uniform(0.7, 1.2) + 0.5 + random.uniform(-0.1, 0.1)
     out = out * random.uniform(0.88, 1.12, 3)
     grey = out.mean(axis=2, keepdims=True)
     out = grey + (out - grey) * random.uniform(0.4, 1.3)
@@ -54,10 +54,10 @@ def augment(picture: Floats, random: np.random.Generator) -> Floats:
         texture = _photographic_texture(random, height, width)[..., None]
         out = out * (1 + texture * ground * random.uniform(0.05, 0.35))
     if random.random() < 0.4:
-        image = Image.fromarray(np.round(np.clip(out, 0, 1) * 255).astype(np.uint8))
-        blurred = image.filter(ImageFilter.GaussianBlur(random.uniform(0.4, 1.6) * width / 128))
+        sharp = Image.fromarray(np.round(np.clip(out, 0, 1) * 255).astype(np.uint8))
+        blurred = sharp.filter(ImageFilter.GaussianBlur(random.uniform(0.4, 1.6) * width / 128))
         out = np.asarray(blurred, dtype=np.float32) / 255
-    out = out + random.normal(0, random.uniform(0, 0.03), picture.shape)
+    out = out + random.normal(0, random.uniform(0, 0.03), image.shape)
     return np.clip(out, 0, 1).astype(np.float32)
 
 
@@ -67,10 +67,10 @@ def _one_layout(seed: int, per_layout: int, size: int) -> tuple[Pixels, list[Sce
     random = np.random.default_rng((seed, 1))
     chosen = [MOODS[index] for index in random.permutation(len(MOODS))[: per_layout - 2]]
     moods = [("noon", "summer"), ("noon", "summer"), *chosen]
-    pictures = [paint(geometry, time, season) for time, season in moods]
-    pictures[1] = augment(pictures[1], random)
+    images = [paint(geometry, time, season) for time, season in moods]
+    images[1] = augment(images[1], random)
     scenes = [Scene(layout.kind, layout.lake, layout.trees, time, season) for time, season in moods]
-    return np.round(np.stack(pictures) * 255).astype(np.uint8), scenes
+    return np.round(np.stack(images) * 255).astype(np.uint8), scenes
 
 
 def _many_layouts(task: tuple[list[int], int, int]) -> tuple[Pixels, list[Scene]]:
@@ -84,11 +84,11 @@ def _chunks(seeds: list[int], length: int) -> Iterator[list[int]]:
         yield seeds[start : start + length]
 
 
-def make_pictures(layout_count: int, per_layout: int, size: int = 128, workers: int = 2) -> Pictures:
+def make_images(layout_count: int, per_layout: int, size: int = 128, workers: int = 2) -> ImageSet:
     """Render `per_layout` images of each of the first training layouts, in the same order for any worker count."""
     seeds = list(TRAINING_LAYOUTS[:layout_count])
     tasks = [(chunk, per_layout, size) for chunk in _chunks(seeds, 50)]
     with ProcessPoolExecutor(workers) as pool:
         results = list(pool.map(_many_layouts, tasks))
     scenes = [scene for _, scenes in results for scene in scenes]
-    return Pictures(np.concatenate([pixels for pixels, _ in results]), scenes, per_layout)
+    return ImageSet(np.concatenate([pixels for pixels, _ in results]), scenes, per_layout)

@@ -1,6 +1,6 @@
-"""Measure a demo model: `python demo/measure.py` says how well it keeps unseen images and how long each part takes.
+"""Measure a demo model: `python demo/measure.py` prints the autoencoder's quality on unseen images and the time of each part.
 
-What it does with captions is measured by tests/demo/test_model.py.
+tests/demo/test_model.py measures how well it follows captions.
 """
 
 import argparse
@@ -18,15 +18,15 @@ from train_vae import reconstruction_psnr
 DEMO = Path(__file__).parent
 
 
-def unseen_pictures(layouts: int) -> Pixels:
-    """Layouts that training may not draw, each in every mood: N x 128 x 128 x 3."""
+def unseen_images(layouts: int) -> Pixels:
+    """Images of layouts that are not in the training data, each in every mood: N x 128 x 128 x 3."""
     geometries = [build_geometry(draw_layout(seed)) for seed in UNSEEN_LAYOUTS[100 : 100 + layouts]]
-    pictures = [paint(geometry, *mood) for geometry in geometries for mood in MOODS]
-    return np.round(np.stack(pictures) * 255).astype(np.uint8)
+    images = [paint(geometry, *mood) for geometry in geometries for mood in MOODS]
+    return np.round(np.stack(images) * 255).astype(np.uint8)
 
 
 def milliseconds(function: Callable[[], object], repeats: int) -> float:
-    """The median time of a call, after one that is not counted."""
+    """The median time of a call, after one warm-up call."""
     function()
     times = []
     for _ in range(repeats):
@@ -38,7 +38,7 @@ def milliseconds(function: Callable[[], object], repeats: int) -> float:
 
 @torch.no_grad()
 def time_parts(pipeline: StableDiffusionImg2ImgPipeline, repeats: int) -> dict[str, float]:
-    """What one image of 128 x 128 costs in each part, in milliseconds; guidance makes pairs of what the UNet sees."""
+    """Milliseconds per part for one image of 128 x 128; with guidance, the UNet's inputs have two rows."""
     vae, unet, text_encoder = pipeline.vae, pipeline.unet, pipeline.text_encoder
     token_ids = torch.zeros(2, pipeline.tokenizer.model_max_length, dtype=torch.long)
     states, latents, image = text_encoder(token_ids)[0], torch.randn(2, 4, 16, 16), torch.randn(1, 3, 128, 128)
@@ -65,7 +65,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     pipeline = StableDiffusionImg2ImgPipeline.from_pretrained(arguments.model, torch_dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
-    quality = reconstruction_psnr(pipeline.vae, unseen_pictures(arguments.layouts))
+    quality = reconstruction_psnr(pipeline.vae, unseen_images(arguments.layouts))
     print(f"autoencoder on unseen layouts: {quality:.1f} dB")
     for part, time_ms in time_parts(pipeline, arguments.repeats).items():
         print(f"{part}: {time_ms:.1f} ms")

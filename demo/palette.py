@@ -1,6 +1,6 @@
-"""Colours of the generated landscapes: what a time of day and a season do to sky, light, ground and trees.
+"""Colours of the generated landscapes: sky, light, ground and trees by time of day and season.
 
-Colours are sRGB in 0..1. They live apart from the geometry, so that one layout can be painted under every caption.
+Colours are sRGB in 0..1. They are separate from the geometry, so that a layout can be painted for every caption.
 """
 
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ class TimeOfDay:
 
 @dataclass(frozen=True, slots=True)
 class Season:
-    """What a season puts on the ground: the share of snow is of a layer's height below its ridge."""
+    """The colours of a season. `snow` is a fraction of a layer's height below its ridge."""
 
     ground: Colour
     rock: Colour

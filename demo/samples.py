@@ -1,6 +1,6 @@
-"""Write the demo's images: three sources from unseen layouts, and a sheet of what the model makes of them.
+"""Write the demo's images: three sources from unseen layouts, and a sheet with the model's results.
 
-`python demo/samples.py --sources` writes only the sources; without it, the sheet too.
+`python demo/samples.py --sources` writes only the sources.
 """
 
 import argparse
@@ -14,12 +14,12 @@ from PIL import Image
 
 DEMO = Path(__file__).parent
 SOURCES = {"noon-lake.png": 1_000_004, "noon-hills.png": 1_000_003, "noon-dunes.png": 1_000_005}
-"""File name -> layout; all are beyond what training may draw."""
+"""File name -> seed of an unseen layout."""
 PROMPTS = (DEFAULT_PROMPT, "at night", "in winter", "in autumn", "on a foggy day", "winter night")
 
 
 def make_sheet(model: Path, sources: list[Image.Image], strength: float = 0.8) -> Image.Image:
-    """One row a source: the source, then each prompt at 25 steps, guidance 7.5, seed 7."""
+    """One row per source: the source, then each prompt at 25 steps, guidance 7.5, seed 7."""
     pipeline = StableDiffusionImg2ImgPipeline.from_pretrained(model)
     pipeline.set_progress_bar_config(disable=True)
     sheet = Image.new("RGB", (sources[0].width * (1 + len(PROMPTS)), sources[0].height * len(sources)))
@@ -42,10 +42,10 @@ def make_sheet(model: Path, sources: list[Image.Image], strength: float = 0.8) -
 def main() -> None:
     """Parse the command line and write the images."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--sources", action="store_true", help="write the source pictures only")
+    parser.add_argument("--sources", action="store_true", help="write the source images only")
     parser.add_argument("--model", type=Path, default=DEMO / "model", help="pipeline to sample from")
-    parser.add_argument("--output", type=Path, default=DEMO / "pictures", help="directory for the pictures")
-    parser.add_argument("--strength", type=float, default=0.8, help="how far to leave the source, 0 to 1")
+    parser.add_argument("--output", type=Path, default=DEMO / "images", help="directory for the images")
+    parser.add_argument("--strength", type=float, default=0.8, help="how much to change the source, 0 to 1")
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)
     for name, layout in SOURCES.items():

@@ -1,4 +1,4 @@
-"""The demo model's tokenizer: byte-level BPE, trained on the captions, written in CLIP's own file format."""
+"""The demo model's tokenizer: byte-level BPE, trained on the captions, written in CLIP's file format."""
 
 import json
 from collections.abc import Iterable

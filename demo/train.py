@@ -1,12 +1,12 @@
-"""Train the demo model: `python demo/train.py --output DIR` makes everything that demo/model holds.
+"""Train the demo model: `python demo/train.py --output DIR` makes everything in demo/model.
 
-Images and captions come from the generator, so there is nothing to download. The budget is in steps and every
-random number is seeded, so that a second run gives the same model up to the order of floating-point sums. With
-`--start MODEL` the autoencoder and the UNet go on from that model's weights; without it both begin from nothing.
+Images and captions come from the generator, so nothing is downloaded. The budget is in steps and every random number is seeded,
+so that a second run gives the same model up to the order of floating-point sums. With `--start MODEL` the autoencoder and the
+UNet continue from that model's weights; without it both start untrained.
 
-The script starts itself again with the environment of `FAST_MEMORY`, which glibc and OpenMP read only as a process
-begins. It keeps freed memory for the next step instead of handing it back to the kernel to be zeroed page by page: on
-2 AVX2 cores a forward and backward pass of the UNet at batch 16 took 0.75 s with it, 3 to 5 s without.
+The script restarts itself with the environment of `FAST_MEMORY`, which glibc and OpenMP read only at process start. It keeps
+freed memory for the next step instead of returning it to the kernel, which zeroes it page by page: on 2 AVX2 cores a forward and
+backward pass of the UNet at batch 16 took 0.75 s with it, 3 to 5 s without.
 """
 
 import argparse
@@ -23,7 +23,7 @@ import torch
 from captions import EXTRA_WORDS
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from latents import CaptionDraw, Mixture, draw_captions, make_caption_table, make_latents
-from make_data import Pictures, make_pictures
+from make_data import ImageSet, make_images
 from tokenizer import train_tokenizer
 from torch import Tensor, nn
 from train_unet import UnetRecipe, build_scheduler, build_text_encoder, build_unet, train_unet
@@ -40,10 +40,10 @@ FAST_MEMORY = {
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """The whole training; the defaults made the committed weights, from a start that the model card tells of."""
+    """The whole training. The defaults made the committed weights, from the start described in the model card."""
 
     layouts: int = 2000
-    pictures_per_layout: int = 7
+    images_per_layout: int = 7
     unet_layouts: int = 1200
     vae: VaeRecipe = field(default_factory=VaeRecipe)
     unet: tuple[UnetRecipe, ...] = (
@@ -72,18 +72,18 @@ class Recipe:
 
 SMOKE = Recipe(
     layouts=4,
-    pictures_per_layout=3,
+    images_per_layout=3,
     vae=VaeRecipe(steps=4, batch=2),
     unet=(
         UnetRecipe(steps=2, strip_width=8, mixture=Mixture(batch=2), captions=CaptionDraw(per_scene=2)),
         UnetRecipe(steps=4, decay=2, mixture=Mixture(batch=2), captions=CaptionDraw(per_scene=2, nameless=1)),
     ),
 )
-"""A handful of steps of everything, to show that it runs; the result knows nothing."""
+"""A few steps of everything, to test that it runs; the result is untrained."""
 
 
-def _make_fit_to_publish(directory: Path) -> None:
-    """Let everybody read the weights; remove the paths of this machine that diffusers notes in configurations."""
+def _prepare_for_publishing(directory: Path) -> None:
+    """Make the weights world-readable, and remove local paths that diffusers writes into configurations."""
     for path in directory.rglob("*.safetensors"):
         path.chmod(0o644)
     for path in directory.rglob("*.json"):
@@ -116,11 +116,11 @@ def save_pipeline(
         pipeline.save_pretrained(scratch)
         half = StableDiffusionPipeline.from_pretrained(scratch, torch_dtype=torch.float16)
     half.save_pretrained(directory)
-    _make_fit_to_publish(directory)
+    _prepare_for_publishing(directory)
 
 
 def take_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> int:
-    """Copy into a module what has the name and shape of one of its weights; returns how many were taken."""
+    """Copy the weights whose name and shape match into a module; return their number."""
     own = module.state_dict()
     taken = {name: weight for name, weight in weights.items() if name in own and own[name].shape == weight.shape}
     module.load_state_dict(taken, strict=False)
@@ -138,19 +138,19 @@ def _start_unet(unet: UNet2DConditionModel, model: Path) -> None:
     print(f"UNet starts with {take_weights(unet, weights)} of {len(unet.state_dict())} weights of {model}", flush=True)
 
 
-def _vae_stage(pictures: Pictures, recipe: Recipe, start: Path | None, work: Path) -> AutoencoderKL:
+def _vae_stage(images: ImageSet, recipe: Recipe, start: Path | None, work: Path) -> AutoencoderKL:
     saved = work / "vae"
     if not saved.exists():
-        train_vae(pictures.pixels, recipe.vae, start and _start_vae(start)).save_pretrained(saved)
+        train_vae(images.pixels, recipe.vae, start and _start_vae(start)).save_pretrained(saved)
     vae = AutoencoderKL.from_pretrained(saved)
-    print(f"autoencoder: {reconstruction_psnr(vae, pictures.pixels[:: pictures.per_layout][:64]):.1f} dB", flush=True)
+    print(f"autoencoder: {reconstruction_psnr(vae, images.pixels[:: images.per_layout][:64]):.1f} dB", flush=True)
     return vae
 
 
-def _unet_stage(pictures: Pictures, vae: AutoencoderKL, recipe: Recipe, start: Path | None, output: Path, work: Path) -> None:
+def _unet_stage(images: ImageSet, vae: AutoencoderKL, recipe: Recipe, start: Path | None, output: Path, work: Path) -> None:
     captions = draw_captions(recipe.unet[0].captions)
     tokenizer = train_tokenizer([*captions, *EXTRA_WORDS.split()], work / "tokenizer")
-    data = make_latents(pictures.first_layouts(recipe.unet_layouts), vae, make_caption_table(tokenizer, captions))
+    data = make_latents(images.first_layouts(recipe.unet_layouts), vae, make_caption_table(tokenizer, captions))
     print(f"latents {tuple(data.latents.shape)}", flush=True)
     torch.manual_seed(recipe.seed)
     unet, text_encoder = build_unet(), build_text_encoder(tokenizer)
@@ -170,15 +170,15 @@ def train(recipe: Recipe, start: Path | None, output: Path, work: Path) -> None:
     """Run all stages. `work` keeps the autoencoder and the UNet's checkpoints; a trained autoencoder in it is used."""
     torch.manual_seed(recipe.seed)
     started = time.monotonic()
-    pictures = make_pictures(recipe.layouts, recipe.pictures_per_layout)
-    print(f"{len(pictures.pixels)} pictures in {time.monotonic() - started:.0f} s", flush=True)
-    vae = _vae_stage(pictures, recipe, start, work)
-    _unet_stage(pictures, vae, recipe, start, output, work)
+    images = make_images(recipe.layouts, recipe.images_per_layout)
+    print(f"{len(images.pixels)} images in {time.monotonic() - started:.0f} s", flush=True)
+    vae = _vae_stage(images, recipe, start, work)
+    _unet_stage(images, vae, recipe, start, output, work)
     print(f"{output} written after {time.monotonic() - started:.0f} s", flush=True)
 
 
 def _begin_with_fast_memory() -> None:
-    """Replace this process by itself with the environment of `FAST_MEMORY`; what is set already stays as it is."""
+    """Re-execute this process with the environment of `FAST_MEMORY`; existing variables are kept."""
     missing = {name: value for name, value in FAST_MEMORY.items() if name not in os.environ}
     if missing:
         os.execve(sys.executable, sys.orig_argv, {**os.environ, **missing})
@@ -188,9 +188,9 @@ def main() -> None:
     """Parse the command line and train."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, required=True, help="directory for the pipeline")
-    parser.add_argument("--start", type=Path, metavar="MODEL", help="a Stable Diffusion of these sizes to go on from")
+    parser.add_argument("--start", type=Path, metavar="MODEL", help="a Stable Diffusion model of the same sizes to continue from")
     parser.add_argument("--work", type=Path, help="directory for stages and checkpoints (default: OUTPUT-work)")
-    parser.add_argument("--smoke", action="store_true", help="a handful of steps, to see that everything runs")
+    parser.add_argument("--smoke", action="store_true", help="a few steps, to test that everything runs")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads of torch")
     arguments = parser.parse_args()
     _begin_with_fast_memory()

@@ -1,4 +1,4 @@
-"""Train the demo model's UNet together with its text encoder, on latents that were made once."""
+"""Train the demo model's UNet together with its text encoder, on precomputed latents."""
 
 import time
 from collections.abc import Callable
@@ -14,12 +14,11 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 @dataclass(frozen=True, slots=True)
 class UnetRecipe:
-    """One phase of training the UNet and the text encoder, with an optimizer of its own.
+    """One phase of training the UNet and the text encoder, with its own optimizer.
 
-    The learning rate rises over the first `warm_up` steps, stays, and over the last `decay` falls linearly to `final_rate`,
-    which is a share of it.
-    Batches are strips of full height and `strip_width` latents. Half of the width is half the work and has sky, ridge and
-    ground all the same; but what a noised source still tells of its land takes the whole width to see.
+    The learning rate rises over the first `warm_up` steps, stays, and over the last `decay` steps falls linearly to a fraction
+    `final_rate` of it. Batches are strips of full height and `strip_width` latents. Half of the width costs half and still has
+    sky, ridge and ground, but recognizing the land in a noised source takes the full width.
     """
 
     steps: int

@@ -14,7 +14,7 @@ from torch.nn import functional
 
 @dataclass(frozen=True, slots=True)
 class VaeRecipe:
-    """How the autoencoder is trained; the last tenth of the steps sees whole images instead of crops."""
+    """How the autoencoder is trained; the last tenth of the steps uses full images instead of crops."""
 
     steps: int = 1200
     batch: int = 8
@@ -26,7 +26,7 @@ class VaeRecipe:
 
 
 def build_vae() -> AutoencoderKL:
-    """An untrained autoencoder; its middle has no attention, so that any size costs in proportion."""
+    """An untrained autoencoder; its middle block has no attention, so that the cost is proportional to the size."""
     vae = AutoencoderKL(
         block_out_channels=(16, 32, 64, 96),
         down_block_types=("DownEncoderBlock2D",) * 4,
@@ -68,7 +68,7 @@ def _draw_batch(pixels: Pixels, recipe: VaeRecipe, step: int, random: np.random.
 def train_vae(pixels: Pixels, recipe: VaeRecipe, start: AutoencoderKL | None = None) -> AutoencoderKL:
     """Train on N x H x W x 3 pixels, `start` in place or else a new autoencoder.
 
-    The weights returned are averaged ones; the scaling factor is what gives latents unit spread.
+    Returns averaged weights; the scaling factor normalizes the latents' standard deviation to 1.
     """
     torch.manual_seed(recipe.seed)
     vae = build_vae() if start is None else start

@@ -1,5 +1,5 @@
-"""The table of architectures in docs/export.md, made of the manifests of bundles: those that the exporter made of the tests' tiny
-models (tests/tiny_models.py). Heavy imports are inside the functions."""
+"""Generates the table of architectures in docs/export.md from the manifests of exported tiny models (tests/tiny_models.py).
+Heavy imports are inside the functions."""
 
 import argparse
 import sys
@@ -29,7 +29,7 @@ MODELS: dict[str, tuple[str, ...]] = {
     "Z-Image": ("zimage",),
     "Qwen-Image": ("qwenimage",),
 }
-"""What people call an architecture, and the tiny models of it. Their rows are the same, but for the graphs that one has more."""
+"""Common names of architectures, and their tiny models, which may differ in their graphs only."""
 
 _HEAD = """\
 | architecture | class | becomes | graphs | runs | verified |
@@ -38,10 +38,10 @@ _HEAD = """\
 
 
 def row(name: str, manifests: Mapping[str, Manifest]) -> str:
-    """The line of an architecture. Raises ValueError where bundles of its tiny models differ in more than their graphs."""
+    """The row of an architecture. Raises ValueError if the bundles of its tiny models differ in more than their graphs."""
     rows = {_cells(manifest): manifest for manifest in (manifests[model] for model in MODELS[name])}
     if len(rows) != 1:
-        raise ValueError(f"the tiny models of {name} do not become the same: {', '.join(map(str, rows))}")
+        raise ValueError(f"the bundles of the tiny models of {name} differ: {', '.join(map(str, rows))}")
     kind, becomes, runs, verified = next(iter(rows))
     graphs: dict[str, None] = {}
     for model in MODELS[name]:
@@ -53,45 +53,45 @@ def _cells(manifest: Manifest) -> tuple[str, str, str, str]:
     from img2img_server.runtime.loader import FAMILIES
     from img2img_server.runtime.opaque.batching_rules import RULES
 
-    together = "with requests of equal settings" if manifest.pipeline_class in RULES else "one picture at a time"
-    runs = "step by step, in batches" if manifest.family in FAMILIES else together
+    opaque = "batches of requests with equal settings" if manifest.pipeline_class in RULES else "one image at a time"
+    runs = "batches at every step" if manifest.family in FAMILIES else opaque
     checked = manifest.verification
     most = checked.limits["max_abs_error"] if checked.passed and checked.pictures else None
-    verified = "no" if most is None else f"{len(checked.pictures)} pictures, within {most:g}/255"
+    verified = "no" if most is None else f"{len(checked.pictures)} images, within {most:g}/255"
     return manifest.pipeline_class, manifest.backend, runs, verified
 
 
 def table(manifests: Mapping[str, Manifest]) -> str:
-    """The whole table, and the classes that there is no tiny model of."""
+    """The table, and the paragraph about untested classes."""
     rows = "".join(row(name, manifests) for name in MODELS)
     tried = {manifest.pipeline_class for manifest in manifests.values()}
     return f"{_HEAD}{rows}\n{untried(tried)}"
 
 
 def untried(tried: set[str]) -> str:
-    """A paragraph on what diffusers' AutoPipelineForImage2Image also knows, but nobody has exported here."""
+    """A paragraph about the classes of AutoPipelineForImage2Image that are not tested."""
     from diffusers.pipelines.auto_pipeline import AUTO_IMAGE2IMAGE_PIPELINES_MAPPING
 
     others = sorted({kind.__name__ for kind in AUTO_IMAGE2IMAGE_PIPELINES_MAPPING.values()} - tried)
     text = (
-        "diffusers' AutoPipelineForImage2Image knows more classes. The export tries a hybrid, then torch, and publishes what "
-        "draws diffusers' pictures; the server draws one picture at a time with it. Nobody has tried these here, and those that "
-        f"want more than a prompt and a picture (a ControlNet's) cannot be served: {', '.join(others)}."
+        "For other classes of diffusers' AutoPipelineForImage2Image, the export tries a hybrid bundle, then torch, and publishes "
+        "it if its images match those of diffusers; the server then runs one image at a time. They are not tested. Classes "
+        f"that require more inputs than a prompt and an image (such as ControlNet) cannot be served: {', '.join(others)}."
     )
     return textwrap.fill(text, 130, break_on_hyphens=False) + "\n"
 
 
 def on_page() -> str:
-    """The table that the page has. Raises ValueError where the page has no place for one."""
+    """The table in the page. Raises ValueError if the page has no markers for it."""
     _, begun, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
     found, ended, _ = rest.partition(END)
     if not (begun and ended):
-        raise ValueError(f"{PAGE.name} has no place for the table: {BEGIN.strip()} and {END.strip()}")
+        raise ValueError(f"{PAGE.name} has no markers for the table: {BEGIN.strip()} and {END.strip()}")
     return found
 
 
 def exported(folder: Path) -> Callable[[str], Manifest]:
-    """What gives the manifest of a tiny model's bundle, which it makes in `folder`."""
+    """A function that exports a tiny model to `folder` and returns the manifest."""
     from img2img_export.build import export_model
     from img2img_export.options import ExportOptions
 
@@ -110,7 +110,7 @@ def exported(folder: Path) -> Callable[[str], Manifest]:
 def main() -> int:
     """Exports every tiny model and writes the table. Returns the exit status."""
     argparse.ArgumentParser(
-        prog="scripts/architectures", description="Writes docs/export.md's table of architectures."
+        prog="scripts/architectures", description="Generates the table of architectures in docs/export.md."
     ).parse_args()
     before = on_page()
     with tempfile.TemporaryDirectory(prefix="img2img-architectures-") as folder:

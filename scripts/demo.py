@@ -1,4 +1,4 @@
-"""The Python half of scripts/demo: export, serve, transform one image, compare. Run by `scripts/demo`, which see."""
+"""The Python part of scripts/demo: export, serve, transform one image, compare. Run it with `scripts/demo`."""
 
 import os
 import signal
@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 from rich.console import Console
 
 ROOT = Path(__file__).resolve().parent.parent
-PICTURE = Path("demo/pictures/noon-lake.png")
+SOURCE = Path("demo/images/noon-lake.png")
 BUNDLE = Path(".demo/models/demo")
 PORT_FILE = Path(".demo/port")
 LOG = Path(".demo/server.log")
@@ -33,7 +33,7 @@ _IMG2IMG = (sys.executable, "-m", "img2img_cli")
 
 
 def main(started: float) -> int:
-    """Runs the stages in order and says how long each took. `started` is when setup began, in seconds since the epoch."""
+    """Runs the stages and prints their durations. `started` is the start of the setup, in seconds since the epoch."""
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda received, frame: sys.exit(128 + received))
     os.chdir(ROOT)
@@ -50,7 +50,7 @@ def main(started: float) -> int:
 
 
 def export() -> None:
-    """Turns demo/model into a bundle; one that is there and up to date is only looked at, any other is replaced."""
+    """Exports demo/model to a bundle, replacing one that is out of date."""
     command = [*_IMG2IMG, "export", "demo/model", "--output", str(BUNDLE), "--force"]
     if subprocess.run(command, check=False).returncode != 0:
         sys.exit("demo: the export failed")
@@ -58,10 +58,10 @@ def export() -> None:
 
 @contextmanager
 def running_server(seconds: dict[str, float]) -> Iterator[str]:
-    """Yields the address of a server of its own, which is gone when the context ends, however it ends."""
+    """Starts a server and yields its address; always stops the server at the end."""
     PORT_FILE.unlink(missing_ok=True)
     command = [*_IMG2IMG, "serve", "--models", str(BUNDLE.parent), "--port", "0", "--port-file", str(PORT_FILE)]
-    with LOG.open("wb") as log:  # A session of its own, so that Ctrl-C reaches this script alone, which then stops it.
+    with LOG.open("wb") as log:  # In its own session, so that Ctrl-C reaches only this script, which stops the server.
         server = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
     try:
         with _stage("server start", seconds):
@@ -74,7 +74,7 @@ def running_server(seconds: dict[str, float]) -> Iterator[str]:
 
 
 def _wait_for_port(server: "subprocess.Popen[bytes]") -> int:
-    """The server's port, once it serves. Exits with the end of its log where it does not come to that."""
+    """Waits until the server is ready and returns its port. On failure, exits with the end of its log."""
     deadline = time.monotonic() + START_SECONDS
     with _waiting("loading the model") as show_seconds:
         while time.monotonic() < deadline:
@@ -84,11 +84,11 @@ def _wait_for_port(server: "subprocess.Popen[bytes]") -> int:
                 sys.exit(f"demo: the server ended with status {server.returncode}:\n{_tail(LOG)}")
             show_seconds()
             time.sleep(0.05)
-    sys.exit(f"demo: the server did not serve within {START_SECONDS:.0f} s:\n{_tail(LOG)}")
+    sys.exit(f"demo: the server was not ready within {START_SECONDS:.0f} s:\n{_tail(LOG)}")
 
 
 def _stop(server: "subprocess.Popen[bytes]") -> None:
-    """Ends the server: politely, then by force. A second Ctrl-C does not keep it from that."""
+    """Stops the server with SIGTERM, then SIGKILL. Ignores further Ctrl-C meanwhile."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     server.terminate()
@@ -101,10 +101,10 @@ def _stop(server: "subprocess.Popen[bytes]") -> None:
 
 
 def transform(target: str) -> TransformResult:
-    """Sends the image with every setting left to the server but the seed, so that each run makes the same image."""
+    """Transforms the image with default settings and a fixed seed, so that each run gives the same result."""
     with (
         Client(target, timeout=TRANSFORM_SECONDS) as client,
-        client.transform_stream(PICTURE, seed=SEED) as events,
+        client.transform_stream(SOURCE, seed=SEED) as events,
         show_progress(_CONSOLE) as show,
     ):
         for event in events:
@@ -117,22 +117,22 @@ def transform(target: str) -> TransformResult:
 def compare(result: TransformResult) -> Image.Image:
     """A sheet with the image before and after, side by side, 384 pixels high, each with a label above it."""
     size, band, margin = 384, 36, 12
-    with Image.open(PICTURE) as before, result.image as after:
+    with Image.open(SOURCE) as before, result.image as after:
         shown = [
-            (picture.convert("RGB").resize((picture.width * size // picture.height, size), Image.Resampling.LANCZOS), label)
-            for picture, label in ((before, f"before: {PICTURE.name}"), (after, "after: the server's default prompt"))
+            (image.convert("RGB").resize((image.width * size // image.height, size), Image.Resampling.LANCZOS), label)
+            for image, label in ((before, f"before: {SOURCE.name}"), (after, "after: the server's default prompt"))
         ]
-    sheet = Image.new("RGB", (margin + sum(picture.width + margin for picture, _ in shown), band + size + margin), "white")
+    sheet = Image.new("RGB", (margin + sum(image.width + margin for image, _ in shown), band + size + margin), "white")
     draw, left = ImageDraw.Draw(sheet), margin
-    for picture, label in shown:
+    for image, label in shown:
         draw.text((left, band // 2), label, fill="black", font=ImageFont.load_default(18), anchor="lm")
-        sheet.paste(picture, (left, band))
-        left += picture.width + margin
+        sheet.paste(image, (left, band))
+        left += image.width + margin
     return sheet
 
 
 def report(result: TransformResult, seconds: dict[str, float]) -> None:
-    """Prints what was made, by what, and where the time went."""
+    """Prints the result, the engine and the durations."""
     print(f"\n{AFTER}  {result.images[0].width} x {result.images[0].height}, seed {result.images[0].seed}\n{SHEET}\n")
     print(f"engine        {result.engine}")
     for name, value in seconds.items():
@@ -144,7 +144,7 @@ def report(result: TransformResult, seconds: dict[str, float]) -> None:
 
 @contextmanager
 def _stage(name: str, seconds: dict[str, float]) -> Iterator[None]:
-    """Names a stage and notes how long it took."""
+    """Prints a stage's name and records its duration."""
     _CONSOLE.print(f"[bold]{name}[/bold]")
     started = time.monotonic()
     yield
@@ -153,7 +153,7 @@ def _stage(name: str, seconds: dict[str, float]) -> Iterator[None]:
 
 @contextmanager
 def _waiting(what: str) -> Iterator[Callable[[], None]]:
-    """Yields a function that shows how long it has been: on a terminal at each call, elsewhere in a line every 5 seconds."""
+    """Yields a function that shows the elapsed time: on a terminal at each call, otherwise a line every 5 seconds."""
     started = time.monotonic()
     if _CONSOLE.is_terminal and not _CONSOLE.is_dumb_terminal:
         with _CONSOLE.status(what) as status:

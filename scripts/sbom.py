@@ -1,4 +1,4 @@
-"""The Python half of `scripts/sbom`, which see: a serving lock as a CycloneDX bill of materials, with licences."""
+"""The Python part of `scripts/sbom`: converts a serving lock to a CycloneDX bill of materials with licences."""
 
 import argparse
 import functools
@@ -26,14 +26,13 @@ examples:
   scripts/sbom cpu --output img2img-cpu.cdx.json
   scripts/sbom cuda --ray | jq .
 
-Each package has its version, its package URL, the SHA-256 of its files and what it depends on. Licences are what a package
-declares of itself, where it is installed here: CUDA's libraries are not. Debian's packages of the base image are not in it: ask
-a scanner of images, such as syft, for those.
+Each package has its version, package URL, SHA-256 of its files, dependencies, and, if it is installed here, its declared licence
+(CUDA's libraries are not installed). The base image's Debian packages are not included: use an image scanner such as syft.
 """
 
 
 def bill(image: str, ray: bool = False) -> Bom:
-    """The packages of an image, by its lock, below img2img itself. Raises KeyError for an image that there is not."""
+    """The packages of a container image by its lock, as dependencies of img2img. Raises KeyError for an unknown image."""
     text = read(image) + (read("ray") if ray else "")
     extras = (*EXTRAS[image], *(("ray",) if ray else ()))
     components = {name: _component(name, version, text) for name, version in pins(text).items()}
@@ -72,7 +71,7 @@ def _component(name: str, version: str, lock: str) -> Component:
 
 
 def _licences(name: str) -> "list[License]":
-    """What a package that is installed here declares: an SPDX expression, or else its classifiers."""
+    """The declared licence of an installed package: an SPDX expression, or else its classifiers."""
     try:
         about = metadata.metadata(name).json
     except metadata.PackageNotFoundError:
@@ -91,7 +90,7 @@ def _known(components: dict[str, Component], names: Iterable[str]) -> list[Compo
 
 
 def as_json(bom: Bom) -> str:
-    """The bill as CycloneDX 1.6, checked by its schema. Raises ValueError where it does not keep to that."""
+    """The bill as CycloneDX 1.6. Raises ValueError if it does not match the schema."""
     text = JsonV1Dot6(bom).output_as_string(indent=2)
     error = _validator().validate_str(text)
     if error is not None:
@@ -101,21 +100,21 @@ def as_json(bom: Bom) -> str:
 
 @functools.cache
 def _validator() -> JsonStrictValidator:
-    """It reads its schema in a second or two."""
+    """The schema validator, cached since it takes a second or two to load."""
     return JsonStrictValidator(SchemaVersion.V1_6)
 
 
 def main() -> int:
-    """Writes the bill. Returns 0."""
+    """Writes the bill. Returns the exit status."""
     parser = argparse.ArgumentParser(
         prog="scripts/sbom",
-        description="Writes what a serving image has of Python packages, as CycloneDX JSON.",
+        description="Writes the Python packages of a serving container image as CycloneDX JSON.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("image", choices=tuple(EXTRAS), help="whose lock to read")
-    parser.add_argument("--ray", action="store_true", help="with what the extra ray adds")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="where to write it (default: standard output)")
+    parser.add_argument("image", choices=tuple(EXTRAS), help="container image")
+    parser.add_argument("--ray", action="store_true", help="include the packages of the extra ray")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="output file (default: standard output)")
     arguments = parser.parse_args()
     bom = bill(arguments.image, arguments.ray)
     text = as_json(bom)
@@ -124,7 +123,7 @@ def main() -> int:
     else:
         arguments.output.write_text(text + "\n", encoding="utf-8")
     silent = sum(1 for component in bom.components if not component.licenses)
-    print(f"sbom: {len(bom.components)} packages, {silent} of them without a licence that is known here", file=sys.stderr)
+    print(f"sbom: {len(bom.components)} packages, {silent} without a known licence", file=sys.stderr)
     return 0
 
 

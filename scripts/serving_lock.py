@@ -1,4 +1,4 @@
-"""The Python half of `scripts/serving_lock`, which see: what a serving image installs, pinned as requirements.lock pins it."""
+"""The Python part of `scripts/serving_lock`: the packages of a serving container image, pinned like in requirements.lock."""
 
 import argparse
 import functools
@@ -20,26 +20,26 @@ ROOT = Path(__file__).resolve().parents[1]
 DEPLOY = ROOT / "deploy"
 COMMON = ("s3", "telemetry", "kserve")
 EXTRAS = {"cpu": ("server", "openvino", *COMMON), "cuda": ("server-gpu", *COMMON)}
-"""What each image is made of: extras of pyproject.toml. requirements-ray.lock has what the extra `ray` adds to either."""
+"""The extras of pyproject.toml in each image. requirements-ray.lock has the additional packages of the extra `ray`."""
 CUDA_ONLY = re.compile(r"nvidia-.+|cuda-.+|triton|onnxruntime-gpu")
-"""What the cuda image has, and no other. torch's own metadata pins the libraries, exactly."""
+"""Packages only in the cuda image. torch's metadata pins the libraries exactly."""
 
 _EPILOG = """\
 writes, in deploy/:
-  requirements-cpu.lock     the cpu image; torch is the CPU build, of the folder or page PIP_FIND_LINKS, or else PyTorch's own
-  requirements-cuda.lock    the cuda image: onnxruntime-gpu in place of onnxruntime, torch with CUDA's libraries
-  requirements-ray.lock     what the extra `ray` adds to either
-  requirements-build.lock   what builds img2img's own wheel
+  requirements-cpu.lock     the cpu image, with torch's CPU build from PIP_FIND_LINKS (a folder or page) or else PyTorch's page
+  requirements-cuda.lock    the cuda image, with onnxruntime-gpu instead of onnxruntime, and torch with CUDA's libraries
+  requirements-ray.lock     the additional packages of the extra `ray`
+  requirements-build.lock   the packages to build img2img's wheel
 
-Every package has the version that requirements.lock has (run scripts/lock first where that is to change), and the hashes of
-its files. torch's CPU build has the hash of its wheel for x86-64: the images are for linux/amd64. What requirements.lock does
-not have (CUDA's libraries) keeps its version until --upgrade.
+Every package has its version in requirements.lock (run scripts/lock first to change it) and the hashes of its files. torch's CPU
+build has the hash of its x86-64 wheel, since the images are for linux/amd64. Packages that are not in requirements.lock (CUDA's
+libraries) keep their versions until --upgrade.
 """
 _TORCH_PAGE = "https://download.pytorch.org/whl/cpu/torch/"
 
 
 def pins(text: str) -> dict[str, str]:
-    """The versions of a lock by package, their "+cpu" with them."""
+    """The versions in a lock by package, including "+cpu"."""
     return {match[1]: match[2] for match in re.finditer(r"^([A-Za-z0-9._-]+)==([^\s;\\]+)", text, re.MULTILINE)}
 
 
@@ -51,8 +51,8 @@ def read(name: str) -> str:
 
 @functools.cache
 def closure(extras: tuple[str, ...]) -> frozenset[str]:
-    """The packages that img2img with these extras needs here, by pyproject.toml and the metadata of what is installed. Without
-    CUDA's, which are there where torch came from PyPI and are no part of requirements.lock."""
+    """The dependencies of img2img with these extras, by pyproject.toml and the metadata of installed packages. Excludes CUDA's
+    libraries, which torch from PyPI requires and which are not in requirements.lock."""
     wanted = [(NAME, extra) for extra in ("", *extras)]
     seen: set[tuple[str, str]] = set()
     while wanted:
@@ -65,17 +65,17 @@ def closure(extras: tuple[str, ...]) -> frozenset[str]:
 
 
 def needs_of(package: str, extras: Iterable[str]) -> set[str]:
-    """What a package with these extras names as its needs; nothing, where it is not installed here."""
+    """The declared dependencies of a package with these extras; empty if it is not installed."""
     try:
         pairs = {pair for extra in ("", *extras) for pair in _needs(package, extra)}
     except metadata.PackageNotFoundError:
         return set()
-    own = {extra for name, extra in pairs if name == package and extra}  # "img2img-server[runtime]", of its other extras
+    own = {extra for name, extra in pairs if name == package and extra}  # such as "img2img-server[runtime]" in its other extras
     return {name for name, _ in pairs if name != package} | (needs_of(package, own) if own else set())
 
 
 def _needs(package: str, extra: str) -> Iterator[tuple[str, str]]:
-    """Packages, each with an extra of it or ""."""
+    """Yields the required packages, each with one of its extras or ""."""
     for requirement in map(Requirement, _own_needs(extra) if package == NAME else metadata.requires(package) or ()):
         if requirement.marker is None or requirement.marker.evaluate({"extra": extra}):
             for inner in ("", *requirement.extras):
@@ -83,19 +83,20 @@ def _needs(package: str, extra: str) -> Iterator[tuple[str, str]]:
 
 
 def _own_needs(extra: str) -> list[str]:
-    """By pyproject.toml: what is installed of img2img may be older."""
+    """img2img's dependencies by pyproject.toml, since the installed metadata may be older."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     return list(project["optional-dependencies"][extra] if extra else project["dependencies"])
 
 
 def faults() -> Iterator[str]:
-    """What is wrong with the committed locks, of requirements.lock, pyproject.toml and what is installed. Needs no network."""
+    """Yields the differences between the committed locks and requirements.lock, pyproject.toml and installed packages. Needs no
+    network."""
     all_pins, cpu, cuda, ray = (pins(read(name)) for name in ("", "cpu", "cuda", "ray"))
     expected = {name: all_pins[name] for name in closure(EXTRAS["cpu"])}
     yield from _differences("cpu", cpu, {**expected, "torch": f"{all_pins['torch']}+cpu"})
     for_ray = closure((*EXTRAS["cpu"], "ray")) - expected.keys()
     yield from _differences("ray", ray, {name: all_pins[name] for name in for_ray})
-    # CUDA's libraries are not installed here: what they are is left to torch, but not what else there is.
+    # CUDA's libraries are not installed here and are not checked; all other packages are.
     shared = {name: all_pins[name] for name in expected.keys() - {"onnxruntime", "onnxruntime-ep-openvino"}}
     other = {name: version for name, version in cuda.items() if not CUDA_ONLY.fullmatch(name)}
     yield from _differences("cuda", other, shared)
@@ -111,11 +112,11 @@ def faults() -> Iterator[str]:
 def _differences(lock: str, found: dict[str, str], expected: dict[str, str]) -> Iterator[str]:
     for name in sorted(found.keys() | expected.keys()):
         if found.get(name) != expected.get(name):
-            yield f"{lock}: {name} is {found.get(name, 'not there')}, should be {expected.get(name, 'not there')}"
+            yield f"{lock}: {name} is {found.get(name, 'absent')}, should be {expected.get(name, 'absent')}"
 
 
 def write(upgrade: bool) -> None:
-    """Resolves with uv, each package of requirements.lock held at its version. Raises CalledProcessError where that fails."""
+    """Resolves with uv, with all packages pinned to requirements.lock. Raises CalledProcessError if that fails."""
     locked = pins(read(""))
     torch = locked.pop("torch")
     ray_free = {}
@@ -130,7 +131,7 @@ def write(upgrade: bool) -> None:
 
 
 def _compile(name: str, extras: Iterable[str], held: dict[str, str], upgrade: bool) -> str:
-    """What uv resolves: img2img with these extras, or hatchling where the lock is "build"."""
+    """Resolves img2img with these extras, or hatchling if the lock is "build"."""
     with tempfile.TemporaryDirectory() as directory:
         constraints, wanted, output = (Path(directory) / part for part in ("constraints.txt", "wanted.in", "output.lock"))
         constraints.write_text("".join(f"{package}=={version}\n" for package, version in held.items()), encoding="utf-8")
@@ -155,7 +156,7 @@ def _compile(name: str, extras: Iterable[str], held: dict[str, str], upgrade: bo
 
 
 def _without(lock: str, packages: Iterable[str]) -> str:
-    """A lock less these packages and their hashes."""
+    """A lock without these packages and their hashes."""
     blocks = re.split(r"^(?=[A-Za-z0-9])", lock, flags=re.MULTILINE)
     return "".join(block for block in blocks if block and block.partition("==")[0] not in set(packages))
 
@@ -167,21 +168,21 @@ def _save(name: str, text: str) -> None:
 
 
 def main() -> int:
-    """Writes the locks, or checks them. Returns 0, 1 where they are wrong or uv failed."""
+    """Writes or checks the locks. Returns 0, or 1 if they are wrong or uv failed."""
     parser = argparse.ArgumentParser(
         prog="scripts/serving_lock",
-        description="Takes the serving images' part out of requirements.lock, with hashes.",
+        description="Writes the locks of the serving container images, with hashes.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--check", action="store_true", help="write nothing; say what of the locks is wrong. Needs no network")
-    parser.add_argument("--upgrade", action="store_true", help="take the newest of what requirements.lock does not have")
+    parser.add_argument("--check", action="store_true", help="only check the locks; needs no network")
+    parser.add_argument("--upgrade", action="store_true", help="upgrade packages that are not in requirements.lock")
     arguments = parser.parse_args()
     if not arguments.check:
         try:
             write(arguments.upgrade)
         except subprocess.CalledProcessError:
-            return 1  # uv has said why
+            return 1  # uv has printed the reason
     found = list(faults())
     for fault in found:
         print(f"serving_lock: {fault}", file=sys.stderr)

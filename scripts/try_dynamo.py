@@ -1,4 +1,4 @@
-"""The Python half of `scripts/try_dynamo`: does torch.onnx.export(dynamo=True) make the graphs that tracing makes?
+"""The Python part of `scripts/try_dynamo`: compares torch.onnx.export(dynamo=True) with tracing.
 
 Heavy imports are inside the functions."""
 
@@ -30,14 +30,14 @@ MODELS = (
 
 
 def main() -> int:
-    """Prints a row of a Markdown table for each graph. Returns 0."""
+    """Prints a Markdown table with a row per graph. Returns the exit status."""
     parser = argparse.ArgumentParser(
         description="Exports graphs of tiny models with torch.onnx.export(dynamo=True), runs each on the cases of an export's "
-        "comparison (batches of 1 and 3, two sizes), and prints what happened."
+        "comparison (batches of 1 and 3, two sizes), and prints the results."
     )
     parser.add_argument("models", nargs="*", default=MODELS, metavar="MODEL", help=f"tiny models; by default {', '.join(MODELS)}")
     names = parser.parse_args().models
-    # torch prints the whole graph of a failed trace to the process's standard output, so the table keeps that for itself.
+    # torch prints the whole graph of a failed trace to standard output, so the table uses a duplicate of it.
     with os.fdopen(os.dup(1), "w") as table, tempfile.TemporaryDirectory() as folder:
         os.dup2(2, 1)
         print("| model | graph | outcome | nodes | by tracing | seconds |\n|---|---|---|---|---|---|", file=table)
@@ -98,10 +98,10 @@ def _try_graph(name: str, module: Any, calls: Any, folder: Path) -> tuple[str, .
                 _Flat(module, part.call, list(example)).eval(), tuple(example.values()), dynamo=True, verbose=False,
                 dynamic_shapes=(shapes,), input_names=list(example), output_names=list(part.outputs), external_data=False,
             )  # fmt: skip
-            assert program is not None, "dynamo=True gives a program"
+            assert program is not None, "dynamo=True returns a program"
             program.save(str(path))
             nodes = sum(1 for _ in program.model.graph.all_nodes())
-        except Exception as error:  # noqa: BLE001 - the outcome is the table's
+        except Exception as error:  # noqa: BLE001 - reported in the table
             return _short(error), "", traced, f"{time.perf_counter() - begun:.0f}"
         seconds = time.perf_counter() - begun
         found = compare(part, InferenceSession(str(path), providers=["CPUExecutionProvider"]), cases, LIMITS["fp32"])

@@ -10,7 +10,7 @@ from pathlib import Path
 from conftest import REPOSITORY
 
 CLIENTS = REPOSITORY / "clients"
-PICTURE = REPOSITORY / "demo" / "pictures" / "noon-lake.png"
+PICTURE = REPOSITORY / "demo" / "images" / "noon-lake.png"
 
 PATIENCE = 60.0
 """Seconds after which a test that waits for an event has failed."""

@@ -21,7 +21,7 @@ from playwright.async_api import Browser, BrowserContext, Locator, Page, async_p
 from running import RunningServer, manifest, running
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-PICTURE = REPOSITORY / "demo" / "pictures" / "noon-lake.png"
+PICTURE = REPOSITORY / "demo" / "images" / "noon-lake.png"
 PATIENCE = 60.0
 """Seconds that a busy machine may take for what takes none."""
 
@@ -230,7 +230,7 @@ class Visitor:
     async def begin(self) -> None:
         """Begins a run, and waits until the server computes it."""
         await self.button("Transform").click()
-        await self.see("Reading the picture")
+        await self.see("Reading the image")
 
     async def transform(self) -> None:
         """Runs to the end."""

@@ -10,9 +10,9 @@ from img2img_export.verify import images, latent_preview
 @contextmanager
 def cut_short(count: int = 1) -> Iterator[None]:
     """Within it, an export compares `count` images and fits no preview. Do not ask for a shared bundle inside."""
-    all_cases = images.picture_cases
+    all_cases = images.image_cases
     with (
-        patch.object(images, "picture_cases", lambda *arguments: all_cases(*arguments)[:count]),
+        patch.object(images, "image_cases", lambda *arguments: all_cases(*arguments)[:count]),
         patch.object(latent_preview, "fit", lambda pipeline: ()),
     ):
         yield

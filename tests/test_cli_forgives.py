@@ -97,7 +97,7 @@ def test_a_misspelt_variable_is_told_of_by_every_command(
 ) -> None:
     monkeypatch.setenv("IMG2IMG_TARGT", "elsewhere:1")
     main(["inspect", str(tmp_path)])
-    assert "IMG2IMG_TARGT is unknown and ignored; did you mean 'IMG2IMG_TARGET'?" in capsys.readouterr().err
+    assert "ignoring the unknown variable IMG2IMG_TARGT; did you mean 'IMG2IMG_TARGET'?" in capsys.readouterr().err
     monkeypatch.delenv("IMG2IMG_TARGT")
     monkeypatch.setenv("IMG2IMG_PORT", "1")
     main(["inspect", str(tmp_path)])

@@ -109,7 +109,7 @@ def test_the_readme_does_what_it_says(
     assert port != "50051", "the README starts a server"
     assert "step 20 of 20" in said
     for name in ("winter.png", "night.png"):
-        with Image.open(folder / name) as made, Image.open(ROOT / "demo" / "pictures" / "noon-lake.png") as source:
+        with Image.open(folder / name) as made, Image.open(ROOT / "demo" / "images" / "noon-lake.png") as source:
             assert made.size == source.size
 
 

@@ -96,7 +96,7 @@ def test_a_folder_of_images(folder: Path, port: str) -> None:
     assert made == [f"winter/noon-{name}.png" for name in ("dunes", "hills", "lake")]
     for name in made:
         assert size(folder / name) == (128, 128)
-        assert (folder / name).read_bytes() != (folder / "demo" / "pictures" / Path(name).name).read_bytes()
+        assert (folder / name).read_bytes() != (folder / "demo" / "images" / Path(name).name).read_bytes()
 
 
 def test_large_photos_and_long_prompts(folder: Path, port: str) -> None:

@@ -9,7 +9,7 @@ from PIL import Image, ImageOps
 
 from bench_load.workloads import Source
 
-PICTURES = Path(__file__).resolve().parents[2] / "demo" / "pictures"
+PICTURES = Path(__file__).resolve().parents[2] / "demo" / "images"
 NOISE = 6.0
 """Standard deviation of the noise that makes an image like no other, in steps of 255."""
 

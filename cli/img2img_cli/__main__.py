@@ -1,7 +1,7 @@
-"""`img2img COMMAND ...`: finds the command's module and hands over.
+"""`img2img COMMAND ...`: runs the command's module.
 
-A command's module offers `configure(parser)`, which declares its flags, and `run(arguments) -> int`, which does the work
-and returns the exit status. Only the module of the command that was asked for is imported, so `img2img --help` is quick.
+The module has `configure(parser)`, which adds its flags, and `run(arguments) -> int`, which does the work and returns the exit
+status. Only the module of the given command is imported, so `img2img --help` is fast.
 """
 
 import argparse
@@ -16,18 +16,18 @@ from img2img_server.support import distribution
 from img2img_cli.suggestions import Parser, meant, warn_of_variables
 
 COMMANDS = {
-    "export": ("img2img_export.cli.export", "turn a diffusers model into a verified bundle"),
-    "inspect": ("img2img_export.cli.inspect", "show what a bundle is, and what was measured when it was verified"),
+    "export": ("img2img_export.cli.export", "convert a diffusers model into a verified bundle"),
+    "inspect": ("img2img_export.cli.inspect", "show a bundle's contents and verification results"),
     "serve": ("img2img_server.__main__", "serve bundles over gRPC"),
-    "token": ("img2img_server.access.command", "make, list and remove the tokens of those who may call a server"),
-    "top": ("img2img_server.tools.top.command", "watch what a server is doing"),
-    "bench-model": ("img2img_server.tools.bench_model.command", "measure a bundle's parts and steps on this machine"),
-    "transform": ("img2img_client.transform_command", "transform a picture through a server"),
-    "reproduce": ("img2img_client.reproduce_command", "send the request that made an image again, and compare the images"),
-    "models": ("img2img_client.models_command", "list a server's models"),
-    "health": ("img2img_client.health_command", "ask whether a server serves, or wait until it does"),
-    "playground": ("img2img_playground.command", "try a server in the browser: a local page with previews and comparison"),
-    "assets": ("img2img_client.assets_command", "have a server keep pictures, get them back, delete them"),
+    "token": ("img2img_server.access.command", "create, list and revoke access tokens"),
+    "top": ("img2img_server.tools.top.command", "monitor a server in the terminal"),
+    "bench-model": ("img2img_server.tools.bench_model.command", "benchmark a bundle's parts and steps on this machine"),
+    "transform": ("img2img_client.transform_command", "transform an image with a server"),
+    "reproduce": ("img2img_client.reproduce_command", "repeat a recorded request, and compare the images"),
+    "models": ("img2img_client.models_command", "list, load and unload a server's models"),
+    "health": ("img2img_client.health_command", "check whether a server is ready, or wait until it is"),
+    "playground": ("img2img_playground.command", "open a local web page to try a server, with previews and comparison"),
+    "assets": ("img2img_client.assets_command", "upload, download and delete images stored on a server"),
 }
 
 _EXTRAS = {"export": "export", "serve": "server", "bench-model": "server", "playground": "playground"}
@@ -39,7 +39,7 @@ first steps:
   img2img serve --models models
   img2img transform photo.jpg --prompt "the same place in winter" --output winter.png
 
-`img2img COMMAND --help` explains a command.
+`img2img COMMAND --help` shows the options of a command.
 """
 
 
@@ -52,11 +52,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return status
     except BrokenPipeError:
-        # Who read the output has gone, as `head` does. The interpreter would try again to write the rest when it exits.
+        # The reader closed the pipe, like `head` does. Otherwise the interpreter would try to write the rest at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:
-        # A disk that is full, or a path that is missing or may not be written, which the command itself did not report.
+        # A full disk, or a path that is missing or not writable, that the command itself did not report.
         print(f"img2img {command}: {_described(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _explain(error: Exception, command: str) -> str:
-    """One line about an error that no command expects, to be put after its name."""
+    """One line for an unexpected error, to follow the command's name."""
     if isinstance(error, ModuleNotFoundError) and command in _EXTRAS and not (error.name or "").startswith("img2img"):
         return f" needs '{error.name}': {distribution.install_hint(_EXTRAS[command])}"
     first = next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
@@ -98,7 +98,7 @@ def _run(command: str, words: Sequence[str]) -> int:
         return 0
     if module is None or subparser is None:
         if not command.startswith("-"):
-            parser.error(f"there is no command '{command}'{meant(command, COMMANDS)} (commands: {', '.join(COMMANDS)})")
+            parser.error(f"unknown command '{command}'{meant(command, COMMANDS)} (commands: {', '.join(COMMANDS)})")
         parser.check_flags(words)
         parser.parse_args(words)
         raise AssertionError("argparse refuses unknown commands")
@@ -113,7 +113,7 @@ def _run(command: str, words: Sequence[str]) -> int:
 
 
 class _ShowVersion(argparse.Action):
-    """argparse's "version", but the version is looked up only if it is asked for: that takes longer than all of `--help`."""
+    """Like argparse's "version", but looks up the version only on request: the look-up takes longer than all of `--help`."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
         """Prints the version and exits with status 0."""
@@ -122,7 +122,7 @@ class _ShowVersion(argparse.Action):
 
 
 def _described(error: OSError) -> str:
-    """What went wrong with which file, in a line."""
+    """The error and its file, in one line."""
     if error.errno is None:
         return str(error)
     name = f"{error.filename}: " if error.filename else ""

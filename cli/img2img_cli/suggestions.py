@@ -1,4 +1,4 @@
-"""What was probably meant by a word that does not exist: a command, a flag, a choice or a variable."""
+"""Suggestions ("did you mean ...?") for unknown commands, flags, choices and variables."""
 
 import argparse
 import difflib
@@ -11,13 +11,13 @@ _CHOICE = re.compile(r"invalid choice: '(?P<word>[^']*)'.*?\(choose from (?P<cho
 
 
 def meant(word: str, known: Iterable[str]) -> str:
-    """Such as "; did you mean '--seed'?", empty if nothing known is like `word`."""
+    """A suggestion such as "; did you mean '--seed'?", or "" if nothing in `known` is similar to `word`."""
     near = difflib.get_close_matches(word, list(known), 1)
     return f"; did you mean '{near[0]}'?" if near else ""
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors say what was probably meant. Parsers of subcommands are of this class, too."""
+    """A parser whose errors have suggestions. Subcommands have parsers of this class too."""
 
     def error(self, message: str) -> NoReturn:
         """Prints usage and the message, and exits with status 2."""
@@ -28,9 +28,9 @@ class Parser(argparse.ArgumentParser):
         super().error(message)
 
     def check_flags(self, words: Sequence[str]) -> None:
-        """Exits with status 2, as `error` does, if one of `words`, which follow the command, is a flag that does not exist.
+        """Exits with status 2, like `error`, if one of `words`, which follow the command, is an unknown flag.
 
-        argparse reports missing arguments first, and those may be missing because of a misspelt flag.
+        argparse reports missing arguments first, but they may be missing because of a misspelt flag.
         """
         parsers = list(self._along(words))
         known = {flag for parser in parsers for flag in parser._option_string_actions}
@@ -46,11 +46,11 @@ class Parser(argparse.ArgumentParser):
 
     @property
     def has_commands(self) -> bool:
-        """Whether it needs the name of a subcommand."""
+        """Whether a subcommand is required."""
         return any(isinstance(action, argparse._SubParsersAction) and action.required for action in self._actions)
 
     def _along(self, words: Sequence[str]) -> Iterator["Parser"]:
-        """This parser and those of the subcommands that `words` name."""
+        """This parser and those of the subcommands in `words`."""
         yield self
         for action in self._actions:
             if isinstance(action, argparse._SubParsersAction):
@@ -61,9 +61,9 @@ class Parser(argparse.ArgumentParser):
 
 
 def warn_of_variables(variables: Mapping[str, str]) -> None:
-    """Warns on standard error of variables that look like settings, of the server or of the client, and are none.
+    """Warns on standard error about variables that look like misspelt settings of the server or the client.
 
-    `img2img serve` refuses them itself. Other commands only warn: a variable may be meant for another program.
+    `img2img serve` refuses them. Other commands only warn, since a variable may belong to another program.
     """
     from img2img_server.__main__ import CLIENT_VARIABLES, CONFIG_VARIABLE, VARIABLES
 
@@ -76,4 +76,4 @@ def warn_of_variables(variables: Mapping[str, str]) -> None:
     known = {VARIABLES + one.name.upper() for one in settings_of(ServerConfig)} | {*CLIENT_VARIABLES, CONFIG_VARIABLE}
     for name in unknown:
         if name not in known and (suggestion := meant(name, known)):
-            print(f"img2img: the variable {name} is unknown and ignored{suggestion}", file=sys.stderr)
+            print(f"img2img: ignoring the unknown variable {name}{suggestion}", file=sys.stderr)

@@ -5,7 +5,7 @@
     with Client("localhost:50051") as client:
         client.transform("photo.jpg", prompt="the same place in winter").image.show()
 
-`AsyncClient` is the same for asyncio. Importing this package is quick: they bring gRPC in when they are first named.
+`AsyncClient` is the same for asyncio. Importing this package is fast: gRPC is imported when a client class is first accessed.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -109,7 +109,7 @@ _LAZY = {
 
 
 def __getattr__(name: str) -> Any:
-    """Imports what needs gRPC when it is first asked for."""
+    """Imports names that need gRPC on first access."""
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import importlib

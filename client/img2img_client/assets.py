@@ -1,4 +1,4 @@
-"""Pictures on their way to a server that keeps them, and back, with their content checked at either end."""
+"""Uploads and downloads of images stored on a server, verified by SHA-256 at both ends."""
 
 import asyncio
 import hashlib
@@ -11,7 +11,7 @@ import grpc
 from grpc import aio
 from img2img.v1 import asset_pb2
 
-from img2img_client.async_calls import AsyncStop, answering, finish_async
+from img2img_client.async_calls import AsyncStop, converted_errors, finish_async
 from img2img_client.calls import Metadata, finish
 from img2img_client.errors import Damaged, Img2ImgError, Unavailable
 from img2img_client.options import ADDRESS_SCHEMES, ImageInput, read_file
@@ -19,19 +19,19 @@ from img2img_client.responses import parse_asset, parse_error, parse_request_id
 from img2img_client.values import Asset
 
 CHUNK_BYTES = 512 * 1024
-"""Of a message of an upload; 256 KiB to 1 MiB were measured to be best."""
+"""Size of an upload message; 256 KiB to 1 MiB measured fastest."""
 
 
 class Upload:
     """A file to upload in chunks.
 
-    The file is read once for its size and SHA-256, and again for each attempt, never as a whole. Raises TypeError if it is not an
+    The file is read once for its size and SHA-256, and again for each attempt, always in chunks. Raises TypeError if it is not an
     image, ValueError for an address, OSError if the file cannot be read.
     """
 
     def __init__(self, image: ImageInput) -> None:
         if isinstance(image, Asset) or (isinstance(image, str) and image.startswith(ADDRESS_SCHEMES)):
-            raise ValueError("an asset or an address is no file to upload: give a path, a file's bytes or a Pillow image")
+            raise ValueError("an asset or an address cannot be uploaded: pass a path, a file's bytes or a Pillow image")
         self._source = Path(image) if isinstance(image, str | os.PathLike) else read_file(image)
         self._failure: OSError | None = None
         with self._open() as file:
@@ -44,7 +44,7 @@ class Upload:
         seconds: float | None,
         metadata: Metadata,
     ) -> tuple[Asset, str]:
-        """Sends the file. OSError where it could not be read to its end."""
+        """Sends the file. Raises OSError if it cannot be read completely."""
         self._failure = None
         try:
             response, request_id = finish(method.future(self._messages(), timeout=seconds, metadata=metadata))
@@ -65,13 +65,13 @@ class Upload:
             response, request_id = await finish_async(method(self._messages_async(), timeout=seconds, metadata=metadata), stop)
         except Img2ImgError as error:
             if error.status == "INTERNAL" and not error.reason:
-                # What grpc.aio makes of a call that the server ended while a message was on its way: why is lost.
+                # grpc.aio reports this if the server ends the call while a message is in flight; the reason is lost.
                 error = Unavailable("the server ended the upload early", status="UNAVAILABLE")
             raise self._cause(error) from error.__cause__
         return parse_asset(response.asset), request_id
 
     def _cause(self, error: Img2ImgError) -> Exception:
-        """What the server says of half a file is beside the point: the file could not be read to its end."""
+        """The OSError that cut the file short, if any, since it caused the server's error."""
         return error if self._failure is None else self._failure
 
     async def _messages_async(self) -> AsyncIterator[asset_pb2.UploadAssetRequest]:
@@ -80,7 +80,7 @@ class Upload:
             yield message
 
     def _messages(self) -> Iterator[asset_pb2.UploadAssetRequest]:
-        """What is sent: runs on a thread of gRPC's, which would log what is raised here and tell the caller nothing of it."""
+        """Yields the messages. Runs on a gRPC thread, which only logs exceptions, so an OSError is kept for the caller."""
         yield asset_pb2.UploadAssetRequest(info=self._info)
         try:
             with self._open() as file:
@@ -99,22 +99,22 @@ def download(
     seconds: float | None,
     metadata: Metadata,
 ) -> tuple[bytes, str]:
-    """Gets an image's file, whole and as it was announced, and the call's name in the server's log.
+    """Downloads an image's file. Returns it and the request id.
 
-    Damaged where what came is not what the server said it would be.
+    Raises Damaged if the file's size or SHA-256 differs from the announced one.
     """
     call = method(asset_pb2.GetAssetRequest(id=asset_id), timeout=seconds, metadata=metadata)
-    arriving = _Arriving(asset_id)
+    received = _Download(asset_id)
     try:
         for message in call:
-            if arriving.take(message):
+            if received.take(message):
                 break
         request_id = parse_request_id(call.initial_metadata())
     except grpc.RpcError as error:
         raise parse_error(error) from error
     finally:
         call.cancel()
-    return arriving.file(request_id), request_id
+    return received.file(request_id), request_id
 
 
 async def download_async(
@@ -126,20 +126,20 @@ async def download_async(
 ) -> tuple[bytes, str]:
     """The same on an event loop."""
     call = method(asset_pb2.GetAssetRequest(id=asset_id), timeout=seconds, metadata=metadata)
-    arriving = _Arriving(asset_id)
-    with answering(stop):
+    received = _Download(asset_id)
+    with converted_errors(stop):
         try:
             async for message in call:
-                if arriving.take(message):
+                if received.take(message):
                     break
             request_id = parse_request_id(await call.initial_metadata())
         finally:
             call.cancel()
-    return arriving.file(request_id), request_id
+    return received.file(request_id), request_id
 
 
-class _Arriving:
-    """A file on its way here."""
+class _Download:
+    """The received part of a file."""
 
     def __init__(self, asset_id: str) -> None:
         self._asset_id = asset_id
@@ -147,15 +147,14 @@ class _Arriving:
         self._data = bytearray()
 
     def take(self, message: asset_pb2.GetAssetResponse) -> bool:
-        """Takes a message. Returns whether there is more than was announced: a server that never ends must not fill the
-        memory."""
+        """Adds a message. Returns whether the file exceeds its announced size: an endless stream must not fill the memory."""
         if message.HasField("asset"):
             self._announced = message.asset
         self._data += message.chunk
         return len(self._data) > self._announced.size
 
     def file(self, request_id: str) -> bytes:
-        """The whole file, as it was announced."""
+        """The complete file. Raises Damaged if its SHA-256 differs from the announced one."""
         if hashlib.sha256(self._data).hexdigest() != self._announced.sha256:
             raise Damaged(f"asset {self._asset_id} arrived damaged", status="DATA_LOSS", request_id=request_id)
         return bytes(self._data)

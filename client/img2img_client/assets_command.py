@@ -1,4 +1,4 @@
-"""`img2img assets`: images that the server keeps, sent once and used as often as one likes."""
+"""`img2img assets`: images stored on the server, uploaded once and used any number of times."""
 
 import argparse
 import json
@@ -25,16 +25,16 @@ examples:
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    """Declares the flags."""
+    """Adds the command's flags to `parser`."""
     parser.epilog = _EPILOG
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
-    upload = actions.add_parser("upload", help="have the server keep a picture; prints its address")
-    upload.add_argument("file", metavar="FILE", help="the picture's file, - for standard input")
-    upload.add_argument("--json", action="store_true", help="print all that the server says of it as JSON")
-    download = actions.add_parser("download", help="get a picture's file")
-    download.add_argument("--output", metavar="OUT", required=True, help="where to write; - for standard output")
-    delete = actions.add_parser("delete", help="have the server forget a picture")
+    upload = actions.add_parser("upload", help="store an image on the server, and print its address")
+    upload.add_argument("file", metavar="FILE", help="the image file, - for standard input")
+    upload.add_argument("--json", action="store_true", help="print all fields of the asset as JSON")
+    download = actions.add_parser("download", help="download a stored image")
+    download.add_argument("--output", metavar="OUT", required=True, help="output file; - for standard output")
+    delete = actions.add_parser("delete", help="delete a stored image")
     for action in (download, delete):
         action.add_argument("asset", metavar="ID", help="the id, with or without asset:")
     for action in (upload, download, delete):
@@ -42,7 +42,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Does it. Returns 0, 1 for a failure, 2 for arguments that cannot work."""
+    """Runs the action. Returns 0, 1 for a failure, or 2 for invalid arguments."""
 
     def work() -> None:
         with connect(arguments) as client:
@@ -57,7 +57,7 @@ def _upload(client: "Client", arguments: argparse.Namespace) -> None:
         print(json.dumps(asdict(asset), default=str))
         return
     print(asset.uri)
-    expires = "" if asset.expire_time is None else f", kept until {asset.expire_time:%Y-%m-%d %H:%M} UTC unless it is used"
+    expires = "" if asset.expire_time is None else f", expires {asset.expire_time:%Y-%m-%d %H:%M} UTC unless used before"
     print(f"{asset.media_type}, {asset.size} bytes{expires}", file=sys.stderr)
 
 

@@ -1,6 +1,6 @@
-"""What `calls.py` is for asyncio: how an AsyncClient makes a call, waits, and tells who cancelled what."""
+"""Calls of an AsyncClient, with retries and cancellation: `calls.py` for asyncio."""
 
-# ruff: noqa: ASYNC109 - a time-out is a deadline here, which the server is told
+# ruff: noqa: ASYNC109 - a timeout here is a deadline that is sent to the server
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterator
@@ -14,7 +14,7 @@ from grpc import aio
 from img2img_client.calls import Begun, Calling, Metadata, require_open
 from img2img_client.errors import Img2ImgError
 from img2img_client.responses import parse_error, parse_request_id
-from img2img_client.retry import Attempts, closed_meanwhile
+from img2img_client.retry import Attempts, closed_error
 
 _Request = TypeVar("_Request", bound=Message)
 _Response = TypeVar("_Response", bound=Message)
@@ -22,7 +22,7 @@ _Result = TypeVar("_Result")
 
 
 class AsyncStop:
-    """Ends waits early, as `retry.Stop` does for threads: those of a stream that is closed, or of a client that is."""
+    """Ends the waits of a closed stream or client early; `retry.Stop` for asyncio."""
 
     def __init__(self, parent: "AsyncStop | None" = None) -> None:
         self._parent = parent
@@ -30,15 +30,15 @@ class AsyncStop:
 
     @property
     def is_set(self) -> bool:
-        """Whether there is nothing to wait for any more."""
+        """Whether the stream or client is closed."""
         return self._event.is_set() or (self._parent is not None and self._parent.is_set)
 
     def set(self) -> None:
-        """Ends every wait, now and later."""
+        """Ends all current and future waits."""
         self._event.set()
 
     async def wait(self, seconds: float) -> bool:
-        """Waits so long, and returns whether it was ended early."""
+        """Waits `seconds`; returns True if the wait was ended early."""
         events = [self._event] if self._parent is None else [self._event, self._parent._event]
         waits = [asyncio.ensure_future(event.wait()) for event in events]
         try:
@@ -57,7 +57,7 @@ class AsyncCaller:
         self.stop = AsyncStop()
 
     def begin(self, procedure: str, timeout: float | None, *, safe: bool = True, request_id: str | None = None) -> Begun:
-        """Begins a call, as `Caller.begin` does."""
+        """Starts a call, like `Caller.begin`."""
         require_open(self.stop)
         return self.calling.begin(procedure, timeout, safe=safe, request_id=request_id)
 
@@ -71,7 +71,7 @@ class AsyncCaller:
         safe: bool = True,
         request_id: str | None = None,
     ) -> tuple[_Response, str]:
-        """Calls a procedure of one message each way. Returns the answer and the call's name in the server's log."""
+        """Calls a unary procedure. Returns the response and the request id."""
 
         async def attempt(seconds: float | None, metadata: Metadata) -> tuple[_Response, str]:
             return await finish_async(method(request, timeout=seconds, metadata=metadata), self.stop)
@@ -87,7 +87,7 @@ class AsyncCaller:
         safe: bool = True,
         request_id: str | None = None,
     ) -> tuple[_Result, str]:
-        """Calls a procedure by `attempt`, as `Caller.run` does."""
+        """Calls a procedure with `attempt`, like `Caller.run`."""
         begun = self.begin(procedure, timeout, safe=safe, request_id=request_id)
         with begun.span:
             while True:
@@ -104,18 +104,17 @@ class AsyncCaller:
 async def finish_async(
     call: "aio.UnaryUnaryCall[_Request, _Response] | aio.StreamUnaryCall[_Request, _Response]", stop: AsyncStop
 ) -> tuple[_Response, str]:
-    """Waits for a call's answer; gives it and the call's name in the server's log. Raises an Img2ImgError.
+    """Waits for a call's response. Returns it and the request id. Raises an Img2ImgError.
 
-    A task that is cancelled meanwhile cancels the call.
+    Cancelling the task cancels the call.
     """
-    with answering(stop):
+    with converted_errors(stop):
         return await call, parse_request_id(await call.initial_metadata())
 
 
 @contextmanager
-def answering(stop: AsyncStop) -> Iterator[None]:
-    """What gRPC raises within, as an Img2ImgError: also of a call that `stop` has ended, which looks to a task as if it were
-    itself cancelled."""
+def converted_errors(stop: AsyncStop) -> Iterator[None]:
+    """Converts gRPC errors within the block to Img2ImgError, including the CancelledError of a call that `stop` has ended."""
     try:
         yield
     except grpc.RpcError as error:
@@ -123,15 +122,15 @@ def answering(stop: AsyncStop) -> Iterator[None]:
     except asyncio.CancelledError:
         task = asyncio.current_task()
         if stop.is_set and (task is None or not task.cancelling()):
-            raise closed_meanwhile() from None
+            raise closed_error() from None
         raise
 
 
 async def wait_again_async(attempts: Attempts, error: Img2ImgError, stop: AsyncStop, *, begun: bool = False) -> bool:
-    """Waits and returns True where another attempt is due, as `retry.wait_again` does."""
+    """Waits for the next attempt, like `retry.wait_again`; returns False if there is none."""
     wait = attempts.failed(error, begun=begun)
     if wait is None:
         return False
     if await stop.wait(wait):
-        raise closed_meanwhile(error.request_id) from error
+        raise closed_error(error.request_id) from error
     return attempts.is_in_time()

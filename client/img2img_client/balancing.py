@@ -1,8 +1,8 @@
-"""How calls are spread over several servers, and what gRPC itself tries again: the channel's service config.
+"""Load balancing and gRPC's own retries: the service config of a channel to several servers.
 
-gRPC takes the servers in turn (round_robin) and leaves out those whose health says that they do not serve, such as one that
-drains. What ended UNAVAILABLE before any answer began, it tries once more, at the next server and at once: ours, in `retry.py`,
-is everything else, with its waits. https://github.com/grpc/grpc/blob/master/doc/service_config.md
+gRPC uses the servers round-robin and skips servers that are not healthy, such as one that is draining. It retries a call that
+ends UNAVAILABLE before any response once, immediately, on the next server; `retry.py` does all other retries, with back-off.
+https://github.com/grpc/grpc/blob/master/doc/service_config.md
 """
 
 import json
@@ -11,50 +11,49 @@ from img2img_client.options import MAX_MESSAGE_BYTES
 from img2img_client.retry import RetryPolicy
 
 TRIES = 2
-"""Of gRPC's for each attempt of ours, where it tries again."""
+"""Attempts by gRPC per attempt of ours, for the procedures it retries."""
 
-_AT_ONCE = {
+_IMMEDIATE_RETRY = {
     "maxAttempts": TRIES,
     "initialBackoff": "0.01s",
     "maxBackoff": "0.01s",
     "backoffMultiplier": 1,
     "retryableStatusCodes": ["UNAVAILABLE"],
 }
-_TRIED_AGAIN = (
+_RETRIED = (
     ("ImageToImageService", "Transform"),
     ("ImageToImageService", "TransformStream"),
     ("ModelService", "ListModels"),
     ("ModelService", "GetModel"),
 )
-"""What may run twice and is sent as one message. Not LoadModel, which takes minutes; not uploads, whose file is read anew."""
+"""Procedures that may run twice and send one message. Not LoadModel (takes minutes), not uploads (the file is read again)."""
 
 OPTIONS = (
-    # gRPC keeps a call's message as long as it may have to send it again, by default up to 256 KiB: fewer than an image has.
+    # gRPC buffers a call's message for retries, by default up to 256 KiB, which is less than an image.
     ("grpc.per_rpc_retry_buffer_size", MAX_MESSAGE_BYTES),
-    # A machine that has gone without a word is noticed, and its calls fail. Servers of ours allow a ping each 10 seconds.
+    # Detects a machine that is gone without closing its connections. Our servers allow a ping every 10 seconds.
     ("grpc.keepalive_time_ms", 20_000),
     ("grpc.keepalive_timeout_ms", 10_000),
-    # A name is looked up again when a connection ends, but not more often than this. gRPC's default is 30 seconds.
+    # Minimum time between DNS lookups after connections end. gRPC's default is 30 seconds.
     ("grpc.dns_min_time_between_resolutions_ms", 2_000),
 )
-"""Of a channel to several servers."""
+"""Channel arguments for several servers."""
 
 
 def tries_of(procedure: str, policy: RetryPolicy | None) -> int:
-    """How often gRPC may have tried a call that ended UNAVAILABLE, on a channel with `service_config(policy)`."""
-    return TRIES if _grpc_retries(policy) and tuple(procedure.split("/")) in _TRIED_AGAIN else 1
+    """How many attempts gRPC may have made for a call that ended UNAVAILABLE, on a channel with `service_config(policy)`."""
+    return TRIES if _grpc_retries(policy) and tuple(procedure.split("/")) in _RETRIED else 1
 
 
 def service_config(policy: RetryPolicy | None) -> str:
-    """The service config of a channel to several servers, as JSON. Without gRPC's retries where the policy has no room for
-    them."""
+    """The service config (JSON) of a channel to several servers, with gRPC's retries if the policy allows as many attempts."""
     config: dict[str, object] = {
         "loadBalancingConfig": [{"round_robin": {}}],
         "healthCheckConfig": {"serviceName": ""},  # the server as a whole
     }
     if _grpc_retries(policy):
-        names = [{"service": f"img2img.v1.{service}", "method": method} for service, method in _TRIED_AGAIN]
-        config["methodConfig"] = [{"name": names, "retryPolicy": _AT_ONCE}]
+        names = [{"service": f"img2img.v1.{service}", "method": method} for service, method in _RETRIED]
+        config["methodConfig"] = [{"name": names, "retryPolicy": _IMMEDIATE_RETRY}]
     return json.dumps(config)
 
 

@@ -1,4 +1,4 @@
-"""How a client makes a call: the token goes with it, failures are tried again, and tracing hears of it."""
+"""Calls of a client, with the token, retries and tracing."""
 
 import re
 from collections.abc import Callable
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from img2img_client.async_calls import AsyncStop
 
 Metadata = tuple[tuple[str, str], ...]
-"""Of a call, as gRPC takes it."""
+"""A call's metadata in gRPC's format."""
 
 _Request = TypeVar("_Request", bound=Message)
 _Response = TypeVar("_Response", bound=Message)
@@ -26,28 +26,28 @@ _Result = TypeVar("_Result")
 _Answer = TypeVar("_Answer", covariant=True)
 
 _LONGEST = 1e9
-"""Seconds of a time-out, 31 years. gRPC counts nanoseconds since 1970 in 64 bits; what overflows has passed."""
+"""Maximum timeout in seconds, 31 years. gRPC counts nanoseconds since 1970 in 64 bits, and an overflow counts as expired."""
 
 _REQUEST_ID_FORM = re.compile(r"[A-Za-z0-9_.:-]{1,64}")
-"""What a server takes for the name of a call."""
+"""The request ids that a server accepts."""
 
 
 class Call(Protocol[_Answer]):
-    """A call that runs, as gRPC gives it back: of those that have one answer."""
+    """A running gRPC call with a single response."""
 
     def result(self) -> _Answer:
-        """Waits for the answer."""
+        """Waits for the response."""
 
     def cancel(self) -> bool:
-        """Ends it."""
+        """Cancels the call."""
 
     def initial_metadata(self) -> "tuple[tuple[str, str | bytes], ...] | None":
-        """What came before the answer."""
+        """The metadata that precedes the response."""
 
 
 @dataclass(frozen=True, slots=True)
 class Begun:
-    """A call that begins: its span, what goes with each attempt, and the attempts."""
+    """A started call: its span, the metadata of each attempt, and the attempts."""
 
     span: CallSpan
     metadata: Metadata
@@ -56,10 +56,10 @@ class Begun:
 
 @dataclass(frozen=True, slots=True)
 class Calling:
-    """What the calls of one client have in common. `shown` names its servers, `several` of them or one.
+    """The settings that a client's calls share. `shown` names its server or servers; `several`: there are several.
 
-    `metadata` goes with each call; `timeout`, in seconds, holds for those that name none. `counted` where gRPC tries again as
-    `balancing.service_config(policy)` says.
+    `metadata` is sent with each call; `timeout`, in seconds, is the default. `counted`: gRPC retries according to
+    `balancing.service_config(policy)`, and its attempts count.
     """
 
     shown: str
@@ -70,20 +70,22 @@ class Calling:
     counted: bool = False
 
     def seconds(self, timeout: float | None) -> float | None:
-        """The time-out of a call that was given this one. ValueError for one that gRPC would take for one that has passed."""
+        """The timeout of a call, `timeout` or the default. Raises ValueError if it is out of range."""
         seconds = self.timeout if timeout is None else timeout
-        if seconds is not None and not 0 <= seconds <= _LONGEST:  # nor is it not a number
-            raise ValueError(f"timeout is {seconds}: it is in seconds, 0 to {_LONGEST:g}, or None for no bound")
+        if seconds is not None and not 0 <= seconds <= _LONGEST:  # also refuses NaN
+            raise ValueError(f"timeout is {seconds}: it must be 0 to {_LONGEST:g} seconds, or None for no limit")
         return seconds
 
     def begin(self, procedure: str, timeout: float | None, *, safe: bool = True, request_id: str | None = None) -> Begun:
-        """Begins a call of a procedure, such as "ImageToImageService/Transform", that is `safe` to make twice or not.
+        """Starts a call of a procedure, such as "ImageToImageService/Transform". `safe`: the call may be made twice.
 
-        ValueError for a `request_id` that a server would not take, or a time-out that cannot be.
+        Raises ValueError for an invalid `request_id` or timeout.
         """
         timeout = self.seconds(timeout)
         if request_id is not None and not _REQUEST_ID_FORM.fullmatch(request_id):
-            raise ValueError(f"request_id has 1 to 64 letters, digits and _ . : -, unlike {request_id!r}")
+            raise ValueError(
+                f"request_id must have 1 to 64 characters, each a letter, a digit or one of _ . : -, not {request_id!r}"
+            )
         span = CallSpan(procedure, self.shown)
         named = () if request_id is None else ((REQUEST_ID, request_id),)
         policy = self.policy if safe else None
@@ -94,14 +96,14 @@ class Calling:
 
 
 class Caller:
-    """Makes the calls of one client that blocks. `stop` ends their waits."""
+    """Makes the calls of one Client. `stop` ends their waits."""
 
     def __init__(self, calling: Calling) -> None:
         self.calling = calling
         self.stop = Stop()
 
     def begin(self, procedure: str, timeout: float | None, *, safe: bool = True, request_id: str | None = None) -> Begun:
-        """Begins a call, as `Calling.begin` does. ValueError where the client is closed."""
+        """Starts a call, like `Calling.begin`. Raises ValueError if the client is closed."""
         require_open(self.stop)
         return self.calling.begin(procedure, timeout, safe=safe, request_id=request_id)
 
@@ -115,7 +117,7 @@ class Caller:
         safe: bool = True,
         request_id: str | None = None,
     ) -> tuple[_Response, str]:
-        """Calls a procedure of one message each way. Returns the answer and the call's name in the server's log."""
+        """Calls a unary procedure. Returns the response and the request id."""
         return self.run(
             procedure,
             lambda seconds, metadata: finish(method.future(request, timeout=seconds, metadata=metadata)),
@@ -133,9 +135,9 @@ class Caller:
         safe: bool = True,
         request_id: str | None = None,
     ) -> tuple[_Result, str]:
-        """Calls a procedure by `attempt`, which is given its time-out and metadata, and returns the result and the call's name.
+        """Calls a procedure with `attempt`, which takes a timeout and metadata and returns the result and the request id.
 
-        One that is not `safe` to make twice is attempted once.
+        A call that is not `safe` to make twice is attempted once.
         """
         begun = self.begin(procedure, timeout, safe=safe, request_id=request_id)
         with begun.span:
@@ -151,25 +153,25 @@ class Caller:
 
 
 def require_open(stop: "Stop | AsyncStop") -> None:
-    """ValueError where a client is closed: a mistake of the program's, as with a file."""
+    """Raises ValueError if a client is closed, like a closed file."""
     if stop.is_set:
         raise ValueError("the client is closed")
 
 
 def finish(call: Call[_Result]) -> tuple[_Result, str]:
-    """Waits for a call's answer; gives it and the call's name in the server's log. Raises an Img2ImgError."""
+    """Waits for a call's response. Returns it and the request id. Raises an Img2ImgError."""
     try:
         return call.result(), parse_request_id(call.initial_metadata())
     except grpc.RpcError as error:
         raise parse_error(error) from error
     finally:
-        call.cancel()  # Does nothing to a call that has ended; Ctrl-C leaves here with one that has not.
+        call.cancel()  # No effect if the call has ended; after Ctrl-C it has not.
 
 
 def _both(span: CallSpan, policy: RetryPolicy) -> Callable[[int, Img2ImgError, float], None]:
-    def tell(attempt: int, error: Img2ImgError, wait: float) -> None:
+    def on_retry(attempt: int, error: Img2ImgError, wait: float) -> None:
         span.retry(attempt, error, wait)
         if policy.on_retry is not None:
             policy.on_retry(attempt, error, wait)
 
-    return tell
+    return on_retry

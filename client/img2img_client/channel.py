@@ -1,4 +1,4 @@
-"""How servers are reached: the channel, with or without TLS, and the token that goes with every call."""
+"""The gRPC channel to a server, with or without TLS, and the token sent with every call."""
 
 import re
 from dataclasses import dataclass
@@ -14,23 +14,23 @@ from img2img_client.targets import Target, is_loopback
 
 _OPTIONS = (
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-    # What the server made is taken whatever its size: it was asked for, and its making is paid.
+    # Results have no size limit.
     ("grpc.max_receive_message_length", -1),
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 2000),
 )
 
 _TOKEN_FORM = re.compile(r"[\x21-\x7e]+")
-"""What a header can hold of a token."""
+"""The characters of a token that a header can hold."""
 
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Access:
-    """What opens a server that does not let everybody in; every part is optional. Never printed.
+    """Credentials for a server; every part is optional. Has no repr, so that secrets are not printed.
 
-    `token` is sent with every call. `ca`, `certificate` and `key` are PEM files: who signed the server's certificate (the
-    system's roots, where None), and what the client shows of itself. `credentials` are gRPC's own, in place of those files.
-    `server_name` is whom the server's certificate is for, where that is not the target's own name.
+    `token` is sent with every call. `ca`, `certificate` and `key` are PEM files: the CA of the server's certificate (None: the
+    system's roots), and the client's certificate and private key. `credentials` (gRPC's) replace these files. `server_name` is
+    the name in the server's certificate, if it differs from the target's name.
     """
 
     token: str | None = None
@@ -43,30 +43,32 @@ class Access:
 
     def __post_init__(self) -> None:
         if (self.certificate is None) != (self.key is None):
-            raise ValueError("certificate and key belong together: give both or none")
+            raise ValueError("certificate and key must be given together")
         if self.credentials is not None and (self.ca or self.certificate):
-            raise ValueError("credentials take the place of ca, certificate and key: give one or the other")
+            raise ValueError("credentials cannot be combined with ca, certificate and key")
         if self.token is not None and not _TOKEN_FORM.fullmatch(self.token):
-            raise ValueError("token is empty, or has a space, a line break or what is not ASCII in it")
+            raise ValueError(
+                "token must consist of printable ASCII characters without spaces or line breaks, and must not be empty"
+            )
 
     @property
     def metadata(self) -> tuple[tuple[str, str], ...]:
-        """What every call carries."""
+        """The metadata sent with every call."""
         return () if self.token is None else (("authorization", f"Bearer {self.token}"),)
 
     def open(self, secure: bool) -> grpc.ChannelCredentials | None:
-        """The channel's credentials; None for plain text. OSError where a file cannot be read."""
+        """The channel's credentials; None for plaintext. Raises OSError if a file cannot be read."""
         if self.credentials is None and (secure or self.ca is not None or self.certificate is not None):
             return grpc.ssl_channel_credentials(_read(self.ca), _read(self.key), _read(self.certificate))
         return self.credentials
 
 
-class Line:
-    """A channel to be: all that can be wrong with it is found here, and it is opened when it is needed.
+class ChannelFactory:
+    """Validates the settings of a channel; `open` creates it.
 
-    OSError where a file of `access` cannot be read. ValueError where a token would go over a network in plain text and nobody
-    said that this is meant, or where nobody could say whom the certificates of several addresses are for. `dns_config` lets a
-    service config that DNS gives take the place of ours.
+    Raises OSError if a file of `access` cannot be read; ValueError if a token would be sent over a network in plaintext without
+    `allow_insecure_token`, or if several addresses use TLS without a `server_name`. `dns_config`: a service config from DNS
+    replaces ours.
     """
 
     def __init__(self, target: Target, access: Access, policy: RetryPolicy | None, *, dns_config: bool = False) -> None:
@@ -76,28 +78,28 @@ class Line:
         local = is_loopback(target.name)
         if self._credentials is not None:
             if target.listed and access.server_name is None:
-                raise ValueError("server_name is missing: say whom the certificate of these addresses is for")
+                raise ValueError("server_name is missing: give the name in the certificate of these addresses")
         elif access.token is not None and not access.allow_insecure_token and not local:
             raise ValueError(
-                f"a token for {target.name} would go over the network in plain text: use https://, or allow_insecure_token where"
-                " something else encrypts it"
+                f"the token for {target.name} would be sent over the network in plaintext: use https://, or set"
+                " allow_insecure_token if the connection is encrypted otherwise"
             )
 
     def open(self) -> grpc.Channel:
-        """A channel that connects at its first call."""
+        """Creates a channel, which connects at its first call."""
         if self._credentials is not None:
             return grpc.secure_channel(self._name, self._credentials, self._options, grpc.Compression.NoCompression)
         return grpc.insecure_channel(self._name, self._options, grpc.Compression.NoCompression)
 
     def open_async(self) -> aio.Channel:
-        """The same for the event loop that runs now."""
+        """Creates a channel for the running event loop."""
         if self._credentials is not None:
             return aio.secure_channel(self._name, self._credentials, self._options, grpc.Compression.NoCompression)
         return aio.insecure_channel(self._name, self._options, grpc.Compression.NoCompression)
 
 
 def _options(target: Target, access: Access, policy: RetryPolicy | None, dns_config: bool) -> tuple[tuple[str, int | str], ...]:
-    """gRPC's channel arguments. One server is reached as gRPC does it by itself."""
+    """gRPC's channel arguments. A single server has gRPC's defaults for balancing and retries."""
     proxied = not (target.several or is_loopback(target.name))
     options: list[tuple[str, int | str]] = [
         *_OPTIONS,
@@ -105,7 +107,7 @@ def _options(target: Target, access: Access, policy: RetryPolicy | None, dns_con
         ("grpc.service_config_disable_resolution", int(not dns_config)),
     ]
     if target.several:
-        # Where DNS may say how, nobody knows what gRPC would try again, and nothing counts it: so ours says nothing of it.
+        # A service config from DNS may have its own retries, which cannot be counted, so ours then has none.
         options += [*balancing.OPTIONS, ("grpc.service_config", balancing.service_config(None if dns_config else policy))]
     if access.server_name is not None:
         options.append(("grpc.default_authority", access.server_name))

@@ -1,4 +1,4 @@
-"""The client: one channel, and a method for each thing that a server does. `async_client` is the same for asyncio."""
+"""The blocking client: one channel, and one method per procedure of the server. `async_client` is the same for asyncio."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -25,30 +25,29 @@ from img2img_client.requests import (
 )
 from img2img_client.responses import parse_error, parse_model, parse_result
 from img2img_client.retry import RetryPolicy, Stop
-from img2img_client.story import Story
 from img2img_client.stream import TransformStream
+from img2img_client.stream_state import StreamState
 from img2img_client.values import DEFAULT_TARGET, Asset, ModelInfo, ModelReference, TransformResult
 
 
 class Client:
-    """Talks to one server, or to several. Connects at the first call; safe to share between threads; `close()` it or use it as
-    a context.
+    """A client of one server or several. Connects at the first call; thread-safe; `close()` it or use it as a context manager.
 
-    `target` is "host:port", with "http://" before it or not, or any name gRPC resolves ("unix:/path"). A list of addresses, or
-    "dns:///name:port" for all the addresses of a name, are several servers: calls are spread over those whose health is good, and
-    what one of them cannot do another does. `balance` overrules whether there are several. `timeout` is in seconds and holds for
-    each call that names none, all its attempts together; None waits forever. Every failed call raises an Img2ImgError.
+    `target` is "host:port", optionally with "http://", or any name that gRPC resolves ("unix:/path"). A list of addresses, or
+    "dns:///name:port" for all addresses of a name, means several servers: calls are balanced across healthy servers and retried
+    on another one. `balance` overrides whether there are several. `timeout`, in seconds, is the default for calls without one,
+    including all attempts; None waits forever. Every failed call raises an Img2ImgError.
 
-    "https://host:port", `ca`, `certificate` or `credentials` mean TLS. `ca` is the file (PEM) of who signed the server's
-    certificate, by default the system's roots; `certificate` and `key` are the files of the client's own, where the server wants
-    one; `credentials` are what grpc.ssl_channel_credentials and its relatives make, in place of those. `server_name` is whom the
-    servers' certificate is for, where that is not the target's name. `token` goes with every call: over TLS or to this machine
-    only, unless `allow_insecure_token` says that something else encrypts it.
+    "https://host:port", `ca`, `certificate` or `credentials` enable TLS. `ca` is the CA file (PEM) of the server's certificate,
+    by default the system's roots; `certificate` and `key` are the client's own files, if the server requires them; `credentials`,
+    such as from grpc.ssl_channel_credentials, replace these files. `server_name` is the name in the servers' certificate, if it
+    differs from the target's. `token` is sent with every call, over TLS or to this machine only, unless `allow_insecure_token`
+    (the connection is encrypted otherwise).
 
-    `retries` says how calls are tried again that a server could not take or that never reached one; None does not. All are
-    but `unload_model` and `delete_asset`, whose second attempt would find the first one's work done. A transform changes nothing
-    on the server but what it keeps with `as_asset`, until that expires, and a caller sees one answer: so it is tried again, too,
-    with its seed or with another drawn one. `dns_service_config` lets an operator say in DNS how gRPC balances and tries again.
+    `retries` is the policy for calls that a server could not accept or that did not reach one; None disables retries. All calls
+    except `unload_model` and `delete_asset` are retried (a second attempt of those would find the work of the first done). A
+    transform is safe to retry: it changes nothing on the server except assets that expire. `dns_service_config` lets an operator
+    set gRPC's balancing and retries in DNS.
     """
 
     def __init__(
@@ -68,9 +67,9 @@ class Client:
         dns_service_config: bool = False,
     ) -> None:
         access = Access(token, ca, certificate, key, credentials, allow_insecure_token, server_name)
-        found, line, calling = plan(target, balance, access, timeout, retries, dns_service_config)
+        found, channels, calling = plan(target, balance, access, timeout, retries, dns_service_config)
         self.target = found.shown
-        self._channel = line.open()
+        self._channel = channels.open()
         self._caller = Caller(calling)
         self._images = image_to_image_pb2_grpc.ImageToImageServiceStub(self._channel)
         self._models = model_pb2_grpc.ModelServiceStub(self._channel)
@@ -84,10 +83,10 @@ class Client:
         request_id: str | None = None,
         **options: Unpack[TransformOptions],
     ) -> TransformResult:
-        """Transforms one image and returns when it is done. The options, all optional, are TransformOptions' fields.
+        """Transforms one image and returns the result. The options, all optional, are TransformOptions' fields.
 
-        `request_id` names the call in the server's log, in place of a name that the server makes. OSError where the image
-        cannot be read; TypeError and ValueError for options that cannot be sent.
+        `request_id` identifies the call in the server's log (default: made by the server). Raises OSError if the image cannot be
+        read; TypeError or ValueError for options that cannot be sent.
         """
         request = build_request(image, options)
         procedure = "ImageToImageService/Transform"
@@ -106,61 +105,61 @@ class Client:
         with client.transform_stream("photo.jpg") as events:
             for event in events: ...   # leaving early cancels the call
         """
-        story = Story(build_request(image, options))
+        state = StreamState(build_request(image, options))
         procedure, method = "ImageToImageService/TransformStream", self._images.TransformStream
         begun = self._caller.begin(procedure, timeout, request_id=request_id)
         return TransformStream(
             lambda request, seconds: method(request, timeout=seconds, metadata=begun.metadata),
-            story,
+            state,
             begun,
             Stop(self._caller.stop),
         )
 
     def models(self, *, timeout: float | None = None) -> tuple[ModelInfo, ...]:
-        """Every model of the server's store, in order of id."""
+        """The server's models, ordered by id."""
         request = model_pb2.ListModelsRequest()
         response, _ = self._caller.unary("ModelService/ListModels", self._models.ListModels, request, timeout)
         return tuple(parse_model(model) for model in response.models)
 
     def model(self, model_id: str, *, timeout: float | None = None) -> ModelInfo:
-        """One model. ModelNotFound where the server has none of that id."""
+        """One model. Raises ModelNotFound if the server has no model with this id."""
         request = model_pb2.GetModelRequest(id=model_id)
         response, _ = self._caller.unary("ModelService/GetModel", self._models.GetModel, request, timeout)
         return parse_model(response.model)
 
     def load_model(self, model: str | ModelReference, *, timeout: float | None = None) -> ModelInfo:
-        """Returns when the model is ready, which may take minutes. A str is its id on the server; a ModelReference with a
-        `repo_id` may name one that the server is to fetch first, where it does that."""
+        """Loads a model and returns when it is ready, which may take minutes. A str is its id on the server; a ModelReference
+        with a `repo_id` may name a model that the server downloads first, if it allows that."""
         request = load_request(model)
         response, _ = self._caller.unary("ModelService/LoadModel", self._models.LoadModel, request, timeout)
         return parse_model(response.model)
 
     def unload_model(self, model_id: str, *, timeout: float | None = None) -> int:
-        """Returns, when the last request that runs on the model has ended, the bytes that the server's memory shrank by."""
+        """Unloads a model after its running requests have finished. Returns the bytes of freed memory."""
         request = model_pb2.UnloadModelRequest(id=model_id)
         method = self._models.UnloadModel
         return self._caller.unary("ModelService/UnloadModel", method, request, timeout, safe=False)[0].freed_bytes
 
     def upload(self, image: ImageInput, *, timeout: float | None = None) -> Asset:
-        """Has the server keep an image, to be the source of transforms as often as one likes: a path, a file's bytes or a
-        Pillow image. The same content is the same Asset."""
+        """Stores an image (a path, a file's bytes or a Pillow image) on the server as a source for transforms. Idempotent: the
+        same content is the same Asset."""
         attempt = partial(assets.Upload(image).attempt, self._assets.UploadAsset)
         return self._caller.run("AssetService/UploadAsset", attempt, timeout)[0]
 
     def download(self, asset: Asset | str, *, timeout: float | None = None) -> bytes:
-        """The file of an image that the server keeps, by its Asset or its id. AssetNotFound where it has none, or no more."""
+        """Downloads the file of a stored image by its Asset or id. Raises AssetNotFound if it does not exist or has expired."""
         attempt = partial(assets.download, self._assets.GetAsset, asset_id(asset))
         return self._caller.run("AssetService/GetAsset", attempt, timeout)[0]
 
     def delete_asset(self, asset: Asset | str, *, timeout: float | None = None) -> None:
-        """Has the server forget an image. AssetNotFound where it has none."""
+        """Deletes a stored image. Raises AssetNotFound if it does not exist."""
         request = asset_pb2.DeleteAssetRequest(id=asset_id(asset))
         self._caller.unary("AssetService/DeleteAsset", self._assets.DeleteAsset, request, timeout, safe=False)
 
     def wait_until_ready(self, timeout: float | None = None) -> None:
-        """Returns when the server's health turns to SERVING, at once if it is. DeadlineExceeded after `timeout` seconds.
+        """Waits until the server's health is SERVING. Raises DeadlineExceeded after `timeout` seconds.
 
-        There need not be a server yet: the channel tries again until there is one.
+        The server need not be running yet: the channel keeps trying to connect.
         """
         require_open(self._caller.stop)
         watch: grpc.UnaryStreamMultiCallable[bytes, bytes] = self._channel.unary_stream(HEALTH_WATCH)
@@ -177,7 +176,7 @@ class Client:
         raise watch_ended(self.target)
 
     def close(self) -> None:
-        """Closes the channel; what still runs on it, or waits to be tried again, is cancelled."""
+        """Closes the channel; cancels running calls and pending retries."""
         self._caller.stop.set()
         self._channel.close()
 

@@ -1,4 +1,4 @@
-"""What every command that talks to a server asks for: where the server is, and what it lets in."""
+"""The connection flags of commands that call a server: its address and credentials."""
 
 import argparse
 import os
@@ -16,61 +16,63 @@ _RETRIES = 4
 
 
 def add_connection_flags(parser: argparse.ArgumentParser, *, patience: str = "never") -> None:
-    """Declares them. `patience` are the words for what the command does without a time-out."""
-    parser.allow_abbrev = False  # Else --token SECRET would mean --token-file, and the secret would be told as a missing file.
-    group = parser.add_argument_group("the server (a flag comes before its variable)")
+    """Adds the connection flags. `patience` is the help text for the default timeout."""
+    parser.allow_abbrev = (
+        False  # Else --token SECRET would mean --token-file, and the error would print the secret as a missing file.
+    )
+    group = parser.add_argument_group("connection (a flag overrides its environment variable)")
     group.add_argument(
         "--target",
         "--server",
         dest="target",
         metavar="TARGET",
-        help=f"host:port, or https://host:port for TLS, or several with commas; $IMG2IMG_TARGET; default: {DEFAULT_TARGET}",
+        help=f"host:port, or https://host:port for TLS; several separated by commas; $IMG2IMG_TARGET; default: {DEFAULT_TARGET}",
     )
     group.add_argument(
-        "--token-file", type=Path, metavar="FILE", help="the file of the token that the server wants; $IMG2IMG_TOKEN is the token"
+        "--token-file", type=Path, metavar="FILE", help="file with the access token; $IMG2IMG_TOKEN is the token itself"
     )
     group.add_argument(
-        "--allow-insecure-token", action="store_true", help="send the token without TLS, where something else encrypts it"
+        "--allow-insecure-token",
+        action="store_true",
+        help="send the token without TLS (if the connection is encrypted otherwise)",
     )
-    group.add_argument("--ca", type=Path, metavar="FILE", help="who signed the server's certificate (PEM); $IMG2IMG_CA")
+    group.add_argument("--ca", type=Path, metavar="FILE", help="CA certificate of the server (PEM); $IMG2IMG_CA")
     group.add_argument(
-        "--client-certificate", type=Path, metavar="FILE", help="the certificate to show (PEM); $IMG2IMG_CLIENT_CERTIFICATE"
+        "--client-certificate", type=Path, metavar="FILE", help="the client's certificate (PEM); $IMG2IMG_CLIENT_CERTIFICATE"
     )
-    group.add_argument("--client-key", type=Path, metavar="FILE", help="its private key (PEM); $IMG2IMG_CLIENT_KEY")
-    group.add_argument(
-        "--server-name", metavar="NAME", help="whom the server's certificate is for, where that is not its address"
-    )
-    group.add_argument("--timeout", type=float, metavar="SECONDS", help=f"give up after this long; default: {patience}")
+    group.add_argument("--client-key", type=Path, metavar="FILE", help="the client's private key (PEM); $IMG2IMG_CLIENT_KEY")
+    group.add_argument("--server-name", metavar="NAME", help="name in the server's certificate, if it differs from the address")
+    group.add_argument("--timeout", type=float, metavar="SECONDS", help=f"timeout; default: {patience}")
     group.add_argument(
         "--retries",
         type=int,
         metavar="N",
         default=_RETRIES,
-        help="how often to try again where a server is busy or away; default: %(default)s",
+        help="maximum retries if a server is busy or unreachable; default: %(default)s",
     )
 
 
 def target_of(arguments: argparse.Namespace) -> str:
-    """Where the server is."""
+    """The server's address."""
     return str(arguments.target or os.environ.get("IMG2IMG_TARGET") or DEFAULT_TARGET)
 
 
 def connect(arguments: argparse.Namespace, on_retry: "OnRetry | None" = None) -> "Client":
-    """A client of the server that flags and variables name. OSError where a file cannot be read, ValueError where they clash."""
+    """A client for the flags and variables. Raises OSError if a file cannot be read, ValueError if they contradict each other."""
     from img2img_client.client import Client
 
-    return Client(target_of(arguments), **_means(arguments, on_retry))
+    return Client(target_of(arguments), **_client_arguments(arguments, on_retry))
 
 
 def connect_async(arguments: argparse.Namespace, on_retry: "OnRetry | None" = None) -> "AsyncClient":
-    """The same for asyncio. Raises what `connect` does."""
+    """An AsyncClient for the flags and variables. Raises like `connect`."""
     from img2img_client.async_client import AsyncClient
 
-    return AsyncClient(target_of(arguments), **_means(arguments, on_retry))
+    return AsyncClient(target_of(arguments), **_client_arguments(arguments, on_retry))
 
 
-class _Means(TypedDict):
-    """What both clients are made with."""
+class _ClientArguments(TypedDict):
+    """The arguments of both client classes."""
 
     timeout: float | None
     token: str | None
@@ -82,12 +84,12 @@ class _Means(TypedDict):
     retries: "RetryPolicy | None"
 
 
-def _means(arguments: argparse.Namespace, on_retry: "OnRetry | None") -> _Means:
+def _client_arguments(arguments: argparse.Namespace, on_retry: "OnRetry | None") -> _ClientArguments:
     from img2img_client.retry import RetryPolicy
 
     if arguments.retries < 0:
-        raise ValueError(f"--retries {arguments.retries}: the least is 0")
-    return _Means(
+        raise ValueError(f"--retries must be at least 0, not {arguments.retries}")
+    return _ClientArguments(
         timeout=arguments.timeout,
         token=_token(arguments.token_file),
         ca=_file(arguments.ca, "IMG2IMG_CA"),

@@ -1,17 +1,17 @@
-"""The one tree of errors that a server's answer, or the lack of one, turns into.
+"""The errors of failed calls.
 
-What goes wrong before a call is made keeps its ordinary Python error: a file that is not there is a FileNotFoundError.
+Errors before a call are ordinary Python errors: a missing file is a FileNotFoundError.
 """
 
 
 class Img2ImgError(Exception):
-    """A call failed. The subclasses are what a program may want to tell apart; everything else is this class itself.
+    """A call failed. Subclasses distinguish common causes; other failures are of this class itself.
 
     `status` is the name of the gRPC status code, such as "INVALID_ARGUMENT". `reason` is the server's stable reason, such as
-    "QUEUE_FULL", and empty where the failure did not come from an img2img server. `fields` are (field, description) pairs
-    that name what is wrong with a request. `retry_after` is in seconds, None where the server gave none. `estimate` is the
-    seconds that the server would take, where it refused a request for its time-out, else None. `request_id` is the name of
-    the call in the server's log, empty where no server answered.
+    "QUEUE_FULL", or "" if the failure did not come from an img2img server. `fields` are (field, description) pairs for invalid
+    fields of a request. `retry_after` is in seconds, None if the server sent none. `estimate` is the estimated duration in
+    seconds if the server refused a request because of its timeout, else None. `request_id` identifies the call in the server's
+    log, or "" if no server responded.
     """
 
     def __init__(
@@ -36,55 +36,55 @@ class Img2ImgError(Exception):
 
 
 class InvalidRequest(Img2ImgError):
-    """The request is wrong and would be wrong again; `fields` says where."""
+    """The request is invalid and must not be retried; `fields` has the invalid fields."""
 
 
 class ModelNotFound(Img2ImgError):
-    """The server has no model that agrees with the reference."""
+    """The server has no model that matches the reference."""
 
 
 class ModelUnavailable(Img2ImgError):
-    """The server has the model and cannot run it: it is damaged, or not to be loaded now."""
+    """The server has the model but cannot run it: it is damaged, or cannot be loaded now."""
 
 
 class NotSupported(Img2ImgError):
-    """The server, or the model, does not do this."""
+    """The server or the model does not support this."""
 
 
 class ServerFailed(Img2ImgError):
-    """The server failed on this request, by no fault of it; what happened is in its log, under `request_id`."""
+    """The server failed, and the request is not the cause; the server's log has the details under `request_id`."""
 
 
 class Damaged(Img2ImgError):
-    """What arrived is not what was sent."""
+    """The received data differs from the sent data."""
 
 
 class AssetNotFound(Img2ImgError):
-    """The server keeps no such image for this caller, or keeps it no longer."""
+    """The server stores no such image for this caller, or it has expired."""
 
 
 class Unauthenticated(Img2ImgError):
-    """The server wants a token, and got none or one that it does not know."""
+    """The access token is missing or invalid."""
 
 
 class PermissionDenied(Img2ImgError):
-    """The token is known and does not allow this."""
+    """The access token does not permit this call."""
 
 
 class Overloaded(Img2ImgError):
-    """The server has no room for one more request; try again after `retry_after` seconds.
+    """The server cannot accept another request; retry after `retry_after` seconds.
 
-    Where that is None, as with the reason "OUT_OF_MEMORY", waiting would not help.
+    If that is None, as with the reason "OUT_OF_MEMORY", retrying does not help.
     """
 
 
 class Unavailable(Img2ImgError):
-    """There is no server at the target, or it is shutting down."""
+    """The server cannot be reached, or is shutting down."""
 
 
 class DeadlineExceeded(Img2ImgError):
-    """The time-out passed first, or the server knows that it would: then `estimate` says how long it would take."""
+    """The timeout expired, or the server predicts that it would: then `estimate` is the expected duration."""
 
 
 class Cancelled(Img2ImgError):
-    """The call was cancelled, here or by the server."""
+    """The call was cancelled by the client or the server."""

@@ -1,4 +1,4 @@
-"""`img2img health`: whether a server serves, for probes of containers and for scripts that wait for one."""
+"""`img2img health`: checks whether a server is ready, for container probes and for scripts that wait for a server."""
 
 import argparse
 
@@ -9,27 +9,26 @@ PROGRAM = "img2img health"
 
 _EPILOG = """\
 examples:
-  img2img health                                     is it serving?
-  img2img health --timeout 600                       wait until it is
+  img2img health                                     check whether the server is ready
+  img2img health --timeout 600                       wait until it is ready
   img2img health --target https://gpu-box:50051 --ca ca.pem
 
-exit status: 0 it serves; 1 it did not within --timeout seconds, or could not be reached; 2 arguments that cannot work. No
-token is needed.
+exit status: 0 ready; 1 not ready within --timeout seconds, or not reachable; 2 invalid arguments. No token is required.
 """
 
 _SECONDS = 3.0
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    """Declares the flags."""
+    """Adds the command's flags to `parser`."""
     parser.epilog = _EPILOG
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add_connection_flags(parser, patience=f"{_SECONDS:g}")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Watches the server's health (grpc.health.v1). Returns 0 when it is SERVING, 1 where it is not in time, 2 for arguments that
-    cannot work. Prints nothing where all is well."""
+    """Watches the server's health (grpc.health.v1). Returns 0 when it is SERVING, 1 if it is not in time, 2 for invalid
+    arguments. Prints nothing on success."""
 
     def work() -> None:
         with connect(arguments) as client:

@@ -1,4 +1,4 @@
-"""`img2img models`: what a server can run, as a table or as JSON, and what it has in memory."""
+"""`img2img models`: lists a server's models as a table or JSON, and loads or unloads them."""
 
 import argparse
 import json
@@ -30,22 +30,22 @@ _SECONDS_TO_LIST = 10.0
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    """Declares the flags."""
+    """Adds the command's flags to `parser`."""
     parser.epilog = _EPILOG
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--schedulers", action="store_true", help="list the schedulers that a request may ask each model for")
+    parser.add_argument("--schedulers", action="store_true", help="list the schedulers that requests to each model can choose")
     parser.add_argument("--json", action="store_true", help="print every field of every model as JSON")
-    change = parser.add_argument_group("change what is in memory").add_mutually_exclusive_group()
-    change.add_argument("--load", metavar="ID", help="make this model ready, and wait until it is")
-    change.add_argument("--load-repo", metavar="OWNER/NAME", help="the same by its repository, which the server may fetch")
-    change.add_argument("--unload", metavar="ID", help="free its memory once nobody uses it, and wait for that")
+    change = parser.add_argument_group("load or unload a model").add_mutually_exclusive_group()
+    change.add_argument("--load", metavar="ID", help="load this model, and wait until it is ready")
+    change.add_argument("--load-repo", metavar="OWNER/NAME", help="load a model by its repository, which the server may download")
+    change.add_argument("--unload", metavar="ID", help="free the model's memory after its running requests, and wait for that")
     parser.add_argument("--variant", metavar="NAME", help="with --load-repo: the variant of the weights, such as fp16")
     parser.add_argument("--revision", metavar="REVISION", help="with --load-repo: a branch, tag or commit")
     add_connection_flags(parser, patience=f"{_SECONDS_TO_LIST:g} to list, never to load and unload")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Asks and prints. Returns 0, 1 where the server did not do it, 2 for arguments that cannot work."""
+    """Runs the command. Returns 0, 1 for a failure, or 2 for invalid arguments."""
 
     def work() -> None:
         with connect(arguments) as client:
@@ -61,13 +61,13 @@ def run(arguments: argparse.Namespace) -> int:
 def _ask(client: "Client", arguments: argparse.Namespace) -> "tuple[ModelInfo, ...]":
     """The models to print: all, or the one that was loaded or unloaded."""
     if not arguments.load_repo and (arguments.variant or arguments.revision):
-        raise ValueError("--variant and --revision go with --load-repo")
+        raise ValueError("--variant and --revision require --load-repo")
     if arguments.load or arguments.load_repo:
         reference = ModelReference(repo_id=arguments.load_repo, variant=arguments.variant, revision=arguments.revision)
         return (client.load_model(arguments.load or reference),)
     if arguments.unload:
         freed = client.unload_model(arguments.unload)
-        print(f"{arguments.unload}: {_mebibytes(freed)} given back", file=sys.stderr)
+        print(f"{arguments.unload}: {_mebibytes(freed)} freed", file=sys.stderr)
         return (client.model(arguments.unload),)
     return client.models(timeout=_SECONDS_TO_LIST if arguments.timeout is None else arguments.timeout)
 

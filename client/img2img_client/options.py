@@ -1,4 +1,4 @@
-"""From a caller's arguments to the request message. What is not given stays unset, so that the server's default holds."""
+"""Converts a caller's arguments to the request message. Omitted options stay unset, so the server's defaults apply."""
 
 import os
 from pathlib import Path
@@ -12,30 +12,29 @@ if TYPE_CHECKING:
     from PIL import Image
 
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024
-"""Bytes that one message may have, either way."""
+"""Maximum bytes of one request message."""
 
 ImageInput: TypeAlias = Union[str, os.PathLike[str], bytes, "Image.Image", Asset]
-"""A source image: a file's path, a file's bytes, a Pillow image, an Asset, or an address that the server is to read it from.
+"""A source image: a file's path, a file's bytes, a Pillow image, an Asset, or an address that the server reads.
 
-A str that begins with one of ADDRESS_SCHEMES is an address, any other one a path.
+A str that begins with one of ADDRESS_SCHEMES is an address; any other str is a path.
 """
 
 ADDRESS_SCHEMES = ("data:", "asset:", "https://", "http://", "file://")
-"""What an address begins with. Which of them a server reads is its operator's choice; "data:" and "asset:" always work."""
+"""Prefixes of addresses. The server's settings control which of them it reads; "data:" and "asset:" always work."""
 
 Fit: TypeAlias = int | Literal["native"]
-"""How the result's size follows from the source's, with the aspect kept: the longest side in pixels, or "native" for as many
-pixels as the model was trained on."""
+"""How the result's size is derived from the source's, keeping the aspect ratio: the longest side in pixels, or "native" for the
+area that the model was trained on."""
 
 
 class TransformOptions(TypedDict, total=False):
-    """What may be asked of a transform, under diffusers' names. None, like leaving out, means the server's default.
+    """The options of a transform, with diffusers' names. None and omitted options mean the server's default.
 
     `model` is a model's id on the server or a ModelReference. `strength` is in (0, 1], `guidance_scale` in 0..30, `width` and
-    `height` are pixels, `fit` stands in place of both, `quality` is 1..100 for JPEG and WebP, and a `seed` of -1 draws one.
-    `scheduler` is one of the names in the ModelInfo's `schedulers`. A stream sends a preview every `preview_interval` steps. With
-    `as_asset` the server keeps the images, and the result has their `asset_id` in place of their data. The server checks them
-    all.
+    `height` are pixels, `fit` replaces both, `quality` is 1..100 for JPEG and WebP, and a `seed` of -1 means a random seed.
+    `scheduler` is one of the ModelInfo's `schedulers`. A stream sends a preview every `preview_interval` steps. With `as_asset`,
+    the server stores the images, and the result has their `asset_id` instead of their data. The server validates the values.
     """
 
     model: str | ModelReference | None
@@ -57,10 +56,10 @@ class TransformOptions(TypedDict, total=False):
 
 
 def build_request(image: ImageInput, options: TransformOptions) -> messages.TransformRequest:
-    """Reads the image and makes the request message.
+    """Reads the image and builds the request message.
 
-    OSError where the file cannot be read, TypeError for an unknown option or type, ValueError for a number or format that the
-    contract cannot express and for a request above MAX_MESSAGE_BYTES.
+    Raises OSError if the file cannot be read, TypeError for an unknown option or type, ValueError for a number or format that the
+    contract cannot represent or a request above MAX_MESSAGE_BYTES.
     """
     unknown = sorted(options.keys() - TransformOptions.__annotations__.keys())
     if unknown:
@@ -84,8 +83,8 @@ def build_request(image: ImageInput, options: TransformOptions) -> messages.Tran
     )
     if request.ByteSize() > MAX_MESSAGE_BYTES:
         raise ValueError(
-            f"the request has {request.ByteSize()} bytes, more than {MAX_MESSAGE_BYTES}: upload the picture first, or send a"
-            " smaller picture"
+            f"the request has {request.ByteSize()} bytes, more than {MAX_MESSAGE_BYTES}: upload the image first, or send a"
+            " smaller image"
         )
     return request
 
@@ -114,8 +113,8 @@ def _image_message(image: ImageInput) -> messages.ImageSource:
 
 
 def read_file(image: ImageInput) -> bytes:
-    """The image's file. OSError if it cannot be read, TypeError for a value that is not an image or that the server has to read,
-    ValueError for an image in a mode that no file holds."""
+    """The bytes of the image file. Raises OSError if it cannot be read, TypeError for any other type (also an Asset), ValueError
+    for a Pillow image in an unsupported mode."""
     if isinstance(image, bytes):
         return image
     if isinstance(image, str | os.PathLike):
@@ -126,7 +125,7 @@ def read_file(image: ImageInput) -> bytes:
         from img2img_client.pillow import encode
 
         return encode(image)
-    raise TypeError(f"a picture is a path, bytes, a Pillow image, an Asset or an address, not {type(image).__name__}")
+    raise TypeError(f"image must be a path, bytes, a Pillow image, an Asset or an address, not {type(image).__name__}")
 
 
 def _fit_message(fit: Fit | None) -> messages.Fit | None:
@@ -135,7 +134,7 @@ def _fit_message(fit: Fit | None) -> messages.Fit | None:
     if fit == "native":
         return messages.Fit(native_area=messages.NativeArea())
     if isinstance(fit, bool) or not isinstance(fit, int):
-        raise ValueError(f"fit is 'native' or the longest side in pixels, not {fit!r}")
+        raise ValueError(f"fit must be 'native' or the longest side in pixels, not {fit!r}")
     return messages.Fit(longest_side=fit)
 
 
@@ -146,6 +145,6 @@ def _output_message(options: TransformOptions) -> messages.OutputOptions | None:
     number = messages.OUTPUT_FORMAT_UNSPECIFIED
     if image_format is not None:
         if image_format not in get_args(ImageFormat):
-            raise ValueError(f"format is one of {', '.join(get_args(ImageFormat))}, not {image_format!r}")
+            raise ValueError(f"format must be one of {', '.join(get_args(ImageFormat))}, not {image_format!r}")
         number = messages.OutputFormat.Value(f"OUTPUT_FORMAT_{image_format.upper()}")
     return messages.OutputOptions(format=number, quality=quality, as_asset=bool(as_asset))

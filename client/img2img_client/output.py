@@ -1,4 +1,4 @@
-"""Where `img2img transform` puts images: files, standard output, or the server, which keeps them."""
+"""The output of `img2img transform`: files, standard output, or assets on the server."""
 
 import argparse
 import sys
@@ -10,8 +10,8 @@ from img2img_client.values import FORMAT_OF_SUFFIX, ImageFormat, Progress, Trans
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """Where the images go: `path` None is standard output, or the server where `as_asset`. `format` None leaves it to the
-    server."""
+    """The destination of the images: `path` None is standard output, or the server if `as_asset`. `format` None is the server's
+    default."""
 
     path: Path | None
     count: int
@@ -19,7 +19,7 @@ class Output:
     as_asset: bool = False
 
     def paths(self, count: int) -> tuple[Path, ...]:
-        """The files of so many images: OUT itself for one, numbered from 1 for more."""
+        """The files of `count` images: OUT for one, numbered from 1 for several."""
         if self.path is None:
             return ()
         if count == 1:
@@ -27,7 +27,7 @@ class Output:
         return tuple(self.path.with_stem(f"{self.path.stem}-{number}") for number in range(1, count + 1))
 
     def check_writable(self) -> None:
-        """OSError where a file cannot be written, found by opening it. What is there already stays as it is."""
+        """Raises OSError if a file cannot be opened for writing. Existing files are not changed."""
         for path in self.paths(self.count):
             existed = path.exists()
             path.open("ab").close()
@@ -35,13 +35,13 @@ class Output:
                 path.unlink()
 
     def write_preview(self, event: TransformEvent) -> None:
-        """Writes an event's preview, if it has one, beside the image."""
+        """Writes an event's preview, if any, beside the image."""
         if self.path is not None and isinstance(event, Progress) and event.preview is not None:
             number = str(event.step).zfill(len(str(event.step_count)))
             self.path.with_name(f"{self.path.stem}-step-{number}.jpg").write_bytes(event.preview)
 
     def write(self, result: TransformResult) -> tuple[str, ...]:
-        """Writes the images, and returns where each is: files, "standard output" or addresses of assets."""
+        """Writes the images. Returns the place of each: a file, "standard output" or an asset's address."""
         if self.as_asset:
             return tuple(f"asset:{image.asset_id}" for image in result.images)
         paths = self.paths(len(result.images))
@@ -55,24 +55,24 @@ class Output:
 
 
 def plan_output(arguments: argparse.Namespace) -> Output:
-    """Where to write and in which format. ValueError for what cannot work, before anything is asked of the server."""
+    """The destination and format. Raises ValueError for contradicting flags before the server is called."""
     count = max(1, arguments.image_count or 1)
     if arguments.as_asset:
         if arguments.preview_every:
-            raise ValueError("--as-asset: --preview-every writes beside OUT, so give --output FILE instead")
+            raise ValueError("--preview-every writes files beside OUT and cannot be combined with --as-asset: use --output FILE")
         return Output(None, count, arguments.format, as_asset=True)
     if arguments.output == "-":
         if count > 1:
-            raise ValueError("--output -: standard output takes one picture, not --image-count of them")
+            raise ValueError("--output - writes a single image: use --output FILE for an --image-count above 1")
         if arguments.json:
-            raise ValueError("--output -: the picture and --json cannot both go to standard output")
+            raise ValueError("--output - and --json both write to standard output: use --output FILE")
         if arguments.preview_every:
-            raise ValueError("--output -: --preview-every writes beside OUT, so OUT must be a file")
+            raise ValueError("--preview-every writes files beside OUT and cannot be combined with --output -: use --output FILE")
         return Output(None, count, arguments.format)
     path = Path(arguments.output)
-    promised = FORMAT_OF_SUFFIX.get(path.suffix.lower())
-    if promised is None and arguments.format is None:
-        raise ValueError(f"--output {path}: its name should end in {', '.join(FORMAT_OF_SUFFIX)}, or give --format")
-    if promised is not None and arguments.format not in (None, promised):
-        raise ValueError(f"--output {path}: its name says {promised}, --format says {arguments.format}")
-    return Output(path, count, arguments.format or promised)
+    expected = FORMAT_OF_SUFFIX.get(path.suffix.lower())
+    if expected is None and arguments.format is None:
+        raise ValueError(f"--output {path}: the name must end in {', '.join(FORMAT_OF_SUFFIX)}, or --format must be given")
+    if expected is not None and arguments.format not in (None, expected):
+        raise ValueError(f"--output {path}: the suffix means {expected}, but --format is {arguments.format}")
+    return Output(path, count, arguments.format or expected)

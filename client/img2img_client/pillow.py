@@ -1,4 +1,4 @@
-"""Pillow images as files without loss. What their colors mean is the server's to say, which treats a file at a path the same."""
+"""Encodes Pillow images losslessly. The server converts their colors, like those of image files."""
 
 import io
 
@@ -10,7 +10,7 @@ _EQUAL_MODE = {
     **{"La": "LA", "RGBa": "RGBA", "PA": "RGBA", "RGBX": "RGB", "YCbCr": "RGB", "HSV": "RGB"},
     **{"I;16L": "I;16", "I;16N": "I;16"},
 }
-"""Modes that neither file holds, and what keeps their colors."""
+"""Modes that neither format supports, and the modes that preserve their colors."""
 _ORIENTATION = 0x0112
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -24,29 +24,33 @@ _TURNS = {
 
 
 def encode(image: Image.Image) -> bytes:
-    """An image of any mode as a PNG or TIFF file, turned upright as a viewer does, with its color profile.
+    """An image as a PNG or TIFF file, with its EXIF orientation applied and its color profile.
 
-    ValueError for a mode that is not known to keep its colors.
+    Raises ValueError for an unsupported mode.
     """
     image = _upright(image)
     profile = image.info.get("icc_profile") or None
     mode = _EQUAL_MODE.get(image.mode, image.mode)
     if mode not in _PNG_MODES | _TIFF_MODES:
-        raise ValueError(f"an image of mode {image.mode!r} cannot be sent: convert it, such as by image.convert('RGB')")
+        raise ValueError(
+            f"an image of mode {image.mode!r} is not supported: convert it first, for example with image.convert('RGB')"
+        )
     if mode != image.mode:
         image = image.convert(mode)
     file = io.BytesIO()
     if mode in _TIFF_MODES:
-        bare = image.copy()  # without the tags of a TIFF that it may come from
+        bare = image.copy()  # without the tags of the source TIFF
         bare.info.clear()
         bare.save(file, "TIFF", compression="raw", icc_profile=profile)
     else:
-        image.save(file, "PNG", compress_level=1, icc_profile=profile, exif=b"")  # The network is quicker than zlib.
+        image.save(
+            file, "PNG", compress_level=1, icc_profile=profile, exif=b""
+        )  # Higher levels of zlib are slower than the network.
     return file.getvalue()
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    image.load()  # Pillow turns a TIFF itself when it reads the pixels.
+    image.load()  # Pillow applies the orientation of a TIFF when it reads the pixels.
     try:
         turn = _TURNS.get(image.getexif().get(_ORIENTATION, 1))
     except Exception:  # noqa: BLE001 - Pillow raises anything for malformed EXIF

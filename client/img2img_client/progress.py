@@ -1,4 +1,4 @@
-"""Shows how a request goes: a bar on a terminal, plain lines anywhere else."""
+"""Shows the progress of a request: a bar on a terminal, otherwise plain lines."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 Show = Callable[[TransformEvent], None]
-"""What takes each event as it comes."""
+"""A function that displays an event."""
 
 _PLAIN_LINES = 10
 
@@ -27,26 +27,26 @@ def show_progress(console: "Console | None" = None) -> Iterator[Show]:
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
     from rich.progress import Progress as Bar
 
-    said, left = TextColumn("{task.description}", markup=False), TextColumn("{task.fields[left]}", markup=False)
-    with Bar(said, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), left, console=console) as bar:
+    description, left = TextColumn("{task.description}", markup=False), TextColumn("{task.fields[left]}", markup=False)
+    with Bar(description, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), left, console=console) as bar:
         task = bar.add_task("connecting", total=None, left="")
 
         def show(event: TransformEvent) -> None:
             match event:
                 case Progress(step=step, step_count=step_count):
                     bar.update(task, completed=step, total=step_count, left=_left(event))
-                case _ if description := describe(event):
-                    bar.update(task, description=description)
+                case _ if text := describe(event):
+                    bar.update(task, description=text)
 
         yield show
 
 
 def describe(event: TransformEvent) -> str:
-    """The event in a few words; "" for a step and for the end, which speak for themselves."""
+    """The event in a few words; "" for Progress and Completed, which are displayed otherwise."""
     match event:
         case Queued(position=position, eta_seconds=eta):
-            place = f"{position} before this one" if position else "next in turn"
-            return f"queued, {place}" if eta is None else f"queued, {place}, done in about {eta:.0f} s"
+            ahead = f"{position} ahead" if position else "next"
+            return f"queued, {ahead}" if eta is None else f"queued, {ahead}, done in about {eta:.0f} s"
         case Started(engine=engine, seed=seed):
             return f"running on {engine}, seed {seed}"
     return ""
@@ -57,7 +57,7 @@ def _left(event: Progress) -> str:
 
 
 def _show_line(console: "Console", event: TransformEvent) -> None:
-    """A line for the event; of the steps, about every tenth part of them."""
+    """Prints a line for the event; for steps, about ten lines per request."""
     line = describe(event)
     if isinstance(event, Progress):
         step, count = event.step, event.step_count

@@ -1,19 +1,19 @@
-"""What both clients say in the same words: requests that take more than a field, and the health watch."""
+"""Code shared by both clients: requests with several fields, and the health watch."""
 
 from collections.abc import Sequence
 
 from img2img.v1 import model_pb2
 
 from img2img_client.calls import Calling
-from img2img_client.channel import Access, Line
+from img2img_client.channel import Access, ChannelFactory
 from img2img_client.errors import DeadlineExceeded, Img2ImgError, Unavailable
 from img2img_client.options import model_message
 from img2img_client.retry import RetryPolicy
 from img2img_client.targets import Target, parse_target
 from img2img_client.values import Asset, ModelReference
 
-# grpc.health.v1 by hand, because its package is not needed otherwise: an empty HealthCheckRequest asks about the server as a
-# whole, and a HealthCheckResponse is one varint, field 1, where SERVING is 1.
+# grpc.health.v1 encoded by hand, to avoid a dependency: an empty HealthCheckRequest is about the server as a whole, and a
+# HealthCheckResponse is one varint, field 1, with SERVING = 1.
 HEALTH_WATCH = "/grpc.health.v1.Health/Watch"
 HEALTH_REQUEST = b""
 HEALTH_SERVING = b"\x08\x01"
@@ -26,33 +26,33 @@ def plan(
     timeout: float | None,
     retries: RetryPolicy | None,
     dns_config: bool,
-) -> tuple[Target, Line, Calling]:
-    """Where a client's servers are, its channel to be, and what its calls have in common. ValueError and OSError as Line's."""
+) -> tuple[Target, ChannelFactory, Calling]:
+    """A client's servers, channel factory and call settings. Raises ValueError and OSError like ChannelFactory."""
     found = parse_target(target, balance)
-    line = Line(found, access, retries, dns_config=dns_config)
+    channels = ChannelFactory(found, access, retries, dns_config=dns_config)
     counted = found.several and not dns_config
-    return found, line, Calling(found.shown, access.metadata, timeout, retries, found.several, counted)
+    return found, channels, Calling(found.shown, access.metadata, timeout, retries, found.several, counted)
 
 
 def load_request(model: str | ModelReference) -> model_pb2.LoadModelRequest:
-    """The request to make a model ready, by its id or by where it comes from."""
+    """The request to load a model by its id or its source."""
     if isinstance(model, str):
         return model_pb2.LoadModelRequest(id=model)
     return model_pb2.LoadModelRequest(source=model_message(model))
 
 
 def asset_id(asset: Asset | str) -> str:
-    """The id of an image that a server keeps, from what names it: itself, its id or its address."""
+    """The id of a stored image, from an Asset, an id or an address ("asset:ID")."""
     return asset.id if isinstance(asset, Asset) else asset.removeprefix("asset:")
 
 
 def not_ready(failure: Img2ImgError, target: str) -> Img2ImgError:
-    """The error of a wait for a server that ended with this one."""
+    """The error of `wait_until_ready` for a failed health watch."""
     if isinstance(failure, DeadlineExceeded):
         return DeadlineExceeded(f"{target} was not ready in time", status=failure.status)
     return failure
 
 
 def watch_ended(target: str) -> Img2ImgError:
-    """The error of a server that says no more how it is."""
+    """The error for a health watch that the server ended."""
     return Unavailable(f"{target} ended its health watch", status="UNAVAILABLE")

@@ -1,4 +1,4 @@
-"""From the server's messages and statuses to values and errors."""
+"""Converts the server's messages and statuses to values and errors."""
 
 from collections.abc import Iterable
 from contextlib import suppress
@@ -15,10 +15,10 @@ if TYPE_CHECKING:
     from google.rpc import status_pb2  # type: ignore[import-untyped, unused-ignore]
 
 ERROR_DOMAIN = "img2img"
-"""The domain of the ErrorInfo that an img2img server sends."""
+"""The domain of an img2img server's ErrorInfo."""
 
 REQUEST_ID = "x-request-id"
-"""The key of a call's metadata that has its name in the server's log."""
+"""The metadata key of the request id."""
 
 _ERROR_OF_STATUS: dict[str, type[errors.Img2ImgError]] = {
     "INVALID_ARGUMENT": errors.InvalidRequest,
@@ -37,13 +37,13 @@ _ERROR_OF_STATUS: dict[str, type[errors.Img2ImgError]] = {
 }
 
 _ERROR_OF_REASON: dict[str, type[errors.Img2ImgError]] = {"ASSET_NOT_FOUND": errors.AssetNotFound}
-"""Where a status alone does not tell what is missing."""
+"""Error classes by reason, for statuses with several meanings."""
 
 
 def parse_result(message: messages.TransformResponse, request_id: str = "") -> values.TransformResult:
-    """The result in a response. ServerFailed where it holds no image, which no img2img server sends."""
+    """The result in a response. Raises ServerFailed if it contains no image."""
     if not message.images:
-        raise errors.ServerFailed("the server answered without a picture", status="INTERNAL", request_id=request_id)
+        raise errors.ServerFailed("the server's response contains no image", status="INTERNAL", request_id=request_id)
     timings = message.timings
     return values.TransformResult(
         images=tuple(_parse_image(image) for image in message.images),
@@ -75,7 +75,7 @@ def _parse_image(message: messages.ImageResult) -> values.TransformedImage:
 
 
 def parse_event(message: messages.TransformStreamResponse, request_id: str = "") -> values.TransformEvent | None:
-    """The event in a message; None for one that a newer server knows and this client does not."""
+    """The event in a message; None for an unknown event of a newer server."""
     match message.WhichOneof("event"):
         case "queued":
             queued = message.queued
@@ -93,7 +93,7 @@ def parse_event(message: messages.TransformStreamResponse, request_id: str = "")
 
 
 def parse_model(message: model_pb2.Model) -> values.ModelInfo:
-    """One model of the store."""
+    """The model in a message."""
     source = message.source
     known = message.state in model_pb2.ModelState.values()
     state = model_pb2.ModelState.Name(message.state) if known else "MODEL_STATE_UNSPECIFIED"
@@ -134,27 +134,27 @@ def _parse_engine(message: model_pb2.EngineStatus) -> values.EngineStatus:
 
 
 def parse_asset(message: asset_pb2.Asset) -> values.Asset:
-    """An image that the server keeps."""
+    """The asset in a message."""
     expires = message.expire_time.ToDatetime(tzinfo=UTC) if message.HasField("expire_time") else None
     return values.Asset(message.id, message.media_type, message.size, message.sha256, expires)
 
 
 def parse_request_id(metadata: "Iterable[tuple[str, str | bytes]] | None") -> str:
-    """The call's name in the server's log, from the metadata of its answer; empty where there is none."""
+    """The request id in a response's metadata, or ""."""
     return next((value for key, value in metadata or () if key == REQUEST_ID and isinstance(value, str)), "")
 
 
 def parse_error(error: "grpc.RpcError") -> errors.Img2ImgError:
-    """The error in a failed call's status, with what its details say of fields, reason and seconds."""
+    """The error for a failed call's status, with the reason, fields and seconds in its details."""
     status = error.code().name
     message = error.details() or status
     rich = _rich_status(error)
     details: _Details = {} if rich is None else _parse_details(rich)
     kind = _ERROR_OF_REASON.get(details.get("reason", ""), _ERROR_OF_STATUS.get(status, errors.Img2ImgError))
     if status == "RESOURCE_EXHAUSTED" and "larger than max" in message:
-        kind = errors.InvalidRequest  # gRPC's own words for a message above a size limit: waiting would not help.
+        kind = errors.InvalidRequest  # gRPC's message for exceeding a size limit: retrying does not help.
     if rich is None and status == "DEADLINE_EXCEEDED":
-        message = "the time-out passed before the server was done"  # gRPC's own words are about streams being removed.
+        message = "the timeout expired before the server was done"  # gRPC's own message is about removed streams.
     details.setdefault("request_id", parse_request_id(cast("grpc.Call", error).trailing_metadata()))
     return kind(message, status=status, **details)
 
@@ -165,12 +165,12 @@ def _rich_status(error: "grpc.RpcError") -> "status_pb2.Status | None":
 
     try:
         return cast("status_pb2.Status | None", rpc_status.from_call(cast(grpc.Call, error)))
-    except ValueError:  # A status that contradicts its own details: the plain one holds.
+    except ValueError:  # The details contradict the status: use the plain status.
         return None
 
 
 class _Details(TypedDict, total=False):
-    """What the details of a status may say: arguments of an Img2ImgError."""
+    """Arguments of an Img2ImgError from the details of a status."""
 
     reason: str
     fields: tuple[tuple[str, str], ...]
@@ -180,7 +180,7 @@ class _Details(TypedDict, total=False):
 
 
 def _parse_details(status: "status_pb2.Status") -> _Details:
-    """Reason, wrong fields, seconds to wait and seconds it would take, the call's name. Other details are passed over."""
+    """The reason, invalid fields, retry delay, estimate and request id. Other details are ignored."""
     from google.rpc import error_details_pb2
 
     found: _Details = {}

@@ -1,4 +1,4 @@
-"""Which failures are tried again, when, and for how long."""
+"""Retries: which failures, when, and for how long."""
 
 import math
 import random
@@ -10,21 +10,20 @@ from dataclasses import dataclass
 from img2img_client.errors import Cancelled, Img2ImgError
 
 OnRetry = Callable[[int, Img2ImgError, float], None]
-"""Is told, before each wait, how many attempts there were, how the last one failed, and the seconds until the next."""
+"""Called before each wait with the number of attempts made, the last error, and the seconds until the next attempt."""
 
 _MOST_DOUBLINGS = 1000
-"""Of a back-off: beyond, a float would overflow."""
+"""Maximum doublings of the back-off, so that a float does not overflow."""
 
 
 @dataclass(frozen=True, slots=True)
 class RetryPolicy:
-    """How a call is tried again that may succeed the next time, within the time-out that the caller gave it.
+    """How transient failures of a call are retried within the call's timeout.
 
-    There are `max_attempts` in all. The wait after the n-th failure is drawn from 0 to `first_backoff` times 2 to the (n - 1),
-    which `most_backoff` bounds; all in seconds. Drawn anew by each caller, it keeps those who failed together from coming back
-    together. A server that says how long to wait is given that and the drawn wait on top; where it says more than
-    `longest_wait`, the call fails. `on_retry` is told of each wait. With several servers gRPC makes some of the attempts by
-    itself, at once (`balancing.py`).
+    `max_attempts` includes the first one. The wait after the n-th failure is random, from 0 to `first_backoff` * 2 ** (n - 1),
+    at most `most_backoff` (seconds; jitter keeps clients that failed together from retrying together). If the server sends a
+    retry delay, the random wait is added to it; if the delay is above `longest_wait`, the call fails. `on_retry` is called before
+    each wait. With several servers, gRPC makes some of the attempts itself, immediately (`balancing.py`).
     """
 
     max_attempts: int = 5
@@ -35,28 +34,28 @@ class RetryPolicy:
 
     def __post_init__(self) -> None:
         if self.max_attempts < 1:
-            raise ValueError(f"max_attempts is {self.max_attempts}, the least is 1")
+            raise ValueError(f"max_attempts must be at least 1, not {self.max_attempts}")
         for name in ("first_backoff", "most_backoff", "longest_wait"):
             seconds = getattr(self, name)
             if not (math.isfinite(seconds) and seconds >= 0):
-                raise ValueError(f"{name} is {seconds}: it is in seconds, 0 or more")
+                raise ValueError(f"{name} must be 0 seconds or more, not {seconds}")
 
     def backoff(self, failures: int) -> float:
-        """The most seconds to wait after so many failures, from 1, where the server asks for nothing."""
+        """The maximum random wait in seconds after `failures` (1 or more) failures."""
         return float(min(self.most_backoff, self.first_backoff * 2.0 ** min(failures - 1, _MOST_DOUBLINGS)))
 
 
 def is_transient(error: Img2ImgError) -> bool:
-    """Whether the same call may succeed later: nobody answered, or who did said when to come back.
+    """Whether the same call may succeed later: there was no response, or the response has a retry delay.
 
-    An answer that will be the same again (a wrong field, a failed model, too large a message, no memory) is not, nor is a
-    time-out, which was the caller's.
+    Permanent failures (an invalid field, a failed model, too large a message, no memory) and the caller's own timeout are not
+    transient.
     """
     return error.status == "UNAVAILABLE" or (error.status == "RESOURCE_EXHAUSTED" and error.retry_after is not None)
 
 
 class Stop:
-    """Ends waits early: those of a stream that is closed, or of everything that belongs to a client that is."""
+    """Ends the waits of a closed stream or client early."""
 
     def __init__(self, parent: "Stop | None" = None) -> None:
         self._parent = parent
@@ -65,27 +64,27 @@ class Stop:
 
     @property
     def is_set(self) -> bool:
-        """Whether there is nothing to wait for any more."""
+        """Whether the stream or client is closed."""
         return self._set or (self._parent is not None and self._parent.is_set)
 
     def set(self) -> None:
-        """Ends every wait, now and later."""
+        """Ends all current and future waits."""
         with self._changed:
             self._set = True
             self._changed.notify_all()
 
     def wait(self, seconds: float) -> bool:
-        """Waits so long, and returns whether it was ended early."""
+        """Waits `seconds`; returns True if the wait was ended early."""
         with self._changed:
             return self._changed.wait_for(lambda: self.is_set, seconds)
 
 
 class Attempts:
-    """The attempts of one call: the time that each has, and when one follows a failure. Does not wait itself.
+    """The attempts of one call: the timeout of each, and the wait after a failure. Does not wait itself.
 
-    `timeout` holds for all of them, from now. Without a `policy` there is one attempt. Each may be as many as `tries`, where gRPC
-    makes some of them by itself. With `several` servers the first that has no room is not waited for: another may have.
-    `clock` is in seconds, and `uniform` draws between two numbers.
+    `timeout` covers all attempts, from now. Without a `policy` there is one attempt. Each may count as `tries`, if gRPC retries
+    too. With `several` servers, the first retry delay is ignored: another server may accept the call. `clock` returns seconds,
+    and `uniform` a random number between two numbers.
     """
 
     def __init__(
@@ -108,12 +107,12 @@ class Attempts:
         self._refused = False
 
     def seconds_left(self) -> float | None:
-        """The time-out of an attempt that begins now; None for no bound."""
+        """The timeout of an attempt that starts now; None for no limit."""
         return None if self._deadline is None else self._deadline - self._clock()
 
     def failed(self, error: Img2ImgError, *, begun: bool = False) -> float | None:
-        """Takes notice of a failure; `begun` where the answer had begun, which gRPC does not try again. Tells the policy's
-        `on_retry` and returns the seconds to wait before the next attempt, None where there is none."""
+        """Records a failure. Calls the policy's `on_retry`, and returns the seconds to wait before the next attempt, or None if
+        there is none. `begun`: part of the response had arrived, so gRPC did not retry."""
         self._made += self._tries if error.status == "UNAVAILABLE" and not begun else 1
         wait = self._next_wait(error)
         if wait is not None and self._policy is not None and self._policy.on_retry is not None:
@@ -121,7 +120,7 @@ class Attempts:
         return wait
 
     def is_in_time(self, wait: float = 0.0) -> bool:
-        """Whether there is time left after so many seconds. A machine that was busy, or asleep, may wait for longer."""
+        """Whether there is time left after `wait` seconds. (On a busy or suspended machine, a wait may take longer.)"""
         left = self.seconds_left()
         return left is None or wait < left
 
@@ -137,19 +136,19 @@ class Attempts:
         return wait if self.is_in_time(wait) else None
 
 
-def closed_meanwhile(request_id: str = "") -> Cancelled:
-    """What a call ends with whose client, or stream, was closed while it ran or waited."""
-    return Cancelled("closed before it was done", status="CANCELLED", request_id=request_id)
+def closed_error(request_id: str = "") -> Cancelled:
+    """The error of a call whose client or stream was closed while it ran or waited."""
+    return Cancelled("the client or stream was closed before the call was done", status="CANCELLED", request_id=request_id)
 
 
 def wait_again(attempts: Attempts, error: Img2ImgError, stop: Stop, *, begun: bool = False) -> bool:
-    """Waits and returns True where another attempt is due, returns False at once where none is.
+    """Waits for the next attempt and returns True, or returns False immediately if there is none.
 
-    Raises Cancelled where the wait was ended early.
+    Raises Cancelled if the wait was ended early.
     """
     wait = attempts.failed(error, begun=begun)
     if wait is None:
         return False
     if stop.wait(wait):
-        raise closed_meanwhile(error.request_id) from error
+        raise closed_error(error.request_id) from error
     return attempts.is_in_time()

@@ -1,4 +1,4 @@
-"""The events of one request, as an iterator that can be left at any time."""
+"""The events of one request, as an iterator that can be closed at any time."""
 
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -12,41 +12,41 @@ from img2img_client.calls import Begun
 from img2img_client.errors import Img2ImgError
 from img2img_client.responses import parse_error, parse_event, parse_request_id
 from img2img_client.retry import Stop, wait_again
-from img2img_client.story import Story, ended_without_result
+from img2img_client.stream_state import StreamState, ended_without_result
 from img2img_client.values import Completed, TransformEvent
 
 
 class StreamCall(Protocol):
-    """A call whose answer is a stream, as gRPC gives it."""
+    """A gRPC call with a stream of responses."""
 
     def __iter__(self) -> Iterator[image_to_image_pb2.TransformStreamResponse]:
-        """The messages of the answer."""
+        """The response messages."""
 
     def cancel(self) -> bool:
-        """Ends it."""
+        """Cancels the call."""
 
     def initial_metadata(self) -> tuple[tuple[str, str | bytes], ...]:
-        """What came before the first message."""
+        """The metadata that precedes the first message."""
 
 
 class TransformStream(Iterator[TransformEvent]):
-    """The events of one request: Queued, again when its place changes, Started, Progress for each step, Completed at last.
+    """The events of one request: Queued (repeated if its position changes), Started, Progress per step, then Completed.
 
-    A call that fails is tried again, as the client's RetryPolicy has it: before Started, Queued may say again what it said; after
-    it, the transform is run again from the seed that Started told, and what was told already is not told again.
-    Leaving the context, `close()` or dropping the stream cancels what has not ended. A failed call raises an Img2ImgError.
+    A failed call is retried by the client's RetryPolicy. Before Started, Queued may be repeated; after Started, the transform
+    runs again with the seed from Started, and no event is delivered twice. Leaving the context, `close()` and garbage collection
+    cancel a running call. A failed call raises an Img2ImgError.
     """
 
     def __init__(
         self,
         call: Callable[[image_to_image_pb2.TransformStreamRequest, float | None], StreamCall],
-        story: Story,
+        state: StreamState,
         begun: Begun,
         stop: Stop,
     ) -> None:
-        """`call` makes an attempt, with a time-out; `stop` ends the waits between them."""
+        """`call` starts an attempt with a timeout in seconds; `stop` ends the waits between attempts."""
         self._make = call
-        self._story = story
+        self._state = state
         self._attempts = begun.attempts
         self._stop = stop
         self._span = begun.span
@@ -63,11 +63,11 @@ class TransformStream(Iterator[TransformEvent]):
                     return self._next()
                 except grpc.RpcError as error:
                     failure = parse_error(error)
-                    begun = self._story.lost()
+                    begun = self._state.lost()
                     if self._stop.is_set or not wait_again(self._attempts, failure, self._stop, begun=begun):
                         raise failure from error
                 self._call = self._begin()
-                if self._stop.is_set:  # Closed meanwhile, by another thread that saw the call before this one.
+                if self._stop.is_set:  # Another thread closed the stream, and cancelled the previous call.
                     self._call.cancel()
         except Img2ImgError as error:
             self._ended = True
@@ -75,7 +75,7 @@ class TransformStream(Iterator[TransformEvent]):
             raise
 
     def close(self) -> None:
-        """Cancels the call, unless it has ended."""
+        """Cancels the call if it has not ended."""
         self._stop.set()
         self._call.cancel()
         self._span.end(status="CANCELLED")
@@ -87,17 +87,16 @@ class TransformStream(Iterator[TransformEvent]):
         self.close()
 
     def __del__(self) -> None:
-        # gRPC cancels a call that is dropped, nobody ends a span that is.
+        # gRPC cancels a garbage-collected call, but the span must be ended here.
         if hasattr(self, "_span"):
             self._span.end(status="CANCELLED")
 
     def _begin(self) -> StreamCall:
         self.request_id = ""
-        return self._make(self._story.request, self._attempts.seconds_left())
+        return self._make(self._state.request, self._attempts.seconds_left())
 
     def _finish(self) -> None:
-        """Reads the status that follows the last event, so that the server does not see a call that was left. The result is
-        here, whatever it says."""
+        """Reads the final status, so that the server does not record a cancelled call. The result is valid in any case."""
         self._ended = True
         with suppress(grpc.RpcError):
             for _ in self._call:
@@ -106,12 +105,12 @@ class TransformStream(Iterator[TransformEvent]):
 
     def _next(self) -> TransformEvent:
         for message in self._call:
-            self._story.begun = True
+            self._state.begun = True
             if not self.request_id:
                 self.request_id = parse_request_id(self._call.initial_metadata())
                 self._span.answered(self.request_id)
             event = parse_event(message, self.request_id)
-            news = None if event is None else self._story.tell(event)
+            news = None if event is None else self._state.accept(event)
             if news is None:
                 continue
             if isinstance(news, Completed):

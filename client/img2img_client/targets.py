@@ -1,12 +1,12 @@
-"""Where the servers are: from what a caller gives to what gRPC takes."""
+"""Parses the servers' addresses into gRPC targets."""
 
 import ipaddress
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-_WHOLE = ("ipv4:", "ipv6:", "unix:", "unix-abstract:")
-"""What a target begins with whose commas are gRPC's, or a path's."""
+_UNSPLIT = ("ipv4:", "ipv6:", "unix:", "unix-abstract:")
+"""Prefixes of targets whose commas belong to gRPC's syntax or to a path."""
 _PREFIX = re.compile(r"^(dns:///|dns:|ipv4:|ipv6:)")
 _ADDRESS = re.compile(r"(\[(?P<v6>[0-9A-Fa-f:.]+)\]|(?P<host>[A-Za-z0-9.-]+))(:\w+)?")
 
@@ -15,8 +15,8 @@ _ADDRESS = re.compile(r"(\[(?P<v6>[0-9A-Fa-f:.]+)\]|(?P<host>[A-Za-z0-9.-]+))(:\
 class Target:
     """One server or several.
 
-    `shown` is for people and logs, `name` is what gRPC takes. `secure` where TLS was asked for by "https://". `several` where
-    calls are to be balanced over all that the name stands for, `listed` where that are addresses that were given one by one.
+    `shown` is for messages and logs, `name` is gRPC's target. `secure`: TLS, by "https://". `several`: calls are balanced over
+    all addresses of the name. `listed`: the addresses were given individually.
     """
 
     shown: str
@@ -27,16 +27,16 @@ class Target:
 
 
 def parse_target(target: str | Sequence[str], balance: bool | None = None) -> Target:
-    """The servers that are meant.
+    """Parses a target.
 
-    One is "host:port" with "https://" or "http://" before it or not, or a name that gRPC resolves. Several are a list of
-    addresses, those with commas between them, "ipv4:" with several, or "dns:///name:port", which stands for all the name's
-    addresses. `balance` overrules what that says. ValueError for a list that gRPC cannot balance.
+    One server is "host:port", optionally with "https://" or "http://", or a name that gRPC resolves. Several servers are a list
+    of addresses, addresses separated by commas, "ipv4:" with several addresses, or "dns:///name:port" for all addresses of a
+    name. `balance` overrides whether there are several. Raises ValueError for a list that gRPC cannot balance.
     """
     parts = _split(target)
     schemes = {part.partition("://")[0] if part.startswith(("http://", "https://")) else "" for part in parts}
     if len(schemes) != 1:
-        raise ValueError(f"target is {','.join(parts)}: write the same scheme before each address, or before none")
+        raise ValueError(f"target {','.join(parts)}: use the same scheme for all addresses, or none")
     (scheme,) = schemes
     hosts = [part.partition("://")[2].rstrip("/") if scheme else part for part in parts]
     listed = len(hosts) > 1 or (hosts[0].startswith(("ipv4:", "ipv6:")) and "," in hosts[0])
@@ -46,25 +46,24 @@ def parse_target(target: str | Sequence[str], balance: bool | None = None) -> Ta
 
 
 def is_loopback(target: str) -> bool:
-    """Whether the target is this machine: no proxy can reach it (gRPC would ask $http_proxy all the same), and nobody listens
-    in between."""
+    """Whether the target is this machine: plaintext is safe, and no proxy is used (gRPC would use $http_proxy)."""
     if target.startswith(("unix:", "unix-abstract:")):
         return True
-    addresses = _PREFIX.sub("", target).split(",")  # "ipv4:" and "ipv6:" may have several
+    addresses = _PREFIX.sub("", target).split(",")  # "ipv4:" and "ipv6:" may have several addresses
     return all(_is_loopback_address(address) for address in addresses)
 
 
 def _split(target: str | Sequence[str]) -> list[str]:
-    """What was given one by one."""
+    """The individual targets."""
     if isinstance(target, str):
-        return [target] if target.startswith(_WHOLE) else target.split(",")
+        return [target] if target.startswith(_UNSPLIT) else target.split(",")
     if not target:
-        raise ValueError("target is an empty list: give the address of a server")
+        raise ValueError("target is an empty list: pass the address of a server")
     return list(target)
 
 
 def _join(hosts: Sequence[str]) -> str:
-    """Addresses as gRPC takes several: of one kind, and not names, of which it resolves one at a time."""
+    """One gRPC target for several addresses: all IPv4 or all IPv6, no names (gRPC resolves only one)."""
     kinds = set()
     addresses = []
     for host in hosts:
@@ -72,7 +71,7 @@ def _join(hosts: Sequence[str]) -> str:
         kinds.add(_kind(address, host))
         addresses.append(address)
     if len(kinds) != 1:
-        raise ValueError(f"target is {','.join(hosts)}: gRPC takes IPv4 or IPv6 addresses, not both at once")
+        raise ValueError(f"target {','.join(hosts)}: IPv4 and IPv6 addresses cannot be mixed")
     (kind,) = kinds
     return f"{kind}:{','.join(addresses)}"
 
@@ -83,8 +82,8 @@ def _kind(address: str, given: str) -> str:
         version = ipaddress.ip_address("" if found is None else found["v6"] or found["host"]).version
     except ValueError:
         raise ValueError(
-            f"target has {given!r} in a list, which takes addresses such as 10.0.0.1:50051: for names let one of them stand for"
-            " all servers, and give dns:///name:port"
+            f"target has {given!r} in a list, but a list must have IP addresses such as 10.0.0.1:50051: to use names, register"
+            " all servers under one name and pass dns:///name:port"
         ) from None
     return f"ipv{version}"
 

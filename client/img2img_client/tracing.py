@@ -1,6 +1,6 @@
-"""OpenTelemetry's spans of a client's calls, where the program that uses the client uses OpenTelemetry.
+"""OpenTelemetry spans for a client's calls, if the program uses OpenTelemetry.
 
-Nothing here imports it first: who has set it up has imported it, and without that there is nobody to tell.
+This module never imports OpenTelemetry first: a program that has set it up has imported it.
 https://opentelemetry.io/docs/specs/semconv/rpc/grpc/
 """
 
@@ -19,9 +19,9 @@ _PACKAGE = "img2img.v1"
 
 
 class CallSpan:
-    """The span of one call with all its attempts. Use it as a context, or `end` it; what comes after its end is not recorded.
+    """The span of one call with all its attempts. Use it as a context manager, or `end` it; later events are not recorded.
 
-    `procedure` is such as "ImageToImageService/TransformStream"; its span is "img2img.transform_stream". `metadata` takes the
+    For the `procedure` "ImageToImageService/TransformStream", the span is "img2img.transform_stream". `metadata` propagates the
     trace to the server.
     """
 
@@ -32,25 +32,25 @@ class CallSpan:
             self._start(procedure, target)
 
     def retry(self, attempt: int, error: Img2ImgError, wait: float) -> None:
-        """Records that the call is tried again."""
+        """Records a retry."""
         if self._span is not None:
             failed: dict[str, str | int | float] = {"status": error.status, "reason": error.reason}
             self._span.add_event("retry", {**failed, "attempt": attempt, "wait_seconds": wait})
 
     def answered(self, request_id: str) -> None:
-        """Records the name of the call in the server's log."""
+        """Records the request id."""
         if self._span is not None and request_id:
             self._span.set_attribute("img2img.request_id", request_id)
 
     def end(self, error: BaseException | None = None, status: str = "OK") -> None:
-        """Ends the span, with the status of what was raised, or the one that is given."""
+        """Ends the span with the status of `error`, or else with `status`."""
         span, self._span = self._span, None
         if span is None:
             return
         if error is not None:
             from opentelemetry.trace import Status, StatusCode
 
-            kind, status = type(error).__qualname__, "CANCELLED"  # of the caller: Ctrl-C, a file that cannot be read
+            kind, status = type(error).__qualname__, "CANCELLED"  # raised by the caller: Ctrl-C, an unreadable file
             if isinstance(error, Img2ImgError):
                 kind = status = error.status
                 if error.request_id:

@@ -1,4 +1,4 @@
-"""`img2img transform IN --output OUT`: one image through a server, with its progress."""
+"""`img2img transform IN --output OUT`: transforms one image with a server, and shows the progress."""
 
 import argparse
 import json
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from img2img_client.connection import add_connection_flags, connect, target_of
 from img2img_client.errors import Img2ImgError
 from img2img_client.output import Output, plan_output
-from img2img_client.reporting import attempt, complain, describe_error
+from img2img_client.reporting import attempt, describe_error, print_error
 from img2img_client.values import Completed, ModelReference, TransformEvent, TransformResult
 
 if TYPE_CHECKING:
@@ -32,63 +32,72 @@ examples:
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    """Declares the flags. One that is not given leaves the matter to the server."""
+    """Adds the command's flags to `parser`. The server has the defaults."""
     parser.epilog = _EPILOG
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument(
         "image",
         metavar="IN",
-        help="the source picture: a file, - for standard input, or an address that the server reads (asset:ID, https://...)",
+        help="source image: a file, - for standard input, or an address that the server reads (asset:ID, https://...)",
     )
     place = parser.add_mutually_exclusive_group(required=True)
-    place.add_argument("--output", metavar="OUT", help="where to write; - for standard output")
-    place.add_argument("--as-asset", action="store_true", help="have the server keep the picture, and print its address")
+    place.add_argument("--output", metavar="OUT", help="output file; - for standard output")
+    place.add_argument("--as-asset", action="store_true", help="store the image on the server, and print its address")
     parser.add_argument(
         "--preview-every",
         type=int,
         metavar="N",
-        help="every N steps, write a small picture of what becomes of it, beside OUT: OUT-step-N.jpg, ...",
+        help="write a preview beside OUT every N steps: OUT-step-N.jpg, ...",
     )
-    parser.add_argument("--quiet", action="store_true", help="print errors only, and addresses")
-    parser.add_argument("--json", action="store_true", help="print the outcome as JSON")
-    _add_wishes(parser)
-    model = parser.add_argument_group("which model (needed where the server has several and no default)")
-    model.add_argument("--model", metavar="ID", help="its id on the server, as `img2img models` lists it")
-    model.add_argument("--repo-id", metavar="OWNER/NAME", help="the repository it was exported from")
-    model.add_argument("--variant", metavar="NAME", help="the variant of its weights, such as fp16")
-    model.add_argument("--revision", metavar="REVISION", help="the revision it was exported from")
+    parser.add_argument("--quiet", action="store_true", help="print only errors and asset addresses")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    _add_options(parser)
+    model = parser.add_argument_group("model (required if the server has several and no default)")
+    model.add_argument("--model", metavar="ID", help="model id, as listed by `img2img models`")
+    model.add_argument("--repo-id", metavar="OWNER/NAME", help="repository the model was exported from")
+    model.add_argument("--variant", metavar="NAME", help="variant of its weights, such as fp16")
+    model.add_argument("--revision", metavar="REVISION", help="revision it was exported from")
     add_connection_flags(parser)
 
 
-def _add_wishes(parser: argparse.ArgumentParser) -> None:
-    wish = parser.add_argument_group("what to make of it (defaults are the server's)")
-    wish.add_argument("--prompt", metavar="TEXT", help="what the picture should become")
-    wish.add_argument("--negative-prompt", metavar="TEXT", help="what it should not become")
-    wish.add_argument("--strength", type=float, metavar="S", help="how far to leave the source, above 0 and up to 1")
-    wish.add_argument("--steps", "--num-inference-steps", type=int, metavar="N", dest="steps", help="steps of the whole schedule")
-    wish.add_argument("--guidance-scale", type=float, metavar="G", help="0 to 30; 1 and below: none")
-    wish.add_argument(
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("transform (the server has the defaults)")
+    group.add_argument("--prompt", metavar="TEXT", help="what the image should become")
+    group.add_argument("--negative-prompt", metavar="TEXT", help="what the image should not become")
+    group.add_argument("--strength", type=float, metavar="S", help="how much to change the source, above 0 and up to 1")
+    group.add_argument(
+        "--steps",
+        "--num-inference-steps",
+        type=int,
+        metavar="N",
+        dest="steps",
+        help="inference steps; at a strength below 1, only that fraction of them runs",
+    )
+    group.add_argument("--guidance-scale", type=float, metavar="G", help="0 to 30; 1 or below disables guidance")
+    group.add_argument(
         "--scheduler",
         metavar="NAME",
-        help='the way from noise to picture, such as "DPM++ 2M Karras"; `img2img models --schedulers` lists the names',
+        help='sampling method, such as "DPM++ 2M Karras"; `img2img models --schedulers` lists the names',
     )
-    wish.add_argument("--seed", type=int, metavar="N", help="-1 draws one")
-    wish.add_argument("--image-count", type=int, metavar="N", help="above 1, OUT becomes OUT-1, OUT-2, ... before its suffix")
-    wish.add_argument("--width", type=int, metavar="PIXELS")
-    wish.add_argument("--height", type=int, metavar="PIXELS")
-    wish.add_argument(
+    group.add_argument("--seed", type=int, metavar="N", help="-1: random")
+    group.add_argument(
+        "--image-count", type=int, metavar="N", help="number of images; above 1, OUT.png becomes OUT-1.png, OUT-2.png, ..."
+    )
+    group.add_argument("--width", type=int, metavar="PIXELS")
+    group.add_argument("--height", type=int, metavar="PIXELS")
+    group.add_argument(
         "--fit",
         type=_fit,
         metavar="RULE",
-        help="in place of both, with the aspect kept: native, for the area that the model was trained on, or the longest side in"
-        " pixels; for photos, which are larger than models draw well",
+        help="instead of width and height: resize to the model's training area (native) or to a longest side in pixels, keeping"
+        " the aspect ratio; use it for photos, which are usually too large for models",
     )
-    wish.add_argument("--format", choices=("png", "jpeg", "webp"), help="default: what OUT's suffix says")
-    wish.add_argument("--quality", type=int, metavar="Q", help="of JPEG and WebP, 1 to 100")
+    group.add_argument("--format", choices=("png", "jpeg", "webp"), help="file format (default: from OUT's suffix)")
+    group.add_argument("--quality", type=int, metavar="Q", help="quality of JPEG and WebP, 1 to 100")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Transforms and writes. Returns 0, 1 for a failure, 2 for arguments that cannot work; Ctrl-C cancels the call."""
+    """Transforms and writes. Returns 0, 1 for a failure, or 2 for invalid arguments. Ctrl-C cancels the call."""
 
     def work() -> None:
         output = plan_output(arguments)
@@ -96,10 +105,10 @@ def run(arguments: argparse.Namespace) -> int:
         result = _transform(arguments, output)
         places = output.write(result)
         for warning in () if arguments.quiet else result.warnings:
-            complain(PROGRAM, f"warning: {warning.field}: {warning.description}")
+            print_error(PROGRAM, f"warning: {warning.field}: {warning.description}")
         if not arguments.quiet:
             _report(result, places, output, as_json=arguments.json)
-        elif output.as_asset:  # the ids are the only way to the images
+        elif output.as_asset:  # without the ids, the images could not be found
             print("\n".join(places))
 
     return attempt(PROGRAM, target_of(arguments), work)
@@ -111,11 +120,11 @@ def _fit(text: str) -> "Fit":
     try:
         return int(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither native nor a number of pixels") from None
+        raise argparse.ArgumentTypeError(f"must be native or a number of pixels, not {text!r}") from None
 
 
 def _source(image: str) -> "ImageInput":
-    """The image that IN means."""
+    """The source image for the argument IN."""
     from img2img_client.options import ADDRESS_SCHEMES
 
     if image == "-":
@@ -124,8 +133,8 @@ def _source(image: str) -> "ImageInput":
 
 
 def _transform(arguments: argparse.Namespace, output: Output) -> TransformResult:
-    def say(made: int, error: Img2ImgError, wait: float) -> None:
-        complain(PROGRAM, f"{describe_error(error, target_of(arguments))}; trying again in {wait:.1f} s")
+    def report(made: int, error: Img2ImgError, wait: float) -> None:
+        print_error(PROGRAM, f"{describe_error(error, target_of(arguments))}; retrying in {wait:.1f} s")
 
     options: TransformOptions = {
         "model": _model(arguments),
@@ -146,7 +155,7 @@ def _transform(arguments: argparse.Namespace, output: Output) -> TransformResult
         "as_asset": arguments.as_asset or None,
     }
     with (
-        connect(arguments, None if arguments.quiet else say) as client,
+        connect(arguments, None if arguments.quiet else report) as client,
         client.transform_stream(_source(arguments.image), **options) as events,
         _progress(arguments.quiet) as show,
     ):
@@ -177,11 +186,11 @@ def _progress(quiet: bool) -> "Iterator[Show]":
 
 
 def _ignore(event: TransformEvent) -> None:
-    """Shows nothing."""
+    """Displays nothing."""
 
 
 def _report(result: TransformResult, places: tuple[str, ...], output: Output, *, as_json: bool) -> None:
-    """Prints what was made: to standard output, or to standard error where the image went to standard output."""
+    """Prints the result: to standard output, or to standard error if the image was written to standard output."""
     timings = asdict(result.timings)
     where = "asset" if output.as_asset else "path"
     if as_json:

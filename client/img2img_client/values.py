@@ -1,4 +1,4 @@
-"""What a caller gives and gets: plain frozen values, free of gRPC."""
+"""Inputs and results as frozen dataclasses, independent of gRPC."""
 
 from dataclasses import dataclass
 from datetime import datetime
@@ -9,26 +9,26 @@ if TYPE_CHECKING:
     from PIL import Image
 
 DEFAULT_TARGET = "localhost:50051"
-"""Where `img2img serve` listens unless it is told otherwise."""
+"""The default address of `img2img serve`."""
 
 ImageFormat = Literal["png", "jpeg", "webp"]
 """An image's file format."""
 
 ModelState = Literal["unspecified", "unloaded", "loading", "ready", "failed"]
-"""Whether a model is ready. "unspecified" is what a state that this client does not know reads as, too."""
+"""A model's state. "unspecified" also stands for a state that this client does not know."""
 
 EngineState = Literal["unspecified", "building", "checking", "serving", "rejected", "failed"]
-"""How far an engine has come that may take over a model."""
+"""The state of a candidate engine for a model."""
 
 FORMAT_OF_SUFFIX: dict[str, ImageFormat] = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
-"""The format that a file's name promises."""
+"""Image formats by file suffix."""
 
 
 @dataclass(frozen=True, slots=True)
 class ModelReference:
-    """Names one of the server's models. What is None is not asked about; the rest must agree with the model's bundle.
+    """A reference to one of the server's models. Fields that are not None must match the model's bundle.
 
-    `path` is the model's id on the server; `repo_id`, `variant`, `revision` and the patterns are what it was exported from.
+    `path` is the model's id on the server; `repo_id`, `variant`, `revision` and the patterns are those of its export.
     """
 
     repo_id: str | None = None
@@ -41,10 +41,10 @@ class ModelReference:
 
 @dataclass(frozen=True, slots=True)
 class EngineStatus:
-    """An engine, such as "onnx:tensorrt", that is being built in the background to take over a model, or has been.
+    """A candidate engine, such as "onnx:tensorrt", that is or was built in the background for a model.
 
-    `detail` says for people to read what is being done, how it did or why it does not serve; `progress` is the share of the
-    building, or of the checking, that is done, from 0 to 1.
+    `detail` is a readable text: the current work, the result, or why it is not used; `progress` of the build or the check is from
+    0 to 1.
     """
 
     name: str
@@ -55,13 +55,12 @@ class EngineStatus:
 
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
-    """A model of the server's store.
+    """A model on the server.
 
-    `backend` is "onnx" or "torch", with `backend_reason` saying why where it is torch. `engine`, such as "onnx:cpu", is empty
-    unless the model is ready. Width and height of its results are multiples of `size_multiple` pixels. `schedulers` are the
-    names that a request may ask for, none where the model has only its own. `engines` may take over, or have done so.
-    `memory_bytes` were measured when it was loaded, None where they are not known. `detail` says for people to read what is being
-    done to make it ready, or why it is not.
+    `backend` is "onnx" or "torch", with the reason for torch in `backend_reason`. `engine`, such as "onnx:cpu", is "" unless the
+    model is ready. Width and height of its results are multiples of `size_multiple` pixels. `schedulers` are the names that a
+    request can choose, empty if the model supports only its own. `engines` are candidate engines. `memory_bytes` were measured
+    when it was loaded, None if unknown. `detail` is a readable text: the current loading step, or why the model is not ready.
     """
 
     id: str
@@ -82,10 +81,10 @@ class ModelInfo:
 
 @dataclass(frozen=True, slots=True)
 class Asset:
-    """An image that a server keeps: give it as the source of a transform, or download it.
+    """An image stored on the server: pass it as the source of a transform, or download it.
 
-    `id` comes from its content, `size` is in bytes, `sha256` in lower-case hexadecimal. `expire_time`, in UTC, is when it is
-    deleted unless it is used again, None where the server did not say.
+    `id` is derived from the content, `size` is in bytes, `sha256` in lower-case hexadecimal. `expire_time`, in UTC, is when it is
+    deleted unless it is used before, None if the server sent none.
     """
 
     id: str
@@ -96,13 +95,13 @@ class Asset:
 
     @property
     def uri(self) -> str:
-        """Its address, which the server takes in place of the image."""
+        """The address, which the server accepts as a source image."""
         return f"asset:{self.id}"
 
 
 @dataclass(frozen=True, slots=True)
 class Timings:
-    """Milliseconds that a request took on the server; `total_ms` has the image codecs in it, the other four do not."""
+    """Durations of a request on the server in milliseconds; only `total_ms` includes the image codecs."""
 
     queue_ms: float
     encode_ms: float
@@ -113,9 +112,9 @@ class Timings:
 
 @dataclass(frozen=True, slots=True)
 class TransformedImage:
-    """A finished image: its file's bytes, their format, its size in pixels and the seed that makes it again, alone.
+    """A finished image: its file's bytes, their format, its size in pixels, and the seed that reproduces it as a single image.
 
-    Where `as_asset` was asked for, the server keeps the file as the asset `asset_id`, and `data` is empty.
+    With `as_asset`, the server stores the file as the asset `asset_id`, and `data` is empty.
     """
 
     data: bytes
@@ -135,25 +134,27 @@ class TransformedImage:
         return _open(self.data, self.format)
 
     def save(self, path: str | Path) -> None:
-        """Writes the file as the server sent it. Raises ValueError if the path's suffix is of another format, or if the image was
-        not sent."""
+        """Writes the file unchanged. Raises ValueError if the path's suffix is of another format, or if the image was stored as
+        an asset."""
         self._require_data()
-        promised = FORMAT_OF_SUFFIX.get(Path(path).suffix.lower(), self.format)
-        if promised != self.format:
-            raise ValueError(f"{path} promises {promised}, the picture is {self.format}: ask the server for format={promised!r}")
+        expected = FORMAT_OF_SUFFIX.get(Path(path).suffix.lower(), self.format)
+        if expected != self.format:
+            raise ValueError(f"{path}: the suffix means {expected}, but the image is {self.format}: request format={expected!r}")
         Path(path).write_bytes(self.data)
 
     def _require_data(self) -> None:
         if self.asset_id is not None:
-            raise ValueError(f"the server keeps this picture, as was asked: client.download({self.asset_id!r}) gets its file")
+            raise ValueError(
+                f"the image is stored on the server (as_asset): get its file with client.download({self.asset_id!r})"
+            )
 
 
 @dataclass(frozen=True, slots=True)
 class TransformWarning:
-    """Something about a finished request that its caller may not have meant.
+    """A warning about a finished request.
 
-    `field` is the option that it is about, `description` what happened, `code` a stable name of that for programs:
-    "PROMPT_TRUNCATED" for a prompt of which the model read the beginning only.
+    `field` is the option, `description` a readable text, and `code` a stable name for programs, such as "PROMPT_TRUNCATED" for a
+    prompt that is too long for the model.
     """
 
     field: str
@@ -163,9 +164,9 @@ class TransformWarning:
 
 @dataclass(frozen=True, slots=True)
 class TransformResult:
-    """The finished images, at least one, and what made them. `engine` is such as "onnx:cuda" or "torch:cpu".
+    """The finished images, at least one, with their model and engine (such as "onnx:cuda" or "torch:cpu").
 
-    `request_id` is the name of the call in the server's log, empty if the server sent none. `warnings` is mostly empty.
+    `request_id` identifies the call in the server's log, "" if the server sent none.
     """
 
     images: tuple[TransformedImage, ...]
@@ -182,15 +183,15 @@ class TransformResult:
         return self.images[0].image
 
     def save(self, path: str | Path) -> None:
-        """Writes the first image. ValueError where the path's suffix promises another format."""
+        """Writes the first image. Raises ValueError if the path's suffix is of another format."""
         self.images[0].save(path)
 
 
 @dataclass(frozen=True, slots=True)
 class Queued:
-    """The request waits: `position` others come before it, and it will be finished in about `eta_seconds`, None where unknown.
+    """The request is queued: `position` others are ahead, and it will finish in about `eta_seconds` (None if unknown).
 
-    Comes first, and again when its place in the queue changes.
+    The first event, repeated if the position changes.
     """
 
     position: int
@@ -199,7 +200,7 @@ class Queued:
 
 @dataclass(frozen=True, slots=True)
 class Started:
-    """The request's first turn came. `seed` is the first image's, drawn where none was asked for."""
+    """The request has started. `seed` is that of the first image, random if none was requested."""
 
     seed: int
     engine: str
@@ -207,9 +208,9 @@ class Started:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """`step` of `step_count` steps are done; the request will be finished in about `eta_seconds`, None where unknown.
+    """`step` of `step_count` steps are done; the request will finish in about `eta_seconds` (None if unknown).
 
-    `preview` is a small JPEG file of what the first image is about to become, at the steps where one was asked for.
+    `preview` is a small JPEG file, a preview of the first image, at the requested steps.
     """
 
     step: int
@@ -219,19 +220,19 @@ class Progress:
 
     @property
     def preview_image(self) -> "Image.Image | None":
-        """The preview, None if there is none. Each access opens it again."""
+        """The preview, or None. Each access opens it again."""
         return None if self.preview is None else _open(self.preview, "jpeg")
 
 
 @dataclass(frozen=True, slots=True)
 class Completed:
-    """The request is finished. Always the last event."""
+    """The request has finished. Always the last event."""
 
     result: TransformResult
 
 
 TransformEvent = Queued | Started | Progress | Completed
-"""One event in the life of a request."""
+"""One event of a request."""
 
 
 def _open(data: bytes, image_format: ImageFormat) -> "Image.Image":

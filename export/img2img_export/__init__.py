@@ -1,1 +1,1 @@
-"""Model -> bundle: turns a diffusers model into a verified bundle that the server serves."""
+"""Converts a diffusers model into a verified bundle for the server."""

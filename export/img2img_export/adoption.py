@@ -1,8 +1,8 @@
-"""A directory that optimum-cli exported becomes a bundle: its graphs are verified as they are, and get a manifest.
+"""Makes a bundle of a directory exported by optimum-cli: its graphs are copied unchanged, verified and given a manifest.
 
-Optimum's UNet graphs take one timestep for a whole batch and freeze the sizes of the upsamplers, so the server runs them whole,
-one request at a time, at sizes that halve evenly. Without `--reference` there is no PyTorch model to compare with: then
-optimum's own pipeline over the same graphs is the reference of the images.
+Optimum's UNet graphs take one timestep per batch and have fixed upsampler sizes, so the server runs them as an opaque pipeline:
+one request at a time, at sizes that are divisible at every level. Without `--reference` there is no PyTorch model to compare
+with, and the reference images come from optimum's own pipeline on the same graphs.
 """
 
 import dataclasses
@@ -37,15 +37,17 @@ _SAME_GRAPHS = "optimum's pipeline over the same graphs"
 def adopt(source: Path, layout: Layout, options: ExportOptions, bundle: Path, progress: Progress) -> Attempt:
     """Copies the export in `source` into the directory `bundle` and verifies it.
 
-    Raises ExportError for an option that only an export of weights has, where there is nothing to compare with, where a class has
-    no img2img pipeline here, or where a graph or an image is wrong.
+    Raises ExportError for an option that applies only to PyTorch weights, if there is no reference to compare with, if the
+    pipeline class has no image-to-image counterpart, or if a graph or an image fails verification.
     """
     if options.precision != "fp32" or options.backend not in ("auto", "onnx") or options.scheduler is not None:
-        raise ExportError(f"{options.source} holds graphs already: --precision, --backend and --scheduler are for weights")
+        raise ExportError(
+            f"{options.source} already holds ONNX graphs: --precision, --backend and --scheduler apply to PyTorch weights only"
+        )
     if options.reference is None and not _has_optimum_onnx():
         raise ExportError(
-            f"{options.source} holds graphs: give --reference with the model that they were exported from. (Without it, images "
-            "are compared with those of optimum's own pipeline, which needs optimum-onnx beside the transformers 4 that it pins.)"
+            f"{options.source} holds ONNX graphs: pass --reference with the model they were exported from (without it, images "
+            "are compared with those of optimum's pipeline, which needs optimum-onnx and the transformers 4 release it requires)"
         )
     plan = models.plan(layout, "onnx")
     progress.stage("copying the graphs")
@@ -53,16 +55,16 @@ def adopt(source: Path, layout: Layout, options: ExportOptions, bundle: Path, pr
     names = sorted(path.parent.name for path in bundle.glob(f"*/{GRAPH_NAME}"))
     stock = any(_takes_one_timestep(bundle / name / GRAPH_NAME) for name in names if name in DENOISERS)
     if stock:
-        plan = dataclasses.replace(plan, family=models.WHOLE, reason="its UNet takes one timestep for a whole batch")
+        plan = dataclasses.replace(plan, family=models.WHOLE, reason="its UNet takes one timestep per batch")
     components = tuple(describe_graph(bundle, name) for name in names)
     multiple = _size_multiple(bundle) if stock else None
     if options.reference is None:
         drawn, verification = _draw_with_optimum(bundle, plan, progress), Verification(False, reference=_SAME_GRAPHS)
     else:
         drawn, verification = _compare_with(options, plan, components, stock, bundle, progress)
-    progress.stage("comparing pictures drawn by the server's pipeline")
-    draft = Attempt(plan, components, verification, size_multiple=multiple)
-    return verify(draft, drawn.cases, drawn.references, options, bundle)
+    progress.stage("comparing images from the server's pipeline with the references")
+    attempt = Attempt(plan, components, verification, size_multiple=multiple)
+    return verify(attempt, drawn.cases, drawn.references, options, bundle)
 
 
 def _has_optimum_onnx() -> bool:
@@ -78,7 +80,7 @@ def _takes_one_timestep(graph: Path) -> bool:
 
 
 def _size_multiple(bundle: Path) -> int:
-    """Pixels that halve evenly in each level of the VAE and of the UNet."""
+    """The pixel multiple that is divisible at every level of the VAE and the UNet."""
     levels = [len(read_index(bundle / name / "config.json")["block_out_channels"]) for name in ("unet", "vae_decoder")]
     return int(2 ** (sum(levels) - len(levels)))
 
@@ -91,17 +93,17 @@ def _draw_with_optimum(bundle: Path, plan: Plan, progress: Progress) -> Drawn:
             pipeline = ORTPipelineForImage2Image.from_pretrained(bundle, export=False, provider="CPUExecutionProvider")
             pipeline.set_progress_bar_config(disable=True)
     except FAILURES as error:
-        raise ExportError(f"optimum cannot load what it exported: {type(error).__name__}: {first_line(error)}") from error
-    cases = images.picture_cases(pipeline, plan.family)
-    progress.stage(f"drawing {len(cases)} reference pictures with optimum")
-    return Drawn(cases, tuple(images.draw_references(pipeline, cases)), {}, ())
+        raise ExportError(f"optimum cannot load its own export: {type(error).__name__}: {first_line(error)}") from error
+    cases = images.image_cases(pipeline, plan.family)
+    progress.stage(f"generating {len(cases)} reference images with optimum")
+    return Drawn(cases, tuple(images.make_references(pipeline, cases)), {}, ())
 
 
 def _compare_with(
     options: ExportOptions, plan: Plan, components: tuple[Component, ...], stock: bool, bundle: Path, progress: Progress
 ) -> tuple[Drawn, Verification]:
-    """What diffusers draws with the model that the graphs were made of, and each graph's differences from it."""
-    assert options.reference is not None, "the caller has looked"
+    """Generates the references with the model that the graphs were made from, and compares each graph with it."""
+    assert options.reference is not None, "checked by the caller"
     asked = dataclasses.replace(options, source=options.reference, reference=None)
     checkpoint = resolve(asked, progress)
     with tempfile.TemporaryDirectory(dir=bundle.parent) as folder:

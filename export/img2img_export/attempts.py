@@ -1,4 +1,4 @@
-"""A bundle in the making: what diffusers draws, the graphs, the rest of the model, and the comparison of finished images."""
+"""One attempt at a bundle: reference images from diffusers, the graphs, the rest of the model, and the image comparison."""
 
 import dataclasses
 import logging
@@ -13,7 +13,7 @@ from img2img_server.bundle.manifest import Component, Manifest, Reference, Sourc
 from img2img_server.runtime.schedulers import registry
 from PIL import Image
 
-from img2img_export.component import Converter, give_back
+from img2img_export.component import Converter, release_memory
 from img2img_export.convert import models, torch_bundle
 from img2img_export.convert.fp32_compute import computing_in_fp32
 from img2img_export.convert.models import Loader, Plan
@@ -22,7 +22,7 @@ from img2img_export.options import ExportOptions
 from img2img_export.progress import Progress
 from img2img_export.read.checkpoint import Layout
 from img2img_export.report import SHEET
-from img2img_export.verify import images as pictures
+from img2img_export.verify import images
 from img2img_export.verify import latent_preview as previews
 from img2img_export.verify.images import ImageCase, make_sheet
 from img2img_export.verify.latent_preview import LatentPreview
@@ -31,12 +31,12 @@ from img2img_export.verify.recorded_inputs import Calls, Recorder
 _log = logging.getLogger(__name__)
 
 _REFERENCES = "verification/references"
-"""Below the bundle: the reference images and their sources."""
+"""Folder in the bundle for the reference images and their sources."""
 
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """A bundle but for its manifest's file: what that says of it, with the verdict."""
+    """A bundle before its manifest is written: the manifest's contents, including the verification result."""
 
     plan: Plan
     components: tuple[Component, ...]
@@ -48,7 +48,7 @@ class Attempt:
 
 @dataclass(frozen=True, slots=True)
 class Drawn:
-    """What diffusers drew, and with what: requests, images, what it gave to the parts that are to be graphs."""
+    """What diffusers generated: the requests, the images, and the recorded inputs of the parts that become graphs."""
 
     cases: tuple[ImageCase, ...]
     references: tuple[Image.Image, ...]
@@ -57,15 +57,15 @@ class Drawn:
 
 
 def make(source: Path, layout: Layout, options: ExportOptions, bundle: Path, progress: Progress) -> Attempt:
-    """Fills the directory `bundle` from the checkpoint in `source`: with graphs where it can, else with PyTorch and the reason.
+    """Fills the directory `bundle` from the checkpoint in `source`: with graphs if possible, else with PyTorch and the reason.
 
-    What does not draw what diffusers draws counts as a graph that cannot be made, and so does any failure of the libraries that
-    make it. Raises ExportError if the model does not run, or the backend that was asked for cannot be had.
+    Falls back to the next plan if images differ from those of diffusers or a library fails. Raises ExportError if the model does
+    not run, or if the requested backend is not possible.
     """
     loader = Loader(source, layout, options.variant)
     *plans, last = models.plans_for(layout, options.backend)
     drawn = draw(loader, plans[0] if plans else last, options, progress)
-    give_back()
+    release_memory()
     reason: str | None = None
     for plan in plans:
         try:
@@ -94,71 +94,71 @@ def make(source: Path, layout: Layout, options: ExportOptions, bundle: Path, pro
 def _attempt(
     loader: Loader, plan: Plan, reason: str | None, drawn: Drawn, options: ExportOptions, bundle: Path, progress: Progress
 ) -> Attempt:
-    """Makes what `plan` says, and verifies it. `reason` says why it is not the plan before it."""
+    """Carries out `plan` and verifies the result. `reason` is why the previous plan failed, or None."""
     plan = dataclasses.replace(plan, reason=reason or plan.reason)
     components, measured = _convert(loader, plan, drawn.calls, options, bundle, progress)
-    give_back()
-    progress.stage("comparing pictures drawn by the server's pipeline")
-    draft = Attempt(plan, components, measured, drawn.latent_preview)
-    return verify(draft, drawn.cases, drawn.references, options, bundle)
+    release_memory()
+    progress.stage("comparing images from the server's pipeline with the references")
+    attempt = Attempt(plan, components, measured, drawn.latent_preview)
+    return verify(attempt, drawn.cases, drawn.references, options, bundle)
 
 
 def verify(
-    draft: Attempt, cases: Sequence[ImageCase], references: Sequence[Image.Image], options: ExportOptions, bundle: Path
+    attempt: Attempt, cases: Sequence[ImageCase], references: Sequence[Image.Image], options: ExportOptions, bundle: Path
 ) -> Attempt:
-    """The draft with the verdict: draws the cases through the server's pipeline, and keeps a sheet and the references.
+    """Runs the cases through the server's pipeline, saves the image sheet and the references, and returns the verified attempt.
 
-    Raises ExportError where an image is too far from the reference, unless the bundle may be published unverified.
+    Raises ExportError if an image differs too much from its reference, unless `options.allow_unverified`.
     """
-    manifest = describe(draft, options)
-    drawn, images = pictures.compare_pictures(bundle, manifest, cases, references, options.precision)
-    reference = draft.verification.reference
-    problems = list(draft.verification.problems)
-    for part in drawn:
+    manifest = describe(attempt, options)
+    compared, generated = images.compare_images(bundle, manifest, cases, references, options.precision)
+    reference = attempt.verification.reference
+    problems = list(attempt.verification.problems)
+    for part in compared:
         if not part.passed:
             problems.append(
-                f"the picture differs from {reference} ({part.case}): by {part.max_abs_error}/255, "
+                f"the image differs from {reference} ({part.case}): by {part.max_abs_error}/255, "
                 f"PSNR {part.psnr_db:.1f} dB, SSIM {part.ssim:.3f}"
             )
     if problems and not options.allow_unverified:
         raise ExportError(problems[0])
     sheet = bundle / SHEET
     sheet.parent.mkdir()
-    make_sheet(cases, references, images, drawn).save(sheet)
+    make_sheet(cases, references, generated, compared).save(sheet)
     limits = {name: float(value) for name, value in dataclasses.asdict(LIMITS[options.precision]).items()}
     verification = dataclasses.replace(
-        draft.verification, passed=not problems, pictures=drawn, problems=tuple(problems), limits=limits
+        attempt.verification, passed=not problems, pictures=compared, problems=tuple(problems), limits=limits
     )
-    return dataclasses.replace(draft, verification=verification, references=_save_references(cases, references, bundle))
+    return dataclasses.replace(attempt, verification=verification, references=_save_references(cases, references, bundle))
 
 
-def describe(draft: Attempt, options: ExportOptions) -> Manifest:
-    """The manifest of a draft, without what only the finished bundle has: its source, files and tools."""
+def describe(attempt: Attempt, options: ExportOptions) -> Manifest:
+    """The manifest of an attempt, without the source, files and tools of the finished bundle."""
     return Manifest(
         source=Source(),
-        pipeline_class=draft.plan.pipeline_class,
-        family=draft.plan.family,
-        backend=draft.plan.backend,
-        backend_reason=draft.plan.reason,
-        components=draft.components,
+        pipeline_class=attempt.plan.pipeline_class,
+        family=attempt.plan.family,
+        backend=attempt.plan.backend,
+        backend_reason=attempt.plan.reason,
+        components=attempt.components,
         files={},
         tools={},
-        verification=draft.verification,
-        latent_preview=draft.latent_preview,
+        verification=attempt.verification,
+        latent_preview=attempt.latent_preview,
         precision=options.precision,
-        size_multiple=draft.size_multiple,
-        references=draft.references,
+        size_multiple=attempt.size_multiple,
+        references=attempt.references,
     )
 
 
 def draw(loader: Loader, plan: Plan, options: ExportOptions, progress: Progress) -> Drawn:
-    """Draws with diffusers in fp32, and fits the map to draw previews with."""
+    """Generates the references with diffusers in fp32, and fits the linear map for previews."""
     pipeline = _load(loader, options)
-    cases = pictures.picture_cases(pipeline, plan.family)
-    progress.stage(f"drawing {len(cases)} reference pictures with diffusers")
+    cases = images.image_cases(pipeline, plan.family)
+    progress.stage(f"generating {len(cases)} reference images with diffusers")
     with computing_in_fp32(*models.modules(pipeline).values()):
         with Recorder(pipeline, plan.graphs) as recorder:
-            references = tuple(pictures.draw_references(pipeline, cases))
+            references = tuple(images.make_references(pipeline, cases))
         if plan.family == models.WHOLE:
             return Drawn(cases, references, recorder.calls, ())
         progress.stage("fitting previews")
@@ -166,7 +166,7 @@ def draw(loader: Loader, plan: Plan, options: ExportOptions, progress: Progress)
 
 
 def _load(loader: Loader, options: ExportOptions) -> Any:
-    """The pipeline with the scheduler that was asked for."""
+    """Loads the pipeline with the requested scheduler."""
     pipeline = loader.pipeline()
     if options.scheduler is not None:
         pipeline.scheduler = registry.make(options.scheduler, pipeline.scheduler)
@@ -189,22 +189,22 @@ def _convert(
     return (*(part.component for part in made), *saved), verification
 
 
-def _save_references(cases: Sequence[ImageCase], pictures: Sequence[Image.Image], bundle: Path) -> tuple[Reference, ...]:
-    """Writes each case's source and image into `bundle` as PNG, and gives what the manifest says of them."""
+def _save_references(cases: Sequence[ImageCase], references: Sequence[Image.Image], bundle: Path) -> tuple[Reference, ...]:
+    """Writes each case's source and reference image into `bundle` as PNG, and returns their manifest entries."""
     (bundle / _REFERENCES).mkdir(parents=True, exist_ok=True)
-    references = []
-    for number, (case, picture) in enumerate(zip(cases, pictures, strict=True), start=1):
+    entries = []
+    for number, (case, reference) in enumerate(zip(cases, references, strict=True), start=1):
         request = case.request
-        # Cases of one size have the same source.
+        # Cases of one size share a source.
         source = f"{_REFERENCES}/source-{request.image.width}x{request.image.height}.png"
-        drawn = f"{_REFERENCES}/{number}.png"
+        path = f"{_REFERENCES}/{number}.png"
         request.image.save(bundle / source, optimize=True)
-        picture.save(bundle / drawn, optimize=True)
-        references.append(
+        reference.save(bundle / path, optimize=True)
+        entries.append(
             Reference(
                 case=case.name,
                 source=source,
-                picture=drawn,
+                picture=path,
                 prompt=request.prompt,
                 negative_prompt=request.negative_prompt or "",
                 strength=request.strength,
@@ -213,4 +213,4 @@ def _save_references(cases: Sequence[ImageCase], pictures: Sequence[Image.Image]
                 seed=request.seeds[0],
             )
         )
-    return tuple(references)
+    return tuple(entries)

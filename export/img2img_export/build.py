@@ -1,4 +1,4 @@
-"""The export from end to end: find, load, convert, verify, publish. Nothing is published unverified unless that is asked for."""
+"""The export from end to end: find, load, convert, verify, publish. Unverified bundles are published only on request."""
 
 import dataclasses
 import json
@@ -18,28 +18,28 @@ from img2img_export.read.digests import Digests
 from img2img_export.read.source import Checkpoint, resolve
 
 TOOLS = ("diffusers", "transformers", "optimum", "onnx", "onnxruntime", "torch")
-"""The distributions, beside our own, whose versions a bundle depends on: another version of any makes it out of date."""
+"""Distributions, besides our own, that a bundle depends on: a bundle is out of date if any of their versions changes."""
 
 _TRACES = ("_name_or_path", "name_or_path")
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """A bundle in its place. `up_to_date` says that it was there before, from the same source, options and tools."""
+    """A published bundle. `up_to_date`: it existed already, from the same source, options and tool versions."""
 
     path: Path
     manifest: Manifest
     up_to_date: bool
 
     def summary(self) -> str:
-        """One line for a person: where it is, what it is, how large, and the worst that was measured."""
+        """One line of text: path, kind, size and the largest measured differences."""
         manifest = self.manifest
         size = sum(path.stat().st_size for path in self.path.rglob("*") if path.is_file())
         what = f"{manifest.family} on {manifest.backend} in {manifest.precision}"
         if manifest.backend_reason:
             what += f" ({manifest.backend_reason})"
         drawn = manifest.verification.pictures
-        worst = f"pictures within {max(part.max_abs_error for part in drawn)}/255 of {manifest.verification.reference}"
+        worst = f"images within {max(part.max_abs_error for part in drawn)}/255 of {manifest.verification.reference}"
         if compared := manifest.verification.components:
             part = max(compared, key=lambda part: part.relative_error)
             worst += f", graphs within {part.relative_error:.1e} (worst: {part.component})"
@@ -50,9 +50,9 @@ class Outcome:
 
 
 def export_model(options: ExportOptions, progress: Progress | None = None) -> Outcome:
-    """Exports and verifies `options.source`, and puts the bundle at `options.output`.
+    """Exports and verifies `options.source`, and publishes the bundle at `options.output`.
 
-    Raises ExportError where it is refused or fails; the output is then as it was before.
+    Raises ExportError if the source is refused or the export fails; the output is then unchanged.
     """
     progress = progress or Progress()
     output = options.output.absolute()
@@ -81,13 +81,13 @@ def tool_versions() -> dict[str, str]:
 def _find_up_to_date(
     output: Path, checkpoint: Checkpoint, options: ExportOptions, digests: Digests, progress: Progress
 ) -> Manifest | None:
-    """The manifest of the bundle at `output`, where a new export would make the same bundle again."""
+    """The manifest of the bundle at `output` if a new export would produce the same bundle, else None."""
     try:
         manifest = read_manifest(output)
     except BundleError:
         return None
-    asked = (checkpoint.source, _recorded(options), tool_versions(), lora.records(options.loras))
-    if asked != (manifest.source, manifest.options, manifest.tools, manifest.loras):
+    wanted = (checkpoint.source, _recorded(options), tool_versions(), lora.records(options.loras))
+    if wanted != (manifest.source, manifest.options, manifest.tools, manifest.loras):
         return None
     if set(list_files(output)) != set(manifest.files):
         return None
@@ -97,7 +97,7 @@ def _find_up_to_date(
 
 
 def _recorded(options: ExportOptions) -> dict[str, str]:
-    """What shapes a bundle and is not part of its source. Bundles made in another manner are out of date by `made`."""
+    """The options that determine a bundle, besides its source. `made` is the exporter's own version: others are out of date."""
     recorded = {"backend": options.backend, "precision": options.precision, "made": "5"}
     if options.scheduler is not None:
         recorded["scheduler"] = options.scheduler
@@ -109,7 +109,7 @@ def _recorded(options: ExportOptions) -> dict[str, str]:
 
 
 def _build(checkpoint: Checkpoint, options: ExportOptions, staging: Staging, digests: Digests, progress: Progress) -> Manifest:
-    """Fills the staging's bundle, verifies it, and writes its manifest last."""
+    """Builds and verifies the bundle in the staging directory, and writes its manifest last."""
     from img2img_export import attempts
     from img2img_export.read.source import fill_tree
 
@@ -117,12 +117,12 @@ def _build(checkpoint: Checkpoint, options: ExportOptions, staging: Staging, dig
     if checkpoint.kind == "onnx":
         from img2img_export import adoption
 
-        draft = adoption.adopt(staging.source, layout, options, staging.bundle, progress)
+        attempt = adoption.adopt(staging.source, layout, options, staging.bundle, progress)
     else:
-        draft = attempts.make(staging.source, layout, options, staging.bundle, progress)
+        attempt = attempts.make(staging.source, layout, options, staging.bundle, progress)
     _tidy(staging.bundle)
     manifest = dataclasses.replace(
-        attempts.describe(draft, options),
+        attempts.describe(attempt, options),
         source=checkpoint.source,
         files=digests.digest_files(staging.bundle, list_files(staging.bundle), progress),
         tools=tool_versions(),
@@ -134,7 +134,7 @@ def _build(checkpoint: Checkpoint, options: ExportOptions, staging: Staging, dig
 
 
 def _tidy(bundle: Path) -> None:
-    """Takes the paths of this machine out of the configurations, and makes every file readable by the server's user."""
+    """Removes local paths from the configurations, and makes every file readable by the server's user."""
     for path in sorted(bundle.rglob("*")):
         path.chmod(0o755 if path.is_dir() else 0o644)
         if path.suffix != ".json" or path.is_dir():

@@ -1,7 +1,7 @@
-"""One component at a time: load it, trace it, write its graphs, compare them with it, and let it go.
+"""Converts one component at a time: loads it, traces it, writes its graphs, compares them with it, and frees it.
 
-A graph in half precision or int8 that does not compute what PyTorch does (the original VAE of SDXL overflows in fp16) is made
-again in fp32, with what was measured as the reason. So which parts stay in fp32 is decided by the model at hand.
+A graph in half precision or int8 that differs from PyTorch (the original VAE of SDXL overflows in fp16) is made again in fp32,
+with the measurement as the reason. So the measurements decide which parts stay in fp32.
 """
 
 import contextlib
@@ -34,26 +34,26 @@ from img2img_export.verify.parity import Case, compare, make_cases, open_fused, 
 from img2img_export.verify.recorded_inputs import VAE, Calls
 
 
-def give_back() -> None:
-    """Frees what only cycles hold, and returns to the system what the allocator keeps for later."""
+def release_memory() -> None:
+    """Collects reference cycles and returns free memory of the allocator to the system."""
     gc.collect()
-    # glibc's own; another C library may not have it.
+    # Only glibc has malloc_trim.
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
 
 
 _SMALL = {"unet": ("sample", (9, 11)), "vae_encoder": ("sample", (72, 88)), "vae_decoder": ("latent_sample", (9, 11))}
-"""Inputs of another size than they were seen with, to trace with. Odd ones keep every size open, and small ones are quick."""
+"""Input sizes for tracing: odd, so that no size is frozen into the graph, and small, for speed."""
 
 FUSED = "cuda"
-"""The folder, in a graph's own, of the same graph in ONNX Runtime's fused operators for CUDA."""
+"""Subfolder of a graph's folder for the same graph with ONNX Runtime's fused CUDA operators."""
 _FUSABLE = ("unet", "vae_encoder", "vae_decoder")
-"""The graphs that there are fusions for."""
+"""The graphs that can be fused."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Made:
-    """A graph in its place: its record, what was measured, and what of it did not pass."""
+    """A written graph: its manifest entry, the measurements, and one message per failed comparison."""
 
     component: Component
     parities: tuple[ComponentParity, ...]
@@ -61,7 +61,7 @@ class Made:
 
 
 class Converter:
-    """Makes the graphs of a checkpoint in the directory `bundle`. `calls` are what the pipeline gave to its parts."""
+    """Makes the graphs of a checkpoint in the directory `bundle`. `calls` are the recorded inputs of the pipeline's parts."""
 
     def __init__(self, loader: Loader, calls: dict[str, Calls], options: ExportOptions, bundle: Path, progress: Progress) -> None:
         self._loader = loader
@@ -71,7 +71,7 @@ class Converter:
         self._progress = progress
 
     def convert(self, component: str) -> Iterator[Made]:
-        """The graphs of one component. Raises ExportError where one cannot be made, or is wrong and must not be published."""
+        """Makes the graphs of one component. Raises ExportError if one cannot be made, or fails and must not be published."""
         for name in ("vae_encoder", "vae_decoder") if component == VAE else (component,):
             yield self._convert(component, name)
 
@@ -79,7 +79,7 @@ class Converter:
         reason = ""
         wanted = self._options.precision
         if wanted == "int8" and component == VAE:
-            wanted, reason = "fp32", "its convolutions are not quantized"
+            wanted, reason = "fp32", "int8 does not apply to convolutions"
         made = self._attempt(component, name, wanted)
         if made.problems and wanted != "fp32":
             self._progress.stage(f"{name} stays in fp32: {made.problems[0]}")
@@ -91,12 +91,12 @@ class Converter:
         return dataclasses.replace(made, component=dataclasses.replace(made.component, reason=reason))
 
     def _attempt(self, component: str, name: str, precision: Precision) -> Made:
-        """Makes and compares one graph. A precision other than fp32 in which it cannot be made is a problem, not an error."""
+        """Makes and compares one graph. A failure in another precision than fp32 is a problem of the result, not an error."""
         self._progress.stage(f"{name}: tracing in {precision}")
         shutil.rmtree(self._bundle / name, ignore_errors=True)
         try:
             part, cases, trouble = self._write(component, name, precision)
-            give_back()
+            release_memory()
             self._progress.stage(f"{name}: comparing with PyTorch")
             parities = compare(part, open_graph(self._bundle / name / GRAPH_NAME), cases, LIMITS[precision])
         except ExportError as error:
@@ -115,7 +115,7 @@ class Converter:
         return Made(dataclasses.replace(record, reason=trouble), tuple(parities), problems)
 
     def _compare_fused(self, part: Part, cases: list[Case]) -> tuple[list[ComponentParity], str]:
-        """What was measured of the fused graph, if that passed. If not, the graph is gone, and why is the second."""
+        """Compares the fused graph. If it fails, the graph is removed, and the result is no measurements and the reason."""
         folder = self._bundle / part.name / FUSED
         try:
             parities = compare(part, open_fused(folder / GRAPH_NAME), cases, LIMITS["fp16"], "fused")
@@ -129,12 +129,12 @@ class Converter:
         return [], f"no fused graph: {problems[0]}"
 
     def _write(self, component: str, name: str, precision: Precision) -> tuple[Part, list[Case], str]:
-        """Writes the graphs and their configuration. The module is gone when this returns.
+        """Writes the graphs and their configuration, and frees the module.
 
-        The third is why there is no fused graph, where there could have been.
+        Returns the part, its cases, and the reason if a fused graph could not be made (else "").
         """
         if name not in self._calls:
-            raise ExportError(f"{name} is not called by the pipeline: there is nothing to trace it with")
+            raise ExportError(f"{name} was not called by the pipeline, so there are no inputs to trace it with")
         module = self._loader.component(component)
         calls = self._calls[name]
         folder = self._bundle / name
@@ -156,10 +156,10 @@ class Converter:
 
 
 def part_of(name: str, module: Any, calls: Calls) -> Part:
-    """What the graph `name` is to be. Raises ExportError where a graph can have no such inputs."""
+    """Describes the graph `name`. Raises ExportError if its inputs are not possible for a graph."""
     if calls.varying:
         raise ExportError(
-            f"{name} is called with {' and '.join(calls.varying)} that are no tensors and vary: no graph has such inputs"
+            f"{name} is called with varying non-tensor arguments ({', '.join(calls.varying)}), which a graph cannot have"
         )
     if name in DENOISERS:
         return parts.denoiser_part(name, module, calls.all(), calls.structure)
@@ -169,7 +169,7 @@ def part_of(name: str, module: Any, calls: Calls) -> Part:
 
 
 def _example(part: Part, module: Any, calls: Calls) -> Tensors:
-    """Inputs to trace with: two rows, and small where any size will do."""
+    """Inputs to trace with: two rows, and a small size if the part takes any size."""
     call = calls.two_sizes()[0]
     rows = len(next(iter(call.values())))
     example = {
@@ -196,24 +196,24 @@ def _make(module: Any, part: Part, example: Tensors, precision: Precision) -> Sk
     return skeleton
 
 
-def _save_config(module: Any, folder: Path, asked: Precision) -> None:
-    """The module's config.json, as it is beside its weights; `asked` is the bundle's precision."""
+def _save_config(module: Any, folder: Path, requested: Precision) -> None:
+    """Writes the module's config.json into `folder`; `requested` is the bundle's precision."""
     if not hasattr(module, "save_config"):
         module.config.save_pretrained(folder)
         return
-    if asked != "fp32" and module.config.get("force_upcast"):
-        # Read by pipelines of optimum's, which would turn to layers that only a torch module has.
+    if requested != "fp32" and module.config.get("force_upcast"):
+        # Optimum's pipelines read it, and would then access layers that only a torch module has.
         module.register_to_config(force_upcast=False)
     module.save_config(folder)
 
 
 def problems_of(parities: list[ComponentParity]) -> Iterator[str]:
-    """In a line each, the worst first."""
+    """One line per failed comparison, the worst first."""
     for part in sorted(parities, key=lambda part: -part.relative_error):
         if part.passed:
             continue
         if math.isinf(part.relative_error):
-            found = "values that are not finite, or a shape of its own"
+            found = "NaN, infinite values or a different shape"
         else:
-            found = f"relative error {part.relative_error:.2e}, greatest {part.max_abs_error:.2e}"
+            found = f"relative error {part.relative_error:.2e}, maximum error {part.max_abs_error:.2e}"
         yield f"{part.component} differs from PyTorch ({part.case}): {found}"

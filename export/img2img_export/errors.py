@@ -1,19 +1,19 @@
-"""The exporter's one error, and how it quotes the errors of others."""
+"""The exporter's error class, and helpers for errors of libraries."""
 
 FAILURES = (ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError, AssertionError, ImportError)
-"""What torch, its exporter, diffusers and transformers raise for a model that they cannot run. A full disk is no such thing."""
+"""Errors of torch, its exporter, diffusers and transformers for a model that they cannot run (not OSError: a full disk)."""
 
 
 class ExportError(Exception):
-    """The model was not exported. The message says why, in one line, to the person who asked for it."""
+    """The export failed. The message is one line for the user."""
 
 
 def first_line(error: Exception) -> str:
-    """The first line of an error's message that says something."""
+    """The first non-empty line of an error's message."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
 
 
 def may_fall_back(error: Exception) -> bool:
-    """Whether another backend may do better: not if the machine refused something, as a full or read-only disk does. The
-    libraries' own OSErrors, for a model that they do not take, have no errno."""
+    """Whether to try another backend: not after a system error such as a full disk. OSErrors of libraries for a model they cannot
+    load have no errno."""
     return not (isinstance(error, OSError) and error.errno is not None)

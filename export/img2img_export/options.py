@@ -1,4 +1,4 @@
-"""What a person asks of the exporter. No library is imported here."""
+"""The options of an export. Imports no libraries."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +11,7 @@ Backend = Literal["auto", "onnx", "hybrid", "torch"]
 
 @dataclass(frozen=True, slots=True)
 class LoraFile:
-    """A LoRA to fuse: a safetensors file, and how strongly."""
+    """A LoRA to fuse: a safetensors file and its scale."""
 
     path: Path
     scale: float = 1.0
@@ -19,15 +19,14 @@ class LoraFile:
 
 @dataclass(frozen=True, slots=True)
 class ExportOptions:
-    """One export.
+    """The options of one export.
 
-    `source` is a directory in diffusers' layout, one that optimum-cli exported, a single safetensors file, or a hub
-    repository's id. `config` is where a single file's configurations and tokenizers are taken from (a directory or a
-    repository's id; None: the repository that diffusers names for its kind). `reference` is the PyTorch model that an
-    optimum-cli directory was made from, to be compared with. `backend` "auto" makes graphs of all that it can and falls back
-    to hybrid, then torch; each of the others fails where it cannot be had. `scheduler` names the scheduler that becomes the
-    bundle's own (one of the server's names). `force` replaces another bundle at `output`; `allow_unverified` publishes a
-    bundle that failed its verification.
+    `source` is a directory in diffusers' layout, a directory exported by optimum-cli, a single safetensors file, or the id of a
+    hub repository. `config` is the source of a single file's configurations and tokenizers (a directory or a repository id; None:
+    the repository that diffusers detects). `reference` is the PyTorch model that an optimum-cli directory was made from, to
+    compare with. `backend` "auto" makes graphs of all parts and falls back to hybrid, then torch; the others fail if not
+    possible. `scheduler` is the bundle's default scheduler (one of the server's names). `force` replaces another bundle at
+    `output`; `allow_unverified` publishes a bundle that failed verification.
     """
 
     source: str

@@ -1,22 +1,19 @@
-"""How an export tells what it is doing. The base class is silent; a person's terminal, plain lines and JSON are others.
-
-Standard library only.
-"""
+"""Progress of an export. The base class is silent; cli/terminal.py has the displays. Standard library only."""
 
 import contextlib
 from collections.abc import Callable, Iterator
 
 Advance = Callable[[int], None]
-"""Told how many more bytes (or steps) are done."""
+"""Called with the number of further bytes (or steps) done."""
 
 
 class Progress:
-    """Says nothing. What an export says to it: stages in a few words, and tasks whose end is known."""
+    """Silent progress: stages have a short text, tasks have a known total."""
 
     def stage(self, text: str) -> None:
-        """The stage `text` begins, and the one before is over."""
+        """Starts the stage `text` and ends the previous one."""
 
     @contextlib.contextmanager
     def task(self, label: str, total: int, unit: str = "B") -> Iterator[Advance]:
-        """A task of `total` bytes (or steps: any other `unit`). The function that it gives is told of each advance."""
+        """Runs a task of `total` bytes (or steps, in another `unit`). Call the yielded function at each advance."""
         yield lambda count: None

@@ -1,4 +1,4 @@
-"""How the exporter's reports look: facts by name, and tables. Colours on a terminal only, and no markup from what is quoted."""
+"""Layout of the exporter's reports: facts and tables. Colours on a terminal only; markup in quoted text is escaped."""
 
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, TextIO
@@ -17,19 +17,19 @@ _INFINITE_PSNR = 999.0
 
 
 def open_console(stream: TextIO) -> "Console":
-    """A console as wide as the terminal, or wide enough for tables where there is none."""
+    """A console as wide as the terminal, or wide enough for tables if the stream is not a terminal."""
     from rich.console import Console
 
     return Console(file=stream, width=None if stream.isatty() else _WIDTH_OF_A_PIPE, highlight=False)
 
 
 def print_line(console: "Console", text: str) -> None:
-    """A line that is not broken: it may be copied."""
+    """Prints a line without wrapping, so that it can be copied."""
     console.print(_text(text), soft_wrap=True)
 
 
 def print_facts(console: "Console", facts: Iterable[tuple[str, str]]) -> None:
-    """Names and values in two columns. A fact without a value is left out."""
+    """Prints names and values in two columns. Facts without a value are omitted."""
     from rich.table import Table
 
     grid = Table.grid("", "", padding=(0, 2, 0, 0))
@@ -41,7 +41,7 @@ def print_facts(console: "Console", facts: Iterable[tuple[str, str]]) -> None:
 
 
 def print_table(console: "Console", title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """A title and a table below it. A column whose name begins with ">" has its numbers at the right."""
+    """Prints a title and a table. A column whose name begins with ">" is right-aligned."""
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 2), header_style="dim")
@@ -55,17 +55,17 @@ def print_table(console: "Console", title: str, columns: Sequence[str], rows: It
 
 
 def verdict(passed: bool) -> str:
-    """The word for it."""
+    """The result as a word."""
     return PASSED if passed else FAILED
 
 
 def decibels(psnr: float) -> str:
-    """A PSNR as a person reads it: that of equal images is infinite, which manifests store as 999."""
+    """A PSNR as text: that of equal images is infinite, which manifests store as 999."""
     return "infinite" if psnr >= _INFINITE_PSNR else f"{psnr:.1f} dB"
 
 
 def clean(text: str) -> str:
-    """Without what would steer a terminal: a bundle's or a model's own words are shown as they are."""
+    """Replaces unprintable characters, so that text from a bundle or model cannot send terminal control codes."""
     return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text)
 
 

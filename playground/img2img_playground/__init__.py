@@ -1,1 +1,1 @@
-"""The playground: a page in the browser over an img2img server, whose client it is like any other."""
+"""The playground: a web page for trying an img2img server, as a client like any other."""

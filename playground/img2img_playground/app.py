@@ -1,4 +1,4 @@
-"""The playground's web application: the page, the way in for images and the way out, and who may ask."""
+"""The playground's web application: the page, the image routes, and access control."""
 
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -10,9 +10,9 @@ from nicegui import Client, ui
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from img2img_playground.images import MAX_BYTES
 from img2img_playground.origins import SameOrigin
 from img2img_playground.page import Page
-from img2img_playground.pictures import MAX_BYTES
 from img2img_playground.session import Session
 from img2img_playground.sessions import Sessions, TooManyTabs
 from img2img_playground.snippet import Connection
@@ -23,17 +23,17 @@ if TYPE_CHECKING:
     from img2img_client.retry import OnRetry
 
 OpenClient = Callable[["OnRetry | None"], "AsyncClient"]
-"""Makes a client of the server, whose retries are told to what is given; without that one that does not retry."""
+"""Creates a client of the server that reports retries to the given function; None: a client that does not retry."""
 
 _TITLE = "img2img playground"
 _ICON = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 32 32"><rect width="32" height="32" rx="8" fill="#3b6fd4"/>
 <path d="M16 5h5a6 6 0 0 1 6 6v10a6 6 0 0 1-6 6h-5z" fill="#fff" opacity=".85"/></svg>"""
 _SECONDS_TO_CONNECT = 60.0
-_SECONDS_TO_COME_BACK = 3.0
-"""For a tab whose connection broke, or that is loaded anew. After that it is closed, and its run cancelled."""
+_RECONNECT_SECONDS = 3.0
+"""Time for a tab to reconnect after a broken connection or a reload. Then its session is closed and its run cancelled."""
 
 _HEADERS = {
-    # Nothing but this server, so that the page works offline, and no page of others may frame it. Vue compiles templates here.
+    # Loads from this server only, so that the page works offline, and forbids framing. Vue compiles templates in the page.
     "content-security-policy": "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self'"
     " 'unsafe-inline'; img-src 'self' data: blob:; font-src 'self' data:; frame-ancestors 'none'; base-uri 'none';"
     " form-action 'none'",
@@ -43,10 +43,10 @@ _HEADERS = {
 
 
 def make_app(connection: Connection, open_client: OpenClient, hosts: tuple[str, ...]) -> FastAPI:
-    """The application, once per process: NiceGUI keeps one. It answers requests for `hosts` only, which keeps other pages'
-    names that were made to lead here (DNS rebinding) out, and none that a page of another origin makes."""
+    """Creates the application, once per process (a limit of NiceGUI). It serves only requests to `hosts`, which prevents DNS
+    rebinding, and refuses requests from pages of other origins."""
     sessions = Sessions(lambda: _make_session(open_client, connection.target))
-    watches: list[ServerWatch] = []  # One, while the application runs: it needs the loop.
+    watches: list[ServerWatch] = []  # One entry while the application runs, since it needs the event loop.
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -56,7 +56,7 @@ def make_app(connection: Connection, open_client: OpenClient, hosts: tuple[str, 
         await watches.pop().close()
 
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
-    _add_pictures(app, sessions)
+    _add_image_routes(app, sessions)
     _add_page(sessions, watches, connection)
     ui.run_with(
         app,
@@ -64,7 +64,7 @@ def make_app(connection: Connection, open_client: OpenClient, hosts: tuple[str, 
         favicon=_ICON,
         dark=None,
         tailwind=False,
-        reconnect_timeout=_SECONDS_TO_COME_BACK,
+        reconnect_timeout=_RECONNECT_SECONDS,
         show_welcome_message=False,
     )
     app.add_middleware(SecureHeaders)
@@ -77,8 +77,8 @@ def _make_session(open_client: OpenClient, target: str) -> Session:
     return Session(open_client, target)
 
 
-def _add_pictures(app: FastAPI, sessions: Sessions) -> None:
-    """The routes of images. The address contains the session's key, which only its page has."""
+def _add_image_routes(app: FastAPI, sessions: Sessions) -> None:
+    """Adds the image routes. Their addresses contain the session's key, which only its page knows."""
 
     def find(key: str) -> Session:
         session = sessions.find(key)
@@ -87,21 +87,21 @@ def _add_pictures(app: FastAPI, sessions: Sessions) -> None:
         return session
 
     @app.put("/tabs/{key}/source", status_code=204)
-    async def bring(key: str, request: Request) -> None:
+    async def upload(key: str, request: Request) -> None:
         session = find(key)
         data = bytearray()
         async for part in request.stream():
             data += part
             if len(data) > MAX_BYTES:
                 raise HTTPException(413)
-        session.bring(bytes(data), _file_name(request))
+        session.upload(bytes(data), _file_name(request))
 
-    @app.get("/tabs/{key}/pictures/{picture_id}")
-    async def show(key: str, picture_id: str) -> Response:
-        picture = find(key).picture(picture_id)
-        if picture is None:
+    @app.get("/tabs/{key}/images/{image_id}")
+    async def show(key: str, image_id: str) -> Response:
+        image = find(key).image(image_id)
+        if image is None:
             raise HTTPException(404)
-        return Response(picture.data, media_type=picture.media_type, headers={"cache-control": "private, max-age=86400"})
+        return Response(image.data, media_type=image.media_type, headers={"cache-control": "private, max-age=86400"})
 
 
 def _file_name(request: Request) -> str:
@@ -118,30 +118,30 @@ def _add_page(sessions: Sessions, watches: list[ServerWatch], connection: Connec
         ui.add_head_html(f"<style>{style}</style>")
         await client.connected(_SECONDS_TO_CONNECT)
         tab = client.tab_id
-        if tab is None:  # Gone again already
+        if tab is None:  # The tab has closed already.
             return
         try:
             session = sessions.enter(tab)
         except TooManyTabs as error:
-            ui.label(f"There is no room for one more page: {error}.").classes("page")
+            ui.label(f"Cannot open another page: {error}.").classes("page")
             return
         page = Page(session, watches[0], connection)
 
-        async def gone() -> None:
+        async def on_delete() -> None:
             page.close()
             await sessions.leave(tab)
 
-        client.on_delete(gone)
+        client.on_delete(on_delete)
 
 
 class SecureHeaders:
-    """Adds headers that keep the page to itself."""
+    """Adds security headers to responses."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answers as the application does, with more headers."""
+        """Runs the application and adds the headers."""
 
         async def send_more(message: Message) -> None:
             if message["type"] == "http.response.start":

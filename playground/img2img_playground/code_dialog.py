@@ -1,4 +1,4 @@
-"""The window with the Python program, to read and to copy."""
+"""The dialog with the Python program, for copying."""
 
 from nicegui import ui
 
@@ -7,7 +7,7 @@ _COPY = """async () => {
   const done = document.querySelector(".code-copied");
   try {
     await navigator.clipboard.writeText(code.textContent);
-  } catch { // Only https and localhost have a clipboard.
+  } catch { // The clipboard API needs https or localhost.
     getSelection().selectAllChildren(code);
     document.execCommand("copy");
   }
@@ -17,7 +17,7 @@ _COPY = """async () => {
 
 
 class CodeDialog:
-    """One for the page; each opening brings the code that it is to show."""
+    """One dialog per page; `open` sets the code."""
 
     def __init__(self) -> None:
         with ui.dialog() as self._dialog, ui.card().classes("code-card"):
@@ -32,6 +32,6 @@ class CodeDialog:
 
     def open(self, code: str, source: str) -> None:
         """Shows the program, which reads the file named `source`."""
-        self._hint.text = f"It reads {source} from the folder where it is run, and needs img2img installed."
+        self._hint.text = f"It reads {source} from the current directory, and requires img2img to be installed."
         self._code.text = code
         self._dialog.open()

@@ -1,4 +1,4 @@
-"""`img2img playground`: a page in the browser to try a server with."""
+"""`img2img playground`: serves a local web page for trying a server."""
 
 import argparse
 import ipaddress
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from img2img_client.connection import add_connection_flags, target_of
-from img2img_client.reporting import attempt, complain
+from img2img_client.reporting import attempt, print_error
 
 if TYPE_CHECKING:
     from img2img_client.async_client import AsyncClient
@@ -28,32 +28,33 @@ examples:
   img2img playground --target https://gpu-box:50051 --token-file ~/.img2img-token
   img2img playground --port 0 --no-open
 
-The page is for this machine: another --host lets everybody who reaches that address use the server with your token.
+By default only this machine can open the page. With another --host, everyone who can reach that address can use the server
+with your token.
 """
 _LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1", "[::1]")
 _SECONDS_TO_CLOSE = 2
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    """Declares the flags."""
+    """Adds the command's flags to `parser`."""
     parser.epilog = _EPILOG
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     page = parser.add_argument_group("the page")
-    page.add_argument("--host", default="127.0.0.1", metavar="ADDRESS", help="where to listen; default: %(default)s")
-    page.add_argument("--port", type=int, default=7860, metavar="N", help="0 takes a free one; default: %(default)s")
+    page.add_argument("--host", default="127.0.0.1", metavar="ADDRESS", help="listen address; default: %(default)s")
+    page.add_argument("--port", type=int, default=7860, metavar="N", help="listen port; 0: any free port; default: %(default)s")
     page.add_argument(
         "--open",
         action=argparse.BooleanOptionalAction,
         default=None,
-        help="open the page in a browser; default: where there is a desktop and a terminal",
+        help="open the page in a browser; default: if there is a desktop and a terminal",
     )
     add_connection_flags(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Serves the page until it is stopped. Returns 0, 1 where it cannot listen, 2 for arguments that cannot work."""
+    """Serves the page until stopped. Returns 0, 1 if it cannot listen, or 2 for invalid arguments."""
     if not 0 <= arguments.port <= 65535:
-        return complain(PROGRAM, f"--port {arguments.port} is not in 0 to 65535", 2)
+        return print_error(PROGRAM, f"--port must be 0 to 65535, not {arguments.port}", 2)
     return attempt(PROGRAM, target_of(arguments), lambda: _serve(arguments))
 
 
@@ -64,19 +65,19 @@ def _serve(arguments: argparse.Namespace) -> None:
     from img2img_playground.app import make_app
 
     connection = connection_of(arguments)
-    connect_async(arguments)  # What is wrong with the flags is said now, not to the first page.
+    connect_async(arguments)  # Reports invalid flags now, not when the first page opens.
     listening = _listen(arguments.host, arguments.port)
     port = int(listening.getsockname()[1])
     local = _is_loopback(arguments.host)
     host = _bracketed(arguments.host)
     app = make_app(connection, partial(_open_client, arguments), (*_LOOPBACK_NAMES, host) if local else ("*",))
     address = f"http://{'localhost' if host in _LOOPBACK_NAMES else host}:{port}"
-    print(f"The playground of {connection.target} is at {address} (Ctrl-C ends it)", flush=True)
+    print(f"Playground for {connection.target}: {address} (Ctrl-C to stop)", flush=True)
     if not local:
-        complain(PROGRAM, f"everybody who reaches {arguments.host} can use this page, and the server through it", 0)
+        print_error(PROGRAM, f"warning: everyone who can reach {arguments.host} can use this page, and through it the server", 0)
     if _wants_browser(arguments.open):
         threading.Thread(target=_open, args=(address,), daemon=True).start()
-    # uvicorn closes the page first, then hands the signal on to who had it before.
+    # uvicorn closes the page first, then calls the previous signal handler.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     config = uvicorn.Config(app, log_level="warning", loop="asyncio", timeout_graceful_shutdown=_SECONDS_TO_CLOSE)
     uvicorn.Server(config).run(sockets=[listening])
@@ -91,7 +92,7 @@ def _open_client(arguments: argparse.Namespace, on_retry: "OnRetry | None") -> "
 
 
 def connection_of(arguments: argparse.Namespace) -> "Connection":
-    """What the copied program is to know of the flags and variables that this command was started with."""
+    """The connection settings for the copied program, from this command's flags and variables."""
     from img2img_playground.snippet import Connection
 
     def file(path: Path | None, variable: str) -> Path | None:
@@ -112,7 +113,7 @@ def connection_of(arguments: argparse.Namespace) -> "Connection":
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    """A socket that listens. OSError where that cannot be."""
+    """A listening socket. Raises OSError."""
     family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
     try:
         return socket.create_server(address[:2], family=family)

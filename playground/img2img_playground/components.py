@@ -1,20 +1,20 @@
-"""The two parts of the page that the library does not have, each a small Vue component beside this file."""
+"""Two Vue components that NiceGUI does not provide; their JavaScript is beside this file."""
 
 from collections.abc import Callable
 
 from nicegui.element import Element
 from nicegui.events import GenericEventArguments
 
-from img2img_playground.pictures import FORMATS, MAX_BYTES
+from img2img_playground.images import FORMATS, MAX_BYTES
 
 
-class PictureStage(Element, component="picture_stage.js"):
-    """Shows the source alone, with a preview over it, or beside the result, with a slider between them."""
+class ImageStage(Element, component="image_stage.js"):
+    """Shows the source, with a preview over it, or a comparison of source and result with a slider."""
 
     def show(
         self, size: tuple[int, int], before: tuple[str, str], after: str = "", preview: str = "", *, busy: bool = False
     ) -> None:
-        """`size` is of what is shown, in pixels; `before` the source's address and name; `after` and `preview` are addresses."""
+        """`size` is in pixels; `before` is the source's address and name; `after` and `preview` are addresses."""
         wanted = {
             "width": size[0],
             "height": size[1],
@@ -29,8 +29,9 @@ class PictureStage(Element, component="picture_stage.js"):
             self.update()
 
 
-class PicturePicker(Element, component="picture_picker.js"):
-    """Takes an image and PUTs it to `url`. `refused` is called with a file's name and its bytes, -1 where it was not that."""
+class ImagePicker(Element, component="image_picker.js"):
+    """Accepts an image and PUTs it to `url`. Calls `refused` with the file's name and size in bytes if it is too large, or with
+    size -1 if the upload fails."""
 
     def __init__(self, url: str, refused: Callable[[str, int], None]) -> None:
         super().__init__()
@@ -40,17 +41,17 @@ class PicturePicker(Element, component="picture_picker.js"):
                 "accept": ",".join(f"image/{name.lower()}" for name in FORMATS),
                 "mostBytes": MAX_BYTES,
                 "compact": False,
-                "hint": f"or paste one, or choose a file. {', '.join(FORMATS)}, up to {MAX_BYTES // 2**20} MiB.",
+                "hint": f"or paste an image, or choose a file. {', '.join(FORMATS)}, up to {MAX_BYTES // 2**20} MiB.",
             }
         )
 
-        def tell(event: GenericEventArguments) -> None:
+        def on_refused(event: GenericEventArguments) -> None:
             refused(str(event.args["name"]), int(event.args["size"]))
 
-        self.on("refused", tell)
+        self.on("refused", on_refused)
 
     def show(self, *, compact: bool) -> None:
-        """A button, where there is an image already, or a large place to drop one."""
+        """Shows a button if `compact` (there is an image), else a large drop area."""
         if self.props["compact"] != compact:
             self.props["compact"] = compact
             self.update()

@@ -1,4 +1,4 @@
-"""The panel of settings: each control says what it sets, and shows the error that names it."""
+"""The settings panel: each control has a hint, and shows errors in its field."""
 
 import math
 import secrets
@@ -17,21 +17,21 @@ if TYPE_CHECKING:
     from nicegui.elements.mixins.validation_element import ValidationElement
 
 Change = Callable[..., None]
-"""Takes settings by Settings' names."""
+"""Called with changed settings, by the names of Settings."""
 
 _FITS: "dict[Fit | Literal[''], str]" = {
-    "native": "As large as the model likes",
-    "": "As the source",
+    "native": "Model's native size",
+    "": "Same as the source",
     **{side: f"Longest side {side}" for side in (512, 768, 1024, 1536, 2048)},
 }
 _STATES = {"loading": "loading", "failed": "failed", "unloaded": "not loaded"}
 _SEED_BITS = 32
 _SEED_DIGITS = 19
-"""Of 2^63 - 1, the greatest seed."""
+"""Digits of 2^63 - 1, the largest seed."""
 
 
 class NumberControl:
-    """A number by a slider and by a field; the field takes what is beyond the slider, for servers that allow more."""
+    """A number as a slider and a field; the field accepts values beyond the slider, for servers that allow them."""
 
     def __init__(self, name: str, label: str, hint: str, least: float, most: float, step: float, change: Change) -> None:
         self._name, self._least, self._most, self._change = name, least, most, change
@@ -47,7 +47,7 @@ class NumberControl:
             ui.label(hint).classes("control-hint")
 
     def show(self, value: float | None) -> None:
-        """Shows a value that comes from elsewhere."""
+        """Shows a value without reporting a change."""
         self._following = True
         self._show_in_field(value)
         self._show_on_slider(value)
@@ -72,36 +72,38 @@ class NumberControl:
 
 
 class Controls:
-    """All settings. `change` is told of each that a person changes, `start` when one wants to begin by a key."""
+    """All settings. Calls `change` for each change by the user, and `start` on Ctrl+Enter."""
 
     def __init__(self, change: Change, start: Callable[[], None]) -> None:
         self._change, self._showing = change, False
         self._models: tuple[ModelInfo, ...] = ()
         self._shown: Settings | None = None
         self._failure: Failure | None = None
-        self.prompt = ui.textarea("Prompt", on_change=self._tell("prompt")).props("outlined autogrow data-field=prompt")
+        self.prompt = ui.textarea("Prompt", on_change=self._on_change("prompt")).props("outlined autogrow data-field=prompt")
         self.prompt.on("keydown.ctrl.enter", start)
-        self.negative = ui.textarea("Negative prompt", on_change=self._tell("negative_prompt"))
+        self.negative = ui.textarea("Negative prompt", on_change=self._on_change("negative_prompt"))
         self.negative.props("outlined autogrow data-field=negative_prompt")
-        self.strength = NumberControl("strength", "Strength", "How far to leave the source", 0.05, 1, 0.05, change)
-        self.steps = NumberControl("num_inference_steps", "Steps", "More take longer", 1, 100, 1, change)
+        self.strength = NumberControl("strength", "Strength", "How much to change the source", 0.05, 1, 0.05, change)
+        self.steps = NumberControl("num_inference_steps", "Steps", "More steps take longer", 1, 100, 1, change)
         self.guidance = NumberControl("guidance_scale", "Guidance", "How closely to follow the prompt", 0, 20, 0.5, change)
         with ui.element("div").classes("seed-control"):
-            self.seed = ui.input("Seed", placeholder="drawn anew each time", on_change=self._take_seed)
+            self.seed = ui.input("Seed", placeholder="random each time", on_change=self._take_seed)
             self.seed.props(f"outlined dense stack-label clearable inputmode=numeric mask={'#' * _SEED_DIGITS}")
             self.seed.props("hide-bottom-space data-field=seed")
-            dice = ui.button(icon="casino", on_click=self._roll).props('flat round aria-label="Draw a seed"')
-            dice.tooltip("Draw a seed and keep it")
+            dice = ui.button(icon="casino", on_click=self._roll).props('flat round aria-label="Random seed"')
+            dice.tooltip("Set a random seed")
         with ui.element("div").classes("choices"):
-            self.model = ui.select({"": "The server's default"}, label="Model", value="", on_change=self._take_model)
+            self.model = ui.select({"": "Server's default"}, label="Model", value="", on_change=self._take_model)
             self.model.props("outlined dense options-dense hide-bottom-space data-field=model")
-            self.scheduler = ui.select({"": "The model's own"}, label="Scheduler", value="", on_change=self._tell("scheduler"))
+            self.scheduler = ui.select(
+                {"": "Model's default"}, label="Scheduler", value="", on_change=self._on_change("scheduler")
+            )
             self.scheduler.props("outlined dense options-dense hide-bottom-space data-field=scheduler")
-            self.fit = ui.select(dict(_FITS), label="Size", value="native", on_change=self._tell("fit"))
+            self.fit = ui.select(dict(_FITS), label="Size", value="native", on_change=self._on_change("fit"))
             self.fit.props("outlined dense options-dense hide-bottom-space data-field=fit")
 
     def show(self, settings: Settings, state: ServerState, failure: Failure | None) -> None:
-        """Shows settings, what the server has to choose from, and at its control what was refused."""
+        """Shows the settings, the server's models and schedulers, and an error in the invalid field."""
         self._showing = True
         if state.models != self._models or settings != self._shown:
             self._models = state.models
@@ -118,7 +120,7 @@ class Controls:
         if failure is not self._failure:
             self._failure = failure
             for name, control in self._fields().items():
-                words = "" if isinstance(control, ui.number) else "Not what the server takes"  # There is no room in a number's.
+                words = "" if isinstance(control, ui.number) else "Refused by the server"  # Number fields have no space for text.
                 control.error = words if failure is not None and failure.field == name else None
 
     def _fields(self) -> "dict[str, ValidationElement[Any]]":
@@ -136,24 +138,24 @@ class Controls:
 
     def _show_choices(self, settings: Settings) -> None:
         default = next((model.id for model in self._models if model.is_default), None)
-        models = {"": "The server's default" if default is None else f"The server's default ({default})"}
+        models = {"": "Server's default" if default is None else f"Server's default ({default})"}
         models |= {model.id: _describe(model) for model in self._models}
         if settings.model and settings.model not in models:
-            models[settings.model] = f"{settings.model} · not there"
+            models[settings.model] = f"{settings.model} · not on the server"
         self.model.set_options(models, value=settings.model or "")
         chosen = settings.model or default or (self._models[0].id if len(self._models) == 1 else None)
         known = next((model.schedulers for model in self._models if model.id == chosen), ())
         if settings.scheduler and settings.scheduler not in known:
             known = (*known, settings.scheduler)
-        self.scheduler.set_options({"": "The model's own"} | {name: name for name in known}, value=settings.scheduler or "")
+        self.scheduler.set_options({"": "Model's default"} | {name: name for name in known}, value=settings.scheduler or "")
 
-    def _tell(self, name: str) -> Callable[[object], None]:
-        def tell(event: object) -> None:
+    def _on_change(self, name: str) -> Callable[[object], None]:
+        def on_change(event: object) -> None:
             if not self._showing:
                 value = getattr(event, "value", None)
                 self._change(**{name: (value or None) if name in ("scheduler", "fit") else (value or "")})
 
-        return tell
+        return on_change
 
     def _take_model(self, event: object) -> None:
         if self._showing:
@@ -167,7 +169,7 @@ class Controls:
         if self._showing:
             return
         words = str(getattr(event, "value", None) or "")
-        self._change(seed=int(words) if words.isdecimal() else None)  # The mask lets in nothing else.
+        self._change(seed=int(words) if words.isdecimal() else None)  # The mask allows digits only.
 
     def _roll(self) -> None:
         self.seed.value = str(secrets.randbits(_SEED_BITS))

@@ -1,4 +1,4 @@
-"""What went wrong, in words for the person at the page, and which control it belongs to."""
+"""Error messages for the page, with the control that they belong to."""
 
 from dataclasses import dataclass
 
@@ -8,8 +8,8 @@ from img2img_client.values import TransformWarning
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """`title` is one short line, `text` the rest. `field` is the request's field that is wrong, such as "num_inference_steps",
-    empty where none is. `may_pass` is whether the same request may succeed later."""
+    """A message: `title` is one short line, `text` the details. `field` is the invalid field of the request, such as
+    "num_inference_steps", or "". `may_pass`: the same request may succeed later."""
 
     title: str
     text: str
@@ -18,31 +18,33 @@ class Failure:
 
 
 def explain(error: Img2ImgError, target: str) -> Failure:
-    """The failure that a call's error is."""
+    """The message for a call's error."""
     if error.fields:
         field, _ = error.fields[0]
-        # "image.data" is the image, "model.path" the model: what a control is named after comes first.
+        # The first part names the control: "image.data" is the image, "model.path" the model.
         text = "\n".join(f"{name}: {description}" for name, description in error.fields)
-        return Failure("The server does not take that.", text, field.partition(".")[0])
+        return Failure("The server refused the request.", text, field.partition(".")[0])
     if isinstance(error, Overloaded):
-        again = "" if error.retry_after is None else f" Try again in {error.retry_after:.3g} s."
+        again = "" if error.retry_after is None else f" Retry in {error.retry_after:.3g} s."
         return Failure("The server is busy.", f"{_sentence(error.message)}{again}", may_pass=error.retry_after is not None)
     if isinstance(error, Unavailable):
-        title = f"No answer from {target}." if not error.reason else "The server is not available."
+        title = f"No response from {target}." if not error.reason else "The server is not available."
         return Failure(title, _sentence(error.message), may_pass=True)
     if isinstance(error, DeadlineExceeded):
         long = "" if error.estimate is None else f" It would take about {error.estimate:.3g} s."
-        return Failure("That takes too long.", f"{_sentence(error.message)}{long}", may_pass=True)
+        return Failure("The request takes too long.", f"{_sentence(error.message)}{long}", may_pass=True)
     if isinstance(error, Unauthenticated):
-        return Failure("The server wants a token.", f"{_sentence(error.message)} Start the playground with --token-file.")
+        return Failure(
+            "The server requires an access token.", f"{_sentence(error.message)} Start the playground with --token-file."
+        )
     if isinstance(error, PermissionDenied):
         return Failure("The token does not allow this.", _sentence(error.message))
     request = f" (request {error.request_id})" if error.request_id else ""
-    return Failure("That did not work.", f"{_sentence(error.message)}{request}")
+    return Failure("The request failed.", f"{_sentence(error.message)}{request}")
 
 
 def describe(warning: TransformWarning) -> str:
-    """A warning as a line for the person at the page."""
+    """A warning as one line."""
     return f"{warning.field.replace('_', ' ').capitalize()}: {warning.description}"
 
 

@@ -1,4 +1,4 @@
-"""The history as a row of small images; each brings everything back."""
+"""The history as a row of thumbnails; clicking one restores its source, settings and result."""
 
 from collections.abc import Callable
 
@@ -8,7 +8,7 @@ from img2img_playground.history import Entry, History
 
 
 class Gallery:
-    """Shows what was made, newest first."""
+    """Shows the history, newest first."""
 
     def __init__(self, address: Callable[[str], str], recall: Callable[[Entry], None], clear: Callable[[], None]) -> None:
         self._address, self._recall = address, recall
@@ -16,13 +16,13 @@ class Gallery:
         with ui.element("section").classes("card history").props('aria-label="History"') as self._section:
             with ui.element("div").classes("history-head"):
                 ui.label("History").classes("card-title")
-                ui.label("of this tab; gone when it is closed").classes("control-hint grow")
+                ui.label("of this tab; cleared when the tab is closed").classes("control-hint grow")
                 ui.button("Clear", on_click=clear).props("flat dense no-caps")
             self._row = ui.element("div").classes("history-row")
         self._section.set_visibility(False)
 
     def show(self, history: History, shown: Entry | None) -> None:
-        """Shows the entries, the one that is on the stage marked."""
+        """Shows the entries, and highlights the one on the stage."""
         current = shown.id if shown is not None else ""
         wanted = (current, *(entry.id for entry in history))
         if wanted == self._shown:
@@ -37,12 +37,12 @@ class Gallery:
     def _add(self, entry: Entry, current: bool) -> None:
         words = f"{entry.settings.prompt[:80]}, seed {entry.settings.seed}"
         button = ui.element("button").classes("history-entry").on("click", lambda: self._recall(entry))
-        button.props["aria-label"] = f"Bring back: {words}"
+        button.props["aria-label"] = f"Restore: {words}"
         button.props["title"] = words
         button.props["type"] = "button"
         if current:
             button.props["aria-current"] = "true"
         with button:
-            picture = ui.element("img")
-            picture.props.update({"src": self._address(entry.id), "alt": "", "loading": "lazy"})
+            image = ui.element("img")
+            image.props.update({"src": self._address(entry.id), "alt": "", "loading": "lazy"})
             ui.label(f"seed {entry.settings.seed}").classes("history-words")

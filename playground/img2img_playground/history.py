@@ -1,11 +1,11 @@
-"""What was made in a tab: newest first, and never more than the bounds."""
+"""The finished transforms of a tab, newest first, with bounded memory."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from img2img_client.values import TransformWarning
 
-from img2img_playground.pictures import Picture
+from img2img_playground.images import ImageFile
 from img2img_playground.settings import Settings
 
 MAX_ENTRIES = 30
@@ -14,11 +14,11 @@ MAX_BYTES = 128 * 2**20
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One transform that is done. `settings` have the seed that was drawn, so they make the result again."""
+    """A finished transform. `settings` include the seed used, so they reproduce the result."""
 
-    source: Picture
+    source: ImageFile
     settings: Settings
-    result: Picture
+    result: ImageFile
     model_id: str
     engine: str
     seconds: float
@@ -26,14 +26,14 @@ class Entry:
 
     @property
     def id(self) -> str:
-        """Its result's."""
+        """The id of its result."""
         return self.result.id
 
 
 class History:
-    """Keeps entries, at most `entries` of them with `most_bytes` of images in all; the oldest go first, the newest stays.
+    """At most `entries` entries and `most_bytes` bytes of images; the oldest are evicted first, the newest is always kept.
 
-    An image that several entries share, as the same source, is kept and counted once.
+    An image that several entries share, such as a common source, counts once.
     """
 
     def __init__(self, entries: int = MAX_ENTRIES, most_bytes: int = MAX_BYTES) -> None:
@@ -48,26 +48,26 @@ class History:
 
     @property
     def size(self) -> int:
-        """Bytes that the images take."""
-        return sum(len(picture.data) for picture in self._pictures().values())
+        """Total bytes of the images."""
+        return sum(len(image.data) for image in self._images().values())
 
     def add(self, entry: Entry) -> None:
-        """Puts it first."""
+        """Adds the newest entry, and evicts old ones."""
         self._entries.insert(0, entry)
         while len(self._entries) > 1 and (len(self._entries) > self._most_entries or self.size > self._most_bytes):
             self._entries.pop()
 
     def find(self, entry_id: str) -> Entry | None:
-        """The entry of that id, None where it has gone."""
+        """The entry with this id, or None."""
         return next((entry for entry in self._entries if entry.id == entry_id), None)
 
-    def picture(self, picture_id: str) -> Picture | None:
-        """A source or result of that id."""
-        return self._pictures().get(picture_id)
+    def image(self, image_id: str) -> ImageFile | None:
+        """The source or result with this id, or None."""
+        return self._images().get(image_id)
 
     def clear(self) -> None:
-        """Forgets everything."""
+        """Removes all entries."""
         self._entries.clear()
 
-    def _pictures(self) -> dict[str, Picture]:
-        return {picture.id: picture for entry in self._entries for picture in (entry.source, entry.result)}
+    def _images(self) -> dict[str, ImageFile]:
+        return {image.id: image for entry in self._entries for image in (entry.source, entry.result)}

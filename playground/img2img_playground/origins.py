@@ -1,4 +1,4 @@
-"""Refuses requests that pages of other sites make: browsers send them with that site's `Origin`, also to open a websocket."""
+"""Refuses cross-origin requests. Browsers send the page's `Origin` with them, also to open a websocket."""
 
 from urllib.parse import urlsplit
 
@@ -13,13 +13,13 @@ _CLOSED = 1008
 
 
 class SameOrigin:
-    """Answers 403, or closes a websocket, if there is an `Origin` whose host and port are not those of `Host`."""
+    """Responds 403, or closes a websocket, if the host and port of an `Origin` differ from `Host`."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Passes on requests of the page itself, and of programs, which send no origin."""
+        """Forwards requests of the page itself, and of programs, which send no origin."""
         if scope["type"] in ("http", "websocket") and not _is_same(Headers(scope=scope)):
             refusal = PlainTextResponse("cross-origin request", _STATUS) if scope["type"] == "http" else WebSocketClose(_CLOSED)
             await refusal(scope, receive, send)

@@ -1,4 +1,4 @@
-"""The page: puts the parts together, and keeps them at what the session and the server's state are."""
+"""The page: builds its parts, and updates them from the session and the server's state."""
 
 from nicegui import ui
 
@@ -6,18 +6,18 @@ from img2img_playground.code_dialog import CodeDialog
 from img2img_playground.controls import Controls
 from img2img_playground.failures import Failure
 from img2img_playground.gallery import Gallery
-from img2img_playground.pictures import MAX_BYTES
+from img2img_playground.images import MAX_BYTES
 from img2img_playground.run_bar import RunBar
 from img2img_playground.session import Session
 from img2img_playground.snippet import Connection, python_code
 from img2img_playground.stage import Stage, StageActions
 from img2img_playground.watch import ServerWatch
 
-_WORDS = {"asking": "Looking for", "up": "Connected to", "down": "No answer from"}
+_WORDS = {"asking": "Connecting to", "up": "Connected to", "down": "No response from"}
 
 
 class Page:
-    """One page of one tab. Built within the tab's NiceGUI client; `close()` it when that has gone."""
+    """One page of one tab. Create it within the tab's NiceGUI client, and `close()` it when the client is deleted."""
 
     def __init__(self, session: Session, watch: ServerWatch, connection: Connection) -> None:
         self._session, self._watch, self._connection = session, watch, connection
@@ -39,13 +39,13 @@ class Page:
         self.show()
 
     def close(self) -> None:
-        """Listens no more."""
+        """Removes its listeners."""
         self._watch.forget(self.show)
         if self.show in self._session.listeners:
             self._session.listeners.remove(self.show)
 
     def show(self) -> None:
-        """Shows everything as it is now; what has not changed is not sent."""
+        """Updates all parts; only changes are sent to the browser."""
         session, state = self._session, self._watch.state
         self._stage.show(session)
         self._controls.show(session.settings, state, session.failure)
@@ -74,21 +74,21 @@ class Page:
                 self._pill_words = ui.label().classes("pill-words")
                 ui.label(target).classes("pill-target")
 
-    def _address(self, picture_id: str) -> str:
-        return f"/tabs/{self._session.key}/pictures/{picture_id}"
+    def _address(self, image_id: str) -> str:
+        return f"/tabs/{self._session.key}/images/{image_id}"
 
     def _change(self, **settings: object) -> None:
         self._session.set(**settings)
-        if "model" in settings:  # Which schedulers there are depends on it.
+        if "model" in settings:  # The schedulers depend on the model.
             self.show()
 
     def _refused(self, name: str, size: int) -> None:
         text = (
-            f"{name} did not arrive. Is the playground still running?"
+            f"The upload of {name} failed. Is the playground still running?"
             if size < 0
             else f"{name} is larger than {MAX_BYTES // 2**20} MiB."
         )
-        self._session.fail(Failure("That picture cannot be used.", text, "image"))
+        self._session.fail(Failure("The image cannot be used.", text, "image"))
 
     def _dismiss(self) -> None:
         self._session.failure = None

@@ -1,4 +1,4 @@
-"""The button that starts and the one that cancels, with how far the run is between them."""
+"""The start and cancel buttons, with the progress of the run."""
 
 from collections.abc import Callable
 
@@ -8,7 +8,7 @@ from img2img_playground.session import Run
 
 
 class RunBar:
-    """Stays in sight on a phone, too."""
+    """The bar stays visible on a phone."""
 
     def __init__(self, start: Callable[[], None], cancel: Callable[[], None]) -> None:
         with ui.element("div").classes("run-bar"):
@@ -22,7 +22,7 @@ class RunBar:
         self.show(None, ready=False)
 
     def show(self, run: Run | None, *, ready: bool) -> None:
-        """Shows the run, or, where none is on, whether one could begin."""
+        """Shows the run, or, without one, the start button (enabled if `ready`)."""
         self._progress.set_visibility(run is not None)
         self.cancel.set_visibility(run is not None)
         self.start.set_visibility(run is None)
@@ -32,24 +32,24 @@ class RunBar:
             self._show_share(100 * run.step // run.step_count if run.step_count else None)
 
     def _show_share(self, percent: int | None) -> None:
-        """None where nobody knows."""
+        """Shows the percentage; None: unknown."""
         self._done.classes(replace=f"progress-done{' unknown' if percent is None else ''}")
         self._done.style(replace="" if percent is None else f"width: {percent}%")
         self._bar.props.set_optional("aria-valuenow", percent)
 
 
 def describe(run: Run) -> str:
-    """How far the run is, in a line."""
+    """The progress of the run in one line."""
     match run.phase:
         case "sending":
-            return "Sending the picture"
+            return "Sending the image"
         case "waiting":
-            return f"{run.problem} Trying again in {run.eta or 0.0:.1f} s"
+            return f"{run.problem} Retrying in {run.eta or 0.0:.1f} s"
         case "queued":
-            place = "Next in the queue" if run.position == 0 else f"{run.position} before you in the queue"
+            place = "Next in the queue" if run.position == 0 else f"{run.position} ahead in the queue"
             return f"{place}{_left(run.eta)}"
         case "running" if not run.step_count:
-            return "Reading the picture"
+            return "Reading the image"
     return f"Step {run.step} of {run.step_count}{_left(run.eta)}"
 
 

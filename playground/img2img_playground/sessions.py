@@ -1,22 +1,19 @@
-"""The tabs that are open, each with its session; a session ends with the last page of its tab."""
+"""The sessions of the open tabs; a session ends with the last page of its tab."""
 
 from collections.abc import Callable
 
 from img2img_playground.session import Session
 
 MOST_TABS = 64
-"""At once: each may hold some 200 MiB of images at worst."""
+"""Maximum open tabs; each may hold about 200 MiB of images."""
 
 
 class TooManyTabs(Exception):
-    """No room for one more tab."""
+    """The maximum number of tabs is open."""
 
 
 class Sessions:
-    """Sessions by their tab. A page that is loaded anew in its tab finds the session of the page before it.
-
-    `make` makes a new one.
-    """
+    """Sessions by tab: a reloaded page finds the session of its tab again. `make` creates a session."""
 
     def __init__(self, make: Callable[[], Session]) -> None:
         self._make = make
@@ -27,7 +24,7 @@ class Sessions:
         return len(self._by_tab)
 
     def enter(self, tab: str) -> Session:
-        """The session of a tab, for one more page of it. Raises TooManyTabs."""
+        """The session for a new page of a tab. Raises TooManyTabs."""
         if tab not in self._by_tab:
             if len(self._by_tab) >= MOST_TABS:
                 raise TooManyTabs(f"{MOST_TABS} tabs are open already")
@@ -36,8 +33,8 @@ class Sessions:
         return self._by_tab[tab]
 
     async def leave(self, tab: str) -> None:
-        """A page of the tab has gone. With the last one, the session is closed."""
-        if tab not in self._pages:  # All of them were closed meanwhile.
+        """Records that a page of the tab has closed. Closes the session with the last one."""
+        if tab not in self._pages:  # close() has already closed all sessions.
             return
         self._pages[tab] -= 1
         if not self._pages[tab]:
@@ -45,11 +42,11 @@ class Sessions:
             await self._by_tab.pop(tab).close()
 
     def find(self, key: str) -> Session | None:
-        """The session that has this key; only its own page knows it."""
+        """The session with this key, which only its own page knows, or None."""
         return next((session for session in self._by_tab.values() if session.key == key), None)
 
     async def close(self) -> None:
-        """Closes all of them."""
+        """Closes all sessions."""
         sessions = list(self._by_tab.values())
         self._by_tab.clear()
         self._pages.clear()

@@ -1,4 +1,4 @@
-"""What a person sets on the page, as a value: from it come the call that is made and the program that is copied."""
+"""The settings on the page, which determine the request and the copied program."""
 
 import math
 from dataclasses import dataclass
@@ -8,18 +8,18 @@ if TYPE_CHECKING:
     from img2img_client.options import Fit, TransformOptions
 
 DEFAULT_PROMPT = "A beautiful landscape with mountains and a lake at sunset"
-"""The contract's own (image_to_image.proto), so that a person sees what an empty request would do."""
+"""The contract's default prompt (image_to_image.proto)."""
 
 _PREVIEWS = 12
-"""About as many are asked for, however many steps there are: an eye follows that, and each costs the device a little."""
+"""Approximate number of previews per run, whatever the number of steps: each costs some device time."""
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """One transform's settings. None leaves a setting to the server: its default model, the model's scheduler, a drawn seed, and,
-    of `fit`, the source's own size.
+    """The settings of one transform. None is the server's default: its default model, the model's scheduler, a random seed, and
+    for `fit` the size of the source.
 
-    Numbers are sent as they are: the server knows its limits, and its error names the field.
+    Numbers are sent unchecked: the server validates them, and its error names the field.
     """
 
     model: str | None = None
@@ -33,7 +33,7 @@ class Settings:
     fit: "Fit | None" = "native"
 
     def options(self) -> "TransformOptions":
-        """The client's options, without those that are left to the server."""
+        """The client's options, without those that are None."""
         options: TransformOptions = {
             "model": self.model,
             "prompt": self.prompt,
@@ -49,6 +49,6 @@ class Settings:
 
     @property
     def preview_interval(self) -> int:
-        """Every how many steps to ask for a preview."""
+        """Steps between previews."""
         steps = (self.num_inference_steps or 25) * (self.strength or 0.8)
         return max(1, math.ceil(steps / _PREVIEWS)) if math.isfinite(steps) else 1

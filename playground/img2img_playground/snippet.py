@@ -1,4 +1,4 @@
-"""The Python program that does what the page did: it is shown and copied, so it must run as it stands."""
+"""Generates the Python program that reproduces a transform of the page. It runs without changes."""
 
 import json
 from dataclasses import dataclass
@@ -9,9 +9,9 @@ from img2img_playground.settings import Settings
 
 @dataclass(frozen=True, slots=True)
 class Connection:
-    """How the server is reached, as far as a program that is copied may tell: where secrets are, never what they are.
+    """The connection settings for the copied program. Contains the places of secrets, never the secrets.
 
-    `token_variable` names the environment's variable that holds the token, where no file does.
+    `token_variable` is the environment variable with the token, if there is no token file.
     """
 
     target: str
@@ -26,7 +26,7 @@ class Connection:
 
 
 def python_code(connection: Connection, source: str, settings: Settings, output: str) -> str:
-    """A whole program: transforms the file named `source` by `settings` and writes `output`."""
+    """A complete program that transforms the file `source` with `settings` and writes `output`."""
     imports = ["from img2img_client import Client"]
     arguments = [literal(connection.target)]
     if connection.token_file is not None:
@@ -59,5 +59,5 @@ def python_code(connection: Connection, source: str, settings: Settings, output:
 
 
 def literal(value: object) -> str:
-    """A value as Python writes it; text in double quotes, as a person would, and on one line whatever is in it."""
+    """A value as a Python literal; strings in double quotes, on one line."""
     return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)

@@ -1,4 +1,4 @@
-"""The middle of the page: the image, what is wrong, and what can be done with a result."""
+"""The middle of the page: the image, the error banner and the toolbar of a result."""
 
 import base64
 from collections.abc import Callable
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from nicegui import ui
 
-from img2img_playground.components import PicturePicker, PictureStage
+from img2img_playground.components import ImagePicker, ImageStage
 from img2img_playground.failures import Failure, describe
 from img2img_playground.history import Entry
 from img2img_playground.session import Session
@@ -14,7 +14,7 @@ from img2img_playground.session import Session
 
 @dataclass(frozen=True, slots=True)
 class StageActions:
-    """What the stage's buttons do."""
+    """The callbacks of the stage's buttons."""
 
     refused: Callable[[str, int], None]
     again: Callable[[], None]
@@ -24,15 +24,15 @@ class StageActions:
 
 
 class Stage:
-    """Shows a session's source, run, result and failure. `address` gives an image's address by its id."""
+    """Shows a session's source, run, result and failure. `address` maps an image's id to its address."""
 
     def __init__(self, upload: str, address: Callable[[str], str], actions: StageActions) -> None:
         self._address = address
-        with ui.element("section").classes("card stage").props('aria-label="Picture"'):
-            self._picture = PictureStage()
+        with ui.element("section").classes("card stage").props('aria-label="Image"'):
+            self._image = ImageStage()
             with ui.element("div").classes("stage-foot"):
                 self._name = ui.label().classes("stage-name")
-                self._picker = PicturePicker(upload, actions.refused)
+                self._picker = ImagePicker(upload, actions.refused)
             self._banner(actions)
             self._warnings = ui.label().classes("stage-warnings").props("role=status")
             self._toolbar(actions)
@@ -54,10 +54,10 @@ class Stage:
             ui.button("Python", icon="code", on_click=actions.code).props('flat dense no-caps aria-label="Python program"')
 
     def show(self, session: Session) -> None:
-        """Shows it as it is now."""
+        """Updates the stage from the session."""
         run, entry = session.run, session.shown
         source = run.source if run is not None else session.source
-        self._picture.set_visibility(source is not None)
+        self._image.set_visibility(source is not None)
         self._picker.show(compact=source is not None)
         self._name.set_visibility(source is not None)
         if source is not None:
@@ -65,12 +65,12 @@ class Stage:
             before = (self._address(source.id), source.name)
             if run is not None:
                 preview = "" if run.preview is None else f"data:image/jpeg;base64,{base64.b64encode(run.preview).decode()}"
-                self._picture.show((source.width, source.height), before, preview=preview, busy=True)
+                self._image.show((source.width, source.height), before, preview=preview, busy=True)
             elif entry is not None:
                 size = (entry.result.width, entry.result.height)
-                self._picture.show(size, before, self._address(entry.id))
+                self._image.show(size, before, self._address(entry.id))
             else:
-                self._picture.show((source.width, source.height), before)
+                self._image.show((source.width, source.height), before)
         self._show_result(entry if run is None else None)
         self._show_failure(session.failure)
 

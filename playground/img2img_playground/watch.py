@@ -1,4 +1,4 @@
-"""Whether the server is there and what it has: asked once for all tabs, and only while there are any."""
+"""Polls the server's state once for all tabs, only while there are tabs."""
 
 import asyncio
 from collections.abc import Callable
@@ -14,15 +14,15 @@ if TYPE_CHECKING:
     from img2img_client.values import ModelInfo
 
 _INTERVAL = 3.0
-"""Seconds between two looks; also the most that a change stays unseen."""
-_PATIENCE = 5.0
-"""Seconds that the server has for an answer."""
+"""Seconds between polls."""
+_TIMEOUT = 5.0
+"""Timeout of a poll in seconds."""
 
 
 @dataclass(frozen=True, slots=True)
 class ServerState:
-    """What is known of the server. `problem` says why it is not usable, None where it is; `models` are the last that were heard
-    of. `known` is False until the first look."""
+    """The server's state. `problem` is why it is not usable, or None; `models` are the last known ones. `known` is False
+    before the first poll."""
 
     known: bool = False
     problem: Failure | None = None
@@ -30,7 +30,7 @@ class ServerState:
 
 
 class ServerWatch:
-    """Looks at the server by `client`, which does not retry, and tells listeners when something has changed."""
+    """Polls the server with `client`, which does not retry, and calls listeners after changes."""
 
     def __init__(self, client: "AsyncClient", target: str) -> None:
         self.target = target
@@ -41,27 +41,27 @@ class ServerWatch:
         self._task: asyncio.Task[None] | None = None
 
     def listen(self, listener: Callable[[], None]) -> None:
-        """Calls it after each change; the first listener begins the looking."""
+        """Adds a listener, which is called after each change; the first one starts the polling."""
         self._listeners.append(listener)
         self._wanted.set()
         if self._task is None:
-            self._task = asyncio.create_task(self._look())
+            self._task = asyncio.create_task(self._poll())
 
     def forget(self, listener: Callable[[], None]) -> None:
-        """Calls it no more; without listeners nobody looks. Harmless where it was forgotten before."""
+        """Removes a listener, if present; polling pauses without listeners."""
         if listener in self._listeners:
             self._listeners.remove(listener)
         if not self._listeners:
             self._wanted.clear()
 
     async def close(self) -> None:
-        """Stops looking."""
+        """Stops polling."""
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
         await self._client.close()
 
-    async def _look(self) -> None:
+    async def _poll(self) -> None:
         while True:
             await self._wanted.wait()
             state = await self._ask()
@@ -73,6 +73,6 @@ class ServerWatch:
 
     async def _ask(self) -> ServerState:
         try:
-            return ServerState(True, None, await self._client.models(timeout=_PATIENCE))
+            return ServerState(True, None, await self._client.models(timeout=_TIMEOUT))
         except Img2ImgError as error:
             return ServerState(True, explain(error, self.target), self.state.models)

@@ -57,11 +57,11 @@ def test_a_pillow_image_is_uploaded_without_loss(client: Client, server: FakeSer
 
 def test_what_is_no_file_is_not_uploaded(client: Client, server: FakeServer, tmp_path: Path) -> None:
     for address in ("asset:1f", "https://example.org/a.png", "data:image/png;base64,AAAA", Asset("1f", "", 1, "1f")):
-        with pytest.raises(ValueError, match="no file to upload"):
+        with pytest.raises(ValueError, match="cannot be uploaded"):
             client.upload(address)
     with pytest.raises(FileNotFoundError):
         client.upload(tmp_path / "missing.png")
-    with pytest.raises(TypeError, match="picture is a path"):
+    with pytest.raises(TypeError, match="image must be a path"):
         client.upload(3)  # type: ignore[arg-type]
     assert server.assets.metadata == []
 

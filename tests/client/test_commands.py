@@ -39,7 +39,7 @@ def test_a_picture_is_transformed(server: FakeServer, source: Path, tmp_path: Pa
         "queue 1 ms, encode 2 ms, denoise 3 ms, decode 4 ms, total 11 ms",
     ]
     assert err.splitlines() == [
-        "queued, 3 before this one, done in about 2 s",
+        "queued, 3 ahead, done in about 2 s",
         "running on onnx:cpu, seed 7",
         "step 1 of 2",
         "step 2 of 2",
@@ -111,7 +111,7 @@ def test_a_fit_of_another_kind_is_a_wrong_flag(
     with pytest.raises(SystemExit) as ended:
         transform(server, source, tmp_path / "out.png", "--fit=wide")
     assert ended.value.code == 2
-    assert "--fit: 'wide' is neither native nor a number of pixels" in capsys.readouterr().err
+    assert "--fit: must be native or a number of pixels, not 'wide'" in capsys.readouterr().err
 
 
 def test_warnings_go_to_standard_error(
@@ -156,13 +156,13 @@ def test_quiet_prints_nothing(server: FakeServer, source: Path, tmp_path: Path, 
 @pytest.mark.parametrize(
     ("output", "flags", "status", "complaint"),
     [
-        ("out.gif", (), 2, "its name should end in .png"),
-        ("out", (), 2, "or give --format"),
-        ("out.png", ("--format=jpeg",), 2, "its name says png, --format says jpeg"),
-        ("-", ("--image-count=2",), 2, "takes one picture"),
-        ("-", ("--json",), 2, "cannot both go to standard output"),
-        ("-", ("--preview-every=2",), 2, "--preview-every writes beside OUT"),
-        ("out.png", ("--retries=-1",), 2, "the least is 0"),
+        ("out.gif", (), 2, "the name must end in .png"),
+        ("out", (), 2, "or --format must be given"),
+        ("out.png", ("--format=jpeg",), 2, "the suffix means png, but --format is jpeg"),
+        ("-", ("--image-count=2",), 2, "writes a single image"),
+        ("-", ("--json",), 2, "both write to standard output"),
+        ("-", ("--preview-every=2",), 2, "--preview-every writes files beside OUT"),
+        ("out.png", ("--retries=-1",), 2, "--retries must be at least 0"),
         ("missing/out.png", (), 1, "missing/out.png: No such file or directory"),
         ("folder.png", (), 1, "folder.png: Is a directory"),
         ("out.png", ("--width=99999999999",), 2, "99999999999"),
@@ -198,7 +198,7 @@ def test_a_source_that_is_not_there(server: FakeServer, tmp_path: Path, capsys: 
     ("failure", "line"),
     [
         (wrong_field("strength", "must be at most 1"), "strength: must be at most 1"),
-        (queue_full(2.5), "the queue is full (try again in 2.5 s)"),
+        (queue_full(2.5), "the queue is full (retry after 2.5 s)"),
         (rich_status(code_pb2.INTERNAL, "the model\nfailed", error_info("MODEL_FAILED")), "the model failed"),
         (rich_status(code_pb2.INTERNAL, "it failed", error_info("INTERNAL", request_id="abc")), "it failed (request abc)"),
         (rich_status(code_pb2.UNAVAILABLE, "shutting down", error_info("SHUTTING_DOWN")), "shutting down"),
@@ -218,7 +218,7 @@ def test_no_server_is_said_plainly(source: Path, tmp_path: Path, capsys: pytest.
     for command in (["transform", str(source), "--output", str(tmp_path / "out.png")], ["models"]):
         assert main([*command, "--server", "127.0.0.1:1", "--retries=0"]) == 1
         (line,) = capsys.readouterr().err.splitlines()
-        assert line.startswith(f"img2img {command[0]}: no answer from 127.0.0.1:1: ")
+        assert line.startswith(f"img2img {command[0]}: no response from 127.0.0.1:1: ")
     assert not (tmp_path / "out.png").exists()
 
 
@@ -248,7 +248,7 @@ def test_a_busy_server_is_tried_again_and_said_to_be(
     server.service.failures, server.service.fail_before = [queue_full(0.01)], 0
     assert transform(server, source, tmp_path / "out.png") == 0
     first, *_ = capsys.readouterr().err.splitlines()
-    assert first.startswith("img2img transform: the queue is full (try again in 0.01 s); trying again in 0.")
+    assert first.startswith("img2img transform: the queue is full (retry after 0.01 s); retrying in 0.")
     server.service.failures = [queue_full(0.01)]
     assert transform(server, source, tmp_path / "out.png", "--quiet") == 0
     assert capsys.readouterr() == ("", "")

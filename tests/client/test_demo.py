@@ -52,7 +52,7 @@ def test_the_demo_turns_noon_into_sunset_and_leaves_nothing_running() -> None:
     assert done.returncode == 0, done.stderr
     assert_gone(server_process(done.stderr))
     assert all(word in done.stdout for word in (".demo/after.png", ".demo/before-after.png", "engine", "server start", "denoise"))
-    before = ROOT / "demo/pictures/noon-lake.png"
+    before = ROOT / "demo/images/noon-lake.png"
     with Image.open(before) as source, Image.open(WORK / "after.png") as after, Image.open(WORK / "before-after.png") as sheet:
         assert after.size == source.size
         assert sheet.width > 2 * 384

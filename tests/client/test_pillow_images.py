@@ -121,7 +121,7 @@ def test_every_mode_arrives_in_its_own_colors(name: str) -> None:
 def test_a_mode_that_no_file_holds_is_refused_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
     source = image()
     monkeypatch.setattr(type(source), "mode", property(lambda _: "BGR;24"))
-    with pytest.raises(ValueError, match=r"mode 'BGR;24' cannot be sent: convert it"):
+    with pytest.raises(ValueError, match=r"mode 'BGR;24' is not supported: convert it"):
         read_file(source)
 
 
@@ -170,5 +170,5 @@ def test_warnings_come_with_the_result(client: Client, service: FakeService) -> 
 
 @pytest.mark.parametrize("fit", ["wide", 1.5, True, b"native"])
 def test_a_fit_that_the_contract_cannot_express_is_refused(fit: Any) -> None:
-    with pytest.raises(ValueError, match="fit is 'native' or the longest side"):
+    with pytest.raises(ValueError, match="fit must be 'native' or the longest side"):
         build_request(b"file", {"fit": fit})

@@ -37,8 +37,8 @@ def test_the_time_that_is_left_is_shown_where_it_is_known() -> None:
         for event in estimated:
             show(event)
     assert lines.getvalue().splitlines() == [
-        "queued, next in turn, done in about 7 s",
-        "queued, 2 before this one, done in about 7 s",
+        "queued, next, done in about 7 s",
+        "queued, 2 ahead, done in about 7 s",
         "running on onnx:cpu, seed 7",
         "step 1 of 2, about 3 s left",
         "step 2 of 2",
@@ -51,7 +51,7 @@ def test_a_file_gets_few_lines() -> None:
         for event in run_events():
             show(event)
     lines = file.getvalue().splitlines()
-    assert lines[:3] == ["queued, next in turn", "running on onnx:cpu[bold], seed 7", "step 4 of 40"]
+    assert lines[:3] == ["queued, next", "running on onnx:cpu[bold], seed 7", "step 4 of 40"]
     assert lines[-1] == "step 40 of 40"
     assert len(lines) == 12
 

@@ -125,7 +125,7 @@ def test_large_pictures_pass_both_ways(client: Client, service: FakeService) -> 
 def test_what_cannot_be_sent_never_leaves(client: Client, service: FakeService, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         client.transform(tmp_path / "missing.png")
-    with pytest.raises(TypeError, match="picture is a path"):
+    with pytest.raises(TypeError, match="image must be a path"):
         client.transform(3)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="unknown option 'steps'"):
         client.transform(b"file", steps=3)  # type: ignore[call-arg]
@@ -133,7 +133,7 @@ def test_what_cannot_be_sent_never_leaves(client: Client, service: FakeService, 
         client.transform(b"file", format="gif")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="range"):
         client.transform(b"file", width=2**40)
-    with pytest.raises(ValueError, match="upload the picture first"):
+    with pytest.raises(ValueError, match="upload the image first"):
         client.transform(bytes(MAX_MESSAGE_BYTES))
     with pytest.raises(FileNotFoundError):
         client.transform_stream(tmp_path / "missing.png")

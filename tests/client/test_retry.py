@@ -198,12 +198,12 @@ def test_interrupting_ends_a_wait(server: FakeServer, tmp_path: Path) -> None:
     with subprocess.Popen([sys.executable, "-c", code, *command], stderr=subprocess.PIPE, text=True) as process:
         try:
             assert process.stderr is not None
-            line = next(line for line in process.stderr if "trying again" in line)
+            line = next(line for line in process.stderr if "retrying" in line)
             process.send_signal(signal.SIGINT)
             rest = process.communicate(timeout=PATIENCE)[1]
         finally:
             process.kill()
-    assert line.startswith("img2img transform: the queue is full (try again in 50 s); trying again in 5")
+    assert line.startswith("img2img transform: the queue is full (retry after 50 s); retrying in 5")
     assert process.returncode == 130
     assert "Traceback" not in rest
     assert len(server.service.requests) == 1

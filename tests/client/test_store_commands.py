@@ -87,7 +87,7 @@ def test_models_are_loaded_and_unloaded(service: FakeService, server: FakeServer
     assert main(["models", "--target", server.target, "--unload", "demo", "--json"]) == 0
     out, err = capsys.readouterr()
     assert (json.loads(out)[0]["state"], json.loads(out)[0]["memory_bytes"]) == ("unloaded", None)
-    assert err == "demo: 3 MiB given back\n"
+    assert err == "demo: 3 MiB freed\n"
     flags = ["--load-repo=owner/name", "--variant=fp16", "--revision=main"]
     assert main(["models", "--target", server.target, *flags]) == 0
     assert service.loads == [
@@ -97,7 +97,7 @@ def test_models_are_loaded_and_unloaded(service: FakeService, server: FakeServer
     assert service.unloads == ["demo"]
     assert main(["models", "--target", server.target, "--load=nothing"]) == 1
     assert main(["models", "--target", server.target, "--variant=fp16"]) == 2
-    assert "go with --load-repo" in capsys.readouterr().err
+    assert "require --load-repo" in capsys.readouterr().err
 
 
 def test_loading_may_take_longer_than_listing(service: FakeService, server: FakeServer) -> None:
@@ -118,7 +118,7 @@ def test_assets_go_there_and_back(server: FakeServer, source: Path, tmp_path: Pa
     out, err = capsys.readouterr()
     (name,) = server.assets.files
     assert out == f"asset:{name}\n"
-    assert err == f"image/png, {source.stat().st_size} bytes, kept until 2027-01-15 08:00 UTC unless it is used\n"
+    assert err == f"image/png, {source.stat().st_size} bytes, expires 2027-01-15 08:00 UTC unless used before\n"
     assert main(["assets", "upload", str(source), "--json", *target]) == 0
     assert json.loads(capsys.readouterr().out)["sha256"] == name
     assert main(["assets", "download", out.strip(), "--output", str(tmp_path / "back.png"), *target]) == 0

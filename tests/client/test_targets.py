@@ -42,7 +42,7 @@ def test_one_server_or_several(target: str, name: str, secure: bool, several: bo
         (["10.0.0.1:1", "unix:/a"], "in a list"),
         (["10.0.0.1:1", "dns:///gpu:1"], "in a list"),
         (["10.0.0.1:1", ""], "in a list"),
-        (["10.0.0.1:1", "[::1]:1"], "not both at once"),
+        (["10.0.0.1:1", "[::1]:1"], "cannot be mixed"),
         (["https://10.0.0.1:1", "10.0.0.2:1"], "the same scheme"),
         (["https://10.0.0.1:1", "http://10.0.0.2:1"], "the same scheme"),
     ],

@@ -107,7 +107,7 @@ def test_a_request_that_says_nothing_gets_the_defaults_of_the_comments(
     assert request.scheduler is None
     assert (told.pop("width"), told.pop("height")) == ("the source's", "the source's")
     assert request.image.size == (24, 16)
-    assert told.pop("output") == "PNG, in the answer"
+    assert told.pop("output") == "PNG, in the response"
     assert answer.images[0].format == pb.OUTPUT_FORMAT_PNG
     assert answer.images[0].data.startswith(b"\x89PNG")
     # Those have none: one is required, and without the other it is the server that chooses.
@@ -154,7 +154,7 @@ def test_lengths_sizes_and_times_of_the_comments_are_the_servers(comments: dict[
     assert f"at most {limits.max_source_pixels} pixels" in comments["ImageSource"]
     assert f"1 to {limits.max_bytes} (" in comments["UploadAssetInfo.size"]
     assert f"for {AssetSettings().max_age / 3600:g} hours" in comments["AssetService"]
-    assert f"still for {assets._IDLE:g} seconds" in comments["AssetService.UploadAsset"]
-    assert f"longer than {assets._LONGEST:g}," in comments["AssetService.UploadAsset"]
+    assert f"without data for {assets._IDLE:g} seconds" in comments["AssetService.UploadAsset"]
+    assert f"longer than {assets._LONGEST:g} seconds," in comments["AssetService.UploadAsset"]
     assert f"at most {assets._CHUNK // 1024} KiB a chunk" in comments["AssetService.GetAsset"]
     assert ServerConfig(Path()).max_steps == int(comments["TransformRequest.preview_interval"].partition("0 to ")[2].split()[0])

@@ -13,7 +13,7 @@ from captions import (
     draw_nameless_caption,
 )
 from landscapes import TRAINING_LAYOUTS, UNSEEN_LAYOUTS, build_geometry, draw_layout, paint, render
-from make_data import augment, make_pictures
+from make_data import augment, make_images
 from palette import SEASONS, TIMES
 
 MOODS = [(time, season) for time in TIMES for season in SEASONS]
@@ -73,7 +73,7 @@ def test_augmentation_stays_in_range_and_keeps_the_scene() -> None:
 
 
 def test_pictures_do_not_depend_on_the_worker_count() -> None:
-    one, two = make_pictures(3, 4, size=32, workers=1), make_pictures(3, 4, size=32, workers=2)
+    one, two = make_images(3, 4, size=32, workers=1), make_images(3, 4, size=32, workers=2)
     assert np.array_equal(one.pixels, two.pixels)
     assert one.scenes == two.scenes
     assert one.pixels.shape == (12, 32, 32, 3)

@@ -33,9 +33,9 @@ def test_the_export_stack_stays_behind(name: str) -> None:
     ("lock", "before", "after", "fault"),
     [
         ("cpu", "pillow==", "pillow==0.", "cpu: pillow is 0."),
-        ("cpu", "torch==2", "onnx==1.0 \\\ntorch==2", "cpu: onnx is 1.0, should be not there"),
+        ("cpu", "torch==2", "onnx==1.0 \\\ntorch==2", "cpu: onnx is 1.0, should be absent"),
         ("cpu", "+cpu", "", "cpu: torch is"),
-        ("cuda", "diffusers==", "elsewhere==", "cuda: diffusers is not there"),
+        ("cuda", "diffusers==", "elsewhere==", "cuda: diffusers is absent"),
         ("cuda", "onnxruntime-gpu==", "onnxruntime-gpu==0.", "cuda: onnxruntime-gpu is 0."),
         ("cuda", "nvidia-", "triton-", "cuda: torch came without CUDA's libraries"),
         ("ray", "ray==", "ray==0.", "ray: ray is 0."),

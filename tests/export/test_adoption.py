@@ -16,7 +16,7 @@ from fakes import make_request
 from img2img_export.build import export_model
 from img2img_export.errors import ExportError
 from img2img_export.options import ExportOptions
-from img2img_export.verify.images import sample_picture
+from img2img_export.verify.images import sample_image
 from img2img_server.bundle.manifest import check_bundle, read_manifest
 from img2img_server.engine.request import run_alone
 from img2img_server.runtime.execution import Execution
@@ -69,14 +69,14 @@ def test_a_bundle_of_them_draws(exported: Path, tiny_model: Get, tmp_path: Path)
     outcome = adopt(exported, tmp_path / "out", tiny_model("sd1"))
     pipeline = load_pipeline(outcome.path, outcome.manifest, Execution("cpu"))
     assert pipeline.size_multiple == 32
-    request = make_request(image=sample_picture(96, 64), prompt="a lake", seeds=(1,))
+    request = make_request(image=sample_image(96, 64), prompt="a lake", seeds=(1,))
     (picture,) = run_alone(pipeline, request)
     assert picture.size == (96, 64)
     assert np.asarray(picture).std() > 10
 
 
 def test_without_optimum_onnx_a_reference_is_asked_for(exported: Path, tmp_path: Path) -> None:
-    with pytest.raises(ExportError, match="give --reference with the model that they were exported from"):
+    with pytest.raises(ExportError, match="pass --reference with the model they were exported from"):
         adopt(exported, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -94,5 +94,5 @@ def test_graphs_of_another_model_are_refused(exported: Path, tiny_model: Get, tm
 
 
 def test_options_of_weights_are_refused(exported: Path, tmp_path: Path) -> None:
-    with pytest.raises(ExportError, match="holds graphs already"):
+    with pytest.raises(ExportError, match="already holds ONNX graphs"):
         export_model(ExportOptions(source=str(exported), output=tmp_path / "out", precision="fp16"))

@@ -69,7 +69,7 @@ def test_missing_weights_are_refused() -> None:
 
 @pytest.mark.parametrize("name", ["pipeline.py", "unet/my_unet.py"])
 def test_code_in_the_checkpoint_is_refused(name: str) -> None:
-    with pytest.raises(ExportError, match="brings its own code"):
+    with pytest.raises(ExportError, match="contains custom code"):
         select([WEIGHTS, name])
 
 

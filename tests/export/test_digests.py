@@ -177,6 +177,6 @@ def test_digests_of_files_are_the_bundles(cache: Path, file: Path, monkeypatch: 
     expected = digest_files(file.parent, names)
     assert Digests(cache).digest_files(file.parent, names, Recorder()) == expected
     assert told == []
-    monkeypatch.setattr(digests, "_WORTH_TELLING", 1_000_000)
+    monkeypatch.setattr(digests, "_PROGRESS_BYTES", 1_000_000)
     assert Digests(cache).digest_files(file.parent, names, Recorder()) == expected
     assert told == [(f"hashing {file.parent.name}", 3_000_005, 3_000_005)]

@@ -143,7 +143,7 @@ def test_memory_is_that_of_the_largest_part_in_its_larger_precision(tmp_path: Pa
 
 def test_loras_are_told_and_need_room(model: Path, tmp_path: Path) -> None:
     lora = tmp_path / "style.safetensors"
-    with pytest.raises(ExportError, match="no LoRA at"):
+    with pytest.raises(ExportError, match="no LoRA file at"):
         foretell(model, loras=(LoraFile(lora),))
     lora.write_bytes(b"")
     told = foretell(model, loras=(LoraFile(lora, 0.5),))
@@ -278,5 +278,5 @@ def test_of_a_hub_repository_the_headers_are_read_and_no_weights(hub: Hub, tmp_p
 def test_a_hub_with_a_damaged_file_is_an_error_of_one_line(hub: Hub, tmp_path: Path) -> None:
     hub.files["vae/model.safetensors"] = struct.pack("<Q", 20) + b"this is not JSON at all"
     error = survey_hub(hub, tmp_path / "home")["error"]
-    assert error.startswith("the hub does not tell how large someone/model is")
+    assert error.startswith("cannot read the sizes of someone/model from the hub")
     assert len(error.splitlines()) == 1

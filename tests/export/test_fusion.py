@@ -15,7 +15,7 @@ from img2img_export.convert.fusion import DOMAIN, fuse
 from img2img_export.convert.parts import Part, Tensors, denoiser_part, flatten, vae_parts
 from img2img_export.convert.tracing import convert, trace
 from img2img_export.progress import Progress
-from img2img_export.verify.contrib_functions import open_spelled_out, spelled_out
+from img2img_export.verify.contrib_functions import expanded, open_expanded
 from onnx import TensorProto, helper
 from torch.nn import functional
 
@@ -76,7 +76,7 @@ def errors(item: Traced, folder: Path) -> tuple[float, float]:
     skeleton.write(folder / "plain", Progress(), "plain")
     fuse(skeleton).write(folder / "fused", Progress(), "fused")
     plain = onnxruntime.InferenceSession(str(folder / "plain" / "model.onnx"), providers=["CPUExecutionProvider"])
-    fused = open_spelled_out(folder / "fused" / "model.onnx")
+    fused = open_expanded(folder / "fused" / "model.onnx")
     first, second = (relative_error(session.run([name], feed)[0], reference) for session in (plain, fused))
     return first, second
 
@@ -161,7 +161,7 @@ def run(kind: str, names: list[str], values: Tensors, folder: Path, outputs: int
     results = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in node.output]
     opsets = [helper.make_opsetid("", 18), helper.make_opsetid(DOMAIN, 1)]
     model = helper.make_model(helper.make_graph([node], "g", inputs, results), opset_imports=opsets, ir_version=8)
-    found = open_beside(spelled_out(model), folder).run(None, {name: values[name].numpy() for name in names})
+    found = open_beside(expanded(model), folder).run(None, {name: values[name].numpy() for name in names})
     return [torch.from_numpy(value) for value in found]
 
 

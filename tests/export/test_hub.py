@@ -124,13 +124,13 @@ def test_pickled_weights_are_not_even_downloaded(hub: Hub, tmp_path: Path) -> No
 
 def test_what_the_hub_lacks_is_one_line(hub: Hub, tmp_path: Path) -> None:
     error = str(resolve(hub, tmp_path, source="someone/else")["error"])
-    assert error.startswith("someone/else could not be downloaded")
+    assert error.startswith("someone/else is not a local directory and could not be downloaded")
     assert "\n" not in error
 
 
 def test_a_hub_out_of_reach_is_one_line(tmp_path: Path) -> None:
     error = str(resolve(Hub({}, url="http://127.0.0.1:9"), tmp_path)["error"])
-    assert error == "someone/model is no directory here, and the hub cannot be reached at http://127.0.0.1:9"
+    assert error == "someone/model is not a local directory, and the hub cannot be reached at http://127.0.0.1:9"
 
 
 def test_a_connection_that_breaks_is_made_again_and_the_file_continued(hub: Hub, tmp_path: Path) -> None:
@@ -152,8 +152,8 @@ def test_after_a_download_that_broke_off_only_the_files_that_are_not_complete_ar
     hub.files[name] = len(header).to_bytes(8, "little") + header + b"w" * length
     hub.cut, hub.cuts = 500, 1000
     broken = resolve(hub, tmp_path)
-    assert broken["error"].startswith("the download of someone/model broke off (")
-    assert "the same command continues it" in broken["error"]
+    assert broken["error"].startswith("the download of someone/model was interrupted (")
+    assert "run the same command again to resume it" in broken["error"]
     assert "\n" not in broken["error"]
     before, hub.fetched, hub.cuts = set(hub.fetched), [], 0
     assert before > {name}
@@ -186,7 +186,7 @@ def test_the_token_opens_what_is_private_or_gated(gated: bool, hub: Hub, tmp_pat
     for token, status in (("", 401), ("hf_another", 403)):
         hub.status = status
         error = resolve(hub, tmp_path, token=token)["error"]
-        assert error.startswith(f"the hub refuses someone/model ({status})")
+        assert error.startswith(f"the hub refuses access to someone/model ({status})")
         assert "HF_TOKEN" in error
         assert "\n" not in error
         assert "hf_another" not in error
@@ -206,4 +206,4 @@ def test_the_template_of_a_single_file_is_its_texts(hub: Hub, tmp_path: Path) ->
     named = resolve(hub, tmp_path, source=str(tmp_path / "model.safetensors"), config=hub.repo, offline=True)
     assert named["source"] == found["source"]
     other = resolve(hub, tmp_path, source=str(tmp_path / "model.safetensors"), config="someone/else")
-    assert "someone/else could not be downloaded" in other["error"]
+    assert "someone/else is not a local directory and could not be downloaded" in other["error"]

@@ -85,8 +85,8 @@ def test_the_report_has_all_that_a_person_asks(made: Path, capsys: pytest.Captur
         "backend hybrid: optimum cannot export the text encoder",
         "precision fp16",
         "LoRA lcm.safetensors at 0.75",
-        "picture sizes multiples of 16 pixels",
-        "checksums all 4 files are as they were verified",
+        "image sizes multiples of 16 pixels",
+        "checksums all 4 files match",
         "tools torch 2.8.0, onnx 1.19",
         "unet ONNX graph fp16 18 1.72 GB unet/fused.onnx",
         "vae PyTorch fp32 335 MB it overflows in fp16",
@@ -96,7 +96,7 @@ def test_the_report_has_all_that_a_person_asks(made: Path, capsys: pytest.Captur
         "A beautiful landscape, 64 x 64 61.2 dB 0.9991 1/255 passed",
         "An old fisherman, 64 x 64 infinite 1.0000 0/255 passed",
         "limits relative_error 0.0001, max_abs_error 1, psnr_db 50, ssim 0.999",
-        f"picture sheet {made}/verification/sheet.png",
+        f"image sheet {made}/verification/sheet.png",
     ):
         assert expected in lines, expected
 
@@ -134,7 +134,7 @@ def test_damage_is_found(made: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert found["damages"] == [
         "unet/fused.onnx is missing",
         "../outside lies outside the bundle",
-        "unet/model.onnx is not the file that was verified: its SHA-256 differs",
+        "unet/model.onnx has changed since it was verified: its SHA-256 differs",
     ]
     assert found["strangers"] == ["holiday.jpg"]
     assert main(["inspect", str(made)]) == 1
@@ -144,7 +144,7 @@ def test_damage_is_found(made: Path, capsys: pytest.CaptureFixture[str]) -> None
 def test_without_checksums_files_are_not_read(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (made / "unet" / "model.onnx").write_bytes(b"contents of another....")
     assert main(["inspect", str(made), "--no-checksums"]) == 0
-    assert "checksums not looked at" in capsys.readouterr().out.splitlines()[0]
+    assert "checksums not verified" in capsys.readouterr().out.splitlines()[0]
     (made / "unet" / "model.onnx").unlink()
     assert main(["inspect", str(made), "--no-checksums"]) == 1
 
@@ -155,7 +155,7 @@ def test_the_sheet_is_copied_out(made: Path, tmp_path: Path, capsys: pytest.Capt
     capsys.readouterr()
     shutil.rmtree(made / "verification")
     assert main(["inspect", str(made), "--sheet", str(tmp_path / "none.png")]) == 1
-    assert "has no picture sheet" in capsys.readouterr().err
+    assert "has no image sheet" in capsys.readouterr().err
     assert not (tmp_path / "none.png").exists()
 
 

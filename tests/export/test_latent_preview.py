@@ -13,7 +13,7 @@ from conftest import DEMO_MODEL
 from covering import nightly_but
 from diffusers import AutoencoderKL, AutoencoderTiny
 from img2img_export.verify import latent_preview
-from img2img_export.verify.images import sample_picture
+from img2img_export.verify.images import sample_image
 from img2img_server.bundle.manifest import read_manifest, write_manifest
 from img2img_server.runtime.diffusion.preview import draw
 from landscapes import UNSEEN_LAYOUTS, build_geometry, draw_layout, paint
@@ -87,7 +87,7 @@ class LinearVae(AutoencoderKL):  # type: ignore[misc]
 def test_what_is_linear_is_found_exactly() -> None:
     vae = LinearVae(block_out_channels=(32,), norm_num_groups=32, scaling_factor=0.2, shift_factor=0.7)
     weights = latent_preview.fit(SimpleNamespace(vae=vae))
-    assert explained(vae, [pixels(sample_picture(120, 72))], weights) > 0.999
+    assert explained(vae, [pixels(sample_image(120, 72))], weights) > 0.999
     assert max(abs(value) for row in weights for value in row) < 10, "channels that agree share the weight"
 
 
@@ -99,7 +99,7 @@ def test_latents_are_scaled_as_the_pipeline_scales_them(tiny_model: Get) -> None
     pipe.vae.register_to_config(latents_mean=[0.5, -1.0, 2.0, 0.0], latents_std=[1.5, 0.5, 2.0, 1.0])
     pipe.vae.quant_conv.weight.data[4:] = 0
     pipe.vae.quant_conv.bias.data[4:] = -60  # The log-variance: a distribution that is all but a point.
-    image = sample_picture(64, 64)
+    image = sample_image(64, 64)
     preprocessed = pipe.image_processor.preprocess(image)
     generator = torch.Generator().manual_seed(0)
     wanted = pipe.prepare_latents(preprocessed, None, 1, 1, torch.float32, "cpu", generator, add_noise=False)

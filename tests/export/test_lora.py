@@ -20,7 +20,7 @@ from img2img_export.options import ExportOptions, LoraFile
 from img2img_export.progress import Progress
 from img2img_export.read import lora
 from img2img_export.read.source import fill_tree, resolve
-from img2img_export.verify.images import sample_picture
+from img2img_export.verify.images import sample_image
 from img2img_server.bundle.manifest import Lora
 from img2img_server.engine.request import run_alone
 from img2img_server.runtime.execution import Execution
@@ -184,7 +184,7 @@ def test_the_configuration_that_peft_keeps_in_a_file_counts(rslora: bool, tiny_m
 )  # fmt: skip
 def test_a_damaged_configuration_is_refused(config: Any, tiny_model: Get, tmp_path: Path) -> None:
     path = write_diffusers(make(tiny_model("sd1"), 1), tmp_path / "style.safetensors", config)
-    with pytest.raises(ExportError, match="is no LoRA that diffusers reads"):
+    with pytest.raises(ExportError, match="is not a LoRA that diffusers can read"):
         fuse(tiny_model("sd1"), tmp_path / "view", LoraFile(path))
 
 
@@ -256,24 +256,24 @@ def damage(pairs: Pairs, path: Path, how: str) -> Path:
 @pytest.mark.parametrize(
     ("how", "reason"),
     [
-        ("another component", "does not fit: it adapts text_encoder_2, "),
-        ("no prefix", "does not fit: it adapts down_blocks, "),
+        ("another component", "does not fit the model: it adapts text_encoder_2, "),
+        ("no prefix", "does not fit the model: it adapts down_blocks, "),
         ("an unknown layer", "does not fit unet: it adapts no.such.weight"),
-        ("another width", r"does not fit unet: .* is \(16, 16\) there and \(16, 7\)"),
+        ("another width", r"does not fit unet: .* has shape \(16, 16\) in the model and \(16, 7\)"),
         ("another rank", "does not fit unet"),
         ("half a pair", "not a plain LoRA"),
-        ("a DoRA", "not a plain LoRA: it holds .*dora_scale"),
+        ("a DoRA", "not a plain LoRA: it contains .*dora_scale"),
         ("an alpha of nothing", "unet.conv_in.alpha"),
-        ("an alpha that is NaN", "not all finite numbers"),
-        ("an infinite alpha", "not all finite numbers"),
-        ("a matrix of NaN", "not all finite numbers"),
-        ("no rank", "is no LoRA that diffusers reads"),
-        ("a path", "does not fit: it adapts "),
-        ("an absolute path", "does not fit: it adapts "),
-        ("a long name", "not a plain LoRA: it holds unet.xxx"),
-        ("a large rank", r"does not fit unet: .* is \(16, 16\) there and \(15, 16\)"),
+        ("an alpha that is NaN", "NaN or infinite numbers"),
+        ("an infinite alpha", "NaN or infinite numbers"),
+        ("a matrix of NaN", "NaN or infinite numbers"),
+        ("no rank", "is not a LoRA that diffusers can read"),
+        ("a path", "does not fit the model: it adapts "),
+        ("an absolute path", "does not fit the model: it adapts "),
+        ("a long name", "not a plain LoRA: it contains unet.xxx"),
+        ("a large rank", r"does not fit unet: .* has shape \(16, 16\) in the model and \(15, 16\)"),
         ("LoHa", "hada_w1"),
-        ("empty", "holds no LoRA"),
+        ("empty", "contains no LoRA layers"),
     ],
 )
 def test_what_does_not_fit_is_refused_and_nothing_is_written(how: str, reason: str, tiny_model: Get, tmp_path: Path) -> None:
@@ -286,7 +286,7 @@ def test_what_does_not_fit_is_refused_and_nothing_is_written(how: str, reason: s
 
 
 @pytest.mark.parametrize(
-    ("name", "reason"), [("sdxl", "does not fit"), ("refiner", "does not fit"), ("kandinsky22", "takes no LoRAs")]
+    ("name", "reason"), [("sdxl", "does not fit"), ("refiner", "does not fit"), ("kandinsky22", "does not support LoRAs")]
 )
 def test_another_models_is_refused(name: str, reason: str, tiny_model: Get, tmp_path: Path) -> None:
     path = write_diffusers(make(tiny_model("sd1"), 1), tmp_path / "style.safetensors")
@@ -354,13 +354,13 @@ def test_a_bundle_of_a_lora_and_a_scheduler_draws_what_diffusers_draws_with_them
 
     def expected() -> np.ndarray:
         generator = torch.Generator().manual_seed(5)
-        return np.asarray(pipeline(image=sample_picture(64, 64), generator=generator, **settings).images[0], np.int16)
+        return np.asarray(pipeline(image=sample_image(64, 64), generator=generator, **settings).images[0], np.int16)
 
     without = expected()
     pipeline.scheduler = LCMScheduler.from_config(pipeline.scheduler.config)
     pipeline.load_lora_weights(tmp_path, weight_name=file.name)
     pipeline.fuse_lora(lora_scale=0.1)
-    request = make_request(image=sample_picture(64, 64), seeds=(5,), **settings)
+    request = make_request(image=sample_image(64, 64), seeds=(5,), **settings)
     drawn = np.asarray(run_alone(load_pipeline(tmp_path / "out", manifest, Execution("cpu")), request)[0], np.int16)
     assert np.abs(drawn - expected()).max() <= 1
     assert np.abs(drawn - without).mean() > 3

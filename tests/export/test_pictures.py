@@ -16,12 +16,12 @@ from img2img_export.verify import images
 from img2img_export.verify.images import (
     AMPLIFICATION,
     ImageCase,
-    compare_pictures,
-    draw_references,
+    compare_images,
+    image_cases,
+    make_references,
     make_sheet,
     measure,
-    picture_cases,
-    sample_picture,
+    sample_image,
 )
 from img2img_server.bundle.limits import LIMITS, Precision
 from img2img_server.bundle.manifest import Manifest, PictureParity, Source, Verification
@@ -56,7 +56,7 @@ def model(kind: type = WithStrength, part: str = "unet", latents: int = 64) -> A
 @pytest.mark.parametrize("latents", [8, 64, 128])
 @pytest.mark.parametrize("family", ["stable-diffusion", "whole"])
 def test_the_cases_cover_what_is_asked_for(part: str, latents: int, family: str) -> None:
-    cases = picture_cases(model(part=part, latents=latents), family)
+    cases = image_cases(model(part=part, latents=latents), family)
     requests = [case.request for case in cases]
     assert len({case.name for case in cases}) == len(cases) == 6
     pairs = {(request.prompt, request.strength) for request in requests}
@@ -82,13 +82,13 @@ def test_the_cases_cover_what_is_asked_for(part: str, latents: int, family: str)
 
 
 def test_a_pipeline_that_knows_no_strength_is_not_asked_twice() -> None:
-    cases = picture_cases(model(WithoutStrength), "whole")
+    cases = image_cases(model(WithoutStrength), "whole")
     assert len(cases) == 3
     assert not any("strength" in case.name for case in cases)
 
 
 def test_a_picture_is_like_itself_by_every_limit() -> None:
-    picture = sample_picture(64, 48)
+    picture = sample_image(64, 48)
     for precision in LIMITS:
         found = measure("same", picture, picture, precision)
         assert found == PictureParity("same", 0, 999.0, True, found.ssim)
@@ -103,7 +103,7 @@ def changed(picture: Image.Image, by: int | np.ndarray, rows: int) -> Image.Imag
 
 
 def test_one_step_of_the_least_is_no_fault_in_fp32_and_two_are() -> None:
-    picture = sample_picture(64, 64)
+    picture = sample_image(64, 64)
     for by, passed in ((1, True), (2, False)):
         found = measure("a", changed(picture, by, rows=8), picture)
         assert (found.max_abs_error, found.passed) == (by, passed)
@@ -114,7 +114,7 @@ def test_one_step_of_the_least_is_no_fault_in_fp32_and_two_are() -> None:
 
 @pytest.mark.parametrize("precision", LIMITS)
 def test_each_precision_has_its_own_limits(precision: Precision) -> None:
-    picture = sample_picture(64, 64)
+    picture = sample_image(64, 64)
     found = [measure("a", changed(picture, by, rows=64), picture, precision) for by in range(60)]
     limits = LIMITS[precision]
     for part in found:
@@ -142,15 +142,15 @@ def test_one_colour_never_passes_however_near(colour: str) -> None:
 
 
 def test_another_size_never_passes() -> None:
-    found = measure("a", sample_picture(64, 56), sample_picture(64, 64))
+    found = measure("a", sample_image(64, 56), sample_image(64, 64))
     assert not found.passed
     assert found.ssim == 0.0
 
 
 def test_the_servers_pipeline_draws_what_diffusers_draws(pipeline: Any, tmp_path: Path) -> None:
     """By way of a bundle of PyTorch weights: no graphs are made for it."""
-    cases = picture_cases(pipeline, "stable-diffusion")
-    references = draw_references(pipeline, cases)
+    cases = image_cases(pipeline, "stable-diffusion")
+    references = make_references(pipeline, cases)
     pipeline.save_pretrained(tmp_path, safe_serialization=True)
     manifest = Manifest(
         source=Source(),
@@ -162,20 +162,20 @@ def test_the_servers_pipeline_draws_what_diffusers_draws(pipeline: Any, tmp_path
         tools={},
         verification=Verification(False),
     )
-    compared, drawn = compare_pictures(tmp_path, manifest, cases, references, "fp32")
+    compared, drawn = compare_images(tmp_path, manifest, cases, references, "fp32")
     assert [part.case for part in compared] == [case.name for case in cases]
     assert all(part.passed for part in compared), compared
     assert [picture.size for picture in drawn] == [case.request.image.size for case in cases]
     strangers = [*references[1:], references[0]]
-    compared, _ = compare_pictures(tmp_path, manifest, cases, strangers, "int8")
+    compared, _ = compare_images(tmp_path, manifest, cases, strangers, "int8")
     assert not any(part.passed for part in compared)
     (tmp_path / "unet" / "config.json").unlink()
-    with pytest.raises(ExportError, match="the server's pipeline cannot run it"):
-        compare_pictures(tmp_path, manifest, cases, references, "fp32")
+    with pytest.raises(ExportError, match="the server's pipeline cannot run the model"):
+        compare_images(tmp_path, manifest, cases, references, "fp32")
 
 
 def test_the_request_is_handed_over_as_far_as_the_pipeline_knows_it(pipeline: Any) -> None:
-    case = picture_cases(pipeline, "stable-diffusion")[0]
+    case = image_cases(pipeline, "stable-diffusion")[0]
     known = set(inspect.signature(pipeline.__call__).parameters)
     offered = images._arguments(pipeline, case.request)
     assert set(offered) <= known
@@ -184,18 +184,18 @@ def test_the_request_is_handed_over_as_far_as_the_pipeline_knows_it(pipeline: An
 
 
 def rows_of(count: int, width: int, height: int) -> list[ImageCase]:
-    cases = picture_cases(model(), "stable-diffusion")[:count]
+    cases = image_cases(model(), "stable-diffusion")[:count]
     return [ImageCase(case.name, _resized(case.request, width, height)) for case in cases]
 
 
 def _resized(request: Any, width: int, height: int) -> Any:
-    return dataclasses.replace(request, image=sample_picture(width, height))
+    return dataclasses.replace(request, image=sample_image(width, height))
 
 
 @pytest.mark.parametrize("size", [(64, 48), (256, 256), (1024, 768)])
 def test_the_sheet_shows_each_picture_and_sixteen_times_the_difference(size: tuple[int, int]) -> None:
     cases = rows_of(2, *size)
-    reference = sample_picture(*size)
+    reference = sample_image(*size)
     difference = np.array([4, 0, 2])
     ours = changed(reference, difference, rows=size[1])
     parities = [measure(case.name, ours, reference) for case in cases]
@@ -213,6 +213,6 @@ def test_the_sheet_shows_each_picture_and_sixteen_times_the_difference(size: tup
 
 def test_a_picture_of_another_size_has_its_place_on_the_sheet() -> None:
     cases = rows_of(1, 64, 64)
-    reference, ours = sample_picture(64, 64), sample_picture(64, 96)
+    reference, ours = sample_image(64, 64), sample_image(64, 96)
     sheet = make_sheet(cases, [reference], [ours], [measure("a", ours, reference)])
     assert sheet.height > 96

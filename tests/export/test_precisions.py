@@ -13,7 +13,7 @@ from img2img_export.build import export_model
 from img2img_export.errors import ExportError
 from img2img_export.options import ExportOptions
 from img2img_export.verify import parity
-from img2img_export.verify.images import sample_picture
+from img2img_export.verify.images import sample_image
 from img2img_server.bundle.limits import LIMITS, Precision
 from img2img_server.bundle.manifest import Manifest, check_bundle, read_manifest
 from img2img_server.engine.request import run_alone
@@ -32,7 +32,7 @@ def precisions(manifest: Manifest) -> dict[str, str]:
 
 
 def draw(bundle: Path) -> np.ndarray:
-    request = make_request(image=sample_picture(64, 64), prompt="a lake", seeds=(1,))
+    request = make_request(image=sample_image(64, 64), prompt="a lake", seeds=(1,))
     return np.asarray(run_alone(load_pipeline(bundle, read_manifest(bundle), Execution("cpu")), request)[0], np.int16)
 
 

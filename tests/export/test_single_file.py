@@ -80,7 +80,7 @@ def test_missing_weights_are_named(
 
 def test_another_models_template_is_refused(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
     path = write_single_file(tiny_model("sd1"), tmp_path / "model.safetensors")
-    with pytest.raises(ExportError, match="is another --config right"):
+    with pytest.raises(ExportError, match="wrong --config"):
         fill(path, tmp_path / "view", config=str(tiny_model("sdxl")))
 
 

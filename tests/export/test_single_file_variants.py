@@ -144,7 +144,7 @@ def test_a_layer_of_another_format_is_refused(kind: str | None, stored: Weights,
 def test_weights_that_nothing_uses_refuse_the_file(
     names: list[str], message: str, stored: Weights, tiny_model: Get, tmp_path: Path
 ) -> None:
-    with pytest.raises(ExportError, match=f"m.safetensors holds .*{message}.*is another --config right") as caught:
+    with pytest.raises(ExportError, match=f"m.safetensors holds .*{message}.*wrong --config") as caught:
         convert({**stored, **dict.fromkeys(names, torch.zeros(3))}, tiny_model("sd1"), tmp_path)
     assert "\n" not in str(caught.value)
 

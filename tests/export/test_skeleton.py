@@ -8,7 +8,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from img2img_export.convert.external_weights import DATA_NAME, Skeleton, Weight, light
+from img2img_export.convert.external_weights import DATA_NAME, Skeleton, Weight, without_weights
 from img2img_export.progress import Progress
 from onnx import TensorProto, helper
 
@@ -50,7 +50,7 @@ def test_what_is_done_to_a_weight_alone_is_done_when_it_is_written(tmp_path: Pat
 def test_a_light_module_has_parameters_of_no_size_and_all_different(dtype: torch.dtype) -> None:
     module = torch.nn.Sequential(*(torch.nn.Linear(64, 64) for _ in range(1500)))
     before = {name: value.clone() for name, value in module.state_dict().items()}
-    with light(module, dtype) as true:
+    with without_weights(module, dtype) as true:
         numbers = list(module.parameters())
         assert {value.dtype for value in numbers} == {dtype}
         assert sum(value.untyped_storage().nbytes() for value in numbers) == len(numbers) * dtype.itemsize
@@ -64,7 +64,7 @@ def test_a_light_module_has_parameters_of_no_size_and_all_different(dtype: torch
 def test_shared_parameters_stay_shared() -> None:
     module = torch.nn.ModuleList([torch.nn.Linear(4, 4, bias=False), torch.nn.Linear(4, 4, bias=False)])
     module[1].weight = module[0].weight
-    with light(module, torch.float32):
+    with without_weights(module, torch.float32):
         assert module[0].weight is module[1].weight
     assert module[0].weight is module[1].weight
 

@@ -133,7 +133,7 @@ def test_a_single_file_that_was_cut_short_is_refused(single: Path, directory: Pa
 
 
 def test_only_a_single_file_has_a_template(directory: Path) -> None:
-    with pytest.raises(ExportError, match="--config is for a single file"):
+    with pytest.raises(ExportError, match="--config is only for a single file"):
         find(directory, config=str(directory))
 
 
@@ -167,7 +167,7 @@ def test_what_did_not_change_is_not_hashed_again(directory: Path, tmp_path: Path
         return time.time_ns() + 10 * 10**9
 
     monkeypatch.setattr(source, "Digests", lambda: digests.Digests(tmp_path / "digests.json", later))
-    monkeypatch.setattr(digests, "_WORTH_TELLING", 1)
+    monkeypatch.setattr(digests, "_PROGRESS_BYTES", 1)
     options = ExportOptions(source=str(directory), output=Path("unused"))
     assert resolve(options, Recorder()) == resolve(options, Recorder())
     assert tasks == ["hashing checkpoint"]

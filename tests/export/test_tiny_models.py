@@ -32,7 +32,7 @@ def test_every_part_of_a_request_shows_in_the_picture(name: str, tiny_model: Cal
     from img2img_export.convert.graphs import quiet
     from img2img_export.convert.models import Loader
     from img2img_export.read.checkpoint import INDEX_NAME, read_index, read_layout
-    from img2img_export.verify.images import sample_picture
+    from img2img_export.verify.images import sample_image
 
     directory = tiny_model(name)
     pipeline = Loader(directory, read_layout(read_index(directory / INDEX_NAME))).pipeline()
@@ -40,7 +40,7 @@ def test_every_part_of_a_request_shows_in_the_picture(name: str, tiny_model: Cal
 
     def draw(**changes: Any) -> np.ndarray:
         seed, flip = changes.pop("seed", 0), changes.pop("flip", False)
-        image = sample_picture(64, 64)
+        image = sample_image(64, 64)
         settings = {"prompt": "a lake", "guidance_scale": 7.5, "strength": 0.6, "height": 64, "width": 64, **changes}
         with quiet(), torch.no_grad():
             pictures = pipeline(

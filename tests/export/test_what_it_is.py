@@ -120,7 +120,7 @@ def change(path: Path, **values: Any) -> None:
 
 def test_a_denoiser_and_a_vae_of_two_models_are_refused(model: Path) -> None:
     change(model / "unet" / "config.json", in_channels=16)
-    refused(model, "takes 16 channels", "latents of the VAE have 4")
+    refused(model, "takes 16 channels", "the VAE's latents have 4")
 
 
 @pytest.mark.parametrize("method", ["bitsandbytes", "gguf", "torchao", "quanto", "gptq", None])
@@ -133,7 +133,7 @@ def test_a_quantized_component_is_refused(component: str, method: str | None, mo
 @pytest.mark.parametrize("component", ["tokenizer", "scheduler", "vae", "text_encoder", "unet"])
 def test_a_missing_folder_is_named(component: str, model: Path) -> None:
     shutil.rmtree(model / component)
-    refused(model, f"no folder {component}/", "model_index.json names", f"copy {component}/")
+    refused(model, f"no folder {component}/", "model_index.json lists", f"copy {component}/")
 
 
 @pytest.mark.parametrize(
@@ -169,9 +169,9 @@ def test_damaged_files_of_a_directory_are_named(model: Path) -> None:
 DIRECTORIES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "folders only": (("unet/config.json", "vae/config.json"), ("only unet/, vae/", "copy it")),
     "a transformer": (("transformer/config.json",), ("only transformer/", "copy it")),
-    "a component": (("config.json", "diffusion_pytorch_model.safetensors"), ("one component", "whole model")),
+    "a component": (("config.json", "diffusion_pytorch_model.safetensors"), ("a component", "complete model")),
     "one below": (("inner/model_index.json", "inner/unet/config.json"), ("inner/ has one",)),
-    "a single file": (("m.safetensors",), ("m.safetensors", "give that file")),
+    "a single file": (("m.safetensors",), ("m.safetensors", "choose that file")),
     "a pickle": (("m.ckpt",), ("m.ckpt", "docs/export.md")),
     "GGUF": (("m-Q4.gguf",), ("GGUF",)),
     "nothing": ((), ("is empty",)),

@@ -11,7 +11,7 @@ from adopting import adopt
 from fakes import make_request
 from img2img_export.convert.graphs import quiet
 from img2img_export.errors import ExportError
-from img2img_export.verify.images import sample_picture
+from img2img_export.verify.images import sample_image
 from img2img_server.bundle.manifest import check_bundle
 from img2img_server.engine.request import run_alone
 from img2img_server.runtime.execution import Execution
@@ -50,7 +50,7 @@ def test_without_that_model_its_pictures_are_optimums(exported: Path, tmp_path: 
     assert outcome.manifest.verification.passed
     pipeline = load_pipeline(outcome.path, outcome.manifest, Execution("cpu"))
     assert pipeline.size_multiple == 32
-    request = make_request(image=sample_picture(96, 64), prompt="a lake", seeds=(1,))
+    request = make_request(image=sample_image(96, 64), prompt="a lake", seeds=(1,))
     (picture,) = run_alone(pipeline, request)
     assert picture.size == (96, 64)
     assert np.asarray(picture).std() > 10

@@ -17,7 +17,7 @@ async def _loaded(visitor: Visitor, selector: str) -> bool:
     return bool(await visitor.page.locator(selector).evaluate("image => image.decode().then(() => image.naturalWidth > 0)"))
 
 
-async def test_a_dropped_picture_is_followed_step_by_step_to_its_result(visitor: Visitor, stand: Stand) -> None:
+async def test_a_dropped_image_is_followed_step_by_step_to_its_result(visitor: Visitor, stand: Stand) -> None:
     await visitor.see("Connected to")
     await expect(visitor.button("Transform")).to_be_disabled()
     await visitor.drop(PICTURE.read_bytes(), PICTURE.name)
@@ -35,8 +35,8 @@ async def test_a_dropped_picture_is_followed_step_by_step_to_its_result(visitor:
     await expect(visitor.page.locator(".after")).to_have_count(0)
     stand.gate.open()
     await visitor.button("Use as source").wait_for()
-    assert await _loaded(visitor, ".stage-picture .before")
-    assert await _loaded(visitor, ".stage-picture .after")
+    assert await _loaded(visitor, ".stage-image .before")
+    assert await _loaded(visitor, ".stage-image .after")
     assert re.search(r"Seed \d+ · [\d.]+ s · m on fake:cpu", await visitor.page.locator(".facts").inner_text())
     async with visitor.page.expect_download() as download:
         await visitor.page.get_by_role("link", name="Download").click()
@@ -47,7 +47,7 @@ async def test_a_dropped_picture_is_followed_step_by_step_to_its_result(visitor:
 async def test_the_place_in_the_queue_is_told(visit: Callable[[], Awaitable[Visitor]], stand: Stand) -> None:
     first, second = await visit(), await visit()
     stand.gate.close()
-    for visitor, words in ((first, "Reading the picture"), (second, "Next in the queue")):
+    for visitor, words in ((first, "Reading the image"), (second, "Next in the queue")):
         await visitor.choose()
         await visitor.button("Transform").click()
         await visitor.see(words)
@@ -108,7 +108,7 @@ async def test_the_slider_compares_by_keys_and_by_drag(visitor: Visitor) -> None
     assert await shares() == ("100 % before, 0 % after", "inset(0px 0% 0px 0px)")
 
 
-async def test_history_brings_pictures_and_settings_back(visitor: Visitor) -> None:
+async def test_history_restores_images_and_settings(visitor: Visitor) -> None:
     prompt, seed = visitor.page.get_by_label("Prompt", exact=True), visitor.page.get_by_label("Seed", exact=True)
     await visitor.choose()
     await prompt.fill("first")
@@ -117,15 +117,15 @@ async def test_history_brings_pictures_and_settings_back(visitor: Visitor) -> No
     await visitor.button("Use as source").click()
     await visitor.see("noon-lake-41.png")
     await prompt.fill("second")
-    await visitor.button("Draw a seed").click()
+    await visitor.button("Random seed").click()
     await expect(seed).not_to_have_value("41")
     drawn = await seed.input_value()
     await prompt.press("Control+Enter")
     await visitor.see(f"Seed {drawn} · ")
     entries = visitor.page.locator(".history-entry")
     await expect(entries).to_have_count(2)
-    await expect(entries.first).to_have_attribute("aria-label", f"Bring back: second, seed {drawn}")
-    await visitor.button("Bring back: first, seed 41").click()
+    await expect(entries.first).to_have_attribute("aria-label", f"Restore: second, seed {drawn}")
+    await visitor.button("Restore: first, seed 41").click()
     await expect(prompt).to_have_value("first")
     await expect(seed).to_have_value("41")
     await visitor.see("noon-lake.png · 128 x 128")
@@ -137,7 +137,7 @@ async def test_history_brings_pictures_and_settings_back(visitor: Visitor) -> No
     await expect(entries).to_have_count(0)
 
 
-async def test_the_copied_program_makes_the_same_picture(visitor: Visitor, tmp_path: Path) -> None:
+async def test_the_copied_program_makes_the_same_image(visitor: Visitor, tmp_path: Path) -> None:
     await visitor.context.grant_permissions(["clipboard-read", "clipboard-write"])
     (tmp_path / PICTURE.name).write_bytes(PICTURE.read_bytes())
     await visitor.choose()
@@ -165,13 +165,13 @@ async def test_models_and_schedulers_are_the_servers(visitor: Visitor) -> None:
         visitor.page.get_by_label("Model", exact=True),
         visitor.page.get_by_label("Scheduler"),
     )
-    await visitor.see("The server's default (m)")
+    await visitor.see("Server's default (m)")
     await model.click()
-    await expect(options).to_have_text(["The server's default (m)", "asleep · not loaded", "broken · failed", "m"])
+    await expect(options).to_have_text(["Server's default (m)", "asleep · not loaded", "broken · failed", "m"])
     await options.get_by_text("m", exact=True).click()
     await expect(options).to_have_count(0)
     await scheduler.click()
-    await expect(options).to_have_text(["The model's own", "EulerDiscreteScheduler", "DDIMScheduler"])
+    await expect(options).to_have_text(["Model's default", "EulerDiscreteScheduler", "DDIMScheduler"])
     await options.get_by_text("DDIMScheduler").click()
     await expect(options).to_have_count(0)
     program = visitor.page.locator(".code-words")
@@ -182,17 +182,17 @@ async def test_models_and_schedulers_are_the_servers(visitor: Visitor) -> None:
     await expect(program).to_be_hidden()
     await model.click()
     await options.get_by_text("broken").click()
-    await expect(scheduler).to_have_value("The model's own")  # It has no other.
+    await expect(scheduler).to_have_value("Model's default")  # It has no other.
     await visitor.choose()
     await visitor.button("Transform").click()
-    await visitor.see("That did not work.")
+    await visitor.see("The request failed.")
     assert "secret" not in await visitor.page.locator("body").inner_text()
 
 
 async def test_errors_name_the_field(visitor: Visitor) -> None:
-    await visitor.drop(b"no picture", "note.png")
-    await visitor.see("That picture cannot be used.")
-    await visitor.see("This is no picture in a format that works here")
+    await visitor.drop(b"not an image", "note.png")
+    await visitor.see("The image cannot be used.")
+    await visitor.see("This is not an image in a supported format")
     await visitor.choose()
     steps = visitor.page.locator("[data-field=num_inference_steps]")
     await steps.fill("1000")
@@ -209,7 +209,7 @@ async def test_errors_name_the_field(visitor: Visitor) -> None:
 @pytest.mark.nightly
 async def test_a_full_server_is_asked_again_and_then_told_of(visit: Callable[[], Awaitable[Visitor]], stand: Stand) -> None:
     stand.gate.close()
-    for words in ("Reading the picture", "in the queue"):
+    for words in ("Reading the image", "in the queue"):
         other = await visit()
         await other.choose()
         await other.button("Transform").click()
@@ -217,9 +217,9 @@ async def test_a_full_server_is_asked_again_and_then_told_of(visit: Callable[[],
     visitor = await visit()
     await visitor.choose()
     await visitor.button("Transform").click()
-    await visitor.see("The server is busy. Trying again in")
+    await visitor.see("The server is busy. Retrying in")
     await visitor.page.get_by_role("alert").wait_for()
-    assert re.search(r"The server is busy\.\n.*Try again in [\d.]+ s\.", await visitor.page.get_by_role("alert").inner_text())
+    assert re.search(r"The server is busy\.\n.*Retry in [\d.]+ s\.", await visitor.page.get_by_role("alert").inner_text())
     stand.gate.open()
     await visitor.button("Try again").click()
     await visitor.button("Use as source").wait_for()
@@ -231,7 +231,7 @@ async def test_a_server_that_goes_away_is_missed_and_welcomed_back(visitor: Visi
     try:
         await visitor.choose()
         await visitor.button("Transform").click()
-        await visitor.page.get_by_role("alert").get_by_text(f"No answer from {stand.target}.").wait_for()
+        await visitor.page.get_by_role("alert").get_by_text(f"No response from {stand.target}.").wait_for()
         await visitor.page.locator(".pill.down").wait_for()
     finally:
         stand.up()
@@ -243,7 +243,7 @@ async def test_a_server_that_goes_away_is_missed_and_welcomed_back(visitor: Visi
 async def test_tabs_know_nothing_of_each_other_and_leave_nothing_behind(visitor: Visitor, stand: Stand) -> None:
     await visitor.choose()
     await visitor.transform()
-    stage = str(await visitor.page.locator(".stage-picture .after").get_attribute("src"))
+    stage = str(await visitor.page.locator(".stage-image .after").get_attribute("src"))
     assert (await visitor.context.request.get(visitor.address + stage)).status == 200
     first, visitor.page = visitor.page, await visitor.open_tab()
     await expect(visitor.page.locator(".picker:not(.compact)")).to_have_count(1)
@@ -252,7 +252,7 @@ async def test_tabs_know_nothing_of_each_other_and_leave_nothing_behind(visitor:
     stand.gate.close()
     stand.pipeline.forget()
     await first.get_by_role("button", name="Transform").click()
-    await first.get_by_text("Reading the picture").wait_for()
+    await first.get_by_text("Reading the image").wait_for()
     await first.close()
     while not stand.pipeline.let_go.acquire(timeout=0.5):  # The tab has some seconds to come back.
         stand.gate.let(1)
@@ -295,7 +295,7 @@ async def test_dark_follows_the_system(visit: Callable[..., Awaitable[Visitor]])
 async def test_what_is_sent_is_bounded(visitor: Visitor) -> None:
     await visitor.choose()
     source = str(await visitor.page.locator(".before").get_attribute("src"))
-    way_in = source.partition("/pictures/")[0] + "/source"
+    way_in = source.partition("/images/")[0] + "/source"
     mebibyte = bytes(2**20)
     headers = {"Transfer-Encoding": "chunked"}
     status, _ = await asyncio.to_thread(ask, visitor.address, "PUT", way_in, [mebibyte] * 32 + [b"1"], **headers)

@@ -23,7 +23,7 @@ from img2img_client.options import build_request
 from img2img_playground.command import configure, connection_of, run
 from img2img_playground.failures import Failure, explain
 from img2img_playground.history import Entry, History
-from img2img_playground.pictures import MAX_PIXELS, Picture, UnusablePicture, read_picture
+from img2img_playground.images import MAX_PIXELS, ImageFile, UnusableImage, read_image
 from img2img_playground.run_bar import describe
 from img2img_playground.session import Phase, Run, Session
 from img2img_playground.settings import DEFAULT_PROMPT, Settings
@@ -51,8 +51,8 @@ def _file(size: tuple[int, int] = (8, 4), kind: str = "PNG", **how: object) -> b
     return file.getvalue()
 
 
-def _entry(source: Picture, size: int = 10, seed: int = 1) -> Entry:
-    return Entry(source, Settings(seed=seed), Picture("a.png", "image/png", 1, 1, bytes(size)), "m", "onnx:cpu", 1.0)
+def _entry(source: ImageFile, size: int = 10, seed: int = 1) -> Entry:
+    return Entry(source, Settings(seed=seed), ImageFile("a.png", "image/png", 1, 1, bytes(size)), "m", "onnx:cpu", 1.0)
 
 
 def _call(program: str) -> ast.Call:
@@ -120,7 +120,7 @@ def test_the_program_tells_where_the_token_is_not_what_it_is(tmp_path: Path, mon
 
 async def test_a_run_that_is_cancelled_at_once_is_over() -> None:
     session = Session(lambda on_retry: AsyncClient("127.0.0.1:1", retries=None), "127.0.0.1:1")
-    session.use(Picture("s.png", "image/png", 1, 1, b""))
+    session.use(ImageFile("s.png", "image/png", 1, 1, b""))
     over = asyncio.Event()
     session.start()
     session.listeners.append(over.set)
@@ -141,7 +141,7 @@ def test_options_are_what_the_client_takes() -> None:
 
 
 def test_history_keeps_the_newest_within_its_bounds() -> None:
-    source = Picture("s.png", "image/png", 1, 1, bytes(100))
+    source = ImageFile("s.png", "image/png", 1, 1, bytes(100))
     history = History(entries=3, most_bytes=140)
     entries = [_entry(source, seed=seed) for seed in range(5)]
     for entry in entries:
@@ -155,50 +155,50 @@ def test_history_keeps_the_newest_within_its_bounds() -> None:
     assert list(history) == [huge], "what was just made stays"
     assert history.find(huge.id) is huge
     assert history.find(entries[0].id) is None
-    assert history.picture(source.id) is source
+    assert history.image(source.id) is source
     history.clear()
-    assert (len(history), history.size, history.picture(source.id)) == (0, 0, None)
+    assert (len(history), history.size, history.image(source.id)) == (0, 0, None)
 
 
-def test_pictures_are_known_by_their_header() -> None:
-    picture = read_picture(PICTURE.read_bytes(), "C:\\here\\..\\noon-lake.png")
-    assert (picture.name, picture.stem, picture.media_type) == ("noon-lake.png", "noon-lake", "image/png")
-    assert (picture.width, picture.height) == (128, 128)
+def test_images_are_read_by_their_header() -> None:
+    image = read_image(PICTURE.read_bytes(), "C:\\here\\..\\noon-lake.png")
+    assert (image.name, image.stem, image.media_type) == ("noon-lake.png", "noon-lake", "image/png")
+    assert (image.width, image.height) == (128, 128)
     exif = Image.Exif()
     exif[0x0112] = 6  # on its side
-    lying = read_picture(_file(kind="JPEG", exif=exif), "../../etc/x\n.jpg")
+    lying = read_image(_file(kind="JPEG", exif=exif), "../../etc/x\n.jpg")
     assert (lying.width, lying.height, lying.name) == (4, 8, "x.jpg")
-    assert read_picture(_file(kind="WEBP"), "").name == "picture.webp"
-    assert read_picture(_file(), "a" * 300 + ".png").name == "a" * 80 + ".png"
-    assert len({read_picture(_file(), "").id for _ in range(9)}) == 9
+    assert read_image(_file(kind="WEBP"), "").name == "image.webp"
+    assert read_image(_file(), "a" * 300 + ".png").name == "a" * 80 + ".png"
+    assert len({read_image(_file(), "").id for _ in range(9)}) == 9
 
 
-def test_metadata_does_not_keep_a_picture_out() -> None:
+def test_metadata_does_not_make_an_image_unusable() -> None:
     texts = PngImagePlugin.PngInfo()
     texts.add_text("workflow", "x" * 2_500_000, zip=True)
-    picture = read_picture(_file(pnginfo=texts), "a.png")
-    assert (picture.media_type, picture.width, picture.height) == ("image/png", 8, 4)
-    lying = read_picture(_file(kind="JPEG", exif=b"Exif\0\0II\x2a\0\x08\0\0\0"), "a.jpg")
+    image = read_image(_file(pnginfo=texts), "a.png")
+    assert (image.media_type, image.width, image.height) == ("image/png", 8, 4)
+    lying = read_image(_file(kind="JPEG", exif=b"Exif\0\0II\x2a\0\x08\0\0\0"), "a.jpg")
     assert (lying.width, lying.height) == (8, 4)
-    several = read_picture(_file(kind="MPO", save_all=True, append_images=[Image.new("RGB", (8, 4))]), "")
-    assert (several.media_type, several.name) == ("image/jpeg", "picture.jpeg"), "browsers do not know image/mpo"
+    several = read_image(_file(kind="MPO", save_all=True, append_images=[Image.new("RGB", (8, 4))]), "")
+    assert (several.media_type, several.name) == ("image/jpeg", "image.jpeg"), "browsers do not know image/mpo"
 
 
 @pytest.mark.parametrize(
     ("data", "words"),
     [
         (b"", "empty"),
-        (b"nothing", "no picture in a format that works here: PNG, JPEG, WEBP, GIF, BMP"),
-        (_file(kind="TIFF"), "no picture in a format"),
-        (_file()[:20], "no picture in a format"),
+        (b"nothing", "not an image in a supported format: PNG, JPEG, WEBP, GIF, BMP"),
+        (_file(kind="TIFF"), "not an image in a supported format"),
+        (_file()[:20], "not an image in a supported format"),
         (bytes(32 * 2**20 + 1), "The file is larger than 32 MiB"),
-        (_file((40_000, 4), "BMP")[:18] + (40_000).to_bytes(4, "little") * 2 + bytes(40), "no picture|pixels"),
+        (_file((40_000, 4), "BMP")[:18] + (40_000).to_bytes(4, "little") * 2 + bytes(40), "not an image|pixels"),
     ],
     ids=["empty", "words", "tiff", "cut", "large", "bomb"],
 )
-def test_what_is_no_picture_is_refused(data: bytes, words: str) -> None:
-    with pytest.raises(UnusablePicture, match=words):
-        read_picture(data, "a.png")
+def test_a_file_that_is_not_an_image_is_refused(data: bytes, words: str) -> None:
+    with pytest.raises(UnusableImage, match=words):
+        read_image(data, "a.png")
 
 
 @pytest.mark.parametrize("size", [(10_001, 10_000), (15_000, 15_000)], ids=["a warning to Pillow", "an error to Pillow"])
@@ -206,8 +206,8 @@ def test_too_many_pixels_are_refused_by_the_header(size: tuple[int, int]) -> Non
     head = bytearray(_file((1, 1)))
     head[16:24] = size[0].to_bytes(4, "big") + size[1].to_bytes(4, "big")
     head[29:33] = zlib.crc32(bytes(head[12:29])).to_bytes(4, "big")
-    with pytest.raises(UnusablePicture, match=r"pixels") as refused:
-        read_picture(bytes(head), "a.png")
+    with pytest.raises(UnusableImage, match=r"pixels") as refused:
+        read_image(bytes(head), "a.png")
     assert str(MAX_PIXELS // 10**6) in str(refused.value)
 
 
@@ -218,9 +218,9 @@ def test_failures_say_what_to_do() -> None:
     wrong = explained(InvalidRequest("wrong", fields=(("image.data", "not a picture"),)))
     assert (wrong.field, wrong.text, wrong.may_pass) == ("image", "image.data: not a picture", False)
     busy = explained(Overloaded("256 requests are waiting already", retry_after=2.5))
-    assert (busy.text, busy.may_pass) == ("256 requests are waiting already. Try again in 2.5 s.", True)
+    assert (busy.text, busy.may_pass) == ("256 requests are waiting already. Retry in 2.5 s.", True)
     assert not explained(Overloaded("no memory", reason="OUT_OF_MEMORY")).may_pass
-    assert explained(Unavailable("refused")).title == "No answer from host:1."
+    assert explained(Unavailable("refused")).title == "No response from host:1."
     assert "It would take about 12 s" in explained(DeadlineExceeded("too long", estimate=12.0)).text
     assert "--token-file" in explained(Unauthenticated("a token is needed")).text
     assert "request r-1" in explained(ModelNotFound("no such model", request_id="r-1")).text
@@ -229,17 +229,17 @@ def test_failures_say_what_to_do() -> None:
 @pytest.mark.parametrize(
     ("phase", "position", "step", "eta", "words"),
     [
-        ("sending", 0, 0, None, "Sending the picture"),
+        ("sending", 0, 0, None, "Sending the image"),
         ("queued", 0, 0, None, "Next in the queue"),
-        ("queued", 3, 0, 12.4, "3 before you in the queue · about 12 s left"),
-        ("running", 0, 0, None, "Reading the picture"),
+        ("queued", 3, 0, 12.4, "3 ahead in the queue · about 12 s left"),
+        ("running", 0, 0, None, "Reading the image"),
         ("running", 0, 4, 600.0, "Step 4 of 20 · about 10 min left"),
         ("running", 0, 20, 0.1, "Step 20 of 20"),
-        ("waiting", 0, 0, 1.26, "Busy. Trying again in 1.3 s"),
+        ("waiting", 0, 0, 1.26, "Busy. Retrying in 1.3 s"),
     ],
 )
 def test_a_run_is_described(phase: Phase, position: int, step: int, eta: float | None, words: str) -> None:
-    source = Picture("s.png", "image/png", 1, 1, b"")
+    source = ImageFile("s.png", "image/png", 1, 1, b"")
     run_ = Run(source, Settings(), phase, position, step, 20 if step else 0, eta, None, "Busy." if phase == "waiting" else "")
     assert describe(run_) == words
 
@@ -247,8 +247,8 @@ def test_a_run_is_described(phase: Phase, position: int, step: int, eta: float |
 @pytest.mark.parametrize(
     ("flags", "status", "words"),
     [
-        (["--port", "70000"], 2, "--port 70000 is not in 0 to 65535"),
-        (["--retries", "-1"], 2, "--retries -1: the least is 0"),
+        (["--port", "70000"], 2, "--port must be 0 to 65535, not 70000"),
+        (["--retries", "-1"], 2, "--retries must be at least 0, not -1"),
         (["--token-file", "/nowhere"], 1, "/nowhere: No such file or directory"),
         (["--host", "192.0.2.1"], 1, "cannot listen on 192.0.2.1:7860"),
     ],

@@ -16,7 +16,7 @@ def test_nobody_elses_page_can_use_it(address: str) -> None:
     # A name of somebody else's that was made to lead to this machine
     for path in ("/", "/_nicegui_ws/socket.io/?EIO=4&transport=polling"):
         assert ask(address, "GET", path, Host="rebound.example:7860")[0] == 400
-    for method, path in (("PUT", "/tabs/guessed/source"), ("GET", "/tabs/guessed/pictures/guessed")):
+    for method, path in (("PUT", "/tabs/guessed/source"), ("GET", "/tabs/guessed/images/guessed")):
         assert ask(address, method, path)[0] == 404
 
 
@@ -50,7 +50,7 @@ def test_a_page_of_another_origin_opens_no_websocket(address: str) -> None:
 
 
 def test_another_address_is_warned_of(stand: Stand, tmp_path: Path) -> None:
-    warning = "img2img playground: everybody who reaches 0.0.0.0 can use this page, and the server through it\n"
+    warning = "img2img playground: warning: everyone who can reach 0.0.0.0 can use this page, and through it the server\n"
     with playground(stand.target, tmp_path, "--host", "0.0.0.0", warning=warning) as address:
         assert ask(address, "GET", "/", Host="my-machine.example:7860")[0] == 200
 

@@ -64,7 +64,7 @@ def test_the_programs_do_what_they_say(folder: Path, port: str) -> None:
     assert told[0].startswith("[7] ")
     assert told[1].splitlines()[-1] == "lake: step 16 of 16"
     for name in ("winter.png", "lake.png"):
-        with Image.open(folder / name) as made, Image.open(folder / "demo" / "pictures" / "noon-lake.png") as source:
+        with Image.open(folder / name) as made, Image.open(folder / "demo" / "images" / "noon-lake.png") as source:
             assert made.size == source.size
 
 

@@ -192,7 +192,7 @@ def test_a_distilled_model_runs_every_step_or_says_how_many_it_has(distilled: St
 def test_a_preview_looks_like_the_picture_it_becomes(load: Load) -> None:
     """On the demo model, whose weights are trained: halfway it is nearer to the result than to the source."""
     pipeline = load("demo")
-    source = Image.open(Path(__file__).parents[2] / "demo" / "pictures" / "noon-lake.png").convert("RGB")
+    source = Image.open(Path(__file__).parents[2] / "demo" / "images" / "noon-lake.png").convert("RGB")
     request = make_request(
         image=source, prompt="A beautiful landscape with mountains and a lake at night", strength=0.9, num_inference_steps=10,
         preview_interval=1,

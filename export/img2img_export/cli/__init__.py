@@ -1,1 +1,1 @@
-"""The commands `img2img export` and `img2img inspect`, and what they print."""
+"""The commands `img2img export` and `img2img inspect`, and their output."""

@@ -1,7 +1,7 @@
-"""`img2img export --dry-run`: what would be done, how large it would be and what it would take, from the headers of files.
+"""`img2img export --dry-run`: the plan, sizes and memory of an export, estimated from file headers.
 
 No weights are loaded, and those of a hub repository are not downloaded: a safetensors file begins with the names, types and
-shapes of its tensors, and the hub gives just that part of it.
+shapes of its tensors, and the hub serves this header alone.
 """
 
 import shutil
@@ -29,19 +29,19 @@ if TYPE_CHECKING:
     from img2img_export.convert.models import Plan
 
 _FUSED = ("unet", "vae")
-"""The components whose graphs in fp16 have others with fused operators beside them."""
+"""Components whose fp16 graphs get a second graph with fused operators."""
 
 _MEMORY_FACTOR = 1.5
-"""Memory that is enough, over the largest part's weights: they are mapped, and let go of where it is scarce."""
+"""Memory required, as a multiple of the largest part's weights (mapped, so the system can evict them)."""
 _LEAST_MEMORY = 2 * 10**9
-"""What libraries, activations and graphs take at their peak, whatever the weights."""
+"""Bytes: peak of libraries, activations and graphs, independent of the weights."""
 
 
 @dataclass(frozen=True, slots=True)
 class PartForecast:
-    """What would become of a component. `backend` is "onnx" or "torch", and "" for one that has no weights, as a tokenizer.
+    """The forecast for one component. `backend` is "onnx" or "torch", or "" for a component without weights, such as a tokenizer.
 
-    `bytes` are those of its weights in the bundle. `reason` says why its precision is not the one that was asked for.
+    `bytes` is the size of its weights in the bundle. `reason` says why its precision is not the requested one.
     """
 
     name: str
@@ -56,7 +56,7 @@ class PartForecast:
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
-    """What an export would do. Sizes in bytes, and estimates: `temporary_bytes` on disk beside the bundle's own while it runs."""
+    """What an export would do. Sizes are estimates in bytes; `temporary_bytes` is additional disk space during export."""
 
     source: str
     output: str
@@ -76,7 +76,7 @@ class Forecast:
 
 
 def survey(options: ExportOptions, progress: Progress) -> tuple[Checkpoint, Contents]:
-    """The checkpoint to be exported, and what its files hold. Raises ExportError where it is refused or cannot be had."""
+    """The checkpoint to export, and its contents. Raises ExportError if it is refused or not available."""
     is_here = Path(options.source).exists() or options.source.count("/") != 1 or options.config is not None
     if not is_here:
         from huggingface_hub import constants
@@ -88,16 +88,16 @@ def survey(options: ExportOptions, progress: Progress) -> tuple[Checkpoint, Cont
 
 
 def forecast(checkpoint: Checkpoint, options: ExportOptions, plan: "Plan", contents: Contents | None = None) -> Forecast:
-    """What exporting `checkpoint` would do; `contents` where its files are not on this machine.
+    """What exporting `checkpoint` would do. `contents` is required if its files are not on this machine.
 
-    Raises ExportError where a file is damaged or a LoRA missing.
+    Raises ExportError if a file is damaged or a LoRA is missing.
     """
     if missing := [lora.path for lora in options.loras if not lora.path.is_file()]:
-        raise ExportError(f"there is no LoRA at {missing[0]}")
+        raise ExportError(f"no LoRA file at {missing[0]}")
     weights = weigh(contents or read_contents(checkpoint), tuple(checkpoint.layout.components))
     kinds = {**dict.fromkeys(weights, ""), **{name: kind for name, (_, kind) in checkpoint.layout.components.items()}}
     upcast = _is_upcast(checkpoint.directory / "vae" / "config.json")
-    parts = tuple(_foretell(name, kind, weights.get(name), options.precision, plan, upcast) for name, kind in kinds.items())
+    parts = tuple(_forecast_part(name, kind, weights.get(name), options.precision, plan, upcast) for name, kind in kinds.items())
     source_bytes, bundle_bytes = sum(part.bytes for part in weights.values()), sum(part.bytes for part in parts)
     rewritten = source_bytes if checkpoint.weights is not None or options.loras else 0
     return Forecast(
@@ -119,21 +119,21 @@ def forecast(checkpoint: Checkpoint, options: ExportOptions, plan: "Plan", conte
     )
 
 
-def show(told: Forecast, console: "Console") -> None:
-    """Prints it for a person."""
-    print_line(console, f"dry run: nothing is written, and no weights are loaded. {told.source} -> {told.output}")
+def show(found: Forecast, console: "Console") -> None:
+    """Prints the forecast as text."""
+    print_line(console, f"dry run: nothing is written and no weights are loaded. {found.source} -> {found.output}")
     print_facts(
         console,
         [
-            ("pipeline", f"{told.pipeline_class} (family {told.family})"),
-            ("backend", told.backend + (f": {told.backend_reason}" if told.backend_reason else "")),
-            ("precision", told.precision),
-            ("scheduler", told.scheduler or ""),
-            *(("LoRA", f"{name} at {scale:g}") for name, scale in told.loras),
-            ("read", quantity(told.source_bytes)),
-            ("bundle", f"about {quantity(told.bundle_bytes)}"),
-            ("disk", f"about {quantity(told.bundle_bytes + told.temporary_bytes)} while it runs{_warn(told)}"),
-            ("memory", f"about {quantity(told.memory_bytes)} at its peak"),
+            ("pipeline", f"{found.pipeline_class} (family {found.family})"),
+            ("backend", found.backend + (f": {found.backend_reason}" if found.backend_reason else "")),
+            ("precision", found.precision),
+            ("scheduler", found.scheduler or ""),
+            *(("LoRA", f"{name} at {scale:g}") for name, scale in found.loras),
+            ("read", quantity(found.source_bytes)),
+            ("bundle", f"about {quantity(found.bundle_bytes)}"),
+            ("disk", f"about {quantity(found.bundle_bytes + found.temporary_bytes)} during the export{_warn(found)}"),
+            ("memory", f"about {quantity(found.memory_bytes)} at its peak"),
         ],
     )
     rows = [
@@ -147,14 +147,14 @@ def show(told: Forecast, console: "Console") -> None:
             quantity(part.bytes) if part.bytes else "",
             part.reason,
         )
-        for part in told.components
+        for part in found.components
     ]
     columns = ("component", "class", "becomes", ">parameters", "stored", "exported", ">in the bundle", "")
     print_table(console, "components", columns, rows)
 
 
 def _survey_hub(options: ExportOptions, progress: Progress) -> tuple[Checkpoint, Contents]:
-    """Fetches the configurations (a few kB) of a hub repository, the headers of its weights and the sizes of its graphs."""
+    """Fetches the configurations of a hub repository (a few kB), the headers of its weights and the sizes of its graphs."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HTTPError, SafetensorsParsingError
 
@@ -164,7 +164,7 @@ def _survey_hub(options: ExportOptions, progress: Progress) -> tuple[Checkpoint,
         chosen.append(choose(index, names, options))
         return [name for name in names if name == INDEX_NAME or name.endswith("/config.json")]
 
-    progress.stage(f"asking the hub about {repo_id}")
+    progress.stage(f"reading the metadata of {repo_id} on the hub")
     directory, _ = download(repo_id, options.revision, choose_texts, progress)
     ((kind, layout, files),) = chosen
     try:
@@ -176,27 +176,29 @@ def _survey_hub(options: ExportOptions, progress: Progress) -> tuple[Checkpoint,
         graphs = [name for name in files if is_graph(name)]
         found = hub.get_paths_info(repo_id, graphs, revision=directory.name) if graphs else []
     except (HTTPError, SafetensorsParsingError) as error:
-        raise ExportError(f"the hub does not tell how large {repo_id} is: {first_line(error)}") from None
+        raise ExportError(f"cannot read the sizes of {repo_id} from the hub: {first_line(error)}") from None
     checkpoint = Checkpoint(directory, tuple(files), layout, Source(repo_id=repo_id), kind)
     return checkpoint, Contents(headers, {item.path: item.size for item in found})
 
 
-def _foretell(name: str, kind: str, weights: Weights | None, asked: Precision, plan: "Plan", upcast: bool) -> PartForecast:
+def _forecast_part(
+    name: str, kind: str, weights: Weights | None, requested: Precision, plan: "Plan", upcast: bool
+) -> PartForecast:
     if weights is None:
         return PartForecast(name, kind, "")
     part = "vae" if name.startswith("vae_") else name
     is_graph = part in plan.graphs
-    precision, reason = str(asked), ""
-    if asked == "int8" and not (is_graph and name.startswith((*DENOISERS, "text_encoder"))):
-        precision, reason = "fp32", "only the matrices of graphs of denoisers and text encoders become int8"
-    elif asked == "fp16" and part == "vae" and upcast:
-        precision, reason = "fp32", "the model says that its VAE overflows in fp16"
+    precision, reason = str(requested), ""
+    if requested == "int8" and not (is_graph and name.startswith((*DENOISERS, "text_encoder"))):
+        precision, reason = "fp32", "int8 applies only to matrices in the graphs of denoisers and text encoders"
+    elif requested == "fp16" and part == "vae" and upcast:
+        precision, reason = "fp32", "the model declares that its VAE overflows in fp16"
     if precision == "int8":
         size = weights.matrices + 4 * (weights.parameters - weights.matrices)
     else:
         size = WIDTHS[precision] * weights.parameters
     if precision == "fp16" and is_graph and part in _FUSED:
-        size *= 2  # A second graph, with fused operators for CUDA, has weights of its own.
+        size *= 2  # The second graph, with fused CUDA operators, has its own weights.
     backend = "onnx" if is_graph else "torch"
     return PartForecast(name, kind, backend, weights.parameters, weights.stored, precision, size, reason)
 
@@ -213,11 +215,11 @@ def _is_upcast(config: Path) -> bool:
 
 
 def _free_disk(output: Path) -> int:
-    """Bytes that are free where the bundle is to be."""
-    there = next(path for path in (output.absolute(), *output.absolute().parents) if path.is_dir())
-    return shutil.disk_usage(there).free
+    """Free bytes on the file system of the output."""
+    nearest = next(path for path in (output.absolute(), *output.absolute().parents) if path.is_dir())
+    return shutil.disk_usage(nearest).free
 
 
-def _warn(told: Forecast) -> str:
-    lacks = told.bundle_bytes + told.temporary_bytes > told.free_disk_bytes
-    return f"; only {quantity(told.free_disk_bytes)} are free" if lacks else ""
+def _warn(found: Forecast) -> str:
+    lacks = found.bundle_bytes + found.temporary_bytes > found.free_disk_bytes
+    return f"; only {quantity(found.free_disk_bytes)} are free" if lacks else ""

@@ -1,6 +1,6 @@
-"""`img2img inspect BUNDLE`: what a bundle is, whether it is still what was verified, and what was measured then.
+"""`img2img inspect BUNDLE`: shows a bundle's contents, checks it against its checksums, and prints its verification results.
 
-Needs the base installation only: neither torch nor ONNX Runtime, so that a bundle can be looked at anywhere.
+Needs the base installation only (neither torch nor ONNX Runtime), so a bundle can be inspected anywhere.
 """
 
 import argparse
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 _CHUNK = 1 << 22
 _GRAPH_COLUMNS = ("component", "graph", ">cases", ">greatest difference", ">relative error", "")
-_PICTURE_COLUMNS = ("case", ">PSNR", ">SSIM", ">greatest difference", "")
+_IMAGE_COLUMNS = ("case", ">PSNR", ">SSIM", ">greatest difference", "")
 
 _EPILOG = """\
 examples:
@@ -34,16 +34,16 @@ examples:
   img2img inspect models/my-model --sheet sheet.png
   img2img inspect models/my-model --json --no-checksums
 
-The picture sheet shows all that was drawn to verify the bundle: the source, diffusers' picture, the bundle's, and their
-difference. Exit status: 0 verified and intact, 1 not so, or no bundle, 2 wrong arguments.
+The image sheet shows every image generated to verify the bundle: the source, the image from diffusers, the image from the
+bundle, and their difference. Exit status: 0 verified and intact, 1 not verified, damaged or no bundle, 2 wrong arguments.
 """
 
 
 @dataclass(frozen=True, slots=True)
 class Inspection:
-    """What was found. `checked` says whether the checksums were; `damages` says of each file what is wrong with it.
+    """The result of an inspection. `checked`: checksums were verified. `damages` has one message per damaged file.
 
-    `strangers` are files that the manifest does not name; they do no harm. `sheet` is None where there is no image sheet.
+    `strangers` are files that the manifest does not list (harmless). `sheet` is None if there is no image sheet.
     """
 
     path: Path
@@ -56,23 +56,25 @@ class Inspection:
 
     @property
     def passed(self) -> bool:
-        """Whether it was verified and, as far as was looked, still is what was verified."""
+        """Whether the bundle was verified and no damage was found."""
         return self.manifest.verification.passed and not self.damages
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    """Declares the flags."""
+    """Adds the command's flags to `parser`."""
     parser.epilog = _EPILOG
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("bundle", metavar="BUNDLE", type=Path, help="the directory of a bundle")
-    parser.add_argument("--json", action="store_true", help="print everything, the manifest too, as one JSON object")
-    parser.add_argument("--sheet", metavar="FILE", type=Path, help="copy the picture sheet (a PNG) to FILE")
-    parser.add_argument("--no-checksums", action="store_true", help="do not read the files: quick, but trusts them")
+    parser.add_argument("--json", action="store_true", help="print everything, including the manifest, as one JSON object")
+    parser.add_argument("--sheet", metavar="FILE", type=Path, help="copy the image sheet (a PNG) to FILE")
+    parser.add_argument(
+        "--no-checksums", action="store_true", help="skip the checksums: faster, but does not detect changed files"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Reports. Returns the exit status: 0 verified and intact, 1 otherwise."""
-    # With JSON the report is the only line; else the time it takes to read the files is seen, and stays out of a pipe.
+    """Prints the report. Returns the exit status: 0 verified and intact, 1 otherwise."""
+    # With --json the report is the only output; otherwise progress goes to stderr, if that is a terminal.
     progress = choose(False, sys.stderr) if sys.stderr.isatty() and not arguments.json else Progress()
     try:
         found = inspect(arguments.bundle, not arguments.no_checksums, progress)
@@ -89,7 +91,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def inspect(bundle: Path, checksums: bool, progress: Progress) -> Inspection:
-    """Looks at a bundle. Raises BundleError where there is none, or its manifest is damaged."""
+    """Inspects a bundle. Raises BundleError if there is none or its manifest is damaged."""
     manifest = read_manifest(bundle)
     present = list_files(bundle)
     sheet = bundle / SHEET
@@ -105,8 +107,8 @@ def inspect(bundle: Path, checksums: bool, progress: Progress) -> Inspection:
 
 
 def find_damages(bundle: Path, manifest: Manifest, checksums: bool, progress: Progress) -> list[str]:
-    """What is wrong with each file that is not as the manifest says; without `checksums` only whether it is there."""
-    root, damages, there = bundle.resolve(), [], []
+    """A message per file that differs from the manifest; without `checksums`, only for files that are missing or outside."""
+    root, damages, present = bundle.resolve(), [], []
     for name in manifest.files:
         path = bundle / name
         if not path.resolve().is_relative_to(root):
@@ -114,26 +116,26 @@ def find_damages(bundle: Path, manifest: Manifest, checksums: bool, progress: Pr
         elif not path.is_file():
             damages.append(f"{name} is missing")
         else:
-            there.append(name)
+            present.append(name)
     if not checksums:
         return damages
-    with progress.task("checksums", sum((bundle / name).stat().st_size for name in there)) as advance:
-        differ = [name for name in there if _sha256(bundle / name, advance) != manifest.files[name]]
-    return damages + [f"{name} is not the file that was verified: its SHA-256 differs" for name in differ]
+    with progress.task("checksums", sum((bundle / name).stat().st_size for name in present)) as advance:
+        differ = [name for name in present if _sha256(bundle / name, advance) != manifest.files[name]]
+    return damages + [f"{name} has changed since it was verified: its SHA-256 differs" for name in differ]
 
 
 def copy_sheet(found: Inspection, target: Path) -> None:
-    """Copies the image sheet out. Raises ExportError where the bundle has none."""
+    """Copies the image sheet to `target`. Raises ExportError if the bundle has none."""
     if found.sheet is None:
-        raise ExportError(f"{found.path} has no picture sheet")
+        raise ExportError(f"{found.path} has no image sheet")
     shutil.copyfile(found.sheet, target)
 
 
 def show(found: Inspection, console: "Console") -> None:
-    """Prints the report for a person."""
+    """Prints the report as text."""
     manifest = found.manifest
     state = "verified" if manifest.verification.passed else "NOT VERIFIED"
-    intact = "DAMAGED" if found.damages else "intact" if found.checked else "checksums not looked at"
+    intact = "DAMAGED" if found.damages else "intact" if found.checked else "checksums not verified"
     print_line(console, f"{found.path}: {state}, {intact}")
     print_facts(console, _facts(found))
     columns = ("component", "becomes", "precision", "opset", ">weights", "fused graph", "")
@@ -156,7 +158,7 @@ def show(found: Inspection, console: "Console") -> None:
 def _facts(found: Inspection) -> list[tuple[str, str]]:
     manifest, source = found.manifest, found.manifest.source
     origin = [source.repo_id or source.path or "", source.revision or "", source.variant and f"variant {source.variant}"]
-    checksums = f"all {len(manifest.files)} files are as they were verified" if found.checked else "not looked at"
+    checksums = f"all {len(manifest.files)} files match" if found.checked else "not verified"
     return [
         ("source", ", ".join(filter(None, origin))),
         *((name, ", ".join(patterns)) for name, patterns in _patterns(manifest)),
@@ -164,7 +166,7 @@ def _facts(found: Inspection) -> list[tuple[str, str]]:
         ("backend", manifest.backend + (f": {manifest.backend_reason}" if manifest.backend_reason else "")),
         ("precision", manifest.precision),
         *(("LoRA", f"{lora.name} at {lora.scale:g}") for lora in manifest.loras),
-        ("picture sizes", f"multiples of {manifest.size_multiple} pixels" if manifest.size_multiple else ""),
+        ("image sizes", f"multiples of {manifest.size_multiple} pixels" if manifest.size_multiple else ""),
         ("size", f"{quantity(found.bytes)} in {len(manifest.files)} files"),
         ("checksums", "" if found.damages else checksums),
         *(("damage", damage) for damage in found.damages),
@@ -183,24 +185,24 @@ def _show_verification(found: Inspection, console: "Console") -> None:
     if verification.components:
         print_table(console, f"graphs, compared with {verification.reference}", _GRAPH_COLUMNS, _worst(verification.components))
     if verification.pictures:
-        drawn = (
+        rows = (
             (part.case, decibels(part.psnr_db), f"{part.ssim:.4f}", f"{part.max_abs_error}/255", verdict(part.passed))
             for part in verification.pictures
         )
-        print_table(console, f"pictures, compared with {verification.reference}", _PICTURE_COLUMNS, drawn)
+        print_table(console, f"images, compared with {verification.reference}", _IMAGE_COLUMNS, rows)
     console.print()
     print_facts(
         console,
         [
             ("limits", ", ".join(f"{name} {value:g}" for name, value in verification.limits.items())),
             *((FAILED, problem) for problem in verification.problems),
-            ("picture sheet", str(found.sheet or "")),
+            ("image sheet", str(found.sheet or "")),
         ],
     )
 
 
 def _worst(parts: Iterable[ComponentParity]) -> list[tuple[str, ...]]:
-    """A row for each graph: the worst of its cases."""
+    """One row per graph: the worst of its cases."""
     graphs: dict[tuple[str, str], list[ComponentParity]] = {}
     for part in parts:
         graphs.setdefault((part.component, part.graph), []).append(part)

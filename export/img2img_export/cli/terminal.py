@@ -1,4 +1,4 @@
-"""What a person, a log or another program sees of an export while it runs: bars, plain lines, or JSON."""
+"""Progress of a running export: bars on a terminal, plain lines for a log, or JSON lines for a program."""
 
 import contextlib
 import json
@@ -23,7 +23,7 @@ _UNITS = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
 
 
 class Display(Progress):
-    """A progress that is seen. It also tells how the export ended."""
+    """Progress that is displayed. It also displays the result of the export."""
 
     def __init__(self, stream: TextIO, clock: Callable[[], float] = time.monotonic) -> None:
         self.stream = stream
@@ -32,19 +32,19 @@ class Display(Progress):
 
     @property
     def seconds(self) -> float:
-        """Since the start."""
+        """Seconds since the start."""
         return self.clock() - self._start
 
     def result(self, line: str, record: Mapping[str, Any]) -> None:
-        """It is done: `line` for a person, `record` for a program."""
+        """Displays success: `line` is text, `record` the same as data."""
         print(line, file=self.stream, flush=True)
 
     def error(self, message: str) -> None:
-        """It failed. A person reads it on standard error, where the command prints it."""
+        """Displays failure. Text displays do nothing: the command prints the message on standard error."""
 
 
 class PlainProgress(Display):
-    """Lines for a log: each stage as it begins, each task as it ends, and one now and then while a long one runs."""
+    """Lines for a log: one per stage start and task end, and one every ten seconds during a long task."""
 
     def stage(self, text: str) -> None:
         """Prints the stage with the time."""
@@ -52,14 +52,14 @@ class PlainProgress(Display):
 
     @contextlib.contextmanager
     def task(self, label: str, total: int, unit: str = "B") -> Iterator[Advance]:
-        """Prints a line at the end, with size and time, and one each ten seconds before."""
+        """Prints a line every ten seconds, and one at the end with size and duration."""
         begin = self.seconds
 
-        def tell(done: int) -> None:
+        def report(done: int) -> None:
             part = f" ({done / total:.0%})" if total else ""
             self._print(f"{label}: {amount(done, total, unit)}{part}")
 
-        counter = _Counter(self.clock, _PLAIN_INTERVAL, tell)
+        counter = _Counter(self.clock, _PLAIN_INTERVAL, report)
         yield counter.advance
         self._print(f"{label}: {quantity(counter.done, unit)} in {self.seconds - begin:.1f} s")
 
@@ -68,7 +68,7 @@ class PlainProgress(Display):
 
 
 class JsonProgress(Display):
-    """One JSON object on each line: stage, progress, and at the end result or error."""
+    """One JSON object per line: stage, progress, and finally result or error."""
 
     def stage(self, text: str) -> None:
         """{"event": "stage", "text", "seconds"}."""
@@ -76,14 +76,14 @@ class JsonProgress(Display):
 
     @contextlib.contextmanager
     def task(self, label: str, total: int, unit: str = "B") -> Iterator[Advance]:
-        """{"event": "progress", "label", "done", "total", "unit", "seconds"}, at the end and at most twice a second before."""
+        """{"event": "progress", "label", "done", "total", "unit", "seconds"}, at most twice a second and at the end."""
 
-        def tell(done: int) -> None:
+        def report(done: int) -> None:
             self._print("progress", label=label, done=done, total=total, unit=unit, seconds=round(self.seconds, 3))
 
-        counter = _Counter(self.clock, _JSON_INTERVAL, tell)
+        counter = _Counter(self.clock, _JSON_INTERVAL, report)
         yield counter.advance
-        tell(counter.done)
+        report(counter.done)
 
     def result(self, line: str, record: Mapping[str, Any]) -> None:
         """{"event": "result", ...record}."""
@@ -98,7 +98,7 @@ class JsonProgress(Display):
 
 
 class RichProgress(Display):
-    """Bars for a terminal, which stay when they are full; stages are lines above them."""
+    """Bars for a terminal, kept on screen when complete; stages are lines above them."""
 
     def __init__(self, stream: TextIO, clock: Callable[[], float] = time.monotonic, console: "Console | None" = None) -> None:
         from rich.console import Console
@@ -116,16 +116,16 @@ class RichProgress(Display):
         self._console.print(Text.assemble((f"{self.seconds:7.1f} s  ", "dim"), text))
 
     def result(self, line: str, record: Mapping[str, Any]) -> None:
-        """Prints the line, whole: it may name files."""
+        """Prints the line without wrapping or markup, since it may contain file names."""
         self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     @contextlib.contextmanager
     def task(self, label: str, total: int, unit: str = "B") -> Iterator[Advance]:
-        """A bar. Several at once share a display, which ends with the last of them."""
+        """Shows a bar. Concurrent bars share a display, which closes with the last of them."""
         with self._display() as bars:
             task = bars.add_task(label, total=total, unit=unit)
             yield lambda count: bars.advance(task, count)
-            # What was estimated wrong is full all the same when it is done.
+            # A completed bar is full even if its total was estimated wrong.
             bars.update(task, total=next(bar.completed for bar in bars.tasks if bar.id == task))
 
     @contextlib.contextmanager
@@ -147,7 +147,7 @@ class RichProgress(Display):
 
 
 def choose(json: bool, stream: TextIO) -> Display:
-    """JSON where it is asked for, bars on a terminal, else plain lines."""
+    """JSON if requested, bars on a terminal, else plain lines."""
     if json:
         return JsonProgress(stream)
     if not stream.isatty():
@@ -169,12 +169,12 @@ def quantity(count: float, unit: str = "B") -> str:
 
 
 def amount(done: float, total: float, unit: str = "B") -> str:
-    """How much of how much."""
+    """The text "DONE of TOTAL"."""
     return f"{quantity(done, unit)} of {quantity(total, unit)}"
 
 
 def as_json(value: Any) -> str:
-    """One line of strict JSON: infinite numbers and such, which JSON has not, are null."""
+    """One line of strict JSON: NaN and infinite numbers become null."""
     return json.dumps(_finite(value), default=str, ensure_ascii=False, allow_nan=False)
 
 
@@ -191,20 +191,20 @@ def _finite(value: Any) -> Any:
 
 
 class _Counter:
-    """Counts, and tells how far it came when `interval` seconds went by since it last did. Threads may share it."""
+    """Counts progress and reports it at most every `interval` seconds. Thread-safe."""
 
-    def __init__(self, clock: Callable[[], float], interval: float, tell: Callable[[int], None]) -> None:
+    def __init__(self, clock: Callable[[], float], interval: float, report: Callable[[int], None]) -> None:
         self.done = 0
-        self._clock, self._interval, self._tell = clock, interval, tell
-        self._told = clock()
+        self._clock, self._interval, self._report = clock, interval, report
+        self._reported = clock()
         self._lock = threading.Lock()
 
     def advance(self, count: int) -> None:
         with self._lock:
             self.done += count
-            if self._clock() - self._told >= self._interval:
-                self._told = self._clock()
-                self._tell(self.done)
+            if self._clock() - self._reported >= self._interval:
+                self._reported = self._clock()
+                self._report(self.done)
 
 
 def _make_bars(console: "Console") -> "rich.progress.Progress":

@@ -1,1 +1,1 @@
-"""From PyTorch modules to ONNX graphs in the precision asked for."""
+"""Converts PyTorch modules to ONNX graphs in the requested precision."""

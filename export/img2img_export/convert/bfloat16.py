@@ -1,13 +1,13 @@
-"""fp16 -> bf16: the same graph in a type with fp32's range and eight bits of precision.
+"""Converts an fp16 graph to bf16, which has the range of fp32 and eight bits of precision.
 
 ONNX Runtime's CPU provider (1.31) has no bf16 arithmetic. It moves such tensors (Cast, Reshape, Concat, Slice, Transpose...) and
 has LayerNormalization; for Add, Mul, MatMul, Softmax, Sigmoid, Conv and the rest a session fails to start: "Could not find an
-implementation". It inserts no casts, as it does for fp16: emulation.py runs such a graph there.
+implementation". Unlike for fp16, it inserts no casts; emulation.py runs such a graph on the CPU.
 
-Conv admits bf16 from opset 22 on (InstanceNormalization, Sin and Cos too), so the graph becomes one of opset 22; no operator in
-use here changed its meaning since 18. What the CUDA provider has no bf16 kernel for computes in fp32 between casts. GroupNorm,
-which torch spells with InstanceNormalization, would be slow that way, and the CUDA provider's kernel for that ends at opset 21:
-it becomes a LayerNormalization, whose sums are fp32.
+Conv supports bf16 from opset 22 on (as do InstanceNormalization, Sin and Cos), so the graph is raised to opset 22; the operators
+used here mean the same as in opset 18. Operators without a bf16 kernel in the CUDA provider compute in fp32 between casts.
+GroupNorm, which torch exports as InstanceNormalization, would be slow that way, and the CUDA provider's kernel for it stops at
+opset 21: it becomes a LayerNormalization, whose sums are fp32.
 """
 
 from collections.abc import Sequence
@@ -31,18 +31,18 @@ from img2img_export.convert.external_weights import TORCH_TYPES, Skeleton, const
 
 OPSET = 22
 _IR_VERSION = 10
-"""The oldest that knows opset 22."""
+"""The oldest IR version with opset 22."""
 
 _COMPUTING = {
     *("Add", "Conv", "Div", "Erf", "Exp", "Gelu", "Gemm", "LayerNormalization", "MatMul", "Mul", "Neg", "Pow", "Relu", "Sigmoid"),
     *("Softmax", "Sqrt", "Sub", "Tanh"),
 }
-"""Operators that compute in bf16: by opset 22's schemas and by the CUDA provider's kernels (ORT's docs/OperatorKernels.md)."""
+"""Operators that compute in bf16, by opset 22's schemas and by the CUDA provider's kernels (ORT's docs/OperatorKernels.md)."""
 _TORCH = {kind: dtype for dtype, kind in TORCH_TYPES.items()}
 
 
 def to_bfloat16(skeleton: Skeleton) -> Skeleton:
-    """The graph of a skeleton traced in fp16, in bf16. What that computes in fp32 (the timestep's sines) stays in fp32."""
+    """Converts a graph traced in fp16 to bf16. The parts it computes in fp32 (the sines of the timestep) stay in fp32."""
     half = of_type(value_types(skeleton), TensorProto.FLOAT16)
     result = skeleton.copy()
     graph = result.model.graph
@@ -67,7 +67,7 @@ def to_bfloat16(skeleton: Skeleton) -> Skeleton:
 
 
 def _group_norm(node: NodeProto, nodes: Sequence[NodeProto], known: dict[str, np.ndarray]) -> list[NodeProto]:
-    """A GroupNorm's InstanceNormalization of [B, groups, rest], with a scale of one and no bias, as a LayerNormalization."""
+    """Rewrites the InstanceNormalization of a GroupNorm ([B, groups, rest], scale 1, no bias) as a LayerNormalization."""
     if node.op_type != "InstanceNormalization" or not all(name in known for name in node.input[1:]):
         return [node]
     before = next((other for other in nodes if node.input[0] in other.output), None)
@@ -79,7 +79,7 @@ def _group_norm(node: NodeProto, nodes: Sequence[NodeProto], known: dict[str, np
     return [
         helper.make_node("Constant", [], [f"{name}.one"], value=one),
         helper.make_node("Shape", [value], [f"{name}.length"], start=2, end=3),
-        # ONNX Runtime wants a scale of the full length.
+        # ONNX Runtime requires a scale of the full length.
         helper.make_node("Expand", [f"{name}.one", f"{name}.length"], [f"{name}.scale"]),
         helper.make_node(
             "LayerNormalization", [value, f"{name}.scale"], [name], f"{node.name}.group", axis=2, epsilon=node.attribute[0].f
@@ -88,7 +88,7 @@ def _group_norm(node: NodeProto, nodes: Sequence[NodeProto], known: dict[str, np
 
 
 def _island(node: NodeProto, half: set[str]) -> list[NodeProto]:
-    """`node`, between casts to and from fp32 where it can't compute in bf16."""
+    """`node`, between casts to and from fp32 if it has no bf16 kernel."""
     narrow = [name for name in (*node.input, *node.output) if name in half]
     if not narrow or node.op_type in MOVING or node.op_type in _COMPUTING:
         return [node]

@@ -1,7 +1,6 @@
-"""How a graph in half precision computes on a GPU, played on a CPU: fp32 arithmetic, rounded after every operator.
+"""Emulates on a CPU how a GPU computes a graph in half precision: fp32 arithmetic, rounded after every operator.
 
-ONNX Runtime's CPU provider has no bf16 arithmetic, and computes fp16 graphs in fp32 with roundings here and there, which hides
-where they overflow.
+ONNX Runtime's CPU provider has no bf16 arithmetic, and computes fp16 graphs mostly in fp32, which hides overflows.
 """
 
 from collections.abc import Iterable
@@ -19,16 +18,16 @@ MOVING = {
     *("Cast", "Concat", "Constant", "ConstantOfShape", "Expand", "Flatten", "Gather", "GatherElements", "GatherND", "Identity"),
     *("Reshape", "ScatterND", "Shape", "Size", "Slice", "Split", "Squeeze", "Tile", "Transpose", "Unsqueeze"),
 }
-"""Operators that only move numbers, so that their results need no rounding."""
+"""Operators that only move values, so their results need no rounding."""
 _HALVES = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
 _TORCH = {kind: dtype for dtype, kind in TORCH_TYPES.items()}
 
 
 def emulated(model: ModelProto) -> ModelProto:
-    """A graph in fp32 arithmetic whose every result in half precision is rounded to that. Inputs and outputs are fp32.
+    """A graph in fp32 arithmetic that rounds every half-precision result to half precision. Inputs and outputs are fp32.
 
-    `model` is a written graph; its weights stay in their file as they are, and each is cast where it is read. One that has
-    nothing in half precision is given back as it is.
+    `model` is a written graph; its weights stay in their file and are cast when read. A graph without half-precision values is
+    returned unchanged.
     """
     types = _inferred(model)
     half = next((kind for kind in _HALVES if kind in types.values()), None)
@@ -49,15 +48,15 @@ def emulated(model: ModelProto) -> ModelProto:
 
 
 def open_emulated(graph: Path) -> onnxruntime.InferenceSession:
-    """A session on the CPU that runs the written graph `graph`, played: fp32 tensors in and out."""
+    """Opens a CPU session that emulates the written graph `graph`: fp32 tensors in and out."""
     return open_beside(emulated(onnx.load(str(graph), load_external_data=False)), graph.parent)
 
 
 def open_beside(model: ModelProto, folder: Path) -> onnxruntime.InferenceSession:
-    """A session on the CPU of a graph in memory whose weights are in a file in `folder`.
+    """Opens a CPU session for a graph in memory whose weights are in a file in `folder`.
 
-    The graph runs as it is: optimizations would hold the weights' casts in memory, or fuse what is to be rounded between. So
-    such a session takes little more memory than the file, which is mapped.
+    The graph runs without optimizations, which would keep cast weights in memory or fuse operators that must round in between.
+    So the session takes little more memory than the file, which is mapped.
     """
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
@@ -71,7 +70,7 @@ def open_beside(model: ModelProto, folder: Path) -> onnxruntime.InferenceSession
 
 
 def _emulated_node(node: NodeProto, inputs: dict[str, str], weights: set[str], narrow: set[str], half: int) -> list[NodeProto]:
-    """`node` in fp32, its narrow weights cast before it, its results rounded after it."""
+    """`node` in fp32: half-precision weights are cast before it, results rounded after it."""
     result = NodeProto()
     result.CopyFrom(node)
     retype_node(result, half, TensorProto.FLOAT)
@@ -86,12 +85,12 @@ def _emulated_node(node: NodeProto, inputs: dict[str, str], weights: set[str], n
 
 
 def _rounding(source: str, target: str, half: int) -> list[NodeProto]:
-    """fp32 to the nearest number of the narrower type, in fp32."""
+    """Rounds fp32 values to the nearest half-precision number, kept in fp32."""
     return [cast(source, f"{target}.half", half), cast(f"{target}.half", target, TensorProto.FLOAT)]
 
 
 def value_types(skeleton: Skeleton) -> dict[str, int]:
-    """The element type (of TensorProto) of each value in the graph, its weights among them."""
+    """The element type (of TensorProto) of each value in the graph, including its weights."""
     model = ModelProto()
     model.CopyFrom(skeleton.model)
     for name, weight in skeleton.weights.items():
@@ -100,7 +99,7 @@ def value_types(skeleton: Skeleton) -> dict[str, int]:
 
 
 def cast(source: str, target: str, kind: int) -> NodeProto:
-    """A Cast to `kind`."""
+    """A Cast node from `source` to `target` with the type `kind`."""
     return helper.make_node("Cast", [source], [target], to=kind)
 
 
@@ -112,12 +111,12 @@ def _inferred(model: ModelProto) -> dict[str, int]:
 
 
 def of_type(types: dict[str, int], kind: int) -> set[str]:
-    """The names of the values of one type."""
+    """The names of the values of type `kind`."""
     return {name for name, found in types.items() if found == kind}
 
 
 def replace_nodes(graph: GraphProto, nodes: list[NodeProto]) -> None:
-    """Gives a graph other nodes; they may be its own."""
+    """Replaces the nodes of a graph; the new nodes may include its own."""
     copies = []
     for node in nodes:
         copies.append(NodeProto())
@@ -127,14 +126,14 @@ def replace_nodes(graph: GraphProto, nodes: list[NodeProto]) -> None:
 
 
 def retype_values(values: Iterable[ValueInfoProto], old: int, new: int) -> None:
-    """Declares the values of one type to be of another."""
+    """Changes the declared type of values from `old` to `new`."""
     for value in values:
         if value.type.tensor_type.elem_type == old:
             value.type.tensor_type.elem_type = new
 
 
 def retype_node(node: NodeProto, old: int, new: int) -> None:
-    """Changes the types that a node's attributes name: a Cast's, a constant's."""
+    """Changes the type in a node's attributes (of a Cast or a constant) from `old` to `new`."""
     for attribute in node.attribute:
         if attribute.name == "to" and attribute.i == old:
             attribute.i = new
@@ -143,7 +142,7 @@ def retype_node(node: NodeProto, old: int, new: int) -> None:
 
 
 def retype_tensor(tensor: TensorProto, old: int, new: int) -> None:
-    """Converts the numbers. Those beyond the type's are rounded, not clamped: -65504 becomes -65536 in bf16."""
+    """Converts a tensor from type `old` to `new`. Values are rounded, not clamped: -65504 becomes -65536 in bf16."""
     if tensor.data_type != old:
         return
     values = torch.from_numpy(numpy_helper.to_array(tensor).astype(np.float32)).to(_TORCH[new])

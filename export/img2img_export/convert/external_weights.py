@@ -1,8 +1,8 @@
-"""An ONNX graph whose weights are still where the checkpoint keeps them: it is changed and written without them in memory.
+"""An ONNX graph whose weights stay in the checkpoint: it is changed and written without loading them into memory.
 
-The graph is a few megabytes whatever the model's size. Each of its weights is a tensor of the PyTorch module (of which
-only the pages in use are in memory where the checkpoint is mapped) and what is to become of it: an order of axes, a shape, a
-type. Writing takes one weight at a time, so an export's peak is the module and no more.
+The graph is a few megabytes whatever the model's size. Each weight is a tensor of the PyTorch module (mapped from the checkpoint,
+so only pages in use are in memory) plus a permutation of axes, a shape and a type. Weights are written one at a time, so the peak
+memory of an export is the module.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ from img2img_export.progress import Progress
 
 GRAPH_NAME = "model.onnx"
 DATA_NAME = "model.onnx_data"
-"""The file of the weights, as optimum names it."""
+"""File name of the weights, the same as optimum's."""
 
 TORCH_TYPES = {
     torch.float32: TensorProto.FLOAT,
@@ -37,16 +37,16 @@ TORCH_TYPES = {
 }
 
 _INLINE_BYTES = 1024
-"""Weights up to this size stay in the graph's own file: shape inference and optimizers look at small ones."""
+"""Weights up to this size are stored in the graph's file: shape inference and optimizers read them."""
 _PAGE = 4096
 _LARGE_BYTES = 1 << 20
 _FIRST_BITS = 0x1419
-"""Of 0.001 in half precision; the numbers after it are as many as one likes, and none is equal to another in any precision."""
+"""The bits of 0.001 in half precision. Successive bit patterns give numbers that differ in every precision."""
 
 
 @dataclass(frozen=True, slots=True)
 class Weight:
-    """A tensor of the module as the graph wants it: its axes permuted, then given `shape`, then converted to `dtype`."""
+    """A tensor of the module as used in the graph: axes permuted, then reshaped to `shape`, then converted to `dtype`."""
 
     source: torch.Tensor
     dtype: torch.dtype
@@ -55,63 +55,63 @@ class Weight:
 
     @classmethod
     def of(cls, source: torch.Tensor, dtype: torch.dtype) -> "Weight":
-        """The tensor as it is; only floating-point tensors are converted."""
+        """An unpermuted weight; only floating-point tensors are converted to `dtype`."""
         return cls(source, dtype if source.is_floating_point() else source.dtype, tuple(source.shape))
 
     @property
     def bytes(self) -> int:
-        """What it takes when written."""
+        """Bytes when written."""
         return math.prod(self.shape) * self.dtype.itemsize
 
     def transposed(self, permutation: tuple[int, ...]) -> "Weight":
-        """The weight behind an ONNX Transpose."""
+        """The weight after an ONNX Transpose."""
         if self.permutation is not None:
             permutation = tuple(self.permutation[axis] for axis in permutation)
         return replace(self, permutation=permutation, shape=tuple(self.source.shape[axis] for axis in permutation))
 
     def reshaped(self, shape: tuple[int, ...]) -> "Weight":
-        """The weight with as many elements in another shape."""
+        """The weight in another shape with the same number of elements."""
         return replace(self, shape=shape)
 
     @property
     def is_reshaped(self) -> bool:
-        """Whether the shape is another than the axes' own: then it can't be transposed any more."""
+        """Whether the weight has been reshaped, so that it can no longer be transposed."""
         order = self.permutation or range(self.source.ndim)
         return self.shape != tuple(self.source.shape[axis] for axis in order)
 
     def read(self) -> torch.Tensor:
-        """The values, contiguous, in memory of their own where anything about them changes."""
+        """The values, contiguous; a copy if anything about them changes."""
         value = self.source.detach()
         if self.permutation is not None:
             value = value.permute(self.permutation)
         return value.to(self.dtype).contiguous().reshape(self.shape)
 
     def array(self) -> np.ndarray:
-        """The values as NumPy knows them; bfloat16 as its bits in int16."""
+        """The values as a NumPy array; bfloat16 as its bits in int16."""
         value = self.read()
         return value.view(torch.int16).numpy() if value.dtype == torch.bfloat16 else value.numpy()
 
 
 @dataclass(slots=True)
 class Skeleton:
-    """A graph, and the weights that its nodes name but that are in none of its initializers."""
+    """A graph, and the weights that its nodes refer to but its initializers do not contain."""
 
     model: ModelProto
     weights: dict[str, Weight]
 
     @property
     def bytes(self) -> int:
-        """What the weights take when written."""
+        """Bytes of the weights when written."""
         return sum(weight.bytes for weight in self.weights.values())
 
     def copy(self) -> "Skeleton":
-        """One whose graph can be changed; the weights are shared."""
+        """A copy of the graph that shares the weights."""
         model = ModelProto()
         model.CopyFrom(self.model)
         return Skeleton(model, dict(self.weights))
 
     def fold(self) -> None:
-        """Does what the graph does to a weight alone (Transpose, Unsqueeze) to the weight, and drops what nothing reads."""
+        """Folds nodes that only reshape a weight (Transpose, Unsqueeze) into it, and drops unused weights and constants."""
         known = constants(self.model)
         kept: list[NodeProto] = []
         renamed: dict[str, str] = {}
@@ -132,7 +132,7 @@ class Skeleton:
         self.drop_unused()
 
     def drop_unused(self) -> None:
-        """Drops weights that no node reads, and constants likewise."""
+        """Drops weights and constants that no node reads."""
         used = Counter(name for node in self.model.graph.node for name in node.input)
         used.update(output.name for output in self.model.graph.output)
         self.weights = {name: weight for name, weight in self.weights.items() if used[name]}
@@ -141,7 +141,7 @@ class Skeleton:
         self.model.graph.node.extend(kept)
 
     def write(self, folder: Path, progress: Progress, label: str) -> None:
-        """Writes the graph and, beside it, its weights into `folder`."""
+        """Writes the graph and its weights into `folder`."""
         folder.mkdir(parents=True, exist_ok=True)
         model = ModelProto()
         model.CopyFrom(self.model)
@@ -161,7 +161,7 @@ def _write(name: str, weight: Weight, data: BinaryIO) -> TensorProto:
     if weight.bytes <= _INLINE_BYTES:
         tensor.raw_data = bytes(content)
         return tensor
-    # A large one begins a page of its own, so that ONNX Runtime can map it.
+    # Large weights start on a page boundary, so that ONNX Runtime can map them.
     data.seek(-data.tell() % (_PAGE if weight.bytes >= _LARGE_BYTES else 64), os.SEEK_CUR)
     tensor.data_location = TensorProto.EXTERNAL
     for key, value in (("location", DATA_NAME), ("offset", str(data.tell())), ("length", str(weight.bytes))):
@@ -180,7 +180,7 @@ def constants(model: ModelProto) -> dict[str, np.ndarray]:
 
 
 def _fold(node: NodeProto, weights: dict[str, Weight], known: dict[str, np.ndarray]) -> Weight | None:
-    """What `node` makes of a weight, or None where that isn't all it does."""
+    """The weight that `node` produces from a weight, or None if the node is not foldable."""
     weight = weights.get(node.input[0]) if node.input else None
     if weight is None:
         return None
@@ -198,33 +198,33 @@ def _fold(node: NodeProto, weights: dict[str, Weight], known: dict[str, np.ndarr
 
 
 @contextlib.contextmanager
-def light(module: torch.nn.Module, dtype: torch.dtype) -> Iterator[dict[str, torch.Tensor]]:
-    """Lets `module` compute in `dtype` on parameters that take no memory; gives the true ones by name.
+def without_weights(module: torch.nn.Module, dtype: torch.dtype) -> Iterator[dict[str, torch.Tensor]]:
+    """Replaces the parameters of `module` with placeholders in `dtype` that take no memory; yields the real ones by name.
 
-    Each parameter is one number, seen in the parameter's shape. The numbers differ, so that nothing takes two for the same.
-    Buffers keep their values. Where the class says that a part must stay in fp32 (T5's `wo`), it does.
+    Each placeholder is one number expanded to the parameter's shape. The numbers differ, so that no two parameters are merged.
+    Buffers keep their values. Parts that the class requires in fp32 (T5's `wo`) stay in fp32.
     """
-    upright = tuple(getattr(module, "_keep_in_fp32_modules", None) or ())
-    true: dict[str, torch.Tensor] = {}
-    stand_ins: dict[int, torch.nn.Parameter] = {}
-    places: list[tuple[dict[str, torch.Tensor | None], str, torch.Tensor]] = []
+    fp32_parts = tuple(getattr(module, "_keep_in_fp32_modules", None) or ())
+    real: dict[str, torch.Tensor] = {}
+    placeholders: dict[int, torch.nn.Parameter] = {}
+    originals: list[tuple[dict[str, torch.Tensor | None], str, torch.Tensor]] = []
     for prefix, part in module.named_modules():
         for table, is_buffer in ((part._parameters, False), (part._buffers, True)):
             for leaf, value in table.items():
                 if value is None:
                     continue
                 name = f"{prefix}.{leaf}" if prefix else leaf
-                kind = torch.float32 if any(word in name.split(".") for word in upright) else dtype
-                places.append((table, leaf, value))
-                true.setdefault(name, value)
+                kind = torch.float32 if any(word in name.split(".") for word in fp32_parts) else dtype
+                originals.append((table, leaf, value))
+                real.setdefault(name, value)
                 if is_buffer:
                     table[leaf] = value.to(kind) if value.is_floating_point() else value
                 else:
-                    number = torch.tensor(_FIRST_BITS + len(stand_ins), dtype=torch.int16).view(torch.float16).to(kind)
+                    number = torch.tensor(_FIRST_BITS + len(placeholders), dtype=torch.int16).view(torch.float16).to(kind)
                     seen = torch.nn.Parameter(number.expand(value.shape), requires_grad=False)
-                    table[leaf] = stand_ins.setdefault(id(value), seen)
+                    table[leaf] = placeholders.setdefault(id(value), seen)
     try:
-        yield true
+        yield real
     finally:
-        for table, leaf, value in places:
+        for table, leaf, value in originals:
             table[leaf] = value

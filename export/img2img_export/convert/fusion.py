@@ -1,12 +1,12 @@
-"""The graph of an fp16 UNet or VAE in ONNX Runtime's own operators for CUDA, without its weights in memory.
+"""Rewrites the graph of an fp16 UNet or VAE with ONNX Runtime's fused CUDA operators, without loading its weights.
 
-The fusions are those of onnxruntime.transformers, which wants a whole model. It gets the graph with stand-ins of the large
-weights, whose names and shapes are all that it may look at; the small ones (norms, biases) it may read. Three of its passes are
-replaced. Its attention concatenates self-attention's weights and fails with numpy 2.4; its GroupNorm takes fp32 only; its
-NhwcConv reads and transposes the weights. Attention here becomes MultiHeadAttention of separate queries, keys and values. Its
-attention for VAEs puts zeros in place of the biases, and its one for CLIP concatenates: VAEs keep theirs, CLIP is not fused.
+The fusions come from onnxruntime.transformers, which requires a complete model. It gets the graph with placeholders for the large
+weights (names and shapes only) and the values of the small ones (norms, biases). Three of its passes are replaced: its attention
+concatenates self-attention's weights and fails with numpy 2.4; its GroupNorm takes fp32 only; its NhwcConv reads and transposes
+the weights. Here, attention becomes MultiHeadAttention with separate queries, keys and values. The package's VAE attention
+replaces the biases with zeros, which this one keeps; its CLIP attention concatenates, so CLIP is not fused.
 
-The operators have no CPU kernels; contrib_functions.py spells them out.
+The operators have no CPU kernels; contrib_functions.py expands them into standard ONNX operators.
 """
 
 from collections.abc import Mapping
@@ -27,17 +27,17 @@ from img2img_export.convert.external_weights import TORCH_TYPES, Skeleton, Weigh
 DOMAIN = "com.microsoft"
 SPLIT_GELU_WIDTHS = (2560, 5120, 10240)
 BIAS_ADD_WIDTHS = (320, 640, 1280)
-"""What the CUDA kernels of BiasSplitGelu and BiasAdd are made for (ORT's contrib_ops/cuda/diffusion)."""
+"""Widths supported by the CUDA kernels of BiasSplitGelu and BiasAdd (ORT's contrib_ops/cuda/diffusion)."""
 _NHWC = (0, 2, 3, 1)
 _NCHW = (0, 3, 1, 2)
 
 
 def fuse(skeleton: Skeleton) -> Skeleton:
-    """The graph of an fp16 UNet or VAE, fused. The skeleton's own graph is left alone.
+    """Fuses the graph of an fp16 UNet or VAE. `skeleton` is not changed.
 
-    Weights of convolutions are transposed when they are written; all others stay the same.
+    Convolution weights are transposed when written; all others stay the same.
     """
-    model = _with_stand_ins(skeleton)
+    model = _with_placeholders(skeleton)
     weights = dict(skeleton.weights)
     _fuse_attention(model)
     optimizer = _Optimizer(model, weights)
@@ -53,20 +53,20 @@ def fuse(skeleton: Skeleton) -> Skeleton:
     return result
 
 
-def _with_stand_ins(skeleton: Skeleton) -> ModelProto:
-    """The whole model as far as fusions look: of matrices and kernels, names and shapes only."""
+def _with_placeholders(skeleton: Skeleton) -> ModelProto:
+    """A model for the fusion passes: matrices and kernels have names and shapes but no values."""
     model = ModelProto()
     model.CopyFrom(skeleton.model)
-    model.graph.initializer.extend(_stand_in(name, weight) for name, weight in skeleton.weights.items())
+    model.graph.initializer.extend(_placeholder(name, weight) for name, weight in skeleton.weights.items())
     return model
 
 
-def _stand_in(name: str, weight: Weight) -> TensorProto:
+def _placeholder(name: str, weight: Weight) -> TensorProto:
     tensor = TensorProto(name=name, data_type=TORCH_TYPES[weight.dtype], dims=weight.shape)
     if sum(size > 1 for size in weight.shape) <= 1:
         tensor.raw_data = weight.array().tobytes()
     else:
-        # Whatever tries to read it fails: there is no such file.
+        # There is no such file, so any attempt to read the values fails.
         tensor.data_location = TensorProto.EXTERNAL
         tensor.external_data.add(key="location", value="not in memory")
     return tensor
@@ -76,19 +76,19 @@ class _GroupNorm(FusionGroupNorm):  # type: ignore[misc]
     """GroupNorm's scale and shift are fp32 in an fp16 graph too."""
 
     def add_initializer(self, name: str, data_type: int, dims: Any, vals: Any, raw: bool = True) -> None:
-        """Keeps what the fusion computed, in the type that it says."""
+        """Adds the initializer with its values in fp32."""
         super().add_initializer(name, data_type, dims, np.asarray(vals, dtype=np.float32), raw)
 
 
 class _Optimizer(UnetOnnxModel):  # type: ignore[misc]
-    """The passes for a UNet, in the package's order."""
+    """Runs the passes for a UNet in the package's order."""
 
     def __init__(self, model: ModelProto, weights: dict[str, Weight]) -> None:
         super().__init__(model)
         self._weights = weights
 
     def run(self) -> None:
-        """Changes the model, and adds the transposed weights."""
+        """Fuses the model in place, and adds the transposed weights."""
         self.utils.remove_identity_nodes()
         self.utils.remove_useless_cast_nodes()
         self.fuse_gelu()
@@ -111,14 +111,14 @@ class _Optimizer(UnetOnnxModel):  # type: ignore[misc]
         self.topological_sort()
 
     def convert_conv_to_nhwc(self) -> None:
-        """Convolutions of channels-last tensors; the transposed weight is a recipe, not numbers."""
+        """Converts convolutions to channels-last; their weights are transposed when written."""
         for node in self.get_nodes_by_op_type("Conv"):
             weight = self._weights.get(node.input[1])
             if weight is None or len(weight.shape) != 4 or weight.is_reshaped:
                 continue
             name = f"{node.input[1]}.nhwc"
             self._weights[name] = weight.transposed(_NHWC)
-            self.add_initializer(_stand_in(name, self._weights[name]))
+            self.add_initializer(_placeholder(name, self._weights[name]))
             before, after = f"{node.output[0]}.nhwc_in", f"{node.output[0]}.nhwc_out"
             conv = helper.make_node("NhwcConv", [before, name, *node.input[2:]], [after], f"{node.name}_nhwc", domain=DOMAIN)
             conv.attribute.extend(node.attribute)
@@ -137,13 +137,13 @@ def _transpose(source: str, target: str, permutation: tuple[int, ...]) -> NodePr
 
 @dataclass(frozen=True, slots=True)
 class _Finder:
-    """Walks a graph upwards."""
+    """Searches a graph from outputs towards inputs."""
 
     producers: Mapping[str, NodeProto]
     known: Mapping[str, np.ndarray]
 
     def path(self, name: str, *kinds: str) -> NodeProto | None:
-        """The node at the end of a chain of first inputs: the one that makes `name` is of the first kind, and so on."""
+        """Follows first inputs upwards from `name` through nodes of these `kinds`; returns the last node, or None."""
         node: NodeProto | None = None
         for kind in kinds:
             node = self.producers.get(name)
@@ -153,14 +153,14 @@ class _Finder:
         return node
 
     def scaled(self, name: str) -> NodeProto | None:
-        """The Reshape behind queries or keys: Mul(Transpose(Reshape(...)), sqrt(scale))."""
+        """The Reshape of queries or keys in Mul(Transpose(Reshape(...)), sqrt(scale)), or None."""
         product = self.path(name, "Mul")
         if product is None or self.scale(product) is None:
             return None
         return self.path(product.input[0], "Transpose", "Reshape")
 
     def scale(self, product: NodeProto) -> float | None:
-        """The scale of attention whose root the Mul `product` multiplies with: a constant (graph_kinds.py) or the root of one."""
+        """The attention scale, if the Mul `product` multiplies by its root: a constant (graph_kinds.py) or the Sqrt of one."""
         name = self._before_cast(product.input[1])
         root = self.path(name, "Sqrt")
         value = self.known.get(self._before_cast(root.input[0]) if root else name)
@@ -173,7 +173,7 @@ class _Finder:
         return cast.input[0] if cast else name
 
     def heads(self, reshape: NodeProto) -> int | None:
-        """The third number of a Reshape's shape, where that is a constant."""
+        """The number of heads: the third size in a Reshape's shape, if constant."""
         shape = self.path(reshape.input[1], "Concat")
         part = shape and self.path(shape.input[2], "Unsqueeze")
         value = self.known.get(part.input[0]) if part else None
@@ -181,9 +181,9 @@ class _Finder:
 
 
 def _fuse_attention(model: ModelProto) -> None:
-    """torch's scaled_dot_product_attention without a mask -> MultiHeadAttention, without the nodes that this leaves unused.
+    """Replaces torch's scaled_dot_product_attention without a mask with MultiHeadAttention, and removes unused nodes.
 
-    Those are half of a graph or more, and the package's passes take time by the square of its nodes.
+    Unused nodes are half of a graph or more, and the package's passes take quadratic time in the number of nodes.
     """
     nodes = list(model.graph.node)
     finder = _Finder({name: node for node in nodes for name in node.output}, constants(model))
@@ -198,7 +198,7 @@ def _fuse_attention(model: ModelProto) -> None:
 
 
 def _attention(node: NodeProto, finder: _Finder) -> NodeProto | None:
-    """The attention whose heads the Reshape `node` joins."""
+    """The MultiHeadAttention for the Reshape `node` that joins the heads, or None."""
     product = finder.path(node.output[0], "Reshape", "Transpose", "MatMul") if node.op_type == "Reshape" else None
     scores = product and finder.path(product.input[0], "Softmax", "MatMul")
     if not product or not scores:

@@ -1,7 +1,7 @@
-"""The kinds of module that become graphs: the inputs and outputs of each one's graph, and what tracing it needs.
+"""The kinds of modules that become graphs: each graph's inputs and outputs, and the patches for tracing.
 
-Tensors and axes are named as optimum-onnx names them, so its pipelines (`ORTPipelineForImage2Image`) load the bundles. The one
-difference is a UNet's `timestep`: it has a value for each sample, so requests at different steps share a call.
+Tensors and axes have the names of optimum-onnx, so its pipelines (`ORTPipelineForImage2Image`) load the bundles. One difference:
+a UNet's `timestep` has one value per sample, so requests at different steps share a call.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from optimum.utils import NormalizedConfig
 from img2img_export.errors import ExportError
 
 Axes = dict[str, dict[int, str]]
-"""The axes that vary, by the tensor's name and the axis' index."""
+"""The variable axes, by the tensor's name and the axis index."""
 
 _TEXT = {0: "batch_size", 1: "sequence_length"}
 _IMAGE = {0: "batch_size", 2: "height", 3: "width"}
@@ -26,7 +26,7 @@ _PACKED = {0: "batch_size", 1: "packed_height_width"}
 
 
 def _normalize(input: torch.Tensor, normalized_shape: Any, weight: Any = None, eps: float | None = None) -> torch.Tensor:
-    """torch.rms_norm in operators that opset 18 has."""
+    """torch.rms_norm in operators of opset 18."""
     axes = tuple(range(-len(normalized_shape), 0))
     epsilon = torch.finfo(input.dtype).eps if eps is None else eps
     normalized = input / torch.sqrt(torch.mean(torch.square(input), dim=axes, keepdim=True) + epsilon)
@@ -46,10 +46,10 @@ def _attend(
     scale: float | None = None,
     **settings: Any,
 ) -> torch.Tensor:
-    """torch's attention with any mask as numbers of the query's type. torch exports others in fp32, whatever the graph is in.
+    """torch's attention with any mask converted to the query's type: torch exports other masks in fp32 always.
 
-    The scale is a constant of the graph, as the size of the heads is known: torch exports its computation from the query's shape,
-    which runs on the CPU (tracing.py).
+    The scale is a constant, since the head size is known: torch would export its computation from the query's shape, which runs
+    on the CPU (tracing.py).
     """
     if scale is None:
         scale = 1 / math.sqrt(int(query.shape[-1]))
@@ -61,21 +61,21 @@ def _attend(
 
 
 class GraphKind(ExporterConfig):  # type: ignore[misc]
-    """A kind of graph, for a module with the configuration `config`."""
+    """The kind of graph for a module with the configuration `config`."""
 
     NORMALIZED_CONFIG_CLASS = NormalizedConfig.with_args(allow_new=True)
     PATCHES: tuple[tuple[Any, str, Callable[..., Any]], ...] = (
         (torch, "rms_norm", _normalize),
         (torch.nn.functional, "scaled_dot_product_attention", _attend),
     )
-    """Functions that cannot be traced: the module that has one, its name, and one that can be traced."""
+    """Functions that cannot be traced: their module, their name, and a traceable replacement."""
 
     def __init__(self, config: Any) -> None:
         super().__init__(config, task="feature-extraction")
 
     @contextlib.contextmanager
     def patched(self) -> Iterator[None]:
-        """A block in which the module can be traced. It computes what it computes outside."""
+        """Replaces the untraceable functions within the block; results stay the same."""
         with contextlib.ExitStack() as stack:
             for owner, name, traceable in self.PATCHES:
                 stack.enter_context(patch.object(owner, name, traceable))
@@ -83,7 +83,7 @@ class GraphKind(ExporterConfig):  # type: ignore[misc]
 
 
 class CLIPText(GraphKind):
-    """CLIP's text model. With `output_hidden_states` in its configuration, every hidden state is an output."""
+    """CLIP's text model. If its configuration has `output_hidden_states`, every hidden state is an output."""
 
     POOLED: Axes = {"last_hidden_state": _TEXT, "pooler_output": {0: "batch_size"}}
 
@@ -94,7 +94,7 @@ class CLIPText(GraphKind):
 
     @property
     def outputs(self) -> Axes:
-        """The last hidden state [B, T, D] and a pooled vector [B, D] or [B, P], then the states by their layer."""
+        """The last hidden state [B, T, D], a pooled vector [B, D] or [B, P], then the hidden states by layer."""
         count = self._config.num_hidden_layers + 1 if self._config.output_hidden_states else 0
         return {**self.POOLED, **{f"hidden_states.{index}": _TEXT for index in range(count)}}
 
@@ -106,7 +106,7 @@ class CLIPTextWithProjection(CLIPText):
 
 
 class T5Encoder(GraphKind):
-    """T5's encoder. Flux and SD3 give it no attention mask."""
+    """T5's encoder. Flux and SD3 pass it no attention mask."""
 
     @property
     def inputs(self) -> Axes:
@@ -124,7 +124,7 @@ class UNet(GraphKind):
 
     @property
     def inputs(self) -> Axes:
-        """Latents [B, C, h, w], timesteps [B], text [B, T, D]; with SDXL's and LCM's embeddings, if it has layers for them."""
+        """Latents [B, C, h, w], timesteps [B], text [B, T, D]; also SDXL's and LCM's embeddings, if it has layers for them."""
         names: Axes = {"sample": _IMAGE, "timestep": {0: "timestep_batch"}, "encoder_hidden_states": _TEXT}
         if self._config.addition_embed_type == "text_time":
             names |= {"text_embeds": {0: "batch_size"}, "time_ids": {0: "batch_size"}}
@@ -134,7 +134,7 @@ class UNet(GraphKind):
 
     @property
     def outputs(self) -> Axes:
-        """The prediction, as large as the latents."""
+        """The prediction, in the shape of the latents."""
         return {"out_sample": _IMAGE}
 
 
@@ -153,14 +153,16 @@ class SD3Transformer(GraphKind):
 
     @property
     def outputs(self) -> Axes:
-        """The prediction, as large as the latents."""
+        """The prediction, in the shape of the latents."""
         return {"out_hidden_states": _IMAGE}
 
 
 def _rotate(x: torch.Tensor, freqs_cis: Any, use_real: bool = True, use_real_unbind_dim: int = -1, sequence_dim: int = 2) -> Any:
-    """diffusers' `apply_rotary_emb` as Flux calls it. There, `reshape(*x.shape[:-1], -1, 2)` freezes the shape in a trace."""
+    """diffusers' `apply_rotary_emb` for Flux, without `reshape(*x.shape[:-1], -1, 2)`, which freezes the shape in a trace."""
     if not use_real or use_real_unbind_dim != -1:
-        raise ExportError("Flux rotates its queries in a way that cannot be traced: this diffusers is newer than img2img knows")
+        raise ExportError(
+            "the rotary embedding of Flux in this diffusers release cannot be traced: install the release that img2img supports"
+        )
     cos, sin = (part[None, None] if sequence_dim == 2 else part[None, :, None] for part in freqs_cis)
     turned = torch.stack([-x[..., 1::2], x[..., 0::2]], dim=-1).flatten(-2)
     return (x.float() * cos + turned.float() * sin).to(x.dtype)
@@ -186,7 +188,7 @@ class FluxTransformer(GraphKind):
 
     @property
     def outputs(self) -> Axes:
-        """The prediction, packed as the latents are."""
+        """The prediction, packed like the latents."""
         return {"out_hidden_states": _PACKED}
 
 
@@ -221,7 +223,7 @@ class VaeDecoder(GraphKind):
 
 
 class Called(GraphKind):
-    """A module of any other class, described by the calls that its pipeline made."""
+    """A module of any other class, described by its recorded calls."""
 
     def __init__(self, config: Any, inputs: Axes, outputs: Axes) -> None:
         super().__init__(config)
@@ -229,12 +231,12 @@ class Called(GraphKind):
 
     @property
     def inputs(self) -> Axes:
-        """Inputs, and their axes that vary."""
+        """Inputs and their variable axes."""
         return self._inputs
 
     @property
     def outputs(self) -> Axes:
-        """Outputs, and their axes that vary."""
+        """Outputs and their variable axes."""
         return self._outputs
 
 
@@ -246,4 +248,4 @@ KINDS: dict[str, type[GraphKind]] = {
     "SD3Transformer2DModel": SD3Transformer,
     "FluxTransformer2DModel": FluxTransformer,
 }
-"""The kinds by the class of module that they are for."""
+"""The kinds by module class."""

@@ -1,4 +1,4 @@
-"""What a finished graph is: its inputs, outputs, precision and size; and what running it may raise."""
+"""Describes a written graph (inputs, outputs, precision, size), and lists the errors of running one."""
 
 import contextlib
 import logging
@@ -17,10 +17,10 @@ from onnxruntime.capi.onnxruntime_pybind11_state import NotImplemented as NoSuch
 from img2img_export.convert.external_weights import DATA_NAME, GRAPH_NAME
 
 RUNTIME_ERRORS = (Fail, InvalidArgument, InvalidGraph, NoSuchKernel, RuntimeException)
-"""What ONNX Runtime raises for a graph or inputs that it cannot run. They have no base of their own."""
+"""Errors of ONNX Runtime for a graph or inputs that it cannot run. They have no common base class."""
 
 _PRECISIONS = {TensorProto.INT8: "int8", TensorProto.FLOAT16: "fp16", TensorProto.BFLOAT16: "bf16"}
-"""The types of weights that tell a graph's precision: the first that it has any of."""
+"""Weight types that determine a graph's precision: the first one present."""
 
 
 def describe_graph(bundle: Path, name: str) -> Component:
@@ -46,7 +46,7 @@ def _specs(values: Any) -> tuple[TensorSpec, ...]:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keeps what optimum, torch's exporter and diffusers say about their own insides away from the person."""
+    """Suppresses the logs, warnings and progress bars of optimum, torch's exporter and diffusers within the block."""
     loggers = [logging.getLogger(name) for name in ("optimum", "transformers", "diffusers", "torch.onnx")]
     levels = [logger.level for logger in loggers]
     diffusers_logging.disable_progress_bar()

@@ -1,4 +1,4 @@
-"""Loading a checkpoint with diffusers, and deciding what becomes of it: graphs, a graph inside PyTorch, or PyTorch alone."""
+"""Loads a checkpoint with diffusers, and plans its bundle: graphs, a graph inside PyTorch (hybrid), or PyTorch only."""
 
 import importlib
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ from img2img_export.read.checkpoint import DENOISERS, INDEX_NAME, Layout, read_i
 from img2img_export.read.unused import refuse_unused
 
 WHOLE = "whole"
-"""The family of every class that the server cannot split: it runs such a pipeline from start to end."""
+"""The family of opaque pipelines: the engine does not step them, each call runs from start to end."""
 
 _CLIP = ("text_encoder", "unet", "vae")
 GRAPHS = {
@@ -35,12 +35,12 @@ GRAPHS = {
     ),
     "FluxImg2ImgPipeline": (WHOLE, ("text_encoder", "text_encoder_2", "transformer", "vae")),
 }
-"""The classes all of whose models become graphs: the family by which the server knows them, and the components."""
+"""Pipeline classes that become graphs entirely: the server's family name, and the components."""
 
 _OWN_CLASS = frozenset({"StableDiffusionInstructPix2PixPipeline"})
-"""Classes that turn images into images, yet are not in AutoPipelineForImage2Image's mapping."""
+"""Image-to-image classes that are not in AutoPipelineForImage2Image's mapping."""
 
-_PRIOR_HINT = "it lacks its prior, so load the combined pipeline, save_pretrained it and export that directory: "
+_PRIOR_HINT = "its prior is missing: load the combined pipeline, save it with save_pretrained() and export that directory: "
 _LOAD_FAILURES = (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError)
 _SHOWN = 4
 _DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16}
@@ -48,7 +48,7 @@ _DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16}
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What to make of a pipeline. `graphs` are the components that become graphs; `reason` says why they are not all."""
+    """How to export a pipeline. `graphs` are the components that become graphs; `reason` says why not all do."""
 
     pipeline_class: str
     family: str
@@ -58,40 +58,42 @@ class Plan:
 
 
 def plan(layout: Layout, backend: Backend) -> Plan:
-    """The best that can be tried, by the pipeline's class. Raises ExportError where `backend` cannot be had."""
+    """The first plan for the pipeline's class. Raises ExportError if `backend` is not possible."""
     return next(plans_for(layout, backend))
 
 
 def plans_for(layout: Layout, backend: Backend) -> Iterator[Plan]:
-    """What to try in turn: graphs of everything, of the denoiser alone, PyTorch. With a given backend, that one only."""
+    """The plans in order of preference: graphs of everything, of the denoiser only, PyTorch. A given backend has one plan."""
     name = _image_class(layout.pipeline_class)
     family, components = GRAPHS.get(name, (WHOLE, ()))
-    there = tuple(component for component in components if component in layout.components)
+    present = tuple(component for component in components if component in layout.components)
     denoiser = tuple(component for component in DENOISERS if component in layout.components)
-    reason = None if there else f"img2img makes no graphs of all of {name}"
-    if backend == "onnx" and not there:
-        raise ExportError(f"{reason}, only of {', '.join(GRAPHS)}")
+    reason = None if present else f"img2img cannot export all parts of {name} as graphs"
+    if backend == "onnx" and not present:
+        raise ExportError(f"{reason}: --backend onnx supports {', '.join(GRAPHS)}")
     if backend == "hybrid" and not denoiser:
-        raise ExportError(f"{name} has neither of {' and '.join(DENOISERS)}: no part of it can be a graph")
-    if backend in ("auto", "onnx") and there:
-        yield Plan(name, family, "onnx", there)
+        raise ExportError(
+            f"{name} has none of the components {', '.join(DENOISERS)}, which --backend hybrid requires: use --backend torch"
+        )
+    if backend in ("auto", "onnx") and present:
+        yield Plan(name, family, "onnx", present)
     if backend in ("auto", "hybrid") and denoiser:
-        yield Plan(name, family, "hybrid", denoiser, "asked for with --backend hybrid" if backend == "hybrid" else reason)
+        yield Plan(name, family, "hybrid", denoiser, "requested with --backend hybrid" if backend == "hybrid" else reason)
     if backend in ("auto", "torch"):
-        yield Plan(name, family, "torch", (), "asked for with --backend torch" if backend == "torch" else reason)
+        yield Plan(name, family, "torch", (), "requested with --backend torch" if backend == "torch" else reason)
 
 
 def _image_class(name: str) -> str:
-    """The image-to-image class of a pipeline's class. The same, where diffusers knows of none: loading then says so."""
+    """The image-to-image class for a pipeline class; the same class if diffusers has none (loading then fails)."""
     found = _get_task_class(AUTO_IMAGE2IMAGE_PIPELINES_MAPPING, name, throw_error_if_not_exist=False)
     return name if found is None or name in _OWN_CLASS else str(found.__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class Loader:
-    """Loads what the checkpoint in `directory` holds: safetensors only, and nothing but local files.
+    """Loads the checkpoint in `directory`: safetensors only, local files only.
 
-    Weights stay as they are stored, mapped rather than read: they are in memory only once they are used.
+    Weights keep their stored type and are mapped: they are in memory only once used.
     """
 
     directory: Path
@@ -101,7 +103,7 @@ class Loader:
     def pipeline(self, dtype: torch.dtype | None = None) -> Any:
         """The image-to-image pipeline on the CPU, its weights in `dtype` (None: as stored).
 
-        Raises ExportError where diffusers does not take it.
+        Raises ExportError if diffusers cannot load it.
         """
         parts: dict[str, Any] = dict.fromkeys((*self.layout.left_out, *_absent(self.directory)))
         if "safety_checker" in parts:
@@ -124,15 +126,14 @@ class Loader:
                 )
         except _LOAD_FAILURES as error:
             hint = _PRIOR_HINT if "'prior_prior'" in str(error) else ""
-            raise ExportError(f"diffusers cannot load it: {hint}{type(error).__name__}: {first_line(error)}") from error
+            raise ExportError(f"diffusers cannot load the model: {hint}{type(error).__name__}: {first_line(error)}") from error
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 
     def component(self, name: str, dtype: torch.dtype | None = None) -> Any:
         """One component, its weights in `dtype` (None: as stored).
 
-        Raises ExportError if it does not load, lacks weights, or has others than its class: diffusers and transformers only
-        warn of that.
+        Raises ExportError if it does not load, or if weights are missing or unexpected (diffusers and transformers only warn).
         """
         folder = self.directory / name
         has_variant = self.variant is not None and any(folder.glob(f"*.{self.variant}*.safetensors"))
@@ -150,12 +151,12 @@ class Loader:
             raise ExportError(f"{name} does not load: {type(error).__name__}: {first_line(error)}") from error
         if missing := sorted(found["missing_keys"]):
             shown = ", ".join(missing[:_SHOWN]) + (f" and {len(missing) - _SHOWN} more" if len(missing) > _SHOWN else "")
-            raise ExportError(f"{name} lacks weights that its config.json calls for ({shown}): it is not complete")
-        refuse_unused(name, found["unexpected_keys"], advice=", or its config.json is of another")
+            raise ExportError(f"{name} is incomplete: weights that its config.json requires are missing ({shown})")
+        refuse_unused(name, found["unexpected_keys"], advice=", or its config.json belongs to another model")
         return loaded.eval()
 
     def _class_of(self, name: str) -> Any:
-        """A component's class. As in model_index.json, its library may be one of diffusers' packages of pipelines."""
+        """A component's class. As in model_index.json, its library may be one of diffusers' pipeline packages."""
         library, kind = self.layout.components[name]
         module = {"diffusers": diffusers, "transformers": transformers}.get(library)
         if module is None:
@@ -163,27 +164,27 @@ class Loader:
         try:
             return getattr(module, kind)
         except AttributeError:
-            raise ExportError(f"{INDEX_NAME} names {library}.{kind}, which the installed version does not have") from None
+            raise ExportError(f"{INDEX_NAME} names {library}.{kind}, which the installed version does not provide") from None
 
     def _has_weights(self, name: str) -> bool:
         kind = self._class_of(name)
         return isinstance(kind, type) and issubclass(kind, torch.nn.Module)
 
     def stored_dtype(self, name: str) -> torch.dtype:
-        """The type of most of a component's weights. What is stored in any but a half precision is read as fp32."""
+        """The most frequent type of a component's weights; fp32 unless that is fp16 or bf16."""
         files = sorted((self.directory / name).glob("*.safetensors"))
         chosen = [path for path in files if self.variant and f".{self.variant}" in path.name] or files
         counts: dict[str, int] = {}
         for path in chosen:
             with safe_open(path, "pt") as file:
-                for key in file.keys():  # noqa: SIM118 - no mapping
+                for key in file.keys():  # noqa: SIM118 - not a mapping
                     kind = file.get_slice(key).get_dtype()
                     counts[kind] = counts.get(kind, 0) + 1
         return _DTYPES.get(max(counts, key=lambda kind: counts[kind], default=""), torch.float32)
 
 
 def _absent(directory: Path) -> list[str]:
-    """The components that the checkpoint says it does without, as SD3 may without its T5. Some classes ask for them all."""
+    """Components that the checkpoint declares absent, such as the T5 of SD3. Some classes require all of them as arguments."""
     index = read_index(directory / INDEX_NAME)
     return [name for name, value in index.items() if value == [None, None]]
 

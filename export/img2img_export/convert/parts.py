@@ -1,8 +1,8 @@
-"""The parts of a model that become graphs: how each is called, and what its graph's inputs and outputs are named.
+"""The parts of a model that become graphs: how each is called, and the names of its graph's inputs and outputs.
 
-`graph_kinds` describes the classes that are known. Any other module (the denoisers of hybrid bundles) is described by the calls
-that its pipeline makes. A UNet is traced at an odd size: at an even one tracing freezes the branch of diffusers that hands the
-upsamplers their sizes, and the graph then refuses most sizes.
+`graph_kinds` describes the known classes. Any other module (the denoisers of hybrid bundles) is described by recorded calls. A
+UNet is traced at an odd size: at an even size, tracing freezes the branch of diffusers that passes sizes to the upsamplers, and
+the graph then refuses most sizes.
 """
 
 import inspect
@@ -23,9 +23,9 @@ Tensors = dict[str, torch.Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A graph to be made. `component` is the pipeline's component that it is made of, `name` the graph's folder.
+    """A graph to make from the pipeline's component `component`; `name` is the graph's folder.
 
-    `call` runs the module on a graph's inputs and gives the graph's outputs, both by name. The module is traced within
+    `call` runs the module on the graph's inputs and returns the graph's outputs, both by name. The module is traced within
     `kind.patched()`.
     """
 
@@ -38,10 +38,10 @@ class Part:
 
 
 def text_part(name: str, module: Any, hidden_states: bool) -> Part:
-    """A CLIP or T5 text encoder: token ids [B, T] to its outputs and, for pipelines that read them, every hidden state."""
+    """A CLIP or T5 text encoder: from token ids [B, T] to its outputs and, if `hidden_states`, every hidden state."""
     known = KINDS.get(type(module).__name__)
     if known is None:
-        raise ExportError(f"{name} is a {type(module).__name__}, and img2img makes graphs only of {', '.join(KINDS)}")
+        raise ExportError(f"{name} is a {type(module).__name__}; img2img makes graphs of {', '.join(KINDS)}")
     module.config.output_hidden_states = hidden_states
     kind = known(module.config)
 
@@ -55,8 +55,8 @@ def text_part(name: str, module: Any, hidden_states: bool) -> Part:
 
 
 def vae_parts(module: Any) -> tuple[Part, Part]:
-    """A VAE: pixels [B, 3, H, W] to the parameters of a latent distribution [B, 2C, h, w], or to latents [B, C, h, w] if it has
-    none (AutoencoderTiny); and latents to pixels."""
+    """The two graphs of a VAE. Encoder: pixels [B, 3, H, W] to the parameters of a latent distribution [B, 2C, h, w] (for an
+    AutoencoderTiny to latents [B, C, h, w]). Decoder: latents to pixels."""
 
     def encode(vae: Any, inputs: Tensors) -> Tensors:
         return {"latent_parameters": tensor_of(vae.encode(inputs["sample"]))}
@@ -67,7 +67,7 @@ def vae_parts(module: Any) -> tuple[Part, Part]:
     encoder: GraphKind
     decoder: GraphKind
     if isinstance(module, AutoencoderTiny):
-        # It has none of the blocks of an AutoencoderKL.
+        # Unlike an AutoencoderKL, it has no block types in its configuration.
         pixels, latents = ({0: "batch_size", 2: f"{what}height", 3: f"{what}width"} for what in ("", "latent_"))
         encoder = Called(module.config, {"sample": pixels}, {"latent_parameters": latents})
         decoder = Called(module.config, {"latent_sample": latents}, {"sample": pixels})
@@ -80,9 +80,9 @@ def vae_parts(module: Any) -> tuple[Part, Part]:
 
 
 def denoiser_part(name: str, module: Any, calls: list[Tensors], structure: Mapping[str, Any]) -> Part:
-    """A UNet or transformer: noised latents and timesteps [B] to the prediction.
+    """A UNet or transformer: from noised latents and timesteps [B] to the prediction.
 
-    `calls` are inputs that its pipeline gave it, of several sizes; `structure` is one of those calls before it was flattened.
+    `calls` are recorded inputs of several sizes; `structure` is one of these calls before it was flattened.
     """
     inputs = _varying(calls)
     known = KINDS.get(type(module).__name__)
@@ -103,7 +103,7 @@ def denoiser_part(name: str, module: Any, calls: list[Tensors], structure: Mappi
 
 
 def flatten(call: Mapping[str, Any]) -> Tensors:
-    """The tensors of a call's arguments by name; those of a dictionary by their own keys."""
+    """The tensors among a call's arguments by name; tensors in a dictionary by their keys."""
     found: Tensors = {}
     for name, value in call.items():
         if isinstance(value, torch.Tensor):
@@ -114,7 +114,7 @@ def flatten(call: Mapping[str, Any]) -> Tensors:
 
 
 def restore(tensors: Tensors, structure: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of a call like `structure`, with other tensors."""
+    """The inverse of `flatten`: arguments like `structure` with the given tensors."""
     return {name: _restored(name, value, tensors) for name, value in structure.items()}
 
 
@@ -125,14 +125,14 @@ def _restored(name: str, value: Any, tensors: Tensors) -> Any:
 
 
 def bind(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """A call's arguments by their names, but for the one that says how to return."""
+    """A call's arguments by name, without `return_dict`."""
     bound = inspect.signature(function).bind(*args, **kwargs).arguments
     extra = bound.pop("kwargs", {})
     return {name: value for name, value in {**bound, **extra}.items() if name != "return_dict"}
 
 
 def _varying(calls: list[Tensors]) -> Axes:
-    """The axes that differ between calls, and the first of every tensor that has one row for each sample."""
+    """The axes that differ between calls, and the first axis of every tensor with one row per sample."""
     first = calls[0]
     rows = len(next(iter(first.values())))
     axes: Axes = {}

@@ -1,13 +1,13 @@
-"""fp32 -> int8: the matrix products of a graph on integers, as onnxruntime.quantization.quantize_dynamic makes them.
+"""Quantizes the matrix products of an fp32 graph to int8, like onnxruntime.quantization.quantize_dynamic.
 
-Weights are symmetric int8, with a scale for each output channel; activations become uint8 as they come (DynamicQuantizeLinear).
-The nodes are those of quantize_dynamic, so that ONNX Runtime fuses them as it fuses its own. That function itself reads the whole
-model into memory and, to infer shapes, writes and reads it once more; here a weight is quantized when it is written.
+Weights are symmetric int8 with one scale per output channel; activations are quantized to uint8 at run time
+(DynamicQuantizeLinear). The nodes are the same as those of quantize_dynamic, so ONNX Runtime fuses them. That function loads the
+whole model into memory and, to infer shapes, writes and reads it again; here a weight is quantized when it is written.
 
-What stays in fp32: convolutions (a dynamically quantized one is slower than fp32 on a CPU); products of activations; Gemms,
-which have a row for each sample only (timesteps and the like), but for the large ones of a transformer's norms; and SKIPPED.
+These stay in fp32: convolutions (dynamic quantization makes them slower on a CPU); products of activations; Gemms with only one
+row per sample (such as timestep embeddings), except the large ones in a transformer's norms; and SKIPPED.
 
-An activation's scale is that of its whole batch: unlike in the other precisions, a sample's result depends on its neighbours'.
+Activations have one scale per batch: unlike in the other precisions, a sample's result depends on the rest of its batch.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from onnx import NodeProto, TensorProto, helper
 from img2img_export.convert.external_weights import Skeleton, Weight
 
 LEAST_ROWS = 32
-"""Products over fewer numbers than this stay as they are: quantizing their operands takes as long as they do."""
+"""Products with fewer rows in the matrix stay in fp32: quantizing the operands takes as long as the product."""
 SKIPPED = (
     "/text_projection/",
     "/encoder/mid_block/",
@@ -29,19 +29,19 @@ SKIPPED = (
     "/module/proj_out/",
     "/module/norm_out/",
 )
-"""Parts of the names of products in fp32: one row for each prompt; a VAE's attention, of little weight and near the pixels; and
-a transformer's first and last layer."""
+"""Parts of the names of products that stay in fp32: one row per prompt; a VAE's attention (small, and close to the pixels); the
+first and last layers of a transformer."""
 _PARTS = ("quantized", "scale", "zero_point")
 _GREATEST = 64
-"""255 x 64 x 2 is the most that the 16-bit sums of x86 processors without VNNI hold: with 127 the tiny models' text encoder is
-17 % off on such a machine. With 64 it is 2.9 % off on all, where 127 gives 2 % with VNNI."""
+"""255 x 64 x 2 is the maximum that fits the 16-bit sums of x86 processors without VNNI: with 127, the error of the tiny models'
+text encoder is 17 % on such a machine. With 64 it is 2.9 % everywhere; with 127 and VNNI it is 2 %."""
 _TINY = 1e-30
-"""Of a channel that is all zeros."""
+"""The scale of a channel that is all zeros."""
 
 
 @dataclass(frozen=True, slots=True)
 class Quantized(Weight):
-    """A matrix [K, N] in int8, quantized for each of its N columns when it is read."""
+    """A matrix [K, N] in int8, quantized per column when read."""
 
     def read(self) -> torch.Tensor:
         """The integers."""
@@ -51,7 +51,7 @@ class Quantized(Weight):
 
 @dataclass(frozen=True, slots=True)
 class Scales(Weight):
-    """What a unit of each of the columns of a quantized matrix [K, N] is worth: [N]."""
+    """The scale of each column of a quantized matrix [K, N]: [N]."""
 
     def read(self) -> torch.Tensor:
         """The scales, in fp32."""
@@ -59,7 +59,7 @@ class Scales(Weight):
 
 
 def to_int8(skeleton: Skeleton, chosen: Callable[[NodeProto, Weight], bool] | None = None) -> Skeleton:
-    """The graph of an fp32 skeleton with int8 products; `chosen` says whether a product by a matrix [K, N] is to be one."""
+    """Quantizes an fp32 graph; `chosen` decides whether a product with a matrix [K, N] is quantized (default: is_worthwhile)."""
     wanted = chosen or is_worthwhile
     result = skeleton.copy()
     nodes: list[NodeProto] = []
@@ -83,14 +83,14 @@ def to_int8(skeleton: Skeleton, chosen: Callable[[NodeProto, Weight], bool] | No
 
 
 def is_worthwhile(node: NodeProto, matrix: Weight) -> bool:
-    """Whether the product is large enough to gain anything, and not one that stays in fp32."""
+    """Whether the product is large enough to be faster in int8, and not one that stays in fp32."""
     if node.op_type == "Gemm" and "/norm" not in node.name:
         return False
     return matrix.shape[0] >= LEAST_ROWS and not any(part in node.name for part in SKIPPED)
 
 
 def _matrix(node: NodeProto, weights: dict[str, Weight]) -> Weight | None:
-    """The constant matrix [K, N] that `node` multiplies by, if that (and a Gemm's bias) is all it does."""
+    """The constant matrix [K, N] of a plain MatMul or Gemm (with an optional bias), else None."""
     weight = weights.get(node.input[1]) if node.op_type in ("MatMul", "Gemm") else None
     if weight is None or len(weight.shape) != 2 or weight.dtype != torch.float32 or weight.is_reshaped:
         return None
@@ -102,7 +102,7 @@ def _matrix(node: NodeProto, weights: dict[str, Weight]) -> Weight | None:
 
 
 def _product(node: NodeProto) -> list[NodeProto]:
-    """The nodes that compute `node` on integers."""
+    """The nodes that compute `node` in integers."""
     value, matrix = node.input[0], node.input[1]
     output, bias = node.output[0], list(node.input[2:])
     product = f"{output}_product" if bias else output
@@ -118,7 +118,7 @@ def _product(node: NodeProto) -> list[NodeProto]:
 
 
 def _values(weight: Weight) -> torch.Tensor:
-    """The matrix [K, N] that `weight` is made of, in fp32."""
+    """The matrix [K, N] of `weight`, in fp32."""
     value = weight.source.detach()
     return (value if weight.permutation is None else value.permute(weight.permutation)).float()
 

@@ -1,9 +1,9 @@
-"""Splits a denoiser's graph in two: what becomes of the timestep before the first layer, and everything else.
+"""Splits a denoiser's graph in two: the head (the timestep embedding, before the first layer) and the body (everything else).
 
-bfloat16 has eight bits: the angle of a time embedding, up to 1000 radians, is off by up to 2 in it, and a timestep by up to 2.
-PyTorch computes both in float32, but an engine that computes whole graphs in bfloat16 (OpenVINO does, but for their tail) does
-not. Given in two, the small graph runs in float32, and the large one takes what comes out of it. Both lie beside the whole graph
-and share its weights' file.
+bfloat16 has eight bits of precision: the angle of a timestep embedding (up to 1000 radians) and the timestep itself are rounded
+by up to 2. PyTorch computes both in float32, but an engine that computes whole graphs in bfloat16 (OpenVINO) does not. With a
+split graph, the head runs in float32 and its outputs are inputs of the body. Both are stored beside the full graph and share its
+weights file.
 """
 
 from pathlib import Path
@@ -16,34 +16,34 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto,
 from img2img_export.convert.external_weights import GRAPH_NAME
 
 _SEEDS = frozenset({"timestep", "time_ids"})
-"""The inputs that are numbers of time and size, and become waves."""
+"""The inputs (times and sizes) that are embedded as sines and cosines."""
 
 _HEAVY = frozenset({"Gemm", "MatMul", "Conv"})
 _FLOATS = frozenset({TensorProto.FLOAT, TensorProto.FLOAT16})
 
 
 def split(folder: Path) -> bool:
-    """Writes the two graphs beside the graph in `folder`, where it has such a head. Says whether it has."""
+    """Writes the head and the body beside the graph in `folder`. Returns False if the graph has no such head."""
     model = onnx.load(str(folder / GRAPH_NAME), load_external_data=False)
     timed = _timed(model.graph)
     cut = _cut(model.graph, timed)
     if not cut:
         return False
     head = _part(model, [item.name for item in model.graph.input], cut)
-    waves = _specified(head)
-    if any(item.type.tensor_type.elem_type not in _FLOATS for item in waves):
+    embedding = _specified(head)
+    if any(item.type.tensor_type.elem_type not in _FLOATS for item in embedding):
         return False
     del head.graph.output[:]
-    head.graph.output.extend(waves)
+    head.graph.output.extend(embedding)
     body = _part(model, [*(item.name for item in model.graph.input), *cut], [item.name for item in model.graph.output])
-    body.graph.input.extend(waves)
+    body.graph.input.extend(embedding)
     onnx.save(head, str(folder / HEAD_NAME))
     onnx.save(body, str(folder / BODY_NAME))
     return True
 
 
 def _specified(head: ModelProto) -> list[ValueInfoProto]:
-    """The head's outputs with their types and shapes, as ONNX Runtime infers them; axes that vary are named."""
+    """The head's outputs with types and shapes inferred by ONNX Runtime; variable axes have names."""
     session = onnxruntime.InferenceSession(head.SerializeToString(), providers=["CPUExecutionProvider"])
     types = {"tensor(float)": TensorProto.FLOAT, "tensor(float16)": TensorProto.FLOAT16}
     return [
@@ -57,7 +57,7 @@ def _specified(head: ModelProto) -> list[ValueInfoProto]:
 
 
 def _timed(graph: GraphProto) -> set[str]:
-    """The values that are made of the seeds, constants and shapes alone, without a heavy node."""
+    """The values computed only from the seeds, constants and shapes, without a heavy node."""
     seeds = {item.name for item in graph.input} & _SEEDS
     timed, still = set(seeds), {item.name for item in graph.initializer} | {""}
     for node in graph.node:
@@ -68,7 +68,7 @@ def _timed(graph: GraphProto) -> set[str]:
 
 
 def _cut(graph: GraphProto, timed: set[str]) -> list[str]:
-    """The values that go from the head into the rest. None where nothing turns into waves."""
+    """The outputs of the head that the body reads; empty if there are no sines or cosines."""
     inside = [node for node in graph.node if timed.intersection(node.output)]
     if not any(node.op_type in ("Sin", "Cos") for node in inside):
         return []
@@ -78,7 +78,7 @@ def _cut(graph: GraphProto, timed: set[str]) -> list[str]:
 
 
 def _part(model: ModelProto, inputs: list[str], outputs: list[str]) -> ModelProto:
-    """The nodes between `inputs` and `outputs`, with the initializers and those of the model's inputs that they read."""
+    """The subgraph between `inputs` and `outputs`, with the initializers and model inputs that it reads."""
     nodes = _between(model.graph, set(inputs), outputs)
     read = {name for node in nodes for name in node.input}
     graph = helper.make_graph(
@@ -95,11 +95,11 @@ def _part(model: ModelProto, inputs: list[str], outputs: list[str]) -> ModelProt
 
 
 def _between(graph: GraphProto, inputs: set[str], outputs: list[str]) -> list[NodeProto]:
-    """In the graph's order, the nodes that `outputs` depend on, from `inputs` on."""
+    """The nodes that compute `outputs` from `inputs`, in the graph's order."""
     wanted = set(outputs)
     kept: list[NodeProto] = []
     for node in reversed(graph.node):
-        # What an input stands for is not computed again.
+        # Values that are inputs of the subgraph are not computed.
         if wanted.intersection(set(node.output) - inputs):
             kept.append(node)
             wanted.update(node.input)

@@ -1,6 +1,6 @@
-"""The parts of a bundle that are no graphs: PyTorch's weights as safetensors, tokenizers, schedulers, and the pipeline's index.
+"""Saves the parts of a bundle that are not graphs: safetensors weights, tokenizers, schedulers and model_index.json.
 
-In diffusers' own layout, which AutoPipeline loads back.
+The layout is diffusers', so AutoPipeline loads it.
 """
 
 import shutil
@@ -14,13 +14,13 @@ from transformers import PreTrainedTokenizerBase
 from img2img_export.convert.graphs import quiet
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.float32}
-"""The type of a PyTorch component's weights, by the precision that was asked for. There is no int8 of them."""
+"""The type of a PyTorch component's weights by the requested precision. int8 applies to graphs only."""
 
 
 def save(pipeline: Any, graphs: tuple[str, ...], precision: str, bundle: Path) -> tuple[Component, ...]:
-    """Saves all of `pipeline` but the components `graphs` into the directory `bundle`, and names what has weights.
+    """Saves all of `pipeline` except the components `graphs` into the directory `bundle`; returns the components with weights.
 
-    The pipeline's own weights are converted in place.
+    The pipeline's weights are converted in place.
     """
     saved = []
     with quiet():
@@ -40,8 +40,7 @@ def save(pipeline: Any, graphs: tuple[str, ...], precision: str, bundle: Path) -
 
 
 def _keep_vocabulary(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Adds the files of the tokenizer's source that transformers 5 does not write: older versions, and other programs, read no
-    other."""
+    """Copies the tokenizer's source files that transformers 5 does not write: older versions and other programs require them."""
     source = Path(tokenizer.name_or_path)
     for name in (*tokenizer.vocab_files_names.values(), "special_tokens_map.json"):
         if (source / name).is_file() and not (folder / name).exists():

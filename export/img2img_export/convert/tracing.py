@@ -1,4 +1,4 @@
-"""PyTorch module -> skeleton of an ONNX graph, without its weights in memory."""
+"""Traces a PyTorch module to an ONNX graph without its weights in memory."""
 
 import io
 import warnings
@@ -9,19 +9,19 @@ import onnx
 import torch
 from onnx import ModelProto, NodeProto, TensorProto, helper
 
-from img2img_export.convert.external_weights import Skeleton, Weight, light
+from img2img_export.convert.external_weights import Skeleton, Weight, without_weights
 from img2img_export.convert.parts import Part, Tensors
 from img2img_export.errors import FAILURES, ExportError, first_line
 
 OPSET = 18
 _EXACT = ("timestep",)
-"""Inputs that stay in fp32 in every precision: half precision has no number for most of a schedule's timesteps."""
+"""Inputs that stay in fp32 in every precision: half precision cannot represent most timesteps of a scheduler."""
 
 _FLOATS = {onnx.TensorProto.FLOAT: torch.float32, onnx.TensorProto.FLOAT16: torch.float16}
 
 
 class _Flat(torch.nn.Module):
-    """The module as a function of its graph's inputs in their order."""
+    """The module as a function of its graph's inputs, in order."""
 
     def __init__(self, module: Any, call: Callable[[Any, Tensors], Tensors], names: list[str]) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ class _Flat(torch.nn.Module):
 def trace(module: Any, part: Part, example: Tensors, dtype: torch.dtype = torch.float32) -> Skeleton:
     """The graph of `module` called with inputs like `example`, computing in `dtype` (fp32 or fp16).
 
-    Raises ExportError, in one line, where torch cannot export it.
+    Raises ExportError if torch cannot export it.
     """
     inputs = {name: convert(name, value, dtype) for name, value in example.items()}
     names = list(inputs)
@@ -45,7 +45,7 @@ def trace(module: Any, part: Part, example: Tensors, dtype: torch.dtype = torch.
         with (
             warnings.catch_warnings(),
             torch.no_grad(),
-            light(module, dtype) as weights,
+            without_weights(module, dtype) as weights,
             part.kind.patched(),
         ):
             warnings.simplefilter("ignore")
@@ -60,7 +60,7 @@ def trace(module: Any, part: Part, example: Tensors, dtype: torch.dtype = torch.
                 export_params=False,
                 do_constant_folding=False,
                 dynamo=False,
-                verbose=False,  # else the whole graph is printed where an operator has no counterpart
+                verbose=False,  # else the whole graph is printed if an operator has no ONNX counterpart
             )
     except FAILURES as error:
         raise ExportError(f"torch cannot export {part.name}: {type(error).__name__}: {first_line(error)}") from error
@@ -68,17 +68,17 @@ def trace(module: Any, part: Part, example: Tensors, dtype: torch.dtype = torch.
 
 
 def convert(name: str, value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """An input as a graph that computes in `dtype` takes it."""
+    """Converts the input `name` for a graph that computes in `dtype`."""
     if name in _EXACT:
         return value.to(torch.float32)
     return value.to(dtype) if value.is_floating_point() else value
 
 
-def _skeleton(model: onnx.ModelProto, true: Tensors, names: list[str]) -> Skeleton:
-    """Takes the module's parameters out of the graph's inputs."""
+def _skeleton(model: onnx.ModelProto, real: Tensors, names: list[str]) -> Skeleton:
+    """Moves the module's parameters from the graph's inputs to the weights."""
     weights = {}
     for item in [item for item in model.graph.input if item.name not in names]:
-        source = true[item.name.removeprefix("module.")]
+        source = real[item.name.removeprefix("module.")]
         weights[item.name] = Weight.of(source, _FLOATS.get(item.type.tensor_type.elem_type, source.dtype))
         model.graph.input.remove(item)
     make_recordable(model)
@@ -88,10 +88,10 @@ def _skeleton(model: onnx.ModelProto, true: Tensors, names: list[str]) -> Skelet
 
 
 def make_recordable(model: ModelProto) -> None:
-    """Rewrites the graph's nodes in place; what it computes stays the same, bit for bit.
+    """Rewrites nodes in place so that CUDA graphs can record the graph; results are bit-identical.
 
-    ArgMax becomes TopK of one, which the CUDA provider has for integers too: both give the lowest index among equal values.
-    Range(a, b, c) * size becomes Range(a * size, b * size, c * size), whose bounds are computed on the host.
+    ArgMax becomes TopK with k = 1, which the CUDA provider also supports for integers: both return the lowest index of equal
+    values. Range(a, b, c) * size becomes Range(a * size, b * size, c * size), whose bounds are computed on the host.
     """
     producers = {name: node for node in model.graph.node for name in node.output}
     nodes: list[NodeProto] = []
@@ -107,7 +107,7 @@ def make_recordable(model: ModelProto) -> None:
 
 
 def _range_and_size(node: NodeProto, producers: Mapping[str, NodeProto]) -> tuple[NodeProto, str] | None:
-    """The Range among a Mul's factors, and the name of the other, if that is a number out of a shape."""
+    """The Range among a Mul's factors, and the name of the other factor if it is a size taken from a shape; else None."""
     for one, other in (tuple(node.input), tuple(node.input)[::-1]):
         sequence, size = producers.get(one), producers.get(other)
         if sequence is None or size is None or sequence.op_type != "Range" or size.op_type != "Gather":

@@ -1,1 +1,1 @@
-"""How a verified bundle comes into place."""
+"""Publishes a verified bundle atomically."""

@@ -1,9 +1,9 @@
-"""Where a bundle is built, and how it comes into place: all of it at once, or not at all.
+"""Staging directories: a bundle is built in one and published atomically.
 
-The work is done in a hidden directory beside the output, on the same filesystem, and the finished bundle is renamed into
-place. A lock beside it is held by the running export and vanishes with its process, so whoever holds it knows that any
-other hidden directory of this output is the litter of a killed export. A small process that outlives the export clears that
-at once; where it was killed too, the next export does.
+The staging directory is hidden, beside the output and on the same filesystem, so that the finished bundle is renamed into place.
+The running export holds a lock that ends with its process, so the lock's holder knows that any other staging directory of this
+output is stale. A small cleanup process outlives the export and removes stale directories at once; if it was killed too, the
+next export removes them.
 """
 
 import contextlib
@@ -24,28 +24,28 @@ from img2img_export.read.texts import read_json
 
 _TRIES, _PAUSE = 100, 0.05
 _REPLACED = "replaced"
-"""Where the bundle that was at the output waits for the new one to be in its place."""
+"""Name of the previous bundle in the staging directory while the new one is renamed into place."""
 
 
 @dataclass(frozen=True, slots=True)
 class Staging:
-    """The directories of one export: links to the source, the bundle in the making, and what it will become."""
+    """The directories of one export: `source` (links to the checkpoint), `bundle` (in progress) and the output."""
 
     root: Path
     output: Path
 
     @property
     def source(self) -> Path:
-        """Holds links to the files of the checkpoint."""
+        """The directory with links to the checkpoint's files."""
         return self.root / "source"
 
     @property
     def bundle(self) -> Path:
-        """The bundle in the making."""
+        """The directory in which the bundle is built."""
         return self.root / "bundle"
 
     def publish(self) -> None:
-        """Makes the bundle appear at the output, in place of one that is there."""
+        """Renames the bundle to the output, replacing an existing bundle."""
         if self.output.exists():
             self.output.rename(self.root / _REPLACED)
         self.bundle.rename(self.output)
@@ -53,13 +53,13 @@ class Staging:
 
 @contextlib.contextmanager
 def stage(output: Path) -> Iterator[Staging]:
-    """Opens the staging directories for `output`, and removes them at the end however it came. Clears litter first.
+    """Creates the staging directories for `output`, and removes them at the end. Removes stale ones first.
 
-    Raises ExportError where another export to `output` is running.
+    Raises ExportError if another export to `output` is running.
     """
     output.parent.mkdir(parents=True, exist_ok=True)
-    with _lock(output), _janitor(output):
-        _clear(output)
+    with _lock(output), _cleanup_process(output):
+        _remove_stale(output)
         staging = Staging(output.parent / f"{_prefix(output)}{os.getpid()}", output)
         try:
             staging.source.mkdir(parents=True)
@@ -70,40 +70,40 @@ def stage(output: Path) -> Iterator[Staging]:
 
 
 def sweep(output: Path) -> None:
-    """Clears what a killed export to `output` left. Does nothing where another one is running: that has cleared it."""
+    """Removes the staging directories of a killed export to `output`. Does nothing if another export runs: that one did."""
     for _ in range(_TRIES):
         try:
             with _lock(output):
-                return _clear(output)
+                return _remove_stale(output)
         except ExportError:
-            # The kernel may close the dead process' pipe a moment before it lets go of its lock.
+            # The kernel may close the dead process's pipe shortly before it releases its lock.
             time.sleep(_PAUSE)
 
 
 @contextlib.contextmanager
-def _janitor(output: Path) -> Iterator[None]:
-    """Runs a process that waits for this one to end, however it ends, and sweeps."""
+def _cleanup_process(output: Path) -> Iterator[None]:
+    """Starts a process that waits for this one to end, for any reason, and then sweeps."""
     code = "import sys, pathlib; from img2img_export.publish.staging import sweep\n"
     code += "sys.stdin.read(); sweep(pathlib.Path(sys.argv[1]))"
     command = [sys.executable, "-c", code, str(output)]
-    # In a session of its own, so that Ctrl-C in a terminal ends the export only.
+    # In its own session, so that Ctrl-C in a terminal ends the export only.
     process = subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
     )
     try:
         yield
     finally:
-        # The export has cleared up after itself.
+        # The export has removed its own staging directory.
         process.kill()
         process.communicate()
 
 
-def _clear(output: Path) -> None:
-    for litter in output.parent.glob(f"{_escape(_prefix(output))}[0-9]*"):
-        if not output.exists() and (litter / _REPLACED).exists():
-            # Killed between the two steps of publishing.
-            (litter / _REPLACED).rename(output)
-        shutil.rmtree(litter)
+def _remove_stale(output: Path) -> None:
+    for stale in output.parent.glob(f"{_escape(_prefix(output))}[0-9]*"):
+        if not output.exists() and (stale / _REPLACED).exists():
+            # The export was killed between the two renames of publish().
+            (stale / _REPLACED).rename(output)
+        shutil.rmtree(stale)
 
 
 def _prefix(output: Path) -> str:
@@ -111,17 +111,17 @@ def _prefix(output: Path) -> str:
 
 
 def check_replaceable(output: Path, force: bool) -> None:
-    """Raises ExportError where `output` holds something that must not be replaced. Only bundles ever are, and with `force`."""
+    """Raises ExportError if `output` must not be replaced: only bundles are, and only with `force`."""
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return
     if not _is_bundle(output):
-        raise ExportError(f"{output} exists and is no bundle: it is never replaced, choose another output")
+        raise ExportError(f"{output} exists and is not a bundle, so it is never replaced: choose another output")
     if not force:
-        raise ExportError(f"{output} holds another bundle, or one that is out of date or damaged: --force replaces it")
+        raise ExportError(f"{output} holds a bundle that is different, out of date or damaged: use --force to replace it")
 
 
 def _is_bundle(directory: Path) -> bool:
-    """Whether it has a manifest of any format version: an old or a damaged bundle is a bundle."""
+    """Whether there is a manifest of any format version: an old or damaged bundle is a bundle."""
     try:
         manifest = read_json(directory / MANIFEST_NAME)
     except (OSError, ValueError):

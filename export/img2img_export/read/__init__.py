@@ -1,1 +1,1 @@
-"""From what a person names to the files of a checkpoint, checked before they are read."""
+"""Finds the files of a checkpoint and checks them before they are read."""

@@ -1,7 +1,7 @@
-"""Which files of a checkpoint are read, and which checkpoints are refused: pickles, and code of unknown origin.
+"""Selects the files of a checkpoint to read, and refuses checkpoints with pickles or custom code.
 
-Works on the names of files and on model_index.json alone, so that it judges a hub repository before anything is downloaded;
-but for what the lists of weights name, which is judged once they are here.
+Uses only file names and model_index.json, so a hub repository is checked before anything is downloaded; the contents of weight
+indexes and configurations are checked after the download.
 """
 
 import fnmatch
@@ -26,22 +26,22 @@ from img2img_export.read.weights_file import PICKLE_REASON, is_pickle, is_safete
 GRAPH_NAME = "model.onnx"
 
 Kind = Literal["diffusers", "single-file", "onnx"]
-"""What a source is: weights in diffusers' layout, all weights in one file, or graphs that optimum-cli made."""
+"""The kind of a source: weights in diffusers' layout, all weights in one file, or graphs made by optimum-cli."""
 
 TEXT_SUFFIXES = (".json", ".txt", ".model", ".jinja")
 _WEIGHTS = re.compile(r"[^.]+?(?:\.(?P<variant>[^.]+?))?(?:-\d{5}-of-\d{5})?\.(?i:safetensors)")
 _SHARD_INDEX = re.compile(r"[^.]+\.safetensors\.index(?:\.(?P<variant>[^.]+))?\.json")
 DENOISERS = ("unet", "transformer")
 _GRAPHS_OF_VAE = ("vae_encoder", "vae_decoder")
-"""The folders that optimum makes of a VAE. model_index.json does not name them."""
+"""Optimum's folders for a VAE, which model_index.json does not name."""
 
 DROPPED = ("safety_checker", "feature_extractor", "image_encoder")
-"""Parts of Stable Diffusion pipelines that image-to-image serving has no use for. They are neither read nor exported."""
+"""Parts of Stable Diffusion pipelines that image-to-image does not need; they are neither read nor exported."""
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """What model_index.json says: the pipeline's class, and each component's (library, class) but those left out."""
+    """The contents of model_index.json: the pipeline's class, each component's (library, class), and the components left out."""
 
     pipeline_class: str
     components: dict[str, tuple[str, str]]
@@ -49,11 +49,11 @@ class Layout:
 
 
 def read_layout(index: Mapping[str, Any]) -> Layout:
-    """Checks the contents of a model_index.json. Raises ExportError where a class is not diffusers' or transformers' own."""
+    """Parses a model_index.json. Raises ExportError if a class is not from diffusers or transformers."""
     pipeline_class = index.get("_class_name")
     if not isinstance(pipeline_class, str):
-        raise ExportError(f"{INDEX_NAME} names a pipeline with custom code ({pipeline_class!r}): such code is never run")
-    pipeline_class = pipeline_class.removeprefix("ORT")  # optimum's own pipelines are diffusers' with graphs
+        raise ExportError(f"{INDEX_NAME} names a pipeline with custom code ({pipeline_class!r}), which is never run")
+    pipeline_class = pipeline_class.removeprefix("ORT")  # optimum's pipelines are those of diffusers with graphs
     components: dict[str, tuple[str, str]] = {}
     left_out = []
     for name, value in index.items():
@@ -63,14 +63,14 @@ def read_layout(index: Mapping[str, Any]) -> Layout:
         if name in DROPPED and pipeline_class.startswith("StableDiffusion"):
             left_out.append(name)
         elif not name.isidentifier() or not _is_known_library(library):
-            raise ExportError(f"component {name!r} is a {library}.{kind}: only diffusers' and transformers' own classes are run")
+            raise ExportError(f"component {name!r} is a {library}.{kind}: only classes of diffusers and transformers are run")
         else:
             components[name] = (library, kind)
     return Layout(pipeline_class, components, tuple(left_out))
 
 
 def choose(index: Any, names: Iterable[str], options: ExportOptions) -> tuple[Kind, Layout, list[str]]:
-    """What a checkpoint with this model_index.json is, and which of its files `names` are read for `options`."""
+    """The kind and layout of a checkpoint with this model_index.json, and which of its files `names` to read for `options`."""
     names = list(names)
     layout = _parse_layout(index, options.source)
     if not _has_graphs_only(names):
@@ -79,12 +79,12 @@ def choose(index: Any, names: Iterable[str], options: ExportOptions) -> tuple[Ki
         weights = select_files(names, layout, options.variant, options.allow_patterns, options.ignore_patterns)
         return "diffusers", layout, weights
     if options.variant is not None:
-        raise ExportError(f"{options.source} holds ONNX graphs, not weights: it has no variants")
+        raise ExportError(f"{options.source} holds ONNX graphs, which have no variants: drop --variant")
     return "onnx", layout, _select_graphs(names, layout, options)
 
 
 def choose_texts(index: Any, names: Iterable[str], source: str) -> tuple[Layout, list[str]]:
-    """What a model_index.json's contents say, and which of the files `names` are configurations and tokenizers of it."""
+    """The layout of a model_index.json, and which of the files `names` are its configurations and tokenizers."""
     layout = _parse_layout(index, source)
     names = list(names)
     refuse_incomplete(source, layout.components, names, wants_weights=False)
@@ -94,12 +94,12 @@ def choose_texts(index: Any, names: Iterable[str], source: str) -> tuple[Layout,
 
 def _parse_layout(index: Any, source: str) -> Layout:
     if not isinstance(index, dict):
-        raise ExportError(f"{source}: {INDEX_NAME} is not an object")
+        raise ExportError(f"{source}: {INDEX_NAME} must be a JSON object")
     return read_layout(index)
 
 
 def read_index(path: Path) -> Any:
-    """The contents of a model_index.json. Raises ExportError where it is missing or damaged."""
+    """The contents of a model_index.json. Raises ExportError if it is missing or damaged."""
     try:
         return read_json(path)
     except FileNotFoundError:
@@ -109,8 +109,8 @@ def read_index(path: Path) -> Any:
 
 
 def refuse_unsafe(directory: Path, files: Iterable[str]) -> None:
-    """Raises ExportError where one of the `files` below `directory` lists weights that are not safetensors beside it, or is a
-    configuration that may lead to code or to other files."""
+    """Raises ExportError if one of the `files` in `directory` is a weight index that lists anything but safetensors beside it, or
+    a configuration that refers to code or to other files."""
     for name in files:
         refuse = refuse_unsafe_parts if INDEX in name.rpartition("/")[2].lower() else refuse_unsafe_config
         try:
@@ -120,13 +120,13 @@ def refuse_unsafe(directory: Path, files: Iterable[str]) -> None:
 
 
 def names_below(directory: Path) -> list[str]:
-    """The files in a directory and in its folders, with slashes: a checkpoint is no deeper."""
+    """The files in a directory and its immediate folders (the depth of a checkpoint), as paths with slashes."""
     paths = [*directory.glob("*"), *directory.glob("*/*")]
     return sorted(path.relative_to(directory).as_posix() for path in paths if path.is_file())
 
 
 def _is_known_library(name: object) -> bool:
-    """diffusers also names its pipelines' own packages here, such as "stable_diffusion"."""
+    """Whether a library is diffusers, transformers or one of diffusers' pipeline packages, such as "stable_diffusion"."""
     if name in ("diffusers", "transformers"):
         return True
     diffusers = importlib.util.find_spec("diffusers")
@@ -142,10 +142,10 @@ def select_files(
     allow_patterns: tuple[str, ...] = (),
     ignore_patterns: tuple[str, ...] = (),
 ) -> list[str]:
-    """The files to read out of `names` (paths with slashes), sorted: texts, and safetensors weights of `variant`.
+    """The files to read among `names` (paths with slashes), sorted: texts, and safetensors weights of `variant`.
 
-    A component that has no weights of the variant is read without one, as diffusers does. Raises ExportError where the
-    checkpoint holds code, or a component has no safetensors weights.
+    A component without weights of the variant is read without a variant, like diffusers does. Raises ExportError if the
+    checkpoint contains code, or a component has no safetensors weights.
     """
     parts = _by_component(names, tuple(layout.components), allow_patterns, ignore_patterns)
     chosen = [INDEX_NAME]
@@ -157,7 +157,7 @@ def select_files(
 
 
 def _select_graphs(names: Iterable[str], layout: Layout, options: ExportOptions) -> list[str]:
-    """The texts and graphs of an optimum-cli directory. A graph's weights may lie beside it: `model.onnx_data`."""
+    """The texts and graphs of an optimum-cli directory, including weights beside a graph (`model.onnx_data`)."""
     folders = (*layout.components, *_GRAPHS_OF_VAE)
     parts = _by_component(names, folders, options.allow_patterns, options.ignore_patterns)
     files = [name for part in parts.values() for name in part]
@@ -166,7 +166,7 @@ def _select_graphs(names: Iterable[str], layout: Layout, options: ExportOptions)
 
 
 def _has_graphs_only(names: list[str]) -> bool:
-    """Whether the denoiser is a graph and has no weights to make another of: a hub repository may have both."""
+    """Whether the denoiser is a graph without PyTorch weights (a hub repository may have both)."""
     return any(
         f"{part}/{GRAPH_NAME}" in names
         and not any(name.startswith(f"{part}/") and (is_safetensors(name) or is_pickle(name)) for name in names)
@@ -177,20 +177,20 @@ def _has_graphs_only(names: list[str]) -> bool:
 def _by_component(
     names: Iterable[str], components: Iterable[str], allow: tuple[str, ...] = (), ignore: tuple[str, ...] = ()
 ) -> dict[str, list[str]]:
-    """The files of each component that are wanted. Raises ExportError where there is code among them."""
+    """The selected files of each component. Raises ExportError if there is code among them."""
     parts: dict[str, list[str]] = {component: [] for component in components}
     for name in names:
         path = PurePosixPath(name)
         folder = path.parts[0] if len(path.parts) > 1 else ""
         if path.suffix == ".py" and (not folder or folder in parts):
-            raise ExportError(f"the checkpoint brings its own code ({name}): such code is never run")
+            raise ExportError(f"the checkpoint contains custom code ({name}), which is never run")
         if folder in parts and _is_wanted(name, allow, ignore):
             parts[folder].append(name)
     return parts
 
 
 def _is_wanted(name: str, allow_patterns: tuple[str, ...], ignore_patterns: tuple[str, ...]) -> bool:
-    """The hub's rules: any of the allowed patterns if there are some, none of the ignored ones."""
+    """Like on the hub: matches an allowed pattern (if any are given) and no ignored pattern."""
 
     def matches(patterns: tuple[str, ...]) -> bool:
         return any(fnmatch.fnmatch(name, f"{pattern}*" if pattern.endswith("/") else pattern) for pattern in patterns)
@@ -199,12 +199,12 @@ def _is_wanted(name: str, allow_patterns: tuple[str, ...], ignore_patterns: tupl
 
 
 def _texts(files: list[str]) -> list[str]:
-    """All but lists of weights: who loads would follow them, whatever they name."""
+    """All texts except weight indexes: loaders would follow whatever they list."""
     return [name for name in files if name.endswith(TEXT_SUFFIXES) and INDEX not in name.rpartition("/")[2].lower()]
 
 
 def _weights(component: str, files: list[str], variant: str | None) -> list[str]:
-    """The safetensors of a component, and the index that lists them where there are several."""
+    """The safetensors of a component, and their index if there are several."""
     found: dict[str | None, list[str]] = {}
     indexes: dict[str | None, list[str]] = {}
     for name in files:
@@ -218,7 +218,7 @@ def _weights(component: str, files: list[str], variant: str | None) -> list[str]
         return found[key] + indexes.get(key, [])
     if found:
         others = ", ".join(str(name) for name in found)
-        raise ExportError(f"{component} has no weights for variant {variant or 'none'}, but for {others}: choose with --variant")
+        raise ExportError(f"{component} has no weights of variant {variant or 'none'}, only of {others}: choose with --variant")
     if any(is_pickle(name) for name in files):
         raise ExportError(f"{component} has pickled weights only: {PICKLE_REASON}")
-    raise ExportError(f"{component} has no safetensors weights")
+    raise ExportError(f"{component} has no safetensors weights: add them, or choose a source that has them")

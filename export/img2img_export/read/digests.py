@@ -1,6 +1,6 @@
-"""SHA-256 of files, remembered as git's index remembers them: an unchanged source of 10 GB need not be read again.
+"""A persistent cache of files' SHA-256, so that an unchanged source of 10 GB is not read again.
 
-What is remembered of a file is trusted as long as its inode, size and times are the same.
+Like in git's index, an entry is valid while the file's inode, size and times are unchanged.
 """
 
 import contextlib
@@ -17,10 +17,10 @@ from img2img_server.support.directories import user_cache
 from img2img_export.progress import Advance, Progress
 
 _RACY_NS = 2 * 10**9
-"""A file that changed less than this before it was hashed could change again within the same tick of the file system's clock."""
+"""Files modified more recently than this are not cached: they could change again within one tick of the file system's clock."""
 
-_WORTH_TELLING = 100 * 10**6
-"""Bytes to be hashed from which on it takes long enough to be told of."""
+_PROGRESS_BYTES = 100 * 10**6
+"""Progress is reported if at least this many bytes have to be hashed."""
 
 _LIMIT = 4096
 _CHUNK = 1 << 20
@@ -31,10 +31,10 @@ Entry = tuple[int, int, int, int, str]
 
 
 class Digests:
-    """The digests of one process, and those that processes before it left in the user's cache directory.
+    """The digests of this process and of earlier ones, kept in the user's cache directory.
 
-    A cache that is damaged, unreadable or unwritable is no error: then files are read. Whatever is found out is lost unless
-    `save` is called. `now` gives the time in nanoseconds.
+    A damaged, unreadable or unwritable cache is not an error: files are hashed instead. New digests are lost unless `save` is
+    called. `now` returns the time in nanoseconds.
     """
 
     def __init__(self, path: Path | None = None, now: Callable[[], int] = time.time_ns) -> None:
@@ -45,7 +45,7 @@ class Digests:
         self._new_answers: dict[str, str] = {}
 
     def sha256(self, path: Path, advance: Advance = lambda count: None) -> str:
-        """The SHA-256 of a file, in lower-case hexadecimal. `advance` is told of the bytes that are read."""
+        """The SHA-256 of a file in lower-case hexadecimal. `advance` is called with the numbers of bytes read."""
         path = path.resolve()
         if (known := self._find(path)) is not None:
             return known
@@ -56,29 +56,29 @@ class Digests:
         return digest
 
     def digest_files(self, root: Path, names: Iterable[str], progress: Progress | None = None) -> dict[str, str]:
-        """Maps each of `names` to the SHA-256 of that file below `root`. `progress` is told where much has to be read."""
+        """Maps each of `names` to the SHA-256 of that file in `root`. Reports to `progress` if there is much to read."""
         paths = {name: root / name for name in names}
         unknown = sum(path.stat().st_size for path in paths.values() if self._find(path.resolve()) is None)
-        if progress is None or unknown < _WORTH_TELLING:
+        if progress is None or unknown < _PROGRESS_BYTES:
             return {name: self.sha256(path) for name, path in paths.items()}
         with progress.task(f"hashing {root.name}", unknown) as advance:
             return {name: self.sha256(path, advance) for name, path in paths.items()}
 
     def remember(self, path: Path, digest: str) -> None:
-        """Takes a digest from one who has just hashed the file elsewhere, before it was moved to `path`."""
+        """Caches the digest of a file that was hashed before it was moved to `path`."""
         path = path.resolve()
         stamp = _stamp(path)
         if max(stamp[2:]) <= self._now() - _RACY_NS:
             self._files[str(path)] = self._new_files[str(path)] = (*stamp, digest)
 
     def recall(self, question: str, find_out: Callable[[], str]) -> str:
-        """The answer to a question whose answer never changes, such as one about contents by their digest."""
+        """A cached answer to a question whose answer never changes, such as one about contents by digest."""
         if question not in self._answers:
             self._answers[question] = self._new_answers[question] = find_out()
         return self._answers[question]
 
     def save(self) -> None:
-        """Adds what this process found out to the cache. Of two processes that save at once, one may go unremembered."""
+        """Adds this process's results to the cache. If two processes save at once, the results of one may be lost."""
         if not self._new_files and not self._new_answers:
             return
         files, answers = _read(self._path)
@@ -89,7 +89,7 @@ class Digests:
             _write(self._path, json.dumps(data))
 
     def _find(self, path: Path) -> str | None:
-        """The remembered digest of a resolved path, if it still is that file's."""
+        """The cached digest of a resolved path if still valid, else None."""
         entry = self._files.get(str(path))
         return entry[4] if entry is not None and entry[:4] == _stamp(path) else None
 
@@ -109,7 +109,7 @@ def _hash(path: Path, advance: Advance) -> str:
 
 
 def _read(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
-    """What the cache holds. Nothing where it cannot be read, and no entry that is not as `save` writes it."""
+    """The cache's contents: empty if it cannot be read, without malformed entries."""
     try:
         data = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError):
@@ -134,7 +134,7 @@ def _newest(entries: dict[str, Any]) -> dict[str, Any]:
 
 
 def _write(path: Path, text: str) -> None:
-    """Writes a file whole or not at all, whoever else writes it."""
+    """Writes a file atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:

@@ -1,8 +1,8 @@
-"""Downloading from the Hugging Face hub: only the files that will be read, chosen before any is fetched.
+"""Downloads from the Hugging Face hub: only the files that will be read, chosen before any is fetched.
 
-Each file grows in the hub's cache under a name that ends in .incomplete. huggingface_hub continues a file if the connection
-breaks; a later run downloads only the files that are not complete. Progress is the size of the growing file, because
-huggingface_hub reports progress only to its own bars.
+A partial file in the hub's cache has a name that ends in .incomplete. huggingface_hub resumes a file if the connection breaks; a
+later run downloads only the incomplete files. Progress is the size of the partial file, because huggingface_hub reports progress
+only to its own bars.
 """
 
 import contextlib
@@ -20,15 +20,15 @@ from img2img_export.read.layout_checks import why_no_index
 Choose = Callable[[Any, list[str]], list[str]]
 """Which files to fetch, by the contents of model_index.json and the names of all files."""
 
-_ACCESS = "if it is, get access on its page there, then set HF_TOKEN or run `hf auth login`"
+_ACCESS = "for a gated repository, request access on its page, then set HF_TOKEN or run `hf auth login`"
 _WATCH_SECONDS = 0.5
 
 
 def download(repo_id: str, revision: str | None, choose: Choose, progress: Progress) -> tuple[Path, list[str]]:
-    """Fetches files of a repository into the hub's cache: their directory, and the names of the files that are there.
+    """Fetches files of a repository into the hub's cache. Returns their directory and the names of the files in it.
 
-    HF_ENDPOINT, HF_TOKEN, HF_HOME and HF_HUB_OFFLINE mean what they mean to huggingface_hub. Offline, what the cache holds is
-    taken. Raises ExportError where the repository or its files cannot be had.
+    HF_ENDPOINT, HF_TOKEN, HF_HOME and HF_HUB_OFFLINE work as in huggingface_hub; offline, only the cache is used. Raises
+    ExportError if the repository or its files are not available.
     """
     from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
     from huggingface_hub.errors import HFValidationError, HTTPError, LocalEntryNotFoundError
@@ -37,7 +37,7 @@ def download(repo_id: str, revision: str | None, choose: Choose, progress: Progr
 
     try:
         if constants.HF_HUB_OFFLINE:
-            # The index alone is asked for: the files that an earlier run did not choose are missing from the cache on purpose.
+            # Requests the index only: files that an earlier run did not choose are not in the cache.
             snapshot = Path(snapshot_download(repo_id, revision=revision, allow_patterns=[INDEX_NAME], local_files_only=True))
             return snapshot, names_below(snapshot)
         found = HfApi().model_info(repo_id, revision=revision, files_metadata=True)
@@ -47,21 +47,25 @@ def download(repo_id: str, revision: str | None, choose: Choose, progress: Progr
         index = read_index(Path(hf_hub_download(repo_id, INDEX_NAME, revision=found.sha)))
         files = choose(index, names)
         _fetch(found, [sibling for sibling in found.siblings if sibling.rfilename in files], progress)
-        # By the name that was asked for, not the commit: so the cache knows the name, too, when it is asked offline.
+        # By the requested revision, not the commit, so that the cache can resolve the revision offline.
         return Path(snapshot_download(repo_id, revision=revision, allow_patterns=files)), files
     except (http.ConnectError, http.ConnectTimeout):
-        raise ExportError(f"{repo_id} is no directory here, and the hub cannot be reached at {constants.ENDPOINT}") from None
+        raise ExportError(f"{repo_id} is not a local directory, and the hub cannot be reached at {constants.ENDPOINT}") from None
     except (http.NetworkError, http.TimeoutException, http.RemoteProtocolError) as error:
-        raise ExportError(f"the download of {repo_id} broke off ({first_line(error)}): the same command continues it") from None
+        raise ExportError(
+            f"the download of {repo_id} was interrupted ({first_line(error)}): run the same command again to resume it"
+        ) from None
     except (HTTPError, http.InvalidURL, HFValidationError, LocalEntryNotFoundError) as error:
         if (status := _status(error)) in (401, 403):
-            raise ExportError(f"the hub refuses {repo_id} ({status}): it is not there, private or gated; {_ACCESS}") from None
+            raise ExportError(
+                f"the hub refuses access to {repo_id} ({status}): it does not exist, is private or is gated; {_ACCESS}"
+            ) from None
         reason = first_line(error)
-        raise ExportError(f"{repo_id} could not be downloaded (no such directory here either): {reason}") from None
+        raise ExportError(f"{repo_id} is not a local directory and could not be downloaded: {reason}") from None
 
 
 def _fetch(found: Any, siblings: list[Any], progress: Progress) -> None:
-    """Downloads one file after another: a download that is interrupted then stops at once, with one incomplete file."""
+    """Downloads files one at a time, so that an interrupted download stops at once with one incomplete file."""
     from huggingface_hub import constants, hf_hub_download
     from huggingface_hub.file_download import repo_folder_name
 
@@ -76,39 +80,39 @@ def _fetch(found: Any, siblings: list[Any], progress: Progress) -> None:
 
 @contextlib.contextmanager
 def _watched(blobs: Path, blob: str, size: int, advance: Advance) -> Iterator[None]:
-    """Reports to `advance`, from a thread, how the download of `blob` grows up to `size` bytes, and at the end the rest.
+    """Reports the growth of the file `blob`, of `size` bytes, to `advance` from a thread, and the rest at the end.
 
-    The file's name is BLOB.incomplete, in newer releases of huggingface_hub BLOB.RANDOM.incomplete. Files of the latter kind that
-    a killed process left do not grow, and are not counted.
+    The file is BLOB.incomplete, or BLOB.RANDOM.incomplete in newer releases of huggingface_hub. Stale files of the latter kind,
+    left by a killed process, are not counted.
     """
-    told, over = 0, threading.Event()
-    left = set(blobs.glob(f"{blob}.*.incomplete"))
+    reported, over = 0, threading.Event()
+    stale = set(blobs.glob(f"{blob}.*.incomplete"))
 
     def written() -> int:
-        growing = {*blobs.glob(f"{blob}*.incomplete")} - left
+        growing = {*blobs.glob(f"{blob}*.incomplete")} - stale
         return max((path.stat().st_size for path in growing), default=0)
 
-    def tell() -> None:
-        nonlocal told
+    def report() -> None:
+        nonlocal reported
         while not over.wait(_WATCH_SECONDS):
             with contextlib.suppress(FileNotFoundError):
-                now = max(told, min(written(), size))
-                advance(now - told)
-                told = now
+                now = max(reported, min(written(), size))
+                advance(now - reported)
+                reported = now
 
-    thread = threading.Thread(target=tell, daemon=True)
+    thread = threading.Thread(target=report, daemon=True)
     thread.start()
     try:
         yield
     finally:
         over.set()
         thread.join()
-    advance(size - told)
+    advance(size - reported)
 
 
 @contextlib.contextmanager
 def _without_bars() -> Iterator[None]:
-    """Keeps huggingface_hub's own progress bars off the terminal."""
+    """Disables huggingface_hub's progress bars within the block."""
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
     if are_progress_bars_disabled():
@@ -122,7 +126,7 @@ def _without_bars() -> Iterator[None]:
 
 
 def _status(error: Exception) -> int | None:
-    """The HTTP status that an error of huggingface_hub, or the one behind it, came with."""
+    """The HTTP status of an error of huggingface_hub or of its cause, else None."""
     response = getattr(error, "response", None)
     if response is None:
         response = getattr(error.__cause__, "response", None)

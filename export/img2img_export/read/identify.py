@@ -1,7 +1,7 @@
-"""What a safetensors file is that is not a whole model, by the names and shapes of its tensors: what it is, and what to do.
+"""Identifies a safetensors file that is not a complete model by its tensors, and says what to do with it.
 
-A whole model in one file has a denoiser, a VAE and text encoders. People also have LoRAs, embeddings, ControlNets, upscalers and
-single components, which look alike from outside.
+A complete model in one file has a denoiser, a VAE and text encoders. LoRAs, embeddings, ControlNets, upscalers and single
+components have the same file suffix.
 """
 
 import re
@@ -12,40 +12,40 @@ from img2img_export.read.weights_file import TensorInfo
 
 PIX2PIX = "StableDiffusionInstructPix2PixPipeline"
 
-_BASE = "export the model that it is for"
+_BASE = "export its base model"
 _ADAPTERS = (
     (
         r"(.*\.)?(lora_(up|down|A|B)\b.*|lora\.(up|down)\..*)|lora_(unet|te\d?|transformer)_.*|(.*\.)?(hada|lokr)_w\d.*|.*\.(oft|dora)_\w+.*",
         "a LoRA, not a model",
-        "export the model that it is for, with `--lora {path}`",
+        "export its base model with `--lora {path}`",
     ),
     (
         r"(control_model|controlnet_\w+|input_hint_block|control_(all_x_embedder|layers|noise_refiner))\..*|lllite_.*",
         "a ControlNet, not a model",
-        f"img2img has no use for it; {_BASE} without it",
+        f"img2img does not support it; {_BASE} without it",
     ),
     (
         r"(image_proj|ip_adapter)\..*|proj\.(0|2|3)\..*|ip_adapter_.*",
         "an IP-Adapter, not a model",
-        f"img2img has no use for it; {_BASE} without it",
+        f"img2img does not support it; {_BASE} without it",
     ),
     (
         r"(adapter\.)?body\.\d+\.(block\d|in_conv|resnets\.\d+\.block\d|down_opt).*",
         "a T2I-Adapter, not a model",
-        f"img2img has no use for it; {_BASE} without it",
+        f"img2img does not support it; {_BASE} without it",
     ),
     (
         r"(.*\.)?motion_modules\..*",
         "a motion module of AnimateDiff, not a model",
-        f"img2img draws single images; {_BASE} without it",
+        f"img2img generates single images; {_BASE} without it",
     ),
     (
         r"(model\.\d+\.sub\..*|RRDB_trunk\..*|trunk_conv\..*|body\.\d+\.rdb\d\..*|conv_first\..*|layers\.\d+\.residual_group\..*)",
-        "an upscaler (ESRGAN or its like), not a model",
-        "img2img has no use for it; give a diffusion model",
+        "an upscaler (such as ESRGAN), not a diffusion model",
+        "img2img does not support it; choose a diffusion model",
     ),
 )
-"""Patterns of names, what a file with such a name is, and what to do. The more particular come first."""
+"""Patterns of tensor names, the kind of file, and advice. More specific patterns come first."""
 
 _EMBEDDING = re.compile(r"emb_params|string_to_param(\..*)?|clip_[lg]|t5xxl|<.*>")
 _TRANSFORMER = (
@@ -63,7 +63,7 @@ _TEXT = re.compile(
     r"|shared\.weight|encoder\.(block|layers)\.\d+\..*|model\.embed_tokens\.weight|embeddings\.(token|position)_embedding\..*"
 )
 _PARTS = (("a VAE", _VAE), ("text encoders", _TEXT), ("a denoiser (UNet or transformer)", _DENOISER))
-"""The parts of a whole model. A name belongs to the first that it fits."""
+"""The parts of a complete model. A tensor belongs to the first pattern that matches its name."""
 
 CHANNELS: Mapping[int, str] = {
     5: "a depth-to-image UNet, which takes a depth map",
@@ -71,39 +71,41 @@ CHANNELS: Mapping[int, str] = {
     8: "an InstructPix2Pix UNet, which takes the source image",
     9: "an inpainting UNet, which takes a mask and the masked image",
 }
-"""What UNets of latents with four channels are by the channels that they take."""
+"""Kinds of UNets with 4-channel latents, by input channels."""
 FLUX_CHANNELS: Mapping[int, str] = {
-    128: "a Flux of the Depth or Canny kind, which takes a control image",
+    128: "a Flux Depth or Canny model, which takes a control image",
     384: "a Flux Fill, an inpainting model, which takes a mask",
 }
 INPUTS = ("model.diffusion_model.input_blocks.0.0.weight", "input_blocks.0.0.weight", "conv_in.weight")
-"""The first layers of UNets: weights [out, in, 3, 3]."""
+"""Names of a UNet's first weight [out, in, 3, 3]."""
 FLUX_INPUTS = ("model.diffusion_model.img_in.weight", "img_in.weight")
 
 
 def refuse_part(path: object, tensors: Mapping[str, TensorInfo]) -> None:
-    """Raises ExportError unless a file with such tensors holds a whole model."""
+    """Raises ExportError unless a file with these tensors is a complete model."""
     for pattern, what, advice in _ADAPTERS:
         compiled = re.compile(pattern)
         if (found := sum(compiled.fullmatch(name) is not None for name in tensors)) and _is_most(found, tensors):
             raise ExportError(f"{path} is {what}: {advice.format(path=path)}")
     if tensors and all(_EMBEDDING.fullmatch(name) for name in tensors) and not _parts(tensors) - {"text encoders"}:
-        raise ExportError(f"{path} is a textual inversion embedding, not a model: img2img has no use for it; {_BASE} without it")
+        raise ExportError(
+            f"{path} is a textual inversion embedding, not a model: img2img does not support it; {_BASE} without it"
+        )
     found_parts = _parts(tensors)
     missing = [what for what, _ in _PARTS if what not in found_parts]
     if not found_parts:
         names = ", ".join(sorted(tensors)[:3]) or "none"
-        raise ExportError(f"{path} is not a diffusion model that img2img knows: its tensors are {names} and the like")
+        raise ExportError(f"{path} is not a diffusion model that img2img supports: its tensors are {names} and similar")
     if missing:
         raise ExportError(
-            f"{path} holds {' and '.join(sorted(found_parts))} only, and lacks {' and '.join(missing)}: give a whole model. "
-            "To use it as a part of one, load the model with diffusers, put the part in, save it with save_pretrained() and "
+            f"{path} holds {' and '.join(sorted(found_parts))} only, and lacks {' and '.join(missing)}: choose a complete model. "
+            "To use it as a component, load a model with diffusers, replace the component, save it with save_pretrained() and "
             "export that directory"
         )
 
 
 def refuse_channels(path: object, tensors: Mapping[str, TensorInfo], pipeline_class: str) -> None:
-    """Raises ExportError for a denoiser in one file that takes more than `pipeline_class`, the template's, gives it."""
+    """Raises ExportError if the denoiser in a single file takes more input channels than `pipeline_class` provides."""
     for names, kinds in ((INPUTS, CHANNELS), (FLUX_INPUTS, FLUX_CHANNELS)):
         for name in names:
             shape = tensors[name].shape if name in tensors else ()
@@ -112,15 +114,15 @@ def refuse_channels(path: object, tensors: Mapping[str, TensorInfo], pipeline_cl
 
 
 def refuse_kind(path: object, what: str, channels: int) -> None:
-    """Raises the ExportError that says of a denoiser what it takes. InstructPix2Pix is served, by a pipeline of its own."""
-    advice = "img2img serves models that take an image and a text: export the plain model that it was made from"
+    """Raises the ExportError for a denoiser with extra inputs. InstructPix2Pix is supported by its own pipeline class."""
+    advice = "img2img supports models whose inputs are an image and a text: export its base model"
     if channels == 8:
-        advice = f"its model_index.json, or that of --config for a single file, has to name {PIX2PIX}"
+        advice = f"its model_index.json (for a single file, that of --config) must name {PIX2PIX}"
     raise ExportError(f"{path} is {what} ({channels} input channels): {advice}")
 
 
 def _is_most(found: int, tensors: Mapping[str, TensorInfo]) -> bool:
-    """Adapters are nothing else. A whole model with some such tensors is refused for them, not for being one."""
+    """Whether the file is mainly an adapter, not a complete model with some adapter tensors (refused elsewhere)."""
     return found * 2 >= len(tensors) or not {"a VAE", "text encoders"} <= _parts(tensors)
 
 

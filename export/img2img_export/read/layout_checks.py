@@ -1,6 +1,6 @@
-"""What a directory or repository in diffusers' layout lacks, or is instead: by the names of its files and its configurations.
+"""Checks whether a directory or repository is complete and in diffusers' layout, by file names and configurations.
 
-diffusers finds out late, and says it in words of its own.
+diffusers detects these problems late, with unspecific messages.
 """
 
 from collections.abc import Iterable, Mapping
@@ -16,32 +16,32 @@ INDEX_NAME = "model_index.json"
 
 _DENOISERS = ("unet", "transformer")
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
-_COPY = "copy {what} from the model that it was made from"
+_COPY = "copy {what} from the original model"
 _FOLDERS_OF_VAE = ("vae_encoder", "vae_decoder")
-"""What optimum makes of the folder vae."""
+"""Optimum's folders for a VAE."""
 
 
 def why_no_index(source: object, names: Iterable[str]) -> str:
-    """What a directory or repository with the files `names` is, if it has no model_index.json, and what to do."""
+    """The error message for a directory or repository with the files `names` and no model_index.json."""
     paths = [PurePosixPath(name) for name in names]
     folders = {path.parts[0] for path in paths if len(path.parts) > 1}
     inner = sorted({path.parts[0] for path in paths if len(path.parts) == 2 and path.name == INDEX_NAME})
     here = [path.name for path in paths if len(path.parts) == 1]
     start = f"{source} is not in diffusers' layout: it has no {INDEX_NAME}"
     if inner:
-        return f"{start}, but {inner[0]}/ has one: give that directory"
+        return f"{start}, but {inner[0]}/ has one: choose that directory"
     if not folders.isdisjoint((*_DENOISERS, "vae", "text_encoder")):
-        there = ", ".join(f"{folder}/" for folder in sorted(folders))
+        found = ", ".join(f"{folder}/" for folder in sorted(folders))
         advice = _COPY.format(what="it")
-        return f"{start}, only {there}: {advice}, which names the pipeline's class and its components"
+        return f"{start}, only {found}: {advice}; it names the pipeline's class and its components"
     if "config.json" in here:
         return (
-            f"{start}, but a config.json: it is one component, or a model of transformers; give the directory of the whole model"
+            f"{start}, but a config.json: it is a component or a transformers model; choose the directory of the complete model"
         )
     if files := sorted(name for name in here if is_safetensors(name)):
-        return f"{start}, but {files[0]}: for a whole model in one file, give that file"
+        return f"{start}, but {files[0]}: for a complete model in one file, choose that file"
     if any(name.lower().endswith(".gguf") for name in here):
-        return f"{start}, but a GGUF file, whose weights are quantized: give the safetensors model that it was made from"
+        return f"{start}, but a GGUF file, whose weights are quantized: choose the original safetensors model"
     if files := sorted(name for name in here if is_pickle(name)):
         return f"{start}, but {files[0]}: {PICKLE_REASON}"
     return start if here or folders else f"{source} is empty: it has no {INDEX_NAME}"
@@ -50,30 +50,30 @@ def why_no_index(source: object, names: Iterable[str]) -> str:
 def refuse_incomplete(
     source: object, components: Mapping[str, tuple[str, str]], names: Iterable[str], wants_weights: bool
 ) -> None:
-    """Raises ExportError if a component that model_index.json names has no folder among the files `names`, or that lacks what
-    every such component has. `wants_weights` says whether configurations without weights are too little."""
+    """Raises ExportError if a component of model_index.json has no folder among the files `names`, or if required files are
+    missing from it. `wants_weights`: weights are required too, not only configurations."""
     folders: dict[str, set[str]] = {}
     for name in names:
         folder, slash, file = name.partition("/")
         if slash:
             folders.setdefault(folder, set()).add(file)
     for component, (_, kind) in components.items():
-        there = folders.get(component, set())
-        if not there and component == "vae" and folders.keys() >= set(_FOLDERS_OF_VAE):
+        present = folders.get(component, set())
+        if not present and component == "vae" and folders.keys() >= set(_FOLDERS_OF_VAE):
             continue
         advice = _COPY.format(what=f"{component}/")
-        if not there:
-            raise ExportError(f"{source} has no folder {component}/, which {INDEX_NAME} names (a {kind}): {advice}")
-        if "Tokenizer" in kind and there.isdisjoint(_VOCABULARIES):
-            raise ExportError(f"{source}: {component}/ has no vocabulary ({', '.join(_VOCABULARIES[:2])} or the like): {advice}")
-        if kind.endswith("Scheduler") and there.isdisjoint(("scheduler_config.json", "config.json")):
+        if not present:
+            raise ExportError(f"{source} has no folder {component}/, which {INDEX_NAME} lists (a {kind}): {advice}")
+        if "Tokenizer" in kind and present.isdisjoint(_VOCABULARIES):
+            raise ExportError(f"{source}: {component}/ has no vocabulary ({', '.join(_VOCABULARIES[:2])} or similar): {advice}")
+        if kind.endswith("Scheduler") and present.isdisjoint(("scheduler_config.json", "config.json")):
             raise ExportError(f"{source}: {component}/ has no scheduler_config.json: {advice}")
-        if wants_weights and "config.json" not in there and any(is_safetensors(name) or is_pickle(name) for name in there):
+        if wants_weights and "config.json" not in present and any(is_safetensors(name) or is_pickle(name) for name in present):
             raise ExportError(f"{source}: {component}/ has weights but no config.json: {_COPY.format(what='it')}")
 
 
 def refuse_unreadable_files(directory: Path, files: Iterable[str]) -> None:
-    """Raises ExportError for git-lfs pointers among the files, JSON that is damaged, and weights that are truncated."""
+    """Raises ExportError for git-lfs pointers, damaged JSON and truncated weights among the files."""
     for name in files:
         path = directory / name
         refuse_pointer(path)
@@ -83,11 +83,11 @@ def refuse_unreadable_files(directory: Path, files: Iterable[str]) -> None:
             try:
                 read_json(path)
             except ValueError as error:
-                raise ExportError(f"{path} is damaged: it is not JSON ({first_line(error)}); get it again") from None
+                raise ExportError(f"{path} is damaged: it is not JSON ({first_line(error)}); download or copy it again") from None
 
 
 def refuse_configurations(directory: Path, pipeline_class: str, components: Iterable[str]) -> None:
-    """Raises ExportError if a component below `directory` is quantized, or its denoiser takes more than noise and a text."""
+    """Raises ExportError if a component in `directory` is quantized, or if the denoiser has extra inputs."""
     configs = {name: _config(directory / name / "config.json") for name in components}
     for name, config in configs.items():
         if (quantization := config.get("quantization_config")) is not None:
@@ -101,8 +101,8 @@ def refuse_configurations(directory: Path, pipeline_class: str, components: Iter
     if isinstance(taken, int) and isinstance(wanted, int) and taken != wanted and taken in CHANNELS:
         refuse_kind(directory / "unet", CHANNELS[taken], taken)
     if isinstance(taken, int) and isinstance(wanted, int) and taken != wanted:
-        given = f"{pipeline_class} gives it {wanted}, since the latents of the VAE have {latents}"
-        raise ExportError(f"{directory / 'unet'} takes {taken} channels, but {given}: they are not of one model")
+        given = f"{pipeline_class} provides {wanted}, since the VAE's latents have {latents}"
+        raise ExportError(f"{directory / 'unet'} takes {taken} channels, but {given}: the two do not belong to one model")
     taken = transformer.get("in_channels")
     if transformer.get("_class_name") == "FluxTransformer2DModel" and isinstance(taken, int) and taken in FLUX_CHANNELS:
         refuse_kind(directory / "transformer", FLUX_CHANNELS[taken], taken)

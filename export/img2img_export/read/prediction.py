@@ -1,8 +1,8 @@
-"""What a single file says about what its model predicts, and the scheduler's configuration that follows.
+"""Reads the prediction type from a single file, and derives the scheduler's configuration.
 
-ComfyUI and the trainers of the community mark v-prediction by an empty tensor `v_pred`, zero terminal SNR by `ztsnr`, and
-EDM models by `edm_mean` and `edm_vpred.sigma_max`; sd-scripts and others write it into the metadata (modelspec, ss_*). diffusers
-reads none of it.
+ComfyUI and community trainers mark v-prediction with an empty tensor `v_pred`, zero terminal SNR with `ztsnr`, and EDM models
+with `edm_mean` and `edm_vpred.sigma_max`; sd-scripts and others write it into the metadata (modelspec, ss_*). diffusers ignores
+all of them.
 """
 
 import json
@@ -22,7 +22,7 @@ _ZERO_KEYS = ("ztsnr", "zsnr", "zero_terminal_snr")
 _EDM_MEAN, _EDM_STD = "edm_mean", "edm_std"
 _EDM_V_MAX, _EDM_V_MIN = "edm_vpred.sigma_max", "edm_vpred.sigma_min"
 MARKERS = frozenset({*_V_KEYS, *_ZERO_KEYS, _EDM_MEAN, _EDM_STD, _EDM_V_MAX, _EDM_V_MIN})
-"""Names of tensors that say how the model is to be sampled, and hold no weights."""
+"""Names of marker tensors that describe the sampling and are not weights."""
 
 _PREDICTION_NOTES = ("modelspec.prediction_type", "modelspec.predict_key", "prediction_type", "ss_prediction_type")
 _V_NOTES = ("ss_v_parameterization", "v_parameterization", *_V_KEYS)
@@ -36,18 +36,18 @@ _ARCHITECTURES: Mapping[str, Kind] = {"stable-diffusion-v2-768-v": "v_prediction
 _TRAILING = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
 _EDM_SCHEDULER = "EDMDPMSolverMultistepScheduler"
 _EDM_SCALING_FACTOR = 0.5
-"""Of Playground v2.5's VAE, as diffusers sets it."""
+"""For Playground v2.5's VAE, as in diffusers."""
 _COSXL = ("EDMEulerScheduler", {"sigma_data": 1.0, "prediction_type": "v_prediction", "sigma_schedule": "exponential"})
 _COSXL_SIGMAS = (0.002, 120.0)
 _ZERO_SNR_SCHEDULER = "DDIMScheduler"
-"""Takes the place of a scheduler that knows nothing of zero terminal SNR."""
+"""Replaces a scheduler that does not support zero terminal SNR."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How a single file wants its model to be sampled: what is put into the configurations of the scheduler and the VAE.
+    """The sampling that a single file declares: changes to the configurations of the scheduler and the VAE.
 
-    `scheduler_class` is None if the template's stays.
+    `scheduler_class` is None to keep the template's.
     """
 
     scheduler_class: str | None = None
@@ -56,7 +56,7 @@ class Sampling:
 
 
 def sampling_of(tensors: Mapping[str, TensorInfo], notes: Mapping[str, str], values: Mapping[str, Any]) -> Sampling:
-    """What the names in a file and its metadata say; `values` are its tensors. Names count more: merges keep old metadata."""
+    """The sampling declared by tensor names and metadata; `values` are the tensors. Names win: merges keep old metadata."""
     if {_EDM_MEAN, _EDM_STD} <= tensors.keys():
         mean, std = ([float(value) for value in values[name].flatten()] for name in (_EDM_MEAN, _EDM_STD))
         return Sampling(_EDM_SCHEDULER, {}, {"latents_mean": mean, "latents_std": std, "scaling_factor": _EDM_SCALING_FACTOR})
@@ -68,7 +68,7 @@ def sampling_of(tensors: Mapping[str, TensorInfo], notes: Mapping[str, str], val
     zero = not tensors.keys().isdisjoint(_ZERO_KEYS) or any(_is_true(notes.get(name)) for name in _ZERO_NOTES)
     kind: Kind | None = "v_prediction" if not tensors.keys().isdisjoint(_V_KEYS) else _noted(notes)
     if kind is None and zero:
-        kind = "v_prediction"  # at a signal of zero, noise says nothing of the image
+        kind = "v_prediction"  # without signal, predicting the noise says nothing about the image
     if kind is None:
         return Sampling()
     zero = zero and kind == "v_prediction"
@@ -76,7 +76,7 @@ def sampling_of(tensors: Mapping[str, TensorInfo], notes: Mapping[str, str], val
 
 
 def _noted(notes: Mapping[str, str]) -> Kind | None:
-    """What the metadata says."""
+    """The prediction type in the metadata, or None."""
     words = [str(notes[name]).strip().lower() for name in _PREDICTION_NOTES if name in notes]
     if found := next((_WORDS[word] for word in words if word in _WORDS), None):
         return found
@@ -90,9 +90,9 @@ def _is_true(value: str | None) -> bool:
 
 
 def apply(sampling: Sampling, directory: Path, scheduler_class: str) -> str:
-    """Writes `sampling` into the configurations below `directory`, in place of links. Returns the scheduler's class.
+    """Writes `sampling` into the configurations in `directory`, replacing links. Returns the scheduler's class.
 
-    Raises ExportError if the template's scheduler is of another kind.
+    Raises ExportError if the template's scheduler does not support the prediction type.
     """
     import inspect
 
@@ -110,7 +110,9 @@ def apply(sampling: Sampling, directory: Path, scheduler_class: str) -> str:
     known = inspect.signature(getattr(diffusers, scheduler_class).__init__).parameters
     if "prediction_type" not in known:
         kind = sampling.scheduler["prediction_type"]
-        raise ExportError(f"the file says {kind}, which {scheduler_class} does not know: choose the --config of its own kind")
+        raise ExportError(
+            f"the file declares {kind}, which {scheduler_class} does not support: choose the --config of its base model"
+        )
     replaced: dict[str, Any] = {}
     if sampling.scheduler.get("rescale_betas_zero_snr") and "rescale_betas_zero_snr" not in known:
         scheduler_class, replaced = _ZERO_SNR_SCHEDULER, {"clip_sample": False}
@@ -121,7 +123,7 @@ def apply(sampling: Sampling, directory: Path, scheduler_class: str) -> str:
 
 
 def rename_scheduler(index: Path, scheduler_class: str) -> None:
-    """Names another class of scheduler in a model_index.json."""
+    """Changes the scheduler's class in a model_index.json."""
     _rewrite(index, {"scheduler": ["diffusers", scheduler_class]})
 
 
@@ -134,6 +136,6 @@ def _rewrite(path: Path, changes: Mapping[str, Any]) -> None:
 
 
 def _write(path: Path, content: Mapping[str, Any]) -> None:
-    """In place of a link: what it leads to is the template's."""
+    """Writes a JSON file, replacing a link so that the template does not change."""
     path.unlink(missing_ok=True)
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -1,8 +1,8 @@
-"""Scaled 8-bit floats: weights that are stored as float8 and have a scale beside them become `weight * scale` in fp32.
+"""Dequantizes scaled 8-bit floats: weights stored as float8 with a separate scale become `weight * scale` in fp32.
 
-ComfyUI's older files name the scale of `X.weight` `X.scale_weight` and have a tensor `scaled_fp8`; its newer ones, and those of
-compressed-tensors, say `X.weight_scale`, and may describe each layer in `X.comfy_quant` or in the metadata. DeepSeek's say
-`X.weight_scale_inv` and scale blocks of 128 x 128; in spite of its name it is multiplied with, too.
+ComfyUI's older files name the scale of `X.weight` `X.scale_weight` and have a tensor `scaled_fp8`; its newer files and those of
+compressed-tensors use `X.weight_scale`, and may describe each layer in `X.comfy_quant` or in the metadata. DeepSeek's files use
+`X.weight_scale_inv` for blocks of 128 x 128; despite its name it is a factor too.
 """
 
 import re
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
     import torch
 
 FLOAT8 = ("F8_E4M3", "F8_E5M2")
-"""How safetensors' headers name the types of weights that are understood."""
+"""The supported float8 types, as in safetensors headers."""
 
 _SCALES = (".scale_weight", ".weight_scale", ".weight_scale_inv")
 _INPUTS = re.compile(r"(.*\.)?(scale_input|input_scale|scaled_fp8|comfy_quant)")
-"""What says how to compute with a layer, or that it is quantized at all: nothing of the weights is in it."""
+"""Names of tensors that describe quantization and contain no weights."""
 _LAYER = ".comfy_quant"
 _METADATA = "_quantization_metadata"
 _FORMATS = ("float8_e4m3fn", "float8_e5m2")
@@ -34,13 +34,13 @@ _QUANTIZED = (
     (re.compile(r".*\.(weight_scale_2|weight_packed)"), "4-bit floats (nvfp4)"),
     (re.compile(r".*\.(qweight|weight\._(data|scale|zero_point))"), "integers"),
 )
-"""Names of tensors that only quantized weights of other kinds have."""
+"""Names of tensors that occur only with other quantization methods."""
 
 
 def refuse_other_quantization(what: str, tensors: Mapping[str, TensorInfo], notes: Mapping[str, str]) -> None:
-    """Raises ExportError if weights are quantized in another way than as scaled or plain float8; `what` names the file."""
+    """Raises ExportError if weights are quantized other than as plain or scaled float8; `what` names the file."""
     advice = (
-        "img2img reads float weights, also scaled float8: give the model in fp16, bf16 or fp32 (--precision int8 quantizes it)"
+        "img2img reads float weights (scaled float8 too): choose the model in fp16, bf16 or fp32 (--precision int8 quantizes it)"
     )
     for pattern, kind in _QUANTIZED:
         if found := next(filter(pattern.fullmatch, tensors), None):
@@ -53,16 +53,16 @@ def refuse_other_quantization(what: str, tensors: Mapping[str, TensorInfo], note
 
 
 def _other_format(notes: Mapping[str, str]) -> str | None:
-    """A format of a layer, by the file's metadata, that is not understood."""
+    """The first unsupported format of a layer in the file's metadata, or None."""
     try:
         layers = parse_json(notes.get(_METADATA, "{}")).get("layers", {}).values()
         return next((str(layer.get("format")) for layer in layers if layer.get("format") not in _FORMATS), None)
     except (ValueError, AttributeError):
-        return f"something that {_METADATA} does not say readably"
+        return f"an unknown format ({_METADATA} is malformed)"
 
 
 def scales_of(tensors: Mapping[str, TensorInfo]) -> dict[str, str]:
-    """The name of the scale of each scaled weight, by the weight's name."""
+    """Maps the name of each scaled weight to the name of its scale."""
     found = {}
     for name in tensors:
         suffix = next((suffix for suffix in _SCALES if name.endswith(suffix)), None)
@@ -73,12 +73,12 @@ def scales_of(tensors: Mapping[str, TensorInfo]) -> dict[str, str]:
 
 
 def describes_scaling(name: str) -> bool:
-    """Whether a tensor holds no weights, only how scaled layers are computed with."""
+    """Whether a tensor describes quantization and contains no weights."""
     return _INPUTS.fullmatch(name) is not None
 
 
 def dequantize(path: object, checkpoint: Mapping[str, Any], scales: Mapping[str, str], names: Iterable[str]) -> dict[str, Any]:
-    """Those of the tensors `names` that are scaled weights, in fp32. Raises ExportError if a scale does not fit its weight."""
+    """The scaled weights among the tensors `names`, in fp32. Raises ExportError if a scale does not fit its weight."""
     made = {}
     for name in names:
         if name in scales:
@@ -90,17 +90,19 @@ def dequantize(path: object, checkpoint: Mapping[str, Any], scales: Mapping[str,
 
 
 def _check_layer(path: object, name: str, value: Any) -> None:
-    """Raises ExportError unless ComfyUI's description of a layer, JSON in bytes, is one of float8."""
+    """Raises ExportError unless ComfyUI's description of a layer (JSON in bytes) has a float8 format."""
     try:
         kind = parse_json(bytes(value.flatten().tolist()))["format"]
     except (ValueError, LookupError, TypeError):
         kind = None
     if kind not in _FORMATS:
-        raise ExportError(f"{path}: {name} says that the layer is quantized as {kind}: only {' and '.join(_FORMATS)} are read")
+        raise ExportError(
+            f"{path}: {name} declares that the layer is quantized as {kind}: only {' and '.join(_FORMATS)} are supported"
+        )
 
 
 def _spread(path: object, name: str, scale: "torch.Tensor", shape: "torch.Size") -> "torch.Tensor":
-    """A scale (one value, one for each row, or one for each block) as a tensor that broadcasts to a weight's shape."""
+    """A scale (one value, one per row, or one per block) as a tensor that broadcasts to a weight's shape."""
     scale = scale.float()
     if scale.numel() == 1:
         return scale.reshape(())

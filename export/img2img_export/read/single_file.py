@@ -1,7 +1,7 @@
-"""A model in one safetensors file, with the key names of the original trainers -> components in diffusers' layout.
+"""Converts a model in one safetensors file, with the key names of the original trainers, to diffusers' layout.
 
 The file has weights only. Configurations and tokenizers come from a template: a directory or hub repository in diffusers'
-layout, of which nothing but texts is read.
+layout, of which only texts are read.
 """
 
 import dataclasses
@@ -31,12 +31,12 @@ _PREFIXES = {
     "vae": ("first_stage_model.", "vae."),
     "text_encoder": ("cond_stage_model.", "conditioner.", "text_encoders."),
 }
-"""How the names of a component's tensors begin. By them precision and scales are found: diffusers knows all names."""
+"""Prefixes of a component's tensors, used to find precision and scales. (diffusers converts the names.)"""
 
 _CLIP = re.compile(
     r"((?:cond_stage_model|conditioner\.embedders\.\d|text_encoders\.clip_[lg])\.transformer)\.((?:embeddings|encoder|final_layer_norm)\..*)"
 )
-"""Names of a CLIP text encoder without their `text_model`, as old trainers and transformers 5 write them."""
+"""Names of a CLIP text encoder without `text_model`, as written by old trainers and transformers 5."""
 _UNET = re.compile(r"(?:input_blocks|middle_block|output_blocks|time_embed|label_emb|out)\..*")
 _DIFFUSION_MODEL = "model.diffusion_model."
 
@@ -44,9 +44,9 @@ _CONVERT_FAILURES = (OSError, ValueError, TypeError, KeyError, AttributeError, R
 
 
 def canonical(names: Mapping[str, Any]) -> dict[str, str]:
-    """The names of a single file's tensors as diffusers knows them, to the names that they have.
+    """Maps the tensor names that diffusers expects to the names in the file.
 
-    A CLIP text encoder may lack `text_model`, and a UNet its prefix or the first word of it.
+    Names of a CLIP text encoder may lack `text_model`, and those of a UNet all or the first word of their prefix.
     """
     bare = not any(name.startswith(_DIFFUSION_MODEL) for name in names)
     found = {}
@@ -61,7 +61,7 @@ def canonical(names: Mapping[str, Any]) -> dict[str, str]:
 
 
 def refuse_unreadable(path: Path) -> None:
-    """Raises ExportError unless a single file holds a whole model in a format that is read; looks at its header only."""
+    """Raises ExportError unless a single file is a complete model in a supported format; reads its header only."""
     require_safetensors(path)
     tensors, notes = read_header(path)
     refuse_other_quantization(str(path), tensors, notes)
@@ -69,9 +69,9 @@ def refuse_unreadable(path: Path) -> None:
 
 
 def find_template(options: ExportOptions, digest: str, digests: Digests, progress: Progress) -> tuple[Path, Layout, list[str]]:
-    """The directory with the configurations and tokenizers for a single file, what it says, and its files that are read.
+    """The template directory for a single file (configurations and tokenizers), its layout, and its files to read.
 
-    `digest` is the file's SHA-256. Raises ExportError where the file or the template is refused.
+    `digest` is the file's SHA-256. Raises ExportError if the file or the template is refused.
     """
     if options.config is not None and Path(options.config).is_dir():
         template, directory = options.config, Path(options.config).resolve()
@@ -79,7 +79,7 @@ def find_template(options: ExportOptions, digest: str, digests: Digests, progres
     else:
         from img2img_export.read.hub import download
 
-        # Remembered, so that diffusers is loaded the first time only.
+        # Cached, so that diffusers is loaded the first time only.
         question = f"which template diffusers {metadata.version('diffusers')} has for {digest}"
         template = options.config or digests.recall(question, lambda: _infer_template(Path(options.source)))
         progress.stage(f"finding the configurations of {template}")
@@ -90,7 +90,7 @@ def find_template(options: ExportOptions, digest: str, digests: Digests, progres
 
 
 def _infer_template(path: Path) -> str:
-    """The repository that diffusers names for a checkpoint with such tensors."""
+    """The repository that diffusers detects for a checkpoint with these tensors."""
     from diffusers.loaders.single_file_utils import fetch_diffusers_config
 
     header, _ = read_header(path)
@@ -98,15 +98,17 @@ def _infer_template(path: Path) -> str:
     try:
         return str(fetch_diffusers_config(tensors)["pretrained_model_name_or_path"])
     except (KeyError, TypeError, ValueError, AttributeError, UnboundLocalError) as error:
-        raise ExportError(f"diffusers does not know what {path} is ({first_line(error)}): choose --config") from None
+        raise ExportError(
+            f"diffusers cannot detect the kind of {path} ({first_line(error)}): choose its base model with --config"
+        ) from None
 
 
 def convert(path: Path, layout: Layout, directory: Path, progress: Progress) -> Layout:
-    """Writes the weights of each component of `layout` into `directory`, which has the template's texts, in stored precision
-    (scaled float8 in fp32). What the file says of sampling goes into the configurations; the layout with it is returned.
+    """Writes the weights of each component of `layout` in stored precision (scaled float8 in fp32) into `directory`, which has
+    the template's texts. Applies the file's sampling to the configurations, and returns the changed layout.
 
-    One component after another: at most one of them is in memory. Raises ExportError if the file does not fit the template, or
-    holds weights that no component uses.
+    At most one component is in memory at a time. Raises ExportError if the file does not fit the template, or contains weights
+    that no component uses.
     """
     import torch
     from safetensors.torch import load_file
@@ -115,7 +117,7 @@ def convert(path: Path, layout: Layout, directory: Path, progress: Progress) -> 
 
     header, notes = read_header(path)
     stored = load_file(path)
-    layout = _sample_as_said(sampling_of(header, notes, stored), layout, directory)
+    layout = _apply_sampling(sampling_of(header, notes, stored), layout, directory)
     scales = scales_of(header)
     used = {*MARKERS, *scales.values(), *filter(describes_scaling, header)}
     for name, (library, class_name) in layout.components.items():
@@ -128,17 +130,17 @@ def convert(path: Path, layout: Layout, directory: Path, progress: Progress) -> 
             del checkpoint
             used |= untraced(module)
             for link in (directory / name).iterdir():
-                link.unlink()  # else what is saved would be written through it, into the template
+                link.unlink()  # else save_pretrained would write through the link into the template
             module.save_pretrained(directory / name, safe_serialization=True)
             del module
             gc.collect()
     idle = set(_idle(stored, layout))
-    refuse_unused(str(path), header.keys() - used - idle, used, " (is another --config right?)")
+    refuse_unused(str(path), header.keys() - used - idle, used, " (wrong --config?)")
     return layout
 
 
-def _sample_as_said(sampling: Sampling, layout: Layout, directory: Path) -> Layout:
-    """Puts what a file says of its sampling into the configurations."""
+def _apply_sampling(sampling: Sampling, layout: Layout, directory: Path) -> Layout:
+    """Writes the file's sampling into the configurations, and returns the changed layout."""
     if "scheduler" not in layout.components:
         return layout
     library, before = layout.components["scheduler"]
@@ -152,7 +154,7 @@ def _sample_as_said(sampling: Sampling, layout: Layout, directory: Path) -> Layo
 def _of_component(
     path: Path, component: str, stored: Mapping[str, Any], scales: Mapping[str, str]
 ) -> Iterator[tuple[str, "torch.Tensor"]]:
-    """The tensors by diffusers' names, each with its own name for its origin; those of `component` without scales."""
+    """Yields the tensors by diffusers' names, each with its name in the file as its origin; those of `component` dequantized."""
     from img2img_export.read.unused import traced
 
     names = canonical(stored)
@@ -163,7 +165,7 @@ def _of_component(
 
 
 def _idle(stored: Mapping[str, Any], layout: Layout) -> Iterator[str]:
-    """The projections of text encoders that change nothing."""
+    """Yields the names of text encoder projections that have no effect."""
     from img2img_export.read.unused import is_idle_projection
 
     _, text_class = layout.components.get("text_encoder", ("", ""))
@@ -171,7 +173,7 @@ def _idle(stored: Mapping[str, Any], layout: Layout) -> Iterator[str]:
 
 
 def _find_class(library: str, class_name: str) -> type:
-    """A component's class. As in model_index.json, `library` may be one of diffusers' packages of pipelines."""
+    """A component's class. As in model_index.json, `library` may be one of diffusers' pipeline packages."""
     import importlib
 
     from diffusers import pipelines
@@ -180,13 +182,13 @@ def _find_class(library: str, class_name: str) -> type:
     try:
         return getattr(module, class_name)  # type: ignore[no-any-return]
     except AttributeError:
-        raise ExportError(f"{INDEX_NAME} names {library}.{class_name}, which is not there") from None
+        raise ExportError(f"{INDEX_NAME} names {library}.{class_name}, which the installed version does not provide") from None
 
 
 def _load(
     path: Path, checkpoint: dict[str, Any], name: str, kind: tuple[str, str], directory: Path, precision: "torch.dtype"
 ) -> Any:
-    """One component, on the CPU. Raises ExportError where its weights are missing or do not fit."""
+    """Loads one component on the CPU. Raises ExportError if its weights are missing or do not fit."""
     from diffusers import pipelines
     from diffusers.loaders.single_file import load_single_file_sub_model
     from diffusers.loaders.single_file_utils import SingleFileComponentError
@@ -208,20 +210,20 @@ def _load(
             )
     except (SingleFileComponentError, *_CONVERT_FAILURES) as error:
         reason = f"{type(error).__name__}: {first_line(error)}"
-        raise ExportError(f"{path} holds no {name} as configured (is another --config right?): {reason}") from error
+        raise ExportError(f"{path} has no {name} that fits its configuration (wrong --config?): {reason}") from error
     if missing := [key for key, value in module.state_dict().items() if value.is_meta]:
-        raise ExportError(f"{path} lacks {missing[0]} of {name} as configured (is another --config right?)")
+        raise ExportError(f"{path} lacks {missing[0]} of {name}, which the configuration requires (wrong --config?)")
     return module
 
 
 def _is_of(component: str, name: str) -> bool:
-    """Whether a tensor, by its canonical name, may be one of a component's: its prefix is that component's, or no one's."""
+    """Whether a tensor may belong to a component: its canonical name has that component's prefix, or none of the prefixes."""
     own = _PREFIXES.get("text_encoder" if component.startswith("text_encoder") else component, ())
     return name.startswith(own) or not name.startswith(tuple(prefix for prefixes in _PREFIXES.values() for prefix in prefixes))
 
 
 def _precision(tensors: Mapping[str, TensorInfo], component: str, scales: Mapping[str, str]) -> "torch.dtype":
-    """The one precision that holds all of a component's weights. Plain ones of 8 bits become bfloat16, for diffusers' sake."""
+    """The type that can represent all of a component's weights. Unscaled float8 becomes bfloat16, which diffusers requires."""
     import torch
 
     names = [own for name, own in canonical(tensors).items() if _is_of(component, name)]

@@ -1,7 +1,7 @@
-"""From what a person names to files on this machine: a directory, one file, or a repository of the Hugging Face hub.
+"""Resolves a source (a directory, a file, or a repository on the Hugging Face hub) to local files.
 
-What is loaded is a view, a directory of links to the chosen files only (`fill_tree`), so that its digest covers everything
-that was read and nothing else of the checkpoint can be. Standard library only for what is on this machine already.
+Models are loaded from a checkpoint tree: a directory of links to the chosen files only (`fill_tree`), so that the digest covers
+exactly the files that can be read. Local sources need the standard library only.
 """
 
 import hashlib
@@ -31,9 +31,9 @@ _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """The files of a model to export, below `directory`, and the record of where they came from.
+    """The files of a model to export, in `directory`, and their source for the manifest.
 
-    A single file's weights are `weights`, and the files are those of its template.
+    For a single file, `weights` is that file and `files` are those of its template.
     """
 
     directory: Path
@@ -45,17 +45,17 @@ class Checkpoint:
 
     @property
     def size(self) -> int:
-        """Bytes of all files."""
+        """Total bytes of all files."""
         paths = [self.directory / name for name in self.files]
         return sum(path.stat().st_size for path in (*paths, *([self.weights] if self.weights else [])))
 
-    def link_into(self, view: Path) -> None:
-        """Fills `view` with links to the files. A text that begins with a byte order mark is written without it."""
+    def link_into(self, tree: Path) -> None:
+        """Fills `tree` with links to the files. A text with a byte order mark is copied without it."""
         for name in self.files:
-            link, file = view / name, self.directory / name
+            link, file = tree / name, self.directory / name
             link.parent.mkdir(parents=True, exist_ok=True)
             if is_safetensors(name):
-                # diffusers takes another case of the suffix for a pickle.
+                # diffusers treats the suffix in another case as a pickle.
                 link.with_suffix(SAFETENSORS).symlink_to(file.resolve())
             elif name.endswith(TEXT_SUFFIXES) and has_mark(file):
                 link.write_text(without_mark(file), encoding="utf-8")
@@ -64,7 +64,7 @@ class Checkpoint:
 
 
 def resolve(options: ExportOptions, progress: Progress) -> Checkpoint:
-    """Finds the files of `options.source`, downloading those of a hub repository. Raises ExportError where it is refused."""
+    """Finds the files of `options.source`, downloading those of a hub repository. Raises ExportError if it is refused."""
     digests = Digests()
     find = _single_file if Path(options.source).is_file() else _layout
     checkpoint = find(options, digests, progress)
@@ -76,7 +76,7 @@ def _single_file(options: ExportOptions, digests: Digests, progress: Progress) -
     path = Path(options.source)
     refuse_unreadable(path)
     if options.variant or options.revision or options.allow_patterns or options.ignore_patterns:
-        raise ExportError(f"{path} is a single file: it has no variants or revisions, and there is nothing to choose by patterns")
+        raise ExportError(f"{path} is a single file: --variant, --revision and patterns do not apply")
     path = path.resolve()
     read = digests.digest_files(path.parent, [path.name], progress)
     directory, layout, files = find_template(options, read[path.name], digests, progress)
@@ -90,14 +90,14 @@ def _single_file(options: ExportOptions, digests: Digests, progress: Progress) -
 
 def _layout(options: ExportOptions, digests: Digests, progress: Progress) -> Checkpoint:
     if options.config is not None:
-        raise ExportError(f"{options.source} has its own configurations: --config is for a single file")
+        raise ExportError(f"{options.source} has its own configurations: --config is only for a single file")
     directory, names, repo_id = _locate(options, progress)
     _refuse_odd(directory)
     if INDEX_NAME not in names:
         raise ExportError(why_no_index(directory, names))
     kind, layout, files = choose(read_index(directory / INDEX_NAME), names, options)
     if missing := [name for name in files if not (directory / name).is_file()]:
-        raise ExportError(f"{options.source} lacks {missing[0]}")
+        raise ExportError(f"{options.source} lacks the file {missing[0]}")
     refuse_unreadable_files(directory, files)
     refuse_configurations(directory, layout.pipeline_class, layout.components)
     refuse_unsafe(directory, files)
@@ -114,14 +114,14 @@ def _layout(options: ExportOptions, digests: Digests, progress: Progress) -> Che
 
 
 def _locate(options: ExportOptions, progress: Progress) -> tuple[Path, list[str], str | None]:
-    """The directory in diffusers' layout, the names of its files, and the repository's id if it is one's snapshot."""
+    """The directory in diffusers' layout, the names of its files, and the repository id if it is a hub snapshot."""
     local = Path(options.source)
     if local.is_dir():
         if options.revision is not None:
-            raise ExportError(f"{local} is a directory: only a hub repository has revisions")
+            raise ExportError(f"{local} is a directory: --revision is only for a hub repository")
         return local.resolve(), names_below(local), None
     if is_safetensors(local.name) or is_pickle(local.name):
-        raise ExportError(f"{local} is not a file")
+        raise ExportError(f"{local} does not exist or is not a file")
     if not _REPO_ID.fullmatch(options.source):
         raise ExportError(f"{options.source} is neither a directory, a file nor a hub repository's id (OWNER/NAME)")
     from img2img_export.read.hub import download
@@ -132,8 +132,8 @@ def _locate(options: ExportOptions, progress: Progress) -> tuple[Path, list[str]
 
 
 def _refuse_odd(directory: Path) -> None:
-    """Raises ExportError for pipes, devices and links that lead out of a model's directory. The snapshots in the hub's cache are
-    links to the files beside them: `models--OWNER--NAME/snapshots/COMMIT/FILE` to `models--OWNER--NAME/blobs/HASH`."""
+    """Raises ExportError for pipes, devices and links out of a model's directory. Snapshots in the hub's cache may link to blobs:
+    `models--OWNER--NAME/snapshots/COMMIT/FILE` to `models--OWNER--NAME/blobs/HASH`."""
     repository = directory.parent.parent
     blobs = repository / "blobs"
     cached = directory.parent.name == "snapshots" and repository.name.startswith("models--")
@@ -150,12 +150,14 @@ def _combine(digests: Mapping[str, str]) -> str:
 def fill_tree(
     checkpoint: Checkpoint, options: ExportOptions, directory: Path, progress: Progress
 ) -> tuple[Layout, tuple[Lora, ...]]:
-    """Makes the empty `directory` a checkpoint: what is in it, and the LoRAs that were fused into its weights.
+    """Fills the empty `directory` with a checkpoint in diffusers' layout. Returns its layout and the fused LoRAs.
 
-    It loads with the variant of `options`. Raises ExportError where a single file or a LoRA does not fit.
+    It loads with the variant of `options`. Raises ExportError if a single file or a LoRA does not fit.
     """
     if checkpoint.kind == "onnx" and options.loras:
-        raise ExportError(f"{options.loras[0].path} cannot be fused: {options.source} holds graphs; export the weights with it")
+        raise ExportError(
+            f"{options.loras[0].path} cannot be fused: {options.source} holds ONNX graphs; export the PyTorch weights with it"
+        )
     checkpoint.link_into(directory)
     layout = checkpoint.layout
     _use_plain_size(directory / "unet" / "config.json")
@@ -165,7 +167,7 @@ def fill_tree(
 
 
 def _use_plain_size(config: Path) -> None:
-    """Writes a square `sample_size` that is a list or a text as a number, in place of a link: some classes compare it to one."""
+    """Converts a square `sample_size` that is a list or a string to a number, as some classes require; replaces a link."""
     if not config.is_file():
         return
     values = read_json(config)

@@ -1,4 +1,4 @@
-"""Texts as editors on Windows write them: with a byte order mark, in UTF-8 or UTF-16."""
+"""Reads texts with a byte order mark, in UTF-8 or UTF-16, as written by editors on Windows."""
 
 import codecs
 from pathlib import Path
@@ -12,9 +12,9 @@ _MARKS = ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF16_LE, "utf-16"), (code
 
 
 def read_json(path: Path) -> Any:
-    """The contents of a JSON file, in UTF-8, UTF-16 or UTF-32: a configuration, or a table of a tokenizer.
+    """The contents of a JSON file (a configuration or a tokenizer's table) in UTF-8, UTF-16 or UTF-32.
 
-    Raises OSError, and ValueError if it is damaged, no regular file, or larger than such files are (bundle/files.py).
+    Raises OSError, or ValueError if it is damaged, not a regular file or over the size limit (bundle/files.py).
     """
     if is_table(path.name):
         return files.read_json(path, files.MOST_TABLE, files.MOST_TABLE_VALUES)
@@ -22,7 +22,7 @@ def read_json(path: Path) -> Any:
 
 
 def has_mark(path: Path) -> bool:
-    """Whether a file begins with a byte order mark, which diffusers and transformers do not read over."""
+    """Whether a file begins with a byte order mark, which diffusers and transformers cannot read."""
     with path.open("rb") as file:
         return _encoding(file.read(4)) is not None
 

@@ -1,7 +1,7 @@
-"""Which tensors of a checkpoint a model is made of, and which are left over: those must be known to mean nothing.
+"""Finds tensors of a checkpoint that the model does not use; all except known harmless ones are refused.
 
-diffusers and transformers only warn of weights that they have no use for, and then draw with a model that is not the one in
-the file. So each tensor carries its name through the conversion: what comes out says what it was made of.
+diffusers and transformers only warn about unused weights, and then run a model that differs from the one in the file. So each
+tensor carries its name through the conversion, and the converted parameters know their origins.
 """
 
 import re
@@ -13,39 +13,39 @@ import torch
 from img2img_export.errors import ExportError
 
 _TEXT = r"((cond_stage_model|conditioner\.embedders\.\d|text_encoders\.\w+)\.((model|transformer)\.)?)?"
-"""How the names of a text encoder's tensors begin: in a single file with one of these, in a folder of its own with none."""
+"""Prefixes of a text encoder's tensors in a single file; in a component folder there is none."""
 
 _HARMLESS = (
-    # Numbers of positions: a buffer that transformers makes itself.
+    # Position numbers: a buffer that transformers creates.
     rf"{_TEXT}(text_model\.)?embeddings\.position_ids",
-    # The temperature of CLIP's training, a mask, and CLIP's other half, which sees images.
+    # CLIP's training temperature, a mask, and CLIP's image encoder.
     rf"{_TEXT}(logit_scale|attn_mask|visual_projection\.weight)",
     rf"{_TEXT}(visual|vision_model)\..*",
-    # A T5's input embedding is `shared`; older files have it twice. Its tokenizer is no weight.
+    # A T5's input embedding is `shared`; older files have it twice. `spiece_model` is the tokenizer.
     rf"{_TEXT}(encoder\.embed_tokens\.weight|spiece_model)",
-    # A running mean of the weights, beside the weights.
+    # The moving average of the weights.
     r"model_ema\..*",
-    # The noise schedule, which the scheduler's configuration says again.
+    # The noise schedule, which is in the scheduler's configuration.
     r"(model\.|denoiser\.|model_sampling\.)?(betas|alphas_cumprod(_prev)?|(log_)?sigmas|lvlb_weights|logvar|log_one_minus_alphas_cumprod)",
     r"(model\.)?(sqrt|posterior)_\w+",
-    # What a VAE was trained with.
+    # Losses and discriminators of VAE training.
     r"(first_stage_model\.|vae\.)?(loss|discriminator|perceptual_loss)\..*",
-    # How far the training had come.
+    # Training counters.
     r"(global_step|epoch|step|iteration)",
-    # It looks at finished images, and is left out of bundles.
+    # Checks finished images; not part of bundles.
     r"safety_checker\..*",
 )
-"""Names of tensors that change nothing that is drawn."""
+"""Names of tensors that do not affect the output."""
 _HARMLESS_PATTERN = re.compile("|".join(f"(?:{pattern})" for pattern in _HARMLESS))
 
 _SPARE_LAYER = re.compile(r"cond_stage_model\.model\.transformer\.resblocks\.(\d+)\..*")
-"""Stable Diffusion 2 reads the last layer but one of its text encoder; files have the last one, too."""
+"""Stable Diffusion 2 reads the second-to-last layer of its text encoder; files also contain the last one."""
 _PROJECTION = re.compile(r"(.*\.)?text_projection(\.weight)?")
 _SHOWN = 4
 
 
 class Traced(torch.Tensor):
-    """A tensor that knows the names of the tensors that it was computed from, in `origins`."""
+    """A tensor that tracks the names of the tensors it was computed from, in `origins`."""
 
     origins: frozenset[str] = frozenset()
 
@@ -53,7 +53,7 @@ class Traced(torch.Tensor):
     def __torch_function__(
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        """Hands the origins of its arguments on."""
+        """Propagates the origins of the arguments to the result."""
         result = super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]
         origins = frozenset[str]().union(*_origins((args, kwargs or {})))
         _mark(result, origins)
@@ -61,14 +61,14 @@ class Traced(torch.Tensor):
 
 
 def traced(name: str, value: torch.Tensor) -> torch.Tensor:
-    """`value` as a tensor whose origin is `name`. They share memory."""
+    """`value` as a tensor with the origin `name`, sharing its memory."""
     result = value.as_subclass(Traced)
     result.origins = frozenset({name})
     return result
 
 
 def untraced(module: torch.nn.Module) -> frozenset[str]:
-    """Makes the parameters and buffers of `module` plain tensors again, and gives the names of what they were made of."""
+    """Converts the parameters and buffers of `module` back to plain tensors, and returns their origins."""
     state = module.state_dict()
     used = frozenset[str]().union(*_origins(state))
     module.load_state_dict({name: value.as_subclass(torch.Tensor) for name, value in state.items()}, assign=True)
@@ -83,11 +83,11 @@ def refuse_unused(what: str, unused: Iterable[str], used: Iterable[str] = (), ad
     if left:
         shown = ", ".join(left[:_SHOWN]) + (f" and {len(left) - _SHOWN} more" if len(left) > _SHOWN else "")
         counted = f"{len(left)} tensors" if len(left) > 1 else "a tensor"
-        raise ExportError(f"{what} holds {counted} that the model does not use ({shown}), so it is another model{advice}")
+        raise ExportError(f"{what} holds {counted} that the model does not use ({shown}), so it is a different model{advice}")
 
 
 def is_idle_projection(name: str, value: torch.Tensor, text_class: str) -> bool:
-    """Whether a text encoder's projection changes nothing: its class has none, or it is the identity, as ComfyUI saves it."""
+    """Whether a text encoder's projection has no effect: its class has none, or it is the identity, as ComfyUI saves it."""
     if not _PROJECTION.fullmatch(name):
         return False
     if text_class != "CLIPTextModelWithProjection":

@@ -1,4 +1,4 @@
-"""How large the parts of a checkpoint are, from the headers of its files: no weights are read, and nothing heavy is imported.
+"""Sizes of the parts of a checkpoint from file headers: reads no weights, imports nothing heavy.
 
 A safetensors file begins with 8 bytes of length and a JSON object with the names, types and shapes of its tensors.
 """
@@ -15,15 +15,15 @@ from img2img_export.read.weights_file import is_safetensors, read_header
 
 
 class Tensor(Protocol):
-    """What a header says of a tensor. The hub's own reader has a class of its own for it."""
+    """A tensor in a header. The hub's parser has its own class with these attributes."""
 
     @property
     def dtype(self) -> str:
-        """Such as F32 or BF16."""
+        """The type, such as F32 or BF16."""
 
     @property
     def shape(self) -> Sequence[int]:
-        """Its sizes."""
+        """The size of each axis."""
 
 
 Header = Mapping[str, Tensor]
@@ -31,7 +31,7 @@ Header = Mapping[str, Tensor]
 
 _PRECISIONS = {"F64": "fp64", "F32": "fp32", "F16": "fp16", "BF16": "bf16"}
 WIDTHS = {"fp64": 8, "fp32": 4, "fp16": 2, "bf16": 2, "int8": 1}
-"""Bytes of a number. Every other precision that a file may have (fp8) has one."""
+"""Bytes per number. Other precisions in files (fp8) have one byte."""
 
 _PREFIXES = (
     ("model.diffusion_model.", DENOISERS),
@@ -44,14 +44,14 @@ _PREFIXES = (
     ("text_encoders.clip_g.", ("text_encoder_2",)),
     ("text_encoders.t5xxl.", ("text_encoder_3", "text_encoder_2")),
 )
-"""How tensors of a single file begin, and the parts that they may belong to: the first that the model has."""
+"""Prefixes of a single file's tensors, and their component: the first one that the model has."""
 _BARE_DENOISER = ("double_blocks.", "single_blocks.", "joint_blocks.", "input_blocks.")
-"""How they begin in a file that has nothing but a denoiser."""
+"""Prefixes in a file that contains only a denoiser."""
 
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """What a part's files hold: how many numbers, how many of them in matrices, in which precision most of them, and bytes."""
+    """The weights of a part: parameters, how many of them are in matrices, the most frequent precision, and bytes."""
 
     parameters: int = 0
     matrices: int = 0
@@ -61,14 +61,14 @@ class Weights:
 
 @dataclass(frozen=True, slots=True)
 class Contents:
-    """What is known of a checkpoint's files, by path: the headers of its safetensors, and the bytes of its ONNX files."""
+    """A checkpoint's safetensors headers and the bytes of its ONNX files, by path."""
 
     headers: Mapping[str, Header] = field(default_factory=dict)
     graphs: Mapping[str, int] = field(default_factory=dict)
 
 
 def read_contents(checkpoint: Checkpoint) -> Contents:
-    """Of files on this machine. Raises ExportError where one is damaged."""
+    """Reads the headers of local files. Raises ExportError if one is damaged."""
     paths = {name: checkpoint.directory / name for name in checkpoint.files if is_safetensors(name)}
     if checkpoint.weights is not None:
         paths[checkpoint.weights.name] = checkpoint.weights
@@ -77,12 +77,12 @@ def read_contents(checkpoint: Checkpoint) -> Contents:
 
 
 def is_graph(name: str) -> bool:
-    """Whether a file is an ONNX graph, or weights beside one."""
+    """Whether a file is an ONNX graph or its external weights."""
     return ".onnx" in Path(name).name
 
 
 def weigh(contents: Contents, components: Sequence[str]) -> dict[str, Weights]:
-    """What the files hold of each component: those in its folder, and of a single file what its tensors' names say."""
+    """The weights of each component: the files in its folder, or a single file's tensors by name."""
     found: dict[str, list[Tensor]] = {}
     for path, header in contents.headers.items():
         folder = path.partition("/")[0]
@@ -93,7 +93,7 @@ def weigh(contents: Contents, components: Sequence[str]) -> dict[str, Weights]:
     weights = {name: _sum_up(tensors) for name, tensors in found.items()}
     for path, size in contents.graphs.items():
         folder = path.partition("/")[0]
-        # Nearly all of a graph is weights; optimum-cli makes them fp32, mostly.
+        # A graph is almost entirely weights, which optimum-cli usually writes in fp32.
         size += weights[folder].bytes if folder in weights else 0
         weights[folder] = Weights(size // 4, size // 4, "fp32", size)
     return weights

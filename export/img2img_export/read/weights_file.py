@@ -1,6 +1,6 @@
-"""Reading the header of a safetensors file, and saying what a file is that is not one.
+"""Reads the header of a safetensors file, and identifies files that are not safetensors.
 
-Standard library only. People give what they have: an unfinished download, a git-lfs pointer, a pickle, a login page.
+Such files are unfinished downloads, git-lfs pointers, pickles or login pages. Standard library only.
 """
 
 import math
@@ -19,17 +19,17 @@ from img2img_export.read.texts import parse_json
 SAFETENSORS = ".safetensors"
 PICKLE_SUFFIXES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 PICKLE_REASON = (
-    "pickles can run code when read, so they are never opened; convert it to safetensors where you trust it "
-    '("Pickled checkpoints" in docs/export.md has the command), or get the .safetensors file of the same model'
+    "pickles can run code when read, so they are never opened; if you trust it, convert it to safetensors "
+    '("Pickled checkpoints" in docs/export.md has the command), or download the .safetensors file of the same model'
 )
 
 _MOST_VALUES = 20 * MOST_TENSORS
-"""Values in a header."""
+"""Maximum number of values in a header."""
 _MOST_SIZES = 64
-"""Sizes in a shape."""
+"""Maximum number of axes in a shape."""
 _BITS = {"BOOL": 8}
 _WIDTH = re.compile(r"(?:BF|F|I|U|C)(\d+)(?:_E\d+M\d+(?:FN|FNUZ)?)?$")
-"""The types of safetensors have their bits in their names: F16, F8_E4M3, U8, C64."""
+"""Names of safetensors types contain their number of bits: F16, F8_E4M3, U8, C64."""
 _LFS = b"version https://git-lfs"
 _HEADS = (
     (
@@ -37,30 +37,30 @@ _HEADS = (
         "is a git-lfs pointer, not the file itself: run `git lfs install && git lfs pull` in its repository, or download the "
         "file from its page",
     ),
-    (b"GGUF", "is a GGUF file, whose weights are quantized: give the safetensors model that it was made from"),
-    (b"PK\x03\x04", f"is a pickle or an archive, whatever its name: {PICKLE_REASON}"),
-    (b"\x80", f"is a pickle, whatever its name: {PICKLE_REASON}"),
-    (b"<", "is a web page, not weights: the download was refused, or wants a login; download it again"),
-    (b"\x89HDF", "is an HDF5 file of Keras: give the safetensors model in diffusers' layout"),
+    (b"GGUF", "is a GGUF file, whose weights are quantized: choose the original safetensors model"),
+    (b"PK\x03\x04", f"is a pickle or an archive, despite its name: {PICKLE_REASON}"),
+    (b"\x80", f"is a pickle, despite its name: {PICKLE_REASON}"),
+    (b"<", "is a web page, not weights: the download was refused or requires a login; download it again"),
+    (b"\x89HDF", "is a Keras HDF5 file: choose the safetensors model in diffusers' layout"),
 )
-"""How files begin that people take for safetensors."""
+"""First bytes of files that are commonly mistaken for safetensors."""
 
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """What the header of a safetensors file says of a tensor: its type, such as F16, and shape."""
+    """A tensor in a safetensors header: its type, such as F16, and shape."""
 
     dtype: str
     shape: tuple[int, ...]
 
 
 def is_safetensors(name: str) -> bool:
-    """Whether a file has the suffix of safetensors, in any case."""
+    """Whether a file has the suffix .safetensors, in any case."""
     return name.lower().endswith(SAFETENSORS)
 
 
 def is_pickle(name: str) -> bool:
-    """Whether a file has a suffix of pickled weights, in any case."""
+    """Whether a file has a suffix used for pickled weights, in any case."""
     return name.lower().endswith(PICKLE_SUFFIXES)
 
 
@@ -71,17 +71,17 @@ def require_safetensors(path: Path) -> None:
     if not path.is_file():
         raise ExportError(f"{path} is not a file")
     if not is_safetensors(path.name):
-        found = _foreign(path)
+        found = _other_format(path)
         raise ExportError(f"{path} {found}" if found else f"{path} is not a .safetensors file")
     read_header(path)
 
 
 def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
-    """The tensors and the metadata that a safetensors file names. Raises ExportError if it is damaged or something else."""
+    """The tensors and metadata in a safetensors header. Raises ExportError if the file is damaged or not safetensors."""
     size = path.stat().st_size
     if size == 0:
         raise ExportError(f"{path} is damaged: it is empty; download or copy it again")
-    if found := _foreign(path):
+    if found := _other_format(path):
         raise ExportError(f"{path} {found}")
     try:
         with path.open("rb") as file:
@@ -108,35 +108,36 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
 
 
 def _check_header(path: Path, tensors: Mapping[str, Any], notes: Mapping[str, Any]) -> None:
-    """Raises ExportError unless the tensors lie one behind the other, each as long as its type and shape say."""
+    """Raises ExportError unless the tensors are contiguous and each has the length of its type and shape."""
     end = 0
     try:
         for name, item in sorted(tensors.items(), key=lambda pair: pair[1]["data_offsets"]):
             end = _check(name, item, end)
         if not all(isinstance(note, str) for note in notes.values()):
-            raise ValueError("its metadata are not all texts")
+            raise ValueError("its metadata values are not all strings")
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise ExportError(f"{path} is damaged: {first_line(error)}; download or copy it again") from None
 
 
 def _check(name: str, item: Mapping[str, Any], start: int) -> int:
-    """The end of a tensor's bytes, which begin at `start`: without a gap or an overlap, as many as its type and shape take.
+    """The end offset of a tensor that begins at `start`.
 
-    Raises ValueError, or what an item raises that is none.
+    Raises ValueError if there is a gap or an overlap, or if the length does not match type and shape; LookupError, TypeError or
+    AttributeError if the item is malformed.
     """
     dtype, shape, offsets = item["dtype"], item["shape"], item["data_offsets"]
     if len(shape) > _MOST_SIZES or not all(type(number) is int and 0 <= number < 2**63 for number in (*shape, *offsets)):
-        raise ValueError(f"the shape and the offsets of {name[:80]} are not all whole numbers from 0 on")
+        raise ValueError(f"the shape and the offsets of {name[:80]} must be integers of at least 0")
     bits = _BITS.get(dtype) or (int(width[1]) if isinstance(dtype, str) and (width := _WIDTH.match(dtype)) else 0)
     if bits == 0:
-        raise ValueError(f"{name[:80]} is of an unknown type {str(dtype)[:80]!r}")
+        raise ValueError(f"{name[:80]} has an unknown type {str(dtype)[:80]!r}")
     if offsets[0] != start or 8 * (offsets[1] - offsets[0]) != bits * math.prod(shape):
         raise ValueError(f"the offsets of {name[:80]} do not agree with its type and shape, or with the tensor before it")
     return int(offsets[1])
 
 
 def refuse_pointer(path: Path) -> None:
-    """Raises ExportError if the file is a git-lfs pointer: any file of a repository may be one."""
+    """Raises ExportError if the file is a git-lfs pointer, which any file of a repository may be."""
     with path.open("rb") as file:
         if file.read(len(_LFS)) == _LFS:
             raise ExportError(f"{path} {_HEADS[0][1]}")
@@ -146,11 +147,11 @@ def _truncated(path: Path, size: int, wanted: int) -> str:
     return f"{path} is damaged: it is truncated, with {size} of at least {wanted} bytes; download or copy it again"
 
 
-def _foreign(path: Path) -> str | None:
-    """What a file is that begins as no safetensors file does."""
+def _other_format(path: Path) -> str | None:
+    """The kind of a file that cannot be safetensors by its first bytes, or None."""
     with path.open("rb") as file:
         head = file.read(64)
-    # A header's length comes first. Its upper bytes are zero, so that a small one never looks like these.
+    # The file begins with the header's length, whose upper bytes are zero, so a small length never looks like these.
     if len(head) >= 8 and head[4:8] == b"\0\0\0\0":
         return None
     text = head.lstrip()

@@ -1,1 +1,1 @@
-"""Whether graphs and images are what diffusers computes."""
+"""Compares graphs and images with those of diffusers."""

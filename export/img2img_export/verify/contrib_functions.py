@@ -1,7 +1,7 @@
-"""What ONNX Runtime's operators for CUDA compute, in plain ONNX: to check a fused graph on a machine without a GPU.
+"""Expands ONNX Runtime's fused CUDA operators into standard ONNX, to check a fused graph on a machine without a GPU.
 
-After ContribOperators.md of ONNX Runtime and its CUDA kernels: norms and activations compute in fp32 and round their result.
-MultiHeadAttention, SkipLayerNormalization and Gelu have CPU kernels and stay as they are.
+Follows ONNX Runtime's ContribOperators.md and its CUDA kernels: norms and activations compute in fp32 and round the result.
+MultiHeadAttention, SkipLayerNormalization and Gelu have CPU kernels and are not expanded.
 """
 
 from collections.abc import Callable
@@ -17,23 +17,23 @@ from img2img_export.convert.emulation import open_beside
 DOMAIN = "com.microsoft"
 
 
-def spelled_out(model: ModelProto) -> ModelProto:
-    """The graph without the operators that have no CPU kernel. Weights may stay in their file."""
+def expanded(model: ModelProto) -> ModelProto:
+    """The graph with the operators that have no CPU kernel expanded. Weights may stay in their file."""
     result = ModelProto()
     result.CopyFrom(model)
-    nodes = [new for node in model.graph.node for new in _spelled(node)]
+    nodes = [new for node in model.graph.node for new in _expand(node)]
     del result.graph.node[:]
     result.graph.node.extend(nodes)
     return result
 
 
-def open_spelled_out(graph: Path) -> onnxruntime.InferenceSession:
-    """A session on the CPU that runs the written fused graph `graph`."""
-    return open_beside(spelled_out(onnx.load(str(graph), load_external_data=False)), graph.parent)
+def open_expanded(graph: Path) -> onnxruntime.InferenceSession:
+    """Opens a CPU session for the written fused graph `graph`."""
+    return open_beside(expanded(onnx.load(str(graph), load_external_data=False)), graph.parent)
 
 
 class _Writer:
-    """Writes the nodes that stand for one, and names what they make after its first output."""
+    """Writes the nodes that replace one node; their outputs are named after its first output."""
 
     def __init__(self, node: NodeProto) -> None:
         self.node = node
@@ -41,34 +41,34 @@ class _Writer:
         self.attributes: dict[str, Any] = {item.name: helper.get_attribute_value(item) for item in node.attribute}
 
     def input(self, index: int) -> str:
-        """The name of an input; empty where the node has none."""
+        """The name of an input, or "" if the node does not have it."""
         return str(self.node.input[index]) if len(self.node.input) > index else ""
 
     def make(self, kind: str, *inputs: str, **attributes: Any) -> str:
-        """Another node; gives its output's name."""
+        """Adds a node, and returns the name of its output."""
         output = f"{self.node.output[0]}.{len(self.nodes)}"
         self.nodes.append(helper.make_node(kind, list(inputs), [output], **attributes))
         return output
 
     def constant(self, kind: int, *values: float) -> str:
-        """A vector."""
+        """Adds a constant vector of type `kind`, and returns its name."""
         return self.make("Constant", value=helper.make_tensor("value", kind, [len(values)], values))
 
     def fp32(self, name: str) -> str:
-        """The input in fp32."""
+        """Adds a cast of `name` to fp32, and returns its name."""
         return self.make("Cast", name, to=TensorProto.FLOAT)
 
     def finish(self, value: str, index: int = 0) -> None:
-        """`value`, in the type of the node's first input, is one of its outputs."""
+        """Makes `value`, cast to the type of the node's first input, the output `index`."""
         self.nodes.append(helper.make_node("CastLike", [value, self.input(0)], [self.node.output[index]]))
 
 
-def _spelled(node: NodeProto) -> list[NodeProto]:
-    spell = _SPELLINGS.get(node.op_type) if node.domain == DOMAIN else None
-    if spell is None:
+def _expand(node: NodeProto) -> list[NodeProto]:
+    expand = _EXPANSIONS.get(node.op_type) if node.domain == DOMAIN else None
+    if expand is None:
         return [node]
     writer = _Writer(node)
-    spell(writer)
+    expand(writer)
     return writer.nodes
 
 
@@ -81,7 +81,7 @@ def _nhwc_conv(writer: _Writer) -> None:
 
 
 def _group_norm(writer: _Writer) -> None:
-    """GroupNorm of [B, H, W, C], with SiLU where `activation` is one."""
+    """GroupNorm of [B, H, W, C], followed by SiLU if `activation` is 1."""
     _normalize(writer, writer.fp32(writer.input(0)))
 
 
@@ -96,7 +96,7 @@ def _skip_group_norm(writer: _Writer) -> None:
 
 
 def _normalize(writer: _Writer, value: str) -> None:
-    assert writer.attributes.get("channels_last", 1), "only channels-last graphs are made"
+    assert writer.attributes.get("channels_last", 1), "fused graphs are channels-last"
     groups = writer.attributes["groups"]
     value = writer.make("Transpose", value, perm=[0, 3, 1, 2])
     shape = writer.make("Shape", value)
@@ -128,7 +128,7 @@ def _bias_add(writer: _Writer) -> None:
     writer.finish(writer.make("Add", total, writer.fp32(writer.input(2))))
 
 
-_SPELLINGS: dict[str, Callable[[_Writer], None]] = {
+_EXPANSIONS: dict[str, Callable[[_Writer], None]] = {
     "NhwcConv": _nhwc_conv,
     "GroupNorm": _group_norm,
     "SkipGroupNorm": _skip_group_norm,

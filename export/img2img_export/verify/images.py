@@ -1,4 +1,4 @@
-"""The whole image: does the server's own pipeline draw what diffusers' AutoPipelineForImage2Image draws with the same seed?"""
+"""Compares final images of the server's pipeline with those of diffusers' AutoPipelineForImage2Image for the same seeds."""
 
 import inspect
 from collections.abc import Sequence
@@ -25,12 +25,12 @@ _GREATEST_SIZE = 256
 _LEAST_SIZE = 40
 _FAILURES = (ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError, ArithmeticError)
 _SSIM_WINDOW = 7
-"""Pixels of a side, as its paper and skimage have it."""
+"""Window side in pixels, as in the SSIM paper and skimage."""
 
 
 @dataclass(frozen=True, slots=True)
 class ImageCase:
-    """A request to compare on, by the name that the report gives it."""
+    """A request to compare, with its name in the report."""
 
     name: str
     request: Request
@@ -38,7 +38,7 @@ class ImageCase:
 
 @dataclass(frozen=True, slots=True)
 class _Subject:
-    """A prompt, and how it is asked for: `steps` of the whole schedule at each of STRENGTHS. Guidance of 1 is none."""
+    """A prompt with its parameters: `steps` are the inference steps for each of STRENGTHS. A guidance scale of 1 is off."""
 
     prompt: str
     negative_prompt: str
@@ -48,7 +48,7 @@ class _Subject:
 
 
 STRENGTHS = (0.5, 1.0)
-"""Half of the schedule, from the source's latents; and all of it, from noise alone."""
+"""Half of the steps, from the source's latents; and all of them, from noise alone."""
 
 _SUBJECTS = (
     _Subject("A beautiful landscape with mountains and a lake at sunset", "blurry", 7.5, (4, 4)),
@@ -57,18 +57,17 @@ _SUBJECTS = (
 )
 
 
-def picture_cases(pipeline: Any, family: str) -> tuple[ImageCase, ...]:
-    """Six short requests: three prompts, each at two strengths, of the model's own size (at most 256 pixels) and another one.
+def image_cases(pipeline: Any, family: str) -> tuple[ImageCase, ...]:
+    """Six short requests: three prompts at two strengths each, at the model's native size (at most 256 pixels) and another size.
 
-    The other is smaller and not square, but for a pipeline that runs whole. A pipeline that
-    knows no strength has three.
+    The other size is smaller and not square, except for an opaque pipeline. A pipeline without strength has three requests.
     """
     size = _own_size(pipeline)
     step = _size_step(pipeline)
     small = max(size * 5 // 8 // step * step, _LEAST_SIZE // step * step)
     small_size = (small + step, small)
     if family == WHOLE:
-        # What it takes is its own affair; a multiple of 64 suits all that there are.
+        # An opaque pipeline may restrict sizes; all known ones accept a multiple of 64.
         other = size // 128 * 64 or 2 * size
         small_size = (other, other)
     known = "strength" in inspect.signature(pipeline.__call__).parameters
@@ -85,7 +84,7 @@ def _case(subject: _Subject, size: tuple[int, int], index: int, seed: int, known
     strong = f", strength {strength}" if known else ""
     request = Request(
         model="",
-        image=sample_picture(*size),
+        image=sample_image(*size),
         prompt=subject.prompt,
         negative_prompt=subject.negative_prompt,
         strength=strength,
@@ -96,27 +95,27 @@ def _case(subject: _Subject, size: tuple[int, int], index: int, seed: int, known
     return ImageCase(f"{words}, {size[0]} x {size[1]}{strong}, {steps} steps", request)
 
 
-def draw_references(pipeline: Any, cases: Sequence[ImageCase]) -> list[Image.Image]:
-    """What diffusers draws. Raises ExportError where the model does not run, or draws nothing but one colour."""
-    pictures = []
+def make_references(pipeline: Any, cases: Sequence[ImageCase]) -> list[Image.Image]:
+    """Generates the references with diffusers. Raises ExportError if the model does not run, or an image has only one colour."""
+    images = []
     for case in cases:
         try:
             with quiet(), torch.no_grad():
-                picture = pipeline(**_arguments(pipeline, case.request)).images[0].convert("RGB")
+                image = pipeline(**_arguments(pipeline, case.request)).images[0].convert("RGB")
         except _FAILURES as error:
-            raise ExportError(f"diffusers itself cannot run it: {type(error).__name__}: {first_line(error)}") from error
-        if (contrast := float(np.asarray(picture).std())) < LEAST_CONTRAST:
-            raise ExportError(f"diffusers itself draws one colour only (case {case.name}, contrast {contrast:.2f}/255)")
-        pictures.append(picture)
-    return pictures
+            raise ExportError(f"diffusers cannot run the model: {type(error).__name__}: {first_line(error)}") from error
+        if (contrast := float(np.asarray(image).std())) < LEAST_CONTRAST:
+            raise ExportError(f"diffusers generates an image of one colour (case {case.name}, contrast {contrast:.2f}/255)")
+        images.append(image)
+    return images
 
 
-def compare_pictures(
+def compare_images(
     bundle: Path, manifest: Manifest, cases: Sequence[ImageCase], references: Sequence[Image.Image], precision: Precision
 ) -> tuple[tuple[PictureParity, ...], list[Image.Image]]:
-    """Draws each case through the server's pipeline on the CPU, and compares it with the reference by the precision's limits.
+    """Runs each case through the server's pipeline on the CPU, and compares the image with its reference.
 
-    Graphs in half precision compute as they would on a GPU (emulation.py).
+    Graphs in half precision are emulated as on a GPU (emulation.py).
     """
     from img2img_server.engine.request import run_alone
     from img2img_server.runtime.execution import Execution
@@ -132,25 +131,25 @@ def compare_pictures(
     try:
         with quiet():
             pipeline = load_pipeline(bundle, manifest, Execution("cpu"), open_graph=open_graph)
-            drawn = [run_alone(pipeline, case.request)[0] for case in cases]
+            images = [run_alone(pipeline, case.request)[0] for case in cases]
     except (*_FAILURES, *RUNTIME_ERRORS, BundleError, ServerError) as error:
-        raise ExportError(f"the server's pipeline cannot run it: {type(error).__name__}: {first_line(error)}") from error
+        raise ExportError(f"the server's pipeline cannot run the model: {type(error).__name__}: {first_line(error)}") from error
     finally:
-        # The server's loader sets both for a process of its own.
+        # The server's loader changes both for the whole process.
         torch.set_num_threads(threads)
         torch.set_grad_enabled(gradients)
-    compared = zip(cases, drawn, references, strict=True)
-    return tuple(measure(case.name, picture, reference, precision) for case, picture, reference in compared), drawn
+    compared = zip(cases, images, references, strict=True)
+    return tuple(measure(case.name, image, reference, precision) for case, image, reference in compared), images
 
 
-def measure(case: str, picture: Image.Image, reference: Image.Image, precision: Precision = "fp32") -> PictureParity:
-    """Compares two RGB images. Another size never passes, nor does an image of one colour, as NaNs decode to."""
-    if picture.size != reference.size:
+def measure(case: str, image: Image.Image, reference: Image.Image, precision: Precision = "fp32") -> PictureParity:
+    """Compares two RGB images. A different size fails, and so does an image of one colour (which NaNs decode to)."""
+    if image.size != reference.size:
         return PictureParity(case, 255, 0.0, False, ssim=0.0)
     limits = LIMITS[precision]
-    actual, expected = np.asarray(picture.convert("RGB")), np.asarray(reference.convert("RGB"))
+    actual, expected = np.asarray(image.convert("RGB")), np.asarray(reference.convert("RGB"))
     difference = np.abs(actual.astype(np.int16) - expected.astype(np.int16))
-    psnr = psnr_db(picture, reference)
+    psnr = psnr_db(image, reference)
     ssim = _structural_similarity(actual, expected)
     worst = int(difference.max())
     alike = worst <= limits.max_abs_error and psnr >= limits.psnr_db and ssim >= limits.ssim
@@ -158,7 +157,7 @@ def measure(case: str, picture: Image.Image, reference: Image.Image, precision: 
 
 
 def _structural_similarity(actual: np.ndarray, expected: np.ndarray) -> float:
-    """SSIM of Wang et al., 2004, of each colour and on average."""
+    """The SSIM of Wang et al. (2004), averaged over the colour channels."""
     from skimage.metrics import structural_similarity
 
     side = min(*actual.shape[:2], _SSIM_WINDOW)
@@ -167,8 +166,8 @@ def _structural_similarity(actual: np.ndarray, expected: np.ndarray) -> float:
     return float(value)
 
 
-def sample_picture(width: int, height: int) -> Image.Image:
-    """An RGB image with smooth shades, edges and fine detail, made by a formula."""
+def sample_image(width: int, height: int) -> Image.Image:
+    """A synthetic RGB image with gradients, edges and fine detail."""
     y, x = np.mgrid[0:height, 0:width] / np.array([height, width]).reshape(2, 1, 1)
     hills = (y > 0.55 + 0.15 * np.sin(7 * x)).astype(float)
     red = 0.9 - 0.6 * y + 0.1 * np.sin(60 * x)
@@ -179,7 +178,7 @@ def sample_picture(width: int, height: int) -> Image.Image:
 
 
 def _own_size(pipeline: Any) -> int:
-    """Pixels of a side: a multiple of 64, from the UNet's or transformer's own latent size."""
+    """The native image side in pixels: a multiple of 64, from the latent size of the UNet or transformer."""
     model = getattr(pipeline, "unet", None) or getattr(pipeline, "transformer", None)
     latents = latent_size(getattr(model.config, "sample_size", None)) if model is not None else None
     pixels = max(latents) * 8 if latents is not None else _GREATEST_SIZE
@@ -187,13 +186,13 @@ def _own_size(pipeline: Any) -> int:
 
 
 def _size_step(pipeline: Any) -> int:
-    """Pixels that width and height must be multiples of: those of a latent, or of a transformer's patch of two by two."""
+    """The pixel multiple of width and height: that of a latent, or of a transformer's 2 x 2 patch."""
     patch = 2 if getattr(pipeline, "transformer", None) is not None else 1
     return max(int(getattr(pipeline, "vae_scale_factor", 8)), 8) * patch
 
 
 def _arguments(pipeline: Any, request: Request) -> dict[str, Any]:
-    """The request as arguments of this pipeline's call: those that it has."""
+    """The request as arguments of the pipeline's call, without those it does not have."""
     offered = {
         "prompt": request.prompt,
         "negative_prompt": request.negative_prompt,
@@ -210,13 +209,13 @@ def _arguments(pipeline: Any, request: Request) -> dict[str, Any]:
 
 
 AMPLIFICATION = 16
-"""What differences are multiplied by, to be seen: 16 steps of 1/255 are white."""
+"""Factor that makes differences visible: 16/255 is white."""
 GREATEST_SIDE = 256
-"""Pixels of an image's longer side on the sheet; larger ones are made smaller."""
+"""Maximum pixels of an image's longer side on the sheet; larger ones are downscaled."""
 
 _COLUMNS = ("source", "diffusers", "this bundle", f"difference x {AMPLIFICATION}")
 _LEAST_COLUMN = 128
-"""Pixels: room for the captions, which run over all columns."""
+"""Minimum column width in pixels, so that captions, which span all columns, fit."""
 _MARGIN = 12
 _LINE = 18
 _FONT_SIZE = 13
@@ -226,16 +225,16 @@ _PAPER, _INK, _GOOD, _BAD = "#ffffff", "#202020", "#1a7f37", "#cf222e"
 def make_sheet(
     cases: Sequence[ImageCase],
     references: Sequence[Image.Image],
-    drawn: Sequence[Image.Image],
+    generated: Sequence[Image.Image],
     parities: Sequence[PictureParity],
 ) -> Image.Image:
-    """An RGB image with a row for each case: its source, diffusers' image, ours, their difference, and what was measured."""
+    """An RGB image with one row per case: source, image of diffusers, image of the bundle, difference and measurements."""
     rows = [
-        [_thumbnail(picture) for picture in (case.request.image, reference, ours, _difference(ours, reference))]
-        for case, reference, ours in zip(cases, references, drawn, strict=True)
+        [_thumbnail(image) for image in (case.request.image, reference, ours, _difference(ours, reference))]
+        for case, reference, ours in zip(cases, references, generated, strict=True)
     ]
-    side = max(_LEAST_COLUMN, *(picture.width for row in rows for picture in row))
-    heights = [2 * _LINE + max(picture.height for picture in row) + _MARGIN for row in rows]
+    side = max(_LEAST_COLUMN, *(image.width for row in rows for image in row))
+    heights = [2 * _LINE + max(image.height for image in row) + _MARGIN for row in rows]
     width = len(_COLUMNS) * (side + _MARGIN) + _MARGIN
     sheet = Image.new("RGB", (width, _MARGIN + _LINE + sum(heights)), _PAPER)
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(_FONT_SIZE)
@@ -246,8 +245,8 @@ def make_sheet(
     for row, parity, height in zip(rows, parities, heights, strict=True):
         draw.text((_MARGIN, top), parity.case, _INK, font)
         draw.text((_MARGIN, top + _LINE), _caption(parity), _GOOD if parity.passed else _BAD, font)
-        for x, picture in zip(left, row, strict=True):
-            sheet.paste(picture, (x, top + 2 * _LINE))
+        for x, image in zip(left, row, strict=True):
+            sheet.paste(image, (x, top + 2 * _LINE))
         top += height
     return sheet
 
@@ -259,15 +258,15 @@ def _caption(parity: PictureParity) -> str:
     )
 
 
-def _difference(picture: Image.Image, reference: Image.Image) -> Image.Image:
-    """Amplified; all white where the two have not the same size."""
-    if picture.size != reference.size:
+def _difference(image: Image.Image, reference: Image.Image) -> Image.Image:
+    """The amplified difference; white if the sizes differ."""
+    if image.size != reference.size:
         return Image.new("RGB", reference.size, _PAPER)
-    difference = ImageChops.difference(picture.convert("RGB"), reference.convert("RGB"))
+    difference = ImageChops.difference(image.convert("RGB"), reference.convert("RGB"))
     return difference.point(lambda value: min(value * AMPLIFICATION, 255))
 
 
-def _thumbnail(picture: Image.Image) -> Image.Image:
-    small = picture.convert("RGB")
+def _thumbnail(image: Image.Image) -> Image.Image:
+    small = image.convert("RGB")
     small.thumbnail((GREATEST_SIDE, GREATEST_SIDE))
     return small

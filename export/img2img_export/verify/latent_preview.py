@@ -1,8 +1,7 @@
-"""Fits the linear map from latents to colours that the server draws previews with.
+"""Fits the linear map from latents to colours that the server uses for previews.
 
-The images that it is fitted on are made by formula: between them they have every colour, flat and in gradients, edges and
-detail, and the soft irregular shades that photographs are full of, in light and dark. What counts is what the decoder makes
-of their latents, since that is what a preview foretells.
+The training images are synthetic: flat colours, gradients, edges, detail, and noise with the spectrum of photographs, at varying
+brightness. The targets are the decoded latents of these images, since a preview approximates the decoder's output.
 """
 
 from collections.abc import Iterator
@@ -14,39 +13,39 @@ from diffusers import AutoencoderKL
 from img2img_server.runtime.diffusion.preview import features
 
 from img2img_export.convert.graphs import quiet
-from img2img_export.verify.images import sample_picture
+from img2img_export.verify.images import sample_image
 
 LatentPreview = tuple[tuple[float, ...], ...]
-"""Rows for red, green and blue, each with four weights for every latent channel and a bias; () for no map."""
+"""Rows for red, green and blue, each with four weights per latent channel and a bias; () if there is no map."""
 
 Pixels = np.ndarray
 """An image, H x W x 3, 0 to 1."""
 
 _SIZE = 256
-"""Pixels of a side of what is made."""
+"""Side of the synthetic images in pixels."""
 _CROP = 128
-"""Pixels of a side of what is encoded of it. Far smaller ones would be mostly border, which an encoder sees by its padding."""
+"""Side of the encoded crops in pixels. In much smaller ones, the encoder's padding at the border would dominate."""
 _CROPS = 4
-"""Taken of each image, each in its own light."""
+"""Crops per image, each with its own brightness and contrast."""
 _DIGITS = 6
 _RIDGE = 1e-4
-"""Of the latents' mean variance. Channels that nearly agree would else get huge weights that only cancel on what was fitted."""
+"""Ridge term, as a fraction of the latents' mean variance. Without it, correlated channels get huge weights that overfit."""
 _ROUGHNESS = (1.0, 1.5, 2.0)
-"""Exponents of the amplitude over frequency: photographs are near 1, clouds and skies are smoother."""
+"""Exponents of the amplitude over frequency: about 1 for photographs, higher for clouds and skies."""
 
 
 def fit(pipeline: Any) -> LatentPreview:
-    """Least squares over every latent of the images: rgb = W features + b, with rgb from 0 to 1.
+    """Fits rgb = W features + b (rgb from 0 to 1) by least squares over all latents of the images.
 
-    The latents are scaled as the pipeline's UNet sees them. () where the pipeline has no AutoencoderKL, or the map is not
-    finite. The pipeline is used as it is, in fp32 on the CPU, and not changed.
+    Latents are scaled like the inputs of the pipeline's UNet. Returns () if the pipeline has no AutoencoderKL or the map is not
+    finite. The pipeline runs in fp32 on the CPU and is not changed.
     """
     vae = getattr(pipeline, "vae", None)
     if not isinstance(vae, AutoencoderKL):
         return ()
     known, colours = [], []
-    for picture in crops(np.random.default_rng(0)):
-        latents = encode(vae, picture)
+    for image in crops(np.random.default_rng(0)):
+        latents = encode(vae, image)
         known.append(features(latents[None])[0].flatten(1).T)
         colours.append(decode(vae, latents).flatten(1).T)
     return _solve(torch.cat(known).double(), torch.cat(colours).double())
@@ -60,15 +59,15 @@ def _solve(known: torch.Tensor, colours: torch.Tensor) -> LatentPreview:
     centred = known - middle
     covariance = centred.T @ centred / len(known)
     covariance += _RIDGE * covariance.diagonal().mean() * torch.eye(len(covariance))
-    # By singular values, since an untrained encoder may say nothing at all.
+    # By SVD, since the covariance of an untrained encoder may be singular.
     weights = torch.linalg.lstsq(covariance, centred.T @ (colours - mean) / len(known), driver="gelsd").solution
     rows = torch.cat([weights.T, (mean - middle @ weights)[:, None]], dim=1)
     return tuple(tuple(round(value, _DIGITS) for value in row) for row in rows.tolist())
 
 
-def encode(vae: Any, picture: Pixels) -> torch.Tensor:
-    """The latents [C, h, w] of an image: the most likely ones, scaled as diffusers' img2img pipelines scale them."""
-    pixels = torch.from_numpy(picture).to(torch.float32).permute(2, 0, 1)[None] * 2 - 1
+def encode(vae: Any, image: Pixels) -> torch.Tensor:
+    """The most likely latents [C, h, w] of an image, scaled like in diffusers' img2img pipelines."""
+    pixels = torch.from_numpy(image).to(torch.float32).permute(2, 0, 1)[None] * 2 - 1
     with quiet(), torch.no_grad():
         latents: torch.Tensor = vae.encode(pixels).latent_dist.mode()
     config, factor = vae.config, float(vae.config.scaling_factor)
@@ -79,7 +78,7 @@ def encode(vae: Any, picture: Pixels) -> torch.Tensor:
 
 
 def decode(vae: Any, latents: torch.Tensor) -> torch.Tensor:
-    """The mean colours [3, h, w], about 0 to 1, of what `latents` [C, h, w] are decoded to: `encode`'s scaling undone."""
+    """Decodes `latents` [C, h, w], scaled as by `encode`, to mean colours [3, h, w] of about 0 to 1."""
     config, factor = vae.config, float(vae.config.scaling_factor)
     if config.get("latents_mean") is not None and config.get("latents_std") is not None:
         mean, std = (torch.tensor(config[name]).view(-1, 1, 1) for name in ("latents_mean", "latents_std"))
@@ -92,10 +91,10 @@ def decode(vae: Any, latents: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.adaptive_avg_pool2d(pixels / 2 + 0.5, (height, width))
 
 
-def made_pictures(random: np.random.Generator) -> Iterator[Pixels]:
-    """What to fit on: the same images for the same generator."""
+def synthetic_images(random: np.random.Generator) -> Iterator[Pixels]:
+    """The synthetic images; deterministic per generator."""
     for width, height in ((_SIZE, _SIZE), (_SIZE, _SIZE * 3 // 4)):
-        yield np.asarray(sample_picture(width, height)) / 255
+        yield np.asarray(sample_image(width, height)) / 255
     yield _patches(random, 4)
     yield _patches(random, 8)
     for _ in range(3):
@@ -106,22 +105,22 @@ def made_pictures(random: np.random.Generator) -> Iterator[Pixels]:
 
 
 def crops(random: np.random.Generator) -> Iterator[Pixels]:
-    """Parts of the made images, lighter and darker, of stronger and weaker contrast."""
-    for picture in made_pictures(random):
+    """Crops of the synthetic images with random brightness and contrast."""
+    for image in synthetic_images(random):
         for _ in range(_CROPS):
-            top, left = (random.integers(0, side - _CROP + 1) for side in picture.shape[:2])
+            top, left = (random.integers(0, side - _CROP + 1) for side in image.shape[:2])
             contrast = random.uniform(0.2, 1.0)
-            yield picture[top : top + _CROP, left : left + _CROP] * contrast + random.uniform(0, 1 - contrast)
+            yield image[top : top + _CROP, left : left + _CROP] * contrast + random.uniform(0, 1 - contrast)
 
 
 def _patches(random: np.random.Generator, count: int) -> Pixels:
-    """`count` x `count` flat colours, drawn evenly."""
+    """`count` x `count` patches of uniformly random colours."""
     side = _SIZE // count
     return random.random((count, count, 3)).repeat(side, axis=0).repeat(side, axis=1)
 
 
 def _gradient(random: np.random.Generator) -> Pixels:
-    """From one colour to another, in some direction."""
+    """A gradient between two random colours in a random direction."""
     y, x = np.mgrid[0:_SIZE, 0:_SIZE] / (_SIZE - 1)
     angle = random.uniform(0, 2 * np.pi)
     along = x * np.cos(angle) + y * np.sin(angle)
@@ -131,7 +130,7 @@ def _gradient(random: np.random.Generator) -> Pixels:
 
 
 def _clouds(random: np.random.Generator, roughness: float) -> Pixels:
-    """Noise whose amplitude falls with the frequency, in three colours that are correlated as a photograph's are."""
+    """Noise whose amplitude falls with frequency, with colours correlated like in photographs."""
     frequency = np.hypot(np.fft.fftfreq(_SIZE)[:, None], np.fft.rfftfreq(_SIZE)[None, :])
     frequency[0, 0] = np.inf
     fields = [

@@ -1,7 +1,7 @@
-"""Graph by graph: does each compute what the PyTorch module computes in fp32?
+"""Compares each graph with its PyTorch module in fp32.
 
-Each graph sees batches of one and of three, at two sizes, on random numbers and on what the pipeline gave the module while
-it drew real images. In a batch every sample has another timestep, which is what the server relies on.
+Each graph runs batches of one and three, at two sizes, on random inputs and on inputs recorded while the pipeline generated
+images. Samples in a batch have different timesteps, which the server relies on.
 """
 
 from collections.abc import Callable
@@ -18,17 +18,17 @@ from img2img_export.convert.emulation import open_emulated
 from img2img_export.convert.graphs import RUNTIME_ERRORS
 from img2img_export.convert.parts import Part, Tensors
 from img2img_export.errors import FAILURES, ExportError, first_line
-from img2img_export.verify.contrib_functions import open_spelled_out
+from img2img_export.verify.contrib_functions import open_expanded
 from img2img_export.verify.recorded_inputs import Calls
 
 _BATCHES = (1, 3)
 _RANDOM_LATENTS = {1: (8, 8), 3: (9, 13)}
-"""Sizes of a UNet's random latents. The second is odd, which optimum's own graphs refuse."""
+"""Sizes of a UNet's random latents by batch size. The second is odd, which optimum's graphs refuse."""
 _STEPS = (1.0, 0.4, 0.002)
-"""The timesteps of a batch, as parts of the greatest that was seen."""
+"""The timesteps of a batch, as fractions of the largest recorded one."""
 
 _LEGACY_END = 2
-"""Old CLIP configurations say 2 for the end token, and mean the greatest id (transformers pools by argmax then)."""
+"""Old CLIP configurations have end token 2 but mean the largest id (transformers then pools by argmax)."""
 
 _KINDS = {
     "tensor(float)": np.float32,
@@ -37,12 +37,12 @@ _KINDS = {
     "tensor(int32)": np.int32,
     "tensor(bool)": np.bool_,
 }
-"""How ONNX Runtime names the types of inputs."""
+"""NumPy types by ONNX Runtime's names."""
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One comparison: the graph's inputs by name, in fp32, and what PyTorch made of them."""
+    """One comparison: the graph's inputs by name, in fp32, and PyTorch's outputs."""
 
     name: str
     inputs: Tensors
@@ -50,9 +50,9 @@ class Case:
 
 
 def make_cases(part: Part, module: Any, calls: Calls, stock: bool = False) -> list[Case]:
-    """The comparisons of a part; the module has to compute in fp32.
+    """Makes the comparisons of a part; the module must compute in fp32.
 
-    `stock` are the graphs that optimum-cli makes: one timestep for a batch, and latents of even sizes.
+    `stock`: the graph was made by optimum-cli, and takes one timestep per batch and latents of even sizes.
     """
     inputs: dict[str, Tensors] = {}
     sizes = calls.two_sizes()
@@ -83,7 +83,7 @@ def compare(part: Part, session: Any, cases: list[Case], limits: AccuracyLimits,
         try:
             outputs = session.run(names, inputs)
         except RUNTIME_ERRORS:
-            # It refuses the inputs, as a frozen size makes it do.
+            # The graph refuses the inputs, for example because a size is frozen.
             outputs = [np.array(np.nan)] * len(names)
         errors = [measure(actual, case.expected[name], limits) for name, actual in zip(names, outputs, strict=True)]
         worst, relative = max(error.worst for error in errors), max(error.relative for error in errors)
@@ -93,19 +93,19 @@ def compare(part: Part, session: Any, cases: list[Case], limits: AccuracyLimits,
 
 
 def _as_input(value: torch.Tensor, item: Any) -> np.ndarray:
-    """A tensor as the graph's input `item` takes it; its first number, where that is a scalar."""
+    """Converts a tensor to the type of the graph's input `item`; its first number if that is a scalar."""
     array: np.ndarray = value.numpy().astype(_KINDS[item.type])
     return array if item.shape else array.reshape(-1)[:1].reshape(())
 
 
 def open_graph(path: Path) -> Any:
-    """A session of the graph as a GPU would compute it. Raises ExportError where ONNX Runtime does not take the graph."""
+    """Opens a session that emulates the graph as on a GPU. Raises ExportError if ONNX Runtime cannot load the graph."""
     return _open(path, open_emulated)
 
 
 def open_fused(path: Path) -> Any:
-    """A session of a fused graph, its operators spelled out. Raises ExportError as above."""
-    return _open(path, open_spelled_out)
+    """Opens a session for a fused graph with its operators expanded. Raises ExportError like `open_graph`."""
+    return _open(path, open_expanded)
 
 
 def _open(path: Path, function: Callable[[Path], Any]) -> Any:
@@ -117,7 +117,7 @@ def _open(path: Path, function: Callable[[Path], Any]) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class Error:
-    """How far one tensor is from another: `worst` in its own units, `relative` by L2 norms; infinite where one has no number."""
+    """The difference of two tensors: `worst` is absolute, `relative` by L2 norms; both infinite if a value is not finite."""
 
     worst: float
     relative: float
@@ -125,7 +125,7 @@ class Error:
 
 
 def measure(actual: np.ndarray, expected: np.ndarray, limits: AccuracyLimits) -> Error:
-    """Compares two tensors. Another shape, or a NaN or an infinity anywhere, never passes."""
+    """Compares two tensors. A different shape, a NaN or an infinity fails."""
     if actual.shape != expected.shape or not (np.isfinite(actual).all() and np.isfinite(expected).all()):
         return Error(float("inf"), float("inf"), False)
     reference = expected.astype(np.float64)
@@ -139,7 +139,7 @@ def measure(actual: np.ndarray, expected: np.ndarray, limits: AccuracyLimits) ->
 
 
 def _batch(call: Tensors, batch: int, calls: Calls) -> Tensors:
-    """`batch` rows out of the calls of this size, each with a timestep of its own."""
+    """`batch` rows from the recorded calls of this size, each with its own timestep."""
     alike = next(kept for kept in calls.by_shape.values() if any(value is call for value in kept))
     rows = len(next(iter(call.values())))
     index = [row % (rows * len(alike)) for row in range(batch)]
@@ -155,7 +155,7 @@ def _batch(call: Tensors, batch: int, calls: Calls) -> Tensors:
 
 
 def _random(real: Tensors, batch: int, any_size: bool, config: Any) -> Tensors:
-    """Random numbers as large as the real ones. What has no row for each sample (positions) is kept, as are timesteps."""
+    """Random inputs with the spread of the recorded ones. Timesteps and inputs without a row per sample (positions) are kept."""
     generator = torch.Generator("cpu").manual_seed(batch)
     made: Tensors = {}
     for name, value in real.items():
@@ -173,12 +173,12 @@ def _random(real: Tensors, batch: int, any_size: bool, config: Any) -> Tensors:
 
 
 def takes_any_size(module: Any) -> bool:
-    """Whether it is a UNet that takes latents of odd sizes, as Stable Diffusion's are."""
+    """Whether the module is a UNet that takes latents of odd sizes, like Stable Diffusion's."""
     return getattr(module.config, "addition_embed_type", "") in (None, "text_time")
 
 
 def _random_ids(config: Any, ids: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Token ids: words, and from some place on the end token, which pooling looks for."""
+    """Random token ids, followed by end tokens, which pooling searches for."""
     end = config.eos_token_id if config.eos_token_id != _LEGACY_END else config.vocab_size - 1
     made = torch.randint(config.vocab_size - 2, ids.shape, generator=generator)
     for row in range(len(made)):

@@ -1,4 +1,4 @@
-"""What a pipeline gives to its parts while it draws: the inputs on which graphs are traced and compared, from real images."""
+"""Records the inputs of a pipeline's parts while it generates images; graphs are traced and compared with them."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -16,44 +16,44 @@ _NAMES = {"vae_encoder": "sample", "vae_decoder": "latent_sample"}
 
 @dataclass(slots=True)
 class Calls:
-    """The calls of one part: the first and the last of each size, their tensors by name. `structure` is the first, as it was."""
+    """The calls of one part: the first and last of each size, as tensors by name. `structure` is the first, not flattened."""
 
     structure: dict[str, Any]
     by_shape: dict[tuple[Any, ...], list[Tensors]] = field(default_factory=dict)
     settings: dict[str, set[str]] = field(default_factory=dict)
-    """What each argument that is no tensor was, as text."""
+    """The values of each non-tensor argument, as text."""
 
     def add(self, tensors: Tensors) -> None:
-        """Keeps a call, or lets it take the place of the last of its size."""
+        """Adds a call; it replaces the last one of its size."""
         kept = self.by_shape.setdefault(tuple((name, tuple(value.shape)) for name, value in tensors.items()), [])
         del kept[1:]
         kept.append(tensors)
 
     def note(self, call: dict[str, Any]) -> None:
-        """Notes the arguments that are no tensors: a graph can't have them as inputs."""
+        """Records the non-tensor arguments, which a graph cannot have as inputs."""
         for name, value in call.items():
             if not isinstance(value, (torch.Tensor, Mapping)):
                 self.settings.setdefault(name, set()).add(repr(value))
 
     @property
     def varying(self) -> list[str]:
-        """The arguments that are no tensors, and yet not always the same."""
+        """The non-tensor arguments that had different values."""
         return [name for name, seen in self.settings.items() if len(seen) > 1]
 
     def all(self) -> list[Tensors]:
-        """A call of each size, of those with the first one's tensors."""
+        """One call per size, only of calls with the same tensors as the first."""
         names = set(flatten(self.structure))
         return [kept[0] for kept in self.by_shape.values() if set(kept[0]) == names]
 
     def two_sizes(self) -> list[Tensors]:
-        """A call, and one whose first tensor differs from its own in more than the number of rows, where there was one."""
+        """The first call, and if there is one, a call whose first tensor differs in more than the number of rows."""
         first, *others = self.all()
         name = next(iter(first))
         return [first, *[call for call in others if call[name].shape[1:] != first[name].shape[1:]][:1]]
 
 
 class Recorder:
-    """Listens to the `components` of a diffusers pipeline while it is entered. A VAE is heard as its two halves."""
+    """Records the calls of the `components` of a diffusers pipeline within the block. A VAE has two parts."""
 
     def __init__(self, pipeline: Any, components: tuple[str, ...]) -> None:
         self.calls: dict[str, Calls] = {}
@@ -101,7 +101,7 @@ class Recorder:
 
 
 def _normal(name: str, value: Any, call: dict[str, Any]) -> Any:
-    """A timestep with a value for each row, as graphs have it."""
+    """Expands a timestep to one value per row, as graphs take it."""
     if name != "timestep":
         return value
     rows = len(next(iter(flatten(call).values())))

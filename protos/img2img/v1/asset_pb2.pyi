@@ -19,7 +19,7 @@ DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
 class Asset(_message.Message):
-    """A stored picture."""
+    """A stored image."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -29,16 +29,16 @@ class Asset(_message.Message):
     SHA256_FIELD_NUMBER: _builtins.int
     EXPIRE_TIME_FIELD_NUMBER: _builtins.int
     id: _builtins.str
-    """Its id: derived from its content, so the same file uploaded twice is one asset. 64 hexadecimal digits in lower case."""
+    """The id, derived from the content: the same file uploaded twice is one asset. 64 lower-case hexadecimal digits."""
     media_type: _builtins.str
-    """Its media type, such as "image/png"."""
+    """The media type, such as "image/png"."""
     size: _builtins.int
     """The file's size in bytes."""
     sha256: _builtins.str
     """SHA-256 of the file, in lower-case hexadecimal."""
     @_builtins.property
     def expire_time(self) -> _timestamp_pb2.Timestamp:
-        """When it is deleted, unless it is used again before."""
+        """The time when it is deleted unless it is used before."""
 
     def __init__(
         self,
@@ -59,7 +59,7 @@ Global___Asset: _TypeAlias = Asset  # noqa: Y015
 
 @_typing.final
 class UploadAssetInfo(_message.Message):
-    """What an upload announces of its file."""
+    """Describes the file of an upload."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -67,11 +67,11 @@ class UploadAssetInfo(_message.Message):
     SIZE_FIELD_NUMBER: _builtins.int
     SHA256_FIELD_NUMBER: _builtins.int
     media_type: _builtins.str
-    """Its media type, such as "image/png"; where set, checked. Default: what the file is."""
+    """The media type, such as "image/png"; verified if set. Default: detected from the file."""
     size: _builtins.int
-    """The file's size in bytes, 1 to 16777216 (a server may allow another number). Required: as many must come."""
+    """The file's size in bytes, 1 to 16777216 (configurable). Required; exactly this many bytes must follow."""
     sha256: _builtins.str
-    """SHA-256 of the file, 64 hexadecimal digits in lower case; where set, checked."""
+    """SHA-256 of the file, 64 lower-case hexadecimal digits; verified if set."""
     def __init__(
         self,
         *,
@@ -96,10 +96,10 @@ class UploadAssetRequest(_message.Message):
     INFO_FIELD_NUMBER: _builtins.int
     CHUNK_FIELD_NUMBER: _builtins.int
     chunk: _builtins.bytes
-    """Every other message."""
+    """All other messages."""
     @_builtins.property
     def info(self) -> Global___UploadAssetInfo:
-        """First message."""
+        """The first message."""
 
     def __init__(
         self,
@@ -119,7 +119,7 @@ Global___UploadAssetRequest: _TypeAlias = UploadAssetRequest  # noqa: Y015
 
 @_typing.final
 class UploadAssetResponse(_message.Message):
-    """The stored picture."""
+    """The stored image."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -143,13 +143,13 @@ Global___UploadAssetResponse: _TypeAlias = UploadAssetResponse  # noqa: Y015
 
 @_typing.final
 class GetAssetRequest(_message.Message):
-    """Asks for a stored picture."""
+    """Requests a stored image."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     ID_FIELD_NUMBER: _builtins.int
     id: _builtins.str
-    """Its id. Required."""
+    """The asset's id. Required."""
     def __init__(
         self,
         *,
@@ -172,10 +172,10 @@ class GetAssetResponse(_message.Message):
     ASSET_FIELD_NUMBER: _builtins.int
     CHUNK_FIELD_NUMBER: _builtins.int
     chunk: _builtins.bytes
-    """Every other message."""
+    """All other messages."""
     @_builtins.property
     def asset(self) -> Global___Asset:
-        """First message."""
+        """The first message."""
 
     def __init__(
         self,
@@ -195,13 +195,13 @@ Global___GetAssetResponse: _TypeAlias = GetAssetResponse  # noqa: Y015
 
 @_typing.final
 class DeleteAssetRequest(_message.Message):
-    """Asks for a stored picture to be deleted."""
+    """Requests the deletion of a stored image."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     ID_FIELD_NUMBER: _builtins.int
     id: _builtins.str
-    """Its id. Required."""
+    """The asset's id. Required."""
     def __init__(
         self,
         *,
@@ -217,7 +217,7 @@ Global___DeleteAssetRequest: _TypeAlias = DeleteAssetRequest  # noqa: Y015
 
 @_typing.final
 class DeleteAssetResponse(_message.Message):
-    """The picture is deleted."""
+    """The image was deleted."""
 
     DESCRIPTOR: _descriptor.Descriptor
 

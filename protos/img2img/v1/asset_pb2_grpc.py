@@ -26,9 +26,9 @@ if _version_not_supported:
 
 
 class AssetServiceStub:
-    """Keeps pictures on the server, so that a client sends a source once and fetches results when it likes. A client sees its own
-    only. A picture is kept for 24 hours (a server may have another time) after it was last used, as a source or by GetAsset.
-    A server that keeps none answers UNIMPLEMENTED.
+    """Stores images on the server: a client uploads a source once, and downloads results at any time. A client sees only its own
+    assets. An image is kept for 24 hours (configurable) after its last use, as a source or by GetAsset. A server without asset
+    storage returns UNIMPLEMENTED.
     """
 
     def __init__(self, channel):
@@ -55,28 +55,28 @@ class AssetServiceStub:
 
 
 class AssetServiceServicer:
-    """Keeps pictures on the server, so that a client sends a source once and fetches results when it likes. A client sees its own
-    only. A picture is kept for 24 hours (a server may have another time) after it was last used, as a source or by GetAsset.
-    A server that keeps none answers UNIMPLEMENTED.
+    """Stores images on the server: a client uploads a source once, and downloads results at any time. A client sees only its own
+    assets. An image is kept for 24 hours (configurable) after its last use, as a source or by GetAsset. A server without asset
+    storage returns UNIMPLEMENTED.
     """
 
     def UploadAsset(self, request_iterator, context):
-        """Uploads a picture in chunks: first an info message, then its bytes. Best at 256 KiB to 1 MiB a chunk. An upload that stands
-        still for 60 seconds, or takes longer than 600, is given up: DEADLINE_EXCEEDED.
+        """Uploads an image in chunks: first an info message, then its bytes, preferably in chunks of 256 KiB to 1 MiB. An upload without
+        data for 60 seconds, or longer than 600 seconds, fails with DEADLINE_EXCEEDED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetAsset(self, request, context):
-        """Downloads a picture in chunks: first the asset, then its bytes, at most 256 KiB a chunk. NOT_FOUND where there is none.
+        """Downloads an image in chunks: first the asset, then its bytes, at most 256 KiB a chunk. NOT_FOUND if it does not exist.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def DeleteAsset(self, request, context):
-        """Deletes a picture. NOT_FOUND where there is none.
+        """Deletes an image. NOT_FOUND if it does not exist.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -109,9 +109,9 @@ def add_AssetServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class AssetService:
-    """Keeps pictures on the server, so that a client sends a source once and fetches results when it likes. A client sees its own
-    only. A picture is kept for 24 hours (a server may have another time) after it was last used, as a source or by GetAsset.
-    A server that keeps none answers UNIMPLEMENTED.
+    """Stores images on the server: a client uploads a source once, and downloads results at any time. A client sees only its own
+    assets. An image is kept for 24 hours (configurable) after its last use, as a source or by GetAsset. A server without asset
+    storage returns UNIMPLEMENTED.
     """
 
     @staticmethod

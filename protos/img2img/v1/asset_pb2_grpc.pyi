@@ -27,9 +27,9 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class AssetServiceStub:
-    """Keeps pictures on the server, so that a client sends a source once and fetches results when it likes. A client sees its own
-    only. A picture is kept for 24 hours (a server may have another time) after it was last used, as a source or by GetAsset.
-    A server that keeps none answers UNIMPLEMENTED.
+    """Stores images on the server: a client uploads a source once, and downloads results at any time. A client sees only its own
+    assets. An image is kept for 24 hours (configurable) after its last use, as a source or by GetAsset. A server without asset
+    storage returns UNIMPLEMENTED.
     """
 
     @_typing.overload
@@ -37,35 +37,35 @@ class AssetServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> AssetServiceAsyncStub: ...
     UploadAsset: _grpc.StreamUnaryMultiCallable[_asset_pb2.UploadAssetRequest, _asset_pb2.UploadAssetResponse]
-    """Uploads a picture in chunks: first an info message, then its bytes. Best at 256 KiB to 1 MiB a chunk. An upload that stands
-    still for 60 seconds, or takes longer than 600, is given up: DEADLINE_EXCEEDED.
+    """Uploads an image in chunks: first an info message, then its bytes, preferably in chunks of 256 KiB to 1 MiB. An upload without
+    data for 60 seconds, or longer than 600 seconds, fails with DEADLINE_EXCEEDED.
     """
     GetAsset: _grpc.UnaryStreamMultiCallable[_asset_pb2.GetAssetRequest, _asset_pb2.GetAssetResponse]
-    """Downloads a picture in chunks: first the asset, then its bytes, at most 256 KiB a chunk. NOT_FOUND where there is none."""
+    """Downloads an image in chunks: first the asset, then its bytes, at most 256 KiB a chunk. NOT_FOUND if it does not exist."""
     DeleteAsset: _grpc.UnaryUnaryMultiCallable[_asset_pb2.DeleteAssetRequest, _asset_pb2.DeleteAssetResponse]
-    """Deletes a picture. NOT_FOUND where there is none."""
+    """Deletes an image. NOT_FOUND if it does not exist."""
 
 @_typing.type_check_only
 class AssetServiceAsyncStub(AssetServiceStub):
-    """Keeps pictures on the server, so that a client sends a source once and fetches results when it likes. A client sees its own
-    only. A picture is kept for 24 hours (a server may have another time) after it was last used, as a source or by GetAsset.
-    A server that keeps none answers UNIMPLEMENTED.
+    """Stores images on the server: a client uploads a source once, and downloads results at any time. A client sees only its own
+    assets. An image is kept for 24 hours (configurable) after its last use, as a source or by GetAsset. A server without asset
+    storage returns UNIMPLEMENTED.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     UploadAsset: _aio.StreamUnaryMultiCallable[_asset_pb2.UploadAssetRequest, _asset_pb2.UploadAssetResponse]  # type: ignore[assignment]
-    """Uploads a picture in chunks: first an info message, then its bytes. Best at 256 KiB to 1 MiB a chunk. An upload that stands
-    still for 60 seconds, or takes longer than 600, is given up: DEADLINE_EXCEEDED.
+    """Uploads an image in chunks: first an info message, then its bytes, preferably in chunks of 256 KiB to 1 MiB. An upload without
+    data for 60 seconds, or longer than 600 seconds, fails with DEADLINE_EXCEEDED.
     """
     GetAsset: _aio.UnaryStreamMultiCallable[_asset_pb2.GetAssetRequest, _asset_pb2.GetAssetResponse]  # type: ignore[assignment]
-    """Downloads a picture in chunks: first the asset, then its bytes, at most 256 KiB a chunk. NOT_FOUND where there is none."""
+    """Downloads an image in chunks: first the asset, then its bytes, at most 256 KiB a chunk. NOT_FOUND if it does not exist."""
     DeleteAsset: _aio.UnaryUnaryMultiCallable[_asset_pb2.DeleteAssetRequest, _asset_pb2.DeleteAssetResponse]  # type: ignore[assignment]
-    """Deletes a picture. NOT_FOUND where there is none."""
+    """Deletes an image. NOT_FOUND if it does not exist."""
 
 class AssetServiceServicer(metaclass=_abc_1.ABCMeta):
-    """Keeps pictures on the server, so that a client sends a source once and fetches results when it likes. A client sees its own
-    only. A picture is kept for 24 hours (a server may have another time) after it was last used, as a source or by GetAsset.
-    A server that keeps none answers UNIMPLEMENTED.
+    """Stores images on the server: a client uploads a source once, and downloads results at any time. A client sees only its own
+    assets. An image is kept for 24 hours (configurable) after its last use, as a source or by GetAsset. A server without asset
+    storage returns UNIMPLEMENTED.
     """
 
     @_abc_1.abstractmethod
@@ -74,8 +74,8 @@ class AssetServiceServicer(metaclass=_abc_1.ABCMeta):
         request_iterator: _MaybeAsyncIterator[_asset_pb2.UploadAssetRequest],
         context: _ServicerContext,
     ) -> _typing.Union[_asset_pb2.UploadAssetResponse, _abc.Awaitable[_asset_pb2.UploadAssetResponse]]:
-        """Uploads a picture in chunks: first an info message, then its bytes. Best at 256 KiB to 1 MiB a chunk. An upload that stands
-        still for 60 seconds, or takes longer than 600, is given up: DEADLINE_EXCEEDED.
+        """Uploads an image in chunks: first an info message, then its bytes, preferably in chunks of 256 KiB to 1 MiB. An upload without
+        data for 60 seconds, or longer than 600 seconds, fails with DEADLINE_EXCEEDED.
         """
 
     @_abc_1.abstractmethod
@@ -84,7 +84,7 @@ class AssetServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _asset_pb2.GetAssetRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_asset_pb2.GetAssetResponse], _abc.AsyncIterator[_asset_pb2.GetAssetResponse]]:
-        """Downloads a picture in chunks: first the asset, then its bytes, at most 256 KiB a chunk. NOT_FOUND where there is none."""
+        """Downloads an image in chunks: first the asset, then its bytes, at most 256 KiB a chunk. NOT_FOUND if it does not exist."""
 
     @_abc_1.abstractmethod
     def DeleteAsset(
@@ -92,6 +92,6 @@ class AssetServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _asset_pb2.DeleteAssetRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_asset_pb2.DeleteAssetResponse, _abc.Awaitable[_asset_pb2.DeleteAssetResponse]]:
-        """Deletes a picture. NOT_FOUND where there is none."""
+        """Deletes an image. NOT_FOUND if it does not exist."""
 
 def add_AssetServiceServicer_to_server(servicer: AssetServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

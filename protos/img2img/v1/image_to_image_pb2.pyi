@@ -26,30 +26,30 @@ class _OutputFormat:
 class _OutputFormatEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_OutputFormat.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
     OUTPUT_FORMAT_UNSPECIFIED: _OutputFormat.ValueType  # 0
-    """Not said: PNG."""
+    """PNG."""
     OUTPUT_FORMAT_PNG: _OutputFormat.ValueType  # 1
     """Lossless."""
     OUTPUT_FORMAT_JPEG: _OutputFormat.ValueType  # 2
-    """Smallest to encode. At most 65500 pixels a side."""
+    """Lossy. At most 65500 pixels a side."""
     OUTPUT_FORMAT_WEBP: _OutputFormat.ValueType  # 3
-    """Smallest to send. At most 16383 pixels a side."""
+    """Lossy, or lossless at quality 100; the smallest files. At most 16383 pixels a side."""
 
 class OutputFormat(_OutputFormat, metaclass=_OutputFormatEnumTypeWrapper):
-    """A picture's file format."""
+    """An image file format."""
 
 OUTPUT_FORMAT_UNSPECIFIED: OutputFormat.ValueType  # 0
-"""Not said: PNG."""
+"""PNG."""
 OUTPUT_FORMAT_PNG: OutputFormat.ValueType  # 1
 """Lossless."""
 OUTPUT_FORMAT_JPEG: OutputFormat.ValueType  # 2
-"""Smallest to encode. At most 65500 pixels a side."""
+"""Lossy. At most 65500 pixels a side."""
 OUTPUT_FORMAT_WEBP: OutputFormat.ValueType  # 3
-"""Smallest to send. At most 16383 pixels a side."""
+"""Lossy, or lossless at quality 100; the smallest files. At most 16383 pixels a side."""
 Global___OutputFormat: _TypeAlias = OutputFormat  # noqa: Y015
 
 @_typing.final
 class TransformRequest(_message.Message):
-    """What to make of which picture. A field that is not set takes the default that its comment names."""
+    """An image, and the parameters of its transformation. Unset fields have the default in their comment."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -69,54 +69,54 @@ class TransformRequest(_message.Message):
     PREVIEW_INTERVAL_FIELD_NUMBER: _builtins.int
     FIT_FIELD_NUMBER: _builtins.int
     prompt: _builtins.str
-    """What the picture should become, at most 4096 characters. Default: "A beautiful landscape with mountains and a lake at sunset"."""
+    """What the image should become, at most 4096 characters. Default: "A beautiful landscape with mountains and a lake at sunset"."""
     negative_prompt: _builtins.str
-    """What it should not become, at most 4096 characters; used where guidance_scale is above 1. Default: "". SDXL models that were
-    trained so tell none given from an empty one, as diffusers does (force_zeros_for_empty_prompt).
+    """What the image should not become, at most 4096 characters; used if guidance_scale is above 1. Default: "". SDXL models with
+    force_zeros_for_empty_prompt distinguish an unset field from an empty one, like diffusers.
     """
     strength: _builtins.float
-    """How far to leave the source, above 0 and up to 1; num_inference_steps times strength steps, rounded down, are run, and that
-    must be one at least. Default: 0.8.
+    """How much to change the source, above 0 and up to 1; num_inference_steps times strength steps, rounded down, are run, which
+    must be at least one. Default: 0.8.
     """
     num_inference_steps: _builtins.int
-    """Steps of the whole schedule, 1 to 100 (a server may allow more). Default: 25."""
+    """Inference steps at strength 1, 1 to 100 (configurable). Default: 25."""
     guidance_scale: _builtins.float
-    """Classifier-free guidance, 0 to 30; at 1 and below there is none and a step costs half. Default: 7.5."""
+    """Classifier-free guidance, 0 to 30; 1 and below disable it, and a step costs half. Default: 7.5."""
     seed: _builtins.int
-    """The seed of the first picture, 0 to 2^63 - 1; the next ones take seed + 1, seed + 2 ... up to the same bound. -1 draws one
-    below 2^32. Default: -1.
+    """The seed of the first image, 0 to 2^63 - 1; further images have seed + 1, seed + 2 ... up to the same bound. -1 means a random
+    seed below 2^32. Default: -1.
     """
     image_count: _builtins.int
-    """How many pictures to make, 1 to 8 (a server may allow more). Default: 1."""
+    """The number of images to generate, 1 to 8 (configurable). Default: 1."""
     width: _builtins.int
-    """Width in pixels of the result, from the model's size_multiple on, and rounded down to a multiple of it. Width times height are
-    at most 4194304 pixels (a server may allow another number). Default: the source's.
+    """Width of the result in pixels, at least the model's size_multiple, and rounded down to a multiple of it. Width times height is
+    at most 4194304 pixels (configurable). Default: the source's.
     """
     height: _builtins.int
-    """Height in pixels of the result, from the model's size_multiple on, and rounded down to a multiple of it. Default: the source's."""
+    """Height of the result in pixels, at least the model's size_multiple, and rounded down to a multiple of it. Default: the source's."""
     scheduler: _builtins.str
-    """The scheduler: a name that GetModel lists under schedulers, such as "EulerDiscreteScheduler" or "DPM++ 2M Karras", in
+    """The scheduler: a name from the schedulers field of GetModel, such as "EulerDiscreteScheduler" or "DPM++ 2M Karras", in
     upper or lower case. Default: the model's own.
     """
     preview_interval: _builtins.int
-    """Send a preview with every so many steps, but the last, which the result itself follows: 0 to 100 (as many as the
-    server allows steps), 0 for none. Transform has no way to send them and draws none. Default: 0.
+    """The number of steps between previews: 0 to 100 (the maximum of num_inference_steps); 0 disables previews. There is none for the
+    last step, which is followed by the result. Transform ignores this field. Default: 0.
     """
     @_builtins.property
     def model(self) -> Global___ModelReference:
-        """The model to run. May be left out where the server has one model only, or names a default."""
+        """The model to run. Optional if the server has only one model or a default model."""
 
     @_builtins.property
     def image(self) -> Global___ImageSource:
-        """The source picture. Required."""
+        """The source image. Required."""
 
     @_builtins.property
     def output(self) -> Global___OutputOptions:
-        """How to return them. Default: PNG, in the answer."""
+        """How to return the images. Default: PNG, in the response."""
 
     @_builtins.property
     def fit(self) -> Global___Fit:
-        """A rule for the result's size that keeps the source's aspect. Not to be set together with width or height. Default: none."""
+        """A rule for the result's size that keeps the source's aspect ratio. Must not be combined with width or height. Default: none."""
 
     def __init__(
         self,
@@ -190,8 +190,8 @@ Global___TransformRequest: _TypeAlias = TransformRequest  # noqa: Y015
 
 @_typing.final
 class Fit(_message.Message):
-    """How the result's size follows from the source's. The source is made larger or smaller with its aspect kept, and both sides are
-    rounded down to the model's size_multiple, which they have at least. It suits photos, which have more pixels than models draw well.
+    """How the result's size is derived from the source's. The source is resized with its aspect ratio kept, and both sides are rounded
+    down to a multiple of the model's size_multiple, at least to one. Use it for photos, which are usually too large for models.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -199,10 +199,10 @@ class Fit(_message.Message):
     LONGEST_SIDE_FIELD_NUMBER: _builtins.int
     NATIVE_AREA_FIELD_NUMBER: _builtins.int
     longest_side: _builtins.int
-    """The longest side in pixels, from the model's size_multiple on."""
+    """The longest side in pixels, at least the model's size_multiple."""
     @_builtins.property
     def native_area(self) -> Global___NativeArea:
-        """As many pixels as the model was trained on, or as the server allows if these are fewer."""
+        """The area that the model was trained on, or the maximum that the server allows if that is smaller."""
 
     def __init__(
         self,
@@ -222,7 +222,7 @@ Global___Fit: _TypeAlias = Fit  # noqa: Y015
 
 @_typing.final
 class NativeArea(_message.Message):
-    """As many pixels as the model was trained on, such as 512 x 512 for Stable Diffusion 1.5, in any aspect."""
+    """The area that the model was trained on, such as 512 x 512 for Stable Diffusion 1.5, in any aspect ratio."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -239,8 +239,8 @@ Global___NativeArea: _TypeAlias = NativeArea  # noqa: Y015
 
 @_typing.final
 class ModelReference(_message.Message):
-    """Names one of the server's models. Every field that is set must agree with what the model's bundle records; one that is not set,
-    or empty, agrees with anything. Of several that agree, the request must name one.
+    """Refers to one of the server's models. Every non-empty field must match the model's bundle; unset and empty fields match anything.
+    If several models match, the request must be more specific.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -254,18 +254,18 @@ class ModelReference(_message.Message):
     repo_id: _builtins.str
     """The repository that the model was exported from, such as "stabilityai/sdxl-turbo"."""
     path: _builtins.str
-    """The model's folder in the server's model store: the id that ListModels gives."""
+    """The model's id from ListModels, which is its folder in the server's model store."""
     variant: _builtins.str
     """The variant of the weights, such as "fp16"."""
     revision: _builtins.str
-    """The revision: a branch, tag or commit of the repository, as it was named for the export."""
+    """The revision used for the export: a branch, tag or commit of the repository."""
     @_builtins.property
     def allow_patterns(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """The patterns of files that were taken from the repository."""
+        """The patterns of files that the export included."""
 
     @_builtins.property
     def ignore_patterns(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """The patterns of files that were left out."""
+        """The patterns of files that the export excluded."""
 
     def __init__(
         self,
@@ -287,11 +287,11 @@ Global___ModelReference: _TypeAlias = ModelReference  # noqa: Y015
 
 @_typing.final
 class ImageSource(_message.Message):
-    """Where the source picture is. A file has at most 16777216 bytes, a picture at most 32000000 pixels (a server may allow other
-    numbers). The first frame of an animation is taken and transparency becomes white. Two things of a file's metadata count: it is
-    turned upright by the orientation in its EXIF, and its colors are converted to sRGB by its ICC profile, a damaged one ignored. Gray
-    of 32-bit integers is scaled by the bits that the brightest value uses, 8 at least. In floats 1.0 is white and what is brighter is
-    clipped, unless there are values above 16: then they are scaled as integers are.
+    """The source image. A file has at most 16777216 bytes, an image at most 32000000 pixels (both configurable). The first frame of an
+    animation is used, and transparency becomes white. The EXIF orientation is applied, and colors are converted to sRGB by the ICC
+    profile (a damaged profile is ignored); other metadata is ignored. Grayscale of 32-bit integers is scaled by the number of bits of
+    the brightest value, at least 8. For floats, 1.0 is white and brighter values are clipped, unless there are values above 16: then
+    they are scaled like integers.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -300,13 +300,13 @@ class ImageSource(_message.Message):
     ASSET_ID_FIELD_NUMBER: _builtins.int
     DATA_FIELD_NUMBER: _builtins.int
     uri: _builtins.str
-    """An address: "data:image/png;base64,...", "asset:" and the id of an asset; where the server allows them, "https://..." and
-    "http://..." of the public internet, and "file:///..." on the server.
+    """An address: "data:image/png;base64,...", or "asset:" and the id of an asset; if the server allows them, "https://..." and
+    "http://..." on the public internet, and "file:///..." on the server.
     """
     asset_id: _builtins.str
-    """A picture uploaded before with AssetService."""
+    """The id of an asset."""
     data: _builtins.bytes
-    """The picture's file itself: PNG, JPEG, WebP, GIF, BMP or TIFF."""
+    """The image file: PNG, JPEG, WebP, GIF, BMP or TIFF."""
     def __init__(
         self,
         *,
@@ -326,7 +326,7 @@ Global___ImageSource: _TypeAlias = ImageSource  # noqa: Y015
 
 @_typing.final
 class OutputOptions(_message.Message):
-    """How to return a picture."""
+    """How to return an image."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -338,7 +338,7 @@ class OutputOptions(_message.Message):
     quality: _builtins.int
     """The quality of JPEG and WebP, 1 to 100 (at 100 WebP is lossless); no effect on PNG. Default: 90."""
     as_asset: _builtins.bool
-    """Keep the picture as an asset and return its id in place of its bytes. Default: false."""
+    """Store the image as an asset and return its id instead of its bytes. Default: false."""
     def __init__(
         self,
         *,
@@ -358,7 +358,7 @@ Global___OutputOptions: _TypeAlias = OutputOptions  # noqa: Y015
 
 @_typing.final
 class TransformResponse(_message.Message):
-    """The finished pictures."""
+    """The finished images."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -369,22 +369,22 @@ class TransformResponse(_message.Message):
     TIMINGS_FIELD_NUMBER: _builtins.int
     WARNINGS_FIELD_NUMBER: _builtins.int
     model_id: _builtins.str
-    """The id of the model that made them, as ListModels gives it."""
+    """The id of the model, as in ListModels."""
     model_revision: _builtins.str
-    """The revision of that model's source; empty where it has none."""
+    """The revision of the model's source; empty if it has none."""
     engine: _builtins.str
-    """What ran it, such as "onnx:cuda" or "torch:cpu"."""
+    """The engine that ran the request, such as "onnx:cuda" or "torch:cpu"."""
     @_builtins.property
     def images(self) -> _containers.RepeatedCompositeFieldContainer[Global___ImageResult]:
-        """One for each of image_count."""
+        """As many as image_count."""
 
     @_builtins.property
     def timings(self) -> Global___Timings:
-        """Where the time went."""
+        """The durations of the request's stages."""
 
     @_builtins.property
     def warnings(self) -> _containers.RepeatedCompositeFieldContainer[Global___Warning]:
-        """What the caller should know of a request that was done all the same, such as a prompt that was too long; mostly empty."""
+        """Warnings about a finished request, such as a prompt that was too long; usually empty."""
 
     def __init__(
         self,
@@ -406,7 +406,7 @@ Global___TransformResponse: _TypeAlias = TransformResponse  # noqa: Y015
 
 @_typing.final
 class Warning(_message.Message):
-    """Something about a finished request that the caller may not have meant."""
+    """A warning about a finished request."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -414,12 +414,12 @@ class Warning(_message.Message):
     DESCRIPTION_FIELD_NUMBER: _builtins.int
     CODE_FIELD_NUMBER: _builtins.int
     field: _builtins.str
-    """The field of TransformRequest that it is about, such as "prompt"."""
+    """The field of TransformRequest that the warning is about, such as "prompt"."""
     description: _builtins.str
-    """What happened, for people to read."""
+    """A readable description."""
     code: _builtins.str
-    """What happened, for programs: stable. PROMPT_TRUNCATED: a tokenizer of the model reads fewer tokens than the text has; the
-    description has the text that was dropped. A newer server may send others.
+    """A stable code for programs. PROMPT_TRUNCATED: the text has more tokens than a tokenizer of the model reads; the description has
+    the dropped text. Newer servers may send other codes.
     """
     def __init__(
         self,
@@ -438,7 +438,7 @@ Global___Warning: _TypeAlias = Warning  # noqa: Y015
 
 @_typing.final
 class ImageResult(_message.Message):
-    """One finished picture."""
+    """A finished image."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -449,9 +449,9 @@ class ImageResult(_message.Message):
     HEIGHT_FIELD_NUMBER: _builtins.int
     SEED_FIELD_NUMBER: _builtins.int
     data: _builtins.bytes
-    """The picture's file."""
+    """The image file."""
     asset_id: _builtins.str
-    """The asset that holds it, where as_asset was set."""
+    """The id of the asset, if as_asset was set."""
     format: Global___OutputFormat.ValueType
     """The file's format; never unspecified."""
     width: _builtins.int
@@ -459,7 +459,7 @@ class ImageResult(_message.Message):
     height: _builtins.int
     """Height in pixels."""
     seed: _builtins.int
-    """The seed that makes this picture again, alone."""
+    """The seed that reproduces this image in a request for a single image."""
     def __init__(
         self,
         *,
@@ -482,7 +482,7 @@ Global___ImageResult: _TypeAlias = ImageResult  # noqa: Y015
 
 @_typing.final
 class Timings(_message.Message):
-    """Milliseconds that a request took on the server."""
+    """Durations of a request on the server."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -492,15 +492,15 @@ class Timings(_message.Message):
     DECODE_MS_FIELD_NUMBER: _builtins.int
     TOTAL_MS_FIELD_NUMBER: _builtins.int
     queue_ms: _builtins.float
-    """Waiting for its first turn, in milliseconds."""
+    """Time in the queue, in milliseconds."""
     encode_ms: _builtins.float
-    """Prompt and source picture to tensors, in milliseconds."""
+    """Encoding of prompt and source image, in milliseconds."""
     denoise_ms: _builtins.float
-    """From the first step to the last, other requests' turns included, in milliseconds."""
+    """From the first step to the last, including time for other requests, in milliseconds."""
     decode_ms: _builtins.float
-    """Latents to pixels, in milliseconds."""
+    """Decoding of latents to pixels, in milliseconds."""
     total_ms: _builtins.float
-    """From the request's arrival to the answer, picture codecs included, in milliseconds."""
+    """From the arrival of the request to the response, including image codecs, in milliseconds."""
     def __init__(
         self,
         *,
@@ -520,14 +520,14 @@ Global___Timings: _TypeAlias = Timings  # noqa: Y015
 
 @_typing.final
 class TransformStreamRequest(_message.Message):
-    """A transform whose progress is told."""
+    """A transform with progress events."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     REQUEST_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def request(self) -> Global___TransformRequest:
-        """What to do."""
+        """The transform."""
 
     def __init__(
         self,
@@ -544,7 +544,7 @@ Global___TransformStreamRequest: _TypeAlias = TransformStreamRequest  # noqa: Y0
 
 @_typing.final
 class TransformStreamResponse(_message.Message):
-    """One event in the life of a request."""
+    """One event of a request."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -554,11 +554,11 @@ class TransformStreamResponse(_message.Message):
     COMPLETED_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def queued(self) -> Global___Queued:
-        """The request was accepted. Sent first, and again when its place in the queue changes."""
+        """The request was accepted. Sent first, and again if its position in the queue changes."""
 
     @_builtins.property
     def started(self) -> Global___Started:
-        """Its first turn came. Sent once; no queued follows it."""
+        """The request has started. Sent once; no queued event follows."""
 
     @_builtins.property
     def progress(self) -> Global___Progress:
@@ -566,7 +566,7 @@ class TransformStreamResponse(_message.Message):
 
     @_builtins.property
     def completed(self) -> Global___TransformResponse:
-        """It is finished. Sent once, last."""
+        """The request has finished. Sent once, last."""
 
     def __init__(
         self,
@@ -588,16 +588,16 @@ Global___TransformStreamResponse: _TypeAlias = TransformStreamResponse  # noqa: 
 
 @_typing.final
 class Queued(_message.Message):
-    """The request waits for its first turn."""
+    """The request is queued."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     POSITION_FIELD_NUMBER: _builtins.int
     ETA_SECONDS_FIELD_NUMBER: _builtins.int
     position: _builtins.int
-    """How many requests wait before it, from 0."""
+    """The number of requests ahead of it, from 0."""
     eta_seconds: _builtins.float
-    """Estimated seconds until it is finished; not set while the server has nothing to estimate from."""
+    """Estimated seconds until the request is finished; unset while the server has no measurements."""
     def __init__(
         self,
         *,
@@ -616,16 +616,16 @@ Global___Queued: _TypeAlias = Queued  # noqa: Y015
 
 @_typing.final
 class Started(_message.Message):
-    """The request runs."""
+    """The request has started."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     SEED_FIELD_NUMBER: _builtins.int
     ENGINE_FIELD_NUMBER: _builtins.int
     seed: _builtins.int
-    """The seed of the first picture, drawn where -1 was asked."""
+    """The seed of the first image, random if -1 was requested."""
     engine: _builtins.str
-    """What runs it, such as "onnx:cuda" or "torch:cpu"."""
+    """The engine that runs the request, such as "onnx:cuda" or "torch:cpu"."""
     def __init__(
         self,
         *,
@@ -653,14 +653,13 @@ class Progress(_message.Message):
     step: _builtins.int
     """Steps done, from 1."""
     step_count: _builtins.int
-    """Steps in all: num_inference_steps times strength, rounded down, or as many as the scheduler makes of them."""
+    """The total number of steps: num_inference_steps times strength, rounded down, or a number that the scheduler derives from it."""
     preview: _builtins.bytes
-    """What the (first) picture is about to become, at the steps where preview_interval asks for one: a JPEG file of about an
-    eighth of the result's width and height. Models that can draw none send none, nor is there one of a result that JPEG cannot
-    hold.
+    """A preview of the (first) image at the steps given by preview_interval: a JPEG file of about an eighth of the result's width
+    and height. Unset if the model does not support previews, or if the result is too large for JPEG.
     """
     eta_seconds: _builtins.float
-    """Estimated seconds until the request is finished; not set while the server has nothing to estimate from."""
+    """Estimated seconds until the request is finished; unset while the server has no measurements."""
     def __init__(
         self,
         *,

@@ -26,14 +26,14 @@ if _version_not_supported:
 
 
 class ImageToImageServiceStub:
-    """Turns pictures into other pictures with diffusion models.
+    """Transforms images with diffusion models.
 
-    Every error is a google.rpc.Status. A wrong field is named by a BadRequest violation, a full queue carries RetryInfo,
-    and each error carries an ErrorInfo whose reason is stable and whose domain is "img2img". A request that cannot be finished
-    within its deadline is refused on arrival: DEADLINE_EXCEEDED with the reason DEADLINE_UNMEETABLE, whose metadata has
-    "estimate_seconds", the seconds that the server would take, such as "12.345". Every answer's initial metadata has
-    "x-request-id", the name of the call in the server's log: the one that the caller sent under that key (1 to 64 letters, digits
-    and _ . : -), or a new one. An error has it in its trailing metadata and its ErrorInfo.
+    Every error is a google.rpc.Status with an ErrorInfo whose reason is stable and whose domain is "img2img". An invalid field has a
+    BadRequest violation, and a full queue RetryInfo. A request that cannot meet its deadline is refused on arrival with
+    DEADLINE_EXCEEDED and the reason DEADLINE_UNMEETABLE; its metadata has the estimated duration in "estimate_seconds", such as
+    "12.345". The initial metadata of every response has "x-request-id", the id of the call in the server's log: the value that the
+    caller sent under that key (1 to 64 letters, digits and _ . : -), or a new one. An error has it in its trailing metadata and its
+    ErrorInfo.
     """
 
     def __init__(self, channel):
@@ -55,26 +55,27 @@ class ImageToImageServiceStub:
 
 
 class ImageToImageServiceServicer:
-    """Turns pictures into other pictures with diffusion models.
+    """Transforms images with diffusion models.
 
-    Every error is a google.rpc.Status. A wrong field is named by a BadRequest violation, a full queue carries RetryInfo,
-    and each error carries an ErrorInfo whose reason is stable and whose domain is "img2img". A request that cannot be finished
-    within its deadline is refused on arrival: DEADLINE_EXCEEDED with the reason DEADLINE_UNMEETABLE, whose metadata has
-    "estimate_seconds", the seconds that the server would take, such as "12.345". Every answer's initial metadata has
-    "x-request-id", the name of the call in the server's log: the one that the caller sent under that key (1 to 64 letters, digits
-    and _ . : -), or a new one. An error has it in its trailing metadata and its ErrorInfo.
+    Every error is a google.rpc.Status with an ErrorInfo whose reason is stable and whose domain is "img2img". An invalid field has a
+    BadRequest violation, and a full queue RetryInfo. A request that cannot meet its deadline is refused on arrival with
+    DEADLINE_EXCEEDED and the reason DEADLINE_UNMEETABLE; its metadata has the estimated duration in "estimate_seconds", such as
+    "12.345". The initial metadata of every response has "x-request-id", the id of the call in the server's log: the value that the
+    caller sent under that key (1 to 64 letters, digits and _ . : -), or a new one. An error has it in its trailing metadata and its
+    ErrorInfo.
     """
 
     def Transform(self, request, context):
-        """Transforms one picture and answers when it is done.
+        """Transforms one image and returns the result.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def TransformStream(self, request, context):
-        """Transforms one picture and tells how it goes: queued, again whenever its place in the queue changes, started, one
-        progress event a step, completed. Ends with either a completed event or an error status. Cancelling the call frees the device at the next step.
+        """Transforms one image and streams its progress: queued (repeated if its position in the queue changes), started, one progress
+        event per step, completed. Ends with either a completed event or an error status. Cancelling the call frees the device at the
+        next step.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -102,14 +103,14 @@ def add_ImageToImageServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class ImageToImageService:
-    """Turns pictures into other pictures with diffusion models.
+    """Transforms images with diffusion models.
 
-    Every error is a google.rpc.Status. A wrong field is named by a BadRequest violation, a full queue carries RetryInfo,
-    and each error carries an ErrorInfo whose reason is stable and whose domain is "img2img". A request that cannot be finished
-    within its deadline is refused on arrival: DEADLINE_EXCEEDED with the reason DEADLINE_UNMEETABLE, whose metadata has
-    "estimate_seconds", the seconds that the server would take, such as "12.345". Every answer's initial metadata has
-    "x-request-id", the name of the call in the server's log: the one that the caller sent under that key (1 to 64 letters, digits
-    and _ . : -), or a new one. An error has it in its trailing metadata and its ErrorInfo.
+    Every error is a google.rpc.Status with an ErrorInfo whose reason is stable and whose domain is "img2img". An invalid field has a
+    BadRequest violation, and a full queue RetryInfo. A request that cannot meet its deadline is refused on arrival with
+    DEADLINE_EXCEEDED and the reason DEADLINE_UNMEETABLE; its metadata has the estimated duration in "estimate_seconds", such as
+    "12.345". The initial metadata of every response has "x-request-id", the id of the call in the server's log: the value that the
+    caller sent under that key (1 to 64 letters, digits and _ . : -), or a new one. An error has it in its trailing metadata and its
+    ErrorInfo.
     """
 
     @staticmethod

@@ -27,14 +27,14 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class ImageToImageServiceStub:
-    """Turns pictures into other pictures with diffusion models.
+    """Transforms images with diffusion models.
 
-    Every error is a google.rpc.Status. A wrong field is named by a BadRequest violation, a full queue carries RetryInfo,
-    and each error carries an ErrorInfo whose reason is stable and whose domain is "img2img". A request that cannot be finished
-    within its deadline is refused on arrival: DEADLINE_EXCEEDED with the reason DEADLINE_UNMEETABLE, whose metadata has
-    "estimate_seconds", the seconds that the server would take, such as "12.345". Every answer's initial metadata has
-    "x-request-id", the name of the call in the server's log: the one that the caller sent under that key (1 to 64 letters, digits
-    and _ . : -), or a new one. An error has it in its trailing metadata and its ErrorInfo.
+    Every error is a google.rpc.Status with an ErrorInfo whose reason is stable and whose domain is "img2img". An invalid field has a
+    BadRequest violation, and a full queue RetryInfo. A request that cannot meet its deadline is refused on arrival with
+    DEADLINE_EXCEEDED and the reason DEADLINE_UNMEETABLE; its metadata has the estimated duration in "estimate_seconds", such as
+    "12.345". The initial metadata of every response has "x-request-id", the id of the call in the server's log: the value that the
+    caller sent under that key (1 to 64 letters, digits and _ . : -), or a new one. An error has it in its trailing metadata and its
+    ErrorInfo.
     """
 
     @_typing.overload
@@ -42,41 +42,43 @@ class ImageToImageServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> ImageToImageServiceAsyncStub: ...
     Transform: _grpc.UnaryUnaryMultiCallable[_image_to_image_pb2.TransformRequest, _image_to_image_pb2.TransformResponse]
-    """Transforms one picture and answers when it is done."""
+    """Transforms one image and returns the result."""
     TransformStream: _grpc.UnaryStreamMultiCallable[_image_to_image_pb2.TransformStreamRequest, _image_to_image_pb2.TransformStreamResponse]
-    """Transforms one picture and tells how it goes: queued, again whenever its place in the queue changes, started, one
-    progress event a step, completed. Ends with either a completed event or an error status. Cancelling the call frees the device at the next step.
+    """Transforms one image and streams its progress: queued (repeated if its position in the queue changes), started, one progress
+    event per step, completed. Ends with either a completed event or an error status. Cancelling the call frees the device at the
+    next step.
     """
 
 @_typing.type_check_only
 class ImageToImageServiceAsyncStub(ImageToImageServiceStub):
-    """Turns pictures into other pictures with diffusion models.
+    """Transforms images with diffusion models.
 
-    Every error is a google.rpc.Status. A wrong field is named by a BadRequest violation, a full queue carries RetryInfo,
-    and each error carries an ErrorInfo whose reason is stable and whose domain is "img2img". A request that cannot be finished
-    within its deadline is refused on arrival: DEADLINE_EXCEEDED with the reason DEADLINE_UNMEETABLE, whose metadata has
-    "estimate_seconds", the seconds that the server would take, such as "12.345". Every answer's initial metadata has
-    "x-request-id", the name of the call in the server's log: the one that the caller sent under that key (1 to 64 letters, digits
-    and _ . : -), or a new one. An error has it in its trailing metadata and its ErrorInfo.
+    Every error is a google.rpc.Status with an ErrorInfo whose reason is stable and whose domain is "img2img". An invalid field has a
+    BadRequest violation, and a full queue RetryInfo. A request that cannot meet its deadline is refused on arrival with
+    DEADLINE_EXCEEDED and the reason DEADLINE_UNMEETABLE; its metadata has the estimated duration in "estimate_seconds", such as
+    "12.345". The initial metadata of every response has "x-request-id", the id of the call in the server's log: the value that the
+    caller sent under that key (1 to 64 letters, digits and _ . : -), or a new one. An error has it in its trailing metadata and its
+    ErrorInfo.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     Transform: _aio.UnaryUnaryMultiCallable[_image_to_image_pb2.TransformRequest, _image_to_image_pb2.TransformResponse]  # type: ignore[assignment]
-    """Transforms one picture and answers when it is done."""
+    """Transforms one image and returns the result."""
     TransformStream: _aio.UnaryStreamMultiCallable[_image_to_image_pb2.TransformStreamRequest, _image_to_image_pb2.TransformStreamResponse]  # type: ignore[assignment]
-    """Transforms one picture and tells how it goes: queued, again whenever its place in the queue changes, started, one
-    progress event a step, completed. Ends with either a completed event or an error status. Cancelling the call frees the device at the next step.
+    """Transforms one image and streams its progress: queued (repeated if its position in the queue changes), started, one progress
+    event per step, completed. Ends with either a completed event or an error status. Cancelling the call frees the device at the
+    next step.
     """
 
 class ImageToImageServiceServicer(metaclass=_abc_1.ABCMeta):
-    """Turns pictures into other pictures with diffusion models.
+    """Transforms images with diffusion models.
 
-    Every error is a google.rpc.Status. A wrong field is named by a BadRequest violation, a full queue carries RetryInfo,
-    and each error carries an ErrorInfo whose reason is stable and whose domain is "img2img". A request that cannot be finished
-    within its deadline is refused on arrival: DEADLINE_EXCEEDED with the reason DEADLINE_UNMEETABLE, whose metadata has
-    "estimate_seconds", the seconds that the server would take, such as "12.345". Every answer's initial metadata has
-    "x-request-id", the name of the call in the server's log: the one that the caller sent under that key (1 to 64 letters, digits
-    and _ . : -), or a new one. An error has it in its trailing metadata and its ErrorInfo.
+    Every error is a google.rpc.Status with an ErrorInfo whose reason is stable and whose domain is "img2img". An invalid field has a
+    BadRequest violation, and a full queue RetryInfo. A request that cannot meet its deadline is refused on arrival with
+    DEADLINE_EXCEEDED and the reason DEADLINE_UNMEETABLE; its metadata has the estimated duration in "estimate_seconds", such as
+    "12.345". The initial metadata of every response has "x-request-id", the id of the call in the server's log: the value that the
+    caller sent under that key (1 to 64 letters, digits and _ . : -), or a new one. An error has it in its trailing metadata and its
+    ErrorInfo.
     """
 
     @_abc_1.abstractmethod
@@ -85,7 +87,7 @@ class ImageToImageServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _image_to_image_pb2.TransformRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_image_to_image_pb2.TransformResponse, _abc.Awaitable[_image_to_image_pb2.TransformResponse]]:
-        """Transforms one picture and answers when it is done."""
+        """Transforms one image and returns the result."""
 
     @_abc_1.abstractmethod
     def TransformStream(
@@ -93,8 +95,9 @@ class ImageToImageServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _image_to_image_pb2.TransformStreamRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_image_to_image_pb2.TransformStreamResponse], _abc.AsyncIterator[_image_to_image_pb2.TransformStreamResponse]]:
-        """Transforms one picture and tells how it goes: queued, again whenever its place in the queue changes, started, one
-        progress event a step, completed. Ends with either a completed event or an error status. Cancelling the call frees the device at the next step.
+        """Transforms one image and streams its progress: queued (repeated if its position in the queue changes), started, one progress
+        event per step, completed. Ends with either a completed event or an error status. Cancelling the call frees the device at the
+        next step.
         """
 
 def add_ImageToImageServiceServicer_to_server(servicer: ImageToImageServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -27,33 +27,33 @@ class _EngineState:
 class _EngineStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_EngineState.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
     ENGINE_STATE_UNSPECIFIED: _EngineState.ValueType  # 0
-    """Not known."""
+    """Unknown."""
     ENGINE_STATE_BUILDING: _EngineState.ValueType  # 1
-    """Being built, by a process of its own, or waiting for its turn."""
+    """Being built in a subprocess, or waiting to be built."""
     ENGINE_STATE_CHECKING: _EngineState.ValueType  # 2
-    """Built. Loaded beside the one that serves, it draws the bundle's reference pictures and is timed."""
+    """Built and loaded beside the engine in use; its reference images and speed are being checked."""
     ENGINE_STATE_SERVING: _EngineState.ValueType  # 3
-    """Took over: it runs the model."""
+    """In use: it runs the model."""
     ENGINE_STATE_REJECTED: _EngineState.ValueType  # 4
-    """Built, but its pictures differ or it is not faster. The detail says which."""
+    """Built, but its images differ or it is not faster; see detail."""
     ENGINE_STATE_FAILED: _EngineState.ValueType  # 5
-    """Could not be built, loaded or run."""
+    """Failed to build, load or run."""
 
 class EngineState(_EngineState, metaclass=_EngineStateEnumTypeWrapper):
-    """How far an engine has come that may take over."""
+    """The state of a candidate engine."""
 
 ENGINE_STATE_UNSPECIFIED: EngineState.ValueType  # 0
-"""Not known."""
+"""Unknown."""
 ENGINE_STATE_BUILDING: EngineState.ValueType  # 1
-"""Being built, by a process of its own, or waiting for its turn."""
+"""Being built in a subprocess, or waiting to be built."""
 ENGINE_STATE_CHECKING: EngineState.ValueType  # 2
-"""Built. Loaded beside the one that serves, it draws the bundle's reference pictures and is timed."""
+"""Built and loaded beside the engine in use; its reference images and speed are being checked."""
 ENGINE_STATE_SERVING: EngineState.ValueType  # 3
-"""Took over: it runs the model."""
+"""In use: it runs the model."""
 ENGINE_STATE_REJECTED: EngineState.ValueType  # 4
-"""Built, but its pictures differ or it is not faster. The detail says which."""
+"""Built, but its images differ or it is not faster; see detail."""
 ENGINE_STATE_FAILED: EngineState.ValueType  # 5
-"""Could not be built, loaded or run."""
+"""Failed to build, load or run."""
 Global___EngineState: _TypeAlias = EngineState  # noqa: Y015
 
 class _ModelState:
@@ -63,34 +63,34 @@ class _ModelState:
 class _ModelStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ModelState.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
     MODEL_STATE_UNSPECIFIED: _ModelState.ValueType  # 0
-    """Not known."""
+    """Unknown."""
     MODEL_STATE_UNLOADED: _ModelState.ValueType  # 1
     """In the store, not in memory."""
     MODEL_STATE_LOADING: _ModelState.ValueType  # 2
-    """On its way into memory."""
+    """Being loaded."""
     MODEL_STATE_READY: _ModelState.ValueType  # 3
-    """In memory: takes requests."""
+    """In memory, accepts requests."""
     MODEL_STATE_FAILED: _ModelState.ValueType  # 4
-    """Its bundle is damaged or does not load; the server's log says why."""
+    """Its bundle is damaged or fails to load; the server's log has the reason."""
 
 class ModelState(_ModelState, metaclass=_ModelStateEnumTypeWrapper):
-    """Whether a model is ready."""
+    """The state of a model."""
 
 MODEL_STATE_UNSPECIFIED: ModelState.ValueType  # 0
-"""Not known."""
+"""Unknown."""
 MODEL_STATE_UNLOADED: ModelState.ValueType  # 1
 """In the store, not in memory."""
 MODEL_STATE_LOADING: ModelState.ValueType  # 2
-"""On its way into memory."""
+"""Being loaded."""
 MODEL_STATE_READY: ModelState.ValueType  # 3
-"""In memory: takes requests."""
+"""In memory, accepts requests."""
 MODEL_STATE_FAILED: ModelState.ValueType  # 4
-"""Its bundle is damaged or does not load; the server's log says why."""
+"""Its bundle is damaged or fails to load; the server's log has the reason."""
 Global___ModelState: _TypeAlias = ModelState  # noqa: Y015
 
 @_typing.final
 class Model(_message.Message):
-    """A model of the server's store."""
+    """A model in the server's store."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -113,35 +113,35 @@ class Model(_message.Message):
     family: _builtins.str
     """The family of its architecture, such as "stable-diffusion-xl"."""
     pipeline_class: _builtins.str
-    """The diffusers class whose img2img it runs."""
+    """The diffusers pipeline class."""
     backend: _builtins.str
-    """What its bundle holds: "onnx" or "torch"."""
+    """The format of its bundle: "onnx" or "torch"."""
     backend_reason: _builtins.str
-    """Why the backend is torch; empty where it is not."""
+    """The reason why the backend is torch, else empty."""
     engine: _builtins.str
-    """What runs it here, such as "onnx:cpu"; empty unless it is ready."""
+    """The engine that runs it, such as "onnx:cpu"; empty unless it is ready."""
     state: Global___ModelState.ValueType
-    """Whether it is ready."""
+    """The state of the model."""
     size_multiple: _builtins.int
     """Width and height of a result are multiples of this many pixels; 0 unless it is ready."""
     is_default: _builtins.bool
-    """Whether it is the model of requests that name none."""
+    """Whether it is used for requests without a model."""
     memory_bytes: _builtins.int
-    """Bytes that it takes, as was measured when it was loaded; 0 where that is not known."""
+    """Bytes of memory, measured when it was loaded; 0 if unknown."""
     detail: _builtins.str
-    """What is being done to make it ready, or why it is not; for people to read."""
+    """A readable text: the current loading step, or why the model is not ready."""
     @_builtins.property
     def source(self) -> _image_to_image_pb2.ModelReference:
-        """Where it was exported from. Its path is not set, as that would tell of the server's disk; the model's own is its id."""
+        """The source of its export. Its path is unset, so that local paths are not disclosed."""
 
     @_builtins.property
     def schedulers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """The names that a request's scheduler may have; empty where the model has only its own, or is not ready."""
+        """The names that a request's scheduler may have; empty if the model supports only its own scheduler, or is not ready."""
 
     @_builtins.property
     def engines(self) -> _containers.RepeatedCompositeFieldContainer[Global___EngineStatus]:
-        """Engines that are being built in the background, or have been, to take over from the one that it was loaded with. `engine`
-        names the one that runs it now.
+        """Candidate engines that are or were built in the background to replace the engine that it was loaded with. `engine` names the
+        engine in use.
         """
 
     def __init__(
@@ -172,8 +172,8 @@ Global___Model: _TypeAlias = Model  # noqa: Y015
 
 @_typing.final
 class EngineStatus(_message.Message):
-    """An engine that takes over once it is built, its pictures match the bundle's and it is faster. Until then, and where it
-    is not, the model is served as it was.
+    """A candidate engine. It replaces the engine in use once it is built, if its images match the bundle's references and it is
+    faster.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -183,13 +183,13 @@ class EngineStatus(_message.Message):
     DETAIL_FIELD_NUMBER: _builtins.int
     PROGRESS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """What it is, such as "onnx:tensorrt"."""
+    """The name, such as "onnx:tensorrt"."""
     state: Global___EngineState.ValueType
-    """How far it has come."""
+    """The state."""
     detail: _builtins.str
-    """What is being done, how it did, or why it does not serve; for people to read."""
+    """A readable text: the current work, the result, or why it is not used."""
     progress: _builtins.float
-    """The share of the building, or of the checking, that is done, from 0 to 1."""
+    """The progress of the build or the check, from 0 to 1."""
     def __init__(
         self,
         *,
@@ -208,7 +208,7 @@ Global___EngineStatus: _TypeAlias = EngineStatus  # noqa: Y015
 
 @_typing.final
 class ListModelsRequest(_message.Message):
-    """Asks for every model."""
+    """Requests the list of models."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -225,14 +225,14 @@ Global___ListModelsRequest: _TypeAlias = ListModelsRequest  # noqa: Y015
 
 @_typing.final
 class ListModelsResponse(_message.Message):
-    """Every model of the store."""
+    """All models that the caller may use."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     MODELS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def models(self) -> _containers.RepeatedCompositeFieldContainer[Global___Model]:
-        """In order of id."""
+        """Ordered by id."""
 
     def __init__(
         self,
@@ -249,13 +249,13 @@ Global___ListModelsResponse: _TypeAlias = ListModelsResponse  # noqa: Y015
 
 @_typing.final
 class GetModelRequest(_message.Message):
-    """Asks about one model."""
+    """Requests one model."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     ID_FIELD_NUMBER: _builtins.int
     id: _builtins.str
-    """Its id. Required."""
+    """The model's id. Required."""
     def __init__(
         self,
         *,
@@ -295,17 +295,17 @@ Global___GetModelResponse: _TypeAlias = GetModelResponse  # noqa: Y015
 
 @_typing.final
 class LoadModelRequest(_message.Message):
-    """Asks for a model to be made ready."""
+    """Requests loading a model."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     ID_FIELD_NUMBER: _builtins.int
     SOURCE_FIELD_NUMBER: _builtins.int
     id: _builtins.str
-    """Its id. Exactly one of id and source is to be set."""
+    """The model's id. Exactly one of id and source must be set."""
     @_builtins.property
     def source(self) -> _image_to_image_pb2.ModelReference:
-        """What it was, or is to be, exported from: the repository to take it from, where it is not in the store."""
+        """The source of the model; the repository to download it from if it is not in the store."""
 
     def __init__(
         self,
@@ -323,7 +323,7 @@ Global___LoadModelRequest: _TypeAlias = LoadModelRequest  # noqa: Y015
 
 @_typing.final
 class LoadModelResponse(_message.Message):
-    """The model as it is now."""
+    """The model after the call."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -347,13 +347,13 @@ Global___LoadModelResponse: _TypeAlias = LoadModelResponse  # noqa: Y015
 
 @_typing.final
 class UnloadModelRequest(_message.Message):
-    """Asks for a model's memory to be freed."""
+    """Requests unloading a model."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     ID_FIELD_NUMBER: _builtins.int
     id: _builtins.str
-    """Its id. Required."""
+    """The model's id. Required."""
     def __init__(
         self,
         *,
@@ -369,14 +369,14 @@ Global___UnloadModelRequest: _TypeAlias = UnloadModelRequest  # noqa: Y015
 
 @_typing.final
 class UnloadModelResponse(_message.Message):
-    """The model as it is now."""
+    """The model after the call."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     MODEL_FIELD_NUMBER: _builtins.int
     FREED_BYTES_FIELD_NUMBER: _builtins.int
     freed_bytes: _builtins.int
-    """Bytes that the server's memory has shrunk by, as was measured; 0 where it was not in memory."""
+    """Measured reduction of the server's memory in bytes; 0 if the model was not in memory."""
     @_builtins.property
     def model(self) -> Global___Model:
         """The model."""

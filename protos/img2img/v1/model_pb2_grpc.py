@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class ModelServiceStub:
-    """Tells which models the server has and which of them are ready.
+    """Lists, loads and unloads the server's models.
     """
 
     def __init__(self, channel):
@@ -58,34 +58,34 @@ class ModelServiceStub:
 
 
 class ModelServiceServicer:
-    """Tells which models the server has and which of them are ready.
+    """Lists, loads and unloads the server's models.
     """
 
     def ListModels(self, request, context):
-        """Lists every model of the store that the caller may use, in order of id.
+        """Lists all models that the caller may use, ordered by id.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetModel(self, request, context):
-        """Tells about one model. NOT_FOUND where there is none that the caller may use.
+        """Returns one model. NOT_FOUND if it does not exist or the caller may not use it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def LoadModel(self, request, context):
-        """Makes a model ready to run, and answers when it is. Where the server allows downloads, a model that is not in its store is
-        exported into it first. Needs a token that allows it, where the server asks for tokens.
+        """Loads a model, and returns when it is ready. If the server allows downloads, a model that is not in its store is exported into
+        it first. Requires an admin token if the server uses tokens.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def UnloadModel(self, request, context):
-        """Frees a model's memory once the requests that run on it have ended, and answers when that is done. New requests for it wait
-        until it is loaded again, or are refused. Needs a token that allows it, where the server asks for tokens.
+        """Frees a model's memory after its running requests have ended, and returns when that is done. New requests wait until it is
+        loaded again, or are refused. Requires an admin token if the server uses tokens.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -123,7 +123,7 @@ def add_ModelServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class ModelService:
-    """Tells which models the server has and which of them are ready.
+    """Lists, loads and unloads the server's models.
     """
 
     @staticmethod

@@ -27,45 +27,45 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class ModelServiceStub:
-    """Tells which models the server has and which of them are ready."""
+    """Lists, loads and unloads the server's models."""
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> ModelServiceAsyncStub: ...
     ListModels: _grpc.UnaryUnaryMultiCallable[_model_pb2.ListModelsRequest, _model_pb2.ListModelsResponse]
-    """Lists every model of the store that the caller may use, in order of id."""
+    """Lists all models that the caller may use, ordered by id."""
     GetModel: _grpc.UnaryUnaryMultiCallable[_model_pb2.GetModelRequest, _model_pb2.GetModelResponse]
-    """Tells about one model. NOT_FOUND where there is none that the caller may use."""
+    """Returns one model. NOT_FOUND if it does not exist or the caller may not use it."""
     LoadModel: _grpc.UnaryUnaryMultiCallable[_model_pb2.LoadModelRequest, _model_pb2.LoadModelResponse]
-    """Makes a model ready to run, and answers when it is. Where the server allows downloads, a model that is not in its store is
-    exported into it first. Needs a token that allows it, where the server asks for tokens.
+    """Loads a model, and returns when it is ready. If the server allows downloads, a model that is not in its store is exported into
+    it first. Requires an admin token if the server uses tokens.
     """
     UnloadModel: _grpc.UnaryUnaryMultiCallable[_model_pb2.UnloadModelRequest, _model_pb2.UnloadModelResponse]
-    """Frees a model's memory once the requests that run on it have ended, and answers when that is done. New requests for it wait
-    until it is loaded again, or are refused. Needs a token that allows it, where the server asks for tokens.
+    """Frees a model's memory after its running requests have ended, and returns when that is done. New requests wait until it is
+    loaded again, or are refused. Requires an admin token if the server uses tokens.
     """
 
 @_typing.type_check_only
 class ModelServiceAsyncStub(ModelServiceStub):
-    """Tells which models the server has and which of them are ready."""
+    """Lists, loads and unloads the server's models."""
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     ListModels: _aio.UnaryUnaryMultiCallable[_model_pb2.ListModelsRequest, _model_pb2.ListModelsResponse]  # type: ignore[assignment]
-    """Lists every model of the store that the caller may use, in order of id."""
+    """Lists all models that the caller may use, ordered by id."""
     GetModel: _aio.UnaryUnaryMultiCallable[_model_pb2.GetModelRequest, _model_pb2.GetModelResponse]  # type: ignore[assignment]
-    """Tells about one model. NOT_FOUND where there is none that the caller may use."""
+    """Returns one model. NOT_FOUND if it does not exist or the caller may not use it."""
     LoadModel: _aio.UnaryUnaryMultiCallable[_model_pb2.LoadModelRequest, _model_pb2.LoadModelResponse]  # type: ignore[assignment]
-    """Makes a model ready to run, and answers when it is. Where the server allows downloads, a model that is not in its store is
-    exported into it first. Needs a token that allows it, where the server asks for tokens.
+    """Loads a model, and returns when it is ready. If the server allows downloads, a model that is not in its store is exported into
+    it first. Requires an admin token if the server uses tokens.
     """
     UnloadModel: _aio.UnaryUnaryMultiCallable[_model_pb2.UnloadModelRequest, _model_pb2.UnloadModelResponse]  # type: ignore[assignment]
-    """Frees a model's memory once the requests that run on it have ended, and answers when that is done. New requests for it wait
-    until it is loaded again, or are refused. Needs a token that allows it, where the server asks for tokens.
+    """Frees a model's memory after its running requests have ended, and returns when that is done. New requests wait until it is
+    loaded again, or are refused. Requires an admin token if the server uses tokens.
     """
 
 class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
-    """Tells which models the server has and which of them are ready."""
+    """Lists, loads and unloads the server's models."""
 
     @_abc_1.abstractmethod
     def ListModels(
@@ -73,7 +73,7 @@ class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _model_pb2.ListModelsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_model_pb2.ListModelsResponse, _abc.Awaitable[_model_pb2.ListModelsResponse]]:
-        """Lists every model of the store that the caller may use, in order of id."""
+        """Lists all models that the caller may use, ordered by id."""
 
     @_abc_1.abstractmethod
     def GetModel(
@@ -81,7 +81,7 @@ class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _model_pb2.GetModelRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_model_pb2.GetModelResponse, _abc.Awaitable[_model_pb2.GetModelResponse]]:
-        """Tells about one model. NOT_FOUND where there is none that the caller may use."""
+        """Returns one model. NOT_FOUND if it does not exist or the caller may not use it."""
 
     @_abc_1.abstractmethod
     def LoadModel(
@@ -89,8 +89,8 @@ class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _model_pb2.LoadModelRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_model_pb2.LoadModelResponse, _abc.Awaitable[_model_pb2.LoadModelResponse]]:
-        """Makes a model ready to run, and answers when it is. Where the server allows downloads, a model that is not in its store is
-        exported into it first. Needs a token that allows it, where the server asks for tokens.
+        """Loads a model, and returns when it is ready. If the server allows downloads, a model that is not in its store is exported into
+        it first. Requires an admin token if the server uses tokens.
         """
 
     @_abc_1.abstractmethod
@@ -99,8 +99,8 @@ class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _model_pb2.UnloadModelRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_model_pb2.UnloadModelResponse, _abc.Awaitable[_model_pb2.UnloadModelResponse]]:
-        """Frees a model's memory once the requests that run on it have ended, and answers when that is done. New requests for it wait
-        until it is loaded again, or are refused. Needs a token that allows it, where the server asks for tokens.
+        """Frees a model's memory after its running requests have ended, and returns when that is done. New requests wait until it is
+        loaded again, or are refused. Requires an admin token if the server uses tokens.
         """
 
 def add_ModelServiceServicer_to_server(servicer: ModelServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

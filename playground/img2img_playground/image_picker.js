@@ -1,5 +1,5 @@
-// Takes a picture by drop (anywhere on the page), paste or choice, and sends its file to the playground's own server.
-// What is wrong with the file, that server says; here only what would take long to send is refused beforehand.
+// Accepts an image by drop (anywhere on the page), paste or file choice, and uploads the file to the playground's server, which
+// validates it. Only too large files are refused here.
 export default {
   props: { url: String, accept: String, mostBytes: Number, compact: Boolean, hint: String },
   emits: ["refused"],
@@ -38,7 +38,7 @@ export default {
     },
     choose(event) {
       this.send(event.target.files[0]);
-      event.target.value = ""; // So that the same file can be chosen again.
+      event.target.value = ""; // Allows choosing the same file again.
     },
     async send(file) {
       if (!file || this.sending) return;
@@ -59,7 +59,7 @@ export default {
       <label tabindex="0" role="button" @keydown.enter.prevent="$refs.file.click()" @keydown.space.prevent="$refs.file.click()">
         <input ref="file" type="file" :accept="accept" @change="choose" tabindex="-1" aria-hidden="true" />
         <span class="picker-icon material-icons" aria-hidden="true">{{ compact ? "swap_horiz" : "add_photo_alternate" }}</span>
-        <span class="picker-title">{{ sending ? "Reading ..." : compact ? "Change picture" : "Drop a picture here" }}</span>
+        <span class="picker-title">{{ sending ? "Reading ..." : compact ? "Change image" : "Drop an image here" }}</span>
         <span v-if="!compact" class="picker-hint">{{ hint }}</span>
       </label>
       <div v-if="over" class="picker-veil" aria-hidden="true">Drop it anywhere</div>

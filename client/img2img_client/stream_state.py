@@ -1,7 +1,7 @@
-"""The state of a stream: which events the caller has, so that a retry continues where the connection was lost.
+"""The state of a stream: the events already delivered, so that a retry continues where the connection was lost.
 
-`Started` has the first image's seed, and the others follow from it: a retry with this seed makes the same images on any server.
-No event is delivered twice.
+`Started` has the seed of the first image, which determines the others: a retry with this seed generates the same images on any
+server. No event is delivered twice.
 """
 
 from img2img.v1 import image_to_image_pb2 as messages
@@ -10,10 +10,10 @@ from img2img_client.errors import Img2ImgError, ServerFailed
 from img2img_client.values import Progress, Queued, Started, TransformEvent
 
 
-class Story:
-    """One transform as its caller sees it, whatever attempts it takes. `request` is what the next attempt asks for.
+class StreamState:
+    """The state of one transform across attempts. `request` is the request of the next attempt.
 
-    `begun` where the attempt that runs has been answered with anything.
+    `begun`: the current attempt has received a response.
     """
 
     def __init__(self, request: messages.TransformRequest) -> None:
@@ -23,9 +23,8 @@ class Story:
         self._step = 0
         self._again = False
 
-    def tell(self, event: TransformEvent) -> TransformEvent | None:
-        """The event, where it is news to the caller, else None: once it has started, nothing is queued again, and no step
-        comes back."""
+    def accept(self, event: TransformEvent) -> TransformEvent | None:
+        """The event if it is new to the caller, else None: after Started, a retry's Queued and repeated steps are dropped."""
         if self._again and self._is_known(event):
             return None
         if isinstance(event, Started):
@@ -36,7 +35,7 @@ class Story:
         return event
 
     def lost(self) -> bool:
-        """Takes notice that the attempt failed. Returns whether it had been answered with anything."""
+        """Records that the attempt failed. Returns whether it had received a response."""
         begun, self.begun, self._again = self.begun, False, True
         return begun
 
@@ -47,5 +46,5 @@ class Story:
 
 
 def ended_without_result(request_id: str) -> Img2ImgError:
-    """The error of a stream that ended well and gave nothing."""
+    """The error of a stream that ended with status OK but without a result."""
     return ServerFailed("the server ended the stream without a result", status="INTERNAL", request_id=request_id)

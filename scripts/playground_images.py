@@ -1,6 +1,6 @@
-"""Makes docs/images/playground*.png again: the demo's model behind a server, its page in a headless Chromium.
+"""Regenerates docs/images/playground*.png with the demo model, a server and a headless Chromium.
 
-.venv/bin/python scripts/playground_pictures.py    after scripts/demo, which makes the bundle
+Run scripts/demo first, which makes the bundle, then .venv/bin/python scripts/playground_images.py
 """
 
 import asyncio
@@ -29,7 +29,7 @@ _SECONDS_TO_SERVE = 120.0
 
 @contextmanager
 def _serving(folder: Path) -> Iterator[str]:
-    """Serves the demo's bundle and gives the target."""
+    """Serves the demo's bundle and yields the server's address."""
     port = folder / "port"
     words = [
         str(Path(sys.executable).parent / "img2img"),
@@ -55,7 +55,7 @@ def _serving(folder: Path) -> Iterator[str]:
         process.wait()
 
 
-async def _draw(address: str) -> None:
+async def _take_screenshots(address: str) -> None:
     async with browsing() as browser:
         for name, width, dark in (("playground", 1280, False), ("playground-dark", 1280, True), ("playground-phone", 390, True)):
             visitor = await Visitor.open(browser, address, width=width, height=1030 if width > 900 else 844, dark=dark)
@@ -74,12 +74,12 @@ async def _draw(address: str) -> None:
 
 
 def main() -> None:
-    """Draws all of them."""
+    """Takes all screenshots."""
     if not MODELS.is_dir():
-        raise SystemExit(f"{MODELS} is not there: run scripts/demo first")
+        raise SystemExit(f"{MODELS} does not exist: run scripts/demo first")
     IMAGES.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder, _serving(Path(folder)) as target, playground(target, Path(folder)) as address:
-        asyncio.run(_draw(address))
+        asyncio.run(_take_screenshots(address))
     for path in sorted(IMAGES.glob("playground*.png")):
         print(f"{path.relative_to(REPOSITORY)}  {path.stat().st_size // 1024} KiB")
 

@@ -1,6 +1,5 @@
-// The picture in the middle of the page: the source, with the preview over it while a run is on, or source and result as two
-// stacked images of which a range input uncovers one. The range input fills the picture, so that it can be dragged anywhere,
-// and keys move it as they move any range input.
+// The image in the middle of the page: the source, with the preview over it during a run, or the source clipped over the result
+// by a range input. The range input fills the image, so it can be dragged anywhere and moved with the keyboard.
 export default {
   props: {
     before: String,
@@ -19,12 +18,12 @@ export default {
       if (now !== then) this.position = 50;
     },
     busy(now) {
-      // On a phone the button is at the bottom, and the picture may be out of sight.
+      // On a phone the button is at the bottom, and the image may be out of view.
       if (now) this.$el.scrollIntoView({ block: "nearest" });
     },
   },
   template: `
-    <div class="stage-picture" :class="{ busy }" :style="{ '--ratio': width / height }">
+    <div class="stage-image" :class="{ busy }" :style="{ '--ratio': width / height }">
       <img v-if="after" class="after" :src="after" alt="The result" draggable="false" />
       <img class="before" :src="before" :alt="'The source: ' + beforeName" draggable="false"
            :style="after ? { clipPath: 'inset(0 ' + (100 - position) + '% 0 0)' } : {}" />

@@ -1,4 +1,4 @@
-"""Pictures that the page shows: checked once when they come in, then only kept and sent."""
+"""Images of the page: validated once when uploaded, then stored and served unchanged."""
 
 import io
 import re
@@ -9,29 +9,29 @@ from dataclasses import dataclass, field
 from PIL import Image
 
 MAX_BYTES = 32 * 2**20
-"""Of one file. A server takes 16 MiB unless its operator says otherwise; what is beyond its limit, it refuses itself."""
+"""Maximum bytes of a file. A server has its own limit, 16 MiB by default."""
 
 MAX_PIXELS = 100_000_000
-"""Of one image: what a browser would have to decode. A server's own limit is 32 million unless its operator says otherwise."""
+"""Maximum pixels of an image, which the browser has to decode. A server has its own limit, 32 million by default."""
 
 _TEXTS = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
-"""Chunks of a PNG that Pillow refuses if they are large, and that nothing here needs."""
+"""PNG chunks that Pillow refuses if they are large, and that are not needed here."""
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
-"""What both a server reads and every browser shows."""
+"""Formats that the server reads and all browsers display."""
 
 _PNG = b"\x89PNG\r\n\x1a\n"
 _ORIENTATION = 0x0112
 _LONGEST_NAME = 80
 
 
-class UnusablePicture(Exception):
+class UnusableImage(Exception):
     """A file that the page cannot use as an image. The text is shown to the user."""
 
 
 @dataclass(frozen=True, slots=True)
-class Picture:
-    """An image's file. `width` and `height` are in pixels, upright; `name` is a file's name without a folder."""
+class ImageFile:
+    """An image file. `width` and `height` are in pixels after EXIF orientation; `name` has no directory."""
 
     name: str
     media_type: str
@@ -46,33 +46,33 @@ class Picture:
         return self.name.rpartition(".")[0] or self.name
 
 
-def read_picture(data: bytes, name: str) -> Picture:
-    """Looks at a file's header, decodes no pixels. Raises UnusablePicture."""
+def read_image(data: bytes, name: str) -> ImageFile:
+    """Reads a file's header without decoding pixels. Raises UnusableImage."""
     if not data:
-        raise UnusablePicture("The file is empty.")
+        raise UnusableImage("The file is empty.")
     if len(data) > MAX_BYTES:
-        raise UnusablePicture(f"The file is larger than {MAX_BYTES // 2**20} MiB.")
+        raise UnusableImage(f"The file is larger than {MAX_BYTES // 2**20} MiB.")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # What is too large is found below, and malformed metadata does not matter.
+            warnings.simplefilter("ignore")  # The size is checked below, and malformed metadata does not matter.
             image = Image.open(io.BytesIO(_without_texts(data)), formats=FORMATS)
     except Image.DecompressionBombError:
-        raise UnusablePicture(f"The picture has more than {MAX_PIXELS // 10**6} million pixels.") from None
+        raise UnusableImage(f"The image has more than {MAX_PIXELS // 10**6} million pixels.") from None
     except Exception:  # noqa: BLE001 - Pillow raises anything for a malformed header
-        raise UnusablePicture(f"This is no picture in a format that works here: {', '.join(FORMATS)}.") from None
+        raise UnusableImage(f"This is not an image in a supported format: {', '.join(FORMATS)}.") from None
     with image:
         width, height = image.size
         if width * height > MAX_PIXELS:
-            raise UnusablePicture(f"The picture has {width} x {height} pixels, the most is {MAX_PIXELS // 10**6} million.")
-        assert image.format is not None, "what is opened has a format"
-        if _lies_on_its_side(image):
+            raise UnusableImage(f"The image has {width} x {height} pixels; the maximum is {MAX_PIXELS // 10**6} million.")
+        assert image.format is not None, "an opened image has a format"
+        if _is_rotated(image):
             width, height = height, width
         kind = "jpeg" if image.format == "MPO" else image.format.lower()  # Pillow's name for a JPEG of several images
-        return Picture(_tidy(name) or f"picture.{kind}", f"image/{kind}", width, height, data)
+        return ImageFile(_tidy(name) or f"image.{kind}", f"image/{kind}", width, height, data)
 
 
 def _without_texts(data: bytes) -> bytes:
-    """A PNG without its texts, any other file as it is."""
+    """A PNG without its text chunks; any other file unchanged."""
     if not data.startswith(_PNG):
         return data
     kept, at = [_PNG], len(_PNG)
@@ -84,8 +84,8 @@ def _without_texts(data: bytes) -> bytes:
     return b"".join(kept)
 
 
-def _lies_on_its_side(image: Image.Image) -> bool:
-    """Whether a viewer turns it by 90 degrees. Only what the header says: getexif() of a PNG would decode its pixels."""
+def _is_rotated(image: Image.Image) -> bool:
+    """Whether the EXIF orientation rotates the image by 90 degrees. Reads the header only: getexif() of a PNG decodes pixels."""
     exif = image.info.get("exif")
     if not isinstance(exif, bytes):
         return False
@@ -98,7 +98,7 @@ def _lies_on_its_side(image: Image.Image) -> bool:
 
 
 def _tidy(name: str) -> str:
-    """The name without folders and what cannot be printed, not too long, its suffix kept."""
+    """The name without directories and unprintable characters, shortened but with its suffix."""
     name = re.split(r"[/\\]", name)[-1]
     name = "".join(letter for letter in name if letter.isprintable()).strip().lstrip(".")
     stem, dot, suffix = name.rpartition(".")
