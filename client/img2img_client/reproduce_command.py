@@ -1,4 +1,4 @@
-"""`img2img reproduce FILE`: sends the request that made an image again, and compares the images."""
+"""`img2img reproduce FILE`: repeats the request recorded in an image file, and compares the images."""
 
 import argparse
 import io
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from img2img_client.connection import add_connection_flags, connect, target_of
 from img2img_client.errors import Img2ImgError
-from img2img_client.reporting import attempt, complain, describe_error
+from img2img_client.reporting import attempt, describe_error, print_error
 from img2img_client.values import ModelReference, TransformResult
 
 if TYPE_CHECKING:
@@ -25,15 +25,15 @@ examples:
   img2img reproduce sunset.png --image photo.jpg --output again.png --max-difference 2
   img2img reproduce sunset.png                        if the source was an asset that the server still has
 
-FILE is an image that a server made with --provenance text or c2pa. The file holds the settings, but not the source image.
+FILE is an image that a server made with --provenance text or c2pa. The file contains the settings, but not the source image.
 
-exit status: 0 reproduced; 1 the images differ by more than --max-difference, or the request failed; 2 arguments that cannot work
+exit status: 0 reproduced; 1 the images differ by more than --max-difference, or the request failed; 2 invalid arguments
 """
 
 
 @dataclass(frozen=True, slots=True)
 class ImageDifference:
-    """How far two images of the same size are apart: the largest and the mean difference of a channel in steps of 1/255, and the
+    """The difference of two images of the same size: the largest and the mean difference per channel in steps of 1/255, and the
     PSNR in dB (None if they are identical)."""
 
     largest: int
@@ -42,7 +42,7 @@ class ImageDifference:
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    """Declares the flags."""
+    """Adds the command's flags to `parser`."""
     parser.epilog = _EPILOG
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("file", metavar="FILE", type=Path, help="the image to reproduce: PNG, JPEG or WebP")
@@ -53,12 +53,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-difference", type=int, metavar="N", help="fail if a channel of a pixel differs by more than N of 255"
     )
-    parser.add_argument("--json", action="store_true", help="print the outcome as JSON")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
     add_connection_flags(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Reproduces and compares. Returns 0, 1 for a failure or too large a difference, 2 for arguments that cannot work."""
+    """Reproduces and compares. Returns 0, 1 for a failure or too large a difference, or 2 for invalid arguments."""
     failed: list[str] = []
 
     def work() -> None:
@@ -79,11 +79,11 @@ def run(arguments: argparse.Namespace) -> int:
             failed.append(f"the images differ by {difference.largest} of 255, the limit is {arguments.max_difference}")
 
     status = attempt(PROGRAM, target_of(arguments), work)
-    return complain(PROGRAM, failed[0]) if failed else status
+    return print_error(PROGRAM, failed[0]) if failed else status
 
 
 def compare(first: bytes, second: bytes) -> ImageDifference:
-    """How far two image files are apart. ValueError if their sizes differ."""
+    """The difference of two image files. Raises ValueError if their sizes differ."""
     from PIL import Image, ImageChops, ImageStat
 
     images = [Image.open(io.BytesIO(data)).convert("RGB") for data in (first, second)]
@@ -111,7 +111,7 @@ def _source(arguments: argparse.Namespace, record: Mapping[str, Any]) -> "ImageI
 
 
 def _options(record: Mapping[str, Any]) -> "TransformOptions":
-    """The request that the record describes. ValueError if a field of it is missing or of a wrong type."""
+    """The request in the record. Raises ValueError if a field is missing or has a wrong type."""
 
     def field(name: str, *kinds: type) -> Any:
         value = record.get(name)
@@ -136,10 +136,10 @@ def _options(record: Mapping[str, Any]) -> "TransformOptions":
 
 
 def _send(arguments: argparse.Namespace, source: "ImageInput", options: "TransformOptions") -> TransformResult:
-    def say(made: int, error: Img2ImgError, wait: float) -> None:
-        complain(PROGRAM, f"{describe_error(error, target_of(arguments))}; trying again in {wait:.1f} s")
+    def report(made: int, error: Img2ImgError, wait: float) -> None:
+        print_error(PROGRAM, f"{describe_error(error, target_of(arguments))}; retrying in {wait:.1f} s")
 
-    with connect(arguments, say) as client:
+    with connect(arguments, report) as client:
         return client.transform(source, **options)
 
 
@@ -152,7 +152,7 @@ _COMPARED = {
 
 
 def _changed(before: Mapping[str, Any], after: Mapping[str, Any] | None) -> list[str]:
-    """What may explain a difference, a line each."""
+    """Possible reasons for a difference, one per line."""
     if after is None:
         return []
     return [
