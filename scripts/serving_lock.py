@@ -18,7 +18,7 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[1]
 DEPLOY = ROOT / "deploy"
-COMMON = ("s3", "telemetry", "kserve")
+COMMON = ("s3", "telemetry", "kserve", "http")
 EXTRAS = {"cpu": ("server", "openvino", *COMMON), "cuda": ("server-gpu", *COMMON)}
 """The extras of pyproject.toml in each image. requirements-ray.lock has the additional packages of the extra `ray`."""
 CUDA_ONLY = re.compile(r"nvidia-.+|cuda-.+|triton|onnxruntime-gpu")

@@ -255,6 +255,14 @@ class ServerConfig:
         False, "accept messages compressed with gzip or deflate; a small message can then take as much memory as the largest"
     )
     kserve: bool = setting(False, "also serve the KServe v2 protocol, for Triton's clients, on the same port")
+    http_port: int | None = setting(
+        None,
+        "also serve OpenAI's image API over HTTP on this port, with the same host, TLS and tokens; 0 takes a free one "
+        "(default: no HTTP)",
+        metavar="PORT",
+        least=0,
+        most=65535,
+    )
     engine: Literal["local", "ray"] = setting(
         "local", "where models run: local (in this process) or ray (in replicas on a Ray cluster)", choices=("local", "ray")
     )

@@ -28,6 +28,7 @@ UNUSED = (
     *("onnx", "onnxscript", "optimum", "torchvision", "skimage", "pandas", "matplotlib", "IPython"),
     *("ray", "fastapi", "nicegui", "tritonclient", "opentelemetry", "prometheus_client", "aiohttp", "rich", "hypothesis"),
     *("img2img_export", "img2img_client", "img2img_playground"),
+    *("starlette", "uvicorn", "httptools", "python_multipart", "img2img_server.api.http"),
     *("img2img_server.backends.ray", "img2img_server.api.kserve", "img2img_server.tools.top", "img2img_server.telemetry.metrics"),
 )
 """What only exports, clients, tests, options that are off and other backends need."""

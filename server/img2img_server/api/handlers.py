@@ -42,9 +42,14 @@ class Handlers(grpc.GenericRpcHandler):
         return None if self.ready else _STARTING
 
 
+def starting() -> ServerStarting:
+    """The error of a call that comes before the services are ready."""
+    return ServerStarting("the server is starting and loads its models: try again later", _RETRY_AFTER)
+
+
 async def _refuse(requests: Any, context: Any) -> Any:
     """Refuses a call before its message is read."""
-    raise ServerStarting("the server is starting and loads its models: try again later", _RETRY_AFTER)
+    raise starting()
 
 
 _STARTING: "grpc.RpcMethodHandler[Any, Any]" = grpc.stream_unary_rpc_method_handler(_refuse)

@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -34,6 +35,9 @@ from img2img_server.sources.reading import Sources
 from img2img_server.support.distribution import install_hint
 from img2img_server.support.threads import in_thread
 from img2img_server.telemetry.telemetry import Telemetry
+
+if TYPE_CHECKING:
+    from img2img_server.api.http.front import HttpFront
 
 _log = logging.getLogger(__name__)
 
@@ -72,7 +76,9 @@ class Server:
         self._failed = asyncio.Event()
         self._memory = ImageMemory(config.codecs.memory)
         self._codecs = Codecs(_processes(config.codecs.decoders), _processes(config.codecs.encoders), self._memory)
+        self._readers = Readers(config.reader_timeout)
         self._server: grpc.aio.Server | None = None
+        self._http: HttpFront | None = None
         self._handlers = Handlers()
         self._stopped = False
         self._stuck = False
@@ -88,6 +94,11 @@ class Server:
     def metrics_port(self) -> int | None:
         """Where metrics are served, None where they are not."""
         return self._telemetry.metrics_port
+
+    @property
+    def http_port(self) -> int | None:
+        """Where OpenAI's image API is served, None where it is not."""
+        return None if self._http is None else self._http.port
 
     @property
     def stuck(self) -> bool:
@@ -107,11 +118,7 @@ class Server:
             _reserve(self._config.port_file)
         self._provenance = Provenance(self._config.provenance)
         self._telemetry.start()
-        self._server = server = self._make_server(access)
-        await server.start()
-        for name in self._names:
-            self._health.set(name, False)
-        _log.info("listening on %s:%d, not ready yet", self._config.host, self.port)
+        await self._listen(access)
         try:
             await self._open()
         except Exception:
@@ -141,7 +148,7 @@ class Server:
         await self._backend.drain(self._config.grace)
         self._health.close()
         # What has ended still has to be encoded and sent.
-        await self._server.stop(_SENDING)
+        await self._close_ports(_SENDING)
         await self._codecs.close()
         await self._sources.close()
         await self._assets.close()
@@ -158,13 +165,25 @@ class Server:
             return
         self._health.close()
         await self._backend.abandon(ShuttingDown("the server stopped before the request was finished"))
-        await self._server.stop(_TELLING)
+        await self._close_ports(_TELLING)
         self._codecs.kill()
         self._backend.close_now()
 
     async def failed(self) -> None:
         """Returns when the server can serve no more: its engine is stuck, and only the process's end can cure that."""
         await self._failed.wait()
+
+    async def _listen(self, access: Access) -> None:
+        """Opens the ports, whose calls are refused until `_add_services`."""
+        if self._config.http_port is not None:
+            self._http = _http_front(self._config, access, self._telemetry, self._readers, self._health)
+        self._server = self._make_server(access)
+        await self._server.start()
+        if self._http is not None:
+            await self._http.open()
+        for name in self._names:
+            self._health.set(name, False)
+        _log.info("listening on %s:%d, not ready yet", self._config.host, self.port)
 
     async def _open(self) -> None:
         """Opens everything that requests need."""
@@ -175,13 +194,18 @@ class Server:
 
     async def _close_unserved(self) -> None:
         """Closes the port and everything else that is open, before the server is ready."""
-        if self._server is not None:
-            await self._server.stop(grace=None)
+        await self._close_ports(0.0)
         self._telemetry.close()
         await self._codecs.close()
         await self._sources.close()
         await self._assets.close()
         await self._backend.close()
+
+    async def _close_ports(self, seconds: float) -> None:
+        """Ends the calls of both fronts, whose clients have so many seconds to read their answers."""
+        grpc_end = () if self._server is None else (self._server.stop(seconds or None),)
+        http_end = () if self._http is None else (self._http.close(seconds),)
+        await asyncio.gather(*grpc_end, *http_end)
 
     async def _give_up(self, why: str) -> None:
         """Tells everybody who waits that this server is lost."""
@@ -207,7 +231,7 @@ class Server:
                     self._telemetry,
                     self._memory,
                     partial(transport.message_bytes, self._config),
-                    Readers(self._config.reader_timeout),
+                    self._readers,
                 )
             ],
             options=transport.options(self._config),
@@ -235,9 +259,10 @@ class Server:
         image_to_image_pb2_grpc.add_ImageToImageServiceServicer_to_server(transforms, handlers.as_server)
         model_service = ModelService(models, residency)
         model_pb2_grpc.add_ModelServiceServicer_to_server(model_service, handlers.as_server)
-        asset_pb2_grpc.add_AssetServiceServicer_to_server(
-            AssetService(self._assets, self._config.image_limits, self._codecs), handlers.as_server
-        )
+        assets = AssetService(self._assets, self._config.image_limits, self._codecs)
+        asset_pb2_grpc.add_AssetServiceServicer_to_server(assets, handlers.as_server)
+        if self._http is not None:
+            self._http.serve(transforms, model_service, assets, runner, self._memory)
         if self._config.kserve:
             from img2img_server.api.kserve import service as kserve
 
@@ -282,6 +307,19 @@ def _write_port(path: Path, port: int) -> None:
 
 def _part(path: Path) -> Path:
     return path.with_name(f".{path.name}.part")
+
+
+def _http_front(
+    config: ServerConfig, access: Access, telemetry: Telemetry, readers: Readers, health: HealthServicer
+) -> "HttpFront":
+    """The HTTP front. Raises ValueError if its packages cannot be imported, or it cannot listen on this host."""
+    if config.host.startswith("unix:"):
+        raise ValueError("http_port needs an address to listen on: host is a Unix socket")
+    try:
+        from img2img_server.api.http.front import HttpFront
+    except ImportError as error:
+        raise ValueError(f"http_port needs '{error.name}': {install_hint('http')}") from None
+    return HttpFront(config, access, telemetry, readers, health)
 
 
 def _require_kserve() -> None:

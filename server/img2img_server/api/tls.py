@@ -4,6 +4,7 @@ import ipaddress
 import logging
 import ssl
 import stat
+from collections.abc import Sequence
 from pathlib import Path
 
 import grpc
@@ -107,6 +108,29 @@ class Certificates:
         if self._paths[1].stat().st_mode & _OPEN_TO_OTHERS:
             _log.warning("%s is readable or writable by other users of this machine: run chmod 600 on it", self._paths[1])
         return grpc.ssl_server_certificate_configuration([(key, certificate)], client_ca[0] if client_ca else None)
+
+
+def server_context(settings: TlsSettings, protocols: Sequence[str]) -> ssl.SSLContext:
+    """TLS of a port that Python's ssl serves, with `protocols` for ALPN. Renewed files are used from the next handshake on."""
+
+    def make(contents: Contents) -> ssl.SSLContext:
+        certificate, key, *client_ca = _paths(settings)
+        _check_files(certificate, key, *client_ca)
+        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=client_ca[0] if client_ca else None)
+        context.verify_mode = ssl.CERT_REQUIRED if client_ca else ssl.CERT_NONE
+        context.load_cert_chain(certificate, key)
+        context.set_alpn_protocols(list(protocols))
+        return context
+
+    paths = _paths(settings)
+    watched = FileReloader("TLS certificates of HTTP", lambda: tuple(map(_read_file, paths)), make)
+
+    def take_newest(connection: ssl.SSLObject, name: str | None, context: ssl.SSLContext) -> None:
+        watched.look()
+        connection.context = watched.value
+
+    watched.value.sni_callback = take_newest
+    return watched.value
 
 
 def _paths(settings: TlsSettings) -> tuple[Path, ...]:

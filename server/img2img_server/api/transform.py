@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -101,13 +101,21 @@ class ImageToImageService(pb_grpc.ImageToImageServiceServicer):
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def Transform(self, request: pb.TransformRequest, context: Any) -> pb.TransformResponse:
-        """Runs one transform and answers when it is done."""
+        """Runs one transform and returns its result."""
+        return await self.transform(request, context, lambda accepted: None)
+
+    async def transform(
+        self, request: pb.TransformRequest, context: Any, accept: Callable[[Accepted], object]
+    ) -> pb.TransformResponse:
+        """Transform for any front. `accept` is called once the request is in the queue."""
         with self._engine.reserve(current().client) as slot:
             async with AsyncExitStack() as lease:
                 job = await self._parse(request, context, lease, previews=False)
                 async with self._room(job) as room, aclosing(self._follow(job.request, slot, lease, progress=False)) as events:
                     async for event in events:
-                        if isinstance(event, Completed):
+                        if isinstance(event, Accepted):
+                            accept(event)
+                        elif isinstance(event, Completed):
                             return await self._response(job, event, room)
         raise AssertionError("the engine ends every request")
 

@@ -4,7 +4,7 @@ import asyncio
 import logging
 import resource
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Awaitable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -134,11 +134,15 @@ class Readers:
 
     async def write(self, context: Any, response: Any, client: str) -> None:
         """Sends one message. Raises ReaderTooSlow if the client does not take it in time."""
-        limit = self._seconds + response.ByteSize() / _BYTES_PER_SECOND if self._seconds else None
+        await self.within(context.write(response), response.ByteSize(), client)
+
+    async def within(self, writing: Awaitable[None], size: int, client: str) -> None:
+        """Awaits what writes `size` bytes to a client. Raises ReaderTooSlow if the client does not take them in time."""
+        limit = self._seconds + size / _BYTES_PER_SECOND if self._seconds else None
         with self._unread_after(_SLOW, client):
             try:
                 async with asyncio.timeout(limit) as timeout:
-                    await context.write(response)
+                    await writing
             except TimeoutError:
                 if not timeout.expired():
                     raise

@@ -2,7 +2,7 @@
 
 import platform
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 from wsgiref.simple_server import WSGIServer
@@ -120,6 +120,10 @@ class Metrics:
     def serves(self, service: ServiceDescriptor) -> None:
         """Counts calls of this service's methods by their names."""
         self._methods |= _names(service)
+
+    def names(self, methods: Mapping[str, str]) -> None:
+        """Counts calls of these methods by their names."""
+        self._methods |= methods
 
     def began(self, record: Record) -> None:
         """Counts a call that begins."""

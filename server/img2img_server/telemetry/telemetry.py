@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING
@@ -32,6 +32,7 @@ _access = logging.getLogger(ACCESS)
 
 _QUIET = (
     *("/grpc.health.v1.Health/", "/grpc.reflection."),
+    *("GET /health", "GET /ready"),
     *(f"/inference.GRPCInferenceService/{name}" for name in ("ServerLive", "ServerReady", "ModelReady")),
 )
 """Methods that are asked again and again and tell of nobody's work: their lines are for DEBUG, and they leave no traces."""
@@ -94,6 +95,11 @@ class Telemetry:
         """From now on, tells of the methods of `service`, too, by their names."""
         if self._metrics is not None:
             self._metrics.serves(service)
+
+    def names(self, methods: Mapping[str, str]) -> None:
+        """From now on, tells of these methods, too, each by its name."""
+        if self._metrics is not None:
+            self._metrics.names(methods)
 
     @contextmanager
     def call(self, call: Call) -> Iterator[Outcome]:

@@ -1,0 +1,138 @@
+"""The ASGI application: each request becomes a Call, is admitted, observed and answered as a gRPC call is."""
+
+import asyncio
+import logging
+from asyncio import CancelledError
+from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
+from contextlib import asynccontextmanager
+from typing import Any
+
+from starlette.exceptions import HTTPException
+from starlette.routing import Route, Router
+
+from img2img_server.access.access import Access
+from img2img_server.api.handlers import starting
+from img2img_server.api.health import HealthServicer
+from img2img_server.api.http import openapi
+from img2img_server.api.http.errors import MethodNotAllowed, PathNotFound
+from img2img_server.api.http.exchange import ClientLeft, Exchange, Receive, Send
+from img2img_server.api.http.images import Images
+from img2img_server.api.http.models import Models
+from img2img_server.api.interceptors import call_of, given_up, let_go
+from img2img_server.api.transport import Readers
+from img2img_server.errors import DeadlineExpired, ServerError
+from img2img_server.support.call import Call, answering
+from img2img_server.telemetry.telemetry import Outcome, Telemetry
+
+_log = logging.getLogger(__name__)
+
+Handler = Callable[[Exchange, Call], Awaitable[None]]
+PAGES = {"GET /openapi.json": "openapi.json", "GET /docs": "docs"}
+_OPEN = ("GET /health", "GET /ready", *PAGES)
+"""What needs no token, as gRPC's health checks: it tells nothing of models and clients."""
+
+
+class App:
+    """Answers every path of this API. `serve` gives it what answers requests; until then they are refused with ServerStarting."""
+
+    def __init__(self, access: Access, telemetry: Telemetry, readers: Readers, health: HealthServicer) -> None:
+        self._access, self._telemetry, self._readers, self._health = access, telemetry, readers, health
+        self._images: Images | None = None
+        self._models: Models | None = None
+        self._handlers: dict[str, Handler] = {
+            "POST /v1/images/edits": lambda exchange, call: self._ready(self._images).edit(exchange, call, variation=False),
+            "POST /v1/images/variations": lambda exchange, call: self._ready(self._images).edit(exchange, call, variation=True),
+            "GET /v1/assets/{id}": lambda exchange, call: self._ready(self._images).asset(exchange),
+            "GET /v1/models": lambda exchange, call: self._ready(self._models).list(exchange),
+            "GET /v1/models/{id:path}": lambda exchange, call: self._ready(self._models).get(exchange),
+            "GET /health": self._is_live,
+            "GET /ready": self._is_ready,
+            **dict.fromkeys(PAGES, openapi.answer),
+        }
+        self._router = Router([self._route(*method.split(" ")) for method in self._handlers], redirect_slashes=False)
+        telemetry.names({method: method for method in self._handlers})
+
+    def serve(self, images: Images, models: Models) -> None:
+        """From now on every request is answered."""
+        self._images, self._models = images, models
+
+    async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+        """Answers one request."""
+        scope["app"] = self  # so that the router raises what it would else answer in its own form
+        try:
+            await self._router(scope, receive, send)
+        except HTTPException as error:
+            allowed = (error.headers or {}).get("Allow")
+            found = PathNotFound("there is no such path: /docs lists them") if allowed is None else MethodNotAllowed(allowed)
+            await Exchange(scope, receive, send, self._readers).fail(found)
+
+    def _route(self, verb: str, path: str) -> Route:
+        return Route(path, _Endpoint(self, f"{verb} {path}"), methods=[verb])
+
+    async def answer(self, method: str, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+        """Answers a request by the handler of `method`, such as "GET /v1/models"."""
+        exchange = Exchange(scope, receive, send, self._readers)
+        call = call_of(method, exchange.metadata, exchange.peer)
+        exchange.request_id, exchange.client = call.request_id, call.client
+        with self._telemetry.call(call) as outcome:
+            try:
+                async with self._answering(exchange, call, outcome) as admitted:
+                    await self._handlers[method](exchange, admitted)
+            except ClientLeft:
+                outcome.status = given_up(exchange.time_remaining())
+            except CancelledError:
+                outcome.status = "CANCELLED"  # the server ends: the connection has been closed
+            except Exception as caught:  # noqa: BLE001 - the service's edge
+                await self._fail(exchange, call, caught, outcome)
+
+    @asynccontextmanager
+    async def _answering(self, exchange: Exchange, call: Call, outcome: Outcome) -> AsyncIterator[Call]:
+        """Within the block the request is admitted, and has the time that its client gives it."""
+        if call.method in _OPEN:
+            yield call
+            return
+        with self._access.admitted(call, exchange.metadata) as admitted, answering(admitted):
+            outcome.client = exchange.client = admitted.client
+            self._readers.check(admitted.client)
+            seconds = exchange.read_timeout()
+            try:
+                async with asyncio.timeout(seconds) as timeout:
+                    yield admitted
+            except TimeoutError:
+                if not timeout.expired():
+                    raise
+                raise DeadlineExpired(f"the request did not finish within its timeout of {seconds:g} s") from None
+
+    async def _fail(self, exchange: Exchange, call: Call, caught: Exception, outcome: Outcome) -> None:
+        error = caught
+        if not isinstance(error, ServerError):
+            _log.error("%s failed", call.method, exc_info=error, extra={"request_id": call.request_id})
+            error = ServerError("internal server error")
+        outcome.status, outcome.reason = error.status, error.reason
+        let_go(caught)
+        try:
+            await exchange.fail(error)
+        except ServerError:  # it does not read that either
+            await exchange.abort()
+
+    async def _is_live(self, exchange: Exchange, call: Call) -> None:
+        await exchange.answer(200, b'{"status":"ok"}', {})
+
+    async def _is_ready(self, exchange: Exchange, call: Call) -> None:
+        ready = self._health.is_serving()
+        await exchange.answer(200 if ready else 503, b'{"status":"%s"}' % (b"ready" if ready else b"not ready"), {})
+
+    def _ready(self, service: Any) -> Any:
+        if service is None:
+            raise starting()
+        return service
+
+
+class _Endpoint:
+    """What the router calls for one method."""
+
+    def __init__(self, app: App, method: str) -> None:
+        self._app, self._method = app, method
+
+    async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+        await self._app.answer(self._method, scope, receive, send)

@@ -1,0 +1,281 @@
+"""The fields of a form -> TransformRequest. Only their form is checked here; what values may be is the parser's."""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from img2img.v1 import image_to_image_pb2 as pb
+
+from img2img_server.api.http.forms import Part, shown
+from img2img_server.config import DEFAULT_GUIDANCE, DEFAULT_STEPS, DEFAULT_STRENGTH, MAX_GUIDANCE, MAX_PROMPT
+from img2img_server.errors import InvalidField
+
+_WHOLE = re.compile(r"[+-]?[0-9]{1,19}")
+_NUMBER = re.compile(r"[+-]?([0-9]{1,40}\.?[0-9]{0,40}|\.[0-9]{1,40})([eE][+-]?[0-9]{1,4})?")
+_SIZE = re.compile(r"([0-9]{1,19})[xX]([0-9]{1,19})")
+_ADDRESS = re.compile(rb"[A-Za-z][A-Za-z0-9+.-]{0,15}:")
+"""How an address begins, and no image file."""
+_SWITCH = {"true": True, "1": True, "false": False, "0": False}
+_FORMATS = {name.removeprefix("OUTPUT_FORMAT_").lower(): number for name, number in pb.OutputFormat.items() if number}
+_STEPS = {
+    "auto": DEFAULT_STEPS,
+    "low": DEFAULT_STEPS // 2,
+    "medium": DEFAULT_STEPS,
+    "standard": DEFAULT_STEPS,
+    "high": 2 * DEFAULT_STEPS,
+    "hd": 2 * DEFAULT_STEPS,
+}
+"""The steps that a quality stands for, unless num_inference_steps is set."""
+VARIATION_STRENGTH = 0.5
+"""How far a variation leaves its source by default. It has no prompt to follow instead."""
+_NO_GUIDANCE = 1.0
+MAX_PARTIAL_IMAGES = 100
+
+
+@dataclass(slots=True)
+class Draft:
+    """A request, as far as its fields have been read. `as_url`: its images are kept as assets, and their addresses sent."""
+
+    message: pb.TransformRequest = field(default_factory=pb.TransformRequest)
+    quality: str = "auto"
+    size: str = "auto"
+    stream: bool = False
+    partial_images: int = 0
+    as_url: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class FormField:
+    """A field of the form, as it is read and documented. `put` takes its name and value, and raises InvalidField. `schema` is its
+    OpenAPI schema; an `extension` is not one of OpenAI's."""
+
+    name: str
+    put: Callable[[Draft, str, str], None]
+    schema: dict[str, Any]
+    help: str
+    extension: bool = False
+
+
+def read(parts: Sequence[Part], variation: bool) -> Draft:
+    """The request of a form. A `variation` needs no prompt. Raises InvalidField, which names the first wrong field."""
+    draft, seen = Draft(), set[str]()
+    for part in parts:
+        name = "image" if part.name == "image[]" else part.name
+        if name == "image":
+            if name in seen:
+                raise InvalidField(name, "several images are not supported: send one image")
+            _put_image(draft, part)
+        elif name in _BY_NAME:
+            if name in seen:
+                raise InvalidField(name, "the field is set more than once")
+            _BY_NAME[name].put(draft, name, part.text)
+        else:
+            raise InvalidField(shown(name), _UNSUPPORTED.get(name, "unknown field: /openapi.json lists the fields"))
+        seen.add(name)
+    _fill(draft, variation)
+    return draft
+
+
+def _fill(draft: Draft, variation: bool) -> None:
+    """Sets what follows from other fields, and this API's own defaults."""
+    message = draft.message
+    if not message.HasField("prompt"):
+        if not variation:
+            raise InvalidField("prompt", "a prompt is required: describe what the image should become")
+        message.prompt = ""
+        if not message.HasField("guidance_scale"):
+            message.guidance_scale = _NO_GUIDANCE
+    if variation and not message.HasField("strength"):
+        message.strength = VARIATION_STRENGTH
+    if not message.HasField("num_inference_steps"):
+        message.num_inference_steps = _STEPS[draft.quality]
+    if draft.size == "auto":
+        message.fit.native_area.SetInParent()
+    message.output.as_asset = draft.as_url
+    if draft.stream and draft.partial_images:
+        strength = message.strength if message.HasField("strength") else DEFAULT_STRENGTH
+        steps = int(message.num_inference_steps * min(strength, 1.0))
+        message.preview_interval = max(1, -(-steps // (draft.partial_images + 1)))
+
+
+def _put_image(draft: Draft, part: Part) -> None:
+    data = bytes(part.data)
+    if not part.is_file and _ADDRESS.match(data):
+        draft.message.image.uri = part.text
+    else:
+        draft.message.image.data = data
+
+
+def _text(draft: Draft, name: str, value: str) -> None:
+    setattr(draft.message, name, value)
+
+
+def _number(draft: Draft, name: str, value: str) -> None:
+    if not _NUMBER.fullmatch(value):
+        raise InvalidField(name, f"'{shown(value)}' is not a number")
+    setattr(draft.message, name, float(value))
+
+
+def _integer(draft: Draft, name: str, value: str) -> None:
+    if not _WHOLE.fullmatch(value):
+        raise InvalidField(name, f"'{shown(value)}' is not a whole number")
+    _set(draft.message, name, name, int(value))
+
+
+def _set(message: Any, attribute: str, name: str, value: int) -> None:
+    try:
+        setattr(message, attribute, value)
+    except ValueError:  # of protobuf: more bits than the field has
+        raise InvalidField(name, f"{value} is out of range") from None
+
+
+def _put_model(draft: Draft, name: str, value: str) -> None:
+    draft.message.model.path = value
+
+
+def _put_count(draft: Draft, name: str, value: str) -> None:
+    if not _WHOLE.fullmatch(value):
+        raise InvalidField(name, f"'{shown(value)}' is not a whole number")
+    _set(draft.message, "image_count", name, int(value))
+
+
+def _put_size(draft: Draft, name: str, value: str) -> None:
+    draft.size = value.lower()
+    if draft.size in ("auto", "source"):
+        return
+    if not (found := _SIZE.fullmatch(draft.size)):
+        raise InvalidField(name, f"'{shown(value)}' is neither WIDTHxHEIGHT, such as 768x512, nor auto, nor source")
+    _set(draft.message, "width", name, int(found[1]))
+    _set(draft.message, "height", name, int(found[2]))
+
+
+def _one_of(name: str, value: str, known: Sequence[str]) -> str:
+    if value.lower() not in known:
+        raise InvalidField(name, f"'{shown(value)}' is not one of {', '.join(known)}")
+    return value.lower()
+
+
+def _put_quality(draft: Draft, name: str, value: str) -> None:
+    draft.quality = _one_of(name, value, tuple(_STEPS))
+
+
+def _put_format(draft: Draft, name: str, value: str) -> None:
+    draft.message.output.format = _FORMATS["jpeg" if value.lower() == "jpg" else _one_of(name, value, tuple(_FORMATS))]
+
+
+def _put_compression(draft: Draft, name: str, value: str) -> None:
+    if not _WHOLE.fullmatch(value):
+        raise InvalidField(name, f"'{shown(value)}' is not a whole number")
+    _set(draft.message.output, "quality", name, int(value) or 1)  # OpenAI's scale begins at 0
+
+
+def _put_response_format(draft: Draft, name: str, value: str) -> None:
+    draft.as_url = _one_of(name, value, ("b64_json", "url")) == "url"
+
+
+def _put_stream(draft: Draft, name: str, value: str) -> None:
+    draft.stream = _SWITCH[_one_of(name, value, tuple(_SWITCH))]
+
+
+def _put_partial_images(draft: Draft, name: str, value: str) -> None:
+    if not _WHOLE.fullmatch(value) or not 0 <= int(value) <= MAX_PARTIAL_IMAGES:
+        raise InvalidField(name, f"'{shown(value)}' is not a whole number in 0 to {MAX_PARTIAL_IMAGES}")
+    draft.partial_images = int(value)
+
+
+def _put_background(draft: Draft, name: str, value: str) -> None:
+    if value.lower() == "transparent":
+        raise InvalidField(name, "transparent backgrounds are not supported: results are opaque")
+    _one_of(name, value, ("auto", "opaque"))
+
+
+def _accept(draft: Draft, name: str, value: str) -> None:
+    """For what OpenAI's servers note and this one does not need."""
+
+
+FIELDS = (
+    FormField("prompt", _text, {"type": "string", "maxLength": MAX_PROMPT}, "What the image should become. Required for edits"),
+    FormField("model", _put_model, {"type": "string"}, "Id of the model, as GET /v1/models lists it. Default: the server's own"),
+    FormField("n", _put_count, {"type": "integer", "minimum": 1, "default": 1}, "Number of images, at most --max-image-count"),
+    FormField(
+        "size",
+        _put_size,
+        {"type": "string", "default": "auto"},
+        "WIDTHxHEIGHT in pixels, such as 768x512; auto: the source's aspect, with as many pixels as the model was trained on; "
+        "source: the source's size",
+    ),
+    FormField(
+        "quality",
+        _put_quality,
+        {"type": "string", "enum": list(_STEPS), "default": "auto"},
+        "The number of steps, unless num_inference_steps is set: "
+        f"low {_STEPS['low']}, auto, medium and standard {DEFAULT_STEPS}, high and hd {_STEPS['high']}",
+    ),
+    FormField("output_format", _put_format, {"type": "string", "enum": list(_FORMATS), "default": "png"}, "Format of the images"),
+    FormField(
+        "output_compression",
+        _put_compression,
+        {"type": "integer", "minimum": 0, "maximum": 100, "default": 90},
+        "Quality of JPEG and WebP; no effect on PNG",
+    ),
+    FormField(
+        "response_format",
+        _put_response_format,
+        {"type": "string", "enum": ["b64_json", "url"], "default": "b64_json"},
+        "b64_json: images are in the answer; url: images are kept as assets, and their addresses sent",
+    ),
+    FormField(
+        "stream",
+        _put_stream,
+        {"type": "boolean", "default": False},
+        "Answer with server-sent events as the request proceeds",
+    ),
+    FormField(
+        "partial_images",
+        _put_partial_images,
+        {"type": "integer", "minimum": 0, "maximum": MAX_PARTIAL_IMAGES, "default": 0},
+        "With stream: the most previews to send, JPEGs of an eighth of the result's width and height",
+    ),
+    FormField("background", _put_background, {"type": "string", "enum": ["auto", "opaque"]}, "Results are opaque"),
+    FormField("user", _accept, {"type": "string"}, "Accepted for compatibility. Clients are known by their tokens"),
+    FormField("negative_prompt", _text, {"type": "string", "maxLength": MAX_PROMPT}, "What the image should not become", True),
+    FormField(
+        "strength",
+        _number,
+        {"type": "number", "exclusiveMinimum": 0, "maximum": 1},
+        f"How far to leave the source. Default: {DEFAULT_STRENGTH} for edits, {VARIATION_STRENGTH} for variations",
+        True,
+    ),
+    FormField(
+        "num_inference_steps",
+        _integer,
+        {"type": "integer", "minimum": 1},
+        "Steps of the whole schedule, of which strength times as many run; at most --max-steps (100). Default: by quality",
+        True,
+    ),
+    FormField(
+        "guidance_scale",
+        _number,
+        {"type": "number", "minimum": 0, "maximum": MAX_GUIDANCE},
+        f"Classifier-free guidance. Default: {DEFAULT_GUIDANCE}, and 1 for variations without a prompt",
+        True,
+    ),
+    FormField(
+        "seed",
+        _integer,
+        {"type": "integer", "minimum": -1, "default": -1},
+        "Seed of the first image; the next ones take seed + 1, seed + 2 ...; -1: random",
+        True,
+    ),
+    FormField("scheduler", _text, {"type": "string"}, "A scheduler that GET /v1/models lists. Default: the model's own", True),
+)
+"""Every field but `image`."""
+_BY_NAME = {one.name: one for one in FIELDS}
+_UNSUPPORTED = {
+    "mask": "masks are not supported by this server: send the image without a mask",
+    "loras": "LoRAs are not supported in requests: export a model with its LoRAs (img2img export --lora)",
+    "controls": "controls are not supported by this server",
+    "input_fidelity": "input_fidelity is not supported: set strength, which says how far to leave the source",
+}
+"""Fields that OpenAI's API or a later version of this one has, and why they are refused."""
