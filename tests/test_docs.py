@@ -32,6 +32,7 @@ _FLAGS_OF = {
     "docs/monitoring.md": ("serve", "top", "models"),
     "docs/playground.md": ("playground",),
     "docs/kserve.md": ("serve",),
+    "docs/http.md": ("serve",),
     "docs/operations.md": ("serve", "top", "export", "models", "transform", "token"),
     "docs/reliability.md": ("serve",),
     "docs/security.md": ("serve", "token", "models"),

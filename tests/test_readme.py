@@ -10,6 +10,7 @@ import os
 import re
 import shlex
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -61,6 +62,13 @@ def _start(command: str, folder: Path) -> "tuple[subprocess.Popen[bytes], str]":
     return process, port.read_text().strip()
 
 
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
 def _certify(folder: Path) -> None:
     """Puts there what a person brings: a certificate and its key."""
     authority = trustme.CA()
@@ -75,11 +83,12 @@ def test_the_readme_does_what_it_says(
 ) -> None:
     if exported == "before":
         shutil.copytree(bundle("demo"), folder / "models" / "demo")
-    port, said = "50051", ""
+    port, said, http = "50051", "", _free_port()
     for language, block in BLOCKS:
         if block.strip() in SCRIPTS:
             continue
         block = block.replace("localhost:50051", f"localhost:{port}")
+        block = block.replace("localhost:8000", f"localhost:{http}").replace("--http-port 8000", f"--http-port {http}")
         if language == "python":
             result = subprocess.run([sys.executable, "-c", block], cwd=folder, capture_output=True, text=True, timeout=120)
             assert result.returncode == 0, result.stderr
