@@ -60,7 +60,7 @@ def test_every_field_of_an_edit_reaches_the_model(client: openai.OpenAI, pipelin
         prompt="a lake",
         model="m",
         n=2,
-        size="16x8",  # type: ignore[arg-type] # OpenAI's sizes are others
+        size="16x8",  # OpenAI's sizes are others
         quality="high",
         output_format="jpeg",
         output_compression=50,

@@ -73,10 +73,10 @@ def test_tokens_are_those_of_grpc(tmp_path: Path, pipeline: FakePipeline) -> Non
             with pytest.raises(openai.RateLimitError) as caught:
                 client.images.edit(image=png(), prompt="a lake", model="m")
             assert (caught.value.code, caught.value.type) == ("RATE_LIMITED", "rate_limit_error")
-            headers = caught.value.response.headers
-            assert 0 < int(headers["retry-after-ms"]) <= 10_000
-            assert int(headers["retry-after"]) >= 1
-            assert headers["x-should-retry"] == "true"
+            told = caught.value.response.headers
+            assert 0 < int(told["retry-after-ms"]) <= 10_000
+            assert int(told["retry-after"]) >= 1
+            assert told["x-should-retry"] == "true"
     assert not pipeline.prepared
 
 
