@@ -26,8 +26,8 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 DEMO_MODEL = REPOSITORY / "demo" / "model"
-WHOLE = ("sd1", "sdxl", "demo")
-"""Bundles whose exports are not cut short."""
+WITH_PREVIEWS = ("sd1", "sdxl", "demo")
+"""Bundles for which the export fits a preview."""
 
 
 @pytest.hookimpl(wrapper=True)
@@ -94,7 +94,7 @@ def tiny_model(shared: Path) -> Callable[[str], Path]:
 def bundle(shared: Path, tiny_model: Callable[[str], Path]) -> Callable[[str], Path]:
     """Gives the exported bundle of a tiny model by its name, or of the demo's model for "demo"; "sd1:fp16" is one in fp16.
 
-    Those of WHOLE compare all their images and have previews; the others take less time.
+    Those of WITH_PREVIEWS have previews.
     """
 
     @functools.cache
@@ -106,7 +106,7 @@ def bundle(shared: Path, tiny_model: Callable[[str], Path]) -> Callable[[str], P
         from img2img_server.bundle.limits import Precision
         from img2img_server.bundle.manifest import check_bundle, read_manifest
         from img2img_server.errors import BundleError
-        from short_exports import cut_short
+        from short_exports import without_preview
 
         model, _, precision = name.partition(":")
         source = DEMO_MODEL if model == "demo" else tiny_model(model)
@@ -119,7 +119,7 @@ def bundle(shared: Path, tiny_model: Callable[[str], Path]) -> Callable[[str], P
             return True
 
         def export(output: Path) -> None:
-            with nullcontext() if name in WHOLE else cut_short(2):
+            with nullcontext() if name in WITH_PREVIEWS else without_preview():
                 export_model(ExportOptions(source=str(source), output=output, precision=cast(Precision, precision or "fp32")))
 
         return kept(shared, f"bundles/{name.replace(':', '-')}", good, export)
