@@ -1,4 +1,4 @@
-/** Puts the published .proto files and the licence into the package while `npm pack` makes it; `--clean` takes them out again. */
+/** Copies the published .proto files and the licence into the package for `npm pack`; `--clean` removes them. */
 
 import { cpSync, readdirSync, rmSync } from "node:fs";
 import { fileURLToPath } from "node:url";

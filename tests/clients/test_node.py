@@ -156,7 +156,7 @@ def test_tls_and_a_token(run: Run, secured: Secured, tmp_path: Path) -> None:
     assert told[0].startswith("UNAVAILABLE")
     assert "unable to verify the first certificate" in told[0]
     plain = run("models.js", "--target", "192.0.2.1:50051", "--token-file", secured.token)
-    assert "would go over the network in plain text" in plain.stderr
+    assert "would be sent over the network in plaintext" in plain.stderr
 
 
 TURNS = """

@@ -34,7 +34,7 @@ def test_a_full_queue_says_when_to_come_back(program: str, run: Run, fake: FakeS
     # Longer than is waited: the caller is told.
     fake.service.failure, fake.service.fail_before = queue_full(90.25), 0
     lines = failed(run(program, PICTURE, "out.png", target=fake.target))
-    assert lines == ["RESOURCE_EXHAUSTED (QUEUE_FULL): the queue is full", "  try again in 90.25 s"]
+    assert lines == ["RESOURCE_EXHAUSTED (QUEUE_FULL): the queue is full", "  retry in 90.25 s"]
     assert len(fake.service.requests) == 1
 
 
@@ -122,10 +122,10 @@ client.close();
 
 def test_what_is_not_of_the_contract_is_refused_before_it_is_sent(run: Run) -> None:
     assert succeeded(run(WRONG)) == [
-        "TypeError promt is no field of img2img.v1.TransformRequest",
-        "TypeError output.format is OUTPUT_FORMAT_GIF: it is one of OUTPUT_FORMAT_UNSPECIFIED, OUTPUT_FORMAT_PNG, "
+        "TypeError promt is not a field of img2img.v1.TransformRequest",
+        "TypeError output.format must be one of OUTPUT_FORMAT_UNSPECIFIED, OUTPUT_FORMAT_PNG, "
         "OUTPUT_FORMAT_JPEG, OUTPUT_FORMAT_WEBP",
-        "TypeError model.name is no field of img2img.v1.ModelReference",
+        "TypeError model.name is not a field of img2img.v1.ModelReference",
     ]
 
 

@@ -1,4 +1,4 @@
-/** Sends a picture once, transforms it twice, and fetches what the server kept of the results. */
+/** Uploads an image once, transforms it twice, and downloads the stored results. */
 
 import { readFile, writeFile } from "node:fs/promises";
 

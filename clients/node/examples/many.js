@@ -1,4 +1,4 @@
-/** Sends a picture so many times, with seeds from 0, to whichever of the servers is there: each --target is one. */
+/** Transforms an image COUNT times with seeds from 0, balanced over the servers given by --target. */
 
 import { readFile } from "node:fs/promises";
 
@@ -11,5 +11,5 @@ await run(USAGE, 2, ["steps"], async (client, [source, count], { steps }, timeou
   const request = { image: { data }, num_inference_steps: steps === undefined ? undefined : Number(steps) };
   const calls = Array.from({ length: Number(count) }, (_, seed) => client.transform({ ...request, seed }, { timeout }));
   const results = await Promise.all(calls);
-  console.log(`${results.length} pictures, seeds ${results.map((result) => result.images[0].seed).join(" ")}`);
+  console.log(`${results.length} images, seeds ${results.map((result) => result.images[0].seed).join(" ")}`);
 });

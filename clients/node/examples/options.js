@@ -1,4 +1,4 @@
-/** What every example takes: the server's address and what opens it, under the names that img2img's own commands have. */
+/** The common flags of the examples: the server's address and credentials, named like in img2img's commands. */
 
 import { readFileSync } from "node:fs";
 import { parseArgs } from "node:util";
@@ -15,10 +15,10 @@ const CONNECTION = {
 };
 
 /**
- * Runs an example: reads its arguments, connects, and says in one line what a failed call failed of.
+ * Runs an example: parses its arguments, connects, and prints an error if a call fails.
  *
- * @param {string} usage what is printed for --help and for wrong arguments
- * @param {number} count how many arguments there are beside the flags
+ * @param {string} usage printed for --help and invalid arguments
+ * @param {number} count the number of positional arguments
  * @param {string[]} flags its own flags, each with a value
  * @param {(client: Client, names: string[], values: Record<string, string | undefined>, timeout: number | undefined) =>
  *   Promise<void>} main
@@ -54,7 +54,7 @@ function describe(error) {
   return [
     `${error.code}${error.reason && ` (${error.reason})`}: ${error.message}`,
     ...error.fields.map(({ field, description }) => `  field ${field}: ${description}`),
-    ...(error.retryAfter === undefined ? [] : [`  try again in ${error.retryAfter} s`]),
+    ...(error.retryAfter === undefined ? [] : [`  retry in ${error.retryAfter} s`]),
     ...(error.estimate === undefined ? [] : [`  it would take ${error.estimate} s`]),
     ...(error.requestId ? [`  request ${error.requestId}`] : []),
   ].join("\n");

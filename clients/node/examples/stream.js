@@ -1,4 +1,4 @@
-/** Transforms a picture and shows how it goes, with previews beside the result. Ctrl-C, or --stop-at, cancels the request. */
+/** Transforms an image with progress, and writes previews beside the result. Ctrl-C and --stop-at cancel the request. */
 
 import { readFile, writeFile } from "node:fs/promises";
 

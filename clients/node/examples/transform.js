@@ -1,4 +1,4 @@
-/** Transforms a picture's file into another, and waits for it. */
+/** Transforms an image file and waits for the result. */
 
 import { readFile, writeFile } from "node:fs/promises";
 

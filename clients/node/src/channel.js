@@ -1,4 +1,4 @@
-/** How a server is reached: addresses, TLS, the token, which calls are tried again, and who gets the next one. */
+/** The channel to a server: addresses, TLS, token, load balancing and retries. */
 
 import { readFileSync } from "node:fs";
 import { isIPv4, isIPv6 } from "node:net";
@@ -6,17 +6,17 @@ import { isIPv4, isIPv6 } from "node:net";
 import grpc from "@grpc/grpc-js";
 
 /**
- * What opens a server that does not let everybody in. Every part is optional.
+ * Credentials for a server. Every part is optional.
  *
  * @typedef {object} Access
  * @property {string} [token] sent with every call, as `authorization: Bearer TOKEN`
- * @property {string} [ca] the PEM file of who signed the server's certificate; means TLS. Default: the system's roots
- * @property {string} [certificate] the PEM file of what the client shows of itself
- * @property {string} [key] the PEM file of its private key
- * @property {boolean} [allowInsecureToken] send the token without TLS, also to another machine
+ * @property {string} [ca] the PEM file of the server's CA; enables TLS. Default: the system's roots
+ * @property {string} [certificate] the PEM file of the client's certificate
+ * @property {string} [key] the PEM file of the client's private key
+ * @property {boolean} [allowInsecureToken] send the token without TLS to another machine
  */
 
-/** Bytes of the largest request, and of all that may be kept to be sent again. Answers are taken whatever their size. */
+/** Maximum bytes of a request, and of the buffer for retries. Responses have no limit. */
 export const MAX_MESSAGE_BYTES = 64 * 2 ** 20;
 
 const UNAVAILABLE_ONLY = {
@@ -28,9 +28,9 @@ const UNAVAILABLE_ONLY = {
 };
 
 /**
- * gRPC's service config: calls take turns among the addresses, and those that change nothing, or whose second attempt does what
- * the first would have, are tried again where nobody answered. UnloadModel and DeleteAsset are tried once: a second attempt would
- * find the work done. RESOURCE_EXHAUSTED is not in it, as it is often final; retry.js asks the error.
+ * gRPC's service config: round-robin load balancing, and retries of idempotent calls that ended UNAVAILABLE. UnloadModel and
+ * DeleteAsset are not retried: a second attempt would find the work of the first done. RESOURCE_EXHAUSTED is not included, since it
+ * may be permanent; retry.js handles it.
  */
 export const SERVICE_CONFIG = {
   loadBalancingConfig: [{ round_robin: {} }],
@@ -49,24 +49,24 @@ export const SERVICE_CONFIG = {
 };
 
 /**
- * What a gRPC client is made with.
+ * The arguments for a gRPC client.
  *
- * @param {string | string[]} server `host:port`, `https://host:port` for TLS, or a list of them, of IP addresses; a name stands
- *   for all of its addresses
+ * @param {string | string[]} server `host:port`, `https://host:port` for TLS, or a list of IP addresses; a name means all of its
+ *   addresses
  * @param {Access} access
  * @returns {{ target: string, credentials: import("@grpc/grpc-js").ChannelCredentials,
  *   options: import("@grpc/grpc-js").ClientOptions }}
  */
 export function channelTo(server, access) {
   const servers = typeof server === "string" ? [server] : server;
-  if (servers.length === 0) throw new TypeError("there is no server to call");
+  if (servers.length === 0) throw new TypeError("server is an empty list: pass the address of a server");
   const secure = servers.some((one) => one.startsWith("https://")) || !!(access.ca || access.certificate);
-  if (secure && servers.some((one) => one.startsWith("http://"))) throw new TypeError("either all servers have TLS or none");
-  if (!access.certificate !== !access.key) throw new TypeError("certificate and key belong together: give both or none");
+  if (secure && servers.some((one) => one.startsWith("http://"))) throw new TypeError("use https:// for all servers or for none");
+  if (!access.certificate !== !access.key) throw new TypeError("certificate and key must be given together");
   const hosts = servers.map((one) => one.replace(/^https?:\/\//, "").replace(/\/$/, ""));
   const local = hosts.every(isLocal);
   if (access.token && !secure && !local && !access.allowInsecureToken) {
-    throw new TypeError(`a token for ${hosts[0]} would go over the network in plain text: use https://, or allowInsecureToken`);
+    throw new TypeError(`the token for ${hosts[0]} would be sent over the network in plaintext: use https://, or set allowInsecureToken`);
   }
   return {
     target: targetOf(hosts),
@@ -77,15 +77,15 @@ export function channelTo(server, access) {
       "grpc.service_config": JSON.stringify(SERVICE_CONFIG),
       "grpc.max_send_message_length": MAX_MESSAGE_BYTES,
       "grpc.max_receive_message_length": -1,
-      // gRPC keeps what it may have to send again. Its default, 1 MiB, is less than many a picture has: that would be tried once.
+      // gRPC buffers requests for retries. Larger images than its default of 1 MiB would not be retried.
       "grpc.per_rpc_retry_buffer_size": MAX_MESSAGE_BYTES,
       "grpc.retry_buffer_size": 4 * MAX_MESSAGE_BYTES,
-      // A machine that has gone without a word is noticed. Servers allow a ping every 10 seconds.
+      // Detects a machine that is gone without closing its connections. Servers allow a ping every 10 seconds.
       "grpc.keepalive_time_ms": 20000,
       "grpc.keepalive_timeout_ms": 10000,
       "grpc.initial_reconnect_backoff_ms": 100,
       "grpc.max_reconnect_backoff_ms": 2000,
-      // No proxy reaches this machine; gRPC would ask $http_proxy all the same.
+      // No proxy for local addresses; gRPC would use $http_proxy.
       "grpc.enable_http_proxy": local ? 0 : 1,
     },
   };
@@ -97,7 +97,7 @@ function targetOf(hosts) {
   const names = hosts.map(nameOf);
   if (names.every(isIPv4)) return `ipv4:${hosts.join(",")}`;
   if (names.every(isIPv6)) return `ipv6:${hosts.join(",")}`;
-  throw new TypeError("several servers are named by their IP addresses, all v4 or all v6; a name stands for all it has");
+  throw new TypeError("a list of servers must have IP addresses, all IPv4 or all IPv6; to use names, pass one name with several addresses");
 }
 
 /** @param {string} host */

@@ -1,4 +1,4 @@
-/** A client of an img2img server, or of several that have the same models. */
+/** A client of one img2img server, or of several with the same models. */
 
 import { createHash } from "node:crypto";
 import { Readable } from "node:stream";
@@ -20,21 +20,21 @@ import { retrying } from "./retry.js";
  */
 
 /**
- * Of one call. `timeout` is in seconds, for all attempts together; `signal` cancels it; `requestId` is its name in the server's
- * log.
+ * Options of one call. `timeout` is in seconds, for all attempts together; `signal` cancels the call; `requestId` is its id in the
+ * server's log.
  *
  * @typedef {{ timeout?: number, signal?: AbortSignal, requestId?: string }} CallOptions
  */
 
 const CHUNK = 256 * 2 ** 10;
 
-/** Methods throw Img2ImgError for what fails, and TypeError, before anything is sent, for what is not of the contract. */
+/** Methods throw Img2ImgError if a call fails, and TypeError, before anything is sent, if a request does not match the contract. */
 export class Client {
   /**
    * Connects at the first call.
    *
    * @param {string | string[]} server `host:port`, `https://host:port` for TLS, or several of them
-   * @param {import("./channel.js").Access & { protos?: string }} [options] `protos` is a folder that has img2img/v1/*.proto
+   * @param {import("./channel.js").Access & { protos?: string }} [options] `protos` is a folder with img2img/v1/*.proto
    */
   constructor(server, options = {}) {
     const { target, credentials, options: channel } = channelTo(server, options);
@@ -42,7 +42,7 @@ export class Client {
     this.#token = options.token;
     const { ImageToImageService, ModelService, AssetService } = this.#contract.services;
     this.#images = /** @type {any} */ (new ImageToImageService(target, credentials, channel));
-    // One channel for all: so they share its connections, and take turns among the servers together.
+    // All services share one channel, its connections and its load balancing.
     const shared = { ...channel, channelOverride: this.#images.getChannel() };
     this.#models = /** @type {any} */ (new ModelService(target, credentials, shared));
     this.#assets = /** @type {any} */ (new AssetService(target, credentials, shared));
@@ -55,7 +55,7 @@ export class Client {
   /** @type {any} */ #assets;
 
   /**
-   * Transforms a picture and waits for the result. `request_id` is the name of the call in the server's log.
+   * Transforms an image and waits for the result. `request_id` is the id of the call in the server's log.
    *
    * @param {TransformRequest} request
    * @param {CallOptions} [options]
@@ -67,7 +67,7 @@ export class Client {
   }
 
   /**
-   * Transforms a picture and tells how it goes. Leaving the loop cancels the request.
+   * Transforms an image and yields progress events. Leaving the loop cancels the request.
    *
    * @param {TransformRequest} request
    * @param {CallOptions} [options]
@@ -90,7 +90,7 @@ export class Client {
   }
 
   /**
-   * Keeps a picture on the server. It checks size and SHA-256, and sees no half of a file.
+   * Stores an image on the server, which verifies size and SHA-256.
    *
    * @param {Uint8Array} file the bytes of a PNG, JPEG, WebP, GIF, BMP or TIFF file
    * @param {CallOptions} [options]
@@ -108,7 +108,7 @@ export class Client {
   }
 
   /**
-   * A picture that the server keeps, checked against the SHA-256 that it announces.
+   * Downloads a stored image and verifies its SHA-256.
    *
    * @param {string} id
    * @param {CallOptions} [options]
@@ -124,7 +124,7 @@ export class Client {
     }
     const file = Buffer.concat(chunks);
     if (createHash("sha256").update(file).digest("hex") !== announced) {
-      throw new Img2ImgError("DATA_LOSS", "the picture that came is not the one that was announced");
+      throw new Img2ImgError("DATA_LOSS", "the downloaded file does not match its SHA-256");
     }
     return file;
   }
@@ -161,7 +161,7 @@ export class Client {
   }
 
   /**
-   * A call whose answer is a stream. Fails where that does not begin; who leaves the messages cancels the call.
+   * A call with a stream of responses. Fails if the stream does not start; leaving the iteration cancels the call.
    *
    * @param {any} service
    * @param {string} method
@@ -185,7 +185,7 @@ export class Client {
         for (let each = first; !each.done; each = await next()) yield each.value;
       } finally {
         forget();
-        // What gRPC tells of the cancellation finds nobody any more.
+        // Ignores the cancellation error of gRPC.
         call.on("error", () => {});
         call.cancel();
       }
@@ -194,7 +194,7 @@ export class Client {
   }
 
   /**
-   * A call whose request is a stream.
+   * A call with a stream of requests.
    *
    * @param {string} method
    * @param {Iterable<object>} messages
@@ -214,7 +214,7 @@ export class Client {
     });
     const forget = cancelling(call, timed.signal);
     try {
-      // Whatever ends the sending early is in the answer: the server may refuse before it has read everything.
+      // The response has the cause if sending ends early: the server may refuse before it has read everything.
       const sent = pipeline(Readable.from(messages), call, { signal: answered.signal }).catch(() => {});
       const [message] = await Promise.all([answer, sent]);
       return message;
@@ -239,12 +239,12 @@ export class Client {
 }
 
 /**
- * A call's options on their way: gRPC takes its deadline from them.
+ * A call's options with an absolute deadline, which gRPC uses.
  *
  * @typedef {{ deadline?: Date, signal?: AbortSignal, requestId?: string }} Timed
  */
 
-/** Cancels a call when a signal says so. Gives what ends that. @param {{ cancel(): void }} call @param {AbortSignal} [signal] */
+/** Cancels a call on a signal. Returns a function that removes the listener. @param {{ cancel(): void }} call @param {AbortSignal} [signal] */
 function cancelling(call, signal) {
   const cancel = () => call.cancel();
   signal?.addEventListener("abort", cancel, { once: true });

@@ -1,4 +1,4 @@
-/** The contract, read from its published .proto files, and whether a request is of it. */
+/** Loads the contract from its published .proto files, and validates requests. */
 
 import { existsSync } from "node:fs";
 import { fileURLToPath } from "node:url";
@@ -8,12 +8,12 @@ import loader from "@grpc/proto-loader";
 
 const FILES = ["image_to_image", "model", "asset"].map((name) => `img2img/v1/${name}.proto`);
 
-/** In the package that `npm pack` makes, and in the repository. */
+/** The folders of the .proto files: in the package made by `npm pack`, and in the repository. */
 const FOLDERS = ["../protos", "../../../protos"].map((path) => fileURLToPath(new URL(path, import.meta.url)));
 
 /**
- * Names as in the .proto files, int64 as decimal strings (a seed has up to 63 bits, a JavaScript number 53), enums by name, and
- * for a oneof which of its fields is set.
+ * Names as in the .proto files, int64 as decimal strings (a seed has up to 63 bits, a JavaScript number 53), enums by name, and the
+ * name of the field that is set in a oneof.
  */
 const OPTIONS = { keepCase: true, longs: String, enums: String, arrays: true, defaults: true, oneofs: true };
 
@@ -24,10 +24,10 @@ const OPTIONS = { keepCase: true, longs: String, enums: String, arrays: true, de
 
 /** The services of img2img.v1, and the types of their messages. */
 export class Contract {
-  /** @param {string} [folder] that has img2img/v1/*.proto. Default: the package's own */
+  /** @param {string} [folder] the folder with img2img/v1/*.proto. Default: the package's */
   constructor(folder) {
     const found = folder ?? FOLDERS.find((one) => existsSync(`${one}/${FILES[0]}`));
-    if (found === undefined) throw new Error(`img2img/v1/*.proto is not in ${FOLDERS.join(" or ")}: name its folder, { protos }`);
+    if (found === undefined) throw new Error(`img2img/v1/*.proto not found in ${FOLDERS.join(" or ")}: pass its folder as { protos }`);
     this.types = loader.loadSync(FILES, { ...OPTIONS, includeDirs: [found] });
     const loaded = /** @type {any} */ (grpc.loadPackageDefinition(this.types));
     /** @type {Record<string, import("@grpc/grpc-js").ServiceClientConstructor>} */
@@ -35,17 +35,17 @@ export class Contract {
   }
 
   /**
-   * Throws TypeError for a field or an enum's name that the contract does not have: gRPC would leave it out without a word.
+   * Throws TypeError for an unknown field or enum name, which gRPC would silently ignore.
    *
    * @param {Record<string, any>} message
-   * @param {string} type its full name
-   * @param {string} [path] where in the request it is
+   * @param {string} type the full name of its type
+   * @param {string} [path] its path in the request
    */
   check(message, type, path = "") {
     const known = /** @type {MessageType} */ (/** @type {any} */ (this.types[type]).type).field;
     for (const [name, value] of Object.entries(message)) {
       const field = known.find((one) => one.name === name);
-      if (field === undefined) throw new TypeError(`${path}${name} is no field of ${type}`);
+      if (field === undefined) throw new TypeError(`${path}${name} is not a field of ${type}`);
       if (value === undefined || value === null) continue;
       if (field.type === "TYPE_MESSAGE") this.check(value, this.#resolved(field.typeName, type), `${path}${name}.`);
       if (field.type === "TYPE_ENUM" && typeof value === "string") this.#checkName(value, field.typeName, type, path + name);
@@ -56,10 +56,10 @@ export class Contract {
   #checkName(value, typeName, scope, where) {
     const type = this.#resolved(typeName, scope);
     const names = /** @type {EnumType} */ (/** @type {any} */ (this.types[type]).type).value.map((one) => one.name);
-    if (!names.includes(value)) throw new TypeError(`${where} is ${value}: it is one of ${names.join(", ")}`);
+    if (!names.includes(value)) throw new TypeError(`${where} must be one of ${names.join(", ")}, not ${value}`);
   }
 
-  /** @param {string} name as a field has it: absolute, or beside the message that the field is in @param {string} scope */
+  /** @param {string} name as in a field: absolute, or relative to the message of the field @param {string} scope */
   #resolved(name, scope) {
     return name.startsWith(".") ? name.slice(1) : name in this.types ? name : `${scope.slice(0, scope.lastIndexOf("."))}.${name}`;
   }

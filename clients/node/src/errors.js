@@ -1,9 +1,9 @@
-/** Failed calls: what a google.rpc.Status says of them, which comes beside gRPC's own code and message. */
+/** Errors of failed calls, from gRPC's code and message and the details in google.rpc.Status. */
 
 import grpc from "@grpc/grpc-js";
 import protobuf from "protobufjs";
 
-/** The messages of googleapis' google/rpc/status.proto and error_details.proto that the server sends, field for field. */
+/** The messages of googleapis' google/rpc/status.proto and error_details.proto that the server sends. */
 const { nested: RPC } = {
   nested: {
     Status: fields({ code: ["int32", 1], message: ["string", 2], "repeated details": ["Any", 3] }),
@@ -18,10 +18,10 @@ const { nested: RPC } = {
 const MESSAGES = protobuf.Root.fromJSON({ nested: RPC });
 const DOMAIN = "img2img";
 
-/** A call that failed. Its message is the server's, written for whoever called. */
+/** A failed call, with the server's message. */
 export class Img2ImgError extends Error {
   /**
-   * @param {string} code gRPC's, such as "INVALID_ARGUMENT"
+   * @param {string} code gRPC's code, such as "INVALID_ARGUMENT"
    * @param {string} message
    * @param {{ reason?: string, fields?: { field: string, description: string }[], retryAfter?: number, estimate?: number,
    *   requestId?: string, cause?: unknown }} details
@@ -29,23 +29,23 @@ export class Img2ImgError extends Error {
   constructor(code, message, details = {}) {
     super(message, { cause: details.cause });
     this.name = "Img2ImgError";
-    /** gRPC's code by its name. */
+    /** The name of gRPC's code. */
     this.code = code;
-    /** What happened, stable among releases, such as "QUEUE_FULL"; empty where it was not the server that failed the call. */
+    /** The stable reason, such as "QUEUE_FULL"; empty if the error is not from the server. */
     this.reason = details.reason ?? "";
-    /** What is wrong with the request, by the path of the field, such as "image.data". */
+    /** The invalid fields of the request, by path, such as "image.data". */
     this.fields = details.fields ?? [];
-    /** Seconds until it may be tried again; undefined where the server does not say. */
+    /** Seconds until a retry; undefined if the server sent none. */
     this.retryAfter = details.retryAfter;
-    /** Seconds that the request would have taken, where its deadline could not be met. */
+    /** Estimated duration in seconds, if the deadline could not be met. */
     this.estimate = details.estimate;
-    /** The name of the call in the server's log. */
+    /** The id of the call in the server's log. */
     this.requestId = details.requestId ?? "";
   }
 }
 
 /**
- * What gRPC failed with, as an Img2ImgError. Anything else is given back as it is.
+ * Converts an error of gRPC to an Img2ImgError. Returns any other error unchanged.
  *
  * @param {unknown} error
  * @returns {unknown}

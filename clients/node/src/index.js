@@ -1,4 +1,4 @@
-/** What the package gives to those who import it. */
+/** The exports of the package. */
 
 export { SERVICE_CONFIG } from "./channel.js";
 export { Client } from "./client.js";

@@ -1,4 +1,4 @@
-/** Trying again what the server has no room for now, when it says that there will be. What never reached it, gRPC tries again. */
+/** Retries calls that the server refused with a retry delay. gRPC itself retries calls that did not reach a server. */
 
 import { setTimeout as wait } from "node:timers/promises";
 
@@ -9,10 +9,10 @@ const LONGEST_WAIT = 60;
 const SPREAD = 0.2;
 
 /**
- * Calls until it does not fail, or fails in a way that will be the same again, or the next attempt would begin too late.
+ * Calls until success, a permanent error, or until the next attempt would exceed the deadline.
  *
- * The server's RetryInfo is the least that is waited; up to a fifth of a second, drawn anew, keeps those who were refused
- * together from coming back together. OUT_OF_MEMORY, too, is RESOURCE_EXHAUSTED, but has no RetryInfo: it is final.
+ * Waits for the server's RetryInfo plus a random time of up to 0.2 s, so that refused clients do not retry together. OUT_OF_MEMORY is
+ * also RESOURCE_EXHAUSTED, but has no RetryInfo and is permanent.
  *
  * @template T
  * @param {() => Promise<T>} call
@@ -29,7 +29,7 @@ export async function retrying(call, { deadline, signal }) {
       const late = deadline !== undefined && Date.now() + seconds * 1000 >= deadline.getTime();
       if (attempt === MOST_ATTEMPTS || error.retryAfter > LONGEST_WAIT || late) throw error;
       await wait(seconds * 1000, undefined, { signal }).catch((cause) => {
-        throw new Img2ImgError("CANCELLED", "cancelled while it waited to try again", { requestId: error.requestId, cause });
+        throw new Img2ImgError("CANCELLED", "cancelled while waiting for a retry", { requestId: error.requestId, cause });
       });
     }
   }

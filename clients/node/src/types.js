@@ -1,4 +1,4 @@
-/** The messages of the contract as types. Their fields are explained in img2img/v1/*.proto; a test holds these to those. */
+/** The messages of the contract as types. img2img/v1/*.proto documents the fields; a test compares the two. */
 
 /**
  * @typedef {object} TransformRequest
@@ -9,7 +9,7 @@
  * @property {number} [strength]
  * @property {number} [num_inference_steps]
  * @property {number} [guidance_scale]
- * @property {number | string} [seed] a string beyond 2^53
+ * @property {number | string} [seed] a string above 2^53
  * @property {number} [image_count]
  * @property {OutputOptions} [output]
  * @property {number} [width]
@@ -28,7 +28,7 @@
  */
 
 /**
- * As many pixels as the model was trained on; it has no fields.
+ * The area that the model was trained on; no fields.
  *
  * @typedef {object} NativeArea
  */
@@ -80,7 +80,7 @@
 
 /**
  * @typedef {object} ImageResult
- * @property {"data" | "asset_id"} content which of the two is set
+ * @property {"data" | "asset_id"} content the field that is set
  * @property {Buffer} [data]
  * @property {string} [asset_id]
  * @property {OutputFormat} format
@@ -99,7 +99,7 @@
  */
 
 /**
- * `event` names the field that is set; undefined for one that a newer server knows.
+ * `event` is the name of the field that is set; undefined for an event of a newer server.
  *
  * @typedef {object} TransformStreamResponse
  * @property {"queued" | "started" | "progress" | "completed"} [event]
@@ -138,7 +138,7 @@
  * @property {string} backend
  * @property {string} backend_reason
  * @property {string} engine
- * @property {string | number} state a number where a newer server has one that this contract does not name
+ * @property {string | number} state a number for an unknown state of a newer server
  * @property {number} size_multiple
  * @property {boolean} is_default
  * @property {string[]} schedulers
@@ -150,7 +150,7 @@
 /**
  * @typedef {object} EngineStatus
  * @property {string} name
- * @property {string | number} state a number where a newer server has one that this contract does not name
+ * @property {string | number} state a number for an unknown state of a newer server
  * @property {string} detail
  * @property {number} progress
  */
