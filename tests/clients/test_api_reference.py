@@ -107,7 +107,7 @@ def test_a_request_that_says_nothing_gets_the_defaults_of_the_comments(
     assert request.scheduler is None
     assert (told.pop("width"), told.pop("height")) == ("the source's", "the source's")
     assert request.image.size == (24, 16)
-    assert told.pop("output") == "PNG, in the response"
+    assert told.pop("output") == "PNG, in the answer"
     assert answer.images[0].format == pb.OUTPUT_FORMAT_PNG
     assert answer.images[0].data.startswith(b"\x89PNG")
     # Those have none: one is required, and without the other it is the server that chooses.

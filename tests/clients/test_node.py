@@ -199,4 +199,4 @@ def test_calls_take_turns_among_servers_and_none_fails_when_one_stops(node: Path
 
 def test_a_server_that_is_down_is_passed_over(run: Run, server: RunningServer) -> None:
     lines = succeeded(run("many.js", PICTURE, 6, "--steps", 4, "--target", "127.0.0.1:1", "--target", f"127.0.0.1:{server.port}"))
-    assert lines == ["6 pictures, seeds 0 1 2 3 4 5"]
+    assert lines == ["6 images, seeds 0 1 2 3 4 5"]

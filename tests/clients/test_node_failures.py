@@ -124,7 +124,7 @@ def test_what_is_not_of_the_contract_is_refused_before_it_is_sent(run: Run) -> N
     assert succeeded(run(WRONG)) == [
         "TypeError promt is not a field of img2img.v1.TransformRequest",
         "TypeError output.format must be one of OUTPUT_FORMAT_UNSPECIFIED, OUTPUT_FORMAT_PNG, "
-        "OUTPUT_FORMAT_JPEG, OUTPUT_FORMAT_WEBP",
+        "OUTPUT_FORMAT_JPEG, OUTPUT_FORMAT_WEBP, not OUTPUT_FORMAT_GIF",
         "TypeError model.name is not a field of img2img.v1.ModelReference",
     ]
 

@@ -67,7 +67,7 @@ class UploadAssetInfo(_message.Message):
     SIZE_FIELD_NUMBER: _builtins.int
     SHA256_FIELD_NUMBER: _builtins.int
     media_type: _builtins.str
-    """The media type, such as "image/png"; verified if set. Default: detected from the file."""
+    """The media type, such as "image/png"; verified if set. Default: what the file is."""
     size: _builtins.int
     """The file's size in bytes, 1 to 16777216 (configurable). Required; exactly this many bytes must follow."""
     sha256: _builtins.str

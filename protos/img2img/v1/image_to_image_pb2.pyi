@@ -112,7 +112,7 @@ class TransformRequest(_message.Message):
 
     @_builtins.property
     def output(self) -> Global___OutputOptions:
-        """How to return the images. Default: PNG, in the response."""
+        """How to return the images. Default: PNG, in the answer."""
 
     @_builtins.property
     def fit(self) -> Global___Fit:
