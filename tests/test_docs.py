@@ -27,7 +27,7 @@ _FLAGS_OF = {
     "README.md": tuple(COMMANDS),
     "docs/architecture.md": ("serve",),
     "docs/devices.md": ("serve",),
-    "docs/clients.md": ("transform", "models", "assets", "health", "serve"),
+    "docs/clients.md": ("transform", "reproduce", "models", "assets", "health", "serve"),
     "docs/export.md": ("export", "inspect", "transform", "serve"),
     "docs/monitoring.md": ("serve", "top", "models"),
     "docs/playground.md": ("playground",),
