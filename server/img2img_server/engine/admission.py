@@ -1,5 +1,6 @@
 """Admission control: how many requests are accepted, and when a refused one should be retried."""
 
+from collections import Counter
 from dataclasses import dataclass
 
 from img2img_server.engine.request import Ticket
@@ -30,19 +31,31 @@ class Admission:
     def __init__(self, scheduler: Scheduler) -> None:
         self._scheduler = scheduler
         self._slots: set[Slot] = set()
-
-    @property
-    def arriving(self) -> int:
+        self._clients: Counter[str] = Counter()
+        self.arriving = 0
         """How many slots are held by requests that were not submitted yet."""
-        return sum(slot.ticket is None for slot in self._slots)
 
     def take(self, slot: Slot) -> None:
-        """Reserves a slot for an arriving request."""
+        """Reserves a slot for an arriving request, or for one that was submitted."""
         self._slots.add(slot)
+        self._clients[slot.client] += 1
+        if slot.ticket is None:
+            self.arriving += 1
+        else:
+            self._scheduler.set_slotted(slot.ticket, True)
 
     def leave(self, slot: Slot) -> None:
         """Returns a slot. Idempotent."""
-        self._slots.discard(slot)
+        if slot not in self._slots:
+            return
+        self._slots.remove(slot)
+        self._clients[slot.client] -= 1
+        if not self._clients[slot.client]:
+            del self._clients[slot.client]
+        if slot.ticket is None:
+            self.arriving -= 1
+        else:
+            self._scheduler.set_slotted(slot.ticket, False)
 
     def check(self, client: str, now: float, background: bool = False) -> None:
         """Raises QueueFull or ClientBusy if one more request of `client` would exceed a limit. Requests without a client have no
@@ -64,8 +77,7 @@ class Admission:
 
     def _count(self, client: str) -> int:
         """Requests of a client that have not ended, and those that are not in the engine but still hold a slot."""
-        elsewhere = (slot for slot in self._slots if slot.ticket is None or slot.ticket.ended)
-        return self._scheduler.count(client) + sum(slot.client == client for slot in elsewhere)
+        return self._scheduler.count(client) + self._clients[client]
 
 
 def _later(seconds: float | None) -> float:

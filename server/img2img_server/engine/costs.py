@@ -1,7 +1,7 @@
 """What the device's calls take: measured at warm-up, and learnt from every call after that."""
 
-from bisect import bisect_left
-from collections.abc import Hashable, Sequence
+from bisect import bisect_left, insort
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
@@ -163,6 +163,79 @@ class _Bound:
             self.calls, self.safe, self.limit = 0, self.limit, 3 * self.limit // 2 + 1
 
 
+class _Curves:
+    """The curves of a stage of a model, by shape, and the one that is nearest to a number of pixels."""
+
+    def __init__(self) -> None:
+        self._shapes: dict[Hashable, _Curve] = {}  # the one that was not run for longest comes first
+        # Sorted by pixels: curves of a single batch, and curves of several, which have a form.
+        self._single: list[tuple[int, int, _Curve]] = []
+        self._several: list[tuple[int, int, _Curve]] = []
+
+    def get(self, shape: Hashable) -> _Curve | None:
+        """The curve of a shape, None before its first call."""
+        return self._shapes.get(shape)
+
+    def items(self) -> Iterable[tuple[Hashable, _Curve]]:
+        """All shapes with their curves."""
+        return self._shapes.items()
+
+    def set(self, shape: Hashable, pixels: int, rows: int, seconds: float) -> None:
+        """Takes `seconds` for what a call of `rows` rows takes."""
+        curve = self._run(shape, pixels)
+        before = len(curve.rows)
+        curve.set(rows, seconds)
+        self._note(curve, before)
+
+    def record(self, shape: Hashable, pixels: int, rows: int, seconds: float, expected: float) -> _Curve:
+        """Notes a call that was expected to take `expected` seconds. Returns the curve of its shape."""
+        curve = self._run(shape, pixels)
+        before = len(curve.rows)
+        curve.record(rows, seconds, expected)
+        self._note(curve, before)
+        return curve
+
+    def _run(self, shape: Hashable, pixels: int) -> _Curve:
+        """The curve of a shape that was just run. If there are too many, the one that was not run for longest is forgotten, but
+        those of several batches last: they give the others their form."""
+        self._shapes[shape] = curve = self._shapes.pop(shape, None) or _Curve(pixels)
+        if len(self._shapes) > _MOST_SHAPES:
+            single = (old for old, known in self._shapes.items() if len(known.rows) < 2 and known is not curve)
+            forgotten = self._shapes.pop(next(single, next(iter(self._shapes))))
+            _index(forgotten, self._single if len(forgotten.rows) < 2 else self._several, remove=True)
+        return curve
+
+    def _note(self, curve: _Curve, before: int) -> None:
+        """Sorts in a curve that had `before` batches and may have one more."""
+        if len(curve.rows) == before:
+            return
+        if before == 0:
+            _index(curve, self._single)
+        elif before == 1:
+            _index(curve, self._single, remove=True)
+            _index(curve, self._several)
+
+    def nearest(self, pixels: int) -> _Curve:
+        """The curve of the nearest shape; one of several batches before one of a single batch."""
+        curves = self._several or self._single
+        index = bisect_left(curves, (pixels,))
+        return min(curves[max(0, index - 1) : index + 1], key=lambda entry: abs(entry[0] - pixels))[2]
+
+    def form(self, shape: Hashable, pixels: int) -> _Curve:
+        """The curve that says how a shape's calls grow with their rows: its own, or the nearest of several batches."""
+        own = self._shapes.get(shape)
+        return own if own is not None and len(own.rows) > 1 else self.nearest(pixels)
+
+
+def _index(curve: _Curve, curves: list[tuple[int, int, _Curve]], remove: bool = False) -> None:
+    """Adds a curve to a list that is sorted by pixels, or removes it."""
+    entry = (curve.pixels, id(curve), curve)
+    if remove:
+        del curves[bisect_left(curves, entry[:2])]
+    else:
+        insort(curves, entry)
+
+
 class Costs:
     """Seconds of calls by stage, model, shape and rows, and how the machine's pace now compares with the one they hold for.
 
@@ -171,16 +244,16 @@ class Costs:
     """
 
     def __init__(self) -> None:
-        self._curves: dict[tuple[Stage, str], dict[Hashable, _Curve]] = {}
+        self._curves: dict[tuple[Stage, str], _Curves] = {}
         self._pace: dict[str, float] = {}
         self._bounds: dict[tuple[Stage, str], _Bound] = {}
         self._buckets: dict[str, Sequence[int]] = {}
-        self._found: dict[tuple[Stage, Group, int, int], float | None] = {}  # results of `seconds` since the last observation
+        # What was looked up since the last observation of a stage of a model, before the pace is applied.
+        self._found: dict[tuple[Stage, str], dict[tuple[Hashable, int, int], float | None]] = {}
 
     def measured(self, stage: Stage, group: Group, pixels: int, rows: int, seconds: float) -> None:
         """Notes what a call of `rows` rows, each of `pixels` pixels, takes when nothing disturbs it."""
-        self._found.clear()
-        self._curve(stage, group, pixels).set(self.padded(group[0], rows), seconds)
+        self._observe(stage, group[0]).set(group[1], pixels, self.padded(group[0], rows), seconds)
 
     def pad(self, model: str, buckets: Sequence[int]) -> None:
         """Notes that calls of `model` are padded to `buckets`, in order; more rows than the last are computed in parts.
@@ -207,13 +280,12 @@ class Costs:
 
     def knows(self, model: str) -> bool:
         """Whether anything is known of what a step of `model` takes."""
-        return bool(self._curves.get(("denoise", model)))
+        return ("denoise", model) in self._curves
 
     def record(self, stage: Stage, group: Group, pixels: int, rows: int, seconds: float) -> None:
         """Learns from a call that took `seconds`."""
         if (bound := self._bounds.get((stage, group[0]))) is not None:
             bound.count()
-        self._found.clear()
         rows = self.padded(group[0], rows)
         expected = self._table_seconds(stage, group, pixels, rows)
         if expected is None:
@@ -225,44 +297,39 @@ class Costs:
         if stage == "denoise":
             # What else the machine does slows down all calls alike, and shows here soonest.
             self._pace[group[0]] = pace * (1 + _PACE_WEIGHT * (seconds / max(expected, _INSTANT) - 1))
-        curve = self._curve(stage, group, pixels)
-        curve.record(rows, seconds, expected)
+        curves = self._observe(stage, group[0])
+        curve = curves.record(group[1], pixels, rows, seconds, expected)
         if stage == "denoise":
-            form = self._form(group, pixels)
+            form = curves.form(group[1], pixels)
             tried = curve.trials.note(rows, paced, form.paying(), form.rows)
             if tried is not None:
                 curve.set(rows, tried)
 
     def seconds(self, stage: Stage, group: Group, pixels: int, rows: int) -> float | None:
         """The expected seconds of such a call, as things go now; None before the first call of that model."""
-        key = (stage, group, pixels, rows)
-        try:
-            return self._found[key]
-        except KeyError:
-            known = self._table_seconds(stage, group, pixels, self.padded(group[0], rows))
-            self._found[key] = expected = None if known is None else known * self._pace.get(group[0], 1.0)
-            return expected
-
-    def _curve(self, stage: Stage, group: Group, pixels: int) -> _Curve:
-        """The curve of a shape that was just run. Where there are too many the one that was not for longest is forgotten, but for
-        those of several batches while there are others: they give the rest their form."""
         model, shape = group
-        curves = self._curves.setdefault((stage, model), {})
-        curves[shape] = curve = curves.pop(shape, None) or _Curve(pixels)
-        if len(curves) > _MOST_SHAPES:
-            single = (old for old, known in curves.items() if len(known.rows) < 2 and known is not curve)
-            del curves[next(single, next(iter(curves)))]
-        return curve
+        found = self._found.setdefault((stage, model), {})
+        try:
+            known = found[shape, pixels, rows]
+        except KeyError:
+            known = found[shape, pixels, rows] = self._table_seconds(stage, group, pixels, self.padded(model, rows))
+        return None if known is None else known * self._pace.get(model, 1.0)
+
+    def _observe(self, stage: Stage, model: str) -> _Curves:
+        """The curves of a stage of a model, one of which is about to change."""
+        self._found.pop((stage, model), None)
+        return self._curves.setdefault((stage, model), _Curves())
 
     def _table_seconds(self, stage: Stage, group: Group, pixels: int, rows: int) -> float | None:
         curves = self._curves.get((stage, group[0]))
-        if not curves:
+        if curves is None:
             return None
-        own, like = curves.get(group[1]), _nearest(curves, pixels)
+        own = curves.get(group[1])
+        if own is not None and (len(own.rows) > 1 or own.rows[0] == rows):
+            return own.seconds(rows)
+        like = curves.nearest(pixels)
         if own is None:
             return like.seconds(rows) * pixels / like.pixels
-        if len(own.rows) > 1 or own.rows[0] == rows:
-            return own.seconds(rows)
         # One measured batch gives the height of the curve, another shape's curve its form.
         return own.means[0] * like.seconds(rows) / max(like.seconds(own.rows[0]), _INSTANT)
 
@@ -285,7 +352,8 @@ class Costs:
     def describe(self, model: str, most: int) -> list[str]:
         """What was measured of a model's calls, a line for each shape."""
         lines = []
-        for shape, curve in self._curves.get(("denoise", model), {}).items():
+        curves = self._curves.get(("denoise", model))
+        for shape, curve in () if curves is None else curves.items():
             times = ", ".join(f"{rows}: {mean * 1e3:.1f} ms" for rows, mean in zip(curve.rows, curve.means, strict=True))
             cap = self.cap((model, shape), curve.pixels, most)
             lines.append(f"a step at {curve.pixels} pixels, by rows: {times}; batches of up to {cap}")
@@ -296,22 +364,11 @@ class Costs:
         if (fitting := self.fitting_rows("denoise", group[0], pixels)) is not None:
             most = min(most, fitting)
         curves = self._curves.get(("denoise", group[0]))
-        if not curves:
+        if curves is None:
             return most
-        curve, own = self._form(group, pixels), curves.get(group[1])
+        curve, own = curves.form(group[1], pixels), curves.get(group[1])
         chosen = curve.paying(most)
         # What lies beyond the largest that was tried is not known: nothing is held back by it.
         if chosen == curve.rows[-1]:
             return most
         return chosen if own is None else max(chosen, min(own.trials.allowed, most))
-
-    def _form(self, group: Group, pixels: int) -> _Curve:
-        """The curve that says how a shape's calls grow with their rows: its own, or the nearest of several batches."""
-        curves = self._curves["denoise", group[0]]
-        own = curves.get(group[1])
-        return own if own is not None and len(own.rows) > 1 else _nearest(curves, pixels)
-
-
-def _nearest(curves: dict[Hashable, _Curve], pixels: int) -> _Curve:
-    """The curve of the nearest shape; one of several batches before one of a single batch."""
-    return min(curves.values(), key=lambda curve: (len(curve.rows) < 2, abs(curve.pixels - pixels)))

@@ -23,9 +23,6 @@ from img2img_server.errors import ModelFailed, ModelNotLoaded, ServerError, Shut
 
 _log = logging.getLogger(__name__)
 
-_POSITION_INTERVAL = 1.0
-"""Seconds between two updates of the queue positions that waiting callers get."""
-
 _R = TypeVar("_R")
 
 
@@ -71,7 +68,6 @@ class Engine:
         self._draining = False
         self._stopping = False
         self._abandoned: ServerError | None = None
-        self._positions_published = 0.0
 
     @property
     def clock(self) -> Callable[[], float]:
@@ -143,7 +139,7 @@ class Engine:
         """Refuses new requests and waits until the accepted ones have ended. Returns False after `timeout` seconds."""
         with self._changed:
             self._draining = True
-            return self._changed.wait_for(lambda: not self._scheduler.tickets, timeout)
+            return self._changed.wait_for(lambda: self._scheduler.empty, timeout)
 
     def close(self) -> None:
         """Stops after the current step, or at once if the engine was abandoned. Requests that have not ended then end with
@@ -190,17 +186,13 @@ class Engine:
             now, scheduler = self._clock(), self._scheduler
             if bounded:
                 self._admission.check(request.client, now, request.background)
-            ticket = Ticket(request, plan, listener, next(self._numbers), now)
-            ticket.position, ticket.forecast = scheduler.forecast(ticket, now)
-            eta = None if ticket.forecast is None else scheduler.estimate(ticket, ticket.forecast)
-            ticket.expected = None if eta is None else now + eta
-            scheduler.check_deadline(ticket)
-            scheduler.add(ticket)
+            ticket = Ticket(request, plan, listener, next(self._numbers), now, cancellations=scheduler.cancelled)
+            scheduler.add(ticket, now)
             if slot is not None:
                 slot.ticket = ticket
                 self._admission.take(slot)
             self._changed.notify_all()
-            return Accepted(ticket, ticket.position, eta)
+            return Accepted(ticket, ticket.position, None if ticket.expected is None else ticket.expected - now)
 
     @property
     def stats(self) -> EngineStats:
@@ -313,18 +305,12 @@ class Engine:
             self._tasks.popleft()[2].set_exception(ShuttingDown("the server is shutting down"))
 
     def _publish_positions(self) -> None:
-        """Updates the forecasts, and notifies waiting requests whose position has changed, at most once per interval."""
+        """Updates forecasts, and notifies waiting requests whose position has changed: a few at a time."""
         now = self._clock()
-        if now - self._positions_published < _POSITION_INTERVAL:
-            return
-        self._positions_published = now
         with self._changed:
-            self._scheduler.update_forecasts(now)
-            positions = self._scheduler.positions(now)
-        for ticket, position in positions:
-            if position != ticket.position:
-                ticket.position = position
-                ticket.notify(Queued(position, None if ticket.expected is None else max(0.0, ticket.expected - now)))
+            moved = self._scheduler.news(now)
+        for ticket in moved:
+            ticket.notify(Queued(ticket.position, None if ticket.expected is None else max(0.0, ticket.expected - now)))
 
     def _leave(self, ticket: Ticket, ending: Ending) -> None:
         with self._changed:

@@ -14,6 +14,10 @@ _PRESSING = 4.0
 """A deadline presses when fewer than this many times the request's own remaining seconds are left."""
 
 
+JobSeconds = tuple[float, float, float]
+"""The expected seconds of a step, of what comes before the first step and of what comes after the last."""
+
+
 @dataclass(slots=True)
 class Job:
     """A request as the policy sees it.
@@ -35,11 +39,26 @@ class Job:
     passed_over: int = 0
     background: bool = False
     client: str = ""
+    images: int = 1
+
+    @property
+    def seconds(self) -> JobSeconds:
+        """The seconds of a step, of what comes before the first and of what comes after the last."""
+        return self.step_seconds, self.setup, self.ending
+
+    @seconds.setter
+    def seconds(self, seconds: JobSeconds) -> None:
+        self.step_seconds, self.setup, self.ending = seconds
 
     @property
     def seconds_left(self) -> float:
         """What it would still take, alone on the device."""
         return self.setup + self.steps_left * self.step_seconds + self.ending
+
+    @property
+    def presses_at(self) -> float:
+        """When its deadline begins to press, if no step is done before."""
+        return math.inf if self.deadline is None else self.deadline - _PRESSING * self.seconds_left
 
     def rank(self, now: float, before: float = 0.0) -> tuple[bool, float, float, int]:
         """Sorts jobs: pressing deadlines first, the earliest before the others; then those with the least left to do.
@@ -130,15 +149,17 @@ class Policy:
         self._costs = costs
         self._max_batch_size = max_batch_size
         self._led_by_patience: set[str] = set()  # clients whose last call was led by a job that was passed over too often
-        self._usage: Usage = {}
+        self.usage: Usage = {}
+        self.order: list[Job] = []
+        """The jobs that the last call was chosen from, by priority."""
 
     def in_order(self, jobs: Iterable[Job], now: float) -> list[Job]:
         """Sorts jobs by priority, ignoring how often they were passed over."""
-        return in_order(jobs, self._usage, now)
+        return in_order(jobs, self.usage, now)
 
     def next_batch(self, jobs: Sequence[Job], others: int, max_rows: dict[str, int | None], now: float) -> list[Job]:
         """The jobs of the next call. `others` is how many wait and cannot join."""
-        order = self.in_order(jobs, now)
+        self.order = order = self.in_order(jobs, now)
         patience = _PATIENCE if order[0].rank(now)[0] else 4 * _PATIENCE
         client = order[0].client
         late = [job for job in jobs if job.passed_over >= patience and (job.background or job.client == client)]
@@ -148,8 +169,8 @@ class Policy:
         if late:
             self._led_by_patience.add(client)
         leader = max(late, key=lambda job: (job.passed_over, -job.number)) if late else None
-        batch = self._choose(order, leader, others, max_rows, self._usage)
-        self._usage = charge(self._usage, jobs, batch, self.seconds(batch))
+        batch = self._choose(order, leader, others, max_rows, self.usage)
+        self.usage = charge(self.usage, jobs, batch, self.seconds(batch))
         return batch
 
     def forecast(self, jobs: Iterable[Job], max_rows: dict[str, int | None], now: float) -> Iterator[tuple[int, float]]:
@@ -157,7 +178,7 @@ class Policy:
 
         The steps until a member of the call is finished are simulated at once, as the order changes little in between.
         """
-        left, usage = [replace(job) for job in jobs], self._usage
+        left, usage = [replace(job) for job in jobs], self.usage
         while left:
             left = in_order(left, usage, now)
             batch = self._choose(left, None, 0, max_rows, usage)
@@ -195,9 +216,15 @@ class Policy:
             seconds += job.setup + job.ending
         return seconds
 
+    def row_seconds(self, like: Job, rows: int, max_rows: dict[str, int | None], most: int) -> float:
+        """The seconds of a step of one row like those of a job, if `rows` rows share calls as far as that pays, at most `most`
+        requests each."""
+        shared = min(rows, max(like.rows, min(self._cap(like, max_rows), most * like.rows)))
+        return self._call_seconds(like, shared) / shared
+
     def next_seconds(self, jobs: Iterable[Job], max_rows: dict[str, int | None], now: float) -> float:
         """The expected seconds of the next call, ignoring how often jobs were passed over."""
-        return self.seconds(self._choose(self.in_order(jobs, now), None, 0, max_rows, self._usage))
+        return self.seconds(self._choose(self.in_order(jobs, now), None, 0, max_rows, self.usage))
 
     def seconds(self, batch: Sequence[Job]) -> float:
         """The expected seconds of a call."""
@@ -207,27 +234,31 @@ class Policy:
         self, order: Sequence[Job], leader: Job | None, others: int, max_rows: dict[str, int | None], usage: Usage
     ) -> list[Job]:
         leader = leader or order[0]
-        fair = usage.get(leader.client, 0.0) + leader.seconds_left
-        cap = self._cap(leader, max_rows)
+        lefts = [leader.seconds_left]
+        fair = usage.get(leader.client, 0.0) + lefts[0]
+        limit, cap = self._limit(leader, max_rows), self._cap(leader, max_rows)
         batch, rows, takes, widest = [leader], leader.rows, leader.step_seconds, leader.rows
         apart, lost, best, size = takes, 0.0, 0.0, 1
         for job in order:
             if job is leader or job.group != leader.group:
                 continue
-            # Padding rows are computed anyway.
-            padded = self._costs.padded(leader.group[0], max(widest, job.rows))
-            if rows + job.rows > max(cap, min(padded, self._limit(leader, max_rows))):
-                continue
+            together = rows + job.rows
+            if together > cap:  # unless padding rows are computed anyway
+                padded = self._costs.padded(leader.group[0], max(widest, job.rows))
+                if together > min(padded, limit):
+                    continue
             widest = max(widest, job.rows)
-            before, takes = takes, self._call_seconds(leader, rows + job.rows)
+            before, takes = takes, self._call_seconds(leader, together)
             if takes > _MOST_STRETCHED * leader.step_seconds and usage.get(job.client, 0.0) > fair:
                 takes = before
                 continue
+            left = job.seconds_left
             if takes > before:
-                lost += (takes - before) * _delayed(batch, job)
+                lost += (takes - before) * _delayed(lefts, left)
             apart += job.step_seconds
-            rows += job.rows
+            rows = together
             batch.append(job)
+            lefts.append(left)
             gain = (apart - takes) * (len(order) + others) - lost
             if gain > best:
                 best, size = gain, len(batch)
@@ -245,7 +276,7 @@ class Policy:
         return _UNKNOWN if known is None else known
 
 
-def _delayed(batch: Sequence[Job], joining: Job) -> float:
-    """How many members of the call are delayed by `joining`, weighted: one with far less left counts several times."""
-    left = joining.seconds_left
-    return sum(min(_URGENT, max(0.0, left / max(job.seconds_left, 1e-9) - 1.0)) for job in batch)
+def _delayed(lefts: Sequence[float], left: float) -> float:
+    """How many members of the call, which have `lefts` seconds left, are delayed by one that joins with `left`, weighted: one
+    with far less left counts several times."""
+    return sum(min(_URGENT, left / max(less, 1e-9) - 1.0) for less in lefts if less < left)

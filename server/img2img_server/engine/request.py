@@ -2,6 +2,7 @@
 
 import logging
 import threading
+from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
@@ -256,6 +257,10 @@ class Ticket:
     """The last position that its caller was notified of."""
     cancelled: bool = False
     """Whether the caller gave up."""
+    cancellations: "deque[Ticket]" = field(default_factory=deque)
+    """Where the request is noted if it is cancelled: the scheduler's."""
+    slotted: bool = False
+    """Whether a slot counts against its client's limit for it (admission.py)."""
     lock: threading.Lock = field(default_factory=threading.Lock)
     """Held while the listener is called, because another thread may end the request."""
 
@@ -276,7 +281,10 @@ class Ticket:
 
     def cancel(self) -> None:
         """Cancels the request: it leaves the batch at the next step. Idempotent."""
-        self.cancelled = True
+        if not self.cancelled:
+            self.cancelled = True
+            if not self.ended:
+                self.cancellations.append(self)
 
     def notify(self, event: Queued | Started | Progress) -> None:
         """Calls the listener with a progress event. Dropped after the ending."""

@@ -1,12 +1,18 @@
-"""Keeps all requests: which have to leave, which are admitted, which share the next call. Computes nothing itself."""
+"""Keeps all requests: which have to leave, which are admitted, which share the next call. Computes nothing itself.
+
+What is done for a step, a new request or a request that leaves takes about the same time however many wait.
+"""
 
 import itertools
 import math
-from collections.abc import Collection, Hashable, Sequence
+from collections import Counter, deque
+from collections.abc import Collection, Hashable, Iterator
 from dataclasses import dataclass
 
+from img2img_server.engine.backlog import Backlog, group_sums
 from img2img_server.engine.costs import Costs
-from img2img_server.engine.policy import Job, Policy
+from img2img_server.engine.policy import Job, JobSeconds, Policy
+from img2img_server.engine.queue import Queue
 from img2img_server.engine.request import RequestStatus, Ticket
 from img2img_server.errors import DeadlineExpired, DeadlineUnmeetable, RequestCancelled, ServerError
 from img2img_server.settings.setting import setting
@@ -14,6 +20,12 @@ from img2img_server.settings.setting import setting
 _MOST_FORECAST = 48
 """Up to this many requests the policy is simulated for a forecast. That takes quadratic time, and beyond it is no more accurate
 than the summed work of the requests ahead."""
+_NEWS_INTERVAL = 1.0
+"""Seconds between two forecasts of a request."""
+_MOST_NEWS = 8
+"""Waiting requests that are forecast between two steps if more than `_MOST_FORECAST` have to be, in turn."""
+_MOST_COMPARED = 32
+"""Waiting requests among which those are sought that share the shape of the first, and may be admitted with it."""
 _LEAST_WEIGHT = 0.15
 """The least weight of the newest request in the running mean of forecast errors."""
 _CAUTION = 4
@@ -61,7 +73,16 @@ class Scheduler:
         self._costs = costs
         self._max_rows = max_rows
         self._policy = Policy(costs, limits.max_batch_size)
+        self._queue = Queue(Backlog(lambda job, rows: self._policy.row_seconds(job, rows, max_rows, limits.max_active)))
+        self._models: Counter[str] = Counter()  # requests that have not ended
+        self._clients: Counter[str] = Counter()  # waiting and active requests for which no slot counts
         self._bias: dict[Hashable, tuple[float, int]] = {}
+        self._unknown: set[str] = set()  # models of requests that came before their costs were known
+        self._forecast_at = -math.inf
+        self._jobs: dict[int, Job] = {}  # of active requests
+        self._in_progress: _InProgress | None = None
+        self.cancelled: deque[Ticket] = deque()
+        """Where tickets note that they were cancelled."""
 
     @property
     def tickets(self) -> list[Ticket]:
@@ -83,31 +104,62 @@ class Scheduler:
         """Whether no request waits or is active. Some may still be leaving."""
         return not self.waiting and not self.active
 
+    @property
+    def empty(self) -> bool:
+        """Whether all requests have ended."""
+        return not self._models
+
     def has(self, model: str) -> bool:
         """Whether a request of `model` has not ended."""
-        return any(ticket.request.model == model for ticket in self.tickets)
+        return self._models[model] > 0
 
-    def add(self, ticket: Ticket) -> None:
-        """Queues an accepted request."""
-        self._tickets[ticket.status][ticket.number] = ticket
+    def add(self, ticket: Ticket, now: float) -> None:
+        """Queues a request that is accepted. Sets its position and, if costs are known, when it is expected to be finished.
+
+        Raises DeadlineUnmeetable if it is forecast to end after its deadline, although deadlines have priority.
+        """
+        job, known = self._job(ticket), self._costs.knows(ticket.request.model)
+        position, forecast = None, None
+        if len(self.active) + len(self.waiting) >= _MOST_FORECAST:
+            position, forecast = self._estimate(job, now, self._pace())
+        elif known:
+            jobs = (*self._active_jobs(), *map(self._job, self.waiting), job)
+            ends = self._policy.forecast(jobs, self._max_rows, now)
+            forecast = next(end for number, end in ends if number == job.number) - now
+        if not known:
+            self._unknown.add(ticket.request.model)
+        ticket.forecast = forecast if known else None
+        _check_deadline(ticket)
+        self._expect(ticket, now, ticket.forecast)
+        self._tickets[RequestStatus.WAITING][ticket.number] = ticket
+        self._models[ticket.request.model] += 1
+        self._count(ticket, 1)
+        self._queue.add(ticket, job, now)
+        ticket.position = self._position(ticket, now) if position is None else position
 
     def leave(self, ticket: Ticket) -> bool:
         """Takes a request out of the queue or out of the next calls. False if it is leaving already or has ended."""
         if ticket.status not in (RequestStatus.WAITING, RequestStatus.ACTIVE):
             return False
+        self._count(ticket, -1)
         self._move(ticket, RequestStatus.LEAVING)
         return True
 
     def remove(self, ticket: Ticket) -> bool:
         """Removes a request that is about to end. False if another thread has removed it: that one delivers its ending."""
-        return self._tickets[RequestStatus.LEAVING].pop(ticket.number, None) is not None
+        if self._tickets[RequestStatus.LEAVING].pop(ticket.number, None) is None:
+            return False
+        self._models[ticket.request.model] -= 1
+        if not self._models[ticket.request.model]:
+            del self._models[ticket.request.model]
+        return True
 
     def remove_all(self) -> list[Ticket]:
         """Removes all requests and returns them, so that their endings can be delivered."""
         tickets = self.tickets
         for ticket in tickets:
             self.leave(ticket)
-        self._tickets[RequestStatus.LEAVING].clear()
+            self.remove(ticket)
         return tickets
 
     def set_max_rows(self, model: str, rows: int | None) -> None:
@@ -116,25 +168,30 @@ class Scheduler:
 
     def drop(self, now: float) -> list[tuple[Ticket, ServerError]]:
         """Has every request leave that was cancelled or whose deadline has passed. Returns them with the reason."""
-        return [(ticket, error) for ticket in self.tickets if (error := _gone(ticket, now)) and self.leave(ticket)]
+        cancelled = [self.cancelled.popleft() for _ in range(len(self.cancelled))]
+        tickets = (*cancelled, *self.active, *self._queue.expired(now))
+        return [(ticket, error) for ticket in tickets if (error := _gone(ticket, now)) and self.leave(ticket)]
 
     def admit(self, now: float) -> list[Ticket]:
-        """Admits a few waiting requests that share a shape, so the active ones wait for one encoding at most."""
+        """Admits the first waiting request and a few that share its shape, so the active ones wait for one encoding at most."""
         free = min(self.limits.max_admitted, self.limits.max_active - len(self.active))
         if free <= 0 or not self.waiting:
             return []
-        order = [ticket for ticket, _ in self.positions(now)]
-        chosen = [ticket for ticket in order if ticket.group == order[0].group][:free]
+        order = itertools.islice(self._in_order(now), _MOST_COMPARED)
+        first = next(order)
+        alike = (ticket for ticket in order if ticket.group == first.group)
+        chosen = [first, *itertools.islice(alike, free - 1)]
         for ticket in chosen:
             self._move(ticket, RequestStatus.ACTIVE)
         return chosen
 
     def next_batch(self, now: float) -> list[Ticket]:
         """The requests of the next call."""
-        active = self.active
+        active, self._in_progress = self.active, None
         if not active:
+            self._policy.order = []
             return []
-        batch = self._policy.next_batch(list(map(self._job, active)), len(self.waiting), self._max_rows, now)
+        batch = self._policy.next_batch(self._active_jobs(), len(self.waiting), self._max_rows, now)
         for ticket in active:
             ticket.passed_over += 1
         chosen = [self._tickets[RequestStatus.ACTIVE][job.number] for job in batch]
@@ -142,72 +199,57 @@ class Scheduler:
             ticket.passed_over = 0
         return chosen
 
-    def positions(self, now: float) -> list[tuple[Ticket, int]]:
-        """Every waiting request and its position: how many come before it."""
-        order = self._policy.in_order(map(self._job, (*self.active, *self.waiting)), now)
-        return [(ticket, position) for position, ticket in enumerate(self._in_order_of_admission(order, self.waiting))]
-
-    def forecast(self, ticket: Ticket, now: float) -> tuple[int, float | None]:
-        """The position of `ticket`, which was not added yet, and the seconds until it would be finished if no other request came,
-        None if costs are unknown."""
-        tickets = (*self.active, *self.waiting, ticket)
-        jobs = list(map(self._job, tickets))
-        order = self._policy.in_order(jobs, now)
-        position = self._in_order_of_admission(order, (*self.waiting, ticket)).index(ticket)
-        if self._costs.seconds("denoise", ticket.group, ticket.plan.pixels, ticket.plan.rows) is None:
-            return position, None
-        if len(jobs) > _MOST_FORECAST:
-            return position, self._work([*itertools.takewhile(lambda job: job is not jobs[-1], order), jobs[-1]])
-        ends = self._policy.forecast(jobs, self._max_rows, now)
-        return position, next(end for number, end in ends if number == ticket.number) - now
-
     def count(self, client: str) -> int:
-        """How many requests `client` has, background requests excluded."""
-        requests = (ticket.request for ticket in (*self.active, *self.waiting))
-        return sum(request.client == client and not request.background for request in requests)
+        """How many waiting and active requests `client` has, without background requests and those for which a slot counts."""
+        return self._clients[client]
+
+    def set_slotted(self, ticket: Ticket, slotted: bool) -> None:
+        """Notes whether a slot counts for a request."""
+        live = ticket.status in (RequestStatus.WAITING, RequestStatus.ACTIVE)
+        if live:
+            self._count(ticket, -1)
+        ticket.slotted = slotted
+        if live:
+            self._count(ticket, 1)
 
     def next_end(self, client: str, now: float) -> float | None:
         """Seconds until the first request of `client` is expected to be finished, None if unknown."""
-        tickets = [ticket for ticket in (*self.active, *self.waiting) if ticket.request.client == client]
+        active = [ticket for ticket in self.active if ticket.request.client == client]
+        tickets = (*active, *self._queue.first_of(client, _MOST_COMPARED))
         return min((ticket.expected - now for ticket in tickets if ticket.expected is not None), default=None)
 
     def work(self) -> float | None:
         """The estimated seconds of work of all requests, None if the costs of some are unknown."""
-        tickets = (*self.active, *self.waiting)
-        return self._work(list(map(self._job, tickets))) if self._known(tickets) else None
+        if not all(map(self._costs.knows, self._models)):
+            return None
+        if self._few:
+            jobs = (*self._active_jobs(), *map(self._job, self.waiting))
+            return self._policy.work(jobs, self._max_rows, self.limits.max_active)
+        return self._queue.work(group_sums(self._active_jobs()))
 
     def seconds_to_admission(self, now: float) -> float | None:
         """Seconds until the first waiting request is expected to be admitted: after the next step if fewer than `max_active` are
         active, else when the first active one ends. None if costs are unknown."""
-        active = self.active
-        jobs = list(map(self._job, active))
-        if not jobs or not self._known(active):
+        jobs = self._active_jobs()
+        if not jobs or not all(self._costs.knows(job.group[0]) for job in jobs):
             return None
         if len(jobs) < self.limits.max_active:
             return self._policy.next_seconds(jobs, self._max_rows, now)
         return next(end for _, end in self._policy.forecast(jobs, self._max_rows, now)) - now
 
-    def check_deadline(self, ticket: Ticket) -> None:
-        """Raises DeadlineUnmeetable if the request is forecast to end after its deadline, although deadlines have priority."""
-        deadline, forecast = ticket.request.deadline, ticket.forecast
-        if deadline is not None and forecast is not None and ticket.arrival + forecast > deadline:
-            left = max(0.0, deadline - ticket.arrival)
-            raise DeadlineUnmeetable(f"it would take about {forecast:.2f} s, and {left:.2f} s are left", estimate=forecast)
-
-    def update_forecasts(self, now: float) -> None:
-        """Updates when each request is expected to be finished."""
-        tickets = (*self.active, *self.waiting)
-        jobs = list(map(self._job, tickets))
-        if len(jobs) <= _MOST_FORECAST:
-            ends = dict(self._policy.forecast(jobs, self._max_rows, now))
-        else:
-            order = self._policy.in_order(jobs, now)
-            apart = list(itertools.accumulate(job.seconds_left for job in order))
-            pace = self._work(jobs) / (apart[-1] or 1.0)
-            ends = {job.number: now + pace * seconds for job, seconds in zip(order, apart, strict=True)}
-        for ticket in tickets:
-            if ticket.forecast is not None:
-                ticket.expected = now + self.estimate(ticket, ends[ticket.number] - now)
+    def news(self, now: float) -> list[Ticket]:
+        """Updates when requests are expected to be finished, each once in a while. Returns waiting ones whose position has
+        changed."""
+        due = now - self._forecast_at >= _NEWS_INTERVAL
+        if due:
+            self._forecast_at = now
+        if any(map(self._costs.knows, self._unknown)):
+            self._price_again(now)
+        if self._few:
+            return self._look_at_all(now) if due else []
+        if due:
+            self._look_at_active(now)
+        return self._look_at_some(now)
 
     def estimate(self, ticket: Ticket, forecast: float) -> float:
         """The forecast, corrected by the mean error of similar forecasts, since other requests arrive."""
@@ -228,45 +270,144 @@ class Scheduler:
             ticket.forecast_key = ticket.plan.step_count.bit_length(), sum(map(len, self._tickets.values())).bit_length()
         return ticket.forecast_key
 
-    def _in_order_of_admission(self, order: Sequence[Job], waiting: Collection[Ticket]) -> list[Ticket]:
-        """`waiting` in the order of admission. Clients without an active request come first, so they wait for one slot at most,
-        however many requests others have queued."""
-        tickets = {ticket.number: ticket for ticket in waiting}
-        served = {ticket.request.client for ticket in self.active} - {""}
-        line = [tickets[job.number] for job in order if job.number in tickets]
-        return sorted(line, key=lambda ticket: (ticket.request.background, ticket.request.client in served))
+    @property
+    def _few(self) -> bool:
+        """Whether so few requests wait or are active that the policy is simulated."""
+        return len(self.active) + len(self.waiting) <= _MOST_FORECAST
 
-    def _known(self, tickets: Collection[Ticket]) -> bool:
-        """Whether the costs of all are known."""
-        groups = {ticket.group: ticket.plan for ticket in tickets}
-        return all(self._costs.seconds("denoise", group, plan.pixels, plan.rows) is not None for group, plan in groups.items())
+    def _look_at_all(self, now: float) -> list[Ticket]:
+        waiting = [(ticket, self._job(ticket)) for ticket in self.waiting]
+        tickets = {ticket.number: ticket for ticket in (*self.active, *self.waiting)}
+        jobs = (*self._active_jobs(), *(job for _, job in waiting))
+        for number, end in self._policy.forecast(jobs, self._max_rows, now):
+            self._expect(tickets[number], now, end - now)
+        for ticket, job in waiting:
+            self._queue.update(ticket, job, now)
+        return [ticket for position, ticket in enumerate(self._in_order(now)) if _moved(ticket, position)]
 
-    def _work(self, jobs: Sequence[Job]) -> float:
-        return self._policy.work(jobs, self._max_rows, self.limits.max_active)
+    def _price_again(self, now: float) -> None:
+        """Sorts in again all waiting requests whose costs were unknown when they came and are known now. Once for a model."""
+        known = {model for model in self._unknown if self._costs.knows(model)}
+        self._unknown -= known
+        for ticket in self.waiting:
+            if ticket.request.model in known:
+                self._queue.update(ticket, self._job(ticket), now)
+
+    def _look_at_active(self, now: float) -> None:
+        pace, active, seconds = self._pace(), self._tickets[RequestStatus.ACTIVE], 0.0
+        for job in self._policy.order:
+            seconds += job.seconds_left
+            if job.number in active:
+                self._expect(active[job.number], now, pace * seconds)
+
+    def _look_at_some(self, now: float) -> list[Ticket]:
+        moved, pace = [], self._pace()
+        for ticket in self._queue.looked_at_before(now - _NEWS_INTERVAL, _MOST_NEWS):
+            job = self._job(ticket)
+            self._queue.update(ticket, job, now)
+            position, seconds = self._estimate(job, now, pace)
+            self._expect(ticket, now, seconds)
+            if _moved(ticket, position):
+                moved.append(ticket)
+        return moved
+
+    def _expect(self, ticket: Ticket, now: float, forecast: float | None) -> None:
+        """Sets when a request is expected to be finished. Not if nothing was known on its arrival."""
+        if ticket.forecast is not None and forecast is not None:
+            ticket.expected = now + self.estimate(ticket, forecast)
+
+    def _position(self, ticket: Ticket, now: float) -> int:
+        return next(position for position, waiting in enumerate(self._in_order(now)) if waiting is ticket)
+
+    def _in_order(self, now: float) -> Iterator[Ticket]:
+        """The waiting requests in the order of their admission."""
+        clients: dict[str, list[Job]] = {}
+        for job in self._active_jobs():
+            clients.setdefault(job.client, []).append(job)
+
+        def ahead(job: Job) -> float:
+            rank = job.rank(now)
+            before = (other.seconds_left for other in clients.get(job.client, ()) if other.rank(now) < rank)
+            return self._policy.usage.get(job.client, 0.0) + sum(before)
+
+        return self._queue.in_order(now, ahead)
+
+    def _estimate(self, job: Job, now: float, pace: float) -> tuple[int, float]:
+        """About how many waiting requests are admitted before `job`, and in how many seconds it would be finished, without
+        simulating the policy: at the `pace` of all requests."""
+        count, seconds, own_seconds = self._queue.ahead_of(job, now)
+        return count, pace * (seconds + self._active_sums().before(job, own_seconds) + job.seconds_left)
+
+    def _pace(self) -> float:
+        """The seconds of work of all requests by what they would take one after the other."""
+        active = self._active_sums()
+        return self._queue.work(active.groups) / ((self._queue.seconds + active.seconds) or 1.0)
+
+    def _active_sums(self) -> "_InProgress":
+        """Sums of the active requests, computed once a call."""
+        if self._in_progress is None:
+            self._in_progress = _InProgress(self._policy)
+        return self._in_progress
+
+    def _count(self, ticket: Ticket, change: int) -> None:
+        request = ticket.request
+        if request.client and not request.background and not ticket.slotted:
+            self._clients[request.client] += change
+            if not self._clients[request.client]:
+                del self._clients[request.client]
 
     def _move(self, ticket: Ticket, status: RequestStatus) -> None:
         del self._tickets[ticket.status][ticket.number]
+        if ticket.status is RequestStatus.WAITING:
+            job = self._queue.remove(ticket)
+            if status is RequestStatus.ACTIVE:
+                self._jobs[ticket.number] = job
+                self._queue.activate(ticket.request.client)
+        elif ticket.status is RequestStatus.ACTIVE:
+            del self._jobs[ticket.number]
+            self._queue.deactivate(ticket.request.client)
         ticket.status = status
         self._tickets[status][ticket.number] = ticket
 
+    def _active_jobs(self) -> list[Job]:
+        """The jobs of the active requests, as they are now."""
+        known: dict[Hashable, JobSeconds] = {}
+        jobs = []
+        for number, ticket in self._tickets[RequestStatus.ACTIVE].items():
+            job = self._jobs[number]
+            kind = job.group, job.rows, job.images, ticket.state is None
+            if kind not in known:
+                known[kind] = self._seconds(ticket)
+            job.seconds = known[kind]
+            job.steps_left, job.passed_over = ticket.steps_left, ticket.passed_over
+            jobs.append(job)
+        return jobs
+
     def _job(self, ticket: Ticket) -> Job:
+        """The job of a request that is not active."""
+        step, setup, ending = self._seconds(ticket)
+        return Job(
+            number=ticket.number,
+            group=ticket.group,
+            pixels=ticket.plan.pixels,
+            rows=ticket.plan.rows,
+            steps_left=ticket.steps_left,
+            deadline=ticket.request.deadline,
+            step_seconds=step,
+            setup=setup,
+            ending=ending,
+            background=ticket.request.background,
+            client=ticket.request.client,
+            images=len(ticket.request.seeds),
+        )
+
+    def _seconds(self, ticket: Ticket) -> JobSeconds:
+        """The expected seconds of a step of a request alone, of what comes before its first step and after its last."""
         plan, group, pixels, seconds = ticket.plan, ticket.group, ticket.plan.pixels, self._costs.seconds
         step = seconds("denoise", group, pixels, plan.rows)
         setup = seconds("prepare", group, pixels, 1) if ticket.state is None else None
-        return Job(
-            number=ticket.number,
-            group=group,
-            pixels=pixels,
-            rows=plan.rows,
-            steps_left=ticket.steps_left,
-            deadline=ticket.request.deadline,
-            step_seconds=1.0 if step is None else step,
-            setup=setup or 0.0,
-            ending=seconds("finish", group, pixels, len(ticket.request.seeds)) or 0.0,
-            passed_over=ticket.passed_over,
-            background=ticket.request.background,
-            client=ticket.request.client,
-        )
+        ending = seconds("finish", group, pixels, len(ticket.request.seeds))
+        return 1.0 if step is None else step, setup or 0.0, ending or 0.0
 
 
 def _gone(ticket: Ticket, now: float) -> ServerError | None:
@@ -276,3 +417,43 @@ def _gone(ticket: Ticket, now: float) -> ServerError | None:
     if deadline is not None and deadline <= now:
         return DeadlineExpired("the deadline passed before the request was finished")
     return None
+
+
+def _moved(ticket: Ticket, position: int) -> bool:
+    """Sets a ticket's position. Returns whether it had another."""
+    before, ticket.position = ticket.position, position
+    return position != before
+
+
+def _check_deadline(ticket: Ticket) -> None:
+    deadline, forecast = ticket.request.deadline, ticket.forecast
+    if deadline is not None and forecast is not None and ticket.arrival + forecast > deadline:
+        left = max(0.0, deadline - ticket.arrival)
+        raise DeadlineUnmeetable(f"it would take about {forecast:.2f} s, and {left:.2f} s are left", estimate=forecast)
+
+
+class _InProgress:
+    """The active requests when the last call began. `groups` and `seconds` are sums over all."""
+
+    def __init__(self, policy: Policy) -> None:
+        self.groups = group_sums(policy.order)
+        self._usage = dict(policy.usage)
+        self._jobs = []  # client, seconds left, and the seconds that the client has had when it is finished
+        had = dict(policy.usage)
+        for job in policy.order:
+            left = job.seconds_left
+            end = had.get(job.client, 0.0) + left
+            if job.client:
+                had[job.client] = end
+            self._jobs.append((job.client, left, end))
+        self.seconds = sum(left for _, left, _ in self._jobs)
+
+    def before(self, job: Job, own_seconds: float) -> float:
+        """The seconds of those that are ahead of a waiting request, with `own_seconds` of its client's waiting ahead of it: those
+        of its client that have less left, and those of others that are finished when their client has had less."""
+        own, client = 0.0, job.client or None
+        for other, left, _ in self._jobs:
+            if other == client and left < job.seconds_left:
+                own += left
+        end = self._usage.get(job.client, 0.0) + own + own_seconds + job.seconds_left
+        return own + sum(left for other, left, other_end in self._jobs if other != client and other_end < end)
