@@ -8,6 +8,7 @@ import warnings
 
 import bench_codecs
 import bench_export
+import bench_growth
 import bench_host
 import bench_providers
 import bench_ray
@@ -21,7 +22,7 @@ from bench_load import command as bench_load
 _DESCRIPTION = """\
 Measures the server on the demo model. Run it on an idle machine.
 
-Without a sub-command all are run with their defaults: about 28 minutes.
+Without a sub-command all are run with their defaults: about 29 minutes.
 """
 
 
@@ -35,6 +36,7 @@ def main() -> int:
         "request": (bench_request, "one request at a time: added time, time to SERVING (2 minutes)"),
         "load": (bench_load, "many requests at once, against three peers (20 minutes)"),
         "simulated": (bench_simulated, "the scheduler on a simulated GPU, against two peers (1 minute)"),
+        "growth": (bench_growth, "the engine's work between calls by how many requests wait (1 minute)"),
         "sessions": (bench_sessions, "session calls with ONNX Runtime's spinning threads and without (1 minute)"),
         "schedulers": (bench_schedulers, "stepping a batch at once, against one by one (1 minute)"),
         "codecs": (bench_codecs, "decoding and encoding in a codec process, against in this one (1 minute)"),

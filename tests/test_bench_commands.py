@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
+import bench_growth
 import bench_request
 import bench_rounding
 import bench_schedulers
@@ -16,6 +17,7 @@ import pytest
 @pytest.mark.parametrize(
     ("module", "words", "printed"),
     [
+        (bench_growth, ["--waiting", "50", "100", "--times", "3"], "a client each"),
         (bench_request, ["--requests", "1", "--starts", "1"], "request through the server"),
         (bench_rounding, ["--timesteps", "501"], "501"),
         (bench_schedulers, ["--requests", "2", "--rounds", "1"], "DPM++ 2M Karras"),

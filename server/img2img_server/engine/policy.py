@@ -81,17 +81,16 @@ Usage = Mapping[str, float]
 def in_order(jobs: Iterable[Job], usage: Usage, now: float) -> list[Job]:
     """Sorts jobs by rank. If there are several clients, each job counts the usage of its client and its client's jobs ahead of it
     as its own."""
-    ranked = sorted(jobs, key=lambda job: job.rank(now))
-    if not _several(ranked):
-        return ranked
-    before = dict(usage)
-    lines = []
-    for job in ranked:
-        mine = before.get(job.client, 0.0)
-        lines.append((job.rank(now, mine), job))
-        if job.client:
-            before[job.client] = mine + job.seconds_left
-    return [job for _, job in sorted(lines, key=lambda line: line[0])]
+    ranked = sorted([(job.rank(now), job) for job in jobs])  # no two ranks are equal
+    if _several([job for _, job in ranked]):
+        before = dict(usage)
+        for index, (_, job) in enumerate(ranked):
+            if mine := before.get(job.client):
+                ranked[index] = job.rank(now, mine), job
+            if job.client:
+                before[job.client] = (mine or 0.0) + job.seconds_left
+        ranked.sort()
+    return [job for _, job in ranked]
 
 
 def charge(usage: Usage, jobs: Sequence[Job], batch: Sequence[Job], seconds: float) -> Usage:

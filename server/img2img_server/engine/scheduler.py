@@ -24,6 +24,8 @@ _NEWS_INTERVAL = 1.0
 """Seconds between two forecasts of a request."""
 _MOST_NEWS = 8
 """Waiting requests that are forecast between two steps if more than `_MOST_FORECAST` have to be, in turn."""
+_SUMMED_CALLS = 8
+"""Calls after which the sums of the active requests that estimates are made of are computed again."""
 _MOST_COMPARED = 32
 """Waiting requests among which those are sought that share the shape of the first, and may be admitted with it."""
 _LEAST_WEIGHT = 0.15
@@ -80,7 +82,8 @@ class Scheduler:
         self._unknown: set[str] = set()  # models of requests that came before their costs were known
         self._forecast_at = -math.inf
         self._jobs: dict[int, Job] = {}  # of active requests
-        self._in_progress: _InProgress | None = None
+        self._calls = 0
+        self._in_progress = _InProgress(self._policy, 0)
         self.cancelled: deque[Ticket] = deque()
         """Where tickets note that they were cancelled."""
 
@@ -169,7 +172,8 @@ class Scheduler:
     def drop(self, now: float) -> list[tuple[Ticket, ServerError]]:
         """Has every request leave that was cancelled or whose deadline has passed. Returns them with the reason."""
         cancelled = [self.cancelled.popleft() for _ in range(len(self.cancelled))]
-        tickets = (*cancelled, *self.active, *self._queue.expired(now))
+        late = [ticket for ticket in self.active if ticket.request.deadline is not None and ticket.request.deadline <= now]
+        tickets = (*cancelled, *late, *self._queue.expired(now))
         return [(ticket, error) for ticket in tickets if (error := _gone(ticket, now)) and self.leave(ticket)]
 
     def admit(self, now: float) -> list[Ticket]:
@@ -187,7 +191,8 @@ class Scheduler:
 
     def next_batch(self, now: float) -> list[Ticket]:
         """The requests of the next call."""
-        active, self._in_progress = self.active, None
+        active = self.active
+        self._calls += 1
         if not active:
             self._policy.order = []
             return []
@@ -344,10 +349,11 @@ class Scheduler:
         return self._queue.work(active.groups) / ((self._queue.seconds + active.seconds) or 1.0)
 
     def _active_sums(self) -> "_InProgress":
-        """Sums of the active requests, computed once a call."""
-        if self._in_progress is None:
-            self._in_progress = _InProgress(self._policy)
-        return self._in_progress
+        """Sums of the active requests, computed once in a few calls."""
+        sums = self._in_progress
+        if self._calls >= sums.call + _SUMMED_CALLS or abs(len(self._policy.order) - sums.count) > self.limits.max_admitted:
+            sums = self._in_progress = _InProgress(self._policy, self._calls)
+        return sums
 
     def _count(self, ticket: Ticket, change: int) -> None:
         request = ticket.request
@@ -433,9 +439,10 @@ def _check_deadline(ticket: Ticket) -> None:
 
 
 class _InProgress:
-    """The active requests when the last call began. `groups` and `seconds` are sums over all."""
+    """The active requests when a call began, the one of number `call`. `groups` and `seconds` are sums over all."""
 
-    def __init__(self, policy: Policy) -> None:
+    def __init__(self, policy: Policy, call: int) -> None:
+        self.call, self.count = call, len(policy.order)
         self.groups = group_sums(policy.order)
         self._usage = dict(policy.usage)
         self._jobs = []  # client, seconds left, and the seconds that the client has had when it is finished

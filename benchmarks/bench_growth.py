@@ -1,0 +1,217 @@
+"""What the engine's host work takes by how many requests wait: a step, a new request, a cancelled one, news of positions.
+
+Nothing is computed: the pipeline only counts, calls take 5 ms of a manual clock, and the figures are CPU seconds of the engine's
+thread. 32 requests are active, 16 of them share each call. The step is measured twice: without news, and with news due for every
+waiting request.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib as mpl
+from img2img_server.engine.engine import Engine
+from img2img_server.engine.request import Event, Plan, Request, Ticket
+from img2img_server.engine.scheduler import QueueLimits
+from img2img_server.engine.warmup import WarmUp
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+
+mpl.use("Agg")
+
+from matplotlib import pyplot as plt
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULT = ROOT / ".bench" / "growth.json"
+
+_CALL = 0.005
+"""Seconds of a call on the manual clock."""
+_IMAGE = Image.new("RGB", (8, 8))
+_MODELS = 8
+
+
+@dataclass(slots=True, eq=False)
+class _State:
+    step_count: int
+    step: int = 0
+
+
+class _Counter:
+    """Implements the engine's Pipeline: counts steps. A request's shape is its prompt."""
+
+    engine = "simulated:counter"
+    size_multiple = 8
+    native_size = (512, 512)
+    max_rows: int | None = None
+    measurable = True
+    row_buckets: Sequence[int] = ()
+    schedulers: tuple[str, ...] = ()
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def clock(self) -> float:
+        return self.now
+
+    def plan(self, request: Request) -> Plan:
+        return Plan(request.prompt, 512 * 512, 1, request.num_inference_steps)
+
+    def prepare(self, requests: Sequence[Request]) -> Sequence[_State]:
+        return [_State(request.num_inference_steps) for request in requests]
+
+    def denoise(self, states: Sequence[_State]) -> Sequence[None]:
+        self.now += _CALL
+        return [None] * len(states)
+
+    def advance(self, states: Sequence[_State], noises: Sequence[None]) -> None:
+        for state in states:
+            state.step += 1
+
+    def mark(self) -> None:
+        pass
+
+    def preview(self, states: Sequence[_State]) -> Sequence[None]:
+        return [None] * len(states)
+
+    def finish(self, states: Sequence[_State]) -> Sequence[Sequence[Image.Image]]:
+        return [[_IMAGE]] * len(states)
+
+    def release(self, state: _State) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """How the waiting requests differ: how many clients, shapes and models there are, 0 for one each. `deadline` is in how many
+    seconds each has to be finished, None for any."""
+
+    clients: int = 1
+    shapes: int = 1
+    models: int = 1
+    deadline: float | None = None
+
+    def request(self, number: int, now: float) -> Request:
+        """One of the requests."""
+        client = number % self.clients if self.clients else number
+        shape = number % self.shapes if self.shapes else number
+        steps = (20, 25, 30, 50)[number * 7 % 4]
+        deadline = None if self.deadline is None else now + self.deadline
+        return Request(
+            f"m{number % self.models}", _IMAGE, f"{shape}", "", 1.0, steps, 7.5, (0,), deadline, client=f"client {client}"
+        )
+
+
+LOADS = {
+    "100 clients": Load(clients=100),
+    "one client": Load(),
+    "a client each": Load(clients=0),
+    "100 clients, a shape each": Load(clients=100, shapes=0),
+    "100 clients, 8 models": Load(clients=100, models=_MODELS),
+    "100 clients, deadlines": Load(clients=100, deadline=1e6),
+}
+
+
+class _Filled:
+    """An engine in which so many requests wait."""
+
+    def __init__(self, load: Load, waiting: int) -> None:
+        self._load, self._number, self._device = load, 0, _Counter()
+        limits = QueueLimits(max_waiting=10 * waiting + 1000, max_client_waiting=10 * waiting + 1000)
+        self.engine = Engine({f"m{number}": self._device for number in range(_MODELS)}, limits, self._device.clock)
+        for number in range(_MODELS):
+            name = f"m{number}"
+            self.engine.costs.adopt(name, WarmUp(16, 1.0, self._device.clock).measure(name, self._device))
+        for _ in range(limits.max_active):
+            self.submit()
+            self.engine.step()
+        begun = time.thread_time()
+        self.tickets = [self.submit() for _ in range(waiting)]
+        self.fill_seconds = time.thread_time() - begun
+        for _ in range(20):
+            self.engine.step()
+
+    def submit(self) -> Ticket:
+        """Submits one more request."""
+        self._number += 1
+        request = self._load.request(self._number, self._device.now)
+        return self.engine.submit(request, _ignore).ticket
+
+    def cancel_last(self) -> None:
+        """Cancels a waiting request, and has it leave at the next step."""
+        self.tickets.pop().cancel()
+        self.engine.step()
+
+    def step_with_news(self) -> None:
+        """A step after so long that all who wait are to hear of their position."""
+        self._device.now += 2.0
+        self.engine.step()
+
+
+def _ignore(event: Event) -> None:
+    pass
+
+
+def measure(load: Load, waiting: int, times: int) -> dict[str, float]:
+    """The median CPU microseconds of each kind of work, and of a request of those that filled the queue."""
+    filled = _Filled(load, waiting)
+    works: dict[str, Callable[[], object]] = {
+        "step": filled.engine.step,
+        "step with news": filled.step_with_news,
+        "step after a cancellation": filled.cancel_last,
+        "submit": filled.submit,
+    }
+    figures = {name: statistics.median(_timed(work) for _ in range(times)) * 1e6 for name, work in works.items()}
+    figures["submit while filling"] = filled.fill_seconds / waiting * 1e6
+    filled.engine.close()
+    return figures
+
+
+def _timed(work: Callable[[], object]) -> float:
+    begun = time.thread_time()
+    work()
+    return time.thread_time() - begun
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Declares the settings."""
+    parser.add_argument(
+        "--waiting", type=int, nargs="+", default=[100, 1000, 5000], metavar="N", help="waiting requests (default: %(default)s)"
+    )
+    parser.add_argument("--times", type=int, default=50, metavar="N", help="of each kind of work (default: %(default)s)")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Measures every load, prints a table, and writes a JSON file and a figure."""
+    figures = {
+        name: {waiting: measure(load, waiting, arguments.times) for waiting in arguments.waiting} for name, load in LOADS.items()
+    }
+    kinds = list(next(iter(next(iter(figures.values())).values())))
+    table = Table("load", "waiting", *(f"{kind} µs" for kind in kinds))
+    for name, by_waiting in figures.items():
+        for waiting, row in by_waiting.items():
+            table.add_row(name, str(waiting), *(f"{row[kind]:.0f}" for kind in kinds))
+    Console(width=140).print(table)
+    RESULT.parent.mkdir(exist_ok=True)
+    RESULT.write_text(json.dumps(figures, indent=1) + "\n")
+    _plot(figures, kinds[:-1])
+    return 0
+
+
+def _plot(figures: dict[str, dict[int, dict[str, float]]], kinds: Sequence[str]) -> None:
+    figure, axes = plt.subplots(1, len(kinds), figsize=(3.6 * len(kinds), 3.2), sharey=True, layout="constrained")
+    for axis, kind in zip(axes, kinds, strict=True):
+        for name, by_waiting in figures.items():
+            axis.plot(list(by_waiting), [row[kind] for row in by_waiting.values()], marker="o", label=name)
+        axis.set(title=kind, xlabel="waiting requests", xscale="log", ylim=(0, None))
+    axes[0].set_ylabel("CPU µs")
+    axes[0].legend(fontsize=7)
+    figure.savefig(RESULT.with_suffix(".png"), dpi=110)
+    plt.close(figure)
