@@ -51,6 +51,7 @@ def measured_cap(seconds: Callable[[int], float], noise: Callable[[int], float],
 
 
 @pytest.mark.parametrize("curve", nightly_but(CURVES, "up to 4"))
+@settings(deadline=None)
 @given(slow=st.integers(1, 82), factor=st.floats(1.0, 1000.0))
 def test_one_slow_call_anywhere_changes_no_batch_limit(curve: str, slow: int, factor: float) -> None:
     seconds, cap = CURVES[curve]
@@ -58,6 +59,7 @@ def test_one_slow_call_anywhere_changes_no_batch_limit(curve: str, slow: int, fa
 
 
 @pytest.mark.parametrize("curve", nightly_but(CURVES, "up to 4"))
+@settings(deadline=None)
 @given(factor=st.floats(0.1, 50.0))
 def test_a_machine_that_is_loaded_all_the_time_has_the_same_batch_limit(curve: str, factor: float) -> None:
     seconds, cap = CURVES[curve]
@@ -65,6 +67,7 @@ def test_a_machine_that_is_loaded_all_the_time_has_the_same_batch_limit(curve: s
 
 
 @pytest.mark.parametrize("curve", nightly_but(CURVES, "up to 4"))
+@settings(deadline=None)
 @given(first=st.integers(0, 7), factor=st.floats(1.0, 50.0))
 def test_a_load_that_comes_or_goes_between_rounds_changes_no_batch_limit(curve: str, first: int, factor: float) -> None:
     """Ten calls, five batches at two sizes, are a round; twelve come before the rounds."""
@@ -74,6 +77,7 @@ def test_a_load_that_comes_or_goes_between_rounds_changes_no_batch_limit(curve: 
 
 
 @pytest.mark.parametrize("curve", nightly_but(CURVES, "up to 4"))
+@settings(deadline=None)
 @given(
     outliers=st.dictionaries(st.integers(0, 9), st.sets(st.integers(0, 6), max_size=3)),
     factor=st.floats(1.0, 100.0),
@@ -94,12 +98,14 @@ def test_outliers_in_less_than_half_of_the_rounds_change_no_batch_limit(
     assert measured_cap(seconds, noise) == cap
 
 
+@settings(deadline=None)
 @given(slow=st.integers(1, 82), factor=st.floats(1.0, 1000.0), budget=st.floats(0.5, 30.0))
 def test_whatever_time_there_is_one_slow_call_does_not_keep_requests_apart(slow: int, factor: float, budget: float) -> None:
     seconds, _ = CURVES["larger always pays"]
     assert measured_cap(seconds, lambda call: factor if call == slow else 1.0, budget) > 1
 
 
+@settings(deadline=None)
 @given(st.floats(0.01, 60.0), st.floats(1.0, 5.0))
 def test_warming_up_keeps_to_its_time_but_for_one_call(budget: float, factor: float) -> None:
     clock = Clock()
