@@ -200,7 +200,7 @@ def test_several_servers(folder: Path) -> None:
             for pipeline in pipelines
         ]
         said = run(folder, program("Several servers", p50051=ports[0], p50052=ports[1], p50053=ports[2]))
-    assert said == "24 pictures\n"
+    assert said == "24 images\n"
     assert sum(len(pipeline.prepared) for pipeline in pipelines) == 24
 
 
