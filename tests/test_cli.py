@@ -60,7 +60,7 @@ sys.exit(c.main(["inspect", "/nowhere"]))
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert (result.returncode, result.stdout) == (1, "")
-    assert result.stderr == "img2img inspect: /nowhere is no bundle: it has no manifest.json\n"
+    assert result.stderr == "img2img inspect: /nowhere is not a bundle: it has no manifest.json\n"
 
 
 def test_a_missing_extra_is_named() -> None:

@@ -161,7 +161,7 @@ def test_a_file_that_cannot_be_used_is_named_with_the_reason(tmp_path: Path, cap
     for words, why in (
         (["token", "add", "alice", "--tokens", str(gone / "t")], f"{gone / 't'} cannot be used: No such file"),
         (["serve", "--config", str(gone)], f"{gone}: No such file or directory"),
-        (["inspect", str(gone)], f"{gone} is no bundle"),
+        (["inspect", str(gone)], f"{gone} is not a bundle"),
         (["transform", str(gone / "a.png"), "--output", str(tmp_path / "b.png")], f"{gone / 'a.png'}: No such file"),
     ):
         assert main(words) in (1, 2)

@@ -272,7 +272,7 @@ async def test_the_memory_of_the_gpu_is_the_budget(folder: Path, gpu: FakeGpu, c
         too_few = it.store.get("c").expected_memory - (1 << 20)
         with gpu.memory(gpu.used + too_few), caplog.at_level(logging.INFO):
             assert all(isinstance(ending, Completed) for ending in await it.use("c"))
-        assert "model 'a' makes room for 'c'" in caplog.text
+        assert "model 'a' is evicted to load 'c'" in caplog.text
         assert it.store.get("a").pipeline is None
         assert it.store.get("b").pipeline is not None
 

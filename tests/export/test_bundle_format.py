@@ -102,7 +102,7 @@ def test_bytes_that_are_no_text_are_refused(small_bundle: Path) -> None:
 
 
 def test_a_directory_without_manifest_is_no_bundle(tmp_path: Path) -> None:
-    with pytest.raises(BundleError, match="no bundle"):
+    with pytest.raises(BundleError, match="not a bundle"):
         read_manifest(tmp_path)
 
 
@@ -114,7 +114,7 @@ def test_another_content_is_refused(small_bundle: Path) -> None:
 
 def test_a_missing_file_is_refused(small_bundle: Path) -> None:
     (small_bundle / "unet" / "model.onnx").unlink()
-    with pytest.raises(BundleError, match="lacks"):
+    with pytest.raises(BundleError, match="is missing"):
         check_bundle(small_bundle, read_manifest(small_bundle))
 
 

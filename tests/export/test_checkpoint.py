@@ -146,7 +146,7 @@ def test_a_list_of_weights_that_are_not_safetensors_is_refused(
     index.write_text(json.dumps({"weight_map": {"x": Path(weights).name}}))
     assert index.relative_to(checkpoint).as_posix() in resolve(options, Progress()).files
     index.write_text(json.dumps({"weight_map": {"x": Path(weights).name, "y": part}}))
-    with pytest.raises(ExportError, match="only safetensors beside it are read"):
+    with pytest.raises(ExportError, match="only safetensors files beside it are read"):
         resolve(options, Progress())
     index.write_text("{")
     with pytest.raises(ExportError, match="cannot be read"):

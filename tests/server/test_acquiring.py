@@ -157,7 +157,7 @@ async def test_what_failed_is_refused_for_a_while_with_the_reason(folder: Path, 
     async with downloading(folder, control) as it:
         with pytest.raises(ModelUnavailable, match=r"the hub refuses acme/broken \(401\), see \(a path\)"):
             await use(it, repo_id="acme/broken")
-        with answering(Call("m", "r", admin=False)), pytest.raises(ModelUnavailable, match="not tried again for 5 s") as caught:
+        with answering(Call("m", "r", admin=False)), pytest.raises(ModelUnavailable, match="possible in 5 s") as caught:
             await use(it, repo_id="acme/broken")
         assert "hub" not in str(caught.value), "that is the operator's"
         assert [model.id for model in it.store] == ["a"]
@@ -191,7 +191,7 @@ async def test_exports_take_turns_and_too_many_are_refused(folder: Path, control
         waiting = []
         for number in range(4):
             waiting.append(asyncio.create_task(use(it, repo_id="acme/new", variant=f"v{number}")))
-            await begun(it, f"acme--new--v{number}", "downloading" if number == 0 else "waits")
+            await begun(it, f"acme--new--v{number}", "downloading" if number == 0 else "waiting")
         with pytest.raises(Exhausted) as caught:
             await use(it, repo_id="acme/new", variant="v4")
         assert caught.value.retry_after == 60

@@ -207,7 +207,7 @@ def test_what_cannot_be_measured_is_one_line(
 
 def test_a_folder_that_is_no_bundle_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert _bench(tmp_path) == 1
-    assert capsys.readouterr().err == f"img2img bench-model: {tmp_path} is no bundle: it has no manifest.json\n"
+    assert capsys.readouterr().err == f"img2img bench-model: {tmp_path} is not a bundle: it has no manifest.json\n"
 
 
 @pytest.mark.parametrize("flags", [("--sizes", "64:2"), ("--rows", "0"), ("--providers", "abacus"), ("--buckets", "64")])

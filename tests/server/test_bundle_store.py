@@ -113,7 +113,7 @@ def test_one_bundle_is_a_store_too(tmp_path: Path) -> None:
 def test_a_folder_without_bundles_is_an_error_that_teaches(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="img2img export"):
         load(tmp_path)
-    with pytest.raises(BundleError, match="there is no folder"):
+    with pytest.raises(BundleError, match="does not exist"):
         load(tmp_path / "nope")
 
 
@@ -127,7 +127,7 @@ def test_an_unknown_default_is_an_error(tmp_path: Path) -> None:
     ("damage", "why"),
     [
         (lambda bundle: (bundle / "unet" / "model.onnx").write_bytes(b"other"), "SHA-256 differs"),
-        (lambda bundle: (bundle / "unet" / "model.onnx").unlink(), "lacks unet/model.onnx"),
+        (lambda bundle: (bundle / "unet" / "model.onnx").unlink(), "unet/model.onnx is missing"),
         (lambda bundle: (bundle / MANIFEST_NAME).write_text("{"), "cannot be read"),
         (lambda bundle: (bundle / MANIFEST_NAME).write_text('{"format_version": 99}'), "format version 99"),
         (lambda bundle: (bundle / MANIFEST_NAME).write_text(f'{{"format_version": {FORMAT_VERSION}, "x": 1}}'), "unknown keys"),
@@ -151,10 +151,10 @@ def test_a_manifest_that_points_outside_is_refused(tmp_path: Path) -> None:
     data = json.loads((bad / MANIFEST_NAME).read_text())
     data["files"]["../good/model_index.json"] = data["files"]["model_index.json"]
     (bad / MANIFEST_NAME).write_text(json.dumps(data))
-    assert "outside itself" in problem(tmp_path)
+    assert "outside the bundle" in problem(tmp_path)
 
 
 def test_a_store_of_nothing_but_damage_does_not_start(tmp_path: Path) -> None:
     (make_bundle(tmp_path / "bad") / "unet" / "model.onnx").unlink()
-    with pytest.raises(BundleError, match=r"no model can be served: bad: .*lacks unet"):
+    with pytest.raises(BundleError, match=r"no model can be served: bad: .*unet/model.onnx is missing"):
         load(tmp_path)

@@ -190,7 +190,7 @@ def test_callers_see_and_use_their_own(folder: Path, monkeypatch: pytest.MonkeyP
         assert it.states() == {"b": UNLOADED}
         code, details = failure(lambda: it.get("a"))
         assert code == grpc.StatusCode.NOT_FOUND
-        assert details["message"] == "there is no model 'a'; there are b"
+        assert details["message"] == "model 'a' does not exist; available: b"
         code, details = failure(lambda: it.transform(path="a"))
         assert (code, details["reason"]) == (grpc.StatusCode.PERMISSION_DENIED, "PERMISSION_DENIED")
         for change in (lambda: it.load(id="b"), lambda: it.unload("b")):

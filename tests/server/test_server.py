@@ -167,7 +167,7 @@ def test_sigterm_lets_a_running_request_finish_and_exits_with_0(tmp_path: Path, 
         process.wait()
 
 
-@pytest.mark.parametrize(("models", "why"), [("empty", "holds no bundle"), ("missing", "there is no folder")])
+@pytest.mark.parametrize(("models", "why"), [("empty", "has no bundle"), ("missing", "does not exist")])
 def test_a_server_that_cannot_start_says_why(tmp_path: Path, models: str, why: str) -> None:
     (tmp_path / "empty").mkdir()
     log = tmp_path / "log"

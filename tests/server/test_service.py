@@ -245,7 +245,7 @@ def test_a_seed_that_leaves_no_room_for_the_next_ones_names_both_fields(
 def test_an_unknown_model_is_not_found_and_the_known_are_named(stub: ImageToImageServiceStub, reference: dict[str, str]) -> None:
     code, details = failure(lambda: stub.Transform(request(model=pb.ModelReference(**reference))))
     assert (code, details["reason"]) == (grpc.StatusCode.NOT_FOUND, "MODEL_NOT_FOUND")
-    assert "there are m, other" in str(details["message"])
+    assert "available: m, other" in str(details["message"])
 
 
 @pytest.mark.parametrize(

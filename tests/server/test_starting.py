@@ -133,12 +133,12 @@ def test_what_is_wrong_is_one_line_before_anything_heavy_is_imported(tmp_path: P
     file.write_text("")
     good = ("--models", bundle, "--port", 0)
     for words, why in (
-        (("--models", tmp_path / "none"), f"models: there is no folder {tmp_path / 'none'}: give a folder of bundles"),
+        (("--models", tmp_path / "none"), f"models: {tmp_path / 'none'} does not exist: give a folder of bundles"),
         (("--models", file), f"models: {file} is a file, not a folder"),
-        (("--models", tmp_path / "empty"), "holds no bundle: make one with `img2img export MODEL --output"),
+        (("--models", tmp_path / "empty"), "has no bundle: make one with `img2img export MODEL --output"),
         (("--models", tmp_path / "raw"), "is a model that was not exported: run `img2img export"),
         (("--models", bundle, "--default-model", "b"), "the default model 'b' is not in the store, which has a"),
-        (("--models", bundle, "--preload", "b"), "there is no model 'b' to preload; there are a"),
+        (("--models", bundle, "--preload", "b"), "model 'b' does not exist; available: a"),
         (("--models", bundle, "--port", taken), f"port: 127.0.0.1:{taken} is in use by another process"),
         ((*good, "--metrics-port", taken), f"metrics_port: 127.0.0.1:{taken} is in use by another process"),
         ((*good, "--metrics-port", "0", "--metrics-host", "192.0.2.1"), "metrics_port: cannot listen on 192.0.2.1:0: "),
@@ -246,7 +246,7 @@ def test_a_warm_up_that_hangs_fails_its_model_alone(buckets: tuple[int, ...]) ->
             a, m = client.models()
             assert (a.state, m.state) == ("failed", "ready")
             assert "warm-up" in a.detail
-            assert "of 1 rows did not come back within 0.5 s" in a.detail
+            assert "of 1 rows did not return within 0.5 s" in a.detail
             client.transform(Image.new("RGB", (16, 16)), prompt="", model="m")
     finally:
         never.set()

@@ -1,1 +1,1 @@
-"""The bundle: its manifest, the rules for files that somebody else wrote, and the limits that verification holds it to."""
+"""The bundle: its manifest, the limits of its verification, and checks of untrusted files."""

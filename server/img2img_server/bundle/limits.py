@@ -1,20 +1,23 @@
-"""How far a graph, and an image drawn with it, may be from PyTorch in fp32: one set of limits for each precision."""
+"""Limits of the difference between a graph, and images drawn with it, and PyTorch in fp32, for each precision."""
 
 from dataclasses import dataclass
 from typing import Literal
 
 Precision = Literal["fp32", "fp16", "bf16", "int8"]
-"""Of a graph's weights, and of what is computed with them."""
+"""Precision of a graph's weights and computation."""
 
 LEAST_CONTRAST = 2.0
-"""Standard deviation, in steps of 1/255, below which an image is taken for black or constant: what NaNs decode to."""
+"""Minimum standard deviation of an image, in steps of 1/255. Images below are constant or black, as NaNs decode to."""
 
 
 @dataclass(frozen=True, slots=True)
 class AccuracyLimits:
-    """`relative_error` is the greatest L2 norm of a graph's difference over that of the reference, `worst` the greatest single
-    difference over the root mean square of the reference. `max_abs_error` (in steps of 1/255), `psnr_db` and `ssim` are a
-    finished image's."""
+    """Limits of one precision.
+
+    Of a graph's outputs: `relative_error` is the L2 norm of the difference divided by that of the reference, `worst` the largest
+    single difference divided by the root mean square of the reference. Of a finished image: `max_abs_error` in steps of 1/255,
+    and the minima `psnr_db` and `ssim`.
+    """
 
     relative_error: float
     worst: float
@@ -24,9 +27,9 @@ class AccuracyLimits:
 
 
 LIMITS: dict[Precision, AccuracyLimits] = {
-    # Both sides are fp32 (epsilon 6e-8) and differ in the order of their sums only. That grows to some 1e-6 through hundreds of
-    # layers, while the faults that an export makes (a frozen size, one timestep for all, a lost cast) show at 1e-2 and more.
-    # An image's value may then round to the neighbouring one, no further.
+    # Both sides are fp32 (epsilon 6e-8) and differ only in the order of sums. Through hundreds of layers this grows to about
+    # 1e-6, while export faults (a frozen size, one timestep for all, a lost cast) cause 1e-2 and more. A value of the image may
+    # then be rounded to the neighboring one.
     "fp32": AccuracyLimits(1e-4, 1e-3, 1, 50.0, 0.999),
     "fp16": AccuracyLimits(1e-2, 0.1, 255, 35.0, 0.98),
     "bf16": AccuracyLimits(5e-2, 0.5, 255, 25.0, 0.90),

@@ -1,7 +1,7 @@
 """The bundle's format: what `img2img export` writes and `img2img serve` reads.
 
-A bundle is a directory in the layout of diffusers (model_index.json, one folder per component) plus manifest.json,
-which is written last. This module needs the standard library only; the exporter imports it too.
+A bundle is a directory in diffusers' layout (model_index.json, one folder per component) with a manifest.json, which is written
+last. Standard library only: the exporter imports this module, too.
 """
 
 import dataclasses
@@ -21,16 +21,16 @@ from img2img_server.errors import BundleError
 FORMAT_VERSION = 2
 MANIFEST_NAME = "manifest.json"
 HEAD_NAME, BODY_NAME = "head.onnx", "body.onnx"
-"""A denoiser's graph in two, beside the whole one: waves of the timestep, to be computed in float32; and all that takes them."""
+"""The split graph of a denoiser, beside the whole one: the timestep embedding, to be computed in float32, and the rest."""
 
 _T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Where a model came from: exactly one of `repo_id` and `path`, and what was taken of it.
+    """A model's source: exactly one of `repo_id` and `path`, and the selected files.
 
-    `digest` is the SHA-256 over the names and contents of the files that were read, so that an unchanged source is known.
+    `digest` is the SHA-256 over the names and contents of the files that were read; it shows whether a source has changed.
     """
 
     repo_id: str | None = None
@@ -44,7 +44,7 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """An input or output of a graph. A dimension that varies is named, one that is fixed is a number."""
+    """An input or output of a graph. A dynamic dimension is a name, a fixed one a number."""
 
     name: str
     type: str
@@ -53,7 +53,7 @@ class TensorSpec:
 
 @dataclass(frozen=True, slots=True)
 class Lora:
-    """A LoRA that was fused into the weights: its file's name and SHA-256, and the scale it was fused with."""
+    """A LoRA that was fused into the weights: its file's name, the scale, and the file's SHA-256."""
 
     name: str
     scale: float
@@ -62,11 +62,10 @@ class Lora:
 
 @dataclass(frozen=True, slots=True)
 class Component:
-    """One part of the model. `precision` is that of its weights: fp32, fp16, bf16 or int8. A torch component has no graph.
+    """A component of the model. `precision` is that of its weights: fp32, fp16, bf16 or int8. A torch component has no graph.
 
-    `reason` says why the precision is not the one that was asked for. A graph is `NAME/model.onnx`; `fused` is the path in
-    the bundle of a second graph of the same part, with ONNX Runtime's fused operators for CUDA, or empty. `bytes` are those
-    of its weights.
+    `reason` says why the precision differs from the requested one. The graph is `NAME/model.onnx`; `fused` is the path in the
+    bundle of a second graph with ONNX Runtime's fused operators for CUDA, or empty. `bytes` is the size of the weights.
     """
 
     name: str
@@ -82,10 +81,10 @@ class Component:
 
 @dataclass(frozen=True, slots=True)
 class ComponentParity:
-    """How far a graph's output is from that of PyTorch in fp32 on the same input.
+    """The difference between a graph's output and PyTorch's in fp32 on the same input.
 
-    `max_abs_error` in the output's own units, `relative_error` as the L2 norm of the difference over the reference's.
-    `graph` is "plain" or "fused".
+    `max_abs_error` is in the output's units, `relative_error` the L2 norm of the difference divided by the reference's. `graph`
+    is "plain" or "fused".
     """
 
     component: str
@@ -98,10 +97,10 @@ class ComponentParity:
 
 @dataclass(frozen=True, slots=True)
 class PictureParity:
-    """How far a finished image is from the one that diffusers draws in fp32 with the same seed.
+    """The difference between a finished image and the one that diffusers draws in fp32 with the same seed.
 
-    `max_abs_error` in steps of 1/255, `psnr_db` in decibels (infinite is stored as 999), `ssim` the structural similarity,
-    1 for equal images.
+    `max_abs_error` is in steps of 1/255, `psnr_db` in decibels (999 for equal images), `ssim` the structural similarity, 1 for
+    equal images.
     """
 
     case: str
@@ -113,7 +112,7 @@ class PictureParity:
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """An image that diffusers drew in fp32 at export, and what it was asked: to judge by, where it is drawn in another way.
+    """A reference image that diffusers drew in fp32 at export, and its request, for the server's accuracy check.
 
     `source` and `picture` are paths in the bundle of lossless RGB files of the same size.
     """
@@ -131,10 +130,10 @@ class Reference:
 
 @dataclass(frozen=True, slots=True)
 class Verification:
-    """What was measured at export. A bundle that did not pass is not served, unless the server is told to.
+    """The results of the export's verification. A bundle that did not pass is served only with --allow-unverified.
 
-    `problems` says in a line each what did not pass; `limits` what was to be kept, by name (`max_abs_error`,
-    `relative_error`, `psnr_db`, `ssim`). `reference` names what it was compared with.
+    `problems` has a line for each failure; `limits` are the limits by name (`max_abs_error`, `relative_error`, `psnr_db`,
+    `ssim`). `reference` names the program that it was compared with.
     """
 
     passed: bool
@@ -147,15 +146,14 @@ class Verification:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """Everything the server needs to know of a bundle before it opens any other file of it.
+    """Everything that the server needs to know about a bundle before it opens other files.
 
-    `pipeline_class` names diffusers' img2img class. `files` maps each file's path in the bundle to its SHA-256.
-    `latent_preview` turns latents into colours, for previews: rows for red, green and blue, from 0 to 1, each with four
-    weights for every latent channel (`runtime/diffusion/preview.py` says of what) and a bias; () where there is no such map.
-    `backend` is "hybrid" where the denoiser alone is a graph, and the rest PyTorch; `backend_reason` says why it is not "onnx".
-    `precision` is the one that was asked for. `size_multiple` is what width and height must be multiples of, in pixels, where
-    the graphs want more than the pipeline's class does. `references` are the images that were compared with; () where the
-    bundle was made without diffusers.
+    `pipeline_class` names diffusers' img2img class. `files` maps each file's path in the bundle to its SHA-256. `latent_preview`
+    maps latents to colors, for previews: rows for red, green and blue (0 to 1), each with four weights per latent channel (see
+    `features` in `runtime/diffusion/preview.py`) and a bias; () if there is no such map. `backend` is "hybrid" if only the
+    denoiser is a graph and the rest runs in PyTorch; `backend_reason` says why it is not "onnx". `precision` is the requested
+    one. `size_multiple` is the number of pixels of which width and height must be multiples, if the graphs need more than the
+    pipeline's class. `references` are the reference images; () if the bundle was made without diffusers.
     """
 
     source: Source
@@ -183,7 +181,7 @@ class Manifest:
 
 
 def write_manifest(bundle: Path, manifest: Manifest) -> None:
-    """Writes `manifest` into the directory `bundle`, durably: it is either whole or not there."""
+    """Writes `manifest` into the directory `bundle`, atomically and durably."""
     temporary = bundle / f".{MANIFEST_NAME}.part"
     with temporary.open("w", encoding="utf-8") as file:
         json.dump(dataclasses.asdict(manifest), file, indent=1)
@@ -194,12 +192,12 @@ def write_manifest(bundle: Path, manifest: Manifest) -> None:
 
 
 def read_manifest(bundle: Path) -> Manifest:
-    """Reads the manifest of the directory `bundle`. Raises BundleError where it is missing, damaged or of another format."""
+    """Reads the manifest of the directory `bundle`. Raises BundleError if it is missing, damaged or of another version."""
     path = bundle / MANIFEST_NAME
     try:
         data = read_json(path)
     except FileNotFoundError:
-        raise BundleError(f"{bundle} is no bundle: it has no {MANIFEST_NAME}") from None
+        raise BundleError(f"{bundle} is not a bundle: it has no {MANIFEST_NAME}") from None
     except (OSError, ValueError) as error:
         raise BundleError(f"{path} cannot be read: {error}") from None
     if not isinstance(data, dict) or data.get("format_version") != FORMAT_VERSION:
@@ -209,25 +207,25 @@ def read_manifest(bundle: Path) -> Manifest:
 
 
 def check_bundle(bundle: Path, manifest: Manifest, allow_unverified: bool = False) -> None:
-    """Raises BundleError unless verification passed and every file is there with the contents that were verified.
+    """Raises BundleError unless verification passed and every file exists with the verified contents.
 
-    With `allow_unverified` a bundle passes whose verification failed; its files are checked all the same.
+    With `allow_unverified` the verification may have failed; the files are checked all the same.
     """
     if not manifest.verification.passed and not allow_unverified:
         why = "".join(f": {problem}" for problem in manifest.verification.problems[:1])
-        raise BundleError(f"{bundle} did not pass verification when it was exported{why}; --allow-unverified serves it")
+        raise BundleError(f"{bundle} did not pass verification at export{why}; --allow-unverified serves it")
     for name, expected in manifest.files.items():
         path = bundle / name
         if not path.resolve().is_relative_to(bundle.resolve()):
-            raise BundleError(f"{bundle} names a file outside itself: {name}")
+            raise BundleError(f"{bundle}/{MANIFEST_NAME} names a file outside the bundle: {name}")
         if not path.is_file():
-            raise BundleError(f"{bundle} lacks {name}")
+            raise BundleError(f"{bundle} is incomplete: {name} is missing")
         if sha256_of(path) != expected:
-            raise BundleError(f"{path} is not the file that was verified: its SHA-256 differs from the manifest's")
+            raise BundleError(f"{path} is not the file that was verified: its SHA-256 differs; export or copy it again")
 
 
 def list_files(bundle: Path) -> list[str]:
-    """The paths, relative to `bundle` and sorted, of every file in it but the manifest."""
+    """The paths of all files except the manifest, relative to `bundle` and sorted."""
     return sorted(
         path.relative_to(bundle).as_posix()
         for path in bundle.rglob("*")
@@ -236,18 +234,18 @@ def list_files(bundle: Path) -> list[str]:
 
 
 def digest_files(root: Path, names: Iterable[str]) -> dict[str, str]:
-    """Maps each of `names` to the SHA-256 of that file below `root`."""
+    """Maps each of `names`, paths relative to `root`, to the file's SHA-256."""
     return {name: sha256_of(root / name) for name in names}
 
 
 def sha256_of(path: Path) -> str:
-    """The SHA-256 of a file, in lower-case hexadecimal."""
+    """The SHA-256 of a file, in lowercase hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _parse(kind: type[_T], data: Any, where: str) -> _T:
-    """Builds a dataclass from JSON data. Unknown, missing and wrongly typed keys raise BundleError."""
+    """Makes a dataclass from JSON data. Raises BundleError for unknown, missing and wrongly typed keys."""
     if not isinstance(data, Mapping):
         raise BundleError(f"{where}: expected an object")
     types_of = typing.get_type_hints(kind)

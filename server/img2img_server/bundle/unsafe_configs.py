@@ -1,10 +1,10 @@
-"""What the configurations of a model may do: give numbers, switches and plain words.
+"""Refuses configurations that could load code or other models. Allowed are numbers, switches and plain words.
 
-diffusers and transformers make attributes of the keys in these files, whatever the keys are, and some keys name code. With the
-package `kernels` installed, transformers before 5.3 downloads and runs the repository that `_attn_implementation_internal` names,
-though trust_remote_code is False (CVE-2026-4372); `flash_attention_2`, `mxfp4` and an adapter's base model lead to the hub, too.
-So this is a list of what is allowed: which private keys exist, which values a key that selects code may have, and that no other
-value names a file or a repository. Standard library only: the exporter checks a checkpoint before anything heavy is imported.
+diffusers and transformers turn any key of these files into an attribute, and some keys name code. With the package `kernels`
+installed, transformers before 5.3 downloads and runs the repository in `_attn_implementation_internal`, even if trust_remote_code
+is False (CVE-2026-4372); `flash_attention_2`, `mxfp4` and an adapter's base model download from the hub, too. So this is an
+allowlist: the private keys, the values of keys that select code, and a rule that no other value names a file or a repository.
+Standard library only: the exporter checks a checkpoint before heavy imports.
 """
 
 import json
@@ -21,17 +21,17 @@ _DATA = frozenset({"tokenizer.json", "vocab.json", "added_tokens.json", "manifes
 """Files that are not configurations: a tokenizer's tables, whose keys are words, and the bundle's own manifest."""
 
 _MOST_NUMBER = 2**25
-"""The largest whole number in a configuration: sizes of images for Qwen's processors reach 25 million."""
+"""Largest integer in a configuration: image sizes of Qwen's processors reach 25 million."""
 _MOST_STEPS, _MOST_TOKENS, _NO_LIMIT = 100_000, 2**20, 10**20
-"""Schedulers make tables with as many rows as there are timesteps, and tokenizers pad to their greatest length; transformers
-writes a number above the last one where a tokenizer has no such length."""
+"""Schedulers make tables with a row per timestep, and tokenizers pad to their maximum length; transformers writes a number above
+_NO_LIMIT if a tokenizer has no maximum."""
 
 _Rule = Callable[[Any], bool]
 _WORD = re.compile(r"(?!.*--)[^/\\\x00-\x1f]*")
-"""Neither a path nor a repository, nor both in transformers' form `owner/name--module.Class`."""
+"""Not a path, a repository, or transformers' combination `owner/name--module.Class`."""
 _IDENTIFIER = re.compile(r"[A-Za-z]\w*", re.ASCII)
 _CHATGLM = re.compile(r"Auto\w+|\w+_chatglm\.ChatGLM\w+", re.ASCII)
-"""Kolors' checkpoints still name where the classes come from that diffusers has of its own, and uses in their place."""
+"""Kolors' checkpoints name the original modules of classes that diffusers now contains and uses instead."""
 
 
 def _any_of(*values: object) -> _Rule:
@@ -43,7 +43,7 @@ def _text(value: Any) -> bool:
 
 
 def _strings(pattern: re.Pattern[str]) -> _Rule:
-    """Whether all strings in a value match, the keys of its objects, too."""
+    """Whether all strings in a value match, including the keys of its objects."""
     return lambda value: (
         pattern.fullmatch(value) is not None
         if isinstance(value, str)
@@ -52,7 +52,7 @@ def _strings(pattern: re.Pattern[str]) -> _Rule:
 
 
 def _numbers(value: Any) -> bool:
-    """Sizes of convolution kernels are."""
+    """Whether a value has only numbers, such as the sizes of convolution kernels."""
     if isinstance(value, list):
         return all(map(_numbers, value))
     return value is None or (isinstance(value, int | float) and value is not True)
@@ -77,47 +77,51 @@ _PRIVATE: dict[str, _Rule] = {
     "_use_default_values": _words,
     "_valid_processor_keys": _words,
 }
-"""Every key with a leading underscore that a configuration may have, and its values."""
+"""The allowed keys with a leading underscore, and their values."""
 
 _SELECTING: tuple[tuple[re.Pattern[str], _Rule, str], ...] = (
-    (re.compile("cacheimplementation"), _words, "it is one word"),
+    (re.compile("cacheimplementation"), _words, "only a single word is allowed"),
     (
         re.compile(r".*implementation.*|.*impl"),
         _attention,
-        "only 'eager' and 'sdpa' run, other implementations come from the hub",
+        "only 'eager' and 'sdpa' are allowed; other implementations are downloaded from the hub",
     ),
-    (re.compile(r".*att(entio)?n.*backend.*"), _any_of(None, "native"), "other backends than 'native' come from the hub"),
-    (re.compile(r".*kernel.*"), _numbers, "only sizes of kernels are read, code of kernels comes from the hub"),
-    (re.compile(r"automap(ping)?"), _strings(_CHATGLM), "code that a model brings is never run"),
-    (re.compile(r"custom.*|.*remotecode.*"), _off, "code that a model brings is never run"),
+    (
+        re.compile(r".*att(entio)?n.*backend.*"),
+        _any_of(None, "native"),
+        "other backends than 'native' are downloaded from the hub",
+    ),
+    (re.compile(r".*kernel.*"), _numbers, "only sizes of kernels are allowed; kernels with code are downloaded from the hub"),
+    (re.compile(r"automap(ping)?"), _strings(_CHATGLM), "code of a model is never run"),
+    (re.compile(r"custom.*|.*remotecode.*"), _off, "code of a model is never run"),
     (
         re.compile(r"quantizationconfig|compressionconfig|sparsityconfig|quantmethod"),
         _off,
-        "quantized weights are not read: use fp32, fp16 or bf16",
+        "quantized weights are not supported: use fp32, fp16 or bf16",
     ),
     (re.compile(r"usepretrainedbackbone"), _off, "weights of other models are not loaded"),
-    (re.compile(r".+nameorpath"), _off, "other models are not loaded in its place"),
+    (re.compile(r".+nameorpath"), _off, "other models are not loaded"),
 )
-"""Keys that select what is loaded or run, as `_plain` writes them, their values, and why no others. The first match counts."""
+"""Keys that select code or models, in the form of `_plain`, their allowed values, and the reason. The first match counts."""
 
 _FREE = re.compile(
     r"name_or_path|chat_template|(.+_)?tokens?|added_tokens_decoder|(.+_)?special_tokens|special_tokens_map_file"
     r"|task_specific_params|prefix|content"
 )
-"""Keys of texts that are data only, also in lists and objects."""
+"""Keys whose texts are only data, also in lists and objects."""
 _TABLES = ("id2label", "label2id")
-"""Keys of tables between numbers and labels, which are any text."""
+"""Keys of tables between numbers and labels. Labels may be any text."""
 
 
 def refuse_unsafe_config(path: Path) -> None:
-    """Raises BundleError, which names the file and the key, if the configuration at `path` has what none may have.
+    """Raises BundleError with the file and the key if the configuration at `path` has a key or value that is not allowed.
 
-    The tables of a tokenizer are held to tokenizer_files.py; other files whose name does not end in .json pass.
+    Checks a tokenizer's tables by `refuse_tables`. Other files whose names do not end in .json pass.
     """
     try:
         refuse_tables(path)
     except (OSError, ValueError) as error:
-        raise BundleError(f"{path} is refused: {error}; get the tokenizer's files from the model that it was made from") from None
+        raise BundleError(f"{path} is refused: {error}; use the tokenizer files of the original model") from None
     if not path.name.lower().endswith(".json") or path.name in _DATA or TOKENIZER.fullmatch(path.name):
         return
     is_index = path.name == "model_index.json"
@@ -128,15 +132,15 @@ def refuse_unsafe_config(path: Path) -> None:
         raise BundleError(f"{path} cannot be read: {type(error).__name__}: {error}") from None
     if problem:
         where, reason = problem
-        raise BundleError(f"{path}: the key {'.'.join(where)!r} is not allowed as it is: {reason}")
+        raise BundleError(f"{path}: the key {'.'.join(where)!r} is refused: {reason}")
 
 
 class _Pairs(list[tuple[str, Any]]):
-    """A JSON object as all its keys and values: those of a repeated key, too."""
+    """A JSON object as a list of its keys and values, including repeated keys."""
 
 
 def _problems(value: Any, where: tuple[str, ...], allowed: _Rule) -> Iterator[tuple[tuple[str, ...], str]]:
-    """The keys, outer ones first, that are not allowed, and why. `allowed` says which strings may stand where no rule is."""
+    """The disallowed keys, each as a path from the outermost key, and the reasons. `allowed` checks strings without a rule."""
     if isinstance(value, _Pairs):
         for key, inner in value:
             yield from _of_key(key, inner, (*where, key), allowed)
@@ -144,13 +148,13 @@ def _problems(value: Any, where: tuple[str, ...], allowed: _Rule) -> Iterator[tu
         for one in value:
             yield from _problems(one, where, allowed)
     elif isinstance(value, int) and not isinstance(value, bool) and abs(value) > _most(where[-1] if where else "", value):
-        yield where, f"{str(value)[:40]} is larger than any size that a model has"
+        yield where, f"{str(value)[:40]} is larger than any size of a model"
     elif isinstance(value, str) and not allowed(value):
         yield where, f"{value[:80]!r} may name a file, a repository or a module"
 
 
 def _most(key: str, value: int) -> int:
-    """The largest number that a key may have."""
+    """The largest value of a key."""
     if key.endswith("timesteps"):
         return _MOST_STEPS
     if key.endswith("max_length"):
@@ -160,10 +164,10 @@ def _most(key: str, value: int) -> int:
 
 def _of_key(key: str, value: Any, where: tuple[str, ...], allowed: _Rule) -> Iterator[tuple[tuple[str, ...], str]]:
     if not key.isascii():
-        yield where, "keys are ASCII"
+        yield where, "keys must be ASCII"
     elif key.strip().startswith("_"):
         if not _PRIVATE.get(key, lambda _: False)(value):
-            yield where, f"{json.dumps(value)[:80]} is not among the values of private keys that are known to be harmless"
+            yield where, f"{json.dumps(value)[:80]} is not a known value of this private key"
     elif found := next((item for item in _SELECTING if item[0].fullmatch(_plain(key))), None):
         if not found[1](value):
             yield where, f"it is {json.dumps(value)[:80]}; {found[2]}"
@@ -172,5 +176,5 @@ def _of_key(key: str, value: Any, where: tuple[str, ...], allowed: _Rule) -> Ite
 
 
 def _plain(key: str) -> str:
-    """Letters and digits in lower case: `attn-Implementation` is as good as `attn_implementation`."""
+    """Reduces a key to lowercase letters and digits: `attn-Implementation` and `attn_implementation` are the same key."""
     return re.sub(r"[\W_]", "", key.lower())

@@ -1,4 +1,4 @@
-"""What has no place in a bundle: pickles, code, and configurations that lead to code. Loading a model must not run its files."""
+"""Refuses files that could run code when a model is loaded: pickles, code, and configurations that load code."""
 
 from pathlib import Path
 
@@ -7,23 +7,23 @@ from img2img_server.bundle.unsafe_configs import refuse_unsafe_config
 from img2img_server.errors import BundleError
 
 _SUFFIXES = (".py", ".pyc", ".so", ".dll", ".bin", ".ckpt", ".pt", ".pth", ".pkl", ".pickle", ".joblib")
-"""Of files that diffusers and transformers would read as pickles or import."""
+"""Suffixes of files that diffusers and transformers would unpickle or import."""
 INDEX = ".index."
-"""Of lists of a model's files: `model.safetensors.index.json`, `model.bin.index.fp16.json`."""
+"""Part of the names of weight indexes: `model.safetensors.index.json`, `model.bin.index.fp16.json`."""
 
 
 def refuse_unsafe(bundle: Path) -> None:
-    """Raises BundleError if the directory `bundle` has a pickle or code, a configuration that may lead to code
-    (unsafe_configs.py), a pipe or a device, or a link that leads out of it.
+    """Raises BundleError if the directory `bundle` has a pickle or code, a configuration that could load code, a pipe or a
+    device, or a link that leads out of it.
 
-    Loaders are told not to read them, but they load one another, and not all obey. No bundle of the exporter's has any.
+    Loaders are called with options that forbid such files, but not all loaders pass the options on. Exported bundles have none.
     """
     if problem := odd_file(bundle):
         raise BundleError(problem)
     for folder, _, names in walk(bundle):
         for name in names:
             if name.lower().endswith(_SUFFIXES):
-                raise BundleError(f"{Path(folder, name)} could run code when it is read: such files have no place in a bundle")
+                raise BundleError(f"{Path(folder, name)} could run code and is not allowed in a bundle: remove it")
             if INDEX in name.lower():
                 refuse_unsafe_parts(Path(folder, name))
             else:
@@ -31,12 +31,12 @@ def refuse_unsafe(bundle: Path) -> None:
 
 
 def refuse_unsafe_parts(path: Path) -> None:
-    """Raises BundleError where the list `path` of a model's parts has others than safetensors beside it: told to read these
-    alone, diffusers and transformers read all the same whatever is listed, as a pickle."""
+    """Raises BundleError if the weight index `path` lists other files than safetensors beside it. diffusers and transformers read
+    any listed file, as a pickle, even if they may use only safetensors."""
     try:
         parts = set(read_json(path)["weight_map"].values())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise BundleError(f"{path} cannot be read") from None
     for part in parts:
         if not (isinstance(part, str) and part.endswith(".safetensors") and part == Path(part).name):
-            raise BundleError(f"{path} names {part!r}: only safetensors beside it are read")
+            raise BundleError(f"{path} names {part!r}: only safetensors files beside it are read")

@@ -1,1 +1,1 @@
-"""Which models there are, in memory and to come."""
+"""Models: the store, models in memory, downloads, and promotion to better engines."""

@@ -1,4 +1,4 @@
-"""Measured costs on disk: a model that was warmed up on this machine before is not measured again."""
+"""Keeps measured costs on disk, so that a model is measured only once on a machine."""
 
 import contextlib
 import hashlib
@@ -19,19 +19,19 @@ _log = logging.getLogger(__name__)
 
 _FORMAT = 1
 _MOST_BYTES = 2**20
-"""Of a file. One with seven batch sizes at two image sizes has 2 KB."""
+"""Maximum size of a file. One with seven batch sizes at two image sizes has 2 KB."""
 _MOST_FILES = 512
-"""Of the folder: beyond that, those that were written first are deleted."""
+"""Maximum number of files; the oldest ones are deleted."""
 _MOST_NUMBER = 2**40
 _MOST_SECONDS = 1e6
 
 
 class CostStore:
-    """Keeps what warm-up measured in the folder `root`, one file for each model and machine.
+    """Keeps the measurements of warm-up in the folder `root`, one file for each model and machine.
 
-    `facts` are JSON values that costs depend on beside the bundle and its engine: the machine, versions and settings. A file for
-    other facts is not found; one that is damaged is ignored and written again. Nothing here raises: a disk that is full or
-    read-only only means that the next start measures again.
+    `facts` are JSON values that costs depend on besides the bundle and its engine: machine, versions and settings. A file for
+    other facts is not found; a damaged one is ignored and written again. Nothing here raises: if the disk is full or read-only,
+    the next start measures again.
     """
 
     def __init__(self, root: Path, facts: Mapping[str, Any]) -> None:
@@ -39,7 +39,7 @@ class CostStore:
         self._facts = facts
 
     def find(self, bundle: Path | None, pipeline: Pipeline) -> Measured | None:
-        """What was measured of the model in the folder `bundle`, None if nothing that can be used is known."""
+        """The costs of the model in the folder `bundle`, None if there is no valid file."""
         try:
             key = self._key(bundle, pipeline)
             file = self._file(key)
@@ -50,11 +50,11 @@ class CostStore:
         try:
             return _parse(data, key)
         except (ValueError, TypeError, KeyError, RecursionError) as error:
-            _log.info("the costs in %s are not used, and are measured again: %s", file, error)
+            _log.info("the costs in %s are invalid and are measured again: %s", file, error)
             return None
 
     def keep(self, bundle: Path | None, pipeline: Pipeline, measured: Measured) -> None:
-        """Keeps what was measured of the model in the folder `bundle`. A file is whole or not there."""
+        """Writes the costs of the model in the folder `bundle`, atomically."""
         if not measured.timings:
             return
         try:
@@ -103,34 +103,34 @@ def _text(key: Mapping[str, Any], measured: Measured) -> str:
 
 
 def _parse(data: bytes, key: Mapping[str, Any]) -> Measured:
-    """What is in a file. Raises ValueError, TypeError or KeyError for anything that `_text` does not write for `key`."""
+    """Parses a file. Raises ValueError, TypeError or KeyError for anything that `_text` does not write for `key`."""
     if len(data) > _MOST_BYTES:
         raise ValueError("the file is too large")
     content = json.loads(data)
     if content["key"] != json.loads(json.dumps(key)):
-        raise ValueError("they were measured for something else")
+        raise ValueError("the key differs")
     timings = tuple(_timing(*one) for one in content["timings"])
     if not timings:
-        raise ValueError("there are none")
+        raise ValueError("it has no timings")
     return Measured(timings, tuple((_number(pixels), _number(rows)) for pixels, rows in content["full"]))
 
 
 def _timing(stage: Any, shape: Any, pixels: Any, rows: Any, seconds: Any) -> Timing:
     if stage not in STAGES:
-        raise ValueError(f"there is no stage {stage!r}")
+        raise ValueError(f"{stage!r} is not a stage")
     if (
         isinstance(seconds, bool)
         or not isinstance(seconds, int | float)
         or not math.isfinite(seconds)
         or not 0 <= seconds <= _MOST_SECONDS
     ):
-        raise ValueError(f"{seconds!r} is no time")
+        raise ValueError(f"{seconds!r} is not a time")
     if not isinstance(shape, list):
-        raise TypeError(f"{shape!r} is no shape")
+        raise TypeError(f"{shape!r} is not a shape")
     return Timing(stage, tuple(map(_number, shape)), _number(pixels), _number(rows), float(seconds))
 
 
 def _number(value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= _MOST_NUMBER:
-        raise ValueError(f"{value!r} is no size")
+        raise ValueError(f"{value!r} is not a size")
     return value

@@ -1,6 +1,6 @@
-"""Models that are not in the store: which a request may have exported into it, under which name, and how often that is tried.
+"""Downloads: exports of models that a request names and the store does not have.
 
-Everything that a caller sends is checked by its form before it is used, and the repository against the operator's list.
+All input of callers is validated by its form before use, and the repository against the operator's list.
 """
 
 import asyncio
@@ -23,29 +23,29 @@ from img2img_server.support.call import current
 _FIRST = 5.0
 _MOST = 300.0
 _DOUBLINGS = 10
-"""More would be beyond the most in any case."""
+"""Maximum exponent: with more, the delay exceeds _MOST anyway."""
 
 
 @dataclass(slots=True)
 class Backoff:
-    """How often something failed in a row, why it last did, and until when it is not tried again. Times in seconds."""
+    """Exponential backoff: consecutive failures, the last reason, and the time before which there is no retry, in seconds."""
 
     failures: int = 0
     until: float = float("-inf")
     reason: str = ""
 
     def count(self, now: float, reason: str) -> None:
-        """Notes a failure."""
+        """Records a failure at time `now`."""
         self.until = now + min(_MOST, _FIRST * 2 ** min(self.failures, _DOUBLINGS))
         self.failures += 1
         self.reason = reason
 
     def clear(self) -> None:
-        """Notes that it worked, or that it is to be tried at once."""
+        """Resets it after a success, or to retry at once."""
         self.failures, self.until = 0, float("-inf")
 
     def left(self, now: float) -> float:
-        """Seconds until it may be tried again, 0 where it may be now."""
+        """Seconds until the next retry is allowed, 0 if it is allowed now."""
         return max(0.0, self.until - now)
 
 
@@ -58,21 +58,21 @@ _REVISION = re.compile(r"[A-Za-z0-9][A-Za-z0-9_./-]{0,127}")
 _PATTERN = re.compile(r"[A-Za-z0-9_.*?\[\]!-][A-Za-z0-9_./*?\[\]! -]{0,127}")
 _MOST_PATTERNS = 32
 _MOST_PENDING = 4
-"""Exports that run or wait for their turn."""
+"""Maximum number of exports that run or wait."""
 _RETRY_FULL = 60.0
-"""Seconds after which a caller may try again where too many exports wait: they take minutes."""
+"""Seconds until a caller may retry if too many exports wait; exports take minutes."""
 _MOST_FAILURES = 256
-"""Names whose last export failed that are remembered."""
+"""Maximum number of remembered failures."""
 _PATH = re.compile(r"\S*/\S*/\S*")
-"""Paths and URLs; a repository's id has a single slash."""
+"""Matches paths and URLs, but not repository ids, which have one slash."""
 _DIGEST = 8
-"""Hexadecimal digits that tell bundles apart which differ in revision or patterns."""
+"""Hexadecimal digits that distinguish bundles with different revisions or patterns."""
 
 
 class Downloads:
-    """Exports repositories into the folder `store`, one at a time; all who ask for the same share an export.
+    """Exports repositories into the folder `store`, one at a time. Requests for the same bundle share an export.
 
-    `command` is the exporter. Used on the event loop only.
+    `command` is the exporter. Used only on the event loop.
     """
 
     def __init__(
@@ -93,13 +93,13 @@ class Downloads:
 
     @property
     def allowed(self) -> bool:
-        """Whether anything may be downloaded at all."""
+        """Whether downloads are enabled."""
         return self._settings.allow_downloads and self._store is not None
 
     def name_of(self, reference: Source, field: str) -> str:
-        """The bundle that `reference` is to become, a message's field of the name `field`.
+        """The name of the bundle that `reference`, the message's field `field`, is exported to.
 
-        Raises InvalidField, or PermissionDenied where its repository is not on the list.
+        Raises InvalidField, or PermissionDenied if its repository is not on the operator's list.
         """
         check_reference(reference, field)
         assert reference.repo_id is not None, "only repositories are downloaded"
@@ -112,30 +112,30 @@ class Downloads:
         return name in self._pending
 
     async def wait(self, name: str) -> None:
-        """Waits for the export under way. Raises ModelUnavailable or ShuttingDown where it makes no bundle."""
+        """Waits for the current export. Raises ModelUnavailable or ShuttingDown if it fails."""
         if (error := await asyncio.shield(self._pending[name])) is not None:
             raise self._told(name, error)
 
     async def obtain(self, reference: Source, name: str, tell: Tell, ended: Callable[[bool], object]) -> None:
-        """Has `reference` exported as `name`, and waits for that; leaving early does not end it. `tell` hears how it goes, and
-        `ended` whether it made a bundle, before anybody who waits does.
+        """Exports `reference` as `name` and waits for the end. A cancelled wait does not cancel the export.
 
-        Raises ModelUnavailable where it fails, or did a short while ago, and Exhausted where too many exports wait.
+        `tell` is called with the progress, and `ended`, before the waiting callers continue, with whether there is a bundle.
+        Raises ModelUnavailable if the export fails or failed recently, and Exhausted if too many exports wait.
         """
         if name not in self._pending:
             if self._closed:
                 raise ShuttingDown("the server is shutting down")
             failed = self._failures.get(name)
             if failed is not None and (left := failed.left(self._clock())) > 0:
-                error = ModelUnavailable(f"'{name}' could not be exported, and is not tried again for {left:.0f} s")
+                error = ModelUnavailable(f"'{name}' could not be exported; the next attempt is possible in {left:.0f} s")
                 raise self._told(name, error)
             if len(self._pending) >= _MOST_PENDING:
-                raise Exhausted(f"{len(self._pending)} models are being exported already", retry_after=_RETRY_FULL)
+                raise Exhausted(f"{len(self._pending)} models are being exported; retry later", retry_after=_RETRY_FULL)
             self._pending[name] = asyncio.create_task(self._run(reference, name, tell, ended))
         await self.wait(name)
 
     async def close(self) -> None:
-        """Ends what is being exported, and begins nothing more."""
+        """Cancels all exports and starts no more."""
         self._closed = True
         tasks = list(self._pending.values())
         for task in tasks:
@@ -145,7 +145,7 @@ class Downloads:
     async def _run(self, reference: Source, name: str, tell: Tell, ended: Callable[[bool], object]) -> ServerError | None:
         made = False
         try:
-            tell("waits for another export")
+            tell("waiting for another export")
             async with self._turn:
                 await self._export(reference, name, tell)
             self._failures.pop(name, None)
@@ -154,10 +154,10 @@ class Downloads:
             self._failures.pop(name, None)
             _log.error("model '%s' cannot be exported: %s", name, error)
             return ModelUnavailable(
-                f"'{name}' is not in the store, and this server has no exporter: its operator has to install it"
+                f"'{name}' is not in the store, and this server has no exporter: ask its operator to install it"
             )
         except (ExportFailed, OSError) as error:
-            _log.error("model '%s' was not exported: %s", name, error)
+            _log.error("model '%s' could not be exported: %s", name, error)
             self._note(name, str(error))
             return ModelUnavailable(f"'{name}' could not be exported")
         except asyncio.CancelledError:
@@ -182,14 +182,14 @@ class Downloads:
         await export(arguments, tell, self._command)
 
     def _note(self, name: str, problem: str) -> None:
-        """Remembers a failure, of a bounded number of names: callers choose them."""
+        """Remembers a failure. The number of names is bounded, because callers choose them."""
         self._failures[name] = failed = self._failures.pop(name, Backoff())
         failed.count(self._clock(), problem)
         while len(self._failures) > _MOST_FAILURES:
             del self._failures[next(iter(self._failures))]
 
     def _told(self, name: str, error: ServerError) -> ServerError:
-        """The error as the current caller sees it: who may load models learns what the exporter said, but for its paths."""
+        """Adds the exporter's reason, without paths, to the error if the current caller may load models."""
         failed = self._failures.get(name)
         if failed is None or not isinstance(error, ModelUnavailable):
             return error
@@ -198,25 +198,27 @@ class Downloads:
 
 
 def check_reference(reference: Source, field: str) -> None:
-    """Raises InvalidField where a part of `reference`, the message's field `field`, has not the form that such parts have."""
+    """Raises InvalidField if a part of `reference`, the message's field `field`, is malformed."""
     parts = (("repo_id", _REPO_ID), ("variant", _VARIANT), ("revision", _REVISION))
     for name, form in parts:
         value = getattr(reference, name)
         if value is not None and (not form.fullmatch(value) or ".." in value or (name != "revision" and "--" in value)):
-            raise InvalidField(f"{field}.{name}", "it does not have the form of one")
+            raise InvalidField(f"{field}.{name}", f"it is not a valid {name}")
     for name in ("allow_patterns", "ignore_patterns"):
         patterns = getattr(reference, name)
         if len(patterns) > _MOST_PATTERNS:
-            raise InvalidField(f"{field}.{name}", f"there are {len(patterns)}, the most is {_MOST_PATTERNS}")
+            raise InvalidField(f"{field}.{name}", f"it has {len(patterns)} patterns, the maximum is {_MOST_PATTERNS}")
         if not all(_PATTERN.fullmatch(pattern) and ".." not in pattern for pattern in patterns):
             raise InvalidField(
-                f"{field}.{name}", "a pattern is up to 128 letters, digits and _.*?[]!-/, and no path out of the model"
+                f"{field}.{name}", "a pattern has up to 128 letters, digits and _.*?[]!-/, and must not contain .."
             )
 
 
 def bundle_name(reference: Source) -> str:
-    """The folder that a checked reference is exported to: "owner--name--variant--digest", the digest being that of
-    the revision and the patterns. What was not asked is left out, or empty; no part has "--" in it, so two are never one."""
+    """The folder name of a checked reference: "owner--name--variant--digest", with a digest of revision and patterns.
+
+    Unset parts are left out, or empty. No part contains "--", so different references have different names.
+    """
     assert reference.repo_id is not None, "only repositories are downloaded"
     parts = [reference.repo_id.replace("/", "--"), reference.variant or ""]
     rest = [reference.revision, reference.allow_patterns, reference.ignore_patterns]

@@ -1,4 +1,4 @@
-"""Runs `img2img export` beside the server, in a process of its own: the server knows nothing of how that is done."""
+"""Runs `img2img export` in a child process."""
 
 import asyncio
 import contextlib
@@ -19,30 +19,27 @@ _log = logging.getLogger(__name__)
 EXPORTER = (sys.executable, "-m", "img2img_cli", "export")
 _LOW_PRIORITY = (sys.executable, "-m", "img2img_server.support.child_process")
 _LAST_WORDS = 20
-"""Lines of what a failed export wrote on standard error that go into the log."""
+"""Number of lines of a failed export's standard error that are logged."""
 _LINE = 2**20
-"""Bytes that a line of the exporter's may have: the last one has all that was measured."""
+"""Maximum bytes of a line of the exporter's output: the last one has all measurements."""
 _PATIENCE = 5.0
-"""Seconds that an export gets to clear away what is half done, before it is killed."""
+"""Seconds that a cancelled export has to delete unfinished files before it is killed."""
 
 Tell = Callable[[str], object]
-"""Is told what is being done, in a few words."""
+"""Called with a short text about the progress."""
 
 
 class ExportFailed(Exception):
-    """No bundle was made. The text says why, in the exporter's own words: for the operator."""
+    """The export failed. The text is the exporter's error, for the operator."""
 
 
 class ExporterMissing(ExportFailed):
-    """The exporter's packages are not installed here."""
+    """The exporter's packages are not installed."""
 
 
 async def export(arguments: Sequence[str], tell: Tell, command: Sequence[str] = EXPORTER) -> None:
-    """Exports by `command` with these arguments. Cancelled, it ends the process and all that it started.
-
-    Raises ExportFailed.
-    """
-    # A repository's id is also a path. In an empty folder there is nothing that could be taken for it.
+    """Runs `command` with these arguments. If cancelled, ends the process and its children. Raises ExportFailed."""
+    # A repository id could also be a relative path, so the exporter runs in an empty folder.
     with tempfile.TemporaryDirectory(prefix="img2img-export-") as empty:
         process = await asyncio.create_subprocess_exec(
             *(*_LOW_PRIORITY, str(os.getpid()), *command, *arguments),
@@ -53,15 +50,15 @@ async def export(arguments: Sequence[str], tell: Tell, command: Sequence[str] = 
             cwd=empty,
             limit=_LINE,
         )
-        assert process.stdout is not None, "a pipe was asked for"
-        assert process.stderr is not None, "a pipe was asked for"
+        assert process.stdout is not None, "opened as a pipe"
+        assert process.stderr is not None, "opened as a pipe"
         try:
             problem, words = await asyncio.gather(_follow(process.stdout, tell), _last_lines(process.stderr))
             status = await process.wait()
         finally:
             await _end(process)
     if status:
-        _log.warning("an export's last words: %s", "\n".join(words) or "none")
+        _log.warning("an export failed; end of its standard error: %s", "\n".join(words) or "none")
         if words and install_hint("export") in words[-1]:
             raise ExporterMissing(words[-1])
         raise ExportFailed(problem or f"the exporter ended with status {status}")
@@ -75,7 +72,7 @@ def arguments_of(
     allow_patterns: Sequence[str] = (),
     ignore_patterns: Sequence[str] = (),
 ) -> list[str]:
-    """The exporter's arguments. What a caller chose is in one word with its flag, so that it can be no flag itself."""
+    """The exporter's arguments. A caller's values are joined to their flags, so that they cannot be flags themselves."""
     chosen = [("variant", variant), ("revision", revision)]
     chosen += [("allow-pattern", pattern) for pattern in allow_patterns]
     chosen += [("ignore-pattern", pattern) for pattern in ignore_patterns]
@@ -84,7 +81,7 @@ def arguments_of(
 
 
 async def _follow(stream: asyncio.StreamReader, tell: Tell) -> str:
-    """Passes on what the exporter tells. Returns its error, "" where it told of none."""
+    """Passes the exporter's progress to `tell`. Returns its error, or ""."""
     problem = ""
     async for line in _lines(stream):
         try:
@@ -96,8 +93,8 @@ async def _follow(stream: asyncio.StreamReader, tell: Tell) -> str:
                 tell(f"{event['label']}{share}")
             elif event["event"] == "error":
                 problem = str(event["message"])
-        except (ValueError, TypeError, KeyError):  # libraries print what they like
-            _log.debug("an export printed: %s", line)
+        except (ValueError, TypeError, KeyError):  # output of a library
+            _log.debug("output of an export: %s", line)
     return problem
 
 
@@ -106,7 +103,7 @@ async def _last_lines(stream: asyncio.StreamReader) -> deque[str]:
 
 
 async def _lines(stream: asyncio.StreamReader) -> AsyncIterator[str]:
-    """What a process prints, by lines; one that is longer than any of ours is left out."""
+    """The lines of a process's output, without lines that are longer than the stream's limit."""
     while True:
         try:
             line = await stream.readline()
@@ -118,7 +115,7 @@ async def _lines(stream: asyncio.StreamReader) -> AsyncIterator[str]:
 
 
 async def _end(process: asyncio.subprocess.Process) -> None:
-    """Ends the process, if it has not, and all others of its session."""
+    """Ends the process and its session, if it still runs."""
     if process.returncode is not None:
         return
     with contextlib.suppress(ProcessLookupError):

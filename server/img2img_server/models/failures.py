@@ -1,4 +1,4 @@
-"""Why a model cannot be served: in full for the log, and for callers without what is the operator's alone."""
+"""Why a model cannot be served: the full reason for the log, and a short one without internals for callers."""
 
 import enum
 import re
@@ -15,7 +15,7 @@ _PATH = re.compile(r"(?<![\w.])/[^\s:;,'\"()]+")
 
 
 class Stage(enum.Enum):
-    """What was done with a model when it failed, in words for people."""
+    """The stage in which a model failed, as text for messages."""
 
     READING = "its bundle could not be read"
     LOADING = "it could not be loaded"
@@ -24,21 +24,21 @@ class Stage(enum.Enum):
 
 
 class Hung(Exception):
-    """A call of a model did not come back."""
+    """A call of a model did not return."""
 
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """`problem` is for the log; `detail` is for callers, and names no path of the server's."""
+    """Why a model failed: `problem` for the log, `detail` for callers, without paths of the server."""
 
     problem: str
     detail: str
 
     @classmethod
     def of(cls, error: BaseException, stage: Stage, bundle: Path | None) -> "Failure":
-        """The failure of the model in the folder `bundle` by `error`.
+        """Makes a Failure from the `error` of the model in the folder `bundle`.
 
-        The text of a BundleError or a Hung is ours and safe for callers, except for paths. Of other errors callers get the kind.
+        Callers get the text of a BundleError or Hung, without paths, and only the class of other errors.
         """
         text = " ".join(str(error).split())
         named = text if isinstance(error, BundleError | Hung) else f"{type(error).__name__}: {text}".rstrip(": ")
@@ -51,7 +51,7 @@ class Failure:
 
 
 def _for_callers(text: str, bundle: Path | None) -> str:
-    """`text`, short, with the bundle's name in place of its path, and without other absolute paths."""
+    """Shortens `text`, replaces the bundle's path by its name, and removes other absolute paths."""
     for path in () if bundle is None else (bundle, bundle.absolute(), bundle.resolve()):
         text = text.replace(str(path), bundle.name if bundle is not None else "")
     text = _PATH.sub("...", text)

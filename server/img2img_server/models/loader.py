@@ -1,4 +1,4 @@
-"""Moves models into memory and out of it: loads, tries and measures one, and gives back what it took."""
+"""Loads models into memory, tests and measures them, and unloads them."""
 
 import asyncio
 import logging
@@ -25,14 +25,14 @@ _log = logging.getLogger(__name__)
 _TRIAL_STEPS = 2
 _TRIAL_PROMPT = ""
 _CLIENT = "img2img/loading"
-"""Whose the trials are: nobody's that a token or an address could name."""
+"""The client of trial requests: no token or address can have this name."""
 
 _R = TypeVar("_R")
 
 
 @dataclass(frozen=True, slots=True)
 class _Arrival:
-    """A model that is in the engine, tried and measured, and not yet published."""
+    """A model that is in the engine, tested and measured, but not yet published."""
 
     manifest: Manifest
     pipeline: Pipeline
@@ -40,9 +40,10 @@ class _Arrival:
 
 
 class ModelLoader:
-    """Brings models in and frees them. One at a time may be moved: what `meter` measures is then its own, but for requests that
-    run meanwhile. `costs` has what was measured of models before; `warm_up` records calls. Used on the event loop, which it never
-    blocks."""
+    """Loads and frees models, one at a time, so that `meter` measures only that model and running requests.
+
+    `costs` has earlier measurements; `warm_up` records calls. Used on the event loop, which it never blocks.
+    """
 
     def __init__(
         self, models: ModelRegistry, engine: Engine, meter: Meter, costs: CostStore | None = None, warm_up: WarmUp | None = None
@@ -55,9 +56,9 @@ class ModelLoader:
         self._arrived: dict[str, _Arrival] = {}
 
     async def bring(self, name: str, make_room: Callable[[], Awaitable[bool]]) -> str:
-        """Loads the model, has it draw an image and measures it. Returns what is wrong with it, "" where nothing is.
+        """Loads the model, draws a trial image and measures it. Returns the problem, or "".
 
-        If memory runs out, `make_room` is asked to free some, and says whether it did: then the model is tried again.
+        If memory runs out, calls `make_room`, and retries if that returns True.
         """
         while True:
             self._models.change(name, detail="loading")
@@ -70,14 +71,14 @@ class ModelLoader:
                 return self._models.fail(name, stage, error)
 
     def publish(self, name: str) -> None:
-        """From now on requests find the model ready."""
+        """Makes the loaded model ready for requests."""
         arrival = self._arrived.pop(name)
         pipeline = arrival.pipeline
         self._models.change(name, manifest=arrival.manifest, pipeline=pipeline, problem="", detail="", engines=())
         _log.info("model '%s': ready on %s, %s", name, pipeline.engine, in_words(arrival.memory))
 
     async def discard(self, name: str) -> None:
-        """Takes out what was brought and is not to be published; nothing where that is nothing."""
+        """Unloads the model if it was loaded but not published."""
         arrival = self._arrived.pop(name, None)
         if arrival is None:
             return
@@ -88,35 +89,35 @@ class ModelLoader:
         await self._let_go(name, pipelines)
 
     async def free(self, name: str, health: Callable[[str, bool], None]) -> int:
-        """Unloads a model that has no requests left. Returns the bytes that memory has shrunk by."""
+        """Unloads a ready model without requests. Returns the number of bytes freed."""
         before = await self.read()
         pipeline = self._take_out(name)
         engine = pipeline.engine
         pipelines: list[Closable] = [pipeline]
-        del pipeline  # the list's is to be the last
+        del pipeline  # the list must have the last reference
         health(name, False)
         await self._let_go(name, pipelines)
         freed = max(0, -(before.grown_to(await self.read(), engine) or 0))
-        _log.info("model '%s': unloaded, %s given back", name, in_words(freed))
+        _log.info("model '%s': unloaded, %s freed", name, in_words(freed))
         return freed
 
     async def read(self) -> Reading:
-        """How much memory is in use now."""
+        """Measures the memory in use."""
         return await in_thread(self._meter.read)
 
     async def _let_go(self, name: str, pipelines: list[Closable]) -> None:
         await in_thread(lambda: let_go(pipelines, lambda close: self._engine.call(name, close)))
 
     def _take_out(self, name: str) -> Pipeline:
-        """The pipeline of a model, to which nothing else refers any more."""
+        """Removes the model's pipeline from the registry and the engine, and returns it."""
         pipeline = self._models.get(name).pipeline
-        assert pipeline is not None, "only what is ready is unloaded"
+        assert pipeline is not None, "only ready models are unloaded"
         self._models.change(name, pipeline=None, engines=())
         self._engine.remove(name)
         return pipeline
 
     async def _attempt(self, name: str) -> Exception | None:
-        """Loads and tries the model. Returns what went wrong."""
+        """Loads and tests the model. Returns its exception, or None."""
         try:
             before = await self.read()
             manifest, pipeline = await in_thread(lambda: self._open(name))
@@ -129,12 +130,12 @@ class ModelLoader:
             self._models.change(name, manifest=manifest, memory=memory)
         except ShuttingDown:
             raise
-        except Exception as error:  # noqa: BLE001 - whatever a library raises: this model cannot be served, the others go on
+        except Exception as error:  # noqa: BLE001 - any library's: only this model cannot be served
             return error
         return None
 
     def _ready(self, name: str, pipeline: Pipeline) -> None:
-        """Recalls what its calls take, and has them recorded between those of other models."""
+        """Restores the model's measured costs, and records its calls between those of other models."""
         known = None if self._costs is None else self._costs.find(self._models.get(name).bundle, pipeline)
         if known is not None:
             self._engine.adopt(name, known)
@@ -149,11 +150,11 @@ class ModelLoader:
             return self._models.folder.open(model.bundle)
 
     async def _try(self, name: str, pipeline: Pipeline) -> None:
-        """Draws an image of the model's own size through the engine, which learns by it what its calls take.
+        """Draws an image of the model's native size through the engine, which measures its calls.
 
-        It takes its turn as one client's request among others'. In the background it would never come where those leave no gap.
+        It is queued as a client's request: as a background request it could wait forever under load.
         """
-        self._models.change(name, detail="trying")
+        self._models.change(name, detail="drawing a trial image")
         image = Image.new("RGB", pipeline.native_size, "gray")
         request = Request(name, image, _TRIAL_PROMPT, None, 1.0, _TRIAL_STEPS, 7.5, (0,), client=_CLIENT)
         loop = asyncio.get_running_loop()
@@ -163,7 +164,7 @@ class ModelLoader:
             if isinstance(event, Completed | Failed):
                 loop.call_soon_threadsafe(_settle, ended, event)
 
-        # Whatever the queue's bounds: those who fill it may be waiting for this model.
+        # Not bounded by the queue: the requests that fill it may be waiting for this model.
         accepted = await asyncio.to_thread(self._engine.submit, request, listen, bounded=False)
         try:
             ending = await ended

@@ -1,4 +1,4 @@
-"""How much memory models take: measured on the process and its GPU, estimated before that, and given back."""
+"""Memory of models: measured on the process and its GPU, estimated before the first load, and freed."""
 
 import ctypes
 import gc
@@ -16,22 +16,22 @@ from img2img_server.support.device_lock import DEVICE_IN_USE
 _STATM = Path("/proc/self/statm")
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 _RESIDENT = 1
-"""Which number of /proc/self/statm counts the pages that are in memory."""
+"""Index of the resident pages in /proc/self/statm."""
 _FACTOR = 1.7
-"""Of a model's bytes in memory to those of its weights, before it was measured. ONNX Runtime's CPU provider took 1.05 times the
-weights of matrices and 2.07 times those of convolutions, which are about three fifths of Stable Diffusion 1.5's UNet."""
+"""Estimated ratio of a model's memory to the bytes of its weights. ONNX Runtime's CPU provider took 1.05 times the weights of
+matrices and 2.07 times those of convolutions, which are about three fifths of Stable Diffusion 1.5's UNet."""
 _M_ARENA_MAX = -8
-"""Of malloc.h."""
+"""mallopt's parameter in malloc.h."""
 _FIXED = 32 * 2**20
-"""Bytes of tokenizers, graphs and arenas, whatever the weights."""
+"""Estimated bytes of tokenizers, graphs and arenas."""
 _ON_GPU = ("cuda", "tensorrt")
-"""What engines on a GPU are called behind the colon, such as "onnx:cuda"."""
+"""The last parts of the names of engines on a GPU, such as "onnx:cuda"."""
 
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """Bytes in use: the process's resident memory, and those of the GPU, None if PyTorch uses none. `gpu_free` are the GPU's
-    bytes that are not in use, whoever uses the others."""
+    """Memory in use, in bytes: `host` is the process's resident memory; `gpu` and `gpu_free` are the used and the free memory of
+    the GPU, by all processes, None if PyTorch uses no GPU."""
 
     host: int
     gpu: int | None = None
@@ -39,18 +39,18 @@ class Reading:
 
     @property
     def gpu_total(self) -> int | None:
-        """The bytes of the GPU, None if none is used."""
+        """The GPU's total memory in bytes, None if no GPU is used."""
         return None if self.gpu is None or self.gpu_free is None else self.gpu + self.gpu_free
 
     def grown_to(self, later: "Reading", engine: str) -> int | None:
-        """Bytes that came in use until `later`, negative for fewer, where `engine` computes; None where that is not known."""
+        """The growth until `later` in bytes, on the device of `engine`; None if unknown."""
         if engine.rpartition(":")[2] not in _ON_GPU:
             return later.host - self.host
         return None if self.gpu is None or later.gpu is None else later.gpu - self.gpu
 
 
 class Meter(Protocol):
-    """Measures the memory that is in use."""
+    """Measures memory."""
 
     def read(self) -> Reading:
         """How much is in use now."""
@@ -58,23 +58,21 @@ class Meter(Protocol):
 
 
 class ProcessMeter:
-    """Asks the system about this process, and PyTorch, if it is there and uses a GPU, about that. Not yet run on a GPU, but on
-    fake CUDA libraries."""
+    """Measures this process's memory, and the GPU's if PyTorch uses it. Run on fake CUDA libraries, not yet on a GPU."""
 
     def read(self) -> Reading:
-        """How much is in use now. It asks the GPU too, so not on a thread that must not wait while a model is loaded."""
+        """Measures the memory in use. Waits while a model is loaded on the GPU."""
         gpu = _gpu_bytes()
         return Reading(resident_bytes()) if gpu is None else Reading(resident_bytes(), *gpu)
 
 
 def resident_bytes() -> int:
-    """The bytes of this process that are in memory."""
+    """This process's resident memory in bytes."""
     return int(_STATM.read_text(encoding="ascii").split()[_RESIDENT]) * _PAGE
 
 
 def _gpu_bytes() -> tuple[int, int] | None:
-    """The bytes in use of the GPU, whoever uses them, and those that are free. None if PyTorch has not begun to use one: asking
-    would begin it."""
+    """The used and free bytes of the GPU; None if PyTorch has not initialized CUDA, which the query would do."""
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_available() or not torch.cuda.is_initialized():
         return None
@@ -84,20 +82,20 @@ def _gpu_bytes() -> tuple[int, int] | None:
 
 
 def weight_bytes(manifest: Manifest) -> int:
-    """The bytes of a bundle's weights."""
+    """The size of a bundle's weights in bytes."""
     return sum(component.bytes for component in manifest.components)
 
 
 def estimate(manifest: Manifest) -> int:
-    """The bytes that a model is expected to take before it was ever loaded."""
+    """The estimated memory of a model in bytes, before its first load."""
     return int(weight_bytes(manifest) * _FACTOR) + _FIXED
 
 
 def measured(grown: int | None, manifest: Manifest) -> int:
-    """The bytes that a model takes by what memory has grown by while it was loaded.
+    """The memory of a model in bytes, from the growth while it was loaded.
 
-    Others may have given memory back meanwhile: of less than half of the weights, which is what an fp32 bundle takes in
-    bfloat16, nothing is believed, and the estimate stands for it.
+    If memory was freed meanwhile, the growth is too small. A growth below half of the weights (an fp32 bundle in bfloat16) is not
+    plausible, so the estimate is used instead.
     """
     if grown is None or grown < weight_bytes(manifest) // 2:
         return estimate(manifest)
@@ -107,7 +105,7 @@ def measured(grown: int | None, manifest: Manifest) -> int:
 def bound_arenas() -> None:
     """Limits the C library to two arenas of memory, unless MALLOC_ARENA_MAX is set. Call it before threads start.
 
-    By default there are up to 8 for each core, and no thread uses again what large messages left behind in another's arena.
+    By default there are up to 8 per core, and a thread does not reuse the memory that large messages left in another's arena.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc's; musl and others have none
     if mallopt is not None and "MALLOC_ARENA_MAX" not in os.environ:
@@ -115,7 +113,7 @@ def bound_arenas() -> None:
 
 
 def give_back() -> None:
-    """Returns memory that nothing refers to any more to the system, as far as Python, PyTorch and the C library hold it."""
+    """Returns unreferenced memory of Python, PyTorch and the C library to the system."""
     gc.collect()
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
@@ -126,18 +124,18 @@ def give_back() -> None:
 
 
 class Closable(Protocol):
-    """Something that is given up once."""
+    """An object that is closed once."""
 
     def close(self) -> None:
-        """Gives it up."""
+        """Releases its resources."""
         ...
 
 
 def let_go(last: list[Closable], run: Callable[[Callable[[], None]], None]) -> None:
-    """Closes what is in `last` by `run`, which calls what it is given on the thread that runs the models, and returns its memory
-    to the system and the device. The list is empty afterwards.
+    """Closes and frees the objects in `last`, which must hold the last references, and empties the list.
 
-    So no session ends in the middle of a call, or while a call is recorded. Blocks; if the engine stops, it is closed here.
+    `run` calls a function on the thread that runs the models, so that no session ends during a call or a recording. If the engine
+    has stopped, the objects are closed on this thread. Blocks.
     """
 
     def close() -> None:
@@ -153,5 +151,5 @@ def let_go(last: list[Closable], run: Callable[[Callable[[], None]], None]) -> N
 
 
 def in_words(count: int) -> str:
-    """Bytes for people: "3.4 GB"."""
+    """A number of bytes as text: "3.4 GB"."""
     return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"

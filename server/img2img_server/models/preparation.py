@@ -1,4 +1,4 @@
-"""Prepares the models that were loaded at start: each is measured, and one that fails is left out while the others are served."""
+"""Warms up the models that were loaded at start. A model that fails is removed; the others are served."""
 
 import asyncio
 import logging
@@ -19,15 +19,15 @@ from img2img_server.support.threads import in_thread
 _log = logging.getLogger(__name__)
 
 _LOOK = 1.0
-"""Seconds between two looks at a call that may hang, at the most; a tenth of what it may take if that is less."""
+"""Maximum seconds between two checks whether a call hangs."""
 
 
 class Preparation:
-    """Measures the models of `models` for `engine`, which has not started yet, before they are served.
+    """Measures the models of `models` for `engine`, which has not started yet.
 
-    `budget` is the seconds for each model; a call that takes more than `longest` seconds counts as hung (0: none does). Batches
-    have `max_batch_size` rows at most. `costs` has what was measured before, which is not measured again. `clock` gives seconds.
-    Calls of `sizes` are recorded, too.
+    `budget` is the time for each model; a call that takes longer than `longest` counts as hung (0: never). Both, and `clock`, are
+    in seconds. Batches have at most `max_batch_size` rows. Models with measurements in `costs` are not measured again. Calls of
+    `sizes` are recorded, too.
     """
 
     def __init__(
@@ -51,14 +51,14 @@ class Preparation:
         self._sizes = sizes
 
     async def run(self) -> None:
-        """Prepares one model after the other. One that fails is FAILED, and is not in the engine any more."""
+        """Warms up one model after the other. A model that fails becomes FAILED and is removed from the engine."""
         pipelines = self._models.pipelines()
         for number, (name, pipeline) in enumerate(pipelines.items(), start=1):
             _log.info("model '%s' (%d of %d): warming up", name, number, len(pipelines))
             try:
                 with self._models.growing(name):
                     measured = await self._measure(name, pipeline)
-            except Exception as error:  # noqa: BLE001 - whatever a library raises: the others are served
+            except Exception as error:  # noqa: BLE001 - any library's: the other models are served
                 await self._leave_out(name, pipeline, error)
                 continue
             self._engine.adopt(name, measured)
@@ -66,7 +66,7 @@ class Preparation:
                 _log.info("model '%s': %s", name, line)
 
     async def _measure(self, name: str, pipeline: Pipeline) -> Measured:
-        """Measures a model, on the engine's thread if it is recorded there, else on one of its own. Raises what the model raises,
+        """Measures a model, on the engine's thread if its calls are recorded, else on another thread. Raises the model's errors,
         and Hung."""
         in_flight = CallsInFlight(self._clock)
         warm_up = WarmUp(self._max_batch_size, self._budget, self._clock, in_flight, self._sizes)
@@ -78,11 +78,11 @@ class Preparation:
                 work.cancel()
                 if pipeline.row_buckets:
                     self._engine.restart_thread()
-                raise Hung(f"{call.stage} of {call.rows} rows did not come back within {self._longest:g} s")
+                raise Hung(f"{call.stage} of {call.rows} rows did not return within {self._longest:g} s")
         return work.result()
 
     def _warmed_up(self, name: str, pipeline: Pipeline, warm_up: WarmUp) -> Measured:
-        """What calls of the model take. Recordings belong to the thread that made them."""
+        """The model's costs. Recordings belong to the thread that made them, so recorded models are measured on the engine's."""
         if pipeline.row_buckets:
             return self._engine.call(name, lambda: self._known_or_measured(name, pipeline, warm_up))
         return self._known_or_measured(name, pipeline, warm_up)
@@ -93,7 +93,7 @@ class Preparation:
             return warm_up.measure(name, pipeline)
         if (known := self._costs.find(bundle, pipeline)) is not None:
             warm_up.check(name, pipeline)
-            _log.info("model '%s': its costs were measured by an earlier start", name)
+            _log.info("model '%s': its costs were measured before", name)
             return known
         measured = warm_up.measure(name, pipeline)
         self._costs.keep(bundle, pipeline, measured)
@@ -102,6 +102,6 @@ class Preparation:
     async def _leave_out(self, name: str, pipeline: Pipeline, error: Exception) -> None:
         self._models.fail(name, Stage.WARM_UP, error)
         self._engine.remove(name)
-        if not isinstance(error, Hung):  # what hangs still uses it
+        if not isinstance(error, Hung):  # a hung call still uses it
             last: list[Closable] = [pipeline]
             await in_thread(lambda: let_go(last, lambda close: self._engine.call(name, close)))

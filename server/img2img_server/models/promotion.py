@@ -1,8 +1,7 @@
-"""Promotion: a better engine of a model is built in the background, tried beside the one that serves, and only then takes over.
+"""Promotion: a better engine of a model is built in the background, tested beside the serving one, and then replaces it.
 
-Nothing here blocks a request. Building is somebody else's process; loading is on a thread of its own; trying is done by ordinary
-requests of the lowest rank through the engine, which takes turns with everybody's, a call at a time. Whatever goes wrong, the
-engine that serves goes on serving.
+Nothing here blocks a request. A candidate is built in a child process, loaded on a separate thread, and tested by requests of the
+lowest priority, one call at a time. If anything fails, the serving engine is kept.
 """
 
 import logging
@@ -25,51 +24,51 @@ from img2img_server.support.cancellation import Stop, Stopped
 _log = logging.getLogger(__name__)
 
 _ROUNDS = 3
-"""Times that each of the two engines draws the first trial, in turns, to be timed."""
+"""Number of timed draws of the first trial by each of the two engines, alternating."""
 _GAIN = 0.02
-"""The share of a step's time that a promotion must save: less could be chance."""
+"""Minimum share of a step's time that a promotion must save: less could be noise."""
 _UNKNOWN_REASON = "the server's log says why"
 
 
 class Candidate(Protocol):
-    """A better engine for a model, such as TensorRT where CUDA serves: how it is built, loaded and judged.
+    """A better engine for a model, such as TensorRT instead of CUDA.
 
-    `build`, `load`, `trials` and `judge` are called once, in this order, on a thread of the promotion's. A BundleError or OSError
-    that one raises ends the attempt. What `judge` says is told to callers.
+    `build`, `load`, `trials` and `judge` are called once, in this order, on the promotion's thread. A BundleError or OSError ends
+    the attempt. The text that `judge` returns is shown to callers.
     """
 
     model: str
     """The id of the model."""
     engine: str
-    """What it will run on, such as "onnx:tensorrt"."""
+    """The engine's name, such as "onnx:tensorrt"."""
 
     def build(self, tell: Callable[[str, float], None], stop: Stop) -> None:
-        """Builds what is to be loaded, or finds it built. Tells what it does and the share that is done, from 0 to 1.
+        """Builds the engine, or finds it in a cache. Calls `tell` with the step and the progress, from 0 to 1.
 
-        Raises Stopped soon after `stop` is asked.
+        Raises Stopped soon after `stop` is requested.
         """
         ...
 
     def load(self) -> Pipeline:
-        """The pipeline, ready to run, whose states are of the same kind as those of the one that serves."""
+        """Loads the pipeline. Its states must have the same type as those of the serving one."""
         ...
 
     def trials(self) -> Sequence[Request]:
-        """Requests whose images are to be judged, of one seed each; their `model` is not looked at."""
+        """Trial requests with one seed each; their `model` is ignored."""
         ...
 
     def judge(self, pictures: Sequence[Image.Image]) -> str:
-        """What is wrong with the images of the trials, in a line; "" where they are right."""
+        """Checks the images of the trials. Returns the problem in one line, or ""."""
         ...
 
     def settle(self) -> None:
-        """Waits until the device has done all that it was asked. Called on the engine's thread, as often as need be."""
+        """Waits until the device has done all submitted work. Called on the engine's thread, any number of times."""
         ...
 
 
 class _Timed:
-    """A pipeline whose calls of the model are timed, each by itself: what was asked of the device before is waited for, and what
-    is asked is, too. The engine's own times leave that out, where a device works on after a call."""
+    """A pipeline whose `denoise` calls are timed separately: it waits for the device before and after each call. The engine's own
+    times do not include work that the device does after a call returns."""
 
     def __init__(self, pipeline: Pipeline, settle: Callable[[], object], clock: Callable[[], float]) -> None:
         self._pipeline = pipeline
@@ -90,10 +89,7 @@ class _Timed:
 
 
 class Promotion:
-    """Gives each candidate its chance, one after the other, once `start` is called.
-
-    How each is doing is in `models`, for GetModel to tell.
-    """
+    """Builds and tests candidates, one after the other, after `start`. Their states are in `models`, for GetModel."""
 
     def __init__(self, engine: Engine, models: ModelRegistry, candidates: Sequence[Candidate]) -> None:
         self._engine = engine
@@ -106,24 +102,24 @@ class Promotion:
         self._thread = threading.Thread(target=self._run, name="img2img-promotion", daemon=True)
 
     def start(self) -> None:
-        """Starts the first build. Does nothing where nobody contends."""
+        """Starts the first build, if there are candidates."""
         for candidate in self._candidates:
-            self._tell(candidate, EngineState.BUILDING, "waits for its turn")
+            self._tell(candidate, EngineState.BUILDING, "waiting for other candidates")
         if self._candidates:
             self._thread.start()
 
     def stop(self) -> None:
-        """Gives up what is under way, and returns at once: builds are killed, requests of ours are cancelled."""
+        """Cancels the current candidate and returns at once: builds are killed and trial requests cancelled."""
         with self._changed:
             self._stopping = True
             self._changed.notify_all()
         self._stop.ask()
 
     def withdraw(self, model: str) -> None:
-        """Gives up what contends for `model`, and returns once nothing of it is left: the model is about to be unloaded. Does not
-        wait any more once all is to end: a pipeline that is being loaded cannot be stopped.
+        """Cancels the candidates of `model`, which is about to be unloaded, and waits until they are gone, or until `stop` is
+        called: loading a pipeline cannot be interrupted.
 
-        It gets no other chance: candidates are made for the models that were loaded at start.
+        They are not tried again: candidates exist only for models that were loaded at start.
         """
         with self._changed:
             self._candidates = [candidate for candidate in self._candidates if candidate.model != model]
@@ -132,7 +128,7 @@ class Promotion:
             self._changed.wait_for(lambda: self._current != model or self._stopping)
 
     def join(self, timeout: float | None = None) -> bool:
-        """Waits until nothing is under way. False where `timeout` seconds were too few, as they may be for a pipeline to load."""
+        """Waits for the end of the current candidate. Returns False if it takes longer than `timeout` seconds."""
         if self._thread.ident is not None:
             self._thread.join(timeout)
         return not self._thread.is_alive()
@@ -140,12 +136,12 @@ class Promotion:
     def _run(self) -> None:
         while self._give_chance():
             with self._changed:
-                # Of a candidate that had its chance, nothing is left now.
+                # `withdraw` may continue: the candidate's pipeline is freed.
                 self._current = ""
                 self._changed.notify_all()
 
     def _give_chance(self) -> bool:
-        """Lets the next one try. False where there is none, or all is to end."""
+        """Runs the next candidate. Returns False if there is none, or `stop` was called."""
         with self._changed:
             if self._stopping or not self._candidates:
                 self._current = ""
@@ -163,7 +159,7 @@ class Promotion:
         except (BundleError, OSError) as error:
             _log.error("model '%s': %s: %s", candidate.model, candidate.engine, error)
             self._tell(candidate, EngineState.FAILED, _UNKNOWN_REASON)
-        except Exception:  # noqa: BLE001 - whatever a build or a library raises: the engine that serves goes on
+        except Exception:  # noqa: BLE001 - any library's: the serving engine is kept
             _log.exception("model '%s': %s failed", candidate.model, candidate.engine)
             self._tell(candidate, EngineState.FAILED, _UNKNOWN_REASON)
         return True
@@ -174,29 +170,29 @@ class Promotion:
         self._tell(candidate, EngineState.CHECKING, "loading")
         pipeline = candidate.load()
         serving = self._models.get(candidate.model).pipeline
-        assert serving is not None, "only what is served can be taken over"
+        assert serving is not None, "candidates are made for ready models"
         loser = pipeline
         try:
             problem, report = self._try(candidate, pipeline, serving)
             if not problem:
-                # It is not unloaded meanwhile: that waits until the attempt is over.
+                # The model is not unloaded meanwhile: `withdraw` waits until the attempt is over.
                 self._engine.replace(candidate.model, pipeline)
                 self._models.change(candidate.model, pipeline=pipeline)
                 loser = serving
         finally:
             losers: list[Closable] = [loser]
-            del pipeline, serving, loser  # the list's is to be the last
+            del pipeline, serving, loser  # the list must have the last reference
             let_go(losers, lambda close: self._engine.call(candidate.model, close))
         if problem:
             return self._tell(candidate, EngineState.REJECTED, problem)
         self._tell(candidate, EngineState.SERVING, report, 1.0)
 
     def _try(self, candidate: Candidate, pipeline: Pipeline, serving: Pipeline) -> tuple[str, str]:
-        """Why `pipeline` must not take over, "" where it may; and how it did."""
+        """Tests `pipeline`. Returns the reason not to promote it, or "", and the measured times."""
         trials = [replace(trial, background=True, deadline=None) for trial in candidate.trials()]
         if not trials:
             return "the bundle has no reference images to compare with", ""
-        # Names that no request can have: a model's id is that of a folder.
+        # No request can have these names: a model's id is a folder's name.
         new, old = f"{candidate.model}/{candidate.engine}", f"{candidate.model}/{serving.engine}"
         timed = {name: _Timed(runs, candidate.settle, self._engine.clock) for name, runs in ((new, pipeline), (old, serving))}
         for name, runs in timed.items():
@@ -215,7 +211,7 @@ class Promotion:
                 self._tell(candidate, EngineState.CHECKING, "timing", done / count)
                 self._draw(replace(trials[0], model=name))
                 done += 1
-            # The middle one: what a first call takes counts for little.
+            # The median, so that slow first calls do not matter.
             took, takes = (statistics.median(timed[name].seconds) * 1e3 for name in (new, old))
         finally:
             for name in timed:
@@ -224,7 +220,7 @@ class Promotion:
         return ("" if took < takes * (1 - _GAIN) else f"not faster: {report}"), report
 
     def _draw(self, request: Request) -> Image.Image:
-        """The image of a request of ours. Raises Stopped, or what the request ended with."""
+        """Draws a trial request's image. Raises Stopped, or the request's error."""
         endings: queue.SimpleQueue[Ending] = queue.SimpleQueue()
 
         def listen(event: Event) -> None:
@@ -246,7 +242,7 @@ class Promotion:
         return ending.images[0]
 
     def _tell(self, candidate: Candidate, state: EngineState, detail: str, progress: float = 0.0) -> None:
-        """Notes how a candidate is doing. The log hears of it where it is something new."""
+        """Records a candidate's state, and logs it if the state or detail is new."""
         engines = self._models.get(candidate.model).engines
         before = next((status for status in engines if status.name == candidate.engine), None)
         self._models.note(candidate.model, EngineStatus(candidate.engine, state, detail, progress))

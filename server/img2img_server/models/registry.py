@@ -1,4 +1,4 @@
-"""The model store: which models there are, which one a request means, what state each is in, and what runs it."""
+"""The registry of models: finds a request's model, and keeps each model's state and pipeline."""
 
 import enum
 import logging
@@ -21,14 +21,14 @@ from img2img_server.models.repository import BundleRepository, Load, bundle_id
 _log = logging.getLogger(__name__)
 
 _MOST_SHOWN = 100
-"""Characters of what a caller sent that are repeated in an error: all of it must fit into gRPC's metadata."""
+"""Maximum number of a caller's characters that an error repeats: it must fit into gRPC's metadata."""
 
 Allowed = Callable[[str], bool]
 """Whether the caller may use the model with this id."""
 
 
 class EngineState(enum.Enum):
-    """How far an engine that may take over a model has come. The last three are final."""
+    """The state of a candidate. The last three are final."""
 
     BUILDING = enum.auto()
     CHECKING = enum.auto()
@@ -39,8 +39,7 @@ class EngineState(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class EngineStatus:
-    """An engine that may take over, such as "onnx:tensorrt". `detail` is written for callers; `progress`, from 0 to 1, is that of
-    the state."""
+    """A candidate, such as "onnx:tensorrt". `detail` is for callers; `progress`, from 0 to 1, is within the state."""
 
     name: str
     state: EngineState
@@ -59,11 +58,11 @@ class ModelState(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """A model of the store. It can run while it has a pipeline; else `problem`, for the log only, may say why not.
+    """A model of the store. It is ready if it has a pipeline; if it failed, `problem`, for the log only, says why.
 
-    `bundle` is its folder. `engines` are those that may take over from the one it was loaded with, or have done so. `loading`
-    is set on its way into memory. `memory` is how many bytes it takes there, or took when it last was, 0 where that is not
-    known. `detail` says for callers what is being done, or why it is not ready.
+    `bundle` is its folder. `engines` are its candidates and promoted engines. `loading` is set while it is loaded or exported.
+    `memory` is its size in memory in bytes, now or when it was last loaded, 0 if unknown. `detail` says to callers what is being
+    done, or why it is not ready.
     """
 
     id: str
@@ -87,20 +86,20 @@ class Model:
 
     @property
     def expected_memory(self) -> int:
-        """The bytes that it takes, as was measured or, before that, is estimated; 0 where nothing is known of it."""
+        """Its measured or estimated memory in bytes; 0 if unknown."""
         return self.memory or (estimate(self.manifest) if self.manifest is not None else 0)
 
 
 class ModelRegistry:
-    """The models of a server: those that were there at start, and those that were found since.
+    """The models of a server, found at start or later. Thread-safe.
 
-    A request's reference names one of them; where it names none, the default model is meant, or the only one that there was at
-    start. `folder` is where bundles are, None where models came without. Any thread may read and change.
+    A request without a reference means the default model, or the only one at start. `folder` is the folder of bundles, None if
+    the models have no bundles.
     """
 
     def __init__(self, models: Iterable[Model], default: str | None = None, folder: BundleRepository | None = None) -> None:
         self._lock = threading.Lock()
-        # Never changed, always replaced: who reads needs no lock.
+        # Never changed, always replaced, so readers need no lock.
         self._models = _by_id(models)
         if default is None and len(self._models) == 1:
             (default,) = self._models
@@ -118,11 +117,11 @@ class ModelRegistry:
         allow_unverified: bool = False,
         settings: ModelSettings | None = None,
     ) -> "ModelRegistry":
-        """A store of every bundle in `folder`, or of `folder` itself if it is one. Reads their manifests and loads nothing.
+        """A registry of all bundles in `folder`, or of `folder` itself if it is a bundle. Reads manifests and loads nothing.
 
-        `allow_unverified` also serves bundles whose verification failed at their export, with a warning. A bundle that cannot be
-        read is listed with its problem. Raises BundleError if there is no bundle, none can be read, or one that the settings
-        name does not exist.
+        `allow_unverified` also accepts bundles whose verification failed at export, with a warning. A bundle that cannot be read
+        is listed with its problem. Raises BundleError if there is no bundle, none can be read, or one that the settings name does
+        not exist.
         """
         settings = settings or ModelSettings()
         bundles = BundleRepository(folder, load, allow_unverified)
@@ -133,7 +132,7 @@ class ModelRegistry:
             _log.warning("%s is not served: it is %s", entry, reason)
         if not models and not settings.allow_downloads:
             made = f"make one with `img2img export MODEL --output {folder / 'NAME'}`"
-            raise BundleError(f"models: {folder} holds no bundle: {made}")
+            raise BundleError(f"models: {folder} has no bundle: {made}")
         store = cls(models, default, bundles)
         _chosen(settings.preload, store._models, store.default)
         store.check_any(settings)
@@ -156,7 +155,7 @@ class ModelRegistry:
         return store
 
     def check_any(self, settings: ModelSettings) -> None:
-        """Raises BundleError if every model has failed and no other can come: such a server would serve nothing."""
+        """Raises BundleError if every model has failed and none can be downloaded."""
         failed = [model for model in self if model.state is ModelState.FAILED]
         if failed and len(failed) == len(self._models) and not settings.allow_downloads:
             raise BundleError("no model can be served: " + "; ".join(f"{model.id}: {model.problem}" for model in failed))
@@ -165,19 +164,19 @@ class ModelRegistry:
         return iter(self._models.values())
 
     def get(self, name: str, allowed: Allowed = lambda name: True) -> Model:
-        """The model with the id `name`, where the caller may use it. Raises ModelNotFound."""
+        """The model with the id `name`. Raises ModelNotFound, also if the caller may not use it."""
         models = self._models
         if name not in models or not allowed(name):
-            raise ModelNotFound(f"there is no model {_shown(name)}; there are {self._names(allowed)}")
+            raise ModelNotFound(f"model {_shown(name)} does not exist; available: {self._names(allowed)}")
         return models[name]
 
     def change(self, name: str, **values: Any) -> None:
-        """Replaces these fields of the model `name`; adds it where it is new."""
+        """Replaces these fields of the model `name`, or adds it."""
         with self._lock:
             self._put(replace(self._models.get(name, Model(name)), **values))
 
     def put(self, model: Model) -> None:
-        """Takes `model` in place of what was known of it; adds it where it is new."""
+        """Replaces the model with the id of `model`, or adds it."""
         with self._lock:
             self._put(model)
 
@@ -186,48 +185,48 @@ class ModelRegistry:
         self._models = dict(sorted(models.items())) if model.id not in self._models else models
 
     def forget(self, name: str) -> None:
-        """Takes the model `name` out."""
+        """Removes the model `name`."""
         with self._lock:
             self._models = {known: model for known, model in self._models.items() if known != name}
 
     def note(self, name: str, status: EngineStatus) -> None:
-        """Notes how an engine of the model `name` is doing, in place of what was known of it."""
+        """Replaces the status of a candidate of the model `name`, or adds it."""
         with self._lock:
             model = self._models[name]
             others = tuple(known for known in model.engines if known.name != status.name)
             self._models = {**self._models, name: replace(model, engines=(*others, status))}
 
     def find(self, reference: Source, allowed: Allowed = lambda name: True) -> Model:
-        """The one model whose bundle agrees with every field that is set in `reference`, ready or not.
+        """The model that matches every set field of `reference`, ready or not.
 
-        `reference.path` is a model's id. Raises ModelNotFound, InvalidField where several agree, or PermissionDenied where only
-        such do that the caller may not use.
+        `reference.path` is a model's id. Raises ModelNotFound, InvalidField if several models match, or PermissionDenied if the
+        caller may not use any match.
         """
         models = self._models
         if reference == Source():
             if self.default is None:
-                raise InvalidField("model", f"several models are served, name one: {self._names(allowed)}")
+                raise InvalidField("model", f"several models are served, set path to one of: {self._names(allowed)}")
             found = [models[self.default]]
         else:
             found = [model for model in models.values() if _agrees(model, reference)]
         if not found:
-            raise ModelNotFound(f"no model is {_describe(reference)}; there are {self._names(allowed)}")
+            raise ModelNotFound(f"no model matches {_describe(reference)}; available: {self._names(allowed)}")
         usable = [model for model in found if allowed(model.id)]
         if not usable:
             raise PermissionDenied(f"your token does not allow the model '{found[0].id}'")
         if len(usable) > 1:
-            raise InvalidField("model", f"several models agree: {', '.join(model.id for model in usable)}; set path to one")
+            raise InvalidField("model", f"several models match, set path to one of: {', '.join(model.id for model in usable)}")
         return usable[0]
 
     def resolve(self, reference: Source) -> Model:
-        """The model that `reference` means, which can run. Raises what `find` raises, or ModelUnavailable."""
+        """The ready model that matches `reference`. Raises the errors of `find`, or ModelUnavailable."""
         model = self.find(reference)
         if model.pipeline is None:
             raise ModelUnavailable(f"model '{model.id}' cannot be served: {model.detail or WHY}")
         return model
 
     def discover(self, name: str) -> bool:
-        """Takes up the bundle of this name, if the folder has one that was not there before. Reads the disk."""
+        """Adds the bundle of this name, if the folder has it. Returns whether it does. Reads the disk."""
         found = None if self.folder is None else self.folder.find(name)
         if found is None:
             return False
@@ -237,12 +236,12 @@ class ModelRegistry:
         return True
 
     def pipelines(self) -> dict[str, Pipeline]:
-        """The pipelines of the models that are ready, by id."""
+        """The pipelines of the ready models, by id."""
         return {model.id: model.pipeline for model in self if model.pipeline is not None}
 
     @contextmanager
     def growing(self, name: str, meter: Meter | None = None) -> Iterator[None]:
-        """Counts the memory that comes in use within the block for the model `name`'s, which is ready and takes some."""
+        """Adds the growth of memory within the block to the memory of the ready model `name`."""
         meter, model = meter or ProcessMeter(), self._models[name]
         before = meter.read()
         yield
@@ -251,8 +250,8 @@ class ModelRegistry:
             self.change(name, memory=model.memory + max(0, grown or 0))
 
     def preload(self, settings: ModelSettings, meter: Meter | None = None) -> None:
-        """Loads the models that `settings` name, as far as the memory for models holds them. A model that fails is listed with
-        its problem. Raises BundleError as `check_any` does."""
+        """Loads the models in `settings.preload` that fit into memory. A model that fails is listed with its problem. Raises
+        BundleError like `check_any`."""
         meter, chosen = meter or ProcessMeter(), _chosen(settings.preload, self._models, self.default)
         for number, name in enumerate(chosen, start=1):
             model = self._models[name]
@@ -260,14 +259,14 @@ class ModelRegistry:
                 continue
             used, on_gpu = sum(other.memory for other in self), meter.read()
             bound = settings.memory
-            # What was loaded before may leave too little of the GPU. The first is tried: the estimate may be too high.
+            # Bounded by the GPU's free memory, except for the first model: the estimate may be too high.
             if used and on_gpu.gpu_free is not None and (bound is None or used + on_gpu.gpu_free < bound):
                 bound = used + on_gpu.gpu_free
             if bound is not None and used + model.expected_memory > bound:
                 of = f"{in_words(model.expected_memory)}, and {in_words(used)} of {in_words(bound)} are taken"
                 _log.log(
                     logging.INFO if "all" in settings.preload else logging.WARNING,
-                    "model '%s' is not loaded yet: it takes about %s",
+                    "model '%s' is not preloaded: it takes about %s",
                     name,
                     of,
                 )
@@ -277,12 +276,12 @@ class ModelRegistry:
         self.check_any(settings)
 
     def _load_now(self, model: Model, meter: Meter) -> None:
-        assert self.folder is not None, "what is loaded comes from a folder"
-        assert model.bundle is not None, "what is loaded has a bundle"
+        assert self.folder is not None, "only bundles are loaded"
+        assert model.bundle is not None, "only bundles are loaded"
         before, begun = meter.read(), time.monotonic()
         try:
             manifest, pipeline = self.folder.open(model.bundle)
-        except BaseException as error:  # noqa: BLE001 - whatever a library raises, Rust's panics too: the others are served
+        except BaseException as error:  # noqa: BLE001 - any library's, also Rust's panics: the other models are served
             self.fail(model.id, Stage.LOADING, error)
             return
         memory = measured(before.grown_to(meter.read(), pipeline.engine), manifest)
@@ -291,10 +290,10 @@ class ModelRegistry:
         _log.info("model '%s': loaded in %.1f s on %s, %s", model.id, seconds, pipeline.engine, in_words(memory))
 
     def fail(self, name: str, stage: Stage, error: BaseException) -> str:
-        """Marks the model `name` as FAILED by `error` in `stage`, and logs why. Returns the problem, for the log only."""
+        """Marks the model `name` as FAILED, and logs why. Returns the problem, for the log only."""
         failure = Failure.of(error, stage, self._models[name].bundle)
         _log.error("model '%s' cannot be served: %s", name, failure.problem)
-        _log.debug("model '%s': where it failed", name, exc_info=error)
+        _log.debug("model '%s': traceback", name, exc_info=error)
         self.change(name, pipeline=None, problem=failure.problem, detail=failure.detail)
         return failure.problem
 
@@ -303,12 +302,12 @@ class ModelRegistry:
 
 
 def _chosen(preload: tuple[str, ...], names: Iterable[str], default: str | None) -> list[str]:
-    """The models to load, the default one first. Raises BundleError for one that is not there."""
+    """The models to load, the default one first. Raises BundleError for an unknown one."""
     if preload == ("none",):
         return []
     if unknown := sorted(set(preload) - {*PRELOAD_WORDS, *names}):
         known = ", ".join(names) or "none"
-        raise BundleError(f"preload: there is no model {', '.join(map(repr, unknown))} to preload; there are {known}")
+        raise BundleError(f"preload: model {', '.join(map(repr, unknown))} does not exist; available: {known}")
     chosen = names if "all" in preload else [name for word in preload if (name := default if word == "default" else word)]
     return sorted(set(chosen), key=lambda name: (name != default, name))
 
@@ -324,7 +323,7 @@ def _by_id(models: Iterable[Model]) -> dict[str, Model]:
 
 
 def _read(bundle: Path) -> Model:
-    """A bundle as its manifest has it; nothing else is looked at yet."""
+    """Reads a bundle's manifest."""
     name = bundle_id(bundle)
     try:
         return Model(name, read_manifest(bundle), bundle=bundle)
@@ -355,6 +354,6 @@ def _describe(reference: Source) -> str:
 
 
 def _shown(value: object) -> str:
-    """What a caller sent, harmless and short."""
+    """A caller's value, escaped and shortened for a message."""
     text = ascii(value)
     return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}..."

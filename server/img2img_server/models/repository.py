@@ -1,4 +1,4 @@
-"""The folder of bundles: which there are, which of them a name means, and how one becomes a pipeline."""
+"""The folder of bundles: lists, finds and loads them."""
 
 import logging
 import os
@@ -17,10 +17,10 @@ _WANTED = "give a folder of bundles, or one bundle, as `img2img export` makes th
 
 
 class BundleRepository:
-    """The bundles in the directory `root`, or `root` itself where it is one. `load` makes a pipeline of a bundle's folder.
+    """The bundles in the directory `root`, or `root` itself if it is a bundle. `load` makes a pipeline of a bundle's folder.
 
-    `allow_unverified` also opens those whose verification failed when they were exported, with a warning. Nothing is
-    remembered: what is there is looked up each time. Raises BundleError if `root` is no directory that can be read.
+    `allow_unverified` also opens bundles whose verification failed at export, with a warning. Nothing is cached. Raises
+    BundleError if `root` is not a readable directory.
     """
 
     def __init__(self, root: Path, load: Load, allow_unverified: bool = False) -> None:
@@ -31,7 +31,7 @@ class BundleRepository:
         self._allow_unverified = allow_unverified
 
     def bundles(self) -> list[Path]:
-        """Every bundle. Links are followed: whoever starts the server knows what lies in its folder."""
+        """All bundles. Links are followed, because the operator controls the folder."""
         return [self.root] if self.is_bundle else sorted(filter(_is_bundle, self.root.iterdir()))
 
     def others(self) -> list[tuple[Path, str]]:
@@ -43,10 +43,10 @@ class BundleRepository:
         return [(entry, _why_no_bundle(entry)) for entry in entries if not _is_bundle(entry)]
 
     def find(self, name: str) -> Path | None:
-        """The bundle whose folder has this very name, None where there is none.
+        """The bundle whose folder has exactly this name, None if there is none.
 
-        `name` is anything that a caller sent. It is compared with the names that are there and never made a path of, and a link
-        that leads out of the folder is not followed.
+        `name` is a caller's input: it is only compared with existing names, never used as a path, and links that lead out of the
+        folder are not followed.
         """
         if self.is_bundle:
             return None
@@ -57,25 +57,25 @@ class BundleRepository:
         return found
 
     def open(self, bundle: Path) -> tuple[Manifest, Pipeline]:
-        """Checks a bundle's files and loads it, which takes long. Raises BundleError, and whatever the libraries raise."""
+        """Checks a bundle's files and loads it, which is slow. Raises BundleError and the libraries' errors."""
         name = bundle_id(bundle)
         manifest = read_manifest(bundle)
         _log.info("model '%s': checking %d files", name, len(manifest.files))
         check_bundle(bundle, manifest, allow_unverified=self._allow_unverified)
         if not manifest.verification.passed:
-            problems = "; ".join(manifest.verification.problems) or "nothing is known of why"
-            _log.warning("model '%s' did not pass verification, and is served all the same: %s", name, problems)
+            problems = "; ".join(manifest.verification.problems) or "the manifest has no reason"
+            _log.warning("model '%s' did not pass verification and is served because of allow_unverified: %s", name, problems)
         _log.info("model '%s': loading", name)
         return manifest, self._load(bundle, manifest)
 
 
 def bundle_id(bundle: Path) -> str:
-    """The id of the model that a bundle's path stands for: the path's own last name, also if it is a link."""
+    """The id of a bundle's model: the last part of its path, also if it is a link."""
     return Path(os.path.abspath(bundle)).name  # noqa: PTH100 - resolve() would follow the link
 
 
 def _check_root(root: Path) -> None:
-    """Raises BundleError, which says what is wrong with it, if `root` cannot be a folder of bundles or a bundle."""
+    """Raises BundleError with the reason if `root` is neither a readable folder nor a bundle."""
     try:
         next(root.iterdir(), None)
         (root / MANIFEST_NAME).stat()
@@ -83,12 +83,12 @@ def _check_root(root: Path) -> None:
         raise BundleError(f"models: {root} is a file, not a folder: {_WANTED}") from None
     except FileNotFoundError:
         if not root.exists():
-            raise BundleError(f"models: there is no folder {root}: {_WANTED}") from None
+            raise BundleError(f"models: {root} does not exist: {_WANTED}") from None
     except OSError as error:
         raise BundleError(f"models: {root} cannot be read: {error.strerror}") from None
     if (root / "model_index.json").is_file() and not (root / MANIFEST_NAME).is_file():
         raise BundleError(
-            f"models: {root} is a model that was not exported: run `img2img export {root} --output DIR`, and serve DIR"
+            f"models: {root} is a model that was not exported: run `img2img export {root} --output DIR` and serve DIR"
         )
 
 
@@ -99,12 +99,12 @@ def _is_bundle(folder: Path) -> bool:
 def _is_file(path: Path) -> bool:
     try:
         return path.is_file()
-    except OSError:  # a folder that may not be read
+    except OSError:  # a folder without permission to read it
         return False
 
 
 def _why_no_bundle(entry: Path) -> str:
-    """What an entry of the model folder is instead of a bundle, and what to do about it."""
+    """What an entry of the model folder is instead of a bundle, and how to fix it."""
     if entry.is_symlink() and not entry.exists():
         return f"a link to {entry.readlink()}, which does not exist"
     if not entry.is_dir():

@@ -1,6 +1,6 @@
-"""Residency: which models are in memory, who uses them, and who has to leave when there is no room.
+"""Residency: keeps models in memory while they are used, and evicts idle ones (LRU) if memory is needed.
 
-`ModelResolver` finds what a name means.
+`ModelResolver` finds a request's model, and downloads it if that is allowed.
 """
 
 import asyncio
@@ -38,7 +38,7 @@ from img2img_server.support.threads import in_thread
 
 
 class ModelResolver:
-    """Finds models of `models` for the current call, and those that it does not know yet. Used on the event loop only."""
+    """Finds models for the current call, in the registry, in the folder, or by a download. Used only on the event loop."""
 
     def __init__(
         self, settings: ModelSettings, models: ModelRegistry, exporter: Sequence[str], clock: Callable[[], float]
@@ -47,9 +47,9 @@ class ModelResolver:
         self._downloads = Downloads(settings, models.folder.root if models.folder else None, exporter, clock)
 
     async def find(self, reference: Source, named: str) -> str:
-        """The id of the model that is meant; `named` is the message's field.
+        """The id of the model that matches `reference`, the message's field `named`.
 
-        Raises ModelNotFound, InvalidField, PermissionDenied, and ModelUnavailable or Exhausted where it cannot be exported.
+        Raises ModelNotFound, InvalidField, PermissionDenied, and ModelUnavailable or Exhausted if it cannot be exported.
         """
         allowed = current().may_use
         try:
@@ -61,11 +61,11 @@ class ModelResolver:
         return name
 
     async def close(self) -> None:
-        """Ends what is being exported, and begins nothing more."""
+        """Cancels all exports and starts no more."""
         await self._downloads.close()
 
     async def _find_new(self, reference: Source, named: str, not_found: ModelNotFound) -> str:
-        """What was not in the store: a bundle that is in its folder by now, or one to be exported into it."""
+        """Finds a model that is not in the registry: a new bundle in the folder, or one to export into it."""
         if reference.path is not None:
             _check_allowed(reference.path)
             if await asyncio.to_thread(self._models.discover, reference.path):
@@ -91,7 +91,7 @@ class ModelResolver:
 
 
 def _check_allowed(name: str) -> None:
-    """Raises PermissionDenied where the caller may not use a model of this name, whether there is one or not."""
+    """Raises PermissionDenied if the caller may not use a model of this name, whether it exists or not."""
     if not current().may_use(name):
         raise PermissionDenied(f"your token does not allow the model {ascii(name)[:100]}")
 
@@ -103,10 +103,10 @@ Health = Callable[[str, bool], None]
 
 @dataclass(slots=True, eq=False)
 class _Place:
-    """A model's place in memory: who uses it, who waits for it, and what is being done about it.
+    """A model's slot: its users, its waiting callers, and the tasks that load or unload it.
 
-    `used` grows with each use of any model. `idle` is set while there are no `leases`. The tasks are None where nothing of the
-    kind is under way; `loading` gives the error of a load that failed, `leaving` the bytes that came back.
+    `used` is the number of its last use, counted over all models. `idle` is set while there are no `leases`. `loading` returns
+    the error of a failed load, `leaving` the freed bytes; they are None if no such task runs.
     """
 
     leases: int = 0
@@ -122,11 +122,12 @@ class _Place:
 
 
 class Residency:
-    """Loads and unloads the models of `models`, on threads of its own, while `engine` runs the others.
+    """Loads and unloads the models of `models`, on other threads, while `engine` runs.
 
-    Loads come one after the other, so that two of them never take the same room. `health` is told the id of each model that can
-    or can no longer be served. `withdraw`, which may block, is called before a model is unloaded with its id: whoever else is at
-    work on it lets go. `warm_up` records the calls of a model that is loaded. `clock` gives seconds. Used on the event loop only.
+    Loads are sequential, so that two of them never use the same free memory. `health` is called with the id of each model that
+    becomes ready (True) or is no longer ready (False). `withdraw`, which may block, is called with a model's id before it is
+    unloaded, to cancel its candidates. `warm_up` records the calls of a loaded model. `clock` is in seconds. Used only on the
+    event loop.
     """
 
     def __init__(
@@ -155,18 +156,16 @@ class Residency:
         self.withdraw: Callable[[str], object] = lambda name: None
 
     async def start(self) -> None:
-        """Tells the health of the models that are not ready. Of the others the server itself tells when it serves."""
+        """Reports the health of models that are not ready. The server reports that of the others when it serves."""
         for model in self._models:
             if model.pipeline is None:
                 self._health(model.id, False)
 
     @asynccontextmanager
     async def using(self, reference: Source) -> AsyncIterator[Model]:
-        """Within the block the model that `reference` means is in memory and stays there; it is loaded first where that is
-        allowed.
+        """Keeps the model of `reference` in memory within the block; loads it first if that is allowed.
 
-        Raises what tells the caller why it cannot have it: PermissionDenied, ModelNotFound, InvalidField, ModelNotLoaded,
-        ModelUnavailable, ModelMemoryFull.
+        Raises PermissionDenied, ModelNotFound, InvalidField, ModelNotLoaded, ModelUnavailable or ModelMemoryFull.
         """
         name = await self._finder.find(reference, "model")
         place = self._places[name]
@@ -180,7 +179,7 @@ class Residency:
                 place.idle.set()
 
     async def load(self, reference: Source) -> Model:
-        """Makes a model ready, and returns it. One that failed a short while ago is tried again all the same."""
+        """Loads a model and returns it. Ignores the backoff of a model that failed recently."""
         name = await self._finder.find(reference, "source")
         place = self._places[name]
         place.waiting += 1
@@ -193,10 +192,10 @@ class Residency:
             place.waiting -= 1
 
     async def unload(self, name: str) -> int:
-        """Waits until nobody uses the model `name`, frees its memory, and returns how many bytes that gave back.
+        """Waits until the model `name` is idle, unloads it, and returns the freed bytes.
 
-        Leaving early does not end it. Requests that come meanwhile wait for the end, and have it loaded again where that is
-        allowed.
+        A cancelled wait does not cancel the unload. Requests that arrive meanwhile wait for its end, and load the model again if
+        that is allowed.
         """
         self._models.get(name, current().may_use)
         place = self._places[name]
@@ -209,7 +208,7 @@ class Residency:
         return await asyncio.shield(place.leaving)
 
     async def close(self) -> None:
-        """Ends what is being loaded or exported. A pipeline whose loading cannot be ended is left to its thread."""
+        """Cancels loads and exports. The thread that loads a pipeline cannot be cancelled and is abandoned."""
         self._closing = True
         await self._finder.close()
         tasks = [task for place in self._places.values() for task in (place.loading, place.leaving) if task is not None]
@@ -218,12 +217,14 @@ class Residency:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _lease(self, name: str, place: _Place) -> Model:
-        """Takes a lease of the model, once it is ready."""
+        """Waits until the model is ready, and takes a lease of it."""
         place.waiting += 1
         try:
             while place.leaving is not None or self._models.get(name).pipeline is None:
                 if place.leaving is None and not self._settings.load_on_request:
-                    raise ModelNotLoaded(f"model '{name}' is not loaded, and this server does not load models on request")
+                    raise ModelNotLoaded(
+                        f"model '{name}' is not loaded, and this server does not load models on request: load it with LoadModel"
+                    )
                 await self._bring(name, place)
         finally:
             place.waiting -= 1
@@ -233,8 +234,8 @@ class Residency:
         return self._models.get(name)
 
     async def _bring(self, name: str, place: _Place, insist: bool = False) -> None:
-        """Takes a step towards having the model ready: waits until it has left, or loads it. All who wait share that, and one who
-        leaves does not end it."""
+        """Waits for the end of an unload, or loads the model. All waiting callers share the load; a cancelled wait does not
+        cancel it."""
         if place.leaving is not None:
             await asyncio.shield(place.leaving)
             return
@@ -246,15 +247,15 @@ class Residency:
             if insist:
                 place.failures.clear()
             if (left := place.failures.left(self._clock())) > 0:
-                raise self._unavailable(name, f". It is tried again in {left:.0f} s")
+                raise self._unavailable(name, f"; the next attempt is possible in {left:.0f} s")
             place.loading = asyncio.create_task(self._load(name, place))
         if (error := await asyncio.shield(place.loading)) is not None:
             raise error
 
     async def _load(self, name: str, place: _Place) -> ServerError | None:
-        """The task of a load: what it failed with."""
+        """The task of a load. Returns its error, or None."""
         try:
-            self._models.change(name, loading=True, detail="waits for its turn to be loaded")
+            self._models.change(name, loading=True, detail="waiting for another model to load")
             async with self._one_at_a_time:
                 try:
                     await self._make_room(name)
@@ -263,10 +264,10 @@ class Residency:
                     if problem:
                         place.failures.count(self._clock(), problem)
                         return self._unavailable(name)
-                    # It may take more than was estimated.
+                    # It may be larger than estimated.
                     await self._make_room(name)
                 except ServerError:
-                    await self._mover.discard(name)  # before the next one's turn, which may need the room
+                    await self._mover.discard(name)  # before the next load, which may need its memory
                     raise
             self._models.change(name, loading=False)
             self._mover.publish(name)
@@ -283,51 +284,51 @@ class Residency:
         return None
 
     def _unavailable(self, name: str, then: str = "") -> ModelUnavailable:
-        """What a caller gets for a model that failed."""
+        """The error for callers of a model that failed."""
         return ModelUnavailable(f"model '{name}' cannot be served: {self._models.get(name).detail or WHY}{then}")
 
     async def _make_room_on_gpu(self, name: str) -> None:
-        """Unloads what was not used for longest until the GPU has room for the model `name`, by what it is expected to take. If
-        no other can leave, it is tried all the same: the estimate may be too high."""
+        """Evicts idle models (LRU) until the GPU has enough memory for the model `name`, by estimate. If no other model can be
+        evicted, it is loaded all the same: the estimate may be too high."""
         needed = self._models.get(name).expected_memory
         while (free := (await self._mover.read()).gpu_free) is not None and needed > free:
             if not await self._evict_for(name):
                 return
 
     async def _evict_for(self, name: str) -> bool:
-        """Unloads the model that was idle for longest. False if there is none, or `name` is larger than the whole GPU."""
+        """Evicts the least recently used idle model. Returns False if there is none, or `name` is larger than the GPU."""
         victim, reading = self._least_recently_used(name), await self._mover.read()
         manifest = self._models.get(name).manifest
         too_large = reading.gpu_total is not None and manifest is not None and weight_bytes(manifest) > reading.gpu_total
         if victim is None or too_large:
             return False
-        _log.info("model '%s' makes room for '%s'", victim, name)
+        _log.info("model '%s' is evicted to load '%s'", victim, name)
         place = self._places[victim]
         place.leaving = asyncio.create_task(self._leave(victim, place, locked=True))
         await asyncio.shield(place.leaving)
         return True
 
     async def _make_room(self, name: str) -> None:
-        """Unloads what was not used for longest until the model `name` fits. Raises ModelUnavailable or ModelMemoryFull."""
+        """Evicts idle models (LRU) until the model `name` fits. Raises ModelUnavailable or ModelMemoryFull."""
         budget, needed = self._settings.memory, self._models.get(name).expected_memory
         if budget is None:
             return
         if needed > budget:
-            detail = f"it takes about {in_words(needed)}, and all models together may take {in_words(budget)}"
+            detail = f"it takes about {in_words(needed)}, and models_memory is {in_words(budget)}"
             self._models.change(name, detail=detail)
             raise ModelUnavailable(f"model '{name}' cannot be loaded: {detail}")
         while (used := sum(model.expected_memory for model in self._others(name))) + needed > budget:
             if not await self._evict_for(name):
                 self._models.change(name, detail="")
                 wait = max(1.0, self._engine.stats.work_seconds or 0.0)
-                said = f"takes about {in_words(needed)}, and {in_words(used)} of {in_words(budget)} are in use"
-                raise ModelMemoryFull(f"there is no room for model '{name}' now: it {said}", retry_after=wait)
+                detail = f"takes about {in_words(needed)}, and {in_words(used)} of {in_words(budget)} are in use"
+                raise ModelMemoryFull(f"not enough memory for model '{name}' now: it {detail}", retry_after=wait)
 
     def _others(self, name: str) -> list[Model]:
         return [model for model in self._models if model.id != name and model.state is ModelState.READY]
 
     def _least_recently_used(self, but: str) -> str | None:
-        """The model that was idle for longest, None where all are in use, wanted or leaving already."""
+        """The least recently used idle model, None if all are in use, requested or being unloaded."""
         names = [model.id for model in self._others(but)]
         idle = [name for name in names if not self._in_use(self._places[name])]
         return min(idle, key=lambda name: self._places[name].used, default=None)
@@ -336,12 +337,12 @@ class Residency:
         return bool(place.leases or place.waiting or place.leaving is not None)
 
     async def _leave(self, name: str, place: _Place, locked: bool = False) -> int:
-        """The task of an unload. `locked` says whether the turn to change what is loaded has been taken for it."""
+        """The task of an unload. Returns the freed bytes. `locked` says whether the caller holds the lock of loads."""
         try:
             self._models.change(name, detail="being unloaded")
             await in_thread(lambda: self.withdraw(name))
             await place.idle.wait()
-            # Requests whose callers have left may still be in.
+            # The engine may still run requests whose callers have left.
             if not await in_thread(lambda: self._engine.wait_until_idle(name)):
                 return 0
             free = functools.partial(self._mover.free, name, self._health)
