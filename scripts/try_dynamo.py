@@ -79,7 +79,7 @@ def _try_graph(name: str, module: Any, calls: Any, folder: Path) -> tuple[str, .
     from img2img_export.convert.tracing import _Flat, trace
     from img2img_export.errors import ExportError
     from img2img_export.verify.parity import compare, make_cases
-    from img2img_server.bundle.limits import LIMITS
+    from img2img_server.bundle.manifest import LIMITS
     from onnxruntime import InferenceSession
 
     part = part_of(name, module, calls)

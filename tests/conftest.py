@@ -103,8 +103,7 @@ def bundle(shared: Path, tiny_model: Callable[[str], Path]) -> Callable[[str], P
 
         from img2img_export.build import export_model
         from img2img_export.options import ExportOptions
-        from img2img_server.bundle.limits import Precision
-        from img2img_server.bundle.manifest import check_bundle, read_manifest
+        from img2img_server.bundle.manifest import Precision, check_bundle, read_manifest
         from img2img_server.errors import BundleError
         from short_exports import without_preview
 

@@ -15,7 +15,7 @@ from img2img_server.config import ModelSettings
 from img2img_server.engine.engine import Engine
 from img2img_server.engine.scheduler import QueueLimits
 from img2img_server.errors import OutOfMemory
-from img2img_server.models.export_process import EXPORTER
+from img2img_server.models.downloads import EXPORTER
 from img2img_server.models.memory import Reading
 from img2img_server.models.registry import ModelRegistry
 from img2img_server.models.residency import Residency

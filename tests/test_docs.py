@@ -16,8 +16,7 @@ from img2img_cli.__main__ import COMMANDS
 from img2img_export.convert.models import GRAPHS
 from img2img_server import errors
 from img2img_server.__main__ import CLIENT_VARIABLES, CONFIG_VARIABLE, VARIABLES
-from img2img_server.bundle.limits import LIMITS
-from img2img_server.bundle.manifest import read_manifest
+from img2img_server.bundle.manifest import LIMITS, read_manifest
 from img2img_server.config import ServerConfig
 from img2img_server.runtime.opaque.batching_rules import RULES
 from img2img_server.settings.setting import settings_of

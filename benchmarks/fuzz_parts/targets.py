@@ -242,7 +242,7 @@ def _lora(stack: contextlib.ExitStack) -> Try:
 
 def _tokenizer(stack: contextlib.ExitStack) -> Try:
     """A tokenizer.json: it is refused, or makes no more tokens of a text than are counted here."""
-    from img2img_server.bundle.unsafe_configs import refuse_unsafe_config
+    from img2img_server.bundle.unsafe_files import refuse_unsafe_config
     from tokenizers import Tokenizer
 
     path = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "tokenizer.json"
@@ -261,7 +261,7 @@ def _tokenizer(stack: contextlib.ExitStack) -> Try:
 
 def _configs(stack: contextlib.ExitStack) -> Try:
     """A configuration or an index of a bundle: what may lead to code is refused, and nothing else is raised."""
-    from img2img_server.bundle import unsafe_configs, unsafe_files
+    from img2img_server.bundle import unsafe_files
     from img2img_server.errors import BundleError
     from img2img_server.runtime.onnx import components
 
@@ -269,8 +269,8 @@ def _configs(stack: contextlib.ExitStack) -> Try:
 
     def attempt(data: bytes) -> None:
         for name, look in (
-            ("model_index.json", unsafe_configs.refuse_unsafe_config),
-            ("config.json", unsafe_configs.refuse_unsafe_config),
+            ("model_index.json", unsafe_files.refuse_unsafe_config),
+            ("config.json", unsafe_files.refuse_unsafe_config),
             ("model.safetensors.index.json", unsafe_files.refuse_unsafe_parts),
         ):
             (folder / name).write_bytes(data)

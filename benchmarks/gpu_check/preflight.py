@@ -5,8 +5,7 @@ import time
 from collections.abc import Iterator
 
 import torch
-from img2img_server.bundle.limits import LIMITS
-from img2img_server.bundle.manifest import read_manifest
+from img2img_server.bundle.manifest import LIMITS, read_manifest
 from img2img_server.engine.cache import Cache
 from img2img_server.runtime.common.cpu import machine
 from img2img_server.runtime.execution import Execution

@@ -12,8 +12,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from img2img_server.bundle.limits import LIMITS
-from img2img_server.bundle.manifest import read_manifest
+from img2img_server.bundle.manifest import LIMITS, read_manifest
 from img2img_server.engine.cache import Cache
 from img2img_server.engine.engine import Engine
 from img2img_server.engine.request import Completed, Event, Failed, Pipeline, Request

@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import onnx
-from img2img_server.bundle.limits import LIMITS
-from img2img_server.bundle.manifest import Component, ComponentParity, Verification
+from img2img_server.bundle.manifest import LIMITS, Component, ComponentParity, Verification
 
 from img2img_export.attempts import Attempt, Drawn, draw, verify
 from img2img_export.component import part_of, problems_of

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from img2img_server.bundle.limits import LIMITS
-from img2img_server.bundle.manifest import Component, Manifest, Reference, Source, Verification
+from img2img_server.bundle.manifest import LIMITS, Component, Manifest, Reference, Source, Verification
 from img2img_server.runtime.schedulers import registry
 from PIL import Image
 

@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from img2img_server.bundle.limits import LIMITS, Precision
-from img2img_server.bundle.manifest import Component, ComponentParity
+from img2img_server.bundle.manifest import LIMITS, Component, ComponentParity, Precision
 
 from img2img_export.convert import parts, split_graph
 from img2img_export.convert.external_weights import GRAPH_NAME, Skeleton

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from img2img_server.bundle.limits import Precision
+from img2img_server.bundle.manifest import Precision
 
 Backend = Literal["auto", "onnx", "hybrid", "torch"]
 

@@ -23,8 +23,7 @@ from img2img_export.verify.images import (
     measure,
     sample_image,
 )
-from img2img_server.bundle.limits import LIMITS, Precision
-from img2img_server.bundle.manifest import Manifest, PictureParity, Source, Verification
+from img2img_server.bundle.manifest import LIMITS, Manifest, PictureParity, Precision, Source, Verification
 from PIL import Image
 
 Get = Callable[[str], Path]

@@ -14,8 +14,7 @@ from img2img_export.errors import ExportError
 from img2img_export.options import ExportOptions
 from img2img_export.verify import parity
 from img2img_export.verify.images import sample_image
-from img2img_server.bundle.limits import LIMITS, Precision
-from img2img_server.bundle.manifest import Manifest, check_bundle, read_manifest
+from img2img_server.bundle.manifest import LIMITS, Manifest, Precision, check_bundle, read_manifest
 from img2img_server.engine.request import run_alone
 from img2img_server.errors import BundleError
 from img2img_server.runtime.execution import Execution

@@ -23,8 +23,7 @@ from img2img_server.errors import (
     ServerError,
     ShuttingDown,
 )
-from img2img_server.models.downloads import bundle_name, check_reference
-from img2img_server.models.export_process import arguments_of
+from img2img_server.models.downloads import arguments_of, bundle_name, check_reference
 from img2img_server.models.registry import Model, ModelRegistry, ModelState
 from img2img_server.support.call import Call, answering
 from model_folder import Memory, Rig, make_bundle, rig
@@ -222,8 +221,10 @@ def test_an_export_ends_with_a_server_that_is_killed(control: Path, tmp_path: Pa
     code = f"""
 import asyncio, sys
 from pathlib import Path
-from img2img_server.models.export_process import arguments_of, export
-asyncio.run(export(arguments_of("acme/slow", Path("x")), lambda detail: print(detail, flush=True), {exporter(control)!r}))
+from img2img_server.bundle.manifest import Source
+from img2img_server.models.downloads import arguments_of, export
+arguments = arguments_of(Source(repo_id="acme/slow"), Path("x"))
+asyncio.run(export(arguments, lambda detail: print(detail, flush=True), {exporter(control)!r}))
 """
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=tmp_path) as server:
         assert server.stdout is not None
@@ -295,7 +296,8 @@ def test_the_exporter_understands_what_it_is_told() -> None:
 
     parser = argparse.ArgumentParser()
     configure(parser)
-    words = arguments_of("acme/new", Path("/store/x"), "fp16", "v1", ("--force", "unet/*"), ("-x",))
+    reference = Source("acme/new", None, "fp16", "v1", ("--force", "unet/*"), ("-x",))
+    words = arguments_of(reference, Path("/store/x"))
     parsed = parser.parse_args(words)
     assert (parsed.source, str(parsed.output), parsed.variant, parsed.revision) == ("acme/new", "/store/x", "fp16", "v1")
     assert (parsed.allow_pattern, parsed.ignore_pattern, parsed.force, parsed.json) == (

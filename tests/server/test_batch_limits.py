@@ -14,7 +14,7 @@ from img2img_server.engine.costs import Costs, Measured
 from img2img_server.engine.engine import Engine
 from img2img_server.engine.warmup import WarmUp
 from img2img_server.models.cost_store import CostStore
-from img2img_server.models.preparation import Preparation
+from img2img_server.models.loader import Preparation
 from img2img_server.models.registry import ModelRegistry
 from model_folder import make_bundle
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from fakes import FakePipeline
 from img2img_server.bundle.manifest import FORMAT_VERSION, MANIFEST_NAME, Verification, digest_files, list_files, write_manifest
-from img2img_server.errors import BundleError, ModelUnavailable
-from img2img_server.models.registry import Model, ModelRegistry
+from img2img_server.errors import BundleError
+from img2img_server.models.registry import Model, ModelRegistry, ModelState
 from running import manifest
 
 
@@ -139,10 +139,7 @@ def test_a_damaged_bundle_is_refused_with_the_reason_and_the_others_are_served(t
     damage(make_bundle(tmp_path / "bad"))  # type: ignore[operator]
     assert why in problem(tmp_path)
     assert list(load(tmp_path).pipelines()) == ["good"]
-    with pytest.raises(ModelUnavailable):
-        load(tmp_path, "bad").resolve(
-            replace(manifest("acme/m").source, repo_id=None, revision=None, variant=None, allow_patterns=())
-        )
+    assert load(tmp_path, "bad").get("bad").state is ModelState.FAILED
 
 
 def test_a_manifest_that_points_outside_is_refused(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from img2img_export.build import export_model
 from img2img_export.errors import ExportError
 from img2img_export.options import ExportOptions
 from img2img_server.bundle.manifest import Manifest, Source, Verification
-from img2img_server.bundle.unsafe_configs import refuse_unsafe_config
+from img2img_server.bundle.unsafe_files import refuse_unsafe_config
 from img2img_server.errors import BundleError
 from img2img_server.runtime import loader
 from img2img_server.runtime.execution import Execution

@@ -16,8 +16,7 @@ from covering import covering
 from img2img_server.bundle import files
 from img2img_server.bundle.manifest import MANIFEST_NAME, Manifest, Source, Verification, read_manifest
 from img2img_server.bundle.tokenizer_files import is_slow
-from img2img_server.bundle.unsafe_configs import refuse_unsafe_config
-from img2img_server.bundle.unsafe_files import refuse_unsafe
+from img2img_server.bundle.unsafe_files import refuse_unsafe, refuse_unsafe_config
 from img2img_server.errors import BundleError
 from img2img_server.runtime import loader
 from img2img_server.runtime.common.weight_budget import TooLarge, within

@@ -21,7 +21,7 @@ from img2img_server.errors import (
     PermissionDenied,
     ShuttingDown,
 )
-from img2img_server.models.export_process import EXPORTER
+from img2img_server.models.downloads import EXPORTER
 from img2img_server.models.memory import estimate
 from img2img_server.models.registry import Model, ModelRegistry, ModelState
 from img2img_server.support.call import Call, answering

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from img2img_server.bundle.limits import Precision
-from img2img_server.bundle.manifest import Source
+from img2img_server.bundle.manifest import Precision, Source
 
 from img2img_export.cli.terminal import quantity
 from img2img_export.errors import ExportError, first_line

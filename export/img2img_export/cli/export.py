@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from img2img_server.bundle.limits import Precision
+from img2img_server.bundle.manifest import Precision
 
 from img2img_export.cli.terminal import Display, as_json, choose
 from img2img_export.errors import ExportError

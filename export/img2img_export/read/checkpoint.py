@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
-from img2img_server.bundle.unsafe_configs import refuse_unsafe_config
-from img2img_server.bundle.unsafe_files import INDEX, refuse_unsafe_parts
+from img2img_server.bundle.unsafe_files import INDEX, refuse_unsafe_config, refuse_unsafe_parts
 from img2img_server.errors import BundleError
 
 from img2img_export.errors import ExportError

@@ -8,8 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from img2img_server.bundle.limits import LEAST_CONTRAST, LIMITS, Precision
-from img2img_server.bundle.manifest import Manifest, PictureParity
+from img2img_server.bundle.manifest import LEAST_CONTRAST, LIMITS, Manifest, PictureParity, Precision
 from img2img_server.engine.request import Request
 from img2img_server.errors import BundleError, ServerError
 from img2img_server.runtime.accuracy_check import psnr_db

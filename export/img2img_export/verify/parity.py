@@ -11,8 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from img2img_server.bundle.limits import AccuracyLimits
-from img2img_server.bundle.manifest import ComponentParity
+from img2img_server.bundle.manifest import AccuracyLimits, ComponentParity
 
 from img2img_export.convert.emulation import open_emulated
 from img2img_export.convert.graphs import RUNTIME_ERRORS

@@ -21,7 +21,7 @@ from img2img_server.engine.interface import EngineInterface, Span
 from img2img_server.engine.warmup import WarmUp
 from img2img_server.errors import ServerError
 from img2img_server.models.cost_store import CostStore
-from img2img_server.models.preparation import Preparation
+from img2img_server.models.loader import Preparation
 from img2img_server.models.promotion import Candidate, Promotion
 from img2img_server.models.registry import Model, ModelRegistry
 from img2img_server.models.residency import Health, Residency

@@ -4,13 +4,13 @@ import contextlib
 import hashlib
 import json
 import logging
-import math
 import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from img2img_server.bundle.files import read_json
 from img2img_server.bundle.manifest import MANIFEST_NAME, sha256_of
 from img2img_server.engine.costs import STAGES, Measured, Timing
 from img2img_server.engine.request import Pipeline
@@ -42,15 +42,11 @@ class CostStore:
         """The costs of the model in the folder `bundle`, None if there is no valid file."""
         try:
             key = self._key(bundle, pipeline)
-            file = self._file(key)
-            with file.open("rb") as opened:
-                data = opened.read(_MOST_BYTES + 1)
+            return _parse(read_json(self._file(key), _MOST_BYTES), key)
         except OSError:
             return None
-        try:
-            return _parse(data, key)
-        except (ValueError, TypeError, KeyError, RecursionError) as error:
-            _log.info("the costs in %s are invalid and are measured again: %s", file, error)
+        except (ValueError, TypeError, KeyError) as error:
+            _log.info("the costs of %s are invalid and are measured again: %s", bundle, error)
             return None
 
     def keep(self, bundle: Path | None, pipeline: Pipeline, measured: Measured) -> None:
@@ -102,11 +98,8 @@ def _text(key: Mapping[str, Any], measured: Measured) -> str:
     return json.dumps({"key": key, "timings": timings, "full": measured.full})
 
 
-def _parse(data: bytes, key: Mapping[str, Any]) -> Measured:
+def _parse(content: Any, key: Mapping[str, Any]) -> Measured:
     """Parses a file. Raises ValueError, TypeError or KeyError for anything that `_text` does not write for `key`."""
-    if len(data) > _MOST_BYTES:
-        raise ValueError("the file is too large")
-    content = json.loads(data)
     if content["key"] != json.loads(json.dumps(key)):
         raise ValueError("the key differs")
     timings = tuple(_timing(*one) for one in content["timings"])
@@ -118,12 +111,7 @@ def _parse(data: bytes, key: Mapping[str, Any]) -> Measured:
 def _timing(stage: Any, shape: Any, pixels: Any, rows: Any, seconds: Any) -> Timing:
     if stage not in STAGES:
         raise ValueError(f"{stage!r} is not a stage")
-    if (
-        isinstance(seconds, bool)
-        or not isinstance(seconds, int | float)
-        or not math.isfinite(seconds)
-        or not 0 <= seconds <= _MOST_SECONDS
-    ):
+    if type(seconds) not in (int, float) or not 0 <= seconds <= _MOST_SECONDS:
         raise ValueError(f"{seconds!r} is not a time")
     if not isinstance(shape, list):
         raise TypeError(f"{shape!r} is not a shape")
@@ -131,6 +119,6 @@ def _timing(stage: Any, shape: Any, pixels: Any, rows: Any, seconds: Any) -> Tim
 
 
 def _number(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= _MOST_NUMBER:
+    if type(value) is not int or not 0 < value <= _MOST_NUMBER:
         raise ValueError(f"{value!r} is not a size")
     return value

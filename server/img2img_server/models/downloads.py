@@ -4,12 +4,18 @@ All input of callers is validated by its form before use, and the repository aga
 """
 
 import asyncio
+import contextlib
 import hashlib
 import json
 import logging
+import os
 import re
+import signal
+import sys
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -17,8 +23,22 @@ from pathlib import Path
 from img2img_server.bundle.manifest import Source
 from img2img_server.config import ModelSettings
 from img2img_server.errors import Exhausted, InvalidField, ModelUnavailable, PermissionDenied, ServerError, ShuttingDown
-from img2img_server.models.export_process import EXPORTER, ExporterMissing, ExportFailed, Tell, arguments_of, export
 from img2img_server.support.call import current
+from img2img_server.support.distribution import install_hint
+
+_log = logging.getLogger(__name__)
+
+EXPORTER = (sys.executable, "-m", "img2img_cli", "export")
+_LOW_PRIORITY = (sys.executable, "-m", "img2img_server.support.child_process")
+_LAST_WORDS = 20
+"""Number of lines of a failed export's standard error that are logged."""
+_LINE = 2**20
+"""Maximum bytes of a line of the exporter's output: the last one has all measurements."""
+_PATIENCE = 5.0
+"""Seconds that a cancelled export has to delete unfinished files before it is killed."""
+
+Tell = Callable[[str], object]
+"""Called with a short text about the progress."""
 
 _FIRST = 5.0
 _MOST = 300.0
@@ -48,8 +68,6 @@ class Backoff:
         """Seconds until the next retry is allowed, 0 if it is allowed now."""
         return max(0.0, self.until - now)
 
-
-_log = logging.getLogger(__name__)
 
 _PART = r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]{0,94}[A-Za-z0-9_])?"
 _REPO_ID = re.compile(f"{_PART}/{_PART}")
@@ -101,10 +119,9 @@ class Downloads:
 
         Raises InvalidField, or PermissionDenied if its repository is not on the operator's list.
         """
-        check_reference(reference, field)
-        assert reference.repo_id is not None, "only repositories are downloaded"
-        if not any(fnmatchcase(reference.repo_id, pattern) for pattern in self._settings.download_repos):
-            raise PermissionDenied(f"the repository '{reference.repo_id}' is not on this server's list of downloads")
+        repo_id = check_reference(reference, field)
+        if not any(fnmatchcase(repo_id, pattern) for pattern in self._settings.download_repos):
+            raise PermissionDenied(f"the repository '{repo_id}' is not on this server's list of downloads")
         return bundle_name(reference)
 
     def pending(self, name: str) -> bool:
@@ -114,7 +131,7 @@ class Downloads:
     async def wait(self, name: str) -> None:
         """Waits for the current export. Raises ModelUnavailable or ShuttingDown if it fails."""
         if (error := await asyncio.shield(self._pending[name])) is not None:
-            raise self._told(name, error)
+            raise self._with_reason(name, error)
 
     async def obtain(self, reference: Source, name: str, tell: Tell, ended: Callable[[bool], object]) -> None:
         """Exports `reference` as `name` and waits for the end. A cancelled wait does not cancel the export.
@@ -128,7 +145,7 @@ class Downloads:
             failed = self._failures.get(name)
             if failed is not None and (left := failed.left(self._clock())) > 0:
                 error = ModelUnavailable(f"'{name}' could not be exported; the next attempt is possible in {left:.0f} s")
-                raise self._told(name, error)
+                raise self._with_reason(name, error)
             if len(self._pending) >= _MOST_PENDING:
                 raise Exhausted(f"{len(self._pending)} models are being exported; retry later", retry_after=_RETRY_FULL)
             self._pending[name] = asyncio.create_task(self._run(reference, name, tell, ended))
@@ -168,18 +185,9 @@ class Downloads:
         return None
 
     async def _export(self, reference: Source, name: str, tell: Tell) -> None:
-        assert self._store is not None, "only what is allowed is downloaded"
-        assert reference.repo_id is not None, "only repositories are downloaded"
+        assert self._store is not None, "downloads are enabled only with a folder"
         _log.info("model '%s': exporting %s", name, reference.repo_id)
-        arguments = arguments_of(
-            reference.repo_id,
-            self._store / name,
-            reference.variant,
-            reference.revision,
-            reference.allow_patterns,
-            reference.ignore_patterns,
-        )
-        await export(arguments, tell, self._command)
+        await export(arguments_of(reference, self._store / name), tell, self._command)
 
     def _note(self, name: str, problem: str) -> None:
         """Remembers a failure. The number of names is bounded, because callers choose them."""
@@ -188,7 +196,7 @@ class Downloads:
         while len(self._failures) > _MOST_FAILURES:
             del self._failures[next(iter(self._failures))]
 
-    def _told(self, name: str, error: ServerError) -> ServerError:
+    def _with_reason(self, name: str, error: ServerError) -> ServerError:
         """Adds the exporter's reason, without paths, to the error if the current caller may load models."""
         failed = self._failures.get(name)
         if failed is None or not isinstance(error, ModelUnavailable):
@@ -197,10 +205,11 @@ class Downloads:
         return ModelUnavailable(f"{error}: {reason}")
 
 
-def check_reference(reference: Source, field: str) -> None:
-    """Raises InvalidField if a part of `reference`, the message's field `field`, is malformed."""
-    parts = (("repo_id", _REPO_ID), ("variant", _VARIANT), ("revision", _REVISION))
-    for name, form in parts:
+def check_reference(reference: Source, field: str) -> str:
+    """The repository's id. Raises InvalidField if a part of `reference`, the message's field `field`, is malformed."""
+    if (repo_id := reference.repo_id) is None:
+        raise InvalidField(f"{field}.repo_id", "only repositories can be downloaded: set it")
+    for name, form in (("repo_id", _REPO_ID), ("variant", _VARIANT), ("revision", _REVISION)):
         value = getattr(reference, name)
         if value is not None and (not form.fullmatch(value) or ".." in value or (name != "revision" and "--" in value)):
             raise InvalidField(f"{field}.{name}", f"it is not a valid {name}")
@@ -212,6 +221,7 @@ def check_reference(reference: Source, field: str) -> None:
             raise InvalidField(
                 f"{field}.{name}", "a pattern has up to 128 letters, digits and _.*?[]!-/, and must not contain .."
             )
+    return repo_id
 
 
 def bundle_name(reference: Source) -> str:
@@ -219,9 +229,99 @@ def bundle_name(reference: Source) -> str:
 
     Unset parts are left out, or empty. No part contains "--", so different references have different names.
     """
-    assert reference.repo_id is not None, "only repositories are downloaded"
-    parts = [reference.repo_id.replace("/", "--"), reference.variant or ""]
+    parts = [str(reference.repo_id).replace("/", "--"), reference.variant or ""]
     rest = [reference.revision, reference.allow_patterns, reference.ignore_patterns]
     if any(rest):
         parts.append(hashlib.sha256(json.dumps(rest).encode()).hexdigest()[:_DIGEST])
     return "--".join(parts) if any(parts[1:]) else parts[0]
+
+
+class ExportFailed(Exception):
+    """The export failed. The text is the exporter's error, for the operator."""
+
+
+class ExporterMissing(ExportFailed):
+    """The exporter's packages are not installed."""
+
+
+async def export(arguments: Sequence[str], tell: Tell, command: Sequence[str] = EXPORTER) -> None:
+    """Runs `command` with these arguments. If cancelled, ends the process and its children. Raises ExportFailed."""
+    # A repository id could also be a relative path, so the exporter runs in an empty folder.
+    with tempfile.TemporaryDirectory(prefix="img2img-export-") as empty:
+        process = await asyncio.create_subprocess_exec(
+            *(*_LOW_PRIORITY, str(os.getpid()), *command, *arguments),
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+            start_new_session=True,
+            cwd=empty,
+            limit=_LINE,
+        )
+        assert process.stdout is not None, "opened as a pipe"
+        assert process.stderr is not None, "opened as a pipe"
+        try:
+            problem, words = await asyncio.gather(_follow(process.stdout, tell), _last_lines(process.stderr))
+            status = await process.wait()
+        finally:
+            await _end(process)
+    if status:
+        _log.warning("an export failed; end of its standard error: %s", "\n".join(words) or "none")
+        if words and install_hint("export") in words[-1]:
+            raise ExporterMissing(words[-1])
+        raise ExportFailed(problem or f"the exporter ended with status {status}")
+
+
+def arguments_of(reference: Source, output: Path) -> list[str]:
+    """The exporter's arguments. A caller's values are joined to their flags, so that they cannot be flags themselves."""
+    chosen = [("variant", reference.variant), ("revision", reference.revision)]
+    chosen += [("allow-pattern", pattern) for pattern in reference.allow_patterns]
+    chosen += [("ignore-pattern", pattern) for pattern in reference.ignore_patterns]
+    flags = [f"--{name}={value}" for name, value in chosen if value is not None]
+    return ["--json", f"--output={output.resolve()}", *flags, "--", str(reference.repo_id)]
+
+
+async def _follow(stream: asyncio.StreamReader, tell: Tell) -> str:
+    """Passes the exporter's progress to `tell`. Returns its error, or ""."""
+    problem = ""
+    async for line in _lines(stream):
+        try:
+            event = json.loads(line)
+            if event["event"] == "stage":
+                tell(str(event["text"]))
+            elif event["event"] == "progress":
+                share = f" ({event['done'] / event['total']:.0%})" if event["total"] else ""
+                tell(f"{event['label']}{share}")
+            elif event["event"] == "error":
+                problem = str(event["message"])
+        except (ValueError, TypeError, KeyError):  # output of a library
+            _log.debug("output of an export: %s", line)
+    return problem
+
+
+async def _last_lines(stream: asyncio.StreamReader) -> deque[str]:
+    return deque([line async for line in _lines(stream) if line.strip()], maxlen=_LAST_WORDS)
+
+
+async def _lines(stream: asyncio.StreamReader) -> AsyncIterator[str]:
+    """The lines of a process's output, without lines that are longer than the stream's limit."""
+    while True:
+        try:
+            line = await stream.readline()
+        except ValueError:
+            continue
+        if not line:
+            return
+        yield line.decode(errors="replace").rstrip()
+
+
+async def _end(process: asyncio.subprocess.Process) -> None:
+    """Ends the process and its session, if it still runs."""
+    if process.returncode is not None:
+        return
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGTERM)
+    with contextlib.suppress(asyncio.TimeoutError):
+        await asyncio.wait_for(process.wait(), _PATIENCE)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    await process.wait()

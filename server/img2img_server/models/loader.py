@@ -2,21 +2,22 @@
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+import time
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 from PIL import Image
 
 from img2img_server.bundle.manifest import Manifest
+from img2img_server.engine.costs import Measured
 from img2img_server.engine.engine import Engine
+from img2img_server.engine.executor import CallsInFlight
 from img2img_server.engine.request import Completed, Ending, Event, Failed, Pipeline, Request
-from img2img_server.engine.warmup import WarmUp
+from img2img_server.engine.warmup import Size, WarmUp
 from img2img_server.errors import OutOfMemory, ShuttingDown
 from img2img_server.models.cost_store import CostStore
-from img2img_server.models.failures import Stage
-from img2img_server.models.memory import Closable, Meter, Reading, in_words, let_go, measured
-from img2img_server.models.registry import ModelRegistry
+from img2img_server.models.memory import Meter, Reading, in_words, let_go, measured
+from img2img_server.models.registry import Hung, ModelRegistry, Stage
 from img2img_server.support.device_lock import DEVICE_IN_USE
 from img2img_server.support.threads import in_thread
 
@@ -27,7 +28,8 @@ _TRIAL_PROMPT = ""
 _CLIENT = "img2img/loading"
 """The client of trial requests: no token or address can have this name."""
 
-_R = TypeVar("_R")
+_LOOK = 1.0
+"""Maximum seconds between two checks whether a call hangs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,17 +86,15 @@ class ModelLoader:
             return
         if await in_thread(lambda: self._engine.wait_until_idle(name)):
             self._engine.remove(name)
-        pipelines: list[Closable] = [arrival.pipeline]
+        pipelines = [arrival.pipeline]
         del arrival
         await self._let_go(name, pipelines)
 
     async def free(self, name: str, health: Callable[[str, bool], None]) -> int:
         """Unloads a ready model without requests. Returns the number of bytes freed."""
         before = await self.read()
-        pipeline = self._take_out(name)
-        engine = pipeline.engine
-        pipelines: list[Closable] = [pipeline]
-        del pipeline  # the list must have the last reference
+        pipelines = [self._take_out(name)]  # the last reference
+        engine = pipelines[0].engine
         health(name, False)
         await self._let_go(name, pipelines)
         freed = max(0, -(before.grown_to(await self.read(), engine) or 0))
@@ -105,7 +105,7 @@ class ModelLoader:
         """Measures the memory in use."""
         return await in_thread(self._meter.read)
 
-    async def _let_go(self, name: str, pipelines: list[Closable]) -> None:
+    async def _let_go(self, name: str, pipelines: list[Pipeline]) -> None:
         await in_thread(lambda: let_go(pipelines, lambda close: self._engine.call(name, close)))
 
     def _take_out(self, name: str) -> Pipeline:
@@ -143,11 +143,8 @@ class ModelLoader:
             self._warm_up.record(name, pipeline, lambda work: self._engine.call(name, work))
 
     def _open(self, name: str) -> tuple[Manifest, Pipeline]:
-        model = self._models.get(name)
-        assert self._models.folder is not None, "what is loaded comes from a folder"
-        assert model.bundle is not None, "what is loaded has a bundle"
         with DEVICE_IN_USE:
-            return self._models.folder.open(model.bundle)
+            return self._models.open(name)
 
     async def _try(self, name: str, pipeline: Pipeline) -> None:
         """Draws an image of the model's native size through the engine, which measures its calls.
@@ -162,7 +159,11 @@ class ModelLoader:
 
         def listen(event: Event) -> None:
             if isinstance(event, Completed | Failed):
-                loop.call_soon_threadsafe(_settle, ended, event)
+                loop.call_soon_threadsafe(settle, event)
+
+        def settle(ending: Ending) -> None:
+            if not ended.done():
+                ended.set_result(ending)
 
         # Not bounded by the queue: the requests that fill it may be waiting for this model.
         accepted = await asyncio.to_thread(self._engine.submit, request, listen, bounded=False)
@@ -174,6 +175,86 @@ class ModelLoader:
             raise ending.error
 
 
-def _settle(future: "asyncio.Future[_R]", value: _R) -> None:
-    if not future.done():
-        future.set_result(value)
+class Preparation:
+    """Measures the models of `models` for `engine`, which has not started yet.
+
+    `budget` is the time for each model; a call that takes longer than `longest` counts as hung (0: never). Both, and `clock`, are
+    in seconds. Batches have at most `max_batch_size` rows. Models with measurements in `costs` are not measured again. Calls of
+    `sizes` are recorded, too.
+    """
+
+    def __init__(
+        self,
+        models: ModelRegistry,
+        engine: Engine,
+        max_batch_size: int,
+        budget: float,
+        longest: float,
+        clock: Callable[[], float] = time.monotonic,
+        costs: CostStore | None = None,
+        sizes: Sequence[Size] = (),
+    ) -> None:
+        self._models = models
+        self._engine = engine
+        self._max_batch_size = max_batch_size
+        self._budget = budget
+        self._longest = longest
+        self._clock = clock
+        self._costs = costs
+        self._sizes = sizes
+
+    async def run(self) -> None:
+        """Warms up one model after the other. A model that fails becomes FAILED and is removed from the engine."""
+        pipelines = self._models.pipelines()
+        for number, (name, pipeline) in enumerate(pipelines.items(), start=1):
+            _log.info("model '%s' (%d of %d): warming up", name, number, len(pipelines))
+            try:
+                with self._models.growing(name):
+                    measured = await self._measure(name, pipeline)
+            except Exception as error:  # noqa: BLE001 - any library's: the other models are served
+                await self._leave_out(name, pipeline, error)
+                continue
+            self._engine.adopt(name, measured)
+            for line in self._engine.costs.describe(name, self._max_batch_size):
+                _log.info("model '%s': %s", name, line)
+
+    async def _measure(self, name: str, pipeline: Pipeline) -> Measured:
+        """Measures a model, on the engine's thread if its calls are recorded, else on another thread. Raises the model's errors,
+        and Hung."""
+        in_flight = CallsInFlight(self._clock)
+        warm_up = WarmUp(self._max_batch_size, self._budget, self._clock, in_flight, self._sizes)
+        work = asyncio.ensure_future(in_thread(lambda: self._warmed_up(name, pipeline, warm_up)))
+        while not work.done():
+            await asyncio.wait({work}, timeout=min(_LOOK, self._longest / 10) if self._longest > 0 else None)
+            call = in_flight.longest
+            if call is not None and 0 < self._longest < call.seconds and not work.done():
+                work.cancel()
+                if pipeline.row_buckets:
+                    self._engine.restart_thread()
+                raise Hung(f"{call.stage} of {call.rows} rows did not return within {self._longest:g} s")
+        return work.result()
+
+    def _warmed_up(self, name: str, pipeline: Pipeline, warm_up: WarmUp) -> Measured:
+        """The model's costs. Recordings belong to the thread that made them, so recorded models are measured on the engine's."""
+        if pipeline.row_buckets:
+            return self._engine.call(name, lambda: self._known_or_measured(name, pipeline, warm_up))
+        return self._known_or_measured(name, pipeline, warm_up)
+
+    def _known_or_measured(self, name: str, pipeline: Pipeline, warm_up: WarmUp) -> Measured:
+        bundle = self._models.get(name).bundle
+        if self._costs is None:
+            return warm_up.measure(name, pipeline)
+        if (known := self._costs.find(bundle, pipeline)) is not None:
+            warm_up.check(name, pipeline)
+            _log.info("model '%s': its costs were measured before", name)
+            return known
+        measured = warm_up.measure(name, pipeline)
+        self._costs.keep(bundle, pipeline, measured)
+        return measured
+
+    async def _leave_out(self, name: str, pipeline: Pipeline, error: Exception) -> None:
+        self._models.fail(name, Stage.WARM_UP, error)
+        self._engine.remove(name)
+        if not isinstance(error, Hung):  # a hung call still uses it
+            last = [pipeline]
+            await in_thread(lambda: let_go(last, lambda close: self._engine.call(name, close)))

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Protocol
 
 from img2img_server.bundle.manifest import Manifest
+from img2img_server.engine.request import Pipeline
 from img2img_server.errors import ShuttingDown
 from img2img_server.support.device_lock import DEVICE_IN_USE
 
@@ -123,19 +124,11 @@ def give_back() -> None:
         trim(0)
 
 
-class Closable(Protocol):
-    """An object that is closed once."""
-
-    def close(self) -> None:
-        """Releases its resources."""
-        ...
-
-
-def let_go(last: list[Closable], run: Callable[[Callable[[], None]], None]) -> None:
-    """Closes and frees the objects in `last`, which must hold the last references, and empties the list.
+def let_go(last: list[Pipeline], run: Callable[[Callable[[], None]], None]) -> None:
+    """Closes and frees the pipelines in `last`, which must hold the last references, and empties the list.
 
     `run` calls a function on the thread that runs the models, so that no session ends during a call or a recording. If the engine
-    has stopped, the objects are closed on this thread. Blocks.
+    has stopped, the pipelines are closed on this thread. Blocks.
     """
 
     def close() -> None:

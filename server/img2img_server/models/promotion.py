@@ -17,7 +17,7 @@ from PIL import Image
 from img2img_server.engine.engine import Engine
 from img2img_server.engine.request import Completed, Ending, Event, Failed, Pipeline, Request
 from img2img_server.errors import BundleError, QueueFull, ServerError
-from img2img_server.models.memory import Closable, let_go
+from img2img_server.models.memory import let_go
 from img2img_server.models.registry import EngineState, EngineStatus, ModelRegistry
 from img2img_server.support.cancellation import Stop, Stopped
 
@@ -180,7 +180,7 @@ class Promotion:
                 self._models.change(candidate.model, pipeline=pipeline)
                 loser = serving
         finally:
-            losers: list[Closable] = [loser]
+            losers = [loser]
             del pipeline, serving, loser  # the list must have the last reference
             let_go(losers, lambda close: self._engine.call(candidate.model, close))
         if problem:

@@ -2,6 +2,7 @@
 
 import enum
 import logging
+import re
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -13,8 +14,7 @@ from typing import Any
 from img2img_server.bundle.manifest import Manifest, Source, read_manifest
 from img2img_server.config import PRELOAD_WORDS, ModelSettings
 from img2img_server.engine.request import Pipeline
-from img2img_server.errors import BundleError, InvalidField, ModelNotFound, ModelUnavailable, PermissionDenied
-from img2img_server.models.failures import WHY, Failure, Stage
+from img2img_server.errors import BundleError, InvalidField, ModelNotFound, OutOfMemory, PermissionDenied
 from img2img_server.models.memory import Meter, ProcessMeter, estimate, in_words, measured
 from img2img_server.models.repository import BundleRepository, Load, bundle_id
 
@@ -23,8 +23,50 @@ _log = logging.getLogger(__name__)
 _MOST_SHOWN = 100
 """Maximum number of a caller's characters that an error repeats: it must fit into gRPC's metadata."""
 
+WHY = "the server's log says why"
+_MOST_DETAIL, _MOST_PROBLEM = 200, 2000
+"""Maximum numbers of characters of `detail` and `problem`."""
+_PATH = re.compile(r"(?<![\w.])/[^\s:;,'\"()]+")
+"""An absolute path in a message."""
+
 Allowed = Callable[[str], bool]
 """Whether the caller may use the model with this id."""
+
+
+class Stage(enum.Enum):
+    """The stage in which a model failed, as text for messages."""
+
+    READING = "its bundle could not be read"
+    LOADING = "it could not be loaded"
+    WARM_UP = "it failed in warm-up"
+    TRIAL = "it failed on a trial image"
+
+
+class Hung(Exception):
+    """A call of a model did not return."""
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Why a model failed: `problem` for the log, `detail` for callers, without paths of the server."""
+
+    problem: str
+    detail: str
+
+    @classmethod
+    def of(cls, error: BaseException, stage: Stage, bundle: Path | None) -> "Failure":
+        """Makes a Failure from the `error` of the model in the folder `bundle`.
+
+        Callers get the text of a BundleError or Hung, without paths, and only the class of other errors.
+        """
+        text = " ".join(str(error).split())
+        named = text if isinstance(error, BundleError | Hung) else f"{type(error).__name__}: {text}".rstrip(": ")
+        problem = f"{stage.value}: {named}"[:_MOST_PROBLEM]
+        if isinstance(error, BundleError | Hung):
+            return cls(problem, f"{stage.value}: {_for_callers(text, bundle)}; {WHY}")
+        if isinstance(error, MemoryError | OutOfMemory):
+            return cls(problem, f"{stage.value}: out of memory; {WHY}")
+        return cls(problem, f"{stage.value} ({type(error).__name__}); {WHY}")
 
 
 class EngineState(enum.Enum):
@@ -218,13 +260,6 @@ class ModelRegistry:
             raise InvalidField("model", f"several models match, set path to one of: {', '.join(model.id for model in usable)}")
         return usable[0]
 
-    def resolve(self, reference: Source) -> Model:
-        """The ready model that matches `reference`. Raises the errors of `find`, or ModelUnavailable."""
-        model = self.find(reference)
-        if model.pipeline is None:
-            raise ModelUnavailable(f"model '{model.id}' cannot be served: {model.detail or WHY}")
-        return model
-
     def discover(self, name: str) -> bool:
         """Adds the bundle of this name, if the folder has it. Returns whether it does. Reads the disk."""
         found = None if self.folder is None else self.folder.find(name)
@@ -234,6 +269,13 @@ class ModelRegistry:
         self.change(name, manifest=read.manifest, problem=read.problem, detail=read.detail, bundle=found, loading=False)
         _log.info("model '%s' was found", name)
         return True
+
+    def open(self, name: str) -> tuple[Manifest, Pipeline]:
+        """Checks and loads the bundle of the model `name`, which is slow. Raises BundleError and the libraries' errors."""
+        bundle = self._models[name].bundle
+        if self.folder is None or bundle is None:
+            raise BundleError(f"the model '{name}' has no bundle")
+        return self.folder.open(bundle)
 
     def pipelines(self) -> dict[str, Pipeline]:
         """The pipelines of the ready models, by id."""
@@ -276,11 +318,9 @@ class ModelRegistry:
         self.check_any(settings)
 
     def _load_now(self, model: Model, meter: Meter) -> None:
-        assert self.folder is not None, "only bundles are loaded"
-        assert model.bundle is not None, "only bundles are loaded"
         before, begun = meter.read(), time.monotonic()
         try:
-            manifest, pipeline = self.folder.open(model.bundle)
+            manifest, pipeline = self.open(model.id)
         except BaseException as error:  # noqa: BLE001 - any library's, also Rust's panics: the other models are served
             self.fail(model.id, Stage.LOADING, error)
             return
@@ -357,3 +397,11 @@ def _shown(value: object) -> str:
     """A caller's value, escaped and shortened for a message."""
     text = ascii(value)
     return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}..."
+
+
+def _for_callers(text: str, bundle: Path | None) -> str:
+    """Shortens `text`, replaces the bundle's path by its name, and removes other absolute paths."""
+    for path in () if bundle is None else (bundle, bundle.absolute(), bundle.resolve()):
+        text = text.replace(str(path), bundle.name if bundle is not None else "")
+    text = _PATH.sub("...", text)
+    return text if len(text) <= _MOST_DETAIL else f"{text[:_MOST_DETAIL]}..."

@@ -27,12 +27,10 @@ from img2img_server.errors import (
     ShuttingDown,
 )
 from img2img_server.models.cost_store import CostStore
-from img2img_server.models.downloads import Backoff, Downloads
-from img2img_server.models.export_process import EXPORTER
-from img2img_server.models.failures import WHY
+from img2img_server.models.downloads import EXPORTER, Backoff, Downloads
 from img2img_server.models.loader import ModelLoader
 from img2img_server.models.memory import Meter, ProcessMeter, in_words, weight_bytes
-from img2img_server.models.registry import Model, ModelRegistry, ModelState
+from img2img_server.models.registry import WHY, Model, ModelRegistry, ModelState
 from img2img_server.support.call import current
 from img2img_server.support.threads import in_thread
 
@@ -147,8 +145,8 @@ class Residency:
         self._engine = engine
         self._health = health
         self._clock = clock
-        self._mover = ModelLoader(models, engine, meter or ProcessMeter(), costs, warm_up)
-        self._finder = ModelResolver(settings, models, exporter, clock)
+        self._loader = ModelLoader(models, engine, meter or ProcessMeter(), costs, warm_up)
+        self._resolver = ModelResolver(settings, models, exporter, clock)
         self._places: defaultdict[str, _Place] = defaultdict(_Place)
         self._one_at_a_time = asyncio.Lock()
         self._uses = itertools.count(1)
@@ -167,7 +165,7 @@ class Residency:
 
         Raises PermissionDenied, ModelNotFound, InvalidField, ModelNotLoaded, ModelUnavailable or ModelMemoryFull.
         """
-        name = await self._finder.find(reference, "model")
+        name = await self._resolver.find(reference, "model")
         place = self._places[name]
         model = await self._lease(name, place)
         try:
@@ -180,7 +178,7 @@ class Residency:
 
     async def load(self, reference: Source) -> Model:
         """Loads a model and returns it. Ignores the backoff of a model that failed recently."""
-        name = await self._finder.find(reference, "source")
+        name = await self._resolver.find(reference, "source")
         place = self._places[name]
         place.waiting += 1
         try:
@@ -210,7 +208,7 @@ class Residency:
     async def close(self) -> None:
         """Cancels loads and exports. The thread that loads a pipeline cannot be cancelled and is abandoned."""
         self._closing = True
-        await self._finder.close()
+        await self._resolver.close()
         tasks = [task for place in self._places.values() for task in (place.loading, place.leaving) if task is not None]
         for task in tasks:
             task.cancel()
@@ -260,17 +258,17 @@ class Residency:
                 try:
                     await self._make_room(name)
                     await self._make_room_on_gpu(name)
-                    problem = await self._mover.bring(name, lambda: self._evict_for(name))
+                    problem = await self._loader.bring(name, lambda: self._evict_for(name))
                     if problem:
                         place.failures.count(self._clock(), problem)
                         return self._unavailable(name)
                     # It may be larger than estimated.
                     await self._make_room(name)
                 except ServerError:
-                    await self._mover.discard(name)  # before the next load, which may need its memory
+                    await self._loader.discard(name)  # before the next load, which may need its memory
                     raise
             self._models.change(name, loading=False)
-            self._mover.publish(name)
+            self._loader.publish(name)
             place.failures.clear()
             self._health(name, True)
         except ServerError as error:
@@ -291,13 +289,13 @@ class Residency:
         """Evicts idle models (LRU) until the GPU has enough memory for the model `name`, by estimate. If no other model can be
         evicted, it is loaded all the same: the estimate may be too high."""
         needed = self._models.get(name).expected_memory
-        while (free := (await self._mover.read()).gpu_free) is not None and needed > free:
+        while (free := (await self._loader.read()).gpu_free) is not None and needed > free:
             if not await self._evict_for(name):
                 return
 
     async def _evict_for(self, name: str) -> bool:
         """Evicts the least recently used idle model. Returns False if there is none, or `name` is larger than the GPU."""
-        victim, reading = self._least_recently_used(name), await self._mover.read()
+        victim, reading = self._least_recently_used(name), await self._loader.read()
         manifest = self._models.get(name).manifest
         too_large = reading.gpu_total is not None and manifest is not None and weight_bytes(manifest) > reading.gpu_total
         if victim is None or too_large:
@@ -345,7 +343,7 @@ class Residency:
             # The engine may still run requests whose callers have left.
             if not await in_thread(lambda: self._engine.wait_until_idle(name)):
                 return 0
-            free = functools.partial(self._mover.free, name, self._health)
+            free = functools.partial(self._loader.free, name, self._health)
             if locked:
                 return await free()
             async with self._one_at_a_time:

@@ -12,8 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from img2img_server.bundle.limits import LEAST_CONTRAST, LIMITS, Precision
-from img2img_server.bundle.manifest import Manifest, Reference
+from img2img_server.bundle.manifest import LEAST_CONTRAST, LIMITS, Manifest, Precision, Reference
 from img2img_server.engine.request import Pipeline, Request, run_alone
 from img2img_server.errors import BundleError
 

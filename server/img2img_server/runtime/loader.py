@@ -8,8 +8,7 @@ from typing import Any
 
 import torch
 
-from img2img_server.bundle.limits import Precision
-from img2img_server.bundle.manifest import Manifest
+from img2img_server.bundle.manifest import Manifest, Precision
 from img2img_server.bundle.unsafe_files import refuse_unsafe
 from img2img_server.engine.cache import Cache
 from img2img_server.engine.request import Pipeline

@@ -14,8 +14,7 @@ import onnxruntime
 import torch
 from PIL import Image
 
-from img2img_server.bundle.limits import Precision
-from img2img_server.bundle.manifest import Component, Manifest
+from img2img_server.bundle.manifest import Component, Manifest, Precision
 from img2img_server.engine.cache import Cache
 from img2img_server.engine.request import Pipeline, Request
 from img2img_server.errors import BundleError
