@@ -10,6 +10,7 @@ import bench_codecs
 import bench_export
 import bench_growth
 import bench_host
+import bench_http
 import bench_providers
 import bench_ray
 import bench_request
@@ -40,6 +41,7 @@ def main() -> int:
         "sessions": (bench_sessions, "session calls with ONNX Runtime's spinning threads and without (1 minute)"),
         "schedulers": (bench_schedulers, "stepping a batch at once, against one by one (1 minute)"),
         "codecs": (bench_codecs, "decoding and encoding in a codec process, against in this one (1 minute)"),
+        "http": (bench_http, "OpenAI's image API over HTTP against gRPC, on a fake model (1 minute)"),
         "ray": (bench_ray, "engines on Ray against one in the process: added time, throughput, memory (3 minutes)"),
     }
     # Large enough to be asked for by name.

@@ -6,6 +6,7 @@ from pathlib import Path
 from types import ModuleType
 
 import bench_growth
+import bench_http
 import bench_request
 import bench_rounding
 import bench_schedulers
@@ -18,6 +19,7 @@ import pytest
     ("module", "words", "printed"),
     [
         (bench_growth, ["--waiting", "50", "100", "--times", "3"], "a client each"),
+        (bench_http, ["--requests", "2", "--sizes", "64"], "64 x 64"),
         (bench_request, ["--requests", "1", "--starts", "1"], "request through the server"),
         (bench_rounding, ["--timesteps", "501"], "501"),
         (bench_schedulers, ["--requests", "2", "--rounds", "1"], "DPM++ 2M Karras"),

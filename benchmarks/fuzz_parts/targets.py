@@ -289,7 +289,7 @@ def _manifests() -> Sequence[bytes]:
 
 def targets() -> dict[str, Target]:
     """All of them, by name."""
-    from fuzz_parts import rpcs
+    from fuzz_parts import http_front, rpcs
 
     found = {rpcs.name_of(method): _rpc(index) for index, method in enumerate(rpcs.METHODS)}
     return found | {
@@ -302,6 +302,8 @@ def targets() -> dict[str, Target]:
         "loras": Target(_lora, seeds.loras),
         "tokenizers": Target(_tokenizer, lambda: [text.encode() for text in seeds.TOKENIZERS]),
         "configurations": Target(_configs, lambda: [text.encode() for text in seeds.CONFIGURATIONS]),
+        "http": Target(http_front.connection, http_front.requests),
+        "http forms": Target(http_front.body, http_front.forms),
         "settings": Target(_settings, lambda: [text.encode() for text in seeds.SETTINGS]),
         "tokens": Target(_tokens, lambda: [text.encode() for text in seeds.TOKENS]),
         "metadata": Target(

@@ -2,8 +2,8 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
-from contextlib import ExitStack
+from collections.abc import AsyncGenerator
+from contextlib import ExitStack, aclosing
 from dataclasses import dataclass, field
 
 from python_multipart.exceptions import FormParserError
@@ -70,8 +70,9 @@ async def read_form(
     form = _Form(boundary)
     try:
         async with asyncio.timeout(seconds) as timeout:
-            async for chunk in _chunks(receive, call, memory, held, limits.size):
-                form.write(chunk)
+            async with aclosing(_chunks(receive, call, memory, held, limits.size)) as chunks:
+                async for chunk in chunks:
+                    form.write(chunk)
     except TimeoutError:
         if not timeout.expired():
             raise
@@ -79,7 +80,7 @@ async def read_form(
     return form.end()
 
 
-async def _chunks(receive: Receive, call: Call, memory: ImageMemory, held: ExitStack, most: int) -> AsyncIterator[bytes]:
+async def _chunks(receive: Receive, call: Call, memory: ImageMemory, held: ExitStack, most: int) -> AsyncGenerator[bytes, None]:
     received = accounted = 0
     more = True
     while more:

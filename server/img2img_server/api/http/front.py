@@ -76,7 +76,7 @@ class HttpFront:
         for listening in _sockets(host, port):
             self._servers.append(
                 await loop.create_server(
-                    lambda: Connection(self._uvicorn, self._state, self._limits, self._lost),
+                    self.connection,
                     sock=listening,
                     ssl=context,
                     backlog=_BACKLOG,
@@ -86,6 +86,10 @@ class HttpFront:
             )
         self.port = self._servers[0].sockets[0].getsockname()[1]
         _log.info("HTTP on %s://%s", "http" if context is None else "https", address_of(host, self.port))
+
+    def connection(self) -> Connection:
+        """What answers a new connection."""
+        return Connection(self._uvicorn, self._state, self._limits, self._lost)
 
     def serve(
         self,
