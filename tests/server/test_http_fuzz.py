@@ -6,6 +6,7 @@ from collections.abc import Callable
 import hypothesis.strategies as st
 import pytest
 from fuzz_parts import http_front
+from fuzz_parts.rpcs import Finding
 from hypothesis import HealthCheck, given, settings
 
 SEEDS: dict[str, Callable[[], list[bytes]]] = {"connection": http_front.requests, "body": http_front.forms}
@@ -56,5 +57,5 @@ def test_whatever_is_sent_the_answer_is_a_documented_one(name: str) -> None:
 
 def test_an_answer_that_may_not_be_is_a_finding() -> None:
     for part in (b"500 Internal Server Error\r\n\r\n", b'404 Not Found\r\n\r\n{"a": "/planted-secret-1/models"}'):
-        with pytest.raises(http_front.Finding):
+        with pytest.raises(Finding):
             http_front._check_answer(part)
