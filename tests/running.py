@@ -8,7 +8,9 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
+from unittest.mock import patch
 
+from img2img_server.api import server as server_module
 from img2img_server.api.parsing import Parser
 from img2img_server.api.provenance import Provenance
 from img2img_server.api.server import Server
@@ -26,6 +28,7 @@ from img2img_server.models.registry import Model, ModelRegistry
 from img2img_server.models.residency import Residency
 from img2img_server.sources.reading import Sources
 from img2img_server.telemetry.telemetry import Telemetry
+from kept_processes import KeptProcess
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +72,10 @@ def running_backend(make: Callable[[ServerConfig], Backend], **settings: object)
 def starting(make: Callable[[ServerConfig], Backend], **settings: object) -> Iterator[tuple[RunningServer, Future[None]]]:
     """Begins to start a server; the future ends as its start does. Leaving the block drains it."""
     config = ServerConfig(**{"models": Path(), "port": 0, "warm_up": 0.0, **settings})  # type: ignore[arg-type]
-    server = Server(config, make(config))
+    codecs = vars(server_module)["Codecs"]
+    # A test may have put others there.
+    with patch.object(server_module, "Codecs", functools.partial(Codecs, make=KeptProcess) if codecs is Codecs else codecs):
+        server = Server(config, make(config))
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, name="test-server", daemon=True)
     thread.start()

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import grpc
+import kept_processes
 import psutil
 import pytest
 from endless_jobs import Crash, Endless, Hoard, make_importable
@@ -19,7 +20,7 @@ from img2img_server.api import parsing
 from img2img_server.codecs import pool
 from img2img_server.codecs.jobs import Inspect, LoadImage, digest_of
 from img2img_server.codecs.pool import Codecs, ImageMemory
-from img2img_server.codecs.process import COMMAND
+from img2img_server.codecs.process import COMMAND, CodecProcess
 from img2img_server.config import CodecSettings
 from img2img_server.errors import ImageMemoryFull, InvalidField, ShuttingDown
 from img2img_server.images import ImageLimits, SizeRule
@@ -31,6 +32,13 @@ from running import RunningServer, running, store
 LIMITS = ImageLimits()
 LOAD = LoadImage("image.data", LIMITS, SizeRule(), 8, "PNG")
 MEMORY = 2**30
+
+
+@pytest.fixture(autouse=True)
+def none_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Servers here start and end processes of their own."""
+    kept_processes.end_all()
+    monkeypatch.setattr("running.KeptProcess", CodecProcess)
 
 
 @pytest.fixture

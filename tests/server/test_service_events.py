@@ -21,6 +21,7 @@ from img2img_server.engine.admission import Slot
 from img2img_server.engine.engine import Accepted
 from img2img_server.engine.request import Completed, Event, Listener, Progress, Queued, Request, Started, Timings
 from img2img_server.errors import DeadlineUnmeetable, ServerError
+from kept_processes import KeptProcess
 from messages import failure, request
 from PIL import Image
 from running import make_service, running, store
@@ -39,7 +40,7 @@ def stub(pipeline: FakePipeline) -> Iterator[ImageToImageServiceStub]:
 
 @pytest.fixture
 async def codecs() -> AsyncIterator[Codecs]:
-    made = Codecs(2, 2, ImageMemory(2**30))
+    made = Codecs(2, 2, ImageMemory(2**30), KeptProcess)
     await made.start()
     yield made
     await made.close()
