@@ -34,7 +34,7 @@ async def opened(url: str | Path, clock: Callable[[], float] | None = None, **se
 
 
 async def put(store: AssetStore, data: bytes, owner: str = "shared") -> str:
-    async with store.room(owner, len(data)) as room:
+    async with store.reserve(owner, len(data)) as room:
         return (await store.put(owner, data, room)).id
 
 

@@ -29,7 +29,7 @@ class ModelSettings:
 
     memory: int | None = setting(
         None,
-        "memory for all models; models that are not in use are evicted (LRU) to stay below it (default: no bound)",
+        "memory for all models; models that are not in use are evicted (LRU) to stay below it (default: no limit)",
         metavar="BYTES",
         least=1,
         name="models_memory",

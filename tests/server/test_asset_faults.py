@@ -111,7 +111,7 @@ from img2img_server.config import AssetSettings
 async def keep(store):
     while True:
         data = os.urandom(200_000)
-        async with store.room("shared", len(data)) as room:
+        async with store.reserve("shared", len(data)) as room:
             print((await store.put("shared", data, room)).id, flush=True)
 
 async def main():
@@ -209,7 +209,7 @@ from img2img_server.config import AssetSettings
 from img2img_server.errors import StorageFailed
 
 async def put(store, data):
-    async with store.room("shared", len(data)) as room:
+    async with store.reserve("shared", len(data)) as room:
         return (await store.put("shared", data, room)).id
 
 async def main():
@@ -253,7 +253,7 @@ async def test_a_caller_that_leaves_does_not_tear_what_it_stores(tmp_path: Path,
             await storing
         assert store.stats.reserved == 1000, "its bytes still count, as they are still being written"
         with pytest.raises(AssetQuotaFull):
-            async with store.room("shared", 600):
+            async with store.reserve("shared", 600):
                 pass
         go.set()
     assert (store.stats.count, store.stats.bytes, store.stats.reserved) == (1, 1000, 0), "closing waits for it"
@@ -305,13 +305,13 @@ async def test_a_file_that_goes_while_it_is_stored_anew_takes_its_quota_again(
         asset_id = await put(store, bytes(1000))
         deleting = asyncio.create_task(store.delete("shared", asset_id))
         await asyncio.to_thread(begun.wait, 30)
-        async with store.room("shared", 0) as room:
+        async with store.reserve("shared", 0) as room:
             storing = asyncio.create_task(store.put("shared", bytes(1000), room))
             await asyncio.wait([storing], timeout=0.2)
             # Whoever comes now finds the deleted file's bytes free as soon as they are.
             go.set()
             await deleting
-            async with store.room("shared", 600):
+            async with store.reserve("shared", 600):
                 with pytest.raises(AssetQuotaFull):
                     await storing
             assert (store.stats.count, store.stats.bytes, store.stats.reserved) == (0, 0, 0)

@@ -133,11 +133,11 @@ async def test_one_client_cannot_fill_the_quota(url: str) -> None:
         kept = await put(store, os.urandom(500), alice)
         for owner, size, fits in ((alice, 101, False), (alice, 100, True), (bob, 500, True), (bob, 501, False)):
             with contextlib.nullcontext() if fits else pytest.raises(AssetQuotaFull):
-                async with store.room(owner, size):
+                async with store.reserve(owner, size):
                     pass
-        async with store.room(alice, 60) as room:
+        async with store.reserve(alice, 60) as room:
             with pytest.raises(AssetQuotaFull, match="within your share of 600 bytes"):
-                async with store.room(alice, 41):
+                async with store.reserve(alice, 41):
                     pass
             with pytest.raises(AssetQuotaFull):
                 await store.put(alice, os.urandom(101), room)
@@ -154,13 +154,13 @@ async def test_the_quota_holds_for_what_is_there_and_what_is_on_its_way(url: str
     async with opened(url, quota=1000) as store:
         kept = await put(store, os.urandom(600))
         with pytest.raises(AssetQuotaFull) as full:
-            async with store.room("shared", 401):
+            async with store.reserve("shared", 401):
                 pass
         assert full.value.status == "RESOURCE_EXHAUSTED"
-        async with store.room("shared", 300) as first:
+        async with store.reserve("shared", 300) as first:
             assert store.stats.reserved == 300
             with pytest.raises(AssetQuotaFull):
-                async with store.room("shared", 101):
+                async with store.reserve("shared", 101):
                     pass
             with pytest.raises(AssetQuotaFull):
                 await store.put("shared", os.urandom(401), first)

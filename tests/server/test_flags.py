@@ -97,7 +97,7 @@ def test_what_makes_no_sense_is_told_of_in_one_line(words: str, problem: str, ca
 
 def test_models_have_to_be_named(capsys: pytest.CaptureFixture[str]) -> None:
     line = _complaint(capsys, "--port", "0", "--print-config")
-    assert line == "models is not set: give --models DIR, the variable IMG2IMG_MODELS or the key 'models' of a file"
+    assert line == "models is not set: give --models DIR, the variable IMG2IMG_MODELS or the key 'models' in a file"
 
 
 def test_the_file_can_be_named_by_a_variable_and_by_a_flag_that_counts_more(tmp_path: Path) -> None:

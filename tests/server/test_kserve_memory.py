@@ -81,9 +81,9 @@ def test_a_refused_requests_picture_is_freed_at_once(name: str, stream: bool, tm
 
 
 class Talkative:
-    """In place of an Inference: tells much of every request."""
+    """A fake Inference with several responses per request."""
 
-    async def told(self, request: Any, context: Any) -> AsyncGenerator[tuple[Any, bool], None]:
+    async def stream(self, request: Any, context: Any) -> AsyncGenerator[tuple[Any, bool], None]:
         for step in range(4):
             yield service_pb2.ModelInferResponse(id=request.id), step == 3
 

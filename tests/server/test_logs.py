@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from img2img.v1 import image_to_image_pb2 as pb
 from img2img.v1.image_to_image_pb2_grpc import ImageToImageServiceStub
-from img2img_server.api.interceptors import given_up
+from img2img_server.api.interceptors import cancelled_status
 from img2img_server.support.call import Call, answering
 from img2img_server.telemetry.logs import ACCESS, CallFilter, JsonFormatter, TextFormatter, configure
 from messages import request
@@ -235,7 +235,7 @@ def test_a_call_that_its_caller_gave_up_is_told_as_such(lines: list[dict[str, An
     ("left", "status"), [(None, "CANCELLED"), (5.0, "CANCELLED"), (0.01, "DEADLINE_EXCEEDED"), (0.0, "DEADLINE_EXCEEDED")]
 )
 def test_a_call_that_is_given_up_at_its_deadline_is_late(left: float | None, status: str) -> None:
-    assert given_up(left) == status
+    assert cancelled_status(left) == status
 
 
 def test_an_id_that_would_forge_a_line_is_not_taken(lines: list[dict[str, Any]]) -> None:

@@ -206,7 +206,7 @@ def test_values_are_read_as_people_write_them(tmp_path: Path, name: str, text: s
     [
         ({"K_HANDS": "x"}, "", "K_HANDS is 'x', expected an integer"),
         ({"K_COOK": "\udcff"}, "", r"K_COOK is '\udcff', which is not valid UTF-8"),
-        ({"K_MY_RECIPES": "~nobody-here/x"}, "", "K_MY_RECIPES is '~nobody-here/x', and this home directory does not exist"),
+        ({"K_MY_RECIPES": "~nobody-here/x"}, "", "K_MY_RECIPES is '~nobody-here/x', but this home directory does not exist"),
         ({"K_MY_OVEN_HEAT": "nan"}, "", "K_MY_OVEN_HEAT is nan, the maximum is 9.22337e+09"),
         ({"K_MY_OVEN_HEAT": "251"}, "", "K_MY_OVEN_HEAT is 251.0, the maximum is 250"),
         ({"K_MY_BAKE": "9" * 20 + "s"}, "", f"K_MY_BAKE is {'9' * 20}, the maximum is 9.22337e+09"),
@@ -242,7 +242,7 @@ def test_values_are_read_as_people_write_them(tmp_path: Path, name: str, text: s
         ({}, "[hands]\nleft = 1", "kitchen.toml: hands is {\"left\": 1}, expected an integer"),
         ({}, "[oven.door]\nopen = true", "kitchen.toml: unknown table [oven.door]; did you mean [oven]?"),
         ({}, "hands =", "kitchen.toml: Invalid value (at end of document)"),
-        ({}, "", "cook is not set: give --cook TEXT, the variable K_COOK or the key 'cook' of a file"),
+        ({}, "", "cook is not set: give --cook TEXT, the variable K_COOK or the key 'cook' in a file"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_told_with_where_it_was_set(tmp_path: Path, variables: dict[str, str], toml: str, problem: str) -> None:

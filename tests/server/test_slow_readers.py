@@ -9,7 +9,7 @@ import pytest
 from img2img.v1 import image_to_image_pb2 as pb
 from img2img.v1 import model_pb2
 from img2img.v1.model_pb2_grpc import ModelServiceStub
-from img2img_server.api.transform import MAX_PLACES, MAX_PREVIEWS, MAX_STEPS, Outbox
+from img2img_server.api.transform import MAX_POSITIONS, MAX_PREVIEWS, MAX_STEPS, Outbox
 from img2img_server.api.transport import MAX_CLIENT_UNREAD, MAX_UNREAD, Readers
 from img2img_server.engine.request import Completed, Progress, Queued, Started, Timings
 from img2img_server.errors import ClientBusy, Exhausted, ReaderTooSlow
@@ -111,11 +111,11 @@ async def test_of_events_that_are_not_read_few_are_kept_and_the_last_of_all() ->
         outbox.put(Progress(step + 1, 1000, preview=preview))
     last = Completed((), Timings(1, 2, 3, 4))
     outbox.put(last)
-    assert len(outbox) == MAX_PLACES + 1 + MAX_STEPS + 1
+    assert len(outbox) == MAX_POSITIONS + 1 + MAX_STEPS + 1
     events = [await outbox.get() for _ in range(len(outbox))]
     places = [event.position for event in events if isinstance(event, Queued)]
-    assert places == list(range(MAX_PLACES, 0, -1))
-    assert events[MAX_PLACES] == Started(1000)
+    assert places == list(range(MAX_POSITIONS, 0, -1))
+    assert events[MAX_POSITIONS] == Started(1000)
     steps = [event for event in events if isinstance(event, Progress)]
     assert [event.step for event in steps] == list(range(1001 - MAX_STEPS, 1001))
     assert [event.preview is not None for event in steps] == [False] * (MAX_STEPS - MAX_PREVIEWS) + [True] * MAX_PREVIEWS

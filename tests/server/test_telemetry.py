@@ -250,13 +250,13 @@ def test_what_is_remembered_of_a_call_is_forgotten_when_it_ends() -> None:
             for _ in range(3):
                 with telemetry.call(Call(f"/{TRANSFORM}", "r")):
                     asked = make_request()
-                    trail = telemetry.trail(asked)
+                    trace = telemetry.trace(asked)
                     telemetry.span(Span("denoise", "m", 1, 1, 0.0, 1.0, (asked,)))
-                    assert trail.step_count == 1
+                    assert trace.step_count == 1
                 telemetry.span(Span("denoise", "m", 1, 1, 0.0, 1.0, (asked,)))
-                assert trail.step_count == 1
-            telemetry.trail(make_request())  # of no call
-            assert not telemetry._trails
+                assert trace.step_count == 1
+            telemetry.trace(make_request())  # of no call
+            assert not telemetry._request_traces
         finally:
             telemetry.close()
 

@@ -1,1 +1,1 @@
-"""Who may call."""
+"""Authentication, rate limits and permissions of callers."""

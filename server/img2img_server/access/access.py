@@ -1,4 +1,4 @@
-"""Who may call, how often, and which models: bearer tokens, hashed at rest."""
+"""Authentication by bearer token, with limits per token: calls per minute, calls in progress, and models."""
 
 import hmac
 import logging
@@ -16,16 +16,16 @@ from img2img_server.support.call import Call
 from img2img_server.support.file_reloader import Contents, FileReloader
 
 _BURST_SECONDS = 10.0
-"""So many seconds' worth of calls may come at once, after a pause."""
+"""Size of a burst after a pause, in seconds of the token's rate."""
 _BUSY_SECONDS = 1.0
-"""When to come back while others of the same client's calls run: nobody knows when the first of them ends."""
+"""Retry delay for a client at its concurrency limit: a guess, since the end of its running calls is unknown."""
 
 
 @dataclass(slots=True)
 class Usage:
-    """`running` calls of a client, and a bucket that fills as time goes by: each call takes one from it.
+    """A client's `running` calls and its token bucket.
 
-    `level` is how much was in it at `at`, in calls and seconds; None while it is full as no call came yet.
+    `level` is the bucket's content in calls at the time `at` in seconds; None before the first call, when it is full.
     """
 
     running: int = 0
@@ -33,7 +33,7 @@ class Usage:
     at: float = 0.0
 
     def refusal(self, token: Token, now: float) -> Exhausted | None:
-        """Why a call of `token` would be refused at `now`, in seconds; None where it would not."""
+        """The error that refuses a call of `token` at time `now` in seconds; None if the call is allowed."""
         if token.concurrency is not None and self.running >= token.concurrency:
             calls = "1 call" if token.concurrency == 1 else f"{token.concurrency} calls"
             return ClientBusy(f"'{token.name}' already has {calls} in progress, its maximum", _BUSY_SECONDS)
@@ -43,14 +43,14 @@ class Usage:
         return None
 
     def begin(self, token: Token, now: float) -> None:
-        """Counts a call that was not refused."""
+        """Counts a call that was admitted at time `now` in seconds."""
         if token.requests_per_minute is not None:
             self.level = self._level(token.requests_per_minute, now) - 1
             self.at = now
         self.running += 1
 
     def end(self) -> None:
-        """Counts a call that has ended, however it did."""
+        """Counts the end of a call, successful or not."""
         self.running -= 1
 
     def _level(self, per_minute: int, now: float) -> float:
@@ -64,22 +64,22 @@ Metadata = Sequence[tuple[str, str | bytes]]
 
 _OPEN = "/grpc.health.v1.Health/"
 _UNCOUNTED = ("/grpc.reflection.", "/inference.GRPCInferenceService/ModelStreamInfer")
-"""Of the second, each request counts (kserve/streaming.py)."""
+"""Methods that do not count towards limits. Each request within a ModelStreamInfer counts instead (kserve/streaming.py)."""
 _LOOK_SECONDS = 1.0
-"""How often the file is looked at, at most, and how long it must have been left alone: a file that is half written in place may
-lack a token's limits."""
+"""Minimum interval between checks of the file, and its minimum age: a file that is still being written may lack a token's
+limits."""
 _LOG_SECONDS = 10.0
-"""Between two lines about calls without a good token, whoever sends however many."""
+"""Minimum interval between two log lines about calls without a valid token."""
 _MAX_SECRET = 512
 _WRITABLE_BY_OTHERS = 0o002
 
 
 class Access:
-    """Admits calls. Without a file of tokens everybody may call, and is known by address.
+    """Admits calls. Without a token file every caller is admitted and identified by its address.
 
-    With one, each call but health checks brings a token of it, and is bounded by what the file says of that. The file is read
-    again when it changes. Raises ValueError for a file that cannot be read. `clock` is in seconds, `now` the time with its
-    zone, `wall` the time that files are stamped with. Used on the event loop only.
+    With a token file, every call except health checks must carry one of its tokens and is bound by that token's limits. The file
+    is reloaded when it changes. Raises ValueError if the file cannot be read. `clock` is a monotonic clock in seconds, `now`
+    returns the current time with its zone, `wall` the time in seconds that file timestamps use. Used on the event loop only.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class Access:
 
     @contextmanager
     def admitted(self, call: Call, metadata: Metadata) -> Iterator[Call]:
-        """Within the block the call is one of its client's; it is given back with what its token allows.
+        """Counts the call for its client within the block. Yields the call with its token's permissions.
 
         Raises Unauthenticated, RateLimited or ClientBusy.
         """
@@ -120,18 +120,18 @@ class Access:
             usage.end()
 
     def _token(self, method: str, metadata: Metadata) -> Token | None:
-        """The token of a call, None where none is needed. Raises Unauthenticated, whose cause is for the log."""
+        """The token of a call, None if none is required. Raises Unauthenticated, whose cause is for the log only."""
         if self._watched is None or method.startswith(_OPEN):
             return None
         try:
             return self._find(_bearer(metadata))
         except _NoGood as error:
-            # One text for all: it is nobody's business whether a token was good once.
+            # The same text for every cause: callers must not learn whether a token was once valid.
             raise Unauthenticated("missing or invalid bearer token: send metadata 'authorization: Bearer TOKEN'") from error
 
     def _find(self, secret: str) -> Token:
         self._look()
-        assert self._watched is not None, "the file of tokens is set"
+        assert self._watched is not None, "the token file is set"
         found = tokens.digest(secret)
         token = self._watched.value.get(found)
         if token is None or not hmac.compare_digest(token.sha256, found):
@@ -156,28 +156,28 @@ class Access:
 
 
 class _NoGood(Exception):
-    """Why a call has no token that counts, for the log."""
+    """Why a call has no valid token, for the log."""
 
 
 class _Strangers:
-    """Tells the log of calls without a good token: the first at once, and then at most a line in `_LOG_SECONDS`."""
+    """Logs calls without a valid token: the first at once, then at most one line every `_LOG_SECONDS`."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
-        self._told: float | None = None
-        self._untold = 0
+        self._logged: float | None = None
+        self._count = 0
 
-    def note(self, client: str, brought: str) -> None:
-        self._untold += 1
+    def note(self, client: str, sent: str) -> None:
+        self._count += 1
         now = self._clock()
-        if self._told is not None and now - self._told < _LOG_SECONDS:
+        if self._logged is not None and now - self._logged < _LOG_SECONDS:
             return
-        _log.warning("refused %d calls without a valid token; the last, from %s, sent %s", self._untold, client, brought)
-        self._told, self._untold = now, 0
+        _log.warning("refused %d calls without a valid token; the last, from %s, sent %s", self._count, client, sent)
+        self._logged, self._count = now, 0
 
 
 def _watch(path: Path) -> FileReloader[dict[str, Token]]:
-    """The tokens of a file, by their SHA-256."""
+    """A reloader of a file's tokens, by their SHA-256."""
 
     def make(contents: Contents) -> dict[str, Token]:
         found = {token.sha256: token for token in tokens.parse(contents[0], path).values()}
@@ -196,7 +196,7 @@ def _watch(path: Path) -> FileReloader[dict[str, Token]]:
 
 
 def _bearer(metadata: Metadata) -> str:
-    """The token of the one authorization that a call has."""
+    """The token in a call's only `authorization` metadata. Raises _NoGood."""
     found = [value for key, value in metadata if key == "authorization"]
     if not found:
         raise _NoGood("none")
@@ -208,7 +208,7 @@ def _bearer(metadata: Metadata) -> str:
 
 
 def _age(path: Path, now: float) -> float:
-    """Seconds since a file was changed; for ever, where its time is in the future or it is not there."""
+    """Seconds since a file was changed; infinite if it does not exist or its time is in the future."""
     try:
         age = now - path.stat().st_mtime
     except OSError:

@@ -1,4 +1,4 @@
-"""`img2img token`: makes, lists and removes the tokens of those who may call a server."""
+"""`img2img token`: creates, lists and removes the tokens that authorize callers of a server."""
 
 import argparse
 import os
@@ -43,10 +43,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Does what was asked. Returns 0, 1 where the file does not allow it, 2 for wrong arguments."""
+    """Runs the action. Returns 0, 1 if the file cannot be used, 2 for wrong arguments."""
     path = arguments.tokens or os.environ.get(VARIABLE)
     if not path:
-        return _failed(f"the file of tokens is not set: give --tokens FILE or set {VARIABLE}", 2)
+        return _failed(f"the token file is not set: give --tokens FILE or set {VARIABLE}", 2)
     actions = {"add": _add, "list": _list, "remove": _remove}
     try:
         return actions[arguments.action](Path(path), arguments)
@@ -88,7 +88,7 @@ def _list(path: Path, arguments: argparse.Namespace) -> int:
     from img2img_server.access import tokens
 
     now = datetime.now(UTC)
-    rows = [("NAME", "MODELS", "PER MINUTE", "AT ONCE", "ADMIN", "EXPIRES")]
+    rows = [("NAME", "MODELS", "PER MINUTE", "CONCURRENCY", "ADMIN", "EXPIRES")]
     for token in tokens.read(path).values():
         expires = "never" if token.expires is None else token.expires.isoformat()
         expired = token.expires is not None and token.expires <= now
@@ -111,17 +111,17 @@ def _list(path: Path, arguments: argparse.Namespace) -> int:
 def _remove(path: Path, arguments: argparse.Namespace) -> int:
     from img2img_server.access import tokens
 
-    tokens.read(path)  # a file that is not there is an error, and not made
+    tokens.read(path)  # fails if the file does not exist, instead of creating it
     with tokens.editing(path) as known:
         if known.pop(arguments.name, None) is None:
             raise ValueError(f"{path} has no token '{arguments.name}'; it has {', '.join(known) or 'none'}")
-    print(f"'{arguments.name}' is removed.", file=sys.stderr)
+    print(f"Removed token '{arguments.name}'.", file=sys.stderr)
     return 0
 
 
 def _action(actions: "argparse._SubParsersAction[argparse.ArgumentParser]", name: str, summary: str) -> argparse.ArgumentParser:
     parser = actions.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
-    parser.add_argument("--tokens", metavar="FILE", help=f"the file of tokens (default: {VARIABLE})")
+    parser.add_argument("--tokens", metavar="FILE", help=f"token file (default: {VARIABLE})")
     return parser
 
 

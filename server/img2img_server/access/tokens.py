@@ -1,7 +1,7 @@
-"""The file of tokens: who may call, and what each may do. Standard library only; `img2img token` writes it, the server reads it.
+"""The token file: callers and their permissions. Standard library only; `img2img token` writes it, the server reads it.
 
-A token is 256 bits of the system's randomness, shown once to whom it is for. The file has its SHA-256 alone. A plain hash is
-enough, where passwords would need a slow one with salt: there are too many tokens to try any, and no two are alike.
+A token is 256 random bits and is shown once, when it is created. The file stores only its SHA-256. Random tokens need no slow,
+salted hash as passwords do: they cannot be guessed, and no two are equal.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 PREFIX = "img2img_"
-"""What each token begins with, so that people and scanners for leaked secrets know it."""
+"""Prefix of every token, which lets people and secret scanners recognize one."""
 MAX_PATTERN = 256
 
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
@@ -33,10 +33,10 @@ _HEADER = """\
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """What is kept of a token, and what who has it may do.
+    """A stored token and its permissions.
 
-    `models` are patterns of models' ids, None for all. `requests_per_minute` and `concurrency`, its calls in progress, are None
-    for no bound. An `admin` may load and unload models. It is no longer good from `expires` on, which has a time zone.
+    `models` are patterns of model ids, None for all. `requests_per_minute` and `concurrency` (calls in progress) are None for no
+    limit. An `admin` may load and unload models. The token is invalid from `expires` on, a time with a zone.
     """
 
     name: str
@@ -49,7 +49,7 @@ class Token:
 
 
 def make_secret() -> str:
-    """A new token, as its owner gets it."""
+    """A new random token in plain text."""
     return PREFIX + secrets.token_urlsafe(32)
 
 
@@ -59,15 +59,15 @@ def digest(secret: str) -> str:
 
 
 def check_name(name: str) -> str:
-    """Returns `name`. Raises ValueError where no token can be called that: names are in logs, metrics and paths."""
+    """Returns `name`. Raises ValueError if it is not valid: names appear in logs, metrics and paths."""
     if not _NAME.fullmatch(name):
         raise ValueError(f"'{name}' is not a valid token name: use 1 to 64 of A-Z, a-z, 0-9, _ and -")
     return name
 
 
 def parse_expiry(value: object) -> datetime:
-    """The time that a date or a time of ISO 8601 means, as text or as TOML has it: a day begins at midnight UTC, and where
-    nothing is said of the zone it is UTC. Raises ValueError."""
+    """The time given by an ISO 8601 date or time, as text or as parsed by TOML. A date means midnight; the default zone is UTC.
+    Raises ValueError."""
     if isinstance(value, str):
         try:
             value = datetime.fromisoformat(value)
@@ -81,7 +81,7 @@ def parse_expiry(value: object) -> datetime:
 
 
 def parse(data: bytes, where: Path) -> dict[str, Token]:
-    """The tokens of a file's contents, by name. `where` is the file, for messages. Raises ValueError with file and key."""
+    """The tokens in a file's contents, by name. `where` is the file's path, for errors. Raises ValueError naming file and key."""
     try:
         content = tomllib.loads(data.decode())
     except (ValueError, RecursionError) as error:
@@ -104,8 +104,10 @@ def read(path: Path) -> dict[str, Token]:
 
 @contextlib.contextmanager
 def editing(path: Path) -> Iterator[dict[str, Token]]:
-    """The tokens of a file, none where there is no file yet, to be changed in the block: then the file is written, whole or not
-    at all, and not for everybody's eyes. One process at a time. Raises OSError and ValueError."""
+    """Yields the tokens of a file (empty if it does not exist) for changes, then writes it atomically and privately.
+
+    Holds a lock against other processes. Raises OSError and ValueError.
+    """
     path = path.resolve()
     folder = os.open(path.parent, os.O_RDONLY)
     try:
@@ -119,12 +121,12 @@ def editing(path: Path) -> Iterator[dict[str, Token]]:
 
 
 def _write(path: Path, tokens: Mapping[str, Token]) -> None:
-    """Whose the file was, and whether its group may read it, stays: the server may be another user than who edits."""
+    """Keeps the file's owner and its group's read permission: the server may run as another user than the editor."""
     before = path.stat() if path.exists() else None
     part = path.with_name(f".{path.name}.part")
-    part.unlink(missing_ok=True)  # of a process that was killed: whoever made it, its mode is not trusted
+    part.unlink(missing_ok=True)  # left by a killed process; its mode is not trusted
     descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with open(descriptor, "w", encoding="utf-8") as file:  # noqa: PTH123 - it is open already
+    with open(descriptor, "w", encoding="utf-8") as file:  # noqa: PTH123 - opens a descriptor, not a path
         if before is not None:
             with contextlib.suppress(PermissionError):
                 os.fchown(descriptor, before.st_uid, before.st_gid)
@@ -141,7 +143,7 @@ def _table(token: Token) -> str:
         value = getattr(token, item.name)
         if value is None or value is False:
             continue
-        # What JSON writes of text, numbers, true and lists is TOML too, as long as nothing is escaped as UTF-16.
+        # JSON's text, numbers, true and lists are valid TOML if nothing is escaped as UTF-16.
         text = value.isoformat() if isinstance(value, datetime) else json.dumps(value, ensure_ascii=False)
         lines.append(f"{item.name} = {text}")
     return "\n".join(lines) + "\n"
@@ -175,7 +177,7 @@ def _hash(value: object) -> str:
 
 
 def check_patterns(value: object) -> tuple[str, ...]:
-    """Patterns of models' ids. Raises ValueError for what cannot be such."""
+    """The value as patterns of model ids. Raises ValueError if it is not a list of them."""
     if not isinstance(value, list | tuple) or not value:
         raise ValueError('expected a list of patterns such as ["sd*"]; leave it out for all models')
     for item in value:

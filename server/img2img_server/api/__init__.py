@@ -1,1 +1,1 @@
-"""The gRPC front: servicers, interceptors, parsing, TLS, and the life of the server."""
+"""The gRPC API: servicers, interceptors, parsing, TLS, and the server's lifecycle."""

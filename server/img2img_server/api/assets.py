@@ -1,4 +1,4 @@
-"""gRPC's side of the asset store."""
+"""AssetService: the gRPC API of the asset store."""
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator
@@ -18,16 +18,15 @@ from img2img_server.errors import DeadlineExpired, InvalidField
 from img2img_server.support.call import current
 
 _CHUNK = 256 * 2**10
-"""Bytes of a download's message."""
+"""Bytes of one download message."""
 _IDLE = 60.0
-"""Seconds without a message after which an upload is given up: until then it holds memory, and a part of the quota."""
+"""Seconds without a message after which an upload is cancelled, since it holds memory and a part of the quota."""
 _LONGEST = 600.0
-"""Seconds for a whole upload: messages of a byte must not hold them for ever either."""
+"""Maximum seconds of an upload, also if it keeps sending small messages."""
 
 
 class AssetService(asset_pb2_grpc.AssetServiceServicer):
-    """UploadAsset, GetAsset and DeleteAsset. `limits` bound the images that are taken, `codecs` look at them; `idle` is in
-    seconds."""
+    """UploadAsset, GetAsset and DeleteAsset. `limits` apply to uploaded images, which `codecs` inspect; `idle` is in seconds."""
 
     def __init__(self, assets: AssetStore, limits: images.ImageLimits, codecs: Codecs, idle: float = _IDLE) -> None:
         self._assets = assets
@@ -36,7 +35,7 @@ class AssetService(asset_pb2_grpc.AssetServiceServicer):
         self._idle = idle
 
     async def UploadAsset(self, request_iterator: AsyncIterator[pb.UploadAssetRequest], context: Any) -> pb.UploadAssetResponse:
-        """Stores an image, whole and checked, before it answers."""
+        """Receives, checks and stores an image, then responds."""
         self._assets.require("UploadAsset")
         owner = owner_of(current())
         try:
@@ -44,16 +43,16 @@ class AssetService(asset_pb2_grpc.AssetServiceServicer):
                 info = await self._info(request_iterator)
                 held = info.sha256 != "" and self._assets.holds(owner, info.sha256)
                 with self._codecs.memory.hold(current(), info.size):
-                    async with self._assets.room(owner, 0 if held else info.size) as room:
+                    async with self._assets.reserve(owner, 0 if held else info.size) as reserved:
                         data = await self._data(info, request_iterator)
                         await self._check_image(info, data)
-                        asset = await self._assets.put(owner, data, room)
+                        asset = await self._assets.put(owner, data, reserved)
         except TimeoutError:
             raise DeadlineExpired(f"the upload exceeded the maximum duration of {_LONGEST:g} seconds") from None
         return pb.UploadAssetResponse(asset=_message(asset))
 
     async def GetAsset(self, request: pb.GetAssetRequest, context: Any) -> AsyncGenerator[pb.GetAssetResponse, None]:
-        """Sends an image as fast as its reader takes it."""
+        """Sends an image in chunks, no faster than the client reads."""
         owner = self._checked(request.id, "GetAsset")
         yield pb.GetAssetResponse(asset=_message(await self._assets.find(owner, request.id)))
         async for block in self._assets.stream(owner, request.id):
@@ -61,13 +60,13 @@ class AssetService(asset_pb2_grpc.AssetServiceServicer):
                 yield pb.GetAssetResponse(chunk=block[start : start + _CHUNK])
 
     async def DeleteAsset(self, request: pb.DeleteAssetRequest, context: Any) -> pb.DeleteAssetResponse:
-        """Deletes an image of the caller's."""
+        """Deletes one of the caller's images."""
         owner = self._checked(request.id, "DeleteAsset")
         await self._assets.delete(owner, request.id)
         return pb.DeleteAssetResponse()
 
     def _checked(self, asset_id: str, what: str) -> str:
-        """Whose asset the caller asks for. Raises InvalidField for an id that is none."""
+        """The owner of the caller's assets. Raises NotSupported, naming `what`, or InvalidField for a malformed id."""
         self._assets.require(what)
         if not is_id(asset_id):
             raise InvalidField("id", "an asset id must be 64 lowercase hexadecimal digits, as returned by UploadAsset")

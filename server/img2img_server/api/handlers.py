@@ -1,4 +1,4 @@
-"""The services of a server that listens before they are ready: until then their calls are refused, and may be sent again."""
+"""Handlers of a server that listens before its services are ready. Until then calls are refused with a retryable error."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
@@ -8,14 +8,14 @@ import grpc
 from img2img_server.errors import ServerStarting
 
 _RETRY_AFTER = 1.0
-"""Seconds after which a call that came too early may be sent again."""
+"""Retry delay, in seconds, of a call that arrives before the services are ready."""
 
 
 class Handlers(grpc.GenericRpcHandler):
-    """The handlers of a gRPC server that has started; `as_server` is what generated `add_...Servicer_to_server` functions take.
+    """The handlers of a started gRPC server. Generated `add_...Servicer_to_server` functions take `as_server`.
 
-    gRPC allows no handlers to be added to a server that has started, but asks this object for each call. Until `ready` is set,
-    a method without a handler is refused with ServerStarting.
+    gRPC does not allow handlers to be added to a started server, but it queries this object for each call. Until `ready` is set,
+    calls of methods without a handler are refused with ServerStarting.
     """
 
     def __init__(self) -> None:
@@ -24,7 +24,7 @@ class Handlers(grpc.GenericRpcHandler):
 
     @property
     def as_server(self) -> grpc.aio.Server:
-        """This object for generated code, which only adds handlers to a server."""
+        """This object, typed for generated code, which only adds handlers to a server."""
         return cast(grpc.aio.Server, self)
 
     def add_generic_rpc_handlers(self, handlers: Sequence[grpc.GenericRpcHandler]) -> None:
@@ -43,12 +43,12 @@ class Handlers(grpc.GenericRpcHandler):
 
 
 def starting() -> ServerStarting:
-    """The error of a call that comes before the services are ready."""
+    """The error of a call that arrives before the services are ready."""
     return ServerStarting("the server is starting and loads its models: try again later", _RETRY_AFTER)
 
 
 async def _refuse(requests: Any, context: Any) -> Any:
-    """Refuses a call before its message is read."""
+    """Refuses a call without reading its message."""
     raise starting()
 
 

@@ -1,4 +1,4 @@
-"""grpc.health.v1 whose state never waits for a client: a watcher that does not read delays no other and not the server."""
+"""The grpc.health.v1 service. A watcher that does not read delays neither other watchers nor the server."""
 
 import asyncio
 import itertools
@@ -14,11 +14,11 @@ from img2img_server.errors import ClientBusy, Exhausted, InvalidField, ServiceNo
 from img2img_server.support.call import current
 
 MAX_WATCHES = 4096
-"""Calls of Watch at a time, of all clients."""
+"""Maximum concurrent Watch calls of all clients."""
 MAX_CLIENT_WATCHES = 256
-"""Calls of Watch at a time of one client: health needs no token, so this is one address."""
+"""Maximum concurrent Watch calls of one client. Health checks need no token, so a client is an address."""
 _MAX_NAME = 1024
-"""Characters of a service's name. A watch holds its name as long as it lasts."""
+"""Maximum characters of a service's name, which a watch keeps in memory."""
 _RETRY_SECONDS = 10.0
 
 SERVING = pb.HealthCheckResponse.SERVING
@@ -26,7 +26,7 @@ NOT_SERVING = pb.HealthCheckResponse.NOT_SERVING
 
 
 class _Watch:
-    """What one watcher has not read yet: the latest status, None if it has read that."""
+    """One watcher's unread status; None if it has read the latest."""
 
     def __init__(self, status: int) -> None:
         self.status: int | None = status
@@ -35,10 +35,10 @@ class _Watch:
 
 
 class HealthServicer(health_pb2_grpc.HealthServicer):
-    """Check and Watch over the statuses that the server sets. Source: grpc's doc/health-checking.md.
+    """Check and Watch of the statuses that the server sets. Source: grpc's doc/health-checking.md.
 
-    Only a watcher's own task writes to its client; setting a status replaces what the watcher has not read yet, and never blocks.
-    Used on the event loop only.
+    Each watcher's own task writes to its client. Setting a status replaces the watcher's unread status and never blocks. Used on
+    the event loop only.
     """
 
     def __init__(self, max_watches: int = MAX_WATCHES, max_client_watches: int = MAX_CLIENT_WATCHES) -> None:
@@ -51,7 +51,7 @@ class HealthServicer(health_pb2_grpc.HealthServicer):
         self._closed = False
 
     def set(self, service: str, serving: bool) -> None:
-        """Sets the status of `service`, "" for the server as a whole, and wakes its watchers. Once it drains, none is SERVING."""
+        """Sets the status of `service`, "" for the whole server, and wakes its watchers. It is NOT_SERVING while draining."""
         status = SERVING if serving and not self._draining else NOT_SERVING
         self._statuses[service] = status
         for watch in self._watches.get(service, ()):
@@ -76,35 +76,35 @@ class HealthServicer(health_pb2_grpc.HealthServicer):
             watch.changed.set()
 
     async def Check(self, request: pb.HealthCheckRequest, context: Any) -> pb.HealthCheckResponse:
-        """The status of a service. Raises ServiceNotFound for an unknown one."""
+        """Returns the status of a service. Raises ServiceNotFound if it is unknown."""
         _check_name(request.service)
         status = self._statuses.get(request.service)
         if status is None:
-            raise ServiceNotFound("service is unknown: use '' for the server or 'models/ID' for a model")
+            raise ServiceNotFound("unknown service: use '' for the server or 'models/ID' for a model")
         return pb.HealthCheckResponse(status=status)
 
     async def Watch(self, request: pb.HealthCheckRequest, context: Any) -> AsyncGenerator[pb.HealthCheckResponse, None]:
-        """The status of a service now and after each change, SERVICE_UNKNOWN while it is unknown. A client that reads slowly gets
-        the latest status only.
+        """Yields the status of a service now and after each change, SERVICE_UNKNOWN while it is unknown. A slow client gets only
+        the latest status.
 
-        Raises Exhausted and ClientBusy if there are too many watches already.
+        Raises Exhausted or ClientBusy if there are too many watches.
         """
         _check_name(request.service)
         with self._watching(request.service) as watch:
-            told = None
+            sent = None
             while True:
                 await watch.changed.wait()
                 watch.changed.clear()
                 status, watch.status = watch.status, None
-                if status is not None and status != told:
-                    told = status
+                if status is not None and status != sent:
+                    sent = status
                     yield pb.HealthCheckResponse(status=status)
                 if self._closed and watch.status is None:
                     return
 
     @contextmanager
     def _watching(self, service: str) -> Iterator[_Watch]:
-        """A watch of `service`, which counts within the block."""
+        """Yields a watch of `service`, registered and counted within the block."""
         client = current().client
         if self._clients[client] >= self._max_client_watches:
             raise ClientBusy(f"this client already has {self._max_client_watches} health watches, the maximum", _RETRY_SECONDS)

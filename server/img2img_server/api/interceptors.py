@@ -1,7 +1,7 @@
-"""Around every call: its name in the log, who makes it and whether they may, and errors as rich statuses.
+"""Wraps every call: request id, authentication, telemetry, and errors as rich statuses.
 
-What is not meant for callers stays in the log. Each successful answer has `x-request-id` in its initial metadata; each error
-has it in its trailing metadata and its ErrorInfo, and no initial metadata at all, so that gRPC's own retries still work on it.
+Internal details of errors are logged, not sent. Each successful response has `x-request-id` in its initial metadata. Each error
+has it in its trailing metadata and its ErrorInfo, and no initial metadata, so that gRPC's own retries work.
 """
 
 import inspect
@@ -40,29 +40,28 @@ from img2img_server.telemetry.telemetry import Telemetry
 _log = logging.getLogger(__name__)
 
 _Parse = Callable[[bytes], tuple[Any, int]]
-"""Gives a message, and the bytes of memory that it takes, about."""
-_Reader = Callable[[AsyncIterator[bytes], _Parse], Awaitable[Any]]
-"""Of a call's messages, in bytes, and of what parses one: gives what its handler takes, and its memory."""
+"""Parses a message. Returns it and the approximate bytes of memory it takes."""
 _Read = Callable[[AsyncIterator[bytes]], Awaitable[tuple[Any, int]]]
+"""Reads a call's messages. Returns the handler's argument and the approximate bytes of memory it takes."""
 
 DOMAIN = "img2img"
 _HEALTH = "/grpc.health.v1.Health/"
-"""Never refused for what its client does not read: a probe may come from the address of a hostile client."""
+"""Health checks are never refused for unread responses: a probe may share its address with a hostile client."""
 REQUEST_ID = "x-request-id"
 _MAX_TEXT, _MAX_ESCAPED_TEXT = 2000, 300
-"""Characters of an error's message, and of one in which gRPC writes some as up to 12."""
+"""Maximum characters of an error's message, and of one with characters that gRPC escapes as up to 12 bytes each."""
 _DEADLINE_SLACK = 0.1
-"""Seconds before its deadline in which a call that is given up counts as late."""
+"""A call cancelled within so many seconds of its deadline counts as DEADLINE_EXCEEDED."""
 _REQUEST_ID_FORM = re.compile(r"[A-Za-z0-9_.:-]{1,64}")
-"""Of an id that a caller chose: what is harmless in a log."""
+"""The form of request ids that callers may choose, safe in a log."""
 
 
 class CallInterceptor(grpc.aio.ServerInterceptor):
-    """Makes a Call of each RPC, has `access` admit it and `telemetry` observe it, and turns errors into google.rpc.Status.
+    """Creates a Call for each RPC, which `access` admits and `telemetry` observes, and converts errors to google.rpc.Status.
 
-    Messages come as bytes, and are parsed once their call is admitted. `memory` accounts for those that are large until their
-    call ends; `max_bytes` gives the largest message of a method. Any other exception than a ServerError becomes INTERNAL, without
-    its text.
+    Messages arrive as bytes and are parsed after their call is admitted. `memory` accounts for large ones until their call ends;
+    `max_bytes` returns the size limit of a method's messages. Exceptions other than ServerError become INTERNAL, without their
+    text.
     """
 
     def __init__(
@@ -88,9 +87,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         handler = await continuation(handler_call_details)
         if handler is None:
             return None
-        # A stream of requests, also where there is one: gRPC would else read it before the call is admitted and counted, and
-        # whoever is refused must not have the server hold an image for it. A stream of responses, too: so the time that a client
-        # has to read them is bounded here.
+        # Unary methods are registered as request streams: otherwise gRPC would read the message, perhaps a large image, before
+        # the call is admitted. They are also response streams, so that the time a client has to read is limited here.
         behaviour = handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream
         read = _each if handler.request_streaming else _only
         parse = _parser(handler.request_deserializer, self._max_bytes(handler_call_details.method))
@@ -108,19 +106,19 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         return handle
 
     async def _answer(self, behaviour: Any, read: _Read, requests: AsyncIterator[Any], context: Any, call: Call) -> None:
-        """Answers a call. In a frame of its own, as `_send` is: it has the message."""
-        asked, size = await read(requests)
+        """Reads and answers a call. A separate frame, because it refers to the message: see `release_frames`."""
+        message, size = await read(requests)
         with self._memory.hold(call, size):
-            await self._send(behaviour(asked, context), context, call)
+            await self._send(behaviour(message, context), context, call)
 
     async def _send(self, result: Any, context: Any, call: Call) -> None:
-        """Sends what a handler gives. In a frame of its own, which an error's end frees: see `let_go`."""
+        """Sends a handler's responses. A separate frame, which `release_frames` clears after an error."""
         async with aclosing(result if inspect.isasyncgen(result) else _once(result)) as responses:
-            told = False
+            begun = False
             async for response in responses:
-                if not told:
+                if not begun:
                     await context.send_initial_metadata(((REQUEST_ID, call.request_id),))
-                    told = True
+                    begun = True
                 await self._readers.write(context, response, call.client)
 
     @asynccontextmanager
@@ -135,7 +133,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                         self._readers.check(admitted.client)
                     yield admitted
             except (CancelledError, GeneratorExit):
-                outcome.status = given_up(context.time_remaining())
+                outcome.status = cancelled_status(context.time_remaining())
                 raise
             except grpc.aio.AbortError:
                 outcome.status = context.code().name
@@ -143,15 +141,15 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             except CALL_IS_GONE:  # the client has left
                 outcome.status = "CANCELLED"
                 raise CancelledError from None
-            except Exception as caught:  # noqa: BLE001 - the service's edge
+            except Exception as caught:  # noqa: BLE001 - outermost handler
                 error = caught
                 if not isinstance(error, ServerError):
                     _log.error("%s failed", call.method, exc_info=error, extra={"request_id": call.request_id})
                     error = ServerError("internal server error")
                 outcome.status, outcome.reason = error.status, error.reason
-                let_go(caught)
+                release_frames(caught)
                 rich = rpc_status.to_status(to_status(error, call.request_id))
-                # With abort_with_status, the status' own metadata would take the place of any other.
+                # abort_with_status would replace all other metadata by the status's own.
                 trailing = (*rich.trailing_metadata, (REQUEST_ID, call.request_id))
                 unread = self._readers.unread(outcome.client) if isinstance(error, ReaderTooSlow) else nullcontext()
                 try:
@@ -162,18 +160,18 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
 
 async def _once(response: Awaitable[Any]) -> AsyncGenerator[Any, None]:
-    """The one response of a method that does not stream."""
+    """Yields the response of a unary method."""
     yield await response
 
 
 def _parser(parse: Callable[[bytes], Any] | None, most: int) -> _Parse:
-    """What parses a message of at most so many bytes. A small message counts for no memory.
+    """A parser of messages of at most `most` bytes. Small messages count as 0 bytes of memory.
 
-    It raises MessageTooLarge, MalformedMessage or InvalidField.
+    The parser raises MessageTooLarge, MalformedMessage or InvalidField.
     """
     if parse is None:
         return lambda data: (data, 0)
-    descriptor = parse.__self__.DESCRIPTOR  # type: ignore[attr-defined] # gRPC's stubs have a message class' FromString
+    descriptor = parse.__self__.DESCRIPTOR  # type: ignore[attr-defined] # generated code passes a message class's FromString
 
     def parsed(data: bytes) -> tuple[Any, int]:
         if len(data) > most:
@@ -188,10 +186,10 @@ def _parser(parse: Callable[[bytes], Any] | None, most: int) -> _Parse:
 
 
 async def _only(requests: AsyncIterator[bytes], parse: _Parse) -> tuple[Any, int]:
-    """The only message of a call. Raises MalformedMessage if it is missing or cannot be parsed.
+    """Reads the only message of a call. Raises MalformedMessage if it is missing or cannot be parsed.
 
-    gRPC's iterator is closed: it holds the last message and is part of a cycle, so the message would live until Python collects
-    cycles.
+    Closes gRPC's iterator, which refers to the last message and is part of a reference cycle: otherwise the message would stay in
+    memory until garbage collection.
     """
     async with aclosing(aiter(requests)) as messages:  # type: ignore[type-var] # gRPC's is an asynchronous generator
         request = await anext(messages, None)
@@ -201,7 +199,7 @@ async def _only(requests: AsyncIterator[bytes], parse: _Parse) -> tuple[Any, int
 
 
 async def _each(requests: AsyncIterator[bytes], parse: _Parse) -> tuple[AsyncIterator[Any], int]:
-    """A call's messages as they come; their handler accounts for them. Each raises MalformedMessage where it cannot be parsed."""
+    """An iterator over a call's messages, whose memory the handler accounts for. It raises MalformedMessage."""
 
     async def parsed() -> AsyncIterator[Any]:
         async with aclosing(aiter(requests)) as messages:  # type: ignore[type-var] # see _only
@@ -212,7 +210,7 @@ async def _each(requests: AsyncIterator[bytes], parse: _Parse) -> tuple[AsyncIte
 
 
 def call_of(method: str, metadata: Sequence[tuple[str, str | bytes]], peer: str) -> Call:
-    """The call described by the metadata. `peer` is gRPC's name of the caller's address, such as "ipv4:127.0.0.1:4711"."""
+    """Creates a Call from its metadata. `peer` is gRPC's name of the caller's address, such as "ipv4:127.0.0.1:4711"."""
     sent = {key: value for key, value in metadata if isinstance(value, str)}
     request_id = sent.get(REQUEST_ID, "")
     if not _REQUEST_ID_FORM.fullmatch(request_id):
@@ -221,33 +219,33 @@ def call_of(method: str, metadata: Sequence[tuple[str, str | bytes]], peer: str)
     return Call(method, request_id, client=host, traceparent=sent.get("traceparent", ""))
 
 
-def let_go(error: BaseException) -> None:
-    """Frees what the frames hold that an error, and those behind it, came through: an image of 100 MB perhaps, that would else
-    live until Python looks for cycles. Nobody can tell afterwards where it was raised."""
-    behind: BaseException | None = error
-    while behind is not None:
-        traceback.clear_frames(behind.__traceback__)
-        behind.__traceback__ = None  # it also has frames that have not ended yet, and are none the emptier
-        behind = behind.__context__
+def release_frames(error: BaseException) -> None:
+    """Clears the frames in the tracebacks of an error and its contexts, which may refer to large images that would otherwise stay
+    in memory until garbage collection. The tracebacks are lost."""
+    current: BaseException | None = error
+    while current is not None:
+        traceback.clear_frames(current.__traceback__)
+        current.__traceback__ = None  # frames that still run cannot be cleared, only dropped
+        current = current.__context__
 
 
 def _brief(text: str) -> str:
-    """A message that fits into metadata, where callers take 8 KiB in all: it may quote what they sent."""
+    """Truncates a message, which may quote the request, to fit into metadata: clients accept 8 KiB in total."""
     plain = text.isascii() and text.isprintable()
     most = _MAX_TEXT if plain else _MAX_ESCAPED_TEXT
     return text if len(text) <= most else f"{text[:most]}..."
 
 
-def given_up(seconds_left: float | None) -> str:
-    """The status of a call that its caller gave up with so many seconds left until its deadline, None for no deadline.
+def cancelled_status(seconds_left: float | None) -> str:
+    """The status of a call that was cancelled with `seconds_left` until its deadline, None for no deadline.
 
-    The caller's own clock for the deadline began a little before the server's, so that one cancels first.
+    The caller's clock for the deadline started slightly before the server's, so the caller cancels first.
     """
     return "CANCELLED" if seconds_left is None or seconds_left > _DEADLINE_SLACK else "DEADLINE_EXCEEDED"
 
 
 def to_status(error: ServerError, request_id: str = "") -> status_pb2.Status:
-    """The rich status of an error: its code, an ErrorInfo, and what its class adds."""
+    """The rich status of an error: its code, an ErrorInfo, and the details of its class."""
     info = error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN)
     if request_id:
         info.metadata["request_id"] = request_id

@@ -1,7 +1,7 @@
-"""The life of the server's process: it serves until a signal and drains; a second signal or a stuck engine ends it at once.
+"""The lifecycle of the server's process: a first signal drains it; a second signal or a stuck engine ends it at once.
 
-Exit statuses: 0 after a drain, 130 or 143 where SIGINT or SIGTERM ended it before it was drained, 70 (sysexits.h: EX_SOFTWARE)
-where the engine was stuck.
+Exit statuses: 0 after a drain, 130 or 143 if SIGINT or SIGTERM ended it before it was drained, 70 (sysexits.h: EX_SOFTWARE) if
+the engine was stuck.
 """
 
 import asyncio
@@ -21,19 +21,19 @@ _log = logging.getLogger(__name__)
 
 STUCK = os.EX_SOFTWARE
 _ANSWERING = 2.0
-"""Seconds that those who wait are told in, when it ends at once."""
-_AT_LAST = 4.0
-"""Seconds after which it ends even if the event loop, or a lock that it waits for, is held by what is stuck."""
+"""Maximum seconds to send errors to waiting callers before an immediate exit."""
+_FORCED_EXIT = 4.0
+"""Seconds after which an immediate exit is forced, even if the event loop is blocked or a lock is held."""
 _AFTER_GRACE = 4.5
-"""Seconds after `--grace` at which a drain ends by force: neither a client nor storage can keep the process."""
+"""Seconds after `--grace` at which a drain is ended by force: neither clients nor storage can delay the exit further."""
 
 
 async def live(server: Server) -> int:
     """Starts `server`, serves, and drains it at the first SIGTERM or SIGINT. Returns 0.
 
-    The process ends within the grace period and 5 s, whoever is connected. A second signal ends it at once, and so does the
-    first while the server is not up, or an engine that is stuck: by os._exit, because Python would wait for threads inside a
-    model's call. Raises what `server.start` raises.
+    The process ends within the grace period plus 5 s, whatever its clients do. A second signal, a signal during startup or a
+    stuck engine ends it at once, by os._exit, because Python would wait for threads inside a model call. Raises the exceptions
+    of `server.start`.
     """
     with _signals() as signals:
         first = asyncio.ensure_future(signals.get())
@@ -50,13 +50,13 @@ async def live(server: Server) -> int:
         if not first.done():
             await _end_stuck(server)
         _log.info("draining")
-        last = _Last(server.grace + _AFTER_GRACE, 128 + first.result())
+        forced = _ForcedExit(server.grace + _AFTER_GRACE, 128 + first.result())
         second = asyncio.ensure_future(signals.get())
         draining = asyncio.ensure_future(server.stop())
         await asyncio.wait({draining, second, stuck}, return_when=asyncio.FIRST_COMPLETED)
         if draining.done() and not server.stuck:
             draining.result()
-            last.status = 0
+            forced.status = 0
             return 0
         if not second.done():
             await _end_stuck(server)
@@ -64,9 +64,9 @@ async def live(server: Server) -> int:
         await _end(server, 128 + second.result())
 
 
-class _Last:
-    """Ends the process with `status` after `seconds`, unless it has ended by then: also if the event loop is blocked, or the
-    interpreter waits for a thread. It does not log, because a lock of the log may be held."""
+class _ForcedExit:
+    """Ends the process with `status` after `seconds`, even if the event loop is blocked or the interpreter waits for a thread.
+    Does not log, because a lock of the log may be held."""
 
     def __init__(self, seconds: float, status: int) -> None:
         self.status = status
@@ -77,7 +77,7 @@ class _Last:
 
 @contextlib.contextmanager
 def _signals() -> Iterator[asyncio.Queue[signal.Signals]]:
-    """The signals to end that come within the block. After it they do what they do to any process."""
+    """A queue of the SIGTERM and SIGINT signals received within the block. Afterwards they have their default effect."""
     numbers, loop = (signal.SIGTERM, signal.SIGINT), asyncio.get_running_loop()
     signals: asyncio.Queue[signal.Signals] = asyncio.Queue()
     for number in numbers:
@@ -90,7 +90,7 @@ def _signals() -> Iterator[asyncio.Queue[signal.Signals]]:
 
 
 async def _end_stuck(server: Server) -> NoReturn:
-    """Tells the log where every thread is, and ends the process."""
+    """Logs the stack of every thread and ends the process."""
     _log.critical("the engine is stuck: the server exits with status %d", STUCK)
     faulthandler.dump_traceback(sys.stderr)
     await _end(server, STUCK)
@@ -98,10 +98,10 @@ async def _end_stuck(server: Server) -> NoReturn:
 
 async def _end(server: Server, status: int) -> NoReturn:
     """Sends ShuttingDown to waiting callers and ends the process without waiting for its threads."""
-    _Last(_AT_LAST, status)
+    _ForcedExit(_FORCED_EXIT, status)
     try:
         await asyncio.wait_for(server.stop_now(), _ANSWERING)
-    except Exception:  # noqa: BLE001 - the process's edge: whatever it was, the process ends
+    except Exception:  # noqa: BLE001 - the process ends in any case
         _log.exception("not all clients were notified")
     finally:
         logging.shutdown()

@@ -1,4 +1,4 @@
-"""gRPC's side of the model store."""
+"""ModelService: the gRPC API of the model registry."""
 
 from typing import Any
 
@@ -21,16 +21,16 @@ class ModelService(pb_grpc.ModelServiceServicer):
         self._residency = residency
 
     async def ListModels(self, request: pb.ListModelsRequest, context: Any) -> pb.ListModelsResponse:
-        """Every model of the store that the caller may use, in order of id."""
+        """All models that the caller may use, in order of id."""
         allowed = current().may_use
         return pb.ListModelsResponse(models=[self._message(model) for model in self._models if allowed(model.id)])
 
     async def GetModel(self, request: pb.GetModelRequest, context: Any) -> pb.GetModelResponse:
-        """One model. NOT_FOUND if there is none that the caller may use."""
+        """One model. NOT_FOUND if it does not exist or the caller may not use it."""
         return pb.GetModelResponse(model=self._message(self._models.get(request.id, current().may_use)))
 
     async def LoadModel(self, request: pb.LoadModelRequest, context: Any) -> pb.LoadModelResponse:
-        """Makes a model ready."""
+        """Loads a model and waits until it is ready."""
         current().require_admin()
         if bool(request.id) == request.HasField("source"):
             raise InvalidField("id", "set exactly one of id and source")
@@ -78,7 +78,7 @@ def _engine_to(status: EngineStatus) -> pb.EngineStatus:
 
 
 def reference_from(message: image_pb.ModelReference) -> Source:
-    """A message's reference as the store knows it; a field that is not set is None or empty."""
+    """Converts a message to a Source. Fields that are not set are None or empty."""
     return Source(
         repo_id=message.repo_id or None,
         path=message.path or None,
@@ -90,7 +90,7 @@ def reference_from(message: image_pb.ModelReference) -> Source:
 
 
 def reference_to(source: Source) -> image_pb.ModelReference:
-    """Where a bundle came from, as a message. A local folder's path stays on the server: it says something of its disk."""
+    """Converts a bundle's source to a message, without a local path, which would reveal the server's file system."""
     return image_pb.ModelReference(
         repo_id=source.repo_id or "",
         variant=source.variant or "",

@@ -1,4 +1,4 @@
-"""Proto -> request: checks every field, fills in the defaults, and decodes the source image away from the event loop."""
+"""Converts messages to requests: checks every field, fills in defaults, and decodes the source image off the event loop."""
 
 import secrets
 import time
@@ -35,16 +35,16 @@ _FORMATS: dict[int, images.WriteFormat] = {
 _DEFAULT_QUALITY = 90
 _MAX_SEED = 2**63 - 1
 _PLANNING = 2
-"""Threads that plan requests: what is slow the first time."""
+"""Threads that plan requests, which may be slow the first time."""
 
 
 @dataclass(frozen=True, slots=True)
 class ParsedRequest:
-    """A request on its way through the service: what the engine gets, and how to answer.
+    """A request for the engine, and how to respond.
 
-    `arrival` is in seconds. With `as_asset` the images are kept, and their ids sent. `source_asset` is the id of the asset that
-    the source is, else empty. `model` has no pipeline, because a request may outlive its model in memory; `engine` ran it on
-    arrival.
+    `arrival` is in seconds (time.perf_counter). If `as_asset` is set, the images are stored and their ids sent. `source_asset` is
+    the id of the source's asset, empty if it is none. `model` has no pipeline, because the request may outlive the model in
+    memory; `engine` names the pipeline's engine on arrival.
     """
 
     model: Model
@@ -58,7 +58,7 @@ class ParsedRequest:
 
 
 class Parser:
-    """Makes jobs of messages. Images are decoded by `codecs`; `clock` is the engine's, on which deadlines are measured."""
+    """Converts messages to ParsedRequests. `codecs` decode images; `clock` is the engine's clock in seconds, for deadlines."""
 
     def __init__(self, config: ServerConfig, sources: Sources, clock: Callable[[], float], codecs: Codecs) -> None:
         self._config = config
@@ -70,9 +70,9 @@ class Parser:
     async def parse(
         self, message: pb.TransformRequest, model: Model, seconds_left: float | None, previews: bool
     ) -> ParsedRequest:
-        """Checks a message for `model` and fills in its defaults. Without `previews`, as only its end is told, none are drawn.
+        """Checks a message for `model` and fills in defaults. Previews are only drawn if `previews` is set.
 
-        Raises the error that names the first wrong field.
+        Raises InvalidField, naming the first wrong field, or another ServerError.
         """
         arrival = time.perf_counter()
         deadline = None if seconds_left is None else self._clock() + seconds_left
@@ -86,7 +86,7 @@ class Parser:
         if message.output.as_asset:
             self._sources.assets.require("output.as_asset")
         self._sources.check(message.image)
-        # The work begins here: all other fields have been checked.
+        # Expensive work starts here, after all other fields have been checked.
         field, data = await self._sources.read(message.image)
         call = current()
         load = LoadImage(
@@ -116,7 +116,7 @@ class Parser:
             follow=previews,
             cache_scope=call.client if call.authenticated and not self._config.share_caches else "",
         )
-        # The engine will ask for it too. What is slow of it the first time is done here, off its thread and the loop's.
+        # The engine plans the request too. Its slow part is cached here, off the engine's and the event loop's threads.
         await self._threads.run(_pipeline_of(model).plan, request)
         return ParsedRequest(
             replace(model, pipeline=None),
@@ -164,7 +164,7 @@ class Parser:
         return interval
 
     def _size_rule(self, message: pb.TransformRequest, model: Model, file_format: images.WriteFormat) -> images.SizeRule:
-        """What the message says of the result's size. Refuses what no source makes right."""
+        """The message's rule for the result's size. Raises InvalidField if no source could satisfy it."""
         pipeline = _pipeline_of(model)
         rule = _fit(message, pipeline) if message.HasField("fit") else _sides(message)
         images.check_side(images.least_size(rule, pipeline.size_multiple, self._config.image_limits), file_format)
@@ -199,14 +199,14 @@ def _prompts(message: pb.TransformRequest) -> tuple[str, str | None]:
 
 
 def _scheduler(asked: str, model: Model) -> str | None:
-    """The pipeline's own spelling of the name that was asked; None where none was, for the model's own."""
+    """The requested scheduler in the pipeline's spelling; None for the model's default."""
     if not asked:
         return None
     known = {name.casefold(): name for name in _pipeline_of(model).schedulers}
-    there = (
+    hint = (
         f"known are {', '.join(known.values())}" if known else "this model supports only its own scheduler: leave the field empty"
     )
-    _check("scheduler", asked.casefold() in known, f"model '{model.id}' does not support this scheduler; {there}")
+    _check("scheduler", asked.casefold() in known, f"model '{model.id}' does not support this scheduler; {hint}")
     return known[asked.casefold()]
 
 
@@ -224,5 +224,5 @@ def _check(field: str, holds: bool, description: str) -> None:
 
 
 def _pipeline_of(model: Model) -> Pipeline:
-    assert model.pipeline is not None, "resolve returns models that can run"
+    assert model.pipeline is not None, "resolved models are loaded"
     return model.pipeline

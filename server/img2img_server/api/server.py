@@ -1,4 +1,4 @@
-"""The server's life: bind, load, serve, drain."""
+"""The gRPC server: bind, load, serve, drain."""
 
 import asyncio
 import logging
@@ -43,7 +43,7 @@ _log = logging.getLogger(__name__)
 
 SERVICE = image_to_image_pb2.DESCRIPTOR.services_by_name["ImageToImageService"].full_name
 _MOST_PROCESSES = 9
-"""Of a codec stage by default. Each takes some 25 MB."""
+"""Maximum default processes of a codec stage. Each takes about 25 MB."""
 _REFLECTED = (
     SERVICE,
     "img2img.v1.ModelService",
@@ -54,16 +54,16 @@ _REFLECTED = (
 
 
 _SENDING = 3.0
-"""Seconds in which clients have to read their results once the engine has drained; then their calls end."""
-_TELLING = 1.0
-"""Seconds in which requests are ended and their clients get the error if the server stops without draining."""
+"""Seconds that clients have to read their results after the engine has drained."""
+_ABANDONING = 1.0
+"""Seconds to end requests and send their errors if the server stops without draining."""
 
 
 class Server:
-    """One gRPC server over one backend, which runs the requests here or elsewhere.
+    """A gRPC server over one backend, which runs requests in this process or in a cluster.
 
-    The port opens first. Health is NOT_SERVING, and calls are refused with ServerStarting, until the backend is ready; then it is
-    SERVING, and NOT_SERVING again while the server drains.
+    The port opens first. Until the backend is ready, health is NOT_SERVING and calls are refused with ServerStarting. Then health
+    is SERVING, and NOT_SERVING again while the server drains.
     """
 
     def __init__(self, config: ServerConfig, backend: Backend) -> None:
@@ -87,28 +87,28 @@ class Server:
 
     @property
     def grace(self) -> float:
-        """Seconds that running requests have when the server drains."""
+        """Seconds that running requests have to finish when the server drains."""
         return self._config.grace
 
     @property
     def metrics_port(self) -> int | None:
-        """Where metrics are served, None where they are not."""
+        """The port of the metrics, None if they are disabled."""
         return self._telemetry.metrics_port
 
     @property
     def http_port(self) -> int | None:
-        """Where OpenAI's image API is served, None where it is not."""
+        """The port of OpenAI's image API, None if it is disabled."""
         return None if self._http is None else self._http.port
 
     @property
     def stuck(self) -> bool:
-        """Whether the engine does not come back from a call."""
+        """Whether the engine is blocked in a model call."""
         return self._stuck
 
     async def start(self) -> None:
-        """Binds the port, opens the backend and serves. Raises BundleError, OSError or ValueError if that cannot be done.
+        """Binds the port, opens the backend and serves. Raises BundleError, OSError or ValueError on failure.
 
-        If the server is stopped before it serves, this returns once what it had begun is closed.
+        If the server is stopped before it serves, this closes everything and returns.
         """
         check(self._config)
         if self._config.kserve:
@@ -126,7 +126,7 @@ class Server:
                 raise
             _log.info("the server was stopped before it was ready", exc_info=_log.isEnabledFor(logging.DEBUG))
         if self._stopped:
-            await self._close_unserved()  # what was opened after `stop` had closed the rest
+            await self._close_unserved()  # closes what was opened after `stop` had run
             return
         backend = self._backend
         self._telemetry.watch(backend.runner, backend.models, backend.cache, self._assets, self._codecs)
@@ -134,12 +134,12 @@ class Server:
         for name in (*self._names, *(f"models/{name}" for name in backend.models.pipelines())):
             self._health.set(name, True)
         _log.info("serving on %s:%d", self._config.host, self.port)
-        await backend.start(self._give_up)
+        await backend.start(self._fail)
         if self._config.port_file is not None:
             _write_port(self._config.port_file, self.port)
 
     async def stop(self) -> None:
-        """Drains: takes no new requests, lets the running ones finish within the grace period, then ends them."""
+        """Drains: refuses new requests and lets running ones finish within the grace period, then ends them."""
         self._stopped = True
         if self._server is None or not self._handlers.ready:
             await self._close_unserved()
@@ -147,7 +147,7 @@ class Server:
         self._health.drain()
         await self._backend.drain(self._config.grace)
         self._health.close()
-        # What has ended still has to be encoded and sent.
+        # Finished results still have to be encoded and sent.
         await self._close_ports(_SENDING)
         await self._codecs.close()
         await self._sources.close()
@@ -165,16 +165,16 @@ class Server:
             return
         self._health.close()
         await self._backend.abandon(ShuttingDown("the server stopped before the request was finished"))
-        await self._close_ports(_TELLING)
+        await self._close_ports(_ABANDONING)
         self._codecs.kill()
         self._backend.close_now()
 
     async def failed(self) -> None:
-        """Returns when the server can serve no more: its engine is stuck, and only the process's end can cure that."""
+        """Waits until the engine is stuck, so that the process must exit."""
         await self._failed.wait()
 
     async def _listen(self, access: Access) -> None:
-        """Opens the ports, whose calls are refused until `_add_services`."""
+        """Opens the ports. Calls are refused until `_add_services`."""
         if self._config.http_port is not None:
             self._http = _http_front(self._config, access, self._telemetry, self._readers, self._health)
         self._server = self._make_server(access)
@@ -186,14 +186,14 @@ class Server:
         _log.info("listening on %s:%d, not ready yet", self._config.host, self.port)
 
     async def _open(self) -> None:
-        """Opens everything that requests need."""
+        """Opens assets, sources, backend and codecs."""
         await self._assets.open()
         await self._sources.open()
         await self._backend.open(self._set_model_health, self._telemetry.span)
         await self._codecs.start()
 
     async def _close_unserved(self) -> None:
-        """Closes the port and everything else that is open, before the server is ready."""
+        """Closes the ports and everything that was opened before the server was ready."""
         await self._close_ports(0.0)
         self._telemetry.close()
         await self._codecs.close()
@@ -202,18 +202,18 @@ class Server:
         await self._backend.close()
 
     async def _close_ports(self, seconds: float) -> None:
-        """Ends the calls of both fronts, whose clients have so many seconds to read their answers."""
+        """Closes both APIs. Clients have `seconds` to read their responses before their calls end."""
         grpc_end = () if self._server is None else (self._server.stop(seconds or None),)
         http_end = () if self._http is None else (self._http.close(seconds),)
         await asyncio.gather(*grpc_end, *http_end)
 
-    async def _give_up(self, why: str) -> None:
-        """Tells everybody who waits that this server is lost."""
+    async def _fail(self, why: str) -> None:
+        """Ends all requests with EngineStuck and reports the failure to `failed`."""
         self._stuck = True
         _log.critical("%s", why)
         self._health.drain()
         try:
-            async with asyncio.timeout(_TELLING):  # the stuck call may hold a lock that the engine's end needs
+            async with asyncio.timeout(_ABANDONING):  # the stuck call may hold a lock
                 await self._backend.abandon(EngineStuck("the device does not respond: the server exits"))
         finally:
             self._failed.set()
@@ -222,7 +222,7 @@ class Server:
         self._health.set(f"models/{name}", serving)
 
     def _make_server(self, access: Access) -> grpc.aio.Server:
-        """A server on the bound port that answers health checks and reflection; `_add_services` adds the others."""
+        """Creates a server on the bound port with health checks and reflection. `_add_services` adds the other services."""
         free_failed_batches()
         server = grpc.aio.server(
             interceptors=[
@@ -249,7 +249,7 @@ class Server:
         return server
 
     def _add_services(self, access: Access) -> None:
-        """From now on the server answers every method."""
+        """Registers all services; from then on the server answers every method."""
         models, runner, residency = self._backend.models, self._backend.runner, self._backend.residency
         handlers = self._handlers
         parser = Parser(self._config, self._sources, runner.clock, self._codecs)
@@ -270,15 +270,15 @@ class Server:
         handlers.ready = True
 
 
-def _processes(asked: int | None) -> int:
-    """Processes of a stage: by default one more than one client can keep busy on all cores."""
-    return min(os.cpu_count() or 1, _MOST_PROCESSES - 1) + 1 if asked is None else asked
+def _processes(setting: int | None) -> int:
+    """The processes of a codec stage. The default is one per core plus one, so that one client cannot occupy all."""
+    return min(os.cpu_count() or 1, _MOST_PROCESSES - 1) + 1 if setting is None else setting
 
 
 def _add_reflection(server: grpc.aio.Server, services: Sequence[str]) -> None:
-    """Reflection as v1alpha, which is what the Python package has, and under v1's name, whose messages are the same.
+    """Adds reflection as v1alpha, which the Python package implements, and as v1, whose messages are the same.
 
-    v1 is answered but not listed: no descriptor of it is there to describe it with.
+    v1 is not listed, because the package has no descriptor of it.
     """
     servicer = reflection.aio.ReflectionServicer(service_names=services)
     reflection_pb2_grpc.add_ServerReflectionServicer_to_server(servicer, server)  # type: ignore[no-untyped-call]
@@ -292,7 +292,7 @@ def _add_reflection(server: grpc.aio.Server, services: Sequence[str]) -> None:
 
 
 def _reserve(port_file: Path) -> None:
-    """Raises OSError if `port_file` could not be written once the server serves."""
+    """Checks that `port_file` can be written later. Raises OSError."""
     try:
         _part(port_file).touch()
     except OSError as error:
@@ -323,8 +323,8 @@ def _http_front(
 
 
 def _require_kserve() -> None:
-    """Raises ValueError if Triton's client, which ships KServe's stubs, cannot be imported."""
+    """Raises ValueError if Triton's client, which contains KServe's stubs, cannot be imported."""
     try:
         import tritonclient.grpc  # type: ignore[import-untyped]  # noqa: F401
-    except (ImportError, RuntimeError):  # RuntimeError is its own, where what it needs for gRPC is missing or too old
+    except (ImportError, RuntimeError):  # it raises RuntimeError if its gRPC packages are missing or too old
         raise ValueError(f"kserve needs Triton's client: {install_hint('kserve')}") from None

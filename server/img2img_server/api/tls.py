@@ -1,4 +1,4 @@
-"""The port: TLS, with certificates that are read again when they are renewed, and no listening beyond loopback without it."""
+"""Binds the port with TLS, reloading renewed certificates. Non-loopback addresses without TLS are refused by default."""
 
 import ipaddress
 import logging
@@ -20,9 +20,9 @@ _OPEN_TO_OTHERS = stat.S_IROTH | stat.S_IWOTH
 
 
 def bind(server: grpc.aio.Server, config: ServerConfig) -> int:
-    """Binds the port that `config` names, with TLS where it has a certificate, and returns it.
+    """Binds the port of `config`, with TLS if it has a certificate, and returns the port.
 
-    Raises ValueError for an address beyond loopback without TLS, unless that is allowed, and OSError where the port is taken or
+    Raises ValueError for a non-loopback address without TLS unless `allow_insecure` is set, and OSError if the port is in use or
     a file cannot be read.
     """
     check(config)
@@ -39,10 +39,10 @@ def bind(server: grpc.aio.Server, config: ServerConfig) -> int:
 
 
 def check(config: ServerConfig) -> None:
-    """Raises what `bind` would for the settings and the files alone. Touches no port, so it can be asked before models load."""
+    """Checks settings and files as `bind` does, without binding a port. Raises ValueError or OSError."""
     if not config.host:
         raise ValueError("host is empty: use 127.0.0.1 for this machine only, 0.0.0.0 or :: for all interfaces")
-    if config.port > _MAX_PORT:  # gRPC would take the remainder
+    if config.port > _MAX_PORT:  # gRPC would use it modulo 65536
         raise ValueError(f"port is {config.port}, the maximum is {_MAX_PORT}")
     if config.tls.certificate is not None:
         _check_files(*_paths(config.tls))
@@ -65,7 +65,7 @@ def _warn(config: ServerConfig) -> None:
 
 
 def is_local(host: str) -> bool:
-    """Whether only this machine reaches `host`: a loopback address, "localhost", or a Unix socket. Other names count as not."""
+    """Whether `host` is only reachable from this machine: a loopback address, "localhost" or a Unix socket, but no other name."""
     if host == "localhost" or host.startswith("unix:"):
         return True
     try:
@@ -77,11 +77,10 @@ def is_local(host: str) -> bool:
 
 
 class Certificates:
-    """The certificate, its key and the clients' authority. Every handshake looks whether they were renewed.
+    """The certificate, its key and the client CA. Each handshake checks for renewed files.
 
-    They are taken together or not at all: a key that is not the certificate's, or a file that is half written, leaves the old
-    ones in use. Connections that are there stay as they are. Raises OSError where a file cannot be read, and ValueError where it
-    is not what it should be.
+    They are replaced together: if the key does not match the certificate, or a file is incomplete, the previous ones stay in use.
+    Existing connections are not affected. Raises OSError if a file cannot be read and ValueError if it is invalid.
     """
 
     def __init__(self, settings: TlsSettings) -> None:
@@ -89,10 +88,10 @@ class Certificates:
         self._watched = FileReloader("TLS certificates", self._read, self._make)
 
     def credentials(self) -> grpc.ServerCredentials:
-        """What a port of gRPC is bound with. gRPC calls it on threads of its own, before each handshake."""
+        """The credentials of a gRPC port. gRPC checks for renewal on its own threads before each handshake."""
         return grpc.dynamic_ssl_server_credentials(
             self._watched.value,
-            self._watched.look,  # type: ignore[arg-type] # None is "as before", which the stubs leave out
+            self._watched.look,  # type: ignore[arg-type] # None means unchanged, which the stubs omit
             require_client_authentication=len(self._paths) > 2,
         )
 
@@ -102,7 +101,7 @@ class Certificates:
     def _make(self, contents: Contents) -> grpc.ServerCertificateConfiguration:
         _check_files(*self._paths)
         if self._read() != contents:
-            # OpenSSL reads files only: what it found good is what was read, as it was the same before and after.
+            # OpenSSL only checks files, so their contents must be the same before and after the check.
             raise ValueError(f"{self._paths[0]} or a related file is incomplete")
         certificate, key, *client_ca = contents
         if self._paths[1].stat().st_mode & _OPEN_TO_OTHERS:
@@ -134,19 +133,18 @@ def server_context(settings: TlsSettings, protocols: Sequence[str]) -> ssl.SSLCo
 
 
 def _paths(settings: TlsSettings) -> tuple[Path, ...]:
-    """Certificate, key, and the clients' authority where there is one."""
+    """The paths of the certificate, its key and the client CA, if set."""
     return tuple(path for path in (settings.certificate, settings.key, settings.client_ca) if path is not None)
 
 
 def _check_files(certificate: Path, key: Path, client_ca: Path | None = None) -> None:
-    """Raises OSError for a file that cannot be read, and ValueError unless key and certificate are a pair, and the authority is
-    one."""
+    """Raises OSError if a file cannot be read, and ValueError if key and certificate do not match or the CA is invalid."""
 
     def password() -> bytes:
         raise ValueError(f"tls_key: {key} is encrypted: give an unencrypted private key")
 
     for path in (certificate, key) if client_ca is None else (certificate, key, client_ca):
-        _read_file(path)  # OpenSSL would not say which
+        _read_file(path)  # OpenSSL's error would not name the file
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     try:
         context.load_cert_chain(certificate, key, password)

@@ -1,4 +1,4 @@
-"""The transform RPCs: requests go to the engine, its events go to the caller."""
+"""ImageToImageService: submits requests to the engine and sends its events to the caller."""
 
 import asyncio
 import time
@@ -16,7 +16,7 @@ from img2img_server.api.models import reference_from
 from img2img_server.api.parsing import ParsedRequest, Parser
 from img2img_server.api.provenance import Provenance
 from img2img_server.assets.files import owner_of
-from img2img_server.assets.index import Quota
+from img2img_server.assets.index import Reservation
 from img2img_server.assets.store import AssetStore
 from img2img_server.backends.base import Models
 from img2img_server.codecs.pool import Codecs
@@ -27,12 +27,12 @@ from img2img_server.models.registry import ModelRegistry
 from img2img_server.support.call import current
 from img2img_server.telemetry.telemetry import Telemetry
 
-MAX_PLACES, MAX_STEPS, MAX_PREVIEWS = 16, 128, 32
-"""Unread events that are kept: of places in the queue, of steps, and of steps with their preview. The latest are kept."""
+MAX_POSITIONS, MAX_STEPS, MAX_PREVIEWS = 16, 128, 32
+"""Maximum unread events: queue positions, steps, and steps with their preview. The oldest are dropped."""
 
 
 class Outbox:
-    """A queue of events, in order, that keeps the latest of those not read yet. Used on the event loop only."""
+    """A bounded queue of events that drops the oldest unread ones. Used on the event loop only."""
 
     def __init__(self) -> None:
         self._events: deque[Accepted | Event] = deque()
@@ -42,42 +42,42 @@ class Outbox:
         return len(self._events)
 
     def put(self, event: Accepted | Event) -> None:
-        """Adds an event, and drops what it makes obsolete."""
+        """Adds an event and drops the oldest ones beyond the limits."""
         self._events.append(event)
         if isinstance(event, Queued | Progress):
-            self._bound(type(event), MAX_PLACES if isinstance(event, Queued) else MAX_STEPS)
+            self._bound(type(event), MAX_POSITIONS if isinstance(event, Queued) else MAX_STEPS)
         self._changed.set()
 
     async def get(self) -> Accepted | Event:
-        """The next event, once there is one."""
+        """Waits for the next event."""
         while not self._events:
             self._changed.clear()
             await self._changed.wait()
         return self._events.popleft()
 
     def _bound(self, kind: type[Queued | Progress], most: int) -> None:
-        places = [place for place, event in enumerate(self._events) if isinstance(event, kind)]
-        if len(places) > most:
-            del self._events[places[0]]
-        drawn = [(place, event) for place, event in enumerate(self._events) if isinstance(event, Progress) and event.preview]
+        found = [index for index, event in enumerate(self._events) if isinstance(event, kind)]
+        if len(found) > most:
+            del self._events[found[0]]
+        drawn = [(index, event) for index, event in enumerate(self._events) if isinstance(event, Progress) and event.preview]
         if len(drawn) > MAX_PREVIEWS:
-            place, event = drawn[0]
-            self._events[place] = replace(event, preview=None)
+            index, event = drawn[0]
+            self._events[index] = replace(event, preview=None)
 
 
 def is_last(event: Accepted | Event) -> bool:
-    """Whether no event follows."""
+    """Whether an event ends its request."""
     return isinstance(event, Completed | Failed)
 
 
 _PREVIEW_QUALITY = 80
-"""Of a preview's JPEG: it is looked at for a second."""
+"""JPEG quality of previews."""
 _BYTES_PER_PIXEL, _BYTES_PER_FILE = 4, 4096
-"""More than a file of any format and content has."""
+"""Upper bound of an encoded image's size, for any format and content."""
 
 
 class ImageToImageService(pb_grpc.ImageToImageServiceServicer):
-    """Transform and TransformStream. Images are decoded and encoded by `codecs`, and models run on the engine."""
+    """Transform and TransformStream. `codecs` decode and encode images, `engine` runs the models."""
 
     def __init__(
         self,
@@ -107,16 +107,19 @@ class ImageToImageService(pb_grpc.ImageToImageServiceServicer):
     async def transform(
         self, request: pb.TransformRequest, context: Any, accept: Callable[[Accepted], object]
     ) -> pb.TransformResponse:
-        """Transform for any front. `accept` is called once the request is in the queue."""
+        """Transform for any API. `accept` is called when the request is in the queue."""
         with self._engine.reserve(current().client) as slot:
             async with AsyncExitStack() as lease:
                 job = await self._parse(request, context, lease, previews=False)
-                async with self._room(job) as room, aclosing(self._follow(job.request, slot, lease, progress=False)) as events:
+                async with (
+                    self._reserve(job) as reserved,
+                    aclosing(self._follow(job.request, slot, lease, progress=False)) as events,
+                ):
                     async for event in events:
                         if isinstance(event, Accepted):
                             accept(event)
                         elif isinstance(event, Completed):
-                            return await self._response(job, event, room)
+                            return await self._response(job, event, reserved)
         raise AssertionError("the engine ends every request")
 
     async def TransformStream(
@@ -126,25 +129,28 @@ class ImageToImageService(pb_grpc.ImageToImageServiceServicer):
         with self._engine.reserve(current().client) as slot:
             async with AsyncExitStack() as lease:
                 job = await self._parse(request.request, context, lease, previews=True)
-                async with self._room(job) as room, aclosing(self._follow(job.request, slot, lease, progress=True)) as events:
+                async with (
+                    self._reserve(job) as reserved,
+                    aclosing(self._follow(job.request, slot, lease, progress=True)) as events,
+                ):
                     async for event in events:
-                        yield await self._told(job, event, room)
+                        yield await self._message(job, event, reserved)
 
     async def _parse(self, message: pb.TransformRequest, context: Any, lease: AsyncExitStack, previews: bool) -> ParsedRequest:
-        """The job of a message. Its model stays in memory until `lease` is closed."""
+        """Parses a message. The model stays in memory until `lease` is closed."""
         model = await lease.enter_async_context(self._residency.using(reference_from(message.model)))
         return await self._parser.parse(message, model, context.time_remaining(), previews)
 
     async def _follow(
         self, request: Request, slot: Slot, lease: AsyncExitStack, progress: bool
     ) -> AsyncGenerator[Accepted | Event, None]:
-        """Submits a request and gives its events in order; raises its error. Leaving early cancels it.
+        """Submits a request and yields its events in order. Raises its error. Closing the generator cancels the request.
 
-        Closes `lease` once the engine is done, whether or not the events are read. Of those that are not read, few are kept.
+        Closes `lease` when the engine has finished, whether or not the events are read. Few unread events are kept.
         """
         loop = asyncio.get_running_loop()
         outbox = Outbox()
-        trail = self._telemetry.trail(request)
+        trace = self._telemetry.trace(request)
 
         def take(event: Event) -> None:
             outbox.put(event)
@@ -152,12 +158,12 @@ class ImageToImageService(pb_grpc.ImageToImageServiceServicer):
                 self._spawn(lease.aclose())
 
         def listen(event: Event) -> None:
-            trail.tell(event)
+            trace.record(event)
             if progress or is_last(event):
                 loop.call_soon_threadsafe(take, event)
 
         accepted = self._engine.submit(request, listen, slot)
-        trail.tell(accepted)
+        trace.record(accepted)
         try:
             yield accepted
             while True:
@@ -172,32 +178,38 @@ class ImageToImageService(pb_grpc.ImageToImageServiceServicer):
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)
-        self._tasks.add(task)  # asyncio itself holds none
+        self._tasks.add(task)  # asyncio keeps only weak references
         task.add_done_callback(self._tasks.discard)
 
-    async def _told(self, job: ParsedRequest, event: Accepted | Event, room: Quota | None) -> pb.TransformStreamResponse:
+    async def _message(
+        self, job: ParsedRequest, event: Accepted | Event, reserved: Reservation | None
+    ) -> pb.TransformStreamResponse:
         if isinstance(event, Accepted | Queued):
             return pb.TransformStreamResponse(queued=pb.Queued(position=event.position, eta_seconds=event.eta))
         if isinstance(event, Started):
             return pb.TransformStreamResponse(started=pb.Started(seed=job.request.seeds[0], engine=self._engine_of(job)))
         if isinstance(event, Progress):
             return pb.TransformStreamResponse(progress=await self._progress(event))
-        assert isinstance(event, Completed), "a failure was raised"
-        return pb.TransformStreamResponse(completed=await self._response(job, event, room))
+        assert isinstance(event, Completed), "failures are raised by _follow"
+        return pb.TransformStreamResponse(completed=await self._response(job, event, reserved))
 
     async def _progress(self, event: Progress) -> pb.Progress:
         preview = None if event.preview is None else await self._codecs.encode(event.preview, "JPEG", _PREVIEW_QUALITY)
         return pb.Progress(step=event.step, step_count=event.step_count, preview=preview, eta_seconds=event.eta)
 
-    async def _response(self, job: ParsedRequest, completed: Completed, room: Quota | None) -> pb.TransformResponse:
+    async def _response(self, job: ParsedRequest, completed: Completed, reserved: Reservation | None) -> pb.TransformResponse:
         pairs = zip(completed.images, job.request.seeds, strict=True)
         encoded = await asyncio.gather(*(self._encode(job, image, seed) for image, seed in pairs))
         timings = completed.timings
-        assert job.model.manifest is not None, "a model that runs has a manifest"
+        assert job.model.manifest is not None, "loaded models have a manifest"
         return pb.TransformResponse(
             images=[
                 pb.ImageResult(
-                    **await self._content(data, room), format=_format_of(job), width=image.width, height=image.height, seed=seed
+                    **await self._content(data, reserved),
+                    format=_format_of(job),
+                    width=image.width,
+                    height=image.height,
+                    seed=seed,
                 )
                 for data, image, seed in zip(encoded, completed.images, job.request.seeds, strict=True)
             ],
@@ -217,29 +229,29 @@ class ImageToImageService(pb_grpc.ImageToImageServiceServicer):
             ],
         )
 
-    def _room(self, job: ParsedRequest) -> AbstractAsyncContextManager[Quota | None]:
-        """Room for a job's images where they are to be kept: it is refused now, and not when the device has done its work."""
+    def _reserve(self, job: ParsedRequest) -> AbstractAsyncContextManager[Reservation | None]:
+        """Reserves asset quota for a request's images if they are to be stored, so that it fails before the device works."""
         if not job.as_asset:
             return nullcontext()
         width, height = job.request.image.size
         size = len(job.request.seeds) * (width * height * _BYTES_PER_PIXEL + _BYTES_PER_FILE)
-        return self._assets.room(owner_of(current()), size)
+        return self._assets.reserve(owner_of(current()), size)
 
-    async def _content(self, data: bytes, room: Quota | None) -> dict[str, Any]:
-        """The image's file in an answer, or where it is."""
-        if room is None:
+    async def _content(self, data: bytes, reserved: Reservation | None) -> dict[str, Any]:
+        """The ImageResult fields of an encoded image: its data, or the id of the asset it is stored as."""
+        if reserved is None:
             return {"data": data}
-        return {"asset_id": (await self._assets.put(owner_of(current()), data, room)).id}
+        return {"asset_id": (await self._assets.put(owner_of(current()), data, reserved)).id}
 
     async def _encode(self, job: ParsedRequest, image: Image.Image, seed: int) -> bytes:
-        """The file of a result."""
+        """Encodes a result, with its provenance record. Returns the file's bytes."""
         output = job.file_format, job.quality
         record = self._provenance.record(job.model, self._engine_of(job), job.request, seed, output, job.source_asset)
         return await self._provenance.sign(await self._codecs.encode(image, *output, record), job.file_format)
 
     def _engine_of(self, job: ParsedRequest) -> str:
-        """What runs the model now: another engine may have taken over since the request came."""
-        pipeline = self._models.pipelines().get(job.model.id)  # it may be unloaded, or lost, when its answer is read
+        """The engine that runs the model now: another one may have been promoted since the request arrived."""
+        pipeline = self._models.pipelines().get(job.model.id)  # None if the model was unloaded or has failed meanwhile
         return job.engine if pipeline is None else pipeline.engine
 
 

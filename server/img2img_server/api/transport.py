@@ -1,4 +1,4 @@
-"""What one connection and one message may cost: bounds before a message is parsed and on unread answers."""
+"""Limits on connections, messages and unread responses, so that no client can exhaust the server."""
 
 import asyncio
 import logging
@@ -14,9 +14,9 @@ from img2img_server.errors import ClientBusy, Exhausted, ReaderTooSlow
 _log = logging.getLogger(__name__)
 
 MAX_METADATA_BYTES = 16 * 2**10
-"""Of a call's headers in all. A token, a request id and a trace context are 300 bytes."""
+"""Maximum total size of a call's headers. A token, a request id and a trace context take 300 bytes."""
 MAX_MESSAGE_BYTES = 64 * 2**10
-"""Of a message that brings no image."""
+"""Maximum size of a message without an image."""
 _WITH_IMAGES = {
     "/img2img.v1.ImageToImageService/Transform",
     "/img2img.v1.ImageToImageService/TransformStream",
@@ -25,37 +25,35 @@ _WITH_IMAGES = {
 }
 _WITH_FILES = {"/img2img.v1.AssetService/UploadAsset"}
 MAX_STREAMS = 1024
-"""Calls in progress of one connection. More than the queue holds by default; the caller's gRPC holds the others back."""
+"""Maximum calls in progress of one connection, more than the default queue. The client's gRPC holds further ones back."""
 MAX_PENDING_CALLS = 2**16
-"""Calls that have arrived and wait for the event loop. gRPC cancels further ones: by default it begins at 1000, which a burst or
-another client's resets reach while the event loop is late."""
+"""Maximum calls that wait for the event loop; gRPC cancels further ones. Its default of 1000 is reached by bursts, or by another
+client's resets, while the event loop is busy."""
 MAX_CONNECTIONS = 4096
-"""Open at a time, if the process may open as many files. Each takes a file descriptor and some 40 KB."""
+"""Maximum open connections, if the limit of open files allows. Each takes a file descriptor and about 40 KB."""
 _OTHER_FILES = 256
-"""File descriptors that are left for models, images, assets and the log."""
+"""File descriptors reserved for models, images, assets and the log."""
 HANDSHAKE_SECONDS = 20
-"""In which a new connection must have said what it is."""
+"""Time limit of a new connection's handshake."""
 IDLE_SECONDS = 30 * 60
-"""After which a connection without calls is closed. gRPC's clients open another when they need it."""
+"""A connection without calls is closed after this time. gRPC clients reconnect when needed."""
 AGE_SECONDS = 60 * 60
-"""After which a connection with TLS is closed once its calls have ended, so that who was let in by a certificate that is no
-longer good, or looks at one of ours that has run out, comes through today's."""
+"""A TLS connection is closed after this time, once its calls have ended: clients reconnect with the current certificates."""
 PING_SECONDS = 10
-"""The least between two keepalive pings of a client. Who pings more often is sent away: each wakes the server."""
+"""Minimum interval between a client's keepalive pings. Clients that ping more often are disconnected."""
 KEEPALIVE_SECONDS, KEEPALIVE_TIMEOUT_SECONDS = 60, 20
-"""How long a connection is silent before the server pings it, and has for the answer: then its calls are cancelled, as their
-caller is gone without a word."""
+"""Silence after which the server pings a connection, and the time limit of the answer. Then its calls are cancelled."""
 
 
 def message_bytes(config: ServerConfig, method: str) -> int:
-    """The most bytes that a message of a method may have. `method` is such as "/img2img.v1.ModelService/GetModel"."""
+    """Maximum bytes of a message of `method`, such as "/img2img.v1.ModelService/GetModel"."""
     if method in _WITH_IMAGES:
         return config.max_message_bytes
     return MAX_MESSAGE_BYTES + (config.image_limits.max_bytes if method in _WITH_FILES else 0)
 
 
 def raise_file_limit() -> None:
-    """Raises the process's limit of open files from the soft one, which is often 1024, to the hard one."""
+    """Raises the process's soft limit of open files, often 1024, to the hard limit."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
@@ -69,7 +67,7 @@ def raise_file_limit() -> None:
 
 
 def max_connections() -> int:
-    """The most connections: MAX_CONNECTIONS, fewer if the process may not open as many files, and half of those at least."""
+    """Maximum open connections: MAX_CONNECTIONS, or fewer if the limit of open files is low, but at least half of that limit."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY:
         return MAX_CONNECTIONS
@@ -82,7 +80,7 @@ def options(config: ServerConfig, keepalive: float = KEEPALIVE_SECONDS) -> list[
     bounds = [
         ("grpc.max_receive_message_length", config.max_message_bytes),
         ("grpc.max_send_message_length", -1),
-        # The first is where gRPC begins to refuse at random, the second where it always does: one clear bound is better.
+        # Above the first gRPC refuses at random, above the second always. Equal values make the limit deterministic.
         ("grpc.max_metadata_size", MAX_METADATA_BYTES),
         ("grpc.absolute_max_metadata_size", MAX_METADATA_BYTES),
         ("grpc.max_concurrent_streams", MAX_STREAMS),
@@ -94,31 +92,31 @@ def options(config: ServerConfig, keepalive: float = KEEPALIVE_SECONDS) -> list[
         ("grpc.http2.min_ping_interval_without_data_ms", PING_SECONDS * 1000),
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.keepalive_time_ms", int(keepalive * 1000)),
-        # Both, as the longer of them is what counts; that of pings is a minute where nobody says otherwise.
+        # gRPC uses the longer of both; the default of ping_timeout is a minute.
         ("grpc.keepalive_timeout_ms", timeout),
         ("grpc.http2.ping_timeout_ms", timeout),
-        # Bit 0 is "not compressed". With compression a message of 31 KiB can inflate to the largest size.
+        # Bit 0 means uncompressed. A compressed message of 31 KiB can expand to the maximum size.
         ("grpc.compression_enabled_algorithms_bitset", 0b111 if config.accept_compression else 0b001),
-        # Else a second server on the same port binds silently and takes half the calls.
+        # Otherwise a second server could bind the same port and receive half of the calls.
         ("grpc.so_reuseport", 0),
     ]
     return bounds if config.tls.certificate is None else [*bounds, ("grpc.max_connection_age_ms", AGE_SECONDS * 1000)]
 
 
 _SLOW = 5.0
-"""Seconds after which a message that the client does not take counts as unread."""
+"""Seconds after which a message counts as unread."""
 _BYTES_PER_SECOND = 64 * 2**10
-"""What the slowest connection that is served takes: a large result has so much more time."""
+"""The slowest supported connection: large responses get correspondingly more time."""
 MAX_UNREAD, MAX_CLIENT_UNREAD = 256, 16
-"""Calls whose client does not read, in all and of one client."""
+"""Maximum calls with unread responses, of all clients and of one."""
 _RETRY_SECONDS = 10.0
 
 
 class Readers:
-    """Knows which calls wait for their client to read. `seconds` is how long one message may be left unread, 0 for no bound.
+    """Counts calls whose client does not read. `seconds` is the maximum time that a message may be unread, 0 for no limit.
 
-    Beyond that the call ends; gRPC can send its status only behind the message, so the message stays in memory until the client
-    reads or leaves, and the call counts until then. Used on the event loop only.
+    After that the call ends. gRPC sends its status only after the message, so the message stays in memory and the call counts
+    until the client reads or disconnects. Used on the event loop only.
     """
 
     def __init__(self, seconds: float) -> None:
@@ -126,18 +124,18 @@ class Readers:
         self._unread: Counter[str] = Counter()
 
     def check(self, client: str) -> None:
-        """Raises ClientBusy or Exhausted if too many calls, of this client or of all, have answers that are not read."""
+        """Raises ClientBusy or Exhausted if this client, or all clients together, have too many calls with unread responses."""
         if self._unread[client] >= MAX_CLIENT_UNREAD:
             raise ClientBusy(f"this client has {MAX_CLIENT_UNREAD} calls with unread responses, the maximum", _RETRY_SECONDS)
         if self._unread.total() >= MAX_UNREAD:
             raise Exhausted(f"the server has {MAX_UNREAD} calls with unread responses, the maximum", _RETRY_SECONDS)
 
     async def write(self, context: Any, response: Any, client: str) -> None:
-        """Sends one message. Raises ReaderTooSlow if the client does not take it in time."""
+        """Sends one message. Raises ReaderTooSlow if the client does not read it in time."""
         await self.within(context.write(response), response.ByteSize(), client)
 
     async def within(self, writing: Awaitable[None], size: int, client: str) -> None:
-        """Awaits what writes `size` bytes to a client. Raises ReaderTooSlow if the client does not take them in time."""
+        """Awaits the writing of `size` bytes to a client. Raises ReaderTooSlow if the client does not read them in time."""
         limit = self._seconds + size / _BYTES_PER_SECOND if self._seconds else None
         with self._unread_after(_SLOW, client):
             try:
@@ -150,7 +148,7 @@ class Readers:
 
     @contextmanager
     def unread(self, client: str) -> Iterator[None]:
-        """Within the block one more call of this client has an answer that is not read."""
+        """Counts one more call of this client with unread responses within the block."""
         self._unread[client] += 1
         try:
             yield

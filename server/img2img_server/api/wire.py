@@ -1,7 +1,7 @@
-"""Looks at a protobuf message's bytes before they are parsed: how many fields, repeated elements and bytes it has.
+"""Checks a protobuf message's bytes before it is parsed: the number of fields and repeated elements, and their sizes.
 
 A parsed message can take many times the memory of its bytes: an empty string in a repeated field is 2 bytes on the wire and 16 or
-more when parsed. The bounds come from the message's descriptor, so a new field is bounded from its first day.
+more when parsed. The limits are derived from the message's descriptor, so they apply to new fields automatically.
 https://protobuf.dev/programming-guides/encoding/
 """
 
@@ -14,11 +14,11 @@ from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from img2img_server.errors import InvalidField, MalformedMessage
 
 MAX_FIELDS = 1024
-"""Fields of a message and of the messages in it, known or not."""
+"""Maximum fields of a message including nested messages and unknown fields."""
 MAX_ELEMENTS = 256
-"""Elements of one repeated field, map entries included."""
+"""Maximum elements of one repeated field or entries of a map."""
 MAX_VALUE_BYTES = 64 * 2**10
-"""Bytes of one string or bytes field that does not hold an image."""
+"""Maximum bytes of a string or bytes field that does not contain an image."""
 _MAX_DEPTH = 16
 
 _IMAGES = {
@@ -30,7 +30,7 @@ _IMAGES = {
     "inference.InferTensorContents.uint_contents",
     "inference.ModelInferRequest.raw_input_contents",
 }
-"""Fields that may hold a whole image: their size is bounded by the message's."""
+"""Fields that may contain an image. Only the message's size limits them."""
 
 _VARINT, _FIXED64, _LENGTH, _FIXED32 = 0, 1, 2, 5
 _FIXED = {_FIXED64: 8, _FIXED32: 4}
@@ -44,9 +44,9 @@ _FIXED_SIZES = {
 }
 _TEXTS = (FieldDescriptor.TYPE_STRING, FieldDescriptor.TYPE_BYTES)
 _PARSED_ELEMENT = 8
-"""Bytes of a parsed element of a packed field, at most."""
+"""Maximum bytes of a parsed element of a packed field."""
 _CONTINUED = bytes(range(128, 256))
-"""Bytes of a varint that are not its last."""
+"""All bytes of a varint except its last."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,9 +76,9 @@ def _fields(descriptor: Descriptor) -> dict[int, _Field]:
 
 
 def check(data: bytes, descriptor: Descriptor) -> int:
-    """Checks the bytes of a message of `descriptor`'s type. Returns how many bytes it takes once it is parsed, about.
+    """Checks the bytes of a message of `descriptor`'s type. Returns the approximate bytes of the parsed message.
 
-    Takes a few microseconds a field, and stops at the first bound that is exceeded. Raises InvalidField, naming the field, or
+    Takes a few microseconds per field and stops at the first exceeded limit. Raises InvalidField, naming the field, or
     MalformedMessage.
     """
     walk = _Walk(data)
@@ -87,7 +87,7 @@ def check(data: bytes, descriptor: Descriptor) -> int:
 
 
 class _Walk:
-    """One look at `data`. `unpacked` counts the bytes that packed elements take beyond their own."""
+    """One pass over `data`. `unpacked` counts the additional bytes that packed elements take when parsed."""
 
     def __init__(self, data: bytes) -> None:
         self._data = data
@@ -133,7 +133,7 @@ class _Walk:
             raise InvalidField(_shown(name), f"the field has {end - start} bytes, the maximum is {MAX_VALUE_BYTES}")
 
     def _elements(self, field: _Field, kind: int, start: int, end: int) -> int:
-        """How many elements a repeated field's occurrence has: several if it is packed."""
+        """The number of elements in one occurrence of a field: several if it is packed."""
         if kind != _LENGTH or field.message is not None or field.is_text:
             return 1
         if field.fixed_size:
@@ -143,7 +143,7 @@ class _Walk:
         return count
 
     def _varint(self, at: int, end: int) -> tuple[int, int]:
-        """A varint's value, and where it ends."""
+        """A varint's value and its end offset."""
         value = shift = 0
         while at < end and shift < 70:
             byte = self._data[at]
@@ -159,5 +159,5 @@ def _malformed() -> MalformedMessage:
 
 
 def _shown(path: str) -> str:
-    """The path as other errors have it: TransformStream's request is the same as Transform's."""
+    """The path as other errors name it: TransformStream wraps the same request as Transform."""
     return path.removeprefix("request.")

@@ -1,1 +1,1 @@
-"""Assets: images that are kept for clients."""
+"""Assets: images that the server stores for its clients."""

@@ -1,7 +1,7 @@
-"""The files of the asset store, in any filesystem that fsspec opens: each is there whole, or not at all, even after a crash.
+"""The asset store's files, in any filesystem that fsspec supports. Writes are atomic, even in a crash.
 
-Everything here blocks. Files are at <owner>/<first two digits of id>/<id>. Beside them a local folder has ".parts", where files
-are written before they are moved to their place.
+Everything here blocks. Files are at <owner>/<first two digits of id>/<id>. A local folder also contains ".parts", where files are
+written before they are renamed.
 """
 
 import hashlib
@@ -24,14 +24,14 @@ _ID = re.compile(r"[0-9a-f]{64}")
 _BLOCK = 2**20
 _PARTS = ".parts"
 _LEFT_OVER = 3600.0
-"""Seconds after which an unfinished file is a crash's: another server may be writing a younger one."""
+"""Age in seconds at which an unfinished file counts as left by a crash. Another server may still be writing a younger one."""
 _MODIFIED = ("mtime", "LastModified", "last_modified", "updated", "modified", "created")
-"""What the filesystems call the time of a file's last change."""
+"""The filesystems' names for a file's modification time."""
 
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """A file that is there. `used` is the time, in seconds since 1970, of its last use, as far as its filesystem knows."""
+    """An existing file. `used` is the filesystem's time of its last use, in seconds since 1970."""
 
     owner: str
     id: str
@@ -40,8 +40,8 @@ class Found:
 
 
 class AssetFiles:
-    """Files of an fsspec filesystem below `root`. Writing one is as atomic as the filesystem's `pipe_file`: in object stores it
-    is. Raises what the filesystem raises, and FileNotFoundError for a file that is not there."""
+    """Files of an fsspec filesystem below `root`. Writes are as atomic as the filesystem's `pipe_file`; in object stores it is
+    atomic. Methods raise the filesystem's exceptions, and FileNotFoundError for a missing file."""
 
     def __init__(self, system: Any, root: str) -> None:
         self._system = system
@@ -49,18 +49,18 @@ class AssetFiles:
         self._folders: set[str] = set()
 
     def prepare(self, now: float) -> None:
-        """Finds out whether files can be written and deleted, and deletes what a crash left an hour or more before `now`."""
+        """Checks that files can be written and deleted. `now` is in seconds since 1970."""
         probe = f"{self._root}/.probe-{uuid.uuid4().hex}"
         self._system.pipe_file(probe, b"img2img")
         self._system.rm_file(probe)
 
     def found(self) -> list[Found]:
-        """All files. Whatever else is there is left alone."""
+        """All asset files. Other files are ignored."""
         listed = self._system.find(self._root, detail=True)
         return [found for name, info in listed.items() if (found := self._described(name, info)) is not None]
 
     def look(self, owner: str, asset_id: str) -> Found:
-        """One file."""
+        """The current size and time of one file."""
         place = self._place(owner, asset_id)
         found = self._described(place, self._system.info(place))
         if found is None:
@@ -68,11 +68,11 @@ class AssetFiles:
         return found
 
     def read(self, owner: str, asset_id: str, start: int, end: int) -> bytes:
-        """The bytes from `start` to `end`, fewer where the file is shorter."""
+        """The bytes from `start` to `end`, fewer if the file is shorter."""
         return bytes(self._system.cat_file(self._place(owner, asset_id), start=start, end=end))
 
     def intact(self, owner: str, asset_id: str) -> bool:
-        """Whether a file is there, and is what its id says."""
+        """Whether a file exists and its SHA-256 is its id."""
         hashed, start = hashlib.sha256(), 0
         try:
             while block := self.read(owner, asset_id, start, start + _BLOCK):
@@ -83,7 +83,7 @@ class AssetFiles:
         return hashed.hexdigest() == asset_id
 
     def write(self, owner: str, asset_id: str, data: bytes) -> None:
-        """Puts a file into its place."""
+        """Writes a file."""
         place = self._place(owner, asset_id)
         folder = place.rpartition("/")[0]
         if folder not in self._folders:
@@ -96,7 +96,7 @@ class AssetFiles:
         self._system.rm_file(self._place(owner, asset_id))
 
     def touch(self, owner: str, asset_id: str, now: float) -> None:
-        """Notes that a file was used at `now`, where the filesystem can: this one cannot, the time of writing is what it has."""
+        """Records a use at `now`, in seconds since 1970, if the filesystem supports that. This one does not."""
 
     def _place(self, owner: str, asset_id: str) -> str:
         return f"{self._root}/{owner}/{asset_id[:2]}/{asset_id}"
@@ -109,10 +109,10 @@ class AssetFiles:
 
 
 class LocalAssetFiles(AssetFiles):
-    """Files in a folder of this machine. What was written survives a crash of the machine, and only its owner can read it."""
+    """Files in a local folder. Written files survive a crash of the machine and are readable by their owner only."""
 
     def prepare(self, now: float) -> None:
-        """As everywhere; and makes the folder."""
+        """Creates the folder, checks that it is writable, and deletes unfinished files older than an hour."""
         parts = Path(self._root, _PARTS)
         made = [folder for folder in (parts, *parts.parents) if not folder.exists()]
         parts.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -120,13 +120,13 @@ class LocalAssetFiles(AssetFiles):
             _sync_folder(folder.parent)
         Path(self._root).chmod(0o700)
         for part in parts.iterdir():
-            with suppress(FileNotFoundError):  # of another server that starts now
+            with suppress(FileNotFoundError):  # deleted by another server that starts now
                 if part.stat().st_mtime < now - _LEFT_OVER:
                     part.unlink()
         self._write_part(b"img2img").unlink()
 
     def write(self, owner: str, asset_id: str, data: bytes) -> None:
-        """Puts a file into its place once it is on the disk."""
+        """Writes a file, flushes it to disk, and renames it to its final path."""
         place = Path(self._place(owner, asset_id))
         part = self._write_part(data)
         try:
@@ -135,12 +135,12 @@ class LocalAssetFiles(AssetFiles):
         except OSError:
             part.unlink(missing_ok=True)
             raise
-        # Its folder's own name may be new, too, and that of its owner's.
+        # The folder's own entry, and that of the owner's folder, may be new too.
         for folder in (place.parent, place.parent.parent, Path(self._root)):
             _sync_folder(folder)
 
     def touch(self, owner: str, asset_id: str, now: float) -> None:
-        """Notes a use as the file's time of change."""
+        """Records a use as the file's modification time."""
         os.utime(self._place(owner, asset_id), (now, now))
 
     def _write_part(self, data: bytes) -> Path:
@@ -157,7 +157,7 @@ class LocalAssetFiles(AssetFiles):
 
 
 def owner_of(call: Call) -> str:
-    """Whose assets a call sees: those of its token, or, where nobody needs one, everybody's: an address tells nobody apart."""
+    """The owner of the assets that a call sees: its token, or "shared" without tokens, since addresses are no identity."""
     if not call.authenticated:
         return "shared"
     return f"client-{hashlib.sha256(call.client.encode()).hexdigest()[:32]}"
@@ -169,12 +169,12 @@ def is_id(text: str) -> bool:
 
 
 def open_files(url: str | None) -> AssetFiles:
-    """The files below a folder or a URL of fsspec's, None for the default folder. Raises OSError where there is no way to."""
+    """The files below a folder or an fsspec URL, None for the default folder. Raises OSError if it cannot be opened."""
     from fsspec.core import url_to_fs  # type: ignore[import-untyped]
     from fsspec.implementations.local import LocalFileSystem  # type: ignore[import-untyped]
 
     try:
-        # Listings that fsspec remembers would hide what other servers put there.
+        # fsspec's cached listings would hide other servers' files.
         system, root = url_to_fs(url or str(default_folder()), use_listings_cache=False, skip_instance_cache=True)
     except ImportError as error:
         raise OSError(f"assets: '{url}' needs a package that is not installed: {error}") from None
@@ -184,7 +184,7 @@ def open_files(url: str | None) -> AssetFiles:
 
 
 def default_folder() -> Path:
-    """Where assets are kept unless told otherwise: img2img/assets in the user's cache directory."""
+    """The default folder of assets: img2img/assets in the user's cache directory."""
     return user_cache("assets")
 
 
@@ -193,7 +193,7 @@ def _private(path: str, flags: int) -> int:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Has the disk remember the folder's names: else a file may be lost with a power cut, though its bytes are there."""
+    """Flushes the folder's entries to disk. Otherwise a power cut may lose a file although its bytes were written."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)

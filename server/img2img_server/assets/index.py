@@ -1,4 +1,4 @@
-"""What the asset store knows of its files without looking, and how many bytes they take: no input, no output."""
+"""The asset store's index in memory: known files, their bytes, and the quota. Does no input or output."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ Key = tuple[str, str]
 
 @dataclass(frozen=True, slots=True)
 class Asset:
-    """An image that is kept. `size` is in bytes, `expires` in seconds since 1970, unless it is used again."""
+    """A stored image. `size` is in bytes. It expires at `expires`, in seconds since 1970, unless it is used before."""
 
     id: str
     media_type: str
@@ -23,8 +23,8 @@ class Asset:
 
 @dataclass(frozen=True, slots=True)
 class AssetStats:
-    """How the store does. `bytes` are those of the assets, `reserved` those of what is on its way, out of `quota`; the rest are
-    counts since the start: what was stored, what was read (as a source, or by a client), what grew too old, what was damaged."""
+    """The store's statistics. `bytes` of assets and `reserved` bytes of uploads in progress count against `quota`. The others are
+    counts since the start: `uploads` stored, `downloads` read (as a source or by a client), `expired`, and `damaged` ones."""
 
     count: int
     bytes: int
@@ -38,8 +38,8 @@ class AssetStats:
 
 @dataclass(slots=True)
 class Entry:
-    """A file. `size` is in bytes; `used` is its last use, in seconds since 1970, and `touched` the last that its filesystem
-    knows of; `media_type` is "" until somebody looks."""
+    """A file. `size` is in bytes; `used` is its last use in seconds since 1970, and `touched` the last use that its filesystem
+    has recorded; `media_type` is "" until it is first needed."""
 
     size: int
     used: float
@@ -47,8 +47,8 @@ class Entry:
     media_type: str = ""
 
 
-class Quota:
-    """Bytes of the quota, `left` of them, that are kept free for something of `owner` on its way."""
+class Reservation:
+    """`left` bytes of the quota that are reserved for a write of `owner`."""
 
     def __init__(self, owner: str, left: int = 0) -> None:
         self.owner = owner
@@ -56,14 +56,14 @@ class Quota:
 
 
 class AssetIndex:
-    """Entries by owner and id. `size` is their bytes, `reserved` those of what is on its way; both together stay below `quota`,
-    and one owner's below `share` (None: no bound), but for files that another server put into the same place."""
+    """Entries by owner and id. `size` is their bytes, `reserved` the bytes of writes in progress. Their sum stays within `quota`,
+    and one owner's within `share` (None: no limit), except for files that other servers write to the same storage."""
 
     def __init__(self, quota: int, share: int | None = None) -> None:
         self.quota = quota
         self.size = self.reserved = 0
         self._share = share
-        self._taken: Counter[str] = Counter()  # by owner: bytes of assets and of what is on its way
+        self._taken: Counter[str] = Counter()  # by owner: bytes of assets and of reservations
         self._entries: dict[Key, Entry] = {}
 
     def __len__(self) -> int:
@@ -77,7 +77,7 @@ class AssetIndex:
         return self._entries.get(key)
 
     def adopt(self, found: Found) -> Entry:
-        """Takes over what the filesystem knows of a file. A later use that is known here stands."""
+        """Updates an entry from the filesystem. A later use that is already known is kept."""
         key = found.owner, found.id
         entry = self._entries.get(key)
         if entry is None:
@@ -87,48 +87,48 @@ class AssetIndex:
         return entry
 
     def enter(self, key: Key, size: int, used: float) -> Entry:
-        """Notes a file that was just written."""
+        """Adds a file that was just written."""
         self.forget(key)
         self._count(key[0], size)
         self._entries[key] = entry = Entry(size, used, used)
         return entry
 
     def forget(self, key: Key) -> None:
-        """Notes that a file is gone."""
+        """Removes the entry of a deleted file."""
         entry = self._entries.pop(key, None)
         self._count(key[0], -entry.size if entry is not None else 0)
 
     def postpone(self, key: Key) -> None:
-        """Has a file come last of all."""
+        """Moves an entry to the end of the iteration order."""
         if (entry := self._entries.pop(key, None)) is not None:
             self._entries[key] = entry
 
     def fits(self, owner: str, size: int) -> bool:
-        """Whether so many bytes more are within the quota and the owner's share of it."""
+        """Whether `size` more bytes are within the quota and the owner's share of it."""
         return self.size + self.reserved + size <= self.quota and (
             self._share is None or self._taken[owner] + size <= self._share
         )
 
-    def enlarge(self, room: Quota, size: int) -> None:
-        """Keeps so many bytes more free for `room`. Raises AssetQuotaFull."""
-        if not self.fits(room.owner, size):
+    def enlarge(self, reservation: Reservation, size: int) -> None:
+        """Adds `size` bytes to a reservation. Raises AssetQuotaFull."""
+        if not self.fits(reservation.owner, size):
             whose = "" if self.size + self.reserved + size > self.quota else f" within your share of {self._share} bytes"
             raise AssetQuotaFull(
                 f"asset storage is full: no space for {size} more bytes{whose}; delete assets, or wait until some expire"
             )
-        self._reserve(room.owner, size)
-        room.left += size
+        self._reserve(reservation.owner, size)
+        reservation.left += size
 
-    def release(self, room: Quota) -> None:
-        """Gives back what is left of `room`."""
-        self._reserve(room.owner, -room.left)
-        room.left = 0
+    def release(self, reservation: Reservation) -> None:
+        """Returns the unused bytes of a reservation to the quota."""
+        self._reserve(reservation.owner, -reservation.left)
+        reservation.left = 0
 
-    def cover(self, room: Quota, key: Key, size: int) -> None:
-        """Keeps so much more free that `room` and what the file has now are `size` bytes: it may have been there when room was
-        made for it, and be gone. Raises AssetQuotaFull."""
+    def cover(self, reservation: Reservation, key: Key, size: int) -> None:
+        """Enlarges a reservation until it and the file's present bytes are `size`: the file may have been deleted since the
+        reservation was made. Raises AssetQuotaFull."""
         known = self._entries.get(key)
-        self.enlarge(room, max(0, size - room.left - (0 if known is None else known.size)))
+        self.enlarge(reservation, max(0, size - reservation.left - (0 if known is None else known.size)))
 
     def _count(self, owner: str, size: int) -> None:
         self.size += size
@@ -141,4 +141,4 @@ class AssetIndex:
     def _take(self, owner: str, size: int) -> None:
         self._taken[owner] += size
         if not self._taken[owner]:
-            del self._taken[owner]  # else owners who have nothing any more would stay for good
+            del self._taken[owner]  # otherwise owners without files would accumulate

@@ -1,4 +1,4 @@
-"""Assets: images that are kept for clients, by content, in any filesystem that fsspec opens."""
+"""The asset store: clients' images, addressed by content, in any filesystem that fsspec supports."""
 
 import asyncio
 import errno
@@ -12,7 +12,7 @@ from weakref import WeakValueDictionary
 
 from img2img_server import images
 from img2img_server.assets.files import AssetFiles, default_folder, open_files
-from img2img_server.assets.index import Asset, AssetIndex, AssetStats, Entry, Key, Quota
+from img2img_server.assets.index import Asset, AssetIndex, AssetStats, Entry, Key, Reservation
 from img2img_server.config import AssetSettings
 from img2img_server.errors import AssetNotFound, NotSupported, StorageFailed
 from img2img_server.support.fair_queue import FairThreads
@@ -24,32 +24,32 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class AssetWork:
-    """Threads for what blocks, shared fairly among clients, and tasks for what must not be left half done."""
+    """Threads for blocking calls, shared fairly among clients, and tasks for changes that must not be interrupted."""
 
     def __init__(self) -> None:
         self._threads = FairThreads(_THREADS, "img2img-assets")
         self._changes: set[asyncio.Task[object]] = set()
 
     async def run(self, work: Callable[..., _T], *arguments: object) -> _T:
-        """Runs what blocks. Raises StorageFailed for whatever a filesystem raises, but FileNotFoundError."""
+        """Runs blocking work on a thread. Raises StorageFailed for every exception of the filesystem except FileNotFoundError."""
         try:
             return await self._threads.run(work, *arguments)
         except FileNotFoundError:
             raise
-        except Exception as error:  # the edge to foreign filesystems, which raise what their libraries do
+        except Exception as error:  # filesystems raise any exception of their libraries
             _log.error("the asset store failed: %r", error)
             full = isinstance(error, OSError) and error.errno in _FULL
             raise StorageFailed(f"asset storage {'is full' if full else 'cannot be read or written'}") from error
 
     async def finish(self, change: Coroutine[object, object, _T]) -> _T:
-        """Makes a change whole, even where who waits for it is cancelled meanwhile."""
+        """Runs a change to its end, even if its caller is cancelled meanwhile."""
         task = asyncio.create_task(change)
         self._changes.add(task)
         task.add_done_callback(self._changed)
         return await asyncio.shield(task)
 
     async def close(self) -> None:
-        """Waits until what was begun is done."""
+        """Waits for changes in progress."""
         if self._changes:
             await asyncio.wait(self._changes)
         self._threads.close()
@@ -57,33 +57,32 @@ class AssetWork:
     def _changed(self, task: asyncio.Task[object]) -> None:
         self._changes.discard(task)
         if not task.cancelled():
-            task.exception()  # its caller may have left: asyncio would complain that nobody asked
+            task.exception()  # retrieved, since asyncio warns if the caller has left
 
 
 _log = logging.getLogger(__name__)
 
 _BLOCK = 2**20
-"""Bytes that are read at a time: in an object store each is a request."""
+"""Bytes of one read. In an object store each read is a request."""
 _HEAD = 32
-"""Bytes that tell a file's format."""
+"""Bytes at the start of a file that identify its format."""
 _TOUCH = 60.0
-"""Seconds between two notes on the disk that an asset is in use."""
+"""Minimum seconds between two writes of an asset's time of use to the filesystem."""
 _SWEEP = 60.0
 
 
 def steady_clock(wall: Callable[[], float] = time.time, monotonic: Callable[[], float] = time.monotonic) -> Callable[[], float]:
-    """Seconds since 1970 that do not jump: the time now, and what passes from now on. If the machine's clock is set forward by a
-    day, no asset is a day older."""
+    """A clock in seconds since 1970 that does not jump: if the system clock is set forward by a day, no asset expires early."""
     offset = wall() - monotonic()
     return lambda: monotonic() + offset
 
 
 class AssetStore:
-    """Keeps files by the SHA-256 of their content, apart for each owner.
+    """Stores files by the SHA-256 of their content, separately for each owner.
 
-    All of it is used from one event loop; the filesystem is on threads. What is stored is whole: what was torn or changed is
-    found when it is read, deleted, and never given to anybody. `clock` is in seconds since 1970, `sweep_seconds` how often
-    what is too old is looked for.
+    Used from one event loop; filesystem calls run on threads. Every read verifies the content: a truncated or changed file is
+    deleted and never returned. `clock` is in seconds since 1970; `sweep_seconds` is the interval between checks for expired
+    assets.
     """
 
     def __init__(self, settings: AssetSettings, clock: Callable[[], float] | None = None, sweep_seconds: float = _SWEEP) -> None:
@@ -98,7 +97,7 @@ class AssetStore:
         self._sweeper: asyncio.Task[None] | None = None
 
     async def open(self) -> None:
-        """Finds out what is there, and begins to delete what is too old. Raises OSError where the place cannot be used."""
+        """Lists the stored files and starts to delete expired ones. Raises OSError if the storage cannot be used."""
         if self._settings.url == "none":
             return
         files = await asyncio.to_thread(open_files, self._settings.url)
@@ -116,7 +115,7 @@ class AssetStore:
         self._sweeper = asyncio.create_task(self._keep_sweeping())
 
     async def close(self) -> None:
-        """Stops, once what is being written is there."""
+        """Stops after the writes in progress have finished."""
         if self._sweeper is not None:
             self._sweeper.cancel()
             await asyncio.wait([self._sweeper])
@@ -125,52 +124,52 @@ class AssetStore:
 
     @property
     def kept(self) -> bool:
-        """Whether this server keeps assets."""
+        """Whether assets are enabled on this server."""
         return self._opened is not None
 
     @property
     def stats(self) -> AssetStats:
-        """How it does now."""
+        """The store's current statistics."""
         return AssetStats(
             len(self._index), self._index.size, self._index.reserved, self._index.quota,
             self._uploads, self._downloads, self._expired, self._damaged,
         )  # fmt: skip
 
     def require(self, what: str) -> None:
-        """Raises NotSupported, for `what` was asked, where this server keeps no assets."""
+        """Raises NotSupported, naming the method or field `what`, if assets are disabled on this server."""
         if not self.kept:
             raise NotSupported(f"{what}: assets are disabled on this server (its setting 'assets' is 'none')")
 
     @asynccontextmanager
-    async def room(self, owner: str, size: int) -> AsyncIterator[Quota]:
-        """Keeps `size` bytes of the quota free for `owner` within the block. Raises AssetQuotaFull where there are fewer."""
+    async def reserve(self, owner: str, size: int) -> AsyncIterator[Reservation]:
+        """Reserves `size` bytes of the quota for `owner` within the block. Raises AssetQuotaFull if fewer are free."""
         if not self._index.fits(owner, size):
             await self.sweep()
-        room = Quota(owner)
-        self._index.enlarge(room, size)
+        reserved = Reservation(owner)
+        self._index.enlarge(reserved, size)
         try:
-            yield room
+            yield reserved
         finally:
-            self._index.release(room)
+            self._index.release(reserved)
 
     def holds(self, owner: str, asset_id: str) -> bool:
-        """Whether this asset is known to be there, so that it takes no more of the quota."""
+        """Whether this asset is stored already, so that storing it again takes no quota."""
         return self._index.get((owner, asset_id)) is not None
 
-    async def put(self, owner: str, data: bytes, room: Quota) -> Asset:
-        """Stores a file, and is back when it is safe. Raises StorageFailed, and AssetQuotaFull where `room` was not enough.
+    async def put(self, owner: str, data: bytes, reserved: Reservation) -> Asset:
+        """Stores a file and returns after it is durable. Raises StorageFailed, and AssetQuotaFull if `reserved` is too small.
 
-        A caller that is cancelled leaves the file stored.
+        If the caller is cancelled, the file is stored nevertheless.
         """
         asset_id = await self._work.run(_digest, data)
         size = 0 if self.holds(owner, asset_id) else len(data)
-        if size > room.left:
-            self._index.enlarge(room, size - room.left)
-        room.left -= size  # from here on they are the writing's
-        return await self._work.finish(self._store((owner, asset_id), data, Quota(owner, size)))
+        if size > reserved.left:
+            self._index.enlarge(reserved, size - reserved.left)
+        reserved.left -= size  # from here on _store holds and releases these bytes
+        return await self._work.finish(self._store((owner, asset_id), data, Reservation(owner, size)))
 
     async def find(self, owner: str, asset_id: str) -> Asset:
-        """What is known of an asset, which counts as a use of it. Raises AssetNotFound or StorageFailed."""
+        """An asset's description. Counts as a use of it. Raises AssetNotFound or StorageFailed."""
         key = owner, asset_id
         entry = await self._current(key)
         with self._losing(key):
@@ -180,9 +179,9 @@ class AssetStore:
         return self._asset(key, entry)
 
     async def read(self, owner: str, asset_id: str, most: int) -> bytes | None:
-        """A whole asset, which counts as a use of it; None where it has more than `most` bytes.
+        """An asset's bytes, None if there are more than `most`. Counts as a use of it.
 
-        Raises AssetNotFound, and StorageFailed where it cannot be read or is not what was stored.
+        Raises AssetNotFound, and StorageFailed if it cannot be read or is damaged.
         """
         key = owner, asset_id
         entry = await self._current(key)
@@ -190,7 +189,7 @@ class AssetStore:
             return None
         with self._losing(key):
             await self._use(key, entry)
-            # One byte more than it should have: else a longer file would look right.
+            # Reads one byte more than expected to detect a longer file.
             data: bytes = await self._work.run(self._files.read, *key, 0, entry.size + 1)
         if await self._work.run(_digest, data) != asset_id:
             await self._work.finish(self._discard(key))
@@ -199,9 +198,9 @@ class AssetStore:
         return data
 
     async def stream(self, owner: str, asset_id: str) -> AsyncGenerator[bytes, None]:
-        """An asset in blocks of at most 1 MiB, only one of which is in memory. The last one comes only if all were right.
+        """Yields an asset in blocks of at most 1 MiB, one in memory at a time. The last is yielded only if the content is intact.
 
-        Raises as read does.
+        Raises as `read` does.
         """
         key = owner, asset_id
         size = (await self._current(key)).size
@@ -224,12 +223,12 @@ class AssetStore:
         await self._work.finish(self._remove(key))
 
     async def sweep(self) -> None:
-        """Deletes what is too old. What cannot be deleted now is tried again the next time."""
+        """Deletes expired assets. Failed deletions are retried at the next sweep."""
         for key in [key for key, entry in self._index if self._is_old(entry)]:
             try:
                 await self._work.finish(self._expire(key))
             except StorageFailed:
-                self._index.postpone(key)  # else one that can never be deleted would keep all behind it
+                self._index.postpone(key)  # so that one that cannot be deleted does not block the others
                 return
 
     async def _keep_sweeping(self) -> None:
@@ -237,24 +236,24 @@ class AssetStore:
             await asyncio.sleep(self._sweep_seconds)
             await self.sweep()
 
-    async def _store(self, key: Key, data: bytes, room: Quota) -> Asset:
+    async def _store(self, key: Key, data: bytes, reserved: Reservation) -> Asset:
         try:
             async with self._lock(key):
                 entry = await self._used_again(key)
                 if entry is None:
-                    self._index.cover(room, key, len(data))
+                    self._index.cover(reserved, key, len(data))
                     await self._work.run(self._files.write, *key, data)
                     entry = self._index.enter(key, len(data), self._clock())
                 entry.media_type = _media_type(data[:_HEAD])
                 self._uploads += 1
                 return self._asset(key, entry)
-        except FileNotFoundError as error:  # not the file: the place
+        except FileNotFoundError as error:  # the storage itself is missing
             raise StorageFailed("asset storage is not available") from error
         finally:
-            self._index.release(room)
+            self._index.release(reserved)
 
     async def _used_again(self, key: Key) -> Entry | None:
-        """The entry of a file that need not be written, as it is there and whole."""
+        """The entry of a file that is already stored and intact, so that it need not be written; else None."""
         entry = await self._known(key)
         with suppress(FileNotFoundError):
             if entry is not None and await self._work.run(self._files.intact, *key):
@@ -263,7 +262,7 @@ class AssetStore:
         return None
 
     async def _discard(self, key: Key) -> None:
-        """Deletes an asset whose bytes are not what its id says, unless somebody has just stored it anew."""
+        """Deletes a damaged asset, unless it has been stored again meanwhile."""
         async with self._lock(key):
             if self._index.get(key) is not None and not await self._work.run(self._files.intact, *key):
                 _log.error("asset %s of %s is damaged: deleted", key[1], key[0])
@@ -289,7 +288,7 @@ class AssetStore:
         self._index.forget(key)
 
     async def _current(self, key: Key) -> Entry:
-        """The entry of an asset that is there, and not too old."""
+        """The entry of an asset that exists and has not expired. Raises AssetNotFound."""
         entry = await self._known(key)
         if entry is not None and self._is_old(entry):
             await self._work.finish(self._expire(key))
@@ -318,16 +317,16 @@ class AssetStore:
 
     @property
     def _files(self) -> AssetFiles:
-        assert self._opened is not None, "whoever gets here has passed require()"
+        assert self._opened is not None, "callers have passed require()"
         return self._opened
 
     def _lock(self, key: Key) -> asyncio.Lock:
-        """One for all who change the same file."""
+        """The lock of all changes to one file."""
         return self._locks.setdefault(key, asyncio.Lock())
 
     @contextmanager
     def _losing(self, key: Key) -> Iterator[None]:
-        """Within the block, a file that is not there any more, since somebody else deleted it, is forgotten."""
+        """Within the block, a file that another server has deleted is removed from the index. Raises AssetNotFound for it."""
         try:
             yield
         except FileNotFoundError:

@@ -1,1 +1,1 @@
-"""Decoding and encoding in processes of their own: bounded by work, time and memory, and shared fairly among clients."""
+"""Decoding and encoding in child processes, with limits on work, time and memory, shared fairly among clients."""

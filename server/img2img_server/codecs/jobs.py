@@ -1,6 +1,6 @@
 """Jobs of a codec process (functions of bytes, without the event loop, gRPC or torch) and its messages to the server.
 
-Messages are small and pickled. Bytes of images are in files without a name.
+Messages are small and pickled. Images are passed in anonymous files.
 """
 
 import hashlib
@@ -20,15 +20,15 @@ from img2img_server.errors import InvalidField, StorageFailed
 from img2img_server.images import ImageLimits, SizeRule, WriteFormat
 
 Reserve = Callable[[int, float], None]
-"""Asks for so many bytes and seconds of processor time beyond those of a small image. Raises ImageMemoryFull."""
+"""Requests memory in bytes and processor time in seconds, in addition to those of a small image. Raises ImageMemoryFull."""
 
-_BYTES_PER_PIXEL, _OF_JPEG = 28, 16
-"""Of decoding, at most: the decoder's own, its output, conversions to RGB and the upright image, mostly of four bytes each.
-Measured were 26, for WebP and for TIFFs of floats; a JPEG needs less, and most large sources are one."""
+_BYTES_PER_PIXEL, _JPEG_BYTES_PER_PIXEL = 28, 16
+"""Maximum memory of decoding: the decoder's own, its output, conversions to RGB and the upright image, mostly four bytes each.
+Measured maximum: 26, for WebP and for TIFFs of floats. JPEGs, the format of most large sources, need less."""
 _COPIES = 3
-"""Of the file, at most: what came, what Pillow reads, and a decoder's buffer."""
+"""Maximum copies of the file: the received one, Pillow's, and a decoder's buffer."""
 _WEBP_CANVAS = 8
-"""Bytes a pixel that a WebP takes when it is opened: two canvases."""
+"""Bytes per pixel that a WebP takes when it is opened: two canvases."""
 _SECONDS_PER_PIXEL = 0.25e-6
 _SECONDS_PER_BYTE = 0.25e-6
 _DIGEST_BYTES = 16
@@ -36,7 +36,7 @@ _DIGEST_BYTES = 16
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """A source at the result's size, as raw RGB, and the digest of its pixels."""
+    """The size of a decoded source, resized to the result's size, and the digest of its pixels."""
 
     size: tuple[int, int]
     digest: bytes
@@ -44,8 +44,8 @@ class Loaded:
 
 @dataclass(frozen=True, slots=True)
 class LoadImage:
-    """Decodes an image file and resizes it to a result's size, rounded down to `multiple` pixels. `field` is what errors
-    name. The result must fit into a file of `file_format`."""
+    """Decodes an image file and resizes it to the result's size, rounded down to `multiple` pixels. Errors name `field`. The
+    result must fit into a file of `file_format`."""
 
     field: str
     limits: ImageLimits
@@ -54,13 +54,13 @@ class LoadImage:
     file_format: WriteFormat
 
     def run(self, data: bytes, reserve: Reserve) -> tuple[Loaded, bytes]:
-        """The image and its pixels. Raises InvalidField or ImageMemoryFull."""
-        _look(data, self.limits, self.field, reserve)
+        """Returns size and digest, and the raw RGB pixels. Raises InvalidField or ImageMemoryFull."""
+        _check_structure(data, self.limits, self.field, reserve)
         source = images.header_size(data, self.limits, self.field)
         size = images.target_size(source, self.size_rule, self.multiple, self.limits)
         images.check_side(size, self.file_format)
         count = source[0] * source[1] + size[0] * size[1]
-        each = _OF_JPEG if data.startswith(b"\xff\xd8\xff") else _BYTES_PER_PIXEL
+        each = _JPEG_BYTES_PER_PIXEL if data.startswith(b"\xff\xd8\xff") else _BYTES_PER_PIXEL
         reserve(each * count, _SECONDS_PER_PIXEL * count)
         pixels = images.resize(images.decode(data, self.limits, self.field), size).tobytes()
         return Loaded(size, digest_of(size, pixels)), pixels
@@ -68,7 +68,7 @@ class LoadImage:
 
 @dataclass(frozen=True, slots=True)
 class Inspected:
-    """What an image file is by its header, such as "image/png", and its SHA-256 in hexadecimal digits."""
+    """An image file's media type by its header, such as "image/png", and its SHA-256 in hexadecimal digits."""
 
     media_type: str
     sha256: str
@@ -76,20 +76,20 @@ class Inspected:
 
 @dataclass(frozen=True, slots=True)
 class Inspect:
-    """Looks at an image file without decoding it. `field` is what errors name."""
+    """Inspects an image file without decoding it. Errors name `field`."""
 
     field: str
     limits: ImageLimits
 
     def run(self, data: bytes, reserve: Reserve) -> tuple[Inspected, bytes]:
-        """What the file is, and no bytes. Raises InvalidField or ImageMemoryFull."""
-        _look(data, self.limits, self.field, reserve)
+        """Returns the file's type and hash, and no bytes. Raises InvalidField or ImageMemoryFull."""
+        _check_structure(data, self.limits, self.field, reserve)
         return Inspected(images.check_header(data, self.limits, self.field), hashlib.sha256(data).hexdigest()), b""
 
 
 @dataclass(frozen=True, slots=True)
 class Encode:
-    """Encodes raw RGB pixels of so many columns and rows. `record` is written into the file, as images.encode has it."""
+    """Encodes raw RGB pixels of `size` (width, height). `record` is written into the file as by images.encode."""
 
     size: tuple[int, int]
     file_format: WriteFormat
@@ -97,7 +97,7 @@ class Encode:
     record: str = ""
 
     def run(self, data: bytes, reserve: Reserve) -> tuple[None, bytes]:
-        """The file."""
+        """Returns the file's bytes."""
         pixels = self.size[0] * self.size[1]
         reserve(_BYTES_PER_PIXEL * pixels, 10 + 4e-6 * pixels)
         image = Image.frombuffer("RGB", self.size, data, "raw", "RGB", 0, 1)
@@ -108,16 +108,16 @@ Job = LoadImage | Inspect | Encode
 
 
 def digest_of(size: tuple[int, int], pixels: bytes) -> bytes:
-    """16 bytes that tell an RGB image from every other one, whatever file it came in: a hash of its size and its pixels."""
+    """A 16-byte hash of an RGB image's size and pixels, which does not depend on the file's format."""
     hashed = hashlib.blake2b(b"%d %d " % size, digest_size=_DIGEST_BYTES)
     hashed.update(pixels)
     return hashed.digest()
 
 
-def _look(data: bytes, limits: ImageLimits, field: str, reserve: Reserve) -> None:
-    """Bounds what reading the header may cost."""
+def _check_structure(data: bytes, limits: ImageLimits, field: str, reserve: Reserve) -> None:
+    """Limits the cost of reading the header."""
     if len(data) > limits.max_bytes:
-        return  # refused at once, with what the most is
+        return  # refused later, with an error that states the limit
     structure.check(data, field)
     pixels = structure.webp_pixels(data)
     if pixels > limits.max_source_pixels:
@@ -126,24 +126,24 @@ def _look(data: bytes, limits: ImageLimits, field: str, reserve: Reserve) -> Non
 
 
 MOST = 64 * 2**10
-"""Bytes of a message. Images are in files."""
+"""Maximum bytes of a message. Images are in files."""
 
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """The process takes jobs."""
+    """The process accepts jobs."""
 
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """The job needs so many more bytes of memory. The answer is None, or the error that refuses them."""
+    """The job needs `size` more bytes of memory. The server answers with None, or with the error that refuses them."""
 
     size: int
 
 
 @dataclass(frozen=True, slots=True)
 class JobDone:
-    """The job's result, beside the bytes in a file that comes along if there are any."""
+    """The job's result. Its bytes, if any, are in a file sent with the message."""
 
     value: object
 
@@ -155,18 +155,18 @@ class JobFailed:
     error: Exception
 
 
-Told = Ready | Ask | JobDone | JobFailed
+WorkerMessage = Ready | Ask | JobDone | JobFailed
 
 
 def send(connection: socket.socket, message: object, *files: int) -> None:
-    """Sends a message, with descriptors of files."""
+    """Sends a message with file descriptors."""
     socket.send_fds(connection, [pickle.dumps(message)], files)
 
 
 def file_of(data: bytes) -> int:
-    """A descriptor, which the caller closes, of a file in memory that holds `data` and is read from its start.
+    """Writes `data` to a file in memory. Returns its descriptor, positioned at the start, which the caller closes.
 
-    Raises StorageFailed if the system gives no such file or no room in it.
+    Raises StorageFailed if the file cannot be created or written.
     """
     try:
         with _memory_file() as file:

@@ -1,6 +1,6 @@
-"""Codecs as the services use them: jobs wait fairly, run in processes, and end with their callers.
+"""Pools of codec processes: jobs are queued fairly, run in processes, and end if their callers leave.
 
-`ImageMemory` accounts for the memory of images: messages, uploads, fetched files and what decoding needs.
+`ImageMemory` accounts for the memory of images: messages, uploads, fetched files and decoding.
 """
 
 import asyncio
@@ -24,12 +24,12 @@ from img2img_server.support.call import Call, current
 from img2img_server.support.fair_queue import FairSlots, FairThreads
 
 _RETRY = 1.0
-"""Seconds after which to come back: decoding and receiving end soon."""
+"""Retry delay in seconds, since decoding and receiving end soon."""
 
 
 class ImageMemory:
-    """A budget of bytes, of which `held` are accounted for now, and how many times some were `refused`. One client has half of it
-    at most, so that others find some left. Used on one event loop; the numbers can be read anywhere."""
+    """A memory `budget` in bytes, of which `held` are in use; `refused` counts refusals. One client may use half of it at most.
+    Used on one event loop; the numbers can be read on any thread."""
 
     def __init__(self, budget: int) -> None:
         self.budget = budget
@@ -40,9 +40,9 @@ class ImageMemory:
 
     @contextmanager
     def hold(self, call: Call, size: int) -> Iterator[None]:
-        """Accounts for `size` bytes of `call` within the block. Raises ImageMemoryFull if there are fewer.
+        """Accounts for `size` bytes of `call` within the block. Raises ImageMemoryFull if too few are free.
 
-        What a call needs beside nothing else's of its client, or of anybody, it may always have: else a large image never could.
+        A limit does not apply to a call if no other call uses that share: otherwise large images could never be processed.
         """
         if not size:
             yield
@@ -71,30 +71,31 @@ _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
 Pack = Callable[[], Awaitable[int]]
-"""Makes a file, and gives its descriptor."""
+"""Creates a file and returns its descriptor."""
 Unpack = Callable[[object, int | None], Awaitable[_T]]
 """Reads a job's result and closes its file."""
 
 _GRACE = 1.0
-"""Seconds that a job whose caller has left goes on before its process is ended: a new process costs more than an ordinary job."""
+"""Seconds that a job may continue after its caller has left before its process is killed: a new process costs more than most
+jobs."""
 _LONGEST = 60.0
-"""Seconds after which a process is ended, whatever it does. Its limit of processor time comes first, unless it does not run."""
+"""Seconds after which a job's process is killed. Its limit of processor time usually applies first."""
 _COPYING = 4
 """Threads that copy large images to and from the processes."""
 _QUICK = 2**20
-"""Bytes that are copied on the event loop: in 0.3 ms."""
+"""Maximum bytes that are copied on the event loop, which takes 0.3 ms."""
 
 
 @dataclass(frozen=True, slots=True)
 class StageStats:
-    """Jobs of a stage that are in progress and that wait."""
+    """The numbers of running and waiting jobs of a stage."""
 
     running: int
     waiting: int
 
 
 class Processes:
-    """Codec processes, `most` at a time, each made when it is first needed and replaced when it dies."""
+    """Up to `most` codec processes, created on demand and replaced when they die."""
 
     def __init__(self, most: int, make: Callable[[], CodecProcess]) -> None:
         self._slots = FairSlots(most)
@@ -106,19 +107,19 @@ class Processes:
 
     @property
     def stats(self) -> StageStats:
-        """How busy they are."""
+        """The numbers of running and waiting jobs."""
         return StageStats(self._slots.running, self._slots.waiting)
 
     async def start(self) -> None:
-        """Makes the first process, so that the first job need not wait for it. Raises ProcessDied or OSError."""
+        """Starts the first process, so that the first job does not wait for it. Raises ProcessDied or OSError."""
         self._idle.append(await self._started())
 
     async def run(self, job: Job, pack: Pack, unpack: Unpack[_T], memory: ImageMemory | None = None) -> _T:
-        """Runs a job of the current call in its turn, on the bytes that `pack` puts into a file. Returns what `unpack` makes of
-        its result and its file. `memory` accounts for what the job asks for, None if it may have it.
+        """Runs a job of the current call, in fair order, on the file created by `pack`. Returns the result of `unpack` for the
+        job's result and file. `memory` accounts for the job's memory requests; None grants all of them.
 
-        Raises what the job raises, ProcessDied or ShuttingDown. If the caller is cancelled, the job is ended after a moment; its
-        slot and its memory are its client's until then.
+        Raises the job's errors, ProcessDied or ShuttingDown. If the caller is cancelled, the job's process is killed after
+        `_GRACE`; until then the job keeps its slot and memory.
         """
         left = asyncio.Event()
         try:
@@ -132,13 +133,13 @@ class Processes:
             raise
 
     def kill(self) -> None:
-        """Ends all of them at once, and waits for nothing."""
+        """Kills all processes without waiting for them."""
         self._closed = True
         for process in self._all:
             process.kill()
 
     async def close(self) -> None:
-        """Ends all of them, whatever they do."""
+        """Kills all processes and waits for their end."""
         self.kill()
         await self._slots.settle()
         while self._tasks:
@@ -165,7 +166,7 @@ class Processes:
                 self._replace(process)
 
     def _idle_one(self) -> CodecProcess | None:
-        """A process that has nothing to do. Those that were ended from outside are replaced."""
+        """An idle process, if any. Replaces those that were killed from outside."""
         while self._idle:
             process = self._idle.pop()
             if process.alive:
@@ -174,13 +175,13 @@ class Processes:
         return None
 
     async def _guard(self, process: CodecProcess, left: asyncio.Event) -> None:
-        """Ends a process if its caller has left or its job takes too long."""
+        """Kills a process if its caller has left or its job takes too long."""
         try:
             async with asyncio.timeout(_LONGEST):
                 await left.wait()
             await asyncio.sleep(_GRACE)
         except TimeoutError:
-            _log.warning("a codec took more than %g s: its process is ended", _LONGEST)
+            _log.warning("a codec took more than %g s: killing its process", _LONGEST)
         process.kill()
 
     async def _started(self) -> CodecProcess:
@@ -193,13 +194,13 @@ class Processes:
         except BaseException:
             process.kill()
             raise
-        if self._closed:  # while it started
+        if self._closed:  # closed while it started
             await process.close()
             raise ShuttingDown("the server is shutting down")
         return process
 
     def _replace(self, dead: CodecProcess) -> None:
-        """Starts another process in the background, so no job waits for it."""
+        """Starts another process in the background, so that no job waits for it."""
 
         async def replace() -> None:
             await dead.close()
@@ -218,10 +219,10 @@ class Processes:
 
 
 class Codecs:
-    """Decodes and encodes images away from the event loop, in processes that can be ended.
+    """Decodes and encodes images off the event loop, in processes that can be killed.
 
-    There are `decoders` processes for decoding and `encoders` for encoding. `memory` accounts for what decoding takes.
-    `make` gives a process. Clients are those of FairSlots.
+    Up to `decoders` processes decode and `encoders` encode. `memory` accounts for the memory of decoding. `make` creates a
+    process.
     """
 
     def __init__(
@@ -234,7 +235,7 @@ class Codecs:
 
     @property
     def stats(self) -> dict[str, StageStats]:
-        """How busy each stage is, by its name."""
+        """Running and waiting jobs by stage: "decode" and "encode"."""
         return {"decode": self._decoders.stats, "encode": self._encoders.stats}
 
     async def start(self) -> None:
@@ -245,15 +246,15 @@ class Codecs:
             raise OSError(f"cannot start a codec process: {error}") from error
 
     async def load(self, data: bytes, job: LoadImage) -> tuple[Image.Image, bytes]:
-        """The source image of a request, decoded and resized, and its digest. Raises InvalidField or ImageMemoryFull."""
+        """Decodes and resizes a request's source. Returns the image and its digest. Raises InvalidField or ImageMemoryFull."""
         return await self._decode(data, job, self._loaded)
 
     async def inspect(self, data: bytes, job: Inspect) -> Inspected:
-        """What an image file is. Raises InvalidField or ImageMemoryFull."""
+        """Inspects an image file. Raises InvalidField or ImageMemoryFull."""
         return await self._decode(data, job, _inspected)
 
     async def encode(self, image: Image.Image, file_format: WriteFormat, quality: int, record: str = "") -> bytes:
-        """The file of an RGB image, with its `record` in it as images.encode has it."""
+        """Encodes an RGB image, with `record` as in images.encode. Returns the file's bytes."""
         size = image.width * image.height * 3
         job = Encode(image.size, file_format, quality, record)
         try:
@@ -263,12 +264,12 @@ class Codecs:
             raise ServerError("internal server error") from error
 
     def kill(self) -> None:
-        """Ends all processes at once, and waits for nothing."""
+        """Kills all processes without waiting for them."""
         self._decoders.kill()
         self._encoders.kill()
 
     async def close(self) -> None:
-        """Ends all processes, whatever they do."""
+        """Kills all processes and waits for their end."""
         await asyncio.gather(self._decoders.close(), self._encoders.close())
         self._threads.close()
 
@@ -289,7 +290,7 @@ class Codecs:
         return await self._copy(os.fstat(file).st_size, _bytes_of, file)
 
     async def _copy(self, size: int, copy: Callable[..., _T], *arguments: object) -> _T:
-        """Copies bytes: at once if that is quicker than going to a thread."""
+        """Copies bytes, on the event loop if that is faster than on a thread."""
         return copy(*arguments) if size <= _QUICK else await self._threads.run(copy, *arguments)
 
 
@@ -299,7 +300,7 @@ async def _inspected(value: object, file: int | None) -> Inspected:
 
 
 def _hold(held: ExitStack, memory: ImageMemory | None, size: int) -> Exception | None:
-    """Accounts for what a job asks for until `held` is closed. Returns why it cannot have that, None if it can."""
+    """Accounts for a job's memory request until `held` is closed. Returns the error that refuses it, None if it is granted."""
     try:
         if memory is not None:
             held.enter_context(memory.hold(current(), size))
@@ -309,7 +310,7 @@ def _hold(held: ExitStack, memory: ImageMemory | None, size: int) -> Exception |
 
 
 def _reason(error: ProcessDied) -> str:
-    """What a caller hears of a process that ended in the middle of its image."""
+    """The error text for the caller whose image killed a process."""
     if error.signal == signal.SIGPROF:
         return "decoding the image takes more processor time than its size allows"
     _log.error("a decoder failed: %s", error)
@@ -319,7 +320,7 @@ def _reason(error: ProcessDied) -> str:
 
 
 def _image_of(size: tuple[int, int], file: int) -> Image.Image:
-    """The image whose raw RGB pixels are in a file, which is closed."""
+    """Reads raw RGB pixels from a file and closes it."""
     try:
         with mmap.mmap(file, 0, access=mmap.ACCESS_READ) as pixels:
             return Image.frombytes("RGB", size, pixels)  # type: ignore[arg-type]
@@ -328,11 +329,11 @@ def _image_of(size: tuple[int, int], file: int) -> Image.Image:
 
 
 def _file_of_pixels(image: Image.Image) -> int:
-    """The descriptor of a file with the raw pixels of an RGB image."""
+    """Writes an RGB image's raw pixels to a file. Returns its descriptor."""
     return file_of(image.tobytes())
 
 
 def _bytes_of(file: int) -> bytes:
-    """The content of a file, which is closed."""
+    """Reads a file and closes it."""
     with os.fdopen(file, "rb") as opened:
         return opened.read()

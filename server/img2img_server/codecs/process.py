@@ -1,4 +1,4 @@
-"""The server's side of a codec process: starts it, gives it one job at a time, and can end it at any moment."""
+"""The server's side of a codec process: starts it, sends it one job at a time, and can kill it at any time."""
 
 import asyncio
 import contextlib
@@ -11,7 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 
-from img2img_server.codecs.jobs import MOST, Ask, Job, JobDone, JobFailed, Ready, Told, send
+from img2img_server.codecs.jobs import MOST, Ask, Job, JobDone, JobFailed, Ready, WorkerMessage, send
 
 _log = logging.getLogger(__name__)
 
@@ -19,7 +19,7 @@ COMMAND = (sys.executable, "-P", "-m", "img2img_server.codecs.worker")
 
 
 class ProcessDied(Exception):
-    """The process ended in the middle of a job. `signal` ended it, 0 if it ended by itself."""
+    """The process ended during a job. `signal` is the number of the signal that killed it, 0 if it exited."""
 
     def __init__(self, number: int) -> None:
         super().__init__(f"a codec process ended, signal {number}")
@@ -27,7 +27,7 @@ class ProcessDied(Exception):
 
 
 class CodecProcess:
-    """One process. `start` it, then `run` one job after the other; after ProcessDied it is of no more use."""
+    """A codec process. After `start` it runs one job at a time; after ProcessDied it cannot be used again."""
 
     def __init__(self) -> None:
         self._process: asyncio.subprocess.Process | None = None
@@ -37,11 +37,11 @@ class CodecProcess:
 
     @property
     def alive(self) -> bool:
-        """Whether it takes jobs."""
+        """Whether it accepts jobs."""
         return self._ready and not self._killed and self._process is not None and self._process.returncode is None
 
     async def start(self) -> None:
-        """Starts it and waits until it takes jobs, some 0.2 s. Raises ProcessDied or OSError."""
+        """Starts it and waits until it accepts jobs, about 0.2 s. Raises ProcessDied or OSError."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ours.setblocking(False)
         self._connection = ours
@@ -55,37 +55,37 @@ class CodecProcess:
                 pass_fds=(theirs.fileno(),),
                 start_new_session=True,
             )
-        told, _ = await self._receive()
-        assert isinstance(told, Ready), "it is the first message"
+        message, _ = await self._receive()
+        assert isinstance(message, Ready), "the first message is Ready"
         self._ready = True
 
     async def run(self, job: Job, data: int, allow: Callable[[int], Exception | None]) -> tuple[object, int | None]:
-        """Runs a job on the bytes of the file `data`. Returns its result, and the descriptor of the file with its bytes, if any.
+        """Runs a job on the file `data`. Returns its result, and the descriptor of the result's file, if any.
 
-        `allow` says of so many more bytes of memory why they cannot be had, None if they can. Raises what the job raises, or
-        ProcessDied.
+        `allow` decides on requests for more memory, in bytes: it returns the error that refuses one, None to grant it. Raises the
+        job's errors, or ProcessDied.
         """
         await self._send(job, data)
         while True:
-            told, file = await self._receive()
-            if isinstance(told, Ask):
-                await self._send(allow(told.size))
-            elif isinstance(told, JobFailed):
-                raise told.error
+            message, file = await self._receive()
+            if isinstance(message, Ask):
+                await self._send(allow(message.size))
+            elif isinstance(message, JobFailed):
+                raise message.error
             else:
-                assert isinstance(told, JobDone), "a job ends in one of these"
-                return told.value, file
+                assert isinstance(message, JobDone), "Ready is sent once"
+                return message.value, file
 
     def kill(self) -> None:
-        """Ends it at once, whatever it does. Waits for nothing."""
+        """Kills it without waiting for its end."""
         self._killed = True
         if self._process is not None and self._process.returncode is None:
-            # Not by its own method, which would take the exit status away from asyncio if the process has just ended.
+            # Not by Process.kill, which would consume the exit status that asyncio needs if the process has just ended.
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self._process.pid, signal.SIGKILL)
 
     async def close(self) -> None:
-        """Ends it, and waits until it is gone."""
+        """Kills it and waits for its end."""
         self.kill()
         if self._process is not None:
             await self._process.wait()
@@ -93,14 +93,14 @@ class CodecProcess:
             self._connection.close()
 
     async def _send(self, message: object, *files: int) -> None:
-        assert self._connection is not None, "it was started"
+        assert self._connection is not None, "start was called"
         try:
             send(self._connection, message, *files)
-        except OSError:  # it is gone; messages are too few and small to fill the socket
+        except OSError:  # the process has ended; messages are too few and small to fill the socket
             await self._died()
 
-    async def _receive(self) -> tuple[Told, int | None]:
-        assert self._connection is not None, "it was started"
+    async def _receive(self) -> tuple[WorkerMessage, int | None]:
+        assert self._connection is not None, "start was called"
         while True:
             try:
                 message, files, _, _ = socket.recv_fds(self._connection, MOST, 1)
@@ -111,18 +111,18 @@ class CodecProcess:
             else:
                 if not message:
                     await self._died()
-                return pickle.loads(message), files[0] if files else None  # noqa: S301 - of our own process
+                return pickle.loads(message), files[0] if files else None  # noqa: S301 - from our own process
 
     async def _died(self) -> None:
-        """Raises ProcessDied, once it is known how it ended. It closes its side of the connection by ending only."""
+        """Waits for the exit status and raises ProcessDied. Only its end closes the process's side of the connection."""
         self._killed = True
-        assert self._process is not None, "it was started"
+        assert self._process is not None, "start was called"
         status = await self._process.wait()
         raise ProcessDied(max(0, -status))
 
 
 async def _readable(connection: socket.socket) -> None:
-    """Returns when there is something to read, or the other side is gone."""
+    """Waits until there is something to read or the other side has closed."""
     loop = asyncio.get_running_loop()
     ready: asyncio.Future[None] = loop.create_future()
 

@@ -1,7 +1,7 @@
-"""Looks at the structure of an image file before a decoder does: how many blocks it has, and how often its pixels are visited.
+"""Checks the structure of an image file before it is decoded: the number of its blocks, scans and directory entries.
 
-Decoders take time and memory for each segment, chunk, scan and directory entry, however small: an empty JPEG scan of 53 bytes
-costs milliseconds. Real files have few blocks for their size. The look jumps from block to block and stops at the first bound.
+Decoders take time and memory for each of them, however small: an empty JPEG scan of 53 bytes costs milliseconds. Real files have
+few blocks for their size. The check jumps from block to block and stops at the first exceeded limit.
 """
 
 import re
@@ -12,34 +12,34 @@ from img2img_server.errors import InvalidField
 from img2img_server.images.essentials import read_tiff_header
 
 MAX_SCANS = 100
-"""Of a JPEG. Encoders write 1 to 20; libtiff stops at 100, too."""
+"""Maximum scans of a JPEG. Encoders write 1 to 20; libtiff has the same limit."""
 MAX_JUNK = 64 * 2**10
-"""Bytes between blocks that belong to none. Pillow reads them one by one."""
+"""Maximum bytes between blocks. Pillow reads them one by one."""
 MAX_TIFF_ENTRIES = 512
-"""Of a TIFF's first directory. TIFF 6.0, its extensions and EXIF together define fewer."""
+"""Maximum entries of a TIFF's first directory. TIFF 6.0, its extensions and EXIF together define fewer."""
 MAX_TIFF_PARTS = 2**16
-"""Strips or tiles of a TIFF."""
+"""Maximum strips or tiles of a TIFF."""
 MAX_RLE_BYTES = 2 * 2**20
-"""Of a BMP that is run-length encoded: Pillow decodes these in Python."""
+"""Maximum bytes of a run-length encoded BMP, which Pillow decodes in Python."""
 _SOME_BLOCKS, _BYTES_PER_BLOCK = 1024, 256
 
 _JPEG_MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
-"""In a scan: any marker but a stuffed 0 and the restarts."""
+"""Any marker within a scan, except a stuffed 0 and restarts."""
 _NOT_FILL = re.compile(rb"[^\xff]")
 _START_OF_SCAN, _END_OF_IMAGE, _BARE = 0xDA, 0xD9, {0x01, *range(0xD0, 0xD9)}
 _TIFF_TYPE_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}
 _TIFF_PARTS = {273, 279, 324, 325}
-"""Tags with an element for each strip or tile."""
+"""Tags with an element per strip or tile."""
 
 
 class _TooMuch(Exception):
-    """The file exceeds a bound. The text says which."""
+    """The file exceeds a limit, which the text names."""
 
 
 def check(data: bytes, field: str) -> None:
-    """Raises InvalidField, naming `field`, for a file of more blocks, scans or entries than a real one of its size has.
+    """Raises InvalidField, naming `field`, if a file has more blocks, scans or entries than real files of its size.
 
-    What is damaged, or of no known format, passes: that is the decoder's to say.
+    Damaged files and unknown formats pass; the decoder reports them.
     """
     look = next((look for start, look in _LOOKS if data.startswith(start)), None)
     if look is None:
@@ -49,11 +49,11 @@ def check(data: bytes, field: str) -> None:
     except _TooMuch as error:
         raise InvalidField(field, f"the image cannot be decoded: {error}") from None
     except (IndexError, ValueError, struct.error):
-        return  # it ends within a block, or is of another format
+        return  # truncated, or another format
 
 
 class _Blocks:
-    """Counts the blocks of a file, whose number is bounded by its size, and the bytes between them."""
+    """Counts a file's blocks, whose limit depends on its size, and the bytes between them."""
 
     def __init__(self, data: bytes, name: str) -> None:
         self._most = _SOME_BLOCKS + len(data) // _BYTES_PER_BLOCK
@@ -119,7 +119,7 @@ def _webp(data: bytes) -> None:
 
 
 def webp_pixels(data: bytes) -> int:
-    """Pixels of a WebP's canvas, for which its decoder takes memory as soon as it is opened; 0 for any other file.
+    """Pixels of a WebP's canvas, whose memory is allocated when the file is opened; 0 for other formats.
 
     https://developers.google.com/speed/webp/docs/riff_container
     """
@@ -136,7 +136,7 @@ def webp_pixels(data: bytes) -> int:
 
 
 def _gif(data: bytes) -> None:
-    """Looks at what comes before the first frame; the others are not read."""
+    """Checks the blocks before the first frame; further frames are not read."""
     blocks, at = _Blocks(data, "blocks"), 13 + _color_table(data[10])
     while at < len(data):
         kind, at = data[at], at + 1
@@ -160,24 +160,24 @@ def _color_table(flags: int) -> int:
 def _bmp(data: bytes) -> None:
     compression = int.from_bytes(data[30:34], "little") if int.from_bytes(data[14:18], "little") >= 40 else 0
     if compression in (1, 2) and len(data) > MAX_RLE_BYTES:
-        raise _TooMuch(f"it is run-length encoded and has {len(data)} bytes, the most is {MAX_RLE_BYTES}")
+        raise _TooMuch(f"it is run-length encoded and has {len(data)} bytes, the maximum is {MAX_RLE_BYTES}")
 
 
 def _tiff(data: bytes) -> None:
-    """Looks at the first directory; the others are not read. Its values may overlap, but not be much more than the file."""
+    """Checks the first directory; further ones are not read. Its values may overlap, but not exceed the file's size by much."""
     order, big, start = read_tiff_header(data)
     (count,) = struct.unpack_from(f"{order}{'Q' if big else 'H'}", data, start)
     if count > MAX_TIFF_ENTRIES:
-        raise _TooMuch(f"its directory has {count} entries, the most is {MAX_TIFF_ENTRIES}")
+        raise _TooMuch(f"its directory has {count} entries, the maximum is {MAX_TIFF_ENTRIES}")
     entry, total = struct.Struct(f"{order}HH{'Q8x' if big else 'L4x'}"), 0
     start += 8 if big else 2
     whole = max(0, min(count, (len(data) - start) // entry.size))
     for tag, kind, length in entry.iter_unpack(data[start : start + whole * entry.size]):
         if tag in _TIFF_PARTS and length > MAX_TIFF_PARTS:
-            raise _TooMuch(f"it has {length} strips or tiles, the most is {MAX_TIFF_PARTS}")
+            raise _TooMuch(f"it has {length} strips or tiles, the maximum is {MAX_TIFF_PARTS}")
         total += length * _TIFF_TYPE_BYTES.get(kind, 1)
     if total > len(data) + MAX_JUNK:
-        raise _TooMuch(f"its directory refers to {total} bytes, and the file has {len(data)}")
+        raise _TooMuch(f"its directory refers to {total} bytes, but the file has {len(data)}")
 
 
 _LOOKS: tuple[tuple[bytes, Callable[[bytes], None]], ...] = (

@@ -15,10 +15,10 @@ _UNKNOWN = 1.0
 
 @dataclass(slots=True, eq=False)
 class Slot:
-    """What a request of `client` holds from its arrival until its caller has the response.
+    """Held by a request of `client` from its arrival until its caller has the response.
 
-    While its image is fetched and decoded, before it is submitted, it counts as waiting. It counts against its client's limit
-    until the response was read, so a client that reads slowly cannot have unlimited responses pending.
+    Before it is submitted, while its image is fetched and decoded, the request counts as waiting. It counts against its client's
+    limit until the response was read, so a client that reads slowly cannot have unlimited responses pending.
     """
 
     client: str
@@ -33,7 +33,7 @@ class Admission:
         self._slots: set[Slot] = set()
         self._clients: Counter[str] = Counter()
         self.arriving = 0
-        """How many slots are held by requests that were not submitted yet."""
+        """The number of slots held by requests that were not submitted yet."""
 
     def take(self, slot: Slot) -> None:
         """Reserves a slot for an arriving request, or for one that was submitted."""
@@ -63,16 +63,16 @@ class Admission:
         scheduler, limits = self._scheduler, self._scheduler.limits
         waiting, held = len(scheduler.waiting) + self.arriving, self._count(client) if client else 0
         if waiting >= limits.waiting_slots(held):
-            raise QueueFull(f"{waiting} requests are waiting already", _later(scheduler.seconds_to_admission(now)))
+            raise QueueFull(f"the queue is full: {waiting} requests are waiting", _later(scheduler.seconds_to_admission(now)))
         if background:
             return
         if limits.max_waiting_seconds is not None:
             work = scheduler.work()
             if work is not None and work > limits.max_waiting_seconds:
-                message = f"there are about {work:.1f} s of work already, the most is {limits.max_waiting_seconds:g} s"
+                message = f"the accepted work takes about {work:.1f} s, the maximum is {limits.max_waiting_seconds:g} s"
                 raise QueueFull(message, _later(work - limits.max_waiting_seconds))
         if held >= limits.max_client_waiting:
-            message = f"{held} requests of yours have not ended, the most is {limits.max_client_waiting}"
+            message = f"this client has {held} unfinished requests, the maximum is {limits.max_client_waiting}"
             raise ClientBusy(message, _later(scheduler.next_end(client, now)))
 
     def _count(self, client: str) -> int:

@@ -1,4 +1,4 @@
-"""A cache by content with a byte budget: what was computed for one request and serves the next."""
+"""A content-addressed LRU cache with a byte budget, for results that requests can share."""
 
 import threading
 from collections import OrderedDict
@@ -9,7 +9,7 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class CacheStats:
-    """Lookups that found something and that did not, entries pushed out, and what is held now."""
+    """Counts of hits, misses and evictions, and the current entries and bytes."""
 
     hits: int
     misses: int
@@ -19,10 +19,7 @@ class CacheStats:
 
 
 class Cache:
-    """Holds values up to `budget` bytes and forgets the least recently used first. A budget of 0 switches it off.
-
-    Any thread may use it.
-    """
+    """Holds values up to `budget` bytes and evicts the least recently used first. A budget of 0 disables it. Thread-safe."""
 
     def __init__(self, budget: int) -> None:
         self.budget = budget
@@ -32,7 +29,7 @@ class Cache:
 
     @property
     def stats(self) -> CacheStats:
-        """How it does."""
+        """The cache's current statistics."""
         return CacheStats(self._hits, self._misses, self._evictions, len(self._entries), self._bytes)
 
     def get(self, key: Hashable) -> Any:
@@ -46,7 +43,7 @@ class Cache:
             return self._entries[key][0]
 
     def put(self, key: Hashable, value: Any, size: int) -> None:
-        """Stores `value`, which takes `size` bytes. What is larger than the budget is not kept."""
+        """Stores `value`, which takes `size` bytes. A value larger than the budget is not stored."""
         with self._lock:
             self._bytes -= self._entries.pop(key, (None, 0))[1]
             if size > self.budget:
@@ -59,7 +56,7 @@ class Cache:
                 self._evictions += 1
 
     def drop(self, unwanted: Callable[[Any], bool]) -> None:
-        """Forgets every entry whose key is `unwanted`."""
+        """Removes every entry whose key is `unwanted`."""
         with self._lock:
             for key in [key for key in self._entries if unwanted(key)]:
                 self._bytes -= self._entries.pop(key)[1]

@@ -1,4 +1,4 @@
-"""What the device's calls take: measured at warm-up, and learnt from every call after that."""
+"""The durations of model calls, measured at warm-up and updated by every call after that."""
 
 from bisect import bisect_left, insort
 from collections.abc import Hashable, Iterable, Sequence
@@ -12,29 +12,29 @@ STAGES: tuple[Stage, ...] = get_args(Stage)
 """The stages whose calls are measured."""
 
 _WEIGHT = 0.1
-"""Of the newest time in a running mean."""
+"""The weight of the newest time in a running mean."""
 _PACE_WEIGHT = 0.1
-"""Of the newest call in the running mean of the machine's pace."""
+"""The weight of the newest call in the running mean of the machine's pace."""
 _DOUBT = 2.0
-"""A call counts as no more than this many times slower, or quicker, than was expected."""
+"""A call counts as at most this many times slower or faster than expected, which limits the effect of outliers."""
 _INSTANT = 1e-9
-"""Seconds below which nothing takes."""
+"""A lower bound of expected seconds, which avoids division by zero."""
 _GAIN = 0.04
-"""A larger batch is worth it if it saves this share of the time per row."""
+"""A larger batch pays if it saves this share of the time per row."""
 _PATIENCE = 1000
-"""Calls of a stage after which one that ran out of memory is retried: others may have used the memory at that time. If it
-fails again it takes twice as many, so failing costs less than a thousandth of all calls."""
+"""Calls of a stage after which a size that ran out of memory is retried: other processes may have used the memory before. The
+number doubles after each failure, so failures cost less than a thousandth of all calls."""
 _CURIOSITY = 32
-"""Full batches of a shape after which a larger one than pays is tried once: what was measured of that may have been disturbed."""
+"""Full batches of a shape after which a larger one than pays is tried once, because its measurement may have been disturbed."""
 _SAMPLES = 3
-"""Trials of a batch whose median replaces its estimated cost."""
+"""Trials of a batch size before their median replaces its estimated cost."""
 _MOST_SHAPES = 256
-"""Shapes of a model that are remembered for each stage: callers choose them."""
+"""Maximum shapes stored per model and stage, since callers choose them."""
 
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """What a call of one stage takes: `rows` rows of `pixels` pixels each, in seconds."""
+    """The seconds of a call of one stage with `rows` rows of `pixels` pixels each."""
 
     stage: Stage
     shape: Hashable
@@ -45,7 +45,7 @@ class Timing:
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """What warm-up found of a model: its timings, and the pixels and rows of batches that failed."""
+    """Results of a model's warm-up: its timings, and the pixels and rows of batches that failed."""
 
     timings: tuple[Timing, ...] = ()
     full: tuple[tuple[int, int], ...] = ()
@@ -53,10 +53,10 @@ class Measured:
 
 @dataclass(slots=True)
 class _Trials:
-    """Which batch beyond those that pay is tried next, and what trials have taken.
+    """Trials of batches larger than pays, and their times.
 
-    After `patience` full batches one of up to `allowed` rows is tried once, if that many come together; `base` is what was
-    full. Once a batch was tried often enough, the next larger one is tried; after all of them, patience doubles.
+    After `patience` full batches of `base` rows, one of up to `allowed` rows is tried once, if enough requests wait. After
+    `_SAMPLES` trials of a size the next larger one is tried; after all of them, patience doubles.
     """
 
     patience: int = _CURIOSITY
@@ -67,8 +67,8 @@ class _Trials:
     samples: dict[int, list[float]] = field(default_factory=dict)
 
     def note(self, rows: int, seconds: float, cap: int, form: list[int]) -> float | None:
-        """Notes a call of `rows` rows; `form` are the batches that were measured. Returns the median of its trials when it has
-        been tried often enough."""
+        """Records a call of `rows` rows; `form` are the measured batch sizes. Returns the median of a size's trials once there
+        are enough."""
         if self.allowed and rows > self.base:
             self.allowed = self.calls = 0
             samples = self.samples.setdefault(rows, [])
@@ -101,7 +101,7 @@ class _Curve:
     trials: _Trials = field(default_factory=_Trials)
 
     def set(self, rows: int, seconds: float) -> None:
-        """Takes `seconds` for what a call of `rows` takes, whatever was thought before."""
+        """Sets the mean of calls of `rows` rows to `seconds`."""
         index = bisect_left(self.rows, rows)
         if index == len(self.rows) or self.rows[index] != rows:
             self.rows.insert(index, rows)
@@ -109,14 +109,14 @@ class _Curve:
         self.means[index] = seconds
 
     def record(self, rows: int, seconds: float, expected: float) -> None:
-        """Notes a call. What was expected of a new batch counts as much as its first time."""
+        """Records a call. For a new batch size, the expectation has the same weight as its first time."""
         if rows not in self.rows:
             return self.set(rows, (seconds + expected) / 2)
         index = bisect_left(self.rows, rows)
         self.means[index] += _WEIGHT * (seconds - self.means[index])
 
     def paying(self, most: int | None = None) -> int:
-        """The smallest batch, of up to `most` rows, beyond which a larger one saves no time per row that is worth it."""
+        """The largest batch that pays, of up to `most` rows: no larger one saves `_GAIN` of its time per row."""
         chosen, best = self.rows[0], self.means[0] / self.rows[0]
         for rows, mean in zip(self.rows[1:], self.means[1:], strict=True):
             if (most is None or rows <= most) and mean / rows < best * (1 - _GAIN):
@@ -124,9 +124,9 @@ class _Curve:
         return chosen
 
     def seconds(self, rows: int) -> float:
-        """Between two measured batches by interpolation, outside of them as the nearest stretch goes on.
+        """Interpolates between two measured batches, and extrapolates outside of them.
 
-        Where a single batch was measured, all are hoped to take as long: so larger ones are tried, and then known.
+        If only one batch size was measured, all are assumed to take as long, so that larger ones are tried and measured.
         """
         if len(self.rows) == 1:
             return self.means[0]
@@ -216,13 +216,13 @@ class _Curves:
             _index(curve, self._several)
 
     def nearest(self, pixels: int) -> _Curve:
-        """The curve of the nearest shape; one of several batches before one of a single batch."""
+        """The curve of the shape nearest in pixels, preferring curves of several batch sizes."""
         curves = self._several or self._single
         index = bisect_left(curves, (pixels,))
         return min(curves[max(0, index - 1) : index + 1], key=lambda entry: abs(entry[0] - pixels))[2]
 
     def form(self, shape: Hashable, pixels: int) -> _Curve:
-        """The curve that says how a shape's calls grow with their rows: its own, or the nearest of several batches."""
+        """The curve of a shape's costs by rows: its own, or the nearest shape's with several batch sizes."""
         own = self._shapes.get(shape)
         return own if own is not None and len(own.rows) > 1 else self.nearest(pixels)
 
@@ -237,10 +237,10 @@ def _index(curve: _Curve, curves: list[tuple[int, int, _Curve]], remove: bool = 
 
 
 class Costs:
-    """Seconds of calls by stage, model, shape and rows, and how the machine's pace now compares with the one they hold for.
+    """Seconds of calls by stage, model, shape and rows, and the machine's current pace relative to them.
 
-    A shape that was never run is judged by the one nearest in pixels, in proportion. Not thread-safe: the engine guards it
-    with its lock.
+    The costs of a shape that was never run are scaled from the one nearest in pixels. Not thread-safe: guarded by the engine's
+    lock.
     """
 
     def __init__(self) -> None:
@@ -252,14 +252,14 @@ class Costs:
         self._found: dict[tuple[Stage, str], dict[tuple[Hashable, int, int], float | None]] = {}
 
     def measured(self, stage: Stage, group: Group, pixels: int, rows: int, seconds: float) -> None:
-        """Notes what a call of `rows` rows, each of `pixels` pixels, takes when nothing disturbs it."""
+        """Records the undisturbed seconds of a call of `rows` rows of `pixels` pixels each."""
         self._observe(stage, group[0]).set(group[1], pixels, self.padded(group[0], rows), seconds)
 
     def pad(self, model: str, buckets: Sequence[int]) -> None:
-        """Notes that calls of `model` are padded to `buckets`, in order; more rows than the last are computed in parts.
+        """Sets the ascending `buckets` that calls of `model` are padded to; more rows than the last are computed in parts.
 
-        So a call costs what its padded rows cost, and further rows up to the next bucket cost nothing. Without buckets calls are
-        not padded.
+        A call costs as much as its padded rows, so further rows up to the next bucket are free. Without buckets calls are not
+        padded.
         """
         self._found.clear()
         self._buckets[model] = buckets
@@ -272,14 +272,14 @@ class Costs:
         return parts * buckets[-1] + (buckets[bisect_left(buckets, rest)] if rest else 0)
 
     def adopt(self, model: str, measured: Measured) -> None:
-        """Notes what warm-up found of `model`."""
+        """Records the results of the warm-up of `model`."""
         for timing in measured.timings:
             self.measured(timing.stage, (model, timing.shape), timing.pixels, timing.rows, timing.seconds)
         for pixels, rows in measured.full:
             self.forbid(model, pixels, rows)
 
     def knows(self, model: str) -> bool:
-        """Whether anything is known of what a step of `model` takes."""
+        """Whether a step of `model` was measured at least once."""
         return ("denoise", model) in self._curves
 
     def record(self, stage: Stage, group: Group, pixels: int, rows: int, seconds: float) -> None:
@@ -292,10 +292,10 @@ class Costs:
             return self.measured(stage, group, pixels, rows, seconds)
         pace = self._pace.get(group[0], 1.0)
         paced = seconds / pace
-        # One call in many is held up by something else: it is not to be believed in full.
+        # Some calls are delayed by other load, so outliers are clipped.
         seconds = min(max(paced, expected / _DOUBT), expected * _DOUBT)
         if stage == "denoise":
-            # What else the machine does slows down all calls alike, and shows here soonest.
+            # Other load on the machine slows all calls alike, and denoising calls are the most frequent.
             self._pace[group[0]] = pace * (1 + _PACE_WEIGHT * (seconds / max(expected, _INSTANT) - 1))
         curves = self._observe(stage, group[0])
         curve = curves.record(group[1], pixels, rows, seconds, expected)
@@ -306,7 +306,7 @@ class Costs:
                 curve.set(rows, tried)
 
     def seconds(self, stage: Stage, group: Group, pixels: int, rows: int) -> float | None:
-        """The expected seconds of such a call, as things go now; None before the first call of that model."""
+        """The expected seconds of such a call at the current pace; None before the first call of that model."""
         model, shape = group
         found = self._found.setdefault((stage, model), {})
         try:
@@ -330,18 +330,18 @@ class Costs:
         like = curves.nearest(pixels)
         if own is None:
             return like.seconds(rows) * pixels / like.pixels
-        # One measured batch gives the height of the curve, another shape's curve its form.
+        # The one measured batch scales the form of another shape's curve.
         return own.means[0] * like.seconds(rows) / max(like.seconds(own.rows[0]), _INSTANT)
 
     def forbid(self, model: str, pixels: int, rows: int, stage: Stage = "denoise", largest: int | None = None) -> None:
-        """Records that such a call ran out of memory: for a long time no call of as many pixels is made, nor one of more than
-        `largest` rows, if given."""
+        """Records that such a call ran out of memory. Until a retry much later, calls have fewer pixels, and at most `largest`
+        rows if given."""
         total = pixels * self.padded(model, rows)
         limit = total - 1 if largest is None else pixels * largest
         self._bounds.setdefault((stage, model), _Bound(total)).lower(total, limit)
 
     def fitting_rows(self, stage: Stage, model: str, pixels: int) -> int | None:
-        """The most rows of `pixels` that fit into a call, at least one; None if no call has run out of memory."""
+        """The maximum rows of `pixels` that fit into a call, at least one; None if no call has run out of memory."""
         bound = self._bounds.get((stage, model))
         return None if bound is None else self._fitting(model, max(1, bound.limit // pixels))
 
@@ -350,7 +350,7 @@ class Costs:
         return next(fewer for fewer in range(rows, 0, -1) if fewer == 1 or self.padded(model, fewer) <= rows)
 
     def describe(self, model: str, most: int) -> list[str]:
-        """What was measured of a model's calls, a line for each shape."""
+        """A model's measured calls as text, one line per shape."""
         lines = []
         curves = self._curves.get(("denoise", model))
         for shape, curve in () if curves is None else curves.items():
@@ -360,7 +360,7 @@ class Costs:
         return lines
 
     def cap(self, group: Group, pixels: int, most: int) -> int:
-        """The smallest batch, in rows, beyond which a larger one of up to `most` no longer pays. `most` where unknown."""
+        """The largest batch that pays, in rows, up to `most`; `most` if costs are unknown."""
         if (fitting := self.fitting_rows("denoise", group[0], pixels)) is not None:
             most = min(most, fitting)
         curves = self._curves.get(("denoise", group[0]))
@@ -368,7 +368,7 @@ class Costs:
             return most
         curve, own = curves.form(group[1], pixels), curves.get(group[1])
         chosen = curve.paying(most)
-        # What lies beyond the largest that was tried is not known: nothing is held back by it.
+        # Costs beyond the largest tried batch are unknown and do not limit batches.
         if chosen == curve.rows[-1]:
             return most
         return chosen if own is None else max(chosen, min(own.trials.allowed, most))

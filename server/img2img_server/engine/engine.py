@@ -71,7 +71,7 @@ class Engine:
 
     @property
     def clock(self) -> Callable[[], float]:
-        """The engine's clock: what deadlines are measured on."""
+        """The monotonic clock of deadlines, in seconds."""
         return self._clock
 
     def start(self) -> None:
@@ -125,7 +125,7 @@ class Engine:
         """Waits until no request of `model` is left, nor a reference to one. Returns False if the engine stops before."""
         with self._changed:
             self._changed.wait_for(lambda: not self._scheduler.has(model) or self._stopping)
-            round_number = self._rounds  # the step that ended the last request may still hold references to it
+            round_number = self._rounds  # the step that ended the last request may still refer to it
             self._changed.wait_for(lambda: self._between_rounds or self._rounds != round_number or self._stopping)
             return not self._scheduler.has(model) and self._abandoned is None
 
@@ -253,7 +253,7 @@ class Engine:
             return self._scheduler.next_batch(self._clock())
 
     def _deliver(self, completed: Sequence[tuple[Ticket, Completed]]) -> bool:
-        """Ends the requests that are completed, reports where the others are, and returns whether any are left."""
+        """Ends completed requests and reports the positions of waiting ones. Returns whether any requests are left."""
         for ticket, ending in completed:
             self._leave(ticket, ending)
         with self._changed:
@@ -288,7 +288,7 @@ class Engine:
                     self._executor.complete()
                     self._run_task(*task)
                 self.step()
-            except Exception:  # noqa: BLE001 - a bug of the engine must not leave callers without an ending
+            except Exception:  # noqa: BLE001 - callers must get an ending even after a bug in the engine
                 _log.exception("the engine's step failed")
                 self._executor.forget()
                 self._end_all(ModelFailed("the server failed"))
@@ -353,5 +353,5 @@ class Engine:
 
     def _pipeline(self, model: str) -> Pipeline:
         if model not in self._pipelines:
-            raise ModelNotLoaded(f"model '{model}' is not in memory any more")
+            raise ModelNotLoaded(f"model '{model}' is no longer in memory: send the request again")
         return self._pipelines[model]

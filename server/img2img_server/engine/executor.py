@@ -111,8 +111,10 @@ class Executor:
         self._in_flight = in_flight
         self._failed = failed
         self._submitted: deque[_Call] = deque()
-        self._waited = 0.0  # when the device was last seen to be done with a call
-        self._predicted: dict[Ticket, tuple[int, Any]] = {}  # of the step being advanced: where each was, and its noise
+        self._waited = 0.0  # when the last wait for a call ended
+        self._predicted: dict[
+            Ticket, tuple[int, Any]
+        ] = {}  # of the step being advanced: each request's step before it, and its noise
 
     def prepare(self, tickets: Sequence[Ticket]) -> None:
         """Encodes the prompts and images of admitted requests."""
@@ -229,7 +231,7 @@ class Executor:
         return [None] * len(tickets)
 
     def _wait(self, call: _Call) -> None:
-        """Waits until the device has finished a call, and measures it. If the device failed, so have its requests."""
+        """Waits until the device has finished a call, and measures it. If the device failed, the call's requests fail."""
         wait, call.wait = call.wait, None
         if wait is None:
             return
@@ -241,7 +243,7 @@ class Executor:
             for ticket in [ticket for ticket in call.tickets if ticket.state is not None]:
                 self._failed(ticket, _client_error(error, ticket))
             return
-        # The device begins a call when it has finished the one before.
+        # The device starts a call when it has finished the previous one.
         self._note(call, max(call.begun, self._waited))
         self._waited = self._clock()
 
@@ -310,7 +312,7 @@ class Executor:
 def _rows(stage: str, tickets: Sequence[Ticket]) -> int:
     """The rows of a call of `stage`: samples of the denoiser, or images."""
     if stage == "prepare":
-        return len(tickets)  # an image is encoded once, however many are made of it
+        return len(tickets)  # a source image is encoded once for all of its results
     return sum(ticket.plan.rows if stage == "denoise" else len(ticket.request.seeds) for ticket in tickets)
 
 
@@ -336,7 +338,10 @@ def _client_error(error: Exception, ticket: Ticket) -> ServerError:
     """The error that the caller gets."""
     if isinstance(error, OutOfMemory):
         (width, height), count = ticket.request.image.size, len(ticket.request.seeds)
-        return OutOfMemory(f"no memory for {count} {'image' if count == 1 else 'images'} of {width} x {height} pixels")
+        images = "image" if count == 1 else "images"
+        return OutOfMemory(
+            f"not enough memory for {count} {images} of {width} x {height} pixels: request fewer or smaller images"
+        )
     if isinstance(error, ServerError):
         return error
     extra = {"request_id": ticket.request.id}

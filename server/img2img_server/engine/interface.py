@@ -1,4 +1,4 @@
-"""What others see of an engine, in this process or elsewhere: its interface, its statistics, and spans of its calls."""
+"""The interface of an engine, in this process or in a cluster, its statistics, and spans of its calls."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -29,7 +29,7 @@ def ignore(span: Span) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Accepted:
-    """The answer to an accepted request: its ticket, how many wait before it, and the estimated seconds until it is done."""
+    """An accepted request's ticket, the number of requests before it, and the estimated seconds until it is done."""
 
     ticket: Ticket
     position: int

@@ -20,11 +20,10 @@ JobSeconds = tuple[float, float, float]
 
 @dataclass(slots=True)
 class Job:
-    """A request as the policy sees it.
+    """The policy's view of a request.
 
-    `step_seconds` is a call of its rows alone; `setup` and `ending` are the seconds before its first step and after its
-    last; `passed_over` counts the calls since it last took part in one. `client` is whose it is, "" if it has no
-    client.
+    `step_seconds` is the duration of a call with only its rows; `setup` and `ending` are the seconds before its first step and
+    after its last; `passed_over` counts the calls since it last took part in one. `client` is "" if it has no client.
     """
 
     number: int
@@ -52,7 +51,7 @@ class Job:
 
     @property
     def seconds_left(self) -> float:
-        """What it would still take, alone on the device."""
+        """The seconds it still takes if it runs alone."""
         return self.setup + self.steps_left * self.step_seconds + self.ending
 
     @property
@@ -119,11 +118,11 @@ def _several(jobs: Sequence[Job]) -> bool:
 
 
 _PATIENCE = 8
-"""Calls of the model that may pass over a request before it leads one; four times as many while a deadline presses."""
+"""Calls that may pass over a request before it leads one; four times as many while a deadline presses."""
 _URGENT = 4.0
-"""The largest weight of a second's delay for a request that has less left than another."""
+"""The maximum weight of a delay for a request with less work left than the joining one."""
 _MOST_STRETCHED = 1.5
-"""How many times as long a call may take if jobs of clients with more usage than the leader's join it."""
+"""The factor by which jobs of clients with more usage than the leader's may lengthen its call."""
 _UNKNOWN = 1.0
 """Assumed seconds of a call whose cost is unknown."""
 
@@ -131,17 +130,18 @@ _UNKNOWN = 1.0
 class Policy:
     """Chooses the jobs of each call.
 
-    1. The leader. First a job whose deadline presses, the earliest first. Else the one with the least left to do: a short request
-       that comes while long ones run is done in about its own time, and the long ones lose no more than that. If too many calls
-       passed over a job of the leader's client, that job leads every second call of its client, so none starves. It
-       never leads instead of another client's job: between clients, fair queueing prevents starvation.
-    2. The members: jobs of its group, in the same order, as many as gain most. A shared call saves everybody the time that
-       separate calls would take longer, and delays members that have less left than one that joins. If a call of many rows takes
-       as long as one of few, all join. If time grows with the rows, jobs with about as much left share calls, and a short one is
-       not delayed by long ones. Clients with more usage than the leader's request takes lengthen its calls by at most half.
+    1. The leader. Jobs with pressing deadlines come first, the earliest first. Otherwise the job with the least work left leads
+       (shortest remaining time first): a short request that arrives while long ones run takes about its own time, and delays
+       them by no more. If too many calls passed over a job of the leader's client, that job leads every second call of its
+       client, so none starves. It never leads instead of another client's job: between clients, fair queueing prevents
+       starvation.
+    2. The members: jobs of its group, in the same order, as many as gain most. A shared call saves all requests the extra time
+       of separate calls, but delays members that have less work left than a joining job. If the duration of a call does not
+       depend on its rows, all join. If it grows with the rows, jobs with about as much work left share calls, so that long ones
+       do not delay short ones. Clients with more usage than the leader's request takes lengthen its calls by at most half.
 
     If there are several clients, a job's rank includes its client's usage and its client's requests ahead of it.
-    `max_batch_size` bounds the rows of a call; what was measured may bound them further.
+    `max_batch_size` limits the rows of a call; measured costs may limit them further.
     """
 
     def __init__(self, costs: Costs, max_batch_size: int) -> None:
@@ -157,7 +157,7 @@ class Policy:
         return in_order(jobs, self.usage, now)
 
     def next_batch(self, jobs: Sequence[Job], others: int, max_rows: dict[str, int | None], now: float) -> list[Job]:
-        """The jobs of the next call. `others` is how many wait and cannot join."""
+        """The jobs of the next call. `others` is the number of waiting requests, which cannot join."""
         self.order = order = self.in_order(jobs, now)
         patience = _PATIENCE if order[0].rank(now)[0] else 4 * _PATIENCE
         client = order[0].client
@@ -173,9 +173,9 @@ class Policy:
         return batch
 
     def forecast(self, jobs: Iterable[Job], max_rows: dict[str, int | None], now: float) -> Iterator[tuple[int, float]]:
-        """Simulates the policy: yields each job's number and when it would be finished if no other came, in that order.
+        """Simulates the policy: yields each job's number and its end time if no other request arrives, in order of these times.
 
-        The steps until a member of the call is finished are simulated at once, as the order changes little in between.
+        All steps until a member of the call is finished are simulated together, because the order changes little meanwhile.
         """
         left, usage = [replace(job) for job in jobs], self.usage
         while left:
@@ -194,8 +194,8 @@ class Policy:
             left = [job for job in left if job.steps_left > 0]
 
     def work(self, jobs: Iterable[Job], max_rows: dict[str, int | None], most: int) -> float:
-        """Estimates the device seconds of the jobs, if those of a group share calls as far as that pays, at most `most` each.
-        Faster than a forecast: it visits each job once."""
+        """Estimates the device seconds of all jobs, assuming that jobs of a group share calls of at most `most` members. Faster
+        than a forecast: linear in the number of jobs."""
         groups: dict[Group, list[Job]] = {}
         for job in jobs:
             groups.setdefault(job.group, []).append(job)

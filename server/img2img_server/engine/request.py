@@ -1,4 +1,4 @@
-"""What goes through the engine: requests, their events and endings, and the protocol of a pipeline that runs them."""
+"""The engine's requests, their events and endings, and the protocol of the pipelines that run them."""
 
 import logging
 import threading
@@ -19,11 +19,11 @@ _log = logging.getLogger(__name__)
 class Request:
     """One transform, checked and with every default filled in.
 
-    `image` is RGB and already has the size of the result. There is one seed for each image to make. `negative_prompt` is
-    None if none was given, which SDXL distinguishes from an empty one. `deadline` is a time of the engine's clock in seconds,
-    None for none. `scheduler` is one of the pipeline's `schedulers`, None for the bundle's own. A preview is drawn every
+    `image` is RGB and already has the size of the result. There is one seed per image of the result. `negative_prompt` is None if
+    none was given, which SDXL distinguishes from an empty one. `deadline` is a time of the engine's clock in seconds, None for
+    none. `scheduler` is one of the pipeline's `schedulers`, None for the bundle's default. A preview is drawn every
     `preview_interval` steps, none at 0. `image_digest` identifies the image's content; empty if it need not be cached. A
-    `background` request is the server's own, and has the lowest priority. `client` is whose it is, and `id` identifies it in logs
+    `background` request is the server's own and has the lowest priority. `client` names its client; `id` identifies it in logs
     and to the caller. Without `follow` only its ending is delivered, so a replica sends no other events. Requests of one
     `cache_scope` share cached encodings, so their timings reveal whether another request used the same input.
     """
@@ -49,8 +49,8 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class RequestWarning:
-    """Something about a request that its caller may not have meant: the `field` of TransformRequest that it is about, a
-    `description` for people and a stable `code` for programs."""
+    """Something in a request that its caller may not have intended: the `field` of TransformRequest, a `description` for people
+    and a stable `code` for programs."""
 
     field: str
     description: str
@@ -59,11 +59,11 @@ class RequestWarning:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What a request will ask of the device, known before anything is computed.
+    """The device work of a request, known before anything is computed.
 
-    Requests of one model with the same `shape` share calls; `rows` is how many samples it adds to each: one for each
-    image, two with classifier-free guidance. `step_count` is how many calls it takes part in. `warnings` go to its caller with
-    its good end.
+    Requests of one model with the same `shape` share calls; `rows` is the number of samples it adds to each: one per image, two
+    with classifier-free guidance. `step_count` is the number of calls it takes part in. `warnings` are sent to its caller with
+    the result.
     """
 
     shape: Hashable
@@ -85,7 +85,7 @@ class Timings:
 
 @dataclass(frozen=True, slots=True)
 class Queued:
-    """The request waits: `position` requests come before it. It will be finished in about `eta` seconds, None if unknown."""
+    """The request waits behind `position` others. It will be finished in about `eta` seconds, None if unknown."""
 
     position: int
     eta: float | None
@@ -100,9 +100,9 @@ class Started:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """Step `step` of `step_count` is done; in about `eta` seconds it will be finished, None where unknown.
+    """Step `step` of `step_count` is done; the request will be finished in about `eta` seconds, None if unknown.
 
-    `preview` is the image so far, a small RGB one, at the steps where the request asked for it.
+    `preview` is a small RGB image of the current state, at the steps for which the request asked for one.
     """
 
     step: int
@@ -113,7 +113,7 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class Completed:
-    """The request's good end: one RGB image for each seed, and its plan's warnings."""
+    """The ending of a successful request: one RGB image per seed, and its plan's warnings."""
 
     images: tuple[Image.Image, ...]
     timings: Timings
@@ -122,7 +122,7 @@ class Completed:
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """The request's other end: an error, an expiry or a cancellation."""
+    """The ending of a failed, expired or cancelled request."""
 
     error: ServerError
 
@@ -141,73 +141,72 @@ class State(Protocol):
 
     @property
     def step_count(self) -> int:
-        """Steps in all."""
+        """Total steps."""
         ...
 
 
 class Pipeline(Protocol):
-    """A model, split into the parts that the engine schedules.
+    """A model, split into the stages that the engine schedules.
 
-    Every method is called by the engine's thread only, but `plan`, which any thread may call. Those that take several requests or
-    states give one result for each, in order; if one raises, nothing has changed and the engine asks for each alone.
-    Errors: a ServerError says what is wrong with the request (InvalidField) and reaches the caller; any other exception is
-    the model's failure.
+    All methods except `plan` are called on the engine's thread only. Methods of several requests or states return one result for
+    each, in order; if one raises, no state has changed and the engine calls it for each alone. Errors: a ServerError says what is
+    wrong with the request (InvalidField) and reaches the caller; any other exception is a failure of the model.
     """
 
     engine: str
-    """What runs it, such as "onnx:cpu"."""
+    """The runtime and device, such as "onnx:cpu"."""
     size_multiple: int
     """Width and height of images are multiples of this many pixels."""
     native_size: tuple[int, int]
-    """Width and height of the images that it was trained on, in pixels."""
+    """Width and height of the model's training images, in pixels."""
     max_rows: int | None
-    """The most rows that one call of `denoise` takes, None for no limit of its own."""
+    """Maximum rows of one call of `denoise`, None for no limit of its own."""
     measurable: bool
-    """Whether `denoise` computes again when it is asked again of the same states, so that it can be timed before it is served."""
+    """Whether repeated calls of `denoise` with the same states compute again, so that warm-up can measure it."""
     row_buckets: Sequence[int]
-    """The rows that calls of `denoise` are padded to and recorded for, in order; more than the last are made in parts. Empty if
-    calls are not padded."""
+    """The ascending row counts that calls of `denoise` are padded to and recorded for; calls of more rows than the last are
+    split. Empty if calls are not padded."""
     schedulers: tuple[str, ...]
-    """The names that a request's `scheduler` may have."""
+    """Supported values of a request's `scheduler`."""
 
     def plan(self, request: Request) -> Plan:
-        """What `request` will cost. Raises InvalidField where the pipeline cannot do it."""
+        """Plans `request`. Raises InvalidField if the pipeline does not support it."""
         ...
 
     def prepare(self, requests: Sequence[Request]) -> Sequence[State]:
-        """Encodes prompts and images, and makes the noised latents, the schedules and the random generators."""
+        """Encodes prompts and images, and creates noised latents, schedulers and random generators."""
         ...
 
     def denoise(self, states: Sequence[Any]) -> Sequence[Any]:
-        """Predicts the noise of each state, in one call of the model. All are of one shape. Changes none of them."""
+        """Predicts the noise of each state in one call of the model. All have one shape. Does not change the states."""
         ...
 
     def advance(self, states: Sequence[Any], noises: Sequence[Any]) -> None:
-        """Takes each state one step on by its predicted noise; afterwards its `step` is one more.
+        """Advances each state one step by its predicted noise, and increments its `step`.
 
-        If it raises, the states whose `step` has not changed are the ones that failed.
+        If this raises, the states whose `step` has not changed are the failed ones.
         """
         ...
 
     def mark(self) -> Callable[[], None] | None:
-        """What waits until the device has done all that `prepare`, `denoise` and `advance` have asked of it so far, and raises
-        what it could not do; None if they wait themselves."""
+        """A function that waits until the device has finished all work submitted so far by `prepare`, `denoise` and `advance`,
+        and raises its errors. None if these methods are synchronous."""
         ...
 
     def preview(self, states: Sequence[Any]) -> Sequence[Image.Image | None]:
-        """A small RGB image of what each state is about to become, None where the pipeline can draw none."""
+        """A small RGB preview of each state, None if the pipeline does not support previews."""
         ...
 
     def finish(self, states: Sequence[Any]) -> Sequence[Sequence[Image.Image]]:
-        """Decodes the latents of states of one shape whose steps are all done: an RGB image for each seed."""
+        """Decodes the latents of finished states of one shape: an RGB image per seed."""
         ...
 
     def release(self, state: Any) -> None:
-        """Frees what a state holds outside of Python's memory. Called once for each state, however its request ended."""
+        """Frees a state's resources outside of Python's memory. Called once for each state, whatever its request's ending."""
         ...
 
     def close(self) -> None:
-        """Gives up what others keep for it: its model is being unloaded, or run by another. Called once, from any thread."""
+        """Frees the pipeline's resources when its model is unloaded or replaced. Called once, from any thread."""
         ...
 
 
@@ -215,25 +214,25 @@ Listener = Callable[[Event], None]
 
 
 class RequestStatus(Enum):
-    """Where an accepted request is in its life. It only moves forward, and every request gets to ENDED."""
+    """The lifecycle of an accepted request. It only moves forward, and every request reaches ENDED."""
 
     WAITING = auto()
     """In the queue. Nothing was computed for it yet."""
     ACTIVE = auto()
     """Takes part in calls of its model, and may hold device memory."""
     LEAVING = auto()
-    """Takes part in no further call. Its device memory is being released, and its ending was not delivered yet."""
+    """Takes part in no further calls. Its device memory is being released; its ending was not delivered yet."""
     ENDED = auto()
     """Its ending was delivered."""
 
 
 @dataclass(slots=True, eq=False)
 class Ticket:
-    """An accepted request on its way to its one ending.
+    """An accepted request, which ends exactly once.
 
-    The engine's thread drives it and calls `listener` for each event, under its `lock`; any thread may cancel it. The scheduler
-    moves `status` up to LEAVING, `end` to ENDED. `state` is the pipeline's, None before the request was prepared and after it
-    was released. Times are of the engine's clock, in seconds.
+    The engine's thread calls `listener` for each event, holding `lock`; any thread may cancel the request. The scheduler moves
+    `status` up to LEAVING, `end` to ENDED. `state` is the pipeline's, None before the request is prepared and after it is
+    released. Times are of the engine's clock, in seconds.
     """
 
     request: Request
@@ -248,7 +247,7 @@ class Ticket:
     passed_over: int = 0
     """Calls of the model since it last took part in one."""
     forecast: float | None = None
-    """The seconds it would take if no other request came, as forecast on arrival."""
+    """The seconds it takes if no other request arrives, forecast on arrival."""
     forecast_key: Hashable = None
     """Groups requests with similar forecast errors."""
     expected: float | None = None
@@ -256,7 +255,7 @@ class Ticket:
     position: int = 0
     """The last position that its caller was notified of."""
     cancelled: bool = False
-    """Whether the caller gave up."""
+    """Whether the caller has cancelled it."""
     cancellations: "deque[Ticket]" = field(default_factory=deque)
     """Where the request is noted if it is cancelled: the scheduler's."""
     slotted: bool = False
@@ -271,7 +270,7 @@ class Ticket:
 
     @property
     def steps_left(self) -> int:
-        """How many more calls of the model it takes part in."""
+        """The number of calls of the model that it will still take part in."""
         return self.plan.step_count if self.state is None else self.state.step_count - self.state.step
 
     @property
@@ -304,7 +303,7 @@ class Ticket:
 
 
 def run_alone(pipeline: Pipeline, request: Request) -> Sequence[Image.Image]:
-    """Runs `request` from start to end on the calling thread: one image for each of its seeds."""
+    """Runs `request` from start to end on the calling thread. Returns one image per seed."""
     (state,) = pipeline.prepare([request])
     try:
         while state.step < state.step_count:

@@ -29,20 +29,20 @@ _SUMMED_CALLS = 8
 _MOST_COMPARED = 32
 """Waiting requests among which those are sought that share the shape of the first, and may be admitted with it."""
 _LEAST_WEIGHT = 0.15
-"""The least weight of the newest request in the running mean of forecast errors."""
+"""The minimum weight of the newest request in the running mean of forecast errors."""
 _CAUTION = 4
 """Observations after which half of their mean error is applied as a correction."""
 
 
 @dataclass(frozen=True, slots=True)
 class QueueLimits:
-    """Bounds of the engine.
+    """Limits of the engine.
 
-    `max_batch_size` is the rows of one call of the model, where an image with classifier-free guidance is two; what is
-    measured at warm-up may keep batches smaller. `max_active` requests are in progress and `max_waiting` wait;
-    `max_admitted` may be encoded between two steps of the others. `max_waiting_seconds` bounds the estimated seconds of work that
-    is accepted and not done, None for no bound; `max_client_waiting` the requests of one client that have not ended.
-    An eighth of `max_waiting` is reserved for clients that have no request yet, so no client can lock others out of the queue.
+    `max_batch_size` is the maximum rows of one call of the model, where an image with classifier-free guidance takes two;
+    measured costs may keep batches smaller. At most `max_active` requests are in progress, `max_waiting` wait, and `max_admitted`
+    are encoded between two steps of the others. `max_waiting_seconds` limits the estimated unfinished work in seconds, None for
+    no limit; `max_client_waiting` limits the unfinished requests of one client. An eighth of `max_waiting` is reserved for
+    clients without a request, so no client can lock others out of the queue.
     """
 
     max_batch_size: int = setting(16, "maximum rows of one model call; an image with guidance takes two", metavar="N", least=1)
@@ -53,21 +53,20 @@ class QueueLimits:
     )
     max_waiting_seconds: float | None = setting(
         None,
-        "refuse requests while the estimated accepted work exceeds this (default: no bound)",
+        "refuse requests while the estimated accepted work exceeds this (default: no limit)",
         metavar="SECONDS",
         least=0,
     )
     max_client_waiting: int = setting(128, "maximum number of waiting and running requests of one client", metavar="N", least=1)
 
     def waiting_slots(self, held: int, engines: int = 1) -> int:
-        """How many requests may wait, of all clients and in all `engines`, when a client that has `held` requests sends one."""
+        """The maximum requests that may wait in all `engines` for a new request of a client that has `held` requests."""
         slots = self.max_waiting * engines
         return slots - slots // 8 if held else slots
 
 
 class Scheduler:
-    """The requests of all models that have not ended, each with its status. The policy decides which are admitted first and which
-    share a call."""
+    """The unfinished requests of all models, by status. The policy decides which are admitted first and which share a call."""
 
     def __init__(self, limits: QueueLimits, costs: Costs, max_rows: dict[str, int | None]) -> None:
         self.limits = limits
@@ -166,11 +165,11 @@ class Scheduler:
         return tickets
 
     def set_max_rows(self, model: str, rows: int | None) -> None:
-        """Sets the most rows that one call of `model` takes, None for no limit."""
+        """Sets the maximum rows of one call of `model`, None for no limit."""
         self._max_rows[model] = rows
 
     def drop(self, now: float) -> list[tuple[Ticket, ServerError]]:
-        """Has every request leave that was cancelled or whose deadline has passed. Returns them with the reason."""
+        """Takes out requests that were cancelled or whose deadline has passed. Returns them with the reason."""
         cancelled = [self.cancelled.popleft() for _ in range(len(self.cancelled))]
         late = [ticket for ticket in self.active if ticket.request.deadline is not None and ticket.request.deadline <= now]
         tickets = (*cancelled, *late, *self._queue.expired(now))

@@ -1,4 +1,4 @@
-"""Measures a model before it is served: what a call takes by batch size and pixels, so that batches are as large as pays."""
+"""Measures a model's calls by batch size and pixels before it is served, so that the engine knows which batch sizes pay."""
 
 import logging
 import statistics
@@ -17,15 +17,15 @@ from img2img_server.support.device_lock import recording_at_once
 _log = logging.getLogger(__name__)
 
 _ROUNDS = 7
-"""Rounds at the most. In each, every batch is run once: a median of 7 is right while 3 are disturbed."""
+"""Maximum rounds. Each runs every batch once; the median of 7 tolerates 3 disturbed ones."""
 _FEW_ROUNDS = 3
-"""Rounds that there is to be time for before one more batch size is tried. The median of 3 is right while 1 is disturbed."""
+"""Rounds that must fit into the remaining time before another batch size is tried. The median of 3 tolerates a disturbed one."""
 
 _SURPRISE = 1.5
-"""Times longer than was expected that a batch takes if it is run once more."""
+"""A batch's first run is repeated if it takes more than this many times the expected time."""
 
 _TOGETHER = 4
-"""Images that are encoded or decoded in one call while calls are recorded."""
+"""Images encoded or decoded in one call during recording."""
 
 Size = tuple[int, int]
 """Width and height in pixels."""
@@ -35,8 +35,8 @@ _R = TypeVar("_R")
 
 @dataclass(slots=True, eq=False)
 class _Batch:
-    """A batch size at one image size. `seconds` has the times of its stages in each round; `first` those of the first call,
-    which is slower, as memory is allocated and kernels are chosen in it."""
+    """A batch size at one image size. `seconds` are the times of its stages in each round; `first` those of the first call, which
+    is slower, because it allocates memory and chooses kernels."""
 
     request: Request
     rows: int
@@ -45,16 +45,16 @@ class _Batch:
 
     @property
     def took(self) -> float:
-        """Seconds that running it once more is expected to take."""
+        """The expected seconds of another run."""
         return sum(min(self.first[stage], *self.seconds.get(stage, (self.first[stage],))) for stage in self.first)
 
     @property
     def rounds(self) -> int:
-        """How many rounds it was in."""
+        """The number of rounds that it was run in."""
         return len(self.seconds.get("denoise", ()))
 
     def add(self, times: dict[Stage, float]) -> None:
-        """Notes the times of one round."""
+        """Adds the times of one round."""
         for stage, seconds in times.items():
             self.seconds.setdefault(stage, []).append(seconds)
 
@@ -62,10 +62,9 @@ class _Batch:
 class WarmUp:
     """Runs batches of 1, 2, 4 ... rows at the model's native size and at half of it, in rounds.
 
-    In each round every batch is run once, alternately forwards and backwards: other load on the machine slows all of them alike,
-    and what each takes is a median over the rounds, so a call that is held up changes nothing. Goes on for about `budget`
-    seconds; at 0 nothing is done, and costs are learnt from the requests themselves. `in_flight` sees each call. Calls of
-    `sizes`, width and height in pixels, are recorded, too.
+    Each round runs every batch once, in alternating order, so that other load on the machine slows all of them alike. The result
+    is the median over the rounds, which ignores single delayed calls. Takes about `budget` seconds; with 0 it does nothing, and
+    costs are learnt from requests. `in_flight` tracks each call. Calls of `sizes`, (width, height) in pixels, are recorded too.
     """
 
     def __init__(
@@ -83,9 +82,9 @@ class WarmUp:
         self._in_flight = in_flight or CallsInFlight(clock)
 
     def measure(self, name: str, pipeline: Pipeline) -> Measured:
-        """Measures one model that can be measured. One that runs a single request at a time has no batches to measure.
+        """Measures one model, if it is measurable and supports batches.
 
-        A batch that fails is not tried again. Raises what the model raises for a single row: it cannot be served.
+        A batch that fails is not retried. Raises the model's error if a single row fails, since it cannot be served.
         """
         limit = self._limit(pipeline)
         full = self.record(name, pipeline)
@@ -103,11 +102,11 @@ class WarmUp:
                 batch = _Batch(request, rows)
                 try:
                     batch.first = self._first(pipeline, batch, took, end)
-                except Exception as error:  # a model may raise anything; most likely memory ran out
+                except Exception as error:  # a model may raise any exception; most likely memory ran out
                     if rows == 1:
                         raise
                     _log.warning("model '%s' failed on %d rows of %d x %d: %s", name, rows, *request.image.size, error)
-                    _log.debug("where it failed", exc_info=True)
+                    _log.debug("traceback of the failure", exc_info=True)
                     full.append((pixels, rows))
                     break
                 if not batch.first:
@@ -115,13 +114,13 @@ class WarmUp:
                 batches.append(batch)
                 took, rows = 2 * batch.took, 2 * rows
         self._take_rounds(pipeline, batches, end)
-        # A round that was not finished counts for none: all medians are to be over the same time.
+        # Unfinished rounds are ignored, so that all medians cover the same period.
         rounds = min((batch.rounds for batch in batches), default=0)
         timings = (timing for batch in batches for timing in _timings(pipeline, batch, rounds))
         return Measured(tuple(timings), tuple(full))
 
     def check(self, name: str, pipeline: Pipeline) -> None:
-        """Runs one row once, for a model whose costs are known, and records its calls. Raises what the model raises."""
+        """Runs one row once, for a model whose costs are known, and records its calls. Raises the model's errors."""
         if self._budget > 0 and pipeline.measurable:
             self.record(name, pipeline)
             self._once(pipeline, _Batch(_request(name, pipeline.native_size), 1))
@@ -129,11 +128,11 @@ class WarmUp:
     def record(
         self, name: str, pipeline: Pipeline, run: Callable[[Callable[[], None]], None] = lambda work: work()
     ) -> list[tuple[int, int]]:
-        """Has each call that is padded be recorded, at the sizes that are measured and at `sizes`; nothing if the budget is 0.
+        """Records the padded calls (CUDA graphs) at the measured sizes and at `sizes`; does nothing if the budget is 0.
 
-        `run` runs what it is given, on the thread that serves: recordings belong to it. After a batch that fails no larger one of
-        that size is tried, and in the end all others are recorded again, as recordings are dropped when memory runs out. Returns
-        the pixels and rows of what failed. Raises what the model raises for the smallest of a size that is measured.
+        `run` runs a function on the serving thread, which recordings belong to. After a batch fails, larger ones of its size are
+        skipped, and at the end the others are recorded again, because recordings are dropped when memory runs out. Returns the
+        pixels and rows of failed batches. Raises the model's error if the smallest batch of a measured size fails.
         """
         full: list[tuple[int, int]] = []
         if self._budget <= 0:
@@ -144,7 +143,7 @@ class WarmUp:
                 requests = list(_filling(name, pipeline, size, rows))
                 try:
                     run(lambda requests=requests: self._record(pipeline, requests))  # type: ignore[misc]
-                except Exception as error:  # a model may raise anything; most likely memory ran out
+                except Exception as error:  # a model may raise any exception; most likely memory ran out
                     if rows == 1 and size in measured:
                         raise
                     _log.warning("model '%s': calls of %d rows of %d x %d are not recorded: %s", name, rows, *size, error)
@@ -154,12 +153,12 @@ class WarmUp:
         for requests in done if full else ():
             try:
                 run(lambda requests=requests: self._record(pipeline, requests))  # type: ignore[misc]
-            except Exception as error:  # noqa: BLE001 - memory may not suffice for all recordings: the others are recorded when they are called
+            except Exception as error:  # noqa: BLE001 - without memory for all, the others are recorded on first use
                 _log.warning("model '%s': calls of %d rows are not recorded: %s", name, _rows(pipeline, requests), error)
         return full
 
     def _record(self, pipeline: Pipeline, requests: Sequence[Request]) -> None:
-        """Makes each call of a batch of one step under `recording_at_once`."""
+        """Runs each stage of a batch with one step under `recording_at_once`."""
         states: list[Any] = []
         with self._in_flight.call("warm-up (recording)", requests[0].model, len(requests)), recording_at_once():
             try:
@@ -172,18 +171,18 @@ class WarmUp:
                     pipeline.release(state)
 
     def _limit(self, pipeline: Pipeline) -> int:
-        """The most rows of one call."""
+        """The maximum rows of one call."""
         return min(self._max_batch_size, pipeline.max_rows or self._max_batch_size)
 
     def _is_time(self, batches: Sequence[_Batch], took: float, end: float) -> bool:
-        """Whether one more batch, which is expected to take `took` seconds, can be run once and then in a few rounds."""
+        """Whether there is time to run another batch, expected to take `took` seconds, once and then in a few rounds."""
         round_seconds = took + sum(batch.took for batch in batches)
         return self._clock() + took + (_FEW_ROUNDS * round_seconds if batches else 0.0) < end
 
     def _first(self, pipeline: Pipeline, batch: _Batch, expected: float, end: float) -> dict[Stage, float]:
-        """Runs a batch for the first time; twice if that took much longer than `expected`: how many batches are measured
-        must not depend on a call that is held up. Returns the seconds of its stages; nothing if there is no time for the second
-        time, as that call alone says nothing of a batch, except of a single row."""
+        """Runs a batch for the first time, and again if that took much longer than `expected`: a single delayed call must not
+        reduce the number of measured batches. Returns the seconds of its stages; empty if there is no time for the second run,
+        because the first alone is not meaningful, except for a single row."""
         first = self._once(pipeline, batch)
         took = sum(first.values())
         if took <= _SURPRISE * expected:
@@ -201,7 +200,7 @@ class WarmUp:
                 batch.add(self._once(pipeline, batch))
 
     def _once(self, pipeline: Pipeline, batch: _Batch) -> dict[Stage, float]:
-        """Runs a batch of one step from end to end. Returns the seconds of its stages."""
+        """Runs a batch with one step through all stages. Returns their seconds."""
         times: dict[Stage, float] = {}
         states: Sequence[Any] = ()
 
@@ -236,7 +235,7 @@ def _measured_sizes(pipeline: Pipeline) -> list[Size]:
 
 
 def _rounded(size: Size, pipeline: Pipeline) -> Size:
-    """The nearest size below that the pipeline can draw."""
+    """The size rounded down to the pipeline's `size_multiple`."""
     width, height = (max(side // pipeline.size_multiple, 1) * pipeline.size_multiple for side in size)
     return width, height
 
@@ -247,7 +246,7 @@ def _request(name: str, size: Size) -> Request:
 
 
 def _recorded_rows(pipeline: Pipeline, limit: int) -> Iterator[int]:
-    """Rows of up to `limit`, one for each bucket that a call of so many may be padded to."""
+    """Row counts of up to `limit`, one for each bucket that calls may be padded to."""
     before = 0
     for bucket in pipeline.row_buckets:
         if before < limit:
@@ -260,8 +259,7 @@ def _rows(pipeline: Pipeline, requests: Sequence[Request]) -> int:
 
 
 def _filling(name: str, pipeline: Pipeline, size: Size, rows: int) -> Iterator[Request]:
-    """Requests of `rows` rows in all, guided ones as far as that goes. Each has a scope of its own, so that its texts are
-    encoded."""
+    """Requests of `rows` rows in total, guided ones if possible. Each has its own cache scope, so that its texts are encoded."""
     plain = _request(name, size)
     guided = replace(plain, guidance_scale=2.0, negative_prompt="warm-up")
     for number in range(rows):
@@ -273,7 +271,7 @@ def _filling(name: str, pipeline: Pipeline, size: Size, rows: int) -> Iterator[R
 
 
 def _timings(pipeline: Pipeline, batch: _Batch, rounds: int) -> list[Timing]:
-    """What the stages of a batch take in so many rounds: of a few the first call counts, too, and of two times the shorter."""
+    """The median times of a batch's stages over `rounds` rounds. If there are few, the first call counts too."""
     plan = pipeline.plan(batch.request)
     timings = []
     for stage, first in batch.first.items():

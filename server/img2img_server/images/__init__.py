@@ -1,4 +1,4 @@
-"""Bytes <-> pixels: decodes what cameras and tools write into upright sRGB, within limits, and encodes results."""
+"""Decodes image files to upright sRGB pixels, within limits, and encodes results."""
 
 from img2img_server.images.decoding import READ_FORMATS, check_header, decode, decode_data_uri, header_size, media_type
 from img2img_server.images.encoding import WriteFormat, check_side, encode, holds

@@ -1,4 +1,4 @@
-"""Image files and data: URIs -> pixels: whatever Pillow reads, upright, in sRGB and within limits."""
+"""Decodes image files and data: URIs to upright sRGB pixels, within limits."""
 
 import base64
 import binascii
@@ -19,15 +19,15 @@ READ_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 _MEDIA_TYPE = {name: f"image/{name.lower()}" for name in READ_FORMATS}
 _MEDIA_TYPE["DIB"], _MEDIA_TYPE["MPO"] = _MEDIA_TYPE["BMP"], _MEDIA_TYPE["JPEG"]
 
-# Pillow warns at one size and fails at twice that. decode() looks at the header and refuses on its own terms, before pixels.
+# Disables Pillow's own limit, at which it only warns. decode() checks the header against ImageLimits before it decodes.
 Image.MAX_IMAGE_PIXELS = None
 
 
 def _silence_decoders() -> None:
-    """Keeps what a client sends from writing to standard error. The caller's error says what is wrong."""
+    """Prevents decoders from writing about clients' files to standard error. Callers get an error instead."""
     warnings.filterwarnings("ignore", module=r"PIL\.")
-    # libtiff writes from C. Its functions are found through Pillow's extension, which is linked with it; a build that hides
-    # them cannot be silenced.
+    # libtiff writes from C. Its functions are looked up in Pillow's extension, which links it. Builds that hide them cannot be
+    # silenced.
     library = ctypes.CDLL(_imaging.__file__)
     for name in ("TIFFSetErrorHandler", "TIFFSetWarningHandler"):
         with suppress(AttributeError):
@@ -40,10 +40,10 @@ _silence_decoders()
 
 
 def decode(data: bytes, limits: ImageLimits, field: str) -> Image.Image:
-    """Decodes an image file to RGB of shape (height, width, 3) at its own size: upright by its EXIF's orientation, in sRGB by its
-    ICC profile. An animation gives its first frame; transparency becomes white. No other metadata is read.
+    """Decodes an image file to RGB of shape (height, width, 3) at its own size: upright by its EXIF orientation, in sRGB by its
+    ICC profile. Of an animation it decodes the first frame; transparency becomes white. Other metadata is ignored.
 
-    Raises InvalidField, naming `field`, for a file that is empty, too large, of no known format or damaged.
+    Raises InvalidField, naming `field`, if the file is empty, too large, damaged, or in an unknown format.
     """
     with _reading(field):
         image, file = _open(data, limits, field)
@@ -52,20 +52,20 @@ def decode(data: bytes, limits: ImageLimits, field: str) -> Image.Image:
 
 
 def check_header(data: bytes, limits: ImageLimits, field: str) -> str:
-    """The media type of an image file, such as "image/png", by its header alone.
+    """The media type of an image file, such as "image/png". Reads only the header.
 
-    Raises InvalidField, naming `field`, for a file that is empty, too large, of no known format or of too many pixels.
+    Raises InvalidField, naming `field`, if the file is empty, too large, in an unknown format or has too many pixels.
     """
     with _reading(field):
         image, _ = _open(data, limits, field)
-        assert image.format is not None, "what is opened has a format"
+        assert image.format is not None, "opened files have a format"
         return _MEDIA_TYPE[image.format]
 
 
 def header_size(data: bytes, limits: ImageLimits, field: str) -> tuple[int, int]:
-    """Width and height that decode() would give, by the file's header alone.
+    """The width and height that decode() returns. Reads only the header.
 
-    Raises InvalidField as decode does, but for a file that is damaged behind its header.
+    Raises InvalidField as decode does, except for damage after the header.
     """
     with _reading(field):
         image, file = _open(data, limits, field)
@@ -73,7 +73,7 @@ def header_size(data: bytes, limits: ImageLimits, field: str) -> tuple[int, int]
 
 
 def media_type(head: bytes) -> str | None:
-    """The media type by the first bytes of a file, 32 are enough; None if it is of none of READ_FORMATS."""
+    """The media type by the first 32 bytes of a file; None if the format is not in READ_FORMATS."""
     Image.init()
     for name in READ_FORMATS:
         accepts = Image.OPEN[name][1]
@@ -84,30 +84,30 @@ def media_type(head: bytes) -> str | None:
 
 def _open(data: bytes, limits: ImageLimits, field: str) -> tuple[Image.Image, Essentials]:
     if not data:
-        raise InvalidField(field, "the picture is empty")
+        raise InvalidField(field, "the image is empty")
     if len(data) > limits.max_bytes:
-        raise InvalidField(field, f"the file has {len(data)} bytes, the most is {limits.max_bytes}")
+        raise InvalidField(field, f"the file has {len(data)} bytes, the maximum is {limits.max_bytes}")
     file = essentials(data)
     image = Image.open(io.BytesIO(file.data), formats=READ_FORMATS)
     if image.width * image.height > limits.max_source_pixels:
         raise InvalidField(
             field,
-            f"the picture has {image.width} x {image.height} pixels, the most is {limits.max_source_pixels}: send a smaller one",
+            f"the image has {image.width} x {image.height} pixels, the maximum is {limits.max_source_pixels}: send a smaller one",
         )
     return image, file
 
 
 @contextmanager
 def _reading(field: str) -> Iterator[None]:
-    """Within the block, what Pillow raises is InvalidField."""
+    """Converts Pillow's exceptions in the block to InvalidField."""
     try:
         yield
     except (InvalidField, MemoryError):
         raise
     except UnidentifiedImageError:
-        raise InvalidField(field, f"not a picture in a known format ({', '.join(READ_FORMATS)})") from None
+        raise InvalidField(field, f"the file is not an image in a supported format ({', '.join(READ_FORMATS)})") from None
     except Exception as error:  # noqa: BLE001 - Pillow's decoders raise anything on a damaged file, also AssertionError
-        raise InvalidField(field, f"the picture cannot be decoded: {error}") from None
+        raise InvalidField(field, f"the image cannot be decoded: {error}") from None
 
 
 _SPACE_OF_MODE = {"L": b"GRAY", "RGB": b"RGB ", "CMYK": b"CMYK"}
@@ -119,9 +119,9 @@ _WHITE_IS_ZERO, _UNSIGNED = 0, (1,)
 
 
 def to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
-    """An image in any of Pillow's modes as sRGB, in mode RGB. Transparency becomes white.
+    """Converts an image in any of Pillow's modes to sRGB, in mode RGB. Transparency becomes white.
 
-    `profile` is an ICC profile, empty if there is none. One that is damaged or of another kind of colours is ignored.
+    `profile` is an ICC profile, empty if there is none. A damaged profile, or one for another colour space, is ignored.
     """
     image, alpha = _split(image)
     image = _convert(image, profile)
@@ -148,21 +148,21 @@ def _split(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
 
 
 def _shallow(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
-    """Gray of more than 8 bits as 8 bits. Pillow's own conversion clips, it does not scale.
+    """Converts gray of more than 8 bits to 8 bits. Pillow's own conversion clips instead of scaling.
 
-    Integers of a known depth, 12 or 16 bits, are scaled by it. Of 32 bits most files use fewer: white is 2^n - 1, with n at least
-    8, that just holds the brightest value. Of floats, 1.0 is white up to a brightest value of 16, which leaves highlights and
-    overshoot room, and what is above 1.0 is clipped; brighter ones are integers in disguise, half as much overshoot allowed.
+    Integers of a known depth, 12 or 16 bits, are scaled by it. Most files of 32 bits use fewer: white is 2^n - 1 for the least n,
+    at least 8, that holds the brightest value. Floats with values up to 16 have white at 1.0, and brighter highlights are
+    clipped; floats with larger values are treated as integers, with 1.5 times white allowed as overshoot.
     """
-    import numpy as np  # here: it takes longer than all other imports of the configuration
+    import numpy as np  # here: importing it takes longer than all other imports of the configuration
 
     tags: Any = getattr(image, "tag_v2", {})
     values = np.asarray(image)
     if image.mode == "I" and tags and tags.get(_SAMPLE_FORMAT, _UNSIGNED) == _UNSIGNED:
-        values = values.view(np.uint32)  # Pillow reads them as if they were signed.
+        values = values.view(np.uint32)  # Pillow reads them as signed.
     transparent = image.info.get("transparency")
     alpha = None if transparent is None else Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8))
-    gray = values.astype(np.float32)  # One copy, changed in place: a source may have millions of pixels.
+    gray = values.astype(np.float32)  # One copy, changed in place, since a source may have millions of pixels.
     np.nan_to_num(gray, copy=False, nan=0.0, posinf=0.0, neginf=0.0)
     gray *= 255 / _white(image.mode, float((gray if image.mode == "F" else values).max()), tags)
     np.clip(gray, 0, 255, out=gray)
@@ -198,12 +198,12 @@ def _convert(image: Image.Image, profile: bytes) -> Image.Image:
 
 
 def _managed(image: Image.Image, profile: bytes) -> Image.Image:
-    import numpy as np  # here: it takes longer than all other imports of the configuration
+    import numpy as np  # here: importing it takes longer than all other imports of the configuration
 
     source, srgb = ImageCms.ImageCmsProfile(io.BytesIO(profile)), ImageCms.createProfile("sRGB")
     samples = _samples(image.mode)
     if samples is not None:
-        # Most files say that they are sRGB. A conversion would only round.
+        # Most profiles are sRGB, and a conversion would only add rounding errors.
         converted = _transform(samples, source, srgb)
         if np.abs(np.asarray(converted, int) - np.asarray(samples.convert("RGB"), int)).max() <= _SRGB_TOLERANCE:
             return image.convert("RGB")
@@ -211,8 +211,8 @@ def _managed(image: Image.Image, profile: bytes) -> Image.Image:
 
 
 def _samples(mode: str) -> Image.Image | None:
-    """Colours from all over the mode's range, of those that may be sRGB's."""
-    import numpy as np  # here: it takes longer than all other imports of the configuration
+    """Sample colours across the mode's range, None for CMYK, which cannot be sRGB."""
+    import numpy as np  # here: importing it takes longer than all other imports of the configuration
 
     if mode == "CMYK":
         return None
@@ -231,18 +231,18 @@ def _transform(image: Image.Image, source: Any, target: Any) -> Image.Image:
         outputMode="RGB",
         flags=ImageCms.Flags.BLACKPOINTCOMPENSATION,
     )
-    assert converted is not None, "not asked to work in place"
+    assert converted is not None, "only in-place conversion returns None"
     return converted
 
 
 def decode_data_uri(uri: str, limits: ImageLimits, field: str) -> bytes:
-    """The bytes in a "data:" URI (RFC 2397). Raises InvalidField, naming `field`, for one that is malformed or too large."""
+    """The bytes in a "data:" URI (RFC 2397). Raises InvalidField, naming `field`, if it is malformed or too large."""
     header, comma, body = uri.partition(",")
     if not comma:
         raise InvalidField(field, "a data: URI needs a comma before its data")
     if len(body) > 4 * limits.max_bytes:
         raise InvalidField(field, f"the URI has {len(body)} characters, too many for a file of {limits.max_bytes} bytes")
-    # As unquote_to_bytes, but for escapes that are none: that takes seconds and gigabytes where everything is escaped.
+    # Like unquote_to_bytes except for malformed escapes, but without its seconds and gigabytes if everything is escaped.
     raw = binascii.a2b_qp(body.encode().replace(b"=", b"=3D").replace(b"%", b"=")) if "%" in body else body.encode()
     if not header.endswith(";base64"):
         return raw

@@ -1,8 +1,7 @@
-"""Cuts an image file down to what its pixels need, before Pillow sees it; reads the EXIF orientation.
+"""Removes metadata from an image file before Pillow reads it; extracts EXIF (for its orientation) and the colour profile.
 
-Metadata must not decide whether an image is read: Pillow refuses a PNG for the size of its comments and fails on malformed EXIF,
-and what it parses costs memory. Two things of it matter, and are taken out here: the EXIF, for its orientation, and the colour
-profile.
+Metadata must not prevent decoding: Pillow refuses a PNG with large comments and fails on malformed EXIF, and parsing metadata
+costs memory.
 """
 
 import struct
@@ -13,7 +12,7 @@ from PIL import Image
 
 UPRIGHT = 1
 _TAG = 0x0112
-_CODE_OF_TYPE = {1: "B", 3: "H", 4: "L", 16: "Q"}  # BYTE, SHORT, LONG, LONG8; the standard has SHORT
+_CODE_OF_TYPE = {1: "B", 3: "H", 4: "L", 16: "Q"}  # BYTE, SHORT, LONG, LONG8; the standard specifies SHORT
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -26,9 +25,9 @@ _TURNS = {
 
 
 def read_orientation(tiff: bytes) -> int:
-    """The orientation, 1 to 8, in the first directory of a TIFF structure, which is what EXIF is as well.
+    """The orientation, 1 to 8, in the first directory of a TIFF structure; EXIF is one.
 
-    1, upright, if there is none or it cannot be read. Whatever else the structure holds is not looked at.
+    Returns 1, upright, if there is none or it cannot be read. Other contents are ignored.
     """
     try:
         order, big, start = read_tiff_header(tiff)
@@ -43,33 +42,33 @@ def read_orientation(tiff: bytes) -> int:
 
 
 def turn_upright(image: Image.Image, orientation: int) -> Image.Image:
-    """Turns and flips an image that is stored in this orientation."""
+    """Rotates or flips an image that is stored in this orientation."""
     turn = _TURNS.get(orientation)
     return image if turn is None else image.transpose(turn)
 
 
 def lies_on_its_side(orientation: int) -> bool:
-    """Whether the upright image is as wide as the stored one is high."""
+    """Whether the upright image has the stored image's width and height swapped."""
     return orientation >= 5
 
 
 def read_tiff_header(tiff: bytes) -> tuple[str, bool, int]:
-    """The byte order as struct spells it, whether it is a BigTIFF, and where the first directory starts, which is in the file.
+    """The byte order in struct's notation, whether it is a BigTIFF, and the offset of the first directory, within the file.
 
-    Raises ValueError for another file, struct.error for one that is cut off.
+    Raises ValueError for another format, struct.error for a truncated file.
     """
     order = {b"II": "<", b"MM": ">"}.get(tiff[:2])
     if order is None or not {42, 43} & set(tiff[2:4]):
         raise ValueError("not a TIFF structure")
     big = 43 in tiff[2:4]
     (start,) = struct.unpack_from(f"{order}Q" if big else f"{order}L", tiff, 8 if big else 4)
-    if start > len(tiff):  # 64 bits of it are more than struct takes
+    if start > len(tiff):  # struct does not accept offsets of 64 bits
         raise struct.error(f"the first directory starts at byte {start} of {len(tiff)}")
     return order, big, start
 
 
 def read_directory(tiff: bytes, order: str, big: bool, start: int) -> list[tuple[int, bytes]]:
-    """The entries of a directory, each by its tag, as far as they are there. struct.error if nothing of it is."""
+    """The tags and entries of a directory, as far as the file contains them. Raises struct.error if it contains none."""
     (count,) = struct.unpack_from(f"{order}Q" if big else f"{order}H", tiff, start)
     start, size = start + (8 if big else 2), 20 if big else 12
     count = min(count, (len(tiff) - start) // size)
@@ -78,7 +77,7 @@ def read_directory(tiff: bytes, order: str, big: bool, start: int) -> list[tuple
 
 
 MAX_PROFILE_BYTES = 8 * 2**20
-"""A larger colour profile is ignored; printers' have 0.5 to 3 MB."""
+"""Larger colour profiles are ignored. Printer profiles have 0.5 to 3 MB."""
 
 _MAX_RAW_EXIF = 2**20
 _RAW_EXIF = (b"Raw profile type exif\0", b"Raw profile type APP1\0")
@@ -87,7 +86,7 @@ _PNG = b"\x89PNG\r\n\x1a\n"
 _START_OF_SCAN = 0xDA
 _BARE_MARKERS = {0x01, *range(0xD0, 0xDA)}  # without a length
 _TIFF_PROFILE = 34675
-# What a TIFF's pixels need, by TIFF 6.0 and libtiff: sizes, strips and tiles, compression, samples, colours.
+# Tags that decoding a TIFF's pixels needs, by TIFF 6.0 and libtiff: sizes, strips and tiles, compression, samples, colours.
 _TIFF_PIXELS = {
     *(254, 256, 257, 258, 259, 262, 266, 273, 277, 278, 279, 284, 292, 293, 317, 320, 322, 323, 324, 325, 332, 334, 338, 339),
     *(347, 512, 513, 514, 515, 517, 518, 519, 520, 521, 529, 530, 531, 532),
@@ -96,8 +95,8 @@ _TIFF_PIXELS = {
 
 @dataclass(frozen=True, slots=True)
 class Essentials:
-    """An image file of nothing but pixels. `exif` is a TIFF structure, `profile` an ICC profile; empty if there is none, and
-    neither is checked."""
+    """An image file without metadata. `exif` is a TIFF structure, `profile` an ICC profile; both are unchecked, and empty if the
+    file has none."""
 
     data: bytes
     exif: bytes = b""
@@ -105,7 +104,7 @@ class Essentials:
 
 
 def essentials(data: bytes) -> Essentials:
-    """The file without its metadata. One whose structure is damaged stays as it is from there on, for the decoder to judge."""
+    """Separates a file from its metadata. From the first structural damage on, the file is left unchanged for the decoder."""
     if data.startswith(_PNG):
         return _png(data)
     if data.startswith(b"\xff\xd8\xff"):
@@ -118,7 +117,7 @@ def essentials(data: bytes) -> Essentials:
 
 
 def _png(data: bytes) -> Essentials:
-    """Keeps the critical chunks and tRNS: of an animation, the image that IDAT holds."""
+    """Keeps the critical chunks and tRNS; of an animation, the image in IDAT."""
     view, kept, exif, profile = memoryview(data), [memoryview(_PNG)], b"", b""
     at = len(_PNG)
     while at < len(data):
@@ -139,7 +138,7 @@ def _png(data: bytes) -> Essentials:
 
 
 def _raw_exif(kind: bytes, body: bytes) -> bytes:
-    """EXIF as ImageMagick writes it into a PNG's text: after three lines of what it is, in hexadecimal."""
+    """EXIF in a PNG's text as ImageMagick writes it: three header lines, then hexadecimal digits."""
     text = _inflated(body, _MAX_RAW_EXIF) if kind == b"zTXt" else body.partition(b"\0")[2]
     try:
         return bytes.fromhex("".join(text[: 2 * _MAX_RAW_EXIF].decode("latin-1").split("\n")[3:]))
@@ -148,7 +147,7 @@ def _raw_exif(kind: bytes, body: bytes) -> bytes:
 
 
 def _inflated(body: bytes, most: int) -> bytes:
-    """What is compressed behind a chunk's keyword; empty if it is damaged or has more than so many bytes."""
+    """The decompressed data after a chunk's keyword; empty if it is damaged or has more than `most` bytes."""
     inflate = zlib.decompressobj()
     try:
         found = inflate.decompress(body.partition(b"\0")[2][1:], most)
@@ -158,14 +157,14 @@ def _inflated(body: bytes, most: int) -> bytes:
 
 
 def _without_prefix(exif: bytes) -> bytes:
-    """EXIF from its TIFF header on. Some writers put JPEG's prefix before it, even twice."""
+    """EXIF without JPEG's prefix, which some writers add even twice."""
     while exif.startswith(_EXIF):
         exif = exif[len(_EXIF) :]
     return exif
 
 
 def _jpeg(data: bytes) -> Essentials:
-    """Drops comments and every application segment but JFIF's and Adobe's, which tell the colours. An MPO is a JPEG then."""
+    """Drops comments and all application segments except JFIF's and Adobe's, which define the colours. An MPO becomes a JPEG."""
     view, kept, exif, profile = memoryview(data), [memoryview(data)[:2]], [], []
     at = 2
     while at + 4 <= len(data) and data[at] == 0xFF and data[at + 1] != _START_OF_SCAN:
@@ -187,13 +186,13 @@ def _jpeg(data: bytes) -> Essentials:
 
 
 def _joined(parts: list[bytes]) -> bytes:
-    """A profile of parts, each with its number and with how many there are before it; empty if one is missing."""
+    """Joins the parts of a profile, each preceded by its number and the count of parts; empty if one is missing."""
     numbered = {part[0]: part[2:] for part in parts if len(part) > 2 and part[1] == len(parts)}
     return b"".join(numbered[number] for number in sorted(numbered)) if len(numbered) == len(parts) else b""
 
 
 def _webp(data: bytes) -> Essentials:
-    """Nothing is dropped: the decoder passes over what it does not need."""
+    """Drops nothing, because the decoder skips metadata."""
     found = {b"EXIF": b"", b"ICCP": b""}
     at = 12
     while at + 8 <= len(data):
@@ -205,10 +204,10 @@ def _webp(data: bytes) -> Essentials:
 
 
 def _tiff(data: bytes) -> Essentials:
-    """Puts a directory of what the pixels need at the end and makes it the only one. All that it points at stays in place."""
+    """Appends a directory with only the tags that decoding needs, and makes it the only one. Its data stays in place."""
     try:
         order, big, start = read_tiff_header(data)
-        found = dict(reversed(read_directory(data, order, big, start)))  # Of two entries with one tag the first counts.
+        found = dict(reversed(read_directory(data, order, big, start)))  # The first entry of a tag counts.
     except (ValueError, struct.error):
         return Essentials(data)
     kept = [entry for tag, entry in sorted(found.items()) if tag in _TIFF_PIXELS]
@@ -221,7 +220,7 @@ def _tiff(data: bytes) -> Essentials:
 
 
 def _tiff_value(data: bytes, order: str, big: bool, entry: bytes) -> bytes:
-    """The bytes that a directory's entry points at."""
+    """The bytes that a directory entry refers to."""
     if not entry:
         return b""
     number = "Q" if big else "L"
@@ -230,7 +229,7 @@ def _tiff_value(data: bytes, order: str, big: bool, entry: bytes) -> bytes:
 
 
 def _bmp_profile(data: bytes) -> bytes:
-    """The profile that a header of version 5 says is embedded."""
+    """The profile embedded by a version 5 header, empty if there is none."""
     if len(data) < 138 or int.from_bytes(data[14:18], "little") < 124 or data[70:74] != b"DEBM":
         return b""
     at, length = struct.unpack_from("<LL", data, 126)

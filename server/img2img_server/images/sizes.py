@@ -1,4 +1,4 @@
-"""Sizes of images: what a server takes, and what it makes of it."""
+"""Limits of image sizes, and the rules that determine a result's size."""
 
 import math
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from img2img_server.settings.setting import setting
 
 @dataclass(frozen=True, slots=True)
 class ImageLimits:
-    """The largest source file in bytes, the largest source and the largest result in pixels."""
+    """The maximum source file in bytes, and the maximum source and result in pixels."""
 
     max_bytes: int = setting(16 * 2**20, "maximum size of a source file", metavar="BYTES", name="max_image_bytes", least=1)
     max_source_pixels: int = setting(32_000_000, "maximum pixels of a source image, width x height", metavar="N", least=1)
@@ -20,8 +20,8 @@ class ImageLimits:
 
 @dataclass(frozen=True, slots=True)
 class SizeRule:
-    """What a request says of its result's size, in pixels: `width` and `height`, each the source's if it is None, or how the
-    source is fitted, by its longest side or by an area."""
+    """A request's rule for the result's size, in pixels: `width` and `height` (None: the source's), or a fit of the source by its
+    `longest_side` or `area`."""
 
     width: int | None = None
     height: int | None = None
@@ -30,14 +30,14 @@ class SizeRule:
 
 
 def least_size(rule: SizeRule, multiple: int, limits: ImageLimits) -> tuple[int, int]:
-    """The least result that any source would have. Raises InvalidField for a rule that no source makes right."""
+    """The smallest result of any source. Raises InvalidField if no source could satisfy the rule."""
     return target_size((multiple, multiple) if rule.longest_side is None else (rule.longest_side, 1), rule, multiple, limits)
 
 
 def target_size(source: tuple[int, int], rule: SizeRule, multiple: int, limits: ImageLimits) -> tuple[int, int]:
     """The size of the result, in pixels: the rule's or the source's, rounded down to the model's multiple.
 
-    A source that is fitted keeps its aspect, but for that rounding. Raises InvalidField if the result is too large or nothing.
+    A fit keeps the source's aspect ratio, except for that rounding. Raises InvalidField if the result is too large or too small.
     """
     if rule.longest_side is not None:
         return _by_side(source, rule.longest_side, multiple, limits)
@@ -48,28 +48,28 @@ def target_size(source: tuple[int, int], rule: SizeRule, multiple: int, limits: 
         wanted = own if asked is None else asked
         if wanted < multiple:
             name = "image" if asked is None else field
-            raise InvalidField(name, f"{field} is {wanted} pixels, the least for this model is {multiple}")
+            raise InvalidField(name, f"{field} is {wanted} pixels, the minimum for this model is {multiple}")
         sizes.append(wanted - wanted % multiple)
     width, height = sizes
     name = "width" if rule.width is not None else "height" if rule.height is not None else "image"
-    cure = "set fit, which makes a large image smaller with its aspect kept, or width and height"
-    _check_area((width, height), name, cure if name == "image" else "set both smaller, or fit in place of them", limits)
+    cure = "set fit, which reduces a large image and keeps its aspect ratio, or width and height"
+    _check_area((width, height), name, cure if name == "image" else "reduce both, or set fit instead of them", limits)
     return width, height
 
 
 def _by_side(source: tuple[int, int], longest: int, multiple: int, limits: ImageLimits) -> tuple[int, int]:
     field = "fit.longest_side"
     if longest < multiple:
-        raise InvalidField(field, f"{longest} pixels are too few, the least for this model is {multiple}")
+        raise InvalidField(field, f"the longest side is {longest} pixels, the minimum for this model is {multiple}")
     width, height = (_rounded(longest * side // max(source), multiple) for side in source)
-    _check_area((width, height), field, "set a smaller one", limits)
+    _check_area((width, height), field, "reduce it", limits)
     return width, height
 
 
 def _by_area(source: tuple[int, int], area: int, multiple: int) -> tuple[int, int]:
-    """The largest size of the source's aspect that has at most so many pixels."""
+    """The largest size with the source's aspect ratio and at most `area` pixels."""
     width, height = (_rounded(math.isqrt(area * side // other), multiple) for side, other in (source, source[::-1]))
-    # A side of one multiple leaves less to the other than the aspect would.
+    # If one side is rounded up to one multiple, the other must be smaller than the aspect ratio implies.
     return min(width, _rounded(area // height, multiple)), min(height, _rounded(area // width, multiple))
 
 
@@ -79,9 +79,11 @@ def _rounded(side: int, multiple: int) -> int:
 
 def _check_area(size: tuple[int, int], field: str, cure: str, limits: ImageLimits) -> None:
     if size[0] * size[1] > limits.max_pixels:
-        raise InvalidField(field, f"the result would have {size[0]} x {size[1]} pixels, the most is {limits.max_pixels}: {cure}")
+        raise InvalidField(
+            field, f"the result would have {size[0]} x {size[1]} pixels, the maximum is {limits.max_pixels}: {cure}"
+        )
 
 
 def resize(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """Resizes as diffusers' VaeImageProcessor does (Lanczos, stretched), so that it finds nothing left to do."""
+    """Resizes like diffusers' VaeImageProcessor (Lanczos, stretched), which then has nothing left to resize."""
     return image if image.size == size else image.resize(size, Image.Resampling.LANCZOS)

@@ -86,7 +86,7 @@ class Execution:
         write=write_buckets,
     )
     gpu_memory: int | None = setting(
-        None, "maximum GPU memory of each ONNX Runtime session (default: no bound)", metavar="BYTES", least=1
+        None, "maximum GPU memory of each ONNX Runtime session (default: no limit)", metavar="BYTES", least=1
     )
     cuda_graphs: bool = setting(
         True, "record model calls of common sizes as CUDA graphs and replay them, instead of launching each kernel"

@@ -1,1 +1,1 @@
-"""Settings: declared once, read from flags, environment and a file."""
+"""Settings, declared once and read from flags, environment variables and a TOML file."""

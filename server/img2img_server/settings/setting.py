@@ -1,7 +1,7 @@
-"""Settings, written once: what a field of the configuration says of itself becomes its flag, variable and key in a file.
+"""Declares settings: each field of a configuration defines its flag, environment variable and key in a file.
 
-A configuration is a frozen dataclass whose fields are made by `setting`, or by `section` for a dataclass of settings in it. How
-their values are read is in values.py, where they come from in sources.py.
+A configuration is a frozen dataclass whose fields are created by `setting`, or by `section` for a nested dataclass of settings.
+values.py parses and formats values; sources.py reads flags, environment and files.
 """
 
 import difflib
@@ -13,18 +13,18 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 _T = TypeVar("_T")
 
 FieldPath = tuple[str, ...]
-"""The names of the fields that lead from a configuration to one of its settings."""
+"""The field names from a configuration to one of its settings."""
 
 
 @dataclass(frozen=True, slots=True)
 class About:
-    """What a setting's field says beside its type and its default: what people read of it, and how it is spelled.
+    """The metadata of a setting's field in addition to its type and default.
 
-    `name` is the one that its flag and its variable come from, where that is not the field's; its key in a file is the field's
-    name in any case, in the table of its section. `metavar` stands for the value in `--help`; BYTES and SECONDS also take units.
-    `parse` reads the value from text where the type does not say how, and raises ValueError; `write` is its inverse. `least`
-    and `most` are bounds of a number. One that is `required` has no default. Where `is_path` holds for a text, it is a path.
-    `group` gives the settings of a section a heading, and `prefix` their flags and variables a common beginning.
+    `name` replaces the field's name in the flag and the variable; the key in a file is always the field's name, in the table of
+    its section. `metavar` represents the value in `--help`; values of BYTES and SECONDS accept units. `parse` reads the value
+    from text if its type is not sufficient, and raises ValueError; `write` is its inverse. `least` and `most` limit a number. A
+    `required` setting has no default. `is_path` decides whether a text is a path. `group` is the heading of a section's settings,
+    `prefix` the common prefix of their flags and variables.
     """
 
     help: str = ""
@@ -42,23 +42,23 @@ class About:
 
 
 def setting(default: _T, help: str, **about: Any) -> _T:
-    """A field of a configuration, with what its readers see of it: About's fields."""
+    """A field of a configuration. `about` are further fields of About."""
     made: Any = field(default=default, metadata={"about": About(help=help, **about)})
     return made  # type: ignore[no-any-return]
 
 
 def section(kind: Callable[[], _T], group: str, prefix: str = "") -> _T:
-    """A field that holds settings of its own, of the dataclass `kind`, under the heading `group`."""
+    """A field with nested settings, of the dataclass `kind`, under the heading `group`."""
     made: Any = field(default_factory=kind, metadata={"about": About(group=group, prefix=prefix)})
     return made  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """One setting of a configuration, as its flag, variable and key are made of it.
+    """One setting of a configuration.
 
-    `path` are the fields that lead to it, `name` is its flat name. `kind` is its type without None; one that is `optional` can
-    be None, which no text says. `group` is the heading of its section.
+    `path` are the field names that lead to it, `name` is its flat name. `kind` is its type without None; an `optional` one may be
+    None, which cannot be written as text. `group` is the heading of its section.
     """
 
     path: FieldPath
@@ -71,21 +71,21 @@ class Setting:
 
     @property
     def flag(self) -> str:
-        """Such as "--max-batch-size"."""
+        """Its flag, such as "--max-batch-size"."""
         return "--" + self.name.replace("_", "-")
 
     @property
     def key(self) -> str:
-        """Its key in a file with the tables that it is in, such as "limits.max_batch_size"."""
+        """Its key in a file including its tables, such as "limits.max_batch_size"."""
         return ".".join(self.path)
 
     @property
     def choices(self) -> tuple[str, ...]:
-        """The words that it can be; empty where it is no word of a few."""
+        """Its allowed values; empty if they are not enumerated."""
         return self.about.choices or (get_args(self.kind) if get_origin(self.kind) is Literal else ())
 
     def check(self, value: Any) -> None:
-        """Raises ValueError for a value that is out of bounds, in words that follow its name."""
+        """Raises ValueError if the value is out of bounds. The message follows the setting's name."""
         if value is None:
             return
         if self.about.least is not None and value < self.about.least:
@@ -99,12 +99,12 @@ class Setting:
 
 
 def settings_of(kind: type) -> tuple[Setting, ...]:
-    """Every setting of the configuration `kind`: its own first, then those of its sections."""
+    """All settings of the configuration `kind`: its own first, then those of its sections."""
     return tuple(sorted(_settings(kind, (), "", ""), key=lambda one: len(one.path)))
 
 
 def check(config: Any) -> None:
-    """Checks each value of a configuration. Raises ValueError, which names the setting."""
+    """Checks all values of a configuration. Raises ValueError naming the setting."""
     for one in settings_of(type(config)):
         try:
             one.check(value_of(config, one))
@@ -113,14 +113,14 @@ def check(config: Any) -> None:
 
 
 def value_of(config: Any, one: Setting) -> Any:
-    """What `one` is in `config`."""
+    """The value of the setting `one` in `config`."""
     for name in one.path:
         config = getattr(config, name)
     return config
 
 
 def build(kind: type[_T], values: Mapping[FieldPath, Any]) -> _T:
-    """The configuration with these values, and defaults for what is not among them. Raises ValueError for what it refuses."""
+    """The configuration with these values and defaults for all others. Raises ValueError if the configuration refuses them."""
     return _build(kind, (), values)
 
 
@@ -149,7 +149,7 @@ def _settings(kind: type, path: FieldPath, group: str, prefix: str) -> Iterator[
 
 
 def _without_none(hint: Any) -> tuple[Any, bool]:
-    """The type of X | None without None, and whether that was there."""
+    """A type without None, and whether it allowed None."""
     if get_origin(hint) not in (Union, UnionType):
         return hint, False
     (bare,) = (kind for kind in get_args(hint) if kind is not NoneType)

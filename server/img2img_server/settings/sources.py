@@ -1,6 +1,6 @@
-"""Where settings come from: flags, then the environment, then a TOML file, then defaults; and telling which it was.
+"""Reads settings from flags, environment, a TOML file and defaults, in this order of precedence, and records their origins.
 
-Knows nothing of what is configured: any configuration of `settings.py` can be read, from its own flags, variables and keys.
+Independent of a particular configuration: works for any dataclass declared as in setting.py.
 """
 
 import argparse
@@ -17,15 +17,15 @@ from img2img_server.settings.values import for_people, from_text, from_toml, to_
 _T = TypeVar("_T")
 
 DEFAULT, FLAG = "default", "flag"
-"""Origins of values beside the names of variables and files."""
+"""Origins of values, in addition to the names of variables and files."""
 
 
 class SettingError(ValueError):
-    """What somebody set cannot be used. One line, which says where it was set."""
+    """A setting is invalid. The message is one line and names the flag, variable or file."""
 
 
 class MissingSetting(SettingError):
-    """A setting without a default was not set. `name` is its name."""
+    """A required setting is not set. `name` is its name."""
 
     def __init__(self, name: str, where: str) -> None:
         super().__init__(f"{name} is not set: give {where}")
@@ -34,7 +34,7 @@ class MissingSetting(SettingError):
 
 @dataclass(frozen=True, slots=True)
 class Configured(Generic[_T]):
-    """A configuration and where each of its values was set: DEFAULT, FLAG, a variable's name or a file's."""
+    """A configuration and the origin of each value: DEFAULT, FLAG, or the name of a variable or file."""
 
     config: _T
     origins: Mapping[FieldPath, str]
@@ -42,7 +42,7 @@ class Configured(Generic[_T]):
 
 @dataclass(frozen=True, slots=True)
 class Environment:
-    """The variables of a process. Those that begin with `prefix` are settings, but for `others`, which somebody else reads."""
+    """A process's variables. Those with the `prefix` are settings, except `others`, which are read elsewhere."""
 
     variables: Mapping[str, str]
     prefix: str
@@ -54,7 +54,7 @@ class Environment:
 
 
 def declare(parser: argparse.ArgumentParser, settings: Iterable[Setting]) -> None:
-    """Declares a flag for each setting, under the heading of its section. Its value is None where it is not given."""
+    """Declares a flag for each setting, under the heading of its section. A flag that is not given has the value None."""
     groups: dict[str, argparse._ActionsContainer] = {"": parser}
     for one in settings:
         if one.group not in groups:
@@ -67,16 +67,16 @@ def declare(parser: argparse.ArgumentParser, settings: Iterable[Setting]) -> Non
 
 
 def given(settings: Iterable[Setting], arguments: argparse.Namespace) -> dict[FieldPath, Any]:
-    """What the flags of these settings were given, for `build` or `resolve`."""
+    """The values of the given flags, for `build` or `resolve`."""
     values = {one.path: getattr(arguments, one.name) for one in settings}
     return {path: value for path, value in values.items() if value is not None}
 
 
 def resolve(kind: type[_T], flags: Mapping[FieldPath, Any], environment: Environment, file: Path | None = None) -> Configured[_T]:
-    """Reads a configuration from what the flags were given, the environment and a file, the earlier before the later.
+    """Reads a configuration from flags, environment and a file, in this order of precedence.
 
-    Raises SettingError for a value that cannot be used, for an unknown variable or key, and for what is missing; OSError where
-    the file cannot be read.
+    Raises SettingError for an invalid value, an unknown variable or key, or a missing setting, and OSError if the file cannot be
+    read.
     """
     settings = settings_of(kind)
     values: dict[FieldPath, Any] = {}
@@ -89,7 +89,7 @@ def resolve(kind: type[_T], flags: Mapping[FieldPath, Any], environment: Environ
         values[path], origins[path] = value, origin
     for one in settings:
         if one.about.required and one.path not in values:
-            where = f"{one.flag} {_metavar(one)}, the variable {environment.variable(one)} or the key '{one.key}' of a file"
+            where = f"{one.flag} {_metavar(one)}, the variable {environment.variable(one)} or the key '{one.key}' in a file"
             raise MissingSetting(one.name, where)
     try:
         return Configured(build(kind, values), origins)
@@ -98,7 +98,7 @@ def resolve(kind: type[_T], flags: Mapping[FieldPath, Any], environment: Environ
 
 
 def as_toml(configured: Configured[Any]) -> str:
-    """The configuration as a file that says the same, with where each value came from."""
+    """The configuration as a TOML file, with each value's origin as a comment."""
     lines: list[str] = []
     table: FieldPath = ()
     for one in settings_of(type(configured.config)):
@@ -144,7 +144,7 @@ def _from_environment(settings: Sequence[Setting], environment: Environment) -> 
         if variable in known:
             try:
                 if not text.strip() and get_origin(known[variable].kind) is tuple:
-                    raise ValueError("is empty")  # a list, too: it was more likely not filled in
+                    raise ValueError("is empty")  # not an empty list: more likely the variable was not filled in
                 yield known[variable].path, from_text(known[variable], text), variable
             except ValueError as error:
                 raise SettingError(f"{variable} {error}") from None
@@ -154,10 +154,10 @@ def _from_environment(settings: Sequence[Setting], environment: Environment) -> 
 
 
 def _from_file(settings: Sequence[Setting], file: Path) -> Iterator[tuple[FieldPath, Any, str]]:
-    """What a file sets. Relative paths in it are below the folder that it is in."""
+    """The settings in a file. Relative paths in it are relative to its folder."""
     try:
         content = tomllib.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:  # tomllib's own, and those of no UTF-8, of long numbers and deep arrays
+    except (ValueError, RecursionError) as error:  # tomllib's own, and malformed UTF-8, long numbers and deep arrays
         raise SettingError(f"{file}: {error}") from None
     known = {one.path: one for one in settings}
     tables = {path[:end] for path in known for end in range(1, len(path))}
@@ -171,7 +171,7 @@ def _from_file(settings: Sequence[Setting], file: Path) -> Iterator[tuple[FieldP
 
 
 def _leaves(content: Mapping[str, Any], tables: set[FieldPath], above: FieldPath = ()) -> Iterator[tuple[FieldPath, Any]]:
-    """The values of a file with the way to them. An unknown table is a leaf, too, and so is a value in place of a known one."""
+    """The values of a file with their paths. An unknown table, or a value in place of a known table, counts as a leaf."""
     for key, value in content.items():
         path = (*above, key)
         if path in tables and isinstance(value, dict):
@@ -181,7 +181,7 @@ def _leaves(content: Mapping[str, Any], tables: set[FieldPath], above: FieldPath
 
 
 def _unknown(path: FieldPath, raw: Any, settings: Sequence[Setting], tables: set[FieldPath]) -> str:
-    """What is wrong with a key that is no setting's, and which was probably meant."""
+    """The error for an unknown key, with a suggestion."""
     key = ".".join(path)
     if path in tables:
         return f"{key} must be a table, [{key}]"
@@ -189,7 +189,7 @@ def _unknown(path: FieldPath, raw: Any, settings: Sequence[Setting], tables: set
         near = difflib.get_close_matches(key, [".".join(table) for table in tables], 1)
         return f"unknown table [{key}]{_meant([f'[{name}]' for name in near])}"
     beside = {one.path[-1]: one.key for one in settings if one.path[:-1] == path[:-1]}
-    # Else it may be in the wrong table, or spelled as its flag.
+    # Otherwise it may be in the wrong table, or spelled like its flag.
     anywhere = {one.path[-1]: one.key for one in settings} | {one.name: one.key for one in settings}
     near = [names[name] for names in (beside, anywhere) for name in difflib.get_close_matches(path[-1], names, 1)]
     return f"unknown key '{key}'{_meant([repr(name) for name in near])}"

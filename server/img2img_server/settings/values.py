@@ -1,4 +1,4 @@
-"""Values of settings: read from text and from TOML by the type of their field, and written as TOML."""
+"""Parses settings' values from text and TOML by the type of their field, and formats them."""
 
 import json
 import re
@@ -21,7 +21,7 @@ _QUANTITY = re.compile(r"(\d+(?:\.\d+)?)\s*([A-Za-z]+)", re.ASCII)
 
 
 def from_text(one: Setting, text: str) -> Any:
-    """Reads a flag's or a variable's text. Raises ValueError, in words that follow the setting's name."""
+    """Parses the text of a flag or variable. Raises ValueError; the message follows the setting's name."""
     kind = one.kind
     if one.about.parse is not None:
         value = one.about.parse(text)
@@ -44,7 +44,8 @@ def from_text(one: Setting, text: str) -> Any:
 
 
 def from_toml(one: Setting, raw: Any, folder: Path) -> Any:
-    """Takes a value of a TOML file in `folder`, to which relative paths are. Raises ValueError, in words that follow its name."""
+    """Converts a value of a TOML file in `folder`, the base of relative paths. Raises ValueError; the message follows its
+    name."""
     kind, units = one.kind, one.about.metavar in ("BYTES", "SECONDS")
     number = isinstance(raw, int | float) and not isinstance(raw, bool)
     if isinstance(raw, str) and (kind not in (bool, int, float) or (units and kind is not bool)):
@@ -64,7 +65,7 @@ def from_toml(one: Setting, raw: Any, folder: Path) -> Any:
 
 
 def to_toml(one: Setting, value: Any) -> str:
-    """The value, not None, as TOML: `from_toml` makes the same of it. Paths become absolute: the file can lie anywhere."""
+    """A value, not None, as TOML; the inverse of `from_toml`. Paths become absolute, so that the file can be moved."""
     if one.about.parse is not None:
         return _quoted(one.about.write(value))
     if isinstance(value, Path) or (one.about.is_path is not None and one.about.is_path(value)):
@@ -77,7 +78,7 @@ def to_toml(one: Setting, value: Any) -> str:
 
 
 def for_people(one: Setting, value: Any) -> str:
-    """The value, not None, as `--help` has it."""
+    """A value, not None, as shown by `--help`."""
     if one.about.parse is not None:
         return one.about.write(value)
     if isinstance(value, tuple):
@@ -120,15 +121,15 @@ def _number(text: str, units: bool) -> float:
 
 
 def _quantity(text: str, units: Mapping[str, Fraction]) -> Fraction | None:
-    """The number times its unit; None where it is no such thing."""
+    """A number with a unit, such as "1.5GiB", multiplied by it; None if the text is none."""
     found = _QUANTITY.fullmatch(text.strip())
     unit = units.get(found[2].lower()) if found else None
     return None if found is None or unit is None else Fraction(found[1]) * unit
 
 
 def _finite(number: float | Fraction) -> float:
-    """The number, if one can wait for so many seconds: the platform's bound, some 292 years."""
-    if not -threading.TIMEOUT_MAX <= number <= threading.TIMEOUT_MAX:  # nor is it not a number
+    """The number, within the platform's limit for timeouts in seconds (292 years). Raises ValueError."""
+    if not -threading.TIMEOUT_MAX <= number <= threading.TIMEOUT_MAX:  # also false for NaN
         raise ValueError(f"is {number}, the maximum is {threading.TIMEOUT_MAX:g}")
     return float(number)
 
@@ -137,11 +138,11 @@ def _path(text: str) -> Path:
     try:
         return Path(_plain(text)).expanduser()
     except RuntimeError:
-        raise ValueError(f"is '{text}', and this home directory does not exist") from None
+        raise ValueError(f"is '{text}', but this home directory does not exist") from None
 
 
 def _plain(text: str) -> str:
-    """The text, if it is one that can be told: an empty one is more often a variable that was not filled in than a wish."""
+    """The text if it is valid. Raises ValueError if it is empty, which usually is a mistake, or not valid UTF-8."""
     if not text:
         raise ValueError("is empty")
     if "\0" in text or any("\ud800" <= character <= "\udfff" for character in text):
@@ -150,7 +151,7 @@ def _plain(text: str) -> str:
 
 
 def _below(one: Setting, value: Any, folder: Path) -> Any:
-    """The value; a path in it is one below `folder`, unless it is absolute."""
+    """The value, with relative paths resolved against `folder`."""
     if isinstance(value, Path):
         return folder / value
     if one.about.is_path is not None and one.about.is_path(value):
@@ -159,12 +160,13 @@ def _below(one: Setting, value: Any, folder: Path) -> Any:
 
 
 def _quoted(text: str) -> str:
-    """A basic string of TOML. JSON's escapes are among its own, but for what is beyond the first plane, and it escapes DEL."""
+    """A basic string of TOML: JSON's escapes are valid TOML if characters beyond the first plane are not escaped; TOML escapes
+    DEL."""
     return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def _wanted(one: Setting) -> str:
-    """What a value in a file has to be."""
+    """The expected type of a value in a file, for errors."""
     if get_origin(one.kind) is tuple and one.about.parse is None:
         return "an array of strings"
     return {bool: "true or false", int: "an integer", float: "a number"}.get(one.kind, "a string in quotes")

@@ -1,1 +1,1 @@
-"""Where source images come from."""
+"""Reading and fetching source images."""

@@ -1,7 +1,7 @@
-"""Fetching an image from an address that a caller names, without lending it the server's place in the network.
+"""Fetches an image from a caller's URL without giving access to the server's private network (SSRF protection).
 
-A name is resolved once, and what is checked is the address that the socket is about to connect to: a resolver that answers
-differently the next time (DNS rebinding), odd spellings of addresses and redirects all end there.
+The check applies to the address that the socket is about to connect to, after the only name resolution. This covers DNS
+rebinding, unusual spellings of addresses, and redirects.
 """
 
 import asyncio
@@ -20,8 +20,8 @@ from img2img_server.errors import InvalidField
 from img2img_server.support.call import current
 from img2img_server.support.fair_queue import FairSlots, FairThreads
 
-# Beside what Python counts as not global (IANA's special-purpose registries): anycast relays and sinks, which lead to who knows
-# where, and the one address of a cloud's metadata that looks public.
+# In addition to addresses that Python counts as not global (IANA's special-purpose registries): anycast relays and sinks, whose
+# destination is unknown, and a cloud's metadata address that looks public.
 _REFUSED_V4 = tuple(
     ip_network(network)
     for network in (
@@ -52,10 +52,10 @@ _NAT64 = ip_network("64:ff9b::/96")
 
 
 def is_public(address: str) -> bool:
-    """Whether an IPv4 or IPv6 address, in the spelling that a socket has it in, is a public unicast one.
+    """Whether an IPv4 or IPv6 address, in a socket's spelling, is a public unicast address.
 
-    An IPv4 address inside of an IPv6 one (mapped, or behind NAT64) is judged as what it is. Text that is no address is not
-    public, nor is one with a zone.
+    An IPv4 address embedded in IPv6 (mapped or NAT64) is checked as IPv4. Malformed addresses, and those with a zone, are not
+    public.
     """
     try:
         parsed = ip_address(address)
@@ -84,19 +84,19 @@ _MOST_REDIRECTS = 3
 _REDIRECTS = (301, 302, 303, 307, 308)
 _MOST_CHARACTERS = 4096
 _AT_ONCE = 16
-"""Downloads, shared fairly among clients. Others wait, and their time runs."""
+"""Maximum downloads in progress, shared fairly among clients. Waiting counts towards a download's time limit."""
 _UNREACHABLE = "the image cannot be fetched from this address"
-"""For addresses that are refused and for those that do not answer, alike: else callers could explore the server's network."""
+"""The same error for refused and for unreachable addresses: otherwise callers could scan the server's network."""
 
 
 class Resolver(AbstractResolver):
-    """The system's resolver, on threads of its own: a client's names that take for ever to resolve hold up no other."""
+    """The system's resolver on its own threads: slow resolution of one client's names does not delay other clients."""
 
     def __init__(self) -> None:
         self._threads = FairThreads(_AT_ONCE, "img2img-resolver")
 
     async def resolve(self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_UNSPEC) -> list[ResolveResult]:
-        """The addresses of a name. Raises OSError where there are none."""
+        """The addresses of a name. Raises OSError if there are none."""
         found = await self._threads.run(socket.getaddrinfo, host, port, family, socket.SOCK_STREAM)
         return [
             ResolveResult(
@@ -106,15 +106,15 @@ class Resolver(AbstractResolver):
         ]
 
     async def close(self) -> None:
-        """Waits for nobody."""
+        """Stops the threads without waiting for them."""
         self._threads.close()
 
 
 class Fetcher:
     """Downloads over http and https within `seconds` and `most` bytes.
 
-    `allowed` says of an address, as text, whether it may be connected to, and `ports` are those that may. They, `resolver`
-    and `tls` have other values than their defaults in tests only.
+    `allowed` decides whether an address, as text, may be connected to; `ports` are the allowed ports. Only tests change these,
+    `resolver` and `tls`.
     """
 
     def __init__(
@@ -136,14 +136,14 @@ class Fetcher:
         self._session: aiohttp.ClientSession | None = None
 
     async def close(self) -> None:
-        """Ends the session."""
+        """Closes the session and the resolver."""
         if self._session is not None:
             await self._session.close()
         if self._resolver is not None:
             await self._resolver.close()
 
     def check(self, address: str) -> URL:
-        """The address, parsed. Raises InvalidField for one that is never fetched."""
+        """The parsed address. Raises InvalidField if it must not be fetched."""
         if len(address) > _MOST_CHARACTERS:
             raise InvalidField(_FIELD, f"the address has {len(address)} characters, the maximum is {_MOST_CHARACTERS}")
         try:
@@ -162,7 +162,7 @@ class Fetcher:
             raise InvalidField(_FIELD, f"fetching the image took longer than {self._seconds:g} seconds") from None
 
     def _shared(self) -> aiohttp.ClientSession:
-        """The session of all downloads, made for the first one. It keeps no connections, no cookies and no credentials."""
+        """The session of all downloads, created on first use. It keeps no connections, cookies or credentials."""
         if self._session is not None:
             return self._session
         self._resolver = self._resolver or Resolver()
@@ -173,7 +173,7 @@ class Fetcher:
             connector=connector,
             cookie_jar=aiohttp.DummyCookieJar(),
             headers={"User-Agent": "img2img", "Accept": "image/*", "Accept-Encoding": "identity"},
-            timeout=aiohttp.ClientTimeout(total=None),  # fetch() has one over everything
+            timeout=aiohttp.ClientTimeout(total=None),  # fetch() limits the whole download
             auto_decompress=False,
             trust_env=False,
         )
@@ -183,7 +183,7 @@ class Fetcher:
         for _ in range(_MOST_REDIRECTS + 1):
             try:
                 answer = await self._get(url)
-            # ValueError: UnicodeError, for one, where a name is none.
+            # ValueError: such as UnicodeError for a malformed name.
             except (aiohttp.ClientError, OSError, ValueError) as error:
                 _log.info("not fetched: %r", error)
                 raise InvalidField(_FIELD, _UNREACHABLE) from None
@@ -193,7 +193,7 @@ class Fetcher:
         raise InvalidField(_FIELD, f"the address redirects more than {_MOST_REDIRECTS} times")
 
     async def _get(self, url: URL) -> bytes | URL:
-        """What an address answers: its bytes, or the address that it redirects to."""
+        """The response's bytes, or the address that it redirects to."""
         async with self._shared().get(url, allow_redirects=False) as response:
             if response.status in _REDIRECTS:
                 return self._redirected(url, response.headers.get("Location", ""))
@@ -213,7 +213,7 @@ class Fetcher:
         return self._checked(target)
 
     async def _body(self, response: aiohttp.ClientResponse) -> bytes:
-        too_large = InvalidField(_FIELD, f"the file has more than {self._most} bytes, which is the most")
+        too_large = InvalidField(_FIELD, f"the file has more than {self._most} bytes, the maximum")
         if response.content_length is not None and response.content_length > self._most:
             raise too_large
         data = bytearray()
@@ -231,14 +231,12 @@ class Fetcher:
         if "%" in url.host:
             raise InvalidField(_FIELD, "the address contains an IPv6 zone, which is not supported")
         if url.port not in self._ports:
-            raise InvalidField(
-                _FIELD, f"the address has port {url.port}; only {', '.join(map(str, self._ports))} are fetched from"
-            )
+            raise InvalidField(_FIELD, f"the address has port {url.port}; allowed ports are {', '.join(map(str, self._ports))}")
         return url
 
     def _socket(self, address: Any) -> socket.socket:
-        """The socket for an address that is about to be connected to. `address` is one of getaddrinfo's tuples."""
-        family, kind, protocol, _, place = address
-        if family not in (socket.AF_INET, socket.AF_INET6) or not self._allowed(place[0]):
-            raise OSError(f"{place[0]} port {place[1]} is not to be connected to")
+        """Creates the socket of a connection. `address` is a tuple of getaddrinfo. Raises OSError if it is not allowed."""
+        family, kind, protocol, _, (host, port, *_) = address
+        if family not in (socket.AF_INET, socket.AF_INET6) or not self._allowed(host):
+            raise OSError(f"connections to {host} port {port} are not allowed")
         return socket.socket(family, kind, protocol)

@@ -1,4 +1,4 @@
-"""Where source images come from: a request's bytes, its asset, or an address that may be read."""
+"""Reads a request's source image: inline bytes, an asset, or an allowed URI."""
 
 import asyncio
 import os
@@ -22,15 +22,15 @@ if TYPE_CHECKING:
     from img2img_server.sources.fetching import Fetcher
 
 _NONE = "file not found in the folder that this server reads files from"
-"""For whatever is not there, not below the root or not readable, alike: what lies elsewhere is nobody's business."""
+"""The same error for missing, unreadable and outside files: callers must not learn which files exist elsewhere."""
 
 
 _MOST_CHARACTERS = 3 * 4096 + 100
-"""Of a "file:" URI: no path has more than 4096 bytes, each of which may be percent-encoded."""
+"""Maximum length of a "file:" URI: a path has at most 4096 bytes, each of which may be percent-encoded."""
 
 
 def path_of(uri: str, field: str) -> Path:
-    """The absolute path that a "file:" URI names. Raises InvalidField, naming `field`, for a URI that names none."""
+    """The absolute path of a "file:" URI. Raises InvalidField, naming `field`, for a malformed URI."""
     if len(uri) > _MOST_CHARACTERS:
         raise InvalidField(field, f"the address has {len(uri)} characters, the maximum is {_MOST_CHARACTERS}")
     try:
@@ -46,26 +46,26 @@ def path_of(uri: str, field: str) -> Path:
 
 
 def read_below(root: Path, path: Path, most: int, field: str) -> bytes:
-    """The bytes of a regular file below `root`. Links are followed as long as they stay below it. It blocks.
+    """The bytes of a regular file below `root`. Follows links that stay below it. Blocks.
 
-    Raises InvalidField, naming `field`, where there is none or it has more than `most` bytes.
+    Raises InvalidField, naming `field`, if there is no such file or it has more than `most` bytes.
     """
     try:
         base = root.resolve(strict=True)
         inner = path.resolve(strict=True).relative_to(base)
         with ExitStack() as opened:
             return _read(_open(base, inner, opened), most, field)
-    except (OSError, ValueError, RuntimeError):  # RuntimeError: links in a circle
+    except (OSError, ValueError, RuntimeError):  # RuntimeError: circular links
         raise InvalidField(field, _NONE) from None
 
 
 def _open(base: Path, inner: Path, opened: ExitStack) -> int:
-    """A descriptor of the file: folder by folder from the root, and without links, as one may have been put there just now."""
+    """A descriptor of the file. Opens folder by folder from the root without following links, which may have just appeared."""
     flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW
     descriptor = os.open(base, flags | os.O_DIRECTORY)
     opened.callback(os.close, descriptor)
     for index, part in enumerate(inner.parts, 1):
-        # O_NONBLOCK: opening a FIFO would else wait for somebody who writes to it.
+        # O_NONBLOCK: opening a FIFO would otherwise wait for a writer.
         kind = os.O_NONBLOCK if index == len(inner.parts) else os.O_DIRECTORY
         descriptor = os.open(part, flags | kind, dir_fd=descriptor)
         opened.callback(os.close, descriptor)
@@ -77,20 +77,20 @@ def _read(descriptor: int, most: int, field: str) -> bytes:
     if not stat.S_ISREG(status.st_mode):
         raise InvalidField(field, _NONE)
     with os.fdopen(os.dup(descriptor), "rb") as file:
-        data = file.read(most + 1)  # not as much as fstat says: it may be growing
+        data = file.read(most + 1)  # not fstat's size: the file may be growing
     if len(data) > most:
         raise InvalidField(field, f"the file has more than {most} bytes, the maximum")
     return data
 
 
 _THREADS = 4
-"""For files and data: addresses. Clients share them fairly."""
+"""Threads that read files and data: URIs, shared fairly among clients."""
 _ASSET = "image.asset_id"
 _URI = "image.uri"
 
 
 class Sources:
-    """Reads source images. `limits` bound their size."""
+    """Reads source images of at most `limits`."""
 
     def __init__(self, settings: SourceSettings, assets: AssetStore, limits: images.ImageLimits) -> None:
         self.assets = assets
@@ -100,7 +100,7 @@ class Sources:
         self._threads = FairThreads(_THREADS, "img2img-sources")
 
     async def open(self) -> None:
-        """Gets ready to read addresses. Raises OSError where the folder of file: addresses is none."""
+        """Prepares to read URIs. Raises OSError if the `file_root` setting is not a folder."""
         root = self._settings.file_root
         if root is not None and not await asyncio.to_thread(root.is_dir):
             raise NotADirectoryError(f"file_root: '{root}' is not a folder")
@@ -110,13 +110,13 @@ class Sources:
             self._fetcher = fetching.Fetcher(self._settings.http_seconds, self._limits.max_bytes)
 
     async def close(self) -> None:
-        """Ends what is left of connections."""
+        """Closes connections and threads."""
         if self._fetcher is not None:
             await self._fetcher.close()
         self._threads.close()
 
     def check(self, source: pb.ImageSource) -> None:
-        """Raises InvalidField, or NotSupported, where it can be seen without reading anything that the source cannot be read."""
+        """Checks a source without reading it. Raises InvalidField, or NotSupported if the server cannot read such sources."""
         kind = source.WhichOneof("source")
         if kind is None:
             raise InvalidField("image", "a source image is required")
@@ -126,7 +126,7 @@ class Sources:
             self._check_uri(source.uri)
 
     async def read(self, source: pb.ImageSource) -> tuple[str, bytes]:
-        """The file, and the name of the field that it came from. Raises InvalidField, AssetNotFound or StorageFailed."""
+        """The name of the source's field, and the image file's bytes. Raises InvalidField, AssetNotFound or StorageFailed."""
         kind = source.WhichOneof("source")
         if kind == "asset_id":
             return _ASSET, await self._asset(_ASSET, source.asset_id)
@@ -167,10 +167,10 @@ class Sources:
             return await self._asset(_URI, _after_scheme(uri))
         if scheme == "file":
             root, path = self._settings.file_root, path_of(uri, _URI)
-            assert root is not None, "check refuses files where there is none"
+            assert root is not None, "check refuses files without it"
             return await self._threads.run(read_below, root, path, self._limits.max_bytes, _URI)
         if scheme in ("http", "https"):
-            assert self._fetcher is not None, "check refuses addresses where there is none"
+            assert self._fetcher is not None, "check refuses addresses without it"
             return await self._fetcher.fetch(uri)
         return await self._threads.run(images.decode_data_uri, uri, self._limits, _URI)
 

@@ -1,1 +1,1 @@
-"""Small modules that everything may use: the call that is answered, cancellation, threads, child processes, directories."""
+"""Utilities without dependencies on other packages: the current call, fair queueing, cancellation, threads, child processes."""

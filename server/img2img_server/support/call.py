@@ -1,4 +1,4 @@
-"""One call of the service, as everything that it passes through knows it: who makes it, and under which name logs have it."""
+"""The context of one call of the service: its caller, its permissions, and its id in logs."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,12 +11,12 @@ from img2img_server.errors import PermissionDenied
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """An RPC that is being answered.
+    """An RPC in progress.
 
-    `method` is such as "/img2img.v1.ImageToImageService/Transform". `request_id` is the caller's own, or made for it. `client` is
-    the name of its token, or its address where nobody needs a token. `models` are patterns of the ids of models that it may
-    use, None for all. An `admin` may load and unload models. `traceparent` is the caller's W3C trace context, "" for none. A call
-    is `authenticated` where `client` is the name of a token, and not an address, which anybody behind it shares.
+    `method` is such as "/img2img.v1.ImageToImageService/Transform". `request_id` was chosen by the caller or generated. `client`
+    is the name of its token, or its address if the server requires no tokens. `models` are patterns of the ids of models that it
+    may use, None for all. An `admin` may load and unload models. `traceparent` is the caller's W3C trace context, "" for none. A
+    call is `authenticated` if `client` is the name of a token: several callers may share an address.
     """
 
     method: str
@@ -32,7 +32,7 @@ class Call:
         return self.models is None or any(fnmatchcase(model, pattern) for pattern in self.models)
 
     def require_admin(self) -> None:
-        """Raises PermissionDenied where this caller may not load and unload models."""
+        """Raises PermissionDenied unless this caller may load and unload models."""
         if not self.admin:
             raise PermissionDenied(f"'{self.client}' is not allowed to load or unload models: use an admin token")
 
@@ -42,15 +42,15 @@ _CURRENT: ContextVar[Call] = ContextVar("img2img_call", default=_NONE)
 
 
 def current() -> Call:
-    """The call that is being answered on this task; one without a method outside of any."""
+    """The call in progress on this task; outside of any call, one with an empty method."""
     return _CURRENT.get()
 
 
 @contextmanager
 def answering(call: Call) -> Iterator[None]:
-    """Within the block, `call` is the current one."""
+    """Makes `call` the current one within the block."""
     before = _CURRENT.get()
-    _CURRENT.set(call)  # set back by value: a stream that is dropped is closed in another context, where no token would hold
+    _CURRENT.set(call)  # restored by value: a dropped stream is closed in another context, where a reset token is invalid
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""Asking what takes long to end: one value that whoever works in the background looks at, from any thread."""
+"""Cancellation of background work, from any thread."""
 
 import contextlib
 import threading
@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterator
 
 
 class Stopped(Exception):
-    """The work was asked to end before it was done."""
+    """The work was cancelled before it was done."""
 
 
 class Stop:
-    """A request to end, made once and never taken back."""
+    """A cancellation flag that is set once and never reset."""
 
     def __init__(self) -> None:
         self._event = threading.Event()
@@ -19,11 +19,11 @@ class Stop:
 
     @property
     def asked(self) -> bool:
-        """Whether the work is to end."""
+        """Whether cancellation was requested."""
         return self._event.is_set()
 
     def ask(self) -> None:
-        """Asks for the end, and ends what `ending` knows of."""
+        """Requests cancellation, and calls the functions registered by `ending`."""
         with self._lock:
             self._event.set()
             enders = list(self._enders)
@@ -31,20 +31,20 @@ class Stop:
             end()
 
     def check(self) -> None:
-        """Raises Stopped where the work is to end."""
+        """Raises Stopped if cancellation was requested."""
         if self.asked:
             raise Stopped
 
     def wait(self, seconds: float) -> None:
-        """Waits, `seconds` at most. Raises Stopped where the work is to end."""
+        """Waits up to `seconds`. Raises Stopped if cancellation is requested."""
         self._event.wait(seconds)
         self.check()
 
     @contextlib.contextmanager
     def ending(self, end: Callable[[], object]) -> Iterator[None]:
-        """While the block runs, asking also calls `end`; where it was asked before, `end` is called at once.
+        """Registers `end` within the block: `ask` calls it, or it is called at once if cancellation was requested before.
 
-        `end` is called from any thread, must not block, and may find that its work is done already.
+        `end` is called from any thread, must not block, and must tolerate that its work is already done.
         """
         with self._lock:
             self._enders.append(end)

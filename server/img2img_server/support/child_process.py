@@ -1,4 +1,4 @@
-"""For a process that must not outlive the one that started it. Standard library only, as it runs before anything else.
+"""Child processes that must not outlive their parent. Uses the standard library only, because it runs before all imports.
 
 `python -m img2img_server.support.child_process PARENT COMMAND...` runs a command with low priority, bound to PARENT.
 """
@@ -13,9 +13,9 @@ _PR_SET_PDEATHSIG = 1
 
 
 def end_with(parent: int, number: int = signal.SIGKILL) -> bool:
-    """On Linux, has the kernel send this process the signal `number` when the thread that started it ends.
+    """On Linux, makes the kernel send this process the signal `number` when the thread that started it ends.
 
-    Returns False if the process `parent`, which is to be the one that started it, has ended already.
+    Returns False if the `parent` process has already ended.
     """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
@@ -26,7 +26,7 @@ _NICENESS = 10
 
 
 def main(words: Sequence[str]) -> None:
-    """Becomes the command, `words` from the second on, for the parent with the process id that is the first."""
+    """Replaces this process by a command. `words` are the parent's process id, then the command and its arguments."""
     if not end_with(int(words[0]), signal.SIGTERM):
         sys.exit(1)
     os.nice(_NICENESS)

@@ -1,4 +1,4 @@
-"""Rules for all that use the device: what may not happen while a call is recorded, and when calls are recorded at once."""
+"""Coordination of device use: a lock against changes during CUDA graph recording, and a flag to record at the first call."""
 
 import contextlib
 import threading
@@ -6,14 +6,14 @@ from collections.abc import Iterator
 
 DEVICE_IN_USE = threading.Lock()
 """Held while a call is recorded (runtime/providers/cuda_graphs.py), and by other threads while they allocate or free device
-memory, as when a pipeline is loaded or unloaded: either would break the other. A process has one device, so there is one lock."""
+memory, such as to load or unload a pipeline: allocation breaks a recording. A process uses one device, so there is one lock."""
 
 _AT_ONCE = threading.local()
 
 
 @contextlib.contextmanager
 def recording_at_once() -> Iterator[None]:
-    """Within the block, this thread records each shape at its first call: it warms up."""
+    """Within the block (warm-up), this thread records each shape at its first call."""
     _AT_ONCE.on = True
     try:
         yield

@@ -1,4 +1,4 @@
-"""Folders of this user: where caches are kept unless a setting names another place."""
+"""The default folders of caches."""
 
 from pathlib import Path
 
@@ -6,5 +6,6 @@ from platformdirs.unix import Unix
 
 
 def user_cache(name: str) -> Path:
-    """`name` of img2img in the user's cache directory (on macOS, too, ~/.cache). Raises RuntimeError if this user has no home."""
+    """The folder `name` of img2img in the user's cache directory (~/.cache, also on macOS). Raises RuntimeError without a
+    home."""
     return Unix("img2img").user_cache_path / name

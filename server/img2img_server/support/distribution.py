@@ -1,18 +1,18 @@
-"""The distribution that these packages belong to: its name on a package index, its version, and how to install extras of it.
+"""The installed distribution: its name on a package index, its version, and how to install its extras.
 
-The command is `img2img` and so is the import name of the contract; `img2img` on PyPI is another project.
+The command and the contract's import name are `img2img`; the project `img2img` on PyPI is another one.
 """
 
 NAME = "img2img-server"
 
 
 def version() -> str:
-    """The version of what is installed. Raises PackageNotFoundError if the packages are only on the path, not installed."""
-    from importlib import metadata  # here: it brings email, csv, zipfile and others, which no other part of a command needs
+    """The installed version. Raises PackageNotFoundError if the packages are on the path but not installed."""
+    from importlib import metadata  # here: it imports email, csv, zipfile and others, which nothing else needs
 
     return metadata.version(NAME)
 
 
 def install_hint(*extras: str) -> str:
-    """The command that adds these extras of pyproject.toml, for the end of an error message."""
+    """The command that installs these extras of pyproject.toml, for error messages."""
     return f"pip install '{NAME}[{','.join(extras)}]'"

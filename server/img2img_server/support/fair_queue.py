@@ -1,4 +1,4 @@
-"""Fair queueing in front of a shared stage: decoding, encoding, fetching and reading. Used on one event loop."""
+"""Fair queueing of clients for a shared stage: decoding, encoding, fetching or reading. Used on one event loop."""
 
 import asyncio
 import time
@@ -14,11 +14,11 @@ _T = TypeVar("_T")
 
 
 class FairSlots:
-    """A number of slots, each for one job at a time, shared among clients.
+    """A number of slots, each for one job at a time, shared fairly among clients.
 
     A free slot goes to the waiting client with the fewest jobs in progress; among equals, to the one that has used the stage the
-    least since it came; within a client, in order of arrival. If there are two slots or more, one client uses all but one at
-    most, so that another's job can start at once. `running` and `waiting` count jobs, and can be read anywhere. `clock` is in
+    least since it arrived; within a client, in order of arrival. If there are at least two slots, a client can use all but one,
+    so that another client's job starts at once. `running` and `waiting` count jobs and can be read on any thread. `clock` is in
     seconds.
     """
 
@@ -35,7 +35,7 @@ class FairSlots:
 
     @asynccontextmanager
     async def slot(self, client: str) -> AsyncIterator[None]:
-        """Waits for a slot, and holds it within the block."""
+        """Waits for a slot and holds it within the block."""
         await self._acquire(client)
         began = self._clock()
         try:
@@ -44,8 +44,8 @@ class FairSlots:
             self._release(client, self._clock() - began)
 
     async def run(self, client: str, work: Callable[[], Awaitable[_T]]) -> _T:
-        """Does `work` in a slot. A caller that is cancelled while it waits leaves; once begun, the work holds its slot to its
-        end, as nothing else could run there."""
+        """Runs `work` in a slot. If the caller is cancelled while it waits, it leaves the queue; work that has started keeps its
+        slot to its end."""
         await self._acquire(client)
         task = asyncio.create_task(self._do(client, work))
         self._tasks.add(task)
@@ -53,7 +53,7 @@ class FairSlots:
         return await asyncio.shield(task)
 
     async def settle(self) -> None:
-        """Waits until the work that `run` began has ended."""
+        """Waits until all work started by `run` has ended."""
         while self._tasks:
             await asyncio.gather(*self._tasks, return_exceptions=True)
 
@@ -67,7 +67,7 @@ class FairSlots:
     def _done(self, task: "asyncio.Task[object]") -> None:
         self._tasks.discard(task)
         if not task.cancelled():
-            task.exception()  # read here: its caller may have left, and asyncio would log it as never retrieved
+            task.exception()  # retrieved, since asyncio warns if the caller has left
 
     async def _acquire(self, client: str) -> None:
         self._used.setdefault(client, min(self._used.values(), default=0.0))
@@ -80,7 +80,7 @@ class FairSlots:
         except asyncio.CancelledError:
             if turn.cancelled():
                 self._leave(client, turn)
-            else:  # it was granted in the same moment
+            else:  # granted at the same moment
                 self._release(client, 0.0)
             raise
 
@@ -97,7 +97,7 @@ class FairSlots:
         self._forget(client)
 
     def _grant(self) -> None:
-        """Gives free slots away."""
+        """Assigns free slots to waiting jobs."""
         while self.running < self._slots:
             able = [client for client in self._waiting if self._in_progress[client] < self._most]
             if not able:
@@ -118,24 +118,24 @@ class FairSlots:
             del self._waiting[client]
 
     def _forget(self, client: str) -> None:
-        """Forgets a client that has no jobs: unused time is not saved up, and its name takes no memory."""
+        """Removes a client without jobs: unused time is not saved for later, and its name takes no memory."""
         if not self._in_progress[client] and client not in self._waiting:
             del self._in_progress[client]
             self._used.pop(client, None)
 
 
 class FairThreads:
-    """Threads for short work that blocks, shared fairly among the clients of the calls that need it."""
+    """Threads for short blocking work, shared fairly among clients."""
 
     def __init__(self, threads: int, name: str) -> None:
         self._slots = FairSlots(threads)
         self._threads = ThreadPoolExecutor(max_workers=threads, thread_name_prefix=name)
 
     async def run(self, work: Callable[..., _T], *arguments: object) -> _T:
-        """Runs `work` on a thread, when it is the current call's turn."""
+        """Runs `work` on a thread, in the fair order of the current call's client."""
         loop = asyncio.get_running_loop()
         return await self._slots.run(current().client, lambda: loop.run_in_executor(self._threads, work, *arguments))
 
     def close(self) -> None:
-        """Waits for nothing."""
+        """Cancels queued work. Does not wait for running work."""
         self._threads.shutdown(wait=False, cancel_futures=True)

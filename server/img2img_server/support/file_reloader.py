@@ -1,4 +1,4 @@
-"""Files that are read again when they change. A change that is no good is logged once, and what was good before stays."""
+"""Reloads files when they change. An invalid change is logged once, and the previous version stays in use."""
 
 import logging
 import threading
@@ -12,11 +12,10 @@ Contents = tuple[bytes, ...]
 
 
 class FileReloader(Generic[_T]):
-    """What `make` makes of the contents that `read` gives, as `value`. Any thread may look.
+    """`value` is the result of `make` for the contents returned by `read`. Thread-safe.
 
-    Contents are compared, not times or inodes: a file that was written in place, renamed over, or swapped by a symbolic link
-    above it is found alike. Both functions raise OSError or ValueError for files that will not do; so does the constructor.
-    `name` is what the log calls them.
+    Compares contents, not times or inodes, to detect files that were written in place, replaced, or swapped by a symbolic link.
+    Both functions raise OSError or ValueError for invalid files; so does the constructor. `name` is used in the log.
     """
 
     def __init__(self, name: str, read: Callable[[], Contents], make: Callable[[Contents], _T]) -> None:
@@ -27,7 +26,7 @@ class FileReloader(Generic[_T]):
         self.value = make(self._contents)
 
     def look(self) -> _T | None:
-        """Reads the files. Returns the new value where there is one that is good, else None."""
+        """Reads the files. Returns the new value if they have changed and are valid, else None."""
         with self._lock:
             try:
                 contents = self._read()

@@ -1,4 +1,4 @@
-"""Addresses to listen on: how they are written, and why one cannot be listened on."""
+"""Addresses to listen on: their format, and errors that explain why binding fails."""
 
 import errno
 import socket
@@ -6,7 +6,8 @@ from typing import Any
 
 
 def check_port(setting: str, host: str, port: int) -> None:
-    """Raises OSError, which names the `setting`, if no socket can be bound to `port` of `host`. gRPC would not say why."""
+    """Raises OSError, naming the `setting` and the cause, if no socket can be bound to `port` of `host`. gRPC's error has no
+    cause."""
     try:
         found = socket.getaddrinfo(
             host.removeprefix("[").removesuffix("]"), port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -27,7 +28,7 @@ def check_port(setting: str, host: str, port: int) -> None:
 
 
 def _bind_error(family: int, kind: int, protocol: int, address: Any) -> OSError | None:
-    """What binding a socket of this kind fails with."""
+    """The error of binding a socket of this kind, None on success."""
     try:
         with socket.socket(family, kind, protocol) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as gRPC and Python's HTTP server do
@@ -39,7 +40,7 @@ def _bind_error(family: int, kind: int, protocol: int, address: Any) -> OSError 
 
 
 def address_of(host: str, port: int) -> str:
-    """The address as gRPC wants it: an IPv6 host in brackets, a Unix socket without a port."""
+    """The address in gRPC's format: an IPv6 host in brackets, a Unix socket without a port."""
     if host.startswith("unix:"):
         return host
     bracketed = f"[{host}]" if ":" in host and not host.startswith("[") else host

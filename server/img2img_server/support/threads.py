@@ -1,4 +1,4 @@
-"""Work on a thread of its own, which nothing waits for at the end of the process."""
+"""Work on a daemon thread, which does not delay the end of the process."""
 
 import asyncio
 import contextlib
@@ -10,12 +10,13 @@ _R = TypeVar("_R")
 
 
 async def in_thread(work: Callable[[], _R]) -> _R:
-    """What `work` returns or raises, on a daemon thread: loading a model cannot be stopped, and may never end."""
+    """Runs `work` on a daemon thread and returns its result or raises its error. For work that cannot be cancelled and may hang,
+    such as loading a model."""
     loop = asyncio.get_running_loop()
     outcome: asyncio.Future[_R] = loop.create_future()
 
     def settle(value: _R | None, error: BaseException | None) -> None:
-        if outcome.done():  # nobody waits any more
+        if outcome.done():  # the caller was cancelled
             return
         if error is not None:
             outcome.set_exception(error)
@@ -26,11 +27,11 @@ async def in_thread(work: Callable[[], _R]) -> _R:
         value, error = None, None
         try:
             value = work()
-        except Exception as caught:  # noqa: BLE001 - it is raised where the work is waited for
+        except Exception as caught:  # noqa: BLE001 - raised in the awaiting task
             error = caught
-        except BaseException as caught:  # noqa: BLE001 - such as a panic of a library in Rust, which is no Exception
+        except BaseException as caught:  # noqa: BLE001 - such as a panic of a Rust library, which is not an Exception
             error = Panic(f"{type(caught).__name__}: {caught}")
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+        with contextlib.suppress(RuntimeError):  # the loop is closed
             loop.call_soon_threadsafe(settle, value, error)
 
     threading.Thread(target=run, name="img2img-loading", daemon=True).start()
@@ -38,4 +39,4 @@ async def in_thread(work: Callable[[], _R]) -> _R:
 
 
 class Panic(RuntimeError):
-    """Stands for a BaseException of a library: raised on the event loop, that would end the process."""
+    """Replaces a library's BaseException, which would end the process if raised on the event loop."""

@@ -1,1 +1,1 @@
-"""What the outside is told of the server."""
+"""Metrics, traces, logs and the device timeline."""

@@ -1,4 +1,4 @@
-"""What is asked of the server's parts at the moment that Prometheus asks: nobody has to keep it up to date."""
+"""Metrics that are read from the server's components at each scrape."""
 
 import sys
 from collections.abc import Iterable, Iterator
@@ -53,7 +53,7 @@ ASKED = (
     ASSETS, ASSET_BYTES, ASSET_QUOTA, CODEC_RUNNING, CODEC_WAITING, IMAGE_MEMORY, IMAGE_MEMORY_BUDGET, IMAGE_MEMORY_REFUSED,
     MODEL_STATE, MODEL_MEMORY, MODEL_INFO, DEVICE_FREE, DEVICE_TOTAL,
 )  # fmt: skip
-"""All of them."""
+"""All metrics of this module."""
 
 STATES = tuple(state.name.lower() for state in ModelState)
 """The values of the label `state`."""
@@ -62,7 +62,7 @@ Family = CounterMetricFamily | GaugeMetricFamily
 
 
 class Gauges(Collector):
-    """Asks the parts that it was given. On a thread of the metrics' server; it takes the engine's lock for a moment only."""
+    """Reads the components. Runs on a thread of the metrics server; holds the engine's lock only briefly."""
 
     def __init__(
         self, engine: EngineInterface, models: ModelRegistry, cache: Cache | None, assets: AssetStore, codecs: Codecs
@@ -74,11 +74,11 @@ class Gauges(Collector):
         self._codecs = codecs
 
     def describe(self) -> Iterable[Family]:
-        """Nothing: else registering would ask."""
+        """Nothing; otherwise registration would call `collect`."""
         return ()
 
     def collect(self) -> Iterator[Family]:
-        """Everything, as it is now."""
+        """Yields the current values of all metrics."""
         yield from self._of_the_engine()
         yield from self._of_the_cache()
         yield from self._of_assets()
@@ -127,14 +127,14 @@ class Gauges(Collector):
 
 
 def _info(model: Model) -> tuple[str, str, str, str]:
-    """What MODEL_INFO's labels say of a model in memory."""
+    """The values of MODEL_INFO's labels for a loaded model."""
     assert model.manifest is not None, "a loaded model has a manifest"
     assert model.pipeline is not None, "a loaded model has a pipeline"
     return model.id, model.pipeline.engine, model.manifest.backend, model.manifest.precision
 
 
 def _of_the_device() -> Iterator[Family]:
-    """A GPU's memory, where torch uses one already. Asking must not be what makes it begin to."""
+    """A GPU's memory, if torch already uses one: reading metrics must not initialize CUDA."""
     torch: Any = sys.modules.get("torch")
     memory = [
         (str(device), torch.cuda.mem_get_info(device))
@@ -145,7 +145,7 @@ def _of_the_device() -> Iterator[Family]:
 
 
 def _family(about: MetricInfo, *values: tuple[tuple[str, ...], float]) -> Family:
-    """The metric with these values, each with its labels'."""
+    """The metric with its values, each with the values of its labels."""
     kind = CounterMetricFamily if about.kind == "counter" else GaugeMetricFamily
     family = kind(about.name, about.help, labels=about.labels)
     for labels, value in values:

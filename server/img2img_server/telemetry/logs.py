@@ -1,4 +1,4 @@
-"""The log on standard error, for people or for machines: each line knows the call that it belongs to, and is one line only.
+"""The log on standard error, as text or JSON. Each record is one line, with the id of its call.
 
 Repeated lines are counted and summarized.
 """
@@ -17,11 +17,11 @@ from typing import Any
 from img2img_server.support.call import current
 
 INTERVAL = 10.0
-"""Seconds in which lines of a kind are counted."""
+"""Seconds over which lines of a kind are counted."""
 MOST, MOST_INFO = 20, 200
-"""Lines of one kind in an interval: of warnings, errors and refused calls, and of others."""
+"""Maximum lines of one kind per interval: of warnings, errors and refused calls, and of others."""
 _KINDS = 1000
-"""Kinds that are counted separately in an interval. All further kinds count as one."""
+"""Maximum kinds that are counted separately per interval. All further kinds count as one."""
 
 
 @dataclass(slots=True)
@@ -32,8 +32,8 @@ class _Count:
 
 
 class Repeats:
-    """Decides which lines pass. A record's kind is its level, the place in the code that logs it, and its attribute `kind` if it
-    has one; records whose `kind` is None always pass. `clock` is in seconds. A handler uses it under its lock."""
+    """Decides which lines are written. A record's kind is its level, its source line, and its attribute `kind` if it has one;
+    records whose `kind` is None are always written. `clock` is in seconds. Used under the handler's lock."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -41,7 +41,7 @@ class Repeats:
         self._counts: dict[object, _Count] = {}
 
     def passes(self, record: logging.LogRecord) -> bool:
-        """Whether the line is written now; if not, `due` counts it in its summary."""
+        """Whether the line is written; if not, it counts for the summary of `due`."""
         kind = getattr(record, "kind", "")
         if kind is None:
             return True
@@ -58,11 +58,11 @@ class Repeats:
 
     @property
     def holds(self) -> bool:
-        """Whether lines were held back that `due` has not reported yet."""
+        """Whether there are suppressed lines that `due` has not reported yet."""
         return any(count.held for count in self._counts.values())
 
     def due(self, now: bool = False) -> list[logging.LogRecord]:
-        """A line for each kind of which lines were held back, once the interval is over, or `now`. A new interval then begins."""
+        """A summary of each kind with suppressed lines, if the interval is over or with `now`. A new interval then begins."""
         moment = self._clock()
         if not now and moment - self._began < INTERVAL:
             return []
@@ -84,20 +84,20 @@ def _summary(count: _Count, seconds: float) -> logging.LogRecord:
 
 
 ACCESS = "img2img.access"
-"""The logger that has a line for each call."""
+"""The logger with one line per call."""
 
 _OURS = ("img2img", "img2img_server")
-"""The loggers of this server; those of libraries write too much at DEBUG."""
+"""The server's own loggers. Those of libraries are too verbose at DEBUG."""
 _TEXT = "%(asctime)s %(levelname)-7s %(name)s: %(message)s"
 _OF_A_CALL = ("request_id", "client", "method", "model", "status", "reason", "seconds")
-"""Fields that a JSON line has where they are known, in order."""
+"""Fields of a JSON line, in order. Unknown ones are omitted."""
 _ESCAPES = {code: f"\\x{code:02x}" for code in (*range(0x20), *range(0x7F, 0xA0))}
 _ESCAPES |= {ord("\n"): "\\n", ord("\r"): "\\r", ord("\t"): "\\t", 0x2028: "\\u2028", 0x2029: "\\u2029"}
 
 
 def configure(log_format: str, log_level: str = "info") -> None:
-    """Logs to standard error, as "text" or as "json", from `log_level` on ("debug" of our own packages alone), Python's warnings
-    included. Called again, it takes the place of its former self."""
+    """Logs to standard error in the format "text" or "json", from `log_level` on ("debug" applies to the server's own packages
+    only), including Python's warnings. A repeated call replaces the previous configuration."""
     root = logging.getLogger()
     for handler in [handler for handler in root.handlers if isinstance(handler, _Handler)]:
         root.removeHandler(handler)
@@ -111,7 +111,7 @@ def configure(log_format: str, log_level: str = "info") -> None:
 
 
 class _Handler(logging.StreamHandler[Any]):
-    """The one that `configure` puts in, so that it finds it again. Repeated lines are counted and reported in one line."""
+    """The handler that `configure` installs. Counts repeated lines and reports them in one line."""
 
     def __init__(self, formatter: logging.Formatter, repeats: Repeats | None = None) -> None:
         super().__init__(sys.stderr)
@@ -121,8 +121,8 @@ class _Handler(logging.StreamHandler[Any]):
         self._timer: threading.Timer | None = None
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Writes the line, unless there were too many of its kind, and what is due of those before."""
-        self._tell_repeats()
+        """Writes due summaries, and the line unless there were too many of its kind."""
+        self._write_summaries()
         if self._repeats.passes(record):
             super().emit(record)
         elif self._timer is None:
@@ -131,31 +131,31 @@ class _Handler(logging.StreamHandler[Any]):
             self._timer.start()
 
     def close(self) -> None:
-        """Writes the summaries that are due."""
+        """Writes the remaining summaries."""
         with self.lock or threading.RLock():
-            self._tell_repeats(now=True)
+            self._write_summaries(now=True)
             if self._timer is not None:
                 self._timer.cancel()
         super().close()
 
-    def _tell_repeats(self, now: bool = False) -> None:
+    def _write_summaries(self, now: bool = False) -> None:
         for summary in self._repeats.due(now):
             super().emit(summary)
 
     def _interval_ended(self) -> None:
         with self.lock or threading.RLock():
             self._timer = None
-            self._tell_repeats(now=True)
+            self._write_summaries(now=True)
 
 
 class CallFilter(logging.Filter):
-    """Gives each record the id, the client and the method of the call that is being answered, where it has none of its own.
+    """Adds the id, client and method of the current call to each record that has none.
 
-    On the engine's thread there is no such call: what is logged there brings its `extra`.
+    On the engine's thread there is no current call, so records there set them by `extra`.
     """
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Marks the record, and lets it pass."""
+        """Adds the fields. Always returns True."""
         call = current()
         for name, value in (("request_id", call.request_id), ("client", call.client), ("method", call.method)):
             if value and not hasattr(record, name):
@@ -164,53 +164,53 @@ class CallFilter(logging.Filter):
 
 
 class TextFormatter(logging.Formatter):
-    """A line for people. Where it belongs to a call, the request's id is at its end.
+    """Plain text. A line that belongs to a call ends with the request's id.
 
-    Control characters are escaped and a traceback is indented, so that nothing in a message can pass for a line of the log.
+    Control characters are escaped and tracebacks are indented, so that a message cannot forge a log line.
     """
 
     def __init__(self) -> None:
         super().__init__(_TEXT)
 
     def format(self, record: logging.LogRecord) -> str:
-        """The record, all of its lines."""
+        """The record as text, with its traceback."""
         own = copy.copy(record)
-        own.exc_text = None  # else a traceback that another handler has formatted would be taken as it is
+        own.exc_text = None  # otherwise a traceback formatted by another handler would be reused
         return super().format(own)
 
     def formatMessage(self, record: logging.LogRecord) -> str:
-        """The first line."""
+        """The message's line."""
         request_id = getattr(record, "request_id", "")
         line = super().formatMessage(record)
         return escape(f"{line} [{request_id}]" if request_id and request_id not in line else line)
 
     def formatException(self, ei: Any) -> str:
-        """The traceback, each line of it indented."""
+        """The traceback with each line indented."""
         return _indent(super().formatException(ei))
 
     def formatStack(self, stack_info: str) -> str:
-        """A stack, each line of it indented."""
+        """The stack with each line indented."""
         return _indent(stack_info)
 
 
 class JsonFormatter(logging.Formatter):
-    """An object a line: RFC 3339 time in UTC, level, logger, message, what is known of the call, and the exception."""
+    """One JSON object per line: RFC 3339 time in UTC, level, logger, message, fields of the call, and the exception."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """The object."""
+        """The record as a JSON object."""
         time = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
         line = {"time": time, "level": record.levelname, "logger": record.name, "message": record.getMessage()}
         line |= {name: value for name in _OF_A_CALL if (value := getattr(record, name, "")) != ""}
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
-        return json.dumps(line, default=str).replace("\x7f", "\\u007f")  # the one control character that JSON lets pass
+        return json.dumps(line, default=str).replace("\x7f", "\\u007f")  # the only control character that JSON does not escape
 
 
 def escape(text: str) -> str:
-    r"""`text` without control characters: a line break becomes "\n", others "\x1b" and the like."""
+    r"""`text` with control characters escaped: a line break becomes "\n", others such as "\x1b"."""
     return text.translate(_ESCAPES)
 
 
 def _indent(text: str) -> str:
-    """Each line of it, as lines are counted by whoever reads the log, behind four blanks."""
+    """Indents each line of `text` by four spaces."""
     return "\n".join("    " + escape(line) for line in text.split("\n"))

@@ -1,4 +1,4 @@
-"""Metrics for Prometheus: what there is, counted as it happens, and served over HTTP."""
+"""Prometheus metrics: counted as events happen, and served over HTTP. gauges.py has the metrics that are read at each scrape."""
 
 import platform
 import threading
@@ -25,12 +25,12 @@ _STAGE_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.
 _SIZES = (1, 2, 4, 8, 16, 32, 64)
 _CONTRACTS = (image_to_image_pb2, model_pb2, asset_pb2, health_pb2, reflection_pb2)
 _MOST_CLIENTS = 200
-"""Names of tokens that get series of their own. Those of a server that has more share the label "other"."""
+"""Maximum token names with their own series. All further ones share the label "other"."""
 
 
 @dataclass(frozen=True, slots=True)
 class MetricInfo:
-    """A metric: its name as it is served, its kind in Prometheus' words, what it tells, and its labels."""
+    """A metric: its name, its Prometheus type, its help text, and its labels."""
 
     name: str
     kind: str
@@ -67,7 +67,7 @@ DEVICE_SECONDS = MetricInfo(
 BATCH_ROWS = MetricInfo("img2img_batch_rows", "histogram", "Rows of a step's batch; an image with guidance takes two", ("model",))
 BATCH_REQUESTS = MetricInfo("img2img_batch_requests", "histogram", "Requests in a step's batch", ("model",))
 COUNTED = (BUILD, REQUESTS, CALL_SECONDS, IN_PROGRESS, STAGE_SECONDS, PICTURES, DEVICE_SECONDS, BATCH_ROWS, BATCH_REQUESTS)
-"""What is counted as it happens. What is asked when Prometheus asks is in gauges.py."""
+"""Metrics that are updated as events happen."""
 
 PROCESS = (
     MetricInfo("process_resident_memory_bytes", "gauge", "Resident memory of the process"),
@@ -77,14 +77,14 @@ PROCESS = (
     MetricInfo("process_open_fds", "gauge", "Open files and connections"),
     MetricInfo("process_max_fds", "gauge", "Maximum number of open files and connections"),
 )
-"""What prometheus_client tells of the process, on Linux."""
+"""Metrics of the process by prometheus_client, on Linux."""
 
 
 class Metrics:
-    """Counts, in a registry of its own. Any thread may count; none ever waits for one that serves."""
+    """Counters in a separate registry. Thread-safe; counting never waits for a scrape."""
 
     def __init__(self) -> None:
-        prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call] # series that nobody asks for
+        prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call] # unused series
         self.registry = CollectorRegistry()
         _make(Gauge, BUILD, self.registry).labels(distribution.version(), platform.python_version()).set(1)
         self._requests = _make(Counter, REQUESTS, self.registry)
@@ -104,12 +104,12 @@ class Metrics:
         self._thread: threading.Thread | None = None
 
     def start(self, host: str, port: int) -> int:
-        """Serves them at http://host:port/metrics, port 0 for a free one, and returns the port. Raises OSError."""
+        """Serves the metrics at http://host:port/metrics and returns the port; port 0 chooses a free one. Raises OSError."""
         self._server, self._thread = prometheus_client.start_http_server(port, host, self.registry)
         return self._server.server_port
 
     def close(self) -> None:
-        """Serves no more."""
+        """Stops serving."""
         if self._server is None or self._thread is None:
             return
         self._server.shutdown()
@@ -126,20 +126,20 @@ class Metrics:
         self._methods |= methods
 
     def began(self, record: Record) -> None:
-        """Counts a call that begins."""
+        """Counts the start of a call."""
         self._in_progress.labels(self._method(record)).inc()
 
     def ended(self, record: Record, seconds: float) -> None:
-        """Counts a call that took `seconds`."""
+        """Counts the end of a call that took `seconds`."""
         method, outcome = self._method(record), record.outcome
         self._call_seconds.labels(method).observe(seconds)
         self._requests.labels(method, outcome.status, outcome.reason, self._client(record.token)).inc()
-        if record.trail is not None and outcome.status == "OK":
-            self._finished(record.trail, seconds)
-        self._in_progress.labels(method).dec()  # at last: when nothing is in progress, everything is counted
+        if record.trace is not None and outcome.status == "OK":
+            self._finished(record.trace, seconds)
+        self._in_progress.labels(method).dec()  # last, so that everything is counted when no call is in progress
 
     def span(self, span: Span) -> None:
-        """Counts a call of a model. On the engine's thread: nothing here waits."""
+        """Counts a model call. Called on the engine's thread; does not block."""
         stage = self._of_stages.get((span.model, span.stage))
         if stage is None:
             stage = self._of_stages[span.model, span.stage] = self._device.labels(span.model, span.stage)
@@ -151,14 +151,14 @@ class Metrics:
             batch[0].observe(span.rows)
             batch[1].observe(span.requests)
 
-    def _finished(self, trail: RequestTrace, seconds: float) -> None:
-        timings, model = trail.timings, trail.request.model
+    def _finished(self, trace: RequestTrace, seconds: float) -> None:
+        timings, model = trace.timings, trace.request.model
         if timings is None:
             return
         for stage in ("queue", "encode", "denoise", "decode"):
             self._stages.labels(model, stage).observe(getattr(timings, stage))
         self._stages.labels(model, "total").observe(seconds)
-        self._pictures.labels(model).inc(trail.pictures)
+        self._pictures.labels(model).inc(trace.images)
 
     def _method(self, record: Record) -> str:
         return self._methods.get(record.call.method, "other")
@@ -175,7 +175,7 @@ def _make(kind: Callable[..., _M], about: MetricInfo, registry: CollectorRegistr
 
 
 def _methods() -> dict[str, str]:
-    """The label of each method that there is: "ImageToImageService/Transform". One per version would tell nobody anything."""
+    """The labels of all known methods, such as "ImageToImageService/Transform", without the version."""
     services = [service for contract in _CONTRACTS for service in contract.DESCRIPTOR.services_by_name.values()]
     known = {path: label for service in services for path, label in _names(service).items()}
     return known | {"/grpc.reflection.v1.ServerReflection/ServerReflectionInfo": "ServerReflection/ServerReflectionInfo"}

@@ -1,4 +1,4 @@
-"""What is remembered of a call while it runs, to be told once it has ended: nothing is computed of it on the engine's thread."""
+"""Records of a call while it runs, for metrics and traces at its end. The engine's thread only stores events."""
 
 import time
 from dataclasses import dataclass, field
@@ -9,12 +9,12 @@ from img2img_server.engine.request import Completed, Event, Failed, Request, Tic
 from img2img_server.support.call import Call
 
 MOST_STEPS = 100
-"""Steps of a request that are remembered one by one: as many as the default of --max-steps. A trace of thousands helps nobody."""
+"""Maximum steps of a request that are recorded individually: the default of --max-steps."""
 
 
 @dataclass(slots=True)
 class Outcome:
-    """How a call ended: the name of its gRPC status, the reason of its ErrorInfo, and whose it was."""
+    """A call's outcome: the name of its gRPC status, the reason of its ErrorInfo, and its client."""
 
     status: str = "OK"
     reason: str = ""
@@ -23,11 +23,11 @@ class Outcome:
 
 @dataclass(slots=True, eq=False)
 class RequestTrace:
-    """Follows one request through the engine.
+    """The events of one request in the engine.
 
-    `steps` are the calls of the denoiser that it took part in, the first MOST_STEPS of `step_count`; `stepped` is when the last
-    of all ended; `codecs` are the calls that encoded and decoded it, by stage. Where it has ended, `ended` is when, and there are
-    `timings` and `pictures`, or the `error`'s reason. Times are of time.monotonic, the engine's clock.
+    `steps` are the denoiser's calls that it took part in, the first MOST_STEPS of `step_count`; `stepped` is the end of the last
+    one; `codecs` are the calls that encoded and decoded it, by stage. After its end `ended` is set, and `timings` and the number
+    of `images`, or the `error`'s reason. Times are of time.monotonic, the engine's clock.
     """
 
     request: Request
@@ -38,20 +38,20 @@ class RequestTrace:
     codecs: dict[str, Span] = field(default_factory=dict)
     ended: float | None = None
     timings: Timings | None = None
-    pictures: int = 0
+    images: int = 0
     error: str = ""
 
-    def tell(self, event: Accepted | Event) -> None:
-        """Takes notice of an event. Quick: the engine's thread calls it for all but the first."""
+    def record(self, event: Accepted | Event) -> None:
+        """Records an event. Fast, because it runs on the engine's thread."""
         if isinstance(event, Accepted):
             self.ticket = event.ticket
         elif isinstance(event, Completed):
-            self.ended, self.timings, self.pictures = time.monotonic(), event.timings, len(event.images)
+            self.ended, self.timings, self.images = time.monotonic(), event.timings, len(event.images)
         elif isinstance(event, Failed):
             self.ended, self.error = time.monotonic(), event.error.reason
 
-    def note(self, span: Span) -> None:
-        """Takes notice of a stage that the request took part in."""
+    def record_span(self, span: Span) -> None:
+        """Records a stage that the request took part in."""
         if span.stage == "denoise":
             self.step_count += 1
             if self.step_count <= MOST_STEPS:
@@ -63,14 +63,14 @@ class RequestTrace:
 
 @dataclass(slots=True, eq=False)
 class Record:
-    """A call that runs: when it began, on time.monotonic, how it ended, and the trail of its request, if it has one."""
+    """A call: its start on time.monotonic, its outcome, and the trace of its request, if it has one."""
 
     call: Call
     began: float
     outcome: Outcome = field(default_factory=Outcome)
-    trail: RequestTrace | None = None
+    trace: RequestTrace | None = None
 
     @property
     def token(self) -> str:
-        """The name of the token that admitted the call, "" for none. An address is no name: there is no end to those."""
+        """The name of the call's token, "" for none. Client addresses are not used (unbounded cardinality)."""
         return "" if self.outcome.client == self.call.client else self.outcome.client

@@ -1,4 +1,4 @@
-"""What the outside is told of the server: metrics, traces, and a line in the log for each call."""
+"""Metrics, traces, and one log line per call."""
 
 import logging
 import time
@@ -35,30 +35,28 @@ _QUIET = (
     *("GET /health", "GET /ready"),
     *(f"/inference.GRPCInferenceService/{name}" for name in ("ServerLive", "ServerReady", "ModelReady")),
 )
-"""Methods that are asked again and again and tell of nobody's work: their lines are for DEBUG, and they leave no traces."""
+"""Frequent methods that do no work for a client: they are logged at DEBUG, and not traced."""
 
 _RECORD: ContextVar[Record | None] = ContextVar("img2img_record", default=None)
 
 
 class Telemetry:
-    """Metrics, traces and the log of calls. Harmless where nothing of it is configured.
+    """Metrics, traces and the log of calls, as far as they are configured.
 
-    Raises ValueError where traces are asked for and the packages for them are not there. What is told on the engine's thread is
-    counted or noted, and no more: traces are put together when the call has ended, on the thread that answers it.
+    Events on the engine's thread are only counted or stored. Traces are created at the call's end, on another thread.
     """
 
     def __init__(self, settings: TelemetrySettings) -> None:
         self._settings = settings
         self._metrics: Metrics | None = None
         self._traces: Traces | None = None
-        self._trails: dict[int, RequestTrace] = {}
+        self._request_traces: dict[int, RequestTrace] = {}
         self.metrics_port: int | None = None
 
     def start(self) -> None:
-        """Serves metrics and connects to the collector, where that is configured.
+        """Serves metrics and connects to the trace collector, if configured.
 
-        Raises OSError where the port is taken, ValueError where a package is missing. Prometheus is answered from here on, with
-        what there is: `watch` may come later.
+        Raises OSError if the port is in use and ValueError if a package is missing. `watch` adds further metrics later.
         """
         if self._settings.otlp_endpoint is not None:
             from img2img_server.telemetry.traces import Traces
@@ -75,7 +73,7 @@ class Telemetry:
             _log.info("metrics on http://%s:%d/metrics", f"[{host}]" if ":" in host else host, self.metrics_port)
 
     def close(self) -> None:
-        """Sends what is left, for a few seconds at most, and stops. Blocks meanwhile."""
+        """Sends remaining traces, for a few seconds at most, and stops. Blocks meanwhile."""
         if self._metrics is not None:
             self._metrics.close()
         if self._traces is not None:
@@ -85,14 +83,14 @@ class Telemetry:
     def watch(
         self, engine: EngineInterface, models: ModelRegistry, cache: Cache | None, assets: AssetStore, codecs: Codecs
     ) -> None:
-        """From now on, tells of these, too. Once, after start()."""
+        """Adds the metrics of these components. Called once, after start()."""
         if self._metrics is not None:
             from img2img_server.telemetry.gauges import Gauges
 
             self._metrics.registry.register(Gauges(engine, models, cache, assets, codecs))
 
     def serves(self, service: "ServiceDescriptor") -> None:
-        """From now on, tells of the methods of `service`, too, by their names."""
+        """Adds the methods of `service` to the known labels."""
         if self._metrics is not None:
             self._metrics.serves(service)
 
@@ -103,10 +101,10 @@ class Telemetry:
 
     @contextmanager
     def call(self, call: Call) -> Iterator[Outcome]:
-        """Observes one call, whose outcome is known when the block ends."""
+        """Observes one call. The block sets the yielded outcome before it ends."""
         record = Record(call, time.monotonic())
         before = _RECORD.get()
-        _RECORD.set(record)  # set back by value: see calls.answering
+        _RECORD.set(record)  # restored by value: see support.call.answering
         if self._metrics is not None:
             self._metrics.began(record)
         try:
@@ -116,33 +114,31 @@ class Telemetry:
             self._ended(record, time.monotonic())
 
     def span(self, span: Span) -> None:
-        """Takes notice of a stage that ran on the engine's thread."""
+        """Observes a stage that ran on the engine's thread."""
         if self._metrics is not None:
             self._metrics.span(span)
-        if self._trails:
+        if self._request_traces:
             for request in span.members:
-                trail = self._trails.get(id(request))
-                if trail is not None:
-                    trail.note(span)
+                if (trace := self._request_traces.get(id(request))) is not None:
+                    trace.record_span(span)
 
-    def trail(self, request: Request) -> RequestTrace:
-        """Follows a request of the current call."""
-        trail = RequestTrace(request)
-        record = _RECORD.get()
-        if record is not None:
-            record.trail = trail
+    def trace(self, request: Request) -> RequestTrace:
+        """A new trace of a request of the current call."""
+        trace = RequestTrace(request)
+        if (record := _RECORD.get()) is not None:
+            record.trace = trace
             if self._traces is not None:
-                self._trails[id(request)] = trail
-        return trail
+                self._request_traces[id(request)] = trace
+        return trace
 
     def _ended(self, record: Record, now: float) -> None:
         seconds, quiet = now - record.began, record.call.method.startswith(_QUIET)
-        if record.trail is not None:
-            self._trails.pop(id(record.trail.request), None)
+        if record.trace is not None:
+            self._request_traces.pop(id(record.trace.request), None)
         if self._metrics is not None:
             self._metrics.ended(record, seconds)
         if self._traces is not None and not quiet:
-            self._traces.tell(record, now)
+            self._traces.add(record, now)
         level = logging.DEBUG if quiet else logging.INFO
         if _access.isEnabledFor(level):
             _log_call(record, seconds, level)
@@ -158,10 +154,11 @@ def _log_call(record: Record, seconds: float, level: int) -> None:
         "status": outcome.status,
     }
     extra |= {"reason": outcome.reason, "seconds": round(seconds, 6)}
-    # A call that did work, or one of a client that is known, has its own line; others, which anybody can make, are counted.
-    fine = outcome.status == "OK" and (record.trail is not None or bool(record.token))
+    # Successful transforms, and calls with a token, always have their own line. Other calls, which anyone can make, may be
+    # summarized.
+    fine = outcome.status == "OK" and (record.trace is not None or bool(record.token))
     extra["kind"] = None if fine else (call.method, outcome.status, outcome.reason, record.token)
-    if record.trail is not None:
-        extra["model"] = record.trail.request.model
+    if record.trace is not None:
+        extra["model"] = record.trace.request.model
     status = f"{outcome.status} {outcome.reason}".rstrip()
-    _access.log(level, "%s %s in %.3f s for %s", call.method, status, seconds, client or "nobody", extra=extra)
+    _access.log(level, "%s %s in %.3f s for %s", call.method, status, seconds, client or "unknown", extra=extra)

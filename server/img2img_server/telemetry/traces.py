@@ -1,18 +1,19 @@
-"""Traces for OpenTelemetry: a span for each call, and below it where a transform's time went.
+"""OpenTelemetry traces: a span per call, with child spans for the stages of a transform.
 
     img2img.v1.ImageToImageService/Transform
-        parse       the source fetched and decoded, the model found (and loaded, where it was not in memory)
-        queue       waiting for its first turn
-        encode      prompt and image, with the requests that came with it
+        parse       fetch and decode the source, find the model (and load it if it is not in memory)
+        queue       wait for admission
+        encode      encode prompt and image, together with other requests
         denoise     from the first step to the last
-            step    one call of the denoiser, with the requests that shared it; between two of them others had their turns
+            step    one call of the denoiser, shared with other requests; other batches may run between two steps
         decode
-        respond     the images encoded, and whatever a slow reader kept waiting
+        respond     encode the images and send them, no faster than the client reads
 
-A step is a span rather than an event of "denoise", since it has two ends: what lies between two steps is not this request's own.
-The first trails.MOST_STEPS have one. The times are those of the engine, on its clock.
+A step is a span instead of an event of "denoise", because time between two steps belongs to other requests. The first
+request_traces.MOST_STEPS steps have spans. Times are of the engine's clock.
 
-Everything is made when the call has ended, on a thread of its own: a span takes tens of microseconds. https://opentelemetry.io/docs/specs/semconv/rpc/grpc/
+Spans are created after the call has ended, on a separate thread, because a span takes tens of microseconds.
+https://opentelemetry.io/docs/specs/semconv/rpc/grpc/
 """
 
 import logging
@@ -35,20 +36,20 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 _FLUSH = 3.0
-"""Seconds that the collector gets at the end to take what is left."""
+"""Seconds to send the remaining spans at the end."""
 _EXPORT = 10.0
-"""Seconds that it gets for one batch of spans."""
+"""Time limit of sending one batch of spans, in seconds."""
 _MOST_WAITING = 1000
-"""Calls that may wait for their traces to be made. Beyond, calls have none."""
+"""Maximum calls whose traces wait to be created. Traces of further calls are dropped."""
 _FAULTS = ("UNKNOWN", "DEADLINE_EXCEEDED", "UNIMPLEMENTED", "INTERNAL", "UNAVAILABLE", "DATA_LOSS")
-"""The statuses that are a server's failure by OpenTelemetry's conventions. The others are their callers'."""
+"""Statuses that are server errors by OpenTelemetry's conventions. The others are client errors."""
 
 _Attributes = dict[str, str | int | float]
 
 
 @dataclass(slots=True)
 class _Stage:
-    """A span, a call's or one below. `error` is the reason of the failure that ended it. Times are of time.monotonic."""
+    """A span of a call or of a stage. `error` is the reason of the failure that ended it. Times are of time.monotonic."""
 
     name: str
     start: float
@@ -60,7 +61,7 @@ class _Stage:
 
 @dataclass(frozen=True, slots=True)
 class _Ended:
-    """A call that has ended, and what to add to its times to have nanoseconds since 1970."""
+    """A call that has ended, and the offset from its times to nanoseconds since 1970."""
 
     call: _Stage
     traceparent: str
@@ -68,10 +69,10 @@ class _Ended:
 
 
 class Traces:
-    """Sends traces to the collector at `endpoint`, by OTLP over gRPC: http://... in plain text, https://... with TLS.
+    """Sends traces to the collector at `endpoint`, by OTLP over gRPC: http://... without TLS, https://... with TLS.
 
-    OpenTelemetry's own variables count for what is not said here: OTEL_SERVICE_NAME, OTEL_RESOURCE_ATTRIBUTES,
-    OTEL_TRACES_SAMPLER, OTEL_EXPORTER_OTLP_HEADERS. Raises ValueError where its packages are missing.
+    OpenTelemetry's own variables apply: OTEL_SERVICE_NAME, OTEL_RESOURCE_ATTRIBUTES, OTEL_TRACES_SAMPLER,
+    OTEL_EXPORTER_OTLP_HEADERS. Raises ValueError if its packages are missing.
     """
 
     def __init__(self, endpoint: str) -> None:
@@ -95,10 +96,10 @@ class Traces:
         self._thread = threading.Thread(target=self._run, name="img2img-traces", daemon=True)
         self._thread.start()
 
-    def tell(self, record: Record, ended: float) -> None:
-        """Has the trace made of a call that ended at `ended`, on time.monotonic. Waits for nothing."""
-        offset = time.time_ns() - _nanoseconds(time.monotonic())  # one for all of a call's times: clocks are set now and then
-        stages = list(_stages(record, record.trail, ended)) if record.trail is not None else []
+    def add(self, record: Record, ended: float) -> None:
+        """Queues the trace of a call that ended at `ended`, on time.monotonic. Does not block."""
+        offset = time.time_ns() - _nanoseconds(time.monotonic())  # one for all of a call's times, since clocks may be set
+        stages = list(_stages(record, record.trace, ended)) if record.trace is not None else []
         call = _Stage(record.call.method.lstrip("/"), record.began, ended, _attributes(record), parts=stages)
         if record.outcome.status in _FAULTS:
             call.error = record.outcome.reason or record.outcome.status
@@ -110,12 +111,12 @@ class Traces:
                 _log.warning("calls finish faster than traces are created: some traces are dropped")
 
     def close(self) -> None:
-        """Sends what is left, but gives the collector no more than a few seconds for it."""
+        """Sends the remaining traces, for a few seconds at most."""
         sending = threading.Thread(target=self._send_the_rest, name="img2img-traces-end", daemon=True)
         sending.start()
         sending.join(_FLUSH)
         if sending.is_alive():
-            self._exporter.shutdown()  # breaks off the attempt that is under way; without it, there would be many more
+            self._exporter.shutdown()  # cancels the current attempt and further retries
             sending.join(_FLUSH)
 
     def _send_the_rest(self) -> None:
@@ -129,7 +130,7 @@ class Traces:
         while (ended := self._ended.get()) is not None:
             try:
                 self._make(ended.call, _parent(ended.traceparent), SpanKind.SERVER, ended.offset)
-            except Exception:  # noqa: BLE001 - whatever OpenTelemetry raises: the next call's trace may be made
+            except Exception:  # noqa: BLE001 - OpenTelemetry may raise anything; the next trace may succeed
                 _log.exception("cannot create a trace")
 
     def _make(self, stage: "_Stage", parent: "Context", kind: "SpanKind", offset: int) -> None:
@@ -137,7 +138,7 @@ class Traces:
 
         start = offset + _nanoseconds(stage.start)
         span = self._tracer.start_span(stage.name, parent, kind, stage.attributes, start_time=start)
-        if not span.is_recording():  # nor is what is below it
+        if not span.is_recording():  # its children are not recorded either
             return
         if stage.error:
             span.set_status(Status(StatusCode.ERROR, stage.error))
@@ -151,7 +152,7 @@ def _nanoseconds(seconds: float) -> int:
 
 
 def _parent(traceparent: str) -> "Context":
-    """The caller's span; none where it sent none, or nonsense."""
+    """The caller's span; empty if it sent none or a malformed one."""
     from opentelemetry.context import Context
     from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
@@ -159,7 +160,7 @@ def _parent(traceparent: str) -> "Context":
 
 
 def _attributes(record: Record) -> _Attributes:
-    call, outcome, trail = record.call, record.outcome, record.trail
+    call, outcome, trace = record.call, record.outcome, record.trace
     attributes: _Attributes = {
         "rpc.system.name": "grpc",
         "rpc.method": call.method.lstrip("/"),
@@ -169,8 +170,8 @@ def _attributes(record: Record) -> _Attributes:
     }
     if outcome.status != "OK":
         attributes["error.type"] = outcome.reason or outcome.status
-    if trail is not None:
-        request = trail.request
+    if trace is not None:
+        request = trace.request
         attributes |= {
             "img2img.model": request.model,
             "img2img.width": request.image.width,
@@ -180,42 +181,42 @@ def _attributes(record: Record) -> _Attributes:
     return attributes
 
 
-def _stages(record: Record, trail: RequestTrace, ended: float) -> Iterator[_Stage]:
-    """Where the call's time went, in order. The stage that was under way when the request failed has the error."""
-    ticket = trail.ticket
+def _stages(record: Record, trace: RequestTrace, ended: float) -> Iterator[_Stage]:
+    """The stages of a call, in order. The stage in which the request failed has the error."""
+    ticket = trace.ticket
     if ticket is None:  # refused
         yield _Stage("parse", record.began, ended)
         return
     yield _Stage("parse", record.began, ticket.arrival)
-    over = ended if trail.ended is None else trail.ended
-    starts = {"queue": ticket.arrival, "encode": ticket.started, "denoise": ticket.prepared, "decode": _denoised(trail, ticket)}
+    over = ended if trace.ended is None else trace.ended
+    starts = {"queue": ticket.arrival, "encode": ticket.started, "denoise": ticket.prepared, "decode": _denoised(trace, ticket)}
     begun = [(name, start) for name, start in starts.items() if 0 < start <= over]
     ends = [start for _, start in begun[1:]] + [over]
     for (name, start), end in zip(begun, ends, strict=True):
         stage = _Stage(name, start, end)
-        _describe(stage, trail)
+        _describe(stage, trace)
         if end == over:
-            stage.error = trail.error or record.outcome.reason
+            stage.error = trace.error or record.outcome.reason
         yield stage
     if over < ended:
         yield _Stage("respond", over, ended)
 
 
-def _denoised(trail: RequestTrace, ticket: Ticket) -> float:
-    """When the last of its steps was done, 0 where there are steps left."""
-    if trail.timings is not None:
-        return ticket.prepared + trail.timings.denoise
-    return trail.stepped if trail.step_count >= ticket.plan.step_count else 0.0
+def _denoised(trace: RequestTrace, ticket: Ticket) -> float:
+    """The end of the last step, 0 if there are steps left."""
+    if trace.timings is not None:
+        return ticket.prepared + trace.timings.denoise
+    return trace.stepped if trace.step_count >= ticket.plan.step_count else 0.0
 
 
-def _describe(stage: _Stage, trail: RequestTrace) -> None:
-    """Adds what is known of a stage: with how many others the request shared it, and the steps that it is made of."""
-    shared = trail.codecs.get({"encode": "prepare", "decode": "finish"}.get(stage.name, ""))
+def _describe(stage: _Stage, trace: RequestTrace) -> None:
+    """Adds a stage's attributes: the number of requests that shared it, and its steps."""
+    shared = trace.codecs.get({"encode": "prepare", "decode": "finish"}.get(stage.name, ""))
     if shared is not None:
         stage.attributes["img2img.batch.requests"] = shared.requests
     if stage.name != "denoise":
         return
-    stage.attributes["img2img.steps"] = trail.step_count
-    for number, step in enumerate(trail.steps, start=1):
+    stage.attributes["img2img.steps"] = trace.step_count
+    for number, step in enumerate(trace.steps, start=1):
         about: _Attributes = {"img2img.step": number, "img2img.batch.requests": step.requests, "img2img.batch.rows": step.rows}
         stage.parts.append(_Stage("step", step.start, step.start + step.seconds, about))

@@ -1,1 +1,1 @@
-"""KServe v2 (GRPCInferenceService, as Triton speaks it) over the services of img2img.v1. Imported only where `kserve` is set."""
+"""KServe v2 (GRPCInferenceService, Triton's dialect) on top of the services of img2img.v1. Imported only if `kserve` is set."""

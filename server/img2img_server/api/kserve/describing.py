@@ -1,4 +1,4 @@
-"""What KServe's clients may ask of a server and its models: metadata, configurations and the index of the repository."""
+"""KServe's metadata of the server and its models, model configurations, and the repository index."""
 
 from typing import Any
 
@@ -13,18 +13,18 @@ _EXTENSIONS = ("model_repository", "model_configuration", "parameters")
 _READY, _UNAVAILABLE, _LOADING = "READY", "UNAVAILABLE", "LOADING"
 _STATES = {pb.MODEL_STATE_READY: _READY, pb.MODEL_STATE_LOADING: _LOADING}
 _CONFIGURED = ("family", "pipeline_class", "backend", "engine", "size_multiple")
-"""Fields of a model that its configuration has as parameters, where they are set."""
+"""Fields of a model that become parameters of its configuration if they are set."""
 _TYPES = {"BYTES": "STRING"}
-"""Datatypes that a configuration has another name for."""
+"""Datatypes that have another name in a configuration."""
 
 
 def server() -> Any:
-    """ServerMetadataResponse."""
+    """The ServerMetadataResponse."""
     return kserve_pb.ServerMetadataResponse(name="img2img", version=distribution.version(), extensions=_EXTENSIONS)
 
 
 def model(found: pb.Model) -> Any:
-    """ModelMetadataResponse."""
+    """The ModelMetadataResponse of a model."""
     response = kserve_pb.ModelMetadataResponse(name=found.id, versions=[VERSION], platform=_platform(found))
     for one in (*SOURCES, *SETTINGS):
         response.inputs.add(name=one.name, datatype=one.datatypes[0], shape=one.dims)
@@ -34,9 +34,9 @@ def model(found: pb.Model) -> Any:
 
 
 def configuration(found: pb.Model) -> Any:
-    """ModelConfigResponse. Batches are none of the caller's business (max_batch_size 0): the server makes them itself."""
+    """The ModelConfigResponse of a model. max_batch_size is 0: the server batches concurrent requests itself."""
     config = config_pb.ModelConfig(name=found.id, platform=_platform(found), backend="img2img", max_batch_size=0)
-    config.model_transaction_policy.decoupled = False  # one response for each request, unless it asks for progress
+    config.model_transaction_policy.decoupled = False  # one response per request, unless progress is requested
     for one in (*SOURCES, *SETTINGS):
         config.input.add(name=one.name, data_type=_type(one.datatypes[0]), dims=one.dims, optional=True)
     for output in OUTPUTS:
@@ -50,7 +50,7 @@ def configuration(found: pb.Model) -> Any:
 
 
 def index(found: pb.ListModelsResponse, ready: bool) -> Any:
-    """RepositoryIndexResponse of all models, or of those that are `ready`."""
+    """The RepositoryIndexResponse of all models, or only of ready ones if `ready` is set."""
     response = kserve_pb.RepositoryIndexResponse()
     for one in found.models:
         state = _STATES.get(one.state, _UNAVAILABLE)

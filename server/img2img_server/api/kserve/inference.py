@@ -1,4 +1,4 @@
-"""One inference: translated, run by ImageToImageService as any other transform, and translated back."""
+"""Runs one KServe inference: translates it, runs it by ImageToImageService, and translates the result back."""
 
 import asyncio
 import time
@@ -18,13 +18,13 @@ from img2img_server.support.call import current
 from img2img_server.support.fair_queue import FairThreads
 
 _THREADS = 2
-"""That read tensors. Clients share them fairly."""
+"""Threads that read tensors, shared fairly among clients."""
 
 
 class Until:
-    """What a service asks of a call's context: how long it has left, by the call's deadline and by the request's own.
+    """A call context for a service, with the earlier of the call's deadline and the request's own timeout.
 
-    `ends` is a time of time.monotonic in seconds, None where the request has no timeout.
+    `ends` is a time of time.monotonic in seconds, None if the request has no timeout.
     """
 
     def __init__(self, context: Any, ends: float | None) -> None:
@@ -32,7 +32,7 @@ class Until:
         self._ends = ends
 
     def time_remaining(self) -> float | None:
-        """Seconds, None without a deadline."""
+        """Seconds until the deadline, None without one."""
         left: float | None = self._context.time_remaining()
         if self._ends is None:
             return left
@@ -41,8 +41,8 @@ class Until:
 
 
 class Inference:
-    """Runs ModelInferRequests on `transforms`, once `runner` has room for them. `memory` accounts for
-    those of streams. What that raises names KServe's tensors."""
+    """Runs ModelInferRequests by `transforms` if `runner` admits them. `memory` accounts for requests in streams. Errors name
+    KServe's tensors."""
 
     def __init__(self, transforms: ImageToImageService, runner: EngineInterface, memory: ImageMemory) -> None:
         self._memory = memory
@@ -51,19 +51,22 @@ class Inference:
         self._threads = FairThreads(_THREADS, "img2img-tensors")
 
     async def once(self, request: Any, context: Any) -> Any:
-        """The ModelInferResponse of a request."""
+        """Returns the ModelInferResponse of a request."""
         return await self._finished(await self._read(request), context)
 
-    async def told(self, request: Any, context: Any) -> AsyncGenerator[tuple[Any, bool], None]:
-        """The ModelInferResponses of a request, and whether each is the final one: before that comes one for each step, where
-        progress is asked for."""
+    async def stream(self, request: Any, context: Any) -> AsyncGenerator[tuple[Any, bool], None]:
+        """Yields the ModelInferResponses of a request, each with whether it is the final one. If progress is requested, there is
+        one response per step before it."""
         with self._memory.hold(current(), request.ByteSize()):
             task = await self._read(request)
             if not task.progress:
                 yield await self._finished(task, context), True
                 return
-            asked = pb.TransformStreamRequest(request=task.message)
-            async with self._running(task, context) as until, aclosing(self._transforms.TransformStream(asked, until)) as events:
+            message = pb.TransformStreamRequest(request=task.message)
+            async with (
+                self._running(task, context) as until,
+                aclosing(self._transforms.TransformStream(message, until)) as events,
+            ):
                 async for event in events:
                     if event.HasField("progress"):
                         yield translation.written_progress(task, event.progress), False
@@ -71,7 +74,7 @@ class Inference:
                         yield translation.written(task, event.completed), True
 
     async def _read(self, request: Any) -> Task:
-        """The task of a request, which has a place while it is read: one that is refused is refused before work goes into it."""
+        """Reads a request while holding an admission slot, so that a full server refuses it before it is read."""
         with self._runner.reserve(current().client):
             return await translation.read(request, self._threads)
 
@@ -81,7 +84,7 @@ class Inference:
 
     @asynccontextmanager
     async def _running(self, task: Task, context: Any) -> AsyncIterator[Until]:
-        """Within the block, which its timeout ends, the task's errors are KServe's."""
+        """Applies the task's timeout to the block, and renames fields in its errors to KServe's."""
         with translation.renamed(task.source):
             ends = None if task.seconds is None else time.monotonic() + task.seconds
             timeout = asyncio.timeout(task.seconds)

@@ -1,4 +1,4 @@
-"""KServe v2's GRPCInferenceService, as Triton has it: other words for what the services of img2img.v1 do."""
+"""KServe v2's GRPCInferenceService, with Triton's extensions, implemented by the services of img2img.v1."""
 
 from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any
@@ -23,42 +23,42 @@ from img2img_server.telemetry.telemetry import Telemetry
 
 
 class Unsupported(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[misc]
-    """Statistics, shared memory and settings of tracing and of the log: UNIMPLEMENTED."""
+    """Methods that return UNIMPLEMENTED: statistics, shared memory, and trace and log settings."""
 
     async def ModelStatistics(self, request: Any, context: Any) -> Any:
-        """Refused: counters are Prometheus'."""
+        """Unsupported: metrics are served for Prometheus."""
         raise NotSupported("model statistics are not supported by this method: use the Prometheus metrics (--metrics-port)")
 
     async def SystemSharedMemoryStatus(self, request: Any, context: Any) -> Any:
-        """Refused, as all of shared memory."""
+        """Unsupported."""
         raise _no_shared_memory()
 
     async def SystemSharedMemoryRegister(self, request: Any, context: Any) -> Any:
-        """Refused, as all of shared memory."""
+        """Unsupported."""
         raise _no_shared_memory()
 
     async def SystemSharedMemoryUnregister(self, request: Any, context: Any) -> Any:
-        """Refused, as all of shared memory."""
+        """Unsupported."""
         raise _no_shared_memory()
 
     async def CudaSharedMemoryStatus(self, request: Any, context: Any) -> Any:
-        """Refused, as all of shared memory."""
+        """Unsupported."""
         raise _no_shared_memory()
 
     async def CudaSharedMemoryRegister(self, request: Any, context: Any) -> Any:
-        """Refused, as all of shared memory."""
+        """Unsupported."""
         raise _no_shared_memory()
 
     async def CudaSharedMemoryUnregister(self, request: Any, context: Any) -> Any:
-        """Refused, as all of shared memory."""
+        """Unsupported."""
         raise _no_shared_memory()
 
     async def TraceSetting(self, request: Any, context: Any) -> Any:
-        """Refused: set when the server is started."""
+        """Unsupported: set when the server starts."""
         raise NotSupported("trace settings cannot be changed at run time: set --otlp-endpoint at start")
 
     async def LogSettings(self, request: Any, context: Any) -> Any:
-        """Refused: set when the server is started."""
+        """Unsupported: set when the server starts."""
         raise NotSupported("log settings cannot be changed at run time: set --log-format at start")
 
 
@@ -71,10 +71,9 @@ NAME: str = _SERVICE.full_name
 
 
 class InferenceService(Unsupported):
-    """Inference, and what a client asks about a server and its models.
+    """Inference and metadata of the server and its models.
 
-    A model is ready where it is in memory; one that is not is loaded by a
-    request for it, where the server does so.
+    A model is ready if it is in memory. A request for another one loads it if the server loads models on demand.
     """
 
     def __init__(
@@ -87,15 +86,15 @@ class InferenceService(Unsupported):
         self._telemetry = telemetry
 
     async def ServerLive(self, request: Any, context: Any) -> Any:
-        """Whether the server answers, as it does."""
+        """Always true."""
         return kserve_pb.ServerLiveResponse(live=True)
 
     async def ServerReady(self, request: Any, context: Any) -> Any:
-        """Whether the server takes requests: not while it drains."""
+        """Whether the server accepts requests; false while it drains."""
         return kserve_pb.ServerReadyResponse(ready=self._health.is_serving())
 
     async def ModelReady(self, request: Any, context: Any) -> Any:
-        """Whether a model is in memory, of a server that takes requests. False for one that there is not."""
+        """Whether a model is in memory and the server accepts requests. False for an unknown model."""
         try:
             found = await self._get(request, context)
         except ModelNotFound:
@@ -111,16 +110,16 @@ class InferenceService(Unsupported):
         return describing.model(await self._get(request, context))
 
     async def ModelConfig(self, request: Any, context: Any) -> Any:
-        """A model's inputs, outputs, and what it is."""
+        """A model's inputs, outputs and parameters."""
         return describing.configuration(await self._get(request, context))
 
     async def RepositoryIndex(self, request: Any, context: Any) -> Any:
-        """Every model that the caller may use."""
+        """All models that the caller may use."""
         _check_repository(request)
         return describing.index(await self._models.ListModels(pb.ListModelsRequest(), context), request.ready)
 
     async def RepositoryModelLoad(self, request: Any, context: Any) -> Any:
-        """Makes a model ready. For administrators."""
+        """Loads a model. Requires an admin token."""
         _check_repository(request)
         for key in sorted(request.parameters):
             raise NotSupported(f"parameters: models are loaded as stored; {shown(key)} is not supported")
@@ -130,19 +129,19 @@ class InferenceService(Unsupported):
         return kserve_pb.RepositoryModelLoadResponse()
 
     async def RepositoryModelUnload(self, request: Any, context: Any) -> Any:
-        """Frees a model's memory. For administrators."""
+        """Frees a model's memory. Requires an admin token."""
         _check_repository(request)
-        for key in sorted(set(request.parameters) - {"unload_dependents"}):  # Triton's client always sends that: there are none
+        for key in sorted(set(request.parameters) - {"unload_dependents"}):  # Triton's client always sends it
             raise InvalidField("parameters", f"unknown parameter {shown(key)}")
         await self._models.UnloadModel(pb.UnloadModelRequest(id=request.model_name), context)
         return kserve_pb.RepositoryModelUnloadResponse()
 
     async def ModelInfer(self, request: Any, context: Any) -> Any:
-        """Transforms one image and answers when it is done."""
+        """Transforms one image and returns the result."""
         return await self._inference.once(request, context)
 
     async def ModelStreamInfer(self, requests: AsyncIterator[Any], context: Any) -> AsyncGenerator[Any, None]:
-        """Transforms images as they arrive, and answers each in the requested form."""
+        """Transforms images as they arrive and yields each request's responses."""
         async for response in Stream(self._inference, self._access, self._telemetry, context).responses(requests):
             yield response
 
@@ -161,7 +160,7 @@ def add(
     telemetry: Telemetry,
     memory: ImageMemory,
 ) -> None:
-    """Has `handlers` answer KServe v2, too."""
+    """Adds KServe v2 to `handlers`."""
     telemetry.serves(_SERVICE)
     service = InferenceService(Inference(transforms, runner, memory), models, health, access, telemetry)
     service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(service, handlers.as_server)

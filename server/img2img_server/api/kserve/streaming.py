@@ -1,4 +1,4 @@
-"""ModelStreamInfer: many inferences in one call, their answers interleaved, each admitted, observed and refused by itself."""
+"""ModelStreamInfer: many inferences in one call with interleaved responses. Each is admitted, observed and refused separately."""
 
 import asyncio
 import logging
@@ -10,7 +10,7 @@ from typing import Any
 from tritonclient.grpc import service_pb2 as kserve_pb  # type: ignore[import-untyped]
 
 from img2img_server.access.access import Access
-from img2img_server.api.interceptors import call_of, given_up, let_go, to_status
+from img2img_server.api.interceptors import call_of, cancelled_status, release_frames, to_status
 from img2img_server.api.kserve.inference import Inference
 from img2img_server.errors import ServerError
 from img2img_server.support.call import Call, answering, current
@@ -19,13 +19,13 @@ from img2img_server.telemetry.telemetry import Outcome, Telemetry
 _log = logging.getLogger(__name__)
 
 _METHOD = "/inference.GRPCInferenceService/ModelInfer"
-"""What a request of a stream is to tokens, logs and metrics: the same as one that comes by itself."""
+"""The method that access, logs and metrics see for a request of a stream: the same as for a single request."""
 _MOST_IN_FLIGHT = 64
-"""Requests of one stream that are in progress. What comes beyond is read when one of them is answered: gRPC holds it back."""
+"""Maximum requests of one stream in progress. Further ones are not read before one is answered (gRPC's flow control)."""
 _FINAL = "triton_final_response"
 
 _Answer = tuple[Any, bool]
-"""A ModelStreamInferResponse, and whether it is its request's last."""
+"""A ModelStreamInferResponse, and whether it is the final one of its request."""
 
 
 class Stream:
@@ -37,13 +37,13 @@ class Stream:
         self._telemetry = telemetry
         self._context = context
         self._answers: asyncio.Queue[_Answer | asyncio.Task[None]] = asyncio.Queue()
-        self._room = asyncio.Semaphore(_MOST_IN_FLIGHT)
+        self._in_flight = asyncio.Semaphore(_MOST_IN_FLIGHT)
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def responses(self, requests: AsyncIterator[Any]) -> AsyncGenerator[Any, None]:
-        """The answers to the requests as they come. Leaving early cancels what still runs.
+        """Yields responses as requests finish. Closing the generator cancels running requests.
 
-        Raises what reading the requests does; what is wrong with one of them is told in its answer.
+        Raises the errors of reading the stream. The error of a single request is its response.
         """
         reader = asyncio.create_task(self._read(requests))
         reader.add_done_callback(self._answers.put_nowait)
@@ -52,21 +52,21 @@ class Stream:
                 response, last = answer
                 yield response
                 if last:
-                    self._room.release()
+                    self._in_flight.release()
             await answer
         finally:
             in_flight = (reader, *self._tasks)
             for task in in_flight:
                 task.cancel()
             await asyncio.gather(*in_flight, return_exceptions=True)
-            # The reader is among them, and knows this stream: what nobody reads would live until Python looks for cycles.
+            # The queue contains the reader, which refers to this stream: this breaks the reference cycle.
             self._answers = asyncio.Queue()
 
     async def _read(self, requests: AsyncIterator[Any]) -> None:
-        """Begins each request when it comes. Ends when all are answered."""
+        """Starts each request when it arrives. Returns when all are answered."""
         count = 0
         async for request in requests:
-            await self._room.acquire()
+            await self._in_flight.acquire()
             count += 1
             task = asyncio.create_task(self._answer(request, count))
             self._tasks.add(task)
@@ -74,7 +74,7 @@ class Stream:
         await asyncio.gather(*self._tasks)
 
     async def _answer(self, request: Any, number: int) -> None:
-        """Answers one request, as CallInterceptor does a call."""
+        """Runs one request, as CallInterceptor runs a call."""
         metadata = self._context.invocation_metadata() or ()
         call = call_of(_METHOD, metadata, self._context.peer())
         call = replace(call, request_id=f"{current().request_id}-{number}")
@@ -84,34 +84,34 @@ class Stream:
                     outcome.client = admitted.client
                     await self._infer(request)
             except asyncio.CancelledError:
-                outcome.status = given_up(self._context.time_remaining())
+                outcome.status = cancelled_status(self._context.time_remaining())
                 raise
-            except Exception as caught:  # noqa: BLE001 - the service's edge
+            except Exception as caught:  # noqa: BLE001 - outermost handler
                 self._answers.put_nowait((_refused(request, caught, call, outcome), True))
 
     async def _infer(self, request: Any) -> None:
-        async with aclosing(self._inference.told(request, self._context)) as responses:
+        async with aclosing(self._inference.stream(request, self._context)) as responses:
             async for response, final in responses:
                 response.parameters[_FINAL].bool_param = final
                 self._answers.put_nowait((kserve_pb.ModelStreamInferResponse(infer_response=response), final))
 
 
 def _refused(request: Any, error: Exception, call: Call, outcome: Outcome) -> Any:
-    """An error's answer, which is also the call's outcome. Nothing of the request is held by the error afterwards."""
+    """The response of an error, which is recorded as the call's outcome. Releases the error's references to the request."""
     if not isinstance(error, ServerError):
         _log.error("%s failed", call.method, exc_info=error, extra={"request_id": call.request_id})
-    let_go(error)
-    told = error if isinstance(error, ServerError) else ServerError("internal server error")
-    outcome.status, outcome.reason = told.status, told.reason
-    return _failed(request, told, call.request_id)
+    release_frames(error)
+    sent = error if isinstance(error, ServerError) else ServerError("internal server error")
+    outcome.status, outcome.reason = sent.status, sent.reason
+    return _failed(request, sent, call.request_id)
 
 
 def _failed(request: Any, error: ServerError, request_id: str) -> Any:
-    """An error's answer. Triton's client gives its text and nothing else, so that has the request's id and the status, too."""
+    """The response of an error. Triton's client only shows the text, so it includes the request's id and the status."""
     status = to_status(error, request_id)
     response = kserve_pb.ModelInferResponse(model_name=request.model_name, id=request.id)
     response.parameters["status"].string_param = error.status
     response.parameters["reason"].string_param = error.reason
     response.parameters[_FINAL].bool_param = True
-    told = f"[request id: {request.id or '<id_unknown>'}] {error.status}: {status.message}"
-    return kserve_pb.ModelStreamInferResponse(error_message=told, infer_response=response)
+    text = f"[request id: {request.id or '<id_unknown>'}] {error.status}: {status.message}"
+    return kserve_pb.ModelStreamInferResponse(error_message=text, infer_response=response)

@@ -1,4 +1,4 @@
-"""KServe's tensors <-> Python's values: raw and typed contents, checked against what each input may be.
+"""Converts KServe tensors, with raw or typed contents, to and from Python values, and checks datatypes and shapes.
 
 https://github.com/kserve/open-inference-protocol/blob/main/specification/protocol/inference_grpc.md
 """
@@ -16,7 +16,7 @@ from img2img_server.errors import InvalidField, NotSupported
 Value = bytes | int | float | np.ndarray[Any, np.dtype[np.uint8]]
 
 _FIXED = {"INT32": "<i4", "INT64": "<i8", "FP32": "<f4", "FP64": "<f8", "UINT8": "|u1"}
-"""NumPy's name of each datatype whose elements all have one size; BYTES has a length before each."""
+"""NumPy's names of the datatypes with elements of fixed size. Elements of BYTES are preceded by their length."""
 _TYPED = {
     "INT32": "int_contents",
     "INT64": "int64_contents",
@@ -28,12 +28,12 @@ _TYPED = {
 _LENGTH = struct.Struct("<I")
 _PART = 2**16
 _MOST_SHOWN = 100
-"""Characters of what a caller sent that are repeated in an error."""
+"""Maximum characters of a caller's value quoted in an error."""
 
 
 @dataclass(frozen=True, slots=True)
 class Input:
-    """An input: its name, the datatypes that it may have (the first is the one to describe it by), and its shape, -1 for any."""
+    """An input: its name, the accepted datatypes (metadata lists the first), and its shape, -1 for any size."""
 
     name: str
     datatypes: tuple[str, ...]
@@ -42,7 +42,7 @@ class Input:
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """An output: its name, its datatype and its shape, -1 for any."""
+    """An output: its name, its datatype and its shape, -1 for any size."""
 
     name: str
     datatype: str
@@ -51,7 +51,7 @@ class Output:
 
 @dataclass(frozen=True, slots=True)
 class Given:
-    """An input's value. It is `batched` where it came with a batch's dimension, of 1, before its own."""
+    """An input's value. `batched`: its shape had a leading batch dimension of 1."""
 
     value: Value
     batched: bool
@@ -60,8 +60,7 @@ class Given:
 def read(request: Any, inputs: Sequence[Input]) -> dict[str, Given]:
     """The inputs of a ModelInferRequest by name.
 
-    Raises InvalidField, which names the tensor, for one that is unknown, given twice or malformed, and NotSupported for shared
-    memory.
+    Raises InvalidField, naming the tensor, if one is unknown, duplicate or malformed, and NotSupported for shared memory.
     """
     known = {one.name: one for one in inputs}
     raw = request.raw_input_contents
@@ -105,7 +104,7 @@ def _check_parameters(tensor: Any) -> None:
 
 
 def _shape(tensor: Any, wanted: Input) -> tuple[tuple[int, ...], bool]:
-    """The shape without a batch's dimension, and whether it had one."""
+    """The shape without its batch dimension, and whether it had one."""
     if len(tensor.shape) > len(wanted.dims) + 1:
         raise InvalidField(wanted.name, f"shape has {len(tensor.shape)} dimensions, expected {list(wanted.dims)}")
     shape = tuple(tensor.shape)
@@ -140,7 +139,7 @@ def _typed(tensor: Any, count: int) -> Sequence[Any]:
 
 def _octets(name: str, elements: Sequence[int]) -> bytes:
     try:
-        # In parts, as each is one look of Python's that lets no other thread look.
+        # In parts, because each conversion holds the GIL.
         return b"".join(bytes(elements[at : at + _PART]) for at in range(0, len(elements), _PART))
     except ValueError:
         raise InvalidField(name, "an element is out of range for UINT8") from None
@@ -157,7 +156,7 @@ def _raw(name: str, datatype: str, raw: bytes, count: int) -> Sequence[Any]:
 
 
 def _elements(name: str, raw: bytes, count: int) -> list[bytes]:
-    """The elements of a BYTES tensor, each of which follows its length in four bytes, little-endian."""
+    """The elements of a BYTES tensor, each preceded by its length in four bytes, little-endian."""
     elements: list[bytes] = []
     at = 0
     while at < len(raw):
@@ -177,12 +176,12 @@ def _elements(name: str, raw: bytes, count: int) -> list[bytes]:
 
 
 def _shortest(value: float) -> float:
-    """The shortest decimal that is this FP32: 0.7 again, where the number itself, 0.699999988, would be a step less of ten."""
+    """The shortest decimal number equal to this FP32: 0.7 instead of 0.699999988, which would give one of ten steps less."""
     return float(str(np.float32(value)))
 
 
 def write(response: Any, output: Output, values: Sequence[bytes] | Sequence[int], batched: bool) -> None:
-    """Appends an output to a ModelInferResponse, as raw contents, with a batch's dimension where the input had one."""
+    """Appends an output as raw contents to a ModelInferResponse, with a batch dimension if the input was `batched`."""
     tensor = response.outputs.add(name=output.name, datatype=output.datatype)
     tensor.shape.extend([1, len(values)] if batched else [len(values)])
     if output.datatype == "BYTES":
@@ -193,6 +192,6 @@ def write(response: Any, output: Output, values: Sequence[bytes] | Sequence[int]
 
 
 def shown(value: object) -> str:
-    """What a caller sent, harmless and short."""
+    """A caller's value as truncated ASCII text, safe in errors and logs."""
     text = ascii(value)
     return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}..."

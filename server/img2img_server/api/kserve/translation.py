@@ -1,4 +1,4 @@
-"""ModelInferRequest -> TransformRequest, TransformResponse -> ModelInferResponse: what is asked by tensors and by parameters."""
+"""Translates ModelInferRequests (tensors and parameters) to TransformRequests, and responses back to ModelInferResponses."""
 
 import io
 import json
@@ -23,46 +23,46 @@ _KINDS = {
     "bool_param": "a bool",
     "int64_param": "an integer",
     "uint64_param": "an integer",
-    "string_param": "a text",
+    "string_param": "a string",
     "double_param": "a number",
 }
 
 
 class Parameters:
-    """Parameters by name. Every reader gives None for one that is not there, and raises InvalidField for one of another type."""
+    """Parameters by name. Each reader returns None for a missing parameter and raises InvalidField for one of another type."""
 
     def __init__(self, parameters: Mapping[str, Any]) -> None:
         self._parameters = parameters
         self._known: set[str] = set()
 
     def text(self, name: str) -> str | None:
-        """A text."""
-        value: str | None = self._read(name, "a text", "string_param")
+        """Reads a string."""
+        value: str | None = self._read(name, "a string", "string_param")
         return value
 
     def integer(self, name: str, bits: int) -> int | None:
-        """An integer that a signed one of so many bits holds."""
+        """Reads a signed integer of at most `bits` bits."""
         value: int | None = self._read(name, "an integer", "int64_param", "uint64_param")
         if value is not None and not -(2 ** (bits - 1)) <= value < 2 ** (bits - 1):
             raise InvalidField(name, f"{value} needs more than {bits} bits")
         return value
 
     def number(self, name: str) -> float | None:
-        """A number."""
+        """Reads a floating-point number or an integer."""
         value = self._read(name, "a number", "double_param", "int64_param", "uint64_param")
         return None if value is None else float(value)
 
-    def word_or_integer(self, name: str) -> str | int | None:
-        """A text, or an integer, which may be given as a text."""
+    def text_or_integer(self, name: str) -> str | int | None:
+        """Reads a string or an integer, which may also be given as a string."""
         value: str | int | None = self._read(name, "a string or an integer", "string_param", "int64_param", "uint64_param")
         return int(value) if isinstance(value, str) and value.isascii() and value.isdigit() else value
 
     def truth(self, name: str) -> bool:
-        """True or false, which is also what none means."""
+        """Reads a bool, False if it is missing."""
         return bool(self._read(name, "a bool", "bool_param"))
 
     def one_of(self, name: str, choices: Mapping[str, _T]) -> _T | None:
-        """What one of these words stands for, in upper or lower case."""
+        """Reads a key of `choices`, ignoring case, and returns its value."""
         word = self.text(name)
         if word is None:
             return None
@@ -71,7 +71,7 @@ class Parameters:
         return choices[word.lower()]
 
     def finish(self) -> None:
-        """Raises InvalidField for a parameter that is not read."""
+        """Raises InvalidField if there is a parameter that no reader has read."""
         for name in sorted(self._parameters):
             if name not in self._known:
                 raise InvalidField("parameters", f"unknown parameter {shown(name)}; known are {', '.join(sorted(self._known))}")
@@ -82,19 +82,19 @@ class Parameters:
             return None
         kind = self._parameters[name].WhichOneof("parameter_choice")
         if kind not in kinds:
-            raise InvalidField(name, f"the parameter is {_KINDS.get(kind, 'of no type')}, expected {wanted}")
+            raise InvalidField(name, f"the parameter is {_KINDS.get(kind, 'empty')}, expected {wanted}")
         return getattr(self._parameters[name], kind)
 
 
 VERSION = "1"
-"""Of every model: a bundle that changes is another model."""
+"""The version of every model: a changed bundle is a new model."""
 
 SOURCES = (
     Input("image", ("BYTES",)),
     Input("image_uri", ("BYTES",)),
     Input("image_pixels", ("UINT8",), (-1, -1, 3)),
 )
-"""Exactly one of these is given."""
+"""Inputs for the source image, of which a request contains exactly one."""
 SETTINGS = (
     Input("prompt", ("BYTES",)),
     Input("negative_prompt", ("BYTES",)),
@@ -107,12 +107,12 @@ SETTINGS = (
     Input("height", ("INT64", "INT32")),
     Input("scheduler", ("BYTES",)),
 )
-"""Each has the name of its field in TransformRequest, and may be a parameter of the request instead."""
+"""Inputs named as their fields in TransformRequest. Each may be given as a parameter instead."""
 IMAGES, SEED = Output("images", "BYTES"), Output("seed", "INT64")
 OUTPUTS = (IMAGES, SEED)
 STEP, STEP_COUNT, PREVIEW = Output("step", "INT64", (1,)), Output("step_count", "INT64", (1,)), Output("preview", "BYTES", (1,))
 PROGRESS = (STEP, STEP_COUNT, PREVIEW)
-"""Outputs of progress responses, in streams that ask for them."""
+"""Outputs of progress responses, in streams that request progress."""
 
 _NATIVE = "native"
 _FIELDS = {
@@ -122,16 +122,16 @@ _FIELDS = {
     "model": "model_name",
     "id": "model_name",
 }
-"""What a field of TransformRequest's and ModelService's messages is called here."""
+"""KServe's names of fields in TransformRequest and in ModelService's messages."""
 _TIMINGS = tuple(field.name for field in pb.Timings.DESCRIPTOR.fields)
 
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """A ModelInferRequest as the services know it.
+    """A translated ModelInferRequest.
 
-    `outputs` are those that were asked for, in order. With `progress` its steps are told. It is given up after `seconds`, None
-    for never. `source` is the input that has the image; where that came with a batch's dimension, the outputs have one, too.
+    `outputs` are the requested ones, in order. With `progress` each step is sent. It times out after `seconds`, None for never.
+    `source` is the name of the image's input; if that was `batched`, the outputs have a batch dimension too.
     """
 
     message: pb.TransformRequest
@@ -144,14 +144,14 @@ class Task:
 
 
 async def read(request: Any, threads: FairThreads) -> Task:
-    """Checks the form of a request, on `threads` where that takes long; what its values may be is the parser's.
+    """Translates a request, with slow parts on `threads`. Checks types and shapes; the parser checks values.
 
     Raises InvalidField, NotSupported or ModelNotFound.
     """
     check_name(request.model_name)
     check_version(request.model_name, request.model_version)
     outputs = _outputs(request)
-    # On a thread: a large image takes some milliseconds, and a second where each value of it is a number of its own.
+    # On a thread: a large image takes milliseconds, or a second if its values are typed contents.
     given = await threads.run(tensors.read, request, (*SOURCES, *SETTINGS))
     parameters = Parameters(request.parameters)
     message = pb.TransformRequest(model=pb.ModelReference(path=request.model_name))
@@ -160,7 +160,7 @@ async def read(request: Any, threads: FairThreads) -> Task:
     message.output.format = parameters.one_of("output_format", _formats()) or pb.OUTPUT_FORMAT_UNSPECIFIED
     if (quality := parameters.integer("quality", 32)) is not None:
         message.output.quality = quality
-    _set_fit(message, parameters.word_or_integer("fit"))
+    _set_fit(message, parameters.text_or_integer("fit"))
     message.preview_interval = parameters.integer("preview_interval", 32) or 0
     progress = parameters.truth("progress") or message.preview_interval > 0
     uri = parameters.text("image_uri")
@@ -171,20 +171,20 @@ async def read(request: Any, threads: FairThreads) -> Task:
 
 
 def check_name(name: str) -> None:
-    """Raises InvalidField where no model is named."""
+    """Raises InvalidField if the model's name is empty."""
     if not name:
         raise InvalidField("model_name", "model_name is empty: use a name that RepositoryIndex lists")
 
 
 def check_version(name: str, version: str) -> None:
-    """Raises ModelNotFound for a version that no model has."""
+    """Raises ModelNotFound for any version except "" and VERSION."""
     if version not in ("", VERSION):
         raise ModelNotFound(f"model {tensors.shown(name)} has no version {tensors.shown(version)}: the only version is {VERSION}")
 
 
 @contextmanager
 def renamed(source: str = "image") -> Iterator[None]:
-    """Within the block, an InvalidField of img2img.v1 names the tensor, parameter or field of KServe's that is wrong."""
+    """Renames the field of an InvalidField raised in the block to KServe's tensor, parameter or field."""
     try:
         yield
     except InvalidField as error:
@@ -203,8 +203,8 @@ def written(task: Task, answer: pb.TransformResponse) -> Any:
     for name in _TIMINGS:
         response.parameters[name].double_param = getattr(answer.timings, name)
     if answer.warnings:
-        told = [{"field": one.field, "code": one.code, "description": one.description} for one in answer.warnings]
-        response.parameters["warnings"].string_param = json.dumps(told, ensure_ascii=False)
+        warnings = [{"field": one.field, "code": one.code, "description": one.description} for one in answer.warnings]
+        response.parameters["warnings"].string_param = json.dumps(warnings, ensure_ascii=False)
     response.parameters["engine"].string_param = answer.engine
     response.parameters["model_revision"].string_param = answer.model_revision
     return response
@@ -238,7 +238,7 @@ def _outputs(request: Any) -> tuple[Output, ...]:
 
 
 def _set(message: pb.TransformRequest, name: str, given: Mapping[str, tensors.Given], parameters: Parameters) -> None:
-    """Sets a field of the message by the tensor of its name, or else by the parameter."""
+    """Sets a field of the message from the tensor of its name, or from the parameter if there is no tensor."""
     field = message.DESCRIPTOR.fields_by_name[name]
     value: Any
     if field.cpp_type == FieldDescriptor.CPPTYPE_STRING:
@@ -271,7 +271,7 @@ def _set_fit(message: pb.TransformRequest, fit: str | int | None) -> None:
 async def _set_source(
     message: pb.TransformRequest, given: Mapping[str, tensors.Given], uri: str | None, threads: FairThreads
 ) -> tuple[str, bool]:
-    """Sets the image of the message. Returns the input that has it, and whether that has a batch's dimension."""
+    """Sets the message's image. Returns the name of its input, and whether that has a batch dimension."""
     found = [source.name for source in SOURCES if source.name in given]
     if uri is not None and "image_uri" not in found:
         found.append("image_uri")
@@ -292,7 +292,7 @@ async def _set_source(
 
 
 def _file(pixels: np.ndarray[Any, np.dtype[np.uint8]]) -> bytes:
-    """Pixels [height, width, 3] as a file without loss that costs next to nothing to write and to read."""
+    """Encodes pixels [height, width, 3] as BMP, which is lossless and cheap to write and to read."""
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "BMP")
     return file.getvalue()
@@ -306,9 +306,9 @@ def _text(name: str, value: Any) -> str:
 
 
 def _seconds(parameters: Parameters) -> float | None:
-    """Triton's `timeout`, in microseconds, 0 for none. Its `priority` is taken and does nothing: clients take turns."""
-    parameters.integer("priority", 65)  # an unsigned one of 64 bits
-    parameters.truth("triton_enable_empty_final_response")  # none is needed: each final response says that it is
+    """Reads Triton's `timeout`, microseconds or 0 for none. `priority` is accepted and ignored: clients are scheduled fairly."""
+    parameters.integer("priority", 65)  # an unsigned integer of 64 bits
+    parameters.truth("triton_enable_empty_final_response")  # not needed: final responses are marked
     microseconds = parameters.integer("timeout", 64)
     if microseconds is not None and microseconds < 0:
         raise InvalidField("timeout", f"{microseconds} is negative: set microseconds, or 0 for no timeout")
