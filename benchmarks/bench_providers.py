@@ -89,7 +89,7 @@ def _bundle(model: Path, name: str, precision: str) -> Path:
 def _parts(arguments: argparse.Namespace, model: Path, bundles: Mapping[str, Path]) -> Iterator[dict[str, Any]]:
     """One part at a time, so that only its variants are in memory."""
     from bench_provider_works import error_of, feed_of, works_of
-    from img2img_server.tools.bench_model.measuring import TimedCase, take_turns
+    from img2img_server.tools.bench_measuring import TimedCase, run_rounds
 
     for component in arguments.components.split(","):
         for size in (int(word) for word in arguments.sizes.split(",")):
@@ -102,7 +102,7 @@ def _parts(arguments: argparse.Namespace, model: Path, bundles: Mapping[str, Pat
                 work.run()
                 errors[name] = error_of(next(iter(works.values())), work)
             cases = [TimedCase(component, name, (size, size), 1, work) for name, work in works.items()]
-            turns = take_turns(cases, lambda: None, time.perf_counter)
+            turns = run_rounds(cases, lambda: None, time.perf_counter)
             for _ in range(max(_LEAST_ROUNDS, arguments.rounds)):
                 next(turns)
             title = f"{component}, {size} px" if component != "text_encoder" else component
@@ -171,7 +171,7 @@ def _answer(process: "subprocess.Popen[str]") -> dict[str, Any]:
 
 def _told(title: str, seconds: Mapping[str, list[float]], notes: Mapping[str, str], note: str) -> Iterator[dict[str, Any]]:
     """Prints a table, and gives its lines. Ratios are to the first, of the same round."""
-    from img2img_server.tools.bench_model.report import quartiles
+    from img2img_server.tools.bench_model import quartiles
 
     table = Table("variant", "ms", "quartiles", "times as fast as the first", note, title=title)
     first = next(iter(seconds.values()))

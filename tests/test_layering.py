@@ -21,7 +21,7 @@ RULES = [
     ("img2img_server.backends.ray.replica", (*HEAVY, "ray")),
     ("img2img_server.codecs.worker", (*HEAVY, "google", "asyncio")),
     ("img2img_server.runtime.tensorrt.build", LIGHT),
-    ("img2img_server.tools.top.command", (*LIGHT, "rich", "prometheus_client")),
+    ("img2img_server.tools.top", (*LIGHT, "rich", "prometheus_client")),
     ("img2img_export.cli.export", LIGHT),
     ("img2img_client.client", (*(name for name in HEAVY if name != "grpc"), "numpy", "PIL", "opentelemetry")),
     ("img2img_playground.command", (*LIGHT, "rich", "nicegui", "fastapi")),

@@ -22,8 +22,8 @@ from img2img_server.runtime.execution import Execution
 from img2img_server.runtime.loader import load_pipeline
 from img2img_server.runtime.onnx.modules import read_config
 from img2img_server.support.device_lock import recording_at_once
-from img2img_server.tools.bench_model.measuring import FAILURES, Work, capture, requests_of
-from img2img_server.tools.bench_model.report import quartiles
+from img2img_server.tools.bench_measuring import FAILURES, Work, capture, requests_of
+from img2img_server.tools.bench_model import quartiles
 from PIL import Image
 
 from gpu_check import models

@@ -62,7 +62,7 @@ class Settings:
     @property
     def synchronize(self) -> Callable[[], None]:
         """Waits for the device."""
-        from img2img_server.tools.bench_model.measuring import synchronizer
+        from img2img_server.tools.bench_measuring import synchronizer
 
         return synchronizer((self.provider,))
 

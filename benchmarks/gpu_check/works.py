@@ -12,7 +12,7 @@ from img2img_server.runtime.execution import Execution
 from img2img_server.runtime.onnx.runners import HostRunner, Runner, dtype_of
 from img2img_server.runtime.onnx.sessions import SessionOptions, open_session
 from img2img_server.support.device_lock import recording_at_once
-from img2img_server.tools.bench_model.measuring import TimedCase, Work, take_turns
+from img2img_server.tools.bench_measuring import TimedCase, Work, run_rounds
 from PIL import Image
 
 from gpu_check.settings import Settings
@@ -127,7 +127,7 @@ def in_turns(works: Mapping[str, Work], seconds: float, synchronize: Callable[[]
             work.run()
     cases = {name: TimedCase(name, name, (0, 0), 1, work) for name, work in works.items()}
     begun = time.monotonic()
-    for number, _ in enumerate(take_turns(list(cases.values()), synchronize, time.perf_counter), start=1):
+    for number, _ in enumerate(run_rounds(list(cases.values()), synchronize, time.perf_counter), start=1):
         if number >= 3 and time.monotonic() - begun >= seconds:
             break
     return {name: case.seconds for name, case in cases.items()}

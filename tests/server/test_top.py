@@ -24,8 +24,8 @@ from hypothesis import strategies as st
 from img2img.v1.image_to_image_pb2_grpc import ImageToImageServiceStub
 from img2img_cli.__main__ import main
 from img2img_server.config import TelemetrySettings
-from img2img_server.tools.top.reading import History, MetricsError, ModelView, Snapshot, compare, parse
-from img2img_server.tools.top.view import draw
+from img2img_server.tools.top import History, MetricsError, ModelView, Snapshot, compare, parse
+from img2img_server.tools.top_view import draw
 from messages import failure, request
 from rich.console import Console
 from running import RunningServer, running, store
@@ -149,7 +149,7 @@ def test_what_is_no_metrics_of_ours_is_said_to_be_none(text: str, capsys: pytest
     out, err = capsys.readouterr()
     assert out == ""
     assert err.startswith("img2img top: ")
-    assert "are no metrics of img2img" in err
+    assert "does not serve metrics of img2img" in err
     assert len(err.splitlines()) == 1
 
 

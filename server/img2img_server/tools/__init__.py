@@ -1,1 +1,1 @@
-"""Commands beside `img2img serve`: bench-model, top, the demo model."""
+"""Commands other than `img2img serve`: bench-model, top, and the demo model."""

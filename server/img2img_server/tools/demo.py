@@ -1,4 +1,4 @@
-"""The demo model for a server that was given no models: found in a checkout, exported on first use, and kept."""
+"""The demo model, served if no models are configured: found in a checkout, exported on first use, and cached."""
 
 import importlib.util
 import signal
@@ -14,47 +14,47 @@ from img2img_server.support.distribution import install_hint
 
 _MODEL = Path("demo") / "model"
 _NEEDED = ("torch", "diffusers", "onnx", "optimum", "onnxruntime", "skimage", "huggingface_hub")
-"""What the export imports. They are only looked for here: importing them takes seconds."""
+"""Packages that the export imports. Only looked up here, since importing them takes seconds."""
 
 
 class DemoUnavailable(Exception):
-    """The demo model cannot be served. The message is one line: why, and what to do."""
+    """The demo model cannot be served. The message is one line with the cause and the remedy."""
 
 
 def find_model() -> Path | None:
-    """The demo model of the checkout that this code, or the current directory, is in; None outside of one.
+    """The demo model of the checkout that contains this code or is the current directory; None outside of a checkout.
 
-    Its weights are 21 MB, and no wheel has them.
+    Wheels do not contain its weights (21 MB).
     """
     roots = (Path(__file__).resolve().parents[3], Path.cwd())
     return next((root / _MODEL for root in roots if (root / _MODEL / "model_index.json").is_file()), None)
 
 
-def obtain(say: Callable[[str], object], folder: Path | None = None, export: Callable[[Path, Path], int] | None = None) -> Path:
+def obtain(note: Callable[[str], object], folder: Path | None = None, export: Callable[[Path, Path], int] | None = None) -> Path:
     """The bundle of the demo model in `folder` (None: the user's cache), exported if it is not there yet.
 
-    `say` gets a line before what takes long. `export` makes a bundle of a model and returns an exit status; None runs
+    `note` is called with a line before slow work. `export` exports a model to a bundle and returns an exit status; None runs
     `img2img export`. Raises DemoUnavailable.
     """
     bundle = (folder or user_cache("demo")) / "demo"
     if _is_good(bundle):
-        say(f"no --models: serving the demo model in {bundle}, which is small and for trying out")
+        note(f"--models is not set: serving the demo model in {bundle}, a small model for trying out")
         return bundle
     model = find_model()
     if model is None:
         raise DemoUnavailable(
-            "the demo model, which is served then, is only in a checkout of the repository: run `img2img serve` there, or "
-            "export a model of your own: img2img export MODEL --output models/NAME"
+            "the demo model, the default, is only in a checkout of the repository: run `img2img serve` there, or "
+            "export your own model: img2img export MODEL --output models/NAME"
         )
     missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         hint = install_hint("server", "export")
-        raise DemoUnavailable(f"the demo model in {model} has to be exported first, which needs {', '.join(missing)}: {hint}")
-    say(f"no --models: exporting the demo model in {model} to {bundle} first, once; this takes about a minute")
+        raise DemoUnavailable(f"exporting the demo model in {model} needs {', '.join(missing)}: {hint}")
+    note(f"--models is not set: exporting the demo model in {model} to {bundle}, once; this takes about a minute")
     try:
         bundle.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise DemoUnavailable(f"{bundle.parent}, where the demo model is to be kept, cannot be made: {error.strerror}") from None
+        raise DemoUnavailable(f"the folder {bundle.parent} for the demo model cannot be created: {error.strerror}") from None
     if (status := (export or _export)(model, bundle)) != 0:
         raise DemoUnavailable(f"the export of the demo model to {bundle} failed with status {status}: see the lines above")
     return bundle
@@ -68,7 +68,7 @@ def _is_good(bundle: Path) -> bool:
 
 
 def _export(model: Path, bundle: Path) -> int:
-    """Runs `img2img export` in a process of its own, which ends with this one. Returns its exit status."""
+    """Runs `img2img export` in a child process, which is terminated with this one. Returns its exit status."""
     command = [sys.executable, "-m", "img2img_cli", "export", str(model), "--output", str(bundle), "--force"]
     before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     process = subprocess.Popen(command, stdout=sys.stderr)

@@ -1,18 +1,18 @@
-"""What `img2img top` shows: a snapshot as tables of rich."""
+"""The screen of `img2img top`: draws a snapshot as rich tables."""
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from img2img_server.telemetry.logs import escape
-from img2img_server.tools.top.reading import STAGES, ModelView, Snapshot
+from img2img_server.tools.top import STAGES, ModelView, Snapshot
 
 _NOTHING = "-"
 _STATES = {"ready": "green", "loading": "yellow", "failed": "red"}
 
 
 def draw(snapshot: Snapshot, problem: str = "") -> RenderableType:
-    """The whole screen. `problem` says why it is older than it should be."""
+    """The whole screen. `problem` is the error of the last reading, if any."""
     parts: list[RenderableType] = [_head(snapshot), Text(), _summary(snapshot), Text(), _models(snapshot.models)]
     parts += [Text(), _stages(snapshot.models)]
     if problem:
@@ -46,7 +46,7 @@ def _summary(snapshot: Snapshot) -> Table:
 
 
 def _models(models: tuple[ModelView, ...]) -> Table:
-    table = _table("model", "state", "engine", "memory", "pictures/s", "step ms", "rows", "requests", names=3)
+    table = _table("model", "state", "engine", "memory", "images/s", "step ms", "rows", "requests", names=3)
     for model in models:
         table.add_row(
             _text(model.id),
@@ -69,7 +69,7 @@ def _stages(models: tuple[ModelView, ...]) -> Table:
 
 
 def _table(*headings: str, names: int) -> Table:
-    """A table without lines, of which all but the first columns have numbers."""
+    """A table without borders. All columns after the first `names` contain numbers."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     for number, heading in enumerate(headings):
         table.add_column(heading, justify="left" if number < names else "right", overflow="fold", no_wrap=number >= names)
@@ -77,7 +77,7 @@ def _table(*headings: str, names: int) -> Table:
 
 
 def _text(text: str, style: str = "") -> Text:
-    """Text that a terminal takes as such: a server may have any names."""
+    """Text with control characters escaped, since a server may send any names."""
     return Text(escape(text), style=style)
 
 

@@ -1,7 +1,7 @@
-"""What a bundle's parts take, by provider, size and rows: measured in turns, so that a noisy machine disturbs all alike.
+"""Measures a bundle's graphs and a whole step, by provider, size and rows, in rounds, so that other load affects all alike.
 
-A part is called through the pipeline that the server would run: one request is drawn, what each graph is given is kept, and
-those calls are repeated. A step is the pipeline's own denoise and advance, and needs no graphs.
+The server's own pipeline runs one request while the inputs of each graph are captured; these calls are then repeated. A step is
+the pipeline's denoise and advance, and needs no graphs.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,12 +16,12 @@ from img2img_server.errors import BundleError, InvalidField, ServerError
 from img2img_server.runtime.onnx.modules import Graph, OnnxDenoiser, OnnxTextEncoder, OnnxVae
 from img2img_server.runtime.onnx.providers import ERRORS
 from img2img_server.runtime.onnx.runners import Runner
-from img2img_server.runtime.providers.openvino import has_amx
 
 STEP = "step"
-"""The name by which a whole step is told, beside those of the components."""
-PEAK = "peak"
-"""The name of the machine's own measure, a large matrix product."""
+"""The name of a whole step in results, beside those of the components."""
+_ANY_SIZE = (0, 0)
+"""The size of cases that do not depend on it."""
+_GUIDANCE = 7.5
 
 FAILURES = (
     BundleError,
@@ -30,127 +30,93 @@ FAILURES = (
     RuntimeError,  # torch's, its out-of-memory too
     *ERRORS,
 )
-"""What may be wrong with one variant, while others can be measured."""
+"""Exceptions that skip one variant but not the others."""
 
 _MANY_STEPS = (50, 20, 8, 4, 2, 1)
 _FEW_STEPS = (2, 1, 4, 8)
-"""How many steps to ask for: the first that the model allows. Many where steps are timed, few to call each graph once."""
-_CPU_SIDE, _GPU_SIDE = 2048, 8192
-"""Sides of the matrices whose product is the machine's peak."""
+"""Numbers of steps to try, of which the first that the model supports is used: many to time steps, few to capture calls."""
 
 
 class Work(Protocol):
-    """Something that can be timed again and again."""
+    """Work that can be timed repeatedly."""
 
     def ready(self) -> None:
-        """What has to be done before, and is not timed."""
+        """Prepares the next run. Not timed."""
         ...
 
     def run(self) -> None:
-        """What is timed."""
+        """Does the work. Timed."""
         ...
 
     def close(self) -> None:
-        """Gives back what it holds."""
+        """Releases resources."""
         ...
 
 
 @dataclass(slots=True, eq=False)
 class TimedCase:
-    """One cell of the table. `seconds` are those of each round; `operations` of one run, None where they can't be counted.
-
-    `size` is of images in pixels, width and height. `arithmetic` is what the peak is measured in that it is compared with.
-    """
+    """One variant and its `seconds` in each round. `size` is the images' width and height in pixels."""
 
     component: str
     provider: str
     size: tuple[int, int]
     rows: int
     work: Work
-    arithmetic: str = "fp32"
-    operations: int | None = None
     seconds: list[float] = field(default_factory=list)
 
 
 @dataclass(slots=True, eq=False)
 class CapturedCall:
-    """One graph, called with what its pipeline gave it."""
+    """A call of one graph, with inputs captured from its pipeline."""
 
     runner: Runner
     feed: Mapping[str, torch.Tensor]
 
     def ready(self) -> None:
-        """Nothing: a graph keeps nothing from call to call."""
+        """Does nothing: graphs are stateless."""
 
     def run(self) -> None:
-        """One call."""
+        """Calls the graph."""
         with torch.inference_mode():
             self.runner.run(self.feed)
 
     def close(self) -> None:
-        """Nothing is held but tensors."""
+        """Does nothing."""
 
 
 class StepWork:
-    """The pipeline's denoise and advance of `requests`, which share every call; they begin anew when they are done."""
+    """The pipeline's denoise and advance of `requests`, which share every call and are restarted when they are done."""
 
     def __init__(self, pipeline: Pipeline, requests: Sequence[Request]) -> None:
-        self.shared = pipeline.max_rows != 1
-        """Whether the rows are those of one call."""
         self._pipeline = pipeline
         self._requests = requests
         self._states: Sequence[Any] = ()
 
     def ready(self) -> None:
-        """Prepares new requests where a next step would be the last, in which a whole pipeline decodes, too."""
+        """Restarts the requests before their last step, in which an opaque pipeline also decodes."""
         if self._states and all(state.step_count - state.step > 1 for state in self._states):
             return
         self.close()
         self._states = self._pipeline.prepare(self._requests)
         if min(state.step_count for state in self._states) > 2:
-            # In its first step a whole pipeline also encodes.
+            # Skips the first step, in which an opaque pipeline also encodes.
             self.run()
 
     def run(self) -> None:
-        """One step of all."""
+        """Runs one step of all requests."""
         self._pipeline.advance(self._states, self._pipeline.denoise(self._states))
 
     def close(self) -> None:
-        """Gives back what the requests hold."""
+        """Releases the requests' states."""
         for each in self._states:
             self._pipeline.release(each)
         self._states = ()
 
 
-class Product:
-    """A product of two square matrices: what the machine can do at best, on the same threads."""
-
-    def __init__(self, device: str, arithmetic: str, threads: int) -> None:
-        side = _GPU_SIDE if device == "cuda" else _CPU_SIDE
-        kind = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[arithmetic]
-        self.size = (side, side)
-        self.operations = 2 * side**3
-        self._threads = threads
-        self._left, self._right = (torch.randn(side, side, device=device).to(kind) for _ in range(2))
-
-    def ready(self) -> None:
-        """Takes the threads; pipelines take theirs at each call."""
-        torch.set_num_threads(self._threads)
-
-    def run(self) -> None:
-        """One product; on a GPU fp32 is what ONNX Runtime makes of it, TF32."""
-        torch.backends.cuda.matmul.allow_tf32 = True
-        with torch.inference_mode():
-            torch.mm(self._left, self._right)
-
-    def close(self) -> None:
-        """Nothing is held but tensors."""
-
-
 def requests_of(pipeline: Pipeline, size: tuple[int, int], rows: int, guidance: float, few_steps: bool = False) -> list[Request]:
-    """Requests that bring `rows` rows together, each a prompt and an image of its own. Raises InvalidField.
+    """Requests with `rows` rows in total, each with its own prompt and image. Raises InvalidField.
 
-    With `guidance` above 1 one may bring two rows; what is then left over is brought by one without guidance.
+    With `guidance` above 1 a request may have two rows; an odd row is filled by a request without guidance.
     """
     steps = _FEW_STEPS if few_steps else _MANY_STEPS
     requests: list[Request] = []
@@ -164,12 +130,12 @@ def requests_of(pipeline: Pipeline, size: tuple[int, int], rows: int, guidance: 
 
 
 def capture(pipeline: Pipeline, requests: Sequence[Request]) -> dict[str, CapturedCall]:
-    """Draws `requests`, which calls every graph. The first call of each, by the component's name."""
+    """Runs `requests` and captures the first call of each graph, by the component's name."""
     recorders = {name: _Recorder(graph) for name, graph in graphs_of(pipeline).items()}
     states: Sequence[Any] = ()
     try:
         states = pipeline.prepare(requests)
-        # A whole pipeline decodes in its last step, and may have more of them than it first said.
+        # An opaque pipeline decodes in its last step, and may increase its step count.
         while any(each.step < each.step_count for each in states):
             pipeline.advance(states, pipeline.denoise(states))
         pipeline.finish(states)
@@ -182,7 +148,7 @@ def capture(pipeline: Pipeline, requests: Sequence[Request]) -> dict[str, Captur
 
 
 def graphs_of(pipeline: Pipeline) -> dict[str, Graph]:
-    """The graphs of a pipeline by their component's name; none where all is torch."""
+    """The graphs of a pipeline by their component's name; empty for a torch pipeline."""
     found: dict[str, Graph] = {}
     pipe = getattr(pipeline, "_pipe", None)
     inner = [value for name, value in vars(pipe).items() if name.endswith("_pipe")] if pipe is not None else []
@@ -195,8 +161,8 @@ def graphs_of(pipeline: Pipeline) -> dict[str, Graph]:
     return found
 
 
-def take_turns(cases: Sequence[TimedCase], synchronize: Callable[[], None], clock: Callable[[], float]) -> Iterator[None]:
-    """Times every case once, each time it is asked to go on: forwards, then backwards, so that nobody always follows the same."""
+def run_rounds(cases: Sequence[TimedCase], synchronize: Callable[[], None], clock: Callable[[], float]) -> Iterator[None]:
+    """Times every case once in each round, in alternating order, so that no case always follows the same other one."""
     backwards = False
     while True:
         for case in reversed(cases) if backwards else cases:
@@ -211,20 +177,13 @@ def take_turns(cases: Sequence[TimedCase], synchronize: Callable[[], None], cloc
 
 
 def synchronizer(providers: Sequence[str]) -> Callable[[], None]:
-    """Waits for the GPU, where one of `providers` has it. Not yet run on a GPU."""
+    """A function that waits for the GPU if one of `providers` uses it."""
     uses_gpu = bool({"cuda", "tensorrt"} & set(providers)) and torch.cuda.is_available()
     return torch.cuda.synchronize if uses_gpu else lambda: None
 
 
-def arithmetic_of(provider: str, precision: str, exact: bool = False) -> str:
-    """What a provider is expected to compute a component of `precision` in, where it has the choice (`exact`: it has not)."""
-    if provider in ("cuda", "tensorrt"):
-        return precision if precision in ("fp16", "bf16") else "fp32"
-    return "bf16" if provider == "openvino" and not exact and has_amx() else "fp32"
-
-
 class _Recorder:
-    """A runner in a graph's place that keeps the first feed."""
+    """Replaces a graph's runner and keeps its first inputs."""
 
     def __init__(self, graph: Graph) -> None:
         self._graph = graph
@@ -234,7 +193,7 @@ class _Recorder:
         graph._runner = self
 
     def run(self, feed: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
-        # Cloned: a pipeline may write over what it gave.
+        # Cloned, since a pipeline may overwrite its inputs.
         self.feed = self.feed or {name: tensor.clone() for name, tensor in feed.items()}
         return self.runner.run(feed)
 
@@ -251,4 +210,51 @@ def _request(pipeline: Pipeline, size: tuple[int, int], prompt: str, guidance: f
         except InvalidField:
             continue
         return request
-    raise InvalidField("num_inference_steps", f"the model takes none of {counts}")
+    raise InvalidField("num_inference_steps", f"the model supports none of {counts} steps")
+
+
+def cases_of(
+    provider: str, pipeline: Pipeline, sizes: Sequence[tuple[int, int]], rows: Sequence[int], note: Callable[[str], None]
+) -> list[TimedCase]:
+    """All cases of one provider, each run once. `note` is called with a line for each variant, and for each that is skipped."""
+    cases: list[TimedCase] = []
+    for size in sizes:
+        for count in rows:
+            where = f"{provider}, {size[0]} x {size[1]}, {count} rows"
+            if pipeline.max_rows is not None and count > pipeline.max_rows:
+                note(f"{where}: skipped, since this model's calls have at most {pipeline.max_rows} rows")
+                continue
+            note(f"warming up: {where}")
+            try:
+                found = [*_parts(provider, pipeline, size, count), _step(provider, pipeline, size, count)]
+            except FAILURES as error:
+                note(f"{where}: skipped: {type(error).__name__}: {error}")
+                continue
+            # Text encoders do not depend on the image's size, so they are measured once.
+            known = {(case.component, case.rows) for case in cases if case.size == _ANY_SIZE}
+            cases += [case for case in found if case.size != _ANY_SIZE or (case.component, case.rows) not in known]
+    return cases
+
+
+def _parts(provider: str, pipeline: Pipeline, size: tuple[int, int], rows: int) -> list[TimedCase]:
+    """A case per graph, with as many rows as there are requests."""
+    calls = capture(pipeline, requests_of(pipeline, size, rows, guidance=1.0, few_steps=True))
+    return [
+        TimedCase(
+            name, provider, _ANY_SIZE if name.startswith("text_encoder") else size, len(next(iter(call.feed.values()))), call
+        )
+        for name, call in sorted(calls.items(), key=lambda item: _position(item[0]))
+    ]
+
+
+def _step(provider: str, pipeline: Pipeline, size: tuple[int, int], rows: int) -> TimedCase:
+    """A case for a step of requests with guidance."""
+    step = StepWork(pipeline, requests_of(pipeline, size, rows, _GUIDANCE))
+    step.ready()
+    return TimedCase(STEP, provider, size, rows, step)
+
+
+def _position(component: str) -> int:
+    """A component's position in the order of use."""
+    order = ("text_encoder", "vae_encoder", "unet", "transformer", "vae_decoder")
+    return next((index for index, name in enumerate(order) if component.startswith(name)), len(order))

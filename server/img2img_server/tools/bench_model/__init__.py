@@ -1,1 +1,0 @@
-"""`img2img bench-model`: times the parts of a bundle on this machine."""
