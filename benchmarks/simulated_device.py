@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from img2img_server.backends.base import LocalBackend
+from img2img_server.backends.local import LocalBackend
 from img2img_server.bundle.manifest import Manifest, Source, Verification
 from img2img_server.config import ServerConfig
 from img2img_server.engine.request import Plan, Request

@@ -13,7 +13,7 @@ from typing import Any
 
 from img2img_server.api.lifecycle import live
 from img2img_server.api.server import Server
-from img2img_server.backends.base import LocalBackend
+from img2img_server.backends.local import LocalBackend
 from img2img_server.backends.ray.backend import ClusterBackend, RayConnection
 from img2img_server.config import RaySettings, ServerConfig
 from img2img_server.telemetry import logs

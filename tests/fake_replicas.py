@@ -10,18 +10,15 @@ from fakes import Clock, FakePipeline, make_request
 from img2img_server.backends.ray.front import Front
 from img2img_server.backends.ray.messages import (
     Card,
-    Ended,
-    LoadModel,
+    Load,
     Look,
-    ModelAnswer,
-    RemoteCompleted,
+    ModelQuery,
     RemoteRequest,
     ReplicaLost,
-    Told,
 )
 from img2img_server.backends.ray.roster import RemoteModels, Roster
 from img2img_server.engine.admission import Slot
-from img2img_server.engine.request import Completed, Event, Failed, Timings
+from img2img_server.engine.request import Completed, Ending, Event, Failed, Timings
 from img2img_server.engine.scheduler import QueueLimits
 from img2img_server.errors import (
     ServerError,
@@ -29,14 +26,14 @@ from img2img_server.errors import (
 from running import store
 
 CARD = Card.of(store(m=FakePipeline()).get("m"))
-IDLE = LoadModel(0.0, 0, 0, ("m",))
+IDLE = Load(0.0, 0, 0, ("m",))
 LOST = ReplicaLost("killed")
-Script = Sequence[Told | Exception | asyncio.Event]
-"""What a replica does for one call: it tells, raises, or waits for an event."""
+Script = Sequence[Event | Exception | asyncio.Event]
+"""A replica's actions in one call: it sends events, raises, or waits."""
 
 
-def done(job: RemoteRequest) -> RemoteCompleted:
-    return RemoteCompleted((job.picture,), Timings(0.1, 0.2, 0.3, 0.4))
+def done(job: RemoteRequest) -> Completed:
+    return Completed((job.request.image,), Timings(0.1, 0.2, 0.3, 0.4))
 
 
 class FakeReplicas:
@@ -54,13 +51,13 @@ class FakeReplicas:
         self.asked: list[tuple[str, Any]] = []
         self.before: Callable[[], Awaitable[object]] | None = None
 
-    async def transform(self, job: RemoteRequest) -> Ended:
-        async for told in self.stream(job):
-            if isinstance(told, RemoteCompleted | Failed):
-                return told
+    async def transform(self, job: RemoteRequest) -> Ending:
+        async for event in self.stream(job):
+            if isinstance(event, Completed | Failed):
+                return event
         raise AssertionError("a script has an end")
 
-    async def stream(self, job: RemoteRequest) -> AsyncGenerator[Told, None]:
+    async def stream(self, job: RemoteRequest) -> AsyncGenerator[Event, None]:
         self.jobs.append(job)
         self.came.set()
         script = self.scripts.pop(0) if self.scripts else (done(job),)
@@ -73,12 +70,12 @@ class FakeReplicas:
                 elif isinstance(act, Exception):
                     raise act
                 else:
-                    yield done(job) if isinstance(act, RemoteCompleted) else act
+                    yield done(job) if isinstance(act, Completed) else act
         except (asyncio.CancelledError, GeneratorExit):
             self.cancelled.append(job)
             raise
 
-    async def ask(self, method: str, asked: ModelAnswer) -> Card | Failed:
+    async def ask(self, method: str, asked: ModelQuery) -> Card | Failed:
         self.asked.append((method, asked))
         answer = self.answers[method].pop(0)
         if isinstance(answer, Exception):
@@ -151,6 +148,6 @@ async def rig(*scripts: Script, **limits: Any) -> AsyncIterator[Rig]:
     assert await made.front.drain(60)
 
 
-def loads(it: Rig, *given: LoadModel) -> None:
+def loads(it: Rig, *given: Load) -> None:
     """From the next look on, replicas are this busy."""
     it.replicas.looks = {f"r{n}": Look(f"r{n}", load, (CARD,), None) for n, load in enumerate(given)}

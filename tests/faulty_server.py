@@ -14,7 +14,7 @@ from fakes import FakePipeline
 from img2img_server.__main__ import configure, configured
 from img2img_server.api.lifecycle import live
 from img2img_server.api.server import Server
-from img2img_server.backends.base import LocalBackend
+from img2img_server.backends.local import LocalBackend
 from img2img_server.models.registry import ModelRegistry
 from img2img_server.telemetry import logs
 from running import store

@@ -16,7 +16,8 @@ from img2img_server.api.provenance import Provenance
 from img2img_server.api.server import Server
 from img2img_server.api.transform import ImageToImageService
 from img2img_server.assets.store import AssetStore
-from img2img_server.backends.base import Backend, LocalBackend
+from img2img_server.backends.base import Backend
+from img2img_server.backends.local import LocalBackend
 from img2img_server.bundle.manifest import Manifest, Source, Verification
 from img2img_server.codecs.pool import Codecs
 from img2img_server.config import ServerConfig
@@ -55,7 +56,7 @@ def running(
     **settings: object,
 ) -> Iterator[RunningServer]:
     """Runs a server until the block is left, which drains it. `settings` are ServerConfig's."""
-    made = functools.partial(LocalBackend, load_models=load_models, cache=cache, contend=lambda models: candidates)
+    made = functools.partial(LocalBackend, load_models=load_models, cache=cache, candidates=lambda models: candidates)
     with running_backend(made, **settings) as server:
         yield server
 

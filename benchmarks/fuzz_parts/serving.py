@@ -23,7 +23,7 @@ class Served:
 def served() -> Iterator[Served]:
     """A server while the block lasts. Its packages are imported here, so that a fuzzer can instrument them."""
     from img2img_server.api.server import Server
-    from img2img_server.backends.base import LocalBackend
+    from img2img_server.backends.local import LocalBackend
     from img2img_server.config import AssetSettings, ServerConfig
     from img2img_server.engine.scheduler import QueueLimits
     from img2img_server.images import ImageLimits

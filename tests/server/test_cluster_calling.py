@@ -8,16 +8,16 @@ from typing import Any
 import grpc
 import pytest
 from fakes import make_request
-from img2img_server.backends.ray.client import RayReplicas
-from img2img_server.backends.ray.messages import ModelAnswer, RemoteCompleted, RemoteRequest, ReplicaLeft, ReplicaLost
-from img2img_server.engine.request import Queued, Started, Timings
+from img2img_server.backends.ray.deployment import RayReplicas
+from img2img_server.backends.ray.messages import ModelQuery, RemoteRequest, ReplicaLeft, ReplicaLost
+from img2img_server.engine.request import Completed, Queued, Started, Timings
 from img2img_server.support.call import Call
 from ray.exceptions import ActorDiedError, ActorUnavailableError, NodeDiedError, TaskCancelledError, WorkerCrashedError
 from ray.serve._private.common import DeploymentID
 from ray.serve.exceptions import DeploymentUnavailableError, ReplicaUnavailableError
 
 JOB = RemoteRequest.of(make_request(), 0.0)
-DONE = RemoteCompleted((), Timings(0, 0, 0, 0))
+DONE = Completed((), Timings(0, 0, 0, 0))
 
 
 def _grpc_error(code: grpc.StatusCode) -> grpc.aio.AioRpcError:
@@ -139,7 +139,7 @@ async def test_whatever_ray_says_of_a_replica_that_is_gone_means_one_thing(error
     with pytest.raises(ReplicaLost):
         await replicas(Handle(error)).transform(JOB)
     with pytest.raises(ReplicaLost):
-        await replicas(Handle(error)).ask("bring", ModelAnswer(Call("", "")))
+        await replicas(Handle(error)).ask("bring", ModelQuery(Call("", "")))
     with pytest.raises(ReplicaLost):
         assert [told async for told in replicas(Handle(Queued(0, None), error)).stream(JOB)]
     assert await replicas(Handle("a", error, "b")).everywhere("look") == ["a", "b"]
@@ -152,7 +152,7 @@ async def test_a_call_that_nobody_had_is_nobodys_end(error: Exception) -> None:
 
 
 async def test_one_that_hangs_does_not_hide_what_the_others_say(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("img2img_server.backends.ray.client._LOOKING", 0.2)
+    monkeypatch.setattr("img2img_server.backends.ray.deployment._POLL_TIMEOUT", 0.2)
     assert await replicas(Handle("a", None, "b")).everywhere("look") == ["a", "b"]
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import pytest
 from fake_replicas import IDLE, LOST, Caller, loads, rig
-from img2img_server.backends.ray.messages import LoadModel, RemoteCompleted, RemoteProgress, ReplicaLeft, Told
+from img2img_server.backends.ray.messages import Load, ReplicaLeft
 from img2img_server.engine.request import Completed, Event, Failed, Progress, Queued, Started, Timings
 from img2img_server.errors import (
     ClientBusy,
@@ -25,9 +25,9 @@ def steps(events: Sequence[Event]) -> list[int]:
     return [event.step for event in events if isinstance(event, Progress)]
 
 
-STEPS = tuple(RemoteProgress(number, 3, None, None) for number in (1, 2, 3))
-LIFE: tuple[Told, ...] = (Queued(0, 1.0), Started(3), *STEPS)
-END = RemoteCompleted((), Timings(0, 0, 0, 0))
+STEPS = tuple(Progress(number, 3, None, None) for number in (1, 2, 3))
+LIFE: tuple[Event, ...] = (Queued(0, 1.0), Started(3), *STEPS)
+END = Completed((), Timings(0, 0, 0, 0))
 """The scripts' own end: the job's image comes back."""
 
 
@@ -42,8 +42,8 @@ async def test_wherever_replicas_die_the_caller_hears_of_one_life(told_before: i
     kinds = [type(event) for event in events]
     assert kinds[kinds.index(Started) :] == [Started, Progress, Progress, Progress, Completed]
     assert set(kinds[: kinds.index(Started)]) == {Queued}
-    assert [job.seeds for job in it.replicas.jobs] == [(5, 6)] * 3
-    assert len({(job.id, job.prompt, job.image_digest, job.picture) for job in it.replicas.jobs}) == 1
+    assert [job.request.seeds for job in it.replicas.jobs] == [(5, 6)] * 3
+    assert len({(job.request.id, job.request.prompt, job.request.image.tobytes()) for job in it.replicas.jobs}) == 1
 
 
 @pytest.mark.parametrize("follow", [False, True])
@@ -158,27 +158,27 @@ async def test_what_is_abandoned_ends_with_an_error_of_its_own() -> None:
 async def test_where_no_replica_is_requests_are_refused_and_told_when_to_come_again() -> None:
     async with rig() as it:
         loads(it)
-        await it.roster.look()
+        await it.roster.poll()
         with pytest.raises(NoReplica) as refused, it.front.reserve():
             pass
         assert refused.value.status == "UNAVAILABLE"
         assert refused.value.retry_after is not None
         assert it.serving == {"m": False}
         loads(it, IDLE)
-        await it.roster.look()
+        await it.roster.poll()
         assert it.serving == {"m": True}
         assert isinstance((await it.run())[-1], Completed)
 
 
 async def test_a_replica_that_is_stuck_counts_as_none() -> None:
     """It has work for ever: no figure to add to others', nor to tell callers to wait for."""
-    stuck = LoadModel(math.inf, 0, 0, ())
+    stuck = Load(math.inf, 0, 0, ())
     async with rig(max_waiting_seconds=10.0) as it:
-        loads(it, stuck, LoadModel(2.0, 1, 0, ("m",)))
-        await it.roster.look()
+        loads(it, stuck, Load(2.0, 1, 0, ("m",)))
+        await it.roster.poll()
         assert (it.front.stats.work_seconds, it.front.stats.waiting) == (2.0, 1)
         loads(it, stuck)
-        await it.roster.look()
+        await it.roster.poll()
         with pytest.raises(NoReplica), it.front.reserve():
             pass
         assert it.serving == {"m": False}
@@ -190,20 +190,20 @@ async def test_who_waits_for_a_replica_is_told_at_last_that_none_comes() -> None
         caller = it.submit()
         await it.replicas.came.wait()
         loads(it)
-        await it.roster.look()
-        it.front.looked()
+        await it.roster.poll()
+        it.front.check_replicas()
         assert caller.events == []
         it.clock.now += 61
-        await it.roster.look()
-        it.front.looked()
+        await it.roster.poll()
+        it.front.check_replicas()
         assert isinstance(await caller.error(), NoReplica)
 
 
 async def test_the_queue_of_all_fronts_is_bounded() -> None:
     """Others' requests show in what replicas tell; this front's own at once, before anybody has looked."""
     async with rig(max_waiting=2, max_active=1) as it:
-        loads(it, LoadModel(9.0, 1, 1, ("m",)), LoadModel(9.0, 2, 1, ("m",)))
-        await it.roster.look()
+        loads(it, Load(9.0, 1, 1, ("m",)), Load(9.0, 2, 1, ("m",)))
+        await it.roster.poll()
         with it.front.reserve("a"):
             with pytest.raises(QueueFull) as full, it.front.reserve("b"):
                 pass
@@ -219,12 +219,12 @@ async def test_the_queue_of_all_fronts_is_bounded() -> None:
 
 async def test_the_last_places_of_all_replicas_are_for_clients_without_a_request() -> None:
     async with rig(max_waiting=4, max_active=1) as it:
-        loads(it, LoadModel(9.0, 3, 1, ("m",)), LoadModel(9.0, 4, 1, ("m",)))
-        await it.roster.look()
+        loads(it, Load(9.0, 3, 1, ("m",)), Load(9.0, 4, 1, ("m",)))
+        await it.roster.poll()
         with it.front.reserve("few"), pytest.raises(QueueFull), it.front.reserve("other"):
             pass
-        loads(it, LoadModel(9.0, 3, 1, ("m",)), LoadModel(9.0, 3, 1, ("m",)))
-        await it.roster.look()
+        loads(it, Load(9.0, 3, 1, ("m",)), Load(9.0, 3, 1, ("m",)))
+        await it.roster.poll()
         with it.front.reserve("many"):
             with pytest.raises(QueueFull), it.front.reserve("many"):
                 pass
@@ -243,11 +243,11 @@ async def test_requests_that_idle_engines_take_at_once_do_not_wait() -> None:
 
 async def test_seconds_of_work_bound_the_queue_where_all_have_too_many() -> None:
     async with rig(max_waiting_seconds=10.0) as it:
-        loads(it, LoadModel(25.0, 0, 1, ("m",)), LoadModel(9.0, 0, 1, ("m",)))
-        await it.roster.look()
+        loads(it, Load(25.0, 0, 1, ("m",)), Load(9.0, 0, 1, ("m",)))
+        await it.roster.poll()
         assert isinstance((await it.run())[-1], Completed)
-        loads(it, LoadModel(25.0, 0, 1, ("m",)), LoadModel(14.0, 0, 1, ("m",)))
-        await it.roster.look()
+        loads(it, Load(25.0, 0, 1, ("m",)), Load(14.0, 0, 1, ("m",)))
+        await it.roster.poll()
         with pytest.raises(QueueFull, match=r"14\.0 s of work") as full:
             it.submit()
         assert full.value.retry_after == 4.0
@@ -271,8 +271,8 @@ async def test_a_client_has_so_many_and_a_place_until_it_has_its_answer() -> Non
 
 async def test_what_all_replicas_do_is_told_to_metrics() -> None:
     async with rig() as it:
-        loads(it, LoadModel(2.0, 1, 2, ("m",)), LoadModel(None, 3, 4, ("m",)))
-        await it.roster.look()
+        loads(it, Load(2.0, 1, 2, ("m",)), Load(None, 3, 4, ("m",)))
+        await it.roster.poll()
         with it.front.reserve():
             stats = it.front.stats
     assert (stats.waiting, stats.active, stats.work_seconds, stats.arriving) == (4, 6, 2.0, 1)

@@ -5,22 +5,14 @@ import pickle
 from collections.abc import Iterator
 from copy import copy
 from dataclasses import fields, replace
+from typing import Any
 
 import pytest
 from fakes import FakePipeline, make_request
 from img2img_server.api.interceptors import to_status
-from img2img_server.backends.ray.messages import (
-    Card,
-    ModelAnswer,
-    RawImage,
-    RemoteCompleted,
-    RemoteProgress,
-    RemoteRequest,
-    ReplicaLost,
-    ending_of,
-)
+from img2img_server.backends.ray.messages import Card, ModelQuery, RemoteRequest, ReplicaLost, check_lost
 from img2img_server.bundle.manifest import Component
-from img2img_server.engine.request import Completed, Failed, Progress, Request, RequestWarning, Timings
+from img2img_server.engine.request import Completed, Failed, Progress, Request, RequestWarning, Started, Timings
 from img2img_server.errors import DeadlineUnmeetable, EngineStuck, InvalidField, QueueFull, ServerError, ShuttingDown
 from img2img_server.models.registry import ModelState
 from img2img_server.support.call import Call
@@ -28,8 +20,6 @@ from PIL import Image
 from running import store
 
 ARGUMENTS = {"message": "no luck", "field": "image.data", "description": "it is too small", "retry_after": 2.5, "estimate": 12.5}
-ELSEWHERE = {"image", "deadline", "background"}
-"""Fields of a Request that a Job has under another name, or never: what is in the background is an engine's own."""
 
 
 def _kinds(kind: type[ServerError] = ServerError) -> Iterator[type[ServerError]]:
@@ -60,60 +50,54 @@ def test_errors_of_several_fields_are_among_them() -> None:
     assert [vars(error) for error in made[1:]] == [{"retry_after": 2.5}, {"estimate": 12.5}]
 
 
-def _travelled(request: Request, sent: float, read: float) -> Request:
-    job: RemoteRequest = pickle.loads(pickle.dumps(RemoteRequest.of(request, sent)))  # noqa: S301 - what this test has just written
-    return job.request(read)
+def _sent(message: Any) -> Any:
+    return pickle.loads(pickle.dumps(message))  # noqa: S301 - what this test has just written
 
 
-def test_a_request_arrives_whole_and_with_the_seconds_it_has_left() -> None:
+def test_a_request_arrives_unchanged_and_with_the_remaining_seconds_until_its_deadline() -> None:
     image = Image.effect_noise((24, 16), 90).convert("RGB")
     request = make_request(
         image=image, prompt="p", negative_prompt="n", strength=0.5, guidance_scale=3.0, seeds=(2**63 - 1, 4), deadline=107.0,
         scheduler="DDIMScheduler", preview_interval=2, image_digest=b"digest", client="c", id="i", follow=False, cache_scope="s",
     )  # fmt: skip
-    again = _travelled(request, sent=100.0, read=5000.0)
+    message = RemoteRequest.of(request, now=100.0)
+    assert message.model == request.model
+    again = _sent(message).received(now=5000.0)
     assert again.deadline == 5007.0
     assert (again.image.mode, again.image.size, again.image.tobytes()) == ("RGB", (24, 16), image.tobytes())
     for field in fields(Request):
-        if field.name not in ELSEWHERE:
+        if field.name not in ("image", "deadline"):
             assert getattr(again, field.name) == getattr(request, field.name), field.name
-    assert _travelled(make_request(), 1.0, 2.0).deadline is None
+    assert _sent(RemoteRequest.of(make_request(), 1.0)).received(2.0).deadline is None
 
 
-def test_no_field_of_a_request_stays_behind() -> None:
-    assert {field.name for field in fields(Request)} - ELSEWHERE <= {field.name for field in fields(RemoteRequest)}
-
-
-def test_events_arrive_as_they_were_told() -> None:
+def test_events_arrive_unchanged() -> None:
     image = Image.effect_noise((8, 24), 90).convert("RGB")
     completed = Completed((image, image.rotate(180)), Timings(1, 2, 3, 4), (RequestWarning("prompt", "cut", "PROMPT_TRUNCATED"),))
-    again = ending_of(pickle.loads(pickle.dumps(RemoteCompleted.of(completed))))  # noqa: S301 - what this test has just written
+    again = check_lost(_sent(completed))
     assert isinstance(again, Completed)
     assert (again.timings, again.warnings) == (completed.timings, completed.warnings)
-    assert [picture.tobytes() for picture in again.images] == [picture.tobytes() for picture in completed.images]
-    step = RemoteProgress.of(Progress(3, 4, 1.5, image)).progress()
-    assert (step.step, step.step_count, step.eta) == (3, 4, 1.5)
-    assert step.preview is not None
-    assert step.preview.tobytes() == image.tobytes()
-    assert RemoteProgress.of(Progress(1, 4)).progress() == Progress(1, 4)
+    assert [each.tobytes() for each in again.images] == [each.tobytes() for each in completed.images]
+    step = _sent(Progress(3, 4, 1.5, image))
+    assert (step.step, step.step_count, step.eta, step.preview.tobytes()) == (3, 4, 1.5, image.tobytes())
+    assert _sent(Progress(1, 4)) == Progress(1, 4)
+    assert _sent(Started(4)) == Started(4)
 
 
-def test_a_picture_that_arrived_can_be_drawn_on() -> None:
-    message = RawImage.of(Image.new("RGB", (2, 2), "white"))
-    first, second = message.image(), message.image()
-    first.putpixel((0, 0), (1, 2, 3))
-    assert second.getpixel((0, 0)) == (255, 255, 255)
+def test_images_of_a_message_take_three_bytes_a_pixel() -> None:
+    message = pickle.dumps(RemoteRequest.of(make_request(image=Image.new("RGB", (64, 48), "red")), 0.0))
+    assert 64 * 48 * 3 <= len(message) < 64 * 48 * 3 + 2000
 
 
 @pytest.mark.parametrize("kind", [ShuttingDown, EngineStuck])
-def test_an_end_of_the_replica_is_none_of_the_request(kind: type[ServerError]) -> None:
+def test_the_end_of_a_replica_is_not_an_error_of_its_request(kind: type[ServerError]) -> None:
     with pytest.raises(ReplicaLost, match="no luck"):
-        ending_of(Failed(_make(kind)))
+        check_lost(Failed(_make(kind)))
 
 
 def test_any_other_error_is_the_requests_end() -> None:
     error = _make(InvalidField)
-    assert ending_of(Failed(error)) == Failed(error)
+    assert check_lost(Failed(error)) == Failed(error)
 
 
 def test_cards_are_small_whatever_a_manifest_lists() -> None:
@@ -140,4 +124,4 @@ def test_a_card_says_what_requests_are_read_by() -> None:
     assert card.schedulers == FakePipeline.schedulers
     assert card.manifest is not None
     assert (card.manifest.source.repo_id, card.manifest.verification.passed) == ("acme/m", True)
-    assert pickle.loads(pickle.dumps(ModelAnswer(Call("m", "i"), name="m"))).name == "m"  # noqa: S301 - likewise
+    assert pickle.loads(pickle.dumps(ModelQuery(Call("m", "i"), name="m"))).name == "m"  # noqa: S301 - likewise

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 from fake_replicas import CARD, IDLE, LOST, FakeReplicas, Rig, rig
 from fakes import FakePipeline
-from img2img_server.backends.ray.messages import Look, ModelAnswer, ReplicaLeft, Unloaded
+from img2img_server.backends.ray.messages import Look, ModelQuery, ReplicaLeft, Unloaded
 from img2img_server.bundle.manifest import Source
 from img2img_server.engine.request import Failed
 from img2img_server.engine.scheduler import QueueLimits
@@ -48,7 +48,7 @@ async def test_a_model_is_in_the_best_state_that_it_has_anywhere(
 ) -> None:
     async with rig() as it:
         cards(it, *states)
-        await it.roster.look()
+        await it.roster.poll()
         model = it.roster.models.get("m")
         assert (model.state, model.detail) == (state, detail)
         assert it.serving == {"m": state is READY}
@@ -59,7 +59,7 @@ async def test_a_model_is_in_the_best_state_that_it_has_anywhere(
 
 
 async def test_a_front_waits_a_little_for_replicas_that_it_was_not_told_of_yet(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("img2img_server.backends.ray.roster.LOOK_EVERY", 0.0)
+    monkeypatch.setattr("img2img_server.backends.ray.roster.POLL_INTERVAL", 0.0)
     it = Rig(FakeReplicas(), QueueLimits())
     it.replicas.late = 3
     await it.roster.open(None)
@@ -72,10 +72,10 @@ async def test_a_front_waits_a_little_for_replicas_that_it_was_not_told_of_yet(m
 async def test_models_come_and_go() -> None:
     async with rig() as it:
         it.replicas.looks["r1"] = Look("r1", IDLE, (CARD, replace(CARD, id="n")), None)
-        await it.roster.look()
+        await it.roster.poll()
         assert [model.id for model in it.roster.models] == ["m", "n"]
         del it.replicas.looks["r1"]
-        await it.roster.look()
+        await it.roster.poll()
         assert [model.id for model in it.roster.models] == ["m"]
         assert it.serving == {"m": True, "n": False}
 
@@ -83,7 +83,7 @@ async def test_models_come_and_go() -> None:
 async def test_a_model_that_nobody_has_is_brought_by_one() -> None:
     async with rig() as it:
         cards(it, UNLOADED, UNLOADED)
-        await it.roster.look()
+        await it.roster.poll()
         leaving, gone = Failed(ShuttingDown("draining")), ReplicaLeft("nobody is there")
         it.replicas.answers["bring"] = [LOST, leaving, CARD]
         it.replicas.answers["bring"] += [Failed(ModelMemoryFull("no room", 3.0)), LOST, leaving, gone, LOST, LOST, LOST]
@@ -92,7 +92,7 @@ async def test_a_model_that_nobody_has_is_brought_by_one() -> None:
         async with it.models.using(Source(path="m")):
             assert len(it.replicas.asked) == 3, "it is known to be there"
         assert {asked.model for _, asked in it.replicas.asked} == {"m"}, "it is sent to where requests of it go"
-        await it.roster.look()
+        await it.roster.poll()
         for error in (ModelMemoryFull, NoReplica, ModelUnavailable):  # the last one's load ends whoever tries
             with pytest.raises(error):
                 async with it.models.using(Source(path="m")):
@@ -111,7 +111,7 @@ async def test_what_the_front_knows_is_refused_here_and_what_it_does_not_is_aske
             with pytest.raises(ModelNotFound):
                 async with it.models.using(Source(path="z")):
                     pass
-        assert it.replicas.asked == [("bring", ModelAnswer(caller, Source(path="z")))]
+        assert it.replicas.asked == [("bring", ModelQuery(caller, Source(path="z")))]
 
 
 async def test_loading_and_unloading_reach_all_replicas() -> None:

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 from fakes import FakePipeline, make_request
-from img2img_server.backends.base import LocalBackend
-from img2img_server.backends.ray.messages import Card, ModelAnswer, RemoteCompleted, RemoteProgress, RemoteRequest, Unloaded
+from img2img_server.backends.local import LocalBackend
+from img2img_server.backends.ray.messages import Card, ModelQuery, RemoteRequest, Unloaded
 from img2img_server.backends.ray.replica import Replica
 from img2img_server.bundle.manifest import Source
 from img2img_server.config import ModelSettings, ServerConfig
-from img2img_server.engine.request import Failed, Plan, Queued, Request, Started
+from img2img_server.engine.request import Completed, Failed, Plan, Progress, Queued, Request, Started
 from img2img_server.engine.scheduler import QueueLimits
 from img2img_server.errors import (
     DeadlineExpired,
@@ -75,15 +75,15 @@ async def test_a_request_is_answered_with_its_picture() -> None:
     image = Image.effect_noise((16, 8), 90).convert("RGB")
     async with replica(store(m=FakePipeline())) as it:
         ended = await it.transform(job(image=image, seeds=(1, 2), follow=False))
-    assert isinstance(ended, RemoteCompleted)
-    assert [picture.image().tobytes() for picture in ended.pictures] == [image.tobytes()] * 2
+    assert isinstance(ended, Completed)
+    assert [each.tobytes() for each in ended.images] == [image.tobytes()] * 2
 
 
 async def test_a_stream_tells_every_event_in_order() -> None:
     async with replica(store(m=FakePipeline())) as it:
         told = [event async for event in it.stream(job(num_inference_steps=3, preview_interval=2))]
-    assert [type(event) for event in told] == [Queued, Started, RemoteProgress, RemoteProgress, RemoteProgress, RemoteCompleted]
-    steps = [event for event in told if isinstance(event, RemoteProgress)]
+    assert [type(event) for event in told] == [Queued, Started, Progress, Progress, Progress, Completed]
+    steps = [event for event in told if isinstance(event, Progress)]
     assert [step.step for step in steps] == [1, 2, 3]
     assert [step.preview is not None for step in steps] == [False, True, False]
 
@@ -136,7 +136,7 @@ async def test_errors_are_answers() -> None:
         assert isinstance(full.error, QueueFull)
         assert full.error.retry_after > 0
         gate.open.set()
-        assert isinstance(await running, RemoteCompleted)
+        assert isinstance(await running, Completed)
         await waiting.aclose()
 
 
@@ -154,11 +154,11 @@ async def test_loading_a_model_leaves_it_answering(tmp_path: Path) -> None:
         assert (await it.look()).cards[0].state is ModelState.LOADING
         assert (it.load_now().resident, it.loading()) == ((), ("a",))
         memory.gates["a"].set()
-        assert isinstance(await running, RemoteCompleted)
+        assert isinstance(await running, Completed)
         assert (it.load_now().resident, it.loading()) == (("a",), ())
-        assert isinstance(await it.unload(ModelAnswer(ANYBODY, name="a")), Unloaded)
+        assert isinstance(await it.unload(ModelQuery(ANYBODY, name="a")), Unloaded)
         assert it.load_now().resident == ()
-        brought = await it.bring(ModelAnswer(ANYBODY, Source(path="a")))
+        brought = await it.bring(ModelQuery(ANYBODY, Source(path="a")))
         assert isinstance(brought, Card)
         assert (brought.state, brought.runs_on) == (ModelState.READY, "fake:cpu")
 
@@ -171,14 +171,14 @@ async def test_who_asks_for_a_model_may_not_use_every_one(tmp_path: Path) -> Non
     nobody = Call("", "", models=("b*",))
     async with replica(models, residency=settings) as it:
         answers = [
-            await it.bring(ModelAnswer(nobody, Source(path="a"))),
-            await it.unload(ModelAnswer(nobody, name="a")),
-            await it.bring(ModelAnswer(ANYBODY, Source(path="a"))),
-            await it.load(ModelAnswer(ANYBODY, Source(path="z"))),
+            await it.bring(ModelQuery(nobody, Source(path="a"))),
+            await it.unload(ModelQuery(nobody, name="a")),
+            await it.bring(ModelQuery(ANYBODY, Source(path="a"))),
+            await it.load(ModelQuery(ANYBODY, Source(path="z"))),
         ]
         kinds = [type(answer.error) for answer in answers if isinstance(answer, Failed)]
         assert kinds == [PermissionDenied, ModelNotFound, ModelNotLoaded, ModelNotFound]
-        assert isinstance(await it.load(ModelAnswer(ANYBODY, Source(path="a"))), Card)
+        assert isinstance(await it.load(ModelQuery(ANYBODY, Source(path="a"))), Card)
 
 
 async def test_closing_finishes_what_runs_and_refuses_what_comes() -> None:
@@ -193,7 +193,7 @@ async def test_closing_finishes_what_runs_and_refuses_what_comes() -> None:
         ):
             pass
         gate.open.set()
-        assert isinstance(await running, RemoteCompleted)
+        assert isinstance(await running, Completed)
         await closing
 
 

@@ -16,22 +16,19 @@ from img2img.v1 import model_pb2
 from img2img.v1.image_to_image_pb2_grpc import ImageToImageServiceStub
 from img2img.v1.model_pb2_grpc import ModelServiceStub
 from img2img_cli.__main__ import main
-from img2img_server.backends.base import LocalBackend
+from img2img_server.backends.local import LocalBackend
 from img2img_server.backends.ray import backend
 from img2img_server.backends.ray.backend import ClusterBackend, cluster
 from img2img_server.backends.ray.messages import (
     Card,
-    Ended,
-    ModelAnswer,
-    RemoteCompleted,
+    ModelQuery,
     RemoteRequest,
     ReplicaLost,
     Replicas,
-    Told,
 )
 from img2img_server.backends.ray.replica import Replica
 from img2img_server.config import ServerConfig
-from img2img_server.engine.request import Failed
+from img2img_server.engine.request import Completed, Ending, Event, Failed
 from messages import failure, request
 from running import RunningServer, running, running_backend, store
 from simulated_device import SimulatedDevice
@@ -62,14 +59,14 @@ class Here:
         for replica in self.replicas:
             await replica.close()
 
-    async def transform(self, job: RemoteRequest) -> Ended:
+    async def transform(self, job: RemoteRequest) -> Ending:
         async with aclosing(self.stream(job)) as events:
             async for told in events:
-                if isinstance(told, RemoteCompleted | Failed):
+                if isinstance(told, Completed | Failed):
                     return told
         raise AssertionError("a replica ends every request")
 
-    async def stream(self, job: RemoteRequest) -> AsyncGenerator[Told, None]:
+    async def stream(self, job: RemoteRequest) -> AsyncGenerator[Event, None]:
         number = self._choose()
         self.busy[number] += 1
         try:
@@ -81,7 +78,7 @@ class Here:
         finally:
             self.busy[number] -= 1
 
-    async def ask(self, method: str, asked: ModelAnswer) -> Card | Failed:
+    async def ask(self, method: str, asked: ModelQuery) -> Card | Failed:
         answer: Card | Failed = await getattr(self.replicas[self._choose()], method)(asked)
         return answer
 

@@ -11,7 +11,7 @@ SPREAD = 30.0
 
 def _standing(seconds: float | None, requests: int = 0, resident: tuple[str, ...] = ("m",)) -> Standing:
     standing = Standing()
-    standing.tell(stats_of(seconds, requests, resident))
+    standing.update(stats_of(seconds, requests, resident))
     return standing
 
 
@@ -23,7 +23,7 @@ def test_a_request_goes_where_the_least_work_is() -> None:
 def test_a_request_goes_where_its_model_is_until_those_replicas_are_much_busier() -> None:
     standings = {"has it": _standing(29.0, 5), "has it not": _standing(0.0, 0, ())}
     assert choose(standings, "m", SPREAD) == "has it"
-    standings["has it"].tell(stats_of(31.0, 6, ["m"]))
+    standings["has it"].update(stats_of(31.0, 6, ["m"]))
     assert choose(standings, "m", SPREAD) == "has it not"
 
 
@@ -44,7 +44,7 @@ def test_what_was_sent_since_counts_as_long_as_the_replica_has_not_told_of_it() 
     standing = _standing(4.0, 2)  # two seconds each
     standing.sent += 3
     assert standing.queued_seconds == 10.0
-    standing.tell(stats_of(9.5, 5, ["m"]))
+    standing.update(stats_of(9.5, 5, ["m"]))
     assert standing.queued_seconds == 9.5
     standing.sent -= 3
     assert standing.queued_seconds == 9.5 - 3 * 1.9
@@ -54,7 +54,7 @@ def test_the_same_told_again_is_no_news() -> None:
     """Ray gives the router what it told last with each change of any replica."""
     standing = _standing(4.0, 2)
     standing.sent += 1
-    standing.tell(stats_of(4.0, 2, ["m"]))
+    standing.update(stats_of(4.0, 2, ["m"]))
     assert standing.queued_seconds == 6.0
 
 
@@ -67,7 +67,7 @@ def test_a_replica_that_is_stuck_is_shunned_and_taken_back_when_it_is_not() -> N
     stuck.sent += 2
     standings = {"stuck": stuck, "busy": _standing(1e6, 10)}
     assert choose(standings, "m", SPREAD) == "busy"
-    stuck.tell(stats_of(1.0, 1, ["m"]))
+    stuck.update(stats_of(1.0, 1, ["m"]))
     assert choose(standings, "m", SPREAD) == "stuck"
 
 

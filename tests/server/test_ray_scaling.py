@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from img2img_server.backends.ray.scaling import QUEUED_SECONDS, QueuedSecondsPolicy, latest, wanted
+from img2img_server.backends.ray.load_balancing import QUEUED_SECONDS, QueuedSecondsPolicy, latest, wanted
 
 SECONDS = st.lists(st.floats(0, 1e5), min_size=1, max_size=20)
 

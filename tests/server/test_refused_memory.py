@@ -17,7 +17,7 @@ from fakes import FakePipeline
 from img2img.v1 import image_to_image_pb2 as pb
 from img2img.v1.image_to_image_pb2_grpc import ImageToImageServiceStub
 from img2img_server.api import transport
-from img2img_server.backends.base import LocalBackend
+from img2img_server.backends.local import LocalBackend
 from img2img_server.config import ModelSettings, ServerConfig
 from img2img_server.images import ImageLimits
 from img2img_server.models.registry import ModelRegistry

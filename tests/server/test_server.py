@@ -18,7 +18,7 @@ from img2img.v1 import image_to_image_pb2 as pb
 from img2img.v1.image_to_image_pb2_grpc import ImageToImageServiceStub
 from img2img_client import Client
 from img2img_server.api.server import Server
-from img2img_server.backends.base import LocalBackend
+from img2img_server.backends.local import LocalBackend
 from img2img_server.config import ServerConfig
 from img2img_server.engine.scheduler import QueueLimits
 from img2img_server.images import ImageLimits

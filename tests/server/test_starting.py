@@ -21,7 +21,7 @@ from img2img.v1 import model_pb2
 from img2img.v1.image_to_image_pb2_grpc import ImageToImageServiceStub
 from img2img.v1.model_pb2_grpc import ModelServiceStub
 from img2img_client import Client
-from img2img_server.backends.base import LocalBackend
+from img2img_server.backends.local import LocalBackend
 from img2img_server.bundle.manifest import Manifest
 from img2img_server.config import ModelSettings
 from img2img_server.engine.engine import Engine

@@ -13,7 +13,7 @@ import pytest
 from fakes import Caller, FakePipeline, FakeState, make_engine, make_request, run_out
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from img2img.v1.image_to_image_pb2_grpc import ImageToImageServiceStub
-from img2img_server.backends.base import Watchdog
+from img2img_server.backends.local import Watchdog
 from img2img_server.engine.engine import Engine
 from img2img_server.engine.interface import ModelCall
 from img2img_server.engine.request import Completed, Event, Failed, Request

@@ -1,1 +1,1 @@
-"""What serves behind the gRPC front: an engine in this process, or replicas on Ray."""
+"""Backends, which run requests: an engine in this process, or replicas on Ray."""

@@ -1,1 +1,1 @@
-"""Engines that run elsewhere, as Ray Serve deployments: what a front sees of them, and what each of them is."""
+"""Replicas of the engine as a Ray Serve deployment, and the front that sends requests to them."""

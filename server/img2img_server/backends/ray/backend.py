@@ -1,4 +1,4 @@
-"""A server's backend whose engines run elsewhere: `img2img serve --engine ray`."""
+"""The backend with replicas on a Ray cluster: `img2img serve --engine ray`."""
 
 import logging
 import os
@@ -6,8 +6,7 @@ from collections.abc import Awaitable, Callable
 from importlib.util import find_spec
 from typing import Protocol
 
-from img2img_server.backends.base import LocalBackend
-from img2img_server.backends.local import local
+from img2img_server.backends.local import LocalBackend, local
 from img2img_server.backends.ray.front import Front
 from img2img_server.backends.ray.messages import Replicas
 from img2img_server.backends.ray.resources import MESSAGES
@@ -23,24 +22,24 @@ from img2img_server.support.distribution import install_hint
 _log = logging.getLogger(__name__)
 
 _NEEDED = ("ray", "starlette", "fastapi")
-"""Ray itself, and what Ray Serve needs beside it. To look for ray.serve would import ray, which takes seconds."""
+"""Ray and the packages that Ray Serve needs. Looking up ray.serve would import ray, which takes seconds."""
 INSTALL = f"the engine 'ray' needs Ray Serve, which is not installed: {install_hint('ray')}"
 
 
 class Connection(Protocol):
-    """How a front reaches its replicas, which are begun where nobody did that before."""
+    """A front's connection to its replicas, which are deployed if they do not exist yet."""
 
     async def open(self) -> Replicas:
-        """Connects, and returns once a replica is ready. Raises OSError where that cannot be done."""
+        """Connects and waits until a replica is ready. Raises OSError on failure."""
         ...
 
     async def close(self) -> None:
-        """Lets go. Replicas that nobody else may use are ended. Harmless where it was never opened."""
+        """Disconnects, and ends replicas that no other front can use. Does nothing if it was never opened."""
         ...
 
 
 class ClusterBackend:
-    """The replicas of an application, behind one of its fronts. See Backend for what the methods are for."""
+    """A front of an application's replicas. The methods are those of Backend."""
 
     def __init__(self, config: ServerConfig, connection: Connection) -> None:
         self._config = config
@@ -52,19 +51,19 @@ class ClusterBackend:
     @property
     def models(self) -> ModelRegistry:
         """The models of all replicas."""
-        assert self._roster is not None, "it was opened"
+        assert self._roster is not None, "open was called"
         return self._roster.models
 
     @property
     def runner(self) -> Front:
-        """What sends requests to replicas."""
-        assert self._front is not None, "it was opened"
+        """Sends requests to replicas."""
+        assert self._front is not None, "open was called"
         return self._front
 
     @property
     def residency(self) -> RemoteModels:
-        """What asks the replicas for models."""
-        assert self._models is not None, "it was opened"
+        """Loads and unloads models on the replicas."""
+        assert self._models is not None, "open was called"
         return self._models
 
     @property
@@ -73,7 +72,7 @@ class ClusterBackend:
         return None
 
     async def open(self, health: Health, observe: Callable[[Span], None]) -> None:
-        """Connects, and looks at the replicas for the first time. Of stages nothing can be observed from here."""
+        """Connects and polls the replicas for the first time. `observe` is never called, since no stage runs here."""
         replicas = await self._connection.open()
         roster = Roster(replicas, health)
         try:
@@ -85,17 +84,17 @@ class ClusterBackend:
         self._models = RemoteModels(replicas, roster)
 
     async def start(self, stuck: Callable[[str], Awaitable[None]]) -> None:
-        """Looks at the replicas from now on. A replica that is stuck is replaced; the front never is."""
-        assert self._roster is not None, "it was opened"
-        await self._roster.look()
-        self._roster.start(self.runner.looked)
+        """Starts to poll the replicas. `stuck` is never called: Ray replaces stuck replicas."""
+        assert self._roster is not None, "open was called"
+        await self._roster.poll()
+        self._roster.start(self.runner.check_replicas)
 
     async def drain(self, grace: float) -> None:
-        """Waits for this front's requests; others go on. What becomes of models meanwhile is no news any more."""
+        """Waits for this front's requests; those of other fronts continue."""
         if self._roster is not None:
             await self._roster.close()
         finished = await self.runner.drain(grace)
-        _log.info("drained" if finished else "the grace period is over: ending what still runs")
+        _log.info("drained" if finished else "the grace period is over: ending the remaining requests")
         await self.runner.abandon(ShuttingDown("the server stopped before the request was finished"))
 
     async def abandon(self, error: ServerError) -> None:
@@ -103,21 +102,21 @@ class ClusterBackend:
         await self.runner.abandon(error)
 
     async def close(self) -> None:
-        """Lets go of the replicas."""
+        """Disconnects from the replicas."""
         if self._roster is not None:
             await self._roster.close()
         await self._connection.close()
 
     def close_now(self) -> None:
-        """Nothing is written here."""
+        """Does nothing: there are no files."""
 
 
 class RayConnection:
-    """Deploys, or joins, the application that `config` names on a Ray cluster. `make` gives each replica its engine."""
+    """Deploys, or joins, the application of `config` on a Ray cluster. `make` creates each replica's backend."""
 
     def __init__(self, config: ServerConfig, make: Callable[[ServerConfig], LocalBackend] = local) -> None:
-        # Read when ray is imported. Its handler would write a trace of every SIGTERM, which only asks us to drain; and what asks
-        # for anything after it was shut down would start another cluster.
+        # Read when ray is imported. Its failure handler would log a stack trace for each SIGTERM, which only starts a drain, and
+        # auto-connect would start another cluster if anything used Ray after its shutdown.
         os.environ.setdefault("RAY_DISABLE_FAILURE_SIGNAL_HANDLER", "1")
         os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"
         os.environ.update(MESSAGES)
@@ -127,19 +126,19 @@ class RayConnection:
 
     async def open(self) -> Replicas:
         """The replicas behind the deployment's handle."""
-        from img2img_server.backends.ray.client import RayReplicas
+        from img2img_server.backends.ray.deployment import RayReplicas
 
         return RayReplicas(await self._deployment.open())
 
     async def close(self) -> None:
-        """Ends the application where it is this front's."""
+        """Leaves the cluster, and ends it if this front started it."""
         await self._deployment.close()
 
 
 def cluster(config: ServerConfig) -> ClusterBackend:
-    """A backend of Ray Serve's replicas. Raises ValueError where Ray is not installed, or a setting needs a local engine."""
+    """A backend of Ray Serve replicas. Raises ValueError if Ray is not installed or a setting requires a local engine."""
     if any(find_spec(name) is None for name in _NEEDED):
         raise ValueError(INSTALL)
     if config.trace is not None:
-        raise ValueError("trace: with engine 'ray' there is no device in this process whose timeline could be written")
+        raise ValueError("trace: not supported with engine 'ray', since no device is used in this process")
     return ClusterBackend(config, RayConnection(config))

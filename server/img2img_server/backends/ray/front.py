@@ -1,7 +1,7 @@
-"""The front's runner: takes requests as an engine does, and sees each through to its one ending on some replica.
+"""The front's engine interface: accepts requests and runs each on a replica, until it ends exactly once.
 
-A replica that is lost takes nothing with it: its requests, whose seeds were drawn here, run again on another, and give the same
-images. Here too are the bounds that hold before an image is decoded; each replica's own engine holds them again.
+If a replica is lost, its requests run again on another one and produce the same images, because their seeds are chosen here. The
+front applies the queue limits before an image is decoded; each replica's engine applies them again.
 """
 
 import asyncio
@@ -15,19 +15,16 @@ from copy import copy
 from dataclasses import dataclass
 
 from img2img_server.backends.ray.messages import (
-    RemoteCompleted,
-    RemoteProgress,
     RemoteRequest,
     ReplicaLeft,
     ReplicaLost,
     Replicas,
-    Told,
-    ending_of,
+    check_lost,
 )
-from img2img_server.backends.ray.roster import COME_BACK, LOOK_EVERY, Roster, plan
+from img2img_server.backends.ray.roster import POLL_INTERVAL, RETRY_AFTER, Roster, plan
 from img2img_server.engine.admission import Slot
 from img2img_server.engine.interface import Accepted, EngineStats
-from img2img_server.engine.request import Completed, Ending, Failed, Listener, Queued, Request, Started, Ticket
+from img2img_server.engine.request import Completed, Ending, Failed, Listener, Progress, Queued, Request, Started, Ticket
 from img2img_server.engine.scheduler import QueueLimits
 from img2img_server.errors import (
     ClientBusy,
@@ -43,49 +40,49 @@ from img2img_server.errors import (
 _log = logging.getLogger(__name__)
 
 _TRIES = 6
-"""Times that a request is sent, each time to another replica as the one before left or was lost."""
+"""Maximum times that a request is sent, each time after the previous replica has left or was lost."""
 _DEATHS = 3
-"""Replicas that are lost while they have a request until it counts as what ends them, and is sent to no other."""
+"""Lost replicas after which their common request counts as the cause, and fails."""
 _PAUSE = 0.1
-"""Seconds before the third try, twice as many before each that follows: a cluster that loses that many needs a moment."""
+"""Seconds before the third try, doubled before each further one, so that the cluster can recover."""
 _PATIENCE = 60.0
-"""Seconds that accepted requests wait for a replica where none is left. Another takes a while to load its models."""
-_SOONEST = 0.1
-"""Seconds after which a refused request may come back, at the least."""
+"""Seconds that accepted requests wait for a new replica, which has to load its models, if none is left."""
+_MIN_RETRY = 0.1
+"""The shortest retry delay in seconds."""
 
 
 @dataclass(slots=True, eq=False)
-class _Passage(Ticket):
-    """A request on its way through replicas. What one told before it was lost is not told again by the next."""
+class _RemoteTicket(Ticket):
+    """A request that runs on replicas. Events that a lost replica has sent are not repeated by the next one."""
 
     task: "asyncio.Task[Ending] | None" = None
     was_started: bool = False
     step: int = 0
-    verdict: ServerError | None = None
-    """What it is to end with, where it is not its caller who ends it."""
+    error: ServerError | None = None
+    """The error to end with if the front cancels it, None if its caller does."""
 
     def cancel(self) -> None:
-        """Gives up: the call of the replica is cancelled. On the event loop only; harmless on one that has ended."""
+        """Cancels the replica's call. Idempotent. Called on the event loop only."""
         self.cancelled = True
         if self.task is not None:
             self.task.cancel()
 
-    def pass_on(self, told: Told) -> None:
-        """Tells the listener what is new to it."""
-        if isinstance(told, RemoteProgress):
-            if told.step > self.step:
-                self.step = told.step
-                self.notify(told.progress())
-        elif isinstance(told, Started):
+    def forward(self, event: Queued | Started | Progress) -> None:
+        """Notifies the listener of an event unless it is a repetition."""
+        if isinstance(event, Progress):
+            if event.step > self.step:
+                self.step = event.step
+                self.notify(event)
+        elif isinstance(event, Started):
             if not self.was_started:
                 self.was_started = True
-                self.notify(told)
-        elif isinstance(told, Queued) and not self.was_started:
-            self.position = told.position
-            self.notify(told)
+                self.notify(event)
+        elif not self.was_started:
+            self.position = event.position
+            self.notify(event)
 
-    def ended_by(self, ending: Ending, now: float) -> None:
-        """Delivers the ending, with the times at which its stages must have begun."""
+    def finish(self, ending: Ending, now: float) -> None:
+        """Delivers the ending, and derives the start times of its stages from its timings."""
         if isinstance(ending, Completed):
             timings = ending.timings
             self.prepared = now - timings.decode - timings.denoise
@@ -94,8 +91,8 @@ class _Passage(Ticket):
 
 
 class Front:
-    """Takes requests for the replicas that `roster` looks at. Every accepted one ends exactly once. Used on the event loop only,
-    but for `stats`. `clock` gives seconds and never goes back."""
+    """Accepts requests for the replicas of `roster`. Each ends exactly once. Used on the event loop only, except `stats`. `clock`
+    is monotonic, in seconds."""
 
     def __init__(
         self, replicas: Replicas, roster: Roster, limits: QueueLimits, clock: Callable[[], float] = time.monotonic
@@ -106,19 +103,19 @@ class Front:
         self._clock = clock
         self._numbers = itertools.count(1)
         self._slots: set[Slot] = set()
-        self._running: set[_Passage] = set()
+        self._running: set[_RemoteTicket] = set()
         self._idle = asyncio.Event()
         self._idle.set()
         self._refusal: ServerError | None = None
 
     @property
     def clock(self) -> Callable[[], float]:
-        """What deadlines are measured on."""
+        """The monotonic clock of deadlines, in seconds."""
         return self._clock
 
     @property
     def stats(self) -> EngineStats:
-        """How busy the replicas are, together."""
+        """The total load of all replicas."""
         loads = self._roster.loads
         known = [load.seconds for load in loads if load.seconds is not None]
         return EngineStats(
@@ -131,8 +128,8 @@ class Front:
 
     @contextmanager
     def reserve(self, client: str = "") -> Iterator[Slot]:
-        """Reserves a slot for a request of `client`, which counts against its client's limit until the block ends. Raises if
-        there is none: ShuttingDown, NoReplica, QueueFull or ClientBusy."""
+        """Reserves a slot for a request of `client`, which counts against its client's limit until the block ends. Raises
+        ShuttingDown, NoReplica, QueueFull or ClientBusy."""
         self._check(client)
         slot = Slot(client)
         self._slots.add(slot)
@@ -142,29 +139,28 @@ class Front:
             self._slots.discard(slot)
 
     def submit(self, request: Request, listener: Listener, slot: Slot | None = None) -> Accepted:
-        """Sends a request to a replica. The position in the answer is the front's estimate; the replica's own
-        follows if the request is followed. Raises what `reserve` raises, and DeadlineExpired."""
+        """Sends a request to a replica. The returned position is an estimate; if the request is followed, its replica's position
+        is sent as an event. Raises the errors of `reserve`, and DeadlineExpired."""
         if slot is not None:
             self._slots.discard(slot)
         self._check(request.client)
         now = self._clock()
-        job = RemoteRequest.of(request, now)
-        if job.seconds_left is not None and job.seconds_left <= 0:
+        if request.deadline is not None and request.deadline <= now:
             raise DeadlineExpired("the deadline passed before the request was read")
-        passage = _Passage(request, plan(request), listener, next(self._numbers), now)
-        passage.position = min((load.waiting for load in self._roster.loads), default=0)
+        ticket = _RemoteTicket(request, plan(request), listener, next(self._numbers), now)
+        ticket.position = min((load.waiting for load in self._roster.loads), default=0)
         if slot is not None:
-            slot.ticket = passage
+            slot.ticket = ticket
             self._slots.add(slot)
-        self._running.add(passage)
+        self._running.add(ticket)
         self._idle.clear()
-        passage.task = asyncio.create_task(self._persist(passage, job))
-        # Not within the task: one that is cancelled before its first step would not tell of it.
-        passage.task.add_done_callback(functools.partial(self._ended, passage))
-        return Accepted(passage, passage.position, None)
+        ticket.task = asyncio.create_task(self._run(ticket))
+        # Not within the task, which may be cancelled before its first step.
+        ticket.task.add_done_callback(functools.partial(self._ended, ticket))
+        return Accepted(ticket, ticket.position, None)
 
     async def drain(self, seconds: float) -> bool:
-        """Takes no new requests and waits until the accepted ones have ended. False where `seconds` were too few."""
+        """Refuses new requests and waits until the accepted ones have ended. Returns False after `seconds`."""
         self._refusal = self._refusal or ShuttingDown("the server is shutting down")
         try:
             await asyncio.wait_for(self._idle.wait(), seconds)
@@ -173,94 +169,94 @@ class Front:
         return True
 
     async def abandon(self, error: ServerError) -> None:
-        """Ends every request with `error`, and takes no more."""
+        """Ends every request with `error` and refuses new ones."""
         self._refusal = error
         self.end_all(error)
         await self._idle.wait()
 
     def end_all(self, error: ServerError) -> None:
         """Ends every request with `error`."""
-        for passage in self._running:
-            passage.verdict = copy(error)  # each its own: one that is raised remembers where
-            passage.cancel()
+        for ticket in self._running:
+            ticket.error = copy(error)  # a copy each: a raised error keeps its traceback
+            ticket.cancel()
 
-    def looked(self) -> None:
-        """The roster has looked. Those who wait for a replica that never comes are told."""
-        if not self._roster.loads and self._clock() - self._roster.looked > _PATIENCE:
-            self.end_all(NoReplica("no replica can be reached", COME_BACK))
+    def check_replicas(self) -> None:
+        """Called after each poll: ends all requests if there has been no replica for too long."""
+        if not self._roster.loads and self._clock() - self._roster.polled > _PATIENCE:
+            self.end_all(NoReplica("no replica can be reached", RETRY_AFTER))
 
-    def _ended(self, passage: _Passage, task: "asyncio.Task[Ending]") -> None:
-        """The task of a request is over, one way or another."""
-        self._running.discard(passage)
+    def _ended(self, ticket: _RemoteTicket, task: "asyncio.Task[Ending]") -> None:
+        """Delivers a request's ending when its task has ended."""
+        self._running.discard(ticket)
         if not self._running:
             self._idle.set()
         if task.cancelled():
-            ending: Ending = Failed(passage.verdict or RequestCancelled("the caller cancelled the request"))
-        elif (error := task.exception()) is not None:  # a fault of a replica's, or ours
-            _log.error("a request could not be run", exc_info=error, extra={"request_id": passage.request.id})
+            ending: Ending = Failed(ticket.error or RequestCancelled("the caller cancelled the request"))
+        elif (error := task.exception()) is not None:  # a bug of the replica or the front
+            _log.error("a request failed", exc_info=error, extra={"request_id": ticket.request.id})
             ending = Failed(ModelFailed("the server failed"))
         else:
             ending = task.result()
-        passage.ended_by(ending, self._clock())
+        ticket.finish(ending, self._clock())
 
-    async def _persist(self, passage: _Passage, job: RemoteRequest) -> Ending:
-        """Has the request run, again where a replica is lost, until it ends."""
-        deadline, deaths = passage.request.deadline, 0
+    async def _run(self, ticket: _RemoteTicket) -> Ending:
+        """Runs a request, and again if its replica is lost, until it ends."""
+        request, deaths = ticket.request, 0
         for attempt in range(_TRIES):
             if attempt > 1:
                 await asyncio.sleep(_PAUSE * 2 ** (attempt - 2))
-            left = None if deadline is None else deadline - self._clock()
-            if left is not None and left <= 0:
+            job = RemoteRequest.of(request, self._clock())
+            if job.seconds_left is not None and job.seconds_left <= 0:
                 return Failed(DeadlineExpired("the deadline passed before the request was finished"))
             try:
-                return await self._attempt(passage, job.at(left))
+                return await self._attempt(ticket, job)
             except ReplicaLost as error:
-                _log.warning("a replica was lost: %s", error, extra={"request_id": job.id})
+                _log.warning("lost a replica: %s", error, extra={"request_id": request.id})
                 deaths += not isinstance(error, ReplicaLeft)
-                if deaths == _DEATHS:  # not UNAVAILABLE: clients would send it again, and again
+                if deaths == _DEATHS:  # not UNAVAILABLE, which clients would retry again and again
                     return Failed(ModelFailed(f"{deaths} replicas were lost, one after the other, while they had this request"))
-        return Failed(NoReplica("no replica stayed long enough for this request", COME_BACK))
+        return Failed(NoReplica("no replica stayed long enough for this request", RETRY_AFTER))
 
-    async def _attempt(self, passage: _Passage, job: RemoteRequest) -> Ending:
-        if not job.follow:
-            return ending_of(await self._replicas.transform(job))
+    async def _attempt(self, ticket: _RemoteTicket, job: RemoteRequest) -> Ending:
+        if not ticket.request.follow:
+            return check_lost(await self._replicas.transform(job))
         async with aclosing(self._replicas.stream(job)) as events:
-            async for told in events:
-                if isinstance(told, RemoteCompleted | Failed):
-                    return ending_of(told)
-                passage.pass_on(told)
+            async for event in events:
+                if isinstance(event, Completed | Failed):
+                    return check_lost(event)
+                ticket.forward(event)
         raise ReplicaLost("the stream ended before the request did")
 
     def _check(self, client: str) -> None:
-        """Raises where one more request of `client` is not to be taken."""
+        """Raises the error that refuses another request of `client`, if any."""
         if self._refusal is not None:
             raise copy(self._refusal)
         loads, limits = self._roster.loads, self._limits
         if not loads:
-            raise NoReplica("no replica can be reached", COME_BACK)
+            raise NoReplica("no replica can be reached", RETRY_AFTER)
         waiting, held = self._waiting(), self._held(client) if client else 0
         if waiting >= limits.waiting_slots(held, len(loads)):
-            raise QueueFull(f"{waiting} requests are waiting already", _SOONEST + LOOK_EVERY)
-        seconds = [0.0 if load.seconds is None else load.seconds for load in loads]
+            raise QueueFull(f"the queue is full: {waiting} requests are waiting", _MIN_RETRY + POLL_INTERVAL)
+        work = min(0.0 if load.seconds is None else load.seconds for load in loads)
         most = limits.max_waiting_seconds
-        if most is not None and min(seconds) > most:
-            message = f"there are about {min(seconds):.1f} s of work already, the most is {most:g} s"
-            raise QueueFull(message, max(_SOONEST, min(seconds) - most))
+        if most is not None and work > most:
+            message = f"the accepted work takes about {work:.1f} s, the maximum is {most:g} s"
+            raise QueueFull(message, max(_MIN_RETRY, work - most))
         if held >= limits.max_client_waiting:
-            message = f"{held} requests of yours have not ended, the most is {limits.max_client_waiting}"
-            raise ClientBusy(message, _SOONEST + LOOK_EVERY)
+            message = f"this client has {held} unfinished requests, the maximum is {limits.max_client_waiting}"
+            raise ClientBusy(message, _MIN_RETRY + POLL_INTERVAL)
 
     def _waiting(self) -> int:
-        """Requests that wait: those that the replicas told of, those that arrive, and those that were sent since, as far as no
-        engine has room for them at once."""
+        """The number of waiting requests: those reported by replicas, arriving ones, and those sent since the last poll beyond
+        the free capacity."""
         loads = self._roster.loads
-        sent = sum(passage.arrival >= self._roster.looked for passage in self._running)
-        room = sum(max(0, self._limits.max_active - load.active - load.waiting) for load in loads)
+        sent = sum(ticket.arrival >= self._roster.polled for ticket in self._running)
+        free = sum(max(0, self._limits.max_active - load.active - load.waiting) for load in loads)
         arriving = sum(slot.ticket is None for slot in self._slots)
-        return sum(load.waiting for load in loads) + arriving + max(0, sent - room)
+        return sum(load.waiting for load in loads) + arriving + max(0, sent - free)
 
     def _held(self, client: str) -> int:
-        """Requests of a client's that have not ended, and those whose answers are still on their way to it."""
-        running = sum(passage.request.client == client for passage in self._running)
+        """A client's unfinished requests, and those whose responses it has not read yet."""
+        running = sum(ticket.request.client == client for ticket in self._running)
         elsewhere = (slot for slot in self._slots if slot.ticket is None or slot.ticket.ended)
         return running + sum(slot.client == client for slot in elsewhere)

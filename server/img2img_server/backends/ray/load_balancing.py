@@ -1,22 +1,25 @@
-"""Which replica a request goes to: arithmetic on what replicas told last and on what was sent to them since."""
+"""Load balancing and autoscaling: arithmetic on the load that replicas report, and on the requests sent since.
+
+Independent of Ray: Serve sends this module's code to its routers and to its controller.
+"""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 _EACH = 1.0
-"""Seconds that a request counts where no replica has told what one takes."""
+"""Assumed seconds of a request if no replica has reported its cost."""
 
 
 @dataclass(slots=True)
 class Standing:
-    """What one front knows of one replica.
+    """A front's view of one replica.
 
-    `seconds` of work it told it has, None where it does not know and infinite where it is stuck, of `requests` requests;
-    `resident` are the models it has in memory, or is loading; `coming` those that it was sent requests for since, which it loads
-    where it must. `sent` are the requests of this front that are there now, `sent_then` those that
-    were when it told. `each` is what one of them takes. `chosen` is when it was last chosen, by a count of choices.
+    It has last reported `seconds` of work (None if unknown, infinite if it is stuck) of `requests` requests, and the `resident`
+    models, in memory or loading. `coming` are models of requests sent since, which it may be loading. `sent` is the number of
+    this front's requests on it now, `sent_then` at the time of the report. `each` is the estimated seconds of one request.
+    `chosen` is the number of the last choice of it.
     """
 
     seconds: float | None = None
@@ -27,13 +30,13 @@ class Standing:
     sent_then: int = 0
     each: float = _EACH
     chosen: int = 0
-    told: dict[str, Any] = field(default_factory=dict)
+    reported: dict[str, Any] = field(default_factory=dict)
 
-    def tell(self, stats: dict[str, Any]) -> None:
-        """Takes what `stats_of` made at the replica. The same once more is no news."""
-        if not stats or stats == self.told:
+    def update(self, stats: dict[str, Any]) -> None:
+        """Updates the view by the result of `stats_of` on the replica. A repeated report is ignored."""
+        if not stats or stats == self.reported:
             return
-        self.told = dict(stats)
+        self.reported = dict(stats)
         self.seconds, self.requests = stats["seconds"], stats["requests"]
         self.resident = frozenset(stats["resident"])
         self.coming.clear()
@@ -43,21 +46,19 @@ class Standing:
 
     @property
     def queued_seconds(self) -> float:
-        """Seconds of work that it should have by now."""
-        told = self.seconds if self.seconds is not None else self.requests * self.each
-        return max(0.0, told + (self.sent - self.sent_then) * self.each)
+        """The estimated current seconds of work."""
+        reported = self.seconds if self.seconds is not None else self.requests * self.each
+        return max(0.0, reported + (self.sent - self.sent_then) * self.each)
 
 
 def stats_of(seconds: float | None, requests: int, resident: Iterable[str]) -> dict[str, Any]:
-    """What a replica tells of itself, as plain values that Ray passes on."""
+    """A replica's report for routers, as plain values that Ray transfers."""
     return {"seconds": None if seconds is None else round(seconds, 3), "requests": requests, "resident": sorted(resident)}
 
 
 def choose(standings: dict[str, Standing], model: str, spread_after: float) -> str | None:
-    """The replica that is to run a request of `model`: the one with the least work of those that have the model in memory.
-
-    One that would have to load it first counts as `spread_after` seconds busier. Equals take turns. None where there is none.
-    """
+    """The replica for a request of `model`: the one with the least work. A replica without the model in memory counts as
+    `spread_after` seconds busier. Equal ones are chosen in turn. None if there are no replicas."""
 
     def cost(name: str) -> tuple[float, int, int]:
         standing = standings[name]
@@ -66,3 +67,39 @@ def choose(standings: dict[str, Standing], model: str, spread_after: float) -> s
         return standing.queued_seconds + absent, standing.sent, standing.chosen
 
     return min(standings, key=cost, default=None)
+
+
+QUEUED_SECONDS = "queued_seconds"
+"""The name of the metric that replicas report to the controller (`record_autoscaling_stats`)."""
+_SLACK = 0.5
+"""Maximum share of the target after scaling down: otherwise the next request would scale up again."""
+
+
+def wanted(queued: Sequence[float], current: int, target: float) -> int:
+    """The number of replicas, at least one, for the `queued` seconds of work of each replica.
+
+    Scales up from `current` if replicas have more than `target` seconds each; scales down only if the remaining ones would have
+    at most half of it.
+    """
+    total = sum(queued)
+    most, fewest = math.ceil(total / target), max(1, math.ceil(total / (target * _SLACK)))
+    return most if most > current else min(current, fewest)
+
+
+class QueuedSecondsPolicy:
+    """Serve's autoscaling policy, called with an AutoscalingContext about ten times a second. Serve applies bounds and delays."""
+
+    def __init__(self, target: float) -> None:
+        self._target = target
+
+    def __call__(self, context: Any) -> tuple[int, dict[str, Any]]:
+        """The number of replicas, and an empty state."""
+        reported = latest((context.raw_metrics or {}).get(QUEUED_SECONDS, {}))
+        if not reported:
+            return context.target_num_replicas, {}
+        return wanted(reported, context.target_num_replicas, self._target), {}
+
+
+def latest(series: Mapping[Any, Sequence[Any]]) -> list[float]:
+    """The last values of the replicas' series. Empty series are omitted."""
+    return [points[-1].value for points in series.values() if points]

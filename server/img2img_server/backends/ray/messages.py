@@ -1,191 +1,64 @@
-"""What passes between a front and a replica. All of it is pickled, so none of it is what only one process understands.
+"""Messages between fronts and replicas, besides the engine's own events. All are pickled; images are pickled as raw RGB.
 
-Images are raw RGB: what is quickest to make and to read again, and no loss. Times are seconds that are left, as clocks differ.
+Deadlines are sent as remaining seconds, because the clocks differ.
 """
 
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
-from PIL import Image
-
 from img2img_server.bundle.manifest import Manifest, Source, Verification
-from img2img_server.engine.request import (
-    Completed,
-    Ending,
-    Failed,
-    Progress,
-    Queued,
-    Request,
-    RequestWarning,
-    Started,
-    Timings,
-)
+from img2img_server.engine.request import Ending, Event, Failed, Request
 from img2img_server.errors import EngineStuck, ShuttingDown
 from img2img_server.models.registry import EngineStatus, Model, ModelState
 from img2img_server.support.call import Call
 
 
 class ReplicaLost(Exception):
-    """The replica that had a call is gone, or cannot be reached: nobody knows how far it came. Another may do it again."""
+    """The replica of a call has died or is unreachable. The call's progress is unknown; another replica may repeat it."""
 
 
 class ReplicaLeft(ReplicaLost):
-    """No replica had the call, or the one that had it was about to leave: the call is not why."""
-
-
-@dataclass(frozen=True, slots=True)
-class RawImage:
-    """An RGB image: three bytes a pixel, row by row from the top."""
-
-    width: int
-    height: int
-    data: bytes
-
-    @classmethod
-    def of(cls, image: Image.Image) -> "RawImage":
-        """The image as a message."""
-        return cls(image.width, image.height, image.tobytes())
-
-    def image(self) -> Image.Image:
-        """The image again. Its pixels are shared with the message, and are copied by whoever changes them."""
-        return Image.frombuffer("RGB", (self.width, self.height), self.data, "raw", "RGB", 0, 1)
+    """No replica had the call, or its replica was shutting down: the call is not the cause."""
 
 
 @dataclass(frozen=True, slots=True)
 class RemoteRequest:
-    """A Request on its way to a replica. Its fields are those of a Request, but for the image and the deadline, which is so
-    many `seconds_left` from when it is read, None for none."""
+    """A request for a replica. `request` has no deadline; the deadline is `seconds_left` after the message is received, None for
+    none."""
 
-    model: str
-    picture: RawImage
-    prompt: str
-    negative_prompt: str | None
-    strength: float
-    num_inference_steps: int
-    guidance_scale: float
-    seeds: tuple[int, ...]
+    request: Request
     seconds_left: float | None
-    scheduler: str | None
-    preview_interval: int
-    image_digest: bytes
-    client: str
-    id: str
-    follow: bool
-    cache_scope: str
 
     @classmethod
     def of(cls, request: Request, now: float) -> "RemoteRequest":
-        """The request as a message, sent at `now` of the clock that its deadline is measured on."""
-        return cls(
-            model=request.model,
-            picture=RawImage.of(request.image),
-            prompt=request.prompt,
-            negative_prompt=request.negative_prompt,
-            strength=request.strength,
-            num_inference_steps=request.num_inference_steps,
-            guidance_scale=request.guidance_scale,
-            seeds=request.seeds,
-            seconds_left=None if request.deadline is None else request.deadline - now,
-            scheduler=request.scheduler,
-            preview_interval=request.preview_interval,
-            image_digest=request.image_digest,
-            client=request.client,
-            id=request.id,
-            follow=request.follow,
-            cache_scope=request.cache_scope,
-        )
+        """Creates the message at time `now` of the clock of the request's deadline."""
+        return cls(replace(request, deadline=None), None if request.deadline is None else request.deadline - now)
 
-    def request(self, now: float) -> Request:
-        """The request again, read at `now` of the clock that its deadline is to be measured on."""
-        return Request(
-            model=self.model,
-            image=self.picture.image(),
-            prompt=self.prompt,
-            negative_prompt=self.negative_prompt,
-            strength=self.strength,
-            num_inference_steps=self.num_inference_steps,
-            guidance_scale=self.guidance_scale,
-            seeds=self.seeds,
-            deadline=None if self.seconds_left is None else now + self.seconds_left,
-            scheduler=self.scheduler,
-            preview_interval=self.preview_interval,
-            image_digest=self.image_digest,
-            client=self.client,
-            id=self.id,
-            follow=self.follow,
-            cache_scope=self.cache_scope,
-        )
+    @property
+    def model(self) -> str:
+        """The model's id, by which the message is routed."""
+        return self.request.model
 
-    def at(self, seconds_left: float | None) -> "RemoteRequest":
-        """The same, sent again with so many seconds left."""
-        return replace(self, seconds_left=seconds_left)
+    def received(self, now: float) -> Request:
+        """The request, received at time `now` of the clock for its deadline."""
+        return replace(self.request, deadline=None if self.seconds_left is None else now + self.seconds_left)
 
 
-@dataclass(frozen=True, slots=True)
-class RemoteCompleted:
-    """A request's good end: Completed."""
-
-    pictures: tuple[RawImage, ...]
-    timings: Timings
-    warnings: tuple[RequestWarning, ...] = ()
-
-    @classmethod
-    def of(cls, completed: Completed) -> "RemoteCompleted":
-        """The ending as a message."""
-        return cls(tuple(map(RawImage.of, completed.images)), completed.timings, completed.warnings)
-
-    def completed(self) -> Completed:
-        """The ending again."""
-        return Completed(tuple(picture.image() for picture in self.pictures), self.timings, self.warnings)
-
-
-@dataclass(frozen=True, slots=True)
-class RemoteProgress:
-    """A step is done: Progress."""
-
-    step: int
-    step_count: int
-    eta: float | None
-    preview: RawImage | None
-
-    @classmethod
-    def of(cls, progress: Progress) -> "RemoteProgress":
-        """The event as a message."""
-        preview = None if progress.preview is None else RawImage.of(progress.preview)
-        return cls(progress.step, progress.step_count, progress.eta, preview)
-
-    def progress(self) -> Progress:
-        """The event again."""
-        return Progress(self.step, self.step_count, self.eta, None if self.preview is None else self.preview.image())
-
-
-Ended = RemoteCompleted | Failed
-"""How a request ends. An error is an answer like any other: what is raised is for what no replica could answer."""
-Told = Queued | Started | RemoteProgress | Ended
-"""What a replica tells of a request that is followed."""
-
-
-def ending_of(ended: Ended) -> Ending:
-    """The ending again. Raises ReplicaLost where it is the replica that came to its end, and not the request."""
-    if isinstance(ended, RemoteCompleted):
-        return ended.completed()
-    raise_lost(ended)
-    return ended
-
-
-def raise_lost(failed: Failed) -> None:
-    """Raises ReplicaLost where an error is none of the call's, but the replica's end."""
-    if isinstance(failed.error, ShuttingDown):
-        raise ReplicaLeft(str(failed.error))
-    if isinstance(failed.error, EngineStuck):
-        raise ReplicaLost(str(failed.error))
+def check_lost(ending: Ending) -> Ending:
+    """Returns `ending`. Raises ReplicaLost if it is an error of the replica instead of the call."""
+    if isinstance(ending, Failed) and isinstance(ending.error, ShuttingDown):
+        raise ReplicaLeft(str(ending.error))
+    if isinstance(ending, Failed) and isinstance(ending.error, EngineStuck):
+        raise ReplicaLost(str(ending.error))
+    return ending
 
 
 @dataclass(frozen=True, slots=True)
 class Card:
-    """What a replica says of one of its models. The fields are those of a Model and of its pipeline: `runs_on` is the name of its
-    engine, "" where it is not in memory. Of the manifest there is what a front reads: cards are sent twice a second."""
+    """The description of a replica's model. The fields are those of a Model and of its pipeline: `runs_on` is the name of its
+    engine, "" if it is not in memory. The manifest is reduced to the fields that a front reads, since cards are sent twice a
+    second."""
 
     id: str
     manifest: Manifest | None
@@ -200,7 +73,7 @@ class Card:
 
     @classmethod
     def of(cls, model: Model) -> "Card":
-        """The card of a model of the store."""
+        """The card of a model in the registry."""
         manifest = None if model.manifest is None else _brief(model.manifest)
         card = cls(model.id, manifest, model.state, model.memory, model.detail, model.engines)
         pipeline = model.pipeline
@@ -216,7 +89,7 @@ class Card:
 
 
 def _brief(manifest: Manifest) -> Manifest:
-    """Without its lists, which make it ten times as large."""
+    """The manifest without its lists, which are ten times as large as the rest."""
     verification = Verification(manifest.verification.passed)
     return replace(
         manifest,
@@ -232,9 +105,9 @@ def _brief(manifest: Manifest) -> Manifest:
 
 
 @dataclass(frozen=True, slots=True)
-class LoadModel:
-    """How busy a replica is: the estimated `seconds` of what it has accepted, None where costs are unknown, the requests that
-    wait and that are in progress, and the ids of the models that are in its memory."""
+class Load:
+    """A replica's load: the estimated `seconds` of accepted work, None if costs are unknown, the numbers of waiting and active
+    requests, and the ids of the models in memory."""
 
     seconds: float | None
     waiting: int
@@ -244,18 +117,17 @@ class LoadModel:
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """A replica at a glance. `replica` is a name of its own; the cards are in order of id."""
+    """A replica's response to a poll. `replica` is its unique name; the cards are in order of id."""
 
     replica: str
-    load: LoadModel
+    load: Load
     cards: Sequence[Card]
     default: str | None
 
 
 @dataclass(frozen=True, slots=True)
-class ModelAnswer:
-    """A model that somebody wants: `reference` as the store understands it, `name` for an id that is known. `call` says who asks,
-    as not everybody may use every model."""
+class ModelQuery:
+    """A query for a model: by `reference`, or by `name` if its id is known. `call` has the caller's permissions."""
 
     call: Call
     reference: Source = field(default_factory=Source)
@@ -263,39 +135,39 @@ class ModelAnswer:
 
     @property
     def model(self) -> str:
-        """What it is routed by, as a Job is."""
+        """The model's id, by which the message is routed."""
         return self.name
 
 
 @dataclass(frozen=True, slots=True)
 class Unloaded:
-    """A model has left a replica's memory, and gave back so many bytes."""
+    """A model was unloaded from a replica, which freed `freed` bytes."""
 
     freed: int
 
 
 Everywhere = Literal["look", "load", "unload"]
-"""What all replicas are asked."""
+"""Methods that are called on all replicas."""
 
 
 class Replicas(Protocol):
-    """The replicas of one application. Each method raises ReplicaLost where the one that was asked is gone, or none is there.
+    """The replicas of one application. Each method raises ReplicaLost if its replica is lost or there is none.
 
-    Cancelling a call, or closing its stream, cancels it at the replica.
+    Cancelling a call, or closing its stream, cancels it on the replica.
     """
 
-    async def transform(self, job: RemoteRequest) -> Ended:
-        """Has one of them run a request."""
+    async def transform(self, job: RemoteRequest) -> Ending:
+        """Runs a request on one replica."""
         ...
 
-    def stream(self, job: RemoteRequest) -> AsyncGenerator[Told, None]:
-        """Has one of them run a request and tell of it."""
+    def stream(self, job: RemoteRequest) -> AsyncGenerator[Event, None]:
+        """Runs a request on one replica and yields its events."""
         ...
 
-    async def ask(self, method: Literal["bring", "load"], asked: ModelAnswer) -> Card | Failed:
-        """Has one of them do something about a model."""
+    async def ask(self, method: Literal["bring", "load"], asked: ModelQuery) -> Card | Failed:
+        """Calls a model method of one replica."""
         ...
 
     async def everywhere(self, method: Everywhere, *arguments: Any) -> Sequence[Any]:
-        """The answers of all that answer; those that are lost are left out."""
+        """The responses of all replicas. Lost replicas are omitted."""
         ...

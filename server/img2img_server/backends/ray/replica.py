@@ -1,7 +1,7 @@
-"""One engine of a cluster: what the local server has behind its gRPC front, asked by messages.
+"""A replica of the engine: a local backend that is called by messages.
 
-Nothing here knows of Ray, which makes an actor of it (deployment.py). All methods are called on one event loop, which they never
-block. Errors that are meant for callers are answers (Failed), not exceptions.
+Independent of Ray, which makes an actor of it (deployment.py). All methods are called on one event loop and never block it.
+Errors for callers are returned as Failed, not raised.
 """
 
 import asyncio
@@ -11,24 +11,19 @@ import uuid
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 
-from img2img_server.backends.base import LocalBackend
-from img2img_server.backends.local import local
+from img2img_server.backends.local import LocalBackend, local
 from img2img_server.backends.ray.messages import (
     Card,
-    Ended,
-    LoadModel,
+    Load,
     Look,
-    ModelAnswer,
-    RemoteCompleted,
-    RemoteProgress,
+    ModelQuery,
     RemoteRequest,
-    Told,
     Unloaded,
 )
 from img2img_server.bundle.manifest import Source
 from img2img_server.config import ServerConfig
 from img2img_server.engine.interface import ignore
-from img2img_server.engine.request import Completed, Event, Failed, Progress, Queued
+from img2img_server.engine.request import Completed, Ending, Event, Failed, Queued
 from img2img_server.errors import EngineStuck, ServerError
 from img2img_server.models.registry import ModelState
 from img2img_server.support.call import Call, answering
@@ -37,9 +32,9 @@ _log = logging.getLogger(__name__)
 
 
 class Replica:
-    """Runs requests by the engine that `make` gives, with models that are loaded, kept and unloaded as a local server's are.
+    """Runs requests on the backend created by `make`, and manages models like a local server.
 
-    `open` loads and measures them, and has to be done before anything else; `close` finishes what runs.
+    `open` loads and measures the models and must be called first; `close` finishes running requests.
     """
 
     def __init__(self, config: ServerConfig, make: Callable[[ServerConfig], LocalBackend] = local) -> None:
@@ -49,32 +44,26 @@ class Replica:
         self._stuck = ""
 
     async def open(self) -> None:
-        """Loads and measures the models, and starts the engine. Raises BundleError, OSError or ValueError where it cannot."""
-        await self._backend.open(_nobody, ignore)
-        await self._backend.start(self._give_up)
+        """Loads and measures the models, and starts the engine. Raises BundleError, OSError or ValueError on failure."""
+        await self._backend.open(_ignore_health, ignore)
+        await self._backend.start(self._fail)
 
     async def close(self) -> None:
-        """Takes no new requests, gives those that run the grace period, and lets go of everything."""
+        """Refuses new requests, waits for running ones within the grace period, and releases all resources."""
         if not self._stuck:
             await self._backend.drain(self._config.grace)
         await self._backend.close()
 
-    async def transform(self, job: RemoteRequest) -> Ended:
-        """Runs one request to its end. Cancelling the call cancels the request."""
-        async with aclosing(self._run(job)) as events:
+    async def transform(self, job: RemoteRequest) -> Ending:
+        """Runs one request and returns its ending. Cancelling the call cancels the request."""
+        async with aclosing(self.stream(job)) as events:
             async for event in events:
-                if isinstance(event, RemoteCompleted | Failed):
+                if isinstance(event, Completed | Failed):
                     return event
         raise AssertionError("the engine ends every request")
 
-    async def stream(self, job: RemoteRequest) -> AsyncGenerator[Told, None]:
-        """Runs one request and tells each of its events. Closing the generator cancels the request."""
-        async with aclosing(self._run(job)) as events:
-            async for event in events:
-                yield event
-
-    async def bring(self, asked: ModelAnswer) -> Card | Failed:
-        """Has the model that a request means in memory, as far as requests may load models, and returns its card."""
+    async def bring(self, asked: ModelQuery) -> Card | Failed:
+        """Loads a request's model if requests may load models, and returns its card."""
         with answering(asked.call):
             try:
                 async with self._backend.residency.using(asked.reference) as model:
@@ -82,16 +71,16 @@ class Replica:
             except ServerError as error:
                 return Failed(error)
 
-    async def load(self, asked: ModelAnswer) -> Card | Failed:
-        """Makes a model ready, and returns its card."""
+    async def load(self, asked: ModelQuery) -> Card | Failed:
+        """Loads a model and returns its card."""
         with answering(asked.call):
             try:
                 return Card.of(await self._backend.residency.load(asked.reference))
             except ServerError as error:
                 return Failed(error)
 
-    async def unload(self, asked: ModelAnswer) -> Unloaded | Failed:
-        """Frees a model's memory once nobody uses it."""
+    async def unload(self, asked: ModelQuery) -> Unloaded | Failed:
+        """Frees a model's memory after its requests have ended."""
         with answering(asked.call):
             try:
                 return Unloaded(await self._backend.residency.unload(asked.name))
@@ -99,61 +88,61 @@ class Replica:
                 return Failed(error)
 
     async def look(self) -> Look:
-        """Which models there are, and how busy it is."""
+        """The replica's models and load."""
         models = self._backend.models
         return Look(self._name, self.load_now(), tuple(Card.of(model) for model in models), models.default)
 
-    def load_now(self) -> LoadModel:
-        """How busy it is. Quick, and on any thread. One that is stuck is busy for ever."""
+    def load_now(self) -> Load:
+        """The current load, infinite if the engine is stuck. Fast and thread-safe."""
         if self._stuck:
-            return LoadModel(math.inf, 0, 0, ())
+            return Load(math.inf, 0, 0, ())
         stats = self._backend.runner.stats
         resident = tuple(model.id for model in self._backend.models if model.state is ModelState.READY)
-        return LoadModel(stats.work_seconds, stats.waiting + stats.arriving, stats.active, resident)
+        return Load(stats.work_seconds, stats.waiting + stats.arriving, stats.active, resident)
 
     def loading(self) -> tuple[str, ...]:
-        """The ids of the models that are on their way into its memory."""
+        """The ids of the models that are being loaded."""
         return tuple(model.id for model in self._backend.models if model.state is ModelState.LOADING)
 
     def check_health(self) -> None:
-        """Raises EngineStuck once the device has not come back from a call: only the process's end can cure that."""
+        """Raises EngineStuck if the device does not return from a call, so that Ray replaces the process."""
         if self._stuck:
             raise EngineStuck(self._stuck)
 
-    async def _run(self, job: RemoteRequest) -> AsyncGenerator[Told, None]:
-        """The events of a request, its end among them."""
+    async def stream(self, job: RemoteRequest) -> AsyncGenerator[Event, None]:
+        """Runs one request and yields its events, of which the last is its ending. Closing the generator cancels the request."""
         loop = asyncio.get_running_loop()
         queue: asyncio.Queue[Event] = asyncio.Queue()
 
         def listen(event: Event) -> None:
-            if job.follow or isinstance(event, Completed | Failed):
+            if request.follow or isinstance(event, Completed | Failed):
                 loop.call_soon_threadsafe(queue.put_nowait, event)
 
         runner = self._backend.runner
+        request = job.received(runner.clock())
         try:
-            request = job.request(runner.clock())
-            with runner.reserve(job.client) as slot, answering(Call("", job.id, client=job.client)):
-                async with self._backend.residency.using(Source(path=job.model)) as model:
-                    assert model.pipeline is not None, "a model that is used is in memory"
-                    # The first time that a scheduler and steps are seen, this takes a while.
+            with runner.reserve(request.client) as slot, answering(Call("", request.id, client=request.client)):
+                async with self._backend.residency.using(Source(path=request.model)) as model:
+                    assert model.pipeline is not None, "a model in use is in memory"
+                    # Slow for the first request with a scheduler and number of steps.
                     await asyncio.to_thread(model.pipeline.plan, request)
                     accepted = runner.submit(request, listen, slot)
                     try:
                         yield Queued(accepted.position, accepted.eta)
                         while not isinstance(event := await queue.get(), Completed | Failed):
-                            yield RemoteProgress.of(event) if isinstance(event, Progress) else event
-                        yield RemoteCompleted.of(event) if isinstance(event, Completed) else event
+                            yield event
+                        yield event
                     finally:
                         accepted.ticket.cancel()
         except ServerError as error:
             yield Failed(error)
 
-    async def _give_up(self, why: str) -> None:
-        """Tells everybody who waits that this replica is lost, and whoever looks after it."""
+    async def _fail(self, why: str) -> None:
+        """Ends all requests with EngineStuck; `check_health` reports it to Ray."""
         _log.critical("%s", why)
         self._stuck = why
-        await self._backend.abandon(EngineStuck("the device does not answer: this replica stops"))
+        await self._backend.abandon(EngineStuck("the device does not respond: this replica stops"))
 
 
-def _nobody(name: str, serving: bool) -> None:
-    """Health is told by the fronts."""
+def _ignore_health(name: str, serving: bool) -> None:
+    """Does nothing: fronts report health."""

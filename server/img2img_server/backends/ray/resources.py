@@ -1,4 +1,4 @@
-"""What a replica gets: its share of the machine, and the part of a server's settings that replicas have in common."""
+"""A replica's share of the machine, and the settings that all replicas of an application have in common."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -18,25 +18,25 @@ _COMMON = (
     "residency",
     "ray",
 )
-"""The settings and sections that replicas are made with. All others are each front's own."""
+"""Settings and sections that apply to replicas. All others apply to each front."""
 _OF_FRONTS = ("ray_address", "ray_app")
 
 
 @dataclass(frozen=True, slots=True)
 class ResourceShare:
-    """Cores and GPUs of one replica, as Ray counts them: they are promised to it, not enforced."""
+    """Cores and GPUs of one replica, as counted by Ray: reserved but not enforced."""
 
     cpus: float
     gpus: float
 
     @property
     def threads(self) -> int | None:
-        """CPU threads of one call of a model; None where no cores are promised, which leaves it to the machine."""
+        """CPU threads of one model call; None for the machine's default if no cores are reserved."""
         return max(1, int(self.cpus)) if self.cpus else None
 
 
 def share_of(settings: RaySettings, resources: Mapping[str, float], cores: int) -> ResourceShare:
-    """A replica's share of a cluster with these resources, whose machines have so many cores."""
+    """A replica's share of a cluster with these resources, whose machines have `cores` cores."""
     gpus = settings.num_gpus
     if gpus is None:
         gpus = 1.0 if resources.get("GPU", 0.0) >= 1 else 0.0
@@ -47,7 +47,7 @@ def share_of(settings: RaySettings, resources: Mapping[str, float], cores: int) 
 
 
 def check_fit(settings: RaySettings, share: ResourceShare, resources: Mapping[str, float]) -> None:
-    """Raises ValueError where the fewest replicas do not fit into a cluster that cannot grow: Ray would wait for ever."""
+    """Raises ValueError if `min_replicas` do not fit into a cluster that cannot grow: Ray would wait forever."""
     for what, name, each in (("cores", "CPU", share.cpus), ("GPUs", "GPU", share.gpus)):
         there = resources.get(name, 0.0)
         if settings.min_replicas * each > there:
@@ -58,8 +58,8 @@ def check_fit(settings: RaySettings, share: ResourceShare, resources: Mapping[st
 
 
 def replica_config(config: ServerConfig, share: ResourceShare) -> ServerConfig:
-    """The settings that a replica is made with: calls use its cores, and paths mean the same wherever it is. What is a front's
-    own, such as where its tokens and keys are, stays there."""
+    """A replica's settings: model calls use its cores, and paths are absolute. Settings of the front, such as the paths of tokens
+    and keys, are not included."""
     threads = config.execution.threads or share.threads
     cache = config.execution.cache
     execution = replace(config.execution, threads=threads, cache=cache.absolute() if cache is not None else None)
@@ -74,20 +74,20 @@ def replica_config(config: ServerConfig, share: ResourceShare) -> ServerConfig:
 
 
 MESSAGES = {"RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(2**31 - 1)}
-"""Read by Ray Serve on both sides: several large images pass, as raw pixels. Its own bound is 4 MiB."""
+"""Read by Ray Serve on both sides. Its default of 4 MiB is too small for several large images as raw pixels."""
 
 
 def variables(share: ResourceShare) -> dict[str, str]:
-    """The environment of a replica's process: what libraries read when they are loaded."""
+    """The environment of a replica's process, read by libraries when they are imported."""
     own = {
         **MESSAGES,
-        "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",  # it never blocks the loop, so it needs none of its own
+        "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",  # the replica never blocks the event loop
         "OMP_WAIT_POLICY": "PASSIVE",
         "DIFFUSERS_VERBOSITY": "error",
         "TRANSFORMERS_VERBOSITY": "error",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "GRPC_VERBOSITY": "ERROR",
-        "RAY_DISABLE_FAILURE_SIGNAL_HANDLER": "0",  # where a library crashes, the log says so; fronts have it off
+        "RAY_DISABLE_FAILURE_SIGNAL_HANDLER": "0",  # logs crashes of libraries; disabled in fronts
     }
     if share.threads is not None:
         own["OMP_NUM_THREADS"] = str(share.threads)
@@ -95,7 +95,7 @@ def variables(share: ResourceShare) -> dict[str, str]:
 
 
 def common(config: ServerConfig) -> dict[str, str]:
-    """The settings that replicas have in common, by name, as text."""
+    """The common settings of replicas, by name, as text."""
     mine = replace(config, models=config.models.absolute())
     return {
         one.name: str(value_of(mine, one))
@@ -105,9 +105,7 @@ def common(config: ServerConfig) -> dict[str, str]:
 
 
 def differences(ours: Mapping[str, str], theirs: Mapping[str, str]) -> list[str]:
-    """In a line each, the settings that are not those of the application."""
+    """Lines that describe how `ours` differ from the application's settings."""
     return [
-        f"{name} is {theirs.get(name, 'not known')} there, not {value}"
-        for name, value in ours.items()
-        if theirs.get(name) != value
+        f"{name} is {theirs.get(name, 'not set')} there, not {value}" for name, value in ours.items() if theirs.get(name) != value
     ]

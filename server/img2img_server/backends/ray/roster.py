@@ -1,4 +1,4 @@
-"""The models of all replicas, as a front sees them: which there are, who has them in memory, and how busy everybody is."""
+"""A front's view of all replicas: their models, which of them have a model in memory, and their load."""
 
 import asyncio
 import logging
@@ -11,14 +11,14 @@ from typing import Any, cast
 
 from img2img_server.backends.ray.messages import (
     Card,
-    LoadModel,
+    Load,
     Look,
-    ModelAnswer,
+    ModelQuery,
     ReplicaLeft,
     ReplicaLost,
     Replicas,
     Unloaded,
-    raise_lost,
+    check_lost,
 )
 from img2img_server.bundle.manifest import Source
 from img2img_server.engine.request import Failed, Pipeline, Plan, Request
@@ -29,19 +29,19 @@ from img2img_server.support.call import current
 
 _log = logging.getLogger(__name__)
 
-LOOK_EVERY = 0.5
-"""Seconds between two looks at the replicas."""
-_FIRST_LOOKS = 20
-COME_BACK = 2.0
-"""Seconds after which a caller may try again where no replica is there: about what Ray takes to notice and to begin another."""
+POLL_INTERVAL = 0.5
+"""Seconds between two polls of the replicas."""
+_FIRST_POLLS = 20
+RETRY_AFTER = 2.0
+"""Retry delay in seconds if there is no replica: about the time that Ray takes to notice and start another."""
 _TRIES = 3
-"""Times that something about a model is asked, each of another replica, where the one before was lost."""
+"""Replicas to try with a query for a model, if the previous one is lost."""
 
 
 @dataclass(frozen=True, slots=True)
 class RemotePipeline:
-    """What is known here of a pipeline that runs elsewhere: what requests are read by. The names are those of Pipeline, and of
-    its methods there is `plan`; the others are called by engines only, and there is none here."""
+    """The properties of a replica's pipeline that parsing requests needs. Has the attributes of Pipeline and `plan`; the other
+    methods are only called by an engine."""
 
     engine: str
     size_multiple: int
@@ -49,60 +49,60 @@ class RemotePipeline:
     schedulers: tuple[str, ...]
 
     def plan(self, request: Request) -> Plan:
-        """About what the request will cost. What is wrong with it is found by the replica."""
+        """The approximate plan of a request. The replica validates the request."""
         return plan(request)
 
 
 def plan(request: Request) -> Plan:
-    """About what a request will cost on any pipeline."""
+    """The approximate plan of a request on any pipeline."""
     width, height = request.image.size
     rows = len(request.seeds) * (2 if request.guidance_scale > 1 else 1)
     return Plan((width, height), width * height, rows, int(request.num_inference_steps * request.strength))
 
 
 class Roster:
-    """Looks at the replicas every now and then. `models` has every model that one of them has, and is READY where one of them
-    has it in memory. `health` is told the id of each that can or can no longer be served. Used on the event loop only, but for
-    `models` and `loads`.
+    """Polls the replicas. `models` contains the models of all replicas; a model is READY if a replica has it in memory. `health`
+    is called with the id of each model that becomes available or unavailable. Used on the event loop only, except `models` and
+    `loads`.
     """
 
     def __init__(self, replicas: Replicas, health: Health, clock: Callable[[], float] = time.monotonic) -> None:
         self._replicas = replicas
         self._health = health
         self._clock = clock
-        self._told: dict[str, bool] = {}
-        self._watching: asyncio.Task[None] | None = None
+        self._reported: dict[str, bool] = {}
+        self._polling: asyncio.Task[None] | None = None
         self.models = ModelRegistry(())
-        self.loads: tuple[LoadModel, ...] = ()
-        """How busy those are that answered the last look; none where nobody did."""
-        self.looked = clock()
-        """When they were asked, and, while nobody answers, when somebody last did."""
+        self.loads: tuple[Load, ...] = ()
+        """The loads of the replicas that responded to the last poll."""
+        self.polled = clock()
+        """The time of the last poll that a replica responded to."""
 
     async def open(self, default: str | None) -> None:
-        """The first look, again while nobody answers: Ray may not have told this front yet of those that are ready. Raises
-        NoReplica where nobody does, BundleError where there is no model `default`."""
-        for _ in range(_FIRST_LOOKS):
-            if looks := await self._look():
+        """Polls until a replica responds: Ray may not have announced ready replicas to this front yet. Raises NoReplica if none
+        responds, and BundleError if there is no model `default`."""
+        for _ in range(_FIRST_POLLS):
+            if looks := await self._poll_replicas():
                 break
-            await asyncio.sleep(LOOK_EVERY)
+            await asyncio.sleep(POLL_INTERVAL)
         else:
-            raise NoReplica("no replica answers", COME_BACK)
+            raise NoReplica("no replica responds", RETRY_AFTER)
         self.models = ModelRegistry(_merged(looks), default or looks[0].default)
 
     def start(self, changed: Callable[[], object]) -> None:
-        """Looks from now on. `changed` is called after each look."""
-        self._watching = asyncio.create_task(self._watch(changed))
+        """Starts to poll regularly. `changed` is called after each poll."""
+        self._polling = asyncio.create_task(self._keep_polling(changed))
 
     async def close(self) -> None:
-        """Looks no more."""
-        if self._watching is not None:
-            self._watching.cancel()
+        """Stops polling."""
+        if self._polling is not None:
+            self._polling.cancel()
             with suppress(asyncio.CancelledError):
-                await self._watching
+                await self._polling
 
-    async def look(self) -> None:
-        """Takes up what the replicas have to tell."""
-        looks = await self._look()
+    async def poll(self) -> None:
+        """Polls the replicas once and updates `models` and `loads`."""
+        looks = await self._poll_replicas()
         for model in _merged(looks):
             self.models.put(model)
         gone = {model.id for model in self.models} - {card.id for look in looks for card in look.cards}
@@ -111,50 +111,50 @@ class Roster:
                 self.models.forget(name)
             else:
                 self.models.change(name, pipeline=None, loading=False, detail="no replica can be reached")
-        self._tell_health()
+        self._report_health()
 
-    def note(self, card: Card) -> Model:
-        """Takes up what one of them said of a model before all are asked again."""
+    def update(self, card: Card) -> Model:
+        """Updates a model by the card of one replica, before the next poll."""
         model = _model((card,), 1)
         self.models.put(model)
         return model
 
-    async def _look(self) -> Sequence[Look]:
-        asked = self._clock()
+    async def _poll_replicas(self) -> Sequence[Look]:
+        begun = self._clock()
         looks: Sequence[Look] = ()
         try:
-            answers: Sequence[Look] = await self._replicas.everywhere("look")
-            # One that is stuck is about to be replaced, and has work for ever.
-            looks = [look for look in answers if look.load.seconds != math.inf]
+            responses: Sequence[Look] = await self._replicas.everywhere("look")
+            # A stuck replica has infinite work and will be replaced.
+            looks = [look for look in responses if look.load.seconds != math.inf]
         except ReplicaLost as error:
-            _log.debug("nobody answers: %s", error)
+            _log.debug("no replica responds: %s", error)
         if looks:
-            self.looked = asked
+            self.polled = begun
         if bool(looks) != bool(self.loads):
-            _log.info("%d replicas answer", len(looks))
+            _log.info("%d replicas respond", len(looks))
         self.loads = tuple(look.load for look in looks)
         return looks
 
-    async def _watch(self, changed: Callable[[], object]) -> None:
+    async def _keep_polling(self, changed: Callable[[], object]) -> None:
         while True:
             try:
-                await self.look()
+                await self.poll()
                 changed()
-            except Exception:  # noqa: BLE001 - the edge of a task that nobody awaits: the next look may do better
-                _log.exception("the replicas could not be looked at")
-            await asyncio.sleep(LOOK_EVERY)
+            except Exception:  # noqa: BLE001 - nothing awaits this task; the next poll may succeed
+                _log.exception("polling the replicas failed")
+            await asyncio.sleep(POLL_INTERVAL)
 
-    def _tell_health(self) -> None:
+    def _report_health(self) -> None:
         states = {model.id: model.state is ModelState.READY for model in self.models}
-        states = {**dict.fromkeys(self._told, False), **states}
+        states = {**dict.fromkeys(self._reported, False), **states}
         for name, serving in states.items():
-            if self._told.get(name) is not serving:
-                self._told[name] = serving
+            if self._reported.get(name) is not serving:
+                self._reported[name] = serving
                 self._health(name, serving)
 
 
 class RemoteModels:
-    """Which models can be used, by asking the replicas that have them, and all of them to load and unload."""
+    """Loads, unloads and finds models by queries to the replicas."""
 
     def __init__(self, replicas: Replicas, roster: Roster) -> None:
         self._replicas = replicas
@@ -162,62 +162,61 @@ class RemoteModels:
 
     @asynccontextmanager
     async def using(self, reference: Source) -> AsyncIterator[Model]:
-        """The model that `reference` means. Where no replica has it in memory, one is asked to load it first.
+        """Yields the model of `reference`. If no replica has it in memory, one of them loads it first.
 
-        Nothing holds it there: a replica that unloads it meanwhile answers, or loads it again, as a server of its own would.
+        A replica may unload it meanwhile; then it handles the request as a local server does.
         """
         model = self._known(reference)
         if model is None or model.pipeline is None:
             name = "" if model is None else model.id
-            model = self._roster.note(await self._ask("bring", ModelAnswer(current(), reference, name)))
+            model = self._roster.update(await self._ask("bring", ModelQuery(current(), reference, name)))
         yield model
 
     async def load(self, reference: Source) -> Model:
-        """Makes a model ready on one replica, which may have to fetch it, and then on all. Raises the error of the first, or
-        of the others where none of them could."""
-        card = await self._ask("load", ModelAnswer(current(), reference))
-        answers = await self._replicas.everywhere("load", ModelAnswer(current(), Source(path=card.id)))
-        self._good(answers)
-        await self._roster.look()
+        """Loads a model on one replica, which may download it, and then on all. Raises the error of the first, or an error of
+        the others if all fail."""
+        card = await self._ask("load", ModelQuery(current(), reference))
+        self._successes(await self._replicas.everywhere("load", ModelQuery(current(), Source(path=card.id))))
+        await self._roster.poll()
         return self._roster.models.get(card.id)
 
     async def unload(self, name: str) -> int:
-        """Has all replicas free the model's memory. Returns the bytes that it gave back on all of them."""
+        """Unloads a model on all replicas. Returns the total of freed bytes."""
         self._roster.models.get(name, current().may_use)
-        answers: Sequence[Unloaded | Failed] = await self._replicas.everywhere("unload", ModelAnswer(current(), name=name))
-        freed: int = sum(answer.freed for answer in self._good(answers))
-        await self._roster.look()
+        responses: Sequence[Unloaded | Failed] = await self._replicas.everywhere("unload", ModelQuery(current(), name=name))
+        freed: int = sum(response.freed for response in self._successes(responses))
+        await self._roster.poll()
         return freed
 
     def _known(self, reference: Source) -> Model | None:
         try:
             return self._roster.models.find(reference, current().may_use)
         except ModelNotFound:
-            return None  # a replica may find it, or know where to get it
+            return None  # a replica may find or download it
 
-    async def _ask(self, method: Any, asked: ModelAnswer) -> Card:
+    async def _ask(self, method: Any, asked: ModelQuery) -> Card:
         deaths = 0
         for _ in range(_TRIES):
             try:
-                answer = await self._replicas.ask(method, asked)
-                if isinstance(answer, Failed):
-                    raise_lost(answer)
-                    raise answer.error
+                response = await self._replicas.ask(method, asked)
+                if isinstance(response, Failed):
+                    check_lost(response)
+                    raise response.error
             except ReplicaLost as error:
-                _log.warning("a replica was lost that was to %s a model: %s", method, error)
+                _log.warning("lost a replica during its query to %s a model: %s", method, error)
                 deaths += not isinstance(error, ReplicaLeft)
                 continue
-            return answer
-        if deaths == _TRIES:  # not UNAVAILABLE: clients would ask for it again, and again
+            return response
+        if deaths == _TRIES:  # not UNAVAILABLE, which clients would retry again and again
             raise ModelUnavailable(f"{deaths} replicas were lost, one after the other, while they loaded this model")
-        raise NoReplica("no replica can be reached", COME_BACK)
+        raise NoReplica("no replica can be reached", RETRY_AFTER)
 
-    def _good(self, answers: Sequence[Any]) -> Sequence[Any]:
-        """The answers that are no errors. Raises the first error where there are none."""
-        good = [answer for answer in answers if not isinstance(answer, Failed)]
-        if not good:
-            raise answers[0].error if answers else NoReplica("no replica can be reached", COME_BACK)
-        return good
+    def _successes(self, responses: Sequence[Any]) -> Sequence[Any]:
+        """The responses that are not errors. Raises the first error if all are."""
+        successes = [response for response in responses if not isinstance(response, Failed)]
+        if not successes:
+            raise responses[0].error if responses else NoReplica("no replica can be reached", RETRY_AFTER)
+        return successes
 
 
 def _merged(looks: Sequence[Look]) -> list[Model]:
@@ -230,7 +229,7 @@ def _merged(looks: Sequence[Look]) -> list[Model]:
 
 
 def _model(cards: Iterable[Card], replicas: int) -> Model:
-    """A model of which several replicas tell: ready where one of them has it in memory."""
+    """Merges the cards of a model: it is ready if a replica has it in memory."""
     best, *others = sorted(cards, key=lambda card: _RANK[card.state])
     pipeline = None
     detail = best.detail
@@ -242,7 +241,7 @@ def _model(cards: Iterable[Card], replicas: int) -> Model:
     return Model(
         id=best.id,
         manifest=best.manifest,
-        pipeline=cast(Pipeline | None, pipeline),  # no engine here calls the methods that it has not
+        pipeline=cast(Pipeline | None, pipeline),  # methods that it lacks are only called by an engine
         problem=best.detail if best.state is ModelState.FAILED else "",
         engines=best.engines,
         loading=best.state is ModelState.LOADING,
@@ -252,4 +251,4 @@ def _model(cards: Iterable[Card], replicas: int) -> Model:
 
 
 _RANK = {ModelState.READY: 0, ModelState.LOADING: 1, ModelState.UNLOADED: 2, ModelState.FAILED: 3}
-"""Which of several states counts: the one that is nearest to an answer."""
+"""The order in which replicas' states take precedence."""

@@ -1,10 +1,10 @@
-"""Ray Serve's router of a front's requests: to where the model is in memory, then to the replica with the least work.
+"""A Ray Serve request router: prefers replicas that have the model in memory, then the one with the least work.
 
-Serve's own routers count requests, and ask replicas for their count where they do not know it, which the request waits for. This
-one goes by the seconds that replicas tell once a second (`record_routing_stats`), corrected by what was sent since. It asks
-nobody, as a replica refuses what is too much for it by itself.
+Serve's own routers count requests, and delay a request while they query replicas for unknown counts. This router uses the work in
+seconds that replicas report once a second (`record_routing_stats`), corrected by the requests sent since. It never queries
+replicas, because they refuse excess requests themselves.
 
-Serve sends this module's code with the deployment, so it keeps no state of its own.
+Serve sends this module's code with the deployment, so the module has no state.
 """
 
 import asyncio
@@ -19,18 +19,18 @@ from img2img_server.backends.ray.load_balancing import Standing, choose
 
 _log = logging.getLogger("img2img_server.backends.ray.router")
 _AGAIN = 1.0
-"""Seconds between two questions to a replica that could not be reached, whether it lives."""
+"""Seconds between two probes of an unreachable replica."""
 
 
 class LeastWorkRouter(RequestRouter):
-    """Runs in each front, inside of its handle, on the router's event loop.
+    """Runs in each front's handle, on the router's event loop.
 
-    A replica that could not be reached gets nothing until it has answered, and one that died never again, whatever the
-    controller says of it meanwhile.
+    An unreachable replica gets no requests until it responds to a probe, and a dead one never again, even if the controller
+    still lists it.
     """
 
     def initialize_state(self, **kwargs: Any) -> None:
-        """Takes `request_router_kwargs`: `spread_after`, in seconds."""
+        """Reads `request_router_kwargs`: `spread_after` in seconds."""
         self._spread_after: float = kwargs["spread_after"]
         self._standings: dict[ReplicaID, Standing] = {}
         self._away: dict[ReplicaID, asyncio.Task[None]] = {}
@@ -40,12 +40,12 @@ class LeastWorkRouter(RequestRouter):
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
     ) -> list[list[RunningReplica]]:
-        """The one that the request goes to, none where none can be reached: Serve then asks again, a little later each time."""
+        """The replica for a request; none if none can be reached, and then Serve retries with backoff."""
         if pending_request is not None:
             pending_request.routing_context.should_backoff = True
         there = {one.replica_id: one for one in candidate_replicas if one.replica_id not in self._away}
         for replica_id, replica in there.items():
-            self._standing(replica_id).tell(replica.routing_stats)
+            self._standing(replica_id).update(replica.routing_stats)
         by_name = {replica_id.unique_id: replica_id for replica_id in there}
         standings = {name: self._standing(replica_id) for name, replica_id in by_name.items()}
         model = _model_of(pending_request)
@@ -59,22 +59,22 @@ class LeastWorkRouter(RequestRouter):
     async def _select_from_candidate_replicas(
         self, candidates: list[RunningReplica], backoff_index: int
     ) -> RunningReplica | None:
-        """The chosen one. Serve's own would ask it for the length of its queue first."""
+        """The chosen replica. Serve's own method would query its queue length first."""
         (chosen,) = candidates
         replica: RunningReplica | None = self._replicas.get(chosen.replica_id)
         return replica
 
     def on_send_request(self, replica_id: ReplicaID) -> None:
-        """One more of ours is there."""
+        """Counts a request sent to the replica."""
         self._standing(replica_id).sent += 1
 
     def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
-        """One of ours has ended, however it did."""
+        """Counts a request's end."""
         standing = self._standing(replica_id)
         standing.sent = max(0, standing.sent - 1)
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
-        """The controller tells which replicas there are; it may not know yet what we have seen."""
+        """Updates the replicas from the controller, which may still list dead ones."""
         present = {replica.replica_id for replica in replicas}
         self._dead &= present
         for replica_id in [known for known in self._standings if known not in present]:
@@ -84,23 +84,23 @@ class LeastWorkRouter(RequestRouter):
     async def _probe_queue_lens(
         self, replicas: list[RunningReplica], backoff_index: int
     ) -> list[tuple[RunningReplica, int | None]]:
-        """Asks nobody: Serve would fill a table by it that this router does not read."""
+        """Sends no probes: Serve would fill a cache that this router does not use."""
         return [(replica, None) for replica in replicas]
 
     def on_replica_actor_died(self, replica_id: ReplicaID) -> None:
-        """It gets nothing any more."""
+        """Excludes the replica permanently."""
         self._dead.add(replica_id)
         super().on_replica_actor_died(replica_id)
 
     def on_replica_actor_unavailable(self, replica_id: ReplicaID) -> None:
-        """A call of it failed: it died, or its machine cannot be reached for now."""
+        """Excludes the replica, which died or is unreachable, until a probe succeeds."""
         super().on_replica_actor_unavailable(replica_id)
         replica = self._replicas.get(replica_id)
         if replica is not None and replica_id not in self._away:
-            self._away[replica_id] = asyncio.get_running_loop().create_task(self._ask(replica))
+            self._away[replica_id] = asyncio.get_running_loop().create_task(self._probe(replica))
 
-    async def _ask(self, replica: RunningReplica) -> None:
-        """Asks until it answers, or is known to have died."""
+    async def _probe(self, replica: RunningReplica) -> None:
+        """Probes the replica until it responds or is dead."""
         replica_id = replica.replica_id
         _log.warning("replica %s cannot be reached", replica_id.unique_id)
         try:
@@ -120,7 +120,7 @@ class LeastWorkRouter(RequestRouter):
 
 
 def _model_of(pending_request: PendingRequest | None) -> str:
-    """The model that a request needs, empty where it does not say. It is in the first argument of replicas' methods."""
+    """The model of a request, which is an attribute of the first argument of replicas' methods; empty if there is none."""
     if pending_request is None or not pending_request.args:
         return ""
     return getattr(pending_request.args[0], "model", "") or ""
