@@ -133,8 +133,8 @@ def refusal(data: bytes, limits: ImageLimits = LIMITS) -> InvalidField:
 
 def test_a_file_that_is_no_picture_is_refused() -> None:
     assert "empty" in str(refusal(b""))
-    assert "known format" in str(refusal(b"GIF it is not"))
-    assert "known format" in str(refusal(saved(picture(), "PPM"))), "a format that is not on the list is not tried"
+    assert "supported format" in str(refusal(b"GIF it is not"))
+    assert "supported format" in str(refusal(saved(picture(), "PPM"))), "a format that is not on the list is not tried"
 
 
 @pytest.mark.parametrize("file_format", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"])
