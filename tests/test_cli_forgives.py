@@ -213,7 +213,7 @@ def test_an_export_of_the_demo_model_that_fails_is_told_of(tmp_path: Path) -> No
     with pytest.raises(demo.DemoUnavailable, match="failed with status 3"):
         demo.obtain(lambda line: None, tmp_path, lambda model, output: 3)
     (tmp_path / "file").write_text("")
-    with pytest.raises(demo.DemoUnavailable, match=r"cannot be made: (Not a directory|File exists)"):
+    with pytest.raises(demo.DemoUnavailable, match=r"cannot be created: (Not a directory|File exists)"):
         demo.obtain(lambda line: None, tmp_path / "file", lambda model, output: 0)
 
 
