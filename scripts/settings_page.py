@@ -11,7 +11,7 @@ from typing import get_origin
 from img2img_server.__main__ import CONFIG_VARIABLE, VARIABLES
 from img2img_server.config import ServerConfig
 from img2img_server.settings.setting import Setting, settings_of
-from img2img_server.settings.values import for_people
+from img2img_server.settings.sources import for_people
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PAGE = REPOSITORY / "docs" / "settings.md"

@@ -19,7 +19,7 @@ from img2img_server import errors
 from img2img_server.config import TelemetrySettings
 from img2img_server.engine.cache import Cache
 from img2img_server.telemetry import metrics
-from img2img_server.telemetry.gauges import STATES
+from img2img_server.telemetry.metrics import STATES
 from messages import failure, request
 from running import running, store
 from scraping import Samples, settled
@@ -149,7 +149,7 @@ def test_every_panel_can_be_drawn_and_moved_to_another_prometheus() -> None:
 
 def test_every_metric_of_ours_is_looked_at() -> None:
     """What nobody looks at need not be counted."""
-    from img2img_server.telemetry.gauges import ASKED
+    from img2img_server.telemetry.metrics import ASKED
 
     queries = " ".join((*(query for _, query in QUERIES), *LISTS.values()))
     unseen = {about.name for about in (*metrics.COUNTED, *ASKED) if not re.search(rf"\b{about.name}(_sum|_bucket)?\b", queries)}

@@ -9,7 +9,7 @@ from img2img_cli.__main__ import COMMANDS
 from img2img_server.__main__ import CLIENT_VARIABLES, CONFIG_VARIABLE, VARIABLES
 from img2img_server.config import ServerConfig
 from img2img_server.settings.setting import settings_of
-from img2img_server.telemetry.gauges import WORK
+from img2img_server.telemetry.metrics import WORK
 from kustomizing import KUBERNETES, build
 from serving_settings import CLOSING, config_of
 

@@ -16,7 +16,7 @@ from img2img_client import health_command
 from img2img_server.assets.store import AssetStore
 from img2img_server.config import AssetSettings, ServerConfig
 from img2img_server.settings.sources import SettingError
-from img2img_server.telemetry.gauges import WORK
+from img2img_server.telemetry.metrics import WORK
 from kustomizing import KUBERNETES, Document, build, read
 from serving_settings import CLOSING, config_of
 

@@ -9,7 +9,7 @@ from img2img_server.__main__ import VARIABLES
 from img2img_server.api import lifecycle
 from img2img_server.config import ServerConfig
 from img2img_server.settings.setting import settings_of
-from img2img_server.settings.values import from_text
+from img2img_server.settings.sources import from_text
 from serving_settings import CLOSING, config_of
 
 _FOLDER = REPOSITORY / "deploy" / "systemd"

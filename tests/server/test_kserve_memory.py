@@ -14,7 +14,7 @@ from cycles import no_collection
 from img2img.v1 import image_to_image_pb2 as pb
 from img2img_server.access.access import Access
 from img2img_server.api.kserve import translation
-from img2img_server.api.kserve.streaming import Stream
+from img2img_server.api.kserve.inference import Stream
 from img2img_server.config import TelemetrySettings
 from img2img_server.errors import InvalidField, ServerError
 from img2img_server.images import ImageLimits

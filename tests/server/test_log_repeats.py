@@ -13,7 +13,7 @@ import pytest
 from fakes import Clock, FakePipeline
 from img2img.v1 import image_to_image_pb2 as pb
 from img2img.v1.image_to_image_pb2_grpc import ImageToImageServiceStub
-from img2img_server.api.grpc_batches import free_failed_batches
+from img2img_server.api.grpc_extensions import free_failed_batches
 from img2img_server.config import TelemetrySettings
 from img2img_server.telemetry.logs import INTERVAL, MOST, Repeats, TextFormatter, _Handler, configure
 from messages import failure, request

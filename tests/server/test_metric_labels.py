@@ -13,8 +13,7 @@ from img2img_server.engine.cache import Cache
 from img2img_server.engine.engine import Engine
 from img2img_server.engine.interface import Span
 from img2img_server.support.call import Call
-from img2img_server.telemetry.gauges import ASKED, Gauges
-from img2img_server.telemetry.metrics import COUNTED, Metrics
+from img2img_server.telemetry.metrics import ASKED, COUNTED, Gauges, Metrics
 from img2img_server.telemetry.request_traces import Outcome, Record
 from running import store
 

@@ -16,9 +16,8 @@ from img2img.v1 import image_to_image_pb2 as pb
 from img2img.v1.image_to_image_pb2_grpc import ImageToImageServiceStub
 from img2img_server.config import TelemetrySettings
 from img2img_server.models.registry import Model, ModelRegistry
-from img2img_server.telemetry import gauges
-from img2img_server.telemetry.gauges import ASKED
-from img2img_server.telemetry.metrics import COUNTED, PROCESS
+from img2img_server.telemetry import metrics
+from img2img_server.telemetry.metrics import ASKED, COUNTED, PROCESS
 from messages import failure, request
 from running import RunningServer, running, store
 from scraping import fetch, scrape, settled, value
@@ -207,13 +206,13 @@ def test_what_is_served_is_what_is_described(server: RunningServer, stub: ImageT
 
 
 def test_the_documentation_has_every_metric() -> None:
-    """The table between the markers is gauges.describe(); print that to mend it."""
+    """The table between the markers is metrics.describe(); print that to mend it."""
     text = (REPOSITORY / "docs" / "monitoring.md").read_text(encoding="utf-8")
     _, begun, rest = text.partition("<!-- metrics -->\n")
     table, ended, _ = rest.partition("\n<!-- /metrics -->")
     assert begun
     assert ended
-    assert table == gauges.describe()
+    assert table == metrics.describe()
 
 
 def test_a_model_that_cannot_be_served_is_told_as_failed() -> None:

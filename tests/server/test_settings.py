@@ -14,9 +14,19 @@ from hypothesis import strategies as st
 from img2img_server.config import ServerConfig
 from img2img_server.runtime.execution import Bucket
 from img2img_server.settings.setting import FieldPath, Setting, build, section, setting, settings_of, value_of
-from img2img_server.settings.sources import DEFAULT, FLAG, Configured, Environment, SettingError, as_toml, declare, resolve
+from img2img_server.settings.sources import (
+    DEFAULT,
+    FLAG,
+    Configured,
+    Environment,
+    SettingError,
+    as_toml,
+    declare,
+    from_text,
+    resolve,
+    to_toml,
+)
 from img2img_server.settings.sources import given as flags_given
-from img2img_server.settings.values import from_text, to_toml
 
 ALL = settings_of(ServerConfig)
 SOURCES = ("file", "variable", "flag")  # the later counts more

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from img2img_server.support.directories import user_cache
+from img2img_server.support.distribution import user_cache
 
 from img2img_export.progress import Advance, Progress
 

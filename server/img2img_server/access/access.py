@@ -64,7 +64,7 @@ Metadata = Sequence[tuple[str, str | bytes]]
 
 _OPEN = "/grpc.health.v1.Health/"
 _UNCOUNTED = ("/grpc.reflection.", "/inference.GRPCInferenceService/ModelStreamInfer")
-"""Methods that do not count towards limits. Each request within a ModelStreamInfer counts instead (kserve/streaming.py)."""
+"""Methods that do not count towards limits. Each request within a ModelStreamInfer counts instead (kserve/inference.py)."""
 _LOOK_SECONDS = 1.0
 """Minimum interval between checks of the file, and its minimum age: a file that is still being written may lack a token's
 limits."""

@@ -22,7 +22,7 @@ from grpc_status import rpc_status
 
 from img2img_server.access.access import Access
 from img2img_server.api import wire
-from img2img_server.api.grpc_batches import CALL_IS_GONE
+from img2img_server.api.grpc_extensions import CALL_IS_GONE
 from img2img_server.api.transport import MAX_MESSAGE_BYTES, Readers
 from img2img_server.codecs.pool import ImageMemory
 from img2img_server.errors import (

@@ -16,8 +16,7 @@ from img2img.v1 import asset_pb2_grpc, image_to_image_pb2, image_to_image_pb2_gr
 from img2img_server.access.access import Access
 from img2img_server.api import transport
 from img2img_server.api.assets import AssetService
-from img2img_server.api.grpc_batches import free_failed_batches
-from img2img_server.api.handlers import Handlers
+from img2img_server.api.grpc_extensions import Handlers, free_failed_batches
 from img2img_server.api.health import HealthServicer
 from img2img_server.api.interceptors import CallInterceptor
 from img2img_server.api.models import ModelService

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from img2img_server.support.call import Call
-from img2img_server.support.directories import user_cache
+from img2img_server.support.distribution import user_cache
 
 _FILE = re.compile(r"(?P<owner>shared|client-[0-9a-f]{32})/(?P<start>[0-9a-f]{2})/(?P<id>(?P=start)[0-9a-f]{62})")
 _ID = re.compile(r"[0-9a-f]{64}")

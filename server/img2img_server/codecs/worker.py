@@ -1,4 +1,4 @@
-"""A codec process: `python -m img2img_server.codecs.worker DESCRIPTOR PARENT`, started and killed by process.py.
+"""A codec process: `python -m img2img_server.codecs.worker DESCRIPTOR PARENT`, started and killed by pool.py.
 
 It reads pickled jobs from a socket, each with a file of its bytes. The kernel enforces the memory and processor time that the job
 has requested: without memory decoders fail; after the time SIGPROF kills the process.

@@ -1,7 +1,7 @@
 """Declares settings: each field of a configuration defines its flag, environment variable and key in a file.
 
 A configuration is a frozen dataclass whose fields are created by `setting`, or by `section` for a nested dataclass of settings.
-values.py parses and formats values; sources.py reads flags, environment and files.
+sources.py reads flags, environment and files.
 """
 
 import difflib

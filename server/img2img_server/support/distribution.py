@@ -1,7 +1,9 @@
-"""The installed distribution: its name on a package index, its version, and how to install its extras.
+"""The installed distribution: its name on a package index, its version, how to install its extras, and its cache folder.
 
 The command and the contract's import name are `img2img`; the project `img2img` on PyPI is another one.
 """
+
+from pathlib import Path
 
 NAME = "img2img-server"
 
@@ -16,3 +18,11 @@ def version() -> str:
 def install_hint(*extras: str) -> str:
     """The command that installs these extras of pyproject.toml, for error messages."""
     return f"pip install '{NAME}[{','.join(extras)}]'"
+
+
+def user_cache(name: str) -> Path:
+    """The folder `name` of img2img in the user's cache directory (~/.cache, also on macOS). Raises RuntimeError without a
+    home."""
+    from platformdirs.unix import Unix  # here: most commands do not need it
+
+    return Unix("img2img").user_cache_path / name

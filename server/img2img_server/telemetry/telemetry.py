@@ -85,7 +85,7 @@ class Telemetry:
     ) -> None:
         """Adds the metrics of these components. Called once, after start()."""
         if self._metrics is not None:
-            from img2img_server.telemetry.gauges import Gauges
+            from img2img_server.telemetry.metrics import Gauges
 
             self._metrics.registry.register(Gauges(engine, models, cache, assets, codecs))
 

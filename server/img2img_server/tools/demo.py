@@ -9,8 +9,7 @@ from pathlib import Path
 
 from img2img_server.bundle.manifest import read_manifest
 from img2img_server.errors import BundleError
-from img2img_server.support.directories import user_cache
-from img2img_server.support.distribution import install_hint
+from img2img_server.support.distribution import install_hint, user_cache
 
 _MODEL = Path("demo") / "model"
 _NEEDED = ("torch", "diffusers", "onnx", "optimum", "onnxruntime", "skimage", "huggingface_hub")

@@ -19,7 +19,7 @@ from filelock import FileLock, Timeout
 
 from img2img_server.bundle.manifest import digest_files, sha256_of
 from img2img_server.support.cancellation import Stop
-from img2img_server.support.directories import user_cache
+from img2img_server.support.distribution import user_cache
 
 _log = logging.getLogger(__name__)
 

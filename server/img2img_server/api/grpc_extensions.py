@@ -1,4 +1,4 @@
-"""Workaround for a memory leak of grpc.aio: frees gRPC's batches of operations also if their call is cancelled.
+"""Extensions of grpc.aio: handlers that can be added to a started server, and a workaround for a memory leak.
 
 grpc.aio frees a batch's metadata and messages only if the batch succeeds and is still awaited. So each call that a client resets
 leaks up to 1 KB of native memory (https://github.com/grpc/grpc/issues/43360, open in grpcio 1.85). This module always runs gRPC's
@@ -8,10 +8,13 @@ own function to its end: it presents a failed batch to it as a successful one, a
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
 
+import grpc
 from grpc._cython import cygrpc
+
+from img2img_server.errors import ServerStarting
 
 _execute = cygrpc.execute_batch
 CALL_IS_GONE = (cygrpc.InternalError, cygrpc._ServerStoppedError)
@@ -82,3 +85,51 @@ def free_failed_batches() -> None:
 
 def _is_no_failed_batch(record: logging.LogRecord) -> bool:
     return not record.getMessage().startswith("ExecuteBatchError raised in core")
+
+
+_RETRY_AFTER = 1.0
+"""Retry delay, in seconds, of a call that arrives before the services are ready."""
+
+
+class Handlers(grpc.GenericRpcHandler):
+    """The handlers of a started gRPC server. Generated `add_...Servicer_to_server` functions take `as_server`.
+
+    gRPC does not allow handlers to be added to a started server, but it queries this object for each call. Until `ready` is set,
+    calls of methods without a handler are refused with ServerStarting.
+    """
+
+    def __init__(self) -> None:
+        self.ready = False
+        self._handlers: list[grpc.GenericRpcHandler] = []
+
+    @property
+    def as_server(self) -> grpc.aio.Server:
+        """This object, typed for generated code, which only adds handlers to a server."""
+        return cast(grpc.aio.Server, self)
+
+    def add_generic_rpc_handlers(self, handlers: Sequence[grpc.GenericRpcHandler]) -> None:
+        """Adds the handlers of a service."""
+        self._handlers += handlers
+
+    def add_registered_method_handlers(self, service: str, handlers: "Mapping[str, grpc.RpcMethodHandler[Any, Any]]") -> None:
+        """Does nothing: generated code also adds the same methods as generic handlers."""
+
+    def service(self, details: grpc.HandlerCallDetails) -> "grpc.RpcMethodHandler[Any, Any] | None":
+        """The handler of one call; None if the method does not exist."""
+        for handlers in self._handlers:
+            if (found := handlers.service(details)) is not None:
+                return found
+        return None if self.ready else _STARTING
+
+
+def starting() -> ServerStarting:
+    """The error of a call that arrives before the services are ready."""
+    return ServerStarting("the server is starting and loads its models: try again later", _RETRY_AFTER)
+
+
+async def _refuse(requests: Any, context: Any) -> Any:
+    """Refuses a call without reading its message."""
+    raise starting()
+
+
+_STARTING: "grpc.RpcMethodHandler[Any, Any]" = grpc.stream_unary_rpc_method_handler(_refuse)
