@@ -19,7 +19,7 @@ import trustme
 from fakes import FakePipeline
 from granting import grant
 from http_calls import EDITS, ask, client_of, connection, form, get, head_of, port_of, rest_of, serving
-from img2img_server.backends.base import LocalBackend
+from img2img_server.backends.local import LocalBackend
 from img2img_server.config import ServerConfig, TelemetrySettings, TlsSettings
 from img2img_server.engine.scheduler import QueueLimits
 from img2img_server.telemetry.logs import ACCESS

@@ -11,14 +11,14 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Route, Router
 
 from img2img_server.access.access import Access
-from img2img_server.api.handlers import starting
+from img2img_server.api.grpc_extensions import starting
 from img2img_server.api.health import HealthServicer
 from img2img_server.api.http import openapi
 from img2img_server.api.http.errors import MethodNotAllowed, PathNotFound
 from img2img_server.api.http.exchange import ClientLeft, Exchange, Receive, Send
 from img2img_server.api.http.images import Images
 from img2img_server.api.http.models import Models
-from img2img_server.api.interceptors import call_of, given_up, let_go
+from img2img_server.api.interceptors import call_of, cancelled_status, release_frames
 from img2img_server.api.transport import Readers
 from img2img_server.errors import DeadlineExpired, ServerError
 from img2img_server.support.call import Call, answering
@@ -79,7 +79,7 @@ class App:
                 async with self._answering(exchange, call, outcome) as admitted:
                     await self._handlers[method](exchange, admitted)
             except ClientLeft:
-                outcome.status = given_up(exchange.time_remaining())
+                outcome.status = cancelled_status(exchange.time_remaining())
             except CancelledError:
                 outcome.status = "CANCELLED"  # the server ends: the connection has been closed
             except Exception as caught:  # noqa: BLE001 - the service's edge
@@ -109,7 +109,7 @@ class App:
             _log.error("%s failed", call.method, exc_info=error, extra={"request_id": call.request_id})
             error = ServerError("internal server error")
         outcome.status, outcome.reason = error.status, error.reason
-        let_go(caught)
+        release_frames(caught)
         try:
             await exchange.fail(error)
         except ServerError:  # it does not read that either
