@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from img2img_server.codecs import process
-from img2img_server.codecs.process import CodecProcess, ProcessDied
+from img2img_server.codecs.pool import CodecProcess, ProcessDied
 
 _spawner = ThreadPoolExecutor(1, "test-codecs")
 """A thread that lasts: the kernel ends a codec process with the thread that started it."""
