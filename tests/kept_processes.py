@@ -8,7 +8,7 @@ import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from img2img_server.codecs import process
+from img2img_server.codecs import pool
 from img2img_server.codecs.pool import CodecProcess, ProcessDied
 
 _spawner = ThreadPoolExecutor(1, "test-codecs")
@@ -23,7 +23,7 @@ class _Running:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             self._popen = subprocess.Popen(
-                [*process.COMMAND, str(theirs.fileno()), str(os.getpid())],
+                [*pool.COMMAND, str(theirs.fileno()), str(os.getpid())],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 pass_fds=(theirs.fileno(),),
