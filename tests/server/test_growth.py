@@ -85,8 +85,9 @@ LOADS = {
     "a shape each": Load(shape=lambda number: f"shape {number}", client=lambda number: f"client {number % 7}"),
     "twenty models": Load(model=lambda number: f"m{number % 20}", client=lambda number: f"client {number % 50}"),
     "far deadlines": Load(patience=10_000.0, client=lambda number: f"client {number % 50}"),
-    "near deadlines": Load(patience=0.0),
 }
+PRESSING = Load(patience=20.0, client=lambda number: f"client {number % 50}")
+"""The deadlines of a seventh begin to press 19.4 s after they came."""
 
 
 class Filled:
@@ -98,17 +99,17 @@ class Filled:
         pipelines = {f"m{number}": ShapedPipeline(self.clock, lambda rows: STEP) for number in range(20)}
         limits = QueueLimits(max_waiting=10 * MANY, max_client_waiting=10 * MANY)
         self.engine = Engine(pipelines, limits, self.clock)
-        if load.patience != 0.0:  # unknown costs refuse no deadline
-            for name, pipeline in pipelines.items():
-                self.engine.costs.adopt(name, WarmUp(16, 1.0, self.clock).measure(name, pipeline))
+        for name, pipeline in pipelines.items():
+            self.engine.costs.adopt(name, WarmUp(16, 1.0, self.clock).measure(name, pipeline))
         self.tickets = [self.submit() for _ in range(count)]
+        if load is PRESSING:
+            self.clock.now += 19.6
         for _ in range(12):
             self.engine.step()
 
     def submit(self) -> Ticket:
         self.number += 1
-        patient = self.load if self.load.patience != 0.0 else replace(self.load, patience=1000.0)
-        return self.engine.submit(patient.request(self.number, self.clock.now), self.events.append).ticket
+        return self.engine.submit(self.load.request(self.number, self.clock.now), self.events.append).ticket
 
     def step(self) -> None:
         for _ in range(30):
@@ -137,10 +138,19 @@ def lines(load: Load, count: int, work: Callable[[Filled], None]) -> int:
     return counter.count
 
 
+def check(load: Load, work: Callable[[Filled], None], few_waiting: int = FEW) -> None:
+    few, many = lines(load, few_waiting, work), lines(load, MANY, work)
+    assert few > 1000, "the engine's lines are counted"
+    assert many <= 1.2 * few
+
+
 @pytest.mark.parametrize("work", [Filled.step, Filled.submit_some, Filled.cancel, Filled.news], ids=lambda work: work.__name__)
 @pytest.mark.parametrize("load", LOADS.values(), ids=LOADS)
 def test_work_does_not_grow_with_how_many_wait(load: Load, work: Callable[[Filled], None]) -> None:
-    few, many = lines(load, FEW, work), lines(load, MANY, work)
-    print(few, many)
-    assert few > 100, "the engine's lines are counted"
-    assert many <= 1.25 * few
+    check(load, work)
+
+
+@pytest.mark.parametrize("work", [Filled.step, Filled.submit_some, Filled.cancel], ids=lambda work: work.__name__)
+def test_work_does_not_grow_with_how_many_deadlines_press(work: Callable[[Filled], None]) -> None:
+    """As time has passed, news is due for all. For 400 requests that lasts as long as what is counted."""
+    check(PRESSING, work, few_waiting=400)

@@ -130,13 +130,13 @@ class Executor:
         self._predicted = {ticket: (_step(ticket), noise) for ticket, noise in predicted if ticket.state is not None}
         before = {ticket: step for ticket, (step, _) in self._predicted.items()}
         # An opaque pipeline also makes calls that advance no request, such as the steps of a prior.
-        moved = {ticket for ticket, _ in self.run("advance", list(before)) if _step(ticket) != before[ticket]}
+        steps = {ticket: _step(ticket) for ticket, _ in self.run("advance", list(before))}
+        moved = {ticket: step for ticket, step in steps.items() if step != before[ticket]}
         self._predicted = {}
         for call in self._submitted:
             call.open = False
-            call.moved = [
-                (ticket, _step(ticket), _step(ticket) + ticket.steps_left) for ticket in call.tickets if ticket in moved
-            ]
+            mine = [ticket for ticket in call.tickets if ticket in moved]
+            call.moved = [(ticket, moved[ticket], moved[ticket] + ticket.steps_left) for ticket in mine]
         self._preview([ticket for ticket in before if ticket in moved and _wants_preview(ticket)])
         self._report()
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from img2img_server.engine.backlog import Backlog, group_sums
 from img2img_server.engine.costs import Costs
+from img2img_server.engine.forecasts import ActiveSums, Corrections
 from img2img_server.engine.policy import Job, JobSeconds, Policy
 from img2img_server.engine.queue import Queue
 from img2img_server.engine.request import RequestStatus, Ticket
@@ -28,10 +29,6 @@ _SUMMED_CALLS = 8
 """Calls after which the sums of the active requests that estimates are made of are computed again."""
 _MOST_COMPARED = 32
 """Waiting requests among which those are sought that share the shape of the first, and may be admitted with it."""
-_LEAST_WEIGHT = 0.15
-"""The minimum weight of the newest request in the running mean of forecast errors."""
-_CAUTION = 4
-"""Observations after which half of their mean error is applied as a correction."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,12 +74,12 @@ class Scheduler:
         self._queue = Queue(Backlog(lambda job, rows: self._policy.row_seconds(job, rows, max_rows, limits.max_active)))
         self._models: Counter[str] = Counter()  # requests that have not ended
         self._clients: Counter[str] = Counter()  # waiting and active requests for which no slot counts
-        self._bias: dict[Hashable, tuple[float, int]] = {}
+        self._corrections = Corrections()
         self._unknown: set[str] = set()  # models of requests that came before their costs were known
         self._forecast_at = -math.inf
         self._jobs: dict[int, Job] = {}  # of active requests
         self._calls = 0
-        self._in_progress = _InProgress(self._policy, 0)
+        self._in_progress = ActiveSums(self._policy, 0)
         self.cancelled: deque[Ticket] = deque()
         """Where tickets note that they were cancelled."""
 
@@ -255,24 +252,9 @@ class Scheduler:
             self._look_at_active(now)
         return self._look_at_some(now)
 
-    def estimate(self, ticket: Ticket, forecast: float) -> float:
-        """The forecast, corrected by the mean error of similar forecasts, since other requests arrive."""
-        mean, count = self._bias.get(self._forecast_key(ticket), (0.0, 0))
-        return forecast * math.exp(mean * count / (count + _CAUTION))
-
     def learn(self, ticket: Ticket, seconds: float) -> None:
         """Records how long a request took, to correct later forecasts."""
-        if not ticket.forecast or seconds <= 0:
-            return
-        mean, count = self._bias.get(ticket.forecast_key, (0.0, 0))
-        share = max(_LEAST_WEIGHT, 1 / (count + 1))
-        self._bias[ticket.forecast_key] = (mean + share * (math.log(seconds / ticket.forecast) - mean), count + 1)
-
-    def _forecast_key(self, ticket: Ticket) -> Hashable:
-        """Requests of about as many steps, among about as many others, have similar forecast errors."""
-        if ticket.forecast_key is None:
-            ticket.forecast_key = ticket.plan.step_count.bit_length(), sum(map(len, self._tickets.values())).bit_length()
-        return ticket.forecast_key
+        self._corrections.learn(ticket, seconds)
 
     @property
     def _few(self) -> bool:
@@ -318,7 +300,7 @@ class Scheduler:
     def _expect(self, ticket: Ticket, now: float, forecast: float | None) -> None:
         """Sets when a request is expected to be finished. Not if nothing was known on its arrival."""
         if ticket.forecast is not None and forecast is not None:
-            ticket.expected = now + self.estimate(ticket, forecast)
+            ticket.expected = now + self._corrections.apply(ticket, forecast, sum(map(len, self._tickets.values())))
 
     def _position(self, ticket: Ticket, now: float) -> int:
         return next(position for position, waiting in enumerate(self._in_order(now)) if waiting is ticket)
@@ -347,11 +329,11 @@ class Scheduler:
         active = self._active_sums()
         return self._queue.work(active.groups) / ((self._queue.seconds + active.seconds) or 1.0)
 
-    def _active_sums(self) -> "_InProgress":
+    def _active_sums(self) -> ActiveSums:
         """Sums of the active requests, computed once in a few calls."""
         sums = self._in_progress
         if self._calls >= sums.call + _SUMMED_CALLS or abs(len(self._policy.order) - sums.count) > self.limits.max_admitted:
-            sums = self._in_progress = _InProgress(self._policy, self._calls)
+            sums = self._in_progress = ActiveSums(self._policy, self._calls)
         return sums
 
     def _count(self, ticket: Ticket, change: int) -> None:
@@ -435,31 +417,3 @@ def _check_deadline(ticket: Ticket) -> None:
     if deadline is not None and forecast is not None and ticket.arrival + forecast > deadline:
         left = max(0.0, deadline - ticket.arrival)
         raise DeadlineUnmeetable(f"it would take about {forecast:.2f} s, and {left:.2f} s are left", estimate=forecast)
-
-
-class _InProgress:
-    """The active requests when a call began, the one of number `call`. `groups` and `seconds` are sums over all."""
-
-    def __init__(self, policy: Policy, call: int) -> None:
-        self.call, self.count = call, len(policy.order)
-        self.groups = group_sums(policy.order)
-        self._usage = dict(policy.usage)
-        self._jobs = []  # client, seconds left, and the seconds that the client has had when it is finished
-        had = dict(policy.usage)
-        for job in policy.order:
-            left = job.seconds_left
-            end = had.get(job.client, 0.0) + left
-            if job.client:
-                had[job.client] = end
-            self._jobs.append((job.client, left, end))
-        self.seconds = sum(left for _, left, _ in self._jobs)
-
-    def before(self, job: Job, own_seconds: float) -> float:
-        """The seconds of those that are ahead of a waiting request, with `own_seconds` of its client's waiting ahead of it: those
-        of its client that have less left, and those of others that are finished when their client has had less."""
-        own, client = 0.0, job.client or None
-        for other, left, _ in self._jobs:
-            if other == client and left < job.seconds_left:
-                own += left
-        end = self._usage.get(job.client, 0.0) + own + own_seconds + job.seconds_left
-        return own + sum(left for other, left, other_end in self._jobs if other != client and other_end < end)

@@ -1,0 +1,64 @@
+"""What forecasts of long queues are made of: sums of the active requests, and corrections by the errors of earlier forecasts."""
+
+import math
+from collections.abc import Hashable
+
+from img2img_server.engine.backlog import group_sums
+from img2img_server.engine.policy import Job, Policy
+from img2img_server.engine.request import Ticket
+
+_LEAST_WEIGHT = 0.15
+"""The minimum weight of the newest request in the running mean of forecast errors."""
+_CAUTION = 4
+"""Observations after which half of their mean error is applied as a correction."""
+
+
+class ActiveSums:
+    """The active requests when a call began, the one of number `call`. `groups` and `seconds` are sums over all."""
+
+    def __init__(self, policy: Policy, call: int) -> None:
+        self.call, self.count = call, len(policy.order)
+        self.groups = group_sums(policy.order)
+        self._usage = dict(policy.usage)
+        self._jobs = []  # client, seconds left, and the seconds that the client has had when it is finished
+        had = dict(policy.usage)
+        for job in policy.order:
+            left = job.seconds_left
+            end = had.get(job.client, 0.0) + left
+            if job.client:
+                had[job.client] = end
+            self._jobs.append((job.client, left, end))
+        self.seconds = sum(left for _, left, _ in self._jobs)
+
+    def before(self, job: Job, own_seconds: float) -> float:
+        """The seconds of those that are ahead of a waiting request, with `own_seconds` of its client's waiting ahead of it: those
+        of its client that have less left, and those of others that are finished when their client has had less."""
+        own, client = 0.0, job.client or None
+        for other, left, _ in self._jobs:
+            if other == client and left < job.seconds_left:
+                own += left
+        end = self._usage.get(job.client, 0.0) + own + own_seconds + job.seconds_left
+        return own + sum(left for other, left, other_end in self._jobs if other != client and other_end < end)
+
+
+class Corrections:
+    """Means of the errors of forecasts, by requests that are alike."""
+
+    def __init__(self) -> None:
+        self._bias: dict[Hashable, tuple[float, int]] = {}
+
+    def apply(self, ticket: Ticket, forecast: float, count: int) -> float:
+        """The forecast, corrected by the mean error of similar forecasts, since other requests arrive. Requests of about as many
+        steps, which came when there were about as many others, `count`, have similar errors."""
+        if ticket.forecast_key is None:
+            ticket.forecast_key = ticket.plan.step_count.bit_length(), count.bit_length()
+        mean, observed = self._bias.get(ticket.forecast_key, (0.0, 0))
+        return forecast * math.exp(mean * observed / (observed + _CAUTION))
+
+    def learn(self, ticket: Ticket, seconds: float) -> None:
+        """Records how long a request took."""
+        if not ticket.forecast or seconds <= 0:
+            return
+        mean, count = self._bias.get(ticket.forecast_key, (0.0, 0))
+        share = max(_LEAST_WEIGHT, 1 / (count + 1))
+        self._bias[ticket.forecast_key] = (mean + share * (math.log(seconds / ticket.forecast) - mean), count + 1)
