@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import openai
 import pytest
 from fakes import FakePipeline
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from http_calls import client_of, opened
 from img2img.v1 import image_to_image_pb2 as pb
 from img2img.v1 import model_pb2
 from img2img.v1.image_to_image_pb2_grpc import ImageToImageServiceStub
@@ -29,7 +31,7 @@ from img2img_server.backends.ray.messages import (
 from img2img_server.backends.ray.replica import Replica
 from img2img_server.config import ServerConfig
 from img2img_server.engine.request import Completed, Ending, Event, Failed
-from messages import failure, request
+from messages import failure, png, request
 from running import RunningServer, running, running_backend, store
 from simulated_device import SimulatedDevice
 
@@ -211,3 +213,17 @@ def test_without_ray_the_operator_is_told_what_to_install(
 def test_a_trace_is_of_a_device_in_this_process() -> None:
     with pytest.raises(ValueError, match="trace"):
         cluster(ServerConfig(Path(), engine="ray", trace=Path("trace.json")))
+
+
+def test_openais_api_over_http_is_served_by_replicas_too() -> None:
+    with front(Here(FakePipeline()), http_port=0) as (server, _), client_of(server) as client:
+        assert [one.id for one in client.models.list()] == ["m"]
+        result = client.images.edit(image=png(), prompt="a lake", model="m", n=2)
+        assert result.data is not None
+        assert [opened(one.b64_json).size for one in result.data] == [(16, 8)] * 2
+        with client.images.edit(image=png(), prompt="a lake", model="m", stream=True, partial_images=2) as stream:
+            kinds = [str(event.type) for event in stream]
+        assert kinds[-1] == "image_edit.completed"
+        assert kinds.count("image_edit.partial_image") == 2
+        with pytest.raises(openai.BadRequestError, match="strength"):
+            client.images.edit(image=png(), prompt="a lake", model="m", extra_body={"strength": 2})
