@@ -30,6 +30,14 @@ WITH_PREVIEWS = ("sd1", "sdxl", "demo")
 """Bundles for which the export fits a preview."""
 
 
+LONG = ("tests/test_readme.py", "tests/test_recipes.py", "tests/test_soak.py", "tests/playground/test_in_a_browser.py")
+"""Files whose tests take long. They run first: no process waits for them at the end."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: not item.nodeid.startswith(LONG))
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_collection() -> Generator[None, object, object]:
     """Takes the imported libraries out of garbage collection: a million objects that each full collection would visit.
