@@ -250,7 +250,7 @@ async def test_loading_and_unloading_beside_recorded_calls(folder: Path, gpu: Fa
     assert max(used[2:]) - min(used[2:]) <= ARENA_STEP, used
 
 
-async def test_what_a_model_takes_is_measured_on_the_device_and_comes_back_whoever_holds_it(folder: Path, gpu: FakeGpu) -> None:
+async def test_a_models_memory_is_measured_on_the_device_and_freed_when_it_is_unloaded(folder: Path, gpu: FakeGpu) -> None:
     async with rig(folder) as it:
         empty = gpu.used
         await it.use("a")

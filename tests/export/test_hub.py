@@ -146,7 +146,7 @@ def test_a_connection_that_breaks_is_made_again_and_the_file_continued(hub: Hub,
     assert found["tasks"] == [["downloading someone/model", size(found), size(found)]]
 
 
-def test_after_a_download_that_broke_off_only_the_files_that_are_not_complete_are_downloaded(hub: Hub, tmp_path: Path) -> None:
+def test_an_interrupted_download_resumes_with_the_incomplete_files(hub: Hub, tmp_path: Path) -> None:
     name, length = "unet/diffusion_pytorch_model.safetensors", 1000
     header = json.dumps({"x": {"dtype": "U8", "shape": [length], "data_offsets": [0, length]}}).encode()
     hub.files[name] = len(header).to_bytes(8, "little") + header + b"w" * length

@@ -92,7 +92,7 @@ def test_what_a_killed_export_left_is_cleared_at_once(tmp_path: Path) -> None:
     assert names(tmp_path) == []
 
 
-def test_what_nobody_could_clear_is_not_taken_for_a_bundle_and_the_next_export_clears_it(tmp_path: Path) -> None:
+def test_a_stale_staging_directory_is_removed_by_the_next_export(tmp_path: Path) -> None:
     output = tmp_path / "mod[e]l"
     kill_a_build(output, and_its_janitor=True)
     assert not output.exists()

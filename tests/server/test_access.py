@@ -150,7 +150,7 @@ def test_so_many_calls_a_minute_and_an_exact_time_to_come_back(path: Path) -> No
 
 @given(st.integers(1, 120), st.lists(st.just(0.0) | st.floats(0, 3), min_size=1, max_size=100))
 @settings(deadline=None, max_examples=60)
-def test_no_pattern_of_calls_gets_more_than_the_rate_and_who_waits_as_told_gets_in(per_minute: int, pauses: list[float]) -> None:
+def test_no_call_pattern_exceeds_the_rate_and_the_retry_delay_is_long_enough(per_minute: int, pauses: list[float]) -> None:
     from img2img_server.access.access import Usage
 
     token, usage, now, taken = Token("t", "", requests_per_minute=per_minute), Usage(), 0.0, 0

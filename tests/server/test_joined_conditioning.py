@@ -38,7 +38,7 @@ def test_the_same_states_are_joined_once_and_others_for_themselves() -> None:
     assert "time_ids" in joined.get([one, two]), "what was handed out is the caller's own"
 
 
-def test_nothing_is_kept_of_states_that_are_gone_nor_of_too_many_batches_nor_when_memory_runs_out() -> None:
+def test_joined_conditioning_is_evicted_with_its_states_by_count_and_when_memory_runs_out() -> None:
     joined, states = JoinedConditioning(most=2), [state(number, 1) for number in range(4)]
     kept = joined.get(states[:2])["time_ids"]
     joined.forget(states[2])

@@ -92,7 +92,7 @@ def test_an_engine_that_is_stuck_ends_the_process_with_a_status_of_its_own(
     assert "in denoise" in process.log
 
 
-def test_a_second_signal_ends_it_even_if_nobody_can_be_told(start: Callable[..., Process]) -> None:
+def test_a_second_signal_ends_the_process_even_if_the_event_loop_is_blocked(start: Callable[..., Process]) -> None:
     process = start(*FAULTY, "end", "--models", "m", "--watchdog", "0")
     with process.channel() as channel:
         events = _events(channel)
@@ -121,7 +121,7 @@ def test_a_signal_before_it_serves_ends_it(start: Callable[..., Process], number
         (FileNotFoundError(2, "No such file", "tokens"), 1, "tokens: No such file"),
     ],
 )
-def test_what_keeps_it_from_starting_is_told_in_one_line(
+def test_a_startup_error_is_one_line(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],

@@ -85,7 +85,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "store"
 
 
-def test_models_come_and_go_and_health_tells(folder: Path) -> None:
+def test_models_load_and_unload_and_health_follows(folder: Path) -> None:
     with serving(folder, preload=("a",)) as it:
         assert it.states() == {"a": READY, "b": UNLOADED}
         assert (it.serves("a"), it.serves("b")) == (True, False)
@@ -104,7 +104,7 @@ def test_models_come_and_go_and_health_tells(folder: Path) -> None:
         assert it.transform(repo_id="acme/b").model_id == "b"
 
 
-def test_what_is_being_loaded_is_told_and_waited_for_as_long_as_the_caller_will(folder: Path) -> None:
+def test_a_loading_model_is_reported_and_requests_wait_for_it_until_their_deadline(folder: Path) -> None:
     with serving(folder, preload=("a",)) as it:
         it.memory.gates["b"] = threading.Event()
         call = it.images.Transform.future(request(model=pb.ModelReference(path="b")))
@@ -121,7 +121,7 @@ def test_what_is_being_loaded_is_told_and_waited_for_as_long_as_the_caller_will(
         assert it.memory.loads == ["a", "b"]
 
 
-def test_a_model_that_cannot_be_loaded_is_told_of(folder: Path) -> None:
+def test_a_model_that_fails_to_load_is_reported(folder: Path) -> None:
     with serving(folder, preload=("a",)) as it:
         it.memory.problems["b"] = MemoryError("/a/path")
         code, details = failure(lambda: it.load(id="b"))

@@ -59,7 +59,7 @@ async def _send(router: LeastWorkRouter, model: str = "m") -> str:
     return str(replica.replica_id.unique_id)
 
 
-async def test_requests_go_to_the_replica_with_the_least_work_and_nobody_is_asked_first() -> None:
+async def test_requests_go_to_the_replica_with_the_least_work_without_a_probe() -> None:
     busy, idle = FakeReplica("busy", 5.0, 5), FakeReplica("idle", 1.0, 1)
     router = _router(busy, idle)
     assert [await _send(router) for _ in range(4)] == ["idle"] * 4

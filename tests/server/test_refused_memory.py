@@ -91,9 +91,7 @@ def test_a_calls_message_is_freed_with_the_call(fields: dict[str, object], strea
     assert held < 2 * MESSAGE
 
 
-def test_those_who_are_refused_for_the_same_reason_are_let_go_one_by_one(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_requests_that_share_an_error_are_freed_one_by_one(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """They share the error, whose trace has the frames of each; and those of one are busy with its answer when the next comes."""
     failing, backends = threading.Event(), list[LocalBackend]()
 

@@ -93,7 +93,9 @@ def test_a_picture_is_the_same_alone_and_in_any_mix(pipeline: StableDiffusion, m
 
 @given(mix=mixes(schedulers=(None, "LCM")))
 @settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))
-def test_so_it_is_where_guidance_goes_into_the_model(distilled: StableDiffusion, mix: list[tuple[Request, int]]) -> None:
+def test_an_image_is_the_same_alone_and_in_any_mix_with_embedded_guidance(
+    distilled: StableDiffusion, mix: list[tuple[Request, int]]
+) -> None:
     assert_same_alone_and_together(distilled, mix)
 
 

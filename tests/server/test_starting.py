@@ -66,7 +66,7 @@ def health(channel: grpc.Channel, name: str = "") -> int:
     return int(stub.Check(health_pb2.HealthCheckRequest(service=name), timeout=60).status)
 
 
-def test_while_models_load_health_is_not_serving_and_every_call_is_refused_with_when_to_retry() -> None:
+def test_while_models_load_health_is_not_serving_and_calls_are_refused_with_a_retry_delay() -> None:
     gate = threading.Event()
     with loading(gate) as (_, channel, _):
         models, images = ModelServiceStub(channel), ImageToImageServiceStub(channel)
@@ -277,7 +277,7 @@ def test_a_model_that_is_named_to_be_loaded_and_fails_is_no_reason_not_to_start(
     assert models.get("a").detail.startswith("it could not be loaded (RuntimeError)")
 
 
-def test_by_default_the_default_model_is_loaded_and_the_others_when_they_are_asked_for(tmp_path: Path) -> None:
+def test_the_default_model_is_loaded_at_start_and_others_on_the_first_request(tmp_path: Path) -> None:
     for name in "abc":
         make_bundle(tmp_path / name)
     make = lambda bundle, manifest: FakePipeline()  # noqa: E731

@@ -95,7 +95,7 @@ def counted(**values: float) -> str:
     return COUNTED.format(**{"start": 1.0, "a": 0, "b": 0, "hits": 0, "misses": 0, **values})
 
 
-def test_rates_are_summed_over_what_is_not_asked_and_a_share_of_nothing_is_unknown() -> None:
+def test_rates_are_summed_over_other_labels_and_a_share_of_zero_is_unknown() -> None:
     before, now = parse(counted(a=1, b=2, hits=5, misses=5), "u"), parse(counted(a=3, b=7, hits=8, misses=6), "u")
     snapshot = compare("u", before, now, 2.0)
     assert snapshot.requests_per_second == {"OK": 3.5}

@@ -56,7 +56,7 @@ RULES: dict[str, Rule] = {
     "ZImageImg2ImgPipeline": Rule(guided_above=0.0),
 }
 """Classes whose images are the same alone and in a shared call, to 1/255 in float32 (diffusers 0.39, checked by
-`tests/server/test_sharing.py`). All other classes, which are not tested, draw one image per call."""
+`tests/server/test_batching_rules.py`). All other classes, which are not tested, draw one image per call."""
 
 
 def rule_of(pipe: Any) -> Rule | None:

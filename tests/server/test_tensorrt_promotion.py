@@ -11,7 +11,7 @@ from pathlib import Path
 
 import onnxruntime
 import pytest
-from contending import WatchedStore
+from fake_candidate import WatchedStore
 from img2img_client import Client
 from img2img_server.bundle.manifest import read_manifest
 from img2img_server.engine.cache import Cache

@@ -71,7 +71,7 @@ async def test_an_error_of_the_request_is_final_and_arrives_whole() -> None:
 
 @pytest.mark.parametrize("follow", [False, True])
 @pytest.mark.parametrize("end", [LOST, Failed(EngineStuck("stuck"))])
-async def test_a_request_that_ends_whoever_has_it_ends_three_and_is_not_to_be_sent_again(
+async def test_a_request_that_crashes_three_replicas_fails_and_is_not_retried(
     end: Exception | Failed, follow: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("img2img_server.backends.ray.front._PAUSE", 0.0)
@@ -155,7 +155,7 @@ async def test_what_is_abandoned_ends_with_an_error_of_its_own() -> None:
             it.submit()
 
 
-async def test_where_no_replica_is_requests_are_refused_and_told_when_to_come_again() -> None:
+async def test_without_replicas_requests_are_refused_with_a_retry_delay() -> None:
     async with rig() as it:
         loads(it)
         await it.roster.poll()

@@ -39,7 +39,7 @@ def test_there_may_be_nobody() -> None:
     assert choose({}, "m", SPREAD) is None
 
 
-def test_what_was_sent_since_counts_as_long_as_the_replica_has_not_told_of_it() -> None:
+def test_work_sent_since_the_last_report_counts_until_the_next_one() -> None:
     """Else all requests of a second would go to the one that had the least at its beginning."""
     standing = _standing(4.0, 2)  # two seconds each
     standing.sent += 3

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import grpc
 import pytest
-from contending import ENGINE, FakeCandidate, WatchedStore
+from fake_candidate import ENGINE, FakeCandidate, WatchedStore
 from fakes import Caller, Clock, FakePipeline, make_request
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from img2img_client import Client, ModelNotFound
@@ -85,7 +85,7 @@ def test_users_are_served_while_it_builds_and_by_the_new_one_afterwards(tmp_path
     assert progress == sorted(progress)
 
 
-def test_what_is_being_tried_is_hidden(tmp_path: Path) -> None:
+def test_a_candidate_is_hidden_while_it_is_checked(tmp_path: Path) -> None:
     better, held, go = Better(), threading.Event(), threading.Event()
 
     def hold() -> None:
@@ -116,7 +116,7 @@ def test_what_is_being_tried_is_hidden(tmp_path: Path) -> None:
         assert store.end().state is SERVING
 
 
-def test_nobody_waits_for_more_than_a_step_and_what_runs_goes_on(tmp_path: Path) -> None:
+def test_promotion_delays_no_request_by_more_than_a_step(tmp_path: Path) -> None:
     """A long request is in progress through all of it: loaded, tried, taken over."""
     better, serving, clock = pair()
     candidate = FakeCandidate(tmp_path, better)
@@ -151,7 +151,7 @@ def test_nobody_waits_for_more_than_a_step_and_what_runs_goes_on(tmp_path: Path)
     ],
     ids=["wrong", "nothing to judge by", "slower", "as fast"],
 )
-def test_one_that_is_wrong_or_no_faster_is_rejected(
+def test_a_candidate_that_is_wrong_or_not_faster_is_rejected(
     tmp_path: Path, settings: dict[str, object], seconds: float, why: str
 ) -> None:
     better, serving, clock = pair(better=seconds)
@@ -166,7 +166,7 @@ def test_one_that_is_wrong_or_no_faster_is_rejected(
 
 
 @pytest.mark.parametrize("trouble", ["denoise", "finish", "load", "bug", "fail", "crash"])
-def test_one_that_fails_leaves_the_other_serving(tmp_path: Path, trouble: str) -> None:
+def test_a_failing_candidate_leaves_the_current_engine_serving(tmp_path: Path, trouble: str) -> None:
     better, serving, clock = pair()
     candidate = FakeCandidate(tmp_path, better)
     if trouble in ("denoise", "finish"):
@@ -196,7 +196,7 @@ def assert_serves_as_before(engine: Engine, store: WatchedStore, serving: FakePi
         engine.submit(make_request(model=f"m/{ENGINE}"), lambda event: None)
 
 
-def test_what_was_built_is_found_and_what_is_damaged_or_stale_is_built_anew(tmp_path: Path) -> None:
+def test_built_engines_are_reused_and_damaged_or_stale_ones_are_rebuilt(tmp_path: Path) -> None:
     def takes_over(built: int, version: int = 1) -> FakeCandidate:
         better, serving, clock = pair()
         candidate = FakeCandidate(tmp_path, better, version=version)
@@ -215,7 +215,7 @@ def test_what_was_built_is_found_and_what_is_damaged_or_stale_is_built_anew(tmp_
     takes_over(built=0)
 
 
-def test_a_build_that_was_killed_is_made_anew(tmp_path: Path) -> None:
+def test_a_killed_build_is_repeated(tmp_path: Path) -> None:
     for word, state in (("crash", EngineState.FAILED), ("right", SERVING)):
         better, serving, clock = pair()
         candidate = FakeCandidate(tmp_path, better)

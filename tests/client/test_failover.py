@@ -211,7 +211,7 @@ def servers(tmp_path: Path) -> Iterator[list[Process]]:
 
 
 @pytest.mark.timeout(300)
-def test_one_server_is_drained_and_one_killed_and_nobody_is_told(servers: list[Process]) -> None:
+def test_callers_see_no_error_when_one_server_drains_and_another_is_killed(servers: list[Process]) -> None:
     ledger = Ledger()
     names = [server.name for server in servers]
 

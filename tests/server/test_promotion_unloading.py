@@ -7,7 +7,7 @@ from pathlib import Path
 
 import grpc
 import pytest
-from contending import ENGINE, FakeCandidate, WatchedStore
+from fake_candidate import ENGINE, FakeCandidate, WatchedStore
 from fakes import FakePipeline
 from img2img.v1 import model_pb2
 from img2img.v1.model_pb2_grpc import ModelServiceStub

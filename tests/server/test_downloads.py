@@ -97,7 +97,7 @@ async def begun(it: Rig, name: str, detail: str) -> None:
     await it.until(lambda: any(model.id == name and detail in model.detail for model in it.store))
 
 
-async def test_what_is_not_there_is_exported_once_for_all_who_ask(folder: Path, control: Path) -> None:
+async def test_a_missing_model_is_exported_once_for_all_callers(folder: Path, control: Path) -> None:
     os.mkfifo(control / "gate")
     async with downloading(folder, control) as it:
         waiting = [asyncio.create_task(use(it, repo_id="acme/new")) for _ in range(3)]

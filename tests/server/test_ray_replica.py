@@ -197,7 +197,7 @@ async def test_closing_finishes_what_runs_and_refuses_what_comes() -> None:
         await closing
 
 
-async def test_a_device_that_hangs_is_told_to_its_callers_and_to_whoever_looks_after_it() -> None:
+async def test_a_hanging_device_is_reported_to_callers_and_to_the_controller() -> None:
     pipeline, gate = FakePipeline(), Gate()
     pipeline.before_call = gate
     async with replica(store(m=pipeline), watchdog=0.1) as it:
