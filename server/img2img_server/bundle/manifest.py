@@ -233,11 +233,14 @@ def read_manifest(bundle: Path) -> Manifest:
     except FileNotFoundError:
         raise BundleError(f"{bundle} is not a bundle: it has no {MANIFEST_NAME}") from None
     except (OSError, ValueError) as error:
-        raise BundleError(f"{path} cannot be read: {error}") from None
+        raise BundleError(f"{path} cannot be read: {error}; export or copy the bundle again") from None
     if not isinstance(data, dict) or data.get("format_version") != FORMAT_VERSION:
         version = data.get("format_version") if isinstance(data, dict) else None
         raise BundleError(f"{path} has format version {version!r}, this server reads {FORMAT_VERSION}: export the model again")
-    return _parse(Manifest, data, str(path))
+    try:
+        return _parse(Manifest, data, str(path))
+    except BundleError as error:
+        raise BundleError(f"{error}; export the model again") from None
 
 
 def check_bundle(bundle: Path, manifest: Manifest, allow_unverified: bool = False) -> None:

@@ -141,8 +141,8 @@ def refuse_unsafe_parts(path: Path) -> None:
     any listed file, as a pickle, even if they may use only safetensors."""
     try:
         parts = set(read_json(path)["weight_map"].values())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise BundleError(f"{path} cannot be read") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise BundleError(f"{path} cannot be read as a weight index ({error!r}): download it again") from None
     for part in parts:
         if not (isinstance(part, str) and part.endswith(".safetensors") and part == Path(part).name):
             raise BundleError(f"{path} names {part!r}: only safetensors files beside it are read")
