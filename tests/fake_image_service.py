@@ -110,6 +110,10 @@ class FakeService(Observed, services.ImageToImageServiceServicer, model_pb2_grpc
                 self._accept(request.request, context, begun=number > 0)
             yield step
 
+    def TransformBatch(self, requests: Iterator[messages.TransformBatchRequest], context: Any) -> Iterator[Any]:
+        for number, request in enumerate(requests):
+            yield messages.TransformBatchResponse(index=number, response=self.Transform(request.request, context))
+
     def ListModels(self, request: model_pb2.ListModelsRequest, context: Any) -> model_pb2.ListModelsResponse:
         self.meet(context)
         return model_pb2.ListModelsResponse(models=self.models)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from unittest.mock import patch
 
+from img2img_server.access.access import Access
 from img2img_server.api import server as server_module
 from img2img_server.api.parsing import Parser
 from img2img_server.api.provenance import Provenance
@@ -97,7 +98,15 @@ def make_service(models: ModelRegistry, engine: Engine, codecs: Codecs) -> Image
     parser = Parser(config, sources, engine.clock, codecs)
     residency = Residency(config.residency, models, engine, _no_health)
     return ImageToImageService(
-        parser, models, residency, engine, codecs, Telemetry(config.telemetry), assets, Provenance(config.provenance)
+        parser,
+        models,
+        residency,
+        engine,
+        codecs,
+        Telemetry(config.telemetry),
+        assets,
+        Provenance(config.provenance),
+        Access(None),
     )
 
 

@@ -21,6 +21,7 @@ from img2img.v1.image_to_image_pb2 import (
     ImageResult,
     OutputFormat,
     Timings,
+    TransformBatchResponse,
     TransformRequest,
     TransformResponse,
     TransformStreamRequest,
@@ -132,6 +133,11 @@ class _Service(ImageToImageServiceServicer):
         """Not there: a peer has nothing to tell before it is done."""
         await context.abort(grpc.StatusCode.UNIMPLEMENTED, "use Transform")
         yield TransformStreamResponse()
+
+    async def TransformBatch(self, requests: Any, context: Any) -> AsyncIterator[TransformBatchResponse]:
+        """Not implemented: the benchmark sends single requests."""
+        await context.abort(grpc.StatusCode.UNIMPLEMENTED, "use Transform")
+        yield TransformBatchResponse()
 
 
 def read(request: TransformRequest) -> Arguments:

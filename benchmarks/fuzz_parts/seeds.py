@@ -44,6 +44,7 @@ _FULL = _transform(
 VALID: dict[str, Sequence[Message]] = {
     "TransformRequest": [_transform(), _FULL, _transform(image=pb.ImageSource(uri=_URI))],
     "TransformStreamRequest": [pb.TransformStreamRequest(request=_transform()), pb.TransformStreamRequest(request=_FULL)],
+    "TransformBatchRequest": [pb.TransformBatchRequest(request=_transform()), pb.TransformBatchRequest(request=_FULL)],
     "ListModelsRequest": [model_pb2.ListModelsRequest()],
     "GetModelRequest": [model_pb2.GetModelRequest(id="m")],
     "LoadModelRequest": [

@@ -29,6 +29,7 @@ from img2img_client.errors import (
 from img2img_client.retry import RetryPolicy
 from img2img_client.values import (
     Asset,
+    BatchResult,
     Completed,
     EngineState,
     EngineStatus,
@@ -59,6 +60,7 @@ __all__ = [
     "AssetNotFound",
     "AsyncClient",
     "AsyncTransformStream",
+    "BatchResult",
     "Cancelled",
     "Client",
     "Completed",

@@ -1,6 +1,6 @@
 """The blocking client: one channel, and one method per procedure of the server. `async_client` is the same for asyncio."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -9,7 +9,8 @@ from typing import Self, Unpack
 import grpc
 from img2img.v1 import asset_pb2, asset_pb2_grpc, image_to_image_pb2_grpc, model_pb2, model_pb2_grpc
 
-from img2img_client import assets
+from img2img_client import assets, batch
+from img2img_client.batch import BatchItem
 from img2img_client.calls import Caller, require_open
 from img2img_client.channel import Access
 from img2img_client.options import ImageInput, TransformOptions, build_request
@@ -27,7 +28,7 @@ from img2img_client.responses import parse_error, parse_model, parse_result
 from img2img_client.retry import RetryPolicy, Stop
 from img2img_client.stream import TransformStream
 from img2img_client.stream_state import StreamState
-from img2img_client.values import DEFAULT_TARGET, Asset, ModelInfo, ModelReference, TransformResult
+from img2img_client.values import DEFAULT_TARGET, Asset, BatchResult, ModelInfo, ModelReference, TransformResult
 
 
 class Client:
@@ -114,6 +115,21 @@ class Client:
             begun,
             Stop(self._caller.stop),
         )
+
+    def transform_batch(
+        self, items: Iterable[BatchItem], *, timeout: float | None = None, request_id: str | None = None
+    ) -> Iterator[BatchResult]:
+        """Transforms many images in one call and yields their results as they finish. `items` are (image, options) pairs:
+
+        for outcome in client.transform_batch((path, {"prompt": "in winter"}) for path in paths):
+            print(outcome.index, outcome.error or outcome.result)
+
+        `items` is read on another thread, as fast as the server takes requests. A request that fails has its error in its
+        BatchResult, and does not end the batch; requests without a result are sent again if the connection breaks. `timeout`, in
+        seconds, is that of the whole batch. Closing the iterator cancels what has not finished.
+        """
+        begun = self._caller.begin("ImageToImageService/TransformBatch", timeout, request_id=request_id)
+        return batch.run(self._images, items, begun, Stop(self._caller.stop))
 
     def models(self, *, timeout: float | None = None) -> tuple[ModelInfo, ...]:
         """The server's models, ordered by id."""

@@ -159,6 +159,16 @@ def parse_error(error: "grpc.RpcError") -> errors.Img2ImgError:
     return kind(message, status=status, **details)
 
 
+def parse_status(rich: "status_pb2.Status") -> errors.Img2ImgError:
+    """The error in a google.rpc.Status that is part of a response."""
+    from google.rpc import code_pb2
+
+    status = code_pb2.Code.Name(rich.code)
+    details = _parse_details(rich)
+    kind = _ERROR_OF_REASON.get(details.get("reason", ""), _ERROR_OF_STATUS.get(status, errors.Img2ImgError))
+    return kind(rich.message, status=status, **details)
+
+
 def _rich_status(error: "grpc.RpcError") -> "status_pb2.Status | None":
     import grpc
     from grpc_status import rpc_status

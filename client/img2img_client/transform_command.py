@@ -1,4 +1,7 @@
-"""`img2img transform IN --output OUT`: transforms one image with a server, and shows the progress."""
+"""`img2img transform IN --output OUT`: transforms one image with a server, and shows the progress.
+
+`img2img transform IN ... --output-dir DIR` transforms many (batch_transform.py).
+"""
 
 import argparse
 import json
@@ -18,6 +21,7 @@ from img2img_client.values import Completed, ModelReference, TransformEvent, Tra
 if TYPE_CHECKING:
     from img2img_client.options import Fit, ImageInput, TransformOptions
     from img2img_client.progress import Show
+    from img2img_client.retry import OnRetry
 
 PROGRAM = "img2img transform"
 
@@ -27,6 +31,8 @@ examples:
   img2img transform photo.jpg --output tries.jpg --image-count 4 --seed 1 --strength 0.6 --steps 40
   img2img transform photo.jpg --output lake.png --scheduler "DPM++ 2M Karras" --steps 15 --preview-every 3
   cat photo.jpg | img2img transform - --output - --format webp --quiet > sunset.webp
+  img2img transform photos/*.jpg --output-dir winter --prompt "the same place in winter" --fit native
+  img2img transform photo.jpg --output-dir ideas --prompts prompts.txt
   img2img transform https://example.org/lake.jpg --as-asset --target https://gpu-box:50051 --token-file ~/.img2img-token
 """
 
@@ -37,11 +43,19 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument(
         "image",
+        nargs="+",
         metavar="IN",
-        help="source image: a file, - for standard input, or an address that the server reads (asset:ID, https://...)",
+        help="source image: a file, - for standard input, or an address that the server reads (asset:ID, https://...); several "
+        "with --output-dir",
     )
     place = parser.add_mutually_exclusive_group(required=True)
     place.add_argument("--output", metavar="OUT", help="output file; - for standard output")
+    place.add_argument(
+        "--output-dir",
+        metavar="DIR",
+        help="transform every IN, and write DIR/NAME.png and so on; files that exist are skipped, so the same command continues "
+        "after an interruption",
+    )
     place.add_argument("--as-asset", action="store_true", help="store the image on the server, and print its address")
     parser.add_argument(
         "--preview-every",
@@ -49,6 +63,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="write a preview beside OUT every N steps: OUT-step-N.jpg, ...",
     )
+    parser.add_argument("--overwrite", action="store_true", help="with --output-dir: transform again what exists")
     parser.add_argument("--quiet", action="store_true", help="print only errors and asset addresses")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     _add_options(parser)
@@ -63,6 +78,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def _add_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("transform (the server has the defaults)")
     group.add_argument("--prompt", metavar="TEXT", help="what the image should become")
+    group.add_argument(
+        "--prompts", type=Path, metavar="FILE", help="with --output-dir: one prompt per line; every IN is transformed with each"
+    )
     group.add_argument("--negative-prompt", metavar="TEXT", help="what the image should not become")
     group.add_argument("--strength", type=float, metavar="S", help="how much to change the source, above 0 and up to 1")
     group.add_argument(
@@ -99,7 +117,13 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Transforms and writes. Returns 0, 1 for a failure, or 2 for invalid arguments. Ctrl-C cancels the call."""
 
+    failed: list[int] = []
+
     def work() -> None:
+        if arguments.output_dir is not None:
+            failed.append(_transform_many(arguments))
+            return
+        _check_single(arguments)
         output = plan_output(arguments)
         output.check_writable()
         result = _transform(arguments, output)
@@ -111,7 +135,30 @@ def run(arguments: argparse.Namespace) -> int:
         elif output.as_asset:  # without the ids, the images could not be found
             print("\n".join(places))
 
-    return attempt(PROGRAM, target_of(arguments), work)
+    status = attempt(PROGRAM, target_of(arguments), work)
+    return status or int(any(failed))
+
+
+def _check_single(arguments: argparse.Namespace) -> None:
+    """Raises ValueError for arguments that need --output-dir."""
+    if len(arguments.image) > 1:
+        raise ValueError(f"IN: {len(arguments.image)} images need --output-dir DIR")
+    for flag in ("prompts", "overwrite"):
+        if getattr(arguments, flag):
+            raise ValueError(f"--{flag} needs --output-dir DIR")
+
+
+def _transform_many(arguments: argparse.Namespace) -> int:
+    """Transforms every image with every prompt. Returns how many failed."""
+    from img2img_client.batch_transform import plan_tasks, transform_tasks
+
+    if arguments.preview_every:
+        raise ValueError("--preview-every needs --output: previews are written for a single image")
+    if arguments.prompt is not None and arguments.prompts is not None:
+        raise ValueError("--prompt and --prompts both set the prompt: set only one of them")
+    tasks = plan_tasks(arguments)
+    with connect(arguments, _retry_report(arguments)) as client:
+        return transform_tasks(client, tasks, _options(arguments), arguments, target_of(arguments))
 
 
 def _fit(text: str) -> "Fit":
@@ -133,10 +180,35 @@ def _source(image: str) -> "ImageInput":
 
 
 def _transform(arguments: argparse.Namespace, output: Output) -> TransformResult:
+    options: TransformOptions = {
+        **_options(arguments),
+        "format": output.format,
+        "preview_interval": arguments.preview_every,
+        "as_asset": arguments.as_asset or None,
+    }
+    with (
+        connect(arguments, _retry_report(arguments)) as client,
+        client.transform_stream(_source(arguments.image[0]), **options) as events,
+        _progress(arguments.quiet) as show,
+    ):
+        for event in events:
+            show(event)
+            output.write_preview(event)
+            if isinstance(event, Completed):
+                return event.result
+    raise AssertionError("a stream ends with a Completed event or an error")
+
+
+def _retry_report(arguments: argparse.Namespace) -> "OnRetry | None":
     def report(made: int, error: Img2ImgError, wait: float) -> None:
         print_error(PROGRAM, f"{describe_error(error, target_of(arguments))}; retrying in {wait:.1f} s")
 
-    options: TransformOptions = {
+    return None if arguments.quiet else report
+
+
+def _options(arguments: argparse.Namespace) -> "TransformOptions":
+    """The options that do not depend on where the image goes."""
+    return {
         "model": _model(arguments),
         "prompt": arguments.prompt,
         "negative_prompt": arguments.negative_prompt,
@@ -148,23 +220,9 @@ def _transform(arguments: argparse.Namespace, output: Output) -> TransformResult
         "width": arguments.width,
         "height": arguments.height,
         "fit": arguments.fit,
-        "format": output.format,
         "quality": arguments.quality,
         "scheduler": arguments.scheduler,
-        "preview_interval": arguments.preview_every,
-        "as_asset": arguments.as_asset or None,
     }
-    with (
-        connect(arguments, None if arguments.quiet else report) as client,
-        client.transform_stream(_source(arguments.image), **options) as events,
-        _progress(arguments.quiet) as show,
-    ):
-        for event in events:
-            show(event)
-            output.write_preview(event)
-            if isinstance(event, Completed):
-                return event.result
-    raise AssertionError("a stream ends with a Completed event or an error")
 
 
 def _model(arguments: argparse.Namespace) -> ModelReference | None:

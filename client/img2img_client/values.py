@@ -241,3 +241,15 @@ def _open(data: bytes, image_format: ImageFormat) -> "Image.Image":
     from PIL import Image
 
     return Image.open(io.BytesIO(data), formats=(image_format,))
+
+
+@dataclass(frozen=True, slots=True)
+class BatchResult:
+    """The outcome of one request of a batch: a `result`, or the `error` that Client.transform would have raised for it.
+
+    `index` is the request's position in the batch, from 0.
+    """
+
+    index: int
+    result: TransformResult | None = None
+    error: Exception | None = None

@@ -14,7 +14,8 @@ from cycles import no_collection
 from img2img.v1 import image_to_image_pb2 as pb
 from img2img_server.access.access import Access
 from img2img_server.api.kserve import translation
-from img2img_server.api.kserve.inference import Stream
+from img2img_server.api.kserve.inference import request_stream
+from img2img_server.api.request_stream import RequestStream
 from img2img_server.config import TelemetrySettings
 from img2img_server.errors import InvalidField, ServerError
 from img2img_server.images import ImageLimits
@@ -114,11 +115,13 @@ async def test_a_stream_that_is_left_takes_its_unread_answers_with_it(broken: bo
 
     with no_collection(), answering(Call("m", "r")):
         access, telemetry, inference = Access(), Telemetry(TelemetrySettings()), Talkative()
-        responses = Stream(inference, access, telemetry, Caller()).responses(requests())  # type: ignore[arg-type]
+        stream = request_stream(inference, access, telemetry, Caller())  # type: ignore[arg-type]
+        responses = stream.responses(requests())
+        del stream
         await anext(responses)
         await responses.aclose()
         await asyncio.sleep(0)  # what woke this up is let go of by the event loop
-        assert [each for each in gc.get_objects() if type(each) is Stream] == []
+        assert [each for each in gc.get_objects() if type(each) is RequestStream] == []
         assert len(asyncio.all_tasks()) == 1, "this one"
 
 

@@ -543,6 +543,64 @@ class TransformStreamRequest(_message.Message):
 Global___TransformStreamRequest: _TypeAlias = TransformStreamRequest  # noqa: Y015
 
 @_typing.final
+class TransformBatchRequest(_message.Message):
+    """One request of a batch."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def request(self) -> Global___TransformRequest:
+        """What to do."""
+
+    def __init__(
+        self,
+        *,
+        request: Global___TransformRequest | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["request", b"request"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["request", b"request"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TransformBatchRequest: _TypeAlias = TransformBatchRequest  # noqa: Y015
+
+@_typing.final
+class TransformBatchResponse(_message.Message):
+    """The outcome of one request of a batch."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INDEX_FIELD_NUMBER: _builtins.int
+    RESPONSE_FIELD_NUMBER: _builtins.int
+    STATUS_FIELD_NUMBER: _builtins.int
+    index: _builtins.int
+    """The position of its request in the call, from 0."""
+    status: _builtins.bytes
+    """Why it failed: a serialized google.rpc.Status, with the code and the details that Transform would have ended with."""
+    @_builtins.property
+    def response(self) -> Global___TransformResponse:
+        """The finished images."""
+
+    def __init__(
+        self,
+        *,
+        index: _builtins.int = ...,
+        response: Global___TransformResponse | None = ...,
+        status: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["outcome", b"outcome", "response", b"response", "status", b"status"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["index", b"index", "outcome", b"outcome", "response", b"response", "status", b"status"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_outcome: _TypeAlias = _typing.Literal["response", "status"]  # noqa: Y015
+    _WhichOneofArgType_outcome: _TypeAlias = _typing.Literal["outcome", b"outcome"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_outcome) -> _WhichOneofReturnType_outcome | None: ...
+
+Global___TransformBatchResponse: _TypeAlias = TransformBatchResponse  # noqa: Y015
+
+@_typing.final
 class TransformStreamResponse(_message.Message):
     """One event of a request."""
 

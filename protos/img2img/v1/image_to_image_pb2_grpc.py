@@ -52,6 +52,11 @@ class ImageToImageServiceStub:
                 request_serializer=img2img_dot_v1_dot_image__to__image__pb2.TransformStreamRequest.SerializeToString,
                 response_deserializer=img2img_dot_v1_dot_image__to__image__pb2.TransformStreamResponse.FromString,
                 _registered_method=True)
+        self.TransformBatch = channel.stream_stream(
+                '/img2img.v1.ImageToImageService/TransformBatch',
+                request_serializer=img2img_dot_v1_dot_image__to__image__pb2.TransformBatchRequest.SerializeToString,
+                response_deserializer=img2img_dot_v1_dot_image__to__image__pb2.TransformBatchResponse.FromString,
+                _registered_method=True)
 
 
 class ImageToImageServiceServicer:
@@ -81,6 +86,16 @@ class ImageToImageServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def TransformBatch(self, request_iterator, context):
+        """Transforms many images in one call. Results are sent as they finish, each with the index of its request; a request that fails
+        does not end the call. The server reads further requests as it has capacity for them: a request that a full queue or a rate
+        limit would refuse waits instead, until the deadline of the call. Every request counts against the limits of its token, and a
+        message that cannot be parsed ends the call after the results of the requests before it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ImageToImageServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -93,6 +108,11 @@ def add_ImageToImageServiceServicer_to_server(servicer, server):
                     servicer.TransformStream,
                     request_deserializer=img2img_dot_v1_dot_image__to__image__pb2.TransformStreamRequest.FromString,
                     response_serializer=img2img_dot_v1_dot_image__to__image__pb2.TransformStreamResponse.SerializeToString,
+            ),
+            'TransformBatch': grpc.stream_stream_rpc_method_handler(
+                    servicer.TransformBatch,
+                    request_deserializer=img2img_dot_v1_dot_image__to__image__pb2.TransformBatchRequest.FromString,
+                    response_serializer=img2img_dot_v1_dot_image__to__image__pb2.TransformBatchResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -157,6 +177,33 @@ class ImageToImageService:
             '/img2img.v1.ImageToImageService/TransformStream',
             img2img_dot_v1_dot_image__to__image__pb2.TransformStreamRequest.SerializeToString,
             img2img_dot_v1_dot_image__to__image__pb2.TransformStreamResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def TransformBatch(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/img2img.v1.ImageToImageService/TransformBatch',
+            img2img_dot_v1_dot_image__to__image__pb2.TransformBatchRequest.SerializeToString,
+            img2img_dot_v1_dot_image__to__image__pb2.TransformBatchResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -48,6 +48,12 @@ class ImageToImageServiceStub:
     event per step, completed. Ends with either a completed event or an error status. Cancelling the call frees the device at the
     next step.
     """
+    TransformBatch: _grpc.StreamStreamMultiCallable[_image_to_image_pb2.TransformBatchRequest, _image_to_image_pb2.TransformBatchResponse]
+    """Transforms many images in one call. Results are sent as they finish, each with the index of its request; a request that fails
+    does not end the call. The server reads further requests as it has capacity for them: a request that a full queue or a rate
+    limit would refuse waits instead, until the deadline of the call. Every request counts against the limits of its token, and a
+    message that cannot be parsed ends the call after the results of the requests before it.
+    """
 
 @_typing.type_check_only
 class ImageToImageServiceAsyncStub(ImageToImageServiceStub):
@@ -68,6 +74,12 @@ class ImageToImageServiceAsyncStub(ImageToImageServiceStub):
     """Transforms one image and streams its progress: queued (repeated if its position in the queue changes), started, one progress
     event per step, completed. Ends with either a completed event or an error status. Cancelling the call frees the device at the
     next step.
+    """
+    TransformBatch: _aio.StreamStreamMultiCallable[_image_to_image_pb2.TransformBatchRequest, _image_to_image_pb2.TransformBatchResponse]  # type: ignore[assignment]
+    """Transforms many images in one call. Results are sent as they finish, each with the index of its request; a request that fails
+    does not end the call. The server reads further requests as it has capacity for them: a request that a full queue or a rate
+    limit would refuse waits instead, until the deadline of the call. Every request counts against the limits of its token, and a
+    message that cannot be parsed ends the call after the results of the requests before it.
     """
 
 class ImageToImageServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -98,6 +110,18 @@ class ImageToImageServiceServicer(metaclass=_abc_1.ABCMeta):
         """Transforms one image and streams its progress: queued (repeated if its position in the queue changes), started, one progress
         event per step, completed. Ends with either a completed event or an error status. Cancelling the call frees the device at the
         next step.
+        """
+
+    @_abc_1.abstractmethod
+    def TransformBatch(
+        self,
+        request_iterator: _MaybeAsyncIterator[_image_to_image_pb2.TransformBatchRequest],
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_image_to_image_pb2.TransformBatchResponse], _abc.AsyncIterator[_image_to_image_pb2.TransformBatchResponse]]:
+        """Transforms many images in one call. Results are sent as they finish, each with the index of its request; a request that fails
+        does not end the call. The server reads further requests as it has capacity for them: a request that a full queue or a rate
+        limit would refuse waits instead, until the deadline of the call. Every request counts against the limits of its token, and a
+        message that cannot be parsed ends the call after the results of the requests before it.
         """
 
 def add_ImageToImageServiceServicer_to_server(servicer: ImageToImageServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

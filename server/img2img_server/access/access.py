@@ -63,8 +63,12 @@ _log = logging.getLogger(__name__)
 Metadata = Sequence[tuple[str, str | bytes]]
 
 _OPEN = "/grpc.health.v1.Health/"
-_UNCOUNTED = ("/grpc.reflection.", "/inference.GRPCInferenceService/ModelStreamInfer")
-"""Methods that do not count towards limits. Each request within a ModelStreamInfer counts instead (kserve/inference.py)."""
+_UNCOUNTED = (
+    "/grpc.reflection.",
+    "/img2img.v1.ImageToImageService/TransformBatch",
+    "/inference.GRPCInferenceService/ModelStreamInfer",
+)
+"""Methods that do not count towards limits. Of the last two, each request counts instead (api/request_stream.py)."""
 _LOOK_SECONDS = 1.0
 """Minimum interval between checks of the file, and its minimum age: a file that is still being written may lack a token's
 limits."""

@@ -253,7 +253,7 @@ class Server:
         handlers = self._handlers
         parser = Parser(self._config, self._sources, runner.clock, self._codecs)
         transforms = ImageToImageService(
-            parser, models, residency, runner, self._codecs, self._telemetry, self._assets, self._provenance
+            parser, models, residency, runner, self._codecs, self._telemetry, self._assets, self._provenance, access
         )
         image_to_image_pb2_grpc.add_ImageToImageServiceServicer_to_server(transforms, handlers.as_server)
         model_service = ModelService(models, residency)

@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Coroutine
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -12,9 +12,12 @@ from img2img.v1 import image_to_image_pb2 as pb
 from img2img.v1 import image_to_image_pb2_grpc as pb_grpc
 from PIL import Image
 
+from img2img_server.access.access import Access
+from img2img_server.api.interceptors import to_status
 from img2img_server.api.models import reference_from
 from img2img_server.api.parsing import ParsedRequest, Parser
 from img2img_server.api.provenance import Provenance
+from img2img_server.api.request_stream import RequestStream
 from img2img_server.assets.files import owner_of
 from img2img_server.assets.index import Reservation
 from img2img_server.assets.store import AssetStore
@@ -23,6 +26,7 @@ from img2img_server.codecs.pool import Codecs
 from img2img_server.engine.admission import Slot
 from img2img_server.engine.interface import Accepted, EngineInterface
 from img2img_server.engine.request import Completed, Event, Failed, Progress, Queued, Request, Started
+from img2img_server.errors import ServerError
 from img2img_server.models.registry import ModelRegistry
 from img2img_server.support.call import current
 from img2img_server.telemetry.telemetry import Telemetry
@@ -76,8 +80,13 @@ _BYTES_PER_PIXEL, _BYTES_PER_FILE = 4, 4096
 """Upper bound of an encoded image's size, for any format and content."""
 
 
+_TRANSFORM = "/img2img.v1.ImageToImageService/Transform"
+_BATCH_IN_PROGRESS = 16
+"""Requests of one TransformBatch that are in progress: a few device batches. Each holds its message, up to 33 MiB."""
+
+
 class ImageToImageService(pb_grpc.ImageToImageServiceServicer):
-    """Transform and TransformStream. `codecs` decode and encode images, `engine` runs the models."""
+    """Transform, TransformStream and TransformBatch. `codecs` decode and encode images, `engine` runs the models."""
 
     def __init__(
         self,
@@ -89,6 +98,7 @@ class ImageToImageService(pb_grpc.ImageToImageServiceServicer):
         telemetry: Telemetry,
         assets: AssetStore,
         provenance: Provenance,
+        access: Access,
     ) -> None:
         self._parser = parser
         self._models = models
@@ -98,6 +108,7 @@ class ImageToImageService(pb_grpc.ImageToImageServiceServicer):
         self._telemetry = telemetry
         self._assets = assets
         self._provenance = provenance
+        self._access = access
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def Transform(self, request: pb.TransformRequest, context: Any) -> pb.TransformResponse:
@@ -135,6 +146,30 @@ class ImageToImageService(pb_grpc.ImageToImageServiceServicer):
                 ):
                     async for event in events:
                         yield await self._message(job, event, reserved)
+
+    async def TransformBatch(
+        self, requests: AsyncIterator[pb.TransformBatchRequest], context: Any
+    ) -> AsyncGenerator[pb.TransformBatchResponse, None]:
+        """Runs many transforms and yields their outcomes as they finish."""
+
+        async def respond(request: pb.TransformBatchRequest, index: int) -> AsyncGenerator[tuple[Any, bool], None]:
+            with self._codecs.memory.hold(current(), request.ByteSize()):
+                response = await self.Transform(request.request, context)
+            yield pb.TransformBatchResponse(index=index, response=response), True
+
+        stream = RequestStream(
+            _TRANSFORM,
+            respond,
+            _failed,
+            self._access,
+            self._telemetry,
+            context,
+            in_progress=_BATCH_IN_PROGRESS,
+            waits=True,
+        )
+        async with aclosing(stream.responses(requests)) as responses:
+            async for response in responses:
+                yield response
 
     async def _parse(self, message: pb.TransformRequest, context: Any, lease: AsyncExitStack, previews: bool) -> ParsedRequest:
         """Parses a message. The model stays in memory until `lease` is closed."""
@@ -257,3 +292,7 @@ class ImageToImageService(pb_grpc.ImageToImageServiceServicer):
 
 def _format_of(job: ParsedRequest) -> pb.OutputFormat.ValueType:
     return pb.OutputFormat.Value(f"OUTPUT_FORMAT_{job.file_format}")
+
+
+def _failed(request: pb.TransformBatchRequest, index: int, error: ServerError, request_id: str) -> pb.TransformBatchResponse:
+    return pb.TransformBatchResponse(index=index, status=to_status(error, request_id).SerializeToString())

@@ -20,6 +20,7 @@ MAX_MESSAGE_BYTES = 64 * 2**10
 _WITH_IMAGES = {
     "/img2img.v1.ImageToImageService/Transform",
     "/img2img.v1.ImageToImageService/TransformStream",
+    "/img2img.v1.ImageToImageService/TransformBatch",
     "/inference.GRPCInferenceService/ModelInfer",
     "/inference.GRPCInferenceService/ModelStreamInfer",
 }

@@ -4,40 +4,32 @@ responses interleave.
 """
 
 import asyncio
-import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, asynccontextmanager
-from dataclasses import replace
 from typing import Any
 
 from img2img.v1 import image_to_image_pb2 as pb
 from tritonclient.grpc import service_pb2 as kserve_pb  # type: ignore[import-untyped]
 
 from img2img_server.access.access import Access
-from img2img_server.api.interceptors import call_of, cancelled_status, release_frames, to_status
+from img2img_server.api.interceptors import to_status
 from img2img_server.api.kserve import translation
 from img2img_server.api.kserve.translation import Task
+from img2img_server.api.request_stream import RequestStream
 from img2img_server.api.transform import ImageToImageService
 from img2img_server.codecs.pool import ImageMemory
 from img2img_server.engine.interface import EngineInterface
 from img2img_server.errors import DeadlineExpired, ServerError
-from img2img_server.support.call import Call, answering, current
+from img2img_server.support.call import current
 from img2img_server.support.fair_queue import FairThreads
-from img2img_server.telemetry.telemetry import Outcome, Telemetry
-
-_log = logging.getLogger(__name__)
+from img2img_server.telemetry.telemetry import Telemetry
 
 _THREADS = 2
 """Threads that read tensors, shared fairly among clients."""
 _METHOD = "/inference.GRPCInferenceService/ModelInfer"
-"""The method that access, logs and metrics see for a request of a stream: the same as for a single request."""
-_MOST_IN_FLIGHT = 64
-"""Maximum requests of one stream in progress. Further ones are not read before one is answered (gRPC's flow control)."""
+_MOST_IN_PROGRESS = 64
 _FINAL = "triton_final_response"
-
-_Answer = tuple[Any, bool]
-"""A ModelStreamInferResponse, and whether it is the final one of its request."""
 
 
 class Until:
@@ -116,85 +108,19 @@ class Inference:
                 raise DeadlineExpired(f"the request did not finish within its timeout of {task.seconds:g} s") from None
 
 
-class Stream:
+def request_stream(inference: Inference, access: Access, telemetry: Telemetry, context: Any) -> RequestStream:
     """One call of ModelStreamInfer."""
 
-    def __init__(self, inference: Inference, access: Access, telemetry: Telemetry, context: Any) -> None:
-        self._inference = inference
-        self._access = access
-        self._telemetry = telemetry
-        self._context = context
-        self._answers: asyncio.Queue[_Answer | asyncio.Task[None]] = asyncio.Queue()
-        self._in_flight = asyncio.Semaphore(_MOST_IN_FLIGHT)
-        self._tasks: set[asyncio.Task[None]] = set()
-
-    async def responses(self, requests: AsyncIterator[Any]) -> AsyncGenerator[Any, None]:
-        """Yields responses as requests finish. Closing the generator cancels running requests.
-
-        Raises the errors of reading the stream. The error of a single request is its response.
-        """
-        reader = asyncio.create_task(self._read(requests))
-        reader.add_done_callback(self._answers.put_nowait)
-        try:
-            while not isinstance(answer := await self._answers.get(), asyncio.Task):
-                response, last = answer
-                yield response
-                if last:
-                    self._in_flight.release()
-            await answer
-        finally:
-            in_flight = (reader, *self._tasks)
-            for task in in_flight:
-                task.cancel()
-            await asyncio.gather(*in_flight, return_exceptions=True)
-            # The queue contains the reader, which refers to this stream: this breaks the reference cycle.
-            self._answers = asyncio.Queue()
-
-    async def _read(self, requests: AsyncIterator[Any]) -> None:
-        """Starts each request when it arrives. Returns when all are answered."""
-        count = 0
-        async for request in requests:
-            await self._in_flight.acquire()
-            count += 1
-            task = asyncio.create_task(self._answer(request, count))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
-        await asyncio.gather(*self._tasks)
-
-    async def _answer(self, request: Any, number: int) -> None:
-        """Runs one request, as CallInterceptor runs a call."""
-        metadata = self._context.invocation_metadata() or ()
-        call = call_of(_METHOD, metadata, self._context.peer())
-        call = replace(call, request_id=f"{current().request_id}-{number}")
-        with self._telemetry.call(call) as outcome:
-            try:
-                with self._access.admitted(call, metadata) as admitted, answering(admitted):
-                    outcome.client = admitted.client
-                    await self._infer(request)
-            except asyncio.CancelledError:
-                outcome.status = cancelled_status(self._context.time_remaining())
-                raise
-            except Exception as caught:  # noqa: BLE001 - outermost handler
-                self._answers.put_nowait((_refused(request, caught, call, outcome), True))
-
-    async def _infer(self, request: Any) -> None:
-        async with aclosing(self._inference.stream(request, self._context)) as responses:
+    async def respond(request: Any, number: int) -> AsyncGenerator[tuple[Any, bool], None]:
+        async with aclosing(inference.stream(request, context)) as responses:
             async for response, final in responses:
                 response.parameters[_FINAL].bool_param = final
-                self._answers.put_nowait((kserve_pb.ModelStreamInferResponse(infer_response=response), final))
+                yield kserve_pb.ModelStreamInferResponse(infer_response=response), final
+
+    return RequestStream(_METHOD, respond, _failed, access, telemetry, context, in_progress=_MOST_IN_PROGRESS)
 
 
-def _refused(request: Any, error: Exception, call: Call, outcome: Outcome) -> Any:
-    """The response of an error, which is recorded as the call's outcome. Releases the error's references to the request."""
-    if not isinstance(error, ServerError):
-        _log.error("%s failed", call.method, exc_info=error, extra={"request_id": call.request_id})
-    release_frames(error)
-    sent = error if isinstance(error, ServerError) else ServerError("internal server error")
-    outcome.status, outcome.reason = sent.status, sent.reason
-    return _failed(request, sent, call.request_id)
-
-
-def _failed(request: Any, error: ServerError, request_id: str) -> Any:
+def _failed(request: Any, number: int, error: ServerError, request_id: str) -> Any:
     """The response of an error. Triton's client only shows the text, so it includes the request's id and the status."""
     status = to_status(error, request_id)
     response = kserve_pb.ModelInferResponse(model_name=request.model_name, id=request.id)

@@ -12,7 +12,7 @@ from img2img_server.access.access import Access
 from img2img_server.api.grpc_extensions import Handlers
 from img2img_server.api.health import HealthServicer
 from img2img_server.api.kserve import translation
-from img2img_server.api.kserve.inference import Inference, Stream
+from img2img_server.api.kserve.inference import Inference, request_stream
 from img2img_server.api.kserve.tensors import shown
 from img2img_server.api.kserve.translation import OUTPUTS, SETTINGS, SOURCES, VERSION
 from img2img_server.api.models import ModelService
@@ -152,7 +152,7 @@ class InferenceService(Unsupported):
 
     async def ModelStreamInfer(self, requests: AsyncIterator[Any], context: Any) -> AsyncGenerator[Any, None]:
         """Transforms images as they arrive and yields each request's responses."""
-        async for response in Stream(self._inference, self._access, self._telemetry, context).responses(requests):
+        async for response in request_stream(self._inference, self._access, self._telemetry, context).responses(requests):
             yield response
 
     async def _get(self, request: Any, context: Any) -> pb.Model:

@@ -1,0 +1,193 @@
+"""TransformBatch: many requests in one call. Each has its own outcome, and waits where a single one would be refused."""
+
+import asyncio
+import threading
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from fakes import FakePipeline
+from google.rpc import code_pb2, error_details_pb2, status_pb2
+from granting import bearing, grant
+from img2img.v1 import image_to_image_pb2 as pb
+from img2img.v1.image_to_image_pb2_grpc import ImageToImageServiceStub
+from img2img_server.access.access import Access
+from img2img_server.api.request_stream import RequestStream
+from img2img_server.config import TelemetrySettings
+from img2img_server.engine.request import Plan, Request
+from img2img_server.engine.scheduler import QueueLimits
+from img2img_server.telemetry.telemetry import Telemetry
+from messages import failure, request
+from running import RunningServer, running, store
+
+METHOD = "/img2img.v1.ImageToImageService/TransformBatch"
+
+
+@pytest.fixture
+def pipeline() -> FakePipeline:
+    return FakePipeline()
+
+
+@pytest.fixture
+def server(pipeline: FakePipeline) -> Iterator[RunningServer]:
+    limits = QueueLimits(max_active=2, max_batch_size=2, max_waiting=2, max_client_waiting=2)
+    with running(lambda: store(m=pipeline), limits=limits) as server:
+        yield server
+
+
+@pytest.fixture
+def stub(server: RunningServer) -> Iterator[ImageToImageServiceStub]:
+    with grpc.insecure_channel(f"localhost:{server.port}") as channel:
+        yield ImageToImageServiceStub(channel)
+
+
+def asked(**fields: object) -> pb.TransformBatchRequest:
+    return pb.TransformBatchRequest(request=request(**{"num_inference_steps": 2, "strength": 1.0, **fields}))
+
+
+def run(
+    stub: ImageToImageServiceStub, *requests: pb.TransformBatchRequest, **call: object
+) -> dict[int, pb.TransformBatchResponse]:
+    """The outcomes by index. Each request has one."""
+    responses = list(stub.TransformBatch(iter(requests), timeout=60, **call))  # type: ignore[arg-type]
+    found = {response.index: response for response in responses}
+    assert len(found) == len(responses)
+    return found
+
+
+def test_more_requests_than_the_queue_holds_are_all_done(stub: ImageToImageServiceStub, pipeline: FakePipeline) -> None:
+    found = run(stub, *(asked(seed=seed) for seed in range(40)))
+    assert [found[index].response.images[0].seed for index in range(40)] == list(range(40))
+    assert len(pipeline.prepared) == 40
+
+
+def test_results_come_as_they_finish(stub: ImageToImageServiceStub, pipeline: FakePipeline) -> None:
+    """The long one takes no step before the short one is submitted: the parser plans it, then the engine."""
+    arrived = threading.Semaphore(0)
+    plan, waited = pipeline.plan, iter([2])
+
+    def counted(request: Request) -> Plan:
+        if request.num_inference_steps == 1:
+            arrived.release()
+        return plan(request)
+
+    pipeline.plan = counted  # type: ignore[method-assign]
+    pipeline.before_call = lambda: [arrived.acquire(timeout=30) for _ in range(next(waited, 0))]
+    responses = stub.TransformBatch(iter([asked(num_inference_steps=100), asked(num_inference_steps=1)]), timeout=60)
+    assert [response.index for response in responses] == [1, 0]
+
+
+def test_one_that_fails_names_its_field_and_ends_nothing_else(stub: ImageToImageServiceStub) -> None:
+    found = run(
+        stub,
+        asked(strength=2.0),
+        asked(),
+        asked(model=pb.ModelReference(path="none")),
+        asked(prompt="fail denoise"),
+        asked(image=pb.ImageSource(data=b"no image")),
+        metadata=(("x-request-id", "mine"),),
+    )
+    assert found[1].HasField("response")
+    told = {index: status_pb2.Status.FromString(found[index].status) for index in (0, 2, 3, 4)}
+    assert {index: code_pb2.Code.Name(status.code) for index, status in told.items()} == {
+        0: "INVALID_ARGUMENT", 2: "NOT_FOUND", 3: "INTERNAL", 4: "INVALID_ARGUMENT"
+    }  # fmt: skip
+    info, bad = error_details_pb2.ErrorInfo(), error_details_pb2.BadRequest()
+    assert told[0].details[0].Unpack(info)
+    assert (info.reason, info.metadata["request_id"]) == ("INVALID_FIELD", "mine-1")
+    assert told[0].details[1].Unpack(bad)
+    assert bad.field_violations[0].field == "strength"
+
+
+def test_no_requests_have_no_results(stub: ImageToImageServiceStub) -> None:
+    assert run(stub) == {}
+
+
+def test_what_cannot_be_parsed_ends_the_call_after_the_results_before_it(server: RunningServer) -> None:
+    with grpc.insecure_channel(f"localhost:{server.port}") as channel:
+        method: Any = channel.stream_stream(METHOD, None, pb.TransformBatchResponse.FromString)
+        responses = method(iter([asked().SerializeToString(), b"\xff\xff", asked().SerializeToString()]), timeout=60)
+        assert next(responses).index == 0
+        code, details = failure(lambda: next(responses))
+    assert (code, details["reason"]) == (grpc.StatusCode.INVALID_ARGUMENT, "MALFORMED_MESSAGE")
+
+
+class Context:
+    """What RequestStream uses of a call's context."""
+
+    def invocation_metadata(self) -> tuple[()]:
+        return ()
+
+    def peer(self) -> str:
+        return "ipv4:127.0.0.1:4711"
+
+    def time_remaining(self) -> None:
+        return None
+
+
+async def test_requests_are_read_only_as_they_are_answered() -> None:
+    free, read = asyncio.Event(), 0
+
+    async def requests() -> AsyncIterator[int]:
+        nonlocal read
+        for number in range(20):
+            read += 1
+            yield number
+
+    async def respond(request: int, number: int) -> AsyncGenerator[tuple[int, bool], None]:
+        await free.wait()
+        yield request, True
+
+    telemetry = Telemetry(TelemetrySettings())
+    stream = RequestStream(METHOD, respond, lambda *failure: failure, Access(None), telemetry, Context(), in_progress=4)
+    responses = stream.responses(requests())
+    first = asyncio.ensure_future(anext(responses))
+    for _ in range(100):  # whatever can go on without an answer does
+        await asyncio.sleep(0)
+    assert read == 4
+    free.set()
+    assert sorted([await first, *[response async for response in responses]]) == list(range(20))
+
+
+def test_leaving_cancels_what_runs(server: RunningServer, stub: ImageToImageServiceStub, pipeline: FakePipeline) -> None:
+    begun = threading.Event()
+    pipeline.before_call = begun.set
+    call = stub.TransformBatch(iter([asked(num_inference_steps=100) for _ in range(10)]), timeout=60)
+    assert begun.wait(30)
+    call.cancel()
+    wait_until(lambda: len(pipeline.released) == len(pipeline.prepared) > 0)
+    assert run(stub, asked())[0].HasField("response"), "the queue is free again"
+
+
+def test_each_request_counts_against_its_token(tmp_path: Path, pipeline: FakePipeline) -> None:
+    tokens = tmp_path / "tokens.toml"
+    secret = grant(tokens, "one", concurrency=1, models=("m",))
+    most = 0
+
+    def count() -> None:
+        nonlocal most
+        most = max(most, len(pipeline.prepared) - len(pipeline.released))
+
+    pipeline.before_call = count
+    load = lambda: store(m=pipeline, other=FakePipeline())  # noqa: E731
+    with running(load, tokens=tokens) as server, grpc.insecure_channel(f"localhost:{server.port}") as channel:
+        stub = ImageToImageServiceStub(channel)
+        found = run(
+            stub, *(asked(seed=seed) for seed in range(4)), asked(model=pb.ModelReference(path="other")), metadata=bearing(secret)
+        )
+        code, _ = failure(lambda: run(stub, asked()))
+    assert [found[index].HasField("response") for index in range(5)] == [True] * 4 + [False]
+    assert most == 1
+    assert code == grpc.StatusCode.UNAUTHENTICATED
+    assert status_pb2.Status.FromString(found[4].status).code == code_pb2.PERMISSION_DENIED
+
+
+def wait_until(holds: object) -> None:
+    assert callable(holds)
+    for _ in range(3000):
+        if holds():
+            return
+        threading.Event().wait(0.01)
+    raise AssertionError("it did not come to pass")
