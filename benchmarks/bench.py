@@ -1,4 +1,4 @@
-"""The Python half of `scripts/bench`, which see: its sub-commands."""
+"""`scripts/bench` and its sub-commands."""
 
 import argparse
 import os
@@ -23,35 +23,35 @@ from bench_load import command as bench_load
 _DESCRIPTION = """\
 Measures the server on the demo model. Run it on an idle machine.
 
-Without a sub-command all are run with their defaults: about 29 minutes.
+Without a sub-command it runs request to ray with their defaults: about 29 minutes.
 """
 
 
 def main() -> int:
-    """Runs what was asked. Returns the exit status."""
+    """Runs the sub-commands. Returns the exit status."""
     parser = argparse.ArgumentParser(
         prog="scripts/bench", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(title="sub-commands", metavar="COMMAND")
     known = {
-        "request": (bench_request, "one request at a time: added time, time to SERVING (2 minutes)"),
-        "load": (bench_load, "many requests at once, against three peers (20 minutes)"),
-        "simulated": (bench_simulated, "the scheduler on a simulated GPU, against two peers (1 minute)"),
+        "request": (bench_request, "one request at a time: overhead, time to SERVING (2 minutes)"),
+        "load": (bench_load, "many concurrent requests, compared with three peers (20 minutes)"),
+        "simulated": (bench_simulated, "the scheduler on a simulated GPU, compared with two peers (1 minute)"),
         "growth": (bench_growth, "the engine's work between calls by how many requests wait (1 minute)"),
-        "sessions": (bench_sessions, "session calls with ONNX Runtime's spinning threads and without (1 minute)"),
-        "schedulers": (bench_schedulers, "stepping a batch at once, against one by one (1 minute)"),
-        "codecs": (bench_codecs, "decoding and encoding in a codec process, against in this one (1 minute)"),
-        "http": (bench_http, "OpenAI's image API over HTTP against gRPC, on a fake model (1 minute)"),
-        "ray": (bench_ray, "engines on Ray against one in the process: added time, throughput, memory (3 minutes)"),
+        "sessions": (bench_sessions, "session calls with and without ONNX Runtime's spinning threads (1 minute)"),
+        "schedulers": (bench_schedulers, "scheduler steps of a batch, compared with one by one (1 minute)"),
+        "codecs": (bench_codecs, "decoding and encoding in a codec process, compared with this process (1 minute)"),
+        "http": (bench_http, "OpenAI's image API over HTTP, compared with gRPC, on a fake model (1 minute)"),
+        "ray": (bench_ray, "engines on Ray, compared with one in the process: overhead, throughput, memory (3 minutes)"),
     }
-    # Large enough to be asked for by name.
+    # Too long to run by default.
     apart = {
-        "rounding": (bench_rounding, "a UNet's error with its timestep's angle in bfloat16 and without (2 minutes)"),
+        "rounding": (bench_rounding, "a UNet's error with and without the timestep's angle in bfloat16 (2 minutes)"),
         "export": (bench_export, "exports of real-size models: wall time and peak memory (an hour)"),
         "host": (bench_host, "the engine's thread between two steps on a GPU, on fake CUDA libraries (1 minute)"),
         "providers": (
             bench_providers,
-            "a real-size model by what runs it, requests too (half an hour, and to make it)",
+            "a real-size model on each provider, and whole requests (half an hour after its export)",
         ),
     }
     for name, (module, text) in {**known, **apart}.items():
@@ -68,9 +68,9 @@ def main() -> int:
 
 if __name__ == "__main__":
     warnings.filterwarnings("ignore")
-    # Read by OpenMP when torch is loaded. Threads that spin while they wait would slow down whatever is measured next.
+    # Read by OpenMP when torch is loaded. Spinning threads would slow down the next measurement.
     os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
     os.environ["DIFFUSERS_VERBOSITY"] = os.environ["TRANSFORMERS_VERBOSITY"] = "error"
-    # As for Ctrl-C: the servers, some of them paused, must not outlive the bench.
+    # Like Ctrl-C: the servers, some of them paused, must not outlive the benchmark.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     sys.exit(main())

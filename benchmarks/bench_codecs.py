@@ -1,4 +1,4 @@
-"""What a codec process adds: decoding and encoding an image in one, against the same functions in this process."""
+"""Overhead of a codec process: decoding and encoding an image there, compared with the same functions in this process."""
 
 import argparse
 import asyncio
@@ -22,14 +22,16 @@ _Job = Callable[[], Awaitable[object]]
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    """Declares the settings."""
-    parser.add_argument("--side", type=int, default=512, metavar="PIXELS", help="of the image (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=200, metavar="N", help="of which the median counts (default: %(default)s)")
+    """Adds the flags of this sub-command."""
+    parser.add_argument("--side", type=int, default=512, metavar="PIXELS", help="side of the image (default: %(default)s)")
+    parser.add_argument(
+        "--rounds", type=int, default=200, metavar="N", help="rounds; the median is reported (default: %(default)s)"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Measures each format in both directions, and prints a table."""
-    title = f"milliseconds an image of {arguments.side} pixels, medians of {arguments.rounds}, in turns"
+    title = f"milliseconds per image of {arguments.side} pixels, medians of {arguments.rounds}, in turns"
     table = Table("", "in this process", "in a codec process", "added", title=title)
     for name, own, other in asyncio.run(_measure(arguments.side, arguments.rounds)):
         table.add_row(name, f"{own:.2f}", f"{other:.2f}", f"{other - own:.2f}")
@@ -38,8 +40,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 async def _measure(side: int, rounds: int) -> list[tuple[str, float, float]]:
-    """The name of each job, and its milliseconds here and in a process."""
-    # Smooth and noisy at once, so that it compresses about as a photo does.
+    """The name of each job, and its milliseconds in this process and in a codec process."""
+    # Smooth with noise, so that it compresses about like a photo.
     image = Image.blend(Image.linear_gradient("L").resize((side, side)), Image.effect_noise((side, side), 40), 0.3).convert("RGB")
     codecs = Codecs(1, 1, ImageMemory(_MEMORY))
     await codecs.start()
@@ -77,7 +79,7 @@ def _encoding(codecs: Codecs, image: Image.Image, file_format: WriteFormat) -> t
 
 
 async def _in_turns(own: _Job, other: _Job, rounds: int) -> tuple[float, float]:
-    """The median milliseconds of each."""
+    """The median milliseconds of both."""
     seconds: tuple[list[float], list[float]] = [], []
     for _ in range(rounds):
         for job, found in zip((own, other), seconds, strict=True):

@@ -1,4 +1,4 @@
-"""What an export of real size takes: wall time and peak memory of `img2img export`, on models with random weights."""
+"""Wall time and peak memory of `img2img export` for models of real size with random weights."""
 
 import argparse
 import json
@@ -19,12 +19,12 @@ from rich.table import Table
 _BENCH = Path(".bench")
 _PAUSE = 0.05
 _CASES = {"sd15-fp32": ("sd15", "fp32"), "sd15-fp16": ("sd15", "fp16"), "sdxl-unet-fp16": ("sdxl-unet", "fp16")}
-"""What can be measured: the model, stored in the precision that it is exported in."""
+"""The cases: a model, stored in the precision of its export."""
 
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """What a stage of an export took: seconds, and the peaks of memory as in `Result`."""
+    """A stage of an export: seconds, and the memory peaks as in `Result`."""
 
     name: str
     seconds: float
@@ -34,8 +34,8 @@ class Stage:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """One export. Seconds; bytes; `resident` is the peak of all that was in memory, files that were mapped and could be let go
-    of among it, `own` of what could not. `largest` is the largest graph's weights, `again` the same command's second time."""
+    """One export, in seconds and bytes. `resident` is the peak of resident memory, including mapped files, `own` the peak without
+    them. `largest` is the size of the largest graph's weights, `again` the time of the same command run again."""
 
     case: str
     seconds: float
@@ -49,19 +49,19 @@ class Result:
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    """Declares the settings."""
-    parser.add_argument("cases", nargs="*", metavar="CASE", help=f"of {', '.join(_CASES)} (default: all)")
+    """Adds the flags of this sub-command."""
+    parser.add_argument("cases", nargs="*", metavar="CASE", help=f"cases, of {', '.join(_CASES)} (default: all)")
     parser.add_argument(
         "--limit",
         type=float,
         metavar="F",
-        help="run in a memory cgroup of F x the largest component's weights (root only): what is more is killed",
+        help="run in a memory cgroup of F x the largest component's weights (root only)",
     )
     parser.add_argument("--keep", action="store_true", help="keep the bundles, in .bench/bundles")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Makes the models, exports each in a process of its own, and prints a table. Needs up to 20 GB of disk."""
+    """Makes the models, exports each in its own process, and prints a table. Needs up to 20 GB of disk."""
     results = []
     for case in arguments.cases or _CASES:
         model, precision = _CASES[case]
@@ -107,7 +107,7 @@ def _measure(case: str, model: Path, precision: str, arguments: argparse.Namespa
     seconds = time.monotonic() - begun
     events = [json.loads(line) for line in lines.read_text().splitlines()]
     if process.returncode == -signal.SIGKILL:
-        raise SystemExit(f"{case}: killed")
+        raise SystemExit(f"{case}: the export was killed")
     if process.returncode:
         raise SystemExit(f"{case}: {events[-1].get('message')}")
     begins = [(event["text"], event["seconds"]) for event in events if event["event"] == "stage"]
@@ -139,7 +139,7 @@ class _Limit:
         self._group.mkdir(exist_ok=True)
         name = "memory.limit_in_bytes" if old.is_dir() else "memory.max"
         (self._group / name).write_text(str(round(factor * largest)))
-        # Pages of the files that are in memory already would be on somebody else's account.
+        # Cached pages of the files would be charged to another cgroup.
         os.sync()
         Path("/proc/sys/vm/drop_caches").write_text("3")
         print(f"memory is limited to {factor * largest / 1e9:.2f} GB", flush=True)

@@ -1,8 +1,8 @@
-"""What the engine's host work takes by how many requests wait: a step, a new request, a cancelled one, news of positions.
+"""CPU time of the engine by the number of waiting requests: a step, a new request, a cancelled one, updates of positions.
 
 Nothing is computed: the pipeline only counts, calls take 5 ms of a manual clock, and the figures are CPU seconds of the engine's
-thread. 32 requests are active, 16 of them share each call. The step is measured twice: without news, and with news due for every
-waiting request.
+thread. 32 requests are active, 16 of them share each call. The step is measured twice: without position updates, and with one due
+for every waiting request.
 """
 
 import argparse
@@ -181,7 +181,7 @@ def _timed(work: Callable[[], object]) -> float:
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    """Declares the settings."""
+    """Adds the flags of this sub-command."""
     parser.add_argument(
         "--waiting", type=int, nargs="+", default=[100, 1000, 5000], metavar="N", help="waiting requests (default: %(default)s)"
     )

@@ -1,9 +1,9 @@
-"""What the engine's thread does between two calls of the denoiser on a GPU, on fake CUDA libraries: no GPU is needed.
+"""Time of the engine's thread between two calls of the denoiser on a GPU, measured with fake CUDA libraries, without a GPU.
 
 Requests of the same size and number of steps are in progress at the same time. Between two calls of the denoiser the engine's
-thread reports the step before, chooses the next requests, and asks for all that comes before and after the denoiser. A GPU waits
-for that only if it takes longer than the step, and kernels compute nothing here. So each case is run twice: without any time of
-a device, for the thread's own time, and with a device that takes --step-ms for a call of the denoiser, for how long that is idle.
+thread reports the last step, chooses the next requests, and launches the work before and after the denoiser. A GPU is idle only
+if that takes longer than a step; the fake kernels take no time. So each case runs twice: without device time, to measure the
+thread, and with a device that takes --step-ms for a call of the denoiser, to measure its idle time.
 """
 
 import argparse
@@ -24,18 +24,20 @@ from rich.table import Table
 BUNDLE = Path(__file__).resolve().parent.parent / ".demo" / "models" / "demo"
 _REQUESTS = (1, 4, 8, 16)
 _LINES = 60
-"""Functions that are shown of the profile."""
+"""Functions shown of the profile."""
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    """Declares the settings."""
+    """Adds the flags of this sub-command."""
     parser.add_argument("--bundle", type=Path, default=BUNDLE, metavar="DIR", help="a bundle (default: the demo model's)")
-    parser.add_argument("--steps", type=int, default=60, metavar="N", help="of each request (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=60, metavar="N", help="steps of each request (default: %(default)s)")
     parser.add_argument(
-        "--step-ms", type=float, default=3.0, metavar="MS", help="what a step is taken to last on a GPU (default: %(default)s)"
+        "--step-ms", type=float, default=3.0, metavar="MS", help="assumed duration of a step on a GPU (default: %(default)s)"
     )
-    parser.add_argument("--max-batch-size", type=int, default=16, metavar="N", help="rows of a call (default: %(default)s)")
-    parser.add_argument("--profile", action="store_true", help="also show where the time goes, with 8 guided requests")
+    parser.add_argument(
+        "--max-batch-size", type=int, default=16, metavar="N", help="maximum rows of a call (default: %(default)s)"
+    )
+    parser.add_argument("--profile", action="store_true", help="also print a profile with 8 guided requests")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -45,12 +47,12 @@ def run(arguments: argparse.Namespace) -> int:
     if not torch.cuda.is_available():
         print("the fake CUDA libraries are not in use: run scripts/bench host")
         return 1
-    # No kernel computes anything, so no image would be finite.
+    # The kernels compute nothing, so images would not be finite.
     torch.isfinite = lambda input: torch.ones(input.shape, dtype=torch.bool)
     bench = _Bench(arguments.bundle, arguments.max_batch_size)
     columns = ("requests", "guidance", "rows", "thread, µs", "of the quickest 10 %", "clock, µs", "device idle, µs")
     table = Table(
-        *columns, title=f"between two calls of the denoiser; idle: of a device that takes {arguments.step_ms:g} ms a call"
+        *columns, title=f"between two calls of the denoiser; idle: a device that takes {arguments.step_ms:g} ms per call"
     )
     for guidance, count in itertools.product((7.5, 1.0), _REQUESTS):
         bench.run(count, guidance, 10)
@@ -77,10 +79,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 class _Device:
-    """A GPU that takes `step` seconds for each call of the denoiser, one after the other, and no time for anything else.
+    """A simulated GPU that takes `step` seconds for each call of the denoiser, in order, and no time for anything else.
 
-    For each call: `thread` has the time of the thread that made it and `clock` the clock's, both in nanoseconds; `idle` the
-    microseconds that the GPU had nothing to do before it. `frames` are the functions on the way to the first.
+    For each call, `thread` has the CPU time of the calling thread and `clock` the wall time, in nanoseconds, and `idle` the
+    microseconds that the GPU was idle before it. `frames` is the call stack of the first call.
     """
 
     def __init__(self) -> None:
@@ -90,13 +92,13 @@ class _Device:
         self.clear()
 
     def clear(self) -> None:
-        """Forgets the calls so far."""
+        """Clears the recorded calls."""
         self.thread: list[int] = []
         self.clock: list[int] = []
         self.idle: list[float] = []
 
     def call(self) -> None:
-        """Notes a call."""
+        """Records a call."""
         now = time.perf_counter()
         self.thread.append(time.thread_time_ns())
         self.clock.append(time.perf_counter_ns())
@@ -107,7 +109,7 @@ class _Device:
             self.frames = names[names.index("_run") :] if "step" in names else []
 
     def waiting(self, wait: Callable[[], None]) -> Callable[[], None]:
-        """`wait`, which also waits until all calls so far are over."""
+        """Wraps `wait` to also wait until the simulated calls so far have ended."""
         over = self._free
 
         def waited() -> None:
@@ -119,7 +121,7 @@ class _Device:
 
 
 class _Session:
-    """A session whose calls the device notes."""
+    """A session whose calls are recorded by the device."""
 
     def __init__(self, session: Any, device: _Device) -> None:
         self._session = session
@@ -129,13 +131,13 @@ class _Session:
         return getattr(self._session, name)
 
     def run_with_iobinding(self, binding: Any, options: Any) -> None:
-        """Runs the session."""
+        """Records and makes a call."""
         self._device.call()
         self._session.run_with_iobinding(binding, options)
 
 
 class _Pipeline:
-    """A pipeline whose `mark` is the device's."""
+    """A pipeline whose `mark` waits for the simulated device."""
 
     def __init__(self, pipeline: Any, device: _Device) -> None:
         self._pipeline = pipeline
@@ -145,12 +147,12 @@ class _Pipeline:
         return getattr(self._pipeline, name)
 
     def mark(self) -> Callable[[], None]:
-        """What waits for the device."""
+        """A function that waits for the device."""
         return self._device.waiting(self._pipeline.mark())
 
 
 class _Bench:
-    """An engine over a bundle on fake CUDA libraries, its calls recorded."""
+    """An engine with a bundle on fake CUDA libraries, with CUDA graphs."""
 
     def __init__(self, bundle: Path, max_batch_size: int) -> None:
         from img2img_server.bundle.manifest import read_manifest
@@ -165,7 +167,7 @@ class _Bench:
 
         self.device = _Device()
         self.rows: list[int] = []
-        """Of each call of the denoiser in the last run."""
+        """Values of each call of the denoiser in the last run."""
 
         def open_graph(graph: Path, options: SessionOptions) -> Any:
             session = open_session(graph, options)
@@ -184,7 +186,7 @@ class _Bench:
         self.device.frames.clear()
 
     def run(self, count: int, guidance: float, steps: int) -> None:
-        """Runs `count` requests at the same time. Raises what one of them ended with if it failed."""
+        """Runs `count` requests concurrently. Raises the error of one if it failed."""
         from img2img_server.engine.request import Completed, Event, Failed, Request
         from PIL import Image
 
@@ -206,7 +208,7 @@ class _Bench:
             raise failed[0]
 
     def profile(self, count: int, guidance: float, steps: int) -> pstats.Stats:
-        """Where the engine's thread spends its time in such a run."""
+        """A profile of the engine's thread in such a run."""
         profile = cProfile.Profile()
         self._engine.call("m", profile.enable)
         self.run(count, guidance, steps)

@@ -1,4 +1,4 @@
-"""Diffusers pipelines of real size with random weights, made on the spot: what takes time and memory in them is as in true ones.
+"""Makes diffusers pipelines of real size with random weights, which take the time and memory of real models.
 
 Heavy imports are inside the functions, so that `scripts/bench --help` is quick.
 """
@@ -11,7 +11,7 @@ _MODELS_FOLDER = Path(".bench/models")
 
 
 def saved_model(name: str, precision: str) -> Path:
-    """The directory of a model, made once: the same random numbers each time."""
+    """The folder of a model, made once with fixed random numbers."""
     directory = _MODELS_FOLDER / f"{name}-{precision}"
     if not (directory / "model_index.json").is_file():
         import torch
@@ -88,7 +88,7 @@ def text_config(width: int, layers: int, heads: int, activation: str) -> Any:
 
 
 def _sd15() -> Any:
-    """Stable Diffusion 1.5 in every size: 860 M parameters of UNet, 123 M of text encoder, 84 M of VAE."""
+    """Stable Diffusion 1.5 in real size: 860 M parameters of UNet, 123 M of text encoder, 84 M of VAE."""
     from diffusers import UNet2DConditionModel
 
     unet = UNet2DConditionModel(**UNETS["sd15"])
@@ -113,7 +113,7 @@ def _stable_diffusion(unet: Any, vae: Any, text: Any) -> Any:
 
 
 def _sdxl_unet() -> Any:
-    """SDXL's UNet, 2.6 G parameters, between text encoders of its widths but of two layers, and a small VAE.
+    """SDXL's UNet, 2.6 G parameters, with text encoders of its widths but two layers, and a small VAE.
 
     Small images are compared after an export, so it says that it is of small ones: its weights are those of any size.
     """
@@ -121,7 +121,7 @@ def _sdxl_unet() -> Any:
     from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-    with _default(torch.float16):  # 10 GB otherwise, before it is saved in half of that
+    with _default(torch.float16):  # otherwise it would take 10 GB before it is saved in fp16
         unet = UNet2DConditionModel(**UNETS["sdxl"] | {"sample_size": 16})
     tokenizer = CLIPTokenizer.from_pretrained(TOKENIZER)
     return StableDiffusionXLPipeline(
@@ -136,7 +136,7 @@ def _sdxl_unet() -> Any:
 
 
 def _tiny() -> Any:
-    """Stable Diffusion's parts, as small as they go: to try what is made for the large ones."""
+    """Stable Diffusion with tiny parts, to test this benchmark."""
     from diffusers import UNet2DConditionModel
 
     unet = UNet2DConditionModel(
@@ -156,7 +156,7 @@ MODELS: dict[str, Callable[[], Any]] = {"sd15": _sd15, "sdxl-unet": _sdxl_unet, 
 
 
 def _default(dtype: Any) -> Any:
-    """New parameters are of type `dtype`, within."""
+    """Sets the type of new parameters within the block."""
     import contextlib
 
     import torch
@@ -174,7 +174,7 @@ def _default(dtype: Any) -> Any:
 
 
 def _vae(scaling_factor: float, channels: tuple[int, ...]) -> Any:
-    """Its colours are made as strong as an image's: random weights alone give grey, on which nothing can be compared."""
+    """Scales its colors to those of an image: random weights alone give gray images, which cannot be compared."""
     import torch
     from diffusers import AutoencoderKL
 

@@ -1,4 +1,4 @@
-"""The parts of a Stable Diffusion model as things to time, by what runs them. Heavy imports: only `bench_providers` reads it."""
+"""The parts of a Stable Diffusion model as units of work to time, by provider. Heavy imports: only for `bench_providers`."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,21 +17,21 @@ Feed = Mapping[str, torch.Tensor]
 
 @dataclass(slots=True, eq=False)
 class Session:
-    """A graph in a session of the server's own. `output` is its first, of the last run."""
+    """A graph in a session of the server. `output` is the first output of the last run."""
 
     runner: HostRunner
     feed: Feed
     output: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
 
     def ready(self) -> None:
-        """Nothing to do."""
+        """Does nothing."""
 
     def run(self) -> None:
-        """One call."""
+        """Makes one call."""
         self.output = self.runner.run(self.feed)[0]
 
     def close(self) -> None:
-        """Nothing to do."""
+        """Does nothing."""
 
 
 @dataclass(slots=True, eq=False)
@@ -46,10 +46,10 @@ class Module:
     output: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
 
     def ready(self) -> None:
-        """Nothing to do."""
+        """Does nothing."""
 
     def run(self) -> None:
-        """One call."""
+        """Makes one call."""
         torch.set_num_threads(self.threads)
         given = {name: value.to(self.dtype) if value.is_floating_point() else value for name, value in self.feed.items()}
         with torch.inference_mode():
@@ -65,7 +65,7 @@ class Module:
         self.output = output.float()
 
     def close(self) -> None:
-        """Nothing to do."""
+        """Does nothing."""
 
 
 Work = Session | Module
@@ -92,7 +92,7 @@ def feed_of(component: str, model: Path, size: int) -> dict[str, torch.Tensor]:
 def works_of(
     component: str, feed: Feed, model: Path, bundles: Mapping[str, Path], variants: Sequence[str], threads: int
 ) -> dict[str, Work]:
-    """The part by each of `variants`. The int8 bundle's VAE is the other's, so it is left out."""
+    """The part with each of `variants`. The VAE of the int8 bundle is skipped: it equals that of the fp32 bundle."""
     works: dict[str, Work] = {}
     for variant in variants:
         if variant == "int8" and component.startswith("vae"):

@@ -1,8 +1,8 @@
-"""What runs a real-size Stable Diffusion 1.5 on this CPU, and how fast: its parts and whole requests, side by side.
+"""Compares providers and libraries for a Stable Diffusion 1.5 of real size on this CPU: parts and whole requests.
 
-Parts: ONNX Runtime's CPU provider in fp32 and on the int8 bundle, OpenVINO's provider with sessions of any shape and of one,
-PyTorch with channels last. Requests: the server's pipeline against diffusers, optimum and optimum-intel, each in a process of
-its own, with the image's PSNR against diffusers' in fp32. All take turns, so read the ratios.
+Parts: ONNX Runtime's CPU provider in fp32 and on the int8 bundle, OpenVINO's provider with dynamic and with fixed shapes,
+PyTorch with channels last. Requests: the server's pipeline, diffusers, optimum and optimum-intel, each in its own process, with
+the image's PSNR against diffusers in fp32. All take turns: compare the ratios.
 """
 
 import argparse
@@ -29,26 +29,37 @@ _LEAST_ROUNDS = 3
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    """Declares the settings."""
+    """Adds the flags of this sub-command."""
     add = parser.add_argument
     add("--model", choices=("sd15", "tiny"), default="sd15", help="random weights of this size (default: %(default)s)")
-    add("--variants", default="cpu,int8,openvino,openvino-static,torch", metavar="V,...", help=f"of {', '.join(_VARIANTS)}")
-    add("--components", default=",".join(_COMPONENTS), metavar="C,...", help="of %(default)s (default: all)")
-    add("--sizes", default="256,512", metavar="N,...", help="sides of pictures in pixels (default: %(default)s)")
+    add(
+        "--variants",
+        default="cpu,int8,openvino,openvino-static,torch",
+        metavar="V,...",
+        help=f"variants, of {', '.join(_VARIANTS)}",
+    )
+    add("--components", default=",".join(_COMPONENTS), metavar="C,...", help="parts, of %(default)s (default: all)")
+    add("--sizes", default="256,512", metavar="N,...", help="sides of images in pixels (default: %(default)s)")
     add("--rounds", type=int, default=5, help="turns of each variant (default: %(default)s)")
-    add("--peers", default="", metavar="P,...", help=f"requests too, by {', '.join(_PEERS)} (all must fit into memory)")
-    add("--request-size", type=int, default=256, metavar="N", help="pixels of a request's picture (default: %(default)s)")
+    add("--peers", default="", metavar="P,...", help=f"also whole requests, by {', '.join(_PEERS)} (all must fit into memory)")
+    add("--request-size", type=int, default=256, metavar="N", help="side of a request's image in pixels (default: %(default)s)")
     add("--request-rounds", type=int, default=3, metavar="N", help="turns of each peer (default: %(default)s)")
     add("--request-steps", type=int, default=25, metavar="N", help="steps of a request, at strength 0.8 (default: %(default)s)")
     add("--threads", type=int, default=len(os.sched_getaffinity(0)), metavar="N", help="CPU threads (default: all)")
-    add("--pretend-intel", action="store_true", help="let OpenVINO's plugin run on a CPU that is not Intel's (a test's trick)")
-    add("--openvino-packages", type=Path, metavar="DIR", help="onnxruntime_ep_openvino, unpacked, where it isn't installed")
-    add("--intel-packages", type=Path, metavar="DIR", help="optimum-intel and what it needs, unpacked: its versions are not ours")
-    add("--json", type=Path, default=_BENCH / "providers.json", metavar="FILE", help="(default: %(default)s)")
+    add("--pretend-intel", action="store_true", help="enable OpenVINO's plugin on CPUs of other makers, by a patch of the tests")
+    add("--openvino-packages", type=Path, metavar="DIR", help="folder of onnxruntime_ep_openvino, if it is not installed")
+    add("--intel-packages", type=Path, metavar="DIR", help="folder of optimum-intel and its dependencies, in its versions")
+    add(
+        "--json",
+        type=Path,
+        default=_BENCH / "providers.json",
+        metavar="FILE",
+        help="write results to this file (default: %(default)s)",
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Makes what is not there yet (minutes a bundle), measures, and prints tables. Needs 20 GB of disk, and of memory."""
+    """Makes missing models and bundles (minutes each), measures, and prints tables. Needs 20 GB of disk and of memory."""
     model = saved_model(arguments.model, "fp32")
     variants, peers = arguments.variants.split(","), [name for name in arguments.peers.split(",") if name]
     for name, known in ((variants, _VARIANTS), (peers, _PEERS), (arguments.components.split(","), _COMPONENTS)):
@@ -87,7 +98,7 @@ def _bundle(model: Path, name: str, precision: str) -> Path:
 
 
 def _parts(arguments: argparse.Namespace, model: Path, bundles: Mapping[str, Path]) -> Iterator[dict[str, Any]]:
-    """One part at a time, so that only its variants are in memory."""
+    """Measures one part at a time, so that only its variants are in memory."""
     from bench_provider_works import error_of, feed_of, works_of
     from img2img_server.tools.bench_measuring import TimedCase, run_rounds
 
@@ -107,17 +118,17 @@ def _parts(arguments: argparse.Namespace, model: Path, bundles: Mapping[str, Pat
                 next(turns)
             title = f"{component}, {size} px" if component != "text_encoder" else component
             seconds = {case.provider: case.seconds for case in cases}
-            yield from _told(title, seconds, {name: f"{error:.1e}" for name, error in errors.items()}, "error")
+            yield from _printed(title, seconds, {name: f"{error:.1e}" for name, error in errors.items()}, "error")
 
 
 def _requests(arguments: argparse.Namespace, model: Path, bundles: Mapping[str, Path], peers: list[str]) -> list[dict[str, Any]]:
-    """Whole requests; the source image's size is that of the result."""
+    """Measures whole requests. The source has the size of the result."""
     from img2img_server.runtime.accuracy_check import psnr_db
     from PIL import Image
 
-    pictures = _BENCH / "pictures"
-    pictures.mkdir(parents=True, exist_ok=True)
-    started = {name: _start(name, arguments, model, bundles, pictures) for name in peers}
+    images = _BENCH / "images"
+    images.mkdir(parents=True, exist_ok=True)
+    started = {name: _start(name, arguments, model, bundles, images) for name in peers}
     try:
         seconds: dict[str, list[float]] = {name: [] for name in peers}
         for process in started.values():
@@ -126,7 +137,7 @@ def _requests(arguments: argparse.Namespace, model: Path, bundles: Mapping[str, 
             order = list(started.items())
             for name, process in order if round_ % 2 else reversed(order):
                 assert process.stdin is not None, "it was opened as a pipe"
-                # The first is to warm up, in as few steps as there can be.
+                # The first round is a warm-up with few steps.
                 print(arguments.request_steps if round_ else 2, file=process.stdin, flush=True)
                 took = _answer(process)["seconds"]
                 if round_:
@@ -136,20 +147,20 @@ def _requests(arguments: argparse.Namespace, model: Path, bundles: Mapping[str, 
         for process in started.values():
             process.kill()
             process.wait()
-    reference = pictures / ("diffusers.png" if "diffusers" in peers else f"{peers[0]}.png")
-    drawn = {name: Image.open(pictures / f"{name}.png") for name in peers}
+    reference = images / ("diffusers.png" if "diffusers" in peers else f"{peers[0]}.png")
+    drawn = {name: Image.open(images / f"{name}.png") for name in peers}
     decibels = {name: f"{psnr_db(image, Image.open(reference)):.1f} dB" for name, image in drawn.items()}
     title = f"img2img, {arguments.request_size} px, {arguments.request_steps} steps x 0.8"
-    return list(_told(title, seconds, decibels, f"PSNR against {reference.stem}"))
+    return list(_printed(title, seconds, decibels, f"PSNR against {reference.stem}"))
 
 
 def _start(
-    name: str, arguments: argparse.Namespace, model: Path, bundles: Mapping[str, Path], pictures: Path
+    name: str, arguments: argparse.Namespace, model: Path, bundles: Mapping[str, Path], images: Path
 ) -> "subprocess.Popen[str]":
     way = {"ours-openvino": "ours", "ours-int8": "ours", "diffusers-bf16": "diffusers"}.get(name, name)
     path = model if way in ("diffusers", "optimum-intel") else bundles["int8" if name == "ours-int8" else "fp32"]
     python = optimum_python() if way == "optimum" else sys.executable
-    command = [python, "-m", "bench_peers.picture", way, str(path), "--picture", str(pictures / f"{name}.png")]
+    command = [python, "-m", "bench_peers.image", way, str(path), "--image", str(images / f"{name}.png")]
     command += ["--size", str(arguments.request_size), "--threads", str(arguments.threads)]
     command += ["--arithmetic", "bf16"] if name.endswith("bf16") else []
     command += ["--provider", "openvino"] if name == "ours-openvino" else []
@@ -169,8 +180,8 @@ def _answer(process: "subprocess.Popen[str]") -> dict[str, Any]:
     raise SystemExit(f"ended with status {process.wait()}: {' '.join(map(str, process.args))}")  # type: ignore[arg-type]
 
 
-def _told(title: str, seconds: Mapping[str, list[float]], notes: Mapping[str, str], note: str) -> Iterator[dict[str, Any]]:
-    """Prints a table, and gives its lines. Ratios are to the first, of the same round."""
+def _printed(title: str, seconds: Mapping[str, list[float]], notes: Mapping[str, str], note: str) -> Iterator[dict[str, Any]]:
+    """Prints a table and yields its lines. Ratios are relative to the first in the same round."""
     from img2img_server.tools.bench_model import quartiles
 
     table = Table("variant", "ms", "quartiles", "times as fast as the first", note, title=title)

@@ -1,6 +1,6 @@
-"""Measures engines on Ray against one in the server's own process, on a device that only sleeps.
+"""Compares engines on Ray with one in the server's process, on a simulated device that only sleeps.
 
-Needs no model and no GPU: what is compared is everything around the device. Requests are 128 x 128 pixels, PNG, one step.
+Needs no model and no GPU. Requests are 128 x 128 pixels, PNG, one step.
 """
 
 import argparse
@@ -33,27 +33,33 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULT = ROOT / ".bench" / "ray.json"
 _SERVER = ROOT / "benchmarks" / "simulated_server.py"
 _MARK = "IMG2IMG_BENCH_RAY"
-"""A variable that all processes of this run have in their environment."""
+"""An environment variable of all processes of this run."""
 _ADDED = {"seconds": 0.001}
 _TWO = {"min_replicas": 2, "num_cpus": 0}
 _WARM = 20
-"""Requests that are not measured."""
+"""Number of warm-up requests."""
 _SHARED = {"seconds": 0.05, "more": 0.05}
-"""The device for throughput: batches save nothing, so that one device runs 20 one-step requests a second."""
+"""The device for throughput: batches gain nothing, so one device runs 20 one-step requests per second."""
 
 _console = Console(stderr=True, highlight=False, markup=False)
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    """Declares the settings."""
-    parser.add_argument("--requests", type=int, default=300, metavar="N", help="one after the other (default: %(default)s)")
-    parser.add_argument("--replicas", default="1,2,4", metavar="N[,...]", help="for throughput (default: %(default)s)")
-    parser.add_argument("--clients", type=int, default=24, metavar="N", help="at once, for throughput (default: %(default)s)")
-    parser.add_argument("--seconds", type=float, default=10.0, metavar="N", help="of each throughput (default: %(default)s)")
+    """Adds the flags of this sub-command."""
+    parser.add_argument("--requests", type=int, default=300, metavar="N", help="sequential requests (default: %(default)s)")
+    parser.add_argument(
+        "--replicas", default="1,2,4", metavar="N[,...]", help="numbers of replicas for throughput (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--clients", type=int, default=24, metavar="N", help="concurrent clients for throughput (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=10.0, metavar="N", help="seconds of each throughput measurement (default: %(default)s)"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Runs all of it on one cluster, prints tables and writes a JSON file."""
+    """Runs everything on one cluster, prints tables and writes a JSON file."""
     counts = [int(count) for count in arguments.replicas.split(",")]
     figures: dict[str, float] = {}
     with _server({"engine": "ray"}, _TWO, _ADDED) as front:
@@ -76,13 +82,13 @@ def run(arguments: argparse.Namespace) -> int:
 
 @dataclass(frozen=True, slots=True)
 class _Served:
-    """A server that serves."""
+    """A running server."""
 
     target: str
     seconds: float
-    """From the process's start."""
+    """Seconds from the start of the process until it served."""
     address: str
-    """Of its Ray cluster, where it has one."""
+    """Address of its Ray cluster, if any."""
 
 
 @contextlib.contextmanager
@@ -108,7 +114,7 @@ def _server(settings: Mapping[str, Any], ray: Mapping[str, Any], device: Mapping
             process.wait(60)
 
 
-def _picture() -> bytes:
+def _source() -> bytes:
     out = io.BytesIO()
     Image.effect_noise((128, 128), 50).convert("RGB").save(out, "PNG")
     return out.getvalue()
@@ -119,12 +125,12 @@ def _ask(client: Client, data: bytes, seed: int) -> None:
 
 
 def _added(front: _Served, count: int) -> dict[str, float]:
-    """Milliseconds of the same request in the process and on Ray, in turns; and what processes and starts take."""
-    data = _picture()
+    """Milliseconds of the same request in the process and on Ray, in turns; start times and memory of processes."""
+    data = _source()
     with contextlib.ExitStack() as stack:
         local = stack.enter_context(_server({"engine": "local"}, {}, _ADDED))
         second = stack.enter_context(_server({"engine": "ray"}, {**_TWO, "address": front.address}, _ADDED))
-        _console.print("[bench] requests one after the other, in turns")
+        _console.print("[bench] sequential requests, in turns")
         clients = {
             "in the process": stack.enter_context(Client(local.target, timeout=60)),
             "on Ray": stack.enter_context(Client(front.target, timeout=60)),
@@ -148,7 +154,7 @@ def _added(front: _Served, count: int) -> dict[str, float]:
 
 
 def _calls(address: str, data: bytes, count: int) -> list[float]:
-    """Milliseconds of the same request from this process straight to a replica: Ray's part of it, and the replica's."""
+    """Milliseconds of the same request from this process directly to a replica."""
     os.environ.update(_access())
     from img2img_server.backends.ray.backend import RayConnection
     from img2img_server.backends.ray.messages import RemoteRequest
@@ -173,12 +179,12 @@ def _calls(address: str, data: bytes, count: int) -> list[float]:
 
 
 def _access() -> dict[str, str]:
-    """What processes need to be let in by this run's cluster."""
+    """Environment variables to access this run's cluster."""
     return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "f" * 64, "RAY_USAGE_STATS_ENABLED": "0"}
 
 
 def _memory() -> dict[str, float]:
-    """MiB that each process of this run has for itself (USS), by what it is."""
+    """Private memory (USS) in MiB of each process of this run, by its role."""
     found: dict[str, float] = {}
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
@@ -189,7 +195,7 @@ def _memory() -> dict[str, float]:
 
 
 def _what(title: str) -> str:
-    """What a process is, by its command line."""
+    """The role of a process, by its command line."""
     names = {
         str(_SERVER): "the server in the process" if '"local"' in title else "a front",
         "ServeReplica": "a replica",
@@ -207,9 +213,9 @@ def _what(title: str) -> str:
 
 
 def _throughput(served: _Served, arguments: argparse.Namespace) -> float:
-    """Requests a second that so many clients get, who each send the next when they have an answer."""
-    _console.print("[bench] many at once")
-    data, seeds = _picture(), itertools.count()
+    """Requests per second of clients in a closed loop."""
+    _console.print("[bench] concurrent requests")
+    data, seeds = _source(), itertools.count()
     with Client(served.target, timeout=60) as client, concurrent.futures.ThreadPoolExecutor(arguments.clients) as pool:
         for _ in range(8):
             _ask(client, data, next(seeds))
@@ -220,7 +226,7 @@ def _throughput(served: _Served, arguments: argparse.Namespace) -> float:
                 if time.perf_counter() > begun + arguments.seconds:
                     return done
                 _ask(client, data, next(seeds))
-            raise AssertionError("it ends")
+            raise AssertionError("unreachable")
 
         total = sum(future.result() for future in [pool.submit(one_client) for _ in range(arguments.clients)])
         return total / (time.perf_counter() - begun)

@@ -1,4 +1,4 @@
-"""Measures one request at a time: what the server adds to its own pipeline, and how long it takes to start."""
+"""Measures one request at a time: the overhead of the server over its pipeline, and the time to start."""
 
 import argparse
 import contextlib
@@ -22,21 +22,21 @@ from rich.table import Table
 
 ROOT = Path(__file__).resolve().parent.parent
 BUNDLE = ROOT / ".demo" / "models" / "demo"
-PICTURE = ROOT / "demo" / "images" / "noon-lake.png"
+SOURCE = ROOT / "demo" / "images" / "noon-lake.png"
 RESULT = ROOT / ".bench" / "bench.json"
 PROMPT = "A beautiful landscape with mountains and a lake at sunset"
 SEED = 7
 _PAUSE = 0.1
-"""Seconds between two calls: what the one before left running, threads that spin, is over by then."""
+"""Seconds between two calls, after which spinning threads of the first have stopped."""
 
 _console = Console(stderr=True, highlight=False, markup=False)
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    """Declares the flags."""
+    """Adds the flags of this sub-command."""
     parser.add_argument("--bundle", type=Path, default=BUNDLE, metavar="DIR", help="a bundle (default: the demo model's)")
     parser.add_argument("--requests", type=int, default=30, metavar="N", help="rounds of the request comparison (default: 30)")
-    parser.add_argument("--starts", type=int, default=5, metavar="N", help="server starts that are timed (default: 5)")
+    parser.add_argument("--starts", type=int, default=5, metavar="N", help="server starts to time (default: 5)")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -65,7 +65,7 @@ def _pairs(times: Mapping[str, list[float]], one: str, other: str, combine: Call
 
 
 def _time_start(bundle: Path, number: int, count: int) -> float:
-    """Seconds from starting the server's process to its being SERVING."""
+    """Seconds from the start of the server's process until it is SERVING."""
     _console.print(f"[bench] server start {number} of {count}")
     begun = time.perf_counter()
     with _server(bundle):
@@ -74,7 +74,7 @@ def _time_start(bundle: Path, number: int, count: int) -> float:
 
 @contextlib.contextmanager
 def _server(bundle: Path, *settings: str) -> Iterator[str]:
-    """The address of a server of `bundle` with some more settings, while the block runs."""
+    """Starts a server of `bundle` with further flags for the block. Yields its address."""
     with tempfile.TemporaryDirectory() as folder:
         port_file = Path(folder) / "port"
         command = [sys.executable, "-m", "img2img_cli", "serve", "--models", str(bundle), "--port", "0", *settings]
@@ -91,12 +91,12 @@ def _server(bundle: Path, *settings: str) -> Iterator[str]:
 
 
 def _compare_requests(bundle: Path, count: int) -> dict[str, Any]:
-    """Milliseconds of the same transform in several ways, in turns; the order changes so that none is always first.
+    """Milliseconds of the same transform by each way, in turns and in rotating order.
 
-    The server's caches are off: they would spare it what the others do each time.
+    The server's caches are off, because the other ways have none.
     """
     ways = _own_ways(bundle)
-    data = PICTURE.read_bytes()
+    data = SOURCE.read_bytes()
     with _server(bundle, "--cache-bytes", "0") as target, Client(target, timeout=60) as client:
         parts: list[dict[str, float]] = []
 
@@ -122,7 +122,7 @@ def _compare_requests(bundle: Path, count: int) -> dict[str, Any]:
 
 
 def _own_ways(bundle: Path) -> dict[str, Callable[[], object]]:
-    """The server's own pipeline in this process: with codecs, without, with previews, and nothing but its session calls."""
+    """The server's pipeline in this process: with codecs, without, with previews, and only its session calls."""
     from img2img_server.bundle.manifest import read_manifest
     from img2img_server.engine.request import Request, run_alone
     from img2img_server.images import ImageLimits, decode, encode
@@ -130,7 +130,7 @@ def _own_ways(bundle: Path) -> dict[str, Callable[[], object]]:
     from img2img_server.runtime.loader import load_pipeline
 
     pipeline: Any = load_pipeline(bundle, read_manifest(bundle), Execution("cpu"))
-    data = PICTURE.read_bytes()
+    data = SOURCE.read_bytes()
 
     def request(interval: int = 0) -> Request:
         image = decode(data, ImageLimits(), "image")
@@ -160,7 +160,7 @@ def _own_ways(bundle: Path) -> dict[str, Callable[[], object]]:
 
 
 def _record(work: Callable[[], object]) -> list[tuple[Any, Any, Any]]:
-    """Every session call that `work` makes: session, outputs, inputs."""
+    """Records every session call of `work`: session, outputs, inputs."""
     from onnxruntime import InferenceSession
 
     calls: list[tuple[Any, Any, Any]] = []

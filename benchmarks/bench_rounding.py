@@ -1,7 +1,7 @@
-"""Why an engine's bfloat16 is further off than PyTorch's: a UNet's error with timesteps and angles in float32, and in bfloat16.
+"""Errors of a UNet in bfloat16, with the timestep and its angles in float32 and in bfloat16.
 
-Emulated in PyTorch, so any CPU will do: the weights and layers are in bfloat16 throughout, and only what becomes of the timestep
-before the first layer differs. The UNet has Stable Diffusion 1.5's first width, half of its others, and random weights.
+Emulated in PyTorch, so it runs on any CPU: weights and layers are always in bfloat16, and only the computation of the timestep
+embedding differs. The UNet has Stable Diffusion 1.5's first width, half of its others, and random weights.
 """
 
 import argparse
@@ -26,7 +26,7 @@ _CONFIG: dict[str, Any] = {
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    """Declares the settings."""
+    """Adds the flags of this sub-command."""
     parser.add_argument("--timesteps", type=int, nargs="+", default=[21, 101, 261, 501, 741, 981], metavar="T")
 
 

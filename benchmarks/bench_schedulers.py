@@ -1,4 +1,4 @@
-"""What stepping a batch costs: diffusers' scheduler for each request, against one compiled step for all of them."""
+"""Cost of a scheduler step: diffusers' scheduler for each request, compared with one compiled step for all requests."""
 
 import argparse
 import statistics
@@ -13,9 +13,11 @@ _STEPS = 25
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    """Declares the settings."""
-    parser.add_argument("--requests", type=int, default=8, metavar="N", help="in a batch (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=9, metavar="N", help="of which the median counts (default: %(default)s)")
+    """Adds the flags of this sub-command."""
+    parser.add_argument("--requests", type=int, default=8, metavar="N", help="requests in a batch (default: %(default)s)")
+    parser.add_argument(
+        "--rounds", type=int, default=9, metavar="N", help="rounds; the median is reported (default: %(default)s)"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -25,7 +27,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     torch.set_num_threads(1)
     own = DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False, steps_offset=1)
-    title = f"microseconds a step of {arguments.requests} requests, median of {arguments.rounds} x {_STEPS} steps"
+    title = f"microseconds per step of {arguments.requests} requests, median of {arguments.rounds} x {_STEPS} steps"
     columns = ("scheduler", "latents", "diffusers, one by one", "compiled, together", "ratio", "to compile, once, ms")
     table = Table(*columns, title=title)
     with torch.inference_mode():
@@ -39,7 +41,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _measure(own: Any, name: str, side: int, count: int, rounds: int) -> tuple[float, float, float]:
-    """Microseconds of a step of `count` requests by diffusers and compiled, and milliseconds of compiling; in turns."""
+    """Microseconds of a step of `count` requests with diffusers and compiled, in turns, and milliseconds to compile."""
     import torch
     from img2img_server.runtime.schedulers import registry
     from img2img_server.runtime.schedulers.linear import Trajectory, advance_batch, compile_schedule

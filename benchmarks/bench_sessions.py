@@ -1,6 +1,6 @@
-"""Why the server's sessions stop spinning: the demo model's session calls of a request, with ONNX Runtime's default and without.
+"""Session calls of a request to the demo model, with and without spinning threads of ONNX Runtime.
 
-Each setting runs in a process of its own, in turns: the threads of one would disturb the other.
+Each setting runs in its own process, in turns, because the threads of one would disturb the other.
 """
 
 import argparse
@@ -24,9 +24,9 @@ _TYPES = {"tensor(float)": "float32", "tensor(int64)": "int64", "tensor(int32)":
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    """Declares the settings."""
+    """Adds the flags of this sub-command."""
     parser.add_argument("--bundle", type=Path, default=BUNDLE, metavar="DIR", help="a bundle (default: the demo model's)")
-    parser.add_argument("--requests", type=int, default=12, metavar="N", help="in each process (default: %(default)s)")
+    parser.add_argument("--requests", type=int, default=12, metavar="N", help="requests of each process (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=3, metavar="N", help="processes of each setting (default: %(default)s)")
     parser.add_argument("--child", choices=_SETTINGS.values(), help=argparse.SUPPRESS)
 
@@ -54,7 +54,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _requests(arguments: argparse.Namespace, steps: int) -> list[list[float]]:
-    """Milliseconds that each part took, request by request."""
+    """Milliseconds of each part, for each request."""
     calls = [
         (
             _open(arguments.bundle / part / "model.onnx", arguments.child),

@@ -1,7 +1,7 @@
-"""What the scheduler would reach on a GPU: the real engine on a simulated device, against two peers on the same one.
+"""The scheduler on a simulated GPU: the real engine, compared with two peers on the same device.
 
-No GPU is needed and nothing is computed: calls take what was published of an H200, on a clock that is set by hand. So this shows
-the scheduler alone, without any overhead of Python, codecs or gRPC: an upper bound, and the same numbers on every machine.
+No GPU is needed and nothing is computed: calls take the published times of an H200 on a manual clock. This measures the scheduler
+alone, without the overhead of Python, codecs or gRPC: an upper bound, and the same numbers on every machine.
 """
 
 import argparse
@@ -27,30 +27,29 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULT = ROOT / ".bench" / "simulated.json"
 
 _GAINS = ((1, 1.0), (3, 2.7), (8, 3.2))
-"""Pictures a second by images in a call, relative to one: 512 x 512 on an H200, as published (shared/facts.md)."""
+"""Images per second by images in a call, relative to one: 512 x 512 on an H200, as published (shared/facts.md)."""
 _STEP = 0.0051
-"""Seconds of a guided UNet call of one image: 2.5 times the floor of 2.03 ms, the aim for such a GPU."""
+"""Seconds of a guided UNet call of one image: 2.5 times the lower bound of 2.03 ms, the target for this GPU."""
 _ENCODE, _DECODE = 0.0014, 0.0032
-"""Seconds of encoding and decoding a 512 x 512 image: the floors."""
+"""Seconds to encode and decode a 512 x 512 image: the lower bounds."""
 _MIX_STEPS = (4, 8, 12, 20, 25, 30, 50)
-_PICTURE = Image.new("RGB", (8, 8))
+_IMAGE = Image.new("RGB", (8, 8))
 
 
-def call_seconds(pictures: float) -> float:
-    """A UNet call of some guided images, between and beyond the published points in a straight line."""
+def call_seconds(images: float) -> float:
+    """Seconds of a UNet call of guided images: linear interpolation and extrapolation of the published points."""
     points = [(count, _STEP * count / gain) for count, gain in _GAINS]
-    if pictures <= 1:
-        return _STEP  # the curve is flat below: half an image is one without guidance
+    if images <= 1:
+        return _STEP  # constant below; half an image is one without guidance
     for (left, low), (right, high) in itertools.pairwise(points):
-        if pictures <= right or right == points[-1][0]:
-            return low + (high - low) * (pictures - left) / (right - left)
+        if images <= right or right == points[-1][0]:
+            return low + (high - low) * (images - left) / (right - left)
     raise AssertionError("the last point ends the loop")
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A request: when it comes, in seconds, and what it takes. `settings` must be equal to share a peer's call. `client` tells
-    whose it is."""
+    """A request: its arrival in seconds and its work. A peer batches requests with equal `settings`. `client` is its sender."""
 
     arrival: float
     steps: int
@@ -60,17 +59,17 @@ class Job:
 
     @property
     def alone(self) -> float:
-        """Seconds on the idle device."""
-        return _ENCODE + self.steps * call_seconds(self.pictures) + _DECODE
+        """Seconds alone on an idle device."""
+        return _ENCODE + self.steps * call_seconds(self.images) + _DECODE
 
     @property
-    def pictures(self) -> float:
-        """Its share of a call, in guided images."""
+    def images(self) -> float:
+        """Its size in a call, in guided images."""
         return 1.0 if self.guided else 0.5
 
 
 def mixed_jobs(count: int, rate: float, seed: int) -> list[Job]:
-    """Poisson arrivals of `rate` a second, 4 to 50 steps, strength 0.3 to 1, one in five without guidance."""
+    """Poisson arrivals of `rate` per second, 4 to 50 steps, strength 0.3 to 1, one in five without guidance."""
     source = random.Random(seed)
     now, jobs = 0.0, []
     for _ in range(count):
@@ -81,14 +80,14 @@ def mixed_jobs(count: int, rate: float, seed: int) -> list[Job]:
 
 
 def short_among_long(count: int) -> list[Job]:
-    """A request of 50 steps every 100 ms, which is more than peer (a) can do, and one of 4 steps every 50 ms."""
+    """A request of 50 steps every 100 ms, which exceeds the capacity of peer (a), and one of 4 steps every 50 ms."""
     long = [Job(0.1 * index, 50, True, (50,)) for index in range(count)]
     short = [Job(0.05 * index, 4, True, (4,)) for index in range(1, 2 * count)]
     return sorted(long + short, key=lambda job: job.arrival)
 
 
 def few_among_a_flood(count: int) -> list[Job]:
-    """One client sends requests of 20 steps, 1.2 times what our server can do; another one of 50 steps every two seconds."""
+    """One client sends requests of 20 steps at 1.2 times our server's capacity; another one of 50 steps every two seconds."""
     rate = 1.2 / (_ENCODE + 20 * call_seconds(8) / 8 + _DECODE)
     flood = [Job(index / rate, 20, True, (20,), "flood") for index in range(count)]
     few = [Job(2.0 * index, 50, True, (50,), "few") for index in range(1, int(count / rate / 2))]
@@ -96,7 +95,7 @@ def few_among_a_flood(count: int) -> list[Job]:
 
 
 def run_lock(jobs: Sequence[Job]) -> list[float]:
-    """Peer (a): one request after the other. Seconds each took."""
+    """Peer (a): one request after the other. Returns the latency of each."""
     free, took = 0.0, []
     for job in jobs:
         free = max(free, job.arrival) + job.alone
@@ -105,14 +104,14 @@ def run_lock(jobs: Sequence[Job]) -> list[float]:
 
 
 def run_request_batches(jobs: Sequence[Job], most: int = 8) -> list[float]:
-    """Peer (b): when the device is free, the oldest request and those waiting with equal settings run together to the end."""
+    """Peer (b): when the device is free, the oldest request and the waiting ones with equal settings run together to the end."""
     waiting, took = list(range(len(jobs))), [0.0] * len(jobs)
     free = 0.0
     while waiting:
         free = max(free, jobs[waiting[0]].arrival)
         first = jobs[waiting[0]]
         batch = [index for index in waiting if jobs[index].arrival <= free and jobs[index].settings == first.settings][:most]
-        share = sum(jobs[index].pictures for index in batch)
+        share = sum(jobs[index].images for index in batch)
         free += first.steps * call_seconds(share) + len(batch) * (_ENCODE + _DECODE)
         for index in batch:
             took[index] = free - jobs[index].arrival
@@ -123,12 +122,12 @@ def run_request_batches(jobs: Sequence[Job], most: int = 8) -> list[float]:
 @dataclass(slots=True, eq=False)
 class _State:
     step_count: int
-    pictures: float
+    images: float
     step: int = 0
 
 
 class _Device:
-    """Implements the engine's Pipeline: sets the clock forward in place of computing."""
+    """Implements the engine's Pipeline: advances the clock instead of computing."""
 
     engine = "simulated:h200"
     size_multiple = 8
@@ -155,7 +154,7 @@ class _Device:
 
     def denoise(self, states: Sequence[_State]) -> Sequence[None]:
         self.batches.append(len(states))
-        self.now += call_seconds(sum(state.pictures for state in states))
+        self.now += call_seconds(sum(state.images for state in states))
         return [None] * len(states)
 
     def advance(self, states: Sequence[_State], noises: Sequence[None]) -> None:
@@ -170,7 +169,7 @@ class _Device:
 
     def finish(self, states: Sequence[_State]) -> Sequence[Sequence[Image.Image]]:
         self.now += _DECODE * len(states)
-        return [[_PICTURE]] * len(states)
+        return [[_IMAGE]] * len(states)
 
     def release(self, state: _State) -> None:
         pass
@@ -180,7 +179,7 @@ class _Device:
 
 
 def run_engine(jobs: Sequence[Job]) -> list[float]:
-    """Ours: the engine, stepped by hand, warmed up as the server would."""
+    """Ours: the engine, stepped by the simulation, with the server's warm-up."""
     device = _Device()
     engine = Engine({"m": device}, QueueLimits(max_waiting=len(jobs), max_client_waiting=len(jobs)), device.clock)
     engine.costs.adopt("m", WarmUp(QueueLimits().max_batch_size, 10.0, device.clock).measure("m", device))
@@ -199,7 +198,7 @@ def run_engine(jobs: Sequence[Job]) -> list[float]:
         while index < len(jobs) and jobs[index].arrival <= device.now:
             job = jobs[index]
             guidance = 7.5 if job.guided else 1.0
-            engine.submit(Request("m", _PICTURE, "", "", 1.0, job.steps, guidance, (0,), client=job.client), listener(index))
+            engine.submit(Request("m", _IMAGE, "", "", 1.0, job.steps, guidance, (0,), client=job.client), listener(index))
             index += 1
         if not engine.step():
             if index == len(jobs):
@@ -208,7 +207,7 @@ def run_engine(jobs: Sequence[Job]) -> list[float]:
 
 
 def _run_as_one_client(jobs: Sequence[Job]) -> list[float]:
-    """Ours, where it cannot tell the clients apart."""
+    """Ours, without clients: no fair queueing."""
     return run_engine([replace(job, client="") for job in jobs])
 
 
@@ -217,15 +216,17 @@ _SERVERS = {"ours": run_engine, "lock": run_lock, "batching": run_request_batche
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    """Declares the settings."""
-    parser.add_argument("--requests", type=int, default=2000, metavar="N", help="in each workload (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=1, metavar="N", help="of the workloads (default: %(default)s)")
+    """Adds the flags of this sub-command."""
+    parser.add_argument(
+        "--requests", type=int, default=2000, metavar="N", help="requests of each workload (default: %(default)s)"
+    )
+    parser.add_argument("--seed", type=int, default=1, metavar="N", help="seed of the workloads (default: %(default)s)")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Runs every workload on every server, prints a table and writes a JSON file."""
     capacity = 1 / statistics.mean(job.alone for job in mixed_jobs(arguments.requests, 1.0, arguments.seed))
-    loads = {f"{load:g} x what (a) can do": load for load in (0.5, 0.8, 1.2, 2.0, 2.6)}
+    loads = {f"{load:g} x the capacity of (a)": load for load in (0.5, 0.8, 1.2, 2.0, 2.6)}
     workloads = {name: mixed_jobs(arguments.requests, load * capacity, arguments.seed) for name, load in loads.items()}
     table = Table("workload", "server", "requests/s", "p50 ms", "p95 ms", "p99 ms", "slowdown p50", "slowdown p95")
     figures: dict[str, dict[str, dict[str, float]]] = {}
@@ -251,12 +252,12 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _of_few(jobs: Sequence[Job], values: Sequence[Any] | None = None) -> list[Any]:
-    """Those of `values`, or of the jobs, that are of the client who sends few."""
+    """The `values`, or the jobs, of the client with few requests."""
     return [value for job, value in zip(jobs, jobs if values is None else values, strict=True) if job.client == "few"]
 
 
 def _figures(measured: Sequence[Job], jobs: Sequence[Job], took: Sequence[float]) -> dict[str, float]:
-    """Requests a second of those measured, milliseconds, and how many times as long as alone on the idle device."""
+    """Requests per second, latencies in milliseconds, and slowdowns relative to an idle device."""
     slowdowns = [seconds / job.alone for job, seconds in zip(measured, took, strict=True)]
     end = max(job.arrival + seconds for job, seconds in zip(measured, took, strict=True))
     return {

@@ -1,4 +1,4 @@
-"""The Python half of `scripts/fuzz`, which see."""
+"""`scripts/fuzz`: coverage-guided fuzzing of everything that parses input."""
 
 import argparse
 import contextlib
@@ -20,14 +20,14 @@ ROOT = Path(__file__).resolve().parents[1]
 _EPILOG = """\
 examples:
   scripts/fuzz --minutes 5                              every target, five minutes in all
-  scripts/fuzz --minutes 60 --target pictures,uris      two of them, an hour in all
-  scripts/fuzz --target pictures --replay .fuzz/pictures-crash-0123   what became of one input
+  scripts/fuzz --minutes 60 --target images,uris        two of them, an hour in all
+  scripts/fuzz --target images --replay .fuzz/images-crash-0123   run one input
 
-Each target runs in a process of its own, for an equal share of the time, guided by what of the server's code an input reaches
-(atheris). RPCs go over a real connection to a real server, in the fuzzer's process, whose models are stand-ins.
+Each target runs in its own process for an equal share of the time, guided by code coverage (atheris). RPCs go over a real
+connection to a real server with fake models in the fuzzer's process.
 
-exit status: 0 nothing was found, 1 something was (the input is saved), 2 wrong arguments
-what is left: .fuzz/fuzz.json, and the inputs that broke something; --out names another folder
+exit status: 0 no findings, 1 findings (their inputs are saved), 2 invalid arguments
+output: .fuzz/fuzz.json and the inputs of findings; --out sets another folder
 """
 _LEAST_SECONDS = 2.0
 _CALL_SECONDS = 60
@@ -39,7 +39,7 @@ _COVERAGE = re.compile(r"cov: (\d+)")
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What came of fuzzing a target: the inputs tried, the branches of the server's code that they reached, what broke it."""
+    """The result of fuzzing a target: the number of inputs, the branches of the server's code that they covered, the findings."""
 
     target: str
     inputs: int
@@ -73,27 +73,27 @@ def _parse() -> argparse.Namespace:
     names = list(targets())
     parser = argparse.ArgumentParser(
         prog="scripts/fuzz",
-        description="Tries inputs that nobody would send on everything of the server that reads what others wrote.",
+        description="Fuzzes everything in the server and the exporter that parses input.",
         epilog=_EPILOG + "\ntargets: " + ", ".join(names),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--minutes", type=float, default=5.0, metavar="N", help="how long, all targets together (default: %(default)g)")
-    add("--target", type=lambda text: text.split(","), default=names, metavar="NAME[,...]", help="which (default: all)")
-    add("--replay", type=Path, metavar="FILE", help="try this one input on the target that is named")
-    add("--out", type=Path, default=ROOT / ".fuzz", metavar="DIR", help="where what is found goes (default: .fuzz)")
+    add("--minutes", type=float, default=5.0, metavar="N", help="minutes for all targets together (default: %(default)g)")
+    add("--target", type=lambda text: text.split(","), default=names, metavar="NAME[,...]", help="targets to fuzz (default: all)")
+    add("--replay", type=Path, metavar="FILE", help="run this input on the target")
+    add("--out", type=Path, default=ROOT / ".fuzz", metavar="DIR", help="folder of the results (default: .fuzz)")
     add("--child", help=argparse.SUPPRESS)
     add("rest", nargs="*", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if unknown := set(arguments.target) - set(names):
-        parser.error(f"no target is called {', '.join(sorted(unknown))}; there are {', '.join(names)}")
+        parser.error(f"unknown target {', '.join(sorted(unknown))}; the targets are {', '.join(names)}")
     if arguments.replay is not None and len(arguments.target) != 1:
-        parser.error("--replay needs one --target")
+        parser.error("--replay needs exactly one --target")
     return arguments
 
 
 def _run(name: str, seconds: float, folder: Path) -> Outcome:
-    """Fuzzes one target for so long, in a process of its own."""
+    """Fuzzes one target for `seconds` in its own process."""
     begun = time.monotonic()
     before = set(folder.glob(f"{name}-*"))
     log = folder / f"{name}.log"
@@ -128,12 +128,12 @@ def _waited(process: "subprocess.Popen[bytes]", seconds: float) -> int:
 
 
 def _fuzz(name: str, words: Sequence[str]) -> int:
-    """In the child: fuzzes until libFuzzer ends the process, which it does itself."""
+    """In the child process: fuzzes until libFuzzer ends the process."""
     import logging
 
     import atheris  # type: ignore[import-untyped]
 
-    logging.disable(logging.ERROR)  # every refusal has its line; what matters is the answer
+    logging.disable(logging.ERROR)  # each refusal logs a line; only the answers matter
     stack = contextlib.ExitStack()
     with atheris.instrument_imports(include=["img2img_server", "img2img_export"]):
         attempt = targets()[name].make(stack)
@@ -143,10 +143,10 @@ def _fuzz(name: str, words: Sequence[str]) -> int:
 
 
 def _replay(target: Target, path: Path) -> int:
-    """Tries one input: what it breaks is raised."""
+    """Runs one input. Raises what it finds."""
     with contextlib.ExitStack() as stack:
         target.make(stack)(path.read_bytes())
-    print("nothing broke")
+    print("no finding")
     return 0
 
 

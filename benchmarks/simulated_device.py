@@ -1,6 +1,6 @@
-"""A device that only sleeps: pipelines whose calls take a given time and no core, to test and measure what is around them.
+"""A simulated device whose calls only sleep, to test and measure everything else.
 
-As a sleep needs no core, several of them show on two cores how a server of several devices scales.
+A sleep uses no core, so two cores suffice to measure how a server with several devices scales.
 """
 
 import time
@@ -24,10 +24,10 @@ class _State:
 
 
 class SimulatedDevice:
-    """Implements the engine's Pipeline. A denoising call takes `seconds`, whatever is in it, and `more` for each further row.
+    """Implements the engine's Pipeline. A denoising call takes `seconds`, plus `more` for each further row.
 
-    The image of a seed is the source, each of its bytes moved by something that depends on seed, step count and prompt: two
-    replicas must give the same one, and other seeds others.
+    The image is the source, shifted and offset by a number that depends on seed, step count and prompt: equal on two replicas,
+    different for other seeds.
     """
 
     engine = "simulated:sleep"
@@ -42,42 +42,42 @@ class SimulatedDevice:
         self._seconds, self._more = seconds, more
 
     def plan(self, request: Request) -> Plan:
-        """One row for each image; as many steps as diffusers would take."""
+        """One row for each image; the number of steps of diffusers."""
         width, height = request.image.size
         steps = max(1, int(request.num_inference_steps * request.strength))
         return Plan((width, height), width * height, len(request.seeds), steps)
 
     def prepare(self, requests: Sequence[Request]) -> Sequence[_State]:
-        """Takes no time."""
+        """Returns the states."""
         return [_State(request, self.plan(request).step_count) for request in requests]
 
     def denoise(self, states: Sequence[_State]) -> Sequence[None]:
-        """Sleeps."""
+        """Sleeps for the duration of a call."""
         rows = sum(len(state.request.seeds) for state in states)
         time.sleep(self._seconds + self._more * (rows - 1))
         return [None] * len(states)
 
     def advance(self, states: Sequence[_State], noises: Sequence[None]) -> None:
-        """Counts."""
+        """Counts steps."""
         for state in states:
             state.step += 1
 
     def mark(self) -> None:
-        """Nothing is left to wait for."""
+        """Does nothing."""
 
     def preview(self, states: Sequence[_State]) -> Sequence[Image.Image | None]:
-        """There are none."""
+        """Returns no previews."""
         return [None] * len(states)
 
     def finish(self, states: Sequence[_State]) -> Sequence[Sequence[Image.Image]]:
-        """Takes next to no time."""
+        """Returns the images."""
         return [[_drawn(state.request, seed) for seed in state.request.seeds] for state in states]
 
     def release(self, state: _State) -> None:
-        """Nothing is held."""
+        """Does nothing."""
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Does nothing."""
 
 
 def _drawn(request: Request, seed: int) -> Image.Image:
@@ -86,7 +86,7 @@ def _drawn(request: Request, seed: int) -> Image.Image:
 
 
 def simulated(config: ServerConfig, seconds: float, more: float = 0.0, models: tuple[str, ...] = ("m",)) -> LocalBackend:
-    """A backend with a simulated device and these models on it, the first of them the default."""
+    """A backend with these models on simulated devices; the first is the default."""
 
     def load() -> ModelRegistry:
         return ModelRegistry([Model(name, _manifest(name), SimulatedDevice(seconds, more)) for name in models], default=models[0])
@@ -108,4 +108,4 @@ def _manifest(name: str) -> Manifest:
 
 
 SOMEWHERE = Path()
-"""For `ServerConfig.models`, which is not read."""
+"""A placeholder for `ServerConfig.models`, which is not read."""

@@ -1,6 +1,6 @@
-"""`img2img serve` with a simulated device, in a process of its own: to test and measure engines on Ray and in the process.
+"""`img2img serve` with a simulated device, to test and measure engines on Ray and in the process.
 
-Its arguments are JSON: ServerConfig's own settings, RaySettings' and the device's. It lives and ends as the server does.
+Its arguments are JSON objects: settings of ServerConfig, RaySettings and the device.
 """
 
 import asyncio
@@ -21,7 +21,7 @@ from simulated_device import SOMEWHERE, simulated
 
 
 def server(settings: dict[str, Any], ray: dict[str, Any], device: dict[str, Any]) -> Server:
-    """The server of these settings: with `engine` "ray" a front, else one with an engine of its own."""
+    """The server with these settings: a front if `engine` is "ray", otherwise one with its own engine."""
     if "port_file" in settings:
         settings["port_file"] = Path(settings["port_file"])
     config = ServerConfig(SOMEWHERE, port=0, warm_up=0.0, ray=RaySettings(**ray), **settings)

@@ -1,4 +1,4 @@
-"""The Python half of `scripts/soak`, which see."""
+"""`scripts/soak`: a fault-injection load test of a whole server."""
 
 import argparse
 import asyncio
@@ -19,9 +19,9 @@ from statistics import median
 from soak_parts.access import Access, issue
 from soak_parts.attacks import held_calls
 from soak_parts.driving import Driver, Load, drain, measure_capacity
+from soak_parts.images import subjects
 from soak_parts.judging import Times, growth_of, judge, judge_times
 from soak_parts.ledger import Ledger
-from soak_parts.pictures import subjects
 from soak_parts.process import ROOT, SERVE, STAND_IN, ServerFailed, ServingProcess
 from soak_parts.report import Report, Run
 from soak_parts.stand_in import STEP_SECONDS, plant
@@ -31,27 +31,25 @@ from soak_parts.watching import Watch
 
 _EPILOG = """\
 examples:
-  scripts/soak --minutes 60                    an hour at twice what the server can do, on the demo's model
-  scripts/soak --minutes 60 --seed 7           the same operations at the same moments once more, as far as timing allows
-  scripts/soak --model fake --minutes 1        the whole machinery in a minute, on a server without a model
+  scripts/soak --minutes 60                    an hour at twice the server's capacity, with the demo model
+  scripts/soak --minutes 60 --seed 7           repeat the same operations at the same times, as far as timing allows
+  scripts/soak --model fake --minutes 1        a short run with a fake model
   scripts/soak --bundle models/sdxl            another model
   scripts/soak --engine ray --kserve           models run as replicas on Ray, and KServe v2 is part of the mix
 
-The server is a process of its own, started and ended by the soak. First its capacity is measured, on a machine that should be
-quiet: pictures a second of 32 callers; later again, as machines change. Then operations come at random moments, on average
---capacity-factor times as many as it can do: plain requests, streams, assets, a second model that is loaded and unloaded;
-callers that cancel, that set short deadlines, that read slowly, whose connection is reset or whose process is killed; pictures
-that are none, fields that are wrong. Health is asked all along, and a small tenant sends one request after another, as it did
-alone at first.
+The soak starts the server in its own process and stops it. It first measures the capacity (images per second of 32 callers; the
+machine should be idle), and repeats that between the intervals of load. Then operations arrive at random times, on average
+--capacity-factor times the capacity: plain requests, streams, assets, a second model that is loaded and unloaded; callers that
+cancel, set short deadlines or read slowly, whose connection is reset or whose process is killed; invalid images and fields.
+Health is checked throughout. A small tenant sends one request after another, first alone and then under load.
 
-Meanwhile a process of hostile clients is connected, to the very end: readers and watchers whose flow-control window is 0,
-uploads that stall, answers that are left unread, JPEG scan bombs, marker and comment bombs, gzip messages, bombs of packed
-fields, stream resets.
+A process of hostile clients stays connected until the end: readers and watchers whose flow-control window is 0, stalled uploads,
+unread answers, JPEG scan bombs, marker and comment bombs, gzip messages, bombs of packed fields, stream resets.
 
-Every so often nobody asks for a moment, and the server has to come to rest: nothing waiting, nothing active, no call open.
+At intervals the load pauses, and the server must become idle: no waiting or active request, no open call.
 
-exit status: 0 every promise was kept, 1 one was not (they are listed), 2 wrong arguments or no server
-what is left: .soak/soak.json, .soak/soak.md (a table) and .soak/server.log; --out names another folder
+exit status: 0 every guarantee held, 1 one was violated (they are listed), 2 invalid arguments or the server did not start
+output: .soak/soak.json, .soak/soak.md (a table) and .soak/server.log; --out sets another folder
 """
 _GRACE = 60
 _ALONE = 40
@@ -79,31 +77,43 @@ def main() -> int:
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="scripts/soak",
-        description="Has a server do twice what it can, among all that goes wrong in life, and looks at every answer.",
+        description="Loads a server beyond its capacity, injects faults, and checks every answer.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--minutes", type=float, default=60.0, metavar="N", help="how long, under load (default: %(default)g)")
-    add("--seed", type=int, default=0, metavar="N", help="of all that is drawn at random (default: %(default)s)")
-    add("--capacity-factor", type=float, default=2.0, metavar="X", help="times the capacity to ask for (default: %(default)g)")
-    add("--model", choices=("demo", "fake"), default="demo", help="fake: a server that loads no model (default: %(default)s)")
-    add("--fake-step", type=float, default=0.01, metavar="SECONDS", help="of the fake's step with no rows (default: %(default)g)")
-    add("--bundle", type=Path, metavar="DIR", help="serve this bundle (default: the demo's, exported first)")
-    add("--out", type=Path, default=ROOT / ".soak", metavar="DIR", help="where figures and log go (default: .soak)")
+    add("--minutes", type=float, default=60.0, metavar="N", help="minutes of load (default: %(default)g)")
+    add("--seed", type=int, default=0, metavar="N", help="seed of all random choices (default: %(default)s)")
+    add(
+        "--capacity-factor",
+        type=float,
+        default=2.0,
+        metavar="X",
+        help="load in multiples of capacity (default: %(default)g)",
+    )
+    add("--model", choices=("demo", "fake"), default="demo", help="fake: a server with a fake model (default: %(default)s)")
+    add(
+        "--fake-step",
+        type=float,
+        default=0.01,
+        metavar="SECONDS",
+        help="duration of the fake's step (default: %(default)g)",
+    )
+    add("--bundle", type=Path, metavar="DIR", help="serve this bundle (default: the demo model, exported first)")
+    add("--out", type=Path, default=ROOT / ".soak", metavar="DIR", help="folder of the report and the log (default: .soak)")
     switch = argparse.BooleanOptionalAction
-    add("--tls", action=switch, default=True, help="TLS, with an authority of the run's own (default: on)")
+    add("--tls", action=switch, default=True, help="TLS, with a new certificate authority (default: on)")
     add("--tokens", action=switch, default=True, help="a token for each tenant (default: on)")
-    add("--hostile", action=switch, default=True, help="hostile clients of all kinds, all along (default: on)")
-    add("--kserve", action=switch, default=False, help="KServe v2 on the same port, as part of the mix (default: off)")
+    add("--hostile", action=switch, default=True, help="hostile clients of all kinds (default: on)")
+    add("--kserve", action=switch, default=False, help="include KServe v2 calls (default: off)")
     add("--engine", choices=("local", "ray"), default="local", help="where models run, as for img2img serve (default: local)")
     arguments = parser.parse_args()
     if arguments.hostile and not arguments.tokens:
-        parser.error("--no-tokens needs --no-hostile: without tokens the hostile clients and the others are one client")
+        parser.error("--no-tokens needs --no-hostile: without tokens the hostile clients and the others count as one client")
     if arguments.engine == "ray" and arguments.model == "fake":
-        parser.error("--engine ray needs a real model: replicas on Ray know no stand-ins")
+        parser.error("--engine ray needs a real model: replicas on Ray cannot load the fake one")
     if min(arguments.minutes, arguments.capacity_factor, arguments.fake_step) <= 0:
-        parser.error("--minutes, --capacity-factor and --fake-step are more than 0")
+        parser.error("--minutes, --capacity-factor and --fake-step must be more than 0")
     return arguments
 
 
@@ -112,17 +122,17 @@ async def _soak(arguments: argparse.Namespace, scratch: Path) -> int:
     access, flags = issue(scratch, arguments.tls, arguments.tokens)
     server = _server(arguments, scratch, [*flags, "--metrics-port", str(metrics_port)])
     ledger, dice = Ledger(), random.Random(arguments.seed)
-    drawn = subjects(12, arguments.seed)
+    requests = subjects(12, arguments.seed)
     attacks: dict[str, dict[str, int]] = {}
     try:
         await asyncio.to_thread(server.start)
         _say(f"serving on {server.target}, process {server.pid}, log in {server.log}")
-        traffic = Traffic(server.port, access, drawn, (_MAIN, _SECOND), arguments.kserve, ledger, dice)
-        await traffic.draw_references()
+        traffic = Traffic(server.port, access, requests, (_MAIN, _SECOND), arguments.kserve, ledger, dice)
+        await traffic.make_references()
         alone = await traffic.small_alone(min(_ALONE, max(2, round(_CAPACITY_SHARE * seconds))))
         capacity = await measure_capacity(traffic, min(_CAPACITY_MOST, max(2.0, _CAPACITY_SHARE * seconds)))
         load = Load(seconds, capacity, arguments.capacity_factor)
-        _say(f"capacity: {capacity:.2f} pictures a second; sending {load.rate:.2f} operations a second for {seconds:.0f} s")
+        _say(f"capacity: {capacity:.2f} images per second; sending {load.rate:.2f} operations per second for {seconds:.0f} s")
         async with contextlib.AsyncExitStack() as stack:
             hostile = await _hostile(arguments, stack, server, access, traffic)
             watch = Watch(server, metrics_port, ledger, access, held_calls(arguments.kserve) if hostile else Counter())
@@ -141,14 +151,14 @@ async def _soak(arguments: argparse.Namespace, scratch: Path) -> int:
     growth = growth_of(watch, loaded)
     times = Times(alone, traffic.small_seconds, stop_seconds, _GRACE)
     broken = judge(ledger, watch, growth, server.read_log(), loaded) + judge_times(times, watch.health_seconds)
-    model = "stand-in" if arguments.model == "fake" else str(arguments.bundle or "demo")
+    model = "fake" if arguments.model == "fake" else str(arguments.bundle or "demo")
     capacity = median(driver.capacities)
     rate = Load(loaded, capacity, arguments.capacity_factor).rate
     names = [name for name in ("tls", "tokens", "hostile", "kserve") if getattr(arguments, name)]
     run = Run(arguments.seed, model, loaded, capacity, rate, status, " ".join([arguments.engine, *names]))
     print(Report(run, ledger, watch, growth, times, attacks, broken).write(arguments.out))
     for line in broken:
-        print(f"BROKEN: {line}")
+        print(f"VIOLATED: {line}")
     return 1 if broken else 0
 
 
@@ -164,7 +174,7 @@ async def _hostile(
 
 
 def _server(arguments: argparse.Namespace, scratch: Path, more: Sequence[str]) -> ServingProcess:
-    """Not yet started: over a store of the bundle, twice, so that there is a second model to load and unload."""
+    """The server, not started. Its models folder has the bundle twice, so that there is a second model to load and unload."""
     store = scratch / "models"
     store.mkdir()
     for name in (_MAIN, _SECOND):
@@ -191,5 +201,5 @@ def _say(what: str) -> None:
 
 if __name__ == "__main__":
     warnings.filterwarnings("ignore")
-    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # the driver's own channels are reset on purpose; the server's default
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # the driver resets its channels on purpose; the server uses gRPC's default
     sys.exit(main())

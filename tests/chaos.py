@@ -9,7 +9,7 @@ from pathlib import Path
 
 from img2img_server.bundle.manifest import MANIFEST_NAME
 from PIL import Image
-from soak_parts.pictures import noise, png
+from soak_parts.images import noise, png
 from soak_parts.stand_in import expected
 
 _ASSET = re.compile(r"[0-9a-f]{64}")

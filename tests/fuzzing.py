@@ -3,7 +3,7 @@
 from typing import Any
 
 import hypothesis.strategies as st
-from fuzz_parts.seeds import VALID, picture
+from fuzz_parts.seeds import VALID, image_file
 from google.protobuf import message_factory
 from google.protobuf.descriptor import Descriptor, FieldDescriptor, MethodDescriptor
 from google.protobuf.message import Message
@@ -38,7 +38,7 @@ _TEXTS = [
 ]
 _INTEGERS = [0, 1, -1, 2, 7, 8, 16, 24, 64, 99, 100, 101, 2**15, 2**31 - 1, -(2**31)]
 _LONG = [*_INTEGERS, 2**32, 2**63 - 1, 2**63 - 2, -(2**63)]
-_PNG = picture()
+_PNG = image_file()
 _FILES = [
     b"",
     _PNG,

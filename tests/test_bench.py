@@ -13,8 +13,8 @@ import bench_codecs
 import pytest
 from bench_load import servers
 from bench_load.figures import Run, percentile, summarize
+from bench_load.images import largest_difference, render
 from bench_load.measuring import Results, Settings
-from bench_load.pictures import largest_difference, render
 from bench_load.report import figures, print_tables, write
 from bench_load.sending import Record, connected
 from bench_load.servers import ServerProcess, command, ending
@@ -57,7 +57,7 @@ async def test_a_peer_that_was_paused_goes_on(tiny_model: Callable[[str], Path],
 
 def test_optimums_peers_say_what_they_need(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(servers, "OPTIMUM", tmp_path / "python")
-    with pytest.raises(SystemExit, match="make it by scripts/oracle_setup"):
+    with pytest.raises(SystemExit, match="make it with scripts/oracle_setup"):
         command("lock")
 
 

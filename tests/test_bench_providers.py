@@ -5,9 +5,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from bench_peers import picture
+from bench_peers import image as peer_image
 from bench_provider_works import error_of, feed_of, works_of
-from bench_providers import _told
+from bench_providers import _printed
 from img2img_server.runtime.accuracy_check import psnr_db
 from PIL import Image
 
@@ -27,13 +27,13 @@ def test_variants_of_a_part_compute_the_same(
 def test_ways_to_draw_a_request_draw_the_same_picture(bundle: Callable[[str], Path], tiny_model: Callable[[str], Path]) -> None:
     settings = {"threads": 1, "provider": "cpu", "arithmetic": "fp32", "pretend_intel": False}
     source = Image.linear_gradient("L").resize((64, 64)).convert("RGB")
-    ours = picture.ours(argparse.Namespace(model=bundle("sd1"), **settings))(source, 4)
-    theirs = picture.diffusers(argparse.Namespace(model=tiny_model("sd1"), **settings))(source, 4)
+    ours = peer_image.ours(argparse.Namespace(model=bundle("sd1"), **settings))(source, 4)
+    theirs = peer_image.diffusers(argparse.Namespace(model=tiny_model("sd1"), **settings))(source, 4)
     assert psnr_db(ours, theirs) > 50
 
 
 def test_ratios_are_to_the_first_in_the_same_round(capsys: pytest.CaptureFixture[str]) -> None:
-    first, second = _told("unet", {"cpu": [4.0, 8.0, 4.0], "torch": [2.0, 4.0, 1.0]}, {"cpu": "", "torch": ""}, "error")
+    first, second = _printed("unet", {"cpu": [4.0, 8.0, 4.0], "torch": [2.0, 4.0, 1.0]}, {"cpu": "", "torch": ""}, "error")
     assert first["ratio"] == (1.0, 1.0, 1.0)
     assert second["ratio"][:2] == (2.0, 2.0)
     assert "2.00 (2.00 to 3.00)" in capsys.readouterr().out

@@ -181,7 +181,7 @@ def test_aims_are_shown_with_what_was_reached(capsys: pytest.CaptureFixture[str]
     assert (good.passed, bad.passed, Line("UNet", "ours", 6.0).at_most(None).passed) == (True, False, None)
     print_table([good, bad])
     shown = capsys.readouterr().out
-    assert "1 of 2 aims reached" in shown
+    assert "1 of 2 targets met" in shown
     assert "<= 5 ms" in shown
 
 
@@ -260,7 +260,7 @@ def test_a_model_without_graphs_leaves_out_its_sections_only(
     assert "unet-sdxl" not in started
     assert "tiny-sdxl has no graphs: make-tiny-sdxl is broken" in [line.note for line in lines]
     assert status == 1
-    assert "0 of 1 aims reached" in capsys.readouterr().out
+    assert "0 of 1 targets met" in capsys.readouterr().out
 
 
 def test_a_section_alone_needs_its_own_model_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -281,7 +281,7 @@ def test_graphs_of_another_precision_are_refused(tmp_path: Path, monkeypatch: py
 def test_what_no_time_is_left_for_is_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     started, lines, _ = _checked(tmp_path, set(), monkeypatch, "--only", "vae,picture", "--budget", "0")
     assert "vae" not in started
-    assert [line.note for line in lines] == ["left out: no time is left"] * 2
+    assert [line.note for line in lines] == ["skipped: no time left"] * 2
 
 
 @pytest.mark.nightly
@@ -296,7 +296,7 @@ def test_the_command_runs_a_section_in_a_process_of_its_own(settings: Settings, 
     )
     assert done.returncode == 0, done.stderr
     assert "2 of 2" not in done.stdout
-    assert "1 of 1 aims reached" in done.stdout
+    assert "1 of 1 targets met" in done.stdout
     assert [line.name for line in read(out)][-1] == "all of it"
     assert (tmp_path / "new" / "result.log").read_text().startswith("== fill-tiny-sd15")
 
@@ -324,7 +324,7 @@ def test_pieces_are_put_together_again_in_any_order(tmp_path: Path, capsys: pyte
     for piece in (pieces[2], pieces[0], pieces[1]):
         assert pack.main(["--unpack", str(piece.parent), str(tmp_path / "there")]) == 0
     told = capsys.readouterr().out.splitlines()
-    assert "still to come: piece-1-of-3, piece-2-of-3" in told[0]
+    assert "missing: piece-1-of-3, piece-2-of-3" in told[0]
     assert "scripts/gpu_check --packed" in told[-1]
     assert (tmp_path / "there" / "site" / "module.py").read_bytes() == content
 

@@ -1,4 +1,4 @@
-"""`scripts/soak`: it keeps a server busy among all that goes wrong, and every promise that is broken makes it fail."""
+"""`scripts/soak`: every violated guarantee makes it fail."""
 
 import asyncio
 import json
@@ -14,10 +14,10 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from img2img.v1 import image_to_image_pb2 as pb
 from soak_parts.access import issue
-from soak_parts.calls import Connection, check_pictures, follow, upload
+from soak_parts.calls import Connection, check_images, follow, upload
+from soak_parts.images import noise, png
 from soak_parts.judging import MOST_GROWTH, Times, growth_of, judge, judge_times
 from soak_parts.ledger import Ledger, Violated
-from soak_parts.pictures import noise, png
 from soak_parts.process import ROOT, STAND_IN, ServingProcess, Vitals, serving
 from soak_parts.stand_in import FLAW, plant
 from soak_parts.strangers import strangers
@@ -44,7 +44,7 @@ def test_a_short_soak_keeps_every_promise(tmp_path: Path) -> None:
     drawn = {name for name, kind in KINDS.items() if kind.share}
     assert drawn <= set(figures["issued"])
     endings = {each["ending"] for each in figures["endings"]}
-    assert {"picture", "invalid", "cancelled", "disconnected"} <= endings
+    assert {"image", "invalid", "cancelled", "disconnected"} <= endings
     assert figures["run"]["exit_status"] == 0
     assert 0 < figures["stop"]["seconds"] <= figures["stop"]["grace"] + 5
     assert (tmp_path / "soak.md").read_text() in result.stdout
@@ -53,7 +53,7 @@ def test_a_short_soak_keeps_every_promise(tmp_path: Path) -> None:
 def test_a_server_that_draws_a_wrong_picture_now_and_then_fails_the_soak(tmp_path: Path) -> None:
     result = soak(tmp_path, "--minutes", "0.1", "--no-hostile", **{FLAW: "97"})
     assert result.returncode == 1, result.stdout + result.stderr
-    assert "a picture is off by" in result.stdout
+    assert "an image differs by" in result.stdout
 
 
 @pytest.mark.nightly
@@ -109,7 +109,7 @@ def broken(ledger: Ledger, seen: Watch, log: str = "") -> list[str]:
 
 def test_a_good_run_breaks_nothing() -> None:
     ledger = Ledger()
-    ledger.end(ledger.begin("plain"), "picture")
+    ledger.end(ledger.begin("plain"), "image")
     assert (
         broken(ledger, watch(ledger, [400.0, 500.0] + [500.0 + 0.1 * i for i in range(8)]), "INFO img2img: error_count=0") == []
     )
@@ -128,7 +128,7 @@ def test_memory_that_rises_slowly_is_noticed_after_half_an_hour_and_not_judged_b
     before, after = watch(ledger, rising, seconds=1700), watch(ledger, rising, seconds=1800)
     assert judge(ledger, before, growth_of(before, 1700), "", 1700) == []
     (line,) = judge(ledger, after, growth_of(after, 1800), "", 1800)
-    assert "an hour" in line
+    assert "per hour" in line
 
 
 def test_bounds_of_time_are_judged_once_there_are_samples() -> None:
@@ -157,7 +157,7 @@ def test_errors_in_the_servers_log_are_noticed(line: str) -> None:
 def test_an_operation_ends_once_or_the_run_has_failed() -> None:
     ledger = Ledger()
     lost, twice = ledger.begin("plain"), ledger.begin("stream")
-    ledger.end(twice, "picture")
+    ledger.end(twice, "image")
     ledger.end(twice, "cancelled")
     assert lost != twice
     assert ledger.lost == 1
@@ -182,11 +182,11 @@ def test_a_picture_that_is_off_is_noticed_and_rounding_is_not() -> None:
         changed.putpixel((3, 3), (red, green + (change if green < 128 else -change), blue))
         return pb.TransformResponse(images=[pb.ImageResult(data=png(changed))])
 
-    check_pictures(response(1), [reference])
-    with pytest.raises(Violated, match="off by 2"):
-        check_pictures(response(2), [reference])
-    with pytest.raises(Violated, match="1 pictures in place of 2"):
-        check_pictures(response(0), [reference, reference])
+    check_images(response(1), [reference])
+    with pytest.raises(Violated, match="differs by 2"):
+        check_images(response(2), [reference])
+    with pytest.raises(Violated, match="1 images instead of 2"):
+        check_images(response(0), [reference, reference])
 
 
 QUEUED = pb.TransformStreamResponse(queued=pb.Queued())

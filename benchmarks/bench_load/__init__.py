@@ -1,1 +1,1 @@
-"""`scripts/bench load`: the server against three peers, under load, in one run."""
+"""`scripts/bench load`: the server compared with three peers under load."""

@@ -1,4 +1,4 @@
-"""Compares the server with three peers under load: throughput, latencies, fairness, batch sizes; one run, side by side."""
+"""Compares the server with three peers under load: throughput, latencies, fairness, batch sizes."""
 
 import argparse
 import asyncio
@@ -14,39 +14,39 @@ FOLDER = ROOT / ".bench"
 
 _EPILOG = """\
 examples:
-  scripts/bench load                                     all of it: some 15 minutes
+  scripts/bench load                                     all workloads and servers: about 15 minutes
   scripts/bench load --workloads saturation --rounds 1   one workload, once
   scripts/bench load --servers ours,lock --seconds 4     two servers, short
 
 servers:
 {servers}
 
-workloads (each a seeded list of jobs, the same for every server):
+workloads (each a list of jobs, determined by the seed and the same for every server):
 {workloads}
 
 writes .bench/load.json (every request's record), .bench/load.png (plots) and the servers' logs in .bench/logs.
-Run it on an idle machine. Servers take turns; those that wait are stopped (SIGSTOP), so they take memory only.
+Run it on an idle machine. Servers take turns; the others are stopped (SIGSTOP) and use only memory.
 """
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    """Declares the flags."""
+    """Adds the flags of `scripts/bench load`."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = _EPILOG.format(
         servers="\n".join(f"  {name:<12}{what}" for name, what in SERVERS.items()),
         workloads="\n".join(f"  {name:<12}{workload.title}" for name, workload in WORKLOADS.items()),
     )
     add = parser.add_argument
-    add("--servers", type=_names(SERVERS), default=tuple(SERVERS), metavar="A,B", help="which (default: all)")
-    add("--workloads", type=_names(WORKLOADS), default=tuple(WORKLOADS), metavar="A,B", help="which (default: all)")
-    length = "about how long a list keeps peer lock busy (default: %(default)s)"
+    add("--servers", type=_names(SERVERS), default=tuple(SERVERS), metavar="A,B", help="servers to compare (default: all)")
+    add("--workloads", type=_names(WORKLOADS), default=tuple(WORKLOADS), metavar="A,B", help="workloads to run (default: all)")
+    length = "length of a list, as approximate seconds for peer lock (default: %(default)s)"
     add("--seconds", type=_seconds, default=8.0, metavar="S", help=length)
-    add("--rounds", type=_count, default=2, metavar="N", help="times that all take their turn (default: %(default)s)")
-    add("--seed", type=int, default=1, metavar="N", help="of the lists (default: %(default)s)")
+    add("--rounds", type=_count, default=2, metavar="N", help="rounds over all servers (default: %(default)s)")
+    add("--seed", type=int, default=1, metavar="N", help="seed of the lists (default: %(default)s)")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Measures and reports. Returns 0, or 1 where a server did not start."""
+    """Measures and reports. Returns 0, or 1 if a server did not start."""
     from bench_load.plots import draw
     from bench_load.report import print_tables, write
 

@@ -1,4 +1,4 @@
-"""Numbers from records: throughput, percentiles, the short request among long ones, the estimate's error."""
+"""Figures from records: throughput, percentiles, errors of estimates."""
 
 import math
 import statistics
@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from bench_load.sending import Record
 
 MEASURED = ("", "foreground")
-"""The roles whose latency is the workload's."""
+"""Roles whose latencies count for the workload."""
 
 
 def percentile(values: Sequence[float], percent: float) -> float:
-    """The value that `percent` % of `values` do not exceed, between neighbours by their distance; NaN for no values."""
+    """The percentile of `values`, with linear interpolation; NaN if there are none."""
     if not values:
         return math.nan
     ordered = sorted(values)
@@ -45,23 +45,23 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """What one server did with one workload, all rounds together. Times in seconds; NaN where there is nothing to count."""
+    """The results of one server for one workload, over all rounds. Times in seconds; NaN if there are no values."""
 
     requests: int
     errors: int
     requests_per_second: float
     steps_per_second: float
     per_round: tuple[float, ...]
-    """Requests per second, round by round: how steady the machine was."""
+    """Requests per second of each round, to show how stable the machine was."""
     p50: float
     p95: float
     p99: float
     mean: float
     queue_p50: float
     alone_p50: float
-    """Of the foreground's own requests while nothing else runs."""
+    """Median latency of the foreground's requests while nothing else runs."""
     estimate_error: float
-    """The median of |estimate / what it took - 1|."""
+    """The median of |estimate / actual time - 1|."""
 
 
 def summarize(runs: Sequence[Run]) -> Figures:

@@ -1,6 +1,6 @@
-"""Runs the comparison: starts the servers, calibrates, then round by round each workload on each server in turn.
+"""Runs the comparison: starts the servers, calibrates, and runs each workload on each server in rounds.
 
-The servers take turns within each workload, in an order that moves on by one, so that what else the machine does hits all alike.
+The servers take turns within each workload, in a rotating order, so that other load of the machine affects all alike.
 """
 
 import asyncio
@@ -12,7 +12,7 @@ from random import Random
 from rich.console import Console
 
 from bench_load.figures import MEASURED, Run
-from bench_load.pictures import largest_difference, render
+from bench_load.images import largest_difference, render
 from bench_load.sending import Sender, among, closed_loop, connected, open_loop
 from bench_load.servers import ServerProcess, command, ending
 from bench_load.trace import Trace, last_part, read_trace
@@ -32,12 +32,12 @@ from bench_load.workloads import (
 
 CALIBRATION_JOBS = 24
 TRACE_PAUSE = 1.5
-"""Seconds without work by which the trace's warm-up is told from what counts."""
+"""Seconds without work that separate the warm-up in the trace from the measured part."""
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What to compare, and for how long."""
+    """The settings of a comparison."""
 
     servers: tuple[str, ...]
     workloads: tuple[str, ...]
@@ -45,19 +45,19 @@ class Settings:
     rounds: int
     seed: int
     folder: Path
-    """Where logs and traces go."""
+    """The folder of logs and traces."""
 
 
 @dataclass(slots=True)
 class Results:
-    """All that was measured."""
+    """The results of a comparison."""
 
     speed: float = 0.0
-    """Units of work a second that the calibrating server did: see workloads."""
+    """Units of work (see workloads) per second of the server used for calibration."""
     requests_per_second: float = 0.0
-    """Mixed requests a second that it did."""
+    """Mixed requests per second of that server."""
     differences: dict[str, int] = field(default_factory=dict)
-    """Server -> the largest difference of its images to the first server's, of 255."""
+    """Server -> the largest difference of its images from those of the first server, of 255."""
     runs: list[Run] = field(default_factory=list)
     trace: Trace | None = None
 
@@ -72,7 +72,7 @@ class Measurement:
         self._results = Results()
 
     async def run(self) -> Results:
-        """Measures everything. Raises ServerFailed where a server does not start; none is left running."""
+        """Measures everything and ends all servers. Raises ServerFailed if a server does not start."""
         with ending(self._servers.values()):
             await self._start()
             await self._calibrate()
@@ -82,7 +82,7 @@ class Measurement:
         return self._results
 
     async def _start(self) -> None:
-        """Starts the servers one by one, warms them and compares their images."""
+        """Starts and warms the servers one by one, and compares their images."""
         reference: list[bytes] = []
         for server in self._servers.values():
             self._say(f"[bench] starting {server.name}")
@@ -90,26 +90,26 @@ class Measurement:
             await asyncio.to_thread(server.wait)
             async with connected(server.target) as sender:
                 await closed_loop(sender, [job for job in _warm_up_jobs() for _ in range(4)], 16)
-                pictures = [await sender.send(job) for job in _reference_jobs()]
+                made = [await sender.send(job) for job in _reference_jobs()]
             if errors := {record.error for record in sender.records} - {""}:
                 self._say(f"[bench] {server.name} answers some requests with {', '.join(errors)}")
-            reference = reference or pictures
-            pairs = [pair for pair in zip(reference, pictures, strict=True) if all(pair)]
+            reference = reference or made
+            pairs = [pair for pair in zip(reference, made, strict=True) if all(pair)]
             self._results.differences[server.name] = max((largest_difference(*pair) for pair in pairs), default=256)
             server.pause()
 
     async def _calibrate(self) -> None:
-        """Finds how much work peer "lock" (without it, the first server) does in a second: it sizes the lists and the rates."""
+        """Measures the work per second of peer "lock" (or else of the first server), which determines list lengths and rates."""
         server = self._servers.get("lock") or next(iter(self._servers.values()))
         source_of = generator(self._settings.seed, "calibration")
         drawn = [draw_mixed(source_of) for _ in range(CALIBRATION_JOBS)]
         run = await self._on(server, Workload("calibration", "", draw_mixed, concurrency=16), drawn, 0)
         self._results.speed = sum(record.units for record in run.answered) / run.span
         self._results.requests_per_second = len(run.answered) / run.span
-        self._say(f"[bench] {server.name} answers {self._results.requests_per_second:.2f} mixed requests a second")
+        self._say(f"[bench] {server.name} answers {self._results.requests_per_second:.2f} mixed requests per second")
 
     async def _compare(self, workload: Workload, round_: int, turn: int) -> None:
-        """Gives every server the same list, in turns."""
+        """Runs the same list on every server, in turns."""
         units = self._results.speed * self._settings.seconds * workload.share * (workload.load or 1.0)
         least = max(2 * workload.concurrency, 4)
         drawn = jobs_worth(workload.draw, generator(self._settings.seed, workload.name, round_), units, least)
@@ -125,7 +125,7 @@ class Measurement:
             )
 
     async def _on(self, server: ServerProcess, workload: Workload, drawn: list[Job], round_: int) -> Run:
-        """Lets one server go on, warms it, measures one list, and stops it when nothing of it is left to do."""
+        """Resumes one server, warms it, runs one list on it, and pauses it when it is idle."""
         for job in drawn:
             render(job.source)
         server.resume()
@@ -154,8 +154,8 @@ class Measurement:
 
 
 async def record_trace(settings: Settings, speed: float, console: Console) -> Trace:
-    """The saturation workload once more, on a server of its own that keeps a trace: the trace of that part alone."""
-    console.print("[bench] saturation once more, with a trace")
+    """Runs the saturation workload on another server with a trace. Returns the trace of the workload."""
+    console.print("[bench] saturation again, with a trace")
     path = settings.folder / "trace.json"
     path.unlink(missing_ok=True)
     server = ServerProcess("traced", [*command("ours"), "--trace", str(path)], settings.folder)

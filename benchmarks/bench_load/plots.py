@@ -1,4 +1,4 @@
-"""The comparison as an image: latency CDFs, throughput, batch sizes and a piece of the engine's timeline."""
+"""Plots of the comparison: latency CDFs, throughput, batch sizes and a part of the engine's timeline."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -90,7 +90,7 @@ def _draw_histogram(axes: Axes, trace: Trace, of: str) -> None:
 
 
 def _draw_timeline(axes: Axes, calls: Sequence[Call]) -> None:
-    """The calls of a couple of seconds in the middle, a line for each kind; the numbers are UNet rows."""
+    """The calls of two seconds in the middle, one line per kind. The numbers are UNet rows."""
     if not calls:
         return
     middle = (calls[0].start + max(call.end for call in calls)) / 2
@@ -107,4 +107,4 @@ def _draw_timeline(axes: Axes, calls: Sequence[Call]) -> None:
                 x, kinds.index("denoise"), str(call.rows), ha="center", va="center", fontsize=6, color="white", clip_on=True
             )
     axes.set_yticks(range(len(kinds)), kinds)
-    axes.set(title="saturation, ours: what the engine does", xlabel="s", xlim=(0, TIMELINE_SECONDS))
+    axes.set(title="saturation, ours: timeline of the engine", xlabel="s", xlim=(0, TIMELINE_SECONDS))

@@ -1,4 +1,4 @@
-"""The comparison as a table and as a JSON file."""
+"""Output of the comparison: a table and a JSON file."""
 
 import json
 import math
@@ -24,7 +24,7 @@ PACKAGES = ("diffusers", "onnxruntime", "torch", "transformers", "grpcio", "nump
 
 
 def figures(runs: Sequence[Run]) -> dict[str, dict[str, Figures]]:
-    """Workload -> server -> what it did."""
+    """Workload -> server -> figures."""
     names = dict.fromkeys((run.workload, run.server) for run in runs)
     found: dict[str, dict[str, Figures]] = {}
     for workload, server in names:
@@ -35,10 +35,8 @@ def figures(runs: Sequence[Run]) -> dict[str, dict[str, Figures]]:
 
 
 def print_tables(results: Results, settings: Settings, console: Console) -> None:
-    """Prints the comparison, then what the trace tells."""
-    table = Table(
-        "workload", "server", "answers", "errors", "requests/s", "by round", "steps/s", title="seconds, unless it says else"
-    )
+    """Prints the comparison and the figures of the trace."""
+    table = Table("workload", "server", "answers", "errors", "requests/s", "by round", "steps/s", title="times in seconds")
     for column in ("p50", "p95", "p99", "waited, p50", ""):
         table.add_column(column)
     found = figures(results.runs)
@@ -59,14 +57,14 @@ def print_tables(results: Results, settings: Settings, console: Console) -> None
     for name in settings.workloads:
         console.print(f"{name}: {WORKLOADS[name].title}")
     for name in settings.servers:
-        console.print(f"{name}: {SERVERS[name]}; its pictures differ by {results.differences[name]}/255 at most")
+        console.print(f"{name}: {SERVERS[name]}; its images differ by at most {results.differences[name]}/255")
     if results.trace is not None:
         for name, value in trace_figures(results.trace).items():
             console.print(f"trace of saturation: {name}: {value}")
 
 
 def trace_figures(trace: Trace) -> dict[str, Any]:
-    """What a trace tells of batches and of the device's idle time."""
+    """Batch sizes, idle time and times by kind of call, from a trace."""
     totals = dict.fromkeys((call.name for call in trace.calls), 0.0)
     for call in trace.calls:
         totals[call.name] += call.seconds
@@ -81,7 +79,7 @@ def trace_figures(trace: Trace) -> dict[str, Any]:
 
 def write(path: Path, results: Results, settings: Settings) -> None:
     """Writes settings, figures and the record of every request. NaN becomes null."""
-    told = {
+    content = {
         "machine": machine(),
         "settings": {key: value for key, value in asdict(settings).items() if key != "folder"},
         "calibration": {"units_per_second": results.speed, "requests_per_second": results.requests_per_second},
@@ -96,11 +94,11 @@ def write(path: Path, results: Results, settings: Settings) -> None:
             for record in run.records
         ],
     }
-    path.write_text(json.dumps(_without_nan(told), allow_nan=False) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(_without_nan(content), allow_nan=False) + "\n", encoding="utf-8")
 
 
 def machine() -> dict[str, Any]:
-    """What it was measured on and with."""
+    """The machine, and the versions of Python and packages."""
     lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     processor = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.processor())
     return {
@@ -118,7 +116,7 @@ def _note(row: Figures) -> str:
     if not math.isnan(row.alone_p50):
         notes.append(f"{row.alone_p50:.2f} s alone: {row.p50 / row.alone_p50:.1f} x")
     if not math.isnan(row.estimate_error):
-        notes.append(f"estimate off by {row.estimate_error:.0%}")
+        notes.append(f"error of estimate {row.estimate_error:.0%}")
     return ", ".join(notes)
 
 

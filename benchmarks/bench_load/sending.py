@@ -1,4 +1,4 @@
-"""Sends jobs to a server and notes what came of each: closed loops, open loops, and one client among others. asyncio only."""
+"""Sends jobs to a server and records the results: closed loops, open loops, and one client concurrent with others."""
 
 import asyncio
 import contextlib
@@ -19,7 +19,7 @@ from img2img.v1.image_to_image_pb2_grpc import ImageToImageServiceStub
 if TYPE_CHECKING:
     from img2img.v1.image_to_image_pb2_grpc import ImageToImageServiceAsyncStub
 
-from bench_load.pictures import render
+from bench_load.images import render
 from bench_load.workloads import Job
 
 CALL_SECONDS = 300.0
@@ -29,7 +29,7 @@ OPTIONS = (("grpc.max_receive_message_length", 64 * 2**20), ("grpc.max_send_mess
 
 @dataclass(slots=True)
 class Record:
-    """What came of one job. Times are seconds; `sent` counts from the start of its list."""
+    """The result of one job. Times are seconds; `sent` counts from the start of its list."""
 
     role: str
     steps: int
@@ -55,12 +55,12 @@ class Sender:
 
     stub: "ImageToImageServiceAsyncStub"
     stream: bool = False
-    """Whether to use TransformStream, which tells an estimate."""
+    """Whether to use TransformStream, which sends an estimate."""
     records: list[Record] = field(default_factory=list)
     _begun: float = field(default_factory=time.perf_counter)
 
     async def send(self, job: Job, role: str = "", due: float | None = None) -> bytes:
-        """Sends one job, records it and gives the image; no bytes where it failed. `due` is on time.perf_counter's clock."""
+        """Sends one job, records it and returns the image, or no bytes if it failed. `due` is on time.perf_counter's clock."""
         request = message(job)
         begun = time.perf_counter() if due is None else due
         record = Record(role, job.denoising_steps, job.guidance, job.source.size, job.units, begun - self._begun)
@@ -80,15 +80,15 @@ class Sender:
         return answer
 
     async def _streamed(self, request: TransformRequest, record: Record) -> TransformResponse:
-        told = time.perf_counter()
+        estimated = time.perf_counter()
         completed = TransformResponse()
         async for event in self.stub.TransformStream(TransformStreamRequest(request=request), timeout=CALL_SECONDS):
             if event.HasField("queued") and event.queued.HasField("eta_seconds"):
-                told = time.perf_counter()
+                estimated = time.perf_counter()
                 record.estimate = event.queued.eta_seconds
             elif event.HasField("completed"):
                 completed = event.completed
-        took = time.perf_counter() - told
+        took = time.perf_counter() - estimated
         if record.estimate is not None:
             record.estimate_error = record.estimate / took - 1
         return completed
@@ -103,7 +103,7 @@ async def connected(target: str, stream: bool = False) -> AsyncIterator[Sender]:
 
 
 def message(job: Job) -> TransformRequest:
-    """The job in the contract's words."""
+    """The request message of a job."""
     return TransformRequest(
         prompt=job.prompt,
         negative_prompt=job.negative_prompt or None,
@@ -116,7 +116,7 @@ def message(job: Job) -> TransformRequest:
 
 
 async def closed_loop(sender: Sender, jobs: Iterable[Job], concurrency: int, role: str = "") -> None:
-    """`concurrency` clients take the jobs in turn; each sends the next one when its last is answered. Returns after the last."""
+    """`concurrency` clients take jobs in order; each sends the next when its last is answered. Returns after the last answer."""
     waiting = iter(jobs)
 
     async def client(waiting: Iterator[Job]) -> None:
@@ -129,7 +129,7 @@ async def closed_loop(sender: Sender, jobs: Iterable[Job], concurrency: int, rol
 
 
 async def open_loop(sender: Sender, jobs: Sequence[Job], times: Sequence[float]) -> None:
-    """Sends each job at its time, whatever became of the others. Returns after the last answer."""
+    """Sends each job at its time, independently of the answers. Returns after the last answer."""
     begun = time.perf_counter()
     async with asyncio.TaskGroup() as group:
         for job, at in zip(jobs, times, strict=True):
@@ -145,10 +145,10 @@ async def among(
     pauses: Iterator[float],
     seconds: float,
 ) -> None:
-    """One client's jobs, first alone ("alone"), then while a closed loop runs ("foreground" among "background").
+    """Sends one client's jobs, first alone ("alone"), then concurrently with a closed loop ("foreground", "background").
 
-    It pauses before each, so that they meet the others at any moment, and sends for `seconds`, but at least 4 and at most 40.
-    The background's calls that still run at the end are cancelled.
+    A pause before each randomizes the phase. Sends for `seconds`, but at least 4 and at most 40 jobs. Calls of the background
+    that still run at the end are cancelled.
     """
     for _ in range(5):
         await sender.send(next(foreground), "alone")

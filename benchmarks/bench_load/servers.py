@@ -1,4 +1,4 @@
-"""The servers that are compared, each in a process of its own. All but the one that is measured stand still (SIGSTOP)."""
+"""The compared servers, each in its own process. All except the measured one are stopped (SIGSTOP)."""
 
 import contextlib
 import os
@@ -19,18 +19,18 @@ SERVERS = {
     "batching": "optimum's pipeline, whole requests batched",
     "pytorch": "diffusers on PyTorch behind a lock",
 }
-"""Name -> what it is."""
+"""Name -> description."""
 OPTIMUM = ROOT / ".venv-oracle" / "bin" / "python"
-"""Runs what needs optimum-onnx: that package does not install beside the versions of requirements.lock."""
+"""The Python with optimum-onnx, which conflicts with the versions of requirements.lock."""
 _WITH_OPTIMUM = ("lock", "batching")
 
 
 class ServerFailed(Exception):
-    """A server that did not start."""
+    """The server did not start."""
 
 
 def command(name: str, bundle: Path = BUNDLE, model: Path = MODEL) -> list[str]:
-    """The command line of one of SERVERS, but for its --port-file. Raises SystemExit if its environment is missing."""
+    """The command line of one of SERVERS, without --port-file. Raises SystemExit if its environment is missing."""
     if name == "ours":
         return [sys.executable, "-m", "img2img_cli", "serve", "--models", str(bundle), "--port", "0"]
     python = optimum_python() if name in _WITH_OPTIMUM else sys.executable
@@ -40,21 +40,21 @@ def command(name: str, bundle: Path = BUNDLE, model: Path = MODEL) -> list[str]:
 def optimum_python() -> str:
     """OPTIMUM. Raises SystemExit if it is missing."""
     if not OPTIMUM.is_file():
-        raise SystemExit("bench: optimum's pipeline needs an environment of its own; make it by scripts/oracle_setup")
+        raise SystemExit("bench: optimum's pipeline needs a separate environment; make it with scripts/oracle_setup")
     return str(OPTIMUM)
 
 
 def knows_trace() -> bool:
-    """Whether `img2img serve` can write what its engine did."""
+    """Whether `img2img serve` has --trace."""
     words = [sys.executable, "-m", "img2img_cli", "serve", "--help"]
     return "--trace" in subprocess.run(words, check=True, capture_output=True, text=True).stdout
 
 
 class ServerProcess:
-    """One server: started, stopped for a while, continued, ended."""
+    """One server process."""
 
     def __init__(self, name: str, words: Sequence[str], folder: Path) -> None:
-        """Nothing runs yet. Its log and its port file go into `folder`."""
+        """Does not start it. Its log and port file are in `folder`."""
         self.name = name
         self.log = folder / f"{name}.log"
         self.target = ""
@@ -83,20 +83,20 @@ class ServerProcess:
         self.target = f"127.0.0.1:{self._port_file.read_text().strip()}"
 
     def pause(self) -> None:
-        """Lets it use nothing but memory."""
+        """Stops it (SIGSTOP)."""
         self._signal(signal.SIGSTOP)
 
     def resume(self) -> None:
-        """Lets it go on."""
+        """Continues it (SIGCONT)."""
         self._signal(signal.SIGCONT)
 
     def stop(self) -> None:
-        """Asks it to end, lets it go on where it was paused, and returns at once."""
+        """Sends SIGTERM, and continues it if it was paused."""
         self._signal(signal.SIGTERM)
         self.resume()
 
     def join(self) -> None:
-        """Returns when it has ended; kills it after a minute. Does nothing for one that was not spawned."""
+        """Waits for its end; kills it after a minute. Does nothing if it was not spawned."""
         if self._process is None:
             return
         try:
@@ -113,7 +113,7 @@ class ServerProcess:
 
 @contextlib.contextmanager
 def ending(servers: Collection[ServerProcess]) -> Iterator[None]:
-    """Whatever happens in the block, none of the servers outlives it."""
+    """Ends all servers after the block."""
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""Reads the trace that `img2img serve --trace` writes (Chrome's trace events): batch sizes, and when the device stood idle."""
+"""Reads the trace of `img2img serve --trace` (Chrome trace events): batch sizes and idle time of the device."""
 
 import json
 from collections import Counter
@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 DEVICE_CALLS = ("prepare", "denoise", "preview", "finish")
-"""The calls that run a model; "advance", a scheduler's sums, does not."""
+"""Calls that run a model. "advance" (the scheduler step) does not."""
 
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One thing that the engine did. Seconds on the trace's own clock; `rows` are samples in a UNet call."""
+    """One call of the engine. Times are on the trace's clock in seconds; `rows` are those of a UNet call."""
 
     name: str
     start: float
@@ -23,20 +23,20 @@ class Call:
 
     @property
     def end(self) -> float:
-        """When it was over."""
+        """The end time."""
         return self.start + self.seconds
 
 
 @dataclass(frozen=True, slots=True)
 class Trace:
-    """A server's calls in order of their start, and its caches' own count."""
+    """A server's calls in order of their start, and the counters of its caches."""
 
     calls: tuple[Call, ...]
     caches: dict[str, Any]
 
 
 def read_trace(path: Path) -> Trace:
-    """The trace in a file: an array of events, or an object that holds it as traceEvents."""
+    """The trace in a file: an array of events, or an object with the key traceEvents."""
     loaded = json.loads(path.read_text(encoding="utf-8"))
     events = loaded["traceEvents"] if isinstance(loaded, dict) else loaded
     calls = [
@@ -49,7 +49,7 @@ def read_trace(path: Path) -> Trace:
 
 
 def last_part(calls: Sequence[Call], gap: float) -> list[Call]:
-    """The calls after the last pause of `gap` seconds or more: what ran after a bench stood still on purpose."""
+    """The calls after the last pause of at least `gap` seconds."""
     first = 0
     reached = calls[0].end if calls else 0.0
     for index, call in enumerate(calls):
@@ -60,7 +60,7 @@ def last_part(calls: Sequence[Call], gap: float) -> list[Call]:
 
 
 def histogram(calls: Iterable[Call], of: str) -> dict[int, int]:
-    """How many denoise calls had how many "rows" or "requests"."""
+    """Number of denoise calls by their "rows" or "requests"."""
     counted = Counter(call.rows if of == "rows" else call.requests for call in calls if call.name == "denoise")
     return dict(sorted(counted.items()))
 

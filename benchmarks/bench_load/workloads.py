@@ -1,14 +1,14 @@
-"""What is asked of the servers: seeded lists of jobs, the same for every server.
+"""Workloads: lists of jobs, determined by a seed and the same for every server.
 
-A list is as long as a budget of work, in units that a calibration turns into seconds: one unit is one 128 x 128 image through
-the UNet once.
+The length of a list is a budget of work in units, which a calibration converts to seconds. One unit is one UNet pass of a
+128 x 128 image.
 """
 
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-PICTURES = ("noon-lake.png", "noon-hills.png", "noon-dunes.png")
+SOURCES = ("noon-lake.png", "noon-hills.png", "noon-dunes.png")
 SIZES = ((128, 128), (192, 128))
 STEPS = (4, 8, 12, 20, 25, 30, 50)
 STRENGTHS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
@@ -19,21 +19,21 @@ PROMPTS = tuple(
     for things in ("mountains and a lake", "rolling hills", "desert dunes", "high mountains and trees")
     for when in ("at sunset", "at night", "in winter", "in autumn", "in the fog")
 )
-"""40 prompts in the words that the demo model knows."""
+"""40 prompts with words from the demo model's training."""
 FIXED_UNITS = 4.0
-"""What encoders, decoder and codecs cost an image, in UNet passes: 21 ms of about 6 each."""
+"""Cost of encoders, decoder and codecs per image, in UNet passes: 21 ms, with about 6 ms per pass."""
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """One source image, by how it is made from one of the demo's."""
+    """A source image, derived from one of the demo's images."""
 
-    name: str = PICTURES[0]
+    name: str = SOURCES[0]
     size: tuple[int, int] = SIZES[0]
     flipped: bool = False
     cropped: bool = False
     noise_seed: int | None = None
-    """Seeds a little noise, so that the image is like no other; None for none."""
+    """Seed of a little noise that makes the image unique; None for no noise."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,12 +50,12 @@ class Job:
 
     @property
     def denoising_steps(self) -> int:
-        """The steps that are really run: diffusers' own rule."""
+        """The number of denoising steps, by diffusers' rule."""
         return min(int(self.steps * self.strength), self.steps)
 
     @property
     def units(self) -> float:
-        """About how much work it is."""
+        """The approximate work."""
         width, height = self.source.size
         rows = 2 if self.guidance > 1 else 1
         return width * height / 128**2 * (self.denoising_steps * rows + FIXED_UNITS)
@@ -66,11 +66,11 @@ Draw = Callable[[random.Random], Job]
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """How jobs are drawn and sent.
+    """How jobs are generated and sent.
 
-    A closed loop has `concurrency` clients that each send the next job when theirs is answered. An open loop (`load`) sends
-    them when they come, by a Poisson process at `load` times what peer "lock" can answer. With `foreground`, the closed
-    loop is the background of one more client that sends its own jobs with pauses, and is what is measured.
+    A closed loop has `concurrency` clients that each send the next job when their last is answered. An open loop (`load`) sends
+    jobs by a Poisson process at `load` times the capacity of peer "lock". With `foreground`, the closed loop is the background of
+    a further client that sends other jobs with pauses; only that client is measured.
     """
 
     name: str
@@ -80,15 +80,15 @@ class Workload:
     load: float = 0.0
     foreground: Draw | None = None
     share: float = 1.0
-    """The part of a round's seconds that it gets."""
+    """Its share of the seconds of a round."""
 
 
 def draw_mixed(source_of: random.Random) -> Job:
-    """Any settings, 20 % without guidance, 30 % with a negative prompt, two sizes, 12 images, 40 prompts."""
+    """Mixed settings: 20 % without guidance, 30 % with a negative prompt, two sizes, 12 images, 40 prompts."""
     return Job(
         prompt=source_of.choice(PROMPTS),
         source=Source(
-            name=source_of.choice(PICTURES),
+            name=source_of.choice(SOURCES),
             size=source_of.choice(SIZES),
             flipped=source_of.random() < 0.5,
             cropped=source_of.random() < 0.5,
@@ -102,13 +102,13 @@ def draw_mixed(source_of: random.Random) -> Job:
 
 
 def draw_different(source_of: random.Random) -> Job:
-    """The same mix, but no image and no prompt comes twice: nothing that a cache could keep is of use."""
+    """The same mix without repeated images and prompts, so that no cache helps."""
     mixed = draw_mixed(source_of)
     noise_seed = source_of.randrange(2**31)
-    picture = mixed.source
+    source = mixed.source
     return Job(
         prompt=f"{mixed.prompt} {noise_seed}",
-        source=Source(picture.name, picture.size, picture.flipped, picture.cropped, noise_seed),
+        source=Source(source.name, source.size, source.flipped, source.cropped, noise_seed),
         steps=mixed.steps,
         strength=mixed.strength,
         guidance=mixed.guidance,
@@ -118,7 +118,7 @@ def draw_different(source_of: random.Random) -> Job:
 
 
 def draw_editing(source_of: random.Random) -> Job:
-    """Somebody who tries three prompts on one image, with few steps and new seeds."""
+    """A user who tries three prompts on one image, with few steps and new seeds."""
     return Job(
         prompt=source_of.choice(PROMPTS[:3]),
         source=Source(),
@@ -140,17 +140,17 @@ def draw_short(source_of: random.Random) -> Job:
 
 
 def draw_uniform(source_of: random.Random) -> Job:
-    """The default settings, other prompts and images: what batching of whole requests likes best."""
+    """The default settings with different prompts and images: the best case for batching of whole requests."""
     return _draw_fixed(source_of, 25, 0.8)
 
 
 def draw_repeated(source_of: random.Random) -> Job:
-    """Always the default transform, with a seed of its own."""
+    """The default transform with a random seed."""
     return Job(DEFAULT_PROMPT, Source(), 25, 0.8, 7.5, source_of.randrange(2**31))
 
 
 def _draw_fixed(source_of: random.Random, steps: int, strength: float) -> Job:
-    source = Source(source_of.choice(PICTURES), flipped=source_of.random() < 0.5, cropped=source_of.random() < 0.5)
+    source = Source(source_of.choice(SOURCES), flipped=source_of.random() < 0.5, cropped=source_of.random() < 0.5)
     return Job(source_of.choice(PROMPTS), source, steps, strength, 7.5, source_of.randrange(2**31))
 
 
@@ -159,11 +159,11 @@ WORKLOADS = {
     for workload in (
         Workload("saturation", "16 clients, mixed settings", draw_mixed, concurrency=16),
         Workload("different", "16 clients, mixed settings, nothing twice", draw_different, concurrency=16),
-        Workload("editing", "4 clients, one picture, 3 prompts, few steps", draw_editing, concurrency=4, share=0.5),
-        Workload("short", "4-step requests among 4 x 50-step ones", draw_long, concurrency=4, foreground=draw_short),
-        Workload("open50", "Poisson arrivals, 0.5 x what lock can do", draw_mixed, load=0.5),
-        Workload("open80", "Poisson arrivals, 0.8 x what lock can do", draw_mixed, load=0.8),
-        Workload("open120", "Poisson arrivals, 1.2 x what lock can do", draw_mixed, load=1.2),
+        Workload("editing", "4 clients, one image, 3 prompts, few steps", draw_editing, concurrency=4, share=0.5),
+        Workload("short", "4-step requests, concurrent with 4 x 50-step ones", draw_long, concurrency=4, foreground=draw_short),
+        Workload("open50", "Poisson arrivals, 0.5 x the capacity of lock", draw_mixed, load=0.5),
+        Workload("open80", "Poisson arrivals, 0.8 x the capacity of lock", draw_mixed, load=0.8),
+        Workload("open120", "Poisson arrivals, 1.2 x the capacity of lock", draw_mixed, load=1.2),
         Workload("uniform", "8 clients, all the default settings", draw_uniform, concurrency=8, share=0.7),
         Workload("alone", "1 client, the default transform", draw_repeated, concurrency=1, share=0.4),
     )
@@ -171,18 +171,18 @@ WORKLOADS = {
 
 
 def generator(seed: int, *names: object) -> random.Random:
-    """A generator of random numbers of its own for everything that is named differently."""
+    """A random generator, independent for different names."""
     return random.Random(":".join(str(name) for name in (seed, *names)))
 
 
 def jobs(draw: Draw, source_of: random.Random) -> Iterator[Job]:
-    """Jobs without end."""
+    """An endless sequence of jobs."""
     while True:
         yield draw(source_of)
 
 
 def jobs_worth(draw: Draw, source_of: random.Random, units: float, least: int) -> list[Job]:
-    """Jobs until they are `units` of work, but at least `least` of them."""
+    """Jobs of `units` of work in all, but at least `least` jobs."""
     made: list[Job] = []
     total = 0.0
     for job in jobs(draw, source_of):
@@ -194,7 +194,7 @@ def jobs_worth(draw: Draw, source_of: random.Random, units: float, least: int) -
 
 
 def arrivals(source_of: random.Random, count: int, rate: float) -> list[float]:
-    """When each of `count` jobs comes, in seconds from the start: a Poisson process of `rate` a second."""
+    """Arrival times in seconds of `count` jobs: a Poisson process of `rate` per second."""
     times: list[float] = []
     now = 0.0
     for _ in range(count):

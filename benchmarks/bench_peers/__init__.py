@@ -1,1 +1,1 @@
-"""Three servers that a careful user would write around diffusers' own pipelines: what `scripts/bench load` compares with."""
+"""Three servers around diffusers' pipelines, as a careful user would write them: the peers of `scripts/bench load`."""

@@ -1,7 +1,7 @@
-"""Peer (b): optimum's pipeline with dynamic batching of whole requests. What a careful user adds to the lock.
+"""Peer (b): optimum's pipeline with dynamic batching of whole requests.
 
-A pipeline call has one number of steps, one strength, one guidance and one size, so only requests that agree in all of them
-run together. A batch, once begun, takes in nobody until it ends.
+A pipeline call has one number of steps, one strength, one guidance and one size, so only requests with equal values are batched.
+A running batch admits no further requests.
 """
 
 import asyncio
@@ -22,9 +22,9 @@ class _Waiting:
 
 
 class Batching:
-    """Runs the request that waits longest, with up to `max_batch - 1` others that agree with it.
+    """Runs the oldest request with up to `max_batch - 1` others with equal settings.
 
-    Waits for others until the first is `max_delay` seconds old; where the pipeline was busy, they have gathered meanwhile.
+    Waits for others until the first is `max_delay` seconds old, which it usually is if the pipeline was busy.
     """
 
     def __init__(self, device: Device, max_batch: int, max_delay: float) -> None:
@@ -35,7 +35,7 @@ class Batching:
         self._arrival = asyncio.Event()
 
     async def run(self, arguments: Arguments) -> Made:
-        """Waits for a batch that it fits in."""
+        """Waits for a batch and returns the result."""
         waiting = _Waiting(arguments, settings(arguments), time.perf_counter(), asyncio.get_running_loop().create_future())
         self._waiting.append(waiting)
         self._arrival.set()
@@ -46,7 +46,7 @@ class Batching:
                 self._waiting.remove(waiting)
 
     async def work(self) -> None:
-        """Runs one batch after another, for ever."""
+        """Runs one batch after another, until cancelled."""
         while True:
             while not self._waiting:
                 await self._next_arrival(None)
@@ -82,7 +82,7 @@ class Batching:
     @staticmethod
     def _settle(batch: list[_Waiting], outcomes: Sequence[Exception | Made]) -> None:
         for each, outcome in zip(batch, outcomes, strict=True):
-            if each.made.done():  # its client has gone
+            if each.made.done():  # the client has left
                 continue
             if isinstance(outcome, Exception):
                 each.made.set_exception(outcome)
@@ -91,7 +91,7 @@ class Batching:
 
 
 def settings(arguments: Arguments) -> Hashable:
-    """What requests must share to go into one pipeline call."""
+    """The settings that requests of one pipeline call must share."""
     return (
         arguments.num_inference_steps,
         arguments.strength,
@@ -103,8 +103,10 @@ def settings(arguments: Arguments) -> Hashable:
 
 async def _main() -> None:
     flags = parser(__doc__)
-    flags.add_argument("--max-batch", type=int, default=8, metavar="N", help="pictures in a call (default: %(default)s)")
-    flags.add_argument("--max-delay", type=float, default=0.01, metavar="S", help="seconds to wait (default: %(default)s)")
+    flags.add_argument("--max-batch", type=int, default=8, metavar="N", help="images in a call (default: %(default)s)")
+    flags.add_argument(
+        "--max-delay", type=float, default=0.01, metavar="S", help="seconds to wait for a batch (default: %(default)s)"
+    )
     arguments = flags.parse_args()
     device = Device(lambda: load_optimum(arguments.model))
     runner = Batching(device, arguments.max_batch, arguments.max_delay)

@@ -1,7 +1,7 @@
-"""What the peers share: the contract's messages to a pipeline's arguments and back, and the process around it.
+"""Code shared by the peers: conversion of messages to a pipeline's arguments and back, and the server process.
 
-A peer implements ImageToImageService.Transform for one model and one image a request, over plain grpc.aio. Its pipeline is
-called in one worker thread of its own, so the event loop stays free and torch keeps one pool of OpenMP threads.
+A peer implements ImageToImageService.Transform for one model and one image per request, with plain grpc.aio. Its pipeline is
+called in one worker thread, so the event loop stays free and torch keeps one pool of OpenMP threads.
 """
 
 import argparse
@@ -41,7 +41,7 @@ OPTIONS = (
 
 @dataclass(frozen=True, slots=True)
 class Arguments:
-    """What one request asks of a pipeline, the contract's defaults filled in."""
+    """The arguments of a pipeline call for one request, with the contract's defaults."""
 
     prompt: str
     negative_prompt: str | None
@@ -54,7 +54,7 @@ class Arguments:
 
 @dataclass(frozen=True, slots=True)
 class Made:
-    """An image, and the seconds that its request waited for the pipeline and spent in it."""
+    """An image, and the seconds that its request waited for the pipeline and ran in it."""
 
     image: Image.Image
     waited: float
@@ -62,15 +62,15 @@ class Made:
 
 
 class Runner(Protocol):
-    """Brings requests to a pipeline."""
+    """Schedules requests on a pipeline."""
 
     async def run(self, arguments: Arguments) -> Made:
-        """Makes one image when its turn comes."""
+        """Makes one image."""
         ...
 
 
 class Device:
-    """A diffusers pipeline and the one thread that calls it. Who calls sees to it that it is one call at a time."""
+    """A diffusers pipeline and the thread that calls it. Callers must make one call at a time."""
 
     def __init__(self, load: Callable[[], Any]) -> None:
         self._load = load
@@ -78,11 +78,11 @@ class Device:
         self._thread = ThreadPoolExecutor(1, "pipeline")
 
     async def start(self) -> None:
-        """Loads the pipeline and makes an image with it, so that no client meets a cold one."""
+        """Loads the pipeline and warms it up with an image."""
         await asyncio.get_running_loop().run_in_executor(self._thread, self._start)
 
     async def make(self, batch: Sequence[Arguments]) -> list[Image.Image]:
-        """One pipeline call for requests that differ in nothing but prompts, images and seeds."""
+        """Makes one pipeline call for requests that differ only in prompts, images and seeds."""
         return await asyncio.get_running_loop().run_in_executor(self._thread, self._make, batch)
 
     def _start(self) -> None:
@@ -113,7 +113,7 @@ class _Service(ImageToImageServiceServicer):
         self._engine = engine
 
     async def Transform(self, request: TransformRequest, context: Any) -> TransformResponse:
-        """Decodes, waits for the pipeline, encodes; codecs run in threads too."""
+        """Decodes, runs the pipeline and encodes. Codecs run in threads."""
         begun = time.perf_counter()
         arguments = await asyncio.to_thread(read, request)
         decoded = time.perf_counter()
@@ -130,7 +130,7 @@ class _Service(ImageToImageServiceServicer):
         return TransformResponse(images=[result], engine=self._engine, timings=timings)
 
     async def TransformStream(self, request: TransformStreamRequest, context: Any) -> AsyncIterator[TransformStreamResponse]:
-        """Not there: a peer has nothing to tell before it is done."""
+        """Not implemented."""
         await context.abort(grpc.StatusCode.UNIMPLEMENTED, "use Transform")
         yield TransformStreamResponse()
 
@@ -141,7 +141,7 @@ class _Service(ImageToImageServiceServicer):
 
 
 def read(request: TransformRequest) -> Arguments:
-    """The contract's message as a pipeline's arguments. A seed of -1 is not drawn but used: the bench always names one."""
+    """The contract's message as a pipeline's arguments. A seed of -1 is used as it is: the benchmark always sets a seed."""
     image = Image.open(io.BytesIO(request.image.data)).convert("RGB")
     return Arguments(
         prompt=request.prompt if request.HasField("prompt") else DEFAULT_PROMPT,
@@ -155,31 +155,31 @@ def read(request: TransformRequest) -> Arguments:
 
 
 def encode(image: Image.Image) -> bytes:
-    """The image as a PNG file, as fast as PNG goes: the compression that the server uses too."""
+    """The image as a PNG file, with the server's compression level."""
     file = io.BytesIO()
     image.save(file, "PNG", compress_level=1)
     return file.getvalue()
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
-    """The flags that every peer has."""
+    """A parser with the flags of every peer."""
     made = argparse.ArgumentParser(description=description)
-    made.add_argument("--model", type=Path, required=True, metavar="DIR", help="what the pipeline loads")
-    made.add_argument("--port-file", type=Path, required=True, metavar="FILE", help="write the port here once ready")
+    made.add_argument("--model", type=Path, required=True, metavar="DIR", help="model to load")
+    made.add_argument("--port-file", type=Path, required=True, metavar="FILE", help="write the port to this file once ready")
     return made
 
 
 def prepare_process() -> None:
-    """Sets what libraries read when they are imported, as `img2img serve` does: call it before torch is."""
+    """Sets environment variables as `img2img serve` does. Call it before torch is imported."""
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def load_optimum(model: Path) -> Any:
-    """Optimum's image-to-image pipeline on a bundle, by the provider and the thread counts that it takes by itself.
+    """Optimum's image-to-image pipeline on a bundle, with its default provider and thread count.
 
-    torch only does a scheduler's small sums here: more than one thread makes them slower.
+    torch only computes the scheduler here, which is slower with more than one thread.
     """
     import torch
     from optimum.onnxruntime import ORTPipelineForImage2Image

@@ -1,4 +1,4 @@
-"""Peer (a): optimum's ORTPipelineForImage2Image behind an asyncio.Lock. What most who serve an ONNX pipeline write."""
+"""Peer (a): optimum's ORTPipelineForImage2Image behind an asyncio.Lock, the most common way to serve an ONNX pipeline."""
 
 import asyncio
 import time
@@ -7,14 +7,14 @@ from bench_peers.common import Arguments, Device, Made, load_optimum, parser, pr
 
 
 class Locked:
-    """One request at a time, in the order in which they came."""
+    """Runs one request at a time, in order of arrival."""
 
     def __init__(self, device: Device) -> None:
         self._device = device
         self._lock = asyncio.Lock()
 
     async def run(self, arguments: Arguments) -> Made:
-        """Waits for the lock, then has the pipeline to itself."""
+        """Waits for the lock and runs the pipeline."""
         arrived = time.perf_counter()
         async with self._lock:
             begun = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Every RPC that the server answers, how to send it raw bytes, and what its answer must look like whatever they were."""
+"""Sends raw bytes to every RPC of the server and checks its answers."""
 
 import itertools
 from collections.abc import Sequence
@@ -21,32 +21,32 @@ DOCUMENTED = {
     grpc.StatusCode.RESOURCE_EXHAUSTED,
     grpc.StatusCode.PERMISSION_DENIED,
 }
-"""What a caller who sends nonsense may get. Not INTERNAL or UNKNOWN, which are bugs; not DEADLINE_EXCEEDED, which is a hang."""
+"""Allowed statuses for any input. INTERNAL and UNKNOWN are bugs, DEADLINE_EXCEEDED is a hang."""
 FILES = (image_to_image_pb2, model_pb2, asset_pb2, health_pb2, reflection_pb2)
 METHODS: list[MethodDescriptor] = [
     method for file in FILES for service in file.DESCRIPTOR.services_by_name.values() for method in service.methods
 ]
 SECONDS = 30.0
-"""Within which every call is answered."""
+"""Seconds within which every call must be answered."""
 SECRET = "planted-secret"
-"""A word in the server's paths that no answer may have."""
+"""A word in the server's paths that no answer may contain."""
 MOST_TEXT = 2_000
-"""Characters of an error's text: it is sent in a trailer, which gRPC bounds, whatever it quotes."""
+"""Maximum characters of an error message: it is sent in a trailer, whose size gRPC limits."""
 
 
 class Finding(AssertionError):
-    """An answer that breaks a rule. The message says which."""
+    """An answer that violates a rule; the message says which."""
 
 
 def name_of(method: MethodDescriptor) -> str:
-    """Such as "ImageToImageService.Transform"."""
+    """The method's name with its service, such as "ImageToImageService.Transform"."""
     return f"{method.containing_service.name}.{method.name}"
 
 
 def send(channel: grpc.Channel, method: MethodDescriptor, messages: Sequence[bytes]) -> tuple[grpc.StatusCode, Any]:
-    """Sends raw bytes as a call's messages. Returns the status, and the error where there is one.
+    """Sends raw bytes as the messages of a call. Returns the status and the error, if any.
 
-    A stream that goes on for ever, a watch, is left after its first answer.
+    An endless stream (a watch) is cancelled after its first answer.
     """
     path = f"/{method.containing_service.full_name}/{method.name}"
     arity = ("stream" if method.client_streaming else "unary", "stream" if method.server_streaming else "unary")
@@ -63,50 +63,50 @@ def send(channel: grpc.Channel, method: MethodDescriptor, messages: Sequence[byt
 
 
 def check(method: MethodDescriptor, code: grpc.StatusCode, error: Any, messages: Sequence[bytes]) -> None:
-    """Holds an answer to what is documented of answers. Raises Finding."""
-    _hold(code in DOCUMENTED, f"{code.name}: {error.details() if error else ''}")
+    """Checks an answer against the documentation. Raises Finding."""
+    _require(code in DOCUMENTED, f"{code.name}: {error.details() if error else ''}")
     if error is None:
         return
     text = error.details()
-    _hold(len(text) <= MOST_TEXT, f"the error's text has {len(text)} characters")
+    _require(len(text) <= MOST_TEXT, f"the error's text has {len(text)} characters")
     for secret in (SECRET, "Traceback", ".py", "site-packages"):
         quoted = any(secret.encode() in data for data in messages)
-        _hold(secret not in text or quoted, f"the error tells of the server: {text}")
+        _require(secret not in text or quoted, f"the error reveals a detail of the server: {text}")
     if method.containing_service.full_name.startswith("img2img"):
         _check_details(method, rpc_status.from_call(error))
 
 
 def _check_details(method: MethodDescriptor, status: Any) -> None:
-    _hold(status is not None, "an error without details")
+    _require(status is not None, "the error has no details")
     found = {detail.type_url.rpartition(".")[2]: detail for detail in status.details}
-    _hold("ErrorInfo" in found, "an error without ErrorInfo")
+    _require("ErrorInfo" in found, "the error has no ErrorInfo")
     info, bad = error_details_pb2.ErrorInfo(), error_details_pb2.BadRequest()
     found["ErrorInfo"].Unpack(info)
-    _hold(info.domain == "img2img" and bool(info.reason) and bool(info.metadata["request_id"]), f"ErrorInfo is {info}")
-    _hold(("BadRequest" in found) == (info.reason == "INVALID_FIELD"), f"{info.reason}, and BadRequest or none")
+    _require(info.domain == "img2img" and bool(info.reason) and bool(info.metadata["request_id"]), f"ErrorInfo is {info}")
+    _require(("BadRequest" in found) == (info.reason == "INVALID_FIELD"), f"unexpected details of {info.reason}")
     if "BadRequest" not in found:
         return
     found["BadRequest"].Unpack(bad)
-    _hold(len(bad.field_violations) == 1, "several fields, or none")
+    _require(len(bad.field_violations) == 1, "BadRequest does not have exactly one violation")
     (violation,) = bad.field_violations
-    _hold(0 < len(violation.description) <= MOST_TEXT, "no description, or a long one")
-    # Of the message itself, or of the transform that is in it.
+    _require(0 < len(violation.description) <= MOST_TEXT, "the description is empty or too long")
+    # A field of the message, or of the transform in it.
     owners = (method.input_type, image_to_image_pb2.TransformRequest.DESCRIPTOR)
-    _hold(any(has_field(owner, violation.field) for owner in owners), f"'{violation.field}' is no field")
+    _require(any(has_field(owner, violation.field) for owner in owners), f"'{violation.field}' is not a field")
 
 
 def has_field(descriptor: Descriptor, path: str) -> bool:
-    """Whether "image.data" and the like names a field of the message."""
+    """Whether a path such as "image.data" names a field of the message."""
     name, _, rest = path.partition(".")
     field = descriptor.fields_by_name.get(name)
     return field is not None and (not rest or (field.message_type is not None and has_field(field.message_type, rest)))
 
 
-def _hold(holds: bool, why: str) -> None:
-    if not holds:
+def _require(condition: bool, why: str) -> None:
+    if not condition:
         raise Finding(why)
 
 
 def is_left_alone(folder: Path) -> bool:
-    """Whether the server wrote nothing beside its folders: "models" and "assets" in `folder`."""
+    """Whether `folder` contains only the server's folders, "models" and "assets"."""
     return {path.name for path in folder.iterdir()} <= {"models", "assets"}

@@ -1,4 +1,4 @@
-"""Messages and files that mean something, to be changed a little: where every fuzzer begins."""
+"""Seed inputs: valid messages and files that fuzzers mutate."""
 
 import io
 import struct
@@ -15,15 +15,15 @@ from PIL import Image
 _MOST_MESSAGES = 8
 
 
-def picture(kind: str = "PNG", size: tuple[int, int] = (24, 16)) -> bytes:
-    """The file of a plain image."""
+def image_file(kind: str = "PNG", size: tuple[int, int] = (24, 16)) -> bytes:
+    """The file of an image of one color."""
     file = io.BytesIO()
     Image.new("RGB", size, "teal").save(file, kind)
     return file.getvalue()
 
 
 def _transform(**fields: object) -> pb.TransformRequest:
-    values = {"image": pb.ImageSource(data=picture()), "seed": 5, "num_inference_steps": 4, **fields}
+    values = {"image": pb.ImageSource(data=image_file()), "seed": 5, "num_inference_steps": 4, **fields}
     return pb.TransformRequest(**values)  # type: ignore[arg-type]
 
 
@@ -53,8 +53,8 @@ VALID: dict[str, Sequence[Message]] = {
     ],
     "UnloadModelRequest": [model_pb2.UnloadModelRequest(id="second")],
     "UploadAssetRequest": [
-        asset_pb2.UploadAssetRequest(info=asset_pb2.UploadAssetInfo(media_type="image/png", size=len(picture()))),
-        asset_pb2.UploadAssetRequest(chunk=picture()),
+        asset_pb2.UploadAssetRequest(info=asset_pb2.UploadAssetInfo(media_type="image/png", size=len(image_file()))),
+        asset_pb2.UploadAssetRequest(chunk=image_file()),
     ],
     "GetAssetRequest": [asset_pb2.GetAssetRequest(id="0" * 64)],
     "DeleteAssetRequest": [asset_pb2.DeleteAssetRequest(id="0" * 64)],
@@ -65,8 +65,8 @@ VALID: dict[str, Sequence[Message]] = {
         reflection_pb2.ServerReflectionRequest(file_containing_symbol="img2img.v1.ModelService"),
     ],
 }
-"""By the name of the message's type."""
-PICTURES = tuple(picture(kind) for kind in ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"))
+"""By the name of the message type."""
+IMAGES = tuple(image_file(kind) for kind in ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"))
 URIS = (_URI, "data:,a%20b", "asset:" + "0" * 64, "https://example.com/a.png", "http://[::1]:80/", "file:///a/b.png", "DATA:;x,")
 SETTINGS = (
     'models = "models"\nport = 0\n[limits]\nmax_waiting = 3\n[residency]\npreload = ["a", "b"]\nmodels_memory = "1.5GiB"\n',
@@ -79,7 +79,7 @@ TOKENS = (
 
 
 def weights(header: bytes, data: bytes = b"") -> bytes:
-    """A safetensors file with such a header."""
+    """A safetensors file with this header."""
     return struct.pack("<Q", len(header)) + header + data
 
 
@@ -110,7 +110,7 @@ TOKENIZERS = (
 
 
 def adapted_weight() -> bytes:
-    """The weights of a UNet that has one: [4, 6], all of them 1."""
+    """The weights of a UNet with one weight of shape [4, 6], filled with ones."""
     import torch
     from safetensors.torch import save
 
@@ -118,7 +118,7 @@ def adapted_weight() -> bytes:
 
 
 def loras() -> Sequence[bytes]:
-    """LoRAs of that weight, as peft, diffusers and kohya write them."""
+    """LoRAs of that weight in the formats of peft, diffusers and kohya."""
     import torch
     from safetensors.torch import save
 
@@ -133,25 +133,25 @@ def loras() -> Sequence[bytes]:
 
 _ADAPTED = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
 PAST: tuple[tuple[str, bytes], ...] = (
-    ("uris", b"http://[:Y]:2@"),  # IndexError of yarl's
-    ("manifests", b"[" * 100_000),  # RecursionError of json's, which kept the server from starting
-    ("settings", b"a=" + b"[" * 100_000),  # RecursionError of tomllib's
+    ("uris", b"http://[:Y]:2@"),  # IndexError in yarl
+    ("manifests", b"[" * 100_000),  # RecursionError in json, which prevented the start of the server
+    ("settings", b"a=" + b"[" * 100_000),  # RecursionError in tomllib
     ("tokens", b"a=" + b"[" * 100_000),
     ("weights", weights(b"[" * 100_000)),
     ("weights", weights(b'{"__metadata__":' + b"[" * 100_000)),
     ("configurations", b"[" * 100_000),
     ("tokenizers", b"[" * 100_000),
 )
-"""Inputs that broke something once, by target."""
+"""Inputs of earlier findings, by target."""
 
 
 def pack(messages: Sequence[bytes]) -> bytes:
-    """Several messages in one input of a fuzzer: each behind its length, in two bytes."""
+    """Packs several messages into one fuzzer input: each after its length in two bytes."""
     return b"".join(struct.pack(">H", len(data)) + data for data in messages)
 
 
 def unpack(data: bytes) -> Iterator[bytes]:
-    """The messages of an input; the last may be shorter than it says."""
+    """Unpacks the messages of an input. The last may be shorter than its length says."""
     for _ in range(_MOST_MESSAGES):
         if len(data) < 2:
             return
@@ -161,7 +161,7 @@ def unpack(data: bytes) -> Iterator[bytes]:
 
 
 def manifest(folder: Path) -> bytes:
-    """The manifest of a bundle that is planted in `folder`."""
+    """The manifest of a bundle made in `folder`."""
     from soak_parts.stand_in import plant
 
     return (plant(folder, "seed") / "manifest.json").read_bytes()

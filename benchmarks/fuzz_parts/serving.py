@@ -13,7 +13,7 @@ from fuzz_parts.rpcs import SECRET
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """The server's port, and the folder that it lives in."""
+    """The server's port and its folder."""
 
     port: int
     folder: Path
@@ -21,7 +21,7 @@ class Served:
 
 @contextlib.contextmanager
 def served() -> Iterator[Served]:
-    """A server while the block lasts. Its packages are imported here, so that a fuzzer can instrument them."""
+    """A server within the block. Its packages are imported here, so that a fuzzer can instrument them."""
     from img2img_server.api.server import Server
     from img2img_server.backends.local import LocalBackend
     from img2img_server.config import AssetSettings, ServerConfig

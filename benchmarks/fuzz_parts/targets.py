@@ -1,6 +1,6 @@
-"""What is fuzzed: each target takes bytes, and raises where the code does what it never may.
+"""Fuzz targets: each takes bytes and raises if the code violates a rule.
 
-A target is made within atheris' instrumentation, so it imports what it tries. `close` is called at its end.
+A target is made within atheris' instrumentation, so it imports the code under test itself.
 """
 
 import asyncio
@@ -19,7 +19,7 @@ Try = Callable[[bytes], object]
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """`make` gives what tries an input, within a stack that is closed at the end; `corpus` gives the inputs to begin with."""
+    """`make` returns the function that runs an input; its stack is closed at the end. `corpus` returns the seed inputs."""
 
     make: Callable[[contextlib.ExitStack], Try]
     corpus: Callable[[], Sequence[bytes]]
@@ -27,7 +27,7 @@ class Target:
 
 
 def _rpc(index: int) -> Target:
-    """Raw bytes as the message, or the messages, of a call to a real server in this process."""
+    """Raw bytes as the message or messages of a call to a real server in this process."""
 
     def make(stack: contextlib.ExitStack) -> Try:
         import grpc
@@ -43,7 +43,7 @@ def _rpc(index: int) -> Target:
             messages = list(seeds.unpack(data)) if method.client_streaming else [data]
             rpcs.check(method, *rpcs.send(channel, method, messages), messages)
             if not rpcs.is_left_alone(server.folder):
-                raise rpcs.Finding("the server wrote beside its folders")
+                raise rpcs.Finding("the server wrote outside its folders")
 
         return attempt
 
@@ -57,7 +57,7 @@ def _rpc(index: int) -> Target:
     return Target(make, corpus)
 
 
-def _picture(stack: contextlib.ExitStack) -> Try:
+def _image(stack: contextlib.ExitStack) -> Try:
     from img2img_server import images
     from img2img_server.codecs.jobs import LoadImage
     from img2img_server.errors import InvalidField
@@ -135,7 +135,7 @@ def _settings(stack: contextlib.ExitStack) -> Try:
         file.write_bytes(data)
         with contextlib.suppress(SettingError):
             found: Configured[ServerConfig] = resolve(ServerConfig, {}, Environment({}, "IMG2IMG_"), file)
-            # What was understood can be told, and is then understood as the same.
+            # Printed settings must be read as the same settings.
             file.write_text(as_toml(found), encoding="utf-8")
             again: Configured[ServerConfig] = resolve(ServerConfig, {}, Environment({}, "IMG2IMG_"), file)
             assert again.config == found.config
@@ -169,7 +169,7 @@ def _metadata(stack: contextlib.ExitStack) -> Try:
 
 
 def _structure(stack: contextlib.ExitStack) -> Try:
-    """What is read of an image's file before it is decoded: its blocks, and its metadata."""
+    """The parsers of an image file that run before its decoder: blocks and metadata."""
     from img2img_server.codecs import structure
     from img2img_server.errors import InvalidField
     from img2img_server.images.essentials import essentials
@@ -177,13 +177,13 @@ def _structure(stack: contextlib.ExitStack) -> Try:
     def attempt(data: bytes) -> None:
         with contextlib.suppress(InvalidField):
             structure.check(data, "image.data")
-            assert len(essentials(data).data) <= 2 * len(data) + 2**10  # a TIFF has its directory again
+            assert len(essentials(data).data) <= 2 * len(data) + 2**10  # a TIFF's directory is repeated
 
     return attempt
 
 
 def _wire(stack: contextlib.ExitStack) -> Try:
-    """The look at a message's bytes: what it lets through, protobuf parses within the size that it says, or refuses."""
+    """The check of a message before parsing: what it accepts, protobuf parses within the returned size or refuses."""
     from google.protobuf.message import DecodeError
     from img2img.v1 import image_to_image_pb2 as pb
     from img2img_server.api import wire
@@ -198,7 +198,7 @@ def _wire(stack: contextlib.ExitStack) -> Try:
 
 
 def _weights(stack: contextlib.ExitStack) -> Try:
-    """A file of weights, as a checkpoint or a LoRA has it: its header, and what its metadata says of layers."""
+    """The header of a safetensors file of a checkpoint or a LoRA, and its quantization metadata."""
     from img2img_export.errors import ExportError
     from img2img_export.read import scaled, weights_file
 
@@ -214,7 +214,7 @@ def _weights(stack: contextlib.ExitStack) -> Try:
 
 
 def _lora(stack: contextlib.ExitStack) -> Try:
-    """A LoRA, fused into a UNet of one weight: it fits, or is refused, and the weight stays finite."""
+    """A LoRA for a UNet of one weight: it is fused or refused, and the weight stays finite."""
     from img2img_export.errors import ExportError
     from img2img_export.options import LoraFile
     from img2img_export.progress import Progress
@@ -241,7 +241,7 @@ def _lora(stack: contextlib.ExitStack) -> Try:
 
 
 def _tokenizer(stack: contextlib.ExitStack) -> Try:
-    """A tokenizer.json: it is refused, or makes no more tokens of a text than are counted here."""
+    """A tokenizer.json: it is refused, or makes a bounded number of tokens of a text."""
     from img2img_server.bundle.unsafe_files import refuse_unsafe_config
     from tokenizers import Tokenizer
 
@@ -252,7 +252,7 @@ def _tokenizer(stack: contextlib.ExitStack) -> Try:
         try:
             refuse_unsafe_config(path)
             tokens = Tokenizer.from_str(data.decode()).encode("a lake with a mountain aaaaaaaa").ids
-        except Exception:  # noqa: BLE001 - a BundleError, or what the library raises: it has no class of its own for that
+        except Exception:  # noqa: BLE001 - a BundleError, or an error of the library, which has no class of its own
             return
         assert len(tokens) <= 2**21
 
@@ -260,7 +260,7 @@ def _tokenizer(stack: contextlib.ExitStack) -> Try:
 
 
 def _configs(stack: contextlib.ExitStack) -> Try:
-    """A configuration or an index of a bundle: what may lead to code is refused, and nothing else is raised."""
+    """A configuration or an index of a bundle: it is read or refused with a BundleError."""
     from img2img_server.bundle import unsafe_files
     from img2img_server.errors import BundleError
     from img2img_server.runtime.onnx import components
@@ -268,14 +268,14 @@ def _configs(stack: contextlib.ExitStack) -> Try:
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
 
     def attempt(data: bytes) -> None:
-        for name, look in (
+        for name, refuse in (
             ("model_index.json", unsafe_files.refuse_unsafe_config),
             ("config.json", unsafe_files.refuse_unsafe_config),
             ("model.safetensors.index.json", unsafe_files.refuse_unsafe_parts),
         ):
             (folder / name).write_bytes(data)
             with contextlib.suppress(BundleError):
-                look(folder / name)
+                refuse(folder / name)
         with contextlib.suppress(BundleError):
             components.read_index(folder)
 
@@ -288,15 +288,15 @@ def _manifests() -> Sequence[bytes]:
 
 
 def targets() -> dict[str, Target]:
-    """All of them, by name."""
+    """All targets by name."""
     from fuzz_parts import http_front, rpcs
 
     found = {rpcs.name_of(method): _rpc(index) for index, method in enumerate(rpcs.METHODS)}
     return found | {
-        "pictures": Target(_picture, lambda: seeds.PICTURES),
+        "images": Target(_image, lambda: seeds.IMAGES),
         "uris": Target(_uri, lambda: [uri.encode() for uri in seeds.URIS]),
         "manifests": Target(_manifest, _manifests),
-        "image structures": Target(_structure, lambda: seeds.PICTURES, 2**16),
+        "image structures": Target(_structure, lambda: seeds.IMAGES, 2**16),
         "wire": Target(_wire, lambda: [message.SerializeToString() for message in seeds.VALID["TransformRequest"]]),
         "weights": Target(_weights, lambda: seeds.WEIGHTS),
         "loras": Target(_lora, seeds.loras),

@@ -1,7 +1,7 @@
-"""Checks on a machine with an NVIDIA GPU what cannot be checked elsewhere, with random weights, and prints a table.
+"""Takes measurements and makes checks that need an NVIDIA GPU, with random weights, and prints a table.
 
-Every section runs in a process of its own with a time limit. A section that fails, hangs or takes its process down is a line of
-the table, and the others go on. Results are appended to a file as they come, so a run that is killed leaves what it had.
+Every section runs in its own process with a time limit. A section that fails, hangs or crashes becomes a line of the table, and
+the others continue. Results are appended to a file immediately, so a run that is killed keeps the results so far.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from gpu_check.settings import READY_NAME, Settings
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """`limit` is in seconds. `model` is what it needs: its graphs must be there, and get weights before the section starts."""
+    """`limit` is in seconds. `model` is the model that it needs: its graphs get weights before the section starts."""
 
     name: str
     limit: float
@@ -44,21 +44,21 @@ SECTIONS = (
     Section("compile-sd15", 150),
     Section("compile-sdxl", 200, "sdxl"),
 )
-"""Run one after the other, the most wanted first: those for which no time is left are left out."""
+"""In the order in which they run, by importance: sections without time left are skipped."""
 _MAKE_LIMIT, _FILL_LIMIT = 600.0, 120.0
 _LEAST = 5.0
-"""Seconds that must be left for a section to be started."""
+"""Minimum seconds left to start a section."""
 
 
 @dataclass(slots=True, eq=False)
 class Run:
-    """A process of this command, and the file that its output goes to."""
+    """A process of this command and the file of its output."""
 
     process: "subprocess.Popen[bytes]"
     log: Path
 
     def wait(self, limit: float) -> str:
-        """Waits for its end, for `limit` seconds at most. Returns why it failed, or nothing."""
+        """Waits for its end for at most `limit` seconds. Returns why it failed, or an empty text."""
         try:
             status = self.process.wait(max(limit, 0.1))
         except subprocess.TimeoutExpired:
@@ -70,7 +70,7 @@ class Run:
         return ": ".join(filter(None, (ended, self._last_line()))) or "ended with status 1"
 
     def stop(self) -> None:
-        """Ends the process and all that it started."""
+        """Kills the process and its children."""
         if self.process.poll() is None:
             os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
@@ -81,7 +81,7 @@ class Run:
 
 
 class Runs:
-    """Starts processes of this command; when they end, their output is appended to one log beside the results."""
+    """Starts processes of this command. When they end, their output is appended to one log next to the results."""
 
     def __init__(self, settings: Settings, environment: dict[str, str]) -> None:
         self._settings = settings
@@ -101,14 +101,14 @@ class Runs:
         return self._running[name]
 
     def wait(self, name: str, limit: float) -> str:
-        """Waits for the end of what was started as `name`, for `limit` seconds at most. Returns why it failed, or nothing."""
+        """Waits for the end of the run `name` for at most `limit` seconds. Returns why it failed, or an empty text."""
         run = self._running.pop(name)
         failure = run.wait(limit)
         self._keep_log(name, run)
         return failure
 
     def stop_all(self) -> None:
-        """Ends all that still run."""
+        """Kills all running processes."""
         for name, run in self._running.items():
             run.stop()
             self._keep_log(name, run)
@@ -119,22 +119,27 @@ class Runs:
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Checks. Returns 0 if all aims are reached, else 1."""
+    """Runs the sections. Returns 0 if all targets are met, otherwise 1."""
     names = ", ".join(section.name for section in SECTIONS)
     parser = argparse.ArgumentParser(prog="scripts/gpu_check", description=__doc__)
     add = parser.add_argument
-    add("--provider", choices=("cuda", "cpu"), default="cuda", help="what to check (default: %(default)s)")
-    add("--tiny", action="store_true", help="tiny models, to see whether all of it runs: no aims")
-    add("--only", metavar="SECTION,...", help=f"some sections, each of which stands alone, of {names}")
-    add("--no-compile", action="store_true", help="leave torch.compile out")
-    add("--packed", type=Path, metavar="DIR", help="packages and graphs that scripts/gpu_check_pack --unpack put there")
-    add("--graphs", type=Path, metavar="DIR", help="graphs without weights; missing ones are made there (default: in --folder)")
-    add("--folder", type=Path, metavar="DIR", help="put models here and keep them for the next run (default: a temporary folder)")
-    add("--out", type=Path, metavar="FILE", help="append results here, a JSON object a line, and the log beside it")
+    add("--provider", choices=("cuda", "cpu"), default="cuda", help="execution provider to check (default: %(default)s)")
+    add("--tiny", action="store_true", help="use tiny models without targets, to test this command")
+    add("--only", metavar="SECTION,...", help=f"run only these sections, of {names}")
+    add("--no-compile", action="store_true", help="skip torch.compile")
+    add("--packed", type=Path, metavar="DIR", help="folder of scripts/gpu_check_pack --unpack, with packages and graphs")
+    add(
+        "--graphs",
+        type=Path,
+        metavar="DIR",
+        help="folder of graphs; missing ones are made (default: in --folder)",
+    )
+    add("--folder", type=Path, metavar="DIR", help="folder of models, kept for the next run (default: a temporary folder)")
+    add("--out", type=Path, metavar="FILE", help="append results to this file, one JSON object per line, with the log next to it")
     add("--seconds", type=float, default=4.0, metavar="N", help="duration of each comparison (default: %(default)s)")
     add("--budget", type=float, default=460.0, metavar="N", help="seconds for all sections (default: %(default)s)")
     add("--threads", type=int, default=len(os.sched_getaffinity(0)), metavar="N", help="CPU threads (default: all)")
-    add("--no-values", action="store_true", help="do not judge values: the device computes none (tests/cuda/fake)")
+    add("--no-values", action="store_true", help="do not check values: the device computes none (tests/cuda/fake)")
     add("--section", help=argparse.SUPPRESS)
     arguments = parser.parse_args(words)
     with ExitStack() as stack:
@@ -156,7 +161,7 @@ def main(words: Sequence[str] | None = None) -> int:
             return 0
         wanted = arguments.only.split(",") if arguments.only else [section.name for section in SECTIONS]
         if unknown := set(wanted) - {section.name for section in SECTIONS}:
-            parser.error(f"argument --only: no section {', '.join(sorted(unknown))}; there are {names}")
+            parser.error(f"argument --only: unknown section {', '.join(sorted(unknown))}; the sections are {names}")
         if arguments.packed and not (arguments.packed / "site").is_dir():
             parser.error(f"argument --packed: {arguments.packed} has no folder 'site': run scripts/gpu_check_pack --unpack first")
         folder.mkdir(parents=True, exist_ok=True)
@@ -167,7 +172,7 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 def check(settings: Settings, wanted: Sequence[str], budget: float, environment: dict[str, str]) -> list[Line]:
-    """Runs the sections; returns the lines of this run. Missing graphs are made meanwhile, each model's in a process."""
+    """Runs the sections and returns the lines of this run. Missing graphs are made meanwhile, each model's in its own process."""
     before, end = len(read(settings.out)), time.monotonic() + budget
     sections = [section for section in SECTIONS if section.name in wanted]
     if not settings.compile:
@@ -181,7 +186,7 @@ def check(settings: Settings, wanted: Sequence[str], budget: float, environment:
         for section in sections:
             failure = _prepare(section, settings, runs, making, end)
             if not failure and (left := end - time.monotonic()) < _LEAST:
-                failure = "left out: no time is left"
+                failure = "skipped: no time left"
             if not failure:
                 runs.start(section.name)
                 failure = runs.wait(section.name, min(section.limit, left))
@@ -197,7 +202,7 @@ def check(settings: Settings, wanted: Sequence[str], budget: float, environment:
 
 
 def _prepare(section: Section, settings: Settings, runs: Runs, making: set[str], end: float) -> str:
-    """Waits for the graphs of the section's model and has weights be made. Returns why that failed, or nothing."""
+    """Waits for the graphs of the section's model and makes its weights. Returns why that failed, or an empty text."""
     kind = settings.kind(section.model)
     filled, graphs = settings.bundle(section.model) / READY_NAME, settings.graphs / kind / READY_NAME
     if filled.is_file() and filled.read_text() == settings.precision:
@@ -216,7 +221,7 @@ def _prepare(section: Section, settings: Settings, runs: Runs, making: set[str],
 
 
 def run_section(name: str, settings: Settings) -> None:
-    """In a process of its own: runs a section and appends its lines as they come, or makes what a section needs."""
+    """In the child process: runs a section and appends its lines immediately, or makes graphs or weights."""
     step, _, model = name.partition("-")
     if step in ("make", "fill"):
         from gpu_check import weightless
@@ -224,7 +229,7 @@ def run_section(name: str, settings: Settings) -> None:
         if step == "make":
             weightless.make(model, settings.graphs / model, settings.precision)
         else:
-            # The server opens no plain graph on CUDA where there is a fused one; SDXL's would be 5 GB for nothing.
+            # On CUDA the server opens only the fused graph if there is one; SDXL's plain graph would take 5 GB.
             only_fused = settings.device == "cuda" and model == "sdxl"
             weightless.fill(settings.graphs / model, settings.folder / model, lambda graph: not only_fused or graph != "unet")
         return

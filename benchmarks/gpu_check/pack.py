@@ -1,8 +1,8 @@
-"""Packs what `scripts/gpu_check` needs on a machine that has PyTorch for CUDA, but no network, and unpacks it there.
+"""Packs the files that `scripts/gpu_check` needs on a machine with PyTorch for CUDA but without network, and unpacks them there.
 
-What travels beside the checkout: graphs without weights, diffusers, ONNX Runtime's CUDA build with the code for one kind of GPU.
-Everything else (CUDA, cuDNN, transformers, onnx, numpy, Pillow) must be there. Pieces are for machines to which only so much can
-be copied at a time.
+Packed are graphs without weights, diffusers, and ONNX Runtime's CUDA build with the code for one GPU architecture. The machine
+needs the checkout, CUDA, cuDNN, transformers, onnx, numpy and Pillow. The archive is split, for machines that limit the size of a
+copy.
 """
 
 import argparse
@@ -33,13 +33,19 @@ def main(words: Sequence[str] | None = None) -> int:
         prog="scripts/gpu_check_pack", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("folder", type=Path, help="where to put pieces, OUT/1, OUT/2 ..., or, with --unpack, a folder that has one of them")
-    add("target", type=Path, nargs="?", help="with --unpack: where to unpack; pieces are kept there until all have come")
+    add("folder", type=Path, help="folder for the pieces (FOLDER/1, FOLDER/2 ...); with --unpack, the folder of one piece")
+    add("target", type=Path, nargs="?", help="with --unpack: folder to unpack to; pieces are kept there until all are present")
     add("--unpack", action="store_true", help="unpack a piece on the other machine (standard library only)")
-    add("--graphs", type=Path, metavar="DIR", help="keep graphs here and use those that are there (default: FOLDER/graphs)")
-    add("--piece", type=int, default=32, metavar="MIB", help="most MiB of a piece (default: %(default)s)")
-    add("--python", default="3.12", metavar="X.Y", help="the other machine's Python (default: %(default)s)")
-    add("--arch", type=int, default=90, metavar="N", help="the GPU: 80 A100, 89 L4, 90 H100, H200 (default: %(default)s)")
+    add("--graphs", type=Path, metavar="DIR", help="folder of graphs; missing ones are made (default: FOLDER/graphs)")
+    add("--piece", type=int, default=32, metavar="MIB", help="maximum MiB of a piece (default: %(default)s)")
+    add("--python", default="3.12", metavar="X.Y", help="Python version of the other machine (default: %(default)s)")
+    add(
+        "--arch",
+        type=int,
+        default=90,
+        metavar="N",
+        help="GPU: 80 A100, 89 L4, 90 H100 and H200 (default: %(default)s)",
+    )
     arguments = parser.parse_args(words)
     if arguments.unpack:
         if arguments.target is None:
@@ -62,7 +68,7 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 def make_graphs(folder: Path) -> None:
-    """Makes the graphs of all models that are not in `folder` yet, in fp16."""
+    """Makes the fp16 graphs of all models that are not in `folder`."""
     from gpu_check import models, weightless
     from gpu_check.settings import READY_NAME
 
@@ -73,7 +79,7 @@ def make_graphs(folder: Path) -> None:
 
 
 def cut(packed: Path, out: Path, most: int) -> list[Path]:
-    """Cuts a file into as few pieces of at most `most` bytes as possible, all about as large, each in a folder of its own."""
+    """Splits a file into the fewest pieces of at most `most` bytes, of about equal size, each in its own folder."""
     size = packed.stat().st_size
     count = -(-size // most)
     pieces = []
@@ -88,7 +94,7 @@ def cut(packed: Path, out: Path, most: int) -> list[Path]:
 
 
 def unpack(folder: Path, target: Path) -> int:
-    """Keeps the piece in `folder`; unpacks all of them once the last one has come. Returns the exit status."""
+    """Keeps the piece in `folder` and unpacks all pieces once they are complete. Returns the exit status."""
     found = [path for path in folder.glob("piece-*-of-*") if re.fullmatch(r"piece-\d+-of-\d+", path.name)]
     if not found:
         print(f"{folder} has no file piece-N-of-M: give the folder of one piece, such as .gpu/1", file=sys.stderr)
@@ -100,7 +106,7 @@ def unpack(folder: Path, target: Path) -> int:
     count = int(found[0].name.rpartition("-")[2])
     pieces = [kept / f"piece-{number}-of-{count}" for number in range(1, count + 1)]
     if missing := [piece.name for piece in pieces if not piece.is_file()]:
-        print(f"kept {', '.join(path.name for path in found)}; still to come: {', '.join(missing)}")
+        print(f"kept {', '.join(path.name for path in found)}; missing: {', '.join(missing)}")
         return 0
     whole = target / "packed.tar.xz"
     with whole.open("wb") as file:
@@ -116,10 +122,10 @@ def unpack(folder: Path, target: Path) -> int:
 
 
 def keep_architecture(library: bytes, architecture: int) -> bytes:
-    """A CUDA library with zeros in place of the machine code of all other architectures, so that it compresses well.
+    """A CUDA library with zeros instead of the machine code of all other architectures, so that it compresses well.
 
-    Offsets stay. Its fat binaries are found by their magic number: a header of 16 bytes with the size of what follows, which are
-    entries of a kind (2 is machine code, 1 is PTX), the sizes of their own header and of their payload, and an architecture.
+    Offsets do not change. Fat binaries are found by their magic number: a header of 16 bytes with the size of the entries.
+    An entry has a kind (2 is machine code, 1 is PTX), the sizes of its header and its payload, and an architecture.
     """
     result = bytearray(library)
     start = 0
@@ -160,7 +166,7 @@ def _packages(site: Path, python: str, architecture: int) -> None:
 
 
 def _link_nvidia(site: Path) -> None:
-    """ONNX Runtime looks for NVIDIA's wheels beside itself."""
+    """Links NVIDIA's wheels into `site`, where ONNX Runtime looks for them."""
     found = importlib.util.find_spec("nvidia")
     link = site / "nvidia"
     if found is not None and found.submodule_search_locations and not link.exists():

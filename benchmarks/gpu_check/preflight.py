@@ -1,4 +1,4 @@
-"""The first section: whether anything can be measured here at all, and if not, why, in one line."""
+"""The first section: checks that measurements are possible on this machine; if not, reports the reason in one line."""
 
 import logging
 import time
@@ -24,9 +24,9 @@ _SIDE = 64
 
 
 def preflight(settings: Settings) -> Iterator[Line]:
-    """Looks for driver, device and libraries; has the provider open a tiny bundle; runs its UNet with 2 and 4 rows, and recorded.
+    """Checks the driver, the device and the libraries, opens a tiny bundle, and runs its UNet with 2 and 4 rows and recorded.
 
-    Raises SystemExit with what is wrong if nothing can be measured. Wrong values are lines that did not pass.
+    Raises SystemExit with the reason if nothing can be measured. Wrong values are lines that did not pass.
     """
     begun = time.monotonic()
     for name, value in machine().items():
@@ -43,7 +43,7 @@ def _device(settings: Settings) -> Iterator[Line]:
     if found.problem:
         raise SystemExit(f"ONNX Runtime cannot use CUDA: {found.problem}")
     if not torch.cuda.is_available():
-        raise SystemExit(f"PyTorch {torch.__version__} finds no GPU that it can use: it needs a CUDA build that fits the driver")
+        raise SystemExit(f"PyTorch {torch.__version__} finds no usable GPU: install a CUDA build that supports the driver")
     if settings.values and float(torch.ones(1000, device="cuda").sum()) != 1000:
         raise SystemExit("the GPU computes wrong sums")
     free, total = torch.cuda.mem_get_info()
@@ -72,7 +72,7 @@ def _unet(settings: Settings) -> Iterator[Line]:
     eager = open_graph(graph, settings, record=False)
     (two,), (four,) = (eager.work(feed).outputs for feed in feeds.values())
     if four.shape[0] != 4 or two.shape[0] != 2:
-        raise SystemExit(f"the UNet gives {tuple(two.shape)} and {tuple(four.shape)} for 2 and 4 rows")
+        raise SystemExit(f"the UNet returns {tuple(two.shape)} and {tuple(four.shape)} for 2 and 4 rows")
     yield Line(_SECTION, "UNet, 2 and 4 rows", note="ran")
     recording = open_graph(graph, settings)
     replay = recording.work(feeds[2])
@@ -89,7 +89,7 @@ def _unet(settings: Settings) -> Iterator[Line]:
 
 
 class _Warnings(logging.Handler):
-    """Keeps the server's warnings."""
+    """Collects the server's warnings."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)

@@ -1,4 +1,4 @@
-"""Results: lines with a figure, an aim or an error, appended to a file as they come, and printed as a table at the end."""
+"""Results: lines with a value, a target or an error, appended to a file immediately and printed as a table at the end."""
 
 import dataclasses
 import json
@@ -9,7 +9,7 @@ from pathlib import Path
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One result. `passed` is None if it has no aim; `note` is an error or a remark."""
+    """One result. `passed` is None if it has no target; `note` is an error or a remark."""
 
     section: str
     name: str
@@ -20,33 +20,33 @@ class Line:
     note: str = ""
 
     def at_most(self, most: float | None) -> "Line":
-        """The line with an upper limit as its aim; unchanged if that is None."""
+        """The line with an upper limit as its target; unchanged if that is None."""
         if self.value is None or most is None:
             return self
         return dataclasses.replace(self, aim=f"<= {most:.3g} {self.unit}", passed=self.value <= most)
 
     def at_least(self, least: float | None) -> "Line":
-        """The line with a lower limit as its aim; unchanged if that is None."""
+        """The line with a lower limit as its target; unchanged if that is None."""
         if self.value is None or least is None:
             return self
         return dataclasses.replace(self, aim=f">= {least:.3g} {self.unit}", passed=self.value >= least)
 
 
 def append(path: Path, lines: Iterable[Line]) -> None:
-    """Appends the lines to a JSON Lines file: whatever ends the process later, they are kept."""
+    """Appends the lines to a JSON Lines file, so that they survive the end of the process."""
     with path.open("a", encoding="utf-8") as file:
         for line in lines:
             file.write(json.dumps(dataclasses.asdict(line)) + "\n")
 
 
 def read(path: Path) -> list[Line]:
-    """The lines of the file; none if it does not exist. A last line that was cut off is left out."""
+    """The lines of the file; none if it does not exist. An incomplete last line is skipped."""
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
     return [Line(**json.loads(line)) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
 
 def print_table(lines: Sequence[Line]) -> None:
-    """Prints the lines and how many of the aims are reached."""
+    """Prints the lines and the number of targets met."""
     words = {True: "ok", False: "NO", None: ""}
     rows = [
         (
@@ -63,4 +63,4 @@ def print_table(lines: Sequence[Line]) -> None:
     for row in rows:
         print("  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[5]]).rstrip())
     aims = [line for line in lines if line.passed is not None]
-    print(f"{sum(bool(line.passed) for line in aims)} of {len(aims)} aims reached")
+    print(f"{sum(bool(line.passed) for line in aims)} of {len(aims)} targets met")

@@ -1,4 +1,4 @@
-"""The sections of `scripts/gpu_check` that measure, each run in a process of its own. A section gives lines as they come."""
+"""The measuring sections of `scripts/gpu_check`, each run in its own process. A section yields result lines."""
 
 import functools
 import itertools
@@ -29,19 +29,19 @@ from PIL import Image
 from gpu_check import models
 from gpu_check.results import Line
 from gpu_check.settings import Settings
-from gpu_check.works import Function, Picture, difference, in_turns, one_after_another, open_graph
+from gpu_check.works import Function, WholeRequest, difference, in_turns, one_after_another, open_graph
 
 _ATTENTION = {"cuDNN attention": 8 | 16, "flash attention": 1 | 2 | 16}
-"""Bits of the CUDA provider's sdpa_kernel: 1 flash, 2 memory-efficient, 8 cuDNN, 16 the unfused kernel for what others refuse."""
+"""Bits of the CUDA provider's sdpa_kernel: 1 flash, 2 memory-efficient, 8 cuDNN, 16 the unfused kernel as a fallback."""
 _BUCKETS = (1, 2, 4, 8, 16)
 _ROUNDS = 10
 _PROMPT, _STRENGTH, _STEPS, _GUIDANCE = "A beautiful landscape with mountains and a lake at sunset", 0.8, 25, 7.5
 
 
 def switch(settings: Settings) -> Iterator[Line]:
-    """Calls without CUDA graphs whose rows change each time, beside calls whose rows stay.
+    """Calls without CUDA graphs whose rows alternate, compared with calls of constant rows.
 
-    ONNX Runtime keeps a convolution's plan for the last shape only (onnxruntime#23006).
+    ONNX Runtime caches a convolution's plan only for the last shape (onnxruntime#23006).
     """
     section = f"UNet sd15, {settings.side('sd15')} px, not recorded"
     opened = open_graph(_graph(settings, "sd15", "unet"), settings, record=False)
@@ -54,7 +54,7 @@ def switch(settings: Settings) -> Iterator[Line]:
 
 
 def replay(settings: Settings) -> Iterator[Line]:
-    """Recorded calls: what recording takes, replays of each number of rows, and replays whose rows change each time."""
+    """CUDA graphs: time to record, replays of each number of rows, and replays whose rows alternate."""
     section = f"UNet sd15, {settings.side('sd15')} px, recorded"
     opened = open_graph(_graph(settings, "sd15", "unet"), settings)
     calls = {}
@@ -71,7 +71,7 @@ def replay(settings: Settings) -> Iterator[Line]:
 
 
 def host(settings: Settings) -> Iterator[Line]:
-    """A step of the engine for several guided requests, and how much of it is not the UNet's own call."""
+    """A step of the engine for several guided requests, and the part of it outside the UNet's call."""
     side = settings.side("sd15")
     section = f"step of the engine, sd15, {side} px"
     pipeline = _Watched(_ours(settings, "sd15"))
@@ -82,19 +82,19 @@ def host(settings: Settings) -> Iterator[Line]:
         yield Line(section, "warm-up's recordings", time.monotonic() - begun, "s")
         for count in (1, 2, 4, 8):
             calls = engine.call("m", lambda count=count: _unet_seconds(settings, pipeline, 2 * count))  # type: ignore[misc]
-            _draw_together(engine, [_request(side, _STEPS, (seed,)) for seed in range(count)])
+            _run_together(engine, [_request(side, _STEPS, (seed,)) for seed in range(count)])
             step = pipeline.seconds_a_step(2 * count)
             if step is None:
-                yield Line(section, f"{count} requests", note="they shared no two steps in a row")
+                yield Line(section, f"{count} requests", note="no two consecutive steps were shared by all")
                 continue
             yield Line(section, f"{count} requests, a step", step * 1e3, "ms")
-            yield Line(section, f"{count} requests, beside the UNet's call", (step - calls) * 1e3, "ms")
+            yield Line(section, f"{count} requests, outside the UNet's call", (step - calls) * 1e3, "ms")
     finally:
         engine.close()
 
 
 def unet(settings: Settings, model: str) -> Iterator[Line]:
-    """A UNet's call of 2 rows at the model's own size: as the server makes it, with other options, and PyTorch's."""
+    """A UNet call of 2 rows at the model's own size: as in the server, with other options, and in PyTorch."""
     section = f"UNet {model}, {settings.side(model)} px, 2 rows"
     feed = _feed(settings, model, 2)
     graph = _graph(settings, model, "unet")
@@ -122,7 +122,7 @@ def unet(settings: Settings, model: str) -> Iterator[Line]:
 
 
 def vae(settings: Settings) -> Iterator[Line]:
-    """The VAE's two halves on one image of 512 and of 1024 px, ours and PyTorch's."""
+    """VAE encoder and decoder for an image of 512 and of 1024 px, ours and PyTorch's."""
     config = models.pipeline(settings.kind("sd15")).vae.config
     module = models.filled(AutoencoderKL.from_config(config).eval(), settings.device, settings.dtype)
     module = module.to(memory_format=torch.channels_last)
@@ -145,12 +145,12 @@ def vae(settings: Settings) -> Iterator[Line]:
 def picture(settings: Settings) -> Iterator[Line]:
     """A whole request of 25 steps at strength 0.8, from prompt and image to image, ours and PyTorch's."""
     side = settings.side("sd15")
-    works: dict[str, Work] = {"ours": Picture(_ours(settings, "sd15"), _request(side, _STEPS, (1,)))}
+    works: dict[str, Work] = {"ours": WholeRequest(_ours(settings, "sd15"), _request(side, _STEPS, (1,)))}
     with recording_at_once():
         works["ours"].run()
     if settings.values:  # diffusers' schedulers look values up by computed numbers
-        works["PyTorch"] = _torch_picture(_torch_pipeline(settings), side)
-    yield from _compared(_picture_section(side), works, settings, aim=settings.aim("picture"))
+        works["PyTorch"] = _torch_request(_torch_pipeline(settings), side)
+    yield from _compared(_request_section(side), works, settings, aim=settings.aim("picture"))
 
 
 def cold(settings: Settings) -> Iterator[Line]:
@@ -162,35 +162,35 @@ def cold(settings: Settings) -> Iterator[Line]:
 
 
 def first_picture(settings: Settings) -> Iterator[Line]:
-    """What `cold` times."""
-    Picture(_ours(settings, "sd15"), _request(settings.side("sd15"), _STEPS, (1,))).run()
+    """The process that `cold` times."""
+    WholeRequest(_ours(settings, "sd15"), _request(settings.side("sd15"), _STEPS, (1,))).run()
     yield from ()
 
 
 def memory(settings: Settings) -> Iterator[Line]:
-    """A request that does not fit fails as out of memory; those that follow are drawn, and memory is given back."""
+    """A request that does not fit fails with out of memory; later requests succeed, and memory is released."""
     if settings.device != "cuda":
-        yield Line("memory", "out of memory", note="not tried: a CPU's memory has no bound")
+        yield Line("memory", "out of memory", note="skipped: memory is not bounded on a CPU")
         return
     largest = max(component.bytes for component in read_manifest(settings.bundle("sd15")).components)
     pipeline = _ours(settings, "sd15", gpu_memory=largest + (2**26 if settings.tiny else 3 * 2**29))
-    small = Picture(pipeline, _request(settings.side("sd15"), 4, (1,)))
+    small = WholeRequest(pipeline, _request(settings.side("sd15"), 4, (1,)))
     small.run()
     before = torch.cuda.mem_get_info()[0]
-    note, passed = "a request that was not to fit was drawn", False
+    note, passed = "a request that should not fit succeeded", False
     try:
-        Picture(pipeline, _request(2048, 4, tuple(range(8)))).run()
+        WholeRequest(pipeline, _request(2048, 4, tuple(range(8)))).run()
     except FAILURES as error:
         passed, note = is_out_of_memory(error), f"{type(error).__name__}: {str(error).splitlines()[0][:80]}"
     yield Line("memory", "a request that does not fit", passed=passed, note=note)
     for number in (1, 2, 3):
         small.run()
-        yield Line("memory", f"request {number} after it", passed=True, note="drawn")
+        yield Line("memory", f"request {number} after it", passed=True, note="succeeded")
     yield Line("memory", "kept by the failed request", (before - torch.cuda.mem_get_info()[0]) / 2**20, "MiB")
 
 
 def compiled(settings: Settings, model: str) -> Iterator[Line]:
-    """torch.compile's UNet beside ours; for SD 1.5 the whole image, too."""
+    """torch.compile's UNet compared with ours; for SD 1.5 also a whole request."""
     side = settings.side(model)
     feed = _feed(settings, model, 2)
     works: dict[str, Work] = {"ours": open_graph(_graph(settings, model, "unet"), settings).work(feed)}
@@ -205,13 +205,13 @@ def compiled(settings: Settings, model: str) -> Iterator[Line]:
     if model == "sd15":
         pipe = _torch_pipeline(settings)
         pipe.unet = module
-        ours = Picture(_ours(settings, model), _request(side, _STEPS, (1,)))
-        works = {"ours": ours, "torch.compile": _torch_picture(pipe, side)}
-        yield from _compared(_picture_section(side), works, settings)
+        ours = WholeRequest(_ours(settings, model), _request(side, _STEPS, (1,)))
+        works = {"ours": ours, "torch.compile": _torch_request(pipe, side)}
+        yield from _compared(_request_section(side), works, settings)
 
 
 class _Watched:
-    """A pipeline that notes when each call of `denoise` begins, and of how many rows it is."""
+    """A pipeline that records the start time and the rows of each call of `denoise`."""
 
     def __init__(self, pipeline: Pipeline) -> None:
         self._pipeline = pipeline
@@ -227,7 +227,7 @@ class _Watched:
         return noises
 
     def seconds_a_step(self, rows: int) -> float | None:
-        """From the begin of a call of so many rows to that of the next: the median. Forgets the calls."""
+        """Median seconds between the starts of consecutive calls of `rows` rows. Clears the record."""
         begun, self._begun = self._begun, []
         pairs = itertools.pairwise(begun)
         taken = [later - earlier for (one, earlier), (other, later) in pairs if one == other == rows]
@@ -235,7 +235,7 @@ class _Watched:
 
 
 def _unet_seconds(settings: Settings, pipeline: Any, rows: int) -> float:
-    """What the UNet's call of so many rows takes in the pipeline, alone."""
+    """Median seconds of the UNet's call of `rows` rows in the pipeline, alone."""
     side = settings.side("sd15")
     call = capture(pipeline, requests_of(pipeline, (side, side), rows, 1.0, few_steps=True))["unet"]
     with recording_at_once():
@@ -243,8 +243,8 @@ def _unet_seconds(settings: Settings, pipeline: Any, rows: int) -> float:
     return quartiles(one_after_another([call], _ROUNDS, settings.synchronize)[0])[1]
 
 
-def _draw_together(engine: Engine, requests: Sequence[Request]) -> None:
-    """Has the engine draw the requests at the same time. Raises what the first one fails with."""
+def _run_together(engine: Engine, requests: Sequence[Request]) -> None:
+    """Runs the requests concurrently in the engine. Raises the first error."""
     endings: SimpleQueue[Completed | Failed] = SimpleQueue()
 
     def listen(event: Event) -> None:
@@ -260,14 +260,14 @@ def _draw_together(engine: Engine, requests: Sequence[Request]) -> None:
 
 
 def _ours(settings: Settings, model: str, gpu_memory: int | None = None) -> Pipeline:
-    """The server's pipeline. Nothing is kept from request to request."""
+    """The server's pipeline, without a cache."""
     folder = settings.bundle(model)
     execution = Execution(settings.provider, settings.threads, gpu_memory=gpu_memory)
     return load_pipeline(folder, read_manifest(folder), execution, Cache(0))
 
 
 def _graph(settings: Settings, model: str, part: str) -> Path:
-    """The graph that the server would open."""
+    """The graph that the server opens."""
     folder = settings.bundle(model) / part
     return folder / "cuda" / "model.onnx" if settings.device == "cuda" else folder / "model.onnx"
 
@@ -306,7 +306,7 @@ def _torch_pipeline(settings: Settings) -> Any:
     return pipe
 
 
-def _torch_picture(pipe: Any, side: int) -> Function:
+def _torch_request(pipe: Any, side: int) -> Function:
     request = _request(side, _STEPS, (1,))
     generator = torch.Generator("cpu")
     return Function(
@@ -324,7 +324,7 @@ def _torch_picture(pipe: Any, side: int) -> Function:
 def _compared(
     section: str, works: Mapping[str, Work], settings: Settings, floor: str = "", aim: float | None = None
 ) -> Iterator[Line]:
-    """A line for each work, timed in turns; ours has the aim, and torch.compile's has to take longer."""
+    """A line for each work, timed in turns. Ours has the target, and torch.compile must be slower."""
     floor_ms = settings.floor(floor)
     taken = in_turns(works, settings.seconds, settings.synchronize)
     for name, seconds in taken.items():
@@ -337,17 +337,17 @@ def _compared(
 
 
 def _error(section: str, name: str, ours: Any, theirs: Function, settings: Settings) -> Line:
-    """How far our output is from that of PyTorch."""
+    """The relative error of our output, compared with PyTorch's."""
     limit = LIMITS["fp16" if settings.precision == "fp16" else "fp32"].relative_error
     return Line(section, name, difference(ours.outputs[0], theirs.result), "relative").at_most(limit)
 
 
-def _picture_section(side: int) -> str:
+def _request_section(side: int) -> str:
     return f"img2img sd15, {side} px, {_STEPS} steps x {_STRENGTH}"
 
 
 def _median(seconds: Sequence[float]) -> float:
-    """In milliseconds."""
+    """The median in milliseconds."""
     return quartiles(seconds)[1] * 1e3
 
 

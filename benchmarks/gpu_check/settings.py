@@ -1,4 +1,4 @@
-"""The settings of a run of `scripts/gpu_check`, and its aims."""
+"""The settings of a run of `scripts/gpu_check`, and its targets."""
 
 import os
 from collections.abc import Callable
@@ -17,7 +17,7 @@ FLOORS = {
     "vae_encoder-1024": 6.2,
     "vae_decoder-1024": 13.3,
 }
-"""Milliseconds that an H200 needs at least, at 790 TFLOP/s and 4.3 TB/s."""
+"""Lower bounds in milliseconds of an H200, at 790 TFLOP/s and 4.3 TB/s."""
 
 READY_NAME = ".ready"
 """In the folder of a model whose graphs, or whose weights, are complete: their precision."""
@@ -25,11 +25,11 @@ READY_NAME = ".ready"
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """How to check.
+    """The settings of a run.
 
     `folder` is for models with weights, `graphs` has the graphs without weights (weightless.py), `out` is the results file.
     `seconds` is the duration of each comparison. `values` is False if the device computes nothing, as the fake CUDA libraries
-    of tests/cuda do: then no result has to be finite or right.
+    of tests/cuda do: then results are not checked.
     """
 
     folder: Path
@@ -67,19 +67,19 @@ class Settings:
         return synchronizer((self.provider,))
 
     def aim(self, name: str) -> float | None:
-        """One of AIMS; None for tiny models and CPUs, for which there are none."""
+        """The value in AIMS; None for tiny models and CPUs."""
         return AIMS[name] if self.device == "cuda" and not self.tiny else None
 
     def floor(self, name: str) -> float | None:
-        """One of FLOORS; None if it is not known."""
+        """The value in FLOORS; None if unknown."""
         return FLOORS.get(name) if self.device == "cuda" and not self.tiny else None
 
     def kind(self, model: str) -> str:
-        """The name in models.NAMES of "sd15" or "sdxl": that of the tiny one, if tiny ones are asked for."""
+        """The name in models.NAMES of "sd15" or "sdxl": the tiny variant if `tiny`."""
         return f"tiny-{model.removeprefix('tiny-')}" if self.tiny else model
 
     def side(self, model: str) -> int:
-        """Pixels of a side of the model's images."""
+        """Width and height of the model's images in pixels."""
         return 64 if self.tiny else {"sd15": 512, "sdxl": 1024}[model]
 
     def bundle(self, model: str) -> Path:
@@ -87,7 +87,7 @@ class Settings:
         return self.folder / self.kind(model)
 
     def words(self) -> list[str]:
-        """The flags that make the same settings again."""
+        """The command-line flags of these settings."""
         words = ["--folder", str(self.folder), "--graphs", str(self.graphs), "--out", str(self.out)]
         words += ["--provider", self.provider, "--seconds", str(self.seconds), "--threads", str(self.threads)]
         return words + ["--tiny"] * self.tiny + ["--no-compile"] * (not self.compile) + ["--no-values"] * (not self.values)

@@ -1,7 +1,7 @@
-"""Graphs without weights: made where the exporter is, carried, and given random weights where they are run.
+"""Graphs without weights: made on a machine with the exporter, and filled with random weights on the machine that runs them.
 
-The exporter's own graphs, plain and fused, of modules whose parameters take no memory. `make` writes them into a folder of a few
-megabytes for each model; `fill` makes of that the folder that the server loads.
+They are the exporter's graphs, plain and fused, of modules on the meta device. `make` writes a folder of a few megabytes for each
+model; `fill` turns it into a folder that the server loads.
 """
 
 import dataclasses
@@ -21,12 +21,12 @@ from gpu_check.random_weights import RandomWeight
 from gpu_check.settings import READY_NAME
 
 WEIGHTS_NAME = "weights.json"
-"""Beside a graph without weights: what each weight is made of."""
+"""The file next to a graph without weights that describes each weight."""
 _FUSED = "cuda"
 
 
 def make(name: str, folder: Path, precision: str) -> None:
-    """Writes the model's graphs (models.NAMES) without weights into `folder`, in fp32 or fp16; fused ones too in fp16.
+    """Writes the model's graphs (models.NAMES) without weights into `folder`, in fp32 or fp16; in fp16 also the fused ones.
 
     Needs the extra `export`. Raises ExportError if a graph cannot be made.
     """
@@ -49,10 +49,10 @@ def make(name: str, folder: Path, precision: str) -> None:
 
 
 def fill(graphs: Path, folder: Path, wanted: Callable[[str], bool] = lambda graph: True) -> None:
-    """Makes of the folder `graphs`, which `make` wrote, one with random weights.
+    """Writes a folder with random weights from the folder `graphs` of `make`.
 
     `wanted` chooses graphs by their folders, such as "unet" or "unet/cuda". A model with all parts becomes a bundle; its manifest
-    says that nothing was compared, and has no checksums.
+    says that nothing was verified, and has no checksums.
     """
     shutil.rmtree(folder, ignore_errors=True)
     for path in sorted(graphs.rglob("*")):
@@ -96,7 +96,7 @@ def _make(part: str, module: Any, folder: Path, precision: str) -> None:
 
 
 def _call(part: str, config: Any) -> dict[str, Any]:
-    """How a pipeline calls the part: two rows, of an odd size, which keeps every size open."""
+    """A pipeline's call of the part: two rows of an odd size, so that all sizes stay dynamic."""
     from gpu_check.models import unet_feed
 
     if part == "text_encoder":
@@ -112,7 +112,7 @@ def _call(part: str, config: Any) -> dict[str, Any]:
 
 
 def _name_weights(skeleton: Skeleton, module: Any) -> None:
-    """Has each parameter's values be made when they are wanted. Others (numbers of positions) go into the graph."""
+    """Replaces each parameter by a description of its values. Other weights (position ids) go into the graph."""
     names = {id(value): name for name, value in module.named_parameters()}
     for key, weight in list(skeleton.weights.items()):
         name = names.get(id(weight.source))
@@ -172,7 +172,7 @@ def _write_manifest(folder: Path, precision: str) -> None:
         components=tuple(components),
         files=dict.fromkeys(list_files(folder), ""),
         tools={},
-        verification=Verification(False, problems=("made by scripts/gpu_check: compared with nothing",)),
+        verification=Verification(False, problems=("made by scripts/gpu_check: not verified",)),
         precision=precision,
     )
     write_manifest(folder, manifest)

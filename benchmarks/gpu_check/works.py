@@ -1,4 +1,4 @@
-"""What is timed: a graph in a session as the server opens it, a function of PyTorch, a whole image."""
+"""Units of work to time: a graph in a session as the server opens it, a PyTorch function, a whole request."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -20,14 +20,14 @@ from gpu_check.settings import Settings
 
 @dataclass(slots=True, eq=False)
 class Opened:
-    """A graph that is open. `recorded` says whether its calls are replayed as CUDA graphs."""
+    """An open graph. `recorded`: its calls are replayed as CUDA graphs."""
 
     runner: Runner
     recorded: bool = False
     device: str = "cpu"
 
     def work(self, feed: Mapping[str, torch.Tensor]) -> "GraphCall":
-        """A call on tensors by name, which are moved and converted. It is made once, and recorded if that is possible."""
+        """A call on tensors by name, which are moved and converted. Runs it once, which records it if possible."""
         types = {item.name: dtype_of(item) for item in self.runner.inputs}
         call = GraphCall(self.runner, {name: feed[name].to(self.device, dtype).contiguous() for name, dtype in types.items()})
         with recording_at_once():
@@ -36,8 +36,8 @@ class Opened:
 
 
 def open_graph(graph: Path, settings: Settings, record: bool = True, options: Mapping[str, str] | None = None) -> Opened:
-    """Opens a graph as the server does, with further `options` of the provider. A graph that cannot be recorded, or is not to be,
-    runs without CUDA graphs. Raises BundleError."""
+    """Opens a graph as the server does, with further `options` of the provider. A graph that cannot be recorded, or
+    with `record` False, runs without CUDA graphs. Raises BundleError."""
     if settings.device == "cpu":
         return Opened(HostRunner(open_session(graph, SessionOptions("cpu", settings.threads))))
     from img2img_server.runtime.providers import cuda
@@ -57,56 +57,56 @@ def open_graph(graph: Path, settings: Settings, record: bool = True, options: Ma
 
 @dataclass(slots=True, eq=False)
 class GraphCall:
-    """A call of a graph; `outputs` are those of the last one."""
+    """A call of a graph; `outputs` has the outputs of the last run."""
 
     runner: Runner
     feed: Mapping[str, torch.Tensor]
     outputs: list[torch.Tensor] = field(default_factory=list)
 
     def ready(self) -> None:
-        """Nothing to do."""
+        """Does nothing."""
 
     def run(self) -> None:
-        """One call."""
+        """Makes one call."""
         with torch.inference_mode():
             self.outputs = self.runner.run(self.feed)
 
     def close(self) -> None:
-        """Nothing to do."""
+        """Does nothing."""
 
 
 @dataclass(slots=True, eq=False)
 class Function:
-    """Anything that torch computes; `result` is that of the last run."""
+    """A PyTorch function; `result` has the result of the last run."""
 
     call: Callable[[], Any]
     result: Any = None
 
     def ready(self) -> None:
-        """Nothing to do."""
+        """Does nothing."""
 
     def run(self) -> None:
-        """One call."""
+        """Makes one call."""
         with torch.inference_mode():
             self.result = self.call()
 
     def close(self) -> None:
-        """Nothing to do."""
+        """Does nothing."""
 
 
 @dataclass(slots=True, eq=False)
-class Picture:
-    """A whole request through the engine's four calls, encoding included: `pipeline` must have no cache."""
+class WholeRequest:
+    """A whole request through the pipeline's calls, including encoding: `pipeline` must have no cache."""
 
     pipeline: Pipeline
     request: Request
     images: list[Image.Image] = field(default_factory=list)
 
     def ready(self) -> None:
-        """Nothing to do."""
+        """Does nothing."""
 
     def run(self) -> None:
-        """One image, kept in `images`."""
+        """Makes the images of the request."""
         states = self.pipeline.prepare([self.request])
         try:
             while states[0].step < states[0].step_count:
@@ -116,11 +116,11 @@ class Picture:
             self.pipeline.release(states[0])
 
     def close(self) -> None:
-        """Nothing to do."""
+        """Does nothing."""
 
 
 def in_turns(works: Mapping[str, Work], seconds: float, synchronize: Callable[[], None]) -> dict[str, list[float]]:
-    """Runs all thrice to warm up, then in turns for so many seconds, at least 3 rounds. Returns the seconds of each round."""
+    """Runs each three times to warm up, then all in turns for `seconds`, at least 3 rounds. Returns the seconds of each round."""
     for work in works.values():
         for _ in range(3):
             work.ready()
@@ -134,7 +134,7 @@ def in_turns(works: Mapping[str, Work], seconds: float, synchronize: Callable[[]
 
 
 def one_after_another(works: Sequence[Work], rounds: int, synchronize: Callable[[], None]) -> list[list[float]]:
-    """Runs the works in their order, again and again. Returns the seconds of each work, without those of a first round."""
+    """Runs the works in their order `rounds` times. Returns the seconds of each, without a first round."""
     seconds: list[list[float]] = [[] for _ in works]
     for _ in range(rounds + 1):
         for work, taken in zip(works, seconds, strict=True):
@@ -147,6 +147,6 @@ def one_after_another(works: Sequence[Work], rounds: int, synchronize: Callable[
 
 
 def difference(one: torch.Tensor, other: torch.Tensor) -> float:
-    """How far a tensor is from another: the L2 norm of the difference over that of the other."""
+    """The relative difference of two tensors: the L2 norm of the difference divided by that of the other."""
     reference = other.float()
     return float(torch.linalg.vector_norm(one.float() - reference) / torch.linalg.vector_norm(reference))

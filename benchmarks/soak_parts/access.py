@@ -1,4 +1,4 @@
-"""How clients reach the server under test: TLS with an authority of the run's own, and a token for each tenant."""
+"""Connections to the server under test: TLS with a new certificate authority, and a token for each tenant."""
 
 import ssl
 from collections.abc import Mapping, Sequence
@@ -13,34 +13,34 @@ from img2img_server.access import tokens
 OPTIONS = (
     ("grpc.max_receive_message_length", -1),
     ("grpc.max_send_message_length", -1),
-    ("grpc.use_local_subchannel_pool", 1),  # a connection for each channel
+    ("grpc.use_local_subchannel_pool", 1),  # one connection per channel
     ("grpc.enable_http_proxy", 0),
 )
 LOAD, SMALL, STRANGER = "load", "small", "stranger"
-"""The tenants: the load's callers, one that sends one request at a time, and the hostile clients."""
+"""The tenants: the callers of the load, a caller that sends one request at a time, and the hostile clients."""
 
 
 @dataclass(frozen=True, slots=True)
 class Access:
-    """`authority` is the PEM certificate to trust, empty without TLS; `secrets` are the tokens by tenant, none without tokens."""
+    """`authority` is the PEM certificate to trust, empty without TLS; `secrets` has the token of each tenant, if any."""
 
     authority: bytes = b""
     secrets: Mapping[str, str] = field(default_factory=dict)
 
     def channel(self, target: str, tenant: str, options: Sequence[tuple[str, Any]] = ()) -> grpc.aio.Channel:
-        """An asynchronous channel of a tenant's, with a connection of its own."""
+        """An asynchronous channel of a tenant, with its own connection."""
         return grpc.aio.secure_channel(target, self._credentials(tenant), (*OPTIONS, *options)) if self._secure else (
             grpc.aio.insecure_channel(target, (*OPTIONS, *options))
         )  # fmt: skip
 
     def blocking_channel(self, target: str, tenant: str) -> grpc.Channel:
-        """A blocking channel of a tenant's, with a connection of its own."""
+        """A blocking channel of a tenant, with its own connection."""
         if self._secure:
             return grpc.secure_channel(target, self._credentials(tenant), OPTIONS)
         return grpc.insecure_channel(target, OPTIONS)
 
     def context(self) -> ssl.SSLContext | None:
-        """What a TLS connection of HTTP/2 needs; None without TLS."""
+        """The TLS context for HTTP/2; None without TLS."""
         if not self.authority:
             return None
         context = ssl.create_default_context(cadata=self.authority.decode())
@@ -52,7 +52,7 @@ class Access:
         return bool(self.authority or self.secrets)
 
     def _credentials(self, tenant: str) -> grpc.ChannelCredentials:
-        plain = grpc.local_channel_credentials()  # may carry a token as it stays on this machine
+        plain = grpc.local_channel_credentials()  # tokens may be sent: the connection is local
         channel = grpc.ssl_channel_credentials(self.authority) if self.authority else plain
         if not self.secrets:
             return channel
@@ -60,7 +60,7 @@ class Access:
 
 
 def issue(folder: Path, tls: bool, with_tokens: bool) -> tuple[Access, list[str]]:
-    """Writes a certificate and a file of tokens into `folder`. Returns the access and the server's flags for it."""
+    """Writes a certificate and a tokens file to `folder`. Returns the access and the flags of the server."""
     flags: list[str] = []
     authority, secrets = b"", {}
     if tls:

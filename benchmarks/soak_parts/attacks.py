@@ -1,9 +1,9 @@
-"""Hostile clients, in a process of their own, that attack a server until their input ends. `strangers.py` starts it.
+"""A process of hostile clients that attack a server until standard input ends. `strangers.py` starts it.
 
     python -m soak_parts.attacks < settings.json-line, then lines of "pause" and "resume"
 
-It prints "ready" once each client has begun, "paused" once none of those that send is at it, and at the end the statuses that the
-attacks were answered with, as JSON.
+It prints "ready" when each client has begun, "paused" when no client sends, and at the end the statuses of the answers to the
+attacks, as JSON.
 """
 
 import asyncio
@@ -26,11 +26,11 @@ from img2img.v1 import image_to_image_pb2 as pb
 from soak_parts import hostile, image_bombs
 from soak_parts.access import STRANGER, Access
 from soak_parts.faults import proxy
-from soak_parts.pictures import noise, png
+from soak_parts.images import noise, png
 from soak_parts.raw_http2 import END_STREAM, GOAWAY, HEADERS, RESET, RawConnection
 
 SECONDS = 60.0
-"""The deadline of an attack's call, beyond which it counts as one that the server does not answer."""
+"""The deadline of a call of an attack; beyond it the call counts as unanswered."""
 MARKERS: tuple[Callable[[], bytes], ...] = (
     lambda: image_bombs.jpeg_segments(0xE9, 200_000),
     lambda: image_bombs.jpeg_segments(0xFE, 200_000),
@@ -41,7 +41,7 @@ MARKERS: tuple[Callable[[], bytes], ...] = (
 )
 _PAUSE = 0.25
 _HELD = (5.0, 20.0)
-"""Seconds after which clients that do not read leave and come back."""
+"""Seconds after which clients that do not read reconnect."""
 _RESETS = 50
 _CANCEL = (8).to_bytes(4, "big")
 _KSERVE = "/inference.GRPCInferenceService/ModelInfer"
@@ -50,13 +50,13 @@ _Attack = Callable[[], Iterator[str]]
 
 
 def held_calls(kserve: bool) -> Counter[str]:
-    """The most calls of each method that these clients leave open while they are paused."""
+    """Maximum calls of each method that these clients have open while paused."""
     calls = [method for method, _ in hostile.crowd_calls(pb.TransformRequest(), "asset", kserve)]
     return Counter(2 * [*calls, *[hostile.UPLOAD] * 3, hostile.UNARY])
 
 
 def nested(field: int, body: bytes) -> bytes:
-    """`body` as the message in a field of another message."""
+    """An encoded message field with `body` as its message."""
     length, size = len(body), bytearray()
     while length >= 128:
         size.append(length & 127 | 128)
@@ -65,7 +65,7 @@ def nested(field: int, body: bytes) -> bytes:
 
 
 class Gate:
-    """Lets attacks through unless it is closed; closing waits until those that are under way have ended."""
+    """Admits attacks unless it is closed. Closing waits until running attacks have ended."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
@@ -74,7 +74,7 @@ class Gate:
 
     @contextlib.contextmanager
     def passing(self) -> Iterator[None]:
-        """Waits while the gate is closed; within the block it cannot be closed."""
+        """Waits while the gate is closed. Within the block it cannot be closed."""
         with self._changed:
             self._changed.wait_for(lambda: not self._closed)
             self._within += 1
@@ -86,13 +86,13 @@ class Gate:
                 self._changed.notify_all()
 
     def close(self) -> None:
-        """Returns once nothing is within."""
+        """Returns when no attack is running."""
         with self._changed:
             self._closed = True
             self._changed.wait_for(lambda: not self._within)
 
     def open(self) -> None:
-        """Lets those through that wait."""
+        """Admits waiting attacks."""
         with self._changed:
             self._closed = False
             self._changed.notify_all()
@@ -100,7 +100,7 @@ class Gate:
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """`port` takes HTTP/2 without TLS: the server's, or a tunnel to it; `target` is the server's own address."""
+    """`port` accepts HTTP/2 without TLS (the server's port, or a tunnel to it); `target` is the server's address."""
 
     port: int
     target: str
@@ -111,12 +111,12 @@ class Settings:
 
     @property
     def token(self) -> str:
-        """Empty without tokens."""
+        """The token; empty without tokens."""
         return self.access.secrets.get(STRANGER, "")
 
 
 class Strangers:
-    """All of them, each a thread."""
+    """All hostile clients, each in a thread."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
@@ -142,7 +142,7 @@ class Strangers:
         }
 
     def begin(self) -> None:
-        """Returns once each of them has connected."""
+        """Starts all clients and returns when each has connected."""
         for name, attack in self._attacks.items():
             self._start(lambda begun, name=name, attack=attack: self._repeat(name, attack, begun))  # type: ignore[misc]
         dice = random.Random(self._settings.seed)
@@ -152,7 +152,7 @@ class Strangers:
             begun.wait()
 
     def obey(self, lines: Iterator[str]) -> None:
-        """Pauses and resumes until there are no more lines."""
+        """Pauses and resumes as `lines` say, until they end."""
         for line in lines:
             if line.strip() == "pause":
                 self._gate.close()
@@ -161,7 +161,7 @@ class Strangers:
                 self._gate.open()
 
     def statuses(self) -> dict[str, dict[str, int]]:
-        """How the attacks were answered so far, by kind."""
+        """The statuses of the answers so far, by kind of attack."""
         with self._lock:
             return {name: dict(found) for name, found in self._statuses.items()}
 
@@ -182,7 +182,7 @@ class Strangers:
             pause.wait(_PAUSE)
 
     def _hold(self, seconds: float | None, begun: threading.Event) -> None:
-        """Clients that do not read, and uploads that stall: for so long, or until the server closes the connection."""
+        """Clients that do not read and uploads that stall, for `seconds` or until the server closes the connection."""
         settings = self._settings
         while True:
             try:
@@ -225,7 +225,7 @@ class Strangers:
         return attack
 
     def _resets(self) -> Iterator[str]:
-        """Calls that are reset as soon as they are sent, some with and some without their message."""
+        """Calls that are reset immediately, some with and some without their message."""
         body = self._request.SerializeToString()
         with self._gate.passing():
             try:
@@ -240,7 +240,7 @@ class Strangers:
 
 
 def _ending(connection: RawConnection) -> str:
-    """How a call on stream 1 ends: the server resets it, closes the connection, or sends trailers."""
+    """The ending of a call on stream 1: the server resets it, closes the connection, or sends trailers."""
     for frame in connection.frames():
         if frame.kind == RESET or frame.kind == GOAWAY:
             return "reset"
@@ -251,7 +251,7 @@ def _ending(connection: RawConnection) -> str:
 
 @contextlib.contextmanager
 def _tunnel(target: str, access: Access) -> Iterator[int]:
-    """A port on which the server can be reached without TLS."""
+    """A port that forwards to the server without TLS."""
     port = int(target.rpartition(":")[2])
     if not access.authority:
         yield port

@@ -1,4 +1,4 @@
-"""One call each to the server under test, and what is looked at in every answer."""
+"""Calls of the server under test, and checks of its answers."""
 
 import asyncio
 import hashlib
@@ -18,19 +18,19 @@ from tritonclient.grpc import service_pb2 as kserve_pb  # type: ignore[import-un
 from tritonclient.grpc.service_pb2_grpc import GRPCInferenceServiceStub  # type: ignore[import-untyped]
 
 from soak_parts.access import LOAD, Access
+from soak_parts.images import TOLERANCE, difference
 from soak_parts.ledger import Violated
-from soak_parts.pictures import TOLERANCE, difference
 
 PATIENCE = 300.0
-"""Seconds after which a call that set no deadline of its own counts as lost."""
+"""Seconds after which a call without a short deadline counts as lost."""
 _SLOW = (("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 1024))
-"""A reader whose flow-control window stays small."""
+"""Channel options of a reader whose flow-control window stays small."""
 _FULL = ("QUEUE_FULL", "CLIENT_QUEUE_FULL", "MODEL_MEMORY_FULL", "ASSET_QUOTA_FULL")
 _CHUNK = 64 * 2**10
 
 
 class Connection:
-    """A channel of its own, and the stubs on it."""
+    """A separate channel and its stubs."""
 
     def __init__(self, target: str, access: Access, tenant: str = LOAD, slow: bool = False) -> None:
         self.channel = access.channel(target, tenant, _SLOW if slow else ())
@@ -47,7 +47,7 @@ class Connection:
 
 
 def ending_of(error: Any) -> str:
-    """What a failed call, a grpc.aio.AioRpcError, counts as. Raises Violated for a status that no caller should see."""
+    """The ending of a failed call (a grpc.aio.AioRpcError). Raises Violated for a status that no caller should get."""
     code, reasons, retries = error.code(), [], 0
     status = rpc_status.from_call(error)
     for detail in status.details if status else ():
@@ -72,20 +72,20 @@ def _reason(detail: AnyMessage) -> str:
     return str(info.reason) if detail.Unpack(info) else ""
 
 
-def check_pictures(response: pb.TransformResponse, references: Sequence[bytes]) -> None:
-    """Raises Violated where the images are not the ones that were drawn alone."""
+def check_images(response: pb.TransformResponse, references: Sequence[bytes]) -> None:
+    """Raises Violated if the images differ from the references."""
     if len(response.images) != len(references):
-        raise Violated(f"{len(response.images)} pictures in place of {len(references)}")
+        raise Violated(f"{len(response.images)} images instead of {len(references)}")
     for image, reference in zip(response.images, references, strict=True):
         off = difference(image.data, reference)
         if off > TOLERANCE:
-            raise Violated(f"a picture is off by {off} of 255")
+            raise Violated(f"an image differs by {off} of 255")
 
 
 async def follow(
     events: AsyncIterable[pb.TransformStreamResponse], pause: float = 0.0, started: asyncio.Event | None = None
 ) -> pb.TransformResponse:
-    """The result of a stream, each of whose events is in its place. `pause` seconds pass before the next is read."""
+    """The result of a stream. Raises Violated if its events are out of order. Pauses for `pause` seconds after each event."""
     completed: pb.TransformResponse | None = None
     seen, step = "", 0
     async for event in events:
@@ -95,7 +95,7 @@ async def follow(
         if kind == "progress":
             step += 1
             if event.progress.step != step:
-                raise Violated(f"step {event.progress.step} in place of {step}")
+                raise Violated(f"step {event.progress.step} instead of {step}")
         if kind not in {"": ("queued",), "queued": ("queued", "started"), "started": ("progress",)}.get(
             seen, ("progress", "completed")
         ):
@@ -107,7 +107,7 @@ async def follow(
             completed = event.completed
         await asyncio.sleep(pause)
     if completed is None:
-        raise Violated(f"the stream ended well after {seen or 'nothing'}, without a result")
+        raise Violated(f"the stream ended with OK after {seen or 'nothing'}, without a result")
     return completed
 
 
@@ -128,7 +128,7 @@ async def upload(connection: Connection, data: bytes) -> str:
 
 
 async def download(connection: Connection, asset_id: str, pause: float = 0.0) -> bytes:
-    """Downloads an image; its hash is looked at."""
+    """Downloads an image and checks its hash."""
     data, info = b"", asset_pb2.Asset()
     async for message in connection.assets.GetAsset(asset_pb2.GetAssetRequest(id=asset_id), timeout=PATIENCE):
         if message.HasField("asset"):
@@ -136,18 +136,18 @@ async def download(connection: Connection, asset_id: str, pause: float = 0.0) ->
         data += message.chunk
         await asyncio.sleep(pause)
     if hashlib.sha256(data).hexdigest() != info.sha256 or len(data) != info.size:
-        raise Violated("a downloaded asset is not what its SHA-256 says")
+        raise Violated("the SHA-256 or size of a downloaded asset does not match")
     return data
 
 
 async def unload(connection: Connection, name: str) -> int:
-    """Unloads a model. Returns the bytes that gave back."""
+    """Unloads a model. Returns the freed bytes."""
     response = await connection.models.UnloadModel(model_pb2.UnloadModelRequest(id=name), timeout=PATIENCE)
     return int(response.freed_bytes)
 
 
 async def infer(connection: Connection, model: str, request: pb.TransformRequest) -> pb.TransformResponse:
-    """The same transform by way of KServe's ModelInfer."""
+    """Sends the same transform by KServe's ModelInfer."""
     message = kserve_pb.ModelInferRequest(model_name=model)
     message.inputs.add(name="image", datatype="BYTES", shape=[1])
     message.raw_input_contents.append(len(request.image.data).to_bytes(4, "little") + request.image.data)

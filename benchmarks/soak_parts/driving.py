@@ -1,4 +1,4 @@
-"""A run: measure what the server can do, ask for more than that for a while, look at it at rest, end it."""
+"""A run: measure the capacity, load the server beyond it, check it when idle, stop it."""
 
 import asyncio
 import random
@@ -12,7 +12,7 @@ import grpc
 from img2img.v1 import image_to_image_pb2 as pb
 
 from soak_parts.access import Access
-from soak_parts.calls import PATIENCE, Connection, check_pictures, follow
+from soak_parts.calls import PATIENCE, Connection, check_images, follow
 from soak_parts.ledger import Violated
 from soak_parts.process import ServingProcess
 from soak_parts.strangers import Strangers
@@ -20,22 +20,22 @@ from soak_parts.traffic import KINDS, Traffic
 from soak_parts.watching import Watch
 
 _CONCURRENCY = 32
-"""Callers in a closed loop: as many as an engine has in progress at once."""
+"""Callers in a closed loop: as many as the engine has active requests."""
 _PROGRESS_EVERY = 10.0
 _LEAST_SPELL = 6.0
-"""Seconds of load between two moments of rest."""
+"""Minimum seconds of load between two idle phases."""
 _SPELLS = 24
 _MEASURED = 0.1
-"""Of a spell's time: what capacity is measured for before it."""
+"""Duration of a capacity measurement, as a share of an interval of load."""
 _KILL_EVERY, _UNLOAD_EVERY = 12.0, 20.0
 _DRAINED = 6
-"""Requests that are in progress when the server is told to end."""
+"""Requests in progress at SIGTERM."""
 _STOP_SECONDS = 120.0
 
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """How much to send: `factor` times `capacity` images a second, for `seconds`."""
+    """The load: `factor` times `capacity` images per second, for `seconds`."""
 
     seconds: float
     capacity: float
@@ -43,14 +43,14 @@ class Load:
 
     @property
     def rate(self) -> float:
-        """Operations a second, so that those which want an image are `factor` times what the server can draw."""
+        """Operations per second, such that valid requests for images are `factor` times the capacity."""
         shares = {name: kind.share for name, kind in KINDS.items()}
         asking = sum(share for name, share in shares.items() if not name.startswith("bad"))
         return self.factor * self.capacity * sum(shares.values()) / asking
 
 
 async def measure_capacity(traffic: Traffic, seconds: float) -> float:
-    """Pictures a second where a few callers each send their next request when the last is answered."""
+    """Images per second of callers in a closed loop."""
     done, end, begun = 0, time.monotonic() + seconds, time.monotonic()
 
     async def caller() -> None:
@@ -64,7 +64,7 @@ async def measure_capacity(traffic: Traffic, seconds: float) -> float:
 
 
 class Driver:
-    """Sends `load` by way of `traffic`, in spells, after each of which the server has to come to rest and is measured anew."""
+    """Sends `load` by `traffic` in intervals. After each the server must become idle, and the capacity is measured again."""
 
     def __init__(
         self,
@@ -85,7 +85,7 @@ class Driver:
         self.capacities = [load.capacity]
 
     async def run(self) -> None:
-        """All of it. The server must be there afterwards, at rest."""
+        """Runs all intervals. Afterwards the server is idle."""
         sampling = asyncio.create_task(self._watch.sample())
         spell = max(_LEAST_SPELL, self._load.seconds / _SPELLS)
         end = self._watch.begun + self._load.seconds
@@ -101,7 +101,7 @@ class Driver:
             sampling.cancel()
 
     async def _spell(self, end: float) -> None:
-        """Sends until `end`, each operation at a moment that depends on no other's answer."""
+        """Sends operations until `end` at random times (open loop)."""
         killing, unloading, saying = (
             time.monotonic() + self._dice.uniform(0, every) for every in (_KILL_EVERY, _UNLOAD_EVERY, _PROGRESS_EVERY)
         )
@@ -120,13 +120,13 @@ class Driver:
             await asyncio.sleep(self._dice.expovariate(self._load.rate))
 
     async def _measure(self, seconds: float) -> None:
-        """What the server can do now: the machine may be busier than it was, or less so."""
+        """Measures the current capacity: the load of the machine may have changed."""
         capacity = await measure_capacity(self._traffic, seconds)
         self.capacities.append(capacity)
         self._load = replace(self._load, capacity=capacity)
 
     async def _rest(self) -> None:
-        """Waits until every operation has ended, unloads the second model, and notes how the server is then."""
+        """Waits until every operation has ended, unloads the second model, and records the state of the idle server."""
         if self._tasks:
             _, late = await asyncio.wait(self._tasks, timeout=PATIENCE + 60)
             for task in late:
@@ -137,8 +137,7 @@ class Driver:
         await self._watch.rest()
         vitals = self._watch.checkpoints[-1].vitals
         self._say(
-            f"at rest: {vitals.rss / 2**20:.1f} MiB, {vitals.descriptors} descriptors, {vitals.threads} threads; "
-            f"{self._progress()}"
+            f"idle: {vitals.rss / 2**20:.1f} MiB, {vitals.descriptors} descriptors, {vitals.threads} threads; {self._progress()}"
         )
 
     def _send(self, kind: str) -> None:
@@ -153,13 +152,13 @@ class Driver:
         ledger = self._traffic.ledger
         seconds = time.monotonic() - self._watch.begun
         return (
-            f"{seconds:.0f} s: {sum(ledger.issued.values())} operations, {ledger.count('picture')} with pictures, "
-            f"{ledger.count('refused')} refused, {ledger.in_flight} in progress, {ledger.violation_count} promises broken"
+            f"{seconds:.0f} s: {sum(ledger.issued.values())} operations, {ledger.count('image')} with images, "
+            f"{ledger.count('refused')} refused, {ledger.in_flight} in progress, {ledger.violation_count} violations"
         )
 
 
 async def drain(server: ServingProcess, access: Access, traffic: Traffic) -> tuple[int, float]:
-    """Ends the server while requests run: each of them must end well. Returns the exit status and the seconds it took."""
+    """Stops the server while requests run; each of them must succeed. Returns the exit status and the seconds it took."""
     ledger = traffic.ledger
     async with Connection(server.target, access) as connection:
         accepted = [asyncio.Event() for _ in range(_DRAINED)]
@@ -169,13 +168,13 @@ async def drain(server: ServingProcess, access: Access, traffic: Traffic) -> tup
             subject = next(iter(traffic.references))
             request = pb.TransformStreamRequest(request=subject.message())
             try:
-                check_pictures(
+                check_images(
                     await follow(connection.images.TransformStream(request, timeout=PATIENCE), started=heard),
                     traffic.references[subject],
                 )
-                ending = "picture"
+                ending = "image"
             except (grpc.aio.AioRpcError, Violated) as error:
-                ledger.violate(f"a request that ran when the server was told to end: {error}")
+                ledger.violate(f"a request in progress at SIGTERM: {error}")
             heard.set()
             ledger.end(number, ending)
 

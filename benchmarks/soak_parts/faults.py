@@ -1,4 +1,4 @@
-"""Connections that break: a proxy whose connections can be reset at any moment, and a client that is killed."""
+"""Broken connections: a proxy that can reset its connections, and a client process that is killed."""
 
 import asyncio
 import contextlib
@@ -13,11 +13,11 @@ from soak_parts.access import LOAD, Access
 from soak_parts.process import ROOT
 
 _RESET = struct.pack("ii", 1, 0)
-"""SO_LINGER on, for 0 seconds: closing sends a reset in place of an orderly end."""
+"""SO_LINGER of 0 seconds: closing sends a reset."""
 
 
 class Proxy:
-    """Hands bytes on between a port of its own and the server, until it is told to sever. With a `context` it speaks TLS to the
+    """Forwards bytes between its own port and the server until `sever` is called. With a `context` it uses TLS to the
     server."""
 
     def __init__(self, port: int, context: ssl.SSLContext | None = None) -> None:
@@ -28,7 +28,7 @@ class Proxy:
         self.target = ""
 
     async def serve(self) -> asyncio.Server:
-        """Begins to listen."""
+        """Starts listening."""
         server = await asyncio.start_server(self._connected, "127.0.0.1", 0)
         self.target = f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
         return server
@@ -37,7 +37,7 @@ class Proxy:
         """Resets every connection, to both sides."""
         for writer in self._writers:
             connection: socket.socket | None = writer.get_extra_info("socket")
-            if connection is None:  # it is closed already
+            if connection is None:  # already closed
                 continue
             with contextlib.suppress(OSError):
                 connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
@@ -67,7 +67,7 @@ async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> N
 
 @contextlib.asynccontextmanager
 async def proxy(port: int, context: ssl.SSLContext | None = None) -> AsyncIterator[Proxy]:
-    """A proxy to the server on `port`; what is left of it at the end is severed."""
+    """A proxy to the server on `port`. Open connections are reset at the end."""
     made = Proxy(port, context)
     server = await made.serve()
     try:
@@ -78,9 +78,9 @@ async def proxy(port: int, context: ssl.SSLContext | None = None) -> AsyncIterat
 
 
 async def kill_a_client(target: str, access: Access, request: bytes, seconds: float) -> None:
-    """Starts a process that sends `request` several times at once, and kills it after `seconds` of that.
+    """Starts a process that sends `request` several times concurrently, and kills it after `seconds`.
 
-    Raises OSError where it could not connect.
+    Raises OSError if it could not connect.
     """
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-c", _VICTIM, target),
@@ -90,13 +90,13 @@ async def kill_a_client(target: str, access: Access, request: bytes, seconds: fl
         stdout=asyncio.subprocess.PIPE,
         start_new_session=True,
     )
-    assert process.stdin is not None, "asked for"
-    assert process.stdout is not None, "asked for"
+    assert process.stdin is not None, "a pipe"
+    assert process.stdout is not None, "a pipe"
     try:
         process.stdin.write(request)
         process.stdin.close()
         if await process.stdout.readline() != b"sent\n":
-            raise OSError("the client that was to be killed did not connect")
+            raise OSError("the client process did not connect")
         await asyncio.sleep(seconds)
     finally:
         with contextlib.suppress(ProcessLookupError):
@@ -116,4 +116,4 @@ calls = [call.future(request, timeout=600, metadata=metadata) for _ in range(4)]
 print("sent", flush=True)
 [each.exception() for each in calls]
 """
-"""A program of its own, of grpc only, so that it starts quickly. It waits to be killed."""
+"""A program that imports only grpc, so that it starts quickly. It runs until it is killed."""

@@ -1,4 +1,4 @@
-"""Clients that never read: each stream has a flow-control window of no bytes, and each upload stops half-way."""
+"""Clients that never read: each stream has a flow-control window of 0 bytes, and uploads stop half-way."""
 
 import contextlib
 import itertools
@@ -23,20 +23,20 @@ KSERVE_UNARY = "/inference.GRPCInferenceService/ServerLive"
 
 
 def watch_of(service: str) -> bytes:
-    """The message of a watch."""
+    """The request message of a health watch."""
     return health_pb2.HealthCheckRequest(service=service).SerializeToString()
 
 
 class Unread:
-    """A connection on which calls are in progress, none of whose answers is read. Its pings are answered, as those of a client
-    that is there: else the server would close it."""
+    """A connection with calls in progress whose answers are not read. Pings are answered, because otherwise the server would
+    close the connection."""
 
     def __init__(self, connection: RawConnection) -> None:
         self._connection = connection
         self._changed = threading.Condition()
         self._begun: set[int] = set()
         self.closed = threading.Event()
-        """Set once the server has closed the connection."""
+        """Set when the server has closed the connection."""
         self._thread = threading.Thread(target=self._read, daemon=True)
         self._thread.start()
 
@@ -69,8 +69,8 @@ class Unread:
 
 @contextlib.contextmanager
 def unread(port: int, *calls: tuple[str, bytes], token: str = "") -> Iterator[Unread]:
-    """Within the block a client is connected that makes these calls, the first on stream 1, the next on stream 3, and reads no
-    answer. The server has begun to answer the first watch of each service."""
+    """Within the block a client is connected that makes these calls (on streams 1, 3, ...) and reads no answer. The server has
+    begun to answer the first watch of each service."""
     with RawConnection(port, window=0, timeout=None) as connection:
         reader = Unread(connection)
         watched: dict[bytes, int] = {}
@@ -83,7 +83,7 @@ def unread(port: int, *calls: tuple[str, bytes], token: str = "") -> Iterator[Un
 
 
 def crowd_calls(transform: pb.TransformRequest, asset: str = "", kserve: bool = True) -> list[tuple[str, bytes]]:
-    """A call of each kind that answers, several times."""
+    """Calls of each kind that sends an answer, three of each."""
     calls = [
         (STREAM, pb.TransformStreamRequest(request=transform).SerializeToString()),
         (UNARY, transform.SerializeToString()),
@@ -100,7 +100,7 @@ def crowd_calls(transform: pb.TransformRequest, asset: str = "", kserve: bool = 
 
 @contextlib.contextmanager
 def stalled(port: int, token: str = "") -> Iterator[None]:
-    """Within the block a client is connected whose uploads stop half-way, and one call's message never comes."""
+    """Within the block a client is connected with stalled uploads and one call without a message."""
     with RawConnection(port, window=0, timeout=None) as uploads:
         Unread(uploads)
         info = asset_pb2.UploadAssetRequest(info=asset_pb2.UploadAssetInfo(size=1000))
@@ -112,7 +112,7 @@ def stalled(port: int, token: str = "") -> Iterator[None]:
 
 @contextlib.contextmanager
 def crowd(port: int, transform: pb.TransformRequest, asset: str = "", kserve: bool = True, token: str = "") -> Iterator[Unread]:
-    """Within the block these clients are connected, and the server has their calls in progress."""
+    """Within the block the clients of `unread` and `stalled` are connected."""
     calls = crowd_calls(transform, asset, kserve)
     with unread(port, *calls, token=token) as reader, stalled(port, token):
         yield reader

@@ -1,4 +1,4 @@
-"""Image files that cost a decoder far more than their size, and what their makers share."""
+"""Image files that cost a decoder far more than their size suggests."""
 
 import io
 import struct
@@ -11,68 +11,68 @@ LARGEST = 16 * 2**20
 
 
 def saved(size: tuple[int, int], file_format: str, mode: str = "RGB", **options: object) -> bytes:
-    """A plain image's file."""
+    """The file of an image of one color."""
     file = io.BytesIO()
     Image.new(mode, size, 128 if mode in ("L", "P") else "teal").save(file, file_format, **options)
     return file.getvalue()
 
 
 def jpeg_scans(count: int, size: tuple[int, int] = (4000, 4000)) -> bytes:
-    """A progressive JPEG with so many scans that refine nothing."""
+    """A progressive JPEG with `count` scans that change nothing."""
     data = saved(size, "JPEG", "L", progressive=True)
     scan = b"\xff\xda\x00\x08\x01\x01\x00\x01\x3f\x00" + b"\x7f" * 4  # AC of component 1: runs of empty blocks
-    table = b"\xff\xc4\x00\x14\x10" + bytes([1] + [0] * 15) + b"\xe0"  # one code: 2^14 empty blocks and more
+    table = b"\xff\xc4\x00\x14\x10" + bytes([1] + [0] * 15) + b"\xe0"  # one code: at least 2^14 empty blocks
     return data[:-2] + (table + scan) * count + b"\xff\xd9"
 
 
 def jpeg_segments(marker: int, count: int, body: bytes = b"") -> bytes:
-    """A JPEG with so many segments before its image."""
+    """A JPEG with `count` segments before its image."""
     data = saved((8, 8), "JPEG")
     return data[:2] + (bytes([0xFF, marker]) + struct.pack(">H", 2 + len(body)) + body) * count + data[2:]
 
 
 def jpeg_segments_within(marker: int, count: int) -> bytes:
-    """A JPEG with so many segments behind its first scan."""
+    """A JPEG with `count` segments after its first scan."""
     return saved((8, 8), "JPEG")[:-2] + bytes([0xFF, marker, 0, 2]) * count + b"\xff\xd9"
 
 
 def jpeg_junk(byte: bytes, count: int) -> bytes:
-    """A JPEG with so many bytes of junk, or of fill, before its image."""
+    """A JPEG with `count` junk or fill bytes before its image."""
     data = saved((8, 8), "JPEG")
     return data[:20] + byte * count + data[20:]
 
 
 def chunk(kind: bytes, body: bytes = b"") -> bytes:
-    """A chunk of a PNG."""
+    """A PNG chunk."""
     return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
 
 def png(*chunks: bytes, size: tuple[int, int] = (8, 8), color: int = 2, idat: bytes | None = None, depth: int = 8) -> bytes:
-    """A PNG with other chunks before its image."""
+    """A PNG with further chunks before its image."""
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", *size, depth, color, 0, 0, 0))
     rows = zlib.compress(bytes((3 * size[0] + 1) * size[1])) if idat is None else idat
     return b"\x89PNG\r\n\x1a\n" + header + b"".join(chunks) + chunk(b"IDAT", rows) + chunk(b"IEND")
 
 
 def png_chunks(kind: bytes, count: int, body: bytes = b"") -> bytes:
-    """A PNG with so many chunks of one kind before its image."""
+    """A PNG with `count` chunks of one kind before its image."""
     return png(chunk(kind, body) * count)
 
 
 def png_split(count: int) -> bytes:
-    """A PNG whose image is followed by so many empty IDAT chunks."""
+    """A PNG whose image is followed by `count` empty IDAT chunks."""
     data = png()
     at = data.index(b"IEND") - 4
     return data[:at] + chunk(b"IDAT") * count + data[at:]
 
 
 def deflate_of_nothing(count: int) -> bytes:
-    """A zlib stream of so many empty blocks before anything comes."""
+    """A zlib stream with `count` empty blocks before its data."""
     return b"\x78\x01" + b"\x00\x00\x00\xff\xff" * count + zlib.compress(bytes(25 * 8))[2:]
 
 
 def deflate_of_tables(count: int) -> bytes:
-    """A zlib stream of so many blocks that are tables and nothing else: each is built, and then used for an end."""
+    """A zlib stream of `count` blocks with large Huffman tables and little data: a decoder builds each table."""
     maker = zlib.compressobj(9, zlib.DEFLATED, -15, 9, zlib.Z_DEFAULT_STRATEGY)
     text = bytes(range(256)) * 2
     block = maker.compress(text) + maker.flush(zlib.Z_FULL_FLUSH)
@@ -87,19 +87,19 @@ def gif(*extensions: bytes, size: tuple[int, int] = (8, 8)) -> bytes:
 
 
 def gif_comments(count: int, block: bytes = b"\x01a", each: int = 1) -> bytes:
-    """A GIF with so many comments of `each` sub-blocks."""
+    """A GIF with `count` comments of `each` sub-blocks."""
     return gif((b"\x21\xfe" + block * each + b"\0") * count)
 
 
 def webp_chunks(count: int) -> bytes:
-    """A WebP with so many empty chunks that no decoder knows."""
+    """A WebP with `count` empty chunks of an unknown type."""
     image = saved((8, 8), "WEBP", lossless=True)[12:]
     body = b"WEBP" + b"VP8X" + struct.pack("<IIHBHB", 10, 0, 7, 0, 7, 0) + b"ABCD\0\0\0\0" * count + image
     return b"RIFF" + struct.pack("<I", len(body)) + body
 
 
 def webp_frames(count: int) -> bytes:
-    """An animated WebP of so many frames."""
+    """An animated WebP of `count` frames."""
     image = saved((8, 8), "WEBP", lossless=True)[12:]
     frame = struct.pack("<3B3B3B3B3BB", *bytes(6), 7, 0, 0, 7, 0, 0, 1, 0, 0, 0) + image
     frames = (b"ANMF" + struct.pack("<I", len(frame)) + frame) * count
@@ -126,14 +126,14 @@ def tiff_entries(count: int, size: int = LARGEST // 2) -> bytes:
 
 
 def tiff_strips(count: int) -> bytes:
-    """A TIFF of so many strips, all of them the same one."""
+    """A TIFF with `count` strips that all have the same data."""
     tail = struct.pack("<I", 8) * count + struct.pack("<I", 8) * count
     first = 8 + 64
     return tiff((273, 4, count, first), (279, 4, count, first + 4 * count), (278, 4, 1, 1), tail=tail)
 
 
 def bmp_run_lengths(count: int, size: tuple[int, int] = (4000, 4000)) -> bytes:
-    """A run-length encoded BMP of so many deltas that go nowhere."""
+    """A run-length encoded BMP with `count` deltas of (0, 0)."""
     body = b"\0\2\0\0" * count + b"\0\1"
     head = struct.pack("<IiiHHIIiiII", 40, *size, 1, 8, 1, len(body), 0, 0, 256, 0)
     return b"BM" + struct.pack("<IHHI", 14 + 40 + 1024 + len(body), 0, 0, 14 + 40 + 1024) + head + bytes(1024) + body
@@ -164,4 +164,4 @@ BOMBS: dict[str, Callable[[], bytes]] = {
     "TIFF strips": lambda: tiff_strips(LARGEST // 8 - 1000),
     "BMP run lengths": lambda: bmp_run_lengths(LARGEST // 4 - 10_000),
 }
-"""Each below LARGEST bytes, and of a kind that a bound is for."""
+"""Each is smaller than LARGEST bytes and is refused by one of the bounds."""

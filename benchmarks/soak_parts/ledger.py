@@ -1,4 +1,4 @@
-"""What was asked and what came of it: each operation begins once and ends once, or the run has failed."""
+"""A record of all operations: each must begin once and end once, or the run fails."""
 
 import itertools
 import time
@@ -6,21 +6,21 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 _SHOWN = 20
-"""Violations that are kept in words; the others are counted."""
+"""Violations whose text is kept; further ones are only counted."""
 
 
 class Violated(Exception):
-    """An answer that breaks a promise. The message says which."""
+    """An answer that violates a guarantee; the message says which."""
 
 
 @dataclass(slots=True)
 class Ledger:
-    """Operations by kind and ending, and the promises that were broken."""
+    """Operations by kind and ending, and the violated guarantees."""
 
     endings: Counter[tuple[str, str]] = field(default_factory=Counter)
-    """(kind, ending) -> how often."""
+    """(kind, ending) -> count."""
     issued: Counter[str] = field(default_factory=Counter)
-    """Kind -> how often it was begun."""
+    """Kind -> number of operations that began."""
     violations: list[str] = field(default_factory=list)
     violation_count: int = 0
     doubled: int = 0
@@ -29,14 +29,14 @@ class Ledger:
     _numbers: "itertools.count[int]" = field(default_factory=itertools.count)
 
     def begin(self, kind: str) -> int:
-        """A number for a new operation."""
+        """Records a new operation and returns its number."""
         number = next(self._numbers)
         self.issued[kind] += 1
         self._open[number] = (kind, time.monotonic())
         return number
 
     def end(self, number: int, ending: str) -> None:
-        """Notes how an operation ended."""
+        """Records the ending of an operation."""
         if number not in self._open:
             self.doubled += 1
             self.violate(f"operation {number} ended twice, the second time as {ending}")
@@ -45,7 +45,7 @@ class Ledger:
         self.endings[kind, ending] += 1
 
     def violate(self, what: str) -> None:
-        """Notes a broken promise."""
+        """Records a violated guarantee."""
         self.violation_count += 1
         if len(self.violations) < _SHOWN:
             self.violations.append(what)
@@ -57,7 +57,7 @@ class Ledger:
 
     @property
     def lost(self) -> int:
-        """Operations that were begun and of which nothing was ever heard."""
+        """Operations that began and never ended."""
         return sum(self.issued.values()) - sum(self.endings.values())
 
     def count(self, ending: str) -> int:

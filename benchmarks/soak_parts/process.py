@@ -1,4 +1,4 @@
-"""A server in a process of its own: started, watched from outside, ended."""
+"""A server in its own process."""
 
 import os
 import signal
@@ -19,12 +19,12 @@ SERVE = (sys.executable, "-m", "img2img_cli", "serve")
 
 
 class ServerFailed(Exception):
-    """A server that did not start."""
+    """The server did not start."""
 
 
 @dataclass(frozen=True, slots=True)
 class Vitals:
-    """What the kernel knows of a process: its resident memory in bytes, open file descriptors and threads."""
+    """Resident memory in bytes, open file descriptors and threads of a process."""
 
     rss: int
     descriptors: int
@@ -32,10 +32,10 @@ class Vitals:
 
 
 class ServingProcess:
-    """One server. Its log and its port file are in `folder`; a log goes on over restarts."""
+    """One server. Its log and port file are in `folder`; restarts append to the log."""
 
     def __init__(self, folder: Path, words: Sequence[str], environment: Mapping[str, str] | None = None) -> None:
-        """Nothing runs yet. `words` are the command with its flags, but for --port-file."""
+        """Does not start it. `words` are the command and its flags except --port-file."""
         self.log = folder / "server.log"
         self.port = 0
         self._port_file = folder / "port"
@@ -46,16 +46,16 @@ class ServingProcess:
 
     @property
     def target(self) -> str:
-        """Its address."""
+        """The address for clients."""
         return f"127.0.0.1:{self.port}"
 
     @property
     def pid(self) -> int:
-        """The process's number."""
+        """The process id."""
         return self._running.pid
 
     def start(self, port: int = 0, prepare: Callable[[], None] | None = None) -> None:
-        """Starts it and returns when it serves. `prepare` is called in the new process. Raises ServerFailed."""
+        """Starts it and returns once it serves. `prepare` is called in the new process. Raises ServerFailed."""
         self._port_file.unlink(missing_ok=True)
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
@@ -64,7 +64,7 @@ class ServingProcess:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                start_new_session=True,  # so that Ctrl-C reaches the driver alone
+                start_new_session=True,  # so that Ctrl-C reaches only the driver
                 preexec_fn=prepare,
             )
         end = time.monotonic() + START_SECONDS
@@ -76,27 +76,27 @@ class ServingProcess:
         self.port = int(self._port_file.read_text())
 
     def vitals(self) -> Vitals:
-        """How it is doing."""
+        """The current state of the process."""
         process = psutil.Process(self.pid)
         return Vitals(process.memory_info().rss, process.num_fds(), process.num_threads())
 
     def terminate(self) -> None:
-        """Asks it to drain, and returns at once."""
+        """Sends SIGTERM."""
         self._running.send_signal(signal.SIGTERM)
 
     def kill(self) -> None:
-        """Ends it on the spot, as kill -9 does, and returns when it is gone. Does nothing to one that has ended."""
+        """Sends SIGKILL and waits for the end. Does nothing if it has ended."""
         if self._process is not None and self._process.poll() is None:
             self._process.kill()
         if self._process is not None:
             self._process.wait()
 
     def wait(self, seconds: float) -> int:
-        """Its exit status. Raises subprocess.TimeoutExpired where it has not ended by then."""
+        """Waits for the exit status. Raises subprocess.TimeoutExpired if it has not ended by then."""
         return self._running.wait(seconds)
 
     def read_log(self) -> str:
-        """What it wrote so far."""
+        """The log so far."""
         return self.log.read_text(encoding="utf-8", errors="replace") if self.log.exists() else ""
 
     @property
@@ -109,7 +109,7 @@ class ServingProcess:
 def serving(
     folder: Path, words: Sequence[str], environment: Mapping[str, str] | None = None, prepare: Callable[[], None] | None = None
 ) -> Iterator[ServingProcess]:
-    """A server that serves within the block and is gone after it."""
+    """A server that runs within the block."""
     server = ServingProcess(folder, words, environment)
     try:
         server.start(prepare=prepare)

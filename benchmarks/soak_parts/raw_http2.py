@@ -1,4 +1,4 @@
-"""HTTP/2 by hand: what a client of gRPC's own would never send, and what only shows on the wire."""
+"""A minimal HTTP/2 client, for frames that gRPC's clients never send."""
 
 import socket
 import struct
@@ -15,7 +15,7 @@ _PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """A frame of HTTP/2."""
+    """An HTTP/2 frame."""
 
     kind: int
     flags: int
@@ -24,15 +24,15 @@ class Frame:
 
     @property
     def bytes(self) -> bytes:
-        """As it is sent."""
+        """The encoded frame."""
         return (
             len(self.payload).to_bytes(3, "big") + bytes([self.kind, self.flags]) + self.stream.to_bytes(4, "big") + self.payload
         )
 
 
 class RawConnection:
-    """A connection to a gRPC server on this machine, after the preface and settings: empty ones, or with a flow-control `window`
-    for what the server sends on each stream, in bytes. `timeout` is for one operation of the socket, in seconds."""
+    """A connection to a gRPC server on this machine, after the preface and settings. `window` is the flow-control window of
+    each stream for data from the server, in bytes (default: HTTP/2's). `timeout` is that of a socket operation, in seconds."""
 
     def __init__(self, port: int, window: int | None = None, timeout: float | None = 30) -> None:
         self._socket = socket.create_connection(("127.0.0.1", port), timeout=timeout)
@@ -49,8 +49,8 @@ class RawConnection:
         self._socket.sendall(Frame(kind, flags, stream, payload).bytes)
 
     def call(self, method: str, *messages: bytes, stream: int = 1, token: str = "", end: bool = True, encoding: str = "") -> None:
-        """Begins a call and sends `messages`, 65535 bytes at most in all; without any the call stays open. With an `encoding`,
-        such as gzip, the messages are marked as compressed: they have to be so already."""
+        """Begins a call and sends `messages`, at most 65535 bytes in all; without any the call stays open. With an `encoding`,
+        such as gzip, the messages must be compressed already and are marked so."""
         headers = {":method": "POST", ":scheme": "http", ":path": method, ":authority": "x", "te": "trailers",
                    "content-type": "application/grpc"} | ({"authorization": f"Bearer {token}"} if token else {})  # fmt: skip
         headers |= {"grpc-encoding": encoding} if encoding else {}
@@ -65,7 +65,7 @@ class RawConnection:
             self.send(DATA, blocks[-1], END_STREAM if last else 0, stream)
 
     def frames(self) -> Iterator[Frame]:
-        """What the server sends, until it closes the connection. Nothing of it is acknowledged."""
+        """Yields the frames from the server until it closes the connection. Acknowledges none."""
         while True:
             while len(self._buffer) >= 9 and len(self._buffer) >= 9 + (size := int.from_bytes(self._buffer[:3], "big")):
                 kind, flags, stream = struct.unpack(">BBI", self._buffer[3:9])
@@ -91,7 +91,7 @@ class RawConnection:
 
 
 def settings_of(frame: Frame) -> dict[int, int]:
-    """What a SETTINGS frame says, by the number of each setting."""
+    """The values of a SETTINGS frame, by the number of each setting."""
     return dict(struct.iter_unpack(">HI", frame.payload))
 
 

@@ -1,4 +1,4 @@
-"""What a soak leaves: JSON for machines, a table for docs/reliability.md."""
+"""The report of a soak: JSON, and a table for docs/reliability.md."""
 
 import json
 import platform
@@ -18,8 +18,7 @@ _MEBI = 2**20
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """What was run and how it went. `seconds` are those of the load; `capacity` and `rate` are per second, the median of what was
-    measured."""
+    """The settings and the outcome of a run. `seconds` is the duration of the load; `capacity` and `rate` are per second."""
 
     seed: int
     model: str
@@ -32,7 +31,7 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """All that is known at the end of a run: `attacks` by kind and status, and the promises that were `broken`, a line each."""
+    """All results of a run: `attacks` by kind and status, and one line for each violated guarantee in `broken`."""
 
     run: Run
     ledger: Ledger
@@ -73,13 +72,13 @@ class Report:
         health = _quantiles(watch.health_seconds)
         first, last = watch.checkpoints[0].vitals, watch.checkpoints[-1].vitals
         faults = sum(count for kind, count in ledger.issued.items() if KINDS[kind].fault)
-        verdict = f"{growth.share:+.2%}" + ("" if growth.judged else " (too short a run to judge)")
+        verdict = f"{growth.share:+.2%}" + ("" if growth.judged else " (run too short to judge)")
         rows = [
             ("model, seed, options", f"{run.model}, {run.seed}, {run.options}"),
             ("minutes under load", f"{run.seconds / 60:.1f}"),
-            ("capacity; operations sent", f"{run.capacity:.2f} pictures a second; {run.rate:.2f} a second"),
-            ("operations", f"{sum(ledger.issued.values())}, {faults} of them with a fault"),
-            ("ended with right pictures", f"{ledger.count('picture')}"),
+            ("capacity; operations sent", f"{run.capacity:.2f} images per second; {run.rate:.2f} per second"),
+            ("operations", f"{sum(ledger.issued.values())}, {faults} of them with an injected fault"),
+            ("completed with correct images", f"{ledger.count('image')}"),
             ("refused, queue full", f"{ledger.count('refused')}"),
             ("cancelled; deadline passed", f"{ledger.count('cancelled')}; {ledger.count('deadline')}"),
             ("disconnected; clients killed", f"{ledger.count('disconnected')}; {ledger.count('killed')}"),
@@ -88,34 +87,34 @@ class Report:
             ("**lost**", f"**{ledger.lost}**"),
             ("**doubled**", f"**{ledger.doubled}**"),
             ("**wrong**", f"**{ledger.count('wrong')}**"),
-            ("hostile clients' attempts, by kind", _attempts(self.attacks)),
+            ("attempts of hostile clients, by kind", _attempts(self.attacks)),
             (
-                "health checks; median, 99 %, longest",
+                "health checks; median, p99, maximum",
                 f"{len(watch.health_seconds)}; "
                 + ", ".join(f"{health[name] * 1e3:.0f}" for name in ("median", "p99", "most"))
                 + " ms",
             ),
             (
-                "resident memory at rest, after warm-up and at the end",
+                "resident memory when idle, after warm-up and at the end",
                 f"{growth.first / _MEBI:.1f}, {growth.last / _MEBI:.1f} MiB",
             ),
             ("**memory growth**", f"**{verdict}**"),
             (
-                "slope at rest; under load",
-                f"{growth.share_per_hour:+.1%}, {growth.per_hour / _MEBI:+.1f} MiB an hour; "
-                f"{growth.load_per_hour / _MEBI:+.1f} MiB an hour",
+                "slope when idle; under load",
+                f"{growth.share_per_hour:+.1%}, {growth.per_hour / _MEBI:+.1f} MiB per hour; "
+                f"{growth.load_per_hour / _MEBI:+.1f} MiB per hour",
             ),
             ("file descriptors, first and last", f"{first.descriptors}, {last.descriptors}"),
             ("threads, first and last", f"{first.threads}, {last.threads}"),
             (
-                "a small tenant's requests; its 95 % alone, under load",
+                "requests of a small tenant; p95 alone, under load",
                 f"{len(times.under_load)}; {_p95(times.alone)}, {_p95(times.under_load)} ms ({times.ratio:.1f} times)",
             ),
             (
                 "SIGTERM with requests in progress and hostile clients connected",
-                f"exit status {run.exit_status} after {times.stop:.1f} s of {times.grace + STOP_SLACK:g}",
+                f"exit status {run.exit_status} after {times.stop:.1f} s (at most {times.grace + STOP_SLACK:g} s)",
             ),
-            ("promises broken", f"{len(self.broken)}"),
+            ("guarantees violated", f"{len(self.broken)}"),
         ]
         lines = ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)]
         return "\n".join(lines) + "\n"

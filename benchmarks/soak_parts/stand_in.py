@@ -1,7 +1,7 @@
-"""`img2img serve` with a stand-in for its models: the same command, in a process of its own, that loads nothing heavy.
+"""`img2img serve` with fake models: the same command, without heavy imports.
 
-Flags, bundles with their checksums, engine, watchdog, assets and exit statuses are the real ones. Only what loads a pipeline is
-replaced: by one that takes a fixed time for each step, and whose images anybody can compute (`expected`).
+Flags, bundles with their checksums, engine, watchdog, assets and exit statuses are the real ones. Only the loading of a pipeline
+is replaced, by a fake pipeline with a fixed time per step, whose images are computed by `expected`.
 
     PYTHONPATH=benchmarks python -m soak_parts.stand_in --models DIR --port 0 ...
 """
@@ -22,15 +22,15 @@ from img2img_server.engine.request import Plan, Request
 from PIL import Image, ImageChops
 
 STEP_SECONDS = "STAND_IN_STEP"
-"""The environment variable with the seconds of a step; a row takes a tenth of that more."""
+"""The environment variable with the seconds of a step; each row adds a tenth of that."""
 FLAW = "STAND_IN_FLAW"
-"""The environment variable that makes every so manieth image wrong, so that it can be seen that this is noticed."""
+"""The environment variable that makes every n-th image wrong, to test that wrong images are detected."""
 _BALLAST = 8 * 2**20
-"""Bytes that a loaded stand-in holds, so that loading and unloading can be seen."""
+"""Memory in bytes of a loaded fake, so that loading and unloading can be measured."""
 
 
 def plant(store: Path, name: str) -> Path:
-    """Makes a bundle of no model in the folder `store`: with a manifest, checksums, and a file to damage."""
+    """Makes a bundle without a real model in the folder `store`, with a manifest and checksums."""
     bundle = store / name
     (bundle / "unet").mkdir(parents=True)
     (bundle / "model_index.json").write_text('{"_class_name": "StableDiffusionImg2ImgPipeline"}\n')
@@ -50,7 +50,7 @@ def plant(store: Path, name: str) -> Path:
 
 
 def expected(image: Image.Image, prompt: str, seed: int, steps: int) -> Image.Image:
-    """The image that a stand-in makes: the source's pixels, xor a pattern that every setting changes."""
+    """The image of a fake pipeline: the source plus a pattern that depends on prompt, seed and steps (modulo 256)."""
     pattern = hashlib.shake_256(f"{prompt}\0{seed}\0{steps}".encode()).digest(3 * 64)
     tile = Image.frombytes("RGB", (8, 8), pattern)
     canvas = Image.new("RGB", image.size)
@@ -62,7 +62,7 @@ def expected(image: Image.Image, prompt: str, seed: int, steps: int) -> Image.Im
 
 @dataclass(slots=True, eq=False)
 class StandInState:
-    """A request under way, and how many of its steps are done."""
+    """A request in progress and its completed steps."""
 
     request: Request
     step_count: int
@@ -70,7 +70,7 @@ class StandInState:
 
 
 class StandInPipeline:
-    """Takes time in place of denoising. A prompt can ask for trouble: "raise denoise", "hang finish" and so on, by stage."""
+    """Sleeps instead of denoising. A prompt can cause faults by stage: "raise denoise", "hang finish" and so on."""
 
     engine = "stand-in:cpu"
     size_multiple = 8
@@ -87,18 +87,18 @@ class StandInPipeline:
         self._ballast = bytearray(os.urandom(16) * (_BALLAST // 16))
 
     def plan(self, request: Request) -> Plan:
-        """Rows and steps as a real pipeline counts them."""
+        """Rows and steps like those of a real pipeline."""
         width, height = request.image.size
         rows = len(request.seeds) * (2 if request.guidance_scale > 1 else 1)
         return Plan((width, height), width * height, rows, int(request.num_inference_steps * request.strength))
 
     def prepare(self, requests: Sequence[Request]) -> Sequence[StandInState]:
-        """A state for each."""
+        """One state per request."""
         self._trouble("prepare", requests)
         return [StandInState(request, self.plan(request).step_count) for request in requests]
 
     def denoise(self, states: Sequence[StandInState]) -> Sequence[int]:
-        """Sleeps for a step."""
+        """Sleeps for the time of a step."""
         self._trouble("denoise", [state.request for state in states])
         time.sleep(self._seconds * (1 + 0.1 * sum(self.plan(state.request).rows for state in states)))
         return [1] * len(states)
@@ -110,14 +110,14 @@ class StandInPipeline:
             state.step += noise
 
     def mark(self) -> None:
-        """Nothing is left to wait for."""
+        """Does nothing: there is no device."""
 
     def preview(self, states: Sequence[StandInState]) -> Sequence[Image.Image | None]:
-        """The source, small."""
+        """The source at 8 x 8."""
         return [state.request.image.resize((8, 8)) for state in states]
 
     def finish(self, states: Sequence[StandInState]) -> Sequence[Sequence[Image.Image]]:
-        """The images that `expected` gives."""
+        """The images of `expected`."""
         self._trouble("finish", [state.request for state in states])
         return [[self._draw(state.request, seed) for seed in state.request.seeds] for state in states]
 
@@ -127,15 +127,15 @@ class StandInPipeline:
         return expected(request.image, request.prompt, seed + bool(flawed), request.num_inference_steps)
 
     def release(self, state: StandInState) -> None:
-        """Holds nothing."""
+        """Does nothing."""
 
     def close(self) -> None:
-        """Holds nothing."""
+        """Does nothing."""
 
     def _trouble(self, stage: str, requests: Sequence[Request]) -> None:
         for request in requests:
             if f"raise {stage}" in request.prompt:
-                raise RuntimeError(f"told to fail at /planted/path in {stage}")
+                raise RuntimeError(f"a planned failure at /planted/path in {stage}")
             if f"hang {stage}" in request.prompt:
                 threading.Event().wait()
 
@@ -146,7 +146,7 @@ def _load_pipeline(*arguments: Any, **settings: Any) -> StandInPipeline:
 
 class _RunnerCache:
     def keep(self, *arguments: Any) -> None:
-        """Keeps nothing: no other engine will take over."""
+        """Does nothing: no other engine is built."""
 
     def __getattr__(self, name: str) -> Any:
         return lambda *arguments, **settings: None

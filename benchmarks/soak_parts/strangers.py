@@ -1,4 +1,4 @@
-"""The process of hostile clients, as the soak sees it: started, paused while the server comes to rest, ended last."""
+"""Control of the process of hostile clients."""
 
 import asyncio
 import base64
@@ -13,30 +13,30 @@ from soak_parts.ledger import Ledger
 from soak_parts.process import ROOT
 
 UNANSWERED = ("INTERNAL", "UNKNOWN", "DEADLINE_EXCEEDED")
-"""Statuses that no attack may be answered with: a bug, or a hang."""
+"""Statuses that no attack may get: they indicate a bug or a hang."""
 _END_SECONDS = 30.0
 _READY_SECONDS = 300.0
 
 
 class Strangers:
-    """The process, which runs."""
+    """The running process of hostile clients."""
 
     def __init__(self, process: asyncio.subprocess.Process) -> None:
         self._process = process
         self.statuses: dict[str, dict[str, int]] = {}
 
     async def pause(self) -> None:
-        """Returns once none of them sends anything; the calls that they leave unread stay open."""
+        """Returns when no client sends. Unread calls stay open."""
         self._send("pause")
         await self._heard("paused")
 
     def resume(self) -> None:
-        """Lets them go on."""
+        """Continues the attacks."""
         self._send("resume")
 
     async def end(self, ledger: Ledger) -> None:
-        """Ends them, and notes what they should not have been answered."""
-        assert self._process.stdin is not None, "asked for"
+        """Ends the process and records forbidden answers."""
+        assert self._process.stdin is not None, "a pipe"
         self._process.stdin.close()
         self.statuses = json.loads(await asyncio.wait_for(self._line(), _END_SECONDS))
         for kind, statuses in self.statuses.items():
@@ -45,27 +45,27 @@ class Strangers:
                     ledger.violate(f"hostile clients, {kind}: {count} answers are {status}")
 
     def kill(self) -> None:
-        """Ends the process where it still runs."""
+        """Kills the process if it still runs."""
         with contextlib.suppress(ProcessLookupError):
             self._process.kill()
 
     def _send(self, word: str) -> None:
-        assert self._process.stdin is not None, "asked for"
+        assert self._process.stdin is not None, "a pipe"
         self._process.stdin.write(f"{word}\n".encode())
 
     async def _line(self) -> str:
-        assert self._process.stdout is not None, "asked for"
+        assert self._process.stdout is not None, "a pipe"
         return (await self._process.stdout.readline()).decode().strip()
 
     async def _heard(self, word: str) -> None:
         line = await asyncio.wait_for(self._line(), _READY_SECONDS)
         if line != word:
-            raise RuntimeError(f"the hostile clients' process answered '{line}' in place of '{word}'")
+            raise RuntimeError(f"the hostile clients' process answered '{line}' instead of '{word}'")
 
 
 @contextlib.asynccontextmanager
 async def strangers(target: str, access: Access, asset: str, kserve: bool, seed: int) -> AsyncIterator[Strangers]:
-    """Hostile clients of all kinds, all of them connected, while the block lasts. Raises RuntimeError if they cannot start."""
+    """Hostile clients of all kinds, connected within the block. Raises RuntimeError if they cannot start."""
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "soak_parts.attacks"),
         cwd=ROOT / "benchmarks",

@@ -1,4 +1,4 @@
-"""The mix: every kind of operation, how often it comes, and how it may end."""
+"""The kinds of operations, their frequencies, and their allowed endings."""
 
 import asyncio
 import random
@@ -14,7 +14,7 @@ from soak_parts.access import SMALL, Access
 from soak_parts.calls import (
     PATIENCE,
     Connection,
-    check_pictures,
+    check_images,
     download,
     ending_of,
     follow,
@@ -23,25 +23,25 @@ from soak_parts.calls import (
     upload,
 )
 from soak_parts.faults import kill_a_client, proxy
+from soak_parts.images import BAD_FIELDS, Subject, invalid_images
 from soak_parts.ledger import Ledger, Violated
-from soak_parts.pictures import BAD_FIELDS, Subject, bad_pictures
 
 _BRIEF = 2.0
-"""Seconds within which a caller that gives up does so."""
+"""Maximum seconds until a caller gives up."""
 _THINKING = 0.5
-"""Seconds between an answer to the small tenant and its next request."""
+"""Pause in seconds of the small tenant between an answer and its next request."""
 _PROMPTS = 200
-"""Different prompts that come beside the subjects' own, so that caches overflow and still come to an end."""
+"""Number of further prompts, so that caches overflow but the number of entries is bounded."""
 
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """A kind of operation: its share of the mix, and the endings that are as they should be."""
+    """A kind of operation: its share of the mix, and its allowed endings."""
 
     share: float
     endings: frozenset[str]
     fault: bool
-    """Whether a caller, or its connection, misbehaves."""
+    """Whether the caller or its connection misbehaves."""
 
 
 def _kind(share: float, *endings: str, fault: bool = True) -> Kind:
@@ -49,27 +49,27 @@ def _kind(share: float, *endings: str, fault: bool = True) -> Kind:
 
 
 KINDS = {
-    "plain": _kind(30, "picture", "refused", fault=False),
-    "stream": _kind(14, "picture", "refused", fault=False),
-    "second model": _kind(5, "picture", "refused", fault=False),
-    "KServe": _kind(5, "picture", "refused", fault=False),
-    "asset": _kind(5, "picture", "refused", fault=False),
-    "slow reader": _kind(5, "picture", "refused"),
-    "cancel": _kind(14, "cancelled", "picture", "refused"),
-    "deadline": _kind(10, "deadline", "picture", "refused"),
-    "disconnect": _kind(8, "disconnected", "picture", "refused"),
-    "bad picture": _kind(5, "invalid", "refused"),
+    "plain": _kind(30, "image", "refused", fault=False),
+    "stream": _kind(14, "image", "refused", fault=False),
+    "second model": _kind(5, "image", "refused", fault=False),
+    "KServe": _kind(5, "image", "refused", fault=False),
+    "asset": _kind(5, "image", "refused", fault=False),
+    "slow reader": _kind(5, "image", "refused"),
+    "cancel": _kind(14, "cancelled", "image", "refused"),
+    "deadline": _kind(10, "deadline", "image", "refused"),
+    "disconnect": _kind(8, "disconnected", "image", "refused"),
+    "bad image": _kind(5, "invalid", "refused"),
     "bad field": _kind(4, "invalid", "refused"),
-    # Not drawn from the mix, as each costs a process or a model: on a clock of their own.
+    # At fixed intervals instead of in the mix, because each costs a process or a model.
     "killed client": _kind(0, "killed"),
     "unload": _kind(0, "done"),
-    # One after another, beside the mix, by a tenant of its own.
-    "small tenant": _kind(0, "picture", "refused", fault=False),
+    # One after another, concurrent with the mix, by a separate tenant.
+    "small tenant": _kind(0, "image", "refused", fault=False),
 }
 
 
 class Traffic:
-    """Performs operations on one server, drawn by `dice`, and keeps `ledger`."""
+    """Performs operations on one server, chosen by `dice`, and records them in `ledger`."""
 
     def __init__(
         self,
@@ -84,7 +84,7 @@ class Traffic:
         self.ledger = ledger
         self.first, self.second = models
         self.small_seconds: list[float] = []
-        """How long each answer took that the small tenant got."""
+        """Latency of each answer to the small tenant."""
         self.references: dict[Subject, list[bytes]] = {}
         self._port = port
         self._target = f"127.0.0.1:{port}"
@@ -103,7 +103,7 @@ class Traffic:
             "cancel": self._cancel,
             "deadline": self._deadline,
             "disconnect": self._disconnect,
-            "bad picture": self._bad_picture,
+            "bad image": self._bad_image,
             "bad field": self._bad_field,
             "killed client": self._killed_client,
             "unload": self._unload,
@@ -121,31 +121,31 @@ class Traffic:
         return await upload(self._main, self._subjects[0].source)
 
     async def small_tenant(self, going: Callable[[], bool]) -> None:
-        """Requests of a tenant that waits for each answer before it asks again, for as long as `going` says so."""
+        """Sends requests of the small tenant one after another while `going` returns true."""
         while going():
             await self.perform("small tenant")
             await asyncio.sleep(_THINKING)
 
     async def small_alone(self, times: int) -> list[float]:
-        """The seconds of each of so many requests of the small tenant: nobody else may call meanwhile."""
+        """The latencies of `times` requests of the small tenant. No other caller may send requests meanwhile."""
         left = iter(range(times))
         await self.small_tenant(lambda: next(left, None) is not None)
         seconds, self.small_seconds = self.small_seconds, []
         return seconds
 
-    async def draw_references(self) -> None:
-        """Draws each subject's images alone: what every later one is held to."""
+    async def make_references(self) -> None:
+        """Makes each subject's images alone, as references for all later ones."""
         for subject in self._subjects:
             response = await self._main.images.Transform(subject.message(), timeout=PATIENCE)
             self.references[subject] = [image.data for image in response.images]
-            check_pictures(await self._main.images.Transform(subject.message(), timeout=PATIENCE), self.references[subject])
+            check_images(await self._main.images.Transform(subject.message(), timeout=PATIENCE), self.references[subject])
 
     def draw(self) -> str:
-        """A kind, by the shares of the mix."""
+        """A random kind, by the shares of the mix."""
         return self._dice.choices(list(self._mix), list(self._mix.values()))[0]
 
     async def perform(self, kind: str) -> str:
-        """One operation, noted in the ledger. Returns how it ended."""
+        """Performs one operation, records it in the ledger, and returns its ending."""
         number = self.ledger.begin(kind)
         try:
             ending = await self._operations[kind]()
@@ -167,48 +167,48 @@ class Traffic:
         return self._dice.choice(self._subjects)
 
     def _stranger(self) -> pb.TransformRequest:
-        """A request whose image is not checked: a subject with another prompt."""
-        return self._subject().message(prompt=f"a passer-by, number {self._dice.randrange(_PROMPTS)}")
+        """A request whose images are not checked: a subject with another prompt."""
+        return self._subject().message(prompt=f"another landscape, number {self._dice.randrange(_PROMPTS)}")
 
     async def _plain(self) -> str:
         subject = self._subject()
         response = await self._main.images.Transform(subject.message(), timeout=PATIENCE)
-        check_pictures(response, self.references[subject])
-        return "picture"
+        check_images(response, self.references[subject])
+        return "image"
 
     async def _stream(self) -> str:
         subject = self._subject()
         request = subject.message(preview_interval=self._dice.choice((0, 0, 3)))
         call = self._main.images.TransformStream(pb.TransformStreamRequest(request=request), timeout=PATIENCE)
-        check_pictures(await follow(call), self.references[subject])
-        return "picture"
+        check_images(await follow(call), self.references[subject])
+        return "image"
 
     async def _second_model(self) -> str:
         subject = self._subject()
         reference = pb.ModelReference(path=self.second)
         response = await self._main.images.Transform(subject.message(model=reference), timeout=PATIENCE)
-        check_pictures(response, self.references[subject])
-        return "picture"
+        check_images(response, self.references[subject])
+        return "image"
 
     async def _asset(self) -> str:
-        """Uploads a source, has it transformed into an asset and downloads that; every other time deletes another one."""
+        """Uploads a source, transforms it into an asset and downloads that; every second time also deletes another asset."""
         subject, keep = self._subject(), self._dice.random() < 0.5
         source = await upload(self._main, subject.source)
-        picture = self._dice.choice((pb.ImageSource(asset_id=source), pb.ImageSource(uri=f"asset:{source}")))
-        request = subject.message(image=picture, output=pb.OutputOptions(as_asset=True))
+        image_source = self._dice.choice((pb.ImageSource(asset_id=source), pb.ImageSource(uri=f"asset:{source}")))
+        request = subject.message(image=image_source, output=pb.OutputOptions(as_asset=True))
         response = await self._main.images.Transform(request, timeout=PATIENCE)
         pause = self._dice.choice((0.0, 0.2))
         for image in response.images:
             image.data = await download(self._main, image.asset_id, pause)
-        check_pictures(response, self.references[subject])
+        check_images(response, self.references[subject])
         if not keep:
-            # Not what others may be using: the same content is the same asset.
+            # A separate asset, because others may use the first: the same content is the same asset.
             await self._delete_one()
-        return "picture"
+        return "image"
 
     async def _delete_one(self) -> None:
         data = self._dice.randbytes(8).hex()
-        unique = self._subject().source + data.encode()  # bytes after a PNG's end are not looked at
+        unique = self._subject().source + data.encode()  # bytes after the end of a PNG are ignored
         source = await upload(self._main, unique)
         await self._main.assets.DeleteAsset(asset_pb2.DeleteAssetRequest(id=source), timeout=PATIENCE)
         try:
@@ -224,8 +224,8 @@ class Traffic:
         request = pb.TransformStreamRequest(request=subject.message(preview_interval=1))
         async with Connection(self._target, self._access, slow=True) as connection:
             call = connection.images.TransformStream(request, timeout=PATIENCE)
-            check_pictures(await follow(call, pause=self._dice.uniform(0.05, 0.5)), self.references[subject])
-        return "picture"
+            check_images(await follow(call, pause=self._dice.uniform(0.05, 0.5)), self.references[subject])
+        return "image"
 
     async def _cancel(self) -> str:
         stream, wait = self._dice.random() < 0.5, self._dice.uniform(0, _BRIEF)
@@ -237,17 +237,17 @@ class Traffic:
         done, _ = await asyncio.wait([task], timeout=wait)
         if done:
             task.result()
-            return "picture"
+            return "image"
         task.cancel()
         try:
             await task
         except asyncio.CancelledError:
             return "cancelled"
-        return "picture"
+        return "image"
 
     async def _deadline(self) -> str:
         await self._main.images.Transform(self._stranger(), timeout=self._dice.uniform(0.02, _BRIEF))
-        return "picture"
+        return "image"
 
     async def _disconnect(self) -> str:
         async with proxy(self._port) as broken, Connection(broken.target, self._access) as connection:
@@ -260,17 +260,17 @@ class Traffic:
             await asyncio.wait([task], timeout=self._dice.uniform(0, _BRIEF))
             broken.sever()
             await task
-        return "picture"
+        return "image"
 
-    async def _bad_picture(self) -> str:
-        name, data = self._dice.choice(list(bad_pictures(self._dice).items()))
+    async def _bad_image(self) -> str:
+        name, data = self._dice.choice(list(invalid_images(self._dice).items()))
         await self._main.images.Transform(self._subject().message(image=pb.ImageSource(data=data)), timeout=PATIENCE)
-        raise Violated(f"a picture was made of one that is {name}")
+        raise Violated(f"the server accepted an invalid image ({name})")
 
     async def _bad_field(self) -> str:
         field, change = self._dice.choice(BAD_FIELDS)
         await self._main.images.Transform(self._subject().message(**change), timeout=PATIENCE)
-        raise Violated(f"a picture was made with a wrong {field}")
+        raise Violated(f"the server accepted an invalid {field}")
 
     async def _killed_client(self) -> str:
         await kill_a_client(self._target, self._access, self._stranger().SerializeToString(), self._dice.uniform(0, _BRIEF))
@@ -278,15 +278,15 @@ class Traffic:
 
     async def _kserve(self) -> str:
         subject = self._subject()
-        check_pictures(await infer(self._main, self.first, subject.message()), self.references[subject])
-        return "picture"
+        check_images(await infer(self._main, self.first, subject.message()), self.references[subject])
+        return "image"
 
     async def _small_tenant(self) -> str:
         subject, begun = self._subjects[0], time.monotonic()
         response = await self._small.images.Transform(subject.message(), timeout=PATIENCE)
         self.small_seconds.append(time.monotonic() - begun)
-        check_pictures(response, self.references[subject])
-        return "picture"
+        check_images(response, self.references[subject])
+        return "image"
 
     async def _unload(self) -> str:
         await unload(self._main, self.second)

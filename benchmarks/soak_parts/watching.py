@@ -1,4 +1,4 @@
-"""Looks at the server from outside all along: health, memory, descriptors and threads, and whether it comes to rest."""
+"""Monitors the server from outside: health, memory, descriptors, threads, and whether it becomes idle."""
 
 import asyncio
 import time
@@ -21,17 +21,17 @@ _HEALTH_EVERY = 0.25
 _HEALTH_SECONDS = 30.0
 _SAMPLE_EVERY = 2.0
 _REST_SECONDS = 60.0
-"""Within which a server that nobody calls has to be idle."""
+"""Seconds within which a server without calls must become idle."""
 _SETTLE_SECONDS = 2.0
 _QUEUE = ("img2img_engine_waiting_requests", "img2img_engine_active_requests")
 _CALLS = "img2img_calls_in_progress"
 _OWN = ("img2img", "inference")
-"""Services whose calls end by themselves, unlike health's watches."""
+"""Services whose calls end by themselves, unlike health watches."""
 
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """How the server was when it had come to rest, `at` seconds after the load began."""
+    """The state of the idle server, `at` seconds after the load began."""
 
     at: float
     vitals: Vitals
@@ -39,23 +39,23 @@ class Checkpoint:
 
 @dataclass(slots=True)
 class Watch:
-    """What was seen so far. `under_load` has (seconds, resident bytes)."""
+    """The observations so far. `under_load` has (seconds, resident bytes)."""
 
     server: ServingProcess
     metrics_port: int
     ledger: Ledger
     access: Access = field(default_factory=Access)
     unread: Counter[str] = field(default_factory=Counter)
-    """The calls of each method that hostile clients may have open while the server is at rest."""
+    """Calls of each method that hostile clients may have open while the server is idle."""
     health_seconds: list[float] = field(default_factory=list)
     under_load: list[tuple[float, int]] = field(default_factory=list)
     checkpoints: list[Checkpoint] = field(default_factory=list)
     begun: float = field(default_factory=time.monotonic)
 
     async def health(self) -> None:
-        """Asks again and again how the server is, as a load balancer would, until it is cancelled."""
+        """Checks health periodically, like a load balancer, until cancelled."""
         async with self.access.channel(self.server.target, SMALL) as channel:
-            stub: Any = health_pb2_grpc.HealthStub(channel)  # its stubs for mypy know no methods
+            stub: Any = health_pb2_grpc.HealthStub(channel)  # its type stubs have no methods
             while True:
                 asked = time.monotonic()
                 try:
@@ -68,7 +68,7 @@ class Watch:
                 await asyncio.sleep(_HEALTH_EVERY)
 
     async def sample(self) -> None:
-        """Notes the memory every now and then, until it is cancelled."""
+        """Records the memory periodically until cancelled."""
         while True:
             try:
                 self.under_load.append((time.monotonic() - self.begun, self.server.vitals().rss))
@@ -78,11 +78,11 @@ class Watch:
             await asyncio.sleep(_SAMPLE_EVERY)
 
     async def rest(self) -> None:
-        """Once only hostile clients have calls open, waits until the engine is idle, and notes how the server is then."""
+        """Waits until the engine is idle and only hostile clients have open calls, and records the server's state."""
         end = time.monotonic() + _REST_SECONDS
         while left := await self._busy():
             if time.monotonic() > end:
-                self.ledger.violate(f"nobody called for {_REST_SECONDS:g} s, and the server still has {left}")
+                self.ledger.violate(f"the server is still busy {_REST_SECONDS:g} s after the last call: {left}")
                 break
             await asyncio.sleep(0.1)
         await asyncio.sleep(_SETTLE_SECONDS)
@@ -90,13 +90,13 @@ class Watch:
         self.checkpoints.append(Checkpoint(time.monotonic() - self.begun, vitals))
 
     async def _busy(self) -> dict[str, float]:
-        """What the server's metrics say that it is doing: requests that wait or are active, calls that are not answered."""
+        """Waiting and active requests and unanswered calls, by the server's metrics."""
         async with aiohttp.ClientSession() as session, session.get(f"http://127.0.0.1:{self.metrics_port}/metrics") as answer:
             text = await answer.text()
         samples = [each for family in text_string_to_metric_families(text) for each in family.samples]
         found = {each.name: each.value for each in samples if each.name in _QUEUE}
         if len(found) < len(_QUEUE):
-            raise ValueError(f"the server's metrics lack some of {', '.join(_QUEUE)}")
+            raise ValueError(f"the server's metrics lack one of {', '.join(_QUEUE)}")
         for each in samples:
             if each.name == _CALLS and any(own in each.labels["method"] for own in _OWN):
                 method = each.labels["method"]
@@ -105,7 +105,7 @@ class Watch:
 
 
 def slope(points: list[tuple[float, float]]) -> float:
-    """The rise per second of the straight line that is nearest to `points` by least squares; 0 for fewer than two."""
+    """The slope of the least-squares line through `points`; 0 for fewer than two."""
     if len(points) < 2:
         return 0.0
     seconds, values = np.array(points).T

@@ -36,7 +36,7 @@ from img2img_client import (
 )
 from img2img_server.bundle.manifest import read_manifest, write_manifest
 from PIL import Image
-from soak_parts.pictures import noise, png
+from soak_parts.images import noise, png
 from soak_parts.stand_in import STEP_SECONDS, expected, plant
 
 PATIENCE = 60.0

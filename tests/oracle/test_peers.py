@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from bench_load.pictures import largest_difference
+from bench_load.images import largest_difference
 from bench_load.sending import Record, connected
 from bench_load.servers import ServerProcess, command, ending
 from bench_load.workloads import Job, Source

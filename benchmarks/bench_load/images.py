@@ -1,4 +1,4 @@
-"""Renders the source images of jobs, and compares what servers made of them."""
+"""Makes the source images of jobs, and compares results."""
 
 import functools
 import io
@@ -9,15 +9,15 @@ from PIL import Image, ImageOps
 
 from bench_load.workloads import Source
 
-PICTURES = Path(__file__).resolve().parents[2] / "demo" / "images"
+IMAGES = Path(__file__).resolve().parents[2] / "demo" / "images"
 NOISE = 6.0
-"""Standard deviation of the noise that makes an image like no other, in steps of 255."""
+"""Standard deviation of the noise that makes an image unique, of 255."""
 
 
 @functools.lru_cache(maxsize=1024)
 def render(source: Source) -> bytes:
     """The source image as a PNG file."""
-    image = Image.open(PICTURES / source.name).convert("RGB")
+    image = Image.open(IMAGES / source.name).convert("RGB")
     if source.cropped:
         width, height = image.size
         image = image.crop((width // 8, height // 8, width - width // 8, height - height // 8))
@@ -33,6 +33,6 @@ def render(source: Source) -> bytes:
 
 
 def largest_difference(one: bytes, other: bytes) -> int:
-    """The largest difference of any channel of any pixel, of 255; 256 where the sizes differ."""
+    """The largest difference of any channel of any pixel, of 255; 256 if the sizes differ."""
     left, right = (np.asarray(Image.open(io.BytesIO(data)).convert("RGB"), dtype=np.int16) for data in (one, other))
     return int(np.abs(left - right).max()) if left.shape == right.shape else 256

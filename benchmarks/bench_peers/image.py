@@ -1,6 +1,6 @@
-"""A process that draws images with one of the ways to run a Stable Diffusion model on a CPU.
+"""A process that makes images with one of several libraries that run Stable Diffusion on a CPU.
 
-`scripts/bench providers` starts one process for each way and runs them in turns. A line on stdin is the number of steps of one
+`scripts/bench providers` starts one process per library and runs them in turns. A line on stdin is the number of steps of one
 image; the answer is a line of JSON with the seconds it took. The image is written to a file.
 """
 
@@ -19,11 +19,11 @@ PROMPT = "A beautiful landscape with mountains and a lake at sunset"
 STRENGTH, STEPS, GUIDANCE, SEED = 0.8, 25, 7.5, 1
 
 Draw = Callable[[Image.Image, int], Image.Image]
-"""A source and a number of steps to an image."""
+"""Makes an image from a source and a number of steps."""
 
 
 def ours(arguments: argparse.Namespace) -> Draw:
-    """The server's pipeline, without the server and without its cache."""
+    """The server's pipeline, without a server and a cache."""
     from img2img_server.bundle.manifest import read_manifest
     from img2img_server.engine.cache import Cache
     from img2img_server.engine.request import Request, run_alone
@@ -63,7 +63,7 @@ def optimum(arguments: argparse.Namespace) -> Draw:
 
 
 def optimum_intel(arguments: argparse.Namespace) -> Draw:
-    """optimum-intel's pipeline on OpenVINO itself, which it converts the PyTorch model for, once."""
+    """optimum-intel's pipeline on OpenVINO. The PyTorch model is converted once."""
     from optimum.intel import OVStableDiffusionImg2ImgPipeline
 
     folder = arguments.model.with_name(f"{arguments.model.name}-openvino")
@@ -87,7 +87,7 @@ def _called(pipe: Any) -> Draw:
     pipe.set_progress_bar_config(disable=True)
 
     def draw(image: Image.Image, steps: int) -> Image.Image:
-        drawn: Image.Image = pipe(
+        made: Image.Image = pipe(
             PROMPT,
             image=image,
             strength=STRENGTH,
@@ -95,13 +95,13 @@ def _called(pipe: Any) -> Draw:
             guidance_scale=GUIDANCE,
             generator=torch.Generator("cpu").manual_seed(SEED),
         ).images[0]
-        return drawn
+        return made
 
     return draw
 
 
 def _device(arguments: argparse.Namespace) -> contextlib.AbstractContextManager[Any]:
-    """OpenVINO's plugin on a CPU that is not Intel's, where that is asked for: what the tests do, and say of themselves."""
+    """With --pretend-intel, enables OpenVINO's plugin on CPUs of other makers, by the same patch as in tests."""
     if not arguments.pretend_intel:
         return contextlib.nullcontext()
     sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
@@ -111,13 +111,13 @@ def _device(arguments: argparse.Namespace) -> contextlib.AbstractContextManager[
 
 
 def main() -> None:
-    """Loads, says so with an empty line of JSON, and draws until stdin ends."""
+    """Loads the model, prints an empty JSON object, and makes images until stdin ends."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("way", choices=WAYS)
     parser.add_argument("model", type=Path)
     parser.add_argument("--size", type=int, required=True)
     parser.add_argument("--threads", type=int, required=True)
-    parser.add_argument("--picture", type=Path, required=True)
+    parser.add_argument("--image", type=Path, required=True)
     parser.add_argument("--provider", default="cpu")
     parser.add_argument("--arithmetic", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--pretend-intel", action="store_true")
@@ -128,14 +128,14 @@ def main() -> None:
 
 def _answer(draw: Draw, arguments: argparse.Namespace) -> None:
     image = Image.linear_gradient("L").resize((arguments.size, arguments.size)).convert("RGB")
-    # What libraries print is no answer.
+    # Libraries may print to stdout, which carries the answers.
     answers, sys.stdout = sys.stdout, sys.stderr
     print(json.dumps({}), file=answers, flush=True)
     for line in sys.stdin:
         begun = time.perf_counter()
-        picture = draw(image, int(line))
+        made = draw(image, int(line))
         seconds = time.perf_counter() - begun
-        picture.save(arguments.picture)
+        made.save(arguments.image)
         print(json.dumps({"seconds": seconds}), file=answers, flush=True)
 
 

@@ -1,4 +1,4 @@
-"""The requests of a soak, their expected images, and files that are not images."""
+"""The requests of a soak, their reference images, and invalid image files."""
 
 import functools
 import io
@@ -13,12 +13,12 @@ from PIL import Image, ImageChops
 SIZES = ((64, 64), (96, 64), (128, 128))
 STEPS = (4, 6, 8, 12)
 TOLERANCE = 1
-"""Of 255, for each pixel: what the server promises of an image in any batch, against the same alone."""
+"""Of 255, for each pixel: the guaranteed agreement of an image in any batch with the same image alone."""
 
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """One request that is made again and again; its image is drawn alone at first."""
+    """A request that is repeated; its reference images are made alone at the start."""
 
     prompt: str
     source: bytes
@@ -28,7 +28,7 @@ class Subject:
     count: int
 
     def message(self, **changes: object) -> pb.TransformRequest:
-        """The request."""
+        """The request, with `changes`."""
         fields: dict[str, object] = {
             "prompt": self.prompt,
             "image": pb.ImageSource(data=self.source),
@@ -58,21 +58,21 @@ def subjects(count: int, seed: int) -> list[Subject]:
 
 
 def noise(size: tuple[int, int], seed: int) -> Image.Image:
-    """An image of coloured patches, the same for the same seed."""
+    """An image of colored patches, determined by the seed."""
     dice = random.Random(seed)
     patches = Image.frombytes("RGB", (8, 8), dice.randbytes(3 * 64))
     return patches.resize(size, Image.Resampling.BICUBIC)
 
 
 def png(image: Image.Image) -> bytes:
-    """The image's file."""
+    """The image as a PNG file."""
     file = io.BytesIO()
     image.save(file, "PNG")
     return file.getvalue()
 
 
 def difference(one: bytes, other: bytes) -> int:
-    """The largest difference of any pixel's colour, of 255; 255 where the sizes differ."""
+    """The largest difference of any color value, of 255; 255 if the sizes differ."""
     with Image.open(io.BytesIO(one)) as first, Image.open(io.BytesIO(other)) as second:
         if first.size != second.size:
             return 255
@@ -80,8 +80,8 @@ def difference(one: bytes, other: bytes) -> int:
     return max(int(pair[1]) for pair in extrema)  # type: ignore[index]
 
 
-def bad_pictures(dice: random.Random) -> dict[str, bytes]:
-    """Files that no server should take, by name."""
+def invalid_images(dice: random.Random) -> dict[str, bytes]:
+    """Files that the server must refuse, by name."""
     good = png(noise((64, 64), dice.randrange(2**32)))
     return {
         "empty": b"",
@@ -96,13 +96,13 @@ def bad_pictures(dice: random.Random) -> dict[str, bytes]:
 
 @functools.cache
 def _bomb() -> bytes:
-    """30 KB that become 31 million pixels, which is just within what a source may have, and far beyond a result."""
+    """30 KB that decode to 31 million pixels: just below the limit of a source, far above that of a result."""
     side = 5_600
     return _png_of(side, side, zlib.compress(bytes(side * (side + 1)), 9))
 
 
 def _png_of(width: int, height: int, data: bytes) -> bytes:
-    """A gray PNG file that claims to be so large."""
+    """A gray PNG file with this size in its header."""
 
     def chunk(kind: bytes, body: bytes) -> bytes:
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
@@ -131,4 +131,4 @@ BAD_FIELDS: tuple[tuple[str, dict[str, object]], ...] = (
     ("image.uri", {"image": pb.ImageSource(uri="gopher://127.0.0.1/")}),
     ("image.uri", {"image": pb.ImageSource(uri="data:image/png;base64,@@@")}),
 )
-"""Fields with the values that must be refused."""
+"""Fields with values that the server must refuse."""
