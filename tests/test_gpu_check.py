@@ -154,7 +154,7 @@ def test_a_step_of_the_engine_is_split_into_the_call_and_the_rest(settings: Sett
     assert [line.name for line in lines][:3] == [
         "warm-up's recordings",
         "1 requests, a step",
-        "1 requests, beside the UNet's call",
+        "1 requests, outside the UNet's call",
     ]
     assert all((line.value or 0) > 0 for line in lines if line.name.endswith("a step"))
 

@@ -66,7 +66,7 @@ def test_only_calls_that_are_not_recorded_build_plans_when_rows_change(settings:
 @pytest.mark.parametrize(
     ("section", "some"),
     [
-        ("host", {"warm-up's recordings", "8 requests, beside the UNet's call"}),
+        ("host", {"warm-up's recordings", "8 requests, outside the UNet's call"}),
         ("unet-sd15", {"ours", "not recorded", "cuDNN attention", "flash attention", "plain graph", "PyTorch"}),
         pytest.param("unet-sdxl", {"ours", "not recorded", "PyTorch"}, marks=pytest.mark.nightly),
         ("vae", {"ours", "PyTorch"}),
