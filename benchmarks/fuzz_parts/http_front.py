@@ -29,7 +29,7 @@ def form(**fields: str | bytes) -> bytes:
 
 def forms() -> list[bytes]:
     """Bodies to begin with."""
-    image = seeds.picture()
+    image = seeds.image_file()
     return [
         form(image=image, prompt="a lake"),
         form(image=image, prompt="a lake", model="m", n="2", size="16x16", quality="low", stream="true", partial_images="2"),
