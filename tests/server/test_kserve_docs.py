@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from conftest import REPOSITORY
-from fuzz_parts.seeds import picture
+from fuzz_parts.seeds import image_file
 from img2img_server.__main__ import configure, configured
 from img2img_server.api.kserve.translation import OUTPUTS, PROGRESS, SETTINGS, SOURCES, Parameters
 from PIL import Image
@@ -88,7 +88,7 @@ async def test_the_table_of_parameters_has_each_that_is_read(monkeypatch: pytest
 
     monkeypatch.setattr(translation, "Parameters", Watched)
     request = pb.ModelInferRequest(model_name="m")
-    request.inputs.add(name="image", datatype="BYTES", shape=[1]).contents.bytes_contents.append(picture())
+    request.inputs.add(name="image", datatype="BYTES", shape=[1]).contents.bytes_contents.append(image_file())
     await translation.read(request, FairThreads(1, "test"))
     assert read == {name for name, *_ in rows("Parameters")} | {"image_uri"} | {setting.name for setting in SETTINGS}
 
