@@ -316,6 +316,16 @@ async def test_an_idle_connection_is_closed_and_so_is_one_with_an_unfinished_bod
             writer.close()
 
 
+async def test_small_answers_do_not_wait_for_the_clients_acknowledgement() -> None:
+    async with front(Limits(10)) as made:
+        reader, writer = await asyncio.open_connection("127.0.0.1", made.port)
+        writer.write(head(verb="GET", path="/health"))
+        assert await reader.read(8) == b"HTTP/1.1"
+        (one,) = made._state.connections
+        assert one.transport.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)  # type: ignore[union-attr]
+        writer.close()
+
+
 async def test_connections_are_bounded_and_a_closed_one_makes_room() -> None:
     async with front(Limits(2)) as made:
 

@@ -7,6 +7,7 @@ parsed in slices, a body only once the application asks for it, and each phase o
 import asyncio
 import json
 import logging
+import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -84,6 +85,9 @@ class Connection(HttpToolsProtocol):
             transport.abort()
             return
         super().connection_made(transport)
+        connected = transport.get_extra_info("socket")
+        if connected is not None:  # asyncio does so only for sockets that name their protocol
+            connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.flow = _Flow(transport, self._resume)
         self._end_after(self._limits.headers)
 
