@@ -322,7 +322,7 @@ async def test_small_answers_do_not_wait_for_the_clients_acknowledgement() -> No
         writer.write(head(verb="GET", path="/health"))
         assert await reader.read(8) == b"HTTP/1.1"
         (one,) = made._state.connections
-        assert one.transport.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)  # type: ignore[union-attr]
+        assert one.transport.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
         writer.close()
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import openai
 import pytest
 import trustme
+from collecting import collecting
 from fakes import FakePipeline
 from granting import grant
 from http_calls import EDITS, ask, client_of, connection, form, get, head_of, port_of, rest_of, serving
@@ -256,6 +257,21 @@ def test_metrics_and_log_tell_of_http_as_of_grpc(
     assert len(lines) == 3, "health and unknown paths have none"
     assert re.fullmatch(rf"POST {EDITS} OK in \d+\.\d{{3}} s for alice", lines[0])
     assert vars(caplog.records[0])["request_id"] == "one"
+
+
+def test_traces_go_on_from_the_callers(pipeline: FakePipeline) -> None:
+    trace, parent = "1" * 32, "2" * 16
+    with collecting() as collector:
+        telemetry = TelemetrySettings(otlp_endpoint=collector.endpoint)
+        with serving(pipelines={"m": pipeline}, telemetry=telemetry) as server:
+            assert ask(server, EDITS, *EDIT, headers={"traceparent": f"00-{trace}-{parent}-01"}).status == 200
+            get(server, "/health")
+        (span,) = [span for span in collector.spans if span.parent == parent]
+        assert (span.name, span.trace) == (f"POST {EDITS}", trace)
+        assert (span.attributes["http.request.method"], span.attributes["http.route"]) == ("POST", EDITS)
+        assert span.attributes["rpc.response.status_code"] == "OK"
+        assert [below.name for below in collector.children(span)] == ["parse", "queue", "encode", "denoise", "decode", "respond"]
+        assert not [span for span in collector.spans if "health" in span.name]
 
 
 def test_a_process_ends_in_time_whatever_http_clients_do(start: Callable[..., Process], tmp_path: Path) -> None:

@@ -161,8 +161,9 @@ def _parent(traceparent: str) -> "Context":
 
 def _attributes(record: Record) -> _Attributes:
     call, outcome, trace = record.call, record.outcome, record.trace
-    attributes: _Attributes = {
-        "rpc.system.name": "grpc",
+    verb, _, route = call.method.rpartition(" ")
+    attributes: _Attributes = {"http.request.method": verb, "http.route": route} if verb else {"rpc.system.name": "grpc"}
+    attributes |= {
         "rpc.method": call.method.lstrip("/"),
         "rpc.response.status_code": outcome.status,
         "img2img.request_id": call.request_id,
