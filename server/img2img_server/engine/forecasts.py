@@ -1,7 +1,9 @@
 """What forecasts of long queues are made of: sums of the active requests, and corrections by the errors of earlier forecasts."""
 
 import math
+from bisect import bisect_left
 from collections.abc import Hashable
+from itertools import accumulate
 
 from img2img_server.engine.backlog import group_sums
 from img2img_server.engine.policy import Job, Policy
@@ -20,25 +22,28 @@ class ActiveSums:
         self.call, self.count = call, len(policy.order)
         self.groups = group_sums(policy.order)
         self._usage = dict(policy.usage)
-        self._jobs = []  # client, seconds left, and the seconds that the client has had when it is finished
-        had = dict(policy.usage)
+        self._clients: dict[str, list[tuple[float, float]]] = {}  # of each request: the seconds left, and its end
+        had = dict(policy.usage)  # an end is what the client has had of the device when the request is finished
+        jobs = []
         for job in policy.order:
             left = job.seconds_left
             end = had.get(job.client, 0.0) + left
+            jobs.append((end, left))
             if job.client:
                 had[job.client] = end
-            self._jobs.append((job.client, left, end))
-        self.seconds = sum(left for _, left, _ in self._jobs)
+                self._clients.setdefault(job.client, []).append((left, end))
+        jobs.sort()
+        self._ends = [end for end, _ in jobs]
+        self._sums = list(accumulate((left for _, left in jobs), initial=0.0))
+        self.seconds = self._sums[-1]
 
     def before(self, job: Job, own_seconds: float) -> float:
         """The seconds of those that are ahead of a waiting request, with `own_seconds` of its client's waiting ahead of it: those
         of its client that have less left, and those of others that are finished when their client has had less."""
-        own, client = 0.0, job.client or None
-        for other, left, _ in self._jobs:
-            if other == client and left < job.seconds_left:
-                own += left
-        end = self._usage.get(job.client, 0.0) + own + own_seconds + job.seconds_left
-        return own + sum(left for other, left, other_end in self._jobs if other != client and other_end < end)
+        left, mine = job.seconds_left, self._clients.get(job.client, ())
+        own = sum(other for other, _ in mine if other < left)
+        end = self._usage.get(job.client, 0.0) + own + own_seconds + left
+        return own + self._sums[bisect_left(self._ends, end)] - sum(other for other, other_end in mine if other_end < end)
 
 
 class Corrections:

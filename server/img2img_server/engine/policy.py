@@ -241,6 +241,8 @@ class Policy:
         for job in order:
             if job is leader or job.group != leader.group:
                 continue
+            if rows >= max(cap, limit):
+                break
             together = rows + job.rows
             if together > cap:  # unless padding rows are computed anyway
                 padded = self._costs.padded(leader.group[0], max(widest, job.rows))

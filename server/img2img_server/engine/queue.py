@@ -105,18 +105,20 @@ class Queue:
 
     def activate(self, client: str) -> None:
         """Notes that a request of `client` became active."""
-        if client:
-            self._hide(client)
+        if self._active[client]:
             self._active[client] += 1
+        elif client:
+            self._hide(client)
+            self._active[client] = 1
             self._show(client)
 
     def deactivate(self, client: str) -> None:
         """Notes that a request of `client` is not active any more."""
-        if client:
-            self._hide(client)
+        if self._active[client] > 1:
             self._active[client] -= 1
-            if not self._active[client]:
-                del self._active[client]
+        elif client:
+            self._hide(client)
+            del self._active[client]
             self._show(client)
 
     def looked_at_before(self, time: float, most: int) -> list[Ticket]:

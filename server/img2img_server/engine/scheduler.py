@@ -23,8 +23,10 @@ _MOST_FORECAST = 48
 than the summed work of the requests ahead."""
 _NEWS_INTERVAL = 1.0
 """Seconds between two forecasts of a request."""
-_MOST_NEWS = 8
-"""Waiting requests that are forecast between two steps if more than `_MOST_FORECAST` have to be, in turn."""
+_LEAST_NEWS, _MOST_NEWS = 4, 32
+"""Waiting requests that are forecast between two steps, in turn, if more than `_MOST_FORECAST` wait or are active."""
+_SECONDS_PER_NEWS = 0.005
+"""Between the minimum and the maximum, one is forecast for each such time since the step before."""
 _SUMMED_CALLS = 8
 """Calls after which the sums of the active requests that estimates are made of are computed again."""
 _MOST_COMPARED = 32
@@ -76,7 +78,7 @@ class Scheduler:
         self._clients: Counter[str] = Counter()  # waiting and active requests for which no slot counts
         self._corrections = Corrections()
         self._unknown: set[str] = set()  # models of requests that came before their costs were known
-        self._forecast_at = -math.inf
+        self._forecast_at = self._news_at = -math.inf
         self._jobs: dict[int, Job] = {}  # of active requests
         self._calls = 0
         self._in_progress = ActiveSums(self._policy, 0)
@@ -241,6 +243,7 @@ class Scheduler:
     def news(self, now: float) -> list[Ticket]:
         """Updates when requests are expected to be finished, each once in a while. Returns waiting ones whose position has
         changed."""
+        since, self._news_at = now - self._news_at, now
         due = now - self._forecast_at >= _NEWS_INTERVAL
         if due:
             self._forecast_at = now
@@ -250,7 +253,7 @@ class Scheduler:
             return self._look_at_all(now) if due else []
         if due:
             self._look_at_active(now)
-        return self._look_at_some(now)
+        return self._look_at_some(now, int(min(_MOST_NEWS, max(_LEAST_NEWS, since / _SECONDS_PER_NEWS))))
 
     def learn(self, ticket: Ticket, seconds: float) -> None:
         """Records how long a request took, to correct later forecasts."""
@@ -286,9 +289,9 @@ class Scheduler:
             if job.number in active:
                 self._expect(active[job.number], now, pace * seconds)
 
-    def _look_at_some(self, now: float) -> list[Ticket]:
+    def _look_at_some(self, now: float, most: int) -> list[Ticket]:
         moved, pace = [], self._pace()
-        for ticket in self._queue.looked_at_before(now - _NEWS_INTERVAL, _MOST_NEWS):
+        for ticket in self._queue.looked_at_before(now - _NEWS_INTERVAL, most):
             job = self._job(ticket)
             self._queue.update(ticket, job, now)
             position, seconds = self._estimate(job, now, pace)
@@ -359,15 +362,16 @@ class Scheduler:
     def _active_jobs(self) -> list[Job]:
         """The jobs of the active requests, as they are now."""
         known: dict[Hashable, JobSeconds] = {}
-        jobs = []
-        for number, ticket in self._tickets[RequestStatus.ACTIVE].items():
-            job = self._jobs[number]
-            kind = job.group, job.rows, job.images, ticket.state is None
-            if kind not in known:
-                known[kind] = self._seconds(ticket)
-            job.seconds = known[kind]
-            job.steps_left, job.passed_over = ticket.steps_left, ticket.passed_over
-            jobs.append(job)
+        tickets = self._tickets[RequestStatus.ACTIVE]
+        jobs = [self._jobs[number] for number in tickets]
+        for ticket, job in zip(tickets.values(), jobs, strict=True):
+            state = ticket.state
+            job.steps_left = ticket.plan.step_count if state is None else state.step_count - state.step
+            job.passed_over = ticket.passed_over
+            kind = job.group, job.rows, job.images, state is None
+            if (seconds := known.get(kind)) is None:
+                seconds = known[kind] = self._seconds(ticket)
+            job.step_seconds, job.setup, job.ending = seconds
         return jobs
 
     def _job(self, ticket: Ticket) -> Job:
