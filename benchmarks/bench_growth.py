@@ -219,8 +219,9 @@ def _plot(figures: dict[str, dict[int, dict[str, float]]], kinds: Sequence[str])
     for axis, kind in zip(axes, kinds, strict=True):
         for name, by_waiting in figures.items():
             axis.plot(list(by_waiting), [row[kind] for row in by_waiting.values()], marker="o", label=name)
-        axis.set(title=kind, xlabel="waiting requests", xscale="log", ylim=(0, None))
+        axis.set(title=kind, xlabel="waiting requests", xscale="log")
     axes[0].set_ylabel("CPU µs")
+    axes[0].set_ylim(bottom=0)
     axes[0].legend(fontsize=7)
     figure.savefig(RESULT.with_suffix(".png"), dpi=110)
     plt.close(figure)
