@@ -18,6 +18,7 @@ from img2img_server.engine.engine import Engine
 from img2img_server.engine.request import Event, Plan, Request, Ticket
 from img2img_server.engine.scheduler import QueueLimits
 from img2img_server.engine.warmup import WarmUp
+from img2img_server.support.source_rule import STRETCHED
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
@@ -47,6 +48,7 @@ class _Counter:
     engine = "simulated:counter"
     size_multiple = 8
     native_size = (512, 512)
+    source_rule = STRETCHED
     max_rows: int | None = None
     measurable = True
     row_buckets: Sequence[int] = ()

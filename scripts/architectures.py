@@ -4,7 +4,6 @@ Heavy imports are inside the functions."""
 import argparse
 import sys
 import tempfile
-import textwrap
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -28,12 +27,28 @@ MODELS: dict[str, tuple[str, ...]] = {
     "Kolors": ("kolors",),
     "Z-Image": ("zimage",),
     "Qwen-Image": ("qwenimage",),
+    "Stable Diffusion 1 with AutoencoderTiny": ("sd-tiny-vae",),
+    "Stable Diffusion 1 with attention masks and a text embedding": ("sd-masked",),
+    "Kandinsky 2.1": ("kandinsky21",),
+    "DeepFloyd IF": ("if",),
+    "Stable Diffusion 1 with PAG": ("sd-pag",),
+    "SDXL with PAG": ("sdxl-pag",),
+    "Stable Diffusion 3 with PAG": ("sd3-pag",),
+    "Flux Kontext": ("kontext",),
+    "FLUX.2 klein": ("klein",),
+    "FLUX.2": ("flux2",),
+    "Qwen-Image-Edit": ("qwenimage-edit",),
+    "Qwen-Image-Edit-Plus": ("qwenimage-edit-plus",),
+    "Qwen-Image 2.1": ("qwenimage2",),
+    "LongCat-Image-Edit": ("longcat-edit",),
+    "Chroma": ("chroma",),
+    "SANA-Sprint": ("sana-sprint",),
 }
 """Common names of architectures, and their tiny models, which may differ in their graphs only."""
 
 _HEAD = """\
-| architecture | class | becomes | graphs | runs | verified |
-|---|---|---|---|---|---|
+| architecture | class | becomes | graphs | why not all | runs | verified |
+|---|---|---|---|---|---|---|
 """
 
 
@@ -42,14 +57,14 @@ def row(name: str, manifests: Mapping[str, Manifest]) -> str:
     rows = {_cells(manifest) for manifest in manifests.values()}
     if len(rows) != 1:
         raise ValueError(f"the bundles of the tiny models of {name} differ: {', '.join(map(str, rows))}")
-    kind, becomes, runs, verified = next(iter(rows))
+    kind, becomes, why, runs, verified = next(iter(rows))
     graphs: dict[str, None] = {}
     for manifest in manifests.values():
         graphs |= dict.fromkeys(one.name for one in manifest.components if one.backend == "onnx")
-    return f"| {name} | `{kind}` | {becomes} | {', '.join(sorted(graphs)) or 'none'} | {runs} | {verified} |\n"
+    return f"| {name} | `{kind}` | {becomes} | {', '.join(sorted(graphs)) or 'none'} | {why} | {runs} | {verified} |\n"
 
 
-def _cells(manifest: Manifest) -> tuple[str, str, str, str]:
+def _cells(manifest: Manifest) -> tuple[str, ...]:
     from img2img_server.runtime.loader import FAMILIES
     from img2img_server.runtime.opaque.batching_rules import RULES
 
@@ -58,27 +73,46 @@ def _cells(manifest: Manifest) -> tuple[str, str, str, str]:
     checked = manifest.verification
     most = checked.limits["max_abs_error"] if checked.passed and checked.pictures else None
     verified = "no" if most is None else f"{len(checked.pictures)} images, within {most:g}/255"
-    return manifest.pipeline_class, manifest.backend, runs, verified
+    why = (manifest.backend_reason or "").replace("|", "/")
+    return manifest.pipeline_class, manifest.backend, why, runs, verified
 
 
 def table(manifests: Mapping[str, Manifest]) -> str:
-    """The table, and the paragraph about untested classes."""
+    """Both tables: of architectures, and of the keys of AutoPipelineForImage2Image."""
     rows = "".join(row(name, {model: manifests[model] for model in models}) for name, models in MODELS.items())
-    tried = {manifest.pipeline_class for manifest in manifests.values()}
-    return f"{_HEAD}{rows}\n{untried(tried)}"
+    return f"{_HEAD}{rows}\n{keys({manifest.pipeline_class: manifest.backend for manifest in manifests.values()})}"
 
 
-def untried(tried: set[str]) -> str:
-    """A paragraph about the classes of AutoPipelineForImage2Image that are not tested."""
+_KEYS_HEAD = """\
+| key of AutoPipelineForImage2Image | class | becomes |
+|---|---|---|
+"""
+
+
+def keys(becomes: Mapping[str, str]) -> str:
+    """The table of diffusers' keys. `becomes` says what bundles of a class become; what is not there is refused, with a reason.
+
+    Raises ValueError for a class that was neither exported nor is refused.
+    """
     from diffusers.pipelines.auto_pipeline import AUTO_IMAGE2IMAGE_PIPELINES_MAPPING
 
-    others = sorted({kind.__name__ for kind in AUTO_IMAGE2IMAGE_PIPELINES_MAPPING.values()} - tried)
-    text = (
-        "For other classes of diffusers' AutoPipelineForImage2Image, the export tries a hybrid bundle, then torch, and publishes "
-        "it if its images match those of diffusers; the server then runs one image at a time. They are not tested. Classes "
-        f"that require more inputs than a prompt and an image (such as ControlNet) cannot be served: {', '.join(others)}."
-    )
-    return textwrap.fill(text, 130, break_on_hyphens=False) + "\n"
+    rows = ""
+    for key, kind in AUTO_IMAGE2IMAGE_PIPELINES_MAPPING.items():
+        name = kind.__name__
+        rows += f"| {key} | `{name}` | {becomes.get(name) or f'not served: {_refusal(name)}'} |\n"
+    return f"{_KEYS_HEAD}{rows}"
+
+
+def _refusal(name: str) -> str:
+    from img2img_export.convert.models import plan
+    from img2img_export.errors import ExportError
+    from img2img_export.read.checkpoint import Layout
+
+    try:
+        plan(Layout(name, {}, ()), "auto")
+    except ExportError as error:
+        return str(error)
+    raise ValueError(f"{name} is not refused, and MODELS has no tiny model of it")
 
 
 def on_page() -> str:

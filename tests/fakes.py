@@ -4,9 +4,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from img2img_server.engine.engine import Engine
-from img2img_server.engine.request import Completed, Event, Failed, Plan, Progress, Request, RequestWarning, Ticket
+from img2img_server.engine.request import Completed, Event, Failed, Plan, Progress, Request, RequestWarning, Ticket, no_step
 from img2img_server.engine.scheduler import QueueLimits
 from img2img_server.errors import OutOfMemory
+from img2img_server.support.source_rule import SourceRule
 from PIL import Image
 
 
@@ -36,6 +37,7 @@ class FakePipeline:
     engine = "fake:cpu"
     size_multiple = 8
     native_size = (16, 16)
+    source_rule = SourceRule()
     measurable = True
     row_buckets: Sequence[int] = ()
     schedulers: tuple[str, ...] = ("EulerDiscreteScheduler", "DDIMScheduler")
@@ -64,7 +66,9 @@ class FakePipeline:
 
     def plan(self, request: Request) -> Plan:
         steps = int(request.num_inference_steps * request.strength)
-        width, height = request.image.size
+        if steps == 0:
+            raise no_step(request)
+        width, height = request.result_size
         return Plan((width, height), width * height, len(request.seeds), steps, self.warnings)
 
     def prepare(self, requests: Sequence[Request]) -> Sequence[FakeState]:

@@ -1,24 +1,85 @@
-"""Tiny Kandinsky 2.2 and 3: their prior, decoder and MoVQ with random weights."""
+"""Tiny Kandinsky 2.1, 2.2 and 3: their prior, decoder and MoVQ with random weights."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import (
+    DDIMScheduler,
     DDPMScheduler,
     Kandinsky3Pipeline,
     Kandinsky3UNet,
+    KandinskyImg2ImgCombinedPipeline,
     KandinskyV22Img2ImgCombinedPipeline,
     PriorTransformer,
     UnCLIPScheduler,
     UNet2DConditionModel,
     VQModel,
 )
+from diffusers.pipelines.kandinsky.text_encoder import MCLIPConfig, MultilingualCLIP
 from tiny_parts import BETAS, SAMPLE_SIZE, TEXT_WIDTH, save_tokenizer, t5_encoder, t5_tokenizer, text_config
-from transformers import CLIPImageProcessor, CLIPTextModelWithProjection, CLIPVisionConfig, CLIPVisionModelWithProjection
+from transformers import (
+    CLIPImageProcessor,
+    CLIPTextModelWithProjection,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+    XLMRobertaTokenizer,
+)
+
+
+def kandinsky_2_1(directory: Path) -> None:
+    """Like Kandinsky 2.1, prior and decoder in one directory: the decoder reads the prompt, too, by another encoder."""
+    tokenizer = _roberta_tokenizer(directory / "tokenizer")
+    config = MCLIPConfig(
+        transformerDimSize=TEXT_WIDTH,
+        imageDimSize=TEXT_WIDTH,
+        vocab_size=len(tokenizer),
+        hidden_size=TEXT_WIDTH,
+        intermediate_size=37,
+        num_attention_heads=4,
+        num_hidden_layers=2,
+        max_position_embeddings=80,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    KandinskyImg2ImgCombinedPipeline(
+        text_encoder=MultilingualCLIP(config).eval(),
+        tokenizer=tokenizer,
+        unet=_unet(
+            addition_embed_type="text_image",
+            encoder_hid_dim_type="text_image_proj",
+            addition_embed_type_num_heads=4,
+            cross_attention_dim=TEXT_WIDTH,
+        ),
+        scheduler=DDIMScheduler(
+            **{**BETAS, "beta_schedule": "linear"}, clip_sample=False, set_alpha_to_one=False, steps_offset=1
+        ),
+        movq=_movq(),
+        **_prior(directory),
+    ).save_pretrained(directory, safe_serialization=True)
+
+
+def _roberta_tokenizer(directory: Path) -> XLMRobertaTokenizer:
+    """T5's letters and words under the marks of an XLM-RoBERTa."""
+    directory.mkdir(parents=True)
+    tokenizer = t5_tokenizer(length=77)
+    vocabulary = sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().__getitem__)
+    pieces = [(piece, -1.0 if piece.startswith("▁") else -9.0) for piece in vocabulary if not piece.startswith("<")]
+    marks = [("<s>", 0.0), ("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
+    return XLMRobertaTokenizer(vocab=[*marks, *pieces, ("<mask>", 0.0)], model_max_length=77)
 
 
 def kandinsky_2_2(directory: Path) -> None:
     """Like Kandinsky 2.2, prior and decoder in one directory: a pipeline that optimum cannot export."""
+    KandinskyV22Img2ImgCombinedPipeline(
+        unet=_unet(),
+        scheduler=DDPMScheduler(**BETAS, clip_sample=False, thresholding=False),
+        movq=_movq(),
+        **_prior(directory),
+    ).save_pretrained(directory, safe_serialization=True)
+
+
+def _prior(directory: Path) -> dict[str, Any]:
+    """The components of a prior, by the names that a combined pipeline gives them."""
     tokenizer = save_tokenizer(directory / "prior_tokenizer")
     vision = CLIPVisionConfig(
         hidden_size=32,
@@ -31,17 +92,14 @@ def kandinsky_2_2(directory: Path) -> None:
     )
     prior = PriorTransformer(num_attention_heads=2, attention_head_dim=16, embedding_dim=TEXT_WIDTH, num_layers=1)
     prior.clip_std.fill_(1.0)
-    KandinskyV22Img2ImgCombinedPipeline(
-        unet=_unet(),
-        scheduler=DDPMScheduler(**BETAS, clip_sample=False, thresholding=False),
-        movq=_movq(),
-        prior_prior=prior.eval(),
-        prior_image_encoder=CLIPVisionModelWithProjection(vision).eval(),
-        prior_text_encoder=CLIPTextModelWithProjection(text_config(tokenizer)).eval(),
-        prior_tokenizer=tokenizer,
-        prior_scheduler=UnCLIPScheduler(variance_type="fixed_small_log", prediction_type="sample", clip_sample=True),
-        prior_image_processor=CLIPImageProcessor(size=32, crop_size=32),
-    ).save_pretrained(directory, safe_serialization=True)
+    return {
+        "prior_prior": prior.eval(),
+        "prior_image_encoder": CLIPVisionModelWithProjection(vision).eval(),
+        "prior_text_encoder": CLIPTextModelWithProjection(text_config(tokenizer)).eval(),
+        "prior_tokenizer": tokenizer,
+        "prior_scheduler": UnCLIPScheduler(variance_type="fixed_small_log", prediction_type="sample", clip_sample=True),
+        "prior_image_processor": CLIPImageProcessor(size=32, crop_size=32),
+    }
 
 
 def kandinsky_3(directory: Path) -> None:
@@ -69,25 +127,27 @@ def kandinsky_3(directory: Path) -> None:
     ).save_pretrained(directory, safe_serialization=True)
 
 
-def _unet() -> UNet2DConditionModel:
-    return UNet2DConditionModel(
-        sample_size=SAMPLE_SIZE,
-        in_channels=4,
-        out_channels=8,
-        addition_embed_type="image",
-        down_block_types=("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
-        up_block_types=("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
-        mid_block_type="UNetMidBlock2DSimpleCrossAttn",
-        block_out_channels=(16, 32),
-        layers_per_block=1,
-        norm_num_groups=8,
-        encoder_hid_dim=TEXT_WIDTH,
-        encoder_hid_dim_type="image_proj",
-        cross_attention_dim=TEXT_WIDTH,
-        attention_head_dim=4,
-        resnet_time_scale_shift="scale_shift",
-        class_embed_type=None,
-    ).eval()
+def _unet(**changes: Any) -> UNet2DConditionModel:
+    """Kandinsky 2.2's UNet, but for `changes` of its configuration."""
+    settings: dict[str, Any] = {
+        "sample_size": SAMPLE_SIZE,
+        "in_channels": 4,
+        "out_channels": 8,
+        "addition_embed_type": "image",
+        "down_block_types": ("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
+        "up_block_types": ("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
+        "mid_block_type": "UNetMidBlock2DSimpleCrossAttn",
+        "block_out_channels": (16, 32),
+        "layers_per_block": 1,
+        "norm_num_groups": 8,
+        "encoder_hid_dim": TEXT_WIDTH,
+        "encoder_hid_dim_type": "image_proj",
+        "cross_attention_dim": TEXT_WIDTH,
+        "attention_head_dim": 4,
+        "resnet_time_scale_shift": "scale_shift",
+        "class_embed_type": None,
+    }
+    return UNet2DConditionModel(**{**settings, **changes}).eval()
 
 
 def _movq() -> VQModel:

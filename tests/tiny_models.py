@@ -8,25 +8,32 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import tiny_edits
 import tiny_kandinsky
 import tiny_kolors
 import tiny_transformers
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderTiny,
     DDIMScheduler,
+    DDPMScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
+    IFImg2ImgPipeline,
     LatentConsistencyModelPipeline,
     LCMScheduler,
     PNDMScheduler,
+    StableDiffusion3PAGImg2ImgPipeline,
     StableDiffusionInstructPix2PixPipeline,
+    StableDiffusionPAGImg2ImgPipeline,
     StableDiffusionPipeline,
     StableDiffusionXLImg2ImgPipeline,
+    StableDiffusionXLPAGImg2ImgPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from tiny_parts import BETAS, TEXT_WIDTH, make_vae_overflow, save_tokenizer, text_config, unet, vae
+from tiny_parts import BETAS, TEXT_WIDTH, make_vae_overflow, save_tokenizer, t5_encoder, t5_tokenizer, text_config, unet, vae
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 
@@ -82,6 +89,90 @@ def _instruct_pix2pix(directory: Path) -> None:
     _save_stable_diffusion(directory, tokenizer, text_encoder, unet(in_channels=8), scheduler, pipeline_class)
 
 
+def _stable_diffusion_tiny_vae(directory: Path) -> None:
+    """Stable Diffusion with an AutoencoderTiny (TAESD), as many put it in for speed. Its latents have no distribution."""
+    tokenizer = save_tokenizer(directory / "tokenizer")
+    autoencoder = AutoencoderTiny(
+        encoder_block_out_channels=(8, 8, 8, 8),
+        decoder_block_out_channels=(8, 8, 8, 8),
+        num_encoder_blocks=(1, 1, 1, 1),
+        num_decoder_blocks=(1, 1, 1, 1),
+    ).eval()
+    autoencoder.decoder.layers[-1].weight.mul_(1.5 / autoencoder.decode(torch.randn(2, 4, 8, 8)).sample.std())
+    autoencoder.decoder.layers[-1].bias.zero_()
+    noise = torch.randn(2, 3, 64, 64).clamp(-1, 1)
+    autoencoder.encoder.layers[-1].weight.div_(autoencoder.encode(noise).latents.std())
+    scheduler = PNDMScheduler(**BETAS, skip_prk_steps=True, steps_offset=1, set_alpha_to_one=False)
+    text_encoder = CLIPTextModel(text_config(tokenizer))
+    _save_stable_diffusion(directory, tokenizer, text_encoder, unet(), scheduler, autoencoder=autoencoder)
+
+
+def _stable_diffusion_masked(directory: Path) -> None:
+    """Stable Diffusion whose text encoder reads the prompt's attention mask, and whose UNet pools its states as an embedding."""
+    tokenizer = save_tokenizer(directory / "tokenizer")
+    config = text_config(tokenizer)
+    config.use_attention_mask = True
+    scheduler = PNDMScheduler(**BETAS, skip_prk_steps=True, steps_offset=1, set_alpha_to_one=False)
+    predictor = unet(addition_embed_type="text", addition_embed_type_num_heads=4)
+    _save_stable_diffusion(directory, tokenizer, CLIPTextModel(config), predictor, scheduler)
+
+
+def _stable_diffusion_pag(directory: Path) -> None:
+    """Stable Diffusion with perturbed attention guidance: a third row for each image."""
+    _stable_diffusion_1(directory)
+    _save_as(directory, StableDiffusionPAGImg2ImgPipeline)
+
+
+def _stable_diffusion_xl_pag(directory: Path) -> None:
+    """SDXL with perturbed attention guidance."""
+    _stable_diffusion_xl(directory)
+    _save_as(directory, StableDiffusionXLPAGImg2ImgPipeline)
+
+
+def _stable_diffusion_3_pag(directory: Path) -> None:
+    """Stable Diffusion 3 with perturbed attention guidance."""
+    tiny_transformers.stable_diffusion_3(directory)
+    _save_as(directory, StableDiffusion3PAGImg2ImgPipeline)
+
+
+def _save_as(directory: Path, pipeline_class: Any) -> None:
+    """Saves the pipeline in `directory` as one of another class."""
+    pipeline_class.from_pretrained(directory).save_pretrained(directory, safe_serialization=True)
+
+
+def _deepfloyd_if(directory: Path) -> None:
+    """Like DeepFloyd IF's first stage: a T5, and a UNet of pixels, which predicts its variance, too. It has no VAE."""
+    tokenizer = t5_tokenizer(length=77)
+    IFImg2ImgPipeline(
+        tokenizer=tokenizer,
+        text_encoder=t5_encoder(tokenizer, TEXT_WIDTH),
+        unet=unet(
+            sample_size=32,
+            in_channels=3,
+            out_channels=6,
+            layers_per_block=1,
+            block_out_channels=(16, 32),
+            down_block_types=("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
+            mid_block_type="UNetMidBlock2DSimpleCrossAttn",
+            up_block_types=("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
+            encoder_hid_dim=TEXT_WIDTH,
+            cross_attention_dim=16,
+            addition_embed_type="text",
+            addition_embed_type_num_heads=2,
+            resnet_time_scale_shift="scale_shift",
+            act_fn="gelu",
+        ),
+        scheduler=DDPMScheduler(
+            beta_schedule="squaredcos_cap_v2", variance_type="learned_range", thresholding=True, dynamic_thresholding_ratio=0.95,
+            sample_max_value=1.5, prediction_type="epsilon",
+        ),
+        safety_checker=None,
+        feature_extractor=None,
+        watermarker=None,
+        requires_safety_checker=False,
+    ).save_pretrained(directory, safe_serialization=True)  # fmt: skip
+
+
 def _save_stable_diffusion(
     directory: Path,
     tokenizer: Any,
@@ -89,9 +180,10 @@ def _save_stable_diffusion(
     predictor: Any,
     scheduler: Any,
     pipeline_class: Any = StableDiffusionPipeline,
+    autoencoder: Any = None,
 ) -> None:
     pipeline_class(
-        vae=vae(0.18215),
+        vae=autoencoder or vae(0.18215),
         text_encoder=text_encoder.eval(),
         tokenizer=tokenizer,
         unet=predictor,
@@ -174,6 +266,23 @@ BUILDERS: dict[str, Callable[[Path], None]] = {
     "sd3-no-t5": tiny_transformers.stable_diffusion_3_without_t5,
     "flux": tiny_transformers.flux_schnell,
     "flux-dev": tiny_transformers.flux_dev,
+    "sd-tiny-vae": _stable_diffusion_tiny_vae,
+    "sd-masked": _stable_diffusion_masked,
+    "sd-pag": _stable_diffusion_pag,
+    "sdxl-pag": _stable_diffusion_xl_pag,
+    "sd3-pag": _stable_diffusion_3_pag,
+    "if": _deepfloyd_if,
+    "kontext": tiny_edits.flux_kontext,
+    "flux2": tiny_edits.flux_2,
+    "klein": tiny_edits.flux_2_klein,
+    "qwenimage-edit": tiny_edits.qwen_image_edit,
+    "qwenimage-edit-plus": tiny_edits.qwen_image_edit_plus,
+    "qwenimage-layered": tiny_edits.qwen_image_layered,
+    "qwenimage2": tiny_edits.qwen_image_2,
+    "longcat-edit": tiny_edits.longcat_image_edit,
+    "chroma": tiny_transformers.chroma,
+    "sana-sprint": tiny_transformers.sana_sprint,
+    "kandinsky21": tiny_kandinsky.kandinsky_2_1,
     "kandinsky22": tiny_kandinsky.kandinsky_2_2,
     "kandinsky3": tiny_kandinsky.kandinsky_3,
     "kolors": tiny_kolors.kolors,

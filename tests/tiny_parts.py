@@ -37,12 +37,12 @@ def save_tokenizer(directory: Path, pad_token: str = "<|endoftext|>") -> CLIPTok
     return CLIPTokenizer(str(directory / "vocab.json"), str(directory / "merges.txt"), pad_token=pad_token, model_max_length=77)
 
 
-def qwen_tokenizer(directory: Path) -> Qwen2Tokenizer:
+def qwen_tokenizer(directory: Path, more_marks: Sequence[str] = ()) -> Qwen2Tokenizer:
     """Qwen's byte-level tokenizer with a few words and its chat's marks, made by code out of files in `directory`."""
     directory.mkdir(parents=True, exist_ok=True)
     # Within a text a word begins with its space.
     merges = _merges([f"Ġ{word}" for word in (*_TEMPLATE.split(), *_WORDS)])
-    marks = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    marks = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *more_marks]
     _save_merges(directory, [*_byte_letters(), *("".join(pair) for pair in merges), *marks], merges)
     tokenizer = Qwen2Tokenizer(str(directory / "vocab.json"), str(directory / "merges.txt"), additional_special_tokens=marks[1:])
     tokenizer.chat_template = (

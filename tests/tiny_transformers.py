@@ -5,12 +5,18 @@ from typing import Any
 
 import torch
 from diffusers import (
+    AutoencoderDC,
     AutoencoderKLQwenImage,
+    ChromaPipeline,
+    ChromaTransformer2DModel,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
+    SanaSprintPipeline,
+    SanaTransformer2DModel,
+    SCMScheduler,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     ZImagePipeline,
@@ -20,13 +26,16 @@ from tiny_parts import SAMPLE_SIZE, TEXT_WIDTH, qwen_tokenizer, save_tokenizer, 
 from transformers import (
     CLIPTextModel,
     CLIPTextModelWithProjection,
+    Gemma2Config,
+    Gemma2Model,
+    GemmaTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen3Config,
     Qwen3Model,
 )
 
-_CHANNELS = 16
+CHANNELS = 16
 """Of the latents."""
 
 
@@ -47,8 +56,8 @@ def _save_stable_diffusion_3(directory: Path, text_encoder_3: Any, tokenizer_3: 
     transformer = SD3Transformer2DModel(
         sample_size=SAMPLE_SIZE,
         patch_size=2,
-        in_channels=_CHANNELS,
-        out_channels=_CHANNELS,
+        in_channels=CHANNELS,
+        out_channels=CHANNELS,
         num_layers=2,
         attention_head_dim=8,
         num_attention_heads=4,
@@ -57,13 +66,13 @@ def _save_stable_diffusion_3(directory: Path, text_encoder_3: Any, tokenizer_3: 
         pooled_projection_dim=2 * TEXT_WIDTH,
         pos_embed_max_size=16,
     ).eval()
-    sample, text = torch.randn(2, _CHANNELS, SAMPLE_SIZE, SAMPLE_SIZE), torch.randn(2, 77, 2 * TEXT_WIDTH)
+    sample, text = torch.randn(2, CHANNELS, SAMPLE_SIZE, SAMPLE_SIZE), torch.randn(2, 77, 2 * TEXT_WIDTH)
     prediction = transformer(sample, text, torch.randn(2, 2 * TEXT_WIDTH), torch.tensor([500.0, 500.0])).sample
-    _calibrate(transformer.proj_out, prediction)
+    calibrate(transformer.proj_out, prediction)
     StableDiffusion3Pipeline(
         transformer=transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-        vae=vae(1.5305, channels=_CHANNELS, shift_factor=0.0609),
+        vae=vae(1.5305, channels=CHANNELS, shift_factor=0.0609),
         text_encoder=CLIPTextModelWithProjection(text_config(tokenizer)).eval(),
         tokenizer=tokenizer,
         text_encoder_2=CLIPTextModelWithProjection(text_config(tokenizer_2, "gelu")).eval(),
@@ -88,7 +97,7 @@ def _save_flux(directory: Path, guidance: bool, scheduler: Any) -> None:
     tokenizer, tokenizer_2 = save_tokenizer(directory / "tokenizer"), t5_tokenizer(length=64)
     transformer = FluxTransformer2DModel(
         patch_size=1,
-        in_channels=4 * _CHANNELS,
+        in_channels=4 * CHANNELS,
         num_layers=1,
         num_single_layers=2,
         attention_head_dim=16,
@@ -98,10 +107,10 @@ def _save_flux(directory: Path, guidance: bool, scheduler: Any) -> None:
         guidance_embeds=guidance,
         axes_dims_rope=(4, 4, 8),
     ).eval()
-    _strengthen(transformer, 8, "add_v_proj", "attn.to_out.0", "text_embedder.linear_2", "guidance_embedder.linear_2")
+    strengthen(transformer, 8, "add_v_proj", "attn.to_out.0", "text_embedder.linear_2", "guidance_embedder.linear_2")
     count = (SAMPLE_SIZE // 2) ** 2
     prediction = transformer(
-        hidden_states=torch.randn(2, count, 4 * _CHANNELS),
+        hidden_states=torch.randn(2, count, 4 * CHANNELS),
         encoder_hidden_states=torch.randn(2, 64, TEXT_WIDTH),
         pooled_projections=torch.randn(2, TEXT_WIDTH),
         timestep=torch.full((2,), 0.5),
@@ -109,16 +118,121 @@ def _save_flux(directory: Path, guidance: bool, scheduler: Any) -> None:
         txt_ids=torch.zeros(64, 3),
         guidance=torch.full((2,), 3.5) if guidance else None,
     ).sample
-    _calibrate(transformer.proj_out, prediction)
+    calibrate(transformer.proj_out, prediction)
     FluxPipeline(
         scheduler=scheduler,
-        vae=vae(0.3611, channels=_CHANNELS, shift_factor=0.1159),
+        vae=vae(0.3611, channels=CHANNELS, shift_factor=0.1159),
         text_encoder=CLIPTextModel(text_config(tokenizer)).eval(),
         tokenizer=tokenizer,
         text_encoder_2=t5_encoder(tokenizer_2, TEXT_WIDTH),
         tokenizer_2=tokenizer_2,
         transformer=transformer,
     ).save_pretrained(directory, safe_serialization=True)
+
+
+def chroma(directory: Path) -> None:
+    """Like Chroma: Flux without CLIP and guidance, whose text has a mask, and a small network that makes all modulations."""
+    tokenizer = t5_tokenizer(length=64)
+    transformer = ChromaTransformer2DModel(
+        in_channels=4 * CHANNELS,
+        num_layers=1,
+        num_single_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=TEXT_WIDTH,
+        axes_dims_rope=(4, 4, 8),
+        approximator_num_channels=8,
+        approximator_hidden_dim=32,
+        approximator_layers=1,
+    ).eval()
+    strengthen(transformer, 8, "add_v_proj", "attn.to_out.0", "context_embedder")
+    count = (SAMPLE_SIZE // 2) ** 2
+    prediction = transformer(
+        hidden_states=torch.randn(2, count, 4 * CHANNELS),
+        encoder_hidden_states=torch.randn(2, 64, TEXT_WIDTH),
+        timestep=torch.full((2,), 0.5),
+        img_ids=torch.zeros(count, 3),
+        txt_ids=torch.zeros(64, 3),
+        attention_mask=torch.ones(2, 64 + count),
+    ).sample
+    calibrate(transformer.proj_out, prediction)
+    ChromaPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=vae(0.3611, channels=CHANNELS, shift_factor=0.1159),
+        text_encoder=t5_encoder(tokenizer, TEXT_WIDTH),
+        tokenizer=tokenizer,
+        transformer=transformer,
+    ).save_pretrained(directory, safe_serialization=True)
+
+
+def sana_sprint(directory: Path) -> None:
+    """Like SANA-Sprint: a Gemma 2 text encoder, linear attention, and latents of 32 pixels a side."""
+    tokenizer = _gemma_tokenizer(directory / "tokenizer")
+    text_encoder = Gemma2Model(
+        Gemma2Config(
+            vocab_size=len(tokenizer),
+            hidden_size=TEXT_WIDTH,
+            intermediate_size=64,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            head_dim=8,
+        )
+    ).eval()
+    autoencoder = AutoencoderDC(
+        latent_channels=4,
+        attention_head_dim=2,
+        encoder_block_types="ResBlock",
+        decoder_block_types="ResBlock",
+        encoder_block_out_channels=(8,) * 6,
+        decoder_block_out_channels=(8,) * 6,
+        encoder_layers_per_block=(1,) * 6,
+        decoder_layers_per_block=(1,) * 6,
+        encoder_qkv_multiscales=((),) * 6,
+        decoder_qkv_multiscales=((),) * 6,
+        downsample_block_type="Conv",
+        upsample_block_type="interpolate",
+    ).eval()
+    latents = torch.randn(2, 4, SAMPLE_SIZE, SAMPLE_SIZE)
+    autoencoder.decoder.conv_out.weight.mul_(0.5 / autoencoder.decode(latents).sample.std())
+    transformer = SanaTransformer2DModel(
+        in_channels=4,
+        out_channels=4,
+        num_layers=1,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        num_cross_attention_heads=2,
+        cross_attention_head_dim=8,
+        cross_attention_dim=16,
+        caption_channels=TEXT_WIDTH,
+        sample_size=32,
+        qk_norm="rms_norm_across_heads",
+        guidance_embeds=True,
+    ).eval()
+    strengthen(transformer, 8, "attn2.to_out.0")
+    prediction = transformer(
+        hidden_states=torch.randn(2, 4, SAMPLE_SIZE, SAMPLE_SIZE),
+        encoder_hidden_states=torch.randn(2, 64, TEXT_WIDTH),
+        timestep=torch.full((2,), 0.5),
+        guidance=torch.full((2,), 0.45),
+    ).sample
+    calibrate(transformer.proj_out, prediction)
+    SanaSprintPipeline(
+        tokenizer=tokenizer,
+        text_encoder=text_encoder,
+        vae=autoencoder,
+        transformer=transformer,
+        scheduler=SCMScheduler(),
+    ).save_pretrained(directory, safe_serialization=True)
+
+
+def _gemma_tokenizer(directory: Path) -> GemmaTokenizerFast:
+    """T5's letters and words as a Gemma tokenizer, which pads on the right here as the pipeline asks."""
+    directory.mkdir(parents=True)
+    backend = t5_tokenizer(length=300).backend_tokenizer
+    return GemmaTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", bos_token="</s>", model_max_length=300
+    )
 
 
 def z_image(directory: Path) -> None:
@@ -137,7 +251,7 @@ def z_image(directory: Path) -> None:
         )
     ).eval()
     transformer = ZImageTransformer2DModel(
-        in_channels=_CHANNELS,
+        in_channels=CHANNELS,
         dim=32,
         n_layers=1,
         n_refiner_layers=1,
@@ -149,12 +263,12 @@ def z_image(directory: Path) -> None:
     ).eval()
     transformer.x_pad_token.normal_()
     transformer.cap_pad_token.normal_()
-    sample, text = torch.randn(_CHANNELS, 1, SAMPLE_SIZE, SAMPLE_SIZE), torch.randn(40, TEXT_WIDTH)
+    sample, text = torch.randn(CHANNELS, 1, SAMPLE_SIZE, SAMPLE_SIZE), torch.randn(40, TEXT_WIDTH)
     prediction = transformer([sample], torch.tensor([0.5]), [text], return_dict=False)[0][0]
-    _calibrate(transformer.all_final_layer["2-1"].linear, prediction)
+    calibrate(transformer.all_final_layer["2-1"].linear, prediction)
     ZImagePipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-        vae=vae(0.3611, channels=_CHANNELS, shift_factor=0.1159),
+        vae=vae(0.3611, channels=CHANNELS, shift_factor=0.1159),
         text_encoder=text_encoder,
         tokenizer=tokenizer,
         transformer=transformer,
@@ -169,8 +283,8 @@ def qwen_image(directory: Path) -> None:
     tokenizer = qwen_tokenizer(directory / "tokenizer")
     transformer = QwenImageTransformer2DModel(
         patch_size=2,
-        in_channels=4 * _CHANNELS,
-        out_channels=_CHANNELS,
+        in_channels=4 * CHANNELS,
+        out_channels=CHANNELS,
         num_layers=1,
         attention_head_dim=16,
         num_attention_heads=2,
@@ -178,26 +292,27 @@ def qwen_image(directory: Path) -> None:
         axes_dims_rope=(8, 4, 4),
     ).eval()
     # The prompt is little beside its template: let it matter.
-    _strengthen(transformer, 16, "add_v_proj", "attn.to_out.0")
+    strengthen(transformer, 16, "add_v_proj", "attn.to_out.0")
     side = SAMPLE_SIZE // 2
     prediction = transformer(
-        hidden_states=torch.randn(2, side**2, 4 * _CHANNELS),
+        hidden_states=torch.randn(2, side**2, 4 * CHANNELS),
         encoder_hidden_states=torch.randn(2, 40, TEXT_WIDTH),
         encoder_hidden_states_mask=torch.ones(2, 40, dtype=torch.int64),
         timestep=torch.full((2,), 0.5),
         img_shapes=[[(1, side, side)]] * 2,
     ).sample
-    _calibrate(transformer.proj_out, prediction)
+    calibrate(transformer.proj_out, prediction)
     QwenImagePipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, time_shift_type="exponential"),
         vae=_qwen_vae(),
-        text_encoder=_qwen_text_encoder(len(tokenizer)),
+        text_encoder=qwen_text_encoder(len(tokenizer)),
         tokenizer=tokenizer,
         transformer=transformer,
     ).save_pretrained(directory, safe_serialization=True)
 
 
-def _qwen_text_encoder(vocabulary: int) -> Qwen2_5_VLForConditionalGeneration:
+def qwen_text_encoder(vocabulary: int, **settings: Any) -> Qwen2_5_VLForConditionalGeneration:
+    """A vision-language model with tokens of a `vocabulary` of so many; `settings` are those of its configuration."""
     text = {
         "vocab_size": vocabulary,
         "hidden_size": TEXT_WIDTH,
@@ -209,30 +324,31 @@ def _qwen_text_encoder(vocabulary: int) -> Qwen2_5_VLForConditionalGeneration:
         "max_position_embeddings": 2048,
     }
     vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": TEXT_WIDTH}
-    return Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision)).eval()
+    return Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision, **settings)).eval()
 
 
 def _qwen_vae() -> AutoencoderKLQwenImage:
-    vae = AutoencoderKLQwenImage(base_dim=8, z_dim=_CHANNELS, dim_mult=[1, 2, 2, 2], num_res_blocks=1).eval()
+    vae = AutoencoderKLQwenImage(base_dim=8, z_dim=CHANNELS, dim_mult=[1, 2, 2, 2], num_res_blocks=1).eval()
     picture = torch.randn(4, 3, 1, SAMPLE_SIZE * 8, SAMPLE_SIZE * 8).clamp(-1, 1)
     means, deviations = (torch.tensor(vae.config[name]) for name in ("latents_mean", "latents_std"))
-    vae.quant_conv.weight[:_CHANNELS].mul_(2 / vae.encode(picture).latent_dist.mean.std())
-    vae.quant_conv.bias[_CHANNELS:].sub_(6)
-    latents = torch.randn(4, _CHANNELS, 1, SAMPLE_SIZE, SAMPLE_SIZE)
+    vae.quant_conv.weight[:CHANNELS].mul_(2 / vae.encode(picture).latent_dist.mean.std())
+    vae.quant_conv.bias[CHANNELS:].sub_(6)
+    latents = torch.randn(4, CHANNELS, 1, SAMPLE_SIZE, SAMPLE_SIZE)
     latents = latents * deviations.view(1, -1, 1, 1, 1) + means.view(1, -1, 1, 1, 1)
     vae.decoder.conv_out.weight.mul_(0.5 / vae.decode(latents).sample.std())
     vae.decoder.conv_out.bias.zero_()
     return vae
 
 
-def _strengthen(transformer: torch.nn.Module, factor: float, *endings: str) -> None:
+def strengthen(transformer: torch.nn.Module, factor: float, *endings: str) -> None:
     """Lets the parts whose names end so weigh more than random weights let them."""
     for name, module in transformer.named_modules():
         if name.endswith(endings) and isinstance(module, torch.nn.Linear):
             module.weight.mul_(factor)
 
 
-def _calibrate(last: torch.nn.Linear, prediction: torch.Tensor) -> None:
+def calibrate(last: torch.nn.Linear, prediction: torch.Tensor) -> None:
     """Makes the prediction of unit variance."""
     last.weight.div_(prediction.std())
-    last.bias.zero_()
+    if last.bias is not None:
+        last.bias.zero_()

@@ -19,6 +19,7 @@ from typing import Any
 
 from img2img_server.bundle.manifest import Component, Manifest, Source, Verification, digest_files, list_files, write_manifest
 from img2img_server.engine.request import Plan, Request
+from img2img_server.support.source_rule import STRETCHED
 from PIL import Image, ImageChops
 
 STEP_SECONDS = "STAND_IN_STEP"
@@ -75,6 +76,7 @@ class StandInPipeline:
     engine = "stand-in:cpu"
     size_multiple = 8
     native_size = (64, 64)
+    source_rule = STRETCHED
     max_rows: int | None = None
     measurable = True
     row_buckets: Sequence[int] = ()

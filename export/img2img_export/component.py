@@ -163,7 +163,8 @@ def part_of(name: str, module: Any, calls: Calls) -> Part:
     if name in DENOISERS:
         return parts.denoiser_part(name, module, calls.all(), calls.structure)
     if name.startswith("text_encoder"):
-        return parts.text_part(name, module, bool(calls.structure.get("output_hidden_states")))
+        masked = isinstance(calls.structure.get("attention_mask"), torch.Tensor)
+        return parts.text_part(name, module, bool(calls.structure.get("output_hidden_states")), masked)
     return next(part for part in parts.vae_parts(module) if part.name == name)
 
 

@@ -10,56 +10,116 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+import transformers
 from covering import nightly_but
-from fakes import make_request
+from fakes import Caller, make_request
+from img2img_server import images
 from img2img_server.bundle.manifest import read_manifest
-from img2img_server.engine.request import run_alone
+from img2img_server.engine.engine import Engine
+from img2img_server.engine.request import Completed, Pipeline, Request, run_alone
+from img2img_server.errors import InvalidField
+from img2img_server.images import ImageLimits, SizeRule
+from img2img_server.runtime.common.processors import loadable
+from img2img_server.runtime.common.sources import source_rule
 from img2img_server.runtime.execution import Execution
 from img2img_server.runtime.loader import load_pipeline
 from PIL import Image
 
 ARCHITECTURES = {
+    "sd-tiny-vae": "onnx",
+    "sd-masked": "onnx",
     "pix2pix": "onnx",
     "sd3": "onnx",
     "sd3-no-t5": "onnx",
     "flux": "onnx",
     "flux-dev": "onnx",
+    "kontext": "hybrid",
+    "chroma": "onnx",
+    "kandinsky21": "hybrid",
     "kandinsky22": "hybrid",
     "kandinsky3": "hybrid",
     "kolors": "hybrid",
+    "if": "hybrid",
+    "sd-pag": "torch",
+    "sdxl-pag": "torch",
+    "sd3-pag": "torch",
     "zimage": "torch",
     "qwenimage": "torch",
+    "klein": "hybrid",
+    "flux2": "hybrid",
+    "qwenimage-edit": "torch",
+    "qwenimage-edit-plus": "torch",
+    "qwenimage2": "torch",
+    "longcat-edit": "hybrid",
+    "sana-sprint": "torch",
 }
 """Tiny models, and what their bundles run on."""
 
+_LARGE = {"kontext", "qwenimage-edit", "qwenimage-edit-plus", "qwenimage2", "longcat-edit"}
+"""Models that look at a million pixels of any source, and take seconds for each image."""
+
+_PHOTO = (104, 72)
+"""Of no model's multiple, and wider than tall."""
+
 
 def source(width: int, height: int) -> Image.Image:
+    """Shades with stripes of a few pixels, which each resampling filter makes something else of."""
     x, y = np.meshgrid(np.linspace(0, 255, width), np.linspace(0, 255, height))
-    return Image.fromarray(np.stack([x, y, 255 - x], axis=-1).astype(np.uint8))
+    stripes = np.indices((height, width)).sum(0) % 5 * 51
+    return Image.fromarray(np.stack([x, y, stripes], axis=-1).astype(np.uint8))
 
 
 def oracle(directory: Path, pipeline_class: str) -> Any:
-    """Diffusers' own pipeline. Parts that the model was saved without have to be left out by name."""
-    index = diffusers.DiffusionPipeline.load_config(directory)
-    left_out = {name: None for name, entry in index.items() if entry == [None, None]}
-    pipe = getattr(diffusers, pipeline_class).from_pretrained(directory, torch_dtype=torch.float32, **left_out)
+    """Diffusers' own pipeline. Parts that the model was saved without have to be left out by name, and processors whose videos
+    need torchvision are loaded without them."""
+    parts: dict[str, Any] = {}
+    for name, entry in diffusers.DiffusionPipeline.load_config(directory).items():
+        if entry == [None, None]:
+            parts[name] = None
+        elif isinstance(entry, list) and str(entry[1]).endswith("VLProcessor"):
+            parts[name] = loadable(getattr(transformers, entry[1])).from_pretrained(directory / name)
+    pipe = getattr(diffusers, pipeline_class).from_pretrained(directory, torch_dtype=torch.float32, **parts)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
-def expected(pipe: Any, image: Image.Image, seed: int, **settings: Any) -> Image.Image:
-    width, height = image.size
+def expected(pipe: Any, image: Image.Image, seed: int, size: tuple[int, int], **settings: Any) -> Image.Image:
+    """What diffusers makes of the image as it is, for a result of `size` where the class takes one."""
+    width, height = size
+    known = inspect.signature(pipe.__call__).parameters
+    if "width" not in known and not source_rule(pipe).sets_size:
+        image = pipe.image_processor.resize(image, height, width)  # as its user would have to
     if "KandinskyV22" in type(pipe).__name__:  # which hands them to its image processor the wrong way round
         width, height = height, width
-    known = inspect.signature(pipe.__call__).parameters
-    offered = {"width": width, "height": height, **settings}
+    offered = {"width": width, "height": height, "max_area": width * height, "intermediate_timesteps": None, **settings}
     chosen = {name: value for name, value in offered.items() if name in known}
     picture: Image.Image = pipe(image=image, generator=torch.Generator().manual_seed(seed), **chosen).images[0]
     return picture
 
 
-@pytest.mark.parametrize("name", nightly_but(ARCHITECTURES, *(set(ARCHITECTURES) - {"sd3-no-t5", "flux-dev"})))
-def test_a_picture_is_diffusers_picture(name: str, bundle: Callable[[str], Path], tiny_model: Callable[[str], Path]) -> None:
+def asked(pipeline: Pipeline, image: Image.Image, size: SizeRule, **settings: Any) -> Request:
+    """The request that the server makes of an image and a wanted size."""
+    limits = ImageLimits()
+    result = images.result_size(image.size, size, pipeline.source_rule, pipeline.size_multiple, limits)
+    return make_request(image=images.prepare(image, result, pipeline.source_rule, limits), size=result, **settings)
+
+
+def drawn(pipeline: Pipeline, requests: list[Request]) -> list[tuple[Image.Image, ...]]:
+    """The images of requests that an engine has at the same time."""
+    engine = Engine({"m": pipeline})
+    callers = [Caller(engine) for _ in requests]
+    for request, caller in zip(requests, callers, strict=True):
+        engine.submit(replace(request, model="m"), caller.events.append)
+    while engine.step():
+        pass
+    endings = [caller.endings[0] for caller in callers]
+    assert all(isinstance(ending, Completed) for ending in endings), endings
+    return [ending.images for ending in endings if isinstance(ending, Completed)]
+
+
+@pytest.mark.parametrize("name", nightly_but(ARCHITECTURES, "sd3-no-t5", "flux-dev", "if", "klein"))
+def test_images_are_those_of_diffusers(name: str, bundle: Callable[[str], Path], tiny_model: Callable[[str], Path]) -> None:
+    """Small ones, two of a request beside another request, and sources that the pipeline has to resize."""
     manifest = read_manifest(bundle(name))
     assert manifest.backend == ARCHITECTURES[name]
     assert bool(manifest.backend_reason) == (manifest.backend != "onnx")
@@ -67,15 +127,55 @@ def test_a_picture_is_diffusers_picture(name: str, bundle: Callable[[str], Path]
     assert pipeline.engine == f"{manifest.backend}:cpu"
     pipe = oracle(tiny_model(name), manifest.pipeline_class)
     multiple = pipeline.size_multiple
-    tall = (64, 96 if multiple > 8 else 104)
-    for size, seeds, prompt, guidance in (((64, 64), (1, 2), "a lake", 4.0), (tall, (3,), "winter mountains", 1.0)):
-        settings = {"prompt": prompt, "strength": 0.6, "num_inference_steps": 4, "guidance_scale": guidance}
-        pictures = run_alone(pipeline, make_request(image=source(*size), seeds=seeds, **settings))
+    rule, any_size = pipeline.source_rule, SizeRule()
+    own = any_size if rule.sets_size else SizeRule(64, 96 if multiple > 8 else 104)
+    if rule.square:
+        own = any_size = SizeRule(64, 64)
+    calls = [
+        (source(64, 64), SizeRule(), (1, 2), {"prompt": "a lake", "guidance_scale": 4.0}),
+        (source(64, 64), SizeRule(), (3,), {"prompt": "a lake", "guidance_scale": 4.0}),
+        (source(*_PHOTO), any_size, (3,), {"prompt": "winter mountains", "guidance_scale": 1.0}),
+        (source(*_PHOTO), own, (4,), {"prompt": "winter mountains", "guidance_scale": 4.0}),
+    ]
+    shared: dict[str, Any] = {"strength": 0.6, "num_inference_steps": 4}
+    if name in _LARGE:
+        calls, shared = calls[2:], {"num_inference_steps": 2}
+    requests = [asked(pipeline, image, size, seeds=seeds, **settings, **shared) for image, size, seeds, settings in calls]
+    for request, pictures, (image, _, seeds, settings) in zip(requests, drawn(pipeline, requests), calls, strict=True):
         for seed, picture in zip(seeds, pictures, strict=True):
-            theirs = expected(pipe, source(*size), seed, **settings)
-            assert picture.size == theirs.size == size
+            theirs = expected(pipe, image, seed, request.result_size, **settings, **shared)
+            assert picture.size == theirs.size == request.result_size
             assert np.asarray(theirs).std() > 10, "a flat picture would prove nothing"
             assert np.abs(np.asarray(picture, int) - np.asarray(theirs, int)).max() <= 1
+
+
+@pytest.mark.parametrize("rule", [SizeRule(width=64), SizeRule(height=128), SizeRule(longest_side=128)])
+def test_a_size_that_a_model_does_not_make_is_refused(rule: SizeRule, bundle: Callable[[str], Path]) -> None:
+    """DeepFloyd IF draws at its UNet's size; what it makes anyway may be asked for."""
+    pipeline = load_pipeline(bundle("if"), read_manifest(bundle("if")), Execution("cpu"))
+    with pytest.raises(InvalidField, match="this model sets the size itself: of this image it makes 48 x 32 pixels"):
+        asked(pipeline, source(*_PHOTO), rule)
+    assert asked(pipeline, source(*_PHOTO), SizeRule(48, 32)).result_size == (48, 32)
+    assert asked(pipeline, source(72, 104), SizeRule(area=1024)).result_size == (32, 48)
+
+
+def test_a_source_that_a_model_does_not_take_is_refused_by_its_field(bundle: Callable[[str], Path]) -> None:
+    pipeline = load_pipeline(bundle("klein"), read_manifest(bundle("klein")), Execution("cpu"))
+    with pytest.raises(InvalidField, match="this model does not take the image: Image too small") as raised:
+        pipeline.plan(asked(pipeline, source(48, 64), SizeRule(64, 64)))
+    assert raised.value.field == "image"
+
+
+def test_a_strength_is_refused_by_the_models_own_rule(bundle: Callable[[str], Path]) -> None:
+    """Stable Diffusion 3 and Flux round the steps up, others down; a model without a strength runs all."""
+    plans = {}
+    for name in ("sd3-no-t5", "flux-dev", "klein"):
+        pipeline = load_pipeline(bundle(name), read_manifest(bundle(name)), Execution("cpu"))
+        plans[name] = pipeline.plan(make_request(image=source(64, 64), strength=0.3, num_inference_steps=1)).step_count
+    assert plans == {"sd3-no-t5": 1, "flux-dev": 1, "klein": 1}
+    pipeline = load_pipeline(bundle("if"), read_manifest(bundle("if")), Execution("cpu"))
+    with pytest.raises(InvalidField, match=r"strength 0\.3 times 1 steps is less than one step: increase one of them"):
+        pipeline.plan(make_request(image=source(64, 64), strength=0.3, num_inference_steps=1))
 
 
 def test_a_prompt_and_a_negative_one_matter_where_the_model_knows_them(bundle: Callable[[str], Path]) -> None:

@@ -145,8 +145,7 @@ def parse_scheduler(text: str) -> str:
 
     name = registry.find(text)
     if name is None:
-        names = ", ".join(dict.fromkeys((*registry.NAMES, *registry.FLOW_NAMES)))
-        raise argparse.ArgumentTypeError(f"unknown scheduler {text!r}: choose from {names}")
+        raise argparse.ArgumentTypeError(f"unknown scheduler {text!r}: choose from {', '.join(registry.NAMES)}")
     return name
 
 

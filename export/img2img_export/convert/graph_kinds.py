@@ -11,7 +11,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from diffusers.models.transformers import transformer_flux
+from diffusers.models.transformers import transformer_chroma, transformer_flux, transformer_flux2, transformer_longcat_image
 from optimum.exporters.base import ExporterConfig
 from optimum.utils import NormalizedConfig
 
@@ -60,6 +60,25 @@ def _attend(
     return _attend_in_torch(query, key, value, attn_mask, dropout_p, scale=scale, **settings)
 
 
+def _rotate(x: torch.Tensor, freqs_cis: Any, use_real: bool = True, use_real_unbind_dim: int = -1, sequence_dim: int = 2) -> Any:
+    """diffusers' `apply_rotary_emb` for Flux, without `reshape(*x.shape[:-1], -1, 2)`, which freezes the shape in a trace."""
+    if not use_real or use_real_unbind_dim != -1:
+        raise ExportError(
+            "the rotary embedding of Flux in this diffusers release cannot be traced: install the release that img2img supports"
+        )
+    cos, sin = (part[None, None] if sequence_dim == 2 else part[None, :, None] for part in freqs_cis)
+    turned = torch.stack([-x[..., 1::2], x[..., 0::2]], dim=-1).flatten(-2)
+    return (x.float() * cos + turned.float() * sin).to(x.dtype)
+
+
+def _embed_time(self: Any, timestep: torch.Tensor) -> torch.Tensor:
+    """Chroma's embedding of timesteps [B] and the indices of its modulations. There, `[0] * batch_size` freezes the batch."""
+    embedded = torch.cat([self.time_proj(timestep), self.guidance_proj(torch.zeros_like(timestep))], dim=1)
+    embedded = embedded.to(timestep.dtype).unsqueeze(1).repeat(1, self.mod_proj.shape[0], 1)
+    modulations = self.mod_proj.to(timestep.dtype).repeat(timestep.shape[0], 1, 1)
+    return torch.cat([embedded, modulations], dim=-1)
+
+
 class GraphKind(ExporterConfig):  # type: ignore[misc]
     """The kind of graph for a module with the configuration `config`."""
 
@@ -67,6 +86,8 @@ class GraphKind(ExporterConfig):  # type: ignore[misc]
     PATCHES: tuple[tuple[Any, str, Callable[..., Any]], ...] = (
         (torch, "rms_norm", _normalize),
         (torch.nn.functional, "scaled_dot_product_attention", _attend),
+        *((module, "apply_rotary_emb", _rotate) for module in (transformer_flux, transformer_flux2, transformer_longcat_image)),
+        (transformer_chroma.ChromaCombinedTimestepTextProjEmbeddings, "forward", _embed_time),
     )
     """Functions that cannot be traced: their module, their name, and a traceable replacement."""
 
@@ -157,21 +178,8 @@ class SD3Transformer(GraphKind):
         return {"out_hidden_states": _IMAGE}
 
 
-def _rotate(x: torch.Tensor, freqs_cis: Any, use_real: bool = True, use_real_unbind_dim: int = -1, sequence_dim: int = 2) -> Any:
-    """diffusers' `apply_rotary_emb` for Flux, without `reshape(*x.shape[:-1], -1, 2)`, which freezes the shape in a trace."""
-    if not use_real or use_real_unbind_dim != -1:
-        raise ExportError(
-            "the rotary embedding of Flux in this diffusers release cannot be traced: install the release that img2img supports"
-        )
-    cos, sin = (part[None, None] if sequence_dim == 2 else part[None, :, None] for part in freqs_cis)
-    turned = torch.stack([-x[..., 1::2], x[..., 0::2]], dim=-1).flatten(-2)
-    return (x.float() * cos + turned.float() * sin).to(x.dtype)
-
-
 class FluxTransformer(GraphKind):
     """Flux' transformer."""
-
-    PATCHES = (*GraphKind.PATCHES, (transformer_flux, "apply_rotary_emb", _rotate))
 
     @property
     def inputs(self) -> Axes:

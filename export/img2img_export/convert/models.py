@@ -1,6 +1,7 @@
 """Loads a checkpoint with diffusers, and plans its bundle: graphs, a graph inside PyTorch (hybrid), or PyTorch only."""
 
 import importlib
+import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 import transformers
 from diffusers import AutoPipelineForImage2Image
 from diffusers.pipelines.auto_pipeline import AUTO_IMAGE2IMAGE_PIPELINES_MAPPING, _get_task_class
+from img2img_server.runtime.common.processors import processors
 from img2img_server.runtime.common.weight_budget import within
 from safetensors import safe_open
 
@@ -30,15 +32,37 @@ GRAPHS = {
     "LatentConsistencyModelImg2ImgPipeline": ("latent-consistency", _CLIP),
     "StableDiffusionInstructPix2PixPipeline": (WHOLE, _CLIP),
     "StableDiffusion3Img2ImgPipeline": (
-        "stable-diffusion-3",
+        WHOLE,
         ("text_encoder", "text_encoder_2", "text_encoder_3", "transformer", "vae"),
     ),
-    "FluxImg2ImgPipeline": ("flux", ("text_encoder", "text_encoder_2", "transformer", "vae")),
+    "FluxImg2ImgPipeline": (WHOLE, ("text_encoder", "text_encoder_2", "transformer", "vae")),
+    "ChromaImg2ImgPipeline": (WHOLE, ("text_encoder", "transformer", "vae")),
 }
 """Pipeline classes that become graphs entirely: the server's family name, and the components."""
 
-_OWN_CLASS = frozenset({"StableDiffusionInstructPix2PixPipeline"})
-"""Image-to-image classes that are not in AutoPipelineForImage2Image's mapping."""
+_OWN_CLASS = {
+    "StableDiffusionInstructPix2PixPipeline": "StableDiffusionInstructPix2PixPipeline",
+    "ChromaPipeline": "ChromaImg2ImgPipeline",
+    "ChromaImg2ImgPipeline": "ChromaImg2ImgPipeline",
+    "SanaSprintPipeline": "SanaSprintImg2ImgPipeline",
+    "SanaSprintImg2ImgPipeline": "SanaSprintImg2ImgPipeline",
+    "LongCatImageEditPipeline": "LongCatImageEditPipeline",
+    "QwenImage21Pipeline": "QwenImage21Pipeline",
+}
+"""Classes that AutoPipelineForImage2Image's mapping lacks, and those of them that turn images into images."""
+
+_UNKNOWN_INPUTS = {
+    "control_image": "a control image",
+    "mask_image": "a mask",
+    "depth_map": "a depth map",
+}
+"""Parameters of a pipeline's call that requests have nothing for, and what they are."""
+
+_PERTURBED = "PAG"
+"""In the names of the classes that guide by perturbed attention."""
+
+_BINNED = frozenset({"SanaSprintImg2ImgPipeline"})
+"""Classes that make images at fixed sizes by aspect, so that the square images of an export show one size only."""
 
 _PRIOR_HINT = "its prior is missing: load the combined pipeline, save it with save_pretrained() and export that directory: "
 _LOAD_FAILURES = (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError)
@@ -65,15 +89,19 @@ def plan(layout: Layout, backend: Backend) -> Plan:
 def plans_for(layout: Layout, backend: Backend) -> Iterator[Plan]:
     """The plans in order of preference: graphs of everything, of the denoiser only, PyTorch. A given backend has one plan."""
     name = _image_class(layout.pipeline_class)
+    _refuse_unservable(name)
     family, components = GRAPHS.get(name, (WHOLE, ()))
     present = tuple(component for component in components if component in layout.components)
     denoiser = tuple(component for component in DENOISERS if component in layout.components)
     reason = None if present else f"img2img cannot export all parts of {name} as graphs"
+    if (why := _why_no_graph(name)) is not None:
+        denoiser, reason = (), why
     if backend == "onnx" and not present:
         raise ExportError(f"{reason}: --backend onnx supports {', '.join(GRAPHS)}")
     if backend == "hybrid" and not denoiser:
+        parts = ", ".join(DENOISERS)
         raise ExportError(
-            f"{name} has none of the components {', '.join(DENOISERS)}, which --backend hybrid requires: use --backend torch"
+            f"{why or f'{name} has none of the components {parts}, which --backend hybrid requires'}: use --backend torch"
         )
     if backend in ("auto", "onnx") and present:
         yield Plan(name, family, "onnx", present)
@@ -85,8 +113,36 @@ def plans_for(layout: Layout, backend: Backend) -> Iterator[Plan]:
 
 def _image_class(name: str) -> str:
     """The image-to-image class for a pipeline class; the same class if diffusers has none (loading then fails)."""
+    if name in _OWN_CLASS:
+        return _OWN_CLASS[name]
     found = _get_task_class(AUTO_IMAGE2IMAGE_PIPELINES_MAPPING, name, throw_error_if_not_exist=False)
-    return name if found is None or name in _OWN_CLASS else str(found.__name__)
+    return name if found is None else str(found.__name__)
+
+
+def _why_no_graph(name: str) -> str | None:
+    """Why the denoiser of a class cannot be a graph, None if it may be tried."""
+    if _PERTURBED in name:
+        return f"{name} exchanges the attention layers of its denoiser during a call, and a graph's layers are fixed"
+    if name in _BINNED:
+        return f"{name} makes images at fixed sizes by their aspect, and an export would fix one of them in the graph"
+    return None
+
+
+def _refuse_unservable(name: str) -> None:
+    """Raises ExportError for an image-to-image class of diffusers that needs more than a text and an image, or makes more than an
+    image."""
+    kind = getattr(diffusers, name, None)
+    parameters = inspect.signature(kind.__call__).parameters if kind is not None else {}
+    for parameter, what in _UNKNOWN_INPUTS.items():
+        if parameter in parameters:
+            raise ExportError(
+                f"this pipeline ({name}) needs {what} ({parameter}), which requests cannot carry yet: "
+                "export the plain model that it was made from"
+            )
+    if "layers" in parameters:
+        raise ExportError(
+            f"this pipeline ({name}) divides an image into layers, and img2img serves pipelines that make one image of it"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,8 +167,9 @@ class Loader:
         types = {name: self.stored_dtype(name) for name in self.layout.components}
         kind: Any = AutoPipelineForImage2Image
         if self.layout.pipeline_class in _OWN_CLASS:
-            kind = getattr(diffusers, self.layout.pipeline_class)
+            kind = getattr(diffusers, _OWN_CLASS[self.layout.pipeline_class])
         weighted = {name: self.component(name, dtype) for name in self.layout.components if self._has_weights(name)}
+        weighted |= self._processors()
         try:
             with quiet(), within(self.directory.rglob("*.safetensors")):
                 pipeline = kind.from_pretrained(
@@ -165,6 +222,16 @@ class Loader:
             return getattr(module, kind)
         except AttributeError:
             raise ExportError(f"{INDEX_NAME} names {library}.{kind}, which the installed version does not provide") from None
+
+    def _processors(self) -> dict[str, Any]:
+        """The components that diffusers could not load, by name: processors whose videos need what is not installed.
+
+        Raises ExportError if they cannot be loaded without it.
+        """
+        try:
+            return processors(self.directory, {name: self._class_of(name) for name in self.layout.components})
+        except _LOAD_FAILURES as error:
+            raise ExportError(f"a processor does not load: {first_line(error)}") from error
 
     def _has_weights(self, name: str) -> bool:
         kind = self._class_of(name)

@@ -37,8 +37,11 @@ class Part:
     kind: GraphKind
 
 
-def text_part(name: str, module: Any, hidden_states: bool) -> Part:
-    """A CLIP or T5 text encoder: from token ids [B, T] to its outputs and, if `hidden_states`, every hidden state."""
+def text_part(name: str, module: Any, hidden_states: bool, masked: bool = False) -> Part:
+    """A CLIP or T5 text encoder: from token ids [B, T] to its outputs and, if `hidden_states`, every hidden state.
+
+    If `masked`, it also takes an attention mask [B, T].
+    """
     known = KINDS.get(type(module).__name__)
     if known is None:
         raise ExportError(f"{name} is a {type(module).__name__}; img2img makes graphs of {', '.join(KINDS)}")
@@ -51,7 +54,10 @@ def text_part(name: str, module: Any, hidden_states: bool) -> Part:
         states = enumerate(output.hidden_states) if hidden_states else ()
         return _ordered({**found, **{f"hidden_states.{index}": state for index, state in states}}, kind.outputs)
 
-    return Part(name, name, kind.inputs, kind.outputs, call, kind)
+    inputs = kind.inputs
+    if masked:
+        inputs = {**inputs, "attention_mask": inputs["input_ids"]}
+    return Part(name, name, inputs, kind.outputs, call, kind)
 
 
 def vae_parts(module: Any) -> tuple[Part, Part]:

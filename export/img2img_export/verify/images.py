@@ -192,7 +192,7 @@ def _size_step(pipeline: Any) -> int:
 
 def _arguments(pipeline: Any, request: Request) -> dict[str, Any]:
     """The request as arguments of the pipeline's call, without those it does not have."""
-    offered = {
+    offered: dict[str, Any] = {
         "prompt": request.prompt,
         "negative_prompt": request.negative_prompt,
         "image": request.image,
@@ -202,7 +202,10 @@ def _arguments(pipeline: Any, request: Request) -> dict[str, Any]:
         "width": request.image.width,
         "height": request.image.height,
         "generator": torch.Generator("cpu").manual_seed(request.seeds[0]),
+        "max_area": request.image.width * request.image.height,
     }
+    if request.num_inference_steps != 2:
+        offered["intermediate_timesteps"] = None  # SANA-Sprint takes its default at two steps only
     known = inspect.signature(pipeline.__call__).parameters
     return {name: value for name, value in offered.items() if name in known}
 

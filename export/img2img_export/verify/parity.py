@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from img2img_server.bundle.manifest import AccuracyLimits, ComponentParity
+from img2img_server.runtime.common.pipe import fits_any_size
 
 from img2img_export.convert.emulation import open_emulated
 from img2img_export.convert.graphs import RUNTIME_ERRORS
@@ -173,7 +174,8 @@ def _random(real: Tensors, batch: int, any_size: bool, config: Any) -> Tensors:
 
 def takes_any_size(module: Any) -> bool:
     """Whether the module is a UNet that takes latents of odd sizes, like Stable Diffusion's."""
-    return getattr(module.config, "addition_embed_type", "") in (None, "text_time")
+    is_unet = getattr(module.config, "addition_embed_type", "") != ""
+    return is_unet and fits_any_size(module)
 
 
 def _random_ids(config: Any, ids: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

@@ -95,12 +95,14 @@ class Parser:
             size_rule=size_rule,
             multiple=_pipeline_of(model).size_multiple,
             file_format=file_format,
+            source_rule=_pipeline_of(model).source_rule,
         )
         with self._codecs.memory.hold(call, 0 if message.image.WhichOneof("source") == "data" else len(data)):
-            image, digest = await self._codecs.load(data, load)
+            image, digest, size = await self._codecs.load(data, load)
         request = Request(
             model=model.id,
             image=image,
+            size=size,
             prompt=prompt,
             negative_prompt=negative_prompt,
             strength=strength,
@@ -109,7 +111,7 @@ class Parser:
             seeds=seeds,
             deadline=deadline,
             scheduler=scheduler,
-            preview_interval=interval if previews and images.holds(image.size, "JPEG") else 0,  # as previews are sent
+            preview_interval=interval if previews and images.holds(size, "JPEG") else 0,  # as previews are sent
             image_digest=digest,
             client=call.client,
             id=call.request_id,
@@ -136,11 +138,6 @@ class Parser:
         steps = message.num_inference_steps if message.HasField("num_inference_steps") else DEFAULT_STEPS
         most = self._config.max_steps
         _check("num_inference_steps", 1 <= steps <= most, f"{steps} is not in 1 to {most}")
-        _check(
-            "strength",
-            int(steps * strength) >= 1,
-            f"strength {strength} times {steps} steps is less than one step: increase one of them",
-        )
         guidance = message.guidance_scale if message.HasField("guidance_scale") else DEFAULT_GUIDANCE
         _check("guidance_scale", 0 <= guidance <= MAX_GUIDANCE, f"{guidance} is not in 0 to {MAX_GUIDANCE:g}")
         return strength, steps, guidance
@@ -167,7 +164,8 @@ class Parser:
         """The message's rule for the result's size. Raises InvalidField if no source could satisfy it."""
         pipeline = _pipeline_of(model)
         rule = _fit(message, pipeline) if message.HasField("fit") else _sides(message)
-        images.check_side(images.least_size(rule, pipeline.size_multiple, self._config.image_limits), file_format)
+        if not pipeline.source_rule.sets_size:
+            images.check_side(images.least_size(rule, pipeline.size_multiple, self._config.image_limits), file_format)
         return rule
 
 

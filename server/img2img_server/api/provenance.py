@@ -50,7 +50,7 @@ class Provenance:
             return ""
         assert model.manifest is not None, "a model that runs has a manifest"
         source = model.manifest.source
-        width, height = request.image.size
+        width, height = request.result_size
         values: dict[str, Any] = {
             "img2img": distribution.version(),
             "model": model.id,

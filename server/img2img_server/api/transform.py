@@ -268,7 +268,7 @@ class ImageToImageService(pb_grpc.ImageToImageServiceServicer):
         """Reserves asset quota for a request's images if they are to be stored, so that it fails before the device works."""
         if not job.as_asset:
             return nullcontext()
-        width, height = job.request.image.size
+        width, height = job.request.result_size
         size = len(job.request.seeds) * (width * height * _BYTES_PER_PIXEL + _BYTES_PER_FILE)
         return self._assets.reserve(owner_of(current()), size)
 

@@ -18,6 +18,7 @@ from img2img_server import images
 from img2img_server.codecs import structure
 from img2img_server.errors import InvalidField, StorageFailed
 from img2img_server.images import ImageLimits, SizeRule, WriteFormat
+from img2img_server.support.source_rule import STRETCHED, SourceRule
 
 Reserve = Callable[[int, float], None]
 """Requests memory in bytes and processor time in seconds, in addition to those of a small image. Raises ImageMemoryFull."""
@@ -36,34 +37,37 @@ _DIGEST_BYTES = 16
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """The size of a decoded source, resized to the result's size, and the digest of its pixels."""
+    """The size of a decoded source as its model gets it, the digest of its pixels, and the size of the result."""
 
     size: tuple[int, int]
     digest: bytes
+    result_size: tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)
 class LoadImage:
-    """Decodes an image file and resizes it to the result's size, rounded down to `multiple` pixels. Errors name `field`. The
-    result must fit into a file of `file_format`."""
+    """Decodes an image file and prepares it by `source_rule` for the result's size, rounded down to `multiple` pixels. Errors
+    name `field`. The result must fit into a file of `file_format`."""
 
     field: str
     limits: ImageLimits
     size_rule: SizeRule
     multiple: int
     file_format: WriteFormat
+    source_rule: SourceRule = STRETCHED
 
     def run(self, data: bytes, reserve: Reserve) -> tuple[Loaded, bytes]:
         """Returns size and digest, and the raw RGB pixels. Raises InvalidField or ImageMemoryFull."""
         _check_structure(data, self.limits, self.field, reserve)
         source = images.header_size(data, self.limits, self.field)
-        size = images.target_size(source, self.size_rule, self.multiple, self.limits)
+        size = images.result_size(source, self.size_rule, self.source_rule, self.multiple, self.limits)
         images.check_side(size, self.file_format)
         count = source[0] * source[1] + size[0] * size[1]
         each = _JPEG_BYTES_PER_PIXEL if data.startswith(b"\xff\xd8\xff") else _BYTES_PER_PIXEL
         reserve(each * count, _SECONDS_PER_PIXEL * count)
-        pixels = images.resize(images.decode(data, self.limits, self.field), size).tobytes()
-        return Loaded(size, digest_of(size, pixels)), pixels
+        image = images.prepare(images.decode(data, self.limits, self.field), size, self.source_rule, self.limits)
+        pixels = image.tobytes()
+        return Loaded(image.size, digest_of(image.size, pixels), size), pixels
 
 
 @dataclass(frozen=True, slots=True)

@@ -386,8 +386,11 @@ class Codecs:
         except ProcessDied as error:
             raise OSError(f"cannot start a codec process: {error}") from error
 
-    async def load(self, data: bytes, job: LoadImage) -> tuple[Image.Image, bytes]:
-        """Decodes and resizes a request's source. Returns the image and its digest. Raises InvalidField or ImageMemoryFull."""
+    async def load(self, data: bytes, job: LoadImage) -> tuple[Image.Image, bytes, tuple[int, int]]:
+        """Decodes a request's source. Returns the image as its model gets it, its digest, and the size of the result.
+
+        Raises InvalidField or ImageMemoryFull.
+        """
         return await self._decode(data, job, self._loaded)
 
     async def inspect(self, data: bytes, job: Inspect) -> Inspected:
@@ -420,11 +423,11 @@ class Codecs:
         except ProcessDied as error:
             raise InvalidField(job.field, _reason(error)) from None
 
-    async def _loaded(self, value: object, file: int | None) -> tuple[Image.Image, bytes]:
+    async def _loaded(self, value: object, file: int | None) -> tuple[Image.Image, bytes, tuple[int, int]]:
         assert isinstance(value, Loaded), "the result of Load"
         assert file is not None, "an image has pixels"
         width, height = value.size
-        return await self._copy(width * height * 3, _image_of, value.size, file), value.digest
+        return await self._copy(width * height * 3, _image_of, value.size, file), value.digest, value.result_size
 
     async def _encoded(self, value: object, file: int | None) -> bytes:
         assert file is not None, "a file has bytes"

@@ -337,7 +337,7 @@ def _wants_preview(ticket: Ticket) -> bool:
 def _client_error(error: Exception, ticket: Ticket) -> ServerError:
     """The error that the caller gets."""
     if isinstance(error, OutOfMemory):
-        (width, height), count = ticket.request.image.size, len(ticket.request.seeds)
+        (width, height), count = ticket.request.result_size, len(ticket.request.seeds)
         images = "image" if count == 1 else "images"
         return OutOfMemory(
             f"not enough memory for {count} {images} of {width} x {height} pixels: request fewer or smaller images"

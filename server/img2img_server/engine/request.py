@@ -10,7 +10,8 @@ from typing import Any, Protocol
 
 from PIL import Image
 
-from img2img_server.errors import ServerError
+from img2img_server.errors import InvalidField, ServerError
+from img2img_server.support.source_rule import SourceRule
 
 _log = logging.getLogger(__name__)
 
@@ -19,13 +20,14 @@ _log = logging.getLogger(__name__)
 class Request:
     """One transform, checked and with every default filled in.
 
-    `image` is RGB and already has the size of the result. There is one seed per image of the result. `negative_prompt` is None if
-    none was given, which SDXL distinguishes from an empty one. `deadline` is a time of the engine's clock in seconds, None for
-    none. `scheduler` is one of the pipeline's `schedulers`, None for the bundle's default. A preview is drawn every
-    `preview_interval` steps, none at 0. `image_digest` identifies the image's content; empty if it need not be cached. A
-    `background` request is the server's own and has the lowest priority. `client` names its client; `id` identifies it in logs
-    and to the caller. Without `follow` only its ending is delivered, so a replica sends no other events. Requests of one
-    `cache_scope` share cached encodings, so their timings reveal whether another request used the same input.
+    `image` is RGB, prepared by the pipeline's `source_rule`. `size` is the result's, None if that is the image's. There is one
+    seed per image of the result. `negative_prompt` is None if none was given, which SDXL distinguishes from an empty one.
+    `deadline` is a time of the engine's clock in seconds, None for none. `scheduler` is one of the pipeline's `schedulers`, None
+    for the bundle's default. A preview is drawn every `preview_interval` steps, none at 0. `image_digest` identifies the image's
+    content; empty if it need not be cached. A `background` request is the server's own and has the lowest priority. `client`
+    names its client; `id` identifies it in logs and to the caller. Without `follow` only its ending is delivered, so a replica
+    sends no other events. Requests of one `cache_scope` share cached encodings, so their timings reveal whether another request
+    used the same input.
     """
 
     model: str
@@ -45,6 +47,20 @@ class Request:
     id: str = ""
     follow: bool = True
     cache_scope: str = ""
+    size: tuple[int, int] | None = None
+
+    @property
+    def result_size(self) -> tuple[int, int]:
+        """Width and height of the images to make, in pixels."""
+        return self.size or self.image.size
+
+
+def no_step(request: Request) -> InvalidField:
+    """The error for a strength that leaves none of the request's steps to run."""
+    return InvalidField(
+        "strength",
+        f"strength {request.strength:g} times {request.num_inference_steps} steps is less than one step: increase one of them",
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,6 +175,8 @@ class Pipeline(Protocol):
     """Width and height of images are multiples of this many pixels."""
     native_size: tuple[int, int]
     """Width and height of the model's training images, in pixels."""
+    source_rule: SourceRule
+    """What becomes of the source image before it is in a request."""
     max_rows: int | None
     """Maximum rows of one call of `denoise`, None for no limit of its own."""
     measurable: bool

@@ -2,7 +2,7 @@
 
 from img2img_server.images.decoding import READ_FORMATS, check_header, decode, decode_data_uri, header_size, media_type
 from img2img_server.images.encoding import WriteFormat, check_side, encode, holds
-from img2img_server.images.sizes import ImageLimits, SizeRule, least_size, resize, target_size
+from img2img_server.images.sizes import ImageLimits, SizeRule, least_size, prepare, result_size, target_size
 
 __all__ = [
     "READ_FORMATS",
@@ -18,6 +18,7 @@ __all__ = [
     "holds",
     "least_size",
     "media_type",
-    "resize",
+    "prepare",
+    "result_size",
     "target_size",
 ]

@@ -7,6 +7,7 @@ from PIL import Image
 
 from img2img_server.errors import InvalidField
 from img2img_server.settings.setting import setting
+from img2img_server.support.source_rule import SourceRule
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +85,42 @@ def _check_area(size: tuple[int, int], field: str, cure: str, limits: ImageLimit
         )
 
 
-def resize(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """Resizes like diffusers' VaeImageProcessor (Lanczos, stretched), which then has nothing left to resize."""
-    return image if image.size == size else image.resize(size, Image.Resampling.LANCZOS)
+def result_size(
+    source: tuple[int, int], asked: SizeRule, model: SourceRule, multiple: int, limits: ImageLimits
+) -> tuple[int, int]:
+    """The size of the result, in pixels: as target_size has it, or the model's own if it sets the size.
+
+    Raises InvalidField for a size that the model does not make of this source.
+    """
+    size = model.own_size(source)
+    if size is None:
+        size = target_size(source, asked, multiple, limits)
+        if model.square and size[0] != size[1]:
+            field = "width" if asked.width is not None else "height" if asked.height is not None else "image"
+            raise InvalidField(
+                field,
+                f"the result would have {size[0]} x {size[1]} pixels, and this model makes square images: set width and height",
+            )
+        return size
+    width, height = size
+    for field, wanted, made in (
+        ("width", asked.width, width),
+        ("height", asked.height, height),
+        ("fit.longest_side", asked.longest_side, max(size)),
+    ):
+        if wanted is not None and wanted != made:
+            raise InvalidField(
+                field, f"this model sets the size itself: of this image it makes {width} x {height} pixels; leave {field} unset"
+            )
+    _check_area(size, "image", "this model sets the size itself, so this server cannot serve this image", limits)
+    return size
+
+
+def prepare(image: Image.Image, size: tuple[int, int], model: SourceRule, limits: ImageLimits) -> Image.Image:
+    """The source as the model gets it for a result of `size`: stretched to that size as the model's image processor does it, so
+    that this finds nothing left to do; or as it is if the model wants that, but with no more pixels than a result may have."""
+    if model.keeps_size:
+        size = image.size if image.width * image.height <= limits.max_pixels else _by_area(image.size, limits.max_pixels, 1)
+    if image.size == size:
+        return image
+    return image.resize(size, Image.Resampling[model.resampling], reducing_gap=model.reducing_gap)

@@ -175,8 +175,8 @@ def _attributes(record: Record) -> _Attributes:
         request = trace.request
         attributes |= {
             "img2img.model": request.model,
-            "img2img.width": request.image.width,
-            "img2img.height": request.image.height,
+            "img2img.width": request.result_size[0],
+            "img2img.height": request.result_size[1],
             "img2img.pictures": len(request.seeds),
         }
     return attributes

@@ -12,6 +12,7 @@ from img2img_server.engine.request import Ending, Event, Failed, Request
 from img2img_server.errors import EngineStuck, ShuttingDown
 from img2img_server.models.registry import EngineStatus, Model, ModelState
 from img2img_server.support.call import Call
+from img2img_server.support.source_rule import STRETCHED, SourceRule
 
 
 class ReplicaLost(Exception):
@@ -70,6 +71,7 @@ class Card:
     size_multiple: int = 1
     native_size: tuple[int, int] = (0, 0)
     schedulers: tuple[str, ...] = ()
+    source_rule: SourceRule = STRETCHED
 
     @classmethod
     def of(cls, model: Model) -> "Card":
@@ -85,6 +87,7 @@ class Card:
             size_multiple=pipeline.size_multiple,
             native_size=pipeline.native_size,
             schedulers=tuple(pipeline.schedulers),
+            source_rule=pipeline.source_rule,
         )
 
 

@@ -26,6 +26,7 @@ from img2img_server.errors import ModelNotFound, ModelUnavailable, NoReplica
 from img2img_server.models.registry import Model, ModelRegistry, ModelState
 from img2img_server.models.residency import Health
 from img2img_server.support.call import current
+from img2img_server.support.source_rule import STRETCHED, SourceRule
 
 _log = logging.getLogger(__name__)
 
@@ -47,6 +48,7 @@ class RemotePipeline:
     size_multiple: int
     native_size: tuple[int, int]
     schedulers: tuple[str, ...]
+    source_rule: SourceRule = STRETCHED
 
     def plan(self, request: Request) -> Plan:
         """The approximate plan of a request. The replica validates the request."""
@@ -55,7 +57,7 @@ class RemotePipeline:
 
 def plan(request: Request) -> Plan:
     """The approximate plan of a request on any pipeline."""
-    width, height = request.image.size
+    width, height = request.result_size
     rows = len(request.seeds) * (2 if request.guidance_scale > 1 else 1)
     return Plan((width, height), width * height, rows, int(request.num_inference_steps * request.strength))
 
@@ -234,7 +236,7 @@ def _model(cards: Iterable[Card], replicas: int) -> Model:
     pipeline = None
     detail = best.detail
     if best.state is ModelState.READY:
-        pipeline = RemotePipeline(best.runs_on, best.size_multiple, best.native_size, best.schedulers)
+        pipeline = RemotePipeline(best.runs_on, best.size_multiple, best.native_size, best.schedulers, best.source_rule)
         ready = 1 + sum(card.state is ModelState.READY for card in others)
         if ready < replicas:
             detail = detail or f"in the memory of {ready} of {replicas} replicas"

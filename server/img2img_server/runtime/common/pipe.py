@@ -15,11 +15,20 @@ def view_of(pipe: Any, **parts: Any) -> Any:
     return view
 
 
+SQUARE = frozenset({"KandinskyImg2ImgCombinedPipeline"})
+"""Classes of diffusers (seen in 0.42) that make square images only: others fail in `prepare_latents`."""
+
 SWAPPED = frozenset({"KandinskyV22Img2ImgPipeline", "KandinskyV22Img2ImgCombinedPipeline"})
 """Classes of diffusers (as of 0.39) that pass width and height to their image processor in the wrong order."""
 
 _UNFITTED = frozenset({"Kandinsky3UNet", "ResnetUpsampleBlock2D", "SimpleCrossAttnUpBlock2D"})
 """UNets and UNet blocks that upsample by exactly 2, so that odd sizes do not fit their skip connections."""
+
+PIXELS = frozenset({"IFImg2ImgPipeline"})
+"""Classes that denoise pixels: they have no VAE."""
+
+_MULTIPLES = {"QwenImage21Pipeline": 2, "KandinskyImg2ImgCombinedPipeline": 4}
+"""Classes that round sizes to so many times what their image processor rounds to."""
 
 _ASSUMED_SIDE = 512
 """Side in pixels of the images that a pipeline was trained on, if its configuration does not say."""
@@ -37,15 +46,17 @@ def size_multiple(pipe: Any) -> int:
         processor = getattr(part, "image_processor", None)
         factor = getattr(getattr(processor, "config", None), "vae_scale_factor", None)
         if factor is not None:
-            return int(factor) * _denoiser_multiple(part)
+            return int(factor) * _denoiser_multiple(part) * _MULTIPLES.get(type(pipe).__name__, 1)
     return 64
 
 
 def native_sizes(pipe: Any) -> tuple[int, int]:
     """Width and height in pixels of the images that the pipeline was trained on."""
+    if type(pipe).__name__ in PIXELS:
+        return native_size(pipe.unet.config.sample_size, 1)
     for part in parts(pipe):
         factor = getattr(part, "vae_scale_factor", None)
-        config = getattr(getattr(part, "unet", None), "config", {})
+        config = getattr(getattr(part, "unet", None) or getattr(part, "transformer", None), "config", {})
         latents = getattr(part, "default_sample_size", None) or config.get("sample_size")
         if isinstance(factor, int) and latent_size(latents) is not None:
             return native_size(latents, factor)
@@ -73,9 +84,14 @@ def latent_size(sample_size: Any) -> tuple[int, int] | None:
 def _denoiser_multiple(pipe: Any) -> int:
     """The number of latents of which each side must be a multiple. Only SD 3's pipelines have a `patch_size`; only Kandinsky's
     UNets do not fit upsampled to downsampled sizes."""
-    unet = getattr(pipe, "unet", None)
+    unet: Any = getattr(pipe, "unet", None)
+    if not fits_any_size(unet):
+        return int(2 ** (len(unet.config["block_out_channels"]) - 1))
+    return int(getattr(pipe, "patch_size", 1))
+
+
+def fits_any_size(unet: Any) -> bool:
+    """Whether a UNet fits upsampled to downsampled sizes, so that it takes latents of any size."""
     config = getattr(unet, "config", {})
     kinds = {config.get("_class_name", type(unet).__name__), *config.get("up_block_types", ())}
-    if not kinds.isdisjoint(_UNFITTED):
-        return int(2 ** (len(config["block_out_channels"]) - 1))
-    return int(getattr(pipe, "patch_size", 1))
+    return kinds.isdisjoint(_UNFITTED)

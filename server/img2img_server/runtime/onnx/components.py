@@ -14,6 +14,7 @@ import transformers
 from img2img_server.bundle.files import read_json
 from img2img_server.bundle.manifest import Manifest
 from img2img_server.errors import BundleError
+from img2img_server.runtime.common.processors import loadable
 from img2img_server.runtime.common.weight_budget import within
 from img2img_server.runtime.onnx.modules import Graph, OnnxDenoiser, OnnxTextEncoder, OnnxVae
 from img2img_server.runtime.onnx.runners import Make
@@ -69,7 +70,7 @@ class Components:
         if self._has_graph(name):
             stand_in = OnnxTextEncoder if library == "transformers" else OnnxDenoiser
             return stand_in(self._graph(name), folder, self.device)
-        return _load(_component_class(library, class_name), folder)
+        return _load(component_class(library, class_name), folder)
 
     def _has_graph(self, name: str) -> bool:
         return (self.bundle / name / _GRAPH).is_file()
@@ -120,7 +121,7 @@ def _placed(kind: Any, device: str) -> Any:
     return type(kind.__name__, (kind,), {"__module__": kind.__module__, "device": where, "_execution_device": where})
 
 
-def _component_class(library: str, class_name: str) -> Any:
+def component_class(library: str, class_name: str) -> Any:
     """A class of transformers, diffusers, or a package of diffusers' pipelines. No other code is imported."""
     found = getattr(_LIBRARIES.get(library), class_name, None)
     if found is None and library.isidentifier() and (Path(diffusers.__file__).parent / "pipelines" / library).is_dir():
@@ -133,16 +134,20 @@ def _component_class(library: str, class_name: str) -> Any:
     return found
 
 
-def _load(component_class: Any, folder: Path) -> Any:
+def _load(kind: Any, folder: Path) -> Any:
     """Loads an object of a diffusers or transformers class from a folder; models in float32, from safetensors."""
+    try:
+        kind = loadable(kind)
+    except ImportError as error:
+        raise BundleError(f"{folder} does not load: {error}") from error
     settings: dict[str, Any] = {"local_files_only": True}
-    if inspect.isclass(component_class) and issubclass(component_class, torch.nn.Module):
+    if inspect.isclass(kind) and issubclass(kind, torch.nn.Module):
         settings |= {"torch_dtype": torch.float32, "use_safetensors": True}
-    elif component_class.__module__.startswith("transformers."):
+    elif kind.__module__.startswith("transformers."):
         # If unset, transformers asks at the terminal whether to run code from the bundle or a repository that it names.
         settings["trust_remote_code"] = False
     try:
         with within(folder.glob("*.safetensors")):
-            return component_class.from_pretrained(folder, **settings)
+            return kind.from_pretrained(folder, **settings)
     except LOAD_ERRORS as error:
         raise BundleError(f"{folder} does not load: {error}") from error

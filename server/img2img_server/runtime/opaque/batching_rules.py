@@ -36,7 +36,7 @@ class Rule:
             return None
         known = [getattr(request, name) for name in ("strength", "guidance_scale") if name in parameters]
         prompt = request.prompt if negative and self.negative == "by prompt" else None
-        return (request.image.size, request.num_inference_steps, *known, negative, prompt)
+        return (request.image.size, request.size, request.num_inference_steps, *known, negative, prompt)
 
 
 RULES: dict[str, Rule] = {

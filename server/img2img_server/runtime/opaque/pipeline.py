@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from PIL import Image
 
-from img2img_server.engine.request import Plan, Request
+from img2img_server.engine.request import Plan, Request, no_step
 from img2img_server.errors import InvalidField, OutOfMemory
 from img2img_server.runtime.common.pipe import SWAPPED, native_sizes, parts, size_multiple, view_of
+from img2img_server.runtime.common.sources import source_rule, steps_of
 from img2img_server.runtime.common.torch_calls import torch_call
 from img2img_server.runtime.common.truncation import Truncation
 from img2img_server.runtime.onnx.modules import close_graphs
@@ -27,6 +28,10 @@ _log = logging.getLogger(__name__)
 
 _MOST_ROWS = 16
 """Maximum rows of the denoiser in one call of diffusers, which keeps all images in memory until the last is decoded."""
+
+
+_SPRINT_STEPS = 2
+"""Steps at which SANA-Sprint has an intermediate timestep, by default; it refuses one at any other number."""
 
 
 class OpaquePipeline:
@@ -48,6 +53,7 @@ class OpaquePipeline:
         self._parameters = inspect.signature(pipe.__call__).parameters
         self.engine = engine
         self.size_multiple = size_multiple(pipe)
+        self.source_rule = source_rule(pipe)
         self._rule = rule_of(pipe)
         self._truncation = Truncation(pipe)
         self.max_rows: int | None = None if self._rule else 1
@@ -56,10 +62,14 @@ class OpaquePipeline:
             part.set_progress_bar_config(disable=True)  # progress is sent to the client instead
 
     def plan(self, request: Request) -> Plan:
-        """The request's shape, rows and estimated steps. Raises InvalidField if it names a scheduler."""
+        """The request's shape, rows and estimated steps. Raises InvalidField if it names a scheduler, or has a strength or image
+        that the pipeline does not take."""
         if request.scheduler is not None:
             raise InvalidField("scheduler", "this model supports only its own scheduler: leave the field unset")
-        width, height = request.image.size
+        if self._steps(request) == 0:
+            raise no_step(request)
+        self._check_image(request.image)
+        width, height = self._size(request)
         settings, at_once = self._settings(request), self._at_once(request)
         chunks = -(-len(request.seeds) // at_once)
         rows = min(len(request.seeds), at_once) * self._rows(request)
@@ -150,6 +160,19 @@ class OpaquePipeline:
         """The settings that requests must have in common with it to share its call; None if none can."""
         return self._rule and self._rule.settings(request, self._parameters)
 
+    def _check_image(self, image: Image.Image) -> None:
+        """Raises InvalidField for an image that the pipeline's image processor refuses, as FLUX.2's does small ones."""
+        check = getattr(getattr(self._pipe, "image_processor", None), "check_image_input", None)
+        try:
+            if check is not None:
+                check(image)
+        except ValueError as error:
+            raise InvalidField("image", f"this model does not take the image: {error}") from None
+
+    def _size(self, request: Request) -> tuple[int, int]:
+        """Width and height of the request's images, in pixels."""
+        return self.source_rule.own_size(request.image.size) or request.result_size
+
     def _rows(self, request: Request) -> int:
         """Rows of the denoiser per image."""
         return self._rule.rows(request) if self._rule else 1
@@ -159,8 +182,9 @@ class OpaquePipeline:
         return 1 if self._settings(request) is None else max(1, self._most_rows // self._rows(request))
 
     def _steps(self, request: Request) -> int:
-        strength = request.strength if "strength" in self._parameters else 1.0
-        return max(1, int(request.num_inference_steps * strength))
+        if "strength" not in self._parameters:
+            return request.num_inference_steps
+        return steps_of(self._pipe, request.num_inference_steps, request.strength)
 
     @torch_call
     def _draw(self, call: SharedCall) -> list[Image.Image]:
@@ -177,9 +201,15 @@ class OpaquePipeline:
                 call.pause()
                 return tensors
 
-            listeners = {"callback_on_step_end": on_step_end, "prior_callback_on_step_end": on_prior_step_end}
+            def on_step(step: int, timestep: Any, latents: Any, number: int = number) -> None:
+                call.report_step(number, step + 1, estimate)
+                call.pause()
+
+            listeners: dict[str, Any] = {"callback_on_step_end": on_step_end, "prior_callback_on_step_end": on_prior_step_end}
+            if "callback_on_step_end" not in self._parameters:
+                listeners = {"callback": on_step}  # as older classes have it
             images += _view(self._pipe)(**self._arguments(chunk, listeners), output_type="pil").images
-        size = call.requests[0].image.size
+        size = self._size(call.requests[0])
         if len(images) != len(call.pictures) or any(image.size != size for image in images):
             made = [image.size for image in images]
             raise RuntimeError(f"{type(self._pipe).__name__} returned images of {made} instead of {len(call.pictures)} of {size}")
@@ -193,7 +223,7 @@ class OpaquePipeline:
     def _arguments(self, pictures: Sequence[tuple[Request, int]], listeners: dict[str, Any]) -> dict[str, Any]:
         """The arguments of the pipeline's call: those that it accepts, as lists if there are several images."""
         request = pictures[0][0]
-        width, height = request.image.size
+        width, height = self._size(request)
         if type(self._pipe).__name__ in SWAPPED:
             width, height = height, width
         each: dict[str, list[Any]] = {
@@ -202,13 +232,17 @@ class OpaquePipeline:
             "image": [request.image for request, _ in pictures],
             "generator": [torch.Generator("cpu").manual_seed(seed) for _, seed in pictures],
         }
-        alike = {
+        alike: dict[str, Any] = {
             "strength": request.strength,
             "num_inference_steps": request.num_inference_steps,
             "guidance_scale": request.guidance_scale,
             "width": width,
             "height": height,
+            # Kontext makes any size, but so many pixels.
+            "max_area": width * height,
         }
+        if request.num_inference_steps != _SPRINT_STEPS:
+            alike["intermediate_timesteps"] = None
         # A single image is passed without lists. A missing prompt is None for all images.
         single = {name: values[0] if len(pictures) == 1 or values[0] is None else values for name, values in each.items()}
         offered = single | alike | listeners

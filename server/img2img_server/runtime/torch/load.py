@@ -7,9 +7,10 @@ import torch
 
 from img2img_server.bundle.manifest import Manifest
 from img2img_server.errors import BundleError
+from img2img_server.runtime.common.processors import processors
 from img2img_server.runtime.common.weight_budget import within
 from img2img_server.runtime.execution import Execution
-from img2img_server.runtime.onnx.components import LOAD_ERRORS, pipeline_class, read_index
+from img2img_server.runtime.onnx.components import LOAD_ERRORS, component_class, pipeline_class, read_index
 
 _BFLOAT16_SINCE = (8, 0)
 """The first compute capability of NVIDIA GPUs with bfloat16: Ampere."""
@@ -23,17 +24,23 @@ def torch_pipeline(bundle: Path, manifest: Manifest, device: str, dtype: torch.d
     """
     kind = pipeline_class(manifest)
     # Otherwise diffusers requires parts that the model was saved without, such as SD 3's T5.
-    left_out = [name for name, entry in read_index(bundle).items() if entry == [None, None]]
+    index = read_index(bundle)
+    left_out = [name for name, entry in index.items() if entry == [None, None]]
+    kinds = {name: component_class(*entry) for name, entry in index.items() if _is_component(entry)}
     try:
         with within(bundle.rglob("*.safetensors")):
-            pipe = kind.from_pretrained(
-                str(bundle), use_safetensors=True, local_files_only=True, torch_dtype=dtype, **dict.fromkeys(left_out)
-            )
+            parts = dict.fromkeys(left_out) | processors(bundle, kinds)
+            pipe = kind.from_pretrained(str(bundle), use_safetensors=True, local_files_only=True, torch_dtype=dtype, **parts)
         pipe.to(device)
     except LOAD_ERRORS as error:
         raise BundleError(f"{bundle} does not load: {error}") from error
     lay_out(pipe)
     return pipe
+
+
+def _is_component(entry: Any) -> bool:
+    """Whether an entry of model_index.json is a component: its library and its class."""
+    return isinstance(entry, list) and len(entry) == 2 and None not in entry
 
 
 def lay_out(pipe: Any) -> None:

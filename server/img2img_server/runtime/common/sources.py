@@ -1,0 +1,46 @@
+"""What a pipeline makes of a source image and of a strength, as its class has it."""
+
+import inspect
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from diffusers.utils import PIL_INTERPOLATION
+
+from img2img_server.runtime.common.pipe import PIXELS, SQUARE, parts, view_of
+from img2img_server.support.source_rule import SourceRule
+
+_AREAS = {"LongCatImageEditPipeline": 1024 * 1024}
+"""Classes whose results have about so many pixels, whatever is asked for."""
+
+
+def source_rule(pipe: Any) -> SourceRule:
+    """What becomes of a source before the pipeline gets it: what the pipeline's own image processor would do.
+
+    A pipeline without a strength that takes a width edits: it looks at the source at a size of its own, and begins from noise.
+    One with resolution bins (SANA) makes an image of another size, and resizes that.
+    """
+    name, parameters = type(pipe).__name__, inspect.signature(pipe.__call__).parameters
+    if name in PIXELS:  # the UNet's size is the results' shorter side
+        return SourceRule(keeps_size=True, shorter_side=int(pipe.unet.config.sample_size))
+    if name in _AREAS:
+        return SourceRule(keeps_size=True, area=_AREAS[name])
+    if "use_resolution_binning" in parameters or ("strength" not in parameters and "width" in parameters):
+        return SourceRule(keeps_size=True)
+    for part in parts(pipe):
+        config = getattr(getattr(part, "image_processor", None), "config", {})
+        if config.get("resample") in PIL_INTERPOLATION:
+            filter_name = PIL_INTERPOLATION[config["resample"]].name
+            return SourceRule(filter_name, config.get("reducing_gap"), square=name in SQUARE)
+    return SourceRule()
+
+
+def steps_of(pipe: Any, count: int, strength: float) -> int:
+    """How many of `count` steps the pipeline runs at `strength`: by its own get_timesteps, all if it has none."""
+    for part in parts(pipe):
+        if (rule := getattr(part, "get_timesteps", None)) is not None:
+            view = view_of(part, scheduler=SimpleNamespace(timesteps=torch.arange(count), order=1))
+            known = {"num_inference_steps": count, "strength": strength, "device": "cpu"}
+            _, steps = view.get_timesteps(**{key: known[key] for key in inspect.signature(rule).parameters if key in known})
+            return int(steps)
+    return count

@@ -1,0 +1,77 @@
+"""Classes of pipelines that are refused, before anything of them is read, and what becomes of those that are not."""
+
+import diffusers
+import pytest
+import transformers
+from diffusers.pipelines.auto_pipeline import AUTO_IMAGE2IMAGE_PIPELINES_MAPPING
+from img2img_export.convert.models import plan, plans_for
+from img2img_export.errors import ExportError
+from img2img_export.read.checkpoint import Layout
+from img2img_server.runtime.common.processors import loadable
+
+CONTROLLED = r"this pipeline \(\w+\) needs a control image \(control_image\), which requests cannot carry yet"
+REFUSED = {
+    "StableDiffusionControlNetPipeline": CONTROLLED,
+    "StableDiffusionControlNetImg2ImgPipeline": CONTROLLED,
+    "StableDiffusionXLControlNetUnionPipeline": CONTROLLED,
+    "StableDiffusionXLControlNetPAGImg2ImgPipeline": CONTROLLED,
+    "FluxControlPipeline": CONTROLLED,
+    "FluxControlNetImg2ImgPipeline": CONTROLLED,
+    "FluxFillPipeline": r"needs a mask \(mask_image\)",
+    "StableDiffusionDepth2ImgPipeline": r"needs a depth map \(depth_map\)",
+    "QwenImageLayeredPipeline": "divides an image into layers",
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_pipeline_that_needs_or_makes_more_is_refused_with_what_it_is(name: str) -> None:
+    with pytest.raises(ExportError, match=REFUSED[name]):
+        plan(Layout(name, {}, ()), "auto")
+
+
+def test_each_key_of_auto_pipeline_is_planned_or_refused_by_its_inputs() -> None:
+    refused = set()
+    for key, kind in AUTO_IMAGE2IMAGE_PIPELINES_MAPPING.items():
+        layout = Layout(kind.__name__, {"unet": ("diffusers", "UNet2DConditionModel")}, ())
+        try:
+            assert plan(layout, "auto").pipeline_class == kind.__name__
+        except ExportError:
+            refused.add(key)
+    controlled = {key for key in AUTO_IMAGE2IMAGE_PIPELINES_MAPPING if "control" in key}
+    assert refused == controlled | {"qwenimage-layered"}
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("ChromaPipeline", "ChromaImg2ImgPipeline"),
+        ("SanaSprintPipeline", "SanaSprintImg2ImgPipeline"),
+        ("LongCatImageEditPipeline", "LongCatImageEditPipeline"),
+        ("QwenImage21Pipeline", "QwenImage21Pipeline"),
+        ("StableDiffusionPAGPipeline", "StableDiffusionPAGImg2ImgPipeline"),
+        ("KandinskyV22CombinedPipeline", "KandinskyV22Img2ImgCombinedPipeline"),
+    ],
+)
+def test_a_text_to_image_class_is_served_by_its_image_to_image_class(name: str, expected: str) -> None:
+    assert hasattr(diffusers, expected)
+    assert plan(Layout(name, {}, ()), "torch").pipeline_class == expected
+
+
+def test_perturbed_attention_is_torch_and_says_why() -> None:
+    layout = Layout("StableDiffusionPAGImg2ImgPipeline", {"unet": ("diffusers", "UNet2DConditionModel")}, ())
+    (only,) = plans_for(layout, "auto")
+    assert only.backend == "torch"
+    assert "exchanges the attention layers of its denoiser during a call" in str(only.reason)
+    for backend in ("onnx", "hybrid"):
+        with pytest.raises(ExportError, match="exchanges the attention layers"):
+            plan(layout, backend)
+
+
+def test_processors_load_without_what_only_videos_need() -> None:
+    """torchvision is not installed here, as on a server: transformers' own class would ask for it."""
+    kind = loadable(transformers.Qwen2VLProcessor)
+    assert issubclass(kind, transformers.Qwen2VLProcessor)
+    assert (kind.__name__, kind.get_attributes()) == ("Qwen2VLProcessor", ["image_processor", "tokenizer"])
+    assert loadable(transformers.CLIPTokenizer) is transformers.CLIPTokenizer
+    with pytest.raises(ImportError, match="PixtralProcessor needs torchvision, which is not installed: install it"):
+        loadable(transformers.PixtralProcessor)
