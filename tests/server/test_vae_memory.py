@@ -165,7 +165,7 @@ def difference(some: Any, others: Any) -> int:
 def test_a_tiled_image_is_the_one_that_diffusers_makes_with_tiling(
     name: str, bundle: Callable[[str], Path], tiny_model: Callable[[str], Path]
 ) -> None:
-    """Step by step, and whole (flux, whose pipeline draws two images otherwise than it draws each)."""
+    """Flux's pipeline draws two images of one source otherwise than it draws each, so it draws one here."""
     folder = bundle(name)
     ours = load_pipeline(folder, read_manifest(folder), Execution("cpu", 1, vae_memory=TILED))
     pipe = AutoPipelineForImage2Image.from_pretrained(str(tiny_model(name)), torch_dtype=torch.float32)
