@@ -33,7 +33,7 @@ class Settings:
     fit: "Fit | None" = "native"
 
     def options(self) -> "TransformOptions":
-        """The client's options, without those that are None."""
+        """The client's options, without None values."""
         options: TransformOptions = {
             "model": self.model,
             "prompt": self.prompt,

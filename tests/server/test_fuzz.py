@@ -137,7 +137,7 @@ def test_an_undocumented_status_is_a_finding(code: grpc.StatusCode) -> None:
 
 
 def test_an_answer_that_tells_of_the_server_is_a_finding() -> None:
-    with pytest.raises(Finding, match="tells of the server"):
+    with pytest.raises(Finding, match="reveals a detail of the server"):
         check(METHODS[0], grpc.StatusCode.NOT_FOUND, Failed(), [b""])
 
 
