@@ -1,4 +1,4 @@
-"""How long the device would work on many jobs, from a few sums for each group."""
+"""Estimates the device's time for many jobs from a few sums per group."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -9,8 +9,8 @@ from img2img_server.engine.policy import Job
 
 @dataclass(slots=True)
 class GroupSums:
-    """Of the jobs of a group: how many there are, their rows, their rows in all steps, their seconds apart from steps. `like` is
-    one of them."""
+    """Sums over the jobs of a group: their number, rows, rows in all steps, and seconds outside of steps. `like` is one of
+    them."""
 
     like: Job
     jobs: int = 0
@@ -38,7 +38,7 @@ def group_sums(jobs: Iterable[Job]) -> dict[Group, GroupSums]:
 
 
 class Backlog:
-    """Jobs, and the estimated seconds of work that they are if those of a group share calls.
+    """Jobs and their estimated seconds of work if jobs of a group share calls.
 
     `row_seconds` has the seconds of a step of one row like a job's, if there are so many rows to share calls. A group is
     estimated again when one of its jobs is added or removed.
@@ -60,7 +60,7 @@ class Backlog:
         self._estimate(job.group, sums)
 
     def remove(self, job: Job) -> None:
-        """Removes a job that was added, with the same figures."""
+        """Removes a job that was added with the same values."""
         sums = self._groups[job.group]
         sums.add(job, -1)
         if sums.jobs:
@@ -68,7 +68,7 @@ class Backlog:
             return
         del self._groups[job.group]
         estimate = self._estimates.pop(job.group)
-        self._seconds = self._seconds - estimate if self._groups else 0.0  # so that rounding errors do not add up for ever
+        self._seconds = self._seconds - estimate if self._groups else 0.0  # so that rounding errors do not accumulate
 
     def seconds(self, others: Mapping[Group, GroupSums]) -> float:
         """The seconds of work of all jobs and of `others`."""

@@ -188,7 +188,7 @@ class _Curves:
         self._note(curve, before)
 
     def record(self, shape: Hashable, pixels: int, rows: int, seconds: float, expected: float) -> _Curve:
-        """Notes a call that was expected to take `expected` seconds. Returns the curve of its shape."""
+        """Records a call that was expected to take `expected` seconds. Returns the curve of its shape."""
         curve = self._run(shape, pixels)
         before = len(curve.rows)
         curve.record(rows, seconds, expected)
@@ -196,8 +196,8 @@ class _Curves:
         return curve
 
     def _run(self, shape: Hashable, pixels: int) -> _Curve:
-        """The curve of a shape that was just run. If there are too many, the one that was not run for longest is forgotten, but
-        those of several batches last: they give the others their form."""
+        """The curve of a shape that was just run. If there are too many, the least recently run is evicted, curves of a single
+        batch size first: curves of several sizes are used to scale the others."""
         self._shapes[shape] = curve = self._shapes.pop(shape, None) or _Curve(pixels)
         if len(self._shapes) > _MOST_SHAPES:
             single = (old for old, known in self._shapes.items() if len(known.rows) < 2 and known is not curve)
@@ -206,7 +206,7 @@ class _Curves:
         return curve
 
     def _note(self, curve: _Curve, before: int) -> None:
-        """Sorts in a curve that had `before` batches and may have one more."""
+        """Updates the sorted lists for a curve that had `before` batch sizes and may have one more."""
         if len(curve.rows) == before:
             return
         if before == 0:
@@ -248,7 +248,7 @@ class Costs:
         self._pace: dict[str, float] = {}
         self._bounds: dict[tuple[Stage, str], _Bound] = {}
         self._buckets: dict[str, Sequence[int]] = {}
-        # What was looked up since the last observation of a stage of a model, before the pace is applied.
+        # Results of lookups since the last observation of a stage of a model, before the pace is applied.
         self._found: dict[tuple[Stage, str], dict[tuple[Hashable, int, int], float | None]] = {}
 
     def measured(self, stage: Stage, group: Group, pixels: int, rows: int, seconds: float) -> None:

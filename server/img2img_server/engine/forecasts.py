@@ -1,4 +1,4 @@
-"""What forecasts of long queues are made of: sums of the active requests, and corrections by the errors of earlier forecasts."""
+"""Parts of forecasts for long queues: sums over the active requests, and corrections by the errors of earlier forecasts."""
 
 import math
 from bisect import bisect_left
@@ -16,7 +16,7 @@ _CAUTION = 4
 
 
 class ActiveSums:
-    """The active requests when a call began, the one of number `call`. `groups` and `seconds` are sums over all."""
+    """The active requests at the start of call number `call`. `groups` and `seconds` are sums over all of them."""
 
     def __init__(self, policy: Policy, call: int) -> None:
         self.call, self.count = call, len(policy.order)
@@ -47,14 +47,14 @@ class ActiveSums:
 
 
 class Corrections:
-    """Means of the errors of forecasts, by requests that are alike."""
+    """Mean errors of forecasts, by groups of similar requests."""
 
     def __init__(self) -> None:
         self._bias: dict[Hashable, tuple[float, int]] = {}
 
     def apply(self, ticket: Ticket, forecast: float, count: int) -> float:
-        """The forecast, corrected by the mean error of similar forecasts, since other requests arrive. Requests of about as many
-        steps, which came when there were about as many others, `count`, have similar errors."""
+        """The forecast, corrected by the mean error of similar forecasts, since other requests arrive. Forecasts are similar if
+        their numbers of steps, and of other requests at their arrival (`count`), are similar."""
         if ticket.forecast_key is None:
             ticket.forecast_key = ticket.plan.step_count.bit_length(), count.bit_length()
         mean, observed = self._bias.get(ticket.forecast_key, (0.0, 0))

@@ -1,4 +1,4 @@
-"""The requests that wait, in the order of their admission: no operation visits all of them.
+"""The waiting requests, in the order of their admission. No operation visits all of them.
 
 The requests of a client are its line, sorted by rank (policy.py). Admitted first are those of clients without an active request,
 so a client waits for one slot at most, however many requests others have queued; then those of the other clients; background
@@ -23,13 +23,13 @@ from img2img_server.engine.ranked import NO_LINE, Line, LineSums, Rank, RankedLi
 from img2img_server.engine.request import Ticket
 
 _CHANGED = 0.2
-"""The relative change of a request's seconds after which those of its kind are sorted by other ones."""
+"""The relative change of a request's seconds after which requests of its kind are sorted by the new value."""
 
 
 @dataclass(slots=True, eq=False)
 class Entry:
-    """A waiting request. `rank` is the one in its client's line. `alarm` is when its deadline begins to press or, once it does,
-    the deadline; None without a deadline. `looked_at` is when its position was last computed."""
+    """A waiting request. `rank` is its rank in its client's line. `alarm` is the time at which its deadline starts to press,
+    after that the deadline itself; None without a deadline. `looked_at` is the time at which its position was last computed."""
 
     ticket: Ticket
     job: Job
@@ -45,19 +45,23 @@ _Kind = tuple[Group, int, int]
 
 
 class Queue:
-    """The waiting requests of all clients, whose jobs are in `backlog` too. `activate` and `deactivate` note which clients have
+    """The waiting requests of all clients, whose jobs are in `backlog` too. `activate` and `deactivate` track the clients with
     active requests."""
 
     def __init__(self, backlog: Backlog) -> None:
         self._backlog = backlog
-        self._entries: OrderedDict[int, Entry] = OrderedDict()  # the one that was not looked at for longest comes first
+        self._entries: OrderedDict[int, Entry] = OrderedDict()  # the least recently computed position comes first
         self._lines: dict[str, _Requests] = {}
         self._active: Counter[str] = Counter()  # active requests of each client
-        self._first: _Requests = RankedList()  # of the lines of clients without an active request, and those without a client
+        self._first: _Requests = (
+            RankedList()
+        )  # the first requests of clients without an active request, and requests without a client
         self._unserved, self._served = LineSums(), LineSums()  # lines of clients without and with an active request
         self._background: _Requests = RankedList()
         self._alarms: _Requests = RankedList()
-        self._kinds: dict[_Kind, tuple[JobSeconds, int]] = {}  # the seconds that each is sorted by, and how many wait
+        self._kinds: dict[
+            _Kind, tuple[JobSeconds, int]
+        ] = {}  # the seconds that each kind is sorted by, and its number of waiting requests
         self._seconds = 0.0
 
     def __len__(self) -> int:
@@ -65,7 +69,7 @@ class Queue:
 
     @property
     def seconds(self) -> float:
-        """The seconds of all waiting requests, each alone on the device."""
+        """The sum of the seconds of all waiting requests if each runs alone."""
         return self._seconds
 
     def work(self, others: Mapping[Group, GroupSums]) -> float:
@@ -88,11 +92,11 @@ class Queue:
         if count > 1:
             self._kinds[kind] = seconds, count - 1
         if not self._entries:
-            self._seconds = 0.0  # so that rounding errors do not add up for ever
+            self._seconds = 0.0  # so that rounding errors do not accumulate
         return entry.job
 
     def update(self, ticket: Ticket, job: Job, now: float) -> None:
-        """Notes that the position of `ticket` was computed, and sorts it in again if it takes longer or shorter than it did."""
+        """Records that the position of `ticket` was computed, and moves it if its seconds have changed."""
         entry = self._entries[ticket.number]
         entry.looked_at = now
         self._entries.move_to_end(ticket.number)
@@ -104,7 +108,7 @@ class Queue:
             self._insert(entry, now)
 
     def activate(self, client: str) -> None:
-        """Notes that a request of `client` became active."""
+        """Records that a request of `client` became active."""
         if self._active[client]:
             self._active[client] += 1
         elif client:
@@ -113,7 +117,7 @@ class Queue:
             self._show(client)
 
     def deactivate(self, client: str) -> None:
-        """Notes that a request of `client` is not active any more."""
+        """Records that a request of `client` is no longer active."""
         if self._active[client] > 1:
             self._active[client] -= 1
         elif client:
@@ -122,7 +126,7 @@ class Queue:
             self._show(client)
 
     def looked_at_before(self, time: float, most: int) -> list[Ticket]:
-        """Up to `most` requests whose position was not computed since `time`, those of the longest ago first."""
+        """Up to `most` requests whose position was not computed since `time`, the least recent first."""
         entries = islice(self._entries.values(), most)
         return [entry.ticket for entry in takewhile(lambda entry: entry.looked_at <= time, entries)]
 
@@ -131,7 +135,7 @@ class Queue:
         return [entry.ticket for entry in islice(self._lines.get(client, ()), most)]
 
     def expired(self, now: float) -> list[Ticket]:
-        """The requests whose deadline has passed. Sorts in again those whose deadline begins to press."""
+        """The requests whose deadline has passed. Moves requests whose deadline starts to press."""
         due = list(takewhile(lambda entry: entry.alarm is not None and entry.alarm <= now, self._alarms))
         for entry in due:
             if not _has_passed(entry, now):
@@ -178,7 +182,7 @@ class Queue:
         return min(count, foreground), min(seconds, self.seconds), own_seconds
 
     def _price(self, job: Job) -> _Kind:
-        """Has a job take the seconds by which its kind is sorted, unless they have changed much. Returns its kind."""
+        """Sets a job's seconds to those that its kind is sorted by, unless they have changed much. Returns its kind."""
         kind = _kind_of(job)
         seconds, left = job.seconds, job.seconds_left
         job.seconds = self._kinds.get(kind, (seconds, 0))[0]
@@ -191,7 +195,7 @@ class Queue:
         following: list[tuple[Rank, Entry, Iterator[Entry], float]] = []
 
         def follow(entry: Entry, line: Iterator[Entry], seconds: float) -> None:
-            """Has the next in line compared with those of other lines."""
+            """Adds the next request of a line to the comparison with other lines."""
             after, seconds = next(line, None), seconds + entry.seconds
             if after is not None:
                 heappush(following, (after.job.rank(now, ahead(after.job) + seconds), after, line, seconds))

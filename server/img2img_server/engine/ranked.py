@@ -8,17 +8,17 @@ from itertools import chain
 from typing import Generic, TypeVar
 
 Rank = tuple[bool, float, float, int]
-"""What jobs are sorted by. The last element is the job's number, so no two ranks are equal."""
+"""The sort key of jobs. The last element is the job's number, so no two ranks are equal."""
 
 _BLOCK = 64
-"""Items of a block of a RankedList; it is divided at twice as many."""
+"""Items of a block of a RankedList, which is split at twice as many."""
 _FIRST, _PER_OCTAVE, _BUCKETS = 1e-3, 4, 128
 """Buckets of a RampSum: the first ends at about a millisecond, four follow for each doubling, up to 50 days."""
 _SHORTEST = 1e-6
-"""The least seconds that a ramp rises."""
+"""The minimum duration of a ramp's rise, in seconds."""
 
 Ramp = tuple[float, float, float]
-"""Where a ramp begins, where it ends, and its height."""
+"""A ramp's start, end and height."""
 
 _T = TypeVar("_T")
 
@@ -78,7 +78,7 @@ class RankedList(Generic[_T]):
             del self._blocks[index], self._seconds[index], self._bounds[max(0, index - 1)]
 
     def before(self, rank: Rank) -> tuple[int, float]:
-        """How many items have a lower rank, and the sum of their seconds."""
+        """The number of items with a lower rank, and the sum of their seconds."""
         index, position = self._find(rank)
         count = sum(map(len, self._blocks[:index])) + position
         return count, sum(self._seconds[:index]) + sum([seconds for _, seconds, _ in self._blocks[index][:position]])
@@ -89,7 +89,7 @@ class RankedList(Generic[_T]):
 
 
 class RampSum:
-    """A sum of ramps: each is 0 up to its beginning, rises evenly to its height and stays there."""
+    """A sum of ramps: each is 0 up to its start, rises linearly to its height and stays there."""
 
     def __init__(self) -> None:
         self._ramps = 0
@@ -106,10 +106,10 @@ class RampSum:
         if self._ramps:
             self._change(begin, end, -height)
         else:
-            self._clear()  # so that rounding errors do not add up for ever
+            self._clear()  # so that rounding errors do not accumulate
 
     def at(self, x: float, without: Sequence[Ramp] = ()) -> float:
-        """The sum at `x`, some ramps not counted. Where one begins or ends a little beyond `x`, it counts as if it went on."""
+        """The approximate sum at `x` without some ramps. A ramp that starts or ends slightly after `x` is extrapolated."""
         bucket = _bucket(x)
         total = x * sum(self._slopes[: bucket + 1]) - sum(self._offsets[: bucket + 1])
         for each in without:
@@ -128,8 +128,8 @@ class RampSum:
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """A client's requests, which are done one after the other: the seconds of the first, of all, and how many there are. `skip`
-    is 1 if the first one does not count."""
+    """A client's requests, which run one after the other: the seconds of the first, of all, and their number. `skip` is 1 if the
+    first one does not count."""
 
     first: float
     seconds: float
@@ -138,7 +138,8 @@ class Line:
 
     @property
     def counts(self) -> list[Ramp]:
-        """How many are done when the client has had so many seconds, if each takes somewhat longer than the one before."""
+        """The number of finished requests after the client has had the given seconds, if each takes slightly longer than the one
+        before."""
         if self.length == self.skip:
             return []
         begin = self.first if self.skip else 0.0
@@ -148,17 +149,17 @@ class Line:
 
     @property
     def work(self) -> list[Ramp]:
-        """How many of these seconds are those of requests that count."""
+        """The part of these seconds that belongs to requests that count."""
         begin = self.first if self.skip else 0.0
         return [(begin, self.seconds, self.seconds - begin)] if self.length > self.skip else []
 
 
 NO_LINE = Line(0.0, 0.0, 0, 0)
-"""The line of a client that has no requests."""
+"""The line of a client without requests."""
 
 
 class LineSums:
-    """Sums over the lines of many clients that have had the same time."""
+    """Sums over the lines of many clients that have had equal time."""
 
     def __init__(self) -> None:
         self._counts, self._work = RampSum(), RampSum()
@@ -178,13 +179,13 @@ class LineSums:
             self._work.remove(*each)
 
     def done(self, x: float, without: Line) -> tuple[float, float]:
-        """About how many requests, and seconds of them, are done when each client has had `x` seconds: those of the other lines
-        than one of them."""
+        """The approximate number of finished requests, and their seconds, when each client has had `x` seconds, except those of
+        one line."""
         return self._counts.at(x, without.counts), self._work.at(x, without.work)
 
 
 def _bends(begin: float, end: float, height: float) -> tuple[tuple[float, float], tuple[float, float]]:
-    """Where a ramp begins and where it ends, and by how much its slope changes there."""
+    """A ramp's start and end, and the change of the slope there."""
     end = max(end, begin + _SHORTEST)
     slope = height / (end - begin)
     return (begin, slope), (end, -slope)

@@ -1,6 +1,6 @@
-"""Keeps all requests: which have to leave, which are admitted, which share the next call. Computes nothing itself.
+"""Tracks all requests: decides which leave, which are admitted, and which share the next call. Makes no model calls.
 
-What is done for a step, a new request or a request that leaves takes about the same time however many wait.
+The time per step, per new request and per leaving request does not depend on the number of waiting requests.
 """
 
 import itertools
@@ -19,8 +19,8 @@ from img2img_server.errors import DeadlineExpired, DeadlineUnmeetable, RequestCa
 from img2img_server.settings.setting import setting
 
 _MOST_FORECAST = 48
-"""Up to this many requests the policy is simulated for a forecast. That takes quadratic time, and beyond it is no more accurate
-than the summed work of the requests ahead."""
+"""Maximum requests for which a forecast simulates the policy. This takes quadratic time, and for more requests it is no more
+accurate than the summed work of the requests ahead."""
 _NEWS_INTERVAL = 1.0
 """Seconds between two forecasts of a request."""
 _LEAST_NEWS, _MOST_NEWS = 4, 32
@@ -28,9 +28,9 @@ _LEAST_NEWS, _MOST_NEWS = 4, 32
 _SECONDS_PER_NEWS = 0.005
 """Between the minimum and the maximum, one is forecast for each such time since the step before."""
 _SUMMED_CALLS = 8
-"""Calls after which the sums of the active requests that estimates are made of are computed again."""
+"""Calls after which the sums over active requests, used for estimates, are computed again."""
 _MOST_COMPARED = 32
-"""Waiting requests among which those are sought that share the shape of the first, and may be admitted with it."""
+"""Waiting requests that are searched for ones with the first one's shape, to be admitted with it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,7 +207,7 @@ class Scheduler:
         return self._clients[client]
 
     def set_slotted(self, ticket: Ticket, slotted: bool) -> None:
-        """Notes whether a slot counts for a request."""
+        """Sets whether a slot counts for a request."""
         live = ticket.status in (RequestStatus.WAITING, RequestStatus.ACTIVE)
         if live:
             self._count(ticket, -1)
@@ -420,4 +420,5 @@ def _check_deadline(ticket: Ticket) -> None:
     deadline, forecast = ticket.request.deadline, ticket.forecast
     if deadline is not None and forecast is not None and ticket.arrival + forecast > deadline:
         left = max(0.0, deadline - ticket.arrival)
-        raise DeadlineUnmeetable(f"it would take about {forecast:.2f} s, and {left:.2f} s are left", estimate=forecast)
+        message = f"the request would take about {forecast:.2f} s, but its deadline is in {left:.2f} s"
+        raise DeadlineUnmeetable(message, estimate=forecast)

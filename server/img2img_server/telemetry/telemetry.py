@@ -95,7 +95,7 @@ class Telemetry:
             self._metrics.serves(service)
 
     def names(self, methods: Mapping[str, str]) -> None:
-        """From now on, tells of these methods, too, each by its name."""
+        """Adds these methods, with their names, to the known labels."""
         if self._metrics is not None:
             self._metrics.names(methods)
 
