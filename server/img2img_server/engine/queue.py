@@ -53,9 +53,8 @@ class Queue:
         self._entries: OrderedDict[int, Entry] = OrderedDict()  # the least recently computed position comes first
         self._lines: dict[str, _Requests] = {}
         self._active: Counter[str] = Counter()  # active requests of each client
-        self._first: _Requests = (
-            RankedList()
-        )  # the first requests of clients without an active request, and requests without a client
+        # The first requests of clients without an active request, and requests without a client.
+        self._first: _Requests = RankedList()
         self._unserved, self._served = LineSums(), LineSums()  # lines of clients without and with an active request
         self._background: _Requests = RankedList()
         self._alarms: _Requests = RankedList()
