@@ -58,9 +58,8 @@ class Queue:
         self._unserved, self._served = LineSums(), LineSums()  # lines of clients without and with an active request
         self._background: _Requests = RankedList()
         self._alarms: _Requests = RankedList()
-        self._kinds: dict[
-            _Kind, tuple[JobSeconds, int]
-        ] = {}  # the seconds that each kind is sorted by, and its number of waiting requests
+        # The seconds that each kind is sorted by, and its number of waiting requests.
+        self._kinds: dict[_Kind, tuple[JobSeconds, int]] = {}
         self._seconds = 0.0
 
     def __len__(self) -> int:
