@@ -4,7 +4,7 @@ Deadlines are sent as remaining seconds, because the clocks differ.
 """
 
 from collections.abc import AsyncGenerator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, Protocol
 
 from img2img_server.bundle.manifest import Manifest, Source, Verification
@@ -91,20 +91,22 @@ class Card:
         )
 
 
-def _brief(manifest: Manifest) -> Manifest:
-    """The manifest without its lists, which are ten times as large as the rest."""
-    verification = Verification(manifest.verification.passed)
-    return replace(
-        manifest,
-        components=(),
-        files={},
-        tools={},
-        verification=verification,
-        options={},
-        latent_preview=(),
-        loras=(),
-        references=(),
-    )
+@dataclass(frozen=True)
+class BriefManifest(Manifest):
+    """A manifest without its lists, which are ten times as large as the rest, but with its digest."""
+
+    full_digest: str = ""
+
+    @property
+    def digest(self) -> str:
+        """The digest of the full manifest."""
+        return self.full_digest
+
+
+def _brief(manifest: Manifest) -> BriefManifest:
+    values = {item.name: getattr(manifest, item.name) for item in fields(Manifest)}
+    values |= {"components": (), "files": {}, "tools": {}, "options": {}, "latent_preview": (), "loras": (), "references": ()}
+    return BriefManifest(**{**values, "verification": Verification(manifest.verification.passed)}, full_digest=manifest.digest)
 
 
 @dataclass(frozen=True, slots=True)
