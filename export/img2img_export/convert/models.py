@@ -32,10 +32,10 @@ GRAPHS = {
     "LatentConsistencyModelImg2ImgPipeline": ("latent-consistency", _CLIP),
     "StableDiffusionInstructPix2PixPipeline": (WHOLE, _CLIP),
     "StableDiffusion3Img2ImgPipeline": (
-        WHOLE,
+        "stable-diffusion-3",
         ("text_encoder", "text_encoder_2", "text_encoder_3", "transformer", "vae"),
     ),
-    "FluxImg2ImgPipeline": (WHOLE, ("text_encoder", "text_encoder_2", "transformer", "vae")),
+    "FluxImg2ImgPipeline": ("flux", ("text_encoder", "text_encoder_2", "transformer", "vae")),
     "ChromaImg2ImgPipeline": (WHOLE, ("text_encoder", "transformer", "vae")),
 }
 """Pipeline classes that become graphs entirely: the server's family name, and the components."""
