@@ -26,7 +26,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 DEMO_MODEL = REPOSITORY / "demo" / "model"
-WITH_PREVIEWS = ("sd1", "sdxl", "demo")
+WITH_PREVIEWS = ("sd1", "sdxl", "flux-dev", "demo")
 """Bundles for which the export fits a preview."""
 
 

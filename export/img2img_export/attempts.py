@@ -168,7 +168,11 @@ def _load(loader: Loader, options: ExportOptions) -> Any:
     """Loads the pipeline with the requested scheduler."""
     pipeline = loader.pipeline()
     if options.scheduler is not None:
-        pipeline.scheduler = registry.make(options.scheduler, pipeline.scheduler)
+        try:
+            pipeline.scheduler = registry.make(options.scheduler, pipeline.scheduler)
+        except KeyError:
+            names = ", ".join(registry.FLOW_NAMES if registry.is_flow(pipeline.scheduler) else registry.NAMES)
+            raise ExportError(f"--scheduler: this model cannot use '{options.scheduler}': use one of {names}") from None
     return pipeline
 
 

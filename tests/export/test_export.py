@@ -285,6 +285,17 @@ def test_a_model_without_graphs_is_refused_where_graphs_are_asked_for(tiny_model
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("name", "scheduler", "offered"), [("sd3-no-t5", "DDIM", "Heun"), ("sd1", "FlowMatchEulerDiscreteScheduler", "DPM")]
+)
+def test_a_scheduler_of_another_kind_is_refused_with_those_that_there_are(
+    name: str, scheduler: str, offered: str, tiny_model: Get, tmp_path: Path
+) -> None:
+    with pytest.raises(ExportError, match=f"--scheduler: this model cannot use '{scheduler}': use one of .*{offered}"):
+        export(tiny_model(name), tmp_path / "out", scheduler=scheduler)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_half_of_a_model_of_two_repositories_is_refused_with_advice(tiny_model: Get, tmp_path: Path) -> None:
     ignored = shutil.ignore_patterns("prior_*")
     decoder = Path(shutil.copytree(tiny_model("kandinsky22"), tmp_path / "decoder", ignore=ignored))

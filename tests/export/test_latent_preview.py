@@ -46,7 +46,7 @@ def explained(vae: Any, pictures: Iterable[np.ndarray], weights: latent_preview.
     return 1 - float(((np.concatenate(drawn) - colours) ** 2).mean() / ((colours - colours.mean(0)) ** 2).mean())
 
 
-@pytest.mark.parametrize("name", nightly_but(["sd1", "sdxl"], "sd1"))
+@pytest.mark.parametrize("name", nightly_but(["sd1", "sdxl", "flux"], "sd1", "flux"))
 def test_a_tiny_models_previews_tell_more_than_the_mean_colour(name: str, tiny_model: Get) -> None:
     model = pipeline(tiny_model(name))
     weights = latent_preview.fit(model)

@@ -16,7 +16,7 @@ from img2img_server.engine.cache import Cache
 from img2img_server.engine.request import Request
 from img2img_server.errors import BundleError
 from img2img_server.runtime.common.device_copy import device_stream, go_over, send
-from img2img_server.runtime.diffusion.stable_diffusion import StableDiffusion
+from img2img_server.runtime.diffusion.stepped import SteppedPipeline
 from img2img_server.runtime.execution import Execution
 from img2img_server.runtime.loader import FAMILIES
 from img2img_server.runtime.onnx.components import Components
@@ -177,10 +177,10 @@ class Transfers(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 @pytest.fixture(scope="module")
-def far(bundle: Callable[[str], Path]) -> Callable[[str], StableDiffusion]:
+def far(bundle: Callable[[str], Path]) -> Callable[[str], SteppedPipeline]:
     """Gives a bundle's pipeline, all of whose tensors are on the device."""
 
-    def load(name: str) -> StableDiffusion:
+    def load(name: str) -> SteppedPipeline:
         manifest = read_manifest(bundle(name))
         parts = Components(bundle(name), manifest, lambda _, path: FarRunner(path), "cuda", device="meta", tensors="meta")
         return FAMILIES[manifest.family](parts.pipeline(), "onnx:cuda", 1, Cache(2**20), manifest.latent_preview)
@@ -209,10 +209,16 @@ SOME = (None, "DPM++ 2M Karras", "Euler a")
 
 @pytest.mark.parametrize(
     ("name", "schedulers"),
-    [("sd1", (None, *NAMES)), pytest.param("sdxl", SOME, marks=pytest.mark.nightly), ("lcm", (None, None, None))],
+    [
+        ("sd1", (None, *NAMES)),
+        pytest.param("sdxl", SOME, marks=pytest.mark.nightly),
+        ("lcm", (None, None, None)),
+        pytest.param("sd3-no-t5", (None, "Heun", "Euler"), marks=pytest.mark.nightly),
+        ("flux-dev", (None, "Euler", None)),
+    ],
 )
 def test_steps_neither_leave_the_device_nor_wait_for_it(
-    far: Callable[[str], StableDiffusion], name: str, schedulers: Sequence[str | None]
+    far: Callable[[str], SteppedPipeline], name: str, schedulers: Sequence[str | None]
 ) -> None:
     """Requests of all kinds together, their whole lives but the end."""
     pipeline = far(name)
@@ -230,7 +236,7 @@ def test_steps_neither_leave_the_device_nor_wait_for_it(
 
 
 def test_schedulers_that_are_stepped_one_by_one_do_so_on_the_device(
-    far: Callable[[str], StableDiffusion], monkeypatch: pytest.MonkeyPatch
+    far: Callable[[str], SteppedPipeline], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cache, "compile_schedule", lambda *_: None)
     pipeline = far("sd1")

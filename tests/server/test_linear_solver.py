@@ -13,7 +13,7 @@ import torch
 from diffusers import DDIMScheduler, EulerAncestralDiscreteScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from img2img_server.runtime.schedulers.linear import LinearSolver, Trajectory, advance_batch, compile_schedule
+from img2img_server.runtime.schedulers.linear import LinearSolver, Trajectory, advance_batch, compile_schedule, scale_input
 from img2img_server.runtime.schedulers.registry import NAMES, make
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -88,7 +88,7 @@ def diffusers_steps(scheduler: Any, timesteps: Any, latents: torch.Tensor, draws
     arguments = {name: value for name, value in {"eta": 0.0, "generator": draws}.items() if name in accepted}
     seen = []
     for timestep in timesteps:
-        output = model(scheduler.scale_model_input(latents, timestep), timestep)
+        output = model(scale_input(scheduler, latents, timestep), timestep)
         latents = scheduler.step(output, timestep, latents, **arguments, return_dict=False)[0]
         seen.append(latents)
     return seen
@@ -152,6 +152,29 @@ def test_so_does_one_of_a_model_that_predicts_velocities(name: str) -> None:
 def test_a_models_own_configuration_compiles_too(class_name: str, changes: dict[str, Any]) -> None:
     scheduler = getattr(diffusers, class_name)(**NOISE, **changes)
     assert_follows(*scheduled(scheduler, 21, 0), tolerance=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("class_name", "changes"),
+    [
+        ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0}),
+        ("FlowMatchEulerDiscreteScheduler", {"use_dynamic_shifting": True}),
+        ("FlowMatchEulerDiscreteScheduler", {"use_dynamic_shifting": True, "time_shift_type": "linear", "shift_terminal": 0.02}),
+        ("FlowMatchEulerDiscreteScheduler", {"use_karras_sigmas": True}),
+        ("FlowMatchEulerDiscreteScheduler", {"use_exponential_sigmas": True}),
+        ("FlowMatchEulerDiscreteScheduler", {"stochastic_sampling": True}),
+        ("FlowMatchHeunDiscreteScheduler", {"shift": 3.0}),
+        ("FlowMatchLCMScheduler", {}),
+    ],
+)
+def test_a_schedule_of_flow_matching_compiles_too(class_name: str, changes: dict[str, Any]) -> None:
+    mu = {"mu": 0.8} if "use_dynamic_shifting" in changes else {}
+    shortest = 2 if "shift_terminal" in changes else 1  # to stretch a single step diffusers divides by zero
+    for steps, start in ((shortest, 0), (4, 0), (4, 2), (25, 12)):
+        scheduler = getattr(diffusers, class_name)(**changes)
+        scheduler.set_timesteps(steps, **mu)
+        scheduler.set_begin_index(start * scheduler.order)
+        assert_follows(scheduler, scheduler.timesteps[start * scheduler.order :])
 
 
 @pytest.mark.parametrize("name", DISTINCT)

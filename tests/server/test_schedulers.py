@@ -13,7 +13,7 @@ import pytest
 import torch
 from covering import covering
 from diffusers import StableDiffusionImg2ImgPipeline
-from img2img_server.runtime.schedulers.registry import NAMES, find, make, supported
+from img2img_server.runtime.schedulers.registry import FLOW_NAMES, NAMES, find, make, supported
 
 # Of few timesteps, because diffusers' KDPM2 walks through all of them, slowly, where it is made.
 NOISE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 60}
@@ -51,12 +51,12 @@ def complaints() -> Iterator[list[str]]:
     logging.getLogger("diffusers").removeHandler(handler)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", sorted({*NAMES, *FLOW_NAMES}))
 def test_a_name_is_found_in_any_case(name: str) -> None:
     assert {find(name), find(name.upper()), find(name.lower())} == {name}
 
 
-@pytest.mark.parametrize("name", ["", "Euler b", "EulerScheduler", "LMS", "FlowMatchEulerDiscreteScheduler"])
+@pytest.mark.parametrize("name", ["", "Euler b", "EulerScheduler", "LMS", "FlowMatchEuler"])
 def test_an_unknown_name_is_not_found(name: str) -> None:
     assert find(name) is None
 
@@ -77,8 +77,6 @@ def test_a_model_with_a_discrete_noise_schedule_takes_all(own: Any) -> None:
 @pytest.mark.parametrize(
     "own",
     [
-        diffusers.FlowMatchEulerDiscreteScheduler(),
-        diffusers.FlowMatchHeunDiscreteScheduler(),
         diffusers.EDMEulerScheduler(),
         diffusers.CMStochasticIterativeScheduler(),
         diffusers.UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction"),
@@ -90,6 +88,27 @@ def test_a_model_with_a_discrete_noise_schedule_takes_all(own: Any) -> None:
 )
 def test_a_model_of_another_kind_takes_none(own: Any) -> None:
     assert supported(own) == ()
+
+
+@pytest.mark.parametrize(
+    ("own", "heun"),
+    [
+        (diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0), True),
+        (diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), False),
+        (diffusers.FlowMatchHeunDiscreteScheduler(), True),
+        (diffusers.FlowMatchLCMScheduler(shift=2.0), True),
+    ],
+    ids=["euler", "dynamic", "heun", "lcm"],
+)
+def test_a_flow_matching_model_takes_those_of_its_kind(own: Any, heun: bool, complaints: list[str]) -> None:
+    """Heun's class knows no dynamic shifting."""
+    assert supported(own) == tuple(name for name in FLOW_NAMES if heun or "Heun" not in name)
+    for name in supported(own):
+        scheduler, (class_name, overrides) = make(name, own), FLOW_NAMES[name]
+        assert type(scheduler).__name__ == class_name
+        assert {key: scheduler.config[key] for key in overrides} == dict(overrides)
+        assert scheduler.config.shift == own.config.shift
+    assert complaints == []
 
 
 @covering(name=NAMES, kind=OWN)

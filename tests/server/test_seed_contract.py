@@ -24,33 +24,33 @@ from img2img_server.engine.engine import Engine
 from img2img_server.engine.request import Completed, Request, run_alone
 from img2img_server.engine.scheduler import QueueLimits
 from img2img_server.errors import InvalidField
-from img2img_server.runtime.diffusion.stable_diffusion import StableDiffusion
+from img2img_server.runtime.diffusion.stepped import SteppedPipeline
 from img2img_server.runtime.execution import Execution
 from img2img_server.runtime.loader import load_pipeline
 from img2img_server.runtime.schedulers.registry import NAMES
 from PIL import Image
 
 PROMPTS = ("a lake at sunset", "winter mountains", "a forest", "")
-Load = Callable[..., StableDiffusion]
+Load = Callable[..., SteppedPipeline]
 
 
 @pytest.fixture(scope="module")
 def load(bundle: Callable[[str], Path]) -> Load:
-    def get(name: str, cache: Cache | None = None) -> StableDiffusion:
+    def get(name: str, cache: Cache | None = None) -> SteppedPipeline:
         pipeline = load_pipeline(bundle(name), read_manifest(bundle(name)), Execution("cpu"), cache=cache)
-        assert isinstance(pipeline, StableDiffusion)
+        assert isinstance(pipeline, SteppedPipeline)
         return pipeline
 
     return get
 
 
 @pytest.fixture(scope="module")
-def pipeline(load: Load) -> StableDiffusion:
+def pipeline(load: Load) -> SteppedPipeline:
     return load("sd1", Cache(2**20))
 
 
 @pytest.fixture(scope="module")
-def distilled(load: Load) -> StableDiffusion:
+def distilled(load: Load) -> SteppedPipeline:
     return load("lcm", Cache(2**20))
 
 
@@ -64,11 +64,13 @@ def difference(one: Image.Image, other: Image.Image) -> int:
 
 
 @st.composite
-def mixes(draw: st.DrawFn, schedulers: Sequence[str | None] = (None, *NAMES)) -> list[tuple[Request, int]]:
+def mixes(
+    draw: st.DrawFn, schedulers: Sequence[str | None] = (None, *NAMES), other_size: tuple[int, int] = (72, 56)
+) -> list[tuple[Request, int]]:
     """Some requests, and how many steps of the engine pass before each arrives."""
 
     def one() -> tuple[Request, int]:
-        number, size = draw(st.integers(0, 3)), draw(st.sampled_from([(64, 64), (64, 64), (72, 56)]))
+        number, size = draw(st.integers(0, 3)), draw(st.sampled_from([(64, 64), (64, 64), other_size]))
         request = make_request(
             image=picture(size, number),
             image_digest=draw(st.sampled_from([b"", repr((number, size)).encode()])),
@@ -87,19 +89,28 @@ def mixes(draw: st.DrawFn, schedulers: Sequence[str | None] = (None, *NAMES)) ->
 
 @given(mix=mixes())
 @settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
-def test_a_picture_is_the_same_alone_and_in_any_mix(pipeline: StableDiffusion, mix: list[tuple[Request, int]]) -> None:
+def test_a_picture_is_the_same_alone_and_in_any_mix(pipeline: SteppedPipeline, mix: list[tuple[Request, int]]) -> None:
     assert_same_alone_and_together(pipeline, mix)
 
 
 @given(mix=mixes(schedulers=(None, "LCM")))
 @settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))
 def test_an_image_is_the_same_alone_and_in_any_mix_with_embedded_guidance(
-    distilled: StableDiffusion, mix: list[tuple[Request, int]]
+    distilled: SteppedPipeline, mix: list[tuple[Request, int]]
 ) -> None:
     assert_same_alone_and_together(distilled, mix)
 
 
-def assert_same_alone_and_together(pipeline: StableDiffusion, mix: list[tuple[Request, int]]) -> None:
+@pytest.mark.parametrize("name", ["sd3-no-t5", "flux-dev"])
+@given(mix=mixes(schedulers=(None, "Euler"), other_size=(80, 48)))
+@settings(max_examples=5, deadline=None, suppress_health_check=list(HealthCheck))
+def test_an_image_is_the_same_alone_and_in_any_mix_with_a_transformer(
+    load: Load, name: str, mix: list[tuple[Request, int]]
+) -> None:
+    assert_same_alone_and_together(load(name), mix)
+
+
+def assert_same_alone_and_together(pipeline: SteppedPipeline, mix: list[tuple[Request, int]]) -> None:
     engine = Engine({"m": pipeline}, QueueLimits(max_batch_size=8, max_admitted=3))
     callers = []
     for request, pause in mix:
@@ -128,7 +139,7 @@ def loaded(tiny_model: Callable[[str], Path]) -> Any:
 
 
 @pytest.mark.parametrize("name", sorted(NAMES))
-def test_every_scheduler_draws_what_diffusers_draws_with_it(pipeline: StableDiffusion, loaded: Any, name: str) -> None:
+def test_every_scheduler_draws_what_diffusers_draws_with_it(pipeline: SteppedPipeline, loaded: Any, name: str) -> None:
     class_name, overrides = NAMES[name]
     oracle = copy.copy(loaded)
     # As its user would set it; latents, unlike pixels, are never clipped.
@@ -151,7 +162,9 @@ def test_every_scheduler_draws_what_diffusers_draws_with_it(pipeline: StableDiff
         assert difference(ours, expected) <= 1
 
 
-@pytest.mark.parametrize("model", nightly_but(["sd1", "sdxl", "refiner", "lcm"], "sd1", "sdxl", "lcm"))
+@pytest.mark.parametrize(
+    "model", nightly_but(["sd1", "sdxl", "refiner", "lcm", "sd3", "flux-dev"], "sd1", "sdxl", "lcm", "flux-dev")
+)
 def test_a_cache_changes_nothing_but_the_work(load: Load, model: str) -> None:
     cache = Cache(2**24)
     cached, plain = load(model, cache), load(model, Cache(0))
@@ -176,13 +189,13 @@ def test_pictures_of_other_content_are_not_mistaken_for_each_other(load: Load) -
     assert difference(first, second) > 1
 
 
-def test_what_is_not_guided_costs_half(pipeline: StableDiffusion, distilled: StableDiffusion) -> None:
+def test_what_is_not_guided_costs_half(pipeline: SteppedPipeline, distilled: SteppedPipeline) -> None:
     scales = (0.0, 1.0, 1.01, 7.5)
     assert [pipeline.plan(make_request(guidance_scale=scale)).rows for scale in scales] == [1, 1, 2, 2]
     assert [distilled.plan(make_request(guidance_scale=scale)).rows for scale in scales] == [1, 1, 1, 1]
 
 
-def test_a_distilled_model_runs_every_step_or_says_how_many_it_has(distilled: StableDiffusion) -> None:
+def test_a_distilled_model_runs_every_step_or_says_how_many_it_has(distilled: SteppedPipeline) -> None:
     plans = [distilled.plan(make_request(num_inference_steps=4, strength=strength)) for strength in (0.1, 1.0)]
     assert [plan.step_count for plan in plans] == [4, 4]
     with pytest.raises(InvalidField, match=r"at strength 0\.1 the maximum of this model is 5"):

@@ -145,7 +145,8 @@ def parse_scheduler(text: str) -> str:
 
     name = registry.find(text)
     if name is None:
-        raise argparse.ArgumentTypeError(f"unknown scheduler {text!r}: choose from {', '.join(registry.NAMES)}")
+        names = ", ".join(dict.fromkeys((*registry.NAMES, *registry.FLOW_NAMES)))
+        raise argparse.ArgumentTypeError(f"unknown scheduler {text!r}: choose from {names}")
     return name
 
 

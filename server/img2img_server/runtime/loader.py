@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from img2img_server.bundle.manifest import Manifest, Precision
+from img2img_server.bundle.manifest import Manifest, Precision, TensorSpec
 from img2img_server.bundle.unsafe_files import refuse_unsafe
 from img2img_server.engine.cache import Cache
 from img2img_server.engine.request import Pipeline
@@ -18,8 +18,11 @@ from img2img_server.runtime.common import cpu
 from img2img_server.runtime.common.device_copy import device_stream, go_over
 from img2img_server.runtime.common.out_of_memory import KEEPERS, is_out_of_memory
 from img2img_server.runtime.common.vae import bound_torch_vaes, most_memory
+from img2img_server.runtime.diffusion.flux import Flux
 from img2img_server.runtime.diffusion.latent_consistency import LatentConsistency
 from img2img_server.runtime.diffusion.stable_diffusion import StableDiffusion, StableDiffusionXL
+from img2img_server.runtime.diffusion.stable_diffusion_3 import StableDiffusion3
+from img2img_server.runtime.diffusion.stepped import SteppedPipeline
 from img2img_server.runtime.execution import Execution
 from img2img_server.runtime.onnx.components import Components
 from img2img_server.runtime.onnx.graph_sizes import Sizes
@@ -34,12 +37,17 @@ from img2img_server.runtime.torch.load import choose_dtype, torch_device, torch_
 
 _log = logging.getLogger(__name__)
 
-FAMILIES: dict[str, type[StableDiffusion]] = {
+FAMILIES: dict[str, type[SteppedPipeline]] = {
     "stable-diffusion": StableDiffusion,
     "stable-diffusion-xl": StableDiffusionXL,
     "latent-consistency": LatentConsistency,
+    "stable-diffusion-3": StableDiffusion3,
+    "flux": Flux,
 }
 """The families that the engine batches step by step. All others are opaque pipelines."""
+
+_ONCE_WHOLE = {"StableDiffusion3Img2ImgPipeline": "stable-diffusion-3", "FluxImg2ImgPipeline": "flux"}
+"""The families of classes whose bundles were exported as "whole" before the engine could step them."""
 
 _FEW_BYTES = 2**28
 """If torch's tensors on the GPU take less than this, no other model is loaded there."""
@@ -88,7 +96,7 @@ def _load_graphs(
     if choice.provider == "openvino":
         return _load_openvino(bundle, manifest, execution, threads, cache, placement)
     # An opaque pipeline uses several threads, and recorded calls belong to one thread.
-    graphs = execution.cuda_graphs and manifest.family in FAMILIES
+    graphs = execution.cuda_graphs and family_of(manifest) is not None
     try:
         make, provider, tensors = _runners(choice, replace(execution, cuda_graphs=graphs), threads, placement.open, Sizes(bundle))
         return assemble(bundle, manifest, keep(placement.logged(make)), provider, tensors, threads, cache, execution)
@@ -206,14 +214,25 @@ def _judged(
     return exact()
 
 
+def family_of(manifest: Manifest) -> type[SteppedPipeline] | None:
+    """The family that steps a bundle. None for one that runs whole, such as one whose graph takes one timestep for all rows."""
+    once_whole = _ONCE_WHOLE.get(manifest.pipeline_class, "")
+    per_row = all(_has_rows(item) for part in manifest.components for item in part.inputs if item.name == "timestep")
+    return FAMILIES.get(manifest.family) or (FAMILIES.get(once_whole) if per_row else None)
+
+
+def _has_rows(item: TensorSpec) -> bool:
+    return bool(item.shape) and isinstance(item.shape[0], str)
+
+
 def _split(
     bundle: Path, pipe: Any, engine: str, manifest: Manifest, execution: Execution, threads: int, cache: Cache
 ) -> Pipeline:
     """Wraps a diffusers pipeline for the engine: step by step if its family supports it, else as an opaque pipeline."""
     # If graphs do all the heavy work, torch only steps schedulers; more threads of torch would compete with ONNX Runtime's.
     torch_threads = 1 if manifest.backend == "onnx" else threads
-    family = FAMILIES.get(manifest.family)
-    pipeline: StableDiffusion | OpaquePipeline
+    family = family_of(manifest)
+    pipeline: SteppedPipeline | OpaquePipeline
     if family is None:
         pipeline = OpaquePipeline(pipe, engine, torch_threads)
     else:

@@ -23,10 +23,16 @@ ScopedText = tuple[str, str]
 
 @dataclass(frozen=True, slots=True)
 class Embedding:
-    """The embedding of a text: `hidden_states` [1, T, D] and, for SDXL, `pooled` [1, P]."""
+    """The embedding of a text: `hidden_states` [1, T, D] and, for SDXL, SD 3 and Flux, `pooled` [1, P]."""
 
     hidden_states: torch.Tensor
     pooled: torch.Tensor | None
+
+    @classmethod
+    def split(cls, hidden_states: torch.Tensor, pooled: torch.Tensor | None = None) -> "list[Embedding]":
+        """Those of n texts, of `hidden_states` [n, T, D] and `pooled` [n, P]."""
+        vectors = [None] * len(hidden_states) if pooled is None else torch.split(pooled, 1)
+        return [cls(own, vector) for own, vector in zip(torch.split(hidden_states, 1), vectors, strict=True)]
 
     @property
     def bytes(self) -> int:

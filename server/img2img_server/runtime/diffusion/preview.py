@@ -1,9 +1,9 @@
 """Previews: the final latents that a step predicts, drawn as small images without the VAE.
 
 The finished latents (x0 in the diffusion papers) follow from a step's model output. Every scheduler that image-to-image can use
-has `add_noise`, which gives its noise level: latents = a x0 + b noise. With the level and the kind of prediction, x0 follows. So
-it does not matter whether a scheduler keeps `alphas_cumprod` (DDIM), sigmas of a variance-exploding process (Euler),
-flow-matching sigmas, or the preconditioning of EDM (Karras et al., 2022).
+has `add_noise` (flow matching: `scale_noise`), which gives its noise level: latents = a x0 + b noise. With the level and the kind
+of prediction, x0 follows. So it does not matter whether a scheduler keeps `alphas_cumprod` (DDIM), sigmas of a
+variance-exploding process (Euler), flow-matching sigmas, or the preconditioning of EDM (Karras et al., 2022).
 
 Each pixel of a preview is a linear map of one latent, fitted at export. An autoencoder's latents keep the layout of the image,
 and their relation to color is mostly linear once statistics of the whole image are known, because a decoder normalizes over it.
@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 
 from img2img_server.runtime.common.device_copy import send
+from img2img_server.runtime.schedulers.registry import is_flow
 
 
 def draw(latents: torch.Tensor, weights: Sequence[Sequence[float]]) -> list[Image.Image]:
@@ -46,6 +47,8 @@ def noise_level(scheduler: Any, timestep: torch.Tensor, dtype: torch.dtype = tor
     scheduler."""
     level = copy.copy(scheduler)  # add_noise moves its tables to the latents' device
     one, zero = torch.ones(1, 1, 1, 1, dtype=dtype), torch.zeros(1, 1, 1, 1, dtype=dtype)
+    if is_flow(level):
+        return float(level.scale_noise(one, timestep, zero)), float(level.scale_noise(zero, timestep, one))
     return float(level.add_noise(one, zero, timestep)), float(level.add_noise(zero, one, timestep))
 
 
@@ -65,6 +68,8 @@ def predict_original(
     if hasattr(scheduler, "precondition_outputs"):  # EDM
         original: torch.Tensor = scheduler.precondition_outputs(sample, output, torch.tensor(noise))
         return original
+    if is_flow(scheduler):  # flow matching: what is predicted is noise - x0
+        return sample - noise * output
     if signal == 1.0 and input_scale < 1.0:
         # A variance-exploding process. KDPM2's middle steps have a noise level that only the scale shows.
         noise = math.sqrt(input_scale**-2 - 1.0)

@@ -12,7 +12,7 @@ from img2img_server.engine.request import Request
 from img2img_server.runtime.common.device_copy import send
 from img2img_server.runtime.common.out_of_memory import KEEPERS
 from img2img_server.runtime.diffusion.preview import predict_original
-from img2img_server.runtime.schedulers.linear import Trajectory, coefficients
+from img2img_server.runtime.schedulers.linear import Trajectory, coefficients, scale_input
 
 Conditioning = dict[str, torch.Tensor]
 """The UNet's inputs other than sample and timestep, by name. Each is [rows of the UNet call, ...]."""
@@ -86,7 +86,7 @@ class DiffusionState:
         """The factor by which the next step's latents are scaled for the UNet."""
         if self.trajectory is not None:
             return self.trajectory.input_scale
-        return float(copy.copy(self.scheduler).scale_model_input(torch.ones(1), self.timestep))
+        return float(scale_input(copy.copy(self.scheduler), torch.ones(1), self.timestep))
 
     def original(self) -> torch.Tensor | None:
         """The latents without noise that the last step predicted for the first image, [1, C, h, w]; None if no preview is due or
@@ -101,8 +101,7 @@ class DiffusionState:
         """The UNet's input [n, C, h, w], before the `input_scale` of a trajectory is applied."""
         if self.trajectory is not None:
             return self.latents
-        scaled: torch.Tensor = self.scheduler.scale_model_input(self.latents, self.timestep)
-        return scaled
+        return scale_input(self.scheduler, self.latents, self.timestep)
 
 
 class JoinedConditioning:

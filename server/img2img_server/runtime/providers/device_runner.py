@@ -61,6 +61,9 @@ class DeviceRunner:
         self._types = [dtype_of(item) for item in self.outputs]
         self._binding = Binding(session, self._device, NO_GRAPH)
         self._shapes: dict[Key, list[torch.Size]] = {}
+        # Flux's positions have the axis of tokens first, which is a later one of other inputs.
+        inner = {axis for item in self.inputs for axis in item.shape[1:] if isinstance(axis, str)}
+        self._with_rows = frozenset(item.name for item in self.inputs if item.shape and item.shape[0] not in inner)
         self._has_rows = all(_varies(item) for item in (*self.inputs, *self.outputs))
         self.row_buckets = ROW_BUCKETS if replays is not None and self._has_rows else ()
         self._smallest: Key | None = None
@@ -110,20 +113,25 @@ class DeviceRunner:
     def _parts(self, feed: Feed) -> list[tuple[int | None, Feed]]:
         """Divides `feed` into calls of at most ROW_BUCKETS[-1] rows, each with its number of rows; None for graphs without
         rows."""
-        counts = {feed[name].shape[0] for name in self._names} if self._has_rows else set()
+        counts = {feed[name].shape[0] for name in self._with_rows} if self._has_rows else set()
         if len(counts) != 1:
             return [(None, feed)]
         (rows,), most = counts, ROW_BUCKETS[-1]
         if rows <= most:
             return [(rows, feed)]
         return [
-            (min(most, rows - start), {name: tensor[start : start + most] for name, tensor in feed.items()})
+            (
+                min(most, rows - start),
+                {name: tensor[start : start + most] if name in self._with_rows else tensor for name, tensor in feed.items()},
+            )
             for start in range(0, rows, most)
         ]
 
     def _key(self, feed: Feed, rows: int | None) -> Key:
-        shapes = (feed[name].shape for name in self._names)
-        return tuple(shape if rows is None else torch.Size((rows, *shape[1:])) for shape in shapes)
+        shapes = ((name, feed[name].shape) for name in self._names)
+        return tuple(
+            shape if rows is None or name not in self._with_rows else torch.Size((rows, *shape[1:])) for name, shape in shapes
+        )
 
     def _recorded(self, replays: Replays, feed: Feed, rows: int | None) -> tuple[Recording | None, bool]:
         """The recording for a call of `rows` rows (None for graphs without rows) with its inputs filled in, None if there is
@@ -133,7 +141,7 @@ class DeviceRunner:
         if recording is None:
             return (self._record(replays, key, feed) if replays.is_due(key) else None), True
         for name, buffer in recording.inputs.items():
-            (buffer if rows is None else buffer[:rows]).copy_(feed[name])
+            (buffer if rows is None else buffer[: len(feed[name])]).copy_(feed[name])
         return recording, False
 
     def _record(self, replays: Replays, key: Key, feed: Feed) -> Recording | None:

@@ -77,7 +77,7 @@ class SchedulerCache:
     def _check(self, request: Request) -> None:
         """Raises InvalidField if the request has no steps, or a scheduler that the model does not support."""
         self._check_name(request)
-        if _first_steps(request) == 0:
+        if self._first_steps(request) == 0:
             raise no_step(request)
 
     def _check_name(self, request: Request) -> None:
@@ -86,7 +86,11 @@ class SchedulerCache:
 
     def _key(self, request: Request) -> Hashable:
         """The key of a request's cached scheduler."""
-        return request.scheduler, request.num_inference_steps, _first_steps(request)
+        return request.scheduler, request.num_inference_steps, self._first_steps(request)
+
+    def _first_steps(self, request: Request) -> int:
+        """How many of num_inference_steps run at this strength: diffusers' rule."""
+        return min(int(request.num_inference_steps * request.strength), request.num_inference_steps)
 
     def _scheduler(self, name: str | None) -> Any:
         """The scheduler of that name, made once: some classes compute all training timesteps when they are made."""
@@ -121,8 +125,3 @@ def size_of(value: object, known: set[int] | None = None) -> int:
         held = value
     slots = (getattr(value, name, None) for kind in type(value).__mro__ for name in getattr(kind, "__slots__", ()))
     return size + sum(size_of(each, known) for each in (*held, *slots, getattr(value, "__dict__", None)))
-
-
-def _first_steps(request: Request) -> int:
-    """The number of num_inference_steps that run at this strength, by diffusers' rule."""
-    return min(int(request.num_inference_steps * request.strength), request.num_inference_steps)

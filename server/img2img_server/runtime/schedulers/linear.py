@@ -176,6 +176,19 @@ class _Reading:
     noise: float
 
 
+def step_arguments(scheduler: Any, generator: torch.Generator | list[torch.Generator]) -> dict[str, Any]:
+    """The arguments of a diffusers scheduler's step beside tensors, with eta 0: of those that it has."""
+    accepted = inspect.signature(scheduler.step).parameters
+    return {name: value for name, value in {"eta": 0.0, "generator": generator}.items() if name in accepted}
+
+
+def scale_input(scheduler: Any, sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+    """`sample` as the model takes it. Schedulers of flow matching do not scale it."""
+    scale = getattr(scheduler, "scale_model_input", None)
+    scaled: torch.Tensor = sample if scale is None else scale(sample, timestep)
+    return scaled
+
+
 def compile_schedule(scheduler: Any, timesteps: torch.Tensor) -> LinearSolver | None:
     """The linear solver of `timesteps` [S], the last S of the scheduler's timesteps, with eta 0.
 
@@ -206,16 +219,14 @@ class _Probe:
                 setattr(self._scheduler, name, value.cpu())
         self._noise = torch.Generator().manual_seed(0)
         self._random = torch.Generator().manual_seed(1)
-        accepted = inspect.signature(self._scheduler.step).parameters
-        arguments = {"eta": 0.0, "generator": self._noise}
-        self._arguments = {name: value for name, value in arguments.items() if name in accepted}
+        self._arguments = step_arguments(self._scheduler, self._noise)
         self._places: list[tuple[Any, Any]] = []
 
     def step(self, timestep: torch.Tensor) -> _Reading | None:
         """Steps the scheduler once. Returns None if the step was not linear."""
         sample, output = self._unit(0), self._unit(1)
         given = torch.stack([sample, output, *(holder[key] for holder, key in self._places)]).flatten(1).double()
-        scaled = self._scheduler.scale_model_input(sample.clone(), timestep).flatten().double()
+        scaled = scale_input(self._scheduler, sample.clone(), timestep).flatten().double()
         before = self._noise.get_state()
         result = self._scheduler.step(output, timestep, sample, **self._arguments, return_dict=False)[0]
         noise = self._drawn_since(before)

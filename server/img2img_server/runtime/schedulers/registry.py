@@ -65,8 +65,19 @@ NAMES: Mapping[str, tuple[str, Mapping[str, Any]]] = MappingProxyType(
 """diffusers' class and settings that override the model's configuration, by canonical name. Schedulers that need scipy (LMS) or
 torchsde are left out. "DPM++ SDE" is diffusers' closest equivalent, which draws no noise."""
 
+FLOW_NAMES: Mapping[str, tuple[str, Mapping[str, Any]]] = MappingProxyType(
+    {
+        "FlowMatchEulerDiscreteScheduler": ("FlowMatchEulerDiscreteScheduler", {}),
+        "FlowMatchHeunDiscreteScheduler": ("FlowMatchHeunDiscreteScheduler", {}),
+        "Euler": ("FlowMatchEulerDiscreteScheduler", {**_SIGMAS, "stochastic_sampling": False}),
+        "Heun": ("FlowMatchHeunDiscreteScheduler", {}),
+    }
+)
+"""The same for flow-matching models: the classes with which diffusers' img2img pipelines of Stable Diffusion 3 and Flux start
+from an image, and that draw no noise in a step, as those pipelines hand no generator to it."""
+
 _CLASSES = frozenset(class_name for class_name, _ in NAMES.values())
-_BY_FOLDED_NAME = {name.casefold(): name for name in NAMES}
+_BY_FOLDED_NAME = {name.casefold(): name for name in (*NAMES, *FLOW_NAMES)}
 # Settings that the constructors of the Stable Diffusion pipelines force on their schedulers.
 _CORRECTIONS = {"steps_offset": 1, "clip_sample": False}
 # Values that all of the classes support.
@@ -75,32 +86,41 @@ _PREDICTION_TYPES = ("epsilon", "v_prediction")
 
 
 def find(name: str) -> str | None:
-    """The canonical name in NAMES that equals `name`, ignoring case; None if there is none."""
+    """The canonical name in NAMES or FLOW_NAMES that equals `name`, ignoring case; None if there is none."""
     return _BY_FOLDED_NAME.get(name.casefold())
 
 
 def supported(own_scheduler: Any) -> tuple[str, ...]:
-    """The canonical names that can replace a pipeline's own scheduler: all of NAMES, or none.
+    """The canonical names that can replace a pipeline's own scheduler: all of NAMES, some of FLOW_NAMES, or none.
 
-    None if its class is not compatible by diffusers' list (flow matching, EDM), or if not all of NAMES support its prediction
-    type or beta schedule. LCM's class has no such list, but is compatible.
+    None if its class is not compatible by diffusers' list (EDM), or if not all of NAMES support its prediction type or beta
+    schedule. LCM's class has no such list, but is compatible.
     """
     own_class = type(own_scheduler)
+    if is_flow(own_scheduler):
+        # Heun's class cannot shift timesteps by the image's size.
+        shifts = bool(own_scheduler.config.get("use_dynamic_shifting"))
+        return tuple(name for name, (class_name, _) in FLOW_NAMES.items() if not (shifts and "Heun" in class_name))
     related = own_class.__name__ in _CLASSES or not _CLASSES.isdisjoint(own_class._compatibles)
     config = own_scheduler.config
     known = config.get("prediction_type") in _PREDICTION_TYPES and config.get("beta_schedule") in _BETA_SCHEDULES
     return tuple(NAMES) if related and known and not config.get("use_flow_sigmas") else ()
 
 
+def is_flow(scheduler: Any) -> bool:
+    """Whether a scheduler is one of flow matching, with `scale_noise` in place of `add_noise`."""
+    return hasattr(scheduler, "scale_noise")
+
+
 def make(name: str | None, own_scheduler: Any) -> Any:
     """A new diffusers scheduler of a canonical name, with the model's noise schedule; for None a copy of `own_scheduler`.
 
-    Raises KeyError for a name that is not in NAMES. Making DPM2 takes half a second, so callers should keep the result and copy
-    it.
+    Raises KeyError for a name that is not in NAMES (FLOW_NAMES for a flow-matching model). Making DPM2 takes half a second, so
+    callers should keep the result and copy it.
     """
     if name is None:
         return copy.deepcopy(own_scheduler)
-    class_name, overrides = NAMES[name]
+    class_name, overrides = (FLOW_NAMES if is_flow(own_scheduler) else NAMES)[name]
     scheduler_class = getattr(importlib.import_module("diffusers"), class_name)
     accepted = inspect.signature(scheduler_class.__init__).parameters
     # from_config warns of unknown settings. With the list of default values each class uses its own defaults.

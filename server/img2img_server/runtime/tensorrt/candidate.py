@@ -252,8 +252,9 @@ def machine() -> dict[str, str]:
 
 
 def _could_be_faster(model: LoadedModel) -> bool:
-    """Whether CUDA runs the model's graphs step by step."""
+    """Whether CUDA runs the model's graphs step by step, with a UNet: TensorRT engines of transformers were not tried."""
     manifest, pipeline = model.manifest, model.pipeline
     if manifest is None or pipeline is None or model.bundle is None:
         return False
-    return manifest.family in FAMILIES and pipeline.engine == "onnx:cuda"
+    has_unet = any(part.name == "unet" for part in manifest.components)
+    return has_unet and manifest.family in FAMILIES and pipeline.engine == "onnx:cuda"

@@ -1,0 +1,45 @@
+"""Stable Diffusion 3 and 3.5: the order of calls is that of StableDiffusion3Img2ImgPipeline.__call__."""
+
+from typing import Any
+
+import torch
+
+from img2img_server.engine.request import Plan, Request
+from img2img_server.errors import InvalidField
+from img2img_server.runtime.diffusion.conditioning import Embedding
+from img2img_server.runtime.diffusion.state import Conditioning
+from img2img_server.runtime.diffusion.stepped import SteppedPipeline
+from img2img_server.runtime.schedulers.flow import FlowSchedulers
+
+
+class StableDiffusion3(SteppedPipeline):
+    """A transformer, flow matching, and up to three text encoders."""
+
+    scheduler_cache = FlowSchedulers
+    denoiser_name = "transformer"
+    pooled_name = "pooled_projections"
+
+    def plan(self, request: Request) -> Plan:
+        """As of every family. Raises InvalidField for an image that is larger than the transformer's positions."""
+        most = (self._denoiser.config.get("pos_embed_max_size") or 0) * self.size_multiple
+        for field, side in zip(("width", "height"), request.image.size, strict=True):
+            if 0 < most < side:
+                raise InvalidField(field, f"{side} pixels are more than the {most} that this model can draw")
+        return super().plan(request)
+
+    def _is_guided(self, request: Request) -> bool:
+        return request.guidance_scale > 1
+
+    def _encode_texts(self, texts: list[str]) -> list[Embedding]:
+        hidden_states, _, pooled, _ = self._pipe.encode_prompt(
+            texts, None, None, self._pipe._execution_device, do_classifier_free_guidance=False
+        )
+        return Embedding.split(hidden_states, pooled)
+
+    def _inputs(self, samples: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning) -> dict[str, Any]:
+        return {"hidden_states": samples, "timestep": timesteps, **conditioning}
+
+    def _decode(self, latents: torch.Tensor) -> torch.Tensor:
+        vae = self._pipe.vae
+        latents = latents / vae.config.scaling_factor + vae.config.shift_factor
+        return torch.as_tensor(vae.decode(latents, return_dict=False)[0])

@@ -1,0 +1,302 @@
+"""What the families have in common whose denoiser is called step by step: the stages that the engine schedules.
+
+Only the loop is ours: prompts, images, latents, timesteps and schedulers are handled by the methods of diffusers' img2img
+pipeline, whose components are ONNX modules or torch modules.
+"""
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from img2img_server.engine.cache import Cache
+from img2img_server.engine.request import Plan, Request
+from img2img_server.runtime.common.device_copy import PinnedCopies, fetch_later, mark
+from img2img_server.runtime.common.pipe import native_sizes, size_multiple, view_of
+from img2img_server.runtime.common.sources import source_rule
+from img2img_server.runtime.common.torch_calls import host_call, torch_call
+from img2img_server.runtime.common.truncation import Truncation
+from img2img_server.runtime.diffusion import preview
+from img2img_server.runtime.diffusion.conditioning import Embedding, Encoder
+from img2img_server.runtime.diffusion.preview import noise_level
+from img2img_server.runtime.diffusion.state import (
+    Conditioning,
+    DiffusionState,
+    JoinedConditioning,
+    Noise,
+    Predicted,
+    StepNumbers,
+    guide,
+    key_of,
+    split_noise,
+)
+from img2img_server.runtime.onnx.modules import close_graphs
+from img2img_server.runtime.schedulers.cache import CachedScheduler, SchedulerCache
+from img2img_server.runtime.schedulers.linear import Trajectory, advance_batch, step_arguments
+
+PreviewWeights = Sequence[Sequence[float]]
+
+
+class SteppedPipeline(ABC):
+    """A diffusers pipeline whose requests share calls of its denoiser. Implements the engine's Pipeline.
+
+    A family says in a subclass how its texts are encoded, what its denoiser is called with, and how latents are decoded.
+
+    `preview_weights` is the manifest's `latent_preview`; if it is empty, there are no previews.
+    """
+
+    max_rows: int | None = None
+    measurable = True
+    owner: Hashable = None
+    scheduler_cache: type[SchedulerCache] = SchedulerCache
+    denoiser_name = "unet"
+    """The component of the pipeline that predicts the noise."""
+    pooled_name = "text_embeds"
+    """The denoiser's input for pooled embeddings of texts."""
+
+    def __init__(self, pipe: Any, engine: str, threads: int, cache: Cache, preview_weights: PreviewWeights = ()) -> None:
+        self._pipe = pipe
+        self.engine = engine
+        self.threads = threads
+        self._denoiser = getattr(pipe, self.denoiser_name)
+        self.size_multiple = size_multiple(pipe)
+        self.native_size = native_sizes(pipe)
+        self.source_rule = source_rule(pipe)
+        self.row_buckets: Sequence[int] = getattr(self._denoiser, "row_buckets", ())
+        self._device = torch.device(pipe._execution_device)
+        self._joined = JoinedConditioning()
+        self._numbers: StepNumbers | None = None  # of the last call
+        self._types: Mapping[str, torch.dtype] = getattr(self._denoiser, "input_types", {})
+        self._scheduler_cache = self.scheduler_cache(pipe)
+        self.schedulers = self._scheduler_cache.names
+        self._encoder = Encoder(pipe, cache, self._encode_texts)
+        self._preview_weights = preview_weights
+        self._truncation = Truncation(pipe)
+
+    @host_call
+    def plan(self, request: Request) -> Plan:
+        """The request's shape, rows and steps. Raises InvalidField if no step would run. Slow for a new scheduler or new
+        steps."""
+        rows = len(request.seeds) * (2 if self._is_guided(request) else 1)
+        width, height = request.image.size
+        warnings = self._truncation.warnings(self._read_texts(request))
+        return Plan((height, width), width * height, rows, len(self._scheduler_cache.get(request).timesteps), warnings)
+
+    @torch_call
+    def prepare(self, requests: Sequence[Request]) -> Sequence[DiffusionState]:
+        """Encodes texts and images that are not cached, and makes the first latents."""
+        schedulers = [self._scheduler_cache.get(request) for request in requests]
+        with PinnedCopies():
+            embeddings = self._encoder.texts(
+                [(request.cache_scope, text) for request in requests for text in self._texts(request)]
+            )
+            pictures = self._encoder.pictures(requests)
+            states = [
+                self._begin(
+                    request,
+                    cached_scheduler,
+                    {text: embeddings[request.cache_scope, text] for text in self._texts(request)},
+                    picture,
+                )
+                for request, cached_scheduler, picture in zip(requests, schedulers, pictures, strict=True)
+            ]
+        return states
+
+    @torch_call
+    def denoise(self, states: Sequence[DiffusionState]) -> Sequence[Noise]:
+        """Calls the denoiser once for all `states`, which may differ in step, scheduler and guidance."""
+        samples = [sample for state in states for sample in [state.unscaled()] * (2 if state.guided else 1)]
+        joined_samples = torch.cat(samples)
+        self._numbers = numbers = StepNumbers.of(states, joined_samples.device)
+        if numbers.is_scaled:
+            wanted = torch.empty_like(joined_samples, dtype=self._types.get("sample", joined_samples.dtype))
+            joined_samples = torch.mul(joined_samples, numbers.scales[:, None, None, None], out=wanted)
+        inputs = self._inputs(joined_samples, numbers.timesteps, self._joined.get(states))
+        noise: torch.Tensor = self._denoiser.forward(**inputs, return_dict=False)[0]  # skips hooks, of which there are none
+        return split_noise(states, self._noise(noise, joined_samples))
+
+    def mark(self) -> Callable[[], None] | None:
+        """On CUDA, a function that waits for the device: `prepare`, `denoise` and `advance` only submit their work there."""
+        return mark(self._device)
+
+    @torch_call
+    def advance(self, states: Sequence[DiffusionState], noises: Sequence[Noise]) -> None:
+        """Applies guidance and steps all states: those with a linear solver together, each other one by its scheduler."""
+        numbers = self._numbers
+        if numbers is None or numbers.key != key_of(states):  # after a failure the engine retries some states separately
+            numbers = StepNumbers.of(states, states[0].latents.device)
+        outputs = guide(states, noises, numbers.guidance)
+        predicted = [
+            Predicted(state.step, state.input_scale, state.latents[:1], output[:1]) if state.preview_is_due else None
+            for state, output in zip(states, outputs, strict=True)
+        ]
+        followed = [(state, output) for state, output in zip(states, outputs, strict=True) if state.trajectory is not None]
+        if followed:
+            trajectories = [state.trajectory for state, _ in followed if state.trajectory is not None]
+            samples = [state.latents for state, _ in followed]
+            latents = advance_batch(trajectories, samples, [output for _, output in followed], numbers.table)
+            for (state, _), new in zip(followed, latents, strict=True):
+                state.latents = new
+                state.step += 1
+        for state, output, seen in zip(states, outputs, predicted, strict=True):
+            state.predicted = seen
+            if state.trajectory is None:
+                step = state.scheduler.step(output, state.timestep, state.latents, **state.step_arguments, return_dict=False)
+                state.latents = step[0]
+                state.step += 1
+
+    @torch_call
+    def preview(self, states: Sequence[DiffusionState]) -> Sequence[Image.Image | None]:
+        """A preview of each state's first image, at the size of its latents; None if there is none."""
+        if not self._preview_weights:
+            return [None] * len(states)
+        originals = [state.original() for state in states]
+        known = [original for original in originals if original is not None]
+        drawn = iter(preview.draw(torch.cat(known), self._preview_weights) if known else ())
+        return [None if original is None else next(drawn) for original in originals]
+
+    @torch_call
+    def finish(self, states: Sequence[DiffusionState]) -> Sequence[Sequence[Image.Image]]:
+        """Decodes the latents. Raises FloatingPointError for values that are not finite, which would become a black image."""
+        pixels = self._decode(torch.cat([state.latents for state in states]))
+        is_finite = fetch_later(torch.isfinite(pixels).all())
+        with PinnedCopies(), np.errstate(invalid="ignore"):
+            images = iter(self._pipe.image_processor.postprocess(pixels, output_type="pil"))
+        if not is_finite:
+            raise FloatingPointError("the decoded image has values that are not finite")
+        return [[next(images) for _ in state.request.seeds] for state in states]
+
+    def release(self, state: DiffusionState) -> None:
+        """Frees the batch conditioning that includes `state`."""
+        self._joined.forget(state)
+
+    def close(self) -> None:
+        """Removes its entries from the cache and releases its sessions, even if this pipeline is still referenced."""
+        self._encoder.close()
+        close_graphs(self._pipe)
+
+    def _begin(
+        self,
+        request: Request,
+        cached_scheduler: CachedScheduler,
+        embeddings: dict[str, Embedding],
+        picture: SimpleNamespace,
+    ) -> DiffusionState:
+        count = len(request.seeds)
+        positive, negative = self._embeddings(request, embeddings)
+        generators = [torch.Generator("cpu").manual_seed(seed) for seed in request.seeds]
+        pipe = view_of(self._pipe, scheduler=_Noising(cached_scheduler.scheduler), vae=_Encoded(self._pipe.vae, picture))
+        latents = self._first_latents(
+            pipe, request, cached_scheduler.timesteps[:1].repeat(count), positive.hidden_states.dtype, generators
+        )
+        conditioning = self._conditioning(request, positive, negative) | self._more_conditioning(request, latents)
+        # Converted once here instead of in each step.
+        conditioning = {name: tensor.to(self._types.get(name, tensor.dtype)) for name, tensor in conditioning.items()}
+        state = DiffusionState(
+            request,
+            cached_scheduler.timesteps,
+            cached_scheduler.times,
+            latents,
+            conditioning,
+            generators,
+            trajectory=None,
+            guided=self._is_guided(request),
+            begun=cached_scheduler.scheduler,
+        )
+        if cached_scheduler.schedule is not None:
+            state.trajectory = Trajectory(cached_scheduler.schedule, generators)
+        else:
+            state.scheduler = copy.deepcopy(cached_scheduler.scheduler)
+            state.step_arguments = step_arguments(state.scheduler, generators)
+        return state
+
+    @abstractmethod
+    def _is_guided(self, request: Request) -> bool:
+        """Whether classifier-free guidance doubles the request's rows in the denoiser's call, by diffusers' rule."""
+
+    @abstractmethod
+    def _encode_texts(self, texts: list[str]) -> list[Embedding]:
+        """The embedding of each text."""
+
+    @abstractmethod
+    def _inputs(self, samples: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning) -> dict[str, Any]:
+        """The arguments of the denoiser's forward for `samples` [R, C, h, w] at `timesteps` [R]. It may change `conditioning`."""
+
+    @abstractmethod
+    def _decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """The pixels [n, 3, H, W], from -1 to 1, of latents [n, C, h, w]."""
+
+    def _more_conditioning(self, request: Request, latents: torch.Tensor) -> Conditioning:
+        """The denoiser's inputs for a request that starts from `latents`, besides its texts."""
+        return {}
+
+    def _noise(self, output: torch.Tensor, samples: torch.Tensor) -> torch.Tensor:
+        """What the denoiser predicted for `samples`, in their shape."""
+        return output
+
+    def _first_latents(
+        self, pipe: Any, request: Request, timesteps: torch.Tensor, dtype: torch.dtype, generators: list[torch.Generator]
+    ) -> torch.Tensor:
+        """The latents [n, C, h, w] that the request starts from, by `pipe`, whose image is encoded already."""
+        count = len(generators)
+        image = torch.empty(count, 3, 1, 1)  # stands for the image
+        latents: torch.Tensor = pipe.prepare_latents(image, timesteps, 1, count, dtype, pipe._execution_device, generators)
+        return latents
+
+    def _texts(self, request: Request) -> list[str]:
+        """The request's texts to encode."""
+        return [request.prompt, request.negative_prompt or ""] if self._is_guided(request) else [request.prompt]
+
+    def _read_texts(self, request: Request) -> dict[str, str]:
+        """The request's texts that affect the image, by field name."""
+        read = {"prompt": request.prompt}
+        return read | {"negative_prompt": request.negative_prompt or ""} if self._is_guided(request) else read
+
+    def _embeddings(self, request: Request, known: dict[str, Embedding]) -> tuple[Embedding, Embedding | None]:
+        """The embeddings of the prompt and, if the request is guided, of the negative prompt."""
+        return known[request.prompt], known[request.negative_prompt or ""] if self._is_guided(request) else None
+
+    def _conditioning(self, request: Request, positive: Embedding, negative: Embedding | None) -> Conditioning:
+        count = len(request.seeds)
+        rows = [negative] * count + [positive] * count if negative is not None else [positive] * count
+        conditioning = {"encoder_hidden_states": torch.cat([row.hidden_states for row in rows])}
+        pooled = [row.pooled for row in rows if row.pooled is not None]
+        return conditioning | ({self.pooled_name: torch.cat(pooled)} if pooled else {})
+
+
+class _Noising:
+    """A scheduler whose add_noise looks up the noise level on the CPU. diffusers' own looks it up on the device and moves its
+    tables there."""
+
+    def __init__(self, scheduler: Any) -> None:
+        self._scheduler = scheduler
+
+    def add_noise(self, original: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        signal, level = noise_level(self._scheduler, timesteps[:1], original.dtype)
+        return signal * original + level * noise
+
+    def scale_noise(self, original: torch.Tensor, timesteps: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """What schedulers of flow matching have in place of `add_noise`."""
+        return self.add_noise(original, noise, timesteps)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._scheduler, name)
+
+
+class _Encoded:
+    """A VAE that returns an image's encoding, which was computed before."""
+
+    def __init__(self, vae: Any, output: SimpleNamespace) -> None:
+        self._vae = vae
+        self._output = output
+
+    def encode(self, pixels: torch.Tensor) -> SimpleNamespace:
+        return self._output
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._vae, name)

@@ -1,0 +1,270 @@
+"""Stable Diffusion 3 and Flux, stepped by the engine: mixed requests share calls, and each image is diffusers' own, to 1/255."""
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from covering import covering
+from fakes import Caller, Clock, make_request, run_out
+from img2img_server.bundle.manifest import Manifest, read_manifest
+from img2img_server.engine.cache import Cache
+from img2img_server.engine.engine import Engine
+from img2img_server.engine.request import Completed, Request, run_alone
+from img2img_server.engine.scheduler import QueueLimits
+from img2img_server.errors import InvalidField
+from img2img_server.runtime.diffusion import preview
+from img2img_server.runtime.diffusion.flux import Flux
+from img2img_server.runtime.diffusion.stable_diffusion_3 import StableDiffusion3
+from img2img_server.runtime.execution import Execution
+from img2img_server.runtime.loader import load_pipeline
+from img2img_server.runtime.opaque.pipeline import OpaquePipeline
+from img2img_server.runtime.schedulers.registry import FLOW_NAMES
+from PIL import Image
+
+MODELS = {"sd3-no-t5": StableDiffusion3, "sd3": StableDiffusion3, "flux-dev": Flux, "flux": Flux}
+"""Tiny models, and their family. Flux dev shifts its timesteps by the image's size, and takes guidance as an input."""
+KINDS = ("sd3-no-t5", "flux-dev")
+SIZES = ((64, 64), (96, 64), (80, 112))
+
+Load = Callable[..., StableDiffusion3]
+
+
+@pytest.fixture(scope="module")
+def load(bundle: Callable[[str], Path]) -> Load:
+    def get(name: str, **changes: Any) -> StableDiffusion3:
+        manifest = replace(read_manifest(bundle(name)), **changes)
+        pipeline = load_pipeline(bundle(name), manifest, Execution("cpu"), cache=Cache(2**20))
+        assert type(pipeline) is MODELS[name]
+        return pipeline
+
+    return get
+
+
+@pytest.fixture(scope="module")
+def oracle(tiny_model: Callable[[str], Path]) -> Callable[[str], Any]:
+    """Diffusers' own pipeline on PyTorch."""
+    pipes: dict[str, Any] = {}
+
+    def get(name: str) -> Any:
+        if name not in pipes:
+            kind = (
+                diffusers.StableDiffusion3Img2ImgPipeline if MODELS[name] is StableDiffusion3 else diffusers.FluxImg2ImgPipeline
+            )
+            left_out: dict[str, Any] = {"text_encoder_3": None, "tokenizer_3": None} if name == "sd3-no-t5" else {}
+            pipes[name] = kind.from_pretrained(tiny_model(name), torch_dtype=torch.float32, local_files_only=True, **left_out)
+            pipes[name].set_progress_bar_config(disable=True)
+        return pipes[name]
+
+    return get
+
+
+def source(size: tuple[int, int], number: int = 0) -> Image.Image:
+    pixels = np.random.default_rng(number).integers(0, 255, (size[1] // 8, size[0] // 8, 3), dtype=np.uint8)
+    return Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC)
+
+
+def mixed(size: tuple[int, int]) -> list[Request]:
+    """Requests with nothing in common but their size. The second draws two images; of 4, 2, 5 and 1 steps."""
+    settings: list[dict[str, Any]] = [
+        {"strength": 0.6, "num_inference_steps": 6, "guidance_scale": 4.0, "seeds": (1,), "prompt": "a lake at sunset"},
+        {"strength": 1.0, "num_inference_steps": 2, "guidance_scale": 1.0, "seeds": (2, 3), "prompt": "winter mountains"},
+        {"strength": 0.5, "num_inference_steps": 9, "guidance_scale": 7.5, "seeds": (4,), "prompt": "a forest"},
+        {"strength": 0.1, "num_inference_steps": 4, "guidance_scale": 0.0, "seeds": (5,), "prompt": ""},
+    ]
+    settings[2]["negative_prompt"] = "fog"
+    return [make_request(image=source(size, number), **each) for number, each in enumerate(settings)]
+
+
+def expected(pipe: Any, request: Request, seed: int) -> Image.Image:
+    """What diffusers draws for the request with a generator of that seed."""
+    width, height = request.image.size
+    names = ("prompt", "negative_prompt", "image", "strength", "num_inference_steps", "guidance_scale")
+    given = {name: getattr(request, name) for name in names}
+    picture: Image.Image = pipe(**given, width=width, height=height, generator=torch.Generator().manual_seed(seed)).images[0]
+    assert np.asarray(picture).std() > 10, "a flat image would prove nothing"
+    return picture
+
+
+def difference(one: Image.Image, other: Image.Image) -> int:
+    assert one.size == other.size
+    return int(np.abs(np.asarray(one, int) - np.asarray(other, int)).max())
+
+
+def images_of(caller: Caller) -> tuple[Image.Image, ...]:
+    (ending,) = caller.endings
+    assert isinstance(ending, Completed)
+    return ending.images
+
+
+def count_calls(pipeline: Any, monkeypatch: pytest.MonkeyPatch) -> tuple[list[int], Clock]:
+    """The rows of each call of the transformer from now on, and a clock by which each takes a second."""
+    rows, clock, forward = list[int](), Clock(), pipeline._denoiser.forward
+
+    def counted(**inputs: Any) -> Any:
+        rows.append(len(inputs["hidden_states"]))
+        clock.now += 1
+        return forward(**inputs)
+
+    monkeypatch.setitem(pipeline._denoiser.__dict__, "forward", counted)
+    return rows, clock
+
+
+def run_together(pipeline: Any, requests: Sequence[Request], monkeypatch: pytest.MonkeyPatch) -> tuple[list[Caller], list[int]]:
+    """Runs requests in one engine. What each caller heard, and how many rows each call of the transformer had.
+
+    A call takes a second whatever its rows, so all that can share one do.
+    """
+    rows, clock = count_calls(pipeline, monkeypatch)
+    engine = Engine({"m": pipeline}, QueueLimits(max_batch_size=16), clock)
+    callers = [Caller(engine) for _ in requests]
+    for request, caller in zip(requests, callers, strict=True):
+        engine.submit(request, caller.events.append)
+    run_out(engine)
+    return callers, rows
+
+
+@covering(name=MODELS, size=SIZES)
+def test_mixed_requests_share_calls_and_draw_what_diffusers_draws(
+    name: str, size: tuple[int, int], load: Load, oracle: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests = mixed(size)
+    callers, rows = run_together(load(name), requests, monkeypatch)
+    # 4, 2, 5 and 1 steps: as many calls as the longest has. Stable Diffusion 3 guides with a second row.
+    assert rows == ([2 + 2 + 2 + 1, 2 + 2 + 2, 2 + 2, 2 + 2, 2] if name.startswith("sd3") else [5, 4, 2, 2, 1])
+    for request, caller in zip(requests, callers, strict=True):
+        for seed, image in zip(request.seeds, images_of(caller), strict=True):
+            assert difference(image, expected(oracle(name), request, seed)) <= 1
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_mixed_requests_share_calls_without_graphs(
+    name: str, oracle: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline = MODELS[name](oracle(name), "torch:cpu", 1, Cache(2**20))
+    with torch.inference_mode():
+        callers, rows = run_together(pipeline, mixed((64, 96)), monkeypatch)
+        monkeypatch.undo()
+        assert len(rows) == 5
+        for request, caller in zip(mixed((64, 96)), callers, strict=True):
+            assert difference(images_of(caller)[0], expected(oracle(name), request, request.seeds[0])) <= 1
+
+
+def test_requests_of_other_sizes_take_turns(load: Load, oracle: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Flux's position ids have no rows."""
+    requests = [make_request(image=source(size), num_inference_steps=2, strength=1.0) for size in SIZES]
+    callers, rows = run_together(load("flux-dev"), requests, monkeypatch)
+    assert rows == [1] * 6
+    for request, caller in zip(requests, callers, strict=True):
+        assert difference(images_of(caller)[0], expected(oracle("flux-dev"), request, request.seeds[0])) <= 1
+
+
+def test_a_cancelled_request_leaves_at_the_next_step(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline = load("flux")
+    rows, clock = count_calls(pipeline, monkeypatch)
+    engine = Engine({"m": pipeline}, clock=clock)
+    leaving, _ = (Caller(engine).submit(image=source((64, 64)), num_inference_steps=4, strength=1.0) for _ in range(2))
+    engine.step()
+    assert leaving.ticket is not None
+    leaving.ticket.cancel()
+    run_out(engine)
+    assert rows == [2, 1, 1, 1]
+
+
+@pytest.mark.parametrize("scheduler", FLOW_NAMES)
+@pytest.mark.parametrize("name", KINDS)
+def test_a_named_scheduler_draws_what_diffusers_draws_with_it(
+    name: str, scheduler: str, load: Load, oracle: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline, pipe = load(name), oracle(name)
+    request = make_request(image=source((64, 64)), strength=0.6, num_inference_steps=5, guidance_scale=4.0, scheduler=scheduler)
+    if name == "flux-dev" and "Heun" in scheduler:
+        assert scheduler not in pipeline.schedulers
+        with pytest.raises(InvalidField, match="scheduler"):
+            pipeline.plan(request)
+        return
+    class_name, overrides = FLOW_NAMES[scheduler]
+    own = {
+        key: value
+        for key, value in pipe.scheduler.config.items()
+        if key in inspect.signature(getattr(diffusers, class_name)).parameters
+    }
+    monkeypatch.setattr(pipe, "scheduler", getattr(diffusers, class_name).from_config(own, **overrides))
+    (image,) = run_alone(pipeline, request)
+    assert difference(image, expected(pipe, request, request.seeds[0])) <= 1
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_as_many_steps_are_left_as_diffusers_leaves(name: str, load: Load, oracle: Callable[[str], Any]) -> None:
+    """Any strength above 0 leaves a step, by the rule of these classes; Stable Diffusion's leaves none below 1 / steps."""
+    pipeline, pipe = load(name), oracle(name)
+    shift = {"mu": 0.5} if name == "flux-dev" else {}
+    for strength in (0.01, 0.1, 0.249, 0.25, 0.251, 1 / 3, 0.5, 0.7, 0.99, 1.0):
+        for steps in (1, 3, 4, 10, 28):
+            pipe.scheduler.set_timesteps(steps, **shift)
+            timesteps, _ = pipe.get_timesteps(steps, strength, "cpu")
+            plan = pipeline.plan(make_request(image=source((64, 64)), num_inference_steps=steps, strength=strength))
+            assert plan.step_count == len(timesteps) >= 1
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_strength_that_leaves_no_step_is_an_error_of_that_field(name: str, load: Load, oracle: Callable[[str], Any]) -> None:
+    request = make_request(image=source((64, 64)), num_inference_steps=4, strength=1e-20)
+    with pytest.raises((ValueError, IndexError, RuntimeError)):
+        expected(oracle(name), request, 1)
+    with pytest.raises(InvalidField) as caught:
+        load(name).plan(request)
+    assert caught.value.field == "strength"
+
+
+def test_an_image_beyond_the_transformers_positions_is_refused_by_its_side(load: Load) -> None:
+    """The tiny model has 16 x 16 of them, of 16 pixels each."""
+    pipeline = load("sd3-no-t5")
+    assert pipeline.plan(make_request(image=source((256, 256)))).rows == 2
+    for size, field in (((272, 64), "width"), ((64, 272), "height")):
+        with pytest.raises(InvalidField, match="more than the 256") as caught:
+            pipeline.plan(make_request(image=source(size)))
+        assert caught.value.field == field
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_previews_show_the_latents_that_a_step_predicts(name: str, load: Load, bundle: Callable[[str], Path]) -> None:
+    assert [len(row) for row in read_manifest(bundle("flux-dev")).latent_preview] == [4 * 16 + 1] * 3, "fitted by the export"
+    weights = tuple(tuple(row) for row in np.random.default_rng(0).normal(0.05, 0.1, (3, 4 * 16 + 1)).tolist())
+    pipeline = load(name, latent_preview=weights)
+    request = make_request(image=source((96, 64)), num_inference_steps=4, strength=0.8, preview_interval=2, guidance_scale=3.0)
+    (state,) = pipeline.prepare([request])
+    seen: list[Any] = []
+    while state.step < state.step_count:
+        pipeline.advance([state], pipeline.denoise([state]))
+        seen += pipeline.preview([state])
+    assert [image is not None for image in seen] == [False, True, False, True]
+    assert seen[1].size == seen[3].size == (12, 8)
+    # An Euler step to a noise level of zero ends at the prediction itself.
+    assert difference(seen[3], preview.draw(state.latents, weights)[0]) <= 1
+    assert difference(seen[1], seen[3]) > 1
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_bundle_that_was_exported_as_whole_is_stepped_too(name: str, load: Load, bundle: Callable[[str], Path]) -> None:
+    request = make_request(image=source((64, 64)), num_inference_steps=3, preview_interval=1)
+    old = load(name, family="whole", latent_preview=())
+    assert difference(run_alone(old, request)[0], run_alone(load(name), request)[0]) == 0
+    (state,) = old.prepare([request])
+    old.advance([state], old.denoise([state]))
+    assert old.preview([state]) == [None]
+
+    def one_timestep(manifest: Manifest) -> Manifest:
+        parts = [
+            replace(part, inputs=tuple(replace(item, shape=()) if item.name == "timestep" else item for item in part.inputs))
+            for part in manifest.components
+        ]
+        return replace(manifest, family="whole", components=tuple(parts))
+
+    manifest = one_timestep(read_manifest(bundle(name)))
+    assert isinstance(load_pipeline(bundle(name), manifest, Execution("cpu")), OpaquePipeline)
