@@ -137,7 +137,7 @@ def follow(stub: ImageToImageServiceStub, message: pb.TransformRequest) -> pb.Tr
 
 
 def content(response: pb.TransformResponse) -> list[tuple[int, bytes]]:
-    return [(image.seed, image.data) for image in response.images]
+    return [(image.seed, Image.open(io.BytesIO(image.data)).tobytes()) for image in response.images]
 
 
 def _picture(width: int = 64, height: int = 64) -> bytes:
