@@ -103,7 +103,7 @@ def break_graph(directory: Path) -> None:
     [
         pytest.param(change_weight, "unet differs from PyTorch", marks=pytest.mark.nightly),
         pytest.param(freeze_timestep, "unet differs from PyTorch", marks=pytest.mark.nightly),
-        (change_scheduler, "picture differs"),
+        (change_scheduler, "image differs"),
         (break_graph, "ONNX Runtime cannot open unet"),
     ],
 )

@@ -19,7 +19,10 @@ from img2img_server.support.call import Call
 from PIL import Image
 from running import store
 
-ARGUMENTS = {"message": "no luck", "field": "image.data", "description": "it is too small", "retry_after": 2.5, "estimate": 12.5}
+ARGUMENTS = {
+    "message": "no luck", "field": "image.data", "description": "it is too small", "retry_after": 2.5, "estimate": 12.5,
+    "allowed": "POST",
+}  # fmt: skip
 
 
 def _kinds(kind: type[ServerError] = ServerError) -> Iterator[type[ServerError]]:

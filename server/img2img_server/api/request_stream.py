@@ -26,7 +26,8 @@ class RequestStream:
 
     `method` is what access, logs and metrics see for each request: the method of a single one. At most `in_progress` requests
     are in progress; further ones are not read before one is answered (gRPC's flow control). If `waits`, a request that is
-    refused for now (QUEUE_FULL, RATE_LIMITED ...) is tried again until the call ends, instead of refused.
+    refused for now (QUEUE_FULL, RATE_LIMITED ...) is tried again until the call ends, instead of refused; and the requests before
+    a message that cannot be read are finished, instead of cancelled.
     """
 
     def __init__(
@@ -75,7 +76,7 @@ class RequestStream:
             self._answers = asyncio.Queue()
 
     async def _read(self, requests: AsyncIterator[Any]) -> None:
-        """Starts each request when it arrives. Returns when all are answered, also if reading fails."""
+        """Starts each request when it arrives. Returns when all are answered."""
         count = 0
         try:
             await self._in_progress.acquire()
@@ -85,8 +86,11 @@ class RequestStream:
                 task.add_done_callback(self._tasks.discard)
                 count += 1
                 await self._in_progress.acquire()
-        finally:
-            await asyncio.gather(*self._tasks)
+        except ServerError:
+            if self._waits:
+                await asyncio.gather(*self._tasks)
+            raise
+        await asyncio.gather(*self._tasks)
 
     async def _run(self, request: Any, number: int) -> None:
         delay: float | None = 0.0

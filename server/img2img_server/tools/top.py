@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import http.client
 import json
 import math
 import os
@@ -11,8 +10,6 @@ import signal
 import socket
 import sys
 import time
-import urllib.error
-import urllib.request
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -235,6 +232,10 @@ def _complete(url: str) -> str:
 
 
 def _fetch(url: str) -> str:
+    import http.client
+    import urllib.error
+    import urllib.request
+
     if urlsplit(url).scheme not in ("http", "https"):
         raise MetricsError(f"'{url}' is not an http address")
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))

@@ -28,10 +28,10 @@ def source_rule(pipe: Any) -> SourceRule:
     if "use_resolution_binning" in parameters or ("strength" not in parameters and "width" in parameters):
         return SourceRule(keeps_size=True)
     for part in parts(pipe):
-        config = getattr(getattr(part, "image_processor", None), "config", {})
-        if config.get("resample") in PIL_INTERPOLATION:
-            filter_name = PIL_INTERPOLATION[config["resample"]].name
-            return SourceRule(filter_name, config.get("reducing_gap"), square=name in SQUARE)
+        config = getattr(getattr(part, "image_processor", None), "config", None)
+        if (resample := getattr(config, "resample", None)) in PIL_INTERPOLATION:
+            filter_name = PIL_INTERPOLATION[resample].name
+            return SourceRule(filter_name, getattr(config, "reducing_gap", None), square=name in SQUARE)
     return SourceRule()
 
 
