@@ -14,10 +14,13 @@ from granting import bearing, grant
 from img2img.v1 import image_to_image_pb2 as pb
 from img2img.v1.image_to_image_pb2_grpc import ImageToImageServiceStub
 from img2img_server.access.access import Access
+from img2img_server.api import request_stream
 from img2img_server.api.request_stream import RequestStream
+from img2img_server.codecs.pool import ImageMemory
 from img2img_server.config import TelemetrySettings
 from img2img_server.engine.request import Plan, Request
 from img2img_server.engine.scheduler import QueueLimits
+from img2img_server.errors import DeadlineExpired, QueueFull
 from img2img_server.telemetry.telemetry import Telemetry
 from messages import failure, request
 from running import RunningServer, running, store
@@ -149,6 +152,72 @@ async def test_requests_are_read_only_as_they_are_answered() -> None:
     assert read == 4
     free.set()
     assert sorted([await first, *[response async for response in responses]]) == list(range(20))
+
+
+def test_one_client_has_a_bounded_number_of_batches(server: RunningServer, stub: ImageToImageServiceStub) -> None:
+    """Their requests wait where others are refused, so calls must not pile up."""
+    ending = threading.Event()
+
+    def requests() -> Iterator[pb.TransformBatchRequest]:
+        yield asked()
+        ending.wait(60)
+
+    held = [stub.TransformBatch(requests(), timeout=60) for _ in range(8)]
+    for call in held:
+        assert next(call).index == 0
+    code, details = failure(lambda: run(stub, asked()))
+    assert (code, details["reason"]) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "CLIENT_QUEUE_FULL")
+    ending.set()
+    for call in held:
+        assert list(call) == []
+    assert run(stub, asked())[0].HasField("response")
+
+
+async def test_a_call_that_sends_nothing_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(request_stream, "IDLE_SECONDS", 0.05)
+
+    async def requests() -> AsyncIterator[pb.TransformBatchRequest]:
+        yield asked()
+        await asyncio.Event().wait()
+
+    async def respond(request: Any, number: int) -> AsyncGenerator[tuple[int, bool], None]:
+        yield number, True
+
+    stream = RequestStream(
+        METHOD, respond, lambda *failure: failure, Access(None), Telemetry(TelemetrySettings()), Context(),
+        in_progress=4, memory=ImageMemory(10_000),
+    )  # fmt: skip
+    responses = stream.responses(requests())
+    assert await anext(responses) == 0
+    with pytest.raises(DeadlineExpired, match="no request"):
+        await anext(responses)
+
+
+async def test_memory_accounts_for_messages_that_wait() -> None:
+    memory, full = ImageMemory(10_000), asyncio.Event()
+    message = asked(prompt="x" * 4000)
+
+    async def requests() -> AsyncIterator[pb.TransformBatchRequest]:
+        for _ in range(2):
+            yield message
+
+    async def respond(request: Any, number: int) -> AsyncGenerator[tuple[int, bool], None]:
+        if not full.is_set():
+            raise QueueFull("no", 0.1)
+        yield number, True
+
+    stream = RequestStream(
+        METHOD, respond, lambda *failure: failure, Access(None), Telemetry(TelemetrySettings()), Context(),
+        in_progress=4, memory=memory,
+    )  # fmt: skip
+    responses = stream.responses(requests())
+    first = asyncio.ensure_future(anext(responses))
+    for _ in range(100):
+        await asyncio.sleep(0)
+    assert memory.held == 2 * message.ByteSize()
+    full.set()
+    assert sorted([await first, *[response async for response in responses]]) == [0, 1]
+    assert memory.held == 0
 
 
 def test_leaving_cancels_what_runs(server: RunningServer, stub: ImageToImageServiceStub, pipeline: FakePipeline) -> None:

@@ -15,12 +15,12 @@ NO_USAGE = {
     "total_tokens": 0,
     "input_tokens_details": {"image_tokens": 0, "text_tokens": 0},
 }
-"""OpenAI's clients expect it; nothing is billed by tokens here."""
+"""OpenAI's clients expect this object. This server does not count tokens."""
 _TIMINGS = tuple(field.name for field in pb.Timings.DESCRIPTOR.fields)
 
 
 def images(result: pb.TransformResponse, base: str) -> bytes:
-    """The body of a finished request. `base` is this server's address, for images that are kept as assets."""
+    """The response body of a finished request. `base` is this server's address, for the URLs of assets."""
     data = b",".join(_with_image(image, _about(image), base) for image in result.images)
     return b'{"data":[%s],%s' % (data, _dumped({"created": int(time.time()), **_facts(result)})[1:])
 
@@ -34,8 +34,8 @@ def completed(result: pb.TransformResponse, base: str) -> list[bytes]:
     ]
 
 
-def told(happened: pb.TransformStreamResponse, index: int) -> bytes:
-    """An event of a request that is not finished. `index` is the number of previews that were sent before."""
+def progress(happened: pb.TransformStreamResponse, index: int) -> bytes:
+    """The event of a request in progress. `index` is the number of previews sent before."""
     kind = happened.WhichOneof("event")
     if kind == "progress" and happened.progress.HasField("preview"):
         return _partial(happened.progress, index)
@@ -49,7 +49,7 @@ def told(happened: pb.TransformStreamResponse, index: int) -> bytes:
 
 
 def queue_headers(position: int, eta: float | None) -> dict[str, str]:
-    """Where a request was in the queue when it was accepted, and how long it would take."""
+    """Headers with the queue position of an accepted request and its estimated milliseconds."""
     headers = {"x-img2img-queue-position": str(position)}
     if eta is not None:
         headers["x-img2img-eta-ms"] = str(round(eta * 1000))
@@ -57,7 +57,7 @@ def queue_headers(position: int, eta: float | None) -> dict[str, str]:
 
 
 def size_of(result: pb.TransformResponse) -> int:
-    """Bytes of the images of an answer."""
+    """The size of a response's images in bytes."""
     return sum(len(image.data) for image in result.images)
 
 
@@ -80,7 +80,7 @@ def _about(image: pb.ImageResult) -> dict[str, Any]:
 
 
 def _facts(result: pb.TransformResponse) -> dict[str, Any]:
-    """What is the same of all images."""
+    """The properties that all images share."""
     first = result.images[0]
     facts: dict[str, Any] = {
         "background": "opaque",
@@ -98,7 +98,7 @@ def _facts(result: pb.TransformResponse) -> dict[str, Any]:
 
 
 def _with_image(image: pb.ImageResult, about: dict[str, Any], base: str) -> bytes:
-    """An object with an image in it. The image is no part of what the JSON encoder reads: that would double the time."""
+    """A JSON object with an image. The image bypasses the JSON encoder, which would double the time."""
     rest = _dumped(about)[1:]
     if image.WhichOneof("content") == "asset_id":
         return b'{"url":%s,"asset_id":%s,%s' % (_dumped(f"{base}/v1/assets/{image.asset_id}"), _dumped(image.asset_id), rest)

@@ -29,11 +29,11 @@ _log = logging.getLogger(__name__)
 Handler = Callable[[Exchange, Call], Awaitable[None]]
 PAGES = {"GET /openapi.json": "openapi.json", "GET /docs": "docs"}
 _OPEN = ("GET /health", "GET /ready", *PAGES)
-"""What needs no token, as gRPC's health checks: it tells nothing of models and clients."""
+"""Methods that need no token, like gRPC's health checks: they reveal nothing about models and clients."""
 
 
 class App:
-    """Answers every path of this API. `serve` gives it what answers requests; until then they are refused with ServerStarting."""
+    """Answers every path of this API. `serve` sets the services; until then requests are refused with ServerStarting."""
 
     def __init__(self, access: Access, telemetry: Telemetry, readers: Readers, health: HealthServicer) -> None:
         self._access, self._telemetry, self._readers, self._health = access, telemetry, readers, health
@@ -53,12 +53,12 @@ class App:
         telemetry.names({method: method for method in self._handlers})
 
     def serve(self, images: Images, models: Models) -> None:
-        """From now on every request is answered."""
+        """Sets the services that answer requests."""
         self._images, self._models = images, models
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         """Answers one request."""
-        scope["app"] = self  # so that the router raises what it would else answer in its own form
+        scope["app"] = self  # the router then raises errors instead of answering in its own form
         try:
             await self._router(scope, receive, send)
         except HTTPException as error:
@@ -82,12 +82,12 @@ class App:
                 outcome.status = cancelled_status(exchange.time_remaining())
             except CancelledError:
                 outcome.status = "CANCELLED"  # the server ends: the connection has been closed
-            except Exception as caught:  # noqa: BLE001 - the service's edge
+            except Exception as caught:  # noqa: BLE001 - outermost handler
                 await self._fail(exchange, call, caught, outcome)
 
     @asynccontextmanager
     async def _answering(self, exchange: Exchange, call: Call, outcome: Outcome) -> AsyncIterator[Call]:
-        """Within the block the request is admitted, and has the time that its client gives it."""
+        """Admits the request, and applies the timeout that its client sent."""
         if call.method in _OPEN:
             yield call
             return
@@ -112,7 +112,7 @@ class App:
         release_frames(caught)
         try:
             await exchange.fail(error)
-        except ServerError:  # it does not read that either
+        except ServerError:  # the client does not read the error either
             await exchange.abort()
 
     async def _is_live(self, exchange: Exchange, call: Call) -> None:
@@ -129,7 +129,7 @@ class App:
 
 
 class _Endpoint:
-    """What the router calls for one method."""
+    """The router's endpoint of one method."""
 
     def __init__(self, app: App, method: str) -> None:
         self._app, self._method = app, method

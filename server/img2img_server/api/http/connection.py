@@ -32,8 +32,8 @@ _SLICE = 64 * 2**10
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """The most `connections` at a time, and the seconds that a client has: for a request's headers, for the rest of a body whose
-    request was answered early, between two requests, and to read the end of an answer."""
+    """The maximum number of open `connections`, and timeouts in seconds: to receive a request's headers, to receive the rest of a
+    body after an early response, between two requests, and to send the end of a response."""
 
     connections: int
     headers: float = 20.0
@@ -43,7 +43,7 @@ class Limits:
 
 
 class _Refused(Exception):
-    """Why a request is not parsed further, with the HTTP status that says so."""
+    """The reason why parsing stops, with the HTTP status of the response."""
 
     def __init__(self, status: int, message: str) -> None:
         super().__init__(message)
@@ -51,20 +51,20 @@ class _Refused(Exception):
 
 
 class _Flow(FlowControl):
-    """uvicorn's flow control, which also resumes parsing."""
+    """uvicorn's flow control. It also resumes parsing."""
 
     def __init__(self, transport: asyncio.Transport, resumed: Callable[[], None]) -> None:
         super().__init__(transport)
         self._resumed = resumed
 
     def resume_reading(self) -> None:
-        """Reads and parses on."""
+        """Resumes reading and parsing."""
         super().resume_reading()
         self._resumed()
 
 
 class Connection(HttpToolsProtocol):
-    """Answers one request after the other by uvicorn's cycle. `lost` is called when the connection has ended."""
+    """Answers requests one after the other with uvicorn's request cycle. `lost` is called when the connection has ended."""
 
     def __init__(self, config: Config, state: ServerState, limits: Limits, lost: Callable[[], None]) -> None:
         super().__init__(config, state, {})
@@ -79,20 +79,20 @@ class Connection(HttpToolsProtocol):
         self._in_headers, self._in_body = True, False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # as uvicorn has it
-        """Begins with the first request, unless there are too many connections."""
+        """Waits for the first request. Aborts the connection if there are too many."""
         if len(self.connections) >= self._limits.connections:
             self.transport = transport
             transport.abort()
             return
         super().connection_made(transport)
         connected = transport.get_extra_info("socket")
-        if connected is not None:  # asyncio does so only for sockets that name their protocol
+        if connected is not None:  # asyncio sets it only for sockets that name their protocol
             connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.flow = _Flow(transport, self._resume)
         self._end_after(self._limits.headers)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Ends what the connection has."""
+        """Cancels the timer and parsing."""
         self._set_timer(None)
         if self._parsing is not None:
             self._parsing.cancel()
@@ -101,14 +101,14 @@ class Connection(HttpToolsProtocol):
         self._lost()
 
     def data_received(self, data: bytes) -> None:
-        """Parses a slice now, and the rest in later turns of the event loop."""
+        """Parses a slice now and the rest in later iterations of the event loop."""
         self._unset_keepalive_if_required()
         self._unparsed += data
         if self._parsing is None:
             self._parse()
 
     def on_message_begin(self) -> None:
-        """A request begins. One that comes before the last is answered ends the connection: clients do not pipeline."""
+        """Starts a request. A pipelined request ends the connection."""
         if self.cycle is not None and not self.cycle.response_complete:
             raise _Refused(400, "pipelined requests are not supported: wait for the response")
         self._in_headers = True
@@ -117,44 +117,44 @@ class Connection(HttpToolsProtocol):
         super().on_message_begin()
 
     def on_url(self, url: bytes) -> None:
-        """Takes a part of the request's target."""
+        """Adds a part of the request target."""
         super().on_url(url)
         self._count(len(url))
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """Takes one header."""
+        """Adds a header."""
         super().on_header(name, value)
         self._count(len(name) + len(value))
         if len(self.headers) > MAX_HEADERS:
             raise _Refused(431, f"the request has more than {MAX_HEADERS} headers")
 
     def on_headers_complete(self) -> None:
-        """Starts the application. The body is parsed once that asks for it."""
+        """Starts the application. The body is parsed when the application receives it."""
         self._set_timer(None)
         self._in_headers, self._in_body = False, True
         super().on_headers_complete()
         self.flow.pause_reading()
 
     def on_chunk_header(self) -> None:
-        """Counts the chunks of a body: each costs as much as some hundred bytes."""
+        """Limits the number of chunks: parsing one costs as much as a few hundred bytes."""
         self._chunks += 1
         if self._chunks > MAX_CHUNKS + self._body_bytes // BYTES_PER_CHUNK:
             raise _Refused(400, "the body has too many small chunks")
 
     def on_body(self, body: bytes) -> None:
-        """Takes a part of the body. What belongs to an answered request is dropped."""
+        """Adds a part of the body. Bytes of an answered request are dropped."""
         self._body_bytes += len(body)
         super().on_body(body)
 
     def on_message_complete(self) -> None:
-        """The request is complete."""
+        """Ends the request."""
         self._in_body = False
         super().on_message_complete()
         if self.cycle.response_complete:
             self._end_after(self._limits.idle)
 
     def on_response_complete(self) -> None:
-        """The answer is written: it, the rest of the request and the next request must come in time."""
+        """Sets the timeout for sending the response, the rest of the body, or the next request."""
         super().on_response_complete()
         self._unset_keepalive_if_required()
         if self.transport.is_closing():
@@ -163,7 +163,7 @@ class Connection(HttpToolsProtocol):
             self._end_after(self._limits.rest if self._in_body else self._limits.idle)
 
     def send_400_response(self, msg: str) -> None:
-        """Refuses what is not HTTP."""
+        """Refuses invalid HTTP."""
         self._refuse(400, msg)
 
     def _resume(self) -> None:
@@ -171,7 +171,7 @@ class Connection(HttpToolsProtocol):
             self._parsing = self.loop.call_soon(self._parse)
 
     def _parse(self) -> None:
-        """Parses a slice of what has arrived, and asks for another turn if there is more."""
+        """Parses a slice of the received data, and schedules the next one."""
         self._parsing = None
         if self.flow.read_paused or self.transport.is_closing():
             return
@@ -180,10 +180,10 @@ class Connection(HttpToolsProtocol):
         begun = self._in_headers
         try:
             self.parser.feed_data(data)
-            if begun and self._in_headers:  # a header that has no end is not counted by on_header
+            if begun and self._in_headers:  # on_header does not see a header without an end
                 self._count(len(data))
         except httptools.HttpParserUpgrade:
-            self.cycle.keep_alive = False  # no other protocol is spoken here: the request is answered as it is
+            self.cycle.keep_alive = False  # upgrades are not supported: the request is answered as HTTP/1.1
             return
         except (_Refused, httptools.HttpParserError) as error:
             found = error if isinstance(error, _Refused) else error.__context__
@@ -199,7 +199,7 @@ class Connection(HttpToolsProtocol):
             raise _Refused(431, f"the request's line and headers have more than {MAX_HEADER_BYTES} bytes")
 
     def _refuse(self, status: int, message: str) -> None:
-        """Answers what the application never sees, and closes the connection."""
+        """Answers a request that the application does not see, and closes the connection."""
         if self.transport.is_closing():
             return
         if self.cycle is None or self.cycle.response_complete:

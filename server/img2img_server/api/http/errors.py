@@ -34,7 +34,7 @@ _FIELDS = {
     "output.as_asset": "response_format",
     "preview_interval": "partial_images",
 }
-"""What a field of TransformRequest is called here. `image` and `model` stand for the fields in them."""
+"""Fields of TransformRequest -> fields of the form. `image` and `model` include their subfields."""
 
 
 class PathNotFound(ServerError):
@@ -45,7 +45,7 @@ class PathNotFound(ServerError):
 
 
 class MethodNotAllowed(ServerError):
-    """The path exists, but not for this method. `allowed` are those that it has."""
+    """The path does not support this method. `allowed` lists the methods that it supports."""
 
     status = "UNIMPLEMENTED"
     reason = "METHOD_NOT_ALLOWED"
@@ -56,7 +56,7 @@ class MethodNotAllowed(ServerError):
 
 
 _OWN: dict[type[ServerError], int] = {MessageTooLarge: 413, MethodNotAllowed: 405}
-"""Errors for which HTTP has a better status than that of their code."""
+"""Errors with a more specific HTTP status than that of their gRPC code."""
 
 
 def status_of(error: ServerError) -> int:
@@ -65,7 +65,7 @@ def status_of(error: ServerError) -> int:
 
 
 def object_of(error: ServerError) -> dict[str, Any]:
-    """The object "error" of an answer: `code` is the error's stable reason, `param` the field that is wrong."""
+    """The object "error" of a response: `code` is the error's stable reason, `param` the invalid field."""
     status, param, text = status_of(error), None, str(error)
     if isinstance(error, InvalidField):
         param = _FIELDS.get(error.field) or _FIELDS.get(error.field.partition(".")[0], error.field)
@@ -79,12 +79,12 @@ def object_of(error: ServerError) -> dict[str, Any]:
 
 
 def body_of(error: ServerError) -> bytes:
-    """The body of an error's answer."""
+    """The body of an error response."""
     return json.dumps({"error": object_of(error)}).encode()
 
 
 def headers_of(error: ServerError) -> dict[str, str]:
-    """Headers of an error's answer. OpenAI's clients retry as `x-should-retry` says."""
+    """The headers of an error response. OpenAI's clients follow `x-should-retry`."""
     headers = {"x-should-retry": "true" if is_transient(error) else "false"}
     if isinstance(error, Exhausted) and error.retry_after is not None:
         headers["retry-after"] = str(math.ceil(error.retry_after))
@@ -99,5 +99,5 @@ def headers_of(error: ServerError) -> dict[str, str]:
 
 
 def is_transient(error: ServerError) -> bool:
-    """Whether the same request may succeed later, as img2img's own clients judge it."""
+    """Whether the same request may succeed later, by the rule of img2img's own clients."""
     return error.status == "UNAVAILABLE" or (isinstance(error, Exhausted) and error.retry_after is not None)

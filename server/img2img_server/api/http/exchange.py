@@ -1,4 +1,4 @@
-"""One HTTP request and its answer, over ASGI: headers, deadline, and writes that a client must read in time."""
+"""One HTTP request and its response over ASGI: headers, deadline, and writes with a timeout for slow readers."""
 
 import asyncio
 import math
@@ -19,16 +19,16 @@ TIMEOUT = "x-request-timeout"
 ABORT = "img2img.abort"
 """The ASGI extension that ends a connection at once (connection.py)."""
 _PIECE = 64 * 2**10
-"""Bytes that are written at a time: as many as may be unsent beside them."""
+"""Maximum bytes of one write: the same as uvicorn's limit of unsent bytes."""
 JSON, EVENTS = "application/json", "text/event-stream; charset=utf-8"
 
 
 class ClientLeft(Exception):
-    """The client closed the connection before it had its answer."""
+    """The client closed the connection before the response was complete."""
 
 
 class Exchange:
-    """A request, and what is written in answer to it. `client` is for Readers: set it once the caller is known."""
+    """A request and its response. `client` is the name that Readers limits: set it after authentication."""
 
     def __init__(self, scope: Mapping[str, Any], receive: Receive, send: Send, readers: Readers) -> None:
         self.receive = receive
@@ -44,7 +44,7 @@ class Exchange:
 
     @property
     def peer(self) -> str:
-        """The caller's address as gRPC names it, such as "ipv4:127.0.0.1:4711", so that a client is the same to both."""
+        """The caller's address in gRPC's form, such as "ipv4:127.0.0.1:4711": limits per client span both fronts."""
         host, port = self._scope["client"] or ("", 0)
         host = host.removeprefix("::ffff:") if "." in host else host
         return f"ipv6:%5B{host}%5D:{port}" if ":" in host else f"ipv4:{host}:{port}"
@@ -56,7 +56,7 @@ class Exchange:
         return f"{self._scope['scheme']}://{self.headers.get('host') or f'{server}:{port}'}"
 
     def read_timeout(self) -> float | None:
-        """The seconds that the client gives the request, None for no bound. Raises InvalidField."""
+        """The timeout that the client sent, in seconds; None without one. Raises InvalidField."""
         if (text := self.headers.get(TIMEOUT)) is None:
             return None
         try:
@@ -69,11 +69,11 @@ class Exchange:
         return seconds
 
     def time_remaining(self) -> float | None:
-        """Seconds until the deadline, None without one: what services ask of a gRPC context."""
+        """Seconds until the deadline, None without one. Services call it as on a gRPC context."""
         return None if self.seconds is None else self.began + self.seconds - time.monotonic()
 
     async def while_connected(self, work: Coroutine[Any, Any, _T]) -> _T:
-        """Does `work`, which is cancelled if the client leaves: then this raises ClientLeft. The body must have been read."""
+        """Runs `work`. Cancels it and raises ClientLeft if the client disconnects. Call it after the body was read."""
         task, leaving = asyncio.ensure_future(work), asyncio.ensure_future(self._left())
         try:
             await asyncio.wait((task, leaving), return_when=asyncio.FIRST_COMPLETED)
@@ -86,7 +86,7 @@ class Exchange:
             await asyncio.gather(task, leaving, return_exceptions=True)
 
     async def answer(self, status: int, body: bytes, headers: Mapping[str, str], kind: str = JSON) -> None:
-        """Writes a whole answer. Raises ReaderTooSlow."""
+        """Writes a complete response. Raises ReaderTooSlow."""
 
         async def write() -> None:
             await self.begin(status, {**headers, "content-length": str(len(body))}, kind)
@@ -95,7 +95,7 @@ class Exchange:
         await self._readers.within(write(), len(body), self.client)
 
     async def begin(self, status: int, headers: Mapping[str, str], kind: str) -> None:
-        """Writes the status and the headers of an answer."""
+        """Writes the status and headers of a response."""
         self._started, self._events = True, kind == EVENTS
         pairs = {"content-type": kind, **headers}
         if self.request_id:
@@ -104,11 +104,11 @@ class Exchange:
         await self._send({"type": "http.response.start", "status": status, "headers": encoded})
 
     async def write(self, body: bytes, more: bool = True) -> None:
-        """Writes a part of an answer that has begun. Raises ReaderTooSlow."""
+        """Writes a part of the body. Raises ReaderTooSlow."""
         await self._readers.within(self._write(body, more), len(body), self.client)
 
     async def fail(self, error: ServerError) -> None:
-        """Answers with an error: as the response, as the last event of a stream, or by ending the connection."""
+        """Sends an error: as the response, as the last event of a stream, or by aborting the connection."""
         if not self._started:
             await self.answer(errors.status_of(error), errors.body_of(error), errors.headers_of(error))
         elif self._events:
@@ -117,7 +117,7 @@ class Exchange:
             await self.abort()
 
     async def abort(self) -> None:
-        """Ends the connection without an answer."""
+        """Aborts the connection."""
         self._scope["extensions"][ABORT]()
         await self._left()
 

@@ -1,4 +1,4 @@
-"""The fields of a form -> TransformRequest. Only their form is checked here; what values may be is the parser's."""
+"""The fields of a form -> TransformRequest. This module checks their syntax; api/parsing.py checks their values."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -15,7 +15,7 @@ _WHOLE = re.compile(r"[+-]?[0-9]{1,19}")
 _NUMBER = re.compile(r"[+-]?([0-9]{1,40}\.?[0-9]{0,40}|\.[0-9]{1,40})([eE][+-]?[0-9]{1,4})?")
 _SIZE = re.compile(r"([0-9]{1,19})[xX]([0-9]{1,19})")
 _ADDRESS = re.compile(rb"[A-Za-z][A-Za-z0-9+.-]{0,15}:")
-"""How an address begins, and no image file."""
+"""The beginning of an address. No image file begins like this."""
 _SWITCH = {"true": True, "1": True, "false": False, "0": False}
 _FORMATS = {name.removeprefix("OUTPUT_FORMAT_").lower(): number for name, number in pb.OutputFormat.items() if number}
 _STEPS = {
@@ -26,16 +26,16 @@ _STEPS = {
     "high": 2 * DEFAULT_STEPS,
     "hd": 2 * DEFAULT_STEPS,
 }
-"""The steps that a quality stands for, unless num_inference_steps is set."""
+"""num_inference_steps by quality."""
 VARIATION_STRENGTH = 0.5
-"""How far a variation leaves its source by default. It has no prompt to follow instead."""
+"""The default strength of a variation, which has no prompt."""
 _NO_GUIDANCE = 1.0
 MAX_PARTIAL_IMAGES = 100
 
 
 @dataclass(slots=True)
 class Draft:
-    """A request, as far as its fields have been read. `as_url`: its images are kept as assets, and their addresses sent."""
+    """A request while its fields are read. With `as_url` its images are stored as assets, and their URLs are sent."""
 
     message: pb.TransformRequest = field(default_factory=pb.TransformRequest)
     quality: str = "auto"
@@ -47,8 +47,8 @@ class Draft:
 
 @dataclass(frozen=True, slots=True)
 class FormField:
-    """A field of the form, as it is read and documented. `put` takes its name and value, and raises InvalidField. `schema` is its
-    OpenAPI schema; an `extension` is not one of OpenAI's."""
+    """A field of the form. `put` sets it from its name and value, or raises InvalidField. `schema` is its OpenAPI schema. An
+    `extension` is not part of OpenAI's API."""
 
     name: str
     put: Callable[[Draft, str, str], None]
@@ -58,7 +58,7 @@ class FormField:
 
 
 def read(parts: Sequence[Part], variation: bool) -> Draft:
-    """The request of a form. A `variation` needs no prompt. Raises InvalidField, which names the first wrong field."""
+    """Reads a request from a form. A `variation` needs no prompt. Raises InvalidField for the first invalid field."""
     draft, seen = Draft(), set[str]()
     for part in parts:
         name = "image" if part.name == "image[]" else part.name
@@ -78,7 +78,7 @@ def read(parts: Sequence[Part], variation: bool) -> Draft:
 
 
 def _fill(draft: Draft, variation: bool) -> None:
-    """Sets what follows from other fields, and this API's own defaults."""
+    """Sets this API's defaults, and values that depend on other fields."""
     message = draft.message
     if not message.HasField("prompt"):
         if not variation:
@@ -126,7 +126,7 @@ def _integer(draft: Draft, name: str, value: str) -> None:
 def _set(message: Any, attribute: str, name: str, value: int) -> None:
     try:
         setattr(message, attribute, value)
-    except ValueError:  # of protobuf: more bits than the field has
+    except ValueError:  # from protobuf: the value exceeds the field's type
         raise InvalidField(name, f"{value} is out of range") from None
 
 
@@ -191,7 +191,7 @@ def _put_background(draft: Draft, name: str, value: str) -> None:
 
 
 def _accept(draft: Draft, name: str, value: str) -> None:
-    """For what OpenAI's servers note and this one does not need."""
+    """Ignores a field that only OpenAI's own servers use."""
 
 
 FIELDS = (
@@ -270,7 +270,7 @@ FIELDS = (
     ),
     FormField("scheduler", _text, {"type": "string"}, "A scheduler that GET /v1/models lists. Default: the model's own", True),
 )
-"""Every field but `image`."""
+"""All fields except `image`."""
 _BY_NAME = {one.name: one for one in FIELDS}
 _UNSUPPORTED = {
     "mask": "masks are not supported by this server: send the image without a mask",
@@ -278,4 +278,4 @@ _UNSUPPORTED = {
     "controls": "controls are not supported by this server",
     "input_fidelity": "input_fidelity is not supported: set strength, which says how far to leave the source",
 }
-"""Fields that OpenAI's API or a later version of this one has, and why they are refused."""
+"""Fields that are refused by name, with the reason."""

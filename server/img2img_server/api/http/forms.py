@@ -17,21 +17,21 @@ from img2img_server.errors import DeadlineExpired, InvalidField, MalformedMessag
 from img2img_server.support.call import Call
 
 MAX_PARTS = 64
-"""Parts of a form: twice as many as there are fields."""
+"""Maximum parts of a form: twice the number of fields."""
 MAX_PART_HEADERS, MAX_PART_HEADER_BYTES = 8, 4096
 _STEP = 256 * 2**10
-"""Bytes by which the memory that a body takes is accounted for while it arrives; a small body counts for none."""
+"""Bytes of the steps in which a body's memory is accounted for. Small bodies are not counted."""
 _BODY_SECONDS, _BYTES_PER_SECOND = 60.0, 64 * 2**10
-"""A body has so many seconds, and one more for each so many bytes of it."""
+"""The timeout of a body: fixed seconds, plus one second per this many bytes."""
 _FILES = ("image", "image[]", "mask")
-"""Fields that may have a whole file."""
+"""Fields that may contain a file."""
 
 logging.getLogger("python_multipart").setLevel(logging.ERROR)  # it logs a warning for each malformed body
 
 
 @dataclass(slots=True)
 class Part:
-    """A field of a form. `is_file` is whether it came with a file's name."""
+    """A field of a form. `is_file` is set if the part has a file name."""
 
     name: str
     is_file: bool
@@ -39,7 +39,7 @@ class Part:
 
     @property
     def text(self) -> str:
-        """The value as text. Raises InvalidField where it is not UTF-8."""
+        """The value as text. Raises InvalidField if it is not UTF-8."""
         try:
             return self.data.decode("utf-8")
         except UnicodeDecodeError as error:
@@ -48,7 +48,7 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class BodyLimits:
-    """What a body may have: `size` in bytes, and `seconds` to arrive, and one more for each 64 KiB of it."""
+    """The maximum `size` of a body in bytes, and its timeout: `seconds`, plus one for each 64 KiB."""
 
     size: int
     seconds: float = _BODY_SECONDS
@@ -100,7 +100,7 @@ async def _chunks(receive: Receive, call: Call, memory: ImageMemory, held: ExitS
 
 
 def _declared(length: str | None, most: int) -> int:
-    """The bytes that a body has by its Content-Length; `most` where it has none, as it may then be as long."""
+    """The size of a body from its Content-Length; `most` without one."""
     if length is None:
         return most
     if not (length.isascii() and length.isdigit()):
@@ -156,9 +156,9 @@ class _Form:
             raise MalformedMessage(f"the header Content-Type has a boundary that is not valid: {error}") from None
 
     def write(self, chunk: bytes) -> None:
-        """Takes the next bytes of the body."""
+        """Parses the next bytes of the body."""
         self._delimiters += chunk.count(self._delimiter)
-        if self._delimiters > MAX_PARTS + 1:  # also such as begin no part, which cost the parser as much
+        if self._delimiters > MAX_PARTS + 1:  # including those that start no part: they cost the parser as much
             raise _too_many_parts()
         try:
             self._parser.write(chunk)
@@ -166,7 +166,7 @@ class _Form:
             raise MalformedMessage(f"the body is not valid multipart/form-data: {error}") from None
 
     def end(self) -> list[Part]:
-        """The parts of a body that has been written."""
+        """The parts of the complete body."""
         if not self._ended:
             raise MalformedMessage("the body is not valid multipart/form-data: it ends before its last boundary")
         return self._parts
@@ -205,6 +205,6 @@ class _Form:
 
 
 def shown(name: str) -> str:
-    """A name that a client made up, as an error quotes it."""
+    """A client's text, shortened and printable, for an error message."""
     plain = "".join(character if character.isprintable() else "?" for character in name)
     return plain if len(plain) <= 64 else f"{plain[:64]}..."

@@ -34,7 +34,7 @@ MAX_CONNECTIONS = 1024
 _BACKLOG = 1024
 _TLS_SHUTDOWN = 2.0
 _LEAVING = 1.0
-"""Seconds in which calls whose connection is gone have ended."""
+"""Maximum seconds to wait for calls whose connection has ended."""
 
 
 class HttpFront:
@@ -56,7 +56,7 @@ class HttpFront:
         self._limits = limits or Limits(min(MAX_CONNECTIONS, max_connections() // 4))
         self._app = App(access, telemetry, readers, health)
         self._state = ServerState()
-        # proxy_headers: a client is known by its own address, as gRPC's are, and not by what a header says.
+        # Without proxy_headers a client is identified by its own address, as in gRPC, not by a header.
         self._uvicorn = Config(
             self._app, lifespan="off", ws="none", interface="asgi3", log_config=None, proxy_headers=False, server_header=False
         )
@@ -66,8 +66,8 @@ class HttpFront:
         self.port = 0
 
     async def open(self) -> None:
-        """Binds the port. Raises OSError where it is taken."""
-        assert self._config.http_port is not None, "the front is made where http_port is set"
+        """Binds the port. Raises OSError if it is in use."""
+        assert self._config.http_port is not None, "the front exists only if http_port is set"
         host, port = self._config.host.removeprefix("[").removesuffix("]"), self._config.http_port
         check_port("http_port", host, port)
         context = None if self._config.tls.certificate is None else server_context(self._config.tls, ["http/1.1"])
@@ -88,7 +88,7 @@ class HttpFront:
         _log.info("HTTP on %s://%s", "http" if context is None else "https", address_of(host, self.port))
 
     def connection(self) -> Connection:
-        """What answers a new connection."""
+        """The protocol of a new connection."""
         return Connection(self._uvicorn, self._state, self._limits, self._lost)
 
     def serve(
@@ -99,14 +99,14 @@ class HttpFront:
         runner: EngineInterface,
         memory: ImageMemory,
     ) -> None:
-        """From now on requests are answered by these."""
+        """Sets the services that answer requests. Until then, requests are refused with ServerStarting."""
         limits = BodyLimits(self._config.max_message_bytes)
         self._app.serve(Images(transforms, assets, runner, memory, limits), Models(models))
 
     async def close(self, seconds: float) -> None:
-        """Takes no more connections, closes the idle ones, and gives requests `seconds` to end. Then their connections are ended.
+        """Closes the port and idle connections, and waits up to `seconds` for requests. Then it aborts their connections.
 
-        Waits for a client no longer than that and a second.
+        Takes at most `seconds` and one more second, whatever the clients do.
         """
         for server in self._servers:
             server.close()
@@ -131,7 +131,7 @@ class HttpFront:
 
 
 def _sockets(host: str, port: int) -> list[socket.socket]:
-    """Sockets that listen on every address of `host`, on one port: "::" takes IPv4, too, as gRPC's does."""
+    """Sockets that listen on every address of `host`, on one port. "::" accepts IPv4 as well, as in gRPC."""
     sockets: list[socket.socket] = []
     found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     for family, _, _, _, address in dict.fromkeys(found):

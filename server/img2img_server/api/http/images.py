@@ -1,4 +1,4 @@
-"""Edits and variations: a form becomes a TransformRequest, which ImageToImageService runs as any other."""
+"""Edits and variations: converts a form to a TransformRequest and runs it with ImageToImageService."""
 
 import math
 import time
@@ -20,15 +20,15 @@ from img2img_server.support.call import Call
 from img2img_server.support.fair_queue import FairThreads
 
 _QUICK = 2**20
-"""Bytes of images that are written as base64 on the event loop: in 1 ms."""
+"""Maximum bytes of images that are encoded as base64 on the event loop, which takes 1 ms."""
 _THREADS = 2
 _HEADERS = {"cache-control": "no-store"}
 _STREAM_HEADERS = {**_HEADERS, "x-accel-buffering": "no"}
-"""The second keeps nginx from holding events back."""
+"""The second header disables nginx's buffering."""
 
 
 class Images:
-    """Runs requests on `transforms`. `memory` accounts for their bodies; `runner` says whether there is room for one more."""
+    """Runs requests by `transforms`. `memory` accounts for their bodies; `runner` refuses requests while the queue is full."""
 
     def __init__(
         self,
@@ -44,7 +44,7 @@ class Images:
     async def edit(self, exchange: Exchange, call: Call, variation: bool) -> None:
         """Answers POST /v1/images/edits, or POST /v1/images/variations."""
         with self._runner.reserve(call.client):
-            pass  # a full queue refuses the request before its body is read; its own slot it gets once that is complete
+            pass  # refuses the request before its body is read if the queue is full; the slot is taken after the body
         with ExitStack() as held:
             form = await read_form(exchange.headers, exchange.receive, call, self._memory, held, self._limits)
             draft = fields.read(form, variation)
@@ -75,7 +75,7 @@ class Images:
         await exchange.answer(200, await self._written(answers.images, result, exchange.base), headers)
 
     async def _stream(self, exchange: Exchange, draft: Draft) -> None:
-        """Answers with events. The headers wait for the first event, so that a request that is refused gets its own status."""
+        """Answers with events. Headers are sent with the first event, so a refused request gets the status of its error."""
         begun, previews = False, 0
         asked = pb.TransformStreamRequest(request=draft.message)
         async with aclosing(self._transforms.TransformStream(asked, exchange)) as events:
@@ -91,12 +91,12 @@ class Images:
                     continue
                 if event.progress.HasField("preview") and previews == draft.partial_images:
                     event.progress.ClearField("preview")
-                await exchange.write(answers.told(event, previews))
+                await exchange.write(answers.progress(event, previews))
                 previews += event.progress.HasField("preview")
         await exchange.write(b"", more=False)
 
     async def _written(self, write: Any, result: pb.TransformResponse, base: str) -> Any:
-        """What `write` makes of a result: on a thread if that takes long."""
+        """Serializes a result by `write`, on a thread if the images are large."""
         if answers.size_of(result) <= _QUICK:
             return write(result, base)
         return await self._threads.run(write, result, base)
