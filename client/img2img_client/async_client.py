@@ -3,7 +3,7 @@
 # ruff: noqa: ASYNC109 - a timeout here is a deadline that is sent to the server
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -14,8 +14,10 @@ import grpc
 from img2img.v1 import asset_pb2, asset_pb2_grpc, image_to_image_pb2_grpc, model_pb2, model_pb2_grpc
 
 from img2img_client import assets
+from img2img_client.async_batch import run_async
 from img2img_client.async_calls import AsyncCaller, AsyncStop, converted_errors
 from img2img_client.async_stream import AsyncTransformStream
+from img2img_client.batch import BatchItem
 from img2img_client.calls import require_open
 from img2img_client.channel import Access
 from img2img_client.errors import Img2ImgError
@@ -33,7 +35,7 @@ from img2img_client.requests import (
 from img2img_client.responses import parse_model, parse_result
 from img2img_client.retry import RetryPolicy
 from img2img_client.stream_state import StreamState
-from img2img_client.values import DEFAULT_TARGET, Asset, ModelInfo, ModelReference, TransformResult
+from img2img_client.values import DEFAULT_TARGET, Asset, BatchResult, ModelInfo, ModelReference, TransformResult
 
 if TYPE_CHECKING:
     from grpc import aio
@@ -100,6 +102,16 @@ class AsyncClient:
             begun,
             AsyncStop(self._caller.stop),
         )
+
+    def transform_batch(
+        self, items: Iterable[BatchItem], *, timeout: float | None = None, request_id: str | None = None
+    ) -> AsyncIterator[BatchResult]:
+        """Transforms many images in one call and yields their results as they finish, like Client.transform_batch.
+
+        async for outcome in client.transform_batch((path, {"prompt": "in winter"}) for path in paths): ...
+        """
+        begun = self._caller.begin("ImageToImageService/TransformBatch", timeout, request_id=request_id)
+        return run_async(self._open.images, items, begun, AsyncStop(self._caller.stop))
 
     async def models(self, *, timeout: float | None = None) -> tuple[ModelInfo, ...]:
         """The server's models, ordered by id."""

@@ -85,10 +85,21 @@ class Batch:
         except (OSError, TypeError, ValueError) as error:
             self._failed.append(BatchResult(index, error=error))
 
-    def answered(self, index: int) -> bool:
-        """Takes notice of a request's result. Returns whether it was still open."""
+    def outcome(self, index: int, response: messages.TransformBatchResponse) -> BatchResult | None:
+        """The outcome of request `index`, None if it has one already. Raises Unavailable if the server stops."""
+        if response.HasField("response"):
+            outcome = BatchResult(index, parse_result(response.response))
+        else:
+            outcome = BatchResult(index, error=parse_status(status_pb2.Status.FromString(response.status)))
+        if isinstance(outcome.error, Unavailable):
+            raise outcome.error
         with self._lock:
-            return self._open.pop(index, None) is not None
+            return None if self._open.pop(index, None) is None else outcome
+
+    def check_done(self) -> None:
+        """Raises ServerFailed if a call ended well without a result for each request."""
+        if not self.done:
+            raise ServerFailed("the server ended the batch without a result for each request", status="INTERNAL")
 
     def failures(self) -> Iterator[BatchResult]:
         """The items that failed here since the last call."""
@@ -130,20 +141,10 @@ def _call(stub: "ImageToImageServiceStub", batch: Batch, begun: Begun) -> Iterat
     try:
         for response in call:
             yield from batch.failures()
-            outcome = _result(order[response.index], response)
-            if isinstance(outcome.error, Unavailable):
-                raise outcome.error
-            if batch.answered(outcome.index):
+            if (outcome := batch.outcome(order[response.index], response)) is not None:
                 yield outcome
     except grpc.RpcError as error:
         raise parse_error(error) from error
     finally:
         call.cancel()
-    if not batch.done:
-        raise ServerFailed("the server ended the batch without a result for each request", status="INTERNAL")
-
-
-def _result(index: int, response: messages.TransformBatchResponse) -> BatchResult:
-    if response.HasField("response"):
-        return BatchResult(index, parse_result(response.response))
-    return BatchResult(index, error=parse_status(status_pb2.Status.FromString(response.status)))
+    batch.check_done()

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from fake_image_service import picture
 from fakes import FakePipeline
-from img2img_client import BatchResult, Client, InvalidRequest, ModelNotFound, RetryPolicy, Unavailable
+from img2img_client import AsyncClient, BatchResult, Client, InvalidRequest, ModelNotFound, RetryPolicy, Unavailable
 from img2img_client.batch import BatchItem
 from img2img_server.engine.scheduler import QueueLimits
 from running import RunningServer, running, store
@@ -117,3 +117,20 @@ def test_items_without_a_result_are_sent_again_when_the_server_ends(pipeline: Fa
 def test_a_server_that_is_gone_ends_the_batch_with_its_error() -> None:
     with Client("127.0.0.1:1", timeout=5, retries=None) as client, pytest.raises(Unavailable):
         list(client.transform_batch(items(3)))
+
+
+async def test_the_asyncio_client_does_the_same(server: RunningServer, tmp_path: Path) -> None:
+    batch: list[Any] = [*items(20), (tmp_path / "missing.png", {}), (picture(size=(16, 16)), {"model": "none"})]
+    async with AsyncClient(f"127.0.0.1:{server.port}", timeout=60) as client:
+        found = {outcome.index: outcome async for outcome in client.transform_batch(batch)}
+        assert sorted(found) == list(range(22))
+        assert all(found[index].result is not None for index in range(20))
+        assert isinstance(found[20].error, FileNotFoundError)
+        assert isinstance(found[21].error, ModelNotFound)
+        left = client.transform_batch(items(100, num_inference_steps=100))
+        assert (await anext(left)).result is not None
+        await left.aclose()  # type: ignore[attr-defined]
+        assert [outcome.index async for outcome in client.transform_batch(items(1))] == [0], "the queue is free again"
+    async with AsyncClient("127.0.0.1:1", timeout=5, retries=None) as client:
+        with pytest.raises(Unavailable):
+            await anext(client.transform_batch(items(3)))
