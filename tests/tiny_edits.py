@@ -3,24 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
-from diffusers import (
-    AutoencoderKLFlux2,
-    AutoencoderKLQwenImage21,
-    DiffusionPipeline,
-    FlowMatchEulerDiscreteScheduler,
-    Flux2KleinPipeline,
-    Flux2Pipeline,
-    Flux2Transformer2DModel,
-    FluxKontextPipeline,
-    LongCatImageEditPipeline,
-    LongCatImageTransformer2DModel,
-    QwenImage21Pipeline,
-    QwenImage21Transformer2DModel,
-    QwenImageEditPipeline,
-    QwenImageEditPlusPipeline,
-    QwenImageLayeredPipeline,
-)
 from img2img_server.runtime.common.processors import loadable
 from tiny_parts import SAMPLE_SIZE, TEXT_WIDTH, qwen_tokenizer, t5_tokenizer, vae
 from tiny_transformers import CHANNELS, calibrate, flux_dev, qwen_image, qwen_text_encoder, strengthen
@@ -43,8 +27,8 @@ _VISION_MARKS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video
 def flux_kontext(directory: Path) -> None:
     """Like Flux Kontext: Flux dev, with the source's tokens after the noise's."""
     flux_dev(directory)
-    parts = DiffusionPipeline.from_pretrained(directory).components
-    FluxKontextPipeline(**parts).save_pretrained(directory, safe_serialization=True)
+    parts = diffusers.DiffusionPipeline.from_pretrained(directory).components
+    diffusers.FluxKontextPipeline(**parts).save_pretrained(directory, safe_serialization=True)
 
 
 def flux_2_klein(directory: Path) -> None:
@@ -62,7 +46,7 @@ def flux_2_klein(directory: Path) -> None:
             max_position_embeddings=512,
         )
     ).eval()
-    autoencoder = AutoencoderKLFlux2(
+    autoencoder = diffusers.AutoencoderKLFlux2(
         block_out_channels=(8, 16, 16, 16),
         decoder_block_out_channels=(8, 16, 16, 16),
         layers_per_block=1,
@@ -75,7 +59,7 @@ def flux_2_klein(directory: Path) -> None:
     latents = torch.randn(2, CHANNELS, SAMPLE_SIZE, SAMPLE_SIZE)
     autoencoder.decoder.conv_out.weight.mul_(0.5 / autoencoder.decode(latents).sample.std())
     autoencoder.decoder.conv_out.bias.zero_()
-    transformer = Flux2Transformer2DModel(
+    transformer = diffusers.Flux2Transformer2DModel(
         in_channels=4 * CHANNELS,
         num_layers=1,
         num_single_layers=1,
@@ -95,8 +79,8 @@ def flux_2_klein(directory: Path) -> None:
         txt_ids=torch.zeros(64, 4),
     ).sample
     calibrate(transformer.proj_out, prediction)
-    Flux2KleinPipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+    diffusers.Flux2KleinPipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
         vae=autoencoder,
         text_encoder=text_encoder,
         tokenizer=tokenizer,
@@ -112,23 +96,23 @@ def _let_conditions_matter(transformer: Any) -> None:
 
 def qwen_image_edit(directory: Path) -> None:
     """Like Qwen-Image-Edit: the text encoder sees the source, and so does the transformer."""
-    _save_qwen_edit(directory, QwenImageEditPipeline)
+    _save_qwen_edit(directory, diffusers.QwenImageEditPipeline)
 
 
 def qwen_image_edit_plus(directory: Path) -> None:
     """Like Qwen-Image-Edit-2509: it takes several images, each in two sizes."""
-    _save_qwen_edit(directory, QwenImageEditPlusPipeline)
+    _save_qwen_edit(directory, diffusers.QwenImageEditPlusPipeline)
 
 
 def qwen_image_layered(directory: Path) -> None:
     """Like Qwen-Image-Layered: it divides an image into layers."""
-    _save_qwen_edit(directory, QwenImageLayeredPipeline)
+    _save_qwen_edit(directory, diffusers.QwenImageLayeredPipeline)
 
 
 def _save_qwen_edit(directory: Path, kind: Any) -> None:
     qwen_image(directory)
     tokenizer = qwen_tokenizer(directory / "tokenizer", _VISION_MARKS)
-    parts = DiffusionPipeline.from_pretrained(directory).components
+    parts = diffusers.DiffusionPipeline.from_pretrained(directory).components
     parts |= {"tokenizer": tokenizer, "text_encoder": _seeing(tokenizer), "processor": _processor(tokenizer)}
     kind(**parts).save_pretrained(directory, safe_serialization=True)
 
@@ -146,7 +130,7 @@ def _processor(tokenizer: Any) -> Any:
 def longcat_image_edit(directory: Path) -> None:
     """Like LongCat-Image-Edit: Flux' kind of transformer, and a text encoder that sees the source."""
     tokenizer = qwen_tokenizer(directory / "tokenizer", _VISION_MARKS)
-    transformer = LongCatImageTransformer2DModel(
+    transformer = diffusers.LongCatImageTransformer2DModel(
         in_channels=4 * CHANNELS,
         num_layers=1,
         num_single_layers=1,
@@ -166,8 +150,8 @@ def longcat_image_edit(directory: Path) -> None:
         txt_ids=torch.zeros(64, 3),
     ).sample
     calibrate(transformer.proj_out, prediction)
-    LongCatImageEditPipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+    diffusers.LongCatImageEditPipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
         vae=vae(0.3611, channels=CHANNELS, shift_factor=0.1159),
         text_encoder=_seeing(tokenizer),
         tokenizer=tokenizer,
@@ -182,7 +166,7 @@ def flux_2(directory: Path) -> None:
     The tokenizer is alone; in the real one it is part of a PixtralProcessor, which transformers has only beside torchvision.
     """
     flux_2_klein(directory)
-    parts = DiffusionPipeline.from_pretrained(directory).components
+    parts = diffusers.DiffusionPipeline.from_pretrained(directory).components
     tokenizer = _mistral_tokenizer()
     text = {
         "model_type": "mistral",
@@ -209,11 +193,11 @@ def flux_2(directory: Path) -> None:
     text_encoder = Mistral3ForConditionalGeneration(
         Mistral3Config(vision_config=vision, text_config=text, image_token_index=mark, vision_feature_layer=-1)
     )
-    transformer = Flux2Transformer2DModel.from_config({**parts["transformer"].config, "guidance_embeds": True}).eval()
+    transformer = diffusers.Flux2Transformer2DModel.from_config({**parts["transformer"].config, "guidance_embeds": True}).eval()
     _let_conditions_matter(transformer)
     strengthen(transformer, 8, "guidance_embedder.linear_2")
     parts |= {"tokenizer": tokenizer, "text_encoder": text_encoder.eval(), "transformer": transformer}
-    Flux2Pipeline(**parts).save_pretrained(directory, safe_serialization=True)
+    diffusers.Flux2Pipeline(**parts).save_pretrained(directory, safe_serialization=True)
 
 
 _MISTRAL_CHAT = (
@@ -264,10 +248,10 @@ def qwen_image_2(directory: Path) -> None:
     text_encoder = Qwen3VLForConditionalGeneration(Qwen3VLConfig(text_config=text, vision_config=vision, **marks)).eval()
     settings = {"base_dim": 8, "decoder_base_dim": 8, "z_dim": CHANNELS, "num_res_blocks": 1}
     means, deviations = [0.0] * CHANNELS, [1.0] * CHANNELS
-    autoencoder = AutoencoderKLQwenImage21(
+    autoencoder = diffusers.AutoencoderKLQwenImage21(
         **settings, dim_mult=[1, 1, 2, 2, 2], latents_mean=means, latents_std=deviations
     ).eval()
-    transformer = QwenImage21Transformer2DModel(
+    transformer = diffusers.QwenImage21Transformer2DModel(
         in_channels=CHANNELS,
         out_channels=CHANNELS,
         num_layers=1,
@@ -280,8 +264,8 @@ def qwen_image_2(directory: Path) -> None:
     processor = loadable(Qwen3VLProcessor)(
         Qwen2VLImageProcessor(patch_size=16, min_pixels=2**16, max_pixels=2**24), tokenizer, chat_template=_QWEN_CHAT
     )
-    QwenImage21Pipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, time_shift_type="exponential"),
+    diffusers.QwenImage21Pipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, time_shift_type="exponential"),
         vae=autoencoder,
         text_encoder=text_encoder,
         processor=processor,

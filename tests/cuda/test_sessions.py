@@ -68,7 +68,7 @@ def test_what_cannot_be_recorded_says_so_with_its_copies(
     lines = [record.message for record in caplog.records if "not recorded" in record.message]
     assert lines
     assert all(int(line.partition("not recorded, ")[2].split()[0]) > 0 for line in lines)
-    assert any("export it again" in record.message for record in caplog.records)
+    assert any("export the bundle again" in record.message for record in caplog.records)
     assert "Memcpy" not in capfd.readouterr().err, "ONNX Runtime's own words are not shown beside ours"
 
 
