@@ -36,7 +36,7 @@ def test_it_is_verified_against_the_model_that_it_was_made_of(exported: Path, ti
     manifest = outcome.manifest
     check_bundle(outcome.path, manifest)
     assert (manifest.backend, manifest.family, manifest.size_multiple) == ("onnx", "whole", 32)
-    assert manifest.backend_reason == "its UNet takes one timestep for a whole batch"
+    assert manifest.backend_reason == "its UNet takes one timestep per batch"
     assert manifest.verification.reference == "diffusers in fp32"
     assert {part.component for part in manifest.verification.components} == {part.name for part in manifest.components}
     assert max(part.max_abs_error for part in manifest.verification.pictures) <= 1
