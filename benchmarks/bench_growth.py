@@ -18,8 +18,7 @@ from img2img_server.engine.engine import Engine
 from img2img_server.engine.request import Event, Plan, Request, Ticket
 from img2img_server.engine.scheduler import QueueLimits
 from img2img_server.engine.warmup import WarmUp
-from img2img_server.support.source_rule import STRETCHED
-from PIL import Image
+from manual_device import IMAGE, ManualDevice, ManualState
 from rich.console import Console
 from rich.table import Table
 
@@ -32,62 +31,20 @@ RESULT = ROOT / ".bench" / "growth.json"
 
 _CALL = 0.005
 """Seconds of a call on the manual clock."""
-_IMAGE = Image.new("RGB", (8, 8))
 _MODELS = 8
 
 
-@dataclass(slots=True, eq=False)
-class _State:
-    step_count: int
-    step: int = 0
-
-
-class _Counter:
-    """Implements the engine's Pipeline: counts steps. A request's shape is its prompt."""
+class _Counter(ManualDevice):
+    """Counts steps. A request's shape is its prompt."""
 
     engine = "simulated:counter"
-    size_multiple = 8
-    native_size = (512, 512)
-    source_rule = STRETCHED
-    max_rows: int | None = None
-    measurable = True
-    row_buckets: Sequence[int] = ()
-    schedulers: tuple[str, ...] = ()
-
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def clock(self) -> float:
-        return self.now
 
     def plan(self, request: Request) -> Plan:
         return Plan(request.prompt, 512 * 512, 1, request.num_inference_steps)
 
-    def prepare(self, requests: Sequence[Request]) -> Sequence[_State]:
-        return [_State(request.num_inference_steps) for request in requests]
-
-    def denoise(self, states: Sequence[_State]) -> Sequence[None]:
+    def denoise(self, states: Sequence[ManualState]) -> Sequence[None]:
         self.now += _CALL
         return [None] * len(states)
-
-    def advance(self, states: Sequence[_State], noises: Sequence[None]) -> None:
-        for state in states:
-            state.step += 1
-
-    def mark(self) -> None:
-        pass
-
-    def preview(self, states: Sequence[_State]) -> Sequence[None]:
-        return [None] * len(states)
-
-    def finish(self, states: Sequence[_State]) -> Sequence[Sequence[Image.Image]]:
-        return [[_IMAGE]] * len(states)
-
-    def release(self, state: _State) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +64,7 @@ class Load:
         steps = (20, 25, 30, 50)[number * 7 % 4]
         deadline = None if self.deadline is None else now + self.deadline
         return Request(
-            f"m{number % self.models}", _IMAGE, f"{shape}", "", 1.0, steps, 7.5, (0,), deadline, client=f"client {client}"
+            f"m{number % self.models}", IMAGE, f"{shape}", "", 1.0, steps, 7.5, (0,), deadline, client=f"client {client}"
         )
 
 

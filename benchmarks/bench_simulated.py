@@ -19,7 +19,7 @@ from img2img_server.engine.engine import Engine
 from img2img_server.engine.request import Completed, Event, Plan, Request
 from img2img_server.engine.scheduler import QueueLimits
 from img2img_server.engine.warmup import WarmUp
-from img2img_server.support.source_rule import STRETCHED
+from manual_device import IMAGE, ManualDevice, ManualState
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
@@ -34,7 +34,6 @@ _STEP = 0.0051
 _ENCODE, _DECODE = 0.0014, 0.0032
 """Seconds to encode and decode a 512 x 512 image: the lower bounds."""
 _MIX_STEPS = (4, 8, 12, 20, 25, 30, 50)
-_IMAGE = Image.new("RGB", (8, 8))
 
 
 def call_seconds(images: float) -> float:
@@ -120,64 +119,31 @@ def run_request_batches(jobs: Sequence[Job], most: int = 8) -> list[float]:
     return took
 
 
-@dataclass(slots=True, eq=False)
-class _State:
-    step_count: int
-    images: float
-    step: int = 0
-
-
-class _Device:
-    """Implements the engine's Pipeline: advances the clock instead of computing."""
+class _Device(ManualDevice):
+    """Takes the times of the simulated GPU."""
 
     engine = "simulated:h200"
-    size_multiple = 8
-    native_size = (512, 512)
-    source_rule = STRETCHED
-    max_rows: int | None = None
-    measurable = True
-    row_buckets: Sequence[int] = ()
-    schedulers: tuple[str, ...] = ()
 
     def __init__(self) -> None:
-        self.now = 0.0
+        super().__init__()
         self.batches: list[int] = []
-
-    def clock(self) -> float:
-        return self.now
 
     def plan(self, request: Request) -> Plan:
         rows = 2 if request.guidance_scale > 1 else 1
         return Plan("512", 512 * 512, rows, request.num_inference_steps)
 
-    def prepare(self, requests: Sequence[Request]) -> Sequence[_State]:
+    def prepare(self, requests: Sequence[Request]) -> Sequence[ManualState]:
         self.now += _ENCODE * len(requests)
-        return [_State(request.num_inference_steps, self.plan(request).rows / 2) for request in requests]
+        return super().prepare(requests)
 
-    def denoise(self, states: Sequence[_State]) -> Sequence[None]:
+    def denoise(self, states: Sequence[ManualState]) -> Sequence[None]:
         self.batches.append(len(states))
-        self.now += call_seconds(sum(state.images for state in states))
+        self.now += call_seconds(sum(state.rows / 2 for state in states))
         return [None] * len(states)
 
-    def advance(self, states: Sequence[_State], noises: Sequence[None]) -> None:
-        for state in states:
-            state.step += 1
-
-    def mark(self) -> None:
-        pass
-
-    def preview(self, states: Sequence[_State]) -> Sequence[None]:
-        return [None] * len(states)
-
-    def finish(self, states: Sequence[_State]) -> Sequence[Sequence[Image.Image]]:
+    def finish(self, states: Sequence[ManualState]) -> Sequence[Sequence[Image.Image]]:
         self.now += _DECODE * len(states)
-        return [[_IMAGE]] * len(states)
-
-    def release(self, state: _State) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
+        return super().finish(states)
 
 
 def run_engine(jobs: Sequence[Job]) -> list[float]:
@@ -200,7 +166,7 @@ def run_engine(jobs: Sequence[Job]) -> list[float]:
         while index < len(jobs) and jobs[index].arrival <= device.now:
             job = jobs[index]
             guidance = 7.5 if job.guided else 1.0
-            engine.submit(Request("m", _IMAGE, "", "", 1.0, job.steps, guidance, (0,), client=job.client), listener(index))
+            engine.submit(Request("m", IMAGE, "", "", 1.0, job.steps, guidance, (0,), client=job.client), listener(index))
             index += 1
         if not engine.step():
             if index == len(jobs):

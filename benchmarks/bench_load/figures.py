@@ -45,7 +45,7 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """The results of one server for one workload, over all rounds. Times in seconds; NaN if there are no values."""
+    """The results of one server for one workload, over all rounds. Times in seconds; NaN without values."""
 
     requests: int
     errors: int

@@ -189,7 +189,7 @@ def _check_answer(part: bytes) -> None:
         raise Finding(f"status {status}: {part[:300]!r}")
     for secret in (SECRET.encode(), b"Traceback", b".py", b"site-packages"):
         if secret in body:
-            raise Finding(f"an answer tells of the server: {body[:300]!r}")
+            raise Finding(f"a response reveals internals of the server: {body[:300]!r}")
     if status >= 400 and b"application/json" in head and status != 503:
         error = json.loads(body)["error"]
         if len(error["message"]) > MOST_TEXT or error.keys() != {"message", "type", "param", "code"}:

@@ -90,7 +90,7 @@ class Times:
 
 
 def percentile(seconds: Sequence[float], share: float) -> float:
-    """The percentile; 0 if there are no values."""
+    """The percentile; 0 without values."""
     return float(np.percentile(seconds, share)) if len(seconds) else 0.0
 
 

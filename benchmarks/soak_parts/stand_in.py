@@ -112,7 +112,7 @@ class StandInPipeline:
             state.step += noise
 
     def mark(self) -> None:
-        """Does nothing: there is no device."""
+        """Does nothing: the stand-in has no device."""
 
     def preview(self, states: Sequence[StandInState]) -> Sequence[Image.Image | None]:
         """The source at 8 x 8."""

@@ -16,7 +16,7 @@ from img2img_client.values import FORMAT_OF_SUFFIX, ImageFormat, TransformResult
 if TYPE_CHECKING:
     from img2img_client.batch import BatchItem
     from img2img_client.client import Client
-    from img2img_client.options import ImageInput, TransformOptions
+    from img2img_client.options import TransformOptions
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,8 +74,6 @@ def transform_tasks(
 
     A task whose files exist is skipped unless arguments.overwrite is set. Files appear under their name once they are complete.
     """
-    from img2img_client.options import ADDRESS_SCHEMES
-
     Path(arguments.output_dir).mkdir(parents=True, exist_ok=True)
     todo = [task for task in tasks if arguments.overwrite or not task.is_done]
     skipped = [task for task in tasks if task not in todo]
@@ -88,8 +86,7 @@ def transform_tasks(
 
     def items() -> "Iterator[BatchItem]":
         for task in todo:
-            source: ImageInput = task.source if task.source.startswith(ADDRESS_SCHEMES) else Path(task.source)
-            yield source, {**options, "prompt": task.prompt, "format": task.output.format}
+            yield task.source, {**options, "prompt": task.prompt, "format": task.output.format}
 
     if skipped:
         say(f"{len(skipped)} of {len(tasks)} exist already and are skipped; --overwrite transforms them again")

@@ -16,7 +16,7 @@ _XMP_RECORD = re.compile(rb"<img2img:record>(.*?)</img2img:record>", re.DOTALL)
 def read_provenance(data: bytes) -> Mapping[str, Any] | None:
     """The record in an image file: the JSON object that docs/security.md describes. None if the file has none.
 
-    ValueError if the bytes are no image file, or the record is damaged. The record is not authenticated: anyone can write one.
+    ValueError if the bytes are not an image file, or the record is damaged. Records are not authenticated: anyone can write one.
     """
     try:
         with Image.open(io.BytesIO(data)) as image:

@@ -2,8 +2,12 @@
 
 import sys
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from img2img_client.errors import Img2ImgError, Unauthenticated, Unavailable
+
+if TYPE_CHECKING:
+    from img2img_client.retry import OnRetry
 
 
 def print_error(program: str, message: str, status: int = 1) -> int:
@@ -23,6 +27,15 @@ def describe_error(error: Img2ImgError, server: str) -> str:
     wait = "" if error.retry_after is None else f" (retry after {error.retry_after:.3g} s)"
     name = f" (request {error.request_id})" if error.status in _FOR_THE_OPERATOR and error.request_id else ""
     return f"{error.message}{wait}{name}"
+
+
+def retry_report(program: str, server: str) -> "OnRetry":
+    """Prints each failure that is retried, and the wait."""
+
+    def report(made: int, error: Img2ImgError, wait: float) -> None:
+        print_error(program, f"{describe_error(error, server)}; retrying in {wait:.1f} s")
+
+    return report
 
 
 _FOR_THE_OPERATOR = ("INTERNAL", "UNKNOWN", "DATA_LOSS")

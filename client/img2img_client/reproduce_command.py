@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from img2img_client.connection import add_connection_flags, connect, target_of
-from img2img_client.errors import Img2ImgError
-from img2img_client.reporting import attempt, describe_error, print_error
-from img2img_client.values import ModelReference, TransformResult
+from img2img_client.reporting import attempt, print_error, retry_report
+from img2img_client.values import ModelReference
 
 if TYPE_CHECKING:
-    from img2img_client.options import ImageInput, TransformOptions
+    from img2img_client.options import TransformOptions
 
 PROGRAM = "img2img reproduce"
 
@@ -68,7 +67,9 @@ def run(arguments: argparse.Namespace) -> int:
         record = read_provenance(original)
         if record is None:
             raise ValueError(f"{arguments.file}: the image has no img2img record: was it made with --provenance none?")
-        result = _send(arguments, _source(arguments, record), _options(record))
+        source, options = _source(arguments, record), _options(record)
+        with connect(arguments, retry_report(PROGRAM, target_of(arguments))) as client:
+            result = client.transform(source, **options)
         data = result.images[0].data
         if arguments.output is not None:
             arguments.output.write_bytes(data)
@@ -100,14 +101,12 @@ def compare(first: bytes, second: bytes) -> ImageDifference:
     )
 
 
-def _source(arguments: argparse.Namespace, record: Mapping[str, Any]) -> "ImageInput":
-    from img2img_client.options import ADDRESS_SCHEMES
-
+def _source(arguments: argparse.Namespace, record: Mapping[str, Any]) -> str:
     if arguments.image is None:
         if not isinstance(record.get("source_asset"), str):
             raise ValueError("--image SOURCE is needed: the source image of FILE was not an asset")
         return f"asset:{record['source_asset']}"
-    return arguments.image if arguments.image.startswith(ADDRESS_SCHEMES) else Path(arguments.image)
+    return str(arguments.image)
 
 
 def _options(record: Mapping[str, Any]) -> "TransformOptions":
@@ -133,14 +132,6 @@ def _options(record: Mapping[str, Any]) -> "TransformOptions":
         "format": field("format", str),
         "quality": field("quality", int, type(None)),
     }
-
-
-def _send(arguments: argparse.Namespace, source: "ImageInput", options: "TransformOptions") -> TransformResult:
-    def report(made: int, error: Img2ImgError, wait: float) -> None:
-        print_error(PROGRAM, f"{describe_error(error, target_of(arguments))}; retrying in {wait:.1f} s")
-
-    with connect(arguments, report) as client:
-        return client.transform(source, **options)
 
 
 _COMPARED = {

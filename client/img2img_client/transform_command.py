@@ -13,15 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from img2img_client.connection import add_connection_flags, connect, target_of
-from img2img_client.errors import Img2ImgError
 from img2img_client.output import Output, plan_output
-from img2img_client.reporting import attempt, describe_error, print_error
+from img2img_client.reporting import attempt, print_error, retry_report
 from img2img_client.values import Completed, ModelReference, TransformEvent, TransformResult
 
 if TYPE_CHECKING:
     from img2img_client.options import Fit, ImageInput, TransformOptions
     from img2img_client.progress import Show
-    from img2img_client.retry import OnRetry
 
 PROGRAM = "img2img transform"
 
@@ -157,7 +155,7 @@ def _transform_many(arguments: argparse.Namespace) -> int:
     if arguments.prompt is not None and arguments.prompts is not None:
         raise ValueError("--prompt and --prompts both set the prompt: set only one of them")
     tasks = plan_tasks(arguments)
-    with connect(arguments, _retry_report(arguments)) as client:
+    with connect(arguments, None if arguments.quiet else retry_report(PROGRAM, target_of(arguments))) as client:
         return transform_tasks(client, tasks, _options(arguments), arguments, target_of(arguments))
 
 
@@ -172,11 +170,7 @@ def _fit(text: str) -> "Fit":
 
 def _source(image: str) -> "ImageInput":
     """The source image for the argument IN."""
-    from img2img_client.options import ADDRESS_SCHEMES
-
-    if image == "-":
-        return sys.stdin.buffer.read()
-    return image if image.startswith(ADDRESS_SCHEMES) else Path(image)
+    return sys.stdin.buffer.read() if image == "-" else image
 
 
 def _transform(arguments: argparse.Namespace, output: Output) -> TransformResult:
@@ -187,7 +181,7 @@ def _transform(arguments: argparse.Namespace, output: Output) -> TransformResult
         "as_asset": arguments.as_asset or None,
     }
     with (
-        connect(arguments, _retry_report(arguments)) as client,
+        connect(arguments, None if arguments.quiet else retry_report(PROGRAM, target_of(arguments))) as client,
         client.transform_stream(_source(arguments.image[0]), **options) as events,
         _progress(arguments.quiet) as show,
     ):
@@ -197,13 +191,6 @@ def _transform(arguments: argparse.Namespace, output: Output) -> TransformResult
             if isinstance(event, Completed):
                 return event.result
     raise AssertionError("a stream ends with a Completed event or an error")
-
-
-def _retry_report(arguments: argparse.Namespace) -> "OnRetry | None":
-    def report(made: int, error: Img2ImgError, wait: float) -> None:
-        print_error(PROGRAM, f"{describe_error(error, target_of(arguments))}; retrying in {wait:.1f} s")
-
-    return None if arguments.quiet else report
 
 
 def _options(arguments: argparse.Namespace) -> "TransformOptions":

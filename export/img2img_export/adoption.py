@@ -1,8 +1,8 @@
 """Makes a bundle of a directory exported by optimum-cli: its graphs are copied unchanged, verified and given a manifest.
 
 Optimum's UNet graphs take one timestep per batch and have fixed upsampler sizes, so the server runs them as an opaque pipeline:
-one request at a time, at sizes that are divisible at every level. Without `--reference` there is no PyTorch model to compare
-with, and the reference images come from optimum's own pipeline on the same graphs.
+one request at a time, at sizes that are divisible at every level. Without `--reference` the graphs are not compared
+with PyTorch, and the reference images come from optimum's own pipeline on the same graphs.
 """
 
 import dataclasses
@@ -36,7 +36,7 @@ _SAME_GRAPHS = "optimum's pipeline over the same graphs"
 def adopt(source: Path, layout: Layout, options: ExportOptions, bundle: Path, progress: Progress) -> Attempt:
     """Copies the export in `source` into the directory `bundle` and verifies it.
 
-    Raises ExportError for an option that applies only to PyTorch weights, if there is no reference to compare with, if the
+    Raises ExportError for an option that applies only to PyTorch weights, without a reference to compare with, if the
     pipeline class has no image-to-image counterpart, or if a graph or an image fails verification.
     """
     if options.precision != "fp32" or options.backend not in ("auto", "onnx") or options.scheduler is not None:

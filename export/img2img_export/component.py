@@ -114,7 +114,7 @@ class Converter:
         return Made(dataclasses.replace(record, reason=trouble), tuple(parities), problems)
 
     def _compare_fused(self, part: Part, cases: list[Case]) -> tuple[list[ComponentParity], str]:
-        """Compares the fused graph. If it fails, the graph is removed, and the result is no measurements and the reason."""
+        """Compares the fused graph. If it fails, the graph is removed, and the measurements are empty, with the reason."""
         folder = self._bundle / part.name / FUSED
         try:
             parities = compare(part, open_fused(folder / GRAPH_NAME), cases, LIMITS["fp16"], "fused")
@@ -133,7 +133,7 @@ class Converter:
         Returns the part, its cases, and the reason if a fused graph could not be made (else "").
         """
         if name not in self._calls:
-            raise ExportError(f"{name} was not called by the pipeline, so there are no inputs to trace it with")
+            raise ExportError(f"{name} was not called by the pipeline, so no inputs were recorded to trace it with")
         module = self._loader.component(component)
         calls = self._calls[name]
         folder = self._bundle / name

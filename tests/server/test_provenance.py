@@ -16,11 +16,13 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from fake_image_service import picture
 from fakes import FakePipeline
+from img2img.v1 import image_to_image_pb2 as pb
 from img2img_cli.__main__ import main
 from img2img_client import Client, ImageFormat, ImageInput, read_provenance
 from img2img_server import images
 from img2img_server.config import MAX_PROMPT, AssetSettings, ProvenanceSettings
 from img2img_server.images.provenance import DIGITAL_SOURCE_TYPE, parameters
+from img2img_server.sources.reading import asset_of
 from PIL import Image
 from running import RunningServer, running, store
 
@@ -135,6 +137,20 @@ def test_reproduce_takes_the_source_from_the_assets(
         file.write_bytes(client.transform(source, **OPTIONS).images[0].data)
         assert reproduce(server, file) == 0
         assert capsys.readouterr().out == "identical\n"
+
+
+@pytest.mark.parametrize(
+    ("source", "asset"),
+    [
+        (pb.ImageSource(asset_id="ab"), "ab"),
+        (pb.ImageSource(uri="asset:ab"), "ab"),
+        (pb.ImageSource(uri="ASSET:ab"), "ab"),
+        (pb.ImageSource(uri="https://example.org/asset:ab"), ""),
+        (pb.ImageSource(data=b"asset:ab"), ""),
+    ],
+)
+def test_a_source_is_an_asset_by_its_field_or_its_address(source: pb.ImageSource, asset: str) -> None:
+    assert asset_of(source) == asset
 
 
 def test_reproduce_says_how_far_another_source_is(

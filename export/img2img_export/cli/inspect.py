@@ -43,7 +43,7 @@ bundle, and their difference. Exit status: 0 verified and intact, 1 not verified
 class Inspection:
     """The result of an inspection. `checked`: checksums were verified. `damages` has one message per damaged file.
 
-    `strangers` are files that the manifest does not list (harmless). `sheet` is None if there is no image sheet.
+    `strangers` are files that the manifest does not list (harmless). `sheet` is None without an image sheet.
     """
 
     path: Path

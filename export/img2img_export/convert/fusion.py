@@ -66,7 +66,7 @@ def _placeholder(name: str, weight: Weight) -> TensorProto:
     if sum(size > 1 for size in weight.shape) <= 1:
         tensor.raw_data = weight.array().tobytes()
     else:
-        # There is no such file, so any attempt to read the values fails.
+        # The file does not exist, so reading the values fails.
         tensor.data_location = TensorProto.EXTERNAL
         tensor.external_data.add(key="location", value="not in memory")
     return tensor

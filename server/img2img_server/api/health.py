@@ -2,7 +2,6 @@
 
 import asyncio
 import itertools
-from collections import Counter
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,8 +9,9 @@ from typing import Any
 from grpc_health.v1 import health_pb2 as pb
 from grpc_health.v1 import health_pb2_grpc
 
-from img2img_server.errors import ClientBusy, Exhausted, InvalidField, ServiceNotFound
+from img2img_server.errors import InvalidField, ServiceNotFound
 from img2img_server.support.call import current
+from img2img_server.support.client_limit import ClientLimit
 
 MAX_WATCHES = 4096
 """Maximum concurrent Watch calls of all clients."""
@@ -42,11 +42,9 @@ class HealthServicer(health_pb2_grpc.HealthServicer):
     """
 
     def __init__(self, max_watches: int = MAX_WATCHES, max_client_watches: int = MAX_CLIENT_WATCHES) -> None:
-        self._max_watches = max_watches
-        self._max_client_watches = max_client_watches
+        self._limit = ClientLimit("health watches", max_watches, max_client_watches, _RETRY_SECONDS)
         self._statuses: dict[str, int] = {"": NOT_SERVING}
         self._watches: dict[str, set[_Watch]] = {}
-        self._clients: Counter[str] = Counter()
         self._draining = False
         self._closed = False
 
@@ -105,24 +103,16 @@ class HealthServicer(health_pb2_grpc.HealthServicer):
     @contextmanager
     def _watching(self, service: str) -> Iterator[_Watch]:
         """Yields a watch of `service`, registered and counted within the block."""
-        client = current().client
-        if self._clients[client] >= self._max_client_watches:
-            raise ClientBusy(f"this client already has {self._max_client_watches} health watches, the maximum", _RETRY_SECONDS)
-        if self._clients.total() >= self._max_watches:
-            raise Exhausted(f"the server already has {self._max_watches} health watches, the maximum", _RETRY_SECONDS)
-        watch = _Watch(self._statuses.get(service, pb.HealthCheckResponse.SERVICE_UNKNOWN))
-        watches = self._watches.setdefault(service, set())
-        watches.add(watch)
-        self._clients[client] += 1
-        try:
-            yield watch
-        finally:
-            watches.remove(watch)
-            if not watches:
-                self._watches.pop(service, None)
-            self._clients[client] -= 1
-            if not self._clients[client]:
-                del self._clients[client]
+        with self._limit.held(current().client):
+            watch = _Watch(self._statuses.get(service, pb.HealthCheckResponse.SERVICE_UNKNOWN))
+            watches = self._watches.setdefault(service, set())
+            watches.add(watch)
+            try:
+                yield watch
+            finally:
+                watches.remove(watch)
+                if not watches:
+                    self._watches.pop(service, None)
 
 
 def _check_name(service: str) -> None:

@@ -35,7 +35,7 @@ from img2img_server.errors import (
     ServerError,
 )
 from img2img_server.support.call import Call, answering
-from img2img_server.telemetry.telemetry import Telemetry
+from img2img_server.telemetry.telemetry import Outcome, Telemetry
 
 _log = logging.getLogger(__name__)
 
@@ -142,12 +142,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                 outcome.status = "CANCELLED"
                 raise CancelledError from None
             except Exception as caught:  # noqa: BLE001 - outermost handler
-                error = caught
-                if not isinstance(error, ServerError):
-                    _log.error("%s failed", call.method, exc_info=error, extra={"request_id": call.request_id})
-                    error = ServerError("internal server error")
-                outcome.status, outcome.reason = error.status, error.reason
-                release_frames(caught)
+                error = failed(caught, call, outcome)
                 rich = rpc_status.to_status(to_status(error, call.request_id))
                 # abort_with_status would replace all other metadata by the status's own.
                 trailing = (*rich.trailing_metadata, (REQUEST_ID, call.request_id))
@@ -217,6 +212,20 @@ def call_of(method: str, metadata: Sequence[tuple[str, str | bytes]], peer: str)
         request_id = uuid.uuid4().hex
     host = peer.rpartition(":")[0] if peer.startswith(("ipv4:", "ipv6:")) else peer
     return Call(method, request_id, client=host, traceparent=sent.get("traceparent", ""))
+
+
+def failed(caught: Exception, call: Call, outcome: Outcome) -> ServerError:
+    """The error that a call ends with, which becomes its outcome. One that is not for callers is logged, and its text withheld.
+
+    Releases what the frames of `caught` hold.
+    """
+    error = caught
+    if not isinstance(error, ServerError):
+        _log.error("%s failed", call.method, exc_info=error, extra={"request_id": call.request_id})
+        error = ServerError("internal server error")
+    outcome.status, outcome.reason = error.status, error.reason
+    release_frames(caught)
+    return error
 
 
 def release_frames(error: BaseException) -> None:

@@ -22,7 +22,7 @@ from img2img_server.config import (
 from img2img_server.engine.request import Pipeline, Request
 from img2img_server.errors import InvalidField
 from img2img_server.models.registry import Model
-from img2img_server.sources.reading import Sources
+from img2img_server.sources.reading import Sources, asset_of
 from img2img_server.support.call import current
 from img2img_server.support.fair_queue import FairThreads
 
@@ -128,8 +128,7 @@ class Parser:
             quality,
             arrival,
             message.output.as_asset,
-            message.image.asset_id
-            or (message.image.uri.removeprefix("asset:") if message.image.uri.startswith("asset:") else ""),
+            asset_of(message.image),
         )
 
     def _numbers(self, message: pb.TransformRequest) -> tuple[float, int, float]:

@@ -1,20 +1,17 @@
 """Many requests in one call with interleaved responses. Each request is admitted, observed and refused separately."""
 
 import asyncio
-import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
 from dataclasses import replace
 from typing import Any
 
 from img2img_server.access.access import Access
-from img2img_server.api.interceptors import call_of, cancelled_status, release_frames
+from img2img_server.api.interceptors import call_of, cancelled_status, failed
 from img2img_server.codecs.pool import ImageMemory
 from img2img_server.errors import DeadlineExpired, Exhausted, ImageMemoryFull, ServerError
 from img2img_server.support.call import answering, current
 from img2img_server.telemetry.telemetry import Telemetry
-
-_log = logging.getLogger(__name__)
 
 IDLE_SECONDS = 60.0
 """How long a patient call may wait for its next request while it has none in progress."""
@@ -146,11 +143,7 @@ class RequestStream:
                 outcome.status = cancelled_status(self._context.time_remaining())
                 raise
             except Exception as caught:  # noqa: BLE001 - outermost handler
-                if not isinstance(caught, ServerError):
-                    _log.error("%s failed", call.method, exc_info=caught, extra={"request_id": call.request_id})
-                release_frames(caught)
-                error = caught if isinstance(caught, ServerError) else ServerError("internal server error")
-                outcome.status, outcome.reason = error.status, error.reason
+                error = failed(caught, call, outcome)
                 if not final and isinstance(error, Exhausted) and error.retry_after is not None:
                     return error.retry_after
                 self._answers.put_nowait((self._refuse(request, number, error, call.request_id), True))

@@ -2,9 +2,9 @@
 
 import asyncio
 import time
-from collections import Counter, deque
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterator
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing, contextmanager, nullcontext
+from collections import deque
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -26,9 +26,10 @@ from img2img_server.codecs.pool import Codecs
 from img2img_server.engine.admission import Slot
 from img2img_server.engine.interface import Accepted, EngineInterface
 from img2img_server.engine.request import Completed, Event, Failed, Progress, Queued, Request, Started
-from img2img_server.errors import ClientBusy, Exhausted, ServerError
+from img2img_server.errors import ServerError
 from img2img_server.models.registry import ModelRegistry
 from img2img_server.support.call import current
+from img2img_server.support.client_limit import ClientLimit
 from img2img_server.telemetry.telemetry import Telemetry
 
 MAX_POSITIONS, MAX_STEPS, MAX_PREVIEWS = 16, 128, 32
@@ -84,7 +85,7 @@ _TRANSFORM = "/img2img.v1.ImageToImageService/Transform"
 _BATCH_IN_PROGRESS = 16
 """Requests of one TransformBatch that are in progress: a few device batches. Each holds its message, up to 33 MiB."""
 _MAX_BATCHES, _MAX_CLIENT_BATCHES = 64, 8
-"""TransformBatch calls in progress, in total and of one client."""
+"""TransformBatch calls in progress, in total and of one client: their requests wait, and are not refused."""
 _BATCH_RETRY = 5.0
 
 
@@ -112,7 +113,7 @@ class ImageToImageService(pb_grpc.ImageToImageServiceServicer):
         self._assets = assets
         self._provenance = provenance
         self._access = access
-        self._batches: Counter[str] = Counter()
+        self._batches = ClientLimit("TransformBatch calls in progress", _MAX_BATCHES, _MAX_CLIENT_BATCHES, _BATCH_RETRY)
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def Transform(self, request: pb.TransformRequest, context: Any) -> pb.TransformResponse:
@@ -170,26 +171,10 @@ class ImageToImageService(pb_grpc.ImageToImageServiceServicer):
             in_progress=_BATCH_IN_PROGRESS,
             memory=self._codecs.memory,
         )
-        with self._batch_of(current().client):
+        with self._batches.held(current().client):
             async with aclosing(stream.responses(requests)) as responses:
                 async for response in responses:
                     yield response
-
-    @contextmanager
-    def _batch_of(self, client: str) -> Iterator[None]:
-        """Counts a TransformBatch, as its requests wait and are not refused. Raises ClientBusy or Exhausted beyond the limits."""
-        if self._batches[client] >= _MAX_CLIENT_BATCHES:
-            message = f"this client has {_MAX_CLIENT_BATCHES} TransformBatch calls in progress, the maximum"
-            raise ClientBusy(message, _BATCH_RETRY)
-        if self._batches.total() >= _MAX_BATCHES:
-            raise Exhausted(f"the server has {_MAX_BATCHES} TransformBatch calls in progress, the maximum", _BATCH_RETRY)
-        self._batches[client] += 1
-        try:
-            yield
-        finally:
-            self._batches[client] -= 1
-            if not self._batches[client]:
-                del self._batches[client]
 
     async def _parse(self, message: pb.TransformRequest, context: Any, lease: AsyncExitStack, previews: bool) -> ParsedRequest:
         """Parses a message. The model stays in memory until `lease` is closed."""

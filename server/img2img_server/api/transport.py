@@ -10,6 +10,7 @@ from typing import Any
 
 from img2img_server.config import ServerConfig
 from img2img_server.errors import ClientBusy, Exhausted, ReaderTooSlow
+from img2img_server.support.time_limit import time_limit
 
 _log = logging.getLogger(__name__)
 
@@ -139,13 +140,9 @@ class Readers:
         """Awaits the writing of `size` bytes to a client. Raises ReaderTooSlow if the client does not read them in time."""
         limit = self._seconds + size / _BYTES_PER_SECOND if self._seconds else None
         with self._unread_after(_SLOW, client):
-            try:
-                async with asyncio.timeout(limit) as timeout:
-                    await writing
-            except TimeoutError:
-                if not timeout.expired():
-                    raise
-                raise ReaderTooSlow(f"the client did not read a response message within {limit:.0f} s") from None
+            too_slow = ReaderTooSlow(f"the client did not read a response message within {limit or 0:.0f} s")
+            async with time_limit(limit, too_slow):
+                await writing
 
     @contextmanager
     def unread(self, client: str) -> Iterator[None]:

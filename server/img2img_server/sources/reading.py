@@ -181,6 +181,13 @@ class Sources:
         return data
 
 
+def asset_of(source: pb.ImageSource) -> str:
+    """The id of the asset that a source names, by its field or its address; empty if it names none."""
+    if source.asset_id or _scheme_of(source.uri) != "asset":
+        return source.asset_id
+    return _after_scheme(source.uri)
+
+
 def _scheme_of(uri: str) -> str:
     scheme, colon, _ = uri.partition(":")
     return scheme.lower() if colon else ""

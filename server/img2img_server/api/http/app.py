@@ -1,7 +1,5 @@
 """The ASGI application: each request becomes a Call, is admitted, observed and answered as a gRPC call is."""
 
-import asyncio
-import logging
 from asyncio import CancelledError
 from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
 from contextlib import asynccontextmanager
@@ -18,13 +16,12 @@ from img2img_server.api.http.errors import MethodNotAllowed, PathNotFound
 from img2img_server.api.http.exchange import ClientLeft, Exchange, Receive, Send
 from img2img_server.api.http.images import Images
 from img2img_server.api.http.models import Models
-from img2img_server.api.interceptors import call_of, cancelled_status, release_frames
+from img2img_server.api.interceptors import call_of, cancelled_status, failed
 from img2img_server.api.transport import Readers
 from img2img_server.errors import DeadlineExpired, ServerError
 from img2img_server.support.call import Call, answering
+from img2img_server.support.time_limit import time_limit
 from img2img_server.telemetry.telemetry import Outcome, Telemetry
-
-_log = logging.getLogger(__name__)
 
 Handler = Callable[[Exchange, Call], Awaitable[None]]
 PAGES = {"GET /openapi.json": "openapi.json", "GET /docs": "docs"}
@@ -95,23 +92,13 @@ class App:
             outcome.client = exchange.client = admitted.client
             self._readers.check(admitted.client)
             seconds = exchange.read_timeout()
-            try:
-                async with asyncio.timeout(seconds) as timeout:
-                    yield admitted
-            except TimeoutError:
-                if not timeout.expired():
-                    raise
-                raise DeadlineExpired(f"the request did not finish within its timeout of {seconds:g} s") from None
+            expired = DeadlineExpired(f"the request did not finish within its timeout of {seconds or 0:g} s")
+            async with time_limit(seconds, expired):
+                yield admitted
 
     async def _fail(self, exchange: Exchange, call: Call, caught: Exception, outcome: Outcome) -> None:
-        error = caught
-        if not isinstance(error, ServerError):
-            _log.error("%s failed", call.method, exc_info=error, extra={"request_id": call.request_id})
-            error = ServerError("internal server error")
-        outcome.status, outcome.reason = error.status, error.reason
-        release_frames(caught)
         try:
-            await exchange.fail(error)
+            await exchange.fail(failed(caught, call, outcome))
         except ServerError:  # the client does not read the error either
             await exchange.abort()
 

@@ -1,6 +1,5 @@
 """A request's body as a form: read within bounds of size, time and memory, and split by python-multipart as it arrives."""
 
-import asyncio
 import logging
 from collections.abc import AsyncGenerator
 from contextlib import ExitStack, aclosing
@@ -15,6 +14,7 @@ from img2img_server.api.wire import MAX_VALUE_BYTES
 from img2img_server.codecs.pool import ImageMemory
 from img2img_server.errors import DeadlineExpired, InvalidField, MalformedMessage, MessageTooLarge
 from img2img_server.support.call import Call
+from img2img_server.support.time_limit import time_limit
 
 MAX_PARTS = 64
 """Maximum parts of a form: twice the number of fields."""
@@ -68,15 +68,12 @@ async def read_form(
     size = _declared(headers.get("content-length"), limits.size)
     seconds = limits.seconds + size / _BYTES_PER_SECOND
     form = _Form(boundary)
-    try:
-        async with asyncio.timeout(seconds) as timeout:
-            async with aclosing(_chunks(receive, call, memory, held, limits.size)) as chunks:
-                async for chunk in chunks:
-                    form.write(chunk)
-    except TimeoutError:
-        if not timeout.expired():
-            raise
-        raise DeadlineExpired(f"the body was not received within {seconds:.0f} s") from None
+    async with (
+        time_limit(seconds, DeadlineExpired(f"the body was not received within {seconds:.0f} s")),
+        aclosing(_chunks(receive, call, memory, held, limits.size)) as chunks,
+    ):
+        async for chunk in chunks:
+            form.write(chunk)
     return form.end()
 
 

@@ -3,7 +3,6 @@ ImageToImageService, and translates the results back. Each request of a stream i
 responses interleave.
 """
 
-import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, asynccontextmanager
@@ -23,6 +22,7 @@ from img2img_server.engine.interface import EngineInterface
 from img2img_server.errors import DeadlineExpired, ServerError
 from img2img_server.support.call import current
 from img2img_server.support.fair_queue import FairThreads
+from img2img_server.support.time_limit import time_limit
 from img2img_server.telemetry.telemetry import Telemetry
 
 _THREADS = 2
@@ -98,14 +98,9 @@ class Inference:
         """Applies the task's timeout to the block, and renames fields in its errors to KServe's."""
         with translation.renamed(task.source):
             ends = None if task.seconds is None else time.monotonic() + task.seconds
-            timeout = asyncio.timeout(task.seconds)
-            try:
-                async with timeout:
-                    yield Until(context, ends)
-            except TimeoutError:
-                if not timeout.expired():
-                    raise
-                raise DeadlineExpired(f"the request did not finish within its timeout of {task.seconds:g} s") from None
+            expired = DeadlineExpired(f"the request did not finish within its timeout of {task.seconds or 0:g} s")
+            async with time_limit(task.seconds, expired):
+                yield Until(context, ends)
 
 
 def request_stream(inference: Inference, access: Access, telemetry: Telemetry, context: Any) -> RequestStream:
