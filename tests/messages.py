@@ -42,3 +42,16 @@ def failure(call: Callable[[], object]) -> tuple[grpc.StatusCode, dict[str, obje
         elif detail.Unpack(retry):
             found["retry"] = retry.retry_delay.ToTimedelta().total_seconds()
     return error.code(), found
+
+
+class CallContext:
+    """What a stream of requests uses of gRPC's context."""
+
+    def invocation_metadata(self) -> tuple[()]:
+        return ()
+
+    def peer(self) -> str:
+        return "ipv4:127.0.0.1:4711"
+
+    def time_remaining(self) -> None:
+        return None

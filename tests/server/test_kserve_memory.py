@@ -23,7 +23,7 @@ from img2img_server.support.call import Call, answering
 from img2img_server.support.fair_queue import FairThreads
 from img2img_server.telemetry.telemetry import Telemetry
 from kserve_calls import client_of, number, picture, refused, serving, text
-from messages import png
+from messages import CallContext, png
 from PIL import Image
 from tritonclient.grpc import service_pb2  # type: ignore[import-untyped]
 
@@ -89,19 +89,6 @@ class Talkative:
             yield service_pb2.ModelInferResponse(id=request.id), step == 3
 
 
-class Caller:
-    """In place of a call's context."""
-
-    def invocation_metadata(self) -> tuple[()]:
-        return ()
-
-    def peer(self) -> str:
-        return "ipv4:127.0.0.1:1"
-
-    def time_remaining(self) -> None:
-        return None
-
-
 @pytest.mark.parametrize("broken", [False, True])
 async def test_a_stream_that_is_left_takes_its_unread_answers_with_it(broken: bool) -> None:
     """However it ends: its caller is gone, or what that sent cannot be read."""
@@ -115,7 +102,7 @@ async def test_a_stream_that_is_left_takes_its_unread_answers_with_it(broken: bo
 
     with no_collection(), answering(Call("m", "r")):
         access, telemetry, inference = Access(), Telemetry(TelemetrySettings()), Talkative()
-        stream = request_stream(inference, access, telemetry, Caller())  # type: ignore[arg-type]
+        stream = request_stream(inference, access, telemetry, CallContext())  # type: ignore[arg-type]
         responses = stream.responses(requests())
         del stream
         await anext(responses)

@@ -22,7 +22,7 @@ from img2img_server.engine.request import Plan, Request
 from img2img_server.engine.scheduler import QueueLimits
 from img2img_server.errors import DeadlineExpired, QueueFull
 from img2img_server.telemetry.telemetry import Telemetry
-from messages import failure, request
+from messages import CallContext, failure, request
 from running import RunningServer, running, store
 
 METHOD = "/img2img.v1.ImageToImageService/TransformBatch"
@@ -117,19 +117,6 @@ def test_what_cannot_be_parsed_ends_the_call_after_the_results_before_it(server:
     assert (code, details["reason"]) == (grpc.StatusCode.INVALID_ARGUMENT, "MALFORMED_MESSAGE")
 
 
-class Context:
-    """What RequestStream uses of a call's context."""
-
-    def invocation_metadata(self) -> tuple[()]:
-        return ()
-
-    def peer(self) -> str:
-        return "ipv4:127.0.0.1:4711"
-
-    def time_remaining(self) -> None:
-        return None
-
-
 async def test_requests_are_read_only_as_they_are_answered() -> None:
     free, read = asyncio.Event(), 0
 
@@ -144,7 +131,7 @@ async def test_requests_are_read_only_as_they_are_answered() -> None:
         yield request, True
 
     telemetry = Telemetry(TelemetrySettings())
-    stream = RequestStream(METHOD, respond, lambda *failure: failure, Access(None), telemetry, Context(), in_progress=4)
+    stream = RequestStream(METHOD, respond, lambda *failure: failure, Access(None), telemetry, CallContext(), in_progress=4)
     responses = stream.responses(requests())
     first = asyncio.ensure_future(anext(responses))
     for _ in range(100):  # whatever can go on without an answer does
@@ -184,7 +171,7 @@ async def test_a_call_that_sends_nothing_ends(monkeypatch: pytest.MonkeyPatch) -
         yield number, True
 
     stream = RequestStream(
-        METHOD, respond, lambda *failure: failure, Access(None), Telemetry(TelemetrySettings()), Context(),
+        METHOD, respond, lambda *failure: failure, Access(None), Telemetry(TelemetrySettings()), CallContext(),
         in_progress=4, memory=ImageMemory(10_000),
     )  # fmt: skip
     responses = stream.responses(requests())
@@ -207,7 +194,7 @@ async def test_memory_accounts_for_messages_that_wait() -> None:
         yield number, True
 
     stream = RequestStream(
-        METHOD, respond, lambda *failure: failure, Access(None), Telemetry(TelemetrySettings()), Context(),
+        METHOD, respond, lambda *failure: failure, Access(None), Telemetry(TelemetrySettings()), CallContext(),
         in_progress=4, memory=memory,
     )  # fmt: skip
     responses = stream.responses(requests())

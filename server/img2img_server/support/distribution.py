@@ -3,13 +3,16 @@
 The command and the contract's import name are `img2img`; the project `img2img` on PyPI is another one.
 """
 
+import functools
 from pathlib import Path
 
 NAME = "img2img-server"
 
 
+@functools.cache
 def version() -> str:
-    """The installed version. Raises PackageNotFoundError if the packages are on the path but not installed."""
+    """The installed version, read from the disk once. Raises PackageNotFoundError if the packages are on the path but not
+    installed."""
     from importlib import metadata  # here: it imports email, csv, zipfile and others, which nothing else needs
 
     return metadata.version(NAME)
