@@ -19,7 +19,7 @@ import trustme
 from collecting import collecting
 from fakes import FakePipeline
 from granting import grant
-from http_calls import EDITS, ask, client_of, connection, form, get, head_of, port_of, rest_of, serving
+from http_calls import EDITS, answer_of, ask, client_of, connection, form, get, head_of, port_of, rest_of, serving
 from img2img_server.backends.local import LocalBackend
 from img2img_server.config import ServerConfig, TelemetrySettings, TlsSettings
 from img2img_server.engine.scheduler import QueueLimits
@@ -219,12 +219,12 @@ def test_a_full_queue_refuses_a_request_before_its_body_is_sent(pipeline: FakePi
                 with connection(server) as made:
                     made.sendall(head_of(b"x" * 10_000_000, "x-request-timeout: 0.2"))  # and nothing more
                     made.settimeout(30)
-                    answer = made.recv(65536)
-                if answer.startswith(b"HTTP/1.1 429 "):
+                    answer = answer_of(made)
+                if answer.status == 429:
                     break
             gate.open()
-        assert b'"code": "QUEUE_FULL"' in answer or b'"code": "CLIENT_QUEUE_FULL"' in answer
-        assert b"\r\nretry-after: " in answer
+        assert answer.error["code"] in ("QUEUE_FULL", "CLIENT_QUEUE_FULL")
+        assert "retry-after" in answer.headers
 
 
 def test_metrics_and_log_tell_of_http_as_of_grpc(
