@@ -13,6 +13,7 @@ from img2img_server.backends.ray.messages import (
     Load,
     Look,
     ModelQuery,
+    NoResponse,
     RemoteRequest,
     ReplicaLost,
 )
@@ -38,13 +39,15 @@ def done(job: RemoteRequest) -> Completed:
 
 class FakeReplicas:
     """Replicas whose calls go by scripts, one each; a call without one is done. `jobs` are those that came, `cancelled` those
-    that were given up, and `looks` what everybody says, by name, after `late` looks that nobody answers."""
+    that were given up, and `looks` what everybody says, by name, after `late` looks that nobody answers. Replicas whose names are
+    in `slow` do not answer in time."""
 
     def __init__(self, *scripts: Script) -> None:
         self.scripts = list(scripts)
         self.jobs: list[RemoteRequest] = []
         self.cancelled: list[RemoteRequest] = []
         self.late = 0
+        self.slow: set[str] = set()
         self.came = asyncio.Event()
         self.looks = {"r0": Look("r0", IDLE, (CARD,), None), "r1": Look("r1", IDLE, (CARD,), None)}
         self.answers: defaultdict[str, list[Any]] = defaultdict(list)
@@ -88,7 +91,7 @@ class FakeReplicas:
             self.late -= 1
             if not self.looks or self.late >= 0:
                 raise LOST
-            return list(self.looks.values())
+            return [NoResponse() if name in self.slow else look for name, look in self.looks.items()]
         self.asked.append((method, *arguments))
         return self.answers[f"all {method}"].pop(0)  # type: ignore[no-any-return]
 

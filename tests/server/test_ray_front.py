@@ -170,6 +170,35 @@ async def test_without_replicas_requests_are_refused_with_a_retry_delay() -> Non
         assert isinstance((await it.run())[-1], Completed)
 
 
+async def test_replicas_too_busy_for_a_poll_still_get_requests() -> None:
+    async with rig(max_waiting=4, max_active=1) as it:
+        loads(it, Load(9.0, 3, 1, ("m",)), Load(9.0, 2, 1, ("m",)))
+        await it.roster.poll()
+        it.replicas.slow = {"r0", "r1"}
+        it.clock.now += 5
+        await it.roster.poll()
+        assert it.serving == {"m": True}
+        assert it.front.stats.waiting == 5
+        assert isinstance((await it.run())[-1], Completed)
+        it.clock.now += 61  # the time that a replica may be silent
+        await it.roster.poll()
+        it.front.check_replicas()
+        assert it.serving == {"m": False}
+        with pytest.raises(NoReplica):
+            it.submit()
+
+
+async def test_a_slow_replica_that_is_lost_leaves_with_the_next_poll() -> None:
+    async with rig() as it:
+        it.replicas.slow = {"r0", "r1"}
+        await it.roster.poll()
+        it.replicas.looks = {}
+        await it.roster.poll()
+        assert it.serving == {"m": False}
+        with pytest.raises(NoReplica):
+            it.submit()
+
+
 async def test_a_replica_that_is_stuck_counts_as_none() -> None:
     """It has work for ever: no figure to add to others', nor to tell callers to wait for."""
     stuck = Load(math.inf, 0, 0, ())

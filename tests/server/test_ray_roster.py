@@ -80,6 +80,16 @@ async def test_models_come_and_go() -> None:
         assert it.serving == {"m": True, "n": False}
 
 
+async def test_models_of_a_slow_replica_stay() -> None:
+    async with rig() as it:
+        it.replicas.looks["r1"] = Look("r1", IDLE, (CARD, replace(CARD, id="n")), None)
+        await it.roster.poll()
+        it.replicas.slow = {"r1"}
+        await it.roster.poll()
+        assert [model.id for model in it.roster.models] == ["m", "n"]
+        assert it.serving == {"m": True, "n": True}
+
+
 async def test_a_model_that_nobody_has_is_brought_by_one() -> None:
     async with rig() as it:
         cards(it, UNLOADED, UNLOADED)

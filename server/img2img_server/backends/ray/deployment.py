@@ -37,6 +37,7 @@ from img2img_server.backends.ray.messages import (
     Card,
     Everywhere,
     ModelQuery,
+    NoResponse,
     RemoteRequest,
     ReplicaLeft,
     ReplicaLost,
@@ -325,7 +326,7 @@ _NO_REPLICA = (DeploymentUnavailableError, ReplicaUnavailableError)
 _UNREACHABLE = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
 """Statuses of Ray's own gRPC if a replica's process has ended or is ending."""
 _POLL_TIMEOUT = 5.0
-"""Seconds that a replica has to respond to a poll. Slower replicas are omitted; Ray is about to replace them."""
+"""Seconds that a replica has to respond to a poll."""
 
 
 class RayReplicas:
@@ -359,15 +360,15 @@ class RayReplicas:
         return response
 
     async def everywhere(self, method: Everywhere, *arguments: Any) -> Sequence[Any]:
-        """The responses of all replicas. Lost replicas, and those too slow for a poll, are omitted."""
+        """The responses of all replicas. Lost ones are omitted; a poll ("look") has a NoResponse for each that is too slow."""
         seconds = _POLL_TIMEOUT if method == "look" else None
         # Not results_async, which has one timeout for all: a replica that hangs would hide the others' responses.
         sending = self._handle.broadcast(method, *arguments)._fetch_replica_results_async()
         try:
             with _lost():
                 sent = await asyncio.wait_for(sending, seconds)
-        except TimeoutError as error:
-            raise ReplicaLost("no replica can be reached") from error
+        except TimeoutError:
+            return [NoResponse()]
         responses = await asyncio.gather(*(_response(result, seconds) for result in sent))
         return [response for response in responses if response is not None]
 
@@ -382,12 +383,14 @@ class RayReplicas:
 
 
 async def _response(result: Any, seconds: float | None) -> Any:
-    """A replica's response, None if it is lost or takes longer than `seconds`."""
+    """A replica's response, None if it is lost, NoResponse if it takes longer than `seconds`."""
     try:
         with _lost():
             return await asyncio.wait_for(result.get_async(), seconds)
-    except (ReplicaLost, TimeoutError):
+    except ReplicaLost:
         return None
+    except TimeoutError:
+        return NoResponse()
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from img2img_server.backends.ray.messages import (
     Replicas,
     check_lost,
 )
-from img2img_server.backends.ray.roster import POLL_INTERVAL, RETRY_AFTER, Roster, plan
+from img2img_server.backends.ray.roster import PATIENCE, POLL_INTERVAL, RETRY_AFTER, Roster, plan
 from img2img_server.engine.admission import Slot
 from img2img_server.engine.interface import Accepted, EngineStats
 from img2img_server.engine.request import Completed, Ending, Failed, Listener, Progress, Queued, Request, Started, Ticket
@@ -45,8 +45,6 @@ _DEATHS = 3
 """Lost replicas after which their common request counts as the cause, and fails."""
 _PAUSE = 0.1
 """Seconds before the third try, doubled before each further one, so that the cluster can recover."""
-_PATIENCE = 60.0
-"""Seconds that accepted requests wait for a new replica, which has to load its models, if none is left."""
 _MIN_RETRY = 0.1
 """The shortest retry delay in seconds."""
 
@@ -182,7 +180,7 @@ class Front:
 
     def check_replicas(self) -> None:
         """Called after each poll: ends all requests if there has been no replica for too long."""
-        if not self._roster.loads and self._clock() - self._roster.polled > _PATIENCE:
+        if not self._roster.loads and self._clock() - self._roster.polled > PATIENCE:
             self.end_all(NoReplica("no replica can be reached", RETRY_AFTER))
 
     def _ended(self, ticket: _RemoteTicket, task: "asyncio.Task[Ending]") -> None:

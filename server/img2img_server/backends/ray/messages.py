@@ -131,6 +131,11 @@ class Look:
 
 
 @dataclass(frozen=True, slots=True)
+class NoResponse:
+    """Stands for the response of a replica that takes too long to respond. It is busy, not lost: Ray replaces lost ones."""
+
+
+@dataclass(frozen=True, slots=True)
 class ModelQuery:
     """A query for a model: by `reference`, or by `name` if its id is known. `call` has the caller's permissions."""
 
@@ -174,5 +179,5 @@ class Replicas(Protocol):
         ...
 
     async def everywhere(self, method: Everywhere, *arguments: Any) -> Sequence[Any]:
-        """The responses of all replicas. Lost replicas are omitted."""
+        """The responses of all replicas. Lost ones are omitted; a poll ("look") has a NoResponse for each that is too slow."""
         ...

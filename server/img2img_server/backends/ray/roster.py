@@ -14,6 +14,7 @@ from img2img_server.backends.ray.messages import (
     Load,
     Look,
     ModelQuery,
+    NoResponse,
     ReplicaLeft,
     ReplicaLost,
     Replicas,
@@ -35,6 +36,9 @@ POLL_INTERVAL = 0.5
 _FIRST_POLLS = 20
 RETRY_AFTER = 2.0
 """Retry delay in seconds if there is no replica: about the time that Ray takes to notice and start another."""
+PATIENCE = 60.0
+"""Seconds that a replica may take to respond to polls, and that accepted requests wait for a new replica, which has to load its
+models, if none is left."""
 _TRIES = 3
 """Replicas to try with a query for a model, if the previous one is lost."""
 
@@ -74,9 +78,11 @@ class Roster:
         self._clock = clock
         self._reported: dict[str, bool] = {}
         self._polling: asyncio.Task[None] | None = None
+        self._looks: dict[str, tuple[float, Look]] = {}
+        """The time of each replica's last response to a poll, and the response, by the replica's name."""
         self.models = ModelRegistry(())
         self.loads: tuple[Load, ...] = ()
-        """The loads of the replicas that responded to the last poll."""
+        """The loads of the replicas that are not lost: those that responded to the last poll, and slow ones."""
         self.polled = clock()
         """The time of the last poll that a replica responded to."""
 
@@ -122,20 +128,26 @@ class Roster:
         return model
 
     async def _poll_replicas(self) -> Sequence[Look]:
+        """The last response of each replica. One that is too slow to respond counts as it was for at most PATIENCE."""
         begun = self._clock()
-        looks: Sequence[Look] = ()
+        responses: Sequence[Look | NoResponse] = ()
         try:
-            responses: Sequence[Look] = await self._replicas.everywhere("look")
-            # A stuck replica has infinite work and will be replaced.
-            looks = [look for look in responses if look.load.seconds != math.inf]
+            responses = await self._replicas.everywhere("look")
         except ReplicaLost as error:
             _log.debug("no replica responds: %s", error)
-        if looks:
+        looks = {response.replica: (begun, response) for response in responses if isinstance(response, Look)}
+        if _running(look for _, look in looks.values()):
             self.polled = begun
-        if bool(looks) != bool(self.loads):
-            _log.info("%d replicas respond", len(looks))
-        self.loads = tuple(look.load for look in looks)
-        return looks
+        if len(looks) < len(responses):  # which replicas are the slow ones is unknown
+            _log.debug("%d of %d replicas are too slow to respond", len(responses) - len(looks), len(responses))
+            recent = {name: seen for name, seen in self._looks.items() if begun - seen[0] <= PATIENCE}
+            looks = {**recent, **looks}
+        self._looks = looks
+        running = _running(look for _, look in looks.values())
+        if bool(running) != bool(self.loads):
+            _log.info("%d replicas respond", len(running))
+        self.loads = tuple(look.load for look in running)
+        return running
 
     async def _keep_polling(self, changed: Callable[[], object]) -> None:
         while True:
@@ -219,6 +231,11 @@ class RemoteModels:
         if not successes:
             raise responses[0].error if responses else NoReplica("no replica can be reached", RETRY_AFTER)
         return successes
+
+
+def _running(looks: Iterable[Look]) -> list[Look]:
+    """Without stuck replicas, which have infinite work and will be replaced."""
+    return [look for look in looks if look.load.seconds != math.inf]
 
 
 def _merged(looks: Sequence[Look]) -> list[Model]:
