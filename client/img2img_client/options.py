@@ -35,6 +35,9 @@ class TransformOptions(TypedDict, total=False):
     `height` are pixels, `fit` replaces both, `quality` is 1..100 for JPEG and WebP, and a `seed` of -1 means a random seed.
     `scheduler` is one of the ModelInfo's `schedulers`. A stream sends a preview every `preview_interval` steps. With `as_asset`,
     the server stores the images, and the result has their `asset_id` instead of their data. The server validates the values.
+
+    `mask` is an image that says what to redraw: white is redrawn, black is kept; `mask_invert` swaps them, `mask_blur` softens
+    its edges by so many pixels. The result has the source's pixels outside the mask, unless `mask_paste` is False.
     """
 
     model: str | ModelReference | None
@@ -53,6 +56,10 @@ class TransformOptions(TypedDict, total=False):
     scheduler: str | None
     preview_interval: int | None
     as_asset: bool | None
+    mask: ImageInput | None
+    mask_blur: float | None
+    mask_invert: bool | None
+    mask_paste: bool | None
 
 
 def build_request(image: ImageInput, options: TransformOptions) -> messages.TransformRequest:
@@ -64,6 +71,7 @@ def build_request(image: ImageInput, options: TransformOptions) -> messages.Tran
     unknown = sorted(options.keys() - TransformOptions.__annotations__.keys())
     if unknown:
         raise TypeError(f"unknown option {unknown[0]!r}; known: {', '.join(TransformOptions.__annotations__)}")
+    mask = options.get("mask")
     request = messages.TransformRequest(
         model=model_message(options.get("model")),
         prompt=options.get("prompt"),
@@ -80,6 +88,10 @@ def build_request(image: ImageInput, options: TransformOptions) -> messages.Tran
         fit=_fit_message(options.get("fit")),
         scheduler=options.get("scheduler"),
         preview_interval=options.get("preview_interval"),
+        mask=None if mask is None else _image_message(mask, "mask"),
+        mask_blur=options.get("mask_blur"),
+        mask_invert=options.get("mask_invert"),
+        mask_paste=options.get("mask_paste"),
     )
     if request.ByteSize() > MAX_MESSAGE_BYTES:
         raise ValueError(
@@ -104,17 +116,17 @@ def model_message(model: str | ModelReference | None) -> messages.ModelReference
     )
 
 
-def _image_message(image: ImageInput) -> messages.ImageSource:
+def _image_message(image: ImageInput, name: str = "image") -> messages.ImageSource:
     if isinstance(image, Asset):
         return messages.ImageSource(asset_id=image.id)
     if isinstance(image, str) and image.startswith(ADDRESS_SCHEMES):
         return messages.ImageSource(uri=image)
-    return messages.ImageSource(data=read_file(image))
+    return messages.ImageSource(data=read_file(image, name))
 
 
-def read_file(image: ImageInput) -> bytes:
-    """The bytes of the image file. Raises OSError if it cannot be read, TypeError for any other type (also an Asset), ValueError
-    for a Pillow image in an unsupported mode."""
+def read_file(image: ImageInput, name: str = "image") -> bytes:
+    """The bytes of the image file. Raises OSError if it cannot be read, TypeError, naming the option `name`, for any other type
+    (also an Asset), ValueError for a Pillow image in an unsupported mode."""
     if isinstance(image, bytes):
         return image
     if isinstance(image, str | os.PathLike):
@@ -125,7 +137,7 @@ def read_file(image: ImageInput) -> bytes:
         from img2img_client.pillow import encode
 
         return encode(image)
-    raise TypeError(f"image must be a path, bytes, a Pillow image, an Asset or an address, not {type(image).__name__}")
+    raise TypeError(f"{name} must be a path, bytes, a Pillow image, an Asset or an address, not {type(image).__name__}")
 
 
 def _fit_message(fit: Fit | None) -> messages.Fit | None:

@@ -27,6 +27,7 @@ _EPILOG = """\
 examples:
   img2img transform photo.jpg --output winter.png --prompt "the same place in winter" --fit native
   img2img transform photo.jpg --output tries.jpg --image-count 4 --seed 1 --strength 0.6 --steps 40
+  img2img transform photo.jpg --output hat.png --prompt "a red hat" --mask head.png --mask-blur 4
   img2img transform photo.jpg --output lake.png --scheduler "DPM++ 2M Karras" --steps 15 --preview-every 3
   cat photo.jpg | img2img transform - --output - --format webp --quiet > sunset.webp
   img2img transform photos/*.jpg --output-dir winter --prompt "the same place in winter" --fit native
@@ -107,6 +108,20 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         metavar="RULE",
         help="instead of width and height: resize to the model's training area (native) or to a longest side in pixels, keeping"
         " the aspect ratio; use it for photos, which are usually too large for models",
+    )
+    group.add_argument(
+        "--mask",
+        metavar="FILE",
+        help="which part to redraw: an image, or an address that the server reads; white is redrawn, black is kept",
+    )
+    group.add_argument("--mask-blur", type=float, metavar="PIXELS", help="soften the mask's edges by so many pixels of the mask")
+    group.add_argument("--mask-invert", action="store_true", default=None, help="redraw what is black in the mask")
+    group.add_argument(
+        "--no-mask-paste",
+        action="store_false",
+        default=None,
+        dest="mask_paste",
+        help="keep the whole image that the model made; by default it is pasted into the source by the mask",
     )
     group.add_argument("--format", choices=("png", "jpeg", "webp"), help="file format (default: from OUT's suffix)")
     group.add_argument("--quality", type=int, metavar="Q", help="quality of JPEG and WebP, 1 to 100")
@@ -209,6 +224,10 @@ def _options(arguments: argparse.Namespace) -> "TransformOptions":
         "fit": arguments.fit,
         "quality": arguments.quality,
         "scheduler": arguments.scheduler,
+        "mask": arguments.mask,
+        "mask_blur": arguments.mask_blur,
+        "mask_invert": arguments.mask_invert,
+        "mask_paste": arguments.mask_paste,
     }
 
 

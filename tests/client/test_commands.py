@@ -98,6 +98,18 @@ def test_several_pictures_are_numbered(
     assert {path.name for path in tmp_path.iterdir()} == {"photo.png", "out-1.png", "out-2.png"}
 
 
+def test_the_flags_of_a_mask(server: FakeServer, source: Path, tmp_path: Path) -> None:
+    mask = tmp_path / "mask.png"
+    Image.new("L", (4, 4), 255).save(mask)
+    out = tmp_path / "out.png"
+    transform(server, source, out, f"--mask={mask}", "--mask-blur=2.5", "--mask-invert", "--no-mask-paste")
+    asked = server.service.requests[0]
+    assert asked.mask.data == mask.read_bytes()
+    assert (asked.mask_blur, asked.mask_invert, asked.mask_paste) == (2.5, True, False)
+    transform(server, source, out)
+    assert not any(server.service.requests[1].HasField(name) for name in ("mask", "mask_blur", "mask_invert", "mask_paste"))
+
+
 @pytest.mark.parametrize("flag", ["--fit=native", "--fit=1024"])
 def test_fit_is_a_rule_or_a_longest_side(server: FakeServer, source: Path, tmp_path: Path, flag: str) -> None:
     assert transform(server, source, tmp_path / "out.png", flag) == 0

@@ -29,6 +29,10 @@ def test_every_option_arrives_as_it_was_set(client: Client, service: FakeService
         scheduler="DPM++ 2M Karras",
         preview_interval=4,
         as_asset=True,
+        mask=b"mask",
+        mask_blur=2.5,
+        mask_invert=True,
+        mask_paste=False,
     )
     assert service.requests == [
         messages.TransformRequest(
@@ -53,6 +57,10 @@ def test_every_option_arrives_as_it_was_set(client: Client, service: FakeService
             height=480,
             scheduler="DPM++ 2M Karras",
             preview_interval=4,
+            mask=messages.ImageSource(data=b"mask"),
+            mask_blur=2.5,
+            mask_invert=True,
+            mask_paste=False,
         )
     ]
 

@@ -13,6 +13,7 @@ import psutil
 import pytest
 from endless_jobs import Crash, Endless, Hoard, make_importable
 from fakes import FakePipeline
+from icc_profiles import display_p3
 from img2img.v1 import image_to_image_pb2 as pb
 from img2img.v1.image_to_image_pb2_grpc import ImageToImageServiceStub
 from img2img_server import images
@@ -103,6 +104,16 @@ async def test_large_images_of_every_mode_fit_into_what_they_ask_for(
     data = saved(Image.new(mode, (3000, 2000)), file_format, **options)
     image, *_ = await codecs.load(data, LoadImage("image.data", ImageLimits(max_bytes=2**25), SizeRule(64, 64), 8, "PNG"))
     assert image.size == (64, 64)
+
+
+@pytest.mark.parametrize("mode", ["I;16", "RGB"])
+async def test_small_images_that_need_numpy_are_decoded(codecs: Codecs, mode: str) -> None:
+    image = Image.new("RGB", (24, 16), "gray")
+    data = saved(image, "PNG", icc_profile=display_p3())
+    if mode == "I;16":
+        data = saved(Image.new("I;16", (24, 16), 128 * 257), "PNG")
+    decoded, *_ = await codecs.load(data, LOAD)
+    assert decoded.getpixel((0, 0)) == (128, 128, 128)  # grays are equal in both color spaces
 
 
 async def answers(codecs: Codecs) -> bool:

@@ -17,6 +17,10 @@
  * @property {string} [scheduler]
  * @property {number} [preview_interval]
  * @property {Fit} [fit]
+ * @property {ImageSource} [mask]
+ * @property {number} [mask_blur]
+ * @property {boolean} [mask_invert]
+ * @property {boolean} [mask_paste]
  */
 
 /**

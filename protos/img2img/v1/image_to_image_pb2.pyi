@@ -68,6 +68,10 @@ class TransformRequest(_message.Message):
     SCHEDULER_FIELD_NUMBER: _builtins.int
     PREVIEW_INTERVAL_FIELD_NUMBER: _builtins.int
     FIT_FIELD_NUMBER: _builtins.int
+    MASK_FIELD_NUMBER: _builtins.int
+    MASK_BLUR_FIELD_NUMBER: _builtins.int
+    MASK_INVERT_FIELD_NUMBER: _builtins.int
+    MASK_PASTE_FIELD_NUMBER: _builtins.int
     prompt: _builtins.str
     """What the image should become, at most 4096 characters. Default: "A beautiful landscape with mountains and a lake at sunset"."""
     negative_prompt: _builtins.str
@@ -102,6 +106,14 @@ class TransformRequest(_message.Message):
     """The number of steps between previews: 0 to 100 (the maximum of num_inference_steps); 0 disables previews. There is none for the
     last step, which is followed by the result. Transform ignores this field. Default: 0.
     """
+    mask_blur: _builtins.float
+    """The standard deviation of the Gaussian blur that softens the mask's edges, in pixels of the mask, 0 to 1000. Default: 0."""
+    mask_invert: _builtins.bool
+    """Whether to redraw what is black in the mask instead of what is white. Default: false."""
+    mask_paste: _builtins.bool
+    """Whether the result has the source's pixels outside the mask; a gray mask blends both. Otherwise the whole result comes from the
+    model, whose autoencoder changes what the mask keeps a little. Default: true.
+    """
     @_builtins.property
     def model(self) -> Global___ModelReference:
         """The model to run. Optional if the server has only one model or a default model."""
@@ -117,6 +129,13 @@ class TransformRequest(_message.Message):
     @_builtins.property
     def fit(self) -> Global___Fit:
         """A rule for the result's size that keeps the source's aspect ratio. Must not be combined with width or height. Default: none."""
+
+    @_builtins.property
+    def mask(self) -> Global___ImageSource:
+        """Which part of the source to redraw (inpainting): white is redrawn, black is kept. Any image: it becomes gray, without color
+        management, transparency counts as white, and it is resized to the result's size. Default: none, so the whole image is
+        transformed; required for inpainting models.
+        """
 
     def __init__(
         self,
@@ -136,10 +155,14 @@ class TransformRequest(_message.Message):
         scheduler: _builtins.str | None = ...,
         preview_interval: _builtins.int | None = ...,
         fit: Global___Fit | None = ...,
+        mask: Global___ImageSource | None = ...,
+        mask_blur: _builtins.float | None = ...,
+        mask_invert: _builtins.bool | None = ...,
+        mask_paste: _builtins.bool | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_height", b"_height", "_image_count", b"_image_count", "_negative_prompt", b"_negative_prompt", "_num_inference_steps", b"_num_inference_steps", "_preview_interval", b"_preview_interval", "_prompt", b"_prompt", "_scheduler", b"_scheduler", "_seed", b"_seed", "_strength", b"_strength", "_width", b"_width", "fit", b"fit", "guidance_scale", b"guidance_scale", "height", b"height", "image", b"image", "image_count", b"image_count", "model", b"model", "negative_prompt", b"negative_prompt", "num_inference_steps", b"num_inference_steps", "output", b"output", "preview_interval", b"preview_interval", "prompt", b"prompt", "scheduler", b"scheduler", "seed", b"seed", "strength", b"strength", "width", b"width"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_height", b"_height", "_image_count", b"_image_count", "_mask_blur", b"_mask_blur", "_mask_invert", b"_mask_invert", "_mask_paste", b"_mask_paste", "_negative_prompt", b"_negative_prompt", "_num_inference_steps", b"_num_inference_steps", "_preview_interval", b"_preview_interval", "_prompt", b"_prompt", "_scheduler", b"_scheduler", "_seed", b"_seed", "_strength", b"_strength", "_width", b"_width", "fit", b"fit", "guidance_scale", b"guidance_scale", "height", b"height", "image", b"image", "image_count", b"image_count", "mask", b"mask", "mask_blur", b"mask_blur", "mask_invert", b"mask_invert", "mask_paste", b"mask_paste", "model", b"model", "negative_prompt", b"negative_prompt", "num_inference_steps", b"num_inference_steps", "output", b"output", "preview_interval", b"preview_interval", "prompt", b"prompt", "scheduler", b"scheduler", "seed", b"seed", "strength", b"strength", "width", b"width"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_height", b"_height", "_image_count", b"_image_count", "_negative_prompt", b"_negative_prompt", "_num_inference_steps", b"_num_inference_steps", "_preview_interval", b"_preview_interval", "_prompt", b"_prompt", "_scheduler", b"_scheduler", "_seed", b"_seed", "_strength", b"_strength", "_width", b"_width", "fit", b"fit", "guidance_scale", b"guidance_scale", "height", b"height", "image", b"image", "image_count", b"image_count", "model", b"model", "negative_prompt", b"negative_prompt", "num_inference_steps", b"num_inference_steps", "output", b"output", "preview_interval", b"preview_interval", "prompt", b"prompt", "scheduler", b"scheduler", "seed", b"seed", "strength", b"strength", "width", b"width"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_height", b"_height", "_image_count", b"_image_count", "_mask_blur", b"_mask_blur", "_mask_invert", b"_mask_invert", "_mask_paste", b"_mask_paste", "_negative_prompt", b"_negative_prompt", "_num_inference_steps", b"_num_inference_steps", "_preview_interval", b"_preview_interval", "_prompt", b"_prompt", "_scheduler", b"_scheduler", "_seed", b"_seed", "_strength", b"_strength", "_width", b"_width", "fit", b"fit", "guidance_scale", b"guidance_scale", "height", b"height", "image", b"image", "image_count", b"image_count", "mask", b"mask", "mask_blur", b"mask_blur", "mask_invert", b"mask_invert", "mask_paste", b"mask_paste", "model", b"model", "negative_prompt", b"negative_prompt", "num_inference_steps", b"num_inference_steps", "output", b"output", "preview_interval", b"preview_interval", "prompt", b"prompt", "scheduler", b"scheduler", "seed", b"seed", "strength", b"strength", "width", b"width"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__guidance_scale: _TypeAlias = _typing.Literal["guidance_scale"]  # noqa: Y015
     _WhichOneofArgType__guidance_scale: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale"]  # noqa: Y015
@@ -147,6 +170,12 @@ class TransformRequest(_message.Message):
     _WhichOneofArgType__height: _TypeAlias = _typing.Literal["_height", b"_height"]  # noqa: Y015
     _WhichOneofReturnType__image_count: _TypeAlias = _typing.Literal["image_count"]  # noqa: Y015
     _WhichOneofArgType__image_count: _TypeAlias = _typing.Literal["_image_count", b"_image_count"]  # noqa: Y015
+    _WhichOneofReturnType__mask_blur: _TypeAlias = _typing.Literal["mask_blur"]  # noqa: Y015
+    _WhichOneofArgType__mask_blur: _TypeAlias = _typing.Literal["_mask_blur", b"_mask_blur"]  # noqa: Y015
+    _WhichOneofReturnType__mask_invert: _TypeAlias = _typing.Literal["mask_invert"]  # noqa: Y015
+    _WhichOneofArgType__mask_invert: _TypeAlias = _typing.Literal["_mask_invert", b"_mask_invert"]  # noqa: Y015
+    _WhichOneofReturnType__mask_paste: _TypeAlias = _typing.Literal["mask_paste"]  # noqa: Y015
+    _WhichOneofArgType__mask_paste: _TypeAlias = _typing.Literal["_mask_paste", b"_mask_paste"]  # noqa: Y015
     _WhichOneofReturnType__negative_prompt: _TypeAlias = _typing.Literal["negative_prompt"]  # noqa: Y015
     _WhichOneofArgType__negative_prompt: _TypeAlias = _typing.Literal["_negative_prompt", b"_negative_prompt"]  # noqa: Y015
     _WhichOneofReturnType__num_inference_steps: _TypeAlias = _typing.Literal["num_inference_steps"]  # noqa: Y015
@@ -169,6 +198,12 @@ class TransformRequest(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__height) -> _WhichOneofReturnType__height | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__image_count) -> _WhichOneofReturnType__image_count | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__mask_blur) -> _WhichOneofReturnType__mask_blur | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__mask_invert) -> _WhichOneofReturnType__mask_invert | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__mask_paste) -> _WhichOneofReturnType__mask_paste | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__negative_prompt) -> _WhichOneofReturnType__negative_prompt | None: ...
     @_typing.overload

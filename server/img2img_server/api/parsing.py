@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from img2img.v1 import image_to_image_pb2 as pb
 
 from img2img_server import images
-from img2img_server.codecs.jobs import LoadImage
+from img2img_server.api.masks import mask_rule
+from img2img_server.codecs.jobs import LoadImage, LoadMask
 from img2img_server.codecs.pool import Codecs
 from img2img_server.config import (
     DEFAULT_GUIDANCE,
@@ -19,7 +20,7 @@ from img2img_server.config import (
     MAX_PROMPT,
     ServerConfig,
 )
-from img2img_server.engine.request import Pipeline, Request
+from img2img_server.engine.request import Mask, Pipeline, Request
 from img2img_server.errors import InvalidField
 from img2img_server.models.registry import Model
 from img2img_server.sources.reading import Sources, asset_of
@@ -43,8 +44,8 @@ class ParsedRequest:
     """A request for the engine, and how to respond.
 
     `arrival` is in seconds (time.perf_counter). If `as_asset` is set, the images are stored and their ids sent. `source_asset` is
-    the id of the source's asset, empty if it is none. `model` has no pipeline, because the request may outlive the model in
-    memory; `engine` names the pipeline's engine on arrival.
+    the id of the source's asset, `mask_asset` of the mask's, empty if it is none; `mask_rule` is None without a mask. `model`
+    has no pipeline, because the request may outlive the model in memory; `engine` names the pipeline's engine on arrival.
     """
 
     model: Model
@@ -55,6 +56,8 @@ class ParsedRequest:
     arrival: float
     as_asset: bool = False
     source_asset: str = ""
+    mask_asset: str = ""
+    mask_rule: images.MaskRule | None = None
 
 
 class Parser:
@@ -68,9 +71,16 @@ class Parser:
         self._threads = FairThreads(_PLANNING, "img2img-plan")
 
     async def parse(
-        self, message: pb.TransformRequest, model: Model, seconds_left: float | None, previews: bool
+        self,
+        message: pb.TransformRequest,
+        model: Model,
+        seconds_left: float | None,
+        previews: bool,
+        *,
+        mask_by_alpha: bool = False,
     ) -> ParsedRequest:
-        """Checks a message for `model` and fills in defaults. Previews are only drawn if `previews` is set.
+        """Checks a message for `model` and fills in defaults. Previews are only drawn if `previews` is set. With `mask_by_alpha`,
+        the mask's transparent areas are redrawn instead of its white ones.
 
         Raises InvalidField, naming the first wrong field, or another ServerError.
         """
@@ -85,7 +95,10 @@ class Parser:
         size_rule = self._size_rule(message, model, file_format)
         if message.output.as_asset:
             self._sources.assets.require("output.as_asset")
+        rule = mask_rule(message, _pipeline_of(model).source_rule.mask, model.id, mask_by_alpha)
         self._sources.check(message.image)
+        if rule is not None:
+            self._sources.check(message.mask, "mask")
         # Expensive work starts here, after all other fields have been checked.
         field, data = await self._sources.read(message.image)
         call = current()
@@ -99,6 +112,7 @@ class Parser:
         )
         with self._codecs.memory.hold(call, 0 if message.image.WhichOneof("source") == "data" else len(data)):
             image, digest, size = await self._codecs.load(data, load)
+        mask = None if rule is None else await self._mask(message, rule, size)
         request = Request(
             model=model.id,
             image=image,
@@ -117,6 +131,7 @@ class Parser:
             id=call.request_id,
             follow=previews,
             cache_scope=call.client if call.authenticated and not self._config.share_caches else "",
+            mask=mask,
         )
         # The engine plans the request too. Its slow part is cached here, off the engine's and the event loop's threads.
         await self._threads.run(_pipeline_of(model).plan, request)
@@ -129,7 +144,16 @@ class Parser:
             arrival,
             message.output.as_asset,
             asset_of(message.image),
+            asset_of(message.mask),
+            rule,
         )
+
+    async def _mask(self, message: pb.TransformRequest, rule: images.MaskRule, size: tuple[int, int]) -> Mask:
+        """Reads and decodes the message's mask for a result of `size`."""
+        field, data = await self._sources.read(message.mask, "mask")
+        with self._codecs.memory.hold(current(), 0 if message.mask.WhichOneof("source") == "data" else len(data)):
+            image, digest = await self._codecs.load_mask(data, LoadMask(field, self._config.image_limits, size, rule))
+        return Mask(image, digest, not message.HasField("mask_paste") or message.mask_paste)
 
     def _numbers(self, message: pb.TransformRequest) -> tuple[float, int, float]:
         strength = message.strength if message.HasField("strength") else DEFAULT_STRENGTH

@@ -3,16 +3,16 @@
 import io
 import json
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
 from img2img_server import images
+from img2img_server.api.parsing import ParsedRequest
 from img2img_server.config import ProvenanceSettings
-from img2img_server.engine.request import Request
 from img2img_server.images.provenance import DIGITAL_SOURCE_TYPE
-from img2img_server.models.registry import Model
 from img2img_server.support import distribution
 from img2img_server.support.fair_queue import FairThreads
 
@@ -39,15 +39,11 @@ class Provenance:
         if settings.certificate is not None and settings.key is not None:
             self._sign = _signer(settings.certificate, settings.key)
 
-    def record(
-        self, model: Model, engine: str, request: Request, seed: int, output: tuple[images.WriteFormat, int], asset: str
-    ) -> str:
-        """The record of the image of `seed`, a JSON object; empty if the settings want none.
-
-        `output` is the file's format and quality; `asset` is the id of the source image if it was one, else empty.
-        """
+    def record(self, job: ParsedRequest, engine: str, seed: int) -> str:
+        """The record of the image of `seed`, a JSON object; empty if the settings want none. `engine` made the image."""
         if not self._records:
             return ""
+        model, request = job.model, job.request
         assert model.manifest is not None, "a model that runs has a manifest"
         source = model.manifest.source
         width, height = request.result_size
@@ -67,11 +63,18 @@ class Provenance:
             "seed": seed,
             "width": width,
             "height": height,
-            "format": output[0].lower(),
-            "quality": None if output[0] == "PNG" else output[1],
+            "format": job.file_format.lower(),
+            "quality": None if job.file_format == "PNG" else job.quality,
             "source_digest": request.image_digest.hex(),
-            "source_asset": asset or None,
+            "source_asset": job.source_asset or None,
         }
+        if request.mask is not None and job.mask_rule is not None:
+            values["mask"] = {
+                **asdict(job.mask_rule),
+                "paste": request.mask.paste,
+                "digest": request.mask.digest.hex(),
+                "asset": job.mask_asset or None,
+            }
         return json.dumps(values, ensure_ascii=False)
 
     async def sign(self, data: bytes, file_format: images.WriteFormat) -> bytes:

@@ -121,12 +121,18 @@ class ImageToImageService(pb_grpc.ImageToImageServiceServicer):
         return await self.transform(request, context, lambda accepted: None)
 
     async def transform(
-        self, request: pb.TransformRequest, context: Any, accept: Callable[[Accepted], object]
+        self,
+        request: pb.TransformRequest,
+        context: Any,
+        accept: Callable[[Accepted], object],
+        *,
+        mask_by_alpha: bool = False,
     ) -> pb.TransformResponse:
-        """Transform for any API. `accept` is called when the request is in the queue."""
+        """Transform for any API. `accept` is called when the request is in the queue. With `mask_by_alpha`, the mask's
+        transparent areas are redrawn instead of its white ones."""
         with self._engine.reserve(current().client) as slot:
             async with AsyncExitStack() as lease:
-                job = await self._parse(request, context, lease, previews=False)
+                job = await self._parse(request, context, lease, previews=False, mask_by_alpha=mask_by_alpha)
                 async with (
                     self._reserve(job) as reserved,
                     aclosing(self._follow(job.request, slot, lease, progress=False)) as events,
@@ -139,12 +145,12 @@ class ImageToImageService(pb_grpc.ImageToImageServiceServicer):
         raise AssertionError("the engine ends every request")
 
     async def TransformStream(
-        self, request: pb.TransformStreamRequest, context: Any
+        self, request: pb.TransformStreamRequest, context: Any, *, mask_by_alpha: bool = False
     ) -> AsyncGenerator[pb.TransformStreamResponse, None]:
-        """Runs one transform and yields its events."""
+        """Runs one transform and yields its events. `mask_by_alpha` as for `transform`."""
         with self._engine.reserve(current().client) as slot:
             async with AsyncExitStack() as lease:
-                job = await self._parse(request.request, context, lease, previews=True)
+                job = await self._parse(request.request, context, lease, previews=True, mask_by_alpha=mask_by_alpha)
                 async with (
                     self._reserve(job) as reserved,
                     aclosing(self._follow(job.request, slot, lease, progress=True)) as events,
@@ -176,10 +182,12 @@ class ImageToImageService(pb_grpc.ImageToImageServiceServicer):
                 async for response in responses:
                     yield response
 
-    async def _parse(self, message: pb.TransformRequest, context: Any, lease: AsyncExitStack, previews: bool) -> ParsedRequest:
+    async def _parse(
+        self, message: pb.TransformRequest, context: Any, lease: AsyncExitStack, previews: bool, mask_by_alpha: bool
+    ) -> ParsedRequest:
         """Parses a message. The model stays in memory until `lease` is closed."""
         model = await lease.enter_async_context(self._residency.using(reference_from(message.model)))
-        return await self._parser.parse(message, model, context.time_remaining(), previews)
+        return await self._parser.parse(message, model, context.time_remaining(), previews, mask_by_alpha=mask_by_alpha)
 
     async def _follow(
         self, request: Request, slot: Slot, lease: AsyncExitStack, progress: bool
@@ -286,8 +294,10 @@ class ImageToImageService(pb_grpc.ImageToImageServiceServicer):
     async def _encode(self, job: ParsedRequest, image: Image.Image, seed: int) -> bytes:
         """Encodes a result, with its provenance record. Returns the file's bytes."""
         output = job.file_format, job.quality
-        record = self._provenance.record(job.model, self._engine_of(job), job.request, seed, output, job.source_asset)
-        return await self._provenance.sign(await self._codecs.encode(image, *output, record), job.file_format)
+        record = self._provenance.record(job, self._engine_of(job), seed)
+        mask = job.request.mask
+        overlay = None if mask is None or not mask.paste else (job.request.image, mask.image)
+        return await self._provenance.sign(await self._codecs.encode(image, *output, record, overlay), job.file_format)
 
     def _engine_of(self, job: ParsedRequest) -> str:
         """The engine that runs the model now: another one may have been promoted since the request arrived."""

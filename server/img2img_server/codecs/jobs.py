@@ -17,7 +17,7 @@ from PIL import Image
 from img2img_server import images
 from img2img_server.codecs import structure
 from img2img_server.errors import InvalidField, StorageFailed
-from img2img_server.images import ImageLimits, SizeRule, WriteFormat
+from img2img_server.images import ImageLimits, MaskRule, SizeRule, WriteFormat
 from img2img_server.support.source_rule import STRETCHED, SourceRule
 
 Reserve = Callable[[int, float], None]
@@ -71,6 +71,25 @@ class LoadImage:
 
 
 @dataclass(frozen=True, slots=True)
+class LoadMask:
+    """Decodes an image file to a gray mask of `size`, by `rule`. Errors name `field`."""
+
+    field: str
+    limits: ImageLimits
+    size: tuple[int, int]
+    rule: MaskRule
+
+    def run(self, data: bytes, reserve: Reserve) -> tuple[bytes, bytes]:
+        """Returns the mask's digest, and its raw gray pixels. Raises InvalidField or ImageMemoryFull."""
+        _check_structure(data, self.limits, self.field, reserve)
+        width, height = images.header_size(data, self.limits, self.field)
+        count = width * height + self.size[0] * self.size[1]
+        reserve(_BYTES_PER_PIXEL * count, _SECONDS_PER_PIXEL * count)
+        pixels = images.decode_mask(data, self.limits, self.field, self.rule, self.size).tobytes()
+        return digest_of(self.size, pixels), pixels
+
+
+@dataclass(frozen=True, slots=True)
 class Inspected:
     """An image file's media type by its header, such as "image/png", and its SHA-256 in hexadecimal digits."""
 
@@ -108,11 +127,11 @@ class Encode:
         return None, images.encode(image, self.file_format, self.quality, self.record)
 
 
-Job = LoadImage | Inspect | Encode
+Job = LoadImage | LoadMask | Inspect | Encode
 
 
 def digest_of(size: tuple[int, int], pixels: bytes) -> bytes:
-    """A 16-byte hash of an RGB image's size and pixels, which does not depend on the file's format."""
+    """A 16-byte hash of an image's size and pixels, which does not depend on the file's format."""
     hashed = hashlib.blake2b(b"%d %d " % size, digest_size=_DIGEST_BYTES)
     hashed.update(pixels)
     return hashed.digest()

@@ -4,6 +4,7 @@ It reads pickled jobs from a socket, each with a file of its bytes. The kernel e
 has requested: without memory decoders fail; after the time SIGPROF kills the process.
 """
 
+import importlib
 import mmap
 import os
 import pickle
@@ -37,6 +38,8 @@ def main(descriptor: int, parent: int) -> None:
     warnings.simplefilter("ignore")
     connection = socket.socket(fileno=descriptor)
     send(connection, Ready())
+    # Loading it takes more memory than a job for a small image may use. The parent does not wait for it.
+    importlib.import_module("numpy")
     # From here on C libraries may write text that clients control.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
     while True:

@@ -17,6 +17,20 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
+class Mask:
+    """Which part of a source to redraw.
+
+    `image` is gray (mode L), of the result's size: white is redrawn, black is kept. `digest` identifies its content; empty if it
+    need not be cached. With `paste` the result has the source's pixels where the mask is black, and a blend of both where it is
+    gray.
+    """
+
+    image: Image.Image
+    digest: bytes = b""
+    paste: bool = True
+
+
+@dataclass(frozen=True, slots=True)
 class Request:
     """One transform, checked and with every default filled in.
 
@@ -27,7 +41,8 @@ class Request:
     content; empty if it need not be cached. A `background` request is the server's own and has the lowest priority. `client`
     names its client; `id` identifies it in logs and to the caller. Without `follow` only its ending is delivered, so a replica
     sends no other events. Requests of one `cache_scope` share cached encodings, so their timings reveal whether another request
-    used the same input.
+    used the same input. `mask` is None if the whole source is transformed; the pipeline's `source_rule` says whether it takes
+    one.
     """
 
     model: str
@@ -48,6 +63,7 @@ class Request:
     follow: bool = True
     cache_scope: str = ""
     size: tuple[int, int] | None = None
+    mask: Mask | None = None
 
     @property
     def result_size(self) -> tuple[int, int]:

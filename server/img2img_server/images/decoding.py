@@ -13,6 +13,7 @@ from PIL import Image, ImageCms, UnidentifiedImageError, _imaging
 
 from img2img_server.errors import InvalidField
 from img2img_server.images.essentials import Essentials, essentials, lies_on_its_side, read_orientation, turn_upright
+from img2img_server.images.masks import MaskRule, prepare_mask
 from img2img_server.images.sizes import ImageLimits
 
 READ_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
@@ -49,6 +50,21 @@ def decode(data: bytes, limits: ImageLimits, field: str) -> Image.Image:
         image, file = _open(data, limits, field)
         image.load()
         return turn_upright(to_srgb(image, file.profile), read_orientation(file.exif))
+
+
+def decode_mask(data: bytes, limits: ImageLimits, field: str, rule: MaskRule, size: tuple[int, int]) -> Image.Image:
+    """Decodes an image file to a mask in mode L of `size`, by `rule`: upright, without color management, because a mask's values
+    are not colors.
+
+    Raises InvalidField as decode does, and for a mask that `rule` does not fit.
+    """
+    with _reading(field):
+        image, file = _open(data, limits, field)
+        image.load()
+        orientation = read_orientation(file.exif)
+        colors = turn_upright(to_srgb(image, b""), orientation)
+        alpha = _split(image)[1] if rule.by_alpha else None
+        return prepare_mask(colors, None if alpha is None else turn_upright(alpha, orientation), rule, size, field)
 
 
 def check_header(data: bytes, limits: ImageLimits, field: str) -> str:

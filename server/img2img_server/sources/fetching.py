@@ -8,7 +8,8 @@ import asyncio
 import logging
 import socket
 import ssl
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
 from typing import Any
 
@@ -110,6 +111,15 @@ class Resolver(AbstractResolver):
         self._threads.close()
 
 
+@contextmanager
+def _named(field: str) -> Iterator[None]:
+    """Makes errors about the source image's address in the block errors about `field`."""
+    try:
+        yield
+    except InvalidField as error:
+        raise InvalidField(field, error.description) from None
+
+
 class Fetcher:
     """Downloads over http and https within `seconds` and `most` bytes.
 
@@ -142,8 +152,12 @@ class Fetcher:
         if self._resolver is not None:
             await self._resolver.close()
 
-    def check(self, address: str) -> URL:
-        """The parsed address. Raises InvalidField if it must not be fetched."""
+    def check(self, address: str, field: str = _FIELD) -> URL:
+        """The parsed address. Raises InvalidField, naming `field`, if it must not be fetched."""
+        with _named(field):
+            return self._parsed(address)
+
+    def _parsed(self, address: str) -> URL:
         if len(address) > _MOST_CHARACTERS:
             raise InvalidField(_FIELD, f"the address has {len(address)} characters, the maximum is {_MOST_CHARACTERS}")
         try:
@@ -152,14 +166,15 @@ class Fetcher:
             raise InvalidField(_FIELD, "the address is malformed") from None
         return self._checked(url)
 
-    async def fetch(self, address: str) -> bytes:
-        """The bytes there. Raises InvalidField where they cannot be had, for whichever reason."""
-        url = self.check(address)
-        try:
-            async with asyncio.timeout(self._seconds), self._slots.slot(current().client):
-                return await self._follow(url)
-        except TimeoutError:
-            raise InvalidField(_FIELD, f"fetching the image took longer than {self._seconds:g} seconds") from None
+    async def fetch(self, address: str, field: str = _FIELD) -> bytes:
+        """The bytes there. Raises InvalidField, naming `field`, if they cannot be fetched, for whichever reason."""
+        with _named(field):
+            url = self._parsed(address)
+            try:
+                async with asyncio.timeout(self._seconds), self._slots.slot(current().client):
+                    return await self._follow(url)
+            except TimeoutError:
+                raise InvalidField(_FIELD, f"fetching the image took longer than {self._seconds:g} seconds") from None
 
     def _shared(self) -> aiohttp.ClientSession:
         """The session of all downloads, created on first use. It keeps no connections, cookies or credentials."""

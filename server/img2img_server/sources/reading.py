@@ -85,8 +85,6 @@ def _read(descriptor: int, most: int, field: str) -> bytes:
 
 _THREADS = 4
 """Threads that read files and data: URIs, shared fairly among clients."""
-_ASSET = "image.asset_id"
-_URI = "image.uri"
 
 
 class Sources:
@@ -115,41 +113,50 @@ class Sources:
             await self._fetcher.close()
         self._threads.close()
 
-    def check(self, source: pb.ImageSource) -> None:
-        """Checks a source without reading it. Raises InvalidField, or NotSupported if the server cannot read such sources."""
+    def check(self, source: pb.ImageSource, field: str = "image") -> None:
+        """Checks the source in `field` of a request without reading it.
+
+        Raises InvalidField, or NotSupported if the server cannot read such sources.
+        """
         kind = source.WhichOneof("source")
         if kind is None:
-            raise InvalidField("image", "a source image is required")
+            what = "a source image is required" if field == "image" else "the image is missing: set uri, asset_id or data"
+            raise InvalidField(field, what)
         if kind == "asset_id":
-            self._check_asset(_ASSET, source.asset_id)
+            self._check_asset(f"{field}.asset_id", source.asset_id)
         if kind == "uri":
-            self._check_uri(source.uri)
+            self._check_uri(f"{field}.uri", source.uri)
 
-    async def read(self, source: pb.ImageSource) -> tuple[str, bytes]:
-        """The name of the source's field, and the image file's bytes. Raises InvalidField, AssetNotFound or StorageFailed."""
-        kind = source.WhichOneof("source")
-        if kind == "asset_id":
-            return _ASSET, await self._asset(_ASSET, source.asset_id)
-        if kind == "uri":
-            return _URI, await self._read_uri(source.uri)
-        return "image.data", source.data
+    async def read(self, source: pb.ImageSource, field: str = "image") -> tuple[str, bytes]:
+        """The full name of the source in `field` of a request, such as "image.uri", and the image file's bytes.
+
+        Raises InvalidField, AssetNotFound or StorageFailed.
+        """
+        match source.WhichOneof("source"):
+            case "asset_id":
+                name = f"{field}.asset_id"
+                return name, await self._asset(name, source.asset_id)
+            case "uri":
+                name = f"{field}.uri"
+                return name, await self._read_uri(name, source.uri)
+        return f"{field}.data", source.data
 
     def _check_asset(self, field: str, asset_id: str) -> None:
         self.assets.require(field)
         if not is_id(asset_id):
             raise InvalidField(field, "an asset id must be 64 lowercase hexadecimal digits, as returned by UploadAsset")
 
-    def _check_uri(self, uri: str) -> None:
+    def _check_uri(self, field: str, uri: str) -> None:
         scheme = _scheme_of(uri)
         if scheme == "asset":
-            self._check_asset(_URI, _after_scheme(uri))
+            self._check_asset(field, _after_scheme(uri))
         elif scheme in ("http", "https") and self._fetcher is not None:
-            self._fetcher.check(uri)
+            self._fetcher.check(uri, field)
         elif scheme == "file" and self._settings.file_root is not None:
-            path_of(uri, _URI)
+            path_of(uri, field)
         elif scheme != "data":
             raise InvalidField(
-                _URI, f"only {', '.join(self._schemes())} addresses are supported by this server; or send the image as data"
+                field, f"only {', '.join(self._schemes())} addresses are supported by this server; or send the image as data"
             )
 
     def _schemes(self) -> list[str]:
@@ -161,18 +168,18 @@ class Sources:
             *(["file:"] if self._settings.file_root is not None else []),
         ]
 
-    async def _read_uri(self, uri: str) -> bytes:
+    async def _read_uri(self, field: str, uri: str) -> bytes:
         scheme = _scheme_of(uri)
         if scheme == "asset":
-            return await self._asset(_URI, _after_scheme(uri))
+            return await self._asset(field, _after_scheme(uri))
         if scheme == "file":
-            root, path = self._settings.file_root, path_of(uri, _URI)
+            root, path = self._settings.file_root, path_of(uri, field)
             assert root is not None, "check refuses files without it"
-            return await self._threads.run(read_below, root, path, self._limits.max_bytes, _URI)
+            return await self._threads.run(read_below, root, path, self._limits.max_bytes, field)
         if scheme in ("http", "https"):
             assert self._fetcher is not None, "check refuses addresses without it"
-            return await self._fetcher.fetch(uri)
-        return await self._threads.run(images.decode_data_uri, uri, self._limits, _URI)
+            return await self._fetcher.fetch(uri, field)
+        return await self._threads.run(images.decode_data_uri, uri, self._limits, field)
 
     async def _asset(self, field: str, asset_id: str) -> bytes:
         data = await self.assets.read(owner_of(current()), asset_id, self._limits.max_bytes)

@@ -2,9 +2,13 @@
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 Size = tuple[int, int]
 """Width and height in pixels."""
+
+MaskUse = Literal["none", "optional", "required"]
+"""Whether a model takes a mask that says which part of the source to redraw."""
 
 _IF_MULTIPLE, _AREA_MULTIPLE = 8, 16
 
@@ -20,6 +24,8 @@ class SourceRule:
 
     A model with a `shorter_side` or an `area` also sets the size of its results, by the source's aspect alone. `shorter_side`
     is that side in pixels, as DeepFloyd IF has it; `area` is about so many pixels, as LongCat-Image-Edit has it.
+
+    `mask` says whether it takes a mask.
     """
 
     resampling: str = "LANCZOS"
@@ -28,6 +34,7 @@ class SourceRule:
     square: bool = False
     shorter_side: int | None = None
     area: int | None = None
+    mask: MaskUse = "none"
 
     @property
     def sets_size(self) -> bool:

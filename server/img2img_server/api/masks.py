@@ -1,0 +1,38 @@
+"""The fields of a request about its mask: checked by the model, and the rule for its pixels."""
+
+from img2img.v1 import image_to_image_pb2 as pb
+
+from img2img_server.errors import InvalidField
+from img2img_server.images import MAX_BLUR, MaskRule
+from img2img_server.support.source_rule import MaskUse
+
+
+def mask_rule(message: pb.TransformRequest, use: MaskUse, model: str, by_alpha: bool) -> MaskRule | None:
+    """What becomes of the message's mask before the model gets it; None if it has none. `use` is the model's of masks.
+
+    With `by_alpha` the mask's transparent areas are redrawn. Raises InvalidField for a mask that the model cannot use, a missing
+    mask that it needs, and settings without a mask.
+    """
+    if not message.HasField("mask"):
+        _check_no_settings(message)
+        if use == "required":
+            raise InvalidField("mask", f"model '{model}' is an inpainting model, which needs a mask: white is redrawn")
+        return None
+    if use == "none":
+        raise InvalidField("mask", f"model '{model}' does not take a mask: leave mask unset, or use another model")
+    blur = message.mask_blur
+    if not 0 <= blur <= MAX_BLUR:
+        raise InvalidField("mask_blur", f"{blur:g} is not in 0 to {MAX_BLUR:g}")
+    return MaskRule(blur, message.mask_invert, by_alpha)
+
+
+def _check_no_settings(message: pb.TransformRequest) -> None:
+    """Raises InvalidField for a setting of the mask that would have no effect. Defaults are accepted."""
+    changed = {
+        "mask_blur": message.mask_blur != 0,
+        "mask_invert": message.mask_invert,
+        "mask_paste": message.HasField("mask_paste") and not message.mask_paste,
+    }
+    for field, is_set in changed.items():
+        if is_set:
+            raise InvalidField(field, "it has no effect without a mask: set mask, too")
