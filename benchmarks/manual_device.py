@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from img2img_server.engine.request import Plan, Request
+from img2img_server.support.model_fields import GUIDED
 from img2img_server.support.source_rule import STRETCHED
 from PIL import Image
 
@@ -26,6 +27,7 @@ class ManualDevice:
     size_multiple = 8
     native_size = (512, 512)
     source_rule = STRETCHED
+    fields = GUIDED
     max_rows: int | None = None
     measurable = True
     row_buckets: Sequence[int] = ()

@@ -13,6 +13,7 @@ from img2img_server.bundle.manifest import Manifest, Source, Verification
 from img2img_server.config import ServerConfig
 from img2img_server.engine.request import Plan, Request
 from img2img_server.models.registry import Model, ModelRegistry
+from img2img_server.support.model_fields import GUIDED
 from img2img_server.support.source_rule import STRETCHED
 from PIL import Image, ImageChops
 
@@ -35,6 +36,7 @@ class SimulatedDevice:
     size_multiple = 8
     native_size = (512, 512)
     source_rule = STRETCHED
+    fields = GUIDED
     max_rows: int | None = None
     measurable = True
     row_buckets: Sequence[int] = ()

@@ -7,6 +7,7 @@ from img2img_server.engine.engine import Engine
 from img2img_server.engine.request import Completed, Event, Failed, Plan, Progress, Request, RequestWarning, Ticket, no_step
 from img2img_server.engine.scheduler import QueueLimits
 from img2img_server.errors import OutOfMemory
+from img2img_server.support.model_fields import GUIDED, ModelFields
 from img2img_server.support.source_rule import SourceRule
 from PIL import Image
 
@@ -38,6 +39,7 @@ class FakePipeline:
     size_multiple = 8
     native_size = (16, 16)
     source_rule = SourceRule()
+    fields: ModelFields = GUIDED
     measurable = True
     row_buckets: Sequence[int] = ()
     schedulers: tuple[str, ...] = ("EulerDiscreteScheduler", "DDIMScheduler")

@@ -33,6 +33,7 @@ from img2img_client.values import (
     Completed,
     EngineState,
     EngineStatus,
+    FieldInfo,
     ImageFormat,
     ModelInfo,
     ModelReference,
@@ -51,7 +52,7 @@ if TYPE_CHECKING:
     from img2img_client.async_client import AsyncClient
     from img2img_client.async_stream import AsyncTransformStream
     from img2img_client.client import Client
-    from img2img_client.options import Fit, ImageInput, TransformOptions
+    from img2img_client.options import Fit, ImageInput, TransformOptions, taken_options
     from img2img_client.provenance import read_provenance
     from img2img_client.stream import TransformStream
 
@@ -68,6 +69,7 @@ __all__ = [
     "DeadlineExceeded",
     "EngineState",
     "EngineStatus",
+    "FieldInfo",
     "Fit",
     "ImageFormat",
     "ImageInput",
@@ -96,6 +98,7 @@ __all__ = [
     "Unauthenticated",
     "Unavailable",
     "read_provenance",
+    "taken_options",
 ]
 
 _LAZY = {
@@ -107,6 +110,7 @@ _LAZY = {
     "ImageInput": "img2img_client.options",
     "TransformOptions": "img2img_client.options",
     "read_provenance": "img2img_client.provenance",
+    "taken_options": "img2img_client.options",
 }
 
 

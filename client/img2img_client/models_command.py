@@ -12,7 +12,7 @@ from img2img_client.values import ModelReference
 
 if TYPE_CHECKING:
     from img2img_client.client import Client
-    from img2img_client.values import EngineStatus, ModelInfo
+    from img2img_client.values import EngineStatus, FieldInfo, ModelInfo
 
 PROGRAM = "img2img models"
 
@@ -20,6 +20,7 @@ _EPILOG = """\
 examples:
   img2img models
   img2img models --schedulers
+  img2img models --fields
   img2img models --load sdxl
   img2img models --load-repo stabilityai/sdxl-turbo --variant fp16
   img2img models --target gpu-box:50051 --json
@@ -34,6 +35,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.epilog = _EPILOG
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--schedulers", action="store_true", help="list the schedulers that requests to each model can choose")
+    parser.add_argument(
+        "--fields", action="store_true", help="list the options that requests to each model can set, with defaults and bounds"
+    )
     parser.add_argument("--json", action="store_true", help="print every field of every model as JSON")
     change = parser.add_argument_group("load or unload a model").add_mutually_exclusive_group()
     change.add_argument("--load", metavar="ID", help="load this model, and wait until it is ready")
@@ -53,7 +57,7 @@ def run(arguments: argparse.Namespace) -> int:
         if arguments.json:
             print(json.dumps([asdict(model) for model in models]))
         else:
-            _print_table(models, arguments.schedulers)
+            _print_table(models, arguments.schedulers, arguments.fields)
 
     return attempt(PROGRAM, target_of(arguments), work)
 
@@ -72,14 +76,15 @@ def _ask(client: "Client", arguments: argparse.Namespace) -> "tuple[ModelInfo, .
     return client.models(timeout=_SECONDS_TO_LIST if arguments.timeout is None else arguments.timeout)
 
 
-def _print_table(models: "tuple[ModelInfo, ...]", schedulers: bool) -> None:
+def _print_table(models: "tuple[ModelInfo, ...]", schedulers: bool, fields: bool) -> None:
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     engines = any(model.engines for model in models)
     details = any(model.detail for model in models)
-    more = [*(["detail"] if details else []), *(["promotion"] if engines else []), *(["schedulers"] if schedulers else [])]
+    shown = {"detail": details, "promotion": engines, "schedulers": schedulers, "fields": fields}
+    more = [column for column, is_shown in shown.items() if is_shown]
     table = Table("id", "family", "backend", "engine", "state", "memory", "default", *more)
     for model in models:
         memory = _mebibytes(model.memory_bytes) if model.memory_bytes and model.state == "ready" else ""
@@ -91,6 +96,8 @@ def _print_table(models: "tuple[ModelInfo, ...]", schedulers: bool) -> None:
             cells.append("\n".join(map(_describe_engine, model.engines)))
         if schedulers:
             cells.append("\n".join(model.schedulers))
+        if fields:
+            cells.append("\n".join(map(_describe_field, model.fields)))
         table.add_row(*(Text(cell, overflow="fold") for cell in cells))  # Text, since a str would be read as markup.
     console = Console(width=None if sys.stdout.isatty() else _WIDTH_OF_A_PIPE)
     console.print(table)
@@ -99,6 +106,19 @@ def _print_table(models: "tuple[ModelInfo, ...]", schedulers: bool) -> None:
 def _describe_engine(engine: "EngineStatus") -> str:
     done = f" {engine.progress:.0%}" if engine.state in ("building", "checking") else ""
     return f"{engine.name} {engine.state}{done}" + (f": {engine.detail}" if engine.detail else "")
+
+
+def _describe_field(field: "FieldInfo") -> str:
+    """A line such as "strength: 0.8, above 0 to 1"."""
+    parts = ["required"] if field.required else []
+    if field.default is not None:
+        parts.append(json.dumps(field.default) if isinstance(field.default, str | bool) else f"{field.default:g}")
+    if field.minimum is not None or field.maximum is not None:
+        least = "" if field.minimum is None else f"{'above ' if field.exclusive_minimum else 'from '}{field.minimum:.20g} "
+        parts.append(f"{least}{'' if field.maximum is None else f'to {field.maximum:.20g}'}".strip())
+    if field.max_count:
+        parts.append(f"at most {field.max_count}")
+    return f"{field.name}: {', '.join(parts)}" if parts else field.name
 
 
 def _mebibytes(count: int) -> str:

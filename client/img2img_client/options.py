@@ -1,12 +1,13 @@
 """Converts a caller's arguments to the request message. Omitted options stay unset, so the server's defaults apply."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias, TypedDict, Union, get_args
 
 from img2img.v1 import image_to_image_pb2 as messages
 
-from img2img_client.values import Asset, ImageFormat, ModelReference
+from img2img_client.values import Asset, ImageFormat, ModelInfo, ModelReference
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -38,6 +39,8 @@ class TransformOptions(TypedDict, total=False):
 
     `mask` is an image that says what to redraw: white is redrawn, black is kept; `mask_invert` swaps them, `mask_blur` softens
     its edges by so many pixels. The result has the source's pixels outside the mask, unless `mask_paste` is False.
+    `reference_images` are more images to edit by, and `true_cfg_scale`, in 0..30, is guidance by `negative_prompt`, for models
+    that take them: `ModelInfo.fields` says which options a model takes, with its defaults and bounds.
     """
 
     model: str | ModelReference | None
@@ -60,6 +63,20 @@ class TransformOptions(TypedDict, total=False):
     mask_blur: float | None
     mask_invert: bool | None
     mask_paste: bool | None
+    reference_images: "Sequence[ImageInput] | None"
+    true_cfg_scale: float | None
+
+
+def taken_options(options: TransformOptions, models: Sequence[ModelInfo]) -> TransformOptions:
+    """The options without those that the model does not take, which the server would refuse: for programs with one form for all
+    models. `models` are the server's. All options stay if the model is not chosen by its id, or is not ready."""
+    named = options.get("model")
+    model_id = named.path if isinstance(named, ModelReference) else named
+    default = [model for model in models if model.is_default or len(models) == 1] if named is None else []
+    chosen = [model for model in models if model.id == model_id] or default
+    fields = messages.TransformRequest.DESCRIPTOR.fields_by_name
+    refused = [name for name in options if name in fields and chosen and not chosen[0].takes(name)]
+    return {name: value for name, value in options.items() if name not in refused}  # type: ignore[return-value]
 
 
 def build_request(image: ImageInput, options: TransformOptions) -> messages.TransformRequest:
@@ -92,6 +109,8 @@ def build_request(image: ImageInput, options: TransformOptions) -> messages.Tran
         mask_blur=options.get("mask_blur"),
         mask_invert=options.get("mask_invert"),
         mask_paste=options.get("mask_paste"),
+        reference_images=[_image_message(image, "reference_images") for image in _references(options)],
+        true_cfg_scale=options.get("true_cfg_scale"),
     )
     if request.ByteSize() > MAX_MESSAGE_BYTES:
         raise ValueError(
@@ -99,6 +118,13 @@ def build_request(image: ImageInput, options: TransformOptions) -> messages.Tran
             " smaller image"
         )
     return request
+
+
+def _references(options: TransformOptions) -> "Sequence[ImageInput]":
+    references = options.get("reference_images") or ()
+    if isinstance(references, str | bytes | os.PathLike):
+        raise TypeError("reference_images must be a list of images, not a single image")
+    return references
 
 
 def model_message(model: str | ModelReference | None) -> messages.ModelReference | None:

@@ -61,6 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
     failed: list[str] = []
 
     def work() -> None:
+        from img2img_client.options import taken_options
         from img2img_client.provenance import read_provenance
 
         original = arguments.file.read_bytes()
@@ -69,7 +70,8 @@ def run(arguments: argparse.Namespace) -> int:
             raise ValueError(f"{arguments.file}: the image has no img2img record: was it made with --provenance none?")
         source, options = _source(arguments, record), _options(record)
         with connect(arguments, retry_report(PROGRAM, target_of(arguments))) as client:
-            result = client.transform(source, **options)
+            # An older server recorded also what its model did not take.
+            result = client.transform(source, **taken_options(options, client.models()))
         data = result.images[0].data
         if arguments.output is not None:
             arguments.output.write_bytes(data)
@@ -122,9 +124,10 @@ def _options(record: Mapping[str, Any]) -> "TransformOptions":
         "model": ModelReference(path=field("model", str)),
         "prompt": field("prompt", str),
         "negative_prompt": field("negative_prompt", str, type(None)),
-        "strength": field("strength", int, float),
+        "strength": field("strength", int, float, type(None)),
         "num_inference_steps": field("num_inference_steps", int),
-        "guidance_scale": field("guidance_scale", int, float),
+        "guidance_scale": field("guidance_scale", int, float, type(None)),
+        "true_cfg_scale": field("true_cfg_scale", int, float, type(None)) if record.get("negative_prompt") is not None else None,
         "scheduler": field("scheduler", str, type(None)),
         "seed": field("seed", int),
         "width": field("width", int),

@@ -119,6 +119,20 @@ def parse_model(message: model_pb2.Model) -> values.ModelInfo:
         engines=tuple(_parse_engine(engine) for engine in message.engines),
         memory_bytes=message.memory_bytes or None,
         detail=message.detail,
+        fields=tuple(_parse_field(field) for field in message.fields),
+    )
+
+
+def _parse_field(message: model_pb2.RequestField) -> values.FieldInfo:
+    default = message.WhichOneof("default")
+    return values.FieldInfo(
+        name=message.name,
+        required=message.required,
+        default=None if default is None else getattr(message, default),
+        minimum=message.minimum if message.HasField("minimum") else None,
+        maximum=message.maximum if message.HasField("maximum") else None,
+        exclusive_minimum=message.exclusive_minimum,
+        max_count=message.max_count,
     )
 
 

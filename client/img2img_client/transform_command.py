@@ -30,6 +30,7 @@ examples:
   img2img transform photo.jpg --output hat.png --prompt "a red hat" --mask head.png --mask-blur 4
   img2img transform photo.jpg --output lake.png --scheduler "DPM++ 2M Karras" --steps 15 --preview-every 3
   cat photo.jpg | img2img transform - --output - --format webp --quiet > sunset.webp
+  img2img transform room.jpg --reference chair.png --reference lamp.png --output new.png --prompt "put both into the room"
   img2img transform photos/*.jpg --output-dir winter --prompt "the same place in winter" --fit native
   img2img transform photo.jpg --output-dir ideas --prompts prompts.txt
   img2img transform https://example.org/lake.jpg --as-asset --target https://gpu-box:50051 --token-file ~/.img2img-token
@@ -91,6 +92,20 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         help="inference steps; at a strength below 1, only that fraction of them runs",
     )
     group.add_argument("--guidance-scale", type=float, metavar="G", help="0 to 30; 1 or below disables guidance")
+    group.add_argument(
+        "--true-cfg-scale",
+        type=float,
+        metavar="G",
+        help="0 to 30: guidance by --negative-prompt, for models such as Qwen-Image and Flux Kontext",
+    )
+    group.add_argument(
+        "--reference",
+        action="append",
+        metavar="FILE",
+        dest="references",
+        help="one more image to edit by, as a file or an address like IN; repeat for several. For models that take several, as "
+        "`img2img models --fields` lists",
+    )
     group.add_argument(
         "--scheduler",
         metavar="NAME",
@@ -228,6 +243,8 @@ def _options(arguments: argparse.Namespace) -> "TransformOptions":
         "mask_blur": arguments.mask_blur,
         "mask_invert": arguments.mask_invert,
         "mask_paste": arguments.mask_paste,
+        "true_cfg_scale": arguments.true_cfg_scale,
+        "reference_images": arguments.references,
     }
 
 

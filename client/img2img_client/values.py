@@ -54,6 +54,24 @@ class EngineStatus:
 
 
 @dataclass(frozen=True, slots=True)
+class FieldInfo:
+    """An option that requests to a model can set: a field of the contract's TransformRequest, such as "strength".
+
+    `default` is what an unset option means, None if that is not a fixed value. Numbers are from `minimum` (above it, if
+    `exclusive_minimum`) to `maximum`, texts have as many characters; None means no bound. `max_count` is the maximum number of
+    elements of a list, 0 for other options.
+    """
+
+    name: str
+    required: bool = False
+    default: float | str | bool | None = None
+    minimum: float | None = None
+    maximum: float | None = None
+    exclusive_minimum: bool = False
+    max_count: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class ModelInfo:
     """A model on the server.
 
@@ -61,6 +79,7 @@ class ModelInfo:
     model is ready. Width and height of its results are multiples of `size_multiple` pixels. `schedulers` are the names that a
     request can choose, empty if the model supports only its own. `engines` are candidate engines. `memory_bytes` were measured
     when it was loaded, None if unknown. `detail` is a readable text: the current loading step, or why the model is not ready.
+    `fields` are the options that requests can set, empty if the model is not ready or the server is older than this list.
     """
 
     id: str
@@ -77,6 +96,15 @@ class ModelInfo:
     engines: tuple[EngineStatus, ...] = ()
     memory_bytes: int | None = None
     detail: str = ""
+    fields: tuple[FieldInfo, ...] = ()
+
+    def field(self, name: str) -> FieldInfo | None:
+        """The option of that name, None if the model does not take it or `fields` is empty."""
+        return next((field for field in self.fields if field.name == name), None)
+
+    def takes(self, name: str) -> bool:
+        """Whether requests can set the option of that name, as far as is known: True if `fields` is empty."""
+        return not self.fields or self.field(name) is not None
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from img2img_client import Client, Completed, Progress
+from img2img_client import Client, Completed, Progress, taken_options
 from PIL import Image
 
 MAX_SEED = 2**63 - 1
@@ -76,9 +76,10 @@ class Img2ImgServerTransform:
             "scheduler": scheduler or None,
         }
         sources = [Image.fromarray(np.rint(np.clip(one, 0, 1) * 255).astype(np.uint8)) for one in image[..., :3].cpu().numpy()]
-        step_done, interrupt = _hooks(len(sources) * max(1, int(steps * strength)))
         token = os.environ.get("IMG2IMG_TOKEN")
         with Client(target, token=token) as client, ThreadPoolExecutor(len(sources)) as threads:
+            options = dict(taken_options(options, client.models()))  # models that edit have no strength
+            step_done, interrupt = _hooks(len(sources) * max(1, int(steps * options.get("strength", 1.0))))
 
             def run(index: int) -> np.ndarray[Any, np.dtype[np.float32]]:
                 own = {**options, "seed": seed if seed == -1 else seed + index}

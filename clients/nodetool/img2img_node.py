@@ -3,7 +3,7 @@
 import os
 from typing import ClassVar
 
-from img2img_client import AsyncClient, Completed, Progress
+from img2img_client import AsyncClient, Completed, Progress, TransformOptions, taken_options
 from nodetool.metadata.types import ImageRef
 from nodetool.workflows.base_node import BaseNode
 from nodetool.workflows.processing_context import ProcessingContext
@@ -39,25 +39,24 @@ class Img2ImgServerTransform(BaseNode):
         """The transformed image. Errors are img2img_client's, such as InvalidRequest."""
         source = await context.asset_to_bytes(self.image)
         token = os.environ.get("IMG2IMG_TOKEN")
-        async with (
-            AsyncClient(self.target, token=token) as client,
-            client.transform_stream(
-                source,
-                prompt=self.prompt,
-                negative_prompt=self.negative_prompt,
-                strength=self.strength,
-                num_inference_steps=self.num_inference_steps,
-                guidance_scale=self.guidance_scale,
-                seed=self.seed,
-                scheduler=self.scheduler or None,
-                model=self.model or None,
-            ) as events,
-        ):
-            async for event in events:
-                if isinstance(event, Progress):
-                    context.post_message(NodeProgress(node_id=self.id, progress=event.step, total=event.step_count))
-                if isinstance(event, Completed):
-                    return await context.image_from_bytes(event.result.images[0].data)
+        asked: TransformOptions = {
+            "prompt": self.prompt,
+            "negative_prompt": self.negative_prompt,
+            "strength": self.strength,
+            "num_inference_steps": self.num_inference_steps,
+            "guidance_scale": self.guidance_scale,
+            "seed": self.seed,
+            "scheduler": self.scheduler or None,
+            "model": self.model or None,
+        }
+        async with AsyncClient(self.target, token=token) as client:
+            options = taken_options(asked, await client.models())  # models that edit have no strength
+            async with client.transform_stream(source, **options) as events:
+                async for event in events:
+                    if isinstance(event, Progress):
+                        context.post_message(NodeProgress(node_id=self.id, progress=event.step, total=event.step_count))
+                    if isinstance(event, Completed):
+                        return await context.image_from_bytes(event.result.images[0].data)
         raise AssertionError("a stream ends with Completed or an error")
 
     @classmethod

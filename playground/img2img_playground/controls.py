@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from nicegui import ui
 
 from img2img_playground.failures import Failure
-from img2img_playground.settings import Settings
+from img2img_playground.settings import Settings, model_of
 from img2img_playground.watch import ServerState
 
 if TYPE_CHECKING:
@@ -34,10 +34,10 @@ class NumberControl:
     """A number as a slider and a field; the field accepts values beyond the slider, for servers that allow them."""
 
     def __init__(self, name: str, label: str, hint: str, least: float, most: float, step: float, change: Change) -> None:
-        self._name, self._least, self._most, self._change = name, least, most, change
+        self._name, self._least, self._most, self._widest, self._change = name, least, most, most, change
         self._whole = step == 1
         self._following = False
-        with ui.element("div").classes("number-control"):
+        with ui.element("div").classes("number-control") as self._box:
             ui.label(label).classes("control-label").props("aria-hidden=true")
             self.field = ui.number(step=step, on_change=lambda event: self._take(event.value, self._show_on_slider))
             self.field.props(f'dense outlined aria-label="{label}" hide-bottom-space no-error-icon data-field={name}')
@@ -52,6 +52,14 @@ class NumberControl:
         self._show_in_field(value)
         self._show_on_slider(value)
         self._following = False
+
+    def follow(self, model: "ModelInfo | None", is_usual: bool = True) -> None:
+        """Hides the control if the model does not take the number, and bounds the slider by the model's maximum. A number that is
+        not `is_usual` is hidden also if that is not known."""
+        field = model and model.field(self._name)
+        self._box.set_visibility(bool(field) or (is_usual and (model is None or model.takes(self._name))))
+        self._most = self._widest if not field or field.maximum is None else min(self._widest, field.maximum)
+        self._slider.props(f"max={self._most:g}")
 
     def _take(self, value: float | None, show: Callable[[float | None], None]) -> None:
         if self._following:
@@ -86,6 +94,8 @@ class Controls:
         self.strength = NumberControl("strength", "Strength", "How much to change the source", 0.05, 1, 0.05, change)
         self.steps = NumberControl("num_inference_steps", "Steps", "More steps take longer", 1, 100, 1, change)
         self.guidance = NumberControl("guidance_scale", "Guidance", "How closely to follow the prompt", 0, 20, 0.5, change)
+        hint = "How strongly to avoid the negative prompt"
+        self.true_cfg = NumberControl("true_cfg_scale", "True CFG scale", hint, 0, 20, 0.5, change)
         with ui.element("div").classes("seed-control"):
             self.seed = ui.input("Seed", placeholder="random each time", on_change=self._take_seed)
             self.seed.props(f"outlined dense stack-label clearable inputmode=numeric mask={'#' * _SEED_DIGITS}")
@@ -108,11 +118,13 @@ class Controls:
         if state.models != self._models or settings != self._shown:
             self._models = state.models
             self._show_choices(settings)
+            self._follow(model_of(settings, state.models))
         if settings != self._shown:
             self.prompt.value, self.negative.value = settings.prompt, settings.negative_prompt
             self.strength.show(settings.strength)
             self.steps.show(settings.num_inference_steps)
             self.guidance.show(settings.guidance_scale)
+            self.true_cfg.show(settings.true_cfg_scale)
             self.seed.value = "" if settings.seed is None else str(settings.seed)
             self.fit.value = settings.fit or ""
             self._shown = settings
@@ -130,11 +142,20 @@ class Controls:
             "strength": self.strength.field,
             "num_inference_steps": self.steps.field,
             "guidance_scale": self.guidance.field,
+            "true_cfg_scale": self.true_cfg.field,
             "seed": self.seed,
             "model": self.model,
             "scheduler": self.scheduler,
             "fit": self.fit,
         }
+
+    def _follow(self, model: "ModelInfo | None") -> None:
+        """Shows the controls of the settings that the model takes."""
+        for control in (self.strength, self.steps, self.guidance):
+            control.follow(model)
+        self.true_cfg.follow(model, is_usual=False)
+        self.negative.set_visibility(model is None or model.takes("negative_prompt"))
+        self.scheduler.set_visibility(model is None or model.takes("scheduler"))
 
     def _show_choices(self, settings: Settings) -> None:
         default = next((model.id for model in self._models if model.is_default), None)
@@ -143,8 +164,8 @@ class Controls:
         if settings.model and settings.model not in models:
             models[settings.model] = f"{settings.model} · not on the server"
         self.model.set_options(models, value=settings.model or "")
-        chosen = settings.model or default or (self._models[0].id if len(self._models) == 1 else None)
-        known = next((model.schedulers for model in self._models if model.id == chosen), ())
+        chosen = model_of(settings, self._models)
+        known = () if chosen is None else chosen.schedulers
         if settings.scheduler and settings.scheduler not in known:
             known = (*known, settings.scheduler)
         self.scheduler.set_options({"": "Model's default"} | {name: name for name in known}, value=settings.scheduler or "")

@@ -9,6 +9,7 @@ from img2img_playground.gallery import Gallery
 from img2img_playground.images import MAX_BYTES
 from img2img_playground.run_bar import RunBar
 from img2img_playground.session import Session
+from img2img_playground.settings import Settings, model_of
 from img2img_playground.snippet import Connection, python_code
 from img2img_playground.stage import Stage, StageActions
 from img2img_playground.watch import ServerWatch
@@ -47,6 +48,9 @@ class Page:
     def show(self) -> None:
         """Updates all parts; only changes are sent to the browser."""
         session, state = self._session, self._watch.state
+        session.model = model_of(session.settings, state.models)
+        if session.settings == Settings():
+            session.settings = session.settings.followed(None, session.model)
         self._stage.show(session)
         self._controls.show(session.settings, state, session.failure)
         self._bar.show(session.run, ready=session.source is not None)
@@ -79,7 +83,9 @@ class Page:
 
     def _change(self, **settings: object) -> None:
         self._session.set(**settings)
-        if "model" in settings:  # The schedulers depend on the model.
+        if "model" in settings:  # The schedulers, the other settings and their defaults depend on the model.
+            session = self._session
+            session.settings = session.settings.followed(session.model, model_of(session.settings, self._watch.state.models))
             self.show()
 
     def _refused(self, name: str, size: int) -> None:
@@ -107,4 +113,6 @@ class Page:
     def _show_settings_code(self) -> None:
         source = self._session.source
         name, stem = (source.name, source.stem) if source is not None else ("photo.jpg", "photo")
-        self._code.open(python_code(self._connection, name, self._session.settings, f"{stem}-after.png"), name)
+        self._code.open(
+            python_code(self._connection, name, self._session.settings.fitted(self._session.model), f"{stem}-after.png"), name
+        )

@@ -18,6 +18,7 @@ from img2img_playground.settings import Settings
 if TYPE_CHECKING:
     from img2img_client.async_client import AsyncClient
     from img2img_client.retry import OnRetry
+    from img2img_client.values import ModelInfo
 
 Phase = Literal["sending", "queued", "running", "waiting"]
 """The phase of a run: being sent, in the server's queue, running, or waiting for a retry."""
@@ -46,12 +47,14 @@ class Run:
 class Session:
     """The state of a tab. Must be used on the event loop only.
 
+    `model` is the server's description of the model that the settings choose, None if it is not known.
     `open_client` creates the tab's client, which reports retries to its argument. Listeners are called after each change.
     """
 
     def __init__(self, open_client: "Callable[[OnRetry], AsyncClient]", target: str) -> None:
         self.key = secrets.token_urlsafe(16)
         self.settings = Settings()
+        self.model: ModelInfo | None = None
         self.source: ImageFile | None = None
         self.run: Run | None = None
         self.shown: Entry | None = None
@@ -109,7 +112,7 @@ class Session:
             self.fail(Failure("There is no image yet.", "Drop an image on the page, paste one, or choose a file.", "image"))
             return
         self.failure = None
-        self.run = Run(self.source, self.settings)
+        self.run = Run(self.source, self.settings.fitted(self.model))
         self._task = asyncio.create_task(self._transform(self.run.source, self.run.settings))
         self._task.add_done_callback(self._over)  # Also runs if the task is cancelled before it starts
         self._changed()

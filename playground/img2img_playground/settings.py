@@ -1,14 +1,19 @@
 """The settings on the page, which determine the request and the copied program."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from img2img_client.options import Fit, TransformOptions
+    from img2img_client.values import ModelInfo
 
 DEFAULT_PROMPT = "A beautiful landscape with mountains and a lake at sunset"
 """The contract's default prompt (image_to_image.proto)."""
+
+_USUAL = {"strength": 0.8, "num_inference_steps": 25, "guidance_scale": 7.5, "true_cfg_scale": None}
+"""The numbers, with the defaults that most models have (image_to_image.proto)."""
 
 _PREVIEWS = 12
 """Approximate number of previews per run, whatever the number of steps: each costs some device time."""
@@ -31,6 +36,7 @@ class Settings:
     guidance_scale: float | None = 7.5
     seed: int | None = None
     fit: "Fit | None" = "native"
+    true_cfg_scale: float | None = None
 
     def options(self) -> "TransformOptions":
         """The client's options, without None values."""
@@ -44,11 +50,39 @@ class Settings:
             "guidance_scale": self.guidance_scale,
             "seed": self.seed,
             "fit": self.fit,
+            "true_cfg_scale": self.true_cfg_scale,
         }
         return {name: value for name, value in options.items() if value is not None}  # type: ignore[return-value]
+
+    def fitted(self, model: "ModelInfo | None") -> "Settings":
+        """Without the settings that the model does not take, which the server would refuse."""
+        if model is None:
+            return self
+        numbers = {name: None for name in _USUAL if not model.takes(name)}
+        kept = self if model.takes("negative_prompt") else replace(self, negative_prompt="")
+        if not kept.negative_prompt:  # true_cfg_scale needs one
+            numbers["true_cfg_scale"] = None
+        return replace(kept, **numbers)  # type: ignore[arg-type]
+
+    def followed(self, before: "ModelInfo | None", after: "ModelInfo | None") -> "Settings":
+        """With the defaults of the model `after` in place of those of the model `before`; None is one that is not known."""
+        changes = {}
+        for name in _USUAL:
+            field, old = (None if model is None else model.field(name) for model in (after, before))
+            untouched = (None, _USUAL[name] if old is None else old.default)
+            if field is not None and isinstance(field.default, int | float) and getattr(self, name) in untouched:
+                changes[name] = int(field.default) if name == "num_inference_steps" else field.default
+        return replace(self, **changes)  # type: ignore[arg-type]
 
     @property
     def preview_interval(self) -> int:
         """Steps between previews."""
         steps = (self.num_inference_steps or 25) * (self.strength or 0.8)
         return max(1, math.ceil(steps / _PREVIEWS)) if math.isfinite(steps) else 1
+
+
+def model_of(settings: Settings, models: "Sequence[ModelInfo]") -> "ModelInfo | None":
+    """The model that runs these settings, of those that the server has; None if that is not known."""
+    if settings.model:
+        return next((model for model in models if model.id == settings.model), None)
+    return next((model for model in models if model.is_default), models[0] if len(models) == 1 else None)

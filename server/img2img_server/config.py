@@ -13,6 +13,7 @@ DEFAULT_PROMPT = "A beautiful landscape with mountains and a lake at sunset"
 DEFAULT_STRENGTH = 0.8
 DEFAULT_STEPS = 25
 DEFAULT_GUIDANCE = 7.5
+DEFAULT_QUALITY = 90
 MAX_GUIDANCE = 30.0
 MAX_PROMPT = 4096
 """Characters. Text encoders read about 77 tokens; tokenizing longer texts would only delay the engine."""
@@ -293,6 +294,9 @@ class ServerConfig:
     allow_unverified: bool = setting(False, "also serve bundles whose verification failed at export")
     max_steps: int = setting(100, "maximum num_inference_steps", metavar="N", least=1)
     max_image_count: int = setting(8, "maximum number of images of one request", metavar="N", least=1)
+    max_reference_images: int = setting(
+        4, "maximum number of reference_images of one request, beside its image", metavar="N", least=0
+    )
     limits: QueueLimits = section(QueueLimits, "batching and queue")
     image_limits: ImageLimits = section(ImageLimits, "image limits")
     codecs: CodecSettings = section(CodecSettings, "codecs")

@@ -33,6 +33,8 @@ def test_every_option_arrives_as_it_was_set(client: Client, service: FakeService
         mask_blur=2.5,
         mask_invert=True,
         mask_paste=False,
+        reference_images=[b"one", "https://host/two.png"],
+        true_cfg_scale=3.5,
     )
     assert service.requests == [
         messages.TransformRequest(
@@ -61,6 +63,8 @@ def test_every_option_arrives_as_it_was_set(client: Client, service: FakeService
             mask_blur=2.5,
             mask_invert=True,
             mask_paste=False,
+            reference_images=[messages.ImageSource(data=b"one"), messages.ImageSource(uri="https://host/two.png")],
+            true_cfg_scale=3.5,
         )
     ]
 

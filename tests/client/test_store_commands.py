@@ -31,6 +31,12 @@ def test_models_are_listed(service: FakeService, server: FakeServer, capsys: pyt
             state=model_pb2.MODEL_STATE_READY,
             is_default=True,
             schedulers=["DDIM[red]", "DPM++ 2M"],
+            fields=[
+                model_pb2.RequestField(name="image", required=True),
+                model_pb2.RequestField(name="prompt", default_text="a lake", maximum=4096),
+                model_pb2.RequestField(name="strength", default_number=0.8, minimum=0, maximum=1, exclusive_minimum=True),
+                model_pb2.RequestField(name="reference_images", max_count=4),
+            ],
         ),
         model_pb2.Model(
             id="third",
@@ -63,6 +69,10 @@ def test_models_are_listed(service: FakeService, server: FakeServer, capsys: pyt
     assert main(["models", "--server", server.target, "--schedulers"]) == 0
     out = capsys.readouterr().out
     assert all(name in out for name in ("schedulers", "DDIM[red]", "DPM++ 2M"))
+    assert main(["models", "--server", server.target, "--fields"]) == 0
+    out = capsys.readouterr().out
+    lines = ("image: required", 'prompt: "a lake", to 4096', "strength: 0.8, above 0 to 1", "reference_images: at most 4")
+    assert all(line in out for line in lines)
 
 
 def test_a_model_list_that_fails_is_one_line(

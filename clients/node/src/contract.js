@@ -47,7 +47,11 @@ export class Contract {
       const field = known.find((one) => one.name === name);
       if (field === undefined) throw new TypeError(`${path}${name} is not a field of ${type}`);
       if (value === undefined || value === null) continue;
-      if (field.type === "TYPE_MESSAGE") this.check(value, this.#resolved(field.typeName, type), `${path}${name}.`);
+      if (field.type === "TYPE_MESSAGE") {
+        const inner = this.#resolved(field.typeName, type);
+        if (!Array.isArray(value)) this.check(value, inner, `${path}${name}.`);
+        else value.forEach((one, index) => this.check(one, inner, `${path}${name}[${index}].`));
+      }
       if (field.type === "TYPE_ENUM" && typeof value === "string") this.#checkName(value, field.typeName, type, path + name);
     }
   }

@@ -21,6 +21,8 @@
  * @property {number} [mask_blur]
  * @property {boolean} [mask_invert]
  * @property {boolean} [mask_paste]
+ * @property {ImageSource[]} [reference_images]
+ * @property {number} [true_cfg_scale]
  */
 
 /**
@@ -149,6 +151,23 @@
  * @property {EngineStatus[]} engines
  * @property {string} memory_bytes
  * @property {string} detail
+ * @property {RequestField[]} fields
+ */
+
+/**
+ * `default` is the name of the field that is set, undefined if the default is not a fixed value.
+ *
+ * @typedef {object} RequestField
+ * @property {string} name
+ * @property {boolean} required
+ * @property {"default_number" | "default_text" | "default_switch"} [default]
+ * @property {number} [default_number]
+ * @property {string} [default_text]
+ * @property {boolean} [default_switch]
+ * @property {number} [minimum]
+ * @property {number} [maximum]
+ * @property {boolean} exclusive_minimum
+ * @property {number} max_count
  */
 
 /**

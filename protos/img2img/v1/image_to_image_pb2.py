@@ -24,49 +24,49 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fimg2img/v1/image_to_image.proto\x12\nimg2img.v1\"\x8b\x06\n\x10TransformRequest\x12)\n\x05model\x18\x01 \x01(\x0b\x32\x1a.img2img.v1.ModelReference\x12\x13\n\x06prompt\x18\x02 \x01(\tH\x00\x88\x01\x01\x12\x1c\n\x0fnegative_prompt\x18\x03 \x01(\tH\x01\x88\x01\x01\x12&\n\x05image\x18\x04 \x01(\x0b\x32\x17.img2img.v1.ImageSource\x12\x15\n\x08strength\x18\x05 \x01(\x01H\x02\x88\x01\x01\x12 \n\x13num_inference_steps\x18\x06 \x01(\x05H\x03\x88\x01\x01\x12\x1b\n\x0eguidance_scale\x18\x07 \x01(\x01H\x04\x88\x01\x01\x12\x11\n\x04seed\x18\x08 \x01(\x03H\x05\x88\x01\x01\x12\x18\n\x0bimage_count\x18\t \x01(\x05H\x06\x88\x01\x01\x12)\n\x06output\x18\n \x01(\x0b\x32\x19.img2img.v1.OutputOptions\x12\x12\n\x05width\x18\x0b \x01(\x05H\x07\x88\x01\x01\x12\x13\n\x06height\x18\x0c \x01(\x05H\x08\x88\x01\x01\x12\x16\n\tscheduler\x18\r \x01(\tH\t\x88\x01\x01\x12\x1d\n\x10preview_interval\x18\x0e \x01(\x05H\n\x88\x01\x01\x12\x1c\n\x03\x66it\x18\x0f \x01(\x0b\x32\x0f.img2img.v1.Fit\x12%\n\x04mask\x18\x10 \x01(\x0b\x32\x17.img2img.v1.ImageSource\x12\x16\n\tmask_blur\x18\x11 \x01(\x01H\x0b\x88\x01\x01\x12\x18\n\x0bmask_invert\x18\x12 \x01(\x08H\x0c\x88\x01\x01\x12\x17\n\nmask_paste\x18\x13 \x01(\x08H\r\x88\x01\x01\x42\t\n\x07_promptB\x12\n\x10_negative_promptB\x0b\n\t_strengthB\x16\n\x14_num_inference_stepsB\x11\n\x0f_guidance_scaleB\x07\n\x05_seedB\x0e\n\x0c_image_countB\x08\n\x06_widthB\t\n\x07_heightB\x0c\n\n_schedulerB\x13\n\x11_preview_intervalB\x0c\n\n_mask_blurB\x0e\n\x0c_mask_invertB\r\n\x0b_mask_paste\"T\n\x03\x46it\x12\x16\n\x0clongest_side\x18\x01 \x01(\x05H\x00\x12-\n\x0bnative_area\x18\x02 \x01(\x0b\x32\x16.img2img.v1.NativeAreaH\x00\x42\x06\n\x04rule\"\x0c\n\nNativeArea\"\x83\x01\n\x0eModelReference\x12\x0f\n\x07repo_id\x18\x01 \x01(\t\x12\x0c\n\x04path\x18\x02 \x01(\t\x12\x0f\n\x07variant\x18\x03 \x01(\t\x12\x10\n\x08revision\x18\x04 \x01(\t\x12\x16\n\x0e\x61llow_patterns\x18\x05 \x03(\t\x12\x17\n\x0fignore_patterns\x18\x06 \x03(\t\"J\n\x0bImageSource\x12\r\n\x03uri\x18\x01 \x01(\tH\x00\x12\x12\n\x08\x61sset_id\x18\x02 \x01(\tH\x00\x12\x0e\n\x04\x64\x61ta\x18\x03 \x01(\x0cH\x00\x42\x08\n\x06source\"m\n\rOutputOptions\x12(\n\x06\x66ormat\x18\x01 \x01(\x0e\x32\x18.img2img.v1.OutputFormat\x12\x14\n\x07quality\x18\x02 \x01(\x05H\x00\x88\x01\x01\x12\x10\n\x08\x61s_asset\x18\x03 \x01(\x08\x42\n\n\x08_quality\"\xc3\x01\n\x11TransformResponse\x12\'\n\x06images\x18\x01 \x03(\x0b\x32\x17.img2img.v1.ImageResult\x12\x10\n\x08model_id\x18\x02 \x01(\t\x12\x16\n\x0emodel_revision\x18\x03 \x01(\t\x12\x0e\n\x06\x65ngine\x18\x04 \x01(\t\x12$\n\x07timings\x18\x05 \x01(\x0b\x32\x13.img2img.v1.Timings\x12%\n\x08warnings\x18\x06 \x03(\x0b\x32\x13.img2img.v1.Warning\";\n\x07Warning\x12\r\n\x05\x66ield\x18\x01 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x02 \x01(\t\x12\x0c\n\x04\x63ode\x18\x03 \x01(\t\"\x93\x01\n\x0bImageResult\x12\x0e\n\x04\x64\x61ta\x18\x01 \x01(\x0cH\x00\x12\x12\n\x08\x61sset_id\x18\x02 \x01(\tH\x00\x12(\n\x06\x66ormat\x18\x03 \x01(\x0e\x32\x18.img2img.v1.OutputFormat\x12\r\n\x05width\x18\x04 \x01(\x05\x12\x0e\n\x06height\x18\x05 \x01(\x05\x12\x0c\n\x04seed\x18\x06 \x01(\x03\x42\t\n\x07\x63ontent\"g\n\x07Timings\x12\x10\n\x08queue_ms\x18\x01 \x01(\x01\x12\x11\n\tencode_ms\x18\x02 \x01(\x01\x12\x12\n\ndenoise_ms\x18\x03 \x01(\x01\x12\x11\n\tdecode_ms\x18\x04 \x01(\x01\x12\x10\n\x08total_ms\x18\x05 \x01(\x01\"G\n\x16TransformStreamRequest\x12-\n\x07request\x18\x01 \x01(\x0b\x32\x1c.img2img.v1.TransformRequest\"F\n\x15TransformBatchRequest\x12-\n\x07request\x18\x01 \x01(\x0b\x32\x1c.img2img.v1.TransformRequest\"w\n\x16TransformBatchResponse\x12\r\n\x05index\x18\x01 \x01(\x03\x12\x31\n\x08response\x18\x02 \x01(\x0b\x32\x1d.img2img.v1.TransformResponseH\x00\x12\x10\n\x06status\x18\x03 \x01(\x0cH\x00\x42\t\n\x07outcome\"\xce\x01\n\x17TransformStreamResponse\x12$\n\x06queued\x18\x01 \x01(\x0b\x32\x12.img2img.v1.QueuedH\x00\x12&\n\x07started\x18\x02 \x01(\x0b\x32\x13.img2img.v1.StartedH\x00\x12(\n\x08progress\x18\x03 \x01(\x0b\x32\x14.img2img.v1.ProgressH\x00\x12\x32\n\tcompleted\x18\x04 \x01(\x0b\x32\x1d.img2img.v1.TransformResponseH\x00\x42\x07\n\x05\x65vent\"D\n\x06Queued\x12\x10\n\x08position\x18\x01 \x01(\x05\x12\x18\n\x0b\x65ta_seconds\x18\x02 \x01(\x01H\x00\x88\x01\x01\x42\x0e\n\x0c_eta_seconds\"\'\n\x07Started\x12\x0c\n\x04seed\x18\x01 \x01(\x03\x12\x0e\n\x06\x65ngine\x18\x02 \x01(\t\"x\n\x08Progress\x12\x0c\n\x04step\x18\x01 \x01(\x05\x12\x12\n\nstep_count\x18\x02 \x01(\x05\x12\x14\n\x07preview\x18\x03 \x01(\x0cH\x00\x88\x01\x01\x12\x18\n\x0b\x65ta_seconds\x18\x04 \x01(\x01H\x01\x88\x01\x01\x42\n\n\x08_previewB\x0e\n\x0c_eta_seconds*t\n\x0cOutputFormat\x12\x1d\n\x19OUTPUT_FORMAT_UNSPECIFIED\x10\x00\x12\x15\n\x11OUTPUT_FORMAT_PNG\x10\x01\x12\x16\n\x12OUTPUT_FORMAT_JPEG\x10\x02\x12\x16\n\x12OUTPUT_FORMAT_WEBP\x10\x03\x32\x9a\x02\n\x13ImageToImageService\x12H\n\tTransform\x12\x1c.img2img.v1.TransformRequest\x1a\x1d.img2img.v1.TransformResponse\x12\\\n\x0fTransformStream\x12\".img2img.v1.TransformStreamRequest\x1a#.img2img.v1.TransformStreamResponse0\x01\x12[\n\x0eTransformBatch\x12!.img2img.v1.TransformBatchRequest\x1a\".img2img.v1.TransformBatchResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fimg2img/v1/image_to_image.proto\x12\nimg2img.v1\"\xee\x06\n\x10TransformRequest\x12)\n\x05model\x18\x01 \x01(\x0b\x32\x1a.img2img.v1.ModelReference\x12\x13\n\x06prompt\x18\x02 \x01(\tH\x00\x88\x01\x01\x12\x1c\n\x0fnegative_prompt\x18\x03 \x01(\tH\x01\x88\x01\x01\x12&\n\x05image\x18\x04 \x01(\x0b\x32\x17.img2img.v1.ImageSource\x12\x15\n\x08strength\x18\x05 \x01(\x01H\x02\x88\x01\x01\x12 \n\x13num_inference_steps\x18\x06 \x01(\x05H\x03\x88\x01\x01\x12\x1b\n\x0eguidance_scale\x18\x07 \x01(\x01H\x04\x88\x01\x01\x12\x11\n\x04seed\x18\x08 \x01(\x03H\x05\x88\x01\x01\x12\x18\n\x0bimage_count\x18\t \x01(\x05H\x06\x88\x01\x01\x12)\n\x06output\x18\n \x01(\x0b\x32\x19.img2img.v1.OutputOptions\x12\x12\n\x05width\x18\x0b \x01(\x05H\x07\x88\x01\x01\x12\x13\n\x06height\x18\x0c \x01(\x05H\x08\x88\x01\x01\x12\x16\n\tscheduler\x18\r \x01(\tH\t\x88\x01\x01\x12\x1d\n\x10preview_interval\x18\x0e \x01(\x05H\n\x88\x01\x01\x12\x1c\n\x03\x66it\x18\x0f \x01(\x0b\x32\x0f.img2img.v1.Fit\x12%\n\x04mask\x18\x10 \x01(\x0b\x32\x17.img2img.v1.ImageSource\x12\x16\n\tmask_blur\x18\x11 \x01(\x01H\x0b\x88\x01\x01\x12\x18\n\x0bmask_invert\x18\x12 \x01(\x08H\x0c\x88\x01\x01\x12\x17\n\nmask_paste\x18\x13 \x01(\x08H\r\x88\x01\x01\x12\x31\n\x10reference_images\x18\x14 \x03(\x0b\x32\x17.img2img.v1.ImageSource\x12\x1b\n\x0etrue_cfg_scale\x18\x15 \x01(\x01H\x0e\x88\x01\x01\x42\t\n\x07_promptB\x12\n\x10_negative_promptB\x0b\n\t_strengthB\x16\n\x14_num_inference_stepsB\x11\n\x0f_guidance_scaleB\x07\n\x05_seedB\x0e\n\x0c_image_countB\x08\n\x06_widthB\t\n\x07_heightB\x0c\n\n_schedulerB\x13\n\x11_preview_intervalB\x0c\n\n_mask_blurB\x0e\n\x0c_mask_invertB\r\n\x0b_mask_pasteB\x11\n\x0f_true_cfg_scale\"T\n\x03\x46it\x12\x16\n\x0clongest_side\x18\x01 \x01(\x05H\x00\x12-\n\x0bnative_area\x18\x02 \x01(\x0b\x32\x16.img2img.v1.NativeAreaH\x00\x42\x06\n\x04rule\"\x0c\n\nNativeArea\"\x83\x01\n\x0eModelReference\x12\x0f\n\x07repo_id\x18\x01 \x01(\t\x12\x0c\n\x04path\x18\x02 \x01(\t\x12\x0f\n\x07variant\x18\x03 \x01(\t\x12\x10\n\x08revision\x18\x04 \x01(\t\x12\x16\n\x0e\x61llow_patterns\x18\x05 \x03(\t\x12\x17\n\x0fignore_patterns\x18\x06 \x03(\t\"J\n\x0bImageSource\x12\r\n\x03uri\x18\x01 \x01(\tH\x00\x12\x12\n\x08\x61sset_id\x18\x02 \x01(\tH\x00\x12\x0e\n\x04\x64\x61ta\x18\x03 \x01(\x0cH\x00\x42\x08\n\x06source\"m\n\rOutputOptions\x12(\n\x06\x66ormat\x18\x01 \x01(\x0e\x32\x18.img2img.v1.OutputFormat\x12\x14\n\x07quality\x18\x02 \x01(\x05H\x00\x88\x01\x01\x12\x10\n\x08\x61s_asset\x18\x03 \x01(\x08\x42\n\n\x08_quality\"\xc3\x01\n\x11TransformResponse\x12\'\n\x06images\x18\x01 \x03(\x0b\x32\x17.img2img.v1.ImageResult\x12\x10\n\x08model_id\x18\x02 \x01(\t\x12\x16\n\x0emodel_revision\x18\x03 \x01(\t\x12\x0e\n\x06\x65ngine\x18\x04 \x01(\t\x12$\n\x07timings\x18\x05 \x01(\x0b\x32\x13.img2img.v1.Timings\x12%\n\x08warnings\x18\x06 \x03(\x0b\x32\x13.img2img.v1.Warning\";\n\x07Warning\x12\r\n\x05\x66ield\x18\x01 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x02 \x01(\t\x12\x0c\n\x04\x63ode\x18\x03 \x01(\t\"\x93\x01\n\x0bImageResult\x12\x0e\n\x04\x64\x61ta\x18\x01 \x01(\x0cH\x00\x12\x12\n\x08\x61sset_id\x18\x02 \x01(\tH\x00\x12(\n\x06\x66ormat\x18\x03 \x01(\x0e\x32\x18.img2img.v1.OutputFormat\x12\r\n\x05width\x18\x04 \x01(\x05\x12\x0e\n\x06height\x18\x05 \x01(\x05\x12\x0c\n\x04seed\x18\x06 \x01(\x03\x42\t\n\x07\x63ontent\"g\n\x07Timings\x12\x10\n\x08queue_ms\x18\x01 \x01(\x01\x12\x11\n\tencode_ms\x18\x02 \x01(\x01\x12\x12\n\ndenoise_ms\x18\x03 \x01(\x01\x12\x11\n\tdecode_ms\x18\x04 \x01(\x01\x12\x10\n\x08total_ms\x18\x05 \x01(\x01\"G\n\x16TransformStreamRequest\x12-\n\x07request\x18\x01 \x01(\x0b\x32\x1c.img2img.v1.TransformRequest\"F\n\x15TransformBatchRequest\x12-\n\x07request\x18\x01 \x01(\x0b\x32\x1c.img2img.v1.TransformRequest\"w\n\x16TransformBatchResponse\x12\r\n\x05index\x18\x01 \x01(\x03\x12\x31\n\x08response\x18\x02 \x01(\x0b\x32\x1d.img2img.v1.TransformResponseH\x00\x12\x10\n\x06status\x18\x03 \x01(\x0cH\x00\x42\t\n\x07outcome\"\xce\x01\n\x17TransformStreamResponse\x12$\n\x06queued\x18\x01 \x01(\x0b\x32\x12.img2img.v1.QueuedH\x00\x12&\n\x07started\x18\x02 \x01(\x0b\x32\x13.img2img.v1.StartedH\x00\x12(\n\x08progress\x18\x03 \x01(\x0b\x32\x14.img2img.v1.ProgressH\x00\x12\x32\n\tcompleted\x18\x04 \x01(\x0b\x32\x1d.img2img.v1.TransformResponseH\x00\x42\x07\n\x05\x65vent\"D\n\x06Queued\x12\x10\n\x08position\x18\x01 \x01(\x05\x12\x18\n\x0b\x65ta_seconds\x18\x02 \x01(\x01H\x00\x88\x01\x01\x42\x0e\n\x0c_eta_seconds\"\'\n\x07Started\x12\x0c\n\x04seed\x18\x01 \x01(\x03\x12\x0e\n\x06\x65ngine\x18\x02 \x01(\t\"x\n\x08Progress\x12\x0c\n\x04step\x18\x01 \x01(\x05\x12\x12\n\nstep_count\x18\x02 \x01(\x05\x12\x14\n\x07preview\x18\x03 \x01(\x0cH\x00\x88\x01\x01\x12\x18\n\x0b\x65ta_seconds\x18\x04 \x01(\x01H\x01\x88\x01\x01\x42\n\n\x08_previewB\x0e\n\x0c_eta_seconds*t\n\x0cOutputFormat\x12\x1d\n\x19OUTPUT_FORMAT_UNSPECIFIED\x10\x00\x12\x15\n\x11OUTPUT_FORMAT_PNG\x10\x01\x12\x16\n\x12OUTPUT_FORMAT_JPEG\x10\x02\x12\x16\n\x12OUTPUT_FORMAT_WEBP\x10\x03\x32\x9a\x02\n\x13ImageToImageService\x12H\n\tTransform\x12\x1c.img2img.v1.TransformRequest\x1a\x1d.img2img.v1.TransformResponse\x12\\\n\x0fTransformStream\x12\".img2img.v1.TransformStreamRequest\x1a#.img2img.v1.TransformStreamResponse0\x01\x12[\n\x0eTransformBatch\x12!.img2img.v1.TransformBatchRequest\x1a\".img2img.v1.TransformBatchResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'img2img.v1.image_to_image_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_OUTPUTFORMAT']._serialized_start=2472
-  _globals['_OUTPUTFORMAT']._serialized_end=2588
+  _globals['_OUTPUTFORMAT']._serialized_start=2571
+  _globals['_OUTPUTFORMAT']._serialized_end=2687
   _globals['_TRANSFORMREQUEST']._serialized_start=48
-  _globals['_TRANSFORMREQUEST']._serialized_end=827
-  _globals['_FIT']._serialized_start=829
-  _globals['_FIT']._serialized_end=913
-  _globals['_NATIVEAREA']._serialized_start=915
-  _globals['_NATIVEAREA']._serialized_end=927
-  _globals['_MODELREFERENCE']._serialized_start=930
-  _globals['_MODELREFERENCE']._serialized_end=1061
-  _globals['_IMAGESOURCE']._serialized_start=1063
-  _globals['_IMAGESOURCE']._serialized_end=1137
-  _globals['_OUTPUTOPTIONS']._serialized_start=1139
-  _globals['_OUTPUTOPTIONS']._serialized_end=1248
-  _globals['_TRANSFORMRESPONSE']._serialized_start=1251
-  _globals['_TRANSFORMRESPONSE']._serialized_end=1446
-  _globals['_WARNING']._serialized_start=1448
-  _globals['_WARNING']._serialized_end=1507
-  _globals['_IMAGERESULT']._serialized_start=1510
-  _globals['_IMAGERESULT']._serialized_end=1657
-  _globals['_TIMINGS']._serialized_start=1659
-  _globals['_TIMINGS']._serialized_end=1762
-  _globals['_TRANSFORMSTREAMREQUEST']._serialized_start=1764
-  _globals['_TRANSFORMSTREAMREQUEST']._serialized_end=1835
-  _globals['_TRANSFORMBATCHREQUEST']._serialized_start=1837
-  _globals['_TRANSFORMBATCHREQUEST']._serialized_end=1907
-  _globals['_TRANSFORMBATCHRESPONSE']._serialized_start=1909
-  _globals['_TRANSFORMBATCHRESPONSE']._serialized_end=2028
-  _globals['_TRANSFORMSTREAMRESPONSE']._serialized_start=2031
-  _globals['_TRANSFORMSTREAMRESPONSE']._serialized_end=2237
-  _globals['_QUEUED']._serialized_start=2239
-  _globals['_QUEUED']._serialized_end=2307
-  _globals['_STARTED']._serialized_start=2309
-  _globals['_STARTED']._serialized_end=2348
-  _globals['_PROGRESS']._serialized_start=2350
-  _globals['_PROGRESS']._serialized_end=2470
-  _globals['_IMAGETOIMAGESERVICE']._serialized_start=2591
-  _globals['_IMAGETOIMAGESERVICE']._serialized_end=2873
+  _globals['_TRANSFORMREQUEST']._serialized_end=926
+  _globals['_FIT']._serialized_start=928
+  _globals['_FIT']._serialized_end=1012
+  _globals['_NATIVEAREA']._serialized_start=1014
+  _globals['_NATIVEAREA']._serialized_end=1026
+  _globals['_MODELREFERENCE']._serialized_start=1029
+  _globals['_MODELREFERENCE']._serialized_end=1160
+  _globals['_IMAGESOURCE']._serialized_start=1162
+  _globals['_IMAGESOURCE']._serialized_end=1236
+  _globals['_OUTPUTOPTIONS']._serialized_start=1238
+  _globals['_OUTPUTOPTIONS']._serialized_end=1347
+  _globals['_TRANSFORMRESPONSE']._serialized_start=1350
+  _globals['_TRANSFORMRESPONSE']._serialized_end=1545
+  _globals['_WARNING']._serialized_start=1547
+  _globals['_WARNING']._serialized_end=1606
+  _globals['_IMAGERESULT']._serialized_start=1609
+  _globals['_IMAGERESULT']._serialized_end=1756
+  _globals['_TIMINGS']._serialized_start=1758
+  _globals['_TIMINGS']._serialized_end=1861
+  _globals['_TRANSFORMSTREAMREQUEST']._serialized_start=1863
+  _globals['_TRANSFORMSTREAMREQUEST']._serialized_end=1934
+  _globals['_TRANSFORMBATCHREQUEST']._serialized_start=1936
+  _globals['_TRANSFORMBATCHREQUEST']._serialized_end=2006
+  _globals['_TRANSFORMBATCHRESPONSE']._serialized_start=2008
+  _globals['_TRANSFORMBATCHRESPONSE']._serialized_end=2127
+  _globals['_TRANSFORMSTREAMRESPONSE']._serialized_start=2130
+  _globals['_TRANSFORMSTREAMRESPONSE']._serialized_end=2336
+  _globals['_QUEUED']._serialized_start=2338
+  _globals['_QUEUED']._serialized_end=2406
+  _globals['_STARTED']._serialized_start=2408
+  _globals['_STARTED']._serialized_end=2447
+  _globals['_PROGRESS']._serialized_start=2449
+  _globals['_PROGRESS']._serialized_end=2569
+  _globals['_IMAGETOIMAGESERVICE']._serialized_start=2690
+  _globals['_IMAGETOIMAGESERVICE']._serialized_end=2972
 # @@protoc_insertion_point(module_scope)

@@ -49,7 +49,10 @@ Global___OutputFormat: _TypeAlias = OutputFormat  # noqa: Y015
 
 @_typing.final
 class TransformRequest(_message.Message):
-    """An image, and the parameters of its transformation. Unset fields have the default in their comment."""
+    """An image, and the parameters of its transformation. Unset fields have the default in their comment; a model may have its own for
+    guidance_scale, true_cfg_scale and num_inference_steps. The fields of GetModel lists which fields a model takes, with its defaults
+    and bounds. A field that the model does not take must be unset: it is refused with INVALID_FIELD.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -72,15 +75,18 @@ class TransformRequest(_message.Message):
     MASK_BLUR_FIELD_NUMBER: _builtins.int
     MASK_INVERT_FIELD_NUMBER: _builtins.int
     MASK_PASTE_FIELD_NUMBER: _builtins.int
+    REFERENCE_IMAGES_FIELD_NUMBER: _builtins.int
+    TRUE_CFG_SCALE_FIELD_NUMBER: _builtins.int
     prompt: _builtins.str
     """What the image should become, at most 4096 characters. Default: "A beautiful landscape with mountains and a lake at sunset"."""
     negative_prompt: _builtins.str
-    """What the image should not become, at most 4096 characters; used if guidance_scale is above 1. Default: "". SDXL models with
-    force_zeros_for_empty_prompt distinguish an unset field from an empty one, like diffusers.
+    """What the image should not become, at most 4096 characters; used if guidance_scale is above 1. Models with a true_cfg_scale need
+    one above 1 for it. Default: "". SDXL models with force_zeros_for_empty_prompt distinguish an unset field from an empty one, like
+    diffusers. An empty text is accepted by every model.
     """
     strength: _builtins.float
     """How much to change the source, above 0 and up to 1; num_inference_steps times strength steps, rounded down, are run, which
-    must be at least one. Default: 0.8.
+    must be at least one. Models that edit, such as Flux Kontext, have no strength and run all steps. Default: 0.8.
     """
     num_inference_steps: _builtins.int
     """Inference steps at strength 1, 1 to 100 (configurable). Default: 25."""
@@ -94,10 +100,11 @@ class TransformRequest(_message.Message):
     """The number of images to generate, 1 to 8 (configurable). Default: 1."""
     width: _builtins.int
     """Width of the result in pixels, at least the model's size_multiple, and rounded down to a multiple of it. Width times height is
-    at most 4194304 pixels (configurable). Default: the source's.
+    at most 4194304 pixels (configurable). Default: the source's; models that edit have a rule of their own, such as about 1048576
+    pixels in the source's aspect ratio.
     """
     height: _builtins.int
-    """Height of the result in pixels, at least the model's size_multiple, and rounded down to a multiple of it. Default: the source's."""
+    """Height of the result in pixels, at least the model's size_multiple, and rounded down to a multiple of it. Default: as for width."""
     scheduler: _builtins.str
     """The scheduler: a name from the schedulers field of GetModel, such as "EulerDiscreteScheduler" or "DPM++ 2M Karras", in
     upper or lower case. Default: the model's own.
@@ -114,13 +121,17 @@ class TransformRequest(_message.Message):
     """Whether the result has the source's pixels outside the mask; a gray mask blends both. Otherwise the whole result comes from the
     model, whose autoencoder changes what the mask keeps a little. Default: true.
     """
+    true_cfg_scale: _builtins.float
+    """Classifier-free guidance of models whose guidance_scale is something else or missing, such as Qwen-Image and Flux Kontext: 0 to
+    30. It needs a negative_prompt, which may be empty; 1 and below disable it. Twice the work per step. Default: the model's own.
+    """
     @_builtins.property
     def model(self) -> Global___ModelReference:
         """The model to run. Optional if the server has only one model or a default model."""
 
     @_builtins.property
     def image(self) -> Global___ImageSource:
-        """The source image. Required."""
+        """The source image; for models that take reference_images, the first reference. Required."""
 
     @_builtins.property
     def output(self) -> Global___OutputOptions:
@@ -135,6 +146,13 @@ class TransformRequest(_message.Message):
         """Which part of the source to redraw (inpainting): white is redrawn, black is kept. Any image: it becomes gray, without color
         management, transparency counts as white, and it is resized to the result's size. Default: none, so the whole image is
         transformed; required for inpainting models.
+        """
+
+    @_builtins.property
+    def reference_images(self) -> _containers.RepeatedCompositeFieldContainer[Global___ImageSource]:
+        """More images to edit by, in this order after `image`, each in its own aspect ratio: an object to insert, a style, a person. Only
+        for models that take several, such as FLUX.2 and Qwen-Image-Edit-Plus; at most 4 (configurable). All images of a request together
+        have at most twice the bytes and twice the pixels of one source image. Default: none.
         """
 
     def __init__(
@@ -159,10 +177,12 @@ class TransformRequest(_message.Message):
         mask_blur: _builtins.float | None = ...,
         mask_invert: _builtins.bool | None = ...,
         mask_paste: _builtins.bool | None = ...,
+        reference_images: _abc.Iterable[Global___ImageSource] | None = ...,
+        true_cfg_scale: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_height", b"_height", "_image_count", b"_image_count", "_mask_blur", b"_mask_blur", "_mask_invert", b"_mask_invert", "_mask_paste", b"_mask_paste", "_negative_prompt", b"_negative_prompt", "_num_inference_steps", b"_num_inference_steps", "_preview_interval", b"_preview_interval", "_prompt", b"_prompt", "_scheduler", b"_scheduler", "_seed", b"_seed", "_strength", b"_strength", "_width", b"_width", "fit", b"fit", "guidance_scale", b"guidance_scale", "height", b"height", "image", b"image", "image_count", b"image_count", "mask", b"mask", "mask_blur", b"mask_blur", "mask_invert", b"mask_invert", "mask_paste", b"mask_paste", "model", b"model", "negative_prompt", b"negative_prompt", "num_inference_steps", b"num_inference_steps", "output", b"output", "preview_interval", b"preview_interval", "prompt", b"prompt", "scheduler", b"scheduler", "seed", b"seed", "strength", b"strength", "width", b"width"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_height", b"_height", "_image_count", b"_image_count", "_mask_blur", b"_mask_blur", "_mask_invert", b"_mask_invert", "_mask_paste", b"_mask_paste", "_negative_prompt", b"_negative_prompt", "_num_inference_steps", b"_num_inference_steps", "_preview_interval", b"_preview_interval", "_prompt", b"_prompt", "_scheduler", b"_scheduler", "_seed", b"_seed", "_strength", b"_strength", "_true_cfg_scale", b"_true_cfg_scale", "_width", b"_width", "fit", b"fit", "guidance_scale", b"guidance_scale", "height", b"height", "image", b"image", "image_count", b"image_count", "mask", b"mask", "mask_blur", b"mask_blur", "mask_invert", b"mask_invert", "mask_paste", b"mask_paste", "model", b"model", "negative_prompt", b"negative_prompt", "num_inference_steps", b"num_inference_steps", "output", b"output", "preview_interval", b"preview_interval", "prompt", b"prompt", "scheduler", b"scheduler", "seed", b"seed", "strength", b"strength", "true_cfg_scale", b"true_cfg_scale", "width", b"width"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_height", b"_height", "_image_count", b"_image_count", "_mask_blur", b"_mask_blur", "_mask_invert", b"_mask_invert", "_mask_paste", b"_mask_paste", "_negative_prompt", b"_negative_prompt", "_num_inference_steps", b"_num_inference_steps", "_preview_interval", b"_preview_interval", "_prompt", b"_prompt", "_scheduler", b"_scheduler", "_seed", b"_seed", "_strength", b"_strength", "_width", b"_width", "fit", b"fit", "guidance_scale", b"guidance_scale", "height", b"height", "image", b"image", "image_count", b"image_count", "mask", b"mask", "mask_blur", b"mask_blur", "mask_invert", b"mask_invert", "mask_paste", b"mask_paste", "model", b"model", "negative_prompt", b"negative_prompt", "num_inference_steps", b"num_inference_steps", "output", b"output", "preview_interval", b"preview_interval", "prompt", b"prompt", "scheduler", b"scheduler", "seed", b"seed", "strength", b"strength", "width", b"width"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_height", b"_height", "_image_count", b"_image_count", "_mask_blur", b"_mask_blur", "_mask_invert", b"_mask_invert", "_mask_paste", b"_mask_paste", "_negative_prompt", b"_negative_prompt", "_num_inference_steps", b"_num_inference_steps", "_preview_interval", b"_preview_interval", "_prompt", b"_prompt", "_scheduler", b"_scheduler", "_seed", b"_seed", "_strength", b"_strength", "_true_cfg_scale", b"_true_cfg_scale", "_width", b"_width", "fit", b"fit", "guidance_scale", b"guidance_scale", "height", b"height", "image", b"image", "image_count", b"image_count", "mask", b"mask", "mask_blur", b"mask_blur", "mask_invert", b"mask_invert", "mask_paste", b"mask_paste", "model", b"model", "negative_prompt", b"negative_prompt", "num_inference_steps", b"num_inference_steps", "output", b"output", "preview_interval", b"preview_interval", "prompt", b"prompt", "reference_images", b"reference_images", "scheduler", b"scheduler", "seed", b"seed", "strength", b"strength", "true_cfg_scale", b"true_cfg_scale", "width", b"width"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__guidance_scale: _TypeAlias = _typing.Literal["guidance_scale"]  # noqa: Y015
     _WhichOneofArgType__guidance_scale: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale"]  # noqa: Y015
@@ -190,6 +210,8 @@ class TransformRequest(_message.Message):
     _WhichOneofArgType__seed: _TypeAlias = _typing.Literal["_seed", b"_seed"]  # noqa: Y015
     _WhichOneofReturnType__strength: _TypeAlias = _typing.Literal["strength"]  # noqa: Y015
     _WhichOneofArgType__strength: _TypeAlias = _typing.Literal["_strength", b"_strength"]  # noqa: Y015
+    _WhichOneofReturnType__true_cfg_scale: _TypeAlias = _typing.Literal["true_cfg_scale"]  # noqa: Y015
+    _WhichOneofArgType__true_cfg_scale: _TypeAlias = _typing.Literal["_true_cfg_scale", b"_true_cfg_scale"]  # noqa: Y015
     _WhichOneofReturnType__width: _TypeAlias = _typing.Literal["width"]  # noqa: Y015
     _WhichOneofArgType__width: _TypeAlias = _typing.Literal["_width", b"_width"]  # noqa: Y015
     @_typing.overload
@@ -218,6 +240,8 @@ class TransformRequest(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__seed) -> _WhichOneofReturnType__seed | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__strength) -> _WhichOneofReturnType__strength | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__true_cfg_scale) -> _WhichOneofReturnType__true_cfg_scale | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__width) -> _WhichOneofReturnType__width | None: ...
 

@@ -108,6 +108,7 @@ class Model(_message.Message):
     ENGINES_FIELD_NUMBER: _builtins.int
     MEMORY_BYTES_FIELD_NUMBER: _builtins.int
     DETAIL_FIELD_NUMBER: _builtins.int
+    FIELDS_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """The folder of its bundle in the store."""
     family: _builtins.str
@@ -144,6 +145,12 @@ class Model(_message.Message):
         engine in use.
         """
 
+    @_builtins.property
+    def fields(self) -> _containers.RepeatedCompositeFieldContainer[Global___RequestField]:
+        """The fields of TransformRequest that the model takes, in the order of this server's documentation; requests that set others are
+        refused. Empty unless it is ready.
+        """
+
     def __init__(
         self,
         *,
@@ -161,14 +168,80 @@ class Model(_message.Message):
         engines: _abc.Iterable[Global___EngineStatus] | None = ...,
         memory_bytes: _builtins.int = ...,
         detail: _builtins.str = ...,
+        fields: _abc.Iterable[Global___RequestField] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["source", b"source"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "backend_reason", b"backend_reason", "detail", b"detail", "engine", b"engine", "engines", b"engines", "family", b"family", "id", b"id", "is_default", b"is_default", "memory_bytes", b"memory_bytes", "pipeline_class", b"pipeline_class", "schedulers", b"schedulers", "size_multiple", b"size_multiple", "source", b"source", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "backend_reason", b"backend_reason", "detail", b"detail", "engine", b"engine", "engines", b"engines", "family", b"family", "fields", b"fields", "id", b"id", "is_default", b"is_default", "memory_bytes", b"memory_bytes", "pipeline_class", b"pipeline_class", "schedulers", b"schedulers", "size_multiple", b"size_multiple", "source", b"source", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Model: _TypeAlias = Model  # noqa: Y015
+
+@_typing.final
+class RequestField(_message.Message):
+    """A field of TransformRequest that a model takes."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    REQUIRED_FIELD_NUMBER: _builtins.int
+    DEFAULT_NUMBER_FIELD_NUMBER: _builtins.int
+    DEFAULT_TEXT_FIELD_NUMBER: _builtins.int
+    DEFAULT_SWITCH_FIELD_NUMBER: _builtins.int
+    MINIMUM_FIELD_NUMBER: _builtins.int
+    MAXIMUM_FIELD_NUMBER: _builtins.int
+    EXCLUSIVE_MINIMUM_FIELD_NUMBER: _builtins.int
+    MAX_COUNT_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """The name, such as "strength", or "output.quality" for a field of a message."""
+    required: _builtins.bool
+    """Whether every request must set it."""
+    default_number: _builtins.float
+    """For numbers."""
+    default_text: _builtins.str
+    """For texts."""
+    default_switch: _builtins.bool
+    """For switches."""
+    minimum: _builtins.float
+    """The smallest number; for texts, of characters. Unset if there is no lower bound."""
+    maximum: _builtins.float
+    """The largest number; for texts, of characters. Unset if there is no upper bound."""
+    exclusive_minimum: _builtins.bool
+    """Whether numbers must be above `minimum`, and not equal to it."""
+    max_count: _builtins.int
+    """The maximum number of elements of a repeated field; 0 for other fields."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        required: _builtins.bool = ...,
+        default_number: _builtins.float = ...,
+        default_text: _builtins.str = ...,
+        default_switch: _builtins.bool = ...,
+        minimum: _builtins.float | None = ...,
+        maximum: _builtins.float | None = ...,
+        exclusive_minimum: _builtins.bool = ...,
+        max_count: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_maximum", b"_maximum", "_minimum", b"_minimum", "default", b"default", "default_number", b"default_number", "default_switch", b"default_switch", "default_text", b"default_text", "maximum", b"maximum", "minimum", b"minimum"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_maximum", b"_maximum", "_minimum", b"_minimum", "default", b"default", "default_number", b"default_number", "default_switch", b"default_switch", "default_text", b"default_text", "exclusive_minimum", b"exclusive_minimum", "max_count", b"max_count", "maximum", b"maximum", "minimum", b"minimum", "name", b"name", "required", b"required"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__maximum: _TypeAlias = _typing.Literal["maximum"]  # noqa: Y015
+    _WhichOneofArgType__maximum: _TypeAlias = _typing.Literal["_maximum", b"_maximum"]  # noqa: Y015
+    _WhichOneofReturnType__minimum: _TypeAlias = _typing.Literal["minimum"]  # noqa: Y015
+    _WhichOneofArgType__minimum: _TypeAlias = _typing.Literal["_minimum", b"_minimum"]  # noqa: Y015
+    _WhichOneofReturnType_default: _TypeAlias = _typing.Literal["default_number", "default_text", "default_switch"]  # noqa: Y015
+    _WhichOneofArgType_default: _TypeAlias = _typing.Literal["default", b"default"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__maximum) -> _WhichOneofReturnType__maximum | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__minimum) -> _WhichOneofReturnType__minimum | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_default) -> _WhichOneofReturnType_default | None: ...
+
+Global___RequestField: _TypeAlias = RequestField  # noqa: Y015
 
 @_typing.final
 class EngineStatus(_message.Message):

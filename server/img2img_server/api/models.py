@@ -6,8 +6,10 @@ from img2img.v1 import image_to_image_pb2 as image_pb
 from img2img.v1 import model_pb2 as pb
 from img2img.v1 import model_pb2_grpc as pb_grpc
 
+from img2img_server.api.request_fields import RequestFields
 from img2img_server.backends.base import Models
 from img2img_server.bundle.manifest import Source
+from img2img_server.config import ServerConfig
 from img2img_server.errors import InvalidField
 from img2img_server.models.registry import EngineStatus, Model, ModelRegistry
 from img2img_server.support.call import current
@@ -16,8 +18,9 @@ from img2img_server.support.call import current
 class ModelService(pb_grpc.ModelServiceServicer):
     """Lists, loads and unloads models."""
 
-    def __init__(self, models: ModelRegistry, residency: Models) -> None:
+    def __init__(self, models: ModelRegistry, residency: Models, config: ServerConfig) -> None:
         self._models = models
+        self._config = config
         self._residency = residency
 
     async def ListModels(self, request: pb.ListModelsRequest, context: Any) -> pb.ListModelsResponse:
@@ -69,6 +72,7 @@ class ModelService(pb_grpc.ModelServiceServicer):
             message.size_multiple = model.pipeline.size_multiple
             message.schedulers.extend(model.pipeline.schedulers)
             message.engines.extend(map(_engine_to, model.engines))
+            message.fields.extend(RequestFields(self._config, model.pipeline).messages())
         return message
 
 

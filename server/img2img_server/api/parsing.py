@@ -2,21 +2,19 @@
 
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 
 from img2img.v1 import image_to_image_pb2 as pb
 
 from img2img_server import images
 from img2img_server.api.masks import mask_rule
+from img2img_server.api.request_fields import RequestFields
 from img2img_server.codecs.jobs import LoadImage, LoadMask
 from img2img_server.codecs.pool import Codecs
 from img2img_server.config import (
-    DEFAULT_GUIDANCE,
     DEFAULT_PROMPT,
-    DEFAULT_STEPS,
-    DEFAULT_STRENGTH,
-    MAX_GUIDANCE,
+    DEFAULT_QUALITY,
     MAX_PROMPT,
     ServerConfig,
 )
@@ -33,7 +31,6 @@ _FORMATS: dict[int, images.WriteFormat] = {
     pb.OUTPUT_FORMAT_JPEG: "JPEG",
     pb.OUTPUT_FORMAT_WEBP: "WEBP",
 }
-_DEFAULT_QUALITY = 90
 _MAX_SEED = 2**63 - 1
 _PLANNING = 2
 """Threads that plan requests, which may be slow the first time."""
@@ -46,6 +43,7 @@ class ParsedRequest:
     `arrival` is in seconds (time.perf_counter). If `as_asset` is set, the images are stored and their ids sent. `source_asset` is
     the id of the source's asset, `mask_asset` of the mask's, empty if it is none; `mask_rule` is None without a mask. `model`
     has no pipeline, because the request may outlive the model in memory; `engine` names the pipeline's engine on arrival.
+    `fields` are the names of the fields that the model takes.
     """
 
     model: Model
@@ -58,6 +56,7 @@ class ParsedRequest:
     source_asset: str = ""
     mask_asset: str = ""
     mask_rule: images.MaskRule | None = None
+    fields: frozenset[str] = frozenset()
 
 
 class Parser:
@@ -78,16 +77,24 @@ class Parser:
         previews: bool,
         *,
         mask_by_alpha: bool = False,
+        optional: Collection[str] = (),
     ) -> ParsedRequest:
         """Checks a message for `model` and fills in defaults. Previews are only drawn if `previews` is set. With `mask_by_alpha`,
-        the mask's transparent areas are redrawn instead of its white ones.
+        the mask's transparent areas are redrawn instead of its white ones. Fields of the message that are `optional` are cleared
+        if the model does not take them.
 
         Raises InvalidField, naming the first wrong field, or another ServerError.
         """
         arrival = time.perf_counter()
         deadline = None if seconds_left is None else self._clock() + seconds_left
+        fields = RequestFields(self._config, _pipeline_of(model))
+        for name in optional:
+            if name not in fields:
+                message.ClearField(name)  # type: ignore[arg-type]
+        fields.check(message)
         prompt, negative_prompt = _prompts(message)
-        strength, steps, guidance = self._numbers(message)
+        strength, steps = fields.number(message, "strength"), int(fields.number(message, "num_inference_steps"))
+        guidance, true_cfg = fields.number(message, "guidance_scale"), _true_cfg(message, fields)
         seeds = self._seeds(message)
         scheduler = _scheduler(message.scheduler, model)
         interval = self._preview_interval(message)
@@ -132,6 +139,7 @@ class Parser:
             follow=previews,
             cache_scope=call.client if call.authenticated and not self._config.share_caches else "",
             mask=mask,
+            true_cfg_scale=true_cfg,
         )
         # The engine plans the request too. Its slow part is cached here, off the engine's and the event loop's threads.
         await self._threads.run(_pipeline_of(model).plan, request)
@@ -146,6 +154,7 @@ class Parser:
             asset_of(message.image),
             asset_of(message.mask),
             rule,
+            frozenset(fields),
         )
 
     async def _mask(self, message: pb.TransformRequest, rule: images.MaskRule, size: tuple[int, int]) -> Mask:
@@ -154,16 +163,6 @@ class Parser:
         with self._codecs.memory.hold(current(), 0 if message.mask.WhichOneof("source") == "data" else len(data)):
             image, digest = await self._codecs.load_mask(data, LoadMask(field, self._config.image_limits, size, rule))
         return Mask(image, digest, not message.HasField("mask_paste") or message.mask_paste)
-
-    def _numbers(self, message: pb.TransformRequest) -> tuple[float, int, float]:
-        strength = message.strength if message.HasField("strength") else DEFAULT_STRENGTH
-        _check("strength", 0 < strength <= 1, f"{strength} is not in (0, 1]")
-        steps = message.num_inference_steps if message.HasField("num_inference_steps") else DEFAULT_STEPS
-        most = self._config.max_steps
-        _check("num_inference_steps", 1 <= steps <= most, f"{steps} is not in 1 to {most}")
-        guidance = message.guidance_scale if message.HasField("guidance_scale") else DEFAULT_GUIDANCE
-        _check("guidance_scale", 0 <= guidance <= MAX_GUIDANCE, f"{guidance} is not in 0 to {MAX_GUIDANCE:g}")
-        return strength, steps, guidance
 
     def _seeds(self, message: pb.TransformRequest) -> tuple[int, ...]:
         count = message.image_count if message.HasField("image_count") else 1
@@ -219,6 +218,18 @@ def _prompts(message: pb.TransformRequest) -> tuple[str, str | None]:
     )
 
 
+def _true_cfg(message: pb.TransformRequest, fields: RequestFields) -> float | None:
+    """The request's true_cfg_scale, None if the model takes none. It and the negative prompt need each other."""
+    if "true_cfg_scale" not in fields:
+        return None
+    scale, is_set = fields.number(message, "true_cfg_scale"), message.HasField("true_cfg_scale")
+    needs = "it leads away from a negative prompt: set negative_prompt too, which may be empty"
+    _check("true_cfg_scale", not is_set or scale <= 1 or message.HasField("negative_prompt"), needs)
+    unused = f"this model uses it only with a true_cfg_scale above 1, and its own is {scale:g}: set true_cfg_scale too"
+    _check("negative_prompt", is_set or scale > 1 or not message.negative_prompt, unused)
+    return scale
+
+
 def _scheduler(asked: str, model: Model) -> str | None:
     """The requested scheduler in the pipeline's spelling; None for the model's default."""
     if not asked:
@@ -234,7 +245,7 @@ def _scheduler(asked: str, model: Model) -> str | None:
 def _output(message: pb.TransformRequest) -> tuple[images.WriteFormat, int]:
     output = message.output
     _check("output.format", output.format in _FORMATS, f"{output.format} is not a known format")
-    quality = output.quality if output.HasField("quality") else _DEFAULT_QUALITY
+    quality = output.quality if output.HasField("quality") else DEFAULT_QUALITY
     _check("output.quality", 1 <= quality <= 100, f"{quality} is not in 1 to 100")
     return _FORMATS[output.format], quality
 

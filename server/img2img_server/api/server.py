@@ -256,7 +256,7 @@ class Server:
             parser, models, residency, runner, self._codecs, self._telemetry, self._assets, self._provenance, access
         )
         image_to_image_pb2_grpc.add_ImageToImageServiceServicer_to_server(transforms, handlers.as_server)
-        model_service = ModelService(models, residency)
+        model_service = ModelService(models, residency, self._config)
         model_pb2_grpc.add_ModelServiceServicer_to_server(model_service, handlers.as_server)
         assets = AssetService(self._assets, self._config.image_limits, self._codecs)
         asset_pb2_grpc.add_AssetServiceServicer_to_server(assets, handlers.as_server)

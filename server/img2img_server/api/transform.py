@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Coroutine
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -81,6 +81,8 @@ _BYTES_PER_PIXEL, _BYTES_PER_FILE = 4, 4096
 """Upper bound of an encoded image's size, for any format and content."""
 
 
+Names = Collection[str]
+"""Names of fields of TransformRequest."""
 _TRANSFORM = "/img2img.v1.ImageToImageService/Transform"
 _BATCH_IN_PROGRESS = 16
 """Requests of one TransformBatch that are in progress: a few device batches. Each holds its message, up to 33 MiB."""
@@ -127,12 +129,14 @@ class ImageToImageService(pb_grpc.ImageToImageServiceServicer):
         accept: Callable[[Accepted], object],
         *,
         mask_by_alpha: bool = False,
+        optional: Names = (),
     ) -> pb.TransformResponse:
         """Transform for any API. `accept` is called when the request is in the queue. With `mask_by_alpha`, the mask's
-        transparent areas are redrawn instead of its white ones."""
+        transparent areas are redrawn instead of its white ones. Fields that are `optional` were not set by the caller, and are
+        cleared if the model does not take them."""
         with self._engine.reserve(current().client) as slot:
             async with AsyncExitStack() as lease:
-                job = await self._parse(request, context, lease, previews=False, mask_by_alpha=mask_by_alpha)
+                job = await self._parse(request, context, lease, previews=False, mask_by_alpha=mask_by_alpha, optional=optional)
                 async with (
                     self._reserve(job) as reserved,
                     aclosing(self._follow(job.request, slot, lease, progress=False)) as events,
@@ -145,12 +149,14 @@ class ImageToImageService(pb_grpc.ImageToImageServiceServicer):
         raise AssertionError("the engine ends every request")
 
     async def TransformStream(
-        self, request: pb.TransformStreamRequest, context: Any, *, mask_by_alpha: bool = False
+        self, request: pb.TransformStreamRequest, context: Any, *, mask_by_alpha: bool = False, optional: Names = ()
     ) -> AsyncGenerator[pb.TransformStreamResponse, None]:
-        """Runs one transform and yields its events. `mask_by_alpha` as for `transform`."""
+        """Runs one transform and yields its events. `mask_by_alpha` and `optional` as for `transform`."""
         with self._engine.reserve(current().client) as slot:
             async with AsyncExitStack() as lease:
-                job = await self._parse(request.request, context, lease, previews=True, mask_by_alpha=mask_by_alpha)
+                job = await self._parse(
+                    request.request, context, lease, previews=True, mask_by_alpha=mask_by_alpha, optional=optional
+                )
                 async with (
                     self._reserve(job) as reserved,
                     aclosing(self._follow(job.request, slot, lease, progress=True)) as events,
@@ -183,11 +189,19 @@ class ImageToImageService(pb_grpc.ImageToImageServiceServicer):
                     yield response
 
     async def _parse(
-        self, message: pb.TransformRequest, context: Any, lease: AsyncExitStack, previews: bool, mask_by_alpha: bool
+        self,
+        message: pb.TransformRequest,
+        context: Any,
+        lease: AsyncExitStack,
+        previews: bool,
+        mask_by_alpha: bool = False,
+        optional: Names = (),
     ) -> ParsedRequest:
         """Parses a message. The model stays in memory until `lease` is closed."""
         model = await lease.enter_async_context(self._residency.using(reference_from(message.model)))
-        return await self._parser.parse(message, model, context.time_remaining(), previews, mask_by_alpha=mask_by_alpha)
+        return await self._parser.parse(
+            message, model, context.time_remaining(), previews, mask_by_alpha=mask_by_alpha, optional=optional
+        )
 
     async def _follow(
         self, request: Request, slot: Slot, lease: AsyncExitStack, progress: bool

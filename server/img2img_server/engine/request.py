@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from PIL import Image
 
 from img2img_server.errors import InvalidField, ServerError
+from img2img_server.support.model_fields import ModelFields
 from img2img_server.support.source_rule import SourceRule
 
 _log = logging.getLogger(__name__)
@@ -43,6 +44,8 @@ class Request:
     sends no other events. Requests of one `cache_scope` share cached encodings, so their timings reveal whether another request
     used the same input. `mask` is None if the whole source is transformed; the pipeline's `source_rule` says whether it takes
     one.
+
+    Fields that the model does not take have values without effect: `strength` and `guidance_scale` 1, `true_cfg_scale` None.
     """
 
     model: str
@@ -64,6 +67,7 @@ class Request:
     cache_scope: str = ""
     size: tuple[int, int] | None = None
     mask: Mask | None = None
+    true_cfg_scale: float | None = None
 
     @property
     def result_size(self) -> tuple[int, int]:
@@ -202,6 +206,8 @@ class Pipeline(Protocol):
     split. Empty if calls are not padded."""
     schedulers: tuple[str, ...]
     """Supported values of a request's `scheduler`."""
+    fields: ModelFields
+    """The fields of TransformRequest that it takes, of those that not every model takes. `scheduler` is not among them."""
 
     def plan(self, request: Request) -> Plan:
         """Plans `request`. Raises InvalidField if the pipeline does not support it."""

@@ -18,8 +18,9 @@ _ADDRESS = re.compile(rb"[A-Za-z][A-Za-z0-9+.-]{0,15}:")
 """The beginning of an address. No image file begins like this."""
 _SWITCH = {"true": True, "1": True, "false": False, "0": False}
 _FORMATS = {name.removeprefix("OUTPUT_FORMAT_").lower(): number for name, number in pb.OutputFormat.items() if number}
+_AUTO = "auto"
 _STEPS = {
-    "auto": DEFAULT_STEPS,
+    _AUTO: DEFAULT_STEPS,
     "low": DEFAULT_STEPS // 2,
     "medium": DEFAULT_STEPS,
     "standard": DEFAULT_STEPS,
@@ -35,14 +36,18 @@ MAX_PARTIAL_IMAGES = 100
 
 @dataclass(slots=True)
 class Draft:
-    """A request while its fields are read. With `as_url` its images are stored as assets, and their URLs are sent."""
+    """A request while its fields are read. With `as_url` its images are stored as assets, and their URLs are sent.
+
+    `optional` fields have this API's defaults, which are dropped for models that do not take the fields.
+    """
 
     message: pb.TransformRequest = field(default_factory=pb.TransformRequest)
-    quality: str = "auto"
+    quality: str = _AUTO
     size: str = "auto"
     stream: bool = False
     partial_images: int = 0
     as_url: bool = False
+    optional: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,16 +91,19 @@ def _fill(draft: Draft, variation: bool) -> None:
         message.prompt = ""
         if not message.HasField("guidance_scale"):
             message.guidance_scale = _NO_GUIDANCE
+            draft.optional.append("guidance_scale")
     if variation and not message.HasField("strength"):
         message.strength = VARIATION_STRENGTH
-    if not message.HasField("num_inference_steps"):
+        draft.optional.append("strength")
+    if not message.HasField("num_inference_steps") and draft.quality != _AUTO:
         message.num_inference_steps = _STEPS[draft.quality]
     if draft.size == "auto":
         message.fit.native_area.SetInParent()
     message.output.as_asset = draft.as_url
     if draft.stream and draft.partial_images:
         strength = message.strength if message.HasField("strength") else DEFAULT_STRENGTH
-        steps = int(message.num_inference_steps * min(strength, 1.0))
+        whole = message.num_inference_steps if message.HasField("num_inference_steps") else DEFAULT_STEPS
+        steps = int(whole * min(strength, 1.0))
         message.preview_interval = max(1, -(-steps // (draft.partial_images + 1)))
 
 
@@ -210,7 +218,7 @@ FIELDS = (
         _put_quality,
         {"type": "string", "enum": list(_STEPS), "default": "auto"},
         "The number of steps, unless num_inference_steps is set: "
-        f"low {_STEPS['low']}, auto, medium and standard {DEFAULT_STEPS}, high and hd {_STEPS['high']}",
+        f"low {_STEPS['low']}, medium and standard {DEFAULT_STEPS}, high and hd {_STEPS['high']}; auto: the model's default",
     ),
     FormField("output_format", _put_format, {"type": "string", "enum": list(_FORMATS), "default": "png"}, "Format of the images"),
     FormField(
@@ -244,7 +252,8 @@ FIELDS = (
         "strength",
         _number,
         {"type": "number", "exclusiveMinimum": 0, "maximum": 1},
-        f"How far to leave the source. Default: {DEFAULT_STRENGTH} for edits, {VARIATION_STRENGTH} for variations",
+        f"How far to leave the source; only for models that have a strength. Default: {DEFAULT_STRENGTH} for edits, "
+        f"{VARIATION_STRENGTH} for variations",
         True,
     ),
     FormField(
@@ -258,7 +267,14 @@ FIELDS = (
         "guidance_scale",
         _number,
         {"type": "number", "minimum": 0, "maximum": MAX_GUIDANCE},
-        f"Classifier-free guidance. Default: {DEFAULT_GUIDANCE}, and 1 for variations without a prompt",
+        f"Classifier-free guidance. Default: the model's, mostly {DEFAULT_GUIDANCE}, and 1 for variations without a prompt",
+        True,
+    ),
+    FormField(
+        "true_cfg_scale",
+        _number,
+        {"type": "number", "minimum": 0, "maximum": MAX_GUIDANCE},
+        "Guidance away from negative_prompt, for models such as Qwen-Image and Flux Kontext. Default: the model's",
         True,
     ),
     FormField(

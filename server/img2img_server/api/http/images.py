@@ -70,7 +70,7 @@ class Images:
         def accept(accepted: Accepted) -> None:
             headers.update(answers.queue_headers(accepted.position, accepted.eta))
 
-        result = await self._transforms.transform(draft.message, exchange, accept)
+        result = await self._transforms.transform(draft.message, exchange, accept, optional=draft.optional)
         headers["openai-processing-ms"] = str(math.ceil((time.monotonic() - exchange.began) * 1000))
         await exchange.answer(200, await self._written(answers.images, result, exchange.base), headers)
 
@@ -78,7 +78,7 @@ class Images:
         """Answers with events. Headers are sent with the first event, so a refused request gets the status of its error."""
         begun, previews = False, 0
         asked = pb.TransformStreamRequest(request=draft.message)
-        async with aclosing(self._transforms.TransformStream(asked, exchange)) as events:
+        async with aclosing(self._transforms.TransformStream(asked, exchange, optional=draft.optional)) as events:
             async for event in events:
                 if not begun:
                     eta = event.queued.eta_seconds if event.queued.HasField("eta_seconds") else None

@@ -44,4 +44,10 @@ class Models:
             "is_default": model.is_default,
             **known,
             "schedulers": list(model.schedulers),
+            "fields": [_field(field) for field in model.fields],
         }
+
+
+def _field(field: pb.RequestField) -> dict[str, Any]:
+    """A field as JSON, without what it does not have."""
+    return {"default" if part.name.startswith("default_") else part.name: value for part, value in field.ListFields()}

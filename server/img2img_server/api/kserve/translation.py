@@ -100,6 +100,7 @@ SETTINGS = (
     Input("negative_prompt", ("BYTES",)),
     Input("strength", ("FP32", "FP64")),
     Input("guidance_scale", ("FP32", "FP64")),
+    Input("true_cfg_scale", ("FP32", "FP64")),
     Input("num_inference_steps", ("INT64", "INT32")),
     Input("seed", ("INT64", "INT32")),
     Input("image_count", ("INT64", "INT32")),

@@ -12,6 +12,7 @@ from img2img_server.engine.request import Ending, Event, Failed, Request
 from img2img_server.errors import EngineStuck, ShuttingDown
 from img2img_server.models.registry import EngineStatus, Model, ModelState
 from img2img_server.support.call import Call
+from img2img_server.support.model_fields import GUIDED, ModelFields
 from img2img_server.support.source_rule import STRETCHED, SourceRule
 
 
@@ -72,6 +73,7 @@ class Card:
     native_size: tuple[int, int] = (0, 0)
     schedulers: tuple[str, ...] = ()
     source_rule: SourceRule = STRETCHED
+    request_fields: ModelFields = field(default_factory=lambda: GUIDED)
 
     @classmethod
     def of(cls, model: Model) -> "Card":
@@ -88,6 +90,7 @@ class Card:
             native_size=pipeline.native_size,
             schedulers=tuple(pipeline.schedulers),
             source_rule=pipeline.source_rule,
+            request_fields=pipeline.fields,
         )
 
 

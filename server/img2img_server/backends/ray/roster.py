@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 from img2img_server.backends.ray.messages import (
@@ -27,6 +27,7 @@ from img2img_server.errors import ModelNotFound, ModelUnavailable, NoReplica
 from img2img_server.models.registry import Model, ModelRegistry, ModelState
 from img2img_server.models.residency import Health
 from img2img_server.support.call import current
+from img2img_server.support.model_fields import GUIDED, ModelFields
 from img2img_server.support.source_rule import STRETCHED, SourceRule
 
 _log = logging.getLogger(__name__)
@@ -53,6 +54,7 @@ class RemotePipeline:
     native_size: tuple[int, int]
     schedulers: tuple[str, ...]
     source_rule: SourceRule = STRETCHED
+    fields: ModelFields = field(default_factory=lambda: GUIDED)
 
     def plan(self, request: Request) -> Plan:
         """The approximate plan of a request. The replica validates the request."""
@@ -253,7 +255,9 @@ def _model(cards: Iterable[Card], replicas: int) -> Model:
     pipeline = None
     detail = best.detail
     if best.state is ModelState.READY:
-        pipeline = RemotePipeline(best.runs_on, best.size_multiple, best.native_size, best.schedulers, best.source_rule)
+        pipeline = RemotePipeline(
+            best.runs_on, best.size_multiple, best.native_size, best.schedulers, best.source_rule, best.request_fields
+        )
         ready = 1 + sum(card.state is ModelState.READY for card in others)
         if ready < replicas:
             detail = detail or f"in the memory of {ready} of {replicas} replicas"

@@ -20,10 +20,10 @@ _MOST_SIZES = 16
 
 
 class Flux(StableDiffusion3):
-    """One row for each image: guidance is an input of the transformer, or (schnell) there is none. Negative prompts have no
-    effect."""
+    """One row for each image: guidance is an input of the transformer, or (schnell) there is none."""
 
     scheduler_cache = FluxSchedulers
+    ignored_fields = frozenset({"negative_prompt", "true_cfg_scale"})
     _ids: dict[tuple[int, ...], Conditioning]
 
     def __init__(self, *arguments: Any, **named: Any) -> None:

@@ -18,6 +18,7 @@ from img2img_server.engine.cache import Cache
 from img2img_server.engine.request import Plan, Request
 from img2img_server.runtime.common.device_copy import PinnedCopies, fetch_later, mark
 from img2img_server.runtime.common.pipe import native_sizes, size_multiple, view_of
+from img2img_server.runtime.common.request_fields import request_fields
 from img2img_server.runtime.common.sources import source_rule
 from img2img_server.runtime.common.torch_calls import host_call, torch_call
 from img2img_server.runtime.common.truncation import Truncation
@@ -38,6 +39,7 @@ from img2img_server.runtime.diffusion.state import (
 from img2img_server.runtime.onnx.modules import close_graphs
 from img2img_server.runtime.schedulers.cache import CachedScheduler, SchedulerCache
 from img2img_server.runtime.schedulers.linear import Trajectory, advance_batch, step_arguments
+from img2img_server.support.model_fields import ModelFields
 
 PreviewWeights = Sequence[Sequence[float]]
 
@@ -58,6 +60,8 @@ class SteppedPipeline(ABC):
     """The component of the pipeline that predicts the noise."""
     pooled_name = "text_embeds"
     """The denoiser's input for pooled embeddings of texts."""
+    ignored_fields: frozenset[str] = frozenset()
+    """Fields of a request that diffusers' pipeline takes and the family does not."""
 
     def __init__(self, pipe: Any, engine: str, threads: int, cache: Cache, preview_weights: PreviewWeights = ()) -> None:
         self._pipe = pipe
@@ -67,6 +71,7 @@ class SteppedPipeline(ABC):
         self.size_multiple = size_multiple(pipe)
         self.native_size = native_sizes(pipe)
         self.source_rule = source_rule(pipe)
+        self.fields: ModelFields = {name: rule for name, rule in request_fields(pipe).items() if name not in self.ignored_fields}
         self.row_buckets: Sequence[int] = getattr(self._denoiser, "row_buckets", ())
         self._device = torch.device(pipe._execution_device)
         self._joined = JoinedConditioning()

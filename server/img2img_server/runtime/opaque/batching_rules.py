@@ -34,7 +34,7 @@ class Rule:
         negative = request.negative_prompt is not None and "negative_prompt" in parameters
         if negative and self.negative == "alone":
             return None
-        known = [getattr(request, name) for name in ("strength", "guidance_scale") if name in parameters]
+        known = [getattr(request, name) for name in ("strength", "guidance_scale", "true_cfg_scale") if name in parameters]
         prompt = request.prompt if negative and self.negative == "by prompt" else None
         return (request.image.size, request.size, request.num_inference_steps, *known, negative, prompt)
 

@@ -17,6 +17,7 @@ from PIL import Image
 from img2img_server.engine.request import Plan, Request, no_step
 from img2img_server.errors import InvalidField, OutOfMemory
 from img2img_server.runtime.common.pipe import SWAPPED, native_sizes, parts, size_multiple, view_of
+from img2img_server.runtime.common.request_fields import DEPENDENT, request_fields
 from img2img_server.runtime.common.sources import source_rule, steps_of
 from img2img_server.runtime.common.torch_calls import torch_call
 from img2img_server.runtime.common.truncation import Truncation
@@ -54,6 +55,7 @@ class OpaquePipeline:
         self.engine = engine
         self.size_multiple = size_multiple(pipe)
         self.source_rule = source_rule(pipe)
+        self.fields = request_fields(pipe)
         self._rule = rule_of(pipe)
         self._truncation = Truncation(pipe)
         self.max_rows: int | None = None if self._rule else 1
@@ -220,6 +222,10 @@ class OpaquePipeline:
         given = {"prompt": request.prompt, "negative_prompt": request.negative_prompt}
         return {name: text for name, text in given.items() if text and name in self._parameters}
 
+    def _is_taken(self, name: str) -> bool:
+        """Whether an argument of that name changes the pipeline's images."""
+        return name in self._parameters and (name not in DEPENDENT or name in self.fields)
+
     def _arguments(self, pictures: Sequence[tuple[Request, int]], listeners: dict[str, Any]) -> dict[str, Any]:
         """The arguments of the pipeline's call: those that it accepts, as lists if there are several images."""
         request = pictures[0][0]
@@ -241,12 +247,14 @@ class OpaquePipeline:
             # Kontext makes any size, but so many pixels.
             "max_area": width * height,
         }
+        if request.true_cfg_scale is not None:
+            alike["true_cfg_scale"] = request.true_cfg_scale
         if request.num_inference_steps != _SPRINT_STEPS:
             alike["intermediate_timesteps"] = None
         # A single image is passed without lists. A missing prompt is None for all images.
         single = {name: values[0] if len(pictures) == 1 or values[0] is None else values for name, values in each.items()}
         offered = single | alike | listeners
-        return {name: value for name, value in offered.items() if name in self._parameters}
+        return {name: value for name, value in offered.items() if self._is_taken(name)}
 
 
 def _view(pipe: Any) -> Any:

@@ -1,0 +1,167 @@
+"""The table of TransformRequest's fields: which of them a model takes, with defaults and bounds. Parsing and GetModel read it.
+
+A new field is one row here. If not every model takes it, its row says what a model without it lacks, and pipelines that take it
+list it in their `fields`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from img2img.v1 import image_to_image_pb2 as pb
+from img2img.v1 import model_pb2
+
+from img2img_server.config import (
+    DEFAULT_GUIDANCE,
+    DEFAULT_PROMPT,
+    DEFAULT_QUALITY,
+    DEFAULT_STEPS,
+    DEFAULT_STRENGTH,
+    MAX_GUIDANCE,
+    MAX_PROMPT,
+    ServerConfig,
+)
+from img2img_server.engine.request import Pipeline
+from img2img_server.errors import InvalidField
+from img2img_server.images import MAX_BLUR
+
+_LARGEST_DOUBLE_SEED = 2.0**63 - 1024
+"""The largest double that is a seed. The largest seed, 2^63 - 1, is not a double."""
+
+
+_NO_MASK = "this model does not take a mask"
+_MASK = (("mask", None, None), ("mask_blur", 0.0, MAX_BLUR), ("mask_invert", False, None), ("mask_paste", True, None))
+"""The fields about masks, which masks.py checks: names, defaults and maxima."""
+
+
+@dataclass(frozen=True, slots=True)
+class RequestField:
+    """A field of TransformRequest, or ("output.quality") of a message in it.
+
+    `default` is None if it is not a fixed value. Numbers are in `minimum` to `maximum`; texts have as many characters. A model
+    that does not take the field refuses it with `lacking`; every model takes a field that is `lacking` nothing. `max_count` is of
+    repeated fields.
+    """
+
+    name: str
+    lacking: str = ""
+    required: bool = False
+    default: float | str | bool | None = None
+    minimum: float | None = None
+    maximum: float | None = None
+    exclusive_minimum: bool = False
+    max_count: int = 0
+
+    def check(self, value: float) -> None:
+        """Raises InvalidField for a number that is out of bounds."""
+        least, most = self.minimum, self.maximum
+        assert least is not None, "numbers have bounds"
+        assert most is not None, "numbers have bounds"
+        if not (least < value <= most if self.exclusive_minimum else least <= value <= most):
+            bounds = f"({least:g}, {most:g}]" if self.exclusive_minimum else f"{least:g} to {most:g}"
+            raise InvalidField(self.name, f"{value} is not in {bounds}")
+
+
+def _table(config: ServerConfig, size_multiple: int) -> tuple[RequestField, ...]:
+    return (
+        RequestField("prompt", default=DEFAULT_PROMPT, maximum=MAX_PROMPT),
+        RequestField("negative_prompt", "this model reads no negative prompt", default="", maximum=MAX_PROMPT),
+        RequestField("image", required=True),
+        RequestField(
+            "strength",
+            "this model has no strength: it starts from noise and edits the image by the prompt",
+            default=DEFAULT_STRENGTH,
+            minimum=0,
+            maximum=1,
+            exclusive_minimum=True,
+        ),
+        RequestField("num_inference_steps", default=DEFAULT_STEPS, minimum=1, maximum=config.max_steps),
+        RequestField(
+            "guidance_scale", "this model has no guidance_scale", default=DEFAULT_GUIDANCE, minimum=0, maximum=MAX_GUIDANCE
+        ),
+        RequestField("true_cfg_scale", "this model has no true_cfg_scale", minimum=0, maximum=MAX_GUIDANCE),
+        RequestField("seed", default=-1, minimum=-1, maximum=_LARGEST_DOUBLE_SEED),
+        RequestField("image_count", default=1, minimum=1, maximum=config.max_image_count),
+        RequestField("reference_images", "this model edits by one image: send only image", max_count=config.max_reference_images),
+        *(
+            RequestField(name, _NO_MASK, default=default, minimum=None if most is None else 0, maximum=most)
+            for name, default, most in _MASK
+        ),
+        RequestField("width", minimum=size_multiple),
+        RequestField("height", minimum=size_multiple),
+        RequestField("fit"),
+        RequestField("scheduler", "this model supports only its own scheduler"),
+        RequestField("preview_interval", default=0, minimum=0, maximum=config.max_steps),
+        RequestField("output.format"),
+        RequestField("output.quality", default=DEFAULT_QUALITY, minimum=1, maximum=100),
+        RequestField("output.as_asset", default=False),
+    )
+
+
+class RequestFields(Mapping[str, RequestField]):
+    """The fields that the model of a pipeline takes, by name."""
+
+    def __init__(self, config: ServerConfig, pipeline: Pipeline) -> None:
+        self._all = _table(config, pipeline.size_multiple)
+        own = pipeline.fields
+        taken = {*own, *(["scheduler"] if pipeline.schedulers else [])}
+        mask = pipeline.source_rule.mask
+        if mask != "none":
+            taken |= {name for name, *_ in _MASK}
+        rows = [row for row in self._all if not row.lacking or row.name in taken]
+        rows = [replace(row, required=True) if row.name == "mask" and mask == "required" else row for row in rows]
+        self._rows = {row.name: _with_default(row, own[row.name].default if row.name in own else None) for row in rows}
+
+    def __getitem__(self, name: str) -> RequestField:
+        return self._rows[name]
+
+    def __iter__(self) -> Any:
+        return iter(self._rows)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def check(self, message: pb.TransformRequest) -> None:
+        """Raises InvalidField for a field that is set and that the model does not take. An empty text counts as unset."""
+        for row in self._all:
+            if row.name not in self._rows and row.lacking != _NO_MASK and is_set(message, row.name):
+                raise InvalidField(row.name, f"{row.lacking}; leave {row.name} unset")
+
+    def number(self, message: pb.TransformRequest, name: str, without: float = 1.0) -> float:
+        """The number of a field, or its default; `without` if the model does not take it. Raises InvalidField."""
+        if name not in self._rows:
+            return without
+        row = self._rows[name]
+        if not message.HasField(name):  # type: ignore[arg-type]
+            assert isinstance(row.default, int | float), f"{name} has a default"
+            return row.default
+        value: float = getattr(message, name)
+        row.check(value)
+        return value
+
+    def messages(self) -> list[model_pb2.RequestField]:
+        """The fields as GetModel lists them."""
+        return [_message(row) for row in self._rows.values()]
+
+
+def is_set(message: pb.TransformRequest, name: str) -> bool:
+    """Whether a field of a request asks for something. Empty texts and lists do not."""
+    field = message.DESCRIPTOR.fields_by_name[name]
+    return bool(getattr(message, name)) if field.is_repeated or field.type == field.TYPE_STRING else message.HasField(name)  # type: ignore[arg-type]
+
+
+def _with_default(row: RequestField, default: float | None) -> RequestField:
+    return row if default is None else replace(row, default=default)
+
+
+def _message(row: RequestField) -> model_pb2.RequestField:
+    kind = {bool: "default_switch", str: "default_text"}.get(type(row.default), "default_number")
+    return model_pb2.RequestField(
+        name=row.name,
+        required=row.required,
+        minimum=row.minimum,
+        maximum=row.maximum,
+        exclusive_minimum=row.exclusive_minimum,
+        max_count=row.max_count,
+        **({} if row.default is None else {kind: row.default}),  # type: ignore[arg-type]
+    )

@@ -1,0 +1,51 @@
+"""Which fields of a request a diffusers pipeline takes: those of its call that change its images."""
+
+import inspect
+from typing import Any
+
+from img2img_server.support.model_fields import FieldRule, ModelFields
+
+DEPENDENT = ("negative_prompt", "strength", "guidance_scale", "true_cfg_scale")
+"""Fields that are arguments of the same name, of the classes that have them."""
+
+_EMBEDDED = frozenset(
+    {
+        "Flux2Pipeline",
+        "FluxImg2ImgPipeline",
+        "FluxKontextPipeline",
+        "QwenImageEditPipeline",
+        "QwenImageEditPlusPipeline",
+        "QwenImageImg2ImgPipeline",
+    }
+)
+"""Classes whose `guidance_scale` is nothing but an input of the transformer, which only distilled ones have."""
+
+_DISTILLED_STEPS = 4.0
+"""Steps of a pipeline whose configuration says `is_distilled`, as FLUX.2 klein's documentation has it."""
+
+
+def request_fields(pipe: Any) -> ModelFields:
+    """The fields that the pipeline takes, with its own defaults where it has any.
+
+    A pipeline that edits has the guidance that its class has as the default; all others have the server's.
+    """
+    parameters = inspect.signature(pipe.__call__).parameters
+    names = {name for name in DEPENDENT if name in parameters} - _ignored(pipe)
+    fields = {}
+    for name in names:
+        is_own = name == "true_cfg_scale" or (name == "guidance_scale" and "strength" not in parameters)
+        fields[name] = FieldRule(parameters[name].default if is_own else None)
+    if pipe.config.get("is_distilled"):
+        fields["num_inference_steps"] = FieldRule(_DISTILLED_STEPS)
+    return fields
+
+
+def _ignored(pipe: Any) -> set[str]:
+    """Arguments without an effect in this pipeline, by its configuration."""
+    ignored = set()
+    embeds = getattr(getattr(pipe, "transformer", None), "config", {}).get("guidance_embeds", False)
+    if (type(pipe).__name__ in _EMBEDDED and not embeds) or pipe.config.get("is_distilled"):
+        ignored.add("guidance_scale")
+    if getattr(getattr(pipe, "unet", None), "config", {}).get("time_cond_proj_dim") is not None:
+        ignored.add("negative_prompt")  # guidance is an input of the UNet
+    return ignored

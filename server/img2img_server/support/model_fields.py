@@ -1,0 +1,18 @@
+"""How a model's pipeline says which fields of TransformRequest it takes. The fields themselves are in api/request_fields.py."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class FieldRule:
+    """A field that a model takes, with the model's own `default`, or None for the server's."""
+
+    default: float | None = None
+
+
+ModelFields = Mapping[str, FieldRule]
+"""The fields that a model takes, by name, of those that not every model takes."""
+
+GUIDED: ModelFields = {name: FieldRule() for name in ("negative_prompt", "strength", "guidance_scale")}
+"""What most models take: those that start from the noised source and are guided by two prompts."""
