@@ -71,8 +71,8 @@ def test_models_are_listed(service: FakeService, server: FakeServer, capsys: pyt
     assert all(name in out for name in ("schedulers", "DDIM[red]", "DPM++ 2M"))
     assert main(["models", "--server", server.target, "--fields"]) == 0
     out = capsys.readouterr().out
-    lines = ("image: required", 'prompt: "a lake", to 4096', "strength: 0.8, above 0 to 1", "reference_images: at most 4")
-    assert all(line in out for line in lines)
+    shown = ("image: required", 'prompt: "a lake", to 4096', "strength: 0.8, above 0 to 1", "reference_images: at most 4")
+    assert all(line in out for line in shown)
 
 
 def test_a_model_list_that_fails_is_one_line(
