@@ -3,16 +3,16 @@
 import dataclasses
 import logging
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from img2img_server.bundle.manifest import LIMITS, Component, Manifest, Reference, Source, Verification
+from img2img_server.bundle.manifest import LIMITS, Component, Manifest, PictureParity, Reference, Source, Verification
 from img2img_server.runtime.schedulers import registry
 from PIL import Image
 
-from img2img_export.component import Converter, release_memory
+from img2img_export.component import STATIC, Converter, Made, release_memory
 from img2img_export.convert import models, torch_bundle
 from img2img_export.convert.fp32_compute import computing_in_fp32
 from img2img_export.convert.models import Loader, Plan
@@ -29,6 +29,8 @@ from img2img_export.verify.recorded_inputs import Calls, Recorder
 
 _log = logging.getLogger(__name__)
 
+_AIM_DB = 25.0
+"""PSNR of the worst image below which a graph in static int8 is quantized less. The limit is lower."""
 _REFERENCES = "verification/references"
 """Folder in the bundle for the reference images and their sources."""
 
@@ -95,11 +97,23 @@ def _attempt(
 ) -> Attempt:
     """Carries out `plan` and verifies the result. `reason` is why the previous plan failed, or None."""
     plan = dataclasses.replace(plan, reason=reason or plan.reason)
-    components, measured = _convert(loader, plan, drawn.calls, options, bundle, progress)
-    release_memory()
-    progress.stage("comparing images from the server's pipeline with the references")
-    attempt = Attempt(plan, components, measured, drawn.latent_preview)
-    return verify(attempt, drawn.cases, drawn.references, options, bundle)
+    converter = Converter(loader, drawn.calls, options, bundle, progress)
+    made = {part.component.name: part for component in plan.graphs for part in converter.convert(component)}
+    progress.stage("saving the rest of the pipeline" if plan.graphs else "saving the PyTorch pipeline")
+    saved = torch_bundle.save(_load(loader, options), plan.graphs, options.precision, bundle)
+    while True:
+        release_memory()
+        progress.stage("comparing images from the server's pipeline with the references")
+        attempt = Attempt(plan, (*(part.component for part in made.values()), *saved), _measured(made), drawn.latent_preview)
+        compared, generated = images.compare_images(
+            bundle, describe(attempt, options), drawn.cases, drawn.references, options.precision
+        )
+        worst = min(part.psnr_db for part in compared)
+        enough = worst >= _AIM_DB or (converter.is_strictest and all(part.passed for part in compared))
+        if enough or not (again := converter.tighten()):
+            return _judge(attempt, drawn.cases, drawn.references, compared, generated, options, bundle)
+        progress.stage(f"the worst image has {worst:.1f} dB, less than {_AIM_DB:g}: quantizing less")
+        made |= {part.component.name: part for component in again for part in converter.convert(component)}
 
 
 def verify(
@@ -109,8 +123,20 @@ def verify(
 
     Raises ExportError if an image differs too much from its reference, unless `options.allow_unverified`.
     """
-    manifest = describe(attempt, options)
-    compared, generated = images.compare_images(bundle, manifest, cases, references, options.precision)
+    compared, generated = images.compare_images(bundle, describe(attempt, options), cases, references, options.precision)
+    return _judge(attempt, cases, references, compared, generated, options, bundle)
+
+
+def _judge(
+    attempt: Attempt,
+    cases: Sequence[ImageCase],
+    references: Sequence[Image.Image],
+    compared: tuple[PictureParity, ...],
+    generated: list[Image.Image],
+    options: ExportOptions,
+    bundle: Path,
+) -> Attempt:
+    """`verify` after the images were generated and compared."""
     reference = attempt.verification.reference
     problems = list(attempt.verification.problems)
     for part in compared:
@@ -156,8 +182,14 @@ def draw(loader: Loader, plan: Plan, options: ExportOptions, progress: Progress)
     cases = images.image_cases(pipeline, plan.family)
     progress.stage(f"generating {len(cases)} reference images with diffusers")
     with computing_in_fp32(*models.modules(pipeline).values()):
-        with Recorder(pipeline, plan.graphs) as recorder:
+        # Static int8 needs the ranges of many calls.
+        is_calibrated = options.precision == "int8" and not STATIC.isdisjoint(plan.graphs)
+        with Recorder(pipeline, plan.graphs, complete=is_calibrated) as recorder:
             references = tuple(images.make_references(pipeline, cases))
+            if is_calibrated:
+                more = images.calibration_cases(pipeline, plan.family)
+                progress.stage(f"generating {len(more)} more images to calibrate int8 with")
+                images.make_references(pipeline, more)
         if plan.family == models.WHOLE:
             return Drawn(cases, references, recorder.calls, ())
         progress.stage("fitting previews")
@@ -176,20 +208,13 @@ def _load(loader: Loader, options: ExportOptions) -> Any:
     return pipeline
 
 
-def _convert(
-    loader: Loader, plan: Plan, calls: dict[str, Calls], options: ExportOptions, bundle: Path, progress: Progress
-) -> tuple[tuple[Component, ...], Verification]:
-    """Makes the graphs of `plan`, and saves the rest of the model."""
-    converter = Converter(loader, calls, options, bundle, progress)
-    made = [part for component in plan.graphs for part in converter.convert(component)]
-    progress.stage("saving the rest of the pipeline" if plan.graphs else "saving the PyTorch pipeline")
-    saved = torch_bundle.save(_load(loader, options), plan.graphs, options.precision, bundle)
-    verification = Verification(
+def _measured(made: Mapping[str, Made]) -> Verification:
+    """The measurements of the graphs."""
+    return Verification(
         passed=False,
-        components=tuple(parity for part in made for parity in part.parities),
-        problems=tuple(problem for part in made for problem in part.problems),
+        components=tuple(parity for part in made.values() for parity in part.parities),
+        problems=tuple(problem for part in made.values() for problem in part.problems),
     )
-    return (*(part.component for part in made), *saved), verification
 
 
 def _save_references(cases: Sequence[ImageCase], references: Sequence[Image.Image], bundle: Path) -> tuple[Reference, ...]:

@@ -40,6 +40,8 @@ class Outcome:
             what += f" ({manifest.backend_reason})"
         drawn = manifest.verification.pictures
         worst = f"images within {max(part.max_abs_error for part in drawn)}/255 of {manifest.verification.reference}"
+        if manifest.precision != "fp32":
+            worst += f" (PSNR at least {min(part.psnr_db for part in drawn):.1f} dB)"
         if compared := manifest.verification.components:
             part = max(compared, key=lambda part: part.relative_error)
             worst += f", graphs within {part.relative_error:.1e} (worst: {part.component})"
@@ -99,6 +101,8 @@ def _find_up_to_date(
 def _recorded(options: ExportOptions) -> dict[str, str]:
     """The options that determine a bundle, besides its source. `made` is the exporter's own version: others are out of date."""
     recorded = {"backend": options.backend, "precision": options.precision, "made": "5"}
+    if options.precision == "int8":
+        recorded["int8"] = "static"
     if options.scheduler is not None:
         recorded["scheduler"] = options.scheduler
     if options.reference is not None:

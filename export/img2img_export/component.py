@@ -2,6 +2,9 @@
 
 A graph in half precision or int8 that differs from PyTorch (the original VAE of SDXL overflows in fp16) is made again in fp32,
 with the measurement as the reason. So the measurements decide which parts stay in fp32.
+
+In int8, UNets and the VAE's decoder are quantized statically (calibration.py), the matrices of other graphs dynamically
+(quantize.py), and the VAE's encoder stays in fp32.
 """
 
 import contextlib
@@ -15,15 +18,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from img2img_server.bundle.manifest import LIMITS, Component, ComponentParity, Precision
+from img2img_server.bundle.manifest import LIMITS, AccuracyLimits, Component, ComponentParity, Precision
 
 from img2img_export.convert import parts, split_graph
+from img2img_export.convert.calibration import Calibration
 from img2img_export.convert.external_weights import GRAPH_NAME, Skeleton
 from img2img_export.convert.fp32_compute import computing_in_fp32
 from img2img_export.convert.fusion import fuse
 from img2img_export.convert.graphs import describe_graph, quiet
 from img2img_export.convert.models import Loader
 from img2img_export.convert.parts import Part, Tensors
+from img2img_export.convert.static_int8 import to_static_int8
 from img2img_export.convert.tracing import trace
 from img2img_export.errors import FAILURES, ExportError, first_line
 from img2img_export.options import ExportOptions
@@ -43,6 +48,15 @@ def release_memory() -> None:
 
 _SMALL = {"unet": ("sample", (9, 11)), "vae_encoder": ("sample", (72, 88)), "vae_decoder": ("latent_sample", (9, 11))}
 """Input sizes for tracing: odd, so that no size is frozen into the graph, and small, for speed."""
+
+STATIC = frozenset({"unet", VAE})
+"""Components with graphs in static int8."""
+_STATIC_GRAPHS = ("unet", "vae_decoder")
+_BUDGETS = (0.03, 0.015, 0.0075, 0.0)
+"""Relative errors of a graph's output that static int8 may add, each tried if images with the one before are not good enough. 0:
+the graph stays in fp32."""
+_UNCALIBRATED = AccuracyLimits(0.5, 5.0, 255, 0.0, 0.0)
+"""The limits of static int8 for random inputs, which lie outside of the calibrated ranges: they find faults of the graph only."""
 
 FUSED = "cuda"
 """Subfolder of a graph's folder for the same graph with ONNX Runtime's fused CUDA operators."""
@@ -68,6 +82,22 @@ class Converter:
         self._options = options
         self._bundle = bundle
         self._progress = progress
+        self._calibrations: dict[str, Calibration] = {}
+        self._budget = 0
+
+    @property
+    def is_strictest(self) -> bool:
+        """Whether `tighten` would leave no graph in static int8."""
+        return self._budget + 2 >= len(_BUDGETS)
+
+    def tighten(self) -> tuple[str, ...]:
+        """Allows graphs in static int8 a smaller error. Returns the components to convert again: none
+        if there is no such graph."""
+        made = tuple(self._calibrations)
+        if not made or self._budget + 1 >= len(_BUDGETS):
+            return ()
+        self._budget += 1
+        return tuple({VAE if name.startswith("vae_") else name: None for name in made})
 
     def convert(self, component: str) -> Iterator[Made]:
         """Makes the graphs of one component. Raises ExportError if one cannot be made, or fails and must not be published."""
@@ -77,8 +107,10 @@ class Converter:
     def _convert(self, component: str, name: str) -> Made:
         reason = ""
         wanted = self._options.precision
-        if wanted == "int8" and component == VAE:
-            wanted, reason = "fp32", "int8 does not apply to convolutions"
+        if wanted == "int8" and name == "vae_encoder":
+            wanted, reason = "fp32", "the source image is encoded once, and in full precision"
+        if wanted == "int8" and name in _STATIC_GRAPHS and not _BUDGETS[self._budget]:
+            wanted, reason = "fp32", "images differ too much in int8"
         made = self._attempt(component, name, wanted)
         if made.problems and wanted != "fp32":
             self._progress.stage(f"{name} stays in fp32: {made.problems[0]}")
@@ -94,10 +126,12 @@ class Converter:
         self._progress.stage(f"{name}: tracing in {precision}")
         shutil.rmtree(self._bundle / name, ignore_errors=True)
         try:
-            part, cases, trouble = self._write(component, name, precision)
+            part, cases, trouble, kept = self._write(component, name, precision)
             release_memory()
             self._progress.stage(f"{name}: comparing with PyTorch")
-            parities = compare(part, open_graph(self._bundle / name / GRAPH_NAME), cases, LIMITS[precision])
+            is_static = precision == "int8" and name in _STATIC_GRAPHS
+            session = open_graph(self._bundle / name / GRAPH_NAME)
+            parities = compare(part, session, cases, LIMITS[precision], random_limits=_UNCALIBRATED if is_static else None)
         except ExportError as error:
             if precision == "fp32":
                 raise
@@ -111,7 +145,7 @@ class Converter:
             parities += fused
             if fused:
                 record = dataclasses.replace(record, fused=f"{name}/{FUSED}/{GRAPH_NAME}")
-        return Made(dataclasses.replace(record, reason=trouble), tuple(parities), problems)
+        return Made(dataclasses.replace(record, reason=trouble, kept_in_fp32=kept), tuple(parities), problems)
 
     def _compare_fused(self, part: Part, cases: list[Case]) -> tuple[list[ComponentParity], str]:
         """Compares the fused graph. If it fails, the graph is removed, and the measurements are empty, with the reason."""
@@ -127,10 +161,11 @@ class Converter:
         self._progress.stage(f"{part.name} has no fused graph: {problems[0]}")
         return [], f"no fused graph: {problems[0]}"
 
-    def _write(self, component: str, name: str, precision: Precision) -> tuple[Part, list[Case], str]:
+    def _write(self, component: str, name: str, precision: Precision) -> tuple[Part, list[Case], str, tuple[str, ...]]:
         """Writes the graphs and their configuration, and frees the module.
 
-        Returns the part, its cases, and the reason if a fused graph could not be made (else "").
+        Returns the part, its cases, the reason if a fused graph could not be made (else ""), and the layers that static int8 left
+        in fp32.
         """
         if name not in self._calls:
             raise ExportError(f"{name} was not called by the pipeline, so no inputs were recorded to trace it with")
@@ -144,14 +179,37 @@ class Converter:
             with computing_in_fp32(module):
                 cases = make_cases(part, module, calls)
             skeleton = _make(module, part, _example(part, module, calls), precision)
+            kept: tuple[str, ...] = ()
+            if precision == "int8" and name in _STATIC_GRAPHS:
+                with computing_in_fp32(module):
+                    skeleton, kept = self._quantized(skeleton, module, part, calls)
         skeleton.write(folder, self._progress, name)
+        if name in self._calibrations:
+            self._calibrations[name].release()
         if precision == "fp16" and name in _FUSABLE:
             try:
                 fuse(skeleton).write(folder / FUSED, self._progress, f"{name}, fused")
             except FAILURES as error:
                 shutil.rmtree(folder / FUSED, ignore_errors=True)
                 trouble = f"no fused graph: {type(error).__name__}: {first_line(error)}"
-        return part, cases, trouble
+        return part, cases, trouble, kept
+
+    def _quantized(self, skeleton: Skeleton, module: Any, part: Part, calls: Calls) -> tuple[Skeleton, tuple[str, ...]]:
+        """The graph in static int8, and the layers that stay in fp32. Raises ExportError if all do."""
+        weights = {id(weight.source) for weight in skeleton.weights.values()}
+        known = self._calibrations.pop(part.name, None)
+        calibration = Calibration(module, part, calls.every(), weights, self._progress, known)
+        choice = calibration.choose(module, _BUDGETS[self._budget])
+        if not choice.layers:
+            raise ExportError(f"{part.name} differs from PyTorch by more than {_BUDGETS[self._budget]:g} with any layer in int8")
+        quantized, fine, kept = len(choice.layers), sum(choice.layers.values()), len(choice.kept)
+        self._progress.stage(
+            f"{part.name}: {quantized} layers in int8 ({fine} of them with a scale for each channel), {kept} in fp32, "
+            f"relative error {choice.error:.1e}"
+        )
+        result = to_static_int8(skeleton, {name: (calibration.layers[name], fine) for name, fine in choice.layers.items()})
+        self._calibrations[part.name] = calibration
+        return result, choice.kept
 
 
 def part_of(name: str, module: Any, calls: Calls) -> Part:
@@ -184,10 +242,12 @@ def _example(part: Part, module: Any, calls: Calls) -> Tensors:
 def _make(module: Any, part: Part, example: Tensors, precision: Precision) -> Skeleton:
     if precision == "fp32":
         return trace(module, part, example)
-    if precision == "int8":
+    if precision == "int8" and part.name not in _STATIC_GRAPHS:
         from img2img_export.convert.quantize import to_int8
 
         return to_int8(trace(module, part, example))
+    if precision == "int8":
+        return trace(module, part, example)
     skeleton = trace(module, part, example, torch.float16)
     if precision == "bf16":
         from img2img_export.convert.bfloat16 import to_bfloat16

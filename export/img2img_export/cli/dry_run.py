@@ -188,12 +188,15 @@ def _forecast_part(
     part = "vae" if name.startswith("vae_") else name
     is_graph = part in plan.graphs
     precision, reason = str(requested), ""
-    if requested == "int8" and not (is_graph and name.startswith((*DENOISERS, "text_encoder"))):
-        precision, reason = "fp32", "int8 applies only to matrices in the graphs of denoisers and text encoders"
+    if requested == "int8" and not (is_graph and name.startswith((*DENOISERS, "text_encoder", "vae"))):
+        precision, reason = "fp32", "int8 applies only to the graphs of denoisers, text encoders and VAE decoders"
     elif requested == "fp16" and part == "vae" and upcast:
         precision, reason = "fp32", "the model declares that its VAE overflows in fp16"
     if precision == "int8":
-        size = weights.matrices + 4 * (weights.parameters - weights.matrices)
+        products = weights.products
+        if part == "vae":
+            products, reason = products // 2, "only its decoder is in int8"
+        size = products + 4 * (weights.parameters - products)
     else:
         size = WIDTHS[precision] * weights.parameters
     if precision == "fp16" and is_graph and part in _FUSED:

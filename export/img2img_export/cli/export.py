@@ -109,7 +109,7 @@ def _add_making(group: Any) -> None:
         "--precision",
         choices=get_args(Precision),
         default="fp32",
-        help="precision of the weights (default: %(default)s); int8 applies to matrices of the denoiser and the text encoders",
+        help="precision of the weights (default: %(default)s); int8 calibrates UNet and VAE decoder",
     )
     group.add_argument(
         "--backend",

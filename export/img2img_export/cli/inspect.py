@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 _CHUNK = 1 << 22
+_SHOWN = 3
 _GRAPH_COLUMNS = ("component", "graph", ">cases", ">greatest difference", ">relative error", "")
 _IMAGE_COLUMNS = ("case", ">PSNR", ">SSIM", ">greatest difference", "")
 
@@ -147,12 +148,18 @@ def show(found: Inspection, console: "Console") -> None:
             str(part.opset or ""),
             quantity(part.bytes) if part.bytes else "",
             part.fused,
-            part.reason,
+            part.reason or _kept(part.kept_in_fp32),
         )
         for part in manifest.components
     )
     print_table(console, "components", columns, rows)
     _show_verification(found, console)
+
+
+def _kept(layers: tuple[str, ...]) -> str:
+    """The layers of an int8 graph that stayed in fp32."""
+    more = f" and {len(layers) - _SHOWN} more" if len(layers) > _SHOWN else ""
+    return f"in fp32: {', '.join(layers[:_SHOWN])}{more}" if layers else ""
 
 
 def _facts(found: Inspection) -> list[tuple[str, str]]:

@@ -51,10 +51,11 @@ _BARE_DENOISER = ("double_blocks.", "single_blocks.", "joint_blocks.", "input_bl
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """The weights of a part: parameters, how many of them are in matrices, the most frequent precision, and bytes."""
+    """The weights of a part: parameters, how many of them are in matrices and convolutions, the most frequent precision, and
+    bytes."""
 
     parameters: int = 0
-    matrices: int = 0
+    products: int = 0
     stored: str = ""
     bytes: int = 0
 
@@ -101,14 +102,14 @@ def weigh(contents: Contents, components: Sequence[str]) -> dict[str, Weights]:
 
 def _sum_up(tensors: Iterable[Tensor]) -> Weights:
     counts: dict[str, int] = {}
-    matrices = 0
+    products = 0
     for tensor in tensors:
         size = math.prod(tensor.shape)
         counts[tensor.dtype] = counts.get(tensor.dtype, 0) + size
-        matrices += size if len(tensor.shape) == 2 else 0
+        products += size if len(tensor.shape) in (2, 4) else 0
     most = max(counts, key=lambda kind: counts[kind])
     size = sum(count * WIDTHS.get(_PRECISIONS.get(kind, ""), 1) for kind, count in counts.items())
-    return Weights(sum(counts.values()), matrices, _PRECISIONS.get(most, most.lower()), size)
+    return Weights(sum(counts.values()), products, _PRECISIONS.get(most, most.lower()), size)
 
 
 def _component_of(tensor: str, components: Sequence[str]) -> str | None:

@@ -13,7 +13,7 @@ from img2img_server.engine.request import Request
 from img2img_server.errors import BundleError, ServerError
 from img2img_server.runtime.accuracy_check import psnr_db
 from img2img_server.runtime.common.pipe import latent_size
-from PIL import Image, ImageChops, ImageDraw, ImageFont
+from PIL import Image, ImageChops, ImageDraw, ImageFont, ImageOps
 
 from img2img_export.convert.graphs import RUNTIME_ERRORS, quiet
 from img2img_export.convert.models import WHOLE
@@ -46,6 +46,14 @@ class _Subject:
     is_small: bool = False
 
 
+_CALIBRATION = (
+    _Subject("A red bicycle leaning against a white wall, photograph", "low quality", 7.5, (6, 6)),
+    _Subject("A portrait of a young woman with a hat, watercolor", "", 1.0, (6, 6)),
+    _Subject("Snow on a dark forest, minimalist drawing", "colorful, sunny", 10.0, (6, 6)),
+    _Subject("", "", 3.0, (6, 6)),
+)
+"""Further requests, whose calls extend the ranges of a static quantization."""
+
 STRENGTHS = (0.5, 1.0)
 """Half of the steps, from the source's latents; and all of them, from noise alone."""
 
@@ -75,6 +83,24 @@ def image_cases(pipeline: Any, family: str) -> tuple[ImageCase, ...]:
         for number, subject in enumerate(_SUBJECTS)
         for index in range(len(STRENGTHS) if known else 1)
     )
+
+
+def calibration_cases(pipeline: Any, family: str) -> tuple[ImageCase, ...]:
+    """Requests with other prompts, guidance scales, seeds and sources than `image_cases`, at the first one's size."""
+    first = image_cases(pipeline, family)[0].request
+    known = "strength" in inspect.signature(pipeline.__call__).parameters
+    cases = []
+    for number, (subject, source) in enumerate(zip(_CALIBRATION, _sources(first.image), strict=True)):
+        case = _case(subject, first.image.size, number % 2, seed=100 + number, known=known)
+        cases.append(replace(case, request=replace(case.request, image=source)))
+    return tuple(cases)
+
+
+def _sources(image: Image.Image) -> tuple[Image.Image, ...]:
+    """Images that differ from `image` in colors, contrast and detail."""
+    noise = np.random.default_rng(0).integers(0, 256, (image.height // 4 + 1, image.width // 4 + 1, 3), np.uint8)
+    dark = image.point(lambda value: value // 4)
+    return ImageChops.invert(image), ImageOps.grayscale(image).convert("RGB"), dark, Image.fromarray(noise).resize(image.size)
 
 
 def _case(subject: _Subject, size: tuple[int, int], index: int, seed: int, known: bool) -> ImageCase:

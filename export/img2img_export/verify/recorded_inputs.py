@@ -16,17 +16,20 @@ _NAMES = {"vae_encoder": "sample", "vae_decoder": "latent_sample"}
 
 @dataclass(slots=True)
 class Calls:
-    """The calls of one part: the first and last of each size, as tensors by name. `structure` is the first, not flattened."""
+    """The calls of one part: the first and last of each size (all if `complete`), as tensors by name. `structure` is the first,
+    not flattened."""
 
     structure: dict[str, Any]
+    complete: bool = False
     by_shape: dict[tuple[Any, ...], list[Tensors]] = field(default_factory=dict)
     settings: dict[str, set[str]] = field(default_factory=dict)
     """The values of each non-tensor argument, as text."""
 
     def add(self, tensors: Tensors) -> None:
-        """Adds a call; it replaces the last one of its size."""
+        """Adds a call; unless `complete`, it replaces the last one of its size."""
         kept = self.by_shape.setdefault(tuple((name, tuple(value.shape)) for name, value in tensors.items()), [])
-        del kept[1:]
+        if not self.complete:
+            del kept[1:]
         kept.append(tensors)
 
     def note(self, call: dict[str, Any]) -> None:
@@ -45,6 +48,11 @@ class Calls:
         names = set(flatten(self.structure))
         return [kept[0] for kept in self.by_shape.values() if set(kept[0]) == names]
 
+    def every(self) -> list[Tensors]:
+        """Every recorded call, only of calls with the same tensors as the first."""
+        names = set(flatten(self.structure))
+        return [call for kept in self.by_shape.values() for call in kept if set(call) == names]
+
     def two_sizes(self) -> list[Tensors]:
         """The first call, and if there is one, a call whose first tensor differs in more than the number of rows."""
         first, *others = self.all()
@@ -53,10 +61,12 @@ class Calls:
 
 
 class Recorder:
-    """Records the calls of the `components` of a diffusers pipeline within the block. A VAE has two parts."""
+    """Records the calls of the `components` of a diffusers pipeline within the block, all of them if `complete`. A VAE has two
+    parts."""
 
-    def __init__(self, pipeline: Any, components: tuple[str, ...]) -> None:
+    def __init__(self, pipeline: Any, components: tuple[str, ...], complete: bool = False) -> None:
         self.calls: dict[str, Calls] = {}
+        self._complete = complete
         self._modules = {name: getattr(pipeline, name) for name in components}
         self._undo: list[Callable[[], None]] = []
 
@@ -95,7 +105,7 @@ class Recorder:
     def _add(self, name: str, call: dict[str, Any]) -> None:
         call = {key: _normal(key, value, call) for key, value in call.items()}
         tensors = {key: value.detach().clone() for key, value in flatten(call).items()}
-        calls = self.calls.setdefault(name, Calls(call))
+        calls = self.calls.setdefault(name, Calls(call, self._complete))
         calls.add(tensors)
         calls.note(call)
 

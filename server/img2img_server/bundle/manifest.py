@@ -100,6 +100,7 @@ class Component:
 
     `reason` says why the precision differs from the requested one. The graph is `NAME/model.onnx`; `fused` is the path in the
     bundle of a second graph with ONNX Runtime's fused operators for CUDA, or empty. `bytes` is the size of the weights.
+    `kept_in_fp32` are the layers of a graph in static int8 that stayed in fp32 because they were sensitive, the worst first.
     """
 
     name: str
@@ -111,6 +112,7 @@ class Component:
     reason: str = ""
     fused: str = ""
     bytes: int = 0
+    kept_in_fp32: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
