@@ -68,6 +68,15 @@ class Blocking:
     ) -> BlockingStream:
         return BlockingStream(self, self.client.transform_stream(image, timeout=timeout, request_id=request_id, **options))
 
+    def watch_health(self, *, timeout: float | None = None) -> Iterator[bool]:
+        changes = self.client.watch_health(timeout=timeout)
+
+        async def following() -> bool | None:
+            return await anext(changes, None)
+
+        while (serving := self.wait(following())) is not None:
+            yield serving
+
     def close(self) -> None:
         self.wait(self.client.close())
 

@@ -13,6 +13,7 @@ from email.message import Message
 from pathlib import Path
 from typing import Any, Self
 
+from axe_playwright_python.async_playwright import Axe  # type: ignore[import-untyped]
 from fakes import FakePipeline, FakeState
 from img2img_server.engine.scheduler import QueueLimits
 from img2img_server.models.registry import Model, ModelRegistry
@@ -111,7 +112,8 @@ class Stand:
     def _models(self) -> ModelRegistry:
         """One that runs, one that is not in memory, one that cannot be loaded."""
         there = [Model("m", manifest("acme/m"), self.pipeline), Model("asleep", manifest("acme/asleep"))]
-        return ModelRegistry([*there, Model("broken", problem="a secret of the server's")], default="m")
+        broken = Model("broken", problem="a secret of the server's", detail="its file is cut short")
+        return ModelRegistry([*there, broken], default="m")
 
     def down(self) -> None:
         self.gate.open()
@@ -240,6 +242,27 @@ class Visitor:
     async def see(self, words: str) -> None:
         """Waits until words are to be seen."""
         await self.page.get_by_text(words).first.wait_for()
+
+    async def axe_violations(self) -> list[str]:
+        """What axe-core finds on the page, as it is now: rule, element, reason."""
+        results = await Axe().run(self.page)
+        return [
+            f"{violation['id']}: {node['target']} {node['failureSummary']}"
+            for violation in results.response["violations"]
+            for node in violation["nodes"]
+        ]
+
+    async def too_small(self) -> list[str]:
+        """The visible controls that are smaller than a finger (44 px)."""
+        return list(
+            await self.page.evaluate(
+                """() => [...document.querySelectorAll("button, a[href], input, textarea, .q-slider, [role=option]")]
+                    .filter((one) => one.tabIndex >= 0 && one.checkVisibility({ visibilityProperty: true }))
+                    .map((one) => [one, (one.closest(".q-field__control") ?? one).getBoundingClientRect()])
+                    .filter(([, box]) => box.width < 44 || box.height < 44)
+                    .map(([one, box]) => one.outerHTML.slice(0, 120) + ` ${box.width} x ${box.height}`)"""
+            )
+        )
 
     async def too_wide(self) -> list[str]:
         """What makes the page wider than the window."""

@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     from img2img_client.async_stream import AsyncTransformStream
     from img2img_client.client import Client
     from img2img_client.options import Fit, ImageInput, TransformOptions, taken_options
-    from img2img_client.provenance import read_provenance
+    from img2img_client.provenance import read_provenance, recorded_options
     from img2img_client.stream import TransformStream
 
 __all__ = [
@@ -98,6 +98,7 @@ __all__ = [
     "Unauthenticated",
     "Unavailable",
     "read_provenance",
+    "recorded_options",
     "taken_options",
 ]
 
@@ -110,6 +111,7 @@ _LAZY = {
     "ImageInput": "img2img_client.options",
     "TransformOptions": "img2img_client.options",
     "read_provenance": "img2img_client.provenance",
+    "recorded_options": "img2img_client.provenance",
     "taken_options": "img2img_client.options",
 }
 

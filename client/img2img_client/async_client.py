@@ -3,7 +3,8 @@
 # ruff: noqa: ASYNC109 - a timeout here is a deadline that is sent to the server
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -155,16 +156,23 @@ class AsyncClient:
 
     async def wait_until_ready(self, timeout: float | None = None) -> None:
         """Waits until the server's health is SERVING. Raises DeadlineExceeded after `timeout` seconds."""
+        try:
+            async with aclosing(self.watch_health(timeout=timeout)) as changes:
+                async for serving in changes:
+                    if serving:
+                        return
+        except Img2ImgError as failure:
+            raise not_ready(failure, self.target) from failure.__cause__
+
+    async def watch_health(self, *, timeout: float | None = None) -> AsyncGenerator[bool, None]:
+        """Yields whether the server's health is SERVING, now and after each change, like Client.watch_health."""
         watch: aio.UnaryStreamMultiCallable[bytes, bytes] = self._open.channel.unary_stream(HEALTH_WATCH)
         calling = self._caller.calling
         call = watch(HEALTH_REQUEST, timeout=calling.seconds(timeout), metadata=calling.metadata, wait_for_ready=True)
         try:
             with converted_errors(self._caller.stop):
                 async for status in call:
-                    if status == HEALTH_SERVING:
-                        return
-        except Img2ImgError as failure:
-            raise not_ready(failure, self.target) from failure.__cause__
+                    yield status == HEALTH_SERVING
         finally:
             call.cancel()
         raise watch_ended(self.target)

@@ -1,6 +1,7 @@
 """The blocking client: one channel, and one method per procedure of the server. `async_client` is the same for asyncio."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -13,6 +14,7 @@ from img2img_client import assets, batch
 from img2img_client.batch import BatchItem
 from img2img_client.calls import Caller, require_open
 from img2img_client.channel import Access
+from img2img_client.errors import Img2ImgError
 from img2img_client.options import ImageInput, TransformOptions, build_request
 from img2img_client.requests import (
     HEALTH_REQUEST,
@@ -177,16 +179,27 @@ class Client:
 
         The server need not be running yet: the channel keeps trying to connect.
         """
+        try:
+            with closing(self.watch_health(timeout=timeout)) as changes:
+                any(changes)
+        except Img2ImgError as failure:
+            raise not_ready(failure, self.target) from failure.__cause__
+
+    def watch_health(self, *, timeout: float | None = None) -> Generator[bool, None, None]:
+        """Yields whether the server's health is SERVING, now and after each change, until the generator is closed.
+
+        Connects first if the server is not running yet. Raises Unavailable if the connection breaks, DeadlineExceeded after
+        `timeout` seconds. Source: grpc.health.v1.
+        """
         require_open(self._caller.stop)
         watch: grpc.UnaryStreamMultiCallable[bytes, bytes] = self._channel.unary_stream(HEALTH_WATCH)
         calling = self._caller.calling
         call = watch(HEALTH_REQUEST, timeout=calling.seconds(timeout), metadata=calling.metadata, wait_for_ready=True)
         try:
             for status in call:
-                if status == HEALTH_SERVING:
-                    return
+                yield status == HEALTH_SERVING
         except grpc.RpcError as error:
-            raise not_ready(parse_error(error), self.target) from error
+            raise parse_error(error) from error
         finally:
             call.cancel()
         raise watch_ended(self.target)

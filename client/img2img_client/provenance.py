@@ -5,9 +5,14 @@ import io
 import json
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
+
+from img2img_client.values import ModelReference
+
+if TYPE_CHECKING:
+    from img2img_client.options import TransformOptions
 
 _KEY = "img2img"
 _XMP_RECORD = re.compile(rb"<img2img:record>(.*?)</img2img:record>", re.DOTALL)
@@ -37,3 +42,29 @@ def read_provenance(data: bytes) -> Mapping[str, Any] | None:
     if not isinstance(record, dict):
         raise ValueError("the img2img record in the image is damaged: it is not a JSON object")
     return record
+
+
+def recorded_options(record: Mapping[str, Any]) -> "TransformOptions":
+    """The options of the request that made the image, from its record. ValueError if one is missing or has a wrong type."""
+
+    def field(name: str, *kinds: type) -> Any:
+        value = record.get(name)
+        if isinstance(value, bool) or not isinstance(value, kinds):
+            raise ValueError(f"the img2img record in the image is damaged: {name} is {value!r}")
+        return value
+
+    return {
+        "model": ModelReference(path=field("model", str)),
+        "prompt": field("prompt", str),
+        "negative_prompt": field("negative_prompt", str, type(None)),
+        "strength": field("strength", int, float, type(None)),
+        "num_inference_steps": field("num_inference_steps", int),
+        "guidance_scale": field("guidance_scale", int, float, type(None)),
+        "true_cfg_scale": field("true_cfg_scale", int, float, type(None)) if record.get("negative_prompt") is not None else None,
+        "scheduler": field("scheduler", str, type(None)),
+        "seed": field("seed", int),
+        "width": field("width", int),
+        "height": field("height", int),
+        "format": field("format", str),
+        "quality": field("quality", int, type(None)),
+    }

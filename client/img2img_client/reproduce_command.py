@@ -7,14 +7,10 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from img2img_client.connection import add_connection_flags, connect, target_of
 from img2img_client.reporting import attempt, print_error, retry_report
-from img2img_client.values import ModelReference
-
-if TYPE_CHECKING:
-    from img2img_client.options import TransformOptions
 
 PROGRAM = "img2img reproduce"
 
@@ -62,13 +58,13 @@ def run(arguments: argparse.Namespace) -> int:
 
     def work() -> None:
         from img2img_client.options import taken_options
-        from img2img_client.provenance import read_provenance
+        from img2img_client.provenance import read_provenance, recorded_options
 
         original = arguments.file.read_bytes()
         record = read_provenance(original)
         if record is None:
             raise ValueError(f"{arguments.file}: the image has no img2img record: was it made with --provenance none?")
-        source, options = _source(arguments, record), _options(record)
+        source, options = _source(arguments, record), recorded_options(record)
         with connect(arguments, retry_report(PROGRAM, target_of(arguments))) as client:
             # An older server recorded also what its model did not take.
             result = client.transform(source, **taken_options(options, client.models()))
@@ -109,32 +105,6 @@ def _source(arguments: argparse.Namespace, record: Mapping[str, Any]) -> str:
             raise ValueError("--image SOURCE is needed: the source image of FILE was not an asset")
         return f"asset:{record['source_asset']}"
     return str(arguments.image)
-
-
-def _options(record: Mapping[str, Any]) -> "TransformOptions":
-    """The request in the record. Raises ValueError if a field is missing or has a wrong type."""
-
-    def field(name: str, *kinds: type) -> Any:
-        value = record.get(name)
-        if isinstance(value, bool) or not isinstance(value, kinds):
-            raise ValueError(f"the img2img record in the image is damaged: {name} is {value!r}")
-        return value
-
-    return {
-        "model": ModelReference(path=field("model", str)),
-        "prompt": field("prompt", str),
-        "negative_prompt": field("negative_prompt", str, type(None)),
-        "strength": field("strength", int, float, type(None)),
-        "num_inference_steps": field("num_inference_steps", int),
-        "guidance_scale": field("guidance_scale", int, float, type(None)),
-        "true_cfg_scale": field("true_cfg_scale", int, float, type(None)) if record.get("negative_prompt") is not None else None,
-        "scheduler": field("scheduler", str, type(None)),
-        "seed": field("seed", int),
-        "width": field("width", int),
-        "height": field("height", int),
-        "format": field("format", str),
-        "quality": field("quality", int, type(None)),
-    }
 
 
 _COMPARED = {

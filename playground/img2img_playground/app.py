@@ -1,5 +1,8 @@
 """The playground's web application: the page, the image routes, and access control."""
 
+import asyncio
+import contextlib
+import json
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -13,6 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from img2img_playground.images import MAX_BYTES
 from img2img_playground.origins import SameOrigin
 from img2img_playground.page import Page
+from img2img_playground.presets import STORAGE_KEY
 from img2img_playground.session import Session
 from img2img_playground.sessions import Sessions, TooManyTabs
 from img2img_playground.snippet import Connection
@@ -28,9 +32,10 @@ OpenClient = Callable[["OnRetry | None"], "AsyncClient"]
 _TITLE = "img2img playground"
 _ICON = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 32 32"><rect width="32" height="32" rx="8" fill="#3b6fd4"/>
 <path d="M16 5h5a6 6 0 0 1 6 6v10a6 6 0 0 1-6 6h-5z" fill="#fff" opacity=".85"/></svg>"""
+_SCRIPT = (Path(__file__).parent / "page.js").read_text(encoding="utf-8")
 _SECONDS_TO_CONNECT = 60.0
 _RECONNECT_SECONDS = 3.0
-"""Time for a tab to reconnect after a broken connection or a reload. Then its session is closed and its run cancelled."""
+"""Time for a tab to reconnect after a broken connection or a reload. Then its run is cancelled."""
 
 _HEADERS = {
     # Loads from this server only, so that the page works offline, and forbids framing. Vue compiles templates in the page.
@@ -94,7 +99,12 @@ def _add_image_routes(app: FastAPI, sessions: Sessions) -> None:
             data += part
             if len(data) > MAX_BYTES:
                 raise HTTPException(413)
-        session.upload(bytes(data), _file_name(request))
+        await session.upload(bytes(data), _file_name(request))
+
+    @app.get("/tabs/{key}/results.zip")
+    async def archive(key: str) -> Response:
+        data = await asyncio.to_thread(find(key).history.archive)
+        return Response(data, media_type="application/zip", headers={"cache-control": "no-store"})
 
     @app.get("/tabs/{key}/images/{image_id}")
     async def show(key: str, image_id: str) -> Response:
@@ -115,7 +125,7 @@ def _add_page(sessions: Sessions, watches: list[ServerWatch], connection: Connec
 
     @ui.page("/", title=_TITLE)
     async def index(client: Client) -> None:
-        ui.add_head_html(f"<style>{style}</style>")
+        ui.add_head_html(f"<style>{style}</style><script>{_SCRIPT}</script>")
         await client.connected(_SECONDS_TO_CONNECT)
         tab = client.tab_id
         if tab is None:  # The tab has closed already.
@@ -129,9 +139,12 @@ def _add_page(sessions: Sessions, watches: list[ServerWatch], connection: Connec
 
         async def on_delete() -> None:
             page.close()
-            await sessions.leave(tab)
+            sessions.leave(tab)
 
         client.on_delete(on_delete)
+        with contextlib.suppress(TimeoutError):  # The tab has closed already.
+            stored = await ui.run_javascript(f"localStorage.getItem({json.dumps(STORAGE_KEY)})", timeout=_SECONDS_TO_CONNECT)
+            page.load_presets(stored)
 
 
 class SecureHeaders:

@@ -29,6 +29,7 @@ class CodeDialog:
                 ui.label().classes("control-hint code-copied").props("role=status")
                 ui.button("Copy", icon="content_copy").props("unelevated no-caps").on("click", js_handler=_COPY)
                 ui.button("Close", on_click=self._dialog.close).props("flat no-caps")
+        self._dialog.props('aria-label="The same in Python"')
 
     def open(self, code: str, source: str) -> None:
         """Shows the program, which reads the file named `source`."""

@@ -19,15 +19,20 @@ if TYPE_CHECKING:
 Change = Callable[..., None]
 """Called with changed settings, by the names of Settings."""
 
-_FITS: "dict[Fit | Literal[''], str]" = {
+_FITS: "dict[Fit | Literal['', 'exact'], str]" = {
     "native": "Model's native size",
     "": "Same as the source",
+    "exact": "Exact width and height",
     **{side: f"Longest side {side}" for side in (512, 768, 1024, 1536, 2048)},
 }
 _STATES = {"loading": "loading", "failed": "failed", "unloaded": "not loaded"}
 _SEED_BITS = 32
 _SEED_DIGITS = 19
 """Digits of 2^63 - 1, the largest seed."""
+
+
+_PIXELS = 512
+"""The size that the fields for an exact size start with."""
 
 
 class NumberControl:
@@ -80,10 +85,10 @@ class NumberControl:
 
 
 class Controls:
-    """All settings. Calls `change` for each change by the user, and `start` on Ctrl+Enter."""
+    """All settings. Calls `change` for each change by the user, `start` on Ctrl+Enter, and `refresh` if the models are listed."""
 
-    def __init__(self, change: Change, start: Callable[[], None]) -> None:
-        self._change, self._showing = change, False
+    def __init__(self, change: Change, start: Callable[[], None], refresh: Callable[[], None]) -> None:
+        self._report, self._showing = change, False
         self._models: tuple[ModelInfo, ...] = ()
         self._shown: Settings | None = None
         self._failure: Failure | None = None
@@ -91,6 +96,7 @@ class Controls:
         self.prompt.on("keydown.ctrl.enter", start)
         self.negative = ui.textarea("Negative prompt", on_change=self._on_change("negative_prompt"))
         self.negative.props("outlined autogrow data-field=negative_prompt")
+        change = self._change
         self.strength = NumberControl("strength", "Strength", "How much to change the source", 0.05, 1, 0.05, change)
         self.steps = NumberControl("num_inference_steps", "Steps", "More steps take longer", 1, 100, 1, change)
         self.guidance = NumberControl("guidance_scale", "Guidance", "How closely to follow the prompt", 0, 20, 0.5, change)
@@ -102,15 +108,20 @@ class Controls:
             self.seed.props("hide-bottom-space data-field=seed")
             dice = ui.button(icon="casino", on_click=self._roll).props('flat round aria-label="Random seed"')
             dice.tooltip("Set a random seed")
+        self.count = NumberControl("image_count", "Images", "How many to make, with a seed each", 1, 8, 1, change)
         with ui.element("div").classes("choices"):
             self.model = ui.select({"": "Server's default"}, label="Model", value="", on_change=self._take_model)
-            self.model.props("outlined dense options-dense hide-bottom-space data-field=model")
+            self.model.props("outlined dense hide-bottom-space data-field=model popup-content-class=menu").on(
+                "popup-show", refresh
+            )
             self.scheduler = ui.select(
                 {"": "Model's default"}, label="Scheduler", value="", on_change=self._on_change("scheduler")
             )
-            self.scheduler.props("outlined dense options-dense hide-bottom-space data-field=scheduler")
-            self.fit = ui.select(dict(_FITS), label="Size", value="native", on_change=self._on_change("fit"))
-            self.fit.props("outlined dense options-dense hide-bottom-space data-field=fit")
+            self.scheduler.props("outlined dense hide-bottom-space data-field=scheduler popup-content-class=menu")
+            self.fit = ui.select(dict(_FITS), label="Size", value="native", on_change=self._take_fit)
+            self.fit.props("outlined dense hide-bottom-space data-field=fit popup-content-class=menu")
+            with ui.element("div").classes("exact-size") as self._exact:
+                self.width, self.height = (self._pixels(name) for name in ("width", "height"))
 
     def show(self, settings: Settings, state: ServerState, failure: Failure | None) -> None:
         """Shows the settings, the server's models and schedulers, and an error in the invalid field."""
@@ -126,7 +137,11 @@ class Controls:
             self.guidance.show(settings.guidance_scale)
             self.true_cfg.show(settings.true_cfg_scale)
             self.seed.value = "" if settings.seed is None else str(settings.seed)
-            self.fit.value = settings.fit or ""
+            self.count.show(settings.image_count)
+            fit = "exact" if settings.has_exact_size else settings.fit or ""
+            self.fit.set_options(_FITS if fit in _FITS else {**_FITS, fit: f"Longest side {fit}"}, value=fit)
+            self.width.value, self.height.value = settings.width, settings.height
+            self._exact.set_visibility(settings.has_exact_size)
             self._shown = settings
         self._showing = False
         if failure is not self._failure:
@@ -134,6 +149,10 @@ class Controls:
             for name, control in self._fields().items():
                 words = "" if isinstance(control, ui.number) else "Refused by the server"  # Number fields have no space for text.
                 control.error = words if failure is not None and failure.field == name else None
+
+    def _change(self, **settings: object) -> None:
+        self._shown = None  # Differs from the session's settings, which may become the former ones again.
+        self._report(**settings)
 
     def _fields(self) -> "dict[str, ValidationElement[Any]]":
         return {
@@ -147,6 +166,9 @@ class Controls:
             "model": self.model,
             "scheduler": self.scheduler,
             "fit": self.fit,
+            "image_count": self.count.field,
+            "width": self.width,
+            "height": self.height,
         }
 
     def _follow(self, model: "ModelInfo | None") -> None:
@@ -163,6 +185,9 @@ class Controls:
         models |= {model.id: _describe(model) for model in self._models}
         if settings.model and settings.model not in models:
             models[settings.model] = f"{settings.model} · not on the server"
+        failed = {model.id for model in self._models if model.state == "failed"}
+        indices = [index for index, name in enumerate(models) if name in failed]
+        self.model.props[":option-disable"] = f"option => {indices}.includes(option.value)"
         self.model.set_options(models, value=settings.model or "")
         chosen = model_of(settings, self._models)
         known = () if chosen is None else chosen.schedulers
@@ -174,9 +199,28 @@ class Controls:
         def on_change(event: object) -> None:
             if not self._showing:
                 value = getattr(event, "value", None)
-                self._change(**{name: (value or None) if name in ("scheduler", "fit") else (value or "")})
+                self._change(**{name: (value or None) if name == "scheduler" else (value or "")})
 
         return on_change
+
+    def _pixels(self, name: str) -> ui.number:
+        field = ui.number(name.capitalize(), step=8, on_change=lambda event: self._take_pixels(name, event.value))
+        field.props(f"outlined dense hide-bottom-space no-error-icon data-field={name}")
+        return field
+
+    def _take_pixels(self, name: str, value: float | None) -> None:
+        if not self._showing:
+            self._change(**{name: None if value is None or not math.isfinite(value) else round(value)})
+
+    def _take_fit(self, event: object) -> None:
+        if self._showing:
+            return
+        fit = getattr(event, "value", None) or None
+        exact = fit == "exact"
+        if exact:
+            self._change(fit=None, width=_PIXELS, height=_PIXELS)
+        else:
+            self._change(fit=fit, width=None, height=None)
 
     def _take_model(self, event: object) -> None:
         if self._showing:
@@ -198,4 +242,6 @@ class Controls:
 
 def _describe(model: "ModelInfo") -> str:
     state = _STATES.get(model.state)
-    return model.id if state is None else f"{model.id} · {state}"
+    if state is None:
+        return model.id
+    return f"{model.id} · {state}: {model.detail}" if model.detail else f"{model.id} · {state}"

@@ -2,19 +2,29 @@
 
 from dataclasses import dataclass
 
-from img2img_client.errors import DeadlineExceeded, Img2ImgError, Overloaded, PermissionDenied, Unauthenticated, Unavailable
+from img2img_client.errors import (
+    DeadlineExceeded,
+    Img2ImgError,
+    ModelNotFound,
+    ModelUnavailable,
+    Overloaded,
+    PermissionDenied,
+    Unauthenticated,
+    Unavailable,
+)
 from img2img_client.values import TransformWarning
 
 
 @dataclass(frozen=True, slots=True)
 class Failure:
     """A message: `title` is one short line, `text` the details. `field` is the invalid field of the request, such as
-    "num_inference_steps", or "". `may_pass`: the same request may succeed later."""
+    "num_inference_steps", or "". `may_pass`: the same request may succeed later. `disconnected`: the server did not answer."""
 
     title: str
     text: str
     field: str = ""
     may_pass: bool = False
+    disconnected: bool = False
 
 
 def explain(error: Img2ImgError, target: str) -> Failure:
@@ -29,7 +39,7 @@ def explain(error: Img2ImgError, target: str) -> Failure:
         return Failure("The server is busy.", f"{_sentence(error.message)}{again}", may_pass=error.retry_after is not None)
     if isinstance(error, Unavailable):
         title = f"No response from {target}." if not error.reason else "The server is not available."
-        return Failure(title, _sentence(error.message), may_pass=True)
+        return Failure(title, _sentence(error.message), may_pass=True, disconnected=True)
     if isinstance(error, DeadlineExceeded):
         long = "" if error.estimate is None else f" It would take about {error.estimate:.3g} s."
         return Failure("The request takes too long.", f"{_sentence(error.message)}{long}", may_pass=True)
@@ -40,7 +50,8 @@ def explain(error: Img2ImgError, target: str) -> Failure:
     if isinstance(error, PermissionDenied):
         return Failure("The token does not allow this.", _sentence(error.message))
     request = f" (request {error.request_id})" if error.request_id else ""
-    return Failure("The request failed.", f"{_sentence(error.message)}{request}")
+    field = "model" if isinstance(error, ModelNotFound | ModelUnavailable) else ""
+    return Failure("The request failed.", f"{_sentence(error.message)}{request}", field)
 
 
 def describe(warning: TransformWarning) -> str:

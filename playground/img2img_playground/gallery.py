@@ -10,13 +10,18 @@ from img2img_playground.history import Entry, History
 class Gallery:
     """Shows the history, newest first."""
 
-    def __init__(self, address: Callable[[str], str], recall: Callable[[Entry], None], clear: Callable[[], None]) -> None:
+    def __init__(
+        self, address: Callable[[str], str], archive: str, recall: Callable[[Entry], None], clear: Callable[[], None]
+    ) -> None:
+        """`archive` is the address of a ZIP file of all results."""
         self._address, self._recall = address, recall
         self._shown: tuple[str, ...] = ()
         with ui.element("section").classes("card history").props('aria-label="History"') as self._section:
             with ui.element("div").classes("history-head"):
                 ui.label("History").classes("card-title")
-                ui.label("of this tab; cleared when the tab is closed").classes("control-hint grow")
+                ui.label("of this tab; kept for half an hour after it is closed").classes("control-hint grow")
+                save = ui.button("Save all", icon="archive").props("flat dense no-caps tag=a download=img2img-results.zip")
+                save.props["href"] = archive
                 ui.button("Clear", on_click=clear).props("flat dense no-caps")
             self._row = ui.element("div").classes("history-row")
         self._section.set_visibility(False)

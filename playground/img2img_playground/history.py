@@ -1,5 +1,8 @@
 """The finished transforms of a tab, newest first, with bounded memory."""
 
+import io
+import itertools
+import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -64,6 +67,18 @@ class History:
     def image(self, image_id: str) -> ImageFile | None:
         """The source or result with this id, or None."""
         return self._images().get(image_id)
+
+    def archive(self) -> bytes:
+        """A ZIP file of all results, oldest first, under distinct names."""
+        file, names = io.BytesIO(), set[str]()
+        with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+            for entry in reversed(self._entries):
+                stem, suffix = entry.result.stem, entry.result.name.removeprefix(entry.result.stem)
+                numbered = (f"{stem}{f'-{number}' if number > 1 else ''}{suffix}" for number in itertools.count(1))
+                name = next(name for name in numbered if name not in names)
+                names.add(name)
+                archive.writestr(name, entry.result.data)
+        return file.getvalue()
 
     def clear(self) -> None:
         """Removes all entries."""

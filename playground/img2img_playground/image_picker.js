@@ -56,12 +56,12 @@ export default {
   },
   template: `
     <div class="picker" :class="{ compact, over, sending }">
-      <label tabindex="0" role="button" @keydown.enter.prevent="$refs.file.click()" @keydown.space.prevent="$refs.file.click()">
-        <input ref="file" type="file" :accept="accept" @change="choose" tabindex="-1" aria-hidden="true" />
+      <input ref="file" type="file" :accept="accept" @change="choose" hidden />
+      <button type="button" class="picker-button" @click="$refs.file.click()">
         <span class="picker-icon material-icons" aria-hidden="true">{{ compact ? "swap_horiz" : "add_photo_alternate" }}</span>
         <span class="picker-title">{{ sending ? "Reading ..." : compact ? "Change image" : "Drop an image here" }}</span>
         <span v-if="!compact" class="picker-hint">{{ hint }}</span>
-      </label>
+      </button>
       <div v-if="over" class="picker-veil" aria-hidden="true">Drop it anywhere</div>
     </div>`,
 };

@@ -6,7 +6,10 @@ import secrets
 import warnings
 from dataclasses import dataclass, field
 
+from img2img_client import read_provenance
 from PIL import Image
+
+from img2img_playground.settings import Settings
 
 MAX_BYTES = 32 * 2**20
 """Maximum bytes of a file. A server has its own limit, 16 MiB by default."""
@@ -23,6 +26,9 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 _PNG = b"\x89PNG\r\n\x1a\n"
 _ORIENTATION = 0x0112
 _LONGEST_NAME = 80
+_RECORD = b"img2img"
+"""Part of every record's key."""
+_LONGEST_PROBLEM = 200
 
 
 class UnusableImage(Exception):
@@ -69,6 +75,20 @@ def read_image(data: bytes, name: str) -> ImageFile:
             width, height = height, width
         kind = "jpeg" if image.format == "MPO" else image.format.lower()  # Pillow's name for a JPEG of several images
         return ImageFile(_tidy(name) or f"image.{kind}", f"image/{kind}", width, height, data)
+
+
+def read_settings(data: bytes) -> Settings | None:
+    """The settings that a server recorded in its image file, None if there are none. Decodes the image.
+
+    Raises ValueError if the record is damaged.
+    """
+    if _RECORD not in data:
+        return None
+    try:
+        record = read_provenance(data)
+        return None if record is None else Settings.from_record(record)
+    except ValueError as error:
+        raise ValueError(str(error)[:_LONGEST_PROBLEM]) from None
 
 
 def _without_texts(data: bytes) -> bytes:

@@ -7,6 +7,7 @@ from img2img_playground.controls import Controls
 from img2img_playground.failures import Failure
 from img2img_playground.gallery import Gallery
 from img2img_playground.images import MAX_BYTES
+from img2img_playground.preset_bar import PresetBar
 from img2img_playground.run_bar import RunBar
 from img2img_playground.session import Session
 from img2img_playground.settings import Settings, model_of
@@ -27,21 +28,31 @@ class Page:
             self._header(connection.target)
             with ui.element("div").classes("main"):
                 with ui.element("div").classes("left"):
-                    actions = StageActions(self._refused, session.start, self._dismiss, self._use_result, self._show_code)
+                    actions = StageActions(
+                        self._refused, session.start, session.dismiss, session.undo, self._use_result, self._show_code
+                    )
                     self._stage = Stage(f"/tabs/{session.key}/source", self._address, actions)
-                    self._gallery = Gallery(self._address, session.recall, session.clear_history)
+                    archive = f"/tabs/{session.key}/results.zip"
+                    self._gallery = Gallery(self._address, archive, session.recall, session.clear_history)
                 with ui.element("section").classes("card panel").props('aria-label="Settings"'):
-                    self._controls = Controls(self._change, session.start)
-                    self._code_button = ui.button("Python for these settings", icon="code", on_click=self._show_settings_code)
-                    self._code_button.props("flat dense no-caps").classes("code-button")
+                    with ui.element("div").classes("controls"):
+                        self._presets = PresetBar(lambda: session.settings, self._apply_preset)
+                        self._controls = Controls(self._change, session.start, watch.refresh)
+                        self._code_button = ui.button("Python for these settings", icon="code", on_click=self._show_settings_code)
+                        self._code_button.props("flat dense no-caps").classes("code-button")
                     self._bar = RunBar(session.start, session.cancel)
         session.listeners.append(self.show)
-        watch.listen(self.show)
+        watch.listen(self._show_server_change)
+        self._was_running = False
         self.show()
+
+    def load_presets(self, stored: object) -> None:
+        """Takes the user's presets from the browser's storage."""
+        self._presets.load(stored)
 
     def close(self) -> None:
         """Removes its listeners."""
-        self._watch.forget(self.show)
+        self._watch.forget(self._show_server_change)
         if self.show in self._session.listeners:
             self._session.listeners.remove(self.show)
 
@@ -55,7 +66,17 @@ class Page:
         self._controls.show(session.settings, state, session.failure)
         self._bar.show(session.run, ready=session.source is not None)
         self._gallery.show(session.history, session.shown)
+        self._presets.show(session.settings)
         self._show_server()
+        running = session.run is not None
+        if self._was_running and not running:  # The run may have loaded the model, or failed since the server is gone.
+            self._watch.refresh()
+        self._was_running = running
+
+    def _show_server_change(self) -> None:
+        if self._watch.state.problem is None:
+            self._session.reconnected()
+        self.show()
 
     def _show_server(self) -> None:
         state = self._watch.state
@@ -82,10 +103,11 @@ class Page:
         return f"/tabs/{self._session.key}/images/{image_id}"
 
     def _change(self, **settings: object) -> None:
-        self._session.set(**settings)
+        session, before = self._session, self._session.model
+        session.set(**settings)
         if "model" in settings:  # The schedulers, the other settings and their defaults depend on the model.
-            session = self._session
-            session.settings = session.settings.followed(session.model, model_of(session.settings, self._watch.state.models))
+            session.settings = session.settings.followed(before, model_of(session.settings, self._watch.state.models))
+        if settings.keys() & {"model", "fit"}:  # The fields for a size depend on its kind.
             self.show()
 
     def _refused(self, name: str, size: int) -> None:
@@ -96,9 +118,8 @@ class Page:
         )
         self._session.fail(Failure("The image cannot be used.", text, "image"))
 
-    def _dismiss(self) -> None:
-        self._session.failure = None
-        self.show()
+    def _apply_preset(self, name: str, settings: Settings) -> None:
+        self._session.restore(settings, f"The settings are those of the preset {name}.")
 
     def _use_result(self) -> None:
         if self._session.shown is not None:

@@ -12,7 +12,7 @@ from img2img_client.values import Completed, Progress, Queued, Started, Transfor
 
 from img2img_playground.failures import Failure, explain
 from img2img_playground.history import Entry, History
-from img2img_playground.images import ImageFile, UnusableImage, read_image
+from img2img_playground.images import ImageFile, UnusableImage, read_image, read_settings
 from img2img_playground.settings import Settings
 
 if TYPE_CHECKING:
@@ -44,6 +44,14 @@ class Run:
     problem: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class Notice:
+    """A message that is no error. `undo` are the settings from before, if it is about changed settings."""
+
+    text: str
+    undo: Settings | None = None
+
+
 class Session:
     """The state of a tab. Must be used on the event loop only.
 
@@ -59,23 +67,55 @@ class Session:
         self.run: Run | None = None
         self.shown: Entry | None = None
         self.failure: Failure | None = None
+        self.notice: Notice | None = None
         self.history = History()
         self.listeners: list[Callable[[], None]] = []
         self._target = target
         self._client = open_client(self._on_retry)
         self._task: asyncio.Task[None] | None = None
 
-    def upload(self, data: bytes, name: str) -> None:
-        """Makes a file the source; shows a failure if it cannot be used."""
+    async def upload(self, data: bytes, name: str) -> None:
+        """Makes a file the source; shows a failure if it cannot be used. Takes over the settings that the file records."""
         try:
-            self.use(read_image(data, name))
+            image = read_image(data, name)
         except UnusableImage as error:
             self.fail(Failure("The image cannot be used.", str(error), "image"))
+            return
+        self.use(image)
+        try:
+            recorded = await asyncio.to_thread(read_settings, data)
+        except ValueError as error:
+            self._notify(Notice(f"The settings in {image.name} cannot be used: {error}"))
+        else:
+            if recorded is not None:
+                self.restore(recorded, f"The settings are those that made {image.name}.")
 
     def use(self, image: ImageFile) -> None:
         """Makes an image the source of the next run."""
-        self.source, self.shown, self.failure = image, None, None
+        self.source, self.shown, self.failure, self.notice = image, None, None, None
         self._changed()
+
+    def restore(self, settings: Settings, text: str) -> None:
+        """Replaces the settings, with a notice whose undo brings the present ones back."""
+        self.settings, before = settings, self.settings
+        self.failure = None
+        self._notify(Notice(text, before))
+
+    def undo(self) -> None:
+        """Brings the settings from before the notice back."""
+        if self.notice is not None and self.notice.undo is not None:
+            self.settings = self.notice.undo
+        self.dismiss()
+
+    def dismiss(self) -> None:
+        """Removes the failure and the notice."""
+        self.failure = self.notice = None
+        self._changed()
+
+    def reconnected(self) -> None:
+        """Removes a failure whose cause was that the server could not be reached."""
+        if self.failure is not None and self.failure.disconnected:
+            self.dismiss()
 
     def fail(self, failure: Failure) -> None:
         """Shows a failure."""
@@ -83,13 +123,17 @@ class Session:
         self._changed()
 
     def set(self, **settings: object) -> None:
-        """Changes settings, by the names of Settings. Listeners are not called, since the change comes from the page."""
+        """Changes settings, by the names of Settings. Removes a failure of one of them. Otherwise listeners are not called, since
+        the change comes from the page."""
         self.settings = replace(self.settings, **settings)  # type: ignore[arg-type]
+        if self.failure is not None and self.failure.field in settings:
+            self.failure = None
+            self._changed()
 
     def recall(self, entry: Entry) -> None:
         """Restores an entry of the history: its source, settings and result."""
-        self.source, self.settings, self.shown, self.failure = entry.source, entry.settings, entry, None
-        self._changed()
+        self.source, self.settings, self.shown = entry.source, entry.settings, entry
+        self.dismiss()
 
     def clear_history(self) -> None:
         """Clears the history; the entry on the stage stays."""
@@ -111,7 +155,7 @@ class Session:
         if self.source is None:
             self.fail(Failure("There is no image yet.", "Drop an image on the page, paste one, or choose a file.", "image"))
             return
-        self.failure = None
+        self.failure = self.notice = None
         self.run = Run(self.source, self.settings.fitted(self.model))
         self._task = asyncio.create_task(self._transform(self.run.source, self.run.settings))
         self._task.add_done_callback(self._over)  # Also runs if the task is cancelled before it starts
@@ -127,7 +171,7 @@ class Session:
         self.listeners.clear()
         task = self._task
         if task is not None:
-            task.cancel()
+            self.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await task
         await self._client.close()
@@ -168,19 +212,23 @@ class Session:
         self._changed()
 
     def _finish(self, result: TransformResult, source: ImageFile, settings: Settings, seconds: float) -> None:
-        image = result.images[0]
-        name = f"{source.stem[:_LONGEST_STEM]}-{image.seed}.{image.format}"
-        output = ImageFile(name, f"image/{image.format}", image.width, image.height, image.data)
-        settings = replace(settings, seed=image.seed)
-        entry = Entry(source, settings, output, result.model_id, result.engine, seconds, result.warnings)
-        self.history.add(entry)
-        if self.source is source:  # Else another image was uploaded meanwhile, which stays on the stage.
-            self.shown = entry
+        for image in reversed(result.images):  # The first one is the newest.
+            name = f"{source.stem[:_LONGEST_STEM]}-{image.seed}.{image.format}"
+            output = ImageFile(name, f"image/{image.format}", image.width, image.height, image.data)
+            made = replace(settings, seed=image.seed, image_count=1)
+            entry = Entry(source, made, output, result.model_id, result.engine, seconds, result.warnings)
+            self.history.add(entry)
+            if self.source is source:  # Else another image was uploaded meanwhile, which stays on the stage.
+                self.shown = entry
 
     def _on_retry(self, attempt: int, error: Img2ImgError, wait: float) -> None:
         if self.run is not None:
             self.run = replace(self.run, phase="waiting", problem=explain(error, self._target).title, eta=wait)
             self._changed()
+
+    def _notify(self, notice: Notice) -> None:
+        self.notice = notice
+        self._changed()
 
     def _changed(self) -> None:
         for listener in tuple(self.listeners):

@@ -1,9 +1,11 @@
 """The settings on the page, which determine the request and the copied program."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from typing import TYPE_CHECKING, Any, Self
+
+from img2img_client import ModelReference, recorded_options
 
 if TYPE_CHECKING:
     from img2img_client.options import Fit, TransformOptions
@@ -18,11 +20,15 @@ _USUAL = {"strength": 0.8, "num_inference_steps": 25, "guidance_scale": 7.5, "tr
 _PREVIEWS = 12
 """Approximate number of previews per run, whatever the number of steps: each costs some device time."""
 
+_MOST = {"seed": 2**63 - 1}
+_MOST_NUMBER = 2**31 - 1
+"""Maximum of the other numbers, as in the contract."""
+
 
 @dataclass(frozen=True, slots=True)
 class Settings:
     """The settings of one transform. None is the server's default: its default model, the model's scheduler, a random seed, and
-    for `fit` the size of the source.
+    for `fit`, `width` and `height` the size of the source. A width or height replaces `fit`.
 
     Numbers are sent unchecked: the server validates them, and its error names the field.
     """
@@ -37,9 +43,17 @@ class Settings:
     seed: int | None = None
     fit: "Fit | None" = "native"
     true_cfg_scale: float | None = None
+    image_count: int | None = 1
+    width: int | None = None
+    height: int | None = None
+
+    @property
+    def has_exact_size(self) -> bool:
+        """Whether width or height is set."""
+        return self.width is not None or self.height is not None
 
     def options(self) -> "TransformOptions":
-        """The client's options, without None values."""
+        """The client's options, without None values and a single image, the default."""
         options: TransformOptions = {
             "model": self.model,
             "prompt": self.prompt,
@@ -49,7 +63,10 @@ class Settings:
             "num_inference_steps": self.num_inference_steps,
             "guidance_scale": self.guidance_scale,
             "seed": self.seed,
-            "fit": self.fit,
+            "fit": None if self.has_exact_size else self.fit,
+            "image_count": None if self.image_count == 1 else self.image_count,
+            "width": self.width,
+            "height": self.height,
             "true_cfg_scale": self.true_cfg_scale,
         }
         return {name: value for name, value in options.items() if value is not None}  # type: ignore[return-value]
@@ -74,6 +91,24 @@ class Settings:
                 changes[name] = int(field.default) if name == "num_inference_steps" else field.default
         return replace(self, **changes)  # type: ignore[arg-type]
 
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> Self:
+        """The settings of a single image from the record in its file. Raises ValueError if the record is damaged."""
+        options = recorded_options(record)
+        model = options["model"]
+        assert isinstance(model, ModelReference), "a record names its model by id"
+        known = {name: value for name, value in options.items() if name in _NAMES and value is not None}
+        return cls.checked({**known, "model": model.path, "fit": None})
+
+    @classmethod
+    def checked(cls, values: Mapping[str, Any]) -> Self:
+        """Settings from values that may be of any type or size. Raises ValueError; ignores unknown names."""
+        settings = cls(**{name: value for name, value in values.items() if name in _NAMES})
+        for name, value in asdict(settings).items():
+            if not _is_valid(name, value):
+                raise ValueError(f"{name} is {value!r}")
+        return settings
+
     @property
     def preview_interval(self) -> int:
         """Steps between previews."""
@@ -86,3 +121,21 @@ def model_of(settings: Settings, models: "Sequence[ModelInfo]") -> "ModelInfo | 
     if settings.model:
         return next((model for model in models if model.id == settings.model), None)
     return next((model for model in models if model.is_default), models[0] if len(models) == 1 else None)
+
+
+_NAMES = frozenset(field.name for field in fields(Settings))
+_TEXTS = frozenset(("prompt", "negative_prompt"))
+_NAMED = frozenset(("model", "scheduler"))
+_DECIMALS = frozenset(("strength", "guidance_scale", "true_cfg_scale"))
+
+
+def _is_valid(name: str, value: object) -> bool:
+    if name in _TEXTS:
+        return isinstance(value, str)
+    if value is None or name in _NAMED:
+        return value is None or isinstance(value, str)
+    if name == "fit" and value == "native":
+        return True
+    if name in _DECIMALS:
+        return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _MOST_NUMBER
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _MOST.get(name, _MOST_NUMBER)

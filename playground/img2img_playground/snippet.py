@@ -26,7 +26,7 @@ class Connection:
 
 
 def python_code(connection: Connection, source: str, settings: Settings, output: str) -> str:
-    """A complete program that transforms the file `source` with `settings` and writes `output`."""
+    """A complete program that transforms the file `source` with `settings` and writes `output`, or one file for each seed."""
     imports = ["from img2img_client import Client"]
     arguments = [literal(connection.target)]
     if connection.token_file is not None:
@@ -53,9 +53,19 @@ def python_code(connection: Connection, source: str, settings: Settings, output:
         f"        {literal(source)},",
         *(f"        {name}={literal(value)}," for name, value in settings.options().items()),
         "    )",
-        f"    result.save({literal(output)})",
+        *_save(output, settings),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _save(output: str, settings: Settings) -> list[str]:
+    if settings.image_count in (None, 1):
+        return [f"    result.save({literal(output)})"]
+    stem, dot, suffix = output.rpartition(".")
+    return [
+        "    for image in result.images:",
+        f"        image.save({literal(stem + '-')} + str(image.seed) + {literal(dot + suffix)})",
+    ]
 
 
 def literal(value: object) -> str:

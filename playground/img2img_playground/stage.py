@@ -9,7 +9,7 @@ from nicegui import ui
 from img2img_playground.components import ImagePicker, ImageStage
 from img2img_playground.failures import Failure, describe
 from img2img_playground.history import Entry
-from img2img_playground.session import Session
+from img2img_playground.session import Notice, Session
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +19,7 @@ class StageActions:
     refused: Callable[[str, int], None]
     again: Callable[[], None]
     dismiss: Callable[[], None]
+    undo: Callable[[], None]
     use_result: Callable[[], None]
     code: Callable[[], None]
 
@@ -34,6 +35,7 @@ class Stage:
                 self._name = ui.label().classes("stage-name")
                 self._picker = ImagePicker(upload, actions.refused)
             self._banner(actions)
+            self._notice_bar(actions)
             self._warnings = ui.label().classes("stage-warnings").props("role=status")
             self._toolbar(actions)
 
@@ -45,6 +47,12 @@ class Stage:
                 self._text = ui.label().classes("banner-text")
             self._again = ui.button("Try again", on_click=actions.again).props("flat dense no-caps")
             ui.button(icon="close", on_click=actions.dismiss).props('flat round dense aria-label="Dismiss"')
+
+    def _notice_bar(self, actions: StageActions) -> None:
+        with ui.element("div").props("role=status"), ui.element("div").classes("notice") as self._notice:
+            self._notice_text = ui.label().classes("grow")
+            self._undo = ui.button("Undo", on_click=actions.undo).props("flat dense no-caps")
+            ui.button(icon="close", on_click=actions.dismiss).props('flat round dense aria-label="Dismiss notice"')
 
     def _toolbar(self, actions: StageActions) -> None:
         with ui.element("div").classes("toolbar") as self._tools:
@@ -73,6 +81,7 @@ class Stage:
                 self._image.show((source.width, source.height), before)
         self._show_result(entry if run is None else None)
         self._show_failure(session.failure)
+        self._show_notice(session.notice)
 
     def _show_result(self, entry: Entry | None) -> None:
         self._tools.set_visibility(entry is not None)
@@ -89,3 +98,9 @@ class Stage:
         if failure is not None:
             self._title.text, self._text.text = failure.title, failure.text
             self._again.set_visibility(failure.may_pass)
+
+    def _show_notice(self, notice: Notice | None) -> None:
+        self._notice.set_visibility(notice is not None)
+        if notice is not None:
+            self._notice_text.text = notice.text
+            self._undo.set_visibility(notice.undo is not None)

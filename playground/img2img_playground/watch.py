@@ -1,7 +1,9 @@
-"""Polls the server's state once for all tabs, only while there are tabs."""
+"""Follows the server's state once for all tabs, only while there are tabs: a health watch says when to ask for the models."""
 
 import asyncio
+import contextlib
 from collections.abc import Callable
+from contextlib import aclosing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -13,16 +15,19 @@ if TYPE_CHECKING:
     from img2img_client.async_client import AsyncClient
     from img2img_client.values import ModelInfo
 
-_INTERVAL = 3.0
-"""Seconds between polls."""
+_PAUSE = 1.0
+"""Seconds between a broken health watch and the next."""
+_WHILE_LOADING = 2.0
+"""Seconds between questions while a model is loading. Otherwise the models are asked for only after a change."""
 _TIMEOUT = 5.0
-"""Timeout of a poll in seconds."""
+"""Timeout of a question in seconds."""
+_NOT_READY = Failure("The server is not ready.", "It is starting or stopping.", may_pass=True)
 
 
 @dataclass(frozen=True, slots=True)
 class ServerState:
     """The server's state. `problem` is why it is not usable, or None; `models` are the last known ones. `known` is False
-    before the first poll."""
+    before the first answer."""
 
     known: bool = False
     problem: Failure | None = None
@@ -30,49 +35,73 @@ class ServerState:
 
 
 class ServerWatch:
-    """Polls the server with `client`, which does not retry, and calls listeners after changes."""
+    """Follows the server with `client`, which does not retry, and calls listeners after changes.
+
+    The models are asked for when the server's health changes, when a page calls `refresh`, and while one is loading.
+    """
 
     def __init__(self, client: "AsyncClient", target: str) -> None:
         self.target = target
         self.state = ServerState()
         self._client = client
         self._listeners: list[Callable[[], None]] = []
-        self._wanted = asyncio.Event()
-        self._task: asyncio.Task[None] | None = None
+        self._serving = True
+        self._stale = asyncio.Event()
+        self._tasks: list[asyncio.Task[None]] = []
 
     def listen(self, listener: Callable[[], None]) -> None:
-        """Adds a listener, which is called after each change; the first one starts the polling."""
+        """Adds a listener, which is called after each change; the first one starts the watch."""
         self._listeners.append(listener)
-        self._wanted.set()
-        if self._task is None:
-            self._task = asyncio.create_task(self._poll())
+        if not self._tasks:
+            self._tasks = [asyncio.create_task(work()) for work in (self._follow_health, self._follow_models)]
 
     def forget(self, listener: Callable[[], None]) -> None:
-        """Removes a listener, if present; polling pauses without listeners."""
+        """Removes a listener, if present; the last one ends the watch."""
         if listener in self._listeners:
             self._listeners.remove(listener)
         if not self._listeners:
-            self._wanted.clear()
+            self._stop()
+
+    def refresh(self) -> None:
+        """Asks for the models again."""
+        self._stale.set()
 
     async def close(self) -> None:
-        """Stops polling."""
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+        """Ends the watch."""
+        await asyncio.gather(*self._stop(), return_exceptions=True)
         await self._client.close()
 
-    async def _poll(self) -> None:
+    def _stop(self) -> list[asyncio.Task[None]]:
+        stopped, self._tasks = self._tasks, []
+        for task in stopped:
+            task.cancel()
+        return stopped
+
+    async def _follow_health(self) -> None:
         while True:
-            await self._wanted.wait()
+            with contextlib.suppress(Img2ImgError):  # The next question says what is wrong.
+                async with aclosing(self._client.watch_health()) as changes:
+                    async for serving in changes:
+                        self._serving = serving
+                        self._stale.set()
+            self._stale.set()
+            await asyncio.sleep(_PAUSE)
+
+    async def _follow_models(self) -> None:
+        while True:
+            self._stale.clear()
             state = await self._ask()
             if state != self.state:
                 self.state = state
                 for listener in tuple(self._listeners):
                     listener()
-            await asyncio.sleep(_INTERVAL)
+            loading = any(model.state == "loading" for model in state.models)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._stale.wait(), _WHILE_LOADING if loading else None)
 
     async def _ask(self) -> ServerState:
         try:
-            return ServerState(True, None, await self._client.models(timeout=_TIMEOUT))
+            models = await self._client.models(timeout=_TIMEOUT)
         except Img2ImgError as error:
             return ServerState(True, explain(error, self.target), self.state.models)
+        return ServerState(True, None if self._serving else _NOT_READY, models)

@@ -220,6 +220,22 @@ def test_ready_at_once_where_the_server_serves(client: Client) -> None:
 
 
 @pytest.mark.parametrize("kind", [Client, Blocking])
+def test_a_health_watch_reports_each_change_and_a_broken_connection(kind: Any) -> None:
+    server = FakeServer()
+    server.start()
+    with kind(server.target) as client:
+        changes = client.watch_health(timeout=PATIENCE)
+        assert next(changes) is True
+        for serving in (False, True, False):
+            server.set_serving(serving)
+            assert next(changes) is serving
+        server.stop()
+        with pytest.raises(Unavailable):
+            next(changes)
+        assert next(changes, None) is None
+
+
+@pytest.mark.parametrize("kind", [Client, Blocking])
 def test_waits_for_a_server_that_is_not_there_yet(kind: Any) -> None:
     server = FakeServer()
     ready = threading.Event()

@@ -1,10 +1,13 @@
 """The playground's parts, each alone: what a person set, what is shown and copied, and what is kept."""
 
+import argparse
 import ast
 import asyncio
 import io
+import zipfile
 import zlib
-from argparse import ArgumentParser
+from collections.abc import AsyncGenerator, Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,8 +16,12 @@ from hypothesis import strategies as st
 from img2img_client import (
     AsyncClient,
     DeadlineExceeded,
+    Img2ImgError,
     InvalidRequest,
+    ModelInfo,
     ModelNotFound,
+    ModelReference,
+    ModelState,
     Overloaded,
     Unauthenticated,
     Unavailable,
@@ -24,10 +31,13 @@ from img2img_playground.command import configure, connection_of, run
 from img2img_playground.failures import Failure, explain
 from img2img_playground.history import Entry, History
 from img2img_playground.images import MAX_PIXELS, ImageFile, UnusableImage, read_image
+from img2img_playground.presets import BUILT_IN, Presets
 from img2img_playground.run_bar import describe
 from img2img_playground.session import Phase, Run, Session
+from img2img_playground.sessions import Sessions, TooManyTabs
 from img2img_playground.settings import DEFAULT_PROMPT, Settings
 from img2img_playground.snippet import Connection, literal, python_code
+from img2img_playground.watch import ServerState, ServerWatch
 from PIL import Image, PngImagePlugin
 from playing import PICTURE, REPOSITORY
 
@@ -42,6 +52,9 @@ _settings = st.builds(
     guidance_scale=st.none() | st.floats(0, 30),
     seed=st.none() | st.integers(0, 2**63 - 1),
     fit=st.sampled_from([None, "native", 512]),
+    image_count=st.none() | st.integers(1, 9),
+    width=st.none() | st.integers(8, 2048),
+    height=st.none() | st.integers(8, 2048),
 )
 
 
@@ -98,7 +111,7 @@ def test_the_program_tells_where_the_token_is_not_what_it_is(tmp_path: Path, mon
     monkeypatch.setenv("IMG2IMG_TOKEN", "secret")
     monkeypatch.delenv("IMG2IMG_CA", raising=False)
     (tmp_path / "token").write_text("also secret")
-    parser = ArgumentParser()
+    parser = argparse.ArgumentParser()
     configure(parser)
     plain = connection_of(parser.parse_args(["--target", "host:1"]))
     flags = ["--target", "https://host:1", "--token-file", str(tmp_path / "token"), "--ca", "ca.pem", "--timeout", "5"]
@@ -118,8 +131,225 @@ def test_the_program_tells_where_the_token_is_not_what_it_is(tmp_path: Path, mon
         assert {"import os", "from pathlib import Path"} & set(program.splitlines())
 
 
+@pytest.mark.parametrize("count", [1, 3])
+def test_the_program_saves_every_image(count: int) -> None:
+    program = python_code(Connection("host:1"), "a {b}.png", Settings(image_count=count), 'a {b}"-after.png')
+    saves = [node for node in ast.walk(ast.parse(program)) if isinstance(node, ast.Attribute) and node.attr == "save"]
+    assert len(saves) == 1
+    if count > 1:
+        calls = [node for node in ast.walk(ast.parse(program)) if isinstance(node, ast.Call)]
+        (call,) = [call for call in calls if isinstance(call.func, ast.Attribute) and call.func.attr == "save"]
+        name = eval(compile(ast.Expression(call.args[0]), "name", "eval"), {"image": argparse.Namespace(seed=5)})
+        assert name == 'a {b}"-after-5.png'
+
+
+def test_a_record_becomes_settings_of_the_same_request() -> None:
+    record = {
+        "model": "m", "prompt": "p", "negative_prompt": None, "strength": 0.5, "num_inference_steps": 4, "guidance_scale": 3,
+        "scheduler": None, "seed": 2**63 - 1, "width": 64, "height": 72, "format": "png", "quality": None,
+    }  # fmt: skip
+    settings = Settings.from_record(record)
+    assert settings.options() == {
+        "model": "m", "prompt": "p", "strength": 0.5, "num_inference_steps": 4, "guidance_scale": 3, "seed": 2**63 - 1,
+        "width": 64, "height": 72,
+    }  # fmt: skip
+    damaged = [("strength", float("nan")), ("strength", "0.5"), ("seed", 2**63), ("width", -1), ("num_inference_steps", 10**30)]
+    for name, value in [*damaged, ("guidance_scale", float("inf")), ("prompt", None), ("seed", True), ("model", 5)]:
+        with pytest.raises(ValueError, match=name):
+            Settings.from_record({**record, name: value})
+
+
+async def test_a_damaged_record_leaves_the_image_usable() -> None:
+    session = _new_session()
+    for text, words in (("{", "damaged"), ('{"model": 5}', "damaged"), ("[" * 9000, "damaged")):
+        info = PngImagePlugin.PngInfo()
+        info.add_itxt("img2img", text)
+        await session.upload(_file(pnginfo=info), "a.png")
+        assert session.source is not None
+        assert session.failure is None
+        assert session.notice is not None
+        assert words in session.notice.text
+        assert (session.notice.undo, session.settings) == (None, Settings())
+    await session.upload(_file(), "img2img.png")
+    assert session.notice is None
+    await session.close()
+
+
+@pytest.mark.parametrize("field", ["strength", "prompt", "model"])
+async def test_a_failure_is_gone_once_its_field_is_changed(field: str) -> None:
+    session = _new_session()
+    session.fail(Failure("Refused.", "wrong", field))
+    session.set(guidance_scale=2.0)
+    assert session.failure is not None
+    session.set(**{field: None})
+    assert session.failure is None
+    session.fail(Failure("No answer.", "", may_pass=True, disconnected=True))
+    session.set(**{field: None})
+    assert session.failure is not None, "no setting mends it"
+    session.reconnected()
+    assert session.failure is None
+    await session.close()
+
+
+def test_presets_keep_everything_but_the_seed() -> None:
+    presets, settings = Presets(), Settings("m", "p", "n", "s", 0.4, 7, 2.0, 5, None, 3.5, 2, 64, 72)
+    presets.save(" my  own ", settings)
+    other = Presets()
+    other.load(presets.dump())
+    assert other.names == ("my own", *BUILT_IN)
+    assert other.apply("my own", Settings(seed=9)) == replace(settings, seed=9)
+    for name in BUILT_IN:
+        assert other.apply(name, settings).prompt == "p"
+        other.apply(name, settings).options()
+    other.save("Subtle", settings)
+    assert other.apply("Subtle", Settings()) == replace(settings, seed=None), "the user's own replaces a built-in one"
+    other.delete("Subtle")
+    assert other.apply("Subtle", Settings()).strength == BUILT_IN["Subtle"]["strength"]
+    for name in ("", "  ", "x" * 61):
+        with pytest.raises(ValueError, match="1 to 60 characters"):
+            other.save(name, settings)
+    for number in range(49):
+        other.save(str(number), settings)
+    with pytest.raises(ValueError, match="Delete one first"):
+        other.save("one more", settings)
+    other.save("my own", Settings())
+    assert other.names[0] == "my own"
+
+
+@pytest.mark.parametrize(
+    "stored",
+    [
+        None,
+        5,
+        "",
+        "{",
+        "[]",
+        "null",
+        '{"a": 1}',
+        '{"a": {"strength": "x"}}',
+        '{"a": {"seed": 1e999}}',
+        '{"": {}}',
+        '{"a": {"fit": []}}',
+    ],
+)
+def test_what_is_no_preset_is_ignored(stored: object) -> None:
+    presets = Presets()
+    presets.load(stored)
+    assert presets.names == tuple(BUILT_IN)
+
+
+def test_an_archive_holds_all_results_under_distinct_names() -> None:
+    source = ImageFile("s.png", "image/png", 1, 1, b"")
+    history = History()
+    for data, name in ((b"1", "a.png"), (b"2", "a.png"), (b"3", "a-2.png"), (b"4", "b.webp")):
+        history.add(Entry(source, Settings(), ImageFile(name, "image/png", 1, 1, data), "m", "e", 1.0))
+    with zipfile.ZipFile(io.BytesIO(history.archive())) as archive:
+        assert {name: archive.read(name) for name in archive.namelist()} == {
+            "a.png": b"1", "a-2.png": b"2", "a-2-2.png": b"3", "b.webp": b"4",
+        }  # fmt: skip
+
+
+def _new_session() -> Session:
+    return Session(lambda on_retry: AsyncClient("127.0.0.1:1", retries=None), "127.0.0.1:1")
+
+
+async def test_a_session_waits_for_its_tab_and_gives_way_to_others() -> None:
+    sessions = Sessions(_new_session, most=2)
+    first = sessions.enter("first")
+    assert sessions.enter("first") is first
+    sessions.leave("first")
+    second = sessions.enter("second")
+    sessions.leave("first")
+    assert sessions.find(first.key) is first
+    assert sessions.enter("first") is first, "the tab has come back"
+    with pytest.raises(TooManyTabs):
+        sessions.enter("third")
+    sessions.leave("second")
+    sessions.enter("third")
+    assert sessions.find(second.key) is None
+    assert len(sessions) == 2
+    await sessions.close()
+    assert len(sessions) == 0
+    sessions.leave("third")
+
+
+async def test_a_session_that_nobody_comes_back_for_is_closed() -> None:
+    sessions = Sessions(_new_session, seconds_to_return=0)
+    session = sessions.enter("tab")
+    sessions.leave("tab")
+    passed = asyncio.Event()
+    asyncio.get_running_loop().call_later(0, passed.set)  # After the session's own timer
+    await passed.wait()
+    assert sessions.find(session.key) is None
+    await sessions.close()
+
+
+class _FakeServer:
+    """Stands in for an AsyncClient: its health and models are what the test sets."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+        self.changes: asyncio.Queue[bool | Img2ImgError] = asyncio.Queue()
+        self.problem: Img2ImgError | None = None
+        self.states: list[ModelState] = []
+
+    async def models(self, *, timeout: float) -> tuple[ModelInfo, ...]:  # noqa: ASYNC109
+        self.asked += 1
+        if self.problem is not None:
+            raise self.problem
+        state: ModelState = self.states.pop(0) if self.states else "ready"
+        return (ModelInfo("m", ModelReference(), "f", "P", "onnx", "", "e", state, 8, True),)
+
+    async def watch_health(self) -> AsyncGenerator[bool, None]:
+        while True:
+            change = await self.changes.get()
+            if isinstance(change, Img2ImgError):
+                raise change
+            yield change
+
+    async def close(self) -> None: ...
+
+
+async def test_models_are_asked_for_after_changes_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("img2img_playground.watch._PAUSE", 0.0)
+    monkeypatch.setattr("img2img_playground.watch._WHILE_LOADING", 0.0)
+    server, changed = _FakeServer(), asyncio.Event()
+    watch = ServerWatch(server, "host:1")  # type: ignore[arg-type]
+
+    async def until(wanted: Callable[[ServerState], bool]) -> None:
+        while not wanted(watch.state):
+            await asyncio.wait_for(changed.wait(), 60)
+            changed.clear()
+
+    watch.listen(changed.set)
+    await until(lambda state: state.known and state.problem is None)
+    assert server.asked == 1
+    server.changes.put_nowait(False)
+    await until(lambda state: state.problem is not None)
+    server.changes.put_nowait(True)
+    await until(lambda state: state.problem is None)
+    assert server.asked == 3
+    server.problem = Unavailable("refused")
+    server.changes.put_nowait(Unavailable("broken"))
+    await until(lambda state: state.problem is not None and state.problem.disconnected)
+    server.problem = None
+    server.changes.put_nowait(True)
+    await until(lambda state: state.problem is None)
+    assert server.asked == 5
+    server.states = ["loading", "loading", "ready"]
+    watch.refresh()
+    await until(lambda state: state.models[0].state == "loading")
+    await until(lambda state: state.models[0].state == "ready")
+    assert server.asked == 8, "a model that is loading is asked for until it is ready"
+    watch.forget(changed.set)
+    watch.refresh()
+    await asyncio.sleep(0)
+    assert server.asked == 8, "nothing is asked for without a page"
+    await watch.close()
+
+
 async def test_a_run_that_is_cancelled_at_once_is_over() -> None:
-    session = Session(lambda on_retry: AsyncClient("127.0.0.1:1", retries=None), "127.0.0.1:1")
+    session = _new_session()
     session.use(ImageFile("s.png", "image/png", 1, 1, b""))
     over = asyncio.Event()
     session.start()
@@ -138,6 +368,8 @@ def test_options_are_what_the_client_takes() -> None:
     assert (request.scheduler, request.seed, request.fit.longest_side) == ("DDIMScheduler", 2**63 - 1, 768)
     assert build_request(b"file", Settings().options()).fit.HasField("native_area"), "a photo is no dead end on the page"
     assert not build_request(b"file", Settings(fit=None).options()).HasField("fit")
+    exact = build_request(b"file", Settings(width=64, image_count=3).options())
+    assert (exact.width, exact.HasField("height"), exact.HasField("fit"), exact.image_count) == (64, False, False, 3)
 
 
 def test_history_keeps_the_newest_within_its_bounds() -> None:
@@ -257,7 +489,7 @@ def test_flags_that_cannot_work_are_told(
     flags: list[str], status: int, words: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("IMG2IMG_TOKEN", raising=False)
-    parser = ArgumentParser()
+    parser = argparse.ArgumentParser()
     configure(parser)
     assert run(parser.parse_args([*flags, "--no-open"])) == status
     assert words in capsys.readouterr().err

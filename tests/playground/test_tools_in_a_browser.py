@@ -1,0 +1,259 @@
+"""The playground's tools in a browser: sizes, views, presets, settings of files; use by finger, keyboard and screen reader."""
+
+import asyncio
+import io
+import json
+import zipfile
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from playing import PICTURE, Stand, Visitor
+from playwright.async_api import expect
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+WIDTHS = (390, 768, 1366)
+
+
+async def _size(visitor: Visitor, selector: str = ".stage-image .after") -> tuple[int, int]:
+    image = visitor.page.locator(selector)
+    width, height = await image.evaluate("image => image.decode().then(() => [image.naturalWidth, image.naturalHeight])")
+    return width, height
+
+
+async def _choose_option(visitor: Visitor, label: str, option: str) -> None:
+    await visitor.page.get_by_label(label, exact=True).click()
+    await visitor.page.get_by_role("option", name=option, exact=True).click()
+    await expect(visitor.page.get_by_role("option")).to_have_count(0)
+
+
+async def test_a_photo_of_a_phone_is_fitted_to_the_model(visitor: Visitor, tmp_path: Path) -> None:
+    photo = tmp_path / "IMG_0001.jpg"
+    with Image.open(PICTURE) as picture:
+        picture.convert("RGB").resize((3000, 2000)).save(photo, exif=b"")
+    await visitor.choose(photo)
+    await visitor.transform()
+    width, height = await _size(visitor)
+    assert 128 * 128 * 0.8 <= width * height <= 128 * 128 * 1.2, "the model's area"
+    assert abs(width / height - 1.5) < 0.15, "the photo's aspect ratio"
+
+
+async def test_the_size_can_be_exact(visitor: Visitor) -> None:
+    await visitor.choose()
+    await expect(visitor.page.get_by_label("Width")).to_be_hidden()
+    await _choose_option(visitor, "Size", "Exact width and height")
+    await visitor.page.get_by_label("Width").fill("64")
+    await visitor.page.get_by_label("Height").fill("96")
+    await visitor.transform()
+    assert await _size(visitor) == (64, 96)
+    await visitor.page.get_by_label("Height").fill("-8")
+    await visitor.button("Transform").click()
+    await visitor.page.get_by_role("alert").wait_for()
+    await expect(visitor.page.locator(".q-field--error [data-field=height]")).to_have_count(1)
+    await _choose_option(visitor, "Size", "Model's native size")
+    await expect(visitor.page.get_by_label("Width")).to_be_hidden()
+    await visitor.transform()
+    assert await _size(visitor) == (128, 128)
+
+
+async def test_several_images_are_made_and_saved_at_once(visitor: Visitor) -> None:
+    await visitor.choose()
+    await visitor.page.locator("[data-field=image_count]").fill("3")
+    await visitor.transform()
+    entries = visitor.page.locator(".history-entry")
+    await expect(entries).to_have_count(3)
+    labels = [await entry.get_attribute("aria-label") for entry in await entries.all()]
+    assert len(set(labels)) == 3, "a seed each"
+    await expect(entries.first).to_have_attribute("aria-current", "true")
+    await entries.last.click()
+    await expect(visitor.page.locator("[data-field=image_count]")).to_have_value("1")
+    async with visitor.page.expect_download() as download:
+        await visitor.page.get_by_role("link", name="Save all").click()
+    found = await download.value
+    assert found.suggested_filename == "img2img-results.zip"
+    with zipfile.ZipFile(await found.path()) as archive:
+        assert len(archive.namelist()) == 3
+        for name in archive.namelist():
+            with Image.open(io.BytesIO(archive.read(name))) as image:
+                assert image.size == (128, 128)
+
+
+async def test_views_side_by_side_and_zoomed(visitor: Visitor) -> None:
+    await visitor.choose()
+    await expect(visitor.button("Side by side")).to_have_count(0)
+    await visitor.transform()
+    panes, slider = visitor.page.locator(".stage-image"), visitor.page.get_by_role("slider", name="Compare before and after")
+    await visitor.button("Side by side").click()
+    await expect(panes).to_have_count(2)
+    await expect(slider).to_have_count(0)
+    first, second = await panes.nth(0).bounding_box(), await panes.nth(1).bounding_box()
+    assert first is not None
+    assert second is not None
+    assert first["x"] + first["width"] <= second["x"]
+    assert (first["width"], first["y"]) == pytest.approx((second["width"], second["y"]), abs=1)
+    for zoom in (2, 4, 8):
+        await visitor.button("Zoom in").click()
+        await visitor.see(f"{zoom}x")
+    await expect(visitor.button("Zoom in")).to_be_disabled()
+    await panes.nth(0).evaluate("pane => pane.scrollTo(100, 60)")
+    await expect(panes.nth(1)).to_have_js_property("scrollLeft", 100)
+    await expect(panes.nth(1)).to_have_js_property("scrollTop", 60)
+    await panes.nth(1).hover()
+    before = await panes.nth(1).evaluate("pane => pane.scrollLeft")
+    await visitor.page.mouse.down()
+    await visitor.page.mouse.move(second["x"] + 10, second["y"] + second["height"] / 2, steps=3)
+    await visitor.page.mouse.up()
+    assert await panes.nth(1).evaluate("pane => pane.scrollLeft") > before
+    await visitor.button("Side by side").click()
+    await expect(slider).to_have_count(1)
+    await slider.press("Home")
+    await expect(slider).to_have_attribute("aria-valuetext", "0 % before, 100 % after")
+    for _ in range(3):
+        await visitor.button("Zoom out").click()
+    await expect(visitor.button("Zoom out")).to_be_disabled()
+
+
+async def test_presets_are_applied_undone_kept_by_the_browser_and_deleted(visitor: Visitor) -> None:
+    strength, prompt = visitor.page.locator("[data-field=strength]"), visitor.page.get_by_label("Prompt", exact=True)
+    await prompt.fill("mine")
+    await _choose_option(visitor, "Preset", "Subtle")
+    await expect(strength).to_have_value("0.35")
+    await expect(prompt).to_have_value("mine")
+    await visitor.button("Undo").click()
+    await expect(strength).to_have_value("0.8")
+    await strength.fill("0.5")
+    await visitor.button("Save as preset").click()
+    await visitor.button("Save").click()
+    await visitor.see("A name has 1 to 60 characters.")
+    await visitor.page.get_by_label("Name").fill("  <b>my</b>   own ")
+    await visitor.button("Save").click()
+    await expect(visitor.page.get_by_label("Preset", exact=True)).to_have_value("<b>my</b> own")
+    await visitor.page.reload()
+    await visitor.page.locator(".page").wait_for()
+    await strength.fill("0.9")
+    await _choose_option(visitor, "Preset", "<b>my</b> own")
+    await expect(strength).to_have_value("0.5")
+    await visitor.button("Delete preset").click()
+    await visitor.page.get_by_label("Preset", exact=True).click()
+    await expect(visitor.page.get_by_role("option")).to_have_text(["Subtle", "Balanced", "Strong", "Draft"])
+    assert json.loads(str(await visitor.page.evaluate("localStorage.getItem('img2img.presets')"))) == {}
+
+
+async def test_a_dropped_result_brings_its_settings_back(visitor: Visitor) -> None:
+    prompt, seed = visitor.page.get_by_label("Prompt", exact=True), visitor.page.get_by_label("Seed", exact=True)
+    await visitor.choose()
+    await prompt.fill('a "quoted" prompt, with € and line\nbreak')
+    await visitor.page.get_by_label("Negative prompt").fill("fog")
+    await visitor.page.locator("[data-field=strength]").fill("0.6")
+    await seed.fill("77")
+    await visitor.transform()
+    async with visitor.page.expect_download() as download:
+        await visitor.page.get_by_role("link", name="Download").click()
+    made = await asyncio.to_thread((await (await download.value).path()).read_bytes)
+    await prompt.fill("another")
+    await seed.fill("1")
+    await visitor.drop(made, "again.png")
+    await visitor.see("The settings are those that made again.png.")
+    await expect(prompt).to_have_value('a "quoted" prompt, with € and line\nbreak')
+    await expect(seed).to_have_value("77")
+    await expect(visitor.page.get_by_label("Negative prompt")).to_have_value("fog")
+    await expect(visitor.page.locator("[data-field=strength]")).to_have_value("0.6")
+    await expect(visitor.page.get_by_label("Width")).to_have_value("128")
+    await visitor.button("Undo").click()
+    await expect(prompt).to_have_value("another")
+    await expect(seed).to_have_value("1")
+    await expect(visitor.page.get_by_text("The settings are those")).to_be_hidden()
+
+
+async def test_history_survives_a_tab_that_is_gone_for_a_while(visitor: Visitor, stand: Stand) -> None:
+    await visitor.choose()
+    await visitor.transform()
+    stand.gate.close()
+    stand.pipeline.forget()
+    await visitor.begin()
+    await visitor.page.goto("about:blank")
+    while not stand.pipeline.let_go.acquire(timeout=0.5):  # The run ends when the page is given up.
+        stand.gate.let(1)
+    stand.gate.open()
+    await visitor.page.go_back()
+    await expect(visitor.page.locator(".history-entry")).to_have_count(1)
+    await visitor.see("noon-lake.png")
+    await visitor.transform()
+    await expect(visitor.page.locator(".history-entry")).to_have_count(2)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+async def test_every_width_is_accessible(
+    width: int, visit: Callable[..., Awaitable[Visitor]], stand: Stand, tmp_path: Path
+) -> None:
+    """axe-core finds nothing, fingers can hit everything, and nothing is wider than the window, in every state of the page."""
+    visitor = await visit(width=width, dark=width == 768)
+
+    async def check() -> None:
+        await visitor.page.wait_for_function("document.getAnimations().every(one => one.playState !== 'running')")
+        assert await visitor.axe_violations() == []
+        assert await visitor.too_small() == []
+        assert await visitor.too_wide() == []
+
+    await visitor.see("Server's default (m)")
+    await check()
+    await visitor.choose()
+    prompt = visitor.page.get_by_label("Prompt", exact=True)
+    await prompt.fill("a long prompt " * 100)
+    box = await prompt.bounding_box()
+    assert box is not None
+    assert box["height"] < 250
+    stand.gate.close()
+    await visitor.begin()
+    for place in ("scrollTo(0, 0)", "scrollTo(0, document.body.scrollHeight)"):
+        await visitor.page.evaluate(place)
+        await expect(visitor.button("Cancel")).to_be_in_viewport(ratio=1)
+    stand.gate.open()
+    await visitor.button("Use as source").wait_for()
+    await visitor.button("Zoom in").click()
+    await check()
+    await visitor.button("Side by side").click()
+    await visitor.page.locator("[data-field=num_inference_steps]").fill("1000")
+    await _choose_option(visitor, "Size", "Exact width and height")
+    await visitor.button("Transform").click()
+    await visitor.page.get_by_role("alert").wait_for()
+    await check()
+    for name, leave in (("Python for these settings", "Close"), ("Save as preset", "Do not save")):
+        await visitor.button(name).click()
+        await visitor.button(leave).wait_for()
+        await check()
+        await visitor.button(leave).click()
+        await expect(visitor.button(leave)).to_be_hidden()
+    await visitor.page.get_by_label("Model", exact=True).click()
+    await visitor.page.get_by_role("option").first.wait_for()
+    await check()
+
+
+async def test_everything_is_reached_by_the_keyboard(visitor: Visitor) -> None:
+    await visitor.choose()
+    await visitor.transform()
+    wanted = {
+        "Side by side",
+        "Zoom in",
+        "Compare before and after",
+        "Prompt",
+        "Strength",
+        "Size",
+        "Transform",
+        "Save all",
+        "Preset",
+    }
+    for _ in range(80):
+        await visitor.page.keyboard.press("Tab")
+        name = await visitor.page.evaluate(
+            """() => {
+                const one = document.activeElement, label = one.labels?.[0];
+                return one.ariaLabel ?? label?.ariaLabel ?? label?.innerText?.split("\\n")[0] ?? one.innerText;
+            }"""
+        )
+        wanted -= {word for word in wanted if word in str(name)}
+        if not wanted:
+            break
+    assert wanted == set()
