@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from img2img_server.runtime.schedulers.linear import LinearSolver, Trajectory, advance_batch, compile_schedule, scale_input
 from img2img_server.runtime.schedulers.registry import NAMES, make
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch_operations import Counting
 
 NOISE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
@@ -294,18 +294,6 @@ def test_small_floats_stay_small_and_the_generators_in_step(name: str, dtype: to
     resolution = torch.finfo(dtype).eps * float(expected.abs().max())
     torch.testing.assert_close(actual.float(), expected.float(), rtol=0.0, atol=20 * resolution)
     assert_same_state(theirs, ours)
-
-
-class Counting(TorchDispatchMode):
-    """Counts torch's operations, without those that draw."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.count: int = 0
-
-    def __torch_dispatch__(self, operation: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
-        self.count += "randn" not in str(operation) and "zeros" not in str(operation)
-        return operation(*arguments, **(keywords or {}))
 
 
 def operations(names: Sequence[str]) -> int:

@@ -12,7 +12,7 @@ from img2img_server.engine.request import Request
 from img2img_server.runtime.common.device_copy import send
 from img2img_server.runtime.diffusion.conditioning import Embedding
 from img2img_server.runtime.diffusion.stable_diffusion_3 import StableDiffusion3
-from img2img_server.runtime.diffusion.state import Conditioning
+from img2img_server.runtime.diffusion.state import Conditioning, DiffusionState
 from img2img_server.runtime.schedulers.flow import FluxSchedulers
 
 _MOST_SIZES = 16
@@ -32,6 +32,12 @@ class Flux(StableDiffusion3):
 
     def _is_guided(self, request: Request) -> bool:
         return False
+
+    def _pure_noise(self, latents: torch.Tensor, noise: torch.Tensor, scheduler: Any) -> torch.Tensor:
+        return latents  # FluxInpaintPipeline has no case of its own for strength 1
+
+    def _final_latents(self, state: DiffusionState) -> torch.Tensor:
+        return state.latents
 
     def _encode_texts(self, texts: list[str]) -> list[Embedding]:
         hidden_states, pooled, _ = self._pipe.encode_prompt(texts, None, self._pipe._execution_device)

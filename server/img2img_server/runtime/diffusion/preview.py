@@ -10,7 +10,6 @@ and their relation to color is mostly linear once statistics of the whole image 
 So a few multiplications draw an image at the size of the latents, much faster than the VAE.
 """
 
-import copy
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -19,6 +18,7 @@ import torch
 from PIL import Image
 
 from img2img_server.runtime.common.device_copy import send
+from img2img_server.runtime.schedulers.noise_levels import level_at
 from img2img_server.runtime.schedulers.registry import is_flow
 
 
@@ -42,16 +42,6 @@ def features(latents: torch.Tensor) -> torch.Tensor:
     return torch.cat([latents, *(part.expand_as(latents) for part in (mean, mean.square(), deviation))], dim=1)
 
 
-def noise_level(scheduler: Any, timestep: torch.Tensor, dtype: torch.dtype = torch.float32) -> tuple[float, float]:
-    """The factors of x0 and of noise in the latents at `timestep` [1], computed in `dtype` on the CPU. Does not change the
-    scheduler."""
-    level = copy.copy(scheduler)  # add_noise moves its tables to the latents' device
-    one, zero = torch.ones(1, 1, 1, 1, dtype=dtype), torch.zeros(1, 1, 1, 1, dtype=dtype)
-    if is_flow(level):
-        return float(level.scale_noise(one, timestep, zero)), float(level.scale_noise(zero, timestep, one))
-    return float(level.add_noise(one, zero, timestep)), float(level.add_noise(zero, one, timestep))
-
-
 def predict_original(
     scheduler: Any, index: int, timestep: torch.Tensor, sample: torch.Tensor, output: torch.Tensor, input_scale: float
 ) -> torch.Tensor | None:
@@ -60,11 +50,7 @@ def predict_original(
     `index` is the step's position in the scheduler's timesteps, `timestep` its value, `input_scale` the factor by which the
     scheduler scales latents for the model. The scheduler is not changed. None if its prediction type is unknown.
     """
-    at_step = copy.copy(scheduler)
-    if hasattr(at_step, "set_begin_index"):
-        at_step._step_index = None
-        at_step.set_begin_index(index)  # add_noise then uses this step's level
-    signal, noise = noise_level(at_step, timestep.cpu().reshape(1))
+    signal, noise = level_at(scheduler, index, timestep)
     if hasattr(scheduler, "precondition_outputs"):  # EDM
         original: torch.Tensor = scheduler.precondition_outputs(sample, output, torch.tensor(noise))
         return original

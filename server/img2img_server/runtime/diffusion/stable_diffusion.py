@@ -19,6 +19,8 @@ from img2img_server.runtime.diffusion.stepped import SteppedPipeline
 class StableDiffusion(SteppedPipeline):
     """Stable Diffusion 1 and 2, and models with the same components."""
 
+    mask_use = "optional"
+
     def _is_guided(self, request: Request) -> bool:
         return request.guidance_scale > 1 and self._denoiser.config.get("time_cond_proj_dim") is None
 
@@ -39,6 +41,9 @@ class StableDiffusion(SteppedPipeline):
         scales = torch.tensor(request.guidance_scale - 1).repeat(len(latents))
         embedding: torch.Tensor = self._pipe.get_guidance_scale_embedding(scales, embedding_dim=width)
         return {"timestep_cond": embedding.to(latents.device, latents.dtype)}
+
+    def _pure_noise(self, latents: torch.Tensor, noise: torch.Tensor, scheduler: Any) -> torch.Tensor:
+        return noise * float(scheduler.init_noise_sigma)
 
     def _encode_texts(self, texts: list[str]) -> list[Embedding]:
         hidden_states, _ = self._pipe.encode_prompt(texts, self._pipe._execution_device, 1, False)

@@ -7,7 +7,7 @@ import torch
 from img2img_server.engine.request import Plan, Request
 from img2img_server.errors import InvalidField
 from img2img_server.runtime.diffusion.conditioning import Embedding
-from img2img_server.runtime.diffusion.state import Conditioning
+from img2img_server.runtime.diffusion.state import Conditioning, DiffusionState
 from img2img_server.runtime.diffusion.stepped import SteppedPipeline
 from img2img_server.runtime.schedulers.flow import FlowSchedulers
 
@@ -18,6 +18,7 @@ class StableDiffusion3(SteppedPipeline):
     scheduler_cache = FlowSchedulers
     denoiser_name = "transformer"
     pooled_name = "pooled_projections"
+    mask_use = "optional"
 
     def plan(self, request: Request) -> Plan:
         """As of every family. Raises InvalidField for an image that is larger than the transformer's positions."""
@@ -38,6 +39,13 @@ class StableDiffusion3(SteppedPipeline):
 
     def _inputs(self, samples: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning) -> dict[str, Any]:
         return {"hidden_states": samples, "timestep": timesteps, **conditioning}
+
+    def _final_latents(self, state: DiffusionState) -> torch.Tensor:
+        if state.blend is None:
+            return state.latents
+        # StableDiffusion3InpaintPipeline decodes without the shift (huggingface/diffusers#13611), and so do we.
+        config = self._pipe.vae.config
+        return state.latents - float(config.shift_factor * config.scaling_factor)
 
     def _decode(self, latents: torch.Tensor) -> torch.Tensor:
         vae = self._pipe.vae

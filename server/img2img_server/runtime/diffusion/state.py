@@ -11,6 +11,7 @@ import torch
 from img2img_server.engine.request import Request
 from img2img_server.runtime.common.device_copy import send
 from img2img_server.runtime.common.out_of_memory import KEEPERS
+from img2img_server.runtime.diffusion.masking import Blend
 from img2img_server.runtime.diffusion.preview import predict_original
 from img2img_server.runtime.schedulers.linear import Trajectory, coefficients, scale_input
 
@@ -35,7 +36,8 @@ class DiffusionState:
     `latents` is [n, C, h, w], on the device. `conditioning`, on the device, has n rows, or 2n if the request is `guided`, the
     negative prompt's first. `timesteps` [S] are on the CPU; `times` are the same as numbers. `trajectory` is its state in the
     linear solver; None for a scheduler that is not linear, of which it has its own copy, `scheduler`. `begun` is the cached
-    scheduler with these timesteps set, shared and never stepped.
+    scheduler with these timesteps set, shared and never stepped. `blend` keeps the source outside the request's mask; None
+    without one, or if the UNet does so by itself.
     """
 
     request: Request
@@ -50,6 +52,7 @@ class DiffusionState:
     scheduler: Any = None
     step_arguments: dict[str, Any] = field(default_factory=dict)
     step: int = 0
+    blend: Blend | None = None
     predicted: Predicted | None = None
     """Of the last step, if a preview is due."""
     number: int = field(default_factory=itertools.count().__next__)
@@ -95,7 +98,10 @@ class DiffusionState:
         if seen is None:
             return None
         index = len(self.begun.timesteps) - len(self.timesteps) + seen.step
-        return predict_original(self.begun, index, self.timesteps[seen.step], seen.sample, seen.output, seen.input_scale)
+        drawn = predict_original(self.begun, index, self.timesteps[seen.step], seen.sample, seen.output, seen.input_scale)
+        if drawn is None or self.blend is None:
+            return drawn
+        return drawn * self.blend.redrawn[:1] + self.blend.original[:1]
 
     def unscaled(self) -> torch.Tensor:
         """The UNet's input [n, C, h, w], before the `input_scale` of a trajectory is applied."""

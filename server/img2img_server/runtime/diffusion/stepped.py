@@ -7,6 +7,7 @@ pipeline, whose components are ONNX modules or torch modules.
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -24,7 +25,7 @@ from img2img_server.runtime.common.torch_calls import host_call, torch_call
 from img2img_server.runtime.common.truncation import Truncation
 from img2img_server.runtime.diffusion import preview
 from img2img_server.runtime.diffusion.conditioning import Embedding, Encoder
-from img2img_server.runtime.diffusion.preview import noise_level
+from img2img_server.runtime.diffusion.masking import Blend, kept_latents, replace_kept
 from img2img_server.runtime.diffusion.state import (
     Conditioning,
     DiffusionState,
@@ -39,7 +40,9 @@ from img2img_server.runtime.diffusion.state import (
 from img2img_server.runtime.onnx.modules import close_graphs
 from img2img_server.runtime.schedulers.cache import CachedScheduler, SchedulerCache
 from img2img_server.runtime.schedulers.linear import Trajectory, advance_batch, step_arguments
+from img2img_server.runtime.schedulers.noise_levels import noise_level
 from img2img_server.support.model_fields import ModelFields
+from img2img_server.support.source_rule import MaskUse
 
 PreviewWeights = Sequence[Sequence[float]]
 
@@ -62,6 +65,8 @@ class SteppedPipeline(ABC):
     """The denoiser's input for pooled embeddings of texts."""
     ignored_fields: frozenset[str] = frozenset()
     """Fields of a request that diffusers' pipeline takes and the family does not."""
+    mask_use: MaskUse = "none"
+    """Whether requests may have a mask. If so, the family's `prepare_latents` adds noise by its scheduler."""
 
     def __init__(self, pipe: Any, engine: str, threads: int, cache: Cache, preview_weights: PreviewWeights = ()) -> None:
         self._pipe = pipe
@@ -70,8 +75,8 @@ class SteppedPipeline(ABC):
         self._denoiser = getattr(pipe, self.denoiser_name)
         self.size_multiple = size_multiple(pipe)
         self.native_size = native_sizes(pipe)
-        self.source_rule = source_rule(pipe)
         self.fields: ModelFields = {name: rule for name, rule in request_fields(pipe).items() if name not in self.ignored_fields}
+        self.source_rule = replace(source_rule(pipe), mask=self.mask_use)
         self.row_buckets: Sequence[int] = getattr(self._denoiser, "row_buckets", ())
         self._device = torch.device(pipe._execution_device)
         self._joined = JoinedConditioning()
@@ -140,6 +145,8 @@ class SteppedPipeline(ABC):
             Predicted(state.step, state.input_scale, state.latents[:1], output[:1]) if state.preview_is_due else None
             for state, output in zip(states, outputs, strict=True)
         ]
+        blends = [state.blend for state in states if state.blend is not None]
+        kept = kept_latents(blends, [state.step for state in states if state.blend is not None]) if blends else ()
         followed = [(state, output) for state, output in zip(states, outputs, strict=True) if state.trajectory is not None]
         if followed:
             trajectories = [state.trajectory for state, _ in followed if state.trajectory is not None]
@@ -152,8 +159,10 @@ class SteppedPipeline(ABC):
             state.predicted = seen
             if state.trajectory is None:
                 step = state.scheduler.step(output, state.timestep, state.latents, **state.step_arguments, return_dict=False)
-                state.latents = step[0]
+                state.latents = step[0] if state.blend is None else step[0].clone()  # replaced in place below
                 state.step += 1
+        if blends:
+            replace_kept([state.latents for state in states if state.blend is not None], blends, kept)
 
     @torch_call
     def preview(self, states: Sequence[DiffusionState]) -> Sequence[Image.Image | None]:
@@ -168,7 +177,7 @@ class SteppedPipeline(ABC):
     @torch_call
     def finish(self, states: Sequence[DiffusionState]) -> Sequence[Sequence[Image.Image]]:
         """Decodes the latents. Raises FloatingPointError for values that are not finite, which would become a black image."""
-        pixels = self._decode(torch.cat([state.latents for state in states]))
+        pixels = self._decode(torch.cat([self._final_latents(state) for state in states]))
         is_finite = fetch_later(torch.isfinite(pixels).all())
         with PinnedCopies(), np.errstate(invalid="ignore"):
             images = iter(self._pipe.image_processor.postprocess(pixels, output_type="pil"))
@@ -195,10 +204,19 @@ class SteppedPipeline(ABC):
         count = len(request.seeds)
         positive, negative = self._embeddings(request, embeddings)
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in request.seeds]
-        pipe = view_of(self._pipe, scheduler=_Noising(cached_scheduler.scheduler), vae=_Encoded(self._pipe.vae, picture))
+        noising = _Noising(cached_scheduler.scheduler)
+        pipe = view_of(self._pipe, scheduler=noising, vae=_Encoded(self._pipe.vae, picture))
         latents = self._first_latents(
             pipe, request, cached_scheduler.timesteps[:1].repeat(count), positive.hidden_states.dtype, generators
         )
+        blend = None
+        if request.mask is not None:
+            assert noising.given is not None, "the first latents of a family that takes masks are the source's, with noise"
+            original, noise = noising.given
+            if request.strength == 1:
+                latents = self._pure_noise(latents, noise, cached_scheduler.scheduler)
+            _draw_again(generators, picture, noise)
+            blend = Blend.of(request.mask.image, original, noise, cached_scheduler.levels)
         conditioning = self._conditioning(request, positive, negative) | self._more_conditioning(request, latents)
         # Converted once here instead of in each step.
         conditioning = {name: tensor.to(self._types.get(name, tensor.dtype)) for name, tensor in conditioning.items()}
@@ -212,6 +230,7 @@ class SteppedPipeline(ABC):
             trajectory=None,
             guided=self._is_guided(request),
             begun=cached_scheduler.scheduler,
+            blend=blend,
         )
         if cached_scheduler.schedule is not None:
             state.trajectory = Trajectory(cached_scheduler.schedule, generators)
@@ -253,6 +272,15 @@ class SteppedPipeline(ABC):
         latents: torch.Tensor = pipe.prepare_latents(image, timesteps, 1, count, dtype, pipe._execution_device, generators)
         return latents
 
+    def _pure_noise(self, latents: torch.Tensor, noise: torch.Tensor, scheduler: Any) -> torch.Tensor:
+        """The first latents of a request with a mask at strength 1, from `noise` and the `latents` of a request without a mask:
+        most of diffusers' inpainting pipelines start from pure noise."""
+        return noise
+
+    def _final_latents(self, state: DiffusionState) -> torch.Tensor:
+        """The latents of a finished state that are decoded."""
+        return state.latents
+
     def _texts(self, request: Request) -> list[str]:
         """The request's texts to encode."""
         return [request.prompt, request.negative_prompt or ""] if self._is_guided(request) else [request.prompt]
@@ -278,10 +306,14 @@ class _Noising:
     """A scheduler whose add_noise looks up the noise level on the CPU. diffusers' own looks it up on the device and moves its
     tables there."""
 
+    given: tuple[torch.Tensor, torch.Tensor] | None = None
+    """The source's latents and the noise, both [n, C, h, w], after noise was added."""
+
     def __init__(self, scheduler: Any) -> None:
         self._scheduler = scheduler
 
     def add_noise(self, original: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        self.given = original, noise
         signal, level = noise_level(self._scheduler, timesteps[:1], original.dtype)
         return signal * original + level * noise
 
@@ -305,3 +337,11 @@ class _Encoded:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._vae, name)
+
+
+def _draw_again(generators: Sequence[torch.Generator], picture: SimpleNamespace, noise: torch.Tensor) -> None:
+    """Draws what diffusers' inpainting pipelines draw for the latents of the masked source, even if the model does not use them:
+    noise that is drawn later depends on it."""
+    if hasattr(picture, "latent_dist"):
+        for generator in generators:
+            torch.randn((1, *noise.shape[1:]), generator=generator)

@@ -19,6 +19,7 @@ from img2img_server.errors import InvalidField
 from img2img_server.runtime.common.pipe import view_of
 from img2img_server.runtime.schedulers import registry
 from img2img_server.runtime.schedulers.linear import LinearSolver, compile_schedule
+from img2img_server.runtime.schedulers.noise_levels import NoiseLevels
 
 _BYTES = 16 * 2**20
 """Maximum size of one pipeline's cached schedulers, in bytes."""
@@ -36,6 +37,7 @@ class CachedScheduler:
     timesteps: torch.Tensor
     times: tuple[float, ...]
     schedule: LinearSolver | None
+    levels: NoiseLevels
 
 
 class SchedulerCache:
@@ -70,9 +72,10 @@ class SchedulerCache:
         except ValueError as error:
             raise InvalidField("num_inference_steps", f"the scheduler does not support this number: {error}") from None
         schedule = compile_schedule(view.scheduler, timesteps)
+        levels = NoiseLevels(view.scheduler, timesteps)
         if schedule is None:
             logging.getLogger(__name__).info("%s is not linear: each request steps its own copy", type(view.scheduler).__name__)
-        return CachedScheduler(view.scheduler, timesteps, tuple(timesteps.tolist()), schedule)
+        return CachedScheduler(view.scheduler, timesteps, tuple(timesteps.tolist()), schedule, levels)
 
     def _check(self, request: Request) -> None:
         """Raises InvalidField if the request has no steps, or a scheduler that the model does not support."""

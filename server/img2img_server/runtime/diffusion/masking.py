@@ -1,0 +1,61 @@
+"""Masks: after each step the latents outside a request's mask are replaced by the source's, with the noise of the next step.
+
+That is what diffusers' inpainting pipelines do with models that were not trained for inpainting. The number of operations does
+not depend on the number of requests, and requests without a mask take part in none of them.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+
+from img2img_server.runtime.common.device_copy import send
+from img2img_server.runtime.schedulers.noise_levels import NoiseLevels
+
+_HALF = 128
+"""The least gray that is redrawn: diffusers rounds masks to black and white at 0.5."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Blend:
+    """What replaces a request's latents [n, C, h, w] outside its mask. All tensors have the latents' shape and device.
+
+    `redrawn` is 1 where the mask is white, else 0. `original` are the source's latents and `noise` that of the first step, both 0
+    where the mask is white.
+    """
+
+    redrawn: torch.Tensor
+    original: torch.Tensor
+    noise: torch.Tensor
+    levels: NoiseLevels
+
+    @classmethod
+    def of(cls, mask: Image.Image, original: torch.Tensor, noise: torch.Tensor, levels: NoiseLevels) -> "Blend":
+        """The blend of a gray mask of the image's size; `original` and `noise` are whole."""
+        redrawn = mask_latents(mask, original).expand_as(original).contiguous()
+        kept = 1 - redrawn
+        return cls(redrawn, original * kept, noise * kept, levels)
+
+
+def mask_latents(mask: Image.Image, like: torch.Tensor) -> torch.Tensor:
+    """A gray mask for latents [n, C, h, w] as [1, 1, h, w]: 1 for latents to redraw, else 0, on the device of `like`."""
+    pixels = torch.from_numpy((np.asarray(mask) >= _HALF).astype(np.float32))
+    scaled = torch.nn.functional.interpolate(pixels[None, None], size=like.shape[-2:])
+    return send(scaled, like.device, like.dtype)
+
+
+def kept_latents(blends: Sequence[Blend], steps: Sequence[int]) -> Sequence[torch.Tensor]:
+    """What replaces the latents of each request outside its mask after its step, 0 elsewhere. `steps` are counted from 0."""
+    levels = [blend.levels.after[step] for blend, step in zip(blends, steps, strict=True)]
+    kept = torch._foreach_mul([blend.original for blend in blends], [signal for signal, _ in levels])
+    noises = torch._foreach_mul([blend.noise for blend in blends], [noise for _, noise in levels])
+    torch._foreach_add_(kept, noises)
+    return list(kept)
+
+
+def replace_kept(latents: Sequence[torch.Tensor], blends: Sequence[Blend], kept: Sequence[torch.Tensor]) -> None:
+    """Replaces each request's new latents outside its mask, in place: it allocates nothing, so it does not fail after a step."""
+    torch._foreach_mul_(list(latents), [blend.redrawn for blend in blends])
+    torch._foreach_add_(list(latents), list(kept))

@@ -1,0 +1,128 @@
+"""What a mask changes in the engine's steps: for requests with one only, in operations that do not grow with their number."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from fakes import make_request, run_out
+from img2img_server.bundle.manifest import read_manifest
+from img2img_server.engine.cache import Cache
+from img2img_server.engine.engine import Engine
+from img2img_server.engine.request import Completed, Event, Failed, Mask, Request
+from img2img_server.runtime.diffusion import masking, stepped
+from img2img_server.runtime.execution import Execution
+from img2img_server.runtime.loader import load_pipeline
+from PIL import Image
+from torch_operations import Counting
+
+SIZE = (64, 64)
+
+
+@pytest.fixture(scope="module")
+def pipeline(bundle: Callable[[str], Path]) -> Any:
+    return load_pipeline(bundle("sd1"), read_manifest(bundle("sd1")), Execution("cpu"), Cache(2**24))
+
+
+def source() -> Image.Image:
+    return Image.radial_gradient("L").resize(SIZE).convert("RGB")
+
+
+def half(left: bool = True) -> Mask:
+    """A mask that redraws one half."""
+    image = Image.new("L", SIZE, 0)
+    image.paste(255, (0, 0, 32, 64) if left else (32, 0, 64, 64))
+    return Mask(image, b"left" if left else b"right")
+
+
+def asked(mask: Mask | None, seed: int = 1, **settings: Any) -> Request:
+    given: dict[str, Any] = {
+        "strength": 0.8,
+        "num_inference_steps": 5,
+        "guidance_scale": 3.0,
+        "image_digest": b"source",
+        **settings,
+    }
+    return make_request(prompt="a lake", image=source(), seeds=(seed,), mask=mask, **given)
+
+
+def operations(pipeline: Any, masks: Sequence[Mask | None]) -> int:
+    """torch's operations in the second step of requests with these masks, each of another strength."""
+    states = pipeline.prepare([asked(mask, number, strength=1 - number / 20) for number, mask in enumerate(masks)])
+    pipeline.advance(states, pipeline.denoise(states))
+    noises = pipeline.denoise(states)
+    with Counting() as counting:
+        pipeline.advance(states, noises)
+    return int(counting.count)
+
+
+def test_requests_without_a_mask_cost_no_operation_and_those_with_one_few_in_all(pipeline: Any) -> None:
+    without = operations(pipeline, [None] * 4)
+    one = operations(pipeline, [half(), None, None, None])
+    assert one == without + 5
+    assert operations(pipeline, [half(), half(left=False), half(), None]) == one
+    assert operations(pipeline, [half()] * 4) == one
+
+
+def test_a_source_is_encoded_once_whatever_its_masks(pipeline: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoded: list[int] = []
+    encode = pipeline._pipe.vae.encode
+
+    def counted(pixels: torch.Tensor) -> Any:
+        encoded.append(len(pixels))
+        return encode(pixels)
+
+    monkeypatch.setitem(pipeline._pipe.vae.__dict__, "encode", counted)
+    other: dict[str, Any] = {"image_digest": b"another source"}
+    pipeline.prepare([asked(half(), **other), asked(half(left=False), **other), asked(None, **other)])
+    pipeline.prepare([asked(half(left=False), 7, **other)])
+    assert encoded == [1]
+
+
+def test_a_blend_that_fails_changes_no_state_and_ends_only_its_own_request(
+    pipeline: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory may run out before a step. Each request is then tried alone, and goes on where it was."""
+    kept_latents = masking.kept_latents
+
+    def scarce(blends: Sequence[Any], steps: Sequence[int]) -> Any:
+        if len(blends) > 1 or steps[0] == 4:  # the last step of the second request
+            raise MemoryError
+        return kept_latents(blends, steps)
+
+    def drawn(requests: Sequence[Request]) -> list[Event]:
+        engine = Engine({"m": pipeline})
+        heard: list[list[Event]] = [[] for _ in requests]
+        for request, events in zip(requests, heard, strict=True):
+            engine.submit(request, events.append)
+        run_out(engine)
+        return [events[-1] for events in heard]
+
+    requests = [asked(half(), 1, strength=0.6), asked(half(), 2), asked(None, 3)]
+    (expected,) = drawn(requests[:1])
+    assert isinstance(expected, Completed)
+    monkeypatch.setattr(stepped, "kept_latents", scarce)
+    first, second, third = drawn(requests)
+    assert isinstance(first, Completed)
+    assert isinstance(second, Failed)
+    assert isinstance(third, Completed)
+    assert np.abs(np.asarray(first.images[0], int) - np.asarray(expected.images[0], int)).max() <= 1
+
+
+def test_a_preview_shows_the_source_outside_the_mask(pipeline: Any) -> None:
+    def previews(mask: Mask) -> list[Any]:
+        (state,) = pipeline.prepare([asked(mask, preview_interval=1)])
+        found = []
+        while state.step < state.step_count:
+            pipeline.advance([state], pipeline.denoise([state]))
+            found.append(state.original())
+        return found
+
+    nothing = Mask(Image.new("L", SIZE, 0))
+    (kept, *others), drawn = previews(nothing), previews(half())
+    assert all(torch.equal(kept, other) for other in others), "the source, without noise"
+    for original in drawn:
+        assert torch.equal(original[..., 4:], kept[..., 4:])
+        assert not torch.allclose(original[..., :4], kept[..., :4], atol=0.1)

@@ -1,0 +1,206 @@
+"""With a mask, what comes out of the server is what diffusers' inpainting pipelines give for the same seed, to 1/255.
+
+The oracle is AutoPipelineForInpainting on the same model, in the same test. Each case goes the whole way: client, gRPC, engine,
+ONNX Runtime, PNG. Each of several images is the one that diffusers makes alone: with several, diffusers samples the source's
+latents for all of them by the first seed, which would break the contract of seeds.
+"""
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from covering import covering, nightly_but
+from diffusers import AutoPipelineForInpainting, StableDiffusionInpaintPipeline
+from diffusers.image_processor import VaeImageProcessor
+from img2img_client import Client
+from img2img_server.models.registry import ModelRegistry
+from img2img_server.runtime.execution import Execution
+from img2img_server.runtime.loader import load_pipeline
+from img2img_server.runtime.schedulers import registry
+from PIL import Image, ImageDraw, ImageOps
+from running import running
+
+FAMILIES = ("sd1", "sd2", "sdxl", "refiner", "demo", "sd3", "flux-dev")
+SIZE = (64, 96)
+SOURCE_SIZE = (80, 112)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory, bundle: Callable[[str], Path]) -> Path:
+    folder = tmp_path_factory.mktemp("store")
+    for name in (*FAMILIES, "lcm", "sd-tiny-vae"):
+        (folder / name).symlink_to(bundle(name))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def client(models: Path) -> Iterator[Client]:
+    def load() -> ModelRegistry:
+        return ModelRegistry.load(models, lambda path, manifest: load_pipeline(path, manifest, Execution("cpu")))
+
+    with running(load) as server, Client(f"localhost:{server.port}", timeout=120) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def oracle(tiny_model: Callable[[str], Path]) -> Callable[[str], Any]:
+    """diffusers' own inpainting pipeline on PyTorch, by a family's name."""
+    pipes: dict[str, Any] = {}
+
+    def get(name: str) -> Any:
+        if name not in pipes:
+            if name == "lcm":  # no inpainting class is its own; Stable Diffusion's knows its guidance
+                pipe = StableDiffusionInpaintPipeline.from_pretrained(tiny_model(name), safety_checker=None)
+            else:
+                folder = Path(__file__).parents[2] / "demo" / "model" if name == "demo" else tiny_model(name)
+                pipe = AutoPipelineForInpainting.from_pretrained(folder, torch_dtype=torch.float32)
+            pipe.set_progress_bar_config(disable=True)
+            pipes[name] = pipe
+        return pipes[name]
+
+    return get
+
+
+def source() -> Image.Image:
+    """A smooth image with edges."""
+    width, height = SOURCE_SIZE
+    x, y = np.meshgrid(np.linspace(0, 1, width), np.linspace(0, 1, height))
+    pixels = np.stack([x, y, (x + y) / 2], axis=-1) * 200 + (y > 0.6)[..., None] * np.array([0, 55, 20])
+    return Image.fromarray(pixels.astype(np.uint8))
+
+
+def ellipse(size: tuple[int, int]) -> Image.Image:
+    mask = Image.new("L", size, 0)
+    ImageDraw.Draw(mask).ellipse((size[0] // 5, size[1] // 3, size[0] - 8, size[1] - 20), fill=255)
+    return mask
+
+
+MASKS: dict[str, Image.Image] = {
+    "of the source's size": ellipse(SOURCE_SIZE),
+    "of another size": ellipse((200, 150)),
+    "soft": VaeImageProcessor.blur(ellipse(SOURCE_SIZE), 7),
+    "black": Image.new("L", SOURCE_SIZE, 0),
+    "white": Image.new("L", SOURCE_SIZE, 255),
+    "of color": ImageOps.colorize(VaeImageProcessor.blur(ellipse(SOURCE_SIZE), 5), "black", "white"),
+}
+
+Settings = dict[str, Any]
+GUIDED: Settings = {"strength": 0.7, "num_inference_steps": 6, "guidance_scale": 6.0}
+LOW: Settings = {"strength": 0.25, "num_inference_steps": 8, "guidance_scale": 1.0}
+FULL: Settings = {"strength": 1.0, "num_inference_steps": 4, "guidance_scale": 4.0, "negative_prompt": "fog"}
+
+
+def expected(pipe: Any, mask: Image.Image, settings: Settings, seed: int, pasted: bool, count: int = 1) -> list[Image.Image]:
+    """Each image as diffusers makes it alone."""
+    images = []
+    for index in range(count):
+        generator = torch.Generator("cpu").manual_seed(seed + index)
+        masked = {"mask_image": mask, "width": SIZE[0], "height": SIZE[1]}
+        image = pipe("a lake", image=source(), generator=generator, **masked, **settings).images[0]
+        if pasted:
+            own = mask.convert("L").resize(SIZE, Image.Resampling.LANCZOS)
+            image = pipe.image_processor.apply_overlay(own, source().resize(SIZE, Image.Resampling.LANCZOS), image)
+        images.append(image)
+    return images
+
+
+def drawn(client: Client, model: str, seed: int, settings: Settings, **options: Any) -> list[Image.Image]:
+    width, height = SIZE
+    result = client.transform(
+        source(), model=model, prompt="a lake", seed=seed, width=width, height=height, **settings, **options
+    )
+    return [image.image for image in result.images]
+
+
+def assert_same(images: list[Image.Image], others: list[Image.Image]) -> None:
+    assert len(images) == len(others)
+    for ours, theirs in zip(images, others, strict=True):
+        assert np.asarray(theirs).std() > 10, "a flat image would prove nothing"
+        assert np.abs(np.asarray(ours, int) - np.asarray(theirs, int)).max() <= 1
+
+
+CASES = {"guided": GUIDED, "low": LOW, "full": FULL}
+
+
+@covering(case=CASES, model=FAMILIES)
+def test_an_image_with_a_mask_is_that_of_diffusers(client: Client, oracle: Callable[[str], Any], model: str, case: str) -> None:
+    mask, settings = MASKS["soft"], {**CASES[case]}
+    if model == "flux-dev":
+        settings.pop("negative_prompt", None)  # Flux reads none
+    for pasted in (False, True):
+        images = drawn(client, model, 3, settings, mask=mask, mask_paste=pasted)
+        assert_same(images, expected(oracle(model), mask, settings, 3, pasted))
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("model", ["sd1", "sd3"])
+def test_masks_of_every_kind_are_read_as_diffusers_reads_them(
+    client: Client, oracle: Callable[[str], Any], model: str, mask: str
+) -> None:
+    images = drawn(client, model, 4, GUIDED, mask=MASKS[mask], image_count=2)
+    assert_same(images, expected(oracle(model), MASKS[mask], GUIDED, 4, pasted=True, count=2))
+    if mask == "black":
+        assert_same(images[:1], [source().resize(SIZE, Image.Resampling.LANCZOS)])
+
+
+def test_requests_with_and_without_masks_in_one_batch_each_give_what_they_give_alone(
+    client: Client, oracle: Callable[[str], Any]
+) -> None:
+    asked: list[tuple[int, str, Settings, int]] = [
+        (10, "soft", GUIDED, 1),
+        (20, "", GUIDED, 1),
+        (30, "of another size", LOW, 2),
+        (40, "white", FULL, 1),
+        (50, "", LOW, 1),
+        (60, "black", {**FULL, "num_inference_steps": 9}, 1),
+    ]
+    with ThreadPoolExecutor(len(asked)) as threads:
+        calls = [
+            threads.submit(drawn, client, "sd1", seed, settings, mask=MASKS.get(mask), image_count=count)
+            for seed, mask, settings, count in asked
+        ]
+        for call, (seed, mask, settings, count) in zip(calls, asked, strict=True):
+            if not mask:
+                assert_same(call.result(), drawn(client, "sd1", seed, settings))
+            else:
+                assert_same(call.result(), expected(oracle("sd1"), MASKS[mask], settings, seed, pasted=True, count=count))
+
+
+def test_a_latent_consistency_model_at_full_strength_is_as_in_stable_diffusions_class(
+    client: Client, oracle: Callable[[str], Any]
+) -> None:
+    settings: Settings = {"strength": 1.0, "num_inference_steps": 4, "guidance_scale": 8.0}
+    images = drawn(client, "lcm", 5, settings, mask=MASKS["soft"])
+    assert_same(images, expected(oracle("lcm"), MASKS["soft"], settings, 5, pasted=True))
+
+
+def test_an_autoencoder_that_does_not_sample_draws_no_more_noise(client: Client, oracle: Callable[[str], Any]) -> None:
+    name = "EulerAncestralDiscreteScheduler"
+    with drawing_with(oracle("sd-tiny-vae"), name) as pipe:
+        images = drawn(client, "sd-tiny-vae", 6, GUIDED, mask=MASKS["soft"], scheduler=name)
+        assert_same(images, expected(pipe, MASKS["soft"], GUIDED, 6, pasted=True))
+
+
+@contextmanager
+def drawing_with(pipe: Any, scheduler: str) -> Iterator[Any]:
+    kept, pipe.scheduler = pipe.scheduler, registry.make(scheduler, pipe.scheduler)
+    try:
+        yield pipe
+    finally:
+        pipe.scheduler = kept
+
+
+SCHEDULERS = [name for name in registry.NAMES if name.endswith("Scheduler")]
+
+
+@pytest.mark.parametrize("name", nightly_but([*SCHEDULERS, "DPM++ 2M SDE Karras", "DPM2 a Karras"], *SCHEDULERS[:6]))
+def test_with_every_scheduler(client: Client, oracle: Callable[[str], Any], name: str) -> None:
+    with drawing_with(oracle("sd1"), name) as pipe:
+        for settings in (GUIDED, FULL):
+            images = drawn(client, "sd1", 7, settings, mask=MASKS["soft"], scheduler=name, mask_paste=False)
+            assert_same(images, expected(pipe, MASKS["soft"], settings, 7, pasted=False))
