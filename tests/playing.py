@@ -17,6 +17,8 @@ from axe_playwright_python.async_playwright import Axe  # type: ignore[import-un
 from fakes import FakePipeline, FakeState
 from img2img_server.engine.scheduler import QueueLimits
 from img2img_server.models.registry import Model, ModelRegistry
+from img2img_server.support.model_fields import GUIDED, FieldRule
+from img2img_server.support.source_rule import SourceRule
 from PIL import Image, ImageChops, ImageOps
 from playwright.async_api import Browser, BrowserContext, Locator, Page, async_playwright, expect
 from running import RunningServer, manifest, running
@@ -75,6 +77,8 @@ class InvertingPipeline(FakePipeline):
         super().__init__()
         self.before["denoise"] = gate.pass_one
         self.native_size = (128, 128)  # PICTURE's
+        self.source_rule = SourceRule(mask="optional")
+        self.fields = {**GUIDED, "reference_images": FieldRule()}
         self.let_go = threading.Semaphore(0)
 
     def finish(self, states: Sequence[FakeState]) -> Sequence[Sequence[Image.Image]]:
@@ -223,7 +227,7 @@ class Visitor:
 
     async def choose(self, path: Path = PICTURE) -> None:
         """Chooses a file, and waits until it is on the stage."""
-        await self.page.set_input_files("input[type=file]", path)
+        await self.page.set_input_files(".stage-foot input[type=file]", path)
         await self.page.locator(".stage-name", has_text=path.name).wait_for()
 
     def button(self, name: str) -> Locator:

@@ -94,12 +94,19 @@ def _add_image_routes(app: FastAPI, sessions: Sessions) -> None:
     @app.put("/tabs/{key}/source", status_code=204)
     async def upload(key: str, request: Request) -> None:
         session = find(key)
-        data = bytearray()
-        async for part in request.stream():
-            data += part
-            if len(data) > MAX_BYTES:
-                raise HTTPException(413)
-        await session.upload(bytes(data), _file_name(request))
+        await session.upload(await _body(request), _file_name(request))
+
+    @app.put("/tabs/{key}/references", status_code=204)
+    async def add_reference(key: str, request: Request) -> None:
+        session = find(key)
+        session.add_reference(await _body(request), _file_name(request))
+
+    @app.put("/tabs/{key}/mask")
+    async def set_mask(key: str, request: Request) -> Response:
+        session = find(key)
+        session.set_mask(await _body(request))
+        mask = session.extras.mask
+        return Response("" if mask is None else mask.id, media_type="text/plain")
 
     @app.get("/tabs/{key}/results.zip")
     async def archive(key: str) -> Response:
@@ -112,6 +119,15 @@ def _add_image_routes(app: FastAPI, sessions: Sessions) -> None:
         if image is None:
             raise HTTPException(404)
         return Response(image.data, media_type=image.media_type, headers={"cache-control": "private, max-age=86400"})
+
+
+async def _body(request: Request) -> bytes:
+    data = bytearray()
+    async for part in request.stream():
+        data += part
+        if len(data) > MAX_BYTES:
+            raise HTTPException(413)
+    return bytes(data)
 
 
 def _file_name(request: Request) -> str:

@@ -1,6 +1,10 @@
 """The dialog with the Python program, for copying."""
 
+from collections.abc import Sequence
+
 from nicegui import ui
+
+from img2img_playground.images import ImageFile
 
 _COPY = """async () => {
   const code = document.querySelector(".code-words");
@@ -31,8 +35,9 @@ class CodeDialog:
                 ui.button("Close", on_click=self._dialog.close).props("flat no-caps")
         self._dialog.props('aria-label="The same in Python"')
 
-    def open(self, code: str, source: str) -> None:
-        """Shows the program, which reads the file named `source`."""
-        self._hint.text = f"It reads {source} from the current directory, and requires img2img to be installed."
+    def open(self, code: str, images: Sequence[ImageFile]) -> None:
+        """Shows the program, which reads the files of `images`."""
+        names = " and ".join(dict.fromkeys(image.name for image in images))
+        self._hint.text = f"It reads {names} from the current directory, and requires img2img to be installed."
         self._code.text = code
         self._dialog.open()

@@ -11,10 +11,23 @@ from img2img_playground.images import FORMATS, MAX_BYTES
 class ImageStage(Element, component="image_stage.js"):
     """Shows the source, with a preview over it, or a comparison of source and result with a slider."""
 
+    def __init__(self, mask_url: str) -> None:
+        """`mask_url` is where a drawn mask is PUT."""
+        super().__init__()
+        self.props["maskUrl"] = mask_url
+
     def show(
-        self, size: tuple[int, int], before: tuple[str, str], after: str = "", preview: str = "", *, busy: bool = False
+        self,
+        size: tuple[int, int],
+        before: tuple[str, str],
+        after: str = "",
+        preview: str = "",
+        *,
+        mask: str | None = None,
+        busy: bool = False,
     ) -> None:
-        """`size` is in pixels; `before` is the source's address and name; `after` and `preview` are addresses."""
+        """`size` is in pixels; `before` is the source's address and name; `after` and `preview` are addresses. `mask` is the
+        mask's address, "" if there is none, None if none can be drawn."""
         wanted = {
             "width": size[0],
             "height": size[1],
@@ -22,6 +35,8 @@ class ImageStage(Element, component="image_stage.js"):
             "beforeName": before[1],
             "after": after,
             "preview": preview,
+            "masking": mask is not None,
+            "mask": mask or "",
             "busy": busy,
         }
         if any(self.props.get(name) != value for name, value in wanted.items()):
@@ -31,16 +46,18 @@ class ImageStage(Element, component="image_stage.js"):
 
 class ImagePicker(Element, component="image_picker.js"):
     """Accepts an image and PUTs it to `url`. Calls `refused` with the file's name and size in bytes if it is too large, or with
-    size -1 if the upload fails."""
+    size -1 if the upload fails. `label` is that of its button; `everywhere`: it also takes what is dropped and pasted."""
 
-    def __init__(self, url: str, refused: Callable[[str, int], None]) -> None:
+    def __init__(self, url: str, refused: Callable[[str, int], None], label: str, *, everywhere: bool) -> None:
         super().__init__()
         self.props.update(
             {
                 "url": url,
                 "accept": ",".join(f"image/{name.lower()}" for name in FORMATS),
                 "mostBytes": MAX_BYTES,
-                "compact": False,
+                "compact": not everywhere,
+                "label": label,
+                "everywhere": everywhere,
                 "hint": f"or paste an image, or choose a file. {', '.join(FORMATS)}, up to {MAX_BYTES // 2**20} MiB.",
             }
         )

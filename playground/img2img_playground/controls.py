@@ -58,6 +58,10 @@ class NumberControl:
         self._show_on_slider(value)
         self._following = False
 
+    def set_visibility(self, visible: bool) -> None:
+        """Shows or hides the control."""
+        self._box.set_visibility(visible)
+
     def follow(self, model: "ModelInfo | None", is_usual: bool = True) -> None:
         """Hides the control if the model does not take the number, and bounds the slider by the model's maximum. A number that is
         not `is_usual` is hidden also if that is not known."""
@@ -108,6 +112,8 @@ class Controls:
             self.seed.props("hide-bottom-space data-field=seed")
             dice = ui.button(icon="casino", on_click=self._roll).props('flat round aria-label="Random seed"')
             dice.tooltip("Set a random seed")
+        hint = "Softens the edges of the mask, in pixels"
+        self.mask_blur = NumberControl("mask_blur", "Mask blur", hint, 0, 64, 1, change)
         self.count = NumberControl("image_count", "Images", "How many to make, with a seed each", 1, 8, 1, change)
         with ui.element("div").classes("choices"):
             self.model = ui.select({"": "Server's default"}, label="Model", value="", on_change=self._take_model)
@@ -123,8 +129,9 @@ class Controls:
             with ui.element("div").classes("exact-size") as self._exact:
                 self.width, self.height = (self._pixels(name) for name in ("width", "height"))
 
-    def show(self, settings: Settings, state: ServerState, failure: Failure | None) -> None:
-        """Shows the settings, the server's models and schedulers, and an error in the invalid field."""
+    def show(self, settings: Settings, state: ServerState, failure: Failure | None, *, masked: bool) -> None:
+        """Shows the settings, the server's models and schedulers, and an error in the invalid field. `masked`: a mask is sent."""
+        self.mask_blur.set_visibility(masked)
         self._showing = True
         if state.models != self._models or settings != self._shown:
             self._models = state.models
@@ -138,6 +145,7 @@ class Controls:
             self.true_cfg.show(settings.true_cfg_scale)
             self.seed.value = "" if settings.seed is None else str(settings.seed)
             self.count.show(settings.image_count)
+            self.mask_blur.show(settings.mask_blur or 0)
             fit = "exact" if settings.has_exact_size else settings.fit or ""
             self.fit.set_options(_FITS if fit in _FITS else {**_FITS, fit: f"Longest side {fit}"}, value=fit)
             self.width.value, self.height.value = settings.width, settings.height
@@ -167,6 +175,7 @@ class Controls:
             "scheduler": self.scheduler,
             "fit": self.fit,
             "image_count": self.count.field,
+            "mask_blur": self.mask_blur.field,
             "width": self.width,
             "height": self.height,
         }

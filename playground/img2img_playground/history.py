@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from img2img_client.values import TransformWarning
 
+from img2img_playground.extras import NO_EXTRAS, Extras
 from img2img_playground.images import ImageFile
 from img2img_playground.settings import Settings
 
@@ -26,11 +27,17 @@ class Entry:
     engine: str
     seconds: float
     warnings: tuple[TransformWarning, ...] = ()
+    extras: Extras = NO_EXTRAS
 
     @property
     def id(self) -> str:
         """The id of its result."""
         return self.result.id
+
+    @property
+    def images(self) -> tuple[ImageFile, ...]:
+        """All its images."""
+        return (self.source, self.result, *self.extras.images)
 
 
 class History:
@@ -85,4 +92,4 @@ class History:
         self._entries.clear()
 
     def _images(self) -> dict[str, ImageFile]:
-        return {image.id: image for entry in self._entries for image in (entry.source, entry.result)}
+        return {image.id: image for entry in self._entries for image in entry.images}

@@ -1,18 +1,18 @@
 // Accepts an image by drop (anywhere on the page), paste or file choice, and uploads the file to the playground's server, which
 // validates it. Only too large files are refused here.
 export default {
-  props: { url: String, accept: String, mostBytes: Number, compact: Boolean, hint: String },
+  props: { url: String, accept: String, mostBytes: Number, compact: Boolean, hint: String, label: String, everywhere: Boolean },
   emits: ["refused"],
   data() {
     return { over: false, sending: false };
   },
   mounted() {
-    this.listeners = {
+    this.listeners = this.everywhere ? {
       dragover: (event) => this.drag(event, true),
       dragleave: (event) => event.relatedTarget === null && this.drag(event, false),
       drop: (event) => this.drop(event),
       paste: (event) => this.paste(event),
-    };
+    } : {};
     for (const [name, listener] of Object.entries(this.listeners)) document.addEventListener(name, listener);
   },
   unmounted() {
@@ -58,8 +58,8 @@ export default {
     <div class="picker" :class="{ compact, over, sending }">
       <input ref="file" type="file" :accept="accept" @change="choose" hidden />
       <button type="button" class="picker-button" @click="$refs.file.click()">
-        <span class="picker-icon material-icons" aria-hidden="true">{{ compact ? "swap_horiz" : "add_photo_alternate" }}</span>
-        <span class="picker-title">{{ sending ? "Reading ..." : compact ? "Change image" : "Drop an image here" }}</span>
+        <span class="picker-icon material-icons" aria-hidden="true">{{ compact && everywhere ? "swap_horiz" : "add_photo_alternate" }}</span>
+        <span class="picker-title">{{ sending ? "Reading ..." : compact ? label : "Drop an image here" }}</span>
         <span v-if="!compact" class="picker-hint">{{ hint }}</span>
       </button>
       <div v-if="over" class="picker-veil" aria-hidden="true">Drop it anywhere</div>

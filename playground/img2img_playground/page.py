@@ -6,8 +6,9 @@ from img2img_playground.code_dialog import CodeDialog
 from img2img_playground.controls import Controls
 from img2img_playground.failures import Failure
 from img2img_playground.gallery import Gallery
-from img2img_playground.images import MAX_BYTES
+from img2img_playground.images import MAX_BYTES, ImageFile
 from img2img_playground.preset_bar import PresetBar
+from img2img_playground.reference_list import ReferenceList
 from img2img_playground.run_bar import RunBar
 from img2img_playground.session import Session
 from img2img_playground.settings import Settings, model_of
@@ -31,12 +32,15 @@ class Page:
                     actions = StageActions(
                         self._refused, session.start, session.dismiss, session.undo, self._use_result, self._show_code
                     )
-                    self._stage = Stage(f"/tabs/{session.key}/source", self._address, actions)
-                    archive = f"/tabs/{session.key}/results.zip"
-                    self._gallery = Gallery(self._address, archive, session.recall, session.clear_history)
+                    tab = f"/tabs/{session.key}"
+                    self._stage = Stage(tab, self._address, actions)
+                    self._gallery = Gallery(self._address, f"{tab}/results.zip", session.recall, session.clear_history)
                 with ui.element("section").classes("card panel").props('aria-label="Settings"'):
                     with ui.element("div").classes("controls"):
                         self._presets = PresetBar(lambda: session.settings, self._apply_preset)
+                        self._references = ReferenceList(
+                            f"{tab}/references", self._address, self._refused, session.remove_reference
+                        )
                         self._controls = Controls(self._change, session.start, watch.refresh)
                         self._code_button = ui.button("Python for these settings", icon="code", on_click=self._show_settings_code)
                         self._code_button.props("flat dense no-caps").classes("code-button")
@@ -63,7 +67,10 @@ class Page:
         if session.settings == Settings():
             session.settings = session.settings.followed(None, session.model)
         self._stage.show(session)
-        self._controls.show(session.settings, state, session.failure)
+        self._references.show(session)
+        self._controls.show(
+            session.settings, state, session.failure, masked=session.extras.fitted(session.model).mask is not None
+        )
         self._bar.show(session.run, ready=session.source is not None)
         self._gallery.show(session.history, session.shown)
         self._presets.show(session.settings)
@@ -128,12 +135,12 @@ class Page:
     def _show_code(self) -> None:
         entry = self._session.shown
         if entry is not None:
-            code = python_code(self._connection, entry.source.name, entry.settings, entry.result.name)
-            self._code.open(code, entry.source.name)
+            code = python_code(self._connection, entry.source.name, entry.settings, entry.result.name, entry.extras.names())
+            self._code.open(code, (entry.source, *entry.extras.images))
 
     def _show_settings_code(self) -> None:
-        source = self._session.source
-        name, stem = (source.name, source.stem) if source is not None else ("photo.jpg", "photo")
-        self._code.open(
-            python_code(self._connection, name, self._session.settings.fitted(self._session.model), f"{stem}-after.png"), name
-        )
+        session = self._session
+        source = session.source or ImageFile("photo.jpg", "image/jpeg", 1, 1, b"")
+        settings, extras = session.fitted()
+        code = python_code(self._connection, source.name, settings, f"{source.stem}-after.png", extras.names())
+        self._code.open(code, (source, *extras.images))

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 from img2img_client.errors import Img2ImgError
 from img2img_client.values import Completed, Progress, Queued, Started, TransformEvent, TransformResult
 
+from img2img_playground.extras import NO_EXTRAS, Extras, most_references
 from img2img_playground.failures import Failure, explain
 from img2img_playground.history import Entry, History
 from img2img_playground.images import ImageFile, UnusableImage, read_image, read_settings
@@ -35,6 +36,7 @@ class Run:
 
     source: ImageFile
     settings: Settings
+    extras: Extras = NO_EXTRAS
     phase: Phase = "sending"
     position: int = 0
     step: int = 0
@@ -64,6 +66,7 @@ class Session:
         self.settings = Settings()
         self.model: ModelInfo | None = None
         self.source: ImageFile | None = None
+        self.extras = NO_EXTRAS
         self.run: Run | None = None
         self.shown: Entry | None = None
         self.failure: Failure | None = None
@@ -93,6 +96,40 @@ class Session:
     def use(self, image: ImageFile) -> None:
         """Makes an image the source of the next run."""
         self.source, self.shown, self.failure, self.notice = image, None, None, None
+        self.extras = replace(self.extras, mask=None)
+        self._changed()
+
+    def set_mask(self, data: bytes) -> None:
+        """Makes a file the mask, or removes the mask if it is empty; shows a failure if it cannot be used."""
+        if self.source is None:
+            return
+        try:
+            mask = read_image(data, f"{self.source.stem[:_LONGEST_STEM]}-mask.png") if data else None
+        except UnusableImage as error:
+            self.fail(Failure("The mask cannot be used.", str(error), "mask"))
+            return
+        self.extras = replace(self.extras, mask=mask)
+        self._mend("mask")
+
+    def add_reference(self, data: bytes, name: str) -> None:
+        """Adds a file to the references; shows a failure if it cannot be used."""
+        try:
+            image = read_image(data, name)
+        except UnusableImage as error:
+            self.fail(Failure("The image cannot be used as a reference.", str(error), "reference_images"))
+            return
+        if len(self.extras.references) < most_references(self.model):
+            self.extras = replace(self.extras, references=(*self.extras.references, image))
+            self._mend("reference_images")
+
+    def remove_reference(self, image: ImageFile) -> None:
+        """Removes one of the references."""
+        self.extras = replace(self.extras, references=tuple(kept for kept in self.extras.references if kept is not image))
+        self._mend("reference_images")
+
+    def _mend(self, field: str) -> None:
+        if self.failure is not None and self.failure.field == field:
+            self.failure = None
         self._changed()
 
     def restore(self, settings: Settings, text: str) -> None:
@@ -132,7 +169,7 @@ class Session:
 
     def recall(self, entry: Entry) -> None:
         """Restores an entry of the history: its source, settings and result."""
-        self.source, self.settings, self.shown = entry.source, entry.settings, entry
+        self.source, self.settings, self.extras, self.shown = entry.source, entry.settings, entry.extras, entry
         self.dismiss()
 
     def clear_history(self) -> None:
@@ -142,8 +179,8 @@ class Session:
 
     def image(self, image_id: str) -> ImageFile | None:
         """The image of this tab with this id, or None."""
-        shown = (self.shown.source, self.shown.result) if self.shown is not None else ()
-        images = (self.source, self.run.source if self.run is not None else None, *shown)
+        shown = self.shown.images if self.shown is not None else ()
+        images = (self.source, self.run.source if self.run is not None else None, *self.extras.images, *shown)
         return next((image for image in images if image is not None and image.id == image_id), None) or (
             self.history.image(image_id)
         )
@@ -156,10 +193,16 @@ class Session:
             self.fail(Failure("There is no image yet.", "Drop an image on the page, paste one, or choose a file.", "image"))
             return
         self.failure = self.notice = None
-        self.run = Run(self.source, self.settings.fitted(self.model))
-        self._task = asyncio.create_task(self._transform(self.run.source, self.run.settings))
+        settings, extras = self.fitted()
+        self.run = Run(self.source, settings, extras)
+        self._task = asyncio.create_task(self._transform(self.run.source, settings, extras))
         self._task.add_done_callback(self._over)  # Also runs if the task is cancelled before it starts
         self._changed()
+
+    def fitted(self) -> tuple[Settings, Extras]:
+        """The settings and images without those that the model does not take."""
+        settings, extras = self.settings.fitted(self.model), self.extras.fitted(self.model)
+        return replace(settings, mask_blur=settings.mask_blur if extras.mask is not None else None), extras
 
     def cancel(self) -> None:
         """Cancels the run; the server stops at its next step."""
@@ -177,17 +220,18 @@ class Session:
         await self._client.close()
         self.history.clear()
         self.source = self.shown = None
+        self.extras = NO_EXTRAS
 
-    async def _transform(self, source: ImageFile, settings: Settings) -> None:
+    async def _transform(self, source: ImageFile, settings: Settings, extras: Extras) -> None:
         loop = asyncio.get_running_loop()
         began = loop.time()
-        options = settings.options()
+        options = settings.options() | extras.options()
         options["preview_interval"] = settings.preview_interval
         try:
             async with self._client.transform_stream(source.data, **options) as events:
                 async for event in events:
                     if isinstance(event, Completed):
-                        self._finish(event.result, source, settings, loop.time() - began)
+                        self._finish(event.result, Run(source, settings, extras), loop.time() - began)
                     else:
                         self._follow(event)
         except Img2ImgError as error:
@@ -211,12 +255,13 @@ class Session:
                 self.run = replace(self.run, phase="running", step=step, step_count=count, preview=preview, eta=eta)
         self._changed()
 
-    def _finish(self, result: TransformResult, source: ImageFile, settings: Settings, seconds: float) -> None:
+    def _finish(self, result: TransformResult, run: Run, seconds: float) -> None:
+        source = run.source
         for image in reversed(result.images):  # The first one is the newest.
             name = f"{source.stem[:_LONGEST_STEM]}-{image.seed}.{image.format}"
             output = ImageFile(name, f"image/{image.format}", image.width, image.height, image.data)
-            made = replace(settings, seed=image.seed, image_count=1)
-            entry = Entry(source, made, output, result.model_id, result.engine, seconds, result.warnings)
+            made = replace(run.settings, seed=image.seed, image_count=1)
+            entry = Entry(source, made, output, result.model_id, result.engine, seconds, result.warnings, run.extras)
             self.history.add(entry)
             if self.source is source:  # Else another image was uploaded meanwhile, which stays on the stage.
                 self.shown = entry

@@ -46,6 +46,7 @@ class Settings:
     image_count: int | None = 1
     width: int | None = None
     height: int | None = None
+    mask_blur: float | None = None
 
     @property
     def has_exact_size(self) -> bool:
@@ -68,6 +69,7 @@ class Settings:
             "width": self.width,
             "height": self.height,
             "true_cfg_scale": self.true_cfg_scale,
+            "mask_blur": self.mask_blur or None,
         }
         return {name: value for name, value in options.items() if value is not None}  # type: ignore[return-value]
 
@@ -126,7 +128,7 @@ def model_of(settings: Settings, models: "Sequence[ModelInfo]") -> "ModelInfo | 
 _NAMES = frozenset(field.name for field in fields(Settings))
 _TEXTS = frozenset(("prompt", "negative_prompt"))
 _NAMED = frozenset(("model", "scheduler"))
-_DECIMALS = frozenset(("strength", "guidance_scale", "true_cfg_scale"))
+_DECIMALS = frozenset(("strength", "guidance_scale", "true_cfg_scale", "mask_blur"))
 
 
 def _is_valid(name: str, value: object) -> bool:

@@ -1,6 +1,7 @@
 """Generates the Python program that reproduces a transform of the page. It runs without changes."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,8 +26,13 @@ class Connection:
     timeout: float | None = None
 
 
-def python_code(connection: Connection, source: str, settings: Settings, output: str) -> str:
-    """A complete program that transforms the file `source` with `settings` and writes `output`, or one file for each seed."""
+def python_code(
+    connection: Connection, source: str, settings: Settings, output: str, files: Mapping[str, object] | None = None
+) -> str:
+    """A complete program that transforms the file `source` with `settings` and writes `output`, or one file for each seed.
+
+    `files` are options that name files.
+    """
     imports = ["from img2img_client import Client"]
     arguments = [literal(connection.target)]
     if connection.token_file is not None:
@@ -51,7 +57,7 @@ def python_code(connection: Connection, source: str, settings: Settings, output:
         f"with Client({', '.join(arguments)}) as client:",
         "    result = client.transform(",
         f"        {literal(source)},",
-        *(f"        {name}={literal(value)}," for name, value in settings.options().items()),
+        *(f"        {name}={literal(value)}," for name, value in {**settings.options(), **(files or {})}.items()),
         "    )",
         *_save(output, settings),
     ]
@@ -70,4 +76,8 @@ def _save(output: str, settings: Settings) -> list[str]:
 
 def literal(value: object) -> str:
     """A value as a Python literal; strings in double quotes, on one line."""
+    if isinstance(value, list):
+        return f"[{', '.join(literal(item) for item in value)}]"
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{literal(name)}: {literal(item)}' for name, item in value.items())}}}"
     return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)

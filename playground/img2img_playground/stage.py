@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from nicegui import ui
 
 from img2img_playground.components import ImagePicker, ImageStage
+from img2img_playground.extras import takes_mask
 from img2img_playground.failures import Failure, describe
 from img2img_playground.history import Entry
 from img2img_playground.session import Notice, Session
@@ -27,13 +28,14 @@ class StageActions:
 class Stage:
     """Shows a session's source, run, result and failure. `address` maps an image's id to its address."""
 
-    def __init__(self, upload: str, address: Callable[[str], str], actions: StageActions) -> None:
+    def __init__(self, uploads: str, address: Callable[[str], str], actions: StageActions) -> None:
+        """`uploads` is the address of the tab, below which images are PUT."""
         self._address = address
         with ui.element("section").classes("card stage").props('aria-label="Image"'):
-            self._image = ImageStage()
+            self._image = ImageStage(f"{uploads}/mask")
             with ui.element("div").classes("stage-foot"):
                 self._name = ui.label().classes("stage-name")
-                self._picker = ImagePicker(upload, actions.refused)
+                self._picker = ImagePicker(f"{uploads}/source", actions.refused, "Change image", everywhere=True)
             self._banner(actions)
             self._notice_bar(actions)
             self._warnings = ui.label().classes("stage-warnings").props("role=status")
@@ -76,12 +78,16 @@ class Stage:
                 self._image.show((source.width, source.height), before, preview=preview, busy=True)
             elif entry is not None:
                 size = (entry.result.width, entry.result.height)
-                self._image.show(size, before, self._address(entry.id))
+                self._image.show(size, before, self._address(entry.id), mask=self._mask(session))
             else:
-                self._image.show((source.width, source.height), before)
+                self._image.show((source.width, source.height), before, mask=self._mask(session))
         self._show_result(entry if run is None else None)
         self._show_failure(session.failure)
         self._show_notice(session.notice)
+
+    def _mask(self, session: Session) -> str | None:
+        mask = session.extras.mask
+        return None if not takes_mask(session.model) else "" if mask is None else self._address(mask.id)
 
     def _show_result(self, entry: Entry | None) -> None:
         self._tools.set_visibility(entry is not None)

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from img2img_client import (
     AsyncClient,
     DeadlineExceeded,
+    FieldInfo,
     Img2ImgError,
     InvalidRequest,
     ModelInfo,
@@ -28,6 +29,7 @@ from img2img_client import (
 )
 from img2img_client.options import build_request
 from img2img_playground.command import configure, connection_of, run
+from img2img_playground.extras import Extras
 from img2img_playground.failures import Failure, explain
 from img2img_playground.history import Entry, History
 from img2img_playground.images import MAX_PIXELS, ImageFile, UnusableImage, read_image
@@ -101,6 +103,17 @@ def test_the_program_says_what_the_settings_say(settings: Settings, source: str,
     assert [ast.literal_eval(value) for value in call.args] == [source]
 
 
+@given(
+    st.recursive(
+        st.text() | st.floats(allow_nan=False, allow_infinity=False) | st.integers(),
+        lambda item: st.lists(item) | st.dictionaries(st.text(), item),
+        max_leaves=5,
+    )
+)
+def test_a_literal_is_its_value_in_double_quotes(value: object) -> None:
+    assert ast.literal_eval(literal(value)) == value
+
+
 @given(st.text())
 def test_text_stays_itself_on_one_line(text: str) -> None:
     assert ast.literal_eval(literal(text)) == text
@@ -157,6 +170,44 @@ def test_a_record_becomes_settings_of_the_same_request() -> None:
     for name, value in [*damaged, ("guidance_scale", float("inf")), ("prompt", None), ("seed", True), ("model", 5)]:
         with pytest.raises(ValueError, match=name):
             Settings.from_record({**record, name: value})
+
+
+def test_extras_are_sent_as_far_as_the_model_takes_them() -> None:
+    mask, images = ImageFile("m.png", "image/png", 1, 1, b"m"), [ImageFile(f"{i}.png", "image/png", 1, 1, b"r") for i in range(3)]
+    extras = Extras(mask, tuple(images))
+    both = replace(_MODEL, fields=(FieldInfo("mask"), FieldInfo("reference_images", max_count=2)))
+    request = build_request(b"file", {**Settings(mask_blur=3.0).options(), **extras.fitted(both).options()})
+    assert (request.mask.data, [image.data for image in request.reference_images], request.mask_blur) == (b"m", [b"r", b"r"], 3.0)
+    for model in (None, _MODEL, replace(_MODEL, fields=(FieldInfo("strength"),))):
+        assert extras.fitted(model) == Extras()
+        session = _new_session()
+        session.extras, session.model, session.settings = extras, model, Settings(mask_blur=3.0)
+        settings, kept = session.fitted()
+        assert (settings.mask_blur, kept) == (None, Extras()), "a blur without a mask is refused"
+    said = {"mask": "m.png", "reference_images": ["0.png", "1.png"]}
+    call = _call(python_code(Connection("host:1"), "a.png", Settings(), "b.png", extras.fitted(both).names()))
+    assert said.items() <= {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}.items()
+
+
+async def test_a_new_source_drops_the_mask_and_an_entry_brings_its_own_back() -> None:
+    session = _new_session()
+    session.use(ImageFile("s.png", "image/png", 8, 4, _file()))
+    session.set_mask(b"no image")
+    assert session.failure is not None
+    assert session.failure.field == "mask"
+    session.set_mask(_file())
+    assert session.failure is None
+    assert session.extras.mask is not None
+    assert session.extras.mask.name == "s-mask.png"
+    assert session.source is not None
+    entry = replace(_entry(session.source), extras=session.extras)
+    session.use(ImageFile("t.png", "image/png", 8, 4, _file()))
+    assert session.extras == Extras()
+    session.recall(entry)
+    assert session.extras == entry.extras
+    session.set_mask(b"")
+    assert session.extras == Extras()
+    await session.close()
 
 
 async def test_a_damaged_record_leaves_the_image_usable() -> None:
@@ -249,6 +300,9 @@ def test_an_archive_holds_all_results_under_distinct_names() -> None:
         }  # fmt: skip
 
 
+_MODEL = ModelInfo("m", ModelReference(), "f", "P", "onnx", "", "e", "ready", 8, True)
+
+
 def _new_session() -> Session:
     return Session(lambda on_retry: AsyncClient("127.0.0.1:1", retries=None), "127.0.0.1:1")
 
@@ -298,7 +352,7 @@ class _FakeServer:
         if self.problem is not None:
             raise self.problem
         state: ModelState = self.states.pop(0) if self.states else "ready"
-        return (ModelInfo("m", ModelReference(), "f", "P", "onnx", "", "e", state, 8, True),)
+        return (replace(_MODEL, state=state),)
 
     async def watch_health(self) -> AsyncGenerator[bool, None]:
         while True:
@@ -472,7 +526,9 @@ def test_failures_say_what_to_do() -> None:
 )
 def test_a_run_is_described(phase: Phase, position: int, step: int, eta: float | None, words: str) -> None:
     source = ImageFile("s.png", "image/png", 1, 1, b"")
-    run_ = Run(source, Settings(), phase, position, step, 20 if step else 0, eta, None, "Busy." if phase == "waiting" else "")
+    run_ = Run(
+        source, Settings(), Extras(), phase, position, step, 20 if step else 0, eta, None, "Busy." if phase == "waiting" else ""
+    )
     assert describe(run_) == words
 
 

@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
-from PIL import Image
+from PIL import Image, ImageChops
 from playing import PICTURE, Stand, Visitor
 from playwright.async_api import expect
 
@@ -182,6 +182,133 @@ async def test_history_survives_a_tab_that_is_gone_for_a_while(visitor: Visitor,
     await visitor.see("noon-lake.png")
     await visitor.transform()
     await expect(visitor.page.locator(".history-entry")).to_have_count(2)
+
+
+async def _drag(visitor: Visitor, start: tuple[float, float], end: tuple[float, float]) -> None:
+    """A stroke on the mask, in shares of its sides; waits until it has arrived."""
+    canvas = visitor.page.locator(".mask-canvas")
+    box = await canvas.bounding_box()
+    assert box is not None
+    (x0, y0), (x1, y1) = ((box["x"] + x * box["width"], box["y"] + y * box["height"]) for x, y in (start, end))
+    await visitor.page.mouse.move(x0, y0)
+    await visitor.page.mouse.down()
+    await visitor.page.mouse.move(x1, y1, steps=6)
+    async with visitor.page.expect_response(lambda response: response.url.endswith("/mask")):
+        await visitor.page.mouse.up()
+
+
+async def _result(visitor: Visitor) -> Image.Image:
+    address = await visitor.page.locator(".stage-image .after").get_attribute("src")
+    response = await visitor.context.request.get(f"{visitor.address}{address}")
+    return Image.open(io.BytesIO(await response.body())).convert("RGB")
+
+
+def _redrawn(made: Image.Image) -> Image.Image:
+    """Where an image differs from PICTURE."""
+    with Image.open(PICTURE) as source:
+        return ImageChops.difference(made, source.convert("RGB")).convert("L").point(lambda value: 255 if value else 0)
+
+
+async def test_a_mask_is_drawn_erased_inverted_kept_and_removed(visitor: Visitor) -> None:
+    await visitor.see("Server's default (m)")
+    await visitor.choose()
+    await expect(visitor.page.locator("[data-field=mask_blur]")).to_be_hidden()
+    await visitor.button("Mask").click()
+    await _drag(visitor, (0.1, 0.25), (0.9, 0.25))
+    await expect(visitor.page.locator("[data-field=mask_blur]")).to_be_visible()
+    await visitor.transform()
+    redrawn = _redrawn(await _result(visitor))
+    box = redrawn.getbbox()
+    assert box is not None
+    assert 20 <= box[1] < 32 < box[3] <= 44, "only the stroke is redrawn"
+    assert (box[0] < 16, box[2] > 110) == (True, True)
+    entry = visitor.page.locator(".history-entry")
+    await visitor.button("Mask").click()
+    await visitor.button("Erase").click()
+    await _drag(visitor, (0.0, 0.25), (0.5, 0.25))
+    await visitor.transform()
+    box = _redrawn(await _result(visitor)).getbbox()
+    assert box is not None
+    assert box[0] > 60, "the left half was erased"
+    await visitor.button("Mask").click()
+    async with visitor.page.expect_response(lambda response: response.url.endswith("/mask")):
+        await visitor.button("Invert").click()
+    await visitor.transform()
+    assert _redrawn(await _result(visitor)).getpixel((100, 32)) == 0
+    assert _redrawn(await _result(visitor)).getbbox() == (0, 0, 128, 128)
+    await entry.last.click()  # The first run, with its mask
+    await visitor.page.reload()
+    await visitor.button("Mask").click()
+    middle = "canvas => canvas.getContext('2d').getImageData(64, 32, 1, 1).data[3]"
+    await visitor.page.wait_for_function(f"({middle})(document.querySelector('.mask-canvas')) > 200")
+    await visitor.button("Clear mask").click()
+    await expect(visitor.button("Clear mask")).to_be_disabled()
+    await visitor.transform()
+    assert _redrawn(await _result(visitor)).getbbox() == (0, 0, 128, 128)
+
+
+async def test_a_mask_is_drawn_by_finger_on_a_phone(visit: Callable[..., Awaitable[Visitor]]) -> None:
+    visitor = await visit(width=390)
+    await visitor.see("Server's default (m)")
+    await visitor.choose()
+    await visitor.button("Mask").click()
+    box = await visitor.page.locator(".mask-canvas").bounding_box()
+    assert box is not None
+    touch = await visitor.context.new_cdp_session(visitor.page)
+    place = {"x": box["x"] + box["width"] / 4, "y": box["y"] + box["height"] / 4}
+    await touch.send("Input.dispatchTouchEvent", {"type": "touchStart", "touchPoints": [place]})
+    moved = {**place, "x": place["x"] + 60}
+    await touch.send("Input.dispatchTouchEvent", {"type": "touchMove", "touchPoints": [moved]})
+    async with visitor.page.expect_response(lambda response: response.url.endswith("/mask")):
+        await touch.send("Input.dispatchTouchEvent", {"type": "touchEnd", "touchPoints": []})
+    assert await visitor.axe_violations() == []
+    assert await visitor.too_small() == []
+    assert await visitor.too_wide() == []
+    await visitor.transform()
+    redrawn = _redrawn(await _result(visitor))
+    box_ = redrawn.getbbox()
+    assert box_ is not None
+    assert box_[3] < 64
+
+
+async def test_a_mask_is_loaded_from_a_file(visitor: Visitor, tmp_path: Path) -> None:
+    await visitor.see("Server's default (m)")
+    await visitor.choose()
+    await visitor.button("Mask").click()
+    mask = Image.new("L", (64, 64))
+    mask.paste(255, (32, 0, 64, 64))
+    mask.save(tmp_path / "half.png")
+    await visitor.page.set_input_files(".mask-file", tmp_path / "half.png")
+    await expect(visitor.button("Clear mask")).to_be_enabled()
+    await visitor.transform()
+    box = _redrawn(await _result(visitor)).getbbox()
+    assert box is not None
+    assert 56 <= box[0] <= 66
+    await visitor.button("Mask").click()
+    (tmp_path / "bad.png").write_bytes(b"no image")
+    await visitor.page.set_input_files(".mask-file", tmp_path / "bad.png")
+    await visitor.see("The mask cannot be used.")
+    await visitor.button("Clear mask").click()
+    await expect(visitor.page.get_by_role("alert")).to_be_hidden()
+
+
+async def test_references_are_sent_up_to_the_maximum(visitor: Visitor) -> None:
+    await visitor.see("Server's default (m)")
+    await visitor.choose()
+    files = visitor.page.locator(".references input[type=file]")
+    shown = visitor.page.locator(".reference")
+    for count in range(1, 5):
+        await files.set_input_files(PICTURE)
+        await expect(shown).to_have_count(count)
+    await expect(visitor.button("Add a reference")).to_be_hidden()
+    await visitor.button("Remove noon-lake.png").first.click()
+    await expect(shown).to_have_count(3)
+    assert await visitor.axe_violations() == []
+    assert await visitor.too_small() == []
+    await visitor.transform()
+    await visitor.button("Python program").click()
+    program = visitor.page.locator(".code-words")
+    await expect(program).to_contain_text('reference_images=["noon-lake.png", "noon-lake.png", "noon-lake.png"]')
 
 
 @pytest.mark.parametrize("width", WIDTHS)
