@@ -74,18 +74,16 @@ def _try_model(name: str, folder: Path) -> Iterator[tuple[str, ...]]:
 
 def _try_graph(name: str, module: Any, calls: Any, folder: Path) -> tuple[str, ...]:
     import torch
-    from img2img_export.component import _example, part_of
+    from img2img_export.component import described
     from img2img_export.convert.graphs import quiet
     from img2img_export.convert.tracing import _Flat, trace
     from img2img_export.errors import ExportError
-    from img2img_export.verify.parity import compare, make_cases
+    from img2img_export.verify.parity import compare
     from img2img_server.bundle.manifest import LIMITS
     from onnxruntime import InferenceSession
 
-    part = part_of(name, module, calls)
     with quiet(), torch.no_grad():
-        cases = make_cases(part, module, calls)
-        example = _example(part, module, calls)
+        part, example, cases = described(name, module, calls)
         try:
             traced = str(len(trace(module, part, example).model.graph.node))
         except ExportError:

@@ -184,7 +184,7 @@ def draw(loader: Loader, plan: Plan, options: ExportOptions, progress: Progress)
     with computing_in_fp32(*models.modules(pipeline).values()):
         # Static int8 needs the ranges of many calls.
         is_calibrated = options.precision == "int8" and not STATIC.isdisjoint(plan.graphs)
-        with Recorder(pipeline, plan.graphs, complete=is_calibrated) as recorder:
+        with Recorder(pipeline, plan.graphs, is_calibrated, plan.tokens) as recorder:
             references = tuple(images.make_references(pipeline, cases))
             if is_calibrated:
                 more = images.calibration_cases(pipeline, plan.family)

@@ -29,11 +29,13 @@ from img2img_export.convert.graphs import describe_graph, quiet
 from img2img_export.convert.models import Loader
 from img2img_export.convert.parts import Part, Tensors
 from img2img_export.convert.static_int8 import to_static_int8
+from img2img_export.convert.token_graphs import token_part
 from img2img_export.convert.tracing import trace
 from img2img_export.errors import FAILURES, ExportError, first_line
 from img2img_export.options import ExportOptions
 from img2img_export.progress import Progress
 from img2img_export.read.checkpoint import DENOISERS
+from img2img_export.verify import token_cases
 from img2img_export.verify.parity import Case, compare, make_cases, open_fused, open_graph, takes_any_size
 from img2img_export.verify.recorded_inputs import VAE, Calls
 
@@ -174,11 +176,10 @@ class Converter:
         folder = self._bundle / name
         trouble = ""
         with quiet():
-            part = part_of(name, module, calls)
             _save_config(module, folder, self._options.precision)
             with computing_in_fp32(module):
-                cases = make_cases(part, module, calls)
-            skeleton = _make(module, part, _example(part, module, calls), precision)
+                part, example, cases = described(name, module, calls)
+            skeleton = _make(module, part, example, precision)
             kept: tuple[str, ...] = ()
             if precision == "int8" and name in _STATIC_GRAPHS:
                 with computing_in_fp32(module):
@@ -210,6 +211,18 @@ class Converter:
         result = to_static_int8(skeleton, {name: (calibration.layers[name], fine) for name, fine in choice.layers.items()})
         self._calibrations[part.name] = calibration
         return result, choice.kept
+
+
+def described(name: str, module: Any, calls: Calls) -> tuple[Part, Tensors, list[Case]]:
+    """The graph `name`, inputs to trace it with, and its comparisons; the module must compute in fp32.
+
+    Raises ExportError if its inputs are not possible for a graph.
+    """
+    if calls.rows:
+        part, kind = token_part(name, module)
+        return part, token_cases.example(part, kind), token_cases.make_cases(part, kind, module, calls)
+    part = part_of(name, module, calls)
+    return part, _example(part, module, calls), make_cases(part, module, calls)
 
 
 def part_of(name: str, module: Any, calls: Calls) -> Part:

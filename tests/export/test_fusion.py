@@ -72,7 +72,7 @@ def errors(item: Traced, folder: Path) -> tuple[float, float]:
     module, part, example, skeleton = item
     with torch.no_grad():
         (name, reference), *_ = part.call(module, example).items()
-    feed = {key: convert(key, value, torch.float16).numpy() for key, value in example.items()}
+    feed = {key: convert(part, key, value, torch.float16).numpy() for key, value in example.items()}
     skeleton.write(folder / "plain", Progress(), "plain")
     fuse(skeleton).write(folder / "fused", Progress(), "fused")
     plain = onnxruntime.InferenceSession(str(folder / "plain" / "model.onnx"), providers=["CPUExecutionProvider"])

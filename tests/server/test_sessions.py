@@ -34,7 +34,7 @@ def test_a_provider_that_is_not_there_is_an_error(provider: str, bundle: Callabl
 def test_pytorch_in_less_than_float32_is_let_in_by_pictures_only(
     bundle: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    folder = bundle("zimage")  # Made before anything is played: others share it.
+    folder = bundle("sana-sprint")  # Made before anything is played: others share it.
     monkeypatch.setattr(loader, "choose_dtype", lambda device, execution: torch.bfloat16)
     with caplog.at_level(logging.INFO):
         pipeline = load_pipeline(folder, replace(read_manifest(folder), references=()), Execution("cpu"))

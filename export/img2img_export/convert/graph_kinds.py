@@ -26,10 +26,11 @@ _PACKED = {0: "batch_size", 1: "packed_height_width"}
 
 
 def _normalize(input: torch.Tensor, normalized_shape: Any, weight: Any = None, eps: float | None = None) -> torch.Tensor:
-    """torch.rms_norm in operators of opset 18."""
+    """torch.rms_norm in operators of opset 18. As in torch, half precision is squared and summed in fp32."""
     axes = tuple(range(-len(normalized_shape), 0))
     epsilon = torch.finfo(input.dtype).eps if eps is None else eps
-    normalized = input / torch.sqrt(torch.mean(torch.square(input), dim=axes, keepdim=True) + epsilon)
+    wide = input.float()
+    normalized = (wide / torch.sqrt(torch.mean(torch.square(wide), dim=axes, keepdim=True) + epsilon)).to(input.dtype)
     return normalized if weight is None else normalized * weight
 
 
@@ -83,6 +84,8 @@ class GraphKind(ExporterConfig):  # type: ignore[misc]
     """The kind of graph for a module with the configuration `config`."""
 
     NORMALIZED_CONFIG_CLASS = NormalizedConfig.with_args(allow_new=True)
+    EXACT: tuple[str, ...] = ("timestep",)
+    """Inputs that stay in fp32 in every precision: half precision cannot represent most timesteps of a scheduler."""
     PATCHES: tuple[tuple[Any, str, Callable[..., Any]], ...] = (
         (torch, "rms_norm", _normalize),
         (torch.nn.functional, "scaled_dot_product_attention", _attend),

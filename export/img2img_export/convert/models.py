@@ -40,6 +40,17 @@ GRAPHS = {
 }
 """Pipeline classes that become graphs entirely: the server's family name, and the components."""
 
+TOKEN_GRAPHS = {
+    "FluxKontextPipeline": WHOLE,
+    "Flux2KleinPipeline": WHOLE,
+    "Flux2Pipeline": WHOLE,
+    "QwenImageImg2ImgPipeline": WHOLE,
+    "QwenImageEditPipeline": WHOLE,
+    "QwenImageEditPlusPipeline": WHOLE,
+    "ZImageImg2ImgPipeline": WHOLE,
+}
+"""Pipeline classes whose transformer becomes a graph of tokens (token_graphs.py), and the server's family name."""
+
 _OWN_CLASS = {
     "StableDiffusionInstructPix2PixPipeline": "StableDiffusionInstructPix2PixPipeline",
     "ChromaPipeline": "ChromaImg2ImgPipeline",
@@ -79,6 +90,11 @@ class Plan:
     backend: Literal["onnx", "hybrid", "torch"]
     graphs: tuple[str, ...] = ()
     reason: str | None = None
+
+    @property
+    def tokens(self) -> tuple[str, ...]:
+        """The components that become graphs of tokens."""
+        return tuple(name for name in self.graphs if name in DENOISERS and self.pipeline_class in TOKEN_GRAPHS)
 
 
 def plan(layout: Layout, backend: Backend) -> Plan:

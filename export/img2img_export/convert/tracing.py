@@ -14,9 +14,6 @@ from img2img_export.convert.parts import Part, Tensors
 from img2img_export.errors import FAILURES, ExportError, first_line
 
 OPSET = 18
-_EXACT = ("timestep",)
-"""Inputs that stay in fp32 in every precision: half precision cannot represent most timesteps of a scheduler."""
-
 _FLOATS = {onnx.TensorProto.FLOAT: torch.float32, onnx.TensorProto.FLOAT16: torch.float16}
 
 
@@ -38,7 +35,7 @@ def trace(module: Any, part: Part, example: Tensors, dtype: torch.dtype = torch.
 
     Raises ExportError if torch cannot export it.
     """
-    inputs = {name: convert(name, value, dtype) for name, value in example.items()}
+    inputs = {name: convert(part, name, value, dtype) for name, value in example.items()}
     names = list(inputs)
     file = io.BytesIO()
     try:
@@ -67,9 +64,9 @@ def trace(module: Any, part: Part, example: Tensors, dtype: torch.dtype = torch.
     return _skeleton(onnx.load_from_string(file.getvalue()), weights, names)
 
 
-def convert(name: str, value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def convert(part: Part, name: str, value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Converts the input `name` for a graph that computes in `dtype`."""
-    if name in _EXACT:
+    if name in part.kind.EXACT:
         return value.to(torch.float32)
     return value.to(dtype) if value.is_floating_point() else value
 

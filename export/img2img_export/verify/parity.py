@@ -42,12 +42,16 @@ _KINDS = {
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One comparison: the graph's inputs by name, in fp32, and PyTorch's outputs."""
+    """One comparison: the graph's inputs by name, in fp32, and PyTorch's outputs.
+
+    `padded`: the graph's outputs may go on after what is expected, on each axis.
+    """
 
     name: str
     inputs: Tensors
     expected: dict[str, np.ndarray]
     is_random: bool = False
+    padded: bool = False
 
 
 def make_cases(part: Part, module: Any, calls: Calls, stock: bool = False) -> list[Case]:
@@ -95,12 +99,19 @@ def compare(
         except RUNTIME_ERRORS:
             # The graph refuses the inputs, for example because a size is frozen.
             outputs = [np.array(np.nan)] * len(names)
+        if case.padded:
+            outputs = [_cut(actual, case.expected[name]) for name, actual in zip(names, outputs, strict=True)]
         allowed = random_limits if random_limits is not None and case.is_random else limits
         errors = [measure(actual, case.expected[name], allowed) for name, actual in zip(names, outputs, strict=True)]
         worst, relative = max(error.worst for error in errors), max(error.relative for error in errors)
         passed = all(error.passed for error in errors)
         results.append(ComponentParity(part.name, case.name, worst, relative, passed, graph))
     return results
+
+
+def _cut(actual: np.ndarray, expected: np.ndarray) -> np.ndarray:
+    """What is left of `actual` in the shape of `expected`, if it has as many axes."""
+    return actual[tuple(slice(size) for size in expected.shape)] if actual.ndim == expected.ndim else actual
 
 
 def _as_input(value: torch.Tensor, item: Any) -> np.ndarray:

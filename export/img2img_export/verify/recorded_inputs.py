@@ -24,6 +24,8 @@ class Calls:
     by_shape: dict[tuple[Any, ...], list[Tensors]] = field(default_factory=dict)
     settings: dict[str, set[str]] = field(default_factory=dict)
     """The values of each non-tensor argument, as text."""
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    """For a graph of tokens: the first call and the last of each size, only its first row."""
 
     def add(self, tensors: Tensors) -> None:
         """Adds a call; unless `complete`, it replaces the last one of its size."""
@@ -31,6 +33,13 @@ class Calls:
         if not self.complete:
             del kept[1:]
         kept.append(tensors)
+
+    def add_row(self, row: dict[str, Any]) -> None:
+        """Adds a call of one row; it replaces the last one of the same text and image."""
+        same = [number for number, other in enumerate(self.rows) if _shapes(other) == _shapes(row)]
+        if len(same) > 1:
+            del self.rows[same[-1]]
+        self.rows.append(row)
 
     def note(self, call: dict[str, Any]) -> None:
         """Records the non-tensor arguments, which a graph cannot have as inputs."""
@@ -62,11 +71,14 @@ class Calls:
 
 class Recorder:
     """Records the calls of the `components` of a diffusers pipeline within the block, all of them if `complete`. A VAE has two
-    parts."""
+    parts. `tokens` are components that become graphs of tokens, whose calls have lists and numbers besides tensors."""
 
-    def __init__(self, pipeline: Any, components: tuple[str, ...], complete: bool = False) -> None:
+    def __init__(
+        self, pipeline: Any, components: tuple[str, ...], complete: bool = False, tokens: tuple[str, ...] = ()
+    ) -> None:
         self.calls: dict[str, Calls] = {}
         self._complete = complete
+        self._tokens = tokens
         self._modules = {name: getattr(pipeline, name) for name in components}
         self._undo: list[Callable[[], None]] = []
 
@@ -103,11 +115,41 @@ class Recorder:
         self._undo.append(lambda: delattr(vae, method))
 
     def _add(self, name: str, call: dict[str, Any]) -> None:
+        if name in self._tokens:
+            self.calls.setdefault(name, Calls({})).add_row(_first_row(call))
+            return
         call = {key: _normal(key, value, call) for key, value in call.items()}
         tensors = {key: value.detach().clone() for key, value in flatten(call).items()}
         calls = self.calls.setdefault(name, Calls(call, self._complete))
         calls.add(tensors)
         calls.note(call)
+
+
+_WITHOUT_ROWS = ("img_ids", "txt_ids")
+"""Arguments whose first axis may be that of tokens."""
+
+
+def _first_row(call: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call for its first row alone, copied."""
+    row: dict[str, Any] = {}
+    for name, value in call.items():
+        if isinstance(value, torch.Tensor):
+            whole = name in _WITHOUT_ROWS and value.ndim == 2
+            row[name] = (value if whole else value[:1]).detach().clone()
+        elif isinstance(value, list):
+            row[name] = [one.detach().clone() if isinstance(one, torch.Tensor) else one for one in value[:1]]
+        else:
+            row[name] = value
+    return row
+
+
+def _shapes(row: dict[str, Any]) -> list[tuple[int, ...]]:
+    return [
+        tuple(one.shape)
+        for value in row.values()
+        for one in (value if isinstance(value, list) else [value])
+        if isinstance(one, torch.Tensor)
+    ]
 
 
 def _normal(name: str, value: Any, call: dict[str, Any]) -> Any:

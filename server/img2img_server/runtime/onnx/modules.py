@@ -26,6 +26,7 @@ from img2img_server.runtime.common.device_copy import send
 from img2img_server.runtime.common.pipe import parts
 from img2img_server.runtime.common.vae import BoundedVae, output_of
 from img2img_server.runtime.onnx.runners import Runner, dtype_of
+from img2img_server.runtime.onnx.token_graphs import GRAPHS, MARK, TokenGraph
 
 _TEXT_OUTPUTS = ("text_embeds", "last_hidden_state", "pooler_output")
 """The order of the outputs of transformers' text encoders."""
@@ -106,7 +107,10 @@ class OnnxTextEncoder(OnnxModule):
 
 class OnnxDenoiser(OnnxModule):
     """A UNet or transformer of any diffusers class. It is called like that class's `forward`, whose parameters have the names of
-    the graph's inputs; the values of a dictionary are passed by their keys."""
+    the graph's inputs; the values of a dictionary are passed by their keys. A graph of tokens (token_graphs.py) has other inputs.
+
+    `tokens` makes the inputs of such a graph; None for any other.
+    """
 
     def __init__(self, graph: Graph, folder: Path, device: str = "cpu") -> None:
         super().__init__(read_config(folder), device)
@@ -124,6 +128,11 @@ class OnnxDenoiser(OnnxModule):
         self.in_channels = self.config.get("in_channels")
         self.row_buckets = graph.row_buckets
         self.input_types = graph.input_types
+        self.tokens: TokenGraph | None = GRAPHS[str(name)](self.config) if MARK in graph.input_types else None
+
+    def predict(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """The graph's output for its inputs by name."""
+        return next(iter(self._graph(**tensors).values()))
 
     def forward(self, *arguments: Any, **named: Any) -> Any:
         """Predicts the noise. A scalar `timestep` applies to the whole batch. Raises TypeError for arguments that the class
@@ -133,13 +142,16 @@ class OnnxDenoiser(OnnxModule):
             self._signature.bind(self, *arguments, **named)
             self._accepted.add(form)
         bound = dict(zip(self._parameter_names, arguments, strict=False)) | named
+        if self.tokens is not None:
+            made = self.tokens.output(bound, self.predict(self.tokens.inputs(bound)))
+            return Transformer2DModelOutput(sample=made) if bound.get("return_dict", True) else (made,)
         tensors = _flatten(bound)
         batch = next(iter(tensors.values())).shape[0]
         timestep = torch.as_tensor(bound["timestep"])
         # Graphs exported by other tools may have one timestep for the whole batch.
         alone = "timestep" in self._graph.scalars
         tensors["timestep"] = timestep.flatten()[0] if alone else timestep.expand(batch) if timestep.ndim == 0 else timestep
-        sample = next(iter(self._graph(**tensors).values()))
+        sample = self.predict(tensors)
         return Transformer2DModelOutput(sample=sample) if bound.get("return_dict", True) else (sample,)
 
     @contextlib.contextmanager

@@ -1,0 +1,169 @@
+"""Graphs of the transformers whose classes in diffusers take positions, sizes or lists, which a graph cannot have as inputs.
+
+Their graphs take batches of tokens and rotary tables, one row for each image: `text_rotary` and `image_rotary` [B, tokens, 2,
+head / 2]. So rows of one call may have different prompts, timesteps and layouts of references. All rows have equally many image
+tokens; texts are padded on the right, and `text_mask` says which of their tokens are attended to, if the family needs that.
+
+Each class here turns a call of diffusers' class into the inputs of its graph, and the graph's output into the class's.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from img2img_server.runtime.common import rotary
+from img2img_server.runtime.common.rotary import Positions, Rotary, Size
+
+Tensors = dict[str, torch.Tensor]
+"""Inputs of a graph by name, each [B, ...]."""
+
+MARK = "image_rotary"
+"""The input that only these graphs have."""
+
+
+class TokenGraph:
+    """The graph of a transformer of diffusers with the configuration `config`."""
+
+    _axes = "axes_dims_rope"
+    _rotary: Rotary
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        self._config = config
+        self._dims = tuple(config[self._axes])
+
+    def inputs(self, call: Mapping[str, Any]) -> Tensors:
+        """The graph's inputs for a call of diffusers' class with these arguments, by name."""
+        raise NotImplementedError
+
+    def output(self, call: Mapping[str, Any], sample: torch.Tensor) -> Any:
+        """What diffusers' class returns for the call, from the graph's output."""
+        return sample
+
+    def tables(self, text: Positions, image: Positions) -> Tensors:
+        """The rotary tables of a row whose tokens are at these positions, [1, tokens, 2, head / 2]."""
+        parts = {"text_rotary": text, "image_rotary": image}
+        return {name: torch.from_numpy(self._rotary.table(part, self._dims))[None] for name, part in parts.items()}
+
+
+class FluxTokens(TokenGraph):
+    """Flux Kontext: Flux, whose references' tokens follow the image's."""
+
+    _rotary = rotary.FLUX
+
+    def inputs(self, call: Mapping[str, Any]) -> Tensors:
+        """Also `pooled_projections` [B, P] and, if the model has it, `guidance` [B]."""
+        # diffusers uses the first row's positions for all rows.
+        text, image = (call[name].reshape(-1, *call[name].shape[-2:])[0].cpu().numpy() for name in ("txt_ids", "img_ids"))
+        rows = len(call["hidden_states"])
+        tables = {name: table.expand(rows, -1, -1, -1) for name, table in self.tables(text, image).items()}
+        names = ["hidden_states", "encoder_hidden_states", "pooled_projections", "timestep"]
+        if self._config["guidance_embeds"]:
+            names.append("guidance")
+        return {name: call[name] for name in names if name in call} | tables
+
+
+class Flux2Tokens(FluxTokens):
+    """FLUX.2 and klein."""
+
+    _rotary = rotary.FLUX_2
+
+
+class QwenTokens(TokenGraph):
+    """Qwen-Image and its edit models."""
+
+    _rotary = rotary.QWEN
+
+    def inputs(self, call: Mapping[str, Any]) -> Tensors:
+        """Also `text_mask` [B, T], and for models with `zero_cond_t` `is_reference` [B, N] (1 at references' tokens)."""
+        text, mask = call["encoder_hidden_states"], call.get("encoder_hidden_states_mask")
+        mask = torch.ones(text.shape[:2], dtype=torch.bool) if mask is None else mask.bool().cpu()
+        rows = [
+            self.tables(*rotary.qwen_positions(text.shape[1], [(height, width) for _, height, width in shapes]))
+            for shapes in call["img_shapes"]
+        ]
+        found = {name: call[name] for name in ("hidden_states", "encoder_hidden_states", "timestep")}
+        found |= join(rows) | {"text_mask": mask}
+        if self._config.get("zero_cond_t"):
+            counts = torch.tensor([shapes[0][1] * shapes[0][2] for shapes in call["img_shapes"]])
+            found["is_reference"] = (torch.arange(found["hidden_states"].shape[1]) >= counts[:, None]).long()
+        return found
+
+
+class ZTokens(TokenGraph):
+    """Z-Image. `image_real` and `text_real` are false where the graph puts a learned pad token."""
+
+    _axes = "axes_dims"
+    _rotary = rotary.Z
+
+    def inputs(self, call: Mapping[str, Any]) -> Tensors:
+        """The latents and texts of a call are lists; all latents have one size."""
+        rows = [
+            self.row(patches(latents), text, (latents.shape[-2] // 2, latents.shape[-1] // 2))
+            for latents, text in zip(call["x"], call["cap_feats"], strict=True)
+        ]
+        return {**join(rows), "timestep": call["t"]}
+
+    def row(self, tokens: torch.Tensor, text: torch.Tensor, size: Size) -> Tensors:
+        """The inputs of one row, except its timestep: `tokens` [N, C] of an image of that size, `text` [T, D]."""
+        return {"hidden_states": filled(tokens)[None]} | self.conditions(text, size)
+
+    def conditions(self, text: torch.Tensor, size: Size) -> Tensors:
+        """The inputs of one row, except its latents and timestep."""
+        image_real, text_real = (torch.ones(count, 1, dtype=torch.bool) for count in (size[0] * size[1], len(text)))
+        full = filled(text)[None]
+        return {
+            "encoder_hidden_states": full,
+            **self.tables(*rotary.z_positions(len(text), size)),
+            "text_mask": torch.ones(full.shape[:2], dtype=torch.bool),
+            "text_real": filled(text_real)[None, :, 0],
+            "image_real": filled(image_real)[None, :, 0],
+        }
+
+    def output(self, call: Mapping[str, Any], sample: torch.Tensor) -> Any:
+        """A list of latents [C, 1, h, w]."""
+        return [unpatched(tokens, latents.shape) for tokens, latents in zip(sample, call["x"], strict=True)]
+
+
+GRAPHS: dict[str, type[TokenGraph]] = {
+    "FluxTransformer2DModel": FluxTokens,
+    "Flux2Transformer2DModel": Flux2Tokens,
+    "QwenImageTransformer2DModel": QwenTokens,
+    "ZImageTransformer2DModel": ZTokens,
+}
+"""By diffusers' class."""
+
+
+def join(rows: Sequence[Tensors]) -> Tensors:
+    """The inputs of several calls as one: rows after rows, sequences of different lengths padded with zeros on the right."""
+    joined: Tensors = {}
+    for name, first in rows[0].items():
+        parts = [row[name] for row in rows]
+        if first.ndim > 1 and len({part.shape[1] for part in parts}) > 1:
+            longest = max(part.shape[1] for part in parts)
+            parts = [_padded(part, longest) for part in parts]
+        joined[name] = torch.cat(parts)
+    return joined
+
+
+def _padded(part: torch.Tensor, length: int) -> torch.Tensor:
+    return torch.cat([part, part.new_zeros(part.shape[0], length - part.shape[1], *part.shape[2:])], dim=1)
+
+
+def filled(tokens: torch.Tensor) -> torch.Tensor:
+    """Tokens [N, C] filled with zeros up to a multiple of Z_MULTIPLE."""
+    return _padded(tokens[None], len(tokens) + -len(tokens) % rotary.Z_MULTIPLE)[0]
+
+
+def patches(latents: torch.Tensor) -> torch.Tensor:
+    """The tokens [N, 4C] of latents [C, 1, h, w], two by two."""
+    channels, _, height, width = latents.shape
+    grid = latents.view(channels, height // 2, 2, width // 2, 2).permute(1, 3, 2, 4, 0)
+    return grid.reshape(-1, 4 * channels)
+
+
+def unpatched(tokens: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    """The inverse of `patches` for latents of that shape, [C, 1, h, w]; tokens after the image's are dropped."""
+    channels, _, height, width = shape
+    grid = tokens[: height * width // 4].view(height // 2, width // 2, 2, 2, channels)
+    return grid.permute(4, 0, 2, 1, 3).reshape(channels, 1, height, width)
