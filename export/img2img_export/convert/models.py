@@ -41,15 +41,16 @@ GRAPHS = {
 """Pipeline classes that become graphs entirely: the server's family name, and the components."""
 
 TOKEN_GRAPHS = {
-    "FluxKontextPipeline": WHOLE,
-    "Flux2KleinPipeline": WHOLE,
-    "Flux2Pipeline": WHOLE,
-    "QwenImageImg2ImgPipeline": WHOLE,
-    "QwenImageEditPipeline": WHOLE,
-    "QwenImageEditPlusPipeline": WHOLE,
-    "ZImageImg2ImgPipeline": WHOLE,
+    "FluxKontextPipeline": "flux-kontext",
+    "Flux2KleinPipeline": "flux-2-klein",
+    "Flux2Pipeline": "flux-2",
+    "QwenImageImg2ImgPipeline": "qwen-image",
+    "QwenImageEditPipeline": "qwen-image-edit",
+    "QwenImageEditPlusPipeline": "qwen-image-edit-plus",
+    "ZImageImg2ImgPipeline": "z-image",
 }
-"""Pipeline classes whose transformer becomes a graph of tokens (token_graphs.py), and the server's family name."""
+"""Pipeline classes whose transformer becomes a graph of tokens (token_graphs.py), and the server's family name: the engine steps
+them if it has that graph."""
 
 _OWN_CLASS = {
     "StableDiffusionInstructPix2PixPipeline": "StableDiffusionInstructPix2PixPipeline",
@@ -122,7 +123,8 @@ def plans_for(layout: Layout, backend: Backend) -> Iterator[Plan]:
     if backend in ("auto", "onnx") and present:
         yield Plan(name, family, "onnx", present)
     if backend in ("auto", "hybrid") and denoiser:
-        yield Plan(name, family, "hybrid", denoiser, "requested with --backend hybrid" if backend == "hybrid" else reason)
+        stepped = TOKEN_GRAPHS.get(name, family)
+        yield Plan(name, stepped, "hybrid", denoiser, "requested with --backend hybrid" if backend == "hybrid" else reason)
     if backend in ("auto", "torch"):
         yield Plan(name, family, "torch", (), "requested with --backend torch" if backend == "torch" else reason)
 

@@ -19,10 +19,13 @@ from img2img_server.runtime.common.device_copy import device_stream, go_over
 from img2img_server.runtime.common.out_of_memory import KEEPERS, is_out_of_memory
 from img2img_server.runtime.common.vae import bound_torch_vaes, most_memory
 from img2img_server.runtime.diffusion.flux import Flux
+from img2img_server.runtime.diffusion.flux_2 import Flux2, Flux2Klein, FluxKontext
 from img2img_server.runtime.diffusion.latent_consistency import LatentConsistency
+from img2img_server.runtime.diffusion.qwen_image import QwenImage, QwenImageEdit, QwenImageEditPlus
 from img2img_server.runtime.diffusion.stable_diffusion import StableDiffusion, StableDiffusionXL
 from img2img_server.runtime.diffusion.stable_diffusion_3 import StableDiffusion3
 from img2img_server.runtime.diffusion.stepped import SteppedPipeline
+from img2img_server.runtime.diffusion.z_image import ZImage
 from img2img_server.runtime.execution import Execution
 from img2img_server.runtime.onnx.components import Components
 from img2img_server.runtime.onnx.graph_sizes import Sizes
@@ -43,6 +46,13 @@ FAMILIES: dict[str, type[SteppedPipeline]] = {
     "latent-consistency": LatentConsistency,
     "stable-diffusion-3": StableDiffusion3,
     "flux": Flux,
+    "flux-kontext": FluxKontext,
+    "flux-2": Flux2,
+    "flux-2-klein": Flux2Klein,
+    "qwen-image": QwenImage,
+    "qwen-image-edit": QwenImageEdit,
+    "qwen-image-edit-plus": QwenImageEditPlus,
+    "z-image": ZImage,
 }
 """The families that the engine batches step by step. All others are opaque pipelines."""
 

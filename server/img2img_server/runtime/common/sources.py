@@ -6,7 +6,9 @@ from typing import Any
 
 import torch
 from diffusers.utils import PIL_INTERPOLATION
+from PIL import Image
 
+from img2img_server.errors import InvalidField
 from img2img_server.runtime.common.pipe import PIXELS, SQUARE, parts, view_of
 from img2img_server.support.source_rule import SourceRule
 
@@ -33,6 +35,16 @@ def source_rule(pipe: Any) -> SourceRule:
             filter_name = PIL_INTERPOLATION[resample].name
             return SourceRule(filter_name, getattr(config, "reducing_gap", None), square=name in SQUARE)
     return SourceRule()
+
+
+def check_source(pipe: Any, image: Image.Image) -> None:
+    """Raises InvalidField for an image that the pipeline's image processor refuses, as FLUX.2's does small ones."""
+    check = getattr(getattr(pipe, "image_processor", None), "check_image_input", None)
+    try:
+        if check is not None:
+            check(image)
+    except ValueError as error:
+        raise InvalidField("image", f"this model does not take the image: {error}") from None
 
 
 def steps_of(pipe: Any, count: int, strength: float) -> int:

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import torch
+from PIL import Image
 
 from img2img_server.engine.cache import Cache
 from img2img_server.engine.request import Request
@@ -47,13 +48,21 @@ class Embedding:
 class Encoder:
     """Encodes texts and images with the components of a diffusers pipeline, through a cache that may be shared.
 
-    `encode_texts` is the family's function: n texts to n embeddings, in one call of each text encoder.
+    `encode_texts` is the family's function: n texts to n embeddings, in one call of each text encoder. `pixels` makes of an image
+    what the VAE encodes.
     """
 
-    def __init__(self, pipe: Any, cache: Cache, encode_texts: Callable[[list[str]], list[Embedding]]) -> None:
+    def __init__(
+        self,
+        pipe: Any,
+        cache: Cache,
+        encode_texts: Callable[[list[str]], list[Embedding]],
+        pixels: Callable[[Image.Image], torch.Tensor],
+    ) -> None:
         self._pipe = pipe
         self._cache = cache
         self._encode_texts = encode_texts
+        self._pixels = pixels
         # Marks this encoder's entries. An id() could be reused after this encoder is freed, while its entries still exist.
         self._own = object()
 
@@ -77,12 +86,22 @@ class Encoder:
         found, missing = self._look_up({key: ("picture", *key) for key in pictures})
         for size in sorted({pictures[key].size for key in missing}):
             together = [key for key in missing if pictures[key].size == size]
-            pixels = [self._pipe.image_processor.preprocess(pictures[key]) for key in together]
+            pixels = [self._pixels(pictures[key]) for key in together]
             for key, own in zip(together, torch.split(self._encode_pixels(torch.cat(pixels)), 1), strict=True):
                 found[key] = own
                 if isinstance(key[1], bytes):
                     self._cache.put((self._own, "picture", *key), own, own.nbytes)
         return [output_of(found[key], self._pipe.vae.config) for key in keys]
+
+    def seen(self, request: Request, text: str, encode: Callable[[], Embedding]) -> Embedding:
+        """The embedding that `encode` makes of a text and the request's image. Cached if the image has a digest."""
+        key = (self._own, "seen", request.cache_scope, request.image_digest, text)
+        found: Embedding | None = self._cache.get(key) if request.image_digest else None
+        if found is None:
+            found = encode()
+            if request.image_digest:
+                self._cache.put(key, found, found.bytes)
+        return found
 
     def close(self) -> None:
         """Removes this encoder's entries from the cache."""

@@ -43,7 +43,7 @@ class Flux(StableDiffusion3):
         hidden_states, pooled, _ = self._pipe.encode_prompt(texts, None, self._pipe._execution_device)
         return Embedding.split(hidden_states, pooled)
 
-    def _more_conditioning(self, request: Request, latents: torch.Tensor) -> Conditioning:
+    def _more_conditioning(self, pipe: Any, request: Request, latents: torch.Tensor) -> Conditioning:
         if not self._denoiser.config.guidance_embeds:
             return {}
         return {"guidance": torch.full((len(latents),), request.guidance_scale, device=latents.device)}

@@ -33,7 +33,7 @@ class StableDiffusion(SteppedPipeline):
             "added_cond_kwargs": conditioning,
         }
 
-    def _more_conditioning(self, request: Request, latents: torch.Tensor) -> Conditioning:
+    def _more_conditioning(self, pipe: Any, request: Request, latents: torch.Tensor) -> Conditioning:
         """Guidance as an input of the UNet, if it was distilled into it."""
         width = self._denoiser.config.get("time_cond_proj_dim")
         if width is None:
@@ -80,8 +80,7 @@ class StableDiffusionXL(StableDiffusion):
         )
         return Embedding.split(hidden_states, pooled)
 
-    def _more_conditioning(self, request: Request, latents: torch.Tensor) -> Conditioning:
-        pipe = self._pipe
+    def _more_conditioning(self, pipe: Any, request: Request, latents: torch.Tensor) -> Conditioning:
         size = (latents.shape[-2] * pipe.vae_scale_factor, latents.shape[-1] * pipe.vae_scale_factor)
         # diffusers' default arguments: no crop, aesthetic scores 6.0 and 2.5.
         positive, negative = pipe._get_add_time_ids(
@@ -89,7 +88,7 @@ class StableDiffusionXL(StableDiffusion):
             dtype=latents.dtype, text_encoder_projection_dim=pipe.text_encoder_2.config.projection_dim,
         )  # fmt: skip
         rows = [negative] * len(latents) + [positive] * len(latents) if self._is_guided(request) else [positive] * len(latents)
-        return super()._more_conditioning(request, latents) | {"time_ids": torch.cat(rows).to(latents.device)}
+        return super()._more_conditioning(pipe, request, latents) | {"time_ids": torch.cat(rows).to(latents.device)}
 
     def _decode(self, latents: torch.Tensor) -> torch.Tensor:
         vae = self._pipe.vae

@@ -34,10 +34,10 @@ class DiffusionState:
     """The state of a request with n seeds between two steps.
 
     `latents` is [n, C, h, w], on the device. `conditioning`, on the device, has n rows, or 2n if the request is `guided`, the
-    negative prompt's first. `timesteps` [S] are on the CPU; `times` are the same as numbers. `trajectory` is its state in the
-    linear solver; None for a scheduler that is not linear, of which it has its own copy, `scheduler`. `begun` is the cached
-    scheduler with these timesteps set, shared and never stepped. `blend` keeps the source outside the request's mask; None
-    without one, or if the UNet does so by itself.
+    negative prompt's first; `guidance` is then the scale. `timesteps` [S] are on the CPU; `times` are the same as numbers.
+    `trajectory` is its state in the linear solver; None for a scheduler that is not linear, of which it has its own copy,
+    `scheduler`. `begun` is the cached scheduler with these timesteps set, shared and never stepped. `blend` keeps the source
+    outside the request's mask; None without one, or if the UNet does so by itself.
     """
 
     request: Request
@@ -48,6 +48,7 @@ class DiffusionState:
     generators: list[torch.Generator]
     trajectory: Trajectory | None
     guided: bool
+    guidance: float
     begun: Any
     scheduler: Any = None
     step_arguments: dict[str, Any] = field(default_factory=dict)
@@ -142,15 +143,24 @@ class JoinedConditioning:
 
 
 def _join(parts: Sequence[Conditioning]) -> Conditioning:
-    """Concatenates the rows of each name. Tensors of one dtype are copied in one operation."""
+    """Concatenates the rows of each name; sequences of different lengths are padded with zeros. Tensors of one dtype are copied
+    in one operation."""
     joined: Conditioning = {}
     targets: dict[torch.dtype, list[torch.Tensor]] = {}
     sources: dict[torch.dtype, list[torch.Tensor]] = {}
     for name, first in parts[0].items():
         rows = [part[name] for part in parts]
         sizes = [len(each) for each in rows]
-        joined[name] = first.new_empty((sum(sizes), *first.shape[1:]))
-        targets.setdefault(first.dtype, []).extend(torch.split(joined[name], sizes))
+        lengths = [each.shape[1] for each in rows if each.ndim > 1]
+        if len(set(lengths)) > 1:
+            joined[name] = first.new_zeros((sum(sizes), max(lengths), *first.shape[2:]))
+            parts_of_it = torch.split(joined[name], sizes)
+            targets.setdefault(first.dtype, []).extend(
+                target[:, :length] for target, length in zip(parts_of_it, lengths, strict=True)
+            )
+        else:
+            joined[name] = first.new_empty((sum(sizes), *first.shape[1:]))
+            targets.setdefault(first.dtype, []).extend(torch.split(joined[name], sizes))
         sources.setdefault(first.dtype, []).extend(rows)
     for dtype, into in targets.items():
         torch._foreach_copy_(into, sources[dtype])
@@ -208,7 +218,7 @@ class StepNumbers:
             times += [state.times[state.step]] * state.rows
             # A scheduler that is not linear scales the latents itself.
             scales += [1.0 if state.trajectory is None else state.trajectory.input_scale] * state.rows
-            guidance += [state.request.guidance_scale] * state.images
+            guidance += [state.guidance] * state.images
         numbers = torch.tensor([*times, *scales, *guidance], dtype=torch.float32)
         followed = [state for state in states if state.trajectory is not None]
         table = None

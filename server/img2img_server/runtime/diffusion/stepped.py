@@ -84,7 +84,7 @@ class SteppedPipeline(ABC):
         self._types: Mapping[str, torch.dtype] = getattr(self._denoiser, "input_types", {})
         self._scheduler_cache = self.scheduler_cache(pipe)
         self.schedulers = self._scheduler_cache.names
-        self._encoder = Encoder(pipe, cache, self._encode_texts)
+        self._encoder = Encoder(pipe, cache, self._encode_texts, self._pixels)
         self._preview_weights = preview_weights
         self._truncation = Truncation(pipe)
 
@@ -93,28 +93,18 @@ class SteppedPipeline(ABC):
         """The request's shape, rows and steps. Raises InvalidField if no step would run. Slow for a new scheduler or new
         steps."""
         rows = len(request.seeds) * (2 if self._is_guided(request) else 1)
-        width, height = request.image.size
         warnings = self._truncation.warnings(self._read_texts(request))
-        return Plan((height, width), width * height, rows, len(self._scheduler_cache.get(request).timesteps), warnings)
+        shape, pixels = self._shape(request)
+        return Plan(shape, pixels, rows, len(self._scheduler_cache.get(request).timesteps), warnings)
 
     @torch_call
     def prepare(self, requests: Sequence[Request]) -> Sequence[DiffusionState]:
         """Encodes texts and images that are not cached, and makes the first latents."""
         schedulers = [self._scheduler_cache.get(request) for request in requests]
         with PinnedCopies():
-            embeddings = self._encoder.texts(
-                [(request.cache_scope, text) for request in requests for text in self._texts(request)]
-            )
+            embeddings = self._embed(requests)
             pictures = self._encoder.pictures(requests)
-            states = [
-                self._begin(
-                    request,
-                    cached_scheduler,
-                    {text: embeddings[request.cache_scope, text] for text in self._texts(request)},
-                    picture,
-                )
-                for request, cached_scheduler, picture in zip(requests, schedulers, pictures, strict=True)
-            ]
+            states = [self._begin(*parts) for parts in zip(requests, schedulers, embeddings, pictures, strict=True)]
         return states
 
     @torch_call
@@ -127,8 +117,7 @@ class SteppedPipeline(ABC):
             wanted = torch.empty_like(joined_samples, dtype=self._types.get("sample", joined_samples.dtype))
             joined_samples = torch.mul(joined_samples, numbers.scales[:, None, None, None], out=wanted)
         inputs = self._inputs(joined_samples, numbers.timesteps, self._joined.get(states))
-        noise: torch.Tensor = self._denoiser.forward(**inputs, return_dict=False)[0]  # skips hooks, of which there are none
-        return split_noise(states, self._noise(noise, joined_samples))
+        return split_noise(states, self._noise(self._predict(inputs), joined_samples))
 
     def mark(self) -> Callable[[], None] | None:
         """On CUDA, a function that waits for the device: `prepare`, `denoise` and `advance` only submit their work there."""
@@ -140,7 +129,7 @@ class SteppedPipeline(ABC):
         numbers = self._numbers
         if numbers is None or numbers.key != key_of(states):  # after a failure the engine retries some states separately
             numbers = StepNumbers.of(states, states[0].latents.device)
-        outputs = guide(states, noises, numbers.guidance)
+        outputs = self._guide(states, noises, numbers.guidance)
         predicted = [
             Predicted(state.step, state.input_scale, state.latents[:1], output[:1]) if state.preview_is_due else None
             for state, output in zip(states, outputs, strict=True)
@@ -170,7 +159,11 @@ class SteppedPipeline(ABC):
         if not self._preview_weights:
             return [None] * len(states)
         originals = [state.original() for state in states]
-        known = [original for original in originals if original is not None]
+        known = [
+            self._unpacked(original, state.request)
+            for original, state in zip(originals, states, strict=True)
+            if original is not None
+        ]
         drawn = iter(preview.draw(torch.cat(known), self._preview_weights) if known else ())
         return [None if original is None else next(drawn) for original in originals]
 
@@ -217,7 +210,7 @@ class SteppedPipeline(ABC):
                 latents = self._pure_noise(latents, noise, cached_scheduler.scheduler)
             _draw_again(generators, picture, noise)
             blend = Blend.of(request.mask.image, original, noise, cached_scheduler.levels)
-        conditioning = self._conditioning(request, positive, negative) | self._more_conditioning(request, latents)
+        conditioning = self._conditioning(request, positive, negative) | self._more_conditioning(pipe, request, latents)
         # Converted once here instead of in each step.
         conditioning = {name: tensor.to(self._types.get(name, tensor.dtype)) for name, tensor in conditioning.items()}
         state = DiffusionState(
@@ -229,6 +222,7 @@ class SteppedPipeline(ABC):
             generators,
             trajectory=None,
             guided=self._is_guided(request),
+            guidance=self._guidance(request),
             begun=cached_scheduler.scheduler,
             blend=blend,
         )
@@ -255,8 +249,40 @@ class SteppedPipeline(ABC):
     def _decode(self, latents: torch.Tensor) -> torch.Tensor:
         """The pixels [n, 3, H, W], from -1 to 1, of latents [n, C, h, w]."""
 
-    def _more_conditioning(self, request: Request, latents: torch.Tensor) -> Conditioning:
-        """The denoiser's inputs for a request that starts from `latents`, besides its texts."""
+    def _shape(self, request: Request) -> tuple[Hashable, int]:
+        """What requests must have in common to share calls, and the pixels of each row in a call."""
+        width, height = request.image.size
+        return (height, width), width * height
+
+    def _guidance(self, request: Request) -> float:
+        """The factor of the difference that the prompt makes, if the request is guided."""
+        return request.guidance_scale
+
+    def _embed(self, requests: Sequence[Request]) -> list[dict[str, Embedding]]:
+        """The embeddings of each request's texts."""
+        found = self._encoder.texts([(request.cache_scope, text) for request in requests for text in self._texts(request)])
+        return [{text: found[request.cache_scope, text] for text in self._texts(request)} for request in requests]
+
+    def _pixels(self, image: Image.Image) -> torch.Tensor:
+        """What the VAE encodes of a source, [1, 3, H, W]."""
+        pixels: torch.Tensor = self._pipe.image_processor.preprocess(image)
+        return pixels
+
+    def _predict(self, inputs: dict[str, Any]) -> torch.Tensor:
+        """The denoiser's output."""
+        found: torch.Tensor = self._denoiser.forward(**inputs, return_dict=False)[0]  # skips hooks, of which there are none
+        return found
+
+    def _guide(self, states: Sequence[DiffusionState], noises: Sequence[Noise], guidance: torch.Tensor) -> Sequence[torch.Tensor]:
+        """The predictions of all states after guidance."""
+        return guide(states, noises, guidance)
+
+    def _unpacked(self, latents: torch.Tensor, request: Request) -> torch.Tensor:
+        """Latents of a state as previews take them, [n, C, h, w]."""
+        return latents
+
+    def _more_conditioning(self, pipe: Any, request: Request, latents: torch.Tensor) -> Conditioning:
+        """The denoiser's inputs for a request that starts from `latents`, besides its texts. `pipe` has the encoded image."""
         return {}
 
     def _noise(self, output: torch.Tensor, samples: torch.Tensor) -> torch.Tensor:
@@ -283,7 +309,11 @@ class SteppedPipeline(ABC):
 
     def _texts(self, request: Request) -> list[str]:
         """The request's texts to encode."""
-        return [request.prompt, request.negative_prompt or ""] if self._is_guided(request) else [request.prompt]
+        return [request.prompt, self._negative(request)] if self._is_guided(request) else [request.prompt]
+
+    def _negative(self, request: Request) -> str:
+        """The text to guide away from."""
+        return request.negative_prompt or ""
 
     def _read_texts(self, request: Request) -> dict[str, str]:
         """The request's texts that affect the image, by field name."""
@@ -292,7 +322,7 @@ class SteppedPipeline(ABC):
 
     def _embeddings(self, request: Request, known: dict[str, Embedding]) -> tuple[Embedding, Embedding | None]:
         """The embeddings of the prompt and, if the request is guided, of the negative prompt."""
-        return known[request.prompt], known[request.negative_prompt or ""] if self._is_guided(request) else None
+        return known[request.prompt], known[self._negative(request)] if self._is_guided(request) else None
 
     def _conditioning(self, request: Request, positive: Embedding, negative: Embedding | None) -> Conditioning:
         count = len(request.seeds)

@@ -7,7 +7,7 @@ tokens; texts are padded on the right, and `text_mask` says which of their token
 Each class here turns a call of diffusers' class into the inputs of its graph, and the graph's output into the class's.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,16 +21,21 @@ Tensors = dict[str, torch.Tensor]
 MARK = "image_rotary"
 """The input that only these graphs have."""
 
+_MOST_TABLES = 16
+"""Layouts whose rotary tables are kept: up to 5 MB each."""
+
 
 class TokenGraph:
     """The graph of a transformer of diffusers with the configuration `config`."""
 
     _axes = "axes_dims_rope"
     _rotary: Rotary
+    _positions: Callable[[int, Sequence[Size]], tuple[Positions, Positions]]
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         self._config = config
         self._dims = tuple(config[self._axes])
+        self._tables: dict[tuple[int, tuple[Size, ...]], Tensors] = {}
 
     def inputs(self, call: Mapping[str, Any]) -> Tensors:
         """The graph's inputs for a call of diffusers' class with these arguments, by name."""
@@ -39,6 +44,16 @@ class TokenGraph:
     def output(self, call: Mapping[str, Any], sample: torch.Tensor) -> Any:
         """What diffusers' class returns for the call, from the graph's output."""
         return sample
+
+    def conditions(self, text: torch.Tensor, sizes: Sequence[Size]) -> Tensors:
+        """The inputs of one row that stay the same at every step: for a text's embedding [T, D], and the sizes of an image and
+        its references."""
+        key = len(text), tuple(sizes)
+        if key not in self._tables:
+            if len(self._tables) >= _MOST_TABLES:
+                self._tables.clear()
+            self._tables[key] = self.tables(*self._positions(*key))
+        return {"encoder_hidden_states": text[None], **self._tables[key]}
 
     def tables(self, text: Positions, image: Positions) -> Tensors:
         """The rotary tables of a row whose tokens are at these positions, [1, tokens, 2, head / 2]."""
@@ -50,6 +65,7 @@ class FluxTokens(TokenGraph):
     """Flux Kontext: Flux, whose references' tokens follow the image's."""
 
     _rotary = rotary.FLUX
+    _positions = staticmethod(rotary.flux_positions)
 
     def inputs(self, call: Mapping[str, Any]) -> Tensors:
         """Also `pooled_projections` [B, P] and, if the model has it, `guidance` [B]."""
@@ -67,27 +83,30 @@ class Flux2Tokens(FluxTokens):
     """FLUX.2 and klein."""
 
     _rotary = rotary.FLUX_2
+    _positions = staticmethod(rotary.flux_2_positions)
 
 
 class QwenTokens(TokenGraph):
     """Qwen-Image and its edit models."""
 
     _rotary = rotary.QWEN
+    _positions = staticmethod(rotary.qwen_positions)
+
+    def conditions(self, text: torch.Tensor, sizes: Sequence[Size]) -> Tensors:
+        """Also `text_mask` [1, T], and for models with `zero_cond_t` `is_reference` [1, N] (1 at references' tokens)."""
+        found = super().conditions(text, sizes) | {"text_mask": torch.ones(1, len(text), dtype=torch.bool)}
+        if self._config.get("zero_cond_t"):
+            image = sizes[0][0] * sizes[0][1]
+            found["is_reference"] = (torch.arange(found[MARK].shape[1]) >= image).long()[None]
+        return found
 
     def inputs(self, call: Mapping[str, Any]) -> Tensors:
-        """Also `text_mask` [B, T], and for models with `zero_cond_t` `is_reference` [B, N] (1 at references' tokens)."""
-        text, mask = call["encoder_hidden_states"], call.get("encoder_hidden_states_mask")
-        mask = torch.ones(text.shape[:2], dtype=torch.bool) if mask is None else mask.bool().cpu()
-        rows = [
-            self.tables(*rotary.qwen_positions(text.shape[1], [(height, width) for _, height, width in shapes]))
-            for shapes in call["img_shapes"]
-        ]
-        found = {name: call[name] for name in ("hidden_states", "encoder_hidden_states", "timestep")}
-        found |= join(rows) | {"text_mask": mask}
-        if self._config.get("zero_cond_t"):
-            counts = torch.tensor([shapes[0][1] * shapes[0][2] for shapes in call["img_shapes"]])
-            found["is_reference"] = (torch.arange(found["hidden_states"].shape[1]) >= counts[:, None]).long()
-        return found
+        """Also those of `conditions`."""
+        sizes = [[(height, width) for _, height, width in shapes] for shapes in call["img_shapes"]]
+        rows = [self.conditions(text, some) for text, some in zip(call["encoder_hidden_states"], sizes, strict=True)]
+        found = join(rows) | {name: call[name] for name in ("hidden_states", "timestep")}
+        mask = call.get("encoder_hidden_states_mask")
+        return found if mask is None else found | {"text_mask": mask.bool()}
 
 
 class ZTokens(TokenGraph):
@@ -98,27 +117,25 @@ class ZTokens(TokenGraph):
 
     def inputs(self, call: Mapping[str, Any]) -> Tensors:
         """The latents and texts of a call are lists; all latents have one size."""
-        rows = [
-            self.row(patches(latents), text, (latents.shape[-2] // 2, latents.shape[-1] // 2))
-            for latents, text in zip(call["x"], call["cap_feats"], strict=True)
-        ]
-        return {**join(rows), "timestep": call["t"]}
+        tokens = filled(torch.stack([patches(latents) for latents in call["x"]]))
+        sizes = [[(latents.shape[-2] // 2, latents.shape[-1] // 2)] for latents in call["x"]]
+        rows = [self.conditions(text, some) for text, some in zip(call["cap_feats"], sizes, strict=True)]
+        return {**join(rows), "hidden_states": tokens, "timestep": call["t"]}
 
-    def row(self, tokens: torch.Tensor, text: torch.Tensor, size: Size) -> Tensors:
-        """The inputs of one row, except its timestep: `tokens` [N, C] of an image of that size, `text` [T, D]."""
-        return {"hidden_states": filled(tokens)[None]} | self.conditions(text, size)
-
-    def conditions(self, text: torch.Tensor, size: Size) -> Tensors:
-        """The inputs of one row, except its latents and timestep."""
-        image_real, text_real = (torch.ones(count, 1, dtype=torch.bool) for count in (size[0] * size[1], len(text)))
-        full = filled(text)[None]
-        return {
+    def conditions(self, text: torch.Tensor, sizes: Sequence[Size]) -> Tensors:
+        """Also `text_mask`, `text_real` [1, T] and `image_real` [1, N]. The image has no references."""
+        full, ((height, width),) = filled(text[None]), sizes
+        image_real, text_real = (torch.ones(1, count, dtype=torch.bool) for count in (height * width, len(text)))
+        return super().conditions(text, sizes) | {
             "encoder_hidden_states": full,
-            **self.tables(*rotary.z_positions(len(text), size)),
             "text_mask": torch.ones(full.shape[:2], dtype=torch.bool),
-            "text_real": filled(text_real)[None, :, 0],
-            "image_real": filled(image_real)[None, :, 0],
+            "text_real": filled(text_real),
+            "image_real": filled(image_real),
         }
+
+    @staticmethod
+    def _positions(text: int, sizes: Sequence[Size]) -> tuple[Positions, Positions]:
+        return rotary.z_positions(text, sizes[0])
 
     def output(self, call: Mapping[str, Any], sample: torch.Tensor) -> Any:
         """A list of latents [C, 1, h, w]."""
@@ -151,8 +168,8 @@ def _padded(part: torch.Tensor, length: int) -> torch.Tensor:
 
 
 def filled(tokens: torch.Tensor) -> torch.Tensor:
-    """Tokens [N, C] filled with zeros up to a multiple of Z_MULTIPLE."""
-    return _padded(tokens[None], len(tokens) + -len(tokens) % rotary.Z_MULTIPLE)[0]
+    """Tokens [B, N, ...] filled with zeros up to a multiple of Z_MULTIPLE."""
+    return _padded(tokens, tokens.shape[1] + -tokens.shape[1] % rotary.Z_MULTIPLE)
 
 
 def patches(latents: torch.Tensor) -> torch.Tensor:

@@ -18,7 +18,7 @@ from img2img_server.engine.request import Plan, Request, no_step
 from img2img_server.errors import InvalidField, OutOfMemory
 from img2img_server.runtime.common.pipe import SWAPPED, native_sizes, parts, size_multiple, view_of
 from img2img_server.runtime.common.request_fields import DEPENDENT, request_fields
-from img2img_server.runtime.common.sources import source_rule, steps_of
+from img2img_server.runtime.common.sources import check_source, source_rule, steps_of
 from img2img_server.runtime.common.torch_calls import torch_call
 from img2img_server.runtime.common.truncation import Truncation
 from img2img_server.runtime.onnx.modules import close_graphs
@@ -70,7 +70,7 @@ class OpaquePipeline:
             raise InvalidField("scheduler", "this model supports only its own scheduler: leave the field unset")
         if self._steps(request) == 0:
             raise no_step(request)
-        self._check_image(request.image)
+        check_source(self._pipe, request.image)
         width, height = self._size(request)
         settings, at_once = self._settings(request), self._at_once(request)
         chunks = -(-len(request.seeds) // at_once)
@@ -161,15 +161,6 @@ class OpaquePipeline:
     def _settings(self, request: Request) -> Hashable | None:
         """The settings that requests must have in common with it to share its call; None if none can."""
         return self._rule and self._rule.settings(request, self._parameters)
-
-    def _check_image(self, image: Image.Image) -> None:
-        """Raises InvalidField for an image that the pipeline's image processor refuses, as FLUX.2's does small ones."""
-        check = getattr(getattr(self._pipe, "image_processor", None), "check_image_input", None)
-        try:
-            if check is not None:
-                check(image)
-        except ValueError as error:
-            raise InvalidField("image", f"this model does not take the image: {error}") from None
 
     def _size(self, request: Request) -> tuple[int, int]:
         """Width and height of the request's images, in pixels."""

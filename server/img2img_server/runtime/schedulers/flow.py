@@ -1,4 +1,4 @@
-"""Schedulers of flow-matching models, by the rules of diffusers' img2img pipelines of Stable Diffusion 3 and Flux.
+"""Schedulers of flow-matching models, by the rules of diffusers' pipelines of Stable Diffusion 3, Flux, FLUX.2 and Z-Image.
 
 Some models shift their timesteps by the image's size (dynamic shifting), so that size is part of a scheduler's key.
 """
@@ -45,9 +45,15 @@ class FlowSchedulers(SchedulerCache):
         config = self._pipe.scheduler.config
         if not config.get("use_dynamic_shifting"):
             return None
-        side = size_multiple(self._pipe)
-        tokens = (request.image.width // side) * (request.image.height // side)
-        return float(calculate_shift(tokens, *(config[name] for name in _SHIFT)))
+        return self._shift_of(self._tokens(request), request.num_inference_steps)
+
+    def _shift_of(self, tokens: int, steps: int) -> float:
+        """The shift for an image of so many tokens."""
+        return float(calculate_shift(tokens, *(self._pipe.scheduler.config[name] for name in _SHIFT)))
+
+    def _tokens(self, request: Request) -> int:
+        width, height = (length // size_multiple(self._pipe) for length in request.result_size)
+        return width * height
 
 
 class FluxSchedulers(FlowSchedulers):
@@ -59,5 +65,37 @@ class FluxSchedulers(FlowSchedulers):
         self.names = tuple(name for name in self.names if "sigmas" in accepted[name])
 
     def _arguments(self, request: Request) -> dict[str, Any]:
-        steps = request.num_inference_steps
-        return {"sigmas": np.linspace(1.0, 1 / steps, steps)} | super()._arguments(request)
+        return {"sigmas": self._sigmas(request.num_inference_steps)} | super()._arguments(request)
+
+    def _sigmas(self, steps: int) -> Any:
+        return np.linspace(1.0, 1 / steps, steps)
+
+
+class ZImageSchedulers(FluxSchedulers):
+    """Those of Z-Image, which spaces the noise levels in single precision."""
+
+    def _sigmas(self, steps: int) -> Any:
+        return torch.linspace(1.0, 1 / steps, steps).tolist()
+
+
+class EditSchedulers(FluxSchedulers):
+    """Those of models that edit: they have no strength, and run all steps."""
+
+    def _first_steps(self, request: Request) -> int:
+        return request.num_inference_steps
+
+    def _set(self, view: Any, request: Request, device: torch.device) -> torch.Tensor:
+        timesteps: torch.Tensor
+        timesteps, _ = retrieve_timesteps(view.scheduler, request.num_inference_steps, device, **self._arguments(request))
+        view.scheduler.set_begin_index(0)
+        return timesteps
+
+
+class Flux2Schedulers(EditSchedulers):
+    """Those of FLUX.2, whose shift depends on the number of steps, too."""
+
+    def _shift_of(self, tokens: int, steps: int) -> float:
+        # Older releases of diffusers have no FLUX.2.
+        from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
+
+        return float(compute_empirical_mu(tokens, steps))

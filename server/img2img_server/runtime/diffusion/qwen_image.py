@@ -1,0 +1,117 @@
+"""Qwen-Image, Qwen-Image-Edit and -Edit-Plus: the order of calls is that of their pipelines' `__call__`."""
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+
+from img2img_server.engine.request import Request
+from img2img_server.runtime.diffusion.conditioning import Embedding
+from img2img_server.runtime.diffusion.state import DiffusionState, Noise
+from img2img_server.runtime.diffusion.tokens import TokenPipeline
+from img2img_server.runtime.schedulers.flow import EditSchedulers, FluxSchedulers
+
+
+class QwenImage(TokenPipeline):
+    """Guided if there is a negative prompt, with the class's default scale; the result has the prediction's length."""
+
+    scheduler_cache = FluxSchedulers
+
+    def _is_guided(self, request: Request) -> bool:
+        return request.negative_prompt is not None
+
+    def _guidance(self, request: Request) -> float:
+        return float(inspect.signature(self._pipe.__call__).parameters["true_cfg_scale"].default)
+
+    def _encode_texts(self, texts: list[str]) -> list[Embedding]:
+        return self._cut(*self._pipe.encode_prompt(texts, self._pipe._execution_device))
+
+    def _cut(self, hidden_states: torch.Tensor, mask: torch.Tensor | None) -> list[Embedding]:
+        """The embeddings without the padding that texts of one call get."""
+        lengths = [hidden_states.shape[1]] * len(hidden_states) if mask is None else mask.sum(1).tolist()
+        return [Embedding(one[None, :length], None) for one, length in zip(hidden_states, lengths, strict=True)]
+
+    def _guide(self, states: Sequence[DiffusionState], noises: Sequence[Noise], guidance: torch.Tensor) -> Sequence[torch.Tensor]:
+        guided = super()._guide(states, noises, guidance)
+        return [
+            output * (noise[-1].norm(dim=1, keepdim=True) / output.norm(dim=1, keepdim=True)) if state.guided else output
+            for state, noise, output in zip(states, noises, guided, strict=True)
+        ]
+
+    def _pixels(self, image: Image.Image) -> torch.Tensor:
+        return super()._pixels(image)[:, :, None]
+
+    def _unpacked(self, latents: torch.Tensor, request: Request) -> torch.Tensor:
+        width, height = request.result_size
+        tokens = latents[..., 0].transpose(1, 2)
+        unpacked: torch.Tensor = self._pipe._unpack_latents(tokens, height, width, self._pipe.vae_scale_factor)
+        return unpacked
+
+    def _decode(self, latents: torch.Tensor) -> torch.Tensor:
+        vae = self._pipe.vae
+        mean, deviation = (
+            torch.tensor(values).view(1, -1, 1, 1, 1).to(latents) for values in (vae.config.latents_mean, vae.config.latents_std)
+        )
+        return torch.as_tensor(vae.decode(latents * deviation + mean, return_dict=False)[0][:, :, 0])
+
+
+class QwenImageEdit(QwenImage):
+    """The text encoder sees the source, too: at about a million pixels, as the transformer does."""
+
+    edits = True
+    scheduler_cache = EditSchedulers
+
+    def _embed(self, requests: Sequence[Request]) -> list[dict[str, Embedding]]:
+        return [
+            {text: self._encoder.seen(request, text, lambda: self._see(request.image, text)) for text in self._texts(request)}  # noqa: B023
+            for request in requests
+        ]
+
+    def _see(self, image: Image.Image, text: str) -> Embedding:
+        (found,) = self._cut(*self._pipe.encode_prompt(text, self._prompt_image(image), self._pipe._execution_device))
+        return found
+
+    def _prompt_image(self, image: Image.Image) -> Any:
+        """The source as the text encoder sees it."""
+        width, height = self._reference_size(image)
+        return self._pipe.image_processor.resize(image, height, width)
+
+    def _fitted(self, area: int, image: Image.Image) -> tuple[int, int]:
+        module: Any = inspect.getmodule(type(self._pipe).prepare_latents)
+        width, height, *_ = module.calculate_dimensions(area, image.width / image.height)
+        return int(width), int(height)
+
+    def _reference_size(self, image: Image.Image) -> tuple[int, int]:
+        return self._fitted(1024 * 1024, image)
+
+    def _pixels(self, image: Image.Image) -> torch.Tensor:
+        width, height = self._reference_size(image)
+        processor = self._pipe.image_processor
+        pixels: torch.Tensor = processor.preprocess(processor.resize(image, height, width), height, width)
+        return pixels[:, :, None]
+
+    def _reference(self, pipe: Any) -> torch.Tensor:
+        latents = pipe._encode_vae_image(image=torch.empty(1, 3, 1, 1, 1), generator=None)
+        channels, _, height, width = latents.shape[1:]
+        tokens: torch.Tensor = pipe._pack_latents(latents, 1, channels, height, width)
+        return tokens
+
+
+class QwenImageEditPlus(QwenImageEdit):
+    """The text encoder and the transformer see the source at different sizes."""
+
+    def _prompt_image(self, image: Image.Image) -> Any:
+        module: Any = inspect.getmodule(type(self._pipe).prepare_latents)
+        width, height = self._fitted(module.CONDITION_IMAGE_SIZE, image)
+        return [self._pipe.image_processor.resize(image, height, width)]
+
+    def _reference_size(self, image: Image.Image) -> tuple[int, int]:
+        module: Any = inspect.getmodule(type(self._pipe).prepare_latents)
+        return self._fitted(module.VAE_IMAGE_SIZE, image)
+
+    def _pixels(self, image: Image.Image) -> torch.Tensor:
+        width, height = self._reference_size(image)
+        pixels: torch.Tensor = self._pipe.image_processor.preprocess(image, height, width)
+        return pixels[:, :, None]

@@ -1,0 +1,132 @@
+"""Families whose transformer is a graph of tokens (`onnx/token_graphs.py`): Flux Kontext, FLUX.2, Qwen-Image and Z-Image.
+
+Latents are kept as tokens, [n, C, N, 1], so that requests of different shapes share calls if their images have equally many
+tokens, and their references too. Rotary tables say where each token lies.
+"""
+
+from abc import abstractmethod
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, TypeVar
+
+import torch
+from PIL import Image
+
+from img2img_server.engine.request import Plan, Request
+from img2img_server.runtime.common.device_copy import send
+from img2img_server.runtime.common.rotary import Size
+from img2img_server.runtime.common.sources import check_source
+from img2img_server.runtime.diffusion.conditioning import Embedding
+from img2img_server.runtime.diffusion.state import Conditioning, DiffusionState
+from img2img_server.runtime.diffusion.stepped import SteppedPipeline
+from img2img_server.runtime.onnx.token_graphs import TokenGraph, join
+
+_T = TypeVar("_T")
+
+_REFERENCES = "references"
+"""The references' tokens [rows, M, C] in a state's conditioning; the graph takes them after the image's."""
+
+
+class TokenPipeline(SteppedPipeline):
+    """A transformer as a graph of tokens. A subclass that edits gives sources as references, and begins from noise alone."""
+
+    denoiser_name = "transformer"
+    pooled_name = "pooled_projections"
+    edits = False
+
+    def plan(self, request: Request) -> Plan:
+        """As of every family. Raises InvalidField for an image that the model does not take."""
+        check_source(self._pipe, request.image)
+        return super().plan(request)
+
+    def preview(self, states: Sequence[DiffusionState]) -> Sequence[Image.Image | None]:
+        """A preview of each state's first image, at the size of its latents; None if there is none."""
+        return self._by_size(states, super().preview)
+
+    def finish(self, states: Sequence[DiffusionState]) -> Sequence[Sequence[Image.Image]]:
+        """Decodes the latents, those of one size in one call."""
+        return self._by_size(states, super().finish)
+
+    def _by_size(
+        self, states: Sequence[DiffusionState], function: Callable[[Sequence[DiffusionState]], Sequence[_T]]
+    ) -> Sequence[_T]:
+        found: dict[int, _T] = {}
+        for size in dict.fromkeys(state.request.result_size for state in states):
+            alike = [state for state in states if state.request.result_size == size]
+            found |= zip((state.number for state in alike), function(alike), strict=True)
+        return [found[state.number] for state in states]
+
+    def _shape(self, request: Request) -> tuple[Hashable, int]:
+        image, *references = (height * width for height, width in self._sizes(request))
+        return (image, sum(references)), (image + sum(references)) * self.size_multiple**2
+
+    def _sizes(self, request: Request) -> list[Size]:
+        """Height and width in tokens of the request's image and its references."""
+        sizes = [request.result_size, *([self._reference_size(request.image)] if self.edits else [])]
+        return [(height // self.size_multiple, width // self.size_multiple) for width, height in sizes]
+
+    def _reference_size(self, image: Image.Image) -> tuple[int, int]:
+        """Width and height in pixels at which the model looks at an image."""
+        raise NotImplementedError
+
+    def _conditioning(self, request: Request, positive: Embedding, negative: Embedding | None) -> Conditioning:
+        sizes = self._sizes(request)
+        rows = [self._row(each, sizes) for each in (negative, positive) if each is not None]
+        joined = join([row for row in rows for _ in request.seeds])
+        return {name: send(tensor, self._device) for name, tensor in joined.items()}
+
+    def _row(self, text: Embedding, sizes: Sequence[Size]) -> Conditioning:
+        tokens: TokenGraph = self._denoiser.tokens
+        pooled = {} if text.pooled is None else {self.pooled_name: text.pooled}
+        return tokens.conditions(text.hidden_states[0], sizes) | pooled
+
+    def _more_conditioning(self, pipe: Any, request: Request, latents: torch.Tensor) -> Conditioning:
+        rows = len(latents) * (2 if self._is_guided(request) else 1)
+        more: Conditioning = {}
+        if self.edits:
+            more[_REFERENCES] = self._reference(pipe).expand(rows, -1, -1)
+        if self._denoiser.config.get("guidance_embeds"):
+            more["guidance"] = torch.full((rows,), request.guidance_scale, device=latents.device)
+        return more
+
+    def _reference(self, pipe: Any) -> torch.Tensor:
+        """The tokens [1, M, C] of the source, which `pipe` has encoded already."""
+        raise NotImplementedError
+
+    def _first_latents(
+        self, pipe: Any, request: Request, timesteps: torch.Tensor, dtype: torch.dtype, generators: list[torch.Generator]
+    ) -> torch.Tensor:
+        (width, height), count = request.result_size, len(generators)
+        channels = self._denoiser.config.in_channels // self._patch
+        place = (count, channels, height, width, dtype, pipe._execution_device, generators)
+        if not self.edits:
+            return self._packed(pipe.prepare_latents(torch.empty(count, 3, 1, 1), timesteps, *place))  # stands for the image
+        return self._packed(pipe.prepare_latents(*self._no_image, *place)[0])
+
+    _patch = 4
+    """The transformer's channels for each channel of latents."""
+    _no_image: tuple[None, ...] = (None,)
+    """How `prepare_latents` is told that there is no image."""
+
+    def _packed(self, latents: torch.Tensor) -> torch.Tensor:
+        """What `prepare_latents` returns, tokens [n, N, C], as latents [n, C, N, 1]."""
+        return latents.transpose(1, 2)[..., None].contiguous()
+
+    def _predict(self, inputs: dict[str, Any]) -> torch.Tensor:
+        found: torch.Tensor = self._denoiser.predict(inputs)
+        return found
+
+    def _inputs(self, samples: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning) -> dict[str, Any]:
+        tokens, references = samples[..., 0].transpose(1, 2), conditioning.pop(_REFERENCES, None)
+        if references is not None:
+            tokens = torch.cat([tokens, references], dim=1)
+        return {"hidden_states": tokens, "timestep": timesteps / 1000, **conditioning}
+
+    def _noise(self, output: torch.Tensor, samples: torch.Tensor) -> torch.Tensor:
+        return output[:, : samples.shape[2]].transpose(1, 2)[..., None]
+
+    def _final_latents(self, state: DiffusionState) -> torch.Tensor:
+        return self._unpacked(state.latents, state.request)
+
+    @abstractmethod
+    def _unpacked(self, latents: torch.Tensor, request: Request) -> torch.Tensor:
+        """Latents [n, C, N, 1] of a state as the VAE and previews take them, [n, c, h, w]."""

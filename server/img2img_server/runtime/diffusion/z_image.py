@@ -1,0 +1,50 @@
+"""Z-Image: the order of calls is that of ZImageImg2ImgPipeline.__call__."""
+
+from typing import Any
+
+import torch
+
+from img2img_server.engine.request import Request
+from img2img_server.runtime.diffusion.conditioning import Embedding
+from img2img_server.runtime.diffusion.state import Conditioning
+from img2img_server.runtime.diffusion.tokens import TokenPipeline
+from img2img_server.runtime.onnx.token_graphs import filled, patches, unpatched
+from img2img_server.runtime.schedulers.flow import ZImageSchedulers
+
+
+class ZImage(TokenPipeline):
+    """Any guidance above 0 guides; the class counts it from the prompt's prediction. The transformer predicts the negative."""
+
+    scheduler_cache = ZImageSchedulers
+    _patch = 1
+
+    def _is_guided(self, request: Request) -> bool:
+        return request.guidance_scale > 0
+
+    def _guidance(self, request: Request) -> float:
+        return request.guidance_scale + 1
+
+    def _encode_texts(self, texts: list[str]) -> list[Embedding]:
+        # The pipeline writes its chat template into the list.
+        found, _ = self._pipe.encode_prompt(list(texts), self._pipe._execution_device, do_classifier_free_guidance=False)
+        return [Embedding(hidden_states[None], None) for hidden_states in found]
+
+    def _packed(self, latents: torch.Tensor) -> torch.Tensor:
+        return super()._packed(torch.stack([patches(one[:, None]) for one in latents]))
+
+    def _inputs(self, samples: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning) -> dict[str, Any]:
+        inputs = super()._inputs(samples, timesteps, conditioning)
+        return {**inputs, "hidden_states": filled(inputs["hidden_states"]), "timestep": (1000 - timesteps) / 1000}
+
+    def _noise(self, output: torch.Tensor, samples: torch.Tensor) -> torch.Tensor:
+        return -super()._noise(output, samples)
+
+    def _unpacked(self, latents: torch.Tensor, request: Request) -> torch.Tensor:
+        width, height = (side // self._pipe.vae_scale_factor for side in request.result_size)
+        shape = (latents.shape[1] // 4, 1, height, width)
+        return torch.cat([unpatched(tokens.T, shape).transpose(0, 1) for tokens in latents[..., 0]])
+
+    def _decode(self, latents: torch.Tensor) -> torch.Tensor:
+        vae = self._pipe.vae
+        latents = latents / vae.config.scaling_factor + vae.config.shift_factor
+        return torch.as_tensor(vae.decode(latents, return_dict=False)[0])

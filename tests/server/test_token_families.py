@@ -1,0 +1,118 @@
+"""Families on graphs of tokens: requests that differ in everything but their number of tokens share each call, and each image is
+the one that diffusers makes of the request alone."""
+
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from covering import nightly_but
+from fakes import make_request
+from img2img_server.bundle.manifest import read_manifest
+from img2img_server.engine.request import Request, run_alone
+from img2img_server.runtime.execution import Execution
+from img2img_server.runtime.loader import load_pipeline
+from PIL import Image
+
+FAMILIES = {"kontext": "flux-kontext", "klein": "flux-2-klein", "flux2": "flux-2", "qwenimage": "qwen-image", "zimage": "z-image"}
+"""Tiny models and their families. Those of Qwen-Image-Edit and -Plus, which look at a million pixels, are in
+test_architectures.py."""
+
+_LONG = "mountains and a lake at sunset with a winter forest behind the lake, and fog over the water"
+
+
+def source(width: int, height: int, seed: int) -> Image.Image:
+    colours = np.random.default_rng(seed).integers(0, 256, (5, 4, 3), dtype=np.uint8)
+    return Image.fromarray(colours).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def mixed() -> list[Request]:
+    """Wide and tall images of 24 tokens and references of 20, with other prompts, steps, guidance, strength and seeds."""
+    wide, tall = source(96, 64, 1), source(64, 96, 2)
+    return [
+        make_request(image=wide, prompt="a lake", seeds=(1, 2), num_inference_steps=3, guidance_scale=4.0, strength=0.9),
+        make_request(image=tall, prompt=_LONG, seeds=(3,), num_inference_steps=5, guidance_scale=1.0, strength=0.7,
+                     negative_prompt="fog and a forest"),
+        make_request(image=tall, prompt="winter", seeds=(4,), num_inference_steps=2, guidance_scale=2.5, strength=1.0,
+                     size=(96, 64)),
+    ]  # fmt: skip
+
+
+def run(pipeline: Any, requests: list[Request]) -> tuple[list[Any], list[int]]:
+    """The images of requests that share all calls, and the rows of each call."""
+    rows: list[int] = []
+    predict = pipeline._denoiser.predict
+
+    def counting(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        rows.append(len(inputs["hidden_states"]))
+        found: torch.Tensor = predict(inputs)
+        return found
+
+    pipeline._denoiser.predict = counting
+    states = pipeline.prepare(requests)
+    while active := [state for state in states if state.step < state.step_count]:
+        pipeline.advance(active, pipeline.denoise(active))
+    images = pipeline.finish(states)
+    for state in states:
+        pipeline.release(state)
+    return list(images), rows
+
+
+@pytest.mark.parametrize("name", nightly_but(FAMILIES, "klein", "qwenimage", "zimage"))
+def test_requests_of_other_shapes_prompts_and_steps_share_calls(
+    name: str, bundle: Callable[[str], Path], tiny_model: Callable[[str], Path]
+) -> None:
+    manifest = read_manifest(bundle(name))
+    assert (manifest.family, manifest.backend) == (FAMILIES[name], "hybrid")
+    pipeline: Any = load_pipeline(bundle(name), manifest, Execution("cpu"))
+    requests = mixed()
+    if not pipeline.source_rule.keeps_size:
+        requests[2] = make_request(image=source(96, 64, 2), prompt="winter", seeds=(4,), num_inference_steps=2, strength=1.0)
+    plans = [pipeline.plan(request) for request in requests]
+    assert len({plan.shape for plan in plans}) == 1
+    images, rows = run(pipeline, requests)
+    assert len(rows) == max(plan.step_count for plan in plans)
+    assert rows[0] == sum(plan.rows for plan in plans)
+
+    pipe = getattr(diffusers, manifest.pipeline_class).from_pretrained(tiny_model(name), torch_dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    known = inspect.signature(pipe.__call__).parameters
+    for request, made in zip(requests, images, strict=True):
+        width, height = request.result_size
+        offered = {
+            "strength": request.strength, "guidance_scale": request.guidance_scale, "negative_prompt": request.negative_prompt,
+            "width": width, "height": height, "max_area": width * height,
+        }  # fmt: skip
+        settings = {key: value for key, value in offered.items() if key in known}
+        for seed, image in zip(request.seeds, made, strict=True):
+            theirs = pipe(
+                image=request.image, prompt=request.prompt, num_inference_steps=request.num_inference_steps,
+                generator=torch.Generator().manual_seed(seed), **settings,
+            ).images[0]  # fmt: skip
+            assert image.size == theirs.size
+            assert np.asarray(theirs).std() > 10, "a flat image would prove nothing"
+            assert np.abs(np.asarray(image, int) - np.asarray(theirs, int)).max() <= 1
+        (alone, *_) = run_alone(pipeline, request)
+        assert np.abs(np.asarray(alone, int) - np.asarray(made[0], int)).max() <= 1
+
+
+def test_images_of_other_token_counts_do_not_share_calls(bundle: Callable[[str], Path]) -> None:
+    """Of a wide and a tall image they do; a reference of another size counts, too."""
+    pipeline = load_pipeline(bundle("klein"), read_manifest(bundle("klein")), Execution("cpu"))
+    images = source(96, 64, 1), source(64, 96, 1), source(64, 80, 1)
+    wide, tall, smaller = (pipeline.plan(make_request(image=image, size=(64, 96))).shape for image in images)
+    assert wide == tall != smaller
+    assert pipeline.plan(make_request(image=images[0], size=(64, 80))).shape not in (wide, smaller)
+
+
+def test_a_bundle_in_pytorch_is_opaque(bundle: Callable[[str], Path]) -> None:
+    """diffusers' own transformers take positions without rows."""
+    from img2img_export.convert.models import WHOLE, plans_for
+    from img2img_export.read.checkpoint import Layout
+
+    plans = list(plans_for(Layout("Flux2KleinPipeline", {"transformer": ("diffusers", "Flux2Transformer2DModel")}, ()), "auto"))
+    assert [(plan.backend, plan.family) for plan in plans] == [("hybrid", "flux-2-klein"), ("torch", WHOLE)]
