@@ -36,7 +36,7 @@ def mixed() -> list[Request]:
     return [
         make_request(image=wide, prompt="a lake", seeds=(1, 2), num_inference_steps=3, guidance_scale=4.0, strength=0.9),
         make_request(image=tall, prompt=_LONG, seeds=(3,), num_inference_steps=5, guidance_scale=1.0, strength=0.7,
-                     negative_prompt="fog and a forest"),
+                     negative_prompt="fog and a forest", true_cfg_scale=2.5),
         make_request(image=tall, prompt="winter", seeds=(4,), num_inference_steps=2, guidance_scale=2.5, strength=1.0,
                      size=(96, 64)),
     ]  # fmt: skip
@@ -85,7 +85,7 @@ def test_requests_of_other_shapes_prompts_and_steps_share_calls(
         width, height = request.result_size
         offered = {
             "strength": request.strength, "guidance_scale": request.guidance_scale, "negative_prompt": request.negative_prompt,
-            "width": width, "height": height, "max_area": width * height,
+            "true_cfg_scale": request.true_cfg_scale or 1.0, "width": width, "height": height, "max_area": width * height,
         }  # fmt: skip
         settings = {key: value for key, value in offered.items() if key in known}
         for seed, image in zip(request.seeds, made, strict=True):

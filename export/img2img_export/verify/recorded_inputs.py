@@ -73,9 +73,7 @@ class Recorder:
     """Records the calls of the `components` of a diffusers pipeline within the block, all of them if `complete`. A VAE has two
     parts. `tokens` are components that become graphs of tokens, whose calls have lists and numbers besides tensors."""
 
-    def __init__(
-        self, pipeline: Any, components: tuple[str, ...], complete: bool = False, tokens: tuple[str, ...] = ()
-    ) -> None:
+    def __init__(self, pipeline: Any, components: tuple[str, ...], complete: bool = False, tokens: tuple[str, ...] = ()) -> None:
         self.calls: dict[str, Calls] = {}
         self._complete = complete
         self._tokens = tokens

@@ -52,7 +52,9 @@ def make_cases(part: Part, kind: TokenKind, module: Any, calls: Calls) -> list[C
         except FAILURES as error:
             raise ExportError(f"{part.name} cannot run {name}: {type(error).__name__}: {first_line(error)}") from error
         (output,) = part.outputs
-        cases.append(Case(name, _inputs(part, kind, rows), {output: expected.float().numpy()}, name.startswith("random"), padded=True))
+        cases.append(
+            Case(name, _inputs(part, kind, rows), {output: expected.float().numpy()}, name.startswith("random"), padded=True)
+        )
     return cases
 
 

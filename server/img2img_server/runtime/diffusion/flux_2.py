@@ -77,13 +77,16 @@ class Flux2(Flux2Klein):
 
 
 class FluxKontext(TokenPipeline):
-    """Flux Kontext: Flux dev, which looks at the source at one of its training sizes. Negative prompts have no effect."""
+    """Flux Kontext: Flux dev, which looks at the source at one of its training sizes."""
 
     edits = True
     scheduler_cache = EditSchedulers
 
     def _is_guided(self, request: Request) -> bool:
-        return False
+        return self._is_truly_guided(request)
+
+    def _guidance(self, request: Request) -> float:
+        return self._true_cfg_scale(request)
 
     def _encode_texts(self, texts: list[str]) -> list[Embedding]:
         hidden_states, pooled, _ = self._pipe.encode_prompt(texts, None, self._pipe._execution_device)

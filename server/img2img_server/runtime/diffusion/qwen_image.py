@@ -15,15 +15,15 @@ from img2img_server.runtime.schedulers.flow import EditSchedulers, FluxScheduler
 
 
 class QwenImage(TokenPipeline):
-    """Guided if there is a negative prompt, with the class's default scale; the result has the prediction's length."""
+    """Guided if there is a negative prompt; the result has the length of the prompt's prediction."""
 
     scheduler_cache = FluxSchedulers
 
     def _is_guided(self, request: Request) -> bool:
-        return request.negative_prompt is not None
+        return self._is_truly_guided(request)
 
     def _guidance(self, request: Request) -> float:
-        return float(inspect.signature(self._pipe.__call__).parameters["true_cfg_scale"].default)
+        return self._true_cfg_scale(request)
 
     def _encode_texts(self, texts: list[str]) -> list[Embedding]:
         return self._cut(*self._pipe.encode_prompt(texts, self._pipe._execution_device))

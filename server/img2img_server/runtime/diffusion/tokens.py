@@ -4,6 +4,7 @@ Latents are kept as tokens, [n, C, N, 1], so that requests of different shapes s
 tokens, and their references too. Rotary tables say where each token lies.
 """
 
+import inspect
 from abc import abstractmethod
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, TypeVar
@@ -63,6 +64,16 @@ class TokenPipeline(SteppedPipeline):
         """Height and width in tokens of the request's image and its references."""
         sizes = [request.result_size, *([self._reference_size(request.image)] if self.edits else [])]
         return [(height // self.size_multiple, width // self.size_multiple) for width, height in sizes]
+
+    def _true_cfg_scale(self, request: Request) -> float:
+        """The scale of guidance by a negative prompt, for classes that have it."""
+        if request.true_cfg_scale is not None:
+            return request.true_cfg_scale
+        return float(inspect.signature(self._pipe.__call__).parameters["true_cfg_scale"].default)
+
+    def _is_truly_guided(self, request: Request) -> bool:
+        """Whether a negative prompt guides, for these classes."""
+        return request.negative_prompt is not None and self._true_cfg_scale(request) > 1
 
     def _reference_size(self, image: Image.Image) -> tuple[int, int]:
         """Width and height in pixels at which the model looks at an image."""
