@@ -14,7 +14,7 @@ from tempfile import TemporaryDirectory
 from typing import cast
 
 import pytest
-from kept_bundles import kept
+from kept_bundles import kept, place
 
 # Read by OpenMP when torch is loaded. Threads that spin while they wait make tiny models 20 times slower on a busy machine.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -28,6 +28,8 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 DEMO_MODEL = REPOSITORY / "demo" / "model"
 WITH_PREVIEWS = ("sd1", "sdxl", "flux-dev", "demo")
 """Bundles for which the export fits a preview."""
+COMPARED = ("sd1", "sd2", "sdxl", "refiner", "kandinsky22", "demo")
+"""Bundles for which the export compares all its images; for the others it compares two."""
 
 
 LONG = ("tests/test_readme.py", "tests/test_recipes.py", "tests/test_soak.py", "tests/playground/test_in_a_browser.py")
@@ -54,9 +56,10 @@ def pytest_collection() -> Generator[None, object, object]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Keeps what exports remember of files out of the user's cache."""
+def own_cache(tmp_path_factory: pytest.TempPathFactory, shared: Path) -> None:
+    """Keeps what exports remember of files out of the user's cache, and the graphs that they trace beside the bundles."""
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+    os.environ["TESTS_TRACES"] = str(place(shared) / "traces")
 
 
 @pytest.fixture(autouse=True)
@@ -107,13 +110,11 @@ def bundle(shared: Path, tiny_model: Callable[[str], Path]) -> Callable[[str], P
 
     @functools.cache
     def get(name: str) -> Path:
-        from contextlib import nullcontext
-
         from img2img_export.build import export_model
         from img2img_export.options import ExportOptions
         from img2img_server.bundle.manifest import Precision, check_bundle, read_manifest
         from img2img_server.errors import BundleError
-        from short_exports import without_preview
+        from short_exports import brief, cut_short
 
         model, _, precision = name.partition(":")
         source = DEMO_MODEL if model == "demo" else tiny_model(model)
@@ -126,7 +127,8 @@ def bundle(shared: Path, tiny_model: Callable[[str], Path]) -> Callable[[str], P
             return True
 
         def export(output: Path) -> None:
-            with nullcontext() if name in WITH_PREVIEWS else without_preview():
+            preview = name in WITH_PREVIEWS
+            with brief(preview) if name in COMPARED else cut_short(2, preview):
                 export_model(ExportOptions(source=str(source), output=output, precision=cast(Precision, precision or "fp32")))
 
         return kept(shared, f"bundles/{name.replace(':', '-')}", good, export)

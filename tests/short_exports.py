@@ -1,22 +1,108 @@
 """Exports cut short, for tests that look at something else than the images that are compared at an export's end."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from types import CodeType, FunctionType
+from typing import Any, BinaryIO, cast
 from unittest.mock import patch
 
+import torch
+from img2img_export import attempts, component
 from img2img_export.verify import images, latent_preview
 
 
 @contextmanager
-def cut_short(count: int = 1) -> Iterator[None]:
-    """Within it, an export compares `count` images and fits no preview. Do not ask for a shared bundle inside."""
+def cut_short(count: int = 1, preview: bool = False) -> Iterator[None]:
+    """Within it, an export compares `count` images, and does what `brief` says. Do not ask for a shared bundle inside."""
     all_cases = images.image_cases
-    with patch.object(images, "image_cases", lambda *arguments: all_cases(*arguments)[:count]), without_preview():
+    with patch.object(images, "image_cases", lambda *arguments: all_cases(*arguments)[:count]), brief(preview):
         yield
 
 
 @contextmanager
-def without_preview() -> Iterator[None]:
-    """Within it, an export fits no preview, which takes a fifth of the export of a tiny model."""
-    with patch.object(latent_preview, "fit", lambda pipeline: ()):
+def brief(preview: bool = False) -> Iterator[None]:
+    """Within it, an export fits no preview unless `preview`, which takes a fifth of the export of a tiny model, keeps memory that
+    it could free, and traces no module that another export of these tests has traced."""
+    fit = latent_preview.fit
+    with (
+        patch.object(latent_preview, "fit", fit if preview else lambda pipeline: ()),
+        patch.object(component, "release_memory", lambda: None),
+        patch.object(attempts, "release_memory", lambda: None),
+        traced_once(Path(os.environ["TESTS_TRACES"])) if "TESTS_TRACES" in os.environ else nullcontext(),
+    ):
         yield
+
+
+@contextmanager
+def traced_once(kept: Path) -> Iterator[None]:
+    """Within it, torch traces each module once, and the graph is kept in `kept`: almost half of the export of a tiny model.
+
+    A graph has no weights, so it depends on what `_trace_key` says: the module's layers, its call, and the inputs to trace with.
+    """
+    export: Callable[..., object] = torch.onnx.export
+
+    def export_once(flat: Any, inputs: tuple[torch.Tensor, ...], file: BinaryIO, **options: Any) -> None:
+        path = kept / f"{_trace_key(flat, inputs, options)}.onnx"
+        if not path.is_file():
+            export(flat, inputs, file, **options)
+            file.seek(0)
+            partial = path.with_suffix(f".{os.getpid()}")
+            partial.write_bytes(file.read())
+            partial.rename(path)
+            return
+        file.write(path.read_bytes())
+
+    kept.mkdir(parents=True, exist_ok=True)
+    with patch.object(torch.onnx, "export", export_once):
+        yield
+
+
+def _trace_key(flat: Any, inputs: tuple[torch.Tensor, ...], options: Mapping[str, Any]) -> str:
+    module = flat.module
+    content = (
+        repr(module),
+        getattr(module, "config", None),
+        dict(module.named_parameters()),
+        dict(module.named_buffers()),
+        inputs,
+        options,
+        flat._call_by_name,
+    )
+    found = hashlib.sha256()
+    _update(found.update, content)
+    return found.hexdigest()
+
+
+def _update(update: Callable[[bytes], None], value: Any) -> None:
+    """Hashes nested values: tensors of numbers that a call may branch on by value, others by type and shape; functions by their
+    code and what they close over."""
+    update(type(value).__qualname__.encode())
+    if isinstance(value, torch.Tensor):
+        update(f"{value.dtype} {tuple(value.shape)} {'' if value.is_floating_point() else value.tolist()}".encode())
+    elif isinstance(value, list | tuple):
+        update(str(len(value)).encode())
+        for item in value:
+            _update(update, item)
+    elif (parts := _parts(value)) is not None:
+        for key, item in parts.items():
+            if key != "_name_or_path":  # where the model was loaded from
+                update(repr(key).encode())
+                _update(update, item)
+    else:
+        update(repr(value).encode())
+
+
+def _parts(value: Any) -> Mapping[Any, Any] | None:
+    """What a value consists of, None if its text says it all."""
+    if isinstance(value, Mapping):
+        return value
+    if isinstance(value, FunctionType):
+        return {"code": value.__code__, "closure": [cell.cell_contents for cell in value.__closure__ or ()]}
+    if isinstance(value, CodeType):
+        return {name: getattr(value, name) for name in ("co_code", "co_names", "co_consts")}
+    if hasattr(value, "to_dict"):
+        return cast(Mapping[str, Any], value.to_dict())
+    return vars(value) if hasattr(value, "__dict__") and not isinstance(value, type) else None
