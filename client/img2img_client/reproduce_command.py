@@ -7,10 +7,15 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from img2img_client.connection import add_connection_flags, connect, target_of
 from img2img_client.reporting import attempt, print_error, retry_report
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from img2img_client.options import ImageInput, TransformOptions
 
 PROGRAM = "img2img reproduce"
 
@@ -18,6 +23,7 @@ _EPILOG = """\
 examples:
   img2img reproduce sunset.png --image photo.jpg
   img2img reproduce sunset.png --image photo.jpg --output again.png --max-difference 2
+  img2img reproduce hat.png --image photo.jpg --mask head.png
   img2img reproduce sunset.png                        if the source was an asset that the server still has
 
 FILE is an image that a server made with --provenance text or c2pa. The file contains the settings, but not the source image.
@@ -44,6 +50,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--image", metavar="SOURCE", help="the source image: a file, or an address that the server reads (default: FILE's asset)"
     )
+    parser.add_argument(
+        "--mask", metavar="MASK", help="the mask, if FILE was made with one: a file, or an address (default: FILE's asset)"
+    )
     parser.add_argument("--output", type=Path, metavar="OUT", help="write the new image here (default: only compare)")
     parser.add_argument(
         "--max-difference", type=int, metavar="N", help="fail if a channel of a pixel differs by more than N of 255"
@@ -65,6 +74,7 @@ def run(arguments: argparse.Namespace) -> int:
         if record is None:
             raise ValueError(f"{arguments.file}: the image has no img2img record: was it made with --provenance none?")
         source, options = _source(arguments, record), recorded_options(record)
+        options.update(_mask(arguments, record))
         with connect(arguments, retry_report(PROGRAM, target_of(arguments))) as client:
             # An older server recorded also what its model did not take.
             result = client.transform(source, **taken_options(options, client.models()))
@@ -107,8 +117,46 @@ def _source(arguments: argparse.Namespace, record: Mapping[str, Any]) -> str:
     return str(arguments.image)
 
 
+def _mask(arguments: argparse.Namespace, record: Mapping[str, Any]) -> "TransformOptions":
+    """The options about the mask; none if the image was made without one."""
+    recorded = record.get("mask")
+    if recorded is None:
+        if arguments.mask is not None:
+            raise ValueError("--mask: the image was made without a mask")
+        return {}
+    kinds = {"blur": int | float, "invert": bool, "by_alpha": bool, "paste": bool}
+    if not isinstance(recorded, dict) or not all(isinstance(recorded.get(name), kind) for name, kind in kinds.items()):
+        raise ValueError(f"the img2img record in the image is damaged: mask is {recorded!r}")
+    mask: ImageInput | None = arguments.mask
+    if mask is None and isinstance(recorded.get("asset"), str):
+        mask = f"asset:{recorded['asset']}"
+    if mask is None:
+        raise ValueError("--mask MASK is needed: the mask of FILE was not an asset")
+    if recorded["by_alpha"]:
+        mask = _from_transparency(str(mask))
+    return {
+        "mask": mask,
+        "mask_blur": recorded["blur"],
+        "mask_invert": recorded["invert"],
+        "mask_paste": recorded["paste"],
+    }
+
+
+def _from_transparency(mask: str) -> "Image.Image":
+    """A mask of the HTTP API, whose transparent areas are redrawn, as one of which the white ones are."""
+    from PIL import Image, ImageOps
+
+    from img2img_client.options import ADDRESS_SCHEMES
+
+    if mask.startswith(ADDRESS_SCHEMES):
+        raise ValueError("--mask MASK is needed, as a file: the mask of FILE was sent over HTTP, and redraws transparent areas")
+    with Image.open(mask) as image:
+        return ImageOps.invert(ImageOps.exif_transpose(image).convert("RGBA").getchannel("A"))
+
+
 _COMPARED = {
     "source_digest": "the source image is not the one that was used",
+    "mask": "the mask is not the one that was used",
     "bundle_digest": "the model was exported again since",
     "engine": "another engine runs the model",
     "img2img": "another version of img2img runs",
@@ -120,10 +168,15 @@ def _changed(before: Mapping[str, Any], after: Mapping[str, Any] | None) -> list
     if after is None:
         return []
     return [
-        f"{reason} ({before.get(name)}, now {after.get(name)})"
+        f"{reason} ({_digest(before, name)}, now {_digest(after, name)})"
         for name, reason in _COMPARED.items()
-        if before.get(name) != after.get(name)
+        if _digest(before, name) != _digest(after, name)
     ]
+
+
+def _digest(record: Mapping[str, Any], name: str) -> object:
+    value = record.get(name)
+    return value.get("digest") if isinstance(value, dict) else value
 
 
 def _report(difference: ImageDifference, notes: list[str], *, as_json: bool) -> None:

@@ -13,7 +13,7 @@ import pytest
 from conftest import REPOSITORY
 from fuzz_parts.seeds import image_file
 from img2img_server.__main__ import configure, configured
-from img2img_server.api.kserve.translation import OUTPUTS, PROGRESS, SETTINGS, SOURCES, Parameters
+from img2img_server.api.kserve.translation import INPUTS, OUTPUTS, PROGRESS, SETTINGS, Parameters
 from PIL import Image
 from soak_parts.stand_in import plant
 
@@ -69,7 +69,7 @@ def test_the_programs_do_what_they_say(folder: Path, port: str) -> None:
 
 
 def test_the_tables_of_inputs_and_outputs_are_true() -> None:
-    inputs = [[one.name, " or ".join(one.datatypes), str(list(one.dims))] for one in (*SOURCES, *SETTINGS)]
+    inputs = [[one.name, " or ".join(one.datatypes), str(list(one.dims))] for one in INPUTS]
     assert [row[:3] for row in rows("Inputs")] == inputs
     outputs = [[one.name, one.datatype, str(list(one.dims))] for one in (*OUTPUTS, *PROGRESS)]
     assert [row[:3] for row in rows("Outputs")] == outputs
@@ -90,7 +90,7 @@ async def test_the_table_of_parameters_has_each_that_is_read(monkeypatch: pytest
     request = pb.ModelInferRequest(model_name="m")
     request.inputs.add(name="image", datatype="BYTES", shape=[1]).contents.bytes_contents.append(image_file())
     await translation.read(request, FairThreads(1, "test"))
-    assert read == {name for name, *_ in rows("Parameters")} | {"image_uri"} | {setting.name for setting in SETTINGS}
+    assert read == {name for name, *_ in rows("Parameters")} | {"image_uri", "mask_uri"} | {setting.name for setting in SETTINGS}
 
 
 def test_the_flag_and_its_variable_are_there() -> None:

@@ -16,7 +16,7 @@ from google.protobuf.descriptor import MethodDescriptor
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 from hypothesis import HealthCheck, given, settings
-from img2img_server.api.kserve.translation import SETTINGS, SOURCES
+from img2img_server.api.kserve.translation import INPUTS
 from img2img_server.config import AssetSettings
 from img2img_server.images import ImageLimits
 from kserve_calls import client_of, picture, serving, text
@@ -29,7 +29,7 @@ INFERENCES = [method for method in METHODS if method.input_type.name == "ModelIn
 OTHERS = [method for method in METHODS if method not in INFERENCES]
 STATUSES = {*DOCUMENTED, grpc.StatusCode.UNIMPLEMENTED, grpc.StatusCode.DEADLINE_EXCEEDED}  # the last by `timeout`
 
-NAMES = st.sampled_from([one.name for one in (*SOURCES, *SETTINGS)]) | st.sampled_from(["", "images", "nope"])
+NAMES = st.sampled_from([one.name for one in INPUTS]) | st.sampled_from(["", "images", "nope"])
 KEYS = NAMES | st.sampled_from(
     [
         *("timeout", "priority", "progress", "preview_interval", "output_format", "quality", "fit", "sequence_id", "x" * 5_000),

@@ -25,6 +25,7 @@ _MAX_TEXT = 2000
 _FIELDS = {
     "model": "model",
     "image": "image",
+    "mask": "mask",
     "image_count": "n",
     "width": "size",
     "height": "size",
@@ -34,7 +35,7 @@ _FIELDS = {
     "output.as_asset": "response_format",
     "preview_interval": "partial_images",
 }
-"""Fields of TransformRequest -> fields of the form. `image` and `model` include their subfields."""
+"""Fields of TransformRequest -> fields of the form. `image`, `mask` and `model` include their subfields."""
 
 
 class PathNotFound(ServerError):

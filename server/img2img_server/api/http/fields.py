@@ -10,6 +10,7 @@ from img2img.v1 import image_to_image_pb2 as pb
 from img2img_server.api.http.forms import Part, shown
 from img2img_server.config import DEFAULT_GUIDANCE, DEFAULT_STEPS, DEFAULT_STRENGTH, MAX_GUIDANCE, MAX_PROMPT
 from img2img_server.errors import InvalidField
+from img2img_server.images import MAX_BLUR
 
 _WHOLE = re.compile(r"[+-]?[0-9]{1,19}")
 _NUMBER = re.compile(r"[+-]?([0-9]{1,40}\.?[0-9]{0,40}|\.[0-9]{1,40})([eE][+-]?[0-9]{1,4})?")
@@ -70,7 +71,11 @@ def read(parts: Sequence[Part], variation: bool) -> Draft:
         if name == "image":
             if name in seen:
                 raise InvalidField(name, "several images are not supported: send one image")
-            _put_image(draft, part)
+            _put_source(draft.message.image, part)
+        elif name == "mask":
+            if name in seen:
+                raise InvalidField(name, "the field is set more than once")
+            _put_source(draft.message.mask, part)
         elif name in _BY_NAME:
             if name in seen:
                 raise InvalidField(name, "the field is set more than once")
@@ -107,12 +112,12 @@ def _fill(draft: Draft, variation: bool) -> None:
         message.preview_interval = max(1, -(-steps // (draft.partial_images + 1)))
 
 
-def _put_image(draft: Draft, part: Part) -> None:
+def _put_source(source: pb.ImageSource, part: Part) -> None:
     data = bytes(part.data)
     if not part.is_file and _ADDRESS.match(data):
-        draft.message.image.uri = part.text
+        source.uri = part.text
     else:
-        draft.message.image.data = data
+        source.data = data
 
 
 def _text(draft: Draft, name: str, value: str) -> None:
@@ -136,6 +141,10 @@ def _set(message: Any, attribute: str, name: str, value: int) -> None:
         setattr(message, attribute, value)
     except ValueError:  # from protobuf: the value exceeds the field's type
         raise InvalidField(name, f"{value} is out of range") from None
+
+
+def _switch(draft: Draft, name: str, value: str) -> None:
+    setattr(draft.message, name, _SWITCH[_one_of(name, value, tuple(_SWITCH))])
 
 
 def _put_model(draft: Draft, name: str, value: str) -> None:
@@ -284,12 +293,26 @@ FIELDS = (
         "Seed of the first image; the next ones take seed + 1, seed + 2 ...; -1: random",
         True,
     ),
+    FormField(
+        "mask_blur",
+        _number,
+        {"type": "number", "minimum": 0, "maximum": MAX_BLUR, "default": 0},
+        "Softens the mask's edges by so many pixels of the mask",
+        True,
+    ),
+    FormField("mask_invert", _switch, {"type": "boolean", "default": False}, "Redraw what is opaque in the mask", True),
+    FormField(
+        "mask_paste",
+        _switch,
+        {"type": "boolean", "default": True},
+        "Outside the mask, the result has the source's pixels",
+        True,
+    ),
     FormField("scheduler", _text, {"type": "string"}, "A scheduler that GET /v1/models lists. Default: the model's own", True),
 )
-"""All fields except `image`."""
+"""All fields except `image` and `mask`."""
 _BY_NAME = {one.name: one for one in FIELDS}
 _UNSUPPORTED = {
-    "mask": "masks are not supported by this server: send the image without a mask",
     "loras": "LoRAs are not supported in requests: export a model with its LoRAs (img2img export --lora)",
     "controls": "controls are not supported by this server",
     "input_fidelity": "input_fidelity is not supported: set strength, which says how far to leave the source",

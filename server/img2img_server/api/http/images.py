@@ -70,7 +70,7 @@ class Images:
         def accept(accepted: Accepted) -> None:
             headers.update(answers.queue_headers(accepted.position, accepted.eta))
 
-        result = await self._transforms.transform(draft.message, exchange, accept, optional=draft.optional)
+        result = await self._transforms.transform(draft.message, exchange, accept, mask_by_alpha=True, optional=draft.optional)
         headers["openai-processing-ms"] = str(math.ceil((time.monotonic() - exchange.began) * 1000))
         await exchange.answer(200, await self._written(answers.images, result, exchange.base), headers)
 
@@ -78,7 +78,8 @@ class Images:
         """Answers with events. Headers are sent with the first event, so a refused request gets the status of its error."""
         begun, previews = False, 0
         asked = pb.TransformStreamRequest(request=draft.message)
-        async with aclosing(self._transforms.TransformStream(asked, exchange, optional=draft.optional)) as events:
+        stream = self._transforms.TransformStream(asked, exchange, mask_by_alpha=True, optional=draft.optional)
+        async with aclosing(stream) as events:
             async for event in events:
                 if not begun:
                     eta = event.queued.eta_seconds if event.queued.HasField("eta_seconds") else None

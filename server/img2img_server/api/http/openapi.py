@@ -18,6 +18,12 @@ _IMAGE_FIELD = {
     "description": "The source image: a file, or as text its address: data:, asset: and, if the server allows them, https:, "
     "http: and file:. It may be called image[]",
 }
+_MASK_FIELD = {
+    "type": "string",
+    "format": "binary",
+    "description": "Which part of the image to redraw: the areas that are transparent in this PNG or WebP file, or as text its "
+    "address, like image",
+}
 _REQUEST_HEADERS = [
     (TIMEOUT, "Seconds that the request may take, such as 30. One that cannot be met is refused at once (504)"),
     ("x-request-id", "Id of the request in the server's log: 1 to 64 letters, digits and _ . : -"),
@@ -119,7 +125,7 @@ def page() -> str:
 
 
 def _form(summary: str, required: list[str]) -> dict[str, Any]:
-    properties = {"image": _IMAGE_FIELD, **{one.name: _schema(one) for one in FIELDS}}
+    properties = {"image": _IMAGE_FIELD, "mask": _MASK_FIELD, **{one.name: _schema(one) for one in FIELDS}}
     schema = {"type": "object", "required": required, "properties": properties}
     headers = [
         {"name": name, "in": "header", "description": text, "schema": {"type": "string"}} for name, text in _REQUEST_HEADERS

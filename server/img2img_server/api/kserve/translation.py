@@ -2,9 +2,10 @@
 
 import io
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import numpy as np
@@ -59,7 +60,12 @@ class Parameters:
 
     def truth(self, name: str) -> bool:
         """Reads a bool, False if it is missing."""
-        return bool(self._read(name, "a bool", "bool_param"))
+        return bool(self.switch(name))
+
+    def switch(self, name: str) -> bool | None:
+        """Reads a bool."""
+        value: bool | None = self._read(name, "a bool", "bool_param")
+        return value
 
     def one_of(self, name: str, choices: Mapping[str, _T]) -> _T | None:
         """Reads a key of `choices`, ignoring case, and returns its value."""
@@ -95,6 +101,12 @@ SOURCES = (
     Input("image_pixels", ("UINT8",), (-1, -1, 3)),
 )
 """Inputs for the source image, of which a request contains exactly one."""
+MASKS = (
+    Input("mask", ("BYTES",)),
+    Input("mask_uri", ("BYTES",)),
+    Input("mask_pixels", ("UINT8",), (-1, -1)),
+)
+"""Inputs for the mask, of which a request contains at most one."""
 SETTINGS = (
     Input("prompt", ("BYTES",)),
     Input("negative_prompt", ("BYTES",)),
@@ -104,12 +116,14 @@ SETTINGS = (
     Input("num_inference_steps", ("INT64", "INT32")),
     Input("seed", ("INT64", "INT32")),
     Input("image_count", ("INT64", "INT32")),
+    Input("mask_blur", ("FP32", "FP64")),
     Input("width", ("INT64", "INT32")),
     Input("height", ("INT64", "INT32")),
     Input("scheduler", ("BYTES",)),
 )
 """Inputs named as their fields in TransformRequest. Each may be given as a parameter instead."""
 IMAGES, SEED = Output("images", "BYTES"), Output("seed", "INT64")
+INPUTS = (*SOURCES, *MASKS, *SETTINGS)
 OUTPUTS = (IMAGES, SEED)
 STEP, STEP_COUNT, PREVIEW = Output("step", "INT64", (1,)), Output("step_count", "INT64", (1,)), Output("preview", "BYTES", (1,))
 PROGRESS = (STEP, STEP_COUNT, PREVIEW)
@@ -132,7 +146,8 @@ class Task:
     """A translated ModelInferRequest.
 
     `outputs` are the requested ones, in order. With `progress` each step is sent. It times out after `seconds`, None for never.
-    `source` is the name of the image's input; if that was `batched`, the outputs have a batch dimension too.
+    `sources` are the names of the inputs by the fields `image` and `mask`; if that of the image was `batched`, the outputs have a
+    batch dimension too.
     """
 
     message: pb.TransformRequest
@@ -140,7 +155,7 @@ class Task:
     outputs: tuple[Output, ...]
     progress: bool
     seconds: float | None
-    source: str
+    sources: Mapping[str, str]
     batched: bool
 
 
@@ -153,7 +168,7 @@ async def read(request: Any, threads: FairThreads) -> Task:
     check_version(request.model_name, request.model_version)
     outputs = _outputs(request)
     # On a thread: a large image takes milliseconds, or a second if its values are typed contents.
-    given = await threads.run(tensors.read, request, (*SOURCES, *SETTINGS))
+    given = await threads.run(tensors.read, request, INPUTS)
     parameters = Parameters(request.parameters)
     message = pb.TransformRequest(model=pb.ModelReference(path=request.model_name))
     for setting in SETTINGS:
@@ -164,11 +179,18 @@ async def read(request: Any, threads: FairThreads) -> Task:
     _set_fit(message, parameters.text_or_integer("fit"))
     message.preview_interval = parameters.integer("preview_interval", 32) or 0
     progress = parameters.truth("progress") or message.preview_interval > 0
-    uri = parameters.text("image_uri")
+    for name in ("mask_invert", "mask_paste"):
+        if (switch := parameters.switch(name)) is not None:
+            setattr(message, name, switch)
+    uris = {field: parameters.text(f"{field}_uri") for field in ("image", "mask")}
     seconds = _seconds(parameters)
     parameters.finish()
-    source, batched = await _set_source(message, given, uri, threads)
-    return Task(message, request.id, outputs, progress, seconds, source, batched)
+    source = await _set_source(message.image, "image", SOURCES, given, uris["image"], threads)
+    if source is None:
+        raise InvalidField("image", f"exactly one of the inputs {_names(SOURCES)} is required, but none is given")
+    mask = await _set_source(message.mask, "mask", MASKS, given, uris["mask"], threads)
+    sources = {"image": source} | ({} if mask is None else {"mask": mask})
+    return Task(message, request.id, outputs, progress, seconds, sources, source in given and given[source].batched)
 
 
 def check_name(name: str) -> None:
@@ -184,12 +206,13 @@ def check_version(name: str, version: str) -> None:
 
 
 @contextmanager
-def renamed(source: str = "image") -> Iterator[None]:
-    """Renames the field of an InvalidField raised in the block to KServe's tensor, parameter or field."""
+def renamed(sources: Mapping[str, str] = MappingProxyType({})) -> Iterator[None]:
+    """Renames the field of an InvalidField raised in the block to KServe's tensor, parameter or field; `sources` as in a Task."""
     try:
         yield
     except InvalidField as error:
-        field = source if error.field.partition(".")[0] == "image" else _FIELDS.get(error.field, error.field)
+        root = error.field.partition(".")[0]
+        field = sources.get(root, root) if root in ("image", "mask") else _FIELDS.get(error.field, error.field)
         raise InvalidField(field, error.description) from None
 
 
@@ -270,30 +293,39 @@ def _set_fit(message: pb.TransformRequest, fit: str | int | None) -> None:
 
 
 async def _set_source(
-    message: pb.TransformRequest, given: Mapping[str, tensors.Given], uri: str | None, threads: FairThreads
-) -> tuple[str, bool]:
-    """Sets the message's image. Returns the name of its input, and whether that has a batch dimension."""
-    found = [source.name for source in SOURCES if source.name in given]
-    if uri is not None and "image_uri" not in found:
-        found.append("image_uri")
-    if len(found) != 1:
-        names = ", ".join(source.name for source in SOURCES)
-        raise InvalidField("image", f"exactly one of the inputs {names} is required, but {len(found)} are given")
+    source: pb.ImageSource,
+    field: str,
+    inputs: Sequence[Input],
+    given: Mapping[str, tensors.Given],
+    uri: str | None,
+    threads: FairThreads,
+) -> str | None:
+    """Sets the image in `field`, for which `inputs` are known. Returns the name of its input, None if there is none."""
+    found = [one.name for one in inputs if one.name in given]
+    if uri is not None and f"{field}_uri" not in found:
+        found.append(f"{field}_uri")
+    if not found:
+        return None
+    if len(found) > 1:
+        raise InvalidField(field, f"only one of the inputs {_names(inputs)} is allowed, but {len(found)} are given")
     (name,) = found
-    tensor = given.get(name)
-    value = uri if tensor is None else tensor.value
+    value = uri if name not in given else given[name].value
     if isinstance(value, np.ndarray):
-        message.image.data = await threads.run(_file, value)
-    elif name == "image":
+        source.data = await threads.run(_file, value)
+    elif name == field:
         assert isinstance(value, bytes), "a BYTES tensor holds bytes"
-        message.image.data = value
+        source.data = value
     else:
-        message.image.uri = value if isinstance(value, str) else _text(name, value)
-    return name, tensor is not None and tensor.batched
+        source.uri = value if isinstance(value, str) else _text(name, value)
+    return name
+
+
+def _names(inputs: Sequence[Input]) -> str:
+    return ", ".join(one.name for one in inputs)
 
 
 def _file(pixels: np.ndarray[Any, np.dtype[np.uint8]]) -> bytes:
-    """Encodes pixels [height, width, 3] as BMP, which is lossless and cheap to write and to read."""
+    """Encodes pixels, [height, width, 3] or gray [height, width], as BMP, which is lossless and cheap to write and to read."""
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "BMP")
     return file.getvalue()
