@@ -107,6 +107,22 @@ def test_large_photos_and_long_prompts(folder: Path, port: str) -> None:
     assert size(folder / "hills.png") == (152, 104)
 
 
+def test_redraw_a_part(folder: Path, port: str) -> None:
+    run(folder, program("Redraw a part", p50051=port))
+    with Image.open(folder / "demo" / "images" / "noon-lake.png") as source, Image.open(folder / "sky.png") as made:
+        below, above = (0, 100, 128, 128), (0, 0, 128, 40)
+        assert made.convert("RGB").crop(below).tobytes() == source.convert("RGB").crop(below).tobytes()
+        assert made.convert("RGB").crop(above).tobytes() != source.convert("RGB").crop(above).tobytes()
+
+
+def test_a_larger_canvas(folder: Path, port: str) -> None:
+    run(folder, program("A larger canvas", p50051=port))
+    with Image.open(folder / "demo" / "images" / "noon-lake.png") as source, Image.open(folder / "wide.png") as made:
+        assert made.size == (192, 128)
+        kept = (0, 0, 112, 128)
+        assert made.convert("RGB").crop(kept).tobytes() == source.convert("RGB").crop(kept).tobytes()
+
+
 def test_variations_and_reproducing_one(folder: Path, port: str) -> None:
     assert run(folder, program("Variations and reproducing one", p50051=port)) in ("True\n", "False\n")
     files = {(folder / f"sunset-{seed}.png").read_bytes() for seed in range(100, 104)}

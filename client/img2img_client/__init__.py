@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from img2img_client.async_stream import AsyncTransformStream
     from img2img_client.client import Client
     from img2img_client.options import Fit, ImageInput, TransformOptions, taken_options
+    from img2img_client.outpainting import Margins, expand
     from img2img_client.provenance import read_provenance, recorded_options
     from img2img_client.stream import TransformStream
 
@@ -75,6 +76,7 @@ __all__ = [
     "ImageInput",
     "Img2ImgError",
     "InvalidRequest",
+    "Margins",
     "ModelInfo",
     "ModelNotFound",
     "ModelReference",
@@ -97,6 +99,7 @@ __all__ = [
     "TransformedImage",
     "Unauthenticated",
     "Unavailable",
+    "expand",
     "read_provenance",
     "recorded_options",
     "taken_options",
@@ -110,6 +113,8 @@ _LAZY = {
     "Fit": "img2img_client.options",
     "ImageInput": "img2img_client.options",
     "TransformOptions": "img2img_client.options",
+    "Margins": "img2img_client.outpainting",
+    "expand": "img2img_client.outpainting",
     "read_provenance": "img2img_client.provenance",
     "recorded_options": "img2img_client.provenance",
     "taken_options": "img2img_client.options",

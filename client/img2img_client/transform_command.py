@@ -19,15 +19,18 @@ from img2img_client.values import Completed, ModelReference, TransformEvent, Tra
 
 if TYPE_CHECKING:
     from img2img_client.options import Fit, ImageInput, TransformOptions
+    from img2img_client.outpainting import Margins
     from img2img_client.progress import Show
 
 PROGRAM = "img2img transform"
+_SIDES = ("LEFT", "TOP", "RIGHT", "BOTTOM")
 
 _EPILOG = """\
 examples:
   img2img transform photo.jpg --output winter.png --prompt "the same place in winter" --fit native
   img2img transform photo.jpg --output tries.jpg --image-count 4 --seed 1 --strength 0.6 --steps 40
   img2img transform photo.jpg --output hat.png --prompt "a red hat" --mask head.png --mask-blur 4
+  img2img transform photo.jpg --output wide.png --prompt "a wide beach" --expand 128,0,128,0 --strength 1
   img2img transform photo.jpg --output lake.png --scheduler "DPM++ 2M Karras" --steps 15 --preview-every 3
   cat photo.jpg | img2img transform - --output - --format webp --quiet > sunset.webp
   img2img transform room.jpg --reference chair.png --reference lamp.png --output new.png --prompt "put both into the room"
@@ -129,6 +132,12 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="which part to redraw: an image, or an address that the server reads; white is redrawn, black is kept",
     )
+    group.add_argument(
+        "--expand",
+        type=_margins,
+        metavar="LEFT,TOP,RIGHT,BOTTOM",
+        help="outpaint: add so many pixels to each side of IN, a file, and redraw what was added; best with --strength 1",
+    )
     group.add_argument("--mask-blur", type=float, metavar="PIXELS", help="soften the mask's edges by so many pixels of the mask")
     group.add_argument("--mask-invert", action="store_true", default=None, help="redraw what is black in the mask")
     group.add_argument(
@@ -171,6 +180,8 @@ def _check_single(arguments: argparse.Namespace) -> None:
     """Raises ValueError for arguments that need --output-dir."""
     if len(arguments.image) > 1:
         raise ValueError(f"IN: {len(arguments.image)} images need --output-dir DIR")
+    if arguments.expand is not None and arguments.mask is not None:
+        raise ValueError("--expand makes a mask of its own: set only one of --expand and --mask")
     for flag in ("prompts", "overwrite"):
         if getattr(arguments, flag):
             raise ValueError(f"--{flag} needs --output-dir DIR")
@@ -182,6 +193,8 @@ def _transform_many(arguments: argparse.Namespace) -> int:
 
     if arguments.preview_every:
         raise ValueError("--preview-every needs --output: previews are written for a single image")
+    if arguments.expand is not None:
+        raise ValueError("--expand needs --output: it is for a single image")
     if arguments.prompt is not None and arguments.prompts is not None:
         raise ValueError("--prompt and --prompts both set the prompt: set only one of them")
     tasks = plan_tasks(arguments)
@@ -198,21 +211,50 @@ def _fit(text: str) -> "Fit":
         raise argparse.ArgumentTypeError(f"must be native or a number of pixels, not {text!r}") from None
 
 
+def _margins(text: str) -> "Margins":
+    from img2img_client.outpainting import Margins
+
+    sides = text.split(",")
+    if len(sides) != len(_SIDES) or not all(side.strip().isdecimal() for side in sides) or not any(map(int, sides)):
+        raise argparse.ArgumentTypeError(f"must be four numbers of pixels, {','.join(_SIDES)}, and one above 0, not {text!r}")
+    return Margins(*map(int, sides))
+
+
+def _expanded(arguments: argparse.Namespace) -> "tuple[ImageInput, ImageInput | None]":
+    """The source image, and the mask: with --expand, those of a larger canvas."""
+    source = _source(arguments.image[0])
+    if arguments.expand is None:
+        return source, arguments.mask
+    import io
+
+    from PIL import Image
+
+    from img2img_client.options import ADDRESS_SCHEMES, read_file
+    from img2img_client.outpainting import expand
+
+    if isinstance(source, str) and source.startswith(ADDRESS_SCHEMES):
+        raise ValueError("--expand needs a file: an address is read by the server")
+    with Image.open(io.BytesIO(read_file(source))) as image:
+        return expand(image, arguments.expand)
+
+
 def _source(image: str) -> "ImageInput":
     """The source image for the argument IN."""
     return sys.stdin.buffer.read() if image == "-" else image
 
 
 def _transform(arguments: argparse.Namespace, output: Output) -> TransformResult:
+    source, mask = _expanded(arguments)
     options: TransformOptions = {
         **_options(arguments),
+        "mask": mask,
         "format": output.format,
         "preview_interval": arguments.preview_every,
         "as_asset": arguments.as_asset or None,
     }
     with (
         connect(arguments, None if arguments.quiet else retry_report(PROGRAM, target_of(arguments))) as client,
-        client.transform_stream(_source(arguments.image[0]), **options) as events,
+        client.transform_stream(source, **options) as events,
         _progress(arguments.quiet) as show,
     ):
         for event in events:
