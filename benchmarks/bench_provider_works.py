@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from img2img_server.runtime.onnx.runners import HostRunner
+from img2img_server.runtime.onnx.runners import HostRunner, Runner
 from img2img_server.runtime.onnx.sessions import SessionOptions, open_session
 from img2img_server.runtime.providers import openvino
 from transformers import CLIPTextModel
@@ -19,7 +19,7 @@ Feed = Mapping[str, torch.Tensor]
 class Session:
     """A graph in a session of the server. `output` is the first output of the last run."""
 
-    runner: HostRunner
+    runner: Runner
     feed: Feed
     output: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
 
@@ -92,17 +92,17 @@ def feed_of(component: str, model: Path, size: int) -> dict[str, torch.Tensor]:
 def works_of(
     component: str, feed: Feed, model: Path, bundles: Mapping[str, Path], variants: Sequence[str], threads: int
 ) -> dict[str, Work]:
-    """The part with each of `variants`. The VAE of the int8 bundle is skipped: it equals that of the fp32 bundle."""
+    """The part with each of `variants`. The VAE encoder of the int8 bundle is skipped: it equals that of the fp32 bundle."""
     works: dict[str, Work] = {}
     for variant in variants:
-        if variant == "int8" and component.startswith("vae"):
+        if variant == "int8" and component == "vae_encoder":
             continue
         if variant.startswith("torch"):
             dtype = torch.bfloat16 if variant.endswith("bf16") else torch.float32
             works[variant] = Module(component, _module(component, model, dtype), feed, dtype, threads)
             continue
         graph = bundles["int8" if variant == "int8" else "fp32"] / component / "model.onnx"
-        works[variant] = Session(HostRunner(open_session(graph, _options(variant, graph, feed, threads))), feed)
+        works[variant] = Session(_runner(variant, graph, feed, threads), feed)
         if isinstance(works[variant], Session) and component == "text_encoder":
             works[variant].feed = {"input_ids": feed["input_ids"].to(_kind(works[variant]))}
     return works
@@ -113,18 +113,12 @@ def error_of(reference: Work, work: Work) -> float:
     return float((work.output - reference.output).norm() / reference.output.norm())
 
 
-def _options(variant: str, graph: Path, feed: Feed, threads: int) -> SessionOptions:
+def _runner(variant: str, graph: Path, feed: Feed, threads: int) -> Runner:
+    """A graph on the CPU provider, or compiled by OpenVINO, for the shapes of `feed` or for any."""
     if not variant.startswith("openvino"):
-        return SessionOptions("cpu", threads)
-    arithmetic = "bf16" if variant.endswith("bf16") else "f32"
-    settings = (("load_config", openvino.load_config(arithmetic, threads)),)
-    sizes: dict[str, int] = {}
-    if variant == "openvino-static":
-        inputs = open_session(graph, SessionOptions("cpu", threads, lean=True)).get_inputs()
-        for item in inputs:
-            pairs = zip(item.shape, feed[item.name].shape, strict=True)
-            sizes |= {axis: size for axis, size in pairs if isinstance(axis, str)}
-    return SessionOptions("openvino", threads, provider_options=settings, dimensions=tuple(sizes.items()))
+        return HostRunner(open_session(graph, SessionOptions("cpu", threads)))
+    compiler = openvino.Compiler(threads, "bf16" if variant.endswith("bf16") else "f32")
+    return compiler(graph, {name: tuple(value.shape) for name, value in feed.items()} if "static" in variant else None)
 
 
 def _kind(work: Work) -> torch.dtype:

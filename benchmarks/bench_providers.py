@@ -1,8 +1,8 @@
 """Compares providers and libraries for a Stable Diffusion 1.5 of real size on this CPU: parts and whole requests.
 
-Parts: ONNX Runtime's CPU provider in fp32 and on the int8 bundle, OpenVINO's provider with dynamic and with fixed shapes,
-PyTorch with channels last. Requests: the server's pipeline, diffusers, optimum and optimum-intel, each in its own process, with
-the image's PSNR against diffusers in fp32. All take turns: compare the ratios.
+Parts: ONNX Runtime's CPU provider in fp32 and on the int8 bundle (static int8), OpenVINO with dynamic and with fixed shapes
+in fp32 and bfloat16, PyTorch with channels last. Requests: the server's pipeline, diffusers, optimum and optimum-intel, each
+in its own process, with the image's PSNR against diffusers in fp32. All take turns: compare the ratios.
 """
 
 import argparse
@@ -12,7 +12,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +21,9 @@ from rich.console import Console
 from rich.table import Table
 
 _BENCH = Path(".bench")
-_VARIANTS = ("cpu", "int8", "openvino", "openvino-static", "openvino-bf16", "torch", "torch-bf16")
+_VARIANTS = ("cpu", "int8", "openvino", "openvino-static", "openvino-bf16", "openvino-static-bf16", "torch", "torch-bf16")
 _COMPONENTS = ("unet", "vae_encoder", "vae_decoder", "text_encoder")
-_PEERS = ("ours", "ours-openvino", "ours-int8", "diffusers", "diffusers-bf16", "optimum", "optimum-intel")
+_PEERS = ("ours", "ours-openvino", "ours-openvino-bf16", "ours-int8", "diffusers", "diffusers-bf16", "optimum", "optimum-intel")
 _LEAST_ROUNDS = 3
 
 
@@ -34,7 +33,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--model", choices=("sd15", "tiny"), default="sd15", help="random weights of this size (default: %(default)s)")
     add(
         "--variants",
-        default="cpu,int8,openvino,openvino-static,torch",
+        default="cpu,int8,openvino-static,openvino-static-bf16,torch,torch-bf16",
         metavar="V,...",
         help=f"variants, of {', '.join(_VARIANTS)}",
     )
@@ -46,8 +45,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--request-rounds", type=int, default=3, metavar="N", help="turns of each peer (default: %(default)s)")
     add("--request-steps", type=int, default=25, metavar="N", help="steps of a request, at strength 0.8 (default: %(default)s)")
     add("--threads", type=int, default=len(os.sched_getaffinity(0)), metavar="N", help="CPU threads (default: all)")
-    add("--pretend-intel", action="store_true", help="enable OpenVINO's plugin on CPUs of other makers, by a patch of the tests")
-    add("--openvino-packages", type=Path, metavar="DIR", help="folder of onnxruntime_ep_openvino, if it is not installed")
     add("--intel-packages", type=Path, metavar="DIR", help="folder of optimum-intel and its dependencies, in its versions")
     add(
         "--json",
@@ -69,16 +66,8 @@ def run(arguments: argparse.Namespace) -> int:
     if "int8" in variants or "ours-int8" in peers:
         bundles["int8"] = _bundle(model, arguments.model, "int8")
     found: dict[str, Any] = {"machine": None, "parts": [], "requests": []}
-    with ExitStack() as stack:
-        if arguments.openvino_packages:
-            sys.path.insert(0, str(arguments.openvino_packages))
-        if arguments.pretend_intel and any("openvino" in name for name in variants):
-            sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-            from openvino_device import openvino_device
-
-            stack.enter_context(openvino_device())
-        if any(variants):
-            found["parts"] = [*_parts(arguments, model, bundles)]
+    if any(variants):
+        found["parts"] = [*_parts(arguments, model, bundles)]
     if peers:
         found["requests"] = _requests(arguments, model, bundles, peers)
     from img2img_server.runtime.common.cpu import machine
@@ -157,15 +146,14 @@ def _requests(arguments: argparse.Namespace, model: Path, bundles: Mapping[str, 
 def _start(
     name: str, arguments: argparse.Namespace, model: Path, bundles: Mapping[str, Path], images: Path
 ) -> "subprocess.Popen[str]":
-    way = {"ours-openvino": "ours", "ours-int8": "ours", "diffusers-bf16": "diffusers"}.get(name, name)
+    way = "ours" if name.startswith("ours") else name.removesuffix("-bf16")
     path = model if way in ("diffusers", "optimum-intel") else bundles["int8" if name == "ours-int8" else "fp32"]
     python = optimum_python() if way == "optimum" else sys.executable
     command = [python, "-m", "bench_peers.image", way, str(path), "--image", str(images / f"{name}.png")]
     command += ["--size", str(arguments.request_size), "--threads", str(arguments.threads)]
     command += ["--arithmetic", "bf16"] if name.endswith("bf16") else []
-    command += ["--provider", "openvino"] if name == "ours-openvino" else []
-    command += ["--pretend-intel"] if name == "ours-openvino" and arguments.pretend_intel else []
-    own = {"ours-openvino": arguments.openvino_packages, "optimum-intel": arguments.intel_packages}.get(name)
+    command += ["--provider", "openvino"] if name.startswith("ours-openvino") else []
+    own = arguments.intel_packages if name == "optimum-intel" else None
     paths = [str(folder.absolute()) for folder in (own, Path(__file__).parent) if folder] + [os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": ":".join(filter(None, paths)), "OMP_WAIT_POLICY": "PASSIVE"}
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)

@@ -97,7 +97,7 @@ def faults() -> Iterator[str]:
     for_ray = closure((*EXTRAS["cpu"], "ray")) - expected.keys()
     yield from _differences("ray", ray, {name: all_pins[name] for name in for_ray})
     # CUDA's libraries are not installed here and are not checked; all other packages are.
-    shared = {name: all_pins[name] for name in expected.keys() - {"onnxruntime", "onnxruntime-ep-openvino"}}
+    shared = {name: all_pins[name] for name in expected.keys() - {"onnxruntime", "openvino", "openvino-telemetry"}}
     other = {name: version for name, version in cuda.items() if not CUDA_ONLY.fullmatch(name)}
     yield from _differences("cuda", other, shared)
     if cuda.get("onnxruntime-gpu") != all_pins["onnxruntime"]:

@@ -5,7 +5,6 @@ image; the answer is a line of JSON with the seconds it took. The image is writt
 """
 
 import argparse
-import contextlib
 import json
 import sys
 import time
@@ -30,7 +29,8 @@ def ours(arguments: argparse.Namespace) -> Draw:
     from img2img_server.runtime.execution import Execution
     from img2img_server.runtime.loader import load_pipeline
 
-    execution = Execution(arguments.provider, arguments.threads)
+    # In bfloat16 only if it was requested.
+    execution = Execution(arguments.provider, arguments.threads, "auto" if arguments.arithmetic == "bf16" else "fp32")
     pipeline = load_pipeline(arguments.model, read_manifest(arguments.model), execution, Cache(0))
 
     def draw(image: Image.Image, steps: int) -> Image.Image:
@@ -100,16 +100,6 @@ def _called(pipe: Any) -> Draw:
     return draw
 
 
-def _device(arguments: argparse.Namespace) -> contextlib.AbstractContextManager[Any]:
-    """With --pretend-intel, enables OpenVINO's plugin on CPUs of other makers, by the same patch as in tests."""
-    if not arguments.pretend_intel:
-        return contextlib.nullcontext()
-    sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
-    from openvino_device import openvino_device
-
-    return openvino_device()
-
-
 def main() -> None:
     """Loads the model, prints an empty JSON object, and makes images until stdin ends."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -120,10 +110,8 @@ def main() -> None:
     parser.add_argument("--image", type=Path, required=True)
     parser.add_argument("--provider", default="cpu")
     parser.add_argument("--arithmetic", choices=("fp32", "bf16"), default="fp32")
-    parser.add_argument("--pretend-intel", action="store_true")
     arguments = parser.parse_args()
-    with _device(arguments):
-        _answer(WAYS[arguments.way](arguments), arguments)
+    _answer(WAYS[arguments.way](arguments), arguments)
 
 
 def _answer(draw: Draw, arguments: argparse.Namespace) -> None:

@@ -63,7 +63,7 @@ def test_an_onnx_bundle_is_served_without_packages_that_it_does_not_need(
     assert served.isdisjoint(UNUSED), served & set(UNUSED)
     packages = {name.partition(".")[0] for name in served} - {name.partition(".")[0] for name in run(NEEDED)}
     own = {name for name in packages if name not in sys.stdlib_module_names and not name.startswith(("_", "img2img"))}
-    assert own <= {"google", "grpc_health", "grpc_reflection", "grpc_status", "onnxruntime_ep_openvino", "platformdirs"}
+    assert own <= {"google", "grpc_health", "grpc_reflection", "grpc_status", "platformdirs"}
 
 
 @pytest.mark.parametrize("words", [["--help"], *([command, "--help"] for command in COMMANDS)], ids="-".join)

@@ -11,6 +11,7 @@ from fakes import make_request
 from img2img_server.bundle.manifest import Manifest, Source, Verification
 from img2img_server.engine.request import run_alone
 from img2img_server.errors import BundleError
+from img2img_server.runtime.common import cpu
 from img2img_server.runtime.execution import Execution
 from img2img_server.runtime.opaque.pipeline import OpaquePipeline
 from img2img_server.runtime.torch.load import choose_dtype, torch_device, torch_pipeline
@@ -26,18 +27,30 @@ def test_a_gpu_computes_in_bfloat16_where_it_has_it(
     assert choose_dtype("cuda", Execution(arithmetic="fp32")) == torch.float32
 
 
-@pytest.mark.parametrize(("flags", "dtype"), [({"amx_bf16": True}, torch.bfloat16), ({"avx2": True}, torch.float32)])
-def test_a_cpu_computes_in_bfloat16_where_it_has_amx(
-    monkeypatch: pytest.MonkeyPatch, flags: dict[str, bool], dtype: torch.dtype
+@pytest.mark.parametrize(
+    ("flags", "limit", "dtype"),
+    [
+        ("fpu avx512f amx_bf16", "", torch.bfloat16),
+        ("fpu avx512_bf16", "", torch.bfloat16),
+        ("fpu avx512_bf16", "ALL", torch.bfloat16),
+        ("fpu avx512_bf16", "avx512_core", torch.float32),
+        ("fpu avx512_fp16 avx512_vnni", "", torch.float32),
+        ("fpu avx2", "", torch.float32),
+    ],
+)
+def test_a_cpu_computes_in_bfloat16_if_it_multiplies_it(
+    monkeypatch: pytest.MonkeyPatch, flags: str, limit: str, dtype: torch.dtype
 ) -> None:
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: flags)
+    monkeypatch.setattr(cpu, "flags", lambda information: frozenset(flags.split()))
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
     assert choose_dtype("cpu", Execution()) == dtype
     assert choose_dtype("cpu", Execution(arithmetic="fp32")) == torch.float32
 
 
-def test_this_machines_cpu_is_asked() -> None:
+def test_this_machines_cpu_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
     flags = Path("/proc/cpuinfo").read_text(encoding="utf-8").split()
-    assert (choose_dtype("cpu", Execution()) == torch.bfloat16) == ("amx_bf16" in flags)
+    assert (choose_dtype("cpu", Execution()) == torch.bfloat16) == (not {"amx_bf16", "avx512_bf16"}.isdisjoint(flags))
 
 
 def test_a_device_that_is_not_there_is_an_error() -> None:

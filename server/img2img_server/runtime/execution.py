@@ -52,17 +52,19 @@ class Execution:
     """How to run a bundle.
 
     `provider` is "auto" or one of PROVIDERS. `threads` is the number of CPU threads of one call, None for the number of cores.
-    With `arithmetic` "auto" a provider may compute in lower precision than the bundle's (bfloat16 on a CPU with AMX, for example)
+    With `arithmetic` "auto" a provider may compute in lower precision than the bundle's (such as bfloat16 on a CPU that has it)
     if the reference images still pass; with "fp32" it may not. `buckets` are the shapes to prepare for, None for the provider's
     default, () for none. `gpu_memory` bounds ONNX Runtime's arena in bytes, None for no bound. `cuda_graphs` records calls of
     common shapes and replays them. `vae_memory` bounds the estimated memory of one VAE call in bytes, None for the default of
-    common/vae.py. `compile` runs torch modules through torch.compile. `cache` is the folder of built engines.
+    common/vae.py. `compile` runs torch modules through torch.compile. `cache` is the folder of built engines, compiled graphs
+    and measurements.
     """
 
     provider: str = setting(
         "auto",
-        "execution provider for ONNX graphs. auto takes the best one that works on this machine, and the log says why a better "
-        "one was not used; a provider that is set by name and does not work is an error at start",
+        "execution provider for ONNX graphs. auto takes the best one that works on this machine; on a CPU it measures OpenVINO, "
+        "if it is installed, against ONNX Runtime once for each model, and keeps the faster one. The log says why a better one "
+        "was not used; a provider that is set by name and does not work is an error at start",
         choices=("auto", *PROVIDERS),
     )
     threads: int | None = setting(
@@ -103,7 +105,7 @@ class Execution:
     )
     cache: Path | None = setting(
         None,
-        "folder for built TensorRT engines and measured costs (default: ~/.cache/img2img/engines)",
+        "folder for built TensorRT engines, graphs compiled by OpenVINO and measurements (default: ~/.cache/img2img/engines)",
         metavar="DIR",
         name="engine_cache",
     )

@@ -13,7 +13,7 @@ from img2img_server.bundle.unsafe_files import refuse_unsafe
 from img2img_server.engine.cache import Cache
 from img2img_server.engine.request import Pipeline
 from img2img_server.errors import BundleError, OutOfMemory, ServerError
-from img2img_server.runtime import accuracy_check
+from img2img_server.runtime import accuracy_check, measured_choice
 from img2img_server.runtime.common import cpu
 from img2img_server.runtime.common.device_copy import device_stream, go_over
 from img2img_server.runtime.common.out_of_memory import KEEPERS, is_out_of_memory
@@ -104,7 +104,14 @@ def _load_graphs(
     """Loads an ONNX bundle on the chosen provider; if the provider is "auto" and the GPU does not run the bundle, on the CPU."""
     placement = Placement(bundle, manifest, choice, open_graph)
     if choice.provider == "openvino":
-        return _load_openvino(bundle, manifest, execution, threads, cache, placement)
+        ways: dict[str, Callable[[], Pipeline]] = {
+            "onnx:openvino": lambda: _load_openvino(bundle, manifest, execution, threads, cache, placement)
+        }
+        if execution.provider == "auto":
+            on_cpu = replace(choice, provider="cpu", detail="")
+            exact = lambda: _load_graphs(bundle, manifest, execution, threads, cache, on_cpu, open_graph, keep)  # noqa: E731
+            ways = {"onnx:cpu": exact, **ways}
+        return measured_choice.fastest(bundle, manifest, execution, threads, ways)
     # An opaque pipeline uses several threads, and recorded calls belong to one thread.
     graphs = execution.cuda_graphs and family_of(manifest) is not None
     try:
@@ -169,11 +176,11 @@ def _load_openvino(
     """Loads in bfloat16 if the CPU supports it and the accuracy check passes, else in float32."""
 
     def load(execution: Execution) -> Pipeline:
-        arithmetic = openvino.arithmetic(execution)
-        make = openvino.runners(execution, threads, bundle, manifest, placement.open, arithmetic)
+        arithmetic, root = openvino.arithmetic(execution), measured_choice.cache_root(execution)
+        make = openvino.runners(execution, threads, bundle, manifest, placement.open, arithmetic, root)
         return assemble(bundle, manifest, placement.logged(make), "openvino", "cpu", threads, cache, execution)
 
-    if openvino.arithmetic(execution) == "f32" or manifest.precision == "bf16":
+    if openvino.arithmetic(execution) == "f32":
         return load(execution)
     return _judged(bundle, manifest, "bf16", lambda: load(execution), lambda: load(replace(execution, arithmetic="fp32")))
 
@@ -200,7 +207,15 @@ def _load_torch(bundle: Path, manifest: Manifest, execution: Execution, threads:
     dtype = choose_dtype(device, execution)
     if dtype == torch.float32:
         return load(dtype)
-    return _judged(bundle, manifest, _PRECISIONS[dtype], lambda: load(dtype), lambda: load(torch.float32))
+
+    def quick() -> Pipeline:
+        return _judged(bundle, manifest, _PRECISIONS[dtype], lambda: load(dtype), lambda: load(torch.float32))
+
+    if device != "cpu":
+        return quick()
+    ways: dict[str, Callable[[], Pipeline]] = {"PyTorch in fp32": lambda: load(torch.float32)}
+    ways[f"PyTorch in {_PRECISIONS[dtype]}"] = quick
+    return measured_choice.fastest(bundle, manifest, execution, threads, ways)
 
 
 def _judged(

@@ -12,6 +12,9 @@ from pathlib import Path
 import onnxruntime
 import torch
 
+_ISAS_WITHOUT_BFLOAT16 = frozenset({"SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX512_CORE", "AVX512_CORE_VNNI"})
+"""Values of oneDNN's environment variable that exclude instructions for bfloat16."""
+
 
 def count(root: Path = Path("/"), mask: Set[int] | None = None) -> int:
     """The number of physical cores in the affinity `mask` (default: this process's), bounded by the quota; at least 1.
@@ -90,6 +93,23 @@ def _read(path: Path) -> str:
         return path.read_text(encoding="utf-8").strip()
     except OSError:
         return ""
+
+
+def multiplies_bfloat16(information: Path = Path("/proc/cpuinfo")) -> bool:
+    """Whether the CPU has instructions that multiply bfloat16 (AVX512_BF16, AMX), and oneDNN, the library of PyTorch and
+    OpenVINO, may use them. Others convert it, which is slower than float32."""
+    if os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper() in _ISAS_WITHOUT_BFLOAT16:
+        return False
+    return not flags(information).isdisjoint({"avx512_bf16", "amx_bf16"})
+
+
+def flags(information: Path = Path("/proc/cpuinfo")) -> frozenset[str]:
+    """The CPU's features by the kernel's names; empty if it does not say."""
+    try:
+        lines = information.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    return frozenset(next((line.partition(":")[2].split() for line in lines if line.startswith("flags")), []))
 
 
 def machine(information: Path = Path("/proc/cpuinfo")) -> dict[str, str]:

@@ -102,5 +102,5 @@ class Placement:
         recorded = ""
         if used.provider == "cuda":
             recorded = ", recorded as CUDA graphs" if used.recordable else f", not recorded, {self._copies} Memcpy nodes"
-        arithmetic = used.arithmetic or self._precisions.get(name, "fp32")
-        return f"runs {' and '.join(parts)} in {arithmetic}, {used.threads} threads{recorded}"
+        precision = self._precisions.get(name, "fp32")
+        return f"runs {' and '.join(parts)} in {precision}, {used.threads} threads{recorded}"

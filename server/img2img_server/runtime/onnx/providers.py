@@ -9,7 +9,7 @@ import ctypes
 import functools
 import importlib.metadata
 import importlib.util
-import platform
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,10 +25,9 @@ from img2img_server.support.distribution import install_hint
 FULL_NAMES = {
     "tensorrt": "TensorrtExecutionProvider",
     "cuda": "CUDAExecutionProvider",
-    "openvino": "OpenVINOExecutionProvider",
     "cpu": "CPUExecutionProvider",
 }
-"""ONNX Runtime's names of execution.PROVIDERS."""
+"""ONNX Runtime's names of those of execution.PROVIDERS that are its own. OpenVINO runs without it."""
 
 ERRORS = (
     state.EPFail,
@@ -47,8 +46,6 @@ _LOADED_LATER = ("libcudnn.so.9",)
 _TENSORRT = "libnvinfer.so.10"
 
 _TITLES = {"tensorrt": "TensorRT", "cuda": "CUDA", "openvino": "OpenVINO", "cpu": "CPU"}
-_PLUGIN = "onnxruntime_ep_openvino"
-_REGISTRATION = "img2img-openvino"
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,34 +111,28 @@ def probe(name: str) -> Probe:
     return _probe_gpu(name)
 
 
-def openvino_device() -> Any:
-    """The CPU device of OpenVINO's plugin, an onnxruntime.OrtEpDevice, or None. The plugin must have been probed before."""
-    for device in onnxruntime.get_ep_devices():
-        # The plugin's "AUTO" device has another name.
-        if device.ep_name == FULL_NAMES["openvino"] and device.device.type == onnxruntime.OrtHardwareDeviceType.CPU:
-            return device
-    return None
-
-
 def _probe_openvino() -> Probe:
-    if importlib.util.find_spec(_PLUGIN) is None:
-        return Probe("openvino", problem=f"its plugin is not installed ({install_hint('openvino')})")
-    if openvino_device() is None:
-        try:
-            _register_plugin()
-        except (*ERRORS, OSError, ImportError, AttributeError) as error:
-            return Probe("openvino", problem=f"its plugin does not load: {_first_line(error)}")
-    device = openvino_device()
-    if device is None:
-        return Probe("openvino", problem=f"its plugin supports no device here (it needs an Intel CPU, this one is by {_cpu()})")
-    return Probe("openvino", detail=f"plugin {importlib.metadata.version('onnxruntime-ep-openvino')}")
+    if importlib.util.find_spec("openvino") is None:
+        return Probe("openvino", problem=f"it is not installed ({install_hint('openvino')})")
+    try:
+        devices = load_openvino().Core().available_devices
+    except (ImportError, OSError, RuntimeError, AttributeError) as error:
+        return Probe("openvino", problem=f"it does not load: {_first_line(error)}")
+    if "CPU" not in devices:
+        return Probe("openvino", problem="it does not support this CPU")
+    return Probe("openvino", detail=importlib.metadata.version("openvino"))
 
 
-@functools.cache
-def _register_plugin() -> None:
-    """Registers the plugin's library, which ONNX Runtime allows once per process."""
-    plugin = importlib.import_module(_PLUGIN)
-    onnxruntime.register_execution_provider_library(_REGISTRATION, plugin.get_library_path())
+def load_openvino() -> Any:
+    """Imports the package openvino without openvino_telemetry, which its converter of models would use. Raises ImportError."""
+    hidden = "openvino_telemetry" not in sys.modules
+    if hidden:
+        sys.modules["openvino_telemetry"] = None  # type: ignore[assignment] # makes its import fail
+    try:
+        return importlib.import_module("openvino")
+    finally:
+        if hidden:
+            sys.modules.pop("openvino_telemetry", None)
 
 
 def _probe_gpu(name: str) -> Probe:
@@ -216,16 +207,6 @@ def _nvidia_device() -> tuple[str, str]:
         return "", "the NVIDIA driver has no device"
     driver.cuDeviceGetName(name, len(name), 0)
     return name.value.decode(errors="replace"), ""
-
-
-def _cpu() -> str:
-    """The CPU's vendor."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    vendor = next((line.partition(":")[2].strip() for line in lines if line.startswith("vendor_id")), "")
-    return {"AuthenticAMD": "AMD", "GenuineIntel": "Intel"}.get(vendor, vendor or platform.machine())
 
 
 def _first_line(error: Exception) -> str:

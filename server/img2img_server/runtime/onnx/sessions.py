@@ -13,7 +13,7 @@ from typing import Any
 import onnxruntime
 
 from img2img_server.errors import BundleError
-from img2img_server.runtime.onnx.providers import ERRORS, FULL_NAMES, openvino_device
+from img2img_server.runtime.onnx.providers import ERRORS, FULL_NAMES
 
 _WARNING, _ERROR, _FATAL = 2, 3, 4
 """ONNX Runtime's log levels."""
@@ -26,7 +26,7 @@ class SessionOptions:
     `provider` is one of execution.PROVIDERS; `provider_options` are its options, by ONNX Runtime's names. `threads` is the number
     of CPU threads of one call. `dimensions` fixes named axes of the graph's inputs; if all are fixed, the session is static and
     accepts only those sizes. A `lean` session reads its weights from the mapped file and keeps nothing between calls: it takes
-    little memory and is slower. `arithmetic` is the session's precision if it differs from the graph's, for the log only.
+    little memory and is slower.
     `recordable` says that `provider_options` enable CUDA graphs.
     """
 
@@ -35,7 +35,6 @@ class SessionOptions:
     lean: bool = False
     provider_options: tuple[tuple[str, str], ...] = ()
     dimensions: tuple[tuple[str, int], ...] = ()
-    arithmetic: str = ""
     recordable: bool = False
 
 
@@ -46,8 +45,8 @@ Open = Callable[[Path, SessionOptions], onnxruntime.InferenceSession]
 def provider_list(options: SessionOptions) -> list[tuple[str, dict[str, str]]]:
     """The providers of a session, in order of preference, each with its options.
 
-    A GPU's list ends with the CPU, for nodes that the GPU does not support; TensorRT's has CUDA in between. OpenVINO is a plugin
-    and is added by its device instead. The options of TensorRT are not yet run on a GPU.
+    A GPU's list ends with the CPU, for nodes that the GPU does not support; TensorRT's has CUDA in between. The options of
+    TensorRT are not yet run on a GPU.
     """
     cpu: tuple[str, dict[str, str]] = (FULL_NAMES["cpu"], {})
     own = dict(options.provider_options)
@@ -63,17 +62,10 @@ def provider_list(options: SessionOptions) -> list[tuple[str, dict[str, str]]]:
 def open_session(graph: Path, options: SessionOptions) -> onnxruntime.InferenceSession:
     """Opens the ONNX file `graph`. Raises BundleError if the session runs on another provider than requested."""
     session_options = _session_options(options)
-    arguments: dict[str, Any] = {}
-    if options.provider == "openvino":
-        device = openvino_device()
-        if device is None:
-            raise BundleError(f"{graph} was to run on OpenVINO, whose plugin supports no device of this machine")
-        session_options.add_provider_for_devices([device], dict(options.provider_options))
-    else:
-        if options.provider != "cpu":
-            onnxruntime.preload_dlls()
-        wanted = provider_list(options)
-        arguments = {"providers": [name for name, _ in wanted], "provider_options": [settings for _, settings in wanted]}
+    if options.provider != "cpu":
+        onnxruntime.preload_dlls()
+    wanted = provider_list(options)
+    arguments = {"providers": [name for name, _ in wanted], "provider_options": [settings for _, settings in wanted]}
     try:
         session = onnxruntime.InferenceSession(str(graph), session_options, enable_fallback=0, **arguments)
     except (*ERRORS, RuntimeError) as error:

@@ -1,13 +1,17 @@
-"""OpenVINO's execution provider, a plugin of ONNX Runtime: sessions of fixed shapes for common sizes, one for all others.
+"""OpenVINO: ONNX graphs compiled by its CPU plugin: one graph of fixed shapes for each common size, one for all other shapes.
 
-On CPUs with AMX it computes in bfloat16, about three times as fast as ONNX Runtime's CPU provider in fp32; on others in float32.
-The accuracy check (accuracy_check.py) decides whether bfloat16 may be used. Graphs that OpenVINO does not support run on ONNX
-Runtime's CPU provider, and the log says why.
+On CPUs that multiply bfloat16 (AVX512_BF16, AMX) it computes in bfloat16, on others in float32. The accuracy check
+(accuracy_check.py) decides whether bfloat16 may be used. Graphs that OpenVINO does not run are on ONNX Runtime's CPU provider,
+and the log says why. Compiled graphs are kept on disk, so that a later start does not compile them again.
 """
 
-import json
+import contextlib
+import importlib
+import importlib.metadata
 import logging
+import threading
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +22,66 @@ from img2img_server.errors import BundleError
 from img2img_server.runtime.common import cpu
 from img2img_server.runtime.execution import Bucket, Execution
 from img2img_server.runtime.onnx.graph_sizes import Shapes, Sizes, shapes_of, try_on_zeros
-from img2img_server.runtime.onnx.providers import openvino_device
+from img2img_server.runtime.onnx.providers import load_openvino
 from img2img_server.runtime.onnx.runners import HostRunner, Make, Runner, SplitGraphRunner
 from img2img_server.runtime.onnx.sessions import Open, SessionOptions
 
 _log = logging.getLogger(__name__)
 
+_LOCK = threading.Lock()
+_core: Any = None
+
 _GROWTH = {"fp32": 1.1, "fp16": 4.0, "bf16": 4.0}
-"""Memory of a session as a multiple of its weights' bytes: OpenVINO keeps a copy in its kernels' layout, and a float32 copy if
-the file has less. Measured with Stable Diffusion 1.5's UNet: 3.4 GiB of private memory in fp32 (3.2 GiB of weights, whose mapped
-file all sessions share), 6.5 GiB in fp16 (1.6 GiB of weights)."""
+"""Memory of a compiled graph as a multiple of its weights' bytes: OpenVINO keeps a copy in its kernels' layout, and a float32
+copy if the file has less. Measured with Stable Diffusion 1.5's UNet in ONNX Runtime's plugin of OpenVINO: 3.4 GiB of private
+memory in fp32 (3.2 GiB of weights, whose mapped file all share), 6.5 GiB in fp16 (1.6 GiB of weights)."""
+_MOST_CACHED = 32 * 2**30
+"""Maximum bytes of compiled graphs on disk; the oldest are deleted."""
+
+_REFUSED = {
+    "int8": "int8 graphs are made for it",
+    "bf16": "the results of bf16 graphs are wrong in OpenVINO 2026.4",
+}
+"""Why graphs of some precisions are not run."""
+
+_TYPES = {
+    "f32": "tensor(float)",
+    "f16": "tensor(float16)",
+    "i64": "tensor(int64)",
+    "i32": "tensor(int32)",
+    "boolean": "tensor(bool)",
+}
+"""ONNX Runtime's names of OpenVINO's types."""
+
+
+@dataclass(frozen=True, slots=True)
+class Port:
+    """An input or output, with the attributes of an onnxruntime.NodeArg. A dynamic axis has a name of its own."""
+
+    name: str
+    type: str
+    shape: tuple[int | str, ...]
+
+
+class OpenVinoRunner:
+    """A compiled graph with inputs and outputs on the CPU. One call at a time: it uses all threads."""
+
+    def __init__(self, compiled: Any) -> None:
+        self._request = compiled.create_infer_request()
+        self._lock = threading.Lock()
+        self.inputs: Sequence[Any] = [_port(item) for item in compiled.inputs]
+        self.outputs: Sequence[Any] = [_port(item) for item in compiled.outputs]
+
+    def run(self, feed: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+        """Runs the graph on CPU tensors. The results are copies."""
+        values = {name: tensor.numpy() for name, tensor in feed.items()}
+        with self._lock:
+            results = self._request.infer(values, share_inputs=True)
+            return [torch.from_numpy(results[index]) for index in range(len(self.outputs))]
 
 
 class BucketRunner:
-    """A graph with sessions of fixed shapes, and one session for all other shapes."""
+    """A graph with runners of fixed shapes, and one runner for all other shapes."""
 
     def __init__(self, any_shape: Runner, fixed: Mapping[Shapes, Runner]) -> None:
         self._any_shape = any_shape
@@ -41,25 +91,56 @@ class BucketRunner:
         self._names = [item.name for item in self.inputs]
 
     def run(self, feed: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
-        """Runs the graph on CPU tensors, in the session of their shapes, if there is one."""
+        """Runs the graph on CPU tensors, in the runner of their shapes, if there is one."""
         shapes = tuple(tuple(feed[name].shape) for name in self._names)
         return self._fixed.get(shapes, self._any_shape).run(feed)
 
 
-class Sessions:
-    """Makes the runners of a bundle's graphs (a Make, see runners.py). `arithmetic` is OpenVINO's, "f32" or "bf16"."""
+class Compiler:
+    """Compiles ONNX files. `arithmetic` is OpenVINO's, "f32" or "bf16"; `cache` the folder for compiled graphs, None for none."""
 
-    def __init__(
-        self, execution: Execution, threads: int, bundle: Path, manifest: Manifest, open_graph: Open, arithmetic: str
-    ) -> None:
+    def __init__(self, threads: int, arithmetic: str, cache: Path | None = None) -> None:
+        self.threads = threads
+        self.arithmetic = arithmetic
+        self._settings = {
+            "INFERENCE_PRECISION_HINT": arithmetic,
+            "INFERENCE_NUM_THREADS": threads,
+            "NUM_STREAMS": "1",
+            "PERFORMANCE_HINT": "LATENCY",
+            "ENABLE_CPU_PINNING": False,
+        }
+        if cache is not None:
+            try:
+                cache.mkdir(parents=True, exist_ok=True, mode=0o700)
+            except OSError as error:
+                _log.warning("compiled graphs are not kept in %s (%s): each start compiles them", cache, error.strerror)
+            else:
+                prune(cache)
+                self._settings["CACHE_DIR"] = str(cache)
+
+    def __call__(self, graph: Path, shapes: Mapping[str, Sequence[int]] | None = None) -> OpenVinoRunner:
+        """Compiles the file `graph`, with these shapes of its inputs or for any. Raises BundleError."""
+        try:
+            model = core().read_model(graph)
+            if shapes:
+                model.reshape({name: list(shape) for name, shape in shapes.items()})
+            return OpenVinoRunner(core().compile_model(model, "CPU", self._settings))
+        except RuntimeError as error:
+            raise BundleError(f"{graph} does not compile in OpenVINO: {_last_line(error)}") from error
+
+
+class Graphs:
+    """Makes the runners of a bundle's graphs (a Make, see runners.py)."""
+
+    def __init__(self, execution: Execution, bundle: Path, manifest: Manifest, open_graph: Open, compiler: Compiler) -> None:
         self._sizes = Sizes(bundle)
         native = (self._sizes.native,) if self._sizes.native is not None else ()
         self._asked = execution.buckets is not None
         self._buckets = native if execution.buckets is None else execution.buckets
+        self._bundle = bundle
         self._manifest = manifest
         self._open = open_graph
-        self._threads = threads
-        self._arithmetic = arithmetic
+        self._compile = compiler
 
     def __call__(self, name: str, graph: Path) -> Runner:
         """Makes the runner of the component `name` on OpenVINO, or else on the CPU provider. Raises BundleError if both fail."""
@@ -70,38 +151,44 @@ class Sessions:
             except BundleError as error:
                 problem = str(error).splitlines()[0]
         _log.warning("%s: runs on ONNX Runtime's CPU provider instead of OpenVINO: %s", name, problem)
-        return HostRunner(self._open(graph, SessionOptions("cpu", self._threads)))
+        return self._on_cpu(graph)
 
     def _refusal(self, name: str) -> str:
         component = next((item for item in self._manifest.components if item.name == name), None)
-        if component is not None and component.precision == "int8":
-            # Not tried: some int8 graphs crash the process on a CPU with AMX.
-            return "int8 graphs are not faster in OpenVINO's provider, and some crash it"
-        return ""
+        return _REFUSED.get(component.precision, "") if component is not None else ""
+
+    def _on_cpu(self, graph: Path) -> Runner:
+        return HostRunner(self._open(graph, SessionOptions("cpu", self._compile.threads)))
 
     def _in_parts(self, name: str, graph: Path) -> Runner:
         """In bfloat16 the CPU provider computes a denoiser's timestep embedding, if the bundle has the split graph."""
         head, body = graph.with_name(HEAD_NAME), graph.with_name(BODY_NAME)
-        if self._arithmetic != "bf16" or not {f"{name}/{HEAD_NAME}", f"{name}/{BODY_NAME}"} <= set(self._manifest.files):
+        if self._compile.arithmetic != "bf16" or not {f"{name}/{HEAD_NAME}", f"{name}/{BODY_NAME}"} <= set(self._manifest.files):
             return self._ready(name, graph)
-        return SplitGraphRunner(HostRunner(self._open(head, SessionOptions("cpu", self._threads))), self._ready(name, body))
+        return SplitGraphRunner(self._on_cpu(head), self._ready(name, body))
 
     def _ready(self, name: str, graph: Path) -> Runner:
-        any_shape = self._session(graph, {})
+        any_shape = self._compile(graph)
         trial = self._sizes.axes(name, any_shape.inputs, self._sizes.trial())
         if trial is not None:
             try_on_zeros(graph, any_shape, trial)
         fixed: dict[Shapes, Runner] = {}
+        made = []
         for bucket in self._buckets if not name.startswith("text_encoder") else ():
             axes = self._sizes.axes(name, any_shape.inputs, bucket)
             if axes and self._has_room(name, bucket):
                 shapes = shapes_of(any_shape.inputs, axes)
-                fixed[shapes] = self._session(graph, axes)
+                names = [item.name for item in any_shape.inputs]
+                fixed[shapes] = self._compile(graph, dict(zip(names, shapes, strict=True)))
                 try_on_zeros(graph, fixed[shapes], axes)
+                made.append(str(bucket))
+        sizes = f", with a graph for {', '.join(made)}" if made else ""
+        arithmetic, threads = self._compile.arithmetic, self._compile.threads
+        _log.info("%s: %s runs on openvino in %s, %d threads%s", self._bundle.name, name, arithmetic, threads, sizes)
         return BucketRunner(any_shape, fixed) if fixed else any_shape
 
     def _has_room(self, name: str, bucket: Bucket) -> bool:
-        """Whether there is enough memory for a session of fixed shapes. Always true for buckets that the operator set."""
+        """Whether there is enough memory for a graph of fixed shapes. Always true for buckets that the operator set."""
         component = next((item for item in self._manifest.components if item.name == name), None)
         if component is None or self._asked:
             return True
@@ -109,48 +196,58 @@ class Sessions:
         left = cpu.available_memory()
         if needed > left / 2:
             _log.warning(
-                "%s: no session for %s, which could take %.1f of the available %.1f GiB; --buckets %s forces it",
+                "%s: no graph for %s, which could take %.1f of the available %.1f GiB; --buckets %s forces it",
                 *(name, bucket, needed / 2**30, left / 2**30, bucket),
             )
         return needed <= left / 2
 
-    def _session(self, graph: Path, axes: Mapping[str, int]) -> Runner:
-        settings = (("load_config", load_config(self._arithmetic, self._threads)),)
-        options = SessionOptions(
-            "openvino", self._threads, provider_options=settings, dimensions=tuple(axes.items()), arithmetic=self._arithmetic
-        )
-        return HostRunner(self._open(graph, options))
-
 
 def runners(
-    execution: Execution, threads: int, bundle: Path, manifest: Manifest, open_graph: Open, arithmetic: str = "f32"
+    execution: Execution,
+    threads: int,
+    bundle: Path,
+    manifest: Manifest,
+    open_graph: Open,
+    arithmetic: str = "f32",
+    cache: Path | None = None,
 ) -> Make:
-    """A Make of runners for OpenVINO, which must be the chosen provider (providers.py)."""
-    return Sessions(execution, threads, bundle, manifest, open_graph, arithmetic)
+    """A Make of runners for OpenVINO, which must be the chosen provider (providers.py). Compiled graphs are kept in `cache`."""
+    folder = cache / "openvino" / importlib.metadata.version("openvino") if cache is not None else None
+    return Graphs(execution, bundle, manifest, open_graph, Compiler(threads, arithmetic, folder))
 
 
 def arithmetic(execution: Execution) -> str:
-    """OpenVINO's precision on this machine: "bf16" if the CPU has AMX and `execution` allows it, else "f32"."""
-    device = openvino_device()
-    able = device is not None and "BF16" in device.ep_metadata.get("OPTIMIZATION_CAPABILITIES", "").split()
-    return "bf16" if execution.arithmetic == "auto" and able and has_amx() else "f32"
+    """OpenVINO's precision on this machine: "bf16" if the CPU multiplies it and `execution` allows it, else "f32"."""
+    able = "BF16" in core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    return "bf16" if execution.arithmetic == "auto" and able and cpu.multiplies_bfloat16() else "f32"
 
 
-def has_amx(information: Path = Path("/proc/cpuinfo")) -> bool:
-    """Whether the CPU has AMX for bfloat16. Without it bfloat16 is emulated, or hardly faster than float32."""
-    try:
-        lines = information.read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return False
-    return any("amx_bf16" in line.split() for line in lines if line.startswith("flags"))
+def core() -> Any:
+    """OpenVINO's core, one for the process."""
+    global _core
+    with _LOCK:
+        if _core is None:
+            _core = load_openvino().Core()
+        return _core
 
 
-def load_config(arithmetic: str, threads: int) -> str:
-    """OpenVINO's properties of its CPU device as JSON for the plugin: one call at a time, on all `threads`."""
-    properties = {
-        "INFERENCE_PRECISION_HINT": arithmetic,
-        "INFERENCE_NUM_THREADS": str(threads),
-        "NUM_STREAMS": "1",
-        "PERFORMANCE_HINT": "LATENCY",
-    }
-    return json.dumps({"CPU": properties})
+def prune(folder: Path, most: int = _MOST_CACHED) -> None:
+    """Deletes the oldest compiled graphs in `folder` until they take at most `most` bytes."""
+    with contextlib.suppress(OSError):
+        files = sorted(folder.glob("*.blob"), key=lambda path: path.stat().st_mtime, reverse=True)
+        kept = 0
+        for path in files:
+            kept += path.stat().st_size
+            if kept > most:
+                path.unlink(missing_ok=True)
+
+
+def _port(item: Any) -> Port:
+    name, kind = item.get_any_name(), item.element_type.get_type_name()
+    axes = enumerate(item.get_partial_shape())
+    shape = tuple(axis.get_length() if axis.is_static else f"{name}.{index}" for index, axis in axes)
+    return Port(name, _TYPES.get(kind, kind), shape)
+
+
+def _last_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1]

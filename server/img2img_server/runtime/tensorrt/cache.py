@@ -26,7 +26,9 @@ _log = logging.getLogger(__name__)
 _KEY, _RECORD = "key.json", "record.json"
 _UNFINISHED, _LOCKS = ".building", "locks"
 COSTS = "costs"
-"""The folder of CostStore's files, which are not engines."""
+"""The folder of CostStore's files."""
+_OTHERS = frozenset({_LOCKS, COSTS, "choices", "openvino"})
+"""Folders without engines; the last two are of measured_choice.py and providers/openvino.py."""
 _LOCK_INTERVAL = 0.5
 """Seconds between attempts to take a lock that another process holds."""
 
@@ -120,9 +122,7 @@ class EngineCache:
 
     def _prune(self, kept: Path) -> None:
         """Deletes the least recently used entries that exceed the bounds, and unfinished entries of dead processes."""
-        entries = sorted(
-            (path for path in self._root.iterdir() if path.name not in (_LOCKS, COSTS)), key=_last_used, reverse=True
-        )
+        entries = sorted((path for path in self._root.iterdir() if path.name not in _OTHERS), key=_last_used, reverse=True)
         count, size = 0, 0
         for entry in entries:
             count += 1

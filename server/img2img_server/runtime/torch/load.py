@@ -7,6 +7,7 @@ import torch
 
 from img2img_server.bundle.manifest import Manifest
 from img2img_server.errors import BundleError
+from img2img_server.runtime.common import cpu
 from img2img_server.runtime.common.processors import processors
 from img2img_server.runtime.common.weight_budget import within
 from img2img_server.runtime.execution import Execution
@@ -69,11 +70,11 @@ def torch_device(provider: str) -> str:
 def choose_dtype(device: str, execution: Execution) -> torch.dtype:
     """The fastest dtype of torch modules on `device`, "cuda" or "cpu"; float32 if `execution` requires it.
 
-    Without AMX a CPU gains little from bfloat16 or is slower: with AVX2 only, a matrix product takes 120 times as long. The range
+    A CPU without instructions for bfloat16 is slower in it: with AVX2 only, a matrix product takes 120 times as long. The range
     of float16 is too small for some models, so it is used only on GPUs without bfloat16.
     """
     if execution.arithmetic == "fp32":
         return torch.float32
     if torch.device(device).type == "cuda":
         return torch.bfloat16 if torch.cuda.get_device_capability(device) >= _BFLOAT16_SINCE else torch.float16
-    return torch.bfloat16 if torch.cpu.get_capabilities().get("amx_bf16") else torch.float32
+    return torch.bfloat16 if cpu.multiplies_bfloat16() else torch.float32

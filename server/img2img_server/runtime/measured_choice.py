@@ -1,0 +1,178 @@
+"""Measures which of several ways to run a bundle is the fastest on this machine, and keeps the times on disk.
+
+Each way is loaded and draws a reference image of the bundle a few times, for seconds. Later starts of the same bundle on the same
+machine, with the same versions and settings, load the fastest way at once.
+"""
+
+import contextlib
+import gc
+import hashlib
+import importlib.metadata
+import json
+import logging
+import math
+import os
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from img2img_server.bundle.files import read_json
+from img2img_server.bundle.manifest import Manifest
+from img2img_server.engine.request import Pipeline, Request, run_alone
+from img2img_server.errors import BundleError
+from img2img_server.runtime import accuracy_check
+from img2img_server.runtime.common import cpu
+from img2img_server.runtime.execution import Execution
+from img2img_server.support.distribution import user_cache, version
+
+_log = logging.getLogger(__name__)
+
+_FOLDER = "choices"
+_FORMAT = 1
+_MOST_BYTES = 2**16
+_MOST_FILES = 512
+_DRAWS = 3
+_MOST_SECONDS = 10.0
+"""Seconds of a way's timed draws after which no further one starts."""
+
+Ways = Mapping[str, Callable[[], Pipeline]]
+"""Functions that load a bundle, by the way's name. The last way is taken if nothing can be measured."""
+
+
+def cache_root(execution: Execution) -> Path | None:
+    """The folder of built engines and measurements; None for a user without a home."""
+    try:
+        return execution.cache or user_cache("engines")
+    except RuntimeError:
+        return None
+
+
+def fastest(
+    bundle: Path, manifest: Manifest, execution: Execution, threads: int, ways: Ways, clock: Callable[[], float] = time.monotonic
+) -> Pipeline:
+    """Loads the bundle in the fastest way, after measuring all if that was not done before.
+
+    A way whose load or draw raises BundleError is left out. Raises the last one's error if there is no other.
+    """
+    cases = accuracy_check.cases(manifest, bundle)[:1]
+    if not cases or len(ways) == 1:
+        return list(ways.values())[-1]()
+    store = _Store(cache_root(execution), _key(manifest, execution, threads, ways))
+    seconds = store.find()
+    if seconds is not None:
+        try:
+            return _chosen(bundle, ways, seconds, "measured before")
+        except BundleError as error:
+            _log.warning("%s: the way that was fastest before does not load: %s", bundle.name, error)
+    seconds, last = {}, ""
+    failure: BundleError | None = None
+    pipeline: Pipeline | None = None
+    for name, load in ways.items():
+        pipeline = None
+        gc.collect()  # one pipeline in memory at a time
+        try:
+            pipeline = load()
+            seconds[name] = _time(pipeline, cases[0].request, clock)
+            last = name
+        except BundleError as error:
+            _log.warning("%s: %s cannot run it: %s", bundle.name, name, error)
+            failure = error
+    if not seconds:
+        assert failure is not None, "each way was measured or failed"
+        raise failure
+    store.keep(seconds)
+    if pipeline is not None and last == min(seconds, key=lambda name: seconds[name]):
+        _report(bundle, seconds, "measured now")
+        return pipeline
+    pipeline = None
+    gc.collect()
+    return _chosen(bundle, ways, seconds, "measured now")
+
+
+def _chosen(bundle: Path, ways: Ways, seconds: Mapping[str, float], when: str) -> Pipeline:
+    _report(bundle, seconds, when)
+    return ways[min(seconds, key=lambda name: seconds[name])]()
+
+
+def _report(bundle: Path, seconds: Mapping[str, float], when: str) -> None:
+    best, *others = sorted(seconds.items(), key=lambda item: item[1])
+    compared = "".join(f", {name} {took:.3g} s ({took / best[1]:.2f} times as long)" for name, took in others)
+    _log.info("%s: %s is the fastest here: %.3g s for a reference image%s; %s", bundle.name, *best, compared, when)
+
+
+def _time(pipeline: Pipeline, request: Request, clock: Callable[[], float]) -> float:
+    """The least seconds of a few draws, after one that is not timed."""
+    run_alone(pipeline, request)
+    begun = clock()
+    taken: list[float] = []
+    while len(taken) < _DRAWS and (not taken or clock() - begun < _MOST_SECONDS):
+        started = clock()
+        run_alone(pipeline, request)
+        taken.append(clock() - started)
+    return max(min(taken), 1e-9)
+
+
+def _key(manifest: Manifest, execution: Execution, threads: int, ways: Ways) -> dict[str, Any]:
+    """Everything that the times depend on."""
+    versions = {"img2img": version(), "diffusers": importlib.metadata.version("diffusers")}
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        versions["openvino"] = importlib.metadata.version("openvino")
+    return {
+        "format": _FORMAT,
+        "bundle": manifest.digest,
+        "machine": cpu.machine(),
+        "versions": versions,
+        "threads": threads,
+        "execution": {name: str(value) for name, value in asdict(execution).items() if name != "cache"},
+        "ways": list(ways),
+    }
+
+
+class _Store:
+    """The seconds of each way, in a file for each key. Nothing here raises: without a file, the next start measures again."""
+
+    def __init__(self, root: Path | None, key: Mapping[str, Any]) -> None:
+        self._key = key
+        digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+        self._path = root / _FOLDER / f"{digest}.json" if root is not None else None
+
+    def find(self) -> dict[str, float] | None:
+        """The seconds by way; None if there is no valid file."""
+        if self._path is None:
+            return None
+        try:
+            content = read_json(self._path, _MOST_BYTES)
+            seconds = {name: float(content["seconds"][name]) for name in content["seconds"]}
+            known = content["key"] == json.loads(json.dumps(self._key)) and set(seconds) <= set(self._key["ways"])
+            return seconds if known and seconds and all(map(_is_time, seconds.values())) else None
+        except (OSError, ValueError, TypeError, KeyError):
+            return None
+
+    def keep(self, seconds: Mapping[str, float]) -> None:
+        """Writes the seconds, atomically."""
+        if self._path is None:
+            return
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            descriptor, part = tempfile.mkstemp(dir=self._path.parent, prefix=".", suffix=".part")
+            try:
+                with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+                    json.dump({"key": self._key, "seconds": seconds}, file)
+                Path(part).replace(self._path)
+            except OSError:
+                Path(part).unlink(missing_ok=True)
+                raise
+            kept = sorted(self._path.parent.glob("*.json"), key=lambda path: path.stat().st_mtime, reverse=True)
+            for old in kept[_MOST_FILES:]:
+                old.unlink(missing_ok=True)
+        except OSError as error:
+            _log.warning(
+                "the fastest way is not kept in %s (%s): the next start measures again", self._path.parent, error.strerror
+            )
+
+
+def _is_time(value: float) -> bool:
+    return math.isfinite(value) and value > 0

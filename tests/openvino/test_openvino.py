@@ -1,0 +1,358 @@
+"""OpenVINO: which compiled graph runs which shapes, what it computes in, and what becomes of graphs that it cannot run.
+
+Run by `scripts/test --openvino`: in all other tests OpenVINO is hidden (tests/hidden). A CPU with AVX512 but without instructions
+for bfloat16 emulates it.
+"""
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from img2img_server.bundle.manifest import Component, Manifest, Verification, read_manifest
+from img2img_server.bundle.manifest import Source as BundleSource
+from img2img_server.engine.request import Pipeline, Request, run_alone
+from img2img_server.errors import BundleError
+from img2img_server.runtime import accuracy_check
+from img2img_server.runtime.common import cpu
+from img2img_server.runtime.execution import Bucket, Execution
+from img2img_server.runtime.loader import load_pipeline
+from img2img_server.runtime.onnx.providers import choose, probe
+from img2img_server.runtime.onnx.runners import Runner
+from img2img_server.runtime.onnx.sessions import SessionOptions
+from img2img_server.runtime.providers import openvino
+from img2img_server.runtime.providers.openvino import BucketRunner, Compiler, Graphs
+from PIL import Image
+
+Axes = dict[str, list[str | int]]
+
+UNET: Axes = {
+    "sample": ["sample.0", 4, "sample.2", "sample.3"],
+    "timestep": ["timestep.0"],
+    "encoder_hidden_states": ["encoder_hidden_states.0", "encoder_hidden_states.1", 8],
+}
+DECODER: Axes = {"latent_sample": ["latent_sample.0", 4, "latent_sample.2", "latent_sample.3"]}
+
+
+class FakeGraph:
+    """A compiled graph, or a session of the CPU provider, that counts its calls."""
+
+    def __init__(self, inputs: Axes, fails: bool = False) -> None:
+        self.calls = 0
+        self._fails = fails
+        self.inputs = [SimpleNamespace(name=key, shape=shape, type="tensor(float)") for key, shape in inputs.items()]
+        self.outputs = [SimpleNamespace(name="out", shape=[], type="tensor(float)")]
+
+    def run(self, feed: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+        if self._fails:
+            raise RuntimeError("no such kernel")
+        self.calls += 1
+        return [torch.zeros(1)]
+
+
+class FakeCompiler:
+    """Compiles to fakes, and keeps the shapes that it was asked for."""
+
+    threads = 3
+
+    def __init__(self, inputs: Axes, fails: bool = False, refuses: bool = False, arithmetic: str = "f32") -> None:
+        self.arithmetic = arithmetic
+        self.asked: list[Mapping[str, Sequence[int]] | None] = []
+        self.graphs: list[FakeGraph] = []
+        self._inputs, self._fails, self._refuses = inputs, fails, refuses
+
+    def __call__(self, graph: Path, shapes: Mapping[str, Sequence[int]] | None = None) -> Any:
+        if self._refuses:
+            raise BundleError(f"{graph} does not compile in OpenVINO: no such operator")
+        self.asked.append(shapes)
+        self.graphs.append(FakeGraph(self._inputs, self._fails))
+        return self.graphs[-1]
+
+
+class CpuSessions:
+    """Opens sessions of the CPU provider, as fakes that count their calls."""
+
+    def __init__(self) -> None:
+        self.opened: list[SessionOptions] = []
+        self.calls = 0
+
+    def __call__(self, graph: Path, options: SessionOptions) -> Any:
+        self.opened.append(options)
+        item = SimpleNamespace(name="out", shape=[], type="tensor(float)")
+        return SimpleNamespace(get_inputs=list, get_outputs=lambda: [item], run=self._run)
+
+    def _run(self, names: list[str], feed: Mapping[str, Any]) -> list[Any]:
+        self.calls += 1
+        return [np.zeros(1, np.float32)]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """The settings of a Stable Diffusion of 64 x 64 pixels."""
+    configs = {
+        "unet": {"sample_size": 8},
+        "vae_decoder": {"block_out_channels": [1, 2, 3, 4]},
+        "text_encoder": {"max_position_embeddings": 77},
+    }
+    for name, config in configs.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    return tmp_path
+
+
+def _manifest(name: str = "unet", precision: str = "fp32", size: int = 0) -> Manifest:
+    return Manifest(
+        source=BundleSource(),
+        pipeline_class="",
+        family="",
+        backend="onnx",
+        components=(Component(name, precision, bytes=size),),
+        files={},
+        tools={},
+        verification=Verification(True),
+    )
+
+
+def _make(
+    folder: Path,
+    compiler: FakeCompiler,
+    execution: Execution,
+    manifest: Manifest | None = None,
+    name: str = "unet",
+    sessions: CpuSessions | None = None,
+) -> Runner:
+    made: Any = compiler
+    graphs = Graphs(execution, folder, manifest or _manifest(name), sessions or CpuSessions(), made)
+    return graphs(name, folder / name / "model.onnx")
+
+
+def _feed(rows: int, height: int, width: int) -> dict[str, torch.Tensor]:
+    return {
+        "sample": torch.zeros(rows, 4, height, width),
+        "timestep": torch.zeros(rows),
+        "encoder_hidden_states": torch.zeros(rows, 77, 8),
+    }
+
+
+def test_common_shapes_have_graphs_of_their_own_and_all_others_share_one(folder: Path) -> None:
+    compiler = FakeCompiler(UNET)
+    runner = _make(folder, compiler, Execution(buckets=(Bucket(64, 64, 2), Bucket(128, 64, 4))))
+    free, small, wide = compiler.graphs
+    assert compiler.asked == [
+        None,
+        {"sample": (2, 4, 8, 8), "timestep": (2,), "encoder_hidden_states": (2, 77, 8)},
+        {"sample": (4, 4, 8, 16), "timestep": (4,), "encoder_hidden_states": (4, 77, 8)},
+    ]
+    for rows, height, width, graph in ((2, 8, 8, small), (4, 8, 16, wide), (4, 16, 8, free), (1, 8, 8, free), (2, 9, 8, free)):
+        before = [item.calls for item in compiler.graphs]
+        runner.run(_feed(rows, height, width))
+        assert [item.calls - earlier for item, earlier in zip(compiler.graphs, before, strict=True)] == [
+            int(item is graph) for item in compiler.graphs
+        ]
+
+
+@pytest.mark.parametrize(
+    ("name", "inputs", "buckets", "expected"),
+    [
+        ("unet", UNET, None, [(2, 4, 8, 8), (2,), (2, 77, 8)]),
+        ("vae_decoder", DECODER, None, [(1, 4, 8, 8)]),
+        ("vae_decoder", DECODER, (Bucket(64, 128, 6),), [(3, 4, 16, 8)]),
+        ("vae_encoder", {"sample": ["sample.0", 3, "sample.2", "sample.3"]}, (Bucket(64, 128, 1),), [(1, 3, 128, 64)]),
+        ("unet", UNET | {"time_ids": ["time_ids.0", 6]}, None, [(2, 4, 8, 8), (2,), (2, 77, 8), (2, 6)]),
+    ],
+)
+def test_by_default_the_native_size_is_prepared_with_two_rows(
+    name: str, inputs: Axes, buckets: tuple[Bucket, ...] | None, expected: list[tuple[int, ...]], folder: Path
+) -> None:
+    compiler = FakeCompiler(inputs)
+    _make(folder, compiler, Execution(buckets=buckets), name=name)
+    assert compiler.asked == [None, dict(zip(inputs, expected, strict=True))]
+
+
+@pytest.mark.parametrize(
+    ("name", "inputs"),
+    [
+        ("unet", UNET | {"unheard_of": ["batch_size", "some_axis"]}),
+        ("transformer", {"hidden_states": ["batch_size", "sequence"]}),
+        ("text_encoder", {"input_ids": ["batch_size", "sequence_length"]}),
+    ],
+)
+def test_a_graph_whose_axes_are_not_known_is_compiled_once(name: str, inputs: Axes, folder: Path) -> None:
+    compiler = FakeCompiler(inputs)
+    assert not isinstance(_make(folder, compiler, Execution(), name=name), BucketRunner)
+    assert compiler.asked == [None]
+    none_wanted = FakeCompiler(UNET)
+    _make(folder, none_wanted, Execution(buckets=()))
+    assert none_wanted.asked == [None]
+
+
+def test_a_graph_that_would_fill_the_memory_is_left_out_unless_it_is_asked_for(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(cpu, "available_memory", lambda: 7 * 2**30)
+    manifest = _manifest(precision="fp16", size=2**30)
+    for execution, graphs in ((Execution(), 1), (Execution(buckets=(Bucket(64, 64, 2),)), 2)):
+        compiler = FakeCompiler(UNET)
+        _make(folder, compiler, execution, manifest)
+        assert len(compiler.asked) == graphs
+    assert "4.0 of the available 7.0 GiB; --buckets 64x64:2 forces it" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("compiler", "precision", "reason"),
+    [
+        (FakeCompiler(UNET, refuses=True), "fp32", "no such operator"),
+        (FakeCompiler(UNET, fails=True), "fp32", "no such kernel"),
+        (FakeCompiler(UNET), "int8", "int8 graphs"),
+        (FakeCompiler(UNET), "bf16", "bf16 graphs"),
+    ],
+    ids=["does not compile", "does not run", "int8", "bf16"],
+)
+def test_graphs_that_openvino_cannot_run_are_on_the_cpu_provider_and_the_log_says_why(
+    compiler: FakeCompiler, precision: str, reason: str, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    sessions = CpuSessions()
+    runner = _make(folder, compiler, Execution(), _manifest(precision=precision), sessions=sessions)
+    runner.run({})
+    assert ([options.provider for options in sessions.opened], sessions.calls) == (["cpu"], 1)
+    assert "unet: runs on ONNX Runtime's CPU provider instead of OpenVINO: " in caplog.text
+    assert reason in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "flags", "arithmetic", "expected"),
+    [
+        (["FP32", "BF16"], "fpu amx_bf16 amx_tile", "auto", "bf16"),
+        (["FP32", "BF16"], "fpu avx512_bf16", "auto", "bf16"),
+        (["FP32", "BF16"], "fpu amx_bf16 amx_tile", "fp32", "f32"),
+        (["FP32", "BF16"], "fpu avx512f avx512_vnni", "auto", "f32"),
+        (["FP32", "INT8"], "fpu amx_bf16", "auto", "f32"),
+    ],
+)
+def test_bfloat16_is_for_cpus_that_multiply_it(
+    capabilities: list[str], flags: str, arithmetic: Any, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    information = tmp_path / "cpuinfo"
+    information.write_text(f"vendor_id\t: GenuineIntel\nflags\t\t: {flags}\n", encoding="utf-8")
+    able = cpu.multiplies_bfloat16(information)
+    monkeypatch.setattr(openvino, "core", lambda: SimpleNamespace(get_property=lambda device, name: capabilities))
+    monkeypatch.setattr(cpu, "multiplies_bfloat16", lambda: able)
+    assert openvino.arithmetic(Execution(arithmetic=arithmetic)) == expected
+    assert not cpu.flags(tmp_path / "nowhere")
+
+
+def test_it_is_found_with_its_version_and_without_its_telemetry() -> None:
+    assert choose("openvino").detail.startswith("202")
+    assert not probe("openvino").problem
+    assert "openvino_telemetry" not in sys.modules
+
+
+@pytest.fixture(scope="module")
+def exact(bundle: Callable[[str], Path]) -> Pipeline:
+    """The demo's model on ONNX Runtime's CPU provider."""
+    return load_pipeline(bundle("demo"), read_manifest(bundle("demo")), Execution("cpu"))
+
+
+def _request(side: int, seeds: tuple[int, ...] = (3,)) -> Request:
+    source = Image.linear_gradient("L").resize((side, side)).convert("RGB")
+    return Request("", source, "a lake", None, 0.5, 4, 5.0, seeds)
+
+
+def _difference(first: Pipeline, second: Pipeline, request: Request) -> int:
+    drawn = [np.asarray(run_alone(pipeline, request)[0], np.int16) for pipeline in (first, second)]
+    return int(np.abs(drawn[0] - drawn[1]).max())
+
+
+def test_in_float32_it_draws_the_images_of_the_cpu_provider(
+    bundle: Callable[[str], Path], exact: Pipeline, caplog: pytest.LogCaptureFixture
+) -> None:
+    """At a size with a graph of its own, and at others, alone and together."""
+    execution = Execution("openvino", arithmetic="fp32", buckets=(Bucket(64, 64, 2),), threads=1)
+    with caplog.at_level(logging.INFO):
+        pipeline = load_pipeline(bundle("demo"), read_manifest(bundle("demo")), execution)
+    assert pipeline.engine == "onnx:openvino"
+    assert "unet runs on openvino in f32, 1 threads, with a graph for 64x64:2" in caplog.text
+    for request in (_request(64), _request(72), _request(64, (1, 2))):
+        assert _difference(pipeline, exact, request) <= 1
+
+
+def test_results_stay_when_the_graph_runs_again(bundle: Callable[[str], Path]) -> None:
+    runner = Compiler(1, "f32")(bundle("demo") / "vae_decoder" / "model.onnx")
+    latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    (first,) = runner.run({"latent_sample": latents})
+    kept = first.clone()
+    runner.run({"latent_sample": 2 * latents})
+    assert torch.equal(first, kept)
+
+
+def test_compiled_graphs_are_kept_and_a_damaged_one_is_compiled_again(bundle: Callable[[str], Path], tmp_path: Path) -> None:
+    graph = bundle("demo") / "vae_decoder" / "model.onnx"
+    latents = {"latent_sample": torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1))}
+    (expected,) = Compiler(1, "f32", tmp_path)(graph).run(latents)
+    (blob,) = tmp_path.glob("*.blob")
+    written = blob.stat().st_mtime_ns
+    assert torch.equal(Compiler(1, "f32", tmp_path)(graph).run(latents)[0], expected)
+    assert blob.stat().st_mtime_ns == written
+    blob.write_bytes(blob.read_bytes()[: blob.stat().st_size // 2])
+    assert torch.equal(Compiler(1, "f32", tmp_path)(graph).run(latents)[0], expected)
+
+
+def test_the_oldest_compiled_graphs_are_deleted(tmp_path: Path) -> None:
+    for age, name in enumerate(("new", "old", "oldest")):
+        (tmp_path / f"{name}.blob").write_bytes(b"x" * 100)
+        os.utime(tmp_path / f"{name}.blob", (1000 - age, 1000 - age))
+    openvino.prune(tmp_path, 200)
+    assert {path.stem for path in tmp_path.iterdir()} == {"new", "old"}
+
+
+@pytest.mark.parametrize("passes", [True, False])
+def test_bfloat16_is_used_only_if_images_pass(
+    passes: bool, bundle: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And the timestep embedding is never in it."""
+    folder = bundle("demo")
+    monkeypatch.setattr(openvino, "arithmetic", lambda execution: "bf16" if execution.arithmetic == "auto" else "f32")
+    if not passes:
+        monkeypatch.setattr(accuracy_check, "least_psnr_db", lambda precision: 100.0)
+    compiled: list[str] = []
+    compile_graph = Compiler.__call__
+
+    def noted(self: Compiler, graph: Path, shapes: Any = None) -> Any:
+        compiled.append(f"{graph.parent.name}/{graph.name} {self.arithmetic}")
+        return compile_graph(self, graph, shapes)
+
+    monkeypatch.setattr(Compiler, "__call__", noted)
+    with caplog.at_level(logging.INFO):
+        pipeline = load_pipeline(folder, read_manifest(folder), Execution("openvino", threads=1, buckets=()))
+    assert pipeline.engine == "onnx:openvino"
+    whole = ("text_encoder/model.onnx", "vae_encoder/model.onnx", "vae_decoder/model.onnx")
+    assert set(compiled[:4]) == {f"{name} bf16" for name in (*whole, "unet/body.onnx")}
+    assert set(compiled[4:]) == (set() if passes else {f"{name} f32" for name in (*whole, "unet/model.onnx")})
+    assert ("computes in bf16, PSNR of its reference images" in caplog.text) is passes
+    assert ("computes in fp32 and not in bf16" in caplog.text) is not passes
+
+
+def test_auto_measures_it_against_the_cpu_provider_once(
+    bundle: Callable[[str], Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = bundle("demo")
+    execution = Execution("auto", threads=1, buckets=(), cache=tmp_path)
+    with caplog.at_level(logging.INFO):
+        first = load_pipeline(folder, read_manifest(folder), execution)
+    assert "measured now" in caplog.text
+    assert "onnx:cpu" in caplog.text
+    caplog.clear()
+    with caplog.at_level(logging.INFO):
+        second = load_pipeline(folder, read_manifest(folder), execution)
+    assert "measured before" in caplog.text
+    assert first.engine == second.engine
+    forced = load_pipeline(folder, read_manifest(folder), replace(execution, provider="openvino"))
+    assert forced.engine == "onnx:openvino"

@@ -1,0 +1,172 @@
+"""The fastest way to run a bundle is measured once, kept for the machine, versions, settings and bundle, and reported."""
+
+import json
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from img2img_server.bundle.manifest import Manifest, read_manifest
+from img2img_server.errors import BundleError
+from img2img_server.runtime import loader, measured_choice
+from img2img_server.runtime.common import cpu
+from img2img_server.runtime.execution import Execution
+from img2img_server.runtime.loader import load_pipeline
+from img2img_server.runtime.measured_choice import fastest
+
+
+class Clock:
+    """A clock that the fakes move."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Bench:
+    """Ways to run a bundle: each takes these seconds for an image, and is loaded and drawn with on record."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, folder: Path, manifest: Manifest, cache: Path, **seconds: float) -> None:
+        self.clock = Clock()
+        self.loaded: list[str] = []
+        self.drawn: list[str] = []
+        self.seconds: Mapping[str, float] = seconds
+        self.execution = Execution(cache=cache)
+        self._folder, self._manifest = folder, manifest
+        monkeypatch.setattr(measured_choice, "run_alone", self._draw)
+
+    def choose(self, manifest: Manifest | None = None, threads: int = 1, execution: Execution | None = None) -> Any:
+        ways = {name: lambda name=name: self._load(name) for name in self.seconds}
+        given = manifest or self._manifest
+        return fastest(self._folder, given, execution or self.execution, threads, ways, self.clock)
+
+    def _load(self, name: str) -> Any:
+        self.loaded.append(name)
+        if self.seconds[name] < 0:
+            raise BundleError(f"{name} does not open")
+        return name
+
+    def _draw(self, pipeline: Any, request: object) -> None:
+        self.drawn.append(pipeline)
+        self.clock.now += self.seconds[pipeline]
+
+
+@pytest.fixture
+def bench(
+    bundle: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> Iterator[Callable[..., Bench]]:
+    folder = bundle("sd1")
+    with caplog.at_level(logging.INFO):
+        yield lambda **seconds: Bench(monkeypatch, folder, read_manifest(folder), tmp_path / "cache", **seconds)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "best"), [({"a": 2.0, "b": 1.0}, "b"), ({"a": 1.0, "b": 3.0}, "a"), ({"a": 3.0, "b": 2.0, "c": 9.0}, "b")]
+)
+def test_the_fastest_serves_and_the_log_compares_them(
+    seconds: dict[str, float], best: str, bench: Callable[..., Bench], caplog: pytest.LogCaptureFixture
+) -> None:
+    here = bench(**seconds)
+    assert here.choose() == best
+    assert here.loaded[: len(seconds)] == list(seconds)
+    assert here.loaded[-1] == best
+    line = next(record.getMessage() for record in caplog.records if "is the fastest here" in record.getMessage())
+    assert f"{best} is the fastest here: {seconds[best]:g} s for a reference image" in line
+    for name in seconds.keys() - {best}:
+        assert f"{name} {seconds[name]:g} s ({seconds[name] / seconds[best]:.2f} times as long)" in line
+
+
+def test_it_is_measured_once(bench: Callable[..., Bench], caplog: pytest.LogCaptureFixture) -> None:
+    here = bench(a=2.0, b=1.0, c=3.0)
+    here.choose()
+    here.loaded.clear()
+    here.drawn.clear()
+    assert here.choose() == "b"
+    assert (here.loaded, here.drawn) == (["b"], [])
+    assert "measured before" in caplog.text
+
+
+@pytest.mark.parametrize("change", ["threads", "bundle", "machine", "settings", "damaged", "ways"])
+def test_it_is_measured_again_if_anything_it_depends_on_changes(
+    change: str, bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = bench(a=2.0, b=1.0)
+    here.choose()
+    here.drawn.clear()
+    given: dict[str, Any] = {}
+    if change == "threads":
+        given = {"threads": 2}
+    elif change == "bundle":
+        given = {"manifest": replace(here._manifest, files={**here._manifest.files, "unet/model.onnx": "0" * 64})}
+    elif change == "machine":
+        monkeypatch.setattr(cpu, "machine", lambda: {"cpu": "another"})
+    elif change == "settings":
+        given = {"execution": replace(here.execution, arithmetic="fp32")}
+    elif change == "damaged":
+        (path,) = (here.execution.cache or Path()).glob("choices/*.json")
+        content = json.loads(path.read_text())
+        path.write_text(json.dumps({**content, "seconds": {"a": 1.0, "elsewhere": -1}}))
+    else:
+        here.seconds = {**here.seconds, "c": 0.5}
+    here.choose(**given)
+    assert set(here.drawn) == set(here.seconds)
+
+
+def test_a_way_that_does_not_load_is_left_out(bench: Callable[..., Bench], caplog: pytest.LogCaptureFixture) -> None:
+    assert bench(a=2.0, b=-1.0).choose() == "a"
+    assert "b cannot run it: b does not open" in caplog.text
+    with pytest.raises(BundleError, match="b does not open"):
+        bench(a=-1.0, b=-1.0).choose()
+
+
+def test_the_way_that_was_fastest_before_is_measured_against_the_others_if_it_no_longer_loads(
+    bench: Callable[..., Bench],
+) -> None:
+    here = bench(a=2.0, b=1.0)
+    here.choose()
+    here.seconds = {"a": 2.0, "b": -1.0}
+    assert here.choose() == "a"
+
+
+def test_slow_images_are_drawn_less_often(bench: Callable[..., Bench]) -> None:
+    here = bench(a=0.1, b=60.0)
+    here.choose()
+    assert (here.drawn.count("a"), here.drawn.count("b")) == (4, 2)
+
+
+def test_without_reference_images_the_last_way_is_taken(bench: Callable[..., Bench]) -> None:
+    here = bench(a=1.0, b=2.0)
+    assert here.choose(replace(here._manifest, references=())) == "b"
+    assert here.drawn == []
+
+
+def test_a_folder_that_cannot_be_written_costs_only_the_next_measurement(
+    bench: Callable[..., Bench], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "cache").write_text("a file")
+    here = bench(a=2.0, b=1.0)
+    assert here.choose() == "b"
+    assert "the next start measures again" in caplog.text
+
+
+def test_pytorch_in_bfloat16_is_measured_against_fp32(
+    bundle: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import torch
+
+    offered: list[list[str]] = []
+
+    def first(folder: Path, manifest: Manifest, execution: Execution, threads: int, ways: measured_choice.Ways) -> Any:
+        offered.append(list(ways))
+        return next(iter(ways.values()))()
+
+    folder = bundle("zimage")
+    monkeypatch.setattr(loader, "choose_dtype", lambda device, execution: torch.bfloat16)
+    monkeypatch.setattr(measured_choice, "fastest", first)
+    pipeline = load_pipeline(folder, read_manifest(folder), Execution("cpu", cache=tmp_path))
+    assert pipeline.engine == "torch:cpu"
+    assert offered == [["PyTorch in fp32", "PyTorch in bf16"]]
