@@ -22,6 +22,7 @@ class FakeDiffusers:
         self._counts = Counter[str]()  # a call runs on a copy of the pipeline
         self.image_processor = SimpleNamespace(config=SimpleNamespace(vae_scale_factor=8))
         self.components: dict[str, Any] = {}
+        self.config: dict[str, Any] = {}
 
     @property
     def steps(self) -> int:

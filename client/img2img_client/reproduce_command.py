@@ -53,6 +53,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--mask", metavar="MASK", help="the mask, if FILE was made with one: a file, or an address (default: FILE's asset)"
     )
+    parser.add_argument(
+        "--reference",
+        action="append",
+        metavar="FILE",
+        dest="references",
+        help="a reference image, as a file or an address; repeat in the order of the request (default: FILE's assets)",
+    )
     parser.add_argument("--output", type=Path, metavar="OUT", help="write the new image here (default: only compare)")
     parser.add_argument(
         "--max-difference", type=int, metavar="N", help="fail if a channel of a pixel differs by more than N of 255"
@@ -75,6 +82,7 @@ def run(arguments: argparse.Namespace) -> int:
             raise ValueError(f"{arguments.file}: the image has no img2img record: was it made with --provenance none?")
         source, options = _source(arguments, record), recorded_options(record)
         options.update(_mask(arguments, record))
+        options["reference_images"] = _references(arguments, record)
         with connect(arguments, retry_report(PROGRAM, target_of(arguments))) as client:
             # An older server recorded also what its model did not take.
             result = client.transform(source, **taken_options(options, client.models()))
@@ -154,9 +162,20 @@ def _from_transparency(mask: str) -> "Image.Image":
         return ImageOps.invert(ImageOps.exif_transpose(image).convert("RGBA").getchannel("A"))
 
 
+def _references(arguments: argparse.Namespace, record: Mapping[str, Any]) -> list[str]:
+    recorded, given = record.get("reference_digests") or [], arguments.references
+    if given is not None and len(given) != len(recorded):
+        raise ValueError(f"--reference is given {len(given)} times, but the request had {len(recorded)} reference images")
+    assets = record.get("reference_assets") or []
+    if given is None and not all(isinstance(asset, str) for asset in assets):
+        raise ValueError(f"--reference FILE is needed {len(recorded)} times: not all reference images of FILE were assets")
+    return [f"asset:{asset}" for asset in assets] if given is None else list(given)
+
+
 _COMPARED = {
     "source_digest": "the source image is not the one that was used",
     "mask": "the mask is not the one that was used",
+    "reference_digests": "the reference images are not the ones that were used",
     "bundle_digest": "the model was exported again since",
     "engine": "another engine runs the model",
     "img2img": "another version of img2img runs",

@@ -295,7 +295,7 @@ class ServerConfig:
     max_steps: int = setting(100, "maximum num_inference_steps", metavar="N", least=1)
     max_image_count: int = setting(8, "maximum number of images of one request", metavar="N", least=1)
     max_reference_images: int = setting(
-        4, "maximum number of reference_images of one request, beside its image", metavar="N", least=0
+        4, "maximum number of reference_images of one request, beside its image", metavar="N", least=1
     )
     limits: QueueLimits = section(QueueLimits, "batching and queue")
     image_limits: ImageLimits = section(ImageLimits, "image limits")

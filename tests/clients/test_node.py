@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from fakes import FakePipeline, FakeState
+from img2img_server.support.model_fields import FieldRule
 from other_clients import CLIENTS, PATIENCE, PICTURE, Run, Secured, environment, failed, succeeded
 from PIL import Image, ImageChops
 from running import RunningServer, running, store
@@ -106,6 +107,37 @@ def test_a_cancelled_stream_leaves_the_device(run: Run, held: tuple[HeldPipeline
     assert result.stdout.splitlines()[-1] == f"step 1 of {int(STEPS * 0.8)}"
     assert pipeline.was_given_up()
     assert not (tmp_path / "out.png").exists()
+
+
+REFERENCES = """
+import { readFile } from "node:fs/promises";
+import { Client } from "img2img-client";
+const client = new Client(process.env.IMG2IMG_TARGET);
+const image = { data: await readFile(process.argv[1]) };
+const fields = Object.fromEntries((await client.getModel("m")).fields.map((field) => [field.name, field]));
+console.log(fields.reference_images.max_count, fields.true_cfg_scale.default_number, "strength" in fields);
+await client.transform({ image, reference_images: [image, image], true_cfg_scale: 2.5, negative_prompt: "fog" });
+for (const wrong of [{ image, reference_images: [image, { path: "a.png" }] }, { image, strength: 0.5 }]) {
+  await client.transform(wrong).catch((error) => console.log(error.message));
+}
+client.close();
+"""
+
+
+def test_reference_images_and_the_fields_of_a_model(node: Path) -> None:
+    pipeline = FakePipeline()
+    pipeline.fields = {"reference_images": FieldRule(), "negative_prompt": FieldRule(), "true_cfg_scale": FieldRule(4.0)}
+    with (
+        running(lambda: store(m=pipeline)) as server,
+        started(node, REFERENCES, PICTURE, target=f"localhost:{server.port}") as process,
+    ):
+        lines = process.stdout.read().splitlines()
+        assert process.wait(PATIENCE) == 0
+    assert lines[0] == "4 4 false"
+    assert lines[1] == "reference_images[1].path is not a field of img2img.v1.ImageSource"
+    assert lines[2].startswith("strength: this model has no strength")
+    request = pipeline.prepared[-1].request
+    assert ([image.size for image in request.references], request.true_cfg_scale) == ([(128, 128)] * 2, 2.5)
 
 
 LEAVING = """

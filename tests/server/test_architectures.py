@@ -7,20 +7,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import numpy as np
 import pytest
 import torch
-import transformers
 from covering import nightly_but
-from fakes import Caller, make_request
+from diffusers_oracle import drawn, oracle, source
+from fakes import make_request
 from img2img_server import images
 from img2img_server.bundle.manifest import read_manifest
-from img2img_server.engine.engine import Engine
-from img2img_server.engine.request import Completed, Pipeline, Request, run_alone
+from img2img_server.engine.request import Pipeline, Request, run_alone
 from img2img_server.errors import InvalidField
 from img2img_server.images import ImageLimits, SizeRule
-from img2img_server.runtime.common.processors import loadable
 from img2img_server.runtime.common.sources import source_rule
 from img2img_server.runtime.execution import Execution
 from img2img_server.runtime.loader import load_pipeline
@@ -63,27 +60,6 @@ _PHOTO = (104, 72)
 """Of no model's multiple, and wider than tall."""
 
 
-def source(width: int, height: int) -> Image.Image:
-    """Shades with stripes of a few pixels, which each resampling filter makes something else of."""
-    x, y = np.meshgrid(np.linspace(0, 255, width), np.linspace(0, 255, height))
-    stripes = np.indices((height, width)).sum(0) % 5 * 51
-    return Image.fromarray(np.stack([x, y, stripes], axis=-1).astype(np.uint8))
-
-
-def oracle(directory: Path, pipeline_class: str) -> Any:
-    """Diffusers' own pipeline. Parts that the model was saved without have to be left out by name, and processors whose videos
-    need torchvision are loaded without them."""
-    parts: dict[str, Any] = {}
-    for name, entry in diffusers.DiffusionPipeline.load_config(directory).items():
-        if entry == [None, None]:
-            parts[name] = None
-        elif isinstance(entry, list) and str(entry[1]).endswith("VLProcessor"):
-            parts[name] = loadable(getattr(transformers, entry[1])).from_pretrained(directory / name)
-    pipe = getattr(diffusers, pipeline_class).from_pretrained(directory, torch_dtype=torch.float32, **parts)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
 def expected(pipe: Any, image: Image.Image, seed: int, size: tuple[int, int], **settings: Any) -> Image.Image:
     """What diffusers makes of the image as it is, for a result of `size` where the class takes one."""
     width, height = size
@@ -95,7 +71,7 @@ def expected(pipe: Any, image: Image.Image, seed: int, size: tuple[int, int], **
     offered = {"width": width, "height": height, "max_area": width * height, "intermediate_timesteps": None, **settings}
     chosen = {name: value for name, value in offered.items() if name in known}
     picture: Image.Image = pipe(image=image, generator=torch.Generator().manual_seed(seed), **chosen).images[0]
-    return picture
+    return picture.convert("RGB")
 
 
 def asked(pipeline: Pipeline, image: Image.Image, size: SizeRule, **settings: Any) -> Request:
@@ -103,19 +79,6 @@ def asked(pipeline: Pipeline, image: Image.Image, size: SizeRule, **settings: An
     limits = ImageLimits()
     result = images.result_size(image.size, size, pipeline.source_rule, pipeline.size_multiple, limits)
     return make_request(image=images.prepare(image, result, pipeline.source_rule, limits), size=result, **settings)
-
-
-def drawn(pipeline: Pipeline, requests: list[Request]) -> list[tuple[Image.Image, ...]]:
-    """The images of requests that an engine has at the same time."""
-    engine = Engine({"m": pipeline})
-    callers = [Caller(engine) for _ in requests]
-    for request, caller in zip(requests, callers, strict=True):
-        engine.submit(replace(request, model="m"), caller.events.append)
-    while engine.step():
-        pass
-    endings = [caller.endings[0] for caller in callers]
-    assert all(isinstance(ending, Completed) for ending in endings), endings
-    return [ending.images for ending in endings if isinstance(ending, Completed)]
 
 
 @pytest.mark.parametrize("name", nightly_but(ARCHITECTURES, "sd3-no-t5", "flux-dev", "if", "klein"))

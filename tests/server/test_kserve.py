@@ -16,6 +16,7 @@ from fakes import FakePipeline
 from img2img.v1 import image_to_image_pb2 as pb
 from img2img.v1.image_to_image_pb2_grpc import ImageToImageServiceStub
 from img2img_server.engine.request import RequestWarning
+from img2img_server.support.model_fields import FieldRule
 from kserve_calls import Loaded, client_of, number, opened, parameters, picture, refused, serving, tensor, text
 from messages import failure, png
 from PIL import Image
@@ -87,8 +88,7 @@ def test_what_is_described_is_what_is_taken(client: Any, pipeline: FakePipeline)
         "num_inference_steps": 10, "seed": 7, "image_count": 2, "width": 16, "height": 8, "scheduler": b"ddimscheduler",
     }  # fmt: skip
     described = {one.name: one for one in metadata.inputs}
-    masks = {"mask", "mask_uri", "mask_pixels", "mask_blur"}  # for models that take them, as true_cfg_scale
-    assert described.keys() == values.keys() | masks | {"true_cfg_scale"}
+    assert described.keys() == values.keys(), "and not masks, which the model does not take"
 
     def made(name: str) -> Any:
         one, value = described[name], values[name]
@@ -108,6 +108,28 @@ def test_what_is_described_is_what_is_taken(client: Any, pipeline: FakePipeline)
     asked = pipeline.prepared[-1].request
     assert (asked.prompt, asked.negative_prompt, asked.scheduler, asked.image.size) == ("a lake", "fog", "DDIMScheduler", (16, 8))
     assert (asked.strength, asked.guidance_scale, asked.num_inference_steps, asked.seeds) == (0.5, 2.0, 10, (7, 8))
+
+
+def test_inputs_of_a_model_that_edits_are_described_and_taken(client: Any, pipeline: FakePipeline) -> None:
+    pipeline.fields = {name: FieldRule(4.0) for name in ("negative_prompt", "true_cfg_scale")} | {"reference_images": FieldRule()}
+    try:
+        described = {one.name: list(one.shape) for one in client.get_model_metadata("m").inputs}
+        assert described["reference_images"] == [-1]
+        assert "true_cfg_scale" in described
+        assert not {"strength", "guidance_scale"} & described.keys()
+        address = b"data:image/png;base64," + base64.b64encode(png((8, 16)))
+        for shape in ([3], [1, 3]):
+            files = np.array([png((16, 8)), address, png((8, 8))], object).reshape(shape)
+            settings = [number("true_cfg_scale", 2.5, np.float32), text("negative_prompt", "fog")]
+            client.infer("m", [picture(), tensor("reference_images", files), *settings])
+            asked = pipeline.prepared[-1].request
+            assert [image.size for image in asked.references] == [(16, 8), (8, 16), (8, 8)]
+            assert (asked.true_cfg_scale, asked.negative_prompt) == (2.5, "fog")
+        bad = tensor("reference_images", np.array([png(), b"no image"], object))
+        assert refused(lambda: client.infer("m", [picture(), bad]))[1].startswith("reference_images[1]")
+    finally:
+        pipeline.fields = FakePipeline.fields
+    assert refused(lambda: client.infer("m", [picture(), tensor("reference_images", files[0])]))[1].startswith("reference_images")
 
 
 SETTINGS: dict[str, Any] = {

@@ -16,6 +16,8 @@ from img2img_server.engine.request import Completed, Failed, Progress, Request, 
 from img2img_server.errors import DeadlineUnmeetable, EngineStuck, InvalidField, QueueFull, ServerError, ShuttingDown
 from img2img_server.models.registry import ModelState
 from img2img_server.support.call import Call
+from img2img_server.support.model_fields import FieldRule
+from img2img_server.support.source_rule import EditSize, SourceRule
 from PIL import Image
 from running import store
 
@@ -62,6 +64,7 @@ def test_a_request_arrives_unchanged_and_with_the_remaining_seconds_until_its_de
     request = make_request(
         image=image, prompt="p", negative_prompt="n", strength=0.5, guidance_scale=3.0, seeds=(2**63 - 1, 4), deadline=107.0,
         scheduler="DDIMScheduler", preview_interval=2, image_digest=b"digest", client="c", id="i", follow=False, cache_scope="s",
+        true_cfg_scale=2.5, references=(image.rotate(90), image), reference_digests=(b"one", b"two"),
     )  # fmt: skip
     message = RemoteRequest.of(request, now=100.0)
     assert message.model == request.model
@@ -101,6 +104,15 @@ def test_the_end_of_a_replica_is_not_an_error_of_its_request(kind: type[ServerEr
 def test_any_other_error_is_the_requests_end() -> None:
     error = _make(InvalidField)
     assert check_lost(Failed(error)) == Failed(error)
+
+
+def test_a_card_says_what_the_model_takes_and_how_it_edits() -> None:
+    pipeline = FakePipeline()
+    pipeline.fields = {"reference_images": FieldRule(), "true_cfg_scale": FieldRule(4.0)}
+    pipeline.source_rule = SourceRule(keeps_size=True, edit_size=EditSize(preferred=((64, 32),), by_last=True))
+    (model,) = store(m=pipeline)
+    card = _sent(Card.of(model))
+    assert (card.request_fields, card.source_rule) == (pipeline.fields, pipeline.source_rule)
 
 
 def test_cards_are_small_whatever_a_manifest_lists() -> None:

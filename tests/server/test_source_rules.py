@@ -1,6 +1,7 @@
 """What becomes of a source before a model gets it, and the sizes that models set: diffusers' own functions are the oracle."""
 
 import itertools
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,16 +10,18 @@ import numpy as np
 import pytest
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.deepfloyd_if.pipeline_if_img2img import resize as resize_for_if
+from diffusers.pipelines.flux.pipeline_flux_kontext import PREFERRED_KONTEXT_RESOLUTIONS
+from diffusers.pipelines.flux2.image_processor import Flux2ImageProcessor
 from diffusers.pipelines.longcat_image.pipeline_longcat_image_edit import calculate_dimensions
+from diffusers.pipelines.qwenimage.pipeline_qwenimage_edit_plus import calculate_dimensions as qwen_dimensions
 from img2img_server import images
 from img2img_server.errors import InvalidField
 from img2img_server.images import ImageLimits, SizeRule
 from img2img_server.runtime.common.sources import source_rule, steps_of
-from img2img_server.support.source_rule import STRETCHED, SourceRule
+from img2img_server.support.source_rule import EDITED, STRETCHED, SourceRule
 from PIL import Image
 
 BICUBIC = SourceRule("BICUBIC", 1)
-EDITS = SourceRule(keeps_size=True)
 LIMITS = ImageLimits(max_pixels=64 * 64)
 
 
@@ -53,14 +56,14 @@ def test_the_rule_is_that_of_the_pipelines_image_processor() -> None:
     assert source_rule(fake("Kandinsky3Img2ImgPipeline", resample="bicubic", reducing_gap=1)) == BICUBIC
     assert source_rule(fake("StableDiffusionInstructPix2PixPipeline", resample="linear")) == SourceRule("BILINEAR")
     for name in ("FluxKontextPipeline", "Flux2KleinPipeline", "QwenImageEditPlusPipeline", "SanaSprintImg2ImgPipeline"):
-        assert source_rule(fake(name, vae_scale_factor=16)) == EDITS
+        assert replace(source_rule(fake(name, vae_scale_factor=16)), edit_size=None) == EDITED
     assert source_rule(fake("IFImg2ImgPipeline")) == SourceRule(keeps_size=True, shorter_side=64)
 
 
 def test_a_model_that_edits_gets_the_source_as_it_is_within_the_limit() -> None:
     source = noise(64, 40)
-    assert images.prepare(source, (16, 16), EDITS, LIMITS) is source
-    assert images.prepare(noise(200, 50), (16, 16), EDITS, LIMITS).size == (128, 32)
+    assert images.prepare(source, (16, 16), EDITED, LIMITS) is source
+    assert images.prepare(noise(200, 50), (16, 16), EDITED, LIMITS).size == (128, 32)
 
 
 def test_sizes_that_models_set_are_those_of_diffusers() -> None:
@@ -104,3 +107,48 @@ def test_steps_are_counted_by_the_pipelines_own_rule() -> None:
     assert [steps_of(down, count, strength) for count, strength in ((10, 0.55), (1, 0.8), (4, 1.0))] == [5, 0, 4]
     assert [steps_of(up, count, strength) for count, strength in ((10, 0.55), (1, 0.8), (4, 1.0))] == [6, 1, 4]
     assert steps_of(fake("FluxKontextPipeline"), 7, 0.1) == 7
+
+
+SIZES = [(104, 72), (72, 104), (64, 64), (1000, 667), (667, 1000), (1024, 1024), (1333, 750), (512, 2048), (1920, 1080)]
+"""Of sources, below and above a million pixels."""
+
+
+def edited(name: str, source: tuple[int, int], asked: SizeRule, multiple: int, by: tuple[int, int] | None = None) -> Any:
+    return images.result_size(source, asked, source_rule(fake(name, vae_scale_factor=16)), multiple, ImageLimits(), by)
+
+
+@pytest.mark.parametrize("source", SIZES)
+def test_models_that_edit_choose_the_size_as_diffusers_does(source: tuple[int, int]) -> None:
+    width, height = source
+    for name in ("QwenImageEditPipeline", "QwenImageEditPlusPipeline"):
+        expected = qwen_dimensions(1024 * 1024, width / height)
+        assert edited(name, source, SizeRule(), 16) == expected
+        assert edited(name, source, SizeRule(height=64), 16) == (expected[0], 64), "each side on its own"
+    image = Flux2ImageProcessor._resize_if_exceeds_area(Image.new("RGB", source))
+    assert edited("Flux2KleinPipeline", source, SizeRule(), 16) == tuple(side // 16 * 16 for side in image.size)
+    _, *preferred = min((abs(width / height - one / other), one, other) for one, other in PREFERRED_KONTEXT_RESOLUTIONS)
+    assert edited("FluxKontextPipeline", source, SizeRule(), 16) == tuple(preferred)
+    assert edited("FluxKontextPipeline", source, SizeRule(128, 64), 16) == (128, 64)
+
+
+def test_a_fit_follows_the_source_and_not_the_models_own_rule() -> None:
+    for name in ("QwenImageEditPlusPipeline", "Flux2Pipeline", "FluxKontextPipeline"):
+        assert edited(name, (104, 72), SizeRule(longest_side=104), 8) == (104, 72)
+
+
+def test_the_last_reference_sets_the_size_where_diffusers_reads_that() -> None:
+    by = qwen_dimensions(1024 * 1024, 72 / 104)
+    assert edited("QwenImageEditPlusPipeline", (104, 72), SizeRule(), 16, (72, 104)) == by
+    assert source_rule(fake("QwenImage21Pipeline")).edit_size == source_rule(fake("QwenImageEditPlusPipeline")).edit_size
+    sizes = {
+        name: source_rule(fake(name)).edit_size for name in ("Flux2Pipeline", "QwenImageEditPipeline", "FluxKontextPipeline")
+    }
+    assert not any(size is None or size.by_last for size in sizes.values())
+
+
+def test_a_chosen_size_above_the_limit_is_refused_with_what_to_do() -> None:
+    rule, limits = source_rule(fake("QwenImageEditPipeline")), ImageLimits(max_pixels=512 * 512)
+    with pytest.raises(InvalidField, match="1024 x 1024 pixels, the maximum is 262144: set fit") as raised:
+        images.result_size((64, 64), SizeRule(), rule, 16, limits)
+    assert raised.value.field == "image"
+    assert images.result_size((64, 64), SizeRule(512, 512), rule, 16, limits) == (512, 512)

@@ -100,8 +100,9 @@ class TransformRequest(_message.Message):
     """The number of images to generate, 1 to 8 (configurable). Default: 1."""
     width: _builtins.int
     """Width of the result in pixels, at least the model's size_multiple, and rounded down to a multiple of it. Width times height is
-    at most 4194304 pixels (configurable). Default: the source's; models that edit have a rule of their own, such as about 1048576
-    pixels in the source's aspect ratio.
+    at most 4194304 pixels (configurable). Default: the source's. Models that edit have a rule of their own: Flux Kontext takes the
+    closest of its preferred sizes, FLUX.2 the source's up to 1048576 pixels, and Qwen-Image-Edit about 1048576 pixels in the aspect
+    ratio of the source, or of the last of several reference_images.
     """
     height: _builtins.int
     """Height of the result in pixels, at least the model's size_multiple, and rounded down to a multiple of it. Default: as for width."""
@@ -151,8 +152,8 @@ class TransformRequest(_message.Message):
     @_builtins.property
     def reference_images(self) -> _containers.RepeatedCompositeFieldContainer[Global___ImageSource]:
         """More images to edit by, in this order after `image`, each in its own aspect ratio: an object to insert, a style, a person. Only
-        for models that take several, such as FLUX.2 and Qwen-Image-Edit-Plus; at most 4 (configurable). All images of a request together
-        have at most twice the bytes and twice the pixels of one source image. Default: none.
+        for models that take several, such as FLUX.2 and Qwen-Image-Edit-Plus; at most 4 (configurable). Together they have at most twice
+        the bytes and twice the pixels that one image may have. Default: none.
         """
 
     def __init__(

@@ -9,6 +9,7 @@ from img2img.v1 import image_to_image_pb2 as pb
 
 from img2img_server import images
 from img2img_server.api.masks import mask_rule
+from img2img_server.api.references import References
 from img2img_server.api.request_fields import RequestFields
 from img2img_server.codecs.jobs import LoadImage, LoadMask
 from img2img_server.codecs.pool import Codecs
@@ -41,8 +42,9 @@ class ParsedRequest:
     """A request for the engine, and how to respond.
 
     `arrival` is in seconds (time.perf_counter). If `as_asset` is set, the images are stored and their ids sent. `source_asset` is
-    the id of the source's asset, `mask_asset` of the mask's, empty if it is none; `mask_rule` is None without a mask. `model`
-    has no pipeline, because the request may outlive the model in memory; `engine` names the pipeline's engine on arrival.
+    the id of the source's asset, `mask_asset` of the mask's, `reference_assets` of the references', empty if it is none;
+    `mask_rule` is None without a mask. `model` has no pipeline, because the request may outlive the model in memory; `engine`
+    names the pipeline's engine on arrival.
     `fields` are the names of the fields that the model takes.
     """
 
@@ -57,6 +59,7 @@ class ParsedRequest:
     mask_asset: str = ""
     mask_rule: images.MaskRule | None = None
     fields: frozenset[str] = frozenset()
+    reference_assets: tuple[str, ...] = ()
 
 
 class Parser:
@@ -67,6 +70,7 @@ class Parser:
         self._sources = sources
         self._clock = clock
         self._codecs = codecs
+        self._references = References(sources, codecs, config.image_limits)
         self._threads = FairThreads(_PLANNING, "img2img-plan")
 
     async def parse(
@@ -106,9 +110,12 @@ class Parser:
         self._sources.check(message.image)
         if rule is not None:
             self._sources.check(message.mask, "mask")
+        self._references.check(message.reference_images)
         # Expensive work starts here, after all other fields have been checked.
+        references = await self._references.read(message.reference_images)
         field, data = await self._sources.read(message.image)
         call = current()
+        edit_size = _pipeline_of(model).source_rule.edit_size
         load = LoadImage(
             field=field,
             limits=self._config.image_limits,
@@ -116,6 +123,7 @@ class Parser:
             multiple=_pipeline_of(model).size_multiple,
             file_format=file_format,
             source_rule=_pipeline_of(model).source_rule,
+            sized_by=references[-1].image.size if references and edit_size is not None and edit_size.by_last else None,
         )
         with self._codecs.memory.hold(call, 0 if message.image.WhichOneof("source") == "data" else len(data)):
             image, digest, size = await self._codecs.load(data, load)
@@ -140,6 +148,8 @@ class Parser:
             cache_scope=call.client if call.authenticated and not self._config.share_caches else "",
             mask=mask,
             true_cfg_scale=true_cfg,
+            references=tuple(reference.image for reference in references),
+            reference_digests=tuple(reference.digest for reference in references),
         )
         # The engine plans the request too. Its slow part is cached here, off the engine's and the event loop's threads.
         await self._threads.run(_pipeline_of(model).plan, request)
@@ -155,6 +165,7 @@ class Parser:
             asset_of(message.mask),
             rule,
             frozenset(fields),
+            tuple(map(asset_of, message.reference_images)),
         )
 
     async def _mask(self, message: pb.TransformRequest, rule: images.MaskRule, size: tuple[int, int]) -> Mask:

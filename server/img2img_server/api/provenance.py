@@ -76,6 +76,9 @@ class Provenance:
                 "digest": request.mask.digest.hex(),
                 "asset": job.mask_asset or None,
             }
+        if request.references:
+            values["reference_digests"] = [digest.hex() for digest in request.reference_digests]
+            values["reference_assets"] = [asset or None for asset in job.reference_assets]
         return json.dumps(values, ensure_ascii=False)
 
     async def sign(self, data: bytes, file_format: images.WriteFormat) -> bytes:

@@ -122,10 +122,14 @@ class RequestFields(Mapping[str, RequestField]):
         return len(self._rows)
 
     def check(self, message: pb.TransformRequest) -> None:
-        """Raises InvalidField for a field that is set and that the model does not take. An empty text counts as unset."""
+        """Raises InvalidField for a field that is set and that the model does not take, and for too many elements. An empty
+        text counts as unset."""
         for row in self._all:
             if row.name not in self._rows and row.lacking != _NO_MASK and is_set(message, row.name):
                 raise InvalidField(row.name, f"{row.lacking}; leave {row.name} unset")
+            if row.max_count and len(getattr(message, row.name)) > row.max_count:
+                given = len(getattr(message, row.name))
+                raise InvalidField(row.name, f"there are {given} images, the maximum of this server is {row.max_count}")
 
     def number(self, message: pb.TransformRequest, name: str, without: float = 1.0) -> float:
         """The number of a field, or its default; `without` if the model does not take it. Raises InvalidField."""

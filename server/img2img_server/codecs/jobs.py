@@ -18,7 +18,7 @@ from img2img_server import images
 from img2img_server.codecs import structure
 from img2img_server.errors import InvalidField, StorageFailed
 from img2img_server.images import ImageLimits, MaskRule, SizeRule, WriteFormat
-from img2img_server.support.source_rule import STRETCHED, SourceRule
+from img2img_server.support.source_rule import EDITED, STRETCHED, SourceRule
 
 Reserve = Callable[[int, float], None]
 """Requests memory in bytes and processor time in seconds, in addition to those of a small image. Raises ImageMemoryFull."""
@@ -45,9 +45,19 @@ class Loaded:
 
 
 @dataclass(frozen=True, slots=True)
+class LoadedReference:
+    """The size of a reference image as its model gets it, the digest of its pixels, and its own size."""
+
+    size: tuple[int, int]
+    digest: bytes
+    source_size: tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
 class LoadImage:
     """Decodes an image file and prepares it by `source_rule` for the result's size, rounded down to `multiple` pixels. Errors
-    name `field`. The result must fit into a file of `file_format`."""
+    name `field`. The result must fit into a file of `file_format`. `sized_by` is the size of another image that the model derives
+    the result's size from, None if that is this image."""
 
     field: str
     limits: ImageLimits
@@ -55,19 +65,40 @@ class LoadImage:
     multiple: int
     file_format: WriteFormat
     source_rule: SourceRule = STRETCHED
+    sized_by: tuple[int, int] | None = None
 
     def run(self, data: bytes, reserve: Reserve) -> tuple[Loaded, bytes]:
         """Returns size and digest, and the raw RGB pixels. Raises InvalidField or ImageMemoryFull."""
         _check_structure(data, self.limits, self.field, reserve)
         source = images.header_size(data, self.limits, self.field)
-        size = images.result_size(source, self.size_rule, self.source_rule, self.multiple, self.limits)
+        size = images.result_size(source, self.size_rule, self.source_rule, self.multiple, self.limits, self.sized_by)
         images.check_side(size, self.file_format)
-        count = source[0] * source[1] + size[0] * size[1]
-        each = _JPEG_BYTES_PER_PIXEL if data.startswith(b"\xff\xd8\xff") else _BYTES_PER_PIXEL
-        reserve(each * count, _SECONDS_PER_PIXEL * count)
+        _reserve_pixels(data, source[0] * source[1] + size[0] * size[1], reserve)
         image = images.prepare(images.decode(data, self.limits, self.field), size, self.source_rule, self.limits)
         pixels = image.tobytes()
         return Loaded(image.size, digest_of(image.size, pixels), size), pixels
+
+
+@dataclass(frozen=True, slots=True)
+class LoadReference:
+    """Decodes an image file that a model edits by, at its own size within the limits. Errors name `field`, or reference_images if
+    it has more than `pixels_left`, of those that all have together."""
+
+    field: str
+    limits: ImageLimits
+    pixels_left: int
+
+    def run(self, data: bytes, reserve: Reserve) -> tuple[LoadedReference, bytes]:
+        """Returns sizes and digest, and the raw RGB pixels. Raises InvalidField or ImageMemoryFull."""
+        _check_structure(data, self.limits, self.field, reserve)
+        source = images.header_size(data, self.limits, self.field)
+        if source[0] * source[1] > self.pixels_left:
+            reason = "the images have together too many pixels: send fewer or smaller ones"
+            raise InvalidField(self.field.partition("[")[0], reason)
+        _reserve_pixels(data, source[0] * source[1], reserve)
+        image = images.prepare(images.decode(data, self.limits, self.field), source, EDITED, self.limits)
+        pixels = image.tobytes()
+        return LoadedReference(image.size, digest_of(image.size, pixels), source), pixels
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +158,7 @@ class Encode:
         return None, images.encode(image, self.file_format, self.quality, self.record)
 
 
-Job = LoadImage | LoadMask | Inspect | Encode
+Job = LoadImage | LoadReference | LoadMask | Inspect | Encode
 
 
 def digest_of(size: tuple[int, int], pixels: bytes) -> bytes:
@@ -135,6 +166,11 @@ def digest_of(size: tuple[int, int], pixels: bytes) -> bytes:
     hashed = hashlib.blake2b(b"%d %d " % size, digest_size=_DIGEST_BYTES)
     hashed.update(pixels)
     return hashed.digest()
+
+
+def _reserve_pixels(data: bytes, count: int, reserve: Reserve) -> None:
+    each = _JPEG_BYTES_PER_PIXEL if data.startswith(b"\xff\xd8\xff") else _BYTES_PER_PIXEL
+    reserve(each * count, _SECONDS_PER_PIXEL * count)
 
 
 def _check_structure(data: bytes, limits: ImageLimits, field: str, reserve: Reserve) -> None:

@@ -31,8 +31,10 @@ from img2img_server.codecs.jobs import (
     JobDone,
     JobFailed,
     Loaded,
+    LoadedReference,
     LoadImage,
     LoadMask,
+    LoadReference,
     Ready,
     WorkerMessage,
     file_of,
@@ -396,6 +398,20 @@ class Codecs:
         """
         return await self._decode(data, job, self._loaded)
 
+    async def load_reference(self, data: bytes, job: LoadReference) -> tuple[Image.Image, bytes, tuple[int, int]]:
+        """Decodes a reference image. Returns it as its model gets it, its digest, and its own size.
+
+        Raises InvalidField or ImageMemoryFull.
+        """
+
+        async def unpack(value: object, file: int | None) -> tuple[Image.Image, bytes, tuple[int, int]]:
+            assert isinstance(value, LoadedReference), "the result of LoadReference"
+            assert file is not None, "an image has pixels"
+            width, height = value.size
+            return await self._copy(width * height * 3, _image_of, value.size, file), value.digest, value.source_size
+
+        return await self._decode(data, job, unpack)
+
     async def load_mask(self, data: bytes, job: LoadMask) -> tuple[Image.Image, bytes]:
         """Decodes a request's mask. Returns it in mode L, and its digest. Raises InvalidField or ImageMemoryFull."""
 
@@ -440,7 +456,7 @@ class Codecs:
         await asyncio.gather(self._decoders.close(), self._encoders.close())
         self._threads.close()
 
-    async def _decode(self, data: bytes, job: LoadImage | LoadMask | Inspect, unpack: Unpack[_T]) -> _T:
+    async def _decode(self, data: bytes, job: LoadImage | LoadReference | LoadMask | Inspect, unpack: Unpack[_T]) -> _T:
         try:
             return await self._decoders.run(job, lambda: self._copy(len(data), file_of, data), unpack, self.memory)
         except ProcessDied as error:

@@ -43,7 +43,7 @@ class Request:
     names its client; `id` identifies it in logs and to the caller. Without `follow` only its ending is delivered, so a replica
     sends no other events. Requests of one `cache_scope` share cached encodings, so their timings reveal whether another request
     used the same input. `mask` is None if the whole source is transformed; the pipeline's `source_rule` says whether it takes
-    one.
+    one. `references` are more images to edit by, in RGB, and `reference_digests` identify their content.
 
     Fields that the model does not take have values without effect: `strength` and `guidance_scale` 1, `true_cfg_scale` None.
     """
@@ -68,6 +68,8 @@ class Request:
     size: tuple[int, int] | None = None
     mask: Mask | None = None
     true_cfg_scale: float | None = None
+    references: tuple[Image.Image, ...] = ()
+    reference_digests: tuple[bytes, ...] = ()
 
     @property
     def result_size(self) -> tuple[int, int]:

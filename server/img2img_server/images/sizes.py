@@ -86,14 +86,22 @@ def _check_area(size: tuple[int, int], field: str, cure: str, limits: ImageLimit
 
 
 def result_size(
-    source: tuple[int, int], asked: SizeRule, model: SourceRule, multiple: int, limits: ImageLimits
+    source: tuple[int, int],
+    asked: SizeRule,
+    model: SourceRule,
+    multiple: int,
+    limits: ImageLimits,
+    sized_by: tuple[int, int] | None = None,
 ) -> tuple[int, int]:
-    """The size of the result, in pixels: as target_size has it, or the model's own if it sets the size.
+    """The size of the result, in pixels: as target_size has it, or the model's own if it sets the size. Sides that are not asked
+    for are the source's; of a model that edits, those that it derives from the source, or from an image that is `sized_by`.
 
     Raises InvalidField for a size that the model does not make of this source.
     """
     size = model.own_size(source)
     if size is None:
+        if model.edit_size is not None and asked.longest_side is None and asked.area is None:
+            source = model.edit_size.of(sized_by or source)
         size = target_size(source, asked, multiple, limits)
         if model.square and size[0] != size[1]:
             field = "width" if asked.width is not None else "height" if asked.height is not None else "image"

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import re
 import stat
 from contextlib import ExitStack
 from pathlib import Path
@@ -83,6 +84,7 @@ def _read(descriptor: int, most: int, field: str) -> bytes:
     return data
 
 
+_ADDRESS = re.compile(rb"[A-Za-z][A-Za-z0-9+.-]{0,15}:")
 _THREADS = 4
 """Threads that read files and data: URIs, shared fairly among clients."""
 
@@ -186,6 +188,11 @@ class Sources:
         if data is None:
             raise InvalidField(field, f"the asset has more than {self._limits.max_bytes} bytes, the maximum of a source")
         return data
+
+
+def begins_as_address(data: bytes) -> bool:
+    """Whether bytes are an address and not an image file, none of which begins like one."""
+    return _ADDRESS.match(data) is not None
 
 
 def asset_of(source: pb.ImageSource) -> str:

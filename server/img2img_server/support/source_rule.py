@@ -10,7 +10,33 @@ Size = tuple[int, int]
 MaskUse = Literal["none", "optional", "required"]
 """Whether a model takes a mask that says which part of the source to redraw."""
 
-_IF_MULTIPLE, _AREA_MULTIPLE = 8, 16
+_IF_MULTIPLE, _AREA_MULTIPLE, _EDIT_MULTIPLE = 8, 16, 32
+
+
+@dataclass(frozen=True, slots=True)
+class EditSize:
+    """The size that a model that edits gives a result unless the request sets it, by the size of an image: its source, or with
+    `by_last` the last of its reference images.
+
+    It is about `area` pixels in the image's aspect ratio, with sides that are multiples of 32; with `capped`, the image's own
+    size up to that area; or the one of the `preferred` sizes with the closest aspect ratio.
+    """
+
+    area: int = 1024 * 1024
+    capped: bool = False
+    preferred: tuple[Size, ...] = ()
+    by_last: bool = False
+
+    def of(self, image: Size) -> Size:
+        """The size for an image of that size, in pixels, before it is rounded down to the model's multiple."""
+        width, height = image
+        if self.preferred:
+            return min((abs(width / height - one[0] / one[1]), one) for one in self.preferred)[1]
+        if self.capped:
+            scale = min(1.0, math.sqrt(self.area / (width * height)))
+            return int(width * scale), int(height * scale)
+        side = math.sqrt(self.area * (width / height))
+        return _rounded(side), _rounded(side / (width / height))
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +51,8 @@ class SourceRule:
     A model with a `shorter_side` or an `area` also sets the size of its results, by the source's aspect alone. `shorter_side`
     is that side in pixels, as DeepFloyd IF has it; `area` is about so many pixels, as LongCat-Image-Edit has it.
 
+    `edit_size` is the size of its results if requests do not set it, None for the source's.
+
     `mask` says whether it takes a mask.
     """
 
@@ -34,6 +62,7 @@ class SourceRule:
     square: bool = False
     shorter_side: int | None = None
     area: int | None = None
+    edit_size: EditSize | None = None
     mask: MaskUse = "none"
 
     @property
@@ -56,6 +85,13 @@ class SourceRule:
 
 STRETCHED = SourceRule()
 """What most models want: the source at the result's size, resized with Lanczos."""
+
+EDITED = SourceRule(keeps_size=True)
+"""What models that edit want: images at their own size."""
+
+
+def _rounded(side: float) -> int:
+    return round(side / _EDIT_MULTIPLE) * _EDIT_MULTIPLE
 
 
 def _rounded_up(side: float) -> int:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from typing import Any
 
 from img2img_server.errors import DeadlineUnmeetable, Exhausted, InvalidField, MessageTooLarge, ModelNotFound, ServerError
@@ -26,6 +27,7 @@ _FIELDS = {
     "model": "model",
     "image": "image",
     "mask": "mask",
+    "reference_images": "image",
     "image_count": "n",
     "width": "size",
     "height": "size",
@@ -69,7 +71,7 @@ def object_of(error: ServerError) -> dict[str, Any]:
     """The object "error" of a response: `code` is the error's stable reason, `param` the invalid field."""
     status, param, text = status_of(error), None, str(error)
     if isinstance(error, InvalidField):
-        param = _FIELDS.get(error.field) or _FIELDS.get(error.field.partition(".")[0], error.field)
+        param = _FIELDS.get(error.field) or _FIELDS.get(re.split(r"[.\[]", error.field)[0], error.field)
         text = f"{param}: {error.description}"
     if isinstance(error, ModelNotFound):
         param = "model"

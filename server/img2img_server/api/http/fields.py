@@ -11,12 +11,11 @@ from img2img_server.api.http.forms import Part, shown
 from img2img_server.config import DEFAULT_GUIDANCE, DEFAULT_STEPS, DEFAULT_STRENGTH, MAX_GUIDANCE, MAX_PROMPT
 from img2img_server.errors import InvalidField
 from img2img_server.images import MAX_BLUR
+from img2img_server.sources.reading import begins_as_address
 
 _WHOLE = re.compile(r"[+-]?[0-9]{1,19}")
 _NUMBER = re.compile(r"[+-]?([0-9]{1,40}\.?[0-9]{0,40}|\.[0-9]{1,40})([eE][+-]?[0-9]{1,4})?")
 _SIZE = re.compile(r"([0-9]{1,19})[xX]([0-9]{1,19})")
-_ADDRESS = re.compile(rb"[A-Za-z][A-Za-z0-9+.-]{0,15}:")
-"""The beginning of an address. No image file begins like this."""
 _SWITCH = {"true": True, "1": True, "false": False, "0": False}
 _FORMATS = {name.removeprefix("OUTPUT_FORMAT_").lower(): number for name, number in pb.OutputFormat.items() if number}
 _AUTO = "auto"
@@ -69,9 +68,7 @@ def read(parts: Sequence[Part], variation: bool) -> Draft:
     for part in parts:
         name = "image" if part.name == "image[]" else part.name
         if name == "image":
-            if name in seen:
-                raise InvalidField(name, "several images are not supported: send one image")
-            _put_source(draft.message.image, part)
+            _put_source(draft.message.reference_images.add() if name in seen else draft.message.image, part)
         elif name == "mask":
             if name in seen:
                 raise InvalidField(name, "the field is set more than once")
@@ -114,7 +111,7 @@ def _fill(draft: Draft, variation: bool) -> None:
 
 def _put_source(source: pb.ImageSource, part: Part) -> None:
     data = bytes(part.data)
-    if not part.is_file and _ADDRESS.match(data):
+    if not part.is_file and begins_as_address(data):
         source.uri = part.text
     else:
         source.data = data

@@ -16,7 +16,7 @@ _IMAGE_FIELD = {
     "type": "string",
     "format": "binary",
     "description": "The source image: a file, or as text its address: data:, asset: and, if the server allows them, https:, "
-    "http: and file:. It may be called image[]",
+    "http: and file:. It may be called image[], and there may be several for models that take reference images",
 }
 _MASK_FIELD = {
     "type": "string",

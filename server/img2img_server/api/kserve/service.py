@@ -13,8 +13,8 @@ from img2img_server.api.grpc_extensions import Handlers
 from img2img_server.api.health import HealthServicer
 from img2img_server.api.kserve import translation
 from img2img_server.api.kserve.inference import Inference, request_stream
-from img2img_server.api.kserve.tensors import shown
-from img2img_server.api.kserve.translation import INPUTS, OUTPUTS, VERSION
+from img2img_server.api.kserve.tensors import Input, shown
+from img2img_server.api.kserve.translation import FIELD_OF, INPUTS, OUTPUTS, VERSION
 from img2img_server.api.models import ModelService
 from img2img_server.api.transform import ImageToImageService
 from img2img_server.codecs.pool import ImageMemory
@@ -186,10 +186,16 @@ def _server_metadata() -> Any:
     return kserve_pb.ServerMetadataResponse(name="img2img", version=distribution.version(), extensions=_EXTENSIONS)
 
 
+def _inputs(found: pb.Model) -> list[Input]:
+    """The inputs that a model takes; all if that is not known, because it is not loaded."""
+    taken = {field.name for field in found.fields}
+    return [one for one in INPUTS if not taken or FIELD_OF.get(one.name, one.name) in taken]
+
+
 def _model_metadata(found: pb.Model) -> Any:
     """The ModelMetadataResponse of a model."""
     response = kserve_pb.ModelMetadataResponse(name=found.id, versions=[VERSION], platform=_platform(found))
-    for one in INPUTS:
+    for one in _inputs(found):
         response.inputs.add(name=one.name, datatype=one.datatypes[0], shape=one.dims)
     for output in OUTPUTS:
         response.outputs.add(name=output.name, datatype=output.datatype, shape=output.dims)
@@ -200,7 +206,7 @@ def _configuration(found: pb.Model) -> Any:
     """The ModelConfigResponse of a model. max_batch_size is 0: the server batches concurrent requests itself."""
     config = config_pb.ModelConfig(name=found.id, platform=_platform(found), backend="img2img", max_batch_size=0)
     config.model_transaction_policy.decoupled = False  # one response per request, unless progress is requested
-    for one in INPUTS:
+    for one in _inputs(found):
         config.input.add(name=one.name, data_type=_type(one.datatypes[0]), dims=one.dims, optional=True)
     for output in OUTPUTS:
         config.output.add(name=output.name, data_type=_type(output.datatype), dims=output.dims)

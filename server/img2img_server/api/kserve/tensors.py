@@ -13,7 +13,7 @@ import numpy as np
 
 from img2img_server.errors import InvalidField, NotSupported
 
-Value = bytes | int | float | np.ndarray[Any, np.dtype[np.uint8]]
+Value = bytes | int | float | np.ndarray[Any, np.dtype[np.uint8]] | tuple[bytes, ...]
 
 _FIXED = {"INT32": "<i4", "INT64": "<i8", "FP32": "<f4", "FP64": "<f8", "UINT8": "|u1"}
 """NumPy's names of the datatypes with elements of fixed size. Elements of BYTES are preceded by their length."""
@@ -92,6 +92,8 @@ def _read(tensor: Any, raw: bytes | None, wanted: Input) -> Given:
         elements = _raw(wanted.name, tensor.datatype, raw, count)
     if tensor.datatype == "UINT8":
         return Given(np.frombuffer(bytes(elements), np.uint8).reshape(shape), batched)
+    if wanted.dims == (-1,):
+        return Given(tuple(map(bytes, elements)), batched)
     (element,) = elements
     return Given(_shortest(element) if tensor.datatype == "FP32" else element, batched)
 

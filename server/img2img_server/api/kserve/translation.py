@@ -17,6 +17,7 @@ from tritonclient.grpc import service_pb2 as kserve_pb  # type: ignore[import-un
 from img2img_server.api.kserve import tensors
 from img2img_server.api.kserve.tensors import Input, Output, shown
 from img2img_server.errors import InvalidField, ModelNotFound, NotSupported
+from img2img_server.sources.reading import begins_as_address
 from img2img_server.support.fair_queue import FairThreads
 
 _T = TypeVar("_T")
@@ -107,6 +108,8 @@ MASKS = (
     Input("mask_pixels", ("UINT8",), (-1, -1)),
 )
 """Inputs for the mask, of which a request contains at most one."""
+REFERENCES = Input("reference_images", ("BYTES",), (-1,))
+"""Image files or addresses, for models that take reference images."""
 SETTINGS = (
     Input("prompt", ("BYTES",)),
     Input("negative_prompt", ("BYTES",)),
@@ -123,7 +126,9 @@ SETTINGS = (
 )
 """Inputs named as their fields in TransformRequest. Each may be given as a parameter instead."""
 IMAGES, SEED = Output("images", "BYTES"), Output("seed", "INT64")
-INPUTS = (*SOURCES, *MASKS, *SETTINGS)
+INPUTS = (*SOURCES, *MASKS, REFERENCES, *SETTINGS)
+FIELD_OF = {one.name: "image" for one in SOURCES} | {one.name: "mask" for one in MASKS}
+"""The fields of TransformRequest that inputs of other names are for."""
 OUTPUTS = (IMAGES, SEED)
 STEP, STEP_COUNT, PREVIEW = Output("step", "INT64", (1,)), Output("step_count", "INT64", (1,)), Output("preview", "BYTES", (1,))
 PROGRESS = (STEP, STEP_COUNT, PREVIEW)
@@ -183,6 +188,7 @@ async def read(request: Any, threads: FairThreads) -> Task:
         if (switch := parameters.switch(name)) is not None:
             setattr(message, name, switch)
     uris = {field: parameters.text(f"{field}_uri") for field in ("image", "mask")}
+    _set_references(message, given)
     seconds = _seconds(parameters)
     parameters.finish()
     source = await _set_source(message.image, "image", SOURCES, given, uris["image"], threads)
@@ -213,6 +219,8 @@ def renamed(sources: Mapping[str, str] = MappingProxyType({})) -> Iterator[None]
     except InvalidField as error:
         root = error.field.partition(".")[0]
         field = sources.get(root, root) if root in ("image", "mask") else _FIELDS.get(error.field, error.field)
+        if "[" in root:
+            field = root
         raise InvalidField(field, error.description) from None
 
 
@@ -322,6 +330,16 @@ async def _set_source(
 
 def _names(inputs: Sequence[Input]) -> str:
     return ", ".join(one.name for one in inputs)
+
+
+def _set_references(message: pb.TransformRequest, given: Mapping[str, tensors.Given]) -> None:
+    found = given.get(REFERENCES.name)
+    for data in found.value if found is not None and isinstance(found.value, tuple) else ():
+        source = message.reference_images.add()
+        if begins_as_address(data):
+            source.uri = _text(REFERENCES.name, data)
+        else:
+            source.data = data
 
 
 def _file(pixels: np.ndarray[Any, np.dtype[np.uint8]]) -> bytes:

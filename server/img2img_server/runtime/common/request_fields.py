@@ -20,6 +20,9 @@ _EMBEDDED = frozenset(
 )
 """Classes whose `guidance_scale` is nothing but an input of the transformer, which only distilled ones have."""
 
+_SEVERAL = frozenset({"Flux2KleinPipeline", "Flux2Pipeline", "QwenImage21Pipeline", "QwenImageEditPlusPipeline"})
+"""Classes that take a list of images for one result. In others a list is a batch."""
+
 _DISTILLED_STEPS = 4.0
 """Steps of a pipeline whose configuration says `is_distilled`, as FLUX.2 klein's documentation has it."""
 
@@ -35,6 +38,8 @@ def request_fields(pipe: Any) -> ModelFields:
     for name in names:
         is_own = name == "true_cfg_scale" or (name == "guidance_scale" and "strength" not in parameters)
         fields[name] = FieldRule(parameters[name].default if is_own else None)
+    if type(pipe).__name__ in _SEVERAL:
+        fields["reference_images"] = FieldRule()
     if pipe.config.get("is_distilled"):
         fields["num_inference_steps"] = FieldRule(_DISTILLED_STEPS)
     return fields

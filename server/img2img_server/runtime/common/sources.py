@@ -5,15 +5,27 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from diffusers.pipelines.flux.pipeline_flux_kontext import PREFERRED_KONTEXT_RESOLUTIONS
 from diffusers.utils import PIL_INTERPOLATION
-from PIL import Image
 
+from img2img_server.engine.request import Request
 from img2img_server.errors import InvalidField
 from img2img_server.runtime.common.pipe import PIXELS, SQUARE, parts, view_of
-from img2img_server.support.source_rule import SourceRule
+from img2img_server.support.source_rule import EditSize, SourceRule
 
 _AREAS = {"LongCatImageEditPipeline": 1024 * 1024}
 """Classes whose results have about so many pixels, whatever is asked for."""
+
+_EDIT_SIZES = {
+    "Flux2KleinPipeline": EditSize(capped=True),
+    "Flux2Pipeline": EditSize(capped=True),
+    "FluxKontextPipeline": EditSize(preferred=tuple(PREFERRED_KONTEXT_RESOLUTIONS)),
+    "QwenImage21Pipeline": EditSize(by_last=True),
+    "QwenImageEditPipeline": EditSize(),
+    "QwenImageEditPlusPipeline": EditSize(by_last=True),
+}
+"""The sizes that classes choose. FluxKontextPipeline makes squares if it is not asked for a size; Black Forest Labs' own code
+makes the size that the pipeline gives the source, and so does this server."""
 
 
 def source_rule(pipe: Any) -> SourceRule:
@@ -28,7 +40,7 @@ def source_rule(pipe: Any) -> SourceRule:
     if name in _AREAS:
         return SourceRule(keeps_size=True, area=_AREAS[name])
     if "use_resolution_binning" in parameters or ("strength" not in parameters and "width" in parameters):
-        return SourceRule(keeps_size=True)
+        return SourceRule(keeps_size=True, edit_size=_EDIT_SIZES.get(name))
     for part in parts(pipe):
         config = getattr(getattr(part, "image_processor", None), "config", None)
         if (resample := getattr(config, "resample", None)) in PIL_INTERPOLATION:
@@ -37,14 +49,17 @@ def source_rule(pipe: Any) -> SourceRule:
     return SourceRule()
 
 
-def check_source(pipe: Any, image: Image.Image) -> None:
-    """Raises InvalidField for an image that the pipeline's image processor refuses, as FLUX.2's does small ones."""
+def check_sources(pipe: Any, request: Request) -> None:
+    """Raises InvalidField for an image that the pipeline's image processor refuses: FLUX.2's does small ones."""
     check = getattr(getattr(pipe, "image_processor", None), "check_image_input", None)
-    try:
-        if check is not None:
+    if check is None:
+        return
+    fields = ["image", *(f"reference_images[{index}]" for index in range(len(request.references)))]
+    for field, image in zip(fields, (request.image, *request.references), strict=True):
+        try:
             check(image)
-    except ValueError as error:
-        raise InvalidField("image", f"this model does not take the image: {error}") from None
+        except ValueError as error:
+            raise InvalidField(field, f"this model does not take the image: {error}") from None
 
 
 def steps_of(pipe: Any, count: int, strength: float) -> int:

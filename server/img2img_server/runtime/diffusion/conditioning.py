@@ -21,6 +21,9 @@ _Key = TypeVar("_Key", bound=Hashable)
 ScopedText = tuple[str, str]
 """A request's `cache_scope` and one of its texts."""
 
+ScopedImage = tuple[str, Image.Image, bytes]
+"""A request's `cache_scope`, one of its images, and that image's digest."""
+
 
 @dataclass(frozen=True, slots=True)
 class Embedding:
@@ -78,11 +81,18 @@ class Encoder:
     def pictures(self, requests: Sequence[Request]) -> list[SimpleNamespace]:
         """The output of the VAE's encoder for each request's image (`common/vae.py`). Images of one size are encoded in one
         call."""
+        return self._images([(request.cache_scope, request.image, request.image_digest) for request in requests])
+
+    def references(self, request: Request) -> list[SimpleNamespace]:
+        """The output of the VAE's encoder for each of the request's reference images."""
+        digests = request.reference_digests or (b"",) * len(request.references)
+        pairs = zip(request.references, digests, strict=True)
+        return self._images([(request.cache_scope, image, digest) for image, digest in pairs])
+
+    def _images(self, wanted: Sequence[ScopedImage]) -> list[SimpleNamespace]:
         # An image without a digest is not cached.
-        keys: list[tuple[str, bytes | int]] = [
-            (request.cache_scope, request.image_digest or index) for index, request in enumerate(requests)
-        ]
-        pictures = {key: request.image for key, request in zip(keys, requests, strict=True)}
+        keys: list[tuple[str, bytes | int]] = [(scope, digest or index) for index, (scope, _, digest) in enumerate(wanted)]
+        pictures = {key: image for key, (_, image, _) in zip(keys, wanted, strict=True)}
         found, missing = self._look_up({key: ("picture", *key) for key in pictures})
         for size in sorted({pictures[key].size for key in missing}):
             together = [key for key in missing if pictures[key].size == size]
@@ -94,12 +104,14 @@ class Encoder:
         return [output_of(found[key], self._pipe.vae.config) for key in keys]
 
     def seen(self, request: Request, text: str, encode: Callable[[], Embedding]) -> Embedding:
-        """The embedding that `encode` makes of a text and the request's image. Cached if the image has a digest."""
-        key = (self._own, "seen", request.cache_scope, request.image_digest, text)
-        found: Embedding | None = self._cache.get(key) if request.image_digest else None
+        """The embedding that `encode` makes of a text and the request's images. Cached if all images have a digest."""
+        digests = (request.image_digest, *request.reference_digests)
+        key = (self._own, "seen", request.cache_scope, digests, text)
+        is_cached = all(digests) and len(digests) == 1 + len(request.references)
+        found: Embedding | None = self._cache.get(key) if is_cached else None
         if found is None:
             found = encode()
-            if request.image_digest:
+            if is_cached:
                 self._cache.put(key, found, found.bytes)
         return found
 

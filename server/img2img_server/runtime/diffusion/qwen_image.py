@@ -65,18 +65,18 @@ class QwenImageEdit(QwenImage):
 
     def _embed(self, requests: Sequence[Request]) -> list[dict[str, Embedding]]:
         return [
-            {text: self._encoder.seen(request, text, lambda: self._see(request.image, text)) for text in self._texts(request)}  # noqa: B023
+            {text: self._encoder.seen(request, text, lambda: self._see(request, text)) for text in self._texts(request)}  # noqa: B023
             for request in requests
         ]
 
-    def _see(self, image: Image.Image, text: str) -> Embedding:
-        (found,) = self._cut(*self._pipe.encode_prompt(text, self._prompt_image(image), self._pipe._execution_device))
+    def _see(self, request: Request, text: str) -> Embedding:
+        (found,) = self._cut(*self._pipe.encode_prompt(text, self._prompt_image(request), self._pipe._execution_device))
         return found
 
-    def _prompt_image(self, image: Image.Image) -> Any:
-        """The source as the text encoder sees it."""
-        width, height = self._reference_size(image)
-        return self._pipe.image_processor.resize(image, height, width)
+    def _prompt_image(self, request: Request) -> Any:
+        """The request's images as the text encoder sees them."""
+        width, height = self._reference_size(request.image)
+        return self._pipe.image_processor.resize(request.image, height, width)
 
     def _fitted(self, area: int, image: Image.Image) -> tuple[int, int]:
         module: Any = inspect.getmodule(type(self._pipe).prepare_latents)
@@ -100,12 +100,12 @@ class QwenImageEdit(QwenImage):
 
 
 class QwenImageEditPlus(QwenImageEdit):
-    """The text encoder and the transformer see the source at different sizes."""
+    """The text encoder and the transformer see the images at different sizes."""
 
-    def _prompt_image(self, image: Image.Image) -> Any:
+    def _prompt_image(self, request: Request) -> Any:
         module: Any = inspect.getmodule(type(self._pipe).prepare_latents)
-        width, height = self._fitted(module.CONDITION_IMAGE_SIZE, image)
-        return [self._pipe.image_processor.resize(image, height, width)]
+        images = [(image, self._fitted(module.CONDITION_IMAGE_SIZE, image)) for image in (request.image, *request.references)]
+        return [self._pipe.image_processor.resize(image, height, width) for image, (width, height) in images]
 
     def _reference_size(self, image: Image.Image) -> tuple[int, int]:
         module: Any = inspect.getmodule(type(self._pipe).prepare_latents)

@@ -198,7 +198,7 @@ class SteppedPipeline(ABC):
         positive, negative = self._embeddings(request, embeddings)
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in request.seeds]
         noising = _Noising(cached_scheduler.scheduler)
-        pipe = view_of(self._pipe, scheduler=noising, vae=_Encoded(self._pipe.vae, picture))
+        pipe = view_of(self._pipe, scheduler=noising, vae=Encoded(self._pipe.vae, picture))
         latents = self._first_latents(
             pipe, request, cached_scheduler.timesteps[:1].repeat(count), positive.hidden_states.dtype, generators
         )
@@ -355,7 +355,7 @@ class _Noising:
         return getattr(self._scheduler, name)
 
 
-class _Encoded:
+class Encoded:
     """A VAE that returns an image's encoding, which was computed before."""
 
     def __init__(self, vae: Any, output: SimpleNamespace) -> None:
@@ -363,6 +363,7 @@ class _Encoded:
         self._output = output
 
     def encode(self, pixels: torch.Tensor) -> SimpleNamespace:
+        """The encoding, whatever `pixels` are."""
         return self._output
 
     def __getattr__(self, name: str) -> Any:

@@ -14,11 +14,12 @@ from PIL import Image
 
 from img2img_server.engine.request import Plan, Request
 from img2img_server.runtime.common.device_copy import send
+from img2img_server.runtime.common.pipe import view_of
 from img2img_server.runtime.common.rotary import Size
-from img2img_server.runtime.common.sources import check_source
+from img2img_server.runtime.common.sources import check_sources
 from img2img_server.runtime.diffusion.conditioning import Embedding
 from img2img_server.runtime.diffusion.state import Conditioning, DiffusionState
-from img2img_server.runtime.diffusion.stepped import SteppedPipeline
+from img2img_server.runtime.diffusion.stepped import Encoded, SteppedPipeline
 from img2img_server.runtime.onnx.token_graphs import TokenGraph, join
 
 _T = TypeVar("_T")
@@ -36,7 +37,7 @@ class TokenPipeline(SteppedPipeline):
 
     def plan(self, request: Request) -> Plan:
         """As of every family. Raises InvalidField for an image that the model does not take."""
-        check_source(self._pipe, request.image)
+        check_sources(self._pipe, request)
         return super().plan(request)
 
     def preview(self, states: Sequence[DiffusionState]) -> Sequence[Image.Image | None]:
@@ -62,7 +63,8 @@ class TokenPipeline(SteppedPipeline):
 
     def _sizes(self, request: Request) -> list[Size]:
         """Height and width in tokens of the request's image and its references."""
-        sizes = [request.result_size, *([self._reference_size(request.image)] if self.edits else [])]
+        seen = (request.image, *request.references) if self.edits else ()
+        sizes = [request.result_size, *map(self._reference_size, seen)]
         return [(height // self.size_multiple, width // self.size_multiple) for width, height in sizes]
 
     def _true_cfg_scale(self, request: Request) -> float:
@@ -94,13 +96,14 @@ class TokenPipeline(SteppedPipeline):
         rows = len(latents) * (2 if self._is_guided(request) else 1)
         more: Conditioning = {}
         if self.edits:
-            more[_REFERENCES] = self._reference(pipe).expand(rows, -1, -1)
+            seen = [pipe, *(view_of(pipe, vae=Encoded(self._pipe.vae, one)) for one in self._encoder.references(request))]
+            more[_REFERENCES] = torch.cat([self._reference(one) for one in seen], dim=1).expand(rows, -1, -1)
         if self._denoiser.config.get("guidance_embeds"):
             more["guidance"] = torch.full((rows,), request.guidance_scale, device=latents.device)
         return more
 
     def _reference(self, pipe: Any) -> torch.Tensor:
-        """The tokens [1, M, C] of the source, which `pipe` has encoded already."""
+        """The tokens [1, M, C] of an image, which `pipe` has encoded already."""
         raise NotImplementedError
 
     def _first_latents(

@@ -18,7 +18,7 @@ from img2img_server.engine.request import Plan, Request, no_step
 from img2img_server.errors import InvalidField, OutOfMemory
 from img2img_server.runtime.common.pipe import SWAPPED, native_sizes, parts, size_multiple, view_of
 from img2img_server.runtime.common.request_fields import DEPENDENT, request_fields
-from img2img_server.runtime.common.sources import check_source, source_rule, steps_of
+from img2img_server.runtime.common.sources import check_sources, source_rule, steps_of
 from img2img_server.runtime.common.torch_calls import torch_call
 from img2img_server.runtime.common.truncation import Truncation
 from img2img_server.runtime.onnx.modules import close_graphs
@@ -70,12 +70,14 @@ class OpaquePipeline:
             raise InvalidField("scheduler", "this model supports only its own scheduler: leave the field unset")
         if self._steps(request) == 0:
             raise no_step(request)
-        check_source(self._pipe, request.image)
+        check_sources(self._pipe, request)
         width, height = self._size(request)
         settings, at_once = self._settings(request), self._at_once(request)
         chunks = -(-len(request.seeds) // at_once)
         rows = min(len(request.seeds), at_once) * self._rows(request)
         shape = (height, width) if settings is None else (height, width, slot(settings))
+        if request.references:  # which make a call longer
+            shape = (*shape, len(request.references))
         return Plan(shape, width * height, rows, self._steps(request) * chunks, self._truncation.warnings(self._texts(request)))
 
     def prepare(self, requests: Sequence[Request]) -> Sequence[OpaqueState]:
@@ -206,7 +208,7 @@ class OpaquePipeline:
         if len(images) != len(call.pictures) or any(image.size != size for image in images):
             made = [image.size for image in images]
             raise RuntimeError(f"{type(self._pipe).__name__} returned images of {made} instead of {len(call.pictures)} of {size}")
-        return images
+        return [image.convert("RGB") for image in images]  # Qwen-Image 2.1 makes RGBA
 
     def _texts(self, request: Request) -> dict[str, str]:
         """The request's texts that the pipeline accepts, by field name."""
@@ -226,7 +228,7 @@ class OpaquePipeline:
         each: dict[str, list[Any]] = {
             "prompt": [request.prompt for request, _ in pictures],
             "negative_prompt": [request.negative_prompt for request, _ in pictures],
-            "image": [request.image for request, _ in pictures],
+            "image": [[request.image, *request.references] if request.references else request.image for request, _ in pictures],
             "generator": [torch.Generator("cpu").manual_seed(seed) for _, seed in pictures],
         }
         alike: dict[str, Any] = {

@@ -1,0 +1,59 @@
+"""The reference images of a request: checked, read and decoded like its source image, with bounds for all of them together."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from img2img.v1 import image_to_image_pb2 as pb
+from PIL import Image
+
+from img2img_server.codecs.jobs import LoadReference
+from img2img_server.codecs.pool import Codecs
+from img2img_server.errors import InvalidField
+from img2img_server.images import ImageLimits
+from img2img_server.sources.reading import Sources
+from img2img_server.support.call import current
+
+_FIELD = "reference_images"
+_SHARE = 2
+"""The reference images of a request have together as many times the bytes and pixels that one image may have."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """A reference image as its model gets it, in RGB, and the digest of its content."""
+
+    image: Image.Image
+    digest: bytes
+
+
+class References:
+    """Reads the reference images of requests."""
+
+    def __init__(self, sources: Sources, codecs: Codecs, limits: ImageLimits) -> None:
+        self._sources, self._codecs, self._limits = sources, codecs, limits
+
+    def check(self, sources: Sequence[pb.ImageSource]) -> None:
+        """Checks the references without reading them. Raises InvalidField, or NotSupported for sources that cannot be read."""
+        for index, source in enumerate(sources):
+            self._sources.check(source, f"{_FIELD}[{index}]")
+
+    async def read(self, sources: Sequence[pb.ImageSource]) -> tuple[Reference, ...]:
+        """Reads and decodes the references one after the other, so that only one file is in memory.
+
+        Raises InvalidField, naming the reference or the field for bounds of all, or an error of reading sources and images.
+        """
+        found: list[Reference] = []
+        bytes_left, pixels_left = _SHARE * self._limits.max_bytes, _SHARE * self._limits.max_source_pixels
+        for index, source in enumerate(sources):
+            field, data = await self._sources.read(source, f"{_FIELD}[{index}]")
+            bytes_left -= len(data)
+            if bytes_left < 0:
+                most = _SHARE * self._limits.max_bytes
+                raise InvalidField(
+                    _FIELD, f"the files have together more than {most} bytes, the maximum: send fewer or smaller ones"
+                )
+            with self._codecs.memory.hold(current(), 0 if source.WhichOneof("source") == "data" else len(data)):
+                image, digest, size = await self._codecs.load_reference(data, LoadReference(field, self._limits, pixels_left))
+            pixels_left -= size[0] * size[1]
+            found.append(Reference(image, digest))
+        return tuple(found)

@@ -1,0 +1,179 @@
+"""Models that edit: what a request's images, size, true_cfg_scale and seeds become is what diffusers makes of them, to 1/255."""
+
+import inspect
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from covering import nightly_but
+from diffusers_oracle import drawn, oracle, source
+from fakes import make_request
+from img2img_server import images
+from img2img_server.bundle.manifest import read_manifest
+from img2img_server.engine.request import Pipeline, Request
+from img2img_server.errors import InvalidField
+from img2img_server.images import ImageLimits, SizeRule
+from img2img_server.runtime.execution import Execution
+from img2img_server.runtime.loader import load_pipeline
+from PIL import Image
+
+EDITORS = ("klein", "flux2", "kontext", "qwenimage-edit", "qwenimage-edit-plus", "qwenimage2", "longcat-edit")
+SEVERAL = ("klein", "flux2", "qwenimage-edit-plus", "qwenimage2")
+"""Models that take reference images."""
+TRUE_CFG = ("kontext", "qwenimage-edit", "qwenimage-edit-plus", "qwenimage2", "qwenimage")
+
+Load = Callable[[str], tuple[Pipeline, Any]]
+
+
+@pytest.fixture
+def load(bundle: Callable[[str], Path], tiny_model: Callable[[str], Path]) -> Load:
+    """A tiny model as the server has it, and diffusers' own pipeline."""
+
+    def loaded(name: str) -> tuple[Pipeline, Any]:
+        manifest = read_manifest(bundle(name))
+        return load_pipeline(bundle(name), manifest, Execution("cpu")), oracle(tiny_model(name), manifest.pipeline_class)
+
+    return loaded
+
+
+def asked(pipeline: Pipeline, size: SizeRule, sources: Sequence[Image.Image], **settings: Any) -> Request:
+    """The request that the server makes of images, of which the first is the source."""
+    rule, limits = pipeline.source_rule, ImageLimits()
+    by = sources[-1].size if rule.edit_size is not None and rule.edit_size.by_last else None
+    result = images.result_size(sources[0].size, size, rule, pipeline.size_multiple, limits, by)
+    prepared = [images.prepare(image, image.size, rule, limits) for image in sources]
+    settings = {"prompt": "a lake", "num_inference_steps": 2, "guidance_scale": 1.0, **settings}
+    return make_request(image=prepared[0], references=tuple(prepared[1:]), size=result, **settings)
+
+
+def pixels(image: Image.Image) -> np.ndarray:
+    return np.asarray(image, int)
+
+
+def assert_same(ours: Image.Image, theirs: Image.Image) -> None:
+    """`theirs` may have transparency, which results do not."""
+    theirs = theirs.convert("RGB")
+    assert (ours.mode, ours.size) == ("RGB", theirs.size)
+    assert pixels(theirs).std() > 10, "a flat image would prove nothing"
+    assert np.abs(pixels(ours) - pixels(theirs)).max() <= 1
+
+
+@pytest.mark.parametrize("name", nightly_but(SEVERAL, "klein"))
+def test_reference_images_of_other_aspects_are_those_of_diffusers(name: str, load: Load) -> None:
+    """Three images of their own sizes, two results, beside a request without references; a reference more is another image."""
+    pipeline, pipe = load(name)
+    assert "reference_images" in pipeline.fields
+    sources = [source(104, 72), source(64, 96), source(80, 80).rotate(90)]
+    size = SizeRule(64, 96)
+    several, one = asked(pipeline, size, sources, seeds=(4, 5)), asked(pipeline, size, sources[:1], seeds=(4,))
+    (first, second), (alone,) = drawn(pipeline, [several, one])
+    known: dict[str, Any] = {"prompt": "a lake", "num_inference_steps": 2, "width": 64, "height": 96}
+    if "guidance_scale" in pipeline.fields:
+        known["guidance_scale"] = 1.0
+    for seed, ours, given in ((4, first, sources), (5, second, sources), (4, alone, sources[:1])):
+        theirs = pipe(image=list(given), generator=torch.Generator().manual_seed(seed), **known).images[0]
+        assert_same(ours, theirs)
+    least = 0 if name == "qwenimage2" else 1  # whose tiny model hardly looks at them
+    assert np.abs(pixels(first) - pixels(alone)).max() > least, "the references count"
+    (again,), (swapped,) = drawn(
+        pipeline, [asked(pipeline, size, sources, seeds=(5,)), asked(pipeline, size, [sources[0], *sources[:0:-1]], seeds=(4,))]
+    )
+    assert np.abs(pixels(again) - pixels(second)).max() <= 1, "an image has its seed, however many are asked for"
+    assert np.abs(pixels(swapped) - pixels(first)).max() > least, "their order counts"
+
+
+@pytest.mark.parametrize("name", nightly_but(("klein", "flux2", "kontext", "qwenimage-edit", "qwenimage-edit-plus"), "klein"))
+def test_the_size_is_the_models_own_unless_it_is_set(name: str, load: Load) -> None:
+    """Diffusers chooses the same size, except that Kontext's class makes squares."""
+    pipeline, pipe = load(name)
+    request = asked(pipeline, SizeRule(), [source(104, 72)], seeds=(3,), num_inference_steps=1)
+    ((ours,),) = drawn(pipeline, [request])
+    known: dict[str, Any] = {"prompt": "a lake", "num_inference_steps": 1}
+    if name == "kontext":
+        known |= {"width": request.result_size[0], "height": request.result_size[1]}
+    if "guidance_scale" in pipeline.fields:
+        known["guidance_scale"] = 1.0
+    assert_same(ours, pipe(image=source(104, 72), generator=torch.Generator().manual_seed(3), **known).images[0])
+
+
+@pytest.mark.parametrize("name", nightly_but(TRUE_CFG, "qwenimage"))
+def test_true_cfg_scale_is_that_of_diffusers(name: str, load: Load) -> None:
+    pipeline, pipe = load(name)
+    own = pipeline.fields["true_cfg_scale"].default
+    assert own == {"kontext": 1.0, "qwenimage2": 1.0}.get(name, 4.0)
+    size = SizeRule(64, 64)
+    values = (1.0, 2.0, 6.0)
+    requests = [
+        asked(pipeline, size, [source(64, 64)], seeds=(3,), strength=1.0, negative_prompt="fog", true_cfg_scale=value)
+        for value in values
+    ]
+    ours = [one for (one,) in drawn(pipeline, requests)]
+    known: dict[str, Any] = {"prompt": "a lake", "negative_prompt": "fog", "num_inference_steps": 2, "width": 64, "height": 64}
+    if "guidance_scale" in pipeline.fields:
+        known["guidance_scale"] = 1.0
+    if "strength" in pipeline.fields:
+        known["strength"] = 1.0
+    for value, one in zip(values, ours, strict=True):
+        generator = torch.Generator().manual_seed(3)
+        assert_same(one, pipe(image=source(64, 64), generator=generator, true_cfg_scale=value, **known).images[0])
+    assert np.abs(pixels(ours[1]) - pixels(ours[2])).max() > 1, "the scale counts"
+
+
+PROBES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "strength": ({"strength": 0.5}, {"strength": 1.0}),
+    "guidance_scale": ({"guidance_scale": 2.0}, {"guidance_scale": 6.0}),
+    "negative_prompt": ({"negative_prompt": "fog"}, {"negative_prompt": "a forest of trees"}),
+    "true_cfg_scale": ({"true_cfg_scale": 2.0}, {"true_cfg_scale": 6.0}),
+}
+"""Two values of each argument that a pipeline may have."""
+PROBED = (
+    *EDITORS,
+    "sd1",
+    "sdxl",
+    "lcm",
+    "pix2pix",
+    "sd3",
+    "flux",
+    "flux-dev",
+    "zimage",
+    "qwenimage",
+    "chroma",
+    "sana-sprint",
+    "kolors",
+)
+
+
+@pytest.mark.parametrize("name", nightly_but(PROBED, "sd1", "lcm", "flux", "flux-dev", "klein", "zimage"))
+def test_a_model_takes_the_fields_that_change_diffusers_images(name: str, load: Load) -> None:
+    """Arguments of the class without an effect are not fields. Flux has no negative prompts here: its family does not call the
+    transformer twice."""
+    pipeline, pipe = load(name)
+    known = inspect.signature(pipe.__call__).parameters
+    usual = {
+        "prompt": "a lake", "image": source(64, 64), "width": 64, "height": 64, "num_inference_steps": 4, "strength": 0.75,
+        "guidance_scale": 4.0, "negative_prompt": "fog", "true_cfg_scale": 4.0, "max_area": 64 * 64,
+        "intermediate_timesteps": None,
+    }  # fmt: skip
+    changing = set()
+    for field, probes in PROBES.items():
+        if field not in known:
+            continue
+        made = []
+        for probe in probes:
+            arguments = {key: value for key, value in (usual | probe).items() if key in known}
+            made.append(pixels(pipe(generator=torch.Generator().manual_seed(1), **arguments).images[0]))
+        if made[0].shape != made[1].shape or np.abs(made[0] - made[1]).max() > 0:
+            changing.add(field)
+    if name in ("flux", "flux-dev"):
+        changing -= {"negative_prompt", "true_cfg_scale"}
+    assert set(pipeline.fields) & set(PROBES) == changing
+
+
+def test_a_reference_that_the_model_does_not_take_is_refused_by_its_number(load: Load) -> None:
+    pipeline, _ = load("klein")
+    with pytest.raises(InvalidField, match="this model does not take the image: Image too small") as raised:
+        pipeline.plan(asked(pipeline, SizeRule(64, 64), [source(64, 64), source(72, 72), source(40, 64)]))
+    assert raised.value.field == "reference_images[1]"
