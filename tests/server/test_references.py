@@ -13,7 +13,7 @@ from http_calls import EDITS, ask, client_of
 from img2img.v1 import image_to_image_pb2 as pb
 from img2img.v1.image_to_image_pb2_grpc import ImageToImageServiceStub
 from img2img_cli.__main__ import main
-from img2img_client import Client, read_provenance
+from img2img_client import Client, ImageInput, read_provenance
 from img2img_server.config import AssetSettings
 from img2img_server.engine.request import Request
 from img2img_server.images import ImageLimits
@@ -96,7 +96,7 @@ def test_a_reference_is_any_source(client: Client, pipeline: FakePipeline, tmp_p
     path = tmp_path / "chair.png"
     path.write_bytes(png((16, 24)))
     asset = client.upload(png((32, 8)))
-    images = [str(path), png((8, 8)), Image.new("RGB", (8, 16)), asset, asset.uri]
+    images: list[ImageInput] = [str(path), png((8, 8)), Image.new("RGB", (8, 16)), asset, asset.uri]
     for some in (images[:3], images[3:]):
         result = client.transform(png((24, 16)), model="m", reference_images=some, width=8, height=8)
     assert sizes(pipeline.prepared[0].request) == [(24, 16), (16, 24), (8, 8), (8, 16)]
@@ -107,7 +107,7 @@ def test_a_reference_is_any_source(client: Client, pipeline: FakePipeline, tmp_p
     assert record["reference_digests"] == [digest.hex() for digest in pipeline.prepared[1].request.reference_digests]
     assert (record["strength"], record["guidance_scale"]) == (None, None), "the model does not take them"
     with pytest.raises(TypeError, match="reference_images must be a list of images"):
-        client.transform(png(), reference_images=str(path))  # type: ignore[arg-type]
+        client.transform(png(), reference_images=str(path))
 
 
 BAD: dict[str, tuple[list[pb.ImageSource], str]] = {
@@ -161,8 +161,7 @@ def test_several_images_of_openais_form_are_references(server: RunningServer, pi
         result = openai_client.images.edit(image=files, prompt="a lake", model="m", size="16x16")
     assert result.data
     assert sizes(pipeline.prepared[-1].request) == [(24, 16), (8, 24), (32, 8)]
-    fields = [("prompt", "p"), ("model", "usual"), ("image[]", png((8, 8)))]
-    refused = ask(server, EDITS, *fields)
+    refused = ask(server, EDITS, ("prompt", "p"), ("model", "usual"), ("image[]", png((8, 8))))
     assert (refused.status, refused.error["param"]) == (400, "image")
     bad = ask(server, EDITS, ("prompt", "p"), ("model", "m"), ("image[]", b"no image"))
     assert (bad.status, bad.error["param"]) == (400, "image")
