@@ -9,7 +9,7 @@ from img2img.v1 import image_to_image_pb2 as messages
 
 from img2img_client.async_calls import AsyncStop, converted_errors, wait_again_async
 from img2img_client.batch import Batch, BatchItem
-from img2img_client.calls import Begun
+from img2img_client.calls import StartedCall
 from img2img_client.errors import Img2ImgError
 from img2img_client.values import BatchResult
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 async def run_async(
-    stub: "ImageToImageServiceAsyncStub", items: Iterable[BatchItem], begun: Begun, stop: AsyncStop
+    stub: "ImageToImageServiceAsyncStub", items: Iterable[BatchItem], begun: StartedCall, stop: AsyncStop
 ) -> AsyncGenerator[BatchResult, None]:
     """Yields the results of a batch as they come, like `batch.run`. Reads `items` on other threads."""
     batch = Batch(items)
@@ -39,7 +39,7 @@ async def run_async(
 
 
 async def _call(
-    stub: "ImageToImageServiceAsyncStub", batch: Batch, begun: Begun, stop: AsyncStop
+    stub: "ImageToImageServiceAsyncStub", batch: Batch, begun: StartedCall, stop: AsyncStop
 ) -> AsyncGenerator[BatchResult, None]:
     """One call, like `batch._call`."""
     order: list[int] = []

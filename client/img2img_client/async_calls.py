@@ -11,7 +11,7 @@ import grpc
 from google.protobuf.message import Message
 from grpc import aio
 
-from img2img_client.calls import Begun, Calling, Metadata, require_open
+from img2img_client.calls import CallSettings, Metadata, StartedCall, require_open
 from img2img_client.errors import Img2ImgError
 from img2img_client.responses import parse_error, parse_request_id
 from img2img_client.retry import Attempts, closed_error
@@ -52,14 +52,14 @@ class AsyncStop:
 class AsyncCaller:
     """Makes the calls of one AsyncClient. `stop` ends their waits."""
 
-    def __init__(self, calling: Calling) -> None:
-        self.calling = calling
+    def __init__(self, settings: CallSettings) -> None:
+        self.settings = settings
         self.stop = AsyncStop()
 
-    def begin(self, procedure: str, timeout: float | None, *, safe: bool = True, request_id: str | None = None) -> Begun:
+    def begin(self, procedure: str, timeout: float | None, *, safe: bool = True, request_id: str | None = None) -> StartedCall:
         """Starts a call, like `Caller.begin`."""
         require_open(self.stop)
-        return self.calling.begin(procedure, timeout, safe=safe, request_id=request_id)
+        return self.settings.begin(procedure, timeout, safe=safe, request_id=request_id)
 
     async def unary(
         self,

@@ -66,9 +66,9 @@ class AsyncClient:
         dns_service_config: bool = False,
     ) -> None:
         access = Access(token, ca, certificate, key, credentials, allow_insecure_token, server_name)
-        found, self._channels, calling = plan(target, balance, access, timeout, retries, dns_service_config)
+        found, self._channels, settings = plan(target, balance, access, timeout, retries, dns_service_config)
         self.target = found.shown
-        self._caller = AsyncCaller(calling)
+        self._caller = AsyncCaller(settings)
 
     async def transform(
         self,
@@ -167,8 +167,8 @@ class AsyncClient:
     async def watch_health(self, *, timeout: float | None = None) -> AsyncGenerator[bool, None]:
         """Yields whether the server's health is SERVING, now and after each change, like Client.watch_health."""
         watch: aio.UnaryStreamMultiCallable[bytes, bytes] = self._open.channel.unary_stream(HEALTH_WATCH)
-        calling = self._caller.calling
-        call = watch(HEALTH_REQUEST, timeout=calling.seconds(timeout), metadata=calling.metadata, wait_for_ready=True)
+        settings = self._caller.settings
+        call = watch(HEALTH_REQUEST, timeout=settings.seconds(timeout), metadata=settings.metadata, wait_for_ready=True)
         try:
             with converted_errors(self._caller.stop):
                 async for status in call:

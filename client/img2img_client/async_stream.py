@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Self, TypeAlias
 from img2img.v1 import image_to_image_pb2
 
 from img2img_client.async_calls import AsyncStop, converted_errors, wait_again_async
-from img2img_client.calls import Begun
+from img2img_client.calls import StartedCall
 from img2img_client.errors import Img2ImgError
 from img2img_client.responses import parse_event, parse_request_id
 from img2img_client.retry import closed_error
@@ -33,7 +33,7 @@ class AsyncTransformStream(AsyncIterator[TransformEvent]):
         self,
         prepare: Callable[[], StreamState],
         call: "Callable[[image_to_image_pb2.TransformStreamRequest, float | None], _Call]",
-        begun: Begun,
+        begun: StartedCall,
         stop: AsyncStop,
     ) -> None:
         """`prepare` reads the image on another thread; `call` starts an attempt with a timeout in seconds."""

@@ -9,7 +9,7 @@ import grpc
 from google.rpc import status_pb2  # type: ignore[import-untyped, unused-ignore]
 from img2img.v1 import image_to_image_pb2 as messages
 
-from img2img_client.calls import Begun
+from img2img_client.calls import StartedCall
 from img2img_client.errors import Img2ImgError, ServerFailed, Unavailable
 from img2img_client.options import ImageInput, TransformOptions, build_request
 from img2img_client.responses import parse_error, parse_result, parse_status
@@ -112,7 +112,7 @@ class Batch:
             raise self._error
 
 
-def run(stub: "ImageToImageServiceStub", items: Iterable[BatchItem], begun: Begun, stop: Stop) -> Iterator[BatchResult]:
+def run(stub: "ImageToImageServiceStub", items: Iterable[BatchItem], begun: StartedCall, stop: Stop) -> Iterator[BatchResult]:
     """Yields the results of a batch as they come."""
     batch = Batch(items)
     with begun.span:
@@ -127,7 +127,7 @@ def run(stub: "ImageToImageServiceStub", items: Iterable[BatchItem], begun: Begu
     batch.finish()
 
 
-def _call(stub: "ImageToImageServiceStub", batch: Batch, begun: Begun) -> Iterator[BatchResult]:
+def _call(stub: "ImageToImageServiceStub", batch: Batch, begun: StartedCall) -> Iterator[BatchResult]:
     """One call. Raises the error that it ended with, or that one of its requests did because the server stops."""
     order: list[int] = []
     """The index in the batch of each request of this call."""

@@ -46,7 +46,7 @@ class Call(Protocol[_Answer]):
 
 
 @dataclass(frozen=True, slots=True)
-class Begun:
+class StartedCall:
     """A started call: its span, the metadata of each attempt, and the attempts."""
 
     span: CallSpan
@@ -55,7 +55,7 @@ class Begun:
 
 
 @dataclass(frozen=True, slots=True)
-class Calling:
+class CallSettings:
     """The settings that a client's calls share. `shown` names its server or servers; `several`: there are several.
 
     `metadata` is sent with each call; `timeout`, in seconds, is the default. `counted`: gRPC retries according to
@@ -76,7 +76,7 @@ class Calling:
             raise ValueError(f"timeout is {seconds}: it must be 0 to {_LONGEST:g} seconds, or None for no limit")
         return seconds
 
-    def begin(self, procedure: str, timeout: float | None, *, safe: bool = True, request_id: str | None = None) -> Begun:
+    def begin(self, procedure: str, timeout: float | None, *, safe: bool = True, request_id: str | None = None) -> StartedCall:
         """Starts a call of a procedure, such as "ImageToImageService/Transform". `safe`: the call may be made twice.
 
         Raises ValueError for an invalid `request_id` or timeout.
@@ -92,20 +92,22 @@ class Calling:
         tries = tries_of(procedure, policy) if self.counted else 1
         if policy is not None:
             policy = replace(policy, on_retry=_both(span, policy))
-        return Begun(span, (*self.metadata, *span.metadata, *named), Attempts(policy, timeout, tries=tries, several=self.several))
+        return StartedCall(
+            span, (*self.metadata, *span.metadata, *named), Attempts(policy, timeout, tries=tries, several=self.several)
+        )
 
 
 class Caller:
     """Makes the calls of one Client. `stop` ends their waits."""
 
-    def __init__(self, calling: Calling) -> None:
-        self.calling = calling
+    def __init__(self, settings: CallSettings) -> None:
+        self.settings = settings
         self.stop = Stop()
 
-    def begin(self, procedure: str, timeout: float | None, *, safe: bool = True, request_id: str | None = None) -> Begun:
-        """Starts a call, like `Calling.begin`. Raises ValueError if the client is closed."""
+    def begin(self, procedure: str, timeout: float | None, *, safe: bool = True, request_id: str | None = None) -> StartedCall:
+        """Starts a call, like `CallSettings.begin`. Raises ValueError if the client is closed."""
         require_open(self.stop)
-        return self.calling.begin(procedure, timeout, safe=safe, request_id=request_id)
+        return self.settings.begin(procedure, timeout, safe=safe, request_id=request_id)
 
     def unary(
         self,

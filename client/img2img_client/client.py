@@ -70,10 +70,10 @@ class Client:
         dns_service_config: bool = False,
     ) -> None:
         access = Access(token, ca, certificate, key, credentials, allow_insecure_token, server_name)
-        found, channels, calling = plan(target, balance, access, timeout, retries, dns_service_config)
+        found, channels, settings = plan(target, balance, access, timeout, retries, dns_service_config)
         self.target = found.shown
         self._channel = channels.open()
-        self._caller = Caller(calling)
+        self._caller = Caller(settings)
         self._images = image_to_image_pb2_grpc.ImageToImageServiceStub(self._channel)
         self._models = model_pb2_grpc.ModelServiceStub(self._channel)
         self._assets = asset_pb2_grpc.AssetServiceStub(self._channel)
@@ -193,8 +193,8 @@ class Client:
         """
         require_open(self._caller.stop)
         watch: grpc.UnaryStreamMultiCallable[bytes, bytes] = self._channel.unary_stream(HEALTH_WATCH)
-        calling = self._caller.calling
-        call = watch(HEALTH_REQUEST, timeout=calling.seconds(timeout), metadata=calling.metadata, wait_for_ready=True)
+        settings = self._caller.settings
+        call = watch(HEALTH_REQUEST, timeout=settings.seconds(timeout), metadata=settings.metadata, wait_for_ready=True)
         try:
             for status in call:
                 yield status == HEALTH_SERVING

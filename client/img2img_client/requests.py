@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from img2img.v1 import model_pb2
 
-from img2img_client.calls import Calling
+from img2img_client.calls import CallSettings
 from img2img_client.channel import Access, ChannelFactory
 from img2img_client.errors import DeadlineExceeded, Img2ImgError, Unavailable
 from img2img_client.options import model_message
@@ -26,12 +26,12 @@ def plan(
     timeout: float | None,
     retries: RetryPolicy | None,
     dns_config: bool,
-) -> tuple[Target, ChannelFactory, Calling]:
+) -> tuple[Target, ChannelFactory, CallSettings]:
     """A client's servers, channel factory and call settings. Raises ValueError and OSError like ChannelFactory."""
     found = parse_target(target, balance)
     channels = ChannelFactory(found, access, retries, dns_config=dns_config)
     counted = found.several and not dns_config
-    return found, channels, Calling(found.shown, access.metadata, timeout, retries, found.several, counted)
+    return found, channels, CallSettings(found.shown, access.metadata, timeout, retries, found.several, counted)
 
 
 def load_request(model: str | ModelReference) -> model_pb2.LoadModelRequest:

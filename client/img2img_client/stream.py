@@ -8,7 +8,7 @@ from typing import Protocol, Self
 import grpc
 from img2img.v1 import image_to_image_pb2
 
-from img2img_client.calls import Begun
+from img2img_client.calls import StartedCall
 from img2img_client.errors import Img2ImgError
 from img2img_client.responses import parse_error, parse_event, parse_request_id
 from img2img_client.retry import Stop, wait_again
@@ -41,7 +41,7 @@ class TransformStream(Iterator[TransformEvent]):
         self,
         call: Callable[[image_to_image_pb2.TransformStreamRequest, float | None], StreamCall],
         state: StreamState,
-        begun: Begun,
+        begun: StartedCall,
         stop: Stop,
     ) -> None:
         """`call` starts an attempt with a timeout in seconds; `stop` ends the waits between attempts."""

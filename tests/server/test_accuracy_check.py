@@ -74,7 +74,7 @@ def test_noise_does_not_pass(pipeline: Any, made: tuple[Path, Manifest], monkeyp
 @pytest.mark.parametrize(("picture", "problem"), [("black", "only one color"), ("small", "the image is (8, 8)")])
 def test_no_picture_at_all_does_not_pass(picture: str, problem: str, made: tuple[Path, Manifest]) -> None:
     known = accuracy_check.cases(made[1], made[0])
-    drawn = [Image.new("RGB", case.picture.size if picture == "black" else (8, 8)) for case in known]
+    drawn = [Image.new("RGB", case.image.size if picture == "black" else (8, 8)) for case in known]
     verdict = accuracy_check.compare(known, drawn, 0.0)
     assert not verdict.passed
     assert problem in verdict.problem

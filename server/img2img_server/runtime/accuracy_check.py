@@ -29,7 +29,7 @@ class ReferenceCase:
 
     name: str
     request: Request
-    picture: Image.Image
+    image: Image.Image
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,12 +61,12 @@ def judge(pipeline: Pipeline, bundle: Path, manifest: Manifest, least_psnr_db: f
 def compare(known: Sequence[ReferenceCase], drawn: Sequence[Image.Image], least_psnr_db: float) -> Verdict:
     """Compares one image per case, in the order of `known`."""
     worst = INFINITE_PSNR
-    for case, picture in zip(known, drawn, strict=True):
-        if picture.size != case.picture.size:
-            return Verdict(False, f"{case.name}: the image is {picture.size}, the reference {case.picture.size}", 0.0)
-        if float(np.asarray(picture).std()) < LEAST_CONTRAST:
+    for case, image in zip(known, drawn, strict=True):
+        if image.size != case.image.size:
+            return Verdict(False, f"{case.name}: the image is {image.size}, the reference {case.image.size}", 0.0)
+        if float(np.asarray(image).std()) < LEAST_CONTRAST:
             return Verdict(False, f"{case.name}: the image has only one color", 0.0)
-        worst = min(worst, psnr_db(picture, case.picture))
+        worst = min(worst, psnr_db(image, case.image))
         if worst < least_psnr_db:
             return Verdict(False, f"{case.name}: PSNR {worst:.1f} dB, the minimum is {least_psnr_db:.1f}", worst)
     return Verdict(True, "", worst)
@@ -77,9 +77,9 @@ def least_psnr_db(precision: Precision) -> float:
     return LIMITS[precision].psnr_db
 
 
-def psnr_db(picture: Image.Image, reference: Image.Image) -> float:
+def psnr_db(image: Image.Image, reference: Image.Image) -> float:
     """Peak signal-to-noise ratio of two images of equal size, compared in RGB, in decibels; INFINITE_PSNR if they are equal."""
-    difference = np.asarray(picture.convert("RGB"), np.float64) - np.asarray(reference.convert("RGB"), np.float64)
+    difference = np.asarray(image.convert("RGB"), np.float64) - np.asarray(reference.convert("RGB"), np.float64)
     mean_square = float((difference**2).mean())
     return 10 * math.log10(255**2 / mean_square) if mean_square else INFINITE_PSNR
 
@@ -97,7 +97,7 @@ def _case(reference: Reference, bundle: Path, model: str) -> ReferenceCase:
             guidance_scale=reference.guidance_scale,
             seeds=(reference.seed,),
         ),
-        picture=_open(bundle, reference.picture),
+        image=_open(bundle, reference.picture),
     )
 
 

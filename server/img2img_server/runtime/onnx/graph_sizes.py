@@ -49,15 +49,15 @@ class Sizes:
         return {axis: size for axis, size in found.items() if not axis.isdigit()}
 
     def _size(self, name: str, tensor: str, axis: int, bucket: Bucket) -> int | None:
-        pictures = max(bucket.rows // 2, 1)
+        images = max(bucket.rows // 2, 1)
         pixels = {2: bucket.height, 3: bucket.width}
         latents = {place: side // self._scale for place, side in pixels.items()}
-        text = {0: pictures, 1: self._tokens}
+        text = {0: images, 1: self._tokens}
         known: dict[tuple[str, str], Mapping[int, int | None]] = {
             ("unet", "sample"): {0: bucket.rows, **latents},
             ("unet", "encoder_hidden_states"): {0: bucket.rows, 1: self._tokens},
-            ("vae_encoder", "sample"): {0: pictures, **pixels},
-            ("vae_decoder", "latent_sample"): {0: pictures, **latents},
+            ("vae_encoder", "sample"): {0: images, **pixels},
+            ("vae_decoder", "latent_sample"): {0: images, **latents},
             ("text_encoder", "input_ids"): text,
             ("text_encoder_2", "input_ids"): text,
         }
