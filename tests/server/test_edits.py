@@ -99,6 +99,20 @@ def test_the_size_is_the_models_own_unless_it_is_set(name: str, load: Load) -> N
     assert_same(ours, pipe(image=source(104, 72), generator=torch.Generator().manual_seed(3), **known).images[0])
 
 
+OWN = {
+    "sd1": {}, "sd3": {}, "pix2pix": {"guidance_scale": 7.5}, "klein": {"num_inference_steps": 4.0}, "flux2": {"guidance_scale": 4.0},
+    "kontext": {"guidance_scale": 3.5, "true_cfg_scale": 1.0}, "qwenimage-edit": {"true_cfg_scale": 4.0},
+    "longcat-edit": {"guidance_scale": 4.5},
+}  # fmt: skip
+"""The defaults of models that are not the server's."""
+
+
+@pytest.mark.parametrize("name", nightly_but(OWN, "sd1", "klein"))
+def test_models_that_edit_have_the_defaults_of_their_class(name: str, load: Load) -> None:
+    pipeline, _ = load(name)
+    assert {field: rule.default for field, rule in pipeline.fields.items() if rule.default is not None} == OWN[name]
+
+
 @pytest.mark.parametrize("name", nightly_but(TRUE_CFG, "qwenimage"))
 def test_true_cfg_scale_is_that_of_diffusers(name: str, load: Load) -> None:
     pipeline, pipe = load(name)

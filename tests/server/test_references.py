@@ -1,5 +1,6 @@
 """The reference images of a request, over every API: read, bounded and recorded like the source, in order."""
 
+import asyncio
 import io
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,8 +15,10 @@ from img2img.v1 import image_to_image_pb2 as pb
 from img2img.v1.image_to_image_pb2_grpc import ImageToImageServiceStub
 from img2img_cli.__main__ import main
 from img2img_client import Client, ImageInput, read_provenance
+from img2img_server.api.references import References
 from img2img_server.config import AssetSettings
 from img2img_server.engine.request import Request
+from img2img_server.errors import InvalidField
 from img2img_server.images import ImageLimits
 from img2img_server.support.model_fields import GUIDED, FieldRule
 from img2img_server.support.source_rule import EditSize, SourceRule
@@ -147,6 +150,26 @@ def test_files_together_have_a_bound_of_bytes(stub: ImageToImageServiceStub, pip
     assert (code, details["field"]) == (grpc.StatusCode.INVALID_ARGUMENT, "reference_images")
     assert "together" in str(details["description"])
     stub.Transform(asked(large))
+
+
+class SlowSources:
+    """Sources that answer once they are let."""
+
+    def __init__(self) -> None:
+        self.may_answer = asyncio.Event()
+
+    async def read(self, source: pb.ImageSource, field: str) -> tuple[str, bytes]:
+        await self.may_answer.wait()
+        return field, b""
+
+
+async def test_fetching_the_references_takes_as_long_as_fetching_one_image_at_most() -> None:
+    sources: Any = SlowSources()
+    codecs: Any = None
+    references = References(sources, codecs, LIMITS, seconds=0.01)
+    with pytest.raises(InvalidField, match=r"longer than 0\.01 seconds together") as raised:
+        await references.read([pb.ImageSource(uri="https://example.org/a.png")] * 2)
+    assert raised.value.field == "reference_images[0].uri"
 
 
 def test_a_model_that_takes_one_image_refuses_more(stub: ImageToImageServiceStub) -> None:

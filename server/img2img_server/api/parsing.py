@@ -70,7 +70,7 @@ class Parser:
         self._sources = sources
         self._clock = clock
         self._codecs = codecs
-        self._references = References(sources, codecs, config.image_limits)
+        self._references = References(sources, codecs, config.image_limits, config.sources.http_seconds)
         self._threads = FairThreads(_PLANNING, "img2img-plan")
 
     async def parse(

@@ -1,5 +1,6 @@
 """The reference images of a request: checked, read and decoded like its source image, with bounds for all of them together."""
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,6 +13,7 @@ from img2img_server.errors import InvalidField
 from img2img_server.images import ImageLimits
 from img2img_server.sources.reading import Sources
 from img2img_server.support.call import current
+from img2img_server.support.time_limit import time_limit
 
 _FIELD = "reference_images"
 _SHARE = 2
@@ -27,10 +29,10 @@ class Reference:
 
 
 class References:
-    """Reads the reference images of requests."""
+    """Reads the reference images of requests. Those that are fetched take together as many `seconds` as one image may."""
 
-    def __init__(self, sources: Sources, codecs: Codecs, limits: ImageLimits) -> None:
-        self._sources, self._codecs, self._limits = sources, codecs, limits
+    def __init__(self, sources: Sources, codecs: Codecs, limits: ImageLimits, seconds: float) -> None:
+        self._sources, self._codecs, self._limits, self._seconds = sources, codecs, limits, seconds
 
     def check(self, sources: Sequence[pb.ImageSource]) -> None:
         """Checks the references without reading them. Raises InvalidField, or NotSupported for sources that cannot be read."""
@@ -44,8 +46,15 @@ class References:
         """
         found: list[Reference] = []
         bytes_left, pixels_left = _SHARE * self._limits.max_bytes, _SHARE * self._limits.max_source_pixels
+        seconds_left = self._seconds
         for index, source in enumerate(sources):
-            field, data = await self._sources.read(source, f"{_FIELD}[{index}]")
+            began = time.monotonic()
+            slow = InvalidField(
+                f"{_FIELD}[{index}].uri", f"fetching the images took longer than {self._seconds:g} seconds together"
+            )
+            async with time_limit(seconds_left if source.uri.lower().startswith("http") else None, slow):
+                field, data = await self._sources.read(source, f"{_FIELD}[{index}]")
+            seconds_left = max(0.0, seconds_left - (time.monotonic() - began))
             bytes_left -= len(data)
             if bytes_left < 0:
                 most = _SHARE * self._limits.max_bytes
