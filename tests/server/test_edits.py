@@ -100,7 +100,8 @@ def test_the_size_is_the_models_own_unless_it_is_set(name: str, load: Load) -> N
 
 
 OWN = {
-    "sd1": {}, "sd3": {}, "pix2pix": {"guidance_scale": 7.5}, "klein": {"num_inference_steps": 4.0}, "flux2": {"guidance_scale": 4.0},
+    "sd1": {}, "sd3": {}, "pix2pix": {"guidance_scale": 7.5}, "klein": {"num_inference_steps": 4.0},
+    "flux2": {"guidance_scale": 4.0},
     "kontext": {"guidance_scale": 3.5, "true_cfg_scale": 1.0}, "qwenimage-edit": {"true_cfg_scale": 4.0},
     "longcat-edit": {"guidance_scale": 4.5},
 }  # fmt: skip
