@@ -24,6 +24,8 @@ from img2img_export.convert import parts, split_graph
 from img2img_export.convert.calibration import Calibration
 from img2img_export.convert.external_weights import GRAPH_NAME, Skeleton
 from img2img_export.convert.fp32_compute import computing_in_fp32
+from img2img_export.convert.fused_attention import NAME as FUSED_ATTENTION
+from img2img_export.convert.fused_attention import write_beside
 from img2img_export.convert.fusion import fuse
 from img2img_export.convert.graphs import describe_graph, quiet
 from img2img_export.convert.models import Loader
@@ -64,6 +66,8 @@ FUSED = "cuda"
 """Subfolder of a graph's folder for the same graph with ONNX Runtime's fused CUDA operators."""
 _FUSABLE = ("unet", "vae_encoder", "vae_decoder")
 """The graphs that can be fused."""
+_TRANSFORMER = "transformer"
+"""The graph with a second one whose attention is fused (fused_attention.py)."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -142,24 +146,26 @@ class Converter:
         problems = tuple(problems_of(parities))
         if name in DENOISERS and precision in ("fp32", "fp16"):
             split_graph.split(self._bundle / name)
-        if (self._bundle / name / FUSED).is_dir() and not problems:
-            fused, trouble = self._compare_fused(part, cases)
+        if (path := _fused_graph(self._bundle / name)) is not None and not problems:
+            fused, trouble = self._compare_fused(part, cases, path, precision)
             parities += fused
             if fused:
-                record = dataclasses.replace(record, fused=f"{name}/{FUSED}/{GRAPH_NAME}")
+                record = dataclasses.replace(record, fused=path.relative_to(self._bundle).as_posix())
         return Made(dataclasses.replace(record, reason=trouble, kept_in_fp32=kept), tuple(parities), problems)
 
-    def _compare_fused(self, part: Part, cases: list[Case]) -> tuple[list[ComponentParity], str]:
+    def _compare_fused(
+        self, part: Part, cases: list[Case], path: Path, precision: Precision
+    ) -> tuple[list[ComponentParity], str]:
         """Compares the fused graph. If it fails, the graph is removed, and the measurements are empty, with the reason."""
-        folder = self._bundle / part.name / FUSED
         try:
-            parities = compare(part, open_fused(folder / GRAPH_NAME), cases, LIMITS["fp16"], "fused")
+            session = open_graph(path) if part.name == _TRANSFORMER else open_fused(path)
+            parities = compare(part, session, cases, LIMITS[precision], "fused")
             problems = list(problems_of(parities))
         except ExportError as error:
             parities, problems = [], [str(error)]
         if not problems:
             return parities, ""
-        shutil.rmtree(folder)
+        _remove_fused(self._bundle / part.name)
         self._progress.stage(f"{part.name} has no fused graph: {problems[0]}")
         return [], f"no fused graph: {problems[0]}"
 
@@ -187,12 +193,15 @@ class Converter:
         skeleton.write(folder, self._progress, name)
         if name in self._calibrations:
             self._calibrations[name].release()
-        if precision == "fp16" and name in _FUSABLE:
-            try:
+        try:
+            if precision == "fp16" and name in _FUSABLE:
                 fuse(skeleton).write(folder / FUSED, self._progress, f"{name}, fused")
-            except FAILURES as error:
-                shutil.rmtree(folder / FUSED, ignore_errors=True)
-                trouble = f"no fused graph: {type(error).__name__}: {first_line(error)}"
+            elif precision != "int8" and name == _TRANSFORMER:
+                with quiet():
+                    write_beside(_make(module, part, example, precision, fused_attention=True), folder)
+        except (*FAILURES, ExportError) as error:
+            _remove_fused(folder)
+            trouble = f"no fused graph: {type(error).__name__}: {first_line(error)}"
         return part, cases, trouble, kept
 
     def _quantized(self, skeleton: Skeleton, module: Any, part: Part, calls: Calls) -> tuple[Skeleton, tuple[str, ...]]:
@@ -252,16 +261,26 @@ def _example(part: Part, module: Any, calls: Calls) -> Tensors:
     return example
 
 
-def _make(module: Any, part: Part, example: Tensors, precision: Precision) -> Skeleton:
+def _fused_graph(folder: Path) -> Path | None:
+    """The fused graph of the component in `folder`, None if it has none."""
+    return next((path for path in (folder / FUSED / GRAPH_NAME, folder / FUSED_ATTENTION) if path.is_file()), None)
+
+
+def _remove_fused(folder: Path) -> None:
+    shutil.rmtree(folder / FUSED, ignore_errors=True)
+    (folder / FUSED_ATTENTION).unlink(missing_ok=True)
+
+
+def _make(module: Any, part: Part, example: Tensors, precision: Precision, fused_attention: bool = False) -> Skeleton:
     if precision == "fp32":
-        return trace(module, part, example)
+        return trace(module, part, example, fused_attention=fused_attention)
     if precision == "int8" and part.name not in _STATIC_GRAPHS:
         from img2img_export.convert.quantize import to_int8
 
         return to_int8(trace(module, part, example))
     if precision == "int8":
         return trace(module, part, example)
-    skeleton = trace(module, part, example, torch.float16)
+    skeleton = trace(module, part, example, torch.float16, fused_attention)
     if precision == "bf16":
         from img2img_export.convert.bfloat16 import to_bfloat16
 

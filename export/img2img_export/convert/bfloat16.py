@@ -28,6 +28,7 @@ from img2img_export.convert.emulation import (
     value_types,
 )
 from img2img_export.convert.external_weights import TORCH_TYPES, Skeleton, constants
+from img2img_export.convert.fused_attention import OPERATOR
 
 OPSET = 22
 _IR_VERSION = 10
@@ -35,7 +36,7 @@ _IR_VERSION = 10
 
 _COMPUTING = {
     *("Add", "Conv", "Div", "Erf", "Exp", "Gelu", "Gemm", "LayerNormalization", "MatMul", "Mul", "Neg", "Pow", "Relu", "Sigmoid"),
-    *("Softmax", "Sqrt", "Sub", "Tanh"),
+    *("Softmax", "Sqrt", "Sub", "Tanh", OPERATOR),
 }
 """Operators that compute in bf16, by opset 22's schemas and by the CUDA provider's kernels (ORT's docs/OperatorKernels.md)."""
 _TORCH = {kind: dtype for dtype, kind in TORCH_TYPES.items()}

@@ -1,5 +1,6 @@
 """Traces a PyTorch module to an ONNX graph without its weights in memory."""
 
+import contextlib
 import io
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -10,6 +11,7 @@ import torch
 from onnx import ModelProto, NodeProto, TensorProto, helper
 
 from img2img_export.convert.external_weights import Skeleton, Weight, without_weights
+from img2img_export.convert.fused_attention import declare_types, fusing
 from img2img_export.convert.parts import Part, Tensors
 from img2img_export.errors import FAILURES, ExportError, first_line
 
@@ -30,9 +32,12 @@ class _Flat(torch.nn.Module):
         return tuple(self._call_by_name(self.module, dict(zip(self._names, tensors, strict=True))).values())
 
 
-def trace(module: Any, part: Part, example: Tensors, dtype: torch.dtype = torch.float32) -> Skeleton:
+def trace(
+    module: Any, part: Part, example: Tensors, dtype: torch.dtype = torch.float32, fused_attention: bool = False
+) -> Skeleton:
     """The graph of `module` called with inputs like `example`, computing in `dtype` (fp32 or fp16).
 
+    With `fused_attention`, attention is ONNX Runtime's operator (fused_attention.py).
     Raises ExportError if torch cannot export it.
     """
     inputs = {name: convert(part, name, value, dtype) for name, value in example.items()}
@@ -44,6 +49,7 @@ def trace(module: Any, part: Part, example: Tensors, dtype: torch.dtype = torch.
             torch.no_grad(),
             without_weights(module, dtype) as weights,
             part.kind.patched(),
+            fusing() if fused_attention else contextlib.nullcontext(),
         ):
             warnings.simplefilter("ignore")
             torch.onnx.export(
@@ -61,7 +67,10 @@ def trace(module: Any, part: Part, example: Tensors, dtype: torch.dtype = torch.
             )
     except FAILURES as error:
         raise ExportError(f"torch cannot export {part.name}: {type(error).__name__}: {first_line(error)}") from error
-    return _skeleton(onnx.load_from_string(file.getvalue()), weights, names)
+    model = onnx.load_from_string(file.getvalue())
+    if fused_attention:
+        declare_types(model, dtype)
+    return _skeleton(model, weights, names)
 
 
 def convert(part: Part, name: str, value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -21,6 +21,9 @@ Tensors = dict[str, torch.Tensor]
 MARK = "image_rotary"
 """The input that only these graphs have."""
 
+_BIASED_MULTIPLE = 16
+"""ONNX Runtime's CUTLASS attention takes a bias for sequences of a multiple of 16 tokens in fp32, and of 8 in half precision."""
+
 _MOST_TABLES = 16
 """Layouts whose rotary tables are kept: up to 5 MB each."""
 
@@ -93,8 +96,13 @@ class QwenTokens(TokenGraph):
     _positions = staticmethod(rotary.qwen_positions)
 
     def conditions(self, text: torch.Tensor, sizes: Sequence[Size]) -> Tensors:
-        """Also `text_mask` [1, T], and for models with `zero_cond_t` `is_reference` [1, N] (1 at references' tokens)."""
+        """Also `text_mask` [1, T], and for models with `zero_cond_t` `is_reference` [1, N] (1 at references' tokens).
+
+        The text is padded to a number of tokens that all of CUDA's attention kernels take with a bias.
+        """
         found = super().conditions(text, sizes) | {"text_mask": torch.ones(1, len(text), dtype=torch.bool)}
+        length = len(text) + -(len(text) + found[MARK].shape[1]) % _BIASED_MULTIPLE
+        found |= {name: _padded(found[name], length) for name in ("encoder_hidden_states", "text_rotary", "text_mask")}
         if self._config.get("zero_cond_t"):
             image = sizes[0][0] * sizes[0][1]
             found["is_reference"] = (torch.arange(found[MARK].shape[1]) >= image).long()[None]
@@ -106,7 +114,7 @@ class QwenTokens(TokenGraph):
         rows = [self.conditions(text, some) for text, some in zip(call["encoder_hidden_states"], sizes, strict=True)]
         found = join(rows) | {name: call[name] for name in ("hidden_states", "timestep")}
         mask = call.get("encoder_hidden_states_mask")
-        return found if mask is None else found | {"text_mask": mask.bool()}
+        return found if mask is None else found | {"text_mask": _padded(mask.bool(), found["text_mask"].shape[1])}
 
 
 class ZTokens(TokenGraph):
