@@ -76,15 +76,16 @@ def feed_of(component: str, model: Path, size: int) -> dict[str, torch.Tensor]:
     torch.manual_seed(0)
     width = UNet2DConditionModel.load_config(model / "unet")["cross_attention_dim"]
     side = size // 8
+    tokens = CLIPTextModel.config_class.from_pretrained(model / "text_encoder").max_position_embeddings
     feeds = {
         "unet": {
             "sample": torch.randn(2, 4, side, side),
             "timestep": torch.tensor([801.0, 401.0]),
-            "encoder_hidden_states": torch.randn(2, 77, width),
+            "encoder_hidden_states": torch.randn(2, tokens, width),
         },
         "vae_encoder": {"sample": torch.rand(1, 3, size, size) * 2 - 1},
         "vae_decoder": {"latent_sample": torch.randn(1, 4, side, side)},
-        "text_encoder": {"input_ids": torch.randint(0, 100, (2, 77))},
+        "text_encoder": {"input_ids": torch.randint(0, 100, (2, tokens))},
     }
     return feeds[component]
 

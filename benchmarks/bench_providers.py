@@ -30,7 +30,13 @@ _LEAST_ROUNDS = 3
 def configure(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of this sub-command."""
     add = parser.add_argument
-    add("--model", choices=("sd15", "tiny"), default="sd15", help="random weights of this size (default: %(default)s)")
+    add(
+        "--model",
+        default="sd15",
+        metavar="M",
+        help="sd15 or tiny: random weights of this size; or the folder of a Stable Diffusion model in diffusers' layout "
+        "(default: %(default)s)",
+    )
     add(
         "--variants",
         default="cpu,int8,openvino-static,openvino-static-bf16,torch,torch-bf16",
@@ -57,18 +63,20 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Makes missing models and bundles (minutes each), measures, and prints tables. Needs 20 GB of disk and of memory."""
-    model = saved_model(arguments.model, "fp32")
+    folder = Path(arguments.model)
+    model = folder if (folder / "model_index.json").is_file() else saved_model(arguments.model, "fp32")
     variants, peers = arguments.variants.split(","), [name for name in arguments.peers.split(",") if name]
     for name, known in ((variants, _VARIANTS), (peers, _PEERS), (arguments.components.split(","), _COMPONENTS)):
         if unknown := [word for word in name if word and word not in known]:
             raise SystemExit(f"unknown: {', '.join(unknown)}; known are {', '.join(known)}")
-    bundles = {"fp32": _bundle(model, arguments.model, "fp32")}
+    bundles = {"fp32": _bundle(model, folder.name, "fp32")}
     if "int8" in variants or "ours-int8" in peers:
-        bundles["int8"] = _bundle(model, arguments.model, "int8")
+        bundles["int8"] = _bundle(model, folder.name, "int8")
     found: dict[str, Any] = {"machine": None, "parts": [], "requests": []}
     if any(variants):
         found["parts"] = [*_parts(arguments, model, bundles)]
     if peers:
+        bundles = {name: folder.absolute() for name, folder in bundles.items()}
         found["requests"] = _requests(arguments, model, bundles, peers)
     from img2img_server.runtime.common.cpu import machine
 

@@ -164,7 +164,7 @@ def test_pytorch_in_bfloat16_is_measured_against_fp32(
         offered.append(list(ways))
         return next(iter(ways.values()))()
 
-    folder = bundle("zimage")
+    folder = bundle("sana-sprint")
     monkeypatch.setattr(loader, "choose_dtype", lambda device, execution: torch.bfloat16)
     monkeypatch.setattr(measured_choice, "fastest", first)
     pipeline = load_pipeline(folder, read_manifest(folder), Execution("cpu", cache=tmp_path))

@@ -14,11 +14,12 @@ import torch
 from img2img_server.bundle.manifest import read_manifest
 from img2img_server.errors import BundleError
 from img2img_server.runtime import loader
+from img2img_server.runtime.common import cpu
 from img2img_server.runtime.execution import Execution
 from img2img_server.runtime.loader import load_pipeline
 from img2img_server.runtime.onnx import providers
 from img2img_server.runtime.onnx.providers import FULL_NAMES, Probe, probe
-from img2img_server.runtime.onnx.sessions import SessionOptions, describe, open_session, provider_list
+from img2img_server.runtime.onnx.sessions import SessionOptions, _session_options, describe, open_session, provider_list
 from onnxruntime.capi.onnxruntime_pybind11_state import InvalidArgument
 
 
@@ -129,3 +130,28 @@ def test_a_bundle_of_another_world_is_a_bundle_error(tmp_path: Path, bundle: Cal
     (broken / "scheduler" / "scheduler_config.json").unlink()
     with pytest.raises(BundleError, match="does not load"):
         load_pipeline(broken, manifest, Execution("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "precise"),
+    [
+        ("fpu avx2", True),
+        ("fpu avx512f avx512bw", True),
+        ("fpu avx512_vnni", False),
+        ("fpu avx2 avx_vnni", False),
+        ("amx_int8", False),
+    ],
+)
+def test_int8_is_summed_without_overflow_on_cpus_without_vnni(
+    flags: str, precise: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "cpuinfo").write_text(f"flags\t\t: {flags}\n", encoding="utf-8")
+    exact = cpu.sums_int8_exactly(tmp_path / "cpuinfo")
+    monkeypatch.setattr(cpu, "sums_int8_exactly", lambda: exact)
+    options = _session_options(SessionOptions())
+    key = "session.x64quantprecision"
+    try:
+        value = options.get_session_config_entry(key)
+    except RuntimeError:
+        value = ""
+    assert value == ("1" if precise else "")

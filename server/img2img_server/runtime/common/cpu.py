@@ -103,6 +103,11 @@ def multiplies_bfloat16(information: Path = Path("/proc/cpuinfo")) -> bool:
     return not flags(information).isdisjoint({"avx512_bf16", "amx_bf16"})
 
 
+def sums_int8_exactly(information: Path = Path("/proc/cpuinfo")) -> bool:
+    """Whether the CPU sums products of int8 in 32 bits (VNNI). Other x86 CPUs sum pairs of them in 16 bits, which overflow."""
+    return not flags(information).isdisjoint({"avx512_vnni", "avx_vnni", "amx_int8"})
+
+
 def flags(information: Path = Path("/proc/cpuinfo")) -> frozenset[str]:
     """The CPU's features by the kernel's names; empty if it does not say."""
     try:

@@ -13,6 +13,7 @@ from typing import Any
 import onnxruntime
 
 from img2img_server.errors import BundleError
+from img2img_server.runtime.common import cpu
 from img2img_server.runtime.onnx.providers import ERRORS, FULL_NAMES
 
 _WARNING, _ERROR, _FATAL = 2, 3, 4
@@ -48,14 +49,14 @@ def provider_list(options: SessionOptions) -> list[tuple[str, dict[str, str]]]:
     A GPU's list ends with the CPU, for nodes that the GPU does not support; TensorRT's has CUDA in between. The options of
     TensorRT are not yet run on a GPU.
     """
-    cpu: tuple[str, dict[str, str]] = (FULL_NAMES["cpu"], {})
+    on_cpu: tuple[str, dict[str, str]] = (FULL_NAMES["cpu"], {})
     own = dict(options.provider_options)
     # DEFAULT takes a slow algorithm if the fastest one needs more memory than is allowed.
     cuda = {"cudnn_conv_algo_search": "HEURISTIC"}
     return {
-        "cpu": [cpu],
-        "cuda": [(FULL_NAMES["cuda"], cuda | own), cpu],
-        "tensorrt": [(FULL_NAMES["tensorrt"], own), (FULL_NAMES["cuda"], cuda), cpu],
+        "cpu": [on_cpu],
+        "cuda": [(FULL_NAMES["cuda"], cuda | own), on_cpu],
+        "tensorrt": [(FULL_NAMES["tensorrt"], own), (FULL_NAMES["cuda"], cuda), on_cpu],
     }[options.provider]
 
 
@@ -121,8 +122,9 @@ def _session_options(options: SessionOptions) -> onnxruntime.SessionOptions:
     # Each session has its own threads, which spin for a while after a call and would compete with the next session's call: the
     # VAE's call after the UNet's took twice as long.
     result.add_session_config_entry("session.force_spinning_stop", "1")
-    # Without VNNI, x86's 16-bit sums of int8 products overflow; then ONNX Runtime uses kernels that do not.
-    result.add_session_config_entry("session.x64quantprecision", "1")
+    if not cpu.sums_int8_exactly():
+        # Then ONNX Runtime uses kernels that do not overflow. With VNNI they take 1.7 times as long (demo model's UNet in int8).
+        result.add_session_config_entry("session.x64quantprecision", "1")
     # For `describe`.
     result.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     return result
