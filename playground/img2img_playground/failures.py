@@ -1,5 +1,6 @@
 """Error messages for the page, with the control that they belong to."""
 
+import re
 from dataclasses import dataclass
 
 from img2img_client.errors import (
@@ -31,9 +32,9 @@ def explain(error: Img2ImgError, target: str) -> Failure:
     """The message for a call's error."""
     if error.fields:
         field, _ = error.fields[0]
-        # The first part names the control: "image.data" is the image, "model.path" the model.
+        # The first part names the control: "image.data" is the image, "model.path" the model, "loras[0].id" the LoRAs.
         text = "\n".join(f"{name}: {description}" for name, description in error.fields)
-        return Failure("The server refused the request.", text, field.partition(".")[0])
+        return Failure("The server refused the request.", text, re.split(r"[.\[]", field)[0])
     if isinstance(error, Overloaded):
         again = "" if error.retry_after is None else f" Retry in {error.retry_after:.3g} s."
         return Failure("The server is busy.", f"{_sentence(error.message)}{again}", may_pass=error.retry_after is not None)

@@ -1,4 +1,4 @@
-"""Images of the page: validated once when uploaded, then stored and served unchanged."""
+"""Images of the page: validated and, if too large for servers, reduced when uploaded; then stored and served unchanged."""
 
 import io
 import re
@@ -7,15 +7,21 @@ import warnings
 from dataclasses import dataclass, field
 
 from img2img_client import read_provenance
-from PIL import Image
+from PIL import Image, ImageOps
 
 from img2img_playground.settings import Settings
 
 MAX_BYTES = 32 * 2**20
-"""Maximum bytes of a file. A server has its own limit, 16 MiB by default."""
+"""Maximum bytes of a file."""
 
 MAX_PIXELS = 100_000_000
-"""Maximum pixels of an image, which the browser has to decode. A server has its own limit, 32 million by default."""
+"""Maximum pixels of an image, which has to be decoded."""
+
+MOST_SENT_PIXELS, MOST_SENT_BYTES = 32_000_000, 16 * 2**20
+"""The default limits of servers. What is beyond them is reduced."""
+
+REDUCED_SIDE = 4096
+"""The longest side of a reduced image in pixels: more than any model uses."""
 
 _TEXTS = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
 """PNG chunks that Pillow refuses if they are large, and that are not needed here."""
@@ -75,6 +81,28 @@ def read_image(data: bytes, name: str) -> ImageFile:
             width, height = height, width
         kind = "jpeg" if image.format == "MPO" else image.format.lower()  # Pillow's name for a JPEG of several images
         return ImageFile(_tidy(name) or f"image.{kind}", f"image/{kind}", width, height, data)
+
+
+def reduce(image: ImageFile) -> ImageFile:
+    """A smaller image, upright, in place of one that is beyond the default limits of servers. Decodes the image.
+
+    Raises UnusableImage.
+    """
+    if image.width * image.height <= MOST_SENT_PIXELS and len(image.data) <= MOST_SENT_BYTES:
+        return image
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(io.BytesIO(_without_texts(image.data)), formats=FORMATS) as opened:
+                opened.draft("RGB", (REDUCED_SIDE, REDUCED_SIDE))
+                clear = opened.has_transparency_data
+                small = ImageOps.exif_transpose(opened).convert("RGBA" if clear else "RGB")
+    except Exception:  # noqa: BLE001 - Pillow raises anything for damaged pixels
+        raise UnusableImage("The image is damaged: it cannot be decoded.") from None
+    small.thumbnail((REDUCED_SIDE, REDUCED_SIDE), Image.Resampling.LANCZOS, reducing_gap=3)
+    file, kind = io.BytesIO(), "webp" if clear else "jpeg"
+    small.save(file, kind, quality=95)
+    return ImageFile(f"{image.stem}-reduced.{kind}", f"image/{kind}", *small.size, file.getvalue())
 
 
 def read_settings(data: bytes) -> Settings | None:

@@ -13,7 +13,7 @@ from img2img_client.values import Completed, Progress, Queued, Started, Transfor
 from img2img_playground.extras import NO_EXTRAS, Extras, most_references
 from img2img_playground.failures import Failure, explain
 from img2img_playground.history import Entry, History
-from img2img_playground.images import ImageFile, UnusableImage, read_image, read_settings
+from img2img_playground.images import ImageFile, UnusableImage, read_image, read_settings, reduce
 from img2img_playground.settings import Settings
 
 if TYPE_CHECKING:
@@ -80,11 +80,15 @@ class Session:
     async def upload(self, data: bytes, name: str) -> None:
         """Makes a file the source; shows a failure if it cannot be used. Takes over the settings that the file records."""
         try:
-            image = read_image(data, name)
+            original = read_image(data, name)
+            image = await asyncio.to_thread(reduce, original)
         except UnusableImage as error:
             self.fail(Failure("The image cannot be used.", str(error), "image"))
             return
         self.use(image)
+        if image is not original:
+            sizes = f"from {original.width} x {original.height} to {image.width} x {image.height} pixels"
+            self._notify(Notice(f"{original.name} was too large for servers, and was reduced {sizes}."))
         try:
             recorded = await asyncio.to_thread(read_settings, data)
         except ValueError as error:

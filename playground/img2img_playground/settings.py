@@ -125,7 +125,7 @@ def model_of(settings: Settings, models: "Sequence[ModelInfo]") -> "ModelInfo | 
     return next((model for model in models if model.is_default), models[0] if len(models) == 1 else None)
 
 
-_NAMES = frozenset(field.name for field in fields(Settings))
+_NAMES = frozenset(item.name for item in fields(Settings))
 _TEXTS = frozenset(("prompt", "negative_prompt"))
 _NAMED = frozenset(("model", "scheduler"))
 _DECIMALS = frozenset(("strength", "guidance_scale", "true_cfg_scale", "mask_blur"))
@@ -139,5 +139,9 @@ def _is_valid(name: str, value: object) -> bool:
     if name == "fit" and value == "native":
         return True
     if name in _DECIMALS:
-        return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _MOST_NUMBER
+        return _is_number(value)
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _MOST.get(name, _MOST_NUMBER)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _MOST_NUMBER

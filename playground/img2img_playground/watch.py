@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 from collections.abc import Callable
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from img2img_client.errors import Img2ImgError
@@ -103,5 +103,5 @@ class ServerWatch:
         try:
             models = await self._client.models(timeout=_TIMEOUT)
         except Img2ImgError as error:
-            return ServerState(True, explain(error, self.target), self.state.models)
+            return replace(self.state, known=True, problem=explain(error, self.target))
         return ServerState(True, None if self._serving else _NOT_READY, models)

@@ -32,7 +32,7 @@ from img2img_playground.command import configure, connection_of, run
 from img2img_playground.extras import Extras
 from img2img_playground.failures import Failure, explain
 from img2img_playground.history import Entry, History
-from img2img_playground.images import MAX_PIXELS, ImageFile, UnusableImage, read_image
+from img2img_playground.images import MAX_PIXELS, ImageFile, UnusableImage, read_image, reduce
 from img2img_playground.presets import BUILT_IN, Presets
 from img2img_playground.run_bar import describe
 from img2img_playground.session import Phase, Run, Session
@@ -459,6 +459,37 @@ def test_images_are_read_by_their_header() -> None:
     assert len({read_image(_file(), "").id for _ in range(9)}) == 9
 
 
+@pytest.mark.parametrize(("mode", "kind"), [("RGB", "jpeg"), ("RGBA", "webp"), ("P", "jpeg")])
+def test_what_is_too_large_for_servers_is_reduced(mode: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("img2img_playground.images.MOST_SENT_PIXELS", 100 * 50)
+    monkeypatch.setattr("img2img_playground.images.REDUCED_SIDE", 60)
+    file = io.BytesIO()
+    exif = Image.Exif()
+    exif[0x0112] = 6  # on its side
+    Image.new(mode, (120, 60)).save(file, "PNG", exif=exif)
+    image = reduce(read_image(file.getvalue(), "photo.png"))
+    assert (image.width, image.height, image.name) == (30, 60, f"photo-reduced.{kind}")
+    again = read_image(image.data, image.name)
+    assert (again.width, again.height, again.media_type) == (30, 60, f"image/{kind}")
+    small = read_image(_file((100, 50)), "small.png")
+    assert reduce(small) is small
+    damaged = file.getvalue()
+    with pytest.raises(UnusableImage, match="damaged"):
+        reduce(ImageFile("a.png", "image/png", 120, 60, damaged[: damaged.index(b"IDAT") + 4] + b"damaged pixels"))
+
+
+async def test_a_reduced_image_is_announced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("img2img_playground.images.MOST_SENT_BYTES", 10)
+    monkeypatch.setattr("img2img_playground.images.REDUCED_SIDE", 4)
+    session = _new_session()
+    await session.upload(_file((8, 4)), "a.png")
+    assert session.source is not None
+    assert (session.source.width, session.source.height) == (4, 2)
+    assert session.notice is not None
+    assert "reduced from 8 x 4 to 4 x 2 pixels" in session.notice.text
+    await session.close()
+
+
 def test_metadata_does_not_make_an_image_unusable() -> None:
     texts = PngImagePlugin.PngInfo()
     texts.add_text("workflow", "x" * 2_500_000, zip=True)
@@ -501,6 +532,7 @@ def test_failures_say_what_to_do() -> None:
     def explained(error: Exception) -> Failure:
         return explain(error, "host:1")  # type: ignore[arg-type]
 
+    assert explained(InvalidRequest("wrong", fields=(("loras[0].id", "unknown"),))).field == "loras"
     wrong = explained(InvalidRequest("wrong", fields=(("image.data", "not a picture"),)))
     assert (wrong.field, wrong.text, wrong.may_pass) == ("image", "image.data: not a picture", False)
     busy = explained(Overloaded("256 requests are waiting already", retry_after=2.5))

@@ -292,7 +292,7 @@ async def test_a_mask_is_loaded_from_a_file(visitor: Visitor, tmp_path: Path) ->
     await expect(visitor.page.get_by_role("alert")).to_be_hidden()
 
 
-async def test_references_are_sent_up_to_the_maximum(visitor: Visitor) -> None:
+async def test_references_are_sent_up_to_the_maximum(visitor: Visitor, stand: Stand) -> None:
     await visitor.see("Server's default (m)")
     await visitor.choose()
     files = visitor.page.locator(".references input[type=file]")
@@ -305,7 +305,10 @@ async def test_references_are_sent_up_to_the_maximum(visitor: Visitor) -> None:
     await expect(shown).to_have_count(3)
     assert await visitor.axe_violations() == []
     assert await visitor.too_small() == []
+    stand.pipeline.forget()
     await visitor.transform()
+    (state,) = stand.pipeline.released
+    assert len(state.request.references) == 3
     await visitor.button("Python program").click()
     program = visitor.page.locator(".code-words")
     await expect(program).to_contain_text('reference_images=["noon-lake.png", "noon-lake.png", "noon-lake.png"]')
