@@ -19,6 +19,8 @@ MODELS: dict[str, tuple[str, ...]] = {
     "SDXL base, SDXL Turbo": ("sdxl",),
     "SDXL refiner": ("refiner",),
     "LCM": ("lcm",),
+    "Stable Diffusion 1 and 2, inpainting": ("sd-inpaint",),
+    "SDXL, inpainting": ("sdxl-inpaint",),
     "InstructPix2Pix": ("pix2pix",),
     "Stable Diffusion 3, with T5 and without": ("sd3", "sd3-no-t5"),
     "Flux, schnell and dev": ("flux", "flux-dev"),

@@ -25,10 +25,12 @@ from diffusers import (
     LCMScheduler,
     PNDMScheduler,
     StableDiffusion3PAGImg2ImgPipeline,
+    StableDiffusionInpaintPipeline,
     StableDiffusionInstructPix2PixPipeline,
     StableDiffusionPAGImg2ImgPipeline,
     StableDiffusionPipeline,
     StableDiffusionXLImg2ImgPipeline,
+    StableDiffusionXLInpaintPipeline,
     StableDiffusionXLPAGImg2ImgPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
@@ -194,8 +196,9 @@ def _save_stable_diffusion(
     ).save_pretrained(directory, safe_serialization=True)
 
 
-def _unet_xl(text_width: int, time_ids: int) -> UNet2DConditionModel:
+def _unet_xl(text_width: int, time_ids: int, in_channels: int = 4) -> UNet2DConditionModel:
     return unet(
+        in_channels=in_channels,
         block_out_channels=(16, 32),
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
@@ -213,6 +216,21 @@ def _euler() -> EulerDiscreteScheduler:
     return EulerDiscreteScheduler(**BETAS, steps_offset=1, timestep_spacing="leading")
 
 
+def _inpainting(directory: Path) -> None:
+    """Like SD 1.5's inpainting model: the UNet also takes the mask and the latents of the masked source."""
+    tokenizer = save_tokenizer(directory / "tokenizer")
+    config = text_config(tokenizer)
+    config.eos_token_id = 2
+    scheduler = PNDMScheduler(**BETAS, skip_prk_steps=True, steps_offset=1, set_alpha_to_one=False)
+    encoder = CLIPTextModel(config)
+    _save_stable_diffusion(directory, tokenizer, encoder, unet(in_channels=9), scheduler, StableDiffusionInpaintPipeline)
+
+
+def _stable_diffusion_xl_inpainting(directory: Path) -> None:
+    """Like SDXL's inpainting model."""
+    _save_stable_diffusion_xl(directory, vae(0.13025, force_upcast=True), StableDiffusionXLInpaintPipeline, in_channels=9)
+
+
 def _stable_diffusion_xl(directory: Path) -> None:
     """Like SDXL base: two text encoders, Euler, six time ids."""
     _save_stable_diffusion_xl(directory, vae(0.13025, force_upcast=True))
@@ -223,16 +241,18 @@ def _stable_diffusion_xl_overflow(directory: Path) -> None:
     _save_stable_diffusion_xl(directory, make_vae_overflow(vae(0.13025, force_upcast=True)))
 
 
-def _save_stable_diffusion_xl(directory: Path, autoencoder: AutoencoderKL) -> None:
+def _save_stable_diffusion_xl(
+    directory: Path, autoencoder: AutoencoderKL, pipeline_class: Any = StableDiffusionXLPipeline, in_channels: int = 4
+) -> None:
     tokenizer = save_tokenizer(directory / "tokenizer")
     tokenizer_2 = save_tokenizer(directory / "tokenizer_2", pad_token="!")
-    StableDiffusionXLPipeline(
+    pipeline_class(
         vae=autoencoder,
         text_encoder=CLIPTextModel(text_config(tokenizer)).eval(),
         text_encoder_2=CLIPTextModelWithProjection(text_config(tokenizer_2, "gelu")).eval(),
         tokenizer=tokenizer,
         tokenizer_2=tokenizer_2,
-        unet=_unet_xl(2 * TEXT_WIDTH, time_ids=6),
+        unet=_unet_xl(2 * TEXT_WIDTH, time_ids=6, in_channels=in_channels),
         scheduler=_euler(),
         force_zeros_for_empty_prompt=True,
     ).save_pretrained(directory, safe_serialization=True)
@@ -260,6 +280,8 @@ BUILDERS: dict[str, Callable[[Path], None]] = {
     "sdxl": _stable_diffusion_xl,
     "refiner": _refiner,
     "sdxl-overflow": _stable_diffusion_xl_overflow,
+    "sd-inpaint": _inpainting,
+    "sdxl-inpaint": _stable_diffusion_xl_inpainting,
     "lcm": _latent_consistency,
     "pix2pix": _instruct_pix2pix,
     "sd3": tiny_transformers.stable_diffusion_3,

@@ -11,6 +11,7 @@ import tiny_models
 import torch
 from covering import nightly_but
 from img2img_server.bundle.manifest import digest_files, list_files
+from PIL import Image
 
 NAMES = sorted(tiny_models.BUILDERS)
 
@@ -49,6 +50,7 @@ def test_every_part_of_a_request_shows_in_the_picture(name: str, tiny_model: Cal
         seed, flip = changes.pop("seed", 0), changes.pop("flip", False)
         image = sample_image(64, 64)
         settings = {"prompt": "a lake", "guidance_scale": 7.5, "strength": 0.6, "height": 64, "width": 64, **changes}
+        settings["mask_image"] = Image.new("L", (64, 64), 255)
         with quiet(), torch.no_grad():
             pictures = pipeline(
                 image=image.rotate(180) if flip else image,

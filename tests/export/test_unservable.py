@@ -1,5 +1,8 @@
 """Classes of pipelines that are refused, before anything of them is read, and what becomes of those that are not."""
 
+import json
+from pathlib import Path
+
 import diffusers
 import pytest
 import transformers
@@ -7,6 +10,7 @@ from diffusers.pipelines.auto_pipeline import AUTO_IMAGE2IMAGE_PIPELINES_MAPPING
 from img2img_export.convert.models import plan, plans_for
 from img2img_export.errors import ExportError
 from img2img_export.read.checkpoint import Layout
+from img2img_export.read.layout_checks import own_class, refuse_configurations
 from img2img_server.runtime.common.processors import loadable
 
 CONTROLLED = r"this pipeline \(\w+\) needs a control image \(control_image\), which requests cannot carry yet"
@@ -21,6 +25,30 @@ REFUSED = {
     "StableDiffusionDepth2ImgPipeline": r"needs a depth map \(depth_map\)",
     "QwenImageLayeredPipeline": "divides an image into layers",
 }
+
+
+@pytest.mark.parametrize(
+    ("name", "family"),
+    [
+        ("StableDiffusionInpaintPipeline", "stable-diffusion-inpainting"),
+        ("StableDiffusionXLInpaintPipeline", "stable-diffusion-xl-inpainting"),
+    ],
+)
+def test_inpainting_models_are_exported_as_their_own_class(name: str, family: str) -> None:
+    found = plan(Layout(name, {"unet": ("diffusers", "UNet2DConditionModel")}, ()), "auto")
+    assert (found.pipeline_class, found.family, found.backend) == (name, family, "onnx")
+
+
+@pytest.mark.parametrize(("channels", "expected"), [(4, "StableDiffusionPipeline"), (9, "StableDiffusionInpaintPipeline")])
+def test_the_unet_says_whether_an_inpainting_pipeline_has_an_inpainting_model(
+    tmp_path: Path, channels: int, expected: str
+) -> None:
+    for name, config in {"unet": {"in_channels": channels}, "vae": {"latent_channels": 4}}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+    refuse_configurations(tmp_path, "StableDiffusionInpaintPipeline", ("unet", "vae"))
+    assert own_class(tmp_path, "StableDiffusionInpaintPipeline") == expected
+    assert own_class(tmp_path, "StableDiffusionXLPipeline") == "StableDiffusionXLPipeline"
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -17,7 +17,7 @@ import torch
 from covering import covering, nightly_but
 from diffusers import AutoPipelineForInpainting, StableDiffusionInpaintPipeline
 from diffusers.image_processor import VaeImageProcessor
-from img2img_client import Client
+from img2img_client import Client, InvalidRequest
 from img2img_server.models.registry import ModelRegistry
 from img2img_server.runtime.execution import Execution
 from img2img_server.runtime.loader import load_pipeline
@@ -25,7 +25,9 @@ from img2img_server.runtime.schedulers import registry
 from PIL import Image, ImageDraw, ImageOps
 from running import running
 
-FAMILIES = ("sd1", "sd2", "sdxl", "refiner", "demo", "sd3", "flux-dev")
+INPAINTING = ("sd-inpaint", "sdxl-inpaint")
+"""Their UNets see the mask and the masked source."""
+FAMILIES = ("sd1", "sd2", "sdxl", "refiner", "demo", "sd3", "flux-dev", *INPAINTING)
 SIZE = (64, 96)
 SOURCE_SIZE = (80, 112)
 
@@ -184,6 +186,39 @@ def test_an_autoencoder_that_does_not_sample_draws_no_more_noise(client: Client,
     with drawing_with(oracle("sd-tiny-vae"), name) as pipe:
         images = drawn(client, "sd-tiny-vae", 6, GUIDED, mask=MASKS["soft"], scheduler=name)
         assert_same(images, expected(pipe, MASKS["soft"], GUIDED, 6, pasted=True))
+
+
+@pytest.mark.parametrize("model", INPAINTING)
+def test_inpainting_models_draw_noise_in_the_order_of_diffusers(client: Client, oracle: Callable[[str], Any], model: str) -> None:
+    """At strength 1 their source is not encoded, so nothing is drawn for it."""
+    name = "EulerAncestralDiscreteScheduler"
+    with drawing_with(oracle(model), name) as pipe:
+        for settings in (GUIDED, FULL):
+            images = drawn(client, model, 8, settings, mask=MASKS["soft"], scheduler=name, mask_paste=False, image_count=2)
+            assert_same(images, expected(pipe, MASKS["soft"], settings, 8, pasted=False, count=2))
+
+
+def test_requests_to_an_inpainting_model_share_a_batch(client: Client, oracle: Callable[[str], Any]) -> None:
+    asked: list[tuple[int, str, Settings, int]] = [
+        (10, "soft", GUIDED, 1),
+        (20, "of another size", LOW, 2),
+        (30, "white", FULL, 1),
+        (40, "black", GUIDED, 1),
+    ]
+    with ThreadPoolExecutor(len(asked)) as threads:
+        calls = [
+            threads.submit(drawn, client, "sd-inpaint", seed, settings, mask=MASKS[mask], image_count=count)
+            for seed, mask, settings, count in asked
+        ]
+        for call, (seed, mask, settings, count) in zip(calls, asked, strict=True):
+            assert_same(call.result(), expected(oracle("sd-inpaint"), MASKS[mask], settings, seed, pasted=True, count=count))
+
+
+def test_an_inpainting_model_needs_a_mask(client: Client) -> None:
+    with pytest.raises(InvalidRequest, match="mask: model 'sd-inpaint' is an inpainting model, which needs a mask"):
+        client.transform(source(), model="sd-inpaint")
+    (mask,) = (field for field in client.model("sd-inpaint").fields if field.name == "mask")
+    assert mask.required
 
 
 @contextmanager

@@ -65,6 +65,12 @@ _TEXT = re.compile(
 _PARTS = (("a VAE", _VAE), ("text encoders", _TEXT), ("a denoiser (UNet or transformer)", _DENOISER))
 """The parts of a complete model. A tensor belongs to the first pattern that matches its name."""
 
+INPAINTING: Mapping[str, str] = {
+    "StableDiffusionInpaintPipeline": "StableDiffusionPipeline",
+    "StableDiffusionXLInpaintPipeline": "StableDiffusionXLPipeline",
+}
+"""Classes of inpainting models, whose UNets also see the mask and the masked image, and of the models they were made from."""
+
 CHANNELS: Mapping[int, str] = {
     5: "a depth-to-image UNet, which takes a depth map",
     7: "an upscaler's UNet, which takes a small image",
@@ -109,15 +115,20 @@ def refuse_channels(path: object, tensors: Mapping[str, TensorInfo], pipeline_cl
     for names, kinds in ((INPUTS, CHANNELS), (FLUX_INPUTS, FLUX_CHANNELS)):
         for name in names:
             shape = tensors[name].shape if name in tensors else ()
-            if len(shape) > 1 and shape[1] in kinds and not (shape[1] == 8 and pipeline_class == PIX2PIX):
-                refuse_kind(path, kinds[shape[1]], shape[1])
+            taken = shape[1] if len(shape) > 1 else 0
+            has_own = (taken == 8 and pipeline_class == PIX2PIX) or (taken == 9 and pipeline_class in INPAINTING)
+            if taken in kinds and not has_own:
+                refuse_kind(path, kinds[taken], taken)
 
 
 def refuse_kind(path: object, what: str, channels: int) -> None:
-    """Raises the ExportError for a denoiser with extra inputs. InstructPix2Pix is supported by its own pipeline class."""
+    """Raises the ExportError for a denoiser with extra inputs. InstructPix2Pix and inpainting models are supported by their own
+    pipeline classes."""
     advice = "img2img supports models whose inputs are an image and a text: export its base model"
     if channels == 8:
         advice = f"its model_index.json (for a single file, that of --config) must name {PIX2PIX}"
+    if channels == 9:
+        advice = f"its model_index.json (for a single file, that of --config) must name {' or '.join(INPAINTING)}"
     raise ExportError(f"{path} is {what} ({channels} input channels): {advice}")
 
 

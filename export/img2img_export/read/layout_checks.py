@@ -8,7 +8,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from img2img_export.errors import ExportError, first_line
-from img2img_export.read.identify import CHANNELS, FLUX_CHANNELS, PIX2PIX, refuse_kind
+from img2img_export.read.identify import CHANNELS, FLUX_CHANNELS, INPAINTING, PIX2PIX, refuse_kind
 from img2img_export.read.texts import read_json
 from img2img_export.read.weights_file import PICKLE_REASON, is_pickle, is_safetensors, read_header, refuse_pointer
 
@@ -98,6 +98,8 @@ def refuse_configurations(directory: Path, pipeline_class: str, components: Iter
     unet, transformer = configs.get("unet", {}), configs.get("transformer", {})
     taken, latents = unet.get("in_channels"), vae.get("latent_channels")
     wanted = 2 * latents if pipeline_class == PIX2PIX and isinstance(latents, int) else latents
+    if pipeline_class in INPAINTING and isinstance(latents, int) and taken == 2 * latents + 1:
+        wanted = taken
     if isinstance(taken, int) and isinstance(wanted, int) and taken != wanted and taken in CHANNELS:
         refuse_kind(directory / "unet", CHANNELS[taken], taken)
     if isinstance(taken, int) and isinstance(wanted, int) and taken != wanted:
@@ -106,6 +108,14 @@ def refuse_configurations(directory: Path, pipeline_class: str, components: Iter
     taken = transformer.get("in_channels")
     if transformer.get("_class_name") == "FluxTransformer2DModel" and isinstance(taken, int) and taken in FLUX_CHANNELS:
         refuse_kind(directory / "transformer", FLUX_CHANNELS[taken], taken)
+
+
+def own_class(directory: Path, pipeline_class: str) -> str:
+    """The class of the model in `directory`: an ordinary model may have been saved by its inpainting pipeline, which has the same
+    components."""
+    vae, unet = (_config(directory / name / "config.json") for name in ("vae", "unet"))
+    is_ordinary = unet.get("in_channels") == vae.get("latent_channels")
+    return INPAINTING.get(pipeline_class, pipeline_class) if is_ordinary else pipeline_class
 
 
 def _config(path: Path) -> Mapping[str, Any]:

@@ -8,7 +8,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from img2img_server.bundle.files import odd_file
@@ -21,7 +21,7 @@ from img2img_export.progress import Progress
 from img2img_export.read import lora, single_file
 from img2img_export.read.checkpoint import INDEX_NAME, TEXT_SUFFIXES, Kind, Layout, choose, names_below, read_index, refuse_unsafe
 from img2img_export.read.digests import Digests
-from img2img_export.read.layout_checks import refuse_configurations, refuse_unreadable_files, why_no_index
+from img2img_export.read.layout_checks import own_class, refuse_configurations, refuse_unreadable_files, why_no_index
 from img2img_export.read.single_file import find_template, refuse_unreadable
 from img2img_export.read.texts import has_mark, read_json, without_mark
 from img2img_export.read.weights_file import SAFETENSORS, is_pickle, is_safetensors
@@ -83,6 +83,7 @@ def _single_file(options: ExportOptions, digests: Digests, progress: Progress) -
     _refuse_odd(directory)
     refuse_unreadable_files(directory, files)
     refuse_configurations(directory, layout.pipeline_class, layout.components)
+    layout = replace(layout, pipeline_class=own_class(directory, layout.pipeline_class))
     refuse_unsafe(directory, files)
     source = Source(path=str(path), digest=_combine(read | digests.digest_files(directory, files)))
     return Checkpoint(directory, tuple(files), layout, source, "single-file", path)
@@ -100,6 +101,7 @@ def _layout(options: ExportOptions, digests: Digests, progress: Progress) -> Che
         raise ExportError(f"{options.source} lacks the file {missing[0]}")
     refuse_unreadable_files(directory, files)
     refuse_configurations(directory, layout.pipeline_class, layout.components)
+    layout = replace(layout, pipeline_class=own_class(directory, layout.pipeline_class))
     refuse_unsafe(directory, files)
     source = Source(
         repo_id=repo_id,

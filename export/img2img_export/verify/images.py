@@ -13,6 +13,7 @@ from img2img_server.engine.request import Request
 from img2img_server.errors import BundleError, ServerError
 from img2img_server.runtime.accuracy_check import psnr_db
 from img2img_server.runtime.common.pipe import latent_size
+from img2img_server.runtime.diffusion.masking import default_mask
 from PIL import Image, ImageChops, ImageDraw, ImageFont, ImageOps
 
 from img2img_export.convert.graphs import RUNTIME_ERRORS, quiet
@@ -222,6 +223,7 @@ def _arguments(pipeline: Any, request: Request) -> dict[str, Any]:
         "prompt": request.prompt,
         "negative_prompt": request.negative_prompt,
         "image": request.image,
+        "mask_image": default_mask(request.image.size).image,
         "strength": request.strength,
         "num_inference_steps": request.num_inference_steps,
         "guidance_scale": request.guidance_scale,

@@ -20,6 +20,7 @@ from img2img_server.runtime.common.out_of_memory import KEEPERS, is_out_of_memor
 from img2img_server.runtime.common.vae import bound_torch_vaes, most_memory
 from img2img_server.runtime.diffusion.flux import Flux
 from img2img_server.runtime.diffusion.flux_2 import Flux2, Flux2Klein, FluxKontext
+from img2img_server.runtime.diffusion.inpainting import StableDiffusionInpainting, StableDiffusionXLInpainting
 from img2img_server.runtime.diffusion.latent_consistency import LatentConsistency
 from img2img_server.runtime.diffusion.qwen_image import QwenImage, QwenImageEdit, QwenImageEditPlus
 from img2img_server.runtime.diffusion.stable_diffusion import StableDiffusion, StableDiffusionXL
@@ -43,6 +44,8 @@ _log = logging.getLogger(__name__)
 FAMILIES: dict[str, type[SteppedPipeline]] = {
     "stable-diffusion": StableDiffusion,
     "stable-diffusion-xl": StableDiffusionXL,
+    "stable-diffusion-inpainting": StableDiffusionInpainting,
+    "stable-diffusion-xl-inpainting": StableDiffusionXLInpainting,
     "latent-consistency": LatentConsistency,
     "stable-diffusion-3": StableDiffusion3,
     "flux": Flux,

@@ -12,11 +12,15 @@ import torch
 from PIL import Image
 
 from img2img_server.engine.cache import Cache
-from img2img_server.engine.request import Request
+from img2img_server.engine.request import Mask, Request
 from img2img_server.runtime.common.device_copy import send
 from img2img_server.runtime.common.vae import output_of, tensor_of
+from img2img_server.runtime.diffusion.masking import redrawn_pixels
 
 _Key = TypeVar("_Key", bound=Hashable)
+
+_ImageKey = tuple[str, bytes | int]
+"""A request's `cache_scope`, and the digest of its image, or a number if it has none."""
 
 ScopedText = tuple[str, str]
 """A request's `cache_scope` and one of its texts."""
@@ -89,18 +93,32 @@ class Encoder:
         pairs = zip(request.references, digests, strict=True)
         return self._images([(request.cache_scope, image, digest) for image, digest in pairs])
 
-    def _images(self, wanted: Sequence[ScopedImage]) -> list[SimpleNamespace]:
+    def masked_pictures(self, requests: Sequence[Request], masks: Sequence[Mask]) -> list[SimpleNamespace]:
+        """Like `pictures`, of the images without what their masks have redrawn."""
+        wanted = []
+        for request, mask in zip(requests, masks, strict=True):
+            digest = request.image_digest + mask.digest if request.image_digest and mask.digest else b""
+            wanted.append((request.cache_scope, request.image, digest))
+        return self._images(wanted, "masked", masks)
+
+    def _images(
+        self, wanted: Sequence[ScopedImage], kind: str = "picture", masks: Sequence[Mask] | None = None
+    ) -> list[SimpleNamespace]:
         # An image without a digest is not cached.
-        keys: list[tuple[str, bytes | int]] = [(scope, digest or index) for index, (scope, _, digest) in enumerate(wanted)]
-        pictures = {key: image for key, (_, image, _) in zip(keys, wanted, strict=True)}
-        found, missing = self._look_up({key: ("picture", *key) for key in pictures})
-        for size in sorted({pictures[key].size for key in missing}):
-            together = [key for key in missing if pictures[key].size == size]
-            pixels = [self._pixels(pictures[key]) for key in together]
+        keys: list[_ImageKey] = [(scope, digest or index) for index, (scope, _, digest) in enumerate(wanted)]
+        places = {key: index for index, key in enumerate(keys)}
+        found, missing = self._look_up({key: (kind, *key) for key in places})
+        for size in sorted({wanted[places[key]][1].size for key in missing}):
+            together = [key for key in missing if wanted[places[key]][1].size == size]
+            pixels = [self._pixels(wanted[places[key]][1]) for key in together]
+            if masks is not None:
+                # What is redrawn becomes the middle between black and white, as in diffusers' inpainting pipelines.
+                kept = [1 - redrawn_pixels(masks[places[key]].image) for key in together]
+                pixels = [own * part for own, part in zip(pixels, kept, strict=True)]
             for key, own in zip(together, torch.split(self._encode_pixels(torch.cat(pixels)), 1), strict=True):
                 found[key] = own
                 if isinstance(key[1], bytes):
-                    self._cache.put((self._own, "picture", *key), own, own.nbytes)
+                    self._cache.put((self._own, kind, *key), own, own.nbytes)
         return [output_of(found[key], self._pipe.vae.config) for key in keys]
 
     def seen(self, request: Request, text: str, encode: Callable[[], Embedding]) -> Embedding:

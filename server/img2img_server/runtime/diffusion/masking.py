@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from img2img_server.engine.request import Mask
 from img2img_server.runtime.common.device_copy import send
 from img2img_server.runtime.schedulers.noise_levels import NoiseLevels
 
@@ -39,11 +40,24 @@ class Blend:
         return cls(redrawn, original * kept, noise * kept, levels)
 
 
+def redrawn_pixels(mask: Image.Image) -> torch.Tensor:
+    """A gray mask as [1, 1, H, W], on the CPU: 1 for pixels to redraw, else 0."""
+    return torch.from_numpy((np.asarray(mask) >= _HALF).astype(np.float32))[None, None]
+
+
 def mask_latents(mask: Image.Image, like: torch.Tensor) -> torch.Tensor:
     """A gray mask for latents [n, C, h, w] as [1, 1, h, w]: 1 for latents to redraw, else 0, on the device of `like`."""
-    pixels = torch.from_numpy((np.asarray(mask) >= _HALF).astype(np.float32))
-    scaled = torch.nn.functional.interpolate(pixels[None, None], size=like.shape[-2:])
+    scaled = torch.nn.functional.interpolate(redrawn_pixels(mask), size=like.shape[-2:])
     return send(scaled, like.device, like.dtype)
+
+
+def default_mask(size: tuple[int, int]) -> Mask:
+    """The mask of the server's own requests to models that need one: of reference images, warm-up and measurements. It redraws
+    the middle of the right half of an image of `size`."""
+    width, height = size
+    image = Image.new("L", size, 0)
+    image.paste(255, (width // 2, height // 4, width, 3 * height // 4))
+    return Mask(image)
 
 
 def kept_latents(blends: Sequence[Blend], steps: Sequence[int]) -> Sequence[torch.Tensor]:

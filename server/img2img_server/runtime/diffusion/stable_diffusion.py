@@ -14,12 +14,13 @@ from img2img_server.runtime.common.device_copy import send
 from img2img_server.runtime.diffusion.conditioning import Embedding
 from img2img_server.runtime.diffusion.state import Conditioning
 from img2img_server.runtime.diffusion.stepped import SteppedPipeline
+from img2img_server.support.source_rule import MaskUse
 
 
 class StableDiffusion(SteppedPipeline):
     """Stable Diffusion 1 and 2, and models with the same components."""
 
-    mask_use = "optional"
+    mask_use: MaskUse = "optional"
 
     def _is_guided(self, request: Request) -> bool:
         return request.guidance_scale > 1 and self._denoiser.config.get("time_cond_proj_dim") is None

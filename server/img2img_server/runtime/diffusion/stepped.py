@@ -66,7 +66,8 @@ class SteppedPipeline(ABC):
     ignored_fields: frozenset[str] = frozenset()
     """Fields of a request that diffusers' pipeline takes and the family does not."""
     mask_use: MaskUse = "none"
-    """Whether requests may have a mask. If so, the family's `prepare_latents` adds noise by its scheduler."""
+    """Whether requests may have a mask, or must. Latents are replaced outside of optional ones, so the family's `prepare_latents`
+    adds noise by its scheduler."""
 
     def __init__(self, pipe: Any, engine: str, threads: int, cache: Cache, preview_weights: PreviewWeights = ()) -> None:
         self._pipe = pipe
@@ -203,7 +204,7 @@ class SteppedPipeline(ABC):
             pipe, request, cached_scheduler.timesteps[:1].repeat(count), positive.hidden_states.dtype, generators
         )
         blend = None
-        if request.mask is not None:
+        if request.mask is not None and self.mask_use == "optional":
             assert noising.given is not None, "the first latents of a family that takes masks are the source's, with noise"
             original, noise = noising.given
             if request.strength == 1:
@@ -211,6 +212,7 @@ class SteppedPipeline(ABC):
             _draw_again(generators, picture, noise)
             blend = Blend.of(request.mask.image, original, noise, cached_scheduler.levels)
         conditioning = self._conditioning(request, positive, negative) | self._more_conditioning(pipe, request, latents)
+        conditioning |= self._mask_conditioning(request, latents, generators)
         # Converted once here instead of in each step.
         conditioning = {name: tensor.to(self._types.get(name, tensor.dtype)) for name, tensor in conditioning.items()}
         state = DiffusionState(
@@ -297,6 +299,10 @@ class SteppedPipeline(ABC):
         image = torch.empty(count, 3, 1, 1)  # stands for the image
         latents: torch.Tensor = pipe.prepare_latents(image, timesteps, 1, count, dtype, pipe._execution_device, generators)
         return latents
+
+    def _mask_conditioning(self, request: Request, latents: torch.Tensor, generators: list[torch.Generator]) -> Conditioning:
+        """The denoiser's inputs for the request's mask, if it has any."""
+        return {}
 
     def _pure_noise(self, latents: torch.Tensor, noise: torch.Tensor, scheduler: Any) -> torch.Tensor:
         """The first latents of a request with a mask at strength 1, from `noise` and the `latents` of a request without a mask:
