@@ -41,8 +41,9 @@ _FULL = _transform(
     scheduler="DDIMScheduler",
     preview_interval=1,
 )
+_EDIT = _transform(reference_images=[pb.ImageSource(data=image_file()), pb.ImageSource(uri=_URI)])
 VALID: dict[str, Sequence[Message]] = {
-    "TransformRequest": [_transform(), _FULL, _transform(image=pb.ImageSource(uri=_URI))],
+    "TransformRequest": [_transform(), _FULL, _transform(image=pb.ImageSource(uri=_URI)), _EDIT],
     "TransformStreamRequest": [pb.TransformStreamRequest(request=_transform()), pb.TransformStreamRequest(request=_FULL)],
     "TransformBatchRequest": [pb.TransformBatchRequest(request=_transform()), pb.TransformBatchRequest(request=_FULL)],
     "ListModelsRequest": [model_pb2.ListModelsRequest()],
