@@ -19,7 +19,7 @@ from typing import Any
 
 from img2img_server.bundle.manifest import Component, Manifest, Source, Verification, digest_files, list_files, write_manifest
 from img2img_server.engine.request import Plan, Request
-from img2img_server.support.model_fields import GUIDED, FieldRule
+from img2img_server.support.model_fields import GUIDED, FieldRule, ModelFields
 from img2img_server.support.source_rule import STRETCHED
 from PIL import Image, ImageChops
 
@@ -78,7 +78,7 @@ class StandInPipeline:
     size_multiple = 8
     native_size = (64, 64)
     source_rule = STRETCHED
-    fields = {**GUIDED, "reference_images": FieldRule()}
+    fields: ModelFields = {**GUIDED, "reference_images": FieldRule()}
     max_rows: int | None = None
     measurable = True
     row_buckets: Sequence[int] = ()
