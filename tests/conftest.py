@@ -40,7 +40,7 @@ COMPARED = ("sd1", "sd2", "sdxl", "refiner", "kandinsky22", "demo")
 """Bundles for which the export compares all its images; for the others it compares two."""
 
 
-LONG = ("tests/test_readme.py", "tests/test_recipes.py", "tests/test_soak.py", "tests/playground/test_in_a_browser.py")
+LONG = ("tests/test_readme.py", "tests/test_recipes.py", "tests/playground/test_in_a_browser.py")
 """Files whose tests take long. They run first: no process waits for them at the end."""
 
 

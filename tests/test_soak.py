@@ -50,6 +50,7 @@ def test_a_short_soak_keeps_every_promise(tmp_path: Path) -> None:
     assert (tmp_path / "soak.md").read_text() in result.stdout
 
 
+@pytest.mark.nightly
 def test_a_server_that_draws_a_wrong_picture_now_and_then_fails_the_soak(tmp_path: Path) -> None:
     result = soak(tmp_path, "--minutes", "0.1", "--no-hostile", **{FLAW: "97"})
     assert result.returncode == 1, result.stdout + result.stderr

@@ -31,7 +31,7 @@ def service(server: FakeServer) -> FakeService:
 
 @pytest.fixture
 def client(server: FakeServer) -> Iterator[Client]:
-    with Client(server.target, timeout=20, retries=None) as made:
+    with Client(server.target, timeout=120, retries=None) as made:
         yield made
 
 
@@ -44,5 +44,5 @@ def told() -> list[tuple[int, str, float]]:
 def patient(request: pytest.FixtureRequest, server: FakeServer, told: list[tuple[int, str, float]]) -> Any:
     policy = RetryPolicy(4, 0.001, 0.002, on_retry=lambda attempt, error, wait: told.append((attempt, error.status, wait)))
     server.service.fail_before = 1
-    with request.param(server.target, timeout=20, retries=policy) as client:
+    with request.param(server.target, timeout=120, retries=policy) as client:
         yield client

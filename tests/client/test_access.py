@@ -70,7 +70,7 @@ def mutual(authority: trustme.CA) -> Iterator[FakeServer]:
 @pytest.mark.parametrize("scheme", ["", "https://"])
 def test_a_server_is_believed_whose_authority_is_known(secure: FakeServer, files: Files, scheme: str) -> None:
     secure.service.token = TOKEN
-    with Client(scheme + secure.target, ca=files.ca, token=TOKEN, timeout=20) as client:
+    with Client(scheme + secure.target, ca=files.ca, token=TOKEN, timeout=120) as client:
         assert client.models() == ()
         assert client.transform(b"file").request_id == "made"
         client.wait_until_ready(20)
@@ -79,27 +79,27 @@ def test_a_server_is_believed_whose_authority_is_known(secure: FakeServer, files
 def test_another_authority_is_not(secure: FakeServer, tmp_path: Path) -> None:
     trustme.CA().cert_pem.write_to_path(str(tmp_path / "other.pem"))
     for ca in (tmp_path / "other.pem", None):
-        client = Client(f"https://{secure.target}", ca=ca, token=TOKEN, timeout=20, retries=None)
+        client = Client(f"https://{secure.target}", ca=ca, token=TOKEN, timeout=120, retries=None)
         with client, pytest.raises(Unavailable):
             client.models()
     assert secure.service.metadata == []
 
 
 def test_a_client_shows_its_certificate_where_it_is_asked(mutual: FakeServer, files: Files) -> None:
-    with Client(mutual.target, ca=files.ca, timeout=20, retries=None) as client, pytest.raises(Unavailable):
+    with Client(mutual.target, ca=files.ca, timeout=120, retries=None) as client, pytest.raises(Unavailable):
         client.models()
-    with Client(mutual.target, ca=files.ca, certificate=str(files.certificate), key=str(files.key), timeout=20) as client:
+    with Client(mutual.target, ca=files.ca, certificate=str(files.certificate), key=str(files.key), timeout=120) as client:
         assert client.models() == ()
 
 
 def test_a_scheme_may_say_that_there_is_no_tls(server: FakeServer) -> None:
-    with Client(f"http://{server.target}/", token=TOKEN, timeout=20) as client:
+    with Client(f"http://{server.target}/", token=TOKEN, timeout=120) as client:
         assert client.models() == ()
 
 
 def test_every_call_brings_the_token(server: FakeServer) -> None:
     server.service.token = server.assets.token = TOKEN
-    with Client(server.target, token=TOKEN, timeout=20) as client:
+    with Client(server.target, token=TOKEN, timeout=120) as client:
         client.models()
         client.transform(b"file")
         list(client.transform_stream(b"file"))
@@ -110,7 +110,7 @@ def test_every_call_brings_the_token(server: FakeServer) -> None:
 @pytest.mark.parametrize("token", [None, "wrong"])
 def test_without_the_right_one_the_call_is_refused(server: FakeServer, token: str | None) -> None:
     server.service.token = TOKEN
-    with Client(server.target, token=token, timeout=20) as client:
+    with Client(server.target, token=token, timeout=120) as client:
         for call in (client.models, lambda: client.transform(b"file")):
             with pytest.raises(Unauthenticated):
                 call()
@@ -197,7 +197,7 @@ def test_a_token_is_not_printed() -> None:
 
 
 def command(*words: str) -> int:
-    return main(["models", "--timeout=20", "--retries=0", *words])
+    return main(["models", "--timeout=120", "--retries=0", *words])
 
 
 def test_flags_reach_the_channel(mutual: FakeServer, files: Files, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -30,7 +30,7 @@ LARGE = random.Random(0).randbytes(3 * CHUNK_BYTES + 17)
 
 @pytest.fixture(params=[Client, Blocking])
 def client(request: pytest.FixtureRequest, server: FakeServer) -> Iterator[Any]:
-    with request.param(server.target, timeout=20, retries=None) as made:
+    with request.param(server.target, timeout=120, retries=None) as made:
         yield made
 
 

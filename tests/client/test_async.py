@@ -28,7 +28,7 @@ from PIL import Image
 
 @pytest.fixture
 async def own(server: FakeServer) -> AsyncIterator[AsyncClient]:
-    async with AsyncClient(server.target, timeout=20, retries=None) as made:
+    async with AsyncClient(server.target, timeout=120, retries=None) as made:
         yield made
 
 
@@ -147,7 +147,7 @@ async def test_dropping_a_stream_cancels_the_call(own: AsyncClient, service: Fak
 async def test_an_upload_that_was_cut_off_is_tried_again(server: FakeServer) -> None:
     """grpc.aio calls it INTERNAL where the server ends the call while a message is on its way; ours gives a reason."""
     server.assets.failures = [rich_status(code_pb2.INTERNAL, "cut off")]
-    async with AsyncClient(server.target, timeout=20, retries=RetryPolicy(first_backoff=0.001)) as client:
+    async with AsyncClient(server.target, timeout=120, retries=RetryPolicy(first_backoff=0.001)) as client:
         assert await client.download(await client.upload(b"file")) == b"file"
 
 
@@ -159,7 +159,7 @@ async def test_many_calls_share_a_client(own: AsyncClient, service: FakeService)
 
 async def test_a_client_may_be_made_before_there_is_a_loop(server: FakeServer) -> None:
     made: list[AsyncClient] = []
-    thread = threading.Thread(target=lambda: made.append(AsyncClient(server.target, timeout=20)))
+    thread = threading.Thread(target=lambda: made.append(AsyncClient(server.target, timeout=120)))
     thread.start()
     thread.join(PATIENCE)
     async with made[0] as client:
@@ -169,7 +169,7 @@ async def test_a_client_may_be_made_before_there_is_a_loop(server: FakeServer) -
 
 
 def test_a_client_belongs_to_one_loop(server: FakeServer) -> None:
-    client = AsyncClient(server.target, timeout=20)
+    client = AsyncClient(server.target, timeout=120)
 
     async def use() -> None:
         await client.models()

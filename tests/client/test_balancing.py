@@ -42,7 +42,7 @@ def leave(client: Client, server: FakeServer) -> None:
 def test_calls_are_spread_evenly(kind: Any, servers: list[FakeServer], given: str) -> None:
     addresses = [server.target for server in servers]
     targets: dict[str, Any] = {"list": addresses, "commas": ",".join(addresses), "ipv4": f"ipv4:{','.join(addresses)}"}
-    with kind(targets[given], timeout=20) as client:
+    with kind(targets[given], timeout=120) as client:
         use(client, servers)
         for _ in range(10):
             client.transform(b"file")
@@ -53,7 +53,7 @@ def test_calls_are_spread_evenly(kind: Any, servers: list[FakeServer], given: st
 
 @BOTH
 def test_a_server_that_is_not_well_is_left_until_it_is(kind: Any, servers: list[FakeServer], told: Told) -> None:
-    with kind([server.target for server in servers], timeout=20, retries=policy(told)) as client:
+    with kind([server.target for server in servers], timeout=120, retries=policy(told)) as client:
         use(client, servers)
         servers[1].set_serving(False)
         leave(client, servers[1])
@@ -68,7 +68,7 @@ def test_a_server_that_is_not_well_is_left_until_it_is(kind: Any, servers: list[
 
 @BOTH
 def test_a_server_that_is_gone_is_missed_by_nobody_and_found_again(kind: Any, servers: list[FakeServer]) -> None:
-    with kind([server.target for server in servers], timeout=20) as client:
+    with kind([server.target for server in servers], timeout=120) as client:
         use(client, servers)
         servers[0].stop()
         forget(servers)
@@ -92,7 +92,7 @@ def until_unavailable(client: Client) -> None:
 
 @BOTH
 def test_no_server_is_well(kind: Any, servers: list[FakeServer], told: Told) -> None:
-    with kind([server.target for server in servers], timeout=20, retries=policy(told)) as client:
+    with kind([server.target for server in servers], timeout=120, retries=policy(told)) as client:
         client.wait_until_ready(PATIENCE)
         for server in servers:
             server.set_serving(False)
@@ -123,7 +123,7 @@ ONCE: dict[str, Callable[[Any], object]] = {
 @pytest.mark.parametrize("name", CALLS)
 def test_what_a_server_cannot_take_another_does_at_once(kind: Any, servers: list[FakeServer], told: Told, name: str) -> None:
     """gRPC itself asks the next one: no wait of ours, also for an image larger than what gRPC keeps by default."""
-    with kind([server.target for server in servers], timeout=20, retries=policy(told)) as client:
+    with kind([server.target for server in servers], timeout=120, retries=policy(told)) as client:
         use(client, servers)
         servers[0].service.failure = unavailable()
         servers[0].service.fail_before = 0
@@ -142,7 +142,7 @@ def test_the_attempts_of_both_layers_are_bounded_together(
 ) -> None:
     for server in servers:
         server.service.failure, server.service.fail_before = unavailable(), 0
-    client = kind([server.target for server in servers], timeout=20, retries=policy(told, most))
+    client = kind([server.target for server in servers], timeout=120, retries=policy(told, most))
     with client, pytest.raises(Unavailable, match="shutting down"):
         CALLS[name](client)
     assert sum(counts(servers)) == (1 if most == 1 else most - most % 2)
@@ -153,7 +153,7 @@ def test_the_attempts_of_both_layers_are_bounded_together(
 def test_a_stream_that_was_answered_is_an_attempt_of_ours_alone(kind: Any, servers: list[FakeServer], told: Told) -> None:
     for server in servers:
         server.service.failure, server.service.fail_before = unavailable(), 2
-    client = kind([server.target for server in servers], timeout=20, retries=policy(told, 4))
+    client = kind([server.target for server in servers], timeout=120, retries=policy(told, 4))
     with client, pytest.raises(Unavailable):
         list(client.transform_stream(b"file"))
     assert sum(counts(servers)) == 3, "one, one, and at the third gRPC may make two"
@@ -165,7 +165,7 @@ def test_a_stream_that_was_answered_is_an_attempt_of_ours_alone(kind: Any, serve
 def test_what_grpc_does_not_try_again_is_counted_as_ever(kind: Any, servers: list[FakeServer], told: Told, name: str) -> None:
     for server in servers:
         server.service.failure = server.assets.failure = unavailable()
-    client = kind([server.target for server in servers], timeout=20, retries=policy(told, 4))
+    client = kind([server.target for server in servers], timeout=120, retries=policy(told, 4))
     with client, pytest.raises(Unavailable):
         (OTHERS | ONCE)[name](client)
     assert sum(counts(servers)) == (4 if name in OTHERS else 1)
@@ -176,7 +176,7 @@ def test_what_grpc_does_not_try_again_is_counted_as_ever(kind: Any, servers: lis
 def test_who_wants_one_attempt_gets_one(kind: Any, servers: list[FakeServer], name: str) -> None:
     for server in servers:
         server.service.failure, server.service.fail_before = unavailable(), 0
-    with kind([server.target for server in servers], timeout=20, retries=None) as client, pytest.raises(Unavailable):
+    with kind([server.target for server in servers], timeout=120, retries=None) as client, pytest.raises(Unavailable):
         CALLS[name](client)
     assert sum(counts(servers)) == 1
 
@@ -184,7 +184,7 @@ def test_who_wants_one_attempt_gets_one(kind: Any, servers: list[FakeServer], na
 @BOTH
 @pytest.mark.parametrize("name", CALLS)
 def test_one_server_that_has_no_room_is_not_waited_for(kind: Any, servers: list[FakeServer], told: Told, name: str) -> None:
-    with kind([server.target for server in servers], timeout=20, retries=policy(told)) as client:
+    with kind([server.target for server in servers], timeout=120, retries=policy(told)) as client:
         use(client, servers)
         servers[0].service.failure, servers[0].service.fail_before = queue_full(3600), 0
         for _ in range(6):
@@ -197,7 +197,7 @@ def test_one_server_that_has_no_room_is_not_waited_for(kind: Any, servers: list[
 def test_where_none_has_room_the_second_one_is_waited_for(kind: Any, servers: list[FakeServer], told: Told) -> None:
     for server in servers:
         server.service.failure = queue_full(0.05)
-    with kind([server.target for server in servers], timeout=20, retries=policy(told, 4)) as client, pytest.raises(Overloaded):
+    with kind([server.target for server in servers], timeout=120, retries=policy(told, 4)) as client, pytest.raises(Overloaded):
         client.transform(b"file")
     assert [wait >= 0.05 for _, _, wait in told] == [False, True]
 
@@ -207,11 +207,11 @@ def test_one_server_is_reached_as_ever(kind: Any, servers: list[FakeServer], tol
     """Whatever its health, with attempts of ours alone; unless it is said that there may be more of them."""
     one = servers[0]
     one.set_serving(False)
-    with kind(one.target, timeout=20, retries=policy(told)) as client:
+    with kind(one.target, timeout=120, retries=policy(told)) as client:
         one.service.failures = [unavailable()]
         assert client.transform(b"file").images
     assert (len(told), len(one.service.metadata)) == (1, 2)
-    with kind(one.target, timeout=20, retries=policy(told), balance=True) as client:
+    with kind(one.target, timeout=120, retries=policy(told), balance=True) as client:
         with pytest.raises(Unavailable):
             client.transform(b"file")
         one.set_serving(True)

@@ -115,7 +115,7 @@ def test_items_without_a_result_are_sent_again_when_the_server_ends(pipeline: Fa
 
 
 def test_a_server_that_is_gone_ends_the_batch_with_its_error() -> None:
-    with Client("127.0.0.1:1", timeout=5, retries=None) as client, pytest.raises(Unavailable):
+    with Client("127.0.0.1:1", timeout=120, retries=None) as client, pytest.raises(Unavailable):
         list(client.transform_batch(items(3)))
 
 
@@ -131,6 +131,6 @@ async def test_the_asyncio_client_does_the_same(server: RunningServer, tmp_path:
         assert (await anext(left)).result is not None
         await left.aclose()  # type: ignore[attr-defined]
         assert [outcome.index async for outcome in client.transform_batch(items(1))] == [0], "the queue is free again"
-    async with AsyncClient("127.0.0.1:1", timeout=5, retries=None) as client:
+    async with AsyncClient("127.0.0.1:1", timeout=120, retries=None) as client:
         with pytest.raises(Unavailable):
             await anext(client.transform_batch(items(3)))

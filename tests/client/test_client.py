@@ -33,7 +33,7 @@ from img2img_client import (
 
 @pytest.fixture(params=[Client, Blocking])
 def client(request: pytest.FixtureRequest, server: FakeServer) -> Iterator[Any]:
-    with request.param(server.target, timeout=20, retries=None) as made:
+    with request.param(server.target, timeout=120, retries=None) as made:
         yield made
 
 
@@ -270,12 +270,12 @@ def test_no_proxy_comes_between_this_machine_and_itself(server: FakeServer, monk
     for name in ("http_proxy", "https_proxy", "grpc_proxy"):
         monkeypatch.setenv(name, "http://127.0.0.1:1")
     for target in (server.target, server.target.replace("127.0.0.1", "localhost")):
-        with Client(target, timeout=10) as client:
+        with Client(target, timeout=120) as client:
             assert client.models() == ()
 
 
 def test_a_scheme_asks_for_tls(server: FakeServer) -> None:
-    with Client(f"https://{server.target}", timeout=10) as client, pytest.raises(Unavailable):
+    with Client(f"https://{server.target}", timeout=120) as client, pytest.raises(Unavailable):
         client.models()
     assert server.service.requests == []
 

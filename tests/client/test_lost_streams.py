@@ -50,7 +50,7 @@ def test_a_stream_that_has_started_is_given_up_like_any_call(
 def test_a_stream_that_has_started_is_not_tried_again_without_a_policy(kind: Any, server: FakeServer) -> None:
     server.service.fail_before = 2
     server.service.failures = [unavailable()]
-    with kind(server.target, timeout=20, retries=None) as once:
+    with kind(server.target, timeout=120, retries=None) as once:
         stream = once.transform_stream(b"file")
         assert [type(next(stream)) for _ in range(2)] == [Queued, Started]
         with pytest.raises(Unavailable):

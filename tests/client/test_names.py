@@ -30,19 +30,19 @@ def headless() -> Iterator[tuple[list[FakeServer], NameServer, str]]:
 @pytest.mark.parametrize("kind", [Client, Blocking])
 def test_a_name_stands_for_all_its_addresses(kind: Any) -> None:
     with headless() as (servers, names, target):
-        with kind(target, timeout=20) as client:
+        with kind(target, timeout=120) as client:
             use(client, servers[:2])
             assert counts(servers[2:]) == [0]
             assert TXT not in names.asked
         forget(servers)
-        with kind(target, timeout=20, balance=False) as client:
+        with kind(target, timeout=120, balance=False) as client:
             for _ in range(20):
                 client.models()
         assert sorted(counts(servers)) == [0, 0, 20]
 
 
 def test_a_name_is_looked_up_again_when_a_server_goes() -> None:
-    with headless() as (servers, names, target), Client(target, timeout=20) as client:
+    with headless() as (servers, names, target), Client(target, timeout=120) as client:
         use(client, servers[:2])
         names.addresses = ["127.0.0.2", "127.0.0.3"]
         servers[0].stop()
@@ -54,7 +54,7 @@ def test_what_dns_says_of_balancing_is_heeded_where_that_is_asked_for() -> None:
     with headless() as (servers, names, target):
         names.text = json.dumps([{"serviceConfig": config}])
         policy = RetryPolicy(5, 0.001, 0.002)
-        with Client(target, timeout=20, dns_service_config=True, retries=policy) as client:
+        with Client(target, timeout=120, dns_service_config=True, retries=policy) as client:
             for _ in range(20):
                 client.models()
             assert sorted(counts(servers)) == [0, 0, 20]
@@ -73,7 +73,7 @@ def test_where_dns_says_nothing_nothing_multiplies() -> None:
         for server in servers:
             server.service.failure = unavailable()
         policy = RetryPolicy(5, 0.001, 0.002)
-        with Client(target, timeout=20, dns_service_config=True, retries=policy) as client, pytest.raises(Unavailable):
+        with Client(target, timeout=120, dns_service_config=True, retries=policy) as client, pytest.raises(Unavailable):
             client.transform(b"file")
         assert TXT in names.asked
         assert sum(counts(servers)) == 5
@@ -86,15 +86,15 @@ def test_certificates_of_several_addresses_are_for_a_name(tmp_path: Path, capsys
     credentials = grpc.ssl_channel_credentials(authority.cert_pem.bytes())
     with started(*(FakeServer(credentials=grpc.ssl_server_credentials([pair])) for _ in range(2))) as servers:
         targets = [f"https://{server.target}" for server in servers]
-        with Client(targets, credentials=credentials, server_name="img2img.internal", timeout=20) as client:
+        with Client(targets, credentials=credentials, server_name="img2img.internal", timeout=120) as client:
             use(client, servers)
-        with Client(targets, credentials=credentials, server_name="other", timeout=20) as client, pytest.raises(Img2ImgError):
+        with Client(targets, credentials=credentials, server_name="other", timeout=120) as client, pytest.raises(Img2ImgError):
             client.models()
         with pytest.raises(ValueError, match="server_name is missing"):
             Client(targets, credentials=credentials)
         assert counts(servers) == [0, 0]
         authority.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
-        command = ["models", f"--target={','.join(targets)}", f"--ca={tmp_path / 'ca.pem'}", "--timeout=20"]
+        command = ["models", f"--target={','.join(targets)}", f"--ca={tmp_path / 'ca.pem'}", "--timeout=120"]
         assert main(command) == 2
         assert "server_name is missing" in capsys.readouterr().err
         assert main([*command, "--server-name=img2img.internal"]) == 0

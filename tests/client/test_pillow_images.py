@@ -148,7 +148,7 @@ async def test_both_clients_send_the_same(client: Client, service: FakeService, 
     path.write_bytes(saved(image(), "JPEG", exif=exif))
     client.transform(Image.open(path), fit="native")
     client.transform(Image.open(path), fit=1024)
-    async with AsyncClient(server.target, timeout=20) as other:
+    async with AsyncClient(server.target, timeout=120) as other:
         await other.transform(Image.open(path), fit="native")
     first, second, third = service.requests
     assert first.image.data == second.image.data == third.image.data

@@ -158,7 +158,7 @@ def test_a_stream_that_failed_has_ended(kind: Any, server: FakeServer) -> None:
     """Whoever asks it once more gets nothing: no attempt after the error was told."""
     server.service.fail_before = 1
     server.service.failures = [unavailable()]
-    with kind(server.target, timeout=20, retries=None) as once:
+    with kind(server.target, timeout=120, retries=None) as once:
         events = once.transform_stream(b"file")
         with pytest.raises(Unavailable):
             list(events)

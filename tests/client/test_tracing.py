@@ -21,7 +21,7 @@ from opentelemetry.trace import SpanKind, StatusCode, format_span_id, format_tra
 
 @pytest.fixture(params=[Client, Blocking])
 def client(request: pytest.FixtureRequest, server: FakeServer) -> Iterator[Any]:
-    with request.param(server.target, timeout=20, retries=None) as made:
+    with request.param(server.target, timeout=120, retries=None) as made:
         yield made
 
 
@@ -75,7 +75,7 @@ def test_every_kind_of_call_has_its_name(exporter: InMemorySpanExporter, client:
 
 def test_all_attempts_are_one_span(exporter: InMemorySpanExporter, server: FakeServer) -> None:
     server.service.failures = [unavailable(), queue_full(0.001)]
-    with Client(server.target, timeout=20, retries=RetryPolicy(first_backoff=0.001)) as client:
+    with Client(server.target, timeout=120, retries=RetryPolicy(first_backoff=0.001)) as client:
         client.transform(b"file")
     span = only(exporter)
     assert [(event.name, dict(event.attributes or {})["reason"]) for event in span.events] == [
@@ -131,7 +131,7 @@ def test_the_client_does_not_bring_opentelemetry_in(server: FakeServer, hidden: 
 import sys
 if {hidden}: sys.modules["opentelemetry"] = None
 from img2img_client import Client
-with Client("{server.target}", timeout=20) as client:
+with Client("{server.target}", timeout=120) as client:
     client.transform(b"file")
     list(client.transform_stream(b"file"))
 print([name for name, module in sys.modules.items() if name.startswith("opentelemetry") and module])

@@ -220,7 +220,7 @@ def tell_of_the_future(newer: Contract, fake: FakeServer) -> None:
 
 def test_the_python_client_passes_over_what_a_newer_server_tells(newer: Contract, fake: FakeServer) -> None:
     tell_of_the_future(newer, fake)
-    with Client(fake.target, timeout=20, retries=None) as client:
+    with Client(fake.target, timeout=120, retries=None) as client:
         told = list(client.transform_stream(PICTURE))
         assert isinstance(told[-1], Completed)
         assert len(told) == len(events())

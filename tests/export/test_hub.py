@@ -176,7 +176,7 @@ def test_a_download_is_told_of_as_it_grows(name: str, tmp_path: Path, monkeypatc
     (tmp_path / "blob.0a1b2c3d.incomplete").write_bytes(b"a" * 90)  # a killed process left it
     with client._watched(tmp_path, "blob", 100, advance):
         (tmp_path / name).write_bytes(b"a" * 60)
-        assert told.wait(10)
+        assert told.wait(120)
     assert sum(counts) == 100
 
 

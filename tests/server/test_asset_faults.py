@@ -93,7 +93,7 @@ async def test_what_is_stored_while_its_older_self_is_deleted_is_there(tmp_path:
         asset_id = await put(store, png())
         clock.now += 2 * DAY
         sweeping = asyncio.create_task(store.sweep())
-        await asyncio.to_thread(begun.wait, 30)
+        await asyncio.to_thread(begun.wait, 120)
         storing = asyncio.create_task(put(store, png()))
         await asyncio.wait([storing], timeout=0.1)
         go.set()
@@ -247,7 +247,7 @@ async def test_a_caller_that_leaves_does_not_tear_what_it_stores(tmp_path: Path,
     data = os.urandom(1000)
     async with opened(tmp_path, quota=1500) as store:
         storing = asyncio.create_task(put(store, data))
-        await asyncio.to_thread(begun.wait, 30)
+        await asyncio.to_thread(begun.wait, 120)
         storing.cancel()
         with pytest.raises(asyncio.CancelledError):
             await storing
@@ -304,7 +304,7 @@ async def test_a_file_that_goes_while_it_is_stored_anew_takes_its_quota_again(
     async with opened(tmp_path, quota=1500) as store:
         asset_id = await put(store, bytes(1000))
         deleting = asyncio.create_task(store.delete("shared", asset_id))
-        await asyncio.to_thread(begun.wait, 30)
+        await asyncio.to_thread(begun.wait, 120)
         async with store.reserve("shared", 0) as room:
             storing = asyncio.create_task(store.put("shared", bytes(1000), room))
             await asyncio.wait([storing], timeout=0.2)

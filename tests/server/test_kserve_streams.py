@@ -173,7 +173,7 @@ def test_cancelling_a_stream_cancels_what_runs_in_it(stream: Stream, pipeline: F
 
 def test_a_streams_deadline_is_that_of_its_requests(tmp_path: Path) -> None:
     with serving(tmp_path) as (server, loaded), client_of(server) as client, ending() as calls:
-        gate, stream = Gate(loaded["m"]), Stream(client, stream_timeout=2.0)
+        gate, stream = Gate(loaded["m"]), Stream(client, stream_timeout=8.0)
         stream.ask("a")
         gate.come()
         assert calls.wait("ModelInfer") == "DEADLINE_EXCEEDED"

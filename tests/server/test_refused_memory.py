@@ -176,7 +176,7 @@ def answered_and_reset(port: int, message: bytes) -> None:
         (sent_and_reset, b"", 16),
         pytest.param(sent_and_reset, b"\xff", 16, marks=pytest.mark.nightly),
         pytest.param(sent_and_reset, pb.TransformRequest(prompt="x").SerializeToString(), 16, marks=pytest.mark.nightly),
-        (sent_and_reset, b"", 0),
+        pytest.param(sent_and_reset, b"", 0, marks=pytest.mark.nightly),
         (answered_and_reset, b"", 16),
     ],
     ids=["without a message", "malformed", "invalid", "refused before its message", "answered"],
