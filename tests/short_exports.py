@@ -70,6 +70,7 @@ def _trace_key(flat: Any, inputs: tuple[torch.Tensor, ...], options: Mapping[str
         inputs,
         options,
         flat._call_by_name,
+        torch.nn.functional.scaled_dot_product_attention,  # which a graph with fused attention exchanges
     )
     found = hashlib.sha256()
     _update(found.update, content)
