@@ -11,6 +11,7 @@ import bench_export
 import bench_growth
 import bench_host
 import bench_http
+import bench_loras
 import bench_providers
 import bench_ray
 import bench_request
@@ -46,6 +47,7 @@ def main() -> int:
     }
     # Too long to run by default.
     apart = {
+        "loras": (bench_loras, "steps with LoRAs of requests, against none and against calls divided by LoRA (1 minute)"),
         "rounding": (bench_rounding, "a UNet's error with and without the timestep's angle in bfloat16 (2 minutes)"),
         "export": (bench_export, "exports of real-size models: wall time and peak memory (an hour)"),
         "host": (bench_host, "the engine's thread between two steps on a GPU, on fake CUDA libraries (1 minute)"),

@@ -84,6 +84,7 @@ class FakeService(Observed, services.ImageToImageServiceServicer, model_pb2_grpc
         self.script: list[messages.TransformStreamResponse] = events()
         self.warnings: list[messages.Warning] = []
         self.fail_before: int | None = None
+        self.loras: list[model_pb2.LoraFile] = []
         self.models: list[model_pb2.Model] = []
         self.loads: list[model_pb2.LoadModelRequest] = []
         self.unloads: list[str] = []
@@ -121,6 +122,10 @@ class FakeService(Observed, services.ImageToImageServiceServicer, model_pb2_grpc
     def GetModel(self, request: model_pb2.GetModelRequest, context: Any) -> model_pb2.GetModelResponse:
         self.meet(context)
         return model_pb2.GetModelResponse(model=self._model(request.id, context))
+
+    def ListLoras(self, request: model_pb2.ListLorasRequest, context: Any) -> model_pb2.ListLorasResponse:
+        self.meet(context)
+        return model_pb2.ListLorasResponse(loras=self.loras)
 
     def LoadModel(self, request: model_pb2.LoadModelRequest, context: Any) -> model_pb2.LoadModelResponse:
         self.loads.append(request)

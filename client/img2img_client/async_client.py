@@ -36,7 +36,7 @@ from img2img_client.requests import (
 from img2img_client.responses import parse_model, parse_result
 from img2img_client.retry import RetryPolicy
 from img2img_client.stream_state import StreamState
-from img2img_client.values import DEFAULT_TARGET, Asset, BatchResult, ModelInfo, ModelReference, TransformResult
+from img2img_client.values import DEFAULT_TARGET, Asset, BatchResult, LoraInfo, ModelInfo, ModelReference, TransformResult
 
 if TYPE_CHECKING:
     from grpc import aio
@@ -119,6 +119,12 @@ class AsyncClient:
         request = model_pb2.ListModelsRequest()
         response, _ = await self._caller.unary("ModelService/ListModels", self._open.models.ListModels, request, timeout)
         return tuple(parse_model(model) for model in response.models)
+
+    async def loras(self, *, timeout: float | None = None) -> tuple[LoraInfo, ...]:
+        """The LoRAs that requests may name, ordered by id."""
+        request = model_pb2.ListLorasRequest()
+        response, _ = await self._caller.unary("ModelService/ListLoras", self._open.models.ListLoras, request, timeout)
+        return tuple(LoraInfo(lora.id, lora.size_bytes) for lora in response.loras)
 
     async def model(self, model_id: str, *, timeout: float | None = None) -> ModelInfo:
         """One model. Raises ModelNotFound if the server has no model with this id."""

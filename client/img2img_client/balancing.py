@@ -25,6 +25,7 @@ _RETRIED = (
     ("ImageToImageService", "TransformStream"),
     ("ModelService", "ListModels"),
     ("ModelService", "GetModel"),
+    ("ModelService", "ListLoras"),
 )
 """Procedures that may run twice and send one message. Not LoadModel (takes minutes), not uploads (the file is read again)."""
 

@@ -30,7 +30,7 @@ from img2img_client.responses import parse_error, parse_model, parse_result
 from img2img_client.retry import RetryPolicy, Stop
 from img2img_client.stream import TransformStream
 from img2img_client.stream_state import StreamState
-from img2img_client.values import DEFAULT_TARGET, Asset, BatchResult, ModelInfo, ModelReference, TransformResult
+from img2img_client.values import DEFAULT_TARGET, Asset, BatchResult, LoraInfo, ModelInfo, ModelReference, TransformResult
 
 
 class Client:
@@ -138,6 +138,12 @@ class Client:
         request = model_pb2.ListModelsRequest()
         response, _ = self._caller.unary("ModelService/ListModels", self._models.ListModels, request, timeout)
         return tuple(parse_model(model) for model in response.models)
+
+    def loras(self, *, timeout: float | None = None) -> tuple[LoraInfo, ...]:
+        """The LoRAs that requests may name, ordered by id."""
+        request = model_pb2.ListLorasRequest()
+        response, _ = self._caller.unary("ModelService/ListLoras", self._models.ListLoras, request, timeout)
+        return tuple(LoraInfo(lora.id, lora.size_bytes) for lora in response.loras)
 
     def model(self, model_id: str, *, timeout: float | None = None) -> ModelInfo:
         """One model. Raises ModelNotFound if the server has no model with this id."""

@@ -21,6 +21,7 @@ examples:
   img2img models
   img2img models --schedulers
   img2img models --fields
+  img2img models --loras
   img2img models --load sdxl
   img2img models --load-repo stabilityai/sdxl-turbo --variant fp16
   img2img models --target gpu-box:50051 --json
@@ -38,6 +39,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--fields", action="store_true", help="list the options that requests to each model can set, with defaults and bounds"
     )
+    parser.add_argument("--loras", action="store_true", help="list the server's LoRAs instead, which requests may name")
     parser.add_argument("--json", action="store_true", help="print every field of every model as JSON")
     change = parser.add_argument_group("load or unload a model").add_mutually_exclusive_group()
     change.add_argument("--load", metavar="ID", help="load this model, and wait until it is ready")
@@ -52,6 +54,9 @@ def run(arguments: argparse.Namespace) -> int:
     """Runs the command. Returns 0, 1 for a failure, or 2 for invalid arguments."""
 
     def work() -> None:
+        if arguments.loras:
+            _list_loras(arguments)
+            return
         with connect(arguments) as client:
             models = _ask(client, arguments)
         if arguments.json:
@@ -60,6 +65,18 @@ def run(arguments: argparse.Namespace) -> int:
             _print_table(models, arguments.schedulers, arguments.fields)
 
     return attempt(PROGRAM, target_of(arguments), work)
+
+
+def _list_loras(arguments: argparse.Namespace) -> None:
+    if arguments.load or arguments.load_repo or arguments.unload:
+        raise ValueError("--loras only lists: leave out --load, --load-repo and --unload")
+    with connect(arguments) as client:
+        loras = client.loras(timeout=_SECONDS_TO_LIST if arguments.timeout is None else arguments.timeout)
+    if arguments.json:
+        print(json.dumps([asdict(lora) for lora in loras]))
+        return
+    for lora in loras:
+        print(f"{lora.id}  {_mebibytes(lora.size)}")
 
 
 def _ask(client: "Client", arguments: argparse.Namespace) -> "tuple[ModelInfo, ...]":

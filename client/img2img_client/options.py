@@ -1,7 +1,7 @@
 """Converts a caller's arguments to the request message. Omitted options stay unset, so the server's defaults apply."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias, TypedDict, Union, get_args
 
@@ -35,7 +35,8 @@ class TransformOptions(TypedDict, total=False):
     `model` is a model's id on the server or a ModelReference. `strength` is in (0, 1], `guidance_scale` in 0..30, `width` and
     `height` are pixels, `fit` replaces both, `quality` is 1..100 for JPEG and WebP, and a `seed` of -1 means a random seed.
     `scheduler` is one of the ModelInfo's `schedulers`. A stream sends a preview every `preview_interval` steps. With `as_asset`,
-    the server stores the images, and the result has their `asset_id` instead of their data. The server validates the values.
+    the server stores the images, and the result has their `asset_id` instead of their data. `loras` are LoRAs of the server, by
+    id, with their scales. The server validates the values.
 
     `mask` is an image that says what to redraw: white is redrawn, black is kept; `mask_invert` swaps them, `mask_blur` softens
     its edges by so many pixels. The result has the source's pixels outside the mask, unless `mask_paste` is False.
@@ -65,6 +66,7 @@ class TransformOptions(TypedDict, total=False):
     mask_paste: bool | None
     reference_images: "Sequence[ImageInput] | None"
     true_cfg_scale: float | None
+    loras: "Mapping[str, float] | None"
 
 
 def taken_options(options: TransformOptions, models: Sequence[ModelInfo]) -> TransformOptions:
@@ -111,6 +113,7 @@ def build_request(image: ImageInput, options: TransformOptions) -> messages.Tran
         mask_paste=options.get("mask_paste"),
         reference_images=[_image_message(image, "reference_images") for image in _references(options)],
         true_cfg_scale=options.get("true_cfg_scale"),
+        loras=[messages.Lora(id=name, scale=scale) for name, scale in (options.get("loras") or {}).items()],
     )
     if request.ByteSize() > MAX_MESSAGE_BYTES:
         raise ValueError(

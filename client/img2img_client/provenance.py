@@ -62,9 +62,17 @@ def recorded_options(record: Mapping[str, Any]) -> "TransformOptions":
         "guidance_scale": field("guidance_scale", int, float, type(None)),
         "true_cfg_scale": field("true_cfg_scale", int, float, type(None)) if record.get("negative_prompt") is not None else None,
         "scheduler": field("scheduler", str, type(None)),
+        "loras": _loras(record.get("loras", [])),
         "seed": field("seed", int),
         "width": field("width", int),
         "height": field("height", int),
         "format": field("format", str),
         "quality": field("quality", int, type(None)),
     }
+
+
+def _loras(found: Any) -> dict[str, float]:
+    try:
+        return {str(lora["id"]): float(lora["scale"]) for lora in found}
+    except (TypeError, KeyError, ValueError):
+        raise ValueError(f"the img2img record in the image is damaged: loras is {found!r}") from None

@@ -177,6 +177,7 @@ _COMPARED = {
     "mask": "the mask is not the one that was used",
     "reference_digests": "the reference images are not the ones that were used",
     "bundle_digest": "the model was exported again since",
+    "loras": "a LoRA's file was replaced",
     "engine": "another engine runs the model",
     "img2img": "another version of img2img runs",
 }

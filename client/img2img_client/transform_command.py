@@ -7,7 +7,7 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,6 +31,7 @@ examples:
   img2img transform photo.jpg --output tries.jpg --image-count 4 --seed 1 --strength 0.6 --steps 40
   img2img transform photo.jpg --output hat.png --prompt "a red hat" --mask head.png --mask-blur 4
   img2img transform photo.jpg --output wide.png --prompt "a wide beach" --expand 128,0,128,0 --strength 1
+  img2img transform photo.jpg --output style.png --lora ghibli:0.8 --lora sharp
   img2img transform photo.jpg --output lake.png --scheduler "DPM++ 2M Karras" --steps 15 --preview-every 3
   cat photo.jpg | img2img transform - --output - --format webp --quiet > sunset.webp
   img2img transform room.jpg --reference chair.png --reference lamp.png --output new.png --prompt "put both into the room"
@@ -113,6 +114,14 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         "--scheduler",
         metavar="NAME",
         help='sampling method, such as "DPM++ 2M Karras"; `img2img models --schedulers` lists the names',
+    )
+    group.add_argument(
+        "--lora",
+        type=_lora,
+        action="append",
+        default=[],
+        metavar="ID[:SCALE]",
+        help="LoRA of the server, at this scale (default: 1; repeatable); `img2img models --loras` lists them",
     )
     group.add_argument("--seed", type=int, metavar="N", help="-1: random")
     group.add_argument(
@@ -238,6 +247,22 @@ def _expanded(arguments: argparse.Namespace) -> "tuple[ImageInput, ImageInput | 
         return expand(image, arguments.expand)
 
 
+def _lora(text: str) -> tuple[str, float]:
+    """The id and the scale: the text after the last colon is the scale if it is a number."""
+    name, colon, last = text.rpartition(":")
+    if colon and name:
+        with suppress(ValueError):
+            return name, float(last)
+    return text, 1.0
+
+
+def _loras(given: "list[tuple[str, float]]") -> dict[str, float]:
+    loras = dict(given)
+    if len(loras) < len(given):
+        raise ValueError("--lora: name each LoRA once")
+    return loras
+
+
 def _source(image: str) -> "ImageInput":
     """The source image for the argument IN."""
     return sys.stdin.buffer.read() if image == "-" else image
@@ -287,6 +312,7 @@ def _options(arguments: argparse.Namespace) -> "TransformOptions":
         "mask_paste": arguments.mask_paste,
         "true_cfg_scale": arguments.true_cfg_scale,
         "reference_images": arguments.references,
+        "loras": _loras(arguments.lora),
     }
 
 

@@ -108,6 +108,14 @@ class ModelInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class LoraInfo:
+    """A LoRA on the server, which requests name by its `id`. `size` is in bytes."""
+
+    id: str
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
 class Asset:
     """An image stored on the server: pass it as the source of a transform, or download it.
 

@@ -97,7 +97,9 @@ def _attempt(
 ) -> Attempt:
     """Carries out `plan` and verifies the result. `reason` is why the previous plan failed, or None."""
     plan = dataclasses.replace(plan, reason=reason or plan.reason)
-    converter = Converter(loader, drawn.calls, options, bundle, progress)
+    # Only families that the server steps, and of these only UNets, take LoRAs per request.
+    lora_graphs = options.lora_graphs and plan.family != models.WHOLE and "unet" in plan.graphs
+    converter = Converter(loader, drawn.calls, dataclasses.replace(options, lora_graphs=lora_graphs), bundle, progress)
     made = {part.component.name: part for component in plan.graphs for part in converter.convert(component)}
     progress.stage("saving the rest of the pipeline" if plan.graphs else "saving the PyTorch pipeline")
     saved = torch_bundle.save(_load(loader, options), plan.graphs, options.precision, bundle)

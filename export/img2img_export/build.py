@@ -100,7 +100,7 @@ def _find_up_to_date(
 
 def _recorded(options: ExportOptions) -> dict[str, str]:
     """The options that determine a bundle, besides its source. `made` is the exporter's own version: others are out of date."""
-    recorded = {"backend": options.backend, "precision": options.precision, "made": "5"}
+    recorded = {"backend": options.backend, "precision": options.precision, "made": "6"}
     if options.precision == "int8":
         recorded["int8"] = "static"
     if options.scheduler is not None:
@@ -109,6 +109,8 @@ def _recorded(options: ExportOptions) -> dict[str, str]:
         recorded["reference"] = options.reference
     if options.allow_unverified:
         recorded["allow_unverified"] = "yes"
+    if not options.lora_graphs:
+        recorded["lora_graphs"] = "no"
     return recorded
 
 

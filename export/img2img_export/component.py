@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from img2img_server.bundle.adapters import LORA_NAME
 from img2img_server.bundle.manifest import LIMITS, AccuracyLimits, Component, ComponentParity, Precision
 
-from img2img_export.convert import parts, split_graph
+from img2img_export.convert import lora_graph, parts, split_graph
 from img2img_export.convert.calibration import Calibration
 from img2img_export.convert.external_weights import GRAPH_NAME, Skeleton
 from img2img_export.convert.fp32_compute import computing_in_fp32
@@ -37,7 +38,7 @@ from img2img_export.errors import FAILURES, ExportError, first_line
 from img2img_export.options import ExportOptions
 from img2img_export.progress import Progress
 from img2img_export.read.checkpoint import DENOISERS
-from img2img_export.verify import token_cases
+from img2img_export.verify import lora_cases, token_cases
 from img2img_export.verify.parity import Case, compare, make_cases, open_fused, open_graph, takes_any_size
 from img2img_export.verify.recorded_inputs import VAE, Calls
 
@@ -68,6 +69,19 @@ _FUSABLE = ("unet", "vae_encoder", "vae_decoder")
 """The graphs that can be fused."""
 _TRANSFORMER = "transformer"
 """The graph with a second one whose attention is fused (fused_attention.py)."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Written:
+    """The graphs of a part in its folder, and what they are compared with. `lora` describes the LoRA graph, None if there is
+    none; `trouble` is why a further graph could not be made, or ""; `kept` are the layers that static int8 left in fp32."""
+
+    part: Part
+    cases: list[Case]
+    lora: Part | None = None
+    lora_cases: list[Case] = dataclasses.field(default_factory=list)
+    trouble: str = ""
+    kept: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -132,12 +146,13 @@ class Converter:
         self._progress.stage(f"{name}: tracing in {precision}")
         shutil.rmtree(self._bundle / name, ignore_errors=True)
         try:
-            part, cases, trouble, kept = self._write(component, name, precision)
+            written = self._write(component, name, precision)
             release_memory()
             self._progress.stage(f"{name}: comparing with PyTorch")
             is_static = precision == "int8" and name in _STATIC_GRAPHS
             session = open_graph(self._bundle / name / GRAPH_NAME)
-            parities = compare(part, session, cases, LIMITS[precision], random_limits=_UNCALIBRATED if is_static else None)
+            limits = _UNCALIBRATED if is_static else None
+            parities = compare(written.part, session, written.cases, LIMITS[precision], random_limits=limits)
         except ExportError as error:
             if precision == "fp32":
                 raise
@@ -146,63 +161,80 @@ class Converter:
         problems = tuple(problems_of(parities))
         if name in DENOISERS and precision in ("fp32", "fp16"):
             split_graph.split(self._bundle / name)
-        if (path := _fused_graph(self._bundle / name)) is not None and not problems:
-            fused, trouble = self._compare_fused(part, cases, path, precision)
-            parities += fused
-            if fused:
-                record = dataclasses.replace(record, fused=path.relative_to(self._bundle).as_posix())
-        return Made(dataclasses.replace(record, reason=trouble, kept_in_fp32=kept), tuple(parities), problems)
+        reasons = [written.trouble] if written.trouble else []
+        further: dict[str, Any] = {"kept_in_fp32": written.kept}
+        lora, fused_lora = (self._bundle / name / path for path in (LORA_NAME, f"{FUSED}/{LORA_NAME}"))
+        for field, path in (("fused", _fused_graph(self._bundle / name)), ("lora", lora), ("fused_lora", fused_lora)):
+            if not problems and path is not None and path.is_file():
+                found, reason = self._compare(written, field, path, precision)
+                parities += found
+                further[field] = path.relative_to(self._bundle).as_posix() if found else ""
+                reasons += [reason] if reason else []
+        return Made(dataclasses.replace(record, reason="; ".join(reasons), **further), tuple(parities), problems)
 
-    def _compare_fused(
-        self, part: Part, cases: list[Case], path: Path, precision: Precision
-    ) -> tuple[list[ComponentParity], str]:
-        """Compares the fused graph. If it fails, the graph is removed, and the measurements are empty, with the reason."""
+    def _compare(self, written: _Written, field: str, path: Path, precision: Precision) -> tuple[list[ComponentParity], str]:
+        """Compares a further graph. If it fails, the graph is removed, and the measurements are empty, with the reason."""
+        expanded, words = field.startswith("fused") and written.part.name != _TRANSFORMER, field.replace("_", " ")
+        part, cases = (written.lora, written.lora_cases) if "lora" in field else (written.part, written.cases)
+        assert part is not None, "a LoRA graph is described"
         try:
-            session = open_graph(path) if part.name == _TRANSFORMER else open_fused(path)
-            parities = compare(part, session, cases, LIMITS[precision], "fused")
+            session = open_fused(path) if expanded else open_graph(path)
+            parities = compare(part, session, cases, LIMITS[precision], words)
             problems = list(problems_of(parities))
         except ExportError as error:
             parities, problems = [], [str(error)]
         if not problems:
             return parities, ""
-        _remove_fused(self._bundle / part.name)
-        self._progress.stage(f"{part.name} has no fused graph: {problems[0]}")
-        return [], f"no fused graph: {problems[0]}"
+        if field == "fused":
+            _remove_fused(self._bundle / part.name)
+        else:
+            path.unlink()
+        self._progress.stage(f"{part.name} has no {words} graph: {problems[0]}")
+        return [], f"no {words} graph: {problems[0]}"
 
-    def _write(self, component: str, name: str, precision: Precision) -> tuple[Part, list[Case], str, tuple[str, ...]]:
-        """Writes the graphs and their configuration, and frees the module.
-
-        Returns the part, its cases, the reason if a fused graph could not be made (else ""), and the layers that static int8 left
-        in fp32.
-        """
+    def _write(self, component: str, name: str, precision: Precision) -> _Written:
+        """Writes the graphs and their configuration, and frees the module."""
         if name not in self._calls:
             raise ExportError(f"{name} was not called by the pipeline, so no inputs were recorded to trace it with")
         module = self._loader.component(component)
         calls = self._calls[name]
         folder = self._bundle / name
-        trouble = ""
+        # int8 weights would differ in scale from those of the plain graph.
+        layers = lora_graph.layers_of(module) if self._options.lora_graphs and precision != "int8" else ()
+        lora: Part | None = None
+        beside: dict[str, Skeleton] = {}
+        troubles = []
         with quiet():
             _save_config(module, folder, self._options.precision)
             with computing_in_fp32(module):
                 part, example, cases = described(name, module, calls)
+                compared = lora_cases.lora_cases(part, module, layers, cases[-2:]) if layers else []
             skeleton = _make(module, part, example, precision)
+            if layers:
+                lora = lora_graph.adapted(part, layers)
+                rows = len(next(iter(example.values())))
+                try:
+                    beside[LORA_NAME] = _make(module, lora, example | lora_graph.example_inputs(layers, rows), precision)
+                except ExportError as error:
+                    troubles.append(f"no LoRA graph: {error}")
             kept: tuple[str, ...] = ()
             if precision == "int8" and name in _STATIC_GRAPHS:
                 with computing_in_fp32(module):
                     skeleton, kept = self._quantized(skeleton, module, part, calls)
-        skeleton.write(folder, self._progress, name)
+        skeleton.write(folder, self._progress, name, beside)
         if name in self._calibrations:
             self._calibrations[name].release()
         try:
             if precision == "fp16" and name in _FUSABLE:
-                fuse(skeleton).write(folder / FUSED, self._progress, f"{name}, fused")
+                fused = {file: fuse(graph) for file, graph in beside.items()}
+                fuse(skeleton).write(folder / FUSED, self._progress, f"{name}, fused", fused)
             elif precision != "int8" and name == _TRANSFORMER:
                 with quiet():
                     write_beside(_make(module, part, example, precision, fused_attention=True), folder)
         except (*FAILURES, ExportError) as error:
             _remove_fused(folder)
-            trouble = f"no fused graph: {type(error).__name__}: {first_line(error)}"
-        return part, cases, trouble, kept
+            troubles.append(f"no fused graph: {type(error).__name__}: {first_line(error)}")
+        return _Written(part, cases, lora, compared, "; ".join(troubles), kept)
 
     def _quantized(self, skeleton: Skeleton, module: Any, part: Part, calls: Calls) -> tuple[Skeleton, tuple[str, ...]]:
         """The graph in static int8, and the layers that stay in fp32. Raises ExportError if all do."""

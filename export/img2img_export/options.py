@@ -26,7 +26,8 @@ class ExportOptions:
     the repository that diffusers detects). `reference` is the PyTorch model that an optimum-cli directory was made from, to
     compare with. `backend` "auto" makes graphs of all parts and falls back to hybrid, then torch; the others fail if not
     possible. `scheduler` is the bundle's default scheduler (one of the server's names). `force` replaces another bundle at
-    `output`; `allow_unverified` publishes a bundle that failed verification.
+    `output`; `allow_unverified` publishes a bundle that failed verification. `lora_graphs` also makes the graphs for
+    requests with LoRAs.
     """
 
     source: str
@@ -43,3 +44,4 @@ class ExportOptions:
     backend: Backend = "auto"
     force: bool = False
     allow_unverified: bool = False
+    lora_graphs: bool = True

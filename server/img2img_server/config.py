@@ -57,6 +57,31 @@ class ModelSettings:
 
 
 @dataclass(frozen=True, slots=True)
+class LoraFolder:
+    """The LoRAs that requests may name. `cache` is in bytes; `slots` is the number of different LoRAs that share a call."""
+
+    folder: Path | None = setting(
+        None,
+        "folder of LoRAs that requests may name: DIR/NAME.safetensors has the id NAME (default: requests cannot have LoRAs). "
+        "Every model that takes LoRAs then also opens its LoRA graphs, which on a CPU takes about as much memory again",
+        metavar="DIR",
+        name="loras",
+    )
+    cache: int = setting(
+        2**30, "memory for LoRAs that were read; the least recently used are evicted", metavar="BYTES", least=0, name="lora_cache"
+    )
+    slots: int = setting(
+        8,
+        "maximum number of different LoRAs in one call of a model; a larger batch is divided. Memory for them is taken when the "
+        "first request with a LoRA arrives",
+        metavar="N",
+        least=1,
+        most=64,
+        name="lora_slots",
+    )
+
+
+@dataclass(frozen=True, slots=True)
 class TlsSettings:
     """The TLS files, in PEM. They are reloaded when they change. With `client_ca`, clients need a certificate that it signed."""
 
@@ -302,6 +327,7 @@ class ServerConfig:
     codecs: CodecSettings = section(CodecSettings, "codecs")
     execution: Execution = section(Execution, "how models are run")
     residency: ModelSettings = section(ModelSettings, "models in memory")
+    loras: LoraFolder = section(LoraFolder, "LoRAs of requests")
     tls: TlsSettings = section(TlsSettings, "TLS", prefix="tls_")
     assets: AssetSettings = section(AssetSettings, "assets")
     sources: SourceSettings = section(SourceSettings, "images from URLs")

@@ -105,13 +105,19 @@ def test_a_request_that_says_nothing_gets_the_defaults_of_the_comments(
     assert (told.pop("seed"), told.pop("scheduler")) == ("-1", "the model's own")
     assert 0 <= request.seeds[0] < 2**32
     assert request.scheduler is None
-    assert (told.pop("width"), told.pop("height")) == ("the source's", "the source's")
+    assert told.pop("width").startswith("the source's")
+    assert told.pop("height") == "as for width"
     assert request.image.size == (24, 16)
     assert told.pop("output") == "PNG, in the answer"
     assert answer.images[0].format == pb.OUTPUT_FORMAT_PNG
     assert answer.images[0].data.startswith(b"\x89PNG")
     # Those have none: one is required, and without the other it is the server that chooses.
-    assert told == {"image": "", "model": "", "fit": "none"}
+    none = {name: told.pop(name).partition(",")[0] for name in ("fit", "mask", "reference_images", "loras")}
+    assert set(none.values()) == {"none"}
+    assert (request.mask, request.loras) == (None, ())
+    assert (told.pop("mask_blur"), told.pop("mask_invert"), told.pop("mask_paste")) == ("0", "false", "true")
+    assert told.pop("true_cfg_scale") == "the model's own"
+    assert told == {"image": "", "model": ""}
 
 
 def bounds(comments: dict[str, str]) -> dict[str, tuple[Any, Any, Any, Any]]:

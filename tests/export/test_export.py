@@ -49,8 +49,8 @@ def fault(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[Path], None]],
     write, save = Skeleton.write, torch_bundle.save
 
     def install(change: Callable[[Path], None]) -> None:
-        def write_wrong(skeleton: Skeleton, folder: Path, progress: Progress, label: str) -> None:
-            write(skeleton, folder, progress, label)
+        def write_wrong(skeleton: Skeleton, folder: Path, progress: Progress, label: str, *more: Any) -> None:
+            write(skeleton, folder, progress, label, *more)
             if label == "unet":
                 change(folder.parent)
 

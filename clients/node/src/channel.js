@@ -40,6 +40,7 @@ export const SERVICE_CONFIG = {
         { service: "img2img.v1.ImageToImageService" },
         { service: "img2img.v1.ModelService", method: "ListModels" },
         { service: "img2img.v1.ModelService", method: "GetModel" },
+        { service: "img2img.v1.ModelService", method: "ListLoras" },
         { service: "img2img.v1.AssetService", method: "UploadAsset" },
         { service: "img2img.v1.AssetService", method: "GetAsset" },
       ],

@@ -84,6 +84,11 @@ export class Client {
     return (await this.#unary(this.#models, "ListModels", {}, options)).models;
   }
 
+  /** @param {CallOptions} [options] @returns {Promise<LoraFile[]>} */
+  async listLoras(options = {}) {
+    return (await this.#unary(this.#models, "ListLoras", {}, options)).loras;
+  }
+
   /** @param {string} id @param {CallOptions} [options] @returns {Promise<Model>} */
   async getModel(id, options = {}) {
     return (await this.#unary(this.#models, "GetModel", { id }, options)).model;

@@ -23,6 +23,13 @@
  * @property {boolean} [mask_paste]
  * @property {ImageSource[]} [reference_images]
  * @property {number} [true_cfg_scale]
+ * @property {Lora[]} [loras]
+ */
+
+/**
+ * @typedef {object} Lora
+ * @property {string} id
+ * @property {number} [scale]
  */
 
 /**
@@ -168,6 +175,12 @@
  * @property {number} [maximum]
  * @property {boolean} exclusive_minimum
  * @property {number} max_count
+ */
+
+/**
+ * @typedef {object} LoraFile
+ * @property {string} id
+ * @property {string} size_bytes
  */
 
 /**

@@ -119,6 +119,13 @@ def _add_making(group: Any) -> None:
         "auto (default): the first of these that works",
     )
     group.add_argument(
+        "--no-lora-graphs",
+        action="store_false",
+        dest="lora_graphs",
+        help="make no graphs for requests with LoRAs of their own; such graphs take no space (they share the weights), but each "
+        "is traced and compared, too",
+    )
+    group.add_argument(
         "--allow-unverified",
         action="store_true",
         help="publish the bundle even if verification fails; it is marked as not verified",
@@ -203,6 +210,7 @@ def options_of(arguments: argparse.Namespace) -> ExportOptions:
         backend=arguments.backend,
         force=arguments.force,
         allow_unverified=arguments.allow_unverified,
+        lora_graphs=arguments.lora_graphs,
     )
 
 

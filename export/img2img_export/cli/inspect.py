@@ -139,7 +139,7 @@ def show(found: Inspection, console: "Console") -> None:
     intact = "DAMAGED" if found.damages else "intact" if found.checked else "checksums not verified"
     print_line(console, f"{found.path}: {state}, {intact}")
     print_facts(console, _facts(found))
-    columns = ("component", "becomes", "precision", "opset", ">weights", "fused graph", "")
+    columns = ("component", "becomes", "precision", "opset", ">weights", "fused graph", "LoRA graph", "")
     rows = (
         (
             part.name,
@@ -148,6 +148,7 @@ def show(found: Inspection, console: "Console") -> None:
             str(part.opset or ""),
             quantity(part.bytes) if part.bytes else "",
             part.fused,
+            part.lora,
             part.reason or _kept(part.kept_in_fp32),
         )
         for part in manifest.components

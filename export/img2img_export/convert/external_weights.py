@@ -9,7 +9,7 @@ import contextlib
 import math
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
@@ -140,23 +140,29 @@ class Skeleton:
         del self.model.graph.node[:]
         self.model.graph.node.extend(kept)
 
-    def write(self, folder: Path, progress: Progress, label: str) -> None:
-        """Writes the graph and its weights into `folder`."""
+    def write(self, folder: Path, progress: Progress, label: str, beside: "Mapping[str, Skeleton] | None" = None) -> None:
+        """Writes the graph and its weights into `folder`, and the graphs `beside` it, by file name, which share its weights."""
         folder.mkdir(parents=True, exist_ok=True)
-        model = ModelProto()
-        model.CopyFrom(self.model)
+        written: dict[object, TensorProto] = {}
         with (folder / DATA_NAME).open("wb") as data, progress.task(label, self.bytes) as advance:
-            for name, weight in self.weights.items():
-                model.graph.initializer.append(_write(name, weight, data))
-                advance(weight.bytes)
+            for file, skeleton in {GRAPH_NAME: self, **(beside or {})}.items():
+                model = ModelProto()
+                model.CopyFrom(skeleton.model)
+                for name, weight in skeleton.weights.items():
+                    key = (id(weight.source), weight.dtype, weight.shape, weight.permutation)
+                    if key not in written:
+                        written[key] = _write(weight, data)
+                        advance(weight.bytes)
+                    model.graph.initializer.add().CopyFrom(written[key])
+                    model.graph.initializer[-1].name = name
+                onnx.save(model, str(folder / file))
             empty = data.tell() == 0
         if empty:
             (folder / DATA_NAME).unlink()
-        onnx.save(model, str(folder / GRAPH_NAME))
 
 
-def _write(name: str, weight: Weight, data: BinaryIO) -> TensorProto:
-    tensor = TensorProto(name=name, data_type=TORCH_TYPES[weight.dtype], dims=weight.shape)
+def _write(weight: Weight, data: BinaryIO) -> TensorProto:
+    tensor = TensorProto(data_type=TORCH_TYPES[weight.dtype], dims=weight.shape)
     content = np.atleast_1d(weight.array()).view(np.uint8).data
     if weight.bytes <= _INLINE_BYTES:
         tensor.raw_data = bytes(content)

@@ -77,6 +77,7 @@ class TransformRequest(_message.Message):
     MASK_PASTE_FIELD_NUMBER: _builtins.int
     REFERENCE_IMAGES_FIELD_NUMBER: _builtins.int
     TRUE_CFG_SCALE_FIELD_NUMBER: _builtins.int
+    LORAS_FIELD_NUMBER: _builtins.int
     prompt: _builtins.str
     """What the image should become, at most 4096 characters. Default: "A beautiful landscape with mountains and a lake at sunset"."""
     negative_prompt: _builtins.str
@@ -156,6 +157,12 @@ class TransformRequest(_message.Message):
         the bytes and twice the pixels that one image may have. Default: none.
         """
 
+    @_builtins.property
+    def loras(self) -> _containers.RepeatedCompositeFieldContainer[Global___Lora]:
+        """LoRAs that change the model for this request only, at most 8, each once. Requests with different LoRAs share calls of the model.
+        Not every model takes them: see docs/loras.md. Default: none.
+        """
+
     def __init__(
         self,
         *,
@@ -180,10 +187,11 @@ class TransformRequest(_message.Message):
         mask_paste: _builtins.bool | None = ...,
         reference_images: _abc.Iterable[Global___ImageSource] | None = ...,
         true_cfg_scale: _builtins.float | None = ...,
+        loras: _abc.Iterable[Global___Lora] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_height", b"_height", "_image_count", b"_image_count", "_mask_blur", b"_mask_blur", "_mask_invert", b"_mask_invert", "_mask_paste", b"_mask_paste", "_negative_prompt", b"_negative_prompt", "_num_inference_steps", b"_num_inference_steps", "_preview_interval", b"_preview_interval", "_prompt", b"_prompt", "_scheduler", b"_scheduler", "_seed", b"_seed", "_strength", b"_strength", "_true_cfg_scale", b"_true_cfg_scale", "_width", b"_width", "fit", b"fit", "guidance_scale", b"guidance_scale", "height", b"height", "image", b"image", "image_count", b"image_count", "mask", b"mask", "mask_blur", b"mask_blur", "mask_invert", b"mask_invert", "mask_paste", b"mask_paste", "model", b"model", "negative_prompt", b"negative_prompt", "num_inference_steps", b"num_inference_steps", "output", b"output", "preview_interval", b"preview_interval", "prompt", b"prompt", "scheduler", b"scheduler", "seed", b"seed", "strength", b"strength", "true_cfg_scale", b"true_cfg_scale", "width", b"width"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_height", b"_height", "_image_count", b"_image_count", "_mask_blur", b"_mask_blur", "_mask_invert", b"_mask_invert", "_mask_paste", b"_mask_paste", "_negative_prompt", b"_negative_prompt", "_num_inference_steps", b"_num_inference_steps", "_preview_interval", b"_preview_interval", "_prompt", b"_prompt", "_scheduler", b"_scheduler", "_seed", b"_seed", "_strength", b"_strength", "_true_cfg_scale", b"_true_cfg_scale", "_width", b"_width", "fit", b"fit", "guidance_scale", b"guidance_scale", "height", b"height", "image", b"image", "image_count", b"image_count", "mask", b"mask", "mask_blur", b"mask_blur", "mask_invert", b"mask_invert", "mask_paste", b"mask_paste", "model", b"model", "negative_prompt", b"negative_prompt", "num_inference_steps", b"num_inference_steps", "output", b"output", "preview_interval", b"preview_interval", "prompt", b"prompt", "reference_images", b"reference_images", "scheduler", b"scheduler", "seed", b"seed", "strength", b"strength", "true_cfg_scale", b"true_cfg_scale", "width", b"width"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_height", b"_height", "_image_count", b"_image_count", "_mask_blur", b"_mask_blur", "_mask_invert", b"_mask_invert", "_mask_paste", b"_mask_paste", "_negative_prompt", b"_negative_prompt", "_num_inference_steps", b"_num_inference_steps", "_preview_interval", b"_preview_interval", "_prompt", b"_prompt", "_scheduler", b"_scheduler", "_seed", b"_seed", "_strength", b"_strength", "_true_cfg_scale", b"_true_cfg_scale", "_width", b"_width", "fit", b"fit", "guidance_scale", b"guidance_scale", "height", b"height", "image", b"image", "image_count", b"image_count", "loras", b"loras", "mask", b"mask", "mask_blur", b"mask_blur", "mask_invert", b"mask_invert", "mask_paste", b"mask_paste", "model", b"model", "negative_prompt", b"negative_prompt", "num_inference_steps", b"num_inference_steps", "output", b"output", "preview_interval", b"preview_interval", "prompt", b"prompt", "reference_images", b"reference_images", "scheduler", b"scheduler", "seed", b"seed", "strength", b"strength", "true_cfg_scale", b"true_cfg_scale", "width", b"width"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__guidance_scale: _TypeAlias = _typing.Literal["guidance_scale"]  # noqa: Y015
     _WhichOneofArgType__guidance_scale: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale"]  # noqa: Y015
@@ -247,6 +255,34 @@ class TransformRequest(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__width) -> _WhichOneofReturnType__width | None: ...
 
 Global___TransformRequest: _TypeAlias = TransformRequest  # noqa: Y015
+
+@_typing.final
+class Lora(_message.Message):
+    """A LoRA of the server, and how strongly it changes the model."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    SCALE_FIELD_NUMBER: _builtins.int
+    id: _builtins.str
+    """Its id, as listed by ListLoras. Required."""
+    scale: _builtins.float
+    """The factor of its change, -10 to 10; negative values turn it around. Default: 1."""
+    def __init__(
+        self,
+        *,
+        id: _builtins.str = ...,
+        scale: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_scale", b"_scale", "scale", b"scale"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_scale", b"_scale", "id", b"id", "scale", b"scale"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__scale: _TypeAlias = _typing.Literal["scale"]  # noqa: Y015
+    _WhichOneofArgType__scale: _TypeAlias = _typing.Literal["_scale", b"_scale"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__scale) -> _WhichOneofReturnType__scale | None: ...
+
+Global___Lora: _TypeAlias = Lora  # noqa: Y015
 
 @_typing.final
 class Fit(_message.Message):

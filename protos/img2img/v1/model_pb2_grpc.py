@@ -55,6 +55,11 @@ class ModelServiceStub:
                 request_serializer=img2img_dot_v1_dot_model__pb2.UnloadModelRequest.SerializeToString,
                 response_deserializer=img2img_dot_v1_dot_model__pb2.UnloadModelResponse.FromString,
                 _registered_method=True)
+        self.ListLoras = channel.unary_unary(
+                '/img2img.v1.ModelService/ListLoras',
+                request_serializer=img2img_dot_v1_dot_model__pb2.ListLorasRequest.SerializeToString,
+                response_deserializer=img2img_dot_v1_dot_model__pb2.ListLorasResponse.FromString,
+                _registered_method=True)
 
 
 class ModelServiceServicer:
@@ -91,6 +96,13 @@ class ModelServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListLoras(self, request, context):
+        """Lists the LoRAs that requests may name, in order of id. Whether one fits a model is checked by the first request with both.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ModelServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -113,6 +125,11 @@ def add_ModelServiceServicer_to_server(servicer, server):
                     servicer.UnloadModel,
                     request_deserializer=img2img_dot_v1_dot_model__pb2.UnloadModelRequest.FromString,
                     response_serializer=img2img_dot_v1_dot_model__pb2.UnloadModelResponse.SerializeToString,
+            ),
+            'ListLoras': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListLoras,
+                    request_deserializer=img2img_dot_v1_dot_model__pb2.ListLorasRequest.FromString,
+                    response_serializer=img2img_dot_v1_dot_model__pb2.ListLorasResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -224,6 +241,33 @@ class ModelService:
             '/img2img.v1.ModelService/UnloadModel',
             img2img_dot_v1_dot_model__pb2.UnloadModelRequest.SerializeToString,
             img2img_dot_v1_dot_model__pb2.UnloadModelResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListLoras(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/img2img.v1.ModelService/ListLoras',
+            img2img_dot_v1_dot_model__pb2.ListLorasRequest.SerializeToString,
+            img2img_dot_v1_dot_model__pb2.ListLorasResponse.FromString,
             options,
             channel_credentials,
             insecure,

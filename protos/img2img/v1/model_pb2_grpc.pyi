@@ -45,6 +45,8 @@ class ModelServiceStub:
     """Frees a model's memory after its running requests have ended, and returns when that is done. New requests wait until it is
     loaded again, or are refused. Requires an admin token if the server uses tokens.
     """
+    ListLoras: _grpc.UnaryUnaryMultiCallable[_model_pb2.ListLorasRequest, _model_pb2.ListLorasResponse]
+    """Lists the LoRAs that requests may name, in order of id. Whether one fits a model is checked by the first request with both."""
 
 @_typing.type_check_only
 class ModelServiceAsyncStub(ModelServiceStub):
@@ -63,6 +65,8 @@ class ModelServiceAsyncStub(ModelServiceStub):
     """Frees a model's memory after its running requests have ended, and returns when that is done. New requests wait until it is
     loaded again, or are refused. Requires an admin token if the server uses tokens.
     """
+    ListLoras: _aio.UnaryUnaryMultiCallable[_model_pb2.ListLorasRequest, _model_pb2.ListLorasResponse]  # type: ignore[assignment]
+    """Lists the LoRAs that requests may name, in order of id. Whether one fits a model is checked by the first request with both."""
 
 class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
     """Lists, loads and unloads the server's models."""
@@ -102,5 +106,13 @@ class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
         """Frees a model's memory after its running requests have ended, and returns when that is done. New requests wait until it is
         loaded again, or are refused. Requires an admin token if the server uses tokens.
         """
+
+    @_abc_1.abstractmethod
+    def ListLoras(
+        self,
+        request: _model_pb2.ListLorasRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_model_pb2.ListLorasResponse, _abc.Awaitable[_model_pb2.ListLorasResponse]]:
+        """Lists the LoRAs that requests may name, in order of id. Whether one fits a model is checked by the first request with both."""
 
 def add_ModelServiceServicer_to_server(servicer: ModelServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

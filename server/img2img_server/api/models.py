@@ -8,20 +8,23 @@ from img2img.v1 import model_pb2_grpc as pb_grpc
 
 from img2img_server.api.request_fields import RequestFields
 from img2img_server.backends.base import Models
+from img2img_server.bundle.lora_files import LoraFiles
 from img2img_server.bundle.manifest import Source
 from img2img_server.config import ServerConfig
 from img2img_server.errors import InvalidField
 from img2img_server.models.registry import EngineStatus, Model, ModelRegistry
 from img2img_server.support.call import current
+from img2img_server.support.threads import in_thread
 
 
 class ModelService(pb_grpc.ModelServiceServicer):
-    """Lists, loads and unloads models."""
+    """Lists, loads and unloads models, and lists LoRAs."""
 
     def __init__(self, models: ModelRegistry, residency: Models, config: ServerConfig) -> None:
         self._models = models
         self._config = config
         self._residency = residency
+        self._loras = LoraFiles(config.loras.folder)
 
     async def ListModels(self, request: pb.ListModelsRequest, context: Any) -> pb.ListModelsResponse:
         """All models that the caller may use, in order of id."""
@@ -47,6 +50,11 @@ class ModelService(pb_grpc.ModelServiceServicer):
         current().require_admin()
         freed = await self._residency.unload(request.id)
         return pb.UnloadModelResponse(model=self._message(self._models.get(request.id)), freed_bytes=freed)
+
+    async def ListLoras(self, request: pb.ListLorasRequest, context: Any) -> pb.ListLorasResponse:
+        """The files in the folder of LoRAs, in order of id."""
+        files = await in_thread(self._loras.sizes)
+        return pb.ListLorasResponse(loras=[pb.LoraFile(id=name, size_bytes=size) for name, size in files])
 
     def _message(self, model: Model) -> pb.Model:
         state = pb.ModelState.Value(f"MODEL_STATE_{model.state.name}")

@@ -8,9 +8,11 @@ from dataclasses import dataclass, replace
 from img2img.v1 import image_to_image_pb2 as pb
 
 from img2img_server import images
+from img2img_server.api.loras import check_loras, find_loras
 from img2img_server.api.masks import mask_rule
 from img2img_server.api.references import References
 from img2img_server.api.request_fields import RequestFields
+from img2img_server.bundle.lora_files import LoraFiles
 from img2img_server.codecs.jobs import LoadImage, LoadMask
 from img2img_server.codecs.pool import Codecs
 from img2img_server.config import (
@@ -72,6 +74,7 @@ class Parser:
         self._codecs = codecs
         self._references = References(sources, codecs, config.image_limits, config.sources.http_seconds)
         self._threads = FairThreads(_PLANNING, "img2img-plan")
+        self._loras = LoraFiles(config.loras.folder)
 
     async def parse(
         self,
@@ -107,10 +110,12 @@ class Parser:
         if message.output.as_asset:
             self._sources.assets.require("output.as_asset")
         rule = mask_rule(message, _pipeline_of(model).source_rule.mask, model.id, mask_by_alpha)
+        check_loras(message)
         self._sources.check(message.image)
         if rule is not None:
             self._sources.check(message.mask, "mask")
         self._references.check(message.reference_images)
+        loras = await self._threads.run(find_loras, message.loras, self._loras) if message.loras else ()
         # Expensive work starts here, after all other fields have been checked.
         references = await self._references.read(message.reference_images)
         field, data = await self._sources.read(message.image)
@@ -145,6 +150,7 @@ class Parser:
             client=call.client,
             id=call.request_id,
             follow=previews,
+            loras=loras,
             cache_scope=call.client if call.authenticated and not self._config.share_caches else "",
             mask=mask,
             true_cfg_scale=true_cfg,

@@ -69,6 +69,8 @@ class Provenance:
             "source_digest": request.image_digest.hex(),
             "source_asset": job.source_asset or None,
         }
+        if request.loras:
+            values["loras"] = [{"id": lora.id, "scale": lora.scale, "digest": lora.digest} for lora in request.loras]
         if request.mask is not None and job.mask_rule is not None:
             values["mask"] = {
                 **asdict(job.mask_rule),

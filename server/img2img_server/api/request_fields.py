@@ -11,6 +11,7 @@ from typing import Any
 from img2img.v1 import image_to_image_pb2 as pb
 from img2img.v1 import model_pb2
 
+from img2img_server.api.loras import MOST_LORAS
 from img2img_server.config import (
     DEFAULT_GUIDANCE,
     DEFAULT_PROMPT,
@@ -91,6 +92,9 @@ def _table(config: ServerConfig, size_multiple: int) -> tuple[RequestField, ...]
         RequestField("height", minimum=size_multiple),
         RequestField("fit"),
         RequestField("scheduler", "this model supports only its own scheduler"),
+        RequestField(
+            "loras", "this model takes no LoRAs: it needs LoRA graphs, and a server with a folder of LoRAs", max_count=MOST_LORAS
+        ),
         RequestField("preview_interval", default=0, minimum=0, maximum=config.max_steps),
         RequestField("output.format"),
         RequestField("output.quality", default=DEFAULT_QUALITY, minimum=1, maximum=100),
@@ -129,7 +133,7 @@ class RequestFields(Mapping[str, RequestField]):
                 raise InvalidField(row.name, f"{row.lacking}; leave {row.name} unset")
             if row.max_count and len(getattr(message, row.name)) > row.max_count:
                 given = len(getattr(message, row.name))
-                raise InvalidField(row.name, f"there are {given} images, the maximum of this server is {row.max_count}")
+                raise InvalidField(row.name, f"there are {given}, the maximum of this server is {row.max_count}")
 
     def number(self, message: pb.TransformRequest, name: str, without: float = 1.0) -> float:
         """The number of a field, or its default; `without` if the model does not take it. Raises InvalidField."""

@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from img2img_server.bundle.lora_files import LoraFiles
 from img2img_server.bundle.manifest import Manifest
 from img2img_server.config import ServerConfig
 from img2img_server.engine.cache import Cache
@@ -27,6 +28,7 @@ from img2img_server.support.threads import in_thread
 from img2img_server.telemetry.timeline import Trace
 
 if TYPE_CHECKING:
+    from img2img_server.runtime.lora.adapters import LoraSettings
     from img2img_server.runtime.tensorrt.candidate import RunnerCache
 
 _log = logging.getLogger(__name__)
@@ -231,13 +233,20 @@ def local(config: ServerConfig) -> LocalBackend:
     Raises BundleError if no bundle can be loaded.
     """
     cache = Cache(config.cache_bytes)
+    lora_cache = Cache(config.loras.cache)
     runner_cache: RunnerCache | None = None
+
+    def loras() -> "LoraSettings | None":
+        from img2img_server.runtime.lora.adapters import LoraSettings
+
+        folder = config.loras.folder
+        return None if folder is None else LoraSettings(LoraFiles(folder), lora_cache, config.loras.slots)
 
     def load(bundle: Path, manifest: Manifest) -> Pipeline:
         from img2img_server.runtime.loader import load_pipeline
 
         assert runner_cache is not None, "the models are loaded"
-        return load_pipeline(bundle, manifest, config.execution, cache, keep=runner_cache.keep)
+        return load_pipeline(bundle, manifest, config.execution, cache, keep=runner_cache.keep, loras=loras())
 
     models = ModelRegistry.find_bundles(config.models, load, config.default_model, config.allow_unverified, config.residency)
 
@@ -263,7 +272,7 @@ def local(config: ServerConfig) -> LocalBackend:
         from img2img_server.runtime.tensorrt import candidate
 
         assert runner_cache is not None, "the models were loaded"
-        return candidate.candidates(models, config.execution, cache, runner_cache)
+        return candidate.candidates(models, config.execution, cache, runner_cache, loras())
 
     def open_costs() -> CostStore | None:
         from img2img_server.runtime.common import cpu

@@ -113,6 +113,8 @@ class Component:
     fused: str = ""
     bytes: int = 0
     kept_in_fp32: tuple[str, ...] = ()
+    lora: str = ""
+    fused_lora: str = ""
 
 
 @dataclass(frozen=True, slots=True)

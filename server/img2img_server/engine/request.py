@@ -32,6 +32,15 @@ class Mask:
 
 
 @dataclass(frozen=True, slots=True)
+class LoraUse:
+    """A LoRA of a request: its id, its scale, and the SHA-256 of its file when the request arrived."""
+
+    id: str
+    scale: float
+    digest: str
+
+
+@dataclass(frozen=True, slots=True)
 class Request:
     """One transform, checked and with every default filled in.
 
@@ -43,7 +52,8 @@ class Request:
     names its client; `id` identifies it in logs and to the caller. Without `follow` only its ending is delivered, so a replica
     sends no other events. Requests of one `cache_scope` share cached encodings, so their timings reveal whether another request
     used the same input. `mask` is None if the whole source is transformed; the pipeline's `source_rule` says whether it takes
-    one. `references` are more images to edit by, in RGB, and `reference_digests` identify their content.
+    one. `references` are more images to edit by, in RGB, and `reference_digests` identify their content. `loras` are added to the
+    model's weights for this request only.
 
     Fields that the model does not take have values without effect: `strength` and `guidance_scale` 1, `true_cfg_scale` None.
     """
@@ -70,6 +80,7 @@ class Request:
     true_cfg_scale: float | None = None
     references: tuple[Image.Image, ...] = ()
     reference_digests: tuple[bytes, ...] = ()
+    loras: tuple[LoraUse, ...] = ()
 
     @property
     def result_size(self) -> tuple[int, int]:

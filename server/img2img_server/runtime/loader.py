@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from img2img_server.bundle.files import read_json
 from img2img_server.bundle.manifest import Manifest, Precision, TensorSpec
 from img2img_server.bundle.unsafe_files import refuse_unsafe
 from img2img_server.engine.cache import Cache
@@ -28,6 +29,8 @@ from img2img_server.runtime.diffusion.stable_diffusion_3 import StableDiffusion3
 from img2img_server.runtime.diffusion.stepped import SteppedPipeline
 from img2img_server.runtime.diffusion.z_image import ZImage
 from img2img_server.runtime.execution import Execution
+from img2img_server.runtime.lora.adapters import LoraSettings, ModelLoras, NoLoras
+from img2img_server.runtime.lora.graph import layers_of
 from img2img_server.runtime.onnx.components import Components
 from img2img_server.runtime.onnx.graph_sizes import Sizes
 from img2img_server.runtime.onnx.placement import Placement
@@ -77,12 +80,13 @@ def load_pipeline(
     cache: Cache | None = None,
     open_graph: Open = open_session,
     keep: Callable[[Make], Make] = lambda make: make,
+    loras: LoraSettings | None = None,
 ) -> Pipeline:
     """Loads the bundle in the directory `bundle`, whose manifest was read and checked before.
 
     `execution` says how to run it, None for the defaults. `cache` keeps encoded prompts and images; several pipelines may share
     one. `open_graph` opens ONNX files; `keep` wraps the function that makes runners for a GPU or the CPU, to keep references to
-    them.
+    them. `loras` are the LoRAs that requests may name, None for none.
     Raises BundleError if the bundle does not fit this server or the provider is not available, OutOfMemory if the GPU is full.
     """
     refuse_unsafe(bundle)
@@ -91,7 +95,7 @@ def load_pipeline(
     cache = cache or Cache(0)
     if manifest.backend == "torch":
         return _load_torch(bundle, manifest, execution, threads, cache)
-    return _load_graphs(bundle, manifest, execution, threads, cache, choose(execution.provider), open_graph, keep)
+    return _load_graphs(bundle, manifest, execution, threads, cache, choose(execution.provider), open_graph, keep, loras)
 
 
 def _load_graphs(
@@ -103,23 +107,25 @@ def _load_graphs(
     choice: Choice,
     open_graph: Open,
     keep: Callable[[Make], Make],
+    loras: LoraSettings | None,
 ) -> Pipeline:
     """Loads an ONNX bundle on the chosen provider; if the provider is "auto" and the GPU does not run the bundle, on the CPU."""
     placement = Placement(bundle, manifest, choice, open_graph)
     if choice.provider == "openvino":
         ways: dict[str, Callable[[], Pipeline]] = {
-            "onnx:openvino": lambda: _load_openvino(bundle, manifest, execution, threads, cache, placement)
+            "onnx:openvino": lambda: _load_openvino(bundle, manifest, execution, threads, cache, placement, loras)
         }
         if execution.provider == "auto":
             on_cpu = replace(choice, provider="cpu", detail="")
-            exact = lambda: _load_graphs(bundle, manifest, execution, threads, cache, on_cpu, open_graph, keep)  # noqa: E731
+            exact = lambda: _load_graphs(bundle, manifest, execution, threads, cache, on_cpu, open_graph, keep, loras)  # noqa: E731
             ways = {"onnx:cpu": exact, **ways}
         return measured_choice.fastest(bundle, manifest, execution, threads, ways)
     # An opaque pipeline uses several threads, and recorded calls belong to one thread.
     graphs = execution.cuda_graphs and family_of(manifest) is not None
     try:
         make, provider, tensors = _runners(choice, replace(execution, cuda_graphs=graphs), threads, placement.open, Sizes(bundle))
-        return assemble(bundle, manifest, keep(placement.logged(make)), provider, tensors, threads, cache, execution)
+        logged = keep(placement.logged(make))
+        return assemble(bundle, manifest, logged, provider, tensors, threads, cache, execution, loras)
     except BundleError as error:
         if choice.provider == "cpu":
             raise
@@ -131,7 +137,7 @@ def _load_graphs(
         _log.warning("%s: runs on the CPU, not on the GPU: %s", bundle.name, why)
         declined = (*choice.declined, Probe(choice.provider, problem=why))
         choice = Choice("cpu", declined=declined)
-    return _load_graphs(bundle, manifest, execution, threads, cache, choice, open_graph, keep)
+    return _load_graphs(bundle, manifest, execution, threads, cache, choice, open_graph, keep, loras)
 
 
 def _is_shared(bundle: Path) -> bool:
@@ -149,17 +155,21 @@ def assemble(
     threads: int,
     cache: Cache,
     execution: Execution | None = None,
+    loras: LoraSettings | None = None,
 ) -> Pipeline:
     """Builds a pipeline of the bundle's graphs, with the runners that `make` makes.
 
     `provider` is the name reported in results; it also selects between a graph and its fused variant (components.py). `tensors`,
     "cpu" or "cuda", is where the runners expect tensors, and where the latents and a hybrid's torch modules are placed.
-    `execution` says whether torch modules are compiled, and the VAE's memory. Raises BundleError.
+    `execution` says whether torch modules are compiled, and the VAE's memory. `loras` are those of requests. Raises BundleError.
     """
     execution = execution or Execution()
     memory = most_memory(execution, tensors)
-    components = Components(bundle, manifest, make, provider=provider, device=tensors, tensors=tensors, vae_memory=memory)
-    return _split(bundle, components.pipeline(), f"{manifest.backend}:{provider}", manifest, execution, threads, cache)
+    slots = 0 if loras is None or family_of(manifest) is None else loras.slots
+    components = Components(
+        bundle, manifest, make, provider=provider, device=tensors, tensors=tensors, vae_memory=memory, lora_slots=slots
+    )
+    return _split(bundle, components.pipeline(), f"{manifest.backend}:{provider}", manifest, execution, threads, cache, loras)
 
 
 def _runners(choice: Choice, execution: Execution, threads: int, open_graph: Open, sizes: Sizes) -> tuple[Make, str, str]:
@@ -174,14 +184,20 @@ def _runners(choice: Choice, execution: Execution, threads: int, open_graph: Ope
 
 
 def _load_openvino(
-    bundle: Path, manifest: Manifest, execution: Execution, threads: int, cache: Cache, placement: Placement
+    bundle: Path,
+    manifest: Manifest,
+    execution: Execution,
+    threads: int,
+    cache: Cache,
+    placement: Placement,
+    loras: LoraSettings | None,
 ) -> Pipeline:
     """Loads in bfloat16 if the CPU supports it and the accuracy check passes, else in float32."""
 
     def load(execution: Execution) -> Pipeline:
         arithmetic, root = openvino.arithmetic(execution), measured_choice.cache_root(execution)
         make = openvino.runners(execution, threads, bundle, manifest, placement.open, arithmetic, root)
-        return assemble(bundle, manifest, placement.logged(make), "openvino", "cpu", threads, cache, execution)
+        return assemble(bundle, manifest, placement.logged(make), "openvino", "cpu", threads, cache, execution, loras)
 
     if openvino.arithmetic(execution) == "f32":
         return load(execution)
@@ -254,7 +270,14 @@ def _has_rows(item: TensorSpec) -> bool:
 
 
 def _split(
-    bundle: Path, pipe: Any, engine: str, manifest: Manifest, execution: Execution, threads: int, cache: Cache
+    bundle: Path,
+    pipe: Any,
+    engine: str,
+    manifest: Manifest,
+    execution: Execution,
+    threads: int,
+    cache: Cache,
+    loras: LoraSettings | None = None,
 ) -> Pipeline:
     """Wraps a diffusers pipeline for the engine: step by step if its family supports it, else as an opaque pipeline."""
     # If graphs do all the heavy work, torch only steps schedulers; more threads of torch would compete with ONNX Runtime's.
@@ -264,7 +287,8 @@ def _split(
     if family is None:
         pipeline = OpaquePipeline(pipe, engine, torch_threads)
     else:
-        pipeline = family(pipe, engine, torch_threads, cache, manifest.latent_preview)
+        known = _loras(bundle, pipe, manifest, family, loras)
+        pipeline = family(pipe, engine, torch_threads, cache, manifest.latent_preview, known)
     bound_torch_vaes(pipe, most_memory(execution, torch.device(pipe.device).type))
     pipeline.owner = bundle
     if manifest.size_multiple is not None:
@@ -272,3 +296,21 @@ def _split(
     if execution.compile and manifest.backend != "onnx":
         compile_modules(pipe, pipeline)
     return pipeline
+
+
+def _loras(
+    bundle: Path, pipe: Any, manifest: Manifest, family: type[SteppedPipeline], loras: LoraSettings | None
+) -> ModelLoras | NoLoras:
+    """The LoRAs of a model whose pipeline is `pipe`."""
+    if manifest.backend == "torch":
+        return NoLoras("runs in PyTorch, not as graphs")
+    if loras is None:
+        return NoLoras("was loaded without a folder of LoRAs")
+    layers = layers_of(pipe)
+    if family.denoiser_name not in layers:
+        reason = next((part.reason for part in manifest.components if part.name == family.denoiser_name), "")
+        why = f" ({reason})" if "no lora graph" in reason.lower() else ": export it again with this version of img2img"
+        return NoLoras(f"has no LoRA graph{why}")
+    path = bundle / "unet" / "config.json"
+    config = read_json(path) if path.is_file() else None
+    return ModelLoras(loras, manifest.pipeline_class, tuple(pipe.components), config, layers)

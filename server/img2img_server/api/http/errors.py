@@ -25,6 +25,7 @@ _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_
 _MAX_TEXT = 2000
 _FIELDS = {
     "model": "model",
+    "loras": "loras",
     "image": "image",
     "mask": "mask",
     "reference_images": "image",
@@ -37,7 +38,7 @@ _FIELDS = {
     "output.as_asset": "response_format",
     "preview_interval": "partial_images",
 }
-"""Fields of TransformRequest -> fields of the form. `image`, `mask` and `model` include their subfields."""
+"""Fields of TransformRequest -> fields of the form. `image`, `mask`, `loras` and `model` include their subfields."""
 
 
 class PathNotFound(ServerError):

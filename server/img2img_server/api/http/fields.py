@@ -8,6 +8,7 @@ from typing import Any
 from img2img.v1 import image_to_image_pb2 as pb
 
 from img2img_server.api.http.forms import Part, shown
+from img2img_server.api.loras import loras_from
 from img2img_server.config import DEFAULT_GUIDANCE, DEFAULT_STEPS, DEFAULT_STRENGTH, MAX_GUIDANCE, MAX_PROMPT
 from img2img_server.errors import InvalidField
 from img2img_server.images import MAX_BLUR
@@ -142,6 +143,13 @@ def _set(message: Any, attribute: str, name: str, value: int) -> None:
 
 def _switch(draft: Draft, name: str, value: str) -> None:
     setattr(draft.message, name, _SWITCH[_one_of(name, value, tuple(_SWITCH))])
+
+
+def _put_loras(draft: Draft, name: str, value: str) -> None:
+    try:
+        draft.message.loras.extend(loras_from(value))
+    except ValueError as error:
+        raise InvalidField(name, str(error)) from None
 
 
 def _put_model(draft: Draft, name: str, value: str) -> None:
@@ -306,11 +314,17 @@ FIELDS = (
         True,
     ),
     FormField("scheduler", _text, {"type": "string"}, "A scheduler that GET /v1/models lists. Default: the model's own", True),
+    FormField(
+        "loras",
+        _put_loras,
+        {"type": "string"},
+        "LoRAs of the server for this request: ID or ID:SCALE, several separated by commas. Default: none",
+        True,
+    ),
 )
 """All fields except `image` and `mask`."""
 _BY_NAME = {one.name: one for one in FIELDS}
 _UNSUPPORTED = {
-    "loras": "LoRAs are not supported in requests: export a model with its LoRAs (img2img export --lora)",
     "controls": "controls are not supported by this server",
     "input_fidelity": "input_fidelity is not supported: set strength, which says how far to leave the source",
 }

@@ -16,6 +16,7 @@ from tritonclient.grpc import service_pb2 as kserve_pb  # type: ignore[import-un
 
 from img2img_server.api.kserve import tensors
 from img2img_server.api.kserve.tensors import Input, Output, shown
+from img2img_server.api.loras import loras_from
 from img2img_server.errors import InvalidField, ModelNotFound, NotSupported
 from img2img_server.sources.reading import begins_as_address
 from img2img_server.support.fair_queue import FairThreads
@@ -182,6 +183,7 @@ async def read(request: Any, threads: FairThreads) -> Task:
     if (quality := parameters.integer("quality", 32)) is not None:
         message.output.quality = quality
     _set_fit(message, parameters.text_or_integer("fit"))
+    _set_loras(message, parameters.text("loras"))
     message.preview_interval = parameters.integer("preview_interval", 32) or 0
     progress = parameters.truth("progress") or message.preview_interval > 0
     for name in ("mask_invert", "mask_paste"):
@@ -220,7 +222,7 @@ def renamed(sources: Mapping[str, str] = MappingProxyType({})) -> Iterator[None]
         root = error.field.partition(".")[0]
         field = sources.get(root, root) if root in ("image", "mask") else _FIELDS.get(error.field, error.field)
         if "[" in root:
-            field = root
+            field = "loras" if root.startswith("loras[") else root
         raise InvalidField(field, error.description) from None
 
 
@@ -298,6 +300,13 @@ def _set_fit(message: pb.TransformRequest, fit: str | int | None) -> None:
         if fit.lower() != _NATIVE:
             raise InvalidField("fit", f"{tensors.shown(fit)} is neither '{_NATIVE}' nor the longest side in pixels")
         message.fit.native_area.SetInParent()
+
+
+def _set_loras(message: pb.TransformRequest, text: str | None) -> None:
+    try:
+        message.loras.extend(loras_from(text or ""))
+    except ValueError as error:
+        raise InvalidField("loras", str(error)) from None
 
 
 async def _set_source(

@@ -16,14 +16,15 @@ from img2img_server.engine.request import Mask, Request
 from img2img_server.runtime.common.device_copy import send
 from img2img_server.runtime.common.vae import output_of, tensor_of
 from img2img_server.runtime.diffusion.masking import redrawn_pixels
+from img2img_server.runtime.lora.adapters import Choice
 
 _Key = TypeVar("_Key", bound=Hashable)
 
 _ImageKey = tuple[str, bytes | int]
 """A request's `cache_scope`, and the digest of its image, or a number if it has none."""
 
-ScopedText = tuple[str, str]
-"""A request's `cache_scope` and one of its texts."""
+ScopedText = tuple[str, str, Choice | None]
+"""A request's `cache_scope`, one of its texts, and the LoRAs of the text encoders."""
 
 ScopedImage = tuple[str, Image.Image, bytes]
 """A request's `cache_scope`, one of its images, and that image's digest."""
@@ -55,15 +56,15 @@ class Embedding:
 class Encoder:
     """Encodes texts and images with the components of a diffusers pipeline, through a cache that may be shared.
 
-    `encode_texts` is the family's function: n texts to n embeddings, in one call of each text encoder. `pixels` makes of an image
-    what the VAE encodes.
+    `encode_texts` is the family's function: n texts, each with its LoRAs, to n embeddings, in one call of each text encoder.
+    `pixels` makes of an image what the VAE encodes.
     """
 
     def __init__(
         self,
         pipe: Any,
         cache: Cache,
-        encode_texts: Callable[[list[str]], list[Embedding]],
+        encode_texts: Callable[[list[str], list[Choice | None]], list[Embedding]],
         pixels: Callable[[Image.Image], torch.Tensor],
     ) -> None:
         self._pipe = pipe
@@ -75,11 +76,16 @@ class Encoder:
 
     def texts(self, wanted: Sequence[ScopedText]) -> dict[ScopedText, Embedding]:
         """The embedding of each text; equal texts of one scope are encoded once."""
-        found, missing = self._look_up({text: ("text", *text) for text in wanted})
+        # Without the LoRAs themselves, which would stay in memory with the cache's keys.
+        keys: dict[ScopedText, tuple[Hashable, ...]] = {
+            one: ("text", one[0], one[1], None if one[2] is None else one[2].key) for one in wanted
+        }
+        found, missing = self._look_up(keys)
         if missing:
-            for key, embedding in zip(missing, self._encode_texts([text for _, text in missing]), strict=True):
+            encoded = self._encode_texts([text for _, text, _ in missing], [choice for _, _, choice in missing])
+            for key, embedding in zip(missing, encoded, strict=True):
                 found[key] = embedding
-                self._cache.put((self._own, "text", *key), embedding, embedding.bytes)
+                self._cache.put((self._own, *keys[key]), embedding, embedding.bytes)
         return found
 
     def pictures(self, requests: Sequence[Request]) -> list[SimpleNamespace]:

@@ -11,6 +11,7 @@ from img2img_server.engine.request import Request
 from img2img_server.runtime.diffusion.conditioning import Embedding
 from img2img_server.runtime.diffusion.state import DiffusionState, Noise
 from img2img_server.runtime.diffusion.tokens import TokenPipeline
+from img2img_server.runtime.lora.adapters import Choice
 from img2img_server.runtime.schedulers.flow import EditSchedulers, FluxSchedulers
 
 
@@ -63,7 +64,7 @@ class QwenImageEdit(QwenImage):
     edits = True
     scheduler_cache = EditSchedulers
 
-    def _embed(self, requests: Sequence[Request]) -> list[dict[str, Embedding]]:
+    def _embed(self, requests: Sequence[Request], choices: Sequence[Choice | None]) -> list[dict[str, Embedding]]:
         return [
             {text: self._encoder.seen(request, text, lambda: self._see(request, text)) for text in self._texts(request)}  # noqa: B023
             for request in requests

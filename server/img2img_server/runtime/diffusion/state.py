@@ -13,6 +13,7 @@ from img2img_server.runtime.common.device_copy import send
 from img2img_server.runtime.common.out_of_memory import KEEPERS
 from img2img_server.runtime.diffusion.masking import Blend
 from img2img_server.runtime.diffusion.preview import predict_original
+from img2img_server.runtime.lora.adapters import Choice
 from img2img_server.runtime.schedulers.linear import Trajectory, coefficients, scale_input
 
 Conditioning = dict[str, torch.Tensor]
@@ -54,6 +55,8 @@ class DiffusionState:
     step_arguments: dict[str, Any] = field(default_factory=dict)
     step: int = 0
     blend: Blend | None = None
+    choice: Choice | None = None
+    """Its LoRAs."""
     predicted: Predicted | None = None
     """Of the last step, if a preview is due."""
     number: int = field(default_factory=itertools.count().__next__)

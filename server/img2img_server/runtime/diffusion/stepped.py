@@ -37,11 +37,13 @@ from img2img_server.runtime.diffusion.state import (
     key_of,
     split_noise,
 )
+from img2img_server.runtime.lora.adapters import TEXT_ENCODERS, Choice, ModelLoras, NoLoras, for_texts
+from img2img_server.runtime.lora.graph import adapting
 from img2img_server.runtime.onnx.modules import close_graphs
 from img2img_server.runtime.schedulers.cache import CachedScheduler, SchedulerCache
 from img2img_server.runtime.schedulers.linear import Trajectory, advance_batch, step_arguments
 from img2img_server.runtime.schedulers.noise_levels import noise_level
-from img2img_server.support.model_fields import ModelFields
+from img2img_server.support.model_fields import FieldRule, ModelFields
 from img2img_server.support.source_rule import MaskUse
 
 PreviewWeights = Sequence[Sequence[float]]
@@ -69,7 +71,15 @@ class SteppedPipeline(ABC):
     """Whether requests may have a mask, or must. Latents are replaced outside of optional ones, so the family's `prepare_latents`
     adds noise by its scheduler."""
 
-    def __init__(self, pipe: Any, engine: str, threads: int, cache: Cache, preview_weights: PreviewWeights = ()) -> None:
+    def __init__(
+        self,
+        pipe: Any,
+        engine: str,
+        threads: int,
+        cache: Cache,
+        preview_weights: PreviewWeights = (),
+        loras: ModelLoras | NoLoras | None = None,
+    ) -> None:
         self._pipe = pipe
         self.engine = engine
         self.threads = threads
@@ -85,7 +95,10 @@ class SteppedPipeline(ABC):
         self._types: Mapping[str, torch.dtype] = getattr(self._denoiser, "input_types", {})
         self._scheduler_cache = self.scheduler_cache(pipe)
         self.schedulers = self._scheduler_cache.names
-        self._encoder = Encoder(pipe, cache, self._encode_texts, self._pixels)
+        self._encoder = Encoder(pipe, cache, self._encode_adapted, self._pixels)
+        self._loras = loras or NoLoras("was loaded without a folder of LoRAs")
+        if isinstance(self._loras, ModelLoras):
+            self.fields = {**self.fields, "loras": FieldRule()}
         self._preview_weights = preview_weights
         self._truncation = Truncation(pipe)
 
@@ -93,6 +106,7 @@ class SteppedPipeline(ABC):
     def plan(self, request: Request) -> Plan:
         """The request's shape, rows and steps. Raises InvalidField if no step would run. Slow for a new scheduler or new
         steps."""
+        self._loras.check(request)
         rows = len(request.seeds) * (2 if self._is_guided(request) else 1)
         warnings = self._truncation.warnings(self._read_texts(request))
         shape, pixels = self._shape(request)
@@ -102,10 +116,13 @@ class SteppedPipeline(ABC):
     def prepare(self, requests: Sequence[Request]) -> Sequence[DiffusionState]:
         """Encodes texts and images that are not cached, and makes the first latents."""
         schedulers = [self._scheduler_cache.get(request) for request in requests]
+        choices = [self._loras.choice(request) for request in requests]
         with PinnedCopies():
-            embeddings = self._embed(requests)
+            embeddings = self._embed(requests, choices)
             pictures = self._encoder.pictures(requests)
             states = [self._begin(*parts) for parts in zip(requests, schedulers, embeddings, pictures, strict=True)]
+        for state, choice in zip(states, choices, strict=True):
+            state.choice = choice
         return states
 
     @torch_call
@@ -118,7 +135,9 @@ class SteppedPipeline(ABC):
             wanted = torch.empty_like(joined_samples, dtype=self._types.get("sample", joined_samples.dtype))
             joined_samples = torch.mul(joined_samples, numbers.scales[:, None, None, None], out=wanted)
         inputs = self._inputs(joined_samples, numbers.timesteps, self._joined.get(states))
-        return split_noise(states, self._noise(self._predict(inputs), joined_samples))
+        with adapting([self._denoiser], [state.choice for state in states for _ in range(state.rows)]):
+            predicted = self._predict(inputs)
+        return split_noise(states, self._noise(predicted, joined_samples))
 
     def mark(self) -> Callable[[], None] | None:
         """On CUDA, a function that waits for the device: `prepare`, `denoise` and `advance` only submit their work there."""
@@ -186,7 +205,13 @@ class SteppedPipeline(ABC):
     def close(self) -> None:
         """Removes its entries from the cache and releases its sessions, even if this pipeline is still referenced."""
         self._encoder.close()
+        self._loras.close()
         close_graphs(self._pipe)
+
+    def _encode_adapted(self, texts: list[str], choices: list[Choice | None]) -> list[Embedding]:
+        encoders = [getattr(self._pipe, name, None) for name in TEXT_ENCODERS]
+        with adapting(encoders, choices):
+            return self._encode_texts(texts)
 
     def _begin(
         self,
@@ -260,10 +285,14 @@ class SteppedPipeline(ABC):
         """The factor of the difference that the prompt makes, if the request is guided."""
         return request.guidance_scale
 
-    def _embed(self, requests: Sequence[Request]) -> list[dict[str, Embedding]]:
-        """The embeddings of each request's texts."""
-        found = self._encoder.texts([(request.cache_scope, text) for request in requests for text in self._texts(request)])
-        return [{text: found[request.cache_scope, text] for text in self._texts(request)} for request in requests]
+    def _embed(self, requests: Sequence[Request], choices: Sequence[Choice | None]) -> list[dict[str, Embedding]]:
+        """The embeddings of each request's texts, with its LoRAs."""
+        texts = [
+            {text: (request.cache_scope, text, for_texts(choice)) for text in self._texts(request)}
+            for request, choice in zip(requests, choices, strict=True)
+        ]
+        found = self._encoder.texts([scoped for own in texts for scoped in own.values()])
+        return [{text: found[scoped] for text, scoped in own.items()} for own in texts]
 
     def _pixels(self, image: Image.Image) -> torch.Tensor:
         """What the VAE encodes of a source, [1, 3, H, W]."""

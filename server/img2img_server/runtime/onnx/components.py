@@ -12,12 +12,13 @@ import torch
 import transformers
 
 from img2img_server.bundle.files import read_json
-from img2img_server.bundle.manifest import Manifest
+from img2img_server.bundle.manifest import Component, Manifest
 from img2img_server.errors import BundleError
 from img2img_server.runtime.common.processors import loadable
 from img2img_server.runtime.common.weight_budget import within
+from img2img_server.runtime.lora.graph import AdaptedGraph
 from img2img_server.runtime.onnx.modules import Graph, OnnxDenoiser, OnnxTextEncoder, OnnxVae
-from img2img_server.runtime.onnx.runners import Make
+from img2img_server.runtime.onnx.runners import LORA_RUNNER, Make
 
 _log = logging.getLogger(__name__)
 
@@ -32,7 +33,8 @@ class Components:
     """The components of a bundle, opened one by one.
 
     `make` makes runners for `provider`. `tensors` is the device on which runners expect tensors, `device` that of the pipeline's
-    tensors and torch modules: "cpu" or "cuda". A VAE call takes at most `vae_memory` bytes, None for no bound.
+    tensors and torch modules: "cpu" or "cuda". A VAE call takes at most `vae_memory` bytes, None for no bound. With
+    `lora_slots` LoRA graphs are opened, too, for so many different LoRAs in a call.
     """
 
     bundle: Path
@@ -42,6 +44,7 @@ class Components:
     device: str = "cpu"
     tensors: str = "cpu"
     vae_memory: int | None = None
+    lora_slots: int = 0
 
     def pipeline(self) -> Any:
         """Builds the manifest's img2img class from the bundle's components. Raises BundleError if one does not fit."""
@@ -82,15 +85,30 @@ class Components:
             if component.fused not in self.manifest.files:
                 raise BundleError(f"{self.bundle}: the manifest names a fused graph that is not in the bundle: {component.fused}")
             try:
-                return Graph(self.make(name, self.bundle / component.fused), self.tensors)
+                return self._adapted(component, component.fused, component.fused_lora)
             except BundleError as error:
                 _log.warning("%s; the plain graph is used instead", error)
         try:
-            return Graph(self.make(name, self.bundle / name / _GRAPH), self.tensors)
+            return self._adapted(component, f"{name}/{_GRAPH}", "" if component is None else component.lora)
         except BundleError as error:
             if component is not None and component.precision == "bf16" and self.provider in ("cpu", "openvino"):
                 raise BundleError(f"{self.bundle / name} is bf16, and bf16 graphs need a GPU: {error}") from error
             raise
+
+    def _adapted(self, component: Component | None, path: str, lora: str) -> Graph:
+        """Opens the graph `path` of the bundle, with its LoRA graph if LoRAs are enabled and there is one that opens."""
+        name = path.partition("/")[0]
+        runner = self.make(name, self.bundle / path)
+        if component is not None and self.lora_slots and lora in self.manifest.files:
+            # Graphs on other providers differ in their last bits, so rows without LoRAs stay in the plain graph.
+            mixes = self.provider in ("cpu", "cuda")
+            try:
+                adapted = self.make(name + LORA_RUNNER, self.bundle / lora)
+            except BundleError as error:
+                _log.warning("%s; requests cannot have LoRAs that adapt the %s", error, name)
+            else:
+                return AdaptedGraph(runner, adapted, name, self.lora_slots, self.tensors, mixes)
+        return Graph(runner, self.tensors)
 
 
 def read_index(bundle: Path) -> dict[str, Any]:

@@ -50,10 +50,16 @@ class Graph:
 
     def __call__(self, **tensors: torch.Tensor | None) -> dict[str, torch.Tensor]:
         """Runs the graph. Returns its outputs by name, in the graph's order, in float32 and on the device of the first tensor."""
+        return self._run(self._runner, tensors, {})
+
+    def _run(
+        self, runner: Runner, tensors: Mapping[str, torch.Tensor | None], ready: Mapping[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """Calls `runner`, whose inputs are the graph's and `ready`, which need no conversion."""
         given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
         device = next(iter(given.values())).device
         feed = {name: self._ready(name, tensor) for name, tensor in given.items() if name in self.input_types}
-        outputs = zip(self._outputs, self._runner.run(feed), strict=True)
+        outputs = zip(self._outputs, runner.run(feed | dict(ready)), strict=True)
         return {name: send(value, device, torch.float32 if value.is_floating_point() else None) for name, value in outputs}
 
     def _ready(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
@@ -80,11 +86,15 @@ class OnnxModule(torch.nn.Module):
         """Does nothing: a graph stays where its session is."""
         return self
 
+    @property
+    def graphs(self) -> list[Graph]:
+        """Its graphs."""
+        return [value for value in vars(self).values() if isinstance(value, Graph)]
+
     def close(self) -> None:
         """Releases its graphs' runners, and with the last reference to them their sessions."""
-        for value in vars(self).values():
-            if isinstance(value, Graph):
-                value.close()
+        for graph in self.graphs:
+            graph.close()
 
 
 class OnnxTextEncoder(OnnxModule):

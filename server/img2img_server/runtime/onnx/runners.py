@@ -45,9 +45,14 @@ Make = Callable[[str, Path], Runner]
 """Makes the runner of a component, from its name and its ONNX file. Raises BundleError."""
 
 
+LORA_RUNNER = ".lora"
+"""Suffix of the names of runners of LoRA graphs, after the component's name."""
+
+
 def bundle_of(name: str, graph: Path) -> Path:
-    """The bundle's folder, of which `graph` is a file in the folder of the component `name`."""
-    return next((folder.parent for folder in graph.parents if folder.name == name), graph.parent)
+    """The bundle's folder, of which `graph` is a file in the folder of the component `name`, or of its LoRA graph's runner."""
+    component = name.removesuffix(LORA_RUNNER)
+    return next((folder.parent for folder in graph.parents if folder.name == component), graph.parent)
 
 
 class HostRunner:

@@ -66,6 +66,8 @@ class OpaquePipeline:
     def plan(self, request: Request) -> Plan:
         """The request's shape, rows and estimated steps. Raises InvalidField if it names a scheduler, or has a strength or image
         that the pipeline does not take."""
+        if request.loras:
+            raise InvalidField("loras", "this model takes no LoRAs: it runs as a whole, not step by step")
         if request.scheduler is not None:
             raise InvalidField("scheduler", "this model supports only its own scheduler: leave the field unset")
         if self._steps(request) == 0:

@@ -23,8 +23,8 @@ from img2img_server.support.device_lock import DEVICE_IN_USE, records_at_once
 
 _log = logging.getLogger(__name__)
 
-Key = tuple[torch.Size, ...]
-"""The shapes of a graph's inputs, in their order."""
+Key = tuple[tuple[int, ...], ...]
+"""The shapes of a graph's inputs, in their order, and the identity of those that calls read in place."""
 
 ROW_BUCKETS = (1, 2, 4, 8, 16)
 """Numbers of rows of recorded calls. Other calls are padded to the next number; larger ones are divided."""
@@ -95,10 +95,12 @@ class Binding:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Recording:
-    """A recorded call with its own input and output memory. `run` computes `outputs` from `inputs`."""
+    """A recorded call with its own input and output memory. `run` computes `outputs` from `inputs`, and from `held`, which is
+    read in place."""
 
     graph_id: int
     inputs: dict[str, torch.Tensor]
+    held: Mapping[str, torch.Tensor]
     outputs: list[torch.Tensor]
     run: Callable[[], None]
     """Replays the call; the first time, records it. Raises ONNX Runtime's errors."""
@@ -152,13 +154,21 @@ class Replays:
         self._calls[key] += 1
         return self._calls[key] > self._patience or records_at_once()
 
-    def record(self, key: Key, inputs: Mapping[str, torch.Tensor], outputs: Sequence[torch.Tensor]) -> Recording | None:
-        """Records a call on copies of `inputs` and on new outputs of the shapes and types of `outputs`. Returns None if another
-        thread uses the device, or if the call cannot be recorded."""
+    def record(
+        self,
+        key: Key,
+        inputs: Mapping[str, torch.Tensor],
+        outputs: Sequence[torch.Tensor],
+        held: Mapping[str, torch.Tensor] | None = None,
+    ) -> Recording | None:
+        """Records a call on copies of `inputs`, on `held` itself, and on new outputs of the shapes and types of `outputs`.
+
+        Returns None if another thread uses the device, or if the call cannot be recorded.
+        """
         if not DEVICE_IN_USE.acquire(blocking=False):
             return None
         try:
-            recording = self._prepare(inputs, outputs)
+            recording = self._prepare(inputs, outputs, held or {})
             recording.run()
         except RUNTIME_ERRORS as error:
             if is_out_of_memory(error):
@@ -179,11 +189,13 @@ class Replays:
         self._recordings.clear()
         self._calls.clear()
 
-    def _prepare(self, inputs: Mapping[str, torch.Tensor], outputs: Sequence[torch.Tensor]) -> Recording:
+    def _prepare(
+        self, inputs: Mapping[str, torch.Tensor], outputs: Sequence[torch.Tensor], held: Mapping[str, torch.Tensor]
+    ) -> Recording:
         self._left -= 1
         own = {name: tensor.clone() for name, tensor in inputs.items()}
         results = [torch.empty_like(tensor) for tensor in outputs]
         graph_id = next(self._ids)
         binding = Binding(self._session, self._device, graph_id)
-        binding.bind(own, results)
-        return Recording(graph_id, own, results, binding.run)
+        binding.bind({**own, **held}, results)
+        return Recording(graph_id, own, held, results, binding.run)

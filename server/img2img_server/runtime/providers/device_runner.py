@@ -5,6 +5,7 @@ CUDA provider on fake libraries, tests/server with a CPU session.
 """
 
 import logging
+import math
 import threading
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
@@ -13,6 +14,7 @@ import onnxruntime
 import torch
 from torch.utils.dlpack import from_dlpack
 
+from img2img_server.bundle.adapters import ADAPTERS
 from img2img_server.runtime.common.out_of_memory import KEEPERS, RUNTIME_ERRORS
 from img2img_server.runtime.onnx.runners import dtype_of
 from img2img_server.runtime.providers.cuda_graphs import (
@@ -38,7 +40,8 @@ class DeviceRunner:
     """A session whose inputs and outputs are torch tensors on `device`. Only one thread at a time may run it.
 
     `enter` is called before each call, to make the session's stream torch's current one. `replays` keeps recordings of calls,
-    None for no recordings. If all inputs and outputs of the graph have an axis of rows, calls are recorded for ROW_BUCKETS.
+    None for no recordings. If all inputs and outputs of the graph have an axis of rows, calls are recorded for ROW_BUCKETS. The
+    matrices of LoRAs (bundle/adapters.py) are read in place: a recording sees what was written into them since.
     `owner` identifies the model (out_of_memory.py).
     """
 
@@ -53,7 +56,11 @@ class DeviceRunner:
         self.owner = owner
         self.inputs: Sequence[Any] = session.get_inputs()
         self.outputs: Sequence[Any] = session.get_outputs()
-        self._names = [item.name for item in self.inputs]
+        self._held = [item.name for item in self.inputs if item.shape and item.shape[0] == ADAPTERS]
+        own = [item for item in self.inputs if item.name not in set(self._held)]
+        self._own = own
+        self._names = [item.name for item in own]
+        self._last_held: Feed = {}
         self._session = session
         self._device = torch.device(device)
         self._enter = enter
@@ -62,9 +69,9 @@ class DeviceRunner:
         self._binding = Binding(session, self._device, NO_GRAPH)
         self._shapes: dict[Key, list[torch.Size]] = {}
         # Flux's positions have the axis of tokens first, which is a later one of other inputs.
-        inner = {axis for item in self.inputs for axis in item.shape[1:] if isinstance(axis, str)}
-        self._with_rows = frozenset(item.name for item in self.inputs if item.shape and item.shape[0] not in inner)
-        self._has_rows = all(_varies(item) for item in (*self.inputs, *self.outputs))
+        inner = {axis for item in own for axis in item.shape[1:] if isinstance(axis, str)}
+        self._with_rows = frozenset(item.name for item in own if item.shape and item.shape[0] not in inner)
+        self._has_rows = all(_varies(item) for item in (*own, *self.outputs))
         self.row_buckets = ROW_BUCKETS if replays is not None and self._has_rows else ()
         self._smallest: Key | None = None
         self._busy = threading.Lock()
@@ -99,16 +106,19 @@ class DeviceRunner:
                 return
             # The arena shrinks only after a run.
             binding = Binding(self._session, self._device, NO_GRAPH, SHRINK)
-            named = zip(self.inputs, self._smallest, strict=True)
-            binding.bind({item.name: self._zeros(item, shape) for item, shape in named}, None)
+            named = zip(self._own, self._smallest, strict=False)
+            binding.bind({item.name: self._zeros(item, shape) for item, shape in named} | dict(self._last_held), None)
             binding.run()
         except RUNTIME_ERRORS as error:
             _log.warning("ONNX Runtime's arena could not be shrunk: %s", str(error).partition("\n")[0])
         finally:
             self._busy.release()
 
-    def _zeros(self, item: Any, shape: torch.Size) -> torch.Tensor:
+    def _zeros(self, item: Any, shape: Sequence[int]) -> torch.Tensor:
         return torch.zeros(shape, dtype=dtype_of(item), device=self._device)
+
+    def _elements(self, key: Key) -> int:
+        return sum(math.prod(shape) for shape in key[: len(self._names)])
 
     def _parts(self, feed: Feed) -> list[tuple[int | None, Feed]]:
         """Divides `feed` into calls of at most ROW_BUCKETS[-1] rows, each with its number of rows; None for graphs without
@@ -129,9 +139,11 @@ class DeviceRunner:
 
     def _key(self, feed: Feed, rows: int | None) -> Key:
         shapes = ((name, feed[name].shape) for name in self._names)
-        return tuple(
+        key: Key = tuple(
             shape if rows is None or name not in self._with_rows else torch.Size((rows, *shape[1:])) for name, shape in shapes
         )
+        # Held inputs are allocated together, so the first stands for all.
+        return key if not self._held else (*key, (feed[self._held[0]].data_ptr(), *feed[self._held[0]].shape))
 
     def _recorded(self, replays: Replays, feed: Feed, rows: int | None) -> tuple[Recording | None, bool]:
         """The recording for a call of `rows` rows (None for graphs without rows) with its inputs filled in, None if there is
@@ -146,8 +158,9 @@ class DeviceRunner:
 
     def _record(self, replays: Replays, key: Key, feed: Feed) -> Recording | None:
         """Records a call of `feed`, padded to the shapes of `key`."""
-        padded = {name: _padded(feed[name].contiguous(), shape) for name, shape in zip(self._names, key, strict=True)}
-        return replays.record(key, padded, self._empty(key) or self._call(padded))
+        padded = {name: _padded(feed[name].contiguous(), shape) for name, shape in zip(self._names, key, strict=False)}
+        held = {name: feed[name] for name in self._held}
+        return replays.record(key, padded, self._empty(key) or self._call(padded | held), held)
 
     def _empty(self, key: Key) -> list[torch.Tensor]:
         """New output tensors for a call of these shapes; empty if their shapes are not known yet."""
@@ -156,7 +169,9 @@ class DeviceRunner:
 
     def _call(self, feed: Feed) -> list[torch.Tensor]:
         """Runs the graph without a recording."""
-        feed = {name: tensor for name, tensor in feed.items() if name in self._names}
+        held = {name: feed[name] for name in self._held}
+        self._last_held = held
+        feed = {name: feed[name] for name in self._names} | held
         key = self._key(feed, None)
         outputs = self._empty(key)
         if not outputs:
@@ -178,7 +193,7 @@ class DeviceRunner:
         if len(self._shapes) >= _MOST_SHAPES:
             self._shapes.clear()
         self._shapes[key] = [output.shape for output in outputs]
-        self._smallest = min((key, self._smallest or key), key=lambda shapes: sum(shape.numel() for shape in shapes))
+        self._smallest = min((key, self._smallest or key), key=self._elements)
         return outputs
 
 
@@ -187,7 +202,7 @@ def _varies(item: Any) -> bool:
     return bool(item.shape) and not isinstance(item.shape[0], int)
 
 
-def _padded(tensor: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+def _padded(tensor: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
     """`tensor` with its last row repeated up to `shape`."""
     missing = shape[0] - tensor.shape[0] if shape else 0
     return tensor if missing <= 0 else torch.cat([tensor, tensor[-1:].expand(missing, *tensor.shape[1:])])

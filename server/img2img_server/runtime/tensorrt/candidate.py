@@ -23,6 +23,7 @@ from img2img_server.runtime.common import cpu
 from img2img_server.runtime.common.device_copy import device_stream, enter_stream
 from img2img_server.runtime.execution import Bucket, Execution
 from img2img_server.runtime.loader import FAMILIES, assemble
+from img2img_server.runtime.lora.adapters import LoraSettings
 from img2img_server.runtime.onnx.graph_sizes import Sizes
 from img2img_server.runtime.onnx.providers import choose
 from img2img_server.runtime.onnx.runners import HostRunner, Make, Runner, bundle_of
@@ -45,7 +46,7 @@ class Workshop:
     """The dependencies of building and opening engines. `machine` names the GPU, the driver and the libraries.
 
     `other` makes runners of the serving provider, for components and sizes without an engine. `tensors` is where runners expect
-    tensors: "cuda", or "cpu" if PyTorch has no CUDA.
+    tensors: "cuda", or "cpu" if PyTorch has no CUDA. `loras` are those of requests.
     """
 
     execution: Execution
@@ -56,6 +57,7 @@ class Workshop:
     tensors: str
     open_graph: Open = open_session
     builder: Sequence[str] = _BUILDER
+    loras: LoraSettings | None = None
 
 
 class TensorRTCandidate:
@@ -87,7 +89,9 @@ class TensorRTCandidate:
         threads = shop.execution.threads or cpu.count()
         make = self._maker(threads)
         with DEVICE_IN_USE:
-            return assemble(self._bundle, self._manifest, make, "tensorrt", shop.tensors, threads, shop.cache, shop.execution)
+            return assemble(
+                self._bundle, self._manifest, make, "tensorrt", shop.tensors, threads, shop.cache, shop.execution, shop.loras
+            )
 
     def trials(self) -> Sequence[Request]:
         """The requests of the bundle's reference images."""
@@ -210,7 +214,11 @@ class RunnerCache:
 
 
 def candidates(
-    models: Iterable[LoadedModel], execution: Execution, cache: Cache, runner_cache: RunnerCache
+    models: Iterable[LoadedModel],
+    execution: Execution,
+    cache: Cache,
+    runner_cache: RunnerCache,
+    loras: LoraSettings | None = None,
 ) -> list[TensorRTCandidate]:
     """TensorRT candidates of the models that it could run faster; empty if TensorRT or `execution` rules them out."""
     if execution.provider not in ("auto", "tensorrt") or execution.buckets == ():
@@ -221,7 +229,7 @@ def candidates(
     except BundleError:
         return []
     engines = EngineCache(execution.cache or default_root())
-    workshop = Workshop(execution, machine(), engines, cache, runner_cache.make, cuda.tensor_device())
+    workshop = Workshop(execution, machine(), engines, cache, runner_cache.make, cuda.tensor_device(), loras=loras)
     found = []
     for model in filter(_could_be_faster, models):
         assert model.bundle is not None, "a loaded model has a folder"

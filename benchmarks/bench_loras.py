@@ -1,0 +1,117 @@
+"""LoRAs of requests: one call of the denoiser with 1, 4 and 8 of them in its rows, against none, against calls divided by LoRA,
+and against loading fused weights.
+
+The rows have one image each, without guidance. All variants are measured in turns in this process. LoRAs have random matrices of
+rank 16 in every layer that requests can adapt.
+"""
+
+import argparse
+import gc
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+ROOT = Path(__file__).resolve().parent.parent
+BUNDLE = ROOT / ".demo" / "models" / "demo"
+_RANK = 16
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of this sub-command."""
+    parser.add_argument(
+        "--bundle", type=Path, default=BUNDLE, metavar="DIR", help="a bundle with LoRA graphs (default: the demo model's)"
+    )
+    parser.add_argument("--rows", type=int, default=8, metavar="N", help="rows of a call (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=15, metavar="N", help="calls of each variant (default: %(default)s)")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Measures the variants and prints a table: medians and minima of a step for all rows, in milliseconds."""
+    from img2img_server.bundle.manifest import read_manifest
+    from img2img_server.runtime.execution import Execution
+    from img2img_server.runtime.onnx.sessions import SessionOptions, open_session
+
+    manifest = read_manifest(arguments.bundle)
+    graph = arguments.bundle / "unet" / "model.onnx"
+    threads = Execution().threads or 1
+    with tempfile.TemporaryDirectory(prefix="img2img-loras-") as folder:
+        pipeline = _load(arguments.bundle, manifest, Path(folder), arguments.rows)
+        batches = {count: _states(pipeline, Path(folder), arguments.rows, count) for count in (0, 1, 4, arguments.rows)}
+        one_by_one = batches[arguments.rows]
+        plain = batches[0]
+        variants: dict[str, Callable[[], Any]] = {
+            "none: the plain graph": lambda: pipeline.denoise(plain),
+            "1 LoRA": lambda: pipeline.denoise(batches[1]),
+            "4 LoRAs": lambda: pipeline.denoise(batches[4]),
+            f"{arguments.rows} LoRAs": lambda: pipeline.denoise(batches[arguments.rows]),
+            f"{arguments.rows} LoRAs, a call each": lambda: [pipeline.denoise([state]) for state in one_by_one],
+            f"{arguments.rows} fused models, a call each": lambda: [pipeline.denoise([state]) for state in plain],
+            "to open one session with fused weights": lambda: open_session(graph, SessionOptions("cpu", threads)),
+        }
+        times: dict[str, list[float]] = {name: [] for name in variants}
+        for number in range(arguments.rounds + 1):
+            for name, call in variants.items():
+                gc.disable()
+                begun = time.perf_counter()
+                call()
+                seconds = time.perf_counter() - begun
+                gc.enable()
+                if number:  # the first call fills slots and allocates
+                    times[name].append(seconds * 1e3)
+    base = times["none: the plain graph"]
+    table = Table("variant", "median", "minimum", "to none", title=f"milliseconds of a step of {arguments.rows} rows")
+    for name, measured in times.items():
+        ratio = statistics.median(one / other for one, other in zip(measured, base, strict=True))
+        table.add_row(name, f"{statistics.median(measured):.1f}", f"{min(measured):.1f}", f"{ratio:.2f}")
+    Console(width=120).print(table)
+    return 0
+
+
+def _load(bundle: Path, manifest: Any, folder: Path, slots: int) -> Any:
+    from img2img_server.bundle.lora_files import LoraFiles
+    from img2img_server.engine.cache import Cache
+    from img2img_server.runtime.execution import Execution
+    from img2img_server.runtime.loader import load_pipeline
+    from img2img_server.runtime.lora.adapters import LoraSettings
+
+    settings = LoraSettings(LoraFiles(folder), Cache(2**30), slots)
+    pipeline: Any = load_pipeline(bundle, manifest, Execution("cpu"), Cache(2**26), loras=settings)
+    (graph,) = pipeline._denoiser.graphs
+    for number in range(slots):
+        _write(graph.layers, folder / f"{number}.safetensors", number)
+    return pipeline
+
+
+def _write(layers: Any, path: Path, seed: int) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    generator = torch.Generator().manual_seed(seed)
+    tensors: dict[str, Any] = {}
+    for layer in layers:
+        kernel = (1, 1) if layer.is_conv else ()
+        down = torch.randn(_RANK, layer.ins, *kernel, generator=generator) / layer.ins**0.5
+        up = torch.randn(layer.outs, _RANK, *kernel, generator=generator) * 0.05
+        tensors |= {f"unet.{layer.name}.lora_A.weight": down, f"unet.{layer.name}.lora_B.weight": up}
+    save_file(tensors, path)
+
+
+def _states(pipeline: Any, folder: Path, rows: int, count: int) -> Any:
+    """The states of requests of one row each, with `count` different LoRAs, none for 0."""
+    from img2img_server.bundle.lora_files import LoraFiles
+    from img2img_server.engine.request import LoraUse, Request
+    from PIL import Image
+
+    files, image = LoraFiles(folder), Image.new("RGB", pipeline.native_size, (90, 120, 60))
+    requests = []
+    for row in range(rows):
+        name = str(row % max(count, 1))
+        loras = (LoraUse(name, 1.0, files.find(name).digest),) if count else ()
+        requests.append(Request("m", image, "a lake", None, 1.0, 4, 1.0, (row,), loras=loras))
+    return pipeline.prepare(requests)

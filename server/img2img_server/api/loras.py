@@ -1,0 +1,65 @@
+"""The LoRAs of a request: parsed from text, checked, and found in the server's folder."""
+
+import math
+from collections.abc import Sequence
+
+from img2img.v1 import image_to_image_pb2 as pb
+
+from img2img_server.bundle.lora_files import LoraFiles, LoraProblem
+from img2img_server.engine.request import LoraUse
+from img2img_server.errors import InvalidField
+
+MOST_LORAS = 8
+MAX_SCALE = 10.0
+_SHOWN = 100
+"""Maximum characters of an id in an error message."""
+
+
+def check_loras(message: pb.TransformRequest) -> None:
+    """Checks the fields of a message's LoRAs, at most MOST_LORAS (request_fields.py). Raises InvalidField."""
+    seen: dict[str, int] = {}
+    for index, lora in enumerate(message.loras):
+        if not lora.id:
+            raise InvalidField(f"loras[{index}].id", "the id is empty: set one that ListLoras lists")
+        if lora.id in seen:
+            name = lora.id[:_SHOWN]
+            raise InvalidField(f"loras[{index}].id", f"LoRA '{name}' is also loras[{seen[lora.id]}]: name each LoRA once")
+        seen[lora.id] = index
+        scale = _scale(lora)
+        if not (math.isfinite(scale) and abs(scale) <= MAX_SCALE):
+            raise InvalidField(f"loras[{index}].scale", f"{scale:g} is not in {-MAX_SCALE:g} to {MAX_SCALE:g}")
+
+
+def find_loras(loras: Sequence[pb.Lora], files: LoraFiles) -> tuple[LoraUse, ...]:
+    """The LoRAs of a checked message. Raises InvalidField for one that the server does not have. Blocks."""
+    found = []
+    for index, lora in enumerate(loras):
+        try:
+            found.append(LoraUse(lora.id, _scale(lora), files.find(lora.id).digest))
+        except LoraProblem as problem:
+            raise InvalidField(f"loras[{index}].id", f"LoRA '{lora.id[:_SHOWN]}' {problem}") from None
+    return tuple(found)
+
+
+def loras_from(text: str) -> list[pb.Lora]:
+    """Parses "ID" or "ID:SCALE", several separated by commas: the text after the last colon is the scale if it is a number.
+
+    Raises ValueError.
+    """
+    return [_lora_from(part.strip()) for part in text.split(",")] if text.strip() else []
+
+
+def _lora_from(text: str) -> pb.Lora:
+    name, colon, last = text.rpartition(":")
+    if not text or (colon and not name):
+        raise ValueError("a LoRA has no id: write ID or ID:SCALE, several separated by commas")
+    if not colon:
+        return pb.Lora(id=text)
+    try:
+        return pb.Lora(id=name, scale=float(last))
+    except ValueError:
+        return pb.Lora(id=text)
+
+
+def _scale(lora: pb.Lora) -> float:
+    return lora.scale if lora.HasField("scale") else 1.0

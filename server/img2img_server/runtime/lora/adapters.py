@@ -1,0 +1,196 @@
+"""The LoRAs of one model: read and checked when a request first names them, and kept in memory up to a number of bytes (LRU)."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from img2img_server.bundle.adapters import RANKS, AdaptedLayer
+from img2img_server.bundle.lora_files import LoraFile, LoraFiles, LoraProblem
+from img2img_server.engine.cache import Cache
+from img2img_server.engine.request import LoraUse, Request
+from img2img_server.errors import InvalidField
+from img2img_server.runtime.lora.reading import LoraLayer, read_layers
+
+_log = logging.getLogger(__name__)
+
+_MOST_RANK = RANKS[-1]
+
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
+
+Matrices = Mapping[str, tuple[torch.Tensor, torch.Tensor]]
+"""By module: `down` [rank, in] and `up` [out, rank], with alpha / rank in it."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Adapter:
+    """A LoRA in memory: its matrices by component, on the CPU, and its largest rank in each component."""
+
+    matrices: Mapping[str, Matrices]
+    ranks: Mapping[str, int]
+
+    @property
+    def bytes(self) -> int:
+        """Its size in memory."""
+        return sum(tensor.nbytes for layers in self.matrices.values() for pair in layers.values() for tensor in pair)
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The LoRAs of one request, in order, with their scales. Two choices are equal if their files and scales are."""
+
+    key: tuple[tuple[str, float], ...]
+    adapters: tuple[Adapter, ...] = field(compare=False)
+
+    def rank(self, component: str) -> int:
+        """The rank of all its LoRAs together in the component; 0 if they do not adapt it."""
+        return sum(adapter.ranks.get(component, 0) for adapter in self.adapters)
+
+
+def for_texts(choice: Choice | None) -> Choice | None:
+    """The choice if it adapts a text encoder, else None: equal texts then have one embedding."""
+    return choice if choice is not None and any(choice.rank(name) for name in TEXT_ENCODERS) else None
+
+
+@dataclass(frozen=True, slots=True)
+class LoraSettings:
+    """The LoRAs that a server's models share: their files, the cache of those in memory, and the number of different LoRAs (with
+    their scales) that share a call of a model."""
+
+    files: LoraFiles
+    cache: Cache
+    slots: int
+
+
+class ModelLoras:
+    """Reads and checks LoRAs for one model.
+
+    `layers` are the layers that its graphs adapt, by component; `components` are all components of the model. Thread-safe.
+    """
+
+    def __init__(
+        self,
+        settings: LoraSettings,
+        pipeline_class: str,
+        components: Sequence[str],
+        unet_config: Mapping[str, object] | None,
+        layers: Mapping[str, Sequence[AdaptedLayer]],
+    ) -> None:
+        self._settings = settings
+        self._pipeline_class = pipeline_class
+        self._components = tuple(components)
+        self._unet_config = unet_config
+        self._layers = {component: {layer.name: layer for layer in own} for component, own in layers.items()}
+        self._own = object()  # marks this model's entries of the cache
+        self._ranks: dict[str, Mapping[str, int]] = {}  # by digest: those that were checked
+
+    def check(self, request: Request) -> None:
+        """Reads and checks the request's LoRAs, unless they were checked before. Raises InvalidField."""
+        ranks = [self._checked(index, use) for index, use in enumerate(request.loras)]
+        for component in self._layers:
+            if (total := sum(rank.get(component, 0) for rank in ranks)) > _MOST_RANK:
+                raise InvalidField(
+                    "loras", f"their ranks together are {total} in {component}, the maximum is {_MOST_RANK}: send fewer LoRAs"
+                )
+
+    def choice(self, request: Request) -> Choice | None:
+        """The request's LoRAs, None if it has none. Raises InvalidField."""
+        if not request.loras:
+            return None
+        self.check(request)
+        adapters = tuple(self._adapter(index, use) for index, use in enumerate(request.loras))
+        return Choice(tuple((use.digest, use.scale) for use in request.loras), adapters)
+
+    def read(self, file: LoraFile) -> Adapter:
+        """Reads and checks a LoRA. Raises LoraProblem if it does not fit this model."""
+        adapter = self._fitted(read_layers(file.path, self._pipeline_class, self._components, self._unet_config))
+        # The file may have been replaced while it was read.
+        if self._settings.files.find(file.id).digest != file.digest:
+            raise LoraProblem("was replaced while it was read: send the request again")
+        return adapter
+
+    def close(self) -> None:
+        """Removes this model's entries from the cache."""
+        self._settings.cache.drop(lambda key: key[0] is self._own)
+
+    def _checked(self, index: int, use: LoraUse) -> Mapping[str, int]:
+        if use.digest not in self._ranks:
+            self._adapter(index, use)
+        return self._ranks[use.digest]
+
+    def _adapter(self, index: int, use: LoraUse) -> Adapter:
+        key = (self._own, use.digest)
+        adapter: Adapter | None = self._settings.cache.get(key)
+        if adapter is None:
+            adapter = self._load(index, use)
+            self._settings.cache.put(key, adapter, adapter.bytes)
+            self._ranks[use.digest] = adapter.ranks
+        return adapter
+
+    def _load(self, index: int, use: LoraUse) -> Adapter:
+        try:
+            file = self._settings.files.find(use.id)
+            if file.digest != use.digest:
+                raise LoraProblem("was replaced after the request had arrived: send it again")
+            adapter = self.read(file)
+        except LoraProblem as problem:
+            raise InvalidField(f"loras[{index}].id", f"LoRA '{use.id}' {problem}") from problem
+        _log.info("LoRA '%s' was read: %.1f MB", use.id, adapter.bytes / 1e6)
+        return adapter
+
+    def _fitted(self, layers: Sequence[LoraLayer]) -> Adapter:
+        matrices: dict[str, dict[str, tuple[torch.Tensor, torch.Tensor]]] = {}
+        for layer in layers:
+            if problem := self._problem(layer):
+                raise LoraProblem(problem)
+            up = layer.up if layer.factor == 1.0 else layer.up.float() * layer.factor
+            matrices.setdefault(layer.component, {})[layer.module] = (layer.down.flatten(1).contiguous(), up.contiguous())
+        ranks = {component: max(len(down) for down, _ in own.values()) for component, own in matrices.items()}
+        for component, rank in ranks.items():
+            if rank > _MOST_RANK:
+                raise LoraProblem(f"has rank {rank} in {component}, the maximum is {_MOST_RANK}: resize it, or fuse it at export")
+        return Adapter(matrices, ranks)
+
+    def _problem(self, layer: LoraLayer) -> str:
+        """Why the model's graphs cannot have this layer, or ""."""
+        name = f"{layer.component}.{layer.module}"
+        known = self._layers.get(layer.component, {}).get(layer.module)
+        kernel = tuple(layer.down.shape[2:])
+        if kernel and any(side > 1 for side in kernel):
+            return (
+                f"adapts {name}, a convolution of {' x '.join(map(str, kernel))}, which a request's LoRA cannot: "
+                "fuse it into a model of its own (img2img export --lora)"
+            )
+        if known is None:
+            return (
+                f"adapts {name}, which is not a layer that requests can adapt in this model: "
+                "it is for another model, or must be fused at export (img2img export --lora)"
+            )
+        found = (layer.up.shape[0], layer.down.shape[0], layer.up.shape[1], layer.down.flatten(1).shape[1])
+        rank = found[1]
+        if found != (known.outs, rank, rank, known.ins):
+            return (
+                f"does not fit the model: {name} has {known.ins} inputs and {known.outs} outputs in the model, "
+                f"and {found[3]} and {found[0]} in the LoRA"
+            )
+        return ""
+
+
+@dataclass(frozen=True, slots=True)
+class NoLoras:
+    """Refuses the LoRAs of requests to a model that takes none; `why` completes "this model takes no LoRAs: it ..."."""
+
+    why: str
+
+    def check(self, request: Request) -> None:
+        """Raises InvalidField if the request has LoRAs."""
+        if request.loras:
+            raise InvalidField("loras", f"this model takes no LoRAs: it {self.why}")
+
+    def choice(self, request: Request) -> None:
+        """Raises InvalidField if the request has LoRAs."""
+        self.check(request)
+
+    def close(self) -> None:
+        """Does nothing."""

@@ -1,0 +1,425 @@
+"""Requests with LoRAs of their own, in one batch: images as diffusers draws them with the LoRAs set, to 1/255."""
+
+import dataclasses
+import functools
+import math
+import shutil
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoPipelineForImage2Image
+from fakes import FakePipeline, make_request
+from img2img.v1 import image_to_image_pb2 as pb
+from img2img_client import Client, InvalidRequest, read_provenance
+from img2img_export.verify.images import sample_image
+from img2img_server.api.loras import check_loras
+from img2img_server.bundle.lora_files import LoraFiles, LoraProblem
+from img2img_server.bundle.manifest import read_manifest
+from img2img_server.config import LoraFolder
+from img2img_server.engine.cache import Cache
+from img2img_server.engine.engine import Engine
+from img2img_server.engine.interface import Span
+from img2img_server.engine.request import Completed, Event, Failed, LoraUse, Pipeline, Request, run_alone
+from img2img_server.errors import InvalidField
+from img2img_server.models.registry import ModelRegistry
+from img2img_server.runtime.diffusion.stepped import SteppedPipeline
+from img2img_server.runtime.execution import Execution
+from img2img_server.runtime.loader import load_pipeline
+from img2img_server.runtime.lora.adapters import LoraSettings
+from img2img_server.runtime.lora.graph import AdaptedGraph
+from lora_making import Pairs, make, write_diffusers, write_kohya
+from running import running, store
+from safetensors.torch import load_file, save_file
+
+Get = Callable[[str], Path]
+Loras = tuple[tuple[str, float], ...]
+
+UNET = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out")
+TEXT = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
+SETTINGS: dict[str, Any] = {"prompt": "a lake", "strength": 0.8, "num_inference_steps": 4, "guidance_scale": 5.0}
+CALLS = 4
+"""Of the denoiser for a request with SETTINGS: PNDM repeats the first step."""
+MIXES: tuple[Loras, ...] = (
+    (),
+    (("all", 1.0),),
+    (("text", 0.8),),
+    (("all", -0.5),),
+    (("all", 0.7), ("text", 0.6)),
+    (("large", 1.0), ("all", 0.3)),
+    (("folder/one", 1.5),),
+    (),
+)
+"""The LoRAs of the requests in a batch: none, one, another scale, several, ranks of two buckets together."""
+
+
+def small(pairs: Pairs, factor: float) -> Pairs:
+    return {module: (factor * down, factor * up) for module, (down, up) in pairs.items()}
+
+
+def write_loras(model: Path, folder: Path) -> Path:
+    """The LoRAs of MIXES for a model, as several trainers write them."""
+    (folder / "folder").mkdir(parents=True)
+    write_diffusers(small(make(model, 1, UNET, (8,)), 0.3), folder / "all.safetensors")
+    write_kohya(small(make(model, 2, UNET + TEXT, (4,)), 0.5), folder / "text.safetensors", lambda module: 2.0)
+    write_diffusers(small(make(model, 3, ("to_q", "to_k"), (24, 48)), 0.2), folder / "large.safetensors")
+    write_kohya(small(make(model, 4, ("to_v",), (1,)), 0.5), folder / "folder" / "one.safetensors", lambda module: 1.0)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def loras(tmp_path_factory: pytest.TempPathFactory, tiny_model: Get) -> Get:
+    """The folder of LoRAs for a tiny model."""
+    made: dict[str, Path] = {}
+
+    def get(name: str) -> Path:
+        if name not in made:
+            made[name] = write_loras(tiny_model(name), tmp_path_factory.mktemp("loras") / name)
+        return made[name]
+
+    return get
+
+
+def load(bundle: Path, folder: Path | None, slots: int = 8, cache: Cache | None = None) -> SteppedPipeline:
+    settings = None if folder is None else LoraSettings(LoraFiles(folder), cache or Cache(2**28), slots)
+    pipeline = load_pipeline(bundle, read_manifest(bundle), Execution("cpu"), Cache(2**24), loras=settings)
+    assert isinstance(pipeline, SteppedPipeline)
+    return pipeline
+
+
+def uses(folder: Path, *loras: tuple[str, float]) -> tuple[LoraUse, ...]:
+    return tuple(LoraUse(name, scale, LoraFiles(folder).find(name).digest) for name, scale in loras)
+
+
+def requests(folder: Path, mixes: Sequence[Loras] = MIXES, **changes: Any) -> list[Request]:
+    settings = {"negative_prompt": None, "image": sample_image(64, 64), **SETTINGS, **changes}
+    return [make_request(seeds=(5 + index,), loras=uses(folder, *mix), **settings) for index, mix in enumerate(mixes)]
+
+
+def together(pipeline: Pipeline, batch: Sequence[Request]) -> list[np.ndarray]:
+    """The images of requests that share every call."""
+    states = list(pipeline.prepare(batch))
+    while states[0].step < states[0].step_count:
+        pipeline.advance(states, pipeline.denoise(states))
+    return [np.asarray(images[0], int) for images in pipeline.finish(states)]
+
+
+def alone(pipeline: Pipeline, request: Request) -> np.ndarray:
+    return np.asarray(run_alone(pipeline, request)[0], int)
+
+
+@pytest.fixture(scope="module")
+def oracle(tiny_model: Get, loras: Get) -> Callable[[str, Loras, int], np.ndarray]:
+    """diffusers' own image with its LoRA loader."""
+    pipes: dict[str, Any] = {}
+
+    def draw(name: str, mix: Loras, seed: int) -> np.ndarray:
+        if name not in pipes:
+            pipe = AutoPipelineForImage2Image.from_pretrained(tiny_model(name), use_safetensors=True, local_files_only=True)
+            pipe.set_progress_bar_config(disable=True)
+            for file in sorted(loras(name).rglob("*.safetensors")):
+                with warnings.catch_warnings():
+                    warnings.filterwarnings("ignore", "Already found a `peft_config`")
+                    pipe.load_lora_weights(file.parent, weight_name=file.name, adapter_name=file.stem)
+            pipes[name] = pipe
+        pipe = pipes[name]
+        if mix:
+            pipe.enable_lora()
+            pipe.set_adapters([name.rpartition("/")[2] for name, _ in mix], [scale for _, scale in mix])
+        else:
+            pipe.disable_lora()
+        generator = torch.Generator().manual_seed(seed)
+        return np.asarray(pipe(image=sample_image(64, 64), generator=generator, **SETTINGS).images[0], int)
+
+    return draw
+
+
+@pytest.fixture(scope="module")
+def client(tmp_path_factory: pytest.TempPathFactory, bundle: Get, loras: Get) -> Iterator[Client]:
+    """A server of two families, whose folder has the LoRAs of both below `sd1` and `sdxl`."""
+    models, folder = tmp_path_factory.mktemp("models"), tmp_path_factory.mktemp("folder")
+    for name in ("sd1", "sdxl"):
+        (models / name).symlink_to(bundle(name))
+        (folder / name).symlink_to(loras(name))
+    settings = LoraSettings(LoraFiles(folder), Cache(2**28), 8)
+
+    def load_models() -> ModelRegistry:
+        return ModelRegistry.load(
+            models, lambda path, manifest: load_pipeline(path, manifest, Execution("cpu"), Cache(2**24), loras=settings)
+        )
+
+    with running(load_models, loras=LoraFolder(folder)) as server, Client(f"localhost:{server.port}", timeout=120) as client:
+        yield client
+
+
+@pytest.mark.parametrize("name", ["sd1", "sdxl"])
+def test_a_mixed_batch_draws_what_diffusers_draws(
+    name: str, bundle: Get, loras: Get, oracle: Callable[[str, Loras, int], np.ndarray]
+) -> None:
+    """And what each request draws alone, bit by bit. Rows without a LoRA are those of a pipeline that opened no LoRA graph."""
+    pipeline, plain = load(bundle(name), loras(name)), load(bundle(name), None)
+    batch = requests(loras(name))
+    drawn = together(pipeline, batch)
+    for index, (request, image) in enumerate(zip(batch, drawn, strict=True)):
+        expected = oracle(name, MIXES[index], 5 + index)
+        assert np.abs(image - expected).max() <= 1, MIXES[index]
+        assert np.array_equal(image, alone(pipeline, request)), MIXES[index]
+        without = alone(plain, dataclasses.replace(request, loras=()))
+        assert np.array_equal(image, without) == (not request.loras), MIXES[index]
+        assert not request.loras or np.abs(image - without).mean() > 3, "a LoRA that changes nothing would prove nothing"
+
+
+@pytest.mark.parametrize("name", ["sd1", "sdxl"])
+def test_requests_with_other_loras_share_a_server(
+    name: str, client: Client, oracle: Callable[[str, Loras, int], np.ndarray]
+) -> None:
+    def ask(index: int) -> np.ndarray:
+        wanted = {f"{name}/{lora}": scale for lora, scale in MIXES[index]}
+        result = client.transform(sample_image(64, 64), model=name, seed=5 + index, loras=wanted, **SETTINGS)
+        record = read_provenance(result.images[0].data) or {}
+        assert {lora["id"]: lora["scale"] for lora in record.get("loras", [])} == wanted
+        return np.asarray(result.images[0].image, int)
+
+    with ThreadPoolExecutor(len(MIXES)) as pool:
+        for index, image in enumerate(pool.map(ask, range(len(MIXES)))):
+            assert np.abs(image - oracle(name, MIXES[index], 5 + index)).max() <= 1, MIXES[index]
+
+
+def test_requests_with_other_loras_share_a_call(bundle: Get, loras: Get) -> None:
+    spans: list[Span] = []
+    engine = Engine({"m": load(bundle("sd1"), loras("sd1"))}, observe=spans.append)
+    endings: list[Event] = []
+    for request in requests(loras("sd1")):
+        engine.submit(dataclasses.replace(request, model="m"), lambda event: endings.append(event))
+    while engine.step():
+        pass
+    assert sum(isinstance(event, Completed) for event in endings) == len(MIXES)
+    assert max(span.requests for span in spans if span.stage == "denoise") == len(MIXES)
+
+
+class Counted:
+    """A runner that counts the rows of its calls."""
+
+    def __init__(self, runner: Any) -> None:
+        self.inputs, self.outputs, self._runner = runner.inputs, runner.outputs, runner
+        self.rows: list[int] = []
+
+    def run(self, feed: Any) -> Any:
+        self.rows.append(len(feed["sample"]))
+        return self._runner.run(feed)
+
+
+def counted(pipeline: SteppedPipeline) -> tuple[Counted, Counted]:
+    """Counts the denoiser's calls of the plain graph and of the LoRA graph."""
+    (graph,) = pipeline._denoiser.graphs
+    assert isinstance(graph, AdaptedGraph)
+    graph._runner, graph._lora = Counted(graph._runner), Counted(graph._lora)
+    return graph._runner, graph._lora
+
+
+def test_the_plain_graph_runs_if_no_row_has_a_lora(bundle: Get, loras: Get) -> None:
+    pipeline = load(bundle("sd1"), loras("sd1"))
+    plain, lora = counted(pipeline)
+    together(pipeline, requests(loras("sd1"), [(), ()]))
+    assert (plain.rows, lora.rows) == ([4] * CALLS, [])
+    together(pipeline, requests(loras("sd1"), [(), (("all", 1.0),)]))
+    assert (plain.rows, lora.rows) == ([4] * CALLS, [4] * CALLS)
+
+
+@pytest.mark.parametrize("slots", [1, 2, 3])
+def test_more_loras_than_slots_divide_a_call(slots: int, bundle: Get, loras: Get) -> None:
+    """Whatever the division, the images are the same bits."""
+    expected = together(load(bundle("sd1"), loras("sd1")), requests(loras("sd1")))
+    pipeline = load(bundle("sd1"), loras("sd1"), slots)
+    plain, lora = counted(pipeline)
+    found = together(pipeline, requests(loras("sd1")))
+    assert all(np.array_equal(*pair) for pair in zip(found, expected, strict=True))
+    assert len(lora.rows) == CALLS * math.ceil(6 / slots)
+    assert sum(plain.rows) + sum(lora.rows) == CALLS * 2 * len(MIXES)
+
+
+def test_rows_without_loras_stay_in_the_plain_graph_if_the_graphs_have_other_providers(bundle: Get, loras: Get) -> None:
+    expected = together(load(bundle("sd1"), loras("sd1")), requests(loras("sd1")))
+    pipeline = load(bundle("sd1"), loras("sd1"))
+    plain, lora = counted(pipeline)
+    pipeline._denoiser.graphs[0]._mixes = False
+    assert all(np.array_equal(*pair) for pair in zip(together(pipeline, requests(loras("sd1"))), expected, strict=True))
+    assert (plain.rows, lora.rows) == ([2, 2] * CALLS, [12] * CALLS)
+
+
+def test_the_cache_of_loras_evicts_and_reads_again(bundle: Get, loras: Get) -> None:
+    expected = together(load(bundle("sd1"), loras("sd1")), requests(loras("sd1")))
+    cache = Cache(1)
+    found = together(load(bundle("sd1"), loras("sd1"), cache=cache), requests(loras("sd1")))
+    assert all(np.array_equal(*pair) for pair in zip(found, expected, strict=True))
+    assert cache.stats.bytes == 0
+    cache = Cache(2**28)
+    pipeline = load(bundle("sd1"), loras("sd1"), cache=cache)
+    together(pipeline, requests(loras("sd1")))
+    assert cache.stats.entries == 4
+    pipeline.close()
+    assert cache.stats.entries == 0
+
+
+def test_texts_are_encoded_again_only_for_loras_that_adapt_the_text_encoder(bundle: Get, loras: Get) -> None:
+    pipeline = load(bundle("sd1"), loras("sd1"))
+    pipeline.prepare(requests(loras("sd1"), [()]))
+    encoded: list[list[str]] = []
+    encode = pipeline._encode_texts
+    pipeline._encode_texts = lambda texts: encoded.append(texts) or encode(texts)  # type: ignore[method-assign, func-returns-value]
+    pipeline.prepare(requests(loras("sd1"), [(("all", 1.0),), (("large", 1.0),)]))
+    assert encoded == []
+    pipeline.prepare(requests(loras("sd1"), [(("text", 1.0),), (("text", 0.5),), (("text", 1.0), ("all", 2.0))]))
+    assert encoded == [["a lake", ""] * 3]
+    pipeline.prepare(requests(loras("sd1"), [(("text", 0.5),)]))
+    assert len(encoded) == 1
+
+
+def test_a_lora_that_is_removed_or_replaced_fails_only_its_own_requests(bundle: Get, loras: Get, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(loras("sd1"), tmp_path / "loras"))
+    engine = Engine({"m": load(bundle("sd1"), folder, cache=Cache(0))})
+    endings: dict[str, Event] = {}
+    for request in requests(folder, [(("all", 1.0),), (), (("text", 1.0),), (("large", 1.0),)]):
+        name = request.loras[0].id if request.loras else "none"
+        engine.submit(dataclasses.replace(request, model="m"), functools.partial(endings.__setitem__, name))
+    (folder / "all.safetensors").unlink()
+    shutil.copy(folder / "folder" / "one.safetensors", folder / "text.safetensors")
+    while engine.step():
+        pass
+    assert isinstance(endings["none"], Completed)
+    assert isinstance(endings["large"], Completed)
+    for name, reason in (
+        ("all", "is not in this server's folder of LoRAs, which has folder/one, large"),
+        ("text", "was replaced"),
+    ):
+        ending = endings[name]
+        assert isinstance(ending, Failed)
+        assert isinstance(ending.error, InvalidField)
+        assert ending.error.field == "loras[0].id"
+        assert reason in ending.error.description
+
+
+def odd(model: Path, how: str, path: Path) -> None:
+    """Writes a LoRA that does not fit the model."""
+    pairs = make(model, 1, UNET, (4,))
+    first = next(iter(pairs))
+    down, up = pairs[first]
+    if how in ("conv", "resnet"):
+        pairs = make(model, 1, ("resnets.0.conv1",) if how == "conv" else ("conv_shortcut",), (4,))
+    elif how == "layer":
+        pairs["unet.down_blocks.0.attentions.0.no_such"] = (down.clone(), up.clone())
+    elif how == "width":
+        pairs[first] = (down[:, :-1].contiguous(), up)
+    elif how == "rank":
+        pairs = make(model, 1, ("to_q",), (65,))
+    elif how == "NaN":
+        pairs[first] = (down, torch.full_like(up, math.nan))
+    write_diffusers(pairs, path)
+    if how == "DoRA":
+        tensors = load_file(path)
+        tensors[f"{first}.lora_magnitude_vector"] = torch.ones(len(up))
+        save_file(tensors, path)
+    if how == "damaged":
+        path.write_bytes(path.read_bytes()[:-100])
+
+
+@pytest.mark.parametrize(
+    ("how", "reason"),
+    [
+        ("conv", r"adapts unet\.\S+conv1, a convolution of 3 x 3, .* fuse it into a model of its own"),
+        ("resnet", r"adapts unet\.\S+conv_shortcut, which is not a layer that requests can adapt in this model"),
+        ("layer", r"adapts unet\.down_blocks\.0\.attentions\.0\.no_such, which is not a layer"),
+        ("width", r"does not fit the model: unet\.\S+ has 16 inputs and 16 outputs in the model, and 15 and 16 in the LoRA"),
+        ("rank", "has rank 65 in unet, the maximum is 64"),
+        ("NaN", "is damaged: .* NaN or infinite numbers"),
+        ("DoRA", "is a DoRA, not a plain LoRA"),
+        ("damaged", "is damaged or not a safetensors file"),
+    ],
+)
+def test_a_lora_that_does_not_fit_is_refused_with_the_layer(
+    how: str, reason: str, bundle: Get, tiny_model: Get, tmp_path: Path
+) -> None:
+    odd(tiny_model("sd1"), how, tmp_path / "odd.safetensors")
+    pipeline = load(bundle("sd1"), tmp_path)
+    with pytest.raises(InvalidField, match=f"^loras\\[0\\]\\.id: LoRA 'odd' {reason}"):
+        pipeline.plan(requests(tmp_path, [(("odd", 1.0),)])[0])
+
+
+def test_a_lora_of_another_family_is_refused(bundle: Get, loras: Get) -> None:
+    pipeline = load(bundle("sd1"), loras("sdxl"))
+    with pytest.raises(InvalidField, match=r"^loras\[0\]\.id: LoRA 'all' (adapts|does not fit the model: ) ?unet\."):
+        pipeline.plan(requests(loras("sdxl"), [(("all", 1.0),)])[0])
+
+
+def test_the_ranks_of_a_request_together_are_bounded(bundle: Get, loras: Get, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(loras("sd1"), tmp_path / "loras"))
+    shutil.copy(folder / "all.safetensors", folder / "again.safetensors")
+    pipeline = load(bundle("sd1"), folder)
+    most = (("large", 1.0), ("all", 1.0), ("text", 1.0), ("folder/one", 1.0))
+    pipeline.plan(requests(folder, [most])[0])
+    with pytest.raises(InvalidField, match=r"^loras: their ranks together are 69 in unet, the maximum is 64"):
+        pipeline.plan(requests(folder, [(*most, ("again", 1.0))])[0])
+
+
+def test_models_without_lora_graphs_refuse_loras_with_the_reason(bundle: Get, tiny_model: Get, loras: Get) -> None:
+    request = requests(loras("sd1"), [(("all", 1.0),)])[0]
+    with pytest.raises(InvalidField, match=r"^loras: this model takes no LoRAs: it was loaded without a folder of LoRAs"):
+        load(bundle("sd1"), None).plan(request)
+    with pytest.raises(InvalidField, match=r"^loras: this model takes no LoRAs: it has no LoRA graph"):
+        load(bundle("sd3"), loras("sd1")).plan(request)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "field", "reason"),
+    [
+        ({"sd1/all": 11.0}, r"loras\[0\]\.scale", "11 is not in -10 to 10"),
+        ({"sd1/all": 1.0, "sd1/text": math.nan}, r"loras\[1\]\.scale", "nan is not in -10 to 10"),
+        ({"": 1.0}, r"loras\[0\]\.id", "the id is empty"),
+        (
+            {"sd1/all": 1.0, "sd1/none": 1.0},
+            r"loras\[1\]\.id",
+            "'sd1/none' is not in this server's folder of LoRAs, which has sd1/all",
+        ),
+        ({"../sd1/all": 1.0}, r"loras\[0\]\.id", "is not the id of a LoRA"),
+        ({"/etc/passwd": 1.0}, r"loras\[0\]\.id", "is not the id of a LoRA"),
+        ({"sd1//all": 1.0}, r"loras\[0\]\.id", "is not the id of a LoRA"),
+        ({"sd1\\all": 1.0}, r"loras\[0\]\.id", "is not the id of a LoRA"),
+        ({"sd1/all\0": 1.0}, r"loras\[0\]\.id", "is not the id of a LoRA"),
+        ({"sdxl/all": 1.0}, r"loras\[0\]\.id", "LoRA 'sdxl/all' "),
+        ({str(index): 1.0 for index in range(9)}, "loras", "there are 9, the maximum of this server is 8"),
+    ],
+)
+def test_an_invalid_field_is_named(wanted: dict[str, float], field: str, reason: str, client: Client) -> None:
+    with pytest.raises(InvalidRequest, match=f"^{field}: .*{reason}"):
+        client.transform(sample_image(64, 64), model="sd1", loras=wanted, **SETTINGS)
+
+
+def test_a_lora_is_named_once() -> None:
+    with pytest.raises(InvalidField, match=r"^loras\[1\]\.id: LoRA 'a' is also loras\[0\]"):
+        check_loras(pb.TransformRequest(loras=[pb.Lora(id="a"), pb.Lora(id="a", scale=0.5)]))
+
+
+def test_loras_are_listed(client: Client) -> None:
+    listed = client.loras()
+    assert [lora.id for lora in listed] == [
+        f"{name}/{lora}" for name in ("sd1", "sdxl") for lora in ("all", "folder/one", "large", "text")
+    ]
+    assert all(lora.size > 1000 for lora in listed)
+
+
+def test_a_server_without_a_folder_of_loras_says_so(tmp_path: Path) -> None:
+    with running(lambda: store(m=FakePipeline())) as server, Client(f"localhost:{server.port}") as client:
+        assert client.loras() == ()
+        with pytest.raises(InvalidRequest, match=r"^loras: this model takes no LoRAs: it needs LoRA graphs, and a server with"):
+            client.transform(sample_image(64, 64), loras={"a": 1.0})
+
+
+def test_a_pickle_is_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "a.ckpt").write_bytes(b"")
+    with pytest.raises(LoraProblem, match=r"^is a pickle \(\.ckpt\), which can run code when read"):
+        LoraFiles(tmp_path).find("a")
