@@ -62,7 +62,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Makes missing models and bundles (minutes each), measures, and prints tables. Needs 20 GB of disk and of memory."""
+    """Makes missing models and bundles (minutes each), measures, prints tables and draws them. Real size needs 20 GB of disk and
+    of memory."""
     folder = Path(arguments.model)
     model = folder if (folder / "model_index.json").is_file() else saved_model(arguments.model, "fp32")
     variants, peers = arguments.variants.split(","), [name for name in arguments.peers.split(",") if name]
@@ -83,7 +84,26 @@ def run(arguments: argparse.Namespace) -> int:
     found["machine"] = machine()
     arguments.json.parent.mkdir(parents=True, exist_ok=True)
     arguments.json.write_text(json.dumps(found, indent=1) + "\n")
+    _draw([*found["parts"], *found["requests"]], arguments.json.with_suffix(".png"))
     return 0
+
+
+def _draw(lines: list[dict[str, Any]], path: Path) -> None:
+    """Draws a panel for each part and the requests: speed relative to the first variant, whiskers at the quartiles."""
+    from matplotlib.figure import Figure
+
+    titles = list(dict.fromkeys(line["what"] for line in lines))
+    figure = Figure(figsize=(4.2 * len(titles), 3.4), layout="constrained")
+    for number, title in enumerate(titles, start=1):
+        panel = figure.add_subplot(1, len(titles), number)
+        own = [line for line in lines if line["what"] == title][::-1]
+        middle = [line["ratio"][1] for line in own]
+        spread = [[line["ratio"][1] - line["ratio"][0] for line in own], [line["ratio"][2] - line["ratio"][1] for line in own]]
+        panel.barh([line["variant"] for line in own], middle, xerr=spread, color="#4878a8", ecolor="#808080", capsize=2)
+        panel.axvline(1.0, color="black", linewidth=0.8)
+        panel.set_title(title, fontsize=10)
+        panel.set_xlabel(f"times as fast as {own[-1]['variant']}")
+    figure.savefig(path, dpi=110)
 
 
 def _bundle(model: Path, name: str, precision: str) -> Path:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
+import bench_export
 import bench_growth
 import bench_http
 import bench_request
@@ -13,6 +14,8 @@ import bench_schedulers
 import bench_sessions
 import bench_simulated
 import pytest
+from bench_load import command as bench_load
+from bench_load import measuring, servers
 
 
 @pytest.mark.parametrize(
@@ -46,3 +49,35 @@ def test_bench_command_prints_its_table(
         words = [*words, "--bundle", str(bundle("sd1"))]
     assert module.run(parser.parse_args(words)) == 0
     assert printed in capfd.readouterr().out
+
+
+def test_bench_load_prints_its_table(
+    bundle: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = bundle("sd1")
+    monkeypatch.setattr(bench_load, "FOLDER", tmp_path)
+    monkeypatch.setattr(measuring, "CALIBRATION_JOBS", 2)
+    monkeypatch.setattr(measuring, "command", lambda name: servers.command(name, bundle=folder))
+    parser = argparse.ArgumentParser()
+    bench_load.configure(parser)
+    words = ["--servers", "ours", "--workloads", "alone", "--seconds", "0.1", "--rounds", "1"]
+    assert bench_load.run(parser.parse_args(words)) == 0
+    assert "1 client, the default transform" in capfd.readouterr().out
+    assert (tmp_path / "load.json").is_file()
+    assert (tmp_path / "load.png").is_file()
+
+
+@pytest.mark.nightly
+def test_bench_export_prints_its_table(
+    tiny_model: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(bench_export, "_BENCH", tmp_path)
+    monkeypatch.setattr(bench_export, "_CASES", {"tiny": ("tiny", "fp32")})
+    monkeypatch.setattr(bench_export, "saved_model", lambda name, precision: tiny_model("sd1"))
+    parser = argparse.ArgumentParser()
+    bench_export.configure(parser)
+    assert bench_export.run(parser.parse_args(["tiny"])) == 0
+    printed = capfd.readouterr().out
+    assert "peak resident" in printed
+    assert "comparing images" in printed, "each stage has a line"
+    assert not (tmp_path / "bundles" / "tiny").exists()

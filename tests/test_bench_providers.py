@@ -1,9 +1,11 @@
 """`scripts/bench providers`: what is compared computes the same, so that only the time differs."""
 
 import argparse
+import json
 from collections.abc import Callable
 from pathlib import Path
 
+import bench_providers
 import pytest
 from bench_peers import image as peer_image
 from bench_provider_works import error_of, feed_of, works_of
@@ -37,3 +39,26 @@ def test_ratios_are_to_the_first_in_the_same_round(capsys: pytest.CaptureFixture
     assert first["ratio"] == (1.0, 1.0, 1.0)
     assert second["ratio"][:2] == (2.0, 2.0)
     assert "2.00 (2.00 to 3.00)" in capsys.readouterr().out
+
+
+def test_bench_providers_prints_its_table(
+    bundle: Callable[[str], Path],
+    tiny_model: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(bench_providers, "_BENCH", tmp_path)
+    (tmp_path / "bundles").mkdir()
+    (tmp_path / "bundles" / f"{tiny_model('sd1').name}-fp32").symlink_to(bundle("sd1"))
+    parser = argparse.ArgumentParser()
+    bench_providers.configure(parser)
+    words = ["--model", str(tiny_model("sd1")), "--variants", "cpu,torch", "--components", "vae_decoder", "--sizes", "64"]
+    words += ["--rounds", "1", "--threads", "1", "--json", str(tmp_path / "found.json")]
+    assert bench_providers.run(parser.parse_args(words)) == 0
+    assert "vae_decoder, 64 px" in capfd.readouterr().out
+    parts = json.loads((tmp_path / "found.json").read_text())["parts"]
+    assert [part["variant"] for part in parts] == ["cpu", "torch"]
+    assert (tmp_path / "found.png").is_file()
+    with pytest.raises(SystemExit, match="unknown: gpu; known are cpu, int8"):
+        bench_providers.run(parser.parse_args([*words, "--variants", "cpu,gpu"]))
