@@ -76,7 +76,7 @@ def taken_options(options: TransformOptions, models: Sequence[ModelInfo]) -> Tra
     model_id = named.path if isinstance(named, ModelReference) else named
     default = [model for model in models if model.is_default or len(models) == 1] if named is None else []
     chosen = [model for model in models if model.id == model_id] or default
-    fields = messages.TransformRequest.DESCRIPTOR.fields_by_name
+    fields = set(messages.TransformRequest.DESCRIPTOR.fields_by_name) - {"model"}
     refused = [name for name in options if name in fields and chosen and not chosen[0].takes(name)]
     return {name: value for name, value in options.items() if name not in refused}  # type: ignore[return-value]
 

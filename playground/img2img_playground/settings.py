@@ -79,6 +79,8 @@ class Settings:
             return self
         numbers = {name: None for name in _USUAL if not model.takes(name)}
         kept = self if model.takes("negative_prompt") else replace(self, negative_prompt="")
+        if not model.takes("scheduler"):
+            kept = replace(kept, scheduler=None)
         if not kept.negative_prompt:  # true_cfg_scale needs one
             numbers["true_cfg_scale"] = None
         return replace(kept, **numbers)  # type: ignore[arg-type]

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from fake_image_service import FakeService, picture
 from img2img.v1 import image_to_image_pb2 as messages
-from img2img_client import Asset, Client, Completed, ModelReference
+from img2img_client import Asset, Client, Completed, FieldInfo, ModelInfo, ModelReference, TransformOptions, taken_options
 from img2img_client.options import MAX_MESSAGE_BYTES
 from PIL import Image
 
@@ -150,3 +150,22 @@ def test_what_cannot_be_sent_never_leaves(client: Client, service: FakeService, 
     with pytest.raises(FileNotFoundError):
         client.transform_stream(tmp_path / "missing.png")
     assert service.requests == []
+
+
+def test_options_that_a_model_does_not_take_can_be_left_out() -> None:
+    def info(name: str, *fields: str, is_default: bool = False) -> ModelInfo:
+        known = tuple(FieldInfo(field) for field in fields)
+        return ModelInfo(name, ModelReference(), "", "", "", "", "", "ready", 8, is_default, fields=known)
+
+    edits, usual, asleep = info("edits", "prompt", "image", is_default=True), info("usual", "prompt", "strength"), info("asleep")
+    options: TransformOptions = {"prompt": "a lake", "strength": 0.5, "format": "jpeg", "as_asset": True}
+    rest: TransformOptions = {"prompt": "a lake", "format": "jpeg", "as_asset": True}
+    models = (edits, usual, asleep)
+    assert taken_options(options, models) == rest, "the default model's"
+    assert taken_options(options, [edits]) == rest
+    for name in ("usual", "asleep", "unknown"):
+        assert taken_options({**options, "model": name}, models) == {**options, "model": name}
+    by_reference: TransformOptions = {**options, "model": ModelReference(path="edits")}
+    assert "strength" not in taken_options(by_reference, models)
+    unclear: TransformOptions = {**options, "model": ModelReference(repo_id="acme/edits")}
+    assert taken_options(unclear, models) == unclear

@@ -590,3 +590,31 @@ def test_the_playground_is_a_client_like_any_other() -> None:
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             assert not {name.split(".")[0] for name in names} & {"img2img", "grpc", "google", "img2img_server", "torch"}, path
+
+
+def _info(name: str, *fields: FieldInfo) -> ModelInfo:
+    return ModelInfo(name, ModelReference(), "", "", "", "", "", "ready", 8, False, fields=fields)
+
+
+_USUAL = _info("usual", *(FieldInfo(name) for name in ("negative_prompt", "scheduler")), FieldInfo("strength", default=0.8),
+               FieldInfo("guidance_scale", default=7.5), FieldInfo("num_inference_steps", default=25))  # fmt: skip
+_EDITS = _info("edits", FieldInfo("num_inference_steps", default=4.0), FieldInfo("true_cfg_scale", default=4.0),
+               FieldInfo("negative_prompt"))  # fmt: skip
+_UNKNOWN = _info("unknown")
+
+
+def test_settings_that_the_model_does_not_take_are_not_sent() -> None:
+    settings = Settings(negative_prompt="fog", scheduler="DDIMScheduler", true_cfg_scale=2.0)
+    assert set(settings.fitted(_EDITS).options()) == {"prompt", "negative_prompt", "num_inference_steps", "true_cfg_scale", "fit"}
+    assert "true_cfg_scale" not in replace(settings, negative_prompt="").fitted(_EDITS).options(), "it needs a negative prompt"
+    assert settings.fitted(_USUAL) == replace(settings, true_cfg_scale=None)
+    for unknown in (_UNKNOWN, None):
+        assert settings.fitted(unknown) == settings
+
+
+def test_untouched_settings_follow_the_models_defaults() -> None:
+    followed = Settings().followed(_USUAL, _EDITS)
+    assert (followed.num_inference_steps, followed.true_cfg_scale, followed.strength) == (4, 4.0, 0.8)
+    assert followed.followed(_EDITS, _USUAL).num_inference_steps == 25
+    assert replace(Settings(), num_inference_steps=9).followed(_USUAL, _EDITS).num_inference_steps == 9, "the user's own"
+    assert Settings().followed(None, _UNKNOWN) == Settings()

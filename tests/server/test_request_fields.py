@@ -88,7 +88,7 @@ def test_the_table_has_every_field_of_the_contract() -> None:
     pipeline = FakePipeline()
     pipeline.fields, pipeline.source_rule = {name: FieldRule() for name in SET}, SourceRule(mask="optional")
     listed = {name.partition(".")[0] for name in RequestFields(ServerConfig(), pipeline)}
-    assert listed == {field.name for field in pb.TransformRequest.DESCRIPTOR.fields} - {"model"}
+    assert listed == {field.name for field in pb.TransformRequest.DESCRIPTOR.fields}
     pipeline.fields, pipeline.schedulers, pipeline.source_rule = {}, (), SourceRule()
     lacking = RequestFields(ServerConfig(), pipeline)
     assert listed - {name.partition(".")[0] for name in lacking} == set(SET)

@@ -65,6 +65,7 @@ class RequestField:
 
 def _table(config: ServerConfig, size_multiple: int) -> tuple[RequestField, ...]:
     return (
+        RequestField("model"),
         RequestField("prompt", default=DEFAULT_PROMPT, maximum=MAX_PROMPT),
         RequestField("negative_prompt", "this model reads no negative prompt", default="", maximum=MAX_PROMPT),
         RequestField("image", required=True),
