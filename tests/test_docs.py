@@ -23,7 +23,7 @@ from img2img_server.runtime.opaque.batching_rules import RULES
 from img2img_server.settings.setting import settings_of
 from tiny_models import BUILDERS
 
-_ALWAYS = (*list(architectures.MODELS)[:13], "FLUX.2 klein", "DeepFloyd IF")
+_ALWAYS = (*list(architectures.MODELS)[:11], "FLUX.2 klein", "DeepFloyd IF")
 """Architectures whose bundles other tests make, too, on every run."""
 
 _OTHER_MODELS = {"sdxl-overflow", "qwenimage-layered"}
