@@ -100,6 +100,33 @@ def test_requests_of_other_shapes_prompts_and_steps_share_calls(
         assert np.abs(np.asarray(alone, int) - np.asarray(made[0], int)).max() <= 1
 
 
+def test_references_of_other_sizes_and_order_share_calls(
+    bundle: Callable[[str], Path], tiny_model: Callable[[str], Path]
+) -> None:
+    """A wide image and a square reference have as many tokens as a square image and a tall reference, or as one large image."""
+    pipeline: Any = load_pipeline(bundle("klein"), read_manifest(bundle("klein")), Execution("cpu"))
+    wide, square, tall, large = source(96, 64, 1), source(64, 64, 2), source(64, 96, 3), source(128, 80, 4)
+    looks = [(wide, square), (square, tall), (large,)]
+    requests = [
+        make_request(image=image, references=tuple(others), size=size, prompt=prompt, seeds=(seed,), num_inference_steps=2 + seed)
+        for seed, ((image, *others), size, prompt) in enumerate(
+            zip(looks, ((64, 64), (128, 32), (32, 128)), ("a lake", _LONG, "winter"), strict=True)
+        )
+    ]
+    assert len({pipeline.plan(request).shape for request in requests}) == 1
+    images, rows = run(pipeline, requests)
+    assert rows == [3, 3, 2, 1]
+    pipe = diffusers.Flux2KleinPipeline.from_pretrained(tiny_model("klein"), torch_dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    for request, look, (image,) in zip(requests, looks, images, strict=True):
+        width, height = request.result_size
+        theirs = pipe(
+            image=list(look), prompt=request.prompt, num_inference_steps=request.num_inference_steps, width=width, height=height,
+            generator=torch.Generator().manual_seed(request.seeds[0]),
+        ).images[0]  # fmt: skip
+        assert np.abs(np.asarray(image, int) - np.asarray(theirs, int)).max() <= 1
+
+
 def test_images_of_other_token_counts_do_not_share_calls(bundle: Callable[[str], Path]) -> None:
     """Of a wide and a tall image they do; a reference of another size counts, too."""
     pipeline = load_pipeline(bundle("klein"), read_manifest(bundle("klein")), Execution("cpu"))
