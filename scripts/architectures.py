@@ -45,6 +45,7 @@ MODELS: dict[str, tuple[str, ...]] = {
     "LongCat-Image-Edit": ("longcat-edit",),
     "Chroma": ("chroma",),
     "SANA-Sprint": ("sana-sprint",),
+    "Flux Fill": ("flux-fill",),
 }
 """Common names of architectures, and their tiny models, which may differ in their graphs only."""
 

@@ -288,6 +288,7 @@ BUILDERS: dict[str, Callable[[Path], None]] = {
     "sd3-no-t5": tiny_transformers.stable_diffusion_3_without_t5,
     "flux": tiny_transformers.flux_schnell,
     "flux-dev": tiny_transformers.flux_dev,
+    "flux-fill": tiny_transformers.flux_fill,
     "sd-tiny-vae": _stable_diffusion_tiny_vae,
     "sd-masked": _stable_diffusion_masked,
     "sd-pag": _stable_diffusion_pag,

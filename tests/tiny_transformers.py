@@ -10,6 +10,7 @@ from diffusers import (
     ChromaPipeline,
     ChromaTransformer2DModel,
     FlowMatchEulerDiscreteScheduler,
+    FluxFillPipeline,
     FluxPipeline,
     FluxTransformer2DModel,
     QwenImagePipeline,
@@ -93,11 +94,21 @@ def flux_dev(directory: Path) -> None:
     _save_flux(directory, guidance=True, scheduler=scheduler)
 
 
-def _save_flux(directory: Path, guidance: bool, scheduler: Any) -> None:
+def flux_fill(directory: Path) -> None:
+    """Like Flux Fill: the transformer also takes the mask's pixels and the latents of the masked source."""
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
+    more = 4 * CHANNELS + 4 * 8 * 8
+    _save_flux(directory, guidance=True, scheduler=scheduler, more_channels=more, pipeline_class=FluxFillPipeline)
+
+
+def _save_flux(
+    directory: Path, guidance: bool, scheduler: Any, more_channels: int = 0, pipeline_class: Any = FluxPipeline
+) -> None:
     tokenizer, tokenizer_2 = save_tokenizer(directory / "tokenizer"), t5_tokenizer(length=64)
     transformer = FluxTransformer2DModel(
         patch_size=1,
-        in_channels=4 * CHANNELS,
+        in_channels=4 * CHANNELS + more_channels,
+        out_channels=4 * CHANNELS,
         num_layers=1,
         num_single_layers=2,
         attention_head_dim=16,
@@ -110,7 +121,7 @@ def _save_flux(directory: Path, guidance: bool, scheduler: Any) -> None:
     strengthen(transformer, 8, "add_v_proj", "attn.to_out.0", "text_embedder.linear_2", "guidance_embedder.linear_2")
     count = (SAMPLE_SIZE // 2) ** 2
     prediction = transformer(
-        hidden_states=torch.randn(2, count, 4 * CHANNELS),
+        hidden_states=torch.randn(2, count, 4 * CHANNELS + more_channels),
         encoder_hidden_states=torch.randn(2, 64, TEXT_WIDTH),
         pooled_projections=torch.randn(2, TEXT_WIDTH),
         timestep=torch.full((2,), 0.5),
@@ -119,7 +130,7 @@ def _save_flux(directory: Path, guidance: bool, scheduler: Any) -> None:
         guidance=torch.full((2,), 3.5) if guidance else None,
     ).sample
     calibrate(transformer.proj_out, prediction)
-    FluxPipeline(
+    pipeline_class(
         scheduler=scheduler,
         vae=vae(0.3611, channels=CHANNELS, shift_factor=0.1159),
         text_encoder=CLIPTextModel(text_config(tokenizer)).eval(),

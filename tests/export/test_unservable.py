@@ -21,7 +21,6 @@ REFUSED = {
     "StableDiffusionXLControlNetPAGImg2ImgPipeline": CONTROLLED,
     "FluxControlPipeline": CONTROLLED,
     "FluxControlNetImg2ImgPipeline": CONTROLLED,
-    "FluxFillPipeline": r"needs a mask \(mask_image\)",
     "StableDiffusionDepth2ImgPipeline": r"needs a depth map \(depth_map\)",
     "QwenImageLayeredPipeline": "divides an image into layers",
 }
@@ -37,6 +36,11 @@ REFUSED = {
 def test_inpainting_models_are_exported_as_their_own_class(name: str, family: str) -> None:
     found = plan(Layout(name, {"unet": ("diffusers", "UNet2DConditionModel")}, ()), "auto")
     assert (found.pipeline_class, found.family, found.backend) == (name, family, "onnx")
+
+
+def test_flux_fill_is_exported_as_its_own_class() -> None:
+    found = plan(Layout("FluxFillPipeline", {"transformer": ("diffusers", "FluxTransformer2DModel")}, ()), "auto")
+    assert (found.pipeline_class, found.family, found.backend) == ("FluxFillPipeline", "whole", "hybrid")
 
 
 @pytest.mark.parametrize(("channels", "expected"), [(4, "StableDiffusionPipeline"), (9, "StableDiffusionInpaintPipeline")])

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from covering import covering, nightly_but
-from diffusers import AutoPipelineForInpainting, StableDiffusionInpaintPipeline
+from diffusers import AutoPipelineForInpainting, FluxFillPipeline, StableDiffusionInpaintPipeline
 from diffusers.image_processor import VaeImageProcessor
 from img2img_client import Client, InvalidRequest
 from img2img_server.models.registry import ModelRegistry
@@ -35,7 +35,7 @@ SOURCE_SIZE = (80, 112)
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory, bundle: Callable[[str], Path]) -> Path:
     folder = tmp_path_factory.mktemp("store")
-    for name in (*FAMILIES, "lcm", "sd-tiny-vae"):
+    for name in (*FAMILIES, "lcm", "sd-tiny-vae", "flux-fill"):
         (folder / name).symlink_to(bundle(name))
     return folder
 
@@ -56,7 +56,9 @@ def oracle(tiny_model: Callable[[str], Path]) -> Callable[[str], Any]:
 
     def get(name: str) -> Any:
         if name not in pipes:
-            if name == "lcm":  # no inpainting class is its own; Stable Diffusion's knows its guidance
+            if name == "flux-fill":
+                pipe = FluxFillPipeline.from_pretrained(tiny_model(name))
+            elif name == "lcm":  # no inpainting class is its own; Stable Diffusion's knows its guidance
                 pipe = StableDiffusionInpaintPipeline.from_pretrained(tiny_model(name), safety_checker=None)
             else:
                 folder = Path(__file__).parents[2] / "demo" / "model" if name == "demo" else tiny_model(name)
@@ -214,10 +216,19 @@ def test_requests_to_an_inpainting_model_share_a_batch(client: Client, oracle: C
             assert_same(call.result(), expected(oracle("sd-inpaint"), MASKS[mask], settings, seed, pasted=True, count=count))
 
 
-def test_an_inpainting_model_needs_a_mask(client: Client) -> None:
-    with pytest.raises(InvalidRequest, match="mask: model 'sd-inpaint' is an inpainting model, which needs a mask"):
-        client.transform(source(), model="sd-inpaint")
-    (mask,) = (field for field in client.model("sd-inpaint").fields if field.name == "mask")
+@pytest.mark.parametrize("mask", ["soft", "of another size"])
+def test_an_image_of_flux_fill_is_that_of_diffusers(client: Client, oracle: Callable[[str], Any], mask: str) -> None:
+    settings: Settings = {"strength": 1.0, "num_inference_steps": 4, "guidance_scale": 30.0}
+    for pasted in (False, True):
+        images = drawn(client, "flux-fill", 9, settings, mask=MASKS[mask], mask_paste=pasted, image_count=2)
+        assert_same(images, expected(oracle("flux-fill"), MASKS[mask], settings, 9, pasted, count=2))
+
+
+@pytest.mark.parametrize("model", ["sd-inpaint", "flux-fill"])
+def test_an_inpainting_model_needs_a_mask(client: Client, model: str) -> None:
+    with pytest.raises(InvalidRequest, match=f"mask: model '{model}' is an inpainting model, which needs a mask"):
+        client.transform(source(), model=model, width=64, height=96)
+    (mask,) = (field for field in client.model(model).fields if field.name == "mask")
     assert mask.required
 
 

@@ -20,7 +20,7 @@ from img2img_export.convert.graphs import quiet
 from img2img_export.errors import ExportError, first_line
 from img2img_export.options import Backend
 from img2img_export.read.checkpoint import DENOISERS, INDEX_NAME, Layout, read_index
-from img2img_export.read.identify import INPAINTING
+from img2img_export.read.identify import FLUX_FILL, INPAINTING
 from img2img_export.read.unused import refuse_unused
 
 WHOLE = "whole"
@@ -56,7 +56,7 @@ TOKEN_GRAPHS = {
 them if it has that graph."""
 
 _OWN_CLASS = {
-    **{name: name for name in INPAINTING},
+    **{name: name for name in (*INPAINTING, FLUX_FILL)},
     "StableDiffusionInstructPix2PixPipeline": "StableDiffusionInstructPix2PixPipeline",
     "ChromaPipeline": "ChromaImg2ImgPipeline",
     "ChromaImg2ImgPipeline": "ChromaImg2ImgPipeline",
@@ -156,7 +156,7 @@ def _refuse_unservable(name: str) -> None:
     kind = getattr(diffusers, name, None)
     parameters = inspect.signature(kind.__call__).parameters if kind is not None else {}
     for parameter, what in _UNKNOWN_INPUTS.items():
-        if parameter in parameters and name not in INPAINTING:
+        if parameter in parameters and name not in (*INPAINTING, FLUX_FILL):
             raise ExportError(
                 f"this pipeline ({name}) needs {what} ({parameter}), which requests cannot carry yet: "
                 "export the plain model that it was made from"

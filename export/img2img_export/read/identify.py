@@ -71,6 +71,9 @@ INPAINTING: Mapping[str, str] = {
 }
 """Classes of inpainting models, whose UNets also see the mask and the masked image, and of the models they were made from."""
 
+FLUX_FILL = "FluxFillPipeline"
+"""The class of Flux Fill, whose transformer also sees the mask and the masked image."""
+
 CHANNELS: Mapping[int, str] = {
     5: "a depth-to-image UNet, which takes a depth map",
     7: "an upscaler's UNet, which takes a small image",
@@ -116,7 +119,11 @@ def refuse_channels(path: object, tensors: Mapping[str, TensorInfo], pipeline_cl
         for name in names:
             shape = tensors[name].shape if name in tensors else ()
             taken = shape[1] if len(shape) > 1 else 0
-            has_own = (taken == 8 and pipeline_class == PIX2PIX) or (taken == 9 and pipeline_class in INPAINTING)
+            has_own = (
+                (taken == 8 and pipeline_class == PIX2PIX)
+                or (taken == 9 and pipeline_class in INPAINTING)
+                or (taken == 384 and pipeline_class == FLUX_FILL)
+            )
             if taken in kinds and not has_own:
                 refuse_kind(path, kinds[taken], taken)
 
@@ -127,6 +134,8 @@ def refuse_kind(path: object, what: str, channels: int) -> None:
     advice = "img2img supports models whose inputs are an image and a text: export its base model"
     if channels == 8:
         advice = f"its model_index.json (for a single file, that of --config) must name {PIX2PIX}"
+    if channels == 384:
+        advice = f"its model_index.json (for a single file, that of --config) must name {FLUX_FILL}"
     if channels == 9:
         advice = f"its model_index.json (for a single file, that of --config) must name {' or '.join(INPAINTING)}"
     raise ExportError(f"{path} is {what} ({channels} input channels): {advice}")

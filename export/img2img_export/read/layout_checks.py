@@ -8,7 +8,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from img2img_export.errors import ExportError, first_line
-from img2img_export.read.identify import CHANNELS, FLUX_CHANNELS, INPAINTING, PIX2PIX, refuse_kind
+from img2img_export.read.identify import CHANNELS, FLUX_CHANNELS, FLUX_FILL, INPAINTING, PIX2PIX, refuse_kind
 from img2img_export.read.texts import read_json
 from img2img_export.read.weights_file import PICKLE_REASON, is_pickle, is_safetensors, read_header, refuse_pointer
 
@@ -106,6 +106,8 @@ def refuse_configurations(directory: Path, pipeline_class: str, components: Iter
         given = f"{pipeline_class} provides {wanted}, since the VAE's latents have {latents}"
         raise ExportError(f"{directory / 'unet'} takes {taken} channels, but {given}: the two do not belong to one model")
     taken = transformer.get("in_channels")
+    if pipeline_class == FLUX_FILL:
+        return
     if transformer.get("_class_name") == "FluxTransformer2DModel" and isinstance(taken, int) and taken in FLUX_CHANNELS:
         refuse_kind(directory / "transformer", FLUX_CHANNELS[taken], taken)
 

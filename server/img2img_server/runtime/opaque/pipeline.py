@@ -9,6 +9,7 @@ import copy
 import inspect
 import logging
 from collections.abc import Hashable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from img2img_server.runtime.common.request_fields import DEPENDENT, request_fiel
 from img2img_server.runtime.common.sources import check_sources, source_rule, steps_of
 from img2img_server.runtime.common.torch_calls import torch_call
 from img2img_server.runtime.common.truncation import Truncation
+from img2img_server.runtime.diffusion.masking import default_mask
 from img2img_server.runtime.onnx.modules import close_graphs
 from img2img_server.runtime.opaque.batch import OpaqueState, SharedCall
 from img2img_server.runtime.opaque.batching_rules import rule_of, slot
@@ -31,6 +33,8 @@ _MOST_ROWS = 16
 """Maximum rows of the denoiser in one call of diffusers, which keeps all images in memory until the last is decoded."""
 
 
+_MASK = "mask_image"
+"""The parameter of pipelines that need a mask, such as Flux Fill."""
 _SPRINT_STEPS = 2
 """Steps at which SANA-Sprint has an intermediate timestep, by default; it refuses one at any other number."""
 
@@ -55,6 +59,8 @@ class OpaquePipeline:
         self.engine = engine
         self.size_multiple = size_multiple(pipe)
         self.source_rule = source_rule(pipe)
+        if _MASK in self._parameters:
+            self.source_rule = replace(self.source_rule, mask="required")
         self.fields = request_fields(pipe)
         self._rule = rule_of(pipe)
         self._truncation = Truncation(pipe)
@@ -242,6 +248,8 @@ class OpaquePipeline:
             # Kontext makes any size, but so many pixels.
             "max_area": width * height,
         }
+        if _MASK in self._parameters:
+            alike[_MASK] = (request.mask or default_mask(request.result_size)).image
         if request.true_cfg_scale is not None:
             alike["true_cfg_scale"] = request.true_cfg_scale
         if request.num_inference_steps != _SPRINT_STEPS:
