@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from email.message import Message
@@ -15,6 +16,7 @@ from typing import Any, Self
 
 from axe_playwright_python.async_playwright import Axe  # type: ignore[import-untyped]
 from fakes import FakePipeline, FakeState
+from img2img_server.config import LoraFolder
 from img2img_server.engine.scheduler import QueueLimits
 from img2img_server.models.registry import Model, ModelRegistry
 from img2img_server.support.model_fields import GUIDED, FieldRule
@@ -25,6 +27,7 @@ from running import RunningServer, manifest, running
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PICTURE = REPOSITORY / "demo" / "images" / "noon-lake.png"
+LORAS = ("detail", "ghibli 'style'")
 PATIENCE = 60.0
 """Seconds that a busy machine may take for what takes none."""
 
@@ -78,7 +81,7 @@ class InvertingPipeline(FakePipeline):
         self.before["denoise"] = gate.pass_one
         self.native_size = (128, 128)  # PICTURE's
         self.source_rule = SourceRule(mask="optional")
-        self.fields = {**GUIDED, "reference_images": FieldRule()}
+        self.fields = {**GUIDED, "reference_images": FieldRule(), "loras": FieldRule()}
         self.let_go = threading.Semaphore(0)
 
     def finish(self, states: Sequence[FakeState]) -> Sequence[Sequence[Image.Image]]:
@@ -110,7 +113,12 @@ class Stand:
     def up(self) -> None:
         limits = QueueLimits(max_active=1, max_waiting=1, max_batch_size=1)
         self.pipeline = InvertingPipeline(self.gate)
-        server: RunningServer = self._ends.enter_context(running(self._models, limits=limits, port=self.port))
+        folder = Path(self._ends.enter_context(tempfile.TemporaryDirectory()))
+        for name in LORAS:
+            (folder / f"{name}.safetensors").write_bytes(b"the fake pipeline does not read it")
+        server: RunningServer = self._ends.enter_context(
+            running(self._models, limits=limits, port=self.port, loras=LoraFolder(folder))
+        )
         self.port = server.port
 
     def _models(self) -> ModelRegistry:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from nicegui import ui
 
 from img2img_playground.failures import Failure
+from img2img_playground.lora_picker import LoraPicker
 from img2img_playground.number_control import NumberControl
 from img2img_playground.settings import Settings, model_of
 from img2img_playground.watch import ServerState
@@ -76,10 +77,12 @@ class Controls:
             self.fit.props("outlined dense hide-bottom-space data-field=fit popup-content-class=menu")
             with ui.element("div").classes("exact-size") as self._exact:
                 self.width, self.height = (self._pixels(name) for name in ("width", "height"))
+            self.loras = LoraPicker(change, refresh)
 
     def show(self, settings: Settings, state: ServerState, failure: Failure | None, *, masked: bool) -> None:
         """Shows the settings, the server's models and schedulers, and an error in the invalid field. `masked`: a mask is sent."""
         self.mask_blur.set_visibility(masked)
+        self.loras.show(settings.loras, state.loras, model_of(settings, state.models))
         self._showing = True
         if state.models != self._models or settings != self._shown:
             self._models = state.models
@@ -124,6 +127,7 @@ class Controls:
             "fit": self.fit,
             "image_count": self.count.field,
             "mask_blur": self.mask_blur.field,
+            "loras": self.loras.field,
             "width": self.width,
             "height": self.height,
         }

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Self
 
 from img2img_client import ModelReference, recorded_options
@@ -47,6 +47,7 @@ class Settings:
     width: int | None = None
     height: int | None = None
     mask_blur: float | None = None
+    loras: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def has_exact_size(self) -> bool:
@@ -70,6 +71,7 @@ class Settings:
             "height": self.height,
             "true_cfg_scale": self.true_cfg_scale,
             "mask_blur": self.mask_blur or None,
+            "loras": dict(self.loras) or None,
         }
         return {name: value for name, value in options.items() if value is not None}  # type: ignore[return-value]
 
@@ -81,6 +83,8 @@ class Settings:
         kept = self if model.takes("negative_prompt") else replace(self, negative_prompt="")
         if not model.takes("scheduler"):
             kept = replace(kept, scheduler=None)
+        if not model.takes("loras"):
+            kept = replace(kept, loras={})
         if not kept.negative_prompt:  # true_cfg_scale needs one
             numbers["true_cfg_scale"] = None
         return replace(kept, **numbers)  # type: ignore[arg-type]
@@ -134,6 +138,8 @@ _DECIMALS = frozenset(("strength", "guidance_scale", "true_cfg_scale", "mask_blu
 
 
 def _is_valid(name: str, value: object) -> bool:
+    if name == "loras":
+        return isinstance(value, Mapping) and all(isinstance(key, str) and _is_number(scale) for key, scale in value.items())
     if name in _TEXTS:
         return isinstance(value, str)
     if value is None or name in _NAMED:

@@ -32,6 +32,8 @@ class ServerState:
     known: bool = False
     problem: Failure | None = None
     models: "tuple[ModelInfo, ...]" = ()
+    loras: tuple[str, ...] = ()
+    """The ids of the LoRAs, if a model takes some."""
 
 
 class ServerWatch:
@@ -102,6 +104,8 @@ class ServerWatch:
     async def _ask(self) -> ServerState:
         try:
             models = await self._client.models(timeout=_TIMEOUT)
+            takes_loras = any(model.field("loras") for model in models)
+            loras = await self._client.loras(timeout=_TIMEOUT) if takes_loras else ()
         except Img2ImgError as error:
             return replace(self.state, known=True, problem=explain(error, self.target))
-        return ServerState(True, None if self._serving else _NOT_READY, models)
+        return ServerState(True, None if self._serving else _NOT_READY, models, tuple(lora.id for lora in loras))

@@ -19,6 +19,7 @@ from img2img_client import (
     FieldInfo,
     Img2ImgError,
     InvalidRequest,
+    LoraInfo,
     ModelInfo,
     ModelNotFound,
     ModelReference,
@@ -57,6 +58,7 @@ _settings = st.builds(
     image_count=st.none() | st.integers(1, 9),
     width=st.none() | st.integers(8, 2048),
     height=st.none() | st.integers(8, 2048),
+    loras=st.dictionaries(st.text(), st.floats(-10, 10), max_size=2),
 )
 
 
@@ -346,13 +348,17 @@ class _FakeServer:
         self.changes: asyncio.Queue[bool | Img2ImgError] = asyncio.Queue()
         self.problem: Img2ImgError | None = None
         self.states: list[ModelState] = []
+        self.fields: tuple[FieldInfo, ...] = ()
 
     async def models(self, *, timeout: float) -> tuple[ModelInfo, ...]:  # noqa: ASYNC109
         self.asked += 1
         if self.problem is not None:
             raise self.problem
         state: ModelState = self.states.pop(0) if self.states else "ready"
-        return (replace(_MODEL, state=state),)
+        return (replace(_MODEL, state=state, fields=self.fields),)
+
+    async def loras(self, *, timeout: float) -> tuple[LoraInfo, ...]:  # noqa: ASYNC109
+        return (LoraInfo("a", 1),)
 
     async def watch_health(self) -> AsyncGenerator[bool, None]:
         while True:
@@ -395,10 +401,14 @@ async def test_models_are_asked_for_after_changes_only(monkeypatch: pytest.Monke
     await until(lambda state: state.models[0].state == "loading")
     await until(lambda state: state.models[0].state == "ready")
     assert server.asked == 8, "a model that is loading is asked for until it is ready"
+    assert watch.state.loras == (), "no model is known to take any"
+    server.fields = (FieldInfo("loras"),)
+    watch.refresh()
+    await until(lambda state: state.loras == ("a",))
     watch.forget(changed.set)
     watch.refresh()
     await asyncio.sleep(0)
-    assert server.asked == 8, "nothing is asked for without a page"
+    assert server.asked == 9, "nothing is asked for without a page"
     await watch.close()
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image, ImageChops
-from playing import PICTURE, Stand, Visitor
+from playing import LORAS, PICTURE, Stand, Visitor
 from playwright.async_api import expect
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -312,6 +312,41 @@ async def test_references_are_sent_up_to_the_maximum(visitor: Visitor, stand: St
     await visitor.button("Python program").click()
     program = visitor.page.locator(".code-words")
     await expect(program).to_contain_text('reference_images=["noon-lake.png", "noon-lake.png", "noon-lake.png"]')
+
+
+async def test_loras_are_chosen_with_scales_and_kept_with_the_result(visitor: Visitor, stand: Stand) -> None:
+    await visitor.see("Server's default (m)")
+    await visitor.choose()
+    listed, scales = visitor.page.get_by_role("combobox", name="LoRAs"), visitor.page.locator(".lora-scales input[type=number]")
+    await listed.click()
+    options = visitor.page.get_by_role("option")
+    await expect(options).to_have_text(list(LORAS))
+    for name in LORAS:
+        await options.get_by_text(name, exact=True).click()
+    await visitor.page.keyboard.press("Escape")
+    await expect(scales).to_have_count(2)
+    await visitor.page.get_by_role("spinbutton", name=LORAS[1], exact=True).fill("-0.5")
+    assert await visitor.axe_violations() == []
+    assert await visitor.too_small() == []
+    stand.pipeline.forget()
+    await visitor.transform()
+    (state,) = stand.pipeline.released
+    assert {lora.id: lora.scale for lora in state.request.loras} == {LORAS[0]: 1.0, LORAS[1]: -0.5}
+    await visitor.page.get_by_role("spinbutton", name=LORAS[0], exact=True).fill("11")
+    await visitor.button("Transform").click()
+    await visitor.see("loras[0].scale: 11 is not in -10 to 10")
+    await expect(visitor.page.locator(".loras .q-field--error")).not_to_have_count(0)
+    await visitor.page.get_by_role("spinbutton", name=LORAS[0], exact=True).fill("1")
+    await expect(visitor.page.get_by_role("alert")).to_be_hidden()
+    await listed.click()
+    await options.get_by_text(LORAS[0], exact=True).click()
+    await visitor.page.keyboard.press("Escape")
+    await expect(scales).to_have_count(1)
+    await visitor.page.locator(".history-entry").click()
+    await expect(scales).to_have_count(2)
+    await expect(scales.last).to_have_value("-0.5")
+    await visitor.button("Python program").click()
+    await expect(visitor.page.locator(".code-words")).to_contain_text(f'loras={{"{LORAS[0]}": 1.0, "{LORAS[1]}": -0.5}}')
 
 
 @pytest.mark.parametrize("width", WIDTHS)
