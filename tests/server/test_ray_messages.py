@@ -12,7 +12,7 @@ from fakes import FakePipeline, make_request
 from img2img_server.api.interceptors import to_status
 from img2img_server.backends.ray.messages import Card, ModelQuery, RemoteRequest, ReplicaLost, check_lost
 from img2img_server.bundle.manifest import Component
-from img2img_server.engine.request import Completed, Failed, Progress, Request, RequestWarning, Started, Timings
+from img2img_server.engine.request import Completed, Failed, Mask, Progress, Request, RequestWarning, Started, Timings
 from img2img_server.errors import DeadlineUnmeetable, EngineStuck, InvalidField, QueueFull, ServerError, ShuttingDown
 from img2img_server.models.registry import ModelState
 from img2img_server.support.call import Call
@@ -141,3 +141,18 @@ def test_a_card_says_what_requests_are_read_by() -> None:
     assert card.manifest is not None
     assert (card.manifest.source.repo_id, card.manifest.verification.passed) == ("acme/m", True)
     assert pickle.loads(pickle.dumps(ModelQuery(Call("m", "i"), name="m"))).name == "m"  # noqa: S301 - likewise
+
+
+def test_a_mask_arrives_to_the_last_bit() -> None:
+    mask = Mask(Image.radial_gradient("L").resize((64, 48)), b"digest", paste=False)
+    request = make_request(image=Image.new("RGB", (64, 48), "red"), mask=mask)
+    again = pickle.loads(pickle.dumps(RemoteRequest.of(request, 0.0))).received(0.0).mask  # noqa: S301 - just written
+    assert (again.image.mode, again.image.tobytes()) == ("L", mask.image.tobytes())
+    assert (again.digest, again.paste) == (b"digest", False)
+
+
+def test_a_front_knows_whether_a_replicas_model_takes_a_mask() -> None:
+    pipeline = FakePipeline()
+    pipeline.source_rule = SourceRule(mask="required")
+    (model,) = store(m=pipeline)
+    assert Card.of(model).source_rule.mask == "required"
