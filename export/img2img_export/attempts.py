@@ -12,7 +12,7 @@ from img2img_server.bundle.manifest import LIMITS, Component, Manifest, PictureP
 from img2img_server.runtime.schedulers import registry
 from PIL import Image
 
-from img2img_export.component import STATIC, Converter, Made, release_memory
+from img2img_export.component import STATIC, STATIC_GRAPHS, Converter, Made, release_memory
 from img2img_export.convert import models, torch_bundle
 from img2img_export.convert.fp32_compute import computing_in_fp32
 from img2img_export.convert.models import Loader, Plan
@@ -186,7 +186,7 @@ def draw(loader: Loader, plan: Plan, options: ExportOptions, progress: Progress)
     with computing_in_fp32(*models.modules(pipeline).values()):
         # Static int8 needs the ranges of many calls.
         is_calibrated = options.precision == "int8" and not STATIC.isdisjoint(plan.graphs)
-        with Recorder(pipeline, plan.graphs, is_calibrated, plan.tokens) as recorder:
+        with Recorder(pipeline, plan.graphs, STATIC_GRAPHS if is_calibrated else (), plan.tokens) as recorder:
             references = tuple(images.make_references(pipeline, cases))
             if is_calibrated:
                 more = images.calibration_cases(pipeline, plan.family)

@@ -56,7 +56,7 @@ _SMALL = {"unet": ("sample", (9, 11)), "vae_encoder": ("sample", (72, 88)), "vae
 
 STATIC = frozenset({"unet", VAE})
 """Components with graphs in static int8."""
-_STATIC_GRAPHS = ("unet", "vae_decoder")
+STATIC_GRAPHS = ("unet", "vae_decoder")
 _BUDGETS = (0.03, 0.015, 0.0075, 0.0)
 """Relative errors of a graph's output that static int8 may add, each tried if images with the one before are not good enough. 0:
 the graph stays in fp32."""
@@ -129,7 +129,7 @@ class Converter:
         wanted = self._options.precision
         if wanted == "int8" and name == "vae_encoder":
             wanted, reason = "fp32", "the source image is encoded once, and in full precision"
-        if wanted == "int8" and name in _STATIC_GRAPHS and not _BUDGETS[self._budget]:
+        if wanted == "int8" and name in STATIC_GRAPHS and not _BUDGETS[self._budget]:
             wanted, reason = "fp32", "images differ too much in int8"
         made = self._attempt(component, name, wanted)
         if made.problems and wanted != "fp32":
@@ -149,7 +149,7 @@ class Converter:
             written = self._write(component, name, precision)
             release_memory()
             self._progress.stage(f"{name}: comparing with PyTorch")
-            is_static = precision == "int8" and name in _STATIC_GRAPHS
+            is_static = precision == "int8" and name in STATIC_GRAPHS
             session = open_graph(self._bundle / name / GRAPH_NAME)
             limits = _UNCALIBRATED if is_static else None
             parities = compare(written.part, session, written.cases, LIMITS[precision], random_limits=limits)
@@ -218,7 +218,7 @@ class Converter:
                 except ExportError as error:
                     troubles.append(f"no LoRA graph: {error}")
             kept: tuple[str, ...] = ()
-            if precision == "int8" and name in _STATIC_GRAPHS:
+            if precision == "int8" and name in STATIC_GRAPHS:
                 with computing_in_fp32(module):
                     skeleton, kept = self._quantized(skeleton, module, part, calls)
         skeleton.write(folder, self._progress, name, beside)
@@ -306,7 +306,7 @@ def _remove_fused(folder: Path) -> None:
 def _make(module: Any, part: Part, example: Tensors, precision: Precision, fused_attention: bool = False) -> Skeleton:
     if precision == "fp32":
         return trace(module, part, example, fused_attention=fused_attention)
-    if precision == "int8" and part.name not in _STATIC_GRAPHS:
+    if precision == "int8" and part.name not in STATIC_GRAPHS:
         from img2img_export.convert.quantize import to_int8
 
         return to_int8(trace(module, part, example))

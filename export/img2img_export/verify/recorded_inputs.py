@@ -70,10 +70,15 @@ class Calls:
 
 
 class Recorder:
-    """Records the calls of the `components` of a diffusers pipeline within the block, all of them if `complete`. A VAE has two
-    parts. `tokens` are components that become graphs of tokens, whose calls have lists and numbers besides tensors."""
+    """Records the calls of the `components` of a diffusers pipeline within the block. A VAE has two parts.
 
-    def __init__(self, pipeline: Any, components: tuple[str, ...], complete: bool = False, tokens: tuple[str, ...] = ()) -> None:
+    All calls of the parts `complete` are kept, of others the first and last of each size. `tokens` are components that become
+    graphs of tokens, whose calls have lists and numbers besides tensors.
+    """
+
+    def __init__(
+        self, pipeline: Any, components: tuple[str, ...], complete: tuple[str, ...] = (), tokens: tuple[str, ...] = ()
+    ) -> None:
         self.calls: dict[str, Calls] = {}
         self._complete = complete
         self._tokens = tokens
@@ -118,7 +123,7 @@ class Recorder:
             return
         call = {key: _normal(key, value, call) for key, value in call.items()}
         tensors = {key: value.detach().clone() for key, value in flatten(call).items()}
-        calls = self.calls.setdefault(name, Calls(call, self._complete))
+        calls = self.calls.setdefault(name, Calls(call, name in self._complete))
         calls.add(tensors)
         calls.note(call)
 
