@@ -69,7 +69,7 @@ def test_attention_of_a_graph_of_tokens_is_fused(
     width = pipeline._denoiser.config.get("joint_attention_dim") or pipeline._denoiser.config["cap_feat_dim"]
     # The text encoder is PyTorch's, and would read numbers back that no kernel has computed.
     texts = {"a": Embedding(torch.zeros(1, 40, width, device="cuda"), None)}
-    monkeypatch.setattr(pipeline, "_embed", lambda requests: [texts for _ in requests])
+    monkeypatch.setattr(pipeline, "_embed", lambda requests, *_: [texts for _ in requests])
     requests = [make_request(prompt="a", image=Image.new("RGB", size), num_inference_steps=2, strength=1.0, guidance_scale=0.0)
                 for size in ((384, 256), (256, 384))]  # fmt: skip
     states = pipeline.prepare(requests)
