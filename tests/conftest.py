@@ -27,7 +27,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 # OpenVINO's own tests (scripts/test --openvino) set this variable.
-if "IMG2IMG_TESTS_OPENVINO" not in os.environ:
+if "TESTS_WITH_OPENVINO" not in os.environ:
     HIDDEN = str(REPOSITORY / "tests" / "hidden")
     sys.path.insert(0, HIDDEN)
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (HIDDEN, os.environ.get("PYTHONPATH"))))
