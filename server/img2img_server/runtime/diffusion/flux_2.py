@@ -8,7 +8,7 @@ from PIL import Image
 
 from img2img_server.engine.request import Request
 from img2img_server.runtime.diffusion.conditioning import Embedding
-from img2img_server.runtime.diffusion.tokens import TokenPipeline
+from img2img_server.runtime.diffusion.tokens import TokenPipeline, TrulyGuidedPipeline
 from img2img_server.runtime.schedulers.flow import EditSchedulers, Flux2Schedulers
 
 _MOST_PIXELS = 1024 * 1024
@@ -76,17 +76,11 @@ class Flux2(Flux2Klein):
         return False
 
 
-class FluxKontext(TokenPipeline):
+class FluxKontext(TrulyGuidedPipeline):
     """Flux Kontext: Flux dev, which looks at the source at one of its training sizes."""
 
     edits = True
     scheduler_cache = EditSchedulers
-
-    def _is_guided(self, request: Request) -> bool:
-        return self._is_truly_guided(request)
-
-    def _guidance(self, request: Request) -> float:
-        return self._true_cfg_scale(request)
 
     def _encode_texts(self, texts: list[str]) -> list[Embedding]:
         hidden_states, pooled, _ = self._pipe.encode_prompt(texts, None, self._pipe._execution_device)
@@ -109,12 +103,6 @@ class FluxKontext(TokenPipeline):
         latents = pipe._encode_vae_image(image=torch.empty(1, 3, 1, 1), generator=None)
         tokens: torch.Tensor = pipe._pack_latents(latents, *latents.shape)
         return tokens
-
-    def _unpacked(self, latents: torch.Tensor, request: Request) -> torch.Tensor:
-        width, height = request.result_size
-        tokens = latents[..., 0].transpose(1, 2)
-        unpacked: torch.Tensor = self._pipe._unpack_latents(tokens, height, width, self._pipe.vae_scale_factor)
-        return unpacked
 
     def _decode(self, latents: torch.Tensor) -> torch.Tensor:
         vae = self._pipe.vae

@@ -10,21 +10,15 @@ from PIL import Image
 from img2img_server.engine.request import Request
 from img2img_server.runtime.diffusion.conditioning import Embedding
 from img2img_server.runtime.diffusion.state import DiffusionState, Noise
-from img2img_server.runtime.diffusion.tokens import TokenPipeline
+from img2img_server.runtime.diffusion.tokens import TrulyGuidedPipeline
 from img2img_server.runtime.lora.adapters import Choice
 from img2img_server.runtime.schedulers.flow import EditSchedulers, FluxSchedulers
 
 
-class QwenImage(TokenPipeline):
+class QwenImage(TrulyGuidedPipeline):
     """Guided if there is a negative prompt; the result has the length of the prompt's prediction."""
 
     scheduler_cache = FluxSchedulers
-
-    def _is_guided(self, request: Request) -> bool:
-        return self._is_truly_guided(request)
-
-    def _guidance(self, request: Request) -> float:
-        return self._true_cfg_scale(request)
 
     def _encode_texts(self, texts: list[str]) -> list[Embedding]:
         return self._cut(*self._pipe.encode_prompt(texts, self._pipe._execution_device))
@@ -43,12 +37,6 @@ class QwenImage(TokenPipeline):
 
     def _pixels(self, image: Image.Image) -> torch.Tensor:
         return super()._pixels(image)[:, :, None]
-
-    def _unpacked(self, latents: torch.Tensor, request: Request) -> torch.Tensor:
-        width, height = request.result_size
-        tokens = latents[..., 0].transpose(1, 2)
-        unpacked: torch.Tensor = self._pipe._unpack_latents(tokens, height, width, self._pipe.vae_scale_factor)
-        return unpacked
 
     def _decode(self, latents: torch.Tensor) -> torch.Tensor:
         vae = self._pipe.vae

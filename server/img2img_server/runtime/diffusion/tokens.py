@@ -67,16 +67,6 @@ class TokenPipeline(SteppedPipeline):
         sizes = [request.result_size, *map(self._reference_size, seen)]
         return [(height // self.size_multiple, width // self.size_multiple) for width, height in sizes]
 
-    def _true_cfg_scale(self, request: Request) -> float:
-        """The scale of guidance by a negative prompt, for classes that have it."""
-        if request.true_cfg_scale is not None:
-            return request.true_cfg_scale
-        return float(inspect.signature(self._pipe.__call__).parameters["true_cfg_scale"].default)
-
-    def _is_truly_guided(self, request: Request) -> bool:
-        """Whether a negative prompt guides, for these classes."""
-        return request.negative_prompt is not None and self._true_cfg_scale(request) > 1
-
     def _reference_size(self, image: Image.Image) -> tuple[int, int]:
         """Width and height in pixels at which the model looks at an image."""
         raise NotImplementedError
@@ -144,3 +134,21 @@ class TokenPipeline(SteppedPipeline):
     @abstractmethod
     def _unpacked(self, latents: torch.Tensor, request: Request) -> torch.Tensor:
         """Latents [n, C, N, 1] of a state as the VAE and previews take them, [n, c, h, w]."""
+
+
+class TrulyGuidedPipeline(TokenPipeline):
+    """A class with `true_cfg_scale`, which guides if there is a negative prompt, and with `_pack_latents`."""
+
+    def _is_guided(self, request: Request) -> bool:
+        return request.negative_prompt is not None and self._guidance(request) > 1
+
+    def _guidance(self, request: Request) -> float:
+        if request.true_cfg_scale is not None:
+            return request.true_cfg_scale
+        return float(inspect.signature(self._pipe.__call__).parameters["true_cfg_scale"].default)
+
+    def _unpacked(self, latents: torch.Tensor, request: Request) -> torch.Tensor:
+        width, height = request.result_size
+        tokens = latents[..., 0].transpose(1, 2)
+        unpacked: torch.Tensor = self._pipe._unpack_latents(tokens, height, width, self._pipe.vae_scale_factor)
+        return unpacked
