@@ -1,13 +1,17 @@
 """What tests of clients in other languages share: where they are, how a program of theirs is run, and who may call."""
 
+import contextlib
 import os
 import re
 import subprocess
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from conftest import REPOSITORY
+from fakes import FakePipeline, FakeState
 
 CLIENTS = REPOSITORY / "clients"
 PICTURE = REPOSITORY / "demo" / "images" / "noon-lake.png"
@@ -31,10 +35,51 @@ class Secured:
     token: Path
 
 
+STEPS = 12
+"""Of a request that is to be given up; at the default strength the model runs nine of them."""
+
+
+class HeldPipeline(FakePipeline):
+    """Does its first step at once and each other when it is let, and tells when a request that it worked on is over."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.may_step = threading.Semaphore(1)
+        self.over = threading.Event()
+        self.before["denoise"] = self._wait
+
+    def _wait(self) -> None:
+        assert self.may_step.acquire(timeout=PATIENCE)
+
+    def release(self, state: FakeState) -> None:
+        super().release(state)
+        self.over.set()
+
+    def was_given_up(self) -> bool:
+        """Lets the request go on, step by step, until it is over. Whether that was before its last step."""
+        for _ in range(STEPS):
+            self.may_step.release()
+            if self.over.wait(2):
+                break
+        return self.over.is_set() and len(self.batches) < int(STEPS * 0.8)
+
+
 def environment(target: str = "") -> dict[str, str]:
     """This process's variables, but those that tell clients where to go; `target` does, if it is set."""
     own = {key: value for key, value in os.environ.items() if not key.startswith("IMG2IMG_")}
     return own | ({"IMG2IMG_TARGET": target} if target else {})
+
+
+@contextlib.contextmanager
+def started(node: Path, program: str, *arguments: object, target: str = "") -> Iterator[Any]:
+    """A program that goes on while the test looks on; what it reads and prints are pipes."""
+    program = program.replace("img2img-client", (CLIENTS / "node" / "src" / "index.js").as_uri())
+    command = [str(node), "--input-type=module", "--eval", program, "--", *map(str, arguments)]
+    with subprocess.Popen(command, env=environment(target), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 def blocks(document: Path, language: str) -> list[str]:

@@ -12,7 +12,7 @@ from fake_image_service import FakeServer
 from fakes import FakePipeline
 from granting import grant
 from img2img_server.config import AssetSettings, TlsSettings
-from other_clients import CLIENTS, Finished, Run, Secured, environment
+from other_clients import CLIENTS, STEPS, Finished, HeldPipeline, Run, Secured, environment
 from running import RunningServer, running, store
 
 
@@ -57,6 +57,15 @@ def fake() -> Iterator[FakeServer]:
     server.start()
     yield server
     server.stop()
+
+
+@pytest.fixture
+def held() -> Iterator[tuple[HeldPipeline, str]]:
+    """A pipeline that waits, and where it is served."""
+    pipeline = HeldPipeline()
+    with running(lambda: store(m=pipeline)) as server:
+        yield pipeline, f"localhost:{server.port}"
+        pipeline.may_step.release(STEPS)
 
 
 @pytest.fixture(scope="module")

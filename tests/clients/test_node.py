@@ -1,73 +1,18 @@
 """The Node client's programs against a real server."""
 
-import contextlib
 import re
-import subprocess
-import threading
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import pytest
-from fakes import FakePipeline, FakeState
+from fakes import FakePipeline
 from img2img_server.support.model_fields import FieldRule
-from other_clients import CLIENTS, PATIENCE, PICTURE, Run, Secured, environment, failed, succeeded
+from other_clients import PATIENCE, PICTURE, STEPS, HeldPipeline, Run, Secured, failed, started, succeeded
 from PIL import Image, ImageChops
 from running import RunningServer, running, store
-
-STEPS = 12
-"""Of a request that is to be given up; at the default strength the model runs nine of them."""
-
-
-class HeldPipeline(FakePipeline):
-    """Does its first step at once and each other when it is let, and tells when a request that it worked on is over."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.may_step = threading.Semaphore(1)
-        self.over = threading.Event()
-        self.before["denoise"] = self._wait
-
-    def _wait(self) -> None:
-        assert self.may_step.acquire(timeout=PATIENCE)
-
-    def release(self, state: FakeState) -> None:
-        super().release(state)
-        self.over.set()
-
-    def was_given_up(self) -> bool:
-        """Lets the request go on, step by step, until it is over. Whether that was before its last step."""
-        for _ in range(STEPS):
-            self.may_step.release()
-            if self.over.wait(2):
-                break
-        return self.over.is_set() and len(self.batches) < int(STEPS * 0.8)
-
-
-@contextlib.contextmanager
-def started(node: Path, program: str, *arguments: object, target: str = "") -> Iterator[Any]:
-    """A program that goes on while the test looks on; what it reads and prints are pipes."""
-    program = program.replace("img2img-client", (CLIENTS / "node" / "src" / "index.js").as_uri())
-    command = [str(node), "--input-type=module", "--eval", program, "--", *map(str, arguments)]
-    with subprocess.Popen(command, env=environment(target), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        try:
-            yield process
-        finally:
-            process.kill()
 
 
 def same(one: Path, other: Path) -> bool:
     with Image.open(one) as first, Image.open(other) as second:
         return ImageChops.difference(first.convert("RGB"), second.convert("RGB")).getbbox() is None
-
-
-@pytest.fixture
-def held() -> Iterator[tuple[HeldPipeline, str]]:
-    """A pipeline that waits, and where it is served."""
-    pipeline = HeldPipeline()
-    with running(lambda: store(m=pipeline)) as server:
-        yield pipeline, f"localhost:{server.port}"
-        pipeline.may_step.release(STEPS)
 
 
 def test_models_are_listed(run: Run, server: RunningServer) -> None:

@@ -30,11 +30,12 @@ const UNAVAILABLE_ONLY = {
 /**
  * gRPC's service config: round-robin load balancing, and retries of idempotent calls that ended UNAVAILABLE. UnloadModel and
  * DeleteAsset are not retried: a second attempt would find the work of the first done. RESOURCE_EXHAUSTED is not included, since it
- * may be permanent; retry.js handles it.
+ * may be permanent; retry.js handles it. Nor is TransformBatch, which batch.js continues.
  */
 export const SERVICE_CONFIG = {
   loadBalancingConfig: [{ round_robin: {} }],
   methodConfig: [
+    { name: [{ service: "img2img.v1.ImageToImageService", method: "TransformBatch" }] },
     {
       name: [
         { service: "img2img.v1.ImageToImageService" },

@@ -6,6 +6,7 @@ import { pipeline } from "node:stream/promises";
 
 import grpc from "@grpc/grpc-js";
 
+import { Batch } from "./batch.js";
 import { channelTo } from "./channel.js";
 import { Contract } from "./contract.js";
 import { Img2ImgError, toError } from "./errors.js";
@@ -16,6 +17,7 @@ import { retrying } from "./retry.js";
  * @typedef {import("./types.js").TransformResponse} TransformResponse
  * @typedef {import("./types.js").TransformStreamResponse} TransformStreamResponse
  * @typedef {import("./types.js").Model} Model
+ * @typedef {import("./types.js").LoraFile} LoraFile
  * @typedef {import("./types.js").Asset} Asset
  */
 
@@ -77,6 +79,39 @@ export class Client {
     this.#contract.check(request, "img2img.v1.TransformRequest");
     const timed = this.#timed(options);
     yield* await retrying(() => this.#begin(this.#images, "TransformStream", { request }, timed), timed);
+  }
+
+  /**
+   * Transforms many images in one call, and yields the outcome of each in order of completion. The server takes requests as it has
+   * capacity for them.
+   *
+   * `requests` is read as results are taken, at most 32 requests ahead. A request that fails does not end the batch: its error is its
+   * outcome. If the server stops or the connection breaks, requests without a result are sent again, up to five attempts. What
+   * `requests` throws is thrown after the outcomes of the requests before it. Leaving the loop cancels the rest.
+   *
+   * @param {AsyncIterable<TransformRequest> | Iterable<TransformRequest>} requests
+   * @param {CallOptions} [options] `timeout` is for the whole batch
+   * @returns {AsyncGenerator<import("./batch.js").BatchResult, void, void>}
+   */
+  async *transformBatch(requests, options = {}) {
+    const timed = this.#timed(options);
+    const method = /** @type {any} */ (this.#contract.services.ImageToImageService.service).TransformBatch;
+    const batch = new Batch(requests, (request) => {
+      this.#contract.check(request, "img2img.v1.TransformRequest");
+      return method.requestSerialize({ request });
+    });
+    /** @param {Buffer} packed */
+    const same = (packed) => packed;
+    /** @type {any} */
+    let call;
+    const begin = () =>
+      (call = this.#images.makeBidiStreamRequest(method.path, same, method.responseDeserialize, this.#metadata(timed), timed));
+    const forget = cancelling({ cancel: () => call?.cancel() }, timed.signal);
+    try {
+      yield* batch.results(begin, timed);
+    } finally {
+      forget();
+    }
   }
 
   /** @param {CallOptions} [options] @returns {Promise<Model[]>} */

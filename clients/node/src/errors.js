@@ -60,6 +60,12 @@ export function toError(error) {
   return new Img2ImgError(code, failed.details, { ...found, cause: error });
 }
 
+/** The error in a serialized google.rpc.Status. @param {Buffer} packed */
+export function fromStatus(packed) {
+  const { code, message } = decode("Status", packed);
+  return new Img2ImgError(grpc.status[code] ?? "UNKNOWN", message, detailsOf(packed));
+}
+
 /** @param {Buffer} packed */
 function detailsOf(packed) {
   /** @type {{ reason?: string, fields?: { field: string, description: string }[], retryAfter?: number, estimate?: number }} */
