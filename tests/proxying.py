@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import trustme
 from conftest import REPOSITORY
 from google.protobuf.message import Message
 from google.rpc import status_pb2
@@ -139,3 +140,15 @@ class WebCall:
         """The google.rpc.Status of a call that failed."""
         encoded = self.trailers["grpc-status-details-bin"]
         return status_pb2.Status.FromString(base64.b64decode(encoded + "=" * (-len(encoded) % 4)))
+
+
+def certify(folder: Path) -> ssl.SSLContext:
+    """Writes the files that the options name, and the server's certificate. Returns what a client trusts."""
+    authority = trustme.CA()
+    authority.cert_pem.write_to_path(folder / "ca.pem")
+    for name in ("server", "proxy"):
+        issued = authority.issue_cert("localhost")
+        (folder / f"{name}.pem").write_bytes(b"".join(pem.bytes() for pem in issued.cert_chain_pems))
+        issued.private_key_pem.write_to_path(folder / f"{name}.key")
+        (folder / f"{name}.key").chmod(0o600)
+    return ssl.create_default_context(cafile=str(folder / "ca.pem"))

@@ -12,11 +12,12 @@ from pathlib import Path
 import pytest
 from conftest import REPOSITORY
 from fakes import FakePipeline
+from img2img_server.config import ServerConfig, TlsSettings
 from kserve_calls import Gate, ending
 from other_clients import CLIENTS, PICTURE, blocks
 from playing import browsing
 from playwright.async_api import Page
-from proxying import proxied
+from proxying import certify, proxied
 from running import running, store
 
 PACKAGES = ("@bufbuild/protobuf", "@connectrpc/connect", "@connectrpc/connect-web")
@@ -62,13 +63,13 @@ def import_map() -> str:
     return json.dumps({"imports": places})
 
 
-def put_page(folder: Path, port: int) -> None:
+def put_page(folder: Path, proxy: str) -> None:
     (folder / "node_modules").symlink_to(CLIENTS / "node" / "node_modules")
     command = [Path(sys.executable).parent / "buf", "build", REPOSITORY / "protos", "-o", folder / "img2img.binpb"]
     subprocess.run([*map(str, command)], check=True, timeout=60)
     (program,) = blocks(REPOSITORY / "docs" / "clients.md", "js")
-    assert program.count("localhost:8080") == 1
-    (folder / "page.js").write_text(program.replace("localhost:8080", f"localhost:{port}"))
+    assert program.count("http://localhost:8080") == 1
+    (folder / "page.js").write_text(program.replace("http://localhost:8080", proxy))
     loads = 'import { transform } from "./page.js"; window.transform = transform;'
     maps = f'<script type="importmap">{import_map()}</script>'
     (folder / "index.html").write_text(f'<!doctype html>{maps}<script type="module">{loads}</script>')
@@ -91,7 +92,7 @@ async def test_the_page_shows_steps_results_and_errors(node: Path, site: tuple[P
         proxied(server.port, tmp_path, origin=origin) as port,
         ending() as calls,
     ):
-        put_page(folder, port)
+        put_page(folder, f"http://localhost:{port}")
         async with browsing() as browser:
             page = await browser.new_page()
             await page.goto(f"{origin}/index.html")
@@ -126,3 +127,26 @@ async def test_the_page_shows_steps_results_and_errors(node: Path, site: tuple[P
             await page.evaluate(START, [picture, {}])
             assert "Failed to fetch" in (await page.evaluate(ERROR))[2]
             assert len(pipeline.prepared) == before
+
+
+async def test_a_message_that_is_too_large_has_a_status(node: Path, site: tuple[Path, str], tmp_path: Path) -> None:
+    """By HTTP/2, which browsers use with TLS."""
+    folder, origin = site
+    certify(tmp_path)
+    tls = TlsSettings(tmp_path / "server.pem", tmp_path / "server.key")
+    with (
+        running(lambda: store(m=FakePipeline()), tls=tls) as server,
+        proxied(server.port, tmp_path, options=True, origin=origin) as port,
+    ):
+        put_page(folder, f"https://localhost:{port}")
+        async with browsing() as browser:
+            page = await browser.new_page(ignore_https_errors=True)
+            await page.goto(f"{origin}/index.html")
+            await page.wait_for_function("'transform' in window")
+            start = START.replace("new Uint8Array(bytes)", "new Uint8Array(bytes[0])")
+            image, message = ServerConfig(Path()).image_limits.max_bytes, ServerConfig(Path()).max_message_bytes
+            for size, code, said in ((image + 1, 3, "image.data"), (message + 1, 8, "larger than max")):
+                await page.evaluate(start, [[size], {}])
+                name, got, text = await page.evaluate(ERROR)
+                assert (name, got) == ("ConnectError", code)
+                assert said in text

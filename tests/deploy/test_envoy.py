@@ -2,21 +2,24 @@
 
 import contextlib
 import http.client
-import ssl
+import io
+import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import trustme
 import yaml
 from fakes import FakePipeline
 from google.rpc import error_details_pb2
+from granting import grant
+from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 from img2img.v1 import image_to_image_pb2 as pb
 from img2img_server.config import ServerConfig, TlsSettings
 from kserve_calls import Gate, ending
 from messages import request
-from proxying import CONFIG, ORIGIN, PATIENCE, SERVICE, WebCall, framed, proxied, with_options
+from PIL import Image, ImageChops
+from proxying import CONFIG, ORIGIN, PATIENCE, SERVICE, WebCall, certify, framed, proxied, with_options
 from running import RunningServer, running, store
 
 
@@ -163,15 +166,60 @@ def test_a_server_that_is_not_ready_is_unavailable(tmp_path: Path) -> None:
         assert call.status == 14
 
 
+def test_images_larger_than_the_buffers_pass(port: int) -> None:
+    buffer = yaml.safe_load(CONFIG.read_text(encoding="utf-8"))["static_resources"]["listeners"][0][
+        "per_connection_buffer_limit_bytes"
+    ]
+    noise = Image.frombytes("RGB", (1024, 1024), random.Random(1).randbytes(3 * 1024 * 1024))
+    file = io.BytesIO()
+    noise.save(file, "PNG")
+    assert file.tell() > 2 * buffer
+    body = framed(pb.TransformRequest(image=pb.ImageSource(data=file.getvalue()), num_inference_steps=2))
+    (answer,) = WebCall(port, f"{SERVICE}Transform", body)
+    made = pb.TransformResponse.FromString(answer).images[0].data
+    assert len(made) > 2 * buffer
+    # The fake model returns its source.
+    assert ImageChops.difference(Image.open(io.BytesIO(made)), noise).getbbox() is None
+
+
+def test_tokens_pass(tmp_path: Path) -> None:
+    token = grant(tmp_path / "tokens.toml", "alice")
+    with (
+        running(lambda: store(m=FakePipeline()), tokens=tmp_path / "tokens.toml") as server,
+        proxied(server.port, tmp_path) as port,
+    ):
+        for headers, status in (({}, 16), ({"Authorization": "Bearer wrong"}, 16), ({"Authorization": f"Bearer {token}"}, 0)):
+            call = WebCall(port, f"{SERVICE}Transform", framed(request()), headers)
+            assert len(list(call)) == (status == 0)
+            assert call.status == status
+        health = WebCall(port, "/grpc.health.v1.Health/Check", framed(HealthCheckRequest()))
+        assert [HealthCheckResponse.FromString(message).status for message in health] == [HealthCheckResponse.SERVING]
+
+
+def test_a_server_that_drains_finishes_its_streams_and_gets_no_new_calls(tmp_path: Path) -> None:
+    pipeline = FakePipeline()
+    gate = Gate(pipeline)
+    with running(lambda: store(m=pipeline)) as server, proxied(server.port, tmp_path) as port:
+        call = WebCall(port, f"{SERVICE}TransformStream", streamed(num_inference_steps=5))
+        gate.come()
+        stopped = server.stop()
+        # Begins to drain on the event loop, which then serves the next call.
+        for _ in range(1000):
+            refused = WebCall(port, "/grpc.health.v1.Health/Check", framed(HealthCheckRequest()))
+            answers = [HealthCheckResponse.FromString(message).status for message in refused]
+            if answers != [HealthCheckResponse.SERVING]:
+                break
+        refused = WebCall(port, f"{SERVICE}Transform", framed(request()))
+        assert list(refused) == []
+        assert refused.status == 14
+        gate.open()
+        events = [pb.TransformStreamResponse.FromString(message).WhichOneof("event") for message in call]
+        assert (events[-1], call.status) == ("completed", 0)
+        stopped.result(PATIENCE)
+
+
 def test_the_options_add_tls_on_both_sides(tmp_path: Path) -> None:
-    authority = trustme.CA()
-    authority.cert_pem.write_to_path(tmp_path / "ca.pem")
-    for name in ("server", "proxy"):
-        issued = authority.issue_cert("localhost")
-        (tmp_path / f"{name}.pem").write_bytes(b"".join(pem.bytes() for pem in issued.cert_chain_pems))
-        issued.private_key_pem.write_to_path(tmp_path / f"{name}.key")
-        (tmp_path / f"{name}.key").chmod(0o600)
-    context = ssl.create_default_context(cafile=str(tmp_path / "ca.pem"))
+    context = certify(tmp_path)
     tls = TlsSettings(tmp_path / "server.pem", tmp_path / "server.key")
     with running(lambda: store(m=FakePipeline()), tls=tls) as server, proxied(server.port, tmp_path, options=True) as port:
         call = WebCall(port, f"{SERVICE}Transform", framed(request()), tls=context)
