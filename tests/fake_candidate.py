@@ -106,6 +106,6 @@ class FakeCandidate:
     def settle(self) -> None:
         self.settled += 1
 
-    def judge(self, pictures: Sequence[Image.Image]) -> str:
-        assert len(pictures) == self._trials
+    def judge(self, images: Sequence[Image.Image]) -> str:
+        assert len(images) == self._trials
         return self.problem

@@ -23,7 +23,7 @@ MAX_REQUEST_BYTES = 32 * 1024 * 1024
 """What the fake server takes; less than the client would send."""
 
 
-def picture(colour: str = "red", size: tuple[int, int] = (4, 2), image_format: str = "PNG") -> bytes:
+def image_bytes(colour: str = "red", size: tuple[int, int] = (4, 2), image_format: str = "PNG") -> bytes:
     """A small image's file."""
     file = io.BytesIO()
     Image.new("RGB", size, colour).save(file, image_format)
@@ -34,7 +34,7 @@ def response(*seeds: int) -> messages.TransformResponse:
     """A result with an image for each seed."""
     return messages.TransformResponse(
         images=[
-            messages.ImageResult(data=picture(), format=messages.OUTPUT_FORMAT_PNG, width=4, height=2, seed=seed)
+            messages.ImageResult(data=image_bytes(), format=messages.OUTPUT_FORMAT_PNG, width=4, height=2, seed=seed)
             for seed in seeds or (7,)
         ],
         model_id="demo",
@@ -55,7 +55,7 @@ def events(*seeds: int, steps: int = 2, preview_interval: int = 0) -> list[messa
     """The life of a request that goes well, with a preview every so many steps but the last."""
     event = messages.TransformStreamResponse
     previews = {
-        step: picture(image_format="JPEG") for step in range(1, steps) if preview_interval and step % preview_interval == 0
+        step: image_bytes(image_format="JPEG") for step in range(1, steps) if preview_interval and step % preview_interval == 0
     }
     return [
         event(queued=messages.Queued(position=3, eta_seconds=1.5)),

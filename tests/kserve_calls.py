@@ -73,7 +73,7 @@ def text(name: str, value: bytes | str, shape: Sequence[int] = (1,)) -> Any:
     return tensor(name, array)
 
 
-def picture(data: bytes | None = None) -> Any:
+def image_input(data: bytes | None = None) -> Any:
     """The input `image`: a plain image's file unless another is given."""
     return text("image", png() if data is None else data)
 

@@ -14,7 +14,7 @@ from conftest import REPOSITORY
 from fakes import FakePipeline, FakeState
 
 CLIENTS = REPOSITORY / "clients"
-PICTURE = REPOSITORY / "demo" / "images" / "noon-lake.png"
+IMAGE = REPOSITORY / "demo" / "images" / "noon-lake.png"
 
 PATIENCE = 60.0
 """Seconds after which a test that waits for an event has failed."""

@@ -26,7 +26,7 @@ from playwright.async_api import Browser, BrowserContext, Locator, Page, async_p
 from running import RunningServer, manifest, running
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-PICTURE = REPOSITORY / "demo" / "images" / "noon-lake.png"
+IMAGE = REPOSITORY / "demo" / "images" / "noon-lake.png"
 LORAS = ("detail", "ghibli 'style'")
 PATIENCE = 60.0
 """Seconds that a busy machine may take for what takes none."""
@@ -79,7 +79,7 @@ class InvertingPipeline(FakePipeline):
     def __init__(self, gate: Gate) -> None:
         super().__init__()
         self.before["denoise"] = gate.pass_one
-        self.native_size = (128, 128)  # PICTURE's
+        self.native_size = (128, 128)  # IMAGE's
         self.source_rule = SourceRule(mask="optional")
         self.fields = {**GUIDED, "reference_images": FieldRule(), "loras": FieldRule()}
         self.let_go = threading.Semaphore(0)
@@ -233,7 +233,7 @@ class Visitor:
             [list(data), name],
         )
 
-    async def choose(self, path: Path = PICTURE) -> None:
+    async def choose(self, path: Path = IMAGE) -> None:
         """Chooses a file, and waits until it is on the stage."""
         await self.page.set_input_files(".stage-foot input[type=file]", path)
         await self.page.locator(".stage-name", has_text=path.name).wait_for()
@@ -294,8 +294,8 @@ class Visitor:
 
 
 def is_inverted(file: bytes | Path) -> bool:
-    """Whether an image's file is what InvertingPipeline makes of PICTURE."""
-    with Image.open(file if isinstance(file, Path) else io.BytesIO(file)) as made, Image.open(PICTURE) as source:
+    """Whether an image's file is what InvertingPipeline makes of IMAGE."""
+    with Image.open(file if isinstance(file, Path) else io.BytesIO(file)) as made, Image.open(IMAGE) as source:
         wanted = ImageOps.invert(source.convert("RGB"))
         return made.size == wanted.size and ImageChops.difference(made.convert("RGB"), wanted).getbbox() is None
 

@@ -50,9 +50,9 @@ async def test_a_peer_that_was_paused_goes_on(tiny_model: Callable[[str], Path],
         server.pause()
         server.resume()
         async with connected(server.target) as sender:
-            pictures = await asyncio.gather(*(sender.send(job) for job in JOBS))
+            images = await asyncio.gather(*(sender.send(job) for job in JOBS))
     assert [record.error for record in sender.records] == [""] * len(JOBS)
-    assert largest_difference(pictures[0], pictures[1]) > 1, "another seed makes another picture"
+    assert largest_difference(images[0], images[1]) > 1, "another seed makes another image"
 
 
 def test_optimums_peers_say_what_they_need(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -90,7 +90,7 @@ def test_the_mix_is_what_it_claims() -> None:
     assert all(1 <= job.denoising_steps <= job.steps for job in drawn)
 
 
-def test_where_all_is_different_no_prompt_and_no_picture_comes_twice() -> None:
+def test_distinct_jobs_repeat_no_prompt_and_no_image() -> None:
     drawn = jobs_worth(draw_different, generator(1, "different"), 0, 60)
     assert len({render(job.source) for job in drawn}) == len({job.prompt for job in drawn}) == 60
 
@@ -185,8 +185,8 @@ def test_a_report_is_written_where_nothing_was_answered_too(tmp_path: Path) -> N
     assert len(told["records"]) == 6
     assert figures(runs)["saturation"]["ours"].requests == 2
     draw(tmp_path / "load.png", results, asked)
-    with Image.open(tmp_path / "load.png") as picture:
-        assert picture.width > 1000
+    with Image.open(tmp_path / "load.png") as image:
+        assert image.width > 1000
 
 
 def test_bench_codecs_compares_each_format_in_both_directions(capsys: pytest.CaptureFixture[str]) -> None:

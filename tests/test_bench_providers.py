@@ -26,7 +26,7 @@ def test_variants_of_a_part_compute_the_same(
     assert error_of(works["cpu"], works["torch"]) < 1e-4
 
 
-def test_ways_to_draw_a_request_draw_the_same_picture(bundle: Callable[[str], Path], tiny_model: Callable[[str], Path]) -> None:
+def test_ways_to_draw_a_request_draw_the_same_image(bundle: Callable[[str], Path], tiny_model: Callable[[str], Path]) -> None:
     settings = {"threads": 1, "provider": "cpu", "arithmetic": "fp32"}
     source = Image.linear_gradient("L").resize((64, 64)).convert("RGB")
     ours = peer_image.ours(argparse.Namespace(model=bundle("sd1"), **settings))(source, 4)

@@ -120,17 +120,17 @@ def test_every_command_explains_itself_on_a_client_install(command: str) -> None
 
 @pytest.mark.parametrize("command", CLIENT)
 def test_a_client_install_runs_what_needs_no_model(command: str, tmp_path: Path) -> None:
-    picture = tmp_path / "a.png"
+    image = tmp_path / "a.png"
     words = {
-        "transform": [str(picture), "--output", str(tmp_path / "b.png"), "--target", "localhost:1", "--timeout", "0.1"],
+        "transform": [str(image), "--output", str(tmp_path / "b.png"), "--target", "localhost:1", "--timeout", "0.1"],
         "models": ["--target", "localhost:1", "--timeout", "0.1"],
         "health": ["--target", "localhost:1", "--timeout", "0.1"],
-        "assets": ["upload", str(picture), "--target", "localhost:1", "--timeout", "0.1"],
+        "assets": ["upload", str(image), "--target", "localhost:1", "--timeout", "0.1"],
         "top": ["http://localhost:1/metrics", "--once"],
         "token": ["add", "alice", "--tokens", str(tmp_path / "tokens.toml")],
         "inspect": [str(tmp_path)],
     }[command]
-    code = "from PIL import Image\n" + f"Image.new('RGB', (8, 8)).save({str(picture)!r})\nsys.exit(main({[command, *words]!r}))"
+    code = "from PIL import Image\n" + f"Image.new('RGB', (8, 8)).save({str(image)!r})\nsys.exit(main({[command, *words]!r}))"
     result = client_install(code)
     assert result.returncode == (0 if command == "token" else 1), result.stderr
     assert "Traceback" not in result.stderr
@@ -209,7 +209,7 @@ def test_without_models_the_demo_model_is_exported_once_and_served_from_then_on(
     assert "serving the demo model" in said[1]
 
 
-def test_an_export_of_the_demo_model_that_fails_is_told_of(tmp_path: Path) -> None:
+def test_failed_demo_export_is_reported(tmp_path: Path) -> None:
     with pytest.raises(demo.DemoUnavailable, match="failed with status 3"):
         demo.obtain(lambda line: None, tmp_path, lambda model, output: 3)
     (tmp_path / "file").write_text("")
@@ -230,7 +230,7 @@ def test_outside_of_a_checkout_a_line_says_what_to_do(
     assert "tls_certificate and tls_key must be set together" in capsys.readouterr().err, "before anything is exported"
 
 
-def test_without_the_exporter_a_line_says_what_to_install(
+def test_missing_exporter_is_reported_with_install_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))

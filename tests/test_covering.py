@@ -16,7 +16,7 @@ def marked(parameters: Any) -> tuple[list[Any], list[Any]]:
 
 
 @pytest.mark.parametrize("count", [2, 3, 4])
-def test_every_combination_is_there_and_the_values_are_covered_always(count: int) -> None:
+def test_every_pair_and_every_value_is_covered(count: int) -> None:
     axes = dict(list(AXES.items())[:count])
     names, parameters = covering(**axes).args
     always, nightly = marked(parameters)

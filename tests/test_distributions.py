@@ -80,7 +80,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
     return Built(sdist, hatchling("wheel", folder / sdist.name.removesuffix(".tar.gz"), folder))
 
 
-def test_the_sdist_is_small_and_has_what_a_reader_and_a_builder_need(built: Built) -> None:
+def test_sdist_is_small_and_contains_docs_and_build_files(built: Built) -> None:
     files = built.sources()
     assert built.sdist.stat().st_size < 8 * _MEGABYTE
     assert built.sdist.name == f"img2img_server-{PROJECT['project']['version']}.tar.gz"

@@ -107,19 +107,19 @@ def test_the_tables_of_architectures_and_keys_are_whole() -> None:
     assert page.endswith(f"\n{architectures.keys(becomes)}")
 
 
-def test_the_reference_of_settings_is_what_the_configuration_says() -> None:
+def test_settings_reference_matches_the_configuration() -> None:
     """`scripts/settings` mends it."""
     assert settings_page.PAGE.read_text(encoding="utf-8") == settings_page.page()
 
 
 def test_the_table_of_limits_is_true() -> None:
-    for precision, relative, worst, picture in rows("Verification"):
+    for precision, relative, worst, image in rows("Verification"):
         limits = LIMITS[precision]  # type: ignore[index]
         assert (float(relative), float(worst)) == (limits.relative_error, limits.worst)
-        greatest = re.search(r"within (\d+)/255", picture)
+        greatest = re.search(r"within (\d+)/255", image)
         assert limits.max_abs_error == (int(greatest[1]) if greatest else 255)
-        assert f"{limits.psnr_db:.0f} dB, SSIM " in picture
-        assert float(picture.rpartition(" ")[2]) == limits.ssim
+        assert f"{limits.psnr_db:.0f} dB, SSIM " in image
+        assert float(image.rpartition(" ")[2]) == limits.ssim
 
 
 def flags(parser: argparse.ArgumentParser) -> Iterator[str]:

@@ -55,7 +55,7 @@ def test_a_family_that_is_batched(bundle: Callable[[str], Path], monkeypatch: py
     while states[0].step < states[0].step_count:
         turbo.advance(states, turbo.denoise(states))
     for alone, together in zip(drawn, turbo.finish(states), strict=True):
-        assert np.abs(alone - pixels(list(together))).max() <= 1, "the same picture alone and in a batch"
+        assert np.abs(alone - pixels(list(together))).max() <= 1, "the same image alone and in a batch"
 
 
 def test_a_setting() -> None:

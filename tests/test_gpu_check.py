@@ -136,7 +136,7 @@ def test_preflight_compares_recorded_calls_with_eager_ones(settings: Settings) -
         ("unet-sd15", ["ours", "not recorded", "PyTorch", "ours against PyTorch in fp32"]),
         pytest.param("unet-sdxl", ["ours", "not recorded", "PyTorch", "ours against PyTorch in fp32"], marks=pytest.mark.nightly),
         pytest.param("vae", ["ours", "PyTorch", "ours against PyTorch"] * 2, marks=pytest.mark.nightly),
-        pytest.param("picture", ["ours", "PyTorch"], marks=pytest.mark.nightly),
+        pytest.param("image", ["ours", "PyTorch"], marks=pytest.mark.nightly),
         pytest.param("cold", ["process start to first image, sd15"], marks=pytest.mark.nightly),
         pytest.param("memory", ["out of memory"], marks=pytest.mark.nightly),
     ],
@@ -160,7 +160,7 @@ def test_a_step_of_the_engine_is_split_into_the_call_and_the_rest(settings: Sett
 
 
 def test_every_section_of_the_command_exists() -> None:
-    assert {section.name for section in command.SECTIONS[1:]} == set(SECTIONS) - {"first-picture"}
+    assert {section.name for section in command.SECTIONS[1:]} == set(SECTIONS) - {"first-image"}
 
 
 def test_results_are_kept_as_they_come(tmp_path: Path) -> None:
@@ -279,7 +279,7 @@ def test_graphs_of_another_precision_are_refused(tmp_path: Path, monkeypatch: py
 
 
 def test_what_no_time_is_left_for_is_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    started, lines, _ = _checked(tmp_path, set(), monkeypatch, "--only", "vae,picture", "--budget", "0")
+    started, lines, _ = _checked(tmp_path, set(), monkeypatch, "--only", "vae,image", "--budget", "0")
     assert "vae" not in started
     assert [line.note for line in lines] == ["skipped: no time left"] * 2
 

@@ -51,7 +51,7 @@ def test_a_short_soak_keeps_every_promise(tmp_path: Path) -> None:
 
 
 @pytest.mark.nightly
-def test_a_server_that_draws_a_wrong_picture_now_and_then_fails_the_soak(tmp_path: Path) -> None:
+def test_soak_fails_if_a_server_sometimes_returns_wrong_images(tmp_path: Path) -> None:
     result = soak(tmp_path, "--minutes", "0.1", "--no-hostile", **{FLAW: "97"})
     assert result.returncode == 1, result.stdout + result.stderr
     assert "an image differs by" in result.stdout
@@ -173,7 +173,7 @@ def test_the_slope_is_that_of_the_nearest_line() -> None:
     assert slope([(0.0, 1.0)]) == 0.0
 
 
-def test_a_picture_that_is_off_is_noticed_and_rounding_is_not() -> None:
+def test_wrong_images_are_detected_and_rounding_is_tolerated() -> None:
     image = noise((16, 16), 1)
     reference = png(image)
 

@@ -163,7 +163,7 @@ def _movq() -> VQModel:
         norm_type="spatial",
     ).eval()
     latents = torch.randn(4, 4, SAMPLE_SIZE, SAMPLE_SIZE)
-    picture = movq.decode(latents, force_not_quantize=True).sample
-    movq.decoder.conv_out.weight.mul_(0.5 / picture.std())
+    image = movq.decode(latents, force_not_quantize=True).sample
+    movq.decoder.conv_out.weight.mul_(0.5 / image.std())
     movq.decoder.conv_out.bias.zero_()
     return movq

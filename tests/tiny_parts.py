@@ -169,9 +169,9 @@ def vae(scaling_factor: float, force_upcast: bool = False, channels: int = 4, sh
         use_quant_conv=older,
         use_post_quant_conv=older,
     ).eval()
-    picture = torch.randn(4, 3, SAMPLE_SIZE * 8, SAMPLE_SIZE * 8).clamp(-1, 1)
+    image = torch.randn(4, 3, SAMPLE_SIZE * 8, SAMPLE_SIZE * 8).clamp(-1, 1)
     last = vae.quant_conv if older else vae.encoder.conv_out
-    last.weight[:channels].div_(vae.encode(picture).latent_dist.mean.std() * scaling_factor)
+    last.weight[:channels].div_(vae.encode(image).latent_dist.mean.std() * scaling_factor)
     last.bias[channels:].sub_(6)
     latents = torch.randn(4, channels, SAMPLE_SIZE, SAMPLE_SIZE) / scaling_factor + (shift_factor or 0.0)
     vae.decoder.conv_out.weight.mul_(0.5 / vae.decode(latents).sample.std())

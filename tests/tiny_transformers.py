@@ -340,9 +340,9 @@ def qwen_text_encoder(vocabulary: int, **settings: Any) -> Qwen2_5_VLForConditio
 
 def _qwen_vae() -> AutoencoderKLQwenImage:
     vae = AutoencoderKLQwenImage(base_dim=8, z_dim=CHANNELS, dim_mult=[1, 2, 2, 2], num_res_blocks=1).eval()
-    picture = torch.randn(4, 3, 1, SAMPLE_SIZE * 8, SAMPLE_SIZE * 8).clamp(-1, 1)
+    image = torch.randn(4, 3, 1, SAMPLE_SIZE * 8, SAMPLE_SIZE * 8).clamp(-1, 1)
     means, deviations = (torch.tensor(vae.config[name]) for name in ("latents_mean", "latents_std"))
-    vae.quant_conv.weight[:CHANNELS].mul_(2 / vae.encode(picture).latent_dist.mean.std())
+    vae.quant_conv.weight[:CHANNELS].mul_(2 / vae.encode(image).latent_dist.mean.std())
     vae.quant_conv.bias[CHANNELS:].sub_(6)
     latents = torch.randn(4, CHANNELS, 1, SAMPLE_SIZE, SAMPLE_SIZE)
     latents = latents * deviations.view(1, -1, 1, 1, 1) + means.view(1, -1, 1, 1, 1)

@@ -38,7 +38,7 @@ SECTIONS = (
     Section("unet-sd15", 90),
     Section("unet-sdxl", 120, "sdxl"),
     Section("vae", 60),
-    Section("picture", 60),
+    Section("image", 60),
     Section("cold", 60),
     Section("memory", 60),
     Section("compile-sd15", 150),

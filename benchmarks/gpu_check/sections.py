@@ -142,7 +142,7 @@ def vae(settings: Settings) -> Iterator[Line]:
                 yield _error(section, "ours against PyTorch", ours, theirs, settings)
 
 
-def picture(settings: Settings) -> Iterator[Line]:
+def image(settings: Settings) -> Iterator[Line]:
     """A whole request of 25 steps at strength 0.8, from prompt and image to image, ours and PyTorch's."""
     side = settings.side("sd15")
     works: dict[str, Work] = {"ours": WholeRequest(_ours(settings, "sd15"), _request(side, _STEPS, (1,)))}
@@ -150,18 +150,18 @@ def picture(settings: Settings) -> Iterator[Line]:
         works["ours"].run()
     if settings.values:  # diffusers' schedulers look values up by computed numbers
         works["PyTorch"] = _torch_request(_torch_pipeline(settings), side)
-    yield from _compared(_request_section(side), works, settings, aim=settings.aim("picture"))
+    yield from _compared(_request_section(side), works, settings, aim=settings.aim("image"))
 
 
 def cold(settings: Settings) -> Iterator[Line]:
     """From the start of a process to the first image, with the weights' files in memory."""
     begun = time.monotonic()
-    subprocess.run([sys.executable, "-m", "gpu_check", *settings.words(), "--section", "first-picture"], check=True)
+    subprocess.run([sys.executable, "-m", "gpu_check", *settings.words(), "--section", "first-image"], check=True)
     line = Line("cold start", "process start to first image, sd15", time.monotonic() - begun, "s")
     yield line.at_most(settings.aim("cold"))
 
 
-def first_picture(settings: Settings) -> Iterator[Line]:
+def first_image(settings: Settings) -> Iterator[Line]:
     """The process that `cold` times."""
     WholeRequest(_ours(settings, "sd15"), _request(settings.side("sd15"), _STEPS, (1,))).run()
     yield from ()
@@ -363,9 +363,9 @@ SECTIONS: dict[str, Callable[[Settings], Iterator[Line]]] = {
     "unet-sd15": lambda settings: unet(settings, "sd15"),
     "unet-sdxl": lambda settings: unet(settings, "sdxl"),
     "vae": vae,
-    "picture": picture,
+    "image": image,
     "cold": cold,
-    "first-picture": first_picture,
+    "first-image": first_image,
     "memory": memory,
     "compile-sd15": lambda settings: compiled(settings, "sd15"),
     "compile-sdxl": lambda settings: compiled(settings, "sdxl"),

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-AIMS = {"preflight": 20.0, "unet-sd15": 5.0, "unet-sdxl": 34.0, "picture": 130.0, "cold": 20.0}
+AIMS = {"preflight": 20.0, "unet-sd15": 5.0, "unet-sdxl": 34.0, "image": 130.0, "cold": 20.0}
 """Upper limits on an H200. In ms: a UNet call of 2 rows at 512 px (SD 1.5) and 1024 px (SDXL), a 512 px image. In s: the rest."""
 
 FLOORS = {

@@ -13,7 +13,7 @@ from typing import Any
 
 import onnx
 import torch
-from img2img_export.convert.external_weights import GRAPH_NAME, Skeleton
+from img2img_export.convert.external_weights import GRAPH_NAME, ExternalWeightsGraph
 from img2img_export.progress import Progress
 from img2img_server.bundle.manifest import Manifest, Source, Verification, list_files, write_manifest
 
@@ -84,15 +84,15 @@ def _make(part: str, module: Any, folder: Path, precision: str) -> None:
     calls.add(flatten(call))
     with quiet(), torch.no_grad():
         described = part_of(part, module, calls)
-        skeleton = trace(module, described, flatten(call), torch.float16 if precision == "fp16" else torch.float32)
+        graph = trace(module, described, flatten(call), torch.float16 if precision == "fp16" else torch.float32)
         if hasattr(module, "save_config"):
             module.save_config(folder)
         else:
             module.config.save_pretrained(folder)
-    _name_weights(skeleton, module)
-    _write(skeleton, folder)
+    _name_weights(graph, module)
+    _write(graph, folder)
     if precision == "fp16" and part != "text_encoder":
-        _write(fuse(skeleton), folder / _FUSED)
+        _write(fuse(graph), folder / _FUSED)
 
 
 def _call(part: str, config: Any) -> dict[str, Any]:
@@ -111,21 +111,21 @@ def _call(part: str, config: Any) -> dict[str, Any]:
     return {**feed, "added_cond_kwargs": added}
 
 
-def _name_weights(skeleton: Skeleton, module: Any) -> None:
+def _name_weights(graph: ExternalWeightsGraph, module: Any) -> None:
     """Replaces each parameter by a description of its values. Other weights (position ids) go into the graph."""
     names = {id(value): name for name, value in module.named_parameters()}
-    for key, weight in list(skeleton.weights.items()):
+    for key, weight in list(graph.weights.items()):
         name = names.get(id(weight.source))
         if name is None:
-            skeleton.model.graph.initializer.append(onnx.numpy_helper.from_array(weight.array(), key))
-            del skeleton.weights[key]
+            graph.model.graph.initializer.append(onnx.numpy_helper.from_array(weight.array(), key))
+            del graph.weights[key]
         else:
-            skeleton.weights[key] = RandomWeight(weight.source, weight.dtype, weight.shape, weight.permutation, name)
+            graph.weights[key] = RandomWeight(weight.source, weight.dtype, weight.shape, weight.permutation, name)
 
 
-def _write(skeleton: Skeleton, folder: Path) -> None:
+def _write(graph: ExternalWeightsGraph, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    onnx.save(skeleton.model, str(folder / GRAPH_NAME))
+    onnx.save(graph.model, str(folder / GRAPH_NAME))
     weights = {
         key: {
             "name": weight.name,
@@ -134,14 +134,14 @@ def _write(skeleton: Skeleton, folder: Path) -> None:
             "shape": weight.shape,
             "permutation": weight.permutation,
         }
-        for key, weight in skeleton.weights.items()
+        for key, weight in graph.weights.items()
         if isinstance(weight, RandomWeight)
     }
-    assert len(weights) == len(skeleton.weights), "a weight has no name"
+    assert len(weights) == len(graph.weights), "a weight has no name"
     (folder / WEIGHTS_NAME).write_text(json.dumps(weights))
 
 
-def _read(folder: Path) -> Skeleton:
+def _read(folder: Path) -> ExternalWeightsGraph:
     described = json.loads((folder / WEIGHTS_NAME).read_text())
     weights = {
         key: RandomWeight(
@@ -153,7 +153,7 @@ def _read(folder: Path) -> Skeleton:
         )
         for key, item in described.items()
     }
-    return Skeleton(onnx.load(str(folder / GRAPH_NAME)), dict(weights))
+    return ExternalWeightsGraph(onnx.load(str(folder / GRAPH_NAME)), dict(weights))
 
 
 def _write_manifest(folder: Path, precision: str) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from img2img_server.bundle.manifest import LIMITS, Component, Manifest, PictureParity, Reference, Source, Verification
+from img2img_server.bundle.manifest import LIMITS, Component, ImageParity, Manifest, Reference, Source, Verification
 from img2img_server.runtime.schedulers import registry
 from PIL import Image
 
@@ -133,7 +133,7 @@ def _judge(
     attempt: Attempt,
     cases: Sequence[ImageCase],
     references: Sequence[Image.Image],
-    compared: tuple[PictureParity, ...],
+    compared: tuple[ImageParity, ...],
     generated: list[Image.Image],
     options: ExportOptions,
     bundle: Path,

@@ -23,7 +23,7 @@ from img2img_server.bundle.manifest import LIMITS, AccuracyLimits, Component, Co
 
 from img2img_export.convert import lora_graph, parts, split_graph
 from img2img_export.convert.calibration import Calibration
-from img2img_export.convert.external_weights import GRAPH_NAME, Skeleton
+from img2img_export.convert.external_weights import GRAPH_NAME, ExternalWeightsGraph
 from img2img_export.convert.fp32_compute import computing_in_fp32
 from img2img_export.convert.fused_attention import NAME as FUSED_ATTENTION
 from img2img_export.convert.fused_attention import write_beside
@@ -202,14 +202,14 @@ class Converter:
         # int8 weights would differ in scale from those of the plain graph.
         layers = lora_graph.layers_of(module) if self._options.lora_graphs and precision != "int8" else ()
         lora: Part | None = None
-        beside: dict[str, Skeleton] = {}
+        beside: dict[str, ExternalWeightsGraph] = {}
         troubles = []
         with quiet():
             _save_config(module, folder, self._options.precision)
             with computing_in_fp32(module):
                 part, example, cases = described(name, module, calls)
                 compared = lora_cases.lora_cases(part, module, layers, cases[-2:]) if layers else []
-            skeleton = _make(module, part, example, precision)
+            external = _make(module, part, example, precision)
             if layers:
                 lora = lora_graph.adapted(part, layers)
                 rows = len(next(iter(example.values())))
@@ -220,14 +220,14 @@ class Converter:
             kept: tuple[str, ...] = ()
             if precision == "int8" and name in STATIC_GRAPHS:
                 with computing_in_fp32(module):
-                    skeleton, kept = self._quantized(skeleton, module, part, calls)
-        skeleton.write(folder, self._progress, name, beside)
+                    external, kept = self._quantized(external, module, part, calls)
+        external.write(folder, self._progress, name, beside)
         if name in self._calibrations:
             self._calibrations[name].release()
         try:
             if precision == "fp16" and name in _FUSABLE:
                 fused = {file: fuse(graph) for file, graph in beside.items()}
-                fuse(skeleton).write(folder / FUSED, self._progress, f"{name}, fused", fused)
+                fuse(external).write(folder / FUSED, self._progress, f"{name}, fused", fused)
             elif precision != "int8" and name == _TRANSFORMER:
                 with quiet():
                     write_beside(_make(module, part, example, precision, fused_attention=True), folder)
@@ -236,9 +236,11 @@ class Converter:
             troubles.append(f"no fused graph: {type(error).__name__}: {first_line(error)}")
         return _Written(part, cases, lora, compared, "; ".join(troubles), kept)
 
-    def _quantized(self, skeleton: Skeleton, module: Any, part: Part, calls: Calls) -> tuple[Skeleton, tuple[str, ...]]:
+    def _quantized(
+        self, graph: ExternalWeightsGraph, module: Any, part: Part, calls: Calls
+    ) -> tuple[ExternalWeightsGraph, tuple[str, ...]]:
         """The graph in static int8, and the layers that stay in fp32. Raises ExportError if all do."""
-        weights = {id(weight.source) for weight in skeleton.weights.values()}
+        weights = {id(weight.source) for weight in graph.weights.values()}
         known = self._calibrations.pop(part.name, None)
         calibration = Calibration(module, part, calls.every(), weights, self._progress, known)
         choice = calibration.choose(module, _BUDGETS[self._budget])
@@ -249,7 +251,7 @@ class Converter:
             f"{part.name}: {quantized} layers in int8 ({fine} of them with a scale for each channel), {kept} in fp32, "
             f"relative error {choice.error:.1e}"
         )
-        result = to_static_int8(skeleton, {name: (calibration.layers[name], fine) for name, fine in choice.layers.items()})
+        result = to_static_int8(graph, {name: (calibration.layers[name], fine) for name, fine in choice.layers.items()})
         self._calibrations[part.name] = calibration
         return result, choice.kept
 
@@ -303,7 +305,7 @@ def _remove_fused(folder: Path) -> None:
     (folder / FUSED_ATTENTION).unlink(missing_ok=True)
 
 
-def _make(module: Any, part: Part, example: Tensors, precision: Precision, fused_attention: bool = False) -> Skeleton:
+def _make(module: Any, part: Part, example: Tensors, precision: Precision, fused_attention: bool = False) -> ExternalWeightsGraph:
     if precision == "fp32":
         return trace(module, part, example, fused_attention=fused_attention)
     if precision == "int8" and part.name not in STATIC_GRAPHS:
@@ -312,12 +314,12 @@ def _make(module: Any, part: Part, example: Tensors, precision: Precision, fused
         return to_int8(trace(module, part, example))
     if precision == "int8":
         return trace(module, part, example)
-    skeleton = trace(module, part, example, torch.float16, fused_attention)
+    graph = trace(module, part, example, torch.float16, fused_attention)
     if precision == "bf16":
         from img2img_export.convert.bfloat16 import to_bfloat16
 
-        return to_bfloat16(skeleton)
-    return skeleton
+        return to_bfloat16(graph)
+    return graph
 
 
 def _save_config(module: Any, folder: Path, requested: Precision) -> None:

@@ -42,7 +42,7 @@ class ReferenceList:
 
     def _add(self, image: ImageFile) -> None:
         with ui.element("div").classes("reference"):
-            picture = ui.element("img")
-            picture.props.update({"src": self._address(image.id), "alt": image.name})
+            element = ui.element("img")
+            element.props.update({"src": self._address(image.id), "alt": image.name})
             button = ui.button(icon="close", on_click=lambda: self._remove(image)).props("flat round dense")
             button.props["aria-label"] = f"Remove {image.name}"

@@ -9,7 +9,7 @@ from typing import Any
 import grpc
 import pytest
 import trustme
-from fake_image_service import FakeServer, FakeService, picture
+from fake_image_service import FakeServer, FakeService, image_bytes
 from img2img_cli.__main__ import main
 from img2img_client import Client, Unauthenticated, Unavailable
 from img2img_client.channel import Access
@@ -239,7 +239,7 @@ def test_a_token_for_another_machine_needs_tls(monkeypatch: pytest.MonkeyPatch, 
 
 
 def test_no_flag_takes_a_token_itself(server: FakeServer, tmp_path: Path) -> None:
-    (tmp_path / "photo.png").write_bytes(picture())
+    (tmp_path / "photo.png").write_bytes(image_bytes())
     with pytest.raises(SystemExit):
         main(["transform", str(tmp_path / "photo.png"), "--output=-", f"--target={server.target}", f"--token={TOKEN}"])
 

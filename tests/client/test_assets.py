@@ -1,4 +1,4 @@
-"""Pictures that the server keeps: what goes there and comes back is what was meant, or an error."""
+"""Images that the server keeps: what goes there and comes back is what was meant, or an error."""
 
 import hashlib
 import io
@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from blocking import Blocking
-from fake_image_service import FakeServer, FakeService, picture
+from fake_image_service import FakeServer, FakeService, image_bytes
 from img2img.v1 import image_to_image_pb2 as messages
 from img2img_client import (
     Asset,
@@ -131,7 +131,7 @@ def test_what_is_not_kept_is_not_found(client: Client, server: FakeServer) -> No
             call(asset)
 
 
-def test_a_kept_picture_says_where_it_is(client: Client, service: FakeService) -> None:
+def test_a_kept_image_says_where_it_is(client: Client, service: FakeService) -> None:
     service.script[-1].completed.images[0].asset_id = "kept"
     *_, completed = client.transform_stream(b"file", as_asset=True)
     assert isinstance(completed, Completed)
@@ -146,5 +146,5 @@ def test_a_kept_picture_says_where_it_is(client: Client, service: FakeService) -
     assert not Path("nowhere.png").exists()
 
 
-def test_a_sent_picture_is_no_asset(client: Client) -> None:
-    assert client.transform(b"file").images == (TransformedImage(picture(), "png", 4, 2, 7, None),)
+def test_a_sent_image_is_no_asset(client: Client) -> None:
+    assert client.transform(b"file").images == (TransformedImage(image_bytes(), "png", 4, 2, 7, None),)

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
 import pytest
-from fake_image_service import PATIENCE, FakeServer, FakeService, picture
+from fake_image_service import PATIENCE, FakeServer, FakeService, image_bytes
 from fake_statuses import queue_full, rich_status
 from google.rpc import code_pb2  # type: ignore[import-untyped, unused-ignore]
 from img2img_client import (
@@ -184,7 +184,7 @@ def test_a_client_belongs_to_one_loop(server: FakeServer) -> None:
 async def test_paths_bytes_and_pillow_images_go_in_and_pillow_images_come_out(
     own: AsyncClient, service: FakeService, tmp_path: Path
 ) -> None:
-    file = picture("green", (6, 3))
+    file = image_bytes("green", (6, 3))
     (tmp_path / "photo.png").write_bytes(file)
     with Image.open(io.BytesIO(file)) as image:
         for source in (tmp_path / "photo.png", str(tmp_path / "photo.png"), file, image):

@@ -67,7 +67,7 @@ def test_a_server_that_is_not_well_is_left_until_it_is(kind: Any, servers: list[
 
 
 @BOTH
-def test_a_server_that_is_gone_is_missed_by_nobody_and_found_again(kind: Any, servers: list[FakeServer]) -> None:
+def test_unreachable_server_causes_no_errors_and_is_used_again_after_recovery(kind: Any, servers: list[FakeServer]) -> None:
     with kind([server.target for server in servers], timeout=120) as client:
         use(client, servers)
         servers[0].stop()

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_image_service import picture
+from fake_image_service import image_bytes
 from fakes import FakePipeline
 from img2img_client import AsyncClient, BatchResult, Client, InvalidRequest, ModelNotFound, RetryPolicy, Unavailable
 from img2img_client.batch import BatchItem
@@ -33,7 +33,7 @@ def client(server: RunningServer) -> Iterator[Client]:
 
 def items(count: int, **options: Any) -> Iterator[BatchItem]:
     for seed in range(count):
-        yield picture(size=(16, 16)), {"seed": seed, "num_inference_steps": 2, **options}  # type: ignore[typeddict-item]
+        yield image_bytes(size=(16, 16)), {"seed": seed, "num_inference_steps": 2, **options}  # type: ignore[typeddict-item]
 
 
 def test_every_item_has_its_result(client: Client) -> None:
@@ -45,9 +45,9 @@ def test_every_item_has_its_result(client: Client) -> None:
 def test_failures_are_the_items_own_wherever_they_come_from(client: Client, tmp_path: Path) -> None:
     batch: list[Any] = [
         (tmp_path / "missing.png", {}),
-        (picture(size=(16, 16)), {"num_inference_steps": 2}),
-        (picture(size=(16, 16)), {"model": "none"}),
-        (picture(size=(16, 16)), {"seed": "x"}),
+        (image_bytes(size=(16, 16)), {"num_inference_steps": 2}),
+        (image_bytes(size=(16, 16)), {"model": "none"}),
+        (image_bytes(size=(16, 16)), {"seed": "x"}),
         (b"no image", {}),
     ]
     found = {outcome.index: outcome for outcome in client.transform_batch(batch)}
@@ -120,7 +120,7 @@ def test_a_server_that_is_gone_ends_the_batch_with_its_error() -> None:
 
 
 async def test_the_asyncio_client_does_the_same(server: RunningServer, tmp_path: Path) -> None:
-    batch: list[Any] = [*items(20), (tmp_path / "missing.png", {}), (picture(size=(16, 16)), {"model": "none"})]
+    batch: list[Any] = [*items(20), (tmp_path / "missing.png", {}), (image_bytes(size=(16, 16)), {"model": "none"})]
     async with AsyncClient(f"127.0.0.1:{server.port}", timeout=60) as client:
         found = {outcome.index: outcome async for outcome in client.transform_batch(batch)}
         assert sorted(found) == list(range(22))

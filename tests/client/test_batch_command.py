@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from fake_image_service import picture
+from fake_image_service import image_bytes
 from fakes import FakePipeline
 from img2img_cli.__main__ import main
 from PIL import Image
@@ -28,7 +28,7 @@ def photos(tmp_path: Path) -> list[str]:
     paths = [tmp_path / "in" / f"{name}.png" for name in ("a", "b", "c")]
     paths[0].parent.mkdir()
     for path in paths:
-        path.write_bytes(picture(size=(16, 16)))
+        path.write_bytes(image_bytes(size=(16, 16)))
     return list(map(str, paths))
 
 

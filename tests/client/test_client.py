@@ -47,7 +47,7 @@ def test_a_result_carries_everything(client: Client) -> None:
     assert result.image.getpixel((0, 0)) == (255, 0, 0)
 
 
-def test_a_picture_is_saved_as_it_was_sent(tmp_path: Path) -> None:
+def test_an_image_is_saved_as_it_was_sent(tmp_path: Path) -> None:
     image = TransformedImage(b"bytes", "jpeg", 4, 2, 7)
     image.save(tmp_path / "a.JPG")
     image.save(str(tmp_path / "no-suffix"))
@@ -76,7 +76,7 @@ def test_events_come_in_order_and_typed(client: Client, service: FakeService) ->
     assert completed == Completed(client.transform(b"file"))
 
 
-def test_a_preview_is_a_picture(client: Client, service: FakeService) -> None:
+def test_a_preview_is_an_image(client: Client, service: FakeService) -> None:
     service.script = events(steps=2, preview_interval=1)
     first, second = (event for event in client.transform_stream(b"file", preview_interval=1) if isinstance(event, Progress))
     assert first.preview_image is not None
@@ -90,7 +90,7 @@ def test_a_stream_without_a_result_is_an_error(client: Client, service: FakeServ
         list(client.transform_stream(b"file"))
 
 
-def test_an_answer_without_a_picture_is_an_error(client: Client, service: FakeService) -> None:
+def test_an_answer_without_an_image_is_an_error(client: Client, service: FakeService) -> None:
     service.script[-1] = messages.TransformStreamResponse(completed=messages.TransformResponse())
     with pytest.raises(ServerFailed, match="contains no image"):
         list(client.transform_stream(b"file"))

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_image_service import PATIENCE, FakeServer, events, picture
+from fake_image_service import PATIENCE, FakeServer, events, image_bytes
 from fake_statuses import error_info, queue_full, rich_status, wrong_field
 from google.rpc import code_pb2  # type: ignore[import-untyped, unused-ignore]
 from img2img.v1 import image_to_image_pb2 as messages
@@ -20,7 +20,7 @@ from PIL import Image
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
     path = tmp_path / "photo.png"
-    path.write_bytes(picture("blue"))
+    path.write_bytes(image_bytes("blue"))
     return path
 
 
@@ -29,9 +29,9 @@ def transform(server: FakeServer, source: object, output: object, *more: str) ->
     return main(["transform", str(source), "--output", str(output), "--server", server.target, *more])
 
 
-def test_a_picture_is_transformed(server: FakeServer, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_image_is_transformed(server: FakeServer, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert transform(server, source, tmp_path / "out.png") == 0
-    assert (tmp_path / "out.png").read_bytes() == picture()
+    assert (tmp_path / "out.png").read_bytes() == image_bytes()
     out, err = capsys.readouterr()
     assert out.splitlines() == [
         f"{tmp_path / 'out.png'}  4 x 2, seed 7",
@@ -83,7 +83,7 @@ def test_flags_that_are_left_out_stay_unset(server: FakeServer, source: Path, tm
     assert server.service.requests[0].output == messages.OutputOptions(format=messages.OUTPUT_FORMAT_WEBP)
 
 
-def test_several_pictures_are_numbered(
+def test_several_images_are_numbered(
     server: FakeServer, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     server.service.script = events(7, 8)
@@ -139,7 +139,7 @@ def test_warnings_go_to_standard_error(
     assert capsys.readouterr().err == ""
 
 
-def test_previews_are_written_beside_the_picture(server: FakeServer, source: Path, tmp_path: Path) -> None:
+def test_previews_are_written_beside_the_image(server: FakeServer, source: Path, tmp_path: Path) -> None:
     server.service.script = events(steps=10, preview_interval=3)
     assert transform(server, source, tmp_path / "out.png", "--preview-every=3", "--quiet") == 0
     previews = sorted(path.name for path in tmp_path.glob("out-*"))
@@ -151,12 +151,12 @@ def test_previews_are_written_beside_the_picture(server: FakeServer, source: Pat
 def test_from_standard_input_to_standard_output(
     server: FakeServer, monkeypatch: pytest.MonkeyPatch, capsysbinary: pytest.CaptureFixture[bytes]
 ) -> None:
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(picture("green"))))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(image_bytes("green"))))
     assert transform(server, "-", "-") == 0
     out, err = capsysbinary.readouterr()
-    assert out == picture()
+    assert out == image_bytes()
     assert b"standard output  4 x 2, seed 7" in err
-    assert server.service.requests[0].image.data == picture("green")
+    assert server.service.requests[0].image.data == image_bytes("green")
     assert not server.service.requests[0].HasField("output")
 
 
@@ -272,7 +272,7 @@ def test_an_address_is_the_servers_to_read(server: FakeServer, tmp_path: Path) -
     assert [request.image.uri for request in server.service.requests] == ["asset:1f", "https://example.org/a.png"]
 
 
-def test_a_picture_may_stay_on_the_server(server: FakeServer, source: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_image_may_stay_on_the_server(server: FakeServer, source: Path, capsys: pytest.CaptureFixture[str]) -> None:
     server.service.script[-1].completed.images[0].asset_id = "kept"
     command = ["transform", str(source), "--as-asset", "--format=webp", "--target", server.target]
     assert main([*command, "--quiet"]) == 0

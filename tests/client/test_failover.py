@@ -141,7 +141,7 @@ def call(targets: Sequence[str], ledger: Ledger) -> None:
     """A caller that is given its images at once."""
     with Client(targets, timeout=PATIENCE) as client:
         for number in itertools.takewhile(lambda _: not ledger.stop, itertools.count()):
-            phase, prompt = ledger.phase, f"picture {number}"
+            phase, prompt = ledger.phase, f"image {number}"
             result = client.transform(SOURCE, **options(prompt, UNARY_STEPS, seed=number))
             ledger.check(phase, result, prompt, number, UNARY_STEPS, count=1)
 

@@ -49,7 +49,7 @@ def test_a_name_is_looked_up_again_when_a_server_goes() -> None:
         use(client, servers[1:])
 
 
-def test_what_dns_says_of_balancing_is_heeded_where_that_is_asked_for() -> None:
+def test_service_config_from_dns_is_used_only_on_request() -> None:
     config: dict[str, object] = {"loadBalancingConfig": [{"pick_first": {}}], "methodConfig": []}
     with headless() as (servers, names, target):
         names.text = json.dumps([{"serviceConfig": config}])

@@ -4,7 +4,7 @@ import io
 from pathlib import Path
 
 import pytest
-from fake_image_service import FakeService, picture
+from fake_image_service import FakeService, image_bytes
 from img2img.v1 import image_to_image_pb2 as messages
 from img2img_client import Asset, Client, Completed, FieldInfo, ModelInfo, ModelReference, TransformOptions, taken_options
 from img2img_client.options import MAX_MESSAGE_BYTES
@@ -103,7 +103,7 @@ def test_quality_alone_leaves_the_format_to_the_server(client: Client, service: 
 
 def test_paths_bytes_and_addresses_arrive_untouched(client: Client, service: FakeService, tmp_path: Path) -> None:
     path = tmp_path / "photo.jpg"
-    path.write_bytes(picture(image_format="JPEG"))
+    path.write_bytes(image_bytes(image_format="JPEG"))
     for image in (path, str(path), path.read_bytes()):
         client.transform(image)
     assert [request.image.data for request in service.requests] == [path.read_bytes()] * 3
@@ -127,7 +127,7 @@ def test_pillow_images_arrive_without_loss(client: Client, service: FakeService,
         assert arrived.convert("RGBA").tobytes() == image.convert("RGBA").tobytes()
 
 
-def test_large_pictures_pass_both_ways(client: Client, service: FakeService) -> None:
+def test_large_images_pass_both_ways(client: Client, service: FakeService) -> None:
     service.script[-1].completed.images[0].data = b"x" * 20_000_000
     *_, completed = client.transform_stream(b"y" * 20_000_000)
     assert isinstance(completed, Completed)

@@ -104,7 +104,7 @@ def test_what_is_tried_again_is_safe_in_time_and_counted(life: Life) -> None:
 
 @settings(max_examples=500)
 @given(lives)
-def test_waits_are_drawn_anew_between_the_servers_and_the_policys_bounds(life: Life) -> None:
+def test_backoff_is_randomized_between_server_and_policy_bounds(life: Life) -> None:
     life.run()
     policy = life.policy or RetryPolicy()
     assert len(life.waits) <= len(life.draws)

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from fake_image_service import FakeServer, FakeService, picture
+from fake_image_service import FakeServer, FakeService, image_bytes
 from fake_statuses import error_info, rich_status
 from google.rpc import code_pb2  # type: ignore[import-untyped, unused-ignore]
 from img2img.v1 import image_to_image_pb2 as messages
@@ -17,7 +17,7 @@ from img2img_cli.__main__ import main
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
     path = tmp_path / "photo.png"
-    path.write_bytes(picture("blue"))
+    path.write_bytes(image_bytes("blue"))
     return path
 
 
@@ -144,8 +144,8 @@ def test_assets_go_there_and_back(server: FakeServer, source: Path, tmp_path: Pa
 def test_assets_pass_through_pipes(
     server: FakeServer, monkeypatch: pytest.MonkeyPatch, capsysbinary: pytest.CaptureFixture[bytes]
 ) -> None:
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(picture("green"))))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(image_bytes("green"))))
     assert main(["assets", "upload", "-", "--target", server.target]) == 0
     address = capsysbinary.readouterr().out.decode().strip()
     assert main(["assets", "download", address, "--output=-", "--target", server.target]) == 0
-    assert capsysbinary.readouterr().out == picture("green")
+    assert capsysbinary.readouterr().out == image_bytes("green")

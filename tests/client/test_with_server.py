@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import trustme
 from collecting import collecting
-from fake_image_service import PATIENCE, picture
+from fake_image_service import PATIENCE, image_bytes
 from fakes import FakePipeline
 from img2img_client import (
     Asset,
@@ -52,8 +52,8 @@ def client(real: RunningServer) -> Iterator[Client]:
         yield client
 
 
-def test_a_picture_goes_there_once_and_its_results_come_back(client: Client) -> None:
-    source = picture("green", (32, 16))
+def test_source_is_uploaded_once_and_results_are_returned(client: Client) -> None:
+    source = image_bytes("green", (32, 16))
     asset = client.upload(source)
     assert (asset.media_type, asset.size) == ("image/png", len(source))
     assert client.upload(source).id == asset.id
@@ -70,19 +70,19 @@ def test_a_picture_goes_there_once_and_its_results_come_back(client: Client) -> 
     with pytest.raises(AssetNotFound):
         client.transform(f"asset:{'0' * 64}")
     with pytest.raises(InvalidRequest):
-        client.upload(b"no picture")
+        client.upload(b"no image")
     with pytest.raises(InvalidRequest):
         client.download("no id")
 
 
 def test_answers_and_errors_have_the_callers_name(client: Client) -> None:
-    assert client.transform(picture(size=(16, 16)), request_id="mine").request_id == "mine"
-    with client.transform_stream(picture(size=(16, 16)), request_id="mine-too") as events:
+    assert client.transform(image_bytes(size=(16, 16)), request_id="mine").request_id == "mine"
+    with client.transform_stream(image_bytes(size=(16, 16)), request_id="mine-too") as events:
         *_, completed = events
     assert isinstance(completed, Completed)
     assert completed.result.request_id == events.request_id == "mine-too"
     with pytest.raises(ModelNotFound) as caught:
-        client.transform(picture(), model="nothing", request_id="wrong")
+        client.transform(image_bytes(), model="nothing", request_id="wrong")
     assert caught.value.request_id == "wrong"
     with pytest.raises(ModelNotFound) as caught:
         client.model("nothing")
@@ -93,7 +93,7 @@ def test_answers_and_errors_have_the_callers_name(client: Client) -> None:
 def test_a_full_queue_is_waited_for(real: RunningServer, pipeline: FakePipeline, client: Client, streamed: bool) -> None:
     gate, refused = threading.Event(), threading.Event()
     pipeline.before_call = lambda: gate.wait(PATIENCE)
-    source = picture(size=(16, 16))
+    source = image_bytes(size=(16, 16))
     first = client.transform_stream(source)
     assert [type(next(first)) for _ in range(2)] == [Queued, Started]
     second = client.transform_stream(source)
@@ -142,9 +142,9 @@ def test_tokens_and_certificates_are_those_of_the_server(tmp_path: Path) -> None
         assert caught.value.request_id
         with Client(target, ca=ca, token=secret, timeout=60) as alice, Client(target, ca=ca, token=another, timeout=60) as bob:
             alice.wait_until_ready()
-            assert alice.transform(picture(size=(16, 16))).images
-            asset: Asset = alice.upload(picture())
-            assert alice.download(asset) == picture()
+            assert alice.transform(image_bytes(size=(16, 16))).images
+            asset: Asset = alice.upload(image_bytes())
+            assert alice.download(asset) == image_bytes()
             with pytest.raises(AssetNotFound):
                 bob.download(asset)
             with pytest.raises(PermissionDenied):
@@ -155,7 +155,7 @@ def test_tokens_and_certificates_are_those_of_the_server(tmp_path: Path) -> None
 def test_one_trace_leads_from_the_caller_to_the_steps(monkeypatch: pytest.MonkeyPatch, streamed: bool) -> None:
     provider = TracerProvider()
     monkeypatch.setattr(trace, "get_tracer", provider.get_tracer)
-    source = picture(size=(16, 16))
+    source = image_bytes(size=(16, 16))
     with collecting() as collector:
         telemetry = TelemetrySettings(otlp_endpoint=collector.endpoint)
         with (

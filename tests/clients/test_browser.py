@@ -14,7 +14,7 @@ from conftest import REPOSITORY
 from fakes import FakePipeline
 from img2img_server.config import ServerConfig, TlsSettings
 from kserve_calls import Gate, ending
-from other_clients import CLIENTS, PICTURE, blocks
+from other_clients import CLIENTS, IMAGE, blocks
 from playing import browsing
 from playwright.async_api import Page
 from proxying import certify, proxied
@@ -86,7 +86,7 @@ async def test_the_page_shows_steps_results_and_errors(node: Path, site: tuple[P
     folder, origin = site
     pipeline = FakePipeline()
     gate = Gate(pipeline)
-    picture = list(PICTURE.read_bytes())
+    image = list(IMAGE.read_bytes())
     with (
         running(lambda: store(m=pipeline)) as server,
         proxied(server.port, tmp_path, origin=origin) as port,
@@ -98,11 +98,11 @@ async def test_the_page_shows_steps_results_and_errors(node: Path, site: tuple[P
             await page.goto(f"{origin}/index.html")
             await page.wait_for_function("'transform' in window")
 
-            await page.evaluate(START, [picture, {"strength": 2}])
+            await page.evaluate(START, [image, {"strength": 2}])
             assert await page.evaluate(ERROR) == ["ConnectError", 3, "strength: 2.0 is not in (0, 1]"]
             assert calls.wait("TransformStream") == "INVALID_ARGUMENT"
 
-            await page.evaluate(START, [picture, {"prompt": "in winter", "numInferenceSteps": 5}])
+            await page.evaluate(START, [image, {"prompt": "in winter", "numInferenceSteps": 5}])
             for step in range(1, 5):
                 gate.come()
                 gate.step()
@@ -111,7 +111,7 @@ async def test_the_page_shows_steps_results_and_errors(node: Path, site: tuple[P
             assert pipeline.prepared[-1].request.prompt == "in winter"
             assert calls.wait("TransformStream") == "OK"
 
-            await page.evaluate(START, [picture, {"numInferenceSteps": 25}])
+            await page.evaluate(START, [image, {"numInferenceSteps": 25}])
             gate.come()
             gate.step()
             await shown(page, 1)
@@ -124,7 +124,7 @@ async def test_the_page_shows_steps_results_and_errors(node: Path, site: tuple[P
             await page.goto(f"{origin.replace('localhost', '127.0.0.1')}/index.html")
             await page.wait_for_function("'transform' in window")
             before = len(pipeline.prepared)
-            await page.evaluate(START, [picture, {}])
+            await page.evaluate(START, [image, {}])
             assert "Failed to fetch" in (await page.evaluate(ERROR))[2]
             assert len(pipeline.prepared) == before
 

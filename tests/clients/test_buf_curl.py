@@ -7,13 +7,13 @@ from pathlib import Path
 
 import grpc
 from conftest import REPOSITORY
-from other_clients import CLIENTS, PICTURE, Secured, blocks, environment
+from other_clients import CLIENTS, IMAGE, Secured, blocks, environment
 from PIL import Image, ImageChops
 from running import RunningServer
 
 
 def test_the_page_does_what_it_says(server: RunningServer, secured: Secured, tmp_path: Path) -> None:
-    (tmp_path / "demo").symlink_to(PICTURE.parents[1])
+    (tmp_path / "demo").symlink_to(IMAGE.parents[1])
     shutil.copy(secured.ca, tmp_path / "ca.pem")
     shutil.copy(secured.token, tmp_path / "token.txt")
     told = []
@@ -36,7 +36,7 @@ def test_the_page_does_what_it_says(server: RunningServer, secured: Secured, tmp
     assert '"id": "m"' in listed
     assert '"status": "SERVING"' in listed
     assert transformed == ""
-    with Image.open(tmp_path / "winter.png") as made, Image.open(PICTURE) as source:
+    with Image.open(tmp_path / "winter.png") as made, Image.open(IMAGE) as source:
         # The fake model gives back what it was given.
         assert ImageChops.difference(made, source.convert("RGB")).getbbox() is None
     assert streamed.count('"step"') == int(4 * 0.8)

@@ -20,7 +20,7 @@ from img2img.v1 import image_to_image_pb2 as pb
 from img2img.v1 import model_pb2
 from img2img_client import Client, Completed
 from messages import failure, png
-from other_clients import PICTURE, Run, succeeded
+from other_clients import IMAGE, Run, succeeded
 from running import RunningServer
 
 RELEASED = REPOSITORY / "protos" / "released"
@@ -143,7 +143,7 @@ def test_released_reasons_and_their_codes_stay() -> None:
 
 
 @pytest.mark.parametrize("broken", [{"GONE": "NOT_FOUND"}, {"QUEUE_FULL": "UNAVAILABLE"}])
-def test_no_release_is_made_without_what_the_last_one_promised(
+def test_release_refuses_removed_error_reasons(
     broken: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(api_docs, "RELEASED_REASONS", tmp_path / "reasons.json")
@@ -218,17 +218,17 @@ def tell_of_the_future(newer: Contract, fake: FakeServer) -> None:
     fake.service.models = [model_pb2.Model.FromString(model.SerializeToString())]
 
 
-def test_the_python_client_passes_over_what_a_newer_server_tells(newer: Contract, fake: FakeServer) -> None:
+def test_python_client_ignores_unknown_fields_and_events(newer: Contract, fake: FakeServer) -> None:
     tell_of_the_future(newer, fake)
     with Client(fake.target, timeout=120, retries=None) as client:
-        told = list(client.transform_stream(PICTURE))
+        told = list(client.transform_stream(IMAGE))
         assert isinstance(told[-1], Completed)
         assert len(told) == len(events())
         (model,) = client.models()
     assert (model.id, model.state, model.engines[0].state) == ("m", "unspecified", "unspecified")
 
 
-def test_the_node_client_passes_over_what_a_newer_server_tells(newer: Contract, fake: FakeServer, run: Run) -> None:
+def test_node_client_ignores_unknown_fields_and_events(newer: Contract, fake: FakeServer, run: Run) -> None:
     tell_of_the_future(newer, fake)
-    assert succeeded(run("stream.js", PICTURE, "out.png", target=fake.target))[-1] == "out.png after 11 ms"
+    assert succeeded(run("stream.js", IMAGE, "out.png", target=fake.target))[-1] == "out.png after 11 ms"
     assert succeeded(run("models.js", target=fake.target)) == ["m  99  -"]

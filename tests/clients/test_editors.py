@@ -12,7 +12,7 @@ from typing import Any
 import pydantic
 import pytest
 import torch
-from fake_image_service import picture
+from fake_image_service import image_bytes
 from fakes import FakePipeline
 from img2img_client import InvalidRequest
 from img2img_server.config import DEFAULT_GUIDANCE, DEFAULT_PROMPT, DEFAULT_STEPS, DEFAULT_STRENGTH
@@ -128,7 +128,7 @@ class Context:
         self.messages: list[Any] = []
 
     async def asset_to_bytes(self, image: Any) -> bytes:
-        return picture("green", (24, 16))
+        return image_bytes("green", (24, 16))
 
     async def image_from_bytes(self, data: bytes) -> bytes:
         return data

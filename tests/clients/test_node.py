@@ -5,7 +5,7 @@ from pathlib import Path
 
 from fakes import FakePipeline
 from img2img_server.support.model_fields import FieldRule
-from other_clients import PATIENCE, PICTURE, STEPS, HeldPipeline, Run, Secured, failed, started, succeeded
+from other_clients import IMAGE, PATIENCE, STEPS, HeldPipeline, Run, Secured, failed, started, succeeded
 from PIL import Image, ImageChops
 from running import RunningServer, running, store
 
@@ -23,18 +23,18 @@ def test_models_are_listed(run: Run, server: RunningServer) -> None:
 
 def test_a_file_is_transformed(run: Run, server: RunningServer, tmp_path: Path) -> None:
     target = f"localhost:{server.port}"
-    lines = succeeded(run("transform.js", PICTURE, "out.png", "--seed", 2**63 - 1, "--steps", 4, target=target))
+    lines = succeeded(run("transform.js", IMAGE, "out.png", "--seed", 2**63 - 1, "--steps", 4, target=target))
     # A seed of 63 bits, which no JavaScript number holds, goes there and comes back.
     assert lines[0] == f"out.png: 128 x 128, seed {2**63 - 1}, m on fake:cpu"
     assert re.fullmatch(r"\d+ ms on the server, request [0-9a-f]{32}", lines[1])
-    assert same(tmp_path / "out.png", PICTURE)
-    succeeded(run("transform.js", PICTURE, "out.webp", "--steps", 4, target=target))
+    assert same(tmp_path / "out.png", IMAGE)
+    succeeded(run("transform.js", IMAGE, "out.webp", "--steps", 4, target=target))
     with Image.open(tmp_path / "out.webp") as made:
         assert made.format == "WEBP"
 
 
 def test_a_stream_tells_each_step_and_brings_previews(run: Run, server: RunningServer, tmp_path: Path) -> None:
-    result = run("stream.js", PICTURE, "out.png", "--steps", 5, "--preview-every", 2, target=f"localhost:{server.port}")
+    result = run("stream.js", IMAGE, "out.png", "--steps", 5, "--preview-every", 2, target=f"localhost:{server.port}")
     queued, started, *steps, done = succeeded(result)
     assert queued == "queued behind 0"
     assert re.fullmatch(r"started on fake:cpu, seed \d+", started)
@@ -42,12 +42,12 @@ def test_a_stream_tells_each_step_and_brings_previews(run: Run, server: RunningS
     assert re.fullmatch(r"out.png after \d+ ms", done)
     with Image.open(tmp_path / "out-step-2.jpg") as preview:
         assert (preview.format, preview.size) == ("JPEG", (4, 4))
-    assert same(tmp_path / "out.png", PICTURE)
+    assert same(tmp_path / "out.png", IMAGE)
 
 
 def test_a_cancelled_stream_leaves_the_device(run: Run, held: tuple[HeldPipeline, str], tmp_path: Path) -> None:
     pipeline, target = held
-    result = run("stream.js", PICTURE, "out.png", "--steps", STEPS, "--stop-at", 1, target=target)
+    result = run("stream.js", IMAGE, "out.png", "--steps", STEPS, "--stop-at", 1, target=target)
     assert (result.returncode, result.stderr.splitlines()[0]) == (1, "CANCELLED: Cancelled on client")
     assert result.stdout.splitlines()[-1] == f"step 1 of {int(STEPS * 0.8)}"
     assert pipeline.was_given_up()
@@ -74,7 +74,7 @@ def test_reference_images_and_the_fields_of_a_model(node: Path) -> None:
     pipeline.fields = {"reference_images": FieldRule(), "negative_prompt": FieldRule(), "true_cfg_scale": FieldRule(4.0)}
     with (
         running(lambda: store(m=pipeline)) as server,
-        started(node, REFERENCES, PICTURE, target=f"localhost:{server.port}") as process,
+        started(node, REFERENCES, IMAGE, target=f"localhost:{server.port}") as process,
     ):
         lines = process.stdout.read().splitlines()
         assert process.wait(PATIENCE) == 0
@@ -99,7 +99,7 @@ client.close();
 
 def test_who_leaves_the_loop_leaves_the_device(node: Path, held: tuple[HeldPipeline, str]) -> None:
     pipeline, target = held
-    with started(node, LEAVING, PICTURE, target=target) as process:
+    with started(node, LEAVING, IMAGE, target=target) as process:
         assert process.stdout.readline() == "left\n"
         assert pipeline.was_given_up()
         process.stdin.close()
@@ -109,19 +109,19 @@ def test_who_leaves_the_loop_leaves_the_device(node: Path, held: tuple[HeldPipel
 def test_a_deadline_ends_the_call_on_both_sides(run: Run, held: tuple[HeldPipeline, str]) -> None:
     pipeline, target = held
     for seconds in (1.5, 6, 24):
-        told = failed(run("transform.js", PICTURE, "out.png", "--steps", STEPS, "--timeout", seconds, target=target))
+        told = failed(run("transform.js", IMAGE, "out.png", "--steps", STEPS, "--timeout", seconds, target=target))
         assert told[0].startswith("DEADLINE_EXCEEDED")
         if pipeline.batches:
             break  # else a busy machine took all of the time to get there
     assert pipeline.was_given_up()
 
 
-def test_pictures_stay_on_the_server(run: Run, server: RunningServer, tmp_path: Path) -> None:
-    lines = succeeded(run("assets.js", PICTURE, "out.png", "--steps", 3, target=f"localhost:{server.port}"))
-    assert lines[0].endswith(f": image/png, {PICTURE.stat().st_size} bytes")
+def test_images_stay_on_the_server(run: Run, server: RunningServer, tmp_path: Path) -> None:
+    lines = succeeded(run("assets.js", IMAGE, "out.png", "--steps", 3, target=f"localhost:{server.port}"))
+    assert lines[0].endswith(f": image/png, {IMAGE.stat().st_size} bytes")
     assert [line.partition(":")[0] for line in lines[1:]] == ["winter", "autumn"]
-    assert same(tmp_path / "out-winter.png", PICTURE)
-    assert same(tmp_path / "out-autumn.png", PICTURE)
+    assert same(tmp_path / "out-winter.png", IMAGE)
+    assert same(tmp_path / "out-autumn.png", IMAGE)
 
 
 def test_tls_and_a_token(run: Run, secured: Secured, tmp_path: Path) -> None:
@@ -152,7 +152,7 @@ def test_calls_take_turns_among_servers_and_none_fails_when_one_stops(node: Path
     pipelines = FakePipeline(), FakePipeline()
     with running(lambda: store(m=pipelines[0])) as first, running(lambda: store(m=pipelines[1])) as second:
         targets = [f"127.0.0.1:{server.port}" for server in (first, second)]
-        with started(node, TURNS, PICTURE, *targets) as process:
+        with started(node, TURNS, IMAGE, *targets) as process:
 
             def draw_eight() -> None:
                 process.stdin.write("again\n")
@@ -175,5 +175,5 @@ def test_calls_take_turns_among_servers_and_none_fails_when_one_stops(node: Path
 
 
 def test_a_server_that_is_down_is_passed_over(run: Run, server: RunningServer) -> None:
-    lines = succeeded(run("many.js", PICTURE, 6, "--steps", 4, "--target", "127.0.0.1:1", "--target", f"127.0.0.1:{server.port}"))
+    lines = succeeded(run("many.js", IMAGE, 6, "--steps", 4, "--target", "127.0.0.1:1", "--target", f"127.0.0.1:{server.port}"))
     assert lines == ["6 images, seeds 0 1 2 3 4 5"]

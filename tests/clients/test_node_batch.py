@@ -8,7 +8,7 @@ from fake_image_service import FakeServer, FakeService
 from fake_statuses import queue_full, unavailable
 from fakes import FakePipeline
 from img2img_server.engine.scheduler import QueueLimits
-from other_clients import PATIENCE, PICTURE, HeldPipeline, Run, started, succeeded
+from other_clients import IMAGE, PATIENCE, HeldPipeline, Run, started, succeeded
 from running import RunningServer, running, store
 
 HEAD = """
@@ -38,7 +38,7 @@ console.log((await collected(later())).join());
 console.log((await collected([])).length, (await collected((function* () {})())).length);
 client.close();
 """
-    lines = succeeded(run(HEAD + program, PICTURE, target=f"localhost:{server.port}"))
+    lines = succeeded(run(HEAD + program, IMAGE, target=f"localhost:{server.port}"))
     expected = ",".join(f"{index} seed {index}" for index in range(40))
     assert lines == [expected, expected, "0 0"]
 
@@ -58,7 +58,7 @@ const wrong = [
 console.log((await collected([{ ...request, seed: 1 }, ...wrong, { ...request, seed: 2 }])).join("\\n"));
 client.close();
 """
-    assert succeeded(run(HEAD + program, PICTURE, target=f"localhost:{server.port}")) == [
+    assert succeeded(run(HEAD + program, IMAGE, target=f"localhost:{server.port}")) == [
         "0 seed 1",
         "1 Img2ImgError NOT_FOUND ",
         "2 Img2ImgError INVALID_ARGUMENT strength",
@@ -84,7 +84,7 @@ for await (const outcome of client.transformBatch(chained())) {
 }
 client.close();
 """
-    assert succeeded(run(HEAD + program, PICTURE, target=f"localhost:{server.port}")) == ["0 seed 5", "1 seed 6"]
+    assert succeeded(run(HEAD + program, IMAGE, target=f"localhost:{server.port}")) == ["0 seed 5", "1 seed 6"]
 
 
 def test_requests_are_read_as_results_are_taken(run: Run, server: RunningServer) -> None:
@@ -104,7 +104,7 @@ console.log((await collected([{ ...request, seed: 3 }])).join());
 client.close();
 """
     # One that the client is about to add, and 32.
-    assert succeeded(run(HEAD + program, PICTURE, target=f"localhost:{server.port}")) == ["100 true true", "0 seed 3"]
+    assert succeeded(run(HEAD + program, IMAGE, target=f"localhost:{server.port}")) == ["100 true true", "0 seed 3"]
 
 
 def test_an_error_of_the_input_is_thrown_after_the_results_before_it(run: Run, server: RunningServer) -> None:
@@ -120,7 +120,7 @@ for (const input of [broken(), 7]) {
 }
 client.close();
 """
-    assert succeeded(run(HEAD + program, PICTURE, target=f"localhost:{server.port}")) == ["2 RangeError", "2 TypeError"]
+    assert succeeded(run(HEAD + program, IMAGE, target=f"localhost:{server.port}")) == ["2 RangeError", "2 TypeError"]
 
 
 ABORTED = """
@@ -143,7 +143,7 @@ def test_a_signal_ends_the_batch_also_while_it_waits_for_requests(node: Path, he
     began = threading.Event()
     pipeline.before_call = began.set
     program = 'import { once } from "node:events";' + HEAD + ABORTED
-    with started(node, program, PICTURE, target=target) as process:
+    with started(node, program, IMAGE, target=target) as process:
         assert began.wait(PATIENCE)
         process.stdin.write("abort\n")
         process.stdin.flush()
@@ -173,7 +173,7 @@ client.close();
     with (
         running(lambda: store(m=pipelines[0]), limits=limits, grace=0.0) as first,
         running(lambda: store(m=pipelines[1]), limits=limits, grace=0.0) as second,
-        started(node, HEAD + program, PICTURE, f"127.0.0.1:{first.port}", f"127.0.0.1:{second.port}") as process,
+        started(node, HEAD + program, IMAGE, f"127.0.0.1:{first.port}", f"127.0.0.1:{second.port}") as process,
     ):
         assert all(begun.acquire(timeout=PATIENCE) for _ in range(60))
         one = first if pipelines[0].prepared else second
@@ -191,14 +191,14 @@ await collected([request], { timeout: 50 }).then((lines) => console.log(lines.le
 client.close();
 """
     fake.service.failures = [unavailable(), queue_full(0.05)]
-    assert succeeded(run(HEAD + program, PICTURE, target=fake.target)) == ["1"]
+    assert succeeded(run(HEAD + program, IMAGE, target=fake.target)) == ["1"]
     assert len(fake.service.requests) == 3
     assert all("grpc-previous-rpc-attempts" not in sent for sent in fake.service.metadata), "gRPC itself makes no attempts"
     assert all(left is not None and left <= 50 for left in fake.service.seconds_left)
     fake.service.failures = [queue_full(90)]
-    assert succeeded(run(HEAD + program, PICTURE, target=fake.target)) == ["RESOURCE_EXHAUSTED"]
+    assert succeeded(run(HEAD + program, IMAGE, target=fake.target)) == ["RESOURCE_EXHAUSTED"]
     fake.service.failures = [unavailable()] * 9
-    assert succeeded(run(HEAD + program, PICTURE, target=fake.target)) == ["UNAVAILABLE"]
+    assert succeeded(run(HEAD + program, IMAGE, target=fake.target)) == ["UNAVAILABLE"]
     assert len(fake.service.failures) == 4
 
 
@@ -211,7 +211,7 @@ await collected([request, request]).catch((error) => console.log(error.code, err
 client.close();
 """
     try:
-        lines = succeeded(run(HEAD + program, PICTURE, target=fake.target))
+        lines = succeeded(run(HEAD + program, IMAGE, target=fake.target))
     finally:
         fake.stop()
     assert lines == ["INTERNAL the server ended the batch without a result for each request"]
@@ -222,4 +222,4 @@ def test_a_server_that_is_not_there_ends_the_batch(run: Run) -> None:
 await collected([request, request]).catch((error) => console.log(error.code));
 client.close();
 """
-    assert succeeded(run(HEAD + program, PICTURE, target="127.0.0.1:1")) == ["UNAVAILABLE"]
+    assert succeeded(run(HEAD + program, IMAGE, target="127.0.0.1:1")) == ["UNAVAILABLE"]

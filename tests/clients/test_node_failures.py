@@ -6,14 +6,14 @@ import pytest
 from fake_image_service import FakeServer
 from fake_statuses import error_info, queue_full, rich_status, unavailable
 from google.rpc import code_pb2  # type: ignore[import-untyped, unused-ignore]
-from other_clients import PICTURE, Run, failed, succeeded
+from other_clients import IMAGE, Run, failed, succeeded
 from running import RunningServer
 
 
 def test_an_estimate_comes_with_a_deadline_that_cannot_be_met(run: Run, fake: FakeServer) -> None:
     info = error_info("DEADLINE_UNMEETABLE", estimate_seconds="12.345")
     fake.service.failure = rich_status(code_pb2.DEADLINE_EXCEEDED, "it would take 12.3 s", info)
-    lines = failed(run("transform.js", PICTURE, "out.png", "--timeout", 20, target=fake.target))
+    lines = failed(run("transform.js", IMAGE, "out.png", "--timeout", 20, target=fake.target))
     assert lines == ["DEADLINE_EXCEEDED (DEADLINE_UNMEETABLE): it would take 12.3 s", "  it would take 12.345 s"]
     (left,) = fake.service.seconds_left
     assert left is not None
@@ -21,7 +21,7 @@ def test_an_estimate_comes_with_a_deadline_that_cannot_be_met(run: Run, fake: Fa
 
 
 def test_a_wrong_field_is_named(run: Run, server: RunningServer) -> None:
-    lines = failed(run("transform.js", PICTURE, "out.png", "--strength", 2, target=f"localhost:{server.port}"))
+    lines = failed(run("transform.js", IMAGE, "out.png", "--strength", 2, target=f"localhost:{server.port}"))
     assert lines[:2] == [
         "INVALID_ARGUMENT (INVALID_FIELD): strength: 2.0 is not in (0, 1]",
         "  field strength: 2.0 is not in (0, 1]",
@@ -33,18 +33,18 @@ def test_a_wrong_field_is_named(run: Run, server: RunningServer) -> None:
 def test_a_full_queue_says_when_to_come_back(program: str, run: Run, fake: FakeServer) -> None:
     # Longer than is waited: the caller is told.
     fake.service.failure, fake.service.fail_before = queue_full(90.25), 0
-    lines = failed(run(program, PICTURE, "out.png", target=fake.target))
+    lines = failed(run(program, IMAGE, "out.png", target=fake.target))
     assert lines == ["RESOURCE_EXHAUSTED (QUEUE_FULL): the queue is full", "  retry in 90.25 s"]
     assert len(fake.service.requests) == 1
 
 
 def test_a_full_queue_is_tried_again_and_no_memory_is_not(run: Run, fake: FakeServer) -> None:
     fake.service.failures = [queue_full(0.05), queue_full(0.05)]
-    succeeded(run("transform.js", PICTURE, "out.png", target=fake.target))
+    succeeded(run("transform.js", IMAGE, "out.png", target=fake.target))
     assert len(fake.service.requests) == 3
     no_memory = error_info("OUT_OF_MEMORY")
     fake.service.failures = [rich_status(code_pb2.RESOURCE_EXHAUSTED, "no memory for it", no_memory)]
-    assert failed(run("transform.js", PICTURE, "out.png", target=fake.target)) == [
+    assert failed(run("transform.js", IMAGE, "out.png", target=fake.target)) == [
         "RESOURCE_EXHAUSTED (OUT_OF_MEMORY): no memory for it"
     ]
     assert len(fake.service.requests) == 4
@@ -52,10 +52,10 @@ def test_a_full_queue_is_tried_again_and_no_memory_is_not(run: Run, fake: FakeSe
 
 def test_a_stream_that_did_not_begin_is_tried_again_and_one_that_did_is_not(run: Run, fake: FakeServer) -> None:
     fake.service.fail_before, fake.service.failures = 0, [queue_full(0.05), unavailable()]
-    assert succeeded(run("stream.js", PICTURE, "out.png", target=fake.target))[0] == "queued behind 3"
+    assert succeeded(run("stream.js", IMAGE, "out.png", target=fake.target))[0] == "queued behind 3"
     assert len(fake.service.requests) == 3
     fake.service.fail_before, fake.service.failures = 2, [unavailable()]
-    result = run("stream.js", PICTURE, "out.png", target=fake.target)
+    result = run("stream.js", IMAGE, "out.png", target=fake.target)
     assert (result.returncode, result.stderr) == (1, "UNAVAILABLE (SHUTTING_DOWN): shutting down\n")
     assert result.stdout.splitlines() == ["queued behind 3", "started on onnx:cpu, seed 7"]
     assert len(fake.service.requests) == 4
@@ -63,7 +63,7 @@ def test_a_stream_that_did_not_begin_is_tried_again_and_one_that_did_is_not(run:
 
 def test_no_attempt_begins_after_the_deadline(run: Run, fake: FakeServer) -> None:
     fake.service.failure = queue_full(45)  # which would be waited for, but for the deadline
-    lines = failed(run("transform.js", PICTURE, "out.png", "--timeout", 40, target=fake.target))
+    lines = failed(run("transform.js", IMAGE, "out.png", "--timeout", 40, target=fake.target))
     assert lines[0] == "RESOURCE_EXHAUSTED (QUEUE_FULL): the queue is full"
     assert len(fake.service.requests) == 1
 
@@ -78,7 +78,7 @@ client.close();
 """
 
 
-def test_grpc_tries_again_what_was_unavailable_also_with_a_large_picture(run: Run, fake: FakeServer) -> None:
+def test_grpc_retries_unavailable_calls_with_large_images(run: Run, fake: FakeServer) -> None:
     fake.service.failures = [unavailable(), unavailable()]
     assert succeeded(run(LARGE, target=fake.target)) == ["order-4711"]
     assert len(fake.service.requests) == 3
@@ -95,16 +95,16 @@ client.close();
 """
 
 
-def test_a_refused_upload_and_an_asset_that_is_not_there_are_errors(run: Run, server: RunningServer) -> None:
+def test_refused_upload_and_missing_asset_are_errors(run: Run, server: RunningServer) -> None:
     lines = succeeded(run(REFUSED, target=f"localhost:{server.port}"))
     assert lines == ["INVALID_ARGUMENT INVALID_FIELD chunk", "NOT_FOUND ASSET_NOT_FOUND "]
 
 
 def test_a_damaged_download_is_an_error(run: Run, fake: FakeServer) -> None:
     fake.assets.damage = lambda data: data[:-1]
-    program = REFUSED.replace("Buffer.alloc(4 * 2 ** 20)", "Buffer.from('a picture')").replace('"0".repeat(64)', "asset.id")
+    program = REFUSED.replace("Buffer.alloc(4 * 2 ** 20)", "Buffer.from('an image')").replace('"0".repeat(64)', "asset.id")
     program = program.replace("() => client.upload", "async () => (asset = await client.upload").replace(
-        "('a picture'))", "('a picture')))"
+        "('an image'))", "('an image')))"
     )
     assert succeeded(run(f"let asset;\n{program}", target=fake.target)) == ["DATA_LOSS  "]
 
@@ -120,7 +120,7 @@ client.close();
 """
 
 
-def test_what_is_not_of_the_contract_is_refused_before_it_is_sent(run: Run) -> None:
+def test_invalid_options_are_refused_before_sending(run: Run) -> None:
     assert succeeded(run(WRONG)) == [
         "TypeError promt is not a field of img2img.v1.TransformRequest",
         "TypeError output.format must be one of OUTPUT_FORMAT_UNSPECIFIED, OUTPUT_FORMAT_PNG, "

@@ -12,7 +12,7 @@ import pytest
 from conftest import REPOSITORY
 from google.protobuf.descriptor import Descriptor
 from img2img.v1 import asset_pb2, image_to_image_pb2, model_pb2
-from other_clients import CLIENTS, PICTURE, Secured, blocks, environment, succeeded
+from other_clients import CLIENTS, IMAGE, Secured, blocks, environment, succeeded
 from running import RunningServer
 
 SCRIPT = REPOSITORY / "scripts" / "node"
@@ -29,7 +29,7 @@ _TYPES = re.findall(
 
 def test_the_readme_does_what_it_says(node: Path, server: RunningServer, secured: Secured, tmp_path: Path) -> None:
     """Its commands run in the repository, its programs in a folder where the packed package is installed."""
-    (tmp_path / "demo").symlink_to(PICTURE.parents[1])
+    (tmp_path / "demo").symlink_to(IMAGE.parents[1])
     for block in blocks(CLIENTS / "node" / "README.md", "sh"):
         command = block.replace("scripts/node", str(SCRIPT)).replace("clients/node", str(CLIENTS / "node"))
         command = re.sub(r"127.0.0.1:\d+", f"127.0.0.1:{server.port}", command)
@@ -44,7 +44,7 @@ def test_the_readme_does_what_it_says(node: Path, server: RunningServer, secured
         assert result.returncode == 0, f"{block}\n{result.stderr}"
     assert (tmp_path / "winter.webp").exists()
     install(tmp_path)
-    for name, path in (("noon-lake.png", PICTURE), ("ca.pem", secured.ca), ("token.txt", secured.token)):
+    for name, path in (("noon-lake.png", IMAGE), ("ca.pem", secured.ca), ("token.txt", secured.token)):
         shutil.copy(path, tmp_path / name)
     told = []
     for block in blocks(CLIENTS / "node" / "README.md", "js"):

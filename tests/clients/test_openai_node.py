@@ -8,7 +8,7 @@ import pytest
 from fakes import FakePipeline
 from http_calls import port_of, serving
 from kserve_calls import Gate, ending
-from other_clients import CLIENTS, PATIENCE, PICTURE, environment
+from other_clients import CLIENTS, IMAGE, PATIENCE, environment
 from running import RunningServer
 
 MODULE = (CLIENTS / "node" / "node_modules" / "openai" / "index.mjs").as_uri()
@@ -40,7 +40,7 @@ def js(node: Path, front: RunningServer) -> Js:
     """Runs a program, and gives the lines that it prints."""
 
     def run(program: str) -> list[str]:
-        command = [str(node), "--input-type=module", "--eval", HEAD + program, "--", str(port_of(front)), str(PICTURE)]
+        command = [str(node), "--input-type=module", "--eval", HEAD + program, "--", str(port_of(front)), str(IMAGE)]
         done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=PATIENCE)
         assert done.returncode == 0, done.stderr
         return done.stdout.splitlines()

@@ -70,7 +70,7 @@ def test_only_calls_that_are_not_recorded_build_plans_when_rows_change(settings:
         ("unet-sd15", {"ours", "not recorded", "cuDNN attention", "flash attention", "plain graph", "PyTorch"}),
         pytest.param("unet-sdxl", {"ours", "not recorded", "PyTorch"}, marks=pytest.mark.nightly),
         ("vae", {"ours", "PyTorch"}),
-        pytest.param("picture", {"ours"}, marks=pytest.mark.nightly),
+        pytest.param("image", {"ours"}, marks=pytest.mark.nightly),
         pytest.param("cold", {"process start to first image, sd15"}, marks=pytest.mark.nightly),
     ],
 )

@@ -45,7 +45,7 @@ def test_every_thread_of_a_call_is_on_the_shared_stream_before_it_allocates(pipe
     assert all(shared for _, shared in streams)
 
 
-def test_on_a_gpu_what_is_compiled_is_recorded_and_outputs_are_not_in_a_recordings_memory(
+def test_compiled_modules_are_recorded_on_a_gpu_and_outputs_are_outside_graph_memory(
     pipe: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[dict[str, Any]] = []

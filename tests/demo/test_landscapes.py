@@ -51,9 +51,9 @@ def test_a_layout_keeps_its_geometry_under_every_caption(seed: int) -> None:
 def test_every_mood_looks_different() -> None:
     geometry = build_geometry(draw_layout(UNSEEN_LAYOUTS[4]))
     painted = [paint(geometry, *mood) for mood in MOODS]
-    for index, picture in enumerate(painted):
+    for index, image in enumerate(painted):
         for other in painted[:index]:
-            assert np.abs(picture - other).mean() > 0.01
+            assert np.abs(image - other).mean() > 0.01
 
 
 @pytest.mark.parametrize(("width", "height"), [(64, 64), (256, 192), (136, 72)])
@@ -62,17 +62,17 @@ def test_any_size_can_be_rendered(width: int, height: int) -> None:
 
 
 def test_augmentation_stays_in_range_and_keeps_the_scene() -> None:
-    picture = paint(build_geometry(draw_layout(UNSEEN_LAYOUTS[4])))
+    image = paint(build_geometry(draw_layout(UNSEEN_LAYOUTS[4])))
     for seed in range(10):
-        changed = augment(picture, np.random.default_rng(seed))
-        assert changed.shape == picture.shape
+        changed = augment(image, np.random.default_rng(seed))
+        assert changed.shape == image.shape
         assert changed.min() >= 0
         assert changed.max() <= 1
-        assert np.corrcoef(changed.ravel(), picture.ravel())[0, 1] > 0.5
-        assert not np.allclose(changed, picture, atol=0.01)
+        assert np.corrcoef(changed.ravel(), image.ravel())[0, 1] > 0.5
+        assert not np.allclose(changed, image, atol=0.01)
 
 
-def test_pictures_do_not_depend_on_the_worker_count() -> None:
+def test_images_do_not_depend_on_the_worker_count() -> None:
     one, two = make_images(3, 4, size=32, workers=1), make_images(3, 4, size=32, workers=2)
     assert np.array_equal(one.pixels, two.pixels)
     assert one.scenes == two.scenes

@@ -72,37 +72,37 @@ class Case:
         layout = self.geometry.layout
         return default_caption(Scene(layout.kind, layout.lake, layout.trees, *MOODS[mood]))
 
-    def colour(self, picture: Floats, region: str) -> Floats:
+    def colour(self, image: Floats, region: str) -> Floats:
         """Mean colour of the sky above the ridge, or of everything on land below it."""
-        rows = np.arange(picture.shape[0])[:, None]
+        rows = np.arange(image.shape[0])[:, None]
         sky = rows < self.geometry.ridge[None] - 1
         land = (rows > self.geometry.ridge[None] + 1) & (self.geometry.lake < 0.5)
-        mean: Floats = picture[sky if region == "sky" else land].mean(axis=0)
+        mean: Floats = image[sky if region == "sky" else land].mean(axis=0)
         return mean
 
-    def moves_as_told(self, picture: Floats, mood: str) -> bool:
+    def moves_as_told(self, image: Floats, mood: str) -> bool:
         """Whether every measure of a mood moved from the source at least half as far as in the generator's image."""
         for region, measure in MEASURES[mood]:
             before = measure(self.colour(self.source, region))
             wanted = measure(self.colour(self.painted[mood], region)) - before
-            if (measure(self.colour(picture, region)) - before) / wanted < 0.5:
+            if (measure(self.colour(image, region)) - before) / wanted < 0.5:
                 return False
         return True
 
-    def nearest_mood(self, picture: Floats) -> str:
+    def nearest_mood(self, image: Floats) -> str:
         """The mood whose image of this layout has the nearest sky and ground colours."""
 
         def distance(mood: str) -> float:
             reference = self.painted[mood]
-            gaps = [self.colour(picture, region) - self.colour(reference, region) for region in ("sky", "ground")]
+            gaps = [self.colour(image, region) - self.colour(reference, region) for region in ("sky", "ground")]
             return float(np.linalg.norm(gaps))
 
         return min(self.painted, key=distance)
 
 
-def edges(picture: Floats, geometry: Geometry) -> Floats:
+def edges(image: Floats, geometry: Geometry) -> Floats:
     """Edge strength in the rows around the horizon, where the ridge line is; centred, of unit length."""
-    grey = gaussian_filter(picture @ np.array([0.2126, 0.7152, 0.0722], np.float32), 1.0)
+    grey = gaussian_filter(image @ np.array([0.2126, 0.7152, 0.0722], np.float32), 1.0)
     strength = np.hypot(sobel(grey, 0), sobel(grey, 1))
     strength = strength[int(0.15 * len(grey)) : int(0.6 * len(grey))]
     centred = strength - strength.mean()
@@ -138,25 +138,25 @@ def run(pipeline: StableDiffusionImg2ImgPipeline, cases: list[Case], prompts: li
 
 
 @pytest.fixture(scope="module")
-def pictures(pipeline: StableDiffusionImg2ImgPipeline, cases: list[Case]) -> Callable[[str], list[Floats]]:
+def images(pipeline: StableDiffusionImg2ImgPipeline, cases: list[Case]) -> Callable[[str], list[Floats]]:
     """Gives, for a mood, the images of all layouts under their captions at strength 0.8: 10 s of a core the first time."""
     return functools.cache(lambda mood: run(pipeline, cases, [case.caption(mood) for case in cases], strength=0.8))
 
 
 @pytest.mark.parametrize("mood", nightly_but(PHRASES, "sunset"))
 def test_sky_and_ground_move_the_way_the_caption_says(
-    mood: str, pictures: Callable[[str], list[Floats]], cases: list[Case]
+    mood: str, images: Callable[[str], list[Floats]], cases: list[Case]
 ) -> None:
-    moved = [case.moves_as_told(picture, mood) for case, picture in zip(cases, pictures(mood), strict=True)]
+    moved = [case.moves_as_told(image, mood) for case, image in zip(cases, images(mood), strict=True)]
     print(f"\n{PHRASES[mood]}: {sum(moved)} of {len(moved)} moved as told")
     assert sum(moved) >= ENOUGH, moved
 
 
 @pytest.mark.parametrize("mood", nightly_but(PHRASES, "sunset"))
-def test_captions_are_told_apart_from_each_other_and_from_the_source(
-    mood: str, pictures: Callable[[str], list[Floats]], cases: list[Case]
+def test_captions_differ_from_each_other_and_from_the_source(
+    mood: str, images: Callable[[str], list[Floats]], cases: list[Case]
 ) -> None:
-    nearest = [case.nearest_mood(picture) for case, picture in zip(cases, pictures(mood), strict=True)]
+    nearest = [case.nearest_mood(image) for case, image in zip(cases, images(mood), strict=True)]
     print(f"\n{PHRASES[mood]}: {nearest.count(mood)} of {len(nearest)} nearest to what was asked for")
     assert nearest.count(mood) >= ENOUGH, nearest
 
@@ -165,8 +165,8 @@ def test_captions_are_told_apart_from_each_other_and_from_the_source(
 @pytest.mark.parametrize("mood", PHRASES)
 def test_a_mood_alone_is_told_apart(mood: str, pipeline: StableDiffusionImg2ImgPipeline, cases: list[Case]) -> None:
     outputs = run(pipeline, cases, [PHRASES[mood]] * len(cases), strength=0.8)
-    moved = [case.moves_as_told(picture, mood) for case, picture in zip(cases, outputs, strict=True)]
-    nearest = [case.nearest_mood(picture) for case, picture in zip(cases, outputs, strict=True)]
+    moved = [case.moves_as_told(image, mood) for case, image in zip(cases, outputs, strict=True)]
+    nearest = [case.nearest_mood(image) for case, image in zip(cases, outputs, strict=True)]
     figures = f"{sum(moved)} of {len(moved)} moved as told, {nearest.count(mood)} nearest to what was asked for"
     print(f"\n'{PHRASES[mood]}' alone: {figures}")
     assert nearest.count(mood) >= ENOUGH, nearest
@@ -174,13 +174,13 @@ def test_a_mood_alone_is_told_apart(mood: str, pipeline: StableDiffusionImg2ImgP
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("mood", PHRASES)
-def test_the_measure_refuses_pictures_of_another_caption(
-    mood: str, pictures: Callable[[str], list[Floats]], cases: list[Case]
+def test_the_measure_refuses_images_of_another_caption(
+    mood: str, images: Callable[[str], list[Floats]], cases: list[Case]
 ) -> None:
     assert not any(case.moves_as_told(case.source, mood) for case in cases)
     assert all(case.moves_as_told(case.painted[mood], mood) for case in cases)
     for other in set(PHRASES) - {mood}:
-        passed = [case.moves_as_told(picture, mood) for case, picture in zip(cases, pictures(other), strict=True)]
+        passed = [case.moves_as_told(image, mood) for case, image in zip(cases, images(other), strict=True)]
         print(f"\n{PHRASES[other]}: {sum(passed)} of {len(passed)} taken for {PHRASES[mood]}")
         assert sum(passed) <= len(cases) - ENOUGH, (other, passed)
 

@@ -63,7 +63,7 @@ def tiny_data() -> LatentData:
     return LatentData(latents, torch.zeros(5, 4, dtype=torch.long), captions)
 
 
-def test_batches_solve_to_a_clean_target_of_the_right_picture() -> None:
+def test_batches_solve_to_a_clean_target_of_the_right_image() -> None:
     data, alphas = tiny_data(), build_scheduler().alphas_cumprod
     batch = draw_batch(data, alphas, Mixture(batch=64), 2, torch.Generator().manual_seed(1))
     alpha = alphas[batch.timesteps][:, None, None, None]

@@ -52,7 +52,7 @@ def test_it_is_nobody_and_ends_by_a_signal_that_drains() -> None:
     assert names.index("USER") > max(place for place, name in enumerate(names) if name == "RUN"), "nothing is run for its user"
 
 
-def test_what_runs_in_it_are_commands_of_ours_without_a_shell() -> None:
+def test_container_runs_our_commands_without_a_shell() -> None:
     (check,) = said("HEALTHCHECK")
     for words in (json.loads(said("ENTRYPOINT")[0]) + json.loads(said("CMD")[0]), json.loads(check.partition("CMD ")[2])):
         assert words[0] == "img2img"
@@ -74,7 +74,7 @@ def test_its_settings_are_good_and_all_that_is_written_is_a_volume() -> None:
     assert not config.allow_insecure, "who runs it gives TLS, or says that it is not needed"
 
 
-def test_a_setting_of_the_image_that_there_is_not_would_be_seen(tmp_path: Path) -> None:
+def test_unknown_settings_of_the_container_image_are_detected(tmp_path: Path) -> None:
     wrong = tmp_path / "server.toml"
     wrong.write_text((REPOSITORY / "deploy" / "server.toml").read_text(encoding="utf-8") + "\n[telemetri]\n", encoding="utf-8")
     with pytest.raises(SettingError, match="telemetri"):

@@ -108,7 +108,7 @@ def test_every_file_is_part_of_something() -> None:
     assert {path for path in KUBERNETES.rglob("*") if path.is_file()} <= used
 
 
-def test_the_server_reads_its_file_and_finds_what_it_names(built: Built, config: ServerConfig) -> None:
+def test_server_reads_its_config_file_and_relative_paths(built: Built, config: ServerConfig) -> None:
     where = Path(built.variables["IMG2IMG_CONFIG"])
     assert where.name == "server.toml"
     assert built.mounts[str(where.parent)]["volume"]["configMap"]["name"] == "img2img-config"
@@ -143,7 +143,7 @@ async def test_a_volume_for_assets_that_is_roots_will_do(
     await kept.close()
 
 
-def test_nobody_listens_beyond_loopback_in_plain_text_unless_it_says_so(built: Built, config: ServerConfig) -> None:
+def test_plaintext_listening_beyond_loopback_must_be_explicit(built: Built, config: ServerConfig) -> None:
     assert config.host == "0.0.0.0"
     if config.tls.certificate is None:
         assert config.allow_insecure

@@ -70,9 +70,9 @@ def test_a_bundle_of_them_draws(exported: Path, tiny_model: Get, tmp_path: Path)
     pipeline = load_pipeline(outcome.path, outcome.manifest, Execution("cpu"))
     assert pipeline.size_multiple == 32
     request = make_request(image=sample_image(96, 64), prompt="a lake", seeds=(1,))
-    (picture,) = run_alone(pipeline, request)
-    assert picture.size == (96, 64)
-    assert np.asarray(picture).std() > 10
+    (image,) = run_alone(pipeline, request)
+    assert image.size == (96, 64)
+    assert np.asarray(image).std() > 10
 
 
 def test_without_optimum_onnx_a_reference_is_asked_for(exported: Path, tmp_path: Path) -> None:

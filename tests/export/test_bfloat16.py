@@ -10,7 +10,7 @@ import onnx
 import pytest
 import torch
 from img2img_export.convert import bfloat16, emulation
-from img2img_export.convert.external_weights import Skeleton, Weight
+from img2img_export.convert.external_weights import ExternalWeightsGraph, Weight
 from img2img_export.convert.parts import Part, Tensors, denoiser_part, flatten, text_part, vae_parts
 from img2img_export.convert.tracing import trace
 from img2img_export.progress import Progress
@@ -125,7 +125,7 @@ def test_numbers_are_converted_by_value() -> None:
     model = helper.make_model(helper.make_graph(nodes, "g", values[:1], values[1:]), opset_imports=[helper.make_opsetid("", 18)])
     source = torch.tensor([1.0, 1e-6, 70000.0, 0.3])
 
-    result = bfloat16.to_bfloat16(Skeleton(model, {"w": Weight.of(source, torch.float16)}))
+    result = bfloat16.to_bfloat16(ExternalWeightsGraph(model, {"w": Weight.of(source, torch.float16)}))
 
     # From the checkpoint's own numbers, not by way of fp16, in which 70000 is infinite.
     assert torch.equal(result.weights["w"].read(), source.bfloat16())

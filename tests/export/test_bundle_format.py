@@ -10,8 +10,8 @@ from img2img_server.bundle.manifest import (
     MANIFEST_NAME,
     Component,
     ComponentParity,
+    ImageParity,
     Manifest,
-    PictureParity,
     Source,
     TensorSpec,
     Verification,
@@ -35,7 +35,7 @@ MANIFEST = Manifest(
     files={},
     tools={"torch": "2.13"},
     verification=Verification(
-        True, (ComponentParity("unet", "batch 1", 1e-6, 2e-7, True),), (PictureParity("guided", 1, 90.5, True),)
+        True, (ComponentParity("unet", "batch 1", 1e-6, 2e-7, True),), (ImageParity("guided", 1, 90.5, True),)
     ),
     options={"backend": "auto"},
 )

@@ -13,7 +13,7 @@ from img2img_export.cli.export import parse_lora
 from img2img_export.errors import ExportError
 from img2img_export.options import ExportOptions, LoraFile
 from img2img_export.progress import Progress
-from img2img_server.bundle.manifest import ComponentParity, Manifest, PictureParity, Source, Verification
+from img2img_server.bundle.manifest import ComponentParity, ImageParity, Manifest, Source, Verification
 
 
 class Exporter:
@@ -23,7 +23,7 @@ class Exporter:
         self.asked: list[ExportOptions] = []
         self.error: Exception | None = None
         verification = Verification(
-            True, (ComponentParity("unet", "batch 1", 1e-6, 1e-7, True),), (PictureParity("a lake", 1, float("inf"), True),)
+            True, (ComponentParity("unet", "batch 1", 1e-6, 1e-7, True),), (ImageParity("a lake", 1, float("inf"), True),)
         )
         self.outcome = build.Outcome(
             path=path,
@@ -112,7 +112,7 @@ def test_a_lora_has_a_scale_where_a_number_follows_its_last_colon(text: str, pat
         ("--nope",),
     ],
 )
-def test_what_cannot_work_is_refused_before_anything_is_done(
+def test_impossible_options_are_refused_before_any_work(
     words: tuple[str, ...], exporter: Exporter, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as caught:

@@ -114,9 +114,7 @@ def test_the_cache_is_the_users(monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
         (place / "img2img" / "digests.json").unlink()
 
 
-def test_what_vanished_is_forgotten_and_the_cache_stays_small(
-    cache: Path, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_vanished_files_leave_the_digest_cache(cache: Path, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(digests, "_LIMIT", 3)
     for index in range(5):
         (tmp_path / f"{index}").write_text("hello")

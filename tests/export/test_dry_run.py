@@ -152,7 +152,7 @@ def test_loras_are_told_and_need_room(model: Path, tmp_path: Path) -> None:
     assert told.temporary_bytes > foretell(model).temporary_bytes
 
 
-def test_a_single_file_is_told_apart_by_the_names_of_its_tensors(model: Path, tmp_path: Path) -> None:
+def test_single_files_are_identified_by_tensor_names(model: Path, tmp_path: Path) -> None:
     prefixes = {"text_encoder": "cond_stage_model.transformer.", "unet": "model.diffusion_model.", "vae": "first_stage_model."}
     tensors = {f"{prefixes[name]}{key}": shape for name, shapes in SHAPES.items() for key, shape in shapes.items()}
     tensors |= {"alphas_cumprod": (1000,), "model_ema.conv": (999, 999)}

@@ -19,7 +19,7 @@ from img2img_cli.__main__ import main
 from img2img_export import component
 from img2img_export.build import Outcome, export_model
 from img2img_export.convert import models, torch_bundle, tracing
-from img2img_export.convert.external_weights import Skeleton
+from img2img_export.convert.external_weights import ExternalWeightsGraph
 from img2img_export.convert.parts import Part
 from img2img_export.errors import ExportError
 from img2img_export.options import ExportOptions
@@ -46,11 +46,11 @@ def model(tiny_model: Get, tmp_path: Path) -> Path:
 @pytest.fixture
 def fault(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[Path], None]], None]:
     """Makes every export go wrong: lets a function change the bundle, once its UNet and once all of it is written."""
-    write, save = Skeleton.write, torch_bundle.save
+    write, save = ExternalWeightsGraph.write, torch_bundle.save
 
     def install(change: Callable[[Path], None]) -> None:
-        def write_wrong(skeleton: Skeleton, folder: Path, progress: Progress, label: str, *more: Any) -> None:
-            write(skeleton, folder, progress, label, *more)
+        def write_wrong(graph: ExternalWeightsGraph, folder: Path, progress: Progress, label: str, *more: Any) -> None:
+            write(graph, folder, progress, label, *more)
             if label == "unet":
                 change(folder.parent)
 
@@ -60,7 +60,7 @@ def fault(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[Path], None]],
                 change(arguments[-1])
             return saved
 
-        monkeypatch.setattr(Skeleton, "write", write_wrong)
+        monkeypatch.setattr(ExternalWeightsGraph, "write", write_wrong)
         monkeypatch.setattr(torch_bundle, "save", save_wrong)
 
     return install
@@ -196,7 +196,7 @@ def untraceable(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
         raise KeyError("text_model")
 
     def install(name: str) -> None:
-        def refuse(module: Any, part: Part, *arguments: Any) -> Skeleton:
+        def refuse(module: Any, part: Part, *arguments: Any) -> ExternalWeightsGraph:
             if part.name == name:
                 part = dataclasses.replace(part, call=fail)
             return trace(module, part, *arguments)
@@ -217,7 +217,7 @@ _REASON = "torch cannot export {}: KeyError: 'text_model'"
         ("unet", "torch", set()),
     ],
 )
-def test_what_cannot_be_a_graph_is_pytorch_with_the_reason(
+def test_components_that_cannot_be_exported_run_in_pytorch_with_the_reason(
     graph: str, backend: str, graphs: set[str], untraceable: Callable[[str], None], tiny_model: Get, tmp_path: Path
 ) -> None:
     untraceable(graph)
@@ -288,7 +288,7 @@ def test_a_model_without_graphs_is_refused_where_graphs_are_asked_for(tiny_model
 @pytest.mark.parametrize(
     ("name", "scheduler", "offered"), [("sd3-no-t5", "DDIM", "Heun"), ("sd1", "FlowMatchEulerDiscreteScheduler", "DPM")]
 )
-def test_a_scheduler_of_another_kind_is_refused_with_those_that_there_are(
+def test_incompatible_scheduler_error_lists_the_available_ones(
     name: str, scheduler: str, offered: str, tiny_model: Get, tmp_path: Path
 ) -> None:
     with pytest.raises(ExportError, match=f"--scheduler: this model cannot use '{scheduler}': use one of .*{offered}"):

@@ -8,7 +8,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from img2img_export.convert.external_weights import DATA_NAME, Skeleton, Weight, without_weights
+from img2img_export.convert.external_weights import DATA_NAME, ExternalWeightsGraph, Weight, without_weights
 from img2img_export.progress import Progress
 from onnx import TensorProto, helper
 
@@ -26,7 +26,7 @@ def run(folder: Path, x: np.ndarray) -> np.ndarray:
     return result
 
 
-def test_what_is_done_to_a_weight_alone_is_done_when_it_is_written(tmp_path: Path) -> None:
+def test_weight_reshapes_are_folded_when_written(tmp_path: Path) -> None:
     matrix, bias = torch.randn(600, 4), torch.randn(600)
     axes = helper.make_node("Constant", [], ["axes"], value=helper.make_tensor("axes", TensorProto.INT64, [1], [0]))
     model = graph(
@@ -36,14 +36,14 @@ def test_what_is_done_to_a_weight_alone_is_done_when_it_is_written(tmp_path: Pat
         helper.make_node("Unsqueeze", ["b", "axes"], ["row"]),
         helper.make_node("Add", ["m", "row"], ["y"]),
     )
-    skeleton = Skeleton(model, {"w": Weight.of(matrix, torch.float32), "b": Weight.of(bias, torch.float32)})
-    skeleton.fold()
-    assert [node.op_type for node in skeleton.model.graph.node] == ["MatMul", "Add"]
-    assert sorted(weight.shape for weight in skeleton.weights.values()) == [(1, 600), (4, 600)]
-    skeleton.write(tmp_path, Progress(), "w")
+    external = ExternalWeightsGraph(model, {"w": Weight.of(matrix, torch.float32), "b": Weight.of(bias, torch.float32)})
+    external.fold()
+    assert [node.op_type for node in external.model.graph.node] == ["MatMul", "Add"]
+    assert sorted(weight.shape for weight in external.weights.values()) == [(1, 600), (4, 600)]
+    external.write(tmp_path, Progress(), "w")
     x = torch.randn(3, 4)
     np.testing.assert_allclose(run(tmp_path, x.numpy()), (x @ matrix.T + bias).numpy(), rtol=1e-5, atol=1e-5)
-    assert (tmp_path / DATA_NAME).stat().st_size >= skeleton.bytes
+    assert (tmp_path / DATA_NAME).stat().st_size >= external.bytes
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -84,5 +84,5 @@ def test_one_weight_is_in_memory_at_a_time(tmp_path: Path, monkeypatch: pytest.M
     nodes = [helper.make_node("Add", ["x" if index == 0 else f"s{index}", f"w{index}"], [f"s{index + 1}"]) for index in range(5)]
     nodes[-1].output[0] = "y"
     weights = {f"w{index}": Weight.of(torch.ones(500, 4), torch.float16) for index in range(5)}
-    Skeleton(graph(*nodes), weights).write(tmp_path, Progress(), "w")
+    ExternalWeightsGraph(graph(*nodes), weights).write(tmp_path, Progress(), "w")
     assert not alive

@@ -10,7 +10,7 @@ import onnxruntime
 import pytest
 import torch
 from img2img_export.convert.emulation import open_beside
-from img2img_export.convert.external_weights import Skeleton, Weight
+from img2img_export.convert.external_weights import ExternalWeightsGraph, Weight
 from img2img_export.convert.fusion import DOMAIN, fuse
 from img2img_export.convert.parts import Part, Tensors, denoiser_part, flatten, vae_parts
 from img2img_export.convert.tracing import convert, trace
@@ -20,7 +20,7 @@ from onnx import TensorProto, helper
 from torch.nn import functional
 
 pytestmark = pytest.mark.filterwarnings("ignore:You are using the legacy TorchScript-based:DeprecationWarning")
-Traced = tuple[Any, Part, Tensors, Skeleton]
+Traced = tuple[Any, Part, Tensors, ExternalWeightsGraph]
 
 
 def build_unet(*widths: int) -> Any:
@@ -42,7 +42,7 @@ def build_unet(*widths: int) -> Any:
 
 @pytest.fixture(scope="module")
 def unet() -> Traced:
-    """Of SD 1.5's first widths, which the CUDA kernels want: module, part, inputs and fp16 skeleton."""
+    """Of SD 1.5's first widths, which the CUDA kernels want: module, part, inputs and fp16 graph."""
     return traced(build_unet(320, 640), "unet")
 
 
@@ -69,12 +69,12 @@ def traced(module: Any, name: str) -> Traced:
 
 def errors(item: Traced, folder: Path) -> tuple[float, float]:
     """Of the plain and of the fused fp16 graph, against PyTorch in fp32."""
-    module, part, example, skeleton = item
+    module, part, example, graph = item
     with torch.no_grad():
         (name, reference), *_ = part.call(module, example).items()
     feed = {key: convert(part, key, value, torch.float16).numpy() for key, value in example.items()}
-    skeleton.write(folder / "plain", Progress(), "plain")
-    fuse(skeleton).write(folder / "fused", Progress(), "fused")
+    graph.write(folder / "plain", Progress(), "plain")
+    fuse(graph).write(folder / "fused", Progress(), "fused")
     plain = onnxruntime.InferenceSession(str(folder / "plain" / "model.onnx"), providers=["CPUExecutionProvider"])
     fused = open_expanded(folder / "fused" / "model.onnx")
     first, second = (relative_error(session.run([name], feed)[0], reference) for session in (plain, fused))
@@ -86,8 +86,8 @@ def relative_error(value: Any, reference: torch.Tensor) -> float:
     return float(np.linalg.norm(difference) / np.linalg.norm(reference.double().numpy()))
 
 
-def kinds(skeleton: Skeleton) -> Counter[str]:
-    return Counter(node.op_type for node in skeleton.model.graph.node)
+def kinds(graph: ExternalWeightsGraph) -> Counter[str]:
+    return Counter(node.op_type for node in graph.model.graph.node)
 
 
 def test_every_place_of_a_unet_is_fused(unet: Traced) -> None:
@@ -127,9 +127,9 @@ def test_unet_of_other_widths_keeps_what_has_no_kernel(tmp_path: Path) -> None:
     assert found["MultiHeadAttention"]
 
 
-def test_reads_small_weights_only_and_leaves_the_skeleton_alone(unet: Traced, monkeypatch: pytest.MonkeyPatch) -> None:
-    skeleton = unet[3]
-    before, names = skeleton.model.SerializeToString(), set(skeleton.weights)
+def test_reads_small_weights_only_and_leaves_the_graph_alone(unet: Traced, monkeypatch: pytest.MonkeyPatch) -> None:
+    graph = unet[3]
+    before, names = graph.model.SerializeToString(), set(graph.weights)
     sizes = []
     read = Weight.read
 
@@ -138,12 +138,12 @@ def test_reads_small_weights_only_and_leaves_the_skeleton_alone(unet: Traced, mo
         return read(self)
 
     monkeypatch.setattr(Weight, "read", counted)
-    fused = fuse(skeleton)
+    fused = fuse(graph)
 
     assert max(sizes) <= 2 * 5120
-    assert skeleton.model.SerializeToString() == before
-    assert set(skeleton.weights) == names
-    large = {id(weight.source) for weight in skeleton.weights.values() if weight.bytes > 2 * 5120}
+    assert graph.model.SerializeToString() == before
+    assert set(graph.weights) == names
+    large = {id(weight.source) for weight in graph.weights.values() if weight.bytes > 2 * 5120}
     assert large == {id(weight.source) for weight in fused.weights.values() if weight.bytes > 2 * 5120}
 
 

@@ -82,7 +82,7 @@ def resolve(
     return result
 
 
-def test_only_what_is_read_is_downloaded_and_offline_the_cache_serves(hub: Hub, tmp_path: Path) -> None:
+def test_only_needed_files_are_downloaded_and_the_cache_works_offline(hub: Hub, tmp_path: Path) -> None:
     found = resolve(hub, tmp_path)
     assert found["files"] == {
         "model_index.json": json.dumps(INDEX),

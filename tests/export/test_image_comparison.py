@@ -23,7 +23,7 @@ from img2img_export.verify.images import (
     measure,
     sample_image,
 )
-from img2img_server.bundle.manifest import LIMITS, Manifest, PictureParity, Precision, Source, Verification
+from img2img_server.bundle.manifest import LIMITS, ImageParity, Manifest, Precision, Source, Verification
 from PIL import Image
 
 Get = Callable[[str], Path]
@@ -86,35 +86,35 @@ def test_a_pipeline_that_knows_no_strength_is_not_asked_twice() -> None:
     assert not any("strength" in case.name for case in cases)
 
 
-def test_a_picture_is_like_itself_by_every_limit() -> None:
-    picture = sample_image(64, 48)
+def test_an_image_is_like_itself_by_every_limit() -> None:
+    image = sample_image(64, 48)
     for precision in LIMITS:
-        found = measure("same", picture, picture, precision)
-        assert found == PictureParity("same", 0, 999.0, True, found.ssim)
+        found = measure("same", image, image, precision)
+        assert found == ImageParity("same", 0, 999.0, True, found.ssim)
         assert found.ssim == pytest.approx(1.0)
 
 
-def changed(picture: Image.Image, by: int | np.ndarray, rows: int) -> Image.Image:
+def changed(image: Image.Image, by: int | np.ndarray, rows: int) -> Image.Image:
     """With the uppermost rows darker, or lighter where they are dark, by so much in each colour."""
-    pixels = np.asarray(picture).astype(int)
+    pixels = np.asarray(image).astype(int)
     pixels[:rows] += np.where(pixels[:rows] > 127, -by, by)
     return Image.fromarray(pixels.astype(np.uint8))
 
 
 def test_one_step_of_the_least_is_no_fault_in_fp32_and_two_are() -> None:
-    picture = sample_image(64, 64)
+    image = sample_image(64, 64)
     for by, passed in ((1, True), (2, False)):
-        found = measure("a", changed(picture, by, rows=8), picture)
+        found = measure("a", changed(image, by, rows=8), image)
         assert (found.max_abs_error, found.passed) == (by, passed)
         assert found.psnr_db == pytest.approx(10 * np.log10(255**2 / (by**2 / 8)))
         assert found.ssim > 0.999
-        assert measure("a", changed(picture, by, rows=8), picture, "fp16").passed
+        assert measure("a", changed(image, by, rows=8), image, "fp16").passed
 
 
 @pytest.mark.parametrize("precision", LIMITS)
 def test_each_precision_has_its_own_limits(precision: Precision) -> None:
-    picture = sample_image(64, 64)
-    found = [measure("a", changed(picture, by, rows=64), picture, precision) for by in range(60)]
+    image = sample_image(64, 64)
+    found = [measure("a", changed(image, by, rows=64), image, precision) for by in range(60)]
     limits = LIMITS[precision]
     for part in found:
         kept = part.max_abs_error <= limits.max_abs_error and part.psnr_db >= limits.psnr_db and part.ssim >= limits.ssim
@@ -136,8 +136,8 @@ def test_structure_counts_beside_the_pixels() -> None:
 
 @pytest.mark.parametrize("colour", ["black", "#7f7f7f", "white"])
 def test_one_colour_never_passes_however_near(colour: str) -> None:
-    picture = Image.new("RGB", (64, 64), colour)
-    assert not any(measure("a", picture, picture, precision).passed for precision in LIMITS)
+    image = Image.new("RGB", (64, 64), colour)
+    assert not any(measure("a", image, image, precision).passed for precision in LIMITS)
 
 
 def test_another_size_never_passes() -> None:
@@ -146,7 +146,7 @@ def test_another_size_never_passes() -> None:
     assert found.ssim == 0.0
 
 
-def test_the_servers_pipeline_draws_what_diffusers_draws(pipeline: Any, tmp_path: Path) -> None:
+def test_server_pipeline_matches_diffusers(pipeline: Any, tmp_path: Path) -> None:
     """By way of a bundle of PyTorch weights: no graphs are made for it."""
     cases = image_cases(pipeline, "stable-diffusion")
     references = make_references(pipeline, cases)
@@ -164,7 +164,7 @@ def test_the_servers_pipeline_draws_what_diffusers_draws(pipeline: Any, tmp_path
     compared, drawn = compare_images(tmp_path, manifest, cases, references, "fp32")
     assert [part.case for part in compared] == [case.name for case in cases]
     assert all(part.passed for part in compared), compared
-    assert [picture.size for picture in drawn] == [case.request.image.size for case in cases]
+    assert [image.size for image in drawn] == [case.request.image.size for case in cases]
     strangers = [*references[1:], references[0]]
     compared, _ = compare_images(tmp_path, manifest, cases, strangers, "int8")
     assert not any(part.passed for part in compared)
@@ -192,7 +192,7 @@ def _resized(request: Any, width: int, height: int) -> Any:
 
 
 @pytest.mark.parametrize("size", [(64, 48), (256, 256), (1024, 768)])
-def test_the_sheet_shows_each_picture_and_sixteen_times_the_difference(size: tuple[int, int]) -> None:
+def test_sheet_shows_each_image_and_the_difference_times_sixteen(size: tuple[int, int]) -> None:
     cases = rows_of(2, *size)
     reference = sample_image(*size)
     difference = np.array([4, 0, 2])
@@ -210,7 +210,7 @@ def test_the_sheet_shows_each_picture_and_sixteen_times_the_difference(size: tup
     assert not np.all(np.asarray(same) == difference * AMPLIFICATION, axis=-1).any()
 
 
-def test_a_picture_of_another_size_has_its_place_on_the_sheet() -> None:
+def test_sheet_shows_images_of_another_size() -> None:
     cases = rows_of(1, 64, 64)
     reference, ours = sample_image(64, 64), sample_image(64, 96)
     sheet = make_sheet(cases, [reference], [ours], [measure("a", ours, reference)])

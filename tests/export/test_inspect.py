@@ -12,9 +12,9 @@ from img2img_cli.__main__ import main
 from img2img_server.bundle.manifest import (
     Component,
     ComponentParity,
+    ImageParity,
     Lora,
     Manifest,
-    PictureParity,
     Source,
     Verification,
     digest_files,
@@ -32,8 +32,8 @@ VERIFICATION = Verification(
         ComponentParity("vae_decoder", "batch 1", 7e-7, 8e-8, True),
     ),
     pictures=(
-        PictureParity("A beautiful landscape, 64 x 64", 1, 61.25, True, ssim=0.9991),
-        PictureParity("An old fisherman, 64 x 64", 0, 999.0, True),
+        ImageParity("A beautiful landscape, 64 x 64", 1, 61.25, True, ssim=0.9991),
+        ImageParity("An old fisherman, 64 x 64", 0, 999.0, True),
     ),
     limits={"relative_error": 1e-4, "max_abs_error": 1, "psnr_db": 50.0, "ssim": 0.999},
 )
@@ -110,7 +110,7 @@ def test_json_is_everything_in_one_object(made: Path, capsys: pytest.CaptureFixt
     assert found["manifest"] == json.loads((made / "manifest.json").read_text())
 
 
-def test_a_bundle_that_was_not_verified_is_told_with_its_problems(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unverified_bundle_is_reported_with_its_problems(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
     part = ComponentParity("unet", "batch 1", float("inf"), float("inf"), False)
     change(made, verification=Verification(False, (part,), problems=("unet differs by infinity",)))
     assert main(["inspect", str(made)]) == 1

@@ -33,11 +33,11 @@ def pixels(image: Image.Image) -> np.ndarray:
     return np.asarray(image.convert("RGB")) / 255
 
 
-def explained(vae: Any, pictures: Iterable[np.ndarray], weights: latent_preview.LatentPreview) -> float:
+def explained(vae: Any, images: Iterable[np.ndarray], weights: latent_preview.LatentPreview) -> float:
     """How much of the variance of the decoded images' colours their previews explain: 1 for all, 0 for what the mean does."""
     drawn, wanted = [], []
-    for picture in pictures:
-        latents = latent_preview.encode(vae, picture)
+    for image in images:
+        latents = latent_preview.encode(vae, image)
         (preview,) = draw(latents[None], weights)
         assert preview.size == (latents.shape[2], latents.shape[1])
         drawn.append(pixels(preview).reshape(-1, 3))
@@ -123,11 +123,11 @@ def test_a_bundle_carries_its_map_and_one_without_still_loads(bundle: Get, tmp_p
     assert read_manifest(tmp_path).latent_preview == ()
 
 
-def test_a_batch_is_drawn_in_order_and_any_latents_make_a_picture() -> None:
+def test_batch_order_is_kept_and_all_latents_give_an_image() -> None:
     statistics = (0.0,) * 6
     weights = ((1.0, 0.0, *statistics, 0.0), (0.0, 1.0, *statistics, 0.25), (0.0, 0.0, *statistics, 0.5))
     latents = torch.zeros(4, 2, 3, 5)
     latents[1, 0], latents[2, 1], latents[3] = 1.0, -9.0, float("nan")
-    pictures = draw(latents, weights)
-    assert [(picture.mode, picture.size) for picture in pictures] == [("RGB", (5, 3))] * 4
-    assert [picture.getpixel((4, 2)) for picture in pictures] == [(0, 64, 128), (255, 64, 128), (0, 0, 128), (0, 0, 0)]
+    images = draw(latents, weights)
+    assert [(image.mode, image.size) for image in images] == [("RGB", (5, 3))] * 4
+    assert [image.getpixel((4, 2)) for image in images] == [(0, 64, 128), (255, 64, 128), (0, 0, 128), (0, 0, 0)]

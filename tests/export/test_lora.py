@@ -74,7 +74,7 @@ def by_diffusers(kind: Any, model: Path, path: Path, scale: float) -> Weights:
 
 @pytest.mark.parametrize("name", ["sd1", "sdxl"])
 @pytest.mark.parametrize("trainer", ["diffusers", "kohya"])
-def test_the_weights_are_those_of_the_formula_and_of_diffusers(name: str, trainer: str, tiny_model: Get, tmp_path: Path) -> None:
+def test_merged_weights_match_the_formula_and_diffusers(name: str, trainer: str, tiny_model: Get, tmp_path: Path) -> None:
     model, path, pairs = tiny_model(name), tmp_path / "style.safetensors", make(tiny_model(name), 1)
     write_diffusers(pairs, path) if trainer == "diffusers" else write_kohya(pairs, path, lambda module: 2.0)
     found, recorded = fuse(model, tmp_path / "view", LoraFile(path, 0.7))
@@ -215,7 +215,7 @@ def damage(pairs: Pairs, path: Path, how: str) -> Path:
         ("empty", "contains no LoRA layers"),
     ],
 )
-def test_what_does_not_fit_is_refused_and_nothing_is_written(how: str, reason: str, tiny_model: Get, tmp_path: Path) -> None:
+def test_invalid_lora_files_are_refused_and_nothing_is_written(how: str, reason: str, tiny_model: Get, tmp_path: Path) -> None:
     path = damage(make(tiny_model("sd1"), 1), tmp_path / "style.safetensors", how)
     with pytest.raises(ExportError, match=reason) as caught:
         fuse(tiny_model("sd1"), tmp_path / "view", LoraFile(path))
@@ -250,7 +250,7 @@ def test_a_sum_too_large_for_the_weights_is_refused(tiny_model: Get, tmp_path: P
         ("damaged.safetensors", "is a pickle"),
     ],
 )
-def test_what_is_no_safetensors_file_is_refused_without_reading(name: str, reason: str, tmp_path: Path) -> None:
+def test_files_other_than_safetensors_are_refused_unread(name: str, reason: str, tmp_path: Path) -> None:
     for file in ("style.pt", "style.txt", "damaged.safetensors"):
         (tmp_path / file).write_bytes(b"\x80\x02}q\x00 a pickle")
     with pytest.raises(ExportError, match=f"{tmp_path / name}.*{reason}"):
@@ -276,7 +276,7 @@ def test_the_blocks_of_sdxl_may_have_their_first_names(tiny_model: Get, tmp_path
     assert_close(weights_of(found), fused(model, (pairs, 1.0)))
 
 
-def test_a_bundle_of_a_lora_and_a_scheduler_draws_what_diffusers_draws_with_them(tiny_model: Get, tmp_path: Path) -> None:
+def test_bundle_with_lora_and_scheduler_matches_diffusers(tiny_model: Get, tmp_path: Path) -> None:
     """As an LCM-LoRA is used: fused, and with LCM's scheduler in place of the model's own."""
     model = tiny_model("sd1")
     file = write_diffusers(make(model, seed=3), tmp_path / "lcm.safetensors")

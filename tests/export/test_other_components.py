@@ -46,7 +46,7 @@ def with_tiny_vae(model: Path) -> Path:
 
 
 @pytest.mark.parametrize("backend", ["auto", "torch"])
-def test_a_tiny_autoencoder_draws_what_diffusers_draws(backend: Any, model: Path, tmp_path: Path) -> None:
+def test_tiny_autoencoder_matches_diffusers(backend: Any, model: Path, tmp_path: Path) -> None:
     with cut_short(2):
         outcome = export_model(ExportOptions(source=str(with_tiny_vae(model)), output=tmp_path / "out", backend=backend))
     manifest = read_manifest(outcome.path)
@@ -102,9 +102,7 @@ def test_any_failure_of_a_backend_leads_to_the_next_with_the_reason(
     assert not (tmp_path / "other").exists()
 
 
-def test_what_the_machine_refuses_is_not_laid_on_the_backend(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_is_not_taken_for_an_export_failure(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*arguments: Any) -> Any:
         raise OSError(errno.ENOSPC, "No space left on device")
 

@@ -62,7 +62,7 @@ def test_the_fused_graph_is_beside_the_plain_one_and_compared_too(bundle: Get) -
     assert not any(part.fused for part in read_manifest(bundle("sd1")).components)
 
 
-def test_what_overflows_in_fp16_stays_in_fp32_with_the_reason(
+def test_fp16_overflow_keeps_the_component_in_fp32_with_the_reason(
     tiny_model: Get, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(component, "_FUSABLE", ())  # fused graphs take half of the export

@@ -93,13 +93,13 @@ def test_bars_show_bytes_and_stages_keep_their_lines() -> None:
     stream, clock = Terminal(), Clock()
     display = RichProgress(stream, clock, Console(file=stream, force_terminal=True, width=120, color_system=None))
     run_long_task(display, clock)
-    with display.task("drawing", 4, "pictures") as advance:
+    with display.task("drawing", 4, "images") as advance:
         display.stage("[drawing] while a bar runs")
         advance(4)
     display.result("done: [m]", {})
     text = re.sub(r"\x1b\[[^a-zA-Z]*[a-zA-Z]", "", stream.getvalue())
     assert "600 MB of 600 MB" in text
-    assert "4 pictures of 4 pictures" in text
+    assert "4 images of 4 images" in text
     assert text.count("loading") == 1
     assert "[drawing] while a bar runs\n" in text
     assert text.endswith("done: [m]\n")
@@ -143,7 +143,7 @@ def test_the_form_is_chosen_by_the_stream(monkeypatch: pytest.MonkeyPatch) -> No
         (1500, "B", "1.50 kB"),
         (63_400_000, "B", "63.4 MB"),
         (3.44e9, "B", "3.44 GB"),
-        (7, "pictures", "7 pictures"),
+        (7, "images", "7 images"),
     ],
 )
 def test_quantities_are_short(count: float, unit: str, text: str) -> None:

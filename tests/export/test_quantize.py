@@ -11,7 +11,7 @@ import onnxruntime
 import pytest
 import torch
 from img2img_export.convert import quantize
-from img2img_export.convert.external_weights import Skeleton, Weight
+from img2img_export.convert.external_weights import ExternalWeightsGraph, Weight
 from img2img_export.convert.parts import Part, Tensors, denoiser_part, flatten, text_part
 from img2img_export.convert.tracing import trace
 from img2img_export.progress import Progress
@@ -20,7 +20,7 @@ from onnxruntime.quantization import QuantType, quantize_dynamic
 
 pytestmark = pytest.mark.filterwarnings("ignore:You are using the legacy TorchScript-based:DeprecationWarning")
 
-Traced = tuple[Tensors, Tensors, Skeleton]
+Traced = tuple[Tensors, Tensors, ExternalWeightsGraph]
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def finish(module: Any, part: Part, example: Tensors) -> Traced:
 
 @pytest.fixture(scope="module")
 def text(pipe: Any) -> Traced:
-    """The text encoder: inputs, outputs and fp32 skeleton."""
+    """The text encoder: inputs, outputs and fp32 graph."""
     example = {"input_ids": torch.randint(0, 200, (2, 77), generator=torch.Generator().manual_seed(0))}
     return finish(pipe.text_encoder, text_part("text_encoder", pipe.text_encoder, hidden_states=False), example)
 
@@ -67,23 +67,23 @@ def relative_error(value: Any, reference: Any) -> float:
 
 @pytest.mark.parametrize(("name", "limit"), [("text", 0.05), ("unet", 0.03)])
 def test_close_to_torch_and_smaller(name: str, limit: float, request: pytest.FixtureRequest, tmp_path: Path) -> None:
-    inputs, outputs, skeleton = request.getfixturevalue(name)
-    result = quantize.to_int8(skeleton)
+    inputs, outputs, graph = request.getfixturevalue(name)
+    result = quantize.to_int8(graph)
     result.write(tmp_path, Progress(), name)
     onnx.checker.check_model(str(tmp_path / "model.onnx"), full_check=True)
 
     values = run(tmp_path / "model.onnx", inputs)
 
-    assert result.bytes < skeleton.bytes
+    assert result.bytes < graph.bytes
     assert any(node.op_type == "MatMulInteger" for node in result.model.graph.node)
     for value, reference in zip(values, outputs.values(), strict=True):
         assert 1e-6 < relative_error(value, reference) < limit
 
 
 def test_same_numbers_as_quantize_dynamic(text: Traced, tmp_path: Path) -> None:
-    inputs, _, skeleton = text
-    skeleton.write(tmp_path / "plain", Progress(), "plain")
-    quantize.to_int8(skeleton).write(tmp_path / "ours", Progress(), "ours")
+    inputs, _, graph = text
+    graph.write(tmp_path / "plain", Progress(), "plain")
+    quantize.to_int8(graph).write(tmp_path / "ours", Progress(), "ours")
     theirs = tmp_path / "theirs.onnx"
     settings = {"op_types_to_quantize": ["MatMul"], "per_channel": True, "reduce_range": True, "weight_type": QuantType.QInt8}
     quantize_dynamic(str(tmp_path / "plain" / "model.onnx"), str(theirs), **settings)
@@ -94,8 +94,8 @@ def test_same_numbers_as_quantize_dynamic(text: Traced, tmp_path: Path) -> None:
 
 
 def test_onnx_runtime_fuses_the_products(text: Traced, tmp_path: Path) -> None:
-    inputs, _, skeleton = text
-    quantize.to_int8(skeleton).write(tmp_path, Progress(), "text")
+    inputs, _, graph = text
+    quantize.to_int8(graph).write(tmp_path, Progress(), "text")
 
     run(tmp_path / "model.onnx", inputs, tmp_path / "optimized.onnx")
 
@@ -105,7 +105,7 @@ def test_onnx_runtime_fuses_the_products(text: Traced, tmp_path: Path) -> None:
 
 
 def test_weights_are_quantized_one_at_a_time(text: Traced, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    *_, skeleton = text
+    *_, graph = text
     alive: list[weakref.ref[torch.Tensor]] = []
     counts: list[int] = []
 
@@ -121,7 +121,7 @@ def test_weights_are_quantized_one_at_a_time(text: Traced, tmp_path: Path, monke
 
     for kind in (Weight, quantize.Quantized, quantize.Scales):
         monkeypatch.setattr(kind, "read", counted(kind.read))
-    result = quantize.to_int8(skeleton)
+    result = quantize.to_int8(graph)
     assert not counts
     result.write(tmp_path, Progress(), "text")
 
@@ -147,9 +147,11 @@ def test_gemm_of_a_norm_with_its_bias(name: str, count: int, tmp_path: Path) -> 
     node = helper.make_node("Gemm", ["x", "w", "b"], ["y"], name, transB=1)
     graph = helper.make_graph([node], "g", [tensor("x", 2, 64)], [tensor("y", 2, 96)])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8)
-    skeleton = Skeleton(model, {key: Weight.of(source, torch.float32) for key, source in (("w", weight), ("b", bias))})
+    external = ExternalWeightsGraph(
+        model, {key: Weight.of(source, torch.float32) for key, source in (("w", weight), ("b", bias))}
+    )
 
-    result = quantize.to_int8(skeleton)
+    result = quantize.to_int8(external)
     result.write(tmp_path, Progress(), "gemm")
 
     assert sum(node.op_type == "MatMulInteger" for node in result.model.graph.node) == count

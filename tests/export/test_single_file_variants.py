@@ -204,9 +204,7 @@ def said_to(model: Path, names: list[str], notes: dict[str, str], view: Path) ->
 
 @pytest.mark.parametrize("said", SAID)
 @pytest.mark.parametrize("template", ["sd1", "sd2", "sdxl"])
-def test_what_the_file_says_of_its_prediction_is_the_schedulers(
-    template: str, said: str, tiny_model: Get, tmp_path: Path
-) -> None:
+def test_prediction_type_of_the_file_is_set_in_the_scheduler(template: str, said: str, tiny_model: Get, tmp_path: Path) -> None:
     names, notes, expected = SAID[said]
     model = tiny_model(template)
     own = json.loads((model / "scheduler" / "scheduler_config.json").read_text())

@@ -72,7 +72,7 @@ def find(path: Path | str, **options: object) -> Checkpoint:
         (".", "no model_index.json"),
     ],
 )
-def test_a_source_that_is_no_checkpoint_is_refused_in_one_line(
+def test_invalid_checkpoint_is_refused_in_one_line(
     name: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -84,7 +84,7 @@ def test_a_source_that_is_no_checkpoint_is_refused_in_one_line(
     assert "\n" not in str(caught.value)
 
 
-def test_the_digest_follows_what_is_read_and_nothing_else(directory: Path) -> None:
+def test_digest_depends_only_on_files_that_are_read(directory: Path) -> None:
     first = find(directory).source.digest
     (directory / "README.md").write_text("hello")
     assert find(directory).source.digest == first

@@ -15,7 +15,7 @@ from img2img_export import component
 from img2img_export.build import export_model
 from img2img_export.convert import calibration
 from img2img_export.convert.calibration import Calibration, emulated
-from img2img_export.convert.external_weights import Skeleton
+from img2img_export.convert.external_weights import ExternalWeightsGraph
 from img2img_export.convert.graph_kinds import Called
 from img2img_export.convert.parts import Part, Tensors
 from img2img_export.convert.static_int8 import Int8, to_static_int8
@@ -23,7 +23,7 @@ from img2img_export.convert.tracing import trace
 from img2img_export.options import ExportOptions
 from img2img_export.progress import Progress
 from img2img_export.verify import images
-from img2img_server.bundle.manifest import Manifest, PictureParity, read_manifest
+from img2img_server.bundle.manifest import ImageParity, Manifest, read_manifest
 from short_exports import cut_short
 
 pytestmark = pytest.mark.filterwarnings("ignore:You are using the legacy TorchScript-based:DeprecationWarning")
@@ -74,13 +74,13 @@ def calls(count: int = 6, rows: int = 2) -> list[Tensors]:
     ]
 
 
-def small(outlier: float = 1.0) -> tuple[Small, Part, Skeleton, Calibration]:
+def small(outlier: float = 1.0) -> tuple[Small, Part, ExternalWeightsGraph, Calibration]:
     torch.manual_seed(1)
     module = Small(outlier).eval()
     part = part_of(module)
-    skeleton = trace(module, part, calls()[0])
-    weights = {id(weight.source) for weight in skeleton.weights.values()}
-    return module, part, skeleton, Calibration(module, part, calls(), weights, Progress())
+    graph = trace(module, part, calls()[0])
+    weights = {id(weight.source) for weight in graph.weights.values()}
+    return module, part, graph, Calibration(module, part, calls(), weights, Progress())
 
 
 def session(folder: Path) -> onnxruntime.InferenceSession:
@@ -106,10 +106,10 @@ def test_first_and_last_layers_and_embeddings_are_not_possible() -> None:
 @pytest.mark.parametrize(
     "names", [("conv",), ("shortcut",), ("down",), ("query",), ("key",), ("conv", "shortcut", "query", "key")]
 )
-def test_the_graph_computes_what_the_calibration_emulates(names: tuple[str, ...], fine: bool, tmp_path: Path) -> None:
-    module, part, skeleton, measured = small(outlier=6.0)
+def test_graph_matches_the_calibration_emulation(names: tuple[str, ...], fine: bool, tmp_path: Path) -> None:
+    module, part, graph, measured = small(outlier=6.0)
     layers = {name: (measured.layers[name], fine) for name in names}
-    to_static_int8(skeleton, layers).write(tmp_path, Progress(), "small")
+    to_static_int8(graph, layers).write(tmp_path, Progress(), "small")
     onnx.checker.check_model(str(tmp_path / "model.onnx"), full_check=True)
     call = calls()[2]
     with torch.no_grad():
@@ -123,9 +123,9 @@ def test_the_graph_computes_what_the_calibration_emulates(names: tuple[str, ...]
 
 
 def test_a_row_does_not_depend_on_the_rest_of_its_batch(tmp_path: Path) -> None:
-    *_, skeleton, measured = small()
+    *_, graph, measured = small()
     layers = {name: (layer, name == "conv") for name, layer in measured.layers.items()}
-    to_static_int8(skeleton, layers).write(tmp_path, Progress(), "small")
+    to_static_int8(graph, layers).write(tmp_path, Progress(), "small")
     alone = {name: value[:1] for name, value in calls()[1].items()}
     extreme = {name: torch.cat([value, 50 * value]) for name, value in alone.items()}
     assert (run(tmp_path, extreme)[:1] == run(tmp_path, alone)).all()
@@ -175,8 +175,8 @@ def test_measurements_are_kept_for_the_same_module_loaded_again(monkeypatch: pyt
 
 
 def test_weights_are_quantized_one_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    *_, skeleton, measured = small()
-    result = to_static_int8(skeleton, {name: (layer, True) for name, layer in measured.layers.items()})
+    *_, graph, measured = small()
+    result = to_static_int8(graph, {name: (layer, True) for name, layer in measured.layers.items()})
     alive: list[weakref.ref[torch.Tensor]] = []
     counts: list[int] = []
     read = Int8.read
@@ -190,7 +190,7 @@ def test_weights_are_quantized_one_at_a_time(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(Int8, "read", counted)
     result.write(tmp_path, Progress(), "small")
     assert counts == [0] * 5
-    assert result.bytes < skeleton.bytes / 2
+    assert result.bytes < graph.bytes / 2
 
 
 def test_the_calibration_has_other_prompts_sources_and_timesteps(tiny_model: Callable[[str], Path]) -> None:
@@ -252,7 +252,7 @@ def test_images_that_are_not_good_enough_quantize_less(
 
     compare = images.compare_images
 
-    def unhappy(*arguments: Any) -> tuple[tuple[PictureParity, ...], Any]:
+    def unhappy(*arguments: Any) -> tuple[tuple[ImageParity, ...], Any]:
         compared, drawn = compare(*arguments)
         if "int8" in {part.precision for part in arguments[1].components if part.name == "unet"}:
             compared = tuple(dataclasses.replace(part, psnr_db=20.0, passed=False) for part in compared)

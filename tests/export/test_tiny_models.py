@@ -36,7 +36,7 @@ _FAINT = {
 
 
 @pytest.mark.parametrize("name", nightly_but(sorted(set(NAMES) - _FAINT), "sd1", "sdxl", "sd3"))
-def test_every_part_of_a_request_shows_in_the_picture(name: str, tiny_model: Callable[[str], Path]) -> None:
+def test_every_part_of_a_request_shows_in_the_image(name: str, tiny_model: Callable[[str], Path]) -> None:
     from img2img_export.convert.graphs import quiet
     from img2img_export.convert.models import Loader
     from img2img_export.read.checkpoint import INDEX_NAME, read_index, read_layout
@@ -52,16 +52,16 @@ def test_every_part_of_a_request_shows_in_the_picture(name: str, tiny_model: Cal
         settings = {"prompt": "a lake", "guidance_scale": 7.5, "strength": 0.6, "height": 64, "width": 64, **changes}
         settings["mask_image"] = Image.new("L", (64, 64), 255)
         with quiet(), torch.no_grad():
-            pictures = pipeline(
+            images = pipeline(
                 image=image.rotate(180) if flip else image,
                 generator=torch.Generator().manual_seed(seed),
                 num_inference_steps=5,
                 **{name: value for name, value in settings.items() if name in known},
             ).images
-        return np.asarray(pictures[0], np.int16)
+        return np.asarray(images[0], np.int16)
 
     reference = draw()
-    assert reference.std() > 25, "grey pictures compare well whatever went wrong"
+    assert reference.std() > 25, "grey images compare well whatever went wrong"
     changes: list[dict[str, Any]] = [{"prompt": "winter forest"}, {"seed": 1}, {"flip": True}]
     changes += [{"guidance_scale": 1.0}] if name not in _NO_GUIDANCE else []
     changes += [{"strength": 0.9}] if "strength" in known else []

@@ -12,7 +12,7 @@ import torch
 from covering import nightly_but
 from diffusers import DiffusionPipeline
 from img2img_export.convert.emulation import value_types
-from img2img_export.convert.external_weights import GRAPH_NAME, Skeleton
+from img2img_export.convert.external_weights import GRAPH_NAME, ExternalWeightsGraph
 from img2img_export.convert.token_graphs import Layout, TokenKind, token_part
 from img2img_export.convert.tracing import trace
 from img2img_export.progress import Progress
@@ -73,7 +73,7 @@ def made(tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFac
 
 
 @pytest.mark.parametrize("name", nightly_but(MODELS, *_EVERY_RUN))
-def test_rows_of_a_batch_are_what_diffusers_makes_of_each(name: str, made: Callable[[str], Made]) -> None:
+def test_each_row_of_a_batch_matches_diffusers(name: str, made: Callable[[str], Made]) -> None:
     """Of prompts of different lengths where texts have a mask, and references of different number and size."""
     one = made(name)
     texts = (5, 45, 33) if "text_mask" in one.kind.inputs else (9, 9, 9)
@@ -106,7 +106,7 @@ def test_every_input_has_an_effect_and_padding_has_none(name: str, made: Callabl
 @pytest.mark.parametrize("name", nightly_but(MODELS, *_EVERY_RUN))
 def test_all_products_of_a_half_graph_are_half(name: str, made: Callable[[str], Made]) -> None:
     """A mask of booleans would be exported in fp32, with all that follows; so would the rotated queries and keys."""
-    half: Skeleton = made(name).half
+    half: ExternalWeightsGraph = made(name).half
     types = value_types(half)
     products = [node for node in half.model.graph.node if node.op_type in ("MatMul", "Gemm")]
     wide = [node.name for node in products if types[node.output[0]] != onnx.TensorProto.FLOAT16]

@@ -44,9 +44,7 @@ def test_flux_fill_is_exported_as_its_own_class() -> None:
 
 
 @pytest.mark.parametrize(("channels", "expected"), [(4, "StableDiffusionPipeline"), (9, "StableDiffusionInpaintPipeline")])
-def test_the_unet_says_whether_an_inpainting_pipeline_has_an_inpainting_model(
-    tmp_path: Path, channels: int, expected: str
-) -> None:
+def test_inpainting_models_are_detected_by_the_unet_input_channels(tmp_path: Path, channels: int, expected: str) -> None:
     for name, config in {"unet": {"in_channels": channels}, "vae": {"latent_channels": 4}}.items():
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(json.dumps(config))
@@ -56,7 +54,7 @@ def test_the_unet_says_whether_an_inpainting_pipeline_has_an_inpainting_model(
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_a_pipeline_that_needs_or_makes_more_is_refused_with_what_it_is(name: str) -> None:
+def test_pipelines_with_other_inputs_or_outputs_are_refused_by_name(name: str) -> None:
     with pytest.raises(ExportError, match=REFUSED[name]):
         plan(Layout(name, {}, ()), "auto")
 

@@ -57,7 +57,7 @@ FILES: dict[str, tuple[str, bytes, tuple[str, ...]]] = {
 
 
 @pytest.mark.parametrize("kind", FILES)
-def test_a_file_that_is_no_safetensors_is_refused_by_what_it_is(kind: str, tmp_path: Path) -> None:
+def test_other_file_types_are_refused_by_kind(kind: str, tmp_path: Path) -> None:
     name, content, words = FILES[kind]
     (tmp_path / name).write_bytes(content)
     refused(tmp_path / name, str(tmp_path / name), *words)
@@ -98,7 +98,7 @@ PARTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 
 
 @pytest.mark.parametrize("kind", PARTS)
-def test_a_file_that_is_no_whole_model_is_refused_by_what_it_is(kind: str, tmp_path: Path) -> None:
+def test_incomplete_single_files_are_refused_by_kind(kind: str, tmp_path: Path) -> None:
     names, words = PARTS[kind]
     save_file({name: torch.ones(2, 2) for name in names}, tmp_path / "m.safetensors")
     refused(tmp_path / "m.safetensors", *words)
@@ -179,7 +179,7 @@ DIRECTORIES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 
 
 @pytest.mark.parametrize("kind", DIRECTORIES)
-def test_a_directory_without_an_index_is_refused_by_what_it_is(kind: str, tmp_path: Path) -> None:
+def test_directory_without_model_index_is_refused_by_kind(kind: str, tmp_path: Path) -> None:
     names, words = DIRECTORIES[kind]
     (tmp_path / "d").mkdir()
     for name in names:

@@ -44,16 +44,16 @@ def test_it_is_verified_against_the_model_that_it_was_made_of(exported: Path, ti
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_without_that_model_its_pictures_are_optimums(exported: Path, tmp_path: Path) -> None:
+def test_without_that_model_its_images_are_optimums(exported: Path, tmp_path: Path) -> None:
     outcome = adopt(exported, tmp_path / "out")
     assert outcome.manifest.verification.reference == "optimum's pipeline over the same graphs"
     assert outcome.manifest.verification.passed
     pipeline = load_pipeline(outcome.path, outcome.manifest, Execution("cpu"))
     assert pipeline.size_multiple == 32
     request = make_request(image=sample_image(96, 64), prompt="a lake", seeds=(1,))
-    (picture,) = run_alone(pipeline, request)
-    assert picture.size == (96, 64)
-    assert np.asarray(picture).std() > 10
+    (image,) = run_alone(pipeline, request)
+    assert image.size == (96, 64)
+    assert np.asarray(image).std() > 10
 
 
 def test_graphs_of_another_model_are_refused(exported: Path, tiny_model: Get, tmp_path: Path) -> None:

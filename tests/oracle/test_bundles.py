@@ -20,12 +20,12 @@ def test_optimum_draws_the_same_images_from_the_bundle(name: str, bundle: Get, t
         pipeline.set_progress_bar_config(disable=True)
     for case in images.image_cases(source, "stable-diffusion"):
         (reference,) = images.make_references(source, [case])
-        (picture,) = images.make_references(loaded, [case])
-        assert images.measure(case.name, picture, reference).passed, case.name
+        (image,) = images.make_references(loaded, [case])
+        assert images.measure(case.name, image, reference).passed, case.name
 
 
 def test_optimum_loads_a_bundle_whose_vae_is_partly_in_fp16(bundle: Get) -> None:
     loaded = ORTPipelineForImage2Image.from_pretrained(bundle("sdxl-overflow"), export=False, local_files_only=True)
     loaded.set_progress_bar_config(disable=True)
-    (picture,) = images.make_references(loaded, images.image_cases(loaded, "stable-diffusion-xl")[:1])
-    assert np.asarray(picture).std() > 10
+    (image,) = images.make_references(loaded, images.image_cases(loaded, "stable-diffusion-xl")[:1])
+    assert np.asarray(image).std() > 10

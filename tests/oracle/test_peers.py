@@ -32,16 +32,16 @@ def peers(
 
 async def _ask(server: ServerProcess) -> tuple[list[bytes], list[Record]]:
     async with connected(server.target) as sender:
-        pictures = await asyncio.gather(*(sender.send(job) for job in JOBS))
-        return pictures, sender.records
+        images = await asyncio.gather(*(sender.send(job) for job in JOBS))
+        return images, sender.records
 
 
 @pytest.mark.parametrize("name", PEERS)
-async def test_a_peer_makes_the_pictures_that_pytorch_makes_alone(peers: dict[str, ServerProcess], name: str) -> None:
+async def test_peer_images_match_pytorch(peers: dict[str, ServerProcess], name: str) -> None:
     async with connected(peers["pytorch"].target) as sender:
         alone = [await sender.send(job) for job in JOBS]
-    pictures, records = await _ask(peers[name])
+    images, records = await _ask(peers[name])
     assert [record.error for record in records] == [""] * len(JOBS)
     assert all(record.queue is not None and 0 <= record.queue <= record.latency for record in records)
-    assert max(map(largest_difference, pictures, alone)) <= 1
-    assert largest_difference(pictures[0], pictures[1]) > 1, "another seed makes another picture"
+    assert max(map(largest_difference, images, alone)) <= 1
+    assert largest_difference(images[0], images[1]) > 1, "another seed makes another image"

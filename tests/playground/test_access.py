@@ -55,7 +55,7 @@ def test_another_address_is_warned_of(stand: Stand, tmp_path: Path) -> None:
         assert ask(address, "GET", "/", Host="my-machine.example:7860")[0] == 200
 
 
-def test_another_address_of_this_machine_is_told_as_it_is(stand: Stand, tmp_path: Path) -> None:
+def test_other_local_addresses_are_shown_unchanged(stand: Stand, tmp_path: Path) -> None:
     with playground(stand.target, tmp_path, "--host", "127.0.0.2") as address:
         assert address.startswith("http://127.0.0.2:")
         assert ask(address, "GET", "/")[0] == 200

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from img2img_server.engine.request import RequestWarning
-from playing import PICTURE, Stand, Visitor, ask, is_inverted, run_program
+from playing import IMAGE, Stand, Visitor, ask, is_inverted, run_program
 from playwright.async_api import expect
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -20,7 +20,7 @@ async def _loaded(visitor: Visitor, selector: str) -> bool:
 async def test_a_dropped_image_is_followed_step_by_step_to_its_result(visitor: Visitor, stand: Stand) -> None:
     await visitor.see("Connected to")
     await expect(visitor.button("Transform")).to_be_disabled()
-    await visitor.drop(PICTURE.read_bytes(), PICTURE.name)
+    await visitor.drop(IMAGE.read_bytes(), IMAGE.name)
     await visitor.see("noon-lake.png · 128 x 128 pixels")
     stand.gate.close()
     await visitor.begin()
@@ -139,7 +139,7 @@ async def test_history_restores_images_and_settings(visitor: Visitor) -> None:
 
 async def test_the_copied_program_makes_the_same_image(visitor: Visitor, tmp_path: Path) -> None:
     await visitor.context.grant_permissions(["clipboard-read", "clipboard-write"])
-    (tmp_path / PICTURE.name).write_bytes(PICTURE.read_bytes())
+    (tmp_path / IMAGE.name).write_bytes(IMAGE.read_bytes())
     await visitor.choose()
     await visitor.page.get_by_label("Prompt", exact=True).fill('a "quoted" \\ place\nin two lines')
     await visitor.page.get_by_label("Negative prompt").fill("fog")

@@ -42,7 +42,7 @@ from img2img_playground.settings import DEFAULT_PROMPT, Settings
 from img2img_playground.snippet import Connection, literal, python_code
 from img2img_playground.watch import ServerState, ServerWatch
 from PIL import Image, PngImagePlugin
-from playing import PICTURE, REPOSITORY
+from playing import IMAGE, REPOSITORY
 
 _settings = st.builds(
     Settings,
@@ -122,7 +122,7 @@ def test_text_stays_itself_on_one_line(text: str) -> None:
     assert len(literal(text).split("\n")) == 1
 
 
-def test_the_program_tells_where_the_token_is_not_what_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_snippet_names_the_token_file_not_the_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("IMG2IMG_TOKEN", "secret")
     monkeypatch.delenv("IMG2IMG_CA", raising=False)
     (tmp_path / "token").write_text("also secret")
@@ -457,7 +457,7 @@ def test_history_keeps_the_newest_within_its_bounds() -> None:
 
 
 def test_images_are_read_by_their_header() -> None:
-    image = read_image(PICTURE.read_bytes(), "C:\\here\\..\\noon-lake.png")
+    image = read_image(IMAGE.read_bytes(), "C:\\here\\..\\noon-lake.png")
     assert (image.name, image.stem, image.media_type) == ("noon-lake.png", "noon-lake", "image/png")
     assert (image.width, image.height) == (128, 128)
     exif = Image.Exif()
@@ -543,8 +543,8 @@ def test_failures_say_what_to_do() -> None:
         return explain(error, "host:1")  # type: ignore[arg-type]
 
     assert explained(InvalidRequest("wrong", fields=(("loras[0].id", "unknown"),))).field == "loras"
-    wrong = explained(InvalidRequest("wrong", fields=(("image.data", "not a picture"),)))
-    assert (wrong.field, wrong.text, wrong.may_pass) == ("image", "image.data: not a picture", False)
+    wrong = explained(InvalidRequest("wrong", fields=(("image.data", "not an image"),)))
+    assert (wrong.field, wrong.text, wrong.may_pass) == ("image", "image.data: not an image", False)
     busy = explained(Overloaded("256 requests are waiting already", retry_after=2.5))
     assert (busy.text, busy.may_pass) == ("256 requests are waiting already. Retry in 2.5 s.", True)
     assert not explained(Overloaded("no memory", reason="OUT_OF_MEMORY")).may_pass

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image, ImageChops
-from playing import LORAS, PICTURE, Stand, Visitor
+from playing import IMAGE, LORAS, Stand, Visitor
 from playwright.async_api import expect
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -31,8 +31,8 @@ async def _choose_option(visitor: Visitor, label: str, option: str) -> None:
 
 async def test_a_photo_of_a_phone_is_fitted_to_the_model(visitor: Visitor, tmp_path: Path) -> None:
     photo = tmp_path / "IMG_0001.jpg"
-    with Image.open(PICTURE) as picture:
-        picture.convert("RGB").resize((3000, 2000)).save(photo, exif=b"")
+    with Image.open(IMAGE) as image:
+        image.convert("RGB").resize((3000, 2000)).save(photo, exif=b"")
     await visitor.choose(photo)
     await visitor.transform()
     width, height = await _size(visitor)
@@ -204,8 +204,8 @@ async def _result(visitor: Visitor) -> Image.Image:
 
 
 def _redrawn(made: Image.Image) -> Image.Image:
-    """Where an image differs from PICTURE."""
-    with Image.open(PICTURE) as source:
+    """Where an image differs from IMAGE."""
+    with Image.open(IMAGE) as source:
         return ImageChops.difference(made, source.convert("RGB")).convert("L").point(lambda value: 255 if value else 0)
 
 
@@ -298,7 +298,7 @@ async def test_references_are_sent_up_to_the_maximum(visitor: Visitor, stand: St
     files = visitor.page.locator(".references input[type=file]")
     shown = visitor.page.locator(".reference")
     for count in range(1, 5):
-        await files.set_input_files(PICTURE)
+        await files.set_input_files(IMAGE)
         await expect(shown).to_have_count(count)
     await expect(visitor.button("Add a reference")).to_be_hidden()
     await visitor.button("Remove noon-lake.png").first.click()

@@ -257,7 +257,7 @@ def test_a_bad_edit_keeps_the_old_tokens_and_says_so_once(
         assert gate.admit(bob).client == "bob"
 
 
-def test_strangers_are_told_of_at_a_bounded_rate_and_without_their_token(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_unknown_tokens_are_logged_at_a_bounded_rate_without_the_token(path: Path, caplog: pytest.LogCaptureFixture) -> None:
     grant(path, "alice")
     gone = grant(path, "gone", expires=NOON - timedelta(days=1))
     gate = open_gate(path)

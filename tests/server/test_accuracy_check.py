@@ -41,16 +41,16 @@ def blur(pipeline: Any, monkeypatch: pytest.MonkeyPatch, spread: float) -> None:
     monkeypatch.setattr(pipeline._pipe.unet, "forward", rounded)
 
 
-def test_a_bundle_carries_the_pictures_that_it_was_verified_by(made: tuple[Path, Manifest]) -> None:
+def test_bundle_contains_its_reference_images(made: tuple[Path, Manifest]) -> None:
     path, manifest = made
     assert [reference.case for reference in manifest.references] == [part.case for part in manifest.verification.pictures]
     for reference in manifest.references:
         assert {reference.source, reference.picture} <= set(manifest.files)
-        with Image.open(path / reference.source) as source, Image.open(path / reference.picture) as picture:
-            assert (picture.mode, picture.size) == ("RGB", source.size)
+        with Image.open(path / reference.source) as source, Image.open(path / reference.picture) as image:
+            assert (image.mode, image.size) == ("RGB", source.size)
 
 
-def test_what_was_verified_passes_and_draws_them_to_a_step_of_a_colour(pipeline: Any, made: tuple[Path, Manifest]) -> None:
+def test_verified_bundle_passes_and_matches_references_within_one_level(pipeline: Any, made: tuple[Path, Manifest]) -> None:
     verdict = accuracy_check.judge(pipeline, *made, accuracy_check.least_psnr_db("fp32"))
     assert verdict.passed
     assert verdict.psnr_db > 60
@@ -71,10 +71,10 @@ def test_noise_does_not_pass(pipeline: Any, made: tuple[Path, Manifest], monkeyp
     assert not accuracy_check.judge(pipeline, *made, accuracy_check.least_psnr_db("bf16")).passed
 
 
-@pytest.mark.parametrize(("picture", "problem"), [("black", "only one color"), ("small", "the image is (8, 8)")])
-def test_no_picture_at_all_does_not_pass(picture: str, problem: str, made: tuple[Path, Manifest]) -> None:
+@pytest.mark.parametrize(("kind", "problem"), [("black", "only one color"), ("small", "the image is (8, 8)")])
+def test_no_image_at_all_does_not_pass(kind: str, problem: str, made: tuple[Path, Manifest]) -> None:
     known = accuracy_check.cases(made[1], made[0])
-    drawn = [Image.new("RGB", case.image.size if picture == "black" else (8, 8)) for case in known]
+    drawn = [Image.new("RGB", case.image.size if kind == "black" else (8, 8)) for case in known]
     verdict = accuracy_check.compare(known, drawn, 0.0)
     assert not verdict.passed
     assert problem in verdict.problem
@@ -89,7 +89,7 @@ def test_a_bundle_without_references_is_no_proof(pipeline: Any, made: tuple[Path
 
 def test_references_are_files_of_the_bundle(made: tuple[Path, Manifest], tmp_path: Path) -> None:
     copy = Path(shutil.copytree(made[0], tmp_path / "copy"))
-    (copy / made[1].references[0].picture).write_bytes(b"no picture")
+    (copy / made[1].references[0].picture).write_bytes(b"no image")
     with pytest.raises(BundleError, match="not the file that was verified"):
         check_bundle(copy, made[1])
     with pytest.raises(BundleError, match="cannot be read"):

@@ -70,8 +70,8 @@ def expected(pipe: Any, image: Image.Image, seed: int, size: tuple[int, int], **
         width, height = height, width
     offered = {"width": width, "height": height, "max_area": width * height, "intermediate_timesteps": None, **settings}
     chosen = {name: value for name, value in offered.items() if name in known}
-    picture: Image.Image = pipe(image=image, generator=torch.Generator().manual_seed(seed), **chosen).images[0]
-    return picture.convert("RGB")
+    result: Image.Image = pipe(image=image, generator=torch.Generator().manual_seed(seed), **chosen).images[0]
+    return result.convert("RGB")
 
 
 def asked(pipeline: Pipeline, image: Image.Image, size: SizeRule, **settings: Any) -> Request:
@@ -105,12 +105,12 @@ def test_images_are_those_of_diffusers(name: str, bundle: Callable[[str], Path],
     if name in _LARGE:
         calls, shared = calls[2:], {"num_inference_steps": 2}
     requests = [asked(pipeline, image, size, seeds=seeds, **settings, **shared) for image, size, seeds, settings in calls]
-    for request, pictures, (image, _, seeds, settings) in zip(requests, drawn(pipeline, requests), calls, strict=True):
-        for seed, picture in zip(seeds, pictures, strict=True):
+    for request, outputs, (image, _, seeds, settings) in zip(requests, drawn(pipeline, requests), calls, strict=True):
+        for seed, ours in zip(seeds, outputs, strict=True):
             theirs = expected(pipe, image, seed, request.result_size, **settings, **shared)
-            assert picture.size == theirs.size == request.result_size
-            assert np.asarray(theirs).std() > 10, "a flat picture would prove nothing"
-            assert np.abs(np.asarray(picture, int) - np.asarray(theirs, int)).max() <= 1
+            assert ours.size == theirs.size == request.result_size
+            assert np.asarray(theirs).std() > 10, "a flat image would prove nothing"
+            assert np.abs(np.asarray(ours, int) - np.asarray(theirs, int)).max() <= 1
 
 
 @pytest.mark.parametrize("rule", [SizeRule(width=64), SizeRule(height=128), SizeRule(longest_side=128)])

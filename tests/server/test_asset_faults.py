@@ -79,7 +79,7 @@ async def test_an_upload_of_what_is_damaged_heals_it(tmp_path: Path) -> None:
         assert await store.read("shared", asset_id, 10**6) == png()
 
 
-async def test_what_is_stored_while_its_older_self_is_deleted_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_asset_stored_during_deletion_of_its_older_copy_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock, begun, go = Time(), threading.Event(), threading.Event()
     remove = LocalAssetFiles.remove
 
@@ -102,7 +102,7 @@ async def test_what_is_stored_while_its_older_self_is_deleted_is_there(tmp_path:
         assert (store.stats.count, store.stats.bytes) == (1, len(png()))
 
 
-async def test_a_killed_process_loses_nothing_that_it_said_it_has(tmp_path: Path) -> None:
+async def test_kill_loses_no_confirmed_asset(tmp_path: Path) -> None:
     code = """
 import asyncio, os, sys
 from img2img_server.assets.store import AssetStore
@@ -136,7 +136,7 @@ asyncio.run(main())
                 assert hashlib.sha256(path.read_bytes()).hexdigest() == path.name
 
 
-async def test_leftovers_of_a_crash_go_and_those_of_a_running_server_stay(tmp_path: Path) -> None:
+async def test_temporary_files_are_removed_after_a_crash_but_not_of_a_running_server(tmp_path: Path) -> None:
     async with opened(tmp_path) as store:
         await put(store, png())
     parts = tmp_path / ".parts"
@@ -171,7 +171,7 @@ class Broken:
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "/secret/path"), RuntimeError("botocore says key=abc")])
-async def test_a_failing_filesystem_is_said_without_its_secrets(
+async def test_filesystem_errors_do_not_reveal_credentials(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with opened(tmp_path) as store:
@@ -234,7 +234,7 @@ asyncio.run(main())
     assert sorted(path.stat().st_size for path in files_of(tmp_path)) == [1000, 2000]
 
 
-async def test_a_caller_that_leaves_does_not_tear_what_it_stores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_disconnecting_does_not_corrupt_stored_assets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     begun, go = threading.Event(), threading.Event()
     write = LocalAssetFiles.write
 
@@ -290,7 +290,7 @@ async def test_what_cannot_be_deleted_keeps_nothing_else(tmp_path: Path, monkeyp
         assert [path.name for path in files_of(tmp_path)] == [first]
 
 
-async def test_a_file_that_goes_while_it_is_stored_anew_takes_its_quota_again(
+async def test_file_deleted_while_being_stored_again_counts_towards_the_quota(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     begun, go, remove = threading.Event(), threading.Event(), LocalAssetFiles.remove

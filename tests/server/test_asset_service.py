@@ -70,7 +70,7 @@ BAD: dict[str, tuple[list[pb.UploadAssetRequest], str]] = {
     "another digest": (messages(PNG, sha256=UNKNOWN), "info.sha256"),
     "no digest": (messages(PNG, sha256="ABC"), "info.sha256"),
     "another media type": (messages(PNG, media_type="image/jpeg"), "info.media_type"),
-    "no picture": (messages(b"hello, world"), "chunk"),
+    "no image": (messages(b"hello, world"), "chunk"),
     "a torn header": (messages(PNG[:20]), "chunk"),
     "too many pixels": (messages(png((8000, 4001))), "chunk"),
 }
@@ -128,7 +128,7 @@ def test_without_a_store_assets_are_not_supported_and_the_setting_is_named(pipel
             assert "'assets'" in str(details["message"])
 
 
-def test_an_upload_that_stands_still_is_given_up_with_what_it_held(
+def test_stalled_upload_is_aborted_and_frees_its_memory(
     pipeline: FakePipeline, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(asset_service.AssetService.__init__, "__defaults__", (0.2,))
@@ -150,7 +150,7 @@ def test_an_upload_that_stands_still_is_given_up_with_what_it_held(
         assert server.server._assets.stats.reserved == 0
 
 
-def test_a_client_that_leaves_midway_gives_back_what_it_held(
+def test_disconnecting_mid_call_releases_memory(
     assets: AssetServiceStub, server: RunningServer, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     held, given_back, over = threading.Event(), threading.Event(), threading.Event()

@@ -38,13 +38,13 @@ def url(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Monk
         import s3fs  # type: ignore[import-untyped]
 
         bucket = s3fs.S3FileSystem(skip_instance_cache=True)
-        if not bucket.exists("pictures"):
-            bucket.mkdir("pictures")
-        return f"s3://pictures/{name}"
+        if not bucket.exists("images"):
+            bucket.mkdir("images")
+        return f"s3://images/{name}"
     return f"memory://{name}" if request.param == "memory" else str(tmp_path / "assets")
 
 
-async def test_a_picture_is_kept_by_its_content_and_given_back(url: str) -> None:
+async def test_an_image_is_kept_by_its_content_and_given_back(url: str) -> None:
     data = png((640, 480))
     async with opened(url) as store:
         asset_id = await put(store, data)
@@ -66,7 +66,7 @@ async def test_a_picture_is_kept_by_its_content_and_given_back(url: str) -> None
                 await call
 
 
-async def test_a_large_picture_is_streamed_in_blocks(url: str) -> None:
+async def test_a_large_image_is_streamed_in_blocks(url: str) -> None:
     data = os.urandom(3 * 2**20 + 17)
     async with opened(url) as store:
         blocks = [block async for block in store.stream("shared", await put(store, data))]
@@ -106,7 +106,7 @@ async def test_what_one_owner_stored_is_nothing_to_another(url: str) -> None:
         assert await store.read(alice, asset_id, 10**6) == data
 
 
-def test_names_of_owners_are_no_paths_and_collide_with_nothing() -> None:
+def test_owner_names_are_not_paths_and_do_not_collide() -> None:
     names = ["shared", "..", "/etc", "a/b", "A", "a", "", "\0", "x" * 5000]
     owners = [owner_of(Call("m", "r", client=name, authenticated=True)) for name in names]
     owners.append(owner_of(Call("m", "r", client="127.0.0.1")))
@@ -114,7 +114,7 @@ def test_names_of_owners_are_no_paths_and_collide_with_nothing() -> None:
     assert all(owner.replace("-", "").isalnum() and len(owner) < 50 for owner in owners)
 
 
-async def test_what_two_servers_keep_in_one_place_both_can_read(url: str) -> None:
+async def test_two_servers_share_one_asset_store(url: str) -> None:
     async with opened(url) as one, opened(url) as other:
         asset_id = await put(one, png())
         assert await other.read("shared", asset_id, 10**6) == png()
@@ -150,7 +150,7 @@ async def test_one_client_cannot_fill_the_quota(url: str) -> None:
         assert store._index._taken == {alice: 600}
 
 
-async def test_the_quota_holds_for_what_is_there_and_what_is_on_its_way(url: str) -> None:
+async def test_quota_includes_uploads_in_progress(url: str) -> None:
     async with opened(url, quota=1000) as store:
         kept = await put(store, os.urandom(600))
         with pytest.raises(AssetQuotaFull) as full:
@@ -171,7 +171,7 @@ async def test_the_quota_holds_for_what_is_there_and_what_is_on_its_way(url: str
         await put(store, os.urandom(600))
 
 
-async def test_what_is_too_old_makes_room_and_what_is_used_stays(url: str) -> None:
+async def test_expired_entries_are_evicted_and_used_ones_stay(url: str) -> None:
     clock = Time()
     async with opened(url, clock, quota=1000, max_age=DAY) as store:
         old, used = await put(store, os.urandom(500)), await put(store, os.urandom(400))

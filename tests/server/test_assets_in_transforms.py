@@ -62,7 +62,7 @@ def test_results_are_kept_where_that_is_asked(
     assert server.server._assets.stats.reserved == 0
 
 
-def test_a_result_for_which_there_is_no_room_is_refused_before_it_is_drawn(
+def test_results_beyond_the_asset_quota_are_refused_before_generation(
     assets: AssetServiceStub, transforms: ImageToImageServiceStub, pipeline: FakePipeline, server: RunningServer
 ) -> None:
     for _ in range(7):
@@ -76,7 +76,7 @@ def test_a_result_for_which_there_is_no_room_is_refused_before_it_is_drawn(
     assert server.server._assets.stats.reserved == 0
 
 
-def test_a_full_disk_fails_what_had_to_be_kept_and_nothing_else(
+def test_full_disk_fails_only_requests_that_store_assets(
     assets: AssetServiceStub, transforms: ImageToImageServiceStub, server: RunningServer, folder: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
@@ -106,9 +106,7 @@ def test_the_room_that_is_kept_for_a_result_is_enough(format_: images.WriteForma
     assert len(images.encode(image, format_, 100)) <= size[0] * size[1] * _BYTES_PER_PIXEL + _BYTES_PER_FILE
 
 
-def test_what_is_wrong_elsewhere_is_said_before_a_source_is_read(
-    transforms: ImageToImageServiceStub, server: RunningServer
-) -> None:
+def test_other_fields_are_checked_before_the_source_is_read(transforms: ImageToImageServiceStub, server: RunningServer) -> None:
     source = images_pb.ImageSource(asset_id=UNKNOWN)
     wrong: dict[str, dict[str, object]] = {
         "strength": {"strength": 2.0},

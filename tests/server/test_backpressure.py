@@ -35,7 +35,7 @@ def by_curve(rows: int) -> float:
     return CURVE[min(size for size in CURVE if size >= rows)]
 
 
-def test_work_beyond_the_bound_is_refused_until_there_is_less() -> None:
+def test_work_beyond_the_limit_is_refused_until_it_shrinks() -> None:
     engine, _, clock = measured_engine(QueueLimits(max_batch_size=1, max_waiting_seconds=10.0))
     for steps in (6, 8):
         Caller(engine).submit(num_inference_steps=steps)

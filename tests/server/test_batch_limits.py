@@ -100,7 +100,7 @@ def test_outliers_in_less_than_half_of_the_rounds_change_no_batch_limit(
 
 @settings(deadline=None)
 @given(slow=st.integers(1, 82), factor=st.floats(1.0, 1000.0), budget=st.floats(0.5, 30.0))
-def test_whatever_time_there_is_one_slow_call_does_not_keep_requests_apart(slow: int, factor: float, budget: float) -> None:
+def test_one_slow_call_does_not_prevent_batching(slow: int, factor: float, budget: float) -> None:
     seconds, _ = CURVES["larger always pays"]
     assert measured_cap(seconds, lambda call: factor if call == slow else 1.0, budget) > 1
 
@@ -145,7 +145,7 @@ def test_requests_of_two_rows_learn_upwards_too() -> None:
     assert costs.cap(GROUP, 256, MOST) == MOST
 
 
-def test_a_trial_never_goes_beyond_what_there_is_room_for() -> None:
+def test_trials_stay_within_the_memory_limit() -> None:
     costs = Costs()
     for rows in (1, 2, 4, 8):
         costs.measured("denoise", GROUP, 256, rows, float(rows))

@@ -56,13 +56,13 @@ def load(tiny_model: Callable[[str], Path]) -> Load:
     return get
 
 
-def picture(number: int, size: tuple[int, int] = (48, 64)) -> Image.Image:
+def source_image(number: int, size: tuple[int, int] = (48, 64)) -> Image.Image:
     pixels = np.random.default_rng(number).integers(0, 255, (size[1] // 8, size[0] // 8, 3), dtype=np.uint8)
     return Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC)
 
 
 def request(number: int = 0, **settings: Any) -> Request:
-    given = {"image": picture(number), "prompt": PROMPTS[number], "seeds": (number,), "strength": 0.6, "guidance_scale": 4.0}
+    given = {"image": source_image(number), "prompt": PROMPTS[number], "seeds": (number,), "strength": 0.6, "guidance_scale": 4.0}
     return make_request(**{"num_inference_steps": 4, **given, **settings})
 
 
@@ -101,7 +101,7 @@ def serve(pipeline: OpaquePipeline, requests: list[Request]) -> list[Caller]:
     return callers
 
 
-def pictures(caller: Caller) -> tuple[Image.Image, ...]:
+def images_of(caller: Caller) -> tuple[Image.Image, ...]:
     (ending,) = caller.endings
     assert isinstance(ending, Completed)
     return ending.images
@@ -116,7 +116,7 @@ def test_every_class_with_a_rule_is_looked_at_here() -> None:
 
 
 @covering(name=CLASSES, negative=[False, True])
-def test_a_picture_is_the_same_alone_and_in_a_shared_call(
+def test_an_image_is_the_same_alone_and_in_a_shared_call(
     load: Load, monkeypatch: pytest.MonkeyPatch, name: str, negative: bool
 ) -> None:
     pipeline = load(name)
@@ -128,8 +128,8 @@ def test_a_picture_is_the_same_alone_and_in_a_shared_call(
     counted = Counted(pipeline, monkeypatch)
     alone = [run_alone(pipeline, replace(item, seeds=(seed,)))[0] for item in requests for seed in item.seeds]
     expected, counted.calls = counted.calls // len(alone), 0
-    together = [image for caller in serve(pipeline, requests) for image in pictures(caller)]
-    assert np.asarray(alone[0]).std() > 10, "a flat picture would prove nothing"
+    together = [image for caller in serve(pipeline, requests) for image in images_of(caller)]
+    assert np.asarray(alone[0]).std() > 10, "a flat image would prove nothing"
     assert max(difference(*pair) for pair in zip(together, alone, strict=True)) <= 1
     apart = {"together": 1, "by prompt": 2, "alone": 3}[RULES[CLASSES[name]].negative] if negative else 1
     assert counted.calls == expected * apart
@@ -139,7 +139,7 @@ def test_why_negative_prompts_of_kandinsky_are_apart(load: Load) -> None:
     """When one of these fails, diffusers has got better, and the rule can go."""
     pipe: Any = load("kandinsky22")._pipe
     settings = {"strength": 0.6, "num_inference_steps": 4, "width": 64, "height": 48}
-    sources, generators = [picture(0), picture(1)], [torch.Generator().manual_seed(seed) for seed in (0, 1)]
+    sources, generators = [source_image(0), source_image(1)], [torch.Generator().manual_seed(seed) for seed in (0, 1)]
     with pytest.raises(IndexError):
         pipe(list(PROMPTS[:2]), negative_prompt=["fog", "fog"], image=sources, generator=generators, **settings)
     pipe = load("kandinsky3")._pipe

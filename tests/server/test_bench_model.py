@@ -99,8 +99,8 @@ def test_every_part_and_the_step_are_measured(
     assert all(line["lower"] <= line["median"] <= line["upper"] for line in lines)
     shown = capsys.readouterr().out
     assert all(name in shown for name in (*sized, "64 x 128", "ms per row", "ratio"))
-    with Image.open(plot) as picture:
-        assert picture.width > 500
+    with Image.open(plot) as image:
+        assert image.width > 500
 
 
 @pytest.mark.nightly

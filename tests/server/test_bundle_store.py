@@ -20,7 +20,7 @@ def make_bundle(folder: Path, passed: bool = True) -> Path:
     (folder / "unet").mkdir()
     (folder / "unet" / "model.onnx").write_bytes(b"graph")
     files = digest_files(folder, list_files(folder))
-    problems = () if passed else ("unet: 0.2 of 0.01", "the picture is black")
+    problems = () if passed else ("unet: 0.2 of 0.01", "the image is black")
     write_manifest(folder, replace(manifest("acme/m"), files=files, verification=Verification(passed, problems=problems)))
     return folder
 
@@ -37,7 +37,7 @@ def test_an_unverified_bundle_is_served_when_that_is_allowed(tmp_path: Path, cap
     assert list(store.pipelines()) == ["bad"]
     (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert "'bad' did not pass verification" in warning
-    assert "unet: 0.2 of 0.01; the picture is black" in warning, "what was measured at export is repeated"
+    assert "unet: 0.2 of 0.01; the image is black" in warning, "what was measured at export is repeated"
     (folder / "unet" / "model.onnx").write_bytes(b"other")
     with pytest.raises(BundleError, match="SHA-256 differs"):
         ModelRegistry.load(folder, lambda path, manifest: FakePipeline(), allow_unverified=True)
@@ -80,7 +80,7 @@ def test_two_models_with_one_id_are_an_error_that_names_both(tmp_path: Path) -> 
         ModelRegistry(models)
 
 
-def test_what_is_not_a_bundle_is_named_in_the_log_with_the_reason(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_invalid_bundles_are_logged_with_the_reason(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     make_bundle(tmp_path / "good")
     make_bundle(tmp_path / "nested" / "inner")
     (tmp_path / "notes").mkdir()

@@ -45,7 +45,7 @@ def test_without_tokens_there_is_one_scope() -> None:
 
 
 @pytest.mark.parametrize("model", ["sd1", "sdxl"])
-def test_what_one_scope_had_encoded_is_encoded_again_for_another(bundle: Callable[[str], Path], model: str) -> None:
+def test_cached_encodings_are_not_shared_between_scopes(bundle: Callable[[str], Path], model: str) -> None:
     """The first request of a scope looks the same to it, whatever other scopes sent before."""
     cache = Cache(2**24)
     pipeline = load_pipeline(bundle(model), read_manifest(bundle(model)), Execution("cpu"), cache=cache)

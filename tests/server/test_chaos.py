@@ -56,7 +56,7 @@ def interrupted_stream(server: ServingProcess) -> None:
                 assert not any(isinstance(event, Completed) for event in events)
 
 
-def test_killed_under_load_every_request_ends_once_and_with_its_picture(store: Path, tmp_path: Path) -> None:
+def test_each_request_ends_once_with_its_image_if_the_server_is_killed_under_load(store: Path, tmp_path: Path) -> None:
     """`kill -9`, twice, and a start on the same port, while twelve callers send one request after another."""
     retried: list[str] = []
     policy = RetryPolicy(
@@ -125,7 +125,7 @@ def wait_for(holds: Callable[[], bool], running: list[Any]) -> None:
         tick.wait(0.01)
 
 
-def test_killed_in_the_middle_of_an_upload_nothing_of_it_is_there(store: Path, tmp_path: Path) -> None:
+def test_upload_interrupted_by_a_kill_leaves_nothing(store: Path, tmp_path: Path) -> None:
     data, sent = big_source(200_000), threading.Event()
     digest = hashlib.sha256(data).hexdigest()
 
@@ -192,7 +192,7 @@ def test_a_full_disk_costs_the_upload_and_nothing_else(
     assert "Traceback" not in server.read_log()
 
 
-def test_an_image_for_whose_pixels_there_is_no_room_is_not_called_damaged(store: Path, tmp_path: Path) -> None:
+def test_out_of_memory_while_decoding_is_not_reported_as_damage(store: Path, tmp_path: Path) -> None:
     file = io.BytesIO()
     Image.new("RGB", (320, 320), "red").save(file, "PNG")  # a small file of 300 KiB of pixels
     _, prepare = quota(tmp_path)
@@ -233,7 +233,7 @@ def test_a_model_call_that_raises_costs_its_own_request_only(store: Path, tmp_pa
 
 
 @pytest.mark.parametrize("stage", nightly_but(["prepare", "denoise", "finish"], "denoise"))
-def test_a_model_call_that_hangs_ends_the_server_and_loses_nobody(stage: str, store: Path, tmp_path: Path) -> None:
+def test_hanging_model_call_ends_the_server_and_answers_every_request(stage: str, store: Path, tmp_path: Path) -> None:
     """Health says so, every caller hears of it, and the process ends with a status of its own."""
     with (
         serving(tmp_path, words(store, "none", "--watchdog", "1")) as server,

@@ -97,7 +97,7 @@ async def test_a_process_encodes_as_the_functions_do(codecs: Codecs, file_format
         ("RGB", "BMP", {}),
     ],
 )
-async def test_large_images_of_every_mode_fit_into_what_they_ask_for(
+async def test_large_images_of_every_mode_fit_the_reserved_memory(
     codecs: Codecs, mode: str, file_format: str, options: dict[str, Any]
 ) -> None:
     """Six million pixels, which take 12 to 26 bytes each: a mode that took more than it asks for would fail."""
@@ -128,7 +128,7 @@ async def test_a_crash_costs_its_own_image(codecs: Codecs, caplog: pytest.LogCap
     assert "signal 11" in caplog.text
 
 
-async def test_memory_beyond_what_was_asked_for_is_refused_by_the_kernel(codecs: Codecs) -> None:
+async def test_kernel_refuses_memory_beyond_the_requested_size(codecs: Codecs) -> None:
     with pytest.raises(InvalidField, match="more memory than its size allows"):
         await codecs.load(png(), Hoard())  # type: ignore[arg-type]
     assert await answers(codecs)

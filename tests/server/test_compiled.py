@@ -33,7 +33,7 @@ def difference(some: Sequence[Image.Image], others: Sequence[Image.Image]) -> in
     return max(int(np.abs(np.asarray(one, int) - np.asarray(other, int)).max()) for one, other in pairs)
 
 
-def test_what_is_compiled_draws_the_same_and_no_request_waits_for_the_compiler(pipe: Any) -> None:
+def test_compiled_models_give_the_same_images_and_compilation_delays_no_request(pipe: Any) -> None:
     pipeline = OpaquePipeline(pipe, "torch:cpu", threads=1)
     # The native size with guidance and without, another size, more images.
     requests = [request(64, 64), request(64, 64, guidance_scale=1.0), request(72, 64), request(64, 64, seeds=(1, 2))]
@@ -54,10 +54,10 @@ def test_what_is_compiled_draws_the_same_and_no_request_waits_for_the_compiler(p
     assert compile_modules(pipe, pipeline, backend)
     assert compiled > 0
     ready, used = compiled, []
-    for item, pictures in zip(requests, before, strict=True):
-        assert np.asarray(pictures[0]).std() > 10, "a flat picture would prove nothing"
+    for item, images in zip(requests, before, strict=True):
+        assert np.asarray(images[0]).std() > 10, "a flat image would prove nothing"
         ran = 0
-        assert difference(run_alone(pipeline, item), pictures) <= 1
+        assert difference(run_alone(pipeline, item), images) <= 1
         used.append(ran > 0)
     assert used[:3] == [True, True, False], "what was not compiled for runs as it always did"
     assert compiled == ready
@@ -129,7 +129,7 @@ def test_a_compiler_that_fails_leaves_the_model_as_it_was(pipe: Any, caplog: pyt
     assert difference(run_alone(pipeline, request(64, 64)), [before]) == 0
 
 
-def test_where_there_is_nothing_of_torchs_nothing_is_compiled() -> None:
+def test_bundles_without_torch_modules_compile_nothing() -> None:
     pipe = FakeDiffusers()
     assert not compile_modules(pipe, OpaquePipeline(pipe, "fake:cpu", threads=1))
     assert pipe.steps == 0

@@ -156,7 +156,7 @@ def test_rows_that_would_be_padded_are_filled() -> None:
     assert sizes[1, 2, 4, 8, 16][:2] == [4, 4]
 
 
-def test_what_is_padded_is_recorded_for_each_bucket_before_it_is_measured() -> None:
+def test_padded_calls_are_recorded_per_bucket_before_measurement() -> None:
     clock = Clock()
     pipeline = FakePipeline(clock)
     pipeline.row_buckets = (1, 2, 4, 8, 16)
@@ -211,7 +211,7 @@ class Cramped(FakePipeline):
         return super().denoise(states)
 
 
-def test_a_batch_that_there_is_no_room_for_is_not_made_again() -> None:
+def test_batch_sizes_that_exceed_memory_are_not_retried() -> None:
     clock, costs = Clock(), Costs()
     costs.adopt("m", WarmUp(16, 1000.0, clock).measure("m", Cramped(clock)))
     assert costs.cap(("m", (16, 16)), 256, 16) == 7, "between the four that went and the eight that did not"
@@ -219,7 +219,7 @@ def test_a_batch_that_there_is_no_room_for_is_not_made_again() -> None:
     assert costs.cap(("m", (8, 8)), 64, 16) == 16
 
 
-def test_a_cache_keeps_what_was_used_last_within_its_budget() -> None:
+def test_cache_evicts_least_recently_used_entries() -> None:
     cache = Cache(100)
     for key in "abc":
         cache.put(key, key.upper(), 40)
@@ -231,7 +231,7 @@ def test_a_cache_keeps_what_was_used_last_within_its_budget() -> None:
     assert (stats.hits, stats.misses, stats.evictions, stats.entries, stats.bytes) == (3, 2, 2, 2, 80)
 
 
-def test_a_cache_without_a_budget_is_off_and_what_is_too_large_is_not_kept() -> None:
+def test_cache_without_budget_is_off_and_oversized_entries_are_not_stored() -> None:
     off, small = Cache(0), Cache(10)
     off.put("a", 1, 1)
     small.put("a", 1, 5)
@@ -279,7 +279,7 @@ def test_a_server_with_a_trace_can_be_stopped_twice(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "trace.json").read_text())[-1]["name"] == "end"
 
 
-def test_shapes_that_callers_choose_are_forgotten_but_not_what_warm_up_measured() -> None:
+def test_costs_of_request_shapes_are_evicted_but_not_warm_up_costs() -> None:
     costs = costs_of({1: 1.0, 2: 1.5, 4: 2.5})
     for pixels in range(5000, 6000):
         costs.record("denoise", ("m", pixels), pixels, 1, 1.0)

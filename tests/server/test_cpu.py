@@ -80,7 +80,7 @@ def test_memory_is_the_machines_or_the_containers(tmp_path: Path) -> None:
     assert 0 < cpu.available_memory() < 2**50
 
 
-def test_all_memory_is_the_machines_or_what_the_container_may_take(tmp_path: Path) -> None:
+def test_total_memory_is_the_machine_or_the_container_limit(tmp_path: Path) -> None:
     assert cpu.total_memory(tmp_path) == float("inf")
     machine = {"proc/meminfo": "MemTotal:  10 kB\nMemAvailable:      8 kB", V2: "0::/a/b"}
     assert cpu.total_memory(_machine(tmp_path, machine)) == 10240

@@ -46,7 +46,7 @@ def test_options_are_those_of_the_provider() -> None:
     assert dict(cuda.provider_options(Execution(), cudnn_attention=True))["sdpa_kernel"] == "31"
 
 
-def test_what_runs_on_the_default_stream_is_not_to_be_recorded() -> None:
+def test_work_on_the_default_stream_is_not_recordable() -> None:
     with pytest.raises(AssertionError, match="default stream"):
         cuda.provider_options(Execution(), graphs=True)
 
@@ -120,7 +120,7 @@ def test_beside_a_torch_without_cuda_tensors_go_through_the_host(monkeypatch: py
     assert not opener.asked[0][1].keys() & {"user_compute_stream", "enable_cuda_graph"}
 
 
-def test_torch_goes_over_to_the_sessions_stream_after_what_it_was_asked_before(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torch_switches_to_the_session_stream_after_its_pending_work(monkeypatch: pytest.MonkeyPatch) -> None:
     done: list[str] = []
 
     def wait_stream(other: Any) -> None:

@@ -58,7 +58,7 @@ def test_a_bundle_that_is_damaged_once_it_is_loaded_is_served_on(bundle: Callabl
         assert server.wait(SECONDS) == 0
 
 
-def test_a_model_that_computes_no_numbers_is_an_error_and_no_picture(bundle: Callable[[str], Path], tmp_path: Path) -> None:
+def test_non_finite_values_are_an_error_not_an_image(bundle: Callable[[str], Path], tmp_path: Path) -> None:
     """Its decoder gives NaN: a black image would look like an answer."""
     from img2img_server.runtime.loader import load_pipeline
 

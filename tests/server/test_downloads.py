@@ -131,7 +131,7 @@ async def test_only_what_is_on_the_list_is_downloaded(folder: Path, control: Pat
     assert names_in(folder) == ["a"]
 
 
-async def test_a_caller_who_may_not_use_it_does_not_have_it_exported(folder: Path, control: Path) -> None:
+async def test_export_on_demand_needs_access_to_the_model(folder: Path, control: Path) -> None:
     async with downloading(folder, control) as it:
         with answering(Call("m", "r", client="alice", models=("a",))), pytest.raises(PermissionDenied, match="acme--new"):
             await use(it, repo_id="acme/new")
@@ -152,7 +152,7 @@ async def test_a_store_may_begin_empty_where_models_are_downloaded(tmp_path: Pat
         assert (await use(it, repo_id="acme/new")).id == "acme--new"
 
 
-async def test_what_failed_is_refused_for_a_while_with_the_reason(folder: Path, control: Path) -> None:
+async def test_failed_downloads_are_refused_for_a_while_with_the_reason(folder: Path, control: Path) -> None:
     async with downloading(folder, control) as it:
         with pytest.raises(ModelUnavailable, match=r"the hub refuses acme/broken \(401\), see \(a path\)"):
             await use(it, repo_id="acme/broken")

@@ -62,7 +62,7 @@ def assert_same(ours: Image.Image, theirs: Image.Image) -> None:
 
 
 @pytest.mark.parametrize("name", nightly_but(SEVERAL, "klein"))
-def test_reference_images_of_other_aspects_are_those_of_diffusers(name: str, load: Load) -> None:
+def test_reference_images_of_other_aspect_ratios_match_diffusers(name: str, load: Load) -> None:
     """Three images of their own sizes, two results, beside a request without references; a reference more is another image."""
     pipeline, pipe = load(name)
     assert "reference_images" in pipeline.fields

@@ -251,7 +251,7 @@ def test_position_and_estimate_are_told_on_arrival() -> None:
     assert engine.submit(make_request(num_inference_steps=6), lambda event: None).eta == 6.0
 
 
-def test_the_estimate_is_what_happens_where_nobody_else_comes() -> None:
+def test_eta_is_accurate_without_new_requests() -> None:
     curve = {1: 1.0, 2: 1.2, 4: 1.8, 8: 3.0}
     engine, _, clock = make_engine(seconds=lambda rows: curve[min(size for size in curve if size >= rows)], codec_seconds=0.5)
     for rows in (1, 2, 4, 8):
@@ -291,7 +291,7 @@ def test_estimates_learn_what_they_are_wrong_by() -> None:
     assert wrong[-1] < 0.2 < wrong[0]
 
 
-def test_those_who_wait_are_told_when_their_place_changes() -> None:
+def test_waiting_requests_get_queue_position_updates() -> None:
     engine, _, _ = make_engine(QueueLimits(max_active=1))
     for _ in range(2):
         Caller(engine).submit(num_inference_steps=3)
@@ -340,7 +340,7 @@ def test_previews_come_when_they_were_asked_for() -> None:
     run_out(engine)
     assert [event.preview is not None for event in curious.events if isinstance(event, Progress)] == [
         False, True, False, True, False, False,
-    ], "the last step is told with the picture itself"  # fmt: skip
+    ], "the last step is told with the image itself"  # fmt: skip
     assert not any(event.preview for event in plain.events if isinstance(event, Progress))
     assert {state.request.preview_interval for state in pipeline.previewed} == {2}
 

@@ -120,7 +120,7 @@ def test_the_estimate_knows_the_turns() -> None:
     assert eta < whole / 2
 
 
-def test_the_estimate_beside_a_line_of_shorter_ones_is_what_happens() -> None:
+def test_eta_beside_shorter_requests_is_accurate() -> None:
     engine, pipeline, clock = make_engine(max_rows=1)
     engine.costs.adopt("m", WarmUp(1, 100.0, clock).measure("m", pipeline))
     Caller(engine).submit(num_inference_steps=1)
@@ -188,7 +188,7 @@ def test_one_pressing_deadline_comes_first_and_not_the_whole_line() -> None:
     assert order(jobs) == [1, 2, 4, 3]
 
 
-def test_nobody_saves_up_and_who_comes_anew_begins_as_the_last() -> None:
+def test_idle_clients_gain_no_credit_and_new_clients_start_last() -> None:
     a, b, c = job(1, 4, "a"), job(2, 4, "b"), job(3, 4, "c")
     usage = charge({}, [a, b], [a], 3.0)
     assert usage == {"a": 3.0, "b": 0.0}

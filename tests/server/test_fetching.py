@@ -110,11 +110,11 @@ async def refusal(fetched: Awaitable[bytes]) -> str:
 UNREACHABLE = "the image cannot be fetched from this address"
 
 
-async def test_a_picture_is_fetched_with_nothing_said_about_the_server() -> None:
-    async with serving() as site, fetcher(site, Names(pictures=[["127.0.0.1"]])) as web_:
+async def test_fetching_an_image_reveals_nothing_about_the_server() -> None:
+    async with serving() as site, fetcher(site, Names(images=[["127.0.0.1"]])) as web_:
         site.answers["/a.png"] = answer(body=png(), headers={"Set-Cookie": "a=b"}, content_type="text/html")
         for _ in range(2):
-            assert await web_.fetch(f"http://pictures:{site.port}/a.png") == png()
+            assert await web_.fetch(f"http://images:{site.port}/a.png") == png()
         for _, request in site.seen:
             assert request.method == "GET"
             assert set(request.headers) == {"Host", "User-Agent", "Accept", "Accept-Encoding", "Connection"}
@@ -183,7 +183,7 @@ async def test_a_name_that_is_rebound_leads_nowhere() -> None:
         assert names.asked == ["rebound"] * 3, "once for each connection: no other answer is there to be checked"
 
 
-async def test_of_several_addresses_only_those_that_are_allowed_are_connected_to() -> None:
+async def test_fetching_connects_only_to_allowed_addresses() -> None:
     async with serving() as site, fetcher(site, Names(both=[["127.0.0.2", "127.0.0.1"]], none=[["127.0.0.2", "::1"]])) as web_:
         site.answers["/a.png"] = answer(body=png())
         assert await web_.fetch(f"http://both:{site.port}/a.png") == png()
@@ -238,7 +238,7 @@ async def test_ordinary_addresses_pass_the_first_look() -> None:
         Fetcher(1.0, 1).check(address)
 
 
-async def test_what_is_refused_and_what_is_not_there_look_alike() -> None:
+async def test_forbidden_and_missing_assets_give_the_same_error() -> None:
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         port = closed.getsockname()[1]
@@ -357,23 +357,23 @@ async def test_so_many_are_fetched_at_once_and_no_more(monkeypatch: pytest.Monke
 async def test_https_checks_the_certificate_and_does_not_fall_back_to_http() -> None:
     authority = trustme.CA()
     server_side = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    authority.issue_cert("pictures").configure_cert(server_side)
+    authority.issue_cert("images").configure_cert(server_side)
     trusting = ssl.create_default_context()
     authority.configure_trust(trusting)
-    names = Names(pictures=[["127.0.0.1"]], other=[["127.0.0.1"]])
+    names = Names(images=[["127.0.0.1"]], other=[["127.0.0.1"]])
     async with serving(server_side) as secure, serving() as plain:
         ports = (secure.port, plain.port)
         plain.answers["/a.png"] = answer(body=png())
-        plain.answers["/up"] = redirect(f"https://pictures:{secure.port}/a.png")
+        plain.answers["/up"] = redirect(f"https://images:{secure.port}/a.png")
         secure.answers["/a.png"] = answer(body=png())
-        secure.answers["/down"] = redirect(f"http://pictures:{plain.port}/a.png")
+        secure.answers["/down"] = redirect(f"http://images:{plain.port}/a.png")
         async with fetcher(secure, names, ports=ports, tls=trusting) as web_:
-            assert await web_.fetch(f"https://pictures:{secure.port}/a.png") == png()
-            assert await web_.fetch(f"http://pictures:{plain.port}/up") == png()
-            assert "from https to http" in await refusal(web_.fetch(f"https://pictures:{secure.port}/down"))
+            assert await web_.fetch(f"https://images:{secure.port}/a.png") == png()
+            assert await web_.fetch(f"http://images:{plain.port}/up") == png()
+            assert "from https to http" in await refusal(web_.fetch(f"https://images:{secure.port}/down"))
             assert await refusal(web_.fetch(f"https://other:{secure.port}/a.png")) == UNREACHABLE
         async with fetcher(secure, names, ports=ports) as untrusting:
-            assert await refusal(untrusting.fetch(f"https://pictures:{secure.port}/a.png")) == UNREACHABLE
+            assert await refusal(untrusting.fetch(f"https://images:{secure.port}/a.png")) == UNREACHABLE
 
 
 async def test_one_clients_slow_sites_hold_up_no_other_client(monkeypatch: pytest.MonkeyPatch) -> None:

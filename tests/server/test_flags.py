@@ -108,14 +108,14 @@ def test_the_file_can_be_named_by_a_variable_and_by_a_flag_that_counts_more(tmp_
     assert _parse("--config", str(other), IMG2IMG_CONFIG=str(one)).port == 2
 
 
-def test_variables_of_the_clients_commands_are_no_settings() -> None:
+def test_client_command_variables_are_not_server_settings() -> None:
     names = ("TARGET", "TOKEN", "CA", "CLIENT_CERTIFICATE", "CLIENT_KEY")
     assert _parse(**{f"IMG2IMG_{name}": "x" for name in names}) == ServerConfig(Path("m"))
     with pytest.raises(ValueError, match="unknown setting IMG2IMG_TOKENZ; did you mean IMG2IMG_TOKEN\\?"):
         _parse(IMG2IMG_TOKENZ="x")
 
 
-def test_print_config_loads_nothing_and_prints_what_can_be_used(tmp_path: Path) -> None:
+def test_print_config_loads_nothing_and_its_output_is_valid_input(tmp_path: Path) -> None:
     """In a fresh process, with models that are not there."""
     (tmp_path / "server.toml").write_text('grace = "2m"\n[limits]\nmax_active = 3\n[tls]\n', encoding="utf-8")
     words = ["serve", "--models", "nowhere", "--config", "server.toml", "--print-config"]

@@ -142,7 +142,7 @@ def test_an_answer_that_tells_of_the_server_is_a_finding() -> None:
 
 
 @pytest.mark.nightly
-def test_the_script_fuzzes_says_how_much_and_leaves_what_it_found(tmp_path: Path) -> None:
+def test_fuzz_script_reports_counts_and_saves_findings(tmp_path: Path) -> None:
     script = [sys.executable, str(ROOT / "benchmarks" / "fuzz.py"), "--out", str(tmp_path)]
     result = subprocess.run(
         [*script, "--minutes", "0.05", "--target", "metadata,ModelService.GetModel"],

@@ -138,7 +138,7 @@ def test_a_body_that_is_declared_too_large_is_refused_before_it_is_sent(server: 
     assert (answer.status, answer.error["code"]) == (413, "MESSAGE_TOO_LARGE")
 
 
-def test_a_client_that_asks_first_does_not_send_what_is_refused(server: RunningServer) -> None:
+def test_client_with_expect_continue_does_not_send_a_refused_body(server: RunningServer) -> None:
     with connection(server) as made:
         made.sendall(head_of(b"x" * 10_000_000, "Expect: 100-continue"))
         assert answer_of(made).status == 413

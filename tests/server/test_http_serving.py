@@ -162,7 +162,7 @@ def test_the_port_answers_before_the_models_are_loaded() -> None:
         assert (get(server, "/ready").status, ask(server, EDITS, *EDIT).status) == (200, 200)
 
 
-def test_a_drain_finishes_what_runs_and_refuses_what_comes(pipeline: FakePipeline) -> None:
+def test_drain_finishes_running_requests_and_refuses_new_ones(pipeline: FakePipeline) -> None:
     gate = Gate(pipeline)
     with serving(pipelines={"m": pipeline}) as server, connection(server) as idle, connection(server) as slow:
         body = form(*EDIT)

@@ -119,7 +119,7 @@ def floats(scale: float) -> Image.Image:
 
 @pytest.mark.parametrize("compression", ["raw", "tiff_lzw"])
 @pytest.mark.parametrize("highest", [0.4, 1.0, 1.5, 10.0])
-def test_white_is_one_in_floats_and_what_is_brighter_is_clipped(highest: float, compression: str) -> None:
+def test_float_images_map_one_to_white_and_clip_above(highest: float, compression: str) -> None:
     expected = np.clip(RAMP.astype(float) * highest, 0, 255)[..., None]
     assert_near(decoded(floats(highest), "TIFF", compression=compression), expected, 1)
 
@@ -185,7 +185,7 @@ def test_a_transparent_value_of_deep_gray_is_white() -> None:
 
 
 @pytest.mark.parametrize(("file_format", "side", "fits"), [("WEBP", 16384, "PNG, JPEG"), ("JPEG", 65501, "PNG")])
-def test_a_side_that_the_format_cannot_hold_names_those_that_can(file_format: images.WriteFormat, side: int, fits: str) -> None:
+def test_oversized_output_error_names_formats_that_support_it(file_format: images.WriteFormat, side: int, fits: str) -> None:
     images.check_side((side - 1, 8), file_format)
     images.encode(Image.new("RGB", (side - 1, 8)), file_format, 90)
     for size in ((side, 8), (8, side)):

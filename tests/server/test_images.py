@@ -17,7 +17,7 @@ LIMITS = ImageLimits(max_bytes=200_000, max_source_pixels=100_000, max_pixels=40
 ORIENTATION = 0x0112
 
 
-def picture() -> Image.Image:
+def sample() -> Image.Image:
     """Left half red above green, right half blue above white: every turn and flip of it is another image."""
     pixels = np.zeros((16, 24, 3), np.uint8)
     pixels[:8, :12], pixels[8:, :12], pixels[:8, 12:], pixels[8:, 12:] = (200, 0, 0), (0, 200, 0), (0, 0, 200), (255, 255, 255)
@@ -25,7 +25,7 @@ def picture() -> Image.Image:
 
 
 def gray() -> np.ndarray:
-    return np.asarray(picture().convert("L"))
+    return np.asarray(sample().convert("L"))
 
 
 def saved(image: Image.Image, file_format: str, **options: object) -> bytes:
@@ -36,50 +36,50 @@ def saved(image: Image.Image, file_format: str, **options: object) -> bytes:
 
 def lab() -> Image.Image:
     profiles = ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB")
-    converted = ImageCms.profileToProfile(picture(), *profiles, outputMode="LAB")
+    converted = ImageCms.profileToProfile(sample(), *profiles, outputMode="LAB")
     assert converted is not None
     return converted
 
 
 def transparent() -> Image.Image:
-    image = picture().convert("RGBA")
+    image = sample().convert("RGBA")
     image.putalpha(Image.fromarray(np.where(np.arange(24) < 12, 255, 0).astype(np.uint8)[None].repeat(16, 0)))
     return image
 
 
 def white_right() -> Image.Image:
-    image = picture()
+    image = sample()
     image.paste("white", (12, 0, 24, 16))
     return image
 
 
 # What is saved, the file format, what must come out, and by how much (0 to 255) the format may change it.
 CASES: dict[str, tuple[Callable[[], Image.Image], str, Callable[[], Image.Image], int]] = {
-    "RGB": (picture, "PNG", picture, 0),
+    "RGB": (sample, "PNG", sample, 0),
     "1": (
-        lambda: picture().convert("1", dither=Image.Dither.NONE),
+        lambda: sample().convert("1", dither=Image.Dither.NONE),
         "PNG",
-        lambda: picture().convert("1", dither=Image.Dither.NONE),
+        lambda: sample().convert("1", dither=Image.Dither.NONE),
         0,
     ),
-    "L": (lambda: picture().convert("L"), "PNG", lambda: picture().convert("L"), 0),
+    "L": (lambda: sample().convert("L"), "PNG", lambda: sample().convert("L"), 0),
     "LA": (lambda: transparent().convert("LA"), "PNG", lambda: white_right().convert("L"), 0),
-    "P": (lambda: picture().quantize(8), "PNG", picture, 4),
+    "P": (lambda: sample().quantize(8), "PNG", sample, 4),
     "P transparent": (lambda: transparent().quantize(8), "PNG", white_right, 4),
     "RGBA": (transparent, "PNG", white_right, 0),
-    "CMYK": (lambda: picture().convert("CMYK"), "TIFF", picture, 0),
-    "CMYK JPEG": (lambda: picture().convert("CMYK"), "JPEG", picture, 60),
-    "YCbCr": (lambda: picture().convert("YCbCr"), "TIFF", picture, 3),
-    "LAB": (lab, "TIFF", picture, 30),  # 8-bit LAB itself is that coarse at full saturation
-    "I;16": (lambda: Image.fromarray(gray().astype(np.uint16) * 257), "PNG", lambda: picture().convert("L"), 1),
-    "I;16 TIFF": (lambda: Image.fromarray(gray().astype(np.uint16) * 257), "TIFF", lambda: picture().convert("L"), 1),
-    "I": (lambda: Image.fromarray(gray().astype(np.int32) * 2**20), "TIFF", lambda: picture().convert("L"), 1),
-    "F to 1": (lambda: Image.fromarray(gray().astype(np.float32) / 255), "TIFF", lambda: picture().convert("L"), 1),
-    "F to 255": (lambda: Image.fromarray(gray().astype(np.float32)), "TIFF", lambda: picture().convert("L"), 1),
-    "JPEG": (picture, "JPEG", picture, 60),
-    "WebP": (picture, "WEBP", picture, 60),
-    "GIF": (picture, "GIF", picture, 4),
-    "BMP": (picture, "BMP", picture, 0),
+    "CMYK": (lambda: sample().convert("CMYK"), "TIFF", sample, 0),
+    "CMYK JPEG": (lambda: sample().convert("CMYK"), "JPEG", sample, 60),
+    "YCbCr": (lambda: sample().convert("YCbCr"), "TIFF", sample, 3),
+    "LAB": (lab, "TIFF", sample, 30),  # 8-bit LAB itself is that coarse at full saturation
+    "I;16": (lambda: Image.fromarray(gray().astype(np.uint16) * 257), "PNG", lambda: sample().convert("L"), 1),
+    "I;16 TIFF": (lambda: Image.fromarray(gray().astype(np.uint16) * 257), "TIFF", lambda: sample().convert("L"), 1),
+    "I": (lambda: Image.fromarray(gray().astype(np.int32) * 2**20), "TIFF", lambda: sample().convert("L"), 1),
+    "F to 1": (lambda: Image.fromarray(gray().astype(np.float32) / 255), "TIFF", lambda: sample().convert("L"), 1),
+    "F to 255": (lambda: Image.fromarray(gray().astype(np.float32)), "TIFF", lambda: sample().convert("L"), 1),
+    "JPEG": (sample, "JPEG", sample, 60),
+    "WebP": (sample, "WEBP", sample, 60),
+    "GIF": (sample, "GIF", sample, 4),
+    "BMP": (sample, "BMP", sample, 0),
 }
 
 
@@ -108,18 +108,18 @@ def test_an_exif_rotated_photo_comes_out_upright(orientation: int) -> None:
         5: [Image.Transpose.TRANSPOSE], 6: [Image.Transpose.ROTATE_90], 7: [Image.Transpose.TRANSVERSE],
         8: [Image.Transpose.ROTATE_270],
     }.get(orientation, [])  # fmt: skip
-    image = picture()
+    image = sample()
     for turn in stored:
         image = image.transpose(turn)
     decoded = images.decode(saved(image, "PNG", exif=exif), LIMITS, "image.data")
     assert decoded.size == (24, 16)
-    assert np.array_equal(np.asarray(decoded), np.asarray(picture()))
+    assert np.array_equal(np.asarray(decoded), np.asarray(sample()))
 
 
 @pytest.mark.parametrize("file_format", ["GIF", "WEBP", "PNG"])
 def test_an_animation_gives_its_first_frame(file_format: str) -> None:
     second = Image.new("RGB", (24, 16), "black")
-    data = saved(picture(), file_format, save_all=True, append_images=[second], duration=50)
+    data = saved(sample(), file_format, save_all=True, append_images=[second], duration=50)
     decoded = images.decode(data, LIMITS, "image.data")
     assert np.abs(np.asarray(decoded, int)[2:6, 2:10] - (200, 0, 0)).max() <= 60
 
@@ -131,10 +131,10 @@ def refusal(data: bytes, limits: ImageLimits = LIMITS) -> InvalidField:
     return caught.value
 
 
-def test_a_file_that_is_no_picture_is_refused() -> None:
+def test_a_file_that_is_no_image_is_refused() -> None:
     assert "empty" in str(refusal(b""))
     assert "supported format" in str(refusal(b"GIF it is not"))
-    assert "supported format" in str(refusal(saved(picture(), "PPM"))), "a format that is not on the list is not tried"
+    assert "supported format" in str(refusal(saved(sample(), "PPM"))), "a format that is not on the list is not tried"
 
 
 @pytest.mark.parametrize("file_format", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"])
@@ -159,7 +159,7 @@ def test_too_many_pixels_are_refused_before_they_are_decoded() -> None:
 
 
 def test_a_data_uri_gives_its_bytes() -> None:
-    data = saved(picture(), "PNG")
+    data = saved(sample(), "PNG")
     uri = "data:image/png;base64," + base64.b64encode(data).decode()
     assert images.decode_data_uri(uri, LIMITS, "image.uri") == data
     assert images.decode_data_uri("data:,a%20b", LIMITS, "image.uri") == b"a b"
@@ -240,9 +240,9 @@ def test_a_photo_that_is_too_large_is_told_of_fit() -> None:
     ("file_format", "quality", "exact"), [("PNG", 1, True), ("JPEG", 95, False), ("WEBP", 95, False), ("WEBP", 100, True)]
 )
 def test_results_are_encoded_in_the_format_that_was_asked(file_format: images.WriteFormat, quality: int, exact: bool) -> None:
-    encoded = Image.open(io.BytesIO(images.encode(picture(), file_format, quality)))
+    encoded = Image.open(io.BytesIO(images.encode(sample(), file_format, quality)))
     assert (encoded.format, encoded.size) == (file_format, (24, 16))
-    difference = np.abs(np.asarray(encoded.convert("RGB"), int) - np.asarray(picture(), int))
+    difference = np.abs(np.asarray(encoded.convert("RGB"), int) - np.asarray(sample(), int))
     assert (difference.max() == 0) == exact
 
 

@@ -163,7 +163,7 @@ def test_a_preview_is_drawn_of_a_step_that_is_done(engine: Engine, device: Devic
     assert seen == [2]
 
 
-def test_what_a_step_takes_is_the_device_s_time_and_not_that_of_asking(engine: Engine, device: Device) -> None:
+def test_step_duration_is_device_time_not_submission_time(engine: Engine, device: Device) -> None:
     Hearing(engine, device, num_inference_steps=20)
     run(engine)
     seconds = engine.costs.seconds("denoise", ("m", (8, 8)), 64, 1)
@@ -209,7 +209,7 @@ def test_a_batch_without_room_is_halved_while_a_step_is_in_flight(engine: Engine
     assert max(len(batch) for batch in device.batches[1:]) == 2
 
 
-def test_one_without_room_alone_fails_and_the_step_in_flight_is_told(engine: Engine, device: Device) -> None:
+def test_out_of_memory_fails_one_request_and_the_step_in_flight_is_delivered(engine: Engine, device: Device) -> None:
     caller = Hearing(engine, device, num_inference_steps=4)
     engine.step()
     device.memory = 1

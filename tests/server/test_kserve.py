@@ -17,7 +17,7 @@ from img2img.v1 import image_to_image_pb2 as pb
 from img2img.v1.image_to_image_pb2_grpc import ImageToImageServiceStub
 from img2img_server.engine.request import RequestWarning
 from img2img_server.support.model_fields import FieldRule
-from kserve_calls import Loaded, client_of, number, opened, parameters, picture, refused, serving, tensor, text
+from kserve_calls import Loaded, client_of, image_input, number, opened, parameters, refused, serving, tensor, text
 from messages import failure, png
 from PIL import Image
 from running import RunningServer
@@ -121,15 +121,17 @@ def test_inputs_of_a_model_that_edits_are_described_and_taken(client: Any, pipel
         for shape in ([3], [1, 3]):
             files = np.array([png((16, 8)), address, png((8, 8))], object).reshape(shape)
             settings = [number("true_cfg_scale", 2.5, np.float32), text("negative_prompt", "fog")]
-            client.infer("m", [picture(), tensor("reference_images", files), *settings])
+            client.infer("m", [image_input(), tensor("reference_images", files), *settings])
             asked = pipeline.prepared[-1].request
             assert [image.size for image in asked.references] == [(16, 8), (8, 16), (8, 8)]
             assert (asked.true_cfg_scale, asked.negative_prompt) == (2.5, "fog")
         bad = tensor("reference_images", np.array([png(), b"no image"], object))
-        assert refused(lambda: client.infer("m", [picture(), bad]))[1].startswith("reference_images[1]")
+        assert refused(lambda: client.infer("m", [image_input(), bad]))[1].startswith("reference_images[1]")
     finally:
         pipeline.fields = FakePipeline.fields
-    assert refused(lambda: client.infer("m", [picture(), tensor("reference_images", files[0])]))[1].startswith("reference_images")
+    assert refused(lambda: client.infer("m", [image_input(), tensor("reference_images", files[0])]))[1].startswith(
+        "reference_images"
+    )
 
 
 SETTINGS: dict[str, Any] = {
@@ -152,7 +154,7 @@ def asked_of(pipeline: FakePipeline) -> object:
 
 
 @pytest.mark.parametrize("kinds", [(np.float32, np.int64), (np.float64, np.int32)])
-def test_tensors_and_parameters_ask_for_what_fields_ask_for(
+def test_tensors_and_parameters_map_to_request_fields(
     kinds: tuple[Any, Any], client: Any, native: ImageToImageServiceStub, pipeline: FakePipeline
 ) -> None:
     """Also a strength of 0.7: seven steps of ten, and six for the FP32 that is closest to it."""
@@ -160,9 +162,9 @@ def test_tensors_and_parameters_ask_for_what_fields_ask_for(
         pb.TransformRequest(model=pb.ModelReference(path="m"), image=pb.ImageSource(data=png()), **SETTINGS)
     )
     wanted = asked_of(pipeline)
-    by_tensors = client.infer("m", [picture(), *as_tensors(*kinds)])
+    by_tensors = client.infer("m", [image_input(), *as_tensors(*kinds)])
     assert (asked_of(pipeline), pipeline.prepared[-1].step_count) == (wanted, 7)
-    by_parameters = client.infer("m", [picture()], parameters=SETTINGS)
+    by_parameters = client.infer("m", [image_input()], parameters=SETTINGS)
     assert asked_of(pipeline) == wanted
     for result in (by_tensors, by_parameters):
         assert result.as_numpy("images").tolist() == [image.data for image in answer.images]
@@ -170,7 +172,7 @@ def test_tensors_and_parameters_ask_for_what_fields_ask_for(
 
 
 def test_tensors_come_before_parameters(client: Any, pipeline: FakePipeline) -> None:
-    client.infer("m", [picture(), number("seed", 5, np.int64)], parameters={"seed": 6, "prompt": "p"})
+    client.infer("m", [image_input(), number("seed", 5, np.int64)], parameters={"seed": 6, "prompt": "p"})
     asked = pipeline.prepared[-1].request
     assert (asked.seeds, asked.prompt) == ((5,), "p")
 
@@ -182,7 +184,7 @@ class StandIns(Loaded):
         return StandInPipeline(0.0)
 
 
-def test_a_picture_is_the_one_that_img2img_v1_makes(tmp_path: Path) -> None:
+def test_an_image_is_the_one_that_img2img_v1_makes(tmp_path: Path) -> None:
     """By a stand-in whose images every setting changes."""
     source = Image.effect_noise((32, 24), 80).convert("RGB")
     source.save(tmp_path / "source.png")
@@ -196,7 +198,7 @@ def test_a_picture_is_the_one_that_img2img_v1_makes(tmp_path: Path) -> None:
     ):
         request = pb.TransformRequest(model=pb.ModelReference(path="m"), image=pb.ImageSource(data=data), **settings)  # type: ignore[arg-type]
         native = ImageToImageServiceStub(channel).Transform(request).images[0].data
-        for given in (picture(data), tensor("image_pixels", pixels), tensor("image_pixels", pixels[np.newaxis])):
+        for given in (image_input(data), tensor("image_pixels", pixels), tensor("image_pixels", pixels[np.newaxis])):
             result = client.infer("m", [given], parameters=settings)
             assert result.as_numpy("images").flatten()[0] == native
             assert opened(result).convert("RGB").tobytes() == wanted.tobytes()
@@ -204,15 +206,15 @@ def test_a_picture_is_the_one_that_img2img_v1_makes(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("asked", [["seed", "images"], ["images"], ["seed"], []])
 def test_outputs_come_as_they_are_asked(client: Any, asked: list[str]) -> None:
-    result = client.infer("m", [picture()], outputs=[triton.InferRequestedOutput(name) for name in asked])
+    result = client.infer("m", [image_input()], outputs=[triton.InferRequestedOutput(name) for name in asked])
     response = result.get_response()
     assert [output.name for output in response.outputs] == (asked or ["images", "seed"])
     assert len(response.raw_output_contents) == len(response.outputs)
     assert (response.model_name, response.model_version) == ("m", "1")
 
 
-def test_an_answer_has_the_requests_id_timings_and_what_ran_it(client: Any) -> None:
-    response = client.infer("m", [picture()], request_id="my-own").get_response()
+def test_responses_have_request_id_timings_and_engine(client: Any) -> None:
+    response = client.infer("m", [image_input()], request_id="my-own").get_response()
     assert response.id == "my-own"
     told = parameters(response)
     assert (told["engine"], told["model_revision"]) == ("fake:cpu", "r1")
@@ -222,19 +224,19 @@ def test_an_answer_has_the_requests_id_timings_and_what_ran_it(client: Any) -> N
 
 @pytest.mark.parametrize(("fit", "size"), [("native", (16, 8)), ("Native", (16, 8)), (48, (48, 32)), ("48", (48, 32))])
 def test_a_source_is_fitted_by_a_parameter(client: Any, fit: str | int, size: tuple[int, int]) -> None:
-    assert opened(client.infer("m", [picture(png((300, 200)))], parameters={"fit": fit})).size == size
+    assert opened(client.infer("m", [image_input(png((300, 200)))], parameters={"fit": fit})).size == size
 
 
 def test_warnings_are_a_parameter_of_the_answer_where_there_are_any(client: Any, pipeline: FakePipeline) -> None:
-    assert "warnings" not in parameters(client.infer("m", [picture()]).get_response())
+    assert "warnings" not in parameters(client.infer("m", [image_input()]).get_response())
     pipeline.warnings = (RequestWarning("prompt", "it was too long", "PROMPT_TRUNCATED"),)
-    (told,) = json.loads(parameters(client.infer("m", [picture()]).get_response())["warnings"])
+    (told,) = json.loads(parameters(client.infer("m", [image_input()]).get_response())["warnings"])
     assert told == {"field": "prompt", "description": "it was too long", "code": "PROMPT_TRUNCATED"}
 
 
 @pytest.mark.parametrize(("word", "format_"), [("png", "PNG"), ("JPEG", "JPEG"), ("webp", "WEBP")])
 def test_results_come_in_the_format_that_was_asked(client: Any, word: str, format_: str) -> None:
-    result = client.infer("m", [picture()], parameters={"output_format": word, "quality": 50})
+    result = client.infer("m", [image_input()], parameters={"output_format": word, "quality": 50})
     assert opened(result).format == format_
 
 
@@ -246,34 +248,34 @@ def test_a_batchs_dimension_of_one_is_given_back(client: Any) -> None:
 
 
 BAD: dict[str, tuple[list[Any], dict[str, Any], str]] = {
-    "no picture": ([], {}, "image"),
-    "two sources": ([picture(), text("image_uri", "data:,")], {}, "image"),
-    "a source twice, by tensor and parameter": ([picture()], {"image_uri": "data:,"}, "image"),
-    "no picture in a file": ([picture(b"nothing")], {}, "image"),
-    "no picture in an address": ([text("image_uri", "data:,hello")], {}, "image_uri"),
+    "no image": ([], {}, "image"),
+    "two sources": ([image_input(), text("image_uri", "data:,")], {}, "image"),
+    "a source twice, by tensor and parameter": ([image_input()], {"image_uri": "data:,"}, "image"),
+    "no image in a file": ([image_input(b"nothing")], {}, "image"),
+    "no image in an address": ([text("image_uri", "data:,hello")], {}, "image_uri"),
     "an address of no kind": ([text("image_uri", "gopher://x")], {}, "image_uri"),
     "pixels of less than the model takes": ([tensor("image_pixels", np.zeros((4, 4, 3), np.uint8))], {}, "image_pixels"),
-    "an unknown input": ([picture(), text("promt", "p")], {}, "inputs"),
-    "an input twice": ([picture(), text("prompt", "p"), text("prompt", "p")], {}, "prompt"),
-    "a wrong datatype": ([picture(), number("seed", 1, np.float32)], {}, "seed"),
-    "a wrong shape": ([picture(), tensor("seed", np.array([1, 2], np.int64))], {}, "seed"),
-    "no elements": ([picture(), tensor("seed", np.array([], np.int64))], {}, "seed"),
-    "no UTF-8": ([picture(), text("prompt", b"\xff\xfe")], {}, "prompt"),
-    "a value out of bounds": ([picture(), number("strength", 1.5, np.float32)], {}, "strength"),
-    "not a number": ([picture(), number("guidance_scale", np.nan, np.float32)], {}, "guidance_scale"),
-    "an integer that is too long": ([picture(), number("width", 2**40, np.int64)], {}, "width"),
-    "an unknown parameter": ([picture()], {"promt": "p"}, "parameters"),
-    "a parameter of a wrong type": ([picture()], {"seed": "5"}, "seed"),
-    "a number for an integer": ([picture()], {"num_inference_steps": 5.5}, "num_inference_steps"),
-    "a parameter that is too long": ([picture()], {"height": 2**40}, "height"),
-    "an unknown format": ([picture()], {"output_format": "gif"}, "output_format"),
-    "an unknown fit": ([picture()], {"fit": "wide"}, "fit"),
-    "a fit below the model's multiple": ([picture()], {"fit": 7}, "fit"),
-    "a fit that is too long": ([picture()], {"fit": 2**40}, "fit"),
-    "a fit of a wrong type": ([picture()], {"fit": True}, "fit"),
-    "a fit beside a width": ([picture()], {"fit": "native", "width": 16}, "fit"),
-    "a quality out of bounds": ([picture()], {"quality": 101}, "quality"),
-    "an unknown scheduler": ([picture()], {"scheduler": "nope"}, "scheduler"),
+    "an unknown input": ([image_input(), text("promt", "p")], {}, "inputs"),
+    "an input twice": ([image_input(), text("prompt", "p"), text("prompt", "p")], {}, "prompt"),
+    "a wrong datatype": ([image_input(), number("seed", 1, np.float32)], {}, "seed"),
+    "a wrong shape": ([image_input(), tensor("seed", np.array([1, 2], np.int64))], {}, "seed"),
+    "no elements": ([image_input(), tensor("seed", np.array([], np.int64))], {}, "seed"),
+    "no UTF-8": ([image_input(), text("prompt", b"\xff\xfe")], {}, "prompt"),
+    "a value out of bounds": ([image_input(), number("strength", 1.5, np.float32)], {}, "strength"),
+    "not a number": ([image_input(), number("guidance_scale", np.nan, np.float32)], {}, "guidance_scale"),
+    "an integer that is too long": ([image_input(), number("width", 2**40, np.int64)], {}, "width"),
+    "an unknown parameter": ([image_input()], {"promt": "p"}, "parameters"),
+    "a parameter of a wrong type": ([image_input()], {"seed": "5"}, "seed"),
+    "a number for an integer": ([image_input()], {"num_inference_steps": 5.5}, "num_inference_steps"),
+    "a parameter that is too long": ([image_input()], {"height": 2**40}, "height"),
+    "an unknown format": ([image_input()], {"output_format": "gif"}, "output_format"),
+    "an unknown fit": ([image_input()], {"fit": "wide"}, "fit"),
+    "a fit below the model's multiple": ([image_input()], {"fit": 7}, "fit"),
+    "a fit that is too long": ([image_input()], {"fit": 2**40}, "fit"),
+    "a fit of a wrong type": ([image_input()], {"fit": True}, "fit"),
+    "a fit beside a width": ([image_input()], {"fit": "native", "width": 16}, "fit"),
+    "a quality out of bounds": ([image_input()], {"quality": 101}, "quality"),
+    "an unknown scheduler": ([image_input()], {"scheduler": "nope"}, "scheduler"),
 }
 
 
@@ -291,16 +293,16 @@ def test_bad_input_names_its_tensor_or_parameter(name: str, client: Any, stub: A
 
 def test_requested_outputs_are_checked(client: Any) -> None:
     for names in (["image"], ["seed", "seed"]):
-        status, told = refused(lambda: client.infer("m", [picture()], outputs=list(map(triton.InferRequestedOutput, names))))  # noqa: B023
+        status, told = refused(lambda: client.infer("m", [image_input()], outputs=list(map(triton.InferRequestedOutput, names))))  # noqa: B023
         assert (status, told.partition(": ")[0]) == ("INVALID_ARGUMENT", "outputs")
     classes = triton.InferRequestedOutput("images", class_count=2)
-    assert refused(lambda: client.infer("m", [picture()], outputs=[classes]))[0] == "UNIMPLEMENTED"
+    assert refused(lambda: client.infer("m", [image_input()], outputs=[classes]))[0] == "UNIMPLEMENTED"
 
 
 @pytest.mark.parametrize(("model", "version"), [("nope", ""), ("m", "2"), ("../m", "")])
 def test_an_unknown_model_or_version_is_not_found(model: str, version: str, client: Any) -> None:
     for call in (
-        lambda: client.infer(model, [picture()], version),
+        lambda: client.infer(model, [image_input()], version),
         lambda: client.get_model_metadata(model, version),
         lambda: client.get_model_config(model, version),
     ):
@@ -315,8 +317,8 @@ def test_a_request_without_a_model_is_refused(stub: Any) -> None:
 def test_what_a_sequence_or_a_priority_asks_for(client: Any) -> None:
     """There is no state between requests; and clients take turns, whatever their priority."""
     for priority in (3, 2**64 - 1):
-        assert client.infer("m", [picture()], priority=priority).as_numpy("seed").shape == (1,)
-    status, told = refused(lambda: client.infer("m", [picture()], sequence_id=1, sequence_start=True))
+        assert client.infer("m", [image_input()], priority=priority).as_numpy("seed").shape == (1,)
+    status, told = refused(lambda: client.infer("m", [image_input()], sequence_id=1, sequence_start=True))
     assert (status, told.partition(": ")[0]) == ("INVALID_ARGUMENT", "parameters")
 
 
@@ -336,7 +338,7 @@ def test_the_repository_is_listed_and_its_models_come_and_go(client: Any) -> Non
     client.load_model("second")
     assert client.is_model_ready("second")
     client.unload_model("second")
-    assert client.infer("second", [picture()]).as_numpy("seed").shape == (1,), "a request loads what is not ready"
+    assert client.infer("second", [image_input()]).as_numpy("seed").shape == (1,), "a request loads what is not ready"
     assert client.is_model_ready("second")
 
 
@@ -369,7 +371,7 @@ def test_what_only_triton_has_is_refused_in_words(client: Any) -> None:
 
 
 def test_a_failing_model_says_nothing_internal(client: Any) -> None:
-    status, told = refused(lambda: client.infer("m", [picture(), text("prompt", "fail denoise")]))
+    status, told = refused(lambda: client.infer("m", [image_input(), text("prompt", "fail denoise")]))
     assert status == "INTERNAL"
     assert "told to fail" not in told
 
@@ -391,11 +393,11 @@ async def test_tritons_client_of_asyncio(aio: Any, pipeline: FakePipeline) -> No
     await aio.unload_model("second")
     assert [model.state for model in (await aio.get_model_repository_index()).models] == ["READY", "UNAVAILABLE"]
     await aio.load_model("second")
-    result = await aio.infer("m", [picture(), number("seed", 9, np.int64)], request_id="a")
+    result = await aio.infer("m", [image_input(), number("seed", 9, np.int64)], request_id="a")
     assert (result.as_numpy("seed").tolist(), result.get_response().id) == ([9], "a")
     assert opened(result).size == (24, 16)
     with pytest.raises(InferenceServerException, match="strength: ") as caught:
-        await aio.infer("m", [picture(), number("strength", 2, np.float32)])
+        await aio.infer("m", [image_input(), number("strength", 2, np.float32)])
     assert caught.value.status() == "StatusCode.INVALID_ARGUMENT"
     with pytest.raises(InferenceServerException) as caught:
         await aio.get_inference_statistics()

@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from img2img_server.api.kserve.translation import INPUTS
 from img2img_server.config import AssetSettings
 from img2img_server.images import ImageLimits
-from kserve_calls import client_of, picture, serving, text
+from kserve_calls import client_of, image_input, serving, text
 from messages import png
 from running import RunningServer
 from tritonclient.grpc import service_pb2 as pb  # type: ignore[import-untyped]
@@ -59,7 +59,7 @@ def nearly_valid() -> st.SearchStrategy[Any]:
 
     def made(others: list[tuple[Any, bytes]], parameters: dict[str, Any], outputs: list[str]) -> Any:
         request = pb.ModelInferRequest(model_name="m", parameters={"num_inference_steps": pb.InferParameter(int64_param=3)})
-        for valid in (picture(), text("prompt", "p")):
+        for valid in (image_input(), text("prompt", "p")):
             if valid.name() not in {one.name for one, _ in others}:
                 request.inputs.append(valid._get_tensor())
                 request.raw_input_contents.append(valid._get_content())
@@ -154,7 +154,7 @@ def test_whatever_is_to_be_inferred_the_answer_is_a_documented_one(server: Runni
     attempt()
     assert {grpc.StatusCode.OK, grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.NOT_FOUND} <= codes, "the messages go both ways"
     with client_of(server) as client:
-        assert client.infer("m", [picture()], parameters={"num_inference_steps": 3}).as_numpy("images").shape == (1,)
+        assert client.infer("m", [image_input()], parameters={"num_inference_steps": 3}).as_numpy("images").shape == (1,)
 
 
 def test_whatever_a_stream_has_each_request_has_one_final_answer(channel: grpc.Channel) -> None:

@@ -13,7 +13,7 @@ import tritonclient.grpc as triton  # type: ignore[import-untyped]
 from fakes import FakePipeline
 from img2img_server.engine.scheduler import QueueLimits
 from img2img_server.images import ImageLimits
-from kserve_calls import Gate, Loaded, client_of, ending, picture, refused, serving
+from kserve_calls import Gate, Loaded, client_of, ending, image_input, refused, serving
 from messages import failure
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
@@ -25,20 +25,20 @@ def test_a_timeout_ends_the_work(limits: dict[str, Any], tmp_path: Path) -> None
         pipeline = loaded["m"]
         gate = Gate(pipeline)
         with ending() as calls:
-            status, told = refused(lambda: client.infer("m", [picture()], parameters={"num_inference_steps": 100}, **limits))
+            status, told = refused(lambda: client.infer("m", [image_input()], parameters={"num_inference_steps": 100}, **limits))
             assert calls.wait("ModelInfer") == status == "DEADLINE_EXCEEDED", told
         gate.open()
-        client.infer("m", [picture()], parameters={"num_inference_steps": 2})
+        client.infer("m", [image_input()], parameters={"num_inference_steps": 2})
         assert len(pipeline.released) == 2
         assert pipeline.released[0].step < 80
-        assert refused(lambda: client.infer("m", [picture()], timeout=-1))[1].startswith("timeout: ")
-        assert client.infer("m", [picture()], timeout=0), "none"
+        assert refused(lambda: client.infer("m", [image_input()], timeout=-1))[1].startswith("timeout: ")
+        assert client.infer("m", [image_input()], timeout=0), "none"
 
 
 def test_a_timeout_that_cannot_be_met_is_refused_at_once(tmp_path: Path) -> None:
     """By what is known of the model's calls, as a deadline would be."""
     settings = {"num_inference_steps": 100, "strength": 1.0}
-    request = triton._utils._get_inference_request("m", [picture()], "", "", None, 0, False, False, 0, 500_000, settings)
+    request = triton._utils._get_inference_request("m", [image_input()], "", "", None, 0, False, False, 0, 500_000, settings)
     with (
         serving(tmp_path) as (server, loaded),
         client_of(server) as client,
@@ -46,7 +46,7 @@ def test_a_timeout_that_cannot_be_met_is_refused_at_once(tmp_path: Path) -> None
     ):
         pipeline = loaded["m"]
         pipeline.before_call = lambda: time.sleep(0.02)
-        client.infer("m", [picture()], parameters={"num_inference_steps": 10})
+        client.infer("m", [image_input()], parameters={"num_inference_steps": 10})
         pipeline.prepared.clear()
         code, details = failure(lambda: service_pb2_grpc.GRPCInferenceServiceStub(channel).ModelInfer(request))
     assert (code, details["reason"]) == (grpc.StatusCode.DEADLINE_EXCEEDED, "DEADLINE_UNMEETABLE")
@@ -71,10 +71,10 @@ def test_a_timeout_also_ends_the_wait_for_a_model(tmp_path: Path) -> None:
     with serving(tmp_path, slow) as (server, _), client_of(server) as client:
         client.unload_model("second")
         slow.go.clear()
-        status, told = refused(lambda: client.infer("second", [picture()], timeout=200_000))
+        status, told = refused(lambda: client.infer("second", [image_input()], timeout=200_000))
         assert (status, told) == ("DEADLINE_EXCEEDED", "the request did not finish within its timeout of 0.2 s")
         slow.go.set()
-        assert client.infer("second", [picture()]).as_numpy("images").shape == (1,)
+        assert client.infer("second", [image_input()]).as_numpy("images").shape == (1,)
 
 
 def test_cancelling_frees_the_device(tmp_path: Path) -> None:
@@ -82,18 +82,18 @@ def test_cancelling_frees_the_device(tmp_path: Path) -> None:
     with serving(tmp_path) as (server, loaded), client_of(server) as client, ending() as calls:
         pipeline = loaded["m"]
         gate = Gate(pipeline)
-        call = client.async_infer("m", [picture()], lambda result, error: told.put(error))
+        call = client.async_infer("m", [image_input()], lambda result, error: told.put(error))
         gate.come()
         call.cancel()
         assert calls.wait("ModelInfer") == "CANCELLED"
         gate.open()
-        client.infer("m", [picture()], parameters={"num_inference_steps": 2})
+        client.infer("m", [image_input()], parameters={"num_inference_steps": 2})
     assert pipeline.released[0].step < 20
     assert told.get(timeout=120).status() == "StatusCode.CANCELLED"
 
 
 def test_a_full_queue_answers_at_once_with_when_to_retry(tmp_path: Path) -> None:
-    request = triton._utils._get_inference_request("m", [picture()], "", "", None, 0, False, False, 0, None, None)
+    request = triton._utils._get_inference_request("m", [image_input()], "", "", None, 0, False, False, 0, None, None)
     with (
         serving(tmp_path, limits=QueueLimits(max_active=1, max_waiting=1)) as (server, loaded),
         grpc.insecure_channel(f"localhost:{server.port}") as channel,
@@ -120,10 +120,8 @@ def test_a_full_queue_answers_at_once_with_when_to_retry(tmp_path: Path) -> None
     ("message", "code"),
     [(b"\xff\xff\xff", grpc.StatusCode.INVALID_ARGUMENT), (bytes(2**21), grpc.StatusCode.RESOURCE_EXHAUSTED)],
 )
-def test_a_message_that_cannot_be_read_ends_the_stream_and_what_runs_in_it(
-    message: bytes, code: grpc.StatusCode, tmp_path: Path
-) -> None:
-    running = triton._utils._get_inference_request("m", [picture()], "", "a", None, 0, False, False, 0, None, None)
+def test_malformed_message_ends_the_stream_and_its_requests(message: bytes, code: grpc.StatusCode, tmp_path: Path) -> None:
+    running = triton._utils._get_inference_request("m", [image_input()], "", "a", None, 0, False, False, 0, None, None)
     with (
         serving(tmp_path, image_limits=ImageLimits(max_bytes=2**18)) as (server, loaded),
         grpc.insecure_channel(f"localhost:{server.port}") as channel,

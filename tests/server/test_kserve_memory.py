@@ -22,7 +22,7 @@ from img2img_server.images import ImageLimits
 from img2img_server.support.call import Call, answering
 from img2img_server.support.fair_queue import FairThreads
 from img2img_server.telemetry.telemetry import Telemetry
-from kserve_calls import client_of, number, picture, refused, serving, text
+from kserve_calls import client_of, image_input, number, refused, serving, text
 from messages import CallContext, png
 from PIL import Image
 from tritonclient.grpc import service_pb2  # type: ignore[import-untyped]
@@ -60,7 +60,7 @@ REFUSED: dict[str, tuple[bytes, list[Any]]] = {
 
 
 @covering(stream=[False, True], name=REFUSED)
-def test_a_refused_requests_picture_is_freed_at_once(name: str, stream: bool, tmp_path: Path) -> None:
+def test_a_refused_requests_image_is_freed_at_once(name: str, stream: bool, tmp_path: Path) -> None:
     data, inputs = REFUSED[name]
     told: queue.Queue[Any] = queue.Queue()
     with (
@@ -72,12 +72,12 @@ def test_a_refused_requests_picture_is_freed_at_once(name: str, stream: bool, tm
             client.start_stream(lambda result, error: told.put(error))
         for _ in range(3):
             if stream:
-                client.async_stream_infer("m", [picture(data), *inputs])
+                client.async_stream_infer("m", [image_input(data), *inputs])
                 assert told.get(timeout=120) is not None
             else:
-                refused(lambda: client.infer("m", [picture(data), *inputs]))
+                refused(lambda: client.infer("m", [image_input(data), *inputs]))
         # An answer is sent before the last frames are left: one that comes after it finds them gone.
-        assert client.infer("m", [picture()], parameters={"num_inference_steps": 2})
+        assert client.infer("m", [image_input()], parameters={"num_inference_steps": 2})
         assert held() == []
 
 

@@ -16,7 +16,7 @@ from granting import grant
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from img2img_server.config import TlsSettings
-from kserve_calls import Gate, client_of, picture, serving
+from kserve_calls import Gate, client_of, image_input, serving
 from tritonclient.utils import InferenceServerException  # type: ignore[import-untyped]
 
 NAME = "inference.GRPCInferenceService"
@@ -77,7 +77,7 @@ with running(lambda: store(m=FakePipeline()), kserve=sys.argv[1] == "on") as ser
 
 
 @pytest.mark.parametrize("missing", ["tritonclient", "tritonclient.grpc", "tritonclient.grpc.service_pb2"])
-def test_without_the_extra_the_server_says_what_to_install(missing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_extra_is_reported_with_install_command(missing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in sys.modules if name.partition(".")[0] == "tritonclient"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, missing, None)
@@ -98,7 +98,7 @@ def test_a_server_that_drains_is_not_ready(tmp_path: Path) -> None:
         watch = health.Watch(health_pb2.HealthCheckRequest(), timeout=120)
         assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
         gate, told = Gate(loaded["m"]), queue.Queue[Any]()
-        client.async_infer("m", [picture()], lambda result, error: told.put(error))
+        client.async_infer("m", [image_input()], lambda result, error: told.put(error))
         gate.come()
         stopping = server.stop()
         assert next(watch).status == health_pb2.HealthCheckResponse.NOT_SERVING
@@ -114,13 +114,13 @@ def test_tokens_and_their_rights_hold(tmp_path: Path) -> None:
     user = {"authorization": f"Bearer {grant(path, 'alice', models=('m',))}"}
     admin = {"authorization": f"Bearer {grant(path, 'root', admin=True)}"}
     with serving(tmp_path / "models", tokens=path) as (server, _), client_of(server) as client:
-        for call in (client.is_server_live, client.get_server_metadata, lambda: client.infer("m", [picture()])):
+        for call in (client.is_server_live, client.get_server_metadata, lambda: client.infer("m", [image_input()])):
             assert status_of(call) == "UNAUTHENTICATED"
-        assert client.infer("m", [picture()], headers=user).as_numpy("seed").shape == (1,)
+        assert client.infer("m", [image_input()], headers=user).as_numpy("seed").shape == (1,)
         assert [model.name for model in client.get_model_repository_index(headers=user).models] == ["m"]
         assert not client.is_model_ready("second", headers=user)
         assert status_of(lambda: client.get_model_metadata("second", headers=user)) == "NOT_FOUND"
-        assert status_of(lambda: client.infer("second", [picture()], headers=user)) == "PERMISSION_DENIED"
+        assert status_of(lambda: client.infer("second", [image_input()], headers=user)) == "PERMISSION_DENIED"
         assert status_of(lambda: client.load_model("m", headers=user)) == "PERMISSION_DENIED"
         assert status_of(lambda: client.unload_model("m", headers=user)) == "PERMISSION_DENIED"
         client.unload_model("second", headers=admin)
@@ -143,7 +143,7 @@ def test_tritons_own_tls_options_work(tmp_path: Path) -> None:
     with serving(tmp_path / "models", tls=TlsSettings(paths["server"], paths["server_key"], paths["ca"])) as (server, _):
         with client_of(server, **trusting, **showing) as client:
             assert client.is_server_ready()
-            assert client.infer("m", [picture()]).as_numpy("images").shape == (1,)
+            assert client.infer("m", [image_input()]).as_numpy("images").shape == (1,)
         for settings in ({}, trusting):
             with client_of(server, **settings) as client:
                 assert status_of(client.is_server_live) == "UNAVAILABLE"

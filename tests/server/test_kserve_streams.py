@@ -13,7 +13,7 @@ from fakes import FakePipeline
 from granting import grant
 from img2img_server.config import TelemetrySettings
 from img2img_server.engine.scheduler import QueueLimits
-from kserve_calls import Gate, Loaded, client_of, ending, number, opened, parameters, picture, serving, text
+from kserve_calls import Gate, Loaded, client_of, ending, image_input, number, opened, parameters, serving, text
 from running import RunningServer
 from scraping import settled, value
 
@@ -43,7 +43,7 @@ class Stream:
         client.start_stream(lambda result, error: self._told.put((result, error)), **settings)
 
     def ask(self, request_id: str, *inputs: Any, **settings: Any) -> None:
-        self.client.async_stream_infer("m", [picture(), *inputs], request_id=request_id, **settings)
+        self.client.async_stream_infer("m", [image_input(), *inputs], request_id=request_id, **settings)
 
     def answer(self) -> Any:
         result, error = self._told.get(timeout=120)
@@ -126,7 +126,7 @@ def test_answers_come_as_they_are_ready_and_errors_end_nothing_but_their_request
 def test_an_error_says_whose_it_is_and_what(stream: Stream) -> None:
     stream.ask("", timeout=-1)
     assert stream.error().message().startswith("[request id: <id_unknown>] INVALID_ARGUMENT: timeout: ")
-    stream.client.async_stream_infer("nope", [picture()], request_id="b")
+    stream.client.async_stream_infer("nope", [image_input()], request_id="b")
     assert stream.error().message().startswith("[request id: b] NOT_FOUND: ")
     stream.ask("c", text("prompt", "fail denoise"))
     told = stream.error().message()
@@ -166,7 +166,7 @@ def test_cancelling_a_stream_cancels_what_runs_in_it(stream: Stream, pipeline: F
         stream.client.stop_stream(cancel_requests=True)
         assert [calls.wait("ModelInfer") for _ in "ab"] == ["CANCELLED", "CANCELLED"]
     gate.open()
-    assert stream.client.infer("m", [picture()], parameters={"num_inference_steps": 2})
+    assert stream.client.infer("m", [image_input()], parameters={"num_inference_steps": 2})
     assert len(pipeline.released) == len(pipeline.prepared), "memory is given back"
     assert all(state.step < 80 for state in pipeline.released)
 
@@ -255,7 +255,7 @@ def test_each_request_of_a_stream_is_a_call_to_a_tokens_limits(tmp_path: Path) -
 def asking(*requests: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
     async def iterate() -> AsyncIterator[dict[str, Any]]:
         for one in requests:
-            yield {"model_name": "m", "inputs": [picture()], **one}
+            yield {"model_name": "m", "inputs": [image_input()], **one}
 
     return iterate()
 
@@ -290,5 +290,5 @@ async def test_tritons_client_of_asyncio_cancels_its_stream(server: RunningServe
             responses.cancel()
             assert await asyncio.to_thread(calls.wait, "ModelInfer") == "CANCELLED"
             gate.open()
-            await client.infer("m", [picture()], parameters={"num_inference_steps": 2})
+            await client.infer("m", [image_input()], parameters={"num_inference_steps": 2})
     assert pipeline.released[0].step < 80

@@ -35,9 +35,7 @@ def _drain(process: Process, channel: grpc.Channel, number: signal.Signals) -> N
     assert next(watch).status == NOT_SERVING
 
 
-def test_a_second_signal_ends_at_once_what_the_first_lets_finish(
-    start: Callable[..., Process], bundle: Callable[[str], Path]
-) -> None:
+def test_second_signal_ends_running_requests_at_once(start: Callable[..., Process], bundle: Callable[[str], Path]) -> None:
     """A real model, in the middle of a request that would take a while yet."""
     process = start(*MODULE, str(bundle("demo")))
     with process.channel() as channel:

@@ -259,7 +259,7 @@ members = st.tuples(st.sampled_from(sorted(NAMES)), st.sampled_from((1, 4, 7)), 
 
 @settings(max_examples=30, deadline=None)
 @given(batch=st.lists(members, min_size=2, max_size=6), delays=st.lists(st.integers(0, 3), min_size=6, max_size=6))
-def test_a_request_in_a_batch_gets_what_it_gets_alone(batch: list[tuple[str, int, int, int]], delays: list[int]) -> None:
+def test_output_in_a_batch_equals_output_alone(batch: list[tuple[str, int, int, int]], delays: list[int]) -> None:
     schedules = [compiled(name, steps, start % steps) for name, steps, start, _ in batch]
     latents = [first_latents(rows, seed) for seed, (*_, rows) in enumerate(batch)]
     alone_draws = [generators(range(rows)) for *_, rows in batch]

@@ -57,7 +57,7 @@ def test_the_first_lines_of_a_kind_pass_and_one_line_counts_the_others() -> None
     assert repeats.due() == []
 
 
-def test_kinds_are_bounded_and_what_has_no_kind_always_passes() -> None:
+def test_repeated_log_lines_are_limited_per_kind() -> None:
     repeats = Repeats(Clock())
     assert sum(repeats.passes(of("a %s", kind=number)) for number in range(1, 100_000)) < 2000
     assert all(repeats.passes(of("a %s", kind=None)) for _ in range(5000))

@@ -200,7 +200,7 @@ def test_an_error_is_logged_under_the_id_that_its_caller_got(lines: list[dict[st
     assert "told to fail in denoise" in cause["exception"]
 
 
-def test_what_the_server_did_not_foresee_is_logged_under_its_callers_id(lines: list[dict[str, Any]]) -> None:
+def test_unexpected_errors_are_logged_with_the_request_id(lines: list[dict[str, Any]]) -> None:
     pipeline = FakePipeline()
     pipeline.plan = lambda request: 1 / 0  # type: ignore[method-assign, assignment, return-value]
     with (

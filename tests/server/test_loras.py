@@ -158,7 +158,7 @@ def client(tmp_path_factory: pytest.TempPathFactory, bundle: Get, loras: Get) ->
 
 
 @pytest.mark.parametrize("name", ["sd1", "sdxl"])
-def test_a_mixed_batch_draws_what_diffusers_draws(
+def test_mixed_batch_matches_diffusers(
     name: str, bundle: Get, loras: Get, oracle: Callable[[str, Loras, int], np.ndarray]
 ) -> None:
     """And what each request draws alone, bit by bit. Rows without a LoRA are those of a pipeline that opened no LoRA graph."""

@@ -15,7 +15,7 @@ from img2img_cli.__main__ import main
 from img2img_client import Client
 from img2img_server.support.source_rule import SourceRule
 from kserve_calls import client_of as triton_of
-from kserve_calls import number, picture, refused, tensor, text
+from kserve_calls import image_input, number, refused, tensor, text
 from messages import png
 from PIL import Image
 from running import RunningServer, running, store
@@ -120,13 +120,13 @@ def test_a_mask_is_a_tensor_of_kserve(server: RunningServer, painter: Painter) -
     masks = [text("mask", file_of(right_half())), tensor("mask_pixels", np.asarray(right_half())), text("mask_uri", uri)]
     with triton_of(server) as client:
         for mask in masks:
-            result = client.infer("m", [picture(), mask])
+            result = client.infer("m", [image_input(), mask])
             assert half_red(result.as_numpy("images")[0])
-        result = client.infer("m", [picture()], parameters={"mask_uri": uri, "mask_invert": True, "mask_blur": 0.5})
+        result = client.infer("m", [image_input()], parameters={"mask_uri": uri, "mask_invert": True, "mask_blur": 0.5})
         blurred = painter.prepared[-1].request.mask
         assert blurred is not None
         assert blurred.image.getpixel((0, 0)) == 255
-        whole = client.infer("m", [picture(), masks[0], number("mask_blur", 2, np.float32)], parameters={"mask_paste": False})
+        whole = client.infer("m", [image_input(), masks[0], number("mask_blur", 2, np.float32)], parameters={"mask_paste": False})
         assert Image.open(io.BytesIO(whole.as_numpy("images")[0])).getpixel((0, 0)) == RED
         masked = {"mask", "mask_uri", "mask_pixels", "mask_blur"}
         assert masked <= {one.name for one in client.get_model_metadata("m").inputs}
@@ -138,7 +138,7 @@ def test_a_mask_is_a_tensor_of_kserve(server: RunningServer, painter: Painter) -
             ([], {"mask_invert": True}, "mask_invert"),
             ([masks[0]], {"mask_paste": "no"}, "mask_paste"),
         ):
-            status, told = refused(lambda given=given, asked=asked: client.infer("m", [picture(), *given], parameters=asked))
+            status, told = refused(lambda given=given, asked=asked: client.infer("m", [image_input(), *given], parameters=asked))
             assert (status, told.partition(": ")[0]) == ("INVALID_ARGUMENT", field)
 
 

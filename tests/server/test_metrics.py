@@ -126,14 +126,14 @@ def test_unknown_work_is_no_number() -> None:
         assert math.isnan(work) or work == 0
 
 
-def test_models_are_told_with_their_state_and_what_runs_them(server: RunningServer) -> None:
+def test_models_are_listed_with_state_and_engine(server: RunningServer) -> None:
     samples = scrape(port_of(server))
     states = {labels["state"]: told for labels, told in samples["img2img_model_state"] if labels["model"] == "m"}
     assert states == {"unloaded": 0, "loading": 0, "ready": 1, "failed": 0}
     assert value(samples, "img2img_model_info", model="m", engine="fake:cpu", backend="onnx", precision="fp32") == 1
 
 
-def test_a_health_check_of_what_is_not_there_is_no_fault_of_the_servers(server: RunningServer) -> None:
+def test_health_check_of_an_unknown_service_is_not_a_server_error(server: RunningServer) -> None:
     with grpc.insecure_channel(f"localhost:{server.port}") as channel:
         health: Any = health_pb2_grpc.HealthStub(channel)
         with pytest.raises(grpc.RpcError):

@@ -128,7 +128,7 @@ def test_a_class_that_diffusers_lacks_is_a_bundle_error(tmp_path: Path) -> None:
         denoiser(tmp_path, Unheard, Recorder())
 
 
-def test_a_text_encoder_gives_what_it_has_in_transformers_order(tmp_path: Path) -> None:
+def test_text_encoder_outputs_are_in_transformers_order(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"d_model": 3, "projection_dim": 5}')
     names = ("pooler_output", "last_hidden_state", "hidden_states.0", "hidden_states.1")
 

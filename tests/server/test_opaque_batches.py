@@ -153,7 +153,7 @@ def test_only_who_fails_alone_fails() -> None:
     assert callers[0].steps == sorted(set(callers[0].steps)), "steps that are run again are not told again"
 
 
-def test_who_alone_is_asked_for_does_not_fail_for_another() -> None:
+def test_a_request_alone_does_not_fail_for_another() -> None:
     pipeline, _ = whole()
     requests = [request("a"), request("fail")]
     good, bad = pipeline.prepare(requests)
@@ -165,7 +165,7 @@ def test_who_alone_is_asked_for_does_not_fail_for_another() -> None:
         pipeline.denoise([bad])
 
 
-def test_what_has_no_room_together_is_drawn_in_smaller_calls_and_stays_so() -> None:
+def test_calls_that_exceed_memory_are_split_and_the_smaller_size_is_kept() -> None:
     pipeline, pipe = whole(room=2)
     requests = [request("a" * length) for length in (1, 2, 3, 4)]
     assert list(map(colours, serve(pipeline, requests))) == alone(*requests)
@@ -175,7 +175,7 @@ def test_what_has_no_room_together_is_drawn_in_smaller_calls_and_stays_so() -> N
     assert max(map(len, pipe.calls)) <= 2
 
 
-def test_one_request_of_more_pictures_than_there_is_room_for_has_them_drawn_one_by_one() -> None:
+def test_images_of_one_request_are_generated_one_by_one_if_memory_is_short() -> None:
     pipeline, _ = whole(room=1)
     many = request("a", seeds=(1, 2, 3))
     (caller,) = serve(pipeline, [many])
@@ -188,7 +188,7 @@ def test_what_has_no_room_even_alone_is_told_so() -> None:
     assert isinstance(caller.error, OutOfMemory)
 
 
-def test_a_class_that_nobody_has_looked_at_draws_one_picture_in_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_pipeline_classes_generate_one_image_per_call(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(RULES, "FakeDiffusers")
     pipeline, pipe = whole()
     assert pipeline.max_rows == 1

@@ -66,7 +66,7 @@ def test_the_bundle_says_why_it_is_torch(client: Client) -> None:
 
 
 @pytest.mark.parametrize(("size", "count"), [((64, 64), 1), ((96, 64), 1), ((64, 128), 2)])
-def test_a_picture_is_diffusers_picture(client: Client, oracle: Any, size: tuple[int, int], count: int) -> None:
+def test_an_image_is_diffusers_image(client: Client, oracle: Any, size: tuple[int, int], count: int) -> None:
     result = client.transform(source(size), prompt="a lake", seed=3, image_count=count, **SETTINGS)
     for index, image in enumerate(result.images):
         # Width and height change places: diffusers' Kandinsky hands them to its image processor the wrong way round.
@@ -75,7 +75,7 @@ def test_a_picture_is_diffusers_picture(client: Client, oracle: Any, size: tuple
             generator=torch.Generator().manual_seed(3 + index), **SETTINGS,
         ).images[0]  # fmt: skip
         assert image.image.size == expected.size == size
-        assert np.asarray(expected).std() > 5, "a flat picture would prove nothing"
+        assert np.asarray(expected).std() > 5, "a flat image would prove nothing"
         assert np.abs(np.asarray(image.image, int) - np.asarray(expected, int)).max() <= 1
 
 
@@ -95,8 +95,8 @@ def pipeline(torch_bundle: Path) -> Any:
 def test_sizes_are_what_the_unet_takes(pipeline: OpaquePipeline) -> None:
     """Kandinsky's UNet doesn't fit what it samples up to what it sampled down, once in the tiny model."""
     assert pipeline.size_multiple == 16
-    (picture,) = run_alone(pipeline, request(image=source((80, 48))))
-    assert picture.size == (80, 48)
+    (image,) = run_alone(pipeline, request(image=source((80, 48))))
+    assert image.size == (80, 48)
 
 
 def request(**settings: Any) -> Any:
@@ -107,26 +107,26 @@ def pipeline_threads() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name == "img2img-pipeline"]
 
 
-def test_requests_take_turns_and_give_what_each_gives_alone(pipeline: OpaquePipeline) -> None:
+def test_interleaved_requests_give_the_same_images_as_alone(pipeline: OpaquePipeline) -> None:
     requests = [request(seeds=(1,)), request(seeds=(2,), strength=1.0, guidance_scale=2.0), request(seeds=(5,), prompt="winter")]
     alone = [run_alone(pipeline, item)[0] for item in requests]
     engine = Engine({"m": pipeline})
     order: list[int] = []
-    pictures: dict[int, Image.Image] = {}
+    images: dict[int, Image.Image] = {}
     for index, item in enumerate(requests):
 
         def listen(event: Event, index: int = index) -> None:
             order.append(index)
             if isinstance(event, engine_events.Completed):
-                pictures[index] = event.images[0]
+                images[index] = event.images[0]
 
         engine.submit(item, listen)
     run_out(engine)
     assert order.index(2) < len(order) - 1 - order[::-1].index(0), "the third had begun before the first was done"
-    assert sorted(pictures) == [0, 1, 2]
-    for index, picture in pictures.items():
+    assert sorted(images) == [0, 1, 2]
+    for index, image in images.items():
         # Two of them share a call, and sums of other lengths are rounded otherwise.
-        assert np.abs(np.asarray(picture, int) - np.asarray(alone[index], int)).max() <= 1
+        assert np.abs(np.asarray(image, int) - np.asarray(alone[index], int)).max() <= 1
     assert pipeline_threads() == []
 
 

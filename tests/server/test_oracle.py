@@ -45,7 +45,7 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "guidance 1": {"size": (64, 64), "strength": 0.7, "num_inference_steps": 10, "guidance_scale": 1.0},
     "guidance 0": {"size": (72, 64), "strength": 0.3, "num_inference_steps": 7, "guidance_scale": 0.0},
-    "three pictures": {
+    "three images": {
         "size": (64, 72), "strength": 0.6, "num_inference_steps": 5, "guidance_scale": 7.5, "image_count": 3,
     },
 }  # fmt: skip
@@ -130,20 +130,20 @@ def _transform(client: Client, model: str, case: dict[str, Any], seed: int, prom
     return [image.image for image in result.images]
 
 
-def assert_same(pictures: list[Image.Image], expected: list[Image.Image]) -> None:
-    assert len(pictures) == len(expected)
-    for ours, theirs in zip(pictures, expected, strict=True):
+def assert_same(images: list[Image.Image], expected: list[Image.Image]) -> None:
+    assert len(images) == len(expected)
+    for ours, theirs in zip(images, expected, strict=True):
         assert ours.size == theirs.size
-        assert np.asarray(theirs).std() > 10, "a flat picture would prove nothing"
+        assert np.asarray(theirs).std() > 10, "a flat image would prove nothing"
         assert np.abs(np.asarray(ours, int) - np.asarray(theirs, int)).max() <= 1
 
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("model", FAMILIES)
-def test_a_picture_is_diffusers_picture(client: Client, oracle: Callable[[str], Any], model: str, case: str) -> None:
+def test_an_image_is_diffusers_image(client: Client, oracle: Callable[[str], Any], model: str, case: str) -> None:
     prompt = "a lake at sunset with mountains"
-    pictures = _transform(client, model, CASES[case], 1234, prompt)
-    assert_same(pictures, _expected(oracle(model), CASES[case], 1234, prompt))
+    images = _transform(client, model, CASES[case], 1234, prompt)
+    assert_same(images, _expected(oracle(model), CASES[case], 1234, prompt))
 
 
 @covering(case=CASES, model=TRANSFORMERS)
@@ -152,19 +152,19 @@ def test_an_image_of_a_transformer_is_that_of_diffusers(
 ) -> None:
     width, height = (side // 16 * 16 for side in CASES[case]["size"])
     settings = {**CASES[case], "size": (width, height)}
-    pictures = _transform(client, model, settings, 1234, "a lake at sunset with mountains")
+    images = _transform(client, model, settings, 1234, "a lake at sunset with mountains")
     # Their pipelines draw several images of one source with the wrong generators, or not at all, and an image of their own size
     # unless they are told.
     alone = {name: value for name, value in settings.items() if name != "image_count"} | {"width": width, "height": height}
-    for number, picture in enumerate(pictures):
-        assert_same([picture], _expected(oracle(model), alone, 1234 + number, "a lake at sunset with mountains"))
+    for number, image in enumerate(images):
+        assert_same([image], _expected(oracle(model), alone, 1234 + number, "a lake at sunset with mountains"))
 
 
-@pytest.mark.parametrize("case", ["guided", "three pictures"])
+@pytest.mark.parametrize("case", ["guided", "three images"])
 @pytest.mark.parametrize("model", [f"{name}-{scheduler}" for name in ("sd1", "sdxl") for scheduler in SCHEDULERS])
 def test_so_it_is_with_other_schedulers(client: Client, oracle: Callable[[str], Any], model: str, case: str) -> None:
-    pictures = _transform(client, model, CASES[case], 7, "a forest")
-    assert_same(pictures, _expected(oracle(model), CASES[case], 7, "a forest"))
+    images = _transform(client, model, CASES[case], 7, "a forest")
+    assert_same(images, _expected(oracle(model), CASES[case], 7, "a forest"))
 
 
 @pytest.mark.parametrize("model", FAMILIES)
@@ -175,7 +175,7 @@ def test_a_prompt_matters(client: Client, model: str) -> None:
 
 
 @pytest.mark.parametrize("model", ["demo", "sdxl", "lcm"])
-def test_requests_in_one_batch_give_what_each_gives_alone(client: Client, model: str) -> None:
+def test_batching_does_not_change_outputs(client: Client, model: str) -> None:
     """Different strength, steps, seed, guidance and prompt, at one size, sent at once."""
     mixes = [
         ({**case, "size": (64, 64)}, 100 + index, prompt)
@@ -190,7 +190,7 @@ def test_requests_in_one_batch_give_what_each_gives_alone(client: Client, model:
         assert_same(one, other)
 
 
-def test_each_picture_of_several_is_made_again_by_its_own_seed(client: Client) -> None:
+def test_each_of_several_images_is_reproducible_by_its_seed(client: Client) -> None:
     several = client.transform(_source((64, 64)), model="demo", seed=5, image_count=3, num_inference_steps=4)
     assert [image.seed for image in several.images] == [5, 6, 7]
     for image in several.images:

@@ -152,9 +152,7 @@ def test_masks_of_every_kind_are_read_as_diffusers_reads_them(
         assert_same(images[:1], [source().resize(SIZE, Image.Resampling.LANCZOS)])
 
 
-def test_requests_with_and_without_masks_in_one_batch_each_give_what_they_give_alone(
-    client: Client, oracle: Callable[[str], Any]
-) -> None:
+def test_batching_requests_with_and_without_masks_does_not_change_outputs(client: Client, oracle: Callable[[str], Any]) -> None:
     asked: list[tuple[int, str, Settings, int]] = [
         (10, "soft", GUIDED, 1),
         (20, "", GUIDED, 1),

@@ -141,7 +141,7 @@ def test_onnx_runtimes_own_error_is_recognized(tmp_path: Path, arena: bool) -> N
     assert Pipeline().denoise(2), "it goes on"
 
 
-def test_what_the_failed_call_held_is_freed_before_the_next() -> None:
+def test_memory_of_a_failed_call_is_freed_before_the_next() -> None:
     held: list[weakref.ref[torch.Tensor]] = []
 
     class Pipeline:
@@ -264,7 +264,7 @@ def test_a_request_is_tried_again_as_long_as_memory_is_given_back(where: str, fa
     assert later.error is None
 
 
-def test_what_any_thread_may_call_leaves_the_device_alone(keepers: list[Keeper], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_thread_safe_methods_do_not_use_the_device(keepers: list[Keeper], monkeypatch: pytest.MonkeyPatch) -> None:
     """Another thread may be recording a call."""
     monkeypatch.setattr(torch_calls, "enter_stream", lambda: pytest.fail("it entered the stream"))
 

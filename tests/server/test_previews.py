@@ -116,7 +116,7 @@ def own_prediction(scheduler: Any, output: torch.Tensor, timestep: torch.Tensor,
     return getattr(probe.step(output, timestep, sample), "pred_original_sample", None)
 
 
-def test_a_preview_shows_what_the_scheduler_itself_predicts(drawing: list[tuple[str, Any]]) -> None:
+def test_preview_shows_the_schedulers_prediction(drawing: list[tuple[str, Any]]) -> None:
     compared: dict[str, int] = {}
     for name, scheduler in drawing:
         scheduler.set_timesteps(STEPS)

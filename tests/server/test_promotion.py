@@ -19,7 +19,7 @@ from img2img_server.models.registry import EngineState
 from PIL import Image
 from running import running
 
-PICTURE = Image.new("RGB", (64, 64), "teal")
+IMAGE = Image.new("RGB", (64, 64), "teal")
 BUILDING, CHECKING, SERVING = EngineState.BUILDING, EngineState.CHECKING, EngineState.SERVING
 
 
@@ -68,14 +68,14 @@ def test_users_are_served_while_it_builds_and_by_the_new_one_afterwards(tmp_path
     store, candidate = WatchedStore(slow()), FakeCandidate(tmp_path, Better())
     with running(lambda: store, [candidate]) as server, Client(f"localhost:{server.port}", timeout=60) as client:
         store.wait_for(BUILDING, detail="half of it")
-        assert client.transform(PICTURE).engine == "fake:cpu"
+        assert client.transform(IMAGE).engine == "fake:cpu"
         (model,) = client.models()
         assert model.engine == "fake:cpu"
         (engine,) = model.engines
         assert (engine.name, engine.state, engine.detail, engine.progress) == (ENGINE, "building", "half of it", 0.5)
         candidate.let()
         assert store.end().state is SERVING
-        assert client.transform(PICTURE).engine == ENGINE
+        assert client.transform(IMAGE).engine == ENGINE
         (model,) = client.models()
         assert (model.id, model.engine, model.engines[0].state) == ("m", ENGINE, "serving")
         assert "a step takes" in model.engines[0].detail
@@ -105,7 +105,7 @@ def test_a_candidate_is_hidden_while_it_is_checked(tmp_path: Path) -> None:
         assert [model.id for model in client.models()] == ["m"]
         assert client.model("m").engines[0].state == "checking"
         with pytest.raises(ModelNotFound):
-            client.transform(PICTURE, model=f"m/{ENGINE}")
+            client.transform(IMAGE, model=f"m/{ENGINE}")
         with pytest.raises(ModelNotFound):
             client.model(f"m/{ENGINE}")
         health = health_pb2_grpc.HealthStub(channel)
@@ -241,10 +241,10 @@ def test_a_server_drains_whatever_is_under_way(tmp_path: Path, phase: str) -> No
     if phase == "drawing":
         better.before_call = wait_for_the_end
     if phase == "timing":
-        candidate.judge = lambda pictures: setattr(better, "before_call", wait_for_the_end) or ""  # type: ignore
+        candidate.judge = lambda images: setattr(better, "before_call", wait_for_the_end) or ""  # type: ignore
     store = WatchedStore(slow())
     with running(lambda: store, [candidate]) as server, Client(f"localhost:{server.port}", timeout=60) as client:
-        assert client.transform(PICTURE).engine == "fake:cpu"
+        assert client.transform(IMAGE).engine == "fake:cpu"
         if phase == "building":
             store.wait_for(BUILDING, detail="half of it")
         else:

@@ -94,7 +94,7 @@ def test_the_one_that_took_over_is_unloaded_like_any(tmp_path: Path) -> None:
         assert better.closed
 
 
-def test_who_waits_for_one_that_is_being_loaded_is_let_go_when_all_is_to_end(tmp_path: Path) -> None:
+def test_waiting_for_a_loading_model_ends_at_shutdown(tmp_path: Path) -> None:
     """Loading cannot be stopped: the thread that waits for it, to unload the model, would keep the process from ending."""
     pipeline, loading, go = FakePipeline(), threading.Event(), threading.Event()
 

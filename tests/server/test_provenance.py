@@ -14,7 +14,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
-from fake_image_service import picture
+from fake_image_service import image_bytes
 from fakes import FakePipeline
 from img2img.v1 import image_to_image_pb2 as pb
 from img2img_cli.__main__ import main
@@ -52,7 +52,7 @@ def client(server: RunningServer) -> Any:
 
 @pytest.mark.parametrize("format_", FORMATS)
 def test_each_image_has_its_record(client: Client, format_: ImageFormat) -> None:
-    result = client.transform(picture(size=(32, 16)), format=format_, quality=80, image_count=2, **OPTIONS)
+    result = client.transform(image_bytes(size=(32, 16)), format=format_, quality=80, image_count=2, **OPTIONS)
     records = [read_provenance(image.data) for image in result.images]
     assert [record and record["seed"] for record in records] == [12, 13]
     record = records[0]
@@ -67,7 +67,7 @@ def test_each_image_has_its_record(client: Client, format_: ImageFormat) -> None
 
 
 def test_png_parameters_are_in_the_form_of_automatic1111(client: Client) -> None:
-    data = client.transform(picture(size=(32, 16)), **OPTIONS).images[0].data
+    data = client.transform(image_bytes(size=(32, 16)), **OPTIONS).images[0].data
     text = Image.open(io.BytesIO(data)).info["parameters"]
     prompt, negative, settings = re.fullmatch(r"(.*)\nNegative prompt: (.*)\n(Steps: .*)", text, re.DOTALL).groups()  # type: ignore[union-attr]
     assert (prompt, negative) == (OPTIONS["prompt"], "blurry")
@@ -80,7 +80,7 @@ def test_png_parameters_are_in_the_form_of_automatic1111(client: Client) -> None
 def test_xmp_names_the_digital_source_type_and_is_well_formed(client: Client, format_: ImageFormat) -> None:
     from xml.etree import ElementTree
 
-    data = client.transform(picture(size=(32, 16)), format=format_, **OPTIONS).images[0].data
+    data = client.transform(image_bytes(size=(32, 16)), format=format_, **OPTIONS).images[0].data
     packet = Image.open(io.BytesIO(data)).info["xmp"]
     root = ElementTree.fromstring(packet)
     assert DIGITAL_SOURCE_TYPE in [element.text for element in root.iter()]
@@ -94,8 +94,8 @@ def test_the_longest_prompts_of_any_letter_fit(file_format: images.WriteFormat, 
     assert read_provenance(data) == values
 
 
-def test_a_file_without_a_record_is_told_from_a_damaged_one() -> None:
-    assert read_provenance(picture()) is None
+def test_missing_record_is_distinguished_from_a_damaged_one() -> None:
+    assert read_provenance(image_bytes()) is None
     with pytest.raises(ValueError, match="cannot be read"):
         read_provenance(b"no image")
     for text in ("[1]", "{", "[" * 100_000):
@@ -109,7 +109,7 @@ def test_none_writes_no_record() -> None:
         Client(f"127.0.0.1:{server.port}") as client,
     ):
         for format_ in FORMATS:
-            image = Image.open(io.BytesIO(client.transform(picture(size=(32, 16)), format=format_).images[0].data))
+            image = Image.open(io.BytesIO(client.transform(image_bytes(size=(32, 16)), format=format_).images[0].data))
             image.load()
             assert not {"img2img", "parameters", "xmp"} & set(image.info)
 
@@ -119,7 +119,7 @@ def test_reproduce_makes_the_same_image_from_file_and_source(
     server: RunningServer, client: Client, tmp_path: Path, capsys: pytest.CaptureFixture[str], format_: ImageFormat
 ) -> None:
     source, file = tmp_path / "source.png", tmp_path / "result"
-    source.write_bytes(picture("green", (32, 16)))
+    source.write_bytes(image_bytes("green", (32, 16)))
     file.write_bytes(client.transform(source, format=format_, **OPTIONS).images[0].data)
     again = tmp_path / "again"
     assert reproduce(server, file, "--image", str(source), "--output", str(again), "--max-difference", "0") == 0
@@ -130,7 +130,7 @@ def test_reproduce_makes_the_same_image_from_file_and_source(
 def test_reproduce_takes_the_source_from_the_assets(
     server: RunningServer, client: Client, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    asset = client.upload(picture("red", (16, 16)))
+    asset = client.upload(image_bytes("red", (16, 16)))
     sources: tuple[ImageInput, ...] = (asset, asset.uri)
     for number, source in enumerate(sources):
         file = tmp_path / f"{number}.png"
@@ -157,8 +157,8 @@ def test_reproduce_says_how_far_another_source_is(
     server: RunningServer, client: Client, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file, other = tmp_path / "result.png", tmp_path / "other.png"
-    file.write_bytes(client.transform(picture("black", (16, 16)), **OPTIONS).images[0].data)
-    other.write_bytes(picture("white", (16, 16)))
+    file.write_bytes(client.transform(image_bytes("black", (16, 16)), **OPTIONS).images[0].data)
+    other.write_bytes(image_bytes("white", (16, 16)))
     assert reproduce(server, file, "--image", str(other), "--json") == 0
     told = json.loads(capsys.readouterr().out)
     assert told["largest"] > 0
@@ -170,7 +170,7 @@ def test_reproduce_says_how_far_another_source_is(
 
 def test_reproduce_names_what_is_missing(server: RunningServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plain, bare, odd = tmp_path / "plain.png", tmp_path / "bare.png", tmp_path / "odd.png"
-    plain.write_bytes(picture())
+    plain.write_bytes(image_bytes())
     bare.write_bytes(_png_with(json.dumps(record())))
     odd.write_bytes(_png_with(json.dumps(record(seed="7"))))
     cases = ((plain, (), "no img2img record"), (bare, (), "--image SOURCE"), (odd, ("--image", str(plain)), "seed is '7'"))
@@ -183,7 +183,7 @@ def test_c2pa_manifests_are_valid_and_cover_the_record(tmp_path: Path) -> None:
     settings = ProvenanceSettings("c2pa", *certificate(tmp_path, ec.generate_private_key(ec.SECP256R1())))
     with running(lambda: store(m=FakePipeline()), provenance=settings) as server, Client(f"127.0.0.1:{server.port}") as client:
         for format_ in FORMATS:
-            data = client.transform(picture(size=(32, 16)), format=format_, **OPTIONS).images[0].data
+            data = client.transform(image_bytes(size=(32, 16)), format=format_, **OPTIONS).images[0].data
             told = validate(data, format_)
             assert told["validation_state"] == "Valid"
             assert DIGITAL_SOURCE_TYPE in json.dumps(told)

@@ -129,7 +129,7 @@ def test_what_a_gpu_lacks_is_the_reason(
     assert found.detail == ("" if problem else "Fake GPU")
 
 
-def test_a_library_that_lacks_another_is_told_of_without_being_loaded(tmp_path: Path) -> None:
+def test_missing_library_dependencies_are_reported_without_loading(tmp_path: Path) -> None:
     """ONNX Runtime's own library, in a copy whose list of needed libraries names one that is nowhere."""
     real = Path(onnxruntime.__file__).parent / "capi" / "libonnxruntime_providers_shared.so"
     assert missing_library([real]) == ""
@@ -180,7 +180,7 @@ def test_openvino_needs_a_cpu_that_it_supports(devices: list[str], problem: str,
     assert probe("openvino").problem == problem
 
 
-def test_asking_for_what_is_not_there_ends_the_server_with_one_line(tmp_path: Path) -> None:
+def test_unavailable_provider_ends_the_server_with_one_line(tmp_path: Path) -> None:
     if not probe("tensorrt").problem:
         pytest.skip("this machine has TensorRT")
     plant(tmp_path, "m")

@@ -151,7 +151,7 @@ async def test_a_call_that_nobody_had_is_nobodys_end(error: Exception) -> None:
         await replicas(Handle(error)).transform(JOB)
 
 
-async def test_one_that_hangs_does_not_hide_what_the_others_say(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_hanging_replica_does_not_hide_other_reports(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("img2img_server.backends.ray.deployment._POLL_TIMEOUT", 1.0)
     assert await replicas(Handle("a", None, "b")).everywhere("look") == ["a", NoResponse(), "b"]
 

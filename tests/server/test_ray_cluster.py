@@ -122,7 +122,7 @@ def local() -> Iterator[ImageToImageServiceStub]:
 
 
 def asked(number: int, **fields: Any) -> pb.TransformRequest:
-    return request(seed=number, prompt=f"picture {number}", image_count=1 + number % 2, **fields)
+    return request(seed=number, prompt=f"image {number}", image_count=1 + number % 2, **fields)
 
 
 def follow(stub: ImageToImageServiceStub, message: pb.TransformRequest) -> pb.TransformResponse:
@@ -140,7 +140,7 @@ def content(response: pb.TransformResponse) -> list[tuple[int, bytes]]:
     return [(image.seed, Image.open(io.BytesIO(image.data)).tobytes()) for image in response.images]
 
 
-def _picture(width: int = 64, height: int = 64) -> bytes:
+def _image_bytes(width: int = 64, height: int = 64) -> bytes:
     out = io.BytesIO()
     Image.effect_noise((width, height), 50).convert("RGB").save(out, "PNG")
     return out.getvalue()
@@ -157,12 +157,12 @@ def _ask(client: Client, data: bytes, steps: int = 1) -> bytes:
 
 def test_queued_seconds_bring_a_second_replica(ground: Ground) -> None:
     assert len(_replicas(ground.mark, "img2img")) == 1
-    data = _picture()
+    data = _image_bytes()
     with Client(ground.first.target, timeout=120) as client, concurrent.futures.ThreadPoolExecutor(12) as pool:
         # 12 at a time of half a second each on a device that takes one after the other: six seconds of work, not one.
         done = [pool.submit(_ask, client, data, 5)]
         _until("a second replica", lambda: _busy(pool, client, data, done) and len(_replicas(ground.mark, "img2img")) == 2)
-        assert len({future.result() for future in done}) == 1, "a picture is the same on any replica"
+        assert len({future.result() for future in done}) == 1, "an image is the same on any replica"
 
 
 def _busy(
@@ -174,14 +174,14 @@ def _busy(
     return True
 
 
-def test_pictures_larger_than_rays_own_bound_of_messages_pass(ground: Ground) -> None:
+def test_images_above_rays_default_message_limit_pass(ground: Ground) -> None:
     with Client(ground.first.target, timeout=60) as client:
-        drawn = Image.open(io.BytesIO(_ask(client, _picture(1600, 1200))))  # 5.8 MB of pixels
+        drawn = Image.open(io.BytesIO(_ask(client, _image_bytes(1600, 1200))))  # 5.8 MB of pixels
     assert drawn.size == (1600, 1200)
 
 
 @pytest.mark.parametrize("ask", [lambda stub, message: stub.Transform(message), follow], ids=["unary", "streamed"])
-def test_pictures_are_those_of_an_engine_in_this_process(
+def test_images_are_those_of_an_engine_in_this_process(
     stub: ImageToImageServiceStub, local: ImageToImageServiceStub, ask: Callable[..., pb.TransformResponse]
 ) -> None:
     for number in range(3):
@@ -208,7 +208,9 @@ def test_a_replica_refuses_a_deadline_that_it_cannot_meet_and_says_how_long_it_w
     assert float(info.metadata["estimate_seconds"]) > 60
 
 
-def test_who_leaves_frees_the_replica_and_models_leave_all_of_them(stub: ImageToImageServiceStub, channel: grpc.Channel) -> None:
+def test_cancelling_frees_the_replica_and_unload_reaches_all_replicas(
+    stub: ImageToImageServiceStub, channel: grpc.Channel
+) -> None:
     """A model is unloaded once no request is in it: each of these would stay for hours."""
     models = ModelServiceStub(channel)
     states = {model.id: model.state for model in models.ListModels(model_pb2.ListModelsRequest()).models}
@@ -264,7 +266,7 @@ def test_fronts_share_an_application_and_it_outlives_the_one_that_deployed_it(gr
         # The later one uses the application as it is, and says in what it differs.
         assert "ray_spread_after is 30.0 there, not 7.0" in other.log.read_text()
         assert _models(served.target) == _models(other.target) == _models(ground.first.target) == ["m", "n"]
-        data = _picture()
+        data = _image_bytes()
         with Client(served.target, timeout=60) as one, Client(other.target, timeout=60) as two:
             before = _replicas(ground.mark, "pair")
             assert _ask(one, data) == _ask(two, data)

@@ -93,7 +93,7 @@ async def test_replicas_that_leave_are_not_the_requests_doing_and_their_number_h
     assert 3 < len(it.replicas.jobs) < 10
 
 
-async def test_the_deadline_bounds_the_tries_and_each_has_what_is_left() -> None:
+async def test_deadline_bounds_retries_and_each_gets_the_remaining_time() -> None:
     async with rig((LOST,), (LOST,), (LOST,)) as it:
 
         async def pass_time() -> None:
@@ -104,7 +104,7 @@ async def test_the_deadline_bounds_the_tries_and_each_has_what_is_left() -> None
     assert [job.seconds_left for job in it.replicas.jobs] == [3.0, 1.0]
 
 
-async def test_a_fault_that_nobody_knows_ends_the_request_without_its_text() -> None:
+async def test_unexpected_errors_end_the_request_without_internal_text() -> None:
     async with rig((RuntimeError("a path on our disk"),)) as it:
         error = await it.submit().error()
     assert (type(error), str(error)) == (ModelFailed, "the server failed")
@@ -129,7 +129,7 @@ async def test_who_leaves_at_once_is_never_sent() -> None:
     assert it.replicas.jobs == []
 
 
-async def test_draining_refuses_what_comes_and_waits_for_what_runs() -> None:
+async def test_draining_refuses_new_requests_and_waits_for_running_ones() -> None:
     go = asyncio.Event()
     async with rig((go, END)) as it:
         caller = it.submit()
@@ -214,7 +214,7 @@ async def test_a_replica_that_is_stuck_counts_as_none() -> None:
         assert it.front.stats.work_seconds is None
 
 
-async def test_who_waits_for_a_replica_is_told_at_last_that_none_comes() -> None:
+async def test_waiting_for_a_replica_ends_with_an_error() -> None:
     async with rig((asyncio.Event(),)) as it:
         caller = it.submit()
         await it.replicas.came.wait()

@@ -20,14 +20,14 @@ def test_a_request_goes_where_the_least_work_is() -> None:
     assert choose(standings, "m", SPREAD) == "b"
 
 
-def test_a_request_goes_where_its_model_is_until_those_replicas_are_much_busier() -> None:
+def test_requests_prefer_replicas_that_have_the_model_unless_much_busier() -> None:
     standings = {"has it": _standing(29.0, 5), "has it not": _standing(0.0, 0, ())}
     assert choose(standings, "m", SPREAD) == "has it"
     standings["has it"].update(stats_of(31.0, 6, ["m"]))
     assert choose(standings, "m", SPREAD) == "has it not"
 
 
-def test_where_nobody_has_the_model_the_least_busy_one_gets_it() -> None:
+def test_least_busy_replica_loads_a_model_that_no_replica_has() -> None:
     assert choose({"a": _standing(2.0, 1, ()), "b": _standing(1.0, 1, ())}, "m", SPREAD) == "b"
 
 
@@ -97,7 +97,7 @@ def test_idle_replicas_take_turns() -> None:
 
 
 @given(st.lists(st.tuples(st.floats(0, 1e4), st.integers(0, 50), st.booleans(), st.integers(0, 50)), min_size=1))
-def test_nobody_is_passed_over_who_has_less_work_and_the_model(states: list[tuple[float, int, bool, int]]) -> None:
+def test_replicas_with_less_work_and_the_model_are_preferred(states: list[tuple[float, int, bool, int]]) -> None:
     standings = {}
     for number, (seconds, requests, has, sent) in enumerate(states):
         standings[str(number)] = _standing(seconds, requests, ("m",) if has else ())

@@ -106,7 +106,7 @@ def test_any_other_error_is_the_requests_end() -> None:
     assert check_lost(Failed(error)) == Failed(error)
 
 
-def test_a_card_says_what_the_model_takes_and_how_it_edits() -> None:
+def test_cards_describe_model_fields_and_edit_mode() -> None:
     pipeline = FakePipeline()
     pipeline.fields = {"reference_images": FieldRule(), "true_cfg_scale": FieldRule(4.0)}
     pipeline.source_rule = SourceRule(keeps_size=True, edit_size=EditSize(preferred=((64, 32),), by_last=True))

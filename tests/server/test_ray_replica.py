@@ -71,7 +71,7 @@ def job(**settings: object) -> RemoteRequest:
     return RemoteRequest.of(make_request(**settings), 0.0)
 
 
-async def test_a_request_is_answered_with_its_picture() -> None:
+async def test_a_request_is_answered_with_its_image() -> None:
     image = Image.effect_noise((16, 8), 90).convert("RGB")
     async with replica(store(m=FakePipeline())) as it:
         ended = await it.transform(job(image=image, seeds=(1, 2), follow=False))
@@ -181,7 +181,7 @@ async def test_who_asks_for_a_model_may_not_use_every_one(tmp_path: Path) -> Non
         assert isinstance(await it.load(ModelQuery(ANYBODY, Source(path="a"))), Card)
 
 
-async def test_closing_finishes_what_runs_and_refuses_what_comes() -> None:
+async def test_closing_finishes_running_work_and_refuses_new_work() -> None:
     pipeline, gate = FakePipeline(), Gate()
     pipeline.before_call = gate
     async with replica(store(m=pipeline)) as it:

@@ -68,7 +68,7 @@ def test_the_threads_of_calls_are_the_replicas_cores(cpus: float, threads: int |
     assert variables(share).get("OMP_NUM_THREADS") == (None if threads is None else str(threads))
 
 
-def test_a_replica_keeps_what_was_asked_for_and_finds_its_files_from_anywhere() -> None:
+def test_replica_settings_are_kept_and_paths_are_absolute() -> None:
     asked = ServerConfig(Path("models"), engine="ray", execution=Execution(threads=3, cache=Path("engines")))
     config = replica_config(asked, ResourceShare(8, 0))
     assert config.execution.threads == 3
@@ -92,7 +92,7 @@ def test_what_is_a_fronts_own_is_not_sent_to_replicas() -> None:
     assert (sent.residency, sent.telemetry.log_format) == (asked.residency, "json")
 
 
-def test_only_settings_that_make_replicas_have_to_be_those_of_the_application() -> None:
+def test_fronts_must_match_only_replica_settings_of_the_application() -> None:
     ours = ServerConfig(Path("models"), engine="ray")
     fronts = replace(ours, port=0, grace=1.0, tls=TlsSettings(Path("c"), Path("k")), ray=replace(ours.ray, address="auto"))
     assert differences(common(fronts), common(ours)) == []

@@ -58,7 +58,7 @@ async def test_a_model_is_in_the_best_state_that_it_has_anywhere(
             assert model.pipeline.schedulers == FakePipeline.schedulers
 
 
-async def test_a_front_waits_a_little_for_replicas_that_it_was_not_told_of_yet(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_front_waits_for_replicas_not_announced_yet(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("img2img_server.backends.ray.roster.POLL_INTERVAL", 0.0)
     it = Rig(FakeReplicas(), QueueLimits())
     it.replicas.late = 3
@@ -109,7 +109,7 @@ async def test_a_model_that_nobody_has_is_brought_by_one() -> None:
                     pass
 
 
-async def test_what_the_front_knows_is_refused_here_and_what_it_does_not_is_asked() -> None:
+async def test_front_refuses_known_errors_and_forwards_unknown_models() -> None:
     caller = Call("", "", models=("other*",))
     async with rig() as it:
         it.replicas.answers["bring"] = [Failed(ModelNotFound("there is none"))]

@@ -74,7 +74,7 @@ async def test_requests_go_where_their_model_is() -> None:
     assert [await _send(router, "n"), await _send(router, "o"), await _send(router, "")] == ["a", "b", "b"]
 
 
-async def test_a_model_that_nobody_has_is_loaded_once_for_those_who_come_next() -> None:
+async def test_a_model_on_no_replica_is_loaded_once_for_later_requests() -> None:
     """What asks for it (`bring`) and the requests that follow go to one, though nobody has told yet that it has it."""
     one, other = FakeReplica("one", resident=()), FakeReplica("other", resident=())
     router = _router(one, other)
@@ -131,7 +131,7 @@ async def test_a_replica_that_could_not_be_reached_gets_nothing_until_it_answers
     assert await _send(router) == "away"
 
 
-async def test_a_request_waits_where_there_is_nobody_and_goes_to_who_comes() -> None:
+async def test_request_waits_without_replicas_and_goes_to_the_first_new_one() -> None:
     router = _router()
     waiting = asyncio.ensure_future(_send(router))
     await asyncio.sleep(0)
@@ -140,7 +140,7 @@ async def test_a_request_waits_where_there_is_nobody_and_goes_to_who_comes() -> 
     assert await waiting == "new"
 
 
-async def test_what_is_known_of_replicas_that_are_gone_is_forgotten() -> None:
+async def test_state_of_lost_replicas_is_dropped() -> None:
     gone, stays = FakeReplica("gone"), FakeReplica("stays")
     router = _router(gone, stays)
     await _send(router)
@@ -167,7 +167,7 @@ def test_serve_accepts_the_router_and_its_settings() -> None:
     assert found.request_router_kwargs == {"spread_after": math.inf}
 
 
-async def test_where_requests_may_not_load_a_model_they_only_go_to_who_has_it() -> None:
+async def test_requests_go_only_to_replicas_with_the_model_if_loading_is_disabled() -> None:
     busy, idle = FakeReplica("busy", 1e6, 99), FakeReplica("idle", resident=())
     router = _router(spread_after=math.inf)
     _update(router, busy, idle)

@@ -23,12 +23,12 @@ SECONDS = st.lists(st.floats(0, 1e5), min_size=1, max_size=20)
         ([0.0], 1, 1),
     ],
 )
-def test_there_is_a_replica_for_each_target_of_queued_work(queued: list[float], current: int, expected: int) -> None:
+def test_replica_count_follows_queued_work(queued: list[float], current: int, expected: int) -> None:
     assert wanted(queued, current, 10.0) == expected
 
 
 @given(SECONDS, st.integers(1, 20), st.floats(0.1, 1e3))
-def test_the_work_fits_and_what_is_taken_away_is_not_wanted_back(queued: list[float], current: int, target: float) -> None:
+def test_wanted_replicas_suffice_for_the_work_and_are_stable(queued: list[float], current: int, target: float) -> None:
     number = wanted(queued, current, target)
     assert number >= 1
     assert number * target >= sum(queued) * (1 - 1e-9)
@@ -53,7 +53,7 @@ def _points(*values: float) -> list[SimpleNamespace]:
     return [SimpleNamespace(timestamp=float(number), value=value) for number, value in enumerate(values)]
 
 
-def test_the_policy_goes_by_the_last_that_each_replica_told() -> None:
+def test_scaling_policy_uses_the_last_report_of_each_replica() -> None:
     policy = QueuedSecondsPolicy(10.0)
     told = {QUEUED_SECONDS: {"a": _points(500.0, 25.0), "b": _points(0.0, 3.0), "c": []}}
     assert policy(_context(told, 2)) == (3, {})
@@ -61,5 +61,5 @@ def test_the_policy_goes_by_the_last_that_each_replica_told() -> None:
 
 
 @pytest.mark.parametrize("told", [{}, None, {QUEUED_SECONDS: {}}, {"other": {"a": []}}])
-def test_the_policy_leaves_it_as_it_is_where_nobody_has_told_yet(told: object) -> None:
+def test_scaling_policy_keeps_the_count_without_reports(told: object) -> None:
     assert QueuedSecondsPolicy(10.0)(_context(told, 4)) == (4, {})

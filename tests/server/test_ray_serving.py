@@ -145,7 +145,7 @@ def test_a_device_that_hangs_is_one_replicas_fault_and_no_callers() -> None:
         never.set()
 
 
-def test_losing_all_replicas_is_told_and_finding_one_again_is_too() -> None:
+def test_loss_and_return_of_all_replicas_are_reported() -> None:
     here = Here(FakePipeline(), FakePipeline())
     with front(here) as (_, channel):
         stub, models = ImageToImageServiceStub(channel), ModelServiceStub(channel)
@@ -178,7 +178,7 @@ def test_models_are_unloaded_everywhere_and_listed_as_they_are() -> None:
         assert [pipeline.closed for pipeline in pipelines] == [True, True]
 
 
-def test_draining_finishes_what_runs_and_refuses_what_comes() -> None:
+def test_draining_finishes_running_requests_and_refuses_new_ones() -> None:
     pipeline, go, called = FakePipeline(), threading.Event(), threading.Event()
 
     def wait() -> None:
@@ -202,7 +202,7 @@ def test_draining_finishes_what_runs_and_refuses_what_comes() -> None:
         stopped.result(60)
 
 
-def test_without_ray_the_operator_is_told_what_to_install(
+def test_missing_ray_is_reported_with_install_command(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     monkeypatch.setattr(backend, "find_spec", lambda name: None)

@@ -8,7 +8,7 @@ from typing import Any
 
 import grpc
 import pytest
-from fake_image_service import picture
+from fake_image_service import image_bytes
 from fakes import FakePipeline
 from http_calls import EDITS, ask, client_of
 from img2img.v1 import image_to_image_pb2 as pb
@@ -195,7 +195,7 @@ def test_the_command_sends_and_reproduces_references(
 ) -> None:
     target = ["--target", f"127.0.0.1:{server.port}"]
     for name, size in (("room", (24, 16)), ("chair", (8, 24)), ("lamp", (32, 8))):
-        (tmp_path / f"{name}.png").write_bytes(picture(size=size))
+        (tmp_path / f"{name}.png").write_bytes(image_bytes(size=size))
     room, chair, lamp, new = (str(tmp_path / f"{name}.png") for name in ("room", "chair", "lamp", "new"))
     flags = ["--reference", chair, "--reference", lamp, "--model", "m", "--quiet"]
     assert main(["transform", room, "--output", new, *flags, *target]) == 0

@@ -45,7 +45,7 @@ MESSAGE = 2**21
     ],
 )
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_refused_requests_picture_is_freed_at_once(fields: dict[str, object], code: grpc.StatusCode, stream: bool) -> None:
+def test_a_refused_requests_image_is_freed_at_once(fields: dict[str, object], code: grpc.StatusCode, stream: bool) -> None:
     limits, message = ImageLimits(max_pixels=64 * 64), request(image=pb.ImageSource(data=png((SIDE, SIDE))), **fields)
     with (
         running(lambda: store(m=FakePipeline()), image_limits=limits) as server,

@@ -51,7 +51,7 @@ async def state_is(rig: Rig, name: str, state: ModelState, detail: str = "") -> 
     await rig.until(lambda: rig.store.get(name).state is state and detail in rig.store.get(name).detail)
 
 
-async def test_the_first_request_loads_and_all_who_wait_share_that(folder: Path) -> None:
+async def test_waiting_requests_share_one_load(folder: Path) -> None:
     async with rig(folder) as it:
         assert [model.state for model in it.store] == [UNLOADED] * 3
         assert it.serving == {"a": False, "b": False, "c": False}
@@ -131,7 +131,7 @@ async def test_what_never_fits_is_refused_with_the_figures(folder: Path) -> None
         assert "203.6 MB" in it.store.get("a").detail
 
 
-async def test_what_turns_out_too_large_leaves_again_and_that_is_remembered(folder: Path) -> None:
+async def test_models_too_large_when_loaded_are_evicted_and_remembered(folder: Path) -> None:
     async with rig(folder, memory=450 * MB) as it:
         it.memory.sizes["a"] = 500 * MB
         with pytest.raises(ModelUnavailable, match=r"takes about 500\.0 MB"):
@@ -190,7 +190,7 @@ async def test_a_model_in_use_does_not_leave_for_one_that_runs_out_of_memory(fol
         assert it.memory.names == ["b"]
 
 
-async def test_nobody_leaves_for_a_model_that_the_gpu_never_holds(folder: Path) -> None:
+async def test_models_larger_than_the_gpu_evict_nothing(folder: Path) -> None:
     make_bundle(folder / "d", 500 * MB)
     async with rig(folder) as it:
         it.memory.gpu = 450 * MB
@@ -445,7 +445,7 @@ def test_the_default_model_is_the_first_to_be_loaded(folder: Path) -> None:
     assert store.get("a").expected_memory == estimate(manifest) > 100 * MB
 
 
-async def test_what_was_too_large_is_gone_before_the_next_one_comes(folder: Path) -> None:
+async def test_oversized_model_is_released_before_the_next_load(folder: Path) -> None:
     """The one whose turn is next does not take its room while it is still there."""
     async with rig(folder, memory=450 * MB) as it:
         it.memory.sizes["a"], it.memory.gates["a"] = 500 * MB, threading.Event()

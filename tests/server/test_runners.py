@@ -112,7 +112,7 @@ MAKERS: dict[str, Make] = {
 
 
 @pytest.mark.parametrize("kind", MAKERS)
-def test_a_runner_gives_what_the_graph_computes_whatever_was_run_before(graph: Path, kind: str) -> None:
+def test_runner_outputs_do_not_depend_on_earlier_calls(graph: Path, kind: str) -> None:
     runner = MAKERS[kind](graph)
     for start in range(5):
         for rows in (2, 1, 4):
@@ -121,7 +121,7 @@ def test_a_runner_gives_what_the_graph_computes_whatever_was_run_before(graph: P
 
 
 @pytest.mark.parametrize("kind", MAKERS)
-def test_what_a_runner_gave_stays_as_it_is_when_it_runs_again(graph: Path, kind: str) -> None:
+def test_runner_outputs_are_not_overwritten_by_later_calls(graph: Path, kind: str) -> None:
     runner = MAKERS[kind](graph)
     kept = [(given, runner.run(given)) for given in (feed(2, start=start) for start in range(6))]
     assert all(is_right(given, outputs) for given, outputs in kept)

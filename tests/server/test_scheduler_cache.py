@@ -36,7 +36,7 @@ def test_many_timetables_of_few_steps_stay_within_the_bytes_that_are_for_them(mo
     assert sum(len(pickle.dumps(value)) for value in held) <= 1.5 * 2**18
 
 
-def test_a_size_has_tensors_with_their_storage_once_and_what_objects_hold() -> None:
+def test_sizes_count_shared_storage_once_and_include_nested_objects() -> None:
     tensor = torch.zeros(1000)
     assert 4000 <= size_of(tensor) < 4500
     assert size_of(tensor[:1]) >= 4000, "a view holds the whole storage"

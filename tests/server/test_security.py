@@ -54,7 +54,7 @@ def is_healthy(server: RunningServer) -> bool:
 # Connections.
 
 
-def test_a_connection_is_told_how_many_calls_and_how_much_metadata_it_may_send(server: RunningServer) -> None:
+def test_http2_settings_announce_call_and_metadata_limits(server: RunningServer) -> None:
     with RawConnection(server.port) as connection:
         found = settings_of(next(frame for frame in connection.frames() if frame.kind == raw_http2.SETTINGS))
     assert found[raw_http2.MAX_CONCURRENT_STREAMS] == transport.MAX_STREAMS
@@ -109,7 +109,7 @@ def test_metadata_has_a_bound_which_ends_the_call_alone(server: RunningServer) -
         assert stub.Transform(request(), timeout=120).images
 
 
-def test_there_is_room_for_so_many_connections_and_again_when_one_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_connection_limit_frees_slots_when_connections_close(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(transport, "MAX_CONNECTIONS", 2)
     with running(lambda: store(m=FakePipeline())) as server:
         first, second = RawConnection(server.port), RawConnection(server.port)

@@ -54,7 +54,7 @@ def distilled(load: Load) -> SteppedPipeline:
     return load("lcm", Cache(2**20))
 
 
-def picture(size: tuple[int, int], number: int) -> Image.Image:
+def source_image(size: tuple[int, int], number: int) -> Image.Image:
     pixels = np.random.default_rng(number).integers(0, 255, (size[1] // 8, size[0] // 8, 3), dtype=np.uint8)
     return Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC)
 
@@ -72,7 +72,7 @@ def mixes(
     def one() -> tuple[Request, int]:
         number, size = draw(st.integers(0, 3)), draw(st.sampled_from([(64, 64), (64, 64), other_size]))
         request = make_request(
-            image=picture(size, number),
+            image=source_image(size, number),
             image_digest=draw(st.sampled_from([b"", repr((number, size)).encode()])),
             prompt=draw(st.sampled_from(PROMPTS)),
             negative_prompt=draw(st.sampled_from([None, "", "fog"])),
@@ -89,7 +89,7 @@ def mixes(
 
 @given(mix=mixes())
 @settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
-def test_a_picture_is_the_same_alone_and_in_any_mix(pipeline: SteppedPipeline, mix: list[tuple[Request, int]]) -> None:
+def test_an_image_is_the_same_alone_and_in_any_mix(pipeline: SteppedPipeline, mix: list[tuple[Request, int]]) -> None:
     assert_same_alone_and_together(pipeline, mix)
 
 
@@ -139,7 +139,7 @@ def loaded(tiny_model: Callable[[str], Path]) -> Any:
 
 
 @pytest.mark.parametrize("name", sorted(NAMES))
-def test_every_scheduler_draws_what_diffusers_draws_with_it(pipeline: SteppedPipeline, loaded: Any, name: str) -> None:
+def test_every_scheduler_matches_diffusers(pipeline: SteppedPipeline, loaded: Any, name: str) -> None:
     class_name, overrides = NAMES[name]
     oracle = copy.copy(loaded)
     # As its user would set it; latents, unlike pixels, are never clipped.
@@ -147,7 +147,7 @@ def test_every_scheduler_draws_what_diffusers_draws_with_it(pipeline: SteppedPip
     if "clip_sample" in chosen.config:
         chosen.register_to_config(clip_sample=False)
     oracle.scheduler = chosen
-    source = picture((64, 64), 5)
+    source = source_image((64, 64), 5)
     for steps, strength in ((5, 0.6), (4, 1.0)):
         request = make_request(
             image=source, prompt="a lake", strength=strength, num_inference_steps=steps, guidance_scale=6.0, seeds=(3,),
@@ -170,20 +170,20 @@ def test_a_cache_changes_nothing_but_the_work(load: Load, model: str) -> None:
     cached, plain = load(model, cache), load(model, Cache(0))
     for seed, negative in ((1, None), (2, "fog"), (1, None), (2, "fog")):
         request = make_request(
-            image=picture((64, 64), 1), image_digest=b"1", prompt="a lake", negative_prompt=negative, seeds=(seed,),
+            image=source_image((64, 64), 1), image_digest=b"1", prompt="a lake", negative_prompt=negative, seeds=(seed,),
             num_inference_steps=3,
         )  # fmt: skip
         (one,), (other,) = run_alone(cached, request), run_alone(plain, request)
         assert difference(one, other) <= 1
     stats = cache.stats
-    assert stats.misses <= 4, "one picture and three texts at most"
+    assert stats.misses <= 4, "one image and three texts at most"
     assert stats.hits >= 6
 
 
-def test_pictures_of_other_content_are_not_mistaken_for_each_other(load: Load) -> None:
+def test_images_with_different_content_have_separate_cache_entries(load: Load) -> None:
     pipeline = load("sd1", Cache(2**24))
     first, second = (
-        run_alone(pipeline, make_request(image=picture((64, 64), number), image_digest=bytes([number]), strength=0.5))[0]
+        run_alone(pipeline, make_request(image=source_image((64, 64), number), image_digest=bytes([number]), strength=0.5))[0]
         for number in (1, 2)
     )
     assert difference(first, second) > 1
@@ -204,7 +204,7 @@ def test_a_distilled_model_runs_every_step_or_says_how_many_it_has(distilled: St
         distilled.plan(make_request(scheduler="DDIM"))
 
 
-def test_a_preview_looks_like_the_picture_it_becomes(load: Load) -> None:
+def test_a_preview_looks_like_the_image_it_becomes(load: Load) -> None:
     """On the demo model, whose weights are trained: halfway it is nearer to the result than to the source."""
     pipeline = load("demo")
     source = Image.open(Path(__file__).parents[2] / "demo" / "images" / "noon-lake.png").convert("RGB")

@@ -28,14 +28,14 @@ from running import running, store
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
-PICTURE = Image.new("RGB", (64, 64), "teal")
+IMAGE = Image.new("RGB", (64, 64), "teal")
 
 
 def _health(channel: grpc.Channel) -> Any:
     return health_pb2_grpc.HealthStub(channel)  # its stubs for mypy know no methods
 
 
-def test_health_is_told_of_the_server_the_service_and_each_model() -> None:
+def test_health_is_reported_for_server_service_and_models() -> None:
     with (
         running(lambda: store(m=FakePipeline())) as server,
         grpc.insecure_channel(f"localhost:{server.port}") as channel,
@@ -76,7 +76,7 @@ def test_a_second_server_on_the_port_is_an_error() -> None:
             asyncio.run(start())
 
 
-def test_draining_finishes_what_runs_and_refuses_what_comes() -> None:
+def test_draining_finishes_running_requests_and_refuses_new_ones() -> None:
     pipeline = FakePipeline()
     go, called = threading.Event(), threading.Event()
 
@@ -90,7 +90,7 @@ def test_draining_finishes_what_runs_and_refuses_what_comes() -> None:
         Client(f"localhost:{server.port}", timeout=60) as client,
         grpc.insecure_channel(f"localhost:{server.port}") as channel,
     ):
-        stream = client.transform_stream(PICTURE)
+        stream = client.transform_stream(IMAGE)
         assert called.wait(120)
         watch = _health(channel).Watch(health_pb2.HealthCheckRequest())
         assert next(watch).status == SERVING
@@ -153,7 +153,7 @@ def test_sigterm_lets_a_running_request_finish_and_exits_with_0(tmp_path: Path, 
             assert process.poll() is None, log.read_text()
             time.sleep(0.05)
         with Client(f"localhost:{port_file.read_text().strip()}", timeout=120) as client:
-            events = iter(client.transform_stream(PICTURE, num_inference_steps=50, strength=1.0))
+            events = iter(client.transform_stream(IMAGE, num_inference_steps=50, strength=1.0))
             while type(next(events)).__name__ != "Progress":
                 pass
             process.send_signal(signal.SIGTERM)

@@ -103,21 +103,21 @@ def test_seeds_differ_unless_they_are_asked(stub: ImageToImageServiceStub) -> No
 
 NATIVE = pb.Fit(native_area=pb.NativeArea())
 BAD: dict[str, tuple[dict[str, object], str]] = {
-    "no picture": ({"image": None}, "image"),
+    "no image": ({"image": None}, "image"),
     "an empty source": ({"image": pb.ImageSource()}, "image"),
-    "an empty picture": ({"image": pb.ImageSource(data=b"")}, "image.data"),
-    "an undecodable picture": ({"image": pb.ImageSource(data=b"not a picture")}, "image.data"),
-    "a truncated picture": ({"image": pb.ImageSource(data=png()[:60])}, "image.data"),
-    "a picture of too many bytes": ({"image": pb.ImageSource(data=bytes(100_001))}, "image.data"),
-    "a picture of too many pixels": ({"image": pb.ImageSource(data=png((500, 500)))}, "image.data"),
+    "an empty image": ({"image": pb.ImageSource(data=b"")}, "image.data"),
+    "an undecodable image": ({"image": pb.ImageSource(data=b"not an image")}, "image.data"),
+    "a truncated image": ({"image": pb.ImageSource(data=png()[:60])}, "image.data"),
+    "an image of too many bytes": ({"image": pb.ImageSource(data=bytes(100_001))}, "image.data"),
+    "an image of too many pixels": ({"image": pb.ImageSource(data=png((500, 500)))}, "image.data"),
     "a result of too many pixels": ({"image": pb.ImageSource(data=png((128, 128)))}, "image"),
-    "too many pixels of a result, by the header of a damaged picture": (
+    "too many pixels of a result, by the header of a damaged image": (
         {"image": pb.ImageSource(data=png((128, 128))[:60])},
         "image",
     ),
-    "a picture smaller than the multiple": ({"image": pb.ImageSource(data=png((4, 4)))}, "image"),
+    "an image smaller than the multiple": ({"image": pb.ImageSource(data=png((4, 4)))}, "image"),
     "an undecodable uri": ({"image": pb.ImageSource(uri="data:image/png;base64,%%%")}, "image.uri"),
-    "no picture in a uri": ({"image": pb.ImageSource(uri="data:,hello")}, "image.uri"),
+    "no image in a uri": ({"image": pb.ImageSource(uri="data:,hello")}, "image.uri"),
     "an http uri": ({"image": pb.ImageSource(uri="http://localhost/a.png")}, "image.uri"),
     "a file uri": ({"image": pb.ImageSource(uri="file:///etc/passwd")}, "image.uri"),
     "a prompt of a book's length": ({"prompt": "a" * 4097}, "prompt"),
@@ -135,8 +135,8 @@ BAD: dict[str, tuple[dict[str, object], str]] = {
     "guidance NaN": ({"guidance_scale": math.nan}, "guidance_scale"),
     "a seed below -1": ({"seed": -2}, "seed"),
     "seeds beyond 64 bits": ({"seed": 2**63 - 1, "image_count": 2}, "seed"),
-    "no pictures": ({"image_count": 0}, "image_count"),
-    "too many pictures": ({"image_count": 9}, "image_count"),
+    "no images": ({"image_count": 0}, "image_count"),
+    "too many images": ({"image_count": 9}, "image_count"),
     "an unknown format": ({"output": pb.OutputOptions(format=99)}, "output.format"),  # type: ignore[arg-type]
     "quality 0": ({"output": pb.OutputOptions(quality=0)}, "output.quality"),
     "quality above 100": ({"output": pb.OutputOptions(quality=101)}, "output.quality"),
@@ -257,7 +257,7 @@ def test_a_reference_that_agrees_finds_its_model(stub: ImageToImageServiceStub, 
     assert stub.Transform(request(model=pb.ModelReference(**reference))).model_id == "m"
 
 
-def test_several_models_and_no_default_must_be_told_apart() -> None:
+def test_several_models_without_default_need_a_name() -> None:
     load = lambda: store(a=FakePipeline(), b=FakePipeline())  # noqa: E731
     with running(load) as server, grpc.insecure_channel(f"localhost:{server.port}") as channel:
         code, details = failure(lambda: ImageToImageServiceStub(channel).Transform(request()))

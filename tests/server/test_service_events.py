@@ -88,7 +88,7 @@ def test_previews_come_at_the_steps_that_were_asked(stub: ImageToImageServiceStu
     assert len(pipeline.previewed) == 2
 
 
-def test_no_preview_is_drawn_that_nobody_asked_for_or_would_see(stub: ImageToImageServiceStub, pipeline: FakePipeline) -> None:
+def test_previews_are_made_only_for_clients_that_request_them(stub: ImageToImageServiceStub, pipeline: FakePipeline) -> None:
     assert not any(event.progress.preview for event in stream(stub))
     assert not any(event.progress.preview for event in stream(stub, preview_interval=0))
     stub.Transform(request(preview_interval=1))
@@ -96,7 +96,7 @@ def test_no_preview_is_drawn_that_nobody_asked_for_or_would_see(stub: ImageToIma
     assert pipeline.previewed == []
 
 
-def test_a_picture_has_one_digest_whatever_its_file(stub: ImageToImageServiceStub, pipeline: FakePipeline) -> None:
+def test_an_image_has_one_digest_whatever_its_file(stub: ImageToImageServiceStub, pipeline: FakePipeline) -> None:
     image = Image.effect_noise((24, 16), 80).convert("RGB")
     changed = image.copy()
     changed.putpixel((3, 5), (1, 2, 3))
@@ -110,7 +110,7 @@ def test_a_picture_has_one_digest_whatever_its_file(stub: ImageToImageServiceStu
     assert len({first, *others}) == 4
 
 
-def test_pictures_of_other_sizes_have_other_digests() -> None:
+def test_images_of_other_sizes_have_other_digests() -> None:
     assert digest_of((8, 4), bytes(96)) != digest_of((4, 8), bytes(96))
 
 

@@ -32,7 +32,7 @@ def test_a_provider_that_is_not_there_is_an_error(provider: str, bundle: Callabl
             load_pipeline(bundle(name), read_manifest(bundle(name)), Execution(provider))
 
 
-def test_pytorch_in_less_than_float32_is_let_in_by_pictures_only(
+def test_pytorch_below_float32_needs_the_accuracy_check(
     bundle: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = bundle("sana-sprint")  # Made before anything is played: others share it.

@@ -146,7 +146,7 @@ def test_the_last_reference_sets_the_size_where_diffusers_reads_that() -> None:
     assert not any(size is None or size.by_last for size in sizes.values())
 
 
-def test_a_chosen_size_above_the_limit_is_refused_with_what_to_do() -> None:
+def test_size_above_the_limit_is_refused_with_advice() -> None:
     rule, limits = source_rule(fake("QwenImageEditPipeline")), ImageLimits(max_pixels=512 * 512)
     with pytest.raises(InvalidField, match="1024 x 1024 pixels, the maximum is 262144: set fit") as raised:
         images.result_size((64, 64), SizeRule(), rule, 16, limits)

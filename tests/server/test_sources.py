@@ -80,7 +80,7 @@ async def test_a_root_may_be_reached_by_a_link(root: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.timeout(60)
-async def test_no_way_leads_out_of_the_root_or_to_what_is_no_file(root: Path, tmp_path: Path) -> None:
+async def test_file_sources_stay_within_the_root_and_are_regular_files(root: Path, tmp_path: Path) -> None:
     secret = tmp_path / "secret.png"
     (tmp_path / "root2").mkdir()
     (tmp_path / "root2" / "a.png").write_bytes(png())
@@ -263,7 +263,7 @@ def at(uri: str, **fields: object) -> pb.TransformRequest:
 
 
 @pytest.mark.usefixtures("reachable")
-def test_a_picture_of_an_address_is_a_source(site: Site, pipeline: FakePipeline) -> None:
+def test_an_image_of_an_address_is_a_source(site: Site, pipeline: FakePipeline) -> None:
     with transforming(pipeline, allow_http=True) as stub:
         stub.Transform(at(f"http://127.0.0.1:{site.server_port}/a.png"))
     assert pipeline.prepared[0].request.image.size == (40, 24)
@@ -300,7 +300,7 @@ def test_nothing_is_fetched_for_a_request_that_is_wrong_elsewhere(site: Site, pi
 
 @pytest.mark.usefixtures("reachable")
 @pytest.mark.parametrize("way", ["deadline", "cancel"])
-def test_a_caller_that_is_gone_ends_what_is_fetched_for_it(site: Site, pipeline: FakePipeline, way: str) -> None:
+def test_disconnecting_cancels_the_fetch(site: Site, pipeline: FakePipeline, way: str) -> None:
     with transforming(pipeline, allow_http=True, http_seconds=600.0) as stub:
         call = stub.Transform.future(at(f"http://127.0.0.1:{site.server_port}/hang"), timeout=0.5 if way == "deadline" else None)
         assert site.hanging.wait(120)

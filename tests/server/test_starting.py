@@ -124,7 +124,7 @@ def serve(*words: object) -> tuple[int, str, str]:
     return result.returncode, result.stderr, result.stdout.strip()
 
 
-def test_what_is_wrong_is_one_line_before_anything_heavy_is_imported(tmp_path: Path, taken: int) -> None:
+def test_errors_are_one_line_and_precede_heavy_imports(tmp_path: Path, taken: int) -> None:
     bundle = make_bundle(tmp_path / "models" / "a")
     (tmp_path / "empty").mkdir()
     (tmp_path / "raw").mkdir()
@@ -269,7 +269,7 @@ def test_a_server_none_of_whose_models_can_be_served_does_not_start(tmp_path: Pa
         models.check_any(ModelSettings())
 
 
-def test_a_model_that_is_named_to_be_loaded_and_fails_is_no_reason_not_to_start(tmp_path: Path) -> None:
+def test_server_starts_if_a_preloaded_model_fails(tmp_path: Path) -> None:
     for name in "ab":
         make_bundle(tmp_path / name)
     models = load(tmp_path, {"a": RuntimeError("one")}, preload=("a",))

@@ -155,7 +155,7 @@ def test_an_error_marks_the_call_and_the_stage_that_it_came_from(trouble: str, s
     assert all(call.holds(span) for span in collector.children(call))
 
 
-def test_a_callers_own_fault_is_told_and_is_no_error_of_the_servers() -> None:
+def test_client_errors_are_reported_and_are_not_server_errors() -> None:
     with collecting() as collector, traced(collector, FakePipeline()) as server, connected(server) as channel:
         failure(lambda: stub_of(channel).Transform(request(strength=2.0)))
     call = collector.named(TRANSFORM)
@@ -242,7 +242,7 @@ except ValueError as error:
     assert (result.stdout, result.returncode) == (told, 0), result.stderr
 
 
-def test_what_is_remembered_of_a_call_is_forgotten_when_it_ends() -> None:
+def test_call_state_is_released_when_the_call_ends() -> None:
     with collecting() as collector:
         telemetry = Telemetry(TelemetrySettings(otlp_endpoint=collector.endpoint))
         telemetry.start()

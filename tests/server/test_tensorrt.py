@@ -75,7 +75,7 @@ def test_an_engine_computes_in_the_bundles_precision() -> None:
         assert enabled == ({f"trt_{precision}_enable"} if precision != "fp32" else set())
 
 
-def test_what_is_written_can_only_be_run_and_lies_in_one_folder() -> None:
+def test_engine_context_is_written_with_relative_paths_only() -> None:
     made = options()
     assert (made["trt_dump_ep_context_model"], made["trt_ep_context_embed_mode"], made["trt_engine_cache_enable"]) == (
         "1",

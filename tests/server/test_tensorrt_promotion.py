@@ -77,19 +77,19 @@ def spoilt_unet(graph: Path, folder: Path) -> Path:
     return folder / graph.name
 
 
-def test_engines_are_built_judged_by_the_bundles_pictures_and_serve(
+def test_engines_are_built_checked_against_reference_images_and_promoted(
     contend: Callable[..., tuple[TensorRTCandidate, WatchedStore, list[str]]], tmp_path: Path
 ) -> None:
     candidate, store, opened = contend()
-    picture = Image.new("RGB", (64, 64), "teal")
+    image = Image.new("RGB", (64, 64), "teal")
     with (
         running(lambda: store, [candidate]) as server,
         Client(f"localhost:{server.port}", timeout=120) as client,
     ):
-        before = client.transform(picture, seed=1, num_inference_steps=2)
+        before = client.transform(image, seed=1, num_inference_steps=2)
         ended = store.end()
         assert ended.state is EngineState.SERVING, ended
-        after = client.transform(picture, seed=1, num_inference_steps=2)
+        after = client.transform(image, seed=1, num_inference_steps=2)
     assert (before.engine, after.engine) == ("onnx:cpu", "onnx:tensorrt")
     assert before.image.tobytes() == after.image.tobytes()
     assert opened == ["unet", "vae_decoder"]

@@ -93,7 +93,7 @@ def der(path: Path | None) -> bytes:
     return ssl.PEM_cert_to_DER_cert(first + end)
 
 
-def test_only_who_trusts_the_authority_and_speaks_tls_comes_through(tmp_path: Path, authority: trustme.CA) -> None:
+def test_only_tls_clients_that_trust_the_authority_connect(tmp_path: Path, authority: trustme.CA) -> None:
     with serving(issue(tmp_path, authority)) as server:
         target = f"localhost:{server.port}"
         with grpc.secure_channel(target, trusting(authority)) as channel:
@@ -317,9 +317,7 @@ def test_loopback_needs_no_tls(host: str) -> None:
 
 
 @pytest.mark.parametrize("host", NOT_LOCAL)
-def test_beyond_loopback_there_is_no_listening_without_tls_unless_allowed(
-    host: str, tmp_path: Path, authority: trustme.CA
-) -> None:
+def test_plaintext_beyond_loopback_needs_permission(host: str, tmp_path: Path, authority: trustme.CA) -> None:
     assert not is_local(host)
     with pytest.raises(ValueError, match="tls_certificate and tls_key, or set allow_insecure"):
         check(ServerConfig(host=host))

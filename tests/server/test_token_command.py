@@ -34,7 +34,7 @@ def admitted(path: Path, secret: str) -> Call:
         return found
 
 
-def test_a_token_that_was_added_is_let_in_and_one_that_was_removed_is_not(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_added_tokens_are_accepted_and_removed_tokens_refused(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     alice, bob = add(path, capsys, "alice"), add(path, capsys, "bob", "--admin", "--models", "sd*", "demo")
     assert alice != bob
     assert (admitted(path, alice).client, admitted(path, alice).admin, admitted(path, alice).models) == ("alice", False, None)
@@ -90,7 +90,7 @@ def test_the_list_shows_all_but_hashes(path: Path, capsys: pytest.CaptureFixture
      (["add", "x", "--models", ""], 2, "is not a valid pattern"),
      (["add", "alice"], 1, "already has a token 'alice'"), (["remove", "bob"], 1, "has no token 'bob'; it has alice")],
 )  # fmt: skip
-def test_what_cannot_be_says_why_in_a_line_and_changes_nothing(
+def test_refused_token_commands_explain_in_one_line_and_change_nothing(
     words: list[str], status: int, why: str, path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     add(path, capsys, "alice")

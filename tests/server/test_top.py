@@ -162,7 +162,7 @@ def test_no_answer_makes_it_stumble(text: str) -> None:
     raise AssertionError("it took nonsense for metrics")
 
 
-def test_without_a_server_there_is_a_line_that_says_what_to_do(capsys: pytest.CaptureFixture[str]) -> None:
+def test_missing_server_error_is_one_line_with_advice(capsys: pytest.CaptureFixture[str]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
     assert main(["top", "--once", f"localhost:{port}"]) == 1
@@ -181,7 +181,7 @@ def test_wrong_words_are_refused(words: list[str], capsys: pytest.CaptureFixture
     assert "root:" not in capsys.readouterr().out
 
 
-def test_once_prints_one_picture_of_the_server(server: RunningServer, capsys: pytest.CaptureFixture[str]) -> None:
+def test_once_prints_one_image_of_the_server(server: RunningServer, capsys: pytest.CaptureFixture[str]) -> None:
     with grpc.insecure_channel(f"localhost:{server.port}") as channel:
         ImageToImageServiceStub(channel).Transform(request())
     assert main(["top", "--once", "--interval", "0.05", url_of(server)]) == 0
@@ -254,7 +254,7 @@ def read_until(terminal: int, wanted: str, seen: str = "") -> str:
 @pytest.mark.parametrize(
     ("term", "ending"), [("xterm-256color", "q"), ("xterm-256color", "Ctrl-C"), ("dumb", "q"), ("dumb", "Ctrl-C")]
 )
-def test_it_shows_until_it_is_told_to_end_on_any_terminal(server: RunningServer, term: str, ending: str) -> None:
+def test_top_runs_until_quit_on_any_terminal(server: RunningServer, term: str, ending: str) -> None:
     """It draws again and again, ends at once, and leaves the terminal as it was."""
     terminal, own_side = pty.openpty()
     before = termios.tcgetattr(own_side)

@@ -108,7 +108,7 @@ def test_no_requests_have_no_results(stub: ImageToImageServiceStub) -> None:
     assert run(stub) == {}
 
 
-def test_what_cannot_be_parsed_ends_the_call_after_the_results_before_it(server: RunningServer) -> None:
+def test_unparsable_message_ends_the_call_after_earlier_results(server: RunningServer) -> None:
     with grpc.insecure_channel(f"localhost:{server.port}") as channel:
         method: Any = channel.stream_stream(METHOD, None, pb.TransformBatchResponse.FromString)
         responses = method(iter([asked().SerializeToString(), b"\xff\xff", asked().SerializeToString()]), timeout=60)

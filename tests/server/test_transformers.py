@@ -86,9 +86,9 @@ def expected(pipe: Any, request: Request, seed: int) -> Image.Image:
     width, height = request.image.size
     names = ("prompt", "negative_prompt", "image", "strength", "num_inference_steps", "guidance_scale")
     given = {name: getattr(request, name) for name in names}
-    picture: Image.Image = pipe(**given, width=width, height=height, generator=torch.Generator().manual_seed(seed)).images[0]
-    assert np.asarray(picture).std() > 10, "a flat image would prove nothing"
-    return picture
+    image: Image.Image = pipe(**given, width=width, height=height, generator=torch.Generator().manual_seed(seed)).images[0]
+    assert np.asarray(image).std() > 10, "a flat image would prove nothing"
+    return image
 
 
 def difference(one: Image.Image, other: Image.Image) -> int:
@@ -130,7 +130,7 @@ def run_together(pipeline: Any, requests: Sequence[Request], monkeypatch: pytest
 
 
 @covering(name=MODELS, size=SIZES)
-def test_mixed_requests_share_calls_and_draw_what_diffusers_draws(
+def test_mixed_requests_share_calls_and_match_diffusers(
     name: str, size: tuple[int, int], load: Load, oracle: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     requests = mixed(size)
@@ -178,7 +178,7 @@ def test_a_cancelled_request_leaves_at_the_next_step(load: Load, monkeypatch: py
 
 @pytest.mark.parametrize("scheduler", FLOW_NAMES)
 @pytest.mark.parametrize("name", KINDS)
-def test_a_named_scheduler_draws_what_diffusers_draws_with_it(
+def test_named_scheduler_matches_diffusers(
     name: str, scheduler: str, load: Load, oracle: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pipeline, pipe = load(name), oracle(name)

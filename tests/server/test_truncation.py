@@ -85,7 +85,7 @@ LONG = 800
 
 
 @pytest.mark.parametrize("name", CLASSES)
-def test_what_is_said_to_be_dropped_is_what_no_text_encoder_sees(name: str, load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_truncation_warning_lists_the_text_that_no_encoder_reads(name: str, load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
     pipe = load(name)
     descriptions = said(pipe, lakes(LONG))
     names = {part for part, value in pipe.components.items() if isinstance(value, PreTrainedTokenizerBase)}

@@ -103,7 +103,7 @@ def test_with_a_full_queue_and_a_busy_device_health_and_reflection_answer(gate: 
         assert [list(stream)[-1].WhichOneof("event") for stream in waiting] == ["completed"] * 3
 
 
-def test_a_clients_flood_is_refused_before_its_pictures_are_looked_at(gate: Gate, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flood_of_one_client_is_refused_before_decoding(gate: Gate, monkeypatch: pytest.MonkeyPatch) -> None:
     """They wait as bytes for as many processes as there are, and no more of them than there is room for."""
     gated_codecs(gate, monkeypatch, LoadImage)
     limits, codecs = QueueLimits(max_waiting=100, max_client_waiting=10), CodecSettings(decoders=3)
@@ -125,7 +125,7 @@ def test_a_clients_flood_is_refused_before_its_pictures_are_looked_at(gate: Gate
         for _ in range(40):
             assert refused.acquire(timeout=120)
         gate.wait_for(2)
-        assert gate.passed == 0, "forty were refused while not one picture had been decoded"
+        assert gate.passed == 0, "forty were refused while not one image had been decoded"
         for refusal in ended:
             code, details = failure(refusal.result)
             assert (code, details["reason"]) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "CLIENT_QUEUE_FULL")
@@ -153,15 +153,15 @@ def test_while_the_codecs_are_busy_health_and_reflection_answer(gate: Gate, monk
     assert gate.most == 2
 
 
-def test_big_pictures_do_not_hold_up_health() -> None:
+def test_big_images_do_not_hold_up_health() -> None:
     """Real decoding and encoding of many images: health answers in their midst, again and again."""
     with (
         running(lambda: store(m=FakePipeline())) as server,
         grpc.insecure_channel(f"127.0.0.1:{server.port}") as channel,
     ):
         stub = ImageToImageServiceStub(channel)
-        picture = png((2048, 2048))
-        calls = [stub.Transform.future(request(image={"data": picture})) for _ in range(12)]
+        image = png((2048, 2048))
+        calls = [stub.Transform.future(request(image={"data": image})) for _ in range(12)]
         answered_before = 0
         while not all(call.done() for call in calls):
             assert_answers(server, channel)

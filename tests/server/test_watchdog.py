@@ -106,7 +106,7 @@ def hanging() -> Iterator[Callable[[str], tuple[Engine, Hanging]]]:
 
 
 @pytest.mark.parametrize("stage", STAGES[1:])
-def test_a_call_that_hangs_is_noticed_once_and_said_which(stage: str, hanging: Callable[[str], tuple[Engine, Hanging]]) -> None:
+def test_hanging_call_is_reported_once_by_name(stage: str, hanging: Callable[[str], tuple[Engine, Hanging]]) -> None:
     engine, pipeline = hanging(stage)
     said: queue.SimpleQueue[str] = queue.SimpleQueue()
     watchdog = Watchdog(engine, 0.2, said.put)
@@ -161,7 +161,7 @@ class Clockwork:
         return self._calls.pop(0)
 
 
-def test_many_calls_that_each_come_back_in_time_are_no_alarm() -> None:
+def test_many_short_calls_do_not_trigger_the_watchdog() -> None:
     calls = [ModelCall("denoise", "m", 1, 2, 0.04), None, ModelCall("finish", "m", 1, 2, 0.05)] * 10
     engine: object = Clockwork(*calls, None)
     said: list[str] = []

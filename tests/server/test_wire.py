@@ -155,7 +155,7 @@ def test_compressed_messages_are_refused(channel: grpc.Channel, method: str, com
     assert send(channel, IMAGES + "Transform", request().SerializeToString())
 
 
-def test_with_accept_compression_the_bounds_hold_for_what_comes_out() -> None:
+def test_size_limits_apply_to_decompressed_messages() -> None:
     with (
         running(lambda: store(m=FakePipeline()), accept_compression=True, image_limits=LIMITS) as server,
         grpc.insecure_channel(f"127.0.0.1:{server.port}", [("grpc.max_send_message_length", -1)]) as channel,
@@ -185,7 +185,7 @@ def truncated(message: Message) -> Iterator[bytes]:
         yield data[:length]
 
 
-def test_the_look_at_the_wire_refuses_what_the_parser_refuses() -> None:
+def test_wire_check_refuses_whatever_the_parser_refuses() -> None:
     """On every cut of messages of all kinds: what is not refused is parsed, and what is refused cannot be."""
     messages: list[Message] = [
         request(

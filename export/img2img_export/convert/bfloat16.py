@@ -27,7 +27,7 @@ from img2img_export.convert.emulation import (
     retype_values,
     value_types,
 )
-from img2img_export.convert.external_weights import TORCH_TYPES, Skeleton, constants
+from img2img_export.convert.external_weights import TORCH_TYPES, ExternalWeightsGraph, constants
 from img2img_export.convert.fused_attention import OPERATOR
 
 OPSET = 22
@@ -42,10 +42,10 @@ _COMPUTING = {
 _TORCH = {kind: dtype for dtype, kind in TORCH_TYPES.items()}
 
 
-def to_bfloat16(skeleton: Skeleton) -> Skeleton:
+def to_bfloat16(external: ExternalWeightsGraph) -> ExternalWeightsGraph:
     """Converts a graph traced in fp16 to bf16. The parts it computes in fp32 (the sines of the timestep) stay in fp32."""
-    half = of_type(value_types(skeleton), TensorProto.FLOAT16)
-    result = skeleton.copy()
+    half = of_type(value_types(external), TensorProto.FLOAT16)
+    result = external.copy()
     graph = result.model.graph
     result.weights = {
         name: replace(weight, dtype=torch.bfloat16) if weight.dtype == torch.float16 else weight

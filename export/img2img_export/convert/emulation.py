@@ -12,7 +12,7 @@ import onnxruntime
 import torch
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
-from img2img_export.convert.external_weights import TORCH_TYPES, Skeleton
+from img2img_export.convert.external_weights import TORCH_TYPES, ExternalWeightsGraph
 
 MOVING = {
     *("Cast", "Concat", "Constant", "ConstantOfShape", "Expand", "Flatten", "Gather", "GatherElements", "GatherND", "Identity"),
@@ -89,11 +89,11 @@ def _rounding(source: str, target: str, half: int) -> list[NodeProto]:
     return [cast(source, f"{target}.half", half), cast(f"{target}.half", target, TensorProto.FLOAT)]
 
 
-def value_types(skeleton: Skeleton) -> dict[str, int]:
+def value_types(graph: ExternalWeightsGraph) -> dict[str, int]:
     """The element type (of TensorProto) of each value in the graph, including its weights."""
     model = ModelProto()
-    model.CopyFrom(skeleton.model)
-    for name, weight in skeleton.weights.items():
+    model.CopyFrom(graph.model)
+    for name, weight in graph.weights.items():
         model.graph.input.append(helper.make_tensor_value_info(name, TORCH_TYPES[weight.dtype], weight.shape))
     return _inferred(model)
 

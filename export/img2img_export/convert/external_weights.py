@@ -93,7 +93,7 @@ class Weight:
 
 
 @dataclass(slots=True)
-class Skeleton:
+class ExternalWeightsGraph:
     """A graph, and the weights that its nodes refer to but its initializers do not contain."""
 
     model: ModelProto
@@ -104,11 +104,11 @@ class Skeleton:
         """Bytes of the weights when written."""
         return sum(weight.bytes for weight in self.weights.values())
 
-    def copy(self) -> "Skeleton":
+    def copy(self) -> "ExternalWeightsGraph":
         """A copy of the graph that shares the weights."""
         model = ModelProto()
         model.CopyFrom(self.model)
-        return Skeleton(model, dict(self.weights))
+        return ExternalWeightsGraph(model, dict(self.weights))
 
     def fold(self) -> None:
         """Folds nodes that only reshape a weight (Transpose, Unsqueeze) into it, and drops unused weights and constants."""
@@ -140,15 +140,17 @@ class Skeleton:
         del self.model.graph.node[:]
         self.model.graph.node.extend(kept)
 
-    def write(self, folder: Path, progress: Progress, label: str, beside: "Mapping[str, Skeleton] | None" = None) -> None:
+    def write(
+        self, folder: Path, progress: Progress, label: str, beside: "Mapping[str, ExternalWeightsGraph] | None" = None
+    ) -> None:
         """Writes the graph and its weights into `folder`, and the graphs `beside` it, by file name, which share its weights."""
         folder.mkdir(parents=True, exist_ok=True)
         written: dict[object, TensorProto] = {}
         with (folder / DATA_NAME).open("wb") as data, progress.task(label, self.bytes) as advance:
-            for file, skeleton in {GRAPH_NAME: self, **(beside or {})}.items():
+            for file, graph in {GRAPH_NAME: self, **(beside or {})}.items():
                 model = ModelProto()
-                model.CopyFrom(skeleton.model)
-                for name, weight in skeleton.weights.items():
+                model.CopyFrom(graph.model)
+                for name, weight in graph.weights.items():
                     key = (id(weight.source), weight.dtype, weight.shape, weight.permutation)
                     if key not in written:
                         written[key] = _write(weight, data)

@@ -18,7 +18,7 @@ from onnx import ModelProto, helper
 from torch.onnx import symbolic_helper
 from torch.onnx.symbolic_opset9 import unused
 
-from img2img_export.convert.external_weights import GRAPH_NAME, TORCH_TYPES, Skeleton
+from img2img_export.convert.external_weights import GRAPH_NAME, TORCH_TYPES, ExternalWeightsGraph
 from img2img_export.errors import ExportError
 
 NAME = "model_fused_attention.onnx"
@@ -88,15 +88,15 @@ def declare_types(model: ModelProto, dtype: torch.dtype) -> None:
             model.graph.value_info.append(helper.make_tensor_value_info(node.output[0], TORCH_TYPES[dtype], None))
 
 
-def write_beside(skeleton: Skeleton, folder: Path) -> None:
+def write_beside(graph: ExternalWeightsGraph, folder: Path) -> None:
     """Writes the graph into `folder`, with the weights of the plain graph there. Raises ExportError if one is not among them."""
     plain = onnx.load(str(folder / GRAPH_NAME), load_external_data=False)
     written = {item.name: item for item in plain.graph.initializer}
-    if missing := [name for name in skeleton.weights if name not in written]:
+    if missing := [name for name in graph.weights if name not in written]:
         raise ExportError(f"the plain graph has no weight {missing[0]}")
     model = ModelProto()
-    model.CopyFrom(skeleton.model)
-    model.graph.initializer.extend(written[name] for name in skeleton.weights)
+    model.CopyFrom(graph.model)
+    model.graph.initializer.extend(written[name] for name in graph.weights)
     if not any(node.op_type == OPERATOR for node in model.graph.node):
         raise ExportError("it has no attention that the operator computes")
     onnx.save(model, str(folder / NAME))

@@ -22,7 +22,7 @@ from onnxruntime.transformers.fusion_skip_group_norm import FusionSkipGroupNorm
 from onnxruntime.transformers.fusion_transpose import FusionInsertTranspose
 from onnxruntime.transformers.onnx_model_unet import UnetOnnxModel
 
-from img2img_export.convert.external_weights import TORCH_TYPES, Skeleton, Weight, constants
+from img2img_export.convert.external_weights import TORCH_TYPES, ExternalWeightsGraph, Weight, constants
 
 DOMAIN = "com.microsoft"
 SPLIT_GELU_WIDTHS = (2560, 5120, 10240)
@@ -32,17 +32,17 @@ _NHWC = (0, 2, 3, 1)
 _NCHW = (0, 3, 1, 2)
 
 
-def fuse(skeleton: Skeleton) -> Skeleton:
-    """Fuses the graph of an fp16 UNet or VAE. `skeleton` is not changed.
+def fuse(graph: ExternalWeightsGraph) -> ExternalWeightsGraph:
+    """Fuses the graph of an fp16 UNet or VAE. `graph` is not changed.
 
     Convolution weights are transposed when written; all others stay the same.
     """
-    model = _with_placeholders(skeleton)
-    weights = dict(skeleton.weights)
+    model = _with_placeholders(graph)
+    weights = dict(graph.weights)
     _fuse_attention(model)
     optimizer = _Optimizer(model, weights)
     optimizer.run()
-    result = Skeleton(optimizer.model, weights)
+    result = ExternalWeightsGraph(optimizer.model, weights)
     own = [item for item in result.model.graph.initializer if item.name not in weights]
     del result.model.graph.initializer[:]
     result.model.graph.initializer.extend(own)
@@ -53,11 +53,11 @@ def fuse(skeleton: Skeleton) -> Skeleton:
     return result
 
 
-def _with_placeholders(skeleton: Skeleton) -> ModelProto:
+def _with_placeholders(graph: ExternalWeightsGraph) -> ModelProto:
     """A model for the fusion passes: matrices and kernels have names and shapes but no values."""
     model = ModelProto()
-    model.CopyFrom(skeleton.model)
-    model.graph.initializer.extend(_placeholder(name, weight) for name, weight in skeleton.weights.items())
+    model.CopyFrom(graph.model)
+    model.graph.initializer.extend(_placeholder(name, weight) for name, weight in graph.weights.items())
     return model
 
 

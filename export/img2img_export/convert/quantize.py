@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from onnx import NodeProto, TensorProto, helper
 
-from img2img_export.convert.external_weights import Skeleton, Weight
+from img2img_export.convert.external_weights import ExternalWeightsGraph, Weight
 
 LEAST_ROWS = 32
 """Products with fewer rows in the matrix stay in fp32: quantizing the operands takes as long as the product."""
@@ -58,14 +58,14 @@ class Scales(Weight):
         return _scales(_values(self))
 
 
-def to_int8(skeleton: Skeleton, chosen: Callable[[NodeProto, Weight], bool] | None = None) -> Skeleton:
+def to_int8(graph: ExternalWeightsGraph, chosen: Callable[[NodeProto, Weight], bool] | None = None) -> ExternalWeightsGraph:
     """Quantizes an fp32 graph; `chosen` decides whether a product with a matrix [K, N] is quantized (default: is_worthwhile)."""
     wanted = chosen or is_worthwhile
-    result = skeleton.copy()
+    result = graph.copy()
     nodes: list[NodeProto] = []
     integers: set[str] = set()
-    for node in skeleton.model.graph.node:
-        matrix = _matrix(node, skeleton.weights)
+    for node in graph.model.graph.node:
+        matrix = _matrix(node, graph.weights)
         if matrix is None or not wanted(node, matrix):
             nodes.append(node)
             continue

@@ -15,7 +15,7 @@ import torch
 from onnx import NodeProto, helper
 
 from img2img_export.convert.calibration import GREATEST, Layer, Numbers, Scale, numbers_of, scaled
-from img2img_export.convert.external_weights import Skeleton, Weight
+from img2img_export.convert.external_weights import ExternalWeightsGraph, Weight
 
 _CONTRIB = "com.microsoft"
 
@@ -35,18 +35,18 @@ class Int8(Weight):
         return integers if weight.ndim > 2 else integers.t().contiguous()
 
 
-def to_static_int8(skeleton: Skeleton, layers: Mapping[str, tuple[Layer, bool]]) -> Skeleton:
+def to_static_int8(graph: ExternalWeightsGraph, layers: Mapping[str, tuple[Layer, bool]]) -> ExternalWeightsGraph:
     """The graph with `layers` in int8, each plain or fine (calibration.py); they are found by their weights."""
     by_weight = {id(layer.module.weight): (layer, fine) for layer, fine in layers.values()}
-    result = skeleton.copy()
+    result = graph.copy()
     writer = _Writer(result)
     users: dict[str, list[NodeProto]] = {}
-    for node in skeleton.model.graph.node:
+    for node in graph.model.graph.node:
         for name in node.input:
             users.setdefault(name, []).append(node)
     skipped: set[str] = set()
-    for node in skeleton.model.graph.node:
-        weight = skeleton.weights.get(node.input[1]) if node.op_type in ("Conv", "MatMul") else None
+    for node in graph.model.graph.node:
+        weight = graph.weights.get(node.input[1]) if node.op_type in ("Conv", "MatMul") else None
         found = by_weight.get(id(weight.source)) if weight is not None else None
         if node.output[0] in skipped:
             continue
@@ -56,7 +56,7 @@ def to_static_int8(skeleton: Skeleton, layers: Mapping[str, tuple[Layer, bool]])
             writer.convolution(node, *found)
         else:
             following = users.get(node.output[0], [])
-            bias = _bias(following, node.output[0], skeleton, found[0])
+            bias = _bias(following, node.output[0], graph, found[0])
             writer.product(node, *found, bias)
             if bias:
                 skipped.add(following[0].output[0])
@@ -68,20 +68,20 @@ def to_static_int8(skeleton: Skeleton, layers: Mapping[str, tuple[Layer, bool]])
     return result
 
 
-def _bias(following: list[NodeProto], output: str, skeleton: Skeleton, layer: Layer) -> tuple[str, str] | None:
+def _bias(following: list[NodeProto], output: str, graph: ExternalWeightsGraph, layer: Layer) -> tuple[str, str] | None:
     """The layer's bias and the sum with it, if the product's only user adds it."""
     if len(following) != 1 or following[0].op_type != "Add" or layer.module.bias is None:
         return None
     (other,) = [name for name in following[0].input if name != output] or [output]
-    weight = skeleton.weights.get(other)
+    weight = graph.weights.get(other)
     return (other, following[0].output[0]) if weight is not None and weight.source is layer.module.bias else None
 
 
 class _Writer:
-    """Writes nodes in int8 and their constants into `skeleton.weights`."""
+    """Writes nodes in int8 and their constants into `graph.weights`."""
 
-    def __init__(self, skeleton: Skeleton) -> None:
-        self._weights = skeleton.weights
+    def __init__(self, graph: ExternalWeightsGraph) -> None:
+        self._weights = graph.weights
         self.nodes: list[NodeProto] = []
         self._quantized: dict[tuple[str, float, int], str] = {}
 

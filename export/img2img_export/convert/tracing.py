@@ -10,7 +10,7 @@ import onnx
 import torch
 from onnx import ModelProto, NodeProto, TensorProto, helper
 
-from img2img_export.convert.external_weights import Skeleton, Weight, without_weights
+from img2img_export.convert.external_weights import ExternalWeightsGraph, Weight, without_weights
 from img2img_export.convert.fused_attention import declare_types, fusing
 from img2img_export.convert.parts import Part, Tensors
 from img2img_export.errors import FAILURES, ExportError, first_line
@@ -34,7 +34,7 @@ class _Flat(torch.nn.Module):
 
 def trace(
     module: Any, part: Part, example: Tensors, dtype: torch.dtype = torch.float32, fused_attention: bool = False
-) -> Skeleton:
+) -> ExternalWeightsGraph:
     """The graph of `module` called with inputs like `example`, computing in `dtype` (fp32 or fp16).
 
     With `fused_attention`, attention is ONNX Runtime's operator (fused_attention.py).
@@ -70,7 +70,7 @@ def trace(
     model = onnx.load_from_string(file.getvalue())
     if fused_attention:
         declare_types(model, dtype)
-    return _skeleton(model, weights, names)
+    return _with_external_weights(model, weights, names)
 
 
 def convert(part: Part, name: str, value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -80,7 +80,7 @@ def convert(part: Part, name: str, value: torch.Tensor, dtype: torch.dtype) -> t
     return value.to(dtype) if value.is_floating_point() else value
 
 
-def _skeleton(model: onnx.ModelProto, real: Tensors, names: list[str]) -> Skeleton:
+def _with_external_weights(model: onnx.ModelProto, real: Tensors, names: list[str]) -> ExternalWeightsGraph:
     """Moves the module's parameters from the graph's inputs to the weights."""
     weights = {}
     for item in [item for item in model.graph.input if item.name not in names]:
@@ -88,9 +88,9 @@ def _skeleton(model: onnx.ModelProto, real: Tensors, names: list[str]) -> Skelet
         weights[item.name] = Weight.of(source, _FLOATS.get(item.type.tensor_type.elem_type, source.dtype))
         model.graph.input.remove(item)
     make_recordable(model)
-    skeleton = Skeleton(model, weights)
-    skeleton.fold()
-    return skeleton
+    graph = ExternalWeightsGraph(model, weights)
+    graph.fold()
+    return graph
 
 
 def make_recordable(model: ModelProto) -> None:

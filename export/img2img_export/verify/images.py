@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from img2img_server.bundle.manifest import LEAST_CONTRAST, LIMITS, Manifest, PictureParity, Precision
+from img2img_server.bundle.manifest import LEAST_CONTRAST, LIMITS, ImageParity, Manifest, Precision
 from img2img_server.engine.request import Request
 from img2img_server.errors import BundleError, ServerError
 from img2img_server.runtime.accuracy_check import psnr_db
@@ -138,7 +138,7 @@ def make_references(pipeline: Any, cases: Sequence[ImageCase]) -> list[Image.Ima
 
 def compare_images(
     bundle: Path, manifest: Manifest, cases: Sequence[ImageCase], references: Sequence[Image.Image], precision: Precision
-) -> tuple[tuple[PictureParity, ...], list[Image.Image]]:
+) -> tuple[tuple[ImageParity, ...], list[Image.Image]]:
     """Runs each case through the server's pipeline on the CPU, and compares the image with its reference.
 
     Graphs in half precision are emulated as on a GPU (emulation.py).
@@ -168,10 +168,10 @@ def compare_images(
     return tuple(measure(case.name, image, reference, precision) for case, image, reference in compared), images
 
 
-def measure(case: str, image: Image.Image, reference: Image.Image, precision: Precision = "fp32") -> PictureParity:
+def measure(case: str, image: Image.Image, reference: Image.Image, precision: Precision = "fp32") -> ImageParity:
     """Compares two RGB images. A different size fails, and so does an image of one colour (which NaNs decode to)."""
     if image.size != reference.size:
-        return PictureParity(case, 255, 0.0, False, ssim=0.0)
+        return ImageParity(case, 255, 0.0, False, ssim=0.0)
     limits = LIMITS[precision]
     actual, expected = np.asarray(image.convert("RGB")), np.asarray(reference.convert("RGB"))
     difference = np.abs(actual.astype(np.int16) - expected.astype(np.int16))
@@ -179,7 +179,7 @@ def measure(case: str, image: Image.Image, reference: Image.Image, precision: Pr
     ssim = _structural_similarity(actual, expected)
     worst = int(difference.max())
     alike = worst <= limits.max_abs_error and psnr >= limits.psnr_db and ssim >= limits.ssim
-    return PictureParity(case, worst, psnr, alike and float(actual.std()) >= LEAST_CONTRAST, ssim)
+    return ImageParity(case, worst, psnr, alike and float(actual.std()) >= LEAST_CONTRAST, ssim)
 
 
 def _structural_similarity(actual: np.ndarray, expected: np.ndarray) -> float:
@@ -256,7 +256,7 @@ def make_sheet(
     cases: Sequence[ImageCase],
     references: Sequence[Image.Image],
     generated: Sequence[Image.Image],
-    parities: Sequence[PictureParity],
+    parities: Sequence[ImageParity],
 ) -> Image.Image:
     """An RGB image with one row per case: source, image of diffusers, image of the bundle, difference and measurements."""
     rows = [
@@ -281,7 +281,7 @@ def make_sheet(
     return sheet
 
 
-def _caption(parity: PictureParity) -> str:
+def _caption(parity: ImageParity) -> str:
     return (
         f"{verdict(parity.passed)}: PSNR {decibels(parity.psnr_db)}, SSIM {parity.ssim:.4f}, "
         f"greatest difference {parity.max_abs_error}/255"

@@ -134,7 +134,7 @@ class ComponentParity:
 
 
 @dataclass(frozen=True, slots=True)
-class PictureParity:
+class ImageParity:
     """The difference between a finished image and the one that diffusers draws in fp32 with the same seed.
 
     `max_abs_error` is in steps of 1/255, `psnr_db` in decibels (999 for equal images), `ssim` the structural similarity, 1 for
@@ -176,7 +176,7 @@ class Verification:
 
     passed: bool
     components: tuple[ComponentParity, ...] = ()
-    pictures: tuple[PictureParity, ...] = ()
+    pictures: tuple[ImageParity, ...] = ()
     problems: tuple[str, ...] = ()
     limits: dict[str, float] = field(default_factory=dict)
     reference: str = "diffusers in fp32"

@@ -57,7 +57,7 @@ class Candidate(Protocol):
         """Trial requests with one seed each; their `model` is ignored."""
         ...
 
-    def judge(self, pictures: Sequence[Image.Image]) -> str:
+    def judge(self, images: Sequence[Image.Image]) -> str:
         """Checks the images of the trials. Returns the problem in one line, or ""."""
         ...
 
@@ -199,12 +199,12 @@ class Promotion:
             self._engine.replace(name, cast(Pipeline, runs))
         try:
             done, count = 0, len(trials) + 2 * _ROUNDS
-            pictures = []
+            images = []
             for trial in trials:
                 self._tell(candidate, EngineState.CHECKING, "drawing", done / count)
-                pictures.append(self._draw(replace(trial, model=new)))
+                images.append(self._draw(replace(trial, model=new)))
                 done += 1
-            if problem := candidate.judge(pictures):
+            if problem := candidate.judge(images):
                 return problem, ""
             timed[new].seconds.clear()
             for name in (old, new) * _ROUNDS:

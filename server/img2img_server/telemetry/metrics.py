@@ -64,7 +64,7 @@ STAGE_SECONDS = MetricInfo(
     "Duration of finished transforms by stage: queue, encode, denoise and decode in the engine, total from arrival to response",
     ("model", "stage"),
 )
-PICTURES = MetricInfo("img2img_pictures_total", "counter", "Images generated", ("model",))
+IMAGES = MetricInfo("img2img_pictures_total", "counter", "Images generated", ("model",))
 DEVICE_SECONDS = MetricInfo(
     "img2img_device_call_duration_seconds",
     "histogram",
@@ -73,7 +73,7 @@ DEVICE_SECONDS = MetricInfo(
 )
 BATCH_ROWS = MetricInfo("img2img_batch_rows", "histogram", "Rows of a step's batch; an image with guidance takes two", ("model",))
 BATCH_REQUESTS = MetricInfo("img2img_batch_requests", "histogram", "Requests in a step's batch", ("model",))
-COUNTED = (BUILD, REQUESTS, CALL_SECONDS, IN_PROGRESS, STAGE_SECONDS, PICTURES, DEVICE_SECONDS, BATCH_ROWS, BATCH_REQUESTS)
+COUNTED = (BUILD, REQUESTS, CALL_SECONDS, IN_PROGRESS, STAGE_SECONDS, IMAGES, DEVICE_SECONDS, BATCH_ROWS, BATCH_REQUESTS)
 """Metrics that are updated as events happen."""
 
 PROCESS = (
@@ -139,7 +139,7 @@ class Metrics:
         self._call_seconds = _make(Histogram, CALL_SECONDS, self.registry, buckets=_CALL_SECONDS)
         self._in_progress = _make(Gauge, IN_PROGRESS, self.registry)
         self._stages = _make(Histogram, STAGE_SECONDS, self.registry, buckets=_STAGE_SECONDS)
-        self._pictures = _make(Counter, PICTURES, self.registry)
+        self._images = _make(Counter, IMAGES, self.registry)
         self._device = _make(Histogram, DEVICE_SECONDS, self.registry, buckets=_STAGE_SECONDS)
         self._rows = _make(Histogram, BATCH_ROWS, self.registry, buckets=_SIZES)
         self._batches = _make(Histogram, BATCH_REQUESTS, self.registry, buckets=_SIZES)
@@ -206,7 +206,7 @@ class Metrics:
         for stage in ("queue", "encode", "denoise", "decode"):
             self._stages.labels(model, stage).observe(getattr(timings, stage))
         self._stages.labels(model, "total").observe(seconds)
-        self._pictures.labels(model).inc(trace.images)
+        self._images.labels(model).inc(trace.images)
 
     def _method(self, record: Record) -> str:
         return self._methods.get(record.call.method, "other")

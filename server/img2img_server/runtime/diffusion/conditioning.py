@@ -88,7 +88,7 @@ class Encoder:
                 self._cache.put((self._own, *keys[key]), embedding, embedding.bytes)
         return found
 
-    def pictures(self, requests: Sequence[Request]) -> list[SimpleNamespace]:
+    def images(self, requests: Sequence[Request]) -> list[SimpleNamespace]:
         """The output of the VAE's encoder for each request's image (`common/vae.py`). Images of one size are encoded in one
         call."""
         return self._images([(request.cache_scope, request.image, request.image_digest) for request in requests])
@@ -99,8 +99,8 @@ class Encoder:
         pairs = zip(request.references, digests, strict=True)
         return self._images([(request.cache_scope, image, digest) for image, digest in pairs])
 
-    def masked_pictures(self, requests: Sequence[Request], masks: Sequence[Mask]) -> list[SimpleNamespace]:
-        """Like `pictures`, of the images without what their masks have redrawn."""
+    def masked_images(self, requests: Sequence[Request], masks: Sequence[Mask]) -> list[SimpleNamespace]:
+        """Like `images`, of the images without what their masks have redrawn."""
         wanted = []
         for request, mask in zip(requests, masks, strict=True):
             digest = request.image_digest + mask.digest if request.image_digest and mask.digest else b""
@@ -108,7 +108,7 @@ class Encoder:
         return self._images(wanted, "masked", masks)
 
     def _images(
-        self, wanted: Sequence[ScopedImage], kind: str = "picture", masks: Sequence[Mask] | None = None
+        self, wanted: Sequence[ScopedImage], kind: str = "image", masks: Sequence[Mask] | None = None
     ) -> list[SimpleNamespace]:
         # An image without a digest is not cached.
         keys: list[_ImageKey] = [(scope, digest or index) for index, (scope, _, digest) in enumerate(wanted)]

@@ -37,8 +37,8 @@ class StableDiffusionInpainting(StableDiffusion):
 
     def _mask_conditioning(self, request: Request, latents: torch.Tensor, generators: list[torch.Generator]) -> Conditioning:
         mask = request.mask or default_mask(request.result_size)
-        (picture,) = self._encoder.masked_pictures([request], [mask])
-        pipe = view_of(self._pipe, vae=Encoded(self._pipe.vae, picture))
+        (image,) = self._encoder.masked_images([request], [mask])
+        pipe = view_of(self._pipe, vae=Encoded(self._pipe.vae, image))
         stand_in = torch.empty(len(latents), 3, 1, 1, dtype=latents.dtype, device=latents.device)
         masked = pipe._encode_vae_image(stand_in, generators)
         redrawn = mask_latents(mask.image, latents).expand(len(latents), -1, -1, -1)

@@ -32,7 +32,7 @@ def draw(latents: torch.Tensor, weights: Sequence[Sequence[float]]) -> list[Imag
     assert matrix.shape == (3, known.shape[1] + 1), f"weights {tuple(matrix.shape)} do not fit {latents.shape[1]} channels"
     colours = torch.einsum("kc,nchw->nhwk", matrix[:, :-1], known) + matrix[:, -1]
     pixels = send(colours.nan_to_num().clamp(0, 1).mul(255).round(), "cpu", torch.uint8).numpy()
-    return [Image.fromarray(picture) for picture in pixels]
+    return [Image.fromarray(image) for image in pixels]
 
 
 def features(latents: torch.Tensor) -> torch.Tensor:

@@ -119,8 +119,8 @@ class SteppedPipeline(ABC):
         choices = [self._loras.choice(request) for request in requests]
         with PinnedCopies():
             embeddings = self._embed(requests, choices)
-            pictures = self._encoder.pictures(requests)
-            states = [self._begin(*parts) for parts in zip(requests, schedulers, embeddings, pictures, strict=True)]
+            images = self._encoder.images(requests)
+            states = [self._begin(*parts) for parts in zip(requests, schedulers, embeddings, images, strict=True)]
         for state, choice in zip(states, choices, strict=True):
             state.choice = choice
         return states
@@ -218,13 +218,13 @@ class SteppedPipeline(ABC):
         request: Request,
         cached_scheduler: CachedScheduler,
         embeddings: dict[str, Embedding],
-        picture: SimpleNamespace,
+        image: SimpleNamespace,
     ) -> DiffusionState:
         count = len(request.seeds)
         positive, negative = self._embeddings(request, embeddings)
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in request.seeds]
         noising = _Noising(cached_scheduler.scheduler)
-        pipe = view_of(self._pipe, scheduler=noising, vae=Encoded(self._pipe.vae, picture))
+        pipe = view_of(self._pipe, scheduler=noising, vae=Encoded(self._pipe.vae, image))
         latents = self._first_latents(
             pipe, request, cached_scheduler.timesteps[:1].repeat(count), positive.hidden_states.dtype, generators
         )
@@ -234,7 +234,7 @@ class SteppedPipeline(ABC):
             original, noise = noising.given
             if request.strength == 1:
                 latents = self._pure_noise(latents, noise, cached_scheduler.scheduler)
-            _draw_again(generators, picture, noise)
+            _draw_again(generators, image, noise)
             blend = Blend.of(request.mask.image, original, noise, cached_scheduler.levels)
         conditioning = self._conditioning(request, positive, negative) | self._more_conditioning(pipe, request, latents)
         conditioning |= self._mask_conditioning(request, latents, generators)
@@ -405,9 +405,9 @@ class Encoded:
         return getattr(self._vae, name)
 
 
-def _draw_again(generators: Sequence[torch.Generator], picture: SimpleNamespace, noise: torch.Tensor) -> None:
+def _draw_again(generators: Sequence[torch.Generator], image: SimpleNamespace, noise: torch.Tensor) -> None:
     """Draws what diffusers' inpainting pipelines draw for the latents of the masked source, even if the model does not use them:
     noise that is drawn later depends on it."""
-    if hasattr(picture, "latent_dist"):
+    if hasattr(image, "latent_dist"):
         for generator in generators:
             torch.randn((1, *noise.shape[1:]), generator=generator)

@@ -131,9 +131,9 @@ class SharedCall:
         self, requests: Sequence[Request], at_once: int, steps: int, draw: Callable[["SharedCall"], list[Image.Image]]
     ) -> None:
         self.requests = tuple(requests)
-        self.pictures = [(request, seed) for request in requests for seed in request.seeds]
-        self.at_once = min(at_once, len(self.pictures))
-        self.chunks = [self.pictures[start : start + at_once] for start in range(0, len(self.pictures), at_once)]
+        self.outputs = [(request, seed) for request in requests for seed in request.seeds]
+        self.at_once = min(at_once, len(self.outputs))
+        self.chunks = [self.outputs[start : start + at_once] for start in range(0, len(self.outputs), at_once)]
         self.step_count = steps * len(self.chunks)
         self.step = 0
         self.pieces = 0

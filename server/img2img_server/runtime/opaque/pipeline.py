@@ -140,7 +140,7 @@ class OpaquePipeline:
                 self._most_rows = max(1, min(self._most_rows, len(call.chunks[0]) * self._rows(states[0].request)) // 2)
             if not alone or (len(call.requests) == 1 and call.at_once == 1):
                 raise error
-            _log.warning("a call of %d images failed, retrying with fewer: %s", len(call.pictures), error)
+            _log.warning("a call of %d images failed, retrying with fewer: %s", len(call.outputs), error)
             call = self._restart(call, states)
 
     def _restart(self, failed: SharedCall, states: Sequence[OpaqueState]) -> SharedCall:
@@ -213,9 +213,9 @@ class OpaquePipeline:
                 listeners = {"callback": on_step}  # as older classes have it
             images += _view(self._pipe)(**self._arguments(chunk, listeners), output_type="pil").images
         size = self._size(call.requests[0])
-        if len(images) != len(call.pictures) or any(image.size != size for image in images):
+        if len(images) != len(call.outputs) or any(image.size != size for image in images):
             made = [image.size for image in images]
-            raise RuntimeError(f"{type(self._pipe).__name__} returned images of {made} instead of {len(call.pictures)} of {size}")
+            raise RuntimeError(f"{type(self._pipe).__name__} returned images of {made} instead of {len(call.outputs)} of {size}")
         return [image.convert("RGB") for image in images]  # Qwen-Image 2.1 makes RGBA
 
     def _texts(self, request: Request) -> dict[str, str]:
@@ -227,17 +227,17 @@ class OpaquePipeline:
         """Whether an argument of that name changes the pipeline's images."""
         return name in self._parameters and (name not in DEPENDENT or name in self.fields)
 
-    def _arguments(self, pictures: Sequence[tuple[Request, int]], listeners: dict[str, Any]) -> dict[str, Any]:
+    def _arguments(self, outputs: Sequence[tuple[Request, int]], listeners: dict[str, Any]) -> dict[str, Any]:
         """The arguments of the pipeline's call: those that it accepts, as lists if there are several images."""
-        request = pictures[0][0]
+        request = outputs[0][0]
         width, height = self._size(request)
         if type(self._pipe).__name__ in SWAPPED:
             width, height = height, width
         each: dict[str, list[Any]] = {
-            "prompt": [request.prompt for request, _ in pictures],
-            "negative_prompt": [request.negative_prompt for request, _ in pictures],
-            "image": [[request.image, *request.references] if request.references else request.image for request, _ in pictures],
-            "generator": [torch.Generator("cpu").manual_seed(seed) for _, seed in pictures],
+            "prompt": [request.prompt for request, _ in outputs],
+            "negative_prompt": [request.negative_prompt for request, _ in outputs],
+            "image": [[request.image, *request.references] if request.references else request.image for request, _ in outputs],
+            "generator": [torch.Generator("cpu").manual_seed(seed) for _, seed in outputs],
         }
         alike: dict[str, Any] = {
             "strength": request.strength,
@@ -255,7 +255,7 @@ class OpaquePipeline:
         if request.num_inference_steps != _SPRINT_STEPS:
             alike["intermediate_timesteps"] = None
         # A single image is passed without lists. A missing prompt is None for all images.
-        single = {name: values[0] if len(pictures) == 1 or values[0] is None else values for name, values in each.items()}
+        single = {name: values[0] if len(outputs) == 1 or values[0] is None else values for name, values in each.items()}
         offered = single | alike | listeners
         return {name: value for name, value in offered.items() if self._is_taken(name)}
 

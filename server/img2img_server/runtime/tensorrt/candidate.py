@@ -98,15 +98,15 @@ class TensorRTCandidate:
         self._cases = accuracy_check.cases(self._manifest, self._bundle)
         return [case.request for case in self._cases]
 
-    def judge(self, pictures: Sequence[Image.Image]) -> str:
-        """Compares `pictures` with the reference images, by the limits of the precision: TensorRT may compute fp32 in TF32.
+    def judge(self, images: Sequence[Image.Image]) -> str:
+        """Compares `images` with the reference images, by the limits of the precision: TensorRT may compute fp32 in TF32.
 
         Returns the problem, or "".
         """
         precision: Precision = self._manifest.precision  # type: ignore[assignment]
         if precision == "fp32" and self._workshop.execution.arithmetic == "auto":
             precision = "fp16"
-        return accuracy_check.compare(self._cases, pictures, accuracy_check.least_psnr_db(precision)).problem
+        return accuracy_check.compare(self._cases, images, accuracy_check.least_psnr_db(precision)).problem
 
     def settle(self) -> None:
         """Waits for the GPU."""
