@@ -1,4 +1,4 @@
-"""The OpenAPI document of this API, made of the same table of fields that reads the forms, and a page that shows it."""
+"""The OpenAPI document of the HTTP API, from the table of fields that parses the forms, and an HTML page that shows it."""
 
 import functools
 import html
@@ -15,17 +15,16 @@ _ERROR = {"$ref": "#/components/schemas/Error"}
 _IMAGE_FIELD = {
     "type": "string",
     "format": "binary",
-    "description": "The source image: a file, or as text its address: data:, asset: and, if the server allows them, https:, "
-    "http: and file:. It may be called image[], and there may be several for models that take reference images",
+    "description": "The source image: a file, or its address as text: data:, asset: and, if the server allows them, https:, "
+    "http: and file:. The name image[] is accepted, too. Models with reference images accept several images",
 }
 _MASK_FIELD = {
     "type": "string",
     "format": "binary",
-    "description": "Which part of the image to redraw: the areas that are transparent in this PNG or WebP file, or as text its "
-    "address, like image",
+    "description": "The mask: a PNG or WebP file whose transparent areas are redrawn, or its address as text, like image",
 }
 _REQUEST_HEADERS = [
-    (TIMEOUT, "Seconds that the request may take, such as 30. One that cannot be met is refused at once (504)"),
+    (TIMEOUT, "Maximum duration of the request in seconds, such as 30. A deadline that cannot be met is refused (504)"),
     ("x-request-id", "Id of the request in the server's log: 1 to 64 letters, digits and _ . : -"),
     ("traceparent", "W3C trace context"),
 ]
@@ -39,8 +38,8 @@ _IMAGES = {
                 "type": "object",
                 "properties": {
                     "b64_json": {"type": "string", "description": "The image's file in base64"},
-                    "url": {"type": "string", "description": "Its address, with response_format url"},
-                    "asset_id": {"type": "string", "description": "Its asset, with response_format url"},
+                    "url": {"type": "string", "description": "The image's address, if response_format is url"},
+                    "asset_id": {"type": "string", "description": "The id of the image's asset, if response_format is url"},
                     "seed": {"type": "integer"},
                     "width": {"type": "integer"},
                     "height": {"type": "integer"},
@@ -84,13 +83,15 @@ def document() -> dict[str, Any]:
         "info": {"title": "img2img", "version": distribution.version(), "description": "OpenAI's image API over img2img"},
         "security": [{"bearer": []}],
         "paths": {
-            "/v1/images/edits": {"post": _form("Turns an image into another by a prompt", ["image", "prompt"])},
-            "/v1/images/variations": {"post": _form("Variations of an image", ["image"])},
-            "/v1/models": {"get": _operation("The models that the caller may use", {JSON: {"schema": {"type": "object"}}})},
-            "/v1/models/{id}": {"get": _operation("One model", {JSON: {"schema": {"type": "object"}}}, one)},
-            "/v1/assets/{id}": {"get": _operation("An image that was kept, as a file", {"image/*": {}}, one)},
-            "/health": {"get": {**_operation("Whether the process answers", {JSON: {}}), "security": []}},
-            "/ready": {"get": {**_operation("Whether the server takes requests; else 503", {JSON: {}}), "security": []}},
+            "/v1/images/edits": {"post": _form("Edits an image by a prompt", ["image", "prompt"])},
+            "/v1/images/variations": {"post": _form("Generates variations of an image", ["image"])},
+            "/v1/models": {"get": _operation("Lists the models that the client may use", {JSON: {"schema": {"type": "object"}}})},
+            "/v1/models/{id}": {"get": _operation("Describes one model", {JSON: {"schema": {"type": "object"}}}, one)},
+            "/v1/assets/{id}": {"get": _operation("Returns a stored image as a file", {"image/*": {}}, one)},
+            "/health": {"get": {**_operation("Liveness: 200 if the process responds", {JSON: {}}), "security": []}},
+            "/ready": {
+                "get": {**_operation("Readiness: 200 if the server accepts requests, else 503", {JSON: {}}), "security": []}
+            },
         },
         "components": {
             "securitySchemes": {"bearer": {"type": "http", "scheme": "bearer"}},
@@ -104,7 +105,7 @@ def document() -> dict[str, Any]:
                             "properties": {
                                 "message": {"type": "string"},
                                 "type": {"type": "string"},
-                                "param": {"type": ["string", "null"], "description": "The field that is wrong"},
+                                "param": {"type": ["string", "null"], "description": "The invalid field"},
                                 "code": {
                                     "type": "string",
                                     "description": "The stable reason, such as INVALID_FIELD or QUEUE_FULL",
@@ -120,7 +121,7 @@ def document() -> dict[str, Any]:
 
 @functools.cache
 def page() -> str:
-    """The document as a page that loads nothing else."""
+    """The document as an HTML page without external resources."""
     return _PAGE % "".join(_sections())
 
 
@@ -132,7 +133,7 @@ def _form(summary: str, required: list[str]) -> dict[str, Any]:
     ]
     content = {
         JSON: {"schema": {"$ref": "#/components/schemas/Images"}},
-        EVENTS.partition(";")[0]: {"schema": {"type": "string", "description": "With stream: image_edit.* events"}},
+        EVENTS.partition(";")[0]: {"schema": {"type": "string", "description": "image_edit.* events, if stream is true"}},
     }
     body = {"required": True, "content": {"multipart/form-data": {"schema": schema}}}
     return {**_operation(summary, content, headers), "requestBody": body}
