@@ -92,7 +92,7 @@ def test_a_command_alone_that_needs_another_word_prints_its_help(words: list[str
     assert err == ""
 
 
-def test_a_misspelt_variable_is_told_of_by_every_command(
+def test_every_command_reports_misspelt_variables(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("IMG2IMG_TARGT", "elsewhere:1")
@@ -119,7 +119,7 @@ def test_every_command_explains_itself_on_a_client_install(command: str) -> None
 
 
 @pytest.mark.parametrize("command", CLIENT)
-def test_a_client_install_runs_what_needs_no_model(command: str, tmp_path: Path) -> None:
+def test_client_install_runs_commands_without_a_model(command: str, tmp_path: Path) -> None:
     image = tmp_path / "a.png"
     words = {
         "transform": [str(image), "--output", str(tmp_path / "b.png"), "--target", "localhost:1", "--timeout", "0.1"],
@@ -217,7 +217,7 @@ def test_failed_demo_export_is_reported(tmp_path: Path) -> None:
         demo.obtain(lambda line: None, tmp_path / "file", lambda model, output: 0)
 
 
-def test_outside_of_a_checkout_a_line_says_what_to_do(
+def test_outside_a_checkout_demo_reports_what_to_do(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))

@@ -156,7 +156,7 @@ def test_every_metric_of_ours_is_looked_at() -> None:
     assert unseen == {"img2img_cache_evictions_total", "img2img_cache_entries", "img2img_assets"}, "counts, for whoever digs"
 
 
-def test_alerts_say_what_is_the_matter_and_what_to_do() -> None:
+def test_alerts_have_a_description_and_actions() -> None:
     known = set(re.findall(r"--[a-z-]+", help_of("serve") + help_of("inspect")))
     assert len({rule["alert"] for rule in RULES}) == len(RULES)
     for rule in RULES:

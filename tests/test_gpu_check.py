@@ -278,7 +278,7 @@ def test_graphs_of_another_precision_are_refused(tmp_path: Path, monkeypatch: py
     assert lines[-1].note.endswith("is in fp16, and --provider cpu needs fp32")
 
 
-def test_what_no_time_is_left_for_is_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sections_without_time_left_are_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     started, lines, _ = _checked(tmp_path, set(), monkeypatch, "--only", "vae,image", "--budget", "0")
     assert "vae" not in started
     assert [line.note for line in lines] == ["skipped: no time left"] * 2

@@ -35,13 +35,13 @@ def calls(session: Path) -> int:
     return len((session / "calls").read_text().splitlines())
 
 
-def test_what_was_built_is_found_by_the_next_run(store: Path, tmp_path: Path) -> None:
+def test_kept_bundles_are_found_by_the_next_run(store: Path, tmp_path: Path) -> None:
     for _ in range(2):
         assert get(tmp_path) == store / DIGEST / "bundles" / "one"
     assert calls(tmp_path) == 1
 
 
-def test_what_is_damaged_is_built_again(store: Path, tmp_path: Path) -> None:
+def test_damaged_kept_bundles_are_rebuilt(store: Path, tmp_path: Path) -> None:
     (get(tmp_path) / "file").write_text("half")
     assert (get(tmp_path) / "file").read_text() == "whole"
     assert calls(tmp_path) == 2
@@ -57,7 +57,7 @@ def test_another_environment_reads_and_builds_for_itself(store: Path, tmp_path: 
     assert get(tmp_path) == own == store / DIGEST / "bundles" / "one"
 
 
-def test_what_is_old_is_removed(store: Path, tmp_path: Path) -> None:
+def test_old_kept_bundles_are_removed(store: Path, tmp_path: Path) -> None:
     for index, name in enumerate(("oldest", "old", "beside")):
         (store / name).mkdir(parents=True)
         os.utime(store / name, (index, index))

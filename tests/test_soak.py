@@ -142,7 +142,7 @@ def test_bounds_of_time_are_judged_once_there_are_samples() -> None:
     assert judge_times(replace(slow, under_load=[0.4] * 99, stop=3.0), [1.0] * 399) == []
 
 
-def test_what_is_left_open_is_noticed() -> None:
+def test_leaked_descriptors_are_detected() -> None:
     ledger = Ledger()
     (line,) = broken(ledger, watch(ledger, [500.0] * 10, [20] * 9 + [60]))
     assert "60 descriptors" in line

@@ -55,7 +55,7 @@ def test_a_pillow_image_is_uploaded_without_loss(client: Client, server: FakeSer
         assert (arrived.format, arrived.tobytes()) == ("PNG", image.tobytes())
 
 
-def test_what_is_no_file_is_not_uploaded(client: Client, server: FakeServer, tmp_path: Path) -> None:
+def test_only_files_are_uploaded(client: Client, server: FakeServer, tmp_path: Path) -> None:
     for address in ("asset:1f", "https://example.org/a.png", "data:image/png;base64,AAAA", Asset("1f", "", 1, "1f")):
         with pytest.raises(ValueError, match="cannot be uploaded"):
             client.upload(address)
@@ -83,7 +83,7 @@ def test_a_file_that_changes_while_it_is_sent_is_not_kept(
     assert server.assets.files == {}
 
 
-def test_a_file_that_cannot_be_read_to_its_end_says_so(
+def test_read_errors_during_upload_are_reported(
     client: Client, server: FakeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "photo.png"
@@ -122,7 +122,7 @@ def test_a_damaged_download_is_an_error(client: Client, server: FakeServer, dama
     assert (caught.value.status, caught.value.request_id) == ("DATA_LOSS", "made")
 
 
-def test_what_is_not_kept_is_not_found(client: Client, server: FakeServer) -> None:
+def test_missing_assets_are_not_found(client: Client, server: FakeServer) -> None:
     asset = client.upload(b"file")
     client.delete_asset(asset)
     assert server.assets.files == {}
@@ -146,5 +146,5 @@ def test_a_kept_image_says_where_it_is(client: Client, service: FakeService) -> 
     assert not Path("nowhere.png").exists()
 
 
-def test_a_sent_image_is_no_asset(client: Client) -> None:
+def test_inline_results_are_not_assets(client: Client) -> None:
     assert client.transform(b"file").images == (TransformedImage(image_bytes(), "png", 4, 2, 7, None),)

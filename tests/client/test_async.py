@@ -102,7 +102,7 @@ async def test_who_closes_the_client_cancels_calls_and_not_tasks(server: FakeSer
     assert [type(ending) for ending in endings] == [Cancelled, Cancelled]
 
 
-async def test_a_closed_client_says_so(server: FakeServer, tmp_path: Path) -> None:
+async def test_closed_client_raises_an_error(server: FakeServer, tmp_path: Path) -> None:
     used, unused = AsyncClient(server.target), AsyncClient(server.target)
     await used.models()
     for client in (used, unused):
@@ -196,7 +196,7 @@ async def test_paths_bytes_and_pillow_images_go_in_and_pillow_images_come_out(
             assert (sent.size, sent.convert("RGB").getpixel((0, 0))) == ((6, 3), (0, 128, 0))
 
 
-async def test_what_cannot_be_sent_is_told_and_not_sent(own: AsyncClient, service: FakeService, tmp_path: Path) -> None:
+async def test_invalid_values_raise_and_are_not_sent(own: AsyncClient, service: FakeService, tmp_path: Path) -> None:
     missing = tmp_path / "missing.png"
     with pytest.raises(FileNotFoundError):
         await own.transform(missing)

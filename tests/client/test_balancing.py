@@ -121,7 +121,7 @@ ONCE: dict[str, Callable[[Any], object]] = {
 
 @BOTH
 @pytest.mark.parametrize("name", CALLS)
-def test_what_a_server_cannot_take_another_does_at_once(kind: Any, servers: list[FakeServer], told: Told, name: str) -> None:
+def test_unavailable_server_is_replaced_by_another_at_once(kind: Any, servers: list[FakeServer], told: Told, name: str) -> None:
     """gRPC itself asks the next one: no wait of ours, also for an image larger than what gRPC keeps by default."""
     with kind([server.target for server in servers], timeout=120, retries=policy(told)) as client:
         use(client, servers)
@@ -173,7 +173,7 @@ def test_what_grpc_does_not_try_again_is_counted_as_ever(kind: Any, servers: lis
 
 @BOTH
 @pytest.mark.parametrize("name", CALLS)
-def test_who_wants_one_attempt_gets_one(kind: Any, servers: list[FakeServer], name: str) -> None:
+def test_one_attempt_means_no_retries(kind: Any, servers: list[FakeServer], name: str) -> None:
     for server in servers:
         server.service.failure, server.service.fail_before = unavailable(), 0
     with kind([server.target for server in servers], timeout=120, retries=None) as client, pytest.raises(Unavailable):

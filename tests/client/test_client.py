@@ -178,7 +178,7 @@ def test_no_server_is_unavailable(kind: Any) -> None:
     assert (caught.value.status, caught.value.reason) == ("UNAVAILABLE", "")
 
 
-def test_models_are_told_in_full(client: Client, service: FakeService) -> None:
+def test_models_have_all_fields(client: Client, service: FakeService) -> None:
     service.models = [
         model_pb2.Model(
             id="demo",
@@ -289,7 +289,7 @@ def test_the_client_imports_no_computing_library() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False, stderr=subprocess.PIPE, timeout=60).stderr == b""
 
 
-def test_the_package_names_what_it_offers() -> None:
+def test_package_exports_its_public_names() -> None:
     import img2img_client
 
     assert all(hasattr(img2img_client, name) for name in img2img_client.__all__)

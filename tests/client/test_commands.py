@@ -226,7 +226,7 @@ def test_errors_are_one_line(
     assert (tmp_path / "out.png").read_bytes() == b"what was there"
 
 
-def test_no_server_is_said_plainly(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unreachable_server_is_reported_clearly(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for command in (["transform", str(source), "--output", str(tmp_path / "out.png")], ["models"]):
         assert main([*command, "--server", "127.0.0.1:1", "--retries=0"]) == 1
         (line,) = capsys.readouterr().err.splitlines()
@@ -254,7 +254,7 @@ def test_interrupting_cancels_on_the_server(server: FakeServer, source: Path, tm
     assert not (tmp_path / "out.png").exists()
 
 
-def test_a_busy_server_is_tried_again_and_said_to_be(
+def test_busy_server_is_retried_with_a_message(
     server: FakeServer, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     server.service.failures, server.service.fail_before = [queue_full(0.01)], 0

@@ -96,7 +96,7 @@ class Painter(FakePipeline):
         return [[Image.new("RGB", image.size, "red") for image in images] for images in super().finish(states)]
 
 
-def test_only_what_was_added_is_painted() -> None:
+def test_outpainting_changes_only_the_added_area() -> None:
     image = noise(32, 32)
     canvas, mask = expand(image, Margins(left=16, bottom=8), overlap=0)
     with running(lambda: store(m=Painter())) as server, Client(f"localhost:{server.port}") as client:

@@ -77,7 +77,7 @@ def test_no_option_of_the_contract_is_forgotten() -> None:
 
 
 @pytest.mark.parametrize("streamed", [False, True])
-def test_what_is_left_out_stays_unset(client: Client, service: FakeService, streamed: bool) -> None:
+def test_omitted_options_stay_unset(client: Client, service: FakeService, streamed: bool) -> None:
     if streamed:
         list(client.transform_stream(b"file", prompt=None, seed=None))
     else:
@@ -134,7 +134,7 @@ def test_large_images_pass_both_ways(client: Client, service: FakeService) -> No
     assert len(service.requests[0].image.data) == len(completed.result.images[0].data) == 20_000_000
 
 
-def test_what_cannot_be_sent_never_leaves(client: Client, service: FakeService, tmp_path: Path) -> None:
+def test_invalid_requests_are_not_sent(client: Client, service: FakeService, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         client.transform(tmp_path / "missing.png")
     with pytest.raises(TypeError, match="image must be a path"):

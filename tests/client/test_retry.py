@@ -89,7 +89,7 @@ UNSAFE = {
 
 @pytest.mark.parametrize("failure", UNSAFE)
 @pytest.mark.parametrize("name", ["transform", "transform_stream", "upload", "models"])
-def test_what_would_fail_again_is_not_tried_again(
+def test_permanent_errors_are_not_retried(
     patient: Client, server: FakeServer, told: list[tuple[int, str, float]], name: str, failure: str
 ) -> None:
     server.service.failure = server.assets.failure = UNSAFE[failure]
@@ -100,7 +100,7 @@ def test_what_would_fail_again_is_not_tried_again(
 
 
 @pytest.mark.parametrize("name", ONCE)
-def test_what_must_not_happen_twice_is_tried_once(patient: Client, server: FakeServer, name: str) -> None:
+def test_non_idempotent_calls_are_not_retried(patient: Client, server: FakeServer, name: str) -> None:
     server.service.failure = server.assets.failure = unavailable()
     with pytest.raises(Unavailable):
         ONCE[name](patient)
@@ -133,7 +133,7 @@ def test_a_wait_that_would_outlast_the_time_out_is_not_begun(patient: Client, se
     assert len(service.requests) == 1
 
 
-def test_a_stream_begins_anew_until_it_has_started(patient: Client, service: FakeService) -> None:
+def test_streams_are_retried_until_started(patient: Client, service: FakeService) -> None:
     service.failures = [unavailable(), unavailable()]
     kinds = [type(event) for event in patient.transform_stream(b"file")]
     assert kinds[:4] == [Queued, Queued, Queued, Started]

@@ -47,7 +47,7 @@ def test_one_server_or_several(target: str, name: str, secure: bool, several: bo
         (["https://10.0.0.1:1", "http://10.0.0.2:1"], "the same scheme"),
     ],
 )
-def test_what_cannot_be_balanced_is_told(target: list[str], complaint: str) -> None:
+def test_targets_without_load_balancing_are_reported(target: list[str], complaint: str) -> None:
     with pytest.raises(ValueError, match=complaint) as caught:
         parse_target(target)
     assert "target" in str(caught.value)

@@ -75,7 +75,7 @@ def test_comfyui_batch_is_transformed_in_order(comfy: Any, target: str, pipeline
         assert torch.equal(alone[0], images[index])
 
 
-def test_nodes_leave_out_what_the_model_does_not_take(comfy: Any, target: str, pipeline: FakePipeline) -> None:
+def test_nodes_omit_unsupported_fields(comfy: Any, target: str, pipeline: FakePipeline) -> None:
     pipeline.fields = {}
     fields = comfy_fields(comfy, image=torch.zeros(1, 16, 24, 3), target=target, steps=5, negative_prompt="fog", model="m")
     comfy().transform(**fields)

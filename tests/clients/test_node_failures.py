@@ -130,7 +130,7 @@ def test_invalid_options_are_refused_before_sending(run: Run) -> None:
 
 
 @pytest.mark.parametrize("arguments", [["only-one.png"], ["a", "b", "--quality", "9"]])
-def test_wrong_arguments_are_told(arguments: list[str], run: Run) -> None:
+def test_wrong_arguments_are_reported(arguments: list[str], run: Run) -> None:
     result = run("transform.js", *arguments)
     assert result.returncode == 2
     assert "node examples/transform.js IN OUT" in result.stderr

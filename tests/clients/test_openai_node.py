@@ -78,7 +78,7 @@ console.log((await client.images.createVariation({image: image(), model: "m"})).
     assert js(program) == ["m ready", "1"]
 
 
-def test_errors_say_what_is_wrong(js: Js) -> None:
+def test_errors_name_the_problem(js: Js) -> None:
     program = """
 for (const more of [{mask: image()}, {n: 9}, {model: "nope"}])
     try { await client.images.edit({image: image(), prompt: "a lake", model: "m", ...more}); }

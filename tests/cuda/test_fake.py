@@ -41,7 +41,7 @@ def fake() -> FakeGpu:
     return FakeGpu()
 
 
-def test_memory_keeps_what_is_copied_and_is_given_back(cuda: Runtime, fake: FakeGpu) -> None:
+def test_memory_keeps_copied_data_and_is_freed(cuda: Runtime, fake: FakeGpu) -> None:
     before = fake.used
     code, memory = cuda.allocate(SIZE)
     assert code == 0

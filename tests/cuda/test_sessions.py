@@ -50,7 +50,7 @@ def test_every_graph_can_be_recorded(name: str, bundle: Callable[[str], Path], c
     assert not [message for message in warnings if "plain graph is used" not in message]
 
 
-def test_what_cannot_be_recorded_says_so_with_its_copies(
+def test_unrecordable_graphs_are_reported_with_their_copies(
     bundle: Callable[[str], Path], caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """With cuDNN's layout for all, which moves shape arithmetic to the GPU, as every plain graph was opened once."""

@@ -38,7 +38,7 @@ def test_a_server_that_serves_is_healthy_and_nothing_is_printed(capsys: pytest.C
     assert capsys.readouterr() == ("", "")
 
 
-def test_nobody_there_is_one_line_and_status_1(capsys: pytest.CaptureFixture[str]) -> None:
+def test_unreachable_server_is_one_line_and_status_1(capsys: pytest.CaptureFixture[str]) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))  # and does not listen
         assert health("--target", f"127.0.0.1:{taken.getsockname()[1]}", "--timeout", "0.2") == 1

@@ -234,7 +234,7 @@ def test_everything_selects_the_pods(built: Built) -> None:
     }
 
 
-def test_a_pod_on_a_gpu_has_one_and_says_so_where_it_does_not_work(tmp_path: Path) -> None:
+def test_gpu_pod_requests_one_gpu_and_reports_failure(tmp_path: Path) -> None:
     cuda, cpu = (Built(name, tuple(build(KUBERNETES / "overlays" / name))) for name in ("cuda", "cpu"))
     assert cuda.container["resources"]["limits"]["nvidia.com/gpu"] == 1
     assert cuda.config(tmp_path).execution.provider == "cuda"

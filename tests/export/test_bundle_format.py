@@ -101,7 +101,7 @@ def test_bytes_that_are_no_text_are_refused(small_bundle: Path) -> None:
         read_manifest(small_bundle)
 
 
-def test_a_directory_without_manifest_is_no_bundle(tmp_path: Path) -> None:
+def test_directory_without_manifest_is_not_a_bundle(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="not a bundle"):
         read_manifest(tmp_path)
 

@@ -88,7 +88,7 @@ def test_classes_of_unknown_origin_are_refused(change: dict[str, object]) -> Non
         read_layout({**INDEX, **change})
 
 
-def test_what_is_left_out_is_named() -> None:
+def test_omitted_parts_are_named() -> None:
     assert read_layout(INDEX).left_out == ("safety_checker",)
 
 

@@ -80,7 +80,7 @@ def test_a_file_that_could_still_change_unseen_is_not_remembered(cache: Path, fi
 @pytest.mark.parametrize(
     "damage", ["", "{", "[]", "null", '{"format": 1}', "[" * 100_000, '{"format": 2, "files": {}, "answers": {}}']
 )
-def test_a_damaged_cache_is_no_cache(damage: str, cache: Path, file: Path) -> None:
+def test_damaged_cache_is_ignored(damage: str, cache: Path, file: Path) -> None:
     ask(cache, file)
     cache.write_text(damage)
     assert ask(cache, file)[1] == 3_000_000
@@ -95,7 +95,7 @@ def test_damaged_entries_are_ignored(cache: Path, file: Path) -> None:
         assert ask(cache, file)[1] == 3_000_000
 
 
-def test_a_cache_that_cannot_be_written_is_no_error(file: Path) -> None:
+def test_unwritable_cache_is_not_an_error(file: Path) -> None:
     assert ask(file / "digests.json", file)[1] == 3_000_000
     assert ask(Path("/proc/digests.json"), file)[1] == 3_000_000
 

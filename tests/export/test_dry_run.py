@@ -142,7 +142,7 @@ def test_memory_is_that_of_the_largest_part_in_its_larger_precision(tmp_path: Pa
     assert memory[half, "fp32"] == memory[full, "fp16"] == memory[full, "fp32"] == 1.5 * 4 * COUNTS["unet"]
 
 
-def test_loras_are_told_and_need_room(model: Path, tmp_path: Path) -> None:
+def test_loras_are_listed_and_counted(model: Path, tmp_path: Path) -> None:
     lora = tmp_path / "style.safetensors"
     with pytest.raises(ExportError, match="no LoRA file at"):
         foretell(model, loras=(LoraFile(lora),))
@@ -164,7 +164,7 @@ def test_single_files_are_identified_by_tensor_names(model: Path, tmp_path: Path
     assert {part.stored for part in told.components if part.parameters} == {"fp16"}
 
 
-def test_graphs_of_optimum_are_told_by_their_size(tmp_path: Path) -> None:
+def test_optimum_graphs_are_listed_with_sizes(tmp_path: Path) -> None:
     model = tmp_path / "model"
     sizes = {"text_encoder": 4000, "unet": 8000, "vae_encoder": 400, "vae_decoder": 800}
     for name, size in sizes.items():
@@ -210,7 +210,7 @@ def test_a_person_sees_it_in_lines(model: Path) -> None:
     assert "tokenizer CLIPTokenizer copied" in lines
 
 
-def test_too_little_room_is_said(model: Path) -> None:
+def test_low_disk_space_is_reported(model: Path) -> None:
     stream = StringIO()
     show(dataclasses.replace(foretell(model), free_disk_bytes=1000), open_console(stream))
     assert "only 1.00 kB are free" in stream.getvalue()

@@ -180,7 +180,7 @@ def test_another_bundle_is_replaced_by_force_only(
     assert export(source, output).up_to_date
 
 
-def test_what_is_no_bundle_is_kept_even_with_force(tiny_model: Get, tmp_path: Path) -> None:
+def test_force_does_not_replace_other_directories(tiny_model: Get, tmp_path: Path) -> None:
     (tmp_path / "holiday.jpg").write_text("precious")
     with pytest.raises(ExportError, match="never replaced"):
         export(tiny_model("sd1"), tmp_path, force=True)
@@ -249,7 +249,7 @@ def test_a_graph_that_is_wrong_counts_as_one_that_cannot_be_made(
     assert manifest.verification.passed
 
 
-def test_an_unverified_bundle_is_published_only_on_demand_and_says_so(
+def test_unverified_bundle_is_published_only_on_demand_and_marked(
     fault: Callable[[Callable[[Path], None]], None], tiny_model: Get, tmp_path: Path
 ) -> None:
     fault(change_weight)
@@ -266,7 +266,7 @@ def test_an_unverified_bundle_is_published_only_on_demand_and_says_so(
 
 
 @pytest.mark.parametrize("name", ["sdxl", "kandinsky22"])
-def test_a_torch_bundle_is_what_autopipeline_loads(name: str, tiny_model: Get, tmp_path: Path) -> None:
+def test_torch_bundle_loads_with_autopipeline(name: str, tiny_model: Get, tmp_path: Path) -> None:
     output = export(tiny_model(name), tmp_path / "out", backend="torch").path
     manifest = read_manifest(output)
     assert manifest.backend == "torch"

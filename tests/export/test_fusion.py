@@ -115,7 +115,7 @@ def test_fused_vae_computes_the_same(pipe: Any, name: str, tmp_path: Path) -> No
     assert kinds(fuse(item[3]))["NhwcConv"] == kinds(item[3])["Conv"]
 
 
-def test_unet_of_other_widths_keeps_what_has_no_kernel(tmp_path: Path) -> None:
+def test_fusion_skips_widths_without_a_kernel(tmp_path: Path) -> None:
     item = traced(build_unet(64), "unet")
     plain, fused = errors(item, tmp_path)
     assert fused < 3 * plain < 1e-2

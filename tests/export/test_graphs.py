@@ -71,7 +71,7 @@ def test_text_of_any_length(name: str, folder: str, rows: int, length: int, bund
 
 
 @pytest.mark.parametrize("name", STABLE_DIFFUSION)
-def test_the_manifest_says_what_the_graphs_take(name: str, bundle: Get) -> None:
+def test_manifest_lists_graph_inputs(name: str, bundle: Get) -> None:
     manifest = read_manifest(bundle(name))
     components = {component.name: component for component in manifest.components}
     encoders = {"sdxl": {"text_encoder", "text_encoder_2"}, "refiner": {"text_encoder_2"}}.get(name, {"text_encoder"})

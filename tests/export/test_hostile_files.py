@@ -149,7 +149,7 @@ def test_a_model_may_be_a_link_have_links_within_and_be_a_snapshot_of_the_hubs_c
         find(snapshot)
 
 
-def test_what_a_hard_link_shares_is_not_changed(model: Path) -> None:
+def test_hard_linked_files_are_not_changed(model: Path) -> None:
     """An export reads such a file, and writes beside it: a size as a list is written as a number."""
     edit(model / "unet" / "config.json", sample_size=[8, 8])
     kept = model.parent / "kept.json"

@@ -122,7 +122,7 @@ def test_pickled_weights_are_not_even_downloaded(hub: Hub, tmp_path: Path) -> No
     assert set(hub.fetched) <= {"model_index.json"}
 
 
-def test_what_the_hub_lacks_is_one_line(hub: Hub, tmp_path: Path) -> None:
+def test_missing_hub_repository_is_one_line(hub: Hub, tmp_path: Path) -> None:
     error = str(resolve(hub, tmp_path, source="someone/else")["error"])
     assert error.startswith("someone/else is not a local directory and could not be downloaded")
     assert "\n" not in error
@@ -164,7 +164,7 @@ def test_an_interrupted_download_resumes_with_the_incomplete_files(hub: Hub, tmp
 
 
 @pytest.mark.parametrize("name", ["blob.incomplete", "blob.4e5f6a7b.incomplete"])
-def test_a_download_is_told_of_as_it_grows(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_downloads_report_progress(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(client, "_WATCH_SECONDS", 0.001)
     told, counts = threading.Event(), []
 
@@ -181,7 +181,7 @@ def test_a_download_is_told_of_as_it_grows(name: str, tmp_path: Path, monkeypatc
 
 
 @pytest.mark.parametrize("gated", [True, False])
-def test_the_token_opens_what_is_private_or_gated(gated: bool, hub: Hub, tmp_path: Path) -> None:
+def test_token_gives_access_to_private_and_gated_models(gated: bool, hub: Hub, tmp_path: Path) -> None:
     hub.token, hub.gated = "hf_secret", gated
     for token, status in (("", 401), ("hf_another", 403)):
         hub.status = status

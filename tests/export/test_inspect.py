@@ -160,7 +160,7 @@ def test_the_sheet_is_copied_out(made: Path, tmp_path: Path, capsys: pytest.Capt
 
 
 @pytest.mark.parametrize("fault", ["nothing", "no manifest", "no JSON", "another format", "a directory"])
-def test_what_is_no_bundle_is_an_error_of_one_line(fault: str, made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspecting_other_directories_is_an_error_of_one_line(fault: str, made: Path, capsys: pytest.CaptureFixture[str]) -> None:
     manifest = made / "manifest.json"
     contents = {"no JSON": "{", "another format": '{"format_version": 1}'}
     if fault in contents:
@@ -178,7 +178,7 @@ def test_what_is_no_bundle_is_an_error_of_one_line(fault: str, made: Path, capsy
         assert err.startswith("img2img inspect: ")
 
 
-def test_what_a_bundle_says_does_not_steer_the_terminal(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bundle_text_cannot_control_the_terminal(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
     change(made, backend_reason="\x1b[2Jgone [red]and[/red]", tools={"torch": "\r\n1.0"})
     assert main(["inspect", str(made)]) == 0
     out = capsys.readouterr().out

@@ -84,7 +84,7 @@ class LinearVae(AutoencoderKL):  # type: ignore[misc]
         return SimpleNamespace(sample=torch.nn.functional.interpolate(colours, scale_factor=8))
 
 
-def test_what_is_linear_is_found_exactly() -> None:
+def test_linear_previews_are_fitted_exactly() -> None:
     vae = LinearVae(block_out_channels=(32,), norm_num_groups=32, scaling_factor=0.2, shift_factor=0.7)
     weights = latent_preview.fit(SimpleNamespace(vae=vae))
     assert explained(vae, [pixels(sample_image(120, 72))], weights) > 0.999

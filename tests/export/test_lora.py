@@ -137,7 +137,7 @@ def test_several_are_fused_in_any_order(tiny_model: Get, tmp_path: Path) -> None
     assert_close(weights_of(fuse(model, tmp_path / "back", second, first)[0]), expected)
 
 
-def test_only_what_changes_is_written_and_the_source_never(tiny_model: Get, tmp_path: Path) -> None:
+def test_only_changed_files_are_written_and_never_the_source(tiny_model: Get, tmp_path: Path) -> None:
     model = Path(shutil.copytree(tiny_model("sd1"), tmp_path / "model"))
     before = {path: path.read_bytes() for path in model.rglob("*") if path.is_file()}
     pairs = {module: pair for module, pair in make(model, 1).items() if module.startswith("unet.")}
@@ -147,7 +147,7 @@ def test_only_what_changes_is_written_and_the_source_never(tiny_model: Get, tmp_
     assert {path: path.read_bytes() for path in model.rglob("*") if path.is_file()} == before
 
 
-def test_variants_and_shards_stay_what_they_are(tiny_model: Get, tmp_path: Path) -> None:
+def test_variants_and_shards_are_preserved(tiny_model: Get, tmp_path: Path) -> None:
     """The sum is made in fp32 and rounded once, into the precision that was stored."""
     half = AutoPipelineForImage2Image.from_pretrained(tiny_model("sd1"), torch_dtype=torch.float16, use_safetensors=True)
     half.save_pretrained(tmp_path / "half", variant="fp16", max_shard_size="100KB")

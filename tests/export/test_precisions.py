@@ -100,7 +100,7 @@ def test_int8_is_given_up_where_it_does_not_pass(
 
 
 @pytest.mark.nightly
-def test_what_does_not_open_in_fp16_stays_in_fp32(tiny_model: Get, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_graphs_that_fail_to_open_in_fp16_stay_in_fp32(tiny_model: Get, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[str] = []
 
     def refuse_once(path: Path) -> Any:

@@ -158,7 +158,7 @@ HARMLESS = (
 )  # fmt: skip
 
 
-def test_what_changes_nothing_is_left_out(stored: Weights, tiny_model: Get, tmp_path: Path) -> None:
+def test_tensors_without_effect_are_omitted(stored: Weights, tiny_model: Get, tmp_path: Path) -> None:
     view = convert({**stored, **dict.fromkeys(HARMLESS, torch.ones(3))}, tiny_model("sd1"), tmp_path)
     assert_equal(weights_of(view), weights_of(tiny_model("sd1")))
     assert scheduler_of(view) == json.loads((tiny_model("sd1") / "scheduler" / "scheduler_config.json").read_text())

@@ -92,7 +92,7 @@ def test_digest_depends_only_on_files_that_are_read(directory: Path) -> None:
     assert find(directory).source.digest != first
 
 
-def test_the_view_holds_what_is_read_and_nothing_else(directory: Path, tmp_path: Path) -> None:
+def test_checkpoint_tree_contains_only_files_that_are_read(directory: Path, tmp_path: Path) -> None:
     (directory / "unet" / "diffusion_pytorch_model.bin").write_bytes(b"a pickle")
     checkpoint = find(directory)
     checkpoint.link_into(tmp_path / "view")
@@ -100,7 +100,7 @@ def test_the_view_holds_what_is_read_and_nothing_else(directory: Path, tmp_path:
     assert seen == set(checkpoint.files) == {"model_index.json", *TEXTS, WEIGHTS}
 
 
-def test_a_directory_of_graphs_is_told_apart(tmp_path: Path) -> None:
+def test_directories_of_graphs_are_recognized(tmp_path: Path) -> None:
     names = [*TEXTS, "unet/model.onnx", "unet/model.onnx_data", "vae_decoder/model.onnx"]
     found = find(write(tmp_path / "graphs", names))
     assert found.kind == "onnx"
@@ -137,7 +137,7 @@ def test_only_a_single_file_has_a_template(directory: Path) -> None:
         find(directory, config=str(directory))
 
 
-def test_what_is_here_is_resolved_without_anything_heavy(single: Path, directory: Path) -> None:
+def test_local_sources_are_resolved_without_heavy_imports(single: Path, directory: Path) -> None:
     code = """
 import sys
 for name in ("torch", "diffusers", "transformers", "optimum", "onnx", "onnxruntime", "huggingface_hub", "safetensors", "numpy"):
@@ -154,7 +154,7 @@ lora.records([LoraFile(Path(sys.argv[1]))])
     subprocess.run([sys.executable, "-c", code, str(single), str(directory)], check=True)
 
 
-def test_what_did_not_change_is_not_hashed_again(directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unchanged_files_are_not_hashed_again(directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tasks: list[str] = []
 
     class Recorder(Progress):

@@ -87,7 +87,7 @@ def kill_a_build(output: Path, *, and_its_janitor: bool) -> None:
     psutil.wait_procs([janitor], timeout=60)
 
 
-def test_what_a_killed_export_left_is_cleared_at_once(tmp_path: Path) -> None:
+def test_leftovers_of_a_killed_export_are_removed(tmp_path: Path) -> None:
     kill_a_build(tmp_path / "mod[e]l", and_its_janitor=False)
     assert names(tmp_path) == []
 
@@ -112,7 +112,7 @@ def test_the_old_bundle_comes_back_where_the_new_one_did_not_get_into_its_place(
     assert names(tmp_path) == ["model"]
 
 
-def test_what_is_not_there_or_empty_may_be_written(tmp_path: Path) -> None:
+def test_missing_or_empty_output_may_be_written(tmp_path: Path) -> None:
     check_replaceable(tmp_path / "nothing", force=False)
     check_replaceable(tmp_path, force=False)
 
@@ -125,7 +125,7 @@ def test_a_bundle_is_replaced_by_force_only(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [None, "{}", "[", '{"name": "an extension of a browser"}'])
-def test_what_is_no_bundle_is_never_replaced(tmp_path: Path, content: str | None) -> None:
+def test_directories_other_than_bundles_are_never_replaced(tmp_path: Path, content: str | None) -> None:
     (tmp_path / "holiday.jpg").touch()
     if content is not None:
         (tmp_path / "manifest.json").write_text(content)

@@ -97,7 +97,7 @@ def test_perturbed_attention_is_torch_and_says_why() -> None:
             plan(layout, backend)
 
 
-def test_processors_load_without_what_only_videos_need() -> None:
+def test_processors_load_without_video_dependencies() -> None:
     """torchvision is not installed here, as on a server: transformers' own class would ask for it."""
     kind = loadable(transformers.Qwen2VLProcessor)
     assert issubclass(kind, transformers.Qwen2VLProcessor)

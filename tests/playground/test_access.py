@@ -7,7 +7,7 @@ import pytest
 from playing import Stand, ask, playground
 
 
-def test_nobody_elses_page_can_use_it(address: str) -> None:
+def test_pages_of_other_origins_are_refused(address: str) -> None:
     status, headers = ask(address, "GET", "/")
     assert (status, headers["X-Content-Type-Options"]) == (200, "nosniff")
     policy = headers["Content-Security-Policy"]

@@ -44,7 +44,7 @@ async def test_a_dropped_image_is_followed_step_by_step_to_its_result(visitor: V
     assert is_inverted(await (await download.value).path())
 
 
-async def test_the_place_in_the_queue_is_told(visit: Callable[[], Awaitable[Visitor]], stand: Stand) -> None:
+async def test_queue_position_is_shown(visit: Callable[[], Awaitable[Visitor]], stand: Stand) -> None:
     first, second = await visit(), await visit()
     stand.gate.close()
     for visitor, words in ((first, "Reading the image"), (second, "Next in the queue")):
@@ -217,7 +217,7 @@ async def test_errors_name_the_field(visitor: Visitor) -> None:
 
 
 @pytest.mark.nightly
-async def test_a_full_server_is_asked_again_and_then_told_of(visit: Callable[[], Awaitable[Visitor]], stand: Stand) -> None:
+async def test_full_server_is_retried_and_then_reported(visit: Callable[[], Awaitable[Visitor]], stand: Stand) -> None:
     stand.gate.close()
     for words in ("Reading the image", "in the queue"):
         other = await visit()
@@ -301,7 +301,7 @@ async def test_dark_follows_the_system(visit: Callable[..., Awaitable[Visitor]])
         assert await brightness(selector, light) > 600 > 200 > await brightness(selector, dark)
 
 
-async def test_what_is_sent_is_bounded(visitor: Visitor) -> None:
+async def test_uploads_are_bounded(visitor: Visitor) -> None:
     await visitor.choose()
     source = str(await visitor.page.locator(".before").get_attribute("src"))
     way_in = source.partition("/images/")[0] + "/source"

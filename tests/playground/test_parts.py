@@ -97,7 +97,7 @@ def test_previews_are_asked_for_a_dozen_times_at_most(strength: float | None, st
 
 
 @given(_settings, st.text(), st.text())
-def test_the_program_says_what_the_settings_say(settings: Settings, source: str, output: str) -> None:
+def test_snippet_matches_the_settings(settings: Settings, source: str, output: str) -> None:
     connection = Connection("host:1", token_variable="IMG2IMG_TOKEN", ca=Path("/a b/ca.pem"), timeout=9.5)
     call = _call(python_code(connection, source, settings, output))
     said = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
@@ -285,7 +285,7 @@ def test_presets_keep_everything_but_the_seed() -> None:
         '{"a": {"fit": []}}',
     ],
 )
-def test_what_is_no_preset_is_ignored(stored: object) -> None:
+def test_invalid_presets_are_ignored(stored: object) -> None:
     presets = Presets()
     presets.load(stored)
     assert presets.names == tuple(BUILT_IN)
@@ -329,7 +329,7 @@ async def test_a_session_waits_for_its_tab_and_gives_way_to_others() -> None:
     sessions.leave("third")
 
 
-async def test_a_session_that_nobody_comes_back_for_is_closed() -> None:
+async def test_abandoned_sessions_are_closed() -> None:
     sessions = Sessions(_new_session, seconds_to_return=0)
     session = sessions.enter("tab")
     sessions.leave("tab")
@@ -424,7 +424,7 @@ async def test_a_run_that_is_cancelled_at_once_is_over() -> None:
     await session.close()
 
 
-def test_options_are_what_the_client_takes() -> None:
+def test_options_match_the_client() -> None:
     settings = Settings("sdxl", "p", "n", "DDIMScheduler", 0.5, 9, 3.0, 2**63 - 1, 768)
     request = build_request(b"file", settings.options())
     assert (request.model.path, request.prompt, request.negative_prompt) == ("sdxl", "p", "n")
@@ -470,7 +470,7 @@ def test_images_are_read_by_their_header() -> None:
 
 
 @pytest.mark.parametrize(("mode", "kind"), [("RGB", "jpeg"), ("RGBA", "webp"), ("P", "jpeg")])
-def test_what_is_too_large_for_servers_is_reduced(mode: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_oversized_images_are_reduced(mode: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("img2img_playground.images.MOST_SENT_PIXELS", 100 * 50)
     monkeypatch.setattr("img2img_playground.images.REDUCED_SIDE", 60)
     file = io.BytesIO()
@@ -538,7 +538,7 @@ def test_too_many_pixels_are_refused_by_the_header(size: tuple[int, int]) -> Non
     assert str(MAX_PIXELS // 10**6) in str(refused.value)
 
 
-def test_failures_say_what_to_do() -> None:
+def test_failures_give_advice() -> None:
     def explained(error: Exception) -> Failure:
         return explain(error, "host:1")  # type: ignore[arg-type]
 
@@ -583,7 +583,7 @@ def test_a_run_is_described(phase: Phase, position: int, step: int, eta: float |
         (["--host", "192.0.2.1"], 1, "cannot listen on 192.0.2.1:7860"),
     ],
 )
-def test_flags_that_cannot_work_are_told(
+def test_invalid_flags_are_reported(
     flags: list[str], status: int, words: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("IMG2IMG_TOKEN", raising=False)

@@ -237,7 +237,7 @@ def test_a_file_that_is_still_being_written_is_left_alone(path: Path) -> None:
 
 
 @pytest.mark.parametrize("bad", [b"[tokens.alice", b"\xff", b"[tokens.bob]\nsha256='x'\n", None])
-def test_a_bad_edit_keeps_the_old_tokens_and_says_so_once(
+def test_invalid_token_file_keeps_the_old_tokens_and_is_logged_once(
     bad: bytes | None, path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     alice = grant(path, "alice")

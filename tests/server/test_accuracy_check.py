@@ -80,7 +80,7 @@ def test_no_image_at_all_does_not_pass(kind: str, problem: str, made: tuple[Path
     assert problem in verdict.problem
 
 
-def test_a_bundle_without_references_is_no_proof(pipeline: Any, made: tuple[Path, Manifest]) -> None:
+def test_bundle_without_references_fails_the_accuracy_check(pipeline: Any, made: tuple[Path, Manifest]) -> None:
     path, manifest = made
     verdict = accuracy_check.judge(pipeline, path, dataclasses.replace(manifest, references=()), 0.0)
     assert not verdict.passed

@@ -70,7 +70,7 @@ async def _collect(store: AssetStore, asset_id: str, reader: str, got: list[byte
         got.append(block)
 
 
-async def test_an_upload_of_what_is_damaged_heals_it(tmp_path: Path) -> None:
+async def test_uploading_again_repairs_a_damaged_asset(tmp_path: Path) -> None:
     async with opened(tmp_path) as store:
         asset_id = await put(store, png())
         (path,) = files_of(tmp_path)
@@ -260,7 +260,7 @@ async def test_disconnecting_does_not_corrupt_stored_assets(tmp_path: Path, monk
     assert [path.read_bytes() for path in files_of(tmp_path)] == [data]
 
 
-async def test_a_store_that_vanishes_is_said(tmp_path: Path) -> None:
+async def test_vanished_storage_is_reported(tmp_path: Path) -> None:
     async with opened(tmp_path / "assets") as store:
         asset_id = await put(store, png())
         shutil.rmtree(tmp_path / "assets")

@@ -28,7 +28,7 @@ from running import RunningServer, running, store
 UNKNOWN = "0" * 64
 
 
-def test_what_is_uploaded_comes_back_in_chunks(assets: AssetServiceStub) -> None:
+def test_uploaded_assets_are_returned_in_chunks(assets: AssetServiceStub) -> None:
     data = noise()
     assert len(data) > 2**20
     before = time.time()

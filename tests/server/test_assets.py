@@ -74,7 +74,7 @@ async def test_a_large_image_is_streamed_in_blocks(url: str) -> None:
     assert b"".join(blocks) == data
 
 
-async def test_what_nobody_takes_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_assets_are_not_read_ahead_of_the_client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """So a slow reader holds one block in memory."""
     starts: list[int] = []
     read = LocalAssetFiles.read
@@ -93,7 +93,7 @@ async def test_what_nobody_takes_is_not_read(tmp_path: Path, monkeypatch: pytest
         await stream.aclose()
 
 
-async def test_what_one_owner_stored_is_nothing_to_another(url: str) -> None:
+async def test_assets_are_private_to_their_owner(url: str) -> None:
     data = png()
     alice, bob = (owner_of(Call("m", "r", client=name, authenticated=True)) for name in ("alice", "bob"))
     async with opened(url) as store:
@@ -216,7 +216,7 @@ async def test_what_another_server_used_is_not_too_old(tmp_path: Path) -> None:
         assert await one.read("shared", asset_id, 10**6) == png()
 
 
-async def test_what_is_too_old_is_deleted_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_expired_assets_are_deleted_automatically(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Time()
     loop, gone = asyncio.get_running_loop(), asyncio.Event()
     remove = LocalAssetFiles.remove
@@ -236,7 +236,7 @@ async def test_what_is_too_old_is_deleted_by_itself(tmp_path: Path, monkeypatch:
 
 
 @pytest.mark.parametrize("url", ["nosuch://bucket/x", "/proc/version/assets", "s3://no-such-bucket-here/x"])
-async def test_a_place_that_cannot_be_used_is_said_at_start(url: str, s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_unusable_storage_is_reported_at_start(url: str, s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for key, value in {"AWS_ENDPOINT_URL": s3, "AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret"}.items():
         monkeypatch.setenv(key, value)
     store = AssetStore(AssetSettings(url=url))

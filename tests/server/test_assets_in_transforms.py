@@ -35,7 +35,9 @@ def test_an_asset_is_a_source(assets: AssetServiceStub, transforms: ImageToImage
         assert (code, details["reason"]) == (grpc.StatusCode.NOT_FOUND, "ASSET_NOT_FOUND")
 
 
-def test_a_damaged_asset_is_no_source(assets: AssetServiceStub, transforms: ImageToImageServiceStub, folder: Path) -> None:
+def test_damaged_asset_is_refused_as_a_source(
+    assets: AssetServiceStub, transforms: ImageToImageServiceStub, folder: Path
+) -> None:
     asset_id = upload(assets, PNG).id
     files_of(folder)[0].write_bytes(png((8, 8)))
     code, details = failure(lambda: transforms.Transform(request(image=images_pb.ImageSource(asset_id=asset_id))))

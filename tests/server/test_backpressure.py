@@ -159,7 +159,7 @@ def test_the_last_places_are_for_clients_without_a_request() -> None:
     run_out(engine)
 
 
-def test_the_server_itself_is_no_client() -> None:
+def test_server_requests_do_not_count_as_a_client() -> None:
     engine, _, _ = measured_engine(QueueLimits(max_client_waiting=1, max_waiting_seconds=1.0))
     Caller(engine).submit(client="one", num_inference_steps=50)
     for _ in range(3):
@@ -167,7 +167,7 @@ def test_the_server_itself_is_no_client() -> None:
     engine.close()
 
 
-def test_what_is_arriving_counts() -> None:
+def test_arriving_requests_count_towards_the_limit() -> None:
     """So that no more images are fetched and decoded than there is room for."""
     engine, _, _ = make_engine(QueueLimits(max_waiting=2))
     with engine.reserve() as place:

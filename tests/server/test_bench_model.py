@@ -126,7 +126,7 @@ def test_a_model_that_runs_whole_is_measured_too(bundle: Callable[[str], Path], 
         (("--providers", "cuda"), "provider 'cuda'"),
     ],
 )
-def test_what_cannot_be_measured_is_one_line(
+def test_unmeasurable_models_are_one_line(
     bundle: Callable[[str], Path], flags: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     if "cuda" in flags and torch.cuda.is_available():
@@ -138,7 +138,7 @@ def test_what_cannot_be_measured_is_one_line(
     assert message in last
 
 
-def test_a_folder_that_is_no_bundle_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_folders_other_than_bundles_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert _bench(tmp_path) == 1
     assert capsys.readouterr().err == f"img2img bench-model: {tmp_path} is not a bundle: it has no manifest.json\n"
 

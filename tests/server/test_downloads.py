@@ -119,7 +119,7 @@ async def test_a_missing_model_is_exported_once_for_all_callers(folder: Path, co
     assert ModelRegistry.load(folder, Memory().load).find(Source(repo_id="acme/new")).id == "acme--new"
 
 
-async def test_only_what_is_on_the_list_is_downloaded(folder: Path, control: Path) -> None:
+async def test_only_listed_models_are_downloaded(folder: Path, control: Path) -> None:
     async with downloading(folder, control, "acme/n*", "other/one") as it:
         for repo in ("acme/old", "other/two", "evil/new"):
             with pytest.raises(PermissionDenied, match="not on this server's list"):
@@ -167,7 +167,7 @@ async def test_failed_downloads_are_refused_for_a_while_with_the_reason(folder: 
         assert len(calls(control)) == 2
 
 
-async def test_a_server_without_the_exporter_says_so(folder: Path, control: Path, caplog: pytest.LogCaptureFixture) -> None:
+async def test_server_without_exporter_reports_it(folder: Path, control: Path, caplog: pytest.LogCaptureFixture) -> None:
     async with downloading(folder, control) as it:
         for _ in range(2):
             with pytest.raises(ModelUnavailable, match="this server has no exporter"):

@@ -58,7 +58,7 @@ def test_a_batch_is_bounded_by_its_rows() -> None:
     assert all(caller.steps == list(range(1, 9)) for caller in callers)
 
 
-def test_nobody_is_passed_over_for_long() -> None:
+def test_no_request_is_passed_over_for_long() -> None:
     """A long request of another shape goes on, though short ones never cease to come."""
     engine, pipeline, _ = make_engine(QueueLimits(max_batch_size=1))
     long = Caller(engine).submit(num_inference_steps=20, image=WIDE)
@@ -99,7 +99,7 @@ def test_where_batches_are_free_everybody_shares_every_call() -> None:
     assert len(pipeline.batches) == 50
 
 
-def test_what_arrives_together_is_encoded_together() -> None:
+def test_requests_that_arrive_together_are_encoded_together() -> None:
     engine, pipeline, _ = make_engine(QueueLimits(max_admitted=3))
     for _ in range(4):
         Caller(engine).submit(num_inference_steps=2)
@@ -241,7 +241,7 @@ def test_a_full_queue_refuses_at_once_and_says_when_to_retry() -> None:
     assert all(caller.error is None for caller in callers)
 
 
-def test_position_and_estimate_are_told_on_arrival() -> None:
+def test_queued_event_has_position_and_eta() -> None:
     engine, _, _ = make_engine()
     first = engine.submit(make_request(), lambda event: None)
     assert (first.position, first.eta) == (0, None)
@@ -301,7 +301,7 @@ def test_waiting_requests_get_queue_position_updates() -> None:
     assert isinstance(last.events[-1], Completed)
 
 
-def test_progress_tells_what_is_left() -> None:
+def test_progress_has_the_remaining_time() -> None:
     engine, _, _ = make_engine()
     Caller(engine).submit(num_inference_steps=1)
     run_out(engine)
@@ -323,7 +323,7 @@ def test_a_deadline_that_cannot_be_met_is_refused_with_the_estimate() -> None:
     assert caller.error is None
 
 
-def test_a_pressing_deadline_comes_before_what_is_shorter() -> None:
+def test_urgent_deadline_precedes_shorter_requests() -> None:
     engine, _, clock = make_engine(QueueLimits(max_batch_size=1))
     Caller(engine).submit(num_inference_steps=1)
     run_out(engine)
@@ -356,7 +356,7 @@ def test_closing_ends_what_is_left() -> None:
         Caller(engine).submit()
 
 
-def test_a_draining_engine_finishes_what_it_has() -> None:
+def test_draining_engine_finishes_its_requests() -> None:
     engine = Engine({"m": FakePipeline()})
     done = threading.Event()
     caller = Caller(engine)

@@ -32,7 +32,7 @@ class Builder:
         (folder / "engine").write_bytes(self._content)
 
 
-def test_what_was_built_is_found(tmp_path: Path) -> None:
+def test_built_engines_are_found(tmp_path: Path) -> None:
     build = Builder()
     first = EngineCache(tmp_path).obtain(KEY, build, Stop())
     assert EngineCache(tmp_path).obtain(dict(reversed(KEY.items())), build, Stop()) == first
@@ -91,7 +91,7 @@ def shorten(entry: Path) -> None:
         "foreign",
     ],
 )
-def test_what_is_not_as_it_was_built_is_built_anew(tmp_path: Path, damage: Callable[[Path], object]) -> None:
+def test_damaged_engines_are_rebuilt(tmp_path: Path, damage: Callable[[Path], object]) -> None:
     cache, build = EngineCache(tmp_path), Builder()
     entry = cache.obtain(KEY, build, Stop())
     damage(entry)

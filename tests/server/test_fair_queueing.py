@@ -179,7 +179,7 @@ def test_a_clients_requests_stand_behind_each_other() -> None:
     assert order(jobs) == [1, 4, 2, 5, 3]
 
 
-def test_who_had_more_comes_later() -> None:
+def test_clients_with_more_usage_are_served_later() -> None:
     assert order([job(1, 4, "a"), job(2, 7, "b")], {"a": 5.0}) == [2, 1]
 
 

@@ -146,7 +146,7 @@ async def test_redirects_are_followed_and_checked_again(status: int) -> None:
         assert {where for where, _ in site.seen} == {"127.0.0.1"}, "nothing inside heard of it"
 
 
-async def test_redirects_to_what_is_never_fetched_are_refused() -> None:
+async def test_redirects_to_forbidden_addresses_are_refused() -> None:
     async with serving() as site, fetcher(site) as web_:
         never = {
             "file:///etc/passwd": "only http and https",
@@ -280,7 +280,7 @@ async def test_no_more_is_taken_than_a_source_may_have() -> None:
     assert sent < 50_000_000
 
 
-async def test_what_is_compressed_or_no_success_is_refused() -> None:
+async def test_compressed_and_unsuccessful_responses_are_refused() -> None:
     async with serving() as site, fetcher(site) as web_:
         site.answers["/gzip"] = answer(body=b"x", headers={"Content-Encoding": "gzip"})
         site.answers["/404"] = answer(status=404)
@@ -291,7 +291,7 @@ async def test_what_is_compressed_or_no_success_is_refused() -> None:
             assert f"status {status}" in await refusal(web_.fetch(f"http://127.0.0.1:{site.port}/{status}"))
 
 
-async def test_what_is_no_http_is_not_reachable() -> None:
+async def test_other_protocols_are_unreachable() -> None:
     async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readline()
         writer.write(b"SSH-2.0-OpenSSH_9.6\r\n")

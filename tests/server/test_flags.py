@@ -91,7 +91,7 @@ def test_the_flags_that_there_always_were_are_still_there(words: str, expected: 
         ("--max-step 9", "unrecognized arguments: --max-step; did you mean '--max-steps'?"),
     ],
 )
-def test_what_makes_no_sense_is_told_of_in_one_line(words: str, problem: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_flags_are_errors_of_one_line(words: str, problem: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert _complaint(capsys, "--models", "m", *words.split()) == problem
 
 

@@ -105,7 +105,7 @@ def assert_well(channel: grpc.Channel) -> None:
 
 
 @pytest.mark.parametrize(("name", "data"), PAST)
-def test_what_once_broke_something_does_so_no_more(name: str, data: bytes) -> None:
+def test_past_fuzzing_failures_stay_fixed(name: str, data: bytes) -> None:
     with contextlib.ExitStack() as stack:
         targets()[name].make(stack)(data)
 

@@ -142,7 +142,7 @@ def test_a_tokenizer_that_takes_too_much_is_refused(kind: str, name: str, tmp_pa
 
 
 @pytest.mark.parametrize("table", ["[" * 100_000, "[]", "", "3"])
-def test_a_tokenizer_that_is_no_table_is_refused(table: str, tmp_path: Path) -> None:
+def test_malformed_tokenizer_is_refused(table: str, tmp_path: Path) -> None:
     path = _written(tmp_path / "tokenizer.json", table.encode())
     with pytest.raises(BundleError, match=str(path)):
         refuse_unsafe_config(path)
@@ -236,7 +236,7 @@ def test_construction_ends_once_it_exceeds_the_files(weights: Path) -> None:
     Layers(1, 5000)
 
 
-def test_what_other_errors_say_is_kept(weights: Path) -> None:
+def test_text_of_other_errors_is_kept(weights: Path) -> None:
     with pytest.raises(RuntimeError, match=r"^another$"), within([weights]):
         raise RuntimeError("another")
 

@@ -212,7 +212,7 @@ def test_the_source_may_be_an_address(server: RunningServer, pipeline: FakePipel
     assert (error["param"], error["code"]) == ("image", "INVALID_FIELD")
 
 
-def test_warnings_are_told(server: RunningServer, pipeline: FakePipeline) -> None:
+def test_warnings_are_returned(server: RunningServer, pipeline: FakePipeline) -> None:
     pipeline.warnings = (RequestWarning("prompt", "the end of the prompt is not read", "PROMPT_TRUNCATED"),)
     try:
         answer = ask(server, EDITS, ("prompt", "a lake"), ("model", "m"))
@@ -271,7 +271,7 @@ def test_a_wrong_field_is_named(server: RunningServer, pipeline: FakePipeline, f
     assert len(pipeline.prepared) == done, "nothing is computed for it"
 
 
-def test_what_must_be_there_is_named(server: RunningServer) -> None:
+def test_missing_required_fields_are_named(server: RunningServer) -> None:
     assert ask(server, EDITS, ("prompt", "a lake"), image=None).error["param"] == "image"
     assert ask(server, EDITS, image=png()).error["param"] == "prompt"
     assert ask(server, EDITS, ("prompt", "a lake"), image=b"no image").error["param"] == "image"
@@ -287,7 +287,7 @@ FAILURES = [
 
 @pytest.mark.parametrize(("prompt", "status", "code", "kind"), FAILURES)
 @pytest.mark.parametrize("stream", ["false", "true"])
-def test_a_failure_is_told_once(server: RunningServer, prompt: str, status: int, code: str, kind: str, stream: str) -> None:
+def test_failures_are_reported_once(server: RunningServer, prompt: str, status: int, code: str, kind: str, stream: str) -> None:
     answer = ask(server, EDITS, ("prompt", prompt), ("model", "m"), ("stream", stream))
     if stream == "true":
         name, data = answer.events[-1]

@@ -130,7 +130,7 @@ def test_floats_that_are_integers_in_disguise_are_scaled_by_their_depth(highest:
     assert_near(decoded(floats(highest), "TIFF"), expected, 1)
 
 
-def test_what_is_no_number_in_floats_is_black() -> None:
+def test_non_finite_floats_become_black() -> None:
     values = (RAMP / 255).astype(np.float32)
     values[0, :4] = np.nan, np.inf, -np.inf, -1
     found = decoded(Image.fromarray(values), "TIFF")

@@ -131,7 +131,7 @@ def refusal(data: bytes, limits: ImageLimits = LIMITS) -> InvalidField:
     return caught.value
 
 
-def test_a_file_that_is_no_image_is_refused() -> None:
+def test_files_other_than_images_are_refused() -> None:
     assert "empty" in str(refusal(b""))
     assert "supported format" in str(refusal(b"GIF it is not"))
     assert "supported format" in str(refusal(saved(sample(), "PPM"))), "a format that is not on the list is not tried"
@@ -230,7 +230,7 @@ def test_a_longest_side_out_of_bounds_is_named(longest: int, source: tuple[int, 
     assert caught.value.field == "fit.longest_side"
 
 
-def test_a_photo_that_is_too_large_is_told_of_fit() -> None:
+def test_oversized_photo_error_mentions_fit() -> None:
     with pytest.raises(InvalidField, match=r"3000 x 2000 .*set fit") as caught:
         images.target_size((3000, 2000), SizeRule(), 8, ImageLimits())
     assert caught.value.field == "image"

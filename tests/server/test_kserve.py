@@ -342,7 +342,7 @@ def test_the_repository_is_listed_and_its_models_come_and_go(client: Any) -> Non
     assert client.is_model_ready("second")
 
 
-def test_what_cannot_be_loaded_is_refused(client: Any, stub: Any) -> None:
+def test_invalid_model_management_calls_are_refused(client: Any, stub: Any) -> None:
     assert refused(lambda: client.load_model("nope"))[0] == "NOT_FOUND"
     assert refused(lambda: client.unload_model("nope"))[0] == "NOT_FOUND"
     assert refused(lambda: client.load_model(""))[1].startswith("model_name: model_name is empty")
@@ -351,7 +351,7 @@ def test_what_cannot_be_loaded_is_refused(client: Any, stub: Any) -> None:
     assert code == grpc.StatusCode.UNIMPLEMENTED
 
 
-def test_what_only_triton_has_is_refused_in_words(client: Any) -> None:
+def test_features_of_triton_only_are_refused_with_a_message(client: Any) -> None:
     for call in (
         client.get_inference_statistics,
         client.get_trace_settings,

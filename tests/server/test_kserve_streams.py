@@ -81,7 +81,7 @@ def test_a_request_that_asks_for_nothing_else_has_one_answer(stream: Stream) -> 
     assert stream.finals(1) == ["b"], "no empty response follows one that says that it is final"
 
 
-def test_steps_are_told_to_those_who_ask(stream: Stream) -> None:
+def test_progress_is_sent_on_request(stream: Stream) -> None:
     stream.ask("a", parameters={"progress": True, "num_inference_steps": 5, "strength": 1.0})
     for step in range(1, 6):
         result = stream.answer()
@@ -93,7 +93,7 @@ def test_steps_are_told_to_those_who_ask(stream: Stream) -> None:
     assert stream.answer().as_numpy("images").shape == (1,)
 
 
-def test_previews_are_drawn_for_those_who_ask(stream: Stream) -> None:
+def test_previews_are_sent_on_request(stream: Stream) -> None:
     stream.ask("a", parameters={"preview_interval": 2, "num_inference_steps": 5, "strength": 1.0})
     previews = [stream.answer().as_numpy("preview") for _ in range(5)]
     assert [preview is not None for preview in previews] == [False, True, False, True, False]
@@ -155,7 +155,7 @@ def test_a_stream_of_many_requests_answers_each(stream: Stream) -> None:
     stream.client.stop_stream()
 
 
-def test_cancelling_a_stream_cancels_what_runs_in_it(stream: Stream, pipeline: FakePipeline) -> None:
+def test_cancelling_a_stream_cancels_its_requests(stream: Stream, pipeline: FakePipeline) -> None:
     gate = Gate(pipeline)
     with ending() as calls:
         for request_id, progress in (("a", True), ("b", False)):

@@ -113,7 +113,7 @@ MALFORMED: dict[str, tuple[Any, str]] = {
 
 
 @pytest.mark.parametrize("name", MALFORMED)
-def test_what_is_malformed_is_named(name: str) -> None:
+def test_malformed_tensors_are_named(name: str) -> None:
     request, field = MALFORMED[name]
     with pytest.raises(InvalidField) as caught:
         tensors.read(request, INPUTS)
@@ -129,7 +129,7 @@ def test_a_parameter_of_an_input_is_refused(parameter: str, error: type[Exceptio
 
 
 @pytest.mark.parametrize("batched", [False, True])
-def test_what_is_written_is_what_tritons_client_reads(batched: bool) -> None:
+def test_tritons_client_reads_our_outputs(batched: bool) -> None:
     response = pb.ModelInferResponse()
     tensors.write(response, Output("images", "BYTES"), [b"a\0", b"", b"bcd"], batched)
     tensors.write(response, Output("seed", "INT64"), [2**63 - 1, 0], batched)

@@ -215,7 +215,7 @@ def test_unexpected_errors_are_logged_with_the_request_id(lines: list[dict[str, 
     assert cause["request_id"] == dict(error.trailing_metadata())["x-request-id"]
 
 
-def test_a_call_that_its_caller_gave_up_is_told_as_such(lines: list[dict[str, Any]]) -> None:
+def test_cancelled_calls_are_logged_as_cancelled(lines: list[dict[str, Any]]) -> None:
     pipeline, inside, leave = FakePipeline(), threading.Event(), threading.Event()
 
     def hold() -> None:

@@ -412,7 +412,7 @@ def test_loras_are_listed(client: Client) -> None:
     assert all(lora.size > 1000 for lora in listed)
 
 
-def test_a_server_without_a_folder_of_loras_says_so(tmp_path: Path) -> None:
+def test_server_without_lora_folder_reports_it(tmp_path: Path) -> None:
     with running(lambda: store(m=FakePipeline())) as server, Client(f"localhost:{server.port}") as client:
         assert client.loras() == ()
         with pytest.raises(InvalidRequest, match=r"^loras: this model takes no LoRAs: it needs LoRA graphs, and a server with"):

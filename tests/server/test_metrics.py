@@ -90,7 +90,7 @@ def test_a_transforms_time_and_the_devices_calls_are_counted(server: RunningServ
     assert not any(labels.get("model") == "other" for labels, _ in samples["img2img_batch_rows_count"]), "nobody asked it"
 
 
-def test_the_queue_is_told_as_it_is(server: RunningServer, stub: ImageToImageServiceStub, pipeline: FakePipeline) -> None:
+def test_queue_metrics_match_the_engine(server: RunningServer, stub: ImageToImageServiceStub, pipeline: FakePipeline) -> None:
     """While the model is in a call, one request is active, the others wait, and metrics are served all the same."""
     inside, leave = threading.Event(), threading.Event()
 
@@ -120,7 +120,7 @@ def test_the_queue_is_told_as_it_is(server: RunningServer, stub: ImageToImageSer
     assert value(samples, "img2img_engine_active_requests") + value(samples, "img2img_engine_waiting_requests") == 0
 
 
-def test_unknown_work_is_no_number() -> None:
+def test_unknown_work_is_nan() -> None:
     with running(lambda: store(m=FakePipeline()), telemetry=FREE_PORT) as server:
         ((_, work),) = scrape(port_of(server))["img2img_engine_work_seconds"]
         assert math.isnan(work) or work == 0
@@ -215,7 +215,7 @@ def test_the_documentation_has_every_metric() -> None:
     assert table == metrics.describe()
 
 
-def test_a_model_that_cannot_be_served_is_told_as_failed() -> None:
+def test_unservable_models_are_reported_as_failed() -> None:
     models = store(m=FakePipeline())
     models = type(models)([*models, Model("broken", problem="checksum")], default="m")
     with running(lambda: models, telemetry=FREE_PORT) as server:

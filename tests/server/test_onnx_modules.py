@@ -208,7 +208,7 @@ def with_components(manifest: Manifest, *changed: Component, files: Any = ()) ->
     return replace(manifest, components=changed, files={**manifest.files, **dict.fromkeys(files, "")})
 
 
-def test_bf16_on_a_cpu_says_what_it_needs(bundle: Callable[[str], Path], tmp_path: Path) -> None:
+def test_bf16_on_a_cpu_error_names_the_requirement(bundle: Callable[[str], Path], tmp_path: Path) -> None:
     folder = tmp_path / "sd1"
     shutil.copytree(bundle("sd1"), folder)
     convolution = helper.make_graph(

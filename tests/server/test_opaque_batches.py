@@ -89,7 +89,7 @@ def test_a_call_has_no_more_rows_than_are_good_for_it() -> None:
     assert callers[0].steps == [1, 2, 3, 4, 5, 6, 7, 8]
 
 
-def test_who_lags_behind_catches_up_without_computing() -> None:
+def test_request_that_lags_behind_catches_up_without_computing() -> None:
     pipeline, pipe = whole()
     first, second = pipeline.prepare([request("a"), request("bb")])
     for _ in range(3):
@@ -145,7 +145,7 @@ def test_a_call_that_all_have_left_is_unwound() -> None:
     assert pipe.steps < 5
 
 
-def test_only_who_fails_alone_fails() -> None:
+def test_only_requests_that_fail_alone_fail() -> None:
     requests = [request("a"), request("fail"), request("ccc")]
     callers = serve(whole()[0], requests)
     assert [type(caller.error) for caller in callers] == [type(None), ModelFailed, type(None)]
@@ -183,7 +183,7 @@ def test_images_of_one_request_are_generated_one_by_one_if_memory_is_short() -> 
     assert caller.steps == sorted(set(caller.steps))
 
 
-def test_what_has_no_room_even_alone_is_told_so() -> None:
+def test_request_too_large_even_alone_gets_an_error() -> None:
     (caller,) = serve(whole(room=0)[0], [request("a", seeds=(1, 2))])
     assert isinstance(caller.error, OutOfMemory)
 

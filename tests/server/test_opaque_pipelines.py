@@ -79,7 +79,7 @@ def test_an_image_is_diffusers_image(client: Client, oracle: Any, size: tuple[in
         assert np.abs(np.asarray(image.image, int) - np.asarray(expected, int)).max() <= 1
 
 
-def test_progress_is_told_step_by_step(client: Client) -> None:
+def test_progress_is_reported_at_each_step(client: Client) -> None:
     events = list(client.transform_stream(source(), prompt="a lake", seed=3, image_count=2, **SETTINGS))
     assert [type(event) for event in events[:2]] == [Queued, Started]
     steps = [(event.step, event.step_count) for event in events if isinstance(event, Progress)]

@@ -168,7 +168,7 @@ def test_reproduce_says_how_far_another_source_is(
     assert "the limit is 3" in capsys.readouterr().err
 
 
-def test_reproduce_names_what_is_missing(server: RunningServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_reproduce_names_missing_inputs(server: RunningServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plain, bare, odd = tmp_path / "plain.png", tmp_path / "bare.png", tmp_path / "odd.png"
     plain.write_bytes(image_bytes())
     bare.write_bytes(_png_with(json.dumps(record())))
@@ -221,7 +221,7 @@ def test_files_that_cannot_sign_are_refused_at_start(tmp_path: Path) -> None:
             ProvenanceSettings(**settings)
 
 
-def test_parameters_leave_out_what_is_not_set() -> None:
+def test_parameters_omit_unset_fields() -> None:
     text = parameters(record(negative_prompt=None, scheduler=None))
     assert "Negative prompt" not in text
     assert "Sampler" not in text

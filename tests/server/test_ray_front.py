@@ -111,7 +111,7 @@ async def test_unexpected_errors_end_the_request_without_internal_text() -> None
 
 
 @pytest.mark.parametrize("follow", [False, True])
-async def test_who_leaves_cancels_the_call_of_the_replica(follow: bool) -> None:
+async def test_cancelling_cancels_the_replicas_call(follow: bool) -> None:
     async with rig((*LIFE[:3], asyncio.Event())) as it:
         caller = it.submit(follow=follow)
         await it.replicas.came.wait()
@@ -121,7 +121,7 @@ async def test_who_leaves_cancels_the_call_of_the_replica(follow: bool) -> None:
     assert it.replicas.cancelled == it.replicas.jobs
 
 
-async def test_who_leaves_at_once_is_never_sent() -> None:
+async def test_requests_cancelled_at_once_are_never_sent() -> None:
     async with rig() as it:
         caller = it.submit()
         caller.accepted.ticket.cancel()
@@ -298,7 +298,7 @@ async def test_a_client_has_so_many_and_a_place_until_it_has_its_answer() -> Non
             pass
 
 
-async def test_what_all_replicas_do_is_told_to_metrics() -> None:
+async def test_metrics_sum_over_all_replicas() -> None:
     async with rig() as it:
         loads(it, Load(2.0, 1, 2, ("m",)), Load(None, 3, 4, ("m",)))
         await it.roster.poll()

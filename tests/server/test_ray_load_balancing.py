@@ -35,7 +35,7 @@ def test_a_request_without_a_model_goes_to_the_least_busy_one() -> None:
     assert choose({"a": _standing(2.0, 1), "b": _standing(1.0, 1, ())}, "", SPREAD) == "b"
 
 
-def test_there_may_be_nobody() -> None:
+def test_load_balancing_works_without_replicas() -> None:
     assert choose({}, "m", SPREAD) is None
 
 

@@ -90,7 +90,7 @@ async def test_models_of_a_slow_replica_stay() -> None:
         assert it.serving == {"m": True, "n": True}
 
 
-async def test_a_model_that_nobody_has_is_brought_by_one() -> None:
+async def test_a_model_on_no_replica_is_loaded_by_one() -> None:
     async with rig() as it:
         cards(it, UNLOADED, UNLOADED)
         await it.roster.poll()

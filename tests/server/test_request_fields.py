@@ -136,7 +136,7 @@ def test_a_field_that_the_model_lacks_is_not_listed_and_refused(bare: Model, nam
     assert bare.refused(**{name: SET[name]}) == name
 
 
-def test_what_is_unset_or_empty_is_not_refused(bare: Model) -> None:
+def test_unset_and_empty_fields_are_accepted(bare: Model) -> None:
     """The default strength shortens nothing: one step is run of one, and all of several."""
     assert not is_set(request(negative_prompt=""), "negative_prompt")
     for steps in (1, 7):

@@ -75,7 +75,7 @@ async def test_it_is_tried_before_it_is_served_and_the_engine_learns_by_that(fol
         assert it.engine.costs.seconds("denoise", ("a", plan.shape), plan.pixels, 1) is not None
 
 
-async def test_who_leaves_does_not_end_the_load(folder: Path) -> None:
+async def test_cancelling_does_not_end_the_load(folder: Path) -> None:
     async with rig(folder) as it:
         it.memory.gates["a"] = threading.Event()
         waiters = [asyncio.create_task(use(it, "a")) for _ in range(3)]
@@ -111,7 +111,7 @@ async def test_the_least_recently_used_makes_room(folder: Path) -> None:
         assert it.memory.peak <= 450 * MB
 
 
-async def test_what_is_in_use_stays(folder: Path) -> None:
+async def test_models_in_use_are_not_evicted(folder: Path) -> None:
     async with rig(folder, memory=450 * MB) as it:
         async with it.residency.using(named("a")), it.residency.using(named("b")):
             with pytest.raises(ModelMemoryFull, match=r"takes about 203\.6 MB, and 400\.0 MB of 450") as caught:
@@ -123,7 +123,7 @@ async def test_what_is_in_use_stays(folder: Path) -> None:
         assert sorted(it.memory.names) == ["a", "c"], "b was left before a"
 
 
-async def test_what_never_fits_is_refused_with_the_figures(folder: Path) -> None:
+async def test_models_that_never_fit_are_refused_with_sizes(folder: Path) -> None:
     async with rig(folder, memory=150 * MB) as it:
         with pytest.raises(ModelUnavailable, match=r"takes about 203\.6 MB, and models_memory is 150\.0 MB"):
             await use(it, "a")
@@ -363,7 +363,7 @@ async def test_one_load_under_a_full_queue_gets_its_turn(folder: Path) -> None:
         await asyncio.to_thread(it.engine.wait_until_idle, "a")
 
 
-async def test_a_load_does_not_wait_for_those_who_wait_for_it(folder: Path) -> None:
+async def test_loading_does_not_wait_for_waiting_requests(folder: Path) -> None:
     """The callers of a model that is being loaded hold all the places of the queue that there are."""
     it = Rig(folder, ModelSettings(preload=("none",)), EXPORTER, QueueLimits(max_waiting=1))
     it.engine.start()

@@ -61,7 +61,7 @@ def test_http2_settings_announce_call_and_metadata_limits(server: RunningServer)
     assert found[raw_http2.MAX_HEADER_LIST_SIZE] == transport.MAX_METADATA_BYTES
 
 
-def test_who_pings_without_end_is_sent_away(server: RunningServer) -> None:
+def test_excessive_pings_close_the_connection(server: RunningServer) -> None:
     with RawConnection(server.port) as connection:
         for _ in range(20):
             with contextlib.suppress(ConnectionError):
@@ -275,7 +275,7 @@ def test_an_errors_text_stays_in_the_log(where: str, monkeypatch: pytest.MonkeyP
     assert "hunter2" in caplog.text, "it was really raised"
 
 
-def test_what_is_wrong_with_a_bundle_stays_in_the_log(folders: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_bundle_problems_are_only_in_the_log(folders: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Its folder's path above all."""
     damaged = folders / "store" / "damaged"
     damaged.mkdir()

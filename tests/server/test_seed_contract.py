@@ -189,7 +189,7 @@ def test_images_with_different_content_have_separate_cache_entries(load: Load) -
     assert difference(first, second) > 1
 
 
-def test_what_is_not_guided_costs_half(pipeline: SteppedPipeline, distilled: SteppedPipeline) -> None:
+def test_requests_without_guidance_cost_half(pipeline: SteppedPipeline, distilled: SteppedPipeline) -> None:
     scales = (0.0, 1.0, 1.01, 7.5)
     assert [pipeline.plan(make_request(guidance_scale=scale)).rows for scale in scales] == [1, 1, 2, 2]
     assert [distilled.plan(make_request(guidance_scale=scale)).rows for scale in scales] == [1, 1, 1, 1]

@@ -141,7 +141,7 @@ def served_by(engine: ScriptedEngine, codecs: Codecs) -> ImageToImageService:
     return make_service(store(m=FakePipeline()), anything, codecs)
 
 
-async def test_events_are_told_in_the_order_in_which_they_came(codecs: Codecs) -> None:
+async def test_events_are_sent_in_order(codecs: Codecs) -> None:
     large, small = Image.effect_noise((512, 512), 80).convert("RGB"), Image.new("RGB", (4, 4), "teal")
     engine = ScriptedEngine(
         Queued(2, 8.0),

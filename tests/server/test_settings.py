@@ -142,7 +142,7 @@ def _toml(said: Mapping[FieldPath, Any]) -> str:
 
 @given(_said(), _FILES)
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=150, deadline=None)
-def test_the_first_source_that_says_something_counts(tmp_path: Path, said: dict[str, dict[FieldPath, Any]], models: Path) -> None:
+def test_first_source_with_a_value_wins(tmp_path: Path, said: dict[str, dict[FieldPath, Any]], models: Path) -> None:
     """For every setting, whoever says what: the value is that of the flag, else the variable's, else the file's, else the
     default; and what is printed of it reads as the same."""
     said["flag"].setdefault(("models",), models)
@@ -255,7 +255,7 @@ def test_values_are_read_as_people_write_them(tmp_path: Path, name: str, text: s
         ({}, "", "cook is not set: give --cook TEXT, the variable K_COOK or the key 'cook' in a file"),
     ],
 )  # fmt: skip
-def test_what_is_wrong_is_told_with_where_it_was_set(tmp_path: Path, variables: dict[str, str], toml: str, problem: str) -> None:
+def test_setting_errors_name_their_source(tmp_path: Path, variables: dict[str, str], toml: str, problem: str) -> None:
     with pytest.raises(SettingError) as caught:
         _resolve(["--cook", "me"] if "cook is not set" not in problem else [], variables, _file(tmp_path, toml))
     assert str(caught.value).replace(f"{tmp_path}/", "") == problem
@@ -268,13 +268,13 @@ def test_what_is_wrong_is_told_with_where_it_was_set(tmp_path: Path, variables: 
         ("--my-oven-heat=-1", "--my-oven-heat is -1.0, the minimum is 0"),
     ],
 )
-def test_a_wrong_flag_is_told_of_by_its_name(words: str, problem: str) -> None:
+def test_wrong_flags_are_named(words: str, problem: str) -> None:
     with pytest.raises(argparse.ArgumentError) as caught:
         _resolve([words], {})
     assert str(caught.value) == problem
 
 
-def test_a_file_that_is_no_text_is_told_of(tmp_path: Path) -> None:
+def test_binary_config_file_is_reported(tmp_path: Path) -> None:
     file = tmp_path / "kitchen.toml"
     file.write_bytes(b"cook = '\xff'")
     with pytest.raises(SettingError, match=r"kitchen\.toml: .*utf-8"):

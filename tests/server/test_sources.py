@@ -143,7 +143,7 @@ def test_a_path_is_what_a_uri_names() -> None:
     assert path_of("file:///a%20b/c.png", "f") == Path("/a b/c.png")
 
 
-async def test_a_root_that_is_none_is_said_at_start(tmp_path: Path) -> None:
+async def test_invalid_root_is_reported_at_start(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="file_root"):
         await sources_of(SourceSettings(file_root=tmp_path / "none"))
 
@@ -156,7 +156,7 @@ async def test_a_root_that_is_none_is_said_at_start(tmp_path: Path) -> None:
         (SourceSettings(file_root=Path("/")), "data:, file:"),
     ],
 )
-async def test_other_addresses_are_refused_with_what_is_allowed(settings: SourceSettings, schemes: str) -> None:
+async def test_other_addresses_are_refused_with_the_allowed_ones(settings: SourceSettings, schemes: str) -> None:
     sources = await sources_of(settings)
     uris = ["ftp://example.com/a.png", "a.png", "/etc/passwd", "", "s3://bucket/a.png", "javascript:1", "//example.com/a.png"]
     if not settings.allow_http:

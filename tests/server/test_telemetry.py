@@ -213,7 +213,7 @@ def test_other_calls_have_a_span_and_health_checks_have_none() -> None:
     assert [span.name for span in collector.spans] == ["img2img.v1.ModelService/ListModels"]
 
 
-def test_a_collector_that_never_answers_holds_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unresponsive_collector_delays_no_request(monkeypatch: pytest.MonkeyPatch) -> None:
     """It takes connections and says nothing. Calls are answered, and the server stops, though an attempt would go on for an
     hour."""
     monkeypatch.setattr("img2img_server.telemetry.traces._EXPORT", 3600.0)

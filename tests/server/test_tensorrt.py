@@ -184,7 +184,7 @@ def test_a_build_writes_into_its_folder_or_says_that_it_cannot(tmp_path: Path, m
     assert [(graph, settings.provider) for graph, settings in opened] == [(tmp_path / "model.onnx", "tensorrt")] * 2
 
 
-def test_the_building_process_says_what_is_missing(bundle: Get, tmp_path: Path) -> None:
+def test_build_process_reports_a_missing_provider(bundle: Get, tmp_path: Path) -> None:
     """The real program. Where ONNX Runtime is built without TensorRT it does not fall back to something else."""
     assert "TensorrtExecutionProvider" not in onnxruntime.get_available_providers()
     job = {"graph": str(bundle("sd1") / "vae_decoder" / "model.onnx"), "folder": str(tmp_path), "options": options()}
@@ -200,7 +200,7 @@ def test_nobody_contends_where_tensorrt_cannot_be_used(bundle: Get) -> None:
         assert candidates(store, Execution(provider), Cache(0), RunnerCache()) == []
 
 
-def test_what_serves_already_is_not_loaded_twice(tmp_path: Path) -> None:
+def test_serving_engines_are_not_loaded_twice(tmp_path: Path) -> None:
     """Of the same bundle only; the graph that serves may be the fused twin of the one that is asked for."""
     runner_cache, made = RunnerCache(), list[Path]()
 

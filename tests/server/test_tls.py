@@ -193,7 +193,7 @@ def _has_ipv6() -> bool:
     return False
 
 
-def test_a_broken_renewal_keeps_the_old_certificate_and_says_so_once(
+def test_broken_renewal_keeps_the_old_certificate_and_is_logged_once(
     tmp_path: Path, authority: trustme.CA, caplog: pytest.LogCaptureFixture
 ) -> None:
     tls = issue(tmp_path, authority)

@@ -133,7 +133,7 @@ def _until_admitted(call: Callable[[], object]) -> object:
     raise AssertionError("the place was never freed")
 
 
-def test_who_is_refused_has_no_message_read(path: Path) -> None:
+def test_messages_of_refused_calls_are_not_read(path: Path) -> None:
     """The image that comes with it, up to 33 MB, is not even parsed: else it would be refused for being no message."""
     secret = grant(path, "alice", concurrency=1, requests_per_minute=6)
     with connected(path, FakePipeline()) as channel:

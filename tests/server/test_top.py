@@ -126,7 +126,7 @@ def served(texts: list[str]) -> HTTPServer:
     return server
 
 
-def test_a_server_that_begins_anew_has_no_negative_rates() -> None:
+def test_restarted_server_has_no_negative_rates() -> None:
     server = served([counted(a=100), counted(a=110), counted(a=3, start=2.0)])
     try:
         history = History(f"127.0.0.1:{server.server_port}", window=60)
@@ -139,7 +139,7 @@ def test_a_server_that_begins_anew_has_no_negative_rates() -> None:
 
 
 @pytest.mark.parametrize("text", ["", "<html>hello</html>", "up 1\n", "img2img_build_info{", "\x00\xff"])
-def test_what_is_no_metrics_of_ours_is_said_to_be_none(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_foreign_metrics_are_reported(text: str, capsys: pytest.CaptureFixture[str]) -> None:
     server = served([text])
     try:
         assert main(["top", "--once", f"http://127.0.0.1:{server.server_port}/metrics"]) == 1

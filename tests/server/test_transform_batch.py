@@ -207,7 +207,9 @@ async def test_memory_accounts_for_messages_that_wait() -> None:
     assert memory.held == 0
 
 
-def test_leaving_cancels_what_runs(server: RunningServer, stub: ImageToImageServiceStub, pipeline: FakePipeline) -> None:
+def test_disconnecting_cancels_running_requests(
+    server: RunningServer, stub: ImageToImageServiceStub, pipeline: FakePipeline
+) -> None:
     begun = threading.Event()
     pipeline.before_call = begun.set
     call = stub.TransformBatch(iter([asked(num_inference_steps=100) for _ in range(10)]), timeout=60)

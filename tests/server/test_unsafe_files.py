@@ -128,7 +128,7 @@ def test_no_nesting_hides_such_a_key(key: str, value: Any, nest: Callable[[dict[
 
 
 @pytest.mark.parametrize(("key", "value"), ALLOWED)
-def test_what_checkpoints_in_use_have_passes(key: str, value: Any, tmp_path: Path) -> None:
+def test_settings_of_common_checkpoints_pass(key: str, value: Any, tmp_path: Path) -> None:
     for nest in NESTINGS:
         refuse_unsafe_config(written(tmp_path / "config.json", nest({key: value})))
 

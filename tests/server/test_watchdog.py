@@ -327,7 +327,7 @@ def test_an_engine_that_is_idle_is_in_no_call() -> None:
     assert (engine.stats.call_seconds, engine.stats.call) == (0.0, None)
 
 
-def test_a_server_whose_device_hangs_says_so_to_everybody_and_ends_quickly() -> None:
+def test_hanging_device_ends_all_calls_with_an_error_and_the_server() -> None:
     pipeline = Hanging("denoise")
     with running(lambda: store(m=pipeline), watchdog=0.3, limits=QueueLimits(max_active=1)) as server:
         with grpc.insecure_channel(f"127.0.0.1:{server.port}") as channel:

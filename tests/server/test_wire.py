@@ -203,7 +203,7 @@ def test_wire_check_refuses_whatever_the_parser_refuses() -> None:
             )
 
 
-def test_what_is_nested_without_end_is_refused() -> None:
+def test_deeply_nested_messages_are_refused() -> None:
     data = nested(*[3] * 100, body=b"")  # FileDescriptorProto.nested_type within itself
     with pytest.raises(MalformedMessage, match="deep"):
         wire.check(data, descriptor_pb2.DescriptorProto.DESCRIPTOR)
