@@ -1,6 +1,7 @@
 """Sends raw bytes to every RPC of the server and checks its answers."""
 
 import itertools
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -96,10 +97,13 @@ def _check_details(method: MethodDescriptor, status: Any) -> None:
 
 
 def has_field(descriptor: Descriptor, path: str) -> bool:
-    """Whether a path such as "image.data" names a field of the message."""
-    name, _, rest = path.partition(".")
-    field = descriptor.fields_by_name.get(name)
-    return field is not None and (not rest or (field.message_type is not None and has_field(field.message_type, rest)))
+    """Whether a path such as "image.data" or "loras[0].id" names a field of the message."""
+    first, _, rest = path.partition(".")
+    element = re.fullmatch(r"(\w+)\[\d+\]", first)
+    field = descriptor.fields_by_name.get(element[1] if element else first)
+    if field is None or (element and not field.is_repeated):
+        return False
+    return not rest or (field.message_type is not None and has_field(field.message_type, rest))
 
 
 def _require(condition: bool, why: str) -> None:

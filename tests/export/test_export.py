@@ -196,10 +196,10 @@ def untraceable(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
         raise KeyError("text_model")
 
     def install(name: str) -> None:
-        def refuse(module: Any, part: Part, *arguments: Any) -> ExternalWeightsGraph:
+        def refuse(module: Any, part: Part, *arguments: Any, **named: Any) -> ExternalWeightsGraph:
             if part.name == name:
                 part = dataclasses.replace(part, call=fail)
-            return trace(module, part, *arguments)
+            return trace(module, part, *arguments, **named)
 
         monkeypatch.setattr(component, "trace", refuse)
 

@@ -156,4 +156,4 @@ def test_fuzz_script_reports_counts_and_saves_findings(tmp_path: Path) -> None:
     assert [each["target"] for each in outcomes] == ["metadata", "ModelService.GetModel"]
     assert all(each["inputs"] > 10 and each["findings"] == [] for each in outcomes)
     unknown = subprocess.run([*script, "--target", "nothing"], capture_output=True, text=True, timeout=60, check=False)
-    assert (unknown.returncode, "no target is called nothing" in unknown.stderr) == (2, True)
+    assert (unknown.returncode, "unknown target nothing" in unknown.stderr) == (2, True)

@@ -29,6 +29,7 @@ SET: dict[str, Any] = {
     "guidance_scale": 1.0,
     "true_cfg_scale": 1.0,
     "reference_images": [pb.ImageSource(data=png())],
+    "loras": [pb.Lora(id="woodcut")],
     "scheduler": "DDIMScheduler",
     "mask": pb.ImageSource(data=png()),
     "mask_blur": 1.0,

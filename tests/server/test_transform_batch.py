@@ -18,7 +18,9 @@ from img2img_server.api import request_stream
 from img2img_server.api.request_stream import RequestStream
 from img2img_server.codecs.pool import ImageMemory
 from img2img_server.config import TelemetrySettings
-from img2img_server.engine.request import Plan, Request
+from img2img_server.engine.engine import Engine
+from img2img_server.engine.interface import Accepted
+from img2img_server.engine.request import Request
 from img2img_server.engine.scheduler import QueueLimits
 from img2img_server.errors import DeadlineExpired, QueueFull
 from img2img_server.telemetry.telemetry import Telemetry
@@ -66,18 +68,20 @@ def test_more_requests_than_the_queue_holds_are_all_done(stub: ImageToImageServi
     assert len(pipeline.prepared) == 40
 
 
-def test_results_come_as_they_finish(stub: ImageToImageServiceStub, pipeline: FakePipeline) -> None:
-    """The long one takes no step before the short one is submitted: the parser plans it, then the engine."""
-    arrived = threading.Semaphore(0)
-    plan, waited = pipeline.plan, iter([2])
+def test_results_come_as_they_finish(
+    stub: ImageToImageServiceStub, pipeline: FakePipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The long one takes no step before the engine has the short one."""
+    submit, arrived = Engine.submit, threading.Event()
 
-    def counted(request: Request) -> Plan:
+    def watched(engine: Engine, request: Request, *arguments: Any, **named: Any) -> Accepted:
+        accepted = submit(engine, request, *arguments, **named)
         if request.num_inference_steps == 1:
-            arrived.release()
-        return plan(request)
+            arrived.set()
+        return accepted
 
-    pipeline.plan = counted  # type: ignore[method-assign]
-    pipeline.before_call = lambda: [arrived.acquire(timeout=30) for _ in range(next(waited, 0))]
+    monkeypatch.setattr(Engine, "submit", watched)
+    pipeline.before_call = lambda: arrived.wait(120)
     responses = stub.TransformBatch(iter([asked(num_inference_steps=100), asked(num_inference_steps=1)]), timeout=60)
     assert [response.index for response in responses] == [1, 0]
 

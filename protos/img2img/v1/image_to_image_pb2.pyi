@@ -106,7 +106,9 @@ class TransformRequest(_message.Message):
     ratio of the source, or of the last of several reference_images.
     """
     height: _builtins.int
-    """Height of the result in pixels, at least the model's size_multiple, and rounded down to a multiple of it. Default: as for width."""
+    """Height of the result in pixels, at least the model's size_multiple, and rounded down to a multiple of it. Models
+    that edit have the rule of width. Default: the source's.
+    """
     scheduler: _builtins.str
     """The scheduler: a name from the schedulers field of GetModel, such as "EulerDiscreteScheduler" or "DPM++ 2M Karras", in
     upper or lower case. Default: the model's own.

@@ -133,7 +133,7 @@ class Executor:
         steps = {ticket: _step(ticket) for ticket, _ in self.run("advance", list(before))}
         moved = {ticket: step for ticket, step in steps.items() if step != before[ticket]}
         self._predicted = {}
-        for call in self._submitted:
+        for call in list(self._submitted):  # as `forget` may clear it on another thread
             call.open = False
             mine = [ticket for ticket in call.tickets if ticket in moved]
             call.moved = [(ticket, moved[ticket], moved[ticket] + ticket.steps_left) for ticket in mine]
@@ -272,7 +272,7 @@ class Executor:
         if error is not None:  # a failing preview must not fail the request
             _log.error("model '%s' failed to draw a preview", tickets[0].request.model, exc_info=error)
             return
-        for call in self._submitted:
+        for call in list(self._submitted):
             call.previews = dict(zip(tickets, previews, strict=True))
 
     def _note(self, call: _Call, begun: float) -> None:

@@ -8,6 +8,7 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -136,7 +137,7 @@ class SteppedPipeline(ABC):
             joined_samples = torch.mul(joined_samples, numbers.scales[:, None, None, None], out=wanted)
         inputs = self._inputs(joined_samples, numbers.timesteps, self._joined.get(states))
         with adapting([self._denoiser], [state.choice for state in states for _ in range(state.rows)]):
-            predicted = self._predict(inputs)
+            (predicted,) = self._predict(**inputs)
         return split_noise(states, self._noise(predicted, joined_samples))
 
     def mark(self) -> Callable[[], None] | None:
@@ -299,10 +300,10 @@ class SteppedPipeline(ABC):
         pixels: torch.Tensor = self._pipe.image_processor.preprocess(image)
         return pixels
 
-    def _predict(self, inputs: dict[str, Any]) -> torch.Tensor:
-        """The denoiser's output."""
-        found: torch.Tensor = self._denoiser.forward(**inputs, return_dict=False)[0]  # skips hooks, of which there are none
-        return found
+    @property
+    def _predict(self) -> Callable[..., tuple[torch.Tensor]]:
+        """Calls the denoiser with its inputs by name. Hooks are skipped: there are none."""
+        return partial(self._denoiser.forward, return_dict=False)
 
     def _guide(self, states: Sequence[DiffusionState], noises: Sequence[Noise], guidance: torch.Tensor) -> Sequence[torch.Tensor]:
         """The predictions of all states after guidance."""

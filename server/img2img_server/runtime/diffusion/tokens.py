@@ -115,9 +115,10 @@ class TokenPipeline(SteppedPipeline):
         """What `prepare_latents` returns, tokens [n, N, C], as latents [n, C, N, 1]."""
         return latents.transpose(1, 2)[..., None].contiguous()
 
-    def _predict(self, inputs: dict[str, Any]) -> torch.Tensor:
-        found: torch.Tensor = self._denoiser.predict(inputs)
-        return found
+    @property
+    def _predict(self) -> Callable[..., tuple[torch.Tensor]]:
+        predict: Callable[..., tuple[torch.Tensor]] = self._denoiser.predict
+        return predict
 
     def _inputs(self, samples: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning) -> dict[str, Any]:
         tokens, references = samples[..., 0].transpose(1, 2), conditioning.pop(_REFERENCES, None)

@@ -132,7 +132,8 @@ class AdaptedGraph(Graph):
         slots = self._slots_of(next(bucket for bucket in RANKS if rank <= bucket))
         places = slots.place(self._component, choices)
         index = torch.tensor([0 if row is None else places[row] for row in rows])
-        return self._run(self._lora, own, {**slots.tensors, INDEX: send(index, self._device)})
+        feed, device = self._feed(own)
+        return self._found(self._lora.run({**feed, **slots.tensors, INDEX: send(index, self._device)}), device)
 
     def _slots_of(self, rank: int) -> _Slots:
         if rank not in self._slots:

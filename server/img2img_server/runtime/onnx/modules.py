@@ -50,17 +50,18 @@ class Graph:
 
     def __call__(self, **tensors: torch.Tensor | None) -> dict[str, torch.Tensor]:
         """Runs the graph. Returns its outputs by name, in the graph's order, in float32 and on the device of the first tensor."""
-        return self._run(self._runner, tensors, {})
+        feed, device = self._feed(tensors)
+        return self._found(self._runner.run(feed), device)
 
-    def _run(
-        self, runner: Runner, tensors: Mapping[str, torch.Tensor | None], ready: Mapping[str, torch.Tensor]
-    ) -> dict[str, torch.Tensor]:
-        """Calls `runner`, whose inputs are the graph's and `ready`, which need no conversion."""
+    def _feed(self, tensors: Mapping[str, torch.Tensor | None]) -> tuple[dict[str, torch.Tensor], torch.device]:
+        """The graph's inputs of the tensors, and the device that these are on."""
         given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
-        device = next(iter(given.values())).device
         feed = {name: self._ready(name, tensor) for name, tensor in given.items() if name in self.input_types}
-        outputs = zip(self._outputs, runner.run(feed | dict(ready)), strict=True)
-        return {name: send(value, device, torch.float32 if value.is_floating_point() else None) for name, value in outputs}
+        return feed, next(iter(given.values())).device
+
+    def _found(self, outputs: Sequence[torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
+        named = zip(self._outputs, outputs, strict=True)
+        return {name: send(value, device, torch.float32 if value.is_floating_point() else None) for name, value in named}
 
     def _ready(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         if tensor.requires_grad:
@@ -140,9 +141,9 @@ class OnnxDenoiser(OnnxModule):
         self.input_types = graph.input_types
         self.tokens: TokenGraph | None = GRAPHS[str(name)](self.config) if MARK in graph.input_types else None
 
-    def predict(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    def predict(self, **tensors: torch.Tensor) -> tuple[torch.Tensor]:
         """The graph's output for its inputs by name."""
-        return next(iter(self._graph(**tensors).values()))
+        return (next(iter(self._graph(**tensors).values())),)
 
     def forward(self, *arguments: Any, **named: Any) -> Any:
         """Predicts the noise. A scalar `timestep` applies to the whole batch. Raises TypeError for arguments that the class
@@ -153,7 +154,7 @@ class OnnxDenoiser(OnnxModule):
             self._accepted.add(form)
         bound = dict(zip(self._parameter_names, arguments, strict=False)) | named
         if self.tokens is not None:
-            made = self.tokens.output(bound, self.predict(self.tokens.inputs(bound)))
+            made = self.tokens.output(bound, *self.predict(**self.tokens.inputs(bound)))
             return Transformer2DModelOutput(sample=made) if bound.get("return_dict", True) else (made,)
         tensors = _flatten(bound)
         batch = next(iter(tensors.values())).shape[0]
@@ -161,7 +162,7 @@ class OnnxDenoiser(OnnxModule):
         # Graphs exported by other tools may have one timestep for the whole batch.
         alone = "timestep" in self._graph.scalars
         tensors["timestep"] = timestep.flatten()[0] if alone else timestep.expand(batch) if timestep.ndim == 0 else timestep
-        sample = self.predict(tensors)
+        sample = next(iter(self._graph(**tensors).values()))
         return Transformer2DModelOutput(sample=sample) if bound.get("return_dict", True) else (sample,)
 
     @contextlib.contextmanager
