@@ -47,9 +47,9 @@ def run(pipeline: Any, requests: list[Request]) -> tuple[list[Any], list[int]]:
     rows: list[int] = []
     predict = pipeline._denoiser.predict
 
-    def counting(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    def counting(**inputs: torch.Tensor) -> tuple[torch.Tensor]:
         rows.append(len(inputs["hidden_states"]))
-        found: torch.Tensor = predict(inputs)
+        found: tuple[torch.Tensor] = predict(**inputs)
         return found
 
     pipeline._denoiser.predict = counting
