@@ -256,7 +256,9 @@ class Visitor:
         await self.page.get_by_text(words).first.wait_for()
 
     async def axe_violations(self) -> list[str]:
-        """What axe-core finds on the page, as it is now: rule, element, reason."""
+        """What axe-core finds on the page once its transitions have ended: rule, element, reason."""
+        ended = """() => document.getAnimations().every((one) => one.effect.getTiming().iterations === Infinity)"""
+        await self.page.wait_for_function(ended)
         results = await Axe().run(self.page)
         return [
             f"{violation['id']}: {node['target']} {node['failureSummary']}"
