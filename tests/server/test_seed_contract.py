@@ -252,4 +252,4 @@ def test_at_most_nine_frames_lie_between_the_engines_loop_and_session_run(
     engine.close()
     denoised = [stack for stack in stacks if any(name.endswith(".denoise") for name in stack)]
     assert denoised, "the engine's thread called the denoiser's session"
-    assert all(len(stack) <= 9 for stack in denoised), "\n".join(max(denoised, key=len))
+    assert all(len(stack) <= 9 for stack in denoised), max(denoised, key=len)
