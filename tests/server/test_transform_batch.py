@@ -81,9 +81,18 @@ def test_results_come_as_they_finish(
         return accepted
 
     monkeypatch.setattr(Engine, "submit", watched)
-    pipeline.before_call = lambda: arrived.wait(120)
-    responses = stub.TransformBatch(iter([asked(num_inference_steps=100), asked(num_inference_steps=1)]), timeout=60)
-    assert [response.index for response in responses] == [1, 0]
+    answered = threading.Event()
+
+    def held() -> None:
+        arrived.wait(120)
+        if any(state.request.num_inference_steps == 1 for state in pipeline.released):
+            answered.wait(120)
+
+    pipeline.before_call = held
+    responses = stub.TransformBatch(iter([asked(num_inference_steps=100), asked(num_inference_steps=1)]), timeout=120)
+    first = next(responses).index
+    answered.set()
+    assert [first, *(response.index for response in responses)] == [1, 0]
 
 
 def test_one_that_fails_names_its_field_and_ends_nothing_else(stub: ImageToImageServiceStub) -> None:
