@@ -70,8 +70,11 @@ class TransformOptions(TypedDict, total=False):
 
 
 def taken_options(options: TransformOptions, models: Sequence[ModelInfo]) -> TransformOptions:
-    """The options without those that the model does not take, which the server would refuse: for programs with one form for all
-    models. `models` are the server's. All options stay if the model is not chosen by its id, or is not ready."""
+    """Drops the options that the model does not take, because the server would refuse them.
+
+    For programs that use the same options for all models. `models` are the server's. Keeps all options if the model is not chosen
+    by its id, or is not ready.
+    """
     named = options.get("model")
     model_id = named.path if isinstance(named, ModelReference) else named
     default = [model for model in models if model.is_default or len(models) == 1] if named is None else []

@@ -111,8 +111,8 @@ class Converter:
         return self._budget + 2 >= len(_BUDGETS)
 
     def tighten(self) -> tuple[str, ...]:
-        """Allows graphs in static int8 a smaller error. Returns the components to convert again: none
-        if there is no such graph."""
+        """Reduces the error that static int8 graphs may have. Returns the components to convert again; empty if no graph is in
+        static int8."""
         made = tuple(self._calibrations)
         if not made or self._budget + 1 >= len(_BUDGETS):
             return ()
@@ -246,12 +246,14 @@ class Converter:
         choice = calibration.choose(module, _BUDGETS[self._budget])
         if not choice.layers:
             raise ExportError(f"{part.name} differs from PyTorch by more than {_BUDGETS[self._budget]:g} with any layer in int8")
-        quantized, fine, kept = len(choice.layers), sum(choice.layers.values()), len(choice.kept)
+        quantized, per_channel, kept = len(choice.layers), sum(choice.layers.values()), len(choice.kept)
         self._progress.stage(
-            f"{part.name}: {quantized} layers in int8 ({fine} of them with a scale for each channel), {kept} in fp32, "
+            f"{part.name}: {quantized} layers in int8 ({per_channel} of them with a scale for each channel), {kept} in fp32, "
             f"relative error {choice.error:.1e}"
         )
-        result = to_static_int8(graph, {name: (calibration.layers[name], fine) for name, fine in choice.layers.items()})
+        result = to_static_int8(
+            graph, {name: (calibration.layers[name], per_channel) for name, per_channel in choice.layers.items()}
+        )
         self._calibrations[part.name] = calibration
         return result, choice.kept
 

@@ -48,7 +48,7 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Notice:
-    """A message that is no error. `undo` are the settings from before, if it is about changed settings."""
+    """An informational message. `undo` has the previous settings if the message is about changed settings."""
 
     text: str
     undo: Settings | None = None
@@ -95,7 +95,7 @@ class Session:
             self._notify(Notice(f"The settings in {image.name} cannot be used: {error}"))
         else:
             if recorded is not None:
-                self.restore(recorded, f"The settings are those that made {image.name}.")
+                self.restore(recorded, f"Settings restored from {image.name}.")
 
     def use(self, image: ImageFile) -> None:
         """Makes an image the source of the next run."""
@@ -204,7 +204,7 @@ class Session:
         self._changed()
 
     def fitted(self) -> tuple[Settings, Extras]:
-        """The settings and images without those that the model does not take."""
+        """The settings and images that the model takes."""
         settings, extras = self.settings.fitted(self.model), self.extras.fitted(self.model)
         return replace(settings, mask_blur=settings.mask_blur if extras.mask is not None else None), extras
 

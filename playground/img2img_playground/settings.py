@@ -125,7 +125,7 @@ class Settings:
 
 
 def model_of(settings: Settings, models: "Sequence[ModelInfo]") -> "ModelInfo | None":
-    """The model that runs these settings, of those that the server has; None if that is not known."""
+    """The server's model that runs these settings, or None if it is unknown."""
     if settings.model:
         return next((model for model in models if model.id == settings.model), None)
     return next((model for model in models if model.is_default), models[0] if len(models) == 1 else None)

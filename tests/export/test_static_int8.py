@@ -102,13 +102,13 @@ def test_first_and_last_layers_and_embeddings_are_not_possible() -> None:
     assert set(measured.layers) == {"conv", "shortcut", "down", "query", "key"}
 
 
-@pytest.mark.parametrize("fine", [False, True])
+@pytest.mark.parametrize("per_channel", [False, True])
 @pytest.mark.parametrize(
     "names", [("conv",), ("shortcut",), ("down",), ("query",), ("key",), ("conv", "shortcut", "query", "key")]
 )
-def test_graph_matches_the_calibration_emulation(names: tuple[str, ...], fine: bool, tmp_path: Path) -> None:
+def test_graph_matches_the_calibration_emulation(names: tuple[str, ...], per_channel: bool, tmp_path: Path) -> None:
     module, part, graph, measured = small(outlier=6.0)
-    layers = {name: (measured.layers[name], fine) for name in names}
+    layers = {name: (measured.layers[name], per_channel) for name in names}
     to_static_int8(graph, layers).write(tmp_path, Progress(), "small")
     onnx.checker.check_model(str(tmp_path / "model.onnx"), full_check=True)
     call = calls()[2]
@@ -136,8 +136,8 @@ def test_layers_with_very_different_channels_get_a_factor_for_each() -> None:
     errors = []
     with torch.no_grad():
         exact = part.call(module, calls()[3])["out"]
-        for fine in (False, True):
-            with emulated({"shortcut": (measured.layers["shortcut"], fine)}):
+        for per_channel in (False, True):
+            with emulated({"shortcut": (measured.layers["shortcut"], per_channel)}):
                 errors.append(relative_error(part.call(module, calls()[3])["out"], exact))
     assert errors[1] < errors[0] / 2
     assert any(measured.choose(module, 0.02).layers.values())

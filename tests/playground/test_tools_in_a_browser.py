@@ -155,7 +155,7 @@ async def test_a_dropped_result_brings_its_settings_back(visitor: Visitor) -> No
     await prompt.fill("another")
     await seed.fill("1")
     await visitor.drop(made, "again.png")
-    await visitor.see("The settings are those that made again.png.")
+    await visitor.see("Settings restored from again.png.")
     await expect(prompt).to_have_value('a "quoted" prompt, with € and line\nbreak')
     await expect(seed).to_have_value("77")
     await expect(visitor.page.get_by_label("Negative prompt")).to_have_value("fog")

@@ -4,8 +4,9 @@ Ranges are the extremes of each channel over recorded calls. The layers' int8 ar
 itself, for one group of layers after the other, to measure how much each changes the module's output. Weights are quantized one
 at a time.
 
-A layer is *plain* (one scale for its input and one for its output), *fine* (input and output are divided by a factor for each
-channel before they are quantized; slower, for layers whose channels have very different ranges), or stays in fp32.
+A layer is quantized *per tensor* (one scale for its input and one for its output) or *per channel* (input and output are divided
+by a factor for each channel before they are quantized; slower, for layers whose channels have very different ranges), or stays
+in fp32.
 """
 
 import contextlib
@@ -84,9 +85,9 @@ class Scale:
     zero: int
 
     @classmethod
-    def of(cls, low: torch.Tensor, high: torch.Tensor, is_fine: bool) -> "Scale":
-        """The scale of channels with these ranges, which include zero. A fine one has factors."""
-        if not is_fine:
+    def of(cls, low: torch.Tensor, high: torch.Tensor, per_channel: bool) -> "Scale":
+        """The scale of channels with these ranges, which include zero. It has factors if it is per channel."""
+        if not per_channel:
             scale = max(float(high.max() - low.min()) / _LEVELS, _TINY)
             return cls(None, scale, min(round(-float(low.min()) / scale), _LEVELS))
         # One zero point for all channels, which divides the range as in the median channel; factors so that every channel fits.
@@ -104,20 +105,23 @@ class Scale:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """The layers of a module in int8, by name, and whether each is fine. `kept` are those that stay in fp32, the worst first;
-    `error` is the relative error of the module's output on the calls compared."""
+    """How to quantize the layers of a module.
+
+    `layers` maps the names of int8 layers to whether they are quantized per channel. `kept` names the layers that stay in fp32,
+    the worst first. `error` is the relative error of the module's output on the calls compared.
+    """
 
     layers: Mapping[str, bool]
     kept: tuple[str, ...]
     error: float
 
 
-def numbers_of(layer: Layer, is_fine: bool) -> Numbers:
+def numbers_of(layer: Layer, per_channel: bool) -> Numbers:
     """The scales of a layer, from its ranges and its weight."""
-    value = Scale.of(layer.low, layer.high, is_fine)
+    value = Scale.of(layer.low, layer.high, per_channel)
     weight = scaled(layer.module.weight.detach().float(), value)
     weight_scales = (weight.abs().flatten(1).amax(1) / GREATEST).clamp_min(1e-30)
-    return Numbers(value, weight_scales, Scale.of(layer.out_low, layer.out_high, is_fine))
+    return Numbers(value, weight_scales, Scale.of(layer.out_low, layer.out_high, per_channel))
 
 
 def scaled(weight: torch.Tensor, value: Scale) -> torch.Tensor:
@@ -241,7 +245,7 @@ class Calibration:
         their timestep.
         """
         difference = reference = 0.0
-        with emulated({name: (self.layers[name], fine) for name, fine in modes.items()}):
+        with emulated({name: (self.layers[name], per_channel) for name, per_channel in modes.items()}):
             for call, right in zip(self._calls, expected, strict=True):
                 weight = float(call["timestep"].max()) if "timestep" in call else 1.0
                 difference += weight * float((self._run(module, call) - right).square().sum())
@@ -282,8 +286,8 @@ def _spread(calls: Sequence[Tensors]) -> list[Tensors]:
 @contextlib.contextmanager
 def emulated(layers: Mapping[str, tuple[Layer, bool]]) -> Iterator[None]:
     """Within it, these layers compute as they would in int8, in fp32 arithmetic."""
-    for layer, fine in layers.values():
-        layer.module.forward = _int8_forward(layer.module, numbers_of(layer, fine), layer.is_convolution)
+    for layer, per_channel in layers.values():
+        layer.module.forward = _int8_forward(layer.module, numbers_of(layer, per_channel), layer.is_convolution)
     try:
         yield
     finally:

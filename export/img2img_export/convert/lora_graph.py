@@ -25,7 +25,7 @@ _EXAMPLE_RANK = 3
 
 
 def layers_of(module: Any) -> tuple[AdaptedLayer, ...]:
-    """The layers of `module` that a LoRA graph adapts; empty if there is no such graph for its class."""
+    """The layers of `module` that a LoRA graph adapts; empty if its class has no LoRA graph."""
     within = _WITHIN.get(type(module).__name__)
     if within is None:
         return ()

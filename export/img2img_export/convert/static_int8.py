@@ -36,8 +36,8 @@ class Int8(Weight):
 
 
 def to_static_int8(graph: ExternalWeightsGraph, layers: Mapping[str, tuple[Layer, bool]]) -> ExternalWeightsGraph:
-    """The graph with `layers` in int8, each plain or fine (calibration.py); they are found by their weights."""
-    by_weight = {id(layer.module.weight): (layer, fine) for layer, fine in layers.values()}
+    """The graph with `layers` in int8, each per tensor or per channel (calibration.py). Finds them by their weights."""
+    by_weight = {id(layer.module.weight): (layer, per_channel) for layer, per_channel in layers.values()}
     result = graph.copy()
     writer = _Writer(result)
     users: dict[str, list[NodeProto]] = {}
@@ -85,9 +85,9 @@ class _Writer:
         self.nodes: list[NodeProto] = []
         self._quantized: dict[tuple[str, float, int], str] = {}
 
-    def convolution(self, node: NodeProto, layer: Layer, fine: bool) -> None:
+    def convolution(self, node: NodeProto, layer: Layer, per_channel: bool) -> None:
         """QLinearConv between QuantizeLinear and DequantizeLinear, and multiplications by the factors."""
-        numbers = numbers_of(layer, fine)
+        numbers = numbers_of(layer, per_channel)
         name, output, result = node.name, node.output[0], numbers.result
         value = self._quantize(node.input[0], numbers.value, name, (1, -1, 1, 1))
         bias = layer.module.bias
@@ -116,9 +116,9 @@ class _Writer:
             factors = self._keep(f"{name}.y_factors", result.factors.reshape(1, -1, 1, 1))
             self.nodes.append(helper.make_node("Mul", [floats, factors], [output], f"{name}/Multiply"))
 
-    def product(self, node: NodeProto, layer: Layer, fine: bool, bias: tuple[str, str] | None) -> None:
+    def product(self, node: NodeProto, layer: Layer, per_channel: bool, bias: tuple[str, str] | None) -> None:
         """MatMulIntegerToFloat of a quantized value, with the bias."""
-        numbers, name = numbers_of(layer, fine), node.name
+        numbers, name = numbers_of(layer, per_channel), node.name
         value, scale, zero = self._quantize(node.input[0], numbers.value, name, (-1,))
         weight = self._integers(f"{name}.weight", layer, numbers)
         scales = self._keep(f"{name}.weight_scale", numbers.weight_scales)

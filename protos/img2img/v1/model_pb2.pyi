@@ -204,9 +204,9 @@ class RequestField(_message.Message):
     default_switch: _builtins.bool
     """For switches."""
     minimum: _builtins.float
-    """The smallest number; for texts, of characters. Unset if there is no lower bound."""
+    """The smallest value of a number, or the smallest length of a text in characters. Unset if there is no lower bound."""
     maximum: _builtins.float
-    """The largest number; for texts, of characters. Unset if there is no upper bound."""
+    """The largest value of a number, or the largest length of a text in characters. Unset if there is no upper bound."""
     exclusive_minimum: _builtins.bool
     """Whether numbers must be above `minimum`, and not equal to it."""
     max_count: _builtins.int
