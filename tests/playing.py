@@ -247,8 +247,11 @@ class Visitor:
         await self.see("Reading the image")
 
     async def transform(self) -> None:
-        """Runs to the end."""
+        """Runs to the end: waits until the stage shows another result than before."""
+        address = "document.querySelector('.stage-image .after')?.getAttribute('src')"
+        before = await self.page.evaluate(address)
         await self.button("Transform").click()
+        await self.page.wait_for_function(f"before => {{ const now = {address}; return now && now !== before; }}", arg=before)
         await self.button("Use as source").wait_for()
 
     async def see(self, words: str) -> None:
@@ -257,7 +260,8 @@ class Visitor:
 
     async def axe_violations(self) -> list[str]:
         """What axe-core finds on the page once its transitions have ended: rule, element, reason."""
-        ended = """() => document.getAnimations().every((one) => one.effect.getTiming().iterations === Infinity)"""
+        ended = """() => document.getAnimations().every(
+            (one) => one.playState !== "running" || one.effect.getTiming().iterations === Infinity)"""
         await self.page.wait_for_function(ended)
         results = await Axe().run(self.page)
         return [
