@@ -12,6 +12,8 @@ from typing import Any
 
 from conftest import REPOSITORY
 from fakes import FakePipeline, FakeState
+from kserve_calls import Calls, ending
+from running import running, store
 
 CLIENTS = REPOSITORY / "clients"
 IMAGE = REPOSITORY / "demo" / "images" / "noon-lake.png"
@@ -40,7 +42,9 @@ STEPS = 12
 
 
 class HeldPipeline(FakePipeline):
-    """Does its first step at once and each other when it is let, and tells when a request that it worked on is over."""
+    """Computes the first step of a request at once and each other when `may_step` allows it. `calls` are its server's."""
+
+    calls: Calls
 
     def __init__(self) -> None:
         super().__init__()
@@ -55,13 +59,23 @@ class HeldPipeline(FakePipeline):
         super().release(state)
         self.over.set()
 
-    def was_given_up(self) -> bool:
-        """Lets the request go on, step by step, until it is over. Whether that was before its last step."""
-        for _ in range(STEPS):
-            self.may_step.release()
-            if self.over.wait(2):
-                break
-        return self.over.is_set() and len(self.batches) < int(STEPS * 0.8)
+    def end_of_call(self, method: str) -> str:
+        """The status of the next call of this method that ends at the server. Its request gets no step after that, but the one
+        that has begun."""
+        status = self.calls.wait(method)
+        self.may_step.release(STEPS)
+        assert self.over.wait(PATIENCE)
+        assert len(self.batches) <= 2, "the first step, and one that had begun"
+        return status
+
+
+@contextlib.contextmanager
+def holding() -> Iterator[tuple[HeldPipeline, str]]:
+    """A pipeline that waits, and where it is served."""
+    pipeline = HeldPipeline()
+    with ending() as pipeline.calls, running(lambda: store(m=pipeline)) as server:
+        yield pipeline, f"localhost:{server.port}"
+        pipeline.may_step.release(STEPS)
 
 
 def environment(target: str = "") -> dict[str, str]:

@@ -12,7 +12,7 @@ from fake_image_service import FakeServer
 from fakes import FakePipeline
 from granting import grant
 from img2img_server.config import AssetSettings, TlsSettings
-from other_clients import CLIENTS, STEPS, Finished, HeldPipeline, Run, Secured, environment
+from other_clients import CLIENTS, Finished, HeldPipeline, Run, Secured, environment, holding
 from running import RunningServer, running, store
 
 
@@ -61,11 +61,8 @@ def fake() -> Iterator[FakeServer]:
 
 @pytest.fixture
 def held() -> Iterator[tuple[HeldPipeline, str]]:
-    """A pipeline that waits, and where it is served."""
-    pipeline = HeldPipeline()
-    with running(lambda: store(m=pipeline)) as server:
-        yield pipeline, f"localhost:{server.port}"
-        pipeline.may_step.release(STEPS)
+    with holding() as made:
+        yield made
 
 
 @pytest.fixture(scope="module")

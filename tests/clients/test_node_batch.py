@@ -149,7 +149,7 @@ def test_a_signal_ends_the_batch_also_while_it_waits_for_requests(node: Path, he
         process.stdin.flush()
         assert process.stdout.readline() == "CANCELLED true\n"
         assert process.stdout.readline() == "CANCELLED\n"
-        assert pipeline.was_given_up()
+        assert pipeline.end_of_call("TransformBatch") == "CANCELLED"
         process.stdin.close()
         assert process.wait(PATIENCE) == 0
 

@@ -1,8 +1,6 @@
 """LiteLLM's proxy, configured as docs/http.md says, between OpenAI's client and the HTTP front."""
 
-import base64
 import contextlib
-import io
 import os
 import re
 import subprocess
@@ -17,11 +15,11 @@ import pytest
 from conftest import REPOSITORY
 from fakes import FakePipeline
 from granting import grant
-from http_calls import PATIENCE, port_of, serving
+from http_calls import PATIENCE, opened, port_of, serving
 from img2img_server.support.model_fields import GUIDED, FieldRule
+from kserve_calls import ending
 from messages import png
 from other_clients import HeldPipeline, blocks
-from PIL import Image
 
 DOCUMENT = REPOSITORY / "docs" / "http.md"
 KEY = "sk-of-the-tests"
@@ -87,11 +85,6 @@ def proxy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proxy]:
         held.may_step.release(1000)
 
 
-def opened(data: str | None) -> Image.Image:
-    assert data is not None
-    return Image.open(io.BytesIO(base64.b64decode(data)))
-
-
 def test_an_image_is_edited_by_openais_fields_and_by_our_own(proxy: Proxy) -> None:
     with proxy.client() as client:
         assert [model.id for model in client.models.list()] == ["demo", "held"]
@@ -150,11 +143,12 @@ def test_the_path_that_passes_all_through_has_streams_and_variations(proxy: Prox
 def test_a_request_that_the_proxy_gives_up_frees_the_device(proxy: Proxy) -> None:
     began = threading.Event()
     proxy.held.before_call = began.set
-    with proxy.client() as client, pytest.raises(openai.APIStatusError) as caught:
-        client.images.edit(image=png(), prompt="a lake", model="held", extra_body={"num_inference_steps": 12})
-    assert caught.value.status_code == 408
-    assert began.is_set()
-    assert proxy.held.was_given_up()
+    with ending() as proxy.held.calls, proxy.client() as client:
+        with pytest.raises(openai.APIStatusError) as caught:
+            client.images.edit(image=png(), prompt="a lake", model="held", extra_body={"num_inference_steps": 12})
+        assert caught.value.status_code == 408
+        assert began.is_set()
+        assert proxy.held.end_of_call("edits") == "CANCELLED"
 
 
 @pytest.mark.parametrize("path", ["/v1", "/img2img/v1"])
