@@ -17,12 +17,12 @@ import trustme
 from conftest import REPOSITORY
 from google.protobuf.message import Message
 from google.rpc import status_pb2
+from other_clients import PATIENCE
 
 CONFIG = REPOSITORY / "deploy" / "envoy" / "envoy.yaml"
 ORIGIN = "http://localhost:3000"
 """The page's origin in that file."""
 SERVICE = "/img2img.v1.ImageToImageService/"
-PATIENCE = 60
 
 
 def with_options(text: str) -> str:
