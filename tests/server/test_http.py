@@ -19,9 +19,16 @@ from img2img_server.api.http.fields import FIELDS
 from img2img_server.api.http.openapi import document
 from img2img_server.config import AssetSettings
 from img2img_server.engine.request import RequestWarning
+from img2img_server.support.model_fields import FieldRule
 from messages import failure, png, request
 from running import RunningServer
 from soak_parts.stand_in import StandInPipeline, expected
+
+
+class QuickPipeline(FakePipeline):
+    """Edits in 4 steps, and has no strength."""
+
+    fields = {"num_inference_steps": FieldRule(4.0)}
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +38,7 @@ def pipeline() -> FakePipeline:
 
 @pytest.fixture(scope="module")
 def server(pipeline: FakePipeline, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
-    pipelines = {"m": pipeline, "second": FakePipeline(), "drawn": StandInPipeline(0.0)}
+    pipelines = {"m": pipeline, "second": FakePipeline(), "drawn": StandInPipeline(0.0), "quick": QuickPipeline()}
     assets = AssetSettings(url=str(tmp_path_factory.mktemp("assets")))
     with serving(pipelines=pipelines, assets=assets) as made:
         yield made
@@ -134,7 +141,7 @@ def test_a_variation_may_have_settings_of_its_own(server: RunningServer, pipelin
 def test_models_are_listed_and_found(client: openai.OpenAI) -> None:
     listed = list(client.models.list())
     assert [(one.id, one.object, one.owned_by) for one in listed] == [
-        (name, "model", "img2img") for name in ("drawn", "m", "second")
+        (name, "model", "img2img") for name in ("drawn", "m", "quick", "second")
     ]
     found = client.models.retrieve("m")
     assert found == listed[1]
@@ -173,6 +180,14 @@ def test_no_more_previews_than_asked(server: RunningServer, steps: int, wanted: 
     names = names_of(answer.events)
     assert names.count("image_edit.partial_image") == min(wanted, steps - 1)
     assert names[-1] == "image_edit.completed"
+
+
+@pytest.mark.parametrize("path", [EDITS, VARIATIONS])
+def test_previews_are_spread_over_the_steps_that_the_model_runs(server: RunningServer, path: str) -> None:
+    answer = ask(server, path, ("prompt", "a lake"), ("model", "quick"), ("stream", "true"), ("partial_images", "3"))
+    assert [
+        event["type"].removeprefix("image_edit.") for name, event in answer.events if "progress" in name or "partial" in name
+    ] == (["partial_image"] * 3 + ["progress"]), "of the model's own 4 steps, without a strength"
 
 
 def test_an_answer_says_where_the_request_was_in_the_queue(server: RunningServer) -> None:

@@ -1,8 +1,9 @@
 """Converts messages to requests: checks every field, fills in defaults, and decodes the source image off the event loop."""
 
+import math
 import secrets
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from img2img.v1 import image_to_image_pb2 as pb
@@ -37,6 +38,24 @@ _FORMATS: dict[int, images.WriteFormat] = {
 _MAX_SEED = 2**63 - 1
 _PLANNING = 2
 """Threads that plan requests, which may be slow the first time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """How another API than gRPC reads its messages.
+
+    With `mask_by_alpha`, the mask's transparent areas are redrawn instead of its white ones. Fields that are `optional` were not
+    set by the caller, and are cleared if the model does not take them. A stream has at most `preview_count` previews, spread over
+    the request's steps; None if the message's preview_interval says when they are due.
+    """
+
+    mask_by_alpha: bool = False
+    optional: tuple[str, ...] = ()
+    preview_count: int | None = None
+
+
+AS_WRITTEN = Reading()
+"""How gRPC's messages are read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,20 +101,16 @@ class Parser:
         model: Model,
         seconds_left: float | None,
         previews: bool,
-        *,
-        mask_by_alpha: bool = False,
-        optional: Collection[str] = (),
+        reading: Reading = AS_WRITTEN,
     ) -> ParsedRequest:
-        """Checks a message for `model` and fills in defaults. Previews are only drawn if `previews` is set. With `mask_by_alpha`,
-        the mask's transparent areas are redrawn instead of its white ones. Fields of the message that are `optional` are cleared
-        if the model does not take them.
+        """Checks a message for `model` and fills in defaults. Previews are only drawn if `previews` is set.
 
         Raises InvalidField, naming the first wrong field, or another ServerError.
         """
         arrival = time.perf_counter()
         deadline = None if seconds_left is None else self._clock() + seconds_left
         fields = RequestFields(self._config, _pipeline_of(model))
-        for name in optional:
+        for name in reading.optional:
             if name not in fields:
                 message.ClearField(name)  # type: ignore[arg-type]
         fields.check(message)
@@ -109,7 +124,7 @@ class Parser:
         size_rule = self._size_rule(message, model, file_format)
         if message.output.as_asset:
             self._sources.assets.require("output.as_asset")
-        rule = mask_rule(message, _pipeline_of(model).source_rule.mask, model.id, mask_by_alpha)
+        rule = mask_rule(message, _pipeline_of(model).source_rule.mask, model.id, reading.mask_by_alpha)
         check_loras(message)
         self._sources.check(message.image)
         if rule is not None:
@@ -145,7 +160,7 @@ class Parser:
             seeds=seeds,
             deadline=deadline,
             scheduler=scheduler,
-            preview_interval=interval if previews and images.holds(size, "JPEG") else 0,  # as previews are sent
+            preview_interval=interval,
             image_digest=digest,
             client=call.client,
             id=call.request_id,
@@ -158,7 +173,11 @@ class Parser:
             reference_digests=tuple(reference.digest for reference in references),
         )
         # The engine plans the request too. Its slow part is cached here, off the engine's and the event loop's threads.
-        await self._threads.run(_pipeline_of(model).plan, request)
+        plan = await self._threads.run(_pipeline_of(model).plan, request)
+        if not (previews and images.holds(size, "JPEG")):  # as previews are sent
+            request = replace(request, preview_interval=0)
+        elif reading.preview_count is not None:
+            request = replace(request, preview_interval=_interval(reading.preview_count, plan.step_count))
         return ParsedRequest(
             replace(model, pipeline=None),
             _pipeline_of(model).engine,
@@ -206,6 +225,11 @@ class Parser:
         if not pipeline.source_rule.sets_size:
             images.check_side(images.least_size(rule, pipeline.size_multiple, self._config.image_limits), file_format)
         return rule
+
+
+def _interval(count: int, steps: int) -> int:
+    """The steps between at most `count` previews of a request with so many steps, of which the last has none; 0 for none."""
+    return max(1, math.ceil(steps / (count + 1))) if count else 0
 
 
 def _sides(message: pb.TransformRequest) -> images.SizeRule:

@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Coroutine
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -15,7 +15,7 @@ from PIL import Image
 from img2img_server.access.access import Access
 from img2img_server.api.interceptors import to_status
 from img2img_server.api.models import reference_from
-from img2img_server.api.parsing import ParsedRequest, Parser
+from img2img_server.api.parsing import AS_WRITTEN, ParsedRequest, Parser, Reading
 from img2img_server.api.provenance import Provenance
 from img2img_server.api.request_stream import RequestStream
 from img2img_server.assets.files import owner_of
@@ -80,9 +80,6 @@ _PREVIEW_QUALITY = 80
 _BYTES_PER_PIXEL, _BYTES_PER_FILE = 4, 4096
 """Upper bound of an encoded image's size, for any format and content."""
 
-
-Names = Collection[str]
-"""Names of fields of TransformRequest."""
 _TRANSFORM = "/img2img.v1.ImageToImageService/Transform"
 _BATCH_IN_PROGRESS = 16
 """Requests of one TransformBatch that are in progress: a few device batches. Each holds its message, up to 33 MiB."""
@@ -127,16 +124,13 @@ class ImageToImageService(pb_grpc.ImageToImageServiceServicer):
         request: pb.TransformRequest,
         context: Any,
         accept: Callable[[Accepted], object],
-        *,
-        mask_by_alpha: bool = False,
-        optional: Names = (),
+        reading: Reading = AS_WRITTEN,
     ) -> pb.TransformResponse:
-        """Transform for any API. `accept` is called when the request is in the queue. With `mask_by_alpha`, the mask's
-        transparent areas are redrawn instead of its white ones. Fields that are `optional` were not set by the caller, and are
-        cleared if the model does not take them."""
+        """Transform for any API, which reads its messages as `reading` says. `accept` is called when the request is in the
+        queue."""
         with self._engine.reserve(current().client) as slot:
             async with AsyncExitStack() as lease:
-                job = await self._parse(request, context, lease, previews=False, mask_by_alpha=mask_by_alpha, optional=optional)
+                job = await self._parse(request, context, lease, previews=False, reading=reading)
                 async with (
                     self._reserve(job) as reserved,
                     aclosing(self._follow(job.request, slot, lease, progress=False)) as events,
@@ -149,14 +143,12 @@ class ImageToImageService(pb_grpc.ImageToImageServiceServicer):
         raise AssertionError("the engine ends every request")
 
     async def TransformStream(
-        self, request: pb.TransformStreamRequest, context: Any, *, mask_by_alpha: bool = False, optional: Names = ()
+        self, request: pb.TransformStreamRequest, context: Any, reading: Reading = AS_WRITTEN
     ) -> AsyncGenerator[pb.TransformStreamResponse, None]:
-        """Runs one transform and yields its events. `mask_by_alpha` and `optional` as for `transform`."""
+        """Runs one transform and yields its events. `reading` as for `transform`."""
         with self._engine.reserve(current().client) as slot:
             async with AsyncExitStack() as lease:
-                job = await self._parse(
-                    request.request, context, lease, previews=True, mask_by_alpha=mask_by_alpha, optional=optional
-                )
+                job = await self._parse(request.request, context, lease, previews=True, reading=reading)
                 async with (
                     self._reserve(job) as reserved,
                     aclosing(self._follow(job.request, slot, lease, progress=True)) as events,
@@ -189,19 +181,11 @@ class ImageToImageService(pb_grpc.ImageToImageServiceServicer):
                     yield response
 
     async def _parse(
-        self,
-        message: pb.TransformRequest,
-        context: Any,
-        lease: AsyncExitStack,
-        previews: bool,
-        mask_by_alpha: bool = False,
-        optional: Names = (),
+        self, message: pb.TransformRequest, context: Any, lease: AsyncExitStack, previews: bool, reading: Reading
     ) -> ParsedRequest:
         """Parses a message. The model stays in memory until `lease` is closed."""
         model = await lease.enter_async_context(self._residency.using(reference_from(message.model)))
-        return await self._parser.parse(
-            message, model, context.time_remaining(), previews, mask_by_alpha=mask_by_alpha, optional=optional
-        )
+        return await self._parser.parse(message, model, context.time_remaining(), previews, reading)
 
     async def _follow(
         self, request: Request, slot: Slot, lease: AsyncExitStack, progress: bool

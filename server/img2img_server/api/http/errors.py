@@ -36,7 +36,6 @@ _FIELDS = {
     "output.format": "output_format",
     "output.quality": "output_compression",
     "output.as_asset": "response_format",
-    "preview_interval": "partial_images",
 }
 """Fields of TransformRequest -> fields of the form. `image`, `mask`, `loras` and `model` include their subfields."""
 

@@ -9,6 +9,7 @@ from img2img.v1 import image_to_image_pb2 as pb
 
 from img2img_server.api.http.forms import Part, shown
 from img2img_server.api.loras import loras_from
+from img2img_server.api.parsing import Reading
 from img2img_server.config import DEFAULT_GUIDANCE, DEFAULT_STEPS, DEFAULT_STRENGTH, MAX_GUIDANCE, MAX_PROMPT
 from img2img_server.errors import InvalidField
 from img2img_server.images import MAX_BLUR
@@ -49,6 +50,11 @@ class Draft:
     partial_images: int = 0
     as_url: bool = False
     optional: list[str] = field(default_factory=list)
+
+    @property
+    def reading(self) -> Reading:
+        """How the server reads the message."""
+        return Reading(mask_by_alpha=True, optional=tuple(self.optional), preview_count=self.partial_images)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,11 +109,6 @@ def _fill(draft: Draft, variation: bool) -> None:
     if draft.size == "auto":
         message.fit.native_area.SetInParent()
     message.output.as_asset = draft.as_url
-    if draft.stream and draft.partial_images:
-        strength = message.strength if message.HasField("strength") else DEFAULT_STRENGTH
-        whole = message.num_inference_steps if message.HasField("num_inference_steps") else DEFAULT_STEPS
-        steps = int(whole * min(strength, 1.0))
-        message.preview_interval = max(1, -(-steps // (draft.partial_images + 1)))
 
 
 def _put_source(source: pb.ImageSource, part: Part) -> None:

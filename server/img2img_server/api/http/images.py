@@ -70,7 +70,7 @@ class Images:
         def accept(accepted: Accepted) -> None:
             headers.update(answers.queue_headers(accepted.position, accepted.eta))
 
-        result = await self._transforms.transform(draft.message, exchange, accept, mask_by_alpha=True, optional=draft.optional)
+        result = await self._transforms.transform(draft.message, exchange, accept, draft.reading)
         headers["openai-processing-ms"] = str(math.ceil((time.monotonic() - exchange.began) * 1000))
         await exchange.answer(200, await self._written(answers.images, result, exchange.base), headers)
 
@@ -78,7 +78,7 @@ class Images:
         """Answers with events. Headers are sent with the first event, so a refused request gets the status of its error."""
         begun, previews = False, 0
         asked = pb.TransformStreamRequest(request=draft.message)
-        stream = self._transforms.TransformStream(asked, exchange, mask_by_alpha=True, optional=draft.optional)
+        stream = self._transforms.TransformStream(asked, exchange, draft.reading)
         async with aclosing(stream) as events:
             async for event in events:
                 if not begun:
