@@ -8,14 +8,16 @@ from typing import Any
 
 import grpc
 import pytest
+from fake_codecs import FakeProcess
 from fake_image_service import image_bytes
-from fakes import FakePipeline
+from fakes import Clock, FakePipeline
 from http_calls import EDITS, ask, client_of
 from img2img.v1 import image_to_image_pb2 as pb
 from img2img.v1.image_to_image_pb2_grpc import ImageToImageServiceStub
 from img2img_cli.__main__ import main
 from img2img_client import Client, ImageInput, read_provenance
 from img2img_server.api.references import References
+from img2img_server.codecs.pool import Codecs, ImageMemory
 from img2img_server.config import AssetSettings
 from img2img_server.engine.request import Request
 from img2img_server.errors import InvalidField
@@ -153,23 +155,38 @@ def test_files_together_have_a_bound_of_bytes(stub: ImageToImageServiceStub, pip
 
 
 class SlowSources:
-    """Sources that answer once they are let."""
+    """Sources that take 40 s each to read."""
 
     def __init__(self) -> None:
-        self.may_answer = asyncio.Event()
+        self.clock = Clock()
 
     async def read(self, source: pb.ImageSource, field: str) -> tuple[str, bytes]:
-        await self.may_answer.wait()
-        return field, b""
+        for _ in range(3):
+            await asyncio.sleep(0)  # a time limit of 0 s ends here
+        self.clock.now += 40
+        return field, png((8, 8))
+
+
+async def read_slowly(*addresses: str) -> int:
+    """Reads references with 60 s for those that are fetched. Returns how many were read."""
+    slow, codecs = SlowSources(), Codecs(1, 1, ImageMemory(2**30), FakeProcess)
+    sources: Any = slow
+    try:
+        references = References(sources, codecs, LIMITS, 60, slow.clock)
+        return len(await references.read([pb.ImageSource(uri=address) for address in addresses]))
+    finally:
+        await codecs.close()
 
 
 async def test_fetching_the_references_takes_as_long_as_fetching_one_image_at_most() -> None:
-    sources: Any = SlowSources()
-    codecs: Any = None
-    references = References(sources, codecs, LIMITS, seconds=0.01)
-    with pytest.raises(InvalidField, match=r"longer than 0\.01 seconds together") as raised:
-        await references.read([pb.ImageSource(uri="https://example.org/a.png")] * 2)
-    assert raised.value.field == "reference_images[0].uri"
+    assert await read_slowly("https://example.org/a.png", "HTTP://example.org/b.png") == 2
+    with pytest.raises(InvalidField, match="longer than 60 seconds together") as raised:
+        await read_slowly(*["https://example.org/a.png"] * 3)
+    assert raised.value.field == "reference_images[2].uri"
+
+
+async def test_only_references_that_are_fetched_count_towards_the_time_for_fetching_them() -> None:
+    assert await read_slowly("asset:a", "file:///b.png", "httpx:c", "https://example.org/d.png") == 4
 
 
 def test_a_model_that_takes_one_image_refuses_more(stub: ImageToImageServiceStub) -> None:

@@ -197,6 +197,17 @@ async def test_long_addresses_take_neither_the_event_loop_nor_memory(monkeypatch
     assert NO_SUCH in await refusal(sources, "file:///" + "%41" * 4000)
 
 
+@pytest.mark.parametrize("look", [reading.asset_of, reading.is_fetched])
+def test_a_long_address_is_not_copied_to_see_its_scheme(look: Callable[[pb.ImageSource], object]) -> None:
+    source = pb.ImageSource(uri="data:image/png;base64," + "A" * 2**22)
+    tracemalloc.start()
+    try:
+        look(source)
+        assert tracemalloc.get_traced_memory()[1] < 1.5 * 2**22, "the message's text once, which protobuf makes"
+    finally:
+        tracemalloc.stop()
+
+
 class Site(ThreadingHTTPServer):
     """A web server on loopback that gives an image, or at /hang nothing until `over`."""
 

@@ -1,7 +1,7 @@
 """The reference images of a request: checked, read and decoded like its source image, with bounds for all of them together."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from img2img.v1 import image_to_image_pb2 as pb
@@ -11,7 +11,7 @@ from img2img_server.codecs.jobs import LoadReference
 from img2img_server.codecs.pool import Codecs
 from img2img_server.errors import InvalidField
 from img2img_server.images import ImageLimits
-from img2img_server.sources.reading import Sources
+from img2img_server.sources.reading import Sources, is_fetched
 from img2img_server.support.call import current
 from img2img_server.support.time_limit import time_limit
 
@@ -29,10 +29,18 @@ class Reference:
 
 
 class References:
-    """Reads the reference images of requests. Those that are fetched take together as many `seconds` as one image may."""
+    """Reads the reference images of requests. Those that are fetched take together as many `seconds` of `clock` as one image
+    may."""
 
-    def __init__(self, sources: Sources, codecs: Codecs, limits: ImageLimits, seconds: float) -> None:
-        self._sources, self._codecs, self._limits, self._seconds = sources, codecs, limits, seconds
+    def __init__(
+        self,
+        sources: Sources,
+        codecs: Codecs,
+        limits: ImageLimits,
+        seconds: float,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._sources, self._codecs, self._limits, self._seconds, self._clock = sources, codecs, limits, seconds, clock
 
     def check(self, sources: Sequence[pb.ImageSource]) -> None:
         """Checks the references without reading them. Raises InvalidField, or NotSupported for sources that cannot be read."""
@@ -48,13 +56,14 @@ class References:
         bytes_left, pixels_left = _SHARE * self._limits.max_bytes, _SHARE * self._limits.max_source_pixels
         seconds_left = self._seconds
         for index, source in enumerate(sources):
-            began = time.monotonic()
+            began, fetched = self._clock(), is_fetched(source)
             slow = InvalidField(
                 f"{_FIELD}[{index}].uri", f"fetching the images took longer than {self._seconds:g} seconds together"
             )
-            async with time_limit(seconds_left if source.uri.lower().startswith("http") else None, slow):
+            async with time_limit(seconds_left if fetched else None, slow):
                 field, data = await self._sources.read(source, f"{_FIELD}[{index}]")
-            seconds_left = max(0.0, seconds_left - (time.monotonic() - began))
+            if fetched:
+                seconds_left = max(0.0, seconds_left - (self._clock() - began))
             bytes_left -= len(data)
             if bytes_left < 0:
                 most = _SHARE * self._limits.max_bytes

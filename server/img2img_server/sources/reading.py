@@ -84,7 +84,10 @@ def _read(descriptor: int, most: int, field: str) -> bytes:
     return data
 
 
-_ADDRESS = re.compile(rb"[A-Za-z][A-Za-z0-9+.-]{0,15}:")
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]{0,15}):")
+_MOST_SCHEME = 17
+"""Maximum characters of a scheme with its colon. No more of an address is looked at, which may be a data: URI of megabytes."""
+_FETCHED = ("http", "https")
 _THREADS = 4
 """Threads that read files and data: URIs, shared fairly among clients."""
 
@@ -152,7 +155,7 @@ class Sources:
         scheme = _scheme_of(uri)
         if scheme == "asset":
             self._check_asset(field, _after_scheme(uri))
-        elif scheme in ("http", "https") and self._fetcher is not None:
+        elif scheme in _FETCHED and self._fetcher is not None:
             self._fetcher.check(uri, field)
         elif scheme == "file" and self._settings.file_root is not None:
             path_of(uri, field)
@@ -178,7 +181,7 @@ class Sources:
             root, path = self._settings.file_root, path_of(uri, field)
             assert root is not None, "check refuses files without it"
             return await self._threads.run(read_below, root, path, self._limits.max_bytes, field)
-        if scheme in ("http", "https"):
+        if scheme in _FETCHED:
             assert self._fetcher is not None, "check refuses addresses without it"
             return await self._fetcher.fetch(uri, field)
         return await self._threads.run(images.decode_data_uri, uri, self._limits, field)
@@ -192,7 +195,12 @@ class Sources:
 
 def begins_as_address(data: bytes) -> bool:
     """Whether bytes are an address and not an image file, none of which begins like one."""
-    return _ADDRESS.match(data) is not None
+    return bool(_scheme_of(data[:_MOST_SCHEME].decode("latin-1")))
+
+
+def is_fetched(source: pb.ImageSource) -> bool:
+    """Whether a source is downloaded from the web."""
+    return source.WhichOneof("source") == "uri" and _scheme_of(source.uri) in _FETCHED
 
 
 def asset_of(source: pb.ImageSource) -> str:
@@ -203,8 +211,9 @@ def asset_of(source: pb.ImageSource) -> str:
 
 
 def _scheme_of(uri: str) -> str:
-    scheme, colon, _ = uri.partition(":")
-    return scheme.lower() if colon else ""
+    """The scheme of an address in lower case; empty if it has none."""
+    found = _SCHEME.match(uri)
+    return found[1].lower() if found else ""
 
 
 def _after_scheme(uri: str) -> str:
