@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 from img2img_server.bundle.manifest import Manifest, read_manifest
-from img2img_server.errors import BundleError
+from img2img_server.errors import BundleError, OutOfMemory
 from img2img_server.runtime import loader, measured_choice
 from img2img_server.runtime.common import cpu
 from img2img_server.runtime.execution import Execution
 from img2img_server.runtime.loader import load_pipeline
 from img2img_server.runtime.measured_choice import fastest
+from onnxruntime.capi import onnxruntime_pybind11_state as state
 
 
 class Clock:
@@ -27,13 +28,25 @@ class Clock:
         return self.now
 
 
+class Way(str):
+    """A pipeline that is nothing but its name, and notes in `closed` that it was closed."""
+
+    closed: list[str]
+
+    def close(self) -> None:
+        self.closed.append(self)
+
+
 class Bench:
-    """Ways to run a bundle: each takes these seconds for an image, and is loaded and drawn with on record."""
+    """Ways to run a bundle: each takes these seconds for an image, and is loaded and drawn with on record. One with negative
+    seconds does not load, one in `broken` raises that when it draws."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, folder: Path, manifest: Manifest, cache: Path, **seconds: float) -> None:
         self.clock = Clock()
         self.loaded: list[str] = []
         self.drawn: list[str] = []
+        self.closed: list[str] = []
+        self.broken: dict[str, Exception] = {}
         self.seconds: Mapping[str, float] = seconds
         self.execution = Execution(cache=cache)
         self._folder, self._manifest = folder, manifest
@@ -48,10 +61,14 @@ class Bench:
         self.loaded.append(name)
         if self.seconds[name] < 0:
             raise BundleError(f"{name} does not open")
-        return name
+        way = Way(name)
+        way.closed = self.closed
+        return way
 
     def _draw(self, pipeline: Any, request: object) -> None:
         self.drawn.append(pipeline)
+        if pipeline in self.broken:
+            raise self.broken[pipeline]
         self.clock.now += self.seconds[pipeline]
 
 
@@ -121,6 +138,42 @@ def test_a_way_that_does_not_load_is_left_out(bench: Callable[..., Bench], caplo
     assert "b cannot run it: b does not open" in caplog.text
     with pytest.raises(BundleError, match="b does not open"):
         bench(a=-1.0, b=-1.0).choose()
+
+
+@pytest.mark.parametrize("error", [state.Fail("no kernel"), RuntimeError("no memory layout"), BundleError("no graph")])
+@pytest.mark.parametrize("broken", ["a", "b"])
+def test_a_way_that_loads_but_cannot_draw_is_left_out(broken: str, error: Exception, bench: Callable[..., Bench]) -> None:
+    here = bench(a=2.0, b=2.0)
+    here.broken = {broken: error}
+    (other,) = here.seconds.keys() - {broken}
+    assert here.choose() == other
+    here.loaded.clear()
+    assert here.choose() == other
+    assert here.loaded == [other], "which was kept"
+    here.broken = dict.fromkeys(here.seconds, error)
+    with pytest.raises(type(error)):
+        here.choose(threads=2)
+
+
+def test_every_way_but_the_one_that_serves_is_closed(bench: Callable[..., Bench]) -> None:
+    here = bench(a=2.0, b=1.0, c=3.0, d=1.5)
+    here.broken = {"d": RuntimeError("cannot draw")}
+    assert here.choose() == "b"
+    assert (here.loaded, here.closed) == (["a", "b", "c", "d", "b"], ["a", "b", "c", "d"])
+    last = bench(a=2.0, b=1.0)
+    assert last.choose(threads=3) == "b"
+    assert last.closed == ["a"]
+
+
+def test_a_machine_without_memory_for_a_way_says_so(bench: Callable[..., Bench]) -> None:
+    """The models beside it are evicted then, and the ways are measured once there is memory."""
+    here = bench(a=2.0, b=1.0)
+    here.broken = {"b": OutOfMemory("the machine ran out of memory")}
+    with pytest.raises(OutOfMemory):
+        here.choose()
+    assert here.closed == ["a", "b"]
+    here.broken = {}
+    assert here.choose() == "b"
 
 
 def test_the_way_that_was_fastest_before_is_measured_against_the_others_if_it_no_longer_loads(

@@ -14,8 +14,11 @@ from PIL import Image
 
 from img2img_server.bundle.manifest import LEAST_CONTRAST, LIMITS, Manifest, Precision, Reference
 from img2img_server.engine.request import Pipeline, Request, run_alone
-from img2img_server.errors import BundleError
+from img2img_server.errors import BundleError, ServerError
+from img2img_server.runtime.onnx.providers import ERRORS
 
+CANNOT_DRAW = (*ERRORS, BundleError, ServerError, RuntimeError, FloatingPointError)
+"""Errors of a pipeline that is loaded or draws which mean that it does not work on this machine."""
 INFINITE_PSNR = 999.0
 """The PSNR reported for equal images, in decibels."""
 

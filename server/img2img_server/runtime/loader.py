@@ -13,7 +13,7 @@ from img2img_server.bundle.manifest import Manifest, Precision, TensorSpec
 from img2img_server.bundle.unsafe_files import refuse_unsafe
 from img2img_server.engine.cache import Cache
 from img2img_server.engine.request import Pipeline
-from img2img_server.errors import BundleError, OutOfMemory, ServerError
+from img2img_server.errors import BundleError, OutOfMemory
 from img2img_server.runtime import accuracy_check, measured_choice
 from img2img_server.runtime.common import cpu
 from img2img_server.runtime.common.device_copy import device_stream, go_over
@@ -34,7 +34,7 @@ from img2img_server.runtime.lora.graph import layers_of
 from img2img_server.runtime.onnx.components import Components
 from img2img_server.runtime.onnx.graph_sizes import Sizes
 from img2img_server.runtime.onnx.placement import Placement
-from img2img_server.runtime.onnx.providers import ERRORS, Choice, Probe, choose
+from img2img_server.runtime.onnx.providers import Choice, Probe, choose
 from img2img_server.runtime.onnx.runners import HostRunner, Make
 from img2img_server.runtime.onnx.sessions import Open, SessionOptions, last_line, open_session
 from img2img_server.runtime.opaque.pipeline import OpaquePipeline
@@ -69,8 +69,6 @@ _FEW_BYTES = 2**28
 """If torch's tensors on the GPU take less than this, no other model is loaded there."""
 
 _PRECISIONS: dict[torch.dtype, Precision] = {torch.bfloat16: "bf16", torch.float16: "fp16"}
-_DOES_NOT_DRAW = (*ERRORS, BundleError, ServerError, RuntimeError, FloatingPointError)
-"""Errors of a pipeline in the accuracy check that mean that its precision does not work on this machine."""
 
 
 def load_pipeline(
@@ -241,20 +239,22 @@ def _judged(
     bundle: Path, manifest: Manifest, precision: Precision, quick: Callable[[], Pipeline], exact: Callable[[], Pipeline]
 ) -> Pipeline:
     """Loads the `quick` pipeline, which computes in `precision`; if it fails the accuracy check, the `exact` one instead."""
+    held: list[Pipeline] = []
     try:
-        pipeline = quick()
-        verdict = accuracy_check.judge(pipeline, bundle, manifest, accuracy_check.least_psnr_db(precision))
+        held.append(quick())
+        verdict = accuracy_check.judge(held[0], bundle, manifest, accuracy_check.least_psnr_db(precision))
     except OutOfMemory:
         # float32 takes even more memory.
+        measured_choice.free(held)
         raise
-    except _DOES_NOT_DRAW as error:
+    except accuracy_check.CANNOT_DRAW as error:
         verdict = accuracy_check.Verdict(False, f"the pipeline does not run: {error}".splitlines()[0])
     if verdict.passed:
         _log.info("%s: computes in %s, PSNR of its reference images %.1f dB", bundle.name, precision, verdict.psnr_db)
-        return pipeline
+        return held.pop()
     _log.warning("%s: computes in fp32 and not in %s: %s", bundle.name, precision, verdict.problem)
-    # Freed before the other one is loaded: both need not fit into memory.
-    pipeline = None  # type: ignore[assignment]
+    # Before the other one is loaded: both need not fit into memory.
+    measured_choice.free(held)
     return exact()
 
 

@@ -22,7 +22,7 @@ from typing import Any
 from img2img_server.bundle.files import read_json
 from img2img_server.bundle.manifest import Manifest
 from img2img_server.engine.request import Pipeline, Request, run_alone
-from img2img_server.errors import BundleError
+from img2img_server.errors import BundleError, OutOfMemory
 from img2img_server.runtime import accuracy_check
 from img2img_server.runtime.common import cpu
 from img2img_server.runtime.execution import Execution
@@ -55,7 +55,8 @@ def fastest(
 ) -> Pipeline:
     """Loads the bundle in the fastest way, after measuring all if that was not done before.
 
-    A way whose load or draw raises BundleError is left out. Raises the last one's error if there is no other.
+    A way that does not load or draw (accuracy_check.CANNOT_DRAW) is left out. Raises the last one's error if there is no other,
+    and OutOfMemory if any way runs out of memory.
     """
     cases = accuracy_check.cases(manifest, bundle)[:1]
     if not cases or len(ways) == 1:
@@ -67,29 +68,43 @@ def fastest(
             return _chosen(bundle, ways, seconds, "measured before")
         except BundleError as error:
             _log.warning("%s: the way that was fastest before does not load: %s", bundle.name, error)
-    seconds, last = {}, ""
-    failure: BundleError | None = None
-    pipeline: Pipeline | None = None
+    held: list[Pipeline] = []
+    seconds = _measure(bundle, cases[0].request, ways, clock, held)
+    store.keep(seconds)
+    if held and list(ways)[-1] == min(seconds, key=lambda name: seconds[name]):
+        _report(bundle, seconds, "measured now")
+        return held.pop()
+    free(held)
+    return _chosen(bundle, ways, seconds, "measured now")
+
+
+def free(held: list[Pipeline]) -> None:
+    """Closes the pipelines and frees their memory, if there are no other references to them."""
+    while held:
+        held.pop().close()
+    gc.collect()
+
+
+def _measure(bundle: Path, request: Request, ways: Ways, clock: Callable[[], float], held: list[Pipeline]) -> dict[str, float]:
+    """The seconds of each way that draws. The last way's pipeline is in `held` afterwards, if it draws."""
+    seconds: dict[str, float] = {}
+    failure: Exception | None = None
     for name, load in ways.items():
-        pipeline = None
-        gc.collect()  # one pipeline in memory at a time
+        free(held)  # one pipeline in memory at a time
         try:
-            pipeline = load()
-            seconds[name] = _time(pipeline, cases[0].request, clock)
-            last = name
-        except BundleError as error:
+            held.append(load())
+            seconds[name] = _time(held[0], request, clock)
+        except OutOfMemory:
+            free(held)
+            raise
+        except accuracy_check.CANNOT_DRAW as error:
             _log.warning("%s: %s cannot run it: %s", bundle.name, name, error)
-            failure = error
+            failure = error.with_traceback(None)  # whose frames refer to the pipeline
+            free(held)
     if not seconds:
         assert failure is not None, "each way was measured or failed"
         raise failure
-    store.keep(seconds)
-    if pipeline is not None and last == min(seconds, key=lambda name: seconds[name]):
-        _report(bundle, seconds, "measured now")
-        return pipeline
-    pipeline = None
-    gc.collect()
-    return _chosen(bundle, ways, seconds, "measured now")
+    return seconds
 
 
 def _chosen(bundle: Path, ways: Ways, seconds: Mapping[str, float], when: str) -> Pipeline:
