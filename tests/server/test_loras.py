@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import hashlib
 import math
 import shutil
 import warnings
@@ -423,3 +424,16 @@ def test_a_pickle_is_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "a.ckpt").write_bytes(b"")
     with pytest.raises(LoraProblem, match=r"^is a pickle \(\.ckpt\), which can run code when read"):
         LoraFiles(tmp_path).find("a")
+
+
+def test_a_file_is_read_once_for_its_digest_by_all_that_look_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The parser and every model have their own LoraFiles. A file that was replaced is another one."""
+    read, digest = [], hashlib.file_digest
+    monkeypatch.setattr(hashlib, "file_digest", lambda file, name: read.append(file.name) or digest(file, name))  # type: ignore[func-returns-value]
+    (tmp_path / "a.safetensors").write_bytes(b"one")
+    first = LoraFiles(tmp_path).find("a")
+    assert LoraFiles(tmp_path).find("a") == first
+    assert len(read) == 1
+    (tmp_path / "b").write_bytes(b"two")
+    (tmp_path / "b").replace(tmp_path / "a.safetensors")
+    assert LoraFiles(tmp_path).find("a").digest == hashlib.sha256(b"two").hexdigest()

@@ -12,7 +12,7 @@ from img2img.v1 import image_to_image_pb2 as pb
 from img2img.v1 import model_pb2
 from img2img.v1.image_to_image_pb2_grpc import ImageToImageServiceStub
 from img2img.v1.model_pb2_grpc import ModelServiceStub
-from img2img_server.api.request_fields import RequestFields, is_set
+from img2img_server.api.request_fields import fields_of, is_set
 from img2img_server.config import ServerConfig
 from img2img_server.engine.request import Request
 from img2img_server.support.model_fields import GUIDED, FieldRule, ModelFields
@@ -88,11 +88,20 @@ def bare() -> Iterator[Model]:
 def test_the_table_has_every_field_of_the_contract() -> None:
     pipeline = FakePipeline()
     pipeline.fields, pipeline.source_rule = {name: FieldRule() for name in SET}, SourceRule(mask="optional")
-    listed = {name.partition(".")[0] for name in RequestFields(ServerConfig(), pipeline)}
+    listed = {name.partition(".")[0] for name in fields_of(ServerConfig(), pipeline)}
     assert listed == {field.name for field in pb.TransformRequest.DESCRIPTOR.fields}
     pipeline.fields, pipeline.schedulers, pipeline.source_rule = {}, (), SourceRule()
-    lacking = RequestFields(ServerConfig(), pipeline)
+    lacking = fields_of(ServerConfig(), pipeline)
     assert listed - {name.partition(".")[0] for name in lacking} == set(SET)
+
+
+def test_the_table_is_made_once_for_models_that_take_the_same_fields() -> None:
+    pipeline, other = FakePipeline(), FakePipeline()
+    first = fields_of(ServerConfig(), pipeline)
+    assert fields_of(ServerConfig(), other) is first
+    other.fields = {**GUIDED, "strength": FieldRule(0.5)}
+    assert (fields_of(ServerConfig(), other)["strength"].default, first["strength"].default) == (0.5, 0.8)
+    assert fields_of(ServerConfig(max_steps=7), pipeline)["num_inference_steps"].maximum == 7
 
 
 def test_defaults_and_bounds_are_those_that_requests_have(full: Model) -> None:

@@ -12,7 +12,7 @@ from img2img_server import images
 from img2img_server.api.loras import check_loras, find_loras
 from img2img_server.api.masks import mask_rule
 from img2img_server.api.references import References
-from img2img_server.api.request_fields import RequestFields
+from img2img_server.api.request_fields import RequestFields, fields_of
 from img2img_server.bundle.lora_files import LoraFiles
 from img2img_server.codecs.jobs import LoadImage, LoadMask
 from img2img_server.codecs.pool import Codecs
@@ -109,7 +109,7 @@ class Parser:
         """
         arrival = time.perf_counter()
         deadline = None if seconds_left is None else self._clock() + seconds_left
-        fields = RequestFields(self._config, _pipeline_of(model))
+        fields = fields_of(self._config, _pipeline_of(model))
         for name in reading.optional:
             if name not in fields:
                 message.ClearField(name)  # type: ignore[arg-type]

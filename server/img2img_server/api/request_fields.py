@@ -4,7 +4,8 @@ A new field is one row here. If not every model takes it, its row says what a mo
 list it in their `fields`.
 """
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,10 +26,12 @@ from img2img_server.config import (
 from img2img_server.engine.request import Pipeline
 from img2img_server.errors import InvalidField
 from img2img_server.images import MAX_BLUR
+from img2img_server.support.model_fields import FieldRule, ModelFields
+from img2img_server.support.source_rule import MaskUse
 
 _LARGEST_DOUBLE_SEED = 2.0**63 - 1024
 """The largest double that is a seed. The largest seed, 2^63 - 1, is not a double."""
-
+_MOST_MADE = 256
 
 _NO_MASK = "this model does not take a mask"
 _MASK = (("mask", None, None), ("mask_blur", 0.0, MAX_BLUR), ("mask_invert", False, None), ("mask_paste", True, None))
@@ -103,17 +106,29 @@ def _table(config: ServerConfig, size_multiple: int) -> tuple[RequestField, ...]
     )
 
 
-class RequestFields(Mapping[str, RequestField]):
-    """The fields that the model of a pipeline takes, by name."""
+def fields_of(config: ServerConfig, pipeline: Pipeline) -> "RequestFields":
+    """The fields that the model of a pipeline takes. Made once for all models that take the same ones."""
+    own = frozenset(pipeline.fields.items())
+    return _made(config, pipeline.size_multiple, own, bool(pipeline.schedulers), pipeline.source_rule.mask)
 
-    def __init__(self, config: ServerConfig, pipeline: Pipeline) -> None:
-        self._all = _table(config, pipeline.size_multiple)
-        own = pipeline.fields
-        taken = {*own, *(["scheduler"] if pipeline.schedulers else [])}
-        mask = pipeline.source_rule.mask
+
+@functools.lru_cache(_MOST_MADE)
+def _made(
+    config: ServerConfig, size_multiple: int, own: frozenset[tuple[str, FieldRule]], schedulers: bool, mask: MaskUse
+) -> "RequestFields":
+    return RequestFields(_table(config, size_multiple), dict(own), schedulers, mask)
+
+
+class RequestFields(Mapping[str, RequestField]):
+    """The fields that a model takes, by name: those of the table `rows` that every model takes, its `own`, and if it has them
+    `schedulers` and a `mask`."""
+
+    def __init__(self, rows: Sequence[RequestField], own: ModelFields, schedulers: bool, mask: MaskUse) -> None:
+        self._all = rows
+        taken = {*own, *(["scheduler"] if schedulers else [])}
         if mask != "none":
             taken |= {name for name, *_ in _MASK}
-        rows = [row for row in self._all if not row.lacking or row.name in taken]
+        rows = [row for row in rows if not row.lacking or row.name in taken]
         rows = [replace(row, required=True) if row.name == "mask" and mask == "required" else row for row in rows]
         self._rows = {row.name: _with_default(row, own[row.name].default if row.name in own else None) for row in rows}
 

@@ -2,10 +2,10 @@
 FOLDER/NAME. Standard library only."""
 
 import contextlib
+import functools
 import hashlib
 import os
 import stat
-import threading
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -37,8 +37,6 @@ class LoraFiles:
 
     def __init__(self, folder: Path | None) -> None:
         self.folder = folder
-        self._digests: dict[tuple[object, ...], str] = {}
-        self._lock = threading.Lock()
 
     def ids(self) -> list[str]:
         """The ids of all LoRAs, sorted."""
@@ -77,7 +75,7 @@ class LoraFiles:
             raise LoraProblem(self._missing(parts)) from None
         if not stat.S_ISREG(found.st_mode):
             raise LoraProblem("is not a regular file")
-        return LoraFile(name, path, found.st_size, self._digest(path, found))
+        return LoraFile(name, path, found.st_size, _digest_of(path, found))
 
     def _missing(self, parts: list[str]) -> str:
         assert self.folder is not None, "a folder was searched"
@@ -88,18 +86,17 @@ class LoraFiles:
         more = "" if len(known) <= _SHOWN else f" and {len(known) - _SHOWN} more"
         return f"is not in this server's folder of LoRAs, which has {', '.join(known[:_SHOWN]) or 'none'}{more}"
 
-    def _digest(self, path: Path, found: os.stat_result) -> str:
-        key = (path, found.st_ino, found.st_size, found.st_mtime_ns)
-        with self._lock:
-            known = self._digests.get(key)
-        if known is None:
-            try:
-                with path.open("rb") as file:
-                    known = hashlib.file_digest(file, "sha256").hexdigest()
-            except OSError as error:
-                raise LoraProblem(f"cannot be read: {error.strerror}") from None
-            with self._lock:
-                if len(self._digests) >= _MOST_FILES:
-                    self._digests.clear()
-                self._digests[key] = known
-        return known
+
+def _digest_of(path: Path, found: os.stat_result) -> str:
+    """The file's SHA-256. Raises LoraProblem."""
+    try:
+        return _read_digest(path, found.st_ino, found.st_size, found.st_mtime_ns)
+    except OSError as error:
+        raise LoraProblem(f"cannot be read: {error.strerror}") from None
+
+
+@functools.lru_cache(_MOST_FILES)
+def _read_digest(path: Path, inode: int, size: int, modified: int) -> str:
+    """Reads a file once for all that look for it, requests and models alike, as long as it is the same one."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
