@@ -54,7 +54,7 @@ def open_gate(path: Path) -> Gate:
     return Gate(path, clock, Access(path, clock, lambda: NOON + timedelta(seconds=clock.now)))
 
 
-def test_without_a_file_everybody_may_call_and_is_known_by_address() -> None:
+def test_without_a_token_file_every_client_is_allowed_and_named_by_address() -> None:
     access = Access()
     call = Call(TRANSFORM, "id", client="ipv4:10.0.0.7")
     with access.admitted(call, ()) as admitted:
@@ -108,7 +108,7 @@ def test_every_call_without_a_good_token_gets_the_same_answer(path: Path) -> Non
         assert call.client == "alice"
 
 
-def test_a_token_is_good_until_it_expires(path: Path) -> None:
+def test_expired_token_is_refused(path: Path) -> None:
     secret = grant(path, "alice", expires=NOON + timedelta(seconds=10))
     gate = open_gate(path)
     gate.clock.now = 9.9
@@ -126,7 +126,7 @@ def test_only_health_needs_no_token(path: Path) -> None:
         assert isinstance(gate.refused(None, method), Unauthenticated)
 
 
-def test_so_many_calls_a_minute_and_an_exact_time_to_come_back(path: Path) -> None:
+def test_rate_limit_returns_the_exact_retry_delay(path: Path) -> None:
     secret, other = grant(path, "alice", requests_per_minute=30), grant(path, "bob", requests_per_minute=30)
     gate = open_gate(path)
     for _ in range(5):  # ten seconds' worth may come at once
@@ -167,7 +167,7 @@ def test_no_call_pattern_exceeds_the_rate_and_the_retry_delay_is_long_enough(per
     assert taken <= max(1, per_minute / 6) + now * per_minute / 60 + 1e-6
 
 
-def test_so_many_calls_at_a_time(path: Path) -> None:
+def test_concurrency_limit_is_per_token(path: Path) -> None:
     secret, other = grant(path, "alice", concurrency=2), grant(path, "bob", concurrency=1)
     gate = open_gate(path)
     with gate.call(secret):
@@ -182,7 +182,7 @@ def test_so_many_calls_at_a_time(path: Path) -> None:
         gate.admit(secret)
 
 
-def test_a_busy_client_loses_nothing_of_its_rate(path: Path) -> None:
+def test_calls_refused_for_concurrency_do_not_count_towards_the_rate(path: Path) -> None:
     secret = grant(path, "alice", concurrency=1, requests_per_minute=12)
     gate = open_gate(path)
     with gate.call(secret):
@@ -201,7 +201,7 @@ def test_reflection_is_not_counted(path: Path) -> None:
     assert isinstance(gate.refused(secret), RateLimited)
 
 
-def test_the_file_is_read_again_and_what_runs_stays_counted(path: Path) -> None:
+def test_token_file_is_reloaded_and_running_calls_still_count(path: Path) -> None:
     alice = grant(path, "alice", concurrency=1)
     gate = open_gate(path)
     with gate.call(alice):
@@ -222,7 +222,7 @@ def test_the_file_is_read_again_and_what_runs_stays_counted(path: Path) -> None:
     gate.admit(alice)
 
 
-def test_a_file_that_is_still_being_written_is_left_alone(path: Path) -> None:
+def test_partially_written_token_file_is_not_loaded(path: Path) -> None:
     """Cut off in the middle it may be good TOML that lacks a token's limits."""
     alice = grant(path, "alice", models=("demo",))
     gate = open_gate(path)

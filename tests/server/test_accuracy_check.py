@@ -56,7 +56,7 @@ def test_verified_bundle_passes_and_matches_references_within_one_level(pipeline
     assert verdict.psnr_db > 60
 
 
-def test_a_little_rounding_passes_for_bf16_and_not_for_fp32(
+def test_small_rounding_errors_pass_for_bf16_but_not_for_fp32(
     pipeline: Any, made: tuple[Path, Manifest], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     blur(pipeline, monkeypatch, 0.01)
@@ -66,13 +66,13 @@ def test_a_little_rounding_passes_for_bf16_and_not_for_fp32(
     assert "PSNR" in verdict.problem
 
 
-def test_noise_does_not_pass(pipeline: Any, made: tuple[Path, Manifest], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_noise_fails(pipeline: Any, made: tuple[Path, Manifest], monkeypatch: pytest.MonkeyPatch) -> None:
     blur(pipeline, monkeypatch, 2.0)
     assert not accuracy_check.judge(pipeline, *made, accuracy_check.least_psnr_db("bf16")).passed
 
 
 @pytest.mark.parametrize(("kind", "problem"), [("black", "only one color"), ("small", "the image is (8, 8)")])
-def test_no_image_at_all_does_not_pass(kind: str, problem: str, made: tuple[Path, Manifest]) -> None:
+def test_black_or_wrongly_sized_images_fail(kind: str, problem: str, made: tuple[Path, Manifest]) -> None:
     known = accuracy_check.cases(made[1], made[0])
     drawn = [Image.new("RGB", case.image.size if kind == "black" else (8, 8)) for case in known]
     verdict = accuracy_check.compare(known, drawn, 0.0)
@@ -99,7 +99,7 @@ def test_references_are_files_of_the_bundle(made: tuple[Path, Manifest], tmp_pat
         accuracy_check.cases(dataclasses.replace(made[1], references=(stray,)), copy)
 
 
-def test_a_bundle_from_before_there_were_references_still_loads(made: tuple[Path, Manifest], tmp_path: Path) -> None:
+def test_old_manifest_without_references_still_loads(made: tuple[Path, Manifest], tmp_path: Path) -> None:
     write_manifest(tmp_path, dataclasses.replace(made[1], references=()))
     path = tmp_path / "manifest.json"
     data = json.loads(path.read_text())
@@ -108,7 +108,7 @@ def test_a_bundle_from_before_there_were_references_still_loads(made: tuple[Path
     assert read_manifest(tmp_path).references == ()
 
 
-def test_psnr_is_that_of_the_formula() -> None:
+def test_psnr_matches_the_formula() -> None:
     reference = Image.new("RGB", (4, 4), (10, 10, 10))
     assert accuracy_check.psnr_db(reference, reference) == accuracy_check.INFINITE_PSNR
     other = Image.fromarray(np.asarray(reference) + np.uint8(5))

@@ -33,7 +33,7 @@ def test_public_addresses_are_allowed(address: str) -> None:
     assert is_public(address)
 
 
-def test_no_address_is_public_that_python_counts_as_private() -> None:
+def test_public_addresses_are_global_in_pythons_ipaddress_too() -> None:
     """Every /8 and /16 of IPv4, at its ends and in its middle; and each of them as a mapped one."""
     for high in range(2**16):
         for low in (0, 1, 0x8000, 0xFFFF):

@@ -82,7 +82,7 @@ def asked(pipeline: Pipeline, image: Image.Image, size: SizeRule, **settings: An
 
 
 @pytest.mark.parametrize("name", nightly_but(ARCHITECTURES, "sd3-no-t5", "flux-dev", "if", "klein"))
-def test_images_are_those_of_diffusers(name: str, bundle: Callable[[str], Path], tiny_model: Callable[[str], Path]) -> None:
+def test_images_match_diffusers(name: str, bundle: Callable[[str], Path], tiny_model: Callable[[str], Path]) -> None:
     """Small ones, two of a request beside another request, and sources that the pipeline has to resize."""
     manifest = read_manifest(bundle(name))
     assert manifest.backend == ARCHITECTURES[name]
@@ -114,7 +114,7 @@ def test_images_are_those_of_diffusers(name: str, bundle: Callable[[str], Path],
 
 
 @pytest.mark.parametrize("rule", [SizeRule(width=64), SizeRule(height=128), SizeRule(longest_side=128)])
-def test_a_size_that_a_model_does_not_make_is_refused(rule: SizeRule, bundle: Callable[[str], Path]) -> None:
+def test_unsupported_size_is_refused(rule: SizeRule, bundle: Callable[[str], Path]) -> None:
     """DeepFloyd IF draws at its UNet's size; what it makes anyway may be asked for."""
     pipeline = load_pipeline(bundle("if"), read_manifest(bundle("if")), Execution("cpu"))
     with pytest.raises(InvalidField, match="this model sets the size itself: of this image it makes 48 x 32 pixels"):
@@ -123,14 +123,14 @@ def test_a_size_that_a_model_does_not_make_is_refused(rule: SizeRule, bundle: Ca
     assert asked(pipeline, source(72, 104), SizeRule(area=1024)).result_size == (32, 48)
 
 
-def test_a_source_that_a_model_does_not_take_is_refused_by_its_field(bundle: Callable[[str], Path]) -> None:
+def test_unsupported_source_is_refused_and_names_its_field(bundle: Callable[[str], Path]) -> None:
     pipeline = load_pipeline(bundle("klein"), read_manifest(bundle("klein")), Execution("cpu"))
     with pytest.raises(InvalidField, match="this model does not take the image: Image too small") as raised:
         pipeline.plan(asked(pipeline, source(48, 64), SizeRule(64, 64)))
     assert raised.value.field == "image"
 
 
-def test_a_strength_is_refused_by_the_models_own_rule(bundle: Callable[[str], Path]) -> None:
+def test_step_count_for_a_strength_follows_each_models_rounding_rule(bundle: Callable[[str], Path]) -> None:
     """Stable Diffusion 3 and Flux round the steps up, others down; a model without a strength runs all."""
     plans = {}
     for name in ("sd3-no-t5", "flux-dev", "klein"):
@@ -142,7 +142,7 @@ def test_a_strength_is_refused_by_the_models_own_rule(bundle: Callable[[str], Pa
         pipeline.plan(make_request(image=source(64, 64), strength=0.3, num_inference_steps=1))
 
 
-def test_a_prompt_and_a_negative_one_matter_where_the_model_knows_them(bundle: Callable[[str], Path]) -> None:
+def test_prompt_and_negative_prompt_change_the_image(bundle: Callable[[str], Path]) -> None:
     pipeline = load_pipeline(bundle("sd3"), read_manifest(bundle("sd3")), Execution("cpu"))
     settings: dict[str, Any] = {"image": source(64, 64), "num_inference_steps": 3, "guidance_scale": 5.0}
     drawn = [
@@ -152,7 +152,7 @@ def test_a_prompt_and_a_negative_one_matter_where_the_model_knows_them(bundle: C
     assert all(np.abs(drawn[0] - other).max() > 1 for other in drawn[1:])
 
 
-def test_strength_is_nothing_to_a_model_without_it(bundle: Callable[[str], Path]) -> None:
+def test_strength_is_ignored_by_models_without_it(bundle: Callable[[str], Path]) -> None:
     pipeline = load_pipeline(bundle("pix2pix"), read_manifest(bundle("pix2pix")), Execution("cpu"))
     requests = [make_request(image=source(64, 64), strength=strength, num_inference_steps=3) for strength in (0.2, 1.0)]
     assert [pipeline.plan(request).step_count for request in requests] == [3, 3]
@@ -160,7 +160,7 @@ def test_strength_is_nothing_to_a_model_without_it(bundle: Callable[[str], Path]
     assert np.array_equal(one, other)
 
 
-def test_what_can_be_split_can_run_whole_too(bundle: Callable[[str], Path]) -> None:
+def test_opaque_pipeline_matches_the_stepped_pipeline(bundle: Callable[[str], Path]) -> None:
     """As bundles do whose graphs take one timestep for all: they cannot be batched."""
     manifest = read_manifest(bundle("sd1"))
     request = make_request(image=source(72, 64), prompt="a lake", strength=0.6, num_inference_steps=4, seeds=(1, 2))
@@ -172,7 +172,7 @@ def test_what_can_be_split_can_run_whole_too(bundle: Callable[[str], Path]) -> N
         assert np.abs(np.asarray(one, int) - np.asarray(other, int)).max() <= 1
 
 
-def test_beside_graphs_of_half_precision_all_else_stays_in_single(
+def test_latents_stay_float32_with_float16_graphs(
     bundle: Callable[[str], Path],
 ) -> None:
     half = bundle("sd1:fp16")

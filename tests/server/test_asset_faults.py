@@ -20,7 +20,7 @@ from img2img_server.errors import AssetNotFound, AssetQuotaFull, StorageFailed
 from messages import png
 
 
-async def test_the_same_content_uploaded_at_once_is_one_file(tmp_path: Path) -> None:
+async def test_concurrent_uploads_of_the_same_content_store_one_file(tmp_path: Path) -> None:
     data = os.urandom(2**20)
     async with opened(tmp_path, quota=20 * 2**20) as store:
         ids = await asyncio.gather(*(put(store, data) for _ in range(16)))
@@ -32,7 +32,7 @@ async def test_the_same_content_uploaded_at_once_is_one_file(tmp_path: Path) -> 
 @pytest.mark.parametrize("damage", ["torn", "changed", "longer", "empty"])
 @pytest.mark.parametrize("reader", ["read", "stream"])
 @pytest.mark.parametrize("restart", [False, True])
-async def test_a_damaged_file_is_never_given_out_whole(tmp_path: Path, damage: str, reader: str, restart: bool) -> None:
+async def test_damaged_file_is_never_served_as_complete(tmp_path: Path, damage: str, reader: str, restart: bool) -> None:
     data = os.urandom(2**20 + 1000)
     harm = {"torn": data[:5000], "changed": data[:-1] + bytes([data[-1] ^ 1]), "longer": data + b"x", "empty": b""}[damage]
     store = await _open(tmp_path)
@@ -136,7 +136,7 @@ asyncio.run(main())
                 assert hashlib.sha256(path.read_bytes()).hexdigest() == path.name
 
 
-async def test_temporary_files_are_removed_after_a_crash_but_not_of_a_running_server(tmp_path: Path) -> None:
+async def test_only_old_temporary_files_are_removed_at_start(tmp_path: Path) -> None:
     async with opened(tmp_path) as store:
         await put(store, png())
     parts = tmp_path / ".parts"
@@ -187,7 +187,7 @@ async def test_filesystem_errors_do_not_reveal_credentials(
         assert await store.read("shared", asset_id, 10**6) == png()
 
 
-async def test_a_write_that_fails_midway_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_failed_write_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(descriptor: int) -> None:
         raise OSError(errno.ENOSPC, "full")
 
@@ -200,7 +200,7 @@ async def test_a_write_that_fails_midway_leaves_nothing(tmp_path: Path, monkeypa
         await put(store, png())
 
 
-def test_a_disk_that_is_full_takes_nothing_and_breaks_nothing(tmp_path: Path) -> None:
+def test_full_disk_refuses_uploads_but_keeps_stored_assets(tmp_path: Path) -> None:
     """With the kernel's own limit on a file's size, in a process of its own."""
     code = """
 import asyncio, os, resource, signal, sys
@@ -271,7 +271,7 @@ async def test_vanished_storage_is_reported(tmp_path: Path) -> None:
         assert store.stats.reserved == 0
 
 
-async def test_what_cannot_be_deleted_keeps_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_undeletable_asset_does_not_block_deletion_of_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock, remove = Time(), LocalAssetFiles.remove
 
     def stuck(self: LocalAssetFiles, owner: str, asset_id: str) -> None:
@@ -317,7 +317,7 @@ async def test_file_deleted_while_being_stored_again_counts_towards_the_quota(
             assert (store.stats.count, store.stats.bytes, store.stats.reserved) == (0, 0, 0)
 
 
-async def test_each_folder_above_a_new_file_is_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_parent_folders_of_a_new_file_are_fsynced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     synced: set[str] = set()
     sync = os.fsync
 

@@ -47,7 +47,7 @@ def test_uploaded_assets_are_returned_in_chunks(assets: AssetServiceStub) -> Non
 
 
 @pytest.mark.parametrize("format_", images.READ_FORMATS)
-def test_each_format_that_is_read_can_be_kept(assets: AssetServiceStub, format_: str) -> None:
+def test_every_readable_format_can_be_stored(assets: AssetServiceStub, format_: str) -> None:
     file = io.BytesIO()
     Image.new("RGB", (20, 10), "teal").save(file, format_)
     asset = upload(assets, file.getvalue())
@@ -77,7 +77,7 @@ BAD: dict[str, tuple[list[pb.UploadAssetRequest], str]] = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_a_wrong_upload_names_its_field_and_leaves_nothing(
+def test_invalid_upload_names_its_field_and_stores_nothing(
     assets: AssetServiceStub, server: RunningServer, folder: Path, name: str
 ) -> None:
     sent, field = BAD[name]
@@ -88,14 +88,14 @@ def test_a_wrong_upload_names_its_field_and_leaves_nothing(
     assert (stats.count, stats.bytes, stats.reserved) == (0, 0, 0)
 
 
-def test_an_upload_that_grows_beyond_its_size_is_stopped_at_once(assets: AssetServiceStub) -> None:
+def test_upload_larger_than_declared_is_aborted_at_once(assets: AssetServiceStub) -> None:
     endless = itertools.chain(messages(PNG)[:1], itertools.repeat(pb.UploadAssetRequest(chunk=bytes(50_000))))
     code, details = failure(lambda: assets.UploadAsset(endless, timeout=60))
     assert (code, details["field"]) == (grpc.StatusCode.INVALID_ARGUMENT, "info.size")
 
 
 @pytest.mark.parametrize("asset_id", ["", "x", "../../../etc/passwd", "A" * 64, UNKNOWN + "0", "0" * 63 + "\n"])
-def test_an_id_that_is_none_is_refused(assets: AssetServiceStub, transforms: ImageToImageServiceStub, asset_id: str) -> None:
+def test_malformed_asset_id_is_refused(assets: AssetServiceStub, transforms: ImageToImageServiceStub, asset_id: str) -> None:
     calls: dict[str, list[Callable[[], object]]] = {
         "id": [
             lambda: download(assets, asset_id),
@@ -179,7 +179,7 @@ def test_disconnecting_mid_call_releases_memory(
     assert files_of(folder) == []
 
 
-def test_no_more_is_in_memory_than_uploads_may_take(
+def test_memory_of_concurrent_uploads_is_bounded(
     server: RunningServer, assets: AssetServiceStub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(server.server._memory, "budget", 1000)

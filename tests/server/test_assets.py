@@ -44,7 +44,7 @@ def url(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Monk
     return f"memory://{name}" if request.param == "memory" else str(tmp_path / "assets")
 
 
-async def test_an_image_is_kept_by_its_content_and_given_back(url: str) -> None:
+async def test_asset_id_is_the_content_digest_and_data_round_trips(url: str) -> None:
     data = png((640, 480))
     async with opened(url) as store:
         asset_id = await put(store, data)
@@ -191,7 +191,7 @@ async def test_expired_entries_are_evicted_and_used_ones_stay(url: str) -> None:
         assert await store.read("shared", new, 1000)
 
 
-async def test_a_use_is_remembered_beyond_a_restart(tmp_path: Path) -> None:
+async def test_last_use_survives_a_restart(tmp_path: Path) -> None:
     clock = Time()
     async with opened(tmp_path, clock, max_age=DAY) as store:
         used, unused = await put(store, b"used"), await put(store, b"unused")
@@ -205,7 +205,7 @@ async def test_a_use_is_remembered_beyond_a_restart(tmp_path: Path) -> None:
         assert [path.name for path in files_of(tmp_path)] == [used], "what is too old goes at start"
 
 
-async def test_what_another_server_used_is_not_too_old(tmp_path: Path) -> None:
+async def test_asset_used_by_another_server_does_not_expire(tmp_path: Path) -> None:
     clock = Time()
     async with opened(tmp_path, clock, max_age=DAY) as one, opened(tmp_path, clock, max_age=DAY) as other:
         asset_id = await put(one, png())
@@ -245,7 +245,7 @@ async def test_unusable_storage_is_reported_at_start(url: str, s3: str, monkeypa
     await store.close()
 
 
-async def test_none_keeps_none(tmp_path: Path) -> None:
+async def test_url_none_disables_the_asset_store(tmp_path: Path) -> None:
     async with opened("none") as store:
         assert not store.kept
         assert store.stats.count == 0
@@ -267,7 +267,7 @@ async def test_by_default_assets_are_in_the_users_cache_for_the_user_alone(
     assert path.stat().st_mode & 0o777 == 0o600
 
 
-def test_files_that_are_not_the_stores_are_no_assets() -> None:
+def test_foreign_files_in_the_folder_are_ignored() -> None:
     files: Any = AssetFiles(None, "root")
     digest = hashlib.sha256(b"").hexdigest()
     good = f"root/shared/{digest[:2]}/{digest}"
@@ -278,7 +278,7 @@ def test_files_that_are_not_the_stores_are_no_assets() -> None:
 
 
 @pytest.mark.parametrize("jump", [2 * DAY, -2 * DAY])
-async def test_a_machine_clock_that_is_set_deletes_no_asset(tmp_path: Path, jump: float) -> None:
+async def test_adjusting_the_system_clock_deletes_no_asset(tmp_path: Path, jump: float) -> None:
     wall, passed = Time(), Time()
     store = AssetStore(AssetSettings(url=str(tmp_path)), steady_clock(lambda: wall.now, lambda: passed.now))
     await store.open()

@@ -47,7 +47,7 @@ def test_damaged_asset_is_refused_as_a_source(
 
 
 @pytest.mark.parametrize("format_", [images_pb.OUTPUT_FORMAT_PNG, images_pb.OUTPUT_FORMAT_JPEG, images_pb.OUTPUT_FORMAT_WEBP])
-def test_results_are_kept_where_that_is_asked(
+def test_results_are_stored_as_assets_on_request(
     assets: AssetServiceStub, transforms: ImageToImageServiceStub, server: RunningServer,
     format_: images_pb.OutputFormat.ValueType,
 ) -> None:  # fmt: skip
@@ -101,7 +101,7 @@ def test_full_disk_fails_only_requests_that_store_assets(
 
 @pytest.mark.parametrize("format_", ["PNG", "JPEG", "WEBP"])
 @pytest.mark.parametrize("size", [(1, 1), (8, 8), (333, 77), (512, 512)])
-def test_the_room_that_is_kept_for_a_result_is_enough(format_: images.WriteFormat, size: tuple[int, int]) -> None:
+def test_quota_reserved_for_a_result_is_sufficient(format_: images.WriteFormat, size: tuple[int, int]) -> None:
     from img2img_server.api.transform import _BYTES_PER_FILE, _BYTES_PER_PIXEL
 
     image = Image.frombytes("RGB", size, os.urandom(size[0] * size[1] * 3))
@@ -121,7 +121,7 @@ def test_other_fields_are_checked_before_the_source_is_read(transforms: ImageToI
         assert (code, details["field"]) == (grpc.StatusCode.INVALID_ARGUMENT, field)
 
 
-def test_each_token_has_assets_of_its_own(pipeline: FakePipeline, tmp_path: Path) -> None:
+def test_tokens_cannot_use_each_others_assets(pipeline: FakePipeline, tmp_path: Path) -> None:
     path, secrets = tmp_path / "tokens.toml", {}
     with tokens.editing(path) as known:
         for name in ("alice", "bob"):

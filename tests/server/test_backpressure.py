@@ -52,7 +52,7 @@ def test_work_beyond_the_limit_is_refused_until_it_shrinks() -> None:
     assert last.error is None, "what it was told was right to the step"
 
 
-def test_a_request_of_more_work_than_the_bound_is_taken_by_an_idle_engine() -> None:
+def test_idle_engine_accepts_a_request_above_the_work_limit() -> None:
     engine, _, _ = measured_engine(QueueLimits(max_waiting_seconds=10.0))
     caller = Caller(engine).submit(num_inference_steps=50)
     run_out(engine)
@@ -68,7 +68,7 @@ def test_unknown_costs_never_refuse() -> None:
 
 
 @pytest.mark.parametrize(("requests", "most"), [(8, 32), (60, 32), (200, 32), (30, 2)])
-def test_the_seconds_of_work_are_what_the_device_takes(requests: int, most: int) -> None:
+def test_estimated_work_seconds_match_the_device_time(requests: int, most: int) -> None:
     """Calls that are shared are counted once, so a bound in seconds is one of the time that a caller waits."""
     engine, _, clock = measured_engine(QueueLimits(max_active=most, max_client_waiting=1000), by_curve)
     for number in range(requests):
@@ -88,7 +88,7 @@ def test_work_seconds_shrink_as_work_is_done() -> None:
     assert engine.stats.work_seconds == 0.0
 
 
-def test_a_full_queue_says_when_the_first_of_it_begins() -> None:
+def test_queue_full_retry_delay_is_the_time_until_the_next_admission() -> None:
     engine, pipeline, clock = measured_engine(QueueLimits(max_active=2, max_waiting=3, max_batch_size=2))
     for _ in range(5):
         Caller(engine).submit(num_inference_steps=6)
@@ -103,7 +103,7 @@ def test_a_full_queue_says_when_the_first_of_it_begins() -> None:
     engine.close()
 
 
-def test_where_places_are_free_a_full_queue_is_over_after_the_next_step() -> None:
+def test_with_free_slots_the_retry_delay_is_one_step() -> None:
     engine, _, clock = measured_engine(QueueLimits(max_waiting=2, max_admitted=2))
     Caller(engine).submit(num_inference_steps=6)
     engine.step()
@@ -118,7 +118,7 @@ def test_where_places_are_free_a_full_queue_is_over_after_the_next_step() -> Non
     engine.close()
 
 
-def test_nobody_is_told_to_come_back_at_once() -> None:
+def test_retry_delay_has_a_minimum() -> None:
     engine, _, _ = measured_engine(QueueLimits(max_active=1, max_waiting=1), seconds=lambda rows: 1e-6)
     Caller(engine).submit()
     engine.step()
@@ -129,7 +129,7 @@ def test_nobody_is_told_to_come_back_at_once() -> None:
     engine.close()
 
 
-def test_a_client_has_no_more_than_its_share_waiting() -> None:
+def test_waiting_requests_per_client_are_limited() -> None:
     engine, _, _ = measured_engine(QueueLimits(max_client_waiting=3, max_batch_size=1))
     callers = [Caller(engine).submit(client="many") for _ in range(3)]
     with pytest.raises(ClientBusy) as refusal:
@@ -143,7 +143,7 @@ def test_a_client_has_no_more_than_its_share_waiting() -> None:
     assert [caller.error for caller in callers] == [None] * len(callers)
 
 
-def test_the_last_places_are_for_clients_without_a_request() -> None:
+def test_last_queue_slots_are_reserved_for_clients_without_a_request() -> None:
     engine, _, _ = make_engine(QueueLimits(max_active=1, max_waiting=16))
     for _ in range(14):
         Caller(engine).submit(client="many")
@@ -184,7 +184,7 @@ def test_arriving_requests_count_towards_the_limit() -> None:
     check_room(engine)
 
 
-def test_a_client_counts_until_its_answer_is_read() -> None:
+def test_request_counts_towards_its_client_until_the_response_is_read() -> None:
     engine, _, _ = make_engine(QueueLimits(max_client_waiting=2))
     ended: list[Event] = []
     with engine.reserve("slow") as place, engine.reserve("slow") as other:
@@ -198,7 +198,7 @@ def test_a_client_counts_until_its_answer_is_read() -> None:
     check_room(engine, "slow")
 
 
-def test_a_place_that_was_refused_is_given_back() -> None:
+def test_refused_request_releases_its_slot() -> None:
     engine, _, _ = measured_engine(QueueLimits(max_client_waiting=1))
     with pytest.raises(ModelNotLoaded), engine.reserve("a") as place:
         engine.submit(make_request(model="gone", client="a"), lambda event: None, place)
@@ -206,7 +206,7 @@ def test_a_place_that_was_refused_is_given_back() -> None:
     assert engine.stats.arriving == 0
 
 
-def test_a_cancelled_request_counts_until_it_is_out() -> None:
+def test_cancelled_request_counts_until_it_is_removed() -> None:
     engine, _, _ = make_engine(QueueLimits(max_client_waiting=1))
     with engine.reserve("a") as place:
         ticket = engine.submit(make_request(client="a"), lambda event: None, place).ticket
@@ -217,7 +217,7 @@ def test_a_cancelled_request_counts_until_it_is_out() -> None:
     check_room(engine, "a")
 
 
-def test_there_is_no_room_in_an_engine_that_ends() -> None:
+def test_stopped_engine_refuses_requests() -> None:
     engine, _, _ = make_engine()
     engine.close()
     with pytest.raises(ShuttingDown):

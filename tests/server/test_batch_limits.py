@@ -61,7 +61,7 @@ def test_one_slow_call_anywhere_changes_no_batch_limit(curve: str, slow: int, fa
 @pytest.mark.parametrize("curve", nightly_but(CURVES, "up to 4"))
 @settings(deadline=None)
 @given(factor=st.floats(0.1, 50.0))
-def test_a_machine_that_is_loaded_all_the_time_has_the_same_batch_limit(curve: str, factor: float) -> None:
+def test_constant_load_does_not_change_the_batch_limit(curve: str, factor: float) -> None:
     seconds, cap = CURVES[curve]
     assert measured_cap(seconds, lambda call: factor) == cap
 
@@ -69,7 +69,7 @@ def test_a_machine_that_is_loaded_all_the_time_has_the_same_batch_limit(curve: s
 @pytest.mark.parametrize("curve", nightly_but(CURVES, "up to 4"))
 @settings(deadline=None)
 @given(first=st.integers(0, 7), factor=st.floats(1.0, 50.0))
-def test_a_load_that_comes_or_goes_between_rounds_changes_no_batch_limit(curve: str, first: int, factor: float) -> None:
+def test_load_changes_between_rounds_do_not_change_the_batch_limit(curve: str, first: int, factor: float) -> None:
     """Ten calls, five batches at two sizes, are a round; twelve come before the rounds."""
     seconds, cap = CURVES[curve]
     assert measured_cap(seconds, lambda call: factor if call > 12 + 10 * first else 1.0) == cap
@@ -107,7 +107,7 @@ def test_one_slow_call_does_not_prevent_batching(slow: int, factor: float, budge
 
 @settings(deadline=None)
 @given(st.floats(0.01, 60.0), st.floats(1.0, 5.0))
-def test_warming_up_keeps_to_its_time_but_for_one_call(budget: float, factor: float) -> None:
+def test_warm_up_exceeds_its_budget_by_at_most_one_call(budget: float, factor: float) -> None:
     clock = Clock()
     pipeline = Noisy(clock, lambda rows: 0.1 * rows * factor, lambda call: 1.0)
     WarmUp(MOST, budget, clock).measure("m", pipeline)
@@ -118,7 +118,7 @@ def test_warming_up_keeps_to_its_time_but_for_one_call(budget: float, factor: fl
 @pytest.mark.parametrize("curve", nightly_but(CURVES, "up to 4"))
 @settings(deadline=None, max_examples=20)
 @given(st.dictionaries(st.sampled_from([2, 4, 8, 16]), st.floats(1.0, 20.0)))
-def test_a_limit_that_was_measured_too_low_is_learnt_upwards_under_load(curve: str, wrong: dict[int, float]) -> None:
+def test_batch_limit_measured_too_low_is_raised_under_load(curve: str, wrong: dict[int, float]) -> None:
     """A full queue: every call has as many rows as it may."""
     seconds, right = CURVES[curve]
     costs = Costs()
@@ -133,7 +133,7 @@ def test_a_limit_that_was_measured_too_low_is_learnt_upwards_under_load(curve: s
     assert sum(rows != cap for rows in calls[-1000:]) <= 50, "trials are few"
 
 
-def test_requests_of_two_rows_learn_upwards_too() -> None:
+def test_batch_limit_of_one_is_raised_by_requests_of_two_rows() -> None:
     """A guided image has two rows, more than a limit of one: it is a call of its own until a larger one was tried."""
     seconds, _ = CURVES["larger always pays"]
     costs = Costs()
@@ -180,7 +180,7 @@ def known(engine: Engine) -> list[str]:
     return engine.costs.describe("m", MOST)
 
 
-async def test_a_second_start_measures_nothing_again_but_tries_the_model(tmp_path: Path, store: ModelRegistry) -> None:
+async def test_second_start_reuses_costs_and_makes_one_trial_call(tmp_path: Path, store: ModelRegistry) -> None:
     many, first = await start(store, CostStore(tmp_path / "costs", {"machine": "x"}))
     one, second = await start(store, CostStore(tmp_path / "costs", {"machine": "x"}))
     assert many > 50
@@ -222,7 +222,7 @@ DAMAGE: list[Callable[[dict[str, object]], object]] = [
 
 
 @pytest.mark.parametrize("damage", range(len(DAMAGE)))
-async def test_a_file_with_other_contents_is_ignored_and_written_again(tmp_path: Path, store: ModelRegistry, damage: int) -> None:
+async def test_invalid_cost_file_is_ignored_and_rewritten(tmp_path: Path, store: ModelRegistry, damage: int) -> None:
     costs = CostStore(tmp_path / "costs", {})
     await start(store, costs)
     (file,) = (tmp_path / "costs").iterdir()
@@ -234,7 +234,7 @@ async def test_a_file_with_other_contents_is_ignored_and_written_again(tmp_path:
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"\xff", b"[" * 100_000, b" " * 2_000_000, b'"x"'])
-async def test_a_torn_file_is_ignored_and_written_again(tmp_path: Path, store: ModelRegistry, content: bytes) -> None:
+async def test_truncated_cost_file_is_ignored_and_rewritten(tmp_path: Path, store: ModelRegistry, content: bytes) -> None:
     costs = CostStore(tmp_path / "costs", {})
     await start(store, costs)
     (file,) = (tmp_path / "costs").iterdir()
@@ -243,7 +243,7 @@ async def test_a_torn_file_is_ignored_and_written_again(tmp_path: Path, store: M
     assert (await start(store, costs))[0] == 1, "it is good again"
 
 
-async def test_a_place_that_cannot_be_written_only_means_that_the_next_start_measures(
+async def test_unwritable_cost_folder_logs_a_warning_and_measures_again(
     tmp_path: Path, store: ModelRegistry, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "file").write_text("")
@@ -256,7 +256,7 @@ async def test_a_place_that_cannot_be_written_only_means_that_the_next_start_mea
         assert f"measured costs are not kept in {root}" in caplog.text
 
 
-async def test_a_disk_that_is_full_leaves_no_half_file(
+async def test_full_disk_leaves_no_partial_cost_file(
     tmp_path: Path, store: ModelRegistry, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     real = os.fdopen

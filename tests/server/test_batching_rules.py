@@ -111,7 +111,7 @@ def pipeline_threads() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name == "img2img-pipeline"]
 
 
-def test_every_class_with_a_rule_is_looked_at_here() -> None:
+def test_every_class_with_a_batching_rule_is_tested() -> None:
     assert set(CLASSES.values()) == set(RULES)
 
 
@@ -135,7 +135,7 @@ def test_an_image_is_the_same_alone_and_in_a_shared_call(
     assert counted.calls == expected * apart
 
 
-def test_why_negative_prompts_of_kandinsky_are_apart(load: Load) -> None:
+def test_kandinsky_negative_prompts_still_cannot_be_batched_in_diffusers(load: Load) -> None:
     """When one of these fails, diffusers has got better, and the rule can go."""
     pipe: Any = load("kandinsky22")._pipe
     settings = {"strength": 0.6, "num_inference_steps": 4, "width": 64, "height": 48}
@@ -153,7 +153,7 @@ def test_why_negative_prompts_of_kandinsky_are_apart(load: Load) -> None:
 
 
 @pytest.mark.parametrize("name", CLASSES)
-def test_attention_is_torchs_own(load: Load, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_every_attention_uses_scaled_dot_product_attention(load: Load, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """scaled_dot_product_attention, which chooses the quickest kernel for the device: at least once for each attention."""
     calls = 0
     attend, denoiser = torch.nn.functional.scaled_dot_product_attention, denoiser_of(load(name))

@@ -104,7 +104,7 @@ def test_every_part_and_the_step_are_measured(
 
 
 @pytest.mark.nightly
-def test_a_bundle_of_torch_is_measured_by_the_step(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
+def test_pytorch_bundle_is_measured_per_step(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
     with cut_short():
         export_model(ExportOptions(str(tiny_model("sd1")), tmp_path / "bundle", backend="torch"))
     assert _bench(tmp_path / "bundle", "--rows", 2, "--seconds", 0, "--json", tmp_path / "told.json") == 0
@@ -112,7 +112,7 @@ def test_a_bundle_of_torch_is_measured_by_the_step(tiny_model: Callable[[str], P
     assert (line["component"], line["provider"], line["rows"]) == (STEP, "cpu", 2)
 
 
-def test_a_model_that_runs_whole_is_measured_too(bundle: Callable[[str], Path], tmp_path: Path) -> None:
+def test_opaque_pipeline_is_measured(bundle: Callable[[str], Path], tmp_path: Path) -> None:
     asked = ("--providers", "cpu", "--rows", "1,2", "--seconds", 0, "--json", tmp_path / "told.json")
     assert _bench(bundle("pix2pix"), *asked) == 0
     assert {line["component"] for line in _lines(tmp_path / "told.json")} >= {"unet", "vae_decoder", STEP}
@@ -126,7 +126,7 @@ def test_a_model_that_runs_whole_is_measured_too(bundle: Callable[[str], Path], 
         (("--providers", "cuda"), "provider 'cuda'"),
     ],
 )
-def test_unmeasurable_models_are_one_line(
+def test_unmeasurable_model_is_a_one_line_error(
     bundle: Callable[[str], Path], flags: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     if "cuda" in flags and torch.cuda.is_available():
@@ -144,7 +144,7 @@ def test_folders_other_than_bundles_are_named(tmp_path: Path, capsys: pytest.Cap
 
 
 @pytest.mark.parametrize("flags", [("--sizes", "64:2"), ("--rows", "0"), ("--providers", "abacus"), ("--buckets", "64")])
-def test_words_that_mean_nothing_are_errors(flags: tuple[str, ...]) -> None:
+def test_invalid_arguments_are_errors(flags: tuple[str, ...]) -> None:
     with pytest.raises(SystemExit) as exit_:
         _bench("models/x", *flags)
     assert exit_.value.code == 2

@@ -57,7 +57,7 @@ def test_every_bundle_of_a_folder_is_served(tmp_path: Path) -> None:
     assert list(load(tmp_path).pipelines()) == ["a", "b"]
 
 
-def test_a_link_is_a_model_with_the_links_own_name(tmp_path: Path) -> None:
+def test_symlinked_bundle_is_named_after_the_symlink(tmp_path: Path) -> None:
     folder = tmp_path / "models"
     folder.mkdir()
     for name in ("first", "second"):
@@ -67,7 +67,7 @@ def test_a_link_is_a_model_with_the_links_own_name(tmp_path: Path) -> None:
     assert list(load(folder).pipelines()) == ["again", "first", "second"]
 
 
-def test_a_store_that_is_one_bundle_behind_a_link_has_the_links_own_name(tmp_path: Path) -> None:
+def test_store_that_is_a_symlink_to_one_bundle_is_named_after_it(tmp_path: Path) -> None:
     make_bundle(tmp_path / "versions" / "3")
     (tmp_path / "current").symlink_to("versions/3")
     assert list(load(tmp_path / "current").pipelines()) == ["current"]
@@ -105,12 +105,12 @@ def test_invalid_bundles_are_logged_with_the_reason(tmp_path: Path, caplog: pyte
     assert "nowhere" in told["gone"]
 
 
-def test_one_bundle_is_a_store_too(tmp_path: Path) -> None:
+def test_single_bundle_folder_is_a_store(tmp_path: Path) -> None:
     store = load(make_bundle(tmp_path / "one"))
     assert (list(store.pipelines()), store.default) == (["one"], "one")
 
 
-def test_a_folder_without_bundles_is_an_error_that_teaches(tmp_path: Path) -> None:
+def test_folder_without_bundles_error_suggests_export(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="img2img export"):
         load(tmp_path)
     with pytest.raises(BundleError, match="does not exist"):
@@ -151,7 +151,7 @@ def test_a_manifest_that_points_outside_is_refused(tmp_path: Path) -> None:
     assert "outside the bundle" in problem(tmp_path)
 
 
-def test_a_store_of_nothing_but_damage_does_not_start(tmp_path: Path) -> None:
+def test_store_with_only_damaged_bundles_is_an_error(tmp_path: Path) -> None:
     (make_bundle(tmp_path / "bad") / "unet" / "model.onnx").unlink()
     with pytest.raises(BundleError, match=r"no model can be served: bad: .*unet/model.onnx is missing"):
         load(tmp_path)

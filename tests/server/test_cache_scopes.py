@@ -64,7 +64,7 @@ def test_cached_encodings_are_not_shared_between_scopes(bundle: Callable[[str], 
     assert hits_and_misses("alice") == (3, 0)
 
 
-def test_requests_of_two_scopes_in_one_batch_share_nothing_that_is_encoded(bundle: Callable[[str], Path]) -> None:
+def test_batched_requests_of_two_scopes_do_not_share_encodings(bundle: Callable[[str], Path]) -> None:
     cache = Cache(2**24)
     pipeline = load_pipeline(bundle("sd1"), read_manifest(bundle("sd1")), Execution("cpu"), cache=cache)
     values: dict[str, Any] = {"image": Image.new("RGB", (64, 64), "teal"), "image_digest": b"1", "prompt": "a lake"}

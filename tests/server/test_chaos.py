@@ -85,7 +85,7 @@ def test_each_request_ends_once_with_its_image_if_the_server_is_killed_under_loa
     assert "UNAVAILABLE" in retried, "the kills met requests in progress"
 
 
-def test_killed_while_assets_come_in_no_asset_is_torn(store: Path, tmp_path: Path) -> None:
+def test_kill_during_uploads_tears_no_asset(store: Path, tmp_path: Path) -> None:
     """What was acknowledged is there, whole; what was not is there whole or not at all."""
     assets = tmp_path / "assets"
     acknowledged: dict[str, bytes] = {}
@@ -165,7 +165,7 @@ def quota(folder: Path) -> tuple[list[str], Callable[[], None]]:
 
 
 @pytest.mark.parametrize("full", [tmpfs, pytest.param(quota, marks=pytest.mark.nightly)])
-def test_a_full_disk_costs_the_upload_and_nothing_else(
+def test_full_disk_fails_only_the_upload(
     full: Callable[[Path], tuple[list[str], Callable[[], None] | None]], store: Path, tmp_path: Path
 ) -> None:
     assets = tmp_path / "assets"
@@ -209,7 +209,7 @@ def test_out_of_memory_while_decoding_is_not_reported_as_damage(store: Path, tmp
     assert "Traceback" not in server.read_log()
 
 
-def test_a_model_call_that_raises_costs_its_own_request_only(store: Path, tmp_path: Path) -> None:
+def test_failing_model_call_fails_only_its_own_request(store: Path, tmp_path: Path) -> None:
     with (
         serving(tmp_path, words(store)) as server,
         Client(server.target, timeout=SECONDS) as client,

@@ -65,7 +65,7 @@ NOISE = Image.effect_noise((120, 88), 90).convert("RGB")
 
 
 @pytest.mark.parametrize("file_format", images.READ_FORMATS)
-async def test_a_process_decodes_as_the_functions_do(codecs: Codecs, file_format: str) -> None:
+async def test_subprocess_decodes_like_the_functions(codecs: Codecs, file_format: str) -> None:
     data = saved(NOISE, file_format)
     image, digest, _ = await codecs.load(data, LOAD)
     expected = images.decode(data, LIMITS, "image.data")
@@ -76,7 +76,7 @@ async def test_a_process_decodes_as_the_functions_do(codecs: Codecs, file_format
 
 
 @pytest.mark.parametrize("file_format", ["PNG", "JPEG", "WEBP"])
-async def test_a_process_encodes_as_the_functions_do(codecs: Codecs, file_format: images.WriteFormat) -> None:
+async def test_subprocess_encodes_like_the_functions(codecs: Codecs, file_format: images.WriteFormat) -> None:
     assert await codecs.encode(NOISE, file_format, 80) == images.encode(NOISE, file_format, 80)
 
 
@@ -121,7 +121,7 @@ async def answers(codecs: Codecs) -> bool:
     return (await codecs.load(png(), LOAD))[0].size == (24, 16)
 
 
-async def test_a_crash_costs_its_own_image(codecs: Codecs, caplog: pytest.LogCaptureFixture) -> None:
+async def test_codec_crash_fails_only_its_own_image(codecs: Codecs, caplog: pytest.LogCaptureFixture) -> None:
     with pytest.raises(InvalidField, match="is damaged"):
         await codecs.load(png(), Crash())  # type: ignore[arg-type]
     assert await answers(codecs)
@@ -140,7 +140,7 @@ async def test_processor_time_is_bounded(codecs: Codecs) -> None:
     assert await answers(codecs)
 
 
-async def test_a_job_that_does_not_run_is_ended_by_time(codecs: Codecs, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_codec_job_is_ended_at_its_time_limit(codecs: Codecs, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pool, "_LONGEST", 0.01)
     with pytest.raises(InvalidField, match="too much time"):
         await codecs.load(png(), Endless())  # type: ignore[arg-type]
@@ -157,7 +157,7 @@ def endless(codecs: Codecs, client: str = "") -> "asyncio.Task[Any]":
         return asyncio.create_task(codecs.load(png(), Endless()))  # type: ignore[arg-type]
 
 
-async def test_a_caller_that_leaves_takes_its_job_along(codecs: Codecs, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_cancelling_the_caller_ends_its_running_job(codecs: Codecs, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pool, "_GRACE", 0.0)
     job = endless(codecs)
     await begun(codecs, job)
@@ -169,7 +169,7 @@ async def test_a_caller_that_leaves_takes_its_job_along(codecs: Codecs, monkeypa
     assert await answers(codecs)
 
 
-async def test_a_job_that_waits_leaves_with_its_caller(codecs: Codecs) -> None:
+async def test_cancelling_the_caller_removes_its_waiting_job(codecs: Codecs) -> None:
     first, second = endless(codecs), endless(codecs)
     await begun(codecs, first)
     second.cancel()
@@ -190,7 +190,7 @@ async def test_one_client_does_not_take_all_processes(codecs: Codecs) -> None:
         job.cancel()
 
 
-def test_a_process_whose_parent_is_gone_ends_at_once() -> None:
+def test_codec_process_exits_if_its_parent_is_gone() -> None:
     """The other end of its socket stays open, as a copy in some other process would keep it."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with ours, theirs:
@@ -201,7 +201,7 @@ def test_a_process_whose_parent_is_gone_ends_at_once() -> None:
     assert worker.returncode == 0
 
 
-async def test_closing_waits_for_no_codec(codecs: Codecs) -> None:
+async def test_closing_aborts_codec_jobs_without_waiting(codecs: Codecs) -> None:
     jobs = [endless(codecs, str(client)) for client in range(5)]
     await begun(codecs, *jobs[:2])
     await codecs.close()
@@ -210,7 +210,7 @@ async def test_closing_waits_for_no_codec(codecs: Codecs) -> None:
     assert not psutil.Process().children()
 
 
-async def test_a_process_that_is_killed_while_it_rests_is_replaced(codecs: Codecs) -> None:
+async def test_killed_idle_codec_process_is_replaced(codecs: Codecs) -> None:
     before = {child.pid for child in psutil.Process().children()}
     for child in psutil.Process().children():
         child.kill()
@@ -220,7 +220,7 @@ async def test_a_process_that_is_killed_while_it_rests_is_replaced(codecs: Codec
     assert not before & {child.pid for child in psutil.Process().children() if child.status() != psutil.STATUS_ZOMBIE}
 
 
-async def test_an_image_beyond_the_budget_waits_for_no_other(codecs: Codecs) -> None:
+async def test_image_above_the_memory_budget_is_refused_at_once_unless_alone(codecs: Codecs) -> None:
     data = saved(Image.new("RGB", (2000, 2000)), "PNG")
     other = Call("", "1", client="other")
     with codecs.memory.hold(other, MEMORY):
@@ -264,7 +264,7 @@ def test_a_server_stops_while_its_decoders_are_busy(busy: Callable[[], Any], now
         assert all(call.code() is not grpc.StatusCode.OK for call in calls)
 
 
-def test_a_callers_deadline_ends_its_decoding(busy: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_deadline_ends_decoding(busy: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pool, "_GRACE", 0.0)
     with (
         running(lambda: store(m=FakePipeline())) as server,

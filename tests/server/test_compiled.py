@@ -90,7 +90,7 @@ class Compiler:
         pytest.param("kandinsky3", {"Kandinsky3UNet"}, marks=pytest.mark.nightly),
     ],
 )
-def test_of_a_denoiser_that_repeats_blocks_the_blocks_are_compiled(
+def test_repeated_blocks_of_a_denoiser_are_compiled(
     name: str, blocks: set[str], tiny_model: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And used for the shapes that were compiled only; the third class repeats none, and is compiled whole."""

@@ -28,26 +28,26 @@ def costs_of(times: dict[int, float], pixels: int = 4096) -> Costs:
     return costs
 
 
-def test_nothing_is_known_before_the_first_call() -> None:
+def test_costs_are_unknown_before_the_first_call() -> None:
     costs = Costs()
     assert costs.seconds("denoise", GROUP, 4096, 2) is None
     assert costs.cap(GROUP, 4096, 16) == 16
 
 
-def test_between_two_batches_time_is_in_between() -> None:
+def test_cost_is_interpolated_between_batch_sizes() -> None:
     costs = costs_of({2: 1.0, 4: 3.0})
     assert costs.seconds("denoise", GROUP, 4096, 3) == 2.0
     assert costs.seconds("denoise", GROUP, 4096, 6) == 5.0
     assert costs.seconds("denoise", GROUP, 4096, 1) == 0.5
 
 
-def test_another_shape_is_judged_by_its_pixels() -> None:
+def test_cost_of_an_unmeasured_shape_scales_with_its_pixels() -> None:
     costs = costs_of({1: 1.0, 2: 1.5})
     assert costs.seconds("denoise", ("m", (128, 64)), 8192, 2) == 3.0
     assert costs.seconds("denoise", ("other", (64, 64)), 4096, 2) is None
 
 
-def test_one_disturbed_call_changes_little_and_a_lasting_change_is_learnt() -> None:
+def test_costs_ignore_one_outlier_but_follow_a_lasting_change() -> None:
     costs = costs_of({2: 1.0, 4: 1.8})
     costs.record("denoise", GROUP, 4096, 2, 50.0)
     assert (costs.seconds("denoise", GROUP, 4096, 2) or 0) < 1.3
@@ -57,14 +57,14 @@ def test_one_disturbed_call_changes_little_and_a_lasting_change_is_learnt() -> N
     assert costs.seconds("denoise", GROUP, 4096, 4) == pytest.approx(2.7, rel=0.25), "the others are slower too, most likely"
 
 
-def test_one_measured_batch_takes_its_form_from_another_shape() -> None:
+def test_one_measurement_is_extrapolated_by_the_curve_of_another_shape() -> None:
     costs = costs_of({1: 1.0, 2: 1.5, 4: 2.5})
     costs.measured("denoise", ("m", "large"), 16384, 2, 9.0)
     assert costs.seconds("denoise", ("m", "large"), 16384, 4) == pytest.approx(15.0)
 
 
 @given(st.lists(st.floats(0.9, 1.1), min_size=60, max_size=60))
-def test_a_running_mean_stays_near_what_it_is_told(times: list[float]) -> None:
+def test_running_mean_stays_near_the_recorded_times(times: list[float]) -> None:
     costs = Costs()
     for seconds in times:
         costs.record("denoise", GROUP, 4096, 2, seconds)
@@ -80,11 +80,11 @@ def test_a_running_mean_stays_near_what_it_is_told(times: list[float]) -> None:
         ({1: 1.0, 2: 1.0, 4: 1.0, 8: 3.0}, 4),
     ],
 )
-def test_batches_grow_as_long_as_they_pay(times: dict[int, float], cap: int) -> None:
+def test_batch_limit_grows_while_time_per_row_falls(times: dict[int, float], cap: int) -> None:
     assert costs_of(times).cap(GROUP, 4096, 16) == cap
 
 
-def test_warming_up_measures_by_rows_and_pixels_and_leaves_nothing_behind() -> None:
+def test_warm_up_measures_rows_and_pixels_and_releases_every_state() -> None:
     clock, costs = Clock(), Costs()
     pipeline = FakePipeline(clock, seconds=lambda rows: 0.1 + 0.01 * rows, codec_seconds=0.05)
     costs.adopt("m", WarmUp(8, 60.0, clock).measure("m", pipeline))
@@ -97,7 +97,7 @@ def test_warming_up_measures_by_rows_and_pixels_and_leaves_nothing_behind() -> N
     assert len(costs.describe("m", 8)) == 2
 
 
-def test_warming_up_keeps_to_its_time() -> None:
+def test_warm_up_stays_within_its_budget() -> None:
     clock, costs = Clock(), Costs()
     costs.adopt("m", WarmUp(1024, 60.0, clock).measure("m", FakePipeline(clock, seconds=lambda rows: 1.0 * rows)))
     assert clock.now < 60
@@ -116,13 +116,13 @@ def padded_costs(times: dict[int, float]) -> Costs:
 
 
 @pytest.mark.parametrize(("rows", "bucket"), [(1, 1), (3, 4), (4, 4), (5, 8), (9, 16), (16, 16), (17, 17), (24, 24), (27, 32)])
-def test_a_padded_call_costs_what_its_bucket_costs(rows: int, bucket: int) -> None:
+def test_padded_call_costs_as_much_as_its_bucket(rows: int, bucket: int) -> None:
     """More rows than the largest bucket are computed in parts of that many, and a rest."""
     costs = padded_costs({rows: rows / 10 for rows in (1, 2, 4, 8, 16)})
     assert costs.seconds("denoise", GROUP, 4096, rows) == pytest.approx(bucket / 10)
 
 
-def test_a_padded_call_teaches_what_its_bucket_costs() -> None:
+def test_padded_call_updates_the_cost_of_its_bucket() -> None:
     costs = padded_costs({})
     costs.record("denoise", GROUP, 4096, 5, 2.0)
     costs.record("denoise", GROUP, 4096, 2, 1.0)
@@ -130,7 +130,7 @@ def test_a_padded_call_teaches_what_its_bucket_costs() -> None:
     assert any("2: " in line and "8: " in line and "5: " not in line for line in costs.describe("m", 16))
 
 
-def test_a_padded_call_that_has_no_room_bounds_the_bucket() -> None:
+def test_out_of_memory_in_a_padded_call_limits_the_bucket() -> None:
     costs = padded_costs({})
     costs.forbid("m", 4096, 9)
     assert costs.fitting_rows("denoise", "m", 4096) == 8, "all of 9 to 16 rows take as much"
@@ -138,7 +138,7 @@ def test_a_padded_call_that_has_no_room_bounds_the_bucket() -> None:
     assert costs.fitting_rows("denoise", "m", 4096) == 4
 
 
-def test_rows_that_would_be_padded_are_filled() -> None:
+def test_batches_fill_rows_that_would_be_padding() -> None:
     """A model whose calls take as long as their padded rows: alone, three rows take as long as four."""
     clock = Clock()
     pipeline = FakePipeline(clock, seconds=lambda rows: 1.0 * next(bucket for bucket in (1, 2, 4, 8, 16) if rows <= bucket))
@@ -174,7 +174,7 @@ def test_padded_calls_are_recorded_per_bucket_before_measurement() -> None:
     assert len(pipeline.batches) == before, "no budget"
 
 
-def test_a_bucket_that_has_no_room_is_not_recorded_and_the_smaller_ones_are(caplog: pytest.LogCaptureFixture) -> None:
+def test_bucket_that_exceeds_memory_is_not_recorded_but_smaller_ones_are(caplog: pytest.LogCaptureFixture) -> None:
     pipeline = FakePipeline(Clock())
     pipeline.row_buckets, pipeline.memory = (1, 2, 4, 8, 16), 1024
     WarmUp(16, 60.0, Clock()).record("m", pipeline)
@@ -190,7 +190,7 @@ def test_a_bucket_that_has_no_room_is_not_recorded_and_the_smaller_ones_are(capl
         WarmUp(16, 60.0, Clock()).record("m", pipeline)
 
 
-def test_configured_sizes_are_recorded_too_and_one_without_room_is_left_out(caplog: pytest.LogCaptureFixture) -> None:
+def test_configured_sizes_are_recorded_unless_they_exceed_memory(caplog: pytest.LogCaptureFixture) -> None:
     pipeline = FakePipeline(Clock())
     pipeline.row_buckets, pipeline.memory = (1, 2, 4), 2048
     sizes = [(16, 16), (33, 24), (64, 64)]
@@ -251,7 +251,7 @@ def test_a_cache_never_holds_more_than_its_budget(entries: list[tuple[int, int]]
         assert cache.stats.bytes == sum(sizes[held] for held in range(10) if cache.get(held) is not None)
 
 
-def test_a_trace_is_what_chrome_reads(tmp_path: Path) -> None:
+def test_timeline_is_in_chrome_trace_format(tmp_path: Path) -> None:
     trace = Trace(tmp_path / "trace.json")
     trace.observe(Span("denoise", "m", 2, 4, 1.5, 0.25))
     trace.close(caches={"hits": 3})
@@ -261,7 +261,7 @@ def test_a_trace_is_what_chrome_reads(tmp_path: Path) -> None:
     assert (caches["name"], caches["args"]) == ("caches", {"hits": 3})
 
 
-def test_a_trace_that_is_closed_takes_no_more_and_says_nothing(tmp_path: Path) -> None:
+def test_closed_timeline_ignores_further_events(tmp_path: Path) -> None:
     """A second signal ends a server that is ending, while the engine may still be in a call."""
     trace = Trace(tmp_path / "trace.json")
     trace.observe(Span("denoise", "m", 2, 4, 1.5, 0.25))
@@ -293,7 +293,7 @@ def test_costs_of_request_shapes_are_evicted_but_not_warm_up_costs() -> None:
     assert len(costs.describe("m", 16)) <= 256
 
 
-def test_a_full_disk_ends_the_timeline_and_nothing_else(caplog: pytest.LogCaptureFixture) -> None:
+def test_full_disk_ends_only_the_timeline(caplog: pytest.LogCaptureFixture) -> None:
     trace = Trace(Path("/dev/full"))
     engine = Engine({"m": FakePipeline()}, observe=trace.observe)
     callers = [Caller(engine).submit(num_inference_steps=50) for _ in range(5)]

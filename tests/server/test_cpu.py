@@ -60,17 +60,17 @@ FOUR = _siblings("0,4", "1,5", "2,6", "3,7")
         ),
     ],
 )
-def test_threads_are_the_physical_cores_that_may_be_used(
+def test_thread_count_is_the_number_of_usable_physical_cores(
     files: dict[str, str], mask: set[int], expected: int, tmp_path: Path
 ) -> None:
     assert cpu.count(_machine(tmp_path, files), set(mask)) == expected
 
 
-def test_here_it_is_at_least_one_and_no_more_than_may_be_used() -> None:
+def test_core_count_of_this_machine_is_within_its_affinity() -> None:
     assert 1 <= cpu.count() <= len(os.sched_getaffinity(0))
 
 
-def test_memory_is_the_machines_or_the_containers(tmp_path: Path) -> None:
+def test_available_memory_is_limited_by_the_container(tmp_path: Path) -> None:
     assert cpu.available_memory(tmp_path) == float("inf")
     machine = {"proc/meminfo": "MemTotal:  10 kB\nMemAvailable:      8 kB", V2: "0::/a"}
     assert cpu.available_memory(_machine(tmp_path, machine)) == 8192
@@ -80,7 +80,7 @@ def test_memory_is_the_machines_or_the_containers(tmp_path: Path) -> None:
     assert 0 < cpu.available_memory() < 2**50
 
 
-def test_total_memory_is_the_machine_or_the_container_limit(tmp_path: Path) -> None:
+def test_total_memory_is_limited_by_the_container(tmp_path: Path) -> None:
     assert cpu.total_memory(tmp_path) == float("inf")
     machine = {"proc/meminfo": "MemTotal:  10 kB\nMemAvailable:      8 kB", V2: "0::/a/b"}
     assert cpu.total_memory(_machine(tmp_path, machine)) == 10240

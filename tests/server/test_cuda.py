@@ -31,7 +31,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 ADDRESS = 94_000_000_000
 
 
-def test_options_are_those_of_the_provider() -> None:
+def test_execution_settings_map_to_provider_options() -> None:
     plain = {"cudnn_conv_algo_search": "HEURISTIC", "arena_extend_strategy": "kNextPowerOfTwo", "use_tf32": "1"}
     assert dict(cuda.provider_options(Execution())) == plain
     recorded = dict(cuda.provider_options(Execution(gpu_memory=2**30, arithmetic="fp32"), stream=ADDRESS, graphs=True))
@@ -46,7 +46,7 @@ def test_options_are_those_of_the_provider() -> None:
     assert dict(cuda.provider_options(Execution(), cudnn_attention=True))["sdpa_kernel"] == "31"
 
 
-def test_work_on_the_default_stream_is_not_recordable() -> None:
+def test_graphs_cannot_be_recorded_on_the_default_stream() -> None:
     with pytest.raises(AssertionError, match="default stream"):
         cuda.provider_options(Execution(), graphs=True)
 
@@ -78,7 +78,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("gpu")
-def test_every_graph_shares_torchs_stream_and_records_where_it_can() -> None:
+def test_graphs_share_torchs_stream_and_are_recorded_if_possible() -> None:
     opener = Opener("vae_encoder")
     make = cuda.runners(Execution("cuda"), 4, opener)
     runners = [
@@ -104,7 +104,7 @@ def test_cuda_graphs_can_be_switched_off() -> None:
 
 
 @pytest.mark.usefixtures("gpu")
-def test_a_graph_that_opens_in_no_way_is_an_error() -> None:
+def test_graph_that_never_opens_is_an_error() -> None:
     def refuse(graph: Path, options: SessionOptions) -> Any:
         raise BundleError("no such file")
 
@@ -112,7 +112,7 @@ def test_a_graph_that_opens_in_no_way_is_an_error() -> None:
         cuda.runners(Execution("cuda"), 4, refuse)("unet", Path("unet/model.onnx"))
 
 
-def test_beside_a_torch_without_cuda_tensors_go_through_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_cuda_in_torch_tensors_go_through_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     opener = Opener()
     assert cuda.tensor_device() == "cpu"
@@ -217,7 +217,7 @@ SOME = (None, "DPM++ 2M Karras", "Euler a")
         ("flux-dev", (None, "Euler", None)),
     ],
 )
-def test_steps_neither_leave_the_device_nor_wait_for_it(
+def test_steps_stay_on_the_device_without_synchronizing(
     far: Callable[[str], SteppedPipeline], name: str, schedulers: Sequence[str | None]
 ) -> None:
     """Requests of all kinds together, their whole lives but the end."""
@@ -235,9 +235,7 @@ def test_steps_neither_leave_the_device_nor_wait_for_it(
         pipeline.finish(states[:1])  # the one place that must wait: is every value finite?
 
 
-def test_schedulers_that_are_stepped_one_by_one_do_so_on_the_device(
-    far: Callable[[str], SteppedPipeline], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_uncompiled_schedulers_step_on_the_device(far: Callable[[str], SteppedPipeline], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cache, "compile_schedule", lambda *_: None)
     pipeline = far("sd1")
     states = pipeline.prepare(requests_of([None, *NAMES]))
@@ -247,7 +245,7 @@ def test_schedulers_that_are_stepped_one_by_one_do_so_on_the_device(
     assert {state.latents.device.type for state in states} == {"meta"}
 
 
-def test_what_is_sent_is_cast_on_its_way() -> None:
+def test_send_casts_to_the_requested_dtype() -> None:
     sent = send(torch.arange(4), "meta", torch.float16)
     assert (sent.device.type, sent.dtype, sent.shape) == ("meta", torch.float16, (4,))
     here = torch.ones(2)

@@ -39,7 +39,7 @@ def test_a_damaged_bundle_is_refused_while_the_others_are_served(tmp_path: Path)
         assert {name: states.get(model, "failed") for model, name in names.items()} == dict.fromkeys(names.values(), "failed")
 
 
-def test_a_bundle_that_is_damaged_once_it_is_loaded_is_served_on(bundle: Callable[[str], Path], tmp_path: Path) -> None:
+def test_loaded_bundle_keeps_working_if_its_files_are_damaged(bundle: Callable[[str], Path], tmp_path: Path) -> None:
     """Its files are flipped, cut and deleted under a server that drew an image with it: the next one is the same."""
     copy = tmp_path / "models" / "m"
     shutil.copytree(bundle("sd1"), copy)

@@ -146,7 +146,7 @@ def test_downloads_without_a_list_are_refused_at_start(folder: Path) -> None:
         ModelRegistry.load(folder / "a", Memory().load, settings=settings)
 
 
-async def test_a_store_may_begin_empty_where_models_are_downloaded(tmp_path: Path, control: Path) -> None:
+async def test_store_may_start_empty_with_downloads_enabled(tmp_path: Path, control: Path) -> None:
     (tmp_path / "empty").mkdir()
     async with downloading(tmp_path / "empty", control) as it:
         assert (await use(it, repo_id="acme/new")).id == "acme--new"
@@ -184,7 +184,7 @@ async def test_the_real_command_names_the_extra_that_is_missing(folder: Path) ->
             await use(it, repo_id="acme/new")
 
 
-async def test_exports_take_turns_and_too_many_are_refused(folder: Path, control: Path) -> None:
+async def test_exports_run_one_at_a_time_and_excess_ones_are_refused(folder: Path, control: Path) -> None:
     os.mkfifo(control / "gate")
     async with downloading(folder, control) as it:
         waiting = []
@@ -202,7 +202,7 @@ async def test_exports_take_turns_and_too_many_are_refused(folder: Path, control
         assert [model.id for model in models] == [f"acme--new--v{number}" for number in range(4)]
 
 
-async def test_closing_ends_the_export_and_all_that_it_started(folder: Path, control: Path) -> None:
+async def test_closing_ends_the_export_and_its_child_processes(folder: Path, control: Path) -> None:
     async with downloading(folder, control) as it:
         waiter = asyncio.create_task(use(it, repo_id="acme/slow"))
         await begun(it, "acme--slow", "downloading")
@@ -261,7 +261,7 @@ BAD: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", BAD)
-async def test_what_has_not_the_form_of_its_kind_is_refused(name: str, folder: Path, control: Path) -> None:
+async def test_malformed_model_references_are_refused(name: str, folder: Path, control: Path) -> None:
     async with downloading(folder, control, "*") as it:
         with pytest.raises(InvalidField) as caught:
             await use(it, **BAD[name])
@@ -273,7 +273,7 @@ async def test_what_has_not_the_form_of_its_kind_is_refused(name: str, folder: P
     assert names_in(folder) == ["a"]
 
 
-def test_no_two_references_have_one_name() -> None:
+def test_bundle_names_of_references_are_unique() -> None:
     references = [
         Source(repo_id=repo, variant=variant, revision=revision, allow_patterns=allow, ignore_patterns=ignore)
         for repo in ("a/b", "a-b/c", "a/b-c")
@@ -291,7 +291,7 @@ def test_no_two_references_have_one_name() -> None:
     assert all(len(name) < 250 and "/" not in name and not name.startswith(".") for name in names)
 
 
-def test_the_exporter_understands_what_it_is_told() -> None:
+def test_export_arguments_round_trip_through_the_exporters_parser() -> None:
     import argparse
 
     parser = argparse.ArgumentParser()
@@ -330,7 +330,7 @@ UNKNOWN = [
 
 
 @pytest.mark.parametrize("name", UNKNOWN)
-async def test_a_name_is_never_a_path(name: str, folder: Path, tmp_path: Path) -> None:
+async def test_model_name_cannot_be_a_path(name: str, folder: Path, tmp_path: Path) -> None:
     """Nothing outside of the store is found, however it is named, not even by a link that someone laid into it."""
     make_bundle(tmp_path / "x")
     make_bundle(folder / ".hidden")
@@ -352,7 +352,7 @@ async def test_a_name_is_never_a_path(name: str, folder: Path, tmp_path: Path) -
         assert it.memory.loads == []
 
 
-async def test_what_appears_later_is_found_when_it_is_named(folder: Path) -> None:
+async def test_bundle_added_later_is_found_when_requested(folder: Path) -> None:
     async with rig(folder) as it:
         with pytest.raises(ModelNotFound):
             await use(it, path="later")
