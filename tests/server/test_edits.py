@@ -86,7 +86,7 @@ def test_reference_images_of_other_aspect_ratios_match_diffusers(name: str, load
 
 
 @pytest.mark.parametrize("name", nightly_but(("klein", "flux2", "kontext", "qwenimage-edit", "qwenimage-edit-plus"), "klein"))
-def test_the_size_is_the_models_own_unless_it_is_set(name: str, load: Load) -> None:
+def test_default_size_is_chosen_as_in_diffusers(name: str, load: Load) -> None:
     """Diffusers chooses the same size, except that Kontext's class makes squares."""
     pipeline, pipe = load(name)
     request = asked(pipeline, SizeRule(), [source(104, 72)], seeds=(3,), num_inference_steps=1)
@@ -109,13 +109,13 @@ OWN = {
 
 
 @pytest.mark.parametrize("name", nightly_but(OWN, "sd1", "klein"))
-def test_models_that_edit_have_the_defaults_of_their_class(name: str, load: Load) -> None:
+def test_editing_models_use_the_defaults_of_their_diffusers_class(name: str, load: Load) -> None:
     pipeline, _ = load(name)
     assert {field: rule.default for field, rule in pipeline.fields.items() if rule.default is not None} == OWN[name]
 
 
 @pytest.mark.parametrize("name", nightly_but(TRUE_CFG, "qwenimage"))
-def test_true_cfg_scale_is_that_of_diffusers(name: str, load: Load) -> None:
+def test_true_cfg_scale_matches_diffusers(name: str, load: Load) -> None:
     pipeline, pipe = load(name)
     own = pipeline.fields["true_cfg_scale"].default
     assert own == {"kontext": 1.0, "qwenimage2": 1.0}.get(name, 4.0)
@@ -164,7 +164,7 @@ PROBED = (
 
 
 @pytest.mark.parametrize("name", nightly_but(PROBED, "sd1", "lcm", "flux", "flux-dev", "klein", "zimage"))
-def test_a_model_takes_the_fields_that_change_diffusers_images(name: str, load: Load) -> None:
+def test_model_fields_are_those_that_affect_the_diffusers_image(name: str, load: Load) -> None:
     """Arguments of the class without an effect are not fields. Flux has no negative prompts here: its family does not call the
     transformer twice."""
     pipeline, pipe = load(name)
@@ -189,7 +189,7 @@ def test_a_model_takes_the_fields_that_change_diffusers_images(name: str, load: 
     assert set(pipeline.fields) & set(PROBES) == changing
 
 
-def test_a_reference_that_the_model_does_not_take_is_refused_by_its_number(load: Load) -> None:
+def test_unsupported_reference_is_refused_and_named_by_its_index(load: Load) -> None:
     pipeline, _ = load("klein")
     with pytest.raises(InvalidField, match="this model does not take the image: Image too small") as raised:
         pipeline.plan(asked(pipeline, SizeRule(64, 64), [source(64, 64), source(72, 72), source(40, 64)]))

@@ -28,7 +28,7 @@ def test_a_request_is_started_stepped_and_completed() -> None:
     assert len(pipeline.released) == 1
 
 
-def test_timings_are_of_the_engines_clock() -> None:
+def test_timings_use_the_engines_clock() -> None:
     engine, _, clock = make_engine()
     caller = Caller(engine).submit(num_inference_steps=3)
     clock.now = 5.0
@@ -50,7 +50,7 @@ def test_requests_of_different_steps_share_calls_and_join_midway() -> None:
     assert short.steps == [1, 2]
 
 
-def test_a_batch_is_bounded_by_its_rows() -> None:
+def test_batch_size_is_limited_in_rows() -> None:
     engine, pipeline, _ = make_engine(QueueLimits(max_batch_size=4))
     callers = [Caller(engine).submit(num_inference_steps=8, seeds=(0, 1)) for _ in range(3)]
     run_out(engine)
@@ -58,7 +58,7 @@ def test_a_batch_is_bounded_by_its_rows() -> None:
     assert all(caller.steps == list(range(1, 9)) for caller in callers)
 
 
-def test_no_request_is_passed_over_for_long() -> None:
+def test_no_request_starves() -> None:
     """A long request of another shape goes on, though short ones never cease to come."""
     engine, pipeline, _ = make_engine(QueueLimits(max_batch_size=1))
     long = Caller(engine).submit(num_inference_steps=20, image=WIDE)
@@ -73,7 +73,7 @@ def test_no_request_is_passed_over_for_long() -> None:
     engine.close()
 
 
-def test_a_short_request_among_long_ones_is_done_in_its_own_time() -> None:
+def test_short_request_does_not_join_batches_that_would_slow_it_down() -> None:
     """Where a larger call takes longer in proportion, it is not made to share calls with what is not urgent."""
     engine, pipeline, clock = make_engine(seconds=lambda rows: 1.0 * rows)
     engine.costs.adopt("m", WarmUp(16, 1000.0, clock).measure("m", pipeline))
@@ -89,7 +89,7 @@ def test_a_short_request_among_long_ones_is_done_in_its_own_time() -> None:
     engine.close()
 
 
-def test_where_batches_are_free_everybody_shares_every_call() -> None:
+def test_all_requests_share_a_call_if_batching_costs_nothing() -> None:
     engine, pipeline, _ = make_engine()
     for steps in (50, 50, 4, 30):
         Caller(engine).submit(num_inference_steps=steps)
@@ -116,7 +116,7 @@ def test_a_request_larger_than_the_batch_runs_alone() -> None:
     assert [len(batch) for batch in pipeline.batches] == [1]
 
 
-def test_shapes_take_turns() -> None:
+def test_requests_of_different_shapes_alternate() -> None:
     engine, pipeline, _ = make_engine()
     Caller(engine).submit(num_inference_steps=50)
     engine.step()
@@ -129,7 +129,7 @@ def test_shapes_take_turns() -> None:
     assert {state.request.image.size for batch in pipeline.batches for state in batch} == {(8, 8), (16, 8)}
 
 
-def test_a_pipelines_own_bound_on_rows_holds() -> None:
+def test_batches_respect_the_pipelines_own_row_limit() -> None:
     engine, pipeline, _ = make_engine(max_rows=1)
     callers = [Caller(engine).submit(num_inference_steps=3) for _ in range(3)]
     run_out(engine)
@@ -197,7 +197,7 @@ def test_a_failing_preview_is_left_out() -> None:
     assert caller.steps == [1, 2, 3, 4]
 
 
-def test_a_failing_release_does_not_change_the_ending() -> None:
+def test_failing_release_does_not_fail_the_request() -> None:
     engine, _, _ = make_engine()
     caller = Caller(engine).submit(prompt="fail release")
     run_out(engine)
@@ -205,7 +205,7 @@ def test_a_failing_release_does_not_change_the_ending() -> None:
 
 
 @pytest.mark.parametrize("where", ["complete", "prepare", "advance", "finish"])
-def test_a_bug_in_the_engine_ends_every_request_and_the_engine_goes_on(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_internal_error_fails_all_requests_but_the_engine_continues(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also those that were leaving when it happened, and what they held is released."""
     engine, pipeline, _ = make_engine(QueueLimits(max_active=3))
     callers = [Caller(engine).submit(num_inference_steps=2) for _ in range(4)]
@@ -274,7 +274,7 @@ def test_eta_is_accurate_without_new_requests() -> None:
     engine.close()
 
 
-def test_estimates_learn_what_they_are_wrong_by() -> None:
+def test_estimates_are_corrected_by_their_past_errors() -> None:
     """Two short requests come for each step of a long one: after a few, its estimate has them in it."""
     engine, _, clock = make_engine(QueueLimits(max_batch_size=1))
     wrong = []
@@ -345,7 +345,7 @@ def test_previews_come_when_they_were_asked_for() -> None:
     assert {state.request.preview_interval for state in pipeline.previewed} == {2}
 
 
-def test_closing_ends_what_is_left() -> None:
+def test_closing_fails_the_remaining_requests() -> None:
     engine, pipeline, _ = make_engine()
     callers = [Caller(engine).submit() for _ in range(3)]
     engine.step()
@@ -399,7 +399,7 @@ def test_one_thread_runs_every_model_call() -> None:
     assert threads == {"img2img-engine"}
 
 
-def test_work_is_done_on_the_engines_thread_between_rounds() -> None:
+def test_call_runs_work_on_the_engines_thread() -> None:
     """Recordings belong to the thread that made them."""
     engine = Engine({"m": FakePipeline()})
     name = engine.call("m", lambda: threading.current_thread().name)
@@ -418,7 +418,7 @@ def test_work_is_done_on_the_engines_thread_between_rounds() -> None:
 
 
 @pytest.mark.parametrize("stop", [lambda engine: engine.close(), lambda engine: engine.abandon(ModelFailed("stuck"))])
-def test_work_that_waits_when_the_engine_stops_is_not_done(stop: Callable[[Engine], None]) -> None:
+def test_waiting_work_is_dropped_if_the_engine_stops(stop: Callable[[Engine], None]) -> None:
     engine, begun, gate = Engine({"m": FakePipeline()}), threading.Event(), threading.Event()
     outcomes: list[object] = []
 
@@ -449,7 +449,7 @@ def test_work_that_waits_when_the_engine_stops_is_not_done(stop: Callable[[Engin
     assert "done too late" not in outcomes
 
 
-def test_another_thread_goes_on_where_one_does_not_come_back() -> None:
+def test_restarted_thread_takes_over_from_a_stuck_one() -> None:
     engine, begun, gate = Engine({"m": FakePipeline()}), threading.Event(), threading.Event()
     stuck = threading.Thread(target=lambda: engine.call("m", lambda: _wait(begun, gate)))
     stuck.start()

@@ -32,7 +32,7 @@ class Builder:
         (folder / "engine").write_bytes(self._content)
 
 
-def test_built_engines_are_found(tmp_path: Path) -> None:
+def test_built_engine_is_found_by_its_key(tmp_path: Path) -> None:
     build = Builder()
     first = EngineCache(tmp_path).obtain(KEY, build, Stop())
     assert EngineCache(tmp_path).obtain(dict(reversed(KEY.items())), build, Stop()) == first
@@ -102,7 +102,7 @@ def test_damaged_engines_are_rebuilt(tmp_path: Path, damage: Callable[[Path], ob
     assert not entry.exists()
 
 
-def test_a_build_that_fails_leaves_nothing(tmp_path: Path) -> None:
+def test_failed_build_leaves_no_files(tmp_path: Path) -> None:
     def fail(folder: Path) -> None:
         (folder / "engine").touch()
         raise BundleError("told to")
@@ -112,7 +112,7 @@ def test_a_build_that_fails_leaves_nothing(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["locks"]
 
 
-def test_an_entry_is_complete_when_it_appears(tmp_path: Path) -> None:
+def test_cache_entry_appears_only_once_complete(tmp_path: Path) -> None:
     """While it is built there is nothing under its name; the record, written last, has every file's SHA-256."""
     entry = tmp_path / digest_of(KEY)
 
@@ -125,7 +125,7 @@ def test_an_entry_is_complete_when_it_appears(tmp_path: Path) -> None:
     assert record["files"] == {name: sha256_of(entry / name) for name in ("engine", "key.json")}
 
 
-def test_two_servers_that_want_the_same_build_it_once(tmp_path: Path) -> None:
+def test_concurrent_servers_build_an_engine_once(tmp_path: Path) -> None:
     begun, go, build = threading.Event(), threading.Event(), Builder()
     found: list[Path] = []
 
@@ -145,7 +145,7 @@ def test_two_servers_that_want_the_same_build_it_once(tmp_path: Path) -> None:
     assert found[0] == found[1]
 
 
-def test_waiting_for_another_server_ends_when_asked(tmp_path: Path) -> None:
+def test_waiting_for_another_servers_build_can_be_stopped(tmp_path: Path) -> None:
     stop = Stop()
 
     def meanwhile(folder: Path) -> None:
@@ -158,7 +158,7 @@ def test_waiting_for_another_server_ends_when_asked(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("bounds", [{"most_entries": 2}, {"most_bytes": 2500}])
-def test_old_engines_go_first_when_there_are_too_many(tmp_path: Path, bounds: dict[str, int]) -> None:
+def test_least_recently_used_engines_are_evicted(tmp_path: Path, bounds: dict[str, int]) -> None:
     cache, keys = EngineCache(tmp_path, **bounds), [{"gpu": name} for name in "abc"]
     for seconds, key in enumerate(keys):
         entry = cache.obtain(key, Builder(b"x" * 1000), Stop())
@@ -171,7 +171,7 @@ def test_old_engines_go_first_when_there_are_too_many(tmp_path: Path, bounds: di
     assert not list(tmp_path.glob("*.building"))
 
 
-def test_the_usual_place_is_the_users_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_default_folder_is_in_the_users_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert default_root() == tmp_path / "img2img" / "engines"
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
@@ -216,7 +216,7 @@ def pipes(tmp_path: Path) -> tuple[str, str]:
     return paths[0], paths[1]
 
 
-def test_a_build_dies_with_the_server(pipes: tuple[str, str]) -> None:
+def test_build_process_ends_with_the_server(pipes: tuple[str, str]) -> None:
     parent = subprocess.Popen([sys.executable, "-c", _PARENT, _HOLDER, *pipes])
     with open(pipes[0]) as held:  # noqa: PTH123 - a named pipe
         assert held.read(7) == "holding"
@@ -225,13 +225,13 @@ def test_a_build_dies_with_the_server(pipes: tuple[str, str]) -> None:
         assert held.read() == "", "the builder is gone"
 
 
-def test_a_build_that_is_given_up_is_killed(pipes: tuple[str, str]) -> None:
+def test_stopped_build_is_killed(pipes: tuple[str, str]) -> None:
     stop = Stop()
     with pytest.raises(Stopped):
         run_build([sys.executable, "-c", _WAITER], {"never": pipes[1]}, lambda *_: stop.ask(), stop)
 
 
-def test_a_build_that_is_given_up_before_it_begins_is_never_begun(tmp_path: Path) -> None:
+def test_build_stopped_before_its_start_never_starts(tmp_path: Path) -> None:
     stop = Stop()
     stop.ask()
     with pytest.raises(Stopped):
@@ -246,6 +246,6 @@ def test_a_build_that_is_given_up_before_it_begins_is_never_begun(tmp_path: Path
         ('print(\'{"problem": "no room"}\'); raise SystemExit(1)', "the build failed: no room"),
     ],
 )
-def test_a_build_that_fails_says_how(code: str, why: str) -> None:
+def test_failed_build_reports_the_reason(code: str, why: str) -> None:
     with pytest.raises(BundleError, match=why):
         run_build([sys.executable, "-c", code], {}, lambda *_: None, Stop())

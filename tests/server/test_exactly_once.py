@@ -238,7 +238,7 @@ TestLives = Lives.TestCase
 TestLives.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
 
 
-def test_who_cannot_be_told_keeps_nobody_from_their_end(caplog: pytest.LogCaptureFixture) -> None:
+def test_raising_listener_does_not_affect_other_requests(caplog: pytest.LogCaptureFixture) -> None:
     """A listener that raises is its own caller's loss: the others end, what they held is released, and the engine closes."""
 
     def deaf(event: Event) -> None:

@@ -49,7 +49,7 @@ async def settle() -> None:
         await asyncio.sleep(0)
 
 
-async def test_a_small_clients_job_is_next_whatever_another_has_in() -> None:
+async def test_client_with_few_jobs_runs_next_beside_a_greedy_one() -> None:
     stage = Stage(3)
     stage.add("greedy", 60)
     await settle()
@@ -67,7 +67,7 @@ async def test_a_small_clients_job_is_next_whatever_another_has_in() -> None:
 
 
 @pytest.mark.parametrize("slots", [1, 2, 4])
-async def test_with_many_greedy_clients_a_new_one_is_next(slots: int) -> None:
+async def test_new_client_runs_next_beside_many_greedy_ones(slots: int) -> None:
     stage = Stage(slots)
     for number in range(6):
         stage.add(f"greedy {number}", 10)
@@ -83,7 +83,7 @@ async def test_with_many_greedy_clients_a_new_one_is_next(slots: int) -> None:
     assert len(stage.order) == 61
 
 
-async def test_clients_get_as_much_of_a_stage_whatever_their_jobs_cost() -> None:
+async def test_clients_share_time_equally_whatever_their_jobs_cost() -> None:
     stage = Stage(1)
     stage.add("heavy", 20)
     stage.add("light", 60)
@@ -96,7 +96,7 @@ async def test_clients_get_as_much_of_a_stage_whatever_their_jobs_cost() -> None
     await stage.finish()
 
 
-async def test_in_a_client_jobs_keep_their_order_and_one_client_alone_loses_nothing() -> None:
+async def test_jobs_of_one_client_run_in_order() -> None:
     slots, order = FairSlots(2), list[int]()
 
     async def note(number: int) -> None:
@@ -110,7 +110,7 @@ async def test_in_a_client_jobs_keep_their_order_and_one_client_alone_loses_noth
 
 
 @pytest.mark.parametrize("leave", ["waiting", "granted", "running"])
-async def test_whoever_leaves_gives_its_slot_back_once(leave: str) -> None:
+async def test_cancelled_job_returns_its_slot_exactly_once(leave: str) -> None:
     stage = Stage(1)
     stage.add("first")
     await settle()
@@ -138,7 +138,7 @@ async def test_whoever_leaves_gives_its_slot_back_once(leave: str) -> None:
     assert (stage.slots.running, stage.slots.waiting) == (0, 0)
 
 
-async def test_threads_are_shared_among_the_clients_of_calls() -> None:
+async def test_threads_are_shared_fairly_between_clients() -> None:
     threads, order = FairThreads(1, "test"), list[str]()
 
     def work(client: str) -> Callable[[], None]:

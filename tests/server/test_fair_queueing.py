@@ -59,9 +59,7 @@ class Device:
 
 @pytest.mark.parametrize(("steps", "of_flood"), [(20, (20,)), (50, (4, 8, 20, 50)), (50, (4,)), (4, (50,))])
 @pytest.mark.parametrize("max_rows", [None, 2])
-def test_a_clients_one_request_is_not_held_up_by_how_many_another_sends(
-    steps: int, of_flood: tuple[int, ...], max_rows: int | None
-) -> None:
+def test_latency_does_not_depend_on_another_clients_flood(steps: int, of_flood: tuple[int, ...], max_rows: int | None) -> None:
     took = []
     for flood in (10, 100, 200):
         device = Device(flood, of_flood, max_rows=max_rows)
@@ -76,7 +74,7 @@ def test_a_clients_one_request_is_not_held_up_by_how_many_another_sends(
     assert more <= 6 * steps * CURVE[2] + 50 * CURVE[16], "and it has its share of the device"
 
 
-def test_a_client_that_waited_long_leads_no_call_in_anothers_turn() -> None:
+def test_starved_requests_do_not_take_another_clients_turn() -> None:
     flood = [Job(number, ("m", "large"), 1, 1, 50, None, 1.0, 0.0, 0.0, passed_over=100, client="flood") for number in range(10)]
     small = Job(10, ("m", "small"), 1, 1, 4, None, 1.0, 0.0, 0.0, client="small")
     policy = Policy(Costs(), 16)
@@ -85,7 +83,7 @@ def test_a_client_that_waited_long_leads_no_call_in_anothers_turn() -> None:
         small.steps_left -= 1
 
 
-def test_a_client_that_had_much_joins_anothers_call_only_where_that_costs_little() -> None:
+def test_heavy_client_joins_anothers_batch_only_if_that_is_cheap() -> None:
     costs, group = Costs(), ("m", "shape")
     for rows in range(1, 17):
         costs.measured("denoise", group, 1, rows, 0.9 + 0.1 * rows)
@@ -100,13 +98,13 @@ def test_a_client_that_had_much_joins_anothers_call_only_where_that_costs_little
     assert len(batch) == 6, "a call of six takes half as long again as one alone"
 
 
-def test_deadlines_on_everything_do_not_get_all() -> None:
+def test_deadlines_on_every_request_do_not_starve_others() -> None:
     device = Device(60, (20,), deadline=4.0)
     device.top_up()
     assert device.seconds(50) < 10 * 50 * CURVE[2]
 
 
-def test_the_estimate_knows_the_turns() -> None:
+def test_eta_accounts_for_fair_queueing() -> None:
     """What a client's request is told beside another's flood is what it takes: no deadline is refused for the flood's sake."""
     device = Device(40, (20,), max_active=64)
     device.top_up()
@@ -137,7 +135,7 @@ def test_eta_beside_shorter_requests_is_accurate() -> None:
     engine.close()
 
 
-def test_a_client_that_has_nothing_in_progress_is_admitted_first() -> None:
+def test_client_without_running_requests_is_admitted_first() -> None:
     engine, pipeline, _ = make_engine(QueueLimits(max_active=2, max_batch_size=1, max_admitted=1))
     for _ in range(2):
         Caller(engine).submit(num_inference_steps=3, client="many")
@@ -163,7 +161,7 @@ def order(jobs: list[Job], usage: dict[str, float] | None = None) -> list[int]:
 
 
 @pytest.mark.parametrize("client", ["", "one"])
-def test_among_the_requests_of_one_client_it_is_by_rank_alone(client: str) -> None:
+def test_requests_of_one_client_are_ordered_by_rank(client: str) -> None:
     source = random.Random(3)
     jobs = [
         job(
@@ -174,7 +172,7 @@ def test_among_the_requests_of_one_client_it_is_by_rank_alone(client: str) -> No
     assert order(jobs) == [item.number for item in sorted(jobs, key=lambda item: item.rank(0.0))]
 
 
-def test_a_clients_requests_stand_behind_each_other() -> None:
+def test_requests_of_different_clients_interleave() -> None:
     jobs = [job(1, 4, "a"), job(2, 4, "a"), job(3, 4, "a"), job(4, 7, "b"), job(5, 9, "")]
     assert order(jobs) == [1, 4, 2, 5, 3]
 
@@ -183,7 +181,7 @@ def test_clients_with_more_usage_are_served_later() -> None:
     assert order([job(1, 4, "a"), job(2, 7, "b")], {"a": 5.0}) == [2, 1]
 
 
-def test_one_pressing_deadline_comes_first_and_not_the_whole_line() -> None:
+def test_only_one_urgent_request_per_client_comes_first() -> None:
     jobs = [job(1, 4, "a", deadline=9.0), job(2, 4, "a", deadline=10.0), job(3, 4, "a", deadline=11.0), job(4, 6, "b")]
     assert order(jobs) == [1, 2, 4, 3]
 

@@ -121,7 +121,7 @@ async def test_fetching_an_image_reveals_nothing_about_the_server() -> None:
             assert request.headers["Accept-Encoding"] == "identity"
 
 
-async def test_settings_of_the_environment_are_no_way_around(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+async def test_proxy_variables_and_netrc_are_ignored(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     (tmp_path / "netrc").write_text("machine 127.0.0.1 login user password secret\n")
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     async with serving() as site, fetcher(site) as web_:
@@ -162,7 +162,7 @@ async def test_redirects_to_forbidden_addresses_are_refused() -> None:
         assert len(site.seen) == 5 + 4, "nothing but the first of each was asked, and the one that leads to itself"
 
 
-async def test_three_redirects_are_followed_and_no_more() -> None:
+async def test_at_most_three_redirects_are_followed() -> None:
     async with serving() as site, fetcher(site) as web_:
         for count in range(1, 6):
             site.answers[f"/{count}"] = redirect(f"/{count - 1}")
@@ -171,7 +171,7 @@ async def test_three_redirects_are_followed_and_no_more() -> None:
         assert "more than 3" in await refusal(web_.fetch(f"http://127.0.0.1:{site.port}/4"))
 
 
-async def test_a_name_that_is_rebound_leads_nowhere() -> None:
+async def test_dns_rebinding_does_not_reach_forbidden_addresses() -> None:
     """The address that is connected to is what is checked, however often the name's answer changes."""
     names = Names(rebound=[["127.0.0.1"], ["127.0.0.2"]])
     async with serving() as site, fetcher(site, names) as web_:
@@ -200,7 +200,7 @@ SPELLINGS = [
 
 
 @pytest.mark.parametrize("host", SPELLINGS)
-async def test_no_spelling_of_an_address_gets_through(host: str) -> None:
+async def test_every_spelling_of_a_forbidden_address_is_refused(host: str) -> None:
     """With the real policy and the system's own resolver."""
     async with serving() as site, fetcher(site, allowed=is_public) as web_:
         site.answers["/"] = answer(body=png())
@@ -228,12 +228,12 @@ ADDRESSES = {
 
 
 @pytest.mark.parametrize("address", ADDRESSES)
-async def test_an_address_that_is_never_fetched_is_refused_at_once(address: str) -> None:
+async def test_malformed_or_unsupported_urls_are_refused_without_a_request(address: str) -> None:
     with pytest.raises(InvalidField, match=ADDRESSES[address]):
         Fetcher(1.0, 1).check(address)
 
 
-async def test_ordinary_addresses_pass_the_first_look() -> None:
+async def test_ordinary_urls_pass_the_first_check() -> None:
     for address in ("http://example.com", "https://example.com:443/a.png?x=1#y", "HTTP://EXAMPLE.COM:80/ä.png"):
         Fetcher(1.0, 1).check(address)
 
@@ -253,13 +253,13 @@ async def test_forbidden_and_missing_assets_give_the_same_error() -> None:
     assert said == {UNREACHABLE}
 
 
-async def test_a_name_that_is_none_is_not_reachable() -> None:
+async def test_invalid_host_names_are_unreachable() -> None:
     async with serving() as site, fetcher(site) as web_:
         for host in ("a" * 70, "a..b"):
             assert await refusal(web_.fetch(f"http://{host}:{site.port}/")) in (UNREACHABLE, "the address is malformed")
 
 
-async def test_no_more_is_taken_than_a_source_may_have() -> None:
+async def test_download_stops_at_the_maximum_source_size() -> None:
     sent = 0
 
     async def endless(request: web.Request) -> web.StreamResponse:
@@ -304,7 +304,7 @@ async def test_other_protocols_are_unreachable() -> None:
         assert await refusal(web_.fetch(f"http://127.0.0.1:{site.port}/")) == UNREACHABLE
 
 
-async def test_the_time_bounds_all_of_it_and_a_cancelled_fetch_ends() -> None:
+async def test_timeout_and_cancellation_end_a_download() -> None:
     begun, left = asyncio.Event(), asyncio.Event()
 
     async def hang(request: web.Request) -> web.StreamResponse:
@@ -330,7 +330,7 @@ async def test_the_time_bounds_all_of_it_and_a_cancelled_fetch_ends() -> None:
             assert "longer than 0.2 seconds" in await refusal(quick.fetch(f"http://127.0.0.1:{site.port}/"))
 
 
-async def test_so_many_are_fetched_at_once_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_concurrent_downloads_are_limited(monkeypatch: pytest.MonkeyPatch) -> None:
     here, most, go = 0, 0, asyncio.Event()
     full = asyncio.Event()
 
@@ -376,7 +376,7 @@ async def test_https_checks_the_certificate_and_does_not_fall_back_to_http() -> 
             assert await refusal(untrusting.fetch(f"https://images:{secure.port}/a.png")) == UNREACHABLE
 
 
-async def test_one_clients_slow_sites_hold_up_no_other_client(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_slow_sites_of_one_client_do_not_delay_others(monkeypatch: pytest.MonkeyPatch) -> None:
     """A client that has all of its downloads hanging leaves one for others, and the other's do not wait for its."""
     go, hanging, asked = asyncio.Event(), asyncio.Event(), list[str]()
 

@@ -33,7 +33,7 @@ def _complaint(capsys: pytest.CaptureFixture[str], *words: str) -> str:
     return line.removeprefix("img2img serve: ").strip()
 
 
-def test_without_flags_all_is_as_the_configuration_has_it() -> None:
+def test_defaults_of_flags_are_those_of_the_configuration() -> None:
     assert _parse() == ServerConfig(Path("m"))
 
 
@@ -52,7 +52,7 @@ def test_without_flags_all_is_as_the_configuration_has_it() -> None:
         ("--engine-cache there", Execution(cache=Path("there"))),
     ],
 )
-def test_each_flag_of_how_models_are_run_is_a_setting(words: str, expected: Execution) -> None:
+def test_execution_flags_set_the_execution_settings(words: str, expected: Execution) -> None:
     assert _parse(*words.split()).execution == expected
 
 
@@ -72,7 +72,7 @@ def test_each_flag_of_how_models_are_run_is_a_setting(words: str, expected: Exec
         ),
     ],
 )  # fmt: skip
-def test_the_flags_that_there_always_were_are_still_there(words: str, expected: ServerConfig) -> None:
+def test_flags_of_earlier_releases_still_work(words: str, expected: ServerConfig) -> None:
     assert _parse(*words.split()) == expected
 
 
@@ -95,12 +95,12 @@ def test_invalid_flags_are_errors_of_one_line(words: str, problem: str, capsys: 
     assert _complaint(capsys, "--models", "m", *words.split()) == problem
 
 
-def test_models_have_to_be_named(capsys: pytest.CaptureFixture[str]) -> None:
+def test_models_setting_is_required(capsys: pytest.CaptureFixture[str]) -> None:
     line = _complaint(capsys, "--port", "0", "--print-config")
     assert line == "models is not set: give --models DIR, the variable IMG2IMG_MODELS or the key 'models' in a file"
 
 
-def test_the_file_can_be_named_by_a_variable_and_by_a_flag_that_counts_more(tmp_path: Path) -> None:
+def test_config_flag_overrides_the_config_variable(tmp_path: Path) -> None:
     one, other = tmp_path / "one.toml", tmp_path / "other.toml"
     one.write_text("port = 1", encoding="utf-8")
     other.write_text("port = 2", encoding="utf-8")

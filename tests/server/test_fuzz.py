@@ -42,7 +42,7 @@ def channel(server: Served) -> Iterator[grpc.Channel]:
         yield made
 
 
-def test_every_service_that_is_served_is_fuzzed(channel: grpc.Channel) -> None:
+def test_every_reflected_service_is_fuzzed(channel: grpc.Channel) -> None:
     """By what reflection tells of it."""
     call: Any = channel.stream_stream(
         "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo",
@@ -55,7 +55,7 @@ def test_every_service_that_is_served_is_fuzzed(channel: grpc.Channel) -> None:
 
 
 @pytest.mark.parametrize("method", METHODS, ids=name_of)
-def test_whatever_is_sent_the_answer_is_a_documented_one(method: MethodDescriptor, server: Served, channel: grpc.Channel) -> None:
+def test_every_message_gets_a_documented_status(method: MethodDescriptor, server: Served, channel: grpc.Channel) -> None:
     @settings(max_examples=80, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
     @given(calls(method))
     def attempt(messages: list[bytes]) -> None:
@@ -67,7 +67,7 @@ def test_whatever_is_sent_the_answer_is_a_documented_one(method: MethodDescripto
 
 
 @pytest.mark.parametrize(("method", "data"), [(method, data) for method in METHODS for data in (b"\xff" * 3, b"\x0a\xff\x7f")])
-def test_what_is_no_message_is_refused(method: MethodDescriptor, data: bytes, channel: grpc.Channel) -> None:
+def test_unparsable_message_is_an_invalid_argument(method: MethodDescriptor, data: bytes, channel: grpc.Channel) -> None:
     """Not as UNKNOWN, which is gRPC's own answer, with a trace in the log for each."""
     code, error = send(channel, method, [data])
     assert (code, error.details()[:28]) == (grpc.StatusCode.INVALID_ARGUMENT, "the message cannot be parsed")
@@ -83,7 +83,7 @@ METADATA = st.lists(
 )
 
 
-def test_whatever_the_metadata_the_call_is_answered(channel: grpc.Channel) -> None:
+def test_call_with_any_metadata_is_answered(channel: grpc.Channel) -> None:
     stub = ImageToImageServiceStub(channel)
 
     @settings(max_examples=100, deadline=None, derandomize=True, database=None)
@@ -110,7 +110,7 @@ def test_past_fuzzing_failures_stay_fixed(name: str, data: bytes) -> None:
         targets()[name].make(stack)(data)
 
 
-def test_every_fuzzer_accepts_what_it_begins_with() -> None:
+def test_every_fuzzer_accepts_its_own_corpus() -> None:
     """All but the RPCs, which are above."""
     with contextlib.ExitStack() as stack:
         for name, target in targets().items():
@@ -136,7 +136,7 @@ def test_an_undocumented_status_is_a_finding(code: grpc.StatusCode) -> None:
         check(METHODS[0], code, Failed(), [b""])
 
 
-def test_an_answer_that_tells_of_the_server_is_a_finding() -> None:
+def test_response_that_reveals_server_details_is_a_finding() -> None:
     with pytest.raises(Finding, match="reveals a detail of the server"):
         check(METHODS[0], grpc.StatusCode.NOT_FOUND, Failed(), [b""])
 

@@ -146,11 +146,11 @@ def check(load: Load, work: Callable[[Filled], None], few_waiting: int = FEW) ->
 
 @pytest.mark.parametrize("work", [Filled.step, Filled.submit_some, Filled.cancel, Filled.news], ids=lambda work: work.__name__)
 @pytest.mark.parametrize("load", LOADS.values(), ids=LOADS)
-def test_work_does_not_grow_with_how_many_wait(load: Load, work: Callable[[Filled], None]) -> None:
+def test_work_per_step_does_not_grow_with_the_queue_length(load: Load, work: Callable[[Filled], None]) -> None:
     check(load, work)
 
 
 @pytest.mark.parametrize("work", [Filled.step, Filled.submit_some, Filled.cancel], ids=lambda work: work.__name__)
-def test_work_does_not_grow_with_how_many_deadlines_press(work: Callable[[Filled], None]) -> None:
+def test_work_per_step_does_not_grow_with_urgent_deadlines(work: Callable[[Filled], None]) -> None:
     """As time has passed, news is due for all. For 400 requests that lasts as long as what is counted."""
     check(PRESSING, work, few_waiting=400)

@@ -30,7 +30,7 @@ def run(test: Any) -> None:
     asyncio.run(asyncio.wait_for(test, 120))
 
 
-def test_before_the_server_serves_it_is_not_serving() -> None:
+def test_health_is_not_serving_until_set() -> None:
     async def test() -> None:
         health = HealthServicer()
         assert await check(health) == NOT_SERVING
@@ -76,7 +76,7 @@ def test_a_watcher_that_does_not_read_gets_the_latest_status_only() -> None:
     run(test())
 
 
-def test_a_watcher_that_leaves_makes_no_other_deaf() -> None:
+def test_closing_one_watch_does_not_affect_others() -> None:
     async def test() -> None:
         health = HealthServicer()
         stays, leaves, also_stays = watch(health), watch(health), watch(health)
@@ -95,7 +95,7 @@ def test_a_watcher_that_leaves_makes_no_other_deaf() -> None:
     run(test())
 
 
-def test_once_it_drains_nothing_serves_and_closing_ends_each_watch_after_its_last_status() -> None:
+def test_drain_reports_not_serving_and_close_ends_every_watch() -> None:
     async def test() -> None:
         health = HealthServicer()
         health.set("", True)
@@ -139,7 +139,7 @@ def test_watches_are_bounded_for_each_client_and_in_all_and_counted_until_they_e
 
 
 @pytest.mark.parametrize("method", ["Check", "Watch"])
-def test_a_name_of_megabytes_is_refused(method: str) -> None:
+def test_oversized_service_name_is_refused(method: str) -> None:
     async def test() -> None:
         health, name = HealthServicer(), "x" * 2000
         answer = check(health, name) if method == "Check" else status(watch(health, name))

@@ -51,7 +51,7 @@ def _written(path: Path, data: bytes) -> Path:
 
 
 @pytest.mark.parametrize("make", ENTRIES.values(), ids=ENTRIES)
-def test_a_bundle_holds_regular_files_of_its_own_only(make: Callable[[Path], object], tmp_path: Path) -> None:
+def test_bundle_with_special_or_outside_files_is_refused(make: Callable[[Path], object], tmp_path: Path) -> None:
     bundle = tmp_path / "bundle"
     _written(bundle / "unet" / "config.json", b"{}")
     (bundle / "vae").symlink_to("unet")
@@ -98,7 +98,7 @@ def test_a_manifest_that_is_a_pipe_or_huge_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("data", [b"[" + b"1," * 600_000 + b"1]", b"[" * 600_000, b"[" + b"{}," * 600_000 + b"{}]"])
-def test_values_are_counted_before_they_are_made(data: bytes, tmp_path: Path) -> None:
+def test_json_with_too_many_values_is_refused(data: bytes, tmp_path: Path) -> None:
     assert len(data) < files.MOST_CONFIGURATION
     with pytest.raises(ValueError, match="more than 500000 values"):
         files.read_json(_written(tmp_path / "config.json", data))
@@ -135,7 +135,7 @@ TOKENIZERS: dict[str, dict[str, Any]] = {
 
 
 @covering(name=["tokenizer.json", "tokenizer.4.0.0.json", "Tokenizer.json"], kind=TOKENIZERS)
-def test_a_tokenizer_that_takes_too_much_is_refused(kind: str, name: str, tmp_path: Path) -> None:
+def test_too_expensive_tokenizer_is_refused(kind: str, name: str, tmp_path: Path) -> None:
     path = _written(tmp_path / name, json.dumps({**PLAIN, **TOKENIZERS[kind]}).encode())
     with pytest.raises(BundleError, match=str(path)):
         refuse_unsafe_config(path)
@@ -177,7 +177,7 @@ def test_regular_expressions_in_use_are_not_slow(pattern: str) -> None:
     ["(a+)+b", "(a|a)*b", "(?:a|aa)+$", "(a*){9}b", r"(a)\1", r"(?<x>a+)\k<x>", r"(?<x>a\g<x>?)", "a*a*a*a*a*b", "x" * 3000,
      "(?x)(a+)#c\n+b", "(?i-mx:(a+) + b)", "(?~abc)", r"(\\)+", "((a))+?", "(a)++"],
 )  # fmt: skip
-def test_regular_expressions_that_may_take_long_are(pattern: str) -> None:
+def test_regular_expressions_with_catastrophic_backtracking_are_slow(pattern: str) -> None:
     assert is_slow(pattern)
 
 
@@ -186,7 +186,7 @@ def test_regular_expressions_that_may_take_long_are(pattern: str) -> None:
     [("num_train_timesteps", 2 * 10**9), ("num_train_timesteps", 100_001), ("model_max_length", 10**9), ("max_length", 2**20 + 1),
      ("hidden_size", 2**25 + 1), ("hidden_size", -(10**12)), ("block_out_channels", [8, 10**12]), ("nested", {"size": 10**10})],
 )  # fmt: skip
-def test_numbers_that_no_model_has_are_refused(key: str, value: Any, tmp_path: Path) -> None:
+def test_implausibly_large_sizes_are_refused(key: str, value: Any, tmp_path: Path) -> None:
     path = _written(tmp_path / "config.json", json.dumps({key: value}).encode())
     with pytest.raises(BundleError, match="larger than any size"):
         refuse_unsafe_config(path)
@@ -222,7 +222,7 @@ def weights(tmp_path: Path) -> Path:
     return tmp_path / "model.safetensors"
 
 
-def test_construction_ends_once_it_exceeds_the_files(weights: Path) -> None:
+def test_model_construction_is_bounded_by_the_weight_files(weights: Path) -> None:
     Layers.made = 0
     with pytest.raises(TooLarge, match="more parts"), within([weights]):
         Layers(10**9)
@@ -236,7 +236,7 @@ def test_construction_ends_once_it_exceeds_the_files(weights: Path) -> None:
     Layers(1, 5000)
 
 
-def test_text_of_other_errors_is_kept(weights: Path) -> None:
+def test_other_errors_pass_through_unchanged(weights: Path) -> None:
     with pytest.raises(RuntimeError, match=r"^another$"), within([weights]):
         raise RuntimeError("another")
 
@@ -254,7 +254,7 @@ LYING: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("header", LYING.values(), ids=LYING)
-def test_weights_whose_header_lies_are_refused(header: dict[str, Any], tmp_path: Path) -> None:
+def test_weights_with_a_false_header_are_refused(header: dict[str, Any], tmp_path: Path) -> None:
     text = json.dumps(header).encode()
     path = _written(tmp_path / "model.safetensors", struct.pack("<Q", len(text)) + text + bytes(4))
     with pytest.raises(ValueError, match=str(path)), within([path]):

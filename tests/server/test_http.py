@@ -93,7 +93,7 @@ def test_every_field_of_an_edit_reaches_the_model(client: openai.OpenAI, pipelin
     assert extra["timings"].keys() == {"queue_ms", "encode_ms", "denoise_ms", "decode_ms", "total_ms"}
 
 
-def test_an_edit_gives_the_image_that_grpc_gives(client: openai.OpenAI, native: ImageToImageServiceStub) -> None:
+def test_edit_returns_the_same_image_as_grpc(client: openai.OpenAI, native: ImageToImageServiceStub) -> None:
     drawn = pb.ModelReference(path="drawn")
     same = native.Transform(request(model=drawn, prompt="a lake", seed=5, num_inference_steps=8)).images[0].data
     size: Any = "source"
@@ -117,7 +117,7 @@ def test_defaults_are_those_that_are_documented(client: openai.OpenAI, pipeline:
 
 
 @pytest.mark.parametrize(("quality", "steps"), [("low", 12), ("medium", 25), ("auto", 25), ("standard", 25), ("hd", 50)])
-def test_quality_is_a_number_of_steps(client: openai.OpenAI, pipeline: FakePipeline, quality: Any, steps: int) -> None:
+def test_quality_maps_to_a_step_count(client: openai.OpenAI, pipeline: FakePipeline, quality: Any, steps: int) -> None:
     client.images.edit(image=png(), prompt="a lake", model="m", quality=quality)
     assert last(pipeline).num_inference_steps == steps
     client.images.edit(image=png(), prompt="a lake", model="m", quality=quality, extra_body={"num_inference_steps": 3})
@@ -153,7 +153,7 @@ def test_models_are_listed_and_found(client: openai.OpenAI) -> None:
     assert (caught.value.code, caught.value.param) == ("MODEL_NOT_FOUND", "model")
 
 
-def test_a_stream_tells_queue_steps_previews_and_result(client: openai.OpenAI, pipeline: FakePipeline) -> None:
+def test_stream_has_queue_progress_preview_and_result_events(client: openai.OpenAI, pipeline: FakePipeline) -> None:
     with client.images.edit(image=png(), prompt="a lake", model="m", stream=True, partial_images=3, n=2) as stream:
         events = list(stream)
         headers = stream.response.headers
@@ -190,7 +190,7 @@ def test_previews_are_spread_over_the_steps_that_the_model_runs(server: RunningS
     ] == (["partial_image"] * 3 + ["progress"]), "of the model's own 4 steps, without a strength"
 
 
-def test_an_answer_says_where_the_request_was_in_the_queue(server: RunningServer) -> None:
+def test_response_headers_have_queue_position_and_request_id(server: RunningServer) -> None:
     headers = {"x-request-id": "my-own-id"}
     answer = ask(server, EDITS, ("prompt", "a lake"), ("model", "m"), headers=headers)
     assert answer.headers["x-img2img-queue-position"] == "0"
@@ -199,7 +199,7 @@ def test_an_answer_says_where_the_request_was_in_the_queue(server: RunningServer
     assert answer.headers["x-request-id"] == "my-own-id"
 
 
-def test_images_are_kept_and_found_by_their_address(server: RunningServer, client: openai.OpenAI) -> None:
+def test_response_format_url_stores_the_image_as_an_asset(server: RunningServer, client: openai.OpenAI) -> None:
     result = client.images.edit(image=png(), prompt="a lake", model="drawn", response_format="url", extra_body={"seed": 3})
     assert result.data is not None
     (one,) = result.data
@@ -322,7 +322,7 @@ def test_a_failed_stream_raises_in_openais_client(client: openai.OpenAI) -> None
     assert caught.value.code == "MODEL_FAILED"
 
 
-def test_errors_are_those_of_grpc(server: RunningServer, native: ImageToImageServiceStub) -> None:
+def test_errors_match_those_of_grpc(server: RunningServer, native: ImageToImageServiceStub) -> None:
     """The same request is refused in the same words by both fronts: there is one check of each field."""
     m = pb.ModelReference(path="m")
     for fields, message in [
@@ -345,7 +345,7 @@ def test_a_deadline_that_cannot_be_met_is_refused(server: RunningServer) -> None
         assert (error["param"], error["code"]) == ("x-request-timeout", "INVALID_FIELD")
 
 
-def test_paths_and_methods(server: RunningServer) -> None:
+def test_unknown_paths_methods_and_content_types_are_errors(server: RunningServer) -> None:
     assert get(server, "/health").json == {"status": "ok"}
     assert get(server, "/ready").json == {"status": "ready"}
     assert (get(server, "/v1/nope").status, get(server, "/v1/nope").error["code"]) == (404, "PATH_NOT_FOUND")

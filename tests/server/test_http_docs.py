@@ -47,7 +47,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_the_programs_do_what_they_say(server: RunningServer, folder: Path) -> None:
+def test_documented_programs_run(server: RunningServer, folder: Path) -> None:
     told = []
     for program in PROGRAMS:
         code = program.replace("localhost:8000", f"localhost:{port_of(server)}")
@@ -59,7 +59,7 @@ def test_the_programs_do_what_they_say(server: RunningServer, folder: Path) -> N
         assert image.size == (64, 64)
 
 
-def test_the_command_lines_do_what_they_say(server: RunningServer, folder: Path) -> None:
+def test_documented_command_lines_run(server: RunningServer, folder: Path) -> None:
     (folder / "winter.png").unlink(missing_ok=True)
     command = CURL.replace("localhost:8000", f"localhost:{port_of(server)}").replace("python3", sys.executable)
     subprocess.run(["bash", "-o", "pipefail", "-c", command], cwd=folder, check=True, timeout=120, capture_output=True)
@@ -73,13 +73,13 @@ def test_the_command_lines_do_what_they_say(server: RunningServer, folder: Path)
     assert Image.open(io.BytesIO(base64.b64decode(one["b64_json"]))).size == (64, 64)
 
 
-def test_the_table_of_fields_is_that_of_the_code() -> None:
+def test_field_table_matches_the_code() -> None:
     assert [name.strip("`") for name, *_ in rows("Fields")] == [one.name for one in FIELDS]
     extensions = [name.strip("`") for name, _, meaning in rows("Fields") if meaning.startswith("extension: ")]
     assert extensions == [one.name for one in FIELDS if one.extension]
 
 
-def test_the_table_of_errors_is_that_of_the_code() -> None:
+def test_error_table_matches_the_code() -> None:
     told = {}
     for statuses, kind, codes in rows("Errors"):
         for status in statuses.split(", "):

@@ -43,7 +43,7 @@ def changed(draw: st.DrawFn, valid: list[bytes]) -> bytes:
 
 
 @pytest.mark.parametrize("name", SEEDS)
-def test_whatever_is_sent_the_answer_is_a_documented_one(name: str) -> None:
+def test_every_http_request_gets_a_documented_response(name: str) -> None:
     with contextlib.ExitStack() as stack:
         attempt = getattr(http_front, name)(stack)
 
@@ -55,7 +55,7 @@ def test_whatever_is_sent_the_answer_is_a_documented_one(name: str) -> None:
         send()
 
 
-def test_an_answer_that_may_not_be_is_a_finding() -> None:
+def test_undocumented_http_response_is_a_finding() -> None:
     for part in (b"500 Internal Server Error\r\n\r\n", b'404 Not Found\r\n\r\n{"a": "/planted-secret-1/models"}'):
         with pytest.raises(Finding):
             http_front._check_answer(part)

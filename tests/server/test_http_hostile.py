@@ -161,7 +161,7 @@ def test_a_body_that_never_ends_is_refused_at_the_limit(server: RunningServer) -
         assert b"HTTP/1.1 413 " in rest_of(made)
 
 
-def test_the_rest_of_a_refused_body_is_dropped_and_the_connection_goes_on(server: RunningServer) -> None:
+def test_connection_stays_usable_after_a_refused_body(server: RunningServer) -> None:
     body = form(PROMPT, ("nonsense", "1"), image=bytes(MOST * 5))
     with connection(server) as made:
         for _ in range(3):
@@ -204,7 +204,7 @@ def test_a_malformed_request_is_refused_in_openais_form(server: RunningServer, n
     assert answer.error["type"] == "invalid_request_error"
 
 
-def test_requests_that_are_not_awaited_end_the_connection(server: RunningServer) -> None:
+def test_pipelined_requests_close_the_connection(server: RunningServer) -> None:
     """So does one request that is sent a thousand times in one packet: only the first is parsed."""
     one = head(verb="GET", path="/v1/models")
     with connection(server) as made:
@@ -222,7 +222,7 @@ def test_many_small_chunks_are_refused(server: RunningServer) -> None:
     assert get(server, "/health").status == 200
 
 
-def test_a_request_for_another_protocol_is_answered_as_it_is(server: RunningServer) -> None:
+def test_upgrade_headers_are_ignored(server: RunningServer) -> None:
     lines = ("Connection: Upgrade, HTTP2-Settings", "Upgrade: h2c", "HTTP2-Settings: AAMAAABk")
     with connection(server) as made:
         made.sendall(head(*lines, verb="GET", path="/health"))
@@ -249,7 +249,7 @@ def test_slow_clients_do_not_delay_grpc_or_other_http_clients(server: RunningSer
         assert ask(server, EDITS, PROMPT).status == 200
 
 
-def test_a_client_that_does_not_read_is_ended_and_holds_no_model(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_client_that_does_not_read_is_disconnected_and_its_model_freed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its answer, three images of noise, is larger than what the kernel buffers."""
     monkeypatch.setattr(transport, "_BYTES_PER_SECOND", 10**9)
     pipeline = FakePipeline()
@@ -296,7 +296,7 @@ PARTS = {
 
 
 @pytest.mark.parametrize("name", PARTS)
-async def test_headers_that_do_not_come_in_time_end_the_connection(name: str) -> None:
+async def test_header_timeout_closes_the_connection(name: str) -> None:
     async with front(Limits(10, headers=0.05)) as made:
         reader, writer = await asyncio.open_connection("127.0.0.1", made.port)
         writer.write(PARTS[name])
@@ -304,7 +304,7 @@ async def test_headers_that_do_not_come_in_time_end_the_connection(name: str) ->
         writer.close()
 
 
-async def test_an_idle_connection_is_closed_and_so_is_one_with_an_unfinished_body() -> None:
+async def test_idle_connections_and_unfinished_bodies_time_out() -> None:
     body = form(PROMPT)
     for limits, data in [
         (Limits(10, idle=0.05), head(verb="GET", path="/health")),
@@ -327,7 +327,7 @@ async def test_small_answers_do_not_wait_for_the_clients_acknowledgement() -> No
         writer.close()
 
 
-async def test_connections_are_bounded_and_a_closed_one_makes_room() -> None:
+async def test_connections_are_limited_and_closing_one_frees_a_slot() -> None:
     async with front(Limits(2)) as made:
 
         async def health() -> bytes:
@@ -371,7 +371,7 @@ async def read(receive: Any, memory: ImageMemory, size: int = 10**7, seconds: fl
         return await read_form({k.lower(): v for k, v in typed().items()}, receive, Call("m", "r", "alice"), memory, held, limits)
 
 
-async def test_a_body_that_does_not_come_in_time_is_given_up() -> None:
+async def test_body_timeout_raises_deadline_expired() -> None:
     with pytest.raises(DeadlineExpired, match="not received within"):
         await read(receiving(b"--", complete=False), ImageMemory(10**8), 1000, 0.05)
 
@@ -397,13 +397,13 @@ async def test_the_memory_of_a_body_is_accounted_for_while_it_arrives() -> None:
     assert memory.held == 0
 
 
-async def test_a_client_that_leaves_in_its_body_has_no_answer() -> None:
+async def test_disconnect_during_the_body_raises_client_left() -> None:
     with pytest.raises(ClientLeft):
         await read(receiving(b"--", complete=False, then=lambda: {"type": "http.disconnect"}), ImageMemory(10**8))
 
 
 @pytest.mark.parametrize("cut", [1, 7, 64, 1000])
-async def test_a_form_is_the_same_however_its_bytes_arrive(cut: int) -> None:
+async def test_form_parsing_does_not_depend_on_chunk_sizes(cut: int) -> None:
     image = bytes(range(256)) * 8 + b"\r\n--" + BOUNDARY.encode()[:-1] + b"\r\n"
     body = form(PROMPT, ("seed", "5"), image=image)
     parts = await read(receiving(*[body[start : start + cut] for start in range(0, len(body), cut)]), ImageMemory(10**8))
@@ -422,7 +422,7 @@ FLOODS = {
 
 
 @pytest.mark.parametrize("name", FLOODS)
-async def test_a_flood_costs_few_calls(name: str) -> None:
+async def test_parsing_hostile_bodies_takes_bounded_work(name: str) -> None:
     """A megabyte of anything is given up early, or is data: its parts take a bounded number of calls."""
     calls = 0
 

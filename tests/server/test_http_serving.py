@@ -52,7 +52,7 @@ def in_background(call: Callable[[], Any]) -> Iterator[list[Any]]:
         assert not thread.is_alive()
 
 
-def test_tokens_are_those_of_grpc(tmp_path: Path, pipeline: FakePipeline) -> None:
+def test_tokens_apply_to_http_as_to_grpc(tmp_path: Path, pipeline: FakePipeline) -> None:
     tokens = tmp_path / "tokens.toml"
     alice = grant(tokens, "alice", models=("m",), requests_per_minute=6)
     bob = grant(tokens, "bob")
@@ -228,9 +228,7 @@ def test_a_full_queue_refuses_a_request_before_its_body_is_sent(pipeline: FakePi
         assert "retry-after" in answer.headers
 
 
-def test_metrics_and_log_tell_of_http_as_of_grpc(
-    tmp_path: Path, pipeline: FakePipeline, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_metrics_and_log_cover_http_calls(tmp_path: Path, pipeline: FakePipeline, caplog: pytest.LogCaptureFixture) -> None:
     tokens = tmp_path / "tokens.toml"
     alice = {"Authorization": f"Bearer {grant(tokens, 'alice')}"}
     telemetry = TelemetrySettings(metrics_port=0)
@@ -260,7 +258,7 @@ def test_metrics_and_log_tell_of_http_as_of_grpc(
     assert vars(caplog.records[0])["request_id"] == "one"
 
 
-def test_traces_go_on_from_the_callers(pipeline: FakePipeline) -> None:
+def test_trace_continues_the_callers_trace(pipeline: FakePipeline) -> None:
     trace, parent = "1" * 32, "2" * 16
     with collecting() as collector:
         telemetry = TelemetrySettings(otlp_endpoint=collector.endpoint)
@@ -275,7 +273,7 @@ def test_traces_go_on_from_the_callers(pipeline: FakePipeline) -> None:
         assert not [span for span in collector.spans if "health" in span.name]
 
 
-def test_a_process_ends_in_time_whatever_http_clients_do(start: Callable[..., Process], tmp_path: Path) -> None:
+def test_stalled_http_clients_do_not_delay_shutdown(start: Callable[..., Process], tmp_path: Path) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -321,6 +319,6 @@ def test_every_address_of_a_host_is_listened_on(host: str) -> None:
             assert rest_of(made).startswith(b"HTTP/1.1 200 OK")
 
 
-def test_the_server_knows_no_http_without_the_setting() -> None:
+def test_http_is_off_by_default() -> None:
     with serving(pipelines={"m": FakePipeline()}, http_port=None) as server:
         assert server.server.http_port is None

@@ -57,14 +57,14 @@ def test_a_transparent_part_is_as_white_under_a_profile_as_without() -> None:
     assert (found[:, 8:] == 255).all()
 
 
-def test_a_large_jpeg_profile_in_several_segments_is_put_together() -> None:
+def test_jpeg_profile_in_several_segments_is_joined() -> None:
     profile = icc_profiles.display_p3()
     padded = profile + bytes(150_000)
     whole = (len(padded)).to_bytes(4, "big") + padded[4:]
     assert_near(decoded(Image.new("RGB", (16, 16), GREEN), "JPEG", icc_profile=whole), GREEN_OF_P3, 3)
 
 
-def test_a_profile_that_is_srgb_changes_no_value() -> None:
+def test_srgb_profile_changes_no_pixel() -> None:
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8))
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     assert (decoded(noise, "PNG", icc_profile=profile) == np.asarray(noise)).all()
@@ -79,13 +79,13 @@ def test_gray_is_converted_by_its_profile(mode: str) -> None:
     assert_near(decoded(image, "PNG", icc_profile=icc_profiles.gray(1.0)), expected, 2)
 
 
-def test_gray_with_a_profile_of_colours_takes_their_curve() -> None:
+def test_gray_with_an_rgb_profile_uses_its_tone_curve() -> None:
     expected = 255 * (1.055 * (100 / 255) ** (1 / 2.4) - 0.055)
     assert_near(decoded(Image.new("L", (16, 16), 100), "PNG", icc_profile=icc_profiles.linear_srgb()), expected, 2)
 
 
 @pytest.mark.parametrize("file_format", ["TIFF", "JPEG"])
-def test_inks_are_converted_by_their_profile(file_format: str) -> None:
+def test_cmyk_is_converted_by_its_profile(file_format: str) -> None:
     image = Image.new("CMYK", (16, 16), (0, 255, 0, 0))
     assert_near(decoded(image, file_format, icc_profile=icc_profiles.cmyk()), (255, 0, 255), 6)
 
@@ -125,7 +125,7 @@ def test_float_images_map_one_to_white_and_clip_above(highest: float, compressio
 
 
 @pytest.mark.parametrize(("highest", "white"), [(255.0, 255), (280.0, 255), (4000.0, 4095), (65535.0, 65535)])
-def test_floats_that_are_integers_in_disguise_are_scaled_by_their_depth(highest: float, white: float) -> None:
+def test_integer_valued_floats_are_scaled_by_their_bit_depth(highest: float, white: float) -> None:
     expected = np.clip(RAMP * (highest / white), 0, 255)[..., None]
     assert_near(decoded(floats(highest), "TIFF"), expected, 1)
 
@@ -139,7 +139,7 @@ def test_non_finite_floats_become_black() -> None:
 
 
 @pytest.mark.parametrize("bits", [8, 10, 12, 16, 20, 31])
-def test_integers_of_32_bits_are_scaled_by_the_bits_that_they_use(bits: int) -> None:
+def test_32_bit_integers_are_scaled_by_their_used_bits(bits: int) -> None:
     values = (RAMP / 255 * (2**bits - 1)).astype(np.int32)
     assert_near(decoded(Image.fromarray(values), "TIFF"), RAMP[..., None], 1)
 
@@ -173,7 +173,7 @@ def test_samples_of_12_bits_are_scaled_by_12_bits() -> None:
     assert_near(np.asarray(images.decode(data, LIMITS, "image.data"), int), RAMP[..., None], 1)
 
 
-def test_deep_gray_whose_white_is_zero_is_not_a_negative() -> None:
+def test_16_bit_white_is_zero_gray_is_inverted() -> None:
     data = tiff((65535 - RAMP.astype(np.uint16) * 257).tobytes(), 16, photometric=0)
     assert_near(np.asarray(images.decode(data, LIMITS, "image.data"), int), RAMP[..., None], 1)
 

@@ -30,7 +30,7 @@ def call(client: str, request_id: str = "i") -> Call:
     return Call("m", request_id, client=client)
 
 
-def test_a_client_has_half_and_all_together_the_whole() -> None:
+def test_one_client_gets_at_most_half_of_the_image_memory() -> None:
     memory = ImageMemory(100)
     with ExitStack() as held:
         calls = [call("a") for _ in range(3)]
@@ -51,7 +51,7 @@ def test_a_client_has_half_and_all_together_the_whole() -> None:
     assert not memory._of_clients
 
 
-def test_a_call_alone_may_have_whatever_its_image_takes() -> None:
+def test_single_call_may_exceed_the_image_memory() -> None:
     memory = ImageMemory(100)
     alone, other = call("a"), call("a")
     with memory.hold(alone, 80), memory.hold(alone, 500):
@@ -101,7 +101,7 @@ BIG = noise((700, 700))
     ],
     ids=["transform", "stream", "upload", "decoding"],
 )
-def test_when_the_memory_is_taken_images_are_refused_and_nothing_else_is(blocked: Blocked, ask: Callable[[Any], object]) -> None:
+def test_full_image_memory_refuses_only_images(blocked: Blocked, ask: Callable[[Any], object]) -> None:
     with running(lambda: store(m=blocked), codecs=CodecSettings(memory=2 * len(BIG))) as server, connect(server) as channel:
         first = ImageToImageServiceStub(channel).Transform.future(request(image={"data": BIG}))
         assert blocked.called.wait(60)

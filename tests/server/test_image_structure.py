@@ -64,20 +64,20 @@ REAL: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("name", REAL)
-def test_what_encoders_write_passes(name: str) -> None:
+def test_files_written_by_encoders_pass(name: str) -> None:
     file_format, options = REAL[name]
     data = saved(RGB, file_format, **options)
     structure.check(data, "image.data")
     structure.check(data + bytes(200_000), "image.data")  # padding behind the end is no structure
 
 
-def test_tiffs_of_a_strip_for_each_row_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tiff_with_one_strip_per_row_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(TiffImagePlugin, "STRIP_SIZE", 1)
     structure.check(saved(Image.new("L", (10, 30_000)), "TIFF"), "image.data")
 
 
 @pytest.mark.parametrize("name", REAL)
-def test_damage_is_the_decoders_to_find(name: str) -> None:
+def test_damaged_files_pass_or_are_refused_without_crashing(name: str) -> None:
     """Cut anywhere, or with a byte changed: it is never more than refused."""
     file_format, options = REAL[name]
     data = saved(RGB.resize((40, 30)), file_format, **options)
@@ -99,7 +99,7 @@ def test_tiff_directory_beyond_the_file_is_damage(order: str, start: int) -> Non
 
 
 @pytest.mark.parametrize("count", [structure.MAX_SCANS - 12, structure.MAX_SCANS + 1])
-def test_scans_are_counted(count: int) -> None:
+def test_progressive_jpeg_scans_are_limited(count: int) -> None:
     """Those of a real progressive JPEG, ten or fewer of gray, and so many more."""
     data = image_bombs.jpeg_scans(count, (64, 64))
     if count > structure.MAX_SCANS:
@@ -111,14 +111,14 @@ def test_scans_are_counted(count: int) -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"lossless": True}, {"exif": EXIF}, FRAMES])
-def test_a_webps_canvas_is_known_before_it_is_opened(options: dict[str, Any]) -> None:
+def test_webp_size_is_checked_before_decoding(options: dict[str, Any]) -> None:
     assert structure.webp_pixels(saved(RGB, "WEBP", **options)) == RGB.width * RGB.height
     assert structure.webp_pixels(saved(RGB, "PNG")) == 0
     with pytest.raises(InvalidField, match="the maximum is 1000"):
         Inspect("f", ImageLimits(max_source_pixels=1000)).run(saved(RGB, "WEBP", **options), nothing_more)
 
 
-def test_scans_in_a_thumbnail_or_behind_the_end_do_not_count() -> None:
+def test_scans_in_thumbnails_or_trailing_data_are_not_counted() -> None:
     thumbnail = b"\xff\xda\x00\x02" * 1000
     data = image_bombs.jpeg_segments(0xE1, 1, b"Exif\0\0" + thumbnail)
     structure.check(data + image_bombs.jpeg_scans(200, (8, 8)), "image.data")

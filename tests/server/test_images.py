@@ -177,7 +177,7 @@ def test_an_endless_data_uri_is_refused_before_it_is_decoded() -> None:
         images.decode_data_uri("data:," + "a" * 800_001, LIMITS, "image.uri")
 
 
-def test_the_size_is_the_sources_rounded_down_to_the_models_multiple() -> None:
+def test_source_size_is_rounded_down_to_the_models_multiple() -> None:
     assert images.target_size((63, 40), SizeRule(), 8, LIMITS) == (56, 40)
     assert images.target_size((63, 40), SizeRule(100, 20), 8, ImageLimits()) == (96, 16)
     assert images.target_size((63, 40), SizeRule(height=32), 8, LIMITS) == (56, 32)
@@ -212,7 +212,7 @@ def test_a_source_is_fitted_with_its_aspect_kept(
 
 
 @pytest.mark.parametrize("multiple", [8, 16, 32, 64])
-def test_whatever_its_shape_a_source_fits_into_the_native_area_within_the_limit(multiple: int) -> None:
+def test_native_size_rule_respects_limit_and_aspect_for_any_source(multiple: int) -> None:
     limits = ImageLimits(max_pixels=256 * 256)
     for width, height in itertools.product((1, 7, 64, 333, 1024, 4096, 50_000), repeat=2):
         fitted = images.target_size((width, height), NATIVE, multiple, limits)
@@ -239,14 +239,14 @@ def test_oversized_photo_error_mentions_fit() -> None:
 @pytest.mark.parametrize(
     ("file_format", "quality", "exact"), [("PNG", 1, True), ("JPEG", 95, False), ("WEBP", 95, False), ("WEBP", 100, True)]
 )
-def test_results_are_encoded_in_the_format_that_was_asked(file_format: images.WriteFormat, quality: int, exact: bool) -> None:
+def test_results_are_encoded_in_the_requested_format(file_format: images.WriteFormat, quality: int, exact: bool) -> None:
     encoded = Image.open(io.BytesIO(images.encode(sample(), file_format, quality)))
     assert (encoded.format, encoded.size) == (file_format, (24, 16))
     difference = np.abs(np.asarray(encoded.convert("RGB"), int) - np.asarray(sample(), int))
     assert (difference.max() == 0) == exact
 
 
-def test_quality_makes_files_smaller() -> None:
+def test_lower_quality_makes_files_smaller() -> None:
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8))
     for file_format in ("JPEG", "WEBP"):
         assert len(images.encode(noise, file_format, 20)) < len(images.encode(noise, file_format, 90))

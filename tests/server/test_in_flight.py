@@ -118,7 +118,7 @@ def run(engine: Engine) -> None:
         pass
 
 
-def test_the_next_step_is_asked_for_before_the_last_is_waited_for(engine: Engine, device: Device) -> None:
+def test_next_step_is_submitted_before_waiting_for_the_previous(engine: Engine, device: Device) -> None:
     Hearing(engine, device, num_inference_steps=3)
     run(engine)
     assert device.log == [
@@ -143,7 +143,7 @@ def test_the_next_step_is_asked_for_before_the_last_is_waited_for(engine: Engine
     ]
 
 
-def test_no_more_than_two_steps_are_asked_for_at_a_time(engine: Engine, device: Device) -> None:
+def test_at_most_two_steps_are_in_flight(engine: Engine, device: Device) -> None:
     callers = [Hearing(engine, device, num_inference_steps=steps, seeds=(steps,)) for steps in (2, 9, 5, 7)]
     run(engine)
     assert device.most_in_flight == 2
@@ -153,7 +153,7 @@ def test_no_more_than_two_steps_are_asked_for_at_a_time(engine: Engine, device: 
         assert isinstance(caller.ending, Completed)
 
 
-def test_a_preview_is_drawn_of_a_step_that_is_done(engine: Engine, device: Device) -> None:
+def test_preview_is_drawn_only_after_its_step_has_finished(engine: Engine, device: Device) -> None:
     caller = Hearing(engine, device, num_inference_steps=4, preview_interval=2)
     run(engine)
     at = device.log.index("preview")
@@ -171,7 +171,7 @@ def test_step_duration_is_device_time_not_submission_time(engine: Engine, device
     assert engine.costs.seconds("prepare", ("m", (8, 8)), 64, 1) == pytest.approx(STEP, rel=0.05)
 
 
-def test_a_step_that_the_device_cannot_do_ends_its_requests_and_no_other(clock: Clock) -> None:
+def test_failed_step_fails_only_its_own_requests(clock: Clock) -> None:
     broken, well = Device(clock), Device(clock)
     engine = Engine({"m": broken, "other": well}, clock=lambda: clock.now)
     broken.fails = {2}
@@ -188,7 +188,7 @@ def test_a_step_that_the_device_cannot_do_ends_its_requests_and_no_other(clock: 
     assert len(broken.released) == 2, "it goes on"
 
 
-def test_one_that_leaves_in_flight_is_waited_for_before_it_is_released(engine: Engine, device: Device) -> None:
+def test_cancelled_request_is_released_after_its_step_in_flight(engine: Engine, device: Device) -> None:
     caller = Hearing(engine, device, num_inference_steps=9)
     engine.step()
     engine.step()
@@ -199,7 +199,7 @@ def test_one_that_leaves_in_flight_is_waited_for_before_it_is_released(engine: E
     assert device.log[-4:] == ["wait for denoise 2", "told 2", "release", "told Failed"]
 
 
-def test_a_batch_without_room_is_halved_while_a_step_is_in_flight(engine: Engine, device: Device) -> None:
+def test_out_of_memory_halves_the_batch_while_a_step_is_in_flight(engine: Engine, device: Device) -> None:
     callers = [Hearing(engine, device, num_inference_steps=4, seeds=(seed,)) for seed in range(4)]
     engine.step()
     device.memory = 2 * 64
@@ -222,7 +222,7 @@ def test_out_of_memory_fails_one_request_and_the_step_in_flight_is_delivered(eng
     )
 
 
-def test_work_between_two_rounds_begins_when_nothing_is_in_flight(engine: Engine, device: Device) -> None:
+def test_engine_call_runs_with_no_step_in_flight(engine: Engine, device: Device) -> None:
     ended = threading.Event()
     seen: list[str] = []
 
@@ -239,7 +239,7 @@ def test_work_between_two_rounds_begins_when_nothing_is_in_flight(engine: Engine
     assert seen == ["0 in flight"] * 5
 
 
-def test_a_wait_that_hangs_is_seen_as_a_call_of_the_model(clock: Clock) -> None:
+def test_hanging_wait_counts_as_a_running_model_call(clock: Clock) -> None:
     hangs, go, ended = threading.Event(), threading.Event(), threading.Event()
 
     class Hanging(Device):

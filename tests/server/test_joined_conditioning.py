@@ -19,7 +19,7 @@ def state(number: int, rows: int) -> Any:
 
 
 @pytest.mark.parametrize("rows", [(1,), (2, 1), (1, 4, 2)])
-def test_rows_are_those_of_the_states_in_order(rows: tuple[int, ...]) -> None:
+def test_joined_rows_keep_the_order_of_the_states(rows: tuple[int, ...]) -> None:
     states = [state(number, count) for number, count in enumerate(rows)]
     joined = JoinedConditioning().get(states)
     assert joined.keys() == states[0].conditioning.keys()
@@ -28,7 +28,7 @@ def test_rows_are_those_of_the_states_in_order(rows: tuple[int, ...]) -> None:
         assert tensor.dtype == states[0].conditioning[name].dtype
 
 
-def test_the_same_states_are_joined_once_and_others_for_themselves() -> None:
+def test_conditioning_is_joined_once_per_list_of_states() -> None:
     joined, one, two, three = JoinedConditioning(), state(1, 1), state(2, 2), state(3, 1)
     first = joined.get([one, two])
     assert all(again is tensor for again, tensor in zip(joined.get([one, two]).values(), first.values(), strict=True))
@@ -38,7 +38,7 @@ def test_the_same_states_are_joined_once_and_others_for_themselves() -> None:
     assert "time_ids" in joined.get([one, two]), "what was handed out is the caller's own"
 
 
-def test_joined_conditioning_is_evicted_with_its_states_by_count_and_when_memory_runs_out() -> None:
+def test_joined_conditioning_is_evicted_by_state_count_and_memory() -> None:
     joined, states = JoinedConditioning(most=2), [state(number, 1) for number in range(4)]
     kept = joined.get(states[:2])["time_ids"]
     joined.forget(states[2])
