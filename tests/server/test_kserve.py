@@ -73,7 +73,7 @@ def test_server_and_models_are_live_and_ready(client: Any) -> None:
     assert metadata.version
 
 
-def test_what_is_described_is_what_is_taken(client: Any, pipeline: FakePipeline) -> None:
+def test_described_inputs_and_outputs_are_accepted_and_returned(client: Any, pipeline: FakePipeline) -> None:
     """Every input, with the datatype and the shape that metadata and configuration tell, and every output."""
     metadata, config = client.get_model_metadata("m"), client.get_model_config("m").config
     assert (metadata.name, list(metadata.versions), metadata.platform) == ("m", ["1"], "img2img_onnx")
@@ -110,7 +110,7 @@ def test_what_is_described_is_what_is_taken(client: Any, pipeline: FakePipeline)
     assert (asked.strength, asked.guidance_scale, asked.num_inference_steps, asked.seeds) == (0.5, 2.0, 10, (7, 8))
 
 
-def test_inputs_of_a_model_that_edits_are_described_and_taken(client: Any, pipeline: FakePipeline) -> None:
+def test_editing_model_describes_and_accepts_its_own_inputs(client: Any, pipeline: FakePipeline) -> None:
     pipeline.fields = {name: FieldRule(4.0) for name in ("negative_prompt", "true_cfg_scale")} | {"reference_images": FieldRule()}
     try:
         described = {one.name: list(one.shape) for one in client.get_model_metadata("m").inputs}
@@ -184,7 +184,7 @@ class StandIns(Loaded):
         return StandInPipeline(0.0)
 
 
-def test_an_image_is_the_one_that_img2img_v1_makes(tmp_path: Path) -> None:
+def test_image_is_the_same_as_through_img2img_v1(tmp_path: Path) -> None:
     """By a stand-in whose images every setting changes."""
     source = Image.effect_noise((32, 24), 80).convert("RGB")
     source.save(tmp_path / "source.png")
@@ -205,7 +205,7 @@ def test_an_image_is_the_one_that_img2img_v1_makes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("asked", [["seed", "images"], ["images"], ["seed"], []])
-def test_outputs_come_as_they_are_asked(client: Any, asked: list[str]) -> None:
+def test_only_requested_outputs_are_returned(client: Any, asked: list[str]) -> None:
     result = client.infer("m", [image_input()], outputs=[triton.InferRequestedOutput(name) for name in asked])
     response = result.get_response()
     assert [output.name for output in response.outputs] == (asked or ["images", "seed"])
@@ -227,7 +227,7 @@ def test_a_source_is_fitted_by_a_parameter(client: Any, fit: str | int, size: tu
     assert opened(client.infer("m", [image_input(png((300, 200)))], parameters={"fit": fit})).size == size
 
 
-def test_warnings_are_a_parameter_of_the_answer_where_there_are_any(client: Any, pipeline: FakePipeline) -> None:
+def test_warnings_are_returned_as_a_response_parameter(client: Any, pipeline: FakePipeline) -> None:
     assert "warnings" not in parameters(client.infer("m", [image_input()]).get_response())
     pipeline.warnings = (RequestWarning("prompt", "it was too long", "PROMPT_TRUNCATED"),)
     (told,) = json.loads(parameters(client.infer("m", [image_input()]).get_response())["warnings"])
@@ -235,12 +235,12 @@ def test_warnings_are_a_parameter_of_the_answer_where_there_are_any(client: Any,
 
 
 @pytest.mark.parametrize(("word", "format_"), [("png", "PNG"), ("JPEG", "JPEG"), ("webp", "WEBP")])
-def test_results_come_in_the_format_that_was_asked(client: Any, word: str, format_: str) -> None:
+def test_results_are_in_the_requested_format(client: Any, word: str, format_: str) -> None:
     result = client.infer("m", [image_input()], parameters={"output_format": word, "quality": 50})
     assert opened(result).format == format_
 
 
-def test_a_batchs_dimension_of_one_is_given_back(client: Any) -> None:
+def test_batch_dimension_of_one_is_kept_and_larger_ones_are_refused(client: Any) -> None:
     result = client.infer("m", [text("image", png(), (1, 1)), text("prompt", "p", (1, 1))], parameters={"image_count": 3})
     assert result.as_numpy("images").shape == result.as_numpy("seed").shape == (1, 3)
     status, told = refused(lambda: client.infer("m", [text("image", png(), (3, 1))]))
@@ -314,7 +314,7 @@ def test_a_request_without_a_model_is_refused(stub: Any) -> None:
     assert (code, details["field"]) == (grpc.StatusCode.INVALID_ARGUMENT, "model_name")
 
 
-def test_what_a_sequence_or_a_priority_asks_for(client: Any) -> None:
+def test_priority_is_ignored_and_sequences_are_refused(client: Any) -> None:
     """There is no state between requests; and clients take turns, whatever their priority."""
     for priority in (3, 2**64 - 1):
         assert client.infer("m", [image_input()], priority=priority).as_numpy("seed").shape == (1,)
@@ -322,7 +322,7 @@ def test_what_a_sequence_or_a_priority_asks_for(client: Any) -> None:
     assert (status, told.partition(": ")[0]) == ("INVALID_ARGUMENT", "parameters")
 
 
-def test_the_repository_is_listed_and_its_models_come_and_go(client: Any) -> None:
+def test_repository_index_follows_load_and_unload(client: Any) -> None:
     def states(ready: bool = False) -> dict[str, tuple[str, str]]:
         index = client.get_model_repository_index()
         if ready:

@@ -54,7 +54,7 @@ def port(folder: Path) -> Iterator[str]:
         assert process.wait(60) == 0
 
 
-def test_the_programs_do_what_they_say(folder: Path, port: str) -> None:
+def test_documented_programs_run(folder: Path, port: str) -> None:
     told = []
     for program in PROGRAMS:
         program = program.replace("localhost:50051", f"localhost:{port}")
@@ -68,14 +68,14 @@ def test_the_programs_do_what_they_say(folder: Path, port: str) -> None:
             assert made.size == source.size
 
 
-def test_the_tables_of_inputs_and_outputs_are_true() -> None:
+def test_tables_of_inputs_and_outputs_match_the_code() -> None:
     inputs = [[one.name, " or ".join(one.datatypes), str(list(one.dims))] for one in INPUTS]
     assert [row[:3] for row in rows("Inputs")] == inputs
     outputs = [[one.name, one.datatype, str(list(one.dims))] for one in (*OUTPUTS, *PROGRESS)]
     assert [row[:3] for row in rows("Outputs")] == outputs
 
 
-async def test_the_table_of_parameters_has_each_that_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_parameter_table_lists_every_parameter_that_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     from img2img_server.api.kserve import translation
     from img2img_server.support.fair_queue import FairThreads
     from tritonclient.grpc import service_pb2 as pb  # type: ignore[import-untyped]
@@ -93,7 +93,7 @@ async def test_the_table_of_parameters_has_each_that_is_read(monkeypatch: pytest
     assert read == {name for name, *_ in rows("Parameters")} | {"image_uri", "mask_uri"} | {setting.name for setting in SETTINGS}
 
 
-def test_the_flag_and_its_variable_are_there() -> None:
+def test_flag_and_variable_enable_kserve() -> None:
     parser = argparse.ArgumentParser()
     configure(parser)
     assert configured(parser.parse_args(["--models", "models", "--kserve"]), {}).config.kserve

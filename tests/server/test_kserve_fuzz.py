@@ -125,13 +125,13 @@ def check(code: grpc.StatusCode, error: Any) -> None:
 
 @pytest.mark.parametrize("data", [b"\xff" * 3, b"\x0a\xff\x7f"])
 @pytest.mark.parametrize("method", METHODS, ids=name_of)
-def test_what_is_no_message_is_refused(method: MethodDescriptor, data: bytes, channel: grpc.Channel) -> None:
+def test_unparsable_kserve_message_is_an_invalid_argument(method: MethodDescriptor, data: bytes, channel: grpc.Channel) -> None:
     code, error = send(channel, method, [data])
     assert (code, error.details()[:28]) == (grpc.StatusCode.INVALID_ARGUMENT, "the message cannot be parsed")
 
 
 @pytest.mark.parametrize("method", OTHERS, ids=name_of)
-def test_whatever_is_asked_the_answer_is_a_documented_one(method: MethodDescriptor, channel: grpc.Channel) -> None:
+def test_every_kserve_message_gets_a_documented_status(method: MethodDescriptor, channel: grpc.Channel) -> None:
     @settings(max_examples=25, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
     @given(calls(method))
     def attempt(sent: list[bytes]) -> None:
@@ -140,7 +140,7 @@ def test_whatever_is_asked_the_answer_is_a_documented_one(method: MethodDescript
     attempt()
 
 
-def test_whatever_is_to_be_inferred_the_answer_is_a_documented_one(server: RunningServer, channel: grpc.Channel) -> None:
+def test_every_inference_request_gets_a_documented_status(server: RunningServer, channel: grpc.Channel) -> None:
     (method,) = (method for method in INFERENCES if not method.client_streaming)
     codes = set()
 
@@ -157,7 +157,7 @@ def test_whatever_is_to_be_inferred_the_answer_is_a_documented_one(server: Runni
         assert client.infer("m", [image_input()], parameters={"num_inference_steps": 3}).as_numpy("images").shape == (1,)
 
 
-def test_whatever_a_stream_has_each_request_has_one_final_answer(channel: grpc.Channel) -> None:
+def test_every_request_of_a_stream_gets_one_final_response(channel: grpc.Channel) -> None:
     (method,) = (method for method in INFERENCES if method.client_streaming)
     call: Any = channel.stream_stream(
         f"/{method.containing_service.full_name}/{method.name}", response_deserializer=pb.ModelStreamInferResponse.FromString

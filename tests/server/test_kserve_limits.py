@@ -19,7 +19,7 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 
 @pytest.mark.parametrize("limits", [{"timeout": 2_000_000}, {"client_timeout": 2.0}])
-def test_a_timeout_ends_the_work(limits: dict[str, Any], tmp_path: Path) -> None:
+def test_timeout_cancels_the_request(limits: dict[str, Any], tmp_path: Path) -> None:
     """Triton's own, in microseconds; and the call's. Long enough for a busy machine to begin the work."""
     with serving(tmp_path) as (server, loaded), client_of(server) as client:
         pipeline = loaded["m"]

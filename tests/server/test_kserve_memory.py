@@ -90,7 +90,7 @@ class Talkative:
 
 
 @pytest.mark.parametrize("broken", [False, True])
-async def test_a_stream_that_is_left_takes_its_unread_answers_with_it(broken: bool) -> None:
+async def test_ended_stream_frees_its_unread_responses(broken: bool) -> None:
     """However it ends: its caller is gone, or what that sent cannot be read."""
 
     async def requests() -> AsyncIterator[Any]:
@@ -112,7 +112,7 @@ async def test_a_stream_that_is_left_takes_its_unread_answers_with_it(broken: bo
         assert len(asyncio.all_tasks()) == 1, "this one"
 
 
-async def test_a_large_tensor_is_not_read_on_the_event_loop() -> None:
+async def test_large_tensor_is_parsed_off_the_event_loop() -> None:
     """Each value of this one is a number of its own."""
     request = service_pb2.ModelInferRequest(model_name="m")
     tensor = request.inputs.add(name="image_pixels", datatype="UINT8", shape=[64, 64, 3])

@@ -39,7 +39,7 @@ def health_of(channel: grpc.Channel, service: str) -> Any:
     return stub.Check(health_pb2.HealthCheckRequest(service=service), timeout=120).status
 
 
-def test_it_is_served_and_reflected_where_it_is_on_and_not_elsewhere(tmp_path: Path) -> None:
+def test_kserve_is_served_and_reflected_only_if_enabled(tmp_path: Path) -> None:
     with (
         serving(tmp_path) as (server, _),
         client_of(server) as client,
@@ -60,7 +60,7 @@ def test_it_is_served_and_reflected_where_it_is_on_and_not_elsewhere(tmp_path: P
         assert NAME not in names
 
 
-def test_a_server_without_it_imports_nothing_of_tritons(tmp_path: Path) -> None:
+def test_tritonclient_is_imported_only_with_kserve_enabled(tmp_path: Path) -> None:
     """Up and serving, in an interpreter of its own."""
     program = """
 import sys
@@ -109,7 +109,7 @@ def test_a_server_that_drains_is_not_ready(tmp_path: Path) -> None:
         stopping.result(60)
 
 
-def test_tokens_and_their_rights_hold(tmp_path: Path) -> None:
+def test_token_permissions_apply_to_kserve(tmp_path: Path) -> None:
     path = tmp_path / "tokens.toml"
     user = {"authorization": f"Bearer {grant(path, 'alice', models=('m',))}"}
     admin = {"authorization": f"Bearer {grant(path, 'root', admin=True)}"}

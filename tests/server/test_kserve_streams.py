@@ -71,7 +71,7 @@ def stream(server: RunningServer) -> Iterator[Stream]:
         yield Stream(client)
 
 
-def test_a_request_that_asks_for_nothing_else_has_one_answer(stream: Stream) -> None:
+def test_plain_request_gets_one_final_response(stream: Stream) -> None:
     stream.ask("a", number("seed", 4, np.int64), enable_empty_final_response=True)
     result = stream.answer()
     response = result.get_response()
@@ -101,7 +101,7 @@ def test_previews_are_sent_on_request(stream: Stream) -> None:
     assert stream.finals(1) == ["a"]
 
 
-def test_answers_come_as_they_are_ready_and_errors_end_nothing_but_their_request(stream: Stream, pipeline: FakePipeline) -> None:
+def test_stream_responses_are_out_of_order_and_errors_are_isolated(stream: Stream, pipeline: FakePipeline) -> None:
     gate = Gate(pipeline)
     stream.ask("long", parameters={"progress": True, "num_inference_steps": 100, "strength": 1.0})
     gate.come()
@@ -123,7 +123,7 @@ def test_answers_come_as_they_are_ready_and_errors_end_nothing_but_their_request
     assert stream.finals(1) == ["long"]
 
 
-def test_an_error_says_whose_it_is_and_what(stream: Stream) -> None:
+def test_stream_error_has_request_id_status_and_message(stream: Stream) -> None:
     stream.ask("", timeout=-1)
     assert stream.error().message().startswith("[request id: <id_unknown>] INVALID_ARGUMENT: timeout: ")
     stream.client.async_stream_infer("nope", [image_input()], request_id="b")
@@ -171,7 +171,7 @@ def test_cancelling_a_stream_cancels_its_requests(stream: Stream, pipeline: Fake
     assert all(state.step < 80 for state in pipeline.released)
 
 
-def test_a_streams_deadline_is_that_of_its_requests(tmp_path: Path) -> None:
+def test_stream_deadline_applies_to_its_requests(tmp_path: Path) -> None:
     with serving(tmp_path) as (server, loaded), client_of(server) as client, ending() as calls:
         gate, stream = Gate(loaded["m"]), Stream(client, stream_timeout=8.0)
         stream.ask("a")
@@ -214,7 +214,7 @@ def test_a_full_queue_refuses_a_request_of_a_stream(tmp_path: Path) -> None:
         assert len(stream.finals(2)) == 2
 
 
-def test_each_request_of_a_stream_is_a_call_to_a_tokens_limits(tmp_path: Path) -> None:
+def test_each_stream_request_counts_against_the_tokens_limits(tmp_path: Path) -> None:
     """And the stream itself is none: one call in progress is one request in progress."""
     path = tmp_path / "tokens.toml"
     secrets = {

@@ -46,7 +46,7 @@ BOTH: list[tuple[str, str, dict[str, Any], bytes, Any]] = [
 
 @pytest.mark.parametrize("shape", [[1], [1, 1]])
 @pytest.mark.parametrize(("name", "datatype", "typed", "raw", "value"), BOTH)
-def test_raw_and_typed_contents_say_the_same(
+def test_raw_and_typed_contents_are_equivalent(
     name: str, datatype: str, typed: dict[str, Any], raw: bytes, value: Any, shape: list[int]
 ) -> None:
     tensor = {"name": name, "datatype": datatype, "shape": shape}
@@ -67,14 +67,14 @@ def test_pixels_keep_their_order(batched: bool) -> None:
         assert np.array_equal(found.value, pixels)
 
 
-def test_each_input_is_read_from_its_own_contents() -> None:
+def test_raw_contents_are_matched_to_their_inputs() -> None:
     request = made({"name": "count", "datatype": "INT64"}, {"name": "text", "datatype": "BYTES"}, raw=[bytes(8), element(b"a")])
     assert {name: given.value for name, given in tensors.read(request, INPUTS).items()} == {"count": 0, "text": b"a"}
 
 
 @settings(max_examples=60, deadline=None, derandomize=True, database=None)
 @given(st.decimals(min_value=0, max_value=30, places=3))
-def test_a_decimal_survives_fp32(decimal: Any) -> None:
+def test_decimal_sent_as_fp32_is_read_back_exactly(decimal: Any) -> None:
     """Steps are counted by multiplying with it and rounding down, so that the next lower number would be one less."""
     raw = np.array([float(decimal)], np.float32).tobytes()
     assert tensors.read(made({"name": "number", "datatype": "FP32"}, raw=[raw]), INPUTS)["number"].value == float(decimal)

@@ -53,7 +53,7 @@ def test_second_signal_ends_running_requests_at_once(start: Callable[..., Proces
     assert "Traceback" not in process.log
 
 
-def test_a_second_signal_ends_it_even_inside_a_call_that_never_comes_back(start: Callable[..., Process]) -> None:
+def test_second_signal_ends_the_process_during_a_hanging_model_call(start: Callable[..., Process]) -> None:
     process = start(*FAULTY, "call", "--models", "m", "--watchdog", "0")
     with process.channel() as channel:
         running, waiting = _events(channel), _events(channel)
@@ -73,7 +73,7 @@ def test_a_second_signal_ends_it_even_inside_a_call_that_never_comes_back(start:
     [(False, "30"), pytest.param(True, "30", marks=pytest.mark.nightly), (True, "0")],
     ids=["serving", "draining", "grace is over"],
 )
-def test_an_engine_that_is_stuck_ends_the_process_with_a_status_of_its_own(
+def test_stuck_engine_ends_the_process_with_its_own_exit_status(
     start: Callable[..., Process], draining: bool, grace: str
 ) -> None:
     process = start(*FAULTY, "call", "--models", "m", "--watchdog", "2", "--grace", grace)
@@ -103,7 +103,7 @@ def test_a_second_signal_ends_the_process_even_if_the_event_loop_is_blocked(star
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_before_it_serves_ends_it(start: Callable[..., Process], number: signal.Signals, status: int) -> None:
+def test_signal_during_startup_ends_the_process(start: Callable[..., Process], number: signal.Signals, status: int) -> None:
     process = start(*FAULTY, "loading", "--models", "m")
     assert process.said() == "loading"
     process.popen.send_signal(number)

@@ -121,13 +121,13 @@ def assert_same_state(some: list[torch.Generator], others: list[torch.Generator]
 
 
 @pytest.mark.parametrize("name", DISTINCT)
-def test_a_compiled_schedule_follows_diffusers(name: str) -> None:
+def test_compiled_schedule_matches_diffusers(name: str) -> None:
     for steps, start in ((1, 0), (4, 0), (4, 2), (25, 0), (25, 12), (50, 0), (50, 25)):
         assert_follows(*named(name, steps, start))
 
 
 @pytest.mark.parametrize("name", DISTINCT)
-def test_so_does_one_of_a_model_that_predicts_velocities(name: str) -> None:
+def test_compiled_v_prediction_schedule_matches_diffusers(name: str) -> None:
     for steps, start in ((1, 0), (4, 2), (25, 0)):
         assert_follows(*named(name, steps, start, "v_prediction"))
 
@@ -149,7 +149,7 @@ def test_so_does_one_of_a_model_that_predicts_velocities(name: str) -> None:
         ("UniPCMultistepScheduler", {"predict_x0": False, "final_sigmas_type": "sigma_min"}),
     ],
 )
-def test_a_models_own_configuration_compiles_too(class_name: str, changes: dict[str, Any]) -> None:
+def test_compiled_schedule_of_a_models_configuration_matches_diffusers(class_name: str, changes: dict[str, Any]) -> None:
     scheduler = getattr(diffusers, class_name)(**NOISE, **changes)
     assert_follows(*scheduled(scheduler, 21, 0), tolerance=1e-4)
 
@@ -167,7 +167,7 @@ def test_a_models_own_configuration_compiles_too(class_name: str, changes: dict[
         ("FlowMatchLCMScheduler", {}),
     ],
 )
-def test_a_schedule_of_flow_matching_compiles_too(class_name: str, changes: dict[str, Any]) -> None:
+def test_compiled_flow_matching_schedule_matches_diffusers(class_name: str, changes: dict[str, Any]) -> None:
     mu = {"mu": 0.8} if "use_dynamic_shifting" in changes else {}
     shortest = 2 if "shift_terminal" in changes else 1  # to stretch a single step diffusers divides by zero
     for steps, start in ((shortest, 0), (4, 0), (4, 2), (25, 12)):
@@ -178,7 +178,7 @@ def test_a_schedule_of_flow_matching_compiles_too(class_name: str, changes: dict
 
 
 @pytest.mark.parametrize("name", DISTINCT)
-def test_what_is_remembered_does_not_grow_with_the_steps(name: str) -> None:
+def test_history_length_does_not_grow_with_the_steps(name: str) -> None:
     assert compiled(name, 40, 0).history == compiled(name, 12, 0).history <= 3
 
 
@@ -238,17 +238,17 @@ class Hoarding(DDIMScheduler):  # type: ignore[misc]
         (Hoarding, {"clip_sample": False}),
     ],
 )
-def test_what_is_not_understood_is_refused(scheduler_class: Any, changes: dict[str, Any]) -> None:
+def test_unsupported_scheduler_is_not_compiled(scheduler_class: Any, changes: dict[str, Any]) -> None:
     scheduler, timesteps = scheduled(scheduler_class(**NOISE, **changes), 10, 0)
     assert compile_schedule(scheduler, timesteps) is None
 
 
-def test_clipping_is_noticed_at_a_single_late_step() -> None:
+def test_scheduler_that_clips_is_not_compiled_even_for_one_late_step() -> None:
     scheduler, timesteps = scheduled(DDIMScheduler(**NOISE, clip_sample=True), 50, 49)
     assert compile_schedule(scheduler, timesteps) is None
 
 
-def test_noise_of_no_weight_is_still_drawn() -> None:
+def test_noise_with_zero_weight_is_still_drawn() -> None:
     last = compiled("Euler a", 4, 0).steps[-1]
     assert last.draws
     assert last.noise == 0.0
@@ -285,7 +285,7 @@ def test_output_in_a_batch_equals_output_alone(batch: list[tuple[str, int, int, 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("name", ["DDIM", "DPM++ 2M SDE", "Euler a", "LCM", "PNDM", "UniPC"])
-def test_small_floats_stay_small_and_the_generators_in_step(name: str, dtype: torch.dtype) -> None:
+def test_low_precision_keeps_its_dtype_and_generator_state(name: str, dtype: torch.dtype) -> None:
     scheduler, timesteps = named(name, 4)
     theirs, ours = generators(), generators()
     expected = diffusers_steps(scheduler, timesteps, first_latents().to(dtype), theirs)[-1]

@@ -43,7 +43,7 @@ def of(message: str, line: int = 1, kind: object = "") -> logging.LogRecord:
     return record
 
 
-def test_the_first_lines_of_a_kind_pass_and_one_line_counts_the_others() -> None:
+def test_repeated_lines_are_suppressed_and_summarized() -> None:
     clock = Clock()
     repeats = Repeats(clock)
     assert [repeats.passes(of("a %s")) for _ in range(MOST + 50)] == [True] * MOST + [False] * 50
@@ -124,7 +124,7 @@ def test_configure_captures_warnings_once(capsys: pytest.CaptureFixture[str]) ->
     assert "py.warnings" in written
 
 
-def test_a_client_that_leaves_while_its_status_is_sent_writes_no_error(caplog: pytest.LogCaptureFixture) -> None:
+def test_disconnect_while_sending_the_status_logs_no_error(caplog: pytest.LogCaptureFixture) -> None:
     free_failed_batches()
     logger = logging.getLogger("grpc._cython.cygrpc")
     logger.error("ExecuteBatchError raised in core by servicer method [%s]", "/a.B/C")

@@ -81,14 +81,14 @@ def raised(text: str) -> logging.LogRecord:
 
 
 @given(st.text())
-def test_whatever_a_message_holds_a_line_of_text_is_one_line(text: str) -> None:
+def test_any_message_is_one_line_of_text(text: str) -> None:
     line = TextFormatter().format(record("%s", text))
     assert len(line.splitlines()) == 1
     assert all(char.isprintable() or char not in map(chr, (*range(32), *range(127, 160))) for char in line)
 
 
 @given(st.text())
-def test_whatever_a_message_holds_a_line_of_json_is_one_object(text: str) -> None:
+def test_any_message_is_one_json_object(text: str) -> None:
     line = JsonFormatter().format(record("%s", text))
     assert len(line.splitlines()) == 1
     assert line.isascii()
@@ -97,25 +97,25 @@ def test_whatever_a_message_holds_a_line_of_json_is_one_object(text: str) -> Non
 
 
 @given(st.text())
-def test_a_traceback_cannot_pass_for_lines_of_the_log(text: str) -> None:
+def test_traceback_lines_are_indented_and_cannot_forge_log_lines(text: str) -> None:
     first, *rest = TextFormatter().format(raised(f"{text}\n2026-11-22 10:00:00,000 INFO    img2img.access: forged")).splitlines()
     assert first.endswith("it failed")
     assert rest
     assert all(line.startswith("    ") for line in rest)
 
 
-def test_a_traceback_that_another_handler_has_formatted_is_indented_all_the_same() -> None:
+def test_traceback_formatted_by_another_handler_is_indented() -> None:
     made = raised("on fire")
     logging.Formatter().format(made)
     assert all(line.startswith("    ") for line in TextFormatter().format(made).splitlines()[1:])
 
 
-def test_text_is_written_as_ever() -> None:
+def test_text_format_has_time_level_logger_and_message() -> None:
     line = TextFormatter().format(record("serving on %s:%d", "localhost", 50051))
     assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} INFO    img2img_server\.x: serving on localhost:50051", line)
 
 
-def test_an_exception_is_a_string_of_json() -> None:
+def test_json_format_has_the_exception_as_a_string() -> None:
     line = json.loads(JsonFormatter().format(raised("on fire")))
     assert (line["message"], line["level"], line["logger"]) == ("it failed", "INFO", "img2img_server.x")
     assert line["exception"].startswith("Traceback")
@@ -126,7 +126,7 @@ def test_an_exception_is_a_string_of_json() -> None:
 
 
 @pytest.mark.parametrize("formatter", [TextFormatter(), JsonFormatter()], ids=["text", "json"])
-def test_a_line_within_a_call_names_it_and_one_outside_does_not(formatter: logging.Formatter) -> None:
+def test_only_lines_of_a_call_have_its_request_id(formatter: logging.Formatter) -> None:
     handler = Lines(formatter)
     handler.handle(record("before"))
     with answering(CALL):
@@ -234,11 +234,11 @@ def test_cancelled_calls_are_logged_as_cancelled(lines: list[dict[str, Any]]) ->
 @pytest.mark.parametrize(
     ("left", "status"), [(None, "CANCELLED"), (5.0, "CANCELLED"), (0.01, "DEADLINE_EXCEEDED"), (0.0, "DEADLINE_EXCEEDED")]
 )
-def test_a_call_that_is_given_up_at_its_deadline_is_late(left: float | None, status: str) -> None:
+def test_call_cancelled_at_its_deadline_is_deadline_exceeded(left: float | None, status: str) -> None:
     assert cancelled_status(left) == status
 
 
-def test_an_id_that_would_forge_a_line_is_not_taken(lines: list[dict[str, Any]]) -> None:
+def test_unsafe_request_id_is_replaced(lines: list[dict[str, Any]]) -> None:
     with running(lambda: store(m=FakePipeline())) as server, grpc.insecure_channel(f"localhost:{server.port}") as channel:
         metadata = (("x-request-id", "a b [c] INFO forged"),)
         _, call = ImageToImageServiceStub(channel).Transform.with_call(request(), metadata=metadata)
@@ -247,7 +247,7 @@ def test_an_id_that_would_forge_a_line_is_not_taken(lines: list[dict[str, Any]])
     assert re.fullmatch("[0-9a-f]{32}", line["request_id"])
 
 
-def test_health_checks_are_for_those_who_debug(lines: list[dict[str, Any]]) -> None:
+def test_health_checks_are_logged_at_debug_level(lines: list[dict[str, Any]]) -> None:
     with running(lambda: store(m=FakePipeline())) as server, grpc.insecure_channel(f"localhost:{server.port}") as channel:
         health: Any = health_pb2_grpc.HealthStub(channel)
         health.Check(health_pb2.HealthCheckRequest())

@@ -176,7 +176,7 @@ def test_mixed_batch_matches_diffusers(
 
 
 @pytest.mark.parametrize("name", ["sd1", "sdxl"])
-def test_requests_with_other_loras_share_a_server(
+def test_requests_with_different_loras_match_the_oracle(
     name: str, client: Client, oracle: Callable[[str, Loras, int], np.ndarray]
 ) -> None:
     def ask(index: int) -> np.ndarray:
@@ -191,7 +191,7 @@ def test_requests_with_other_loras_share_a_server(
             assert np.abs(image - oracle(name, MIXES[index], 5 + index)).max() <= 1, MIXES[index]
 
 
-def test_requests_with_other_loras_share_a_call(bundle: Get, loras: Get) -> None:
+def test_requests_with_different_loras_share_a_call(bundle: Get, loras: Get) -> None:
     spans: list[Span] = []
     engine = Engine({"m": load(bundle("sd1"), loras("sd1"))}, observe=spans.append)
     endings: list[Event] = []
@@ -233,7 +233,7 @@ def test_the_plain_graph_runs_if_no_row_has_a_lora(bundle: Get, loras: Get) -> N
 
 
 @pytest.mark.parametrize("slots", [1, 2, 3])
-def test_more_loras_than_slots_divide_a_call(slots: int, bundle: Get, loras: Get) -> None:
+def test_call_with_more_loras_than_slots_is_split(slots: int, bundle: Get, loras: Get) -> None:
     """Whatever the division, the images are the same bits."""
     expected = together(load(bundle("sd1"), loras("sd1")), requests(loras("sd1")))
     pipeline = load(bundle("sd1"), loras("sd1"), slots)
@@ -244,7 +244,7 @@ def test_more_loras_than_slots_divide_a_call(slots: int, bundle: Get, loras: Get
     assert sum(plain.rows) + sum(lora.rows) == CALLS * 2 * len(MIXES)
 
 
-def test_rows_without_loras_stay_in_the_plain_graph_if_the_graphs_have_other_providers(bundle: Get, loras: Get) -> None:
+def test_rows_without_loras_run_separately_if_providers_differ(bundle: Get, loras: Get) -> None:
     expected = together(load(bundle("sd1"), loras("sd1")), requests(loras("sd1")))
     pipeline = load(bundle("sd1"), loras("sd1"))
     plain, lora = counted(pipeline)
@@ -357,7 +357,7 @@ def test_a_lora_of_another_family_is_refused(bundle: Get, loras: Get) -> None:
         pipeline.plan(requests(loras("sdxl"), [(("all", 1.0),)])[0])
 
 
-def test_the_ranks_of_a_request_together_are_bounded(bundle: Get, loras: Get, tmp_path: Path) -> None:
+def test_total_lora_rank_of_a_request_is_limited(bundle: Get, loras: Get, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(loras("sd1"), tmp_path / "loras"))
     shutil.copy(folder / "all.safetensors", folder / "again.safetensors")
     pipeline = load(bundle("sd1"), folder)
@@ -400,7 +400,7 @@ def test_an_invalid_field_is_named(wanted: dict[str, float], field: str, reason:
         client.transform(sample_image(64, 64), model="sd1", loras=wanted, **SETTINGS)
 
 
-def test_a_lora_is_named_once() -> None:
+def test_duplicate_lora_is_refused() -> None:
     with pytest.raises(InvalidField, match=r"^loras\[1\]\.id: LoRA 'a' is also loras\[0\]"):
         check_loras(pb.TransformRequest(loras=[pb.Lora(id="a"), pb.Lora(id="a", scale=0.5)]))
 

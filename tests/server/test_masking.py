@@ -66,7 +66,7 @@ def test_masks_add_few_operations_and_none_without_a_mask(pipeline: Any) -> None
     assert operations(pipeline, [half()] * 4) == one
 
 
-def test_a_source_is_encoded_once_whatever_its_masks(pipeline: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_source_is_encoded_once_for_different_masks(pipeline: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     encoded: list[int] = []
     encode = pipeline._pipe.vae.encode
 
@@ -81,9 +81,7 @@ def test_a_source_is_encoded_once_whatever_its_masks(pipeline: Any, monkeypatch:
     assert encoded == [1]
 
 
-def test_a_blend_that_fails_changes_no_state_and_ends_only_its_own_request(
-    pipeline: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_failed_blend_leaves_states_unchanged_and_fails_one_request(pipeline: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory may run out before a step. Each request is then tried alone, and goes on where it was."""
     kept_latents = masking.kept_latents
 

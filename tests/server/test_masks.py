@@ -136,7 +136,7 @@ def test_transparency_counts_as_white_and_the_orientation_is_applied(stub: Image
     assert same(given(stub, painter, mask=source(file_of(turned, exif=exif.tobytes()))), mask())
 
 
-def test_a_mask_is_no_color_so_profiles_do_not_change_it(stub: ImageToImageServiceStub, painter: Painter) -> None:
+def test_color_profile_of_a_mask_is_ignored(stub: ImageToImageServiceStub, painter: Painter) -> None:
     from icc_profiles import gray
 
     profiled = given(stub, painter, mask=source(file_of(GRAY, icc_profile=gray(1.0))))
@@ -149,7 +149,7 @@ def test_the_result_has_the_sources_pixels_outside_the_mask(stub: ImageToImageSe
     assert (pixels[:, 12:] == (255, 0, 0)).all()
 
 
-def test_soft_edges_blend_as_diffusers_pastes(stub: ImageToImageServiceStub) -> None:
+def test_soft_mask_edges_blend_as_in_diffusers(stub: ImageToImageServiceStub) -> None:
     pixels = result(stub, mask=source(file_of(mask())), mask_blur=4)
     teal, red = Image.new("RGB", (24, 16), "teal"), Image.new("RGB", (24, 16), "red")
     expected = VaeImageProcessor().apply_overlay(VaeImageProcessor.blur(mask(), 4), teal, red)
@@ -165,7 +165,7 @@ def test_several_images_of_a_stream_and_of_a_batch_are_pasted(stub: ImageToImage
         assert Image.open(io.BytesIO(image.data)).getpixel((0, 0)) == (0, 128, 128)
 
 
-def test_without_pasting_the_whole_result_is_the_models(stub: ImageToImageServiceStub) -> None:
+def test_without_mask_paste_the_models_image_is_returned_unchanged(stub: ImageToImageServiceStub) -> None:
     assert (result(stub, mask=source(file_of(mask())), mask_paste=False) == (255, 0, 0)).all()
 
 
@@ -199,12 +199,12 @@ def test_a_mask_that_cannot_be_used_is_refused_by_its_field(
     assert len(painter.prepared) == before
 
 
-def test_the_defaults_of_a_masks_settings_need_no_mask(stub: ImageToImageServiceStub, painter: Painter) -> None:
+def test_default_mask_settings_are_accepted_without_a_mask(stub: ImageToImageServiceStub, painter: Painter) -> None:
     stub.Transform(request(mask_blur=0, mask_invert=False, mask_paste=True))
     assert painter.prepared[-1].request.mask is None
 
 
-def test_a_model_without_masks_refuses_one_and_an_inpainting_model_needs_one(stub: ImageToImageServiceStub) -> None:
+def test_mask_is_refused_by_plain_and_required_by_inpainting_models(stub: ImageToImageServiceStub) -> None:
     plain, inpainting = pb.ModelReference(path="plain"), pb.ModelReference(path="inpainting")
     code, details = failure(lambda: stub.Transform(request(model=plain, mask=source(png()))))
     assert (code, details["field"]) == (grpc.StatusCode.INVALID_ARGUMENT, "mask")
@@ -215,7 +215,7 @@ def test_a_model_without_masks_refuses_one_and_an_inpainting_model_needs_one(stu
     stub.Transform(request(model=inpainting, mask=source(png())))
 
 
-def test_an_asset_and_an_address_serve_as_a_mask(stub: ImageToImageServiceStub, painter: Painter) -> None:
+def test_data_uri_is_accepted_as_a_mask(stub: ImageToImageServiceStub, painter: Painter) -> None:
     import base64
 
     uri = f"data:image/png;base64,{base64.b64encode(file_of(mask())).decode()}"

@@ -84,7 +84,7 @@ def bench(
 @pytest.mark.parametrize(
     ("seconds", "best"), [({"a": 2.0, "b": 1.0}, "b"), ({"a": 1.0, "b": 3.0}, "a"), ({"a": 3.0, "b": 2.0, "c": 9.0}, "b")]
 )
-def test_the_fastest_serves_and_the_log_compares_them(
+def test_fastest_provider_is_chosen_and_the_comparison_logged(
     seconds: dict[str, float], best: str, bench: Callable[..., Bench], caplog: pytest.LogCaptureFixture
 ) -> None:
     here = bench(**seconds)
@@ -97,7 +97,7 @@ def test_the_fastest_serves_and_the_log_compares_them(
         assert f"{name} {seconds[name]:g} s ({seconds[name] / seconds[best]:.2f} times as long)" in line
 
 
-def test_it_is_measured_once(bench: Callable[..., Bench], caplog: pytest.LogCaptureFixture) -> None:
+def test_measured_choice_is_reused(bench: Callable[..., Bench], caplog: pytest.LogCaptureFixture) -> None:
     here = bench(a=2.0, b=1.0, c=3.0)
     here.choose()
     here.loaded.clear()
@@ -108,7 +108,7 @@ def test_it_is_measured_once(bench: Callable[..., Bench], caplog: pytest.LogCapt
 
 
 @pytest.mark.parametrize("change", ["threads", "bundle", "machine", "settings", "damaged", "ways"])
-def test_it_is_measured_again_if_anything_it_depends_on_changes(
+def test_choice_is_measured_again_if_its_inputs_change(
     change: str, bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     here = bench(a=2.0, b=1.0)
@@ -133,7 +133,7 @@ def test_it_is_measured_again_if_anything_it_depends_on_changes(
     assert set(here.drawn) == set(here.seconds)
 
 
-def test_a_way_that_does_not_load_is_left_out(bench: Callable[..., Bench], caplog: pytest.LogCaptureFixture) -> None:
+def test_provider_that_fails_to_load_is_skipped(bench: Callable[..., Bench], caplog: pytest.LogCaptureFixture) -> None:
     assert bench(a=2.0, b=-1.0).choose() == "a"
     assert "b cannot run it: b does not open" in caplog.text
     with pytest.raises(BundleError, match="b does not open"):
@@ -176,7 +176,7 @@ def test_a_machine_without_memory_for_a_way_says_so(bench: Callable[..., Bench])
     assert here.choose() == "b"
 
 
-def test_the_way_that_was_fastest_before_is_measured_against_the_others_if_it_no_longer_loads(
+def test_remembered_choice_that_no_longer_loads_is_measured_again(
     bench: Callable[..., Bench],
 ) -> None:
     here = bench(a=2.0, b=1.0)
@@ -191,13 +191,13 @@ def test_slow_images_are_drawn_less_often(bench: Callable[..., Bench]) -> None:
     assert (here.drawn.count("a"), here.drawn.count("b")) == (4, 2)
 
 
-def test_without_reference_images_the_last_way_is_taken(bench: Callable[..., Bench]) -> None:
+def test_without_reference_images_the_last_provider_is_chosen(bench: Callable[..., Bench]) -> None:
     here = bench(a=1.0, b=2.0)
     assert here.choose(replace(here._manifest, references=())) == "b"
     assert here.drawn == []
 
 
-def test_a_folder_that_cannot_be_written_costs_only_the_next_measurement(
+def test_unwritable_cache_folder_only_repeats_the_measurement(
     bench: Callable[..., Bench], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "cache").write_text("a file")

@@ -73,7 +73,7 @@ asyncio.run(main(Path(sys.argv[1]), int(sys.argv[2])))
 
 
 @pytest.mark.parametrize("name", ["sd1", "demo", "sana-sprint"])
-def test_memory_comes_back(name: str, bundle: Callable[[str], Path], tmp_path: Path) -> None:
+def test_unloading_a_model_releases_its_memory(name: str, bundle: Callable[[str], Path], tmp_path: Path) -> None:
     """Stepped by the engine and run whole, on graphs and in PyTorch. Nothing refers to a pipeline that was unloaded, and from
     the second cycle on the process does not grow by what a leak would be."""
     store = tmp_path / "store"

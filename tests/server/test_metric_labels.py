@@ -25,7 +25,7 @@ def told(cache: Cache | None = None) -> dict[str, float]:
     return {sample.name: sample.value for family in metrics.registry.collect() for sample in family.samples}
 
 
-def test_the_cache_and_the_process_are_told() -> None:
+def test_cache_and_process_metrics_are_reported() -> None:
     cache = Cache(1000)
     cache.put("a", 1, 600)
     cache.put("b", 2, 600)
@@ -39,7 +39,7 @@ def test_the_cache_and_the_process_are_told() -> None:
     assert samples["process_resident_memory_bytes"] > 2**20
 
 
-def test_a_model_that_is_not_in_memory_takes_none() -> None:
+def test_unloaded_model_reports_no_memory() -> None:
     """What it took is remembered, for the next time that room is made for it."""
     models = store(m=FakePipeline())
     metrics, codecs = Metrics(), Codecs(1, 1, ImageMemory(1000))
@@ -52,7 +52,7 @@ def test_a_model_that_is_not_in_memory_takes_none() -> None:
     assert labels_of(metrics, "img2img_model_info", "model") == set()
 
 
-def test_a_gpus_memory_is_told_where_torch_uses_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpu_memory_is_reported_only_once_torch_uses_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     used = False
     cuda = types.SimpleNamespace(
         is_initialized=lambda: used, device_count=lambda: 1, mem_get_info=lambda device: (3 * 2**30, 8 * 2**30)
@@ -73,7 +73,7 @@ def labels_of(metrics: Metrics, name: str, label: str) -> set[str]:
     return {sample.labels[label] for family in families for sample in family.samples if sample.name == name}
 
 
-def test_methods_that_there_are_not_share_a_label() -> None:
+def test_unknown_methods_share_one_label() -> None:
     metrics = Metrics()
     for number in range(100):
         metrics.began(record(f"/made.up/Method{number}"))
@@ -85,7 +85,7 @@ def test_methods_that_there_are_not_share_a_label() -> None:
     assert labels_of(metrics, "img2img_calls_in_progress", "method") <= methods
 
 
-def test_addresses_are_no_labels_and_names_of_tokens_are() -> None:
+def test_client_label_has_token_names_but_no_addresses() -> None:
     metrics = Metrics()
     for number in range(100):
         metrics.ended(record(host=f"10.0.0.{number}", client=f"10.0.0.{number}"), 1.0)  # nobody needs a token
@@ -94,7 +94,7 @@ def test_addresses_are_no_labels_and_names_of_tokens_are() -> None:
     assert labels_of(metrics, "img2img_requests_total", "client") == {"", "studio"}
 
 
-def test_even_names_of_tokens_come_to_an_end() -> None:
+def test_number_of_client_labels_is_bounded() -> None:
     metrics = Metrics()
     for number in range(1000):
         metrics.ended(record(client=f"token-{number}"), 1.0)
@@ -111,7 +111,7 @@ def test_names_follow_prometheus_conventions() -> None:
         assert not about.help.endswith(".")
 
 
-def test_counting_does_not_wait_for_one_that_serves() -> None:
+def test_hanging_scrape_does_not_block_counting() -> None:
     """A scrape that hangs in the middle, as the engine's lock is held, holds up nobody who counts."""
     asked, leave = threading.Event(), threading.Event()
 

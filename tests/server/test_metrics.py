@@ -49,7 +49,7 @@ def port_of(server: RunningServer) -> int:
     return port
 
 
-def test_calls_are_counted_by_how_they_ended(server: RunningServer, stub: ImageToImageServiceStub) -> None:
+def test_calls_are_counted_by_status_and_reason(server: RunningServer, stub: ImageToImageServiceStub) -> None:
     stub.Transform(request())
     stub.Transform(request())
     failure(lambda: stub.Transform(request(strength=2.0)))
@@ -68,7 +68,7 @@ def test_calls_are_counted_by_how_they_ended(server: RunningServer, stub: ImageT
     assert value(samples, "img2img_calls_in_progress") == 0
 
 
-def test_a_transforms_time_and_the_devices_calls_are_counted(server: RunningServer, stub: ImageToImageServiceStub) -> None:
+def test_stage_durations_and_model_calls_are_counted(server: RunningServer, stub: ImageToImageServiceStub) -> None:
     stub.Transform(request(num_inference_steps=5, strength=1.0, image_count=3))
     samples = scrape(port_of(server))
     for stage in ("queue", "encode", "denoise", "decode", "total"):
@@ -120,7 +120,7 @@ def test_queue_metrics_match_the_engine(server: RunningServer, stub: ImageToImag
     assert value(samples, "img2img_engine_active_requests") + value(samples, "img2img_engine_waiting_requests") == 0
 
 
-def test_unknown_work_is_nan() -> None:
+def test_unknown_work_seconds_are_reported_as_nan() -> None:
     with running(lambda: store(m=FakePipeline()), telemetry=FREE_PORT) as server:
         ((_, work),) = scrape(port_of(server))["img2img_engine_work_seconds"]
         assert math.isnan(work) or work == 0
@@ -156,7 +156,7 @@ def test_a_port_that_is_taken_is_an_error_before_any_model_is_loaded() -> None:
     assert loaded == []
 
 
-def test_the_port_is_free_again_when_the_server_has_stopped_or_never_was() -> None:
+def test_metrics_port_is_released_after_stop_or_failed_start() -> None:
     with running(lambda: store(m=FakePipeline()), telemetry=FREE_PORT) as server:
         port = port_of(server)
         assert fetch(port)
@@ -178,7 +178,7 @@ def test_without_a_port_nothing_is_served() -> None:
         assert server.server.metrics_port is None
 
 
-def test_two_servers_count_for_themselves() -> None:
+def test_servers_in_one_process_have_separate_metrics() -> None:
     with (
         running(lambda: store(m=FakePipeline()), telemetry=FREE_PORT) as one,
         running(lambda: store(m=FakePipeline()), telemetry=FREE_PORT) as other,
@@ -189,7 +189,7 @@ def test_two_servers_count_for_themselves() -> None:
         assert value(scrape(port_of(other)), "img2img_requests_total") == 0
 
 
-def test_what_is_served_is_what_is_described(server: RunningServer, stub: ImageToImageServiceStub) -> None:
+def test_served_metrics_match_their_descriptions(server: RunningServer, stub: ImageToImageServiceStub) -> None:
     """Every family, its kind and its labels, and none that is not there. A GPU's memory is the exception: here is none."""
     stub.Transform(request())
     described = {about.name: about for about in (*COUNTED, *ASKED, *PROCESS)}

@@ -135,7 +135,7 @@ def test_a_model_that_fails_to_load_is_reported(folder: Path) -> None:
         assert it.transform(path="a").model_id == "a", "the others go on"
 
 
-def test_a_full_memory_says_when_to_come_back(folder: Path) -> None:
+def test_full_model_memory_returns_a_retry_delay(folder: Path) -> None:
     with serving(folder, preload=("a",), memory=250 * MB) as it:
         held, go = threading.Event(), threading.Event()
 
@@ -165,7 +165,7 @@ def test_exactly_one_of_id_and_source_is_loaded(folder: Path, fields: dict[str, 
         assert (code, details["field"]) == (grpc.StatusCode.INVALID_ARGUMENT, field)
 
 
-def test_what_is_not_there_is_not_found(folder: Path, tmp_path: Path) -> None:
+def test_unknown_or_outside_models_are_not_found(folder: Path, tmp_path: Path) -> None:
     make_bundle(tmp_path / "outside")
     with serving(folder) as it:
         for name in ("c", "../outside", str(tmp_path / "outside"), "a/../a", "a\0", "x" * 20_000):
@@ -178,7 +178,7 @@ def test_what_is_not_there_is_not_found(folder: Path, tmp_path: Path) -> None:
         assert it.states() == {"a": READY, "b": READY}
 
 
-def test_callers_see_and_use_their_own(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_callers_see_and_use_only_their_allowed_models(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As if each call brought the token of one who may use b, and load nothing."""
 
     @contextmanager
@@ -203,7 +203,7 @@ def test_callers_see_and_use_their_own(folder: Path, monkeypatch: pytest.MonkeyP
         assert it.transform(path="b").model_id == "b"
 
 
-def test_everything_is_not_serving_while_it_drains(folder: Path) -> None:
+def test_health_is_not_serving_during_drain(folder: Path) -> None:
     with serving(folder, preload=("none",)) as it:
         it.load(id="b")
         held, go = threading.Event(), threading.Event()
@@ -223,7 +223,7 @@ def test_everything_is_not_serving_while_it_drains(folder: Path) -> None:
         stopping.result(60)
 
 
-def test_a_model_without_a_bundle_can_be_unloaded_and_does_not_come_back() -> None:
+def test_unloaded_model_without_a_bundle_cannot_be_reloaded() -> None:
     with (
         running(lambda: store(m=FakePipeline())) as server,
         grpc.insecure_channel(f"localhost:{server.port}") as channel,
@@ -243,7 +243,7 @@ def hub(tiny_model: Callable[[str], Path]) -> Iterator[Hub]:
         yield served
 
 
-def test_a_repository_becomes_a_model_that_draws(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hub_repository_is_exported_on_demand_and_served(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From end to end: the hub's stand-in, the real exporter in its process, the real pipeline."""
     for name, value in {
         "HF_ENDPOINT": hub.url,

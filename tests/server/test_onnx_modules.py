@@ -60,7 +60,7 @@ def test_tensors_are_cast_at_a_graphs_edges_only(tmp_path: Path, kind: int) -> N
     assert torch.equal(outputs["out_ids"], torch.tensor([7]))
 
 
-def test_what_is_no_tensor_of_torch_is_refused(tmp_path: Path) -> None:
+def test_graph_input_without_a_torch_dtype_is_refused(tmp_path: Path) -> None:
     path = save_graph(tmp_path / "model.onnx", {"text": (TensorProto.STRING, ["b"])})
     with pytest.raises(BundleError, match=r"'text' is a tensor\(string\)"):
         open_graph(path)
@@ -102,7 +102,7 @@ def test_a_unet_is_called_as_diffusers_calls_it(tmp_path: Path) -> None:
     assert (unet.dtype, unet.to("cuda"), unet.add_embedding.linear_1.in_features) == (torch.float32, unet, 80)
 
 
-def test_a_transformer_is_called_by_its_own_names(tmp_path: Path) -> None:
+def test_transformer_takes_its_own_argument_names(tmp_path: Path) -> None:
     recorder = Recorder()
     transformer = denoiser(tmp_path, FluxTransformer2DModel, recorder)
     with transformer.cache_context("cond"):
@@ -120,7 +120,7 @@ def test_a_graph_with_one_timestep_for_all_gets_a_scalar(tmp_path: Path) -> None
         assert recorder.given["timestep"].shape == ()
 
 
-def test_a_class_that_diffusers_lacks_is_a_bundle_error(tmp_path: Path) -> None:
+def test_class_unknown_to_diffusers_is_a_bundle_error(tmp_path: Path) -> None:
     class Unheard:
         pass
 
@@ -144,7 +144,7 @@ def test_text_encoder_outputs_are_in_transformers_order(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("make", [OnnxTextEncoder, OnnxDenoiser, OnnxVae])
-def test_onnx_modules_have_the_surface_of_torch_modules(tmp_path: Path, make: Callable[..., OnnxModule]) -> None:
+def test_onnx_modules_implement_the_torch_module_interface(tmp_path: Path, make: Callable[..., OnnxModule]) -> None:
     """diffusers, accelerate and transformers ask any of it: diffusers 0.41 began to look for hooks in `modules()`."""
     graph: Any = Recorder()
     (tmp_path / "config.json").write_text('{"_class_name": "UNet2DConditionModel"}')
@@ -226,7 +226,7 @@ def test_bf16_on_a_cpu_error_names_the_requirement(bundle: Callable[[str], Path]
         load_pipeline(folder, with_components(read_manifest(folder), Component("unet", "bf16")), Execution("cpu"))
 
 
-def test_only_known_code_is_run(bundle: Callable[[str], Path], tmp_path: Path) -> None:
+def test_classes_outside_known_libraries_are_refused(bundle: Callable[[str], Path], tmp_path: Path) -> None:
     folder = tmp_path / "sd1"
     shutil.copytree(bundle("sd1"), folder)
     index = json.loads((folder / "model_index.json").read_text())
@@ -245,7 +245,7 @@ def test_only_known_code_is_run(bundle: Callable[[str], Path], tmp_path: Path) -
         load_pipeline(folder, replace(read_manifest(folder), pipeline_class="AutoencoderKL"), Execution("cpu"))
 
 
-def test_the_manifest_may_want_greater_steps_of_size(bundle: Callable[[str], Path]) -> None:
+def test_manifest_can_increase_the_size_multiple(bundle: Callable[[str], Path]) -> None:
     manifest = read_manifest(bundle("sd1"))
     assert load_pipeline(bundle("sd1"), replace(manifest, size_multiple=32), Execution("cpu")).size_multiple == 32
     assert load_pipeline(bundle("sd1"), replace(manifest, size_multiple=None), Execution("cpu")).size_multiple == 8

@@ -79,7 +79,7 @@ def test_plans_count_rows_and_group_equal_settings() -> None:
     assert len(shapes) < 20, "what is kept for each shape must not grow with what callers may ask"
 
 
-def test_a_call_has_no_more_rows_than_are_good_for_it() -> None:
+def test_rows_per_call_are_limited() -> None:
     pipeline, pipe = whole()
     many = request("many", seeds=tuple(range(20)))
     assert (pipeline.plan(many).rows, pipeline.plan(many).step_count) == (16, 8)
@@ -108,7 +108,7 @@ def test_request_that_lags_behind_catches_up_without_computing() -> None:
     pipeline.release(second)
 
 
-def test_it_is_not_timed_before_it_is_served() -> None:
+def test_opaque_pipeline_is_not_measured_in_warm_up() -> None:
     """Steps that are asked for again are not computed again: to time them would say that they take nothing."""
     pipeline, pipe = whole()
     costs = Costs()
@@ -117,7 +117,7 @@ def test_it_is_not_timed_before_it_is_served() -> None:
     assert costs.describe("m", 8) == []
 
 
-def test_one_that_is_cancelled_leaves_the_others_their_call() -> None:
+def test_cancelled_requests_do_not_stop_the_shared_call() -> None:
     pipeline, pipe = whole()
     engine = Engine({"m": pipeline})
     callers = [Caller(engine).submit(prompt="a", num_inference_steps=20, seeds=(seed,)) for seed in range(3)]
@@ -131,7 +131,7 @@ def test_one_that_is_cancelled_leaves_the_others_their_call() -> None:
     assert (len(pipe.calls), pipe.unwound) == (1, 0)
 
 
-def test_a_call_that_all_have_left_is_unwound() -> None:
+def test_call_is_unwound_once_all_its_requests_are_cancelled() -> None:
     pipeline, pipe = whole()
     engine = Engine({"m": pipeline})
     callers = [Caller(engine).submit(num_inference_steps=20) for _ in range(2)]
@@ -153,7 +153,7 @@ def test_only_requests_that_fail_alone_fail() -> None:
     assert callers[0].steps == sorted(set(callers[0].steps)), "steps that are run again are not told again"
 
 
-def test_a_request_alone_does_not_fail_for_another() -> None:
+def test_request_alone_in_its_call_is_not_affected_by_a_failing_one() -> None:
     pipeline, _ = whole()
     requests = [request("a"), request("fail")]
     good, bad = pipeline.prepare(requests)

@@ -59,14 +59,14 @@ def oracle(tiny_model: Callable[[str], Path]) -> Any:
     return pipe
 
 
-def test_the_bundle_says_why_it_is_torch(client: Client) -> None:
+def test_model_reports_why_it_runs_in_pytorch(client: Client) -> None:
     (model,) = client.models()
     assert (model.backend, model.engine) == ("torch", "torch:cpu")
     assert "--backend torch" in model.backend_reason
 
 
 @pytest.mark.parametrize(("size", "count"), [((64, 64), 1), ((96, 64), 1), ((64, 128), 2)])
-def test_an_image_is_diffusers_image(client: Client, oracle: Any, size: tuple[int, int], count: int) -> None:
+def test_opaque_pipeline_image_matches_diffusers(client: Client, oracle: Any, size: tuple[int, int], count: int) -> None:
     result = client.transform(source(size), prompt="a lake", seed=3, image_count=count, **SETTINGS)
     for index, image in enumerate(result.images):
         # Width and height change places: diffusers' Kandinsky hands them to its image processor the wrong way round.
@@ -92,7 +92,7 @@ def pipeline(torch_bundle: Path) -> Any:
     return load_pipeline(torch_bundle, read_manifest(torch_bundle))
 
 
-def test_sizes_are_what_the_unet_takes(pipeline: OpaquePipeline) -> None:
+def test_size_multiple_fits_the_unets_downsampling(pipeline: OpaquePipeline) -> None:
     """Kandinsky's UNet doesn't fit what it samples up to what it sampled down, once in the tiny model."""
     assert pipeline.size_multiple == 16
     (image,) = run_alone(pipeline, request(image=source((80, 48))))
@@ -152,7 +152,7 @@ def test_a_failure_in_the_pipeline_ends_its_request(pipeline: OpaquePipeline) ->
     assert pipeline_threads() == []
 
 
-def test_a_run_goes_on_only_while_it_is_resumed() -> None:
+def test_stepper_runs_only_between_resume_and_pause() -> None:
     done: list[str] = []
 
     def call(run: Stepper) -> list[Image.Image]:
@@ -170,7 +170,7 @@ def test_a_run_goes_on_only_while_it_is_resumed() -> None:
     run.abandon()
 
 
-def test_runs_that_follow_each_other_are_on_one_thread() -> None:
+def test_consecutive_runs_use_one_thread() -> None:
     """What torch.compile records for a GPU belongs to a thread. Runs at the same time have one each."""
     threads: list[int] = []
 
@@ -225,7 +225,7 @@ def test_a_run_can_be_abandoned_before_it_begins() -> None:
 
 @pytest.mark.parametrize("pieces", [0, 1, 2])
 @pytest.mark.parametrize("problem", [None, RuntimeError("told to")])
-def test_nothing_of_a_call_is_left_when_its_requests_have_ended(pieces: int, problem: Exception | None) -> None:
+def test_ended_call_is_freed_without_garbage_collection(pieces: int, problem: Exception | None) -> None:
     """Whether it never began, was cut short or came to its end: its images do not wait for the garbage collector."""
 
     def draw(call: SharedCall) -> list[Image.Image]:

@@ -143,16 +143,14 @@ def assert_same(images: list[Image.Image], expected: list[Image.Image]) -> None:
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("model", FAMILIES)
-def test_an_image_is_diffusers_image(client: Client, oracle: Callable[[str], Any], model: str, case: str) -> None:
+def test_image_matches_diffusers(client: Client, oracle: Callable[[str], Any], model: str, case: str) -> None:
     prompt = "a lake at sunset with mountains"
     images = _transform(client, model, CASES[case], 1234, prompt)
     assert_same(images, _expected(oracle(model), CASES[case], 1234, prompt))
 
 
 @covering(case=CASES, model=TRANSFORMERS)
-def test_an_image_of_a_transformer_is_that_of_diffusers(
-    client: Client, oracle: Callable[[str], Any], model: str, case: str
-) -> None:
+def test_transformer_image_matches_diffusers(client: Client, oracle: Callable[[str], Any], model: str, case: str) -> None:
     width, height = (side // 16 * 16 for side in CASES[case]["size"])
     settings = {**CASES[case], "size": (width, height)}
     images = _transform(client, model, settings, 1234, "a lake at sunset with mountains")
@@ -165,13 +163,15 @@ def test_an_image_of_a_transformer_is_that_of_diffusers(
 
 @pytest.mark.parametrize("case", ["guided", "three images"])
 @pytest.mark.parametrize("model", [f"{name}-{scheduler}" for name in ("sd1", "sdxl") for scheduler in SCHEDULERS])
-def test_so_it_is_with_other_schedulers(client: Client, oracle: Callable[[str], Any], model: str, case: str) -> None:
+def test_image_matches_diffusers_with_other_schedulers(
+    client: Client, oracle: Callable[[str], Any], model: str, case: str
+) -> None:
     images = _transform(client, model, CASES[case], 7, "a forest")
     assert_same(images, _expected(oracle(model), CASES[case], 7, "a forest"))
 
 
 @pytest.mark.parametrize("model", FAMILIES)
-def test_a_prompt_matters(client: Client, model: str) -> None:
+def test_prompt_changes_the_image(client: Client, model: str) -> None:
     case = CASES["guided"]
     (one,), (other,) = _transform(client, model, case, 1, "a lake"), _transform(client, model, case, 1, "winter mountains")
     assert np.abs(np.asarray(one, int) - np.asarray(other, int)).max() > 1, "else the oracle would prove little"
@@ -201,7 +201,7 @@ def test_each_of_several_images_is_reproducible_by_its_seed(client: Client) -> N
         assert_same([again.image], [image.image])
 
 
-def test_a_size_that_is_asked_is_the_size_that_comes(client: Client, oracle: Callable[[str], Any]) -> None:
+def test_requested_size_matches_diffusers_on_a_resized_source(client: Client, oracle: Callable[[str], Any]) -> None:
     source = _source((150, 90))
     result = client.transform(source, model="sd1", width=83, height=64, seed=3, num_inference_steps=3, prompt="a lake")
     expected = oracle("sd1")(

@@ -132,7 +132,7 @@ CASES = {"guided": GUIDED, "low": LOW, "full": FULL}
 
 
 @covering(case=CASES, model=FAMILIES)
-def test_an_image_with_a_mask_is_that_of_diffusers(client: Client, oracle: Callable[[str], Any], model: str, case: str) -> None:
+def test_masked_image_matches_diffusers(client: Client, oracle: Callable[[str], Any], model: str, case: str) -> None:
     mask, settings = MASKS["soft"], {**CASES[case]}
     if model == "flux-dev":
         settings.pop("negative_prompt", None)  # Flux reads none
@@ -173,15 +173,13 @@ def test_batching_requests_with_and_without_masks_does_not_change_outputs(client
                 assert_same(call.result(), expected(oracle("sd1"), MASKS[mask], settings, seed, pasted=True, count=count))
 
 
-def test_a_latent_consistency_model_at_full_strength_is_as_in_stable_diffusions_class(
-    client: Client, oracle: Callable[[str], Any]
-) -> None:
+def test_masked_lcm_at_full_strength_matches_the_inpaint_pipeline(client: Client, oracle: Callable[[str], Any]) -> None:
     settings: Settings = {"strength": 1.0, "num_inference_steps": 4, "guidance_scale": 8.0}
     images = drawn(client, "lcm", 5, settings, mask=MASKS["soft"])
     assert_same(images, expected(oracle("lcm"), MASKS["soft"], settings, 5, pasted=True))
 
 
-def test_an_autoencoder_that_does_not_sample_draws_no_more_noise(client: Client, oracle: Callable[[str], Any]) -> None:
+def test_deterministic_autoencoder_draws_no_extra_noise(client: Client, oracle: Callable[[str], Any]) -> None:
     name = "EulerAncestralDiscreteScheduler"
     with drawing_with(oracle("sd-tiny-vae"), name) as pipe:
         images = drawn(client, "sd-tiny-vae", 6, GUIDED, mask=MASKS["soft"], scheduler=name)
@@ -215,7 +213,7 @@ def test_requests_to_an_inpainting_model_share_a_batch(client: Client, oracle: C
 
 
 @pytest.mark.parametrize("mask", ["soft", "of another size"])
-def test_an_image_of_flux_fill_is_that_of_diffusers(client: Client, oracle: Callable[[str], Any], mask: str) -> None:
+def test_flux_fill_image_matches_diffusers(client: Client, oracle: Callable[[str], Any], mask: str) -> None:
     settings: Settings = {"strength": 1.0, "num_inference_steps": 4, "guidance_scale": 30.0}
     for pasted in (False, True):
         images = drawn(client, "flux-fill", 9, settings, mask=MASKS[mask], mask_paste=pasted, image_count=2)
@@ -243,7 +241,7 @@ SCHEDULERS = [name for name in registry.NAMES if name.endswith("Scheduler")]
 
 
 @pytest.mark.parametrize("name", nightly_but([*SCHEDULERS, "DPM++ 2M SDE Karras", "DPM2 a Karras"], *SCHEDULERS[:6]))
-def test_with_every_scheduler(client: Client, oracle: Callable[[str], Any], name: str) -> None:
+def test_masked_image_matches_diffusers_with_every_scheduler(client: Client, oracle: Callable[[str], Any], name: str) -> None:
     with drawing_with(oracle("sd1"), name) as pipe:
         for settings in (GUIDED, FULL):
             images = drawn(client, "sd1", 7, settings, mask=MASKS["soft"], scheduler=name, mask_paste=False)

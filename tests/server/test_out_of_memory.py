@@ -26,7 +26,7 @@ def rows_of_calls(pipeline: FakePipeline) -> list[int]:
     return [sum(len(state.request.seeds) for state in batch) for batch in pipeline.batches]
 
 
-def test_a_batch_that_has_no_room_goes_on_in_halves() -> None:
+def test_batch_that_runs_out_of_memory_is_halved() -> None:
     engine, pipeline, _ = make_engine()
     callers = [Caller(engine).submit(num_inference_steps=3) for _ in range(4)]
     engine.step()
@@ -39,7 +39,7 @@ def test_a_batch_that_has_no_room_goes_on_in_halves() -> None:
     assert [caller.steps for caller in callers] == [[1, 2, 3]] * 4
 
 
-def test_later_batches_of_that_model_are_smaller_whatever_their_shape() -> None:
+def test_memory_limit_applies_to_later_batches_of_any_shape() -> None:
     engine, pipeline, _ = make_engine()
     pipeline.memory = 6 * PIXELS
     for _ in range(8):
@@ -56,7 +56,7 @@ def test_later_batches_of_that_model_are_smaller_whatever_their_shape() -> None:
 
 
 @pytest.mark.parametrize("where", ["prepare", "denoise", "finish"])
-def test_a_request_that_has_no_room_alone_ends_and_the_server_goes_on(where: str) -> None:
+def test_request_that_exceeds_memory_alone_fails_without_side_effects(where: str) -> None:
     engine, pipeline, _ = make_engine()
     large = Caller(engine).submit(prompt=f"full {where}", seeds=(1, 2), image=WIDE)
     others = [Caller(engine).submit(image=WIDE) for _ in range(3)]
@@ -72,7 +72,7 @@ def test_a_request_that_has_no_room_alone_ends_and_the_server_goes_on(where: str
 
 
 @pytest.mark.parametrize("stage", ["prepare", "finish"])
-def test_encoding_and_decoding_are_divided_too(stage: str) -> None:
+def test_encoding_and_decoding_are_split_on_out_of_memory(stage: str) -> None:
     """Of requests that have room in one call of the model: a VAE may want more memory for an image than a step does."""
     engine, pipeline, _ = make_engine(QueueLimits(max_admitted=4))
     calls: list[int] = []
@@ -91,7 +91,7 @@ def test_encoding_and_decoding_are_divided_too(stage: str) -> None:
     assert calls == [4, 2, 2, 2, 2], "the second time it is known"
 
 
-def test_what_was_forbidden_is_tried_again_seldom() -> None:
+def test_batch_size_that_exceeded_memory_is_retried_rarely() -> None:
     """Memory may have been another's at that time. The price: one failing call among a thousand, and then fewer still."""
     costs, group = Costs(), ("m", "shape")
     caps, failures = [], 0
@@ -214,7 +214,7 @@ def refused(pipeline: Short) -> bool:
         (None, [[1, 1, 1], [2, 2, 2]], [True, False]),
     ],
 )
-def test_the_model_that_ran_out_gives_back_first_and_the_others_if_that_is_not_enough(
+def test_failing_model_frees_memory_first_then_the_others(
     owner: str | None, given: list[list[int]], again: list[bool], keepers: list[Keeper]
 ) -> None:
     pipeline = Short(owner, len(given))
@@ -224,7 +224,7 @@ def test_the_model_that_ran_out_gives_back_first_and_the_others_if_that_is_not_e
     assert pipeline.denoise() == "done"
 
 
-def test_after_a_call_that_had_room_it_begins_with_the_models_own(keepers: list[Keeper]) -> None:
+def test_successful_call_resets_the_order_of_freeing_memory(keepers: list[Keeper]) -> None:
     for _ in range(3):
         pipeline = Short("a", 1)
         assert refused(pipeline)
@@ -232,7 +232,7 @@ def test_after_a_call_that_had_room_it_begins_with_the_models_own(keepers: list[
     assert [keeper.given_back for keeper in keepers] == [3, 3, 0]
 
 
-def test_another_models_calls_change_nothing(keepers: list[Keeper]) -> None:
+def test_calls_of_another_model_do_not_reset_the_order_of_freeing(keepers: list[Keeper]) -> None:
     full, other = Short("a", 2), Short("b", 0)
     assert refused(full)
     assert other.denoise() == "done"
@@ -242,7 +242,7 @@ def test_another_models_calls_change_nothing(keepers: list[Keeper]) -> None:
 
 @pytest.mark.parametrize("where", ["prepare", "denoise", "advance", "finish"])
 @pytest.mark.parametrize(("failures", "answered"), [(1, True), (2, True), (3, False)])
-def test_a_request_is_tried_again_as_long_as_memory_is_given_back(where: str, failures: int, answered: bool) -> None:
+def test_call_is_retried_while_memory_is_being_freed(where: str, failures: int, answered: bool) -> None:
     engine, pipeline, _ = make_engine()
     left = failures
 
@@ -289,12 +289,12 @@ def test_thread_safe_methods_do_not_use_the_device(keepers: list[Keeper], monkey
         "Available memory of 1024 is smaller than requested bytes of 4096",
     ],
 )
-def test_what_cuda_says_is_recognized(message: str) -> None:
+def test_cuda_out_of_memory_messages_are_recognized(message: str) -> None:
     """The texts are those of ONNX Runtime's and CUDA's sources: no GPU was asked."""
     assert is_out_of_memory(RuntimeError(message))
 
 
-def test_what_fails_otherwise_is_no_want_of_memory() -> None:
+def test_other_errors_are_not_out_of_memory() -> None:
     for error in (RuntimeError("the sizes of tensors must match"), ValueError("memory"), FloatingPointError("not finite")):
         assert not is_out_of_memory(error)
     assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"))

@@ -143,7 +143,7 @@ def test_preview_shows_the_schedulers_prediction(drawing: list[tuple[str, Any]])
     assert sum("flow" in name for name in compared) > 0
 
 
-def test_an_unknown_kind_of_prediction_has_no_preview(tiny_model: Callable[[str], Path]) -> None:
+def test_unknown_prediction_type_has_no_preview(tiny_model: Callable[[str], Path]) -> None:
     pipe = StableDiffusionImg2ImgPipeline.from_pretrained(tiny_model("sd1"), use_safetensors=True, local_files_only=True)
     pipe.scheduler = made("EulerDiscreteScheduler", {})
     server = StableDiffusion(pipe, "torch:cpu", 1, Cache(0), WEIGHTS)

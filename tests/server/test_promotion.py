@@ -63,7 +63,7 @@ def pair(better: float = 1.0, serving: float = 2.0) -> tuple[Better, FakePipelin
     return Better(clock, lambda rows: better), FakePipeline(clock, lambda rows: serving), clock
 
 
-def test_users_are_served_while_it_builds_and_by_the_new_one_afterwards(tmp_path: Path) -> None:
+def test_current_engine_serves_until_the_new_one_is_promoted(tmp_path: Path) -> None:
     """The whole story, as clients see it."""
     store, candidate = WatchedStore(slow()), FakeCandidate(tmp_path, Better())
     with running(lambda: store, [candidate]) as server, Client(f"localhost:{server.port}", timeout=60) as client:
@@ -226,7 +226,7 @@ def test_a_killed_build_is_repeated(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("phase", ["building", "loading", "drawing", "timing"])
-def test_a_server_drains_whatever_is_under_way(tmp_path: Path, phase: str) -> None:
+def test_drain_completes_in_every_promotion_phase(tmp_path: Path, phase: str) -> None:
     better, reached = Better(), threading.Event()
     candidate = FakeCandidate(tmp_path, better)
 

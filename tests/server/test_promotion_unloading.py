@@ -26,7 +26,7 @@ def unload(stub: ModelServiceStub) -> model_pb2.Model:
     return stub.UnloadModel(model_pb2.UnloadModelRequest(id="m"), timeout=60).model
 
 
-def test_what_is_being_built_for_it_is_given_up(tmp_path: Path) -> None:
+def test_unload_stops_the_build(tmp_path: Path) -> None:
     serving = FakePipeline()
     store, candidate = WatchedStore(serving), FakeCandidate(tmp_path, Better())
     with running(lambda: store, [candidate]) as server, grpc.insecure_channel(f"localhost:{server.port}") as channel:
@@ -44,7 +44,7 @@ def test_what_is_being_built_for_it_is_given_up(tmp_path: Path) -> None:
     assert store.get("m").state is ModelState.UNLOADED
 
 
-def test_what_is_being_tried_for_it_is_given_up(tmp_path: Path) -> None:
+def test_unload_stops_the_trial_of_a_candidate(tmp_path: Path) -> None:
     better, held, go = Better(), threading.Event(), threading.Event()
 
     def hold() -> None:
@@ -67,7 +67,7 @@ def test_what_is_being_tried_for_it_is_given_up(tmp_path: Path) -> None:
         assert store.get("m").pipeline is None
 
 
-def test_one_that_waits_for_its_turn_never_gets_it(tmp_path: Path) -> None:
+def test_unload_prevents_waiting_builds(tmp_path: Path) -> None:
     for name in ("first", "second"):
         (tmp_path / name).mkdir()
     first, second = FakeCandidate(tmp_path / "first", Better()), FakeCandidate(tmp_path / "second", Better())
@@ -79,7 +79,7 @@ def test_one_that_waits_for_its_turn_never_gets_it(tmp_path: Path) -> None:
     assert second.built == 0
 
 
-def test_the_one_that_took_over_is_unloaded_like_any(tmp_path: Path) -> None:
+def test_promoted_engine_can_be_unloaded(tmp_path: Path) -> None:
     better = Better()
     better.before_call = lambda: None
     serving = FakePipeline()

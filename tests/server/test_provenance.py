@@ -88,7 +88,7 @@ def test_xmp_names_the_digital_source_type_and_is_well_formed(client: Client, fo
 
 @pytest.mark.parametrize("letter", ["&", "<", '"', "\x01", "\0", "\x85", "\ufffe", "\U0001f319", "]", "\\", "\r"])
 @pytest.mark.parametrize("file_format", ["PNG", "JPEG", "WEBP"])
-def test_the_longest_prompts_of_any_letter_fit(file_format: images.WriteFormat, letter: str) -> None:
+def test_record_holds_prompts_of_maximum_length_in_any_script(file_format: images.WriteFormat, letter: str) -> None:
     values = record(prompt=letter * MAX_PROMPT, negative_prompt=letter * MAX_PROMPT)
     data = images.encode(Image.new("RGB", (8, 8)), file_format, 90, json.dumps(values, ensure_ascii=False))
     assert read_provenance(data) == values
@@ -103,7 +103,7 @@ def test_missing_record_is_distinguished_from_a_damaged_one() -> None:
             read_provenance(_png_with(text))
 
 
-def test_none_writes_no_record() -> None:
+def test_mode_none_writes_no_record() -> None:
     with (
         running(lambda: store(m=FakePipeline()), provenance=ProvenanceSettings("none")) as server,
         Client(f"127.0.0.1:{server.port}") as client,
@@ -149,11 +149,11 @@ def test_reproduce_takes_the_source_from_the_assets(
         (pb.ImageSource(data=b"asset:ab"), ""),
     ],
 )
-def test_a_source_is_an_asset_by_its_field_or_its_address(source: pb.ImageSource, asset: str) -> None:
+def test_asset_source_is_recognized_by_field_or_uri(source: pb.ImageSource, asset: str) -> None:
     assert asset_of(source) == asset
 
 
-def test_reproduce_says_how_far_another_source_is(
+def test_reproduce_reports_the_difference_for_another_source(
     server: RunningServer, client: Client, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file, other = tmp_path / "result.png", tmp_path / "other.png"
@@ -198,7 +198,7 @@ def test_c2pa_manifests_are_valid_and_cover_the_record(tmp_path: Path) -> None:
     [ec.generate_private_key(ec.SECP384R1()), ed25519.Ed25519PrivateKey.generate(), rsa.generate_private_key(65537, 2048)],
     ids=["p384", "ed25519", "rsa"],
 )
-def test_every_kind_of_key_signs(tmp_path: Path, key: Any) -> None:
+def test_every_supported_key_type_can_sign(tmp_path: Path, key: Any) -> None:
     from img2img_server.api.provenance import Provenance
 
     Provenance(ProvenanceSettings("c2pa", *certificate(tmp_path, key)))

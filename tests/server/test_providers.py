@@ -38,9 +38,7 @@ def _play(monkeypatch: pytest.MonkeyPatch, **problems: str) -> None:
 
 
 @pytest.mark.parametrize("place", range(len(PROVIDERS)))
-def test_auto_takes_the_first_that_can_be_used_and_keeps_why_not_the_better_ones(
-    place: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_auto_chooses_the_first_usable_provider_and_keeps_the_reasons(place: int, monkeypatch: pytest.MonkeyPatch) -> None:
     _play(monkeypatch, **{name: f"no {name} here" for name in PROVIDERS[:place]})
     choice = choose("auto")
     assert choice.provider == PROVIDERS[place]
@@ -57,7 +55,7 @@ def test_a_provider_by_name_is_used_or_refused_with_the_reason(monkeypatch: pyte
 
 
 @pytest.mark.parametrize("name", PROVIDERS)
-def test_every_probe_answers_on_this_machine_and_is_made_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_probe_works_on_this_machine_and_is_cached(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     found = probe(name)
     assert found.name == name
     assert not (name == "cpu" and found.problem)
@@ -67,14 +65,14 @@ def test_every_probe_answers_on_this_machine_and_is_made_once(name: str, monkeyp
 
 
 @pytest.mark.parametrize("name", ["cuda", "tensorrt"])
-def test_a_wheel_without_it_is_the_reason(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_provider_in_the_wheel_is_reported(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
     assert "built without it" in probe(name).problem
 
 
 @pytest.mark.usefixtures("every_wheel")
 @pytest.mark.parametrize("name", ["cuda", "tensorrt"])
-def test_a_machine_without_a_driver_is_the_reason(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_driver_is_reported(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def load(library: str) -> object:
         raise OSError(f"{library}: cannot open shared object file")
 
@@ -113,7 +111,7 @@ class Driver:
         (Driver(1), "tensorrt", "", ""),
     ],
 )
-def test_what_a_gpu_lacks_is_the_reason(
+def test_missing_gpu_requirement_is_reported(
     driver: Driver, provider: str, lacking: str, problem: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def load(library: str) -> object:
@@ -143,7 +141,7 @@ HEAD = b"\x7fELF\x02\x01"
 
 
 @pytest.mark.parametrize("content", [b"", b"text", HEAD, HEAD + b"\xff" * 58, HEAD + bytes(90)], ids=range(5))
-def test_what_is_no_library_is_told_of(content: bytes, tmp_path: Path) -> None:
+def test_invalid_library_file_is_reported(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "lib.so").write_bytes(content)
     with pytest.raises(ValueError, match=r"lib\.so is not a complete shared library"):
         needed_libraries(tmp_path / "lib.so")
@@ -152,7 +150,7 @@ def test_what_is_no_library_is_told_of(content: bytes, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("part", [0.1, 0.5, 0.9])
-def test_part_of_a_library_is_reported(part: float, tmp_path: Path) -> None:
+def test_truncated_library_file_is_reported(part: float, tmp_path: Path) -> None:
     """A download that was cut off: a missing table of names must not become a list without names."""
     whole = (Path(onnxruntime.__file__).parent / "capi" / "libonnxruntime_providers_shared.so").read_bytes()
     (tmp_path / "lib.so").write_bytes(whole[: int(part * len(whole))])
@@ -165,7 +163,7 @@ def test_openvino_that_is_not_installed_says_how_to_get_it(monkeypatch: pytest.M
     assert "pip install 'img2img-server[openvino]'" in probe("openvino").problem
 
 
-def test_openvino_that_does_not_load_is_the_reason() -> None:
+def test_openvino_load_failure_is_reported() -> None:
     assert probe("openvino").problem == "it does not load: hidden by tests/conftest.py"
     assert "openvino_telemetry" not in sys.modules
 

@@ -72,7 +72,7 @@ class Sorted:
 
 @settings(max_examples=150, deadline=None)
 @given(st.randoms(use_true_random=False), st.integers(1, 60), st.booleans())
-def test_order_is_that_of_sorting_all(source: random.Random, count: int, deadlines: bool) -> None:
+def test_queue_order_equals_a_full_sort(source: random.Random, count: int, deadlines: bool) -> None:
     """Without usage, and with deadlines that press only for requests without a client: the queue keeps a client's line together
     if a deadline of it no longer presses because of what is ahead."""
     now, it = 0.0, Sorted()
@@ -98,7 +98,7 @@ def test_order_is_that_of_sorting_all(source: random.Random, count: int, deadlin
     assert (len(it.queue), it.queue.seconds, it.order(now)) == (0, 0.0, [])
 
 
-def test_a_deadline_that_begins_to_press_comes_first_and_one_that_has_passed_is_expired() -> None:
+def test_urgent_deadlines_move_to_the_front_and_passed_ones_expire() -> None:
     it = Sorted()
     for number, deadline in enumerate([None, 100.0, 90.0]):
         it.add(make_job(number, 10 - number, deadline=deadline), 0.0)
@@ -118,7 +118,7 @@ def test_equal_requests_keep_the_order_of_arrival_while_their_costs_drift() -> N
     assert it.order(0.0) == list(range(300))
 
 
-def test_requests_whose_costs_changed_much_are_sorted_in_again() -> None:
+def test_requests_with_changed_costs_are_reordered() -> None:
     it = Sorted()
     for number in range(10):
         it.add(make_job(number, 5), 0.0)
@@ -133,7 +133,7 @@ def test_requests_whose_costs_changed_much_are_sorted_in_again() -> None:
 @pytest.mark.parametrize(
     "clients", [[""], ["a"], [f"client {number}" for number in range(400)]], ids=["none", "one", "a client each"]
 )
-def test_position_is_exact_for_a_line_and_for_first_requests(clients: Sequence[str]) -> None:
+def test_position_is_exact_for_one_client_and_for_first_requests(clients: Sequence[str]) -> None:
     it, source = Sorted(), random.Random(2)
     for number in range(300):
         it.add(make_job(number, source.randrange(1, 20), clients[number % len(clients)]), 0.0)
@@ -146,7 +146,7 @@ def test_position_is_exact_for_a_line_and_for_first_requests(clients: Sequence[s
 
 
 @pytest.mark.parametrize("active", [0, 2, 10])
-def test_position_among_many_lines_is_about_the_true_one(active: int) -> None:
+def test_position_among_many_clients_is_approximate(active: int) -> None:
     """Admission as it goes on: the first of the order is admitted, and then counts as active."""
     it, source = Sorted(), random.Random(3)
     for number in range(400):
@@ -188,7 +188,7 @@ def test_ranked_list_is_a_sorted_list(ranks: list[Rank], source: random.Random) 
 
 @settings(deadline=None)
 @given(st.lists(st.tuples(st.floats(0, 100), st.floats(0.01, 100), st.floats(0, 10)), max_size=20), st.floats(0, 300))
-def test_ramp_sum_is_the_sum_of_its_ramps_but_near_their_ends(ramps: list[tuple[float, float, float]], x: float) -> None:
+def test_ramp_sum_approximates_the_sum_of_its_ramps(ramps: list[tuple[float, float, float]], x: float) -> None:
     total = RampSum()
     for begin, length, height in ramps:
         total.add(begin, begin + length, height)
@@ -201,7 +201,7 @@ def test_ramp_sum_is_the_sum_of_its_ramps_but_near_their_ends(ramps: list[tuple[
     assert total.at(x) == 0.0
 
 
-def test_line_sums_are_sums_of_lines() -> None:
+def test_line_sums_equal_the_sum_of_their_lines() -> None:
     lines = [Line(2.0, 30.0, 7, 0), Line(3.0, 60.0, 10, 1), Line(5.0, 5.0, 1, 1)]
     sums = LineSums()
     for line in lines:
@@ -215,7 +215,7 @@ def test_line_sums_are_sums_of_lines() -> None:
     assert sums.done(12.0, lines[0]) == pytest.approx((0.0, 0.0), abs=1e-9)
 
 
-def test_backlog_is_what_groups_take_that_share_calls() -> None:
+def test_backlog_counts_shared_calls_once() -> None:
     """Two rows in a call take as long as one."""
     backlog = Backlog(lambda job, rows: 1.0 if rows == 1 else 0.5)
     jobs = [make_job(0, 10), make_job(1, 10), make_job(2, 4, setup=1.0, ending=2.0)]
