@@ -36,9 +36,11 @@ if "TESTS_WITH_OPENVINO" not in os.environ:
 DEMO_MODEL = REPOSITORY / "demo" / "model"
 WITH_PREVIEWS = ("sd1", "sdxl", "flux-dev", "demo")
 """Bundles for which the export fits a preview."""
-COMPARED = ("sd1", "sd2", "sdxl", "refiner", "kandinsky22", "chroma", "demo")
-"""Bundles for which the export compares all its images; for the others it compares two, which have one size. Chroma's needs two
-sizes: the exporter does not know the axes of its class, and makes those variable that differ between images."""
+COMPARED = ("sd1", "sd2", "sdxl", "refiner", "kandinsky22", "demo")
+"""Bundles for which the export compares all its images; for the others it compares two."""
+OF_TWO_SIZES = ("chroma", "kandinsky3", "longcat-edit")
+"""Bundles for which these two images differ in size: the exporter does not know the classes of their denoisers, and makes those
+axes of a graph variable that differ between images."""
 
 
 LONG = ("tests/test_readme.py", "tests/test_recipes.py", "tests/playground/test_in_a_browser.py")
@@ -137,7 +139,7 @@ def bundle(shared: Path, tiny_model: Callable[[str], Path]) -> Callable[[str], P
 
         def export(output: Path) -> None:
             preview = name in WITH_PREVIEWS
-            with brief(preview) if name in COMPARED else cut_short(2, preview):
+            with brief(preview) if name in COMPARED else cut_short(2, preview, name in OF_TWO_SIZES):
                 export_model(ExportOptions(source=str(source), output=output, precision=cast(Precision, precision or "fp32")))
 
         return kept(shared, f"bundles/{name.replace(':', '-')}", good, export)

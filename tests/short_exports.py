@@ -15,10 +15,16 @@ from img2img_export.verify import images, latent_preview
 
 
 @contextmanager
-def cut_short(count: int = 1, preview: bool = False) -> Iterator[None]:
-    """Within it, an export compares `count` images, and does what `brief` says. Do not ask for a shared bundle inside."""
+def cut_short(count: int = 1, preview: bool = False, two_sizes: bool = False) -> Iterator[None]:
+    """Within it, an export compares `count` images, and does what `brief` says. They have one size, unless `two_sizes`: then the
+    last is the export's last, of the other size. Do not ask for a shared bundle inside."""
     all_cases = images.image_cases
-    with patch.object(images, "image_cases", lambda *arguments: all_cases(*arguments)[:count]), brief(preview):
+
+    def some(*arguments: Any) -> tuple[images.ImageCase, ...]:
+        cases = all_cases(*arguments)
+        return (*cases[: count - 1], cases[-1]) if two_sizes else cases[:count]
+
+    with patch.object(images, "image_cases", some), brief(preview):
         yield
 
 
