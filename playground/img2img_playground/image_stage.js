@@ -82,22 +82,29 @@ export default {
       }
       pen.putImageData(pixels, 0, 0);
     },
-    async sendMask() {
+    sendMask() {
       const canvas = document.createElement("canvas");
       [canvas.width, canvas.height] = this.canvasSize;
       const pen = canvas.getContext("2d");
       pen.fillRect(0, 0, ...this.canvasSize);
       pen.drawImage(this.canvas(), 0, 0);
-      await this.putMask(await new Promise((done) => canvas.toBlob(done)), true);
+      return this.putMask(new Promise((done) => canvas.toBlob(done)), true);
     },
+    // Masks are sent one after the other: of two at once, the older could arrive last. One that has a successor is not sent.
     async putMask(body, drawn = false) {
+      const before = this.sent;
+      const sent = (this.sent = (async () => {
+        await before?.catch(() => {});
+        if (this.sent !== sent) return;
+        try {
+          const answer = await fetch(this.maskUrl, { method: "PUT", body: await body });
+          if (this.sent === sent) this.own = drawn ? await answer.text() : "";
+        } finally {
+          if (this.sent === sent) this.sending = false;
+        }
+      })());
       this.sending = drawn;
-      try {
-        const answer = await fetch(this.maskUrl, { method: "PUT", body });
-        this.own = drawn ? await answer.text() : "";
-      } finally {
-        this.sending = false;
-      }
+      await sent;
     },
     chooseMask(event) {
       this.own = "";

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from PIL import Image, ImageChops
 from playing import IMAGE, LORAS, Stand, Visitor
-from playwright.async_api import expect
+from playwright.async_api import Route, expect
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -187,8 +187,8 @@ async def test_history_survives_a_tab_that_is_gone_for_a_while(visitor: Visitor,
     await expect(visitor.page.locator(".history-entry")).to_have_count(2)
 
 
-async def _drag(visitor: Visitor, start: tuple[float, float], end: tuple[float, float]) -> None:
-    """A stroke on the mask, in shares of its sides; waits until it has arrived."""
+async def _stroke(visitor: Visitor, start: tuple[float, float], end: tuple[float, float]) -> None:
+    """A stroke on the mask, in shares of its sides."""
     canvas = visitor.page.locator(".mask-canvas")
     box = await canvas.bounding_box()
     assert box is not None
@@ -196,8 +196,13 @@ async def _drag(visitor: Visitor, start: tuple[float, float], end: tuple[float, 
     await visitor.page.mouse.move(x0, y0)
     await visitor.page.mouse.down()
     await visitor.page.mouse.move(x1, y1, steps=6)
+    await visitor.page.mouse.up()
+
+
+async def _drag(visitor: Visitor, start: tuple[float, float], end: tuple[float, float]) -> None:
+    """A stroke on the mask that has arrived."""
     async with visitor.page.expect_response(lambda response: response.url.endswith("/mask")):
-        await visitor.page.mouse.up()
+        await _stroke(visitor, start, end)
 
 
 async def _result(visitor: Visitor) -> Image.Image:
@@ -248,6 +253,33 @@ async def test_a_mask_is_drawn_erased_inverted_kept_and_removed(visitor: Visitor
     await expect(visitor.button("Clear mask")).to_be_disabled()
     await visitor.transform()
     assert _redrawn(await _result(visitor)).getbbox() == (0, 0, 128, 128)
+
+
+async def test_masks_arrive_in_the_order_in_which_they_are_drawn(visitor: Visitor) -> None:
+    """The first one is held up on its way; of those that were drawn meanwhile the last is sent, and it stays on the canvas."""
+    held, may_go, sent = asyncio.Event(), asyncio.Event(), 0
+
+    async def send(route: Route) -> None:
+        nonlocal sent
+        sent += 1
+        held.set()
+        await may_go.wait()
+        await route.continue_()
+
+    await visitor.choose()
+    await visitor.button("Mask").click()
+    await visitor.page.route("**/mask", send)
+    await _stroke(visitor, (0.1, 0.25), (0.9, 0.25))
+    await held.wait()
+    await _stroke(visitor, (0.1, 0.5), (0.9, 0.5))
+    await _stroke(visitor, (0.1, 0.75), (0.9, 0.75))
+    await visitor.page.evaluate("new Promise((done) => document.createElement('canvas').toBlob(() => setTimeout(done)))")
+    assert sent == 1
+    async with visitor.page.expect_response(lambda response: response.url.endswith("/mask") and sent == 2):
+        may_go.set()
+    await visitor.transform()
+    redrawn = _redrawn(await _result(visitor))
+    assert [redrawn.getpixel((64, y)) for y in (16, 32, 48, 64, 80, 96)] == [0, 255, 0, 255, 0, 255]
 
 
 async def test_a_mask_is_drawn_by_finger_on_a_phone(visit: Callable[..., Awaitable[Visitor]]) -> None:
