@@ -122,6 +122,19 @@ def test_graph_matches_the_calibration_emulation(names: tuple[str, ...], per_cha
     assert relative_error(value, expected) < 0.35 * error, "values at a rounding boundary may differ by a step"
 
 
+def test_layers_that_measured_one_value_differently_keep_their_own_scales(tmp_path: Path) -> None:
+    module, part, graph, measured = small()
+    measured.layers["key"].low, measured.layers["key"].high = (
+        3 * bound for bound in (measured.layers["key"].low, measured.layers["key"].high)
+    )
+    layers = {name: (measured.layers[name], False) for name in ("query", "key")}
+    to_static_int8(graph, layers).write(tmp_path, Progress(), "small")
+    onnx.checker.check_model(str(tmp_path / "model.onnx"), full_check=True)
+    with torch.no_grad(), emulated(layers):
+        expected = part.call(module, calls()[2])["out"]
+    assert relative_error(run(tmp_path, calls()[2]), expected) < 0.01
+
+
 def test_a_row_does_not_depend_on_the_rest_of_its_batch(tmp_path: Path) -> None:
     *_, graph, measured = small()
     layers = {name: (layer, name == "conv") for name, layer in measured.layers.items()}

@@ -83,7 +83,7 @@ class _Writer:
     def __init__(self, graph: ExternalWeightsGraph) -> None:
         self._weights = graph.weights
         self.nodes: list[NodeProto] = []
-        self._quantized: dict[tuple[str, float, int], str] = {}
+        self._quantized: dict[tuple[str, float, int], tuple[str, str, str]] = {}
 
     def convolution(self, node: NodeProto, layer: Layer, per_channel: bool) -> None:
         """QLinearConv between QuantizeLinear and DequantizeLinear, and multiplications by the factors."""
@@ -133,14 +133,14 @@ class _Writer:
             inverse = self._keep(f"{name}.inverse_factors", (1 / how.factors).reshape(shape))
             self.nodes.append(helper.make_node("Mul", [value, inverse], [f"{name}.scaled"], f"{name}/Scale"))
             value = f"{name}.scaled"
-        scale, zero = f"{value}.scale", f"{value}.zero"
         key = (value, how.scale, how.zero)
         if key not in self._quantized:
-            self._keep(scale, torch.tensor(how.scale))
-            self._keep(zero, torch.tensor(how.zero, dtype=torch.uint8))
-            self._quantized[key] = f"{value}.uint8"
-            self.nodes.append(helper.make_node("QuantizeLinear", [value, scale, zero], [f"{value}.uint8"], f"{value}/Quantize"))
-        return self._quantized[key], scale, zero
+            prefix = f"{value}.{len(self._quantized)}"  # two layers may have measured different scales of one value
+            scale = self._keep(f"{prefix}.scale", torch.tensor(how.scale))
+            zero = self._keep(f"{prefix}.zero", torch.tensor(how.zero, dtype=torch.uint8))
+            self._quantized[key] = (f"{prefix}.uint8", scale, zero)
+            self.nodes.append(helper.make_node("QuantizeLinear", [value, scale, zero], [f"{prefix}.uint8"], f"{prefix}/Quantize"))
+        return self._quantized[key]
 
     def _integers(self, name: str, layer: Layer, numbers: Numbers) -> str:
         weight = layer.module.weight
