@@ -37,6 +37,16 @@ class InvalidField(ServerError):
         self.field = field
         self.description = description
 
+    @property
+    def root(self) -> str:
+        """The field of the request that the wrong one is in, such as "image"."""
+        return root_of(self.field)
+
+
+def root_of(field: str) -> str:
+    """The first name of a field's path, without an index: "loras" of "loras[0].id"."""
+    return field.partition(".")[0].partition("[")[0]
+
 
 class MalformedMessage(ServerError):
     """The caller's bytes are not a message of the method's type."""

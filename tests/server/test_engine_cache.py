@@ -164,11 +164,15 @@ def test_least_recently_used_engines_are_evicted(tmp_path: Path, bounds: dict[st
         entry = cache.obtain(key, Builder(b"x" * 1000), Stop())
         os.utime(entry / "record.json", (seconds, seconds))
     assert [cache.find(key, Stop()) is not None for key in keys] == [False, True, True]
+    others = [tmp_path / name for name in ("choices", "openvino", "of-a-later-version", "notes.txt")]
+    for path in others:
+        path.mkdir()
     (tmp_path / f"{digest_of(KEY)}.building").mkdir()
     cache.obtain(keys[1], Builder(), Stop())
     cache.obtain(keys[0], Builder(b"x" * 1000), Stop())
     assert [cache.find(key, Stop()) is not None for key in keys] == [True, True, False]
     assert not list(tmp_path.glob("*.building"))
+    assert all(path.is_dir() for path in others), "what is no engine stays"
 
 
 def test_default_folder_is_in_the_users_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

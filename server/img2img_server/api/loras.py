@@ -44,7 +44,7 @@ def find_loras(loras: Sequence[pb.Lora], files: LoraFiles) -> tuple[LoraUse, ...
 def loras_from(text: str) -> list[pb.Lora]:
     """Parses "ID" or "ID:SCALE", several separated by commas: the text after the last colon is the scale if it is a number.
 
-    Raises ValueError.
+    Raises InvalidField.
     """
     return [_lora_from(part.strip()) for part in text.split(",")] if text.strip() else []
 
@@ -52,7 +52,7 @@ def loras_from(text: str) -> list[pb.Lora]:
 def _lora_from(text: str) -> pb.Lora:
     name, colon, last = text.rpartition(":")
     if not text or (colon and not name):
-        raise ValueError("a LoRA has no id: write ID or ID:SCALE, several separated by commas")
+        raise InvalidField("loras", "a LoRA has no id: write ID or ID:SCALE, several separated by commas")
     if not colon:
         return pb.Lora(id=text)
     try:

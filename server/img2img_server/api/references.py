@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from img2img.v1 import image_to_image_pb2 as pb
 from PIL import Image
@@ -56,12 +57,10 @@ class References:
         bytes_left, pixels_left = _SHARE * self._limits.max_bytes, _SHARE * self._limits.max_source_pixels
         seconds_left = self._seconds
         for index, source in enumerate(sources):
+            name = f"{_FIELD}[{index}]"
             began, fetched = self._clock(), is_fetched(source)
-            slow = InvalidField(
-                f"{_FIELD}[{index}].uri", f"fetching the images took longer than {self._seconds:g} seconds together"
-            )
-            async with time_limit(seconds_left if fetched else None, slow):
-                field, data = await self._sources.read(source, f"{_FIELD}[{index}]")
+            async with time_limit(seconds_left if fetched else None, partial(self._too_slow, name)):
+                field, data = await self._sources.read(source, name)
             if fetched:
                 seconds_left = max(0.0, seconds_left - (self._clock() - began))
             bytes_left -= len(data)
@@ -75,3 +74,6 @@ class References:
             pixels_left -= size[0] * size[1]
             found.append(Reference(image, digest))
         return tuple(found)
+
+    def _too_slow(self, name: str) -> InvalidField:
+        return InvalidField(f"{name}.uri", f"fetching the images took longer than {self._seconds:g} seconds together")

@@ -140,8 +140,9 @@ class Readers:
         """Awaits the writing of `size` bytes to a client. Raises ReaderTooSlow if the client does not read them in time."""
         limit = self._seconds + size / _BYTES_PER_SECOND if self._seconds else None
         with self._unread_after(_SLOW, client):
-            too_slow = ReaderTooSlow(f"the client did not read a response message within {limit or 0:.0f} s")
-            async with time_limit(limit, too_slow):
+            async with time_limit(
+                limit, lambda: ReaderTooSlow(f"the client did not read a response message within {limit or 0:.0f} s")
+            ):
                 await writing
 
     @contextmanager

@@ -16,7 +16,7 @@ from PIL import Image
 
 from img2img_server import images
 from img2img_server.codecs import structure
-from img2img_server.errors import InvalidField, StorageFailed
+from img2img_server.errors import InvalidField, StorageFailed, root_of
 from img2img_server.images import ImageLimits, MaskRule, SizeRule, WriteFormat
 from img2img_server.support.source_rule import EDITED, STRETCHED, SourceRule
 
@@ -94,7 +94,7 @@ class LoadReference:
         source = images.header_size(data, self.limits, self.field)
         if source[0] * source[1] > self.pixels_left:
             reason = "the images have together too many pixels: send fewer or smaller ones"
-            raise InvalidField(self.field.partition("[")[0], reason)
+            raise InvalidField(root_of(self.field), reason)
         _reserve_pixels(data, source[0] * source[1], reserve)
         image = images.prepare(images.decode(data, self.limits, self.field), source, EDITED, self.limits)
         pixels = image.tobytes()

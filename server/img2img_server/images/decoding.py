@@ -62,9 +62,10 @@ def decode_mask(data: bytes, limits: ImageLimits, field: str, rule: MaskRule, si
         image, file = _open(data, limits, field)
         image.load()
         orientation = read_orientation(file.exif)
-        colors = turn_upright(to_srgb(image, b""), orientation)
-        alpha = _split(image)[1] if rule.by_alpha else None
-        return prepare_mask(colors, None if alpha is None else turn_upright(alpha, orientation), rule, size, field)
+        values = to_srgb(image, b"").convert("L") if not rule.by_alpha else _split(image)[1]
+        if values is None:
+            raise InvalidField(field, "the mask has no transparency: make the area to redraw transparent, in a PNG or WebP file")
+        return prepare_mask(turn_upright(values, orientation), rule, size)
 
 
 def check_header(data: bytes, limits: ImageLimits, field: str) -> str:

@@ -4,8 +4,6 @@ from dataclasses import dataclass
 
 from PIL import Image, ImageFilter, ImageOps
 
-from img2img_server.errors import InvalidField
-
 MAX_BLUR = 1000.0
 """Maximum blur of a mask, in pixels."""
 
@@ -20,23 +18,10 @@ class MaskRule:
     by_alpha: bool = False
 
 
-def prepare_mask(
-    colors: Image.Image, alpha: Image.Image | None, rule: MaskRule, size: tuple[int, int], field: str
-) -> Image.Image:
-    """The mask in mode L at `size`, by the rule: white is redrawn. In the order of diffusers, whose pipelines resize a mask that
-    their caller has blurred.
-
-    `colors` is RGB, `alpha` its transparency, None if it has none. Raises InvalidField, naming `field`, if a mask that is given
-    by its transparency has none.
-    """
-    if rule.by_alpha:
-        if alpha is None:
-            raise InvalidField(field, "the mask has no transparency: make the area to redraw transparent, in a PNG or WebP file")
-        mask = ImageOps.invert(alpha)
-    else:
-        mask = colors.convert("L")
-    if rule.invert:
-        mask = ImageOps.invert(mask)
+def prepare_mask(values: Image.Image, rule: MaskRule, size: tuple[int, int]) -> Image.Image:
+    """The mask in mode L at `size`, by the rule: white is redrawn. `values` are its gray values, or its opacity if the rule is
+    `by_alpha`, in mode L. In the order of diffusers, whose pipelines resize a mask that their caller has blurred."""
+    mask = values if rule.invert == rule.by_alpha else ImageOps.invert(values)
     if rule.blur:
         mask = mask.filter(ImageFilter.GaussianBlur(rule.blur))
     return mask if mask.size == size else mask.resize(size, Image.Resampling.LANCZOS)

@@ -92,8 +92,9 @@ class App:
             outcome.client = exchange.client = admitted.client
             self._readers.check(admitted.client)
             seconds = exchange.read_timeout()
-            expired = DeadlineExpired(f"the request did not finish within its timeout of {seconds or 0:g} s")
-            async with time_limit(seconds, expired):
+            async with time_limit(
+                seconds, lambda: DeadlineExpired(f"the request did not finish within its timeout of {seconds or 0:g} s")
+            ):
                 yield admitted
 
     async def _fail(self, exchange: Exchange, call: Call, caught: Exception, outcome: Outcome) -> None:

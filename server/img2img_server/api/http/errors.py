@@ -2,7 +2,6 @@
 
 import json
 import math
-import re
 from typing import Any
 
 from img2img_server.errors import DeadlineUnmeetable, Exhausted, InvalidField, MessageTooLarge, ModelNotFound, ServerError
@@ -71,7 +70,7 @@ def object_of(error: ServerError) -> dict[str, Any]:
     """The object "error" of a response: `code` is the error's stable reason, `param` the invalid field."""
     status, param, text = status_of(error), None, str(error)
     if isinstance(error, InvalidField):
-        param = _FIELDS.get(error.field) or _FIELDS.get(re.split(r"[.\[]", error.field)[0], error.field)
+        param = _FIELDS.get(error.field) or _FIELDS.get(error.root, error.field)
         text = f"{param}: {error.description}"
     if isinstance(error, ModelNotFound):
         param = "model"

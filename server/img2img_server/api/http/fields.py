@@ -147,10 +147,7 @@ def _switch(draft: Draft, name: str, value: str) -> None:
 
 
 def _put_loras(draft: Draft, name: str, value: str) -> None:
-    try:
-        draft.message.loras.extend(loras_from(value))
-    except ValueError as error:
-        raise InvalidField(name, str(error)) from None
+    draft.message.loras.extend(loras_from(value))
 
 
 def _put_model(draft: Draft, name: str, value: str) -> None:

@@ -69,7 +69,7 @@ async def read_form(
     seconds = limits.seconds + size / _BYTES_PER_SECOND
     form = _Form(boundary)
     async with (
-        time_limit(seconds, DeadlineExpired(f"the body was not received within {seconds:.0f} s")),
+        time_limit(seconds, lambda: DeadlineExpired(f"the body was not received within {seconds:.0f} s")),
         aclosing(_chunks(receive, call, memory, held, limits.size)) as chunks,
     ):
         async for chunk in chunks:

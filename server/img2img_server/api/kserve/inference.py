@@ -98,8 +98,10 @@ class Inference:
         """Applies the task's timeout to the block, and renames fields in its errors to KServe's."""
         with translation.renamed(task.sources):
             ends = None if task.seconds is None else time.monotonic() + task.seconds
-            expired = DeadlineExpired(f"the request did not finish within its timeout of {task.seconds or 0:g} s")
-            async with time_limit(task.seconds, expired):
+            async with time_limit(
+                task.seconds,
+                lambda: DeadlineExpired(f"the request did not finish within its timeout of {task.seconds or 0:g} s"),
+            ):
                 yield Until(context, ends)
 
 

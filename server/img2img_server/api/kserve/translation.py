@@ -219,10 +219,13 @@ def renamed(sources: Mapping[str, str] = MappingProxyType({})) -> Iterator[None]
     try:
         yield
     except InvalidField as error:
-        root = error.field.partition(".")[0]
-        field = sources.get(root, root) if root in ("image", "mask") else _FIELDS.get(error.field, error.field)
-        if "[" in root:
-            field = "loras" if root.startswith("loras[") else root
+        root, path = error.root, error.field
+        if root in ("image", "mask"):
+            field = sources.get(root, root)
+        elif root == "loras":
+            field = root
+        else:  # elements of the tensor of reference images keep their number
+            field = _FIELDS.get(path, path.partition(".")[0] if "[" in path else path)
         raise InvalidField(field, error.description) from None
 
 
@@ -303,10 +306,7 @@ def _set_fit(message: pb.TransformRequest, fit: str | int | None) -> None:
 
 
 def _set_loras(message: pb.TransformRequest, text: str | None) -> None:
-    try:
-        message.loras.extend(loras_from(text or ""))
-    except ValueError as error:
-        raise InvalidField("loras", str(error)) from None
+    message.loras.extend(loras_from(text or ""))
 
 
 async def _set_source(

@@ -4,7 +4,6 @@ Latents are kept as tokens, [n, C, N, 1], so that requests of different shapes s
 tokens, and their references too. Rotary tables say where each token lies.
 """
 
-import inspect
 from abc import abstractmethod
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, TypeVar
@@ -146,7 +145,9 @@ class TrulyGuidedPipeline(TokenPipeline):
     def _guidance(self, request: Request) -> float:
         if request.true_cfg_scale is not None:
             return request.true_cfg_scale
-        return float(inspect.signature(self._pipe.__call__).parameters["true_cfg_scale"].default)
+        default = self.fields["true_cfg_scale"].default
+        assert default is not None, "it is the class's own (common/request_fields.py)"
+        return default
 
     def _unpacked(self, latents: torch.Tensor, request: Request) -> torch.Tensor:
         width, height = request.result_size

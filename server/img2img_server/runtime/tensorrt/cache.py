@@ -10,6 +10,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -27,8 +28,8 @@ _KEY, _RECORD = "key.json", "record.json"
 _UNFINISHED, _LOCKS = ".building", "locks"
 COSTS = "costs"
 """The folder of CostStore's files."""
-_OTHERS = frozenset({_LOCKS, COSTS, "choices", "openvino"})
-"""Folders without engines; the last two are of measured_choice.py and providers/openvino.py."""
+_ENTRY = re.compile(rf"[0-9a-f]{{64}}({re.escape(_UNFINISHED)})?")
+"""The names of entries. Other parts of the runtime have folders of their own beside them, as measured_choice.py does."""
 _LOCK_INTERVAL = 0.5
 """Seconds between attempts to take a lock that another process holds."""
 
@@ -122,7 +123,7 @@ class EngineCache:
 
     def _prune(self, kept: Path) -> None:
         """Deletes the least recently used entries that exceed the bounds, and unfinished entries of dead processes."""
-        entries = sorted((path for path in self._root.iterdir() if path.name not in _OTHERS), key=_last_used, reverse=True)
+        entries = sorted((path for path in self._root.iterdir() if _ENTRY.fullmatch(path.name)), key=_last_used, reverse=True)
         count, size = 0, 0
         for entry in entries:
             count += 1
