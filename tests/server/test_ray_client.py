@@ -93,7 +93,7 @@ def replicas(handle: Handle) -> RayReplicas:
     return RayReplicas(anything)
 
 
-async def test_answers_come_as_they_are_and_nothing_is_cancelled() -> None:
+async def test_responses_pass_through_unchanged_without_cancellation() -> None:
     handle = Handle(DONE)
     assert await replicas(handle).transform(JOB) == DONE
     assert not handle.response.cancelled
@@ -102,7 +102,7 @@ async def test_answers_come_as_they_are_and_nothing_is_cancelled() -> None:
     assert not handle.response.cancelled
 
 
-async def test_a_unary_call_that_is_given_up_is_cancelled_at_the_replica() -> None:
+async def test_cancelled_unary_call_is_cancelled_at_the_replica() -> None:
     handle = Handle(None)
     call = asyncio.create_task(replicas(handle).transform(JOB))
     await handle.called.wait()
@@ -112,7 +112,7 @@ async def test_a_unary_call_that_is_given_up_is_cancelled_at_the_replica() -> No
     assert handle.response.cancelled
 
 
-async def test_a_stream_that_is_left_is_cancelled_at_the_replica() -> None:
+async def test_abandoned_stream_is_cancelled_at_the_replica() -> None:
     handle = Handle(Queued(0, None), None)
     async with aclosing(replicas(handle).stream(JOB)) as events:
         async for _ in events:
@@ -135,7 +135,7 @@ async def test_a_stream_that_is_left_is_cancelled_at_the_replica() -> None:
 
 
 @pytest.mark.parametrize("error", LOST, ids=lambda error: type(error).__name__)
-async def test_whatever_ray_says_of_a_replica_that_is_gone_means_one_thing(error: Exception) -> None:
+async def test_every_ray_error_of_a_dead_replica_is_replica_lost(error: Exception) -> None:
     with pytest.raises(ReplicaLost):
         await replicas(Handle(error)).transform(JOB)
     with pytest.raises(ReplicaLost):
@@ -146,7 +146,7 @@ async def test_whatever_ray_says_of_a_replica_that_is_gone_means_one_thing(error
 
 
 @pytest.mark.parametrize("error", [DeploymentUnavailableError(DeploymentID("e")), ReplicaUnavailableError("none")])
-async def test_a_call_that_nobody_had_is_nobodys_end(error: Exception) -> None:
+async def test_call_that_reached_no_replica_is_replica_left(error: Exception) -> None:
     with pytest.raises(ReplicaLeft):
         await replicas(Handle(error)).transform(JOB)
 
@@ -156,7 +156,7 @@ async def test_hanging_replica_does_not_hide_other_reports(monkeypatch: pytest.M
     assert await replicas(Handle("a", None, "b")).everywhere("look") == ["a", NoResponse(), "b"]
 
 
-async def test_a_stream_that_has_told_its_end_is_not_cancelled() -> None:
+async def test_completed_stream_is_not_cancelled() -> None:
     handle = Handle(Queued(0, None), DONE, None)
     async with aclosing(replicas(handle).stream(JOB)) as events:
         async for told in events:
@@ -166,7 +166,7 @@ async def test_a_stream_that_has_told_its_end_is_not_cancelled() -> None:
 
 
 @pytest.mark.parametrize("error", FAULTS, ids=["python", "grpc"])
-async def test_a_fault_is_no_loss(error: Exception) -> None:
+async def test_error_of_the_replicas_code_is_not_replica_lost(error: Exception) -> None:
     with pytest.raises(type(error)):
         await replicas(Handle(error)).transform(JOB)
     with pytest.raises(type(error)):

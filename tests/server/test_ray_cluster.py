@@ -181,7 +181,7 @@ def test_images_above_rays_default_message_limit_pass(ground: Ground) -> None:
 
 
 @pytest.mark.parametrize("ask", [lambda stub, message: stub.Transform(message), follow], ids=["unary", "streamed"])
-def test_images_are_those_of_an_engine_in_this_process(
+def test_images_match_an_in_process_engine(
     stub: ImageToImageServiceStub, local: ImageToImageServiceStub, ask: Callable[..., pb.TransformResponse]
 ) -> None:
     for number in range(3):
@@ -228,7 +228,7 @@ def test_cancelling_frees_the_replica_and_unload_reaches_all_replicas(
     assert states == {"m": model_pb2.MODEL_STATE_READY, "n": model_pb2.MODEL_STATE_UNLOADED}
 
 
-def test_a_replica_that_is_killed_under_load_takes_nothing_with_it(
+def test_killing_a_replica_under_load_loses_no_request(
     ground: Ground, served: FrontProcess, stub: ImageToImageServiceStub, local: ImageToImageServiceStub
 ) -> None:
     count, in_flight = 48, threading.Semaphore(0)
@@ -255,7 +255,7 @@ def test_a_replica_that_is_killed_under_load_takes_nothing_with_it(
     _until("the loss is in the log", lambda: "lost a replica" in served.log.read_text(encoding="utf-8"))
 
 
-def test_a_front_holds_neither_torch_nor_a_runtime(served: FrontProcess) -> None:
+def test_front_process_loads_neither_torch_nor_onnxruntime(served: FrontProcess) -> None:
     maps = psutil.Process(served.process.pid).memory_maps()
     assert not [entry.path for entry in maps if "libtorch" in entry.path or "onnxruntime" in entry.path]
 

@@ -33,7 +33,7 @@ END = Completed((), Timings(0, 0, 0, 0))
 
 @pytest.mark.parametrize("told_before", range(len(LIFE) + 1))
 @pytest.mark.parametrize("told_again", range(len(LIFE) + 1))
-async def test_wherever_replicas_die_the_caller_hears_of_one_life(told_before: int, told_again: int) -> None:
+async def test_caller_sees_one_event_sequence_despite_lost_replicas(told_before: int, told_again: int) -> None:
     """The first dies after some events, the second after some others, the third sees it through."""
     async with rig((*LIFE[:told_before], LOST), (*LIFE[:told_again], LOST), (*LIFE, END)) as it:
         events = await it.run(seeds=(5, 6))
@@ -48,19 +48,19 @@ async def test_wherever_replicas_die_the_caller_hears_of_one_life(told_before: i
 
 @pytest.mark.parametrize("follow", [False, True])
 @pytest.mark.parametrize("end", [LOST, Failed(ShuttingDown("draining")), Failed(EngineStuck("stuck"))])
-async def test_what_ends_a_replica_does_not_end_its_requests(follow: bool, end: Exception | Failed) -> None:
+async def test_requests_of_a_lost_replica_are_retried_on_another(follow: bool, end: Exception | Failed) -> None:
     async with rig((end,), (END,)) as it:
         (*_, ending) = await it.run(follow=follow)
     assert isinstance(ending, Completed)
     assert len(it.replicas.jobs) == 2
 
 
-async def test_a_stream_that_breaks_off_counts_as_a_loss() -> None:
+async def test_incomplete_stream_is_retried_on_another_replica() -> None:
     async with rig(LIFE[:2], (*LIFE, END)) as it:
         assert steps(await it.run()) == [1, 2, 3]
 
 
-async def test_an_error_of_the_request_is_final_and_arrives_whole() -> None:
+async def test_request_error_is_final_and_keeps_its_details() -> None:
     async with rig((Failed(DeadlineUnmeetable("too late", 12.5)),)) as it:
         error = await it.submit(deadline=3.0).error()
     assert isinstance(error, DeadlineUnmeetable)
@@ -82,9 +82,7 @@ async def test_a_request_that_crashes_three_replicas_fails_and_is_not_retried(
 
 
 @pytest.mark.parametrize("end", [ReplicaLeft("nobody is there"), Failed(ShuttingDown("draining"))])
-async def test_replicas_that_leave_are_not_the_requests_doing_and_their_number_has_an_end(
-    end: Exception | Failed, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_retries_on_leaving_replicas_are_bounded(end: Exception | Failed, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("img2img_server.backends.ray.front._PAUSE", 0.0)
     async with rig(*([(end,)] * 50)) as it:
         error = await it.submit().error()
@@ -142,7 +140,7 @@ async def test_draining_refuses_new_requests_and_waits_for_running_ones() -> Non
         assert isinstance((await caller.over())[-1], Completed)
 
 
-async def test_what_is_abandoned_ends_with_an_error_of_its_own() -> None:
+async def test_abandoned_requests_each_get_their_own_error_object() -> None:
     async with rig((asyncio.Event(),), (asyncio.Event(),)) as it:
         callers = [it.submit(), it.submit()]
         await it.replicas.came.wait()
@@ -188,7 +186,7 @@ async def test_replicas_too_busy_for_a_poll_still_get_requests() -> None:
             it.submit()
 
 
-async def test_a_slow_replica_that_is_lost_leaves_with_the_next_poll() -> None:
+async def test_lost_slow_replica_is_removed_at_the_next_poll() -> None:
     async with rig() as it:
         it.replicas.slow = {"r0", "r1"}
         await it.roster.poll()
@@ -199,7 +197,7 @@ async def test_a_slow_replica_that_is_lost_leaves_with_the_next_poll() -> None:
             it.submit()
 
 
-async def test_a_replica_that_is_stuck_counts_as_none() -> None:
+async def test_stuck_replica_is_not_counted() -> None:
     """It has work for ever: no figure to add to others', nor to tell callers to wait for."""
     stuck = Load(math.inf, 0, 0, ())
     async with rig(max_waiting_seconds=10.0) as it:
@@ -246,7 +244,7 @@ async def test_the_queue_of_all_fronts_is_bounded() -> None:
         caller.accepted.ticket.cancel()
 
 
-async def test_the_last_places_of_all_replicas_are_for_clients_without_a_request() -> None:
+async def test_last_queue_slots_of_all_replicas_are_for_new_clients() -> None:
     async with rig(max_waiting=4, max_active=1) as it:
         loads(it, Load(9.0, 3, 1, ("m",)), Load(9.0, 4, 1, ("m",)))
         await it.roster.poll()
@@ -270,7 +268,7 @@ async def test_requests_that_idle_engines_take_at_once_do_not_wait() -> None:
             caller.accepted.ticket.cancel()
 
 
-async def test_seconds_of_work_bound_the_queue_where_all_have_too_many() -> None:
+async def test_queue_is_full_if_every_replica_exceeds_the_work_limit() -> None:
     async with rig(max_waiting_seconds=10.0) as it:
         loads(it, Load(25.0, 0, 1, ("m",)), Load(9.0, 0, 1, ("m",)))
         await it.roster.poll()
@@ -282,7 +280,7 @@ async def test_seconds_of_work_bound_the_queue_where_all_have_too_many() -> None
         assert full.value.retry_after == 4.0
 
 
-async def test_a_client_has_so_many_and_a_place_until_it_has_its_answer() -> None:
+async def test_client_limit_counts_requests_until_the_response_is_sent() -> None:
     async with rig(max_client_waiting=2) as it:
         with it.front.reserve("a") as place:
             caller = Caller(it.front, place, client="a")

@@ -15,7 +15,7 @@ def _standing(seconds: float | None, requests: int = 0, resident: tuple[str, ...
     return standing
 
 
-def test_a_request_goes_where_the_least_work_is() -> None:
+def test_request_goes_to_the_replica_with_the_least_work() -> None:
     standings = {"a": _standing(4.0, 8), "b": _standing(3.0, 1), "c": _standing(9.0, 2)}
     assert choose(standings, "m", SPREAD) == "b"
 
@@ -50,7 +50,7 @@ def test_work_sent_since_the_last_report_counts_until_the_next_one() -> None:
     assert standing.queued_seconds == 9.5 - 3 * 1.9
 
 
-def test_the_same_told_again_is_no_news() -> None:
+def test_repeated_report_does_not_reset_sent_work() -> None:
     """Ray gives the router what it told last with each change of any replica."""
     standing = _standing(4.0, 2)
     standing.sent += 1
@@ -58,11 +58,11 @@ def test_the_same_told_again_is_no_news() -> None:
     assert standing.queued_seconds == 6.0
 
 
-def test_a_replica_that_knows_no_seconds_counts_by_its_requests() -> None:
+def test_replicas_without_time_estimates_are_compared_by_request_count() -> None:
     assert choose({"a": _standing(None, 3), "b": _standing(None, 2)}, "m", SPREAD) == "b"
 
 
-def test_a_replica_that_is_stuck_is_shunned_and_taken_back_when_it_is_not() -> None:
+def test_stuck_replica_is_avoided_until_it_recovers() -> None:
     stuck = _standing(math.inf, 3)
     stuck.sent += 2
     standings = {"stuck": stuck, "busy": _standing(1e6, 10)}

@@ -40,7 +40,7 @@ def _make(kind: type[ServerError]) -> ServerError:
 
 
 @pytest.mark.parametrize("kind", sorted(set(_kinds()), key=str))
-def test_an_error_tells_its_caller_the_same_after_a_journey(kind: type[ServerError]) -> None:
+def test_errors_survive_pickling(kind: type[ServerError]) -> None:
     error = _make(kind)
     for again in (pickle.loads(pickle.dumps(error)), copy(error)):  # noqa: S301 - what this test has just written
         assert type(again) is kind
@@ -49,7 +49,7 @@ def test_an_error_tells_its_caller_the_same_after_a_journey(kind: type[ServerErr
         assert to_status(again, "id") == to_status(error, "id")
 
 
-def test_errors_of_several_fields_are_among_them() -> None:
+def test_pickled_errors_include_some_with_several_attributes() -> None:
     made = [_make(kind) for kind in (InvalidField, QueueFull, DeadlineUnmeetable)]
     assert vars(made[0]) == {"field": "image.data", "description": "it is too small"}
     assert [vars(error) for error in made[1:]] == [{"retry_after": 2.5}, {"estimate": 12.5}]
@@ -96,12 +96,12 @@ def test_images_of_a_message_take_three_bytes_a_pixel() -> None:
 
 
 @pytest.mark.parametrize("kind", [ShuttingDown, EngineStuck])
-def test_the_end_of_a_replica_is_not_an_error_of_its_request(kind: type[ServerError]) -> None:
+def test_replica_shutdown_errors_count_as_replica_losses(kind: type[ServerError]) -> None:
     with pytest.raises(ReplicaLost, match="no luck"):
         check_lost(Failed(_make(kind)))
 
 
-def test_any_other_error_is_the_requests_end() -> None:
+def test_other_errors_are_not_replica_losses() -> None:
     error = _make(InvalidField)
     assert check_lost(Failed(error)) == Failed(error)
 
@@ -133,7 +133,7 @@ def test_cards_are_small_whatever_a_manifest_lists() -> None:
     )
 
 
-def test_a_card_says_what_requests_are_read_by() -> None:
+def test_card_has_the_fields_needed_to_parse_requests() -> None:
     model = store(m=FakePipeline()).get("m")
     card: Card = pickle.loads(pickle.dumps(Card.of(model)))  # noqa: S301 - what this test has just written
     assert (card.id, card.state, card.runs_on, card.size_multiple) == ("m", ModelState.READY, "fake:cpu", 8)
@@ -143,7 +143,7 @@ def test_a_card_says_what_requests_are_read_by() -> None:
     assert pickle.loads(pickle.dumps(ModelQuery(Call("m", "i"), name="m"))).name == "m"  # noqa: S301 - likewise
 
 
-def test_a_mask_arrives_to_the_last_bit() -> None:
+def test_mask_survives_pickling_unchanged() -> None:
     mask = Mask(Image.radial_gradient("L").resize((64, 48)), b"digest", paste=False)
     request = make_request(image=Image.new("RGB", (64, 48), "red"), mask=mask)
     again = pickle.loads(pickle.dumps(RemoteRequest.of(request, 0.0))).received(0.0).mask  # noqa: S301 - just written

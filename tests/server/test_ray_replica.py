@@ -79,7 +79,7 @@ async def test_a_request_is_answered_with_its_image() -> None:
     assert [each.tobytes() for each in ended.images] == [image.tobytes()] * 2
 
 
-async def test_a_stream_tells_every_event_in_order() -> None:
+async def test_stream_yields_every_event_in_order() -> None:
     async with replica(store(m=FakePipeline())) as it:
         told = [event async for event in it.stream(job(num_inference_steps=3, preview_interval=2))]
     assert [type(event) for event in told] == [Queued, Started, Progress, Progress, Progress, Completed]
@@ -112,7 +112,7 @@ async def test_a_call_that_is_cancelled_leaves_the_engine(streamed: bool) -> Non
     assert len(pipeline.released) == 1
 
 
-async def test_errors_are_answers() -> None:
+async def test_errors_are_returned_as_failed_events() -> None:
     gate = Gate()
     pipeline = Picky()
     async with replica(store(m=pipeline), limits=QueueLimits(max_waiting=1, max_active=1)) as it:
@@ -140,7 +140,7 @@ async def test_errors_are_answers() -> None:
         await waiting.aclose()
 
 
-async def test_loading_a_model_leaves_it_answering(tmp_path: Path) -> None:
+async def test_replica_answers_while_a_model_is_loading(tmp_path: Path) -> None:
     memory = Memory()
     memory.gates["a"] = threading.Event()
     make_bundle(tmp_path / "a")
@@ -163,7 +163,7 @@ async def test_loading_a_model_leaves_it_answering(tmp_path: Path) -> None:
         assert (brought.state, brought.runs_on) == (ModelState.READY, "fake:cpu")
 
 
-async def test_who_asks_for_a_model_may_not_use_every_one(tmp_path: Path) -> None:
+async def test_model_permissions_are_checked_at_the_replica(tmp_path: Path) -> None:
     memory = Memory()
     make_bundle(tmp_path / "a")
     settings = ModelSettings(preload=("none",), load_on_request=False)

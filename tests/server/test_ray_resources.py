@@ -38,7 +38,7 @@ CPUS, GPUS = {"CPU": 16.0}, {"CPU": 16.0, "GPU": 4.0}
         (RaySettings(min_replicas=2, num_gpus=0), GPUS, ResourceShare(8, 0)),
     ],
 )
-def test_a_replica_has_a_gpu_where_there_are_any_else_its_part_of_the_cores(
+def test_replica_gets_a_gpu_if_available_else_a_share_of_the_cpus(
     settings: RaySettings, resources: dict[str, float], share: ResourceShare
 ) -> None:
     assert share_of(settings, resources, 16) == share
@@ -61,7 +61,7 @@ def test_replicas_that_do_not_fit_are_refused_rather_than_waited_for(
 
 
 @pytest.mark.parametrize(("cpus", "threads"), [(4, 4), (1.5, 1), (0.5, 1), (0, None)])
-def test_the_threads_of_calls_are_the_replicas_cores(cpus: float, threads: int | None) -> None:
+def test_thread_count_is_the_replicas_cpu_count(cpus: float, threads: int | None) -> None:
     share = ResourceShare(cpus, 0)
     config = replica_config(ServerConfig(Path("models"), engine="ray"), share)
     assert config.execution.threads == threads
@@ -76,7 +76,7 @@ def test_replica_settings_are_kept_and_paths_are_absolute() -> None:
     assert config.execution.cache == Path("engines").absolute()
 
 
-def test_what_is_a_fronts_own_is_not_sent_to_replicas() -> None:
+def test_front_only_settings_are_not_sent_to_replicas() -> None:
     asked = ServerConfig(
         Path("models"),
         engine="ray",
@@ -106,7 +106,7 @@ def test_fronts_must_match_only_replica_settings_of_the_application() -> None:
 
 
 @pytest.mark.parametrize("runs", [ApplicationStatus.RUNNING, ApplicationStatus.UNHEALTHY])
-def test_an_application_is_joined_once_it_runs_though_a_replica_may_be_missing(
+def test_running_application_is_joined_even_with_missing_replicas(
     runs: ApplicationStatus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     deployment, told = Deployment(ServerConfig(Path("models"), engine="ray")), iter([ApplicationStatus.DEPLOYING, runs])
@@ -135,7 +135,7 @@ def test_ray_places_a_replica_by_its_share_and_leaves_bounds_to_the_engine() -> 
     assert options["max_ongoing_requests"] > QueueLimits().max_waiting
 
 
-def test_equal_bounds_are_a_fixed_number_and_others_a_range() -> None:
+def test_autoscaling_is_used_only_if_min_and_max_differ() -> None:
     fixed = _options(RaySettings(min_replicas=3), ResourceShare(1, 0))
     assert fixed["num_replicas"] == 3
     assert "autoscaling_config" not in fixed

@@ -43,7 +43,7 @@ READY, LOADING, UNLOADED, FAILED = ModelState.READY, ModelState.LOADING, ModelSt
         ((FAILED, FAILED), FAILED, "not here"),
     ],
 )
-async def test_a_model_is_in_the_best_state_that_it_has_anywhere(
+async def test_model_state_is_the_best_one_of_all_replicas(
     states: tuple[ModelState, ...], state: ModelState, detail: str
 ) -> None:
     async with rig() as it:
@@ -69,7 +69,7 @@ async def test_front_waits_for_replicas_not_announced_yet(monkeypatch: pytest.Mo
         await it.roster.open(None)
 
 
-async def test_models_come_and_go() -> None:
+async def test_models_follow_the_replicas_reports() -> None:
     async with rig() as it:
         it.replicas.looks["r1"] = Look("r1", IDLE, (CARD, replace(CARD, id="n")), None)
         await it.roster.poll()

@@ -69,7 +69,7 @@ async def test_requests_go_to_the_replica_with_the_least_work_without_a_probe() 
     assert idle.asked.empty()
 
 
-async def test_requests_go_where_their_model_is() -> None:
+async def test_requests_go_to_replicas_that_have_their_model() -> None:
     router = _router(FakeReplica("a", 5.0, 5, ("m", "n")), FakeReplica("b", 1.0, 1, ("o",)))
     assert [await _send(router, "n"), await _send(router, "o"), await _send(router, "")] == ["a", "b", "b"]
 
@@ -86,7 +86,7 @@ async def test_a_model_on_no_replica_is_loaded_once_for_later_requests() -> None
     assert await _send(router, "n") != first
 
 
-async def test_what_ended_counts_no_more() -> None:
+async def test_completed_requests_no_longer_count_as_load() -> None:
     one, other = FakeReplica("one"), FakeReplica("other")
     router = _router(one, other)
     assert Counter([await _send(router) for _ in range(6)]) == {"one": 3, "other": 3}
@@ -95,7 +95,7 @@ async def test_what_ended_counts_no_more() -> None:
     assert [await _send(router) for _ in range(3)] == ["one"] * 3
 
 
-async def test_a_replica_that_died_is_never_chosen_again_whatever_the_controller_says() -> None:
+async def test_dead_replica_is_never_chosen_again() -> None:
     dead, alive = FakeReplica("dead"), FakeReplica("alive", 50.0, 5)
 
     def die() -> int:

@@ -39,7 +39,7 @@ def test_wanted_replicas_suffice_for_the_work_and_are_stable(queued: list[float]
 
 
 @given(st.floats(0, 1e5), st.floats(0, 1e5), st.integers(1, 20))
-def test_more_work_never_means_fewer(one: float, other: float, current: int) -> None:
+def test_more_work_never_means_fewer_replicas(one: float, other: float, current: int) -> None:
     less, more = sorted((one, other))
     assert wanted([less], current, 10.0) <= wanted([more], current, 10.0)
 

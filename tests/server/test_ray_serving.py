@@ -116,7 +116,7 @@ def content(response: pb.TransformResponse) -> list[tuple[int, bytes]]:
     return [(image.seed, image.data) for image in response.images]
 
 
-def test_answers_are_those_of_an_engine_in_this_process() -> None:
+def test_responses_match_an_in_process_engine() -> None:
     asked = [request(seed=seed, image_count=1 + seed % 3, num_inference_steps=4 + seed) for seed in range(6)]
     with running(lambda: store(m=SimulatedDevice(0.0))) as server, grpc.insecure_channel(f"127.0.0.1:{server.port}") as channel:
         stub = ImageToImageServiceStub(channel)
@@ -131,7 +131,7 @@ def test_answers_are_those_of_an_engine_in_this_process() -> None:
         assert (mine.model_id, mine.model_revision, mine.engine) == (theirs.model_id, theirs.model_revision, theirs.engine)
 
 
-def test_a_device_that_hangs_is_one_replicas_fault_and_no_callers() -> None:
+def test_hanging_device_fails_its_replica_but_no_request() -> None:
     stuck, never = FakePipeline(), threading.Event()
     stuck.before_call = lambda: never.wait(60)
     here = Here(stuck, FakePipeline(), watchdog=1.0)  # for the other one, too, on a machine that is busy
@@ -165,7 +165,7 @@ def test_loss_and_return_of_all_replicas_are_reported() -> None:
         assert stub.Transform(request()).model_id == "m"
 
 
-def test_models_are_unloaded_everywhere_and_listed_as_they_are() -> None:
+def test_unload_reaches_all_replicas_and_the_model_list() -> None:
     pipelines = FakePipeline(), FakePipeline()
     with front(Here(*pipelines)) as (_, channel):
         models = ModelServiceStub(channel)
@@ -210,7 +210,7 @@ def test_missing_ray_is_reported_with_install_command(
     assert "pip install 'img2img-server[ray]'" in capsys.readouterr().err
 
 
-def test_a_trace_is_of_a_device_in_this_process() -> None:
+def test_timeline_setting_is_refused_with_ray() -> None:
     with pytest.raises(ValueError, match="trace"):
         cluster(ServerConfig(Path(), engine="ray", trace=Path("trace.json")))
 

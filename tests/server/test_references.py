@@ -89,7 +89,7 @@ def test_references_arrive_in_order_at_their_own_sizes(stub: ImageToImageService
     assert response.model_id == "m"
 
 
-def test_the_size_is_the_models_own_by_the_last_reference(stub: ImageToImageServiceStub, pipeline: FakePipeline) -> None:
+def test_default_size_follows_the_last_reference(stub: ImageToImageServiceStub, pipeline: FakePipeline) -> None:
     for references, expected in (((), (96, 32)), ((of((40, 40)), of((16, 64))), (32, 128))):
         stub.Transform(asked(*references, image=png((48, 24))))
         assert pipeline.prepared[-1].request.result_size == expected
@@ -143,7 +143,7 @@ def test_a_bad_reference_is_refused_by_its_name(case: str, stub: ImageToImageSer
     stub.Transform(asked(of((8, 8))))
 
 
-def test_files_together_have_a_bound_of_bytes(stub: ImageToImageServiceStub, pipeline: FakePipeline) -> None:
+def test_total_size_of_reference_files_is_limited(stub: ImageToImageServiceStub, pipeline: FakePipeline) -> None:
     noise = io.BytesIO()
     Image.effect_noise((90, 90), 90).convert("RGB").save(noise, "BMP")
     large = pb.ImageSource(data=noise.getvalue())
@@ -178,7 +178,7 @@ async def read_slowly(*addresses: str) -> int:
         await codecs.close()
 
 
-async def test_fetching_the_references_takes_as_long_as_fetching_one_image_at_most() -> None:
+async def test_all_references_share_the_time_limit_of_one_fetch() -> None:
     assert await read_slowly("https://example.org/a.png", "HTTP://example.org/b.png") == 2
     with pytest.raises(InvalidField, match="longer than 60 seconds together") as raised:
         await read_slowly(*["https://example.org/a.png"] * 3)
@@ -195,7 +195,7 @@ def test_a_model_that_takes_one_image_refuses_more(stub: ImageToImageServiceStub
     assert "edits by one image" in str(details["description"])
 
 
-def test_several_images_of_openais_form_are_references(server: RunningServer, pipeline: FakePipeline) -> None:
+def test_further_images_of_an_openai_edit_are_references(server: RunningServer, pipeline: FakePipeline) -> None:
     files = [("a.png", png((24, 16))), ("b.png", png((8, 24))), ("c.png", png((32, 8)))]
     with client_of(server) as openai_client:
         result = openai_client.images.edit(image=files, prompt="a lake", model="m", size="16x16")

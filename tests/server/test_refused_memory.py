@@ -181,7 +181,7 @@ def answered_and_reset(port: int, message: bytes) -> None:
     ],
     ids=["without a message", "malformed", "invalid", "refused before its message", "answered"],
 )
-def test_a_call_that_its_client_resets_leaves_no_memory_behind(
+def test_calls_reset_by_the_client_leak_no_memory(
     attack: Callable[[int, bytes], None], message: bytes, unread: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(transport, "MAX_CLIENT_UNREAD", unread)

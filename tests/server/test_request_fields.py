@@ -104,7 +104,7 @@ def test_the_table_is_made_once_for_models_that_take_the_same_fields() -> None:
     assert fields_of(ServerConfig(max_steps=7), pipeline)["num_inference_steps"].maximum == 7
 
 
-def test_defaults_and_bounds_are_those_that_requests_have(full: Model) -> None:
+def test_described_defaults_and_bounds_match_request_parsing(full: Model) -> None:
     fields = full.fields
     assert [name for name, field in fields.items() if field.required] == ["image"]
     asked = full.run()

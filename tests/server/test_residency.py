@@ -64,7 +64,7 @@ async def test_waiting_requests_share_one_load(folder: Path) -> None:
         assert it.memory.threads == {"img2img-loading"}, "nothing is loaded on the event loop"
 
 
-async def test_it_is_tried_before_it_is_served_and_the_engine_learns_by_that(folder: Path) -> None:
+async def test_model_is_warmed_up_and_measured_before_serving(folder: Path) -> None:
     async with rig(folder) as it:
         await use(it, "a")
         (pipeline,) = it.memory.opened
@@ -88,7 +88,7 @@ async def test_cancelling_does_not_end_the_load(folder: Path) -> None:
         assert len(it.memory.opened) == 1
 
 
-async def test_a_server_may_load_at_an_operators_word_only(folder: Path) -> None:
+async def test_load_on_request_can_be_disabled(folder: Path) -> None:
     async with rig(folder, load_on_request=False) as it:
         with pytest.raises(ModelNotLoaded, match="'a' is not loaded"):
             await use(it, "a")
@@ -99,7 +99,7 @@ async def test_a_server_may_load_at_an_operators_word_only(folder: Path) -> None
             await use(it, "a")
 
 
-async def test_the_least_recently_used_makes_room(folder: Path) -> None:
+async def test_least_recently_used_model_is_evicted(folder: Path) -> None:
     async with rig(folder, memory=450 * MB) as it:
         for name in ("a", "b", "a", "c"):
             await use(it, name)
@@ -155,7 +155,7 @@ async def test_on_a_gpu_its_memory_is_the_budget(folder: Path) -> None:
         assert await it.residency.unload("c") == 200 * MB
 
 
-async def test_what_the_operator_allows_holds_on_a_gpu_too(folder: Path) -> None:
+async def test_memory_setting_applies_on_a_gpu(folder: Path) -> None:
     async with rig(folder, memory=250 * MB) as it:
         it.memory.gpu = 1000 * MB
         await use(it, "a")
@@ -163,7 +163,7 @@ async def test_what_the_operator_allows_holds_on_a_gpu_too(folder: Path) -> None
         assert it.memory.names == ["b"]
 
 
-async def test_a_model_that_runs_out_of_memory_as_it_is_loaded_is_loaded_again_beside_fewer(folder: Path) -> None:
+async def test_load_that_runs_out_of_memory_evicts_models_and_retries(folder: Path) -> None:
     """It takes more than was estimated: those that are idle leave, the least recently used first, until it has room."""
     async with rig(folder) as it:
         it.memory.gpu, it.memory.sizes["c"] = 650 * MB, 400 * MB
@@ -179,7 +179,7 @@ async def test_a_model_that_runs_out_of_memory_as_it_is_loaded_is_loaded_again_b
         assert it.store.get("c").memory == 600 * MB
 
 
-async def test_a_model_in_use_does_not_leave_for_one_that_runs_out_of_memory(folder: Path) -> None:
+async def test_model_in_use_is_not_evicted_by_a_load_out_of_memory(folder: Path) -> None:
     async with rig(folder) as it:
         it.memory.gpu, it.memory.sizes["b"] = 450 * MB, 400 * MB
         async with it.residency.using(named("a")):
@@ -210,7 +210,7 @@ async def test_models_are_closed_on_the_thread_that_runs_them(folder: Path) -> N
         assert [pipeline.closed_by for pipeline in it.memory.opened] == ["img2img-engine"] * 3
 
 
-async def test_the_budget_holds_whatever_comes_at_once(folder: Path) -> None:
+async def test_memory_budget_holds_under_concurrent_use(folder: Path) -> None:
     """Users of three models in random order, where two fit: nobody's model goes away, and never are there three."""
     rng = random.Random(6)
     async with rig(folder, memory=450 * MB) as it:
@@ -250,7 +250,7 @@ async def test_the_budget_holds_whatever_comes_at_once(folder: Path) -> None:
             await use(it, name)
 
 
-async def test_unloading_waits_for_whoever_uses_it_and_gives_memory_back(folder: Path) -> None:
+async def test_unload_waits_for_running_requests_and_frees_memory(folder: Path) -> None:
     async with rig(folder) as it:
         async with it.residency.using(named("a")):
             unload = asyncio.create_task(it.residency.unload("a"))
@@ -269,7 +269,7 @@ async def test_unloading_waits_for_whoever_uses_it_and_gives_memory_back(folder:
         assert it.serving["a"] is False
 
 
-async def test_a_request_whose_caller_has_left_still_keeps_its_model(folder: Path) -> None:
+async def test_model_of_a_cancelled_request_stays_loaded_until_it_ends(folder: Path) -> None:
     """The lease is gone, and the device is still at work on it."""
     async with rig(folder) as it:
         await use(it, "a")
@@ -296,7 +296,7 @@ async def test_a_request_whose_caller_has_left_still_keeps_its_model(folder: Pat
         assert pipeline.released == pipeline.prepared, "its state was released before"
 
 
-async def test_a_broken_model_is_found_before_it_is_served_and_not_tried_at_every_request(folder: Path) -> None:
+async def test_broken_model_fails_its_load_and_is_not_retried_per_request(folder: Path) -> None:
     async with rig(folder) as it:
         it.memory.problems["a"] = RuntimeError("told to fail at /a/path")
         for _ in range(3):
@@ -323,9 +323,7 @@ async def test_a_broken_model_is_found_before_it_is_served_and_not_tried_at_ever
 
 
 @pytest.mark.parametrize("where", ["prepare", "denoise", "finish"])
-async def test_a_model_that_loads_and_does_not_draw_is_not_served(
-    where: str, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_model_that_fails_its_trial_run_is_not_served(where: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async with rig(folder) as it:
         with monkeypatch.context() as patch:
             patch.setattr("img2img_server.models.loader._TRIAL_PROMPT", f"fail {where}")
@@ -346,7 +344,7 @@ async def test_a_damaged_bundle_is_refused_by_its_checksums(folder: Path) -> Non
         assert it.memory.opened == []
 
 
-async def test_one_load_under_a_full_queue_gets_its_turn(folder: Path) -> None:
+async def test_model_load_is_not_starved_by_a_full_queue(folder: Path) -> None:
     """Others keep the engine busy all the time; what is being loaded is not behind all of them."""
     async with rig(folder) as it:
         await use(it, "a")
@@ -389,7 +387,7 @@ async def test_closing_ends_what_is_being_loaded(folder: Path) -> None:
         it.memory.gates["a"].set()
 
 
-async def test_whoever_else_is_at_work_on_a_model_lets_go_before_it_is_unloaded(folder: Path) -> None:
+async def test_withdraw_is_called_before_the_model_is_closed(folder: Path) -> None:
     async with rig(folder) as it:
         await use(it, "a")
         asked: list[tuple[str, bool]] = []
@@ -398,7 +396,7 @@ async def test_whoever_else_is_at_work_on_a_model_lets_go_before_it_is_unloaded(
         assert asked == [("a", False)]
 
 
-async def test_a_caller_gets_the_models_that_are_its_own(folder: Path) -> None:
+async def test_caller_can_use_only_its_allowed_models(folder: Path) -> None:
     async with rig(folder) as it:
         with answering(Call("m", "r", client="alice", models=("a*",), admin=False)):
             await use(it, "a")
@@ -417,7 +415,7 @@ async def use_repository(it: Rig, repo_id: str) -> None:
         pass
 
 
-def test_start_loads_what_it_is_told(folder: Path) -> None:
+def test_preload_setting_chooses_the_models_loaded_at_start(folder: Path) -> None:
     def loaded(**settings: Any) -> list[str]:
         memory = Memory()
         ModelRegistry.load(folder, memory.load, settings=ModelSettings(**{"preload": ("all",), **settings}), meter=memory)

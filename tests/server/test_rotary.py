@@ -58,7 +58,7 @@ def as_complex(pair: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         pytest.param(Z, z_positions(500, SIZES[0]), (32, 48, 48), of_z_image, id="z"),
     ],
 )
-def test_a_table_is_that_of_diffusers(
+def test_rotary_table_matches_diffusers(
     rotary: Rotary, positions: Any, dims: tuple[int, ...], theirs: Callable[[np.ndarray], torch.Tensor]
 ) -> None:
     joined = np.concatenate(positions)
@@ -67,7 +67,7 @@ def test_a_table_is_that_of_diffusers(
     assert np.abs(np.stack([expected.real, expected.imag], axis=1) - table).max() < 1e-5
 
 
-def test_a_text_of_z_image_and_its_image_are_filled_up() -> None:
+def test_z_image_positions_are_padded_to_multiples_of_32() -> None:
     text, image = z_positions(33, (5, 7))
     assert len(text) == 64
     assert len(image) == 64

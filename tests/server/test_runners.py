@@ -128,14 +128,14 @@ def test_runner_outputs_are_not_overwritten_by_later_calls(graph: Path, kind: st
 
 
 @pytest.mark.parametrize("kind", MAKERS)
-def test_what_a_runner_was_given_is_not_changed(graph: Path, kind: str) -> None:
+def test_runner_does_not_modify_its_inputs(graph: Path, kind: str) -> None:
     runner, given = MAKERS[kind](graph), feed(2)
     for _ in range(4):
         runner.run(given)
     assert torch.equal(given["sample"], feed(2)["sample"])
 
 
-def test_only_the_first_call_of_a_shape_leaves_outputs_to_onnx_runtime(graph: Path) -> None:
+def test_onnx_runtime_allocates_outputs_only_on_a_shapes_first_call(graph: Path) -> None:
     """So its memory is torch's from then on, which frees and reuses it in the order of the stream."""
     allocated: list[int] = []
 
@@ -159,7 +159,7 @@ def test_only_the_first_call_of_a_shape_leaves_outputs_to_onnx_runtime(graph: Pa
     assert [set(places) for places in by_call] == [{3}, {6}, {3}, {6}, {6}]
 
 
-def test_the_stream_is_entered_before_anything_is_asked_of_the_device(graph: Path) -> None:
+def test_stream_is_entered_before_each_device_call(graph: Path) -> None:
     session: Any = Recording(open_session(graph, SessionOptions()))
     order: list[int] = []
     runner = DeviceRunner(session, "cpu", enter=lambda: order.append(len(session.calls)))
@@ -168,7 +168,7 @@ def test_the_stream_is_entered_before_anything_is_asked_of_the_device(graph: Pat
     assert order == [0, 1, 2]
 
 
-def test_a_shape_is_recorded_once_it_was_seen_often_and_then_replayed(graph: Path) -> None:
+def test_frequent_shape_is_recorded_and_replayed(graph: Path) -> None:
     runner, session = recording(graph, patience=3)
     for start in range(8):
         given = feed(2, start=start)
@@ -189,7 +189,7 @@ def test_nothing_is_recorded_while_another_thread_uses_the_device(graph: Path) -
     assert not DEVICE_IN_USE.locked()
 
 
-def test_each_shape_has_a_recording_of_its_own_and_the_least_used_goes(graph: Path) -> None:
+def test_recordings_are_per_shape_and_evicted_lru(graph: Path) -> None:
     runner, session = recording(graph, patience=1, most=2)
     for rows in (1, 2, 1, 4):
         for start in range(3):
@@ -223,7 +223,7 @@ def test_more_rows_than_the_largest_recording_has_are_replayed_in_parts(graph: P
     assert session.calls[-4:] == ["1", "1", "-1", "3"], "16, 16 and the 3 that are left, padded to 4, learnt and recorded"
 
 
-def test_an_input_whose_first_axis_is_not_of_rows_is_neither_padded_nor_divided(tmp_path: Path) -> None:
+def test_inputs_without_a_row_axis_are_not_padded_or_split(tmp_path: Path) -> None:
     """Flux's positions: [tokens], where samples are [rows, tokens]."""
     made = helper.make_graph(
         [helper.make_node("Add", ["sample", "positions"], ["sum"])],
@@ -244,7 +244,7 @@ def test_an_input_whose_first_axis_is_not_of_rows_is_neither_padded_nor_divided(
     assert session.calls[-1] == session.calls[2] == "1", "3 and 4 rows are one recording"
 
 
-def test_there_is_an_end_to_recording(graph: Path) -> None:
+def test_total_number_of_recordings_is_bounded(graph: Path) -> None:
     """What was released is not freed: shapes that change for ever are run without."""
     runner, session = recording(graph, patience=0, most=2, most_ever=5)
     for columns in range(1, 12):
@@ -255,7 +255,7 @@ def test_there_is_an_end_to_recording(graph: Path) -> None:
     assert session.calls[-1] == "5", "what is recorded stays"
 
 
-def test_memory_is_given_back_without_the_recordings_that_use_it(graph: Path) -> None:
+def test_shrinking_memory_keeps_results_correct_and_uses_no_recording(graph: Path) -> None:
     runner, session = recording(graph, patience=0)
     kept = runner.run(feed(2))
     runner.run(feed(2))
@@ -267,7 +267,7 @@ def test_memory_is_given_back_without_the_recordings_that_use_it(graph: Path) ->
     assert session.calls[-1] == "2", "recorded anew"
 
 
-def test_what_cannot_be_recorded_is_run_without(graph: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_unrecordable_shape_runs_without_recording_and_warns_once(graph: Path, caplog: pytest.LogCaptureFixture) -> None:
     runner, session = recording(graph, patience=1)
     for _ in range(3):
         runner.run(feed(1))
@@ -292,7 +292,7 @@ def test_a_replay_that_fails_is_an_error(graph: Path) -> None:
         runner.run(feed(1))
 
 
-def test_another_thread_records_for_itself(graph: Path) -> None:
+def test_each_thread_makes_its_own_recordings(graph: Path) -> None:
     """Models are measured by another thread than the one that serves them."""
     runner, session = recording(graph, patience=1)
     for _ in range(4):
@@ -310,7 +310,7 @@ def test_another_thread_records_for_itself(graph: Path) -> None:
     assert session.calls[4:] == ["-1", "2", "2", "2"]
 
 
-def test_an_address_is_taken_of_what_is_contiguous_only(graph: Path) -> None:
+def test_noncontiguous_input_is_refused(graph: Path) -> None:
     given = feed(3)
     given["sample"] = given["sample"].T.contiguous().T
     with pytest.raises(AssertionError, match="contiguous"):

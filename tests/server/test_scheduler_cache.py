@@ -24,7 +24,7 @@ class Pipe:
         return self.scheduler.timesteps[first:], steps - first
 
 
-def test_many_timetables_of_few_steps_stay_within_the_bytes_that_are_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scheduler_cache_stays_within_its_byte_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     """A cached scheduler of one step has the whole of its scheduler, too."""
     monkeypatch.setattr(cache, "_BYTES", 2**18)
     kept = SchedulerCache(Pipe())

@@ -70,7 +70,7 @@ def test_names_are_checked_without_torch() -> None:
 
 
 @pytest.mark.parametrize("own", OWN.values(), ids=OWN)
-def test_a_model_with_a_discrete_noise_schedule_takes_all(own: Any) -> None:
+def test_discrete_noise_model_supports_every_scheduler(own: Any) -> None:
     assert supported(own) == tuple(NAMES)
 
 
@@ -86,7 +86,7 @@ def test_a_model_with_a_discrete_noise_schedule_takes_all(own: Any) -> None:
     ],
     ids=lambda own: type(own).__name__,
 )
-def test_a_model_of_another_kind_takes_none(own: Any) -> None:
+def test_other_model_kinds_support_no_scheduler(own: Any) -> None:
     assert supported(own) == ()
 
 
@@ -100,7 +100,7 @@ def test_a_model_of_another_kind_takes_none(own: Any) -> None:
     ],
     ids=["euler", "dynamic", "heun", "lcm"],
 )
-def test_a_flow_matching_model_takes_those_of_its_kind(own: Any, heun: bool, complaints: list[str]) -> None:
+def test_flow_matching_model_supports_flow_matching_schedulers(own: Any, heun: bool, complaints: list[str]) -> None:
     """Heun's class knows no dynamic shifting."""
     assert supported(own) == tuple(name for name in FLOW_NAMES if heun or "Heun" not in name)
     for name in supported(own):
@@ -112,7 +112,7 @@ def test_a_flow_matching_model_takes_those_of_its_kind(own: Any, heun: bool, com
 
 
 @covering(name=NAMES, kind=OWN)
-def test_every_name_is_made_of_every_model_without_a_word(name: str, kind: str, complaints: list[str]) -> None:
+def test_every_scheduler_is_built_from_every_model_without_warnings(name: str, kind: str, complaints: list[str]) -> None:
     own = OWN[kind]
     before = pickle.dumps(own)
     scheduler = make(name, own)
@@ -128,7 +128,7 @@ def test_every_name_is_made_of_every_model_without_a_word(name: str, kind: str, 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @covering(name=NAMES, kind=["bare", "sde", "unknown words"])
-def test_it_is_corrected_as_the_pipelines_constructor_would(name: str, kind: str) -> None:
+def test_scheduler_config_is_corrected_as_by_the_diffusers_pipeline(name: str, kind: str) -> None:
     own, (class_name, overrides) = OWN[kind], NAMES[name]
     theirs = getattr(diffusers, class_name).from_config(own.config, **overrides)
     StableDiffusionImg2ImgPipeline(None, None, None, None, theirs, None, None, requires_safety_checker=False)
@@ -142,7 +142,7 @@ def test_it_is_corrected_as_the_pipelines_constructor_would(name: str, kind: str
     torch.testing.assert_close(ours.timesteps, theirs.timesteps, rtol=0.0, atol=0.0)
 
 
-def test_no_name_gives_a_copy_of_the_models_own() -> None:
+def test_default_scheduler_is_a_copy_of_the_models_own() -> None:
     own = OWN["sde"]
     made = make(None, own)
     assert made is not own

@@ -71,7 +71,7 @@ def test_excessive_pings_close_the_connection(server: RunningServer) -> None:
     assert is_healthy(server)
 
 
-def test_calls_that_arrive_while_the_event_loop_is_late_are_all_answered(server: RunningServer) -> None:
+def test_calls_received_during_an_event_loop_stall_are_answered(server: RunningServer) -> None:
     """gRPC itself cancels calls that wait, from the 1000th on, if nobody sets another bound."""
     late = threading.Event()
     with contextlib.ExitStack() as stack:
@@ -98,7 +98,7 @@ def _ends(frames: Iterator[raw_http2.Frame]) -> Iterator[raw_http2.Frame]:
     return (frame for frame in frames if frame.kind == raw_http2.HEADERS and frame.flags & raw_http2.END_STREAM)
 
 
-def test_metadata_has_a_bound_which_ends_the_call_alone(server: RunningServer) -> None:
+def test_oversized_metadata_fails_only_its_own_call(server: RunningServer) -> None:
     with grpc.insecure_channel(f"localhost:{server.port}") as channel:
         stub = ImageToImageServiceStub(channel)
         assert stub.Transform(request(), metadata=(("x-note", "a" * 15_000),), timeout=120).images
@@ -128,7 +128,7 @@ def _is_let_in(server: RunningServer) -> bool:
     return False
 
 
-def test_a_connection_that_says_nothing_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_silent_connection_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(transport, "HANDSHAKE_SECONDS", 1)
     with (
         running(lambda: store(m=FakePipeline())) as server,
@@ -138,7 +138,7 @@ def test_a_connection_that_says_nothing_is_closed(monkeypatch: pytest.MonkeyPatc
             pass
 
 
-async def test_a_caller_that_vanished_is_noticed_and_its_call_is_cancelled() -> None:
+async def test_unresponsive_client_is_detected_and_its_call_cancelled() -> None:
     """It neither closes its connection nor answers pings, as a machine that lost its power."""
     called, cancelled = asyncio.Event(), asyncio.Event()
 
@@ -163,7 +163,7 @@ async def test_a_caller_that_vanished_is_noticed_and_its_call_is_cancelled() -> 
     await server.stop(0)
 
 
-def test_only_connections_with_tls_are_renewed_now_and_then(tmp_path: Path) -> None:
+def test_connection_age_is_limited_only_with_tls(tmp_path: Path) -> None:
     from img2img_server.config import TlsSettings
 
     plain, secure = ServerConfig(), ServerConfig(tls=TlsSettings(tmp_path / "c", tmp_path / "k"))
@@ -201,7 +201,7 @@ ESCAPES = ("..", "../outside", "inside/../../outside", "./inside/../../outside",
            "\u2025/outside", "$HOME", "-rf")  # fmt: skip
 
 
-def test_no_path_of_a_request_leaves_the_store(folders: Path) -> None:
+def test_model_path_cannot_escape_the_store(folders: Path) -> None:
     """Not even to tell whether there is something: an answer is the same for what exists and what does not."""
     with serving(folders / "store") as channel:
         stub, models = ImageToImageServiceStub(channel), ModelServiceStub(channel)
@@ -217,7 +217,7 @@ def test_no_path_of_a_request_leaves_the_store(folders: Path) -> None:
 
 
 @pytest.mark.parametrize("field", ["repo_id", "variant", "revision", "allow_patterns", "ignore_patterns"])
-def test_no_other_part_of_a_reference_does(field: str, folders: Path) -> None:
+def test_other_reference_fields_cannot_escape_the_store(field: str, folders: Path) -> None:
     with serving(folders / "store") as channel:
         stub = ImageToImageServiceStub(channel)
         for escape in (*ESCAPES, "../*", "**/../../outside/*", "[", "acme/outside", str(folders / "outside")):

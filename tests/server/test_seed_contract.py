@@ -89,13 +89,13 @@ def mixes(
 
 @given(mix=mixes())
 @settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
-def test_an_image_is_the_same_alone_and_in_any_mix(pipeline: SteppedPipeline, mix: list[tuple[Request, int]]) -> None:
+def test_image_is_identical_alone_and_in_any_batch(pipeline: SteppedPipeline, mix: list[tuple[Request, int]]) -> None:
     assert_same_alone_and_together(pipeline, mix)
 
 
 @given(mix=mixes(schedulers=(None, "LCM")))
 @settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))
-def test_an_image_is_the_same_alone_and_in_any_mix_with_embedded_guidance(
+def test_image_is_identical_in_any_batch_with_embedded_guidance(
     distilled: SteppedPipeline, mix: list[tuple[Request, int]]
 ) -> None:
     assert_same_alone_and_together(distilled, mix)
@@ -104,9 +104,7 @@ def test_an_image_is_the_same_alone_and_in_any_mix_with_embedded_guidance(
 @pytest.mark.parametrize("name", ["sd3-no-t5", "flux-dev"])
 @given(mix=mixes(schedulers=(None, "Euler"), other_size=(80, 48)))
 @settings(max_examples=5, deadline=None, suppress_health_check=list(HealthCheck))
-def test_an_image_is_the_same_alone_and_in_any_mix_with_a_transformer(
-    load: Load, name: str, mix: list[tuple[Request, int]]
-) -> None:
+def test_transformer_image_is_identical_alone_and_in_any_batch(load: Load, name: str, mix: list[tuple[Request, int]]) -> None:
     assert_same_alone_and_together(load(name), mix)
 
 
@@ -165,7 +163,7 @@ def test_every_scheduler_matches_diffusers(pipeline: SteppedPipeline, loaded: An
 @pytest.mark.parametrize(
     "model", nightly_but(["sd1", "sdxl", "refiner", "lcm", "sd3", "flux-dev"], "sd1", "sdxl", "lcm", "flux-dev")
 )
-def test_a_cache_changes_nothing_but_the_work(load: Load, model: str) -> None:
+def test_cache_does_not_change_images(load: Load, model: str) -> None:
     cache = Cache(2**24)
     cached, plain = load(model, cache), load(model, Cache(0))
     for seed, negative in ((1, None), (2, "fog"), (1, None), (2, "fog")):
@@ -195,7 +193,7 @@ def test_requests_without_guidance_cost_half(pipeline: SteppedPipeline, distille
     assert [distilled.plan(make_request(guidance_scale=scale)).rows for scale in scales] == [1, 1, 1, 1]
 
 
-def test_a_distilled_model_runs_every_step_or_says_how_many_it_has(distilled: SteppedPipeline) -> None:
+def test_distilled_model_runs_every_step_or_names_its_maximum(distilled: SteppedPipeline) -> None:
     plans = [distilled.plan(make_request(num_inference_steps=4, strength=strength)) for strength in (0.1, 1.0)]
     assert [plan.step_count for plan in plans] == [4, 4]
     with pytest.raises(InvalidField, match=r"at strength 0\.1 the maximum of this model is 5"):
@@ -204,7 +202,7 @@ def test_a_distilled_model_runs_every_step_or_says_how_many_it_has(distilled: St
         distilled.plan(make_request(scheduler="DDIM"))
 
 
-def test_a_preview_looks_like_the_image_it_becomes(load: Load) -> None:
+def test_preview_resembles_the_final_image(load: Load) -> None:
     """On the demo model, whose weights are trained: halfway it is nearer to the result than to the source."""
     pipeline = load("demo")
     source = Image.open(Path(__file__).parents[2] / "demo" / "images" / "noon-lake.png").convert("RGB")

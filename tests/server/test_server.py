@@ -49,7 +49,7 @@ def test_health_is_reported_for_server_service_and_models() -> None:
 
 
 @pytest.mark.parametrize("version", ["grpc-v1", "grpc-v1alpha"])
-def test_an_independent_client_finds_its_way_by_reflection(version: str) -> None:
+def test_buf_curl_works_by_reflection_alone(version: str) -> None:
     """buf, a Go program, lists a method and calls it, with nothing but the address."""
     with running(lambda: store(m=FakePipeline())) as server:
         buf = [str(Path(sys.executable).parent / "buf"), "curl", "--protocol", "grpc", "--http2-prior-knowledge"]
@@ -168,7 +168,7 @@ def test_sigterm_lets_a_running_request_finish_and_exits_with_0(tmp_path: Path, 
 
 
 @pytest.mark.parametrize(("models", "why"), [("empty", "has no bundle"), ("missing", "does not exist")])
-def test_a_server_that_cannot_start_says_why(tmp_path: Path, models: str, why: str) -> None:
+def test_failed_start_logs_the_reason_without_a_traceback(tmp_path: Path, models: str, why: str) -> None:
     (tmp_path / "empty").mkdir()
     log = tmp_path / "log"
     process = _serve(tmp_path / models, tmp_path / "port", log)

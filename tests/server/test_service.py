@@ -58,7 +58,7 @@ def test_unset_fields_take_their_defaults(stub: ImageToImageServiceStub, pipelin
     assert response.timings.total_ms > 0
 
 
-def test_set_fields_arrive_even_where_they_are_zero(stub: ImageToImageServiceStub, pipeline: FakePipeline) -> None:
+def test_fields_set_to_zero_are_kept(stub: ImageToImageServiceStub, pipeline: FakePipeline) -> None:
     stub.Transform(
         request(
             prompt="", negative_prompt="", strength=0.7, num_inference_steps=10, guidance_scale=0.0, seed=0, image_count=3,
@@ -74,7 +74,7 @@ def test_set_fields_arrive_even_where_they_are_zero(stub: ImageToImageServiceStu
 
 
 @pytest.mark.parametrize(("asked", "format_"), [(0, "PNG"), (1, "PNG"), (2, "JPEG"), (3, "WEBP")])
-def test_results_come_in_the_format_that_was_asked(stub: ImageToImageServiceStub, asked: int, format_: str) -> None:
+def test_results_are_in_the_requested_format(stub: ImageToImageServiceStub, asked: int, format_: str) -> None:
     output = pb.OutputOptions(format=asked, quality=50)  # type: ignore[arg-type]
     response = stub.Transform(request(output=output))
     assert Image.open(io.BytesIO(response.images[0].data)).format == format_
@@ -87,7 +87,7 @@ def test_a_data_uri_is_a_source(stub: ImageToImageServiceStub, pipeline: FakePip
     assert pipeline.prepared[0].request.image.size == (8, 32)
 
 
-def test_a_stream_tells_each_event_once_and_in_order(stub: ImageToImageServiceStub) -> None:
+def test_stream_sends_each_event_once_and_in_order(stub: ImageToImageServiceStub) -> None:
     events = list(stub.TransformStream(pb.TransformStreamRequest(request=request(num_inference_steps=5, strength=1.0))))
     assert [event.WhichOneof("event") for event in events] == ["queued", "started", *["progress"] * 5, "completed"]
     assert events[0].queued.position == 0
@@ -96,7 +96,7 @@ def test_a_stream_tells_each_event_once_and_in_order(stub: ImageToImageServiceSt
     assert events[-1].completed.images[0].seed == 5
 
 
-def test_seeds_differ_unless_they_are_asked(stub: ImageToImageServiceStub) -> None:
+def test_random_seeds_differ(stub: ImageToImageServiceStub) -> None:
     seeds = {stub.Transform(request(seed=-1)).images[0].seed for _ in range(5)}
     assert len(seeds) == 5
 
@@ -175,7 +175,7 @@ def test_bad_input_names_its_field(stub: ImageToImageServiceStub, pipeline: Fake
     [((300, 200), NATIVE, (16, 8)), ((4, 4), NATIVE, (16, 16)), ((300, 200), pb.Fit(longest_side=64), (64, 40)),
      ((20, 30), pb.Fit(longest_side=64), (40, 64))],
 )  # fmt: skip
-def test_a_source_is_fitted_by_the_rule_that_was_asked(
+def test_source_is_fitted_by_the_requested_rule(
     stub: ImageToImageServiceStub, pipeline: FakePipeline, size: tuple[int, int], fit: pb.Fit, expected: tuple[int, int]
 ) -> None:
     response = stub.Transform(request(image=pb.ImageSource(data=png(size)), fit=fit))
@@ -193,7 +193,7 @@ WARNING = RequestWarning("prompt", "it was too long", "PROMPT_TRUNCATED")
 
 
 @pytest.mark.parametrize("streamed", [False, True])
-def test_a_plans_warnings_come_with_the_result(stub: ImageToImageServiceStub, pipeline: FakePipeline, streamed: bool) -> None:
+def test_warnings_are_returned_with_the_result(stub: ImageToImageServiceStub, pipeline: FakePipeline, streamed: bool) -> None:
     def run() -> pb.TransformResponse:
         if not streamed:
             return stub.Transform(request())
@@ -209,7 +209,7 @@ def test_a_plans_warnings_come_with_the_result(stub: ImageToImageServiceStub, pi
 @pytest.mark.parametrize(
     ("size", "asked"), [((64, 64), {"width": 16384, "height": 8}), ((16384, 8), {}), ((8, 16384), {}), ((8, 65504), {})]
 )
-def test_a_result_that_its_format_cannot_hold_is_refused_before_it_is_drawn(size: tuple[int, int], asked: dict[str, int]) -> None:
+def test_result_too_large_for_its_format_is_refused_before_generation(size: tuple[int, int], asked: dict[str, int]) -> None:
     pipeline = FakePipeline()
     format_ = pb.OUTPUT_FORMAT_JPEG if max(size) > 65500 else pb.OUTPUT_FORMAT_WEBP
     with running(lambda: store(m=pipeline)) as server, grpc.insecure_channel(f"localhost:{server.port}") as channel:
@@ -226,9 +226,7 @@ def test_a_result_that_its_format_cannot_hold_is_refused_before_it_is_drawn(size
 
 
 @pytest.mark.parametrize(("seed", "count"), [(2**63 - 1, 2), (2**63 - 7, 8)])
-def test_a_seed_that_leaves_no_room_for_the_next_ones_names_both_fields(
-    stub: ImageToImageServiceStub, seed: int, count: int
-) -> None:
+def test_seed_too_large_for_image_count_names_both_fields(stub: ImageToImageServiceStub, seed: int, count: int) -> None:
     _, details = failure(lambda: stub.Transform(request(seed=seed, image_count=count)))
     description = str(details["description"])
     assert str(seed) in description
@@ -242,7 +240,7 @@ def test_a_seed_that_leaves_no_room_for_the_next_ones_names_both_fields(
     [{"path": "nope"}, {"repo_id": "acme/nope"}, {"path": "m", "revision": "r2"}, {"path": "m", "variant": "bf16"},
      {"path": "../m"}, {"path": "m", "allow_patterns": ["*.bin"]}, {"path": "m", "ignore_patterns": ["*.txt"]}],
 )  # fmt: skip
-def test_an_unknown_model_is_not_found_and_the_known_are_named(stub: ImageToImageServiceStub, reference: dict[str, str]) -> None:
+def test_unknown_model_error_lists_the_available_models(stub: ImageToImageServiceStub, reference: dict[str, str]) -> None:
     code, details = failure(lambda: stub.Transform(request(model=pb.ModelReference(**reference))))
     assert (code, details["reason"]) == (grpc.StatusCode.NOT_FOUND, "MODEL_NOT_FOUND")
     assert "available: m, other" in str(details["message"])
@@ -253,7 +251,7 @@ def test_an_unknown_model_is_not_found_and_the_known_are_named(stub: ImageToImag
     [{}, {"path": "m"}, {"repo_id": "acme/m"}, {"repo_id": "acme/m", "revision": "r1", "variant": "fp16"},
      {"path": "m", "allow_patterns": ["*.json"]}],
 )  # fmt: skip
-def test_a_reference_that_agrees_finds_its_model(stub: ImageToImageServiceStub, reference: dict[str, str]) -> None:
+def test_matching_model_reference_finds_the_model(stub: ImageToImageServiceStub, reference: dict[str, str]) -> None:
     assert stub.Transform(request(model=pb.ModelReference(**reference))).model_id == "m"
 
 
@@ -293,7 +291,7 @@ def test_a_failing_model_says_nothing_internal(stub: ImageToImageServiceStub, ca
     assert "told to fail" in caplog.text, "the operator sees the cause"
 
 
-def test_leaving_a_stream_frees_the_device(stub: ImageToImageServiceStub, pipeline: FakePipeline) -> None:
+def test_cancelled_stream_frees_the_device(stub: ImageToImageServiceStub, pipeline: FakePipeline) -> None:
     asked = pb.TransformStreamRequest(request=request(num_inference_steps=100, strength=1.0))
     go, called = threading.Event(), threading.Event()
 
@@ -315,7 +313,7 @@ def test_leaving_a_stream_frees_the_device(stub: ImageToImageServiceStub, pipeli
     assert pipeline.released[0].step < 100
 
 
-def test_a_deadline_ends_the_work(stub: ImageToImageServiceStub, pipeline: FakePipeline) -> None:
+def test_deadline_cancels_the_request(stub: ImageToImageServiceStub, pipeline: FakePipeline) -> None:
     go = threading.Event()
     pipeline.before_call = lambda: go.wait(120)
     code, _ = failure(lambda: stub.Transform(request(num_inference_steps=100, strength=1.0), timeout=0.3))

@@ -60,14 +60,14 @@ def file_of(image: Image.Image, image_format: str) -> pb.ImageSource:
     ("asked", "given"),
     [(None, None), ("", None), ("DDIMScheduler", "DDIMScheduler"), ("eulerdiscretescheduler", "EulerDiscreteScheduler")],
 )
-def test_a_scheduler_is_passed_on_by_its_own_name(
+def test_scheduler_names_are_normalized(
     stub: ImageToImageServiceStub, pipeline: FakePipeline, asked: str | None, given: str | None
 ) -> None:
     stub.Transform(request(scheduler=asked))
     assert pipeline.prepared[0].request.scheduler == given
 
 
-def test_an_unknown_scheduler_is_answered_with_the_known(
+def test_unknown_scheduler_error_lists_the_known_ones(
     stub: ImageToImageServiceStub, pipeline: FakePipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, details = failure(lambda: stub.Transform(request(scheduler="LCM")))
@@ -77,7 +77,7 @@ def test_an_unknown_scheduler_is_answered_with_the_known(
     assert "only its own" in str(details["description"])
 
 
-def test_previews_come_at_the_steps_that_were_asked(stub: ImageToImageServiceStub, pipeline: FakePipeline) -> None:
+def test_previews_are_sent_at_the_requested_steps(stub: ImageToImageServiceStub, pipeline: FakePipeline) -> None:
     events = stream(stub, num_inference_steps=5, strength=1.0, preview_interval=2)
     steps = [event.progress for event in events if event.HasField("progress")]
     assert [step.step for step in steps] == [1, 2, 3, 4, 5]
@@ -96,7 +96,7 @@ def test_previews_are_made_only_for_clients_that_request_them(stub: ImageToImage
     assert pipeline.previewed == []
 
 
-def test_an_image_has_one_digest_whatever_its_file(stub: ImageToImageServiceStub, pipeline: FakePipeline) -> None:
+def test_image_digest_does_not_depend_on_the_file_format(stub: ImageToImageServiceStub, pipeline: FakePipeline) -> None:
     image = Image.effect_noise((24, 16), 80).convert("RGB")
     changed = image.copy()
     changed.putpixel((3, 5), (1, 2, 3))

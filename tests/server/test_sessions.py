@@ -46,7 +46,9 @@ def test_pytorch_below_float32_needs_the_accuracy_check(
 
 @pytest.mark.filterwarnings("ignore:Specified provider:UserWarning")
 @pytest.mark.parametrize("provider", ["cuda", "tensorrt"])
-def test_nothing_lands_silently_on_the_cpu(provider: str, bundle: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_session_that_falls_back_to_the_cpu_is_an_error(
+    provider: str, bundle: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """An ONNX Runtime that says it has everything, and a probe that believes it: the session says what it got."""
     if not probe(provider).problem:
         pytest.skip(f"this machine has {provider}")
@@ -59,7 +61,7 @@ def test_nothing_lands_silently_on_the_cpu(provider: str, bundle: Callable[[str]
         load_pipeline(folder, read_manifest(folder), Execution(provider))
 
 
-def test_a_gpu_ends_with_the_cpu_for_what_it_lacks() -> None:
+def test_gpu_provider_lists_end_with_the_cpu() -> None:
     for provider, names in (("cuda", ["cuda", "cpu"]), ("tensorrt", ["tensorrt", "cuda", "cpu"])):
         options = SessionOptions(provider, provider_options=(("device_id", "1"),))
         listed = provider_list(options)
@@ -70,19 +72,19 @@ def test_a_gpu_ends_with_the_cpu_for_what_it_lacks() -> None:
     assert provider_list(asked)[0][1] == {"cudnn_conv_algo_search": "EXHAUSTIVE"}
 
 
-def test_a_session_says_what_it_runs_on(bundle: Callable[[str], Path]) -> None:
+def test_session_reports_its_providers(bundle: Callable[[str], Path]) -> None:
     session = open_session(bundle("demo") / "vae_decoder" / "model.onnx", SessionOptions())
     assert session.get_providers() == ["CPUExecutionProvider"]
 
 
-def test_a_session_tells_how_many_nodes_run_where(bundle: Callable[[str], Path]) -> None:
+def test_describe_counts_nodes_per_provider(bundle: Callable[[str], Path]) -> None:
     nodes = describe(open_session(bundle("demo") / "vae_decoder" / "model.onnx", SessionOptions()))
     assert list(nodes) == ["cpu"]
     assert nodes["cpu"] > 50
     assert describe(object()) == {}
 
 
-def test_a_static_session_takes_its_size_only(bundle: Callable[[str], Path]) -> None:
+def test_static_session_accepts_only_its_size(bundle: Callable[[str], Path]) -> None:
     graph = bundle("demo") / "vae_decoder" / "model.onnx"
     sizes = (("batch_size", 1), ("latent_height", 8), ("latent_width", 6))
     session = open_session(graph, SessionOptions(dimensions=sizes))
@@ -106,7 +108,7 @@ def test_the_log_has_a_line_for_each_component(bundle: Callable[[str], Path], ca
         assert all(str(item) in line for item in better)
 
 
-def test_a_lean_session_computes_the_same(bundle: Callable[[str], Path]) -> None:
+def test_lean_session_gives_the_same_result(bundle: Callable[[str], Path]) -> None:
     graph = bundle("demo") / "vae_decoder" / "model.onnx"
     latents = np.random.default_rng(0).standard_normal((1, 4, 8, 8), dtype=np.float32)
     (usual,), (lean,) = (
@@ -121,7 +123,7 @@ def test_a_graph_that_does_not_open_is_a_bundle_error(tmp_path: Path) -> None:
         open_session(tmp_path / "model.onnx", SessionOptions())
 
 
-def test_a_bundle_of_another_world_is_a_bundle_error(tmp_path: Path, bundle: Callable[[str], Path]) -> None:
+def test_unknown_pipeline_class_or_missing_file_is_a_bundle_error(tmp_path: Path, bundle: Callable[[str], Path]) -> None:
     manifest = read_manifest(bundle("demo"))
     with pytest.raises(BundleError, match="NoSuchPipeline"):
         load_pipeline(bundle("demo"), replace(manifest, pipeline_class="NoSuchPipeline"), Execution("cpu"))
@@ -142,7 +144,7 @@ def test_a_bundle_of_another_world_is_a_bundle_error(tmp_path: Path, bundle: Cal
         ("amx_int8", False),
     ],
 )
-def test_int8_is_summed_without_overflow_on_cpus_without_vnni(
+def test_int8_sums_do_not_overflow_on_cpus_without_vnni(
     flags: str, precise: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "cpuinfo").write_text(f"flags\t\t: {flags}\n", encoding="utf-8")

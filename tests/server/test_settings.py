@@ -183,7 +183,7 @@ def _same(one: Setting, value: Any, expected: Any) -> bool:
 
 
 @pytest.mark.parametrize("one", ALL, ids=lambda one: one.name)
-def test_each_setting_has_its_own_names(one: Setting) -> None:
+def test_setting_names_are_unique(one: Setting) -> None:
     assert [other.name for other in ALL].count(one.name) == 1
     assert one.about.help
     if not one.about.required and one.default is not None:
@@ -201,7 +201,7 @@ def test_each_setting_has_its_own_names(one: Setting) -> None:
         ("trays", "a, b", ("a", "b")),
     ],
 )  # fmt: skip
-def test_values_are_read_as_people_write_them(tmp_path: Path, name: str, text: str, value: object) -> None:
+def test_values_are_parsed_from_text(tmp_path: Path, name: str, text: str, value: object) -> None:
     (one,) = [one for one in settings_of(Oven) if one.name == name]
     assert from_text(one, text) == value
     found = _resolve(["--cook", "me"], {f"K_MY_{name.upper()}": text})
@@ -281,7 +281,7 @@ def test_binary_config_file_is_reported(tmp_path: Path) -> None:
         _resolve([], {}, file)
 
 
-def test_paths_of_a_file_are_below_its_folder_and_others_are_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_relative_paths_in_a_file_are_relative_to_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/me")
     said = 'cook = "me"\nshelf = "pots"\n[oven]\nrecipes = "a/b"'
     found = _resolve([], {}, _file(tmp_path, said)).config
@@ -293,7 +293,7 @@ def test_paths_of_a_file_are_below_its_folder_and_others_are_not(tmp_path: Path,
     assert (found.shelf, found.oven.recipes) == ("pots", Path("a/b"))
 
 
-def test_any_character_can_be_in_what_is_printed(tmp_path: Path) -> None:
+def test_printed_config_round_trips_any_character(tmp_path: Path) -> None:
     odd = "".join(map(chr, (*range(1, 0x100), 0x2028, 0x1F600)))
     found = _resolve([], {"K_COOK": odd})
     assert _resolve([], {}, _file(tmp_path, as_toml(found))).config.cook == odd

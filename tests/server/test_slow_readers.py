@@ -43,7 +43,7 @@ class Fast:
 
 
 @pytest.mark.parametrize("method", [STREAM, UNARY])
-def test_answers_that_are_not_read_hold_no_model(tmp_path: Path, method: str) -> None:
+def test_unread_responses_do_not_keep_a_model_in_use(tmp_path: Path, method: str) -> None:
     with serving(tmp_path) as (server, loaded), grpc.insecure_channel(f"localhost:{server.port}") as channel:
         transform = request(model=pb.ModelReference(path="m"), num_inference_steps=10, preview_interval=1)
         message = pb.TransformStreamRequest(request=transform) if method == STREAM else transform
@@ -59,19 +59,19 @@ def model_state(channel: grpc.Channel) -> int:
     return ModelServiceStub(channel).GetModel(model_pb2.GetModelRequest(id="m")).model.state
 
 
-async def test_a_reader_that_is_too_slow_is_ended() -> None:
+async def test_slow_reader_is_disconnected() -> None:
     with pytest.raises(ReaderTooSlow):
         await Readers(0.01).write(Never(), ANSWER, "a")
 
 
-async def test_a_reader_that_reads_gets_each_message() -> None:
+async def test_reading_client_gets_every_message() -> None:
     context = Fast()
     await Readers(60.0).write(context, ANSWER, "a")
     await Readers(0.0).write(context, ANSWER, "a")
     assert context.read == [ANSWER] * 2
 
 
-async def test_without_a_bound_a_reader_may_take_for_ever_and_leave() -> None:
+async def test_without_a_timeout_a_slow_reader_is_not_disconnected() -> None:
     context = Never()
     writing = asyncio.create_task(Readers(0.0).write(context, ANSWER, "a"))
     await context.writing.wait()
@@ -81,7 +81,7 @@ async def test_without_a_bound_a_reader_may_take_for_ever_and_leave() -> None:
         await writing
 
 
-async def test_a_client_with_too_many_unread_answers_is_refused_and_others_are_not() -> None:
+async def test_unread_responses_are_limited_per_client() -> None:
     readers = Readers(60.0)
     held = [readers.unread("a") for _ in range(MAX_CLIENT_UNREAD)]
     for each in held:
@@ -102,7 +102,7 @@ async def test_a_client_with_too_many_unread_answers_is_refused_and_others_are_n
     readers.check("b")
 
 
-async def test_of_events_that_are_not_read_few_are_kept_and_the_last_of_all() -> None:
+async def test_unread_events_are_dropped_except_the_last() -> None:
     outbox, preview = Outbox(), Image.new("RGB", (8, 8))
     for place in range(100):
         outbox.put(Queued(100 - place, None))

@@ -41,7 +41,7 @@ def fake(name: str, unet_size: int = 64, **processor: Any) -> Any:
 
 @pytest.mark.parametrize(("rule", "settings"), [(STRETCHED, {}), (BICUBIC, {"resample": "bicubic", "reducing_gap": 1})])
 @pytest.mark.parametrize("size", [(64, 64), (40, 56), (16, 24)])
-def test_a_source_is_stretched_as_the_pipelines_own_processor_does_it(
+def test_source_is_resized_as_by_the_pipelines_image_processor(
     rule: SourceRule, settings: dict[str, Any], size: tuple[int, int]
 ) -> None:
     source = noise(104, 72)
@@ -51,7 +51,7 @@ def test_a_source_is_stretched_as_the_pipelines_own_processor_does_it(
     assert not np.array_equal(np.asarray(ours), np.asarray(images.prepare(source, size, SourceRule("NEAREST"), LIMITS)))
 
 
-def test_the_rule_is_that_of_the_pipelines_image_processor() -> None:
+def test_source_rule_is_derived_from_the_pipelines_image_processor() -> None:
     assert source_rule(fake("StableDiffusionImg2ImgPipeline", vae_scale_factor=8)) == STRETCHED
     assert source_rule(fake("Kandinsky3Img2ImgPipeline", resample="bicubic", reducing_gap=1)) == BICUBIC
     assert source_rule(fake("StableDiffusionInstructPix2PixPipeline", resample="linear")) == SourceRule("BILINEAR")
@@ -60,13 +60,13 @@ def test_the_rule_is_that_of_the_pipelines_image_processor() -> None:
     assert source_rule(fake("IFImg2ImgPipeline")) == SourceRule(keeps_size=True, shorter_side=64)
 
 
-def test_a_model_that_edits_gets_the_source_as_it_is_within_the_limit() -> None:
+def test_editing_model_gets_the_source_unresized_up_to_the_limit() -> None:
     source = noise(64, 40)
     assert images.prepare(source, (16, 16), EDITED, LIMITS) is source
     assert images.prepare(noise(200, 50), (16, 16), EDITED, LIMITS).size == (128, 32)
 
 
-def test_sizes_that_models_set_are_those_of_diffusers() -> None:
+def test_model_chosen_sizes_match_diffusers() -> None:
     sides = (17, 64, 100, 333, 640, 1001)
     for source in itertools.product(sides, sides):
         own = SourceRule(shorter_side=64).own_size(source)
@@ -75,7 +75,7 @@ def test_sizes_that_models_set_are_those_of_diffusers() -> None:
         assert (width, height) == calculate_dimensions(1024 * 1024, source[0] / source[1])
 
 
-def test_a_size_that_the_model_sets_may_be_asked_for_and_no_other() -> None:
+def test_only_the_model_chosen_size_can_be_requested() -> None:
     rule, limits = SourceRule(keeps_size=True, shorter_side=64), ImageLimits()
     for asked in (SizeRule(), SizeRule(96, 64), SizeRule(height=64), SizeRule(area=4096), SizeRule(longest_side=96)):
         assert images.result_size((104, 72), asked, rule, 8, limits) == (96, 64)
@@ -118,7 +118,7 @@ def edited(name: str, source: tuple[int, int], asked: SizeRule, multiple: int, b
 
 
 @pytest.mark.parametrize("source", SIZES)
-def test_models_that_edit_choose_the_size_as_diffusers_does(source: tuple[int, int]) -> None:
+def test_editing_models_choose_the_size_as_in_diffusers(source: tuple[int, int]) -> None:
     width, height = source
     for name in ("QwenImageEditPipeline", "QwenImageEditPlusPipeline"):
         expected = qwen_dimensions(1024 * 1024, width / height)
@@ -131,12 +131,12 @@ def test_models_that_edit_choose_the_size_as_diffusers_does(source: tuple[int, i
     assert edited("FluxKontextPipeline", source, SizeRule(128, 64), 16) == (128, 64)
 
 
-def test_a_fit_follows_the_source_and_not_the_models_own_rule() -> None:
+def test_fit_overrides_the_models_size_rule() -> None:
     for name in ("QwenImageEditPlusPipeline", "Flux2Pipeline", "FluxKontextPipeline"):
         assert edited(name, (104, 72), SizeRule(longest_side=104), 8) == (104, 72)
 
 
-def test_the_last_reference_sets_the_size_where_diffusers_reads_that() -> None:
+def test_last_reference_sets_the_size_as_in_diffusers() -> None:
     by = qwen_dimensions(1024 * 1024, 72 / 104)
     assert edited("QwenImageEditPlusPipeline", (104, 72), SizeRule(), 16, (72, 104)) == by
     assert source_rule(fake("QwenImage21Pipeline")).edit_size == source_rule(fake("QwenImageEditPlusPipeline")).edit_size

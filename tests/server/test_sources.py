@@ -72,7 +72,7 @@ async def test_files_below_the_root_are_read(root: Path) -> None:
     assert await read(sources, f"file://{root}/folder/b%20c%25%3F%23.png") == png((8, 8))
 
 
-async def test_a_root_may_be_reached_by_a_link(root: Path, tmp_path: Path) -> None:
+async def test_file_root_may_be_a_symlink(root: Path, tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(root)
     sources = await sources_of(SourceSettings(file_root=tmp_path / "link"))
     assert await read(sources, f"file://{tmp_path}/link/a.png") == png()
@@ -115,9 +115,7 @@ async def test_a_file_uri_that_names_no_file_here_is_refused(root: Path) -> None
         assert "file: URI" in await refusal(sources, uri), uri
 
 
-def test_a_link_that_is_put_there_after_the_check_leads_nowhere(
-    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_symlink_swapped_in_after_the_check_is_not_followed(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Between looking where a path leads and opening it, somebody swaps a folder, or the file, for a link."""
     open_ = reading._open
 
@@ -139,7 +137,7 @@ def test_a_link_that_is_put_there_after_the_check_leads_nowhere(
         read_below(root, root / "a.png", 10_000, "image.uri")
 
 
-def test_a_path_is_what_a_uri_names() -> None:
+def test_file_uri_is_percent_decoded() -> None:
     assert path_of("file:///a%20b/c.png", "f") == Path("/a b/c.png")
 
 
@@ -176,7 +174,9 @@ async def test_data_uris_are_read_whatever_is_allowed() -> None:
     assert await read(sources, "data:,a=b%3D%25c+%0a%3d%0D=") == b"a=b=%c+\n=\r="
 
 
-async def test_long_addresses_take_neither_the_event_loop_nor_memory(monkeypatch: pytest.MonkeyPatch, root: Path) -> None:
+async def test_long_data_uris_are_decoded_off_the_event_loop_in_bounded_memory(
+    monkeypatch: pytest.MonkeyPatch, root: Path
+) -> None:
     decode, threads = images.decode_data_uri, []
 
     def noted(uri: str, limits: ImageLimits, field: str) -> bytes:
@@ -280,7 +280,7 @@ def test_an_image_of_an_address_is_a_source(site: Site, pipeline: FakePipeline) 
     assert pipeline.prepared[0].request.image.size == (40, 24)
 
 
-def test_an_address_of_the_servers_own_network_is_none(site: Site, pipeline: FakePipeline) -> None:
+def test_private_network_urls_are_refused(site: Site, pipeline: FakePipeline) -> None:
     with transforming(pipeline, allow_http=True) as stub:
         for host in ("127.0.0.1", "localhost", "169.254.169.254", "[::1]", "[fd00:ec2::254]"):
             code, details = failure(lambda host=host: stub.Transform(at(f"http://{host}/latest/meta-data")))  # type: ignore[misc]
@@ -290,7 +290,7 @@ def test_an_address_of_the_servers_own_network_is_none(site: Site, pipeline: Fak
 
 
 @pytest.mark.usefixtures("reachable")
-def test_nothing_is_fetched_for_a_request_that_is_wrong_elsewhere(site: Site, pipeline: FakePipeline) -> None:
+def test_invalid_request_fetches_nothing(site: Site, pipeline: FakePipeline) -> None:
     wrong: dict[str, dict[str, object]] = {
         "strength": {"strength": 3.0},
         "scheduler": {"scheduler": "none"},

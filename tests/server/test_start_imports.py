@@ -72,7 +72,7 @@ def test_help_imports_no_library_for_networks_or_metadata(words: list[str]) -> N
     assert brought.isdisjoint({"asyncio", "ssl", "email", "importlib.metadata", "grpc", "google", "numpy", "torch"})
 
 
-def test_the_version_is_shown_all_the_same() -> None:
+def test_version_flag_prints_the_version() -> None:
     command = [sys.executable, "-m", "img2img_cli", "--version"]
     done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=60)
     from img2img_server.support import distribution

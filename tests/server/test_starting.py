@@ -186,7 +186,7 @@ FAILURES = [
 
 
 @pytest.mark.parametrize(("error", "detail"), FAILURES, ids=[type(error).__name__ for error, _ in FAILURES])
-def test_a_model_that_does_not_load_is_failed_with_its_reason_and_the_others_are_served(
+def test_failed_load_is_reported_and_other_models_are_served(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, error: BaseException, detail: str
 ) -> None:
     for name in "ab":
@@ -252,7 +252,7 @@ def test_a_warm_up_that_hangs_fails_its_model_alone(buckets: tuple[int, ...]) ->
         never.set()
 
 
-def test_a_server_none_of_whose_models_can_be_served_does_not_start(tmp_path: Path) -> None:
+def test_server_without_a_servable_model_does_not_start(tmp_path: Path) -> None:
     for name in "ab":
         make_bundle(tmp_path / name)
     with pytest.raises(BundleError, match=r"no model can be served: a: it could not be loaded: .*one; b: .*two"):

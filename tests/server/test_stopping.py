@@ -74,7 +74,7 @@ def test_models_are_unloaded_and_loaded_while_clients_that_never_read_watch_them
         server.stop().result(120)  # with all of them connected
 
 
-def test_a_drain_needs_no_thread_of_the_pool_that_requests_share() -> None:
+def test_drain_works_with_an_exhausted_thread_pool() -> None:
     """Reads of a disk that hangs, say, hold all of them."""
     go = threading.Event()
     with running(lambda: store(m=FakePipeline())) as server:

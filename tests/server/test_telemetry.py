@@ -46,7 +46,7 @@ def connected(server: RunningServer) -> grpc.Channel:
     return grpc.insecure_channel(f"localhost:{server.port}")
 
 
-def test_a_transforms_trace_tells_where_its_time_went() -> None:
+def test_trace_of_a_transform_has_a_span_per_stage() -> None:
     pipeline, pause = FakePipeline(), 0.01
     pipeline.before_call = lambda: time.sleep(pause)  # a step takes real time
     with collecting() as collector:
@@ -90,7 +90,7 @@ def test_a_transforms_trace_tells_where_its_time_went() -> None:
     assert collector.resources[0]["service.name"] == "img2img"
 
 
-def test_requests_that_shared_a_step_both_tell_of_it() -> None:
+def test_requests_that_share_a_step_each_have_a_span_for_it() -> None:
     """Neither is told the other's own: they have the same id, which callers may choose as they like."""
     pipeline, inside, leave = FakePipeline(), threading.Event(), threading.Event()
 
@@ -121,7 +121,7 @@ def test_requests_that_shared_a_step_both_tell_of_it() -> None:
     assert long[0].attributes["img2img.batch.requests"] == 1, "it was alone when it began"
 
 
-def test_the_trace_goes_on_from_the_callers() -> None:
+def test_trace_continues_the_callers_trace() -> None:
     trace, parent = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
     with collecting() as collector, traced(collector, FakePipeline()) as server, connected(server) as channel:
         for flags in ("01", "00"):  # 00: whoever began it does not want it kept
@@ -133,7 +133,7 @@ def test_the_trace_goes_on_from_the_callers() -> None:
 
 
 @pytest.mark.parametrize("traceparent", ["", "nonsense", "00-" + "0" * 32 + "-" + "0" * 16 + "-01", "x" * 5000])
-def test_a_parent_that_is_none_begins_a_new_trace(traceparent: str) -> None:
+def test_invalid_traceparent_starts_a_new_trace(traceparent: str) -> None:
     with collecting() as collector, traced(collector, FakePipeline()) as server, connected(server) as channel:
         stub_of(channel).Transform(request(), metadata=(("traceparent", traceparent),))
     assert collector.named(TRANSFORM).parent == ""
@@ -142,7 +142,7 @@ def test_a_parent_that_is_none_begins_a_new_trace(traceparent: str) -> None:
 @pytest.mark.parametrize(
     ("trouble", "stage"), [("fail prepare", "encode"), ("fail denoise", "denoise"), ("fail finish", "decode")]
 )
-def test_an_error_marks_the_call_and_the_stage_that_it_came_from(trouble: str, stage: str) -> None:
+def test_error_marks_the_span_of_the_call_and_of_its_stage(trouble: str, stage: str) -> None:
     with collecting() as collector, traced(collector, FakePipeline()) as server, connected(server) as channel:
         failure(lambda: stub_of(channel).Transform(request(prompt=trouble, num_inference_steps=4)))
     call = collector.named(TRANSFORM)
@@ -164,7 +164,7 @@ def test_client_errors_are_reported_and_are_not_server_errors() -> None:
     assert collector.children(call) == []
 
 
-def test_a_request_that_is_refused_or_given_up_has_a_trace_too() -> None:
+def test_refused_and_cancelled_requests_have_a_trace() -> None:
     pipeline, inside, leave = FakePipeline(), threading.Event(), threading.Event()
 
     def hold() -> None:
@@ -261,7 +261,7 @@ def test_call_state_is_released_when_the_call_ends() -> None:
             telemetry.close()
 
 
-def test_the_engine_says_whose_each_call_of_a_model_was() -> None:
+def test_engine_spans_name_their_requests() -> None:
     spans: list[Span] = []
     clock = Clock()
     engine = Engine({"m": FakePipeline(clock)}, clock=clock, observe=spans.append)
@@ -274,7 +274,7 @@ def test_the_engine_says_whose_each_call_of_a_model_was() -> None:
     assert stepped == [2, 3]
 
 
-def test_nothing_is_sent_of_a_request_while_the_engine_works_on_it() -> None:
+def test_spans_are_exported_only_after_the_request_ends() -> None:
     """On the engine's thread nothing is sent, nor even made: the collector hears of a request when its call has ended."""
     pipeline, inside, leave = FakePipeline(), threading.Event(), threading.Event()
 

@@ -51,14 +51,14 @@ def options(component: Component = UNET, buckets: tuple[Bucket, ...] | None = No
     return tensorrt.build_options(component, tensorrt.ranges(component, profile, axes), **settings)
 
 
-def test_a_profile_holds_every_bucket_and_is_best_at_the_first() -> None:
+def test_profile_covers_every_bucket_and_is_optimal_for_the_first() -> None:
     buckets = (Bucket(768, 512, 4), Bucket(512, 768, 2), Bucket(640, 640, 6))
     assert Profile.of(buckets, NATIVE) == Profile(Bucket(512, 512, 1), Bucket(768, 512, 4), Bucket(768, 768, 6))
     assert Profile.of(None, NATIVE) == Profile(Bucket(512, 512, 1), NATIVE, Bucket(512, 512, 8))
     assert Profile.of((), NATIVE) is None
 
 
-def test_shapes_are_spelled_as_the_provider_reads_them() -> None:
+def test_profile_shapes_are_in_the_providers_format() -> None:
     """input:dims, joined by commas, the same inputs in all three; an input that does not vary has none."""
     made = options()
     assert made["trt_profile_min_shapes"] == "sample:1x4x64x64,timestep:1,encoder_hidden_states:1x77x768"
@@ -87,7 +87,7 @@ def test_engine_context_is_written_with_relative_paths_only() -> None:
     assert "trt_engine_cache_path" not in made
 
 
-def test_scratch_memory_is_bounded_and_large_weights_go_beside_the_graph() -> None:
+def test_workspace_is_limited_and_large_weights_are_external() -> None:
     assert int(options()["trt_max_workspace_size"]) == 4 * 2**30
     assert int(options(gpu_memory=2**30)["trt_max_workspace_size"]) == 2**30
     assert "trt_load_user_initializer" not in options()
@@ -100,14 +100,14 @@ def test_an_engine_shares_torchs_stream() -> None:
     assert "trt_dump_ep_context_model" not in dict(tensorrt.serving_options(4096))
 
 
-def test_sizes_that_are_not_known_are_an_error() -> None:
+def test_unknown_input_sizes_are_an_error() -> None:
     profile = Profile.of(None, NATIVE)
     assert profile is not None
     with pytest.raises(BundleError, match="unet has inputs"):
         tensorrt.ranges(UNET, profile, lambda name, inputs, bucket: None)
 
 
-def test_all_that_an_engine_depends_on_is_in_its_key(bundle: Get) -> None:
+def test_engine_key_covers_everything_the_engine_depends_on(bundle: Get) -> None:
     manifest = read_manifest(bundle("sd1"))
     (unet,) = (part for part in manifest.components if part.name == "unet")
     other_weights = replace(manifest, files={**manifest.files, "unet/model.onnx": "0" * 64})
@@ -128,7 +128,7 @@ def test_all_that_an_engine_depends_on_is_in_its_key(bundle: Get) -> None:
 
 
 @pytest.mark.parametrize("name", ["sd1", "sdxl", "lcm"])
-def test_every_size_of_the_parts_that_are_built_is_known(bundle: Get, name: str) -> None:
+def test_computed_input_sizes_match_the_pipelines_inputs(bundle: Get, name: str) -> None:
     """What the pipeline really feeds a graph at the best size is what its engine is best at."""
     path, manifest = bundle(name), read_manifest(bundle(name))
     profile = Profile.of((Bucket(64, 48, 2),), NATIVE)
@@ -157,7 +157,7 @@ class Remembering:
         return []
 
 
-def test_what_an_engine_does_not_take_runs_as_before() -> None:
+def test_shapes_outside_the_profile_fall_back_to_the_other_runner() -> None:
     engine, other = Remembering(), Remembering()
     runner: Runner = RangedRunner(engine, other, {"x": Range((1, 4), (2, 4), (4, 8))})
     for shape in ((1, 4), (4, 8), (5, 8), (2, 3)):
@@ -194,7 +194,7 @@ def test_build_process_reports_a_missing_provider(bundle: Get, tmp_path: Path) -
     assert not list(tmp_path.iterdir())
 
 
-def test_nobody_contends_where_tensorrt_cannot_be_used(bundle: Get) -> None:
+def test_without_tensorrt_there_are_no_candidates(bundle: Get) -> None:
     store = ModelRegistry([Model("m")])
     for provider in ("auto", "tensorrt", "cuda", "cpu"):
         assert candidates(store, Execution(provider), Cache(0), RunnerCache()) == []

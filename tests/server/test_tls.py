@@ -107,7 +107,7 @@ def test_only_tls_clients_that_trust_the_authority_connect(tmp_path: Path, autho
 
 @pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1, ssl.TLSVersion.TLSv1_1])
 @pytest.mark.filterwarnings("ignore:ssl.TLSVersion:DeprecationWarning")
-def test_tls_of_before_1_2_is_refused(version: ssl.TLSVersion, tmp_path: Path, authority: trustme.CA) -> None:
+def test_tls_below_1_2_is_refused(version: ssl.TLSVersion, tmp_path: Path, authority: trustme.CA) -> None:
     context = ssl.create_default_context()
     authority.configure_trust(context)
     context.set_ciphers("ALL:@SECLEVEL=0")
@@ -120,7 +120,7 @@ def test_tls_of_before_1_2_is_refused(version: ssl.TLSVersion, tmp_path: Path, a
                 context.wrap_socket(plain, server_hostname="localhost").close()
 
 
-def test_with_a_client_authority_only_certificates_of_its_come_through(tmp_path: Path, authority: trustme.CA) -> None:
+def test_client_certificates_of_other_authorities_are_refused(tmp_path: Path, authority: trustme.CA) -> None:
     clients = trustme.CA()
     (tmp_path / "clients.pem").write_bytes(clients.cert_pem.bytes())
     tls = issue(tmp_path, authority)
@@ -147,7 +147,7 @@ def _by_symlink(folder: Path, authority: trustme.CA) -> None:
 
 
 @pytest.mark.parametrize("renew", [_in_place, _by_symlink])
-def test_a_renewed_certificate_is_shown_to_new_connections_and_old_ones_go_on(
+def test_renewed_certificate_applies_to_new_connections_only(
     renew: Callable[[Path, trustme.CA], None], tmp_path: Path, authority: trustme.CA
 ) -> None:
     tls = issue(tmp_path, authority)
@@ -224,7 +224,7 @@ def test_broken_renewal_keeps_the_old_certificate_and_is_logged_once(
         assert shown(server, authority) == old
 
 
-def test_a_clients_authority_is_read_again_too(tmp_path: Path, authority: trustme.CA) -> None:
+def test_client_authority_is_reloaded(tmp_path: Path, authority: trustme.CA) -> None:
     """Who was let in yesterday is not today, though their TLS session could be resumed."""
     before, after = trustme.CA(), trustme.CA()
     clients = tmp_path / "clients.pem"
@@ -242,7 +242,9 @@ def test_a_clients_authority_is_read_again_too(tmp_path: Path, authority: trustm
             assert health(channel) == SERVING
 
 
-def test_a_key_that_others_can_read_is_warned_of(tmp_path: Path, authority: trustme.CA, caplog: pytest.LogCaptureFixture) -> None:
+def test_key_readable_by_other_users_logs_a_warning(
+    tmp_path: Path, authority: trustme.CA, caplog: pytest.LogCaptureFixture
+) -> None:
     tls = issue(tmp_path, authority)
     assert tls.key is not None
     with serving(tls):
@@ -290,7 +292,7 @@ def _encrypted(folder: Path, authority: trustme.CA) -> TlsSettings:
      (_no_authority, ValueError, "tls_client_ca .*empty.pem contains no PEM certificate"),
      (_encrypted, ValueError, "is encrypted")],
 )  # fmt: skip
-def test_files_that_will_not_do_are_an_error_before_models_are_loaded(
+def test_invalid_tls_files_are_an_error_before_models_are_loaded(
     make: Callable[[Path, trustme.CA], TlsSettings], error: type[Exception], why: str, tmp_path: Path, authority: trustme.CA
 ) -> None:
     loaded = []
@@ -325,7 +327,7 @@ def test_plaintext_beyond_loopback_needs_permission(host: str, tmp_path: Path, a
     check(ServerConfig(host=host, tls=issue(tmp_path, authority)))
 
 
-async def test_bind_refuses_what_check_does() -> None:
+async def test_bind_validates_host_port_and_tls() -> None:
     server = grpc.aio.server()
     with pytest.raises(ValueError, match="allow_insecure"):
         bind(server, ServerConfig(host="0.0.0.0", port=0))
@@ -336,7 +338,7 @@ async def test_bind_refuses_what_check_does() -> None:
     await server.stop(0)
 
 
-def test_plain_listening_beyond_loopback_is_warned_of(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
+def test_plaintext_beyond_loopback_logs_a_warning(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
     tokens = tmp_path / "tokens.toml"
     tokens.write_text("")
     with running(lambda: store(m=FakePipeline()), host="0.0.0.0", allow_insecure=True):

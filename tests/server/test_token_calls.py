@@ -39,7 +39,7 @@ def connected(path: Path, pipeline: FakePipeline, **settings: Any) -> Iterator[g
         yield channel
 
 
-def test_a_server_with_tokens_answers_health_and_nothing_else_without_one(path: Path) -> None:
+def test_without_a_token_only_health_checks_are_answered(path: Path) -> None:
     secret = grant(path, "alice")
     with connected(path, FakePipeline()) as channel:
         health: Any = health_pb2_grpc.HealthStub(channel)
@@ -98,7 +98,7 @@ def unary(channel: grpc.Channel, secret: str, prompt: str, timeout: float) -> tu
 
 @pytest.mark.parametrize("start", [stream, unary])
 @pytest.mark.parametrize("ending", ["cancel", "finish", "fail", "deadline"])
-def test_a_call_counts_until_it_ends_however_it_does(
+def test_call_counts_towards_concurrency_until_it_ends_in_any_way(
     start: Callable[[grpc.Channel, str, str, float], tuple[Any, Callable[[], object]]], ending: str, path: Path
 ) -> None:
     secret = grant(path, "alice", concurrency=1)
@@ -146,7 +146,7 @@ def test_messages_of_refused_calls_are_not_read(path: Path) -> None:
         assert 9 < float(str(details["retry"])) <= 10
 
 
-def test_a_call_counts_before_its_message_has_come(path: Path) -> None:
+def test_call_counts_before_its_message_is_received(path: Path) -> None:
     """Else who may have one call in progress could have the server hold the images of a thousand."""
     secret = grant(path, "alice", concurrency=1)
     gone = threading.Event()
@@ -171,7 +171,7 @@ def test_a_call_counts_before_its_message_has_come(path: Path) -> None:
         assert third.code() in (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.RESOURCE_EXHAUSTED)
 
 
-def test_a_token_works_in_the_middle_of_a_running_server(path: Path) -> None:
+def test_token_changes_apply_to_a_running_server(path: Path) -> None:
     """Added and taken away while it serves."""
     grant(path, "alice")
     with connected(path, FakePipeline()) as channel:

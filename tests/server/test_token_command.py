@@ -45,7 +45,7 @@ def test_added_tokens_are_accepted_and_removed_tokens_refused(path: Path, capsys
     assert admitted(path, bob).client == "bob"
 
 
-def test_only_the_hash_is_kept_and_only_its_owner_reads_it(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_only_the_hash_is_stored_and_only_the_owner_can_read_it(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     secret = add(path, capsys, "alice")
     assert secret.startswith("img2img_")
     assert len(secret.removeprefix("img2img_")) == 43, "256 bits in base64url"
@@ -55,7 +55,7 @@ def test_only_the_hash_is_kept_and_only_its_owner_reads_it(path: Path, capsys: p
     assert [item.name for item in path.parent.iterdir()] == [path.name], "nothing is left beside it"
 
 
-def test_whose_file_it_was_stays(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_group_read_permission_of_the_file_is_kept(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The server's user may read it by its group, and others never."""
     add(path, capsys, "alice")
     path.chmod(0o664)
@@ -63,7 +63,7 @@ def test_whose_file_it_was_stays(path: Path, capsys: pytest.CaptureFixture[str])
     assert stat.S_IMODE(path.stat().st_mode) == 0o640
 
 
-def test_all_that_a_token_may_do_is_written(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_all_limits_and_permissions_are_written(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     add(path, capsys, "ci", "--requests-per-minute", "60", "--concurrency", "4", "--expires", "2027-01-31", "--models", "a", "b*")
     token = tokens.read(path)["ci"]
     assert (token.requests_per_minute, token.concurrency, token.models) == (60, 4, ("a", "b*"))
@@ -125,7 +125,7 @@ def test_a_damaged_file_is_not_written_over(path: Path, capsys: pytest.CaptureFi
     assert path.read_text() == "[tokens.alice]\nsha = 3\n"
 
 
-def test_many_at_once_lose_none(path: Path) -> None:
+def test_concurrent_additions_are_all_kept(path: Path) -> None:
     """Each reads, changes and writes the file alone."""
     command = [sys.executable, "-m", "img2img_cli", "token", "add"]
     processes = [subprocess.Popen([*command, f"t{index}", "--tokens", path], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)

@@ -37,7 +37,7 @@ HASH = "0" * 64
      (f"[tokens.x]\nsha256 = '{HASH}'\n[tokens.y]\nsha256 = '{HASH}'", "two tokens have the same"),
      (f"[tokens.'../x']\nsha256 = '{HASH}'", "not a valid token name"), ("[", "not valid TOML"), ("\x00", "not valid TOML")],
 )  # fmt: skip
-def test_a_file_that_will_not_do_is_an_error_that_names_file_and_key(content: str, why: str, path: Path) -> None:
+def test_invalid_token_file_error_names_file_and_key(content: str, why: str, path: Path) -> None:
     path.write_text(content)
     with pytest.raises(ValueError, match=why) as caught:
         Access(path)
@@ -61,7 +61,7 @@ TOKENS = st.builds(
 
 @given(st.lists(TOKENS, unique_by=(lambda token: token.name, lambda token: token.sha256), max_size=4))
 @settings(deadline=None, max_examples=60)
-def test_what_is_written_is_what_is_read(made: list[Token]) -> None:
+def test_written_tokens_round_trip(made: list[Token]) -> None:
     import tempfile
 
     with tempfile.TemporaryDirectory() as folder:
@@ -73,6 +73,6 @@ def test_what_is_written_is_what_is_read(made: list[Token]) -> None:
 
 @given(st.binary(max_size=200) | st.text().map(str.encode))
 @settings(deadline=None)
-def test_any_bytes_are_tokens_or_one_error(data: bytes) -> None:
+def test_parsing_any_bytes_raises_only_value_error(data: bytes) -> None:
     with contextlib.suppress(ValueError):
         tokens.parse(data, Path("tokens.toml"))

@@ -53,7 +53,7 @@ def text_of(snapshot: Snapshot, problem: str = "", width: int = 160) -> str:
     return file.getvalue()
 
 
-def test_what_happened_between_two_readings_is_told(server: RunningServer) -> None:
+def test_rates_are_computed_between_two_readings(server: RunningServer) -> None:
     history = History(url_of(server), window=60)
     with grpc.insecure_channel(f"localhost:{server.port}") as channel:
         stub = ImageToImageServiceStub(channel)
@@ -154,7 +154,7 @@ def test_foreign_metrics_are_reported(text: str, capsys: pytest.CaptureFixture[s
 
 
 @given(st.text())
-def test_no_answer_makes_it_stumble(text: str) -> None:
+def test_malformed_metrics_raise_metrics_error(text: str) -> None:
     try:
         parse(text, "u")
     except MetricsError:
@@ -172,7 +172,7 @@ def test_missing_server_error_is_one_line_with_advice(capsys: pytest.CaptureFixt
 
 
 @pytest.mark.parametrize("words", [["file:///etc/passwd"], ["--interval", "0"], ["--window", "x"], ["a", "b"]])
-def test_wrong_words_are_refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_arguments_are_refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     try:
         status = main(["top", "--once", *words])
     except SystemExit as exit_:
@@ -181,7 +181,7 @@ def test_wrong_words_are_refused(words: list[str], capsys: pytest.CaptureFixture
     assert "root:" not in capsys.readouterr().out
 
 
-def test_once_prints_one_image_of_the_server(server: RunningServer, capsys: pytest.CaptureFixture[str]) -> None:
+def test_once_prints_one_snapshot_without_escape_codes(server: RunningServer, capsys: pytest.CaptureFixture[str]) -> None:
     with grpc.insecure_channel(f"localhost:{server.port}") as channel:
         ImageToImageServiceStub(channel).Transform(request())
     assert main(["top", "--once", "--interval", "0.05", url_of(server)]) == 0
@@ -235,7 +235,7 @@ def test_a_terminal_of_80_columns_shows_every_figure() -> None:
     assert all(figure in text for figure in ("onnx:cuda", "2.0 GiB", "12.3", "2.2", "2.00", "50% hits"))
 
 
-def test_names_cannot_play_with_the_terminal() -> None:
+def test_control_characters_in_names_are_escaped() -> None:
     evil = ModelView("\x1b[2Jm\x07", "ready", "[bold]x[/bold]\x1b]0;t\x07", 0, 0, None, None, None, {})
     text = text_of(snapshot(models=(evil,), url="http://h/\x1b[31m"), "\x1b[5m")
     assert "\x1b" not in text
@@ -279,7 +279,7 @@ def test_top_runs_until_quit_on_any_terminal(server: RunningServer, term: str, e
     assert ("\x1b" in seen) == (term != "dumb")
 
 
-def test_a_server_that_goes_away_is_waited_for() -> None:
+def test_top_waits_for_an_unreachable_server() -> None:
     """It says so, and goes on."""
     with running(lambda: store(m=FakePipeline()), telemetry=TelemetrySettings(metrics_port=0)) as server:
         command = [*_COMMAND, "--interval", "0.1", "--json", url_of(server)]

@@ -19,9 +19,7 @@ from PIL import Image
 
 
 @pytest.mark.parametrize(("capability", "dtype"), [((7, 5), torch.float16), ((8, 0), torch.bfloat16), ((9, 0), torch.bfloat16)])
-def test_a_gpu_computes_in_bfloat16_where_it_has_it(
-    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], dtype: torch.dtype
-) -> None:
+def test_gpu_uses_bfloat16_if_supported(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], dtype: torch.dtype) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     assert choose_dtype("cuda", Execution()) == dtype
     assert choose_dtype("cuda", Execution(arithmetic="fp32")) == torch.float32
@@ -38,7 +36,7 @@ def test_a_gpu_computes_in_bfloat16_where_it_has_it(
         ("fpu avx2", "", torch.float32),
     ],
 )
-def test_a_cpu_computes_in_bfloat16_if_it_multiplies_it(
+def test_cpu_uses_bfloat16_only_with_native_instructions(
     monkeypatch: pytest.MonkeyPatch, flags: str, limit: str, dtype: torch.dtype
 ) -> None:
     monkeypatch.setattr(cpu, "flags", lambda information: frozenset(flags.split()))
@@ -47,7 +45,7 @@ def test_a_cpu_computes_in_bfloat16_if_it_multiplies_it(
     assert choose_dtype("cpu", Execution(arithmetic="fp32")) == torch.float32
 
 
-def test_this_machines_cpu_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dtype_on_cpu_follows_the_flags_in_proc_cpuinfo(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
     flags = Path("/proc/cpuinfo").read_text(encoding="utf-8").split()
     assert (choose_dtype("cpu", Execution()) == torch.bfloat16) == (not {"amx_bf16", "avx512_bf16"}.isdisjoint(flags))
@@ -74,9 +72,7 @@ def draw(pipe: Any) -> Any:
 
 @pytest.mark.filterwarnings("ignore:The following named arguments are not valid")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_a_vae_that_overflows_stays_in_single_beside_a_half_denoiser(
-    tiny_model: Callable[[str], Path], dtype: torch.dtype
-) -> None:
+def test_vae_that_overflows_in_half_precision_stays_in_float32(tiny_model: Callable[[str], Path], dtype: torch.dtype) -> None:
     bundle, named = tiny_model("sdxl-overflow"), manifest("StableDiffusionXLImg2ImgPipeline")
     half, single = (torch_pipeline(bundle, named, "cpu", kind) for kind in (dtype, torch.float32))
     assert (half.unet.dtype, half.text_encoder.dtype, single.unet.dtype) == (dtype, dtype, torch.float32)
@@ -84,7 +80,7 @@ def test_a_vae_that_overflows_stays_in_single_beside_a_half_denoiser(
     assert 0 < error < (1 if dtype == torch.float16 else 6)
 
 
-def test_channels_lie_last_where_there_are_convolutions(tiny_model: Callable[[str], Path]) -> None:
+def test_convolution_weights_are_channels_last(tiny_model: Callable[[str], Path]) -> None:
     pipe = torch_pipeline(tiny_model("sd1"), manifest("StableDiffusionImg2ImgPipeline"), "cpu")
     for module in (pipe.unet, pipe.vae):
         weights = [part.weight for part in module.modules() if isinstance(part, torch.nn.Conv2d)]

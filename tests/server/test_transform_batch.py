@@ -95,7 +95,7 @@ def test_results_come_as_they_finish(
     assert [first, *(response.index for response in responses)] == [1, 0]
 
 
-def test_one_that_fails_names_its_field_and_ends_nothing_else(stub: ImageToImageServiceStub) -> None:
+def test_failed_request_names_its_field_and_does_not_end_the_call(stub: ImageToImageServiceStub) -> None:
     found = run(
         stub,
         asked(strength=2.0),
@@ -130,7 +130,7 @@ def test_unparsable_message_ends_the_call_after_earlier_results(server: RunningS
     assert (code, details["reason"]) == (grpc.StatusCode.INVALID_ARGUMENT, "MALFORMED_MESSAGE")
 
 
-async def test_requests_are_read_only_as_they_are_answered() -> None:
+async def test_requests_are_read_only_as_earlier_ones_complete() -> None:
     free, read = asyncio.Event(), 0
 
     async def requests() -> AsyncIterator[int]:
@@ -173,7 +173,7 @@ def test_one_client_has_a_bounded_number_of_batches(server: RunningServer, stub:
     assert run(stub, asked())[0].HasField("response")
 
 
-async def test_a_call_that_sends_nothing_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_idle_batch_call_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(request_stream, "IDLE_SECONDS", 0.05)
 
     async def requests() -> AsyncIterator[pb.TransformBatchRequest]:

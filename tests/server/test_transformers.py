@@ -155,7 +155,9 @@ def test_mixed_requests_share_calls_without_graphs(
             assert difference(images_of(caller)[0], expected(oracle(name), request, request.seeds[0])) <= 1
 
 
-def test_requests_of_other_sizes_take_turns(load: Load, oracle: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flux_requests_of_different_sizes_do_not_share_calls(
+    load: Load, oracle: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Flux's position ids have no rows."""
     requests = [make_request(image=source(size), num_inference_steps=2, strength=1.0) for size in SIZES]
     callers, rows = run_together(load("flux-dev"), requests, monkeypatch)
@@ -200,7 +202,7 @@ def test_named_scheduler_matches_diffusers(
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_as_many_steps_are_left_as_diffusers_leaves(name: str, load: Load, oracle: Callable[[str], Any]) -> None:
+def test_step_count_for_a_strength_matches_diffusers(name: str, load: Load, oracle: Callable[[str], Any]) -> None:
     """Any strength above 0 leaves a step, by the rule of these classes; Stable Diffusion's leaves none below 1 / steps."""
     pipeline, pipe = load(name), oracle(name)
     shift = {"mu": 0.5} if name == "flux-dev" else {}
@@ -222,7 +224,7 @@ def test_a_strength_that_leaves_no_step_is_an_error_of_that_field(name: str, loa
     assert caught.value.field == "strength"
 
 
-def test_an_image_beyond_the_transformers_positions_is_refused_by_its_side(load: Load) -> None:
+def test_image_beyond_the_position_table_names_width_or_height(load: Load) -> None:
     """The tiny model has 16 x 16 of them, of 16 pixels each."""
     pipeline = load("sd3-no-t5")
     assert pipeline.plan(make_request(image=source((256, 256)))).rows == 2
@@ -251,7 +253,7 @@ def test_previews_show_the_latents_that_a_step_predicts(name: str, load: Load, b
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_a_bundle_that_was_exported_as_whole_is_stepped_too(name: str, load: Load, bundle: Callable[[str], Path]) -> None:
+def test_bundle_exported_as_opaque_is_stepped(name: str, load: Load, bundle: Callable[[str], Path]) -> None:
     request = make_request(image=source((64, 64)), num_inference_steps=3, preview_interval=1)
     old = load(name, family="whole", latent_preview=())
     assert difference(run_alone(old, request)[0], run_alone(load(name), request)[0]) == 0

@@ -101,7 +101,7 @@ def test_truncation_warning_lists_the_text_that_no_encoder_reads(name: str, load
 
 
 @pytest.mark.parametrize("name", CLASSES)
-def test_a_text_that_just_fits_is_not_warned_of(name: str, load: Load) -> None:
+def test_prompt_that_just_fits_has_no_warning(name: str, load: Load) -> None:
     pipe = load(name)
     fits = LONG - max(map(dropped_words, said(pipe, lakes(LONG))))  # words that all of them read
     fits -= len(said(pipe, lakes(fits)))  # one that is cut within a word reads one less
@@ -112,13 +112,13 @@ def test_a_text_that_just_fits_is_not_warned_of(name: str, load: Load) -> None:
     assert "mountain".endswith(dropped)
 
 
-def test_a_tokenizer_that_reads_all_is_named(load: Load) -> None:
+def test_warning_names_the_tokenizer_that_read_the_whole_prompt(load: Load) -> None:
     (clip,) = said(load("flux"), lakes(100))
     assert "77 tokens of the model's tokenizer" in clip
     assert "(tokenizer_2 read all of it)" in clip
 
 
-def test_a_negative_prompt_is_looked_at_where_it_counts(load: Load) -> None:
+def test_truncated_negative_prompt_warns_only_if_it_is_used(load: Load) -> None:
     for kind, name in ((StableDiffusion, "sd1"), (StableDiffusionXL, "sdxl")):
         pipeline = kind(load(name), "torch:cpu", 1, Cache(2**20))
         both = {"prompt": lakes(100), "negative_prompt": lakes(90)}
@@ -131,7 +131,7 @@ def test_a_negative_prompt_is_looked_at_where_it_counts(load: Load) -> None:
         assert [warning.field for warning in unguided] == ["prompt"]
 
 
-def test_a_pipeline_that_takes_no_negative_prompt_does_not_warn_of_it(load: Load) -> None:
+def test_unused_negative_prompt_of_an_opaque_pipeline_has_no_warning(load: Load) -> None:
     pipeline = OpaquePipeline(load("lcm"), "torch:cpu", 1)
     request = make_request(image=Image.new("RGB", (64, 64)), prompt="lake", negative_prompt=lakes(90))
     assert pipeline.plan(request).warnings == ()

@@ -122,7 +122,7 @@ def test_a_key_that_may_lead_to_code_is_refused(key: str, value: Any, name: str,
 
 @pytest.mark.parametrize("nest", NESTINGS)
 @pytest.mark.parametrize(("key", "value"), REFUSED_KEYS)
-def test_no_nesting_hides_such_a_key(key: str, value: Any, nest: Callable[[dict[str, Any]], Any], tmp_path: Path) -> None:
+def test_unsafe_key_is_found_at_any_nesting(key: str, value: Any, nest: Callable[[dict[str, Any]], Any], tmp_path: Path) -> None:
     with pytest.raises(BundleError):
         refuse_unsafe_config(written(tmp_path / "config.json", nest({key: value})))
 
@@ -133,7 +133,7 @@ def test_settings_of_common_checkpoints_pass(key: str, value: Any, tmp_path: Pat
         refuse_unsafe_config(written(tmp_path / "config.json", nest({key: value})))
 
 
-def test_a_repeated_key_is_judged_each_time(tmp_path: Path) -> None:
+def test_every_occurrence_of_a_repeated_key_is_checked(tmp_path: Path) -> None:
     path = tmp_path / "config.json"
     for first, second in (("null", '"evil/kernel"'), ('"evil/kernel"', "null")):
         path.write_text(f'{{"attn_implementation": {first}, "attn_implementation": {second}}}')
@@ -142,7 +142,7 @@ def test_a_repeated_key_is_judged_each_time(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("entry", [["evil.module", "Evil"], ["../evil", "Evil"], ["os", "path.x"], {"library": "a/b"}, "evil.py"])
-def test_an_index_names_classes_by_identifiers(entry: Any, tmp_path: Path) -> None:
+def test_model_index_entries_must_be_identifiers(entry: Any, tmp_path: Path) -> None:
     good = {
         "_class_name": "StableDiffusionPipeline",
         "unet": ["diffusers", "UNet2DConditionModel"],
@@ -161,7 +161,7 @@ def test_a_damaged_configuration_is_named(text: str, tmp_path: Path) -> None:
         refuse_unsafe_config(path)
 
 
-def test_tables_of_a_tokenizer_are_data(tmp_path: Path) -> None:
+def test_tokenizer_tables_are_not_checked_for_unsafe_keys(tmp_path: Path) -> None:
     for name in ("tokenizer.json", "vocab.json", "added_tokens.json", "merges.txt"):
         refuse_unsafe_config(written(tmp_path / name, {"_attn_implementation_internal": 1, "a/b": "c/d"}))
 
@@ -169,7 +169,7 @@ def test_tables_of_a_tokenizer_are_data(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "where", ["text_encoder/config.json", "scheduler/scheduler_config.json", "tokenizer/tokenizer_config.json"]
 )
-def test_neither_export_nor_server_reads_a_checkpoint_with_such_a_key(
+def test_export_and_server_refuse_a_checkpoint_with_an_unsafe_key(
     where: str, tmp_path: Path, tiny_model: Callable[[str], Path], capfd: pytest.CaptureFixture[str]
 ) -> None:
     model = tmp_path / "model"

@@ -91,7 +91,7 @@ def refused_unrun(bundle: Path, backend: Backend, trap: Trap) -> None:
 
 @pytest.mark.parametrize("name", [*PICKLES, "EVIL.PY", "evil.so", "unknown.pickle"])
 @pytest.mark.parametrize("where", ["", "unet", "unet/deeper", "linked"])
-def test_a_bundle_with_a_pickle_or_code_is_refused_at_the_door(name: str, where: str, tmp_path: Path) -> None:
+def test_bundle_with_a_pickle_or_code_is_refused(name: str, where: str, tmp_path: Path) -> None:
     bundle = tmp_path / "bundle"
     (bundle / "unet" / "deeper").mkdir(parents=True)
     (bundle / "elsewhere").mkdir()
@@ -122,7 +122,7 @@ def test_an_index_that_names_pickles_is_not_followed(
 
 
 @pytest.mark.parametrize("name", ["model.safetensors.index.json", "model.safetensors.index.fp16.json", "model.bin.index.json"])
-def test_an_index_of_safetensors_is_well(name: str, tmp_path: Path) -> None:
+def test_only_a_valid_safetensors_index_passes(name: str, tmp_path: Path) -> None:
     index = tmp_path / name
     index.write_text(
         json.dumps({"weight_map": {"x": "model-00001-of-00002.safetensors", "y": "model-00002-of-00002.safetensors"}})
@@ -134,7 +134,7 @@ def test_an_index_of_safetensors_is_well(name: str, tmp_path: Path) -> None:
             refuse_unsafe(tmp_path)
 
 
-def test_the_loader_keeps_the_door(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loader_refuses_unsafe_files(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loader, "refuse_unsafe", refuse_unsafe)
     (bundle / "unet" / "unused.pkl").write_text("")
     with pytest.raises(BundleError, match="is not allowed in a bundle"):
@@ -144,7 +144,7 @@ def test_the_loader_keeps_the_door(bundle: Path, monkeypatch: pytest.MonkeyPatch
 # From here on the door is open: no loader behind it runs anything either.
 
 
-def test_the_traps_work(trap: Trap, tmp_path: Path) -> None:
+def test_traps_fire_if_opened(trap: Trap, tmp_path: Path) -> None:
     torch.save(trap, tmp_path / "trap.bin")
     torch.load(tmp_path / "trap.bin", weights_only=False)
     assert trap.opened
@@ -159,7 +159,7 @@ def test_the_traps_work(trap: Trap, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_the_bundle_loads_without_a_trap(bundle: Path, backend: Backend) -> None:
+def test_clean_bundle_loads(bundle: Path, backend: Backend) -> None:
     assert load(bundle, backend)
 
 
@@ -189,7 +189,7 @@ def test_code_beside_a_component_is_not_run(backend: Backend, bundle: Path, trap
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_pipeline_of_the_bundles_own_is_not_run(backend: Backend, bundle: Path, trap: Trap) -> None:
+def test_custom_pipeline_code_of_a_bundle_is_not_run(backend: Backend, bundle: Path, trap: Trap) -> None:
     edit(bundle / "model_index.json", _class_name=["evil", "Evil"])
     for name in ("evil.py", "pipeline.py"):
         (bundle / name).write_text(trap.python)

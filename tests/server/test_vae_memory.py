@@ -59,7 +59,7 @@ def bounded(memory: int | None, config: dict[str, Any] = STABLE_DIFFUSION, **set
     return BoundedVae(config, halves.encode, halves.decode, memory, **settings), halves
 
 
-def test_the_scores_of_attention_grow_with_the_square_of_the_image() -> None:
+def test_attention_memory_grows_with_the_square_of_the_pixels() -> None:
     with_scores, without = Footprint(STABLE_DIFFUSION, scores=True), Footprint(STABLE_DIFFUSION, scores=False)
     for side, scores in ((512, 2**24), (1024, 2**28), (2048, 2**32)):
         assert with_scores.of(side, side, 2) - without.of(side, side, 2) == 2 * 2 * scores
@@ -71,7 +71,7 @@ def test_the_scores_of_attention_grow_with_the_square_of_the_image() -> None:
     "config", [{}, {"block_out_channels": "abc"}, {"block_out_channels": []}, {"block_out_channels": [1, -1, 1, 1]}]
 )
 @pytest.mark.parametrize("size", [None, 0, -1, "x", [8, 8], 1])
-def test_configurations_that_say_nothing_of_use_are_taken_for_usual_ones(config: dict[str, Any], size: Any) -> None:
+def test_incomplete_or_invalid_vae_config_falls_back_to_defaults(config: dict[str, Any], size: Any) -> None:
     vae, halves = bounded(TILED, config | {"sample_size": size})
     images = torch.rand(1, 3, 704, 64)
     assert vae.decode(vae.encode(images)).shape == images.shape
@@ -79,9 +79,7 @@ def test_configurations_that_say_nothing_of_use_are_taken_for_usual_ones(config:
 
 
 @pytest.mark.parametrize(("fits", "buckets", "calls"), [(2, (), [2, 2, 1]), (3, (1, 2, 4, 8), [2, 2, 1]), (4, (1, 2, 4), [4, 1])])
-def test_images_that_do_not_fit_together_are_taken_in_several_calls(
-    fits: int, buckets: tuple[int, ...], calls: list[int]
-) -> None:
+def test_batch_above_the_memory_limit_is_split_into_calls(fits: int, buckets: tuple[int, ...], calls: list[int]) -> None:
     """If calls are padded, in as many as are recorded: one of three would take what four take."""
     one = Footprint(STABLE_DIFFUSION, scores=True).of(64, 128, 4)
     vae, halves = bounded(fits * one, row_buckets=buckets)
@@ -93,7 +91,7 @@ def test_images_that_do_not_fit_together_are_taken_in_several_calls(
 
 
 @pytest.mark.parametrize("memory", [None, 2**40])
-def test_what_fits_is_one_call_of_the_very_tensor(memory: int | None) -> None:
+def test_batch_within_the_limit_is_one_call_without_a_copy(memory: int | None) -> None:
     images = torch.rand(5, 3, 64, 128)
     given: list[torch.Tensor] = []
 
@@ -107,7 +105,7 @@ def test_what_fits_is_one_call_of_the_very_tensor(memory: int | None) -> None:
     assert all(tensor is images for tensor in given)
 
 
-def test_no_tile_is_larger_than_the_models_own_size_and_no_image_of_that_size_is_tiled() -> None:
+def test_tiles_are_at_most_the_models_native_size() -> None:
     vae, halves = bounded(TILED)
     vae.decode(torch.rand(2, 4, 64, 64))
     assert halves.calls == [(1, 4, 64, 64)] * 2
@@ -119,7 +117,7 @@ def test_no_tile_is_larger_than_the_models_own_size_and_no_image_of_that_size_is
 
 
 @pytest.mark.parametrize("size", [(160, 112), (72, 200), (64, 136)])
-def test_tiles_are_those_of_diffusers(size: tuple[int, int]) -> None:
+def test_tiles_match_diffusers(size: tuple[int, int]) -> None:
     """The same halves, called by diffusers' VAE with tiling and by ours, which takes the images one after the other."""
     model = vae()
     ours = BoundedVae(
@@ -196,7 +194,7 @@ class Pipe:
 
 
 @pytest.mark.parametrize("make", [vae, AutoencoderTiny], ids=["AutoencoderKL", "AutoencoderTiny"])
-def test_a_vae_in_torch_is_sliced_and_tiled_by_need(make: Callable[[], Any]) -> None:
+def test_pytorch_vae_is_sliced_and_tiled_only_if_needed(make: Callable[[], Any]) -> None:
     model = make().eval()
     one = Footprint(model.config, scores=False).of(64, 64, 4)
     bound_torch_vaes(Pipe(model), 2 * one)
@@ -211,7 +209,7 @@ def test_a_vae_in_torch_is_sliced_and_tiled_by_need(make: Callable[[], Any]) -> 
     assert chosen == [(False, False), (True, False), (True, True)]
 
 
-def test_a_pipeline_without_such_a_vae_is_left_alone() -> None:
+def test_unsupported_vae_or_no_limit_changes_nothing() -> None:
     class Other(torch.nn.Module):
         def decode(self, latents: torch.Tensor) -> torch.Tensor:
             return latents
@@ -221,7 +219,7 @@ def test_a_pipeline_without_such_a_vae_is_left_alone() -> None:
         assert not {"encode", "decode"} & set(vars(pipe.vae))
 
 
-def test_a_quarter_of_the_memory_is_the_bound_unless_one_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_default_limit_is_a_quarter_of_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu, "total_memory", lambda: 8e9)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (1, 80 * 10**9))
     assert most_memory(Execution(), "cpu") == 2 * 10**9
@@ -233,7 +231,7 @@ def test_a_quarter_of_the_memory_is_the_bound_unless_one_is_set(monkeypatch: pyt
     assert most_memory(Execution(), "cpu") is None
 
 
-def test_the_bound_does_not_touch_the_models_own_sizes_on_usual_machines() -> None:
+def test_native_sizes_are_not_tiled_by_default_on_common_machines() -> None:
     """512 px on 4 GB, 1024 px in half precision on 16 GB: nothing is tiled there by default."""
     sizes = ((512, 4, 4e9), (1024, 2, 16e9))
     for side, itemsize, memory in sizes:

@@ -124,7 +124,7 @@ def test_hanging_call_is_reported_once_by_name(stage: str, hanging: Callable[[st
     assert said.empty()
 
 
-def test_a_plan_that_hangs_is_noticed_on_whatever_thread_it_is_made(
+def test_hanging_plan_is_detected_on_any_thread(
     hanging: Callable[[str], tuple[Engine, Hanging]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine, pipeline = hanging("plan")
@@ -192,7 +192,7 @@ class Stopped:
         return ModelCall("denoise", "m", 1, 2, self._now)
 
 
-def test_a_process_that_was_stopped_for_longer_than_a_call_may_take_is_not_stuck() -> None:
+def test_suspended_process_is_not_reported_as_stuck() -> None:
     said: list[str] = []
     engine: Any = Stopped(comes_back=True)
     watchdog = Watchdog(engine, 0.1, said.append, engine.clock)
@@ -202,7 +202,7 @@ def test_a_process_that_was_stopped_for_longer_than_a_call_may_take_is_not_stuck
     assert said == []
 
 
-def test_a_call_that_hangs_is_noticed_also_if_the_process_was_stopped_meanwhile() -> None:
+def test_hanging_call_is_detected_after_the_process_was_suspended() -> None:
     said: queue.SimpleQueue[str] = queue.SimpleQueue()
     engine: Any = Stopped(comes_back=False)
     watchdog = Watchdog(engine, 0.1, said.put, engine.clock)
@@ -211,7 +211,7 @@ def test_a_call_that_hangs_is_noticed_also_if_the_process_was_stopped_meanwhile(
     watchdog.stop()
 
 
-def test_without_seconds_it_never_looks_and_can_be_stopped() -> None:
+def test_watchdog_with_zero_seconds_is_disabled() -> None:
     engine = Clockwork(ModelCall("denoise", "m", 1, 2, 1e9))
     watchdog = Watchdog(engine, 0.0, pytest.fail)  # type: ignore[arg-type]
     before = threading.active_count()
@@ -221,7 +221,7 @@ def test_without_seconds_it_never_looks_and_can_be_stopped() -> None:
     assert not engine.looked.is_set()
 
 
-def test_whoever_is_told_may_stop_the_watchdog() -> None:
+def test_callback_may_stop_the_watchdog() -> None:
     told = threading.Event()
 
     def stuck(why: str) -> None:
@@ -235,7 +235,7 @@ def test_whoever_is_told_may_stop_the_watchdog() -> None:
 
 
 @pytest.mark.parametrize("stage", STAGES[1:])
-def test_an_abandoned_engine_ends_all_at_once_and_nothing_when_its_thread_wakes_up(
+def test_abandon_fails_all_requests_exactly_once(
     stage: str, hanging: Callable[[str], tuple[Engine, Hanging]], caplog: pytest.LogCaptureFixture
 ) -> None:
     engine, pipeline = hanging(stage)
@@ -260,7 +260,7 @@ def test_an_abandoned_engine_ends_all_at_once_and_nothing_when_its_thread_wakes_
 
 
 @pytest.mark.parametrize("when", ["prepare", "denoise", "finish"])
-def test_abandoned_within_a_call_the_step_ends_there(when: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_abandon_during_a_model_call_ends_the_step(when: str, monkeypatch: pytest.MonkeyPatch) -> None:
     engine, pipeline, _ = make_engine()
     callers = [Caller(engine).submit(num_inference_steps=1) for _ in range(3)]
     own = getattr(pipeline, when)
@@ -277,7 +277,7 @@ def test_abandoned_within_a_call_the_step_ends_there(when: str, monkeypatch: pyt
     assert pipeline.released == [], "nothing is asked of a device that does not answer"
 
 
-def test_abandoned_while_one_is_released_the_next_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_abandon_during_a_release_stops_further_releases(monkeypatch: pytest.MonkeyPatch) -> None:
     engine, pipeline, _ = make_engine()
     callers = [Caller(engine).submit() for _ in range(3)]
     engine.step()
@@ -296,7 +296,7 @@ def test_abandoned_while_one_is_released_the_next_is_not(monkeypatch: pytest.Mon
     assert len(pipeline.released) == 1
 
 
-def test_closing_waits_for_the_step_and_is_let_go_when_the_engine_is_abandoned(
+def test_abandon_unblocks_a_waiting_close(
     hanging: Callable[[str], tuple[Engine, Hanging]],
 ) -> None:
     engine, pipeline = hanging("denoise")
@@ -319,7 +319,7 @@ def test_a_drain_ends_when_the_engine_is_abandoned(hanging: Callable[[str], tupl
         assert drained.result(120)
 
 
-def test_an_engine_that_is_idle_is_in_no_call() -> None:
+def test_idle_engine_has_no_current_call() -> None:
     engine, _, _ = make_engine()
     assert (engine.stats.call_seconds, engine.stats.call, engine.current_call) == (0.0, None, None)
     Caller(engine).submit()

@@ -95,7 +95,7 @@ def test_elements_of_a_repeated_field_are_counted_before_they_are_parsed(channel
 @pytest.mark.parametrize(
     "body", [b"\xf8\x3f\1" * MANY, b"\xfa\x3f\0" * MANY, b"\x0a\0" * MANY], ids=["numbers", "bytes", "singular"]
 )
-def test_fields_that_are_unknown_or_come_again_and_again_are_counted(channel: grpc.Channel, method: str, body: bytes) -> None:
+def test_unknown_and_repeated_fields_are_limited(channel: grpc.Channel, method: str, body: bytes) -> None:
     code, details = failure(lambda: send(channel, method, body))
     assert code is grpc.StatusCode.INVALID_ARGUMENT
     assert details["reason"] in ("MALFORMED_MESSAGE", "INVALID_FIELD")
@@ -112,7 +112,7 @@ def test_fields_that_are_unknown_or_come_again_and_again_are_counted(channel: gr
         *(KSERVE + name for name in ("ServerLive", "ModelReady", "ModelMetadata", "RepositoryIndex", "RepositoryModelLoad")),
     ],
 )
-def test_a_method_without_images_takes_64_kib(channel: grpc.Channel, method: str) -> None:
+def test_methods_without_images_accept_at_most_64_kib(channel: grpc.Channel, method: str) -> None:
     code, details = failure(lambda: send(channel, method, bytes(transport.MAX_MESSAGE_BYTES + 1)))
     assert (code, details["reason"]) == (grpc.StatusCode.INVALID_ARGUMENT, "MESSAGE_TOO_LARGE")
     assert str(transport.MAX_MESSAGE_BYTES) in str(details["message"])
@@ -139,7 +139,7 @@ def test_an_upload_takes_messages_as_large_as_the_largest_file(channel: grpc.Cha
         (request(image=pb.ImageSource(asset_id="a" * MANY)), "image.asset_id"),
     ],
 )
-def test_only_images_are_large(channel: grpc.Channel, message: pb.TransformRequest, name: str) -> None:
+def test_only_image_fields_may_be_large(channel: grpc.Channel, message: pb.TransformRequest, name: str) -> None:
     code, details = failure(lambda: send(channel, IMAGES + "Transform", message.SerializeToString()))
     assert (code, details["field"]) == (grpc.StatusCode.INVALID_ARGUMENT, name)
     assert f"the maximum is {wire.MAX_VALUE_BYTES}" in str(details["description"])
@@ -211,7 +211,7 @@ def test_deeply_nested_messages_are_refused() -> None:
         wire.check(b"\x0b\x0c" * 10, pb.TransformRequest.DESCRIPTOR)
 
 
-def test_the_first_bound_that_is_exceeded_ends_the_look() -> None:
+def test_wire_check_stops_at_the_first_exceeded_limit() -> None:
     with pytest.raises(InvalidField):
         wire.check(field(PATTERNS) * 10**7, pb.ModelReference.DESCRIPTOR)
 
