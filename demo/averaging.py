@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch.nn import Parameter
@@ -28,6 +29,14 @@ class MovingAverage:
         """Overwrite the parameters with their averages."""
         for parameter, average in zip(self._parameters, self._averages, strict=True):
             parameter.copy_(average)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The averages and the number of updates."""
+        return {"averages": self._averages, "steps": self._steps}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what `state_dict` returned for parameters of the same shapes."""
+        self._averages, self._steps = list(state["averages"]), int(state["steps"])
 
     @contextmanager
     def applied(self) -> Iterator[None]:

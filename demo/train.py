@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 from captions import EXTRA_WORDS
-from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from latents import CaptionDraw, Mixture, draw_captions, make_caption_table, make_latents
 from make_data import ImageSet, make_images
 from tokenizer import train_tokenizer
@@ -99,6 +99,7 @@ def save_pipeline(
     unet: UNet2DConditionModel,
     text_encoder: CLIPTextModel,
     tokenizer: CLIPTokenizer,
+    scheduler: DDIMScheduler,
 ) -> None:
     """Write a Stable Diffusion pipeline with fp16 weights; the modules given stay in fp32."""
     directory.mkdir(parents=True, exist_ok=True)
@@ -107,7 +108,7 @@ def save_pipeline(
         text_encoder=text_encoder,
         tokenizer=tokenizer,
         unet=unet,
-        scheduler=build_scheduler(),
+        scheduler=scheduler,
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
@@ -158,12 +159,12 @@ def _unet_stage(images: ImageSet, vae: AutoencoderKL, recipe: Recipe, start: Pat
         _start_unet(unet, start)
 
     def checkpoint() -> None:
-        save_pipeline(work / "checkpoint", vae, unet, text_encoder, tokenizer)
+        save_pipeline(work / "checkpoint", vae, unet, text_encoder, tokenizer, build_scheduler())
 
     for phase in recipe.unet:
         phase_data = replace(data, captions=make_caption_table(tokenizer, draw_captions(phase.captions)))
         train_unet(phase_data, unet, text_encoder, phase, checkpoint)
-    save_pipeline(output, vae, unet, text_encoder, tokenizer)
+    save_pipeline(output, vae, unet, text_encoder, tokenizer, build_scheduler())
 
 
 def train(recipe: Recipe, start: Path | None, output: Path, work: Path) -> None:
@@ -177,7 +178,7 @@ def train(recipe: Recipe, start: Path | None, output: Path, work: Path) -> None:
     print(f"{output} written after {time.monotonic() - started:.0f} s", flush=True)
 
 
-def _begin_with_fast_memory() -> None:
+def begin_with_fast_memory() -> None:
     """Re-execute this process with the environment of `FAST_MEMORY`; existing variables are kept."""
     missing = {name: value for name, value in FAST_MEMORY.items() if name not in os.environ}
     if missing:
@@ -193,7 +194,7 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="a few steps, to test that everything runs")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads of torch")
     arguments = parser.parse_args()
-    _begin_with_fast_memory()
+    begin_with_fast_memory()
     torch.set_num_threads(arguments.threads)
     torch.set_flush_denormal(True)
     work = arguments.work or arguments.output.with_name(arguments.output.name + "-work")

@@ -1,0 +1,185 @@
+"""The demo model's autoencoder: posters of 256 x 256 <-> latents of 16 x 32 x 32."""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from checkpoints import Checkpoint
+from diffusers import AutoencoderKL
+from muon import Muon, split_for_muon
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional
+
+Pixels = NDArray[np.uint8]
+LATENT_CHANNELS = 16
+CHECKPOINT_EVERY = 250
+"""Steps, here and in the denoiser."""
+
+
+@dataclass(frozen=True, slots=True)
+class AutoencoderRecipe:
+    """How the autoencoder is trained. The last `whole_share` of the steps uses one crop of `whole` pixels instead of a batch.
+
+    The rates are Muon's for inner convolutions and AdamW's for the rest. They rise over the first 40 steps, stay, and fall
+    linearly over the last `falling_share` of the steps to a hundredth.
+    """
+
+    steps: int = 10000
+    batch: int = 8
+    crop: int = 64
+    whole: int = 192
+    whole_share: float = 0.12
+    muon_rate: float = 0.02
+    adamw_rate: float = 2e-3
+    falling_share: float = 0.6
+    edge_weight: float = 0.5
+    divergence_weight: float = 0.003
+    """Of the Kullback-Leibler divergence, in nats per pixel."""
+    seed: int = 4
+
+
+def build_autoencoder() -> AutoencoderKL:
+    """An untrained autoencoder of factor 8 without attention.
+
+    It has one norm group, because groups of two or three channels normalize the color of flat areas away. The posterior starts
+    narrow, so that the first steps are not spent on its noise.
+    """
+    vae = AutoencoderKL(
+        block_out_channels=(24, 48, 96, 128),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=1,
+        latent_channels=LATENT_CHANNELS,
+        norm_num_groups=1,
+        sample_size=256,
+        mid_block_add_attention=False,
+        force_upcast=False,
+    )
+    with torch.no_grad():
+        vae.quant_conv.bias[LATENT_CHANNELS:] -= 5
+    return vae
+
+
+def to_tensor(pixels: Pixels) -> Tensor:
+    """N x H x W x 3 in 0..255 to N x 3 x H x W in -1..1."""
+    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))).float() / 127.5 - 1
+
+
+def edge_loss(difference: Tensor, scales: int = 3) -> Tensor:
+    """Mean absolute difference of horizontal and vertical gradients, summed over halved sizes: keeps edges sharp."""
+    total = torch.zeros(())
+    for _ in range(scales):
+        total = total + difference.diff(dim=2).abs().mean() + difference.diff(dim=3).abs().mean()
+        difference = functional.avg_pool2d(difference, 2)
+    return total
+
+
+def _draw_batch(pixels: Pixels, recipe: AutoencoderRecipe, step: int) -> Tensor:
+    random = np.random.default_rng((recipe.seed, step))
+    whole = step >= recipe.steps * (1 - recipe.whole_share)
+    crop, count = (recipe.whole, 1) if whole else (recipe.crop, recipe.batch)
+    crop = min(crop, pixels.shape[1])
+    chosen = np.sort(random.integers(0, len(pixels), count))
+    top, left = random.integers(0, pixels.shape[1] - crop + 1, 2)
+    batch = to_tensor(pixels[chosen, top : top + crop, left : left + crop])
+    return (batch.flip(3) if random.random() < 0.5 else batch).contiguous(memory_format=torch.channels_last)
+
+
+def _loss(vae: AutoencoderKL, batch: Tensor, recipe: AutoencoderRecipe) -> Tensor:
+    with torch.autocast("cpu", torch.bfloat16):
+        posterior = vae.encode(batch).latent_dist
+        output = vae.decode(posterior.sample()).sample
+    difference = output.float() - batch
+    divergence = posterior.kl().float().mean() / (batch.shape[2] * batch.shape[3])
+    loss: Tensor = difference.abs().mean() + recipe.edge_weight * edge_loss(difference) + recipe.divergence_weight * divergence
+    return loss
+
+
+def train_autoencoder(pixels: Pixels, unseen: Pixels, recipe: AutoencoderRecipe, work: Path) -> AutoencoderKL:
+    """Train on N x H x W x 3 pixels, from the checkpoint in `work` if there is one; report the quality on `unseen` images.
+
+    Returns averaged weights, whose latent channels have a mean of 0 and a standard deviation of 1 each.
+    """
+    torch.manual_seed(recipe.seed)
+    vae, average = (build_autoencoder().to(memory_format=torch.channels_last) for _ in range(2))
+    average.load_state_dict(vae.state_dict())
+    inner, outer = split_for_muon(vae.named_parameters(), ("r.conv_in.weight", "conv_out.weight"))
+    adamw = torch.optim.AdamW(outer, recipe.adamw_rate, betas=(0.9, 0.99), weight_decay=1e-4, fused=True)
+    optimizers = {"muon": (Muon(inner, recipe.muon_rate), recipe.muon_rate), "adamw": (adamw, recipe.adamw_rate)}
+    parts = {"vae": vae, "average": average, **{name: optimizer for name, (optimizer, _) in optimizers.items()}}
+    checkpoint = Checkpoint(work / "autoencoder.pt", parts)
+    parameters, averaged = list(vae.parameters()), list(average.parameters())
+    started, first = time.monotonic(), checkpoint.restore()
+    vae.train()
+    for step in range(first, recipe.steps):
+        factor = min(1.0, (step + 1) / 40, 0.01 + (1 - step / recipe.steps) / recipe.falling_share)
+        torch.manual_seed(recipe.seed * 1_000_003 + step)
+        loss = _loss(vae, _draw_batch(pixels, recipe, step), recipe)
+        vae.zero_grad()
+        torch.autograd.backward(loss)
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        for optimizer, rate in optimizers.values():
+            optimizer.param_groups[0]["lr"] = rate * factor
+            optimizer.step()
+        with torch.no_grad():
+            torch._foreach_lerp_(averaged, parameters, 1 - min(0.995, (step + 1) / (step + 20)))
+        if (step + 1) % CHECKPOINT_EVERY == 0 or step + 1 == recipe.steps:
+            checkpoint.save(step + 1)
+            quality = reconstruction_psnr(average, unseen)
+            print(f"autoencoder {step + 1}/{recipe.steps} {quality:.2f} dB {time.monotonic() - started:.0f} s", flush=True)
+    average.eval()
+    even_out(average, encode(average, pixels[:: max(1, len(pixels) // 256)]))
+    return average
+
+
+@torch.no_grad()
+def even_out(vae: AutoencoderKL, latents: Tensor) -> None:
+    """Change the weights around the latents so that each channel of these has a mean of 0 and a standard deviation of 1.
+
+    `latents` (N x channels x h x w) are the means of a sample of images. Reconstructions stay the same.
+    """
+    mean, spread = latents.mean(dim=(0, 2, 3)), latents.std(dim=(0, 2, 3))
+    channels = len(mean)
+    into, out_of = vae.quant_conv, vae.post_quant_conv
+    out_of.bias += (out_of.weight[:, :, 0, 0] * mean).sum(1)
+    out_of.weight *= spread[None, :, None, None]
+    into.weight[:channels] /= spread[:, None, None, None]
+    into.bias[:channels] = (into.bias[:channels] - mean) / spread
+    into.bias[channels:] -= 2 * spread.log()
+    vae.register_to_config(scaling_factor=1.0, shift_factor=None)
+
+
+def _parts(pixels: Pixels, size: int) -> Iterator[Tensor]:
+    for start in range(0, len(pixels), size):
+        yield to_tensor(pixels[start : start + size])
+
+
+@torch.no_grad()
+def encode(vae: AutoencoderKL, pixels: Pixels, batch: int = 4) -> Tensor:
+    """The latent means of N x H x W x 3 pixels, not scaled: N x channels x H/8 x W/8."""
+    return torch.cat([vae.encode(part).latent_dist.mean for part in _parts(pixels, batch)])
+
+
+@torch.no_grad()
+def reconstruct(vae: AutoencoderKL, pixels: Pixels, batch: int = 4) -> Tensor:
+    """N x H x W x 3 pixels, encoded and decoded: N x 3 x H x W in -1..1."""
+    return torch.cat([vae.decode(vae.encode(part).latent_dist.mean).sample.clamp(-1, 1) for part in _parts(pixels, batch)])
+
+
+def reconstruction_psnr(vae: AutoencoderKL, pixels: Pixels) -> float:
+    """Mean over images of the peak signal-to-noise ratio after encoding and decoding, in dB."""
+    error = ((reconstruct(vae, pixels) - to_tensor(pixels)) / 2).square().mean(dim=(1, 2, 3))
+    return float((-10 * torch.log10(error)).mean())
+
+
+def edge_energy(vae: AutoencoderKL, pixels: Pixels) -> float:
+    """The gradients' energy of the reconstructions over that of the images: 1 if edges are as sharp."""
+
+    def energy(images: Tensor) -> Tensor:
+        return images.diff(dim=2).square().mean() + images.diff(dim=3).square().mean()
+
+    return float(energy(reconstruct(vae, pixels)) / energy(to_tensor(pixels)))

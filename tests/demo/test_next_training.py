@@ -1,0 +1,117 @@
+"""The training of the next demo model: its parts, and that it continues after an interruption."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from autoencoder import AutoencoderRecipe, build_autoencoder, encode, even_out, reconstruct, train_autoencoder
+from batches import CaptionTable, LatentSet, Mixture, draw_batch
+from denoiser import DenoiserRecipe, Phase, build_scheduler
+from diffusers import StableDiffusionImg2ImgPipeline
+from muon import Muon, split_for_muon
+from posterset import make_posters, unseen_posters
+from scenes import Scene
+from torch import nn
+from train_next import SMOKE, train
+
+RECIPE = AutoencoderRecipe(steps=3, batch=1, crop=32, whole=32)
+
+
+def test_muon_moves_a_matrix_by_an_orthogonal_one() -> None:
+    for shape in ((8, 4, 3, 3), (40, 6)):
+        weight = nn.Parameter(torch.zeros(shape))
+        weight.grad = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+        Muon([weight], lr=1.0).step()
+        values = torch.linalg.svdvals(weight.detach().flatten(1)) / max(1, shape[0] / weight[0].numel()) ** 0.5
+        assert values.min() > 0.6
+        assert values.max() < 1.3
+
+
+def test_muon_gets_inner_matrices_only() -> None:
+    module = nn.ModuleDict({"conv_in": nn.Conv2d(1, 2, 3), "middle": nn.Conv2d(2, 2, 3), "norm": nn.GroupNorm(1, 2)})
+    inner, outer = split_for_muon(module.named_parameters(), ("conv_in.weight",))
+    assert [tuple(weight.shape) for weight in inner] == [(2, 2, 3, 3)]
+    assert len(outer) == 5
+
+
+def test_evened_latents_have_unit_spread_and_the_same_reconstructions() -> None:
+    torch.manual_seed(1)
+    vae, pixels = build_autoencoder().eval(), unseen_posters(4, size=64)
+    before = reconstruct(vae, pixels)
+    even_out(vae, encode(vae, pixels))
+    latents = encode(vae, pixels)
+    assert torch.allclose(latents.mean(dim=(0, 2, 3)), torch.zeros(16), atol=1e-4)
+    assert torch.allclose(latents.std(dim=(0, 2, 3)), torch.ones(16), atol=1e-4)
+    assert torch.allclose(reconstruct(vae, pixels), before, atol=1e-4)
+    assert vae.config.scaling_factor == 1
+
+
+def test_an_interrupted_training_ends_with_the_weights_of_an_uninterrupted_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pixels, unseen = make_posters(1, 3, 32, workers=1).pixels, unseen_posters(1, size=32)
+    with torch.random.fork_rng():
+        whole = train_autoencoder(pixels, unseen, RECIPE, tmp_path / "whole").state_dict()
+
+        def lost(quality: object) -> None:
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr("autoencoder.CHECKPOINT_EVERY", 2)
+            patch.setattr("autoencoder.reconstruction_psnr", lambda vae, pixels: lost(vae))
+            with pytest.raises(KeyboardInterrupt):
+                train_autoencoder(pixels, unseen, RECIPE, tmp_path / "parts")
+        assert torch.load(tmp_path / "parts" / "autoencoder.pt", weights_only=True)["step"] == 2
+        resumed = train_autoencoder(pixels, unseen, RECIPE, tmp_path / "parts").state_dict()
+    assert all(torch.equal(resumed[name], weight) for name, weight in whole.items())
+
+
+def tiny_data() -> LatentSet:
+    latents = torch.randn(5, 4, 4, 2, 2, generator=torch.Generator().manual_seed(0))
+    captions = CaptionTable({Scene("hills", False, False): 0}, torch.arange(64).view(1, 2, 32), torch.zeros(32, dtype=torch.long))
+    return LatentSet(latents, torch.zeros(5, 4, dtype=torch.long), captions)
+
+
+def test_a_pair_is_where_ddim_arrives_from_the_noised_source() -> None:
+    """With a perfect predictor of the velocity, DDIM from a noised source stays on the line that batches are drawn from."""
+    scheduler = build_scheduler()
+    scheduler.set_timesteps(20)
+    alphas = scheduler.alphas_cumprod
+    source, target, noise = torch.randn(3, 1, 4, 2, 2, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    steps = scheduler.timesteps[8:]
+    start = alphas[steps[0]].double()
+    bracket = noise + (start / (1 - start)).sqrt() * (source - target)
+    sample = start.sqrt() * source + (1 - start).sqrt() * noise
+    for step in steps:
+        alpha = alphas[step].double()
+        assert torch.allclose(sample, alpha.sqrt() * target + (1 - alpha).sqrt() * bracket, atol=1e-5)
+        velocity = alpha.sqrt() * bracket - (1 - alpha).sqrt() * target
+        sample = scheduler.step(velocity, int(step), sample).prev_sample
+
+
+def test_the_velocity_of_a_batch_gives_a_target_of_the_right_image() -> None:
+    data, alphas = tiny_data(), build_scheduler().alphas_cumprod
+    batch = draw_batch(data, alphas, Mixture(batch=64), 2, torch.Generator().manual_seed(1))
+    alpha = alphas[batch.timesteps][:, None, None, None]
+    clean = alpha.sqrt() * batch.noisy - (1 - alpha).sqrt() * batch.target
+    candidates = data.latents[:, [0, 2, 3]].flatten(0, 1)
+    gaps = (clean[:, None] - candidates[None]).flatten(2).norm(dim=2).min(dim=1).values
+    assert gaps.max() < 1e-3
+
+
+def test_rates_and_phases() -> None:
+    recipe = DenoiserRecipe(phases=(Phase(600, 8), Phase(400, 16)), warm_up=10, decay=100)
+    rates = [recipe.rate_factor(step) for step in range(recipe.steps)]
+    assert (rates[0], rates[500], rates[-1]) == pytest.approx((0.1, 1, 0.01))
+    assert [recipe.phase_of(step).strip_width for step in (0, 599, 600, 999)] == [8, 8, 16, 16]
+
+
+@pytest.mark.nightly
+def test_smoke_training_writes_a_pipeline_that_runs(tmp_path: Path) -> None:
+    with torch.random.fork_rng():
+        train(replace(SMOKE, layouts=2), tmp_path / "model", tmp_path / "work")
+    pipeline = StableDiffusionImg2ImgPipeline.from_pretrained(tmp_path / "model")
+    pipeline.set_progress_bar_config(disable=True)
+    image = pipeline("at night", image=unseen_posters(1)[0] / 255.0, num_inference_steps=2, output_type="np").images
+    assert image.shape == (1, 256, 256, 3)

@@ -1,0 +1,83 @@
+"""The generator of posters and its captions."""
+
+import numpy as np
+import pytest
+from painting import SEASONS, TIMES, paint, render, to_bytes
+from posters import KINDS, build_geometry, draw_layout
+from posterset import AUGMENTED, TRAINING_LAYOUTS, UNSEEN_LAYOUTS, make_posters, scene_of, unseen_posters
+from scenes import DEFAULT_PROMPT, MOODS, Scene, all_scenes, default_caption, draw_caption
+
+SIZE = 64
+
+
+def test_a_seed_gives_the_same_image_again_and_another_seed_another() -> None:
+    assert render(5, size=SIZE).tobytes() == render(5, size=SIZE).tobytes()
+    assert render(5, size=SIZE).tobytes() != render(6, size=SIZE).tobytes()
+
+
+def test_a_layout_is_the_same_scene_at_every_size() -> None:
+    """A small image is the large one made smaller, up to thin lines and stars."""
+    large = np.asarray(render(11, size=256).resize((SIZE, SIZE), 4), dtype=np.float32)
+    small = np.asarray(render(11, size=SIZE), dtype=np.float32)
+    assert np.abs(large - small).mean() < 4
+
+
+@pytest.mark.parametrize("mood", MOODS, ids=" ".join)
+def test_every_mood_can_be_painted_and_differs_from_noon_in_summer(mood: tuple[str, str]) -> None:
+    geometry = build_geometry(draw_layout(3), SIZE)
+    pixels = to_bytes(paint(geometry, *mood))
+    assert pixels.shape == (SIZE, SIZE, 3)
+    gap = np.abs(pixels.astype(int) - to_bytes(paint(geometry)).astype(int)).mean()
+    assert (gap > 4) == (mood != ("noon", "summer"))
+
+
+def test_night_is_dark_but_not_black() -> None:
+    for seed in UNSEEN_LAYOUTS[:6]:
+        geometry = build_geometry(draw_layout(seed), SIZE)
+        night, noon = (to_bytes(paint(geometry, time)).mean() for time in ("night", "noon"))
+        assert 30 < night < 0.6 * noon
+
+
+def test_layouts_have_all_kinds_of_land_with_and_without_trees() -> None:
+    layouts = [draw_layout(seed) for seed in range(60)]
+    assert {layout.kind for layout in layouts} == set(KINDS)
+    assert {(layout.lake, layout.trees) for layout in layouts if layout.kind == "hills"} == {
+        (lake, trees) for lake in (False, True) for trees in (False, True)
+    }
+
+
+def test_training_and_unseen_layouts_are_disjoint() -> None:
+    assert not set(TRAINING_LAYOUTS) & set(UNSEEN_LAYOUTS[:1000])
+    assert unseen_posters(2, size=SIZE).shape == (2, SIZE, SIZE, 3)
+
+
+def test_a_set_groups_the_images_of_a_layout_source_first() -> None:
+    posters = make_posters(2, 4, SIZE, workers=1)
+    assert posters.pixels.shape == (8, SIZE, SIZE, 3)
+    for group in range(2):
+        images, scenes = posters.pixels[group * 4 :][:4], posters.scenes[group * 4 :][:4]
+        assert np.array_equal(images[0], np.asarray(render(group, size=SIZE)))
+        assert not np.array_equal(images[AUGMENTED], images[0])
+        assert scenes[0] == scenes[AUGMENTED] == scene_of(draw_layout(group))
+        assert {(scene.kind, scene.lake, scene.trees) for scene in scenes} == {(scenes[0].kind, scenes[0].lake, scenes[0].trees)}
+
+
+def test_default_prompt_is_the_plainest_caption_of_its_scene() -> None:
+    assert default_caption(Scene("mountains", True, False, "sunset")) == DEFAULT_PROMPT
+
+
+def test_captions_tell_moods_apart_and_many_do_not_name_the_land() -> None:
+    random = np.random.default_rng(1)
+    for time in TIMES:
+        for season in SEASONS:
+            captions = [draw_caption(Scene("dunes", False, False, time, season), random).lower() for _ in range(60)]
+            nameless = [caption for caption in captions if "dune" not in caption and "desert" not in caption]
+            assert 10 < len(nameless) < 50
+            if season == "winter":
+                assert all("winter" in caption or "snow" in caption for caption in captions if "landscape" not in caption)
+
+
+def test_scenes_cover_what_layouts_can_be() -> None:
+    scenes = set(all_scenes())
+    assert all(scene_of(draw_layout(seed), *MOODS[seed % len(MOODS)]) in scenes for seed in range(200))
+    assert len(scenes) == len(all_scenes())
