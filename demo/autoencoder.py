@@ -22,17 +22,17 @@ CHECKPOINT_EVERY = 250
 
 @dataclass(frozen=True, slots=True)
 class AutoencoderRecipe:
-    """How the autoencoder is trained. The last `whole_share` of the steps uses one crop of `whole` pixels instead of a batch.
+    """How the autoencoder is trained. Each step draws one of `crops`, (pixels, batch, probability).
+
+    Crops have several sizes, because the single norm group takes its statistics from all of a crop: with crops of 64 pixels alone
+    the error of images of 256 pixels was 5 dB larger, nearly all of it in flat areas.
 
     The rates are Muon's for inner convolutions and AdamW's for the rest. They rise over the first 40 steps, stay, and fall
     linearly over the last `falling_share` of the steps to a hundredth.
     """
 
-    steps: int = 10000
-    batch: int = 8
-    crop: int = 64
-    whole: int = 192
-    whole_share: float = 0.12
+    steps: int = 8000
+    crops: tuple[tuple[int, int, float], ...] = ((64, 8, 0.25), (128, 2, 0.35), (256, 1, 0.4))
     muon_rate: float = 0.02
     adamw_rate: float = 2e-3
     falling_share: float = 0.6
@@ -80,9 +80,8 @@ def edge_loss(difference: Tensor, scales: int = 3) -> Tensor:
 
 def _draw_batch(pixels: Pixels, recipe: AutoencoderRecipe, step: int) -> Tensor:
     random = np.random.default_rng((recipe.seed, step))
-    whole = step >= recipe.steps * (1 - recipe.whole_share)
-    crop, count = (recipe.whole, 1) if whole else (recipe.crop, recipe.batch)
-    crop = min(crop, pixels.shape[1])
+    drawn = random.choice(len(recipe.crops), p=[probability for _, _, probability in recipe.crops])
+    crop, count, _ = recipe.crops[drawn]
     chosen = np.sort(random.integers(0, len(pixels), count))
     top, left = random.integers(0, pixels.shape[1] - crop + 1, 2)
     batch = to_tensor(pixels[chosen, top : top + crop, left : left + crop])

@@ -31,11 +31,11 @@ class Phase:
 class DenoiserRecipe:
     """The phases in turn, and what they share: rates rise over `warm_up` steps and fall to zero over the last `decay`."""
 
-    phases: tuple[Phase, ...] = (Phase(steps=8000, strip_width=16), Phase(steps=3000, strip_width=32))
+    phases: tuple[Phase, ...] = (Phase(steps=4200, strip_width=16), Phase(steps=1600, strip_width=32))
     muon_rate: float = 0.01
-    adamw_rate: float = 1e-3
+    adamw_rate: float = 6e-4
     warm_up: int = 100
-    decay: int = 5000
+    decay: int = 3000
     average_decay: float = 0.998
     seed: int = 2
 

@@ -42,7 +42,7 @@ SMOKE = DemoRecipe(
     layouts=3,
     images_per_layout=4,
     captions_per_scene=2,
-    autoencoder=AutoencoderRecipe(steps=2, batch=2, whole=64),
+    autoencoder=AutoencoderRecipe(steps=2, crops=((64, 2, 1.0),)),
     denoiser=DenoiserRecipe(phases=(Phase(steps=1, strip_width=8), Phase(steps=1, strip_width=32)), decay=1),
 )
 """A few steps of everything, to test that it runs; the result is untrained."""

@@ -15,7 +15,7 @@ from scenes import Scene
 from torch import nn
 from train_next import SMOKE, train
 
-RECIPE = AutoencoderRecipe(steps=3, batch=1, crop=32, whole=32)
+RECIPE = AutoencoderRecipe(steps=3, crops=((32, 1, 1.0),))
 
 
 def test_muon_moves_a_matrix_by_an_orthogonal_one() -> None:
