@@ -360,3 +360,19 @@ def build_geometry(layout: Layout, size: int = 256) -> Geometry:
     mirror = np.clip((2 * surface * size - np.arange(size) - 1).round(), 0, size - 1).astype(np.intp)
     ranges = tuple(_build_range(layout, index, size) for index in range(RANGES[layout.kind]))
     return Geometry(layout, size, *sky, ranges, ground, water, foam, streaks, mirror, near, _build_trees(layout, size))
+
+
+def regions(geometry: Geometry) -> dict[str, NDArray[np.bool_]]:
+    """Masks of the sky without sun, moon and clouds, and of the land without trees and water, size x size each."""
+    size = geometry.size
+    covered = np.zeros((size, size), bool)
+    for part in geometry.ranges:
+        covered[part.rows] |= part.coverage > 0
+    land = (geometry.ground > 0.99) & (geometry.water == 0)
+    covered |= (geometry.ground > 0) | (geometry.water > 0)
+    if geometry.trees is not None:
+        covered[geometry.trees.rows] |= geometry.trees.coverage > 0
+        land[geometry.trees.rows] &= geometry.trees.coverage == 0
+    sky = ~covered
+    sky[: len(geometry.disc)] &= (geometry.disc == 0) & (geometry.clouds == 0)
+    return {"sky": sky, "land": land}

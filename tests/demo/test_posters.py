@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from judge import PHRASES, keeps_ridge, make_cases
 from painting import SEASONS, TIMES, paint, render, to_bytes
 from posters import KINDS, build_geometry, draw_layout
 from posterset import AUGMENTED, TRAINING_LAYOUTS, UNSEEN_LAYOUTS, make_posters, scene_of, unseen_posters
@@ -81,3 +82,13 @@ def test_scenes_cover_what_layouts_can_be() -> None:
     scenes = set(all_scenes())
     assert all(scene_of(draw_layout(seed), *MOODS[seed % len(MOODS)]) in scenes for seed in range(200))
     assert len(scenes) == len(all_scenes())
+
+
+def test_the_judge_accepts_the_generators_posters_and_refuses_the_source() -> None:
+    cases = make_cases(6, size=SIZE)
+    for mood in PHRASES:
+        assert all(case.follows(case.painted[mood], mood) for case in cases)
+        assert all(case.nearest_mood(case.painted[mood]) == mood for case in cases)
+        assert not any(case.follows(case.source, mood) for case in cases)
+    assert all(keeps_ridge(case.painted["sunset"], cases, index) for index, case in enumerate(cases))
+    assert not any(keeps_ridge(case.source, cases, (index + 1) % len(cases)) for index, case in enumerate(cases))
