@@ -50,7 +50,7 @@ MEASURES: dict[str, list[tuple[str, Callable[[Floats], float]]]] = {
     "autumn": [("land", warmth)],
     "fog": [("sky", saturation)],
 }
-"""What a caption changes: at least half as much as in the generator's own poster is asked for, if that changes by 0.03 or more."""
+"""What a caption changes; `follows` asks for half of the change in the generator's own poster, if that is 0.03 or more."""
 
 
 @dataclass(frozen=True, slots=True)
