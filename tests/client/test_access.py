@@ -68,7 +68,7 @@ def mutual(authority: trustme.CA) -> Iterator[FakeServer]:
 
 
 @pytest.mark.parametrize("scheme", ["", "https://"])
-def test_a_server_is_believed_whose_authority_is_known(secure: FakeServer, files: Files, scheme: str) -> None:
+def test_server_certificate_of_a_trusted_authority_is_accepted(secure: FakeServer, files: Files, scheme: str) -> None:
     secure.service.token = TOKEN
     with Client(scheme + secure.target, ca=files.ca, token=TOKEN, timeout=120) as client:
         assert client.models() == ()
@@ -76,7 +76,7 @@ def test_a_server_is_believed_whose_authority_is_known(secure: FakeServer, files
         client.wait_until_ready(20)
 
 
-def test_another_authority_is_not(secure: FakeServer, tmp_path: Path) -> None:
+def test_server_certificate_of_another_authority_is_refused(secure: FakeServer, tmp_path: Path) -> None:
     trustme.CA().cert_pem.write_to_path(str(tmp_path / "other.pem"))
     for ca in (tmp_path / "other.pem", None):
         client = Client(f"https://{secure.target}", ca=ca, token=TOKEN, timeout=120, retries=None)
@@ -85,19 +85,19 @@ def test_another_authority_is_not(secure: FakeServer, tmp_path: Path) -> None:
     assert secure.service.metadata == []
 
 
-def test_a_client_shows_its_certificate_where_it_is_asked(mutual: FakeServer, files: Files) -> None:
+def test_client_certificate_is_sent_for_mutual_tls(mutual: FakeServer, files: Files) -> None:
     with Client(mutual.target, ca=files.ca, timeout=120, retries=None) as client, pytest.raises(Unavailable):
         client.models()
     with Client(mutual.target, ca=files.ca, certificate=str(files.certificate), key=str(files.key), timeout=120) as client:
         assert client.models() == ()
 
 
-def test_a_scheme_may_say_that_there_is_no_tls(server: FakeServer) -> None:
+def test_http_scheme_means_plaintext(server: FakeServer) -> None:
     with Client(f"http://{server.target}/", token=TOKEN, timeout=120) as client:
         assert client.models() == ()
 
 
-def test_every_call_brings_the_token(server: FakeServer) -> None:
+def test_every_call_sends_the_token(server: FakeServer) -> None:
     server.service.token = server.assets.token = TOKEN
     with Client(server.target, token=TOKEN, timeout=120) as client:
         client.models()
@@ -108,7 +108,7 @@ def test_every_call_brings_the_token(server: FakeServer) -> None:
 
 
 @pytest.mark.parametrize("token", [None, "wrong"])
-def test_without_the_right_one_the_call_is_refused(server: FakeServer, token: str | None) -> None:
+def test_call_without_a_valid_token_is_unauthenticated(server: FakeServer, token: str | None) -> None:
     server.service.token = TOKEN
     with Client(server.target, token=token, timeout=120) as client:
         for call in (client.models, lambda: client.transform(b"file")):
@@ -163,7 +163,7 @@ def test_a_token_never_goes_over_a_network_in_plain_text(target: str) -> None:
         ("", False),
     ],
 )
-def test_what_is_this_machine(target: str, local: bool) -> None:
+def test_loopback_targets_are_recognized(target: str, local: bool) -> None:
     assert is_loopback(target) is local
 
 
@@ -179,13 +179,13 @@ def test_what_is_this_machine(target: str, local: bool) -> None:
         ({"token": "sécret"}, "token must consist of"),
     ],
 )
-def test_settings_that_cannot_be_are_refused(settings: dict[str, Any], complaint: str) -> None:
+def test_contradictory_settings_are_refused(settings: dict[str, Any], complaint: str) -> None:
     with pytest.raises(ValueError, match=complaint) as caught:
         Client(**settings)
     assert "cret" not in str(caught.value)
 
 
-def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+def test_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"missing\.pem"):
         Client(ca=tmp_path / "missing.pem")
 
@@ -213,7 +213,9 @@ def test_flags_reach_the_channel(mutual: FakeServer, files: Files, tmp_path: Pat
     assert f"{tmp_path / 'missing.key'}: No such file" in capsys.readouterr().err
 
 
-def test_variables_stand_in_for_flags(mutual: FakeServer, files: Files, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_environment_variables_replace_flags(
+    mutual: FakeServer, files: Files, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     mutual.service.token = TOKEN
     variables = {
         "TARGET": f"https://{mutual.target}",
@@ -238,13 +240,13 @@ def test_a_token_for_another_machine_needs_tls(monkeypatch: pytest.MonkeyPatch, 
     assert TOKEN not in line
 
 
-def test_no_flag_takes_a_token_itself(server: FakeServer, tmp_path: Path) -> None:
+def test_there_is_no_flag_for_a_token_value(server: FakeServer, tmp_path: Path) -> None:
     (tmp_path / "photo.png").write_bytes(image_bytes())
     with pytest.raises(SystemExit):
         main(["transform", str(tmp_path / "photo.png"), "--output=-", f"--target={server.target}", f"--token={TOKEN}"])
 
 
-def test_the_caller_may_name_its_call(client: Client, service: FakeService) -> None:
+def test_caller_can_set_the_request_id(client: Client, service: FakeService) -> None:
     assert client.transform(b"file", request_id="a.b:c_d-1").request_id == "a.b:c_d-1"
     with client.transform_stream(b"file", request_id="mine") as events:
         assert events.request_id == ""

@@ -36,7 +36,7 @@ def client(request: pytest.FixtureRequest, server: FakeServer) -> Iterator[Any]:
 
 @pytest.mark.parametrize("data", [b"x", LARGE[:CHUNK_BYTES], LARGE])
 @pytest.mark.parametrize("kind", ["path", "str", "bytes"])
-def test_a_file_comes_back_as_it_went(client: Client, server: FakeServer, tmp_path: Path, data: bytes, kind: str) -> None:
+def test_uploaded_file_downloads_unchanged(client: Client, server: FakeServer, tmp_path: Path, data: bytes, kind: str) -> None:
     path = tmp_path / "photo.png"
     path.write_bytes(data)
     images: dict[str, ImageInput] = {"path": path, "str": str(path), "bytes": data}
@@ -66,7 +66,7 @@ def test_only_files_are_uploaded(client: Client, server: FakeServer, tmp_path: P
     assert server.assets.metadata == []
 
 
-def test_a_file_that_changes_while_it_is_sent_is_not_kept(
+def test_upload_of_a_file_that_changes_is_not_stored(
     client: Client, server: FakeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path, size = tmp_path / "photo.png", 64 * 2**20  # far more than gRPC sends before the server reads
@@ -131,7 +131,7 @@ def test_missing_assets_are_not_found(client: Client, server: FakeServer) -> Non
             call(asset)
 
 
-def test_a_kept_image_says_where_it_is(client: Client, service: FakeService) -> None:
+def test_image_stored_as_an_asset_has_its_id_and_no_data(client: Client, service: FakeService) -> None:
     service.script[-1].completed.images[0].asset_id = "kept"
     *_, completed = client.transform_stream(b"file", as_asset=True)
     assert isinstance(completed, Completed)

@@ -65,7 +65,7 @@ async def test_cancelling_the_task_cancels_the_call_at_the_server(
 
 
 @pytest.mark.parametrize("work", [unary, stream])
-async def test_a_time_out_of_asyncios_cancels_the_call_too(
+async def test_asyncio_timeout_cancels_the_call(
     own: AsyncClient, service: FakeService, work: Callable[[AsyncClient], Awaitable[object]]
 ) -> None:
     service.hold = True
@@ -76,7 +76,7 @@ async def test_a_time_out_of_asyncios_cancels_the_call_too(
 
 
 @pytest.mark.parametrize("work", [unary, stream, upload])
-async def test_cancelling_ends_a_wait_between_attempts(
+async def test_cancelling_ends_the_wait_between_attempts(
     server: FakeServer, work: Callable[[AsyncClient], Awaitable[object]]
 ) -> None:
     server.service.failure = server.assets.failure = queue_full(50)
@@ -91,7 +91,7 @@ async def test_cancelling_ends_a_wait_between_attempts(
             await asyncio.wait_for(task, PATIENCE)
 
 
-async def test_who_closes_the_client_cancels_calls_and_not_tasks(server: FakeServer) -> None:
+async def test_closing_the_client_cancels_calls_but_not_tasks(server: FakeServer) -> None:
     """What a task is told then is an error of the call. It is not cancelled itself, and may clean up as it likes."""
     server.service.hold = True
     client = AsyncClient(server.target)
@@ -144,7 +144,7 @@ async def test_dropping_a_stream_cancels_the_call(own: AsyncClient, service: Fak
     await until(service.released)
 
 
-async def test_an_upload_that_was_cut_off_is_tried_again(server: FakeServer) -> None:
+async def test_interrupted_upload_is_retried(server: FakeServer) -> None:
     """grpc.aio calls it INTERNAL where the server ends the call while a message is on its way; ours gives a reason."""
     server.assets.failures = [rich_status(code_pb2.INTERNAL, "cut off")]
     async with AsyncClient(server.target, timeout=120, retries=RetryPolicy(first_backoff=0.001)) as client:
@@ -157,7 +157,7 @@ async def test_many_calls_share_a_client(own: AsyncClient, service: FakeService)
     assert sorted(request.seed for request in service.requests) == list(range(20))
 
 
-async def test_a_client_may_be_made_before_there_is_a_loop(server: FakeServer) -> None:
+async def test_client_can_be_created_without_an_event_loop(server: FakeServer) -> None:
     made: list[AsyncClient] = []
     thread = threading.Thread(target=lambda: made.append(AsyncClient(server.target, timeout=120)))
     thread.start()
@@ -168,7 +168,7 @@ async def test_a_client_may_be_made_before_there_is_a_loop(server: FakeServer) -
         pass  # never used, never opened
 
 
-def test_a_client_belongs_to_one_loop(server: FakeServer) -> None:
+def test_client_is_bound_to_one_event_loop(server: FakeServer) -> None:
     client = AsyncClient(server.target, timeout=120)
 
     async def use() -> None:
@@ -181,7 +181,7 @@ def test_a_client_belongs_to_one_loop(server: FakeServer) -> None:
         first.run(client.close())
 
 
-async def test_paths_bytes_and_pillow_images_go_in_and_pillow_images_come_out(
+async def test_paths_bytes_and_pillow_images_are_accepted_as_sources(
     own: AsyncClient, service: FakeService, tmp_path: Path
 ) -> None:
     file = image_bytes("green", (6, 3))
@@ -211,7 +211,7 @@ async def test_invalid_values_raise_and_are_not_sent(own: AsyncClient, service: 
     assert service.metadata == []
 
 
-async def test_the_whole_life_of_a_stream(own: AsyncClient) -> None:
+async def test_completed_stream_has_result_and_request_id_and_then_ends(own: AsyncClient) -> None:
     async with own.transform_stream(b"file", request_id="mine") as events:
         *_, last = [event async for event in events]
     assert isinstance(last, Completed)

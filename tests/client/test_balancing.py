@@ -52,7 +52,7 @@ def test_calls_are_spread_evenly(kind: Any, servers: list[FakeServer], given: st
 
 
 @BOTH
-def test_a_server_that_is_not_well_is_left_until_it_is(kind: Any, servers: list[FakeServer], told: Told) -> None:
+def test_unhealthy_server_gets_no_calls_until_it_recovers(kind: Any, servers: list[FakeServer], told: Told) -> None:
     with kind([server.target for server in servers], timeout=120, retries=policy(told)) as client:
         use(client, servers)
         servers[1].set_serving(False)
@@ -91,7 +91,7 @@ def until_unavailable(client: Client) -> None:
 
 
 @BOTH
-def test_no_server_is_well(kind: Any, servers: list[FakeServer], told: Told) -> None:
+def test_no_healthy_server_raises_unavailable_until_one_recovers(kind: Any, servers: list[FakeServer], told: Told) -> None:
     with kind([server.target for server in servers], timeout=120, retries=policy(told)) as client:
         client.wait_until_ready(PATIENCE)
         for server in servers:
@@ -137,7 +137,7 @@ def test_unavailable_server_is_replaced_by_another_at_once(kind: Any, servers: l
 @BOTH
 @pytest.mark.parametrize("most", [1, 2, 3, 4, 5, 6])
 @pytest.mark.parametrize("name", CALLS)
-def test_the_attempts_of_both_layers_are_bounded_together(
+def test_retries_of_grpc_and_client_share_one_limit(
     kind: Any, servers: list[FakeServer], told: Told, name: str, most: int
 ) -> None:
     for server in servers:
@@ -150,7 +150,7 @@ def test_the_attempts_of_both_layers_are_bounded_together(
 
 
 @BOTH
-def test_a_stream_that_was_answered_is_an_attempt_of_ours_alone(kind: Any, servers: list[FakeServer], told: Told) -> None:
+def test_stream_with_a_response_is_retried_only_by_the_client(kind: Any, servers: list[FakeServer], told: Told) -> None:
     for server in servers:
         server.service.failure, server.service.fail_before = unavailable(), 2
     client = kind([server.target for server in servers], timeout=120, retries=policy(told, 4))
@@ -162,7 +162,9 @@ def test_a_stream_that_was_answered_is_an_attempt_of_ours_alone(kind: Any, serve
 
 @BOTH
 @pytest.mark.parametrize("name", [*OTHERS, *ONCE])
-def test_what_grpc_does_not_try_again_is_counted_as_ever(kind: Any, servers: list[FakeServer], told: Told, name: str) -> None:
+def test_calls_that_grpc_does_not_retry_use_all_client_attempts(
+    kind: Any, servers: list[FakeServer], told: Told, name: str
+) -> None:
     for server in servers:
         server.service.failure = server.assets.failure = unavailable()
     client = kind([server.target for server in servers], timeout=120, retries=policy(told, 4))
@@ -183,7 +185,9 @@ def test_one_attempt_means_no_retries(kind: Any, servers: list[FakeServer], name
 
 @BOTH
 @pytest.mark.parametrize("name", CALLS)
-def test_one_server_that_has_no_room_is_not_waited_for(kind: Any, servers: list[FakeServer], told: Told, name: str) -> None:
+def test_overloaded_server_is_replaced_by_another_without_a_wait(
+    kind: Any, servers: list[FakeServer], told: Told, name: str
+) -> None:
     with kind([server.target for server in servers], timeout=120, retries=policy(told)) as client:
         use(client, servers)
         servers[0].service.failure, servers[0].service.fail_before = queue_full(3600), 0
@@ -194,7 +198,7 @@ def test_one_server_that_has_no_room_is_not_waited_for(kind: Any, servers: list[
 
 
 @BOTH
-def test_where_none_has_room_the_second_one_is_waited_for(kind: Any, servers: list[FakeServer], told: Told) -> None:
+def test_if_all_servers_are_overloaded_the_retry_delay_is_observed(kind: Any, servers: list[FakeServer], told: Told) -> None:
     for server in servers:
         server.service.failure = queue_full(0.05)
     with kind([server.target for server in servers], timeout=120, retries=policy(told, 4)) as client, pytest.raises(Overloaded):
@@ -203,7 +207,7 @@ def test_where_none_has_room_the_second_one_is_waited_for(kind: Any, servers: li
 
 
 @BOTH
-def test_one_server_is_reached_as_ever(kind: Any, servers: list[FakeServer], told: Told) -> None:
+def test_single_target_is_used_without_balancing_by_default(kind: Any, servers: list[FakeServer], told: Told) -> None:
     """Whatever its health, with attempts of ours alone; unless it is said that there may be more of them."""
     one = servers[0]
     one.set_serving(False)

@@ -42,7 +42,7 @@ def test_every_item_has_its_result(client: Client) -> None:
     assert all(outcome.result and outcome.result.images[0].seed == index for index, outcome in found.items())
 
 
-def test_failures_are_the_items_own_wherever_they_come_from(client: Client, tmp_path: Path) -> None:
+def test_failures_belong_to_their_items_whatever_the_cause(client: Client, tmp_path: Path) -> None:
     batch: list[Any] = [
         (tmp_path / "missing.png", {}),
         (image_bytes(size=(16, 16)), {"num_inference_steps": 2}),
@@ -60,7 +60,7 @@ def test_failures_are_the_items_own_wherever_they_come_from(client: Client, tmp_
     assert found[4].error.fields[0][0] == "image.data"
 
 
-def test_no_items_have_no_results(client: Client) -> None:
+def test_empty_batch_has_no_results(client: Client) -> None:
     assert list(client.transform_batch([])) == []
 
 
@@ -114,7 +114,7 @@ def test_items_without_a_result_are_sent_again_when_the_server_ends(pipeline: Fa
     assert all(outcome.result is not None for outcome in found.values())
 
 
-def test_a_server_that_is_gone_ends_the_batch_with_its_error() -> None:
+def test_unreachable_server_ends_the_batch_with_unavailable() -> None:
     with Client("127.0.0.1:1", timeout=120, retries=None) as client, pytest.raises(Unavailable):
         list(client.transform_batch(items(3)))
 

@@ -63,7 +63,7 @@ def test_many_prompts_over_one_image(target: str, photos: list[str], tmp_path: P
     assert {state.request.prompt for state in pipeline.prepared} == {f"prompt {number}" for number in range(1, 12)}
 
 
-def test_the_same_command_continues_where_it_was(
+def test_repeated_command_skips_existing_outputs(
     target: str, photos: list[str], tmp_path: Path, pipeline: FakePipeline, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"

@@ -90,7 +90,7 @@ def test_a_stream_without_a_result_is_an_error(client: Client, service: FakeServ
         list(client.transform_stream(b"file"))
 
 
-def test_an_answer_without_an_image_is_an_error(client: Client, service: FakeService) -> None:
+def test_response_without_an_image_is_an_error(client: Client, service: FakeService) -> None:
     service.script[-1] = messages.TransformStreamResponse(completed=messages.TransformResponse())
     with pytest.raises(ServerFailed, match="contains no image"):
         list(client.transform_stream(b"file"))
@@ -172,7 +172,7 @@ def test_a_deadline_ends_both_sides(client: Client, service: FakeService) -> Non
 
 
 @pytest.mark.parametrize("kind", [Client, Blocking])
-def test_no_server_is_unavailable(kind: Any) -> None:
+def test_unreachable_server_raises_unavailable(kind: Any) -> None:
     with kind("127.0.0.1:1", timeout=10) as client, pytest.raises(Unavailable) as caught:
         client.models()
     assert (caught.value.status, caught.value.reason) == ("UNAVAILABLE", "")
@@ -215,7 +215,7 @@ def test_models_have_all_fields(client: Client, service: FakeService) -> None:
         client.model("nothing")
 
 
-def test_ready_at_once_where_the_server_serves(client: Client) -> None:
+def test_wait_until_ready_returns_at_once_for_a_ready_server(client: Client) -> None:
     client.wait_until_ready(PATIENCE)
 
 
@@ -236,7 +236,7 @@ def test_a_health_watch_reports_each_change_and_a_broken_connection(kind: Any) -
 
 
 @pytest.mark.parametrize("kind", [Client, Blocking])
-def test_waits_for_a_server_that_is_not_there_yet(kind: Any) -> None:
+def test_wait_until_ready_waits_for_the_server_to_start(kind: Any) -> None:
     server = FakeServer()
     ready = threading.Event()
 
@@ -255,7 +255,7 @@ def test_waits_for_a_server_that_is_not_there_yet(kind: Any) -> None:
         server.stop()
 
 
-def test_waits_for_health_to_turn(server: FakeServer, client: Client) -> None:
+def test_wait_until_ready_waits_for_health_to_become_serving(server: FakeServer, client: Client) -> None:
     server.set_serving(False)
     with pytest.raises(DeadlineExceeded, match="was not ready in time"):
         client.wait_until_ready(0.2)
@@ -266,7 +266,7 @@ def test_waits_for_health_to_turn(server: FakeServer, client: Client) -> None:
     assert not thread.is_alive()
 
 
-def test_no_proxy_comes_between_this_machine_and_itself(server: FakeServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_proxy_variables_are_ignored_for_loopback_targets(server: FakeServer, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("http_proxy", "https_proxy", "grpc_proxy"):
         monkeypatch.setenv(name, "http://127.0.0.1:1")
     for target in (server.target, server.target.replace("127.0.0.1", "localhost")):

@@ -180,7 +180,7 @@ def test_quiet_prints_nothing(server: FakeServer, source: Path, tmp_path: Path, 
         ("out.png", ("--width=99999999999",), 2, "99999999999"),
     ],
 )
-def test_an_output_that_cannot_work_is_found_before_the_call(
+def test_invalid_output_is_refused_before_the_call(
     server: FakeServer,
     source: Path,
     tmp_path: Path,
@@ -201,7 +201,7 @@ def test_an_output_that_cannot_work_is_found_before_the_call(
     assert {path.name for path in tmp_path.iterdir()} == {"photo.png", "folder.png"}
 
 
-def test_a_source_that_is_not_there(server: FakeServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_missing_source_file_is_one_line(server: FakeServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert transform(server, tmp_path / "missing.png", tmp_path / "out.png") == 1
     assert capsys.readouterr().err == f"img2img transform: {tmp_path / 'missing.png'}: No such file or directory\n"
 
@@ -266,7 +266,7 @@ def test_busy_server_is_retried_with_a_message(
     assert capsys.readouterr() == ("", "")
 
 
-def test_an_address_is_the_servers_to_read(server: FakeServer, tmp_path: Path) -> None:
+def test_source_uris_are_passed_to_the_server(server: FakeServer, tmp_path: Path) -> None:
     for address in ("asset:1f", "https://example.org/a.png"):
         assert transform(server, address, tmp_path / "out.png", "--quiet") == 0
     assert [request.image.uri for request in server.service.requests] == ["asset:1f", "https://example.org/a.png"]

@@ -78,14 +78,14 @@ def test_wrong_fields_are_named(client: Client, service: FakeService) -> None:
     assert caught.value.fields == (("strength", "must be above 0 and at most 1"),)
 
 
-def test_an_overloaded_server_says_when_to_come_back(client: Client, service: FakeService) -> None:
+def test_overloaded_error_has_the_retry_delay(client: Client, service: FakeService) -> None:
     service.failure = queue_full(2.5)
     with pytest.raises(Overloaded) as caught:
         client.transform(b"file")
     assert caught.value.retry_after == 2.5
 
 
-def test_a_refusal_for_the_time_out_says_how_long_it_would_take(client: Client, service: FakeService) -> None:
+def test_deadline_unmeetable_error_has_the_estimate(client: Client, service: FakeService) -> None:
     info = error_info("DEADLINE_UNMEETABLE", estimate_seconds="12.500")
     service.failure = rich_status(code_pb2.DEADLINE_EXCEEDED, "it would take about 12.5 s", info)
     with pytest.raises(DeadlineExceeded, match=r"12\.5 s") as caught:
@@ -100,14 +100,14 @@ def test_a_message_above_a_size_limit_is_not_overload(client: Client, service: F
     assert caught.value.status == "RESOURCE_EXHAUSTED"
 
 
-def test_reasons_of_others_are_not_ours(client: Client, service: FakeService) -> None:
+def test_error_reasons_of_other_domains_are_ignored(client: Client, service: FakeService) -> None:
     service.failure = rich_status(code_pb2.UNAVAILABLE, "a proxy", error_info("QUEUE_FULL", domain="example.org"))
     with pytest.raises(Unavailable) as caught:
         client.models()
     assert caught.value.reason == ""
 
 
-def test_plain_statuses_and_contradicting_details_still_make_errors(client: Client, service: FakeService) -> None:
+def test_error_details_that_contradict_the_status_are_ignored(client: Client, service: FakeService) -> None:
     plain = rich_status(code_pb2.UNAVAILABLE, "outside")
     contradicting = rich_status(code_pb2.INTERNAL, "inside", error_info("MODEL_FAILED"))
     service.failure = plain._replace(trailing_metadata=contradicting.trailing_metadata)  # type: ignore[attr-defined]

@@ -12,7 +12,7 @@ from img2img.v1 import image_to_image_pb2 as messages
 from img2img_client import Client, Completed, Img2ImgError, Progress, Queued, Started, Unavailable
 
 
-def test_a_stream_that_has_started_goes_on_where_it_was(patient: Client, service: FakeService) -> None:
+def test_retried_stream_resumes_without_repeating_events(patient: Client, service: FakeService) -> None:
     """Each attempt is lost a step further on, and one before it comes as far as the last."""
     service.script = events(3, 4, steps=6)
     life = service.script
@@ -33,7 +33,7 @@ def test_a_stream_that_has_started_goes_on_where_it_was(patient: Client, service
     assert {request.image_count for request in service.requests} == {2}
 
 
-def test_a_stream_that_has_started_is_given_up_like_any_call(
+def test_started_stream_fails_after_the_last_attempt(
     patient: Client, service: FakeService, told: list[tuple[int, str, float]]
 ) -> None:
     service.fail_before = 3
@@ -47,7 +47,7 @@ def test_a_stream_that_has_started_is_given_up_like_any_call(
 
 
 @pytest.mark.parametrize("kind", [Client, Blocking])
-def test_a_stream_that_has_started_is_not_tried_again_without_a_policy(kind: Any, server: FakeServer) -> None:
+def test_started_stream_is_not_retried_without_a_policy(kind: Any, server: FakeServer) -> None:
     server.service.fail_before = 2
     server.service.failures = [unavailable()]
     with kind(server.target, timeout=120, retries=None) as once:
@@ -58,7 +58,7 @@ def test_a_stream_that_has_started_is_not_tried_again_without_a_policy(kind: Any
     assert len(server.service.requests) == 1
 
 
-def test_a_stream_that_has_started_and_failed_for_good_is_not_tried_again(patient: Client, service: FakeService) -> None:
+def test_started_stream_is_not_retried_after_a_permanent_error(patient: Client, service: FakeService) -> None:
     service.fail_before = 2
     service.failures = [rich_status(code_pb2.INTERNAL, "failed", error_info("MODEL_FAILED"))]
     with pytest.raises(Img2ImgError) as caught:

@@ -28,7 +28,7 @@ def headless() -> Iterator[tuple[list[FakeServer], NameServer, str]]:
 
 
 @pytest.mark.parametrize("kind", [Client, Blocking])
-def test_a_name_stands_for_all_its_addresses(kind: Any) -> None:
+def test_dns_name_balances_over_all_its_addresses(kind: Any) -> None:
     with headless() as (servers, names, target):
         with kind(target, timeout=120) as client:
             use(client, servers[:2])
@@ -67,7 +67,7 @@ def test_service_config_from_dns_is_used_only_on_request() -> None:
         assert TXT in names.asked
 
 
-def test_where_dns_says_nothing_nothing_multiplies() -> None:
+def test_without_a_dns_service_config_only_the_client_retries() -> None:
     """gRPC's own retries are not in ours then, as a config of DNS could bring others that nobody would count."""
     with headless() as (servers, names, target):
         for server in servers:
@@ -79,7 +79,7 @@ def test_where_dns_says_nothing_nothing_multiplies() -> None:
         assert sum(counts(servers)) == 5
 
 
-def test_certificates_of_several_addresses_are_for_a_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_server_name_sets_the_expected_certificate_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     authority = trustme.CA()
     own = authority.issue_cert("img2img.internal")
     pair = (own.private_key_pem.bytes(), own.cert_chain_pems[0].bytes())

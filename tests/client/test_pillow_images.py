@@ -51,7 +51,7 @@ def test_an_opened_photo_arrives_upright(file_format: str, orientation: int) -> 
     assert decoded(file).shape == ((24, 16, 3) if orientation >= 5 else (16, 24, 3))
 
 
-def test_an_opened_photo_is_not_turned_itself() -> None:
+def test_sending_a_photo_does_not_rotate_the_callers_image() -> None:
     exif = Image.Exif()
     exif[ORIENTATION] = 6
     opened = Image.open(io.BytesIO(saved(image(), "JPEG", exif=exif)))
@@ -118,7 +118,7 @@ def test_every_mode_arrives_in_its_own_colors(name: str) -> None:
     assert np.abs(decoded(read_file(source)) - expected()).max() <= tolerance
 
 
-def test_a_mode_that_no_file_holds_is_refused_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unsupported_image_mode_is_refused_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
     source = image()
     monkeypatch.setattr(type(source), "mode", property(lambda _: "BGR;24"))
     with pytest.raises(ValueError, match=r"mode 'BGR;24' is not supported: convert it"):
@@ -127,7 +127,7 @@ def test_a_mode_that_no_file_holds_is_refused_by_its_name(monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize(("mode", "profile"), [("RGB", "display_p3"), ("RGBA", "display_p3"), ("CMYK", "cmyk")])
 @pytest.mark.parametrize("file_format", ["PNG", "JPEG", "TIFF"])
-def test_a_profile_travels_with_the_image(file_format: str, mode: str, profile: str) -> None:
+def test_color_profile_is_sent_with_the_image(file_format: str, mode: str, profile: str) -> None:
     if (file_format, mode) in {("PNG", "CMYK"), ("JPEG", "RGBA")}:
         return
     data = getattr(icc_profiles, profile)()

@@ -20,7 +20,7 @@ def test_a_terminal_gets_a_bar() -> None:
     assert any("running on onnx:cpu[bold], seed 7" in line and "40/40" in line for line in file.getvalue().splitlines())
 
 
-def test_the_time_that_is_left_is_shown_where_it_is_known() -> None:
+def test_remaining_time_is_shown_if_known() -> None:
     estimated: list[TransformEvent] = [
         Queued(0, 7.0),
         Queued(2, 7.0),
@@ -56,7 +56,7 @@ def test_a_file_gets_few_lines() -> None:
     assert len(lines) == 12
 
 
-def test_completed_is_shown_by_the_bar_itself() -> None:
+def test_completed_event_prints_nothing() -> None:
     file = io.StringIO()
     with show_progress(Console(file=file)) as show:
         show(Completed(result=None))  # type: ignore[arg-type]

@@ -69,7 +69,7 @@ def test_every_option_arrives_as_it_was_set(client: Client, service: FakeService
     ]
 
 
-def test_no_option_of_the_contract_is_forgotten() -> None:
+def test_options_cover_every_field_of_the_contract() -> None:
     from img2img_client import TransformOptions
 
     fields = {field.name for field in messages.TransformRequest.DESCRIPTOR.fields} - {"image", "output"}
@@ -85,7 +85,7 @@ def test_omitted_options_stay_unset(client: Client, service: FakeService, stream
     assert [field.name for field, _ in service.requests[0].ListFields()] == ["image"]
 
 
-def test_zero_and_empty_are_set(client: Client, service: FakeService) -> None:
+def test_zero_and_empty_values_are_sent(client: Client, service: FakeService) -> None:
     client.transform(b"file", prompt="", guidance_scale=0, seed=0, width=0)
     set_fields = {field.name for field, _ in service.requests[0].ListFields()}
     assert set_fields == {"image", "prompt", "guidance_scale", "seed", "width"}
@@ -127,7 +127,7 @@ def test_pillow_images_arrive_without_loss(client: Client, service: FakeService,
         assert arrived.convert("RGBA").tobytes() == image.convert("RGBA").tobytes()
 
 
-def test_large_images_pass_both_ways(client: Client, service: FakeService) -> None:
+def test_large_images_are_sent_and_received(client: Client, service: FakeService) -> None:
     service.script[-1].completed.images[0].data = b"x" * 20_000_000
     *_, completed = client.transform_stream(b"y" * 20_000_000)
     assert isinstance(completed, Completed)
@@ -152,7 +152,7 @@ def test_invalid_requests_are_not_sent(client: Client, service: FakeService, tmp
     assert service.requests == []
 
 
-def test_options_that_a_model_does_not_take_can_be_left_out() -> None:
+def test_taken_options_drops_options_the_model_does_not_support() -> None:
     def info(name: str, *fields: str, is_default: bool = False) -> ModelInfo:
         known = tuple(FieldInfo(field) for field in fields)
         return ModelInfo(name, ModelReference(), "", "", "", "", "", "ready", 8, is_default, fields=known)

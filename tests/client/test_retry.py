@@ -52,7 +52,7 @@ ONCE: dict[str, Callable[[Client], object]] = {
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_a_server_that_comes_back_is_all_a_caller_sees(
+def test_transient_errors_are_retried_transparently(
     patient: Client, server: FakeServer, told: list[tuple[int, str, float]], name: str
 ) -> None:
     server.service.models = [model_pb2.Model(id="demo")]
@@ -67,7 +67,7 @@ def test_a_server_that_comes_back_is_all_a_caller_sees(
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_it_gives_up_after_the_last_attempt(patient: Client, server: FakeServer, name: str) -> None:
+def test_call_fails_after_the_last_attempt(patient: Client, server: FakeServer, name: str) -> None:
     server.service.failure = server.assets.failure = unavailable()
     with pytest.raises(Unavailable, match="shutting down"):
         CALLS[name](patient)
@@ -114,7 +114,7 @@ def test_retries_can_be_switched_off(client: Client, service: FakeService) -> No
     assert len(service.requests) == 1
 
 
-def test_each_attempt_asks_the_same_in_the_time_that_is_left(patient: Client, service: FakeService) -> None:
+def test_retries_repeat_the_request_with_the_remaining_timeout(patient: Client, service: FakeService) -> None:
     service.failures = [queue_full(0.2), queue_full(0.2)]
     patient.transform(b"file", prompt="winter", request_id="mine", timeout=5)
     first, second, third = service.requests
@@ -125,7 +125,7 @@ def test_each_attempt_asks_the_same_in_the_time_that_is_left(patient: Client, se
     assert left[0] - 0.1 > left[1] > left[2] + 0.1  # gRPC rounds them, the more the longer
 
 
-def test_a_wait_that_would_outlast_the_time_out_is_not_begun(patient: Client, service: FakeService) -> None:
+def test_call_fails_at_once_if_the_retry_delay_exceeds_the_timeout(patient: Client, service: FakeService) -> None:
     service.failure = queue_full(30)
     with pytest.raises(Overloaded) as caught:
         patient.transform(b"file", timeout=10)
@@ -144,9 +144,7 @@ def test_streams_are_retried_until_started(patient: Client, service: FakeService
 @pytest.mark.parametrize("kind", [Client, Blocking])
 @pytest.mark.parametrize("seconds", [float("nan"), float("inf"), 1e300, -1.0])
 @pytest.mark.parametrize("name", ["transform", "transform_stream", "models"])
-def test_a_time_out_that_cannot_be_is_not_taken_for_one_that_passed(
-    kind: Any, server: FakeServer, name: str, seconds: float
-) -> None:
+def test_invalid_timeout_is_a_value_error(kind: Any, server: FakeServer, name: str, seconds: float) -> None:
     with kind(server.target, timeout=seconds) as client, pytest.raises(ValueError, match="timeout is"):
         CALLS[name](client)
     with kind(server.target, timeout=1e9) as client:
@@ -209,7 +207,7 @@ def test_interrupting_ends_a_wait(server: FakeServer, tmp_path: Path) -> None:
     assert len(server.service.requests) == 1
 
 
-def test_a_server_that_is_restarted_is_found_again(server: FakeServer) -> None:
+def test_client_reconnects_to_a_restarted_server(server: FakeServer) -> None:
     gone = threading.Event()
     policy = RetryPolicy(max_attempts=1000, first_backoff=0.05, most_backoff=0.05, on_retry=lambda *_: gone.set())
     results: list[object] = []
@@ -228,7 +226,7 @@ def test_a_server_that_is_restarted_is_found_again(server: FakeServer) -> None:
             after.stop()
 
 
-def test_the_default_is_to_try_again(server: FakeServer) -> None:
+def test_retries_are_on_by_default(server: FakeServer) -> None:
     server.service.failures = [queue_full(0.001)]
     with Client(server.target, timeout=PATIENCE) as client:
         client.transform(b"file")

@@ -86,7 +86,7 @@ lives = st.integers(1, 9).flatmap(
 
 @settings(max_examples=500)
 @given(lives)
-def test_what_is_tried_again_is_safe_in_time_and_counted(life: Life) -> None:
+def test_only_transient_errors_are_retried_within_the_limits(life: Life) -> None:
     life.run()
     retried = life.errors[: len(life.starts) - 1]
     for error in retried:
@@ -121,7 +121,7 @@ def test_backoff_is_randomized_between_server_and_policy_bounds(life: Life) -> N
 
 @settings(max_examples=500)
 @given(lives)
-def test_nothing_is_given_up_that_could_be_tried_again(life: Life) -> None:
+def test_no_call_fails_that_could_still_be_retried(life: Life) -> None:
     life.run()
     last = life.errors[len(life.starts) - 1]
     policy = life.policy
@@ -144,7 +144,7 @@ def test_back_offs_never_overflow() -> None:
 @pytest.mark.parametrize(
     "wrong", [{"max_attempts": 0}, {"first_backoff": -1}, {"most_backoff": float("nan")}, {"longest_wait": float("inf")}]
 )
-def test_a_policy_that_cannot_be_is_refused(wrong: dict[str, Any]) -> None:
+def test_invalid_retry_policy_is_refused(wrong: dict[str, Any]) -> None:
     (name,) = wrong
     with pytest.raises(ValueError, match=name):
         RetryPolicy(**wrong)

@@ -122,7 +122,9 @@ def test_loading_may_take_longer_than_listing(service: FakeService, server: Fake
     assert 11 < bound < 51
 
 
-def test_assets_go_there_and_back(server: FakeServer, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_assets_are_uploaded_and_downloaded(
+    server: FakeServer, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     target = ["--target", server.target]
     assert main(["assets", "upload", str(source), *target]) == 0
     out, err = capsys.readouterr()

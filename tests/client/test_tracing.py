@@ -49,7 +49,7 @@ def traceparent(span: ReadableSpan) -> str:
 
 
 @pytest.mark.parametrize("streamed", [False, True])
-def test_a_call_is_a_span_of_which_the_server_hears(
+def test_call_has_a_client_span_sent_as_traceparent(
     exporter: InMemorySpanExporter, client: Client, service: FakeService, streamed: bool
 ) -> None:
     list(client.transform_stream(b"file")) if streamed else client.transform(b"file")
@@ -126,7 +126,7 @@ def test_without_a_provider_nothing_is_sent(client: Client, service: FakeService
 
 
 @pytest.mark.parametrize("hidden", [False, True], ids=["installed", "missing"])
-def test_the_client_does_not_bring_opentelemetry_in(server: FakeServer, hidden: bool) -> None:
+def test_client_does_not_import_opentelemetry(server: FakeServer, hidden: bool) -> None:
     code = f"""
 import sys
 if {hidden}: sys.modules["opentelemetry"] = None

@@ -75,7 +75,7 @@ def test_source_is_uploaded_once_and_results_are_returned(client: Client) -> Non
         client.download("no id")
 
 
-def test_answers_and_errors_have_the_callers_name(client: Client) -> None:
+def test_results_and_errors_have_the_callers_request_id(client: Client) -> None:
     assert client.transform(image_bytes(size=(16, 16)), request_id="mine").request_id == "mine"
     with client.transform_stream(image_bytes(size=(16, 16)), request_id="mine-too") as events:
         *_, completed = events
@@ -90,7 +90,9 @@ def test_answers_and_errors_have_the_callers_name(client: Client) -> None:
 
 
 @pytest.mark.parametrize("streamed", [False, True])
-def test_a_full_queue_is_waited_for(real: RunningServer, pipeline: FakePipeline, client: Client, streamed: bool) -> None:
+def test_queue_full_is_retried_until_admitted(
+    real: RunningServer, pipeline: FakePipeline, client: Client, streamed: bool
+) -> None:
     gate, refused = threading.Event(), threading.Event()
     pipeline.before_call = lambda: gate.wait(PATIENCE)
     source = image_bytes(size=(16, 16))
@@ -122,7 +124,7 @@ def test_a_full_queue_is_waited_for(real: RunningServer, pipeline: FakePipeline,
     assert len(pipeline.prepared) == 3
 
 
-def test_tokens_and_certificates_are_those_of_the_server(tmp_path: Path) -> None:
+def test_client_works_with_server_tokens_and_certificates(tmp_path: Path) -> None:
     authority, path = trustme.CA(), tmp_path / "tokens.toml"
     own = authority.issue_cert("127.0.0.1")
     authority.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
@@ -152,7 +154,7 @@ def test_tokens_and_certificates_are_those_of_the_server(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("streamed", [False, True])
-def test_one_trace_leads_from_the_caller_to_the_steps(monkeypatch: pytest.MonkeyPatch, streamed: bool) -> None:
+def test_one_trace_spans_the_caller_and_the_denoising_steps(monkeypatch: pytest.MonkeyPatch, streamed: bool) -> None:
     provider = TracerProvider()
     monkeypatch.setattr(trace, "get_tracer", provider.get_tracer)
     source = image_bytes(size=(16, 16))

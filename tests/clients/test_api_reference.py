@@ -89,7 +89,7 @@ def test_a_changed_comment_changes_the_page(tmp_path: Path) -> None:
     assert api_docs.page(api_docs.read(api_docs.build(protos))) != api_docs.page(api_docs.read(api_docs.build()))
 
 
-def test_a_request_that_says_nothing_gets_the_defaults_of_the_comments(
+def test_empty_request_gets_the_documented_defaults(
     comments: dict[str, str], stub: ImageToImageServiceStub, pipeline: FakePipeline
 ) -> None:
     answer = stub.Transform(pb.TransformRequest(image=pb.ImageSource(data=png((24, 16)))), timeout=120)
@@ -133,7 +133,7 @@ def bounds(comments: dict[str, str]) -> dict[str, tuple[Any, Any, Any, Any]]:
     return found
 
 
-def test_the_bounds_of_the_comments_are_the_servers(comments: dict[str, str], stub: ImageToImageServiceStub) -> None:
+def test_documented_bounds_match_the_server(comments: dict[str, str], stub: ImageToImageServiceStub) -> None:
     def call(field: str, value: object) -> object:
         request = pb.TransformRequest(image=pb.ImageSource(data=png((8, 8))), seed=1, strength=1)
         target, _, name = f"request.{field}".rpartition(".")
@@ -151,7 +151,7 @@ def test_the_bounds_of_the_comments_are_the_servers(comments: dict[str, str], st
             assert (code, told["field"]) == (grpc.StatusCode.INVALID_ARGUMENT, field), value
 
 
-def test_lengths_sizes_and_times_of_the_comments_are_the_servers(comments: dict[str, str]) -> None:
+def test_documented_lengths_sizes_and_times_match_the_server(comments: dict[str, str]) -> None:
     limits = ImageLimits()
     for name in ("prompt", "negative_prompt"):
         assert f"at most {MAX_PROMPT} characters" in comments[f"TransformRequest.{name}"]

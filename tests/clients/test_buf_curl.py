@@ -12,7 +12,7 @@ from PIL import Image, ImageChops
 from running import RunningServer
 
 
-def test_the_page_does_what_it_says(server: RunningServer, secured: Secured, tmp_path: Path) -> None:
+def test_commands_of_the_buf_readme_work(server: RunningServer, secured: Secured, tmp_path: Path) -> None:
     (tmp_path / "demo").symlink_to(IMAGE.parents[1])
     shutil.copy(secured.ca, tmp_path / "ca.pem")
     shutil.copy(secured.token, tmp_path / "token.txt")
@@ -45,7 +45,7 @@ def test_the_page_does_what_it_says(server: RunningServer, secured: Secured, tmp
     assert '"id": "m"' in secure
 
 
-def test_a_token_is_asked_for(secured: Secured) -> None:
+def test_call_without_a_token_is_unauthenticated(secured: Secured) -> None:
     url = f"https://localhost:{secured.port}/img2img.v1.ModelService/ListModels"
     command = ["curl", "--protocol", "grpc", "--cacert", secured.ca, "--schema", REPOSITORY / "protos", url]
     result = subprocess.run(

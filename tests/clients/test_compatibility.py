@@ -137,7 +137,7 @@ def test_an_addition_passes(tmp_path: Path) -> None:
     assert (result.returncode, result.stdout) == (0, ""), result.stderr
 
 
-def test_released_reasons_and_their_codes_stay() -> None:
+def test_released_reasons_and_codes_are_unchanged() -> None:
     assert "QUEUE_FULL" in json.loads((RELEASED / "img2img.v1.reasons.json").read_text())
     assert api_docs.broken_reasons() == []
 
@@ -157,7 +157,7 @@ def test_release_refuses_removed_error_reasons(
     assert json.loads(capsys.readouterr().out) == api_docs.reasons()
 
 
-def test_released_defaults_stay(released: FileDescriptorSet) -> None:
+def test_released_defaults_are_unchanged(released: FileDescriptorSet) -> None:
     before, today = api_docs.read(released).comments, api_docs.read(api_docs.build()).comments
     defaults = {name: api_docs.split_default(comment)[1] for name, comment in before.items()}
     promised = {name: default for name, default in defaults.items() if default}
@@ -181,7 +181,7 @@ def test_a_client_of_the_released_contract_is_served(released: FileDescriptorSet
     assert b"".join(message.chunk for message in got) == png()
 
 
-def test_a_server_passes_over_fields_of_a_newer_client(newer: Contract, channel: grpc.Channel) -> None:
+def test_server_ignores_unknown_fields_of_a_newer_client(newer: Contract, channel: grpc.Channel) -> None:
     image = newer.make("ImageSource", data=png(), future="?")
     wanted = newer.make("TransformRequest", image=image, seed=5, num_inference_steps=4, future="?")
     (answer,) = newer.call(channel, "ImageToImageService", "Transform", [wanted])
@@ -190,9 +190,7 @@ def test_a_server_passes_over_fields_of_a_newer_client(newer: Contract, channel:
     assert [model.id for model in listed.models] == ["m"]
 
 
-def test_a_server_refuses_a_value_that_it_does_not_know_and_a_method_that_it_does_not_have(
-    newer: Contract, channel: grpc.Channel
-) -> None:
+def test_server_refuses_unknown_enum_values_and_methods(newer: Contract, channel: grpc.Channel) -> None:
     output = newer.make("OutputOptions", format=99)
     wanted = newer.make("TransformRequest", image=newer.make("ImageSource", data=png()), output=output)
     code, told = failure(lambda: newer.call(channel, "ImageToImageService", "Transform", [wanted]))

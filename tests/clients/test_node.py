@@ -33,7 +33,7 @@ def test_a_file_is_transformed(run: Run, server: RunningServer, tmp_path: Path) 
         assert made.format == "WEBP"
 
 
-def test_a_stream_tells_each_step_and_brings_previews(run: Run, server: RunningServer, tmp_path: Path) -> None:
+def test_stream_reports_each_step_and_previews(run: Run, server: RunningServer, tmp_path: Path) -> None:
     result = run("stream.js", IMAGE, "out.png", "--steps", 5, "--preview-every", 2, target=f"localhost:{server.port}")
     queued, started, *steps, done = succeeded(result)
     assert queued == "queued behind 0"
@@ -45,7 +45,7 @@ def test_a_stream_tells_each_step_and_brings_previews(run: Run, server: RunningS
     assert same(tmp_path / "out.png", IMAGE)
 
 
-def test_a_cancelled_stream_leaves_the_device(run: Run, held: tuple[HeldPipeline, str], tmp_path: Path) -> None:
+def test_cancelled_stream_frees_the_device(run: Run, held: tuple[HeldPipeline, str], tmp_path: Path) -> None:
     pipeline, target = held
     result = run("stream.js", IMAGE, "out.png", "--steps", STEPS, "--stop-at", 1, target=target)
     assert (result.returncode, result.stderr.splitlines()[0]) == (1, "CANCELLED: Cancelled on client")
@@ -97,7 +97,7 @@ client.close();
 """
 
 
-def test_who_leaves_the_loop_leaves_the_device(node: Path, held: tuple[HeldPipeline, str]) -> None:
+def test_breaking_out_of_the_stream_loop_frees_the_device(node: Path, held: tuple[HeldPipeline, str]) -> None:
     pipeline, target = held
     with started(node, LEAVING, IMAGE, target=target) as process:
         assert process.stdout.readline() == "left\n"
@@ -151,7 +151,7 @@ client.close();
 """
 
 
-def test_calls_take_turns_among_servers_and_none_fails_when_one_stops(node: Path) -> None:
+def test_calls_alternate_between_servers_and_survive_a_stop(node: Path) -> None:
     pipelines = FakePipeline(), FakePipeline()
     with running(lambda: store(m=pipelines[0])) as first, running(lambda: store(m=pipelines[1])) as second:
         targets = [f"127.0.0.1:{server.port}" for server in (first, second)]
@@ -177,6 +177,6 @@ def test_calls_take_turns_among_servers_and_none_fails_when_one_stops(node: Path
     assert [len(pipeline.prepared) for pipeline in pipelines] == [before[0] + 5 * 8, before[1]]
 
 
-def test_a_server_that_is_down_is_passed_over(run: Run, server: RunningServer) -> None:
+def test_unreachable_server_is_skipped(run: Run, server: RunningServer) -> None:
     lines = succeeded(run("many.js", IMAGE, 6, "--steps", 4, "--target", "127.0.0.1:1", "--target", f"127.0.0.1:{server.port}"))
     assert lines == ["6 images, seeds 0 1 2 3 4 5"]

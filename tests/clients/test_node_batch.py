@@ -29,7 +29,7 @@ async function collected(requests, options) {
 """
 
 
-def test_each_request_has_its_result_whether_requests_are_a_list_or_come_over_time(run: Run, server: RunningServer) -> None:
+def test_list_and_async_iterable_requests_all_get_results(run: Run, server: RunningServer) -> None:
     program = """
 const requests = Array.from({ length: 40 }, (_, seed) => ({ ...request, seed }));
 async function* later() { for (const each of requests) { await new Promise(setImmediate); yield each; } }
@@ -43,7 +43,7 @@ client.close();
     assert lines == [expected, expected, "0 0"]
 
 
-def test_errors_are_of_the_request_alone_wherever_they_arise(run: Run, server: RunningServer) -> None:
+def test_errors_belong_to_their_requests_whatever_the_cause(run: Run, server: RunningServer) -> None:
     program = """
 const wrong = [
   { ...request, model: { repo_id: "none" } },
@@ -87,7 +87,7 @@ client.close();
     assert succeeded(run(HEAD + program, IMAGE, target=f"localhost:{server.port}")) == ["0 seed 5", "1 seed 6"]
 
 
-def test_requests_are_read_as_results_are_taken(run: Run, server: RunningServer) -> None:
+def test_requests_are_read_only_as_results_are_consumed(run: Run, server: RunningServer) -> None:
     program = """
 let [read, taken, most, returned] = [0, 0, 0, false];
 function* endless() {
@@ -185,7 +185,7 @@ client.close();
     assert all(pipeline.prepared for pipeline in pipelines), "both had a part"
 
 
-def test_a_call_that_may_succeed_later_is_tried_again_and_no_other(run: Run, fake: FakeServer) -> None:
+def test_only_transient_errors_are_retried(run: Run, fake: FakeServer) -> None:
     program = """
 await collected([request], { timeout: 50 }).then((lines) => console.log(lines.length), (error) => console.log(error.code));
 client.close();
@@ -217,7 +217,7 @@ client.close();
     assert lines == ["INTERNAL the server ended the batch without a result for each request"]
 
 
-def test_a_server_that_is_not_there_ends_the_batch(run: Run) -> None:
+def test_unreachable_server_ends_the_batch(run: Run) -> None:
     program = """
 await collected([request, request]).catch((error) => console.log(error.code));
 client.close();

@@ -10,7 +10,7 @@ from other_clients import IMAGE, Run, failed, succeeded
 from running import RunningServer
 
 
-def test_an_estimate_comes_with_a_deadline_that_cannot_be_met(run: Run, fake: FakeServer) -> None:
+def test_unmeetable_deadline_error_has_the_estimate(run: Run, fake: FakeServer) -> None:
     info = error_info("DEADLINE_UNMEETABLE", estimate_seconds="12.345")
     fake.service.failure = rich_status(code_pb2.DEADLINE_EXCEEDED, "it would take 12.3 s", info)
     lines = failed(run("transform.js", IMAGE, "out.png", "--timeout", 20, target=fake.target))
@@ -30,7 +30,7 @@ def test_a_wrong_field_is_named(run: Run, server: RunningServer) -> None:
 
 
 @pytest.mark.parametrize("program", ["transform.js", "stream.js"])
-def test_a_full_queue_says_when_to_come_back(program: str, run: Run, fake: FakeServer) -> None:
+def test_queue_full_error_has_the_retry_delay(program: str, run: Run, fake: FakeServer) -> None:
     # Longer than is waited: the caller is told.
     fake.service.failure, fake.service.fail_before = queue_full(90.25), 0
     lines = failed(run(program, IMAGE, "out.png", target=fake.target))
@@ -38,7 +38,7 @@ def test_a_full_queue_says_when_to_come_back(program: str, run: Run, fake: FakeS
     assert len(fake.service.requests) == 1
 
 
-def test_a_full_queue_is_tried_again_and_no_memory_is_not(run: Run, fake: FakeServer) -> None:
+def test_queue_full_is_retried_but_out_of_memory_is_not(run: Run, fake: FakeServer) -> None:
     fake.service.failures = [queue_full(0.05), queue_full(0.05)]
     succeeded(run("transform.js", IMAGE, "out.png", target=fake.target))
     assert len(fake.service.requests) == 3
@@ -50,7 +50,7 @@ def test_a_full_queue_is_tried_again_and_no_memory_is_not(run: Run, fake: FakeSe
     assert len(fake.service.requests) == 4
 
 
-def test_a_stream_that_did_not_begin_is_tried_again_and_one_that_did_is_not(run: Run, fake: FakeServer) -> None:
+def test_stream_is_retried_only_before_it_has_started(run: Run, fake: FakeServer) -> None:
     fake.service.fail_before, fake.service.failures = 0, [queue_full(0.05), unavailable()]
     assert succeeded(run("stream.js", IMAGE, "out.png", target=fake.target))[0] == "queued behind 3"
     assert len(fake.service.requests) == 3

@@ -27,7 +27,9 @@ _TYPES = re.findall(
 )
 
 
-def test_the_readme_does_what_it_says(node: Path, server: RunningServer, secured: Secured, tmp_path: Path) -> None:
+def test_commands_and_programs_of_the_node_readme_work(
+    node: Path, server: RunningServer, secured: Secured, tmp_path: Path
+) -> None:
     """Its commands run in the repository, its programs in a folder where the packed package is installed."""
     (tmp_path / "demo").symlink_to(IMAGE.parents[1])
     for block in blocks(CLIENTS / "node" / "README.md", "sh"):
@@ -80,7 +82,7 @@ def install(folder: Path) -> None:
     (folder / "package").rename(modules / "img2img-client")
 
 
-def test_the_lock_pins_everything_and_nothing_runs_when_it_is_installed() -> None:
+def test_lock_pins_every_package_and_has_no_install_scripts() -> None:
     manifest = json.loads((CLIENTS / "node" / "package.json").read_text())
     lock = json.loads((CLIENTS / "node" / "package-lock.json").read_text())
     packages = {name: package for name, package in lock["packages"].items() if name}
@@ -108,7 +110,7 @@ def test_the_types_have_the_fields_of_the_contract(name: str, properties: str) -
     assert set(named) - oneofs == {field.name for field in message.fields}
 
 
-def test_every_message_that_the_methods_take_and_give_has_a_type() -> None:
+def test_every_message_of_the_methods_has_a_type() -> None:
     typed = {name for name, _ in _TYPES}
     pending = [_MESSAGES[name] for name in ("TransformRequest", "TransformStreamResponse", "Model", "Asset")]
     while pending:

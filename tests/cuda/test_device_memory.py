@@ -133,7 +133,7 @@ def test_other_models_keep_their_recordings_unless_their_memory_is_needed(
         assert launches(waiting, name, gpu)["cudaGraphLaunch"] == recorded[name], "recorded again"
 
 
-def test_a_request_that_runs_out_for_good_ends_alone_and_the_next_is_answered(
+def test_repeated_out_of_memory_fails_only_one_request(
     two: tuple[Waiting, dict[str, Pipeline]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     waiting, pipelines = two
@@ -145,7 +145,7 @@ def test_a_request_that_runs_out_for_good_ends_alone_and_the_next_is_answered(
         assert isinstance(waiting.run(request(name))[0], Completed)
 
 
-def test_requests_that_do_not_fit_together_leave_the_server_as_it_was(bundle: Callable[[str], Path], gpu: FakeGpu) -> None:
+def test_out_of_memory_in_a_batch_has_no_lasting_effect(bundle: Callable[[str], Path], gpu: FakeGpu) -> None:
     """With room for one such request: of eight at the same time some may be refused, a single one afterwards never is."""
     large = request("m", (320, 320), guidance_scale=2.0)
     engine = Engine({"m": load(bundle("sd1"))})
@@ -163,7 +163,7 @@ def test_requests_that_do_not_fit_together_leave_the_server_as_it_was(bundle: Ca
         engine.close()
 
 
-def test_planning_a_request_asks_nothing_of_the_device(bundle: Callable[[str], Path], gpu: FakeGpu) -> None:
+def test_planning_a_request_makes_no_device_call(bundle: Callable[[str], Path], gpu: FakeGpu) -> None:
     """Each request is planned on a thread of its own, while the engine's may be recording."""
     pipeline = load(bundle("sd1"))
     names = ("cudaEventRecord", "cudaStreamWaitEvent", "cudaMalloc", "cudaMemcpyAsync", "cudaStreamSynchronize", "launch")
@@ -277,7 +277,7 @@ async def test_the_memory_of_the_gpu_is_the_budget(folder: Path, gpu: FakeGpu, c
         assert it.store.get("b").pipeline is not None
 
 
-async def test_a_model_that_runs_out_of_memory_as_it_is_loaded_makes_others_leave(
+async def test_load_that_runs_out_of_memory_evicts_other_models(
     folder: Path, gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Though the estimate said that there was room. It does not run on the CPU for that."""

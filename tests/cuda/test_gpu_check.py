@@ -52,7 +52,7 @@ def test_preflight_opens_replays_and_names_the_device(settings: Settings) -> Non
     assert lines["UNet, recorded"].note == "replayed"
 
 
-def test_only_calls_that_are_not_recorded_build_plans_when_rows_change(settings: Settings, gpu: FakeGpu) -> None:
+def test_recorded_calls_build_no_plans_when_rows_change(settings: Settings, gpu: FakeGpu) -> None:
     with gpu.counting() as switched:
         assert "4 rows after 2" in _passed(SECTIONS["switch"](settings))
     with gpu.counting() as replayed:
@@ -78,7 +78,7 @@ def test_a_section_runs(section: str, some: set[str], settings: Settings) -> Non
     assert some <= set(_passed(SECTIONS[section](settings)))
 
 
-def test_after_a_request_that_does_not_fit_others_succeed(settings: Settings) -> None:
+def test_requests_after_an_out_of_memory_succeed(settings: Settings) -> None:
     lines = _passed(SECTIONS["memory"](settings))
     assert "out of memory" in lines["a request that does not fit"].note
     assert [lines[f"request {number} after it"].note for number in (1, 2, 3)] == ["succeeded"] * 3

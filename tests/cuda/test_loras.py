@@ -46,9 +46,7 @@ def steps(pipeline: SteppedPipeline, folder: Path, loras: Sequence[int | None], 
         pipeline.advance(states, pipeline.denoise(states))
 
 
-def test_a_recorded_call_with_loras_is_one_launch_whatever_is_in_the_slots(
-    pipeline: SteppedPipeline, gpu: FakeGpu, tmp_path: Path
-) -> None:
+def test_recorded_lora_call_is_one_launch_for_any_slot_contents(pipeline: SteppedPipeline, gpu: FakeGpu, tmp_path: Path) -> None:
     with recording_at_once():
         steps(pipeline, tmp_path, [0, None, 1, 2])
     for loras in ([0, None, 1, 2], [1, 0, None, None], [3, 4, 3, 0]):  # the last evicts
@@ -61,7 +59,7 @@ def test_a_recorded_call_with_loras_is_one_launch_whatever_is_in_the_slots(
         assert counts["cudaGraphLaunch"] >= 4
 
 
-def test_a_larger_rank_is_recorded_apart(pipeline: SteppedPipeline, gpu: FakeGpu, tmp_path: Path) -> None:
+def test_larger_lora_rank_gets_its_own_recording(pipeline: SteppedPipeline, gpu: FakeGpu, tmp_path: Path) -> None:
     with recording_at_once():
         steps(pipeline, tmp_path, [0])
         with gpu.counting() as counts:
@@ -75,7 +73,7 @@ def test_a_larger_rank_is_recorded_apart(pipeline: SteppedPipeline, gpu: FakeGpu
         assert counts["cudaStreamBeginCapture"] == 0
 
 
-def test_nothing_is_copied_between_host_and_device_in_a_call(pipeline: SteppedPipeline, gpu: FakeGpu, tmp_path: Path) -> None:
+def test_lora_call_copies_only_step_numbers_and_slots(pipeline: SteppedPipeline, gpu: FakeGpu, tmp_path: Path) -> None:
     """But the numbers of a step and the rows' slots."""
     (graph,) = pipeline._denoiser.graphs
     assert graph.row_buckets

@@ -16,7 +16,7 @@ from img2img_server.support.device_lock import recording_at_once
 from PIL import Image
 
 
-def test_a_masked_step_replays_the_same_recording_and_waits_for_nothing(bundle: Callable[[str], Path], gpu: FakeGpu) -> None:
+def test_masked_step_replays_the_same_recording_without_waiting(bundle: Callable[[str], Path], gpu: FakeGpu) -> None:
     folder = bundle("sd1")
     pipeline: Any = load_pipeline(folder, read_manifest(folder), Execution("cuda", 1), Cache(0))
     mask = Mask(Image.new("L", (64, 64), 255))

@@ -86,7 +86,7 @@ def test_fp32_is_computed_without_tf32(bundle: Callable[[str], Path]) -> None:
     assert not any("prefer_nhwc" in given for given in asked)
 
 
-def test_the_first_outputs_of_a_shape_do_not_lie_in_the_arena(bundle: Callable[[str], Path], gpu: FakeGpu) -> None:
+def test_first_outputs_of_a_shape_are_outside_the_arena(bundle: Callable[[str], Path], gpu: FakeGpu) -> None:
     """A later recording may use the same memory: what was handed out would change."""
     folder = bundle("sd1")
     make = cuda.runners(Execution("cuda", 1), 1, open_session)
@@ -97,7 +97,7 @@ def test_the_first_outputs_of_a_shape_do_not_lie_in_the_arena(bundle: Callable[[
 
 
 @pytest.mark.parametrize("provider", ["auto", "cuda"])
-def test_a_gpu_that_does_not_run_a_bundle_is_given_up_with_its_reason(
+def test_gpu_that_cannot_run_a_bundle_is_reported_or_falls_back(
     provider: str, bundle: Callable[[str], Path], gpu: FakeGpu, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = bundle("sd1")
@@ -113,7 +113,7 @@ def test_a_gpu_that_does_not_run_a_bundle_is_given_up_with_its_reason(
     assert "not on CUDA: " in caplog.text
 
 
-def test_a_fused_graph_that_opens_but_does_not_run_gives_way_to_the_plain_one(
+def test_fused_graph_that_fails_to_run_falls_back_to_the_plain_one(
     bundle: Callable[[str], Path], caplog: pytest.LogCaptureFixture
 ) -> None:
     """GroupNorm's kernel refuses some numbers of channels only when it is run: those of the tiny models are such."""
@@ -127,7 +127,7 @@ def test_a_fused_graph_that_opens_but_does_not_run_gives_way_to_the_plain_one(
     assert len(placed) == 1 + len(refused)
 
 
-def test_arenas_take_few_allocations(bundle: Callable[[str], Path], gpu: FakeGpu) -> None:
+def test_arenas_make_few_allocations(bundle: Callable[[str], Path], gpu: FakeGpu) -> None:
     """Whatever sizes are asked for: kSameAsRequested made 51 while serving 44 shapes."""
     runner = cuda.runners(Execution("cuda", 1), 1, open_session)("unet", bundle("sd1") / "unet" / "model.onnx")
     shapes = [(rows, side) for side in range(8, 48, 8) for rows in (1, 2, 3, 4)]
@@ -143,7 +143,7 @@ def test_arenas_take_few_allocations(bundle: Callable[[str], Path], gpu: FakeGpu
     assert counts["cudaMalloc"] <= 12, counts
 
 
-def test_the_probe_looks_for_what_is_loaded_later(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_probe_checks_libraries_that_are_loaded_lazily(monkeypatch: pytest.MonkeyPatch) -> None:
     load_library = ctypes.CDLL
 
     def without_cudnn(name: str, *arguments: Any, **named: Any) -> Any:

@@ -99,7 +99,9 @@ async def test_models_are_loaded_and_unloaded_beside_recordings(
     assert "records no more CUDA graphs" not in caplog.text
 
 
-def test_memory_that_ran_out_comes_back(bundle: Callable[[str], Path], gpu: FakeGpu, caplog: pytest.LogCaptureFixture) -> None:
+def test_memory_is_available_again_after_an_out_of_memory(
+    bundle: Callable[[str], Path], gpu: FakeGpu, caplog: pytest.LogCaptureFixture
+) -> None:
     """Finding 13: after one batch without room, requests that had room before had none."""
     folder = bundle("sd1")
     pipeline = load(folder, read_manifest(folder))
@@ -116,7 +118,7 @@ def test_memory_that_ran_out_comes_back(bundle: Callable[[str], Path], gpu: Fake
         engine.close()
 
 
-def test_a_call_in_pieces_is_on_the_shared_stream_from_its_start() -> None:
+def test_stepper_runs_on_the_shared_stream_from_its_start() -> None:
     """Finding 11: it allocated on the default stream, and went over in the middle."""
     seen: list[torch.cuda.Stream] = []
     torch.zeros(1, device="cuda")

@@ -29,7 +29,7 @@ def request(**settings: Any) -> Request:
     return Request("", Image.new("RGB", (64, 64), "gray"), "a lake", None, 1.0, 2, 2.0, (0,), **settings)
 
 
-def test_every_thread_of_a_call_is_on_the_shared_stream_before_it_allocates(pipe: Any) -> None:
+def test_every_thread_of_a_call_uses_the_shared_stream(pipe: Any) -> None:
     """What one stream frees, another may still use: so there is one."""
     streams: list[tuple[str, bool]] = []
 

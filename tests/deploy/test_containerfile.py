@@ -30,7 +30,7 @@ def variables() -> dict[str, str]:
     return dict(part.split("=", 1) for line in said("ENV") for part in line.split())
 
 
-def test_hadolint_has_nothing_to_say() -> None:
+def test_hadolint_reports_nothing() -> None:
     program = Path(sys.executable).parent / "hadolint"
     done = subprocess.run([program, "--no-color", _PATH], capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
@@ -44,7 +44,7 @@ def test_there_are_two_targets_over_one_base() -> None:
     assert "BASE=docker.io/library/debian:bookworm-slim" in said("ARG")
 
 
-def test_it_is_nobody_and_ends_by_a_signal_that_drains() -> None:
+def test_container_runs_unprivileged_and_stops_by_sigterm() -> None:
     user, _, group = said("USER")[-1].partition(":")
     assert int(user) == int(group) > 0
     assert said("STOPSIGNAL") == ["SIGTERM"]
@@ -61,7 +61,7 @@ def test_container_runs_our_commands_without_a_shell() -> None:
         parser.parse_args(words[2:])
 
 
-def test_its_settings_are_good_and_all_that_is_written_is_a_volume() -> None:
+def test_container_config_is_valid_and_written_paths_are_volumes() -> None:
     own = {name: value for name, value in variables().items() if name.startswith("IMG2IMG_")}
     assert own == {"IMG2IMG_CONFIG": "/etc/img2img/server.toml"}
     assert "deploy/server.toml /etc/img2img/server.toml" in said("COPY")
@@ -81,7 +81,7 @@ def test_unknown_settings_of_the_container_image_are_detected(tmp_path: Path) ->
         config_of([], {}, wrong)
 
 
-def test_what_it_copies_is_there_and_let_through() -> None:
+def test_copied_files_exist_and_are_not_ignored() -> None:
     ignored = (_PATH.parent / "Containerfile.dockerignore").read_text(encoding="utf-8").splitlines()
     allowed = [line.removeprefix("!") for line in ignored if line.startswith("!")]
     sources = [part for line in said("COPY") if not line.startswith("--from") for part in line.split()[:-1]]
@@ -93,7 +93,7 @@ def test_what_it_copies_is_there_and_let_through() -> None:
     assert {_PROJECT["project"]["readme"], *_PROJECT["project"]["license-files"]} <= set(sources), "its metadata names them"
 
 
-def test_versions_are_the_projects() -> None:
+def test_container_versions_match_the_project() -> None:
     arguments = dict(line.partition("=")[::2] for line in said("ARG"))
     assert arguments["UV"] == (REPOSITORY / "scripts" / "uv-version").read_text(encoding="utf-8").strip()
     assert arguments["VERSION"] == _PROJECT["project"]["version"]

@@ -28,7 +28,7 @@ def subparsers(parser: argparse.ArgumentParser) -> list[argparse.ArgumentParser]
     return [choice for action in actions for choice in action.choices.values()]
 
 
-def test_flags_of_our_commands_are_there() -> None:
+def test_documented_flags_exist() -> None:
     text = _TEXT.replace("\\\n", " ").replace("serve --config\ndeploy", "serve --config deploy")
     named = re.findall(r"img2img (\w+)((?: [\w./=-]+)*)", text)
     seen = [(command, flag) for command, rest in named if command in COMMANDS for flag in re.findall(r"--[a-z-]+", rest)]
@@ -39,12 +39,12 @@ def test_flags_of_our_commands_are_there() -> None:
         assert flag in words("serve") | words("health")
 
 
-def test_variables_are_settings_or_the_clients() -> None:
+def test_documented_variables_are_settings_or_client_variables() -> None:
     known = {VARIABLES + one.name.upper() for one in settings_of(ServerConfig)} | {CONFIG_VARIABLE, *CLIENT_VARIABLES}
     assert set(re.findall(r"\bIMG2IMG_[A-Z_]*[A-Z]", _TEXT)) <= known
 
 
-def test_files_and_links_are_there() -> None:
+def test_documented_files_and_links_exist() -> None:
     named = set(re.findall(r"`?\b((?:deploy|scripts|docs)/[\w./-]+\w)", _TEXT))
     named |= {f"deploy/kubernetes/{path}" for path in re.findall(r"`((?:base|components|overlays)/[\w./-]+\w)`", _TEXT)}
     assert len(named) > 10
@@ -58,7 +58,7 @@ def test_files_and_links_are_there() -> None:
         assert not heading or heading in headings, f"{file}#{heading}"
 
 
-def test_numbers_are_those_of_the_files() -> None:
+def test_documented_numbers_match_the_files() -> None:
     container = config_of([], {}, _DEPLOY / "server.toml")
     assert f"`grace` ({container.grace:g} s in that file)" in _TEXT
     (stop,) = re.findall(r"--stop-timeout (\d+)", _TEXT)
@@ -76,7 +76,7 @@ def test_numbers_are_those_of_the_files() -> None:
     assert f"`{WORK.name}`" in _TEXT
 
 
-def test_commands_come_in_an_order_and_from_a_place_that_works() -> None:
+def test_documented_commands_are_in_a_working_order() -> None:
     commands = [line for block in re.findall(r"^```\n(.*?)^```$", _TEXT, re.MULTILINE | re.DOTALL) for line in block.splitlines()]
     (ready,) = (
         place for place, line in enumerate(commands) if line.startswith("kubectl -n img2img wait ") and "load-models" in line

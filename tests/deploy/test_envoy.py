@@ -120,7 +120,7 @@ def test_a_deadline_is_honoured(port: int, pipeline: FakePipeline) -> None:
     assert events >= 2, "queued and started"
 
 
-def test_a_client_that_leaves_frees_the_engine(tmp_path: Path) -> None:
+def test_disconnect_frees_the_engine(tmp_path: Path) -> None:
     pipeline = FakePipeline()
     gate = Gate(pipeline)
     with running(lambda: store(m=pipeline)) as server, proxied(server.port, tmp_path) as port, ending() as calls:
@@ -147,7 +147,7 @@ def preflight(port: int, origin: str, host: str = "localhost") -> http.client.HT
         return response
 
 
-def test_a_page_may_call_only_from_the_origin_of_the_file(port: int) -> None:
+def test_cors_allows_only_the_configured_origin(port: int) -> None:
     allowed = preflight(port, ORIGIN)
     assert (allowed.status, allowed.headers["access-control-allow-origin"]) == (200, ORIGIN)
     assert allowed.headers["access-control-allow-methods"] == "POST, OPTIONS"
@@ -175,7 +175,7 @@ def test_a_server_that_is_not_ready_is_unavailable(tmp_path: Path) -> None:
         assert call.status == 14
 
 
-def test_images_larger_than_the_buffers_pass(port: int) -> None:
+def test_images_larger_than_the_buffers_are_forwarded(port: int) -> None:
     buffer = yaml.safe_load(CONFIG.read_text(encoding="utf-8"))["static_resources"]["listeners"][0][
         "per_connection_buffer_limit_bytes"
     ]
@@ -191,7 +191,7 @@ def test_images_larger_than_the_buffers_pass(port: int) -> None:
     assert ImageChops.difference(Image.open(io.BytesIO(made)), noise).getbbox() is None
 
 
-def test_tokens_pass(tmp_path: Path) -> None:
+def test_tokens_are_forwarded(tmp_path: Path) -> None:
     token = grant(tmp_path / "tokens.toml", "alice")
     with (
         running(lambda: store(m=FakePipeline()), tokens=tmp_path / "tokens.toml") as server,
@@ -205,7 +205,7 @@ def test_tokens_pass(tmp_path: Path) -> None:
         assert [HealthCheckResponse.FromString(message).status for message in health] == [HealthCheckResponse.SERVING]
 
 
-def test_a_server_that_drains_finishes_its_streams_and_gets_no_new_calls(tmp_path: Path) -> None:
+def test_draining_server_finishes_streams_and_gets_no_new_calls(tmp_path: Path) -> None:
     pipeline = FakePipeline()
     gate = Gate(pipeline)
     with running(lambda: store(m=pipeline)) as server, proxied(server.port, tmp_path) as port:
@@ -236,7 +236,7 @@ def test_the_options_add_tls_on_both_sides(tmp_path: Path) -> None:
         assert call.status == 0
 
 
-def test_it_listens_on_loopback_and_calls_that_are_not_read_cannot_fill_a_connection() -> None:
+def test_envoy_listens_on_loopback_and_unread_streams_block_no_others() -> None:
     for text in (CONFIG.read_text(encoding="utf-8"), with_options(CONFIG.read_text(encoding="utf-8"))):
         config = yaml.safe_load(text)["static_resources"]
         assert [listener["address"]["socket_address"]["address"] for listener in config["listeners"]] == ["127.0.0.1"]

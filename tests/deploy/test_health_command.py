@@ -32,7 +32,7 @@ def at(server: RunningServer, timeout: str = "30") -> tuple[str, ...]:
     return ("--target", f"localhost:{server.port}", "--timeout", timeout)
 
 
-def test_a_server_that_serves_is_healthy_and_nothing_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+def test_ready_server_is_healthy_without_output(capsys: pytest.CaptureFixture[str]) -> None:
     with running(lambda: store(m=FakePipeline())) as server:
         assert health(*at(server)) == 0
     assert capsys.readouterr() == ("", "")
@@ -46,7 +46,7 @@ def test_unreachable_server_is_one_line_and_status_1(capsys: pytest.CaptureFixtu
     assert line.startswith("img2img health: ")
 
 
-def test_a_busy_server_is_healthy_and_one_that_drains_is_not() -> None:
+def test_busy_server_is_healthy_but_a_draining_one_is_not() -> None:
     pipeline, begun, go_on = FakePipeline(), threading.Event(), threading.Event()
 
     def compute() -> None:
@@ -75,7 +75,7 @@ def test_a_busy_server_is_healthy_and_one_that_drains_is_not() -> None:
             go_on.set()
 
 
-def test_over_tls_by_the_variables_of_a_probe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_health_over_tls_uses_the_probes_variables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As components/tls sets them: the secret's ca.crt, and a certificate that has the name localhost."""
     authority = trustme.CA()
     issued = authority.issue_cert("img2img-headless.img2img.svc", "localhost")

@@ -82,14 +82,14 @@ def config(built: Built, tmp_path: Path) -> ServerConfig:
     return built.config(tmp_path)
 
 
-def test_kubernetes_takes_them(built: Built) -> None:
+def test_manifests_are_valid_for_supported_kubernetes_versions(built: Built) -> None:
     for version in _VERSIONS:
         for document in (*built.documents, *read(KUBERNETES / "load-models.yaml")):
             if document["kind"] != "PodMonitor":  # The Prometheus operator's: held against its schema by hand.
                 kubernetes_validate.validate(document, version, strict=True)
 
 
-def test_the_schemas_see_a_wrong_key() -> None:
+def test_schema_validation_detects_an_unknown_key() -> None:
     wrong = build(KUBERNETES / "overlays" / "cpu")
     (deployment,) = (one for one in wrong if one["kind"] == "Deployment")
     deployment["spec"]["template"]["spec"]["containers"][0]["readinessProb"] = {}
@@ -97,7 +97,7 @@ def test_the_schemas_see_a_wrong_key() -> None:
         kubernetes_validate.validate(deployment, _VERSIONS[-1], strict=True)
 
 
-def test_every_file_is_part_of_something() -> None:
+def test_every_kubernetes_file_is_used() -> None:
     used = {KUBERNETES / "load-models.yaml", KUBERNETES / "components" / "autoscaling" / "prometheus-adapter.yaml"}
     for kustomization in KUBERNETES.rglob("kustomization.yaml"):
         (content,) = read(kustomization)
@@ -125,7 +125,7 @@ def test_server_reads_its_config_file_and_relative_paths(built: Built, config: S
     assert {"/tmp", "/cache"} <= built.mounts.keys(), "what else is written"
 
 
-async def test_a_volume_for_assets_that_is_roots_will_do(
+async def test_asset_volume_owned_by_root_is_accepted(
     config: ServerConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With fsGroup a volume can be written to, but is not the server's: to change its mode is refused."""
@@ -158,7 +158,7 @@ def test_plaintext_listening_beyond_loopback_must_be_explicit(built: Built, conf
         assert built.mounts[str(Path(str(file)).parent)]["volume"]["secret"]["secretName"] == "img2img-tls"
 
 
-def test_ports_are_the_servers(built: Built, config: ServerConfig) -> None:
+def test_ports_match_the_server_config(built: Built, config: ServerConfig) -> None:
     assert built.ports == {"grpc": config.port, "metrics": config.telemetry.metrics_port}
     assert config.telemetry.metrics_host == "0.0.0.0"
     for service in built.of("Service"):
@@ -170,7 +170,7 @@ def test_ports_are_the_servers(built: Built, config: ServerConfig) -> None:
         assert [end["port"] for end in monitor["spec"]["podMetricsEndpoints"]] == ["metrics"]
 
 
-def test_probes_ask_for_the_servers_health(built: Built, config: ServerConfig) -> None:
+def test_probes_check_the_servers_health(built: Built, config: ServerConfig) -> None:
     parser = argparse.ArgumentParser()
     health_command.configure(parser)
     for kind in ("startupProbe", "readinessProbe", "livenessProbe"):
@@ -192,7 +192,7 @@ def test_probes_leave_time_to_load_and_to_drain(built: Built, config: ServerConf
     assert built.pod["terminationGracePeriodSeconds"] > config.grace + CLOSING
 
 
-def test_variables_of_services_do_not_become_settings(built: Built) -> None:
+def test_kubernetes_service_variables_do_not_become_settings(built: Built) -> None:
     """Kubernetes has variables for each service of the namespace, and of "img2img" they look like ours."""
     assert any(service["metadata"]["name"] == "img2img" and "clusterIP" not in service["spec"] for service in built.of("Service"))
     with pytest.raises(SettingError, match="IMG2IMG_PORT"):
@@ -200,7 +200,7 @@ def test_variables_of_services_do_not_become_settings(built: Built) -> None:
     assert built.pod["enableServiceLinks"] is False
 
 
-def test_pods_may_do_nothing_but_serve(built: Built) -> None:
+def test_pods_run_with_restricted_permissions(built: Built) -> None:
     (namespace,) = built.of("Namespace")
     assert namespace["metadata"]["labels"]["pod-security.kubernetes.io/enforce"] == "restricted"
     user = int(instruction("USER").partition(":")[0])
@@ -221,7 +221,7 @@ def test_pods_may_do_nothing_but_serve(built: Built) -> None:
     assert (policy["spec"]["policyTypes"], policy["spec"]["egress"]) == (["Ingress", "Egress"], [])
 
 
-def test_everything_selects_the_pods(built: Built) -> None:
+def test_all_selectors_match_the_pod_labels(built: Built) -> None:
     labels = built.deployment["template"]["metadata"]["labels"]
     selectors = [built.deployment["selector"]["matchLabels"], *(one["spec"]["selector"] for one in built.of("Service"))]
     for kind in ("PodDisruptionBudget", "PodMonitor"):
@@ -244,7 +244,7 @@ def test_gpu_pod_requests_one_gpu_and_reports_failure(tmp_path: Path) -> None:
         assert one.container["image"].endswith(f"{project_version()}-{one.name}")
 
 
-def test_pods_are_as_many_as_there_is_work() -> None:
+def test_pod_count_scales_with_queued_work() -> None:
     scaled = Built("cpu", tuple(build(KUBERNETES / "overlays" / "cpu", _COMPONENTS)))
     (autoscaler,) = scaled.of("HorizontalPodAutoscaler")
     (deployment,) = scaled.of("Deployment")

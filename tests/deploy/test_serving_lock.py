@@ -11,11 +11,11 @@ import serving_lock
 _EXPORTING = {"optimum", "optimum-onnx", "onnx", "scikit-image", "scipy", "pytest", "mypy"}
 
 
-def test_the_locks_are_requirements_lock_s_part_for_serving() -> None:
+def test_serving_locks_match_requirements_lock() -> None:
     assert list(serving_lock.faults()) == []
 
 
-def test_a_machine_whose_torch_came_with_cuda_says_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_serving_lock_does_not_depend_on_the_torch_build(monkeypatch: pytest.MonkeyPatch) -> None:
     """requirements.lock is for both builds of torch; PyPI's names CUDA's libraries as its needs."""
     requires, resolve = metadata.requires, serving_lock.closure.__wrapped__
     found = resolve(serving_lock.EXTRAS["cpu"])
@@ -25,7 +25,7 @@ def test_a_machine_whose_torch_came_with_cuda_says_the_same(monkeypatch: pytest.
 
 
 @pytest.mark.parametrize("name", serving_lock.EXTRAS)
-def test_the_export_stack_stays_behind(name: str) -> None:
+def test_serving_locks_exclude_the_export_stack(name: str) -> None:
     assert not _EXPORTING & serving_lock.pins(serving_lock.read(name)).keys()
 
 
@@ -43,7 +43,7 @@ def test_the_export_stack_stays_behind(name: str) -> None:
         ("build", " \\\n", "\n", "has no hash"),
     ],
 )
-def test_a_lock_that_has_drifted_is_seen(lock: str, before: str, after: str, fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_outdated_lock_is_detected(lock: str, before: str, after: str, fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     real = serving_lock.read
     assert before in real(lock)
     monkeypatch.setattr(serving_lock, "read", lambda name: real(name).replace(before, after) if name == lock else real(name))
@@ -63,7 +63,7 @@ def test_the_bill_of_materials_lists_exactly_the_locks_packages(image: str, ray:
 
 
 @pytest.mark.nightly
-def test_the_bill_is_cyclonedx_and_knows_what_needs_what() -> None:
+def test_sbom_is_cyclonedx_with_dependencies() -> None:
     bill: dict[str, Any] = json.loads(sbom.as_json(sbom.bill("cpu")))
     assert (bill["bomFormat"], bill["metadata"]["component"]["name"]) == ("CycloneDX", "img2img-server")
     needs = {one["ref"]: set(one.get("dependsOn", ())) for one in bill["dependencies"]}

@@ -32,7 +32,7 @@ def config() -> ServerConfig:
     return config_of(words[2:], {}, _FOLDER / "server.toml")
 
 
-def test_it_starts_the_server_with_its_file() -> None:
+def test_unit_starts_the_server_with_its_config_file() -> None:
     words = shlex.split(unit()["ExecStart"][0])
     assert words[2:] == ["--config", "/etc/img2img/server.toml"]
     assert unit()["ConditionPathExists"] == [words[3], words[0]]
@@ -48,7 +48,7 @@ def test_variables_of_the_example_are_settings() -> None:
     config_of(["--models", "m"], examples)
 
 
-def test_what_is_written_are_folders_of_the_unit() -> None:
+def test_written_paths_are_directories_of_the_unit() -> None:
     states = {f"/var/lib/{name}" for name in unit()["StateDirectory"][0].split()}
     assert {str(config().models), str(config().assets.url)} <= states
     environment = dict(part.split("=", 1) for part in unit()["Environment"][0].split())
@@ -56,14 +56,14 @@ def test_what_is_written_are_folders_of_the_unit() -> None:
     assert unit()["ProtectSystem"] == ["strict"]
 
 
-def test_it_may_drain() -> None:
+def test_stop_timeout_leaves_time_to_drain() -> None:
     assert unit()["KillSignal"] == ["SIGTERM"]
     (grace,) = (one for one in settings_of(ServerConfig) if one.name == "grace")
     assert from_text(grace, unit()["TimeoutStopSec"][0]) > config().grace + CLOSING
     assert unit()["KillMode"] == ["mixed"], "the server ends its own processes"
 
 
-def test_it_comes_back_but_for_a_setting_that_cannot_work() -> None:
+def test_unit_restarts_on_failure_except_for_invalid_settings() -> None:
     never = {int(status) for status in unit()["RestartPreventExitStatus"][0].split()}
     good = {int(status) for status in unit()["SuccessExitStatus"][0].split()}
     assert unit()["Restart"] == ["on-failure"]
@@ -72,13 +72,13 @@ def test_it_comes_back_but_for_a_setting_that_cannot_work() -> None:
     assert 1 not in never | good
 
 
-def test_it_has_a_gpu_and_no_other_device() -> None:
+def test_unit_has_access_only_to_nvidia_devices() -> None:
     assert unit()["DevicePolicy"] == ["closed"]
     assert unit()["DeviceAllow"] == ["char-nvidia* rw"]
     assert unit()["CapabilityBoundingSet"] == [""]
     assert unit()["User"] == ["img2img"]
 
 
-def test_every_file_is_there() -> None:
+def test_systemd_folder_has_exactly_the_expected_files() -> None:
     assert {path.name for path in _FOLDER.iterdir()} == {"img2img.service", "server.toml", "environment"}
     assert all(Path(path).is_absolute() for path in (*unit()["ConditionPathExists"], unit()["WorkingDirectory"][0]))

@@ -85,7 +85,7 @@ def proxy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proxy]:
         held.may_step.release(1000)
 
 
-def test_an_image_is_edited_by_openais_fields_and_by_our_own(proxy: Proxy) -> None:
+def test_edit_accepts_openai_fields_and_extensions(proxy: Proxy) -> None:
     with proxy.client() as client:
         assert [model.id for model in client.models.list()] == ["demo", "held"]
         more = {"seed": 7, "strength": 0.5, "num_inference_steps": 8, "negative_prompt": "fog", "guidance_scale": 3}
@@ -124,7 +124,7 @@ def test_errors_come_through_with_their_status_and_text(proxy: Proxy, more: dict
         client.images.edit(image=png(), prompt="a lake", model="demo", **more)
 
 
-def test_the_path_that_passes_all_through_has_streams_and_variations(proxy: Proxy) -> None:
+def test_pass_through_path_supports_streams_and_variations(proxy: Proxy) -> None:
     with proxy.client("/img2img/v1") as client:
         assert [model.id for model in client.models.list()] == ["demo", "held"]
         stream = client.images.edit(image=png(), prompt="a lake", model="demo", stream=True, partial_images=2)
@@ -140,7 +140,7 @@ def test_the_path_that_passes_all_through_has_streams_and_variations(proxy: Prox
         assert (caught.value.param, caught.value.code) == ("strength", "INVALID_FIELD")
 
 
-def test_a_request_that_the_proxy_gives_up_frees_the_device(proxy: Proxy) -> None:
+def test_proxy_timeout_frees_the_device(proxy: Proxy) -> None:
     began = threading.Event()
     proxy.held.before_call = began.set
     with ending() as proxy.held.calls, proxy.client() as client:
@@ -152,7 +152,7 @@ def test_a_request_that_the_proxy_gives_up_frees_the_device(proxy: Proxy) -> Non
 
 
 @pytest.mark.parametrize("path", ["/v1", "/img2img/v1"])
-def test_a_key_that_the_proxy_does_not_know_reaches_no_model(proxy: Proxy, path: str) -> None:
+def test_unknown_proxy_key_reaches_no_model(proxy: Proxy, path: str) -> None:
     before = len(proxy.demo.prepared)
     with proxy.client(path, "sk-wrong") as client, pytest.raises(openai.APIStatusError) as caught:
         client.images.edit(image=png(), prompt="a lake", model="demo")

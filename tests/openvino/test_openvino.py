@@ -142,7 +142,7 @@ def _feed(rows: int, height: int, width: int) -> dict[str, torch.Tensor]:
     }
 
 
-def test_common_shapes_have_graphs_of_their_own_and_all_others_share_one(folder: Path) -> None:
+def test_configured_shapes_get_their_own_graph_and_others_share_one(folder: Path) -> None:
     compiler = FakeCompiler(UNET)
     runner = _make(folder, compiler, Execution(buckets=(Bucket(64, 64, 2), Bucket(128, 64, 4))))
     free, small, wide = compiler.graphs
@@ -185,7 +185,7 @@ def test_by_default_the_native_size_is_prepared_with_two_rows(
         ("text_encoder", {"input_ids": ["batch_size", "sequence_length"]}),
     ],
 )
-def test_a_graph_whose_axes_are_not_known_is_compiled_once(name: str, inputs: Axes, folder: Path) -> None:
+def test_graph_with_unknown_axes_is_compiled_once(name: str, inputs: Axes, folder: Path) -> None:
     compiler = FakeCompiler(inputs)
     assert not isinstance(_make(folder, compiler, Execution(), name=name), BucketRunner)
     assert compiler.asked == [None]
@@ -194,7 +194,7 @@ def test_a_graph_whose_axes_are_not_known_is_compiled_once(name: str, inputs: Ax
     assert none_wanted.asked == [None]
 
 
-def test_a_graph_that_would_fill_the_memory_is_left_out_unless_it_is_asked_for(
+def test_static_graph_that_exceeds_memory_is_skipped_unless_configured(
     folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(cpu, "available_memory", lambda: 7 * 2**30)
@@ -216,7 +216,7 @@ def test_a_graph_that_would_fill_the_memory_is_left_out_unless_it_is_asked_for(
     ],
     ids=["does not compile", "does not run", "int8", "bf16"],
 )
-def test_graphs_that_openvino_cannot_run_are_on_the_cpu_provider_and_the_log_says_why(
+def test_unsupported_graphs_fall_back_to_the_cpu_provider_and_log_why(
     compiler: FakeCompiler, precision: str, reason: str, folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     sessions = CpuSessions()
@@ -237,7 +237,7 @@ def test_graphs_that_openvino_cannot_run_are_on_the_cpu_provider_and_the_log_say
         (["FP32", "INT8"], "fpu amx_bf16", "auto", "f32"),
     ],
 )
-def test_bfloat16_is_for_cpus_that_multiply_it(
+def test_bfloat16_needs_native_cpu_instructions(
     capabilities: list[str], flags: str, arithmetic: Any, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     information = tmp_path / "cpuinfo"
@@ -249,7 +249,7 @@ def test_bfloat16_is_for_cpus_that_multiply_it(
     assert not cpu.flags(tmp_path / "nowhere")
 
 
-def test_it_is_found_with_its_version_and_without_its_telemetry() -> None:
+def test_openvino_probe_reports_the_version_without_telemetry() -> None:
     assert choose("openvino").detail.startswith("202")
     assert not probe("openvino").problem
     assert "openvino_telemetry" not in sys.modules
@@ -271,7 +271,7 @@ def _difference(first: Pipeline, second: Pipeline, request: Request) -> int:
     return int(np.abs(drawn[0] - drawn[1]).max())
 
 
-def test_in_float32_it_draws_the_images_of_the_cpu_provider(
+def test_float32_images_match_the_cpu_provider(
     bundle: Callable[[str], Path], exact: Pipeline, caplog: pytest.LogCaptureFixture
 ) -> None:
     """At a size with a graph of its own, and at others, alone and together."""
@@ -284,7 +284,7 @@ def test_in_float32_it_draws_the_images_of_the_cpu_provider(
         assert _difference(pipeline, exact, request) <= 1
 
 
-def test_results_stay_when_the_graph_runs_again(bundle: Callable[[str], Path]) -> None:
+def test_results_are_not_overwritten_by_the_next_run(bundle: Callable[[str], Path]) -> None:
     runner = Compiler(1, "f32")(bundle("demo") / "vae_decoder" / "model.onnx")
     latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1))
     (first,) = runner.run({"latent_sample": latents})
@@ -293,7 +293,7 @@ def test_results_stay_when_the_graph_runs_again(bundle: Callable[[str], Path]) -
     assert torch.equal(first, kept)
 
 
-def test_compiled_graphs_are_kept_and_a_damaged_one_is_compiled_again(bundle: Callable[[str], Path], tmp_path: Path) -> None:
+def test_compiled_graphs_are_cached_and_damaged_ones_recompiled(bundle: Callable[[str], Path], tmp_path: Path) -> None:
     graph = bundle("demo") / "vae_decoder" / "model.onnx"
     latents = {"latent_sample": torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1))}
     (expected,) = Compiler(1, "f32", tmp_path)(graph).run(latents)
@@ -340,7 +340,7 @@ def test_bfloat16_is_used_only_if_images_pass(
     assert ("computes in fp32 and not in bf16" in caplog.text) is not passes
 
 
-def test_auto_measures_it_against_the_cpu_provider_once(
+def test_auto_compares_openvino_with_the_cpu_provider_once(
     bundle: Callable[[str], Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = bundle("demo")

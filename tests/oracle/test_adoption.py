@@ -31,7 +31,7 @@ def exported(tiny_model: Get, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output
 
 
-def test_it_is_verified_against_the_model_that_it_was_made_of(exported: Path, tiny_model: Get, tmp_path: Path) -> None:
+def test_adopted_graphs_are_verified_against_their_source_model(exported: Path, tiny_model: Get, tmp_path: Path) -> None:
     outcome = adopt(exported, tmp_path / "out", tiny_model("sd1"))
     manifest = outcome.manifest
     check_bundle(outcome.path, manifest)
@@ -44,7 +44,7 @@ def test_it_is_verified_against_the_model_that_it_was_made_of(exported: Path, ti
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_without_that_model_its_images_are_optimums(exported: Path, tmp_path: Path) -> None:
+def test_without_the_source_model_the_reference_is_optimum(exported: Path, tmp_path: Path) -> None:
     outcome = adopt(exported, tmp_path / "out")
     assert outcome.manifest.verification.reference == "optimum's pipeline over the same graphs"
     assert outcome.manifest.verification.passed

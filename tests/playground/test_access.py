@@ -49,7 +49,7 @@ def test_a_page_of_another_origin_opens_no_websocket(address: str) -> None:
     assert ask(address, "GET", path, Origin=address, **upgrade)[0] == 101
 
 
-def test_another_address_is_warned_of(stand: Stand, tmp_path: Path) -> None:
+def test_listening_beyond_loopback_prints_a_warning(stand: Stand, tmp_path: Path) -> None:
     warning = "img2img playground: warning: everyone who can reach 0.0.0.0 can use this page, and through it the server\n"
     with playground(stand.target, tmp_path, "--host", "0.0.0.0", warning=warning) as address:
         assert ask(address, "GET", "/", Host="my-machine.example:7860")[0] == 200

@@ -17,7 +17,7 @@ async def _loaded(visitor: Visitor, selector: str) -> bool:
     return bool(await visitor.page.locator(selector).evaluate("image => image.decode().then(() => image.naturalWidth > 0)"))
 
 
-async def test_a_dropped_image_is_followed_step_by_step_to_its_result(visitor: Visitor, stand: Stand) -> None:
+async def test_dropped_image_shows_each_step_and_its_result(visitor: Visitor, stand: Stand) -> None:
     await visitor.see("Connected to")
     await expect(visitor.button("Transform")).to_be_disabled()
     await visitor.drop(IMAGE.read_bytes(), IMAGE.name)
@@ -159,7 +159,7 @@ async def test_the_copied_program_makes_the_same_image(visitor: Visitor, tmp_pat
         assert words in program
 
 
-async def test_models_and_schedulers_are_the_servers(visitor: Visitor) -> None:
+async def test_models_and_schedulers_are_listed_from_the_server(visitor: Visitor) -> None:
     options, model, scheduler = (
         visitor.page.get_by_role("option"),
         visitor.page.get_by_label("Model", exact=True),
@@ -235,7 +235,7 @@ async def test_full_server_is_retried_and_then_reported(visit: Callable[[], Awai
     await visitor.button("Use as source").wait_for()
 
 
-async def test_a_server_that_goes_away_is_missed_and_welcomed_back(visitor: Visitor, stand: Stand) -> None:
+async def test_connection_loss_and_recovery_are_shown(visitor: Visitor, stand: Stand) -> None:
     await visitor.see("Connected to")
     stand.down()
     try:
@@ -250,7 +250,7 @@ async def test_a_server_that_goes_away_is_missed_and_welcomed_back(visitor: Visi
     await visitor.transform()
 
 
-async def test_tabs_know_nothing_of_each_other(visitor: Visitor, stand: Stand) -> None:
+async def test_tabs_are_isolated_from_each_other(visitor: Visitor, stand: Stand) -> None:
     await visitor.choose()
     await visitor.transform()
     stage = str(await visitor.page.locator(".stage-image .after").get_attribute("src"))
@@ -271,7 +271,7 @@ async def test_tabs_know_nothing_of_each_other(visitor: Visitor, stand: Stand) -
     await expect(visitor.page.locator(".history-entry")).to_have_count(0)
 
 
-async def test_it_fits_a_phone(visit: Callable[..., Awaitable[Visitor]], stand: Stand) -> None:
+async def test_page_fits_a_phone_screen(visit: Callable[..., Awaitable[Visitor]], stand: Stand) -> None:
     visitor = await visit(width=390)
     assert await visitor.too_wide() == []
     await visitor.choose()
@@ -291,7 +291,7 @@ async def test_it_fits_a_phone(visit: Callable[..., Awaitable[Visitor]], stand: 
     assert await visitor.too_wide() == []
 
 
-async def test_dark_follows_the_system(visit: Callable[..., Awaitable[Visitor]]) -> None:
+async def test_dark_mode_follows_the_system_setting(visit: Callable[..., Awaitable[Visitor]]) -> None:
     async def brightness(selector: str, visitor: Visitor) -> int:
         colour = await visitor.page.locator(selector).first.evaluate("element => getComputedStyle(element).backgroundColor")
         return sum(int(part) for part in re.findall(r"\d+", str(colour))[:3])

@@ -89,7 +89,7 @@ def test_untouched_settings_are_the_contracts_defaults() -> None:
 
 
 @given(st.floats() | st.none(), st.integers(0, 10**6) | st.none())
-def test_previews_are_asked_for_a_dozen_times_at_most(strength: float | None, steps: int | None) -> None:
+def test_at_most_twelve_previews_are_requested(strength: float | None, steps: int | None) -> None:
     interval = Settings(strength=strength, num_inference_steps=steps).preview_interval
     assert interval >= 1
     if strength is not None and steps is not None and 0 < strength <= 1 and steps >= 1:
@@ -112,12 +112,12 @@ def test_snippet_matches_the_settings(settings: Settings, source: str, output: s
         max_leaves=5,
     )
 )
-def test_a_literal_is_its_value_in_double_quotes(value: object) -> None:
+def test_literal_evaluates_to_its_value(value: object) -> None:
     assert ast.literal_eval(literal(value)) == value
 
 
 @given(st.text())
-def test_text_stays_itself_on_one_line(text: str) -> None:
+def test_text_literal_is_one_line_and_round_trips(text: str) -> None:
     assert ast.literal_eval(literal(text)) == text
     assert len(literal(text).split("\n")) == 1
 
@@ -158,7 +158,7 @@ def test_the_program_saves_every_image(count: int) -> None:
         assert name == 'a {b}"-after-5.png'
 
 
-def test_a_record_becomes_settings_of_the_same_request() -> None:
+def test_settings_from_a_record_repeat_the_same_request() -> None:
     record = {
         "model": "m", "prompt": "p", "negative_prompt": None, "strength": 0.5, "num_inference_steps": 4, "guidance_scale": 3,
         "scheduler": None, "seed": 2**63 - 1, "width": 64, "height": 72, "format": "png", "quality": None,
@@ -174,7 +174,7 @@ def test_a_record_becomes_settings_of_the_same_request() -> None:
             Settings.from_record({**record, name: value})
 
 
-def test_extras_are_sent_as_far_as_the_model_takes_them() -> None:
+def test_only_extras_that_the_model_supports_are_sent() -> None:
     mask, images = ImageFile("m.png", "image/png", 1, 1, b"m"), [ImageFile(f"{i}.png", "image/png", 1, 1, b"r") for i in range(3)]
     extras = Extras(mask, tuple(images))
     both = replace(_MODEL, fields=(FieldInfo("mask"), FieldInfo("reference_images", max_count=2)))
@@ -191,7 +191,7 @@ def test_extras_are_sent_as_far_as_the_model_takes_them() -> None:
     assert said.items() <= {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}.items()
 
 
-async def test_a_new_source_drops_the_mask_and_an_entry_brings_its_own_back() -> None:
+async def test_new_source_drops_the_mask_and_history_restores_it() -> None:
     session = _new_session()
     session.use(ImageFile("s.png", "image/png", 8, 4, _file()))
     session.set_mask(b"no image")
@@ -229,7 +229,7 @@ async def test_a_damaged_record_leaves_the_image_usable() -> None:
 
 
 @pytest.mark.parametrize("field", ["strength", "prompt", "model"])
-async def test_a_failure_is_gone_once_its_field_is_changed(field: str) -> None:
+async def test_failure_is_cleared_when_its_field_changes(field: str) -> None:
     session = _new_session()
     session.fail(Failure("Refused.", "wrong", field))
     session.set(guidance_scale=2.0)
@@ -309,7 +309,7 @@ def _new_session() -> Session:
     return Session(lambda on_retry: AsyncClient("127.0.0.1:1", retries=None), "127.0.0.1:1")
 
 
-async def test_a_session_waits_for_its_tab_and_gives_way_to_others() -> None:
+async def test_detached_session_is_kept_until_others_need_its_slot() -> None:
     sessions = Sessions(_new_session, most=2)
     first = sessions.enter("first")
     assert sessions.enter("first") is first
@@ -370,7 +370,7 @@ class _FakeServer:
     async def close(self) -> None: ...
 
 
-async def test_models_are_asked_for_after_changes_only(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_models_are_requested_only_after_changes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("img2img_playground.watch._PAUSE", 0.0)
     monkeypatch.setattr("img2img_playground.watch._WHILE_LOADING", 0.0)
     server, changed = _FakeServer(), asyncio.Event()
@@ -412,7 +412,7 @@ async def test_models_are_asked_for_after_changes_only(monkeypatch: pytest.Monke
     await watch.close()
 
 
-async def test_a_run_that_is_cancelled_at_once_is_over() -> None:
+async def test_run_cancelled_at_once_ends() -> None:
     session = _new_session()
     session.use(ImageFile("s.png", "image/png", 1, 1, b""))
     over = asyncio.Event()
@@ -488,7 +488,7 @@ def test_oversized_images_are_reduced(mode: str, kind: str, monkeypatch: pytest.
         reduce(ImageFile("a.png", "image/png", 120, 60, damaged[: damaged.index(b"IDAT") + 4] + b"damaged pixels"))
 
 
-async def test_a_reduced_image_is_announced(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_reducing_an_image_shows_a_notice(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("img2img_playground.images.MOST_SENT_BYTES", 10)
     monkeypatch.setattr("img2img_playground.images.REDUCED_SIDE", 4)
     session = _new_session()
@@ -593,7 +593,7 @@ def test_invalid_flags_are_reported(
     assert words in capsys.readouterr().err
 
 
-def test_the_playground_is_a_client_like_any_other() -> None:
+def test_playground_imports_no_grpc_and_no_server_code() -> None:
     """It has no stub and no protobuf message, and knows nothing of the server's insides."""
     for path in (REPOSITORY / "playground").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

@@ -29,7 +29,7 @@ async def _choose_option(visitor: Visitor, label: str, option: str) -> None:
     await expect(visitor.page.get_by_role("option")).to_have_count(0)
 
 
-async def test_a_photo_of_a_phone_is_fitted_to_the_model(visitor: Visitor, tmp_path: Path) -> None:
+async def test_phone_photo_is_fitted_to_the_models_size(visitor: Visitor, tmp_path: Path) -> None:
     photo = tmp_path / "IMG_0001.jpg"
     with Image.open(IMAGE) as image:
         image.convert("RGB").resize((3000, 2000)).save(photo, exif=b"")
@@ -80,7 +80,7 @@ async def test_several_images_are_made_and_saved_at_once(visitor: Visitor) -> No
                 assert image.size == (128, 128)
 
 
-async def test_views_side_by_side_and_zoomed(visitor: Visitor) -> None:
+async def test_images_can_be_viewed_side_by_side_and_zoomed(visitor: Visitor) -> None:
     await visitor.choose()
     await expect(visitor.button("Side by side")).to_have_count(0)
     await visitor.transform()
@@ -167,7 +167,7 @@ async def test_a_dropped_result_brings_its_settings_back(visitor: Visitor) -> No
     await expect(visitor.page.get_by_text("The settings are those")).to_be_hidden()
 
 
-async def test_history_survives_a_tab_that_is_gone_for_a_while(visitor: Visitor, stand: Stand) -> None:
+async def test_history_survives_a_tab_that_is_left_and_reopened(visitor: Visitor, stand: Stand) -> None:
     await visitor.choose()
     await visitor.transform()
     await visitor.page.locator("[data-field=num_inference_steps]").fill("100")
@@ -430,7 +430,7 @@ async def test_every_width_is_accessible(
     await check()
 
 
-async def test_everything_is_reached_by_the_keyboard(visitor: Visitor) -> None:
+async def test_every_control_is_reachable_by_keyboard(visitor: Visitor) -> None:
     await visitor.choose()
     await visitor.transform()
     wanted = {
