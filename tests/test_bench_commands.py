@@ -13,6 +13,7 @@ import bench_rounding
 import bench_schedulers
 import bench_sessions
 import bench_simulated
+import bench_start
 import pytest
 from bench_load import command as bench_load
 from bench_load import measuring, servers
@@ -28,6 +29,7 @@ from bench_load import measuring, servers
         (bench_schedulers, ["--requests", "2", "--rounds", "1"], "DPM++ 2M Karras"),
         (bench_sessions, ["--rounds", "1", "--requests", "1"], "ONNX Runtime's default"),
         (bench_simulated, ["--requests", "200"], "batching"),
+        (bench_start, ["--models", "1", "--rounds", "1"], "MiB at SERVING"),
     ],
     ids=lambda value: value.__name__ if isinstance(value, ModuleType) else "",
 )

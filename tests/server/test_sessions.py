@@ -108,6 +108,16 @@ def test_the_log_has_a_line_for_each_component(bundle: Callable[[str], Path], ca
         assert all(str(item) in line for item in better)
 
 
+def test_cpu_sessions_share_an_arena_without_weights() -> None:
+    """A further model then takes little more than its weights, and gives them back."""
+    shared = _session_options(SessionOptions())
+    for entry in ("session.use_env_allocators", "session.use_device_allocator_for_initializers"):
+        assert shared.get_session_config_entry(entry) == "1"
+        for other in (SessionOptions(lean=True), SessionOptions("cuda")):
+            with pytest.raises(RuntimeError, match=entry):
+                _session_options(other).get_session_config_entry(entry)
+
+
 def test_lean_session_gives_the_same_result(bundle: Callable[[str], Path]) -> None:
     graph = bundle("demo") / "vae_decoder" / "model.onnx"
     latents = np.random.default_rng(0).standard_normal((1, 4, 8, 8), dtype=np.float32)

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from img2img_cli.__main__ import COMMANDS
+from img2img_client import Client
+from PIL import Image
 from server_process import Process
 
 SHOW = "import atexit, sys; atexit.register(lambda: print('imported', *sorted(n for n, m in sys.modules.items() if m)))\n"
@@ -18,20 +20,22 @@ SHOW = "import atexit, sys; atexit.register(lambda: print('imported', *sorted(n 
 SERVE = f"{SHOW}from img2img_cli.__main__ import main; sys.exit(main())"
 
 NEEDED = """\
-import grpc, numpy, onnxruntime, PIL.Image, torch
-from diffusers import StableDiffusionImg2ImgPipeline
-from transformers import CLIPTokenizer
+import grpc, numpy, onnxruntime, PIL.Image, tokenizers, torch
+from diffusers import DDIMScheduler
+DDIMScheduler.from_config({})  # imports the classes that it is compatible with, and these scipy, if it is installed
 """
-"""What an ONNX bundle of Stable Diffusion needs: diffusers' own pipeline class imports its models in PyTorch."""
+"""What an ONNX bundle of Stable Diffusion needs: tensors, a tokenizer and diffusers' schedulers."""
 
 UNUSED = (
     *("onnx", "onnxscript", "optimum", "torchvision", "skimage", "pandas", "matplotlib", "IPython"),
+    *("torch._dynamo", "torch._inductor", "sympy", "transformers", "accelerate", "peft"),
+    *("diffusers.models", "diffusers.loaders", "diffusers.pipelines.pipeline_utils"),
     *("ray", "fastapi", "nicegui", "tritonclient", "opentelemetry", "prometheus_client", "aiohttp", "rich", "hypothesis"),
     *("img2img_export", "img2img_client", "img2img_playground"),
     *("starlette", "uvicorn", "httptools", "python_multipart", "img2img_server.api.http"),
     *("img2img_server.backends.ray", "img2img_server.api.kserve", "img2img_server.tools.top", "img2img_server.telemetry.metrics"),
 )
-"""What only exports, clients, tests, options that are off and other backends need."""
+"""What only exports, clients, tests, options that are off, models in PyTorch and other backends need."""
 
 
 def imported(output: str) -> set[str]:
@@ -55,15 +59,17 @@ def test_an_onnx_bundle_is_served_without_packages_that_it_does_not_need(
         health: Any = health_pb2_grpc.HealthStub(channel)  # its stubs for mypy know no methods
         answer = health.Check(health_pb2.HealthCheckRequest(service="models/sd1"))
         assert answer.status == health_pb2.HealthCheckResponse.SERVING
+        with Client(f"localhost:{process.port}", timeout=60) as client:
+            client.transform(Image.new("RGB", (64, 64)), prompt="a lake " * 60, num_inference_steps=2)
     process.popen.send_signal(signal.SIGTERM)
     output, _ = process.popen.communicate(timeout=60)
     assert process.popen.returncode == 0, process.log
     served = imported(output)
-    assert {"torch", "onnxruntime", "img2img_server.runtime.loader"} <= served
+    assert {"torch", "onnxruntime", "tokenizers", "img2img_server.runtime.loader"} <= served
     assert served.isdisjoint(UNUSED), served & set(UNUSED)
     packages = {name.partition(".")[0] for name in served} - {name.partition(".")[0] for name in run(NEEDED)}
     own = {name for name in packages if name not in sys.stdlib_module_names and not name.startswith(("_", "img2img"))}
-    assert own <= {"google", "grpc_health", "grpc_reflection", "grpc_status", "platformdirs"}
+    assert own <= {"fsspec", "google", "grpc_health", "grpc_reflection", "grpc_status", "platformdirs"}
 
 
 @pytest.mark.parametrize("words", [["--help"], *([command, "--help"] for command in COMMANDS)], ids="-".join)

@@ -23,6 +23,7 @@ from img2img_server.runtime.diffusion.flux import Flux
 from img2img_server.runtime.diffusion.flux_2 import Flux2, Flux2Klein, FluxKontext
 from img2img_server.runtime.diffusion.inpainting import StableDiffusionInpainting, StableDiffusionXLInpainting
 from img2img_server.runtime.diffusion.latent_consistency import LatentConsistency
+from img2img_server.runtime.diffusion.light import LIGHT
 from img2img_server.runtime.diffusion.qwen_image import QwenImage, QwenImageEdit, QwenImageEditPlus
 from img2img_server.runtime.diffusion.stable_diffusion import StableDiffusion, StableDiffusionXL
 from img2img_server.runtime.diffusion.stable_diffusion_3 import StableDiffusion3
@@ -165,8 +166,9 @@ def assemble(
     memory = most_memory(execution, tensors)
     slots = 0 if loras is None or family_of(manifest) is None else loras.slots
     components = Components(
-        bundle, manifest, make, provider=provider, device=tensors, tensors=tensors, vae_memory=memory, lora_slots=slots
-    )
+        bundle, manifest, make, provider=provider, device=tensors, tensors=tensors, vae_memory=memory, lora_slots=slots,
+        light=LIGHT if family_of(manifest) is not None else {},
+    )  # fmt: skip
     return _split(bundle, components.pipeline(), f"{manifest.backend}:{provider}", manifest, execution, threads, cache, loras)
 
 

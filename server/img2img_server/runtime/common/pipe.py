@@ -4,6 +4,8 @@ Classes keep their sizes in different attributes, or not at all.
 """
 
 import copy
+import inspect
+from collections.abc import Mapping
 from typing import Any
 
 
@@ -32,6 +34,12 @@ _MULTIPLES = {"QwenImage21Pipeline": 2, "KandinskyImg2ImgCombinedPipeline": 4}
 
 _ASSUMED_SIDE = 512
 """Side in pixels of the images that a pipeline was trained on, if its configuration does not say."""
+
+
+def call_parameters(pipe: Any) -> Mapping[str, inspect.Parameter]:
+    """The parameters of the call of a pipeline's class in diffusers."""
+    known: Mapping[str, inspect.Parameter] | None = getattr(pipe, "call_parameters", None)
+    return inspect.signature(pipe.__call__).parameters if known is None else known
 
 
 def parts(pipe: Any) -> list[Any]:

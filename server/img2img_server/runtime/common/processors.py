@@ -5,9 +5,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
-from transformers import ProcessorMixin
-from transformers.utils.import_utils import DummyObject
-
 _VIDEOS = "video_processor"
 
 
@@ -18,8 +15,14 @@ def loadable(kind: Any) -> Any:
     pipelines give them none, so if torchvision is missing, the class is one without that part, of the same name.
     Raises ImportError for a class that transformers does not have without it.
     """
-    if not isinstance(kind, type) or importlib.util.find_spec("torchvision") is not None:
+    if not isinstance(kind, type) or not kind.__module__.startswith("transformers.") or _is_tokenizer(kind):
         return kind
+    if importlib.util.find_spec("torchvision") is not None:
+        return kind
+    # Imported here: it takes seconds, and a bundle of graphs has tokenizers only.
+    from transformers import ProcessorMixin
+    from transformers.utils.import_utils import DummyObject
+
     if isinstance(kind, DummyObject) and "torchvision" in kind._backends:
         raise ImportError(f"{kind.__name__} needs torchvision, which is not installed: install it")
     parts: list[str] = cast(Any, kind).get_attributes() if issubclass(kind, ProcessorMixin) else []
@@ -28,6 +31,12 @@ def loadable(kind: Any) -> Any:
     names = [name for name in parts if name != _VIDEOS]
     attributes = {"__module__": kind.__module__, "get_attributes": classmethod(lambda cls: names)}
     return type(kind.__name__, (kind,), attributes)
+
+
+def _is_tokenizer(kind: type) -> bool:
+    from transformers import PreTrainedTokenizerBase
+
+    return issubclass(kind, PreTrainedTokenizerBase)
 
 
 def processors(directory: Path, kinds: Mapping[str, Any]) -> dict[str, Any]:

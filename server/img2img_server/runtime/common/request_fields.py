@@ -1,8 +1,8 @@
 """Which fields of a request a diffusers pipeline takes: those of its call that change its images."""
 
-import inspect
 from typing import Any
 
+from img2img_server.runtime.common.pipe import call_parameters
 from img2img_server.support.model_fields import FieldRule, ModelFields
 
 DEPENDENT = ("negative_prompt", "strength", "guidance_scale", "true_cfg_scale")
@@ -32,7 +32,7 @@ def request_fields(pipe: Any) -> ModelFields:
 
     A pipeline that edits has the guidance that its class has as the default; all others have the server's.
     """
-    parameters = inspect.signature(pipe.__call__).parameters
+    parameters = call_parameters(pipe)
     names = {name for name in DEPENDENT if name in parameters} - _ignored(pipe)
     fields = {}
     for name in names:

@@ -5,12 +5,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from diffusers.pipelines.flux.pipeline_flux_kontext import PREFERRED_KONTEXT_RESOLUTIONS
-from diffusers.utils import PIL_INTERPOLATION
 
 from img2img_server.engine.request import Request
 from img2img_server.errors import InvalidField
-from img2img_server.runtime.common.pipe import PIXELS, SQUARE, parts, view_of
+from img2img_server.runtime.common.diffusers_import import PIL_INTERPOLATION
+from img2img_server.runtime.common.pipe import PIXELS, SQUARE, call_parameters, parts, view_of
 from img2img_server.support.source_rule import EditSize, SourceRule
 
 _AREAS = {"LongCatImageEditPipeline": 1024 * 1024}
@@ -19,13 +18,12 @@ _AREAS = {"LongCatImageEditPipeline": 1024 * 1024}
 _EDIT_SIZES = {
     "Flux2KleinPipeline": EditSize(capped=True),
     "Flux2Pipeline": EditSize(capped=True),
-    "FluxKontextPipeline": EditSize(preferred=tuple(PREFERRED_KONTEXT_RESOLUTIONS)),
     "QwenImage21Pipeline": EditSize(by_last=True),
     "QwenImageEditPipeline": EditSize(),
     "QwenImageEditPlusPipeline": EditSize(by_last=True),
 }
-"""The sizes that classes choose. FluxKontextPipeline makes squares if it is not asked for a size; Black Forest Labs' own code
-makes the size that the pipeline gives the source, and so does this server."""
+"""The sizes that classes choose. `_edit_size` has that of FluxKontextPipeline, which makes squares if it is not asked for a size;
+Black Forest Labs' own code makes the size that the pipeline gives the source, and so does this server."""
 
 
 def source_rule(pipe: Any) -> SourceRule:
@@ -34,19 +32,27 @@ def source_rule(pipe: Any) -> SourceRule:
     A pipeline without a strength that takes a width edits: it looks at the source at a size of its own, and begins from noise.
     One with resolution bins (SANA) makes an image of another size, and resizes that.
     """
-    name, parameters = type(pipe).__name__, inspect.signature(pipe.__call__).parameters
+    name, parameters = type(pipe).__name__, call_parameters(pipe)
     if name in PIXELS:  # the UNet's size is the results' shorter side
         return SourceRule(keeps_size=True, shorter_side=int(pipe.unet.config.sample_size))
     if name in _AREAS:
         return SourceRule(keeps_size=True, area=_AREAS[name])
     if "use_resolution_binning" in parameters or ("strength" not in parameters and "width" in parameters):
-        return SourceRule(keeps_size=True, edit_size=_EDIT_SIZES.get(name))
+        return SourceRule(keeps_size=True, edit_size=_edit_size(name))
     for part in parts(pipe):
         config = getattr(getattr(part, "image_processor", None), "config", None)
         if (resample := getattr(config, "resample", None)) in PIL_INTERPOLATION:
             filter_name = PIL_INTERPOLATION[resample].name
             return SourceRule(filter_name, getattr(config, "reducing_gap", None), square=name in SQUARE)
     return SourceRule()
+
+
+def _edit_size(name: str) -> EditSize | None:
+    if name == "FluxKontextPipeline":
+        from diffusers.pipelines.flux.pipeline_flux_kontext import PREFERRED_KONTEXT_RESOLUTIONS
+
+        return EditSize(preferred=tuple(PREFERRED_KONTEXT_RESOLUTIONS))
+    return _EDIT_SIZES.get(name)
 
 
 def check_sources(pipe: Any, request: Request) -> None:

@@ -1,15 +1,15 @@
 """Finds the part of a text that a model's tokenizers truncate, which diffusers does without a warning to the caller."""
 
 import copy
-import inspect
+import sys
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
-
 from img2img_server.engine.request import RequestWarning
+from img2img_server.runtime.common.clip_tokenizer import LightCLIPTokenizer
+from img2img_server.runtime.common.pipe import call_parameters
 
 _CODE = "PROMPT_TRUNCATED"
 _MOST_KNOWN = 256
@@ -46,7 +46,7 @@ class Truncation:
     """
 
     def __init__(self, pipe: Any) -> None:
-        found = {name: part for name, part in pipe.components.items() if isinstance(part, PreTrainedTokenizerBase)}
+        found = {name: part for name, part in pipe.components.items() if _is_tokenizer(part)}
         limits = {name: _limit(pipe, part) for name, part in found.items()}
         self._readers = [
             _Reader(name, copy.deepcopy(part), limits[name]) for name, part in found.items() if limits[name] < _UNLIMITED
@@ -81,17 +81,25 @@ class Truncation:
         )
 
 
-def _limit(pipe: Any, tokenizer: PreTrainedTokenizerBase) -> int:
+def _is_tokenizer(part: Any) -> bool:
+    if isinstance(part, LightCLIPTokenizer):
+        return True
+    # Without transformers in the process nothing is of its classes.
+    transformers = sys.modules.get("transformers")
+    return transformers is not None and isinstance(part, transformers.PreTrainedTokenizerBase)
+
+
+def _limit(pipe: Any, tokenizer: Any) -> int:
     """Maximum number of tokens of a text in this pipeline class (diffusers 0.39)."""
     if "CLIP" not in type(tokenizer).__name__:
-        parameter = inspect.signature(pipe.__call__).parameters.get("max_sequence_length")
+        parameter = call_parameters(pipe).get("max_sequence_length")
         asked = None if parameter is None else parameter.default
         if limit := _OWN_LIMITS.get(type(pipe).__name__, asked):
             return int(limit) - _template_tokens(pipe, tokenizer)
     return int(tokenizer.model_max_length)
 
 
-def _template_tokens(pipe: Any, tokenizer: PreTrainedTokenizerBase) -> int:
+def _template_tokens(pipe: Any, tokenizer: Any) -> int:
     """Number of tokens that the pipeline's template takes before the text."""
     dropped = 0  # Qwen-Image removes this many template tokens after encoding.
     if type(pipe).__name__ in _CHATS:

@@ -15,10 +15,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL
-from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
 from img2img_server.runtime.common import cpu
+from img2img_server.runtime.common.diffusers_import import diffusers, randn_tensor
 from img2img_server.runtime.common.pipe import latent_size, parts
 from img2img_server.runtime.execution import Execution
 
@@ -33,7 +32,29 @@ def output_of(tensor: torch.Tensor, config: Any) -> SimpleNamespace:
     """An encoder's output as diffusers expects it, from the tensor that represents it; `config` is the autoencoder's."""
     if tensor.shape[1] == config.get("latent_channels"):
         return SimpleNamespace(latents=tensor)
-    return SimpleNamespace(latent_dist=DiagonalGaussianDistribution(tensor))
+    return SimpleNamespace(latent_dist=_Gaussian(tensor))
+
+
+class _Gaussian:
+    """diffusers' DiagonalGaussianDistribution as far as its image-to-image pipelines use it, without the import of its models.
+
+    `parameters` [B, 2C, ...] are the means and the logarithms of the variances.
+    """
+
+    def __init__(self, parameters: torch.Tensor) -> None:
+        self.parameters = parameters
+        self.mean, self.logvar = torch.chunk(parameters, 2, dim=1)
+        self.std = torch.exp(0.5 * torch.clamp(self.logvar, -30.0, 20.0))
+
+    def sample(self, generator: torch.Generator | None = None) -> torch.Tensor:
+        """Draws latents [B, C, ...]."""
+        like = self.parameters
+        noise: torch.Tensor = randn_tensor(self.mean.shape, generator=generator, device=like.device, dtype=like.dtype)
+        return self.mean + self.std * noise
+
+    def mode(self) -> torch.Tensor:
+        """The means."""
+        return self.mean
 
 
 _SHARE = 4
@@ -117,13 +138,17 @@ class BoundedVae:
     def encode(self, images: torch.Tensor) -> torch.Tensor:
         """The parameters of the latents [B, C, h, w] of images [B, 3, H, W]."""
         height, width = images.shape[-2:]
-        return self._run(self.encoder, images, height, width, lambda one: AutoencoderKL._tiled_encode(self, one))
+        return self._run(self.encoder, images, height, width, lambda one: diffusers.AutoencoderKL._tiled_encode(self, one))
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """The images [B, 3, H, W] of latents [B, C, h, w]."""
         height, width = (side * self._footprint.scale for side in latents.shape[-2:])
         return self._run(
-            self.decoder, latents, height, width, lambda one: AutoencoderKL.tiled_decode(self, one, return_dict=False)[0]
+            self.decoder,
+            latents,
+            height,
+            width,
+            lambda one: diffusers.AutoencoderKL.tiled_decode(self, one, return_dict=False)[0],
         )
 
     def _run(self, half: Half, batch: torch.Tensor, height: int, width: int, tiled: Half) -> torch.Tensor:

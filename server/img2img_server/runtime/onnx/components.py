@@ -3,27 +3,29 @@
 import importlib
 import inspect
 import logging
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
-import transformers
 
 from img2img_server.bundle.files import read_json
 from img2img_server.bundle.manifest import Component, Manifest
 from img2img_server.errors import BundleError
+from img2img_server.runtime.common import clip_tokenizer
+from img2img_server.runtime.common.clip_tokenizer import LightCLIPTokenizer
+from img2img_server.runtime.common.diffusers_import import diffusers
 from img2img_server.runtime.common.processors import loadable
 from img2img_server.runtime.common.weight_budget import within
 from img2img_server.runtime.lora.graph import AdaptedGraph
-from img2img_server.runtime.onnx.modules import Graph, OnnxDenoiser, OnnxTextEncoder, OnnxVae
+from img2img_server.runtime.onnx.modules import Graph, OnnxDenoiser, OnnxTextEncoder, OnnxVae, read_config
 from img2img_server.runtime.onnx.runners import LORA_RUNNER, Make
 
 _log = logging.getLogger(__name__)
 
 _GRAPH = "model.onnx"
-_LIBRARIES = {"diffusers": diffusers, "transformers": transformers}
+_LIBRARIES = ("diffusers", "transformers")
 LOAD_ERRORS = (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError)
 """Errors that diffusers and transformers raise for invalid files."""
 
@@ -34,7 +36,8 @@ class Components:
 
     `make` makes runners for `provider`. `tensors` is the device on which runners expect tensors, `device` that of the pipeline's
     tensors and torch modules: "cpu" or "cuda". A VAE call takes at most `vae_memory` bytes, None for no bound. With
-    `lora_slots` LoRA graphs are opened, too, for so many different LoRAs in a call.
+    `lora_slots` LoRA graphs are opened, too, for so many different LoRAs in a call. `light` has pipelines that replace diffusers'
+    classes (diffusion/light.py), by their names.
     """
 
     bundle: Path
@@ -45,18 +48,42 @@ class Components:
     tensors: str = "cpu"
     vae_memory: int | None = None
     lora_slots: int = 0
+    light: Mapping[str, Any] = field(default_factory=dict)
 
     def pipeline(self) -> Any:
         """Builds the manifest's img2img class from the bundle's components. Raises BundleError if one does not fit."""
+        index = read_index(self.bundle)
+        if (light := self._light(index)) is not None:
+            return light
         kind = _placed(pipeline_class(self.manifest), self.device)
         wanted = inspect.signature(kind.__init__).parameters
-        parts = {name: self._part(name, entry) for name, entry in read_index(self.bundle).items() if name in wanted}
+        parts = {name: self._part(name, entry) for name, entry in index.items() if name in wanted}
         if "add_watermarker" in wanted:
             parts["add_watermarker"] = False
         missing = [name for name, item in wanted.items() if name != "self" and item.default is item.empty and name not in parts]
         return kind(**parts, **dict.fromkeys(missing)).to(self.device)
 
-    def _part(self, name: str, entry: Any) -> Any:
+    def _light(self, index: Mapping[str, Any]) -> Any:
+        """The pipeline without diffusers' class, if there is such a one and all models are graphs. Else None."""
+        kind = self.light.get(self.manifest.pipeline_class)
+        if kind is None or self.manifest.backend != "onnx":
+            return None
+        entries = {name: entry for name, entry in index.items() if name in kind.components_names and isinstance(entry, list)}
+        present = {name for name in entries if (self.bundle / name).is_dir() or name == "vae"}
+        tokenizers = {name: self._tokenizer(name, entries[name]) for name in present if name.startswith("tokenizer")}
+        models = present - {"scheduler", *tokenizers}
+        required = {"vae", "unet", "scheduler", *(name.replace("tokenizer", "text_encoder") for name in tokenizers)}
+        are_graphs = all(self._has_graph("vae_decoder" if name == "vae" else name) for name in models)
+        if not (are_graphs and tokenizers and all(tokenizers.values()) and required <= present):
+            return None
+        others = {name: self._part(name, entries[name], light=True) for name in present - tokenizers.keys()}
+        settings = {name: index[name] for name in kind.settings if name in index}
+        return kind({**tokenizers, **others}, settings, self.device)
+
+    def _tokenizer(self, name: str, entry: Any) -> LightCLIPTokenizer | None:
+        return clip_tokenizer.read(self.bundle / name) if entry[1] in clip_tokenizer.CLASSES else None
+
+    def _part(self, name: str, entry: Any, light: bool = False) -> Any:
         """One argument of the pipeline's class: a setting, an ONNX module, or an object that diffusers or transformers load."""
         if not isinstance(entry, list):
             return entry
@@ -71,8 +98,9 @@ class Components:
         if not folder.is_dir():
             return None
         if self._has_graph(name):
-            stand_in = OnnxTextEncoder if library == "transformers" else OnnxDenoiser
-            return stand_in(self._graph(name), folder, self.device)
+            if library == "transformers":
+                return OnnxTextEncoder(self._graph(name), folder, self.device, read_config(folder) if light else None)
+            return OnnxDenoiser(self._graph(name), folder, self.device)
         return _load(component_class(library, class_name), folder)
 
     def _has_graph(self, name: str) -> bool:
@@ -141,7 +169,7 @@ def _placed(kind: Any, device: str) -> Any:
 
 def component_class(library: str, class_name: str) -> Any:
     """A class of transformers, diffusers, or a package of diffusers' pipelines. No other code is imported."""
-    found = getattr(_LIBRARIES.get(library), class_name, None)
+    found = getattr(importlib.import_module(library), class_name, None) if library in _LIBRARIES else None
     if found is None and library.isidentifier() and (Path(diffusers.__file__).parent / "pipelines" / library).is_dir():
         try:
             found = getattr(importlib.import_module(f"diffusers.pipelines.{library}"), class_name, None)

@@ -7,6 +7,7 @@ schedulers stay in float32 with a float16 graph.
 """
 
 import contextlib
+import functools
 import inspect
 import json
 from collections.abc import Mapping, Sequence
@@ -14,15 +15,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Self
 
-import diffusers
 import torch
-from diffusers.configuration_utils import FrozenDict
-from diffusers.models.modeling_outputs import Transformer2DModelOutput
-from transformers import PretrainedConfig
-from transformers.utils import ModelOutput
 
 from img2img_server.errors import BundleError
 from img2img_server.runtime.common.device_copy import send
+from img2img_server.runtime.common.diffusers_import import FrozenDict, diffusers
 from img2img_server.runtime.common.pipe import parts
 from img2img_server.runtime.common.vae import BoundedVae, output_of
 from img2img_server.runtime.onnx.runners import Runner, dtype_of
@@ -30,6 +27,14 @@ from img2img_server.runtime.onnx.token_graphs import GRAPHS, MARK, TokenGraph
 
 _TEXT_OUTPUTS = ("text_embeds", "last_hidden_state", "pooler_output")
 """The order of the outputs of transformers' text encoders."""
+
+
+_KNOWN_FORMS = {
+    "UNet2DConditionModel": [
+        (0, "return_dict", "sample", "timestep", "encoder_hidden_states", "timestep_cond", "added_cond_kwargs"),
+    ]
+}
+"""Calls that a class accepts, as the number of arguments and the names of others: the server's own."""
 
 
 class Graph:
@@ -99,21 +104,31 @@ class OnnxModule(torch.nn.Module):
 
 
 class OnnxTextEncoder(OnnxModule):
-    """A text encoder (CLIP, T5): token ids [B, T] to its outputs in transformers' order, with the hidden states as a tuple."""
+    """A text encoder (CLIP, T5): token ids [B, T] to its outputs in transformers' order, with the hidden states as a tuple.
 
-    def __init__(self, graph: Graph, folder: Path, device: str = "cpu") -> None:
-        super().__init__(PretrainedConfig.from_json_file(folder / "config.json"), device)
+    `config` is None for transformers' own configuration object, which diffusers' pipelines may expect.
+    """
+
+    def __init__(self, graph: Graph, folder: Path, device: str = "cpu", config: Any = None) -> None:
+        super().__init__(_transformers_config(folder) if config is None else config, device)
         self._graph = graph
 
     def forward(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, output_hidden_states: bool = False
-    ) -> ModelOutput:
-        """Encodes tokens. All hidden states of the graph are returned, whatever `output_hidden_states` is."""
+    ) -> Any:
+        """Encodes tokens, as transformers' ModelOutput. All hidden states of the graph are returned, whatever
+        `output_hidden_states` is."""
+        from transformers.utils import ModelOutput
+
+        return ModelOutput(**self.outputs(input_ids, attention_mask))
+
+    def outputs(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> dict[str, Any]:
+        """The outputs for tokens, by name and in transformers' order."""
         outputs = self._graph(input_ids=input_ids, attention_mask=attention_mask)
         hidden = [outputs.pop(name) for name in list(outputs) if name.startswith("hidden_states.")]
         # Pipelines access some outputs by index.
         ordered: dict[str, Any] = {name: outputs.pop(name) for name in _TEXT_OUTPUTS if name in outputs} | outputs
-        return ModelOutput(**ordered, **({"hidden_states": tuple(hidden)} if hidden else {}))
+        return ordered | ({"hidden_states": tuple(hidden)} if hidden else {})
 
 
 class OnnxDenoiser(OnnxModule):
@@ -126,13 +141,11 @@ class OnnxDenoiser(OnnxModule):
     def __init__(self, graph: Graph, folder: Path, device: str = "cpu") -> None:
         super().__init__(read_config(folder), device)
         self._graph = graph
-        name = self.config.get("_class_name")
-        model_class = getattr(diffusers, str(name), None)
-        if model_class is None:
+        name = str(self.config.get("_class_name"))
+        if name not in dir(diffusers):
             raise BundleError(f"{folder} needs '{name}', which diffusers {diffusers.__version__} lacks")
-        self._signature = inspect.signature(model_class.forward)
-        self._parameter_names = list(self._signature.parameters)[1:]
-        self._accepted: set[tuple[object, ...]] = set()
+        # To bind a call takes as long as the rest of `forward`, and to import the class seconds.
+        self._accepted: set[tuple[object, ...]] = set(_KNOWN_FORMS.get(name, ()))
         # SDXL's pipeline reads the width of this layer to check the size of its added embeddings.
         width = self.config.get("projection_class_embeddings_input_dim")
         self.add_embedding = SimpleNamespace(linear_1=SimpleNamespace(in_features=width))
@@ -149,13 +162,13 @@ class OnnxDenoiser(OnnxModule):
         """Predicts the noise. A scalar `timestep` applies to the whole batch. Raises TypeError for arguments that the class
         lacks."""
         form = (len(arguments), *named)
-        if form not in self._accepted:  # binding takes as long as the rest of this method
+        if form not in self._accepted:
             self._signature.bind(self, *arguments, **named)
             self._accepted.add(form)
-        bound = dict(zip(self._parameter_names, arguments, strict=False)) | named
+        bound = (dict(zip(list(self._signature.parameters)[1:], arguments, strict=False)) | named) if arguments else named
         if self.tokens is not None:
             made = self.tokens.output(bound, *self.predict(**self.tokens.inputs(bound)))
-            return Transformer2DModelOutput(sample=made) if bound.get("return_dict", True) else (made,)
+            return _denoised(made) if bound.get("return_dict", True) else (made,)
         tensors = _flatten(bound)
         batch = next(iter(tensors.values())).shape[0]
         timestep = torch.as_tensor(bound["timestep"])
@@ -163,7 +176,12 @@ class OnnxDenoiser(OnnxModule):
         alone = "timestep" in self._graph.scalars
         tensors["timestep"] = timestep.flatten()[0] if alone else timestep.expand(batch) if timestep.ndim == 0 else timestep
         sample = next(iter(self._graph(**tensors).values()))
-        return Transformer2DModelOutput(sample=sample) if bound.get("return_dict", True) else (sample,)
+        return _denoised(sample) if bound.get("return_dict", True) else (sample,)
+
+    @functools.cached_property
+    def _signature(self) -> inspect.Signature:
+        """Of the class's `forward`."""
+        return inspect.signature(getattr(diffusers, self.config["_class_name"]).forward)
 
     @contextlib.contextmanager
     def cache_context(self, name: str) -> Any:
@@ -208,8 +226,20 @@ def close_graphs(pipe: Any) -> None:
 
 
 def read_config(folder: Path) -> FrozenDict:
-    """A component's config.json, with its values also as attributes."""
+    """A component's config.json as diffusers' FrozenDict, with its values also as attributes."""
     return FrozenDict(json.loads((folder / "config.json").read_bytes()))
+
+
+def _transformers_config(folder: Path) -> Any:
+    from transformers import PretrainedConfig
+
+    return PretrainedConfig.from_json_file(folder / "config.json")
+
+
+def _denoised(sample: torch.Tensor) -> Any:
+    from diffusers.models.modeling_outputs import Transformer2DModelOutput
+
+    return Transformer2DModelOutput(sample=sample)
 
 
 def _flatten(arguments: Mapping[str, Any]) -> dict[str, torch.Tensor]:

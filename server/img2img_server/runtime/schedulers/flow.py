@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers.pipelines.flux.pipeline_flux_img2img import calculate_shift, retrieve_timesteps
 
 from img2img_server.engine.request import Request
 from img2img_server.runtime.common.pipe import size_multiple
@@ -30,7 +29,7 @@ class FlowSchedulers(SchedulerCache):
         return super()._key(request), self._shift(request)
 
     def _set(self, view: Any, request: Request, device: torch.device) -> torch.Tensor:
-        retrieve_timesteps(view.scheduler, request.num_inference_steps, device, **self._arguments(request))
+        _retrieve_timesteps(view.scheduler, request.num_inference_steps, device, **self._arguments(request))
         timesteps: torch.Tensor
         timesteps, _ = view.get_timesteps(request.num_inference_steps, request.strength, device)
         return timesteps
@@ -49,6 +48,8 @@ class FlowSchedulers(SchedulerCache):
 
     def _shift_of(self, tokens: int, steps: int) -> float:
         """The shift for an image of so many tokens."""
+        from diffusers.pipelines.flux.pipeline_flux_img2img import calculate_shift
+
         return float(calculate_shift(tokens, *(self._pipe.scheduler.config[name] for name in _SHIFT)))
 
     def _tokens(self, request: Request) -> int:
@@ -86,7 +87,7 @@ class EditSchedulers(FluxSchedulers):
 
     def _set(self, view: Any, request: Request, device: torch.device) -> torch.Tensor:
         timesteps: torch.Tensor
-        timesteps, _ = retrieve_timesteps(view.scheduler, request.num_inference_steps, device, **self._arguments(request))
+        timesteps, _ = _retrieve_timesteps(view.scheduler, request.num_inference_steps, device, **self._arguments(request))
         view.scheduler.set_begin_index(0)
         return timesteps
 
@@ -99,3 +100,10 @@ class Flux2Schedulers(EditSchedulers):
         from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
 
         return float(compute_empirical_mu(tokens, steps))
+
+
+def _retrieve_timesteps(*arguments: Any, **named: Any) -> Any:
+    """diffusers' function, which all its flow-matching pipelines have. Imported when it is needed: it takes seconds."""
+    from diffusers.pipelines.flux.pipeline_flux_img2img import retrieve_timesteps
+
+    return retrieve_timesteps(*arguments, **named)
