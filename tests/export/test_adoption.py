@@ -52,7 +52,7 @@ def _parent(folder: Path) -> Path:
     return folder
 
 
-def test_it_is_verified_against_the_model_that_it_was_made_of(exported: Path, tiny_model: Get, tmp_path: Path) -> None:
+def test_adopted_graphs_are_verified_against_their_source_model(exported: Path, tiny_model: Get, tmp_path: Path) -> None:
     outcome = adopt(exported, tmp_path / "out", tiny_model("sd1"))
     manifest = outcome.manifest
     check_bundle(outcome.path, manifest)
@@ -65,7 +65,7 @@ def test_it_is_verified_against_the_model_that_it_was_made_of(exported: Path, ti
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_a_bundle_of_them_draws(exported: Path, tiny_model: Get, tmp_path: Path) -> None:
+def test_bundle_of_adopted_graphs_makes_an_image(exported: Path, tiny_model: Get, tmp_path: Path) -> None:
     outcome = adopt(exported, tmp_path / "out", tiny_model("sd1"))
     pipeline = load_pipeline(outcome.path, outcome.manifest, Execution("cpu"))
     assert pipeline.size_multiple == 32
@@ -75,7 +75,7 @@ def test_a_bundle_of_them_draws(exported: Path, tiny_model: Get, tmp_path: Path)
     assert np.asarray(image).std() > 10
 
 
-def test_without_optimum_onnx_a_reference_is_asked_for(exported: Path, tmp_path: Path) -> None:
+def test_without_optimum_onnx_the_error_asks_for_a_reference(exported: Path, tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="pass --reference with the model they were exported from"):
         adopt(exported, tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -93,6 +93,6 @@ def test_graphs_of_another_model_are_refused(exported: Path, tiny_model: Get, tm
     assert not (tmp_path / "out").exists()
 
 
-def test_options_of_weights_are_refused(exported: Path, tmp_path: Path) -> None:
+def test_weight_options_are_refused_for_graphs(exported: Path, tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="already holds ONNX graphs"):
         export_model(ExportOptions(source=str(exported), output=tmp_path / "out", precision="fp16"))

@@ -55,7 +55,7 @@ def change(bundle: Path, **values: Any) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
 
 
-def test_a_manifest_is_read_as_it_was_written(tmp_path: Path) -> None:
+def test_manifest_round_trips(tmp_path: Path) -> None:
     write_manifest(tmp_path, MANIFEST)
     assert read_manifest(tmp_path) == MANIFEST
 
@@ -82,7 +82,7 @@ def test_the_manifest_lists_every_file_but_itself(small_bundle: Path) -> None:
         ({"files": ["a"]}, "expected dict"),
     ],
 )
-def test_a_manifest_of_another_shape_is_refused(small_bundle: Path, values: dict[str, Any], message: str) -> None:
+def test_manifest_with_invalid_values_is_refused(small_bundle: Path, values: dict[str, Any], message: str) -> None:
     change(small_bundle, **values)
     with pytest.raises(BundleError, match=message):
         read_manifest(small_bundle)
@@ -95,7 +95,7 @@ def test_a_damaged_manifest_is_refused(small_bundle: Path, text: str) -> None:
         read_manifest(small_bundle)
 
 
-def test_bytes_that_are_no_text_are_refused(small_bundle: Path) -> None:
+def test_manifest_that_is_not_text_is_refused(small_bundle: Path) -> None:
     (small_bundle / MANIFEST_NAME).write_bytes(b"\xff\xfe\x00")
     with pytest.raises(BundleError):
         read_manifest(small_bundle)
@@ -106,7 +106,7 @@ def test_directory_without_manifest_is_not_a_bundle(tmp_path: Path) -> None:
         read_manifest(tmp_path)
 
 
-def test_another_content_is_refused(small_bundle: Path) -> None:
+def test_file_with_changed_content_is_refused(small_bundle: Path) -> None:
     (small_bundle / "unet" / "model.onnx").write_bytes(b"grapH")
     with pytest.raises(BundleError, match=r"unet/model\.onnx"):
         check_bundle(small_bundle, read_manifest(small_bundle))
@@ -134,7 +134,7 @@ def test_a_link_that_leads_outside_is_refused(small_bundle: Path, tmp_path_facto
         check_bundle(small_bundle, read_manifest(small_bundle))
 
 
-def test_a_bundle_that_did_not_pass_is_refused(small_bundle: Path) -> None:
+def test_unverified_bundle_is_refused(small_bundle: Path) -> None:
     change(small_bundle, verification={"passed": False})
     with pytest.raises(BundleError, match="did not pass"):
         check_bundle(small_bundle, read_manifest(small_bundle))

@@ -27,7 +27,7 @@ def select(names: list[str], variant: str | None = None, **patterns: tuple[str, 
     return select_files(["model_index.json", *TEXTS, *names], read_layout(INDEX), variant, **patterns)
 
 
-def test_texts_and_safetensors_are_read_and_nothing_else() -> None:
+def test_only_text_files_and_safetensors_are_read() -> None:
     others = ["README.md", "v1-5.ckpt", "unet/diffusion_pytorch_model.bin", "unet/model.onnx", "safety_checker/model.safetensors"]
     assert select([WEIGHTS, *others]) == sorted(["model_index.json", *TEXTS, WEIGHTS])
 
@@ -51,7 +51,7 @@ def test_shards_come_with_the_index_of_their_variant() -> None:
     assert set(select(everything, "fp16")) == {"model_index.json", *TEXTS, *half, half_index}
 
 
-def test_patterns_narrow_the_choice() -> None:
+def test_patterns_filter_the_selected_files() -> None:
     assert "tokenizer/merges.txt" not in select([WEIGHTS], ignore_patterns=("*.txt",))
     assert select([WEIGHTS], allow_patterns=("unet/",)) == ["model_index.json", "unet/config.json", WEIGHTS]
 
@@ -118,19 +118,19 @@ def test_weights_beside_graphs_are_preferred() -> None:
     assert not [name for name in files if ".onnx" in name]
 
 
-def test_graphs_have_no_variants() -> None:
+def test_variant_option_is_refused_for_graphs() -> None:
     with pytest.raises(ExportError, match="no variants"):
         choose(INDEX, [*TEXTS, *GRAPHS], ExportOptions(source="model", output=Path("out"), variant="fp16"))
 
 
-def test_a_template_is_texts_only() -> None:
+def test_template_consists_of_text_files_only() -> None:
     names = ["model_index.json", *TEXTS, *GRAPHS, WEIGHTS, "unet/diffusion_pytorch_model.safetensors.index.json", "v1.ckpt"]
     assert choose_texts(INDEX, names, "model") == (read_layout(INDEX), sorted(["model_index.json", *TEXTS]))
 
 
 @pytest.mark.parametrize("part", ["evil.txt", "model.bin", "../evil.safetensors", "/tmp/evil.safetensors", 3])
 @pytest.mark.parametrize("infix", ["", ".fp16"])
-def test_a_list_of_weights_that_are_not_safetensors_is_refused(
+def test_index_that_lists_other_files_than_safetensors_is_refused(
     part: object, infix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """diffusers and transformers would open whatever is listed, with torch."""
@@ -153,6 +153,6 @@ def test_a_list_of_weights_that_are_not_safetensors_is_refused(
         refuse_unsafe(checkpoint, [index.relative_to(checkpoint).as_posix()])
 
 
-def test_a_list_of_other_weights_is_no_text() -> None:
+def test_indexes_of_other_weight_formats_are_not_read() -> None:
     others = ["unet/diffusion_pytorch_model.bin.index.json", "unet/a.b.safetensors.index.json", "unet/MODEL.INDEX.json"]
     assert select([WEIGHTS, *others]) == sorted(["model_index.json", *TEXTS, WEIGHTS])

@@ -53,7 +53,7 @@ def export(*words: str) -> int:
     return main(["export", "model", "--output", "out", *words])
 
 
-def test_without_flags_the_defaults_are_the_options_own(exporter: Exporter) -> None:
+def test_defaults_of_flags_are_those_of_the_options(exporter: Exporter) -> None:
     assert export() == 0
     assert exporter.asked == [ExportOptions(source="model", output=Path("out"))]
 
@@ -96,7 +96,7 @@ def test_every_flag_reaches_the_exporter(exporter: Exporter) -> None:
         ("style.safetensors:", "style.safetensors:", 1.0),
     ],
 )
-def test_a_lora_has_a_scale_where_a_number_follows_its_last_colon(text: str, path: str, scale: float) -> None:
+def test_lora_scale_is_the_number_after_the_last_colon(text: str, path: str, scale: float) -> None:
     assert parse_lora(text) == LoraFile(Path(path), scale)
 
 
@@ -122,7 +122,7 @@ def test_impossible_options_are_refused_before_any_work(
     assert exporter.asked == []
 
 
-def test_plain_output_is_stages_and_a_summary(exporter: Exporter, capsys: pytest.CaptureFixture[str]) -> None:
+def test_plain_output_has_stages_and_a_summary(exporter: Exporter, capsys: pytest.CaptureFixture[str]) -> None:
     assert export() == 0
     out, err = capsys.readouterr()
     stage, task, summary = out.splitlines()

@@ -49,7 +49,7 @@ def ask(cache: Path, file: Path) -> tuple[str, int]:
     return digest, read[0]
 
 
-def test_a_file_is_read_once(cache: Path, file: Path) -> None:
+def test_file_is_hashed_once(cache: Path, file: Path) -> None:
     digest, read = ask(cache, file)
     assert read == 3_000_000
     assert ask(cache, file) == (digest, 0)
@@ -68,7 +68,7 @@ def test_a_change_is_noticed_even_if_size_and_mtime_are_the_same(cache: Path, fi
     assert ask(cache, file)[1] == 3_000_000
 
 
-def test_a_file_that_could_still_change_unseen_is_not_remembered(cache: Path, file: Path) -> None:
+def test_recently_changed_file_is_not_cached(cache: Path, file: Path) -> None:
     changed = max(file.stat().st_mtime_ns, file.stat().st_ctime_ns)
     for now, read in ((changed + SECOND, 3_000_000), (changed + 3 * SECOND, 3_000_000), (changed + 3 * SECOND, 0)):
         known, count = Digests(cache, lambda now=now: now), []  # type: ignore[misc, var-annotated]
@@ -100,7 +100,7 @@ def test_unwritable_cache_is_not_an_error(file: Path) -> None:
     assert ask(Path("/proc/digests.json"), file)[1] == 3_000_000
 
 
-def test_the_cache_is_the_users(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, file: Path) -> None:
+def test_digest_cache_is_in_the_users_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, file: Path) -> None:
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     for root, place in (
         ("", tmp_path / "home" / ".cache"),
@@ -125,7 +125,7 @@ def test_vanished_files_leave_the_digest_cache(cache: Path, file: Path, tmp_path
     assert [Path(path).name for path in json.loads(cache.read_text())["files"]] == ["2", "4", "weights"]
 
 
-def test_processes_do_not_undo_each_other(cache: Path, file: Path, tmp_path: Path) -> None:
+def test_concurrent_saves_keep_each_others_digests(cache: Path, file: Path, tmp_path: Path) -> None:
     (tmp_path / "other").write_text("other")
     one, two = Digests(cache, later), Digests(cache, later)
     one.sha256(file)
@@ -135,7 +135,7 @@ def test_processes_do_not_undo_each_other(cache: Path, file: Path, tmp_path: Pat
     assert ask(cache, file)[1] == ask(cache, tmp_path / "other")[1] == 0
 
 
-def test_a_cache_is_whole_at_any_time(cache: Path, tmp_path: Path) -> None:
+def test_digest_cache_is_written_atomically(cache: Path, tmp_path: Path) -> None:
     code = """
 import sys, time
 from pathlib import Path
@@ -153,14 +153,14 @@ for round in range(20):
     assert list(cache.parent.iterdir()) == [cache]
 
 
-def test_an_answer_is_found_out_once(cache: Path) -> None:
+def test_recalled_value_is_computed_once(cache: Path) -> None:
     known = Digests(cache)
     assert known.recall("the answer", lambda: "42") == "42"
     known.save()
     assert Digests(cache).recall("the answer", lambda: "forgotten") == "42"
 
 
-def test_digests_of_files_are_the_bundles(cache: Path, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_digests_of_a_folder_are_computed_with_progress(cache: Path, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[tuple[str, int, int]] = []
 
     class Recorder(Progress):

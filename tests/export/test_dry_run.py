@@ -88,7 +88,7 @@ def parts(told: Forecast) -> dict[str, Any]:
     return {part.name: part for part in told.components}
 
 
-def test_parameters_and_precisions_are_those_of_the_headers(model: Path) -> None:
+def test_parameters_and_precisions_are_read_from_headers(model: Path) -> None:
     told = foretell(model)
     assert (told.pipeline_class, told.family, told.backend) == ("StableDiffusionImg2ImgPipeline", "stable-diffusion", "onnx")
     assert set(parts(told)) == set(INDEX) - {"_class_name"}
@@ -118,7 +118,7 @@ def test_a_vae_that_overflows_stays_in_fp32(tmp_path: Path) -> None:
     assert vae.reason
 
 
-def test_what_is_no_graph_is_pytorch(model: Path) -> None:
+def test_components_without_a_graph_run_in_pytorch(model: Path) -> None:
     told = foretell(model, plan("hybrid", ("unet",), "no graph of the text encoder"), precision="int8")
     assert {name: part.backend for name, part in parts(told).items()} == {
         "text_encoder": "torch",
@@ -133,7 +133,7 @@ def test_what_is_no_graph_is_pytorch(model: Path) -> None:
     assert (told.backend, told.backend_reason) == ("hybrid", "no graph of the text encoder")
 
 
-def test_memory_is_that_of_the_largest_part_in_its_larger_precision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_estimate_follows_the_largest_component(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert foretell(write_model(tmp_path / "small", "F16")).memory_bytes == 2e9, "what the libraries take"
     monkeypatch.setattr(dry_run, "_LEAST_MEMORY", 0)
     half, full = write_model(tmp_path / "half", "F16"), write_model(tmp_path / "full", "F32")
@@ -189,7 +189,7 @@ def test_a_damaged_file_is_refused(contents: bytes, model: Path) -> None:
         foretell(model)
 
 
-def test_the_tiny_models_are_as_large_as_they_are(tiny_model: Get) -> None:
+def test_parameter_counts_of_tiny_models_match_torch(tiny_model: Get) -> None:
     """Against what torch counts."""
     from diffusers import AutoPipelineForImage2Image
 
@@ -200,7 +200,7 @@ def test_the_tiny_models_are_as_large_as_they_are(tiny_model: Get) -> None:
         assert found[name].parameters == sum(part.numel() for part in getattr(pipeline, name).parameters())
 
 
-def test_a_person_sees_it_in_lines(model: Path) -> None:
+def test_plain_report_is_readable_lines(model: Path) -> None:
     stream = StringIO()
     show(foretell(model, plan("hybrid", ("unet",), "because [of] it"), precision="fp16", scheduler="LCM"), open_console(stream))
     lines = [" ".join(line.split()) for line in stream.getvalue().splitlines()]
@@ -216,7 +216,7 @@ def test_low_disk_space_is_reported(model: Path) -> None:
     assert "only 1.00 kB are free" in stream.getvalue()
 
 
-def test_the_command_writes_nothing_and_with_json_one_object(
+def test_dry_run_writes_no_files_and_json_is_one_object(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(models, "plan", lambda layout, backend: plan())
@@ -270,7 +270,7 @@ def survey_hub(hub: Hub, home: Path) -> Any:
     return json.loads(result.stdout.splitlines()[-1])
 
 
-def test_of_a_hub_repository_the_headers_are_read_and_no_weights(hub: Hub, tmp_path: Path) -> None:
+def test_hub_repository_is_surveyed_by_headers_without_weights(hub: Hub, tmp_path: Path) -> None:
     assert survey_hub(hub, tmp_path / "home") == COUNTS
     assert hub.sent["unet/model.safetensors"] <= 100_001
     assert not list((tmp_path / "home").rglob("*.safetensors"))

@@ -107,7 +107,7 @@ def break_graph(directory: Path) -> None:
         (break_graph, "ONNX Runtime cannot open unet"),
     ],
 )
-def test_a_bundle_that_differs_is_not_published(
+def test_bundle_that_differs_from_pytorch_is_not_published(
     change: Callable[[Path], None],
     message: str,
     fault: Callable[[Callable[[Path], None]], None],
@@ -125,7 +125,7 @@ def test_a_bundle_that_differs_is_not_published(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_failure_leaves_the_bundle_that_was_there(
+def test_failed_export_keeps_the_previous_bundle(
     fault: Callable[[Callable[[Path], None]], None], tiny_model: Get, bundle: Get, tmp_path: Path
 ) -> None:
     output = Path(shutil.copytree(bundle("sd2"), tmp_path / "out"))
@@ -135,7 +135,7 @@ def test_a_failure_leaves_the_bundle_that_was_there(
     check_bundle(output, read_manifest(output))
 
 
-def test_the_same_again_does_nothing_and_loads_nothing_heavy(tiny_model: Get, bundle: Get) -> None:
+def test_repeated_export_does_nothing_and_imports_nothing_heavy(tiny_model: Get, bundle: Get) -> None:
     output = bundle("sd1")
     before = {path: path.stat().st_mtime_ns for path in output.rglob("*")}
     code = """
@@ -153,7 +153,7 @@ sys.exit(main(sys.argv[1:]))
 
 
 @pytest.mark.parametrize("what", ["source", "options", "tools", "damage"])
-def test_another_bundle_is_replaced_by_force_only(
+def test_another_bundle_is_replaced_only_with_force(
     what: str,
     bundle: Get,
     model: Path,
@@ -229,9 +229,7 @@ def test_components_that_cannot_be_exported_run_in_pytorch_with_the_reason(
     assert manifest.verification.passed
 
 
-def test_a_backend_that_was_asked_for_is_not_replaced(
-    untraceable: Callable[[str], None], tiny_model: Get, tmp_path: Path
-) -> None:
+def test_explicit_backend_does_not_fall_back(untraceable: Callable[[str], None], tiny_model: Get, tmp_path: Path) -> None:
     untraceable("unet")
     with pytest.raises(ExportError) as caught:
         export(tiny_model("sd1"), tmp_path / "out", backend="onnx")
@@ -239,7 +237,7 @@ def test_a_backend_that_was_asked_for_is_not_replaced(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_graph_that_is_wrong_counts_as_one_that_cannot_be_made(
+def test_wrong_graph_falls_back_to_pytorch_with_the_reason(
     fault: Callable[[Callable[[Path], None]], None], tiny_model: Get, tmp_path: Path
 ) -> None:
     fault(freeze_timestep)
@@ -279,7 +277,7 @@ def test_torch_bundle_loads_with_autopipeline(name: str, tiny_model: Get, tmp_pa
     assert not [name for name in manifest.files if name.endswith((".bin", ".pt", ".onnx"))]
 
 
-def test_a_model_without_graphs_is_refused_where_graphs_are_asked_for(tiny_model: Get, tmp_path: Path) -> None:
+def test_onnx_backend_is_refused_for_a_model_without_graphs(tiny_model: Get, tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="cannot export all parts of KandinskyV22"):
         export(tiny_model("kandinsky22"), tmp_path / "out", backend="onnx")
     assert list(tmp_path.iterdir()) == []
@@ -296,7 +294,7 @@ def test_incompatible_scheduler_error_lists_the_available_ones(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_half_of_a_model_of_two_repositories_is_refused_with_advice(tiny_model: Get, tmp_path: Path) -> None:
+def test_decoder_without_its_prior_is_refused_with_advice(tiny_model: Get, tmp_path: Path) -> None:
     ignored = shutil.ignore_patterns("prior_*")
     decoder = Path(shutil.copytree(tiny_model("kandinsky22"), tmp_path / "decoder", ignore=ignored))
     index = json.loads((decoder / "model_index.json").read_text())
@@ -318,7 +316,7 @@ def test_a_half_precision_variant_is_compared_in_fp32(precision: str, tiny_model
     assert max(part.relative_error for part in manifest.verification.components) < limits[precision]
 
 
-def test_a_model_that_draws_one_colour_is_refused(model: Path, tmp_path: Path) -> None:
+def test_model_with_constant_output_is_refused(model: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     path = model / "vae" / "diffusion_pytorch_model.safetensors"
@@ -347,6 +345,6 @@ def test_wrong_arguments_exit_with_two(arguments: list[str]) -> None:
     assert caught.value.code == 2
 
 
-def test_the_digest_is_of_the_source(tiny_model: Get, bundle: Get) -> None:
+def test_manifest_has_the_digest_of_the_source(tiny_model: Get, bundle: Get) -> None:
     options = ExportOptions(source=str(tiny_model("sd1")), output=Path("unused"))
     assert read_manifest(bundle("sd1")).source == resolve(options, Progress()).source

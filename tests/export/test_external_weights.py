@@ -47,7 +47,7 @@ def test_weight_reshapes_are_folded_when_written(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_a_light_module_has_parameters_of_no_size_and_all_different(dtype: torch.dtype) -> None:
+def test_weightless_module_has_tiny_distinct_parameters(dtype: torch.dtype) -> None:
     module = torch.nn.Sequential(*(torch.nn.Linear(64, 64) for _ in range(1500)))
     before = {name: value.clone() for name, value in module.state_dict().items()}
     with without_weights(module, dtype) as true:
@@ -69,7 +69,7 @@ def test_shared_parameters_stay_shared() -> None:
     assert module[0].weight is module[1].weight
 
 
-def test_one_weight_is_in_memory_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_are_loaded_one_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read = Weight.read
     alive: list[int] = []
 

@@ -38,7 +38,7 @@ def test_attention_is_one_operator_and_weights_are_shared(name: str, bundle: Cal
     assert [path.name for path in folder.glob("*data")] == ["model.onnx_data"]
 
 
-def test_a_transformer_without_it_says_why(
+def test_transformer_without_fused_attention_has_a_reason(
     tiny_model: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*arguments: object) -> None:

@@ -90,7 +90,7 @@ def kinds(graph: ExternalWeightsGraph) -> Counter[str]:
     return Counter(node.op_type for node in graph.model.graph.node)
 
 
-def test_every_place_of_a_unet_is_fused(unet: Traced) -> None:
+def test_every_fusable_pattern_of_a_unet_is_fused(unet: Traced) -> None:
     plain, fused = kinds(unet[3]), kinds(fuse(unet[3]))
 
     assert fused["GroupNorm"] + fused["SkipGroupNorm"] == plain["InstanceNormalization"]
@@ -127,7 +127,7 @@ def test_fusion_skips_widths_without_a_kernel(tmp_path: Path) -> None:
     assert found["MultiHeadAttention"]
 
 
-def test_reads_small_weights_only_and_leaves_the_graph_alone(unet: Traced, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fusion_reads_only_small_weights_and_keeps_the_plain_graph(unet: Traced, monkeypatch: pytest.MonkeyPatch) -> None:
     graph = unet[3]
     before, names = graph.model.SerializeToString(), set(graph.weights)
     sizes = []
@@ -170,20 +170,20 @@ def normalized(value: torch.Tensor) -> torch.Tensor:
     return functional.silu(result).permute(0, 2, 3, 1)
 
 
-def test_group_norm_is_spelled_out(tmp_path: Path) -> None:
+def test_group_norm_expansion_matches_torch(tmp_path: Path) -> None:
     (result,) = run("GroupNorm", ["x", "c", "d"], VALUES, tmp_path, **NORM)
     torch.testing.assert_close(result, normalized(VALUES["x"]), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("skip", ["skip", "row"])
-def test_skip_group_norm_is_spelled_out(skip: str, tmp_path: Path) -> None:
+def test_skip_group_norm_expansion_matches_torch(skip: str, tmp_path: Path) -> None:
     result, total = run("SkipGroupNorm", ["x", "c", "d", skip], VALUES, tmp_path, 2, **NORM)
     expected = VALUES["x"] + VALUES[skip]
     torch.testing.assert_close(total, expected)
     torch.testing.assert_close(result, normalized(expected), atol=1e-5, rtol=1e-5)
 
 
-def test_nhwc_conv_is_spelled_out(tmp_path: Path) -> None:
+def test_nhwc_conv_expansion_matches_torch(tmp_path: Path) -> None:
     (result,) = run("NhwcConv", ["x", "w", "b"], VALUES, tmp_path, strides=[2, 2], pads=[1, 1, 1, 1])
     expected = functional.conv2d(
         VALUES["x"].permute(0, 3, 1, 2), VALUES["w"].permute(0, 3, 1, 2), VALUES["b"], stride=2, padding=1
@@ -191,7 +191,7 @@ def test_nhwc_conv_is_spelled_out(tmp_path: Path) -> None:
     torch.testing.assert_close(result, expected.permute(0, 2, 3, 1), atol=1e-4, rtol=1e-4)
 
 
-def test_bias_split_gelu_and_bias_add_are_spelled_out(tmp_path: Path) -> None:
+def test_bias_split_gelu_and_bias_add_expansions_match_torch(tmp_path: Path) -> None:
     values = {"x": VALUES["x"].flatten(1, 2), "c": VALUES["c"], "skip": VALUES["skip"].flatten(1, 2)}
     (product,) = run("BiasSplitGelu", ["x", "c"], values, tmp_path)
     (total,) = run("BiasAdd", ["x", "c", "skip"], values, tmp_path)

@@ -49,7 +49,9 @@ def test_a_single_timestep_serves_the_whole_batch(unet: onnxruntime.InferenceSes
 
 
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (5, 7), (9, 12), (10, 6), (16, 8), (33, 3)])
-def test_any_size_that_torch_takes(unet: onnxruntime.InferenceSession, tiny_model: Get, height: int, width: int) -> None:
+def test_graph_accepts_every_size_that_torch_accepts(
+    unet: onnxruntime.InferenceSession, tiny_model: Get, height: int, width: int
+) -> None:
     module = UNet2DConditionModel.from_pretrained(tiny_model("sd1") / "unet", use_safetensors=True)
     batch = inputs(2, height, width)
     with torch.no_grad():
@@ -59,7 +61,9 @@ def test_any_size_that_torch_takes(unet: onnxruntime.InferenceSession, tiny_mode
 
 @pytest.mark.parametrize(("name", "folder"), [("sd1", "text_encoder"), ("sdxl", "text_encoder_2"), ("sd3", "text_encoder_3")])
 @pytest.mark.parametrize(("rows", "length"), [(1, 77), (3, 10), (2, 1)])
-def test_text_of_any_length(name: str, folder: str, rows: int, length: int, bundle: Get, tiny_model: Get) -> None:
+def test_text_encoder_graph_accepts_any_length(
+    name: str, folder: str, rows: int, length: int, bundle: Get, tiny_model: Get
+) -> None:
     """Traced at one length, a causal mask or a table of relative positions must not be frozen."""
     kind = getattr(transformers, json.loads((tiny_model(name) / folder / "config.json").read_text())["architectures"][0])
     module = kind.from_pretrained(tiny_model(name) / folder, use_safetensors=True).eval()
@@ -114,7 +118,7 @@ def test_every_comparison_was_made_and_passed(name: str, bundle: Get) -> None:
 
 
 @pytest.mark.parametrize("name", ["sd1", "kandinsky22"])
-def test_nothing_of_this_machine_is_in_the_configurations(name: str, bundle: Get, tiny_model: Get) -> None:
+def test_configurations_contain_no_local_path(name: str, bundle: Get, tiny_model: Get) -> None:
     for path in bundle(name).rglob("*.json"):
         if path.name == "manifest.json":
             continue
@@ -125,7 +129,7 @@ def test_nothing_of_this_machine_is_in_the_configurations(name: str, bundle: Get
 
 
 @pytest.mark.parametrize("name", ["sd1", "kandinsky22"])
-def test_everyone_may_read_the_bundle(name: str, bundle: Get) -> None:
+def test_bundle_files_are_world_readable(name: str, bundle: Get) -> None:
     for path in (bundle(name), *bundle(name).rglob("*")):
         assert path.stat().st_mode & 0o777 == (0o755 if path.is_dir() else 0o644), path
         assert not path.is_symlink()

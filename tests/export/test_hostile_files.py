@@ -46,7 +46,7 @@ HEADERS = {
 
 
 @pytest.mark.parametrize("header", HEADERS.values(), ids=HEADERS)
-def test_headers_of_weights_that_lie_are_refused(header: bytes, tmp_path: Path) -> None:
+def test_false_weight_headers_are_refused(header: bytes, tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     path.write_bytes(struct.pack("<Q", len(header)) + header)
     with pytest.raises(ExportError, match=str(path)):
@@ -66,7 +66,7 @@ def test_metadata_nested_too_deeply_is_refused() -> None:
         refuse_other_quantization("it", {}, {"_quantization_metadata": DEEP.decode()})
 
 
-def test_json_nested_too_deeply_is_damaged_wherever_it_is_read(tmp_path: Path) -> None:
+def test_every_reader_refuses_json_nested_too_deeply(tmp_path: Path) -> None:
     path = tmp_path / "model_index.json"
     path.write_bytes(DEEP)
     with pytest.raises(ValueError, match="nested too deeply"):
@@ -129,7 +129,7 @@ def test_a_model_with_pipes_devices_or_links_outside_is_refused(name: str, make:
         find(model)
 
 
-def test_a_model_may_be_a_link_have_links_within_and_be_a_snapshot_of_the_hubs_cache(model: Path) -> None:
+def test_symlinks_within_a_model_and_the_hub_cache_are_accepted(model: Path) -> None:
     (model / "vae" / "config.json").rename(model / "config-of-vae.json")
     (model / "vae" / "config.json").symlink_to("../config-of-vae.json")
     (model.parent / "link").symlink_to(model)
@@ -181,7 +181,7 @@ def test_a_configuration_larger_than_the_weights_is_refused(component: str, chan
     assert not (model.parent / "out").exists()
 
 
-def test_numbers_and_tokenizers_are_held_to_the_rules_of_bundles_before_anything_is_loaded(model: Path) -> None:
+def test_bundle_rules_for_numbers_and_tokenizers_apply_to_sources(model: Path) -> None:
     """tests/server/test_hostile_models.py has the rules."""
     edit(model / "scheduler" / "scheduler_config.json", num_train_timesteps=2 * 10**9)
     with pytest.raises(ExportError, match=r"scheduler_config.json: .*num_train_timesteps"):

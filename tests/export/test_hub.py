@@ -101,7 +101,7 @@ def size(found: dict[str, Any]) -> int:
     return sum(len(text) for text in found["files"].values())
 
 
-def test_variant_and_patterns_choose(hub: Hub, tmp_path: Path) -> None:
+def test_variant_and_patterns_select_files(hub: Hub, tmp_path: Path) -> None:
     found = resolve(hub, tmp_path, variant="fp16", ignore_patterns=["tokenizer/*"], revision=COMMIT)
     assert (
         set(hub.fetched)
@@ -128,12 +128,12 @@ def test_missing_hub_repository_is_one_line(hub: Hub, tmp_path: Path) -> None:
     assert "\n" not in error
 
 
-def test_a_hub_out_of_reach_is_one_line(tmp_path: Path) -> None:
+def test_unreachable_hub_is_one_line(tmp_path: Path) -> None:
     error = str(resolve(Hub({}, url="http://127.0.0.1:9"), tmp_path)["error"])
     assert error == "someone/model is not a local directory, and the hub cannot be reached at http://127.0.0.1:9"
 
 
-def test_a_connection_that_breaks_is_made_again_and_the_file_continued(hub: Hub, tmp_path: Path) -> None:
+def test_broken_connection_is_retried_and_the_download_resumed(hub: Hub, tmp_path: Path) -> None:
     chunk = 10 * 2**20  # as much as huggingface_hub writes at once
     length = 8 * 1_500_000
     header = json.dumps({"x": {"dtype": "U8", "shape": [length], "data_offsets": [0, length]}}).encode()
@@ -194,7 +194,7 @@ def test_token_gives_access_to_private_and_gated_models(gated: bool, hub: Hub, t
     assert resolve(hub, tmp_path, token="hf_secret")["files"]
 
 
-def test_the_template_of_a_single_file_is_its_texts(hub: Hub, tmp_path: Path) -> None:
+def test_template_of_a_single_file_downloads_only_text_files(hub: Hub, tmp_path: Path) -> None:
     """It comes from where diffusers says. That is asked once: then neither diffusers nor torch is needed."""
     names = ("model.diffusion_model.x", "first_stage_model.x", "cond_stage_model.x")
     safetensors.torch.save_file({name: torch.ones(2) for name in names}, tmp_path / "model.safetensors")

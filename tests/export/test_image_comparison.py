@@ -54,7 +54,7 @@ def model(kind: type = WithStrength, part: str = "unet", latents: int = 64) -> A
 @pytest.mark.parametrize("part", ["unet", "transformer"])
 @pytest.mark.parametrize("latents", [8, 64, 128])
 @pytest.mark.parametrize("family", ["stable-diffusion", "whole"])
-def test_the_cases_cover_what_is_asked_for(part: str, latents: int, family: str) -> None:
+def test_cases_cover_prompts_strengths_and_guidance(part: str, latents: int, family: str) -> None:
     cases = image_cases(model(part=part, latents=latents), family)
     requests = [case.request for case in cases]
     assert len({case.name for case in cases}) == len(cases) == 6
@@ -80,13 +80,13 @@ def test_the_cases_cover_what_is_asked_for(part: str, latents: int, family: str)
         assert f"strength {case.request.strength}, {case.request.num_inference_steps} steps" in case.name
 
 
-def test_a_pipeline_that_knows_no_strength_is_not_asked_twice() -> None:
+def test_pipeline_without_strength_has_half_the_cases() -> None:
     cases = image_cases(model(WithoutStrength), "whole")
     assert len(cases) == 3
     assert not any("strength" in case.name for case in cases)
 
 
-def test_an_image_is_like_itself_by_every_limit() -> None:
+def test_identical_images_pass_every_limit() -> None:
     image = sample_image(64, 48)
     for precision in LIMITS:
         found = measure("same", image, image, precision)
@@ -101,7 +101,7 @@ def changed(image: Image.Image, by: int | np.ndarray, rows: int) -> Image.Image:
     return Image.fromarray(pixels.astype(np.uint8))
 
 
-def test_one_step_of_the_least_is_no_fault_in_fp32_and_two_are() -> None:
+def test_fp32_tolerates_a_difference_of_one_level_but_not_two() -> None:
     image = sample_image(64, 64)
     for by, passed in ((1, True), (2, False)):
         found = measure("a", changed(image, by, rows=8), image)
@@ -123,7 +123,7 @@ def test_each_precision_has_its_own_limits(precision: Precision) -> None:
     assert not found[-1].passed
 
 
-def test_structure_counts_beside_the_pixels() -> None:
+def test_noise_that_passes_psnr_fails_ssim() -> None:
     """Noise that a PSNR lets pass, in an image with little in it."""
     flat = np.full((64, 64, 3), 100, np.uint8)
     flat[:32] += 10
@@ -135,12 +135,12 @@ def test_structure_counts_beside_the_pixels() -> None:
 
 
 @pytest.mark.parametrize("colour", ["black", "#7f7f7f", "white"])
-def test_one_colour_never_passes_however_near(colour: str) -> None:
+def test_single_color_image_never_passes(colour: str) -> None:
     image = Image.new("RGB", (64, 64), colour)
     assert not any(measure("a", image, image, precision).passed for precision in LIMITS)
 
 
-def test_another_size_never_passes() -> None:
+def test_image_of_another_size_never_passes() -> None:
     found = measure("a", sample_image(64, 56), sample_image(64, 64))
     assert not found.passed
     assert found.ssim == 0.0
@@ -173,7 +173,7 @@ def test_server_pipeline_matches_diffusers(pipeline: Any, tmp_path: Path) -> Non
         compare_images(tmp_path, manifest, cases, references, "fp32")
 
 
-def test_the_request_is_handed_over_as_far_as_the_pipeline_knows_it(pipeline: Any) -> None:
+def test_only_arguments_known_to_the_pipeline_are_passed(pipeline: Any) -> None:
     case = image_cases(pipeline, "stable-diffusion")[0]
     known = set(inspect.signature(pipeline.__call__).parameters)
     offered = images._arguments(pipeline, case.request)

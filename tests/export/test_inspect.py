@@ -73,7 +73,7 @@ def change(bundle: Path, **changes: object) -> None:
     write_manifest(bundle, dataclasses.replace(read_manifest(bundle), **changes))  # type: ignore[arg-type]
 
 
-def test_the_report_has_all_that_a_person_asks(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_report_is_complete(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", str(made)]) == 0
     out, err = capsys.readouterr()
     assert err == ""
@@ -101,7 +101,7 @@ def test_the_report_has_all_that_a_person_asks(made: Path, capsys: pytest.Captur
         assert expected in lines, expected
 
 
-def test_json_is_everything_in_one_object(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_json_report_is_one_object(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", str(made), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["passed"], found["checked"], found["damages"]) == (True, True, [])
@@ -123,7 +123,7 @@ def test_unverified_bundle_is_reported_with_its_problems(made: Path, capsys: pyt
     assert json.loads(capsys.readouterr().out)["manifest"]["verification"]["components"][0]["max_abs_error"] is None
 
 
-def test_damage_is_found(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_changed_missing_and_extra_files_are_reported(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (made / "unet" / "model.onnx").write_bytes(b"contents of another....")
     (made / "unet" / "fused.onnx").unlink()
     (made / "holiday.jpg").write_bytes(b"a stranger")
@@ -149,7 +149,7 @@ def test_without_checksums_files_are_not_read(made: Path, capsys: pytest.Capture
     assert main(["inspect", str(made), "--no-checksums"]) == 1
 
 
-def test_the_sheet_is_copied_out(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_sheet_option_copies_the_image_sheet(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", str(made), "--sheet", str(tmp_path / "out.png")]) == 0
     assert (tmp_path / "out.png").read_bytes() == (made / "verification" / "sheet.png").read_bytes()
     capsys.readouterr()
@@ -187,7 +187,7 @@ def test_bundle_text_cannot_control_the_terminal(made: Path, capsys: pytest.Capt
     assert "gone [red]and[/red]" in out
 
 
-def test_it_needs_nothing_heavy(made: Path) -> None:
+def test_inspect_imports_nothing_heavy(made: Path) -> None:
     code = """
 import sys
 for name in ("torch", "onnxruntime", "diffusers", "transformers", "optimum", "onnx", "grpc", "numpy", "PIL", "huggingface_hub"):

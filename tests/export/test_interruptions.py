@@ -74,7 +74,7 @@ def export_in_a_process(
 
 
 @pytest.mark.parametrize("moments", [3, pytest.param(10, marks=pytest.mark.nightly)])
-def test_killed_at_any_moment_it_leaves_no_bundle_and_no_litter(
+def test_kill_at_any_moment_leaves_no_bundle_after_cleanup(
     moments: int, export_in_a_process: Callable[[Path, int, Path], int | None], tmp_path: Path
 ) -> None:
     """At the first, at the last, and at some between them."""
@@ -99,7 +99,7 @@ def run_command(words: list[str], told: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_it_with_everything_cleared(
+def test_signal_ends_the_export_and_removes_its_files(
     number: int, libraries: ForkServerContext, tiny_model: Callable[[str], Path], tmp_path: Path
 ) -> None:
     told, folder = tmp_path / "told", tmp_path / "bundles"

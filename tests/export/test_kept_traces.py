@@ -10,9 +10,7 @@ from img2img_export.convert.tracing import trace
 from short_exports import traced_once
 
 
-def test_a_kept_graph_is_the_traced_one_and_differs_by_part_shape_and_type(
-    tiny_model: Callable[[str], Path], tmp_path: Path
-) -> None:
+def test_trace_cache_is_keyed_by_part_shape_and_dtype(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
     vae = AutoencoderKL.from_pretrained(tiny_model("sd1") / "vae", use_safetensors=True)
     encoder, decoder = vae_parts(vae)
     latents, pixels = {"latent_sample": torch.randn(2, 4, 5, 7)}, {"sample": torch.randn(2, 3, 16, 24)}

@@ -47,7 +47,7 @@ def explained(vae: Any, images: Iterable[np.ndarray], weights: latent_preview.La
 
 
 @pytest.mark.parametrize("name", nightly_but(["sd1", "sdxl", "flux"], "sd1", "flux"))
-def test_a_tiny_models_previews_tell_more_than_the_mean_colour(name: str, tiny_model: Get) -> None:
+def test_tiny_model_previews_explain_some_variance(name: str, tiny_model: Get) -> None:
     model = pipeline(tiny_model(name))
     weights = latent_preview.fit(model)
     assert [len(row) for row in weights] == [4 * model.vae.config.latent_channels + 1] * 3
@@ -57,7 +57,7 @@ def test_a_tiny_models_previews_tell_more_than_the_mean_colour(name: str, tiny_m
     assert share > 0
 
 
-def test_the_demos_previews_have_its_colours_by_day_and_by_night(demo_weights: latent_preview.LatentPreview) -> None:
+def test_demo_previews_explain_most_of_the_color_variance(demo_weights: latent_preview.LatentPreview) -> None:
     scenes = [build_geometry(draw_layout(seed)) for seed in UNSEEN_LAYOUTS[:4]]
     share = explained(pipeline(DEMO_MODEL).vae, [paint(scene, *mood) for scene in scenes for mood in MOODS], demo_weights)
     print(f"{share:.2f} of the variance")
@@ -106,12 +106,12 @@ def test_latents_are_scaled_as_the_pipeline_scales_them(tiny_model: Get) -> None
     assert torch.allclose(latent_preview.encode(pipe.vae, pixels(image)), wanted[0], atol=1e-4)
 
 
-def test_other_autoencoders_have_no_map() -> None:
+def test_unsupported_autoencoders_have_no_preview_weights() -> None:
     assert latent_preview.fit(SimpleNamespace()) == ()
     assert latent_preview.fit(SimpleNamespace(vae=AutoencoderTiny())) == ()
 
 
-def test_a_bundle_carries_its_map_and_one_without_still_loads(bundle: Get, tmp_path: Path) -> None:
+def test_manifest_has_the_preview_weights_and_loads_without_them(bundle: Get, tmp_path: Path) -> None:
     manifest = read_manifest(bundle("sd1"))
     assert [len(row) for row in manifest.latent_preview] == [17, 17, 17]
     write_manifest(tmp_path, manifest)

@@ -104,7 +104,7 @@ def test_each_layer_has_its_own_alpha_and_rank(tiny_model: Get, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("rslora", [False, True])
-def test_the_configuration_that_peft_keeps_in_a_file_counts(rslora: bool, tiny_model: Get, tmp_path: Path) -> None:
+def test_peft_configuration_in_the_file_is_applied(rslora: bool, tiny_model: Get, tmp_path: Path) -> None:
     model = tiny_model("sd1")
     pairs = {module: pair for module, pair in make(model, 1).items() if module.startswith("unet.")}
     config = {"unet.r": 4, "unet.lora_alpha": 8, "unet.alpha_pattern": {"attn1.to_q": 6}, "unet.use_rslora": rslora}
@@ -127,7 +127,7 @@ def test_a_damaged_configuration_is_refused(config: Any, tiny_model: Get, tmp_pa
         fuse(tiny_model("sd1"), tmp_path / "view", LoraFile(path))
 
 
-def test_several_are_fused_in_any_order(tiny_model: Get, tmp_path: Path) -> None:
+def test_several_loras_are_merged_in_any_order(tiny_model: Get, tmp_path: Path) -> None:
     model = tiny_model("sd1")
     one, two = make(model, 1), make(model, 2, ("to_q", "proj_in"), (2,))
     first = LoraFile(write_kohya(one, tmp_path / "one.safetensors", lambda module: 4.0), 0.5)
@@ -227,13 +227,13 @@ def test_invalid_lora_files_are_refused_and_nothing_is_written(how: str, reason:
 @pytest.mark.parametrize(
     ("name", "reason"), [("sdxl", "does not fit"), ("refiner", "does not fit"), ("kandinsky22", "does not support LoRAs")]
 )
-def test_another_models_is_refused(name: str, reason: str, tiny_model: Get, tmp_path: Path) -> None:
+def test_lora_of_another_model_is_refused(name: str, reason: str, tiny_model: Get, tmp_path: Path) -> None:
     path = write_diffusers(make(tiny_model("sd1"), 1), tmp_path / "style.safetensors")
     with pytest.raises(ExportError, match=f"{path}.*{reason}"):
         fuse(tiny_model(name), tmp_path / "view", LoraFile(path))
 
 
-def test_a_sum_too_large_for_the_weights_is_refused(tiny_model: Get, tmp_path: Path) -> None:
+def test_lora_that_overflows_the_weights_is_refused(tiny_model: Get, tmp_path: Path) -> None:
     """Each matrix is finite. scripts/fuzz found it."""
     pairs = {name: (1e30 * down, 1e30 * up) for name, (down, up) in make(tiny_model("sd1"), 1).items()}
     path = write_diffusers(pairs, tmp_path / "style.safetensors")
@@ -250,14 +250,14 @@ def test_a_sum_too_large_for_the_weights_is_refused(tiny_model: Get, tmp_path: P
         ("damaged.safetensors", "is a pickle"),
     ],
 )
-def test_files_other_than_safetensors_are_refused_unread(name: str, reason: str, tmp_path: Path) -> None:
+def test_other_files_than_safetensors_are_refused_without_reading(name: str, reason: str, tmp_path: Path) -> None:
     for file in ("style.pt", "style.txt", "damaged.safetensors"):
         (tmp_path / file).write_bytes(b"\x80\x02}q\x00 a pickle")
     with pytest.raises(ExportError, match=f"{tmp_path / name}.*{reason}"):
         lora.records([LoraFile(tmp_path / name)])
 
 
-def test_the_blocks_of_sdxl_may_have_their_first_names(tiny_model: Get, tmp_path: Path) -> None:
+def test_original_block_names_of_sdxl_are_accepted(tiny_model: Get, tmp_path: Path) -> None:
     """kohya trains SDXL on the UNet of its authors: input_blocks, middle_block, output_blocks."""
     model = tiny_model("sdxl")
     wanted = {"down_blocks.1.attentions.0": "input_blocks_3_1", "mid_block.attentions.0": "middle_block_1"}

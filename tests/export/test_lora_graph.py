@@ -35,7 +35,7 @@ def test_unets_and_text_encoders_have_verified_lora_graphs(name: str, bundle: Ge
 
 
 @pytest.mark.parametrize("name", ["sd3", "flux-dev", "kandinsky22"])
-def test_other_families_have_none(name: str, bundle: Get) -> None:
+def test_other_families_have_no_lora_graphs(name: str, bundle: Get) -> None:
     assert not any(part.lora for part in components(bundle(name)).values())
 
 
@@ -108,9 +108,7 @@ def test_both_graphs_share_one_file_of_weights(precision: str, tiny_model: Get, 
         assert sizes[1] <= sizes[0] + 4096
 
 
-def test_a_lora_graph_that_is_wrong_is_left_out_with_the_reason(
-    tiny_model: Get, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_wrong_lora_graph_is_omitted_with_the_reason(tiny_model: Get, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     right = lora_graph._product
     monkeypatch.setattr(lora_graph, "_product", lambda *arguments: right(*arguments) * 1.01)
     with cut_short():
@@ -122,7 +120,7 @@ def test_a_lora_graph_that_is_wrong_is_left_out_with_the_reason(
     assert manifest.verification.passed
 
 
-def test_int8_has_none(bundle: Get, tiny_model: Get, tmp_path: Path) -> None:
+def test_int8_components_have_no_lora_graph(bundle: Get, tiny_model: Get, tmp_path: Path) -> None:
     with cut_short():
         manifest = export_model(ExportOptions(str(tiny_model("sd1")), tmp_path / "out", precision="int8")).manifest
     assert not any(part.lora for part in manifest.components if part.precision == "int8")

@@ -57,7 +57,7 @@ def test_tiny_autoencoder_matches_diffusers(backend: Any, model: Path, tmp_path:
 
 
 @pytest.mark.parametrize("sides", [pytest.param([8, 8], marks=pytest.mark.nightly), [8, 12]], ids=str)
-def test_a_latent_size_may_be_a_list(sides: list[int], tiny_model: Get, tmp_path: Path) -> None:
+def test_unet_sample_size_may_be_a_list(sides: list[int], tiny_model: Get, tmp_path: Path) -> None:
     model = Path(shutil.copytree(tiny_model("sdxl"), tmp_path / "model"))
     change(model / "unet" / "config.json", sample_size=sides)
     with cut_short(1):
@@ -85,7 +85,7 @@ class StrangeError(Exception):
 @pytest.mark.parametrize(
     "error", [StrangeError("what is\nthis?"), pytest.param(OSError("no such model"), marks=pytest.mark.nightly)]
 )
-def test_any_failure_of_a_backend_leads_to_the_next_with_the_reason(
+def test_failing_backend_falls_back_to_the_next_with_the_reason(
     error: Exception, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*arguments: Any) -> Any:

@@ -36,7 +36,7 @@ def draw(bundle: Path) -> np.ndarray:
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
-def test_a_bundle_in_half_precision_is_half_as_large_and_verified(precision: Precision, bundle: Get) -> None:
+def test_half_precision_bundle_is_half_as_large_and_verified(precision: Precision, bundle: Get) -> None:
     manifest, full = (read_manifest(bundle(name)) for name in (f"sd1:{precision}", "sd1"))
     check_bundle(bundle(f"sd1:{precision}"), manifest)
     assert precisions(manifest) == dict.fromkeys(PARTS, precision)
@@ -53,7 +53,7 @@ def test_a_bundle_in_half_precision_is_half_as_large_and_verified(precision: Pre
     assert min(part.relative_error for part in compared if part.graph == "plain") > 1e-5, "it must have been computed narrowly"
 
 
-def test_the_fused_graph_is_beside_the_plain_one_and_compared_too(bundle: Get) -> None:
+def test_fused_graphs_are_listed_and_verified(bundle: Get) -> None:
     manifest = read_manifest(bundle("sd1:fp16"))
     fused = {part.name: part.fused for part in manifest.components}
     assert fused == {name: "" if name == "text_encoder" else f"{name}/cuda/model.onnx" for name in PARTS}
@@ -76,7 +76,7 @@ def test_fp16_overflow_keeps_the_component_in_fp32_with_the_reason(
     assert set(precisions(manifest).values()) == {"fp16", "fp32"}
 
 
-def test_int8_is_given_up_where_it_does_not_pass(
+def test_components_that_fail_in_int8_fall_back_with_the_reason(
     bundle: Get, tiny_model: Get, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And what is left of it is drawn by the server."""
@@ -124,13 +124,13 @@ def test_the_server_runs_int8_on_a_cpu(bundle: Get) -> None:
     assert np.abs(draw(bundle("sd1:int8")) - draw(bundle("sd1"))).mean() <= 6
 
 
-def test_the_server_runs_fp16_on_a_cpu_and_says_that_bf16_needs_a_gpu(bundle: Get) -> None:
+def test_server_runs_fp16_on_a_cpu_but_refuses_bf16(bundle: Get) -> None:
     assert np.abs(draw(bundle("sd1:fp16")) - draw(bundle("sd1"))).max() <= 4
     with pytest.raises(BundleError, match="bf16 graphs need a GPU"):
         draw(bundle("sd1:bf16"))
 
 
-def test_pytorch_weights_are_stored_in_the_precision_too(tiny_model: Get, tmp_path: Path) -> None:
+def test_pytorch_weights_are_stored_in_the_requested_precision(tiny_model: Get, tmp_path: Path) -> None:
     options = ExportOptions(source=str(tiny_model("sd1")), output=tmp_path / "out", precision="fp16", backend="torch")
     with cut_short(1):
         manifest = export_model(options).manifest

@@ -36,7 +36,7 @@ def run_long_task(display: Display, clock: Clock) -> None:
             advance(1_000_000)
 
 
-def test_the_base_class_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+def test_base_progress_prints_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     progress = Progress()
     progress.stage("loading")
     with progress.task("hashing", 10) as advance:
@@ -44,7 +44,7 @@ def test_the_base_class_says_nothing(capsys: pytest.CaptureFixture[str]) -> None
     assert capsys.readouterr() == ("", "")
 
 
-def test_plain_lines_have_the_time_and_tell_of_a_long_task_each_ten_seconds() -> None:
+def test_plain_progress_prints_a_line_every_ten_seconds() -> None:
     stream, clock = io.StringIO(), Clock()
     run_long_task(PlainProgress(stream, clock), clock)
     first, *running, last = stream.getvalue().splitlines()
@@ -56,14 +56,14 @@ def test_plain_lines_have_the_time_and_tell_of_a_long_task_each_ten_seconds() ->
     assert all(re.fullmatch(r" +\d+\.\d s  hashing: \d+ MB of 600 MB \(\d+%\)", line) for line in running)
 
 
-def test_a_task_that_fails_has_no_end() -> None:
+def test_failed_task_prints_no_completion() -> None:
     stream = io.StringIO()
     with pytest.raises(KeyboardInterrupt), PlainProgress(stream).task("hashing", 10):
         raise KeyboardInterrupt
     assert stream.getvalue() == ""
 
 
-def test_json_is_an_object_on_each_line_and_nothing_else() -> None:
+def test_json_progress_is_one_object_per_line() -> None:
     stream, clock = io.StringIO(), Clock()
     display = JsonProgress(stream, clock)
     run_long_task(display, clock)
@@ -85,7 +85,7 @@ def test_json_is_an_object_on_each_line_and_nothing_else() -> None:
     }
 
 
-def test_numbers_that_json_has_not_are_null() -> None:
+def test_non_finite_numbers_become_null() -> None:
     assert json.loads(as_json({"a": [float("inf"), 1.5], "b": {"c": float("nan")}})) == {"a": [None, 1.5], "b": {"c": None}}
 
 
@@ -105,7 +105,7 @@ def test_bars_show_bytes_and_stages_keep_their_lines() -> None:
     assert text.endswith("done: [m]\n")
 
 
-def test_a_bar_of_a_task_that_fails_leaves_the_terminal_as_it_was() -> None:
+def test_failed_task_restores_the_terminal() -> None:
     stream = Terminal()
     display = RichProgress(stream, console=Console(file=stream, force_terminal=True, width=120))
     with pytest.raises(KeyboardInterrupt), display.task("outer", 10), display.task("inner", 10):
@@ -126,7 +126,7 @@ def test_threads_may_share_a_task(kind: Any) -> None:
     assert re.search(r"4\.00 kB|4000", stream.getvalue())
 
 
-def test_the_form_is_chosen_by_the_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_type_is_chosen_by_the_stream(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "xterm")
     assert type(choose(False, io.StringIO())) is PlainProgress
     assert type(choose(False, Terminal())) is RichProgress
@@ -146,6 +146,6 @@ def test_the_form_is_chosen_by_the_stream(monkeypatch: pytest.MonkeyPatch) -> No
         (7, "images", "7 images"),
     ],
 )
-def test_quantities_are_short(count: float, unit: str, text: str) -> None:
+def test_quantities_have_short_units(count: float, unit: str, text: str) -> None:
     assert quantity(count, unit) == text
     assert amount(count, count, unit) == f"{text} of {text}"

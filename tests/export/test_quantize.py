@@ -66,7 +66,9 @@ def relative_error(value: Any, reference: Any) -> float:
 
 
 @pytest.mark.parametrize(("name", "limit"), [("text", 0.05), ("unet", 0.03)])
-def test_close_to_torch_and_smaller(name: str, limit: float, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+def test_int8_graph_is_close_to_torch_and_smaller(
+    name: str, limit: float, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
     inputs, outputs, graph = request.getfixturevalue(name)
     result = quantize.to_int8(graph)
     result.write(tmp_path, Progress(), name)
@@ -80,7 +82,7 @@ def test_close_to_torch_and_smaller(name: str, limit: float, request: pytest.Fix
         assert 1e-6 < relative_error(value, reference) < limit
 
 
-def test_same_numbers_as_quantize_dynamic(text: Traced, tmp_path: Path) -> None:
+def test_results_match_onnx_runtimes_quantize_dynamic(text: Traced, tmp_path: Path) -> None:
     inputs, _, graph = text
     graph.write(tmp_path / "plain", Progress(), "plain")
     quantize.to_int8(graph).write(tmp_path / "ours", Progress(), "ours")
@@ -141,7 +143,7 @@ def test_weights_are_symmetric_for_each_channel() -> None:
 
 
 @pytest.mark.parametrize(("name", "count"), [("/module/blocks.0/norm1/linear/Gemm", 1), ("/module/time_embedding/Gemm", 0)])
-def test_gemm_of_a_norm_with_its_bias(name: str, count: int, tmp_path: Path) -> None:
+def test_gemm_with_a_bias_is_quantized(name: str, count: int, tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     weight, bias, value = (torch.randn(*shape, generator=generator) for shape in ((96, 64), (96,), (2, 64)))
     node = helper.make_node("Gemm", ["x", "w", "b"], ["y"], name, transB=1)
@@ -158,7 +160,7 @@ def test_gemm_of_a_norm_with_its_bias(name: str, count: int, tmp_path: Path) -> 
     assert relative_error(run(tmp_path / "model.onnx", {"x": value})[0], torch.nn.functional.linear(value, weight, bias)) < 0.02
 
 
-def test_chosen_products_only(text: Traced) -> None:
+def test_only_chosen_products_are_quantized(text: Traced) -> None:
     def chosen(node: NodeProto, matrix: Weight) -> bool:
         return "fc1" in node.name
 

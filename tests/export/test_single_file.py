@@ -34,7 +34,7 @@ def model(tiny_model: Callable[[str], Path], tmp_path: Path) -> Callable[[str], 
 
 
 @pytest.mark.parametrize("name", ["sd1", "sd2", "sdxl", "refiner"])
-def test_the_weights_come_back(name: str, model: Callable[[str], Path], tmp_path: Path) -> None:
+def test_single_file_conversion_restores_the_weights(name: str, model: Callable[[str], Path], tmp_path: Path) -> None:
     template = model(name)
     expected = weights_of(template)
     before = {path: path.read_bytes() for path in template.rglob("*") if path.is_file()}
@@ -84,7 +84,7 @@ def test_another_models_template_is_refused(tiny_model: Callable[[str], Path], t
         fill(path, tmp_path / "view", config=str(tiny_model("sdxl")))
 
 
-def test_a_model_is_kept_as_it_is(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
+def test_model_directory_is_linked_unchanged(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
     found = fill(tiny_model("sd1"), tmp_path / "view")
     assert all(path.is_symlink() for path in found.rglob("*") if path.is_file())
     assert_equal(weights_of(found), weights_of(tiny_model("sd1")))

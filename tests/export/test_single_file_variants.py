@@ -141,7 +141,7 @@ def test_a_layer_of_another_format_is_refused(kind: str | None, stored: Weights,
         (["edm_means"], "edm_means"),
     ],
 )
-def test_weights_that_nothing_uses_refuse_the_file(
+def test_file_with_unused_weights_is_refused(
     names: list[str], message: str, stored: Weights, tiny_model: Get, tmp_path: Path
 ) -> None:
     with pytest.raises(ExportError, match=f"m.safetensors holds .*{message}.*wrong --config") as caught:
@@ -219,7 +219,7 @@ def test_prediction_type_of_the_file_is_set_in_the_scheduler(template: str, said
         assert found["_class_name"] == own["_class_name"]
 
 
-def test_a_v_prediction_file_is_drawn_with_v_prediction(stored: Weights, tiny_model: Get, tmp_path: Path) -> None:
+def test_v_prediction_markers_configure_the_scheduler(stored: Weights, tiny_model: Get, tmp_path: Path) -> None:
     before = {path: path.read_bytes() for path in tiny_model("sd1").rglob("*.json")}
     markers = {"v_pred": torch.empty(0), "ztsnr": torch.empty(0)}
     view = convert({**stored, **markers}, tiny_model("sd1"), tmp_path)
@@ -260,7 +260,7 @@ def renamed(weights: Weights, old: str, new: str) -> Weights:
         ("first_stage_model.", "vae."),
     ],
 )
-def test_other_spellings_of_names_are_read(old: str, new: str, stored: Weights, tiny_model: Get, tmp_path: Path) -> None:
+def test_alternative_tensor_names_are_accepted(old: str, new: str, stored: Weights, tiny_model: Get, tmp_path: Path) -> None:
     view = convert(renamed(stored, old, new), tiny_model("sd1"), tmp_path, name="MODEL.SAFETENSORS")
     assert_equal(weights_of(view), weights_of(tiny_model("sd1")))
 

@@ -121,7 +121,7 @@ def test_the_digest_of_a_single_file_covers_its_template(single: Path, directory
 
 
 @pytest.mark.parametrize("option", [{"variant": "fp16"}, {"revision": "main"}, {"allow_patterns": ("unet/*",)}])
-def test_a_single_file_has_nothing_to_choose(option: dict[str, object], single: Path, directory: Path) -> None:
+def test_selection_options_are_refused_for_a_single_file(option: dict[str, object], single: Path, directory: Path) -> None:
     with pytest.raises(ExportError, match="is a single file"):
         find(single, config=str(directory), **option)
 
@@ -132,7 +132,7 @@ def test_a_single_file_that_was_cut_short_is_refused(single: Path, directory: Pa
         find(single, config=str(directory))
 
 
-def test_only_a_single_file_has_a_template(directory: Path) -> None:
+def test_config_option_is_refused_for_a_directory(directory: Path) -> None:
     with pytest.raises(ExportError, match="--config is only for a single file"):
         find(directory, config=str(directory))
 

@@ -45,7 +45,7 @@ def test_a_bundle_appears_only_when_published(tmp_path: Path) -> None:
     assert names(output.parent) == ["model"]
 
 
-def test_a_failure_leaves_the_old_bundle_and_no_litter(tmp_path: Path) -> None:
+def test_failure_keeps_the_old_bundle_and_leaves_no_files(tmp_path: Path) -> None:
     output = tmp_path / "model"
     output.mkdir()
     (output / "file").write_text("old")
@@ -66,7 +66,7 @@ def test_publishing_replaces_the_old_bundle(tmp_path: Path) -> None:
     assert names(tmp_path) == ["model"]
 
 
-def test_two_exports_to_one_output_do_not_mix(tmp_path: Path) -> None:
+def test_concurrent_export_to_the_same_output_is_refused(tmp_path: Path) -> None:
     with stage(tmp_path / "model"):
         with pytest.raises(ExportError, match="running"), stage(tmp_path / "model"):
             pass
@@ -103,7 +103,7 @@ def test_a_stale_staging_directory_is_removed_by_the_next_export(tmp_path: Path)
     assert names(tmp_path) == []
 
 
-def test_the_old_bundle_comes_back_where_the_new_one_did_not_get_into_its_place(tmp_path: Path) -> None:
+def test_interrupted_replacement_restores_the_old_bundle(tmp_path: Path) -> None:
     litter = tmp_path / ".model.img2img-export.1" / "replaced"
     litter.mkdir(parents=True)
     (litter / "file").write_text("old")
@@ -117,7 +117,7 @@ def test_missing_or_empty_output_may_be_written(tmp_path: Path) -> None:
     check_replaceable(tmp_path, force=False)
 
 
-def test_a_bundle_is_replaced_by_force_only(tmp_path: Path) -> None:
+def test_bundle_is_replaced_only_with_force(tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text(BUNDLE_MANIFEST)
     with pytest.raises(ExportError, match="--force"):
         check_replaceable(tmp_path, force=False)

@@ -97,7 +97,7 @@ def relative_error(value: Any, reference: Any) -> float:
     return float(np.linalg.norm(value - np.asarray(reference)) / np.linalg.norm(np.asarray(reference)))
 
 
-def test_first_and_last_layers_and_embeddings_are_not_possible() -> None:
+def test_first_and_last_layers_and_embeddings_are_not_quantized() -> None:
     *_, measured = small()
     assert set(measured.layers) == {"conv", "shortcut", "down", "query", "key"}
 
@@ -122,7 +122,7 @@ def test_graph_matches_the_calibration_emulation(names: tuple[str, ...], per_cha
     assert relative_error(value, expected) < 0.35 * error, "values at a rounding boundary may differ by a step"
 
 
-def test_layers_that_measured_one_value_differently_keep_their_own_scales(tmp_path: Path) -> None:
+def test_layers_with_different_ranges_of_one_input_keep_their_scales(tmp_path: Path) -> None:
     module, part, graph, measured = small()
     measured.layers["key"].low, measured.layers["key"].high = (
         3 * bound for bound in (measured.layers["key"].low, measured.layers["key"].high)
@@ -144,7 +144,7 @@ def test_a_row_does_not_depend_on_the_rest_of_its_batch(tmp_path: Path) -> None:
     assert (run(tmp_path, extreme)[:1] == run(tmp_path, alone)).all()
 
 
-def test_layers_with_very_different_channels_get_a_factor_for_each() -> None:
+def test_layers_with_outlier_channels_get_per_channel_factors() -> None:
     module, part, _, measured = small(outlier=30.0)
     errors = []
     with torch.no_grad():
@@ -173,7 +173,7 @@ def test_a_smaller_budget_keeps_the_most_sensitive_layers_in_fp32() -> None:
     assert 0 < kept[2] < 5
 
 
-def test_measurements_are_kept_for_the_same_module_loaded_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_calibration_is_reused_for_a_reloaded_module(monkeypatch: pytest.MonkeyPatch) -> None:
     module, part, _, measured = small()
     first = measured.choose(module, 0.01)
     measured.release()
@@ -206,7 +206,7 @@ def test_weights_are_quantized_one_at_a_time(tmp_path: Path, monkeypatch: pytest
     assert result.bytes < graph.bytes / 2
 
 
-def test_the_calibration_has_other_prompts_sources_and_timesteps(tiny_model: Callable[[str], Path]) -> None:
+def test_calibration_cases_differ_from_the_verification_cases(tiny_model: Callable[[str], Path]) -> None:
     from diffusers import AutoPipelineForImage2Image
     from img2img_export.verify.images import calibration_cases, image_cases
 
@@ -252,7 +252,7 @@ def test_unet_and_decoder_become_static_int8_except_for_the_layers_in_the_manife
     assert read_manifest(tmp_path / "out") == manifest
 
 
-def test_images_that_are_not_good_enough_quantize_less(
+def test_failing_images_reduce_the_quantization_budget(
     tiny_model: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With less and less in int8, until it passes; at last in fp32, with the reason."""

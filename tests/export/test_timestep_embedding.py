@@ -31,7 +31,7 @@ def feed_of(graph: HostRunner, sizes: dict[str, int]) -> dict[str, torch.Tensor]
 
 
 @pytest.mark.parametrize("name", ["sd1", "sdxl", "lcm"])
-def test_head_and_body_are_the_whole(name: str, bundle: Get) -> None:
+def test_head_and_body_together_match_the_whole_graph(name: str, bundle: Get) -> None:
     folder = bundle(name) / "unet"
     assert {f"unet/{HEAD_NAME}", f"unet/{BODY_NAME}"} <= set(read_manifest(bundle(name)).files)
     whole, parts = runner(folder / "model.onnx"), SplitGraphRunner(runner(folder / HEAD_NAME), runner(folder / BODY_NAME))
@@ -42,7 +42,7 @@ def test_head_and_body_are_the_whole(name: str, bundle: Get) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_no_wave_is_left_in_the_body(bundle: Get) -> None:
+def test_body_contains_no_sine_or_cosine(bundle: Get) -> None:
     folder = bundle("sdxl") / "unet"
     body = onnx.load(folder / BODY_NAME, load_external_data=False)
     assert not {node.op_type for node in body.graph.node} & {"Sin", "Cos"}
@@ -56,7 +56,7 @@ def test_the_weights_are_stored_once(bundle: Get) -> None:
     assert (folder / BODY_NAME).stat().st_size < 2 * (folder / "model.onnx").stat().st_size
 
 
-def test_an_angle_in_bfloat16_is_off_by_radians_and_its_wave_is_not() -> None:
+def test_bfloat16_sine_is_accurate_but_of_a_bfloat16_angle_is_not() -> None:
     """What the split is for."""
     timesteps = torch.arange(1000.0)
     wave = torch.sin(timesteps)
@@ -65,7 +65,7 @@ def test_an_angle_in_bfloat16_is_off_by_radians_and_its_wave_is_not() -> None:
     assert (wave.bfloat16().float() - wave).abs().max() < 0.004
 
 
-def test_a_graph_without_waves_is_left_whole(bundle: Get, tmp_path: Path) -> None:
+def test_graph_without_sine_or_cosine_is_not_split(bundle: Get, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(bundle("sd1") / "vae_decoder", tmp_path / "vae_decoder"))
     before = sorted(folder.iterdir())
     assert not split(folder)

@@ -36,7 +36,7 @@ _FAINT = {
 
 
 @pytest.mark.parametrize("name", nightly_but(sorted(set(NAMES) - _FAINT), "sd1", "sdxl", "sd3"))
-def test_every_part_of_a_request_shows_in_the_image(name: str, tiny_model: Callable[[str], Path]) -> None:
+def test_every_request_field_affects_the_image(name: str, tiny_model: Callable[[str], Path]) -> None:
     from img2img_export.convert.graphs import quiet
     from img2img_export.convert.models import Loader
     from img2img_export.read.checkpoint import INDEX_NAME, read_index, read_layout

@@ -104,7 +104,7 @@ def test_every_input_has_an_effect_and_padding_has_none(name: str, made: Callabl
 
 
 @pytest.mark.parametrize("name", nightly_but(MODELS, *_EVERY_RUN))
-def test_all_products_of_a_half_graph_are_half(name: str, made: Callable[[str], Made]) -> None:
+def test_half_precision_graph_has_only_half_precision_products(name: str, made: Callable[[str], Made]) -> None:
     """A mask of booleans would be exported in fp32, with all that follows; so would the rotated queries and keys."""
     half: ExternalWeightsGraph = made(name).half
     types = value_types(half)

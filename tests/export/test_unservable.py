@@ -59,7 +59,7 @@ def test_pipelines_with_other_inputs_or_outputs_are_refused_by_name(name: str) -
         plan(Layout(name, {}, ()), "auto")
 
 
-def test_each_key_of_auto_pipeline_is_planned_or_refused_by_its_inputs() -> None:
+def test_every_auto_pipeline_class_is_planned_or_refused() -> None:
     refused = set()
     for key, kind in AUTO_IMAGE2IMAGE_PIPELINES_MAPPING.items():
         layout = Layout(kind.__name__, {"unet": ("diffusers", "UNet2DConditionModel")}, ())
@@ -87,7 +87,7 @@ def test_a_text_to_image_class_is_served_by_its_image_to_image_class(name: str, 
     assert plan(Layout(name, {}, ()), "torch").pipeline_class == expected
 
 
-def test_perturbed_attention_is_torch_and_says_why() -> None:
+def test_perturbed_attention_runs_in_pytorch_with_the_reason() -> None:
     layout = Layout("StableDiffusionPAGImg2ImgPipeline", {"unet": ("diffusers", "UNet2DConditionModel")}, ())
     (only,) = plans_for(layout, "auto")
     assert only.backend == "torch"

@@ -105,7 +105,7 @@ def test_incomplete_single_files_are_refused_by_kind(kind: str, tmp_path: Path) 
 
 
 @pytest.mark.parametrize(("channels", "word"), [(5, "depth"), (8, "InstructPix2Pix"), (9, "inpainting"), (7, "upscaler")])
-def test_a_unet_that_takes_more_than_noise_is_refused(channels: int, word: str, model: Path, tmp_path: Path) -> None:
+def test_unet_with_extra_input_channels_is_refused(channels: int, word: str, model: Path, tmp_path: Path) -> None:
     weights = {name: torch.ones(2, 2) for name in (*VAE, *TEXTS, *UNET)}
     weights["model.diffusion_model.input_blocks.0.0.weight"] = torch.ones(4, channels, 3, 3)
     save_file(weights, tmp_path / "m.safetensors")
@@ -200,7 +200,7 @@ def test_texts_with_a_byte_order_mark_are_read(mark: bytes, encoding: str, model
     assert all(path.read_bytes().startswith(mark) for path in texts), "the source stays as it was"
 
 
-def test_the_suffix_may_be_in_capitals(model: Path, tmp_path: Path) -> None:
+def test_uppercase_file_suffix_is_accepted(model: Path, tmp_path: Path) -> None:
     from diffusers import UNet2DConditionModel
 
     weights = model / "unet" / "diffusion_pytorch_model.safetensors"
