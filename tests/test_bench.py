@@ -42,7 +42,7 @@ JOBS = [Job("a lake at sunset", Source(size=(64, 64)), 4, 0.8, 7.5, seed) for se
 
 
 @pytest.mark.nightly
-async def test_a_peer_that_was_paused_goes_on(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
+async def test_paused_peer_resumes(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
     server = ServerProcess("pytorch", command("pytorch", tmp_path, tiny_model("sd1")), tmp_path)
     with ending([server]):
         server.spawn()
@@ -55,7 +55,7 @@ async def test_a_peer_that_was_paused_goes_on(tiny_model: Callable[[str], Path],
     assert largest_difference(images[0], images[1]) > 1, "another seed makes another image"
 
 
-def test_optimums_peers_say_what_they_need(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_optimum_peers_name_their_setup_script(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(servers, "OPTIMUM", tmp_path / "python")
     with pytest.raises(SystemExit, match="make it with scripts/oracle_setup"):
         command("lock")
@@ -73,13 +73,13 @@ def test_only_requests_of_the_same_settings_are_batched(change: dict[str, object
 
 
 @pytest.mark.parametrize("name", WORKLOADS)
-def test_a_list_is_the_same_for_a_seed_and_another_for_another(name: str) -> None:
+def test_workload_is_deterministic_per_seed(name: str) -> None:
     draw = WORKLOADS[name].draw
     lists = [jobs_worth(draw, generator(seed, name, 0), 200.0, 4) for seed in (1, 1, 2)]
     assert lists[0] == lists[1] != lists[2]
 
 
-def test_the_mix_is_what_it_claims() -> None:
+def test_mixed_workload_covers_its_documented_values() -> None:
     drawn = jobs_worth(draw_mixed, generator(1, "mix"), 0, 2000)
     assert {job.steps for job in drawn} == set(STEPS)
     assert {job.strength for job in drawn} == set(STRENGTHS)
@@ -90,24 +90,24 @@ def test_the_mix_is_what_it_claims() -> None:
     assert all(1 <= job.denoising_steps <= job.steps for job in drawn)
 
 
-def test_distinct_jobs_repeat_no_prompt_and_no_image() -> None:
+def test_distinct_jobs_have_unique_prompts_and_images() -> None:
     drawn = jobs_worth(draw_different, generator(1, "different"), 0, 60)
     assert len({render(job.source) for job in drawn}) == len({job.prompt for job in drawn}) == 60
 
 
-def test_a_list_is_as_long_as_its_work() -> None:
+def test_workload_length_follows_the_requested_work() -> None:
     drawn = jobs_worth(draw_mixed, generator(1, "work"), 1000.0, 4)
     assert 1000 <= sum(job.units for job in drawn) < 1000 + 1.5 * 104 + 1
 
 
-def test_arrivals_come_at_their_rate() -> None:
+def test_arrivals_have_the_requested_rate() -> None:
     times = arrivals(generator(1, "arrivals"), 4000, 5.0)
     assert times == sorted(times)
     assert times[-1] == pytest.approx(800, rel=0.05)
 
 
 @pytest.mark.parametrize(("percent", "value"), [(0, 1.0), (50, 2.5), (75, 3.25), (100, 4.0)])
-def test_percentiles_lie_between_neighbours(percent: float, value: float) -> None:
+def test_percentiles_are_interpolated(percent: float, value: float) -> None:
     assert percentile([4.0, 1.0, 3.0, 2.0], percent) == pytest.approx(value)
     assert math.isnan(percentile([], percent))
 
@@ -117,7 +117,7 @@ def _record(sent: float, latency: float, **more: object) -> Record:
     return replace(record, **more)  # type: ignore[arg-type]
 
 
-def test_figures_count_answers_over_the_time_to_the_last() -> None:
+def test_throughput_is_responses_over_the_time_to_the_last_one() -> None:
     first = Run("ours", "saturation", 0, (_record(1, 1), _record(1, 3), _record(1, 9, error="UNAVAILABLE")))
     second = Run("ours", "saturation", 1, (_record(0, 2, estimate=3.0, estimate_error=0.5), _record(0, 1, role="alone")))
     made = summarize([first, second])
@@ -145,7 +145,7 @@ def _trace(tmp_path: Path) -> Trace:
     return read_trace(tmp_path / "trace.json")
 
 
-def test_a_trace_gives_batch_sizes_and_idle_time(tmp_path: Path) -> None:
+def test_timeline_yields_batch_sizes_and_idle_time(tmp_path: Path) -> None:
     trace = _trace(tmp_path)
     assert trace.caches == {"hits": 3}
     assert histogram(trace.calls, "rows") == {2: 1, 5: 1}
@@ -154,7 +154,7 @@ def test_a_trace_gives_batch_sizes_and_idle_time(tmp_path: Path) -> None:
     assert idle_share(()) == 0
 
 
-def test_what_ran_before_a_pause_is_left_out(tmp_path: Path) -> None:
+def test_calls_before_a_pause_are_ignored(tmp_path: Path) -> None:
     trace = _trace(tmp_path)
     assert [call.name for call in last_part(trace.calls, 1.5)][:2] == ["denoise", "advance"]
     assert len(last_part(trace.calls, 100.0)) == len(trace.calls)
@@ -163,7 +163,7 @@ def test_what_ran_before_a_pause_is_left_out(tmp_path: Path) -> None:
     assert last_part([], 1.0) == []
 
 
-def test_a_report_is_written_where_nothing_was_answered_too(tmp_path: Path) -> None:
+def test_report_is_written_even_if_all_requests_failed(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     from bench_load.plots import draw
 

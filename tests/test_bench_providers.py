@@ -15,7 +15,7 @@ from PIL import Image
 
 
 @pytest.mark.parametrize("component", ["unet", "vae_encoder", "vae_decoder", "text_encoder"])
-def test_variants_of_a_part_compute_the_same(
+def test_providers_of_a_component_give_the_same_result(
     component: str, bundle: Callable[[str], Path], tiny_model: Callable[[str], Path]
 ) -> None:
     feed = feed_of(component, tiny_model("sd1"), 64)
@@ -26,7 +26,7 @@ def test_variants_of_a_part_compute_the_same(
     assert error_of(works["cpu"], works["torch"]) < 1e-4
 
 
-def test_ways_to_draw_a_request_draw_the_same_image(bundle: Callable[[str], Path], tiny_model: Callable[[str], Path]) -> None:
+def test_peers_give_the_same_image_for_a_request(bundle: Callable[[str], Path], tiny_model: Callable[[str], Path]) -> None:
     settings = {"threads": 1, "provider": "cpu", "arithmetic": "fp32"}
     source = Image.linear_gradient("L").resize((64, 64)).convert("RGB")
     ours = peer_image.ours(argparse.Namespace(model=bundle("sd1"), **settings))(source, 4)
@@ -34,7 +34,7 @@ def test_ways_to_draw_a_request_draw_the_same_image(bundle: Callable[[str], Path
     assert psnr_db(ours, theirs) > 50
 
 
-def test_ratios_are_to_the_first_in_the_same_round(capsys: pytest.CaptureFixture[str]) -> None:
+def test_ratios_compare_with_the_first_provider_in_the_same_round(capsys: pytest.CaptureFixture[str]) -> None:
     first, second = _printed("unet", {"cpu": [4.0, 8.0, 4.0], "torch": [2.0, 4.0, 1.0]}, {"cpu": "", "torch": ""}, "error")
     assert first["ratio"] == (1.0, 1.0, 1.0)
     assert second["ratio"][:2] == (2.0, 2.0)

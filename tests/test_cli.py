@@ -9,7 +9,7 @@ from img2img_cli.__main__ import COMMANDS, main
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_command_has_help_with_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
         main([command, "--help"])
     assert exit_.value.code == 0
@@ -26,14 +26,14 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize("words", [["nope"], ["serve", "--models", "m", "--nope"], ["export"], ["inspect"], ["--nope"]])
-def test_unknown_words_are_errors(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_unknown_arguments_are_errors(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
         main(words)
     assert exit_.value.code == 2
     assert "usage: img2img" in capsys.readouterr().err
 
 
-def test_a_reader_that_goes_away_is_no_traceback() -> None:
+def test_closed_output_pipe_causes_no_traceback() -> None:
     code = """
 import sys, types
 import img2img_cli.__main__ as c
@@ -50,7 +50,7 @@ sys.exit(c.main(["shout"]))
     assert (result.returncode, result.stderr) == (1, "")
 
 
-def test_looking_at_a_bundle_needs_no_extra() -> None:
+def test_inspect_needs_no_extra() -> None:
     code = """
 import sys
 for name in ("torch", "diffusers", "transformers", "onnx", "onnxruntime", "optimum", "huggingface_hub", "numpy", "skimage"):

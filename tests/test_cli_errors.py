@@ -62,29 +62,27 @@ def complaint(capsys: pytest.CaptureFixture[str], *words: str) -> str:
         (["serve", "--models", "m", "--log-format", "jsn"], "did you mean 'json'?"),
     ],
 )
-def test_a_misspelt_word_gets_the_one_that_was_meant(
-    words: list[str], suggestion: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_misspelt_argument_gets_a_suggestion(words: list[str], suggestion: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert suggestion in complaint(capsys, *words)
 
 
-def test_a_word_that_is_like_nothing_gets_no_suggestion(capsys: pytest.CaptureFixture[str]) -> None:
+def test_unrelated_argument_gets_no_suggestion(capsys: pytest.CaptureFixture[str]) -> None:
     assert "did you mean" not in complaint(capsys, "health", "--qqqqqq")
     assert "commands: export, inspect, serve" in complaint(capsys, "qqqqqq")
 
 
-def test_what_follows_two_dashes_and_values_are_no_flags(capsys: pytest.CaptureFixture[str]) -> None:
+def test_values_and_arguments_after_two_dashes_are_not_flags(capsys: pytest.CaptureFixture[str]) -> None:
     assert "unrecognized" not in complaint(capsys, "transform", "--", "--nope", "more")
     assert "did you mean" not in complaint(capsys, "transform", "--prompt", "--a lake")
 
 
-def test_an_abbreviated_flag_is_still_taken(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_abbreviated_flag_is_accepted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", str(tmp_path), "--js"]) == 1
     assert "unrecognized" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("words", [[], ["token"], ["assets"]])
-def test_a_command_alone_that_needs_another_word_prints_its_help(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_without_its_subcommand_prints_help(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(words) == 0
     out, err = capsys.readouterr()
     assert out.startswith("usage: img2img")
@@ -112,7 +110,7 @@ def client_install(code: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_explains_itself_on_a_client_install(command: str) -> None:
+def test_every_command_has_help_on_a_client_install(command: str) -> None:
     result = client_install(f"main([{command!r}, '--help'])")
     assert result.returncode == 0, result.stderr
     assert f"usage: img2img {command}" in result.stdout
@@ -146,7 +144,7 @@ def test_client_install_runs_commands_without_a_model(command: str, tmp_path: Pa
         (["serve", "--models", "BUNDLE"], "server"),
     ],
 )
-def test_the_other_commands_name_the_extra_to_install(
+def test_other_commands_name_the_missing_extra(
     words: list[str], extra: str, tmp_path: Path, bundle: Callable[[str], Path]
 ) -> None:
     paths = {"MODEL": str(DEMO_MODEL), "BUNDLE": str(bundle("demo")), "o": str(tmp_path / "o")}
@@ -156,7 +154,7 @@ def test_the_other_commands_name_the_extra_to_install(
     assert f"pip install 'img2img-server[{extra}]'" in result.stderr
 
 
-def test_a_file_that_cannot_be_used_is_named_with_the_reason(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unusable_file_is_named_with_the_reason(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     gone = tmp_path / "gone"
     for words, why in (
         (["token", "add", "alice", "--tokens", str(gone / "t")], f"{gone / 't'} cannot be used: No such file"),
@@ -170,7 +168,7 @@ def test_a_file_that_cannot_be_used_is_named_with_the_reason(tmp_path: Path, cap
         assert len(err.strip().splitlines()) == 1
 
 
-def test_an_error_of_the_disk_that_a_command_did_not_expect_is_one_line() -> None:
+def test_unexpected_disk_error_is_one_line() -> None:
     code = """
 import sys, types
 import img2img_cli.__main__ as c
@@ -188,9 +186,7 @@ sys.exit(c.main(["shout"]))
 # The demo model.
 
 
-def test_without_models_the_demo_model_is_exported_once_and_served_from_then_on(
-    tmp_path: Path, bundle: Callable[[str], Path]
-) -> None:
+def test_demo_exports_its_model_once_and_serves_it_from_then_on(tmp_path: Path, bundle: Callable[[str], Path]) -> None:
     said: list[str] = []
     exported: list[tuple[Path, Path]] = []
 

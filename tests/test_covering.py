@@ -29,11 +29,11 @@ def test_every_pair_and_every_value_is_covered(count: int) -> None:
     assert len(always) < len(parameters)
 
 
-def test_of_two_axes_as_many_run_always_as_the_longer_has() -> None:
+def test_cover_of_two_axes_has_as_many_cases_as_the_longer_one() -> None:
     assert len(cover(list(product(range(9), range(4))), 1)) == 9
 
 
-def test_a_value_that_is_to_run_always_must_be_there() -> None:
+def test_nightly_but_refuses_an_unknown_value() -> None:
     first, second = nightly_but(["a", "b"], "a")
     assert first == "a"
     assert (second.values, [mark.name for mark in second.marks]) == (("b",), ["nightly"])

@@ -74,7 +74,7 @@ def asked(query: str) -> Iterator[tuple[str, set[str], dict[str, tuple[str, str]
 
 
 @pytest.mark.parametrize(("where", "query"), QUERIES, ids=[where for where, _ in QUERIES])
-def test_every_query_asks_for_metrics_and_labels_that_there_are(samples: Samples, where: str, query: str) -> None:
+def test_every_query_uses_existing_metrics_and_labels(samples: Samples, where: str, query: str) -> None:
     found = list(asked(query))
     assert found
     there: set[str] = set()
@@ -88,7 +88,7 @@ def test_every_query_asks_for_metrics_and_labels_that_there_are(samples: Samples
 
 
 @pytest.mark.parametrize(("where", "query"), QUERIES, ids=[where for where, _ in QUERIES])
-def test_every_query_compares_with_values_that_there_can_be(where: str, query: str) -> None:
+def test_every_query_compares_labels_with_possible_values(where: str, query: str) -> None:
     reasons = {kind.reason for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, errors.ServerError)}
     possible = {
         "status": {code.name for code in grpc.StatusCode},
@@ -106,7 +106,7 @@ def test_every_query_compares_with_values_that_there_can_be(where: str, query: s
                 assert value == f"${label}", "what this may be is not known"
 
 
-def test_the_queries_are_read_as_they_are_meant() -> None:
+def test_query_parser_finds_metrics_labels_and_matchers() -> None:
     """The reader above sees every part of a query: what it does not see, it could not hold against the server."""
     query = 'sum by (le, model) (rate(a_bucket{x=~"b|c", y!=""}[5m])) / max(b_total) > 0.5 and on (instance) c_info'
     compared = {"x": ("=~", "b|c"), "y": ("!=", "")}
@@ -115,7 +115,7 @@ def test_the_queries_are_read_as_they_are_meant() -> None:
     assert found == {"a_bucket": (grouped, compared), "b_total": (grouped, {}), "c_info": (grouped, {})}
 
 
-def test_the_variables_list_what_there_is(samples: Samples) -> None:
+def test_dashboard_variables_list_existing_labels(samples: Samples) -> None:
     assert set(LISTS) == {"instance", "model"}
     for name, definition in LISTS.items():
         match = re.fullmatch(r"label_values\((\w+)(?:\{[^}]*\})?, (\w+)\)", definition)
@@ -124,7 +124,7 @@ def test_the_variables_list_what_there_is(samples: Samples) -> None:
         assert name in PROMETHEUS_OWN | {label for has, _ in samples[match[1]] for label in has}
 
 
-def test_every_panel_can_be_drawn_and_moved_to_another_prometheus() -> None:
+def test_panels_fit_the_grid_and_use_the_datasource_variable() -> None:
     assert VARIABLES["datasource"]["type"] == "datasource"
     assert len({panel["id"] for panel in DASHBOARD["panels"]}) == len(DASHBOARD["panels"])
     taken: set[tuple[int, int]] = set()
@@ -147,7 +147,7 @@ def test_every_panel_can_be_drawn_and_moved_to_another_prometheus() -> None:
         assert labels <= described | PROMETHEUS_OWN | {"state", "device"}
 
 
-def test_every_metric_of_ours_is_looked_at() -> None:
+def test_every_metric_is_used_by_a_query() -> None:
     """What nobody looks at need not be counted."""
     from img2img_server.telemetry.metrics import ASKED
 

@@ -69,14 +69,14 @@ def rows(heading: str, document: str = "export.md") -> list[list[str]]:
 
 
 @pytest.mark.parametrize("name", nightly_but(architectures.MODELS, *_ALWAYS))
-def test_the_table_of_architectures_is_true(name: str, bundle: Callable[[str], Path]) -> None:
+def test_architecture_table_matches_the_first_model_of_each(name: str, bundle: Callable[[str], Path]) -> None:
     """`scripts/architectures` mends it."""
     assert row(name, architectures.MODELS[name][:1], bundle) in architecture_rows()
 
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("name", [name for name, models in architectures.MODELS.items() if len(models) > 1])
-def test_the_table_of_architectures_is_true_of_all_their_models(name: str, bundle: Callable[[str], Path]) -> None:
+def test_architecture_table_matches_all_models(name: str, bundle: Callable[[str], Path]) -> None:
     assert row(name, architectures.MODELS[name], bundle) in architecture_rows()
 
 
@@ -95,7 +95,7 @@ def row(name: str, models: Sequence[str], bundle: Callable[[str], Path]) -> str:
     return without_count(architectures.row(name, {model: read_manifest(bundle(model)) for model in models}))
 
 
-def test_the_tables_of_architectures_and_keys_are_whole() -> None:
+def test_tables_of_architectures_and_keys_are_complete() -> None:
     """Each architecture is there once, in order; so is each tiny model, each class that something is known of, and each key."""
     page = architectures.on_page()
     named = re.findall(r"^\| ([^|`]+) \| `(\w+)` \| (\w+) \| \w", page, re.MULTILINE)
@@ -112,7 +112,7 @@ def test_settings_reference_matches_the_configuration() -> None:
     assert settings_page.PAGE.read_text(encoding="utf-8") == settings_page.page()
 
 
-def test_the_table_of_limits_is_true() -> None:
+def test_verification_limits_table_matches_the_code() -> None:
     for precision, relative, worst, image in rows("Verification"):
         limits = LIMITS[precision]  # type: ignore[index]
         assert (float(relative), float(worst)) == (limits.relative_error, limits.worst)
@@ -136,14 +136,14 @@ def tree(error: type[errors.ServerError]) -> Iterator[type[errors.ServerError]]:
         yield from tree(below)
 
 
-def test_every_reason_that_callers_may_get_is_in_the_table_of_errors_and_no_other() -> None:
+def test_error_table_lists_exactly_the_error_reasons() -> None:
     told = [(reason.strip("`"), status.strip("`")) for reason, status, _ in rows("Errors", "operations.md")]
     own = [error for error in tree(errors.ServerError) if error.__module__ == errors.__name__]
     assert sorted(told) == sorted((error.reason, error.status) for error in own)
 
 
 @pytest.mark.parametrize("document", _FLAGS_OF)
-def test_every_flag_and_variable_that_is_named_is_there(document: str) -> None:
+def test_every_documented_flag_and_variable_exists(document: str) -> None:
     known = {"--help"}
     for command in _FLAGS_OF[document]:
         parser = argparse.ArgumentParser()
@@ -170,7 +170,7 @@ def commands(text: str) -> Iterator[tuple[str, str]]:
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
-def test_every_command_that_is_shown_has_its_flags(document: str) -> None:
+def test_every_shown_command_uses_existing_flags(document: str) -> None:
     for command, words in commands((REPOSITORY / document).read_text(encoding="utf-8")):
         parser = argparse.ArgumentParser()
         importlib.import_module(COMMANDS[command][0]).configure(parser)
@@ -178,7 +178,7 @@ def test_every_command_that_is_shown_has_its_flags(document: str) -> None:
         assert named <= {"--help", *flags(parser)}, f"{document}: img2img {command}{words}"
 
 
-def test_commands_are_found_where_they_are_shown() -> None:
+def test_commands_are_found_in_prose_and_code_blocks() -> None:
     text = "`img2img serve --models m`, and\n    img2img top --once | less --raw\n"
     text += "$ img2img export x \\\n  --output y # --z\nimg2img is a server"
     assert list(commands(text)) == [("serve", " --models m"), ("top", " --once "), ("export", " x \\\n  --output y ")]
@@ -195,7 +195,7 @@ def anchor(title: str) -> str:
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
-def test_every_link_leads_somewhere(document: str) -> None:
+def test_every_link_has_an_existing_target(document: str) -> None:
     path = REPOSITORY / document
     for target in re.findall(r"\]\(([^)\s]+)\)", path.read_text(encoding="utf-8")):
         if re.match(r"https?://", target):
@@ -207,7 +207,7 @@ def test_every_link_leads_somewhere(document: str) -> None:
             assert fragment in anchors(there), f"{document} links to {target}"
 
 
-def test_every_page_can_be_found_from_the_readme() -> None:
+def test_every_page_is_reachable_from_the_readme() -> None:
     found, new = set(), {REPOSITORY / "README.md"}
     while new:
         page = new.pop()
@@ -218,7 +218,7 @@ def test_every_page_can_be_found_from_the_readme() -> None:
     assert {REPOSITORY / document for document in DOCUMENTS} <= found
 
 
-def test_every_alert_has_its_place_in_the_runbook() -> None:
+def test_every_alert_has_a_runbook_section() -> None:
     rules = yaml.safe_load((REPOSITORY / "dashboards" / "alerts.yaml").read_text(encoding="utf-8"))
     alerts = [rule["alert"] for group in rules["groups"] for rule in group["rules"]]
     runbook = (REPOSITORY / "docs" / "monitoring.md").read_text(encoding="utf-8").partition("\n## Alerts\n")[2]
@@ -236,7 +236,7 @@ def test_every_setting_is_explained() -> None:
         assert one.flag in text or one.flag.replace("--", "--no-", 1) in text, one.flag
 
 
-def test_every_file_that_is_named_is_there() -> None:
+def test_every_documented_file_exists() -> None:
     listed = subprocess.run(["git", "ls-files"], cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout.splitlines()
     made = {"manifest.json", "model_index.json"}
     for document in ("README.md", "CONTRIBUTING.md", *(f"docs/{name}.md" for name in _NAMING_FILES)):

@@ -69,7 +69,7 @@ def test_a_filled_model_says_that_it_was_not_verified(settings: Settings) -> Non
 
 
 @pytest.mark.nightly
-def test_weights_are_the_same_wherever_they_are_made(fused: Path, tmp_path: Path) -> None:
+def test_random_weights_are_deterministic(fused: Path, tmp_path: Path) -> None:
     for name in ("one", "other"):
         weightless.fill(fused / "tiny-sd15", tmp_path / name)
     one, other = ((tmp_path / name / "unet" / "model.onnx_data").read_bytes() for name in ("one", "other"))
@@ -83,7 +83,7 @@ def test_weights_are_the_same_wherever_they_are_made(fused: Path, tmp_path: Path
 
 
 @pytest.mark.nightly
-def test_only_the_wanted_graphs_get_weights(fused: Path, tmp_path: Path) -> None:
+def test_only_selected_graphs_get_weights(fused: Path, tmp_path: Path) -> None:
     weightless.fill(fused / "tiny-sd15", tmp_path / "some", lambda graph: graph == "unet/cuda")
     assert [path.parent.name for path in (tmp_path / "some").rglob("model.onnx")] == ["cuda"]
 
@@ -109,7 +109,7 @@ def test_the_fused_graph_has_the_weights_of_the_plain_one(
     assert difference(fast, plain) < 0.01
 
 
-def test_random_weights_let_activations_stay_as_large_as_they_are() -> None:
+def test_random_weights_preserve_the_scale_of_activations() -> None:
     norm, bias = random_values("a.norm.weight", (640,)), random_values("a.norm.bias", (640,))
     assert abs(float(norm.mean()) - 1) < 0.05
     assert float(bias.abs().max()) < 0.2
@@ -141,7 +141,7 @@ def test_preflight_compares_recorded_calls_with_eager_ones(settings: Settings) -
         pytest.param("memory", ["out of memory"], marks=pytest.mark.nightly),
     ],
 )
-def test_a_section_gives_its_lines_and_reaches_what_a_cpu_can(
+def test_every_section_runs_on_a_cpu_and_yields_its_lines(
     section: str, names: list[str], settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PYTHONPATH", ":".join(str(ROOT / name) for name in ("benchmarks", "scripts")))
@@ -149,7 +149,7 @@ def test_a_section_gives_its_lines_and_reaches_what_a_cpu_can(
 
 
 @pytest.mark.nightly
-def test_a_step_of_the_engine_is_split_into_the_call_and_the_rest(settings: Settings) -> None:
+def test_engine_step_time_is_split_into_model_call_and_overhead(settings: Settings) -> None:
     lines = list(SECTIONS["host"](settings))
     assert [line.name for line in lines][:3] == [
         "warm-up's recordings",
@@ -163,7 +163,7 @@ def test_every_section_of_the_command_exists() -> None:
     assert {section.name for section in command.SECTIONS[1:]} == set(SECTIONS) - {"first-image"}
 
 
-def test_results_are_kept_as_they_come(tmp_path: Path) -> None:
+def test_results_are_appended_and_a_partial_line_is_ignored(tmp_path: Path) -> None:
     path = tmp_path / "results.jsonl"
     assert read(path) == []
     append(path, [Line("a", "one", 1.0, "ms")])
@@ -173,7 +173,7 @@ def test_results_are_kept_as_they_come(tmp_path: Path) -> None:
     assert [line.name for line in read(path)] == ["one", "two"]
 
 
-def test_aims_are_shown_with_what_was_reached(capsys: pytest.CaptureFixture[str]) -> None:
+def test_table_shows_targets_and_results(capsys: pytest.CaptureFixture[str]) -> None:
     on_gpu = Settings(Path(), Path(), Path())
     assert on_gpu.aim("unet-sd15") == AIMS["unet-sd15"] == 5.0
     good = Line("UNet", "ours", 4.0, "ms").at_most(on_gpu.aim("unet-sd15"))
@@ -192,7 +192,7 @@ def _run(tmp_path: Path, code: str) -> command.Run:
     return command.Run(process, log)
 
 
-def test_a_section_that_fails_is_a_line_with_its_last_words(tmp_path: Path) -> None:
+def test_failed_section_is_a_line_with_its_last_output(tmp_path: Path) -> None:
     assert _run(tmp_path, "raise SystemExit('no kernel image')").wait(60) == "no kernel image"
     assert _run(tmp_path, "import os; os.abort()").wait(60) == "ended with status -6"
     assert (
@@ -244,14 +244,14 @@ def _checked(
     return runs.started, read(out), status
 
 
-def test_without_preflight_nothing_else_is_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_preflight_skips_all_other_sections(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     started, lines, status = _checked(tmp_path, {"preflight"}, monkeypatch)
     assert [name for name in started if not name.startswith(("make", "fill"))] == ["preflight"]
     assert [(line.section, line.note) for line in lines if line.passed is False] == [("preflight", "preflight is broken")]
     assert status == 1
 
 
-def test_a_model_without_graphs_leaves_out_its_sections_only(
+def test_model_without_graphs_skips_only_its_own_sections(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ("--only", "vae,unet-sdxl")
@@ -263,7 +263,7 @@ def test_a_model_without_graphs_leaves_out_its_sections_only(
     assert "0 of 1 targets met" in capsys.readouterr().out
 
 
-def test_a_section_alone_needs_its_own_model_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_single_section_prepares_only_its_own_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     started, _, status = _checked(tmp_path, set(), monkeypatch, "--only", "unet-sdxl")
     assert started == ["make-tiny-sdxl", "fill-tiny-sdxl", "unet-sdxl"]
     assert status == 0
@@ -278,7 +278,7 @@ def test_graphs_of_another_precision_are_refused(tmp_path: Path, monkeypatch: py
     assert lines[-1].note.endswith("is in fp16, and --provider cpu needs fp32")
 
 
-def test_sections_without_time_left_are_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sections_without_remaining_time_are_reported_as_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     started, lines, _ = _checked(tmp_path, set(), monkeypatch, "--only", "vae,image", "--budget", "0")
     assert "vae" not in started
     assert [line.note for line in lines] == ["skipped: no time left"] * 2
@@ -302,14 +302,14 @@ def test_the_command_runs_a_section_in_a_process_of_its_own(settings: Settings, 
 
 
 @pytest.mark.parametrize("words", [["--only", "abacus"], ["--packed", "nowhere"]])
-def test_what_does_not_exist_is_an_error_that_names_it(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_unknown_section_or_folder_is_an_error_that_names_it(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
         command.main(words)
     assert exit_.value.code == 2
     assert words[1] in capsys.readouterr().err
 
 
-def test_pieces_are_put_together_again_in_any_order(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_packed_parts_are_joined_in_any_order(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tree = tmp_path / "tree"
     (tree / "site").mkdir(parents=True)
     (tree / "graphs").mkdir()
@@ -346,7 +346,7 @@ def _fat_binary(*entries: tuple[int, int, bytes]) -> bytes:
     return head + body
 
 
-def test_machine_code_of_other_gpus_becomes_zeros_and_all_else_stays() -> None:
+def test_only_machine_code_of_other_gpus_is_zeroed() -> None:
     def library(other: bytes) -> bytes:
         first = _fat_binary((2, 80, other * 100), (2, 90, b"B" * 100), (1, 80, b"C" * 50))
         # The magic number alone may be anything.

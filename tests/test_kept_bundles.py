@@ -47,7 +47,9 @@ def test_damaged_kept_bundles_are_rebuilt(store: Path, tmp_path: Path) -> None:
     assert calls(tmp_path) == 2
 
 
-def test_another_environment_reads_and_builds_for_itself(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_environment_reads_but_does_not_write_the_cache(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(sys, "prefix", str(tmp_path / ".venv-cuda"))
     assert get(tmp_path) == tmp_path / "bundles" / "one"
     assert not store.exists()
@@ -65,7 +67,7 @@ def test_old_kept_bundles_are_removed(store: Path, tmp_path: Path) -> None:
     assert {path.name for path in store.iterdir()} == {"beside", DIGEST}
 
 
-def test_the_digest_is_of_sources_and_versions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cache_digest_covers_sources_and_versions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kept_bundles, "REPOSITORY", tmp_path)
     (tmp_path / "tests").mkdir()
     digest, seen = kept_bundles.digest.__wrapped__, set()

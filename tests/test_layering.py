@@ -35,7 +35,7 @@ def fresh(code: str) -> str:
 
 
 @pytest.mark.parametrize(("module", "forbidden"), RULES, ids=[module for module, _ in RULES])
-def test_a_modules_import_stays_light(module: str, forbidden: tuple[str, ...]) -> None:
+def test_module_imports_no_forbidden_package(module: str, forbidden: tuple[str, ...]) -> None:
     loaded = set(fresh(f"import sys, {module}; print(*sorted({{name.split('.')[0] for name in sys.modules}}))").split())
     assert module.split(".")[0] in loaded
     assert loaded.isdisjoint(forbidden), sorted(loaded & set(forbidden))
@@ -47,6 +47,6 @@ def test_serving_does_not_need_the_export_stack() -> None:
     fresh(code)
 
 
-def test_folders_of_the_checkout_are_no_modules() -> None:
+def test_folders_of_the_checkout_are_not_importable() -> None:
     code = "import importlib.util as u; print([n for n in ('server', 'export', 'client', 'cli', 'protos') if u.find_spec(n)])"
     assert fresh(code).strip() == "[]"

@@ -61,7 +61,7 @@ def test_every_install_command_names_our_distribution_and_extras_that_exist() ->
 
 
 @pytest.mark.parametrize("command", ["pip install 'img2img[ray]'", 'pip install "img2img[ray]"', "img2img[server,ray]"])
-def test_a_wrong_name_in_an_install_command_is_found(command: str) -> None:
+def test_wrong_name_in_an_install_command_is_detected(command: str) -> None:
     assert [match["name"] for match in _REQUIREMENT.finditer(f"x: {command}")] == ["img2img"]
 
 

@@ -78,7 +78,7 @@ def _certify(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("exported", ["before", pytest.param("here", marks=pytest.mark.nightly)])
-def test_the_readme_does_what_it_says(
+def test_readme_commands_and_programs_work(
     exported: str, folder: Path, servers: "list[subprocess.Popen[bytes]]", bundle: Callable[[str], Path]
 ) -> None:
     if exported == "before":
@@ -122,7 +122,7 @@ def test_the_readme_does_what_it_says(
             assert made.size == source.size
 
 
-def test_the_readmes_scripts_are_the_ones_that_are_run() -> None:
+def test_readme_scripts_exist_and_run_in_ci() -> None:
     blocks = [block.strip() for _, block in BLOCKS]
     assert all(script in blocks for script in SCRIPTS)
     assert all(os.access(ROOT / script, os.X_OK) for script in SCRIPTS)

@@ -247,7 +247,7 @@ def test_traces(folder: Path, port: str) -> None:
     assert inner["attributes"]["img2img.request_id"] == "order-4711"
 
 
-def test_each_recipe_is_run_and_found() -> None:
+def test_every_recipe_has_a_test_and_a_contents_entry() -> None:
     titles = list(RECIPES)
     assert all(RECIPES.values())
     assert TEXT.count("```") == 2 * len(titles), "one program each"

@@ -33,7 +33,7 @@ def soak(out: Path, *words: str, **environment: str) -> "subprocess.CompletedPro
 
 
 @pytest.mark.nightly
-def test_a_short_soak_keeps_every_promise(tmp_path: Path) -> None:
+def test_short_soak_passes_every_check(tmp_path: Path) -> None:
     result = soak(tmp_path, "--minutes", "0.25", "--kserve", "--no-hostile")
     assert result.returncode == 0, result.stdout + result.stderr
     figures = json.loads((tmp_path / "soak.json").read_text())
@@ -58,7 +58,7 @@ def test_soak_fails_if_a_server_sometimes_returns_wrong_images(tmp_path: Path) -
 
 
 @pytest.mark.nightly
-def test_hostile_clients_of_all_kinds_attack_until_the_server_has_ended(tmp_path: Path) -> None:
+def test_server_survives_hostile_clients_and_stops_on_sigterm(tmp_path: Path) -> None:
     """With TLS and tokens, as in a soak: none is answered with a bug, health answers meanwhile, and SIGTERM ends the server."""
     access, flags = issue(tmp_path, tls=True, with_tokens=True)
     plant(tmp_path / "models", "m")
@@ -108,7 +108,7 @@ def broken(ledger: Ledger, seen: Watch, log: str = "") -> list[str]:
     return judge(ledger, seen, growth_of(seen, 100.0), log, 100.0)
 
 
-def test_a_good_run_breaks_nothing() -> None:
+def test_good_run_passes_every_check() -> None:
     ledger = Ledger()
     ledger.end(ledger.begin("plain"), "image")
     assert (
@@ -116,7 +116,7 @@ def test_a_good_run_breaks_nothing() -> None:
     )
 
 
-def test_memory_that_grows_after_warm_up_is_noticed_and_before_it_is_not() -> None:
+def test_memory_growth_is_reported_only_after_warm_up() -> None:
     ledger = Ledger()
     assert broken(ledger, watch(ledger, [100.0, 400.0] + [500.0] * 8)) == []
     grown = 500.0 * (1 + MOST_GROWTH) + 1
@@ -124,7 +124,7 @@ def test_memory_that_grows_after_warm_up_is_noticed_and_before_it_is_not() -> No
     assert "memory grew by" in line
 
 
-def test_memory_that_rises_slowly_is_noticed_after_half_an_hour_and_not_judged_before() -> None:
+def test_slow_memory_growth_is_reported_only_after_half_an_hour() -> None:
     ledger, rising = Ledger(), [500.0 + 0.5 * i for i in range(10)]
     before, after = watch(ledger, rising, seconds=1700), watch(ledger, rising, seconds=1800)
     assert judge(ledger, before, growth_of(before, 1700), "", 1700) == []
@@ -132,7 +132,7 @@ def test_memory_that_rises_slowly_is_noticed_after_half_an_hour_and_not_judged_b
     assert "per hour" in line
 
 
-def test_bounds_of_time_are_judged_once_there_are_samples() -> None:
+def test_latency_limits_are_checked_only_with_enough_samples() -> None:
     good = Times(alone=[0.1] * 20, under_load=[0.2] * 100, stop=3.0, grace=60.0)
     assert judge_times(good, [0.01] * 400) == []
     slow = Times(alone=[0.1] * 20, under_load=[0.4] * 100, stop=65.1, grace=60.0)
@@ -155,7 +155,7 @@ def test_errors_in_the_servers_log_are_noticed(line: str) -> None:
     assert line in found
 
 
-def test_an_operation_ends_once_or_the_run_has_failed() -> None:
+def test_lost_and_doubled_operations_fail_the_run() -> None:
     ledger = Ledger()
     lost, twice = ledger.begin("plain"), ledger.begin("stream")
     ledger.end(twice, "image")
@@ -168,7 +168,7 @@ def test_an_operation_ends_once_or_the_run_has_failed() -> None:
     assert any("1 operations never ended" in line for line in lines)
 
 
-def test_the_slope_is_that_of_the_nearest_line() -> None:
+def test_slope_is_the_least_squares_slope() -> None:
     assert slope([(0.0, 1.0), (1.0, 3.0), (2.0, 5.0)]) == pytest.approx(2.0)
     assert slope([(0.0, 1.0)]) == 0.0
 

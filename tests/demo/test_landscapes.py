@@ -25,7 +25,7 @@ def test_training_never_sees_the_layouts_of_tests() -> None:
 
 
 @pytest.mark.parametrize("mood", MOODS)
-def test_rendering_is_deterministic_whatever_was_rendered_before(mood: tuple[str, str]) -> None:
+def test_rendering_is_independent_of_earlier_renderings(mood: tuple[str, str]) -> None:
     first = np.asarray(render(UNSEEN_LAYOUTS[0], *mood))
     render(UNSEEN_LAYOUTS[1], "night", "winter")
     assert np.array_equal(first, np.asarray(render(UNSEEN_LAYOUTS[0], *mood)))
@@ -79,7 +79,7 @@ def test_images_do_not_depend_on_the_worker_count() -> None:
     assert one.pixels.shape == (12, 32, 32, 3)
 
 
-def test_the_default_prompt_is_in_the_language() -> None:
+def test_default_prompt_is_a_caption_of_the_training_language() -> None:
     assert default_caption(Scene("mountains", lake=True, trees=False, time="sunset")) == DEFAULT_PROMPT
 
 
@@ -102,7 +102,7 @@ def test_captions_never_name_another_mood() -> None:
 
 
 @pytest.mark.parametrize("kind", KIND_PHRASES)
-def test_nameless_captions_tell_the_mood_only(kind: str) -> None:
+def test_nameless_captions_name_only_the_mood(kind: str) -> None:
     random = np.random.default_rng(1)
     captions = {draw_nameless_caption(Scene(kind, True, True, "night", "winter"), random) for _ in range(30)}
     assert len(captions) > 5

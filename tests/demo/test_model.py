@@ -144,18 +144,14 @@ def images(pipeline: StableDiffusionImg2ImgPipeline, cases: list[Case]) -> Calla
 
 
 @pytest.mark.parametrize("mood", nightly_but(PHRASES, "sunset"))
-def test_sky_and_ground_move_the_way_the_caption_says(
-    mood: str, images: Callable[[str], list[Floats]], cases: list[Case]
-) -> None:
+def test_sky_and_ground_change_as_the_caption_says(mood: str, images: Callable[[str], list[Floats]], cases: list[Case]) -> None:
     moved = [case.moves_as_told(image, mood) for case, image in zip(cases, images(mood), strict=True)]
     print(f"\n{PHRASES[mood]}: {sum(moved)} of {len(moved)} moved as told")
     assert sum(moved) >= ENOUGH, moved
 
 
 @pytest.mark.parametrize("mood", nightly_but(PHRASES, "sunset"))
-def test_captions_differ_from_each_other_and_from_the_source(
-    mood: str, images: Callable[[str], list[Floats]], cases: list[Case]
-) -> None:
+def test_image_is_nearest_to_the_mood_of_its_caption(mood: str, images: Callable[[str], list[Floats]], cases: list[Case]) -> None:
     nearest = [case.nearest_mood(image) for case, image in zip(cases, images(mood), strict=True)]
     print(f"\n{PHRASES[mood]}: {nearest.count(mood)} of {len(nearest)} nearest to what was asked for")
     assert nearest.count(mood) >= ENOUGH, nearest
@@ -163,7 +159,7 @@ def test_captions_differ_from_each_other_and_from_the_source(
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("mood", PHRASES)
-def test_a_mood_alone_is_told_apart(mood: str, pipeline: StableDiffusionImg2ImgPipeline, cases: list[Case]) -> None:
+def test_prompt_with_only_a_mood_gives_that_mood(mood: str, pipeline: StableDiffusionImg2ImgPipeline, cases: list[Case]) -> None:
     outputs = run(pipeline, cases, [PHRASES[mood]] * len(cases), strength=0.8)
     moved = [case.moves_as_told(image, mood) for case, image in zip(cases, outputs, strict=True)]
     nearest = [case.nearest_mood(image) for case, image in zip(cases, outputs, strict=True)]

@@ -35,7 +35,7 @@ def check_that_it_runs(model: Path) -> None:
 
 
 @pytest.mark.nightly
-def test_smoke_training_writes_a_pipeline_that_runs_and_from_which_training_goes_on(tmp_path: Path) -> None:
+def test_smoke_training_writes_a_working_pipeline_and_can_resume(tmp_path: Path) -> None:
     """From nothing in this process, which has the libraries loaded; from a model by the command."""
     (tmp_path / "work").mkdir()
     with torch.random.fork_rng():
@@ -75,7 +75,7 @@ def test_batches_solve_to_a_clean_target_of_the_right_image() -> None:
     assert gaps[usable].max() < 1e-3
 
 
-def test_a_pair_is_where_ddim_arrives_from_the_noised_source() -> None:
+def test_ddim_with_a_perfect_predictor_follows_the_training_pair() -> None:
     """With a perfect predictor, DDIM from a noised source stays on the line that `latents` trains on."""
     scheduler = build_scheduler()
     scheduler.set_timesteps(20)
@@ -91,7 +91,7 @@ def test_a_pair_is_where_ddim_arrives_from_the_noised_source() -> None:
         sample = scheduler.step(bracket, int(step), sample).prev_sample
 
 
-def test_rates_and_weights() -> None:
+def test_learning_rate_and_loss_weight_schedules() -> None:
     recipe = UnetRecipe(steps=1000, warm_up=10, decay=100)
     rates = [rate_factor(step, recipe) for step in range(1000)]
     assert rates[0] == pytest.approx(0.1)
