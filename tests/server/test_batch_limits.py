@@ -265,7 +265,7 @@ async def test_full_disk_leaves_no_partial_cost_file(
         os.close(descriptor)
         return real(os.open("/dev/full", os.O_WRONLY), "w", encoding="utf-8")
 
-    monkeypatch.setattr("img2img_server.models.cost_store.os.fdopen", full)
+    monkeypatch.setattr("img2img_server.engine.measurements.os.fdopen", full)
     assert (await start(store, CostStore(tmp_path / "costs", {})))[0] > 50
     assert list((tmp_path / "costs").iterdir()) == []
     assert "No space left on device" in caplog.text
@@ -274,7 +274,7 @@ async def test_full_disk_leaves_no_partial_cost_file(
 def test_old_files_are_deleted_when_there_are_too_many(
     tmp_path: Path, store: ModelRegistry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("img2img_server.models.cost_store._MOST_FILES", 3)
+    monkeypatch.setattr("img2img_server.engine.measurements._MOST_FILES", 3)
     clock = Clock()
     measured = WarmUp(4, 100.0, clock).measure("m", FakePipeline(clock))
     bundle = store.get("m").bundle

@@ -1,27 +1,18 @@
 """Keeps measured costs on disk, so that a model is measured only once on a machine."""
 
-import contextlib
-import hashlib
-import json
 import logging
-import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from img2img_server.bundle.files import read_json
 from img2img_server.bundle.manifest import MANIFEST_NAME, sha256_of
 from img2img_server.engine.costs import STAGES, Measured, Timing
+from img2img_server.engine.measurements import Measurements
 from img2img_server.engine.request import Pipeline
 
 _log = logging.getLogger(__name__)
 
 _FORMAT = 1
-_MOST_BYTES = 2**20
-"""Maximum size of a file. One with seven batch sizes at two image sizes has 2 KB."""
-_MOST_FILES = 512
-"""Maximum number of files; the oldest ones are deleted."""
 _MOST_NUMBER = 2**40
 _MOST_SECONDS = 1e6
 
@@ -29,20 +20,19 @@ _MOST_SECONDS = 1e6
 class CostStore:
     """Keeps the measurements of warm-up in the folder `root`, one file for each model and machine.
 
-    `facts` are JSON values that costs depend on besides the bundle and its engine: machine, versions and settings. A file for
-    other facts is not found; a damaged one is ignored and written again. Nothing here raises: if the disk is full or read-only,
+    `facts` are JSON values that costs depend on besides the bundle and its engine: machine, versions and settings. Costs for
+    other facts are not found; a damaged file is ignored and written again. Nothing here raises: if the disk is full or read-only,
     the next start measures again.
     """
 
     def __init__(self, root: Path, facts: Mapping[str, Any]) -> None:
-        self._root = root
+        self._kept = Measurements(root)
         self._facts = facts
 
     def find(self, bundle: Path | None, pipeline: Pipeline) -> Measured | None:
         """The costs of the model in the folder `bundle`, None if there is no valid file."""
         try:
-            key = self._key(bundle, pipeline)
-            return _parse(read_json(self._file(key), _MOST_BYTES), key)
+            return _parse(self._kept.find(self._key(bundle, pipeline)))
         except OSError:
             return None
         except (ValueError, TypeError, KeyError) as error:
@@ -54,12 +44,9 @@ class CostStore:
         if not measured.timings:
             return
         try:
-            key = self._key(bundle, pipeline)
-            self._root.mkdir(parents=True, exist_ok=True, mode=0o700)
-            self._write(self._file(key), _text(key, measured))
-            self._prune()
+            self._kept.keep(self._key(bundle, pipeline), _values(measured))
         except OSError as error:
-            _log.warning("measured costs are not kept in %s (%s): the next start measures again", self._root, error.strerror)
+            _log.warning("measured costs are not kept in %s (%s): the next start measures again", self._kept.root, error.strerror)
 
     def _key(self, bundle: Path | None, pipeline: Pipeline) -> dict[str, Any]:
         if bundle is None:
@@ -72,36 +59,14 @@ class CostStore:
         }
         return {**self._facts, **key}
 
-    def _file(self, key: Mapping[str, Any]) -> Path:
-        return self._root / f"{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()}.json"
 
-    def _write(self, path: Path, text: str) -> None:
-        descriptor, name = tempfile.mkstemp(dir=self._root, prefix=".", suffix=".part")
-        part = Path(name)
-        try:
-            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-                file.write(text)
-            part.replace(path)
-        except OSError:
-            part.unlink(missing_ok=True)
-            raise
-
-    def _prune(self) -> None:
-        files = sorted(self._root.glob("*.json"), key=lambda path: path.stat().st_mtime, reverse=True)
-        for old in files[_MOST_FILES:]:
-            with contextlib.suppress(OSError):
-                old.unlink()
-
-
-def _text(key: Mapping[str, Any], measured: Measured) -> str:
+def _values(measured: Measured) -> dict[str, Any]:
     timings = [[one.stage, one.shape, one.pixels, one.rows, one.seconds] for one in measured.timings]
-    return json.dumps({"key": key, "timings": timings, "full": measured.full})
+    return {"timings": timings, "full": measured.full}
 
 
-def _parse(content: Any, key: Mapping[str, Any]) -> Measured:
-    """Parses a file. Raises ValueError, TypeError or KeyError for anything that `_text` does not write for `key`."""
-    if content["key"] != json.loads(json.dumps(key)):
-        raise ValueError("the key differs")
+def _parse(content: Mapping[str, Any]) -> Measured:
+    """Parses kept values. Raises ValueError, TypeError or KeyError for anything that `_values` does not make."""
     timings = tuple(_timing(*one) for one in content["timings"])
     if not timings:
         raise ValueError("it has no timings")

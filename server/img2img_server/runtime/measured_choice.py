@@ -6,21 +6,17 @@ machine, with the same versions and settings, load the fastest way at once.
 
 import contextlib
 import gc
-import hashlib
 import importlib.metadata
-import json
 import logging
 import math
-import os
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from img2img_server.bundle.files import read_json
 from img2img_server.bundle.manifest import Manifest
+from img2img_server.engine.measurements import Measurements
 from img2img_server.engine.request import Pipeline, Request, run_alone
 from img2img_server.errors import BundleError, OutOfMemory
 from img2img_server.runtime import accuracy_check
@@ -32,8 +28,6 @@ _log = logging.getLogger(__name__)
 
 _FOLDER = "choices"
 _FORMAT = 1
-_MOST_BYTES = 2**16
-_MOST_FILES = 512
 _DRAWS = 3
 _MOST_SECONDS = 10.0
 """Seconds of a way's timed draws after which no further one starts."""
@@ -147,46 +141,32 @@ def _key(manifest: Manifest, execution: Execution, threads: int, ways: Ways) -> 
 
 
 class _Store:
-    """The seconds of each way, in a file for each key. Nothing here raises: without a file, the next start measures again."""
+    """The seconds of each way, by key. Nothing here raises: without a file, the next start measures again."""
 
     def __init__(self, root: Path | None, key: Mapping[str, Any]) -> None:
         self._key = key
-        digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
-        self._path = root / _FOLDER / f"{digest}.json" if root is not None else None
+        self._kept = None if root is None else Measurements(root / _FOLDER)
 
     def find(self) -> dict[str, float] | None:
         """The seconds by way; None if there is no valid file."""
-        if self._path is None:
+        if self._kept is None:
             return None
         try:
-            content = read_json(self._path, _MOST_BYTES)
-            seconds = {name: float(content["seconds"][name]) for name in content["seconds"]}
-            known = content["key"] == json.loads(json.dumps(self._key)) and set(seconds) <= set(self._key["ways"])
+            kept = self._kept.find(self._key)["seconds"]
+            seconds = {name: float(kept[name]) for name in kept}
+            known = set(seconds) <= set(self._key["ways"])
             return seconds if known and seconds and all(map(_is_time, seconds.values())) else None
         except (OSError, ValueError, TypeError, KeyError):
             return None
 
     def keep(self, seconds: Mapping[str, float]) -> None:
-        """Writes the seconds, atomically."""
-        if self._path is None:
+        """Writes the seconds."""
+        if self._kept is None:
             return
         try:
-            self._path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            descriptor, part = tempfile.mkstemp(dir=self._path.parent, prefix=".", suffix=".part")
-            try:
-                with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-                    json.dump({"key": self._key, "seconds": seconds}, file)
-                Path(part).replace(self._path)
-            except OSError:
-                Path(part).unlink(missing_ok=True)
-                raise
-            kept = sorted(self._path.parent.glob("*.json"), key=lambda path: path.stat().st_mtime, reverse=True)
-            for old in kept[_MOST_FILES:]:
-                old.unlink(missing_ok=True)
+            self._kept.keep(self._key, {"seconds": seconds})
         except OSError as error:
-            _log.warning(
-                "the fastest way is not kept in %s (%s): the next start measures again", self._path.parent, error.strerror
-            )
+            _log.warning("the fastest way is not kept in %s (%s): the next start measures again", self._kept.root, error.strerror)
 
 
 def _is_time(value: float) -> bool:
