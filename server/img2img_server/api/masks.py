@@ -2,13 +2,15 @@
 
 from img2img.v1 import image_to_image_pb2 as pb
 
+from img2img_server.api.request_fields import RequestFields
 from img2img_server.errors import InvalidField
-from img2img_server.images import MAX_BLUR, MaskRule
+from img2img_server.images import MaskRule
 from img2img_server.support.source_rule import MaskUse
 
 
-def mask_rule(message: pb.TransformRequest, use: MaskUse, model: str, by_alpha: bool) -> MaskRule | None:
-    """What becomes of the message's mask before the model gets it; None if it has none. `use` is the model's of masks.
+def mask_rule(message: pb.TransformRequest, fields: RequestFields, use: MaskUse, model: str, by_alpha: bool) -> MaskRule | None:
+    """What becomes of the message's mask before the model gets it; None if it has none. `fields` are those that the model takes,
+    `use` is its use of masks.
 
     With `by_alpha` the mask's transparent areas are redrawn. Raises InvalidField for a mask that the model cannot use, a missing
     mask that it needs, and settings without a mask.
@@ -20,10 +22,7 @@ def mask_rule(message: pb.TransformRequest, use: MaskUse, model: str, by_alpha: 
         return None
     if use == "none":
         raise InvalidField("mask", f"model '{model}' does not take a mask: leave mask unset, or use another model")
-    blur = message.mask_blur
-    if not 0 <= blur <= MAX_BLUR:
-        raise InvalidField("mask_blur", f"{blur:g} is not in 0 to {MAX_BLUR:g}")
-    return MaskRule(blur, message.mask_invert, by_alpha)
+    return MaskRule(fields.number(message, "mask_blur"), message.mask_invert, by_alpha)
 
 
 def _check_no_settings(message: pb.TransformRequest) -> None:

@@ -16,12 +16,7 @@ from img2img_server.api.request_fields import RequestFields, fields_of
 from img2img_server.bundle.lora_files import LoraFiles
 from img2img_server.codecs.jobs import LoadImage, LoadMask
 from img2img_server.codecs.pool import Codecs
-from img2img_server.config import (
-    DEFAULT_PROMPT,
-    DEFAULT_QUALITY,
-    MAX_PROMPT,
-    ServerConfig,
-)
+from img2img_server.config import DEFAULT_PROMPT, ServerConfig
 from img2img_server.engine.request import Mask, Pipeline, Request
 from img2img_server.errors import InvalidField
 from img2img_server.models.registry import Model
@@ -114,17 +109,17 @@ class Parser:
             if name not in fields:
                 message.ClearField(name)  # type: ignore[arg-type]
         fields.check(message)
-        prompt, negative_prompt = _prompts(message)
+        prompt, negative_prompt = fields.text(message, "prompt"), fields.text(message, "negative_prompt")
         strength, steps = fields.number(message, "strength"), int(fields.number(message, "num_inference_steps"))
         guidance, true_cfg = fields.number(message, "guidance_scale"), _true_cfg(message, fields)
-        seeds = self._seeds(message)
+        seeds = _seeds(message, int(fields.number(message, "image_count")))
         scheduler = _scheduler(message.scheduler, model)
-        interval = self._preview_interval(message)
-        file_format, quality = _output(message)
+        interval = int(fields.number(message, "preview_interval"))
+        file_format, quality = _file_format(message), int(fields.number(message, "output.quality"))
         size_rule = self._size_rule(message, model, file_format)
         if message.output.as_asset:
             self._sources.assets.require("output.as_asset")
-        rule = mask_rule(message, _pipeline_of(model).source_rule.mask, model.id, reading.mask_by_alpha)
+        rule = mask_rule(message, fields, _pipeline_of(model).source_rule.mask, model.id, reading.mask_by_alpha)
         check_loras(message)
         self._sources.check(message.image)
         if rule is not None:
@@ -152,7 +147,7 @@ class Parser:
             model=model.id,
             image=image,
             size=size,
-            prompt=prompt,
+            prompt=DEFAULT_PROMPT if prompt is None else prompt,
             negative_prompt=negative_prompt,
             strength=strength,
             num_inference_steps=steps,
@@ -200,24 +195,6 @@ class Parser:
             image, digest = await self._codecs.load_mask(data, LoadMask(field, self._config.image_limits, size, rule))
         return Mask(image, digest, not message.HasField("mask_paste") or message.mask_paste)
 
-    def _seeds(self, message: pb.TransformRequest) -> tuple[int, ...]:
-        count = message.image_count if message.HasField("image_count") else 1
-        most = self._config.max_image_count
-        _check("image_count", 1 <= count <= most, f"{count} is not in 1 to {most}")
-        first = message.seed if message.HasField("seed") else -1
-        _check("seed", first >= -1, f"{first} is neither -1 (random) nor in 0 to 2^63 - 1")
-        last = _MAX_SEED - count + 1
-        together = f"{first} is too large for image_count {count}: the last image's seed would exceed 2^63 - 1"
-        _check("seed", first <= last, f"{together}. For {count} images, the maximum seed is {last}")
-        if first == -1:
-            first = secrets.randbelow(2**32)
-        return tuple(range(first, first + count))
-
-    def _preview_interval(self, message: pb.TransformRequest) -> int:
-        interval, most = message.preview_interval, self._config.max_steps
-        _check("preview_interval", 0 <= interval <= most, f"{interval} is neither 0 (no previews) nor in 1 to {most}")
-        return interval
-
     def _size_rule(self, message: pb.TransformRequest, model: Model, file_format: images.WriteFormat) -> images.SizeRule:
         """The message's rule for the result's size. Raises InvalidField if no source could satisfy it."""
         pipeline = _pipeline_of(model)
@@ -249,14 +226,16 @@ def _fit(message: pb.TransformRequest, pipeline: Pipeline) -> images.SizeRule:
     return images.SizeRule(area=width * height)
 
 
-def _prompts(message: pb.TransformRequest) -> tuple[str, str | None]:
-    for field in ("prompt", "negative_prompt"):
-        length = len(getattr(message, field))
-        _check(field, length <= MAX_PROMPT, f"the text has {length} characters, the maximum is {MAX_PROMPT}")
-    return (
-        message.prompt if message.HasField("prompt") else DEFAULT_PROMPT,
-        message.negative_prompt if message.HasField("negative_prompt") else None,
-    )
+def _seeds(message: pb.TransformRequest, count: int) -> tuple[int, ...]:
+    """The seeds of `count` images."""
+    first = message.seed if message.HasField("seed") else -1
+    _check("seed", first >= -1, f"{first} is neither -1 (random) nor in 0 to 2^63 - 1")
+    last = _MAX_SEED - count + 1
+    together = f"{first} is too large for image_count {count}: the last image's seed would exceed 2^63 - 1"
+    _check("seed", first <= last, f"{together}. For {count} images, the maximum seed is {last}")
+    if first == -1:
+        first = secrets.randbelow(2**32)
+    return tuple(range(first, first + count))
 
 
 def _true_cfg(message: pb.TransformRequest, fields: RequestFields) -> float | None:
@@ -283,12 +262,9 @@ def _scheduler(asked: str, model: Model) -> str | None:
     return known[asked.casefold()]
 
 
-def _output(message: pb.TransformRequest) -> tuple[images.WriteFormat, int]:
-    output = message.output
-    _check("output.format", output.format in _FORMATS, f"{output.format} is not a known format")
-    quality = output.quality if output.HasField("quality") else DEFAULT_QUALITY
-    _check("output.quality", 1 <= quality <= 100, f"{quality} is not in 1 to 100")
-    return _FORMATS[output.format], quality
+def _file_format(message: pb.TransformRequest) -> images.WriteFormat:
+    _check("output.format", message.output.format in _FORMATS, f"{message.output.format} is not a known format")
+    return _FORMATS[message.output.format]
 
 
 def _check(field: str, holds: bool, description: str) -> None:

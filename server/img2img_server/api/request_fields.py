@@ -156,12 +156,22 @@ class RequestFields(Mapping[str, RequestField]):
         if name not in self._rows:
             return without
         row = self._rows[name]
-        if not message.HasField(name):  # type: ignore[arg-type]
+        *outer, own = name.split(".")
+        holder: Any = functools.reduce(getattr, outer, message)
+        if not holder.HasField(own):
             assert isinstance(row.default, int | float), f"{name} has a default"
             return row.default
-        value: float = getattr(message, name)
+        value: float = getattr(holder, own)
         row.check(value)
         return value
+
+    def text(self, message: pb.TransformRequest, name: str) -> str | None:
+        """The text of a field, None if it is not set. Raises InvalidField if it is too long."""
+        value: str = getattr(message, name)
+        most = self._rows[name].maximum if name in self._rows else None  # a text that the model does not take is empty
+        if most is not None and len(value) > most:
+            raise InvalidField(name, f"the text has {len(value)} characters, the maximum is {most:g}")
+        return value if message.HasField(name) else None  # type: ignore[arg-type]
 
     def messages(self) -> list[model_pb2.RequestField]:
         """The fields as GetModel lists them."""
