@@ -61,7 +61,7 @@ def test_graphs_without_weights_are_small_and_have_no_data(fused: Path) -> None:
     assert parameters * 2 > 3_000_000
 
 
-def test_a_filled_model_says_that_it_was_not_verified(settings: Settings) -> None:
+def test_model_filled_with_random_weights_is_marked_unverified(settings: Settings) -> None:
     manifest = read_manifest(settings.bundle("sd15"))
     assert not manifest.verification.passed
     assert {component.name for component in manifest.components} == {"text_encoder", "unet", "vae_encoder", "vae_decoder"}

@@ -113,7 +113,7 @@ def test_leaving_a_stream_early_cancels_on_the_server(client: Client, service: F
     assert service.released.wait(PATIENCE)
 
 
-def test_a_closed_stream_says_that_it_was_cancelled(client: Client, service: FakeService) -> None:
+def test_closed_stream_raises_cancelled(client: Client, service: FakeService) -> None:
     service.hold = True
     with client.transform_stream(b"file") as stream:
         next(stream)
@@ -129,7 +129,7 @@ def test_closing_a_finished_stream_is_harmless(client: Client) -> None:
 
 
 @pytest.mark.parametrize("kind", [Client, Blocking])
-def test_closing_the_client_cancels_what_runs(kind: Any, server: FakeServer) -> None:
+def test_closing_the_client_cancels_running_calls(kind: Any, server: FakeServer) -> None:
     server.service.hold = True
     failures: list[Img2ImgError] = []
     client = kind(server.target)

@@ -76,7 +76,7 @@ def test_every_flag_reaches_the_server(server: FakeServer, source: Path, tmp_pat
     assert server.service.seconds_left[0] < 51
 
 
-def test_flags_that_are_left_out_stay_unset(server: FakeServer, source: Path, tmp_path: Path) -> None:
+def test_omitted_flags_stay_unset(server: FakeServer, source: Path, tmp_path: Path) -> None:
     assert transform(server, source, tmp_path / "out", "--format=webp", "--num-inference-steps=9") == 0
     set_fields = {field.name for field, _ in server.service.requests[0].ListFields()}
     assert set_fields == {"image", "output", "num_inference_steps"}
@@ -139,7 +139,7 @@ def test_warnings_go_to_standard_error(
     assert capsys.readouterr().err == ""
 
 
-def test_previews_are_written_beside_the_image(server: FakeServer, source: Path, tmp_path: Path) -> None:
+def test_previews_are_written_next_to_the_image(server: FakeServer, source: Path, tmp_path: Path) -> None:
     server.service.script = events(steps=10, preview_interval=3)
     assert transform(server, source, tmp_path / "out.png", "--preview-every=3", "--quiet") == 0
     previews = sorted(path.name for path in tmp_path.glob("out-*"))

@@ -45,7 +45,7 @@ def assert_gone(process: int) -> None:
         os.kill(process, 0)
 
 
-def test_the_demo_turns_noon_into_sunset_and_leaves_nothing_running() -> None:
+def test_demo_turns_noon_into_sunset_and_stops_its_server() -> None:
     for name in ("after.png", "before-after.png"):
         (WORK / name).unlink(missing_ok=True)
     done = subprocess.run(["scripts/demo"], cwd=ROOT, check=False, capture_output=True, text=True)
@@ -60,7 +60,7 @@ def test_the_demo_turns_noon_into_sunset_and_leaves_nothing_running() -> None:
 
 
 @pytest.mark.nightly
-def test_a_demo_that_is_stopped_leaves_nothing_running() -> None:
+def test_interrupted_demo_leaves_no_process_running() -> None:
     with subprocess.Popen(["scripts/demo"], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as demo:
         assert demo.stderr is not None
         line = next(line for line in demo.stderr if line.startswith("serving on port"))

@@ -62,7 +62,7 @@ def test_sending_a_photo_does_not_rotate_the_callers_image() -> None:
 @pytest.mark.parametrize(
     "body", [b"", b"II", b"II*\0\x08\0\0\0", b"Photoshop", b"II*\0\xff\xff\xff\xff", b"MM\0*\0\0\0\x08\xff\xff"]
 )
-def test_malformed_exif_leaves_an_image_as_it_is(body: bytes) -> None:
+def test_malformed_exif_does_not_change_an_image(body: bytes) -> None:
     assert same(saved(image(), "PNG", exif=b"Exif\0\0" + body))
 
 
@@ -111,7 +111,7 @@ EXPECTED: dict[str, tuple[Callable[[], Image.Image], Callable[[], Any], int]] = 
 
 
 @pytest.mark.parametrize("name", EXPECTED)
-def test_every_mode_arrives_in_its_own_colors(name: str) -> None:
+def test_every_image_mode_keeps_its_colors(name: str) -> None:
     make, expected, tolerance = EXPECTED[name]
     source = make()
     assert source.mode == name.split()[0]
@@ -158,7 +158,7 @@ async def test_both_clients_send_the_same(client: Client, service: FakeService, 
     assert second.fit.longest_side == 1024
 
 
-def test_warnings_come_with_the_result(client: Client, service: FakeService) -> None:
+def test_warnings_are_returned_with_the_result(client: Client, service: FakeService) -> None:
     assert client.transform(b"file").warnings == ()
     service.warnings = [messages.Warning(field="prompt", description="it was too long", code="PROMPT_TRUNCATED")]
     assert client.transform(b"file").warnings == (TransformWarning("prompt", "it was too long", "PROMPT_TRUNCATED"),)

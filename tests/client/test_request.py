@@ -11,7 +11,7 @@ from img2img_client.options import MAX_MESSAGE_BYTES
 from PIL import Image
 
 
-def test_every_option_arrives_as_it_was_set(client: Client, service: FakeService) -> None:
+def test_every_option_is_sent_as_set(client: Client, service: FakeService) -> None:
     client.transform(
         b"file",
         model=ModelReference("owner/name", "folder", "fp16", "main", ("*.json", "*.txt"), ("*.bin",)),
@@ -96,7 +96,7 @@ def test_a_string_model_is_its_id(client: Client, service: FakeService) -> None:
     assert service.requests[0].model == messages.ModelReference(path="demo")
 
 
-def test_quality_alone_leaves_the_format_to_the_server(client: Client, service: FakeService) -> None:
+def test_quality_without_a_format_leaves_the_format_unset(client: Client, service: FakeService) -> None:
     client.transform(b"file", quality=50)
     assert service.requests[0].output == messages.OutputOptions(quality=50)
 

@@ -67,7 +67,7 @@ def test_the_page_has_every_declaration_and_every_reason(comments: dict[str, str
     assert re.search(r"`DEADLINE_UNMEETABLE` .* metadata `estimate_seconds` \|\n", errors)
 
 
-def test_a_page_that_is_stale_fails_the_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stale_page_fails_the_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = api_docs.page(api_docs.read(api_docs.build()))
     monkeypatch.setattr(api_docs, "PAGE", tmp_path / "api.md")
     monkeypatch.setattr("sys.argv", ["api_docs", "--check"])

@@ -129,7 +129,7 @@ async def test_the_page_shows_steps_results_and_errors(node: Path, site: tuple[P
             assert len(pipeline.prepared) == before
 
 
-async def test_a_message_that_is_too_large_has_a_status(node: Path, site: tuple[Path, str], tmp_path: Path) -> None:
+async def test_oversized_message_gets_a_status_over_http2(node: Path, site: tuple[Path, str], tmp_path: Path) -> None:
     """By HTTP/2, which browsers use with TLS."""
     folder, origin = site
     certify(tmp_path)

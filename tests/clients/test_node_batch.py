@@ -72,7 +72,7 @@ client.close();
     ]
 
 
-def test_results_come_in_order_of_completion_and_before_the_last_request_is_known(run: Run, server: RunningServer) -> None:
+def test_results_arrive_in_completion_order_while_requests_are_read(run: Run, server: RunningServer) -> None:
     """The second request is made of the first one's result."""
     program = """
 let resolve;
@@ -107,7 +107,7 @@ client.close();
     assert succeeded(run(HEAD + program, IMAGE, target=f"localhost:{server.port}")) == ["100 true true", "0 seed 3"]
 
 
-def test_an_error_of_the_input_is_thrown_after_the_results_before_it(run: Run, server: RunningServer) -> None:
+def test_input_error_is_thrown_after_earlier_results(run: Run, server: RunningServer) -> None:
     program = """
 function* broken() { yield request; yield request; throw new RangeError("mine"); }
 let count = 0;
@@ -138,7 +138,7 @@ client.close();
 """
 
 
-def test_a_signal_ends_the_batch_also_while_it_waits_for_requests(node: Path, held: tuple[HeldPipeline, str]) -> None:
+def test_abort_signal_ends_the_batch_even_while_waiting_for_requests(node: Path, held: tuple[HeldPipeline, str]) -> None:
     pipeline, target = held
     began = threading.Event()
     pipeline.before_call = began.set

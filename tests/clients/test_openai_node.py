@@ -91,7 +91,7 @@ for (const more of [{mask: image()}, {n: 9}, {model: "nope"}])
     ]
 
 
-def test_a_request_that_is_aborted_frees_the_device(js: Js, front: RunningServer, pipeline: FakePipeline) -> None:
+def test_aborted_request_frees_the_device(js: Js, front: RunningServer, pipeline: FakePipeline) -> None:
     done, gate = len(pipeline.batches), Gate(pipeline)
     program = """
 const controller = new AbortController();

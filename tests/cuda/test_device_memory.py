@@ -214,7 +214,9 @@ def started() -> None:
     torch.cuda.mem_get_info()
 
 
-async def test_loading_and_unloading_beside_recorded_calls(folder: Path, gpu: FakeGpu, caplog: pytest.LogCaptureFixture) -> None:
+async def test_loading_and_unloading_do_not_disturb_recorded_calls(
+    folder: Path, gpu: FakeGpu, caplog: pytest.LogCaptureFixture
+) -> None:
     """Rounds of it while others are served, at sizes that are recorded meanwhile: no call is lost, no recording is, none fails to
     be freed, and memory is flat."""
     sizes = [(64, 64), (72, 64), (64, 72), (80, 64), (64, 80), (88, 64), (64, 88), (96, 64)]
@@ -250,7 +252,7 @@ async def test_loading_and_unloading_beside_recorded_calls(folder: Path, gpu: Fa
     assert max(used[2:]) - min(used[2:]) <= ARENA_STEP, used
 
 
-async def test_a_models_memory_is_measured_on_the_device_and_freed_when_it_is_unloaded(folder: Path, gpu: FakeGpu) -> None:
+async def test_model_memory_is_measured_and_freed_on_unload(folder: Path, gpu: FakeGpu) -> None:
     async with rig(folder) as it:
         empty = gpu.used
         await it.use("a")
@@ -264,7 +266,7 @@ async def test_a_models_memory_is_measured_on_the_device_and_freed_when_it_is_un
         assert gpu.used - empty < taken / 2, "though the test still holds the model"
 
 
-async def test_the_memory_of_the_gpu_is_the_budget(folder: Path, gpu: FakeGpu, caplog: pytest.LogCaptureFixture) -> None:
+async def test_memory_budget_is_the_gpus_memory(folder: Path, gpu: FakeGpu, caplog: pytest.LogCaptureFixture) -> None:
     """No bound is set: with room for two of three models, the least recently used one leaves."""
     async with rig(folder) as it:
         for name in "ab":

@@ -50,7 +50,7 @@ def test_a_transformer_opens_and_runs(
     "name",
     nightly_but(["klein", "klein:bf16", "flux2:fp16", "qwenimage:bf16", "qwenimage", "zimage:fp16"], "klein:bf16", "qwenimage"),
 )
-def test_attention_of_a_graph_of_tokens_is_fused(
+def test_attention_of_transformer_graphs_is_fused(
     name: str,
     bundle: Callable[[str], Path],
     caplog: pytest.LogCaptureFixture,

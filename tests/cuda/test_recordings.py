@@ -91,7 +91,7 @@ def test_configured_sizes_are_recorded_in_warm_up_on_the_engine_s_thread(
     assert set(threads) == {ENGINE}
 
 
-async def test_a_model_that_is_loaded_at_run_time_is_recorded_on_the_engine_s_thread(
+async def test_model_loaded_at_run_time_is_recorded_on_the_engine_s_thread(
     bundle: Callable[[str], Path], gpu: FakeGpu, threads: list[str], tmp_path: Path
 ) -> None:
     """While another model is served: its first requests neither record nor plan."""

@@ -184,7 +184,7 @@ def test_the_gpu_image_has_every_library_of_cuda_that_the_provider_loads() -> No
 
 
 @pytest.mark.parametrize("name", nightly_but(["sd1:fp16", "sdxl:fp16"], "sd1:fp16"))
-def test_a_trial_size_is_known_for_every_graph(name: str, bundle: Callable[[str], Path]) -> None:
+def test_every_graph_has_a_trial_size(name: str, bundle: Callable[[str], Path]) -> None:
     """Else graphs would be served that were never run."""
     folder = bundle(name)
     sizes = Sizes(folder)

@@ -56,7 +56,7 @@ def endings_of(engine: Engine, model: str, size: tuple[int, int], count: int) ->
     return endings
 
 
-async def test_models_are_loaded_and_unloaded_beside_recordings(
+async def test_recordings_survive_loading_and_unloading_of_models(
     bundle: Callable[[str], Path], gpu: FakeGpu, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Findings 14 and 16: that freed and allocated on the device during captures, which were lost; the fixture sees violations.

@@ -73,7 +73,7 @@ def tiny_data() -> LatentSet:
     return LatentSet(latents, torch.zeros(5, 4, dtype=torch.long), captions)
 
 
-def test_a_pair_is_where_ddim_arrives_from_the_noised_source() -> None:
+def test_ddim_with_a_perfect_predictor_follows_the_training_pair() -> None:
     """With a perfect predictor of the velocity, DDIM from a noised source stays on the line that batches are drawn from."""
     scheduler = build_scheduler()
     scheduler.set_timesteps(20)

@@ -67,7 +67,7 @@ def test_default_prompt_is_the_plainest_caption_of_its_scene() -> None:
     assert default_caption(Scene("mountains", True, False, "sunset")) == DEFAULT_PROMPT
 
 
-def test_captions_tell_moods_apart_and_many_do_not_name_the_land() -> None:
+def test_captions_name_the_mood_and_often_omit_the_landscape() -> None:
     random = np.random.default_rng(1)
     for time in TIMES:
         for season in SEASONS:
@@ -78,7 +78,7 @@ def test_captions_tell_moods_apart_and_many_do_not_name_the_land() -> None:
                 assert all("winter" in caption or "snow" in caption for caption in captions if "landscape" not in caption)
 
 
-def test_scenes_cover_what_layouts_can_be() -> None:
+def test_scenes_cover_every_layout() -> None:
     scenes = set(all_scenes())
     assert all(scene_of(draw_layout(seed), *MOODS[seed % len(MOODS)]) in scenes for seed in range(200))
     assert len(scenes) == len(all_scenes())

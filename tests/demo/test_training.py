@@ -47,7 +47,7 @@ def test_smoke_training_writes_a_working_pipeline_and_can_resume(tmp_path: Path)
     check_that_it_runs(tmp_path / "second")
 
 
-def test_only_weights_of_the_same_name_and_shape_are_taken() -> None:
+def test_only_weights_of_the_same_name_and_shape_are_loaded() -> None:
     first, second = nn.Linear(2, 2), nn.Linear(2, 3)
     module = nn.Sequential(first, second)
     kept = second.weight.detach().clone()

@@ -98,7 +98,7 @@ def test_an_error_names_the_field(port: int, method: str) -> None:
     assert (info.reason, bad.field_violations[0].field) == ("INVALID_FIELD", "strength")
 
 
-def test_a_message_that_is_too_large_has_a_status(port: int) -> None:
+def test_oversized_message_gets_a_status(port: int) -> None:
     large = framed(request(prompt="x" * (ServerConfig(Path()).max_message_bytes + 1)))
     call = WebCall(port, f"{SERVICE}Transform", large)
     assert list(call) == []
@@ -106,7 +106,7 @@ def test_a_message_that_is_too_large_has_a_status(port: int) -> None:
     assert "larger than max" in call.trailers["grpc-message"]
 
 
-def test_a_deadline_is_honoured(port: int, pipeline: FakePipeline) -> None:
+def test_deadline_is_enforced(port: int, pipeline: FakePipeline) -> None:
     for seconds in (2, 8, 32):
         gate = Gate(pipeline)
         call = WebCall(port, f"{SERVICE}TransformStream", streamed(), {"Grpc-Timeout": f"{seconds}S"})
@@ -166,7 +166,7 @@ def test_other_paths_are_not_served(port: int) -> None:
         call.close()
 
 
-def test_a_server_that_is_not_ready_is_unavailable(tmp_path: Path) -> None:
+def test_unready_server_is_unavailable(tmp_path: Path) -> None:
     with running(lambda: store(m=FakePipeline())) as gone:
         pass
     with proxied(gone.port, tmp_path) as port:

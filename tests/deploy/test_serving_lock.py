@@ -51,7 +51,7 @@ def test_outdated_lock_is_detected(lock: str, before: str, after: str, fault: st
 
 
 @pytest.mark.parametrize(("image", "ray"), [("cpu", False), ("cuda", True)])
-def test_the_bill_of_materials_lists_exactly_the_locks_packages(image: str, ray: bool) -> None:
+def test_sbom_lists_exactly_the_locked_packages(image: str, ray: bool) -> None:
     locked = serving_lock.pins(serving_lock.read(image) + (serving_lock.read("ray") if ray else ""))
     components = {str(component.name): component for component in sbom.bill(image, ray).components}
     assert {name: component.version for name, component in components.items()} == locked
@@ -71,7 +71,7 @@ def test_sbom_is_cyclonedx_with_dependencies() -> None:
     assert "safetensors" in needs["diffusers"]
 
 
-def test_a_bill_that_is_not_cyclonedx_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_invalid_sbom_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sbom.JsonV1Dot6.output_as_string", lambda self, indent: '{"bomFormat": "CycloneDX"}')
     with pytest.raises(ValueError, match="not valid"):
         sbom.as_json(sbom.bill("cpu"))

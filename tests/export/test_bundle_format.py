@@ -125,7 +125,7 @@ def test_a_file_outside_is_refused(small_bundle: Path, name: str) -> None:
         check_bundle(small_bundle, read_manifest(small_bundle))
 
 
-def test_a_link_that_leads_outside_is_refused(small_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_symlink_to_outside_is_refused(small_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     elsewhere = tmp_path_factory.mktemp("elsewhere") / "model.onnx"
     elsewhere.write_bytes(b"graph")
     (small_bundle / "unet" / "model.onnx").unlink()

@@ -32,7 +32,7 @@ def test_only_text_files_and_safetensors_are_read() -> None:
     assert select([WEIGHTS, *others]) == sorted(["model_index.json", *TEXTS, WEIGHTS])
 
 
-def test_a_variant_is_read_in_place_of_the_others() -> None:
+def test_variant_weights_replace_the_default_weights() -> None:
     half = "unet/diffusion_pytorch_model.fp16.safetensors"
     assert half not in select([WEIGHTS, half])
     assert WEIGHTS not in select([WEIGHTS, half], "fp16")
@@ -42,7 +42,7 @@ def test_a_variant_is_read_in_place_of_the_others() -> None:
         select([half])
 
 
-def test_shards_come_with_the_index_of_their_variant() -> None:
+def test_shards_are_read_with_the_index_of_their_variant() -> None:
     plain = [f"unet/diffusion_pytorch_model-0000{part}-of-00002.safetensors" for part in (1, 2)]
     half = [f"unet/diffusion_pytorch_model.fp16-0000{part}-of-00002.safetensors" for part in (1, 2)]
     index, half_index = (f"unet/diffusion_pytorch_model.safetensors.index{infix}.json" for infix in ("", ".fp16"))
@@ -110,7 +110,7 @@ def test_graphs_without_weights_are_an_export_of_optimum() -> None:
     assert choose(own, ["model_index.json", *TEXTS, *GRAPHS], options)[1] == layout
 
 
-def test_weights_beside_graphs_are_preferred() -> None:
+def test_weights_are_preferred_over_graphs() -> None:
     kind, _, files = choose(
         INDEX, ["model_index.json", *TEXTS, *GRAPHS, WEIGHTS], ExportOptions(source="model", output=Path("out"))
     )

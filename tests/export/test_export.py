@@ -217,7 +217,7 @@ _REASON = "torch cannot export {}: KeyError: 'text_model'"
         ("unet", "torch", set()),
     ],
 )
-def test_components_that_cannot_be_exported_run_in_pytorch_with_the_reason(
+def test_unexportable_components_run_in_pytorch_with_the_reason(
     graph: str, backend: str, graphs: set[str], untraceable: Callable[[str], None], tiny_model: Get, tmp_path: Path
 ) -> None:
     untraceable(graph)

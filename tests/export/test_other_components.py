@@ -102,7 +102,7 @@ def test_failing_backend_falls_back_to_the_next_with_the_reason(
     assert not (tmp_path / "other").exists()
 
 
-def test_a_full_disk_is_not_taken_for_an_export_failure(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk_does_not_count_as_a_backend_failure(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*arguments: Any) -> Any:
         raise OSError(errno.ENOSPC, "No space left on device")
 

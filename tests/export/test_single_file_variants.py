@@ -89,7 +89,7 @@ def test_scaled_float8_becomes_weight_times_scale(
     assert_equal(found, weights_of(convert(expected, tiny_model("sd1"), tmp_path / "plain")))
 
 
-def test_a_scale_that_does_not_fit_its_weight_is_refused(stored: Weights, tiny_model: Get, tmp_path: Path) -> None:
+def test_scale_of_the_wrong_shape_is_refused(stored: Weights, tiny_model: Get, tmp_path: Path) -> None:
     name = f"{UNET}time_embed.0.weight"
     stored[name] = stored[name].to(torch.float8_e4m3fn)
     stored[name.replace("weight", "scale_weight")] = torch.ones(7)
@@ -164,7 +164,7 @@ def test_tensors_without_effect_are_omitted(stored: Weights, tiny_model: Get, tm
     assert scheduler_of(view) == json.loads((tiny_model("sd1") / "scheduler" / "scheduler_config.json").read_text())
 
 
-def test_the_spare_last_layer_of_stable_diffusion_2_is_left_out(tiny_model: Get, tmp_path: Path) -> None:
+def test_unused_last_layer_of_stable_diffusion_2_is_omitted(tiny_model: Get, tmp_path: Path) -> None:
     weights = load_file(write_single_file(tiny_model("sd2"), tmp_path / "whole.safetensors"))
     layer = "cond_stage_model.model.transformer.resblocks.{}.ln_1.weight"
     spare = {layer.format(3): torch.ones(32), "cond_stage_model.model.logit_scale": torch.ones(())}

@@ -126,7 +126,7 @@ def test_selection_options_are_refused_for_a_single_file(option: dict[str, objec
         find(single, config=str(directory), **option)
 
 
-def test_a_single_file_that_was_cut_short_is_refused(single: Path, directory: Path) -> None:
+def test_truncated_single_file_is_refused(single: Path, directory: Path) -> None:
     single.write_bytes(single.read_bytes()[:-1])
     with pytest.raises(ExportError, match="truncated"):
         find(single, config=str(directory))

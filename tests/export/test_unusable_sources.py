@@ -215,7 +215,7 @@ def test_uppercase_file_suffix_is_accepted(model: Path, tmp_path: Path) -> None:
     ("component", "file"),
     [("unet", "diffusion_pytorch_model"), ("vae", "diffusion_pytorch_model"), ("text_encoder", "model")],
 )
-def test_weights_of_a_component_that_do_not_fit_its_class_are_refused(component: str, file: str, model: Path) -> None:
+def test_weights_that_do_not_match_their_component_class_are_refused(component: str, file: str, model: Path) -> None:
     """diffusers and transformers only warn, and draw with other weights."""
     from img2img_export.convert.models import Loader
 

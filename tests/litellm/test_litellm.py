@@ -119,7 +119,7 @@ def test_edit_accepts_openai_fields_and_extensions(proxy: Proxy) -> None:
         ({"mask": png()}, "does not take a mask"),
     ],
 )
-def test_errors_come_through_with_their_status_and_text(proxy: Proxy, more: dict[str, Any], message: str) -> None:
+def test_errors_keep_their_status_and_text(proxy: Proxy, more: dict[str, Any], message: str) -> None:
     with proxy.client() as client, pytest.raises(openai.BadRequestError, match=message):
         client.images.edit(image=png(), prompt="a lake", model="demo", **more)
 

@@ -301,7 +301,7 @@ async def test_dark_mode_follows_the_system_setting(visit: Callable[..., Awaitab
         assert await brightness(selector, light) > 600 > 200 > await brightness(selector, dark)
 
 
-async def test_uploads_are_bounded(visitor: Visitor) -> None:
+async def test_upload_size_is_limited(visitor: Visitor) -> None:
     await visitor.choose()
     source = str(await visitor.page.locator(".before").get_attribute("src"))
     way_in = source.partition("/images/")[0] + "/source"

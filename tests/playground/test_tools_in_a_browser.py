@@ -115,7 +115,7 @@ async def test_images_can_be_viewed_side_by_side_and_zoomed(visitor: Visitor) ->
     await expect(visitor.button("Zoom out")).to_be_disabled()
 
 
-async def test_presets_are_applied_undone_kept_by_the_browser_and_deleted(visitor: Visitor) -> None:
+async def test_presets_can_be_applied_undone_stored_and_deleted(visitor: Visitor) -> None:
     strength, prompt = visitor.page.locator("[data-field=strength]"), visitor.page.get_by_label("Prompt", exact=True)
     await prompt.fill("mine")
     await _choose_option(visitor, "Preset", "Subtle")
@@ -217,7 +217,7 @@ def _redrawn(made: Image.Image) -> Image.Image:
         return ImageChops.difference(made, source.convert("RGB")).convert("L").point(lambda value: 255 if value else 0)
 
 
-async def test_a_mask_is_drawn_erased_inverted_kept_and_removed(visitor: Visitor) -> None:
+async def test_mask_can_be_drawn_erased_inverted_and_removed(visitor: Visitor) -> None:
     await visitor.see("Server's default (m)")
     await visitor.choose()
     await expect(visitor.page.locator("[data-field=mask_blur]")).to_be_hidden()
@@ -255,7 +255,7 @@ async def test_a_mask_is_drawn_erased_inverted_kept_and_removed(visitor: Visitor
     assert _redrawn(await _result(visitor)).getbbox() == (0, 0, 128, 128)
 
 
-async def test_masks_arrive_in_the_order_in_which_they_are_drawn(visitor: Visitor) -> None:
+async def test_last_mask_drawn_during_an_upload_is_sent(visitor: Visitor) -> None:
     """The first one is held up on its way; of those that were drawn meanwhile the last is sent, and it stays on the canvas."""
     held, may_go, sent = asyncio.Event(), asyncio.Event(), 0
 

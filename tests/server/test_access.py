@@ -257,7 +257,7 @@ def test_invalid_token_file_keeps_the_old_tokens_and_is_logged_once(
         assert gate.admit(bob).client == "bob"
 
 
-def test_unknown_tokens_are_logged_at_a_bounded_rate_without_the_token(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_logging_of_unknown_tokens_is_rate_limited_and_redacted(path: Path, caplog: pytest.LogCaptureFixture) -> None:
     grant(path, "alice")
     gone = grant(path, "gone", expires=NOON - timedelta(days=1))
     gate = open_gate(path)

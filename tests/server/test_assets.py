@@ -253,9 +253,7 @@ async def test_url_none_disables_the_asset_store(tmp_path: Path) -> None:
             store.require("x")
 
 
-async def test_by_default_assets_are_in_the_users_cache_for_the_user_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_default_asset_folder_is_private_in_the_users_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     store = AssetStore(AssetSettings())
     await store.open()

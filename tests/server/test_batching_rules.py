@@ -116,7 +116,7 @@ def test_every_class_with_a_batching_rule_is_tested() -> None:
 
 
 @covering(name=CLASSES, negative=[False, True])
-def test_an_image_is_the_same_alone_and_in_a_shared_call(
+def test_image_is_identical_alone_and_in_a_shared_call(
     load: Load, monkeypatch: pytest.MonkeyPatch, name: str, negative: bool
 ) -> None:
     pipeline = load(name)

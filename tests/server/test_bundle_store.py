@@ -29,7 +29,7 @@ def load(folder: Path, default: str | None = None) -> ModelRegistry:
     return ModelRegistry.load(folder, lambda path, manifest: FakePipeline(), default)
 
 
-def test_an_unverified_bundle_is_served_when_that_is_allowed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_unverified_bundle_is_served_only_if_allowed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = make_bundle(tmp_path / "bad", passed=False)
     with pytest.raises(BundleError, match="did not pass verification"):
         load(folder)

@@ -134,7 +134,7 @@ async def test_kernel_refuses_memory_beyond_the_requested_size(codecs: Codecs) -
     assert await answers(codecs)
 
 
-async def test_processor_time_is_bounded(codecs: Codecs) -> None:
+async def test_cpu_time_of_a_codec_is_limited(codecs: Codecs) -> None:
     with pytest.raises(InvalidField, match="more processor time than its size allows"):
         await codecs.load(png(), Endless())  # type: ignore[arg-type]
     assert await answers(codecs)

@@ -117,7 +117,7 @@ def test_repeated_blocks_of_a_denoiser_are_compiled(
     assert not any(part._compiled_call_impl for part in denoiser.modules())
 
 
-def test_a_compiler_that_fails_leaves_the_model_as_it_was(pipe: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_failed_compilation_leaves_the_model_unchanged(pipe: Any, caplog: pytest.LogCaptureFixture) -> None:
     def backend(graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         raise RuntimeError("there is no C++ compiler\nand more")
 

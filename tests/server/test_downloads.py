@@ -175,7 +175,7 @@ async def test_server_without_exporter_reports_it(folder: Path, control: Path, c
     assert "pip install 'img2img-server[export]'" in caplog.text
 
 
-async def test_the_real_command_names_the_extra_that_is_missing(folder: Path) -> None:
+async def test_export_command_names_the_missing_extra(folder: Path) -> None:
     """As `img2img export` ends where optimum is not installed."""
     code = "import sys; sys.modules['huggingface_hub'] = None; from img2img_cli.__main__ import main; sys.exit(main())"
     command = [sys.executable, "-c", code, "export"]
@@ -217,7 +217,7 @@ async def test_closing_ends_the_export_and_its_child_processes(folder: Path, con
         assert [model.id for model in it.store] == ["a"]
 
 
-def test_an_export_ends_with_a_server_that_is_killed(control: Path, tmp_path: Path) -> None:
+def test_export_process_ends_if_the_server_is_killed(control: Path, tmp_path: Path) -> None:
     code = f"""
 import asyncio, sys
 from pathlib import Path

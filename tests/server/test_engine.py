@@ -108,7 +108,7 @@ def test_requests_that_arrive_together_are_encoded_together() -> None:
     assert pipeline.decoded == [3, 1]
 
 
-def test_a_request_larger_than_the_batch_runs_alone() -> None:
+def test_request_larger_than_the_batch_size_runs_alone() -> None:
     engine, pipeline, _ = make_engine(QueueLimits(max_batch_size=2))
     caller = Caller(engine).submit(num_inference_steps=1, seeds=(1, 2, 3))
     run_out(engine)
@@ -145,7 +145,7 @@ def test_waiting_requests_are_admitted_by_deadline_then_arrival() -> None:
     assert [state.request.prompt for state in pipeline.prepared] == ["soon", "late", "first", "second"]
 
 
-def test_a_cancelled_request_leaves_at_the_next_step_and_is_released() -> None:
+def test_cancelled_request_is_released_at_the_next_step() -> None:
     engine, pipeline, _ = make_engine()
     leaving, staying = Caller(engine).submit(num_inference_steps=50), Caller(engine).submit(num_inference_steps=5)
     engine.step()
@@ -159,7 +159,7 @@ def test_a_cancelled_request_leaves_at_the_next_step_and_is_released() -> None:
     assert staying.error is None
 
 
-def test_a_request_cancelled_while_it_waits_is_never_prepared() -> None:
+def test_request_cancelled_while_waiting_is_never_prepared() -> None:
     engine, pipeline, _ = make_engine()
     caller = Caller(engine).submit()
     assert caller.ticket is not None
@@ -169,7 +169,7 @@ def test_a_request_cancelled_while_it_waits_is_never_prepared() -> None:
     assert pipeline.prepared == []
 
 
-def test_an_expired_request_leaves_at_the_next_step() -> None:
+def test_expired_request_is_removed_at_the_next_step() -> None:
     engine, _, clock = make_engine()
     caller = Caller(engine).submit(num_inference_steps=50, deadline=3.0)
     run_out(engine)
@@ -178,7 +178,7 @@ def test_an_expired_request_leaves_at_the_next_step() -> None:
 
 
 @pytest.mark.parametrize("where", ["prepare", "denoise", "advance", "finish"])
-def test_a_request_that_fails_ends_alone_though_it_shares_calls(where: str) -> None:
+def test_failing_request_does_not_fail_others_in_its_batch(where: str) -> None:
     engine, pipeline, _ = make_engine()
     failing = Caller(engine).submit(prompt=f"fail {where}")
     others = [Caller(engine).submit() for _ in range(3)]
@@ -189,7 +189,7 @@ def test_a_request_that_fails_ends_alone_though_it_shares_calls(where: str) -> N
     assert len(pipeline.released) == len(pipeline.prepared)
 
 
-def test_a_failing_preview_is_left_out() -> None:
+def test_failing_preview_is_omitted() -> None:
     engine, _, _ = make_engine()
     caller = Caller(engine).submit(prompt="fail preview", preview_interval=1)
     run_out(engine)
@@ -229,7 +229,7 @@ def test_internal_error_fails_all_requests_but_the_engine_continues(where: str, 
     assert set(pipeline.released) == set(pipeline.prepared)
 
 
-def test_a_full_queue_refuses_at_once_and_says_when_to_retry() -> None:
+def test_queue_full_is_immediate_and_has_a_retry_delay() -> None:
     engine, _, _ = make_engine(QueueLimits(max_active=1, max_waiting=2))
     Caller(engine).submit(num_inference_steps=8)
     engine.step()
@@ -310,7 +310,7 @@ def test_progress_has_the_remaining_time() -> None:
     assert [event.eta for event in caller.events if isinstance(event, Progress)] == [3.0, 2.0, 1.0, 0.0]
 
 
-def test_a_deadline_that_cannot_be_met_is_refused_with_the_estimate() -> None:
+def test_unmeetable_deadline_is_refused_with_the_estimate() -> None:
     engine, pipeline, clock = make_engine()
     Caller(engine).submit(num_inference_steps=1)
     run_out(engine)
@@ -333,7 +333,7 @@ def test_urgent_deadline_precedes_shorter_requests() -> None:
     assert [caller.error for caller in (pressed, *others)] == [None] * 6
 
 
-def test_previews_come_when_they_were_asked_for() -> None:
+def test_previews_are_sent_at_the_requested_steps() -> None:
     engine, pipeline, _ = make_engine()
     plain = Caller(engine).submit(num_inference_steps=6)
     curious = Caller(engine).submit(num_inference_steps=6, preview_interval=2)
@@ -376,7 +376,7 @@ def test_draining_engine_finishes_its_requests() -> None:
     assert caller.error is None
 
 
-def test_draining_gives_up_after_its_time() -> None:
+def test_drain_stops_waiting_at_its_timeout() -> None:
     engine, _, _ = make_engine()
     Caller(engine).submit()
     assert not engine.drain(timeout=0)

@@ -184,7 +184,7 @@ def test_default_folder_is_in_the_users_cache(tmp_path: Path, monkeypatch: pytes
         assert default_root() == tmp_path / "home" / ".cache" / "img2img" / "engines"
 
 
-def test_only_its_owner_may_write_where_engines_are_kept(tmp_path: Path) -> None:
+def test_engine_cache_folder_is_private_to_its_owner(tmp_path: Path) -> None:
     EngineCache(tmp_path / "engines").obtain(KEY, Builder(), Stop())
     assert (tmp_path / "engines").stat().st_mode & 0o077 == 0
 

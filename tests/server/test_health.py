@@ -41,7 +41,7 @@ def test_health_is_not_serving_until_set() -> None:
     run(test())
 
 
-def test_check_of_an_unknown_service_is_not_found_and_watch_waits_for_it() -> None:
+def test_check_of_an_unknown_service_is_not_found_but_watch_waits() -> None:
     async def test() -> None:
         health = HealthServicer()
         with pytest.raises(ServiceNotFound):
@@ -57,7 +57,7 @@ def test_check_of_an_unknown_service_is_not_found_and_watch_waits_for_it() -> No
     run(test())
 
 
-def test_a_watcher_that_does_not_read_gets_the_latest_status_only() -> None:
+def test_slow_watcher_gets_only_the_latest_status() -> None:
     async def test() -> None:
         health = HealthServicer()
         watching = watch(health)
@@ -114,7 +114,7 @@ def test_drain_reports_not_serving_and_close_ends_every_watch() -> None:
     run(test())
 
 
-def test_watches_are_bounded_for_each_client_and_in_all_and_counted_until_they_end() -> None:
+def test_watches_are_limited_per_client_and_in_total() -> None:
     async def test() -> None:
         health = HealthServicer(max_watches=3, max_client_watches=2)
 

@@ -86,7 +86,7 @@ def test_a_file_of_50_gigabytes_is_refused_unread(name: str, tmp_path: Path) -> 
         refuse_unsafe(tmp_path)
 
 
-def test_a_manifest_that_is_a_pipe_or_huge_is_refused(tmp_path: Path) -> None:
+def test_manifest_that_is_a_pipe_or_oversized_is_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / MANIFEST_NAME)
     with pytest.raises(BundleError, match="not a regular file"):
         read_manifest(tmp_path)
@@ -168,7 +168,7 @@ CLIP = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{
 
 
 @pytest.mark.parametrize("pattern", [GPT4O, QWEN, CLIP, r"\s+", " {2,}", r"[()*+]+", r"\)+", "[[:space:]]+x"])
-def test_regular_expressions_in_use_are_not_slow(pattern: str) -> None:
+def test_regular_expressions_of_real_tokenizers_are_not_slow(pattern: str) -> None:
     assert not is_slow(pattern)
 
 
@@ -192,7 +192,7 @@ def test_implausibly_large_sizes_are_refused(key: str, value: Any, tmp_path: Pat
         refuse_unsafe_config(path)
 
 
-def test_numbers_in_use_pass(tmp_path: Path) -> None:
+def test_plausible_sizes_pass(tmp_path: Path) -> None:
     numbers = {
         "model_max_length": 10**30,
         "num_train_timesteps": 1000,

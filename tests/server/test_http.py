@@ -108,7 +108,7 @@ def test_edit_returns_the_same_image_as_grpc(client: openai.OpenAI, native: Imag
     )
 
 
-def test_defaults_are_those_that_are_documented(client: openai.OpenAI, pipeline: FakePipeline) -> None:
+def test_defaults_match_the_documentation(client: openai.OpenAI, pipeline: FakePipeline) -> None:
     result = client.images.edit(image=[png((40, 20))], prompt="a lake", model="m")  # sent as image[]
     asked = last(pipeline)
     assert (asked.strength, asked.num_inference_steps, asked.guidance_scale, len(asked.seeds)) == (0.8, 25, 7.5, 1)
@@ -138,7 +138,7 @@ def test_a_variation_may_have_settings_of_its_own(server: RunningServer, pipelin
     assert (last(pipeline).prompt, last(pipeline).strength, last(pipeline).guidance_scale) == ("a lake", 0.25, 7.5)
 
 
-def test_models_are_listed_and_found(client: openai.OpenAI) -> None:
+def test_models_are_listed_and_retrieved(client: openai.OpenAI) -> None:
     listed = list(client.models.list())
     assert [(one.id, one.object, one.owned_by) for one in listed] == [
         (name, "model", "img2img") for name in ("drawn", "m", "quick", "second")
@@ -174,7 +174,7 @@ def test_stream_has_queue_progress_preview_and_result_events(client: openai.Open
 
 
 @pytest.mark.parametrize(("steps", "wanted"), [(1, 3), (2, 3), (3, 2), (7, 3), (10, 4), (20, 1), (25, 0), (5, 100)])
-def test_no_more_previews_than_asked(server: RunningServer, steps: int, wanted: int) -> None:
+def test_no_more_previews_than_requested(server: RunningServer, steps: int, wanted: int) -> None:
     fields = (("prompt", "a lake"), ("model", "m"), ("strength", "1"), ("num_inference_steps", str(steps)))
     answer = ask(server, EDITS, *fields, ("stream", "true"), ("partial_images", str(wanted)))
     names = names_of(answer.events)
@@ -336,7 +336,7 @@ def test_errors_match_those_of_grpc(server: RunningServer, native: ImageToImageS
         assert (answer.error["code"], answer.error["message"]) == (found["reason"], found["message"])
 
 
-def test_a_deadline_that_cannot_be_met_is_refused(server: RunningServer) -> None:
+def test_unmeetable_deadline_is_refused(server: RunningServer) -> None:
     answer = ask(server, EDITS, ("prompt", "a lake"), ("model", "m"), headers={"x-request-timeout": "0.000001"})
     assert (answer.status, answer.error["type"]) == (504, "server_error")
     assert answer.error["code"] in ("DEADLINE_UNMEETABLE", "DEADLINE_EXPIRED")

@@ -131,7 +131,7 @@ def test_compressed_bodies_are_refused(server: RunningServer) -> None:
 
 
 @pytest.mark.parametrize("size", ["10000000", "9" * 19])
-def test_a_body_that_is_declared_too_large_is_refused_before_it_is_sent(server: RunningServer, size: str) -> None:
+def test_body_declared_too_large_is_refused_before_it_is_sent(server: RunningServer, size: str) -> None:
     with connection(server) as made:
         made.sendall(head(f"Content-Type: multipart/form-data; boundary={BOUNDARY}", f"Content-Length: {size}"))
         answer = answer_of(made)
@@ -151,7 +151,7 @@ def test_client_with_expect_continue_does_not_send_a_refused_body(server: Runnin
         assert answer_of(made).status == 200
 
 
-def test_a_body_that_never_ends_is_refused_at_the_limit(server: RunningServer) -> None:
+def test_endless_body_is_refused_at_the_limit(server: RunningServer) -> None:
     with connection(server) as made:
         made.sendall(head(f"Content-Type: multipart/form-data; boundary={BOUNDARY}", "Transfer-Encoding: chunked"))
         made.sendall(b"%x\r\n" % (2**40) + part("image")[:-3])
@@ -317,7 +317,7 @@ async def test_idle_connections_and_unfinished_bodies_time_out() -> None:
             writer.close()
 
 
-async def test_small_answers_do_not_wait_for_the_clients_acknowledgement() -> None:
+async def test_small_responses_do_not_wait_for_tcp_acknowledgements() -> None:
     async with front(Limits(10)) as made:
         reader, writer = await asyncio.open_connection("127.0.0.1", made.port)
         writer.write(head(verb="GET", path="/health"))
@@ -376,7 +376,7 @@ async def test_body_timeout_raises_deadline_expired() -> None:
         await read(receiving(b"--", complete=False), ImageMemory(10**8), 1000, 0.05)
 
 
-async def test_the_memory_of_a_body_is_accounted_for_while_it_arrives() -> None:
+async def test_memory_of_a_body_is_counted_while_it_is_received() -> None:
     memory = ImageMemory(10 * 2**20)
     body = form(PROMPT, image=bytes(3 * 2**20))
     pieces = [body[start : start + 65536] for start in range(0, len(body), 65536)]

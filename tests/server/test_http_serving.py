@@ -184,7 +184,7 @@ def test_drain_finishes_running_requests_and_refuses_new_ones(pipeline: FakePipe
 
 
 @pytest.mark.parametrize("stream", ["false", "true"])
-def test_a_client_that_leaves_frees_the_device_at_the_next_step(pipeline: FakePipeline, stream: str) -> None:
+def test_disconnect_frees_the_device_at_the_next_step(pipeline: FakePipeline, stream: str) -> None:
     gate = Gate(pipeline)
     with serving(pipelines={"m": pipeline}) as server, ending() as calls:
         with connection(server) as made:
@@ -198,7 +198,7 @@ def test_a_client_that_leaves_frees_the_device_at_the_next_step(pipeline: FakePi
         assert len(pipeline.batches) == STEPS + 1, "one step of the first"
 
 
-def test_a_deadline_ends_a_request_that_runs(pipeline: FakePipeline) -> None:
+def test_deadline_ends_a_running_request(pipeline: FakePipeline) -> None:
     gate = Gate(pipeline)
     with serving(pipelines={"m": pipeline}) as server:
         answer = ask(server, EDITS, *EDIT, headers={"x-request-timeout": "0.5"})
@@ -289,7 +289,7 @@ def test_stalled_http_clients_do_not_delay_shutdown(start: Callable[..., Process
     assert "Traceback" not in process.log
 
 
-def test_without_the_extra_the_server_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_http_extra_is_reported_with_install_command(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in sys.modules if name.startswith("img2img_server.api.http")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "uvicorn.config", None)
@@ -297,7 +297,7 @@ def test_without_the_extra_the_server_says_how_to_install_it(monkeypatch: pytest
         pass
 
 
-def test_an_address_that_cannot_be_listened_on_is_named(tmp_path: Path) -> None:
+def test_address_that_cannot_be_bound_is_named(tmp_path: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()

@@ -49,7 +49,7 @@ def test_a_profile_is_converted_in_every_mode_of_the_same_colours(mode: str) -> 
     assert_near(decoded(image, "PNG", icc_profile=icc_profiles.display_p3()), GREEN_OF_P3, 3)
 
 
-def test_a_transparent_part_is_as_white_under_a_profile_as_without() -> None:
+def test_transparent_pixels_are_white_with_or_without_a_profile() -> None:
     image = Image.new("RGBA", (16, 16), (*GREEN, 255))
     image.paste((*GREEN, 0), (8, 0, 16, 16))
     found = decoded(image, "PNG", icc_profile=icc_profiles.display_p3())
@@ -145,7 +145,7 @@ def test_32_bit_integers_are_scaled_by_their_used_bits(bits: int) -> None:
 
 
 @pytest.mark.parametrize("file_format", ["PNG", "TIFF"])
-def test_gray_of_16_bits_keeps_every_value_of_8_bits(file_format: str) -> None:
+def test_16_bit_gray_preserves_every_8_bit_value(file_format: str) -> None:
     assert (decoded(Image.fromarray(RAMP.astype(np.uint16) * 257), file_format) == RAMP[..., None]).all()
 
 
@@ -178,7 +178,7 @@ def test_16_bit_white_is_zero_gray_is_inverted() -> None:
     assert_near(np.asarray(images.decode(data, LIMITS, "image.data"), int), RAMP[..., None], 1)
 
 
-def test_a_transparent_value_of_deep_gray_is_white() -> None:
+def test_transparent_value_of_16_bit_gray_becomes_white() -> None:
     found = decoded(Image.fromarray(RAMP.astype(np.uint16) * 257), "PNG", transparency=100 * 257)
     expected = np.where(RAMP == 100, 255, RAMP)[..., None]
     assert_near(found, expected, 1)

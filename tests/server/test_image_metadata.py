@@ -312,7 +312,7 @@ def test_large_metadata_is_skipped(name: str) -> None:
     assert images.check_header(data, LIMITS, "chunk") == f"image/{name.split()[0].strip(',').lower()}"
 
 
-def test_a_multi_picture_jpeg_is_a_jpeg_and_gives_its_first_image() -> None:
+def test_multi_picture_jpeg_decodes_to_its_first_image() -> None:
     file = io.BytesIO()
     image().save(file, "MPO", save_all=True, append_images=[Image.new("RGB", SIZE, "black")], quality=95)
     data = file.getvalue()

@@ -100,7 +100,7 @@ def test_every_mode_becomes_upright_rgb_of_the_same_size(name: str) -> None:
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_an_exif_rotated_photo_comes_out_upright(orientation: int) -> None:
+def test_exif_rotated_photo_is_decoded_upright(orientation: int) -> None:
     exif = Image.Exif()
     exif[ORIENTATION] = orientation
     stored = {
@@ -205,9 +205,7 @@ NATIVE = SizeRule(area=512 * 512)
      ((30, 20), SizeRule(longest_side=96), 8, (96, 64)), ((5000, 3), SizeRule(longest_side=512), 8, (512, 8)),
      ((100_000, 3), NATIVE, 8, (32768, 8)), ((3, 100_000), NATIVE, 8, (8, 32768)), ((1, 1), NATIVE, 8, (512, 512))],
 )  # fmt: skip
-def test_a_source_is_fitted_with_its_aspect_kept(
-    source: tuple[int, int], rule: SizeRule, multiple: int, expected: tuple[int, int]
-) -> None:
+def test_fit_keeps_the_aspect_ratio(source: tuple[int, int], rule: SizeRule, multiple: int, expected: tuple[int, int]) -> None:
     assert images.target_size(source, rule, multiple, ImageLimits()) == expected
 
 

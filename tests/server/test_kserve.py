@@ -171,7 +171,7 @@ def test_tensors_and_parameters_map_to_request_fields(
         assert result.as_numpy("seed").tolist() == [image.seed for image in answer.images]
 
 
-def test_tensors_come_before_parameters(client: Any, pipeline: FakePipeline) -> None:
+def test_tensors_override_parameters(client: Any, pipeline: FakePipeline) -> None:
     client.infer("m", [image_input(), number("seed", 5, np.int64)], parameters={"seed": 6, "prompt": "p"})
     asked = pipeline.prepared[-1].request
     assert (asked.seeds, asked.prompt) == ((5,), "p")
@@ -370,7 +370,7 @@ def test_features_of_triton_only_are_refused_with_a_message(client: Any) -> None
     assert refused(lambda: client.infer("m", [region]))[0] == "UNIMPLEMENTED"
 
 
-def test_a_failing_model_says_nothing_internal(client: Any) -> None:
+def test_model_failure_reveals_no_internal_message(client: Any) -> None:
     status, told = refused(lambda: client.infer("m", [image_input(), text("prompt", "fail denoise")]))
     assert status == "INTERNAL"
     assert "told to fail" not in told

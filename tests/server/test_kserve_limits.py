@@ -35,7 +35,7 @@ def test_timeout_cancels_the_request(limits: dict[str, Any], tmp_path: Path) -> 
         assert client.infer("m", [image_input()], timeout=0), "none"
 
 
-def test_a_timeout_that_cannot_be_met_is_refused_at_once(tmp_path: Path) -> None:
+def test_unmeetable_timeout_is_refused_at_once(tmp_path: Path) -> None:
     """By what is known of the model's calls, as a deadline would be."""
     settings = {"num_inference_steps": 100, "strength": 1.0}
     request = triton._utils._get_inference_request("m", [image_input()], "", "", None, 0, False, False, 0, 500_000, settings)
@@ -92,7 +92,7 @@ def test_cancelling_frees_the_device(tmp_path: Path) -> None:
     assert told.get(timeout=120).status() == "StatusCode.CANCELLED"
 
 
-def test_a_full_queue_answers_at_once_with_when_to_retry(tmp_path: Path) -> None:
+def test_queue_full_is_immediate_and_has_a_retry_delay(tmp_path: Path) -> None:
     request = triton._utils._get_inference_request("m", [image_input()], "", "", None, 0, False, False, 0, None, None)
     with (
         serving(tmp_path, limits=QueueLimits(max_active=1, max_waiting=1)) as (server, loaded),

@@ -183,7 +183,7 @@ def test_history_length_does_not_grow_with_the_steps(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["DDIM", "DPM++ 2M SDE Karras", "DPM2 a", "PNDM", "UniPC"])
-def test_compiling_leaves_the_scheduler_as_it_was(name: str) -> None:
+def test_compiling_does_not_modify_the_scheduler(name: str) -> None:
     scheduler, timesteps = named(name, 10, 5)
     before = pickle.dumps(scheduler)
     assert compile_schedule(scheduler, timesteps) is not None

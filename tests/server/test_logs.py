@@ -143,9 +143,7 @@ def test_only_lines_of_a_call_have_its_request_id(formatter: logging.Formatter) 
 
 
 @pytest.mark.parametrize(("log_format", "first"), [("text", "2"), ("json", "{")])
-def test_the_log_goes_to_standard_error_once_however_often_it_is_set_up(
-    log_format: str, first: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_repeated_configuration_logs_each_line_once(log_format: str, first: str, capsys: pytest.CaptureFixture[str]) -> None:
     root = logging.getLogger()
     before, level = list(root.handlers), root.level
     try:
@@ -164,7 +162,7 @@ def test_the_log_goes_to_standard_error_once_however_often_it_is_set_up(
     assert "hello" in line
 
 
-def test_each_call_has_one_line_with_the_id_that_its_caller_got(lines: list[dict[str, Any]]) -> None:
+def test_each_call_logs_one_line_with_the_callers_request_id(lines: list[dict[str, Any]]) -> None:
     with running(lambda: store(m=FakePipeline())) as server, grpc.insecure_channel(f"localhost:{server.port}") as channel:
         stub = ImageToImageServiceStub(channel)
         _, call = stub.Transform.with_call(request())
@@ -180,7 +178,7 @@ def test_each_call_has_one_line_with_the_id_that_its_caller_got(lines: list[dict
     assert "reason" not in one
 
 
-def test_an_error_is_logged_under_the_id_that_its_caller_got(lines: list[dict[str, Any]]) -> None:
+def test_error_is_logged_with_the_callers_request_id(lines: list[dict[str, Any]]) -> None:
     """In the trailing metadata, in the ErrorInfo, in the line of the call, and in what the engine's thread says of the cause."""
     with (
         running(lambda: store(m=FakePipeline())) as server,

@@ -253,7 +253,7 @@ def test_rows_without_loras_run_separately_if_providers_differ(bundle: Get, lora
     assert (plain.rows, lora.rows) == ([2, 2] * CALLS, [12] * CALLS)
 
 
-def test_the_cache_of_loras_evicts_and_reads_again(bundle: Get, loras: Get) -> None:
+def test_evicted_lora_is_read_again(bundle: Get, loras: Get) -> None:
     expected = together(load(bundle("sd1"), loras("sd1")), requests(loras("sd1")))
     cache = Cache(1)
     found = together(load(bundle("sd1"), loras("sd1"), cache=cache), requests(loras("sd1")))
@@ -281,7 +281,7 @@ def test_texts_are_encoded_again_only_for_loras_that_adapt_the_text_encoder(bund
     assert len(encoded) == 1
 
 
-def test_a_lora_that_is_removed_or_replaced_fails_only_its_own_requests(bundle: Get, loras: Get, tmp_path: Path) -> None:
+def test_removed_or_replaced_lora_fails_only_its_own_requests(bundle: Get, loras: Get, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(loras("sd1"), tmp_path / "loras"))
     engine = Engine({"m": load(bundle("sd1"), folder, cache=Cache(0))})
     endings: dict[str, Event] = {}
@@ -342,7 +342,7 @@ def odd(model: Path, how: str, path: Path) -> None:
         ("damaged", "is damaged or not a safetensors file"),
     ],
 )
-def test_a_lora_that_does_not_fit_is_refused_with_the_layer(
+def test_lora_of_the_wrong_shape_is_refused_and_names_the_layer(
     how: str, reason: str, bundle: Get, tiny_model: Get, tmp_path: Path
 ) -> None:
     odd(tiny_model("sd1"), how, tmp_path / "odd.safetensors")

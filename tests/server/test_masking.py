@@ -58,7 +58,7 @@ def operations(pipeline: Any, masks: Sequence[Mask | None]) -> int:
     return int(counting.count)
 
 
-def test_masks_add_few_operations_and_none_without_a_mask(pipeline: Any) -> None:
+def test_mask_adds_few_operations_and_no_mask_adds_none(pipeline: Any) -> None:
     without = operations(pipeline, [None] * 4)
     one = operations(pipeline, [half(), None, None, None])
     assert one == without + 5

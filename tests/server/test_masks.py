@@ -108,7 +108,7 @@ def test_a_mask_of_any_kind_becomes_gray_as_in_diffusers(
 
 
 @pytest.mark.parametrize("size", [(24, 16), (60, 40), (9, 7), (16, 24)])
-def test_a_mask_is_blurred_at_its_own_size_and_resized_to_the_results_as_in_diffusers(
+def test_mask_is_blurred_then_resized_as_in_diffusers(
     stub: ImageToImageServiceStub, painter: Painter, size: tuple[int, int]
 ) -> None:
     own = mask(size)
@@ -117,7 +117,7 @@ def test_a_mask_is_blurred_at_its_own_size_and_resized_to_the_results_as_in_diff
     assert same(given(stub, painter, mask=source(file_of(own)), mask_blur=3), expected)
 
 
-def test_a_mask_has_the_results_size_and_not_the_sources(stub: ImageToImageServiceStub, painter: Painter) -> None:
+def test_mask_is_resized_to_the_results_size(stub: ImageToImageServiceStub, painter: Painter) -> None:
     assert given(stub, painter, mask=source(file_of(mask())), width=48, height=32).size == (48, 32)
 
 
@@ -190,7 +190,7 @@ def test_without_mask_paste_the_models_image_is_returned_unchanged(stub: ImageTo
         ("mask_paste", {"mask_paste": False}),
     ],
 )
-def test_a_mask_that_cannot_be_used_is_refused_by_its_field(
+def test_unusable_mask_is_refused_and_names_its_field(
     stub: ImageToImageServiceStub, painter: Painter, field: str, fields: dict[str, object]
 ) -> None:
     before = len(painter.prepared)
@@ -222,7 +222,7 @@ def test_data_uri_is_accepted_as_a_mask(stub: ImageToImageServiceStub, painter: 
     assert same(given(stub, painter, mask=pb.ImageSource(uri=uri)), mask())
 
 
-def test_the_record_of_an_image_has_its_mask(stub: ImageToImageServiceStub, painter: Painter) -> None:
+def test_provenance_record_includes_the_mask(stub: ImageToImageServiceStub, painter: Painter) -> None:
     data = stub.Transform(request(mask=source(file_of(mask())), mask_blur=2)).images[0].data
     record = json.loads(Image.open(io.BytesIO(data)).info["img2img"])
     asked = painter.prepared[-1].request.mask

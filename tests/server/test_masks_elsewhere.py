@@ -109,13 +109,13 @@ def test_bad_masks_over_http_are_named(server: RunningServer, fields: list[tuple
     assert (answer.status, answer.error["param"]) == (400, param)
 
 
-def test_an_address_is_a_mask_over_http(server: RunningServer) -> None:
+def test_mask_may_be_a_uri_over_http(server: RunningServer) -> None:
     uri = "data:image/png;base64," + base64.b64encode(file_of(with_hole())).decode()
     answer = ask(server, EDITS, ("prompt", "a hat"), ("mask", uri))
     assert half_red(base64.b64decode(answer.json["data"][0]["b64_json"]))
 
 
-def test_a_mask_is_a_tensor_of_kserve(server: RunningServer, painter: Painter) -> None:
+def test_kserve_accepts_a_mask_tensor(server: RunningServer, painter: Painter) -> None:
     uri = "data:image/png;base64," + base64.b64encode(file_of(right_half())).decode()
     masks = [text("mask", file_of(right_half())), tensor("mask_pixels", np.asarray(right_half())), text("mask_uri", uri)]
     with triton_of(server) as client:
@@ -146,7 +146,7 @@ def reproduce(server: RunningServer, file: Path, *flags: str) -> int:
     return main(["reproduce", str(file), "--target", f"127.0.0.1:{server.port}", *flags])
 
 
-def test_reproduce_takes_the_mask_again(server: RunningServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_reproduce_applies_the_same_mask(server: RunningServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     made, source, mask, other = (tmp_path / name for name in ("made.png", "source.png", "mask.png", "other.png"))
     source.write_bytes(png())
     right_half().save(mask)
@@ -165,7 +165,7 @@ def test_reproduce_takes_the_mask_again(server: RunningServer, tmp_path: Path, c
     assert "made without a mask" in capsys.readouterr().err
 
 
-def test_reproduce_takes_a_mask_that_was_sent_over_http(server: RunningServer, tmp_path: Path) -> None:
+def test_reproduce_accepts_a_mask_sent_over_http(server: RunningServer, tmp_path: Path) -> None:
     made, source, mask = (tmp_path / name for name in ("made.png", "source.png", "mask.png"))
     source.write_bytes(png())
     with_hole().save(mask)

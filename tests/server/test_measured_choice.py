@@ -142,7 +142,7 @@ def test_provider_that_fails_to_load_is_skipped(bench: Callable[..., Bench], cap
 
 @pytest.mark.parametrize("error", [state.Fail("no kernel"), RuntimeError("no memory layout"), BundleError("no graph")])
 @pytest.mark.parametrize("broken", ["a", "b"])
-def test_a_way_that_loads_but_cannot_draw_is_left_out(broken: str, error: Exception, bench: Callable[..., Bench]) -> None:
+def test_provider_that_loads_but_fails_to_run_is_skipped(broken: str, error: Exception, bench: Callable[..., Bench]) -> None:
     here = bench(a=2.0, b=2.0)
     here.broken = {broken: error}
     (other,) = here.seconds.keys() - {broken}
@@ -165,7 +165,7 @@ def test_every_way_but_the_one_that_serves_is_closed(bench: Callable[..., Bench]
     assert last.closed == ["a"]
 
 
-def test_a_machine_without_memory_for_a_way_says_so(bench: Callable[..., Bench]) -> None:
+def test_out_of_memory_during_the_measurement_is_raised_and_not_cached(bench: Callable[..., Bench]) -> None:
     """The models beside it are evicted then, and the ways are measured once there is memory."""
     here = bench(a=2.0, b=1.0)
     here.broken = {"b": OutOfMemory("the machine ran out of memory")}
@@ -185,7 +185,7 @@ def test_remembered_choice_that_no_longer_loads_is_measured_again(
     assert here.choose() == "a"
 
 
-def test_slow_images_are_drawn_less_often(bench: Callable[..., Bench]) -> None:
+def test_slow_providers_are_measured_with_fewer_images(bench: Callable[..., Bench]) -> None:
     here = bench(a=0.1, b=60.0)
     here.choose()
     assert (here.drawn.count("a"), here.drawn.count("b")) == (4, 2)

@@ -142,7 +142,7 @@ def test_health_check_of_an_unknown_service_is_not_a_server_error(server: Runnin
     assert value(samples, "img2img_requests_total", method="Health/Check", status="NOT_FOUND") == 1
 
 
-def test_a_port_that_is_taken_is_an_error_before_any_model_is_loaded() -> None:
+def test_occupied_port_is_an_error_before_any_model_is_loaded() -> None:
     loaded: list[str] = []
 
     def load() -> ModelRegistry:
@@ -173,7 +173,7 @@ def test_metrics_port_is_released_after_stop_or_failed_start() -> None:
         assert fetch(port_of(server))
 
 
-def test_without_a_port_nothing_is_served() -> None:
+def test_without_a_port_metrics_are_not_served() -> None:
     with running(lambda: store(m=FakePipeline())) as server:
         assert server.server.metrics_port is None
 

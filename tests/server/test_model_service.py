@@ -104,7 +104,7 @@ def test_models_load_and_unload_and_health_follows(folder: Path) -> None:
         assert it.transform(repo_id="acme/b").model_id == "b"
 
 
-def test_a_loading_model_is_reported_and_requests_wait_for_it_until_their_deadline(folder: Path) -> None:
+def test_requests_wait_for_a_loading_model_until_their_deadline(folder: Path) -> None:
     with serving(folder, preload=("a",)) as it:
         it.memory.gates["b"] = threading.Event()
         call = it.images.Transform.future(request(model=pb.ModelReference(path="b")))
@@ -121,7 +121,7 @@ def test_a_loading_model_is_reported_and_requests_wait_for_it_until_their_deadli
         assert it.memory.loads == ["a", "b"]
 
 
-def test_a_model_that_fails_to_load_is_reported(folder: Path) -> None:
+def test_failed_load_is_reported(folder: Path) -> None:
     with serving(folder, preload=("a",)) as it:
         it.memory.problems["b"] = MemoryError("/a/path")
         code, details = failure(lambda: it.load(id="b"))

@@ -145,7 +145,7 @@ def test_call_is_unwound_once_all_its_requests_are_cancelled() -> None:
     assert pipe.steps < 5
 
 
-def test_only_requests_that_fail_alone_fail() -> None:
+def test_failed_batch_is_rerun_and_only_failing_requests_fail() -> None:
     requests = [request("a"), request("fail"), request("ccc")]
     callers = serve(whole()[0], requests)
     assert [type(caller.error) for caller in callers] == [type(None), ModelFailed, type(None)]

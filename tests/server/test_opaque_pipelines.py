@@ -216,7 +216,7 @@ def test_a_panic_in_the_pipeline_is_an_error() -> None:
     assert "a library in Rust" in str(run.error)
 
 
-def test_a_run_can_be_abandoned_before_it_begins() -> None:
+def test_run_can_be_abandoned_before_its_start() -> None:
     run = Stepper(lambda run: pytest.fail("it never ran"))
     run.abandon()
     assert run.done

@@ -111,7 +111,7 @@ def test_batch_size_that_exceeded_memory_is_retried_rarely() -> None:
 
 
 @pytest.mark.parametrize("arena", [True, False])
-def test_onnx_runtimes_own_error_is_recognized(tmp_path: Path, arena: bool) -> None:
+def test_onnx_runtime_out_of_memory_error_is_recognized(tmp_path: Path, arena: bool) -> None:
     """A real one, of a tensor of 4 TiB: what it says with an arena, as CUDA has one, and without."""
     graph = helper.make_graph(
         [helper.make_node("Expand", ["x", "shape"], ["y"])],

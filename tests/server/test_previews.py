@@ -87,7 +87,7 @@ def drawing(pipe: Any) -> list[tuple[str, Any]]:
     return found
 
 
-def test_a_preview_never_ends_a_request_whatever_the_scheduler(drawing: list[tuple[str, Any]], pipe: Any) -> None:
+def test_previews_never_fail_a_request_with_any_scheduler(drawing: list[tuple[str, Any]], pipe: Any) -> None:
     drawn: dict[str, int] = {}
     for name, scheduler in drawing:
         pipe.scheduler = scheduler

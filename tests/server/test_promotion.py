@@ -85,7 +85,7 @@ def test_current_engine_serves_until_the_new_one_is_promoted(tmp_path: Path) -> 
     assert progress == sorted(progress)
 
 
-def test_a_candidate_is_hidden_while_it_is_checked(tmp_path: Path) -> None:
+def test_candidate_is_not_visible_during_its_check(tmp_path: Path) -> None:
     better, held, go = Better(), threading.Event(), threading.Event()
 
     def hold() -> None:
@@ -151,9 +151,7 @@ def test_promotion_delays_no_request_by_more_than_a_step(tmp_path: Path) -> None
     ],
     ids=["wrong", "nothing to judge by", "slower", "as fast"],
 )
-def test_a_candidate_that_is_wrong_or_not_faster_is_rejected(
-    tmp_path: Path, settings: dict[str, object], seconds: float, why: str
-) -> None:
+def test_wrong_or_slower_candidate_is_rejected(tmp_path: Path, settings: dict[str, object], seconds: float, why: str) -> None:
     better, serving, clock = pair(better=seconds)
     candidate = FakeCandidate(tmp_path, better, **settings)  # type: ignore[arg-type]
     with attempt(candidate, serving, clock) as (engine, store, _):
@@ -166,7 +164,7 @@ def test_a_candidate_that_is_wrong_or_not_faster_is_rejected(
 
 
 @pytest.mark.parametrize("trouble", ["denoise", "finish", "load", "bug", "fail", "crash"])
-def test_a_failing_candidate_leaves_the_current_engine_serving(tmp_path: Path, trouble: str) -> None:
+def test_failing_candidate_does_not_affect_the_current_engine(tmp_path: Path, trouble: str) -> None:
     better, serving, clock = pair()
     candidate = FakeCandidate(tmp_path, better)
     if trouble in ("denoise", "finish"):

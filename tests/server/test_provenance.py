@@ -204,7 +204,7 @@ def test_every_supported_key_type_can_sign(tmp_path: Path, key: Any) -> None:
     Provenance(ProvenanceSettings("c2pa", *certificate(tmp_path, key)))
 
 
-def test_files_that_cannot_sign_are_refused_at_start(tmp_path: Path) -> None:
+def test_unusable_signing_files_are_refused_at_start(tmp_path: Path) -> None:
     from img2img_server.api.provenance import Provenance
 
     chain, key = certificate(tmp_path, ec.generate_private_key(ec.SECP256R1()))

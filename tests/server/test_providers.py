@@ -158,7 +158,7 @@ def test_truncated_library_file_is_reported(part: float, tmp_path: Path) -> None
         needed_libraries(tmp_path / "lib.so")
 
 
-def test_openvino_that_is_not_installed_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_openvino_is_reported_with_install_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert "pip install 'img2img-server[openvino]'" in probe("openvino").problem
 
@@ -172,7 +172,7 @@ def test_openvino_load_failure_is_reported() -> None:
     ("devices", "problem"),
     [(["CPU"], ""), (["CPU", "GPU"], ""), (["GPU"], "it does not support this CPU"), ([], "it does not support this CPU")],
 )
-def test_openvino_needs_a_cpu_that_it_supports(devices: list[str], problem: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_openvino_requires_a_supported_cpu(devices: list[str], problem: str, monkeypatch: pytest.MonkeyPatch) -> None:
     found = SimpleNamespace(Core=lambda: SimpleNamespace(available_devices=devices))
     monkeypatch.setattr(providers, "load_openvino", lambda: found)
     assert probe("openvino").problem == problem
@@ -189,7 +189,7 @@ def test_unavailable_provider_ends_the_server_with_one_line(tmp_path: Path) -> N
     assert ended.stderr.splitlines() == [f"img2img serve: provider 'tensorrt' cannot be used: {probe('tensorrt').problem}"]
 
 
-def test_tensorrt_is_loaded_from_where_its_wheel_puts_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tensorrt_libraries_are_loaded_from_its_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "tensorrt_libs").mkdir()
     (tmp_path / "tensorrt_libs" / "__init__.py").touch()
     library = tmp_path / "tensorrt_libs" / "libnvinfer.so.10"

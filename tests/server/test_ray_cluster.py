@@ -195,7 +195,7 @@ def test_a_wrong_field_is_named(stub: ImageToImageServiceStub) -> None:
     assert (code, details["field"]) == (grpc.StatusCode.INVALID_ARGUMENT, "strength")
 
 
-def test_a_replica_refuses_a_deadline_that_it_cannot_meet_and_says_how_long_it_would_take(stub: ImageToImageServiceStub) -> None:
+def test_replica_refuses_an_unmeetable_deadline_with_the_estimate(stub: ImageToImageServiceStub) -> None:
     for number in range(8):  # until both have learnt what a step takes
         stub.Transform(asked(number, num_inference_steps=20, strength=1.0))
     with pytest.raises(grpc.RpcError) as caught:
@@ -260,7 +260,7 @@ def test_front_process_loads_neither_torch_nor_onnxruntime(served: FrontProcess)
     assert not [entry.path for entry in maps if "libtorch" in entry.path or "onnxruntime" in entry.path]
 
 
-def test_fronts_share_an_application_and_it_outlives_the_one_that_deployed_it(ground: Ground, served: FrontProcess) -> None:
+def test_shared_application_outlives_the_front_that_deployed_it(ground: Ground, served: FrontProcess) -> None:
     ray = {**PAIR, "address": ground.address, "spread_after": 7.0}
     with front(ray, QUICK, SETTINGS) as other:
         # The later one uses the application as it is, and says in what it differs.
@@ -275,7 +275,7 @@ def test_fronts_share_an_application_and_it_outlives_the_one_that_deployed_it(gr
         assert {process.pid for process in before} <= {process.pid for process in _replicas(ground.mark, "pair")}
 
 
-def test_the_front_that_started_the_cluster_leaves_no_process_of_rays(ground: Ground) -> None:
+def test_front_that_started_the_cluster_stops_every_ray_process(ground: Ground) -> None:
     """The last test: it ends what the others used."""
     assert len(_processes(ground.mark)) > 4
     assert ground.first.stop() == 0

@@ -226,7 +226,7 @@ async def test_waiting_for_a_replica_ends_with_an_error() -> None:
         assert isinstance(await caller.error(), NoReplica)
 
 
-async def test_the_queue_of_all_fronts_is_bounded() -> None:
+async def test_total_queue_of_all_fronts_is_limited() -> None:
     """Others' requests show in what replicas tell; this front's own at once, before anybody has looked."""
     async with rig(max_waiting=2, max_active=1) as it:
         loads(it, Load(9.0, 1, 1, ("m",)), Load(9.0, 2, 1, ("m",)))

@@ -84,7 +84,7 @@ def test_requests_to_idle_replicas_are_shared_out_evenly(replicas: int, requests
     assert max(counts) - min(counts) <= 1
 
 
-def test_idle_replicas_take_turns() -> None:
+def test_idle_replicas_are_chosen_in_turn() -> None:
     """Though nothing was left of the request before: what is cached, and what is warm, is had by all of them."""
     standings = {"a": _standing(0.0), "b": _standing(0.0)}
     chosen = []

@@ -59,7 +59,7 @@ def _sent(message: Any) -> Any:
     return pickle.loads(pickle.dumps(message))  # noqa: S301 - what this test has just written
 
 
-def test_a_request_arrives_unchanged_and_with_the_remaining_seconds_until_its_deadline() -> None:
+def test_request_survives_pickling_with_its_remaining_seconds() -> None:
     image = Image.effect_noise((24, 16), 90).convert("RGB")
     request = make_request(
         image=image, prompt="p", negative_prompt="n", strength=0.5, guidance_scale=3.0, seeds=(2**63 - 1, 4), deadline=107.0,
@@ -90,7 +90,7 @@ def test_events_arrive_unchanged() -> None:
     assert _sent(Started(4)) == Started(4)
 
 
-def test_images_of_a_message_take_three_bytes_a_pixel() -> None:
+def test_pickled_images_take_three_bytes_per_pixel() -> None:
     message = pickle.dumps(RemoteRequest.of(make_request(image=Image.new("RGB", (64, 48), "red")), 0.0))
     assert 64 * 48 * 3 <= len(message) < 64 * 48 * 3 + 2000
 
@@ -115,7 +115,7 @@ def test_cards_describe_model_fields_and_edit_mode() -> None:
     assert (card.request_fields, card.source_rule) == (pipeline.fields, pipeline.source_rule)
 
 
-def test_cards_are_small_whatever_a_manifest_lists() -> None:
+def test_card_size_does_not_depend_on_the_manifest() -> None:
     """Each front gets one of every model from every replica, twice a second."""
     (model,) = store(m=FakePipeline())
     manifest = model.manifest
@@ -151,7 +151,7 @@ def test_mask_survives_pickling_unchanged() -> None:
     assert (again.digest, again.paste) == (b"digest", False)
 
 
-def test_a_front_knows_whether_a_replicas_model_takes_a_mask() -> None:
+def test_card_says_whether_the_model_accepts_a_mask() -> None:
     pipeline = FakePipeline()
     pipeline.source_rule = SourceRule(mask="required")
     (model,) = store(m=pipeline)

@@ -89,7 +89,7 @@ async def test_stream_yields_every_event_in_order() -> None:
 
 
 @pytest.mark.parametrize("streamed", [False, True])
-async def test_a_call_that_is_cancelled_leaves_the_engine(streamed: bool) -> None:
+async def test_cancelled_call_is_removed_from_the_engine(streamed: bool) -> None:
     pipeline, gate = FakePipeline(), Gate()
     pipeline.before_call = gate
 

@@ -52,7 +52,7 @@ def test_replica_gets_a_gpu_if_available_else_a_share_of_the_cpus(
         (ResourceShare(1, 1), CPUS, "do not fit into 0 GPUs"),
     ],
 )
-def test_replicas_that_do_not_fit_are_refused_rather_than_waited_for(
+def test_replicas_that_exceed_the_cluster_are_refused_at_once(
     share: ResourceShare, resources: dict[str, float], problem: str
 ) -> None:
     with pytest.raises(ValueError, match=problem):
@@ -115,7 +115,7 @@ def test_running_application_is_joined_even_with_missing_replicas(
     assert next(told, None) is None
 
 
-def test_an_application_that_could_not_be_deployed_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_deployment_is_reported_without_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     deployment = Deployment(ServerConfig(Path("models"), engine="ray"))
     monkeypatch.setattr(deployment, "_status", lambda: ApplicationStatus.DEPLOY_FAILED)
     with pytest.raises(ClusterUnavailable, match="could not deploy it"):
@@ -126,7 +126,7 @@ def _options(settings: RaySettings, share: ResourceShare) -> dict[str, Any]:
     return serve_options(settings, share, {"MORE": "1"})
 
 
-def test_ray_places_a_replica_by_its_share_and_leaves_bounds_to_the_engine() -> None:
+def test_replica_options_have_its_share_and_no_tight_request_limit() -> None:
     options = _options(RaySettings(min_replicas=2), ResourceShare(1, 0.5))
     actor = options["ray_actor_options"]
     assert (actor["num_cpus"], actor["num_gpus"]) == (1, 0.5)
@@ -155,6 +155,6 @@ def test_autoscaling_is_used_only_if_min_and_max_differ() -> None:
         ({"app": ""}, "ray_app is empty"),
     ],
 )
-def test_settings_that_cannot_work_are_refused(settings: dict[str, Any], problem: str) -> None:
+def test_invalid_ray_settings_are_refused(settings: dict[str, Any], problem: str) -> None:
     with pytest.raises(ValueError, match=problem):
         RaySettings(**settings)

@@ -112,7 +112,7 @@ async def test_dead_replica_is_never_chosen_again() -> None:
     assert dead.replica_id not in router.curr_replicas
 
 
-async def test_a_replica_that_could_not_be_reached_gets_nothing_until_it_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_unreachable_replica_gets_no_requests_until_it_responds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("img2img_server.backends.ray.router._AGAIN", 0.01)
     away, there = FakeReplica("away"), FakeReplica("there", 50.0, 5)
 

@@ -79,7 +79,7 @@ def sizes(request: Request) -> list[tuple[int, int]]:
     return [request.image.size, *(image.size for image in request.references)]
 
 
-def test_references_arrive_in_order_at_their_own_sizes(stub: ImageToImageServiceStub, pipeline: FakePipeline) -> None:
+def test_references_keep_their_order_and_sizes(stub: ImageToImageServiceStub, pipeline: FakePipeline) -> None:
     response = stub.Transform(asked(of((8, 40)), of((40, 8)), of((80, 40)), width=32, height=48))
     request = pipeline.prepared[-1].request
     assert sizes(request) == [(24, 16), (8, 40), (40, 8), (80, 40)]
@@ -185,7 +185,7 @@ async def test_all_references_share_the_time_limit_of_one_fetch() -> None:
     assert raised.value.field == "reference_images[2].uri"
 
 
-async def test_only_references_that_are_fetched_count_towards_the_time_for_fetching_them() -> None:
+async def test_only_fetched_references_count_towards_the_fetch_timeout() -> None:
     assert await read_slowly("asset:a", "file:///b.png", "httpx:c", "https://example.org/d.png") == 4
 
 

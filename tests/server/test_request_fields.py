@@ -141,7 +141,7 @@ def test_described_defaults_and_bounds_match_request_parsing(full: Model) -> Non
 
 
 @pytest.mark.parametrize("name", SET)
-def test_a_field_that_the_model_lacks_is_not_listed_and_refused(bare: Model, name: str) -> None:
+def test_unsupported_field_is_not_listed_and_refused(bare: Model, name: str) -> None:
     assert name not in bare.fields
     assert bare.refused(**{name: SET[name]}) == name
 

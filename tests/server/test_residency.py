@@ -374,7 +374,7 @@ async def test_loading_does_not_wait_for_waiting_requests(folder: Path) -> None:
         it.engine.close()
 
 
-async def test_closing_ends_what_is_being_loaded(folder: Path) -> None:
+async def test_close_aborts_running_loads(folder: Path) -> None:
     async with rig(folder) as it:
         it.memory.gates["a"] = threading.Event()
         waiter = asyncio.create_task(use(it, "a"))

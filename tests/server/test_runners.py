@@ -202,7 +202,7 @@ def test_recordings_are_per_shape_and_evicted_lru(graph: Path) -> None:
     assert session.calls[-3:] == ["-1", "4", "4"], "under a new id, once it was seen again"
 
 
-def test_rows_are_padded_to_those_that_are_recorded(graph: Path) -> None:
+def test_rows_are_padded_to_a_recorded_row_count(graph: Path) -> None:
     """So a call of any number of rows is a replay: policy mixes requests, and numbers of rows change all the time."""
     runner, session = recording(graph)
     with recording_at_once():
@@ -215,7 +215,7 @@ def test_rows_are_padded_to_those_that_are_recorded(graph: Path) -> None:
     assert session.calls[before:] == ["3", "5", "1", "4", "4", "5", "2", "5"]
 
 
-def test_more_rows_than_the_largest_recording_has_are_replayed_in_parts(graph: Path) -> None:
+def test_calls_above_the_largest_recording_are_replayed_in_parts(graph: Path) -> None:
     runner, session = recording(graph, patience=0)
     for rows in (16, 2, 35):
         given = feed(rows, start=rows)

@@ -149,6 +149,6 @@ def test_default_scheduler_is_a_copy_of_the_models_own() -> None:
     assert (type(made), made.config) == (type(own), own.config)
 
 
-def test_a_name_that_is_not_canonical_is_an_error() -> None:
+def test_noncanonical_scheduler_name_is_an_error() -> None:
     with pytest.raises(KeyError):
         make("euler a", OWN["bare"])

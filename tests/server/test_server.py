@@ -122,7 +122,7 @@ def _submit_until_refused(stub: ImageToImageServiceStub) -> None:
     [{"port": -1}, {"port": 65536}, {"grace": -1.0}, {"max_steps": 0}, {"max_image_count": 0},
      {"limits": QueueLimits(max_batch_size=0)}, {"image_limits": ImageLimits(max_bytes=0)}],
 )  # fmt: skip
-def test_a_setting_that_cannot_work_is_refused(settings: dict[str, object]) -> None:
+def test_invalid_setting_is_refused(settings: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=r"the (minimum|maximum) is"):
         ServerConfig(Path(), **settings)  # type: ignore[arg-type]
 

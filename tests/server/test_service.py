@@ -183,7 +183,7 @@ def test_source_is_fitted_by_the_requested_rule(
     assert (response.images[0].width, response.images[0].height) == expected
 
 
-def test_an_image_that_is_too_large_is_refused_with_fit_as_the_cure(stub: ImageToImageServiceStub) -> None:
+def test_oversized_image_error_suggests_fit(stub: ImageToImageServiceStub) -> None:
     code, details = failure(lambda: stub.Transform(request(image=pb.ImageSource(data=png((300, 200))))))
     assert (code, details["field"]) == (grpc.StatusCode.INVALID_ARGUMENT, "image")
     assert "set fit" in str(details["description"])
@@ -262,7 +262,7 @@ def test_several_models_without_default_need_a_name() -> None:
     assert (code, details["field"]) == (grpc.StatusCode.INVALID_ARGUMENT, "model")
 
 
-def test_a_model_that_did_not_load_is_listed_and_refused() -> None:
+def test_failed_model_is_listed_but_refused() -> None:
     load = lambda: ModelRegistry([Model("broken", problem="checksums"), *store(m=FakePipeline())], "m")  # noqa: E731
     with running(load) as server, grpc.insecure_channel(f"localhost:{server.port}") as channel:
         listed = model_pb2_grpc.ModelServiceStub(channel).ListModels(model_pb2.ListModelsRequest()).models
@@ -284,7 +284,7 @@ def test_models_are_listed_and_described(channel: grpc.Channel) -> None:
     assert code == grpc.StatusCode.NOT_FOUND
 
 
-def test_a_failing_model_says_nothing_internal(stub: ImageToImageServiceStub, caplog: pytest.LogCaptureFixture) -> None:
+def test_model_failure_reveals_no_internal_message(stub: ImageToImageServiceStub, caplog: pytest.LogCaptureFixture) -> None:
     code, details = failure(lambda: stub.Transform(request(prompt="fail denoise")))
     assert (code, details["reason"]) == (grpc.StatusCode.INTERNAL, "MODEL_FAILED")
     assert "told to fail" not in str(details["message"])
@@ -323,7 +323,7 @@ def test_deadline_cancels_the_request(stub: ImageToImageServiceStub, pipeline: F
     assert pipeline.released[0].step < 100
 
 
-def test_a_full_queue_answers_at_once_with_when_to_retry(stub: ImageToImageServiceStub, pipeline: FakePipeline) -> None:
+def test_queue_full_is_immediate_and_has_a_retry_delay(stub: ImageToImageServiceStub, pipeline: FakePipeline) -> None:
     go, called = threading.Event(), threading.Event()
 
     def wait() -> None:

@@ -167,7 +167,7 @@ async def test_events_are_sent_in_order(codecs: Codecs) -> None:
 
 
 @pytest.mark.parametrize("streamed", [False, True])
-async def test_a_request_that_is_refused_raises_the_engines_error(codecs: Codecs, streamed: bool) -> None:
+async def test_refused_request_raises_the_engines_error(codecs: Codecs, streamed: bool) -> None:
     service = served_by(ScriptedEngine(error=DeadlineUnmeetable("too late", 12.5)), codecs)
     context = SimpleNamespace(time_remaining=lambda: 1.0)
     asked = pb.TransformStreamRequest(request=request())
@@ -176,7 +176,7 @@ async def test_a_request_that_is_refused_raises_the_engines_error(codecs: Codecs
         await call
 
 
-def test_a_deadline_that_cannot_be_met_is_answered_with_the_estimate() -> None:
+def test_unmeetable_deadline_error_has_the_estimate() -> None:
     status = to_status(DeadlineUnmeetable("it would take about 12.5 s", 12.5))
     info = error_details_pb2.ErrorInfo()
     assert status.details[0].Unpack(info)

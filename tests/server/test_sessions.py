@@ -24,7 +24,7 @@ from onnxruntime.capi.onnxruntime_pybind11_state import InvalidArgument
 
 
 @pytest.mark.parametrize("provider", ["cuda", "openvino"])
-def test_a_provider_that_is_not_there_is_an_error(provider: str, bundle: Callable[[str], Path]) -> None:
+def test_missing_provider_is_an_error(provider: str, bundle: Callable[[str], Path]) -> None:
     if not probe(provider).problem:
         pytest.skip(f"this machine has {provider}")
     for name in ("demo", "kandinsky22"):
@@ -127,7 +127,7 @@ def test_lean_session_gives_the_same_result(bundle: Callable[[str], Path]) -> No
     np.testing.assert_allclose(lean, usual, rtol=1e-4, atol=1e-4)
 
 
-def test_a_graph_that_does_not_open_is_a_bundle_error(tmp_path: Path) -> None:
+def test_unreadable_graph_is_a_bundle_error(tmp_path: Path) -> None:
     (tmp_path / "model.onnx").write_bytes(b"no graph")
     with pytest.raises(BundleError, match="does not open"):
         open_session(tmp_path / "model.onnx", SessionOptions())

@@ -101,7 +101,7 @@ def test_a_model_of_square_images_refuses_others() -> None:
         assert raised.value.field == field
 
 
-def test_steps_are_counted_by_the_pipelines_own_rule() -> None:
+def test_step_count_follows_the_pipelines_rounding_rule() -> None:
     """Some round down, others up; those without a rule run all."""
     down, up = fake("StableDiffusionImg2ImgPipeline"), fake("FluxImg2ImgPipeline")
     assert [steps_of(down, count, strength) for count, strength in ((10, 0.55), (1, 0.8), (4, 1.0))] == [5, 0, 4]

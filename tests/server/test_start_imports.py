@@ -51,9 +51,7 @@ def run(code: str, *words: str) -> set[str]:
     return imported(done.stdout)
 
 
-def test_an_onnx_bundle_is_served_without_packages_that_it_does_not_need(
-    start: Callable[..., Process], bundle: Callable[[str], Path]
-) -> None:
+def test_onnx_bundle_is_served_without_unneeded_packages(start: Callable[..., Process], bundle: Callable[[str], Path]) -> None:
     process = start("-c", SERVE, "serve", "--models", str(bundle("sd1")))
     with process.channel() as channel:
         health: Any = health_pb2_grpc.HealthStub(channel)  # its stubs for mypy know no methods

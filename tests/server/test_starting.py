@@ -97,7 +97,7 @@ def test_a_client_waits_until_the_server_serves() -> None:
         assert [model.id for model in client.models()] == ["m"]
 
 
-def test_a_server_that_is_stopped_while_it_starts_closes_its_port() -> None:
+def test_stop_during_startup_closes_the_port() -> None:
     gate = threading.Event()
     with loading(gate) as (server, _, _):
         server.stop().result(60)
@@ -233,7 +233,7 @@ def test_a_model_that_fails_in_warm_up_is_failed_and_the_others_are_served(error
 
 
 @pytest.mark.parametrize("buckets", [(), (1, 2, 4)])
-def test_a_warm_up_that_hangs_fails_its_model_alone(buckets: tuple[int, ...]) -> None:
+def test_hanging_warm_up_fails_only_its_model(buckets: tuple[int, ...]) -> None:
     """Also where the model is recorded, on the engine's thread: another takes that thread's place."""
     bad, never = FakePipeline(Clock()), threading.Event()
     bad.row_buckets = buckets

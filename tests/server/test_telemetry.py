@@ -205,7 +205,7 @@ def test_many_steps_have_spans_up_to_a_bound() -> None:
     assert len(collector.children(denoise)) == MOST_STEPS
 
 
-def test_other_calls_have_a_span_and_health_checks_have_none() -> None:
+def test_every_call_except_health_checks_has_a_span() -> None:
     with collecting() as collector, traced(collector, FakePipeline()) as server, connected(server) as channel:
         model_pb2_grpc.ModelServiceStub(channel).ListModels(model_pb2.ListModelsRequest())
         health: Any = health_pb2_grpc.HealthStub(channel)

@@ -68,7 +68,7 @@ def test_profile_shapes_are_in_the_providers_format() -> None:
     assert wide["trt_profile_opt_shapes"].startswith("sample:2x4x64x96,")
 
 
-def test_an_engine_computes_in_the_bundles_precision() -> None:
+def test_engine_uses_the_bundles_precision() -> None:
     named = {precision: options(replace(UNET, precision=precision)) for precision in ("fp32", "fp16", "bf16")}
     for precision, made in named.items():
         enabled = {name for name in made if name in ("trt_fp16_enable", "trt_bf16_enable", "trt_int8_enable")}
@@ -166,7 +166,7 @@ def test_shapes_outside_the_profile_fall_back_to_the_other_runner() -> None:
     assert other.shapes == [(5, 8), (2, 3)]
 
 
-def test_a_build_writes_into_its_folder_or_says_that_it_cannot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_build_without_an_output_file_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "out").mkdir()
     monkeypatch.chdir(tmp_path)
     opened = []

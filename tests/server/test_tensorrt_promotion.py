@@ -100,7 +100,7 @@ def test_engines_are_built_checked_against_reference_images_and_promoted(
     assert sorted(found) == [[], ["measured"]], "the second part knows what was measured for the first"
 
 
-def test_an_engine_that_draws_something_else_is_refused(
+def test_engine_with_different_images_is_rejected(
     contend: Callable[..., tuple[TensorRTCandidate, WatchedStore, list[str]]],
 ) -> None:
     candidate, store, _ = contend(spoilt=True)

@@ -219,7 +219,7 @@ def _poll_refusal(call: Callable[[], object]) -> grpc.StatusCode:
         threading.Event().wait(0.05)
 
 
-def test_a_file_that_is_missing_is_an_error_before_models_are_loaded(path: Path) -> None:
+def test_missing_token_file_is_an_error_before_models_are_loaded(path: Path) -> None:
     loaded = []
 
     def load() -> Any:

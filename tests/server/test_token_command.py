@@ -103,7 +103,7 @@ def test_refused_token_commands_explain_in_one_line_and_change_nothing(
     assert path.read_bytes() == before
 
 
-def test_the_file_comes_from_a_flag_or_the_environment(
+def test_token_file_is_set_by_flag_or_environment(
     path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("IMG2IMG_TOKENS", raising=False)
@@ -118,7 +118,7 @@ def test_the_file_comes_from_a_flag_or_the_environment(
     assert list(tokens.read(path)) == ["alice"]
 
 
-def test_a_damaged_file_is_not_written_over(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_damaged_token_file_is_not_overwritten(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path.write_text("[tokens.alice]\nsha = 3\n")
     assert main(["token", "add", "bob", "--tokens", str(path)]) == 1
     assert f"{path}: tokens.alice: unknown key 'sha'" in capsys.readouterr().err

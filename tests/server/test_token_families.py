@@ -63,7 +63,7 @@ def run(pipeline: Any, requests: list[Request]) -> tuple[list[Any], list[int]]:
 
 
 @pytest.mark.parametrize("name", nightly_but(FAMILIES, "klein", "qwenimage", "zimage"))
-def test_requests_of_other_shapes_prompts_and_steps_share_calls(
+def test_requests_with_different_shapes_prompts_and_steps_share_calls(
     name: str, bundle: Callable[[str], Path], tiny_model: Callable[[str], Path]
 ) -> None:
     manifest = read_manifest(bundle(name))
@@ -100,7 +100,7 @@ def test_requests_of_other_shapes_prompts_and_steps_share_calls(
         assert np.abs(np.asarray(alone, int) - np.asarray(made[0], int)).max() <= 1
 
 
-def test_references_of_other_sizes_and_order_share_calls(
+def test_references_of_different_sizes_and_order_share_calls(
     bundle: Callable[[str], Path], tiny_model: Callable[[str], Path]
 ) -> None:
     """A wide image and a square reference have as many tokens as a square image and a tall reference, or as one large image."""
@@ -127,7 +127,7 @@ def test_references_of_other_sizes_and_order_share_calls(
         assert np.abs(np.asarray(image, int) - np.asarray(theirs, int)).max() <= 1
 
 
-def test_images_of_other_token_counts_do_not_share_calls(bundle: Callable[[str], Path]) -> None:
+def test_images_with_different_token_counts_do_not_share_calls(bundle: Callable[[str], Path]) -> None:
     """Of a wide and a tall image they do; a reference of another size counts, too."""
     pipeline = load_pipeline(bundle("klein"), read_manifest(bundle("klein")), Execution("cpu"))
     images = source(96, 64, 1), source(64, 96, 1), source(64, 80, 1)

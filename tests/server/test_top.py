@@ -212,7 +212,7 @@ def snapshot(**settings: object) -> Snapshot:
     return Snapshot(**{**values, **settings})  # type: ignore[arg-type]
 
 
-def test_a_busy_server_is_drawn_with_its_figures() -> None:
+def test_display_of_a_busy_server_has_its_figures() -> None:
     text = text_of(snapshot(), "it went away")
     for part in (
         "img2img 0.1.0 at http://gpu:9464/metrics, up 2 h 1 min, last 10 s",

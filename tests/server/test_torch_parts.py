@@ -51,7 +51,7 @@ def test_dtype_on_cpu_follows_the_flags_in_proc_cpuinfo(monkeypatch: pytest.Monk
     assert (choose_dtype("cpu", Execution()) == torch.bfloat16) == (not {"amx_bf16", "avx512_bf16"}.isdisjoint(flags))
 
 
-def test_a_device_that_is_not_there_is_an_error() -> None:
+def test_missing_device_is_an_error() -> None:
     with pytest.raises(BundleError, match="PyTorch has no provider 'openvino'"):
         torch_device("openvino")
     assert torch_device("cpu") == "cpu"

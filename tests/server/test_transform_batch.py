@@ -62,13 +62,13 @@ def run(
     return found
 
 
-def test_more_requests_than_the_queue_holds_are_all_done(stub: ImageToImageServiceStub, pipeline: FakePipeline) -> None:
+def test_batch_larger_than_the_queue_completes(stub: ImageToImageServiceStub, pipeline: FakePipeline) -> None:
     found = run(stub, *(asked(seed=seed) for seed in range(40)))
     assert [found[index].response.images[0].seed for index in range(40)] == list(range(40))
     assert len(pipeline.prepared) == 40
 
 
-def test_results_come_as_they_finish(
+def test_results_are_sent_in_completion_order(
     stub: ImageToImageServiceStub, pipeline: FakePipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The long one takes no step before the engine has the short one."""
@@ -154,7 +154,7 @@ async def test_requests_are_read_only_as_earlier_ones_complete() -> None:
     assert sorted([await first, *[response async for response in responses]]) == list(range(20))
 
 
-def test_one_client_has_a_bounded_number_of_batches(server: RunningServer, stub: ImageToImageServiceStub) -> None:
+def test_concurrent_batches_per_client_are_limited(server: RunningServer, stub: ImageToImageServiceStub) -> None:
     """Their requests wait where others are refused, so calls must not pile up."""
     ending = threading.Event()
 
@@ -193,7 +193,7 @@ async def test_idle_batch_call_is_ended(monkeypatch: pytest.MonkeyPatch) -> None
         await anext(responses)
 
 
-async def test_memory_accounts_for_messages_that_wait() -> None:
+async def test_waiting_messages_count_towards_memory() -> None:
     memory, full = ImageMemory(10_000), asyncio.Event()
     message = asked(prompt="x" * 4000)
 

@@ -166,7 +166,7 @@ def test_flux_requests_of_different_sizes_do_not_share_calls(
         assert difference(images_of(caller)[0], expected(oracle("flux-dev"), request, request.seeds[0])) <= 1
 
 
-def test_a_cancelled_request_leaves_at_the_next_step(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cancelled_request_is_removed_at_the_next_step(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
     pipeline = load("flux")
     rows, clock = count_calls(pipeline, monkeypatch)
     engine = Engine({"m": pipeline}, clock=clock)
@@ -215,7 +215,7 @@ def test_step_count_for_a_strength_matches_diffusers(name: str, load: Load, orac
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_a_strength_that_leaves_no_step_is_an_error_of_that_field(name: str, load: Load, oracle: Callable[[str], Any]) -> None:
+def test_strength_without_a_step_is_an_invalid_strength(name: str, load: Load, oracle: Callable[[str], Any]) -> None:
     request = make_request(image=source((64, 64)), num_inference_steps=4, strength=1e-20)
     with pytest.raises((ValueError, IndexError, RuntimeError)):
         expected(oracle(name), request, 1)
@@ -235,7 +235,7 @@ def test_image_beyond_the_position_table_names_width_or_height(load: Load) -> No
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_previews_show_the_latents_that_a_step_predicts(name: str, load: Load, bundle: Callable[[str], Path]) -> None:
+def test_previews_show_the_latents_predicted_by_a_step(name: str, load: Load, bundle: Callable[[str], Path]) -> None:
     assert [len(row) for row in read_manifest(bundle("flux-dev")).latent_preview] == [4 * 16 + 1] * 3, "fitted by the export"
     weights = tuple(tuple(row) for row in np.random.default_rng(0).normal(0.05, 0.1, (3, 4 * 16 + 1)).tolist())
     pipeline = load(name, latent_preview=weights)

@@ -112,7 +112,7 @@ def written(path: Path, config: Any) -> Path:
 
 @pytest.mark.parametrize(("key", "value"), REFUSED)
 @pytest.mark.parametrize("name", ["config.json", "generation_config.json", "Tokenizer_Config.JSON"])
-def test_a_key_that_may_lead_to_code_is_refused(key: str, value: Any, name: str, tmp_path: Path) -> None:
+def test_key_that_can_load_code_is_refused(key: str, value: Any, name: str, tmp_path: Path) -> None:
     path = written(tmp_path / name, {"hidden_size": 8, key: value})
     with pytest.raises(BundleError) as error:
         refuse_unsafe_config(path)

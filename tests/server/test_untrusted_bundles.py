@@ -181,7 +181,7 @@ def test_a_pickle_named_safetensors_is_not_opened(backend: Backend, bundle: Path
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_code_beside_a_component_is_not_run(backend: Backend, bundle: Path, trap: Trap) -> None:
+def test_code_files_in_a_component_folder_are_not_run(backend: Backend, bundle: Path, trap: Trap) -> None:
     edit(bundle / "model_index.json", unet=["evil", "Evil"])
     (bundle / "unet" / "evil.py").write_text(trap.python)
     (bundle / "evil.py").write_text(trap.python)

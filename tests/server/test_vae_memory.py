@@ -178,7 +178,7 @@ def test_a_tiled_image_is_the_one_that_diffusers_makes_with_tiling(
 
 
 @pytest.mark.parametrize("name", ["sd1", "flux"])
-def test_a_batch_that_is_divided_makes_the_same_images(name: str, bundle: Callable[[str], Path]) -> None:
+def test_split_batch_gives_the_same_images(name: str, bundle: Callable[[str], Path]) -> None:
     folder = bundle(name)
     manifest, asked = read_manifest(folder), request((64, 48), strength=0.7, guidance_scale=1.0, seeds=(3, 4, 5))
     together = run_alone(load_pipeline(folder, manifest, Execution("cpu", 1)), asked)

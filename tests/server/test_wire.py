@@ -118,7 +118,7 @@ def test_methods_without_images_accept_at_most_64_kib(channel: grpc.Channel, met
     assert str(transport.MAX_MESSAGE_BYTES) in str(details["message"])
 
 
-def test_an_upload_takes_messages_as_large_as_the_largest_file(channel: grpc.Channel) -> None:
+def test_upload_accepts_messages_up_to_the_maximum_file_size(channel: grpc.Channel) -> None:
     data = noise((400, 400))
     info = asset_pb2.UploadAssetRequest(info=asset_pb2.UploadAssetInfo(size=len(data)))
     chunk = asset_pb2.UploadAssetRequest(chunk=data)
@@ -169,7 +169,7 @@ def test_size_limits_apply_to_decompressed_messages() -> None:
         assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
 
 
-def test_a_message_that_is_within_bounds_is_parsed() -> None:
+def test_message_within_the_limits_is_parsed() -> None:
     tensor = kserve_pb.ModelInferRequest.InferInputTensor(name="image_pixels", datatype="UINT8", shape=[300, 400, 3])
     tensor.contents.uint_contents.extend([200] * 360_000)
     message = kserve_pb.ModelInferRequest(model_name="m", inputs=[tensor])
@@ -185,7 +185,7 @@ def truncated(message: Message) -> Iterator[bytes]:
         yield data[:length]
 
 
-def test_wire_check_refuses_whatever_the_parser_refuses() -> None:
+def test_wire_check_refuses_every_message_that_the_parser_refuses() -> None:
     """On every cut of messages of all kinds: what is not refused is parsed, and what is refused cannot be."""
     messages: list[Message] = [
         request(
