@@ -126,7 +126,7 @@ def ending() -> Iterator[Calls]:
 
 
 class Gate:
-    """Holds a pipeline's calls until they are let go."""
+    """Holds a pipeline's calls until they are released."""
 
     def __init__(self, pipeline: FakePipeline) -> None:
         self.called = threading.Semaphore(0)
@@ -139,16 +139,16 @@ class Gate:
             self.called.release()
             assert self._go.acquire(timeout=120)
 
-    def come(self) -> None:
-        """Waits until a call has come, and is held."""
+    def wait_for_call(self) -> None:
+        """Waits until a call has begun and is held."""
         assert self.called.acquire(timeout=120)
 
     def step(self) -> None:
-        """Lets one call go."""
+        """Releases one call."""
         self._go.release()
 
     def open(self) -> None:
-        """Lets all go, from now on."""
+        """Releases all calls from now on."""
         self._open.set()
         self._go.release(1000)
 

@@ -40,7 +40,7 @@ class Process:
         """The port that it has told."""
         return int(self.port_file.read_text(encoding="ascii"))
 
-    def said(self) -> str:
-        """The next word of its standard output."""
+    def next_output(self) -> str:
+        """The next line of its standard output."""
         assert self.popen.stdout is not None
         return self.popen.stdout.readline().strip()

@@ -69,7 +69,7 @@ def flux_2_klein(directory: Path) -> None:
         guidance_embeds=False,
         axes_dims_rope=(4, 4, 4, 4),
     ).eval()
-    _let_conditions_matter(transformer)
+    _strengthen_conditioning(transformer)
     side = SAMPLE_SIZE // 2
     prediction = transformer(
         hidden_states=torch.randn(2, side**2, 4 * CHANNELS),
@@ -89,8 +89,8 @@ def flux_2_klein(directory: Path) -> None:
     ).save_pretrained(directory, safe_serialization=True)
 
 
-def _let_conditions_matter(transformer: Any) -> None:
-    """Lets the text and the source matter to a FLUX.2's transformer beside the noise."""
+def _strengthen_conditioning(transformer: Any) -> None:
+    """Makes the text and the source affect the output of a FLUX.2 transformer, not only the noise."""
     strengthen(transformer, 8, "add_v_proj", "attn.to_v", "attn.to_out.0", "context_embedder")
 
 
@@ -194,7 +194,7 @@ def flux_2(directory: Path) -> None:
         Mistral3Config(vision_config=vision, text_config=text, image_token_index=mark, vision_feature_layer=-1)
     )
     transformer = diffusers.Flux2Transformer2DModel.from_config({**parts["transformer"].config, "guidance_embeds": True}).eval()
-    _let_conditions_matter(transformer)
+    _strengthen_conditioning(transformer)
     strengthen(transformer, 8, "guidance_embedder.linear_2")
     parts |= {"tokenizer": tokenizer, "text_encoder": text_encoder.eval(), "transformer": transformer}
     diffusers.Flux2Pipeline(**parts).save_pretrained(directory, safe_serialization=True)

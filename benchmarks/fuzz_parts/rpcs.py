@@ -111,6 +111,6 @@ def _require(condition: bool, why: str) -> None:
         raise Finding(why)
 
 
-def is_left_alone(folder: Path) -> bool:
+def is_unchanged(folder: Path) -> bool:
     """Whether `folder` contains only the server's folders, "models" and "assets"."""
     return {path.name for path in folder.iterdir()} <= {"models", "assets"}

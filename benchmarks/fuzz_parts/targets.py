@@ -42,7 +42,7 @@ def _rpc(index: int) -> Target:
         def attempt(data: bytes) -> None:
             messages = list(seeds.unpack(data)) if method.client_streaming else [data]
             rpcs.check(method, *rpcs.send(channel, method, messages), messages)
-            if not rpcs.is_left_alone(server.folder):
+            if not rpcs.is_unchanged(server.folder):
                 raise rpcs.Finding("the server wrote outside its folders")
 
         return attempt

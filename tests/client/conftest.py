@@ -36,13 +36,13 @@ def client(server: FakeServer) -> Iterator[Client]:
 
 
 @pytest.fixture
-def told() -> list[tuple[int, str, float]]:
+def retry_log() -> list[tuple[int, str, float]]:
     return []
 
 
 @pytest.fixture(params=[Client, Blocking])
-def patient(request: pytest.FixtureRequest, server: FakeServer, told: list[tuple[int, str, float]]) -> Any:
-    policy = RetryPolicy(4, 0.001, 0.002, on_retry=lambda attempt, error, wait: told.append((attempt, error.status, wait)))
+def patient(request: pytest.FixtureRequest, server: FakeServer, retry_log: list[tuple[int, str, float]]) -> Any:
+    policy = RetryPolicy(4, 0.001, 0.002, on_retry=lambda attempt, error, wait: retry_log.append((attempt, error.status, wait)))
     server.service.fail_before = 1
     with request.param(server.target, timeout=120, retries=policy) as client:
         yield client

@@ -218,7 +218,7 @@ def test_callers_see_no_error_when_one_server_drains_and_another_is_killed(serve
     def all_made(wanted: Sequence[str]) -> bool:
         return all(ledger.made[ledger.phase, name] >= 3 for name in wanted)
 
-    def most_are_on_their_way() -> bool:
+    def most_streams_are_midway() -> bool:
         return sum(2 <= step <= STREAM_STEPS // 2 for step in ledger.running.values()) >= STREAMS
 
     with callers([server.target for server in servers], ledger) as work:
@@ -230,14 +230,14 @@ def test_callers_see_no_error_when_one_server_drains_and_another_is_killed(serve
 
         until(lambda: all_made(names), "all three are used")
 
-        until(most_are_on_their_way, "streams run")
+        until(most_streams_are_midway, "streams run")
         servers[0].process.send_signal(signal.SIGTERM)
         assert servers[0].process.wait(PATIENCE) == 0
         ledger.phase += 1
         until(lambda: all_made(names[1:]), "two are used")
         assert ledger.made_by() == set(names[1:])
 
-        until(most_are_on_their_way, "streams run")
+        until(most_streams_are_midway, "streams run")
         before = ledger.streams_lost
         servers[1].process.kill()
         until(lambda: ledger.streams_lost > before, "streams were lost, and went on")

@@ -29,12 +29,12 @@ def test_retried_stream_resumes_without_repeating_events(patient: Client, servic
     seen = list(patient.transform_stream(b"file", seed=-1, image_count=2))
     assert [type(event) for event in seen] == [Queued, Started, *[Progress] * 6, Completed]
     assert [event.step for event in seen if isinstance(event, Progress)] == [1, 2, 3, 4, 5, 6]
-    assert [request.seed for request in service.requests] == [-1, 7, 7, 7], "what Started told"
+    assert [request.seed for request in service.requests] == [-1, 7, 7, 7], "the seed of the Started event"
     assert {request.image_count for request in service.requests} == {2}
 
 
 def test_started_stream_fails_after_the_last_attempt(
-    patient: Client, service: FakeService, told: list[tuple[int, str, float]]
+    patient: Client, service: FakeService, retry_log: list[tuple[int, str, float]]
 ) -> None:
     service.fail_before = 3
     service.failure = unavailable()
@@ -43,7 +43,7 @@ def test_started_stream_fails_after_the_last_attempt(
     with pytest.raises(Unavailable):
         next(stream)
     assert len(service.requests) == 4
-    assert [attempt for attempt, _, _ in told] == [1, 2, 3]
+    assert [attempt for attempt, _, _ in retry_log] == [1, 2, 3]
 
 
 @pytest.mark.parametrize("kind", [Client, Blocking])

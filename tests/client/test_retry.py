@@ -53,7 +53,7 @@ ONCE: dict[str, Callable[[Client], object]] = {
 
 @pytest.mark.parametrize("name", CALLS)
 def test_transient_errors_are_retried_transparently(
-    patient: Client, server: FakeServer, told: list[tuple[int, str, float]], name: str
+    patient: Client, server: FakeServer, retry_log: list[tuple[int, str, float]], name: str
 ) -> None:
     server.service.models = [model_pb2.Model(id="demo")]
     server.assets.files[KEPT] = b"file"
@@ -61,9 +61,9 @@ def test_transient_errors_are_retried_transparently(
     server.assets.failures = list(server.service.failures)
     assert CALLS[name](patient) is not None
     assert len(server.service.metadata) + len(server.assets.metadata) == 4
-    assert [attempt for attempt, _, _ in told] == [1, 2, 3]
-    assert [status for _, status, _ in told] == ["UNAVAILABLE", "RESOURCE_EXHAUSTED", "UNAVAILABLE"]
-    assert told[1][2] >= 0.005
+    assert [attempt for attempt, _, _ in retry_log] == [1, 2, 3]
+    assert [status for _, status, _ in retry_log] == ["UNAVAILABLE", "RESOURCE_EXHAUSTED", "UNAVAILABLE"]
+    assert retry_log[1][2] >= 0.005
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -90,13 +90,13 @@ UNSAFE = {
 @pytest.mark.parametrize("failure", UNSAFE)
 @pytest.mark.parametrize("name", ["transform", "transform_stream", "upload", "models"])
 def test_permanent_errors_are_not_retried(
-    patient: Client, server: FakeServer, told: list[tuple[int, str, float]], name: str, failure: str
+    patient: Client, server: FakeServer, retry_log: list[tuple[int, str, float]], name: str, failure: str
 ) -> None:
     server.service.failure = server.assets.failure = UNSAFE[failure]
     with pytest.raises(Img2ImgError):
         CALLS[name](patient)
     assert len(server.service.metadata) + len(server.assets.metadata) == 1
-    assert told == []
+    assert retry_log == []
 
 
 @pytest.mark.parametrize("name", ONCE)
@@ -153,7 +153,7 @@ def test_invalid_timeout_is_a_value_error(kind: Any, server: FakeServer, name: s
 
 @pytest.mark.parametrize("kind", [Client, Blocking])
 def test_a_stream_that_failed_has_ended(kind: Any, server: FakeServer) -> None:
-    """Whoever asks it once more gets nothing: no attempt after the error was told."""
+    """Iterating further yields nothing: there is no attempt after the error."""
     server.service.fail_before = 1
     server.service.failures = [unavailable()]
     with kind(server.target, timeout=120, retries=None) as once:

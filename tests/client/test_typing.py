@@ -19,7 +19,7 @@ from img2img_client import (
 )
 
 
-def told(attempt: int, error: Img2ImgError, wait: float) -> None:
+def log_retry(attempt: int, error: Img2ImgError, wait: float) -> None:
     print(attempt, error.status, wait)
 
 
@@ -50,7 +50,7 @@ async def work() -> Image.Image:
         return (first or second).image
 
 
-with Client(["127.0.0.1:50051", "127.0.0.1:50052"], retries=RetryPolicy(max_attempts=3, on_retry=told)) as client:
+with Client(["127.0.0.1:50051", "127.0.0.1:50052"], retries=RetryPolicy(max_attempts=3, on_retry=log_retry)) as client:
     try:
         follow(client, {"prompt": "x", "strength": 0.5, "model": ModelReference(repo_id="a/b")})
     except Overloaded as error:

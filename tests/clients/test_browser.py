@@ -104,7 +104,7 @@ async def test_the_page_shows_steps_results_and_errors(node: Path, site: tuple[P
 
             await page.evaluate(START, [image, {"prompt": "in winter", "numInferenceSteps": 5}])
             for step in range(1, 5):
-                gate.come()
+                gate.wait_for_call()
                 gate.step()
                 assert (await shown(page, step))[-1] == f"step {step} of 4"
             assert bytes(await page.evaluate(RESULT)).startswith(b"\x89PNG")
@@ -112,7 +112,7 @@ async def test_the_page_shows_steps_results_and_errors(node: Path, site: tuple[P
             assert calls.wait("TransformStream") == "OK"
 
             await page.evaluate(START, [image, {"numInferenceSteps": 25}])
-            gate.come()
+            gate.wait_for_call()
             gate.step()
             await shown(page, 1)
             await page.evaluate("window.aborting.abort()")

@@ -201,8 +201,8 @@ def test_server_refuses_unknown_enum_values_and_methods(newer: Contract, channel
     assert error.code() == grpc.StatusCode.UNIMPLEMENTED
 
 
-def tell_of_the_future(newer: Contract, fake: FakeServer) -> None:
-    """Makes a server one that is newer than its clients: a field, an event and values that they do not know."""
+def script_newer_responses(newer: Contract, fake: FakeServer) -> None:
+    """Makes `fake` answer like a newer server: with a field, an event and values unknown to its clients."""
     future = newer.make("TransformStreamResponse", future="?").SerializeToString()
     made = newer.type("TransformResponse")()
     made.ParseFromString(events()[-1].completed.SerializeToString())
@@ -217,7 +217,7 @@ def tell_of_the_future(newer: Contract, fake: FakeServer) -> None:
 
 
 def test_python_client_ignores_unknown_fields_and_events(newer: Contract, fake: FakeServer) -> None:
-    tell_of_the_future(newer, fake)
+    script_newer_responses(newer, fake)
     with Client(fake.target, timeout=120, retries=None) as client:
         told = list(client.transform_stream(IMAGE))
         assert isinstance(told[-1], Completed)
@@ -227,6 +227,6 @@ def test_python_client_ignores_unknown_fields_and_events(newer: Contract, fake: 
 
 
 def test_node_client_ignores_unknown_fields_and_events(newer: Contract, fake: FakeServer, run: Run) -> None:
-    tell_of_the_future(newer, fake)
+    script_newer_responses(newer, fake)
     assert succeeded(run("stream.js", IMAGE, "out.png", target=fake.target))[-1] == "out.png after 11 ms"
     assert succeeded(run("models.js", target=fake.target)) == ["m  99  -"]

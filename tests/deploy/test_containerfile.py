@@ -22,12 +22,12 @@ _INSTRUCTIONS = [(line.split()[0], line.partition(" ")[2].strip()) for line in _
 _PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))
 
 
-def said(name: str) -> list[str]:
+def arguments_of(name: str) -> list[str]:
     return [rest for instruction, rest in _INSTRUCTIONS if instruction == name]
 
 
 def variables() -> dict[str, str]:
-    return dict(part.split("=", 1) for line in said("ENV") for part in line.split())
+    return dict(part.split("=", 1) for line in arguments_of("ENV") for part in line.split())
 
 
 def test_hadolint_reports_nothing() -> None:
@@ -37,24 +37,27 @@ def test_hadolint_reports_nothing() -> None:
 
 
 def test_there_are_two_targets_over_one_base() -> None:
-    stages = {part.split()[2]: part.split()[0] for part in said("FROM")}
+    stages = {part.split()[2]: part.split()[0] for part in arguments_of("FROM")}
     assert {"cpu", "cuda"} <= stages.keys()
     assert stages["cpu"] == stages["cuda"] == "serving"
     assert [origin for origin in stages.values() if origin not in stages] == ["${BASE}"], "one base, which an argument pins"
-    assert "BASE=docker.io/library/debian:bookworm-slim" in said("ARG")
+    assert "BASE=docker.io/library/debian:bookworm-slim" in arguments_of("ARG")
 
 
 def test_container_runs_unprivileged_and_stops_by_sigterm() -> None:
-    user, _, group = said("USER")[-1].partition(":")
+    user, _, group = arguments_of("USER")[-1].partition(":")
     assert int(user) == int(group) > 0
-    assert said("STOPSIGNAL") == ["SIGTERM"]
+    assert arguments_of("STOPSIGNAL") == ["SIGTERM"]
     names = [name for name, _ in _INSTRUCTIONS]
     assert names.index("USER") > max(place for place, name in enumerate(names) if name == "RUN"), "nothing is run for its user"
 
 
 def test_container_runs_our_commands_without_a_shell() -> None:
-    (check,) = said("HEALTHCHECK")
-    for words in (json.loads(said("ENTRYPOINT")[0]) + json.loads(said("CMD")[0]), json.loads(check.partition("CMD ")[2])):
+    (check,) = arguments_of("HEALTHCHECK")
+    for words in (
+        json.loads(arguments_of("ENTRYPOINT")[0]) + json.loads(arguments_of("CMD")[0]),
+        json.loads(check.partition("CMD ")[2]),
+    ):
         assert words[0] == "img2img"
         parser = argparse.ArgumentParser()
         importlib.import_module(COMMANDS[words[1]][0]).configure(parser)
@@ -64,11 +67,11 @@ def test_container_runs_our_commands_without_a_shell() -> None:
 def test_container_config_is_valid_and_written_paths_are_volumes() -> None:
     own = {name: value for name, value in variables().items() if name.startswith("IMG2IMG_")}
     assert own == {"IMG2IMG_CONFIG": "/etc/img2img/server.toml"}
-    assert "deploy/server.toml /etc/img2img/server.toml" in said("COPY")
+    assert "deploy/server.toml /etc/img2img/server.toml" in arguments_of("COPY")
     config = config_of([], own, REPOSITORY / "deploy" / "server.toml")
-    volumes = json.loads(said("VOLUME")[0])
+    volumes = json.loads(arguments_of("VOLUME")[0])
     assert sorted(volumes) == sorted([str(config.models), str(config.assets.url), variables()["XDG_CACHE_HOME"]])
-    assert said("EXPOSE") == [f"{config.port} {config.telemetry.metrics_port}"]
+    assert arguments_of("EXPOSE") == [f"{config.port} {config.telemetry.metrics_port}"]
     assert variables()["PYTHONDONTWRITEBYTECODE"] == "1"
     assert config.host == "0.0.0.0"
     assert not config.allow_insecure, "who runs it gives TLS, or says that it is not needed"
@@ -84,7 +87,7 @@ def test_unknown_settings_of_the_container_image_are_detected(tmp_path: Path) ->
 def test_copied_files_exist_and_are_not_ignored() -> None:
     ignored = (_PATH.parent / "Containerfile.dockerignore").read_text(encoding="utf-8").splitlines()
     allowed = [line.removeprefix("!") for line in ignored if line.startswith("!")]
-    sources = [part for line in said("COPY") if not line.startswith("--from") for part in line.split()[:-1]]
+    sources = [part for line in arguments_of("COPY") if not line.startswith("--from") for part in line.split()[:-1]]
     for source in sources:
         assert (REPOSITORY / source).exists(), source
         assert any(fnmatch.fnmatch(source, pattern) for pattern in allowed), f"{source} would not be sent"
@@ -94,9 +97,9 @@ def test_copied_files_exist_and_are_not_ignored() -> None:
 
 
 def test_container_versions_match_the_project() -> None:
-    arguments = dict(line.partition("=")[::2] for line in said("ARG"))
+    arguments = dict(line.partition("=")[::2] for line in arguments_of("ARG"))
     assert arguments["UV"] == (REPOSITORY / "scripts" / "uv-version").read_text(encoding="utf-8").strip()
     assert arguments["VERSION"] == _PROJECT["project"]["version"]
     assert "Programming Language :: Python :: 3.11" in _PROJECT["project"]["classifiers"]
-    assert all("python3.11" in line for line in said("RUN") if "apt-get install" in line), "what Debian 12 has"
-    assert f'org.opencontainers.image.licenses="{_PROJECT["project"]["license"]}"' in " ".join(said("LABEL"))
+    assert all("python3.11" in line for line in arguments_of("RUN") if "apt-get install" in line), "what Debian 12 has"
+    assert f'org.opencontainers.image.licenses="{_PROJECT["project"]["license"]}"' in " ".join(arguments_of("LABEL"))

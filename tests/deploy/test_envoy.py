@@ -76,7 +76,7 @@ def test_events_of_a_stream_arrive_one_by_one(port: int, gate: Gate, text: bool)
         kinds.append(event.WhichOneof("event"))
     assert set(kinds) <= {"queued"}
     for step in range(1, 5):
-        gate.come()
+        gate.wait_for_call()
         gate.step()
         assert next(events).progress.step == step
     assert next(events).WhichOneof("event") == "completed"
@@ -128,7 +128,7 @@ def test_disconnect_frees_the_engine(tmp_path: Path) -> None:
         for message in call:
             if pb.TransformStreamResponse.FromString(message).WhichOneof("event") == "started":
                 break
-        gate.come()
+        gate.wait_for_call()
         call.close()
         assert calls.wait("TransformStream") == "CANCELLED"
         gate.open()
@@ -210,7 +210,7 @@ def test_draining_server_finishes_streams_and_gets_no_new_calls(tmp_path: Path) 
     gate = Gate(pipeline)
     with running(lambda: store(m=pipeline)) as server, proxied(server.port, tmp_path) as port:
         call = WebCall(port, f"{SERVICE}TransformStream", streamed(num_inference_steps=5))
-        gate.come()
+        gate.wait_for_call()
         stopped = server.stop()
         # Begins to drain on the event loop, which then serves the next call.
         for _ in range(1000):

@@ -79,7 +79,7 @@ def model(tmp_path: Path) -> Path:
     return write_model(tmp_path / "model")
 
 
-def foretell(source: Path, planned: Any = None, **changes: Any) -> Forecast:
+def make_forecast(source: Path, planned: Any = None, **changes: Any) -> Forecast:
     options = ExportOptions(source=str(source), output=source.parent / "out", **changes)
     return forecast(survey(options, Progress())[0], options, planned or plan())
 
@@ -89,7 +89,7 @@ def parts(told: Forecast) -> dict[str, Any]:
 
 
 def test_parameters_and_precisions_are_read_from_headers(model: Path) -> None:
-    told = foretell(model)
+    told = make_forecast(model)
     assert (told.pipeline_class, told.family, told.backend) == ("StableDiffusionImg2ImgPipeline", "stable-diffusion", "onnx")
     assert set(parts(told)) == set(INDEX) - {"_class_name"}
     for name, count in COUNTS.items():
@@ -101,7 +101,7 @@ def test_parameters_and_precisions_are_read_from_headers(model: Path) -> None:
 
 
 def test_the_precision_decides_the_size(model: Path) -> None:
-    sizes = {precision: foretell(model, precision=precision).bundle_bytes for precision in ("fp32", "fp16", "bf16", "int8")}
+    sizes = {precision: make_forecast(model, precision=precision).bundle_bytes for precision in ("fp32", "fp16", "bf16", "int8")}
     total, products = sum(COUNTS.values()), sum(PRODUCTS.values())
     assert sizes == {
         "fp32": 4 * total,
@@ -109,17 +109,17 @@ def test_the_precision_decides_the_size(model: Path) -> None:
         "bf16": 2 * total,
         "int8": products + 4 * (total - products),
     }
-    assert foretell(model, precision="fp16").temporary_bytes == 0
+    assert make_forecast(model, precision="fp16").temporary_bytes == 0
 
 
 def test_a_vae_that_overflows_stays_in_fp32(tmp_path: Path) -> None:
-    vae = parts(foretell(write_model(tmp_path / "model", "F16", upcast=True), precision="fp16"))["vae"]
+    vae = parts(make_forecast(write_model(tmp_path / "model", "F16", upcast=True), precision="fp16"))["vae"]
     assert (vae.stored, vae.precision, vae.bytes) == ("fp16", "fp32", 4 * COUNTS["vae"])
     assert vae.reason
 
 
 def test_components_without_a_graph_run_in_pytorch(model: Path) -> None:
-    told = foretell(model, plan("hybrid", ("unet",), "no graph of the text encoder"), precision="int8")
+    told = make_forecast(model, plan("hybrid", ("unet",), "no graph of the text encoder"), precision="int8")
     assert {name: part.backend for name, part in parts(told).items()} == {
         "text_encoder": "torch",
         "tokenizer": "",
@@ -134,10 +134,12 @@ def test_components_without_a_graph_run_in_pytorch(model: Path) -> None:
 
 
 def test_memory_estimate_follows_the_largest_component(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert foretell(write_model(tmp_path / "small", "F16")).memory_bytes == 2e9, "what the libraries take"
+    assert make_forecast(write_model(tmp_path / "small", "F16")).memory_bytes == 2e9, "what the libraries take"
     monkeypatch.setattr(dry_run, "_LEAST_MEMORY", 0)
     half, full = write_model(tmp_path / "half", "F16"), write_model(tmp_path / "full", "F32")
-    memory = {(path, asked): foretell(path, precision=asked).memory_bytes for path in (half, full) for asked in ("fp16", "fp32")}
+    memory = {
+        (path, asked): make_forecast(path, precision=asked).memory_bytes for path in (half, full) for asked in ("fp16", "fp32")
+    }
     assert memory[half, "fp16"] == 1.5 * 2 * COUNTS["unet"]
     assert memory[half, "fp32"] == memory[full, "fp16"] == memory[full, "fp32"] == 1.5 * 4 * COUNTS["unet"]
 
@@ -145,11 +147,11 @@ def test_memory_estimate_follows_the_largest_component(tmp_path: Path, monkeypat
 def test_loras_are_listed_and_counted(model: Path, tmp_path: Path) -> None:
     lora = tmp_path / "style.safetensors"
     with pytest.raises(ExportError, match="no LoRA file at"):
-        foretell(model, loras=(LoraFile(lora),))
+        make_forecast(model, loras=(LoraFile(lora),))
     lora.write_bytes(b"")
-    told = foretell(model, loras=(LoraFile(lora, 0.5),))
+    told = make_forecast(model, loras=(LoraFile(lora, 0.5),))
     assert told.loras == ((str(lora), 0.5),)
-    assert told.temporary_bytes > foretell(model).temporary_bytes
+    assert told.temporary_bytes > make_forecast(model).temporary_bytes
 
 
 def test_single_files_are_identified_by_tensor_names(model: Path, tmp_path: Path) -> None:
@@ -158,7 +160,7 @@ def test_single_files_are_identified_by_tensor_names(model: Path, tmp_path: Path
     tensors |= {"alphas_cumprod": (1000,), "model_ema.conv": (999, 999)}
     path = tmp_path / "single.safetensors"
     path.write_bytes(header(tensors, "F16"))
-    told = foretell(path, config=str(model))
+    told = make_forecast(path, config=str(model))
     found = {name: part.parameters for name, part in parts(told).items() if part.parameters}
     assert found == COUNTS
     assert {part.stored for part in told.components if part.parameters} == {"fp16"}
@@ -175,7 +177,7 @@ def test_optimum_graphs_are_listed_with_sizes(tmp_path: Path) -> None:
     (model / "tokenizer").mkdir(exist_ok=True)
     (model / "tokenizer" / "vocab.json").write_text("{}")
     (model / "model_index.json").write_text(json.dumps(INDEX))
-    told = foretell(model)
+    told = make_forecast(model)
     found = parts(told)
     assert {name: found[name].bytes for name in sizes} == {**sizes, "unet": 88_000}
     assert {found[name].backend for name in sizes} == {"onnx"}
@@ -186,7 +188,7 @@ def test_optimum_graphs_are_listed_with_sizes(tmp_path: Path) -> None:
 def test_a_damaged_file_is_refused(contents: bytes, model: Path) -> None:
     (model / "unet" / "model.safetensors").write_bytes(contents)
     with pytest.raises(ExportError, match=re.escape("unet/model.safetensors")):
-        foretell(model)
+        make_forecast(model)
 
 
 def test_parameter_counts_of_tiny_models_match_torch(tiny_model: Get) -> None:
@@ -195,14 +197,17 @@ def test_parameter_counts_of_tiny_models_match_torch(tiny_model: Get) -> None:
 
     source = tiny_model("sd1")
     pipeline = AutoPipelineForImage2Image.from_pretrained(source, use_safetensors=True, local_files_only=True)
-    found = parts(foretell(source))
+    found = parts(make_forecast(source))
     for name in GRAPHS:
         assert found[name].parameters == sum(part.numel() for part in getattr(pipeline, name).parameters())
 
 
 def test_plain_report_is_readable_lines(model: Path) -> None:
     stream = StringIO()
-    show(foretell(model, plan("hybrid", ("unet",), "because [of] it"), precision="fp16", scheduler="LCM"), open_console(stream))
+    show(
+        make_forecast(model, plan("hybrid", ("unet",), "because [of] it"), precision="fp16", scheduler="LCM"),
+        open_console(stream),
+    )
     lines = [" ".join(line.split()) for line in stream.getvalue().splitlines()]
     assert "backend hybrid: because [of] it" in lines
     assert "scheduler LCM" in lines
@@ -212,7 +217,7 @@ def test_plain_report_is_readable_lines(model: Path) -> None:
 
 def test_low_disk_space_is_reported(model: Path) -> None:
     stream = StringIO()
-    show(dataclasses.replace(foretell(model), free_disk_bytes=1000), open_console(stream))
+    show(dataclasses.replace(make_forecast(model), free_disk_bytes=1000), open_console(stream))
     assert "only 1.00 kB are free" in stream.getvalue()
 
 

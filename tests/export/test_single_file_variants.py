@@ -191,7 +191,7 @@ SAID: dict[str, tuple[list[str], dict[str, str], dict[str, Any]]] = {
 }
 
 
-def said_to(model: Path, names: list[str], notes: dict[str, str], view: Path) -> dict[str, Any]:
+def scheduler_config_after(model: Path, names: list[str], notes: dict[str, str], view: Path) -> dict[str, Any]:
     """The scheduler's configuration after a file with such names and metadata, over the texts of `model`."""
     files = tuple(path.relative_to(model).as_posix() for path in model.rglob("*.json"))
     Checkpoint(model, files, Layout("", {}, ()), Source()).link_into(view)
@@ -208,7 +208,7 @@ def test_prediction_type_of_the_file_is_set_in_the_scheduler(template: str, said
     names, notes, expected = SAID[said]
     model = tiny_model(template)
     own = json.loads((model / "scheduler" / "scheduler_config.json").read_text())
-    found = said_to(model, names, notes, tmp_path / "view")
+    found = scheduler_config_after(model, names, notes, tmp_path / "view")
     assert {key: found[key] for key in expected} == expected
     kept = ("beta_start", "beta_end", "beta_schedule")
     assert {key: found[key] for key in kept} == {key: own[key] for key in kept}

@@ -35,7 +35,7 @@ MEMORY = 2**30
 
 
 @pytest.fixture(autouse=True)
-def none_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+def new_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Servers here start and end processes of their own."""
     kept_processes.end_all()
     monkeypatch.setattr("running.KeptProcess", CodecProcess)

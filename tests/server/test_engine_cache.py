@@ -53,12 +53,12 @@ def link(entry: Path) -> None:
     (entry / "engine").symlink_to(entry.parent / "moved")
 
 
-def become_a_file(entry: Path) -> None:
+def replace_by_file(entry: Path) -> None:
     shutil.rmtree(entry)
     entry.write_text("a file")
 
 
-def shorten(entry: Path) -> None:
+def drop_engine_from_record(entry: Path) -> None:
     record = json.loads((entry / "record.json").read_text())
     del record["files"]["engine"]
     (entry / "record.json").write_text(json.dumps(record))
@@ -73,8 +73,8 @@ def shorten(entry: Path) -> None:
         lambda entry: (entry / "record.json").unlink(),
         lambda entry: (entry / "record.json").write_text("[]"),
         lambda entry: (entry / "key.json").write_text("{}"),
-        become_a_file,
-        shorten,
+        replace_by_file,
+        drop_engine_from_record,
         link,
         rewrite,
     ],

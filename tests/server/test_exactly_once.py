@@ -36,7 +36,7 @@ TROUBLES = ["", "", "", "", "fail prepare", "fail denoise", "fail advance", "fai
 TROUBLES += ["full prepare", "full denoise", "full finish"]
 
 
-class Lives(RuleBasedStateMachine):
+class RequestLifecycle(RuleBasedStateMachine):
     """An engine, what was asked of it, and what became of that."""
 
     def __init__(self) -> None:
@@ -120,24 +120,24 @@ class Lives(RuleBasedStateMachine):
             self.engine.step()
 
     @rule(seconds=st.floats(0.1, 10.0))
-    def time_passes(self, seconds: float) -> None:
+    def advance_time(self, seconds: float) -> None:
         self.clock.now += seconds
 
     @rule(pixels=st.none() | st.integers(1, 5 * 64))
-    def memory_comes_and_goes(self, pixels: int | None) -> None:
+    def change_memory(self, pixels: int | None) -> None:
         for pipeline in self.all_pipelines:
             pipeline.memory = pixels if pipeline.max_rows is None else None
         self.short |= pixels is not None
 
     @rule(model=st.sampled_from(["batches", "alone"]))
-    def another_engine_takes_over(self, model: str) -> None:
-        """It goes on with the states of the one before, and models that were removed come back."""
+    def replace_engine(self, model: str) -> None:
+        """The new pipeline continues with the states of the old one. A removed model is added again."""
         self.pipelines[model] = FakePipeline(self.clock, max_rows=1 if model == "alone" else None, codec_seconds=0.5)
         self.all_pipelines.append(self.pipelines[model])
         self.engine.replace(model, self.pipelines[model])
 
     @rule(model=st.sampled_from(["batches", "alone"]))
-    def a_model_is_removed(self, model: str) -> None:
+    def remove_model(self, model: str) -> None:
         live = [caller.ticket for caller in self.callers if caller.ticket is not None and not caller.endings]
         if model in self.pipelines and not any(ticket.request.model == model for ticket in live):
             self.engine.remove(model)
@@ -145,23 +145,23 @@ class Lives(RuleBasedStateMachine):
 
     @precondition(lambda self: not self.abandoned)
     @rule(stage=st.sampled_from(["", "", "prepare", "denoise", "advance", "finish"]))
-    def the_engine_is_given_up(self, stage: str) -> None:
-        """Between two steps, or in the midst of the next call of a stage, should there be one."""
+    def abandon_engine(self, stage: str) -> None:
+        """Between two steps (no stage), or during the next call of a stage."""
         if not stage:
-            return self._give_up()
+            return self._abandon()
         for pipeline in self.all_pipelines:
-            pipeline.before[stage] = self._give_up
+            pipeline.before[stage] = self._abandon
         self.engine.step()
         for pipeline in self.all_pipelines:
             pipeline.before.clear()
 
-    def _give_up(self) -> None:
+    def _abandon(self) -> None:
         self.draining = self.abandoned = True
-        self.asked_of_devices = self._asked()
+        self.calls_before_abandon = self._device_calls()
         self.engine.abandon(EngineStuck("lost"))
         assert self.unfinished == 0, "all had ended when it returned"
 
-    def _asked(self) -> int:
+    def _device_calls(self) -> int:
         return sum(len(it.prepared) + len(it.batches) + len(it.decoded) + len(it.released) for it in self.all_pipelines)
 
     @rule()
@@ -170,47 +170,47 @@ class Lives(RuleBasedStateMachine):
         assert self.engine.drain(timeout=0) == (self.unfinished == 0)
 
     @invariant()
-    def nothing_is_answered_twice_or_told_after_its_end(self) -> None:
+    def each_request_ends_once_and_has_no_later_events(self) -> None:
         for caller in self.callers:
             assert len(caller.endings) <= 1
             assert not caller.endings or caller.events[-1] is caller.endings[0]
             assert caller.steps == sorted(set(caller.steps))
 
     @invariant()
-    def nothing_is_lost_and_nothing_leaks(self) -> None:
+    def no_state_leaks(self) -> None:
         held = sum(len(pipeline.prepared) - len(pipeline.released) for pipeline in self.all_pipelines)
         assert self.abandoned or held <= min(3, self.unfinished), "only what is active holds memory"
 
     @invariant()
-    def nothing_more_is_asked_of_a_device_that_was_given_up(self) -> None:
-        # The call that it was given up in may still come back, and then counts.
-        assert not self.abandoned or self._asked() <= self.asked_of_devices + 3
+    def abandoned_device_gets_no_more_calls(self) -> None:
+        # The call during which the engine was abandoned may still return, and counts then.
+        assert not self.abandoned or self._device_calls() <= self.calls_before_abandon + 3
 
     @invariant()
-    def nobody_has_more_than_is_allowed(self) -> None:
+    def client_limits_hold(self) -> None:
         live = [caller.ticket.request for caller in self.callers if caller.ticket is not None and not caller.endings]
         for client in ("a", "b"):
             assert sum(request.client == client and not request.background for request in live) <= 3
         assert self.engine.stats.arriving == 0
 
     def teardown(self) -> None:
-        """Half of the lives are run to their end, the others are cut short."""
+        """Half of the runs are completed, the others are closed early."""
         cut = len(self.callers) % 2 == 0
         if not cut:
             for _ in range(1000):
                 if not self.engine.step():
                     break
         self.engine.close()
-        self.nothing_is_answered_twice_or_told_after_its_end()
+        self.each_request_ends_once_and_has_no_later_events()
         assert self.unfinished == 0, "nothing hangs"
         prepared = [state for pipeline in self.all_pipelines for state in pipeline.prepared]
         released = [state for pipeline in self.all_pipelines for state in pipeline.released]
         assert len(set(released)) == len(released)
         assert self.abandoned or set(released) == set(prepared)
         for caller in self.callers:
-            self._is_what_it_must_be(caller, cut)
+            self._check_ending(caller, cut)
 
-    def _is_what_it_must_be(self, caller: Caller, cut: bool) -> None:
+    def _check_ending(self, caller: Caller, cut: bool) -> None:
         ticket, (ending,) = caller.ticket, caller.endings
         assert ticket is not None
         if isinstance(ending, Completed):
@@ -234,30 +234,30 @@ class Lives(RuleBasedStateMachine):
         return sum(not caller.endings for caller in self.callers)
 
 
-TestLives = Lives.TestCase
-TestLives.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+TestRequestLifecycle = RequestLifecycle.TestCase
+TestRequestLifecycle.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
 
 
 def test_raising_listener_does_not_affect_other_requests(caplog: pytest.LogCaptureFixture) -> None:
-    """A listener that raises is its own caller's loss: the others end, what they held is released, and the engine closes."""
+    """The other requests end, their states are released, and the engine closes."""
 
-    def deaf(event: Event) -> None:
+    def raising(event: Event) -> None:
         if isinstance(event, Completed | Failed):
             raise RuntimeError("the loop is closed")
 
     engine, pipeline, _ = make_engine()
-    tickets = [engine.submit(make_request(), deaf).ticket for _ in range(3)]
-    hearing = [Caller(engine).submit() for _ in range(3)]
+    tickets = [engine.submit(make_request(), raising).ticket for _ in range(3)]
+    listening = [Caller(engine).submit() for _ in range(3)]
     engine.step()
     for ticket in tickets[:2]:
         ticket.cancel()
-    assert hearing[0].ticket is not None
-    hearing[0].ticket.cancel()
+    assert listening[0].ticket is not None
+    listening[0].ticket.cancel()
     engine.step()
     assert all(ticket.ended for ticket in tickets[:2])
-    assert isinstance(hearing[0].error, RequestCancelled)
+    assert isinstance(listening[0].error, RequestCancelled)
     run_out(engine)
-    assert all(isinstance(caller.endings[0], Completed) for caller in hearing[1:])
+    assert all(isinstance(caller.endings[0], Completed) for caller in listening[1:])
     assert len(pipeline.released) == 6
     assert engine.wait_until_idle("m")
     engine.close()

@@ -15,7 +15,7 @@ from typing import Any
 import grpc
 import hypothesis.strategies as st
 import pytest
-from fuzz_parts.rpcs import METHODS, SECONDS, Finding, check, is_left_alone, name_of, send
+from fuzz_parts.rpcs import METHODS, SECONDS, Finding, check, is_unchanged, name_of, send
 from fuzz_parts.seeds import PAST
 from fuzz_parts.serving import Served, served
 from fuzz_parts.targets import targets
@@ -62,8 +62,8 @@ def test_every_message_gets_a_documented_status(method: MethodDescriptor, server
         check(method, *send(channel, method, messages), messages)
 
     attempt()
-    assert is_left_alone(server.folder)
-    assert_well(channel)
+    assert is_unchanged(server.folder)
+    assert_healthy(channel)
 
 
 @pytest.mark.parametrize(("method", "data"), [(method, data) for method in METHODS for data in (b"\xff" * 3, b"\x0a\xff\x7f")])
@@ -96,7 +96,7 @@ def test_call_with_any_metadata_is_answered(channel: grpc.Channel) -> None:
     send()
 
 
-def assert_well(channel: grpc.Channel) -> None:
+def assert_healthy(channel: grpc.Channel) -> None:
     """Health answers, and a request is served."""
     health: Any = health_pb2_grpc.HealthStub(channel)
     assert health.Check(health_pb2.HealthCheckRequest(), timeout=SECONDS).status == health_pb2.HealthCheckResponse.SERVING

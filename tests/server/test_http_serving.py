@@ -168,7 +168,7 @@ def test_drain_finishes_running_requests_and_refuses_new_ones(pipeline: FakePipe
         body = form(*EDIT)
         slow.sendall(head_of(body) + body[:100])
         with in_background(lambda: ask(server, EDITS, *EDIT)) as results:
-            gate.come()
+            gate.wait_for_call()
             stopping = server.stop()
             while get(server, "/ready").status != 503:
                 assert not stopping.done()
@@ -190,7 +190,7 @@ def test_disconnect_frees_the_device_at_the_next_step(pipeline: FakePipeline, st
         with connection(server) as made:
             body = form(*EDIT, ("stream", stream))
             made.sendall(head_of(body) + body)
-            gate.come()
+            gate.wait_for_call()
         assert calls.wait("edits") == "CANCELLED"
         gate.open()
         assert ask(server, EDITS, *EDIT).status == 200
@@ -214,7 +214,7 @@ def test_a_full_queue_refuses_a_request_before_its_body_is_sent(pipeline: FakePi
     with serving(pipelines={"m": pipeline}, limits=limits) as server:
         with ExitStack() as background:
             background.enter_context(in_background(lambda: ask(server, EDITS, *EDIT)))
-            gate.come()  # from here on it runs
+            gate.wait_for_call()  # from here on it runs
             background.enter_context(in_background(lambda: ask(server, EDITS, *EDIT)))
             while True:
                 with connection(server) as made:

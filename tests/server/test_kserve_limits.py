@@ -83,7 +83,7 @@ def test_cancelling_frees_the_device(tmp_path: Path) -> None:
         pipeline = loaded["m"]
         gate = Gate(pipeline)
         call = client.async_infer("m", [image_input()], lambda result, error: told.put(error))
-        gate.come()
+        gate.wait_for_call()
         call.cancel()
         assert calls.wait("ModelInfer") == "CANCELLED"
         gate.open()
@@ -100,7 +100,7 @@ def test_queue_full_is_immediate_and_has_a_retry_delay(tmp_path: Path) -> None:
     ):
         infer, gate, done = service_pb2_grpc.GRPCInferenceServiceStub(channel).ModelInfer, Gate(loaded["m"]), queue.Queue[Any]()
         first = infer.future(request)
-        gate.come()
+        gate.wait_for_call()
         following = [infer.future(request) for _ in range(4)]
         for call in following:
             call.add_done_callback(done.put)
@@ -131,7 +131,7 @@ def test_malformed_message_ends_the_stream_and_its_requests(message: bytes, code
 
         def messages() -> Iterator[bytes]:
             yield running.SerializeToString()
-            gate.come()
+            gate.wait_for_call()
             yield message
 
         infer: Any = channel.stream_stream("/inference.GRPCInferenceService/ModelStreamInfer")

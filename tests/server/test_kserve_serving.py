@@ -99,7 +99,7 @@ def test_a_server_that_drains_is_not_ready(tmp_path: Path) -> None:
         assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
         gate, told = Gate(loaded["m"]), queue.Queue[Any]()
         client.async_infer("m", [image_input()], lambda result, error: told.put(error))
-        gate.come()
+        gate.wait_for_call()
         stopping = server.stop()
         assert next(watch).status == health_pb2.HealthCheckResponse.NOT_SERVING
         assert (client.is_server_live(), client.is_server_ready(), client.is_model_ready("m")) == (True, False, False)

@@ -104,7 +104,7 @@ def test_previews_are_sent_on_request(stream: Stream) -> None:
 def test_stream_responses_are_out_of_order_and_errors_are_isolated(stream: Stream, pipeline: FakePipeline) -> None:
     gate = Gate(pipeline)
     stream.ask("long", parameters={"progress": True, "num_inference_steps": 100, "strength": 1.0})
-    gate.come()
+    gate.wait_for_call()
     stream.ask("wrong", number("strength", 2, np.float32))
     error = stream.error()
     assert error.message() == "[request id: wrong] INVALID_ARGUMENT: strength: 2.0 is not in (0, 1]"
@@ -116,7 +116,7 @@ def test_stream_responses_are_out_of_order_and_errors_are_isolated(stream: Strea
         answers.append(stream.answer().get_response())
         if answers[-1].id == "short":
             break
-        gate.come()
+        gate.wait_for_call()
     assert {answer.id for answer in answers[:-1]} == {"long"}
     assert answers[-1].id == "short"
     gate.open()
@@ -139,7 +139,7 @@ def test_a_timeout_ends_a_request_and_not_its_stream(tmp_path: Path) -> None:
     with serving(tmp_path) as (server, loaded), client_of(server) as client:
         gate, stream = Gate(loaded["m"]), Stream(client)
         stream.ask("a", timeout=2_000_000, parameters={"progress": True, "num_inference_steps": 100})
-        gate.come()
+        gate.wait_for_call()
         assert stream.error().message().startswith("[request id: a] DEADLINE_EXCEEDED: ")
         gate.open()
         stream.ask("b")
@@ -160,7 +160,7 @@ def test_cancelling_a_stream_cancels_its_requests(stream: Stream, pipeline: Fake
     with ending() as calls:
         for request_id, progress in (("a", True), ("b", False)):
             stream.ask(request_id, parameters={"progress": progress, "num_inference_steps": 100})
-        gate.come()
+        gate.wait_for_call()
         stream.ask("wrong", number("strength", 2, np.float32))
         assert calls.wait("ModelInfer") == "INVALID_ARGUMENT", "so those before it were read, too"
         stream.client.stop_stream(cancel_requests=True)
@@ -175,7 +175,7 @@ def test_stream_deadline_applies_to_its_requests(tmp_path: Path) -> None:
     with serving(tmp_path) as (server, loaded), client_of(server) as client, ending() as calls:
         gate, stream = Gate(loaded["m"]), Stream(client, stream_timeout=8.0)
         stream.ask("a")
-        gate.come()
+        gate.wait_for_call()
         assert calls.wait("ModelInfer") == "DEADLINE_EXCEEDED"
         assert "DEADLINE_EXCEEDED" in stream.error().status()
         gate.open()
@@ -206,7 +206,7 @@ def test_a_full_queue_refuses_a_request_of_a_stream(tmp_path: Path) -> None:
     with serving(tmp_path, limits=QueueLimits(max_active=1, max_waiting=1)) as (server, loaded), client_of(server) as client:
         gate, stream = Gate(loaded["m"]), Stream(client)
         stream.ask("a")
-        gate.come()
+        gate.wait_for_call()
         stream.ask("b")
         stream.ask("c")
         assert " RESOURCE_EXHAUSTED: " in stream.error().message(), "while the model is held"
@@ -231,7 +231,7 @@ def test_each_stream_request_counts_against_the_tokens_limits(tmp_path: Path) ->
         with made as client:
             gate, stream = Gate(loaded["m"]), Stream(client, **settings)
             stream.ask("a")
-            gate.come()
+            gate.wait_for_call()
             stream.ask("b")
             assert "'alice' already has 1 call in progress" in stream.error().message()
             gate.open()

@@ -58,7 +58,7 @@ def test_second_signal_ends_the_process_during_a_hanging_model_call(start: Calla
     with process.channel() as channel:
         running, waiting = _events(channel), _events(channel)
         assert [next(events).WhichOneof("event") for events in (running, waiting)] == ["queued"] * 2
-        assert process.said() == "call"
+        assert process.next_output() == "call"
         _drain(process, channel, signal.SIGINT)
         process.popen.send_signal(signal.SIGTERM)
         for events in (running, waiting):
@@ -79,7 +79,7 @@ def test_stuck_engine_ends_the_process_with_its_own_exit_status(
     process = start(*FAULTY, "call", "--models", "m", "--watchdog", "2", "--grace", grace)
     with process.channel() as channel:
         events = _events(channel)
-        assert process.said() == "call"
+        assert process.next_output() == "call"
         if draining:
             _drain(process, channel, signal.SIGTERM)
         code, details = failure(lambda: list(events))
@@ -95,17 +95,17 @@ def test_a_second_signal_ends_the_process_even_if_the_event_loop_is_blocked(star
     with process.channel() as channel:
         events = _events(channel)
         assert next(events).WhichOneof("event") == "queued"
-        assert process.said() == "end"  # in a call
+        assert process.next_output() == "end"  # in a call
         _drain(process, channel, signal.SIGINT)
         process.popen.send_signal(signal.SIGTERM)
-        assert process.said() == "end"  # in the event loop
+        assert process.next_output() == "end"  # in the event loop
         assert process.popen.wait(60) == 143
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_signal_during_startup_ends_the_process(start: Callable[..., Process], number: signal.Signals, status: int) -> None:
     process = start(*FAULTY, "loading", "--models", "m")
-    assert process.said() == "loading"
+    assert process.next_output() == "loading"
     process.popen.send_signal(number)
     assert process.popen.wait(60) == status
     assert "stopping before startup finished" in process.log

@@ -18,8 +18,8 @@ from img2img_server.telemetry.request_traces import Outcome, Record
 from running import store
 
 
-def told(cache: Cache | None = None) -> dict[str, float]:
-    """What a registry of an idle engine's, and of this cache's, has to say."""
+def collected(cache: Cache | None = None) -> dict[str, float]:
+    """The samples of a registry with the gauges of an idle engine and of `cache`, by name."""
     metrics, codecs = Metrics(), Codecs(1, 1, ImageMemory(1000))
     metrics.registry.register(Gauges(Engine({}), store(m=FakePipeline()), cache, AssetStore(AssetSettings()), codecs))
     return {sample.name: sample.value for family in metrics.registry.collect() for sample in family.samples}
@@ -32,7 +32,7 @@ def test_cache_and_process_metrics_are_reported() -> None:
     cache.get("b")
     cache.get("nope")
     cache.get("nope")
-    samples = told(cache)
+    samples = collected(cache)
     assert (samples["img2img_cache_hits_total"], samples["img2img_cache_misses_total"]) == (1, 2)
     assert (samples["img2img_cache_evictions_total"], samples["img2img_cache_entries"]) == (1, 1)
     assert (samples["img2img_cache_bytes"], samples["img2img_cache_budget_bytes"]) == (600, 1000)
@@ -58,10 +58,10 @@ def test_gpu_memory_is_reported_only_once_torch_uses_a_gpu(monkeypatch: pytest.M
         is_initialized=lambda: used, device_count=lambda: 1, mem_get_info=lambda device: (3 * 2**30, 8 * 2**30)
     )
     monkeypatch.setitem(sys.modules, "torch", types.SimpleNamespace(cuda=cuda))
-    assert "img2img_device_memory_free_bytes" not in told(), "to ask would make a context on the GPU"
+    assert "img2img_device_memory_free_bytes" not in collected(), "to ask would make a context on the GPU"
     used = True
-    assert told()["img2img_device_memory_free_bytes"] == 3 * 2**30
-    assert told()["img2img_device_memory_total_bytes"] == 8 * 2**30
+    assert collected()["img2img_device_memory_free_bytes"] == 3 * 2**30
+    assert collected()["img2img_device_memory_total_bytes"] == 8 * 2**30
 
 
 def record(method: str = "/img2img.v1.ModelService/ListModels", host: str = "127.0.0.1", client: str = "127.0.0.1") -> Record:

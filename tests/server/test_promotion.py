@@ -27,14 +27,14 @@ class Better(FakePipeline):
     engine = ENGINE
 
 
-def toil() -> None:
+def busy_work() -> None:
     """Takes some thousand times as long as a fake call."""
     sum(range(300_000))
 
 
 def slow() -> FakePipeline:
     pipeline = FakePipeline()
-    pipeline.before_call = toil
+    pipeline.before_call = busy_work
     return pipeline
 
 

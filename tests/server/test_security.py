@@ -115,14 +115,14 @@ def test_connection_limit_frees_slots_when_connections_close(monkeypatch: pytest
         first, second = RawConnection(server.port), RawConnection(server.port)
         kinds = [next(connection.frames()).kind for connection in (first, second)]
         assert kinds == [raw_http2.SETTINGS] * 2
-        assert not _is_let_in(server), "a third is closed without a word"
+        assert not _is_accepted(server), "a third is closed without a word"
         first.close()
-        while not _is_let_in(server):  # the server hears of that a moment later
+        while not _is_accepted(server):  # the server hears of that a moment later
             threading.Event().wait(0.05)
         second.close()
 
 
-def _is_let_in(server: RunningServer) -> bool:
+def _is_accepted(server: RunningServer) -> bool:
     with contextlib.suppress(ConnectionError), RawConnection(server.port) as connection:
         return next(connection.frames(), None) is not None
     return False
@@ -239,7 +239,7 @@ def assert_harmless(call: Callable[[], object], folders: Path, sent: str) -> Non
 SECRETS = ("/srv/secret", "hunter2", "Traceback", "RuntimeError")
 
 
-def told(call: Callable[[], object]) -> str:
+def revealed(call: Callable[[], object]) -> str:
     """Everything that a call which fails tells its caller."""
     with pytest.raises(grpc.RpcError) as caught:
         call()
@@ -270,7 +270,7 @@ def test_an_errors_text_stays_in_the_log(where: str, monkeypatch: pytest.MonkeyP
             lambda: stub.Transform(request(), timeout=120),
             lambda: list(stub.TransformStream(pb.TransformStreamRequest(request=request()), timeout=120)),
         ):
-            answer = told(call)
+            answer = revealed(call)
             assert not [secret for secret in SECRETS if secret in answer], answer
     assert "hunter2" in caplog.text, "it was really raised"
 
@@ -283,7 +283,7 @@ def test_bundle_problems_are_only_in_the_log(folders: Path, caplog: pytest.LogCa
     (damaged / "manifest.json").write_text((damaged / "manifest.json").read_text().replace('"files": {}', '"files": {"x": "0"}'))
     with serving(folders / "store") as channel:
         stub, models = ImageToImageServiceStub(channel), ModelServiceStub(channel)
-        answer = told(lambda: stub.Transform(request(model=pb.ModelReference(path="damaged")), timeout=120))
+        answer = revealed(lambda: stub.Transform(request(model=pb.ModelReference(path="damaged")), timeout=120))
         assert str(folders) not in answer
         listed = models.ListModels(model_pb2.ListModelsRequest(), timeout=120)
         assert {model.id for model in listed.models} == {"inside", "damaged"}
@@ -302,15 +302,17 @@ def test_a_token_is_in_no_answer_and_no_log(folders: Path, caplog: pytest.LogCap
         stub = ImageToImageServiceStub(channel)
         call = stub.Transform.with_call(request(), metadata=bearing, timeout=120)[1]
         answers = [str((*call.initial_metadata(), *call.trailing_metadata()))]
-        answers.append(told(lambda: stub.Transform(request(strength=7), metadata=bearing, timeout=120)))
-        answers.append(told(lambda: stub.Transform(request(), metadata=(("authorization", f"Bearer x{secret}"),), timeout=120)))
+        answers.append(revealed(lambda: stub.Transform(request(strength=7), metadata=bearing, timeout=120)))
+        answers.append(
+            revealed(lambda: stub.Transform(request(), metadata=(("authorization", f"Bearer x{secret}"),), timeout=120))
+        )
     for text in (*answers, caplog.text, path.read_text()):
         assert secret not in text
         assert secret.removeprefix(tokens.PREFIX) not in text
 
 
 def test_a_token_sees_no_other_models(folders: Path) -> None:
-    """Neither by using them, nor in what it is told when it names none that there is."""
+    """Neither by using them, nor in what it is revealed when it names none that there is."""
     from img2img_server.access import tokens
 
     hidden = folders / "store" / "hidden"
@@ -332,7 +334,7 @@ def test_a_token_sees_no_other_models(folders: Path) -> None:
         code, _ = failure(lambda: stub.Transform(request(model=hidden_reference), metadata=bearing, timeout=120))
         assert code in (grpc.StatusCode.PERMISSION_DENIED, grpc.StatusCode.NOT_FOUND)
         for reference in (pb.ModelReference(path="nothing"), pb.ModelReference()):
-            answer = told(lambda: stub.Transform(request(model=reference), metadata=bearing, timeout=120))  # noqa: B023
+            answer = revealed(lambda: stub.Transform(request(model=reference), metadata=bearing, timeout=120))  # noqa: B023
             assert "hidden" not in answer
 
 

@@ -53,7 +53,7 @@ def test_the_process_ends_while_clients_that_never_read_are_connected(
         asset = _asset(channel)
     with crowd(process.port, request(), asset):
         if fault == "call":
-            assert process.said() == "call"  # the engine is in a call: else a drain would have nothing to wait for
+            assert process.next_output() == "call"  # the engine is in a call: else a drain would have nothing to wait for
         for number in signals:
             process.popen.send_signal(number)
         assert process.popen.wait(ENDED) == status

@@ -68,7 +68,7 @@ def tokens_read(pipe: Any, prompt: str, monkeypatch: pytest.MonkeyPatch) -> list
     return read
 
 
-def said(pipe: Any, text: str) -> list[str]:
+def warnings_for(pipe: Any, text: str) -> list[str]:
     return [warning.description for warning in Truncation(pipe).warnings({"prompt": text})]
 
 
@@ -87,7 +87,7 @@ LONG = 800
 @pytest.mark.parametrize("name", CLASSES)
 def test_truncation_warning_lists_the_text_that_no_encoder_reads(name: str, load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
     pipe = load(name)
-    descriptions = said(pipe, lakes(LONG))
+    descriptions = warnings_for(pipe, lakes(LONG))
     names = {part for part, value in pipe.components.items() if isinstance(value, PreTrainedTokenizerBase)}
     named = [re.findall(r"\w+", description) for description in descriptions]
     assert all(sum(part in words for words in named) == 1 for part in names)
@@ -103,17 +103,17 @@ def test_truncation_warning_lists_the_text_that_no_encoder_reads(name: str, load
 @pytest.mark.parametrize("name", CLASSES)
 def test_prompt_that_just_fits_has_no_warning(name: str, load: Load) -> None:
     pipe = load(name)
-    fits = LONG - max(map(dropped_words, said(pipe, lakes(LONG))))  # words that all of them read
-    fits -= len(said(pipe, lakes(fits)))  # one that is cut within a word reads one less
-    assert said(pipe, lakes(fits)) == said(pipe, "") == []
-    (only, *_) = said(pipe, lakes(fits + 1, "mountain"))
+    fits = LONG - max(map(dropped_words, warnings_for(pipe, lakes(LONG))))  # words that all of them read
+    fits -= len(warnings_for(pipe, lakes(fits)))  # one that is cut within a word reads one less
+    assert warnings_for(pipe, lakes(fits)) == warnings_for(pipe, "") == []
+    (only, *_) = warnings_for(pipe, lakes(fits + 1, "mountain"))
     dropped = only.partition("ignored: ")[2]
     assert dropped
     assert "mountain".endswith(dropped)
 
 
 def test_warning_names_the_tokenizer_that_read_the_whole_prompt(load: Load) -> None:
-    (clip,) = said(load("flux"), lakes(100))
+    (clip,) = warnings_for(load("flux"), lakes(100))
     assert "77 tokens of the model's tokenizer" in clip
     assert "(tokenizer_2 read all of it)" in clip
 

@@ -59,7 +59,7 @@ def trap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Trap:
 
 
 @pytest.fixture(autouse=True)
-def no_door(monkeypatch: pytest.MonkeyPatch) -> None:
+def allow_unsafe_files(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loader, "refuse_unsafe", lambda bundle: None)
 
 
